@@ -1,0 +1,13 @@
+//! husk: the thinnest shell around a Linux kernel.
+pub mod backend;
+pub mod boot;
+pub mod bus;
+pub mod cli;
+pub mod config;
+pub mod device;
+pub mod irq;
+pub mod machine;
+pub mod memory;
+pub mod resources;
+pub mod sandbox;
+pub mod virtio;
