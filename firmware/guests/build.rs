@@ -1,0 +1,68 @@
+//! From `lib/` and `guests/` to one ELF kernel a guest, with the system's C compiler.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+/// No host library, no vector register (KVM may emulate what a guest runs at CPL 0), no code that moves.
+const FLAGS: &[&str] = &[
+    "-std=gnu17",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffreestanding",
+    "-fno-pic",
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-tree-loop-distribute-patterns",
+    "-fcf-protection=none",
+    "-mno-red-zone",
+    "-mgeneral-regs-only",
+];
+const LINK_FLAGS: &[&str] =
+    &["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,--no-warn-rwx-segments"];
+
+fn main() {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    for folder in ["lib", "guests"] {
+        println!("cargo:rerun-if-changed={folder}");
+    }
+    println!("cargo:rerun-if-env-changed=CC");
+    let library: Vec<PathBuf> = sources("lib").iter().map(|source| compile(source, &out)).collect();
+    for source in sources("guests") {
+        let guest = out.join(source.file_stem().expect("a source has a name")).with_extension("elf");
+        // An assembly guest stands alone: it is as small as a guest can be.
+        let standalone = source.extension().is_some_and(|extension| extension == "S");
+        let mut link = compiler();
+        link.args(LINK_FLAGS).arg("-Wl,-T,lib/guest.ld").arg("-o").arg(&guest).arg(compile(&source, &out));
+        run(link.args(if standalone { &[][..] } else { &library }));
+    }
+}
+
+/// The C and assembly files of `folder`, in a stable order.
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("read {folder}: {error}"));
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.unwrap_or_else(|error| panic!("read {folder}: {error}")).path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "c" || extension == "S"))
+        .collect();
+    files.sort();
+    files
+}
+
+fn compile(source: &Path, out: &Path) -> PathBuf {
+    let object = out.join(format!("{}.o", source.display()));
+    fs::create_dir_all(object.parent().expect("an object has a folder")).expect("make the objects' folder");
+    run(compiler().args(FLAGS).args(["-I", "lib", "-c", "-o"]).arg(&object).arg(source));
+    object
+}
+
+fn compiler() -> Command {
+    Command::new(env::var_os("CC").unwrap_or_else(|| "cc".into()))
+}
+
+fn run(command: &mut Command) {
+    let status = command.status().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+    assert!(status.success(), "{command:?}: {status}");
+}

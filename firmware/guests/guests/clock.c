@@ -1,0 +1,56 @@
+/* Time: kvm-clock, the APIC timer and its TSC deadline, at `do=`. */
+#include "cpu.h"
+#include "guest.h"
+
+enum {
+    TIMER_VECTOR = 0x40,
+    MSR_TSC_DEADLINE = 0x6e0,
+    TIMER_DEADLINE_MODE = 2 << 17,
+    DIVIDE_BY_1 = 0xb,
+};
+
+static volatile unsigned fired;
+
+static void on_timer(struct interrupt_frame *frame)
+{
+    (void)frame;
+    fired++;
+    end_of_interrupt();
+}
+
+int guest_main(void)
+{
+    if (told_to("kvm-clock")) {
+        if (!clock_start())
+            return EXIT_MISSING;
+        u64 last = clock_ns();
+        for (unsigned i = 0; i < 1000; i++) {
+            u64 now = clock_ns();
+            CHECK(now >= last);
+            last = now;
+        }
+        print("clock %u ns\n", last);
+        return EXIT_OK;
+    }
+    bool deadline = told_to("deadline-timer");
+    if (!deadline && !told_to("apic-timer"))
+        return EXIT_BAD_COMMAND_LINE;
+    if (deadline && !(cpuid(1, 0).ecx & 1 << 24))
+        return EXIT_MISSING;
+    interrupts_start();
+    handle(TIMER_VECTOR, on_timer);
+    write32(LAPIC + LAPIC_TIMER_DIVIDE, DIVIDE_BY_1);
+    write32(LAPIC + LAPIC_TIMER, TIMER_VECTOR | (deadline ? TIMER_DEADLINE_MODE : 0));
+    for (unsigned i = 0; i < 10; i++) {
+        u64 at = rdtsc() + 1000000;
+        if (deadline)
+            asm volatile("wrmsr" ::"c"(MSR_TSC_DEADLINE), "a"((u32)at), "d"((u32)(at >> 32)) : "memory");
+        else
+            write32(LAPIC + LAPIC_TIMER_COUNT, 1000000);
+        while (fired == i)
+            wait_for_interrupt();
+        CHECK(!deadline || rdtsc() >= at);
+    }
+    print("timer fired %u times\n", (u64)fired);
+    return EXIT_OK;
+}

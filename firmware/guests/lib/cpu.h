@@ -1,0 +1,64 @@
+/* The processor and its interrupt controllers: descriptor tables, paging, ring 3, interrupts, the clock, a second vCPU. */
+#pragma once
+
+#include "guest.h"
+
+/* What an interrupt or exception leaves on the stack. */
+struct interrupt_frame {
+    u64 vector, error, rip, cs, rflags, rsp, ss;
+};
+
+/* Loads the guest's own GDT, TSS and IDT. An exception that nobody takes is told of on the console and ends the guest. */
+void cpu_start(void);
+
+/* Gives `vector` (0 to 255) to `handler`, which runs with interrupts off. */
+void handle(u8 vector, void (*handler)(struct interrupt_frame *frame));
+
+/* Maps the first `gib` GiB (4 to 16) one to one with pages of 2 MiB, open to ring 3. */
+void map_memory(unsigned gib);
+
+/* Goes to CPL 3 with interrupts off; the TSS opens the ports below 0x800. There is no way back. map_memory comes first. */
+_Noreturn void enter_ring3(void (*function)(void), void *stack_top);
+
+/* Masks the PIC, enables the local APIC. */
+void interrupts_start(void);
+
+/* Sends pin `gsi` of the I/O APIC, edge-triggered, to this vCPU as `vector`. */
+void route(u32 gsi, u8 vector);
+
+void end_of_interrupt(void);
+
+/* Called with interrupts off: lets them in for one halt, which no interrupt can come between. */
+static inline void wait_for_interrupt(void) { asm volatile("sti; hlt; cli" ::: "memory"); }
+
+/* Local APIC registers (Intel SDM volume 3, table 11-1). */
+enum {
+    LAPIC = 0xfee00000,
+    LAPIC_ID = 0x020,
+    LAPIC_EOI = 0x0b0,
+    LAPIC_SPURIOUS = 0x0f0,
+    LAPIC_ICR_LOW = 0x300,
+    LAPIC_ICR_HIGH = 0x310,
+    LAPIC_TIMER = 0x320,
+    LAPIC_TIMER_COUNT = 0x380,
+    LAPIC_TIMER_DIVIDE = 0x3e0,
+};
+
+/* Starts the vCPU with this APIC id (below PROCESSORS_MAX) at `function`, by INIT and SIPI. Wait for a sign of it before
+ * the next one is started. */
+enum { PROCESSORS_MAX = 32 };
+void start_processor(u8 apic_id, void (*function)(void));
+
+/* Finds kvm-clock. Returns whether the machine has it. At CPL 0 only. */
+bool clock_start(void);
+
+/* Nanoseconds of kvm-clock, at any CPL. */
+u64 clock_ns(void);
+
+/* Whether `waited_since`, a rdtsc(), is so long ago that what was waited for will not come: some seconds. */
+bool waited_too_long(u64 waited_since);
+
+struct cpuid {
+    u32 eax, ebx, ecx, edx;
+};
+struct cpuid cpuid(u32 leaf, u32 subleaf);
