@@ -1,1 +1,7 @@
-//! Devices that are not virtio.
+//! Devices that are not virtio: what a kernel needs before it has drivers, and to end.
+
+mod power;
+mod serial;
+
+pub use power::Power;
+pub use serial::Serial;

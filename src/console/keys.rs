@@ -1,0 +1,81 @@
+//! From keys typed at a terminal to bytes for the guest: all of them, but for what follows Ctrl-A.
+
+/// Ctrl-A, which begins a command to husk.
+const ESCAPE: u8 = 0x01;
+
+/// What `Ctrl-A h` prints.
+pub const HELP: &str = "\r\n\
+    Ctrl-A x   end the machine\r\n\
+    Ctrl-A p   press its power button\r\n\
+    Ctrl-A a   send Ctrl-A to the guest\r\n\
+    Ctrl-A h   this help\r\n";
+
+/// A command to husk itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// End the machine now.
+    Quit,
+    /// Press the power button.
+    PowerButton,
+    /// Show what there is.
+    Help,
+}
+
+/// Tells commands from keys; remembers a Ctrl-A from one read to the next.
+#[derive(Debug, Default)]
+pub struct Keys {
+    escaped: bool,
+}
+
+impl Keys {
+    /// Appends the guest's share of `typed` to `guest` and returns the commands in it, in order.
+    pub fn sort(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> Vec<Command> {
+        let mut commands = Vec::new();
+        for &key in typed {
+            if !std::mem::take(&mut self.escaped) {
+                match key {
+                    ESCAPE => self.escaped = true,
+                    key => guest.push(key),
+                }
+                continue;
+            }
+            match key {
+                b'x' => commands.push(Command::Quit),
+                b'p' => commands.push(Command::PowerButton),
+                b'h' | b'?' => commands.push(Command::Help),
+                b'a' | ESCAPE => guest.push(ESCAPE),
+                other => guest.extend([ESCAPE, other]),
+            }
+        }
+        commands
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sort(reads: &[&[u8]]) -> (Vec<u8>, Vec<Command>) {
+        let (mut keys, mut guest, mut commands) = (Keys::default(), Vec::new(), Vec::new());
+        for read in reads {
+            commands.extend(keys.sort(read, &mut guest));
+        }
+        (guest, commands)
+    }
+
+    #[test]
+    fn keys_reach_the_guest_as_typed() {
+        assert_eq!(sort(&[b"ls\r", b"\x03\x1b[A"]), (b"ls\r\x03\x1b[A".to_vec(), vec![]));
+    }
+
+    #[test]
+    fn ctrl_a_begins_a_command_even_across_reads() {
+        assert_eq!(sort(&[b"ab\x01", b"xc"]), (b"abc".to_vec(), vec![Command::Quit]));
+        assert_eq!(sort(&[b"\x01h\x01p"]), (vec![], vec![Command::Help, Command::PowerButton]));
+    }
+
+    #[test]
+    fn ctrl_a_itself_can_be_sent() {
+        assert_eq!(sort(&[b"\x01a\x01\x01\x01q"]), (b"\x01\x01\x01q".to_vec(), vec![]));
+    }
+}

@@ -1,0 +1,155 @@
+//! From the serial port to standard output: a bounded buffer, and the thread that empties it.
+//!
+//! A vCPU prints a byte at a time; the thread writes a line at a time. When who reads the output is slow the buffer
+//! fills, and the vCPU that prints waits: nothing is lost, and signals are still heard, by a thread that never prints.
+
+use std::io::Write;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// As much as is held for a slow reader.
+const BUFFER_MAX_BYTES: usize = 64 << 10;
+/// How long the rest of a line is waited for: too short to be seen, long enough to save a system call a byte.
+const LINE_WAIT: Duration = Duration::from_millis(1);
+
+/// The buffer between the guest and the console thread.
+#[derive(Default)]
+pub struct Output {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    closed: bool,
+}
+
+impl Output {
+    /// Adds `bytes`, waiting while the buffer is full. After [`Output::close`] they are dropped.
+    pub fn push(&self, bytes: &[u8]) {
+        let mut state = self.lock();
+        while state.bytes.len() >= BUFFER_MAX_BYTES && !state.closed {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.closed {
+            return;
+        }
+        let was_empty = state.bytes.is_empty();
+        state.bytes.extend_from_slice(bytes);
+        let wake = was_empty || bytes.contains(&b'\n') || state.bytes.len() >= BUFFER_MAX_BYTES;
+        drop(state);
+        if wake {
+            self.changed.notify_all();
+        }
+    }
+
+    /// No more is to come: who waits to add or to take is released. What was added before is still taken.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// The next bytes to print, waiting for some; `None` when closed and empty.
+    pub fn take(&self) -> Option<Vec<u8>> {
+        let mut state = self.lock();
+        while state.bytes.is_empty() {
+            if state.closed {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if !state.closed && !state.bytes.contains(&b'\n') {
+            let rest_of_line = |s: &mut State| !s.closed && !s.bytes.contains(&b'\n');
+            let waited = self.changed.wait_timeout_while(state, LINE_WAIT, rest_of_line);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        let bytes = std::mem::take(&mut state.bytes);
+        drop(state);
+        self.changed.notify_all();
+        Some(bytes)
+    }
+
+    /// The console thread: prints all that is added, until closed. When `sink` breaks, `broken` is called once and
+    /// the rest is dropped.
+    pub fn print_to(&self, mut sink: impl Write, broken: impl FnOnce()) {
+        while let Some(bytes) = self.take() {
+            if sink.write_all(&bytes).and_then(|()| sink.flush()).is_err() {
+                self.close();
+                broken();
+                return;
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_slow_reader_loses_nothing() {
+        let output = Arc::new(Output::default());
+        let writer = {
+            let output = output.clone();
+            thread::spawn(move || {
+                for n in 0..300_000u32 {
+                    output.push(&[n as u8]);
+                }
+                output.close();
+            })
+        };
+        let mut got = Vec::new();
+        while let Some(bytes) = output.take() {
+            assert!(bytes.len() <= BUFFER_MAX_BYTES);
+            got.extend(bytes);
+        }
+        writer.join().unwrap();
+        assert!(got.iter().enumerate().all(|(n, byte)| *byte == n as u8));
+        assert_eq!(got.len(), 300_000);
+    }
+
+    #[test]
+    fn closing_releases_a_writer_that_waits_for_room() {
+        let output = Arc::new(Output::default());
+        output.push(&vec![0; BUFFER_MAX_BYTES]);
+        let writer = {
+            let output = output.clone();
+            thread::spawn(move || output.push(b"more"))
+        };
+        thread::sleep(Duration::from_millis(20));
+        output.close();
+        writer.join().unwrap();
+        assert_eq!(output.take().map(|b| b.len()), Some(BUFFER_MAX_BYTES));
+        assert_eq!(output.take(), None);
+    }
+
+    #[test]
+    fn a_broken_sink_is_reported_once() {
+        struct Broken;
+        impl Write for Broken {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (output, calls) = (Output::default(), AtomicUsize::new(0));
+        output.push(b"one\n");
+        output.print_to(Broken, || {
+            calls.fetch_add(1, Ordering::Relaxed);
+        });
+        output.push(b"two\n");
+        assert_eq!(calls.into_inner(), 1);
+        assert_eq!(output.take(), None);
+    }
+}

@@ -1,0 +1,126 @@
+//! From a guest's port write to the machine's end: sleep, reset, panic and exit ports, and the boot marker.
+
+use std::sync::Arc;
+
+use crate::bus::{Bus, BusError, Device};
+use crate::machine::layout;
+use crate::machine::outcome::{Ending, Outcome};
+use crate::machine::timings::{Step, Timings};
+
+/// SLP_EN, bit 5 of the sleep control register (ACPI 6.5 §4.8.3.7).
+const SLEEP_ENABLE: u8 = 1 << 5;
+/// SLP_TYPx, bits 2 to 4 of it.
+const SLEEP_TYPE_MASK: u8 = 0b111 << 2;
+/// The sleep type that `\_S5` names.
+pub(crate) const SLEEP_TYPE_S5: u8 = 5;
+/// The keyboard controller's command that pulses the processor's reset line.
+const I8042_RESET: u8 = 0xfe;
+/// pvpanic: "the guest panicked", bit 0 of what is written (QEMU's pvpanic specification).
+const PVPANIC_PANICKED: u8 = 1 << 0;
+/// pvpanic: "the guest panicked, and takes care of itself", bit 1.
+const PVPANIC_CRASH_LOADED: u8 = 1 << 1;
+
+/// Every port by which a guest ends, each one byte wide. Stateless but for what it tells [`Ending`] and [`Timings`].
+pub struct Power {
+    ending: Arc<Ending>,
+    timings: Arc<Timings>,
+}
+
+/// One of [`Power`]'s ports, as the bus sees it.
+struct Port {
+    number: u16,
+    power: Arc<Power>,
+}
+
+impl Power {
+    /// A device that declares to `ending` and marks in `timings`.
+    pub fn new(ending: Arc<Ending>, timings: Arc<Timings>) -> Power {
+        Power { ending, timings }
+    }
+
+    /// Puts all the ports on the bus.
+    pub fn attach(self, ports: &mut Bus) -> Result<(), BusError> {
+        let power = Arc::new(self);
+        let numbers = [
+            layout::I8042_COMMAND_PORT,
+            layout::PVPANIC_PORT,
+            layout::SLEEP_CONTROL_PORT,
+            layout::SLEEP_STATUS_PORT,
+            layout::RESET_PORT,
+            layout::MARKER_PORT,
+            layout::EXIT_PORT,
+        ];
+        for number in numbers {
+            ports.insert(u64::from(number), 1, Arc::new(Port { number, power: power.clone() }))?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, port: u16, value: u8) {
+        match (port, value) {
+            (layout::SLEEP_CONTROL_PORT, v) if v & SLEEP_ENABLE != 0 && (v & SLEEP_TYPE_MASK) >> 2 == SLEEP_TYPE_S5 => {
+                self.ending.declare(Outcome::PoweredOff);
+            }
+            (layout::RESET_PORT, layout::RESET_VALUE) | (layout::I8042_COMMAND_PORT, I8042_RESET) => {
+                self.ending.declare(Outcome::Reset);
+            }
+            (layout::PVPANIC_PORT, v) if v & PVPANIC_PANICKED != 0 => self.ending.note_panic(),
+            (layout::MARKER_PORT, _) => self.timings.mark(Step::Pid1),
+            (layout::EXIT_PORT, code) => self.ending.declare(Outcome::Reported(code)),
+            _ => {}
+        }
+    }
+
+    /// What the port answers: no keyboard controller is busy, pvpanic's two events are offered, nothing else is set.
+    fn read(port: u16) -> u8 {
+        match port {
+            layout::PVPANIC_PORT => PVPANIC_PANICKED | PVPANIC_CRASH_LOADED,
+            _ => 0,
+        }
+    }
+}
+
+impl Device for Port {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(Power::read(self.number));
+    }
+
+    fn write(&self, _offset: u64, data: &[u8]) {
+        if let [value] = data {
+            self.power.write(self.number, *value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn outcome_of(port: u16, data: &[u8]) -> Option<Outcome> {
+        let ending = Arc::new(Ending::new().unwrap());
+        let mut bus = Bus::default();
+        Power::new(ending.clone(), Arc::new(Timings::new(Instant::now()))).attach(&mut bus).unwrap();
+        bus.write(u64::from(port), data);
+        ending.outcome()
+    }
+
+    #[test]
+    fn each_port_ends_the_machine_its_own_way() {
+        assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x34]), Some(Outcome::PoweredOff));
+        assert_eq!(outcome_of(layout::RESET_PORT, &[1]), Some(Outcome::Reset));
+        assert_eq!(outcome_of(layout::I8042_COMMAND_PORT, &[0xfe]), Some(Outcome::Reset));
+        assert_eq!(outcome_of(layout::EXIT_PORT, &[42]), Some(Outcome::Reported(42)));
+    }
+
+    #[test]
+    fn other_values_and_widths_end_nothing() {
+        assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x14]), None, "sleep not enabled");
+        assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x24]), None, "another sleep state");
+        assert_eq!(outcome_of(layout::RESET_PORT, &[2]), None);
+        assert_eq!(outcome_of(layout::RESET_PORT, &[1, 0]), None);
+        assert_eq!(outcome_of(layout::I8042_COMMAND_PORT, &[0xaa]), None);
+        assert_eq!(outcome_of(layout::PVPANIC_PORT, &[1]), None, "a panicking kernel may still print");
+    }
+}

@@ -1,0 +1,272 @@
+//! From the guest's 16550 to the console and back: COM1, where a kernel's messages and a person's shell are.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{Serial as Uart, SerialEvents};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::bus::Device;
+use crate::console::output::Output;
+use crate::irq::IrqLine;
+use crate::machine::outcome::Ending;
+use crate::machine::timings::{Step, Timings};
+
+/// Interrupt enable register, and in it "received data available" (16550 data sheet).
+const IER_OFFSET: u8 = 1;
+const IER_RECEIVED_DATA: u8 = 1 << 0;
+/// Line control register: its bit 7 puts the divisor in the place of the first two registers.
+const LCR_OFFSET: u8 = 3;
+const LCR_DLAB: u8 = 1 << 7;
+/// Modem control register: OUT2 lets interrupts out, LOOP feeds the output back.
+const MCR_OFFSET: u8 = 4;
+const MCR_OUT2: u8 = 1 << 3;
+const MCR_LOOP: u8 = 1 << 4;
+
+/// What Linux begins the words of a panic with.
+const PANIC_MARK: &[u8] = b"Kernel panic - not syncing: ";
+/// Longest line looked at for it.
+const LINE_MAX_BYTES: usize = 512;
+
+/// The serial port. Registers on vCPU threads; input from the thread that reads the terminal.
+pub struct Serial {
+    port: Mutex<Port>,
+    output: Arc<Output>,
+    ending: Arc<Ending>,
+    timings: Arc<Timings>,
+}
+
+struct Port {
+    uart: Uart<Interrupt, InputSide, Vec<u8>>,
+    line_control: u8,
+    interrupt_enable: u8,
+    modem_control: u8,
+    line: Vec<u8>,
+}
+
+struct Interrupt(IrqLine);
+
+impl Trigger for Interrupt {
+    type E = std::convert::Infallible;
+
+    fn trigger(&self) -> Result<(), Self::E> {
+        self.0.raise();
+        Ok(())
+    }
+}
+
+/// Tells who has input waiting that the guest can take more.
+struct InputSide {
+    starved: AtomicBool,
+    wanted: Arc<EventFd>,
+}
+
+impl InputSide {
+    fn call(&self) {
+        if self.starved.swap(false, Ordering::Relaxed) {
+            // A full counter has woken the reader already.
+            let _ = self.wanted.write(1);
+        }
+    }
+}
+
+impl SerialEvents for InputSide {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        self.call();
+    }
+}
+
+impl Serial {
+    /// A port that interrupts by `irq` and prints to `output`. The second value is readable when the guest can take input
+    /// that [`Serial::offer_input`] had to refuse.
+    pub fn new(
+        irq: IrqLine,
+        output: Arc<Output>,
+        ending: Arc<Ending>,
+        timings: Arc<Timings>,
+    ) -> std::io::Result<(Serial, Arc<EventFd>)> {
+        let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let events = InputSide { starved: AtomicBool::new(false), wanted: wanted.clone() };
+        let port = Port {
+            uart: Uart::with_events(Interrupt(irq), events, Vec::new()),
+            line_control: 0,
+            interrupt_enable: 0,
+            modem_control: 0,
+            line: Vec::with_capacity(LINE_MAX_BYTES),
+        };
+        Ok((Serial { port: Mutex::new(port), output, ending, timings }, wanted))
+    }
+
+    /// Hands `bytes` to the guest and returns how many it took: none while no driver listens, which would lose them.
+    pub fn offer_input(&self, bytes: &[u8]) -> usize {
+        let mut port = self.lock();
+        let taken = if port.listens() { port.uart.enqueue_raw_bytes(bytes).unwrap_or(0) } else { 0 };
+        port.uart.events().starved.store(taken < bytes.len(), Ordering::Relaxed);
+        taken
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_register(&self, offset: u8, value: u8) {
+        let mut port = self.lock();
+        port.write(offset, value);
+        let printed = std::mem::take(port.uart.writer_mut());
+        if printed.is_empty() {
+            return;
+        }
+        let panic = printed.iter().find_map(|byte| port.watch(*byte));
+        drop(port);
+        // Outside the lock: the console may be slow, and the other registers, and input, are not to wait for it.
+        self.timings.mark(Step::FirstOutput);
+        if let Some(words) = panic {
+            self.ending.note_panic_words(words);
+        }
+        self.output.push(&printed);
+    }
+}
+
+impl Port {
+    fn write(&mut self, offset: u8, value: u8) {
+        // The error is a console's or an interrupt's, and neither can fail here.
+        let _ = self.uart.write(offset, value);
+        match offset {
+            IER_OFFSET if self.line_control & LCR_DLAB == 0 => self.interrupt_enable = value,
+            LCR_OFFSET => self.line_control = value,
+            MCR_OFFSET => self.modem_control = value,
+            _ => return,
+        }
+        if self.listens() {
+            self.uart.events().call();
+        }
+    }
+
+    /// Whether a driver has opened the port: bytes sent before would be thrown away by its initialization.
+    fn listens(&self) -> bool {
+        self.interrupt_enable & IER_RECEIVED_DATA != 0 && self.modem_control & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2
+    }
+
+    /// Follows what is printed, a line at a time, and returns the words of a kernel panic.
+    fn watch(&mut self, byte: u8) -> Option<String> {
+        if byte != b'\n' {
+            if self.line.len() < LINE_MAX_BYTES {
+                self.line.push(byte);
+            }
+            return None;
+        }
+        let at = self.line.windows(PANIC_MARK.len()).position(|w| w == PANIC_MARK);
+        let words = at.and_then(|at| self.line.get(at + PANIC_MARK.len()..)).map(|words| {
+            String::from_utf8_lossy(words).chars().filter(|c| !c.is_control()).collect::<String>().trim().to_owned()
+        });
+        self.line.clear();
+        words
+    }
+}
+
+impl Device for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
+            *value = self.lock().uart.read(offset);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
+            self.write_register(offset, *value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::machine::outcome::Outcome;
+
+    fn serial() -> (Serial, Arc<EventFd>, Arc<Ending>, Arc<Output>) {
+        let ending = Arc::new(Ending::new().unwrap());
+        let output = Arc::new(Output::default());
+        let timings = Arc::new(Timings::new(Instant::now()));
+        let (serial, wanted) = Serial::new(IrqLine::new(4).unwrap(), output.clone(), ending.clone(), timings).unwrap();
+        (serial, wanted, ending, output)
+    }
+
+    fn open(serial: &Serial) {
+        serial.write(u64::from(MCR_OFFSET), &[MCR_OUT2]);
+        serial.write(u64::from(IER_OFFSET), &[IER_RECEIVED_DATA]);
+    }
+
+    #[test]
+    fn input_waits_until_a_driver_listens() {
+        let (serial, wanted, ..) = serial();
+        assert_eq!(serial.offer_input(b"hello"), 0);
+        assert!(wanted.read().is_err(), "nobody listens yet");
+        open(&serial);
+        assert_eq!(wanted.read().unwrap(), 1);
+        assert_eq!(serial.offer_input(b"hello"), 5);
+        let mut got = Vec::new();
+        for _ in 0..5 {
+            let mut byte = [0];
+            serial.read(0, &mut byte);
+            got.extend(byte);
+        }
+        assert_eq!(got, b"hello");
+    }
+
+    #[test]
+    fn input_goes_on_when_the_fifo_is_drained() {
+        let (serial, wanted, ..) = serial();
+        open(&serial);
+        let taken = serial.offer_input(&[b'x'; 1000]);
+        assert!((1..1000).contains(&taken));
+        for _ in 0..taken {
+            assert!(wanted.read().is_err());
+            serial.read(0, &mut [0]);
+        }
+        assert_eq!(wanted.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_probe_in_loopback_takes_no_input() {
+        let (serial, ..) = serial();
+        open(&serial);
+        serial.write(u64::from(MCR_OFFSET), &[MCR_OUT2 | MCR_LOOP]);
+        assert_eq!(serial.offer_input(b"x"), 0);
+    }
+
+    #[test]
+    fn the_divisor_latch_does_not_count_as_listening() {
+        let (serial, ..) = serial();
+        serial.write(u64::from(MCR_OFFSET), &[MCR_OUT2]);
+        serial.write(u64::from(LCR_OFFSET), &[LCR_DLAB]);
+        serial.write(u64::from(IER_OFFSET), &[IER_RECEIVED_DATA]);
+        assert_eq!(serial.offer_input(b"x"), 0);
+    }
+
+    #[test]
+    fn the_words_of_a_panic_are_kept() {
+        let (serial, _, ending, _) = serial();
+        for byte in b"[    0.5] Kernel panic - not syncing: VFS: no root\r\n" {
+            serial.write(0, &[*byte]);
+        }
+        ending.declare(Outcome::Reset);
+        assert_eq!(ending.outcome(), Some(Outcome::Panicked(Some("VFS: no root".into()))));
+    }
+
+    #[test]
+    fn odd_widths_are_ignored() {
+        let (serial, _, _, output) = serial();
+        serial.write(0, b"ab");
+        let mut data = [0xff; 4];
+        serial.read(0, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        output.close();
+        assert_eq!(output.take(), None);
+    }
+}

@@ -1,0 +1,162 @@
+//! How a machine's life ended, and the one place where its ending is declared.
+
+use std::fmt;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest entered sleep state S5.
+    PoweredOff,
+    /// The guest reset itself.
+    Reset,
+    /// The guest wrote this status to the exit port.
+    Reported(u8),
+    /// The guest's kernel panicked; its words, where they were seen.
+    Panicked(Option<String>),
+    /// A vCPU met an exception that its guest could not even fault on.
+    TripleFault {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Its instruction pointer, as far as the processor tells.
+        rip: u64,
+    },
+    /// KVM cannot go on with a vCPU.
+    KvmError {
+        /// Which vCPU.
+        vcpu: u32,
+        /// What KVM said, and where.
+        reason: String,
+    },
+    /// A signal to husk ended it.
+    Killed(i32),
+    /// The person at the terminal ended it.
+    Quit,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::PoweredOff => write!(f, "the guest powered off"),
+            Outcome::Reset => write!(f, "the guest reset itself"),
+            Outcome::Reported(code) => write!(f, "the guest reported exit status {code}"),
+            Outcome::Panicked(None) => write!(f, "the guest's kernel panicked"),
+            Outcome::Panicked(Some(words)) => write!(f, "the guest's kernel panicked: {words}"),
+            Outcome::TripleFault { vcpu, rip } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
+            Outcome::KvmError { vcpu, reason } => write!(f, "KVM cannot go on with vCPU {vcpu}: {reason}"),
+            Outcome::Killed(signal) => write!(f, "ended by signal {signal}"),
+            Outcome::Quit => write!(f, "ended from the terminal"),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Declared {
+    outcome: Option<Outcome>,
+    panic_words: Option<String>,
+    panicked_at: Option<Instant>,
+}
+
+/// Where vCPUs and devices say that the machine is to end. The first word counts; `event` wakes who waits for it.
+pub struct Ending {
+    declared: Mutex<Declared>,
+    event: EventFd,
+}
+
+impl Ending {
+    /// An ending that nobody has declared yet.
+    pub fn new() -> io::Result<Ending> {
+        Ok(Ending { declared: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
+    }
+
+    /// Says that the machine is to end so. Only the first call of all counts. Any thread.
+    ///
+    /// A reset or a triple fault that follows a kernel panic is that panic's last act, and is told as such.
+    pub fn declare(&self, outcome: Outcome) {
+        let mut declared = self.lock();
+        if declared.outcome.is_some() {
+            return;
+        }
+        let panicked = declared.panicked_at.is_some() || declared.panic_words.is_some();
+        declared.outcome = Some(match outcome {
+            Outcome::Reset | Outcome::TripleFault { .. } if panicked => Outcome::Panicked(declared.panic_words.take()),
+            other => other,
+        });
+        drop(declared);
+        self.wake();
+    }
+
+    /// Notes that the guest's kernel says it panicked (pvpanic). It may still print and reset by itself. Any thread.
+    pub fn note_panic(&self) {
+        self.lock().panicked_at.get_or_insert_with(Instant::now);
+        self.wake();
+    }
+
+    /// Notes the words of a panic seen on the console. They count only if the machine then resets. Any thread.
+    pub fn note_panic_words(&self, words: String) {
+        self.lock().panic_words.get_or_insert(words);
+    }
+
+    /// The outcome, once one is declared.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.lock().outcome.clone()
+    }
+
+    /// When the guest's kernel said that it panicked, if it did.
+    pub fn panicked_at(&self) -> Option<Instant> {
+        self.lock().panicked_at
+    }
+
+    /// Ends a machine whose kernel panicked but did not reset.
+    pub fn give_up_on_panic(&self) {
+        let words = self.lock().panic_words.take();
+        self.declare(Outcome::Panicked(words));
+    }
+
+    /// Readable after every word said here; to be read before looking.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    fn wake(&self) {
+        // A full counter has woken the reader already.
+        let _ = self.event.write(1);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Declared> {
+        self.declared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_word_counts() {
+        let ending = Ending::new().unwrap();
+        ending.declare(Outcome::Reported(3));
+        ending.declare(Outcome::PoweredOff);
+        assert_eq!(ending.outcome(), Some(Outcome::Reported(3)));
+    }
+
+    #[test]
+    fn a_reset_after_a_panic_is_told_as_the_panic() {
+        let ending = Ending::new().unwrap();
+        ending.note_panic_words("VFS: no root".into());
+        ending.declare(Outcome::Reset);
+        assert_eq!(ending.outcome(), Some(Outcome::Panicked(Some("VFS: no root".into()))));
+    }
+
+    #[test]
+    fn a_power_off_is_no_panic_whatever_the_console_said() {
+        let ending = Ending::new().unwrap();
+        ending.note_panic_words("quoted by a program".into());
+        ending.declare(Outcome::PoweredOff);
+        assert_eq!(ending.outcome(), Some(Outcome::PoweredOff));
+    }
+}

@@ -1,0 +1,93 @@
+//! When a machine reached each step from process start to exit, against one clock: what `--timings` prints.
+
+use std::fmt;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// A step in the life of a machine, in the order they come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The virtual machine exists, with memory and interrupt controller.
+    KvmReady,
+    /// Kernel, initial RAM disk and tables are in guest memory.
+    KernelLoaded,
+    /// The first vCPU is about to execute its first instruction.
+    FirstInstruction,
+    /// The guest wrote its first byte to the console.
+    FirstOutput,
+    /// The guest wrote a marker: its PID 1 runs.
+    Pid1,
+    /// The machine ended.
+    End,
+}
+
+const STEPS: [(Step, &str); 6] = [
+    (Step::KvmReady, "KVM ready"),
+    (Step::KernelLoaded, "kernel loaded"),
+    (Step::FirstInstruction, "first guest instruction"),
+    (Step::FirstOutput, "first kernel output"),
+    (Step::Pid1, "PID 1"),
+    (Step::End, "exit"),
+];
+
+/// The clock and the marks. Marks are set once, from any thread, without a lock.
+pub struct Timings {
+    start: Instant,
+    marks: [OnceLock<Duration>; STEPS.len()],
+}
+
+impl Timings {
+    /// Starts the clock at `start`, the earliest moment of the process that is known.
+    pub fn new(start: Instant) -> Timings {
+        Timings { start, marks: Default::default() }
+    }
+
+    /// Marks `step` as reached now; only the first time counts.
+    pub fn mark(&self, step: Step) {
+        self.marks[step as usize].get_or_init(|| self.start.elapsed());
+    }
+
+    /// When `step` was reached, counted from the start.
+    pub fn reached(&self, step: Step) -> Option<Duration> {
+        self.marks[step as usize].get().copied()
+    }
+}
+
+impl fmt::Display for Timings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<24}{:>12}{:>12}", "step", "at (ms)", "took (ms)")?;
+        writeln!(f, "{:<24}{:>12.3}{:>12}", "process start", 0.0, "")?;
+        let mut before = Duration::ZERO;
+        for (step, name) in STEPS {
+            match self.reached(step) {
+                Some(at) => {
+                    let took = at.saturating_sub(before);
+                    writeln!(f, "{name:<24}{:>12.3}{:>12.3}", millis(at), millis(took))?;
+                    before = at;
+                }
+                None => writeln!(f, "{name:<24}{:>12}{:>12}", "-", "-")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_is_set_once_and_a_step_not_reached_is_shown_as_such() {
+        let timings = Timings::new(Instant::now());
+        timings.mark(Step::KvmReady);
+        let first = timings.reached(Step::KvmReady);
+        timings.mark(Step::KvmReady);
+        assert_eq!(timings.reached(Step::KvmReady), first);
+        let text = timings.to_string();
+        assert!(text.lines().any(|l| l.starts_with("PID 1") && l.ends_with('-')), "{text}");
+    }
+}

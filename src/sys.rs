@@ -1,0 +1,70 @@
+//! The few raw system calls that no library wraps, each behind a safe function.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+/// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
+///
+/// The signals are blocked in the calling thread, and in the threads it then starts, until this is dropped by it.
+#[derive(Debug)]
+pub struct SignalFd {
+    fd: OwnedFd,
+    set: libc::sigset_t,
+}
+
+impl SignalFd {
+    /// Blocks `signals` and starts to listen for them.
+    pub fn block(signals: &[i32]) -> io::Result<SignalFd> {
+        let set = vmm_sys_util::signal::create_sigset(signals)?;
+        mask(libc::SIG_BLOCK, &set)?;
+        // SAFETY: signalfd only reads the set; the descriptor it returns is new and owned by nobody else.
+        let fd = unsafe {
+            let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            OwnedFd::from_raw_fd(fd)
+        };
+        Ok(SignalFd { fd, set })
+    }
+
+    /// The next signal that has come, if one has.
+    pub fn read(&self) -> io::Result<Option<i32>> {
+        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+        let size = size_of::<libc::signalfd_siginfo>();
+        // SAFETY: the kernel writes at most `size` bytes to `info`, which has that size, and writes it whole or not
+        // at all; it is read only if it was written.
+        let info = unsafe {
+            if libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) != size as isize {
+                let error = io::Error::last_os_error();
+                return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
+            }
+            info.assume_init()
+        };
+        Ok(Some(info.ssi_signo as i32))
+    }
+}
+
+impl AsRawFd for SignalFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Drop for SignalFd {
+    fn drop(&mut self) {
+        // Blocking them worked, so unblocking does.
+        let _ = mask(libc::SIG_UNBLOCK, &self.set);
+    }
+}
+
+fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: pthread_sigmask only reads the set, and is told not to return the old one.
+    match unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
