@@ -4,30 +4,54 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::machine::layout;
+
+/// The smallest guest memory that a Linux kernel unpacks itself into.
+pub const MIN_MEMORY_MIB: u64 = 32;
+/// Largest guest memory, 4 TiB: one memory slot of KVM takes fewer than 2^31 pages (8 TiB).
+pub const MAX_MEMORY_MIB: u64 = 4 << 20;
+/// Largest number of vCPUs.
+pub const MAX_CPUS: u32 = 32;
+/// Largest number of disks: every virtio-mmio slot but the random-number device's.
+pub const MAX_DISKS: usize = layout::VIRTIO_MMIO_MAX - 1;
+/// Length of a disk's serial number (virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID).
+pub const MAX_DISK_ID_BYTES: usize = 20;
+/// Longest command line, husk's own words included and the final NUL not.
+pub const MAX_CMDLINE_BYTES: usize = layout::CMDLINE_MAX_BYTES - 1;
+
 /// A machine as its user describes it. Nothing here is opened or looked up on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct MachineConfig {
     /// The guest kernel: an ELF `vmlinux` or a bzImage.
     pub kernel: PathBuf,
     /// Initial RAM disk, handed to the kernel as it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
     /// The user's words of the kernel command line; they follow the default ones, so that they win.
-    #[serde(default)]
     pub cmdline: String,
     /// Whether husk's own words precede the user's.
-    #[serde(default = "yes")]
     pub default_cmdline: bool,
     /// Number of vCPUs.
-    #[serde(default = "one")]
     pub cpus: u32,
     /// Guest memory in MiB.
-    #[serde(default = "default_memory_mib")]
     pub memory_mib: u64,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
-    #[serde(default)]
     pub disks: Vec<DiskConfig>,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        MachineConfig {
+            kernel: PathBuf::new(),
+            initrd: None,
+            cmdline: String::new(),
+            default_cmdline: true,
+            cpus: 1,
+            memory_mib: 512,
+            disks: Vec::new(),
+        }
+    }
 }
 
 /// A disk image or block device.
@@ -44,12 +68,181 @@ pub struct DiskConfig {
     pub id: Option<String>,
 }
 
-fn yes() -> bool {
-    true
+/// A configuration that no host can carry out: what is wrong with it, and what to type instead.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// Neither flag nor file names a kernel.
+    #[error("no kernel: type --kernel PATH (an ELF vmlinux or a bzImage)")]
+    NoKernel,
+    /// The initial RAM disk's path is empty.
+    #[error("the initrd's path is empty: type --initrd PATH, or leave it out")]
+    NoInitrd,
+    /// Too few or too many vCPUs.
+    #[error("{0} vCPUs: a machine has 1 to {MAX_CPUS}, type --cpus N")]
+    Cpus(u32),
+    /// Less memory than any kernel boots in.
+    #[error("{0} MiB of memory: a guest needs at least {MIN_MEMORY_MIB} MiB, type --memory {MIN_MEMORY_MIB}M or more")]
+    TooLittleMemory(u64),
+    /// More memory than a machine can have.
+    #[error("{0} MiB of memory: a guest has at most {MAX_MEMORY_MIB} MiB, type --memory 4T or less")]
+    TooMuchMemory(u64),
+    /// Too many disks.
+    #[error("{0} disks: a machine takes at most {MAX_DISKS}")]
+    TooManyDisks(usize),
+    /// A disk without a path.
+    #[error("disk {0} has no path: type --disk PATH[,ro][,id=NAME]")]
+    NoDiskPath(usize),
+    /// A serial number that does not fit its field, or would not be read back as it was given.
+    #[error("disk id {0:?}: type 1 to {MAX_DISK_ID_BYTES} letters, digits or signs without spaces")]
+    DiskId(String),
+    /// Two disks of one name.
+    #[error("disk id {0:?} is given twice: every disk needs its own")]
+    SameDiskId(String),
+    /// A character that would end the command line or garble it.
+    #[error("the command line holds the character {0:?}: type words parted by spaces")]
+    CmdlineCharacter(char),
+    /// More than the kernel reads.
+    #[error("the command line is {0} bytes long, husk's own words included: Linux reads at most {MAX_CMDLINE_BYTES}")]
+    CmdlineTooLong(usize),
+    /// A configuration file that is no `MachineConfig`.
+    #[error("{0}")]
+    File(String),
 }
-fn one() -> u32 {
-    1
+
+impl MachineConfig {
+    /// Reads a machine from JSON. A key that is left out keeps its default, an unknown one is refused by name.
+    pub fn from_json(text: &str) -> Result<MachineConfig, Invalid> {
+        serde_json::from_str(text).map_err(|error| Invalid::File(error.to_string()))
+    }
+
+    /// Checks everything that can be checked without a look at the host, and stops at the first fault.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        if self.kernel.as_os_str().is_empty() {
+            return Err(Invalid::NoKernel);
+        }
+        if self.initrd.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+            return Err(Invalid::NoInitrd);
+        }
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(Invalid::Cpus(self.cpus));
+        }
+        match self.memory_mib {
+            ..MIN_MEMORY_MIB => return Err(Invalid::TooLittleMemory(self.memory_mib)),
+            MIN_MEMORY_MIB..=MAX_MEMORY_MIB => {}
+            _ => return Err(Invalid::TooMuchMemory(self.memory_mib)),
+        }
+        self.validate_cmdline()?;
+        self.validate_disks()
+    }
+
+    fn validate_cmdline(&self) -> Result<(), Invalid> {
+        if let Some(character) = self.cmdline.chars().find(|c| c.is_control()) {
+            return Err(Invalid::CmdlineCharacter(character));
+        }
+        if self.cmdline.len() > MAX_CMDLINE_BYTES {
+            return Err(Invalid::CmdlineTooLong(self.cmdline.len()));
+        }
+        Ok(())
+    }
+
+    fn validate_disks(&self) -> Result<(), Invalid> {
+        if self.disks.len() > MAX_DISKS {
+            return Err(Invalid::TooManyDisks(self.disks.len()));
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            if disk.path.as_os_str().is_empty() {
+                return Err(Invalid::NoDiskPath(index + 1));
+            }
+            let Some(id) = &disk.id else { continue };
+            let printable = id.bytes().all(|byte| byte.is_ascii_graphic());
+            if !printable || !(1..=MAX_DISK_ID_BYTES).contains(&id.len()) {
+                return Err(Invalid::DiskId(id.clone()));
+            }
+            if self.disks[..index].iter().any(|earlier| earlier.id.as_ref() == Some(id)) {
+                return Err(Invalid::SameDiskId(id.clone()));
+            }
+        }
+        Ok(())
+    }
 }
-fn default_memory_mib() -> u64 {
-    512
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> MachineConfig {
+        MachineConfig { kernel: "vmlinux".into(), ..MachineConfig::default() }
+    }
+
+    fn disk(id: Option<&str>) -> DiskConfig {
+        DiskConfig { path: "disk.img".into(), readonly: false, id: id.map(str::to_owned) }
+    }
+
+    #[test]
+    fn the_defaults_and_a_kernel_make_a_machine() {
+        assert_eq!(config().validate(), Ok(()));
+        assert_eq!(MachineConfig::from_json(r#"{"kernel": "vmlinux"}"#), Ok(config()));
+    }
+
+    #[test]
+    fn limits_are_inclusive_and_one_beyond_is_refused() {
+        let with = |change: fn(&mut MachineConfig)| {
+            let mut config = config();
+            change(&mut config);
+            config.validate()
+        };
+        assert_eq!(with(|c| c.cpus = 32), Ok(()));
+        assert_eq!(with(|c| c.cpus = 0), Err(Invalid::Cpus(0)));
+        assert_eq!(with(|c| c.cpus = 33), Err(Invalid::Cpus(33)));
+        assert_eq!(with(|c| c.memory_mib = 32), Ok(()));
+        assert_eq!(with(|c| c.memory_mib = 31), Err(Invalid::TooLittleMemory(31)));
+        assert_eq!(with(|c| c.memory_mib = 4 << 20), Ok(()));
+        assert_eq!(with(|c| c.memory_mib = u64::MAX), Err(Invalid::TooMuchMemory(u64::MAX)));
+        assert_eq!(with(|c| c.disks = vec![disk(None); 17]), Ok(()));
+        assert_eq!(with(|c| c.disks = vec![disk(None); 18]), Err(Invalid::TooManyDisks(18)));
+        assert_eq!(with(|c| c.cmdline = "x".repeat(2048)), Err(Invalid::CmdlineTooLong(2048)));
+        assert_eq!(with(|c| c.cmdline = "a\0b".into()), Err(Invalid::CmdlineCharacter('\0')));
+        assert_eq!(with(|c| c.cmdline = "a\nb".into()), Err(Invalid::CmdlineCharacter('\n')));
+        assert_eq!(with(|c| c.kernel = PathBuf::new()), Err(Invalid::NoKernel));
+        assert_eq!(with(|c| c.initrd = Some(PathBuf::new())), Err(Invalid::NoInitrd));
+    }
+
+    #[test]
+    fn disk_ids_fit_their_field_and_differ() {
+        let with = |ids: &[&str]| {
+            let disks = ids.iter().map(|id| disk(Some(id))).collect();
+            MachineConfig { disks, ..config() }.validate()
+        };
+        assert_eq!(with(&["root", "12345678901234567890"]), Ok(()));
+        for id in ["", "123456789012345678901", "two words", "naïve", "tab\t"] {
+            assert_eq!(with(&[id]), Err(Invalid::DiskId(id.into())));
+        }
+        assert_eq!(with(&["a", "b", "a"]), Err(Invalid::SameDiskId("a".into())));
+    }
+
+    #[test]
+    fn json_gives_back_the_machine_it_was_made_from() {
+        let full = MachineConfig {
+            initrd: Some("initrd.cpio".into()),
+            cmdline: "quiet \"a b\"".into(),
+            default_cmdline: false,
+            cpus: 4,
+            memory_mib: 6144,
+            disks: vec![disk(Some("root")), DiskConfig { readonly: true, ..disk(None) }],
+            ..config()
+        };
+        for config in [config(), full] {
+            let text = serde_json::to_string(&config).unwrap();
+            assert_eq!(MachineConfig::from_json(&text), Ok(config));
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        for text in [r#"{"kernal": "x"}"#, r#"{"disks": [{"path": "x", "read_only": true}]}"#] {
+            let Err(Invalid::File(line)) = MachineConfig::from_json(text) else { panic!("{text} was taken") };
+            assert!(line.contains("kernal") || line.contains("read_only"), "{line}");
+            assert!(!line.contains('\n'), "{line}");
+        }
+    }
 }

@@ -1,5 +1,15 @@
-//! The command: hand the arguments to the library, exit with its code.
+//! From arguments to an exit code: parse, dispatch, print the error once.
 
-fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+use std::process::ExitCode;
+
+use clap::Parser;
+use husk::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    let exit = match Cli::try_parse() {
+        Ok(cli) => cli.run().unwrap_or_else(|error| cli::report(&error)),
+        Err(error) => cli::report_usage(&error),
+    };
+    log::logger().flush();
+    exit.into()
 }

@@ -1,1 +1,117 @@
-//! The command line.
+//! From arguments to a command, one file each: flags become plain data here and nothing is opened.
+
+pub mod boot;
+pub mod completions;
+pub mod doctor;
+pub mod exit;
+pub mod logger;
+pub mod man;
+mod size;
+
+use std::io::{ErrorKind, Write};
+
+use anyhow::{Context, Result};
+use clap::{ArgAction, Parser, Subcommand};
+
+use self::exit::{EXIT_CODES, Exit};
+use crate::config::Invalid;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk doctor
+  husk boot --kernel vmlinux --initrd initrd.cpio
+  husk boot --kernel bzImage --disk root.img --cpus 2 --memory 2G";
+
+/// The thinnest shell around a Linux kernel: a lightweight virtual machine monitor on KVM
+#[derive(Debug, Parser)]
+#[command(name = "husk", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Say more on standard error: -v what happens, -vv how, -vvv everything
+    #[arg(short, long, global = true, display_order = 100, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot a machine from a kernel, an initial RAM disk and disks, its console on this terminal
+    Boot(boot::Boot),
+    /// Say what this host can do, and what to type where something is missing
+    Doctor(doctor::Doctor),
+    /// Print a completion script for a shell
+    Completions(completions::Completions),
+    /// Print the manual page, or write all of them to a directory
+    Man(man::Man),
+}
+
+impl Cli {
+    /// Carries the command out, on the calling thread. To be called once in a process: it sets up the log.
+    pub fn run(self) -> Result<Exit> {
+        logger::init(self.verbose);
+        match self.command {
+            Command::Boot(boot) => boot.run(),
+            Command::Doctor(doctor) => doctor.run(),
+            Command::Completions(completions) => completions.run(),
+            Command::Man(man) => man.run(),
+        }
+    }
+}
+
+/// Prints an error and its causes as one line, and tells wrong usage from failure.
+pub fn report(error: &anyhow::Error) -> Exit {
+    print_error(&format!("{error:#}"));
+    let usage = error.chain().any(|cause| cause.is::<Invalid>());
+    if usage { Exit::Usage } else { Exit::Failure }
+}
+
+/// Answers `--help` and `--version`, and prints what is wrong with a command line as one line.
+pub fn report_usage(error: &clap::Error) -> Exit {
+    let text = error.render().to_string();
+    match text.strip_prefix("error: ") {
+        Some(text) => {
+            let text = text.split("\n\nUsage:").next().unwrap_or(text);
+            let text = text.split("\n\nFor more information").next().unwrap_or(text);
+            print_error(&text.replace("\n\n  tip:", "; tip:"));
+        }
+        // What is no error is help: asked for, or shown because no command was given.
+        None => drop(error.print()),
+    }
+    if error.exit_code() == 0 { Exit::Success } else { Exit::Usage }
+}
+
+fn print_error(text: &str) {
+    let line: Vec<&str> = text.lines().map(str::trim).filter(|part| !part.is_empty()).collect();
+    // There is no other place to say that standard error is closed.
+    let _ = writeln!(std::io::stderr(), "husk: {}", line.join(" "));
+}
+
+/// Prints to standard output. A reader that has gone away has read what it wanted.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_configuration_is_wrong_usage_behind_any_context() {
+        let wrong = anyhow::Error::from(Invalid::NoKernel).context("read machine.json");
+        assert_eq!(report(&wrong), Exit::Usage);
+        assert_eq!(report(&anyhow::anyhow!("no such file").context("open disk x")), Exit::Failure);
+    }
+}

@@ -1,1 +1,4 @@
 //! The only opener of paths.
+
+pub mod host;
+pub mod text;

@@ -1,0 +1,190 @@
+//! `husk boot`: from flags and a configuration file to a machine, and from its end to an exit code.
+
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use clap::builder::{PathBufValueParser, TypedValueParser};
+
+use super::exit::{EXIT_CODES, Exit};
+use super::size;
+use crate::config::{DiskConfig, MachineConfig};
+use crate::resources;
+
+const EXAMPLES: &str = "\
+Examples:
+  A kernel and an initial RAM disk, on this terminal (Ctrl-A x ends it, Ctrl-A h helps):
+    husk boot --kernel bzImage --initrd initrd.cpio
+
+  A disk as the root file system, a second one read-only, two processors, two GiB:
+    husk boot --kernel vmlinux --disk root.img --disk data.img,ro,id=data --cpus 2 --memory 2G
+
+  Commands from a pipe:
+    echo 'uname -a; poweroff' | husk boot --kernel vmlinux --initrd initrd.cpio
+
+  The same machine again, from a file, with more memory:
+    husk boot --kernel vmlinux --disk root.img --print-config > machine.json
+    husk boot --config machine.json --memory 4G";
+
+/// The flags of `husk boot`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+pub struct Boot {
+    /// Guest kernel: an ELF vmlinux or a bzImage
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    initrd: Option<PathBuf>,
+
+    /// Words for the kernel's command line, behind husk's own, so that they win
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+
+    /// Leave husk's own words out of the kernel's command line
+    #[arg(long)]
+    bare_cmdline: bool,
+
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N", value_parser = cpus)]
+    cpus: Option<u32>,
+
+    /// Guest memory: 512M, 1.5G, 2GiB; a plain number is bytes [default: 512M]
+    ///
+    /// Units are b, k, m, g and t as in Docker, in steps of 1024. A part of a MiB counts as a whole one.
+    #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
+    memory: Option<u64>,
+
+    /// Raw disk image or block device; may be given several times, the first is /dev/vda
+    ///
+    /// `ro` lets the guest only read, `id=NAME` is the serial number it reads (/dev/disk/by-id/virtio-NAME). The first
+    /// comma ends the path: a path with a comma in it goes into a configuration file.
+    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME]", value_parser = PathBufValueParser::new().try_map(disk))]
+    disks: Vec<DiskConfig>,
+
+    /// Say on standard error when each step of the boot was reached
+    #[arg(long)]
+    pub timings: bool,
+
+    /// Take the machine from a JSON file, as --print-config writes it; flags win over the file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Print the machine as JSON and boot nothing
+    #[arg(long)]
+    print_config: bool,
+}
+
+impl Boot {
+    /// Boots the machine and stays until it has ended.
+    pub fn run(self) -> Result<Exit> {
+        let config = self.machine_config()?;
+        config.validate()?;
+        if self.print_config {
+            let json = serde_json::to_string_pretty(&config).context("print the configuration")?;
+            super::print(&format!("{json}\n"))?;
+            return Ok(Exit::Success);
+        }
+        if resources::host::runs_only_pvm_guests() {
+            log::warn!(
+                "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
+            );
+        }
+        anyhow::bail!("this build cannot start a machine yet")
+    }
+
+    /// The file's machine, or the default one, changed by the flags. A list of disks replaces the file's.
+    fn machine_config(&self) -> Result<MachineConfig> {
+        let mut config = match &self.config {
+            Some(path) => MachineConfig::from_json(&resources::text::read(path)?)
+                .with_context(|| format!("read {}", path.display()))?,
+            None => MachineConfig::default(),
+        };
+        if let Some(kernel) = &self.kernel {
+            config.kernel.clone_from(kernel);
+        }
+        if self.initrd.is_some() {
+            config.initrd.clone_from(&self.initrd);
+        }
+        if let Some(cmdline) = &self.cmdline {
+            config.cmdline.clone_from(cmdline);
+        }
+        config.default_cmdline &= !self.bare_cmdline;
+        config.cpus = self.cpus.unwrap_or(config.cpus);
+        config.memory_mib = self.memory.unwrap_or(config.memory_mib);
+        if !self.disks.is_empty() {
+            config.disks.clone_from(&self.disks);
+        }
+        Ok(config)
+    }
+}
+
+fn cpus(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "a machine has whole vCPUs, type a number from 1 to 32".to_owned())
+}
+
+/// Parses `PATH[,ro][,id=NAME]`; the path may be any bytes but a comma.
+fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
+    let mut parts = argument.as_os_str().as_bytes().split(|&byte| byte == b',');
+    let path = parts.next().unwrap_or_default().to_vec();
+    let mut disk = DiskConfig { path: std::ffi::OsString::from_vec(path).into(), readonly: false, id: None };
+    for option in parts {
+        let option = String::from_utf8_lossy(option);
+        match (&*option, option.strip_prefix("id=")) {
+            ("ro", _) => disk.readonly = true,
+            (_, Some(id)) => disk.id = Some(id.to_owned()),
+            _ => return Err(format!("unknown option {option:?}, type ro or id=NAME")),
+        }
+    }
+    Ok(disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        boot: Boot,
+    }
+
+    fn parse(words: &[&str]) -> Boot {
+        Cli::try_parse_from([&["boot"], words].concat()).map(|cli| cli.boot).unwrap()
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let json = r#"{"kernel": "a", "cmdline": "quiet", "cpus": 2, "memory_mib": 64, "disks": [{"path": "a.img"}]}"#;
+        std::fs::write(&file, json).unwrap();
+        let path = file.path().to_str().unwrap();
+
+        let unchanged = parse(&["--config", path]).machine_config().unwrap();
+        assert_eq!(unchanged, MachineConfig::from_json(json).unwrap());
+
+        let flags =
+            ["--config", path, "--kernel=b", "--memory=1G", "--bare-cmdline", "--disk=b.img", "--disk=c.img,ro"];
+        let changed = parse(&flags).machine_config().unwrap();
+        assert_eq!((changed.kernel, changed.memory_mib, changed.default_cmdline), ("b".into(), 1024, false));
+        assert_eq!((changed.cmdline.as_str(), changed.cpus), ("quiet", 2));
+        assert_eq!(
+            changed.disks.iter().map(|disk| disk.path.to_str()).collect::<Vec<_>>(),
+            [Some("b.img"), Some("c.img")]
+        );
+    }
+
+    #[test]
+    fn a_disk_is_a_path_and_options() {
+        let id = |text: &str| Some(text.to_owned());
+        let path = PathBuf::from("/x y.img");
+        assert_eq!(disk("/x y.img".into()), Ok(DiskConfig { path: path.clone(), readonly: false, id: None }));
+        assert_eq!(disk("/x y.img,id=a,ro".into()), Ok(DiskConfig { path, readonly: true, id: id("a") }));
+        assert!(disk("x.img,or".into()).unwrap_err().contains("\"or\""));
+        assert!(disk("x.img,".into()).is_err());
+    }
+}

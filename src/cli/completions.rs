@@ -1,0 +1,31 @@
+//! `husk completions`: from the flags' definitions to a shell's completion script.
+
+use anyhow::Result;
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+use super::exit::Exit;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk completions bash > ~/.local/share/bash-completion/completions/husk
+  husk completions zsh > ~/.zfunc/_husk
+  husk completions fish > ~/.config/fish/completions/husk.fish";
+
+/// The flags of `husk completions`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Completions {
+    /// Shell to complete in
+    shell: Shell,
+}
+
+impl Completions {
+    /// Prints the script.
+    pub fn run(self) -> Result<Exit> {
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut super::Cli::command(), "husk", &mut script);
+        super::print(&String::from_utf8_lossy(&script))?;
+        Ok(Exit::Success)
+    }
+}

@@ -1,0 +1,280 @@
+//! From a host's facts to verdicts: what each fact means for a guest, and what to type.
+
+use super::{Check, Status};
+use crate::config::MAX_CPUS;
+use crate::resources::host::{Access, Cgroups, Host, KVM_API_VERSION, KvmAnswers, KvmModule, Processor};
+
+/// What the default machine has, and the host needs beside it.
+const COMFORTABLE_MEMORY_MIB: u64 = 1024;
+
+/// All checks, from the processor upwards. A check whose ground is missing is left out: its cause is reported already.
+pub fn all(host: &Host) -> Vec<Check> {
+    let mut checks = vec![processor(&host.processor), nesting(&host.processor), module(host), kvm_device(host)];
+    if let Some(kvm) = &host.kvm {
+        checks.extend([api(kvm), needed(kvm), wanted(kvm), vcpus(kvm), machine(kvm)]);
+    }
+    checks.extend([memory(host), user_namespaces(host), cgroups(host.cgroups), tap(&host.tap)]);
+    checks
+}
+
+fn ok(name: &'static str, detail: impl Into<String>) -> Check {
+    Check { name, status: Status::Ok, detail: detail.into(), remedy: None }
+}
+
+fn warn(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Check {
+    Check { name, status: Status::Warn, detail: detail.into(), remedy: Some(remedy.into()) }
+}
+
+fn fail(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Check {
+    Check { name, status: Status::Fail, detail: detail.into(), remedy: Some(remedy.into()) }
+}
+
+fn processor(processor: &Processor) -> Check {
+    if processor.long_mode {
+        ok("processor", format!("x86-64, {}", processor.model))
+    } else {
+        fail("processor", format!("no x86-64 processor: {}", processor.model), "use an x86-64 host")
+    }
+}
+
+fn nesting(processor: &Processor) -> Check {
+    let detail = if processor.hypervisor {
+        "inside a virtual machine: every exit of a guest is slower"
+    } else {
+        "none: this is the hardware's own kernel"
+    };
+    ok("nesting", detail)
+}
+
+/// How to get hardware virtualisation here.
+fn load_module(processor: &Processor) -> &'static str {
+    match (processor.vmx, processor.svm, processor.hypervisor) {
+        (true, _, _) => "sudo modprobe kvm_intel",
+        (_, true, _) => "sudo modprobe kvm_amd",
+        (_, _, true) => "switch nested virtualisation on in the hypervisor below, or use another host",
+        _ if processor.intel => "switch Intel VT-x on in the firmware's set-up, then: sudo modprobe kvm_intel",
+        _ => "switch AMD-V (SVM) on in the firmware's set-up, then: sudo modprobe kvm_amd",
+    }
+}
+
+fn module(host: &Host) -> Check {
+    const NAME: &str = "KVM module";
+    match host.module {
+        Some(KvmModule::Intel) => ok(NAME, "kvm_intel (VMX)"),
+        Some(KvmModule::Amd) => ok(NAME, "kvm_amd (SVM)"),
+        Some(KvmModule::Pvm) => {
+            let load = load_module(&host.processor);
+            let unload = if load.starts_with("sudo") { "sudo modprobe -r kvm_pvm && " } else { "" };
+            let detail = "kvm_pvm: runs only PVM-aware guest kernels, a stock kernel would hang";
+            fail(NAME, detail, format!("{unload}{load}"))
+        }
+        // Built into the kernel, KVM shows no module of a vendor; its device is what counts.
+        None if host.kvm.is_some() => ok(NAME, "built into the kernel"),
+        None => fail(NAME, "neither kvm_intel nor kvm_amd is loaded", load_module(&host.processor)),
+    }
+}
+
+fn kvm_device(host: &Host) -> Check {
+    const NAME: &str = "/dev/kvm";
+    match &host.kvm_device {
+        Access::Open => ok(NAME, "readable and writable"),
+        Access::Missing if host.module.is_some() => fail(
+            NAME,
+            "missing, though KVM is loaded",
+            "in a container: start it with --device /dev/kvm; elsewhere: sudo mknod /dev/kvm c 10 232",
+        ),
+        Access::Missing => fail(NAME, "missing", load_module(&host.processor)),
+        Access::Denied { readable, writable, group_may } => {
+            let can = |may| if may { "" } else { "not " };
+            let detail = format!("{}readable and {}writable by this user", can(*readable), can(*writable));
+            let join = "sudo usermod -aG kvm $USER, then log in again";
+            let open = "sudo chgrp kvm /dev/kvm && sudo chmod 660 /dev/kvm && ";
+            fail(NAME, detail, format!("{}{join}", if *group_may { "" } else { open }))
+        }
+        Access::Failed(error) => fail(NAME, format!("cannot be opened: {error}"), load_module(&host.processor)),
+    }
+}
+
+fn api(kvm: &KvmAnswers) -> Check {
+    if kvm.api_version == KVM_API_VERSION {
+        ok("KVM API", format!("version {KVM_API_VERSION}"))
+    } else {
+        let detail = format!("version {}, not {KVM_API_VERSION}", kvm.api_version);
+        fail("KVM API", detail, "boot a kernel of 2007 or later")
+    }
+}
+
+fn needed(kvm: &KvmAnswers) -> Check {
+    if kvm.missing.is_empty() {
+        ok("capabilities", "all that husk needs")
+    } else {
+        fail("capabilities", format!("missing: {}", kvm.missing.join(", ")), "boot a kernel of 4.13 or later")
+    }
+}
+
+fn wanted(kvm: &KvmAnswers) -> Check {
+    if kvm.unavailable.is_empty() {
+        ok("extras", "TSC deadline timer, x2APIC, clock and state calls")
+    } else {
+        let detail = format!("not offered: {}", kvm.unavailable.join(", "));
+        warn("extras", detail, "guests run without; a newer host kernel or processor may offer them")
+    }
+}
+
+fn vcpus(kvm: &KvmAnswers) -> Check {
+    let most = kvm.max_vcpus.min(MAX_CPUS as usize);
+    ok("vCPUs", format!("{} recommended, {most} at most", kvm.recommended_vcpus.min(most)))
+}
+
+fn machine(kvm: &KvmAnswers) -> Check {
+    match &kvm.create_error {
+        None => ok("machine", "created and closed"),
+        Some(error) => fail(
+            "machine",
+            format!("KVM_CREATE_VM: {error}"),
+            "end what else uses the processor's virtualisation (VirtualBox, VMware), then try again",
+        ),
+    }
+}
+
+fn memory(host: &Host) -> Check {
+    match host.memory_available_mib {
+        None => warn("memory", "unknown: /proc/meminfo has no MemAvailable", "mount -t proc proc /proc"),
+        Some(mib) if mib < COMFORTABLE_MEMORY_MIB => {
+            warn("memory", format!("{mib} MiB available"), "free some, or boot with --memory 64M")
+        }
+        Some(mib) => ok("memory", format!("{mib} MiB available")),
+    }
+}
+
+fn user_namespaces(host: &Host) -> Check {
+    if host.user_namespaces {
+        ok("user namespaces", "allowed")
+    } else {
+        let remedy = "sudo sysctl -w user.max_user_namespaces=65536 kernel.unprivileged_userns_clone=1 \
+                      kernel.apparmor_restrict_unprivileged_userns=0 (those that exist)";
+        warn("user namespaces", "not for this user", remedy)
+    }
+}
+
+fn cgroups(cgroups: Cgroups) -> Check {
+    let v2 = "boot the host with systemd.unified_cgroup_hierarchy=1";
+    match cgroups {
+        Cgroups::V2 { delegated: true } => ok("cgroups", "version 2, delegated to this user"),
+        Cgroups::V2 { delegated: false } => warn(
+            "cgroups",
+            "version 2, not delegated to this user",
+            "systemd-run --user --scope -p Delegate=yes husk ...",
+        ),
+        Cgroups::Hybrid => warn("cgroups", "version 1 with an empty version 2 beside it", v2),
+        Cgroups::V1 => warn("cgroups", "version 1", v2),
+        Cgroups::None => warn("cgroups", "not mounted", "sudo mount -t cgroup2 none /sys/fs/cgroup"),
+    }
+}
+
+fn tap(access: &Access) -> Check {
+    const NAME: &str = "/dev/net/tun";
+    match access {
+        Access::Open => ok(NAME, "readable and writable"),
+        Access::Missing => warn(NAME, "missing: no tap interfaces", "sudo modprobe tun"),
+        Access::Denied { .. } => warn(NAME, "not for this user: no tap interfaces", "sudo chmod 666 /dev/net/tun"),
+        Access::Failed(error) => warn(NAME, format!("cannot be opened: {error}"), "sudo modprobe tun"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Host {
+        Host {
+            processor: Processor { long_mode: true, svm: true, ..Processor::default() },
+            module: Some(KvmModule::Amd),
+            kvm_device: Access::Open,
+            kvm: Some(KvmAnswers {
+                api_version: 12,
+                missing: vec![],
+                unavailable: vec![],
+                recommended_vcpus: 4,
+                max_vcpus: 1024,
+                create_error: None,
+            }),
+            user_namespaces: true,
+            cgroups: Cgroups::V2 { delegated: true },
+            tap: Access::Open,
+            memory_available_mib: Some(4096),
+        }
+    }
+
+    fn failing(host: &Host) -> Vec<Check> {
+        all(host).into_iter().filter(|check| check.status == Status::Fail).collect()
+    }
+
+    #[test]
+    fn a_good_host_passes_every_check() {
+        assert!(all(&good()).iter().all(|check| check.status == Status::Ok));
+    }
+
+    #[test]
+    fn what_only_later_parts_use_never_fails() {
+        let host = Host {
+            user_namespaces: false,
+            cgroups: Cgroups::None,
+            tap: Access::Missing,
+            memory_available_mib: Some(100),
+            ..good()
+        };
+        assert_eq!(failing(&host), []);
+        assert_eq!(all(&host).iter().filter(|check| check.status == Status::Warn).count(), 4);
+    }
+
+    #[test]
+    fn pvm_fails_although_its_device_opens() {
+        let host = Host { module: Some(KvmModule::Pvm), ..good() };
+        let [check] = &failing(&host)[..] else { panic!() };
+        assert_eq!(check.remedy.as_deref(), Some("sudo modprobe -r kvm_pvm && sudo modprobe kvm_amd"));
+
+        let nested = Processor { hypervisor: true, svm: false, ..good().processor };
+        let [check] = &failing(&Host { processor: nested, ..host })[..] else { panic!() };
+        assert!(check.remedy.as_ref().is_some_and(|remedy| remedy.contains("nested virtualisation")));
+    }
+
+    #[test]
+    fn a_missing_device_names_what_is_missing_below_it() {
+        let host = Host { module: None, kvm_device: Access::Missing, kvm: None, ..good() };
+        let remedies: Vec<_> = failing(&host).into_iter().filter_map(|check| check.remedy).collect();
+        assert_eq!(remedies, ["sudo modprobe kvm_amd"; 2]);
+
+        let [in_container] = &failing(&Host { module: Some(KvmModule::Amd), ..host.clone() })[..] else { panic!() };
+        assert!(in_container.remedy.as_ref().is_some_and(|remedy| remedy.contains("--device /dev/kvm")));
+
+        let dark = Processor { svm: false, intel: true, ..good().processor };
+        let [module, _] = &failing(&Host { processor: dark, ..host })[..] else { panic!() };
+        assert!(module.remedy.as_ref().is_some_and(|remedy| remedy.contains("VT-x") && remedy.contains("kvm_intel")));
+    }
+
+    #[test]
+    fn a_denied_device_names_the_group_to_join() {
+        let denied = |group_may| {
+            let kvm_device = Access::Denied { readable: true, writable: false, group_may };
+            failing(&Host { kvm_device, kvm: None, ..good() })
+        };
+        let [check] = &denied(true)[..] else { panic!() };
+        assert_eq!(check.detail, "readable and not writable by this user");
+        assert_eq!(check.remedy.as_deref(), Some("sudo usermod -aG kvm $USER, then log in again"));
+        let [check] = &denied(false)[..] else { panic!() };
+        assert!(check.remedy.as_ref().is_some_and(|remedy| remedy.starts_with("sudo chgrp kvm /dev/kvm")));
+    }
+
+    #[test]
+    fn each_lack_of_kvm_fails_with_a_remedy() {
+        let lacks: [fn(&mut KvmAnswers); 3] =
+            [|kvm| kvm.api_version = 11, |kvm| kvm.missing.push("irqfd"), |kvm| kvm.create_error = Some("busy".into())];
+        for lack in lacks {
+            let mut host = good();
+            host.kvm.as_mut().map(lack);
+            let [check] = &failing(&host)[..] else { panic!() };
+            assert!(check.remedy.is_some(), "{check:?}");
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! From the end of a command to its exit code: the only list of them.
+
+use std::process::ExitCode;
+
+/// How a command ended, as its caller is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// The command did its work; of a machine: it powered off, or its user left it.
+    Success,
+    /// husk or the host failed.
+    Failure,
+    /// The command line or the configuration is wrong on any host.
+    Usage,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest's kernel panicked.
+    Panicked,
+    /// A vCPU met a fault while it was handling a double fault.
+    TripleFault,
+    /// KVM could not run the guest any further.
+    KvmError,
+    /// A signal of this number ended the machine.
+    Signal(u8),
+    /// The guest wrote this to its exit port.
+    Reported(u8),
+}
+
+impl Exit {
+    /// The code that the process exits with.
+    pub const fn code(self) -> u8 {
+        match self {
+            Exit::Success => 0,
+            Exit::Failure => 1,
+            Exit::Usage => 2,
+            Exit::Reset => 80,
+            Exit::Panicked => 81,
+            Exit::TripleFault => 82,
+            Exit::KvmError => 83,
+            Exit::Signal(number) => 128u8.saturating_add(number),
+            Exit::Reported(code) => code,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit.code())
+    }
+}
+
+/// The exit codes as `--help` shows them.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+    0    the guest powered off, or Ctrl-A x ended it
+    1    husk or the host failed
+    2    the command line or the configuration is wrong
+   80    the guest reset (reboot)
+   81    the guest's kernel panicked
+   82    the guest met a triple fault
+   83    KVM could not run the guest any further
+  128+n  signal n ended the machine
+  Any other code is the guest's own, written to its exit port (0x604).";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_of_husk_is_in_the_help() {
+        use Exit::*;
+        for exit in [Success, Failure, Usage, Reset, Panicked, TripleFault, KvmError] {
+            let code = format!("{:>5}    ", exit.code());
+            assert!(EXIT_CODES.lines().any(|line| line.starts_with(&code)), "{exit:?}");
+        }
+    }
+
+    #[test]
+    fn signals_count_from_128_as_in_a_shell() {
+        assert_eq!(Exit::Signal(15).code(), 143);
+        assert_eq!(Exit::Signal(200).code(), 255);
+    }
+}

@@ -1,0 +1,142 @@
+//! From `log` records to lines on standard error, so many a second: what a guest provokes cannot flood a terminal.
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+
+/// Lines that are written in each second; the rest are counted.
+const LINES_PER_SECOND: u32 = 50;
+
+static LOGGER: Logger = Logger { rate: Mutex::new(Rate { started: None, lines: 0, suppressed: 0 }) };
+
+/// Sends the program's log to standard error: warnings and errors, and with each step of `verbosity` (the number of `-v`
+/// flags) one level more. To be called once, before the first thread starts.
+pub fn init(verbosity: u8) {
+    let level = match verbosity {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        2 => LevelFilter::Debug,
+        _ => LevelFilter::Trace,
+    };
+    if log::set_logger(&LOGGER).is_ok() {
+        log::set_max_level(level);
+    }
+}
+
+struct Logger {
+    rate: Mutex<Rate>,
+}
+
+impl Log for Logger {
+    fn enabled(&self, _: &Metadata) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record) {
+        // The lock is held while writing, so that lines of several threads do not mix.
+        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
+        let Admission { admitted, suppressed_before } = rate.admit(Instant::now());
+        let mut text = suppressed_line(suppressed_before);
+        if admitted {
+            text.push_str(&line(record));
+        }
+        write(&text);
+    }
+
+    fn flush(&self) {
+        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
+        write(&suppressed_line(std::mem::take(&mut rate.suppressed)));
+    }
+}
+
+fn suppressed_line(count: u64) -> String {
+    if count == 0 { String::new() } else { format!("husk: suppressed {count} lines\n") }
+}
+
+fn line(record: &Record) -> String {
+    let level = match record.level() {
+        Level::Error => "error",
+        Level::Warn => "warning",
+        Level::Info => "info",
+        Level::Debug => "debug",
+        Level::Trace => "trace",
+    };
+    let mut line = format!("husk: {level}: ");
+    let _ = write!(line, "{}", record.args());
+    // A guest's bytes may be in here: no escape sequence and no second line gets through.
+    let mut line = line.replace(char::is_control, "\u{fffd}");
+    line.push('\n');
+    line
+}
+
+/// Writes whole lines at once. On a terminal in raw mode a line feed alone does not return the carriage.
+fn write(text: &str) {
+    if text.is_empty() {
+        return;
+    }
+    let mut stderr = std::io::stderr().lock();
+    // A log that nobody can read must not end a machine.
+    let _ = if stderr.is_terminal() {
+        stderr.write_all(text.replace('\n', "\r\n").as_bytes())
+    } else {
+        stderr.write_all(text.as_bytes())
+    };
+}
+
+/// Counts lines in windows of a second.
+struct Rate {
+    started: Option<Instant>,
+    lines: u32,
+    suppressed: u64,
+}
+
+struct Admission {
+    admitted: bool,
+    /// Lines held back in windows that are over, to be reported now.
+    suppressed_before: u64,
+}
+
+impl Rate {
+    fn admit(&mut self, now: Instant) -> Admission {
+        let mut suppressed_before = 0;
+        if self.started.is_none_or(|started| now.duration_since(started) >= Duration::from_secs(1)) {
+            suppressed_before = std::mem::take(&mut self.suppressed);
+            self.started = Some(now);
+            self.lines = 0;
+        }
+        let admitted = self.lines < LINES_PER_SECOND;
+        if admitted {
+            self.lines += 1;
+        } else {
+            self.suppressed += 1;
+        }
+        Admission { admitted, suppressed_before }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_cut_and_its_rest_counted_once() {
+        let mut rate = Rate { started: None, lines: 0, suppressed: 0 };
+        let start = Instant::now();
+        let admitted = (0..1000).filter(|_| rate.admit(start).admitted).count();
+        assert_eq!(admitted, LINES_PER_SECOND as usize);
+
+        let later = rate.admit(start + Duration::from_secs(1));
+        assert!(later.admitted);
+        assert_eq!(later.suppressed_before, 1000 - u64::from(LINES_PER_SECOND));
+        assert_eq!(rate.admit(start + Duration::from_secs(3)).suppressed_before, 0);
+    }
+
+    #[test]
+    fn a_record_stays_one_line_without_escape_sequences() {
+        let record = Record::builder().level(Level::Warn).args(format_args!("a\nb\x1b[2J")).build();
+        assert_eq!(line(&record), "husk: warning: a\u{fffd}b\u{fffd}[2J\n");
+    }
+}

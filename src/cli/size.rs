@@ -1,0 +1,108 @@
+//! From a size as Docker writes it (`512M`, `1.5g`, `2GiB`) to bytes and MiB.
+
+const MIB: u64 = 1 << 20;
+
+/// Parses a memory size and gives it in MiB, a part of a MiB counting as a whole one.
+///
+/// The suffixes are Docker's: `b`, `k`, `m`, `g`, `t` in either case, with an optional `b` or `ib` behind; all count in
+/// steps of 1024, and a plain number is bytes. A plain number below a MiB was surely meant as MiB: it is refused with the
+/// spelling that says so.
+pub fn memory_mib(text: &str) -> Result<u64, String> {
+    let size_bytes = size_bytes(text)?;
+    let plain = text.bytes().all(|byte| byte.is_ascii_digit());
+    if plain && (1..MIB).contains(&size_bytes) {
+        return Err(format!("a plain number is bytes, type {text}M for {text} MiB"));
+    }
+    Ok(size_bytes.div_ceil(MIB))
+}
+
+fn size_bytes(text: &str) -> Result<u64, String> {
+    let malformed = || "not a size, type a number and a unit: 512M, 1.5G, 2GiB".to_owned();
+    let number_len = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, suffix) = text.split_at(number_len);
+    let unit_bytes = unit_bytes(suffix.trim_start()).ok_or_else(malformed)?;
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+    if !is_digits(whole) || !is_digits(fraction) {
+        return Err(malformed());
+    }
+    let too_large = || "too large a size".to_owned();
+    let whole: u64 = whole.parse().map_err(|_| too_large())?;
+    let whole_bytes = whole.checked_mul(unit_bytes).ok_or_else(too_large)?;
+    whole_bytes.checked_add(fraction_bytes(fraction, unit_bytes)).ok_or_else(too_large)
+}
+
+fn is_digits(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// `0.fraction` of a unit, rounded down to a byte. Twelve digits tell every byte of a TiB apart from its neighbour.
+fn fraction_bytes(fraction: &str, unit_bytes: u64) -> u64 {
+    let (sum, scale) = fraction
+        .bytes()
+        .take(13)
+        .fold((0u128, 1u128), |(sum, scale), digit| (sum * 10 + u128::from(digit - b'0'), scale * 10));
+    (sum * u128::from(unit_bytes) / scale) as u64
+}
+
+fn unit_bytes(suffix: &str) -> Option<u64> {
+    let shift = match suffix.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return None,
+    };
+    Some(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dockers_suffixes_count_in_steps_of_1024() {
+        for (text, mib) in [
+            ("512M", 512),
+            ("512m", 512),
+            ("512MB", 512),
+            ("512MiB", 512),
+            ("512 mib", 512),
+            ("2g", 2048),
+            ("1.5G", 1536),
+            ("0.25g", 256),
+            ("2097152k", 2048),
+            ("1T", 1 << 20),
+            ("0.000000000001T", 1),
+            ("536870912", 512),
+            ("536870912b", 512),
+            ("0", 0),
+        ] {
+            assert_eq!(memory_mib(text), Ok(mib), "{text}");
+        }
+    }
+
+    #[test]
+    fn part_of_a_mib_counts_as_a_whole_one() {
+        assert_eq!(memory_mib("33554433"), Ok(33));
+        assert_eq!(memory_mib("32769k"), Ok(33));
+    }
+
+    #[test]
+    fn what_is_no_size_is_refused() {
+        for text in
+            ["", "M", "-1", "-1M", "512X", "512MM", "1.2.3G", ".5G", "5.G", "1e3", "0x10", "５G", "G5", "1,5G", " 5G"]
+        {
+            assert!(memory_mib(text).is_err(), "{text:?}");
+        }
+        for text in ["18446744073709551616", "99999999999999999999T", "16777216T"] {
+            assert_eq!(memory_mib(text), Err("too large a size".into()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_small_plain_number_asks_for_its_unit() {
+        let error = memory_mib("512").unwrap_err();
+        assert!(error.contains("512M"), "{error}");
+    }
+}

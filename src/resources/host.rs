@@ -1,0 +1,321 @@
+//! From the host to facts about it: what `husk doctor` judges. Looking changes nothing on the host.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use kvm_ioctls::{Cap, Kvm};
+
+/// The only version of KVM's interface there is (Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION).
+pub const KVM_API_VERSION: i32 = 12;
+
+/// Capabilities without which no machine can be built.
+const NEEDED: &[(Cap, &str)] = &[
+    (Cap::UserMemory, "user memory"),
+    (Cap::Irqchip, "irqchip"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::ImmediateExit, "immediate exit"),
+    (Cap::ExtCpuid, "CPUID"),
+    (Cap::SetTssAddr, "TSS address"),
+    (Cap::SetIdentityMapAddr, "identity map address"),
+    (Cap::MpState, "MP state"),
+];
+
+/// Capabilities that a guest is given where they are there.
+const WANTED: &[(Cap, &str)] = &[
+    (Cap::TscDeadlineTimer, "TSC deadline timer"),
+    (Cap::AdjustClock, "clock adjustment"),
+    (Cap::GetTscKhz, "TSC frequency"),
+    (Cap::VcpuEvents, "vCPU events"),
+    (Cap::Xsave, "XSAVE"),
+    (Cap::Xcrs, "XCRs"),
+];
+
+/// CPUID leaf 1, ECX: x2APIC (Intel SDM, CPUID).
+const CPUID_1_ECX_X2APIC: u32 = 1 << 21;
+
+/// What was found on a host.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// The processor, as /proc/cpuinfo has it.
+    pub processor: Processor,
+    /// The module that runs guests; only one can be loaded.
+    pub module: Option<KvmModule>,
+    /// /dev/kvm.
+    pub kvm_device: Access,
+    /// KVM's answers, where its device could be opened.
+    pub kvm: Option<KvmAnswers>,
+    /// Whether this user may create user namespaces.
+    pub user_namespaces: bool,
+    /// The control groups' hierarchy.
+    pub cgroups: Cgroups,
+    /// /dev/net/tun.
+    pub tap: Access,
+    /// Memory that can be given to guests without swapping.
+    pub memory_available_mib: Option<u64>,
+}
+
+/// A processor's name and what it says of virtualisation.
+#[derive(Debug, Clone, Default)]
+pub struct Processor {
+    /// Marketing name.
+    pub model: String,
+    /// Long mode: it is an x86-64 processor.
+    pub long_mode: bool,
+    /// Intel's virtualisation is there and shown to this kernel.
+    pub vmx: bool,
+    /// AMD's virtualisation is there and shown to this kernel.
+    pub svm: bool,
+    /// Intel made it.
+    pub intel: bool,
+    /// This kernel runs inside a virtual machine.
+    pub hypervisor: bool,
+}
+
+/// Which part of KVM runs guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvmModule {
+    /// VMX.
+    Intel,
+    /// SVM.
+    Amd,
+    /// Pagetable Virtual Machine: no hardware virtualisation, so only kernels that know of it.
+    Pvm,
+}
+
+/// Whether a device can be opened for reading and writing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    /// It can.
+    Open,
+    /// There is no such device.
+    Missing,
+    /// This user may not.
+    Denied {
+        /// Whether this user may read.
+        readable: bool,
+        /// Whether this user may write.
+        writable: bool,
+        /// Whether members of a group other than root's may do both.
+        group_may: bool,
+    },
+    /// Opening it failed otherwise.
+    Failed(String),
+}
+
+/// What KVM says of itself.
+#[derive(Debug, Clone)]
+pub struct KvmAnswers {
+    /// KVM_GET_API_VERSION.
+    pub api_version: i32,
+    /// Needed capabilities that are missing.
+    pub missing: Vec<&'static str>,
+    /// Useful capabilities that are missing.
+    pub unavailable: Vec<&'static str>,
+    /// KVM_CAP_NR_VCPUS.
+    pub recommended_vcpus: usize,
+    /// KVM_CAP_MAX_VCPUS.
+    pub max_vcpus: usize,
+    /// The error of KVM_CREATE_VM, if any.
+    pub create_error: Option<String>,
+}
+
+/// How processes are grouped and limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cgroups {
+    /// Version 2 alone.
+    V2 {
+        /// Whether this user may make groups below its own.
+        delegated: bool,
+    },
+    /// Version 1 for limits, version 2 beside it.
+    Hybrid,
+    /// Version 1 alone.
+    V1,
+    /// Not mounted.
+    None,
+}
+
+/// Whether the host's KVM runs only kernels that know of PVM. One look at a path: cheap enough for every boot.
+pub fn runs_only_pvm_guests() -> bool {
+    Path::new("/sys/module/kvm_pvm").exists()
+}
+
+/// Looks at everything on this host. Takes some 20 ms, most of it for the machine that is created and closed.
+pub fn probe() -> Host {
+    Host { kvm: Kvm::new().ok().as_ref().map(ask_kvm), ..probe_files(Path::new("/")) }
+}
+
+/// Looks at what files say, below `root`.
+fn probe_files(root: &Path) -> Host {
+    Host {
+        processor: processor(&read(root, "proc/cpuinfo")),
+        module: module(root),
+        kvm_device: access(&root.join("dev/kvm")),
+        kvm: None,
+        user_namespaces: user_namespaces(root),
+        cgroups: cgroups(root),
+        tap: access(&root.join("dev/net/tun")),
+        memory_available_mib: memory_available_mib(&read(root, "proc/meminfo")),
+    }
+}
+
+/// A file's text; none where it cannot be read, which is as good as a file that says nothing.
+fn read(root: &Path, path: &str) -> String {
+    fs::read_to_string(root.join(path)).unwrap_or_default()
+}
+
+/// The value behind `key`, spaces and a colon in /proc/cpuinfo and /proc/meminfo.
+fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| name.trim() == key).map(|(_, v)| v.trim())
+}
+
+fn processor(cpuinfo: &str) -> Processor {
+    let flags: Vec<&str> = field(cpuinfo, "flags").unwrap_or_default().split_whitespace().collect();
+    Processor {
+        model: field(cpuinfo, "model name").unwrap_or("unknown").to_owned(),
+        long_mode: flags.contains(&"lm"),
+        vmx: flags.contains(&"vmx"),
+        svm: flags.contains(&"svm"),
+        intel: field(cpuinfo, "vendor_id") == Some("GenuineIntel"),
+        hypervisor: flags.contains(&"hypervisor"),
+    }
+}
+
+fn module(root: &Path) -> Option<KvmModule> {
+    let modules = [("kvm_pvm", KvmModule::Pvm), ("kvm_intel", KvmModule::Intel), ("kvm_amd", KvmModule::Amd)];
+    modules.into_iter().find(|(name, _)| root.join("sys/module").join(name).exists()).map(|(_, module)| module)
+}
+
+fn access(path: &Path) -> Access {
+    let Err(error) = OpenOptions::new().read(true).write(true).open(path) else { return Access::Open };
+    match error.kind() {
+        ErrorKind::NotFound => Access::Missing,
+        ErrorKind::PermissionDenied => Access::Denied {
+            readable: File::open(path).is_ok(),
+            writable: OpenOptions::new().write(true).open(path).is_ok(),
+            group_may: fs::metadata(path).is_ok_and(|meta| meta.gid() != 0 && meta.mode() & 0o060 == 0o060),
+        },
+        _ => Access::Failed(error.to_string()),
+    }
+}
+
+fn ask_kvm(kvm: &Kvm) -> KvmAnswers {
+    let lacks = |caps: &[(Cap, &'static str)]| -> Vec<&'static str> {
+        caps.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect()
+    };
+    let mut unavailable = lacks(WANTED);
+    if !offers_x2apic(kvm) {
+        unavailable.push("x2APIC");
+    }
+    KvmAnswers {
+        api_version: kvm.get_api_version(),
+        missing: lacks(NEEDED),
+        unavailable,
+        recommended_vcpus: kvm.get_nr_vcpus(),
+        max_vcpus: kvm.get_max_vcpus(),
+        create_error: kvm.create_vm().err().map(|error| io::Error::from_raw_os_error(error.errno()).to_string()),
+    }
+}
+
+fn offers_x2apic(kvm: &Kvm) -> bool {
+    let Ok(cpuid) = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES) else { return false };
+    cpuid.as_slice().iter().any(|entry| entry.function == 1 && entry.ecx & CPUID_1_ECX_X2APIC != 0)
+}
+
+fn user_namespaces(root: &Path) -> bool {
+    let number = |path| read(root, path).trim().parse::<u64>().ok();
+    // The first is every kernel's; Debian's and Ubuntu's kernels have switches of their own besides.
+    number("proc/sys/user/max_user_namespaces").is_some_and(|most| most > 0)
+        && number("proc/sys/kernel/unprivileged_userns_clone") != Some(0)
+        && number("proc/sys/kernel/apparmor_restrict_unprivileged_userns").is_none_or(|restricted| restricted == 0)
+}
+
+fn cgroups(root: &Path) -> Cgroups {
+    let mount = root.join("sys/fs/cgroup");
+    if mount.join("cgroup.controllers").exists() {
+        let own = read(root, "proc/self/cgroup");
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        // Being allowed to open it for writing is the delegation; nothing is written.
+        let control = mount.join(own).join("cgroup.subtree_control");
+        return Cgroups::V2 { delegated: OpenOptions::new().write(true).open(control).is_ok() };
+    }
+    if mount.join("unified/cgroup.procs").exists() {
+        Cgroups::Hybrid
+    } else if mount.join("memory").exists() || mount.join("cpu").exists() {
+        Cgroups::V1
+    } else {
+        Cgroups::None
+    }
+}
+
+fn memory_available_mib(meminfo: &str) -> Option<u64> {
+    let kib: u64 = field(meminfo, "MemAvailable")?.strip_suffix(" kB")?.parse().ok()?;
+    Some(kib >> 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(files: &[(&str, &str)]) -> Host {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        probe_files(root.path())
+    }
+
+    #[test]
+    fn an_empty_host_has_nothing() {
+        let host = host(&[]);
+        assert_eq!((host.module, host.kvm_device, host.tap), (None, Access::Missing, Access::Missing));
+        assert_eq!((host.cgroups, host.memory_available_mib), (Cgroups::None, None));
+        assert!(!host.user_namespaces && !host.processor.long_mode);
+    }
+
+    #[test]
+    fn a_processor_is_known_by_its_flags() {
+        let cpuinfo =
+            "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon\nflags\t\t: fpu lm vmx hypervisor\n";
+        let processor = host(&[("proc/cpuinfo", cpuinfo)]).processor;
+        assert_eq!(processor.model, "Xeon");
+        assert!(processor.intel && processor.long_mode && processor.vmx && processor.hypervisor && !processor.svm);
+    }
+
+    #[test]
+    fn the_pvm_module_is_told_from_the_hardware_ones() {
+        assert_eq!(host(&[("sys/module/kvm_pvm/x", "")]).module, Some(KvmModule::Pvm));
+        assert_eq!(host(&[("sys/module/kvm_amd/x", "")]).module, Some(KvmModule::Amd));
+        assert_eq!(host(&[("sys/module/kvm/x", "")]).module, None);
+    }
+
+    #[test]
+    fn cgroup_hierarchies_are_told_apart() {
+        let v2 = [("sys/fs/cgroup/cgroup.controllers", "cpu memory"), ("proc/self/cgroup", "0::/user\n")];
+        assert_eq!(host(&v2).cgroups, Cgroups::V2 { delegated: false });
+        let delegated = [&v2[..], &[("sys/fs/cgroup/user/cgroup.subtree_control", "")]].concat();
+        assert_eq!(host(&delegated).cgroups, Cgroups::V2 { delegated: true });
+        let v1 = ("sys/fs/cgroup/memory/tasks", "");
+        assert_eq!(host(&[v1]).cgroups, Cgroups::V1);
+        assert_eq!(host(&[v1, ("sys/fs/cgroup/unified/cgroup.procs", "")]).cgroups, Cgroups::Hybrid);
+    }
+
+    #[test]
+    fn any_switch_can_forbid_user_namespaces() {
+        let most = ("proc/sys/user/max_user_namespaces", "95000\n");
+        assert!(host(&[most]).user_namespaces);
+        assert!(!host(&[("proc/sys/user/max_user_namespaces", "0\n")]).user_namespaces);
+        assert!(!host(&[most, ("proc/sys/kernel/unprivileged_userns_clone", "0\n")]).user_namespaces);
+        assert!(!host(&[most, ("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1\n")]).user_namespaces);
+    }
+
+    #[test]
+    fn available_memory_is_read_in_kib() {
+        assert_eq!(memory_available_mib("MemTotal: 9 kB\nMemAvailable:    2097152 kB\n"), Some(2048));
+    }
+}

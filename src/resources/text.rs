@@ -1,0 +1,44 @@
+//! Small text files that a command reads or writes for its user: never a guest's.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+/// No configuration is longer.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// Reads a text file, a pipe too, of at most 1 MiB.
+pub fn read(path: &Path) -> Result<String> {
+    let read = || -> Result<String> {
+        let mut text = String::new();
+        let read_bytes = File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
+        ensure!(read_bytes as u64 <= MAX_BYTES, "longer than 1 MiB");
+        Ok(text)
+    };
+    read().with_context(|| format!("read {}", path.display()))
+}
+
+/// Writes a text file, in place of one that is there already.
+pub fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endless_file_is_refused() {
+        let error = format!("{:#}", read(Path::new("/dev/zero")).unwrap_err());
+        assert_eq!(error, "read /dev/zero: longer than 1 MiB");
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        write(file.path(), "text\n").unwrap();
+        assert_eq!(read(file.path()).unwrap(), "text\n");
+    }
+}

@@ -1,0 +1,221 @@
+//! The built binary from outside: what it prints, and the code it exits with. No guest runs here.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+fn husk(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_husk")).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn stdout(arguments: &[&str]) -> String {
+    let output = husk(arguments);
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    assert!(output.stderr.is_empty(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Asserts that husk ends with `code` and says why in one line of its own, and gives that line.
+fn refusal(arguments: &[&str], code: i32) -> String {
+    let output = husk(arguments);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
+    assert_eq!(output.stdout, b"", "{arguments:?}");
+    let [line] = stderr.lines().collect::<Vec<_>>()[..] else { panic!("{arguments:?}: {stderr}") };
+    assert!(line.starts_with("husk: "), "{arguments:?}: {line}");
+    assert!(!line.contains("panicked"), "{arguments:?}: {line}");
+    line.to_owned()
+}
+
+#[test]
+fn help_of_every_command_has_examples() {
+    for command in [&[][..], &["boot"], &["doctor"], &["completions"], &["man"]] {
+        let help = stdout(&[command, &["--help"]].concat());
+        assert!(help.contains("Usage: husk") && help.contains("Examples:\n"), "{command:?}: {help}");
+    }
+    for command in [&["--help"][..], &["boot", "--help"]] {
+        assert!(stdout(command).contains("81    the guest's kernel panicked"), "{command:?}");
+    }
+    assert_eq!(stdout(&["--version"]), concat!("husk ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
+fn no_command_shows_help_and_is_wrong_usage() {
+    let output = husk(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("Usage: husk"), "{output:?}");
+}
+
+#[test]
+fn flags_make_the_machine_that_is_printed() {
+    let json = stdout(&[
+        "boot",
+        "--kernel",
+        "/k",
+        "--initrd",
+        "/i",
+        "--cmdline",
+        "quiet x=\"1 2\"",
+        "--bare-cmdline",
+        "--cpus",
+        "3",
+        "--memory",
+        "1.5G",
+        "--disk",
+        "/a.img",
+        "--disk",
+        "/b.img,ro,id=data",
+        "--print-config",
+    ]);
+    let expected = serde_json::json!({
+        "kernel": "/k", "initrd": "/i", "cmdline": "quiet x=\"1 2\"", "default_cmdline": false, "cpus": 3,
+        "memory_mib": 1536,
+        "disks": [{"path": "/a.img", "readonly": false}, {"path": "/b.img", "readonly": true, "id": "data"}],
+    });
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap(), expected);
+}
+
+#[test]
+fn defaults_are_one_vcpu_and_512_mib() {
+    let json = stdout(&["boot", "--kernel", "k", "--print-config"]);
+    let expected = serde_json::json!({
+        "kernel": "k", "cmdline": "", "default_cmdline": true, "cpus": 1, "memory_mib": 512, "disks": [],
+    });
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap(), expected);
+}
+
+#[test]
+fn a_printed_configuration_is_taken_back_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("machine.json");
+    let printed = stdout(&["boot", "--kernel", "/k", "--disk", "/a.img,id=a", "--memory=2g", "--print-config"]);
+    fs::write(&file, &printed).unwrap();
+    let file = file.to_str().unwrap();
+    assert_eq!(stdout(&["boot", "--config", file, "--print-config"]), printed);
+
+    let more = stdout(&["boot", "--config", file, "--memory", "4T", "--print-config"]);
+    assert_eq!(more, printed.replace("2048", "4194304"));
+}
+
+#[test]
+fn a_wrong_configuration_file_is_refused_by_its_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |text: &str| -> PathBuf {
+        let file = dir.path().join("machine.json");
+        fs::write(&file, text).unwrap();
+        file
+    };
+    for (text, named) in [
+        (r#"{"kernal": "/k"}"#, "`kernal`"),
+        (r#"{"kernel": "/k", "disks": [{"path": "/a", "read_only": true}]}"#, "`read_only`"),
+        (r#"{"kernel": "/k", "disks": [{"readonly": true}]}"#, "`path`"),
+        (r#"{"kernel": "/k", "cpus": -1}"#, "-1"),
+        (r#"{"kernel": "/k", "cpus": 2"#, "line 1"),
+        (r#"{"kernel": "/k"} x"#, "trailing"),
+        (r#"{"kernel": "/k", "kernel": "/l"}"#, "`kernel`"),
+        (r#"{"cpus": 2}"#, "--kernel"),
+        ("", "line 1"),
+    ] {
+        let line = refusal(&["boot", "--config", write(text).to_str().unwrap()], 2);
+        assert!(line.contains(named), "{text}: {line}");
+    }
+    let line = refusal(&["boot", "--config", "/nowhere/machine.json"], 1);
+    assert_eq!(line, "husk: read /nowhere/machine.json: No such file or directory (os error 2)");
+    refusal(&["boot", "--config", dir.path().to_str().unwrap()], 1);
+}
+
+#[test]
+fn wrong_flags_are_refused_in_one_line_that_says_what_to_type() {
+    let long_cmdline = "x".repeat(2048);
+    let many_disks: Vec<_> = (0..18).map(|n| format!("--disk=/d{n}")).collect();
+    let mut many_disks: Vec<_> = many_disks.iter().map(String::as_str).collect();
+    many_disks.extend(["boot", "--kernel=/k"]);
+    many_disks.rotate_right(2);
+
+    let cases: &[(&[&str], &str)] = &[
+        (&["boot"], "--kernel PATH"),
+        (&["boot", "--kernel", ""], "--kernel"),
+        (&["boot", "--kernel=/k", "--initrd="], "--initrd"),
+        (&["boot", "--kernl", "/k"], "--kernel"),
+        (&["boot", "--kernel=/k", "extra"], "extra"),
+        (&["boot", "--kernel=/k", "--cpus=0"], "1 to 32"),
+        (&["boot", "--kernel=/k", "--cpus=1000"], "1 to 32"),
+        (&["boot", "--kernel=/k", "--cpus=1.5"], "1 to 32"),
+        (&["boot", "--kernel=/k", "--cpus=-1"], "1 to 32"),
+        (&["boot", "--kernel=/k", "--memory=0"], "--memory 32M"),
+        (&["boot", "--kernel=/k", "--memory=16M"], "--memory 32M"),
+        (&["boot", "--kernel=/k", "--memory=512"], "512M"),
+        (&["boot", "--kernel=/k", "--memory=5T"], "--memory 4T"),
+        (&["boot", "--kernel=/k", "--memory=99999999999999T"], "too large"),
+        (&["boot", "--kernel=/k", "--memory", "-1"], "512M"),
+        (&["boot", "--kernel=/k", "--memory=lots"], "512M"),
+        (&["boot", "--kernel=/k", "--memory="], "--memory"),
+        (&["boot", "--kernel=/k", "--disk="], "disk"),
+        (&["boot", "--kernel=/k", "--disk=,ro"], "--disk PATH"),
+        (&["boot", "--kernel=/k", "--disk=/d,rw"], "ro or id=NAME"),
+        (&["boot", "--kernel=/k", "--disk=/d,id="], "disk id"),
+        (&["boot", "--kernel=/k", "--disk=/d,id=123456789012345678901"], "20"),
+        (&["boot", "--kernel=/k", "--disk=/d,id=a", "--disk=/e,id=a"], "twice"),
+        (&many_disks, "17"),
+        (&["boot", "--kernel=/k", "--cmdline", &long_cmdline], "2047"),
+        (&["boot", "--kernel=/k", "--cmdline", "a\nb"], "'\\n'"),
+        (&["run"], "run"),
+        (&["completions", "tcsh"], "bash"),
+        (&["doctor", "--jason"], "--json"),
+    ];
+    for (arguments, named) in cases {
+        let line = refusal(arguments, 2);
+        assert!(line.contains(named), "{arguments:?}: {line}");
+    }
+}
+
+#[test]
+fn completions_come_for_every_shell() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = stdout(&["completions", shell]);
+        assert!(script.contains("husk") && script.contains("print-config"), "{shell}");
+    }
+}
+
+#[test]
+fn a_manual_page_comes_for_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(stdout(&["man", dir.path().to_str().unwrap()]), "");
+    for page in ["husk", "husk-boot", "husk-doctor", "husk-completions", "husk-man"] {
+        let text = fs::read_to_string(dir.path().join(format!("{page}.1"))).unwrap();
+        assert!(text.contains(".SH SYNOPSIS") && text.contains("Examples:"), "{page}: {text}");
+    }
+    assert_eq!(stdout(&["man"]), fs::read_to_string(dir.path().join("husk.1")).unwrap());
+    refusal(&["man", "/nowhere/at/all"], 1);
+}
+
+#[test]
+fn doctors_exit_code_is_zero_exactly_where_no_check_fails() {
+    let output = husk(&["doctor", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    let fails = checks.iter().filter(|check| check["status"] == "fail");
+    assert!(fails.clone().all(|check| check["remedy"].is_string()), "{report}");
+    assert_eq!(report["stock_guests"], fails.clone().count() == 0);
+    assert_eq!(output.status.code(), Some(i32::from(fails.clone().count() > 0)), "{report}");
+
+    let text = String::from_utf8(husk(&["doctor"]).stdout).unwrap();
+    for check in checks {
+        let name = check["name"].as_str().unwrap();
+        assert!(text.lines().any(|line| line.contains(name)), "{name}: {text}");
+    }
+    assert!(!text.contains('\x1b'), "colour without a terminal: {text}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_husk"))
+        .args(["completions", "bash"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+}
