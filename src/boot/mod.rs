@@ -1,6 +1,32 @@
-//! Which loader: puts a kernel, its initial RAM disk, its command line and its tables into guest memory.
+//! From an opened kernel, initrd and command line to guest memory and the first vCPU's [`Entry`].
 //!
-//! What stands here is x86: it is called once, before any vCPU runs, on the thread that builds the machine.
+//! What stands here is x86: it is called once, before any vCPU runs, on the thread that builds the machine. Kernel
+//! and initrd are foreign files: each is read once, straight to where the guest finds it, and nothing that they say is
+//! believed before it is checked against guest memory.
+
+mod acpi;
+mod cmdline;
+mod dsdt;
+mod elf;
+mod initrd;
+mod kernel;
+mod memory_map;
+mod pvh;
+#[cfg(test)]
+mod sample;
+mod zero_page;
+
+use std::fs::File;
+
+use anyhow::{Context, Result};
+use vm_memory::{Bytes, GuestAddress};
+
+pub use acpi::S5_SLEEP_TYPE;
+pub use cmdline::default_cmdline;
+pub use kernel::Kernel;
+
+use crate::machine::layout;
+use crate::memory::GuestMemory;
 
 /// How the first vCPU enters the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,4 +46,107 @@ pub struct Entry {
     pub instruction: u64,
     /// Guest physical address of the zero page or of the `hvm_start_info`.
     pub info: u64,
+}
+
+/// A range of guest physical addresses, `start` included and `end` not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Extent {
+    start: u64,
+    end: u64,
+}
+
+impl Extent {
+    fn len(&self) -> u64 {
+        self.end - self.start
+    }
+}
+
+/// What a loader leaves behind: where to enter, and what the initrd has to stay clear of.
+struct Loaded {
+    protocol: Protocol,
+    instruction: u64,
+    /// The end of what the kernel occupies before it has read its memory map.
+    kernel_end: u64,
+    /// The highest address that the initrd's last byte may have.
+    initrd_address_max: u64,
+}
+
+/// Writes kernel, initrd, command line and ACPI tables into fresh (all-zero) guest memory.
+///
+/// `memory` is laid out as [`layout::memory_ranges`] has it. The tables describe `cpus` processors with the local APIC
+/// ids `0..cpus`, and the first `virtio_count` slots of [`layout::virtio_mmio_slot`]. Fails with one clear line where
+/// the kernel is no kernel, or does not fit.
+pub fn load(
+    memory: &GuestMemory,
+    kernel: &Kernel,
+    initrd: Option<&File>,
+    cmdline: &str,
+    cpus: u32,
+    virtio_count: usize,
+) -> Result<Entry> {
+    let Kernel::Elf(file) = kernel;
+    let loaded = elf::load(memory, file).context("load kernel")?;
+    let initrd = initrd
+        .map(|file| initrd::load(memory, file, loaded.kernel_end, loaded.initrd_address_max))
+        .transpose()
+        .context("load initrd")?;
+    cmdline::check(cmdline, layout::CMDLINE_MAX_BYTES)?;
+    cmdline::write(memory, cmdline)?;
+    write(memory, layout::ACPI_ADDRESS, &acpi::tables(cpus, virtio_count)?).context("write ACPI tables")?;
+    let info = match loaded.protocol {
+        Protocol::Pvh => pvh::write(memory, initrd)?,
+        Protocol::Linux64 => zero_page::write(memory, zero_page::header_for_elf(), cmdline.len(), initrd)?,
+    };
+    Ok(Entry { protocol: loaded.protocol, instruction: loaded.instruction, info })
+}
+
+/// Writes `bytes` at guest physical address `address`.
+fn write(memory: &GuestMemory, address: u64, bytes: &[u8]) -> Result<()> {
+    memory.write_slice(bytes, GuestAddress(address)).with_context(|| {
+        format!("{} bytes at {address:#x} are not all guest memory; a machine needs 2 MiB at least", bytes.len())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    const MIB: u64 = 1 << 20;
+
+    fn kernel(note: Option<&[u8]>) -> Kernel {
+        let text = sample::Segment { address: MIB, bytes: b"text", memory_bytes: 0x1000 };
+        Kernel::identify(sample::file(&sample::elf(MIB, &[text], note))).unwrap()
+    }
+
+    #[test]
+    fn a_kernel_without_note_is_entered_by_the_64_bit_protocol() {
+        let memory = memory::reserve(32).unwrap();
+        let initrd = sample::file(&[7; 10]);
+        let entry = load(&memory, &kernel(None), Some(&initrd), "quiet", 2, 1).unwrap();
+        let info = layout::ZERO_PAGE_ADDRESS;
+        assert_eq!(entry, Entry { protocol: Protocol::Linux64, instruction: MIB, info });
+        let read = |address: u64| memory.read_obj::<u64>(GuestAddress(address)).unwrap();
+        assert_eq!(read(layout::ACPI_ADDRESS).to_le_bytes(), *b"RSD PTR ");
+        assert_eq!(read(layout::CMDLINE_ADDRESS).to_le_bytes(), *b"quiet\0\0\0");
+        assert_eq!(read(read(info + 0x218) & 0xffff_ffff), u64::from_le_bytes([7; 8]));
+    }
+
+    #[test]
+    fn a_kernel_with_note_is_entered_by_pvh() {
+        let memory = memory::reserve(32).unwrap();
+        let note = sample::note(b"Xen\0", 18, &(MIB as u32 + 1).to_le_bytes());
+        let entry = load(&memory, &kernel(Some(&note)), None, "", 1, 0).unwrap();
+        let info = layout::PVH_INFO_ADDRESS;
+        assert_eq!(entry, Entry { protocol: Protocol::Pvh, instruction: MIB + 1, info });
+    }
+
+    #[test]
+    fn the_chain_of_an_error_says_which_file() {
+        let memory = memory::reserve(32).unwrap();
+        let error = load(&memory, &kernel(None), Some(&sample::file(b"")), "", 1, 0).unwrap_err();
+        assert_eq!(format!("{error:#}"), "load initrd: the initrd is empty");
+        let error = load(&memory, &kernel(None), None, &"a".repeat(3000), 1, 0).unwrap_err();
+        assert!(error.to_string().starts_with("the command line of 3000 bytes is too long"));
+    }
 }

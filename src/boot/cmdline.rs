@@ -1,0 +1,82 @@
+//! From the user's words to the kernel's command line.
+
+use anyhow::{Result, ensure};
+
+use crate::machine::layout;
+use crate::memory::GuestMemory;
+
+/// The words that precede the user's: what boots a stock kernel, and a purpose-built one, to a result or a shell fast.
+///
+/// `first_disk_readonly` is `None` where there is no disk. A later word wins over an earlier one, so the user's do.
+pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> String {
+    let mut words = vec![
+        // The serial port is the terminal.
+        "console=ttyS0",
+        // Every byte on it is an exit: a stock kernel's 20 KiB of messages cost more than most of its work.
+        // Warnings and panics still come; `loglevel=7` brings the rest back.
+        "quiet",
+        // A panic resets at once, and husk reports it. Without this the kernel stops in a loop for ever.
+        "panic=-1",
+        // Crypto drivers are tested by who builds the kernel, not at each boot.
+        "cryptomgr.notests",
+        // Nothing here does DMA that a 64-bit device address cannot reach. Above 4 GiB of memory Linux would clear
+        // 64 MiB for bounce buffers.
+        "swiotlb=noforce",
+    ];
+    // What is *not* here is told by ACPI: no i8042, CMOS clock, VGA, PIT or PIC to probe and wait for, and a reset
+    // register, so that `reboot=` has nothing to say.
+    if !has_initrd && let Some(readonly) = first_disk_readonly {
+        words.push("root=/dev/vda");
+        words.push(if readonly { "ro" } else { "rw" });
+    }
+    words.join(" ")
+}
+
+/// Checks `cmdline`: printable ASCII that the kernel has room for, `max_bytes` with its final NUL.
+pub fn check(cmdline: &str, max_bytes: usize) -> Result<()> {
+    let longest = max_bytes.saturating_sub(1);
+    ensure!(
+        cmdline.len() <= longest,
+        "the command line of {} bytes is too long: the kernel takes {longest}",
+        cmdline.len()
+    );
+    if let Some(bad) = cmdline.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ')) {
+        anyhow::bail!("the command line holds {bad:?}: only printable ASCII gets through");
+    }
+    Ok(())
+}
+
+/// Writes `cmdline` with its final NUL.
+pub fn write(memory: &GuestMemory, cmdline: &str) -> Result<()> {
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    super::write(memory, layout::CMDLINE_ADDRESS, &bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_disk_is_root_only_without_an_initrd() {
+        assert!(default_cmdline(false, Some(false)).ends_with(" root=/dev/vda rw"));
+        assert!(default_cmdline(false, Some(true)).ends_with(" root=/dev/vda ro"));
+        assert!(!default_cmdline(true, Some(false)).contains("root="));
+        assert!(!default_cmdline(false, None).contains("root="));
+        check(&default_cmdline(false, Some(true)), layout::CMDLINE_MAX_BYTES).unwrap();
+    }
+
+    #[test]
+    fn a_line_as_long_as_the_kernel_takes_is_the_longest() {
+        check(&"a".repeat(2047), layout::CMDLINE_MAX_BYTES).unwrap();
+        let error = check(&"a".repeat(2048), layout::CMDLINE_MAX_BYTES).unwrap_err().to_string();
+        assert_eq!(error, "the command line of 2048 bytes is too long: the kernel takes 2047");
+    }
+
+    #[test]
+    fn what_the_kernel_would_cut_or_garble_is_refused() {
+        for bad in ["a\nb", "a\0b", "a\tb", "naïve"] {
+            assert!(check(bad, 2048).unwrap_err().to_string().contains("printable ASCII"), "{bad:?}");
+        }
+    }
+}

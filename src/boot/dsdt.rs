@@ -1,0 +1,90 @@
+//! From the machine's shape to the DSDT: the devices that a guest cannot find by itself.
+//!
+//! Processors are not here: Linux takes them from the MADT, and looks for processor devices only for power states
+//! and hot-plug.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+use anyhow::Result;
+
+use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, S5_SLEEP_TYPE, serialized};
+use crate::machine::layout;
+
+/// DSDT revision 2: integers are 64 bits wide.
+const REVISION: u8 = 2;
+/// Length of a table's header.
+const HEADER_BYTES: u32 = 36;
+/// The notification of a button press (ACPI 6.5 §5.6.6, table 5.137).
+const BUTTON_PRESSED: u8 = 0x80;
+
+/// The whole table.
+pub fn table(virtio_count: usize) -> Result<Vec<u8>> {
+    let mut body = vec![com1(), pvpanic(), power_button(), event_device()];
+    for index in 0..virtio_count {
+        body.push(virtio_mmio(index)?);
+    }
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER_BYTES, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    dsdt.append_slice(&Scope::raw(Path::new("_SB_"), body.concat()));
+    dsdt.append_slice(&serialized(&sleep_state_5()));
+    Ok(dsdt.as_slice().to_vec())
+}
+
+/// `\_S5`: only the first element counts on a hardware-reduced platform (ACPI 6.5 §7.4.2.6).
+fn sleep_state_5() -> impl Aml {
+    Name::new(Path::new("_S5_"), &Package::new(vec![&S5_SLEEP_TYPE, &ZERO, &ZERO, &ZERO]))
+}
+
+fn com1() -> Vec<u8> {
+    let ports = IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8);
+    device("COM1", &EISAName::new("PNP0501"), 0, &[&ports, &interrupt(layout::SERIAL_GSI)], &[])
+}
+
+/// pvpanic, by the name that QEMU gave it.
+fn pvpanic() -> Vec<u8> {
+    let port = IO::new(layout::PVPANIC_PORT, layout::PVPANIC_PORT, 1, 1);
+    device("PVPN", &"QEMU0001", 0, &[&port], &[])
+}
+
+fn power_button() -> Vec<u8> {
+    device("PWRB", &EISAName::new("PNP0C0C"), 0, &[], &[])
+}
+
+/// The generic event device (ACPI 6.5 §5.6.9): an edge on its interrupt *is* a press of the power button, so that there
+/// is no register for the guest to read.
+fn event_device() -> Vec<u8> {
+    let button = Path::new("PWRB");
+    let press = Notify::new(&button, &BUTTON_PRESSED);
+    let is_button = Equal::new(&Arg(0), &layout::EVENT_GSI);
+    let if_button = If::new(&is_button, vec![&press]);
+    let event = Method::new(Path::new("_EVT"), 1, true, vec![&if_button]);
+    device("GED_", &"ACPI0013", 0, &[&interrupt(layout::EVENT_GSI)], &[&event])
+}
+
+fn virtio_mmio(index: usize) -> Result<Vec<u8>> {
+    let (base, gsi) = layout::virtio_mmio_slot(index);
+    let registers = Memory32Fixed::new(true, u32::try_from(base)?, u32::try_from(layout::VIRTIO_MMIO_STRIDE)?);
+    let name = format!("VR{index:02X}");
+    Ok(device(&name, &"LNRO0005", u32::try_from(index)?, &[&registers, &interrupt(gsi)], &[]))
+}
+
+/// A device with its hardware id, unique id, resources and methods.
+fn device(name: &str, hid: &dyn Aml, uid: u32, resources: &[&dyn Aml], methods: &[&dyn Aml]) -> Vec<u8> {
+    let hid = Name::new(Path::new("_HID"), hid);
+    let uid = Name::new(Path::new("_UID"), &uid);
+    let crs = Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources.to_vec()));
+    let mut children: Vec<&dyn Aml> = vec![&hid, &uid];
+    if !resources.is_empty() {
+        children.push(&crs);
+    }
+    children.extend_from_slice(methods);
+    serialized(&Device::new(Path::new(name), children))
+}
+
+/// An interrupt that the device consumes: edge-triggered, active high, its own.
+fn interrupt(gsi: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, gsi)
+}

@@ -1,0 +1,89 @@
+//! From an initrd file to guest memory, as high as the kernel may find it.
+
+use std::fs::File;
+use std::io::Seek;
+
+use anyhow::{Context, Result, bail};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::Extent;
+use crate::machine::layout;
+use crate::memory::GuestMemory;
+
+const PAGE_BYTES: u64 = 4096;
+
+/// Reads `file` once, into the highest pages between `kernel_end` and `address_max` (inclusive), below the hole.
+pub fn load(memory: &GuestMemory, mut file: &File, kernel_end: u64, address_max: u64) -> Result<Extent> {
+    let len = file.metadata()?.len();
+    if len == 0 {
+        bail!("the initrd is empty");
+    }
+    let memory_end = memory.last_addr().0.min(layout::MMIO_HOLE_START - 1) + 1;
+    let top = memory_end.min(address_max.saturating_add(1));
+    let start = top.checked_sub(len).map(|start| start & !(PAGE_BYTES - 1)).filter(|start| *start >= kernel_end);
+    let Some(start) = start else {
+        bail!(
+            "the initrd of {} does not fit: the kernel ends at {}, and the initrd has to end below {}; \
+             give the machine more memory (--memory) or shrink the initrd",
+            mib(len),
+            mib(kernel_end),
+            mib(top)
+        );
+    };
+    file.rewind()?;
+    memory.read_exact_volatile_from(GuestAddress(start), &mut file, usize::try_from(len)?).context("read initrd")?;
+    Ok(Extent { start, end: start + len })
+}
+
+/// `bytes` in MiB, rounded up, for people.
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::memory;
+
+    fn file(len: usize) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![0x5a; len]).unwrap();
+        file
+    }
+
+    #[test]
+    fn it_ends_in_the_last_page_of_memory() {
+        let memory = memory::reserve(32).unwrap();
+        let extent = load(&memory, &file(5000), 0x20_0000, u64::MAX).unwrap();
+        assert_eq!(extent, Extent { start: (32 << 20) - 8192, end: (32 << 20) - 8192 + 5000 });
+        let mut last = [0; 2];
+        memory.read_slice(&mut last, GuestAddress(extent.end - 1)).unwrap();
+        assert_eq!(last, [0x5a, 0]);
+    }
+
+    #[test]
+    fn it_stays_below_the_hole_and_below_what_the_kernel_reaches() {
+        let memory = memory::reserve(6 << 10).unwrap();
+        assert_eq!(load(&memory, &file(4096), 0x20_0000, u64::MAX).unwrap().end, 0xc000_0000);
+        assert_eq!(load(&memory, &file(4096), 0x20_0000, 0x7fff_ffff).unwrap().end, 0x8000_0000);
+    }
+
+    #[test]
+    fn it_does_not_reach_into_the_kernel() {
+        let memory = memory::reserve(32).unwrap();
+        let kernel_end = (32 << 20) - 4096;
+        load(&memory, &file(4096), kernel_end, u64::MAX).unwrap();
+        for (len, kernel_end) in [(4097, kernel_end), (1, kernel_end + 1), (33 << 20, 0)] {
+            let error = load(&memory, &file(len), kernel_end, u64::MAX).unwrap_err().to_string();
+            assert!(error.contains("--memory"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_empty_one_is_refused() {
+        let memory = memory::reserve(32).unwrap();
+        assert_eq!(load(&memory, &file(0), 0, u64::MAX).unwrap_err().to_string(), "the initrd is empty");
+    }
+}

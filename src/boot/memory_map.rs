@@ -1,0 +1,67 @@
+//! From the layout to what the guest is told is memory: the ranges behind the e820 table and PVH's memory map.
+
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::Extent;
+use crate::machine::layout;
+use crate::memory::GuestMemory;
+
+/// What a range of addresses is for. The numbers are those of ACPI 6.5 §15, table 15.14; the e820 table and PVH share them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// The guest's to use.
+    Ram = 1,
+    /// Memory that holds ACPI tables.
+    AcpiReclaimable = 3,
+}
+
+/// What stands at each address, in ascending order. What is left out holds nothing, or devices.
+pub fn memory_map(memory: &GuestMemory) -> Vec<(Extent, Kind)> {
+    let mut map = vec![
+        (Extent { start: 0, end: layout::LOW_MEMORY_END }, Kind::Ram),
+        (Extent { start: layout::ACPI_ADDRESS, end: layout::HIGH_MEMORY_START }, Kind::AcpiReclaimable),
+    ];
+    for region in memory.iter() {
+        let start = region.start_addr().0.max(layout::HIGH_MEMORY_START);
+        let end = region.start_addr().0 + region.len();
+        if start < end {
+            map.push((Extent { start, end }, Kind::Ram));
+        }
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    fn ram_mib(map: &[(Extent, Kind)]) -> u64 {
+        map.iter().filter(|(_, kind)| *kind == Kind::Ram).map(|(extent, _)| extent.len()).sum::<u64>() >> 20
+    }
+
+    #[test]
+    fn six_gib_are_told_around_the_hole() {
+        let map = memory_map(&memory::reserve(6 << 10).unwrap());
+        let ranges: Vec<_> = map.iter().map(|(e, kind)| (e.start, e.end, *kind)).collect();
+        assert_eq!(
+            ranges,
+            [
+                (0, 0x9_fc00, Kind::Ram),
+                (0xe_0000, 0x10_0000, Kind::AcpiReclaimable),
+                (0x10_0000, 0xc000_0000, Kind::Ram),
+                (0x1_0000_0000, 0x1_c000_0000, Kind::Ram),
+            ]
+        );
+        // All but the 385 KiB that a PC keeps below 1 MiB.
+        assert_eq!(ram_mib(&map), (6 << 10) - 1);
+    }
+
+    #[test]
+    fn small_memory_ends_where_it_ends() {
+        let map = memory_map(&memory::reserve(32).unwrap());
+        assert_eq!(map.last(), Some(&(Extent { start: 0x10_0000, end: 32 << 20 }, Kind::Ram)));
+        assert_eq!(ram_mib(&map), 31);
+    }
+}
