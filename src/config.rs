@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::boot::default_cmdline;
 use crate::machine::layout;
 
 /// The smallest guest memory that a Linux kernel unpacks itself into.
@@ -99,7 +100,7 @@ pub enum Invalid {
     #[error("disk id {0:?} is given twice: every disk needs its own")]
     SameDiskId(String),
     /// A character that would end the command line or garble it.
-    #[error("the command line holds the character {0:?}: type words parted by spaces")]
+    #[error("the command line holds {0:?}: type words of printable ASCII parted by spaces")]
     CmdlineCharacter(char),
     /// More than the kernel reads.
     #[error("the command line is {0} bytes long, husk's own words included: Linux reads at most {MAX_CMDLINE_BYTES}")]
@@ -135,12 +136,22 @@ impl MachineConfig {
         self.validate_disks()
     }
 
+    /// The kernel's whole command line: husk's own words, where they are wanted, and the user's behind them.
+    pub fn full_cmdline(&self) -> String {
+        if !self.default_cmdline {
+            return self.cmdline.clone();
+        }
+        let own = default_cmdline(self.initrd.is_some(), self.disks.first().map(|disk| disk.readonly));
+        if self.cmdline.is_empty() { own } else { format!("{own} {}", self.cmdline) }
+    }
+
     fn validate_cmdline(&self) -> Result<(), Invalid> {
-        if let Some(character) = self.cmdline.chars().find(|c| c.is_control()) {
+        if let Some(character) = self.cmdline.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ')) {
             return Err(Invalid::CmdlineCharacter(character));
         }
-        if self.cmdline.len() > MAX_CMDLINE_BYTES {
-            return Err(Invalid::CmdlineTooLong(self.cmdline.len()));
+        let len_bytes = self.full_cmdline().len();
+        if len_bytes > MAX_CMDLINE_BYTES {
+            return Err(Invalid::CmdlineTooLong(len_bytes));
         }
         Ok(())
     }
@@ -200,11 +211,29 @@ mod tests {
         assert_eq!(with(|c| c.memory_mib = u64::MAX), Err(Invalid::TooMuchMemory(u64::MAX)));
         assert_eq!(with(|c| c.disks = vec![disk(None); 17]), Ok(()));
         assert_eq!(with(|c| c.disks = vec![disk(None); 18]), Err(Invalid::TooManyDisks(18)));
-        assert_eq!(with(|c| c.cmdline = "x".repeat(2048)), Err(Invalid::CmdlineTooLong(2048)));
-        assert_eq!(with(|c| c.cmdline = "a\0b".into()), Err(Invalid::CmdlineCharacter('\0')));
-        assert_eq!(with(|c| c.cmdline = "a\nb".into()), Err(Invalid::CmdlineCharacter('\n')));
         assert_eq!(with(|c| c.kernel = PathBuf::new()), Err(Invalid::NoKernel));
         assert_eq!(with(|c| c.initrd = Some(PathBuf::new())), Err(Invalid::NoInitrd));
+    }
+
+    #[test]
+    fn the_command_line_fits_with_husks_own_words() {
+        let own_bytes = config().full_cmdline().len();
+        let with = |cmdline: String, default_cmdline| MachineConfig { cmdline, default_cmdline, ..config() }.validate();
+        assert_eq!(with("x".repeat(2047), false), Ok(()));
+        assert_eq!(with("x".repeat(2048), false), Err(Invalid::CmdlineTooLong(2048)));
+        assert_eq!(with("x".repeat(2046 - own_bytes), true), Ok(()));
+        assert_eq!(with("x".repeat(2047 - own_bytes), true), Err(Invalid::CmdlineTooLong(2048)));
+        for character in ['\0', '\n', '\t', 'ï'] {
+            assert_eq!(with(format!("a{character}b"), true), Err(Invalid::CmdlineCharacter(character)));
+        }
+    }
+
+    #[test]
+    fn the_users_words_follow_husks_own() {
+        let disk = DiskConfig { readonly: true, ..disk(None) };
+        let config = MachineConfig { cmdline: "root=/dev/vdb".into(), disks: vec![disk], ..config() };
+        assert!(config.full_cmdline().ends_with("root=/dev/vda ro root=/dev/vdb"));
+        assert_eq!(MachineConfig { default_cmdline: false, ..config }.full_cmdline(), "root=/dev/vdb");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use crate::machine::outcome::Outcome;
+
 /// How a command ended, as its caller is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
@@ -42,6 +44,20 @@ impl Exit {
     }
 }
 
+impl From<&Outcome> for Exit {
+    fn from(outcome: &Outcome) -> Exit {
+        match outcome {
+            Outcome::PoweredOff | Outcome::Quit => Exit::Success,
+            Outcome::Reset => Exit::Reset,
+            Outcome::Reported(code) => Exit::Reported(*code),
+            Outcome::Panicked(_) => Exit::Panicked,
+            Outcome::TripleFault { .. } => Exit::TripleFault,
+            Outcome::KvmError { .. } => Exit::KvmError,
+            Outcome::Killed(signal) => Exit::Signal(*signal as u8),
+        }
+    }
+}
+
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> ExitCode {
         ExitCode::from(exit.code())
@@ -76,7 +92,7 @@ mod tests {
 
     #[test]
     fn signals_count_from_128_as_in_a_shell() {
-        assert_eq!(Exit::Signal(15).code(), 143);
+        assert_eq!(Exit::from(&Outcome::Killed(15)).code(), 143);
         assert_eq!(Exit::Signal(200).code(), 255);
     }
 }
