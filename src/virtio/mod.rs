@@ -1,1 +1,98 @@
-//! The virtio core and its devices.
+//! From a doorbell to the used ring: virtio devices (virtio 1.2) that know no transport.
+//!
+//! A device is plain data and one [`QueueHandler`]. A driver's negotiation is kept by [`session`], the thread that runs
+//! the handler by [`worker`], the rings by [`queue`]; [`mmio`] is the way a guest reaches all of it.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+pub mod config_space;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+pub mod session;
+pub mod worker;
+
+#[cfg(test)]
+mod contract;
+#[cfg(test)]
+mod test_driver;
+
+pub use config_space::ConfigSpace;
+pub use mmio::{MmioTransport, TransportState};
+pub use queue::{Chain, RingError, Virtqueue};
+
+/// VIRTIO_F_INDIRECT_DESC (virtio 1.2 §6): a descriptor may point to a table of descriptors.
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX (virtio 1.2 §6): each side says at which index it wants to hear from the other.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_VERSION_1 (virtio 1.2 §6): every device offers it and every driver must accept it.
+pub const F_VERSION_1: u64 = 1 << 32;
+
+/// What every device here offers, whatever it does.
+const COMMON_FEATURES: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1;
+
+/// A device as a transport takes it: what a driver can read about it, and the code that serves its queues.
+pub struct VirtioDevice {
+    /// Device ID (virtio 1.2 §5).
+    pub device_type: u32,
+    /// Names the worker thread and begins log lines; at most 15 bytes.
+    pub name: String,
+    /// Features offered.
+    pub features: u64,
+    /// The largest size of each queue, a power of two up to 32768.
+    pub queue_sizes: Vec<u16>,
+    /// Device-specific configuration.
+    pub config: Arc<ConfigSpace>,
+    /// Serves the queues while the device runs.
+    pub handler: Box<dyn QueueHandler>,
+}
+
+/// What a handler leaves behind in a queue it has looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing: the queue was emptied, and the driver's next doorbell is wanted.
+    Nothing,
+    /// More than one turn is to take: look again soon, after others had theirs.
+    More,
+    /// Something that cannot be taken now: one of [`QueueHandler::wake_fds`] tells when. No doorbell is wanted until then.
+    Waiting,
+}
+
+/// The device's side of its queues.
+///
+/// It is called on the device's worker thread only, between [`QueueHandler::start`] and [`QueueHandler::drain`]; in
+/// between runs it lies with the transport. An error from it is a broken ring: the device then needs a reset.
+pub trait QueueHandler: Send {
+    /// A run begins, with the features that the driver accepted. Runs may follow each other with no reset in between.
+    fn start(&mut self, features: u64);
+
+    /// Takes what is available in queue `index` and completes what can be completed, in any queue.
+    ///
+    /// Called when the queue's doorbell rang, when one of [`QueueHandler::wake_fds`] became readable, and once at each
+    /// start. A call does a bounded amount of work, so that a stop is never far away.
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError>;
+
+    /// File descriptors that become readable when the host side has something to tell. They are watched edge-triggered,
+    /// for the length of a run.
+    fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    /// A run ends: waits for everything in flight and completes it. When this returns, with an error too, nothing touches
+    /// guest memory any more.
+    fn drain(&mut self, _queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        Ok(())
+    }
+
+    /// The driver reset the device: forgets all that it said.
+    fn reset(&mut self) {}
+}
+
+/// How a device gets the driver's attention: the transport's part of an interrupt. Called from any thread.
+pub trait Interrupt: Send + Sync {
+    /// Queue `index` has used buffers that the driver wants to hear of.
+    fn queue_used(&self, index: usize);
+    /// The configuration, or the device's status, changed.
+    fn config_changed(&self);
+}

@@ -1,0 +1,116 @@
+//! From a device's settings to the bytes a driver reads: the configuration space (virtio 1.2 §2.5).
+
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A device's configuration bytes. Shared by the device, which may change them, and the transport, which shows them.
+#[derive(Debug)]
+pub struct ConfigSpace {
+    writable: Range<usize>,
+    fresh: Vec<u8>,
+    now: Mutex<Contents>,
+}
+
+#[derive(Debug)]
+struct Contents {
+    bytes: Vec<u8>,
+    generation: u32,
+}
+
+impl ConfigSpace {
+    /// A space that starts as `bytes`; the driver may write those in `writable`, which is cut to the space.
+    pub fn new(bytes: Vec<u8>, writable: Range<usize>) -> ConfigSpace {
+        let writable = writable.start.min(bytes.len())..writable.end.min(bytes.len());
+        ConfigSpace { writable, fresh: bytes.clone(), now: Mutex::new(Contents { bytes, generation: 0 }) }
+    }
+
+    /// Fills `data` from `offset` on. What lies beyond the end is left as it is.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let contents = self.lock();
+        let rest = usize::try_from(offset).ok().and_then(|at| contents.bytes.get(at..)).unwrap_or_default();
+        data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+    }
+
+    /// The driver writes `data` at `offset`: what it may not write is dropped.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let Ok(offset) = usize::try_from(offset) else { return };
+        for ((at, byte), value) in self.lock().bytes.iter_mut().enumerate().skip(offset).zip(data) {
+            if self.writable.contains(&at) {
+                *byte = *value;
+            }
+        }
+    }
+
+    /// The device changes its configuration. The transport is then to be told, so that it interrupts the driver.
+    pub fn update(&self, offset: usize, data: &[u8]) {
+        let mut contents = self.lock();
+        contents.bytes.iter_mut().skip(offset).zip(data).for_each(|(to, from)| *to = *from);
+        contents.generation = contents.generation.wrapping_add(1);
+    }
+
+    /// Counts the device's changes, so that a driver can tell whether two reads belong together.
+    pub fn generation(&self) -> u32 {
+        self.lock().generation
+    }
+
+    /// The driver reset the device: what it wrote goes.
+    pub fn reset(&self) {
+        self.set_driver_bytes(&self.fresh[self.writable.clone()]);
+    }
+
+    /// The bytes that the driver may write, as they are now.
+    pub fn driver_bytes(&self) -> Vec<u8> {
+        self.lock().bytes[self.writable.clone()].to_vec()
+    }
+
+    /// Puts back what [`ConfigSpace::driver_bytes`] returned.
+    pub fn set_driver_bytes(&self, bytes: &[u8]) {
+        self.lock().bytes[self.writable.clone()].iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    }
+
+    /// Puts back a generation, so that a restored driver sees none twice.
+    pub fn set_generation(&self, generation: u32) {
+        self.lock().generation = generation;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Contents> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read<const N: usize>(space: &ConfigSpace, offset: u64) -> [u8; N] {
+        let mut data = [0xff; N];
+        space.read(offset, &mut data);
+        data
+    }
+
+    #[test]
+    fn reads_beyond_the_end_leave_all_ones() {
+        let space = ConfigSpace::new(vec![1, 2, 3], 0..0);
+        assert_eq!(read(&space, 1), [2, 3, 0xff, 0xff]);
+        assert_eq!(read(&space, u64::MAX), [0xff; 8]);
+    }
+
+    #[test]
+    fn a_driver_writes_only_what_it_may() {
+        let space = ConfigSpace::new(vec![1, 2, 3, 4], 1..3);
+        space.write(0, &[9; 8]);
+        space.write(u64::MAX, &[9; 8]);
+        assert_eq!(read(&space, 0), [1, 9, 9, 4]);
+        assert_eq!(space.generation(), 0);
+        space.reset();
+        assert_eq!(read(&space, 0), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_change_by_the_device_is_a_new_generation_and_outlives_a_reset() {
+        let space = ConfigSpace::new(vec![1, 2], 1..2);
+        space.update(0, &[7, 8, 9]);
+        space.reset();
+        assert_eq!((read(&space, 0), space.generation()), ([7, 2], 1));
+    }
+}

@@ -1,0 +1,351 @@
+//! What every device keeps, whatever it does: run on each of them through [`contract`].
+
+use std::sync::Arc;
+use std::sync::Mutex;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::mmio::register::*;
+use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
+use super::{
+    Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Left, QueueHandler, RingError, TransportState, VirtioDevice,
+    Virtqueue, rng,
+};
+use crate::bus::Device;
+
+/// Runs every rule on the devices that `make_device` makes.
+pub fn contract(make_device: impl Fn() -> VirtioDevice) {
+    stopping_twice_is_stopping_once(&make_device);
+    save_then_restore_is_identity(&make_device);
+    reset_forgets(&make_device);
+    garbage_on_registers_never_panics(&make_device);
+    garbage_on_rings_never_panics(&make_device);
+}
+
+fn started(make_device: &impl Fn() -> VirtioDevice) -> Driver {
+    let mut driver = Driver::new(make_device());
+    driver.start();
+    driver
+}
+
+fn stopping_twice_is_stopping_once(make_device: &impl Fn() -> VirtioDevice) {
+    let driver = started(make_device);
+    driver.transport.pause();
+    let once = driver.transport.save();
+    driver.transport.pause();
+    assert_eq!(driver.transport.save(), once);
+    driver.transport.resume();
+    driver.transport.resume();
+    assert_eq!(driver.transport.save(), once);
+    let fresh = Driver::new(make_device());
+    fresh.transport.pause();
+    fresh.transport.resume();
+    assert_eq!(fresh.read(STATUS), 0);
+}
+
+fn save_then_restore_is_identity(make_device: &impl Fn() -> VirtioDevice) {
+    for driver in [Driver::new(make_device()), started(make_device)] {
+        driver.write(QUEUE_SEL, 1);
+        driver.write(DEVICE_FEATURES_SEL, 1);
+        let state = driver.transport.save();
+        let json = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<TransportState>(&json).unwrap(), state);
+        let other = driver.moved_to(make_device());
+        assert_eq!(other.transport.save(), state);
+        other.transport.resume();
+        assert_eq!(other.transport.save(), state);
+        assert_eq!(other.read(DEVICE_FEATURES), 1);
+    }
+}
+
+fn reset_forgets(make_device: &impl Fn() -> VirtioDevice) {
+    let fresh = Driver::new(make_device()).transport.save();
+    let driver = started(make_device);
+    driver.write(QUEUE_SEL, 7);
+    driver.transport.write(CONFIG, &[0xa5; 64]);
+    driver.write(STATUS, 0);
+    assert_eq!(driver.transport.save(), fresh);
+    driver.write(STATUS, 0);
+    assert_eq!(driver.transport.save(), fresh);
+}
+
+fn garbage_on_registers_never_panics(make_device: &impl Fn() -> VirtioDevice) {
+    let mut random = Random(7);
+    for _ in 0..20 {
+        let driver = started(make_device);
+        for _ in 0..500 {
+            let offset = random.below(0x180);
+            let offset = if random.below(4) == 0 { offset } else { offset & !3 };
+            let value = random.small_or_wild();
+            let len = if random.below(4) == 0 { random.below(9) as usize } else { 4 };
+            let mut data = vec![0xff; len];
+            driver.transport.read(offset, &mut data);
+            driver.transport.write(offset, &value.to_le_bytes()[..len]);
+        }
+        driver.transport.pause();
+        let _ = driver.moved_to(make_device()).transport.save();
+    }
+}
+
+fn garbage_on_rings_never_panics(make_device: &impl Fn() -> VirtioDevice) {
+    let mut random = Random(11);
+    for _ in 0..100 {
+        let mut driver = started(make_device);
+        for queue in 0..driver.transport.doorbells().len() as u32 {
+            let size = driver.size(queue);
+            for index in 0..size {
+                let address = if random.below(8) == 0 { random.next() } else { BUFFERS - 64 + random.below(1 << 21) };
+                let len = if random.below(8) == 0 { random.next() as u32 } else { random.below(0x2000) as u32 };
+                let next = if random.below(8) == 0 { random.next() as u16 } else { index + 1 };
+                let flags = [NEXT, WRITE, NEXT | WRITE, NEXT, INDIRECT, random.next() as u16];
+                let flags = flags[random.below(flags.len() as u64) as usize];
+                driver.descriptor(queue, index, address, len, flags, next);
+                driver.descriptor_at(BUFFERS + 16 * random.below(64), address, len, flags, next);
+                let request = [random.below(16) as u32, 0, random.below(64) as u32, 0];
+                driver.memory.write_obj(request, GuestAddress(BUFFERS + 16 * random.below(1 << 12))).unwrap();
+            }
+            for _ in 0..random.below(32) {
+                let head = random.below(u64::from(size) + 1) as u16;
+                driver.offer(queue, head);
+                driver.notify(queue);
+            }
+            if random.below(4) == 0 {
+                driver.set_available_index(queue, random.next() as u16);
+                driver.notify(queue);
+            }
+        }
+        driver.transport.pause();
+        driver.start();
+    }
+}
+
+/// xorshift64: the same numbers in every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    fn small_or_wild(&mut self) -> u64 {
+        if self.below(2) == 0 { self.below(16) } else { self.next() }
+    }
+}
+
+#[test]
+fn the_entropy_device_keeps_the_contract() {
+    contract(rng::device);
+}
+
+/// A device that holds on to what it is given until it is drained, or until it is told by a turn with `release` set.
+#[derive(Default)]
+struct Held {
+    chains: Arc<Mutex<Vec<u16>>>,
+    release: bool,
+}
+
+impl QueueHandler for Held {
+    fn start(&mut self, _features: u64) {}
+
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+        let mut chain = Chain::default();
+        while queues[index].pop(&mut chain)? {
+            self.chains.lock().unwrap().push(chain.head());
+        }
+        if self.release {
+            self.drain(queues)?;
+        }
+        Ok(Left::Nothing)
+    }
+
+    fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        self.chains.lock().unwrap().drain(..).try_for_each(|head| queues[0].push(head, 1))
+    }
+}
+
+fn device_around(handler: impl QueueHandler + 'static) -> VirtioDevice {
+    VirtioDevice {
+        device_type: 63,
+        name: "test".to_owned(),
+        features: 0,
+        queue_sizes: vec![8],
+        config: Arc::new(ConfigSpace::new(vec![1, 2, 3, 4], 2..4)),
+        handler: Box::new(handler),
+    }
+}
+
+#[test]
+fn a_device_that_holds_requests_keeps_the_contract() {
+    contract(|| device_around(Held::default()));
+}
+
+/// A driver with three requests that the device has taken and not completed.
+fn three_in_flight() -> Driver {
+    let held = Held::default();
+    let chains = held.chains.clone();
+    let mut driver = Driver::new(device_around(held));
+    driver.start();
+    for _ in 0..3 {
+        let head = driver.chain(0, &[(BUFFERS, 1, WRITE)]);
+        driver.offer(0, head);
+    }
+    driver.notify(0);
+    wait_for(|| chains.lock().unwrap().len() == 3);
+    assert_eq!(driver.used_index(0), 0);
+    driver
+}
+
+#[test]
+fn a_pause_completes_what_is_in_flight_and_interrupts() {
+    let driver = three_in_flight();
+    driver.transport.pause();
+    assert_eq!(driver.used_index(0), 3);
+    assert_eq!(driver.read(INTERRUPT_STATUS), 1);
+    assert_eq!(driver.irq.event().read().unwrap(), 1, "one interrupt for three requests");
+}
+
+#[test]
+fn a_reset_completes_what_is_in_flight_and_nothing_after() {
+    let driver = three_in_flight();
+    driver.write(STATUS, 0);
+    assert_eq!(driver.used_index(0), 3);
+    assert_eq!(driver.read(INTERRUPT_STATUS), 0);
+    driver.memory.write_slice(&[0; 0x1_0000], GuestAddress(0x1_0000)).unwrap();
+    driver.transport.pause();
+    assert_eq!(driver.used_index(0), 0, "written after the reset");
+}
+
+#[test]
+fn a_restored_device_starts_where_the_saved_one_left() {
+    let mut driver = three_in_flight();
+    driver.transport.pause();
+    // Made available while nobody looks, and with no doorbell afterwards.
+    for _ in 0..2 {
+        let head = driver.chain(0, &[(BUFFERS, 1, WRITE)]);
+        driver.offer(0, head);
+    }
+    let mut driver = driver.moved_to(device_around(Held { release: true, ..Held::default() }));
+    assert_eq!(driver.used_index(0), 3);
+    driver.transport.resume();
+    let heads: Vec<u16> = (0..5).map(|_| driver.used(0).0).collect();
+    assert_eq!(heads, [0, 1, 2, 3, 4]);
+}
+
+#[test]
+fn a_restored_interrupt_is_raised_again() {
+    let driver = three_in_flight();
+    driver.transport.pause();
+    let driver = driver.moved_to(device_around(Held::default()));
+    assert!(driver.irq.event().read().is_err());
+    driver.transport.resume();
+    assert_eq!((driver.irq.event().read().unwrap(), driver.read(INTERRUPT_STATUS)), (1, 1));
+}
+
+fn releasing() -> VirtioDevice {
+    device_around(Held { release: true, ..Held::default() })
+}
+
+#[test]
+fn interrupts_that_the_driver_does_not_want_are_not_raised() {
+    for (mask, name) in [(F_VERSION_1, "flag"), (F_EVENT_IDX, "used_event")] {
+        let mut driver = Driver::new(releasing());
+        driver.start_with(mask);
+        if driver.event_idx {
+            driver.set_used_event(0, 1);
+        } else {
+            driver.set_available_flags(0, 1);
+        }
+        driver.transact(0, &[(BUFFERS, 1, WRITE)]);
+        driver.transport.pause();
+        assert!(driver.irq.event().read().is_err(), "{name}");
+        driver.transport.resume();
+        driver.set_available_flags(0, 0);
+        driver.transact(0, &[(BUFFERS, 1, WRITE)]);
+        driver.transport.pause();
+        assert_eq!(driver.irq.event().read().unwrap(), 1, "{name}");
+    }
+}
+
+#[test]
+fn broken_rings_need_a_reset_and_a_reset_mends_them() {
+    type Break = (&'static str, fn(&mut Driver));
+    let breaks: [Break; 8] = [
+        ("index beyond the ring", |driver| driver.set_available_index(0, 9)),
+        ("head beyond the table", |_| {}),
+        ("next beyond the table", |driver| driver.descriptor(0, 0, BUFFERS, 1, NEXT, 8)),
+        ("a chain without an end", |driver| driver.descriptor(0, 0, BUFFERS, 1, NEXT, 0)),
+        ("readable behind writable", |driver| {
+            driver.chain(0, &[(BUFFERS, 1, WRITE), (BUFFERS, 1, 0)]);
+        }),
+        ("a table of odd length", |driver| driver.descriptor(0, 0, BUFFERS, 17, INDIRECT, 0)),
+        ("a table outside of memory", |driver| driver.descriptor(0, 0, 1 << 50, 16, INDIRECT, 0)),
+        ("a table in a table", |driver| {
+            driver.descriptor(0, 0, BUFFERS, 16, INDIRECT, 0);
+            driver.descriptor_at(BUFFERS, BUFFERS, 16, INDIRECT, 0);
+        }),
+    ];
+    for (name, break_ring) in breaks {
+        let mut driver = Driver::new(releasing());
+        driver.start();
+        break_ring(&mut driver);
+        if name != "index beyond the ring" {
+            driver.offer(0, if name == "head beyond the table" { 8 } else { 0 });
+        }
+        driver.notify(0);
+        driver.wait_for_needs_reset();
+        wait_for(|| driver.read(INTERRUPT_STATUS) == 2);
+        assert_eq!(driver.read(STATUS), 0x4f, "{name}");
+        // Nothing is served any more, over a pause too.
+        driver.transport.pause();
+        driver.transport.resume();
+        driver.notify(0);
+        assert_eq!(driver.used_index(0), 0, "{name}");
+        driver.start();
+        assert_eq!(driver.transact(0, &[(BUFFERS, 1, WRITE)]), 1, "{name}");
+    }
+}
+
+#[test]
+fn a_table_of_descriptors_is_followed() {
+    let mut driver = Driver::new(releasing());
+    driver.start();
+    driver.descriptor(0, 0, BUFFERS, 32, INDIRECT, 0);
+    driver.descriptor_at(BUFFERS, BUFFERS + 0x1000, 1, NEXT, 1);
+    driver.descriptor_at(BUFFERS + 16, BUFFERS + 0x1000, 1, WRITE, 0);
+    driver.offer(0, 0);
+    driver.notify(0);
+    assert_eq!(driver.used(0), (0, 1));
+}
+
+#[test]
+fn a_driver_that_never_stops_does_not_keep_the_device_from_stopping() {
+    let mut driver = Driver::new(rng::device());
+    driver.start();
+    let size = driver.size(0);
+    for _ in 0..size {
+        let head = driver.chain(0, &[(BUFFERS, 64 << 10, WRITE)]);
+        driver.offer(0, head);
+    }
+    let (memory, ended) = (driver.memory.clone(), Arc::new(Mutex::new(false)));
+    let available = GuestAddress(0x1_4002);
+    let (still, flag) = (Arc::clone(&ended), std::sync::atomic::Ordering::SeqCst);
+    let feeder = std::thread::spawn(move || {
+        while !*still.lock().unwrap() {
+            let used: u16 = memory.load(GuestAddress(0x1_8002), flag).unwrap();
+            memory.store(used.wrapping_add(size), available, flag).unwrap();
+        }
+    });
+    driver.notify(0);
+    wait_for(|| driver.used_index(0) > size);
+    driver.transport.pause();
+    *ended.lock().unwrap() = true;
+    feeder.join().unwrap();
+    assert_eq!(driver.read(STATUS), 15);
+}

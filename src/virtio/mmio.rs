@@ -1,0 +1,502 @@
+//! From a vCPU's load or store to a virtio device: virtio over MMIO, version 2 (virtio 1.2 §4.2.2).
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::session::{Session, SessionState};
+use super::{ConfigSpace, Interrupt, VirtioDevice};
+use crate::bus::Device;
+use crate::irq::IrqLine;
+use crate::memory::GuestMemory;
+
+/// Offsets of the registers (virtio 1.2 §4.2.2, table 4.1).
+pub mod register {
+    /// "virt".
+    pub const MAGIC_VALUE: u64 = 0x000;
+    /// 2.
+    pub const VERSION: u64 = 0x004;
+    /// The device's type.
+    pub const DEVICE_ID: u64 = 0x008;
+    /// Who made the device.
+    pub const VENDOR_ID: u64 = 0x00c;
+    /// 32 of the features offered.
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    /// Which 32 those are.
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    /// 32 of the features accepted.
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    /// Which 32 those are.
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    /// Which queue the queue registers are about.
+    pub const QUEUE_SEL: u64 = 0x030;
+    /// The largest size of the queue; 0 where there is none.
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    /// The queue's size.
+    pub const QUEUE_NUM: u64 = 0x038;
+    /// Whether the queue is in use.
+    pub const QUEUE_READY: u64 = 0x044;
+    /// The doorbell. ioeventfds stand on it, matched by queue index.
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    /// Why the interrupt was raised.
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    /// Clears bits of InterruptStatus.
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    /// Device status.
+    pub const STATUS: u64 = 0x070;
+    /// The descriptor table's address.
+    pub const QUEUE_DESC_LOW: u64 = 0x080;
+    /// Its upper half.
+    pub const QUEUE_DESC_HIGH: u64 = 0x084;
+    /// The available ring's address.
+    pub const QUEUE_DRIVER_LOW: u64 = 0x090;
+    /// Its upper half.
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    /// The used ring's address.
+    pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    /// Its upper half.
+    pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    /// Length of a shared memory region.
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    /// Its upper half.
+    pub const SHM_LEN_HIGH: u64 = 0x0b4;
+    /// Address of a shared memory region.
+    pub const SHM_BASE_LOW: u64 = 0x0b8;
+    /// Its upper half.
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
+    /// Counts changes of the configuration.
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    /// The configuration space.
+    pub const CONFIG: u64 = 0x100;
+}
+use register::*;
+
+/// "virt".
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VENDOR: u32 = u32::from_le_bytes(*b"husk");
+/// InterruptStatus: a queue has used buffers.
+const USED_BUFFER: u32 = 1 << 0;
+/// InterruptStatus: the configuration or the device status changed.
+const CONFIGURATION_CHANGE: u32 = 1 << 1;
+
+/// The version of [`TransportState`] that this code writes, and the only one that it reads.
+const STATE_VERSION: u32 = 1;
+
+/// A transport as it is saved: see [`MmioTransport::save`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransportState {
+    /// Version of this structure.
+    pub version: u32,
+    /// Device ID of the device behind the transport.
+    pub device_type: u32,
+    /// The registers that only this transport has.
+    pub selectors: Selectors,
+    /// InterruptStatus.
+    pub interrupt_status: u32,
+    /// What the driver told the device.
+    pub session: SessionState,
+}
+
+/// Registers that say which part of another one is meant.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Selectors {
+    /// DeviceFeaturesSel.
+    pub device_features: u32,
+    /// DriverFeaturesSel.
+    pub driver_features: u32,
+    /// QueueSel.
+    pub queue: u32,
+}
+
+/// A virtio device on the memory-mapped bus. Dropping it stops the device.
+pub struct MmioTransport {
+    interrupt: Arc<MmioInterrupt>,
+    config: Arc<ConfigSpace>,
+    doorbells: Arc<Vec<EventFd>>,
+    registers: Mutex<Registers>,
+}
+
+struct Registers {
+    selectors: Selectors,
+    session: Session,
+}
+
+/// The interrupt's part that vCPU and worker threads share, with no lock.
+struct MmioInterrupt {
+    status: AtomicU32,
+    line: IrqLine,
+}
+
+impl MmioInterrupt {
+    fn raise(&self, cause: u32) {
+        self.status.fetch_or(cause, Ordering::SeqCst);
+        self.line.raise();
+    }
+}
+
+impl Interrupt for MmioInterrupt {
+    fn queue_used(&self, _index: usize) {
+        self.raise(USED_BUFFER);
+    }
+
+    fn config_changed(&self) {
+        self.raise(CONFIGURATION_CHANGE);
+    }
+}
+
+impl MmioTransport {
+    /// Puts `device` behind registers. Its buffers lie in `memory`, its interrupts go out on `irq`.
+    ///
+    /// Fails where the host has no more file descriptors or threads.
+    pub fn new(device: VirtioDevice, memory: GuestMemory, irq: IrqLine) -> io::Result<MmioTransport> {
+        let interrupt = Arc::new(MmioInterrupt { status: AtomicU32::new(0), line: irq });
+        let doorbells =
+            device.queue_sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
+        let doorbells = Arc::new(doorbells);
+        let config = device.config.clone();
+        let session = Session::new(device, Arc::new(memory), doorbells.clone(), interrupt.clone())?;
+        let registers = Mutex::new(Registers { selectors: Selectors::default(), session });
+        Ok(MmioTransport { interrupt, config, doorbells, registers })
+    }
+
+    /// One eventfd a queue, to be given to KVM_IOEVENTFD on [`register::QUEUE_NOTIFY`] with the queue's index as datamatch, 4 bytes.
+    pub fn doorbells(&self) -> &[EventFd] {
+        &self.doorbells
+    }
+
+    /// Stops the device, after what is in flight is completed. The vCPUs are to be stopped before.
+    pub fn pause(&self) {
+        self.lock().session.pause();
+    }
+
+    /// Lets the device go on. The vCPUs are to be started after.
+    pub fn resume(&self) {
+        self.lock().session.resume();
+        // An edge may have been lost with the machine that this one was restored from.
+        if self.interrupt.status.load(Ordering::SeqCst) != 0 {
+            self.interrupt.line.raise();
+        }
+    }
+
+    /// The device changed its configuration: tells the driver.
+    pub fn config_changed(&self) {
+        self.interrupt.config_changed();
+    }
+
+    /// The device as its driver knows it. A running device stops for as long as it takes; to be of use together with the
+    /// guest's memory, it is paused before and both are saved.
+    pub fn save(&self) -> TransportState {
+        let mut registers = self.lock();
+        TransportState {
+            version: STATE_VERSION,
+            device_type: registers.session.device_type(),
+            selectors: registers.selectors.clone(),
+            // Draining raises interrupts, so the session comes first.
+            session: registers.session.save(),
+            interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
+        }
+    }
+
+    /// Makes this the device that was saved, and leaves it paused.
+    ///
+    /// Fails, with nothing changed, on a state of another version or device.
+    pub fn restore(&self, state: &TransportState) -> Result<()> {
+        let mut registers = self.lock();
+        ensure!(state.version == STATE_VERSION, "device state has version {}, not {STATE_VERSION}", state.version);
+        let device_type = registers.session.device_type();
+        ensure!(state.device_type == device_type, "device state is for type {}, not {device_type}", state.device_type);
+        registers.session.restore(&state.session)?;
+        registers.selectors = state.selectors.clone();
+        self.interrupt.status.store(state.interrupt_status, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Device for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.config.read(offset, data);
+        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data)
+            && let Some(value) = self.read_register(offset)
+        {
+            *data = value.to_le_bytes();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.config.write(offset, data);
+        } else if let Ok(data) = <[u8; 4]>::try_from(data) {
+            self.write_register(offset, u32::from_le_bytes(data));
+        }
+    }
+}
+
+impl MmioTransport {
+    fn read_register(&self, offset: u64) -> Option<u32> {
+        // The one register that is read at every interrupt takes no lock.
+        if offset == INTERRUPT_STATUS {
+            return Some(self.interrupt.status.load(Ordering::SeqCst));
+        }
+        let Registers { selectors, session } = &*self.lock();
+        let queue = session.queue(selectors.queue);
+        Some(match offset {
+            MAGIC_VALUE => MAGIC,
+            VERSION => 2,
+            DEVICE_ID => session.device_type(),
+            VENDOR_ID => VENDOR,
+            DEVICE_FEATURES => session.device_features(selectors.device_features),
+            QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.size_max.into()),
+            QUEUE_READY => queue.is_some_and(|queue| queue.ready).into(),
+            STATUS => session.status(),
+            // No device has shared memory: length -1 says so.
+            SHM_LEN_LOW | SHM_LEN_HIGH | SHM_BASE_LOW | SHM_BASE_HIGH => u32::MAX,
+            CONFIG_GENERATION => self.config.generation(),
+            _ => return None,
+        })
+    }
+
+    fn write_register(&self, offset: u64, value: u32) {
+        match offset {
+            // Where KVM was given the doorbell, this is not reached.
+            QUEUE_NOTIFY => {
+                if let Some(doorbell) = self.doorbells.get(value as usize) {
+                    let _ = doorbell.write(1);
+                }
+                return;
+            }
+            INTERRUPT_ACK => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+                return;
+            }
+            _ => {}
+        }
+        let Registers { selectors, session } = &mut *self.lock();
+        match offset {
+            DEVICE_FEATURES_SEL => selectors.device_features = value,
+            DRIVER_FEATURES => session.set_driver_features(selectors.driver_features, value),
+            DRIVER_FEATURES_SEL => selectors.driver_features = value,
+            QUEUE_SEL => selectors.queue = value,
+            QUEUE_READY => session.set_queue_ready(selectors.queue, value & 1 != 0),
+            STATUS => {
+                session.set_status(value);
+                if value == 0 {
+                    *selectors = Selectors::default();
+                    self.interrupt.status.store(0, Ordering::SeqCst);
+                }
+            }
+            _ => {
+                if let Some(queue) = session.queue_to_set_up(selectors.queue) {
+                    match offset {
+                        // No size of a queue has more bits: 0 is refused when the queue is taken up.
+                        QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
+                        QUEUE_DESC_LOW => set_low(&mut queue.descriptor_table, value),
+                        QUEUE_DESC_HIGH => set_high(&mut queue.descriptor_table, value),
+                        QUEUE_DRIVER_LOW => set_low(&mut queue.available_ring, value),
+                        QUEUE_DRIVER_HIGH => set_high(&mut queue.available_ring, value),
+                        QUEUE_DEVICE_LOW => set_low(&mut queue.used_ring, value),
+                        QUEUE_DEVICE_HIGH => set_high(&mut queue.used_ring, value),
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn set_low(register: &mut u64, value: u32) {
+    *register = *register >> 32 << 32 | u64::from(value);
+}
+
+fn set_high(register: &mut u64, value: u32) {
+    *register = *register & 0xffff_ffff | u64::from(value) << 32;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::test_driver::{BUFFERS, Driver, WRITE};
+    use crate::virtio::{F_VERSION_1, rng};
+
+    fn driver() -> Driver {
+        Driver::new(rng::device())
+    }
+
+    #[test]
+    fn registers_say_what_stands_behind_them() {
+        let driver = driver();
+        let expected =
+            [(0x000, 0x7472_6976), (0x004, 2), (0x008, 4), (0x034, 64), (0x0fc, 0), (0x0b0, !0), (0x0b4, !0)];
+        for (offset, value) in expected {
+            assert_eq!(driver.read(offset), value, "at {offset:#x}");
+        }
+        driver.write(QUEUE_SEL, 1);
+        assert_eq!((driver.read(QUEUE_NUM_MAX), driver.read(QUEUE_READY)), (0, 0), "there is no queue 1");
+        driver.write(DEVICE_FEATURES_SEL, 2);
+        assert_eq!(driver.read(DEVICE_FEATURES), 0);
+    }
+
+    #[test]
+    fn odd_widths_and_offsets_are_ignored() {
+        let mut driver = driver();
+        driver.start();
+        for len in (0..=8).filter(|len| *len != 4) {
+            let mut data = vec![0xff; len];
+            for offset in (0..0x100).chain([u64::MAX - 3]) {
+                driver.transport.write(offset, &vec![0; len]);
+                driver.transport.read(offset, &mut data);
+                assert!(data.iter().all(|byte| *byte == 0xff), "{len} bytes at {offset:#x}");
+            }
+        }
+        driver.write(STATUS + 1, 0);
+        assert_eq!(driver.read(STATUS), 15);
+    }
+
+    #[test]
+    fn a_driver_cannot_clear_status_bits_except_by_a_reset() {
+        let mut driver = driver();
+        driver.start();
+        for value in [1, 3, 11, 14, 4, 0x40] {
+            driver.write(STATUS, value);
+            assert_eq!(driver.read(STATUS), 15, "after {value}");
+        }
+        driver.write(STATUS, 0);
+        assert_eq!(driver.read(STATUS), 0);
+    }
+
+    #[test]
+    fn the_status_goes_step_by_step() {
+        let driver = driver();
+        for (value, status) in [(2, 0), (8, 0), (4, 0), (0x40, 0), (0x30, 0), (1, 1), (9, 1), (3, 3), (7, 3)] {
+            driver.write(STATUS, value);
+            assert_eq!(driver.read(STATUS), status, "after {value}");
+        }
+        driver.write(STATUS, 0x83);
+        driver.write(STATUS, 0x8f);
+        assert_eq!(driver.read(STATUS), 0x83, "a failed driver starts over");
+    }
+
+    #[test]
+    fn features_that_are_not_offered_or_too_few_are_refused() {
+        let driver = driver();
+        assert_eq!(driver.negotiate(0), 3, "without VERSION_1");
+        assert_eq!(driver.negotiate(F_VERSION_1 | 1), 3, "not offered");
+        driver.write(STATUS, 7);
+        assert_eq!(driver.read(STATUS), 3, "DRIVER_OK without FEATURES_OK");
+        assert_eq!(driver.negotiate(F_VERSION_1), 11);
+        driver.write(STATUS, 0);
+        driver.write(DRIVER_FEATURES_SEL, 2);
+        driver.write(DRIVER_FEATURES, 1);
+        driver.write(STATUS, 1);
+        driver.write(STATUS, 3);
+        driver.write(DRIVER_FEATURES_SEL, 1);
+        driver.write(DRIVER_FEATURES, 1);
+        driver.write(STATUS, 11);
+        assert_eq!(driver.read(STATUS), 3, "a feature above 63");
+    }
+
+    #[test]
+    fn features_and_queues_are_locked_once_they_are_settled() {
+        let mut driver = driver();
+        driver.start();
+        let before = driver.transport.save().session;
+        for offset in [QUEUE_NUM, QUEUE_DESC_LOW, QUEUE_DRIVER_LOW, QUEUE_DEVICE_LOW, DRIVER_FEATURES, 0x084, 0x0a4] {
+            driver.write(offset, 0x1234_5678);
+        }
+        assert_eq!(driver.transport.save().session, before);
+    }
+
+    #[test]
+    fn a_queue_taken_out_of_use_is_left_alone() {
+        let mut driver = driver();
+        driver.start();
+        driver.write(QUEUE_READY, 0);
+        assert_eq!(driver.read(QUEUE_READY), 0);
+        let head = driver.chain(0, &[(BUFFERS, 8, WRITE)]);
+        driver.offer(0, head);
+        driver.notify(0);
+        driver.transport.pause();
+        assert_eq!((driver.used_index(0), driver.read(STATUS)), (0, 15));
+    }
+
+    #[test]
+    fn doorbells_of_queues_that_are_not_there_are_ignored() {
+        let mut driver = driver();
+        driver.start();
+        for queue in [1, 0x1_0000, u32::MAX] {
+            driver.notify(queue);
+        }
+        assert_eq!(driver.transact(0, &[(BUFFERS, 8, WRITE)]), 8);
+    }
+
+    #[test]
+    fn an_interrupt_is_raised_shown_and_acknowledged() {
+        let mut driver = driver();
+        driver.start();
+        driver.transact(0, &[(BUFFERS, 8, WRITE)]);
+        crate::virtio::test_driver::wait_for(|| driver.irq.event().read().is_ok());
+        assert_eq!(driver.read(INTERRUPT_STATUS), 1);
+        driver.write(INTERRUPT_ACK, 2);
+        assert_eq!(driver.read(INTERRUPT_STATUS), 1);
+        driver.write(INTERRUPT_ACK, 1);
+        assert_eq!(driver.read(INTERRUPT_STATUS), 0);
+    }
+
+    #[test]
+    fn rings_that_are_no_rings_need_a_reset_and_a_reset_mends_them() {
+        for (offset, value) in [
+            (QUEUE_NUM, 0),
+            (QUEUE_NUM, 63),
+            (QUEUE_NUM, 128),
+            (QUEUE_NUM, 0x1_0040),
+            (QUEUE_DESC_LOW, 0x1_0008),
+            (QUEUE_DRIVER_LOW, 0x1_4001),
+            (QUEUE_DEVICE_LOW, 0x1_8002),
+            (QUEUE_DESC_LOW, 0x3f_fff0),
+            (QUEUE_DEVICE_LOW + 4, 0xffff_ffff),
+            (QUEUE_DRIVER_LOW, 0),
+        ] {
+            let mut driver = driver();
+            driver.negotiate(F_VERSION_1);
+            driver.set_up_queue(0, 64);
+            driver.write(QUEUE_READY, 0);
+            driver.write(offset, value);
+            driver.write(QUEUE_READY, 1);
+            driver.write(STATUS, 15);
+            driver.wait_for_needs_reset();
+            assert_eq!(driver.read(STATUS), 0x4f, "{value:#x} at {offset:#x}");
+            crate::virtio::test_driver::wait_for(|| driver.irq.event().read().is_ok());
+            assert_eq!(driver.read(INTERRUPT_STATUS), 2);
+            driver.start();
+            assert_eq!(driver.transact(0, &[(BUFFERS, 8, WRITE)]), 8);
+        }
+    }
+
+    #[test]
+    fn a_state_of_another_device_or_version_is_refused() {
+        let driver = driver();
+        let good = driver.transport.save();
+        let change = |change: fn(&mut TransportState)| {
+            let mut state = good.clone();
+            change(&mut state);
+            driver.transport.restore(&state).is_err()
+        };
+        assert!(change(|state| state.version = 2));
+        assert!(change(|state| state.device_type = 2));
+        assert!(change(|state| state.session.queues[0].size_max = 128));
+        assert!(change(|state| state.session.queues.clear()));
+        assert!(change(|state| state.session.config.push(0)));
+        assert!(change(|state| (state.session.status, state.session.driver_features) = (8, 1)));
+        assert!(!change(|_| {}));
+    }
+}

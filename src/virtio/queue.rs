@@ -1,0 +1,248 @@
+//! From the available ring to a chain of guest buffers, and from a finished chain to the used ring (virtio 1.2 §2.7).
+//!
+//! Everything here is read from memory that the driver may change at any time: each descriptor is read once, and what it
+//! says is checked before it is passed on.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::memory::GuestMemory;
+
+/// The driver broke a rule of the ring, so that the device can no longer tell what is asked of it.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// The rings lie outside of memory or are misaligned, or an index makes no sense.
+    #[error("{0}")]
+    Ring(QueueError),
+    /// A descriptor chain breaks a rule of virtio 1.2 §2.7.5.
+    #[error("invalid descriptor chain: {0}")]
+    Chain(&'static str),
+}
+
+impl From<QueueError> for RingError {
+    fn from(error: QueueError) -> RingError {
+        RingError::Ring(error)
+    }
+}
+
+/// What a transport keeps of a queue while it does not run: the driver's settings and how far the device has come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueRegisters {
+    /// The largest size the device takes.
+    pub size_max: u16,
+    /// The size that the driver chose.
+    pub size: u16,
+    /// Whether the driver has enabled the queue.
+    pub ready: bool,
+    /// Guest physical address of the descriptor table.
+    pub descriptor_table: u64,
+    /// Guest physical address of the available ring.
+    pub available_ring: u64,
+    /// Guest physical address of the used ring.
+    pub used_ring: u64,
+    /// Index of the next entry to take from the available ring.
+    pub next_available: u16,
+    /// Index of the next entry to put into the used ring.
+    pub next_used: u16,
+}
+
+impl QueueRegisters {
+    /// A queue as it is after a reset.
+    pub fn new(size_max: u16) -> QueueRegisters {
+        QueueRegisters {
+            size_max,
+            size: size_max,
+            ready: false,
+            descriptor_table: 0,
+            available_ring: 0,
+            used_ring: 0,
+            next_available: 0,
+            next_used: 0,
+        }
+    }
+}
+
+/// Part of a chain: `len_bytes` bytes of guest memory from `address`, not known to exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestRange {
+    /// Guest physical address.
+    pub address: GuestAddress,
+    /// Length in bytes, never 0.
+    pub len_bytes: u32,
+}
+
+/// A descriptor chain, read once. It is filled again and again, so that taking a chain costs no allocation.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    readable: Vec<GuestRange>,
+    writable: Vec<GuestRange>,
+}
+
+impl Chain {
+    /// Identifies the chain in the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the device reads, in order.
+    pub fn readable(&self) -> &[GuestRange] {
+        &self.readable
+    }
+
+    /// What the device writes, in order.
+    pub fn writable(&self) -> &[GuestRange] {
+        &self.writable
+    }
+}
+
+/// Length of all `ranges` together, in bytes.
+pub fn len_bytes(ranges: &[GuestRange]) -> u64 {
+    ranges.iter().map(|range| u64::from(range.len_bytes)).sum()
+}
+
+/// The part of `ranges` that begins `skip_bytes` into them and is `len_bytes` long, or as long as there is.
+pub fn part(ranges: &[GuestRange], skip_bytes: u64, len_bytes: u64) -> impl Iterator<Item = GuestRange> {
+    let end = skip_bytes.saturating_add(len_bytes);
+    let mut at = 0;
+    ranges.iter().filter_map(move |range| {
+        let first = skip_bytes.clamp(at, at + u64::from(range.len_bytes)) - at;
+        let last = end.clamp(at, at + u64::from(range.len_bytes)) - at;
+        at += u64::from(range.len_bytes);
+        // Both fit: neither is beyond the range's own length. An address at the very top stays there and is refused later.
+        let address = GuestAddress(range.address.0.saturating_add(first));
+        (first < last).then_some(GuestRange { address, len_bytes: (last - first) as u32 })
+    })
+}
+
+/// A queue while it runs, with the memory it lies in. A queue that the driver has not enabled is empty.
+pub struct Virtqueue {
+    queue: Queue,
+    memory: Arc<GuestMemory>,
+    added: bool,
+}
+
+impl Virtqueue {
+    /// Takes up the work of a queue where `registers` say that it was left.
+    ///
+    /// Fails where the driver's settings are no queue: a size that is no power of two or too large, or rings that are
+    /// misaligned or not in memory (virtio 1.2 §2.7).
+    pub fn new(registers: &QueueRegisters, memory: &Arc<GuestMemory>, event_idx: bool) -> Result<Virtqueue, RingError> {
+        let mut queue = Queue::new(registers.size_max)?;
+        if registers.ready {
+            queue.try_set_size(registers.size)?;
+            queue.try_set_desc_table_address(GuestAddress(registers.descriptor_table))?;
+            queue.try_set_avail_ring_address(GuestAddress(registers.available_ring))?;
+            queue.try_set_used_ring_address(GuestAddress(registers.used_ring))?;
+            // As `Queue::is_valid` does, but that writes a line to the log each time, and a driver may do this all day.
+            let size = usize::from(registers.size);
+            for (address, len_bytes) in [
+                (registers.descriptor_table, 16 * size),
+                (registers.available_ring, 6 + 2 * size),
+                (registers.used_ring, 6 + 8 * size),
+            ] {
+                if !GuestMemoryBackend::check_range(&**memory, GuestAddress(address), len_bytes) {
+                    return Err(RingError::Ring(QueueError::FindMemoryRegion));
+                }
+            }
+            queue.set_next_avail(registers.next_available);
+            queue.set_next_used(registers.next_used);
+            queue.set_event_idx(event_idx);
+            queue.set_ready(true);
+        }
+        Ok(Virtqueue { queue, memory: memory.clone(), added: false })
+    }
+
+    /// Writes down how far the queue has come.
+    pub fn leave(&self, registers: &mut QueueRegisters) {
+        if self.queue.ready() {
+            registers.next_available = self.queue.next_avail();
+            registers.next_used = self.queue.next_used();
+        }
+    }
+
+    /// The memory that the queue and its buffers lie in.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// How many chains the driver can have made available at most.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next available chain into `chain`. Returns whether there was one.
+    ///
+    /// Fails on an available index out of reach, and on a chain with an index outside of its table, longer than the queue,
+    /// without an end, with a bad table of indirect descriptors, or with a readable part behind a writable one.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        chain.readable.clear();
+        chain.writable.clear();
+        if !self.queue.ready() {
+            return Ok(false);
+        }
+        let limit = usize::from(self.queue.size());
+        let Some(descriptors) = self.queue.iter(&*self.memory)?.next() else { return Ok(false) };
+        chain.head = descriptors.head_index();
+        let (mut count, mut write_only, mut ended) = (0, false, false);
+        for descriptor in descriptors {
+            count += 1;
+            if count > limit {
+                return Err(RingError::Chain("longer than the queue"));
+            }
+            if write_only && !descriptor.is_write_only() {
+                return Err(RingError::Chain("readable behind writable"));
+            }
+            write_only = descriptor.is_write_only();
+            ended = !descriptor.has_next();
+            let ranges = if write_only { &mut chain.writable } else { &mut chain.readable };
+            if descriptor.len() > 0 {
+                ranges.push(GuestRange { address: descriptor.addr(), len_bytes: descriptor.len() });
+            }
+        }
+        // The iterator just ends where it meets something bad: the descriptor before it then has a successor.
+        if ended { Ok(true) } else { Err(RingError::Chain("no end, or an index or table out of bounds")) }
+    }
+
+    /// Gives chain `head` back, `written_bytes` of its writable part filled.
+    pub fn push(&mut self, head: u16, written_bytes: u32) -> Result<(), RingError> {
+        self.queue.add_used(&*self.memory, head, written_bytes)?;
+        self.added = true;
+        Ok(())
+    }
+
+    /// Whether the driver wants an interrupt for what was pushed since the last call (virtio 1.2 §2.7.7).
+    pub fn needs_interrupt(&mut self) -> Result<bool, RingError> {
+        if !std::mem::take(&mut self.added) {
+            return Ok(false);
+        }
+        // Without VIRTIO_F_EVENT_IDX this says always yes, and leaves the flag to us.
+        let wanted = self.queue.needs_notification(&*self.memory)?;
+        if self.queue.event_idx_enabled() {
+            return Ok(wanted);
+        }
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(|error| RingError::Ring(QueueError::GuestMemory(error)))?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Tells the driver that its doorbell is not wanted while the queue is being looked at anyway.
+    pub fn disable_notification(&mut self) -> Result<(), RingError> {
+        if self.queue.ready() {
+            self.queue.disable_notification(&*self.memory)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for the driver's doorbell. Returns whether chains became available before the driver could know of it.
+    pub fn enable_notification(&mut self) -> Result<bool, RingError> {
+        if self.queue.ready() { Ok(self.queue.enable_notification(&*self.memory)?) } else { Ok(false) }
+    }
+}

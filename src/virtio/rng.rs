@@ -1,0 +1,118 @@
+//! From the host's entropy to the guest's: the entropy device (virtio 1.2 §5.4).
+
+use std::sync::Arc;
+
+use vm_memory::Bytes;
+
+use super::queue::{self, Chain, Virtqueue};
+use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
+use crate::sys;
+
+/// Device ID (virtio 1.2 §5).
+const DEVICE_TYPE: u32 = 4;
+const QUEUE_SIZE: u16 = 64;
+/// As much as one request gets. A driver takes what it is given and asks again.
+const REQUEST_BYTES_MAX: u64 = 64 << 10;
+/// Requests that are served before the worker looks at its stop event.
+const REQUESTS_PER_TURN: usize = 16;
+
+/// An entropy device, which hands out what getrandom(2) returns.
+pub fn device() -> VirtioDevice {
+    VirtioDevice {
+        device_type: DEVICE_TYPE,
+        name: "virtio-rng".to_owned(),
+        features: 0,
+        queue_sizes: vec![QUEUE_SIZE],
+        config: Arc::new(ConfigSpace::new(Vec::new(), 0..0)),
+        handler: Box::new(Entropy::default()),
+    }
+}
+
+#[derive(Default)]
+struct Entropy {
+    chain: Chain,
+}
+
+impl QueueHandler for Entropy {
+    fn start(&mut self, _features: u64) {}
+
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+        let Some(queue) = queues.get_mut(index) else { return Ok(Left::Nothing) };
+        for _ in 0..REQUESTS_PER_TURN {
+            if !queue.pop(&mut self.chain)? {
+                return Ok(Left::Nothing);
+            }
+            let written_bytes = fill(&self.chain, queue);
+            queue.push(self.chain.head(), written_bytes)?;
+        }
+        Ok(Left::More)
+    }
+}
+
+/// Fills the writable part of `chain` as far as its address is good and the limit allows. Returns how far that is.
+fn fill(chain: &Chain, queue: &Virtqueue) -> u32 {
+    let mut bytes = [0; 4096];
+    let mut written_bytes = 0;
+    for range in queue::part(chain.writable(), 0, REQUEST_BYTES_MAX) {
+        let mut done = 0;
+        while done < range.len_bytes {
+            let len = (range.len_bytes - done).min(bytes.len() as u32);
+            let piece = &mut bytes[..len as usize];
+            let address = range.address.0.saturating_add(done.into());
+            if sys::getrandom(piece).is_err()
+                || queue.memory().write_slice(piece, vm_memory::GuestAddress(address)).is_err()
+            {
+                return written_bytes;
+            }
+            done += len;
+            written_bytes += len;
+        }
+    }
+    written_bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::virtio::test_driver::{BUFFERS, Driver, WRITE};
+
+    fn started() -> Driver {
+        let mut driver = Driver::new(device());
+        driver.start();
+        driver
+    }
+
+    #[test]
+    fn a_request_is_filled_with_random_bytes() {
+        let mut driver = started();
+        assert_eq!(driver.transact(0, &[(BUFFERS, 32, WRITE), (BUFFERS + 0x1000, 32, WRITE)]), 64);
+        let mut bytes = [[0; 32]; 3];
+        for (bytes, address) in bytes.iter_mut().zip([BUFFERS, BUFFERS + 0x1000, BUFFERS + 32]) {
+            driver.memory.read_slice(bytes, GuestAddress(address)).unwrap();
+        }
+        assert_ne!(bytes[0], bytes[1]);
+        assert_ne!(bytes[0], [0; 32]);
+        assert_eq!(bytes[2], [0; 32], "written beyond the buffer");
+    }
+
+    #[test]
+    fn a_request_above_64_kib_gets_64_kib() {
+        let mut driver = started();
+        assert_eq!(driver.transact(0, &[(BUFFERS, 1 << 20, WRITE)]), 64 << 10);
+        let beyond: u64 = driver.memory.read_obj(GuestAddress(BUFFERS + (64 << 10))).unwrap();
+        assert_eq!(beyond, 0);
+        // The same buffer named many times does not help.
+        assert_eq!(driver.transact(0, &[(BUFFERS, u32::MAX / 64, WRITE); 60]), 64 << 10);
+    }
+
+    #[test]
+    fn a_request_that_asks_for_nothing_or_points_nowhere_gets_nothing() {
+        let mut driver = started();
+        assert_eq!(driver.transact(0, &[(BUFFERS, 16, 0)]), 0);
+        assert_eq!(driver.transact(0, &[(1 << 40, 16, WRITE)]), 0);
+        assert_eq!(driver.transact(0, &[(u64::MAX - 4, 16, WRITE)]), 0);
+        assert_eq!(driver.transact(0, &[(BUFFERS, 8, WRITE), (1 << 40, 8, WRITE)]), 8);
+    }
+}

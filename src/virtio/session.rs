@@ -1,0 +1,258 @@
+//! From a driver's first write to a running device, and back: the life of a device (virtio 1.2 §3.1), for any transport.
+
+use std::io;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::QueueRegisters;
+use super::worker::{Lent, Reports, Worker};
+use super::{COMMON_FEATURES, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Interrupt, QueueHandler, VirtioDevice, Virtqueue};
+use crate::memory::GuestMemory;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+
+/// All that a driver has told a device, and how far the device has come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionState {
+    /// Device status (virtio 1.2 §2.1).
+    pub status: u32,
+    /// Features that the driver wrote; they count from FEATURES_OK on.
+    pub driver_features: u64,
+    /// Whether it wrote a feature bit above 63, which none of our devices offers.
+    pub driver_features_beyond: bool,
+    /// Every queue, in order.
+    pub queues: Vec<QueueRegisters>,
+    /// The bytes of the configuration space that the driver may write.
+    pub config: Vec<u8>,
+    /// The configuration's generation.
+    pub config_generation: u32,
+}
+
+/// A device and its driver. A transport guards it with a lock and turns accesses into calls.
+pub struct Session {
+    device_type: u32,
+    features: u64,
+    config: Arc<ConfigSpace>,
+    memory: Arc<GuestMemory>,
+    reports: Arc<Reports>,
+    worker: Worker,
+    /// `None` while it is lent to the worker.
+    handler: Option<Box<dyn QueueHandler>>,
+    status: u32,
+    driver_features: u64,
+    driver_features_beyond: bool,
+    queues: Vec<QueueRegisters>,
+    paused: bool,
+}
+
+impl Session {
+    /// A device after power-on, not paused. Makes its worker thread.
+    pub fn new(
+        device: VirtioDevice,
+        memory: Arc<GuestMemory>,
+        doorbells: Arc<Vec<EventFd>>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> io::Result<Session> {
+        let reports = Arc::new(Reports::new(&device.name, interrupt));
+        Ok(Session {
+            device_type: device.device_type,
+            features: device.features | COMMON_FEATURES,
+            config: device.config,
+            memory,
+            worker: Worker::new(&device.name, doorbells, reports.clone())?,
+            reports,
+            handler: Some(device.handler),
+            status: 0,
+            driver_features: 0,
+            driver_features_beyond: false,
+            queues: device.queue_sizes.iter().map(|size| QueueRegisters::new(*size)).collect(),
+            paused: false,
+        })
+    }
+
+    /// Device ID (virtio 1.2 §5).
+    pub fn device_type(&self) -> u32 {
+        self.device_type
+    }
+
+    /// Bits `32 * select` and up of the features offered.
+    pub fn device_features(&self, select: u32) -> u32 {
+        match select {
+            0 => self.features as u32,
+            1 => (self.features >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    /// The driver accepts features. Ignored once it has said FEATURES_OK.
+    pub fn set_driver_features(&mut self, select: u32, value: u32) {
+        if self.status & FEATURES_OK != 0 {
+            return;
+        }
+        let (low, high) = (self.driver_features & 0xffff_ffff, self.driver_features >> 32 << 32);
+        match select {
+            0 => self.driver_features = high | u64::from(value),
+            1 => self.driver_features = low | u64::from(value) << 32,
+            _ => self.driver_features_beyond |= value != 0,
+        }
+    }
+
+    /// Device status as the driver reads it.
+    pub fn status(&self) -> u32 {
+        self.status | if self.reports.needs_reset() { NEEDS_RESET } else { 0 }
+    }
+
+    /// The driver writes the device status: 0 resets, anything else can only go on, one step after the other.
+    ///
+    /// Returns after a reset is complete: then nothing of the device touches guest memory any more.
+    pub fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let clears_bits = self.status & !value != 0;
+        if clears_bits || self.status & FAILED != 0 {
+            return;
+        }
+        for (step, needs) in [(ACKNOWLEDGE, 0), (DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)]
+        {
+            let in_order = self.status & needs == needs;
+            let acceptable = step != FEATURES_OK || self.features_are_acceptable();
+            if value & step != 0 && in_order && acceptable {
+                self.status |= step;
+            }
+        }
+        self.status |= value & FAILED;
+        self.start();
+    }
+
+    fn features_are_acceptable(&self) -> bool {
+        let unknown = self.driver_features & !self.features != 0 || self.driver_features_beyond;
+        !unknown && self.driver_features & F_VERSION_1 != 0
+    }
+
+    /// Queue `index`, to be read.
+    pub fn queue(&self, index: u32) -> Option<&QueueRegisters> {
+        self.queues.get(index as usize)
+    }
+
+    /// Queue `index`, to be set up: only while the driver has not enabled it, and not once the device runs.
+    pub fn queue_to_set_up(&mut self, index: u32) -> Option<&mut QueueRegisters> {
+        let locked = self.status & DRIVER_OK != 0;
+        self.queues.get_mut(index as usize).filter(|queue| !locked && !queue.ready)
+    }
+
+    /// The driver enables queue `index`, or takes it out of use, which it may do while the device runs.
+    pub fn set_queue_ready(&mut self, index: u32, ready: bool) {
+        if ready {
+            if let Some(queue) = self.queue_to_set_up(index) {
+                queue.ready = true;
+            }
+        } else if self.queue(index).is_some_and(|queue| queue.ready) {
+            self.stop();
+            self.queues.iter_mut().skip(index as usize).take(1).for_each(|queue| queue.ready = false);
+            self.start();
+        }
+    }
+
+    /// Stops the device until [`Session::resume`]. Completes what is in flight first.
+    pub fn pause(&mut self) {
+        self.paused = true;
+        self.stop();
+    }
+
+    /// Lets the device go on. It looks at every queue once.
+    pub fn resume(&mut self) {
+        self.paused = false;
+        self.start();
+    }
+
+    /// All that a driver told the device. A running device stops for as long as it takes.
+    pub fn save(&mut self) -> SessionState {
+        self.stop();
+        let state = SessionState {
+            status: self.status(),
+            driver_features: self.driver_features,
+            driver_features_beyond: self.driver_features_beyond,
+            queues: self.queues.clone(),
+            config: self.config.driver_bytes(),
+            config_generation: self.config.generation(),
+        };
+        self.start();
+        state
+    }
+
+    /// Makes the device one that was told `state`, and leaves it paused.
+    ///
+    /// Fails, with nothing changed, where the state is another device's. Rings are checked when the device goes on.
+    pub fn restore(&mut self, state: &SessionState) -> Result<()> {
+        let sizes = |queues: &[QueueRegisters]| queues.iter().map(|queue| queue.size_max).collect::<Vec<_>>();
+        ensure!(sizes(&state.queues) == sizes(&self.queues), "the saved device has other queues");
+        let accepted = state.status & FEATURES_OK != 0;
+        let missing = state.driver_features & !self.features;
+        ensure!(!accepted || missing == 0, "the saved driver uses features that are not offered: {missing:#x}");
+        ensure!(state.config.len() == self.config.driver_bytes().len(), "the saved device has another configuration");
+        self.pause();
+        self.status = state.status & !NEEDS_RESET;
+        self.reports.set_needs_reset(state.status & NEEDS_RESET != 0);
+        self.driver_features = state.driver_features;
+        self.driver_features_beyond = state.driver_features_beyond;
+        self.queues.clone_from(&state.queues);
+        self.config.set_driver_bytes(&state.config);
+        self.config.set_generation(state.config_generation);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+        self.reports.set_needs_reset(false);
+        self.status = 0;
+        self.driver_features = 0;
+        self.driver_features_beyond = false;
+        self.queues.iter_mut().for_each(|queue| *queue = QueueRegisters::new(queue.size_max));
+        self.config.reset();
+        if let Some(handler) = &mut self.handler {
+            handler.reset();
+        }
+    }
+
+    /// Lends the handler to the worker if the driver is ready for it.
+    fn start(&mut self) {
+        if self.paused || self.status() & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
+            return;
+        }
+        let Some(mut handler) = self.handler.take() else { return };
+        let event_idx = self.driver_features & F_EVENT_IDX != 0;
+        let queues = self.queues.iter().map(|queue| Virtqueue::new(queue, &self.memory, event_idx));
+        match queues.collect() {
+            Ok(queues) => {
+                handler.start(self.driver_features);
+                self.worker.start(Lent { handler, queues });
+            }
+            Err(error) => {
+                self.handler = Some(handler);
+                self.reports.fail(&error);
+            }
+        }
+    }
+
+    /// Takes the handler back from the worker if it has it.
+    fn stop(&mut self) {
+        if let Some(Lent { handler, queues }) = self.worker.stop() {
+            queues.iter().zip(&mut self.queues).for_each(|(queue, registers)| queue.leave(registers));
+            self.handler = Some(handler);
+        }
+    }
+}
