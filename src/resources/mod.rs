@@ -1,4 +1,5 @@
 //! The only opener of paths.
 
+pub mod disk;
 pub mod host;
 pub mod text;
