@@ -1,8 +1,6 @@
 //! The few raw system calls that no library wraps, each behind a safe function.
 #![allow(unsafe_code)]
 
-pub mod disk;
-
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -1,2 +1,1 @@
 //! The host side of devices.
-pub mod disk;

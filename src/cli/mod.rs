@@ -63,8 +63,11 @@ impl Cli {
 /// Prints an error and its causes as one line, and tells wrong usage from failure.
 pub fn report(error: &anyhow::Error) -> Exit {
     print_error(&format!("{error:#}"));
-    let usage = error.chain().any(|cause| cause.is::<Invalid>());
-    if usage { Exit::Usage } else { Exit::Failure }
+    exit_of(error)
+}
+
+fn exit_of(error: &anyhow::Error) -> Exit {
+    if error.chain().any(|cause| cause.is::<Invalid>()) { Exit::Usage } else { Exit::Failure }
 }
 
 /// Answers `--help` and `--version`, and prints what is wrong with a command line as one line.
@@ -111,7 +114,7 @@ mod tests {
     #[test]
     fn a_wrong_configuration_is_wrong_usage_behind_any_context() {
         let wrong = anyhow::Error::from(Invalid::NoKernel).context("read machine.json");
-        assert_eq!(report(&wrong), Exit::Usage);
-        assert_eq!(report(&anyhow::anyhow!("no such file").context("open disk x")), Exit::Failure);
+        assert_eq!(exit_of(&wrong), Exit::Usage);
+        assert_eq!(exit_of(&anyhow::anyhow!("no such file").context("open disk x")), Exit::Failure);
     }
 }

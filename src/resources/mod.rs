@@ -1,5 +1,4 @@
 //! The only opener of paths.
 
-pub mod disk;
 pub mod host;
 pub mod text;

@@ -6,10 +6,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-pub mod block;
-pub mod block_request;
 pub mod config_space;
-mod log_rate;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
@@ -39,7 +36,7 @@ const COMMON_FEATURES: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1;
 pub struct VirtioDevice {
     /// Device ID (virtio 1.2 §5).
     pub device_type: u32,
-    /// Begins log lines, and names the worker thread as far as 15 bytes go.
+    /// Names the worker thread and begins log lines; at most 15 bytes.
     pub name: String,
     /// Features offered.
     pub features: u64,
