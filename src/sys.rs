@@ -1,6 +1,8 @@
 //! The few raw system calls that no library wraps, each behind a safe function.
 #![allow(unsafe_code)]
 
+use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -84,4 +86,16 @@ pub fn getrandom(buffer: &mut [u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// An empty file that exists only in memory, and only as long as it is open (memfd_create(2)).
+pub fn memory_file(name: &CStr) -> io::Result<File> {
+    // SAFETY: memfd_create only reads the name; the descriptor it returns is new and owned by nobody else.
+    unsafe {
+        let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(File::from_raw_fd(fd))
+    }
 }

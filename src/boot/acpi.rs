@@ -14,10 +14,6 @@ use anyhow::{Context, Result, ensure};
 use super::dsdt;
 use crate::machine::layout;
 
-/// The SLP_TYP that `\_S5` names: a guest powers off by writing `S5_SLEEP_TYPE << 2 | 1 << 5` (SLP_TYP and SLP_EN) to
-/// [`layout::SLEEP_CONTROL_PORT`] (ACPI 6.5 §4.8.3.7).
-pub const S5_SLEEP_TYPE: u8 = 5;
-
 pub(super) const OEM_ID: [u8; 6] = *b"HUSK  ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"HUSKVM  ";
 pub(super) const OEM_REVISION: u32 = 1;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use linux_loader::elf::{EI_CLASS, EI_DATA, ELFDATA2LSB, Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
+use super::zero_page::header_for_elf;
 use super::{Extent, Loaded, Protocol};
 use crate::machine::layout;
 use crate::memory::GuestMemory;
@@ -177,7 +178,14 @@ pub fn load(memory: &GuestMemory, mut file: &File) -> Result<Loaded> {
             .context("read ELF segment")?;
     }
     let (protocol, instruction) = image.entry();
-    Ok(Loaded { protocol, instruction, kernel_end: image.end(), initrd_address_max: INITRD_ADDRESS_MAX })
+    Ok(Loaded {
+        protocol,
+        instruction,
+        kernel_end: image.end(),
+        initrd_address_max: INITRD_ADDRESS_MAX,
+        cmdline_max_bytes: layout::CMDLINE_MAX_BYTES,
+        header: header_for_elf(),
+    })
 }
 
 #[cfg(test)]

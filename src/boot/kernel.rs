@@ -5,19 +5,31 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail};
 
-/// An opened kernel image, by what its first bytes say. That it is well-formed shows when it is loaded.
+use super::bzimage::{self, BzImage};
+use super::elf;
+
+/// An opened kernel image, by what its first bytes say. That all of it is well-formed shows when it is loaded.
 #[derive(Debug)]
 pub enum Kernel {
     /// An ELF image, `vmlinux`.
     Elf(File),
+    /// A bzImage: an ELF image that is packed, behind a program that unpacks it.
+    BzImage(BzImage),
 }
 
 impl Kernel {
-    /// Looks at `file`'s first bytes.
+    /// An ELF image whose headers are checked here and now.
+    pub fn elf(file: File) -> Result<Kernel> {
+        elf::parse(&file)?;
+        Ok(Kernel::Elf(file))
+    }
+
+    /// Looks at `file`'s first bytes, and at all of a bzImage's header.
     pub fn identify(file: File) -> Result<Kernel> {
         let mut magic = [0; 4];
         match file.read_at(&mut magic, 0).context("read kernel")? {
             4 if magic == *b"\x7fELF" => Ok(Kernel::Elf(file)),
+            _ if bzimage::is_bzimage(&file)? => Ok(Kernel::BzImage(BzImage::open(file)?)),
             0 => bail!("the kernel file is empty"),
             _ => bail!("not a kernel: neither an ELF vmlinux nor a bzImage"),
         }

@@ -5,6 +5,7 @@
 //! believed before it is checked against guest memory.
 
 mod acpi;
+mod bzimage;
 mod cmdline;
 mod dsdt;
 mod elf;
@@ -13,15 +14,17 @@ mod kernel;
 mod memory_map;
 mod pvh;
 #[cfg(test)]
-mod sample;
+pub(crate) mod sample;
+mod unpack;
 mod zero_page;
 
 use std::fs::File;
 
 use anyhow::{Context, Result};
+use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress};
 
-pub use acpi::S5_SLEEP_TYPE;
+pub use bzimage::BzImage;
 pub use cmdline::default_cmdline;
 pub use kernel::Kernel;
 
@@ -69,13 +72,17 @@ struct Loaded {
     kernel_end: u64,
     /// The highest address that the initrd's last byte may have.
     initrd_address_max: u64,
+    /// The longest command line that the kernel takes, with its final NUL.
+    cmdline_max_bytes: usize,
+    /// What the zero page starts from.
+    header: setup_header,
 }
 
 /// Writes kernel, initrd, command line and ACPI tables into fresh (all-zero) guest memory.
 ///
 /// `memory` is laid out as [`layout::memory_ranges`] has it. The tables describe `cpus` processors with the local APIC
 /// ids `0..cpus`, and the first `virtio_count` slots of [`layout::virtio_mmio_slot`]. Fails with one clear line where
-/// the kernel is no kernel, or does not fit.
+/// the kernel is no kernel, or does not fit. A bzImage unpacks itself: give the ELF image in it where there is a way.
 pub fn load(
     memory: &GuestMemory,
     kernel: &Kernel,
@@ -84,18 +91,21 @@ pub fn load(
     cpus: u32,
     virtio_count: usize,
 ) -> Result<Entry> {
-    let Kernel::Elf(file) = kernel;
-    let loaded = elf::load(memory, file).context("load kernel")?;
+    let loaded = match kernel {
+        Kernel::Elf(file) => elf::load(memory, file),
+        Kernel::BzImage(image) => bzimage::load(memory, image),
+    }
+    .context("load kernel")?;
     let initrd = initrd
         .map(|file| initrd::load(memory, file, loaded.kernel_end, loaded.initrd_address_max))
         .transpose()
         .context("load initrd")?;
-    cmdline::check(cmdline, layout::CMDLINE_MAX_BYTES)?;
+    cmdline::check(cmdline, loaded.cmdline_max_bytes)?;
     cmdline::write(memory, cmdline)?;
     write(memory, layout::ACPI_ADDRESS, &acpi::tables(cpus, virtio_count)?).context("write ACPI tables")?;
     let info = match loaded.protocol {
         Protocol::Pvh => pvh::write(memory, initrd)?,
-        Protocol::Linux64 => zero_page::write(memory, zero_page::header_for_elf(), cmdline.len(), initrd)?,
+        Protocol::Linux64 => zero_page::write(memory, loaded.header, cmdline.len(), initrd)?,
     };
     Ok(Entry { protocol: loaded.protocol, instruction: loaded.instruction, info })
 }

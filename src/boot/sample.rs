@@ -1,7 +1,8 @@
 //! Kernel images for tests, made byte by byte.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
 
 /// A segment of an ELF image: where it goes, its bytes, and how much memory it takes.
 pub struct Segment<'a> {
@@ -57,4 +58,86 @@ pub fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     file
+}
+
+/// Where [`bzimage`] puts the payload, from the start of the protected-mode code.
+pub const PAYLOAD_OFFSET: u32 = 0x300;
+
+/// A bzImage of protocol 2.15 around `payload`: it prefers 16 MiB, may go to any multiple of 2 MiB, and takes 4 MiB there.
+pub fn bzimage(payload: &[u8]) -> Vec<u8> {
+    let mut code = b"code".to_vec();
+    code.resize(PAYLOAD_OFFSET as usize, 0xcc);
+    code.extend_from_slice(payload);
+    code.resize(code.len().next_multiple_of(16), 0);
+    let mut image = vec![0; 1024];
+    image[0x1f1] = 1;
+    image[0x200..0x202].copy_from_slice(&[0xeb, 0x6a]);
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x234] = 1;
+    for (at, field) in [(0x1fe, 0xaa55), (0x206, 0x020f), (0x210, 0x100), (0x236, 1)] {
+        put(&mut image, at, &u16::to_le_bytes(field));
+    }
+    let payload_bytes = payload.len() as u32;
+    for (at, field) in [
+        (0x1f4, code.len() as u32 / 16),
+        (0x22c, 0x7fff_ffff),
+        (0x230, 2 << 20),
+        (0x238, 2047),
+        (0x248, PAYLOAD_OFFSET),
+        (0x24c, payload_bytes),
+        (0x258, 16 << 20),
+        (0x260, 4 << 20),
+    ] {
+        put(&mut image, at, &field.to_le_bytes());
+    }
+    image.extend(code);
+    image
+}
+
+/// Replaces the bytes at `at`.
+pub fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// What Linux's build packs a kernel with, and the size that it puts behind; gzip's is its own.
+pub const PACKERS: [&str; 6] = [
+    "gzip -n -9",
+    "bzip2 -9",
+    "lzma -9",
+    "xz --check=crc32 --x86 --lzma2=dict=32MiB",
+    "lz4 -l -9 -c",
+    "zstd -22 --ultra",
+];
+
+/// `kernel` as a bzImage's payload, packed by the first word of `packer` with the other words; `None` where there is no such
+/// program, which is said aloud.
+pub fn packed(kernel: &[u8], packer: &str) -> Option<Vec<u8>> {
+    let mut words = packer.split(' ');
+    let program = words.next().unwrap();
+    let (input, mut output) = (file(kernel), Vec::new());
+    std::io::Seek::rewind(&mut &input).unwrap();
+    let child = Command::new(program).args(words).stdin(input).stdout(Stdio::piped()).spawn();
+    let Ok(mut child) = child else {
+        eprintln!("SKIPPED: {program} is not installed, so its payloads are not tested");
+        return None;
+    };
+    child.stdout.take().unwrap().read_to_end(&mut output).unwrap();
+    assert!(child.wait().unwrap().success(), "{packer}");
+    if program != "gzip" {
+        output.extend((kernel.len() as u32).to_le_bytes());
+    }
+    Some(output)
+}
+
+/// An ELF kernel of 256 KiB that packs neither well nor badly.
+pub fn kernel() -> Vec<u8> {
+    let mut state = 1u32;
+    let bytes: Vec<u8> = (0..1 << 18)
+        .map(|n: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // Relative calls among it give xz's x86 filter something to do.
+            if n.is_multiple_of(5) { 0xe8 } else { (state >> 30) as u8 }
+        })
+        .collect();
+    elf(1 << 20, &[Segment { address: 1 << 20, bytes: &bytes, memory_bytes: 2 << 20 }], None)
 }

@@ -4,4 +4,5 @@ mod power;
 mod serial;
 
 pub use power::Power;
+pub(crate) use power::SLEEP_TYPE_S5;
 pub use serial::Serial;

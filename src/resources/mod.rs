@@ -1,4 +1,5 @@
 //! The only opener of paths.
 
 pub mod host;
+pub mod kernel;
 pub mod text;

@@ -1,0 +1,354 @@
+//! From a bzImage's setup header to where its packed kernel lies, or, where that cannot be unpacked here, to guest memory
+//! with the kernel's own decompressor (boot.rst).
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result, bail, ensure};
+use linux_loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::unpack::{self, Compression};
+use super::zero_page::HEADER_MAGIC;
+use super::{Loaded, Protocol};
+use crate::machine::layout;
+use crate::memory::GuestMemory;
+
+/// Where the setup header starts in a bzImage, and in the zero page.
+const HEADER_OFFSET: u64 = 0x1f1;
+/// Where [`HEADER_MAGIC`] stands: the byte before says how far the header goes on from here.
+const MAGIC_OFFSET: usize = 0x202;
+const SECTOR_BYTES: u64 = 512;
+/// `setup_sects` where the header says 0.
+const SETUP_SECTORS_DEFAULT: u8 = 4;
+/// Protocol 2.08: the first with `payload_offset` and `payload_length`.
+const VERSION_WITH_PAYLOAD: u16 = 0x0208;
+/// Protocol 2.12: the first with `xloadflags`.
+const VERSION_WITH_XLOADFLAGS: u16 = 0x020c;
+/// The 64-bit entry point's distance from the start of the protected-mode code.
+const ENTRY_64_OFFSET: u64 = 0x200;
+/// The unpacked size, at the payload's end.
+const SIZE_BYTES: u64 = 4;
+/// No kernel is larger when unpacked.
+const UNPACKED_MAX_BYTES: u64 = 1 << 30;
+/// No kernel packs better; what claims to would have the host write zeroes for a long time.
+const RATIO_MAX: u64 = 64;
+
+/// An opened bzImage with a header that makes sense.
+#[derive(Debug)]
+pub struct BzImage {
+    file: File,
+    header: setup_header,
+    /// Where the protected-mode code starts in the file.
+    code_offset: u64,
+    code_bytes: u64,
+    payload: Option<Payload>,
+}
+
+/// The packed kernel: an ELF image, and what its relocation takes.
+#[derive(Debug)]
+struct Payload {
+    offset: u64,
+    len: u64,
+    compression: Compression,
+    unpacked_bytes: u64,
+}
+
+/// Whether `file` has a setup header.
+pub fn is_bzimage(file: &File) -> Result<bool> {
+    let mut magic = [0; 4];
+    let len = file.read_at(&mut magic, MAGIC_OFFSET as u64).context("read kernel")?;
+    Ok(len == magic.len() && u32::from_le_bytes(magic) == HEADER_MAGIC)
+}
+
+impl BzImage {
+    /// Reads and checks the setup header.
+    pub fn open(file: File) -> Result<BzImage> {
+        let header = read_header(&file)?;
+        ensure!(header.loadflags & LOADED_HIGH != 0, "a zImage, which loads below 1 MiB, and no bzImage");
+        let setup_sectors = if header.setup_sects == 0 { SETUP_SECTORS_DEFAULT } else { header.setup_sects };
+        let code_offset = (u64::from(setup_sectors) + 1) * SECTOR_BYTES;
+        let code_bytes = u64::from(header.syssize) * 16;
+        let (says, has) = (code_offset + code_bytes, file.metadata()?.len());
+        ensure!(has >= says, "the bzImage is truncated: header says {says} bytes, file has {has}");
+        let mut image = BzImage { file, header, code_offset, code_bytes, payload: None };
+        image.payload = image.find_payload()?;
+        Ok(image)
+    }
+
+    /// Whether husk can unpack the kernel in it.
+    pub fn can_be_unpacked(&self) -> bool {
+        self.payload.is_some()
+    }
+
+    /// Size of the unpacked kernel, 0 where it cannot be unpacked.
+    pub fn unpacked_bytes(&self) -> u64 {
+        self.payload.as_ref().map_or(0, |payload| payload.unpacked_bytes)
+    }
+
+    /// The whole file, from its start.
+    pub fn reader(&self) -> impl Read {
+        FileSlice { file: &self.file, at: 0, end: u64::MAX }
+    }
+
+    /// Unpacks the kernel to `output`: [`unpacked_bytes`](BzImage::unpacked_bytes) of it, or an error. `progress` is called
+    /// with the bytes written so far, a few times a second at least.
+    pub fn unpack(&self, output: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        let Some(payload) = &self.payload else { bail!("the bzImage's kernel is packed in an unknown way") };
+        let packed = FileSlice { file: &self.file, at: payload.offset, end: payload.offset + payload.len };
+        unpack::unpack(payload.compression, packed, payload.unpacked_bytes, output, progress)
+            .with_context(|| format!("unpack the bzImage's kernel ({})", payload.compression))
+    }
+
+    fn find_payload(&self) -> Result<Option<Payload>> {
+        let (start, len) = (u64::from(self.header.payload_offset), u64::from(self.header.payload_length));
+        if self.header.version < VERSION_WITH_PAYLOAD || len == 0 {
+            return Ok(None);
+        }
+        ensure!(start + len <= self.code_bytes, "the bzImage is damaged: its payload ends beyond its code");
+        let offset = self.code_offset + start;
+        let mut magic = [0; 6];
+        let mut size = [0; SIZE_BYTES as usize];
+        if len < magic.len() as u64 + SIZE_BYTES {
+            return Ok(None);
+        }
+        self.file.read_exact_at(&mut magic, offset)?;
+        let Some(compression) = Compression::identify(&magic) else { return Ok(None) };
+        // Linux's build puts the unpacked size behind every payload; gzip's own end is that size.
+        self.file.read_exact_at(&mut size, offset + len - SIZE_BYTES)?;
+        let unpacked_bytes = u64::from(u32::from_le_bytes(size));
+        ensure!(
+            unpacked_bytes <= UNPACKED_MAX_BYTES && unpacked_bytes / RATIO_MAX <= len,
+            "the bzImage is damaged: {len} bytes of payload claim to unpack to {unpacked_bytes}"
+        );
+        let size_behind = if compression == Compression::Gzip { 0 } else { SIZE_BYTES };
+        Ok(Some(Payload { offset, len: len - size_behind, compression, unpacked_bytes }))
+    }
+}
+
+fn read_header(file: &File) -> Result<setup_header> {
+    let mut header = setup_header::default();
+    let bytes = header.as_mut_slice();
+    // The shortest kernel is longer than the header at its longest.
+    file.read_exact_at(bytes, HEADER_OFFSET).context("the bzImage is truncated: its header is not all there")?;
+    let magic_at = MAGIC_OFFSET - HEADER_OFFSET as usize;
+    let end = bytes.get(magic_at - 1).map_or(0, |jump| magic_at + usize::from(*jump));
+    // Behind its end is code, which is no header field.
+    bytes.iter_mut().skip(end).for_each(|byte| *byte = 0);
+    Ok(header)
+}
+
+/// Loads the protected-mode code of `image`, which unpacks the kernel by itself.
+pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
+    let header = image.header;
+    if header.version < VERSION_WITH_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
+        bail!(
+            "the bzImage's kernel is packed in an unknown way, and the bzImage has no 64-bit entry to unpack it by itself"
+        );
+    }
+    // What the decompressor and the kernel take before they have read their memory map.
+    let needed = u64::from(header.init_size).max(image.code_bytes);
+    let Some(address) = place(memory, &header, needed)? else {
+        bail!("the kernel takes {} MiB to unpack itself: give the machine more (--memory)", needed.div_ceil(1 << 20));
+    };
+    let mut file = &image.file;
+    file.seek(SeekFrom::Start(image.code_offset))?;
+    memory
+        .read_exact_volatile_from(GuestAddress(address), &mut file, usize::try_from(image.code_bytes)?)
+        .context("read bzImage")?;
+    let header = setup_header { code32_start: u32::try_from(address)?, ..header };
+    Ok(Loaded {
+        protocol: Protocol::Linux64,
+        instruction: address + ENTRY_64_OFFSET,
+        kernel_end: address + needed,
+        initrd_address_max: header.initrd_addr_max.into(),
+        cmdline_max_bytes: layout::CMDLINE_MAX_BYTES.min(header.cmdline_size as usize + 1),
+        header,
+    })
+}
+
+/// The first of the kernel's preferred address and, where it can be relocated, the lowest that it is aligned for, that
+/// has `needed` bytes of memory.
+fn place(memory: &GuestMemory, header: &setup_header, needed: u64) -> Result<Option<u64>> {
+    let alignment = u64::from(header.kernel_alignment);
+    ensure!(alignment.is_power_of_two(), "the bzImage is damaged: an alignment of {alignment} bytes");
+    let lowest = layout::HIGH_MEMORY_START.next_multiple_of(alignment);
+    let places = [Some(header.pref_address), (header.relocatable_kernel != 0).then_some(lowest)];
+    let len = usize::try_from(needed)?;
+    let fits = |address: &u64| {
+        let end = address.checked_add(needed);
+        *address >= layout::HIGH_MEMORY_START
+            && end.is_some_and(|end| end <= layout::MMIO_HOLE_START)
+            && memory.check_range(GuestAddress(*address), len)
+    };
+    Ok(places.into_iter().flatten().find(fits))
+}
+
+/// A part of a file, read in order.
+struct FileSlice<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+}
+
+impl Read for FileSlice<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let left = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
+        let len = buffer.len().min(left);
+        let read = self.file.read_at(&mut buffer[..len], self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::{Kernel, sample};
+    use crate::memory;
+
+    const MIB: u64 = 1 << 20;
+    /// A payload that nobody can unpack: LZO's magic number.
+    const LZO: &[u8] = b"\x89LZO\0\x0d\x0a\x1a\x0a..............";
+
+    fn open(bytes: &[u8]) -> Result<BzImage> {
+        match Kernel::identify(sample::file(bytes))? {
+            Kernel::BzImage(image) => Ok(image),
+            Kernel::Elf(_) => panic!("an ELF image"),
+        }
+    }
+
+    fn unpack(image: &BzImage) -> Result<Vec<u8>> {
+        let mut output = Vec::new();
+        image.unpack(&mut output, &mut |_| ())?;
+        Ok(output)
+    }
+
+    #[test]
+    fn every_packed_kernel_comes_out_as_it_went_in() {
+        let kernel = sample::kernel();
+        for packer in sample::PACKERS {
+            let Some(payload) = sample::packed(&kernel, packer) else { continue };
+            let image = open(&sample::bzimage(&payload)).unwrap();
+            assert!(image.can_be_unpacked(), "{packer}");
+            assert!(unpack(&image).unwrap() == kernel, "{packer}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_payload_is_noticed() {
+        let kernel = sample::kernel();
+        for packer in sample::PACKERS {
+            let Some(payload) = sample::packed(&kernel, packer) else { continue };
+            let mut bytes = sample::bzimage(&payload);
+            // The middle of the payload: each format's checksum or structure tells, but for lz4's, which has neither.
+            let at = 1024 + sample::PAYLOAD_OFFSET as usize + payload.len() / 2;
+            bytes[at] ^= 0x10;
+            let result = unpack(&open(&bytes).unwrap());
+            assert!(result.is_err() || packer.starts_with("lz4") || packer.starts_with("zstd"), "{packer}");
+            let mut cut = payload[..payload.len() / 2].to_vec();
+            cut.extend((kernel.len() as u32).to_le_bytes());
+            let error = unpack(&open(&sample::bzimage(&cut)).unwrap()).unwrap_err();
+            assert!(format!("{error:#}").starts_with("unpack the bzImage's kernel ("), "{packer}: {error:#}");
+        }
+    }
+
+    #[test]
+    fn a_payload_that_claims_another_size_is_refused() {
+        let kernel = sample::kernel();
+        for packer in sample::PACKERS {
+            let Some(mut payload) = sample::packed(&kernel, packer) else { continue };
+            let at = payload.len() - 4;
+            for claim in [kernel.len() as u32 - 1, kernel.len() as u32 + 1] {
+                sample::put(&mut payload, at, &claim.to_le_bytes());
+                assert!(unpack(&open(&sample::bzimage(&payload)).unwrap()).is_err(), "{packer}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_header_that_cannot_be_is_refused() {
+        let whole = sample::bzimage(LZO);
+        let error = |at: usize, field: &[u8]| {
+            let mut bytes = whole.clone();
+            sample::put(&mut bytes, at, field);
+            format!("{:#}", open(&bytes).unwrap_err())
+        };
+        assert_eq!(error(0x211, &[0]), "a zImage, which loads below 1 MiB, and no bzImage");
+        let says = 1024 + 0x1000 * 16;
+        let expected = format!("the bzImage is truncated: header says {says} bytes, file has {}", whole.len());
+        assert_eq!(error(0x1f4, &0x1000u32.to_le_bytes()), expected);
+        assert!(error(0x248, &u32::MAX.to_le_bytes()).contains("ends beyond its code"));
+        assert!(error(0x24c, &u32::MAX.to_le_bytes()).contains("ends beyond its code"));
+        for len in 0x206..whole.len() {
+            assert!(open(&whole[..len]).is_err(), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn a_bomb_is_not_unpacked() {
+        for claim in [u32::MAX, 1 << 20] {
+            let mut payload = b"\x1f\x8b\x08...".to_vec();
+            payload.extend(claim.to_le_bytes());
+            let error = open(&sample::bzimage(&payload)).unwrap_err().to_string();
+            assert_eq!(error, format!("the bzImage is damaged: 10 bytes of payload claim to unpack to {claim}"));
+        }
+    }
+
+    fn load_into(memory_mib: u64, bytes: &[u8]) -> Result<(GuestMemory, Loaded)> {
+        let image = open(bytes)?;
+        assert!(!image.can_be_unpacked());
+        let memory = memory::reserve(memory_mib)?;
+        let loaded = load(&memory, &image)?;
+        Ok((memory, loaded))
+    }
+
+    #[test]
+    fn what_husk_cannot_unpack_unpacks_itself() {
+        let (memory, loaded) = load_into(64, &sample::bzimage(LZO)).unwrap();
+        assert_eq!((loaded.protocol, loaded.instruction), (Protocol::Linux64, 16 * MIB + 0x200));
+        assert_eq!(loaded.kernel_end, 20 * MIB, "init_size counts");
+        assert_eq!(memory.read_obj::<u32>(GuestAddress(16 * MIB)).unwrap(), u32::from_le_bytes(*b"code"));
+        assert_eq!((loaded.initrd_address_max, loaded.cmdline_max_bytes), (0x7fff_ffff, 2048));
+        let (version, code32_start) = (loaded.header.version, loaded.header.code32_start);
+        assert_eq!((version, code32_start), (0x020f, 16 << 20));
+    }
+
+    #[test]
+    fn where_the_preferred_address_has_no_memory_another_is_taken() {
+        assert_eq!(load_into(18, &sample::bzimage(LZO)).unwrap().1.instruction, 2 * MIB + 0x200);
+        let mut fixed = sample::bzimage(LZO);
+        fixed[0x234] = 0;
+        let Err(error) = load_into(18, &fixed) else { panic!("loaded") };
+        assert!(error.to_string().contains("takes 4 MiB to unpack itself"));
+        assert!(load_into(5, &sample::bzimage(LZO)).is_err());
+    }
+
+    #[test]
+    fn an_alignment_that_is_none_is_refused() {
+        for alignment in [0u32, 3, 0x30_0000] {
+            let mut bytes = sample::bzimage(LZO);
+            sample::put(&mut bytes, 0x230, &alignment.to_le_bytes());
+            assert!(load_into(64, &bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn a_32_bit_kernel_is_refused() {
+        let mut bytes = sample::bzimage(LZO);
+        bytes[0x236] = 0;
+        let Err(error) = load_into(64, &bytes) else { panic!("loaded") };
+        assert!(error.to_string().contains("no 64-bit entry"));
+    }
+
+    #[test]
+    fn bytes_behind_a_short_header_are_no_fields() {
+        let mut bytes = sample::bzimage(LZO);
+        // Up to xloadflags and cmdline_size.
+        bytes[0x201] = 0x3c - 2;
+        let header = open(&bytes).unwrap().header;
+        let (cmdline_size, pref_address) = (header.cmdline_size, header.pref_address);
+        assert_eq!((cmdline_size, pref_address), (2047, 0));
+    }
+}

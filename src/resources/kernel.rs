@@ -1,0 +1,258 @@
+//! From a kernel's path to an opened kernel that is quick to load: a bzImage is unpacked once, and found again by its content.
+//!
+//! The cache is `${XDG_CACHE_HOME:-~/.cache}/husk/kernels/`, one file `SHA256.elf` for each bzImage. A file there is whole
+//! from the moment it has its name: it is written under another one, and renamed. Any number of husks may do so at once.
+
+use std::fs::{self, File};
+use std::io::{IsTerminal, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use sha2::{Digest, Sha256};
+
+use crate::boot::{BzImage, Kernel};
+use crate::sys;
+
+/// What takes less is over before a person would look.
+const PROGRESS_AFTER: Duration = Duration::from_millis(200);
+
+/// Opens the kernel at `path`: a vmlinux as it is, a bzImage by what it unpacks to.
+///
+/// A bzImage that only it can unpack comes back as [`Kernel::BzImage`]. A cache that cannot be used costs time, and no more.
+pub fn open(path: &Path) -> Result<Kernel> {
+    open_with_cache(path, cache_folder().as_deref()).with_context(|| format!("open kernel {}", path.display()))
+}
+
+fn open_with_cache(path: &Path, cache: Option<&Path>) -> Result<Kernel> {
+    // A pipe that nobody writes to would else be waited for.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_dir() {
+        bail!("is a directory");
+    }
+    ensure!(kind.is_file(), "not a regular file");
+    match Kernel::identify(file)? {
+        Kernel::BzImage(image) if image.can_be_unpacked() => unpacked(&image, cache),
+        kernel => Ok(kernel),
+    }
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    // A relative path is to be ignored (XDG base directory specification).
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
+    Some(base.join("husk/kernels"))
+}
+
+/// The kernel in `image`: from the cache, or unpacked to it, or to memory.
+fn unpacked(image: &BzImage, cache: Option<&Path>) -> Result<Kernel> {
+    if let Some(folder) = cache {
+        let name = content_name(image)?;
+        if let Some(kernel) = cached(&folder.join(format!("{name}.elf")), image) {
+            return Ok(kernel);
+        }
+        match unpack_to_cache(image, folder, &name) {
+            Ok(kernel) => return Ok(kernel),
+            Err(error) => log::info!("the unpacked kernel is not kept: {error:#}"),
+        }
+    }
+    let file = sys::memory_file(c"husk-kernel").context("make a file in memory")?;
+    unpack_to(image, &file)?;
+    Kernel::elf(file)
+}
+
+/// SHA-256 of the whole bzImage, in hexadecimal.
+fn content_name(image: &BzImage) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut reader = image.reader();
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match reader.read(&mut buffer)? {
+            0 => break,
+            len => hash.update(&buffer[..len]),
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// What the cache has, if it is whole.
+fn cached(path: &Path, image: &BzImage) -> Option<Kernel> {
+    let file = File::open(path).ok()?;
+    let whole = file.metadata().ok()?.len() == image.unpacked_bytes();
+    let kernel = whole.then(|| Kernel::elf(file).ok()).flatten();
+    if kernel.is_none() {
+        log::warn!("{} is damaged: unpacking the kernel again", path.display());
+    }
+    kernel
+}
+
+fn unpack_to_cache(image: &BzImage, folder: &Path, name: &str) -> Result<Kernel> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).context("create the cache")?;
+    // The same name for everyone, so that a husk that was killed leaves nothing that piles up: the next one takes it over.
+    let part = folder.join(format!("{name}.part"));
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(&part)?;
+    file.try_lock().context("another husk is unpacking it")?;
+    let same = fs::metadata(&part).is_ok_and(|found| file.metadata().is_ok_and(|own| found.ino() == own.ino()));
+    ensure!(same, "another husk has just unpacked it");
+    let unpack = || -> Result<Kernel> {
+        file.set_len(0)?;
+        unpack_to(image, &file)?;
+        let kernel = Kernel::elf(file.try_clone()?)?;
+        // Else a power cut could leave the name without the content.
+        file.sync_data()?;
+        fs::rename(&part, folder.join(format!("{name}.elf")))?;
+        Ok(kernel)
+    };
+    unpack().inspect_err(|_| {
+        let _ = fs::remove_file(&part);
+    })
+}
+
+fn unpack_to(image: &BzImage, mut file: &File) -> Result<()> {
+    let started = Instant::now();
+    let bar = ProgressBar::with_draw_target(Some(image.unpacked_bytes()), ProgressDrawTarget::hidden());
+    bar.set_style(ProgressStyle::with_template("unpacking the kernel {bar:30} {bytes}/{total_bytes}")?);
+    let on_terminal = std::io::stderr().is_terminal();
+    image.unpack(&mut file, &mut |done| {
+        if on_terminal && bar.is_hidden() && started.elapsed() > PROGRESS_AFTER {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    Ok(file.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::boot::sample;
+
+    /// A folder with a bzImage in it, and what it unpacks to.
+    fn bzimage() -> (TempDir, PathBuf, Vec<u8>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bzImage");
+        let kernel = sample::kernel();
+        let payload = sample::packed(&kernel, "gzip -n -9").expect("gzip is part of every Debian");
+        fs::write(&path, sample::bzimage(&payload)).unwrap();
+        (folder, path, kernel)
+    }
+
+    fn read(kernel: &Kernel) -> Vec<u8> {
+        let Kernel::Elf(file) = kernel else { panic!("no ELF image") };
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    /// The only file in `cache`.
+    fn only_entry(cache: &Path) -> PathBuf {
+        let entries: Vec<_> = fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let [entry] = entries.as_slice() else { panic!("{entries:?}") };
+        assert!(entry.to_str().unwrap().ends_with(".elf"));
+        entry.clone()
+    }
+
+    #[test]
+    fn a_bzimage_is_unpacked_once() {
+        let (folder, path, kernel) = bzimage();
+        let cache = folder.path().join("a/b");
+        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        let first = fs::metadata(only_entry(&cache)).unwrap();
+        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        let second = fs::metadata(only_entry(&cache)).unwrap();
+        assert_eq!((first.ino(), first.modified().unwrap()), (second.ino(), second.modified().unwrap()));
+    }
+
+    #[test]
+    fn a_damaged_entry_is_rewritten() {
+        let (folder, path, kernel) = bzimage();
+        let cache = folder.path().join("cache");
+        open_with_cache(&path, Some(&cache)).unwrap();
+        let entry = only_entry(&cache);
+        for damaged in [kernel[..kernel.len() - 1].to_vec(), vec![0; kernel.len()], vec![]] {
+            fs::write(&entry, damaged).unwrap();
+            assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+            assert!(fs::read(only_entry(&cache)).unwrap() == kernel);
+        }
+    }
+
+    #[test]
+    fn without_a_cache_it_is_unpacked_to_memory() {
+        let (_folder, path, kernel) = bzimage();
+        // No folder can be made below a file, whoever asks.
+        for cache in [None, Some(path.join("cache"))] {
+            assert!(read(&open_with_cache(&path, cache.as_deref()).unwrap()) == kernel);
+        }
+    }
+
+    #[test]
+    fn what_a_killed_husk_left_is_taken_over() {
+        let (folder, path, kernel) = bzimage();
+        let cache = folder.path().join("cache");
+        open_with_cache(&path, Some(&cache)).unwrap();
+        let entry = only_entry(&cache);
+        let part = entry.with_extension("part");
+        fs::remove_file(&entry).unwrap();
+        fs::write(&part, vec![0xff; 2 * kernel.len()]).unwrap();
+
+        let other = File::open(&part).unwrap();
+        other.lock().unwrap();
+        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        assert!(!entry.exists(), "another husk is at it");
+        drop(other);
+        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        assert!(fs::read(only_entry(&cache)).unwrap() == kernel);
+    }
+
+    #[test]
+    fn many_at_once_all_get_the_kernel() {
+        let (folder, path, kernel) = bzimage();
+        let cache = folder.path().join("cache");
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel));
+            }
+        });
+        assert!(fs::read(only_entry(&cache)).unwrap() == kernel);
+    }
+
+    #[test]
+    fn a_damaged_bzimage_leaves_nothing_in_the_cache() {
+        let (folder, path, _) = bzimage();
+        let cache = folder.path().join("cache");
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0xff;
+        fs::write(&path, bytes).unwrap();
+        let error = format!("{:#}", open_with_cache(&path, Some(&cache)).unwrap_err());
+        assert!(error.starts_with("unpack the bzImage's kernel (gzip): "), "{error}");
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused_in_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("text"), "#!/bin/sh\n").unwrap();
+        let error = |path: &Path| format!("{:#}", open(path).unwrap_err());
+        let expected = [
+            ("absent", "No such file or directory (os error 2)"),
+            (".", "is a directory"),
+            ("text", "not a kernel: neither an ELF vmlinux nor a bzImage"),
+        ];
+        for (name, why) in expected {
+            assert_eq!(error(&at(name)), format!("open kernel {}: {why}", at(name).display()));
+        }
+        // Nobody will ever write to this one.
+        let made = std::process::Command::new("mkfifo").arg(at("fifo")).status().unwrap();
+        assert!(made.success() && error(&at("fifo")).ends_with(": not a regular file"));
+    }
+}
