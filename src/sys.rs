@@ -1,6 +1,8 @@
 //! The few raw system calls that no library wraps, each behind a safe function.
 #![allow(unsafe_code)]
 
+pub mod disk;
+
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;

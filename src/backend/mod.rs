@@ -1,1 +1,2 @@
 //! The host side of devices.
+pub mod disk;

@@ -5,12 +5,14 @@ use std::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::block_request::DiskShape;
 use super::mmio::register::*;
-use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
+use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, logged, wait_for};
 use super::{
     Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Left, QueueHandler, RingError, TransportState, VirtioDevice,
-    Virtqueue, rng,
+    Virtqueue, block, rng,
 };
+use crate::backend::disk::PlainDisk;
 use crate::bus::Device;
 
 /// Runs every rule on the devices that `make_device` makes.
@@ -142,6 +144,16 @@ impl Random {
 #[test]
 fn the_entropy_device_keeps_the_contract() {
     contract(rng::device);
+}
+
+#[test]
+fn the_block_device_keeps_the_contract() {
+    let shape = DiskShape { capacity_bytes: 1 << 20, readonly: false };
+    contract(|| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(shape.capacity_bytes).unwrap();
+        block::device_on(Box::new(PlainDisk::new(file, false)), shape, "disk", "")
+    });
 }
 
 /// A device that holds on to what it is given until it is drained, or until it is told by a turn with `release` set.
@@ -292,7 +304,7 @@ fn broken_rings_need_a_reset_and_a_reset_mends_them() {
         }),
     ];
     for (name, break_ring) in breaks {
-        let mut driver = Driver::new(releasing());
+        let mut driver = Driver::new(VirtioDevice { name: name.to_owned(), ..releasing() });
         driver.start();
         break_ring(&mut driver);
         if name != "index beyond the ring" {
@@ -304,6 +316,7 @@ fn broken_rings_need_a_reset_and_a_reset_mends_them() {
         assert_eq!(driver.read(STATUS), 0x4f, "{name}");
         // Nothing is served any more, over a pause too.
         driver.transport.pause();
+        assert_eq!(logged(&format!("{name}: device needs a reset: ")).len(), 1, "{name}");
         driver.transport.resume();
         driver.notify(0);
         assert_eq!(driver.used_index(0), 0, "{name}");

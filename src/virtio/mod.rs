@@ -6,7 +6,10 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub mod block;
+pub mod block_request;
 pub mod config_space;
+mod log_rate;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
@@ -36,7 +39,7 @@ const COMMON_FEATURES: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1;
 pub struct VirtioDevice {
     /// Device ID (virtio 1.2 §5).
     pub device_type: u32,
-    /// Names the worker thread and begins log lines; at most 15 bytes.
+    /// Begins log lines, and names the worker thread as far as 15 bytes go.
     pub name: String,
     /// Features offered.
     pub features: u64,

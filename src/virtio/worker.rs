@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::log_rate::LogRate;
 use super::{Interrupt, Left, QueueHandler, Virtqueue};
 use crate::sandbox;
 
@@ -29,21 +29,19 @@ pub struct Lent {
 /// Marks of epoll events that are no doorbell's index.
 const STOP: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
-/// A driver may break its ring again and again: it gets a line in the log once in this time.
-const FAULT_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the worker has to say to the driver, and to the person who reads the log.
 pub struct Reports {
     name: String,
     needs_reset: AtomicBool,
     interrupt: Arc<dyn Interrupt>,
-    logged: Mutex<Option<Instant>>,
+    log_rate: Mutex<LogRate>,
 }
 
 impl Reports {
     /// Reports of the device called `name`.
     pub fn new(name: &str, interrupt: Arc<dyn Interrupt>) -> Reports {
-        Reports { name: name.to_owned(), needs_reset: AtomicBool::new(false), interrupt, logged: Mutex::new(None) }
+        Reports { name: name.to_owned(), needs_reset: AtomicBool::new(false), interrupt, log_rate: Mutex::default() }
     }
 
     /// Whether the device gave up until its driver resets it (DEVICE_NEEDS_RESET, virtio 1.2 §2.1.2).
@@ -60,9 +58,7 @@ impl Reports {
     pub fn fail(&self, why: &dyn std::fmt::Display) {
         self.set_needs_reset(true);
         self.interrupt.config_changed();
-        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
-        if logged.is_none_or(|at| at.elapsed() >= FAULT_LOG_INTERVAL) {
-            *logged = Some(Instant::now());
+        if self.log_rate.lock().unwrap_or_else(PoisonError::into_inner).allows() {
             log::warn!("{}: device needs a reset: {why}", self.name);
         }
     }

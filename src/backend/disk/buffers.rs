@@ -1,0 +1,118 @@
+//! From guest addresses to what the host's vectored calls take, with nothing copied.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
+
+use crate::memory::GuestMemory;
+
+/// The most parts that one system call takes (IOV_MAX, linux/uio.h).
+const PARTS_PER_CALL: usize = 1024;
+
+/// Pieces of guest memory, in order, to be read into or written from. They are used up from the front.
+#[derive(Debug)]
+pub struct GuestBuffers {
+    memory: Arc<GuestMemory>,
+    iovecs: Vec<libc::iovec>,
+    /// Those before it are used up.
+    first: usize,
+    len_bytes: u64,
+}
+
+// SAFETY: the pointers are into the mapping that `memory` keeps alive, which may be accessed from any thread.
+unsafe impl Send for GuestBuffers {}
+
+impl GuestBuffers {
+    /// No buffers yet, in `memory`.
+    pub fn new(memory: Arc<GuestMemory>) -> GuestBuffers {
+        GuestBuffers { memory, iovecs: Vec::new(), first: 0, len_bytes: 0 }
+    }
+
+    /// The memory that the buffers lie in.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Forgets all buffers and keeps the space for others.
+    pub fn clear(&mut self) {
+        self.iovecs.clear();
+        (self.first, self.len_bytes) = (0, 0);
+    }
+
+    /// Adds `len_bytes` of guest memory from `address` on. Fails where not all of it is memory; then forget the rest too.
+    pub fn push(&mut self, address: GuestAddress, len_bytes: u32) -> Result<(), GuestMemoryError> {
+        for slice in GuestMemoryBackend::get_slices(&*self.memory, address, len_bytes as usize) {
+            let slice = slice?;
+            self.iovecs.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+            self.len_bytes += slice.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Bytes that are not used up.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// What is not used up, or as much of it as one call takes. Every part is mapped for as long as `self` lives.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        let rest = &self.iovecs[self.first..];
+        &rest[..rest.len().min(PARTS_PER_CALL)]
+    }
+
+    /// Uses up the first `count` bytes, of those that there are.
+    pub fn advance(&mut self, mut count: usize) {
+        while let Some(iovec) = self.iovecs.get_mut(self.first) {
+            let step = count.min(iovec.iov_len);
+            count -= step;
+            self.len_bytes -= step as u64;
+            if step < iovec.iov_len {
+                iovec.iov_base = iovec.iov_base.wrapping_byte_add(step);
+                iovec.iov_len -= step;
+                return;
+            }
+            self.first += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    #[test]
+    fn what_is_used_up_is_not_seen_again() {
+        let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));
+        for (address, len) in [(0x1000, 10), (0x3000, 20), (0x5000, 30)] {
+            buffers.push(GuestAddress(address), len).unwrap();
+        }
+        let base = buffers.iovecs()[0].iov_base as usize;
+        let seen = |buffers: &GuestBuffers| -> Vec<(usize, usize)> {
+            buffers.iovecs().iter().map(|iovec| (iovec.iov_base as usize - base, iovec.iov_len)).collect()
+        };
+        buffers.advance(4);
+        assert_eq!((seen(&buffers), buffers.len_bytes()), (vec![(4, 6), (0x2000, 20), (0x4000, 30)], 56));
+        buffers.advance(6);
+        assert_eq!((seen(&buffers), buffers.len_bytes()), (vec![(0x2000, 20), (0x4000, 30)], 50));
+        buffers.advance(45);
+        assert_eq!((seen(&buffers), buffers.len_bytes()), (vec![(0x4000 + 25, 5)], 5));
+        buffers.advance(100);
+        assert_eq!((seen(&buffers), buffers.len_bytes()), (vec![], 0));
+        buffers.clear();
+        assert!(buffers.push(GuestAddress((1 << 20) - 8), 9).is_err());
+        assert!(buffers.push(GuestAddress(u64::MAX - 4), 9).is_err());
+    }
+
+    #[test]
+    fn one_call_gets_no_more_parts_than_it_takes() {
+        let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));
+        for _ in 0..1500 {
+            buffers.push(GuestAddress(0), 2).unwrap();
+        }
+        assert_eq!(buffers.iovecs().len(), 1024);
+        buffers.advance(2048);
+        assert_eq!((buffers.iovecs().len(), buffers.len_bytes()), (476, 952));
+    }
+}

@@ -1,0 +1,258 @@
+//! From a request to plain system calls on a raw image or a block device: done when `submit` returns.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+
+use super::{Completion, DiskBackend, Operation, Request};
+use crate::sys;
+
+/// Zeroes to write where nothing better is to be had.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// A raw image or a block device, used through the host's page cache.
+#[derive(Debug)]
+pub struct PlainDisk {
+    file: File,
+    block_device: bool,
+    done: VecDeque<Completion>,
+}
+
+impl PlainDisk {
+    /// A disk in `file`, which is a block device or a regular file.
+    pub fn new(file: File, block_device: bool) -> PlainDisk {
+        PlainDisk { file, block_device, done: VecDeque::new() }
+    }
+
+    fn execute(&self, request: &mut Request) -> io::Result<()> {
+        let offset_bytes = request.offset_bytes;
+        match request.operation {
+            Operation::Read => {
+                self.transfer(request, |file, request, at| sys::disk::preadv(file, &mut request.buffers, at))
+            }
+            Operation::Write => {
+                self.transfer(request, |file, request, at| sys::disk::pwritev(file, &request.buffers, at))
+            }
+            // `File::flush` would do nothing at all.
+            Operation::Flush => self.file.sync_data(),
+            Operation::Discard { len_bytes: 0 } | Operation::WriteZeroes { len_bytes: 0, .. } => Ok(()),
+            Operation::Discard { len_bytes } => self.discard(offset_bytes, len_bytes),
+            Operation::WriteZeroes { len_bytes, unmap } => self.write_zeroes(offset_bytes, len_bytes, unmap),
+        }
+    }
+
+    /// Repeats `call` until all of the buffers are used up: it may do less than was asked.
+    fn transfer(
+        &self,
+        request: &mut Request,
+        call: impl Fn(&File, &mut Request, u64) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let mut at = request.offset_bytes;
+        while request.buffers.len_bytes() > 0 {
+            match call(&self.file, request, at)? {
+                // The image was cut short behind our back.
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => {
+                    request.buffers.advance(count);
+                    at += count as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A discard is a hint: where the host cannot, nothing is to be done.
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        let call = if self.block_device { sys::disk::discard_blocks } else { sys::disk::punch_hole };
+        match call(&self.file, offset_bytes, len_bytes) {
+            Err(error) if cannot(&error) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, unmap: bool) -> io::Result<()> {
+        let call = match (self.block_device, unmap) {
+            (true, _) => sys::disk::zero_blocks,
+            (false, true) => sys::disk::punch_hole,
+            (false, false) => sys::disk::zero_range,
+        };
+        match call(&self.file, offset_bytes, len_bytes) {
+            Err(error) if cannot(&error) => self.write_zeroes_out(offset_bytes, len_bytes),
+            result => result,
+        }
+    }
+
+    fn write_zeroes_out(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < len_bytes {
+            let len = (len_bytes - done).min(ZEROES.len() as u64);
+            self.file.write_all_at(&ZEROES[..len as usize], offset_bytes + done)?;
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the file system or device does not know the operation, or not for such a range.
+fn cannot(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENOTTY))
+}
+
+impl DiskBackend for PlainDisk {
+    fn submit(&mut self, mut request: Request) {
+        let result = self.execute(&mut request);
+        self.done.push_back(Completion { request, result });
+    }
+
+    fn reap(&mut self) -> Option<Completion> {
+        self.done.pop_front()
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn drain(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::GuestBuffers;
+    use super::*;
+    use crate::memory::{self, GuestMemory};
+
+    fn run(file: &File, operation: Operation, offset_bytes: u64, buffers: GuestBuffers) -> io::Result<()> {
+        let mut disk = PlainDisk::new(file.try_clone().unwrap(), false);
+        disk.submit(Request { token: 7, operation, offset_bytes, buffers });
+        let completion = disk.reap().unwrap();
+        assert_eq!(completion.request.token, 7);
+        assert!(disk.reap().is_none());
+        completion.result
+    }
+
+    fn memory() -> Arc<GuestMemory> {
+        Arc::new(memory::reserve(2).unwrap())
+    }
+
+    fn image(len_bytes: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len_bytes).unwrap();
+        file
+    }
+
+    fn contents(file: &File, offset_bytes: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0xee; len];
+        file.read_exact_at(&mut bytes, offset_bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn scattered_memory_is_written_and_read_back_in_order() {
+        let (memory, file) = (memory(), image(1 << 20));
+        // More parts than one call takes.
+        let parts = 3000;
+        let mut buffers = [GuestBuffers::new(memory.clone()), GuestBuffers::new(memory.clone())];
+        for part in 0..parts {
+            memory.write_obj(part as u16, GuestAddress(part * 64)).unwrap();
+            buffers[0].push(GuestAddress(part * 64), 2).unwrap();
+            buffers[1].push(GuestAddress((1 << 20) + part * 64), 2).unwrap();
+        }
+        let [from, to] = buffers;
+        run(&file, Operation::Write, 512, from).unwrap();
+        run(&file, Operation::Read, 512, to).unwrap();
+        for part in 0..parts {
+            let back: u16 = memory.read_obj(GuestAddress((1 << 20) + part * 64)).unwrap();
+            assert_eq!(u64::from(back), part);
+        }
+        assert_eq!(contents(&file, 510, 6), [0, 0, 0, 0, 1, 0]);
+    }
+
+    /// What a caller got that took less than it was offered, one to three parts of 16 bytes at a time.
+    #[test]
+    fn a_short_transfer_goes_on_where_it_ended() {
+        let (memory, file) = (memory(), image(4096));
+        let disk = PlainDisk::new(file, false);
+        let mut buffers = GuestBuffers::new(memory.clone());
+        for part in 0..8u64 {
+            memory.write_slice(&[part as u8; 16], GuestAddress(part * 0x100)).unwrap();
+            buffers.push(GuestAddress(part * 0x100), 16).unwrap();
+        }
+        let mut request = Request { token: 0, operation: Operation::Write, offset_bytes: 0, buffers };
+        let seen = std::cell::RefCell::new(Vec::new());
+        disk.transfer(&mut request, |_, request, at| {
+            let count = request.buffers.len_bytes().min(1 + at % 37);
+            seen.borrow_mut().push((at, count));
+            Ok(count as usize)
+        })
+        .unwrap();
+        let mut at = 0;
+        for (offset, count) in seen.take() {
+            assert_eq!(offset, at, "a part was written twice or left out");
+            at += count;
+        }
+        assert_eq!(at, 128);
+    }
+
+    #[test]
+    fn an_image_cut_short_is_an_error_and_no_endless_loop() {
+        let (memory, file) = (memory(), image(512));
+        let mut buffers = GuestBuffers::new(memory);
+        buffers.push(GuestAddress(0), 1024).unwrap();
+        assert_eq!(run(&file, Operation::Read, 0, buffers).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn flush_reaches_the_disk() {
+        let nothing = || GuestBuffers::new(memory());
+        run(&image(512), Operation::Flush, 0, nothing()).unwrap();
+        // The null device has nothing to flush and says so: whoever gets no error did not ask it.
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        let error = run(&null, Operation::Flush, 0, nothing()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn zeroes_are_written_with_and_without_unmap_and_where_the_host_has_no_call_for_it() {
+        let nothing = || GuestBuffers::new(memory());
+        for unmap in [true, false] {
+            let file = image(1 << 20);
+            file.write_all_at(&[0xaa; 1 << 20], 0).unwrap();
+            run(&file, Operation::WriteZeroes { len_bytes: 100 << 10, unmap }, 512, nothing()).unwrap();
+            let end = 512 + (100 << 10);
+            assert_eq!(contents(&file, 0, 513)[511..], [0xaa, 0]);
+            assert_eq!(contents(&file, end - 1, 2), [0, 0xaa]);
+            assert!(contents(&file, 512, 100 << 10).iter().all(|byte| *byte == 0));
+            assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+        }
+        let file = image(1 << 20);
+        file.write_all_at(&[0xaa; 1 << 20], 0).unwrap();
+        PlainDisk::new(file.try_clone().unwrap(), false).write_zeroes_out(512, 100 << 10).unwrap();
+        assert_eq!(contents(&file, 512 + (100 << 10) - 1, 2), [0, 0xaa]);
+        run(&file, Operation::WriteZeroes { len_bytes: 0, unmap: false }, 0, nothing()).unwrap();
+        assert_eq!(contents(&file, 0, 1), [0xaa]);
+    }
+
+    #[test]
+    fn a_discarded_range_gives_its_space_back() {
+        use std::os::unix::fs::MetadataExt;
+        let file = image(1 << 20);
+        file.write_all_at(&[0xaa; 1 << 20], 0).unwrap();
+        file.sync_data().unwrap();
+        let before = file.metadata().unwrap().blocks();
+        run(&file, Operation::Discard { len_bytes: 512 << 10 }, 0, GuestBuffers::new(memory())).unwrap();
+        let freed = before - file.metadata().unwrap().blocks();
+        assert!(freed >= 1024, "{freed} blocks of 512 bytes were freed");
+        assert_eq!(contents(&file, 512 << 10, 1), [0xaa]);
+        // No block device: the host cannot, which for a hint is no error.
+        let mut disk = PlainDisk::new(file, true);
+        let buffers = GuestBuffers::new(memory());
+        disk.submit(Request { token: 0, operation: Operation::Discard { len_bytes: 512 }, offset_bytes: 0, buffers });
+        disk.reap().unwrap().result.unwrap();
+    }
+}

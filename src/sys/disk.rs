@@ -1,0 +1,77 @@
+//! System calls on disk images and block devices.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use crate::backend::disk::GuestBuffers;
+
+/// _IO(0x12, 119), linux/fs.h: forget a range of a block device's contents.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+/// _IO(0x12, 127), linux/fs.h: make a range of a block device read as zeroes.
+const BLKZEROOUT: libc::c_ulong = 0x127f;
+
+/// Reads from `offset_bytes` on into as many of `buffers` as one call takes (preadv(2)). Returns how many bytes it was.
+pub fn preadv(file: &File, buffers: &mut GuestBuffers, offset_bytes: u64) -> io::Result<usize> {
+    let (offset, iovecs) = (offset(offset_bytes)?, buffers.iovecs());
+    // SAFETY: each iovec is mapped guest memory, which `buffers` keeps alive, and of which Rust has no references.
+    retry(|| unsafe { libc::preadv64(file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, offset) } as i64)
+}
+
+/// Writes as many of `buffers` as one call takes at `offset_bytes` (pwritev(2)). Returns how many bytes it was.
+pub fn pwritev(file: &File, buffers: &GuestBuffers, offset_bytes: u64) -> io::Result<usize> {
+    let (offset, iovecs) = (offset(offset_bytes)?, buffers.iovecs());
+    // SAFETY: each iovec is mapped guest memory, which `buffers` keeps alive; it is only read.
+    retry(|| unsafe { libc::pwritev64(file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, offset) } as i64)
+}
+
+/// Gives the range's blocks back to the file system; it reads as zeroes afterwards (FALLOC_FL_PUNCH_HOLE).
+pub fn punch_hole(file: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
+}
+
+/// Makes the range read as zeroes and keeps its blocks (FALLOC_FL_ZERO_RANGE).
+pub fn zero_range(file: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+    fallocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
+}
+
+/// Tells a block device to forget the range (BLKDISCARD).
+pub fn discard_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+    block_range(device, BLKDISCARD, offset_bytes, len_bytes)
+}
+
+/// Makes a range of a block device read as zeroes (BLKZEROOUT).
+pub fn zero_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+    block_range(device, BLKZEROOUT, offset_bytes, len_bytes)
+}
+
+fn fallocate(file: &File, mode: i32, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+    let (offset, len) = (offset(offset_bytes)?, offset(len_bytes)?);
+    // SAFETY: no pointer is passed.
+    retry(|| i64::from(unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset, len) })).map(drop)
+}
+
+fn block_range(device: &File, request: libc::c_ulong, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+    let range = [offset_bytes, len_bytes];
+    // SAFETY: both requests read two 64-bit numbers, which is what `range` points to.
+    retry(|| i64::from(unsafe { libc::ioctl(device.as_raw_fd(), request as _, &range) })).map(drop)
+}
+
+/// File offsets are signed.
+fn offset(bytes: u64) -> io::Result<i64> {
+    i64::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Calls until no signal is in the way.
+fn retry(mut call: impl FnMut() -> i64) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(count) => return Ok(count),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}

@@ -1,0 +1,668 @@
+//! From a block device's queue to a disk of the host, and back (virtio 1.2 §5.2).
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::block_request::{
+    Action, BlockRequest, DISCARD_SECTORS_MAX, DiskShape, SECTOR_BYTES, SEGMENT_BYTES_MAX, SEGMENTS_MAX, Status,
+    WRITE_ZEROES_SECTORS_MAX,
+};
+use super::log_rate::LogRate;
+use super::queue::{Chain, Virtqueue};
+use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
+use crate::backend::disk::{Completion, DiskBackend, GuestBuffers, Operation, PlainDisk, Request};
+use crate::resources::disk::DiskFile;
+
+/// Device ID (virtio 1.2 §5).
+const DEVICE_TYPE: u32 = 2;
+const QUEUE_SIZE: u16 = 256;
+
+// Feature bits, virtio 1.2 §5.2.3.
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Length of the answer to VIRTIO_BLK_T_GET_ID (virtio 1.2 §5.2.6).
+const ID_BYTES: usize = 20;
+/// Physical blocks are 4 KiB, log2 of that in logical ones: page cache and most disks work in these.
+const PHYSICAL_BLOCK_EXP: u8 = 3;
+/// What one turn of the worker moves at most, before it looks at its stop event again.
+const TURN_BYTES: u64 = 4 << 20;
+/// What a request counts in a turn beside its data, so that a turn has an end in any case.
+const REQUEST_COST_BYTES: u64 = 16 << 10;
+
+/// A block device on the disk that was opened as `disk`.
+pub fn device(disk: DiskFile) -> VirtioDevice {
+    let DiskFile { file, path, capacity_bytes, block_device, readonly, id } = disk;
+    let name = format!("disk {}", path.display());
+    let shape = DiskShape { capacity_bytes, readonly };
+    device_on(Box::new(PlainDisk::new(file, block_device)), shape, &name, id.as_deref().unwrap_or_default())
+}
+
+/// A block device on any back end, whose disk has `shape`. `name` is for the log, `id` is the guest's serial number.
+pub fn device_on(disk: Box<dyn DiskBackend>, shape: DiskShape, name: &str, id: &str) -> VirtioDevice {
+    let writable = if shape.readonly { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
+    VirtioDevice {
+        device_type: DEVICE_TYPE,
+        name: name.to_owned(),
+        features: F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | writable,
+        queue_sizes: vec![QUEUE_SIZE],
+        config: Arc::new(ConfigSpace::new(config(&shape), 0..0)),
+        handler: Box::new(Block::new(disk, shape, name, id)),
+    }
+}
+
+/// `struct virtio_blk_config` (virtio 1.2 §5.2.4), in its order.
+fn config(shape: &DiskShape) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend((shape.capacity_bytes / SECTOR_BYTES).to_le_bytes());
+    bytes.extend(SEGMENT_BYTES_MAX.to_le_bytes());
+    bytes.extend(SEGMENTS_MAX.to_le_bytes());
+    bytes.extend([0; 4]); // geometry: not offered
+    bytes.extend((SECTOR_BYTES as u32).to_le_bytes()); // blk_size
+    bytes.extend([PHYSICAL_BLOCK_EXP, 0]); // and alignment_offset
+    bytes.extend((1_u16 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // min_io_size, in logical blocks
+    bytes.extend(0_u32.to_le_bytes()); // opt_io_size: none better than another
+    bytes.extend([0; 2]); // writeback: not offered
+    bytes.extend(1_u16.to_le_bytes()); // num_queues
+    bytes.extend(DISCARD_SECTORS_MAX.to_le_bytes());
+    bytes.extend(1_u32.to_le_bytes()); // max_discard_seg
+    bytes.extend((1_u32 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // discard_sector_alignment
+    bytes.extend(WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
+    bytes.extend(1_u32.to_le_bytes()); // max_write_zeroes_seg
+    bytes.extend([1, 0, 0, 0]); // write_zeroes_may_unmap
+    bytes
+}
+
+/// The device's side: its one queue and what it has in flight.
+struct Block {
+    disk: Box<dyn DiskBackend>,
+    shape: DiskShape,
+    name: String,
+    id: [u8; ID_BYTES],
+    /// The driver knows no flush: a write is durable before it is completed (virtio 1.2 §5.2.6.2).
+    write_through: bool,
+    chain: Chain,
+    /// A request's token is its index here.
+    in_flight: Vec<Option<InFlight>>,
+    free_tokens: Vec<usize>,
+    spare_buffers: Vec<GuestBuffers>,
+    log_rate: LogRate,
+}
+
+/// What is to be done when the disk's part of a request is.
+struct InFlight {
+    head: u16,
+    status: GuestAddress,
+    /// Bytes that the driver finds in its buffers if all goes well, the status not counted.
+    filled_bytes: u32,
+    /// A flush follows before it is completed.
+    then_flush: bool,
+}
+
+impl Block {
+    fn new(disk: Box<dyn DiskBackend>, shape: DiskShape, name: &str, id: &str) -> Block {
+        let mut id_bytes = [0; ID_BYTES];
+        id_bytes.iter_mut().zip(id.bytes()).for_each(|(to, from)| *to = from);
+        Block {
+            disk,
+            shape,
+            name: name.to_owned(),
+            id: id_bytes,
+            write_through: true,
+            chain: Chain::default(),
+            in_flight: (0..QUEUE_SIZE).map(|_| None).collect(),
+            free_tokens: (0..usize::from(QUEUE_SIZE)).collect(),
+            spare_buffers: Vec::new(),
+            log_rate: LogRate::default(),
+        }
+    }
+
+    /// Takes chains until there are none, or this turn's work is done, or no more can be in flight.
+    fn take(&mut self, queue: &mut Virtqueue) -> Result<Left, RingError> {
+        let mut turn_bytes = 0;
+        while turn_bytes < TURN_BYTES {
+            if self.free_tokens.is_empty() {
+                self.reap(queue)?;
+            }
+            let Some(token) = self.free_tokens.last().copied() else { return Ok(Left::Waiting) };
+            if !queue.pop(&mut self.chain)? {
+                return Ok(Left::Nothing);
+            }
+            turn_bytes += REQUEST_COST_BYTES + self.begin(token, queue)?;
+        }
+        Ok(Left::More)
+    }
+
+    /// Begins the request in `self.chain`, with `token` if the disk has a part in it. Returns how many bytes it moves.
+    fn begin(&mut self, token: usize, queue: &mut Virtqueue) -> Result<u64, RingError> {
+        let mut buffers = self.spare_buffers.pop().unwrap_or_else(|| GuestBuffers::new(queue.memory().clone()));
+        let BlockRequest { status, action } = BlockRequest::parse(&self.chain, &self.shape, &mut buffers)?;
+        let head = self.chain.head();
+        match action {
+            Ok(Action::Disk { operation, offset_bytes }) => {
+                let len_bytes = buffers.len_bytes();
+                self.free_tokens.pop();
+                self.in_flight[token] = Some(InFlight {
+                    head,
+                    status,
+                    filled_bytes: if operation == Operation::Read { len_bytes as u32 } else { 0 },
+                    then_flush: self.write_through && !matches!(operation, Operation::Read | Operation::Flush),
+                });
+                self.disk.submit(Request { token, operation, offset_bytes, buffers });
+                Ok(len_bytes)
+            }
+            Ok(Action::GetId) => {
+                self.spare_buffers.push(buffers);
+                let (result, filled_bytes) = self.write_id(queue);
+                finish(queue, head, status, result, filled_bytes)?;
+                Ok(0)
+            }
+            Err(refusal) => {
+                self.spare_buffers.push(buffers);
+                finish(queue, head, status, refusal, 0)?;
+                Ok(0)
+            }
+        }
+    }
+
+    fn write_id(&self, queue: &Virtqueue) -> (Status, u32) {
+        let mut rest = &self.id[..];
+        for range in BlockRequest::data_to_fill(&self.chain) {
+            let (piece, behind) = rest.split_at(rest.len().min(range.len_bytes as usize));
+            if queue.memory().write_slice(piece, range.address).is_err() {
+                return (Status::IoError, 0);
+            }
+            rest = behind;
+        }
+        (Status::Ok, (ID_BYTES - rest.len()) as u32)
+    }
+
+    /// Completes what the disk has done.
+    fn reap(&mut self, queue: &mut Virtqueue) -> Result<(), RingError> {
+        while let Some(completion) = self.disk.reap() {
+            self.complete(completion, queue)?;
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: Completion, queue: &mut Virtqueue) -> Result<(), RingError> {
+        let Completion { request: Request { token, operation, offset_bytes, mut buffers }, result } = completion;
+        let Some(mut request) = self.in_flight.get_mut(token).and_then(Option::take) else { return Ok(()) };
+        if result.is_ok() && std::mem::take(&mut request.then_flush) {
+            self.in_flight[token] = Some(request);
+            self.disk.submit(Request { token, operation: Operation::Flush, offset_bytes, buffers });
+            return Ok(());
+        }
+        self.free_tokens.push(token);
+        buffers.clear();
+        self.spare_buffers.push(buffers);
+        match result {
+            Ok(()) => finish(queue, request.head, request.status, Status::Ok, request.filled_bytes),
+            Err(error) => {
+                if self.log_rate.allows() {
+                    log::warn!("{}: {operation:?} at byte {offset_bytes} failed: {error}", self.name);
+                }
+                finish(queue, request.head, request.status, Status::IoError, 0)
+            }
+        }
+    }
+}
+
+/// The status byte is the last thing written before the chain goes back.
+fn finish(
+    queue: &mut Virtqueue,
+    head: u16,
+    address: GuestAddress,
+    status: Status,
+    filled_bytes: u32,
+) -> Result<(), RingError> {
+    let written = queue.memory().write_obj(status as u8, address);
+    written.map_err(|_| RingError::Chain("the status byte is not in memory"))?;
+    queue.push(head, filled_bytes + 1)
+}
+
+impl QueueHandler for Block {
+    fn start(&mut self, features: u64) {
+        self.write_through = features & F_FLUSH == 0;
+    }
+
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+        let Some(queue) = queues.get_mut(index) else { return Ok(Left::Nothing) };
+        self.reap(queue)?;
+        let left = self.take(queue)?;
+        self.reap(queue)?;
+        Ok(left)
+    }
+
+    fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.disk.completion_fd().into_iter().collect()
+    }
+
+    fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        let Some(queue) = queues.first_mut() else { return Ok(()) };
+        let mut result = Ok(());
+        // A completed write may ask for a flush, which is in flight in its turn.
+        while self.free_tokens.len() < self.in_flight.len() {
+            self.disk.drain();
+            result = result.and(self.reap(queue));
+        }
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::virtio::mmio::register::*;
+    use crate::virtio::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, logged, wait_for};
+
+    const CAPACITY_BYTES: u64 = 1 << 20;
+    const HEADER: u64 = BUFFERS;
+    const DATA: u64 = BUFFERS + 0x1000;
+    const STATUS_BYTE: u64 = BUFFERS + 0xf000;
+
+    /// What a spied-on disk was asked, and whether it may do it yet.
+    #[derive(Default)]
+    struct Seen {
+        requests: Vec<(Operation, u64)>,
+        hold: bool,
+        fail: bool,
+    }
+
+    /// A real disk that can be watched. While held it is as late as a disk can be: until it must.
+    struct Spy {
+        disk: PlainDisk,
+        seen: Arc<Mutex<Seen>>,
+        held: Vec<Request>,
+        done: UnixStream,
+    }
+
+    impl Spy {
+        fn pass_on(&mut self) {
+            for mut request in self.held.drain(..) {
+                if self.seen.lock().unwrap().fail {
+                    request.offset_bytes = CAPACITY_BYTES * 2;
+                }
+                self.disk.submit(request);
+            }
+        }
+    }
+
+    impl DiskBackend for Spy {
+        fn submit(&mut self, request: Request) {
+            self.seen.lock().unwrap().requests.push((request.operation, request.offset_bytes));
+            self.held.push(request);
+            if !self.seen.lock().unwrap().hold {
+                self.pass_on();
+            }
+        }
+
+        fn reap(&mut self) -> Option<Completion> {
+            if !self.seen.lock().unwrap().hold {
+                self.pass_on();
+            }
+            self.disk.reap()
+        }
+
+        fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.done.as_fd())
+        }
+
+        fn drain(&mut self) {
+            self.pass_on();
+        }
+    }
+
+    struct Bench {
+        driver: Driver,
+        file: File,
+        seen: Arc<Mutex<Seen>>,
+        done: UnixStream,
+    }
+
+    fn bench_with(shape: DiskShape, name: &str, features: u64) -> Bench {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(CAPACITY_BYTES).unwrap();
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let (done, spy_done) = UnixStream::pair().unwrap();
+        let disk = PlainDisk::new(file.try_clone().unwrap(), false);
+        let spy = Spy { disk, seen: seen.clone(), held: Vec::new(), done: spy_done };
+        let mut driver = Driver::new(device_on(Box::new(spy), shape, name, "serial"));
+        driver.start_with(features);
+        Bench { driver, file, seen, done }
+    }
+
+    fn bench() -> Bench {
+        bench_with(DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false }, "disk", !0)
+    }
+
+    impl Bench {
+        /// Writes a header, and a status byte that no device writes.
+        fn prepare(&self, kind: u32, sector: u64) {
+            let memory = &self.driver.memory;
+            memory.write_obj([kind, 0xffff_ffff, sector as u32, (sector >> 32) as u32], GuestAddress(HEADER)).unwrap();
+            memory.write_obj(0xee_u8, GuestAddress(STATUS_BYTE)).unwrap();
+        }
+
+        fn status(&self) -> u8 {
+            self.driver.memory.read_obj(GuestAddress(STATUS_BYTE)).unwrap()
+        }
+
+        /// A request in the layout that Linux uses. Returns its status byte and the length in its used entry.
+        fn request(&mut self, kind: u32, sector: u64, data: (u32, u16)) -> (u8, u32) {
+            self.prepare(kind, sector);
+            let parts = [(HEADER, 16, 0), (DATA, data.0, data.1), (STATUS_BYTE, 1, WRITE)];
+            let written = self.driver.transact(0, &parts);
+            (self.status(), written)
+        }
+
+        /// A discard or write zeroes request.
+        fn range(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+            let segment = [sector as u32, (sector >> 32) as u32, sectors, flags];
+            self.driver.memory.write_obj(segment, GuestAddress(DATA)).unwrap();
+            self.request(kind, 0, (16, 0)).0
+        }
+
+        fn fill_data(&self, byte: u8, len: usize) {
+            self.driver.memory.write_slice(&vec![byte; len], GuestAddress(DATA)).unwrap();
+        }
+
+        fn data(&self, len: usize) -> Vec<u8> {
+            let mut bytes = vec![0; len];
+            self.driver.memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+            bytes
+        }
+
+        fn seen(&self) -> Vec<(Operation, u64)> {
+            std::mem::take(&mut self.seen.lock().unwrap().requests)
+        }
+    }
+
+    #[test]
+    fn the_device_shows_its_disk() {
+        let bench = bench();
+        let config = [(0, 2048), (4, 0), (8, 256 << 10), (12, 254), (20, 512), (24, 0x0008_0003), (40, 1), (52, 1)];
+        for (offset, value) in config {
+            assert_eq!(bench.driver.read(CONFIG + offset), value, "at {offset}");
+        }
+        let writable = F_DISCARD | F_WRITE_ZEROES;
+        assert_eq!(bench.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | writable);
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true };
+        let readonly = bench_with(shape, "disk", !0);
+        assert_eq!(readonly.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | F_RO);
+    }
+
+    #[test]
+    fn what_is_written_is_on_the_disk_and_read_back() {
+        let mut bench = bench();
+        bench.fill_data(0x5a, 4096);
+        assert_eq!(bench.request(1, 3, (4096, 0)), (0, 1));
+        let mut on_disk = [0; 4098];
+        bench.file.read_exact_at(&mut on_disk, 3 * 512 - 1).unwrap();
+        assert_eq!((on_disk[0], on_disk[4097]), (0, 0));
+        assert!(on_disk[1..4097].iter().all(|byte| *byte == 0x5a));
+        bench.fill_data(0, 4096);
+        assert_eq!(bench.request(0, 3, (4096, WRITE)), (0, 4097));
+        assert_eq!(bench.data(4096), [0x5a; 4096]);
+        // The last sector, and nothing at all, are on the disk.
+        assert_eq!(bench.request(0, 2047, (512, WRITE)), (0, 513));
+        assert_eq!(bench.request(0, 2048, (0, WRITE)), (0, 1));
+    }
+
+    #[test]
+    fn any_legal_layout_will_do() {
+        let mut bench = bench();
+        bench.file.write_all_at(&[0x77; 1024], 512).unwrap();
+        let check = |bench: &mut Bench, name: &str, written: u32| {
+            assert_eq!((bench.status(), written), (0, 1025), "{name}");
+            assert_eq!(bench.data(1024), [0x77; 1024], "{name}");
+            bench.fill_data(0, 1024);
+            bench.prepare(0, 1);
+        };
+        bench.prepare(0, 1);
+        let split =
+            [(HEADER, 3, 0), (HEADER + 3, 10, 0), (HEADER + 13, 3, 0), (DATA, 1, WRITE), (DATA + 1, 1023, WRITE)];
+        let written = bench.driver.transact(0, &[&split[..], &[(STATUS_BYTE, 1, WRITE)]].concat());
+        check(&mut bench, "everything split", written);
+
+        let empty = [(HEADER, 16, 0), (HEADER, 0, 0), (DATA, 1024, WRITE), (STATUS_BYTE, 1, WRITE), (DATA, 0, WRITE)];
+        let written = bench.driver.transact(0, &empty);
+        check(&mut bench, "empty parts", written);
+
+        let written = bench.driver.transact(0, &[(HEADER, 16, 0), (DATA, 1025, WRITE)]);
+        let status = bench.driver.memory.read_obj::<u8>(GuestAddress(DATA + 1024)).unwrap();
+        bench.driver.memory.write_obj(status, GuestAddress(STATUS_BYTE)).unwrap();
+        check(&mut bench, "data and status in one", written);
+
+        let table = BUFFERS + 0x8000;
+        bench.driver.descriptor_at(table, HEADER, 16, NEXT, 2);
+        bench.driver.descriptor_at(table + 32, DATA, 1024, NEXT | WRITE, 1);
+        bench.driver.descriptor_at(table + 16, STATUS_BYTE, 1, WRITE, 0);
+        let written = bench.driver.transact(0, &[(table, 48, INDIRECT)]);
+        check(&mut bench, "indirect", written);
+    }
+
+    #[test]
+    fn what_does_not_lie_on_the_disk_is_refused() {
+        let mut bench = bench();
+        let beyond = [2048, 2047, 1 << 31, u64::MAX / 512, u64::MAX / 512 + 1, u64::MAX - 1, u64::MAX];
+        for sector in beyond {
+            assert_eq!(bench.request(0, sector, (1024, WRITE)), (1, 1), "read at {sector}");
+            assert_eq!(bench.request(1, sector, (1024, 0)), (1, 1), "write at {sector}");
+            assert_eq!(bench.range(13, sector, 2, 0), 1, "zeroes at {sector}");
+            assert_eq!(bench.range(11, sector, 2, 0), 1, "discard at {sector}");
+        }
+        for len in [1, 511, 513, 1023] {
+            assert_eq!(bench.request(0, 0, (len, WRITE)).0, 1, "{len} bytes read");
+            assert_eq!(bench.request(1, 0, (len, 0)).0, 1, "{len} bytes written");
+        }
+        assert_eq!(bench.seen(), []);
+    }
+
+    #[test]
+    fn buffers_that_are_no_memory_are_refused() {
+        let mut bench = bench();
+        for address in [1 << 40, (4 << 20) - 8, u64::MAX - 8, u64::MAX] {
+            for (kind, flags) in [(0, WRITE), (1, 0), (8, WRITE)] {
+                bench.prepare(kind, 0);
+                bench.driver.transact(0, &[(HEADER, 16, 0), (address, 512, flags), (STATUS_BYTE, 1, WRITE)]);
+                assert_eq!(bench.status(), 1, "type {kind} at {address:#x}");
+            }
+            bench.driver.transact(0, &[(address, 16, 0), (STATUS_BYTE, 1, WRITE)]);
+            assert_eq!(bench.status(), 1, "header at {address:#x}");
+        }
+        assert_eq!(bench.seen(), []);
+    }
+
+    #[test]
+    fn more_data_than_was_promised_is_refused() {
+        let mut bench = bench();
+        bench.prepare(0, 0);
+        // The same 3 MiB, over and over.
+        let mut parts = vec![(HEADER, 16, 0)];
+        parts.extend([(BUFFERS, 3 << 20 >> 1, WRITE); 100]);
+        parts.push((STATUS_BYTE, 1, WRITE));
+        bench.driver.transact(0, &parts);
+        assert_eq!((bench.status(), bench.seen().len()), (1, 0));
+    }
+
+    #[test]
+    fn a_request_that_says_too_little_is_refused_and_one_that_cannot_be_told_needs_a_reset() {
+        let mut bench = bench();
+        bench.prepare(0, 0);
+        for parts in [&[(HEADER, 15, 0), (STATUS_BYTE, 1, WRITE)][..], &[(STATUS_BYTE, 1, WRITE)]] {
+            bench.prepare(0, 0);
+            assert_eq!(bench.driver.transact(0, parts), 1);
+            assert_eq!(bench.status(), 1);
+        }
+        for parts in [&[(HEADER, 16, 0)][..], &[(HEADER, 16, 0), (1 << 40, 1, WRITE)]] {
+            let head = bench.driver.chain(0, parts);
+            bench.driver.offer(0, head);
+            bench.driver.notify(0);
+            bench.driver.wait_for_needs_reset();
+            bench.driver.start();
+        }
+    }
+
+    #[test]
+    fn unknown_requests_are_unsupported() {
+        let mut bench = bench();
+        for kind in [2, 3, 5, 7, 9, 10, 12, 14, 0x8000_0000, u32::MAX] {
+            assert_eq!(bench.request(kind, 0, (512, WRITE)), (2, 1), "type {kind}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_takes_no_writes() {
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true };
+        let mut bench = bench_with(shape, "disk", !0);
+        assert_eq!(bench.request(1, 0, (512, 0)).0, 1);
+        assert_eq!([bench.range(11, 0, 1, 0), bench.range(13, 0, 1, 0)], [1, 1]);
+        assert_eq!(bench.seen(), []);
+        assert_eq!([bench.request(0, 0, (512, WRITE)).0, bench.request(4, 0, (0, 0)).0], [0, 0]);
+    }
+
+    #[test]
+    fn the_serial_number_is_twenty_bytes_padded_with_zeroes() {
+        let mut bench = bench();
+        for (room, written) in [(20, 21), (512, 21), (5, 6)] {
+            bench.fill_data(0xff, 512);
+            assert_eq!(bench.request(8, 0, (room, WRITE)), (0, written));
+            let expected = b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0\xff";
+            assert_eq!(bench.data(written as usize)[..written as usize - 1], expected[..written as usize - 1]);
+            assert_eq!(bench.data(512)[written as usize - 1], 0xff);
+        }
+    }
+
+    #[test]
+    fn a_flush_reaches_the_disk_before_it_is_completed() {
+        let mut bench = bench();
+        assert_eq!(bench.request(1, 0, (512, 0)).0, 0);
+        assert_eq!(bench.request(4, 0, (0, 0)).0, 0);
+        assert_eq!(bench.seen(), [(Operation::Write, 0), (Operation::Flush, 0)]);
+    }
+
+    #[test]
+    fn without_a_flush_each_write_is_durable_before_it_is_completed() {
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false };
+        let mut bench = bench_with(shape, "disk", !F_FLUSH);
+        assert_eq!(bench.request(1, 8, (512, 0)).0, 0);
+        assert_eq!(bench.seen(), [(Operation::Write, 4096), (Operation::Flush, 4096)]);
+        assert_eq!(bench.range(13, 0, 8, 0), 0);
+        let zeroes = Operation::WriteZeroes { len_bytes: 4096, unmap: false };
+        assert_eq!(bench.seen(), [(zeroes, 0), (Operation::Flush, 0)]);
+        assert_eq!(bench.request(0, 8, (512, WRITE)).0, 0);
+        assert_eq!(bench.seen(), [(Operation::Read, 4096)]);
+    }
+
+    #[test]
+    fn ranges_are_discarded_and_zeroed_as_asked_and_not_otherwise() {
+        let mut bench = bench();
+        bench.file.write_all_at(&[0x11; 8192], 0).unwrap();
+        assert_eq!(bench.range(13, 1, 2, 1), 0);
+        let mut bytes = [0; 2048];
+        bench.file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!([bytes[511], bytes[512], bytes[1535], bytes[1536]], [0x11, 0, 0, 0x11]);
+        assert_eq!([bench.range(11, 8, 8, 0), bench.range(13, 8, 0, 0)], [0, 0]);
+        assert_eq!(bench.seen()[1].0, Operation::Discard { len_bytes: 4096 });
+        // Flags that are not for this, or for nothing; more sectors than promised; two segments, and half a one.
+        assert_eq!([bench.range(11, 0, 1, 1), bench.range(13, 0, 1, 2), bench.range(11, 0, 1, 4)], [2, 2, 2]);
+        assert_eq!([bench.range(11, 0, u32::MAX, 0), bench.range(13, 0, WRITE_ZEROES_SECTORS_MAX + 1, 0)], [1, 1]);
+        bench.fill_data(0, 32);
+        assert_eq!([bench.request(11, 0, (32, 0)).0, bench.request(13, 0, (8, 0)).0], [1, 1]);
+        assert_eq!(bench.seen(), []);
+    }
+
+    #[test]
+    fn an_error_of_the_host_is_an_error_for_the_guest_and_one_line_in_the_log() {
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false };
+        let mut bench = bench_with(shape, "failing disk", !0);
+        bench.seen.lock().unwrap().fail = true;
+        for _ in 0..3 {
+            assert_eq!(bench.request(0, 2, (512, WRITE)), (1, 1));
+        }
+        let lines = logged("failing disk: ");
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].starts_with("failing disk: Read at byte "), "{lines:?}");
+    }
+
+    #[test]
+    fn the_status_is_written_last_and_only_once_the_disk_is_done() {
+        let mut bench = bench();
+        bench.seen.lock().unwrap().hold = true;
+        bench.prepare(0, 0);
+        let head = bench.driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+        bench.driver.offer(0, head);
+        bench.driver.notify(0);
+        wait_for(|| !bench.seen.lock().unwrap().requests.is_empty());
+        // The driver may now write over the header as it likes: it has been read.
+        bench.prepare(77, u64::MAX);
+        assert_eq!((bench.status(), bench.driver.used_index(0)), (0xee, 0));
+        bench.seen.lock().unwrap().hold = false;
+        bench.done.write_all(&[1]).unwrap();
+        assert_eq!(bench.driver.used(0), (head, 513));
+        assert_eq!(bench.status(), 0);
+    }
+
+    #[test]
+    fn nothing_is_completed_after_a_reset() {
+        let mut bench = bench();
+        bench.fill_data(0x33, 512);
+        assert_eq!(bench.request(1, 0, (512, 0)).0, 0);
+        bench.seen.lock().unwrap().hold = true;
+        bench.prepare(0, 0);
+        let head = bench.driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+        bench.driver.offer(0, head);
+        bench.driver.notify(0);
+        wait_for(|| bench.seen.lock().unwrap().requests.len() == 2);
+        bench.driver.write(STATUS, 0);
+        assert_eq!((bench.status(), bench.driver.used_index(0)), (0, 2), "drained before the reset was complete");
+        bench.fill_data(0, 512);
+        bench.prepare(0, 0);
+        bench.seen.lock().unwrap().hold = false;
+        bench.driver.start();
+        bench.done.write_all(&[1]).unwrap();
+        bench.driver.transport.pause();
+        assert_eq!((bench.status(), bench.data(512), bench.driver.used_index(0)), (0xee, vec![0; 512], 0));
+    }
+
+    #[test]
+    fn a_full_house_waits_and_goes_on() {
+        let mut bench = bench();
+        bench.seen.lock().unwrap().hold = true;
+        bench.prepare(0, 0);
+        bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
+        bench.driver.descriptor(0, 1, STATUS_BYTE, 1, WRITE, 0);
+        // The same chain is made available again and again, more often than requests can be in flight.
+        for _ in 0..256 {
+            bench.driver.offer(0, 0);
+        }
+        bench.driver.notify(0);
+        wait_for(|| bench.seen.lock().unwrap().requests.len() == 256);
+        for _ in 0..100 {
+            bench.driver.offer(0, 0);
+        }
+        bench.driver.notify(0);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(bench.driver.used_index(0), 0);
+        bench.seen.lock().unwrap().hold = false;
+        bench.done.write_all(&[1]).unwrap();
+        wait_for(|| bench.driver.used_index(0) == 356);
+        assert_eq!(bench.driver.read(STATUS), 15);
+    }
+}

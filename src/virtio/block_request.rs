@@ -1,0 +1,188 @@
+//! From a descriptor chain to a block request as plain data, checked (virtio 1.2 §5.2.6).
+//!
+//! The chain's layout is free: its readable bytes are the header and what is to be written, its writable bytes are what is
+//! to be read and, last, the status. Each of them is read from guest memory once.
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::RingError;
+use super::queue::{self, Chain, GuestRange};
+use crate::backend::disk::{GuestBuffers, Operation};
+use crate::memory::GuestMemory;
+
+/// Unit of every position and length in the protocol, whatever the disk's own blocks are.
+pub const SECTOR_BYTES: u64 = 512;
+/// As much data as one request may carry: what the segments that are offered can hold, 254 of 256 KiB.
+pub const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
+/// `seg_max`: a chain has the queue's 256 descriptors at most, less one for the header and one for the status.
+pub const SEGMENTS_MAX: u32 = 254;
+/// `size_max`, bytes of one segment.
+pub const SEGMENT_BYTES_MAX: u32 = 256 << 10;
+/// `max_discard_sectors`: 2 GiB, which a file system gives back in no time.
+pub const DISCARD_SECTORS_MAX: u32 = 4 << 20;
+/// `max_write_zeroes_sectors`: 64 MiB, which the host may have to write out one by one.
+pub const WRITE_ZEROES_SECTORS_MAX: u32 = 128 << 10;
+
+// Request types, virtio 1.2 §5.2.6.
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+
+const HEADER_BYTES: usize = 16;
+/// One segment of a discard or write zeroes request. We offer no more than one a request.
+const RANGE_BYTES: usize = 16;
+/// `flags` of such a segment: the space may be given back.
+const FLAG_UNMAP: u32 = 1 << 0;
+
+/// What of a disk decides whether a request is good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskShape {
+    /// Size, a multiple of [`SECTOR_BYTES`].
+    pub capacity_bytes: u64,
+    /// Whether writes of any kind are refused.
+    pub readonly: bool,
+}
+
+/// The status byte that ends a request (virtio 1.2 §5.2.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// VIRTIO_BLK_S_OK.
+    Ok = 0,
+    /// VIRTIO_BLK_S_IOERR.
+    IoError = 1,
+    /// VIRTIO_BLK_S_UNSUPP.
+    Unsupported = 2,
+}
+
+/// What is to be done for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// The disk's part, with the buffers that were filled in along with it.
+    Disk {
+        /// What.
+        operation: Operation,
+        /// Where.
+        offset_bytes: u64,
+    },
+    /// The driver asks for the disk's serial number.
+    GetId,
+}
+
+/// A request, read once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockRequest {
+    /// Where its status byte goes, when all else is written.
+    pub status: GuestAddress,
+    /// What to do, or the status that refuses it.
+    pub action: Result<Action, Status>,
+}
+
+impl BlockRequest {
+    /// Reads the request in `chain` for a disk of `shape`, and puts its data's place in memory into `buffers`, which are
+    /// to be empty.
+    ///
+    /// Fails only where the chain has no byte for a status, so that the driver cannot be told anything.
+    pub fn parse(chain: &Chain, shape: &DiskShape, buffers: &mut GuestBuffers) -> Result<BlockRequest, RingError> {
+        let last = chain.writable().last().ok_or(RingError::Chain("no room for a status byte"))?;
+        let status = GuestAddress(last.address.0.saturating_add(u64::from(last.len_bytes) - 1));
+        let action = action(chain, shape, buffers);
+        if action.is_err() {
+            buffers.clear();
+        }
+        Ok(BlockRequest { status, action })
+    }
+
+    /// The writable bytes of `chain` less the status.
+    pub fn data_to_fill(chain: &Chain) -> impl Iterator<Item = GuestRange> {
+        queue::part(chain.writable(), 0, queue::len_bytes(chain.writable()).saturating_sub(1))
+    }
+}
+
+fn action(chain: &Chain, shape: &DiskShape, buffers: &mut GuestBuffers) -> Result<Action, Status> {
+    let header: [u8; HEADER_BYTES] = read(chain.readable(), 0, buffers.memory())?;
+    let ([kind, rest @ ..], []) = header.as_chunks::<4>() else { return Err(Status::IoError) };
+    let [_reserved, sector_low, sector_high] = rest else { return Err(Status::IoError) };
+    let sector = join(*sector_low, *sector_high);
+    let to_write = queue::part(chain.readable(), HEADER_BYTES as u64, u64::MAX);
+    match u32::from_le_bytes(*kind) {
+        T_IN => transfer(Operation::Read, sector, BlockRequest::data_to_fill(chain), shape, buffers),
+        T_OUT if shape.readonly => Err(Status::IoError),
+        T_OUT => transfer(Operation::Write, sector, to_write, shape, buffers),
+        T_FLUSH => Ok(Action::Disk { operation: Operation::Flush, offset_bytes: 0 }),
+        T_GET_ID => Ok(Action::GetId),
+        kind @ (T_DISCARD | T_WRITE_ZEROES) => range(kind, chain, shape, buffers.memory()),
+        _ => Err(Status::Unsupported),
+    }
+}
+
+fn transfer(
+    operation: Operation,
+    sector: u64,
+    data: impl Iterator<Item = GuestRange>,
+    shape: &DiskShape,
+    buffers: &mut GuestBuffers,
+) -> Result<Action, Status> {
+    for range in data {
+        buffers.push(range.address, range.len_bytes).map_err(|_| Status::IoError)?;
+        if buffers.len_bytes() > REQUEST_BYTES_MAX {
+            return Err(Status::IoError);
+        }
+    }
+    let offset_bytes = place(sector, buffers.len_bytes(), shape)?;
+    Ok(Action::Disk { operation, offset_bytes })
+}
+
+/// A discard or write zeroes request: its data is the one segment that is to be discarded or zeroed.
+fn range(kind: u32, chain: &Chain, shape: &DiskShape, memory: &GuestMemory) -> Result<Action, Status> {
+    if queue::len_bytes(chain.readable()) != (HEADER_BYTES + RANGE_BYTES) as u64 || shape.readonly {
+        return Err(Status::IoError);
+    }
+    let segment: [u8; RANGE_BYTES] = read(chain.readable(), HEADER_BYTES as u64, memory)?;
+    let ([sector_low, sector_high, sectors, flags], []) = segment.as_chunks::<4>() else { return Err(Status::IoError) };
+    let (sectors, flags) = (u32::from_le_bytes(*sectors), u32::from_le_bytes(*flags));
+    let len_bytes = u64::from(sectors) * SECTOR_BYTES;
+    let (operation, sectors_max, flags_known) = match kind {
+        T_DISCARD => (Operation::Discard { len_bytes }, DISCARD_SECTORS_MAX, 0),
+        _ => {
+            let unmap = flags & FLAG_UNMAP != 0;
+            (Operation::WriteZeroes { len_bytes, unmap }, WRITE_ZEROES_SECTORS_MAX, FLAG_UNMAP)
+        }
+    };
+    if flags & !flags_known != 0 {
+        return Err(Status::Unsupported);
+    }
+    if sectors > sectors_max {
+        return Err(Status::IoError);
+    }
+    let offset_bytes = place(join(*sector_low, *sector_high), len_bytes, shape)?;
+    Ok(Action::Disk { operation, offset_bytes })
+}
+
+/// Where on the disk `len_bytes` bytes from `sector` on begin, if they are whole sectors and all of them are on it.
+fn place(sector: u64, len_bytes: u64, shape: &DiskShape) -> Result<u64, Status> {
+    let offset_bytes = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
+    let end = offset_bytes.checked_add(len_bytes).ok_or(Status::IoError)?;
+    let good = len_bytes.is_multiple_of(SECTOR_BYTES) && end <= shape.capacity_bytes;
+    if good { Ok(offset_bytes) } else { Err(Status::IoError) }
+}
+
+/// Reads `N` bytes that begin `skip_bytes` into `ranges`, however they are split.
+fn read<const N: usize>(ranges: &[GuestRange], skip_bytes: u64, memory: &GuestMemory) -> Result<[u8; N], Status> {
+    let mut bytes = [0; N];
+    let mut done = 0;
+    for range in queue::part(ranges, skip_bytes, N as u64) {
+        let end = done + range.len_bytes as usize;
+        let piece = bytes.get_mut(done..end).ok_or(Status::IoError)?;
+        memory.read_slice(piece, range.address).map_err(|_| Status::IoError)?;
+        done = end;
+    }
+    if done == N { Ok(bytes) } else { Err(Status::IoError) }
+}
+
+fn join(low: [u8; 4], high: [u8; 4]) -> u64 {
+    u64::from(u32::from_le_bytes(low)) | u64::from(u32::from_le_bytes(high)) << 32
+}
