@@ -92,6 +92,7 @@ impl Boot {
                 "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
             );
         }
+        log::info!("kernel command line: {}", config.full_cmdline());
         anyhow::bail!("this build cannot start a machine yet")
     }
 
