@@ -2,6 +2,8 @@
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -10,6 +12,9 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use super::exit::{EXIT_CODES, Exit};
 use super::size;
 use crate::config::{DiskConfig, MachineConfig};
+use crate::machine::outcome::Outcome;
+use crate::machine::timings::Timings;
+use crate::machine::{Machine, control};
 use crate::resources;
 
 const EXAMPLES: &str = "\
@@ -79,7 +84,9 @@ pub struct Boot {
 
 impl Boot {
     /// Boots the machine and stays until it has ended.
-    pub fn run(self) -> Result<Exit> {
+    ///
+    /// `started` is when the process began, as near as it knows.
+    pub fn run(self, started: Instant) -> Result<Exit> {
         let config = self.machine_config()?;
         config.validate()?;
         if self.print_config {
@@ -93,7 +100,16 @@ impl Boot {
             );
         }
         log::info!("kernel command line: {}", config.full_cmdline());
-        anyhow::bail!("this build cannot start a machine yet")
+        let timings = Arc::new(Timings::new(started));
+        // Before any thread exists, so that all of them leave the signals to the one that waits for them.
+        let signals = control::block_signals()?;
+        let resources = resources::open(&config)?;
+        let machine = Machine::build(&config, resources, timings.clone())?;
+        let outcome = control::run(machine, signals)?;
+        if self.timings {
+            eprint!("{timings}");
+        }
+        Ok(report(&outcome))
     }
 
     /// The file's machine, or the default one, changed by the flags. A list of disks replaces the file's.
@@ -120,6 +136,23 @@ impl Boot {
         }
         Ok(config)
     }
+}
+
+/// Says what ended the machine, unless it ended as it was meant to.
+fn report(outcome: &Outcome) -> Exit {
+    let exit = match outcome {
+        Outcome::PoweredOff | Outcome::Quit => Exit::Success,
+        Outcome::Reset => Exit::Reset,
+        Outcome::Reported(code) => Exit::Reported(*code),
+        Outcome::Panicked(_) => Exit::Panicked,
+        Outcome::TripleFault { .. } => Exit::TripleFault,
+        Outcome::KvmError { .. } => Exit::KvmError,
+        Outcome::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
+    };
+    if !matches!(exit, Exit::Success | Exit::Reported(_)) {
+        super::print_error(&outcome.to_string());
+    }
+    exit
 }
 
 fn cpus(text: &str) -> Result<u32, String> {

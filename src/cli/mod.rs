@@ -9,6 +9,7 @@ pub mod man;
 mod size;
 
 use std::io::{ErrorKind, Write};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{ArgAction, Parser, Subcommand};
@@ -49,10 +50,11 @@ enum Command {
 
 impl Cli {
     /// Carries the command out, on the calling thread. To be called once in a process: it sets up the log.
-    pub fn run(self) -> Result<Exit> {
+    /// `started` is when the process began.
+    pub fn run(self, started: Instant) -> Result<Exit> {
         logger::init(self.verbose);
         match self.command {
-            Command::Boot(boot) => boot.run(),
+            Command::Boot(boot) => boot.run(started),
             Command::Doctor(doctor) => doctor.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),

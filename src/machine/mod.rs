@@ -1,10 +1,24 @@
 //! The machine: vCPUs, devices and memory, built paused, and the orders in which they start and stop.
 
+mod build;
+pub mod control;
 pub mod layout;
 pub mod outcome;
 pub mod timings;
 
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::bus::Bus;
+use crate::console::output::Output;
+use crate::device::Serial;
+use crate::irq::IrqLine;
+use crate::kvm::Vm;
+use crate::vcpu::VcpuThread;
+
+use outcome::Ending;
+use timings::{Step, Timings};
 
 /// The guest's two address spaces, as its vCPUs see them. Frozen when the machine is built.
 #[derive(Default)]
@@ -13,4 +27,72 @@ pub struct Buses {
     pub ports: Bus,
     /// Memory-mapped I/O.
     pub memory: Bus,
+}
+
+/// A machine, paused when built. One thread holds it; vCPUs, workers and the console have threads of their own.
+pub struct Machine {
+    vcpus: Vec<VcpuThread>,
+    console: Console,
+    power_button: IrqLine,
+    ending: Arc<Ending>,
+    timings: Arc<Timings>,
+    // Last, so that it outlives all that its memory and its descriptors were lent to.
+    _vm: Vm,
+}
+
+/// The serial port's far side: what the guest prints, and what it is told.
+struct Console {
+    serial: Arc<Serial>,
+    output: Arc<Output>,
+    input_wanted: Arc<EventFd>,
+}
+
+impl Machine {
+    /// Lets the guest run: workers first, each of which looks at every queue once, since doorbells rung before are not
+    /// state; then the vCPUs. Harmless when repeated.
+    pub fn resume(&mut self) {
+        self.timings.mark(Step::FirstInstruction);
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+    }
+
+    /// Holds the guest: vCPUs first, so that nothing new is asked for; then the workers, which finish what was asked.
+    /// When it returns no guest instruction runs and no request is in flight. Harmless when repeated.
+    pub fn pause(&mut self) {
+        for vcpu in &self.vcpus {
+            vcpu.ask_to_pause();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.wait_paused();
+        }
+    }
+
+    /// Presses the power button. What comes of it is the guest's affair.
+    pub fn press_power_button(&self) {
+        self.power_button.raise();
+    }
+
+    /// Where the machine's end is declared.
+    pub fn ending(&self) -> &Ending {
+        &self.ending
+    }
+
+    /// Ends the vCPUs, then drains and ends the workers: what the guest was told is written has been written.
+    fn stop(&mut self) {
+        // A vCPU may wait for room to print in.
+        self.console.output.close();
+        for vcpu in &self.vcpus {
+            vcpu.ask_to_stop();
+        }
+        for vcpu in self.vcpus.drain(..) {
+            vcpu.join();
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
 }

@@ -1,6 +1,77 @@
-//! The only opener of paths.
+//! From paths to open files: the only place that opens what a configuration names.
+//!
+//! Everything is opened before the first part of a machine is built, so that bad input costs nothing and leaves nothing
+//! behind, and so that what is built later needs no access to the file system.
 
 pub mod disk;
 pub mod host;
 pub mod kernel;
 pub mod text;
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::fd::IntoRawFd;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use kvm_ioctls::Kvm;
+
+use crate::boot::Kernel;
+use crate::config::MachineConfig;
+
+/// KVM's device node.
+const KVM_PATH: &str = "/dev/kvm";
+/// The only version of KVM's interface that has ever been stable (KVM API, KVM_GET_API_VERSION).
+const KVM_API_VERSION: i32 = 12;
+
+/// What a machine is built of: nothing but open files, in the order of the configuration.
+pub struct Resources {
+    /// /dev/kvm.
+    pub kvm: Kvm,
+    /// The kernel, identified.
+    pub kernel: Kernel,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+}
+
+/// Opens all that `config` names. The first that fails ends it, with the path and the reason.
+pub fn open(config: &MachineConfig) -> Result<Resources> {
+    let kernel = open_kernel(&config.kernel)?;
+    let initrd = config.initrd.as_deref().map(open_initrd).transpose()?;
+    Ok(Resources { kvm: open_kvm()?, kernel, initrd })
+}
+
+fn open_kernel(path: &Path) -> Result<Kernel> {
+    let context = || format!("open kernel {}", path.display());
+    Kernel::identify(File::open(path).with_context(context)?).with_context(context)
+}
+
+fn open_initrd(path: &Path) -> Result<File> {
+    let context = || format!("open initrd {}", path.display());
+    let file = File::open(path).with_context(context)?;
+    ensure!(file.metadata().with_context(context)?.is_file(), "initrd {} is not a file", path.display());
+    Ok(file)
+}
+
+/// Opens /dev/kvm, or says what to type so that it opens the next time.
+#[allow(unsafe_code)]
+pub fn open_kvm() -> Result<Kvm> {
+    use std::os::fd::FromRawFd;
+
+    let file = OpenOptions::new().read(true).write(true).open(KVM_PATH).map_err(|e| {
+        let advice = match e.kind() {
+            ErrorKind::NotFound => "load KVM with `sudo modprobe -a kvm_intel kvm_amd`",
+            ErrorKind::PermissionDenied => "join its group with `sudo usermod -aG kvm $USER` and log in again",
+            _ => "see `husk doctor`",
+        };
+        anyhow::Error::new(e).context(format!("open {KVM_PATH} ({advice})"))
+    })?;
+    // SAFETY: the descriptor was just opened, and is given away here by its only owner.
+    let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
+    let version = kvm.get_api_version();
+    ensure!(
+        version == KVM_API_VERSION,
+        "{KVM_PATH} speaks version {version} of KVM's interface, not {KVM_API_VERSION}"
+    );
+    Ok(kvm)
+}

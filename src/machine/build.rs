@@ -1,0 +1,93 @@
+//! From a configuration and open files to a machine that is paused at its first instruction. The one recipe.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow};
+use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
+
+use super::layout;
+use super::outcome::Ending;
+use super::timings::{Step, Timings};
+use super::{Buses, Console, Machine};
+use crate::boot::{self, Entry};
+use crate::config::MachineConfig;
+use crate::console::output::Output;
+use crate::device::{Power, Serial};
+use crate::irq::IrqLine;
+use crate::kvm::{self, Vm};
+use crate::memory;
+use crate::resources::Resources;
+use crate::sandbox;
+use crate::vcpu::cpuid::{self, Topology};
+use crate::vcpu::{self, VcpuThread, setup};
+
+impl Machine {
+    /// Builds the machine that `config` describes of `resources`, which it uses up. No path is opened, and no guest
+    /// instruction runs before [`Machine::resume`].
+    ///
+    /// The order is that of what waits for what: CPUID is asked for on a thread of its own, since it takes as long as
+    /// the rest of KVM's set-up; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on
+    /// the bus before the first vCPU exists.
+    pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
+        let Resources { kvm, kernel, initrd } = resources;
+        let kvm = Arc::new(kvm);
+        let supported = ask_for_cpuid(kvm.clone())?;
+        let memory = memory::reserve(config.memory_mib)?;
+        let vm = Vm::new(kvm, &memory)?;
+        timings.mark(Step::KvmReady);
+
+        let ending = Arc::new(Ending::new()?);
+        let mut buses = Buses::default();
+        let console = attach_console(&vm, &mut buses, &ending, &timings)?;
+        Power::new(ending.clone(), timings.clone()).attach(&mut buses.ports)?;
+        let power_button = IrqLine::new(layout::EVENT_GSI)?;
+        vm.connect_irq(&power_button)?;
+
+        let cmdline = config.full_cmdline();
+        let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, config.cpus, 0)?;
+        setup::write_boot_tables(&memory, entry.protocol)?;
+        timings.mark(Step::KernelLoaded);
+
+        let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
+        let topology = Topology { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline() };
+        let vcpus = start_vcpus(&vm, buses, &ending, &supported, topology, entry)?;
+        Ok(Machine { vcpus, console, power_button, ending, timings, _vm: vm })
+    }
+}
+
+fn ask_for_cpuid(kvm: Arc<Kvm>) -> Result<JoinHandle<Result<CpuId>>> {
+    sandbox::spawn("cpuid", move || kvm::supported_cpuid(&kvm)).context("start the CPUID thread")
+}
+
+fn attach_console(vm: &Vm, buses: &mut Buses, ending: &Arc<Ending>, timings: &Arc<Timings>) -> Result<Console> {
+    const REGISTERS: u64 = 8;
+    let irq = IrqLine::new(layout::SERIAL_GSI)?;
+    vm.connect_irq(&irq)?;
+    let output = Arc::new(Output::default());
+    let (serial, input_wanted) = Serial::new(irq, output.clone(), ending.clone(), timings.clone())?;
+    let serial = Arc::new(serial);
+    buses.ports.insert(u64::from(layout::SERIAL_PORT), REGISTERS, serial.clone())?;
+    Ok(Console { serial, output, input_wanted })
+}
+
+fn start_vcpus(
+    vm: &Vm,
+    buses: Buses,
+    ending: &Arc<Ending>,
+    supported: &CpuId,
+    topology: Topology,
+    entry: Entry,
+) -> Result<Vec<VcpuThread>> {
+    vcpu::prepare_kicks().context("set up the signal that interrupts vCPUs")?;
+    let buses = Arc::new(buses);
+    let start = |index| {
+        let fd = vm.create_vcpu(index)?;
+        let entry = (index == 0).then_some(entry);
+        setup::prepare(&fd, &cpuid::for_vcpu(supported, topology, index), entry)
+            .with_context(|| format!("set up vCPU {index}"))?;
+        VcpuThread::start(index, fd, buses.clone(), ending.clone()).with_context(|| format!("start vCPU {index}"))
+    };
+    (0..topology.cpus).map(start).collect()
+}

@@ -1,0 +1,179 @@
+//! The machine's own thread: waits for its end, for signals and for keys, and acts on the first that comes.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::Machine;
+use super::outcome::Outcome;
+use super::timings::Step;
+use crate::console::input::Input;
+use crate::console::keys::{self, Command};
+use crate::console::terminal::RawTerminal;
+use crate::sandbox;
+use crate::sys::SignalFd;
+
+/// How long a panicked kernel may go on printing before the machine is ended for it.
+const PANIC_GRACE: Duration = Duration::from_secs(1);
+
+/// Signals that ask for an orderly end. To be blocked (see [`block_signals`]) before any thread starts.
+const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// What the thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Token {
+    Ending,
+    Signal,
+    Keys,
+    InputWanted,
+}
+
+const TOKENS: [Token; 4] = [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted];
+
+/// Blocks the signals that [`run`] listens to. To be called on the first thread before others are started.
+pub fn block_signals() -> Result<SignalFd> {
+    SignalFd::block(&END_SIGNALS).context("block signals")
+}
+
+/// Runs `machine` on this process's terminal until it ends: standard input to its serial port, which prints on
+/// standard output. The first of the ending signals presses the power button, the second ends the machine.
+pub fn run(mut machine: Machine, signals: SignalFd) -> Result<Outcome> {
+    let terminal = RawTerminal::enter().context("set up the terminal")?;
+    let printer = start_printer(&machine)?;
+    let outcome = Control::new(&mut machine, &signals, terminal.is_some())?.run();
+    machine.timings.mark(Step::End);
+    // What the guest printed is still to be printed, to a reader that may never take it: from here on a signal kills.
+    drop(signals);
+    drop(machine);
+    drop(terminal);
+    // The thread's only failure is a closed output, which it has told already.
+    let _ = printer.join();
+    outcome
+}
+
+fn start_printer(machine: &Machine) -> Result<JoinHandle<()>> {
+    let (output, ending) = (machine.console.output.clone(), machine.ending.clone());
+    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned().context("use standard output")?);
+    let print = move || output.print_to(stdout, || ending.declare(Outcome::Killed(libc::SIGPIPE)));
+    sandbox::spawn("console", print).context("start the console thread")
+}
+
+struct Control<'a> {
+    machine: &'a mut Machine,
+    epoll: Epoll,
+    signals: &'a SignalFd,
+    input: Option<Input>,
+    button_pressed: bool,
+    on_terminal: bool,
+}
+
+impl<'a> Control<'a> {
+    fn new(machine: &'a mut Machine, signals: &'a SignalFd, on_terminal: bool) -> Result<Control<'a>> {
+        let epoll = Epoll::new().context("epoll")?;
+        watch(&epoll, machine.ending.event().as_raw_fd(), Token::Ending)?;
+        watch(&epoll, signals.as_raw_fd(), Token::Signal)?;
+        watch(&epoll, machine.console.input_wanted.as_raw_fd(), Token::InputWanted)?;
+        let input = Input::from_stdin(on_terminal);
+        Ok(Control { machine, epoll, signals, input, button_pressed: false, on_terminal })
+    }
+
+    fn run(mut self) -> Result<Outcome> {
+        self.feed()?;
+        self.machine.resume();
+        loop {
+            if let Some(outcome) = self.machine.ending.outcome() {
+                return Ok(outcome);
+            }
+            let mut events = [EpollEvent::default(); TOKENS.len()];
+            let count = match self.epoll.wait(self.panic_timeout_ms(), &mut events) {
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+                Err(e) => return Err(e).context("wait for events"),
+            };
+            for event in events.iter().take(count) {
+                match TOKENS.get(event.data() as usize) {
+                    Some(Token::Ending) => drop(self.machine.ending.event().read()),
+                    Some(Token::Signal) => self.on_signal()?,
+                    Some(Token::Keys) => self.on_keys()?,
+                    Some(Token::InputWanted) => {
+                        let _ = self.machine.console.input_wanted.read();
+                        self.feed()?;
+                    }
+                    None => {}
+                }
+            }
+        }
+    }
+
+    /// How long to wait at most: for ever, unless the guest's kernel has panicked and may not reset by itself.
+    fn panic_timeout_ms(&self) -> i32 {
+        let Some(panicked_at) = self.machine.ending.panicked_at() else { return -1 };
+        let left = (panicked_at + PANIC_GRACE).saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            self.machine.ending.give_up_on_panic();
+        }
+        left.as_millis() as i32
+    }
+
+    fn on_signal(&mut self) -> Result<()> {
+        let Some(signal) = self.signals.read().context("read a signal")? else { return Ok(()) };
+        if self.button_pressed {
+            self.machine.ending.declare(Outcome::Killed(signal));
+        } else {
+            self.press_power_button();
+        }
+        Ok(())
+    }
+
+    fn press_power_button(&mut self) {
+        self.button_pressed = true;
+        self.machine.press_power_button();
+        self.say("husk: pressed the machine's power button; a second signal ends it\n");
+    }
+
+    fn on_keys(&mut self) -> Result<()> {
+        let Some(input) = &mut self.input else { return Ok(()) };
+        for command in input.read() {
+            match command {
+                Command::Quit => self.machine.ending.declare(Outcome::Quit),
+                Command::PowerButton => self.machine.press_power_button(),
+                Command::Help => self.say(keys::HELP),
+            }
+        }
+        self.feed()
+    }
+
+    /// Moves input to the guest as far as it takes it, and watches for more only while there is room for more: input
+    /// that is not wanted, or at its end, wakes nobody.
+    fn feed(&mut self) -> Result<()> {
+        let Some(input) = &mut self.input else { return Ok(()) };
+        let serial = &self.machine.console.serial;
+        while input.feed(|bytes| serial.offer_input(bytes)) {
+            if input.watch(&self.epoll, Token::Keys as u64).context("watch standard input")? {
+                return Ok(());
+            }
+            // A file that cannot be watched has no terminal's commands in it.
+            input.read();
+        }
+        input.unwatch(&self.epoll).context("stop watching standard input")
+    }
+
+    /// Says something to the person at the terminal, if there is one.
+    fn say(&self, words: &str) {
+        if self.on_terminal || io::IsTerminal::is_terminal(&io::stderr()) {
+            // There is nobody else to tell.
+            let _ = io::stderr().write_all(words.as_bytes());
+        }
+    }
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, token: Token) -> Result<()> {
+    epoll
+        .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token as u64))
+        .with_context(|| format!("watch {token:?}"))
+}
