@@ -17,11 +17,13 @@ use crate::console::output::Output;
 use crate::device::{Power, Serial};
 use crate::irq::IrqLine;
 use crate::kvm::{self, Vm};
-use crate::memory;
+use crate::memory::{self, GuestMemory};
 use crate::resources::Resources;
 use crate::sandbox;
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::{self, VcpuThread, setup};
+use crate::virtio::mmio::register;
+use crate::virtio::{MmioTransport, VirtioDevice, block, rng};
 
 impl Machine {
     /// Builds the machine that `config` describes of `resources`, which it uses up. No path is opened, and no guest
@@ -31,7 +33,7 @@ impl Machine {
     /// the rest of KVM's set-up; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on
     /// the bus before the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
-        let Resources { kvm, kernel, initrd } = resources;
+        let Resources { kvm, kernel, initrd, disks } = resources;
         let kvm = Arc::new(kvm);
         let supported = ask_for_cpuid(kvm.clone())?;
         let memory = memory::reserve(config.memory_mib)?;
@@ -45,15 +47,19 @@ impl Machine {
         let power_button = IrqLine::new(layout::EVENT_GSI)?;
         vm.connect_irq(&power_button)?;
 
+        let mut devices: Vec<VirtioDevice> = disks.into_iter().map(block::device).collect();
+        devices.push(rng::device());
+        let transports = attach_virtio(&vm, &mut buses, &memory, devices)?;
+
         let cmdline = config.full_cmdline();
-        let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, config.cpus, 0)?;
+        let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, config.cpus, transports.len())?;
         setup::write_boot_tables(&memory, entry.protocol)?;
         timings.mark(Step::KernelLoaded);
 
         let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
         let topology = Topology { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline() };
         let vcpus = start_vcpus(&vm, buses, &ending, &supported, topology, entry)?;
-        Ok(Machine { vcpus, console, power_button, ending, timings, _vm: vm })
+        Ok(Machine { vcpus, transports, console, power_button, ending, timings, _vm: vm })
     }
 }
 
@@ -70,6 +76,27 @@ fn attach_console(vm: &Vm, buses: &mut Buses, ending: &Arc<Ending>, timings: &Ar
     let serial = Arc::new(serial);
     buses.ports.insert(u64::from(layout::SERIAL_PORT), REGISTERS, serial.clone())?;
     Ok(Console { serial, output, input_wanted })
+}
+
+/// Gives each of `devices`, in order, a place in memory, an interrupt line and its doorbells.
+fn attach_virtio(
+    vm: &Vm,
+    buses: &mut Buses,
+    memory: &GuestMemory,
+    devices: Vec<VirtioDevice>,
+) -> Result<Vec<Arc<MmioTransport>>> {
+    let attach = |(index, device)| {
+        let (base, gsi) = layout::virtio_mmio_slot(index);
+        let irq = IrqLine::new(gsi)?;
+        vm.connect_irq(&irq)?;
+        let transport = Arc::new(MmioTransport::new(device, memory.clone(), irq)?);
+        for (queue, doorbell) in transport.doorbells().iter().enumerate() {
+            vm.connect_doorbell(base + register::QUEUE_NOTIFY, queue as u32, doorbell)?;
+        }
+        buses.memory.insert(base, layout::VIRTIO_MMIO_STRIDE, transport.clone())?;
+        Ok(transport)
+    };
+    devices.into_iter().enumerate().map(attach).collect()
 }
 
 fn start_vcpus(

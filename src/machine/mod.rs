@@ -16,6 +16,7 @@ use crate::device::Serial;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
 use crate::vcpu::VcpuThread;
+use crate::virtio::MmioTransport;
 
 use outcome::Ending;
 use timings::{Step, Timings};
@@ -32,6 +33,7 @@ pub struct Buses {
 /// A machine, paused when built. One thread holds it; vCPUs, workers and the console have threads of their own.
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
+    transports: Vec<Arc<MmioTransport>>,
     console: Console,
     power_button: IrqLine,
     ending: Arc<Ending>,
@@ -51,6 +53,9 @@ impl Machine {
     /// Lets the guest run: workers first, each of which looks at every queue once, since doorbells rung before are not
     /// state; then the vCPUs. Harmless when repeated.
     pub fn resume(&mut self) {
+        for transport in &self.transports {
+            transport.resume();
+        }
         self.timings.mark(Step::FirstInstruction);
         for vcpu in &self.vcpus {
             vcpu.resume();
@@ -65,6 +70,9 @@ impl Machine {
         }
         for vcpu in &self.vcpus {
             vcpu.wait_paused();
+        }
+        for transport in &self.transports {
+            transport.pause();
         }
     }
 
@@ -87,6 +95,9 @@ impl Machine {
         }
         for vcpu in self.vcpus.drain(..) {
             vcpu.join();
+        }
+        for transport in self.transports.drain(..) {
+            transport.pause();
         }
     }
 }

@@ -32,18 +32,16 @@ pub struct Resources {
     pub kernel: Kernel,
     /// The initial RAM disk.
     pub initrd: Option<File>,
+    /// The disks, locked for as long as they are open.
+    pub disks: Vec<disk::DiskFile>,
 }
 
 /// Opens all that `config` names. The first that fails ends it, with the path and the reason.
 pub fn open(config: &MachineConfig) -> Result<Resources> {
-    let kernel = open_kernel(&config.kernel)?;
+    let kernel = kernel::open(&config.kernel)?;
     let initrd = config.initrd.as_deref().map(open_initrd).transpose()?;
-    Ok(Resources { kvm: open_kvm()?, kernel, initrd })
-}
-
-fn open_kernel(path: &Path) -> Result<Kernel> {
-    let context = || format!("open kernel {}", path.display());
-    Kernel::identify(File::open(path).with_context(context)?).with_context(context)
+    let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
+    Ok(Resources { kvm: open_kvm()?, kernel, initrd, disks })
 }
 
 fn open_initrd(path: &Path) -> Result<File> {
