@@ -129,11 +129,14 @@ pub fn packed(kernel: &[u8], packer: &str) -> Option<Vec<u8>> {
     Some(output)
 }
 
-/// An ELF kernel of 256 KiB that packs neither well nor badly.
-pub fn kernel() -> Vec<u8> {
+/// A payload that nobody can unpack: LZO's magic number.
+pub const LZO: &[u8] = b"\x89LZO\0\x0d\x0a\x1a\x0a..............";
+
+/// An ELF kernel of `len` bytes, and its headers, that packs neither well nor badly.
+pub fn kernel(len: u32) -> Vec<u8> {
     let mut state = 1u32;
-    let bytes: Vec<u8> = (0..1 << 18)
-        .map(|n: u32| {
+    let bytes: Vec<u8> = (0..len)
+        .map(|n| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             // Relative calls among it give xz's x86 filter something to do.
             if n.is_multiple_of(5) { 0xe8 } else { (state >> 30) as u8 }

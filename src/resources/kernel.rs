@@ -139,7 +139,7 @@ mod tests {
     fn bzimage() -> (TempDir, PathBuf, Vec<u8>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("bzImage");
-        let kernel = sample::kernel();
+        let kernel = sample::kernel(64 << 10);
         let payload = sample::packed(&kernel, "gzip -n -9").expect("gzip is part of every Debian");
         fs::write(&path, sample::bzimage(&payload)).unwrap();
         (folder, path, kernel)
