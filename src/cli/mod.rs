@@ -53,6 +53,7 @@ impl Cli {
     /// `started` is when the process began.
     pub fn run(self, started: Instant) -> Result<Exit> {
         logger::init(self.verbose);
+        report_faults();
         match self.command {
             Command::Boot(boot) => boot.run(started),
             Command::Doctor(doctor) => doctor.run(),
@@ -60,6 +61,14 @@ impl Cli {
             Command::Man(man) => man.run(),
         }
     }
+}
+
+/// Has a fault of husk's own end it with one line and exit code 1, on whatever thread it shows.
+fn report_faults() {
+    std::panic::set_hook(Box::new(|fault| {
+        print_error(&format!("internal error, please report it: {fault}"));
+        std::process::exit(i32::from(Exit::Failure.code()));
+    }));
 }
 
 /// Prints an error and its causes as one line, and tells wrong usage from failure.

@@ -82,6 +82,20 @@ impl Output {
         }
     }
 
+    /// What is there to print at this moment.
+    #[cfg(test)]
+    pub fn take_now(&self) -> Vec<u8> {
+        let bytes = std::mem::take(&mut self.lock().bytes);
+        self.changed.notify_all();
+        bytes
+    }
+
+    /// Whether who prints has to wait.
+    #[cfg(test)]
+    pub fn is_full(&self) -> bool {
+        self.lock().bytes.len() >= BUFFER_MAX_BYTES
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

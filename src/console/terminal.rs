@@ -31,9 +31,10 @@ impl RawTerminal {
         // SAFETY: `raw` is a whole termios, which cfmakeraw only changes in place.
         unsafe { libc::cfmakeraw(&mut raw) };
         raw.c_oflag = before.c_oflag;
-        let before = BEFORE.get_or_init(|| before);
+        // From here on whatever ends the process finds out how the terminal was.
+        BEFORE.get_or_init(|| before);
         debug_assert!(!RAW.load(Ordering::Relaxed));
-        restore_on_faults(before)?;
+        restore_on_faults()?;
         RAW.store(true, Ordering::SeqCst);
         set_attributes(&raw)?;
         Ok(Some(RawTerminal(())))
@@ -80,7 +81,7 @@ fn set_attributes(attributes: &libc::termios) -> io::Result<()> {
     }
 }
 
-fn restore_on_faults(_before: &libc::termios) -> io::Result<()> {
+fn restore_on_faults() -> io::Result<()> {
     let next = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         restore();

@@ -107,3 +107,68 @@ impl Drop for Machine {
         self.stop();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::config::MachineConfig;
+    use crate::resources;
+
+    /// A machine that prints without end, or `None` and a loud word where there is no KVM.
+    fn talker() -> Option<(Machine, Arc<Output>)> {
+        if !Path::new("/dev/kvm").exists() {
+            assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "no /dev/kvm");
+            eprintln!("SKIPPED: this test needs /dev/kvm");
+            return None;
+        }
+        let config = MachineConfig {
+            kernel: husk_guests::SERIAL.into(),
+            cmdline: "do=flood bytes=1000000000".into(),
+            memory_mib: 32,
+            ..MachineConfig::default()
+        };
+        let resources = resources::open(&config).unwrap();
+        let machine = Machine::build(&config, resources, Arc::new(Timings::new(Instant::now()))).unwrap();
+        let output = machine.console.output.clone();
+        Some((machine, output))
+    }
+
+    /// What is printed within `wait`, in bytes.
+    fn printed(output: &Output, wait: Duration) -> usize {
+        thread::sleep(wait);
+        output.take_now().len()
+    }
+
+    #[test]
+    fn a_paused_machine_does_nothing_and_a_resumed_one_goes_on() {
+        const WAIT: Duration = Duration::from_millis(50);
+        let Some((mut machine, output)) = talker() else { return };
+        assert_eq!(printed(&output, WAIT), 0, "a machine is built paused");
+        for _ in 0..5 {
+            machine.resume();
+            machine.resume();
+            assert!(printed(&output, WAIT) > 0, "resumed");
+            machine.pause();
+            machine.pause();
+            output.take_now();
+            assert_eq!(printed(&output, WAIT), 0, "paused");
+        }
+    }
+
+    #[test]
+    fn stopping_twice_is_stopping_once_and_frees_a_vcpu_that_waits_for_room() {
+        let Some((mut machine, output)) = talker() else { return };
+        machine.resume();
+        // Nobody takes the output, so that the vCPU comes to wait for room in it.
+        while !output.is_full() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        machine.stop();
+        machine.stop();
+        assert_eq!(machine.ending().outcome(), None);
+    }
+}

@@ -1,0 +1,319 @@
+//! Real Linux guests, booted as a user boots them: stock and purpose-built kernels, disks, buttons and panics.
+//!
+//! They need a KVM that runs unmodified kernels, and guests: `HUSK_TEST_GUESTS` names a folder with `stock/` and
+//! `micro/`, each with `vmlinux`, `bzImage` and `initrd` (scripts/test makes it, and runs this in the lab where the host's
+//! KVM will not do). Without it every test says that it was skipped; with it none is.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longer than any boot takes, even emulated on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(180);
+const GUESTS: &str = "HUSK_TEST_GUESTS";
+
+/// The folder of guests, or `None` and a loud word.
+fn guests(test: &str) -> Option<PathBuf> {
+    let guests = std::env::var_os(GUESTS).map(PathBuf::from);
+    if guests.is_none() {
+        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test lab` runs this");
+    }
+    guests
+}
+
+/// Begins a test that needs guests.
+macro_rules! guests {
+    () => {{
+        fn here() {}
+        let Some(guests) = guests(std::any::type_name_of_val(&here)) else { return };
+        guests
+    }};
+}
+
+/// How a machine ended, and what it said.
+struct Ended {
+    code: Option<i32>,
+    output: String,
+    errors: String,
+}
+
+impl Ended {
+    /// The `key=value` lines of the guest's init.
+    fn values(&self) -> HashMap<&str, &str> {
+        self.output.lines().filter_map(|line| line.trim().split_once('=')).collect()
+    }
+
+    #[track_caller]
+    fn expect(&self, code: i32, what: &str) -> &Ended {
+        assert_eq!(self.code, Some(code), "{what}\n{}\n{}", self.output, self.errors);
+        self
+    }
+}
+
+/// `husk boot` of the guest in `guest`, told to do `job`.
+fn husk(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+    command.arg("boot").arg("--kernel").arg(guest.join(image)).arg("--initrd").arg(guest.join("initrd"));
+    command.args(flags).args(["--cmdline", &format!("-- {job}")]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn boot(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Ended {
+    finish(husk(guest, image, job, flags).spawn().unwrap())
+}
+
+/// Waits for the end of `child`, and kills it when it does not come.
+fn finish(mut child: Child) -> Ended {
+    let collect = |pipe: Option<Box<dyn Read + Send>>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
+    };
+    let output = collect(child.stdout.take().map(|pipe| Box::new(pipe) as _));
+    let errors = collect(child.stderr.take().map(|pipe| Box::new(pipe) as _));
+    let started = Instant::now();
+    let code = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status.code(),
+            None if started.elapsed() > PATIENCE => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                break None;
+            }
+            None => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    Ended { code, output: output.join().unwrap(), errors: errors.join().unwrap() }
+}
+
+/// Runs a program of the host's and returns what it printed.
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// A disk image of `bytes`, with an ext4 file system if wanted.
+fn disk(folder: &Path, bytes: u64, file_system: bool) -> String {
+    let path = folder.join("disk.img");
+    File::create(&path).unwrap().set_len(bytes).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    if file_system {
+        run("mkfs.ext4", &["-q", "-F", &path]);
+    }
+    path
+}
+
+/// One boot of each kernel and format at every count of vCPUs and every size of memory.
+fn boots_at_every_size(guests: &Path, kernel: &str, image: &str) {
+    for cpus in [1, 2, 4] {
+        for memory_mib in [64, 512, 6144] {
+            let what = format!("{kernel}/{image}, {cpus} vCPUs, {memory_mib} MiB");
+            let flags = ["--cpus", &cpus.to_string(), "--memory", &format!("{memory_mib}M")];
+            let ended = boot(&guests.join(kernel), image, "report", &flags);
+            let values = ended.expect(0, &what).values();
+            assert_eq!(values["cpus"], cpus.to_string(), "{what}");
+            let seen_mib = values["memory_kib"].parse::<u64>().unwrap() / 1024;
+            // The kernel keeps its own text, data and page structures out of the count.
+            let least_mib = memory_mib - memory_mib / 20 - 40;
+            assert!((least_mib..=memory_mib).contains(&seen_mib), "{what}: the guest sees {seen_mib} MiB");
+            let apic_ids: Vec<String> = (0..cpus).map(|id| id.to_string()).collect();
+            assert_eq!(values["apic_ids"], apic_ids.join(","), "{what}");
+            assert_eq!(values["siblings"], "0", "{what}: one thread a core");
+            let package = if cpus == 1 { "0".to_owned() } else { format!("0-{}", cpus - 1) };
+            assert_eq!(values["package"], package, "{what}: all cores in one package");
+            assert_eq!(values["clock"], "kvm-clock", "{what}");
+            assert_eq!(values["random"], "64", "{what}: random bytes from the host");
+        }
+    }
+}
+
+#[test]
+fn a_stock_vmlinux_boots_at_every_size() {
+    boots_at_every_size(&guests!(), "stock", "vmlinux");
+}
+
+#[test]
+fn a_stock_bzimage_boots_at_every_size() {
+    boots_at_every_size(&guests!(), "stock", "bzImage");
+}
+
+#[test]
+fn a_micro_vmlinux_boots_at_every_size() {
+    boots_at_every_size(&guests!(), "micro", "vmlinux");
+}
+
+#[test]
+fn a_micro_bzimage_boots_at_every_size() {
+    boots_at_every_size(&guests!(), "micro", "bzImage");
+}
+
+#[test]
+fn what_a_guest_syncs_is_on_the_disk() {
+    let guests = guests!();
+    for kernel in ["stock", "micro"] {
+        let folder = tempfile::tempdir().unwrap();
+        let image = disk(folder.path(), 64 << 20, true);
+        let ended = boot(&guests.join(kernel), "vmlinux", "write", &["--disk", &image, "--cpus", "2"]);
+        let values = ended.expect(0, kernel).values();
+        assert_eq!(values["unmounted"], "yes");
+        run("e2fsck", &["-f", "-n", &image]);
+        let data = folder.path().join("data");
+        run("debugfs", &["-R", &format!("dump /data {}", data.display()), &image]);
+        assert_eq!(fs::metadata(&data).unwrap().len(), 16 << 20);
+        let sha256 = run("sha256sum", &[data.to_str().unwrap()]);
+        assert_eq!(sha256.split_whitespace().next(), Some(values["sha256"]), "{kernel}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk(folder.path(), 32 << 20, true);
+    let before = fs::read(&image).unwrap();
+    let ended = boot(&guests.join("micro"), "vmlinux", "read_only", &["--disk", &format!("{image},ro")]);
+    let values = ended.expect(0, "read-only disk").values();
+    assert_eq!((values["ro"], values["mounted"], values["written"]), ("1", "yes", "no"));
+    assert!(fs::read(&image).unwrap() == before, "the image changed");
+}
+
+#[test]
+fn a_disk_goes_on_beyond_two_tebibytes() {
+    const MIB: u64 = 1 << 20;
+    const SIZE_MIB: u64 = 3 << 20;
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk(folder.path(), MIB, false);
+    // Grown as a user grows one: sparse, after it was made.
+    File::options().write(true).open(&image).unwrap().set_len(SIZE_MIB * MIB).unwrap();
+    let at_mib = SIZE_MIB - 1;
+    let ended = boot(&guests.join("micro"), "vmlinux", &format!("far {at_mib}"), &["--disk", &image]);
+    let values = ended.expect(0, "disk of 3 TiB").values();
+    assert_eq!((values["bytes"], values["found"]), (&*(SIZE_MIB * MIB).to_string(), "far away"));
+    let mut file = File::open(&image).unwrap();
+    let mut found = [0; 8];
+    file.seek(SeekFrom::Start(at_mib * MIB)).unwrap();
+    file.read_exact(&mut found).unwrap();
+    assert_eq!(&found, b"far away");
+}
+
+#[test]
+fn a_reboot_ends_with_its_own_code() {
+    let guests = guests!();
+    for kernel in ["stock", "micro"] {
+        let ended = boot(&guests.join(kernel), "vmlinux", "reboot", &[]);
+        ended.expect(80, kernel);
+        assert!(ended.errors.contains("husk: the guest reset itself"), "{}", ended.errors);
+    }
+}
+
+#[test]
+fn a_panic_is_told_in_the_kernels_words() {
+    let guests = guests!();
+    for kernel in ["stock", "micro"] {
+        let ended = boot(&guests.join(kernel), "vmlinux", "panic", &[]);
+        ended.expect(81, kernel);
+        let told = "husk: the guest's kernel panicked: Attempted to kill init!";
+        assert!(ended.errors.contains(told), "{kernel}: {}", ended.errors);
+    }
+}
+
+#[test]
+fn a_guest_reports_its_own_exit_code() {
+    boot(&guests!().join("micro"), "vmlinux", "exit", &[]).expect(42, "exit port");
+}
+
+#[test]
+fn timings_tell_of_every_step() {
+    let ended = boot(&guests!().join("micro"), "vmlinux", "mark", &["--timings"]);
+    ended.expect(0, "timings");
+    let at = |step: &str| {
+        let line = ended.errors.lines().find(|line| line.starts_with(step)).unwrap_or_else(|| panic!("no {step}"));
+        line[step.len()..].split_whitespace().next().unwrap().parse::<f64>().unwrap()
+    };
+    let steps = ["KVM ready", "kernel loaded", "first guest instruction", "first kernel output", "PID 1", "exit"];
+    let times: Vec<f64> = steps.iter().map(|step| at(step)).collect();
+    // `quiet` may hold back the kernel's output beyond PID 1's start; all else is in order.
+    let ordered = [times[0], times[1], times[2], times[4], times[5]];
+    assert!(ordered.is_sorted() && times[0] > 0.0, "{}", ended.errors);
+}
+
+/// Starts a guest and waits until its init says `word`.
+fn start_and_wait(command: &mut Command, word: &str) -> Child {
+    let mut child = command.spawn().unwrap();
+    let (said, heard) = mpsc::channel();
+    let (stdout, word) = (child.stdout.take().unwrap(), word.to_owned());
+    thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if line.contains(&word) {
+                let _ = said.send(());
+            }
+        }
+    });
+    if heard.recv_timeout(PATIENCE).is_err() {
+        child.kill().unwrap();
+        panic!("the guest did not come up: {:?}", finish(child).errors);
+    }
+    child
+}
+
+fn signal(child: &Child, name: &str) {
+    run("kill", &[&format!("-{name}"), &child.id().to_string()]);
+}
+
+#[test]
+fn sigterm_presses_the_power_button() {
+    let guests = guests!();
+    for kernel in ["stock", "micro"] {
+        let child = start_and_wait(&mut husk(&guests.join(kernel), "vmlinux", "button", &[]), "waiting=event");
+        // The guest opens the device just after it says so.
+        thread::sleep(Duration::from_millis(500));
+        signal(&child, "TERM");
+        finish(child).expect(0, kernel);
+    }
+}
+
+#[test]
+fn kill_9_leaves_nothing_behind() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk(folder.path(), 32 << 20, true);
+    let guest = guests.join("micro");
+    let flags = ["--disk", &*image];
+    let mut child = start_and_wait(&mut husk(&guest, "vmlinux", "hold", &flags), "holding=yes");
+    boot(&guest, "vmlinux", "report", &flags).expect(1, "a disk in use is refused");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let ended = boot(&guest, "vmlinux", "write", &flags);
+    assert_eq!(ended.expect(0, "the disk is free again").values()["unmounted"], "yes");
+    let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(files, ["disk.img"]);
+}
+
+#[test]
+fn piped_commands_reach_a_shell() {
+    let mut command = husk(&guests!().join("micro"), "vmlinux", "shell", &[]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"echo sum=$((40 + 2)); uname -s\npoweroff -f\n").unwrap();
+    let ended = finish(child);
+    ended.expect(0, "shell");
+    assert!(ended.output.contains("sum=42") && ended.output.contains("Linux"), "{}", ended.output);
+}
+
+#[test]
+fn twenty_boots_in_a_row_all_end() {
+    let guest = guests!().join("micro");
+    for n in 1..=20 {
+        boot(&guest, "vmlinux", "none", &["--cpus", "2"]).expect(0, &format!("boot {n} of 20"));
+    }
+}
