@@ -95,7 +95,8 @@ int guest_main(void)
         return EXIT_BAD_COMMAND_LINE;
     if (!clock_start() || !virtio_find(VIRTIO_BLOCK, 0, &disk))
         return EXIT_MISSING;
-    CHECK(virtio_start(&disk, FEATURE(F_RING_EVENT_IDX)));
+    /* A driver that knows no flush would have each write made durable before it is completed. */
+    CHECK(virtio_start(&disk, FEATURE(F_RING_EVENT_IDX) | FEATURE(F_BLOCK_FLUSH)));
     CHECK(disk.features & FEATURE(F_RING_EVENT_IDX));
     queue_start(&disk, 0, QUEUE_SIZE_MAX, &queue);
     CHECK(queue.size >= depth * DESCRIPTORS_EACH);

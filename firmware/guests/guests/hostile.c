@@ -39,7 +39,7 @@ static void recover(void)
 }
 
 /* Offers the spoilt chain at `head` and tells what came of it: an answer or a wish for a reset, not silence. */
-static void expect(const char *name, u16 head)
+static void tell(const char *name, u16 head)
 {
     struct used_entry entry;
     queue_offer(&queue, head);
@@ -48,48 +48,55 @@ static void expect(const char *name, u16 head)
         print("%s: used %u, status %x\n", name, (u64)entry.len, (u64)status);
     else
         print("%s: needs reset\n", name);
-    CHECK(status != BLOCK_OK);
     recover();
+}
+
+/* The same of a chain that no device can take for a good one. */
+static void refuse(const char *name, u16 head)
+{
+    tell(name, head);
+    CHECK(status != BLOCK_OK);
 }
 
 static void chains(void)
 {
     good_chain();
     queue.table[0].next = 0;
-    expect("descriptor points at itself", 0);
+    refuse("descriptor points at itself", 0);
     good_chain();
     queue.table[1].next = 0;
-    expect("two descriptors point at each other", 0);
+    refuse("two descriptors point at each other", 0);
     good_chain();
     queue.table[1].next = QUEUE_SIZE;
-    expect("next outside the table", 0);
+    refuse("next outside the table", 0);
     good_chain();
     queue.table[0].next = 0xffff;
-    expect("next far outside the table", 0);
+    refuse("next far outside the table", 0);
     good_chain();
-    expect("head outside the table", QUEUE_SIZE);
+    refuse("head outside the table", QUEUE_SIZE);
     good_chain();
-    expect("head far outside the table", 0xffff);
+    refuse("head far outside the table", 0xffff);
     good_chain();
     queue.table[0].flags = 0;
-    expect("header alone", 0);
+    refuse("header alone", 0);
     good_chain();
     queue.table[0].len = 15;
-    expect("short header", 0);
+    refuse("short header", 0);
     good_chain();
     queue.table[0].len = 0;
     queue.table[1].len = 0;
     queue.table[2].len = 0;
-    expect("empty buffers", 0);
+    refuse("empty buffers", 0);
     good_chain();
     queue.table[0].flags |= DESC_WRITE;
-    expect("header that may be written", 0);
+    refuse("header that may be written", 0);
     good_chain();
     queue.table[2].flags = 0;
-    expect("status that may not be written", 0);
+    refuse("status that may not be written", 0);
     good_chain();
     queue.table[1].flags &= ~DESC_WRITE;
-    expect("read into what may not be written", 0);
+    /* A read of nothing, for who looks at it so. */
+    tell("read into what may not be written", 0);
 }
 
 static void addresses(void)
@@ -99,14 +106,14 @@ static void addresses(void)
         for (unsigned at = 0; at < 3; at++) {
             good_chain();
             queue.table[at].address = places[i];
-            expect("buffer outside memory", 0);
+            refuse("buffer outside memory", 0);
         }
     good_chain();
     queue.table[1].len = 0xffffffff;
-    expect("buffer of 4 GiB", 0);
+    refuse("buffer of 4 GiB", 0);
     good_chain();
     queue.table[1].len = 0xfffffe00;
-    expect("aligned buffer of 4 GiB", 0);
+    refuse("aligned buffer of 4 GiB", 0);
 }
 
 static void indirect_tables(void)
@@ -116,31 +123,28 @@ static void indirect_tables(void)
         good_table();
         queue.table[0].len = lengths[i];
         /* With an absurd length the chain in the table may still be good: an answer is as right as a refusal. */
-        queue_offer(&queue, 0);
-        queue_ring(&queue);
-        struct used_entry entry;
-        print("indirect table of %u bytes: %s\n", (u64)lengths[i], queue_wait(&queue, &entry) ? "used" : "needs reset");
-        recover();
+        print("%u bytes, ", (u64)lengths[i]);
+        tell("indirect table", 0);
     }
     good_table();
     queue.table[0].address = OUTSIDE;
-    expect("indirect table outside memory", 0);
+    refuse("indirect table outside memory", 0);
     good_table();
     table[1] = (struct descriptor){(u64)table, sizeof table[0], DESC_INDIRECT, 0};
-    expect("indirect table in an indirect table", 0);
+    refuse("indirect table in an indirect table", 0);
     good_table();
     table[1].next = 0;
-    expect("loop in an indirect table", 0);
+    refuse("loop in an indirect table", 0);
     good_table();
     table[1].next = 3;
-    expect("next outside the indirect table", 0);
+    refuse("next outside the indirect table", 0);
     /* A chain longer than any queue. */
     good_table();
     for (unsigned i = 1; i < 4095; i++)
         table[i] = (struct descriptor){(u64)data, 1, DESC_NEXT | DESC_WRITE, i + 1};
     table[4095] = (struct descriptor){(u64)&status, 1, DESC_WRITE, 0};
     queue.table[0].len = sizeof table;
-    expect("chain of 4096 descriptors", 0);
+    refuse("chain of 4096 descriptors", 0);
 }
 
 static void rings(void)

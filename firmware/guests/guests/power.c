@@ -2,6 +2,17 @@
 #include "cpu.h"
 #include "guest.h"
 
+enum { EVENT_GSI = 5, EVENT_VECTOR = 0x40 };
+
+/* The power button, as a kernel hears of it: the generic event device's interrupt. */
+static void on_event(struct interrupt_frame *frame)
+{
+    (void)frame;
+    end_of_interrupt();
+    print("power button\n");
+    power_off();
+}
+
 static void triple_fault(void)
 {
     struct {
@@ -38,11 +49,13 @@ int guest_main(void)
             asm volatile("");
     if (told_to("halt"))
         stop();
-    if (told_to("halt-open")) {
-        /* As an idle kernel waits: with interrupts on, and none under way. */
+    if (told_to("wait-for-button")) {
         interrupts_start();
+        handle(EVENT_VECTOR, on_event);
+        route(EVENT_GSI, EVENT_VECTOR);
+        print("listening\n");
         for (;;)
-            asm volatile("sti; hlt");
+            wait_for_interrupt();
     }
     /* The machine may take a moment to act on a reset. */
     if (told_to("reset") || told_to("keyboard-reset") || told_to("panic"))

@@ -71,10 +71,10 @@ int guest_main(void)
         interrupts_start();
         handle(SERIAL_VECTOR, on_serial);
         route(SERIAL_GSI, SERIAL_VECTOR);
-        /* DTR, RTS and OUT2: the last lets the interrupt out. */
-        out8(PORT_SERIAL + MODEM_CONTROL, 0x0b);
-        out8(PORT_SERIAL + INTERRUPT_ENABLE, 1);
     }
+    /* DTR, RTS and OUT2, which lets the interrupt out: a port that is not opened so gets no input, polled or not. */
+    out8(PORT_SERIAL + MODEM_CONTROL, 0x0b);
+    out8(PORT_SERIAL + INTERRUPT_ENABLE, 1);
     print("ready\n");
     while (!ended)
         if (by_interrupt)

@@ -36,3 +36,9 @@ pub const ENTROPY: &str = concat!(env!("OUT_DIR"), "/entropy.elf");
 pub const TRIPS: &str = concat!(env!("OUT_DIR"), "/trips.elf");
 /// Measures a disk with a driver at CPL 3.
 pub const DRIVE: &str = concat!(env!("OUT_DIR"), "/drive.elf");
+
+/// The guest of this name, for programs that are told it: `exit`, `power`, …
+pub fn path(name: &str) -> Option<std::path::PathBuf> {
+    let path = std::path::Path::new(env!("OUT_DIR")).join(name).with_extension("elf");
+    (!name.contains('/') && path.exists()).then_some(path)
+}

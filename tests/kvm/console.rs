@@ -1,0 +1,146 @@
+//! From the serial port to the terminal, a pipe or nobody, and back.
+
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use crate::husk::{self, boot};
+use crate::terminal::Terminal;
+use husk_guests as guests;
+
+/// What ends the echoing guest.
+const EOT: u8 = 4;
+
+#[test]
+fn a_flood_arrives_whole() {
+    needs_kvm!();
+    let bytes = 256 << 10;
+    let stdout = boot(guests::SERIAL, &format!("do=flood bytes={bytes}")).run().stdout;
+    assert_eq!(stdout.len(), bytes);
+    let expected = |at: usize| if at % 64 == 63 { b'\n' } else { b'!' + (at % 64) as u8 };
+    assert_eq!(stdout.iter().enumerate().find(|(at, byte)| **byte != expected(*at)), None);
+}
+
+#[test]
+fn a_prompt_is_shown_before_its_line_ends() {
+    needs_kvm!();
+    let running = boot(guests::SERIAL, "do=prompt").start().wait_for("login: ");
+    running.signal("TERM");
+    running.signal("TERM");
+    running.wait();
+}
+
+#[test]
+fn piped_input_reaches_the_guest_whole() {
+    needs_kvm!();
+    for wait in ["poll", "interrupt"] {
+        let typed: Vec<u8> = (0..8192u32).map(|n| (n * 7 % 251) as u8).filter(|byte| *byte != EOT).collect();
+        let ran = boot(guests::SERIAL, &format!("do=echo wait={wait}")).input([&typed[..], &[EOT]].concat()).run();
+        let end = format!("\nreceived {} bytes\n", typed.len());
+        ran.expect(0);
+        assert!(
+            ran.stdout == [b"ready\n", &typed[..], end.as_bytes()].concat(),
+            "by {wait}: {} bytes",
+            ran.stdout.len()
+        );
+    }
+}
+
+#[test]
+fn the_end_of_input_costs_nothing() {
+    needs_kvm!();
+    let running = boot(guests::POWER, "do=halt").start().wait_for("ready");
+    thread::sleep(Duration::from_millis(300));
+    let before = running.cpu_time();
+    thread::sleep(Duration::from_secs(1));
+    let spent = running.cpu_time() - before;
+    running.signal("TERM");
+    running.signal("TERM");
+    running.wait();
+    assert!(spent <= Duration::from_millis(200), "{spent:?} in a second of doing nothing");
+}
+
+#[test]
+fn nobody_to_read_the_output_ends_the_machine() {
+    needs_kvm!();
+    let mut command = boot(guests::SERIAL, "do=flood bytes=4000000").command();
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    drop(child.stdout.take());
+    let status = husk::end_of(&mut child).expect("husk ends");
+    assert_eq!(status.code(), Some(128 + libc::SIGPIPE));
+}
+
+#[test]
+fn the_terminal_is_raw_while_the_machine_has_it_and_restored_after() {
+    needs_kvm!();
+    let mut terminal = Terminal::start(boot(guests::SERIAL, "do=echo wait=interrupt").command());
+    terminal.wait_for("ready");
+    assert!(!terminal.modes().canonical());
+    // Ctrl-C is the guest's key.
+    terminal.type_keys(b"typed\x03");
+    terminal.wait_for("typed\x03");
+    terminal.type_keys(&[EOT]);
+    assert_eq!(terminal.wait(), Some(0));
+    assert!(terminal.modes().canonical());
+}
+
+/// Boots `words` on a terminal, has `end` end it, and checks the exit code and that the terminal is as it was.
+#[track_caller]
+fn restores_the_terminal(words: &str, end: impl FnOnce(&mut Terminal), code: i32) {
+    let untouched = Terminal::start(std::process::Command::new("true")).modes();
+    let mut terminal = Terminal::start(boot(guests::POWER, words).command());
+    end(&mut terminal);
+    assert_eq!(terminal.wait(), Some(code));
+    assert_eq!(terminal.modes(), untouched);
+}
+
+#[test]
+fn ctrl_a_x_ends_the_machine_and_ctrl_a_h_helps() {
+    needs_kvm!();
+    restores_the_terminal(
+        "do=halt",
+        |terminal| {
+            terminal.wait_for("ready");
+            terminal.type_keys(b"\x01h");
+            terminal.wait_for("Ctrl-A x");
+            terminal.type_keys(b"\x01x");
+        },
+        0,
+    );
+}
+
+#[test]
+fn the_terminal_is_restored_after_a_guests_panic_and_a_triple_fault() {
+    needs_kvm!();
+    restores_the_terminal("do=panic", |_| (), 81);
+    restores_the_terminal("do=triple-fault", |_| (), 82);
+}
+
+#[test]
+fn the_terminal_is_restored_after_signals() {
+    needs_kvm!();
+    for (name, number) in [("TERM", libc::SIGTERM), ("HUP", libc::SIGHUP), ("INT", libc::SIGINT)] {
+        restores_the_terminal(
+            "do=spin",
+            |terminal| {
+                terminal.wait_for("ready");
+                for _ in 0..2 {
+                    husk::send_signal(terminal.pid(), name);
+                    thread::sleep(Duration::from_millis(50));
+                }
+            },
+            128 + number,
+        );
+    }
+}
+
+#[test]
+fn the_terminal_is_restored_after_a_fault_of_husks_own() {
+    needs_kvm!();
+    let untouched = Terminal::start(std::process::Command::new("true")).modes();
+    let mut terminal = Terminal::start(boot(guests::POWER, "do=halt").command());
+    terminal.wait_for("ready");
+    husk::send_signal(terminal.pid(), "SEGV");
+    assert_eq!(terminal.wait(), None, "the signal ends it");
+    assert_eq!(terminal.modes(), untouched);
+}

@@ -1,0 +1,162 @@
+//! From a driver in a guest to a file on the host: what a disk does, refuses, and survives.
+
+use std::fs;
+
+use crate::husk::{self, boot, disk_image};
+use husk_guests as guests;
+
+const MIB: u64 = 1 << 20;
+
+/// Runs the disk guest on an image of 1 MiB, and returns what it printed.
+#[track_caller]
+fn block(what: &str, options: &str) -> String {
+    let (_folder, disk) = disk_image(MIB);
+    boot(guests::BLOCK, &format!("do={what}")).disk(&disk, options).run().expect(0)
+}
+
+#[test]
+fn what_is_written_is_read_back_and_flushed() {
+    needs_kvm!();
+    assert_eq!(block("round-trip", ""), "capacity 2048\ndone\n");
+}
+
+#[test]
+fn a_request_may_lie_in_many_buffers_of_any_length() {
+    needs_kvm!();
+    block("scattered", "");
+}
+
+#[test]
+fn a_request_may_lie_in_an_indirect_table() {
+    needs_kvm!();
+    block("indirect", "");
+}
+
+#[test]
+fn the_disks_id_is_the_users() {
+    needs_kvm!();
+    assert!(block("get-id", ",id=spindle-7").contains("id spindle-7\n"));
+    assert!(block("get-id", ",id=twenty-bytes-exactly").contains("id twenty-bytes-exactly\n"));
+}
+
+#[test]
+fn nothing_is_read_or_written_past_the_end() {
+    needs_kvm!();
+    let (_folder, disk) = disk_image(MIB);
+    boot(guests::BLOCK, "do=past-the-end").disk(&disk, "").run().expect(0);
+    assert_eq!(fs::metadata(&disk).unwrap().len(), MIB);
+}
+
+#[test]
+fn a_request_without_sense_is_refused_and_the_disk_goes_on() {
+    needs_kvm!();
+    block("refused", "");
+}
+
+#[test]
+fn discarded_and_zeroed_sectors_are_the_ones_asked_for() {
+    needs_kvm!();
+    block("discard", "");
+    block("write-zeroes", "");
+}
+
+#[test]
+fn a_read_only_disk_is_only_read() {
+    needs_kvm!();
+    let (_folder, disk) = disk_image(MIB);
+    let before = fs::metadata(&disk).unwrap().modified().unwrap();
+    boot(guests::BLOCK, "do=read-only").disk(&disk, ",ro").run().expect(0);
+    assert_eq!(fs::metadata(&disk).unwrap().modified().unwrap(), before);
+}
+
+#[test]
+fn a_read_only_file_will_do_for_a_read_only_disk() {
+    needs_kvm!();
+    let (_folder, disk) = disk_image(MIB);
+    let mut permissions = fs::metadata(&disk).unwrap().permissions();
+    permissions.set_readonly(true);
+    fs::set_permissions(&disk, permissions).unwrap();
+    boot(guests::BLOCK, "do=read-only").disk(&disk, ",ro").run().expect(0);
+}
+
+#[test]
+fn a_driver_that_sleeps_is_woken_for_each_request() {
+    needs_kvm!();
+    block("interrupt count=1000", "");
+}
+
+#[test]
+fn what_the_guest_was_told_is_written_is_in_the_file() {
+    needs_kvm!();
+    let (_folder, disk) = disk_image(MIB);
+    boot(guests::BLOCK, "do=stamp sectors=64").disk(&disk, "").run().expect(0);
+    let image = fs::read(&disk).unwrap();
+    for (number, sector) in image.chunks(512).enumerate().take(64) {
+        assert_eq!(sector[..8], (number as u64).to_le_bytes());
+        assert!(sector[8..].iter().all(|byte| *byte == 0x5a));
+    }
+    assert!(image[64 * 512..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_second_disk_is_the_second() {
+    needs_kvm!();
+    let ((_first_folder, first), (_second_folder, second)) = (disk_image(MIB), disk_image(2 * MIB));
+    let ran = boot(guests::BLOCK, "do=stamp disk=1").disk(&first, "").disk(&second, "").run();
+    assert!(ran.expect(0).contains("capacity 4096\n"));
+    assert!(fs::read(&first).unwrap().iter().all(|byte| *byte == 0));
+    assert_eq!(fs::read(&second).unwrap()[512], 1);
+}
+
+#[test]
+fn a_disk_beyond_two_tib_has_its_last_sector() {
+    needs_kvm!();
+    let (_folder, disk) = disk_image(3 << 40);
+    let text = boot(guests::BLOCK, "do=round-trip").disk(&disk, "").run().expect(0);
+    assert!(text.contains(&format!("capacity {}\n", (3u64 << 40) / 512)), "{text}");
+}
+
+/// A driver that breaks the rules gets an answer or DEVICE_NEEDS_RESET, and after a reset a working disk.
+#[track_caller]
+fn survives(what: &str) -> husk::Ran {
+    let (_folder, disk) = disk_image(MIB);
+    let ran = boot(guests::HOSTILE, &format!("do={what}")).disk(&disk, "").run();
+    ran.expect(0);
+    assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+    assert!(ran.stderr.lines().count() <= 100, "the guest can fill the log: {}", ran.stderr);
+    assert!(fs::read(&disk).unwrap().iter().all(|byte| *byte == 0), "nothing of this was a write");
+    ran
+}
+
+#[test]
+fn broken_chains_do_not_stop_the_machine() {
+    needs_kvm!();
+    let text = survives("chains").text();
+    for claim in ["descriptor points at itself", "head outside the table", "next outside the table"] {
+        assert!(text.contains(&format!("{claim}: needs reset\n")), "{text}");
+    }
+}
+
+#[test]
+fn addresses_outside_memory_do_not_stop_the_machine() {
+    needs_kvm!();
+    survives("addresses");
+}
+
+#[test]
+fn absurd_indirect_tables_do_not_stop_the_machine() {
+    needs_kvm!();
+    survives("indirect");
+}
+
+#[test]
+fn rings_in_the_wrong_place_or_of_the_wrong_size_do_not_stop_the_machine() {
+    needs_kvm!();
+    survives("rings");
+}
+
+#[test]
+fn registers_out_of_order_and_resets_under_way_do_not_stop_the_machine() {
+    needs_kvm!();
+    survives("protocol");
+}
