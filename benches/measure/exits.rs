@@ -1,0 +1,26 @@
+//! From a guest's instruction to husk and back, as the guest's own clock tells it.
+
+use anyhow::{Context, Result};
+
+use crate::{Aim, boot, median, output_of, report};
+
+const RUNS: usize = 5;
+
+/// Port I/O and MMIO to where no device answers, and a doorbell, from CPL 0 and from CPL 3.
+pub fn round_trips() -> Result<()> {
+    let mut runs = Vec::new();
+    for _ in 0..RUNS {
+        runs.push(output_of(boot(husk_guests::TRIPS, "count=10000"))?);
+    }
+    for (kind, name) in
+        [("port", "port I/O exit and back"), ("mmio", "MMIO exit and back"), ("doorbell", "ioeventfd kick")]
+    {
+        for ring in ["cpl0", "cpl3"] {
+            let line = format!("{kind} {ring} ");
+            let of_run = |text: &String| text.lines().find_map(|l| l.strip_prefix(&line)?.parse::<f64>().ok());
+            let times_ns = runs.iter().map(of_run).collect::<Option<Vec<f64>>>().context("the guest gave no time")?;
+            report(&format!("{name}, from {ring}"), median(times_ns) / 1e3, "us", Aim::None);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! From a machine to numbers: each measurement prints a name, a value and its unit, and the aim where there is one.
+//!
+//! `cargo bench --bench measure [NAME…]` runs those whose name contains one of the words. The medians are of runs that
+//! take turns with what they are compared to, since only ratios within one run carry over to another machine.
+
+mod disk;
+mod exits;
+mod memory;
+mod parse;
+mod startup;
+
+use std::fmt::Write as _;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, ensure};
+
+/// What a value is to reach.
+enum Aim {
+    Below(f64),
+    Above(f64),
+    None,
+}
+
+/// Prints one line of the table.
+fn report(name: &str, value: f64, unit: &str, aim: Aim) {
+    let mut line = format!("{name:<52}{value:>12.3} {unit:<6}");
+    let verdict = |met| if met { "met" } else { "MISSED" };
+    let aim = match aim {
+        Aim::Below(limit) => write!(line, " below {limit:<8}{}", verdict(value < limit)),
+        Aim::Above(limit) => write!(line, " above {limit:<8}{}", verdict(value > limit)),
+        Aim::None => Ok(()),
+    };
+    aim.expect("a string takes all that is written to it");
+    println!("{}", line.trim_end());
+}
+
+/// The middle one of `values`.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// `husk boot` of a tiny guest, told `words`; its command for more flags.
+fn boot(guest: &str, words: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+    command.args(["boot", "--kernel", guest, "--cmdline", words]);
+    command
+}
+
+/// Runs `command` and returns what the guest printed; fails unless it ends with 0.
+fn output_of(mut command: Command) -> Result<String> {
+    let output = command.output().context("start husk")?;
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{}: {stdout}{stderr}", output.status);
+    Ok(stdout.into_owned())
+}
+
+/// A name to choose it by, and what prints its lines.
+type Measurement = (&'static str, fn() -> Result<()>);
+
+fn main() -> ExitCode {
+    let measurements: [Measurement; 6] = [
+        ("startup", startup::first_run),
+        ("kernel", startup::kernel_load),
+        ("exits", exits::round_trips),
+        ("parse", parse::block_requests),
+        ("disk", disk::through_the_device),
+        ("memory", memory::beyond_the_guest),
+    ];
+    // Cargo passes `--bench` on.
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    println!("{:<52}{:>12} {:<6} aim", "measurement", "value", "unit");
+    let mut code = ExitCode::SUCCESS;
+    for (name, measure) in measurements.into_iter().filter(|(name, _)| chosen(name)) {
+        if let Err(error) = measure() {
+            eprintln!("{name}: {error:#}");
+            code = ExitCode::FAILURE;
+        }
+    }
+    code
+}
