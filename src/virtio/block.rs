@@ -35,6 +35,8 @@ const ID_BYTES: usize = 20;
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 /// What one turn of the worker moves at most, before it looks at its stop event again.
 const TURN_BYTES: u64 = 4 << 20;
+/// Requests begun before those that are done are completed, so that a driver that watches the used ring can go on.
+const REAP_INTERVAL: u32 = 8;
 /// What a request counts in a turn beside its data, so that a turn has an end in any case.
 const REQUEST_COST_BYTES: u64 = 16 << 10;
 
@@ -128,8 +130,8 @@ impl Block {
     /// Takes chains until there are none, or this turn's work is done, or no more can be in flight.
     fn take(&mut self, queue: &mut Virtqueue) -> Result<Left, RingError> {
         let mut turn_bytes = 0;
-        while turn_bytes < TURN_BYTES {
-            if self.free_tokens.is_empty() {
+        for taken in 1.. {
+            if self.free_tokens.is_empty() || taken % REAP_INTERVAL == 0 {
                 self.reap(queue)?;
             }
             let Some(token) = self.free_tokens.last().copied() else { return Ok(Left::Waiting) };
@@ -137,6 +139,9 @@ impl Block {
                 return Ok(Left::Nothing);
             }
             turn_bytes += REQUEST_COST_BYTES + self.begin(token, queue)?;
+            if turn_bytes >= TURN_BYTES {
+                break;
+            }
         }
         Ok(Left::More)
     }

@@ -88,7 +88,7 @@ impl BlockRequest {
     /// Fails only where the chain has no byte for a status, so that the driver cannot be told anything.
     pub fn parse(chain: &Chain, shape: &DiskShape, buffers: &mut GuestBuffers) -> Result<BlockRequest, RingError> {
         let last = chain.writable().last().ok_or(RingError::Chain("no room for a status byte"))?;
-        let status = GuestAddress(last.address.0.saturating_add(u64::from(last.len_bytes) - 1));
+        let status = GuestAddress(last.address.0.saturating_add(u64::from(last.len_bytes).saturating_sub(1)));
         let action = action(chain, shape, buffers);
         if action.is_err() {
             buffers.clear();
@@ -185,4 +185,78 @@ fn read<const N: usize>(ranges: &[GuestRange], skip_bytes: u64, memory: &GuestMe
 
 fn join(low: [u8; 4], high: [u8; 4]) -> u64 {
     u64::from(u32::from_le_bytes(low)) | u64::from(u32::from_le_bytes(high)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::memory;
+
+    const SHAPE: DiskShape = DiskShape { capacity_bytes: 1 << 20, readonly: false };
+
+    fn parts(parts: &[(u64, u32)]) -> Vec<GuestRange> {
+        parts.iter().map(|(at, len)| GuestRange { address: GuestAddress(*at), len_bytes: *len }).collect()
+    }
+
+    fn header(memory: &GuestMemory, kind: u32, sector: u64) {
+        memory.write_obj([kind, 0, sector as u32, (sector >> 32) as u32], GuestAddress(0)).unwrap();
+    }
+
+    #[test]
+    fn a_request_becomes_plain_data() {
+        let memory = Arc::new(memory::reserve(1).unwrap());
+        let chain = Chain::from_parts(0, parts(&[(0, 16)]), parts(&[(0x1000, 1000), (0x8000, 25)]));
+        header(&memory, T_IN, 2);
+        let mut buffers = GuestBuffers::new(memory);
+        let request = BlockRequest::parse(&chain, &SHAPE, &mut buffers).unwrap();
+        let action = Action::Disk { operation: Operation::Read, offset_bytes: 1024 };
+        assert_eq!(request, BlockRequest { status: GuestAddress(0x8018), action: Ok(action) });
+        assert_eq!((buffers.len_bytes(), buffers.iovecs().len()), (1024, 2));
+    }
+
+    #[test]
+    fn the_status_is_at_the_end_of_the_last_part_even_at_the_end_of_all_addresses() {
+        let memory = Arc::new(memory::reserve(1).unwrap());
+        header(&memory, T_FLUSH, 0);
+        let mut buffers = GuestBuffers::new(memory);
+        for (at, len, status) in [(0x10, 1, 0x10), (0x10, 5, 0x14), (u64::MAX, 1, u64::MAX), (u64::MAX, 9, u64::MAX)] {
+            let chain = Chain::from_parts(0, parts(&[(0, 16)]), parts(&[(at, len)]));
+            let request = BlockRequest::parse(&chain, &SHAPE, &mut buffers).unwrap();
+            assert_eq!(request.status, GuestAddress(status));
+        }
+    }
+
+    /// A driver that changes a header while it is read gets one of the two requests, or a mixture that is checked as such;
+    /// what was checked is what is done.
+    #[test]
+    fn a_header_that_changes_while_it_is_read_is_read_once() {
+        let memory = Arc::new(memory::reserve(1).unwrap());
+        let ended = Arc::new(AtomicBool::new(false));
+        header(&memory, T_IN, 0);
+        let changer = std::thread::spawn({
+            let (memory, ended) = (memory.clone(), ended.clone());
+            move || {
+                while !ended.load(Ordering::Relaxed) {
+                    header(&memory, T_OUT, u64::MAX / 512 - 1);
+                    header(&memory, T_IN, 2047);
+                }
+            }
+        });
+        let chain = Chain::from_parts(0, parts(&[(0, 16)]), parts(&[(0x1000, 512), (0x8000, 1)]));
+        let mut buffers = GuestBuffers::new(memory);
+        for _ in 0..100_000 {
+            buffers.clear();
+            match BlockRequest::parse(&chain, &SHAPE, &mut buffers).unwrap().action {
+                Ok(Action::Disk { offset_bytes, .. }) => {
+                    assert!(offset_bytes + buffers.len_bytes() <= SHAPE.capacity_bytes, "{offset_bytes:#x}");
+                }
+                action => assert_eq!((action, buffers.len_bytes()), (Err(Status::IoError), 0)),
+            }
+        }
+        ended.store(true, Ordering::Relaxed);
+        changer.join().unwrap();
+    }
 }

@@ -72,7 +72,7 @@ impl QueueRegisters {
 pub struct GuestRange {
     /// Guest physical address.
     pub address: GuestAddress,
-    /// Length in bytes, never 0.
+    /// Length in bytes.
     pub len_bytes: u32,
 }
 
@@ -85,6 +85,11 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// A chain made by hand, for what parses chains to be tried on.
+    pub fn from_parts(head: u16, readable: Vec<GuestRange>, writable: Vec<GuestRange>) -> Chain {
+        Chain { head, readable, writable }
+    }
+
     /// Identifies the chain in the used ring.
     pub fn head(&self) -> u16 {
         self.head
@@ -244,5 +249,25 @@ impl Virtqueue {
     /// Asks for the driver's doorbell. Returns whether chains became available before the driver could know of it.
     pub fn enable_notification(&mut self) -> Result<bool, RingError> {
         if self.queue.ready() { Ok(self.queue.enable_notification(&*self.memory)?) } else { Ok(false) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_ranges_is_cut_at_both_ends() {
+        let range = |at, len_bytes| GuestRange { address: GuestAddress(at), len_bytes };
+        let ranges = [range(100, 10), range(200, 10), range(300, 10)];
+        let cut = |skip, len| part(&ranges, skip, len).collect::<Vec<_>>();
+        assert_eq!(cut(0, u64::MAX), ranges);
+        assert_eq!(cut(5, 10), [range(105, 5), range(200, 5)]);
+        assert_eq!(cut(10, 10), [range(200, 10)]);
+        assert_eq!(cut(29, 10), [range(309, 1)]);
+        assert_eq!(cut(30, 10), []);
+        assert_eq!(cut(u64::MAX, u64::MAX), []);
+        assert_eq!(cut(12, 0), []);
+        assert_eq!(part(&[range(u64::MAX - 1, 10)], 5, 5).collect::<Vec<_>>(), [range(u64::MAX, 5)]);
     }
 }

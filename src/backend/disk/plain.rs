@@ -30,10 +30,10 @@ impl PlainDisk {
         let offset_bytes = request.offset_bytes;
         match request.operation {
             Operation::Read => {
-                self.transfer(request, |file, request, at| sys::disk::preadv(file, &mut request.buffers, at))
+                self.transfer(request, |file, request, at| sys::disk::read_at(file, &mut request.buffers, at))
             }
             Operation::Write => {
-                self.transfer(request, |file, request, at| sys::disk::pwritev(file, &request.buffers, at))
+                self.transfer(request, |file, request, at| sys::disk::write_at(file, &request.buffers, at))
             }
             // `File::flush` would do nothing at all.
             Operation::Flush => self.file.sync_data(),
