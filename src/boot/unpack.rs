@@ -60,6 +60,8 @@ impl fmt::Display for Compression {
 }
 
 /// Unpacks `packed` to exactly `unpacked_bytes` of `output`; `progress` hears of the bytes written so far.
+///
+/// Every write but the last starts and ends at a multiple of 256 KiB.
 pub fn unpack(
     compression: Compression,
     packed: impl Read,
@@ -81,17 +83,29 @@ pub fn unpack(
     let mut done: u64 = 0;
     // Up to the end and not just to the last byte: checksums stand there.
     loop {
-        let len = unpacked.read(&mut buffer)?;
-        if len == 0 {
-            break;
-        }
+        let len = fill(&mut unpacked, &mut buffer)?;
         done += len as u64;
         ensure!(done <= unpacked_bytes, "it goes on after its {unpacked_bytes} bytes");
         output.write_all(&buffer[..len])?;
         progress(done);
+        if len < buffer.len() {
+            break;
+        }
     }
     ensure!(done == unpacked_bytes, "it ends after {done} of {unpacked_bytes} bytes");
     Ok(())
+}
+
+/// Reads until `buffer` is full or the end is reached.
+fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    while len < buffer.len() {
+        match reader.read(&mut buffer[len..])? {
+            0 => break,
+            read => len += read,
+        }
+    }
+    Ok(len)
 }
 
 /// What `lz4 -l` writes: after the magic number, blocks with their packed size before them, up to the end.

@@ -1,11 +1,11 @@
 //! From a kernel's path to an opened kernel that is quick to load: a bzImage is unpacked once, and found again by its content.
 //!
-//! The cache is `${XDG_CACHE_HOME:-~/.cache}/husk/kernels/`, one file `SHA256.elf` for each bzImage. A file there is whole
+//! The cache is `${XDG_CACHE_HOME:-~/.cache}/husk/unpacked/`, one file `SHA256.elf` for each bzImage. A file there is whole
 //! from the moment it has its name: it is written under another one, and renamed. Any number of husks may do so at once.
 
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,7 @@ fn cache_folder() -> Option<PathBuf> {
     // A relative path is to be ignored (XDG base directory specification).
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
-    Some(base.join("husk/kernels"))
+    Some(base.join("husk/unpacked"))
 }
 
 /// The kernel in `image`: from the cache, or unpacked to it, or to memory.
@@ -111,25 +111,51 @@ fn unpack_to_cache(image: &BzImage, folder: &Path, name: &str) -> Result<Kernel>
     })
 }
 
-fn unpack_to(image: &BzImage, mut file: &File) -> Result<()> {
+fn unpack_to(image: &BzImage, file: &File) -> Result<()> {
     let started = Instant::now();
     let bar = ProgressBar::with_draw_target(Some(image.unpacked_bytes()), ProgressDrawTarget::hidden());
     bar.set_style(ProgressStyle::with_template("unpacking the kernel {bar:30} {bytes}/{total_bytes}")?);
     let on_terminal = std::io::stderr().is_terminal();
-    image.unpack(&mut file, &mut |done| {
+    image.unpack(&mut SparseWriter { file, at: 0 }, &mut |done| {
         if on_terminal && bar.is_hidden() && started.elapsed() > PROGRESS_AFTER {
             bar.set_draw_target(ProgressDrawTarget::stderr());
         }
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    Ok(file.flush()?)
+    Ok(file.set_len(image.unpacked_bytes())?)
+}
+
+/// Writes an empty file from its start, and leaves a hole for each block of zeroes, which are a third of a kernel.
+struct SparseWriter<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Write for SparseWriter<'_> {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        let is_zero = |block: &[u8]| ZEROES.starts_with(block);
+        let blocks: Vec<&[u8]> = buffer.chunks(ZEROES.len()).collect();
+        let mut rest = buffer;
+        for run in blocks.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            let (bytes, after) = rest.split_at(run.iter().map(|block| block.len()).sum());
+            if !run.first().is_some_and(|block| is_zero(block)) {
+                self.file.write_all_at(bytes, self.at)?;
+            }
+            self.at += bytes.len() as u64;
+            rest = after;
+        }
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use tempfile::TempDir;
 
     use super::*;
@@ -169,6 +195,23 @@ mod tests {
         assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
         let second = fs::metadata(only_entry(&cache)).unwrap();
         assert_eq!((first.ino(), first.modified().unwrap()), (second.ino(), second.modified().unwrap()));
+    }
+
+    #[test]
+    fn zeroes_are_holes_in_the_cache() {
+        let file = tempfile::tempfile().unwrap();
+        let mut bytes = vec![0; 1 << 20];
+        bytes[4096] = 1;
+        bytes[50_000] = 2;
+        let mut writer = SparseWriter { file: &file, at: 0 };
+        for chunk in bytes.chunks(65_536) {
+            writer.write_all(chunk).unwrap();
+        }
+        file.set_len(bytes.len() as u64).unwrap();
+        assert!(file.metadata().unwrap().blocks() * 512 < bytes.len() as u64 / 2);
+        let mut back = vec![0xff; bytes.len()];
+        file.read_exact_at(&mut back, 0).unwrap();
+        assert!(back == bytes);
     }
 
     #[test]
