@@ -87,7 +87,12 @@ impl BzImage {
         self.payload.as_ref().map_or(0, |payload| payload.unpacked_bytes)
     }
 
-    /// The whole file, from its start.
+    /// The file as it was opened.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// All of the file, from its start.
     pub fn reader(&self) -> impl Read {
         FileSlice { file: &self.file, at: 0, end: u64::MAX }
     }

@@ -1,13 +1,15 @@
 //! From a kernel's path to an opened kernel that is quick to load: a bzImage is unpacked once, and found again by its content.
 //!
-//! The cache is `${XDG_CACHE_HOME:-~/.cache}/husk/unpacked/`, one file `SHA256.elf` for each bzImage. A file there is whole
-//! from the moment it has its name: it is written under another one, and renamed. Any number of husks may do so at once.
+//! The cache is `${XDG_CACHE_HOME:-~/.cache}/husk/unpacked/`, with a file `SHA256.elf` for each bzImage, and a second name
+//! for it that tells the bzImage without reading it. A file there is whole from the moment it has its name: it is written
+//! under another one, and renamed. Any number of husks may do so at once. What was not used for longest goes.
 
+use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -16,6 +18,8 @@ use sha2::{Digest, Sha256};
 use crate::boot::{BzImage, Kernel};
 use crate::sys;
 
+/// Who builds kernels all day has two names a kernel here, and 30 MiB for every two of them.
+const NAMES_KEPT: usize = 16;
 /// What takes less is over before a person would look.
 const PROGRESS_AFTER: Duration = Duration::from_millis(200);
 
@@ -34,8 +38,9 @@ fn open_with_cache(path: &Path, cache: Option<&Path>) -> Result<Kernel> {
         bail!("is a directory");
     }
     ensure!(kind.is_file(), "not a regular file");
+    let bzimage = Identity::of(&file)?;
     match Kernel::identify(file)? {
-        Kernel::BzImage(image) if image.can_be_unpacked() => unpacked(&image, cache),
+        Kernel::BzImage(image) if image.can_be_unpacked() => unpacked(&image, &bzimage, cache),
         kernel => Ok(kernel),
     }
 }
@@ -48,14 +53,23 @@ fn cache_folder() -> Option<PathBuf> {
 }
 
 /// The kernel in `image`: from the cache, or unpacked to it, or to memory.
-fn unpacked(image: &BzImage, cache: Option<&Path>) -> Result<Kernel> {
+fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Path>) -> Result<Kernel> {
     if let Some(folder) = cache {
-        let name = content_name(image)?;
-        if let Some(kernel) = cached(&folder.join(format!("{name}.elf")), image) {
+        let shortcut = folder.join(&identity.name);
+        if let Some(kernel) = cached(&shortcut, image) {
             return Ok(kernel);
         }
-        match unpack_to_cache(image, folder, &name) {
-            Ok(kernel) => return Ok(kernel),
+        let entry = folder.join(content_name(image)?);
+        let kernel = cached(&entry, image).map_or_else(|| unpack_to_cache(image, folder, &entry), Ok);
+        match kernel {
+            Ok(kernel) => {
+                if identity.settled && Identity::of(image.file())?.name == identity.name {
+                    // In place of one to a file that was damaged. Without it, the next boot takes some milliseconds longer.
+                    let _ = fs::remove_file(&shortcut);
+                    let _ = fs::hard_link(&entry, &shortcut);
+                }
+                return Ok(kernel);
+            }
             Err(error) => log::info!("the unpacked kernel is not kept: {error:#}"),
         }
     }
@@ -64,7 +78,26 @@ fn unpacked(image: &BzImage, cache: Option<&Path>) -> Result<Kernel> {
     Kernel::elf(file)
 }
 
-/// SHA-256 of the whole bzImage, in hexadecimal.
+/// What tells a file's content without reading it: short of setting the clock, nobody changes a file and keeps its ctime.
+struct Identity {
+    name: String,
+    /// Whether the last change is long enough ago that another one would have another time.
+    settled: bool,
+}
+
+impl Identity {
+    fn of(file: &File) -> Result<Identity> {
+        const CLOCK_TICK: Duration = Duration::from_secs(1);
+        let m = file.metadata()?;
+        let (seconds, nanoseconds) = (m.ctime(), m.ctime_nsec());
+        let changed = Duration::new(seconds.try_into()?, nanoseconds.try_into()?);
+        let settled = SystemTime::UNIX_EPOCH.elapsed()? > changed + CLOCK_TICK;
+        let name = format!("{:x}-{}-{}-{seconds}.{nanoseconds:09}.elf", m.dev(), m.ino(), m.size());
+        Ok(Identity { name, settled })
+    }
+}
+
+/// The name that a bzImage's content has in the cache: its SHA-256.
 fn content_name(image: &BzImage) -> Result<String> {
     let mut hash = Sha256::new();
     let mut reader = image.reader();
@@ -75,13 +108,15 @@ fn content_name(image: &BzImage) -> Result<String> {
             len => hash.update(&buffer[..len]),
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).chain([".elf".to_owned()]).collect())
 }
 
 /// What the cache has, if it is whole.
 fn cached(path: &Path, image: &BzImage) -> Option<Kernel> {
     let file = File::open(path).ok()?;
     let whole = file.metadata().ok()?.len() == image.unpacked_bytes();
+    // Used now, and so the last to go.
+    let _ = file.set_modified(SystemTime::now());
     let kernel = whole.then(|| Kernel::elf(file).ok()).flatten();
     if kernel.is_none() {
         log::warn!("{} is damaged: unpacking the kernel again", path.display());
@@ -89,10 +124,10 @@ fn cached(path: &Path, image: &BzImage) -> Option<Kernel> {
     kernel
 }
 
-fn unpack_to_cache(image: &BzImage, folder: &Path, name: &str) -> Result<Kernel> {
+fn unpack_to_cache(image: &BzImage, folder: &Path, entry: &Path) -> Result<Kernel> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).context("create the cache")?;
     // The same name for everyone, so that a husk that was killed leaves nothing that piles up: the next one takes it over.
-    let part = folder.join(format!("{name}.part"));
+    let part = entry.with_extension("part");
     let file = File::options().read(true).write(true).create(true).truncate(false).open(&part)?;
     file.try_lock().context("another husk is unpacking it")?;
     let same = fs::metadata(&part).is_ok_and(|found| file.metadata().is_ok_and(|own| found.ino() == own.ino()));
@@ -103,12 +138,30 @@ fn unpack_to_cache(image: &BzImage, folder: &Path, name: &str) -> Result<Kernel>
         let kernel = Kernel::elf(file.try_clone()?)?;
         // Else a power cut could leave the name without the content.
         file.sync_data()?;
-        fs::rename(&part, folder.join(format!("{name}.elf")))?;
+        fs::rename(&part, entry)?;
         Ok(kernel)
     };
-    unpack().inspect_err(|_| {
+    let kernel = unpack().inspect_err(|_| {
         let _ = fs::remove_file(&part);
-    })
+    })?;
+    if let Err(error) = forget_oldest(folder) {
+        log::info!("clean up {}: {error:#}", folder.display());
+    }
+    Ok(kernel)
+}
+
+/// Removes what was not used for longest. A husk that has it open keeps it.
+fn forget_oldest(folder: &Path) -> Result<()> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        files.push((Reverse(entry.metadata()?.modified()?), entry.path()));
+    }
+    files.sort();
+    for (_, path) in files.iter().skip(NAMES_KEPT) {
+        fs::remove_file(path)?;
+    }
+    Ok(())
 }
 
 fn unpack_to(image: &BzImage, file: &File) -> Result<()> {
@@ -178,10 +231,14 @@ mod tests {
         bytes
     }
 
+    fn names(cache: &Path) -> Vec<PathBuf> {
+        fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+
     /// The only file in `cache`.
     fn only_entry(cache: &Path) -> PathBuf {
-        let entries: Vec<_> = fs::read_dir(cache).unwrap().map(|entry| entry.unwrap().path()).collect();
-        let [entry] = entries.as_slice() else { panic!("{entries:?}") };
+        let names = names(cache);
+        let [entry] = names.as_slice() else { panic!("{names:?}") };
         assert!(entry.to_str().unwrap().ends_with(".elf"));
         entry.clone()
     }
@@ -191,10 +248,50 @@ mod tests {
         let (folder, path, kernel) = bzimage();
         let cache = folder.path().join("a/b");
         assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
-        let first = fs::metadata(only_entry(&cache)).unwrap();
+        let first = fs::metadata(only_entry(&cache)).unwrap().ino();
+        let copy = folder.path().join("copy");
+        fs::copy(&path, &copy).unwrap();
+        assert!(read(&open_with_cache(&copy, Some(&cache)).unwrap()) == kernel);
+        assert_eq!(fs::metadata(only_entry(&cache)).unwrap().ino(), first);
+    }
+
+    #[test]
+    fn a_bzimage_that_did_not_change_is_not_read_again() {
+        let (folder, path, kernel) = bzimage();
+        let cache = folder.path().join("cache");
+        std::thread::sleep(Duration::from_millis(1100));
+        open_with_cache(&path, Some(&cache)).unwrap();
+        let (shortcuts, entries): (Vec<_>, Vec<_>) =
+            names(&cache).into_iter().partition(|name| name.to_str().unwrap().contains('-'));
+        let ([shortcut], [entry]) = (shortcuts.as_slice(), entries.as_slice()) else {
+            panic!("{shortcuts:?} {entries:?}")
+        };
+        fs::remove_file(entry).unwrap();
         assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
-        let second = fs::metadata(only_entry(&cache)).unwrap();
-        assert_eq!((first.ino(), first.modified().unwrap()), (second.ino(), second.modified().unwrap()));
+        assert_eq!(only_entry(&cache), *shortcut, "found by it");
+
+        // Another kernel in the same file, as long and as old.
+        let modified = fs::metadata(&path).unwrap().modified().unwrap();
+        let mut other = kernel.clone();
+        *other.last_mut().unwrap() ^= 1;
+        let payload = sample::packed(&other, "gzip -n -9").unwrap();
+        fs::write(&path, sample::bzimage(&payload)).unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == other);
+    }
+
+    #[test]
+    fn what_was_not_used_for_longest_goes() {
+        let (folder, path, _) = bzimage();
+        let cache = folder.path().join("cache");
+        fs::create_dir(&cache).unwrap();
+        for age in 1..=20 {
+            let file = File::create(cache.join(format!("{age}.elf"))).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age * 60)).unwrap();
+        }
+        open_with_cache(&path, Some(&cache)).unwrap();
+        assert_eq!(names(&cache).len(), NAMES_KEPT);
+        assert!(cache.join("15.elf").exists() && !cache.join("16.elf").exists());
     }
 
     #[test]
