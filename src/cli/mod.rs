@@ -97,9 +97,16 @@ pub fn report_usage(error: &clap::Error) -> Exit {
 }
 
 fn print_error(text: &str) {
-    let line: Vec<&str> = text.lines().map(str::trim).filter(|part| !part.is_empty()).collect();
     // There is no other place to say that standard error is closed.
-    let _ = writeln!(std::io::stderr(), "husk: {}", line.join(" "));
+    let _ = writeln!(std::io::stderr(), "husk: {}", one_line(text));
+}
+
+/// `text` on one line, and without the numbers that the standard library puts behind the words of a system's error.
+fn one_line(text: &str) -> String {
+    let line = text.lines().map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
+    let mut pieces = line.split(" (os error ");
+    let first = pieces.next().unwrap_or_default().to_owned();
+    pieces.fold(first, |line, piece| line + piece.split_once(')').map_or("", |(_number, rest)| rest))
 }
 
 /// Prints to standard output. A reader that has gone away has read what it wanted.
@@ -120,6 +127,14 @@ mod tests {
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_error_is_one_line_of_words() {
+        let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
+        let error = anyhow::Error::from(missing).context("open disk /x.img");
+        assert_eq!(one_line(&format!("{error:#}\n")), "open disk /x.img: No such file or directory");
+        assert_eq!(one_line("a (os error 2): b\n  c (os error 13)"), "a: b c");
     }
 
     #[test]
