@@ -1,0 +1,186 @@
+//! husk and QEMU's microvm, side by side: the same kernel and initial RAM disk, to PID 1 and to power-off, in turn.
+//!
+//! The clock is this process's own: from the start of a monitor to the line that the guest's PID 1 prints first, and to the
+//! monitor's end. `scripts/versus` runs it where KVM runs real kernels.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+/// What the guest's init prints before it does anything else.
+const PID1: &str = "pid1=up";
+/// The words that make either guest quiet, and end it at once; husk's own are left out, so that both have the same.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce -- none";
+
+/// The parts that both monitors boot, from the environment of `scripts/versus`.
+struct Parts {
+    husk: String,
+    qemu: String,
+    kernel: String,
+    initrd: String,
+    memory_mib: String,
+    cpus: String,
+    runs: usize,
+}
+
+/// One run of a monitor.
+#[derive(Clone, Copy)]
+struct Run {
+    to_pid1: Duration,
+    to_exit: Duration,
+}
+
+/// The time of one part of a run.
+type Part = fn(&Run) -> Duration;
+
+fn main() -> ExitCode {
+    let parts = match parts() {
+        Ok(parts) => parts,
+        Err(missing) => {
+            eprintln!("versus: {missing} is not set; scripts/versus sets it and runs this");
+            return ExitCode::from(2);
+        }
+    };
+    let contenders = [("husk", husk(&parts)), ("qemu microvm", qemu(&parts))];
+    let mut runs: [Vec<Run>; 2] = Default::default();
+    println!("{:<16}{:>6}{:>16}{:>16}", "monitor", "run", "to PID 1 (ms)", "to exit (ms)");
+    // The first round warms the page cache for both, and is not counted.
+    for round in 0..=parts.runs {
+        for ((name, command), runs) in contenders.iter().zip(&mut runs) {
+            let run = match measure(command) {
+                Ok(run) => run,
+                Err(error) => {
+                    eprintln!("versus: {name}: {error}");
+                    return ExitCode::FAILURE;
+                }
+            };
+            if round > 0 {
+                runs.push(run);
+                println!("{name:<16}{round:>6}{:>16.1}{:>16.1}", millis(run.to_pid1), millis(run.to_exit));
+            }
+        }
+    }
+    report(&runs)
+}
+
+fn parts() -> Result<Parts, &'static str> {
+    let get = |name: &'static str| std::env::var(name).map_err(|_| name);
+    let runs = get("VERSUS_RUNS")?.parse().map_err(|_| "VERSUS_RUNS")?;
+    Ok(Parts {
+        husk: get("VERSUS_HUSK")?,
+        qemu: get("VERSUS_QEMU")?,
+        kernel: get("VERSUS_KERNEL")?,
+        initrd: get("VERSUS_INITRD")?,
+        memory_mib: get("VERSUS_MEMORY_MIB")?,
+        cpus: get("VERSUS_CPUS")?,
+        runs,
+    })
+}
+
+fn husk(parts: &Parts) -> Vec<String> {
+    let Parts { husk, kernel, initrd, memory_mib, cpus, .. } = parts;
+    let memory = format!("{memory_mib}M");
+    words(&[
+        husk,
+        "boot",
+        "--kernel",
+        kernel,
+        "--initrd",
+        initrd,
+        "--memory",
+        &memory,
+        "--cpus",
+        cpus,
+        "--bare-cmdline",
+        "--cmdline",
+        CMDLINE,
+    ])
+}
+
+/// As lean as QEMU's documentation of the microvm machine makes it, with the entropy device that husk has.
+fn qemu(parts: &Parts) -> Vec<String> {
+    let Parts { qemu, kernel, initrd, memory_mib, cpus, .. } = parts;
+    let machine = "microvm,x-option-roms=off,isa-serial=on,rtc=off,pit=off,pic=off,auto-kernel-cmdline=off";
+    words(&[
+        qemu,
+        "-M",
+        machine,
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-m",
+        memory_mib,
+        "-smp",
+        cpus,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+        "-device",
+        "virtio-rng-device",
+        "-kernel",
+        kernel,
+        "-initrd",
+        initrd,
+        "-append",
+        CMDLINE,
+    ])
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// Runs a monitor to its end. A guest that never says that PID 1 is up, or that does not power off, is no run.
+fn measure(command: &[String]) -> Result<Run, String> {
+    let [program, arguments @ ..] = command else { return Err("no program".to_owned()) };
+    let start = Instant::now();
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("{program}: {error}"))?;
+    let mut to_pid1 = None;
+    let mut said = String::new();
+    for line in child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines()).map_while(Result::ok) {
+        if line.trim() == PID1 {
+            to_pid1.get_or_insert_with(|| start.elapsed());
+        }
+        said.push_str(&line);
+        said.push('\n');
+    }
+    let status = child.wait().map_err(|error| error.to_string())?;
+    let to_exit = start.elapsed();
+    match to_pid1 {
+        Some(to_pid1) if status.success() => Ok(Run { to_pid1, to_exit }),
+        _ => Err(format!("ended with {status} and said:\n{said}")),
+    }
+}
+
+/// Medians, and the ratio of each pair of neighbours: the machine's own noise is mostly the same in both.
+fn report([husk, qemu]: &[Vec<Run>; 2]) -> ExitCode {
+    let parts: [(&str, Part); 2] = [("to PID 1", |run| run.to_pid1), ("to exit", |run| run.to_exit)];
+    let mut faster = true;
+    for (name, part) in parts {
+        let ratio = median(husk.iter().zip(qemu).map(|(h, q)| part(h).as_secs_f64() / part(q).as_secs_f64()).collect());
+        let time = |runs: &[Run]| median(runs.iter().map(|run| millis(part(run))).collect());
+        println!("{name}: husk {:.1} ms, qemu microvm {:.1} ms, husk/qemu {ratio:.2}", time(husk), time(qemu));
+        faster &= ratio < 1.0;
+    }
+    println!("husk is {}", if faster { "faster" } else { "not faster" });
+    if faster { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
