@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// What the guest's init prints before it does anything else.
 const PID1: &str = "pid1=up";
 /// The words that make either guest quiet, and end it at once; husk's own are left out, so that both have the same.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce -- none";
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests pci=off swiotlb=noforce -- none";
 
 /// The parts that both monitors boot, from the environment of `scripts/versus`.
 struct Parts {

@@ -19,6 +19,8 @@ pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> S
         "panic=-1",
         // Crypto drivers are tested by who builds the kernel, not at each boot.
         "cryptomgr.notests",
+        // There is no PCI bus. A stock kernel would look for one, and complain.
+        "pci=off",
         // Nothing here does DMA that a 64-bit device address cannot reach. Above 4 GiB of memory Linux would clear
         // 64 MiB for bounce buffers.
         "swiotlb=noforce",
