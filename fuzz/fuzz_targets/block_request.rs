@@ -1,0 +1,112 @@
+//! From arbitrary bytes as rings and requests to block requests: each lies on the disk and in memory, or is refused.
+#![no_main]
+
+use std::cell::OnceCell;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use husk::backend::disk::{GuestBuffers, Operation};
+use husk::memory::{self, GuestMemory};
+use husk::virtio::block_request::{Action, BlockRequest, DiskShape, REQUEST_BYTES_MAX, SECTOR_BYTES};
+use husk::virtio::queue::QueueRegisters;
+use husk::virtio::{Chain, Virtqueue};
+use libfuzzer_sys::fuzz_target;
+use vm_memory::{Bytes, GuestAddress};
+
+const QUEUE_SIZE: u16 = 16;
+/// The input lies at address 0: the descriptor table, the available ring, then whatever they point to.
+const AVAILABLE: u64 = 16 * QUEUE_SIZE as u64;
+const INPUT_BYTES: usize = 8 << 10;
+/// The used ring lies behind it, so that what is pushed changes no later request.
+const USED: u64 = INPUT_BYTES as u64;
+const CAPACITY_BYTES: u64 = 3 << 40;
+
+thread_local! {
+    static MEMORY: OnceCell<Arc<GuestMemory>> = const { OnceCell::new() };
+}
+
+fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
+    MEMORY.with(|cell| {
+        let memory = cell.get_or_init(|| Arc::new(memory::reserve(1).expect("1 MiB can be had")));
+        let mut input = [0; INPUT_BYTES];
+        input.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        memory.write_slice(&input, GuestAddress(0)).expect("the input fits");
+        serve(memory, bytes.len() % 2 == 0);
+    });
+});
+
+fn serve(memory: &Arc<GuestMemory>, event_idx: bool) {
+    let registers =
+        QueueRegisters { ready: true, available_ring: AVAILABLE, used_ring: USED, ..QueueRegisters::new(QUEUE_SIZE) };
+    let mut queue = Virtqueue::new(&registers, memory, event_idx).expect("the rings are good");
+    let mut chain = Chain::default();
+    let mut buffers = GuestBuffers::new(memory.clone());
+    while let Ok(true) = queue.pop(&mut chain) {
+        assert!(chain.readable().len() + chain.writable().len() <= usize::from(QUEUE_SIZE));
+        for readonly in [false, true] {
+            buffers.clear();
+            let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly };
+            let Ok(BlockRequest { action, .. }) = BlockRequest::parse(&chain, &shape, &mut buffers) else { return };
+            if let Ok(Action::Disk { operation, offset_bytes }) = action {
+                check(operation, offset_bytes, &buffers, readonly);
+            }
+        }
+        if queue.push(chain.head(), 1).is_err() || queue.needs_interrupt().is_err() {
+            return;
+        }
+    }
+}
+
+fn check(operation: Operation, offset_bytes: u64, buffers: &GuestBuffers, readonly: bool) {
+    let len_bytes = match operation {
+        Operation::Read | Operation::Write => buffers.len_bytes(),
+        Operation::Flush => 0,
+        Operation::Discard { len_bytes } | Operation::WriteZeroes { len_bytes, .. } => len_bytes,
+    };
+    assert!(offset_bytes + len_bytes <= CAPACITY_BYTES, "{operation:?} of {len_bytes:#x} at {offset_bytes:#x}");
+    assert!(offset_bytes % SECTOR_BYTES == 0 && len_bytes % SECTOR_BYTES == 0, "{operation:?}");
+    assert!(buffers.len_bytes() <= REQUEST_BYTES_MAX);
+    assert!(!readonly || matches!(operation, Operation::Read | Operation::Flush), "{operation:?} on a read-only disk");
+}
+
+/// What the fuzzing starts from: a good request of each type.
+fn write_seeds() {
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
+    let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/block_request"));
+    fs::create_dir_all(corpus).expect("the corpus can be made");
+    for (name, kind, data_flags, data_len) in [
+        ("read", 0u32, WRITE, 512u32),
+        ("write", 1, 0, 512),
+        ("flush", 4, 0, 0),
+        ("get-id", 8, WRITE, 20),
+        ("discard", 11, 0, 16),
+        ("write-zeroes", 13, 0, 16),
+    ] {
+        let (header, data, status) = (0x140u64, 0x180u64, 0x400u64);
+        let mut table = Vec::new();
+        for (address, len, flags, next) in [
+            (header, 16u32, NEXT, 1u16),
+            (data, data_len, NEXT | data_flags, 2),
+            (status, 1, WRITE, 0),
+            (0, 48, INDIRECT, 0),
+        ] {
+            table.extend(address.to_le_bytes());
+            table.extend(len.to_le_bytes());
+            table.extend(flags.to_le_bytes());
+            table.extend(next.to_le_bytes());
+        }
+        let mut bytes = vec![0; 0x200];
+        bytes[..64].copy_from_slice(&table);
+        // flags, index, and two entries: the chain, and the table in which the same chain stands.
+        for (at, value) in (0..).zip([0u16, 2, 0, 3]) {
+            bytes[AVAILABLE as usize + 2 * at..][..2].copy_from_slice(&value.to_le_bytes());
+        }
+        for (at, value) in [(0x140, kind), (0x148, 8), (0x180, 8), (0x188, 8)] {
+            bytes[at..][..4].copy_from_slice(&value.to_le_bytes());
+        }
+        fs::write(corpus.join(name), &bytes).expect("the corpus can be written");
+    }
+}
