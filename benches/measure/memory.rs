@@ -13,7 +13,8 @@ const GUEST_MIB: u64 = 512;
 /// The proportional set size of every mapping that is not guest memory, of a machine whose guest halts.
 pub fn beyond_the_guest() -> Result<()> {
     let mut command = boot(husk_guests::POWER, "do=halt");
-    let mut husk = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut husk = command.spawn()?;
     let mut line = String::new();
     let said = BufReader::new(husk.stdout.take().context("no standard output")?).read_line(&mut line);
     let maps = std::fs::read_to_string(format!("/proc/{}/smaps", husk.id()));

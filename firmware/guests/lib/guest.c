@@ -74,7 +74,9 @@ _Noreturn void stop(void)
 _Noreturn void exit_with(u8 code)
 {
     out8(PORT_EXIT, code);
-    stop();
+    /* At CPL 3 there is no halting. */
+    for (;;)
+        asm volatile("pause");
 }
 
 _Noreturn void power_off(void)
