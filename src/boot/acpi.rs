@@ -47,7 +47,7 @@ pub fn tables(cpus: u32, virtio_count: usize) -> Result<Vec<u8>> {
     xsdt.add_entry(madt);
     let xsdt = tables.append(&serialized(&xsdt));
     tables.bytes.splice(..Rsdp::len(), serialized(&Rsdp::new(OEM_ID, xsdt)));
-    let room = layout::HIGH_MEMORY_START - layout::ACPI_ADDRESS;
+    let room = layout::RESET_VECTOR_ADDRESS - layout::ACPI_ADDRESS;
     ensure!(tables.bytes.len() as u64 <= room, "ACPI tables of {} bytes do not fit", tables.bytes.len());
     Ok(tables.bytes)
 }

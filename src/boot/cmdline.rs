@@ -17,6 +17,8 @@ pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> S
         "quiet",
         // A panic resets at once, and husk reports it. Without this the kernel stops in a loop for ever.
         "panic=-1",
+        // By the reset register. Linux would else ask EFI first, because the platform is hardware-reduced, and then the BIOS.
+        "reboot=acpi",
         // Crypto drivers are tested by who builds the kernel, not at each boot.
         "cryptomgr.notests",
         // There is no PCI bus. A stock kernel would look for one, and complain.
@@ -25,8 +27,7 @@ pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> S
         // 64 MiB for bounce buffers.
         "swiotlb=noforce",
     ];
-    // What is *not* here is told by ACPI: no i8042, CMOS clock, VGA, PIT or PIC to probe and wait for, and a reset
-    // register, so that `reboot=` has nothing to say.
+    // What is *not* here is told by ACPI: no i8042, CMOS clock, VGA, PIT or PIC to probe and wait for.
     if !has_initrd && let Some(readonly) = first_disk_readonly {
         words.push("root=/dev/vda");
         words.push(if readonly { "ro" } else { "rw" });

@@ -13,6 +13,7 @@ mod initrd;
 mod kernel;
 mod memory_map;
 mod pvh;
+mod reset_vector;
 #[cfg(test)]
 pub(crate) mod sample;
 mod unpack;
@@ -78,7 +79,7 @@ struct Loaded {
     header: setup_header,
 }
 
-/// Writes kernel, initrd, command line and ACPI tables into fresh (all-zero) guest memory.
+/// Writes kernel, initrd, command line, ACPI tables and reset vector into fresh (all-zero) guest memory.
 ///
 /// `memory` is laid out as [`layout::memory_ranges`] has it. The tables describe `cpus` processors with the local APIC
 /// ids `0..cpus`, and the first `virtio_count` slots of [`layout::virtio_mmio_slot`]. Fails with one clear line where
@@ -103,6 +104,7 @@ pub fn load(
     cmdline::check(cmdline, loaded.cmdline_max_bytes)?;
     cmdline::write(memory, cmdline)?;
     write(memory, layout::ACPI_ADDRESS, &acpi::tables(cpus, virtio_count)?).context("write ACPI tables")?;
+    reset_vector::write(memory)?;
     let info = match loaded.protocol {
         Protocol::Pvh => pvh::write(memory, initrd)?,
         Protocol::Linux64 => zero_page::write(memory, loaded.header, cmdline.len(), initrd)?,
@@ -137,6 +139,7 @@ mod tests {
         let info = layout::ZERO_PAGE_ADDRESS;
         assert_eq!(entry, Entry { protocol: Protocol::Linux64, instruction: MIB, info });
         let read = |address: u64| memory.read_obj::<u64>(GuestAddress(address)).unwrap();
+        assert_eq!(read(0xf_fff0).to_le_bytes(), [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4, 0xeb], "out 0x602, 1");
         assert_eq!(read(layout::ACPI_ADDRESS).to_le_bytes(), *b"RSD PTR ");
         assert_eq!(read(layout::CMDLINE_ADDRESS).to_le_bytes(), *b"quiet\0\0\0");
         assert_eq!(read(read(info + 0x218) & 0xffff_ffff), u64::from_le_bytes([7; 8]));

@@ -23,6 +23,8 @@ pub const CMDLINE_MAX_BYTES: usize = 2048;
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The root system description pointer and, behind it, the ACPI tables (ACPI 6.5 §5.2.5.1 looks from here on).
 pub const ACPI_ADDRESS: u64 = 0xe_0000;
+/// Where a PC's BIOS starts, F000:FFF0 in real mode: a guest that jumps there resets.
+pub const RESET_VECTOR_ADDRESS: u64 = 0xf_fff0;
 /// End of the ACPI tables' area, and the start of usable memory above it.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 
