@@ -22,8 +22,8 @@ pub enum Outcome {
     TripleFault {
         /// Which vCPU.
         vcpu: u32,
-        /// Its instruction pointer, as far as the processor tells.
-        rip: u64,
+        /// Its instruction pointer, where the processor keeps it.
+        rip: Option<u64>,
     },
     /// KVM cannot go on with a vCPU.
     KvmError {
@@ -46,7 +46,8 @@ impl fmt::Display for Outcome {
             Outcome::Reported(code) => write!(f, "the guest reported exit status {code}"),
             Outcome::Panicked(None) => write!(f, "the guest's kernel panicked"),
             Outcome::Panicked(Some(words)) => write!(f, "the guest's kernel panicked: {words}"),
-            Outcome::TripleFault { vcpu, rip } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
+            Outcome::TripleFault { vcpu, rip: Some(rip) } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
+            Outcome::TripleFault { vcpu, rip: None } => write!(f, "triple fault on vCPU {vcpu}"),
             Outcome::KvmError { vcpu, reason } => write!(f, "KVM cannot go on with vCPU {vcpu}: {reason}"),
             Outcome::Killed(signal) => write!(f, "ended by signal {signal}"),
             Outcome::Quit => write!(f, "ended from the terminal"),

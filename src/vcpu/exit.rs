@@ -20,7 +20,7 @@ pub enum Step {
 /// Why a guest can run no more.
 pub enum End {
     /// It shut the processor down.
-    TripleFault { rip: u64 },
+    TripleFault { rip: Option<u64> },
     /// It switched the machine off by a firmware call.
     PoweredOff,
     /// It reset the machine by a firmware call.
@@ -67,7 +67,7 @@ pub fn step(fd: &mut VcpuFd, buses: &Buses) -> Step {
             Step::Continue
         }
         Ok(VcpuExit::Intr) => Step::Interrupted,
-        Ok(VcpuExit::Shutdown) => Step::End(End::TripleFault { rip: rip(fd) }),
+        Ok(VcpuExit::Shutdown) => Step::End(End::TripleFault { rip: rip_before_shutdown(fd) }),
         Ok(VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Step::End(End::PoweredOff),
         Ok(VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, _)) => Step::End(End::Reset),
         Ok(VcpuExit::InternalError) => Step::End(End::KvmError(internal_error(fd))),
@@ -110,6 +110,13 @@ fn port_width(fd: &mut VcpuFd) -> usize {
 /// Where the vCPU stands, for a message; 0 if KVM does not say.
 fn rip(fd: &VcpuFd) -> u64 {
     fd.get_regs().map_or(0, |regs| regs.rip)
+}
+
+/// Where the vCPU stood when it shut down; `None` where that is lost: on AMD the processor leaves its state undefined,
+/// so that KVM puts the vCPU to the reset vector (AMD APM volume 2, §15.14.3).
+fn rip_before_shutdown(fd: &VcpuFd) -> Option<u64> {
+    const RESET_VECTOR: u64 = 0xfff0;
+    Some(rip(fd)).filter(|rip| *rip != RESET_VECTOR)
 }
 
 /// KVM's words on an internal error: which, where, and the bytes of the instruction where it gives them.

@@ -44,11 +44,12 @@ fn a_panic_is_told() {
 }
 
 #[test]
-fn a_triple_fault_is_told_with_its_place() {
+fn a_triple_fault_is_told_with_its_place_where_the_processor_keeps_it() {
     needs_kvm!();
     let ran = boot(guests::POWER, "do=triple-fault").run();
     let line = ran.expect_line(TRIPLE_FAULT);
-    assert!(line.contains("triple fault") && line.contains("vCPU 0") && line.contains("0x2"), "{line}");
+    // The guest is at 2 MiB; AMD's processors forget where they were.
+    assert!(line.ends_with("triple fault on vCPU 0") || line.contains("triple fault on vCPU 0 at 0x2"), "{line}");
 }
 
 #[test]
