@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Longer than any guest of these tests takes on a busy machine that emulates it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Leaves the test, aloud, where there is no KVM to run it on; fails it where HUSK_TEST_REQUIRE_KVM says there must be.
 macro_rules! needs_kvm {
@@ -182,7 +182,8 @@ impl Running {
         let status = end_of(&mut self.child);
         let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
         let status = status.unwrap_or_else(|| {
-            panic!("husk did not end: {}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr))
+            let last = &stdout[stdout.len().saturating_sub(1000)..];
+            panic!("husk did not end: {}{}", text(last), text(&stderr))
         });
         Ran { code: status.code(), signal: status.signal(), stdout, stderr: own_lines(&stderr) }
     }
