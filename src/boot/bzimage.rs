@@ -154,9 +154,14 @@ pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
     }
     // What the decompressor and the kernel take before they have read their memory map.
     let needed = u64::from(header.init_size).max(image.code_bytes);
-    let Some(address) = place(memory, &header, needed)? else {
-        bail!("the kernel takes {} MiB to unpack itself: give the machine more (--memory)", needed.div_ceil(1 << 20));
-    };
+    let address = runtime_start(&header)?;
+    let end = address.checked_add(needed).context("the bzImage is damaged: it wraps around the address space")?;
+    let fits = memory.check_range(GuestAddress(address), usize::try_from(needed)?) && end <= layout::MMIO_HOLE_START;
+    ensure!(
+        fits,
+        "the kernel takes memory up to {} MiB to unpack itself: give the machine more (--memory)",
+        end.div_ceil(1 << 20)
+    );
     let mut file = &image.file;
     file.seek(SeekFrom::Start(image.code_offset))?;
     memory
@@ -166,28 +171,23 @@ pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
     Ok(Loaded {
         protocol: Protocol::Linux64,
         instruction: address + ENTRY_64_OFFSET,
-        kernel_end: address + needed,
+        kernel_end: end,
         initrd_address_max: header.initrd_addr_max.into(),
         cmdline_max_bytes: layout::CMDLINE_MAX_BYTES.min(header.cmdline_size as usize + 1),
         header,
     })
 }
 
-/// The first of the kernel's preferred address and, where it can be relocated, the lowest that it is aligned for, that
-/// has `needed` bytes of memory.
-fn place(memory: &GuestMemory, header: &setup_header, needed: u64) -> Result<Option<u64>> {
-    let alignment = u64::from(header.kernel_alignment);
+/// Where the kernel is to run (boot.rst, `init_size`). It moves there by itself when it is loaded lower, so that less memory
+/// is of no use to it, and it has no need of another place when it is loaded right there.
+fn runtime_start(header: &setup_header) -> Result<u64> {
+    let (preferred, alignment) = (header.pref_address, u64::from(header.kernel_alignment));
     ensure!(alignment.is_power_of_two(), "the bzImage is damaged: an alignment of {alignment} bytes");
-    let lowest = layout::HIGH_MEMORY_START.next_multiple_of(alignment);
-    let places = [Some(header.pref_address), (header.relocatable_kernel != 0).then_some(lowest)];
-    let len = usize::try_from(needed)?;
-    let fits = |address: &u64| {
-        let end = address.checked_add(needed);
-        *address >= layout::HIGH_MEMORY_START
-            && end.is_some_and(|end| end <= layout::MMIO_HOLE_START)
-            && memory.check_range(GuestAddress(*address), len)
-    };
-    Ok(places.into_iter().flatten().find(fits))
+    ensure!(
+        preferred >= layout::HIGH_MEMORY_START && preferred.is_multiple_of(alignment),
+        "the bzImage is damaged: it wants to run at {preferred:#x}"
+    );
+    Ok(preferred)
 }
 
 /// A part of a file, read in order.
@@ -321,13 +321,19 @@ mod tests {
     }
 
     #[test]
-    fn where_the_preferred_address_has_no_memory_another_is_taken() {
-        assert_eq!(load_into(18, &sample::bzimage(LZO)).unwrap().1.instruction, 2 * MIB + 0x200);
-        let mut fixed = sample::bzimage(LZO);
-        fixed[0x234] = 0;
-        let Err(error) = load_into(18, &fixed) else { panic!("loaded") };
-        assert!(error.to_string().contains("takes 4 MiB to unpack itself"));
-        assert!(load_into(5, &sample::bzimage(LZO)).is_err());
+    fn what_it_takes_to_unpack_itself_has_to_be_there() {
+        load_into(20, &sample::bzimage(LZO)).unwrap();
+        let Err(error) = load_into(19, &sample::bzimage(LZO)) else { panic!("loaded") };
+        assert!(error.to_string().starts_with("the kernel takes memory up to 20 MiB to unpack itself"), "{error}");
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_is_refused() {
+        for place in [0, 1, 0xf_0000, 0x10_0000, (16 << 20) + 4096, u64::MAX, 3 << 30, !0x1f_ffff] {
+            let mut bytes = sample::bzimage(LZO);
+            sample::put(&mut bytes, 0x258, &place.to_le_bytes());
+            assert!(load_into(64, &bytes).is_err(), "{place:#x}");
+        }
     }
 
     #[test]

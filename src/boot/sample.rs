@@ -63,7 +63,7 @@ pub fn file(bytes: &[u8]) -> File {
 /// Where [`bzimage`] puts the payload, from the start of the protected-mode code.
 pub const PAYLOAD_OFFSET: u32 = 0x300;
 
-/// A bzImage of protocol 2.15 around `payload`: it prefers 16 MiB, may go to any multiple of 2 MiB, and takes 4 MiB there.
+/// A bzImage of protocol 2.15 around `payload`: it runs at 16 MiB, and takes 4 MiB there.
 pub fn bzimage(payload: &[u8]) -> Vec<u8> {
     let mut code = b"code".to_vec();
     code.resize(PAYLOAD_OFFSET as usize, 0xcc);
@@ -73,7 +73,6 @@ pub fn bzimage(payload: &[u8]) -> Vec<u8> {
     image[0x1f1] = 1;
     image[0x200..0x202].copy_from_slice(&[0xeb, 0x6a]);
     image[0x202..0x206].copy_from_slice(b"HdrS");
-    image[0x234] = 1;
     for (at, field) in [(0x1fe, 0xaa55), (0x206, 0x020f), (0x210, 0x100), (0x236, 1)] {
         put(&mut image, at, &u16::to_le_bytes(field));
     }
