@@ -115,8 +115,10 @@ fn disk(folder: &Path, bytes: u64, file_system: bool) -> String {
 
 /// One boot of each kernel and format at every count of vCPUs and every size of memory.
 fn boots_at_every_size(guests: &Path, kernel: &str, image: &str) {
+    // Of the stock kernel 46 MiB are the kernel, and it panics for lack of memory when it is given 64.
+    let smallest_mib = if kernel == "stock" { 96 } else { 64 };
     for cpus in [1, 2, 4] {
-        for memory_mib in [64, 512, 6144] {
+        for memory_mib in [smallest_mib, 512, 6144] {
             let what = format!("{kernel}/{image}, {cpus} vCPUs, {memory_mib} MiB");
             let flags = ["--cpus", &cpus.to_string(), "--memory", &format!("{memory_mib}M")];
             let ended = boot(&guests.join(kernel), image, "report", &flags);
