@@ -18,11 +18,10 @@ use kvm_ioctls::Kvm;
 
 use crate::boot::Kernel;
 use crate::config::MachineConfig;
+use host::KVM_API_VERSION;
 
 /// KVM's device node.
 const KVM_PATH: &str = "/dev/kvm";
-/// The only version of KVM's interface that has ever been stable (KVM API, KVM_GET_API_VERSION).
-const KVM_API_VERSION: i32 = 12;
 
 /// What a machine is built of: nothing but open files, in the order of the configuration.
 pub struct Resources {
