@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::memory::GuestMemory;
 
@@ -125,6 +127,43 @@ pub fn part(ranges: &[GuestRange], skip_bytes: u64, len_bytes: u64) -> impl Iter
     })
 }
 
+/// Reads `N` bytes of guest memory.
+pub fn read_bytes<const N: usize>(memory: &GuestMemory, address: GuestAddress) -> Result<[u8; N], GuestMemoryError> {
+    let mut bytes = [0; N];
+    match memory.get_slice(address, N) {
+        Ok(slice) => drop(slice.copy_to(&mut bytes)),
+        // It may begin in one region and end in the next.
+        Err(_) => memory.read_slice(&mut bytes, address)?,
+    }
+    Ok(bytes)
+}
+
+/// A descriptor as it was when it was read (virtio 1.2 §2.7.5).
+struct Descriptor {
+    address: u64,
+    len_bytes: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    fn read(memory: &GuestMemory, address: u64) -> Result<Descriptor, RingError> {
+        let bytes: [u8; 16] = read_bytes(memory, GuestAddress(address))
+            .map_err(|_| RingError::Chain("a table of descriptors outside of memory"))?;
+        let all = u128::from_le_bytes(bytes);
+        Ok(Descriptor {
+            address: all as u64,
+            len_bytes: (all >> 64) as u32,
+            flags: (all >> 96) as u16,
+            next: (all >> 112) as u16,
+        })
+    }
+
+    fn has(&self, flag: u32) -> bool {
+        u32::from(self.flags) & flag != 0
+    }
+}
+
 /// A queue while it runs, with the memory it lies in. A queue that the driver has not enabled is empty.
 pub struct Virtqueue {
     queue: Queue,
@@ -183,35 +222,54 @@ impl Virtqueue {
 
     /// Takes the next available chain into `chain`. Returns whether there was one.
     ///
-    /// Fails on an available index out of reach, and on a chain with an index outside of its table, longer than the queue,
-    /// without an end, with a bad table of indirect descriptors, or with a readable part behind a writable one.
+    /// Fails on an available index out of reach, and on a chain with an index outside of its table, longer than the queue
+    /// (as is one without an end), with a bad table of indirect descriptors, or with a readable part behind a writable one.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        chain.readable.clear();
-        chain.writable.clear();
         if !self.queue.ready() {
             return Ok(false);
         }
-        let limit = usize::from(self.queue.size());
         let Some(descriptors) = self.queue.iter(&*self.memory)?.next() else { return Ok(false) };
         chain.head = descriptors.head_index();
-        let (mut count, mut write_only, mut ended) = (0, false, false);
-        for descriptor in descriptors {
-            count += 1;
-            if count > limit {
-                return Err(RingError::Chain("longer than the queue"));
+        // Walked here, because the iterator would just end where it meets something bad.
+        self.walk(chain)?;
+        Ok(true)
+    }
+
+    /// Reads the descriptors of `chain` from its head on.
+    fn walk(&self, chain: &mut Chain) -> Result<(), RingError> {
+        chain.readable.clear();
+        chain.writable.clear();
+        let (mut table, mut table_len) = (self.queue.desc_table(), u32::from(self.queue.size()));
+        let (mut index, mut in_indirect, mut write_only) = (chain.head, false, false);
+        let mut left = self.queue.size();
+        loop {
+            if u32::from(index) >= table_len {
+                return Err(RingError::Chain("an index outside of its table"));
             }
-            if write_only && !descriptor.is_write_only() {
-                return Err(RingError::Chain("readable behind writable"));
+            let descriptor = Descriptor::read(&self.memory, table.saturating_add(16 * u64::from(index)))?;
+            if descriptor.has(VRING_DESC_F_INDIRECT) {
+                let whole = descriptor.len_bytes.is_multiple_of(16) && !descriptor.has(VRING_DESC_F_NEXT);
+                if in_indirect || !whole {
+                    return Err(RingError::Chain("a bad table of indirect descriptors"));
+                }
+                (table, table_len, index, in_indirect) = (descriptor.address, descriptor.len_bytes / 16, 0, true);
+                continue;
             }
-            write_only = descriptor.is_write_only();
-            ended = !descriptor.has_next();
-            let ranges = if write_only { &mut chain.writable } else { &mut chain.readable };
-            if descriptor.len() > 0 {
-                ranges.push(GuestRange { address: descriptor.addr(), len_bytes: descriptor.len() });
+            left = left.checked_sub(1).ok_or(RingError::Chain("longer than the queue"))?;
+            if write_only && !descriptor.has(VRING_DESC_F_WRITE) {
+                return Err(RingError::Chain("a readable part behind a writable one"));
             }
+            write_only = descriptor.has(VRING_DESC_F_WRITE);
+            if descriptor.len_bytes > 0 {
+                let ranges = if write_only { &mut chain.writable } else { &mut chain.readable };
+                let address = GuestAddress(descriptor.address);
+                ranges.push(GuestRange { address, len_bytes: descriptor.len_bytes });
+            }
+            if !descriptor.has(VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
         }
-        // The iterator just ends where it meets something bad: the descriptor before it then has a successor.
-        if ended { Ok(true) } else { Err(RingError::Chain("no end, or an index or table out of bounds")) }
     }
 
     /// Gives chain `head` back, `written_bytes` of its writable part filled.

@@ -42,6 +42,7 @@ impl GuestBuffers {
 
     /// Adds `len_bytes` of guest memory from `address` on. Fails where not all of it is memory; then forget the rest too.
     pub fn push(&mut self, address: GuestAddress, len_bytes: u32) -> Result<(), GuestMemoryError> {
+        // It may begin in one region and end in the next.
         for slice in GuestMemoryBackend::get_slices(&*self.memory, address, len_bytes as usize) {
             let slice = slice?;
             self.iovecs.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
