@@ -377,7 +377,7 @@ mod tests {
     #[test]
     fn the_status_goes_step_by_step() {
         let driver = driver();
-        for (value, status) in [(2, 0), (8, 0), (4, 0), (0x40, 0), (0x30, 0), (1, 1), (9, 1), (3, 3), (7, 3)] {
+        for (value, status) in [(2, 0), (8, 0), (4, 0), (0x40, 0), (0x30, 0), (1, 1), (2, 1), (9, 1), (3, 3), (7, 3)] {
             driver.write(STATUS, value);
             assert_eq!(driver.read(STATUS), status, "after {value}");
         }
