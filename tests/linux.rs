@@ -64,8 +64,8 @@ fn husk(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Command {
     command
 }
 
-/// Boots a guest to its end. An emulated processor is known to fault a guest by itself, once in some hundred boots: there
-/// such an end is told loudly and the guest is booted once more. On a real one it counts.
+/// Boots a guest to its end. On an emulated processor a triple fault was seen once in about a hundred boots, of unproven
+/// cause: there it is told loudly and the guest is booted once more. On a real one it counts.
 fn boot(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Ended {
     const TRIPLE_FAULT: i32 = 82;
     let run = || finish(husk(guest, image, job, flags).spawn().unwrap());
