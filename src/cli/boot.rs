@@ -140,15 +140,7 @@ impl Boot {
 
 /// Says what ended the machine, unless it ended as it was meant to.
 fn report(outcome: &Outcome) -> Exit {
-    let exit = match outcome {
-        Outcome::PoweredOff | Outcome::Quit => Exit::Success,
-        Outcome::Reset => Exit::Reset,
-        Outcome::Reported(code) => Exit::Reported(*code),
-        Outcome::Panicked(_) => Exit::Panicked,
-        Outcome::TripleFault { .. } => Exit::TripleFault,
-        Outcome::KvmError { .. } => Exit::KvmError,
-        Outcome::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
-    };
+    let exit = Exit::from(outcome);
     if !matches!(exit, Exit::Success | Exit::Reported(_)) {
         super::print_error(&outcome.to_string());
     }

@@ -53,7 +53,7 @@ impl From<&Outcome> for Exit {
             Outcome::Panicked(_) => Exit::Panicked,
             Outcome::TripleFault { .. } => Exit::TripleFault,
             Outcome::KvmError { .. } => Exit::KvmError,
-            Outcome::Killed(signal) => Exit::Signal(*signal as u8),
+            Outcome::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
         }
     }
 }
