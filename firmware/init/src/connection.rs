@@ -1,0 +1,189 @@
+//! Connections to the host: in the making, as streams of messages, and those that the host opens.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use husk_protocol::frame::{self, Message, Reader};
+use husk_protocol::{HELLO_BYTES, Hello, PORT, ToGuest, ToHost};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect as connect_call, getpeername, getsockopt,
+    listen as listen_call, socket, sockopt,
+};
+use nix::unistd::{read, write};
+
+use crate::errors::{Context, Failure};
+use crate::sys;
+
+/// The host's address.
+const HOST_CID: u32 = 2;
+/// This machine's, whichever it is.
+const ANY_CID: u32 = u32::MAX;
+/// As long as a host on a busy machine may take to answer.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
+/// As many connections as may wait to be taken.
+const BACKLOG: i32 = 16;
+
+fn vsock() -> Result<OwnedFd, Failure> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket(AddressFamily::Vsock, SockType::Stream, flags, None).context("make a vsock socket")
+}
+
+/// Starts to connect to the host, and does not wait for it.
+pub fn connect() -> Result<OwnedFd, Failure> {
+    let socket = vsock()?;
+    sys::set_connect_timeout(socket.as_fd(), CONNECT_PATIENCE).context("set up a vsock socket")?;
+    match connect_call(socket.as_raw_fd(), &VsockAddr::new(HOST_CID, PORT)) {
+        Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
+        Err(error) => Err(error).context("connect to the host"),
+    }
+}
+
+/// Waits until the host has answered, and says whose connection it is and what for.
+pub fn complete(socket: &OwnedFd, hello: Hello) -> Result<(), Failure> {
+    let timeout = PollTimeout::try_from(CONNECT_PATIENCE).unwrap_or(PollTimeout::MAX);
+    let answers = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], timeout).context("wait for the host")?;
+    let error = if answers == 0 { libc::ETIMEDOUT } else { getsockopt(socket, sockopt::SocketError).unwrap_or(0) };
+    if error != 0 {
+        return Err(Errno::from_raw(error)).context("connect to the host");
+    }
+    match write(socket, &hello.to_bytes()) {
+        Ok(HELLO_BYTES) => Ok(()),
+        Ok(_) => Err(Failure::new("the host does not listen")),
+        Err(error) => Err(error).context("greet the host"),
+    }
+}
+
+/// Listens for the host.
+pub fn listen() -> Result<OwnedFd, Failure> {
+    let socket = vsock()?;
+    bind(socket.as_raw_fd(), &VsockAddr::new(ANY_CID, PORT)).context("bind to the vsock port")?;
+    listen_call(&socket, Backlog::new(BACKLOG).unwrap_or(Backlog::MAXCONN)).context("listen to the host")?;
+    Ok(socket)
+}
+
+/// Takes a connection, if one waits: the host's. Those of this machine's own programs are refused, whoever runs them.
+pub fn accept(listener: &OwnedFd) -> Option<OwnedFd> {
+    loop {
+        match sys::accept(listener.as_fd()) {
+            Ok(socket) => {
+                let peer = getpeername::<VsockAddr>(socket.as_raw_fd());
+                if peer.is_ok_and(|peer| peer.cid() == HOST_CID) {
+                    return Some(socket);
+                }
+            }
+            Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// A connection that the host has opened and not yet said what for.
+pub struct Greeting {
+    pub socket: OwnedFd,
+    bytes: [u8; HELLO_BYTES],
+    have: usize,
+}
+
+impl Greeting {
+    pub fn new(socket: OwnedFd) -> Greeting {
+        Greeting { socket, bytes: [0; HELLO_BYTES], have: 0 }
+    }
+
+    /// What it is for, when that has come; `Err` when it is of no use.
+    pub fn advance(&mut self) -> Result<Option<Hello>, ()> {
+        while let Some(rest) = self.bytes.get_mut(self.have..).filter(|rest| !rest.is_empty()) {
+            match read(&self.socket, rest) {
+                Ok(count) if count > 0 => self.have += count,
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::EINTR) => {}
+                _ => return Err(()),
+            }
+        }
+        Hello::from_bytes(self.bytes).map(Some).map_err(|_| ())
+    }
+
+    /// Whether there is more to come before the host has said what for.
+    pub fn is_incomplete(&self) -> bool {
+        self.have < HELLO_BYTES
+    }
+}
+
+/// A control connection.
+pub struct Control {
+    socket: Option<OwnedFd>,
+    reader: Reader,
+    out: Vec<u8>,
+}
+
+impl Control {
+    pub fn new(socket: OwnedFd) -> Control {
+        Control { socket: Some(socket), reader: Reader::default(), out: Vec::new() }
+    }
+
+    /// Waits until the host has answered, where the connection is in the making.
+    pub fn complete(&self, hello: Hello) -> Result<(), Failure> {
+        self.socket.as_ref().map_or(Ok(()), |socket| complete(socket, hello))
+    }
+
+    /// Whether the host is still there.
+    pub fn is_open(&self) -> bool {
+        self.socket.is_some()
+    }
+
+    /// What to wait for before the next [`Control::advance`].
+    pub fn awaits(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let events = if self.out.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };
+        self.socket.as_ref().map(|socket| (socket.as_fd(), events))
+    }
+
+    /// Says something to the host, now or as soon as it listens.
+    pub fn say(&mut self, message: &ToHost) {
+        // Only a text can be too long, and texts are cut where they are made.
+        let _ = frame::write(message, &mut self.out);
+        self.flush();
+    }
+
+    /// Hands on what could not be said before, and returns what the host says.
+    pub fn advance(&mut self) -> Vec<ToGuest> {
+        self.flush();
+        let mut messages = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Some(socket) = &self.socket {
+            match read(socket, &mut buffer) {
+                Ok(count) if count > 0 => self.reader.push(buffer.get(..count).unwrap_or_default()),
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => continue,
+                _ => self.socket = None,
+            }
+            loop {
+                match self.reader.take() {
+                    Ok(Some(message)) => messages.push(message),
+                    Ok(None) => break,
+                    Err(_) => {
+                        self.socket = None;
+                        break;
+                    }
+                }
+            }
+        }
+        messages
+    }
+
+    fn flush(&mut self) {
+        while let Some(socket) = self.socket.as_ref().filter(|_| !self.out.is_empty()) {
+            match write(socket, &self.out) {
+                Ok(count) => drop(self.out.drain(..count)),
+                Err(Errno::EAGAIN) => return,
+                Err(Errno::EINTR) => {}
+                Err(_) => self.socket = None,
+            }
+        }
+    }
+}
+
+/// `text` without what would make it longer than a message may be.
+pub fn shortened(text: &str) -> String {
+    text.chars().take(ToHost::MAX_BYTES / 8).collect()
+}

@@ -1,0 +1,286 @@
+//! From a process as it is described to one that runs: who it is, where, with which limits, streams and variables.
+
+use std::ffi::{CString, OsStr};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::fchown;
+use std::path::PathBuf;
+
+use husk_protocol::{FIXED_PATH, Process};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::pty::openpty;
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{
+    ForkResult, Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, pipe2, setgid, setgroups, setsid,
+    setuid,
+};
+
+use crate::errors::{CODE_NOT_EXECUTABLE, CODE_NOT_FOUND, Context, Failure};
+use crate::identity::{self, Identity};
+use crate::{root, sys};
+
+/// The group that owns terminals, on every distribution.
+const TTY_GID: u32 = 5;
+
+/// A process that runs, and our ends of its streams.
+pub struct Started {
+    pub pid: Pid,
+    pub stdin: Option<OwnedFd>,
+    pub stdout: Option<OwnedFd>,
+    pub stderr: Option<OwnedFd>,
+    /// The terminal that it runs on; its streams are this one.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// The process's own ends.
+struct Streams {
+    stdin: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+/// How far the child came before it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Session,
+    Streams,
+    Limits,
+    Folder,
+    Identity,
+    Program,
+}
+
+const STAGES: [Stage; 6] =
+    [Stage::Session, Stage::Streams, Stage::Limits, Stage::Folder, Stage::Identity, Stage::Program];
+
+/// The working directory, which is not relative to anything.
+pub fn folder(process: &Process) -> PathBuf {
+    PathBuf::from("/").join(OsStr::from_bytes(&process.working_dir))
+}
+
+/// Starts `process`. When it returns the program runs, or it is said why not.
+pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
+    let passwd = fs::read("/etc/passwd").unwrap_or_default();
+    let group = fs::read("/etc/group").unwrap_or_default();
+    let identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
+    let text =
+        |bytes: &Vec<u8>| CString::new(bytes.as_slice()).map_err(|_| Failure::new("an argument holds a zero byte"));
+    let args = process.args.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let env = environment(process, hostname, &identity.home);
+    let programs = programs(&args, &env)?;
+    let env = env.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    // It may be read-only by now, or a file: the child says so.
+    let _ = root::make_folder(folder(process));
+    let (mut started, streams) = open_streams(process, &identity)?;
+    let (failed, mut failing) = pipe2(OFlag::O_CLOEXEC).map(|(r, w)| (r, File::from(w))).context("make a pipe")?;
+    match sys::fork().context("start a process")? {
+        ForkResult::Child => {
+            let (stage, error) = match become_process(process, &identity, &streams) {
+                Ok(()) => (Stage::Program, exec(&programs, &args, &env)),
+                Err(failed) => failed,
+            };
+            let _ = failing.write_all(&[stage as u8, error as i32 as u8]);
+            sys::leave()
+        }
+        ForkResult::Parent { child } => started.pid = child,
+    }
+    drop((streams, failing));
+    let mut report = [0; 2];
+    // The pipe closes without a word when the program has taken the child's place.
+    match File::from(failed).read_exact(&mut report) {
+        Err(_) => Ok(started),
+        Ok(()) => Err(explain(process, STAGES.get(usize::from(report[0])), Errno::from_raw(report[1].into()))),
+    }
+}
+
+/// Without a terminal a pipe a stream, so that outputs stay apart and ends of streams arrive.
+fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Streams), Failure> {
+    let mut started = Started { pid: Pid::from_raw(0), stdin: None, stdout: None, stderr: None, terminal: None };
+    let owner = |fd: &OwnedFd, gid| fchown(fd, Some(identity.uid), Some(gid));
+    let copy = |fd: &OwnedFd| fd.try_clone().context("copy a descriptor");
+    if let Some(size) = process.terminal {
+        let pty = openpty(None, None).context("make a terminal")?;
+        for end in [&pty.master, &pty.slave] {
+            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("make a terminal")?;
+        }
+        sys::set_window_size(pty.master.as_fd(), size).context("size the terminal")?;
+        owner(&pty.slave, TTY_GID).context("own the terminal")?;
+        let streams = Streams { stdin: copy(&pty.slave)?, stdout: copy(&pty.slave)?, stderr: pty.slave };
+        started.stdin = Some(copy(&pty.master)?).filter(|_| process.stdin);
+        started.stdout = Some(copy(&pty.master)?);
+        started.terminal = Some(pty.master);
+        return Ok((started, streams));
+    }
+    let pipe = || -> Result<_, Failure> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).context("make a pipe")?;
+        // A program may open its own streams anew, by /dev/stdout.
+        for end in [&read, &write] {
+            owner(end, identity.gid).context("own a pipe")?;
+        }
+        Ok((read, write))
+    };
+    let stdin = if process.stdin {
+        let (read, write) = pipe()?;
+        started.stdin = Some(write);
+        read
+    } else {
+        File::open("/dev/null").context("open /dev/null")?.into()
+    };
+    let (stdout_ours, stdout) = pipe()?;
+    let (stderr_ours, stderr) = pipe()?;
+    started.stdout = Some(stdout_ours);
+    started.stderr = Some(stderr_ours);
+    Ok((started, Streams { stdin, stdout, stderr }))
+}
+
+/// The child's way to its program.
+fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> Result<(), (Stage, Errno)> {
+    let at = |stage| move |error| (stage, error);
+    let io = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+    setsid().map_err(at(Stage::Session))?;
+    if process.terminal.is_some() {
+        sys::take_terminal(streams.stdin.as_fd()).map_err(io).map_err(at(Stage::Session))?;
+    }
+    dup2_stdin(&streams.stdin).map_err(at(Stage::Streams))?;
+    dup2_stdout(&streams.stdout).map_err(at(Stage::Streams))?;
+    dup2_stderr(&streams.stderr).map_err(at(Stage::Streams))?;
+    for limit in &process.limits {
+        sys::set_limit(limit).map_err(io).map_err(at(Stage::Limits))?;
+    }
+    // As root, who may enter a folder that the user may not.
+    chdir(&folder(process)).map_err(at(Stage::Folder))?;
+    let groups: Vec<Gid> = identity.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    setgroups(&groups)
+        .and_then(|()| setgid(Gid::from_raw(identity.gid)))
+        .and_then(|()| setuid(Uid::from_raw(identity.uid)))
+        .map_err(at(Stage::Identity))?;
+    sys::set_default_action(Signal::SIGPIPE);
+    SigSet::empty().thread_set_mask().map_err(at(Stage::Session))
+}
+
+/// Tries each path in order, and returns the error that says most.
+fn exec(programs: &[CString], args: &[CString], env: &[CString]) -> Errno {
+    let mut error = Errno::ENOENT;
+    for program in programs {
+        match execve(program, args, env).unwrap_err() {
+            Errno::ENOENT | Errno::ENOTDIR => {}
+            // Another folder of the path may have one that runs.
+            Errno::EACCES => error = Errno::EACCES,
+            other => return other,
+        }
+    }
+    error
+}
+
+/// What the program's name may mean: itself where it is a path, else a file in each folder of PATH.
+fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> {
+    let name = args.first().map(|name| name.to_bytes()).filter(|name| !name.is_empty());
+    let name = name.ok_or_else(|| Failure::new("there is nothing to run: the image names no command, type one"))?;
+    let text = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| Failure::new("PATH holds a zero byte"));
+    if name.contains(&b'/') {
+        return Ok(vec![text(name.to_vec())?]);
+    }
+    let path = env.iter().rev().find_map(|variable| variable.strip_prefix(b"PATH=")).unwrap_or_default();
+    path.split(|&byte| byte == b':')
+        .map(|folder| if folder.is_empty() { &b"."[..] } else { folder })
+        .map(|folder| text([folder, b"/", name].concat()))
+        .collect()
+}
+
+/// The variables as given, and before them those that every program counts on and that are not given.
+fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
+    let mut env = Vec::new();
+    let mut provide = |name: &str, value: &[u8]| {
+        let start = [name.as_bytes(), b"="].concat();
+        if !process.env.iter().any(|variable| variable.starts_with(&start)) {
+            env.push([&start, value].concat());
+        }
+    };
+    provide("PATH", FIXED_PATH.as_bytes());
+    provide("HOSTNAME", hostname.as_bytes());
+    if process.terminal.is_some() {
+        provide("TERM", b"xterm");
+    }
+    provide("HOME", home);
+    env.extend(process.env.iter().cloned());
+    env
+}
+
+/// What a person is told about a child that did not come as far as its program.
+fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
+    let name = process.args.first().map_or("".into(), |name| String::from_utf8_lossy(name));
+    let folder = folder(process);
+    let why = error.desc();
+    let message = match stage {
+        Some(Stage::Program) => match error {
+            Errno::ENOENT if name.contains('/') => format!("{name}: no such file, or its interpreter is missing"),
+            Errno::ENOENT => format!("{name}: not found in PATH"),
+            Errno::ENOEXEC => format!("{name}: not a program that this kernel runs"),
+            _ => format!("{name}: {why}"),
+        },
+        Some(Stage::Folder) => format!("enter the working directory {}: {why}", folder.display()),
+        Some(Stage::Limits) => format!("set the resource limits: {why}"),
+        Some(Stage::Identity) => format!("become user {:?}: {why}", process.user),
+        _ => format!("start {name}: {why}"),
+    };
+    let code = match (stage, error) {
+        (Some(Stage::Program), Errno::ENOENT | Errno::ENOTDIR) => CODE_NOT_FOUND,
+        (Some(Stage::Program | Stage::Folder), _) => CODE_NOT_EXECUTABLE,
+        _ => crate::errors::CODE_OWN,
+    };
+    Failure { message, code }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(env: &[&str]) -> Process {
+        Process { env: env.iter().map(|variable| variable.as_bytes().to_vec()).collect(), ..Process::default() }
+    }
+
+    fn texts(list: Vec<Vec<u8>>) -> Vec<String> {
+        list.into_iter().map(|bytes| String::from_utf8(bytes).unwrap()).collect()
+    }
+
+    #[test]
+    fn what_is_given_stands_and_what_is_missing_is_added() {
+        let env = environment(&process(&["A=b", "HOME=/x"]), "box", b"/root");
+        assert_eq!(texts(env), [&format!("PATH={FIXED_PATH}"), "HOSTNAME=box", "A=b", "HOME=/x"]);
+        let with_terminal = Process { terminal: Some(Default::default()), ..process(&["PATH=/p", "TERM=vt100"]) };
+        let env = environment(&with_terminal, "box", b"/root");
+        assert_eq!(texts(env), ["HOSTNAME=box", "HOME=/root", "PATH=/p", "TERM=vt100"]);
+    }
+
+    #[test]
+    fn a_name_is_looked_for_and_a_path_is_not() {
+        let find = |name: &str, path: &str| {
+            let args = [CString::new(name).unwrap()];
+            programs(&args, &[format!("PATH={path}").into_bytes()])
+                .map(|list| texts(list.into_iter().map(CString::into_bytes).collect()))
+        };
+        assert_eq!(find("sh", "/a:/b").unwrap(), ["/a/sh", "/b/sh"]);
+        assert_eq!(find("sh", "/a::").unwrap(), ["/a/sh", "./sh", "./sh"]);
+        assert_eq!(find("./sh", "/a").unwrap(), ["./sh"]);
+        assert!(find("", "/a").unwrap_err().message.contains("nothing to run"));
+    }
+
+    #[test]
+    fn a_missing_program_and_one_that_does_not_run_differ_in_code() {
+        let process = Process { args: vec![b"frob".to_vec()], ..Process::default() };
+        let told = |error| explain(&process, Some(&Stage::Program), error);
+        assert_eq!((told(Errno::ENOENT).code, told(Errno::EACCES).code), (127, 126));
+        assert_eq!(told(Errno::ENOEXEC).code, 126);
+        assert_eq!(told(Errno::ENOENT).message, "frob: not found in PATH");
+        assert_eq!(explain(&process, Some(&Stage::Identity), Errno::EPERM).code, 125);
+    }
+
+    #[test]
+    fn a_relative_working_directory_starts_at_the_root() {
+        let at = |dir: &str| folder(&Process { working_dir: dir.as_bytes().to_vec(), ..Process::default() });
+        assert_eq!((at(""), at("srv"), at("/srv")), ("/".into(), "/srv".into(), "/srv".into()));
+    }
+}

@@ -1,0 +1,181 @@
+//! From one descriptor to another, byte for byte, through one buffer: a stream between the process and the host.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::PollFlags;
+use nix::sys::socket::{Shutdown, shutdown};
+use nix::unistd::{read, write};
+
+/// What a pipe holds, and a vsock packet.
+const BUFFER_BYTES: usize = 64 << 10;
+/// Reads in a row, so that one busy stream does not hold up the rest.
+const READS_IN_A_ROW: usize = 8;
+
+/// A stream. It reads when its buffer is empty and writes when it is not, so that a slow reader slows the writer.
+pub struct Pump {
+    from: Option<OwnedFd>,
+    to: Option<OwnedFd>,
+    buffer: Vec<u8>,
+    /// Where in the buffer what is to be written starts and ends.
+    start: usize,
+    end: usize,
+    /// Whether what is there now is all there will be.
+    last: bool,
+}
+
+impl Pump {
+    /// A stream between two descriptors, which from now on make nobody wait.
+    pub fn new(from: OwnedFd, to: OwnedFd) -> nix::Result<Pump> {
+        for fd in [&from, &to] {
+            let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+            fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        }
+        Ok(Pump { from: Some(from), to: Some(to), buffer: vec![0; BUFFER_BYTES], start: 0, end: 0, last: false })
+    }
+
+    /// What to wait for before the next [`Pump::advance`].
+    pub fn awaits(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let (fd, events) =
+            if self.is_empty() { (&self.from, PollFlags::POLLIN) } else { (&self.to, PollFlags::POLLOUT) };
+        fd.as_ref().map(|fd| (fd.as_fd(), events))
+    }
+
+    /// Says that who writes is gone, though others may hold what it wrote to: what is there is the rest.
+    pub fn expect_no_more(&mut self) {
+        self.last = true;
+    }
+
+    /// Whether all has been handed on, or nobody takes it any more.
+    pub fn is_done(&self) -> bool {
+        self.from.is_none() && self.is_empty()
+    }
+
+    /// Moves what can be moved without waiting.
+    pub fn advance(&mut self) {
+        for _ in 0..READS_IN_A_ROW {
+            if self.is_empty() && !self.fill() || !self.empty() {
+                return;
+            }
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// Reads once; false where there is nothing, now or for ever.
+    fn fill(&mut self) -> bool {
+        let Some(from) = &self.from else { return false };
+        match read(from, &mut self.buffer) {
+            Ok(count) if count > 0 => {
+                (self.start, self.end) = (0, count);
+                return true;
+            }
+            Err(Errno::EINTR) => return false,
+            Err(Errno::EAGAIN) if !self.last => return false,
+            // The end, said by nothing to read, by a terminal that nobody has open any more, or by who is gone.
+            _ => self.from = None,
+        }
+        // The socket stays open as long as the session, so that its far side may take its time.
+        if let Some(to) = self.to.take_if(|to| shutdown(to.as_raw_fd(), Shutdown::Write).is_err()) {
+            drop(to);
+        }
+        false
+    }
+
+    /// Writes what there is; false where it has to wait.
+    fn empty(&mut self) -> bool {
+        while !self.is_empty() {
+            let (Some(to), Some(bytes)) = (&self.to, self.buffer.get(self.start..self.end)) else { break };
+            match write(to, bytes) {
+                Ok(count) => self.start += count,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return false,
+                // Nobody reads. Who writes is told so in turn.
+                Err(_) => (self.from, self.to, self.end) = (None, None, self.start),
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    use nix::poll::{PollFd, PollTimeout, poll};
+    use nix::unistd::pipe;
+
+    use super::*;
+
+    fn run(mut pump: Pump) {
+        while !pump.is_done() {
+            let (fd, events) = pump.awaits().expect("a stream that is not done waits for something");
+            poll(&mut [PollFd::new(fd, events)], PollTimeout::NONE).unwrap();
+            pump.advance();
+        }
+    }
+
+    #[test]
+    fn all_bytes_arrive_and_then_the_end() {
+        let ((read, write), (ours, mut theirs)) = (pipe().unwrap(), UnixStream::pair().unwrap());
+        let content: Vec<u8> = (0..5_000_000u32).map(|n| (n ^ n >> 8) as u8).collect();
+        let expected = content.clone();
+        let writer = thread::spawn(move || File::from(write).write_all(&content).unwrap());
+        let reader = thread::spawn(move || {
+            let mut got = Vec::new();
+            theirs.read_to_end(&mut got).map(|_| got).unwrap()
+        });
+        run(Pump::new(read, ours.into()).unwrap());
+        writer.join().unwrap();
+        assert!(reader.join().unwrap() == expected);
+    }
+
+    #[test]
+    fn a_slow_reader_holds_up_who_writes() {
+        let ((read, write), (ours, _theirs)) = (pipe().unwrap(), UnixStream::pair().unwrap());
+        let mut pump = Pump::new(read, ours.into()).unwrap();
+        fcntl(&write, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let mut taken = 0;
+        let mut write = File::from(write);
+        for _ in 0..1000 {
+            taken += write.write(&[1; 4096]).unwrap_or(0);
+            pump.advance();
+        }
+        assert!(taken < 2 << 20, "{taken} bytes were taken that nobody read");
+        assert!(matches!(pump.awaits(), Some((_, PollFlags::POLLOUT))));
+    }
+
+    #[test]
+    fn who_writes_to_nobody_is_told() {
+        let ((read, write), (ours, theirs)) = (pipe().unwrap(), UnixStream::pair().unwrap());
+        let mut pump = Pump::new(read, ours.into()).unwrap();
+        drop(theirs);
+        let mut write = File::from(write);
+        write.write_all(b"x").unwrap();
+        pump.advance();
+        assert!(pump.is_done());
+        assert_eq!(write.write(b"y").unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_pipe_that_others_hold_open_ends_when_no_more_is_expected() {
+        let ((read, write), (ours, mut theirs)) = (pipe().unwrap(), UnixStream::pair().unwrap());
+        let mut pump = Pump::new(read, ours.into()).unwrap();
+        let mut write = File::from(write);
+        write.write_all(b"last").unwrap();
+        pump.expect_no_more();
+        pump.advance();
+        assert!(pump.is_done());
+        let mut got = Vec::new();
+        theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        theirs.read_to_end(&mut got).unwrap();
+        assert_eq!(got, b"last");
+    }
+}

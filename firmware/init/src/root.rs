@@ -1,0 +1,210 @@
+//! From a block device to the root that processes see: mounted, furnished, and entered.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use husk_protocol::{Overlay, Root, Spec, Start};
+use nix::mount::{MsFlags, mount as mount_call};
+use nix::unistd::{chdir, chroot, sethostname};
+
+use crate::disk;
+use crate::errors::{Context, Failure};
+use crate::{report, sys};
+
+/// Where the root is put together, in the initial RAM disk.
+pub const NEW_ROOT: &str = "/root";
+const IMAGE: &str = "/image";
+const OVERLAY: &str = "/overlay";
+/// A driver may still be looking at its device.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+const QUIET: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+
+/// The file system that is to be whole when the machine has ended.
+pub struct Kept(OwnedFd);
+
+impl Kept {
+    /// Has all of it on its disk, so that the machine may end at any moment.
+    pub fn settle(&self) {
+        use std::os::fd::AsFd;
+        let _ = nix::unistd::syncfs(&self.0);
+        if let Err(error) = sys::freeze(self.0.as_fd()) {
+            report::say(&format!("settle the disk: {error}"));
+        }
+    }
+}
+
+/// Mounts a file system of type `kind` on a folder.
+pub fn mount_at(kind: &str, folder: &str, flags: MsFlags, options: &str) -> Result<(), Failure> {
+    mount_device(kind, folder, kind, flags, options).context(format_args!("mount {kind} on {folder}"))
+}
+
+/// Mounts `device` on a folder.
+pub fn mount_device(device: &str, folder: &str, kind: &str, flags: MsFlags, options: &str) -> nix::Result<()> {
+    let options = Some(options).filter(|options| !options.is_empty());
+    mount_call(Some(device), folder, Some(kind), flags, options)
+}
+
+/// Mounts the root that `spec` names, and returns what of it is to be kept.
+pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
+    make_folder(NEW_ROOT)?;
+    match &spec.root {
+        Root::Image { device, overlay } => mount_image(device, overlay),
+        Root::Disk { device, readonly } => {
+            let program = match &spec.start {
+                Start::Init(args) => args.first().map(Vec::as_slice),
+                Start::Process(_) => None,
+            };
+            await_device(device)?;
+            disk::mount_root(device, *readonly, program)?;
+            keep(NEW_ROOT).map(Some)
+        }
+    }
+}
+
+fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure> {
+    for folder in [IMAGE, OVERLAY] {
+        make_folder(folder)?;
+    }
+    await_device(device)?;
+    mount_device(device, IMAGE, "erofs", MsFlags::MS_RDONLY, "")
+        .context(format_args!("mount the image on {device} (erofs)"))?;
+    let kept = match overlay {
+        Overlay::Disk(device) => {
+            await_device(device)?;
+            mount_device(device, OVERLAY, "ext4", MsFlags::empty(), "")
+                .context(format_args!("mount {device}, the disk for changes (ext4)"))?;
+            Some(keep(OVERLAY)?)
+        }
+        Overlay::Memory | Overlay::ReadOnly => {
+            mount_at("tmpfs", OVERLAY, MsFlags::empty(), "mode=755")?;
+            None
+        }
+    };
+    make_upper()?;
+    let options = format!("lowerdir={IMAGE},upperdir={OVERLAY}/upper,workdir={OVERLAY}/work");
+    mount_at("overlay", NEW_ROOT, MsFlags::empty(), &options)?;
+    Ok(kept)
+}
+
+/// The upper folder is what the root folder looks like: as the image has it.
+fn make_upper() -> Result<(), Failure> {
+    let (upper, work) = (format!("{OVERLAY}/upper"), format!("{OVERLAY}/work"));
+    if !Path::new(&upper).exists() {
+        make_folder(&upper)?;
+        let image = fs::metadata(IMAGE).context("look at the image's root")?;
+        chown(&upper, Some(image.uid()), Some(image.gid())).context("own the root")?;
+        fs::set_permissions(&upper, Permissions::from_mode(image.mode() & 0o7777)).context("open the root")?;
+    }
+    make_folder(&work)
+}
+
+fn keep(folder: &str) -> Result<Kept, Failure> {
+    Ok(Kept(File::open(folder).context(format_args!("open {folder}"))?.into()))
+}
+
+fn await_device(device: &str) -> Result<(), Failure> {
+    let started = Instant::now();
+    while !Path::new(device).exists() {
+        if started.elapsed() > DEVICE_PATIENCE {
+            return Err(Failure::new(format_args!(
+                "there is no {device}: does the kernel have a driver for virtio disks?"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Makes the mounted root this process's, and furnishes it.
+pub fn enter(spec: &Spec) -> Result<(), Failure> {
+    let dev = format!("{NEW_ROOT}/dev");
+    make_folder(&dev)?;
+    mount_call(Some("/dev"), dev.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move /dev")?;
+    chdir(NEW_ROOT).context("enter the root")?;
+    mount_call(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move the root")?;
+    chroot(".").and_then(|()| chdir("/")).context("change the root")?;
+    mount_system();
+    if !spec.hostname.is_empty() {
+        sethostname(&spec.hostname).context(format_args!("name the machine {:?}", spec.hostname))?;
+    }
+    let Start::Process(process) = &spec.start else { return Ok(()) };
+    set_up_network();
+    write_files(spec);
+    for tmpfs in &spec.tmpfs {
+        let path = String::from_utf8_lossy(&tmpfs.path).into_owned();
+        make_folder(&path)?;
+        mount_at("tmpfs", &path, MsFlags::from_bits_truncate(tmpfs.flags), &tmpfs.options)?;
+    }
+    make_folder(crate::process::folder(process))?;
+    match spec.root {
+        Root::Image { overlay: Overlay::ReadOnly, .. } => forbid_changes(),
+        _ => Ok(()),
+    }
+}
+
+/// What every program counts on. A kernel may lack some of it, and then so do its programs.
+fn mount_system() {
+    for (kind, folder, flags, options) in [
+        ("proc", "/proc", QUIET, ""),
+        ("sysfs", "/sys", QUIET, ""),
+        ("devpts", "/dev/pts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "gid=5,mode=620,ptmxmode=666"),
+        ("tmpfs", "/dev/shm", QUIET, "mode=1777"),
+        ("mqueue", "/dev/mqueue", QUIET, ""),
+        ("cgroup2", "/sys/fs/cgroup", QUIET, ""),
+    ] {
+        if let Err(failure) = make_folder(folder).and_then(|()| mount_at(kind, folder, flags, options)) {
+            report::say(&failure.message);
+        }
+    }
+    for (name, target) in
+        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"), ("core", "/proc/kcore")]
+    {
+        // A device node of that name is as good.
+        let _ = symlink(target, format!("/dev/{name}"));
+    }
+}
+
+/// Makes a folder and those above it, for all to enter.
+pub fn make_folder(path: impl AsRef<Path>) -> Result<(), Failure> {
+    let path = path.as_ref();
+    DirBuilder::new().recursive(true).mode(0o755).create(path).context(format_args!("make folder {}", path.display()))
+}
+
+/// As containers have it: a loopback interface, and ports and pings for everybody.
+fn set_up_network() {
+    if let Err(error) = sys::bring_loopback_up() {
+        report::say(&format!("bring up the loopback interface: {error}"));
+    }
+    let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    let _ = fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
+}
+
+fn write_files(spec: &Spec) {
+    let hostname = format!("{}\n", spec.hostname).into_bytes();
+    for (name, content) in
+        [("hostname", Some(&hostname)), ("hosts", spec.hosts.as_ref()), ("resolv.conf", spec.resolv_conf.as_ref())]
+    {
+        let Some(content) = content else { continue };
+        let path = PathBuf::from("/etc").join(name);
+        if let Err(failure) = make_folder("/etc").and_then(|()| replace(&path, content)) {
+            report::say(&failure.message);
+        }
+    }
+}
+
+/// A link that leads to what another program would write there gives way to a file.
+fn replace(path: &Path, content: &[u8]) -> Result<(), Failure> {
+    if path.is_symlink() {
+        let _ = fs::remove_file(path);
+    }
+    File::create(path).and_then(|mut file| file.write_all(content)).context(format_args!("write {}", path.display()))
+}
+
+fn forbid_changes() -> Result<(), Failure> {
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount_call(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("make the root read-only")
+}

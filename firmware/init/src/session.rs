@@ -1,0 +1,230 @@
+//! A process and its connections to the host: the same for the machine's own process and for one more.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use husk_protocol::{Hello, MAIN_SESSION, Process, Role, ToGuest, ToHost};
+use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+
+use crate::connection::{self, Control, shortened};
+use crate::errors::Failure;
+use crate::process::{self, Started};
+use crate::pump::Pump;
+use crate::sys;
+
+/// A session. Its process starts when its streams are there, and it is over when the host says so, or is gone.
+pub struct Session {
+    pub id: u64,
+    control: Control,
+    /// What runs when its streams have come.
+    wanted: Option<Process>,
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    input: Option<Pump>,
+    outputs: Vec<Pump>,
+    terminal: Option<OwnedFd>,
+    pid: Option<Pid>,
+    /// How the process ended, and whether the host knows.
+    end: Option<ToHost>,
+    told: bool,
+    finished: bool,
+}
+
+impl Session {
+    fn new(id: u64, control: OwnedFd) -> Session {
+        Session {
+            id,
+            control: Control::new(control),
+            wanted: None,
+            stdin: None,
+            stdout: None,
+            stderr: None,
+            input: None,
+            outputs: Vec::new(),
+            terminal: None,
+            pid: None,
+            end: None,
+            told: false,
+            finished: false,
+        }
+    }
+
+    /// The main session, its connections in the making.
+    pub fn connect(process: &Process) -> Result<Session, Failure> {
+        let mut session = Session::new(MAIN_SESSION, connection::connect()?);
+        for role in streams_of(process) {
+            *session.slot(role) = Some(connection::connect()?);
+        }
+        Ok(session)
+    }
+
+    /// Waits until the host has answered each of [`Session::connect`]'s.
+    pub fn complete_connections(&mut self) -> Result<(), Failure> {
+        let hello = |role| Hello { session: MAIN_SESSION, role };
+        self.control.complete(hello(Role::Control))?;
+        for role in [Role::Stdin, Role::Stdout, Role::Stderr] {
+            if let Some(socket) = self.slot(role) {
+                connection::complete(socket, hello(role))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One that the host has opened.
+    pub fn accepted(id: u64, control: OwnedFd) -> Session {
+        Session::new(id, control)
+    }
+
+    /// Takes a stream that the host has opened; one that is there already stays.
+    pub fn offer(&mut self, role: Role, socket: OwnedFd) {
+        if role != Role::Control && self.pid.is_none() {
+            self.slot(role).get_or_insert(socket);
+        }
+    }
+
+    fn slot(&mut self, role: Role) -> &mut Option<OwnedFd> {
+        match role {
+            Role::Stdin => &mut self.stdin,
+            Role::Stdout => &mut self.stdout,
+            Role::Stderr | Role::Control => &mut self.stderr,
+        }
+    }
+
+    /// Starts the process, or tells the host why it does not start.
+    pub fn start(&mut self, process: &Process, hostname: &str) {
+        let started = process::start(process, hostname).and_then(|started| self.join_streams(started));
+        match started {
+            Ok(pid) => {
+                self.pid = Some(pid);
+                self.control.say(&ToHost::Started(pid.as_raw().unsigned_abs()));
+            }
+            Err(failure) => self.fail(failure),
+        }
+    }
+
+    /// Has the host told why there is no process.
+    pub fn fail(&mut self, failure: Failure) {
+        (self.stdin, self.stdout, self.stderr) = (None, None, None);
+        self.end = Some(ToHost::Failed { message: shortened(&failure.message), code: failure.code });
+    }
+
+    fn join_streams(&mut self, started: Started) -> Result<Pid, Failure> {
+        let join = |from: Option<OwnedFd>, to: Option<OwnedFd>| match (from, to) {
+            (Some(from), Some(to)) => {
+                Pump::new(from, to).map(Some).map_err(|error| Failure::new(format_args!("join streams: {error}")))
+            }
+            _ => Ok(None),
+        };
+        self.input = join(self.stdin.take(), started.stdin)?;
+        self.outputs.extend(join(started.stdout, self.stdout.take())?);
+        self.outputs.extend(join(started.stderr, self.stderr.take())?);
+        self.terminal = started.terminal;
+        Ok(started.pid)
+    }
+
+    /// Notes how a process ended; true if it was this one's.
+    pub fn note_end(&mut self, status: &WaitStatus) -> bool {
+        if status.pid().is_none() || status.pid() != self.pid {
+            return false;
+        }
+        self.end = match *status {
+            WaitStatus::Exited(_, code) => Some(ToHost::Exited(code as u8)),
+            WaitStatus::Signaled(_, signal, _) => Some(ToHost::Signaled(signal as i32 as u8)),
+            _ => return false,
+        };
+        (self.pid, self.input, self.terminal) = (None, None, None);
+        true
+    }
+
+    /// Whether the process has ended, or there never was one.
+    pub fn has_ended(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// Whether there is nothing more to do.
+    pub fn is_over(&self) -> bool {
+        self.finished || !self.control.is_open()
+    }
+
+    /// What the machine ends with if this is its main session.
+    pub fn exit_code(&self) -> u8 {
+        match self.end {
+            Some(ToHost::Exited(code) | ToHost::Failed { code, .. }) => code,
+            Some(ToHost::Signaled(number)) => number.saturating_add(128),
+            _ => crate::errors::CODE_OWN,
+        }
+    }
+
+    /// Says that what the process's pipes hold is all that will come.
+    pub fn expect_no_more_output(&mut self) {
+        self.outputs.iter_mut().for_each(Pump::expect_no_more);
+    }
+
+    /// Moves what can be moved without waiting, and does what the host says.
+    pub fn advance(&mut self, hostname: &str) {
+        for pump in self.input.iter_mut().chain(&mut self.outputs) {
+            pump.advance();
+        }
+        for message in self.control.advance() {
+            self.obey(message);
+        }
+        self.start_when_complete(hostname);
+        if self.outputs.iter().all(Pump::is_done)
+            && !self.told
+            && let Some(end) = &self.end
+        {
+            self.told = true;
+            self.control.say(end);
+        }
+    }
+
+    fn obey(&mut self, message: ToGuest) {
+        match message {
+            ToGuest::Start(process) => {
+                let fresh = self.id != MAIN_SESSION && self.pid.is_none() && self.end.is_none();
+                self.wanted = Some(process).filter(|_| fresh);
+            }
+            ToGuest::Signal(number) => {
+                if let (Some(pid), Ok(signal)) = (self.pid, Signal::try_from(i32::from(number))) {
+                    // It may have ended just now.
+                    let _ = nix::sys::signal::kill(pid, signal);
+                }
+            }
+            ToGuest::Resize(size) => {
+                if let Some(terminal) = &self.terminal {
+                    let _ = sys::set_window_size(terminal.as_fd(), size);
+                }
+            }
+            ToGuest::Finish => self.finished = true,
+        }
+    }
+
+    fn start_when_complete(&mut self, hostname: &str) {
+        let there = |role| match role {
+            Role::Stdin => self.stdin.is_some(),
+            Role::Stdout => self.stdout.is_some(),
+            Role::Stderr | Role::Control => self.stderr.is_some(),
+        };
+        if self.wanted.as_ref().is_some_and(|process| streams_of(process).all(there))
+            && let Some(process) = self.wanted.take()
+        {
+            self.start(&process, hostname);
+        }
+    }
+
+    /// What to wait for before the next [`Session::advance`].
+    pub fn awaits(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
+        self.control.awaits().into_iter().chain(self.input.iter().chain(&self.outputs).filter_map(Pump::awaits))
+    }
+}
+
+/// The streams that a process has. On a terminal both outputs are one.
+fn streams_of(process: &Process) -> impl Iterator<Item = Role> {
+    let (stdin, stderr) = (process.stdin, process.terminal.is_none());
+    [(Role::Stdin, stdin), (Role::Stdout, true), (Role::Stderr, stderr)]
+        .into_iter()
+        .filter_map(|(role, wanted)| wanted.then_some(role))
+}

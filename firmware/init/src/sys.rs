@@ -1,0 +1,114 @@
+//! The system calls and instructions that no library wraps, each behind a safe function.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use husk_protocol::{Limit, WindowSize};
+use nix::sys::signal::{SigHandler, Signal};
+use nix::sys::socket::{SockFlag, accept4};
+use nix::unistd::ForkResult;
+
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets this process, and it alone, write to `count` I/O ports from `first` on.
+pub fn allow_ports(first: u16, count: u16) -> io::Result<()> {
+    // SAFETY: the call changes which ports may be written, and touches no memory.
+    check(unsafe { libc::ioperm(first.into(), count.into(), 1) })
+}
+
+/// Writes a byte to a port, which [`allow_ports`] has allowed; else the process ends by a signal.
+pub fn write_port(port: u16, value: u8) {
+    // SAFETY: what stands behind the ports that are allowed is the machine's own; no memory of ours is touched.
+    unsafe { std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) }
+}
+
+/// fork(2).
+pub fn fork() -> nix::Result<ForkResult> {
+    // SAFETY: there is one thread, so that the child finds every lock as its own thread left it.
+    unsafe { nix::unistd::fork() }
+}
+
+/// Ends a child that did not become a program, without a trace of this process's own end.
+pub fn leave() -> ! {
+    // SAFETY: the call ends the process, and does nothing before.
+    unsafe { libc::_exit(127) }
+}
+
+/// Has a signal do what it does by default.
+pub fn set_default_action(signal: Signal) {
+    // SAFETY: the default action runs no code of ours. It can fail for no signal that has a name but two.
+    let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) };
+}
+
+/// Makes the terminal the controlling one of this process, which leads a session.
+pub fn take_terminal(terminal: BorrowedFd) -> io::Result<()> {
+    // SAFETY: the request has no argument but 0, and touches no memory.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) })
+}
+
+/// Tells a terminal its size; who runs on it hears of a change.
+pub fn set_window_size(terminal: BorrowedFd, size: WindowSize) -> io::Result<()> {
+    let size = libc::winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the request reads a whole `winsize` from the pointer, and `size` is one.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) })
+}
+
+/// Sets a resource limit of this process.
+pub fn set_limit(limit: &Limit) -> io::Result<()> {
+    let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
+    // SAFETY: the call reads a whole `rlimit` from the pointer, and `value` is one.
+    check(unsafe { libc::setrlimit(limit.resource, &value) })
+}
+
+/// Gives a connection in the making more time than the two seconds it has by default.
+pub fn set_connect_timeout(socket: BorrowedFd, timeout: Duration) -> io::Result<()> {
+    const SO_VM_SOCKETS_CONNECT_TIMEOUT: i32 = 6;
+    let value = libc::timeval { tv_sec: timeout.as_secs() as i64, tv_usec: 0 };
+    let len = size_of::<libc::timeval>() as u32;
+    // SAFETY: the call reads `len` bytes from the pointer, the size of the `timeval` behind it.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const value).cast(),
+            len,
+        )
+    })
+}
+
+/// Takes the next connection that waits at a listener.
+pub fn accept(listener: BorrowedFd) -> nix::Result<OwnedFd> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    // SAFETY: the descriptor is new and owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Puts the loopback interface in service.
+pub fn bring_loopback_up() -> io::Result<()> {
+    // SAFETY: `request` is a whole `ifreq`, all zero but for a name that ends within it and the flags, which both
+    // requests read and the first writes; the socket is new and closed by who owns it here.
+    unsafe {
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        check(socket)?;
+        let socket = OwnedFd::from_raw_fd(socket);
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request))?;
+        request.ifr_ifru.ifru_flags |= libc::IFF_UP as i16;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request))
+    }
+}
+
+/// Brings the file system that `folder` is on to rest: all of it is on its disk, and its journal is empty.
+pub fn freeze(folder: BorrowedFd) -> io::Result<()> {
+    // FIFREEZE, _IOWR('X', 119, int)
+    const FIFREEZE: libc::c_ulong = 0xc004_5877;
+    // SAFETY: the request takes no argument and touches no memory, its number notwithstanding.
+    check(unsafe { libc::ioctl(folder.as_raw_fd(), FIFREEZE, 0) })
+}

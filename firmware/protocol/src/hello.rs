@@ -1,0 +1,82 @@
+//! The first bytes of every connection: whose it is and what it is for.
+
+use crate::{Malformed, VERSION};
+
+/// The length of every hello.
+pub const HELLO_BYTES: usize = 16;
+const MAGIC: [u8; 4] = *b"husk";
+
+/// What a connection of a session is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Frames in both directions.
+    Control,
+    /// Bytes to the process's standard input.
+    Stdin,
+    /// Bytes of its standard output; of both outputs where it has a terminal.
+    Stdout,
+    /// Bytes of its standard error.
+    Stderr,
+}
+
+const ROLES: [Role; 4] = [Role::Control, Role::Stdin, Role::Stdout, Role::Stderr];
+
+/// What who connects says first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hello {
+    /// Which session the connection belongs to.
+    pub session: u64,
+    /// What it is for.
+    pub role: Role,
+}
+
+impl Hello {
+    /// The hello as it is sent: magic, version, role, a zero, session; little-endian.
+    pub fn to_bytes(self) -> [u8; HELLO_BYTES] {
+        let mut bytes = [0; HELLO_BYTES];
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[6] = self.role as u8;
+        bytes[8..].copy_from_slice(&self.session.to_le_bytes());
+        bytes
+    }
+
+    /// The hello that `bytes` are.
+    pub fn from_bytes(bytes: [u8; HELLO_BYTES]) -> Result<Hello, Malformed> {
+        let [m0, m1, m2, m3, v0, v1, role, _, session @ ..] = bytes;
+        if [m0, m1, m2, m3] != MAGIC {
+            return Err(Malformed::Magic);
+        }
+        match u16::from_le_bytes([v0, v1]) {
+            VERSION => {}
+            other => return Err(Malformed::Version(other)),
+        }
+        let role = *ROLES.get(usize::from(role)).ok_or(Malformed::Role(role))?;
+        Ok(Hello { session: u64::from_le_bytes(session), role })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_said_is_understood() {
+        for role in ROLES {
+            let hello = Hello { session: 0x0102_0304_0506_0708, role };
+            assert_eq!(Hello::from_bytes(hello.to_bytes()), Ok(hello));
+        }
+    }
+
+    #[test]
+    fn another_protocol_version_or_role_is_refused() {
+        let with = |at: usize, value: u8| {
+            let mut bytes = Hello { session: 1, role: Role::Stdin }.to_bytes();
+            bytes[at] = value;
+            Hello::from_bytes(bytes)
+        };
+        assert_eq!(with(0, b'H'), Err(Malformed::Magic));
+        assert_eq!(with(4, 9), Err(Malformed::Version(9)));
+        assert_eq!(with(6, 4), Err(Malformed::Role(4)));
+    }
+}

@@ -1,0 +1,60 @@
+//! From arbitrary bytes as what a guest says: each message is understood as it was meant, or ends the session.
+#![no_main]
+
+use std::fs;
+use std::path::Path;
+
+use husk_protocol::frame::{self, Message, Reader};
+use husk_protocol::{HELLO_BYTES, Hello, Process, Role, Spec, ToGuest, ToHost};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
+    read::<ToHost>(bytes);
+    read::<ToGuest>(bytes);
+    if let Some(hello) = bytes.first_chunk::<HELLO_BYTES>().and_then(|bytes| Hello::from_bytes(*bytes).ok()) {
+        assert_eq!(Hello::from_bytes(hello.to_bytes()), Ok(hello));
+    }
+    if let Ok(spec) = Spec::from_bytes(bytes) {
+        assert_eq!(spec.to_bytes().and_then(|bytes| Spec::from_bytes(&bytes)), Ok(spec));
+    }
+});
+
+/// Reads messages in pieces, the size of which the first byte says, and says what was understood once more.
+fn read<M: Message + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
+    let mut reader = Reader::default();
+    let size = bytes.first().map_or(1, |byte| usize::from(*byte) + 1);
+    for piece in bytes.chunks(size) {
+        reader.push(piece);
+        loop {
+            match reader.take::<M>() {
+                Ok(Some(message)) => {
+                    let mut again = Reader::default();
+                    let mut out = Vec::new();
+                    frame::write(&message, &mut out).expect("what was read fits");
+                    again.push(&out);
+                    assert_eq!(again.take(), Ok(Some(message)));
+                }
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// What the fuzzing starts from: messages of either side.
+fn write_seeds() {
+    let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/control_frame"));
+    fs::create_dir_all(corpus).expect("the corpus can be made");
+    let process = Process { args: vec![b"sh".to_vec()], env: vec![b"A=b".to_vec()], ..Process::default() };
+    let (mut host, mut guest) = (Vec::new(), Vec::new());
+    for message in [ToHost::Started(2), ToHost::Failed { message: "no".into(), code: 127 }, ToHost::Exited(3)] {
+        frame::write(&message, &mut host).expect("it fits");
+    }
+    for message in [ToGuest::Start(process), ToGuest::Signal(15), ToGuest::Finish] {
+        frame::write(&message, &mut guest).expect("it fits");
+    }
+    let hello = Hello { session: 1, role: Role::Stdin }.to_bytes().to_vec();
+    for (name, bytes) in [("host", host), ("guest", guest), ("hello", hello)] {
+        fs::write(corpus.join(name), bytes).expect("the corpus can be written");
+    }
+}
