@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod device;
+pub mod guest;
 pub mod irq;
 pub mod kvm;
 pub mod machine;
