@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::boot::default_cmdline;
 use crate::machine::layout;
+use crate::sys::socket;
 
 /// The smallest guest memory that a Linux kernel unpacks itself into.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -13,8 +14,12 @@ pub const MIN_MEMORY_MIB: u64 = 32;
 pub const MAX_MEMORY_MIB: u64 = 4 << 20;
 /// Largest number of vCPUs.
 pub const MAX_CPUS: u32 = 32;
-/// Largest number of disks: every virtio-mmio slot but the random-number device's.
-pub const MAX_DISKS: usize = layout::VIRTIO_MMIO_MAX - 1;
+/// Largest number of virtio devices beside the random-number device: its disks, and its sockets if it has them.
+pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
+/// The guest's address where none is given (virtio 1.2 §5.10.4: 0 to 2 have meanings of their own).
+pub const DEFAULT_CID: u32 = 3;
+/// Longest path of a vsock socket: its neighbours' names have `_` and a port behind it.
+pub const MAX_VSOCK_PATH_BYTES: usize = socket::PATH_BYTES_MAX - "_4294967295".len();
 /// Length of a disk's serial number (virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID).
 pub const MAX_DISK_ID_BYTES: usize = 20;
 /// Longest command line, husk's own words included and the final NUL not.
@@ -39,6 +44,9 @@ pub struct MachineConfig {
     pub memory_mib: u64,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
+    /// Sockets between the guest and the host, if it is to have them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
 }
 
 impl Default for MachineConfig {
@@ -51,6 +59,7 @@ impl Default for MachineConfig {
             cpus: 1,
             memory_mib: 512,
             disks: Vec::new(),
+            vsock: None,
         }
     }
 }
@@ -67,6 +76,25 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number (at most 20 bytes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+}
+
+/// Sockets between the guest (AF_VSOCK) and the host (AF_UNIX).
+///
+/// A program of the host's that connects to `socket` and writes `CONNECT <port>` and a newline is connected to that port of
+/// the guest's, and reads `OK <port>` and a newline first. The guest's connection to port P of the host (CID 2) arrives at
+/// the socket named like `socket` with `_P` behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// Where husk listens for as long as the machine exists.
+    pub socket: PathBuf,
+    /// The guest's own address. It means nothing outside of the machine, so that several may have the same.
+    #[serde(default = "default_cid")]
+    pub cid: u32,
+}
+
+fn default_cid() -> u32 {
+    DEFAULT_CID
 }
 
 /// A configuration that no host can carry out: what is wrong with it, and what to type instead.
@@ -88,8 +116,8 @@ pub enum Invalid {
     #[error("{0} MiB of memory: a guest has at most {MAX_MEMORY_MIB} MiB, type --memory 4T or less")]
     TooMuchMemory(u64),
     /// Too many disks.
-    #[error("{0} disks: a machine takes at most {MAX_DISKS}")]
-    TooManyDisks(usize),
+    #[error("{0} disks: this machine takes at most {1}")]
+    TooManyDisks(usize, usize),
     /// A disk without a path.
     #[error("disk {0} has no path: type --disk PATH[,ro][,id=NAME]")]
     NoDiskPath(usize),
@@ -105,6 +133,12 @@ pub enum Invalid {
     /// More than the kernel reads.
     #[error("the command line is {0} bytes long, husk's own words included: Linux reads at most {MAX_CMDLINE_BYTES}")]
     CmdlineTooLong(usize),
+    /// An address that has a meaning of its own.
+    #[error("vsock cid {0}: a guest's is 3 to 4294967294, type --vsock PATH,cid=N or leave it out")]
+    VsockCid(u32),
+    /// No path, or one that no socket can have.
+    #[error("vsock path of {0} bytes: type --vsock PATH with 1 to {MAX_VSOCK_PATH_BYTES} bytes")]
+    VsockPath(usize),
     /// A configuration file that is no `MachineConfig`.
     #[error("{0}")]
     File(String),
@@ -133,7 +167,8 @@ impl MachineConfig {
             _ => return Err(Invalid::TooMuchMemory(self.memory_mib)),
         }
         self.validate_cmdline()?;
-        self.validate_disks()
+        self.validate_disks()?;
+        self.validate_vsock()
     }
 
     /// The kernel's whole command line: husk's own words, where they are wanted, and the user's behind them.
@@ -157,8 +192,9 @@ impl MachineConfig {
     }
 
     fn validate_disks(&self) -> Result<(), Invalid> {
-        if self.disks.len() > MAX_DISKS {
-            return Err(Invalid::TooManyDisks(self.disks.len()));
+        let disks_max = MAX_DEVICES - usize::from(self.vsock.is_some());
+        if self.disks.len() > disks_max {
+            return Err(Invalid::TooManyDisks(self.disks.len(), disks_max));
         }
         for (index, disk) in self.disks.iter().enumerate() {
             if disk.path.as_os_str().is_empty() {
@@ -174,6 +210,17 @@ impl MachineConfig {
             }
         }
         Ok(())
+    }
+
+    fn validate_vsock(&self) -> Result<(), Invalid> {
+        let Some(VsockConfig { socket, cid }) = &self.vsock else { return Ok(()) };
+        if !(DEFAULT_CID..u32::MAX).contains(cid) {
+            return Err(Invalid::VsockCid(*cid));
+        }
+        match socket.as_os_str().len() {
+            1..=MAX_VSOCK_PATH_BYTES => Ok(()),
+            len_bytes => Err(Invalid::VsockPath(len_bytes)),
+        }
     }
 }
 
@@ -210,7 +257,7 @@ mod tests {
         assert_eq!(with(|c| c.memory_mib = 4 << 20), Ok(()));
         assert_eq!(with(|c| c.memory_mib = u64::MAX), Err(Invalid::TooMuchMemory(u64::MAX)));
         assert_eq!(with(|c| c.disks = vec![disk(None); 17]), Ok(()));
-        assert_eq!(with(|c| c.disks = vec![disk(None); 18]), Err(Invalid::TooManyDisks(18)));
+        assert_eq!(with(|c| c.disks = vec![disk(None); 18]), Err(Invalid::TooManyDisks(18, 17)));
         assert_eq!(with(|c| c.kernel = PathBuf::new()), Err(Invalid::NoKernel));
         assert_eq!(with(|c| c.initrd = Some(PathBuf::new())), Err(Invalid::NoInitrd));
     }
@@ -250,6 +297,26 @@ mod tests {
     }
 
     #[test]
+    fn sockets_have_a_path_with_room_for_a_port_and_an_address_of_their_own() {
+        let with = |path: &str, cid| {
+            let vsock = Some(VsockConfig { socket: path.into(), cid });
+            MachineConfig { vsock, ..config() }.validate()
+        };
+        let longest = "x".repeat(96);
+        assert_eq!((with("v.sock", 3), with(&longest, u32::MAX - 1)), (Ok(()), Ok(())));
+        for cid in [0, 1, 2, u32::MAX] {
+            assert_eq!(with("v.sock", cid), Err(Invalid::VsockCid(cid)));
+        }
+        assert_eq!(with("", 3), Err(Invalid::VsockPath(0)));
+        assert_eq!(with(&"x".repeat(97), 3), Err(Invalid::VsockPath(97)));
+        let vsock = Some(VsockConfig { socket: "v.sock".into(), cid: 3 });
+        let full = MachineConfig { vsock, disks: vec![disk(None); 17], ..config() };
+        assert_eq!(full.validate(), Err(Invalid::TooManyDisks(17, 16)));
+        let json = r#"{"kernel": "vmlinux", "vsock": {"socket": "v.sock"}}"#;
+        assert_eq!(MachineConfig::from_json(json).unwrap().vsock, full.vsock);
+    }
+
+    #[test]
     fn json_gives_back_the_machine_it_was_made_from() {
         let full = MachineConfig {
             initrd: Some("initrd.cpio".into()),
@@ -258,6 +325,7 @@ mod tests {
             cpus: 4,
             memory_mib: 6144,
             disks: vec![disk(Some("root")), DiskConfig { readonly: true, ..disk(None) }],
+            vsock: Some(VsockConfig { socket: "v.sock".into(), cid: 7 }),
             ..config()
         };
         for config in [config(), full] {

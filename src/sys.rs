@@ -2,13 +2,16 @@
 #![allow(unsafe_code)]
 
 pub mod disk;
+pub mod socket;
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+
+use vmm_sys_util::epoll::Epoll;
 
 /// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
 ///
@@ -71,6 +74,12 @@ fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
     }
+}
+
+/// The descriptor of `epoll`, to be watched by another one.
+pub fn epoll_fd(epoll: &Epoll) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is `epoll`'s own, and stays open for as long as that is borrowed.
+    unsafe { BorrowedFd::borrow_raw(epoll.as_raw_fd()) }
 }
 
 /// Fills `buffer` with random bytes from the host's kernel (getrandom(2)); blocks only in the host's first moments.

@@ -11,7 +11,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use super::exit::{EXIT_CODES, Exit};
 use super::size;
-use crate::config::{DiskConfig, MachineConfig};
+use crate::config::{DEFAULT_CID, DiskConfig, MachineConfig, VsockConfig};
 use crate::machine::outcome::Outcome;
 use crate::machine::timings::Timings;
 use crate::machine::{Machine, control};
@@ -68,6 +68,14 @@ pub struct Boot {
     /// comma ends the path: a path with a comma in it goes into a configuration file.
     #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME]", value_parser = PathBufValueParser::new().try_map(disk))]
     disks: Vec<DiskConfig>,
+
+    /// Sockets between guest and host: connections to the guest are made at the Unix socket PATH
+    ///
+    /// A program connects to PATH, writes `CONNECT <port>` and a newline, and reads `OK <port>` and a newline once the guest
+    /// has accepted. The guest's connections to port P of the host (CID 2) arrive at the Unix socket PATH_P. `cid=N` is the
+    /// guest's own address, 3 unless given.
+    #[arg(long, value_name = "PATH[,cid=N]", value_parser = PathBufValueParser::new().try_map(vsock))]
+    vsock: Option<VsockConfig>,
 
     /// Say on standard error when each step of the boot was reached
     #[arg(long)]
@@ -134,6 +142,9 @@ impl Boot {
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }
+        if self.vsock.is_some() {
+            config.vsock.clone_from(&self.vsock);
+        }
         Ok(config)
     }
 }
@@ -165,6 +176,19 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
         }
     }
     Ok(disk)
+}
+
+/// Parses `PATH[,cid=N]`; the path may be any bytes but a comma.
+fn vsock(argument: PathBuf) -> Result<VsockConfig, String> {
+    let mut parts = argument.as_os_str().as_bytes().split(|&byte| byte == b',');
+    let socket = std::ffi::OsString::from_vec(parts.next().unwrap_or_default().to_vec()).into();
+    let mut vsock = VsockConfig { socket, cid: DEFAULT_CID };
+    for option in parts {
+        let option = String::from_utf8_lossy(option);
+        let cid = option.strip_prefix("cid=").and_then(|cid| cid.parse().ok());
+        vsock.cid = cid.ok_or_else(|| format!("unknown option {option:?}, type cid=N"))?;
+    }
+    Ok(vsock)
 }
 
 #[cfg(test)]
@@ -212,5 +236,16 @@ mod tests {
         assert_eq!(disk("/x y.img,id=a,ro".into()), Ok(DiskConfig { path, readonly: true, id: id("a") }));
         assert!(disk("x.img,or".into()).unwrap_err().contains("\"or\""));
         assert!(disk("x.img,".into()).is_err());
+    }
+    #[test]
+    fn sockets_are_a_path_and_an_address() {
+        let socket = PathBuf::from("/run/v.sock");
+        assert_eq!(vsock("/run/v.sock".into()), Ok(VsockConfig { socket: socket.clone(), cid: 3 }));
+        assert_eq!(vsock("/run/v.sock,cid=52".into()), Ok(VsockConfig { socket, cid: 52 }));
+        for wrong in ["v.sock,", "v.sock,cid=", "v.sock,cid=-1", "v.sock,ro"] {
+            assert!(vsock(wrong.into()).unwrap_err().contains("type cid=N"), "{wrong}");
+        }
+        let config = parse(&["--kernel=b", "--vsock=v.sock,cid=9"]).machine_config().unwrap();
+        assert_eq!(config.vsock, Some(VsockConfig { socket: "v.sock".into(), cid: 9 }));
     }
 }

@@ -7,6 +7,7 @@ pub mod disk;
 pub mod host;
 pub mod kernel;
 pub mod text;
+pub mod vsock;
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -33,6 +34,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
+    /// The host's side of the guest's sockets.
+    pub vsock: Option<vsock::VsockSocket>,
 }
 
 /// Opens all that `config` names. The first that fails ends it, with the path and the reason.
@@ -40,7 +43,10 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
     let kernel = kernel::open(&config.kernel)?;
     let initrd = config.initrd.as_deref().map(open_initrd).transpose()?;
     let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
-    Ok(Resources { kvm: open_kvm()?, kernel, initrd, disks })
+    let kvm = open_kvm()?;
+    // Last, since it is the only one that makes something.
+    let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
+    Ok(Resources { kvm, kernel, initrd, disks, vsock })
 }
 
 fn open_initrd(path: &Path) -> Result<File> {

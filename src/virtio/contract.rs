@@ -10,10 +10,12 @@ use super::mmio::register::*;
 use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, logged, wait_for};
 use super::{
     Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Left, QueueHandler, RingError, TransportState, VirtioDevice,
-    Virtqueue, block, rng,
+    Virtqueue, block, rng, vsock,
 };
 use crate::backend::disk::PlainDisk;
 use crate::bus::Device;
+use crate::config::VsockConfig;
+use crate::resources;
 
 /// Runs every rule on the devices that `make_device` makes.
 pub fn contract(make_device: impl Fn() -> VirtioDevice) {
@@ -153,6 +155,17 @@ fn the_block_device_keeps_the_contract() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(shape.capacity_bytes).unwrap();
         block::device_on(Box::new(PlainDisk::new(file, false)), shape, "disk", "")
+    });
+}
+
+#[test]
+fn the_socket_device_keeps_the_contract() {
+    let folder = tempfile::tempdir().unwrap();
+    contract(|| {
+        let socket = folder.path().join("v.sock");
+        // The one before may be there still: the contract moves a driver from one to another.
+        let _ = std::fs::remove_file(&socket);
+        vsock::device(resources::vsock::open(&VsockConfig { socket, cid: 3 }).unwrap()).unwrap()
     });
 }
 

@@ -14,6 +14,7 @@ pub mod mmio;
 pub mod queue;
 pub mod rng;
 pub mod session;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]

@@ -235,6 +235,12 @@ impl Virtqueue {
         Ok(true)
     }
 
+    /// Leaves the chain that was popped last to be popped again: nothing was done with it. Not to be called more often
+    /// than chains were popped and not pushed.
+    pub fn put_back(&mut self) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
     /// Reads the descriptors of `chain` from its head on.
     fn walk(&self, chain: &mut Chain) -> Result<(), RingError> {
         chain.readable.clear();

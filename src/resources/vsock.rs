@@ -1,0 +1,164 @@
+//! From a path to the host's side of a machine's sockets: a listener at the path, and connections to its neighbours.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::config::VsockConfig;
+use crate::sys::socket;
+
+/// Only who runs the machine talks to it.
+const MODE: u32 = 0o600;
+
+/// A listening socket and its place in the file system, which goes with it.
+#[derive(Debug)]
+pub struct VsockSocket {
+    /// Where programs of the host connect to reach the guest. It never waits.
+    pub listener: UnixListener,
+    /// The guest's address.
+    pub cid: u32,
+    path: PathBuf,
+    /// Device and inode of what stands at `path`, so that nothing else is removed.
+    identity: (u64, u64),
+}
+
+/// Binds the socket that `config` names. A dead one, to which nobody listens any more, is replaced.
+///
+/// Fails where somebody listens, and where something that is no socket has the name.
+pub fn open(config: &VsockConfig) -> Result<VsockSocket> {
+    let path = &config.socket;
+    let name = path.display();
+    if is_dead(path)? {
+        fs::remove_file(path).with_context(|| format!("remove the dead socket {name}"))?;
+    }
+    let listener = socket::listen(path, MODE).with_context(|| format!("listen on the vsock socket {name}"))?;
+    let identity = identity(path).with_context(|| format!("look at the vsock socket {name}"))?;
+    Ok(VsockSocket { listener, cid: config.cid, path: path.clone(), identity })
+}
+
+/// Whether a socket stands at `path` to which nobody listens.
+fn is_dead(path: &Path) -> Result<bool> {
+    let name = path.display();
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error).with_context(|| format!("look at the vsock socket {name}")),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            bail!("the vsock socket {name} cannot be made: something else is there, remove it or choose another path")
+        }
+        Ok(_) => {}
+    }
+    match socket::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(true),
+        // A full backlog is somebody's too.
+        Err(error) if error.kind() != ErrorKind::WouldBlock => {
+            Err(error).with_context(|| format!("ask who listens on the vsock socket {name}"))
+        }
+        _ => bail!("the vsock socket {name} is in use by another process"),
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+impl VsockSocket {
+    /// Connects to who serves the guest's connections to `port`: the socket named like ours, with `_` and the port behind
+    /// it. Fails, and never waits, where nobody does or too many are waiting. The stream never waits either.
+    pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let mut name = OsString::from(&self.path);
+        name.push(format!("_{port}"));
+        socket::connect(Path::new(&name))
+    }
+}
+
+impl Drop for VsockSocket {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+            // Whoever comes next finds a dead socket, and replaces it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn config(path: &Path) -> VsockConfig {
+        VsockConfig { socket: path.to_owned(), cid: 3 }
+    }
+
+    fn refusal(path: &Path) -> String {
+        format!("{:#}", open(&config(path)).unwrap_err())
+    }
+
+    #[test]
+    fn a_socket_is_its_owners_alone_and_goes_with_the_machine() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("v.sock");
+        let socket = open(&config(&path)).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_in_use_is_refused_and_a_dead_one_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("v.sock");
+        let first = open(&config(&path)).unwrap();
+        assert_eq!(refusal(&path), format!("the vsock socket {} is in use by another process", path.display()));
+        drop(first);
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        drop(open(&config(&path)).unwrap());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_no_socket_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("v.sock");
+        fs::write(&path, "precious").unwrap();
+        assert!(refusal(&path).contains("something else is there"), "{}", refusal(&path));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        let missing = folder.path().join("none/v.sock");
+        assert!(refusal(&missing).starts_with(&format!("listen on the vsock socket {}: ", missing.display())));
+    }
+
+    #[test]
+    fn anothers_socket_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("v.sock");
+        let first = open(&config(&path)).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _second = open(&config(&path)).unwrap();
+        drop(first);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn connecting_never_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let ours = open(&config(&folder.path().join("v.sock"))).unwrap();
+        assert_eq!(ours.connect(7).unwrap_err().kind(), ErrorKind::NotFound);
+        let _service = socket::listen(&folder.path().join("v.sock_7"), MODE).unwrap();
+        let mut waiting = Vec::new();
+        let full = loop {
+            match ours.connect(7) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error.kind(),
+            }
+        };
+        assert_eq!(full, ErrorKind::WouldBlock);
+        assert!(waiting.len() >= 128, "{}", waiting.len());
+    }
+}

@@ -1,0 +1,214 @@
+//! The host's side of a guest's sockets: who connects to it, and what became of their streams.
+//!
+//! A program connects to the machine's socket and writes `CONNECT <port>` and a newline; from then on it is a connection's.
+//! All streams are watched by one epoll, which the device's worker watches in its turn.
+
+use std::collections::HashMap;
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::resources::vsock::VsockSocket;
+use crate::sys;
+use crate::virtio::log_rate::LogRate;
+
+/// Names a stream for as long as it lives; never used twice.
+pub type StreamId = u64;
+
+/// Marks of events that are no stream's.
+const LISTENER: u64 = u64::MAX;
+const BELL: u64 = u64::MAX - 1;
+/// Programs that are let in before others have their turn.
+const ACCEPTS_PER_TURN: usize = 32;
+/// Longer than any greeting.
+const GREETING_BYTES_MAX: usize = 32;
+
+/// What the host has to say.
+#[derive(Debug)]
+pub enum Said {
+    /// A program wants to be connected to this port of the guest's.
+    Connect(StreamId, UnixStream, u32),
+    /// Something became of a connection's stream.
+    Event(StreamId, EventSet),
+}
+
+/// The listener, the streams' events, and the programs that have not said yet what they want.
+pub struct Host {
+    socket: VsockSocket,
+    epoll: Epoll,
+    /// Wakes the worker.
+    bell: EventFd,
+    greetings: HashMap<StreamId, Greeting>,
+    next_id: StreamId,
+    accept_again: bool,
+    log_rate: LogRate,
+}
+
+/// A program that has connected, and what it has written of its first line.
+struct Greeting {
+    stream: UnixStream,
+    line: Vec<u8>,
+}
+
+impl Host {
+    /// Nobody has connected yet.
+    pub fn new(socket: VsockSocket) -> io::Result<Host> {
+        let (epoll, bell) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
+        watch(&epoll, socket.listener.as_raw_fd(), LISTENER, EventSet::IN)?;
+        watch(&epoll, bell.as_raw_fd(), BELL, EventSet::IN)?;
+        let (greetings, log_rate) = (HashMap::new(), LogRate::default());
+        Ok(Host { socket, epoll, bell, greetings, next_id: 0, accept_again: false, log_rate })
+    }
+
+    /// The guest's address.
+    pub fn guest_cid(&self) -> u64 {
+        self.socket.cid.into()
+    }
+
+    /// Becomes readable when [`Host::poll`] has something to say.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        sys::epoll_fd(&self.epoll)
+    }
+
+    /// Makes [`Host::wake_fd`] readable.
+    pub fn ring(&self) {
+        // Its counter is never read and would take centuries to fill.
+        let _ = self.bell.write(1);
+    }
+
+    /// How many programs have connected and not said yet what they want.
+    pub fn greetings(&self) -> usize {
+        self.greetings.len()
+    }
+
+    /// Forgets everybody who has not said yet what they want.
+    pub fn clear(&mut self) {
+        self.greetings.clear();
+    }
+
+    /// Connects to who serves the guest's connections to `port`.
+    pub fn connect(&mut self, port: u32) -> io::Result<(StreamId, UnixStream)> {
+        let stream = self.socket.connect(port)?;
+        Ok((self.adopt(&stream)?, stream))
+    }
+
+    /// Puts what happened since the last time behind `said`; it lets at most `room` programs in and turns the others away.
+    /// Returns whether there is more.
+    pub fn poll(&mut self, room: usize, said: &mut Vec<Said>) -> bool {
+        let mut events = [EpollEvent::default(); 64];
+        // Only a signal can be in the way, and then there is a next time.
+        let Ok(count) = self.epoll.wait(0, &mut events) else { return true };
+        let mut accept = std::mem::take(&mut self.accept_again);
+        for event in events.iter().take(count) {
+            match (event.data(), event.event_set()) {
+                (LISTENER, _) => accept = true,
+                (BELL, _) => {}
+                (id, _) if self.greetings.contains_key(&id) => self.greet(id, said),
+                (id, happened) => said.push(Said::Event(id, happened)),
+            }
+        }
+        if accept {
+            self.accept_again = self.accept(room);
+        }
+        count == events.len() || self.accept_again
+    }
+
+    /// Lets in who is waiting. Returns whether more may be.
+    fn accept(&mut self, mut room: usize) -> bool {
+        for _ in 0..ACCEPTS_PER_TURN {
+            let accepted = self.socket.listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(true)?;
+                Ok(stream)
+            });
+            let adopted = match accepted {
+                Ok(_) if room == 0 => continue,
+                Ok(stream) => self.adopt(&stream).map(|id| (id, stream)),
+                Err(error) => Err(error),
+            };
+            match adopted {
+                Ok((id, stream)) => {
+                    room -= 1;
+                    self.greetings.insert(id, Greeting { stream, line: Vec::new() });
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+                Err(error) => {
+                    if self.log_rate.allows() {
+                        log::warn!("vsock: a connection was not accepted: {error}");
+                    }
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Reads on in what a program says. What it says is wanted, or it is turned away.
+    fn greet(&mut self, id: StreamId, said: &mut Vec<Said>) {
+        let Some(mut greeting) = self.greetings.remove(&id) else { return };
+        match greeting.read() {
+            Ok(Some(port)) => said.push(Said::Connect(id, greeting.stream, port)),
+            Ok(None) => drop(self.greetings.insert(id, greeting)),
+            Err(_) => {}
+        }
+    }
+
+    /// Watches a stream until it is closed.
+    fn adopt(&mut self, stream: &UnixStream) -> io::Result<StreamId> {
+        let id = self.next_id;
+        self.next_id += 1;
+        watch(&self.epoll, stream.as_raw_fd(), id, EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP)?;
+        Ok(id)
+    }
+}
+
+impl Greeting {
+    /// The port that is wanted, once the line is whole. Nothing behind it is read: that is for the guest.
+    fn read(&mut self) -> io::Result<Option<u32>> {
+        let mut byte = [0];
+        while self.line.len() < GREETING_BYTES_MAX {
+            match self.stream.read(&mut byte) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(_) if byte == *b"\n" => return port(&self.line).map(Some).ok_or(ErrorKind::InvalidData.into()),
+                Ok(_) => self.line.extend(byte),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(ErrorKind::InvalidData.into())
+    }
+}
+
+fn port(line: &[u8]) -> Option<u32> {
+    std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?.trim().parse().ok()
+}
+
+/// Edge-triggered: each change is told once.
+fn watch(epoll: &Epoll, fd: RawFd, mark: u64, events: EventSet) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events | EventSet::EDGE_TRIGGERED, mark))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_greeting_names_a_port() {
+        for (line, wanted) in [
+            ("CONNECT 52", Some(52)),
+            ("CONNECT 4294967295", Some(u32::MAX)),
+            ("CONNECT 52\r", Some(52)),
+            ("CONNECT 4294967296", None),
+            ("CONNECT", None),
+            ("CONNECT -1", None),
+            ("OK 52", None),
+            ("", None),
+        ] {
+            assert_eq!(port(line.as_bytes()), wanted, "{line:?}");
+        }
+        assert_eq!(port(b"CONNECT \xff"), None);
+    }
+}

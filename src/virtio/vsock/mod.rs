@@ -1,0 +1,154 @@
+//! From the guest's sockets to the host's: the socket device (virtio 1.2 §5.10), streams only.
+//!
+//! ```text
+//! guest's tx ring ─ packet ─> switch ─> connection ─ sendmsg ─> Unix socket PATH_<port>, or whoever connected to PATH
+//! guest's rx ring <─ packet ─ switch <─ connection <─ recvmsg ─ the same; due connections have their turns one by one
+//! ```
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use super::queue::{Chain, Virtqueue};
+use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
+use crate::backend::disk::GuestBuffers;
+use crate::resources::vsock::VsockSocket;
+
+mod connection;
+mod credit;
+mod host;
+pub mod packet;
+mod switch;
+
+#[cfg(test)]
+mod tests;
+
+use host::Host;
+use packet::{HEADER_BYTES, Header};
+use switch::Switch;
+
+/// Device ID (virtio 1.2 §5).
+const DEVICE_TYPE: u32 = 19;
+/// VIRTIO_VSOCK_F_STREAM (virtio 1.2 §5.10.3).
+const F_STREAM: u64 = 1;
+/// The device's queues, by index (virtio 1.2 §5.10.2): to the guest, from the guest, events.
+const RX: usize = 0;
+const TX: usize = 1;
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// What one turn of the worker moves at most in each direction, before it looks at its stop event again.
+const TURN_BYTES: u64 = 4 << 20;
+/// What a packet counts in a turn beside its data, so that a turn has an end in any case.
+const PACKET_COST_BYTES: u64 = 16 << 10;
+
+/// A socket device whose host side is `socket`.
+pub fn device(socket: VsockSocket) -> io::Result<VirtioDevice> {
+    let cid = u64::from(socket.cid);
+    let switch = Switch::new(Host::new(socket)?);
+    Ok(VirtioDevice {
+        device_type: DEVICE_TYPE,
+        name: "virtio-vsock".to_owned(),
+        features: F_STREAM,
+        queue_sizes: QUEUE_SIZES.to_vec(),
+        // `struct virtio_vsock_config` (virtio 1.2 §5.10.4).
+        config: Arc::new(ConfigSpace::new(cid.to_le_bytes().to_vec(), 0..0)),
+        handler: Box::new(Vsock { switch, chain: Chain::default(), held_up: false }),
+    })
+}
+
+/// The device's side of its queues. Connections outlive runs: a pause finds no packet half done, and changes nothing.
+struct Vsock {
+    switch: Switch,
+    chain: Chain,
+    /// Packets of the guest's wait until it has taken some of ours.
+    held_up: bool,
+}
+
+impl Vsock {
+    /// Takes the guest's packets until there are none, or this turn's work is done, or the guest has to take some first.
+    fn take(&mut self, tx: &mut Virtqueue) -> Result<Left, RingError> {
+        let mut buffers = GuestBuffers::new(tx.memory().clone());
+        let mut turn_bytes = 0;
+        while turn_bytes < TURN_BYTES {
+            self.held_up = self.switch.is_full();
+            if self.held_up {
+                return Ok(Left::Waiting);
+            }
+            if !tx.pop(&mut self.chain)? {
+                return Ok(Left::Nothing);
+            }
+            let packet = self.chain.readable();
+            let header = Header::read(tx.memory(), packet);
+            let header = header.ok_or(RingError::Chain("a packet with no header in memory"))?;
+            self.switch.receive(&header, packet, &mut buffers);
+            tx.push(self.chain.head(), 0)?;
+            turn_bytes += PACKET_COST_BYTES + u64::from(header.len_bytes);
+        }
+        Ok(Left::More)
+    }
+
+    /// Gives the guest packets until there are none (`Waiting`: for the host), or it has no buffers left (`Nothing`), or
+    /// this turn's work is done.
+    fn deliver(&mut self, rx: &mut Virtqueue) -> Result<Left, RingError> {
+        let mut buffers = GuestBuffers::new(rx.memory().clone());
+        let mut turn_bytes = 0;
+        while turn_bytes < TURN_BYTES {
+            if !self.switch.has_packets() {
+                return Ok(Left::Waiting);
+            }
+            if !rx.pop(&mut self.chain)? {
+                return Ok(Left::Nothing);
+            }
+            turn_bytes += PACKET_COST_BYTES;
+            let Some(header) = self.switch.next(self.chain.writable(), &mut buffers)? else {
+                rx.put_back();
+                continue;
+            };
+            if !header.write(rx.memory(), self.chain.writable()) {
+                return Err(RingError::Chain("a receive buffer outside of memory"));
+            }
+            rx.push(self.chain.head(), HEADER_BYTES as u32 + header.len_bytes)?;
+            turn_bytes += u64::from(header.len_bytes);
+            if self.held_up && !self.switch.is_full() {
+                self.held_up = false;
+                self.switch.ring();
+            }
+        }
+        Ok(Left::More)
+    }
+}
+
+impl QueueHandler for Vsock {
+    fn start(&mut self, _features: u64) {}
+
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+        let [rx, tx, _events] = queues else { return Ok(Left::Nothing) };
+        match index {
+            RX => {
+                let more = self.switch.poll();
+                let left = self.deliver(rx)?;
+                Ok(if more { Left::More } else { left })
+            }
+            TX => {
+                let left = self.take(tx)?;
+                // Answers go at once. Where the guest has no buffers for them its doorbell is wanted, which is the other
+                // queue's.
+                Ok(match self.deliver(rx)? {
+                    Left::More => Left::More,
+                    Left::Nothing if rx.enable_notification()? => Left::More,
+                    _ => left,
+                })
+            }
+            // Events are for a guest that was moved: its buffers for them are kept.
+            _ => Ok(Left::Waiting),
+        }
+    }
+
+    fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.switch.wake_fd()]
+    }
+
+    fn reset(&mut self) {
+        self.switch.clear();
+        self.held_up = false;
+    }
+}

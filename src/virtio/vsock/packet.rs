@@ -1,0 +1,188 @@
+//! From bytes in a guest's buffers to a packet's header, and back (virtio 1.2 §5.10.6).
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::memory::GuestMemory;
+use crate::virtio::queue::{self, GuestRange};
+
+/// Length of `struct virtio_vsock_hdr`.
+pub const HEADER_BYTES: usize = 44;
+/// The host's address (virtio 1.2 §5.10.4).
+pub const HOST_CID: u64 = 2;
+/// The only type of socket here (VIRTIO_VSOCK_TYPE_STREAM).
+pub const TYPE_STREAM: u16 = 1;
+
+/// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: the sender of the packet will receive no more data.
+pub const SHUTDOWN_RECEIVE: u32 = 1;
+/// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender of the packet will send no more data.
+pub const SHUTDOWN_SEND: u32 = 2;
+/// Both: the connection is to end.
+pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+
+/// What a packet is for (virtio 1.2 §5.10.6).
+pub mod op {
+    /// Asks for a connection.
+    pub const REQUEST: u16 = 1;
+    /// Accepts it.
+    pub const RESPONSE: u16 = 2;
+    /// Refuses or ends it.
+    pub const RST: u16 = 3;
+    /// Says that one side of it, or both, end.
+    pub const SHUTDOWN: u16 = 4;
+    /// Carries data.
+    pub const RW: u16 = 5;
+    /// Says how much data may be sent.
+    pub const CREDIT_UPDATE: u16 = 6;
+    /// Asks for that.
+    pub const CREDIT_REQUEST: u16 = 7;
+}
+
+/// A packet's header, owned: the guest can no longer change it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Header {
+    /// Sender's address.
+    pub src_cid: u64,
+    /// Receiver's address.
+    pub dst_cid: u64,
+    /// Sender's port.
+    pub src_port: u32,
+    /// Receiver's port.
+    pub dst_port: u32,
+    /// Length of the data behind the header.
+    pub len_bytes: u32,
+    /// Type of socket.
+    pub kind: u16,
+    /// What the packet is for, see [`op`].
+    pub op: u16,
+    /// What ends, in a SHUTDOWN.
+    pub flags: u32,
+    /// Room for data that the sender has for this connection, in all.
+    pub buf_alloc: u32,
+    /// Data that the sender has passed on, counted from the connection's start, modulo 2^32.
+    pub fwd_cnt: u32,
+}
+
+impl Header {
+    /// The header at the front of `ranges`, wherever the driver splits it. `None` where it is not whole or not in memory.
+    pub fn read(memory: &GuestMemory, ranges: &[GuestRange]) -> Option<Header> {
+        if let Some(first) = ranges.first().filter(|first| first.len_bytes as usize >= HEADER_BYTES) {
+            return queue::read_bytes(memory, first.address).ok().map(|bytes| Header::decode(&bytes));
+        }
+        let mut bytes = [0; HEADER_BYTES];
+        let mut rest = &mut bytes[..];
+        for range in queue::part(ranges, 0, HEADER_BYTES as u64) {
+            let (piece, behind) = rest.split_at_mut_checked(range.len_bytes as usize)?;
+            memory.read_slice(piece, range.address).ok()?;
+            rest = behind;
+        }
+        rest.is_empty().then(|| Header::decode(&bytes))
+    }
+
+    /// Writes the header to the front of `ranges`. Returns whether they have the room, and are memory.
+    #[must_use]
+    pub fn write(&self, memory: &GuestMemory, ranges: &[GuestRange]) -> bool {
+        let bytes = self.encode();
+        let mut rest = &bytes[..];
+        for GuestRange { address, len_bytes } in queue::part(ranges, 0, HEADER_BYTES as u64) {
+            let Some((piece, behind)) = rest.split_at_checked(len_bytes as usize) else { return false };
+            if memory.write_slice(piece, GuestAddress(address.0)).is_err() {
+                return false;
+            }
+            rest = behind;
+        }
+        rest.is_empty()
+    }
+
+    fn decode(bytes: &[u8; HEADER_BYTES]) -> Header {
+        let mut fields = Fields(bytes);
+        Header {
+            src_cid: u64::from_le_bytes(fields.take()),
+            dst_cid: u64::from_le_bytes(fields.take()),
+            src_port: u32::from_le_bytes(fields.take()),
+            dst_port: u32::from_le_bytes(fields.take()),
+            len_bytes: u32::from_le_bytes(fields.take()),
+            kind: u16::from_le_bytes(fields.take()),
+            op: u16::from_le_bytes(fields.take()),
+            flags: u32::from_le_bytes(fields.take()),
+            buf_alloc: u32::from_le_bytes(fields.take()),
+            fwd_cnt: u32::from_le_bytes(fields.take()),
+        }
+    }
+
+    fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[0..8].copy_from_slice(&self.src_cid.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.dst_cid.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.src_port.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.dst_port.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.len_bytes.to_le_bytes());
+        bytes[28..30].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[30..32].copy_from_slice(&self.op.to_le_bytes());
+        bytes[32..36].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[36..40].copy_from_slice(&self.buf_alloc.to_le_bytes());
+        bytes[40..44].copy_from_slice(&self.fwd_cnt.to_le_bytes());
+        bytes
+    }
+}
+
+/// Bytes that are taken in order. Beyond the end they are zeroes.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let Some((field, rest)) = self.0.split_first_chunk() else { return [0; N] };
+        self.0 = rest;
+        *field
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    const HEADER: Header = Header {
+        src_cid: 0x0102_0304_0506_0708,
+        dst_cid: 2,
+        src_port: 0x1122_3344,
+        dst_port: 52,
+        len_bytes: 1000,
+        kind: TYPE_STREAM,
+        op: op::RW,
+        flags: SHUTDOWN_BOTH,
+        buf_alloc: 1 << 18,
+        fwd_cnt: u32::MAX,
+    };
+
+    fn ranges(parts: &[(u64, u32)]) -> Vec<GuestRange> {
+        parts.iter().map(|(at, len_bytes)| GuestRange { address: GuestAddress(*at), len_bytes: *len_bytes }).collect()
+    }
+
+    #[test]
+    fn a_header_stands_where_the_specification_puts_it() {
+        let memory = memory::reserve(1).unwrap();
+        assert!(HEADER.write(&memory, &ranges(&[(0x1000, 100)])));
+        let read = |offset: u64| memory.read_obj::<u32>(GuestAddress(0x1000 + offset)).unwrap();
+        assert_eq!((read(0), read(4), read(8), read(12)), (0x0506_0708, 0x0102_0304, 2, 0));
+        assert_eq!((read(16), read(20), read(24), read(28)), (0x1122_3344, 52, 1000, 0x0005_0001));
+        assert_eq!((read(32), read(36), read(40), read(44)), (3, 1 << 18, u32::MAX, 0));
+    }
+
+    #[test]
+    fn a_header_is_read_and_written_however_it_is_split() {
+        let memory = memory::reserve(1).unwrap();
+        for parts in [&[(0x1000, 44)][..], &[(0x1000, 1), (0x3000, 42), (0x2000, 9)], &[(0x1000, 43), (0x5000, 1)]] {
+            assert!(HEADER.write(&memory, &ranges(parts)), "{parts:?}");
+            assert_eq!(Header::read(&memory, &ranges(parts)), Some(HEADER), "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn a_header_that_is_not_whole_or_not_in_memory_is_none() {
+        let memory = memory::reserve(1).unwrap();
+        for parts in [&[][..], &[(0x1000, 43)], &[((1 << 20) - 43, 44)], &[(0x1000, 20), (u64::MAX, 24)]] {
+            assert_eq!(Header::read(&memory, &ranges(parts)), None, "{parts:?}");
+            assert!(!HEADER.write(&memory, &ranges(parts)), "{parts:?}");
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Between the rings and the streams: which packet is whose, who is next, and who is told that there is nobody.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+
+use super::connection::{After, Broken, Connection, Ports};
+use super::host::{Host, Said, StreamId};
+use super::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM, op};
+use crate::backend::disk::GuestBuffers;
+use crate::virtio::RingError;
+use crate::virtio::queue::{self, GuestRange};
+
+/// Connections at once, those included that are about to become one. They fit beside a machine's other files into the usual
+/// limit of 1024, and their buffers into 128 MiB if every one of them is full.
+pub const CONNECTIONS_MAX: usize = 512;
+/// With so many RSTs that the guest has not taken, no more packets are taken from it (virtio 1.2 §5.10.6.1).
+const RESETS_MAX: usize = 256;
+/// The first port of ours that is given to a program that connects to the guest.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// All connections of a guest.
+pub struct Switch {
+    host: Host,
+    connections: HashMap<StreamId, Connection>,
+    /// Those that the guest may name.
+    by_ports: HashMap<Ports, StreamId>,
+    /// Those with something for the guest, each once, in the order in which they have their turns.
+    due: VecDeque<StreamId>,
+    /// RSTs that the guest has not taken yet: its ports, and those it called.
+    resets: VecDeque<Ports>,
+    next_host_port: u32,
+    said: Vec<Said>,
+}
+
+impl Switch {
+    /// No connections yet.
+    pub fn new(host: Host) -> Switch {
+        Switch {
+            host,
+            connections: HashMap::new(),
+            by_ports: HashMap::new(),
+            due: VecDeque::new(),
+            resets: VecDeque::new(),
+            next_host_port: FIRST_HOST_PORT,
+            said: Vec::new(),
+        }
+    }
+
+    /// Becomes readable when [`Switch::poll`] has something to do.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.host.wake_fd()
+    }
+
+    /// Makes [`Switch::wake_fd`] readable.
+    pub fn ring(&self) {
+        self.host.ring();
+    }
+
+    /// Closes all connections, without a word to the guest.
+    pub fn clear(&mut self) {
+        self.host.clear();
+        self.connections.clear();
+        self.by_ports.clear();
+        self.due.clear();
+        self.resets.clear();
+    }
+
+    /// Does what the host's side asks for. Returns whether there is more of it.
+    pub fn poll(&mut self) -> bool {
+        let mut said = std::mem::take(&mut self.said);
+        let more = self.host.poll(self.room(), &mut said);
+        for said in said.drain(..) {
+            match said {
+                Said::Connect(id, stream, port) => self.request(id, stream, port),
+                Said::Event(id, events) => {
+                    let Some(connection) = self.connections.get_mut(&id) else { continue };
+                    match connection.on_event(events) {
+                        Ok(()) if connection.is_over() => drop(self.connections.remove(&id)),
+                        Ok(()) => self.queue(id),
+                        Err(_) => self.reset(id),
+                    }
+                }
+            }
+        }
+        self.said = said;
+        more
+    }
+
+    /// Whether the guest has to take something before more is taken from it.
+    pub fn is_full(&self) -> bool {
+        self.resets.len() >= RESETS_MAX
+    }
+
+    /// A packet of the guest's in `chain`. What it breaks is a connection, never the switch.
+    pub fn receive(&mut self, header: &Header, chain: &[GuestRange], buffers: &mut GuestBuffers) {
+        if header.src_cid != self.host.guest_cid() {
+            // There is nobody to tell.
+            return;
+        }
+        let ports = Ports { guest: header.src_port, host: header.dst_port };
+        let all_there = queue::len_bytes(chain) >= HEADER_BYTES as u64 + u64::from(header.len_bytes);
+        let to_host = header.dst_cid == HOST_CID && header.kind == TYPE_STREAM;
+        let id = self.by_ports.get(&ports).copied().filter(|_| to_host);
+        match (id, header.op) {
+            (None, op::RST) => {}
+            (None, op::REQUEST) if to_host && all_there => self.accept(ports, header),
+            (None, _) => self.resets.push_back(ports),
+            (Some(id), op::RST) => self.end(id),
+            (Some(id), _) => {
+                let Some(connection) = self.connections.get_mut(&id).filter(|_| all_there) else {
+                    return self.reset(id);
+                };
+                match connection.on_packet(header, chain, buffers) {
+                    Ok(After::Goes) => self.queue(id),
+                    Ok(After::Ended) => {
+                        self.end(id);
+                        self.resets.push_back(ports);
+                    }
+                    Err(Broken) => self.reset(id),
+                }
+            }
+        }
+    }
+
+    /// Whether there is something for the guest, as far as can be told without trying.
+    pub fn has_packets(&self) -> bool {
+        !self.resets.is_empty() || !self.due.is_empty()
+    }
+
+    /// The next packet for the guest, its data already behind the place of the header in `chain`. `None` if there is none
+    /// after all. Fails where the chain is no room for a packet.
+    pub fn next(&mut self, chain: &[GuestRange], buffers: &mut GuestBuffers) -> Result<Option<Header>, RingError> {
+        if queue::len_bytes(chain) <= HEADER_BYTES as u64 {
+            return Err(RingError::Chain("a receive buffer with no room for data"));
+        }
+        if let Some(ports) = self.resets.pop_front() {
+            return Ok(Some(self.address(Header { op: op::RST, ..Header::default() }, ports)));
+        }
+        let Some(id) = self.due.pop_front() else { return Ok(None) };
+        let Some(connection) = self.connections.get_mut(&id) else { return Ok(None) };
+        connection.queued = false;
+        buffers.clear();
+        for range in queue::part(chain, HEADER_BYTES as u64, connection.room_bytes().into()) {
+            let pushed = buffers.push(range.address, range.len_bytes);
+            pushed.map_err(|_| RingError::Chain("a receive buffer outside of memory"))?;
+        }
+        let Ok(header) = connection.next(buffers) else {
+            self.reset(id);
+            return Ok(None);
+        };
+        let ports = connection.ports();
+        self.queue(id);
+        Ok(header.map(|header| self.address(header, ports)))
+    }
+
+    fn address(&self, header: Header, ports: Ports) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: self.host.guest_cid(),
+            src_port: ports.host,
+            dst_port: ports.guest,
+            kind: TYPE_STREAM,
+            ..header
+        }
+    }
+
+    /// How many more connections there may be.
+    fn room(&self) -> usize {
+        CONNECTIONS_MAX.saturating_sub(self.connections.len() + self.host.greetings())
+    }
+
+    /// The guest asks for a connection.
+    fn accept(&mut self, ports: Ports, request: &Header) {
+        let connection = match self.room() {
+            0 => None,
+            _ => self.host.connect(ports.host).ok(),
+        };
+        let connection = connection
+            .and_then(|(id, stream)| Connection::from_guest(stream, ports, request).ok().map(|made| (id, made)));
+        match connection {
+            Some((id, connection)) => self.insert(id, connection),
+            None => self.resets.push_back(ports),
+        }
+    }
+
+    /// A program of the host's asks for a connection to the guest's `port`.
+    fn request(&mut self, id: StreamId, stream: UnixStream, port: u32) {
+        let mut ports = Ports { guest: port, host: self.next_host_port };
+        // There are far more ports than connections.
+        while self.by_ports.contains_key(&ports) {
+            ports.host = following(ports.host);
+        }
+        self.next_host_port = following(ports.host);
+        self.insert(id, Connection::from_host(stream, ports));
+    }
+
+    fn insert(&mut self, id: StreamId, connection: Connection) {
+        self.by_ports.insert(connection.ports(), id);
+        self.connections.insert(id, connection);
+        self.queue(id);
+    }
+
+    /// Gives a connection a turn if it has something for the guest.
+    fn queue(&mut self, id: StreamId) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if !connection.queued && connection.is_due() {
+            connection.queued = true;
+            self.due.push_back(id);
+        }
+    }
+
+    /// Ends a connection that cannot go on, and tells the guest if it knows of it.
+    fn reset(&mut self, id: StreamId) {
+        let Some(connection) = self.connections.remove(&id) else { return };
+        let ports = connection.ports();
+        // If the guest has ended it before, another one may have its ports by now.
+        if self.by_ports.get(&ports) == Some(&id) {
+            self.by_ports.remove(&ports);
+            if connection.is_known_to_guest() {
+                self.resets.push_back(ports);
+            }
+        }
+    }
+
+    /// The guest has ended a connection: its ports are free for another one, but what it wrote is still delivered.
+    fn end(&mut self, id: StreamId) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        self.by_ports.remove(&connection.ports());
+        if !connection.linger() {
+            self.connections.remove(&id);
+        }
+    }
+}
+
+fn following(port: u32) -> u32 {
+    port.checked_add(1).unwrap_or(FIRST_HOST_PORT)
+}
