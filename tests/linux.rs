@@ -7,6 +7,8 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -258,23 +260,124 @@ fn timings_tell_of_every_step() {
     assert!(ordered.is_sorted() && times[0] > 0.0, "{}", ended.errors);
 }
 
-/// Starts a guest and waits until its init says `word`.
-fn start_and_wait(command: &mut Command, word: &str) -> Child {
+const PIECE_BYTES: usize = 64 << 10;
+const MIB: usize = 1 << 20;
+
+/// Piece `index` of what is sent through a socket, as firmware/guests/linux/vsock.c makes it.
+fn piece(index: usize) -> Vec<u8> {
+    let word = |at: u64| if at == 0 { index as u64 } else { at.wrapping_mul(0x9e37_79b9_7f4a_7c15) };
+    (0..PIECE_BYTES as u64).step_by(8).flat_map(|at| word(at).to_le_bytes()).collect()
+}
+
+fn send_pieces(mut stream: UnixStream, len: usize) {
+    for index in 0..len / PIECE_BYTES {
+        stream.write_all(&piece(index)).unwrap();
+    }
+    stream.shutdown(Shutdown::Write).unwrap();
+}
+
+/// A program of the host's that sends back what it gets, on as many connections as come.
+fn serve_echo(listener: UnixListener) {
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        thread::spawn(move || {
+            std::io::copy(&mut stream.try_clone().unwrap(), &mut stream).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        });
+    }
+}
+
+/// Connects to `port` of the guest's. `None` where the guest refuses.
+fn call(socket: &Path, port: u32) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap() == 1 {
+        answer.extend(byte);
+        if byte == *b"\n" {
+            assert!(answer.starts_with(b"OK "), "{answer:?}");
+            return Some(stream);
+        }
+    }
+    None
+}
+
+/// What the host asks of a guest that serves its ports 1000 (it sends back what it gets) and 1001 (it takes all and then says
+/// how much it was).
+fn talk_to_guest(socket: &Path) {
+    let mut echo = call(socket, 1000).unwrap();
+    let sender = echo.try_clone().unwrap();
+    let sending = thread::spawn(move || send_pieces(sender, 64 * MIB));
+    let mut got = vec![0; PIECE_BYTES];
+    for index in 0..64 * MIB / PIECE_BYTES {
+        echo.read_exact(&mut got).unwrap();
+        assert!(got == piece(index), "piece {index} came back otherwise");
+    }
+    assert_eq!(echo.read(&mut got).unwrap(), 0);
+    sending.join().unwrap();
+
+    let mut half = call(socket, 1001).unwrap();
+    send_pieces(half.try_clone().unwrap(), MIB);
+    let mut total = String::new();
+    half.read_to_string(&mut total).unwrap();
+    assert_eq!(total.trim(), MIB.to_string());
+
+    let mut many: Vec<_> = (0..50).map(|number| (call(socket, 1000).unwrap(), number)).collect();
+    for (stream, number) in &mut many {
+        stream.write_all(&[*number; 3000]).unwrap();
+    }
+    for (mut stream, number) in many.into_iter().rev() {
+        let mut got = [0xff; 3000];
+        stream.read_exact(&mut got).unwrap();
+        assert_eq!(got, [number; 3000]);
+    }
+    assert!(call(socket, 9).is_none(), "nobody serves this port");
+}
+
+#[test]
+fn guest_and_host_talk_through_sockets() {
+    let guests = guests!();
+    for kernel in ["micro", "stock"] {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("v.sock");
+        let listener = UnixListener::bind(folder.path().join("v.sock_52")).unwrap();
+        thread::spawn(move || serve_echo(listener));
+        let flags = ["--vsock", socket.to_str().unwrap()];
+        let (child, output) = start_and_wait(&mut husk(&guests.join(kernel), "vmlinux", "sockets", &flags), "serving=");
+        talk_to_guest(&socket);
+        drop(call(&socket, 1002));
+        finish(child).expect(0, kernel);
+        let output: Vec<String> = output.try_iter().collect();
+        let said = |line: &str| assert!(output.iter().any(|said| said.trim() == line), "{kernel}: {line}: {output:?}");
+        said(&format!("received={}", 64 * MIB));
+        said("echoed=50");
+        said("refused=ECONNRESET");
+        assert!(!socket.exists(), "{kernel}: the socket goes with its machine");
+    }
+}
+
+/// Starts a guest and waits until its init says `word`. Returns it and the lines that it prints.
+fn start_and_wait(command: &mut Command, word: &str) -> (Child, mpsc::Receiver<String>) {
     let mut child = command.spawn().unwrap();
     let (said, heard) = mpsc::channel();
+    let (line_said, lines) = mpsc::channel();
     let (stdout, word) = (child.stdout.take().unwrap(), word.to_owned());
     thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            if line.contains(&word) {
+            let found = line.contains(&word);
+            let _ = line_said.send(line);
+            if found {
                 let _ = said.send(());
             }
         }
     });
     if heard.recv_timeout(PATIENCE).is_err() {
         child.kill().unwrap();
-        panic!("the guest did not come up: {:?}", finish(child).errors);
+        panic!("the guest did not come up: {:?} {:?}", lines.try_iter().collect::<Vec<_>>(), finish(child).errors);
     }
-    child
+    (child, lines)
 }
 
 fn signal(child: &Child, name: &str) {
@@ -285,7 +388,7 @@ fn signal(child: &Child, name: &str) {
 fn sigterm_presses_the_power_button() {
     let guests = guests!();
     for kernel in ["stock", "micro"] {
-        let child = start_and_wait(&mut husk(&guests.join(kernel), "vmlinux", "button", &[]), "waiting=event");
+        let (child, _) = start_and_wait(&mut husk(&guests.join(kernel), "vmlinux", "button", &[]), "waiting=event");
         // The guest opens the device just after it says so.
         thread::sleep(Duration::from_millis(500));
         signal(&child, "TERM");
@@ -300,7 +403,7 @@ fn kill_9_leaves_nothing_behind() {
     let image = disk(folder.path(), 32 << 20, true);
     let guest = guests.join("micro");
     let flags = ["--disk", &*image];
-    let mut child = start_and_wait(&mut husk(&guest, "vmlinux", "hold", &flags), "holding=yes");
+    let (mut child, _) = start_and_wait(&mut husk(&guest, "vmlinux", "hold", &flags), "holding=yes");
     boot(&guest, "vmlinux", "report", &flags).expect(1, "a disk in use is refused");
     child.kill().unwrap();
     child.wait().unwrap();
