@@ -7,6 +7,7 @@ pub mod config;
 pub mod console;
 pub mod device;
 pub mod guest;
+pub mod image;
 pub mod irq;
 pub mod kvm;
 pub mod machine;

@@ -3,6 +3,7 @@
 
 pub mod disk;
 pub mod socket;
+pub mod xattr;
 
 use std::ffi::CStr;
 use std::fs::File;

@@ -16,7 +16,7 @@ mod pvh;
 mod reset_vector;
 #[cfg(test)]
 pub(crate) mod sample;
-mod unpack;
+pub(crate) mod unpack;
 mod zero_page;
 
 use std::fs::File;

@@ -3,6 +3,8 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use crate::backend::disk::GuestBuffers;
@@ -56,6 +58,33 @@ pub fn discard_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::R
 /// Makes a range of a block device read as zeroes (BLKZEROOUT).
 pub fn zero_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     block_range(device, BLKZEROOUT, offset_bytes, len_bytes)
+}
+
+/// How many bytes may yet be written to the file system that the file is on (fstatvfs(3)).
+pub fn free_bytes(file: &File) -> io::Result<u64> {
+    let mut found = MaybeUninit::<libc::statvfs64>::uninit();
+    // SAFETY: the structure is written whole when the call succeeds, and read only then.
+    let found = unsafe {
+        if libc::fstatvfs64(file.as_raw_fd(), found.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        found.assume_init()
+    };
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// The next range at or behind `offset_bytes` that is no hole (SEEK_DATA, SEEK_HOLE); `None` if only holes follow.
+pub fn next_data(file: &File, offset_bytes: u64) -> io::Result<Option<Range<u64>>> {
+    let seek = |from: u64, whence| -> io::Result<u64> {
+        // SAFETY: no pointer is passed.
+        let found = unsafe { libc::lseek64(file.as_raw_fd(), offset(from)?, whence) };
+        u64::try_from(found).map_err(|_| io::Error::last_os_error())
+    };
+    match seek(offset_bytes, libc::SEEK_DATA) {
+        Ok(start) => Ok(Some(start..seek(start, libc::SEEK_HOLE)?)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn fallocate(file: &File, mode: i32, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {

@@ -1,0 +1,177 @@
+//! From an image's configuration (OCI image specification, config.md) to what a machine is to run.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::digest::Digest;
+
+/// The longest configuration or manifest that is read: real ones have some tens of KiB.
+pub const JSON_MAX_BYTES: u64 = 4 << 20;
+/// Docker has 127 as its limit.
+pub const MAX_LAYERS: usize = 512;
+
+/// What an image says of the process it is made for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ImageProcess {
+    /// The program, and its first arguments.
+    pub entrypoint: Vec<String>,
+    /// The arguments behind them, or the program where there is no entry point.
+    pub cmd: Vec<String>,
+    /// `NAME=VALUE`.
+    pub env: Vec<String>,
+    /// Where the program starts; empty for `/`.
+    pub working_dir: String,
+    /// Name or number of a user, maybe with `:` and a group; empty for root.
+    pub user: String,
+    /// What asks the program to end, such as `SIGTERM` or `15`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<String>,
+    /// Directories whose content is to outlive the machine.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<String>,
+    /// `PORT/tcp` or `PORT/udp`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exposed_ports: Vec<String>,
+    /// What its maker says of it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// An image's configuration, as far as it matters here.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageConfig {
+    /// What it is to run.
+    pub process: ImageProcess,
+    /// The processor it is for, in Go's words (`amd64`).
+    pub architecture: String,
+    /// The kernel it is for (`linux`).
+    pub os: String,
+    /// When it was made, in the words of RFC 3339.
+    pub created: Option<String>,
+    /// The digest of each layer when unpacked, the lowest first.
+    pub diff_ids: Vec<Digest>,
+}
+
+impl ImageConfig {
+    /// Reads a configuration's JSON.
+    pub fn parse(json: &[u8]) -> Result<ImageConfig> {
+        let file: File = serde_json::from_slice(json).context("read the image's configuration")?;
+        let kind = file.rootfs.kind.unwrap_or_else(|| "layers".into());
+        ensure!(kind == "layers", "the image's root file system is made of {kind:?}, not of layers");
+        let diff_ids = file.rootfs.diff_ids.unwrap_or_default();
+        ensure!(diff_ids.len() <= MAX_LAYERS, "the image has {} layers, {MAX_LAYERS} are the most", diff_ids.len());
+        let process = file.config.unwrap_or_default().into();
+        let created = file.created.filter(|created| !created.is_empty());
+        let text = Option::unwrap_or_default;
+        Ok(ImageConfig { process, architecture: text(file.architecture), os: text(file.os), created, diff_ids })
+    }
+
+    /// That of a root file system without one.
+    pub fn of_root() -> ImageConfig {
+        ImageConfig { architecture: "amd64".into(), os: "linux".into(), ..ImageConfig::default() }
+    }
+
+    /// Refuses what the machine's processor or kernel cannot run.
+    pub fn check_platform(&self) -> Result<()> {
+        let (os, architecture) = (self.os.as_str(), self.architecture.as_str());
+        let is_ours = matches!(os, "" | "linux") && matches!(architecture, "" | "amd64" | "386");
+        ensure!(is_ours, "the image is for {os}/{architecture}, and a machine is linux/amd64");
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct File {
+    architecture: Option<String>,
+    os: Option<String>,
+    created: Option<String>,
+    config: Option<Process>,
+    rootfs: RootFs,
+}
+
+#[derive(Deserialize)]
+struct RootFs {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    diff_ids: Option<Vec<Digest>>,
+}
+
+/// Go writes `null` for what is empty.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Process {
+    user: Option<String>,
+    env: Option<Vec<String>>,
+    entrypoint: Option<Vec<String>>,
+    cmd: Option<Vec<String>>,
+    working_dir: Option<String>,
+    stop_signal: Option<String>,
+    volumes: Option<BTreeMap<String, serde::de::IgnoredAny>>,
+    exposed_ports: Option<BTreeMap<String, serde::de::IgnoredAny>>,
+    labels: Option<BTreeMap<String, String>>,
+}
+
+impl From<Process> for ImageProcess {
+    fn from(process: Process) -> ImageProcess {
+        ImageProcess {
+            entrypoint: process.entrypoint.unwrap_or_default(),
+            cmd: process.cmd.unwrap_or_default(),
+            env: process.env.unwrap_or_default(),
+            working_dir: process.working_dir.unwrap_or_default(),
+            user: process.user.unwrap_or_default(),
+            stop_signal: process.stop_signal.filter(|signal| !signal.is_empty()),
+            volumes: process.volumes.unwrap_or_default().into_keys().collect(),
+            exposed_ports: process.exposed_ports.unwrap_or_default().into_keys().collect(),
+            labels: process.labels.unwrap_or_default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    #[test]
+    fn a_configuration_may_say_null_for_anything() {
+        let json = format!(
+            r#"{{"architecture": "amd64", "os": "linux", "config": {{"Env": null, "Cmd": ["sh"], "Entrypoint": null,
+                "Volumes": {{"/data": {{}}}}, "StopSignal": "", "User": "1:2", "Labels": null}},
+                "rootfs": {{"type": "layers", "diff_ids": ["{DIGEST}"]}}, "history": [{{"x": 1}}]}}"#
+        );
+        let config = ImageConfig::parse(json.as_bytes()).unwrap();
+        assert_eq!((config.process.cmd, config.process.user), (vec!["sh".to_owned()], "1:2".to_owned()));
+        assert_eq!((config.process.volumes, config.process.stop_signal), (vec!["/data".to_owned()], None));
+        assert_eq!(config.diff_ids, [DIGEST.parse().unwrap()]);
+        let bare = ImageConfig::parse(br#"{"rootfs": {"type": "layers", "diff_ids": null}, "config": null}"#).unwrap();
+        assert_eq!(bare, ImageConfig::default());
+    }
+
+    #[test]
+    fn hostile_configurations_are_refused() {
+        let many = vec![format!("\"{DIGEST}\""); MAX_LAYERS + 1].join(",");
+        for json in [
+            "".to_owned(),
+            "[]".into(),
+            "{}".into(),
+            "[".repeat(100_000),
+            r#"{"rootfs": {"diff_ids": ["sha256:../../x"]}}"#.into(),
+            r#"{"rootfs": {"type": "magic", "diff_ids": []}}"#.into(),
+            format!(r#"{{"rootfs": {{"diff_ids": [{many}]}}}}"#),
+        ] {
+            assert!(ImageConfig::parse(json.as_bytes()).is_err(), "{}", &json[..json.len().min(100)]);
+        }
+    }
+
+    #[test]
+    fn an_image_for_another_processor_is_refused() {
+        let config = ImageConfig { architecture: "arm64".into(), os: "linux".into(), ..ImageConfig::default() };
+        let error = config.check_platform().unwrap_err().to_string();
+        assert_eq!(error, "the image is for linux/arm64, and a machine is linux/amd64");
+        assert!(ImageConfig::default().check_platform().is_ok());
+    }
+}

@@ -1,0 +1,57 @@
+//! From what `docker save` writes to an image: `manifest.json` names a configuration and the layers' archives.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+use super::bundle::{Bundle, read_json};
+use super::config::ImageConfig;
+use super::digest::Digest;
+use super::reference::Reference;
+use super::{Image, Layer};
+
+/// The list of an archive's images.
+pub const MANIFEST: &str = "manifest.json";
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    config: String,
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+/// The image that has the name `wanted`, or the only one.
+pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
+    let entries: Vec<Entry> = bundle.json(MANIFEST)?;
+    let entry = choose(&entries, wanted)?;
+    let json = bundle.part(&entry.config).and_then(read_json)?;
+    let config = ImageConfig::parse(&json)?;
+    ensure!(
+        config.diff_ids.len() == entry.layers.len(),
+        "its configuration has {} layers, {MANIFEST} has {}",
+        config.diff_ids.len(),
+        entry.layers.len()
+    );
+    let layers = entry.layers.iter().zip(&config.diff_ids).map(|(path, &diff_id)| {
+        // No digest of the blob as it is: what it unpacks to is verified.
+        Ok(Layer { part: bundle.part(path)?, blob: None, diff_id: Some(diff_id) })
+    });
+    Ok(Image { id: Digest::of(&json), layers: layers.collect::<Result<_>>()?, config })
+}
+
+fn choose<'a>(entries: &'a [Entry], wanted: Option<&str>) -> Result<&'a Entry> {
+    let names = |entry: &Entry| entry.repo_tags.clone().unwrap_or_default();
+    let Some(wanted) = wanted else {
+        if let [only] = entries {
+            return Ok(only);
+        }
+        let all: Vec<String> = entries.iter().flat_map(names).take(20).collect();
+        bail!("it has {} images, type one as docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
+    };
+    let same = |name: &str| match (name.parse::<Reference>(), wanted.parse::<Reference>()) {
+        (Ok(name), Ok(wanted)) => name == wanted,
+        _ => name == wanted,
+    };
+    let is_wanted = |entry: &&Entry| names(entry).iter().any(|name| same(name));
+    entries.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))
+}

@@ -1,0 +1,112 @@
+//! From a merged tree to a read-only root file system: an EROFS image that any Linux from 5.15 on mounts.
+//!
+//! Files' bytes are written while they come ([`Writer::content`]), inodes and directories when the tree is complete
+//! ([`Writer::finish`]). The format is described in the kernel's Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h.
+//! No library writes what a container's image holds (extended attributes, hard links, device nodes, names of any bytes)
+//! without having all of it in memory.
+//!
+//! ```text
+//! | superblock | files' blocks as they came | directories' full blocks | inodes, with what stands behind each |
+//! ```
+
+mod compress;
+mod content;
+mod dirent;
+mod inode;
+mod metadata;
+mod superblock;
+mod xattr;
+
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result};
+
+pub use self::content::Content;
+use self::content::{Data, Place};
+use super::tree::{Attributes, Tree, Xattr};
+use superblock::Superblock;
+
+/// The file system's block, a page of x86.
+pub const BLOCK_BYTES: usize = 4096;
+/// Changes when the same tree would give another image.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// How files' bytes are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// As they are.
+    Plain,
+    /// Compressed with LZ4, which every kernel that has EROFS can read.
+    Lz4,
+}
+
+/// An image that is being written.
+pub struct Writer {
+    data: Data,
+    sparse: bool,
+}
+
+impl Writer {
+    /// An image in the empty file `image`, with `spill` for short contents meanwhile.
+    pub fn new(image: File, spill: File, form: Form) -> Writer {
+        Writer { data: Data::new(image, spill, form), sparse: false }
+    }
+
+    /// Writes the `size_bytes` of a file with these attributes.
+    pub fn content(&mut self, reader: &mut dyn Read, size_bytes: u64, attributes: &Attributes) -> Result<Content> {
+        self.data.take(reader, size_bytes, inode::head_bytes(attributes))
+    }
+
+    /// Writes the parts of a sparse file, which follow each other in `reader`; they are in order and do not overlap.
+    pub fn sparse_content(&mut self, reader: &mut dyn Read, size_bytes: u64, parts: &[Range<u64>]) -> Result<Content> {
+        self.sparse = true;
+        self.data.take_sparse(reader, size_bytes, parts)
+    }
+
+    /// Gives the blocks of a content that is no part of the tree any more back to the host.
+    pub fn forget(&mut self, content: &Content) -> Result<()> {
+        self.data.forget(content)
+    }
+
+    /// Writes the rest of the image. `uuid` is the file system's.
+    pub fn finish(mut self, tree: &Tree, uuid: [u8; 16]) -> Result<File> {
+        let metadata = metadata::write(&mut self.data, tree).context("write inodes and directories")?;
+        let superblock = Superblock {
+            root_nid: metadata.root_nid,
+            inodes: metadata.inodes,
+            blocks: metadata.end_block,
+            meta_block: metadata.meta_block,
+            uuid,
+            cluster_blocks: self.data.cluster_blocks(),
+            chunked: self.sparse,
+        };
+        let file = self.data.file();
+        file.set_len(u64::from(metadata.end_block) * BLOCK_BYTES as u64)?;
+        file.write_all_at(&superblock.encode(), 0)?;
+        Ok(file.try_clone()?)
+    }
+}
+
+impl Content {
+    /// What stands in memory for it.
+    pub fn memory_bytes(&self) -> usize {
+        match &self.place {
+            Place::Flat { .. } => 0,
+            Place::Packed(clusters) => size_of_val(&**clusters),
+            Place::Sparse(map) => size_of_val(&**map),
+        }
+    }
+}
+
+/// Whether an inode has room for these extended attributes.
+pub fn xattrs_fit(xattrs: &[Xattr]) -> bool {
+    xattr::fit(xattrs)
+}
+
+/// Whether EROFS keeps an extended attribute of this name.
+pub fn keeps_xattr(name: &[u8]) -> bool {
+    xattr::is_supported(name)
+}

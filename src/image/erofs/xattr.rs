@@ -1,0 +1,115 @@
+//! From a file's extended attributes to the bytes behind its inode (linux, fs/erofs/erofs_fs.h:
+//! `erofs_xattr_ibody_header`, `erofs_xattr_entry`).
+
+use crate::image::tree::Xattr;
+
+const HEADER_BYTES: usize = 12;
+/// The inode counts them in units of four bytes, in sixteen bits.
+const MAX_BYTES: usize = HEADER_BYTES + 4 * (u16::MAX as usize - 1);
+
+/// Names are kept as a number for what they begin with, and the rest. Of the two whole names, the rest is empty.
+const PREFIXES: [(u8, &[u8]); 5] = [
+    (2, b"system.posix_acl_access"),
+    (3, b"system.posix_acl_default"),
+    (1, b"user."),
+    (4, b"trusted."),
+    (6, b"security."),
+];
+
+/// Whether a name can be kept: EROFS knows these namespaces.
+pub fn is_supported(name: &[u8]) -> bool {
+    split(name).is_some()
+}
+
+fn split(name: &[u8]) -> Option<(u8, &[u8])> {
+    PREFIXES.iter().find_map(|&(index, prefix)| {
+        let rest = name.strip_prefix(prefix)?;
+        // A namespace needs a name behind it, a whole name must have nothing behind it.
+        (rest.is_empty() != prefix.ends_with(b".")).then_some((index, rest))
+    })
+}
+
+/// How many bytes stand behind the inode; zero without attributes.
+pub fn encoded_bytes(xattrs: &[Xattr]) -> usize {
+    let entries: usize = xattrs.iter().filter_map(entry_bytes).sum();
+    if entries == 0 { 0 } else { HEADER_BYTES + entries }
+}
+
+/// Whether an inode has room for all of them.
+pub fn fit(xattrs: &[Xattr]) -> bool {
+    encoded_bytes(xattrs) <= MAX_BYTES
+        && xattrs.iter().all(|xattr| xattr.value.len() <= u16::MAX.into() && xattr.name.len() <= u8::MAX.into())
+}
+
+/// What the inode says of their size (`i_xattr_icount`).
+pub fn count(xattrs: &[Xattr]) -> u16 {
+    match encoded_bytes(xattrs) {
+        0 => 0,
+        bytes => u16::try_from((bytes - HEADER_BYTES) / 4 + 1).unwrap_or(u16::MAX),
+    }
+}
+
+fn entry_bytes(xattr: &Xattr) -> Option<usize> {
+    let (_, rest) = split(&xattr.name)?;
+    Some((4 + rest.len() + xattr.value.len()).next_multiple_of(4))
+}
+
+/// Appends what stands behind the inode.
+pub fn encode(xattrs: &[Xattr], output: &mut Vec<u8>) {
+    if encoded_bytes(xattrs) == 0 {
+        return;
+    }
+    output.extend([0; HEADER_BYTES]);
+    for xattr in xattrs {
+        let Some((index, rest)) = split(&xattr.name) else { continue };
+        let end = output.len() + (4 + rest.len() + xattr.value.len()).next_multiple_of(4);
+        output.extend([rest.len() as u8, index]);
+        output.extend((xattr.value.len() as u16).to_le_bytes());
+        output.extend(rest);
+        output.extend(&xattr.value);
+        output.resize(end, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn xattr(name: &str, value: &[u8]) -> Xattr {
+        Xattr { name: name.as_bytes().into(), value: value.into() }
+    }
+
+    #[test]
+    fn size_and_count_are_those_of_the_bytes() {
+        for xattrs in [
+            vec![],
+            vec![xattr("user.a", b"")],
+            vec![xattr("security.capability", &[1; 20]), xattr("system.posix_acl_access", &[2; 28])],
+            vec![xattr("btrfs.compression", b"no such namespace here")],
+        ] {
+            let mut bytes = Vec::new();
+            encode(&xattrs, &mut bytes);
+            assert_eq!(bytes.len(), encoded_bytes(&xattrs));
+            let counted = match count(&xattrs) {
+                0 => 0,
+                count => HEADER_BYTES + 4 * (usize::from(count) - 1),
+            };
+            assert_eq!(counted, bytes.len());
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_an_inode_is_told() {
+        assert!(fit(&[xattr("user.a", &[0; 65535])]));
+        assert!(!fit(&[xattr("user.a", &[0; 65536])]));
+        assert!(!fit(&vec![xattr("user.a", &[0; 65535]); 5]));
+    }
+
+    #[test]
+    fn a_namespace_needs_a_name() {
+        assert!(is_supported(b"user.x") && is_supported(b"system.posix_acl_access"));
+        for name in [&b"user."[..], b"user", b"system.posix_acl_accessx", b"system.x", b"", b"x"] {
+            assert!(!is_supported(name), "{name:?}");
+        }
+    }
+}

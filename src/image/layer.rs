@@ -1,0 +1,79 @@
+//! From a layer's tar stream to the merged tree: entries put in, whiteouts take out (OCI image specification, layer.md).
+
+use anyhow::{Context, Result, ensure};
+
+use super::erofs::Writer;
+use super::tar::{self, Archive, Kind, Skip};
+use super::tree::{Body, Tree};
+
+const WHITEOUT_PREFIX: &[u8] = b".wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// What aufs kept for itself, and old archives still have.
+const AUFS_PREFIX: &[u8] = b".wh..wh.";
+
+/// Whether names that begin with `.wh.` mean something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whiteouts {
+    /// They take files of lower layers out.
+    Apply,
+    /// They are files: the archive is a root file system and no layer.
+    Keep,
+}
+
+/// Puts a layer over those that are in `tree`. Reads the stream to the end of the archive, which need not be its own.
+pub fn apply<R: Skip>(layer: R, whiteouts: Whiteouts, tree: &mut Tree, writer: &mut Writer) -> Result<R> {
+    tree.begin_layer();
+    let mut archive = Archive::new(layer);
+    while let Some(entry) = archive.next_entry()? {
+        let path = entry.path.clone();
+        let (parent, name) = split(&path);
+        if whiteouts == Whiteouts::Apply && name.starts_with(WHITEOUT_PREFIX) {
+            whiteout(parent, name, tree).with_context(|| tar::shown(&path))?;
+        } else {
+            put(entry, &mut archive, tree, writer).with_context(|| tar::shown(&path))?;
+        }
+        for content in tree.take_forgotten() {
+            writer.forget(&content)?;
+        }
+    }
+    Ok(archive.into_inner())
+}
+
+/// A path's directory and its last name.
+fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |last| last + 1);
+    let path = &path[..end];
+    match path.iter().rposition(|&byte| byte == b'/') {
+        Some(slash) => (&path[..slash], &path[slash + 1..]),
+        None => (b"", path),
+    }
+}
+
+fn whiteout(parent: &[u8], name: &[u8], tree: &mut Tree) -> Result<()> {
+    if name == OPAQUE {
+        return tree.whiteout_content(parent);
+    }
+    if name.starts_with(AUFS_PREFIX) {
+        return Ok(());
+    }
+    let hidden = &name[WHITEOUT_PREFIX.len()..];
+    ensure!(!matches!(hidden, b"" | b"." | b".."), "a whiteout of nothing");
+    tree.whiteout(&[parent, b"/", hidden].concat())
+}
+
+fn put<R: Skip>(entry: tar::Entry, archive: &mut Archive<R>, tree: &mut Tree, writer: &mut Writer) -> Result<()> {
+    let tar::Entry { path, kind, attributes, content_bytes } = entry;
+    let body = match kind {
+        Kind::Hardlink(target) => return tree.link(&path, &target),
+        Kind::File => Body::File(writer.content(&mut archive.content(), content_bytes, &attributes)?),
+        Kind::Sparse { size_bytes, parts } => {
+            Body::File(writer.sparse_content(&mut archive.content(), size_bytes, &parts)?)
+        }
+        Kind::Directory => Body::empty_directory(),
+        Kind::Symlink(target) => Body::Symlink(target.into()),
+        Kind::Character { major, minor } => Body::Character { major, minor },
+        Kind::Block { major, minor } => Body::Block { major, minor },
+        Kind::Fifo => Body::Fifo,
+    };
+    tree.insert(&path, attributes, body)
+}

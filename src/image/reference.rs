@@ -1,0 +1,195 @@
+//! From the name of an image as a person types it to a registry, a repository, and a tag or digest there.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, Error, Result, ensure};
+
+use super::digest::Digest;
+
+const DEFAULT_REGISTRY: &str = "docker.io";
+/// Where that registry keeps images whose name has no `/`.
+const OFFICIAL: &str = "library/";
+const DEFAULT_TAG: &str = "latest";
+const MAX_BYTES: usize = 255;
+
+/// The full name of an image: `docker.io/library/debian:latest`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Reference {
+    /// `HOST[:PORT]`.
+    pub registry: String,
+    /// Names with `/` between them.
+    pub repository: String,
+    /// What is wanted of it.
+    pub version: Version,
+}
+
+/// Which image of a repository.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Version {
+    /// The one that has this tag now.
+    Tag(String),
+    /// This one for ever.
+    Digest(Digest),
+}
+
+impl Reference {
+    /// What a registry is asked for.
+    pub fn version(&self) -> String {
+        match &self.version {
+            Version::Tag(tag) => tag.clone(),
+            Version::Digest(digest) => digest.to_string(),
+        }
+    }
+
+    /// The name as short as it can be typed.
+    pub fn familiar(&self) -> String {
+        let full = self.to_string();
+        let short = full.strip_prefix("docker.io/").unwrap_or(&full);
+        short.strip_prefix(OFFICIAL).unwrap_or(short).to_owned()
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}/{}", self.registry, self.repository)?;
+        match &self.version {
+            Version::Tag(tag) => write!(f, ":{tag}"),
+            Version::Digest(digest) => write!(f, "@{digest}"),
+        }
+    }
+}
+
+impl FromStr for Reference {
+    type Err = Error;
+
+    /// Parses `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`. As for Docker, a first part is a host if it has a `.` or a `:`, or is
+    /// `localhost`; and a digest wins over a tag.
+    fn from_str(text: &str) -> Result<Reference> {
+        parse(text).with_context(|| format!("{:?} is no name of an image", text.chars().take(100).collect::<String>()))
+    }
+}
+
+fn parse(text: &str) -> Result<Reference> {
+    ensure!(text.len() <= MAX_BYTES + 72, "it is too long");
+    let (name, digest) = match text.split_once('@') {
+        Some((name, digest)) => (name, Some(digest.parse::<Digest>()?)),
+        None => (text, None),
+    };
+    let (registry, rest) = match name.split_once('/') {
+        Some((first, rest)) if first == "localhost" || first.contains(['.', ':']) => (first, rest),
+        _ => (DEFAULT_REGISTRY, name),
+    };
+    let (repository, tag) = match rest.rsplit_once(':') {
+        Some((repository, tag)) => (repository, Some(tag)),
+        None => (rest, None),
+    };
+    ensure!(is_registry(registry), "{registry:?} is no host");
+    ensure!(repository.split('/').all(is_path_component), "names have small letters, digits, and . _ - within");
+    ensure!(tag.is_none_or(is_tag), "{:?} is no tag", tag.unwrap_or_default());
+    ensure!(name.len() <= MAX_BYTES, "it is too long");
+    let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
+    let official = registry == DEFAULT_REGISTRY && !repository.contains('/');
+    let repository = if official { format!("{OFFICIAL}{repository}") } else { repository.to_owned() };
+    let version = match digest {
+        Some(digest) => Version::Digest(digest),
+        None => Version::Tag(tag.unwrap_or(DEFAULT_TAG).to_owned()),
+    };
+    Ok(Reference { registry: registry.to_owned(), repository, version })
+}
+
+fn is_registry(text: &str) -> bool {
+    let (host, port) = match text.split_once(':') {
+        Some((host, port)) => (host, Some(port)),
+        None => (text, None),
+    };
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    host.split('.').all(is_label) && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
+}
+
+/// Small letters and digits, and between them one `.`, one or two `_`, or any number of `-`.
+fn is_path_component(text: &str) -> bool {
+    let is_alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let mut bytes = text.bytes();
+    let (Some(first), last) = (bytes.next(), text.bytes().next_back()) else { return false };
+    let separators = text.split(|c: char| c.is_ascii() && is_alphanumeric(c as u8));
+    is_alphanumeric(first)
+        && last.is_some_and(is_alphanumeric)
+        && separators
+            .filter(|separator| !separator.is_empty())
+            .all(|separator| matches!(separator, "." | "_" | "__") || separator.bytes().all(|byte| byte == b'-'))
+}
+
+fn is_tag(text: &str) -> bool {
+    let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    (1..=128).contains(&text.len())
+        && text.bytes().next().is_some_and(is_word)
+        && text.bytes().all(|byte| is_word(byte) || matches!(byte, b'.' | b'-'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_completed_as_docker_does() {
+        for (typed, full, familiar) in [
+            ("debian", "docker.io/library/debian:latest", "debian:latest"),
+            ("debian:12", "docker.io/library/debian:12", "debian:12"),
+            ("grafana/loki", "docker.io/grafana/loki:latest", "grafana/loki:latest"),
+            ("docker.io/debian", "docker.io/library/debian:latest", "debian:latest"),
+            ("localhost/x", "localhost/x:latest", "localhost/x:latest"),
+            ("localhost:5000/a/b__c:1.0-x", "localhost:5000/a/b__c:1.0-x", "localhost:5000/a/b__c:1.0-x"),
+            ("quay.io/a/b-----c", "quay.io/a/b-----c:latest", "quay.io/a/b-----c:latest"),
+        ] {
+            let reference: Reference = typed.parse().unwrap();
+            assert_eq!((reference.to_string().as_str(), reference.familiar().as_str()), (full, familiar));
+            assert_eq!(reference.to_string().parse::<Reference>().unwrap(), reference);
+        }
+        let digest = Digest::of(b"");
+        let both: Reference = format!("debian:12@{digest}").parse().unwrap();
+        assert_eq!(both.to_string(), format!("docker.io/library/debian@{digest}"));
+    }
+
+    #[test]
+    fn what_is_no_name_is_refused() {
+        for text in [
+            "",
+            "/",
+            "a/",
+            "/a",
+            "Debian",
+            "a//b",
+            "a..b",
+            "a___b",
+            "a._b",
+            "-a",
+            "a-",
+            "a:",
+            "a:-x",
+            "a@sha256:12",
+            "a@",
+            "é",
+            "a:b:c",
+            "host:0/a",
+            "host:99999/a",
+            "host:/a",
+            "-h.io/a",
+            "h..io/a",
+            "a b",
+            "../a",
+            "a/../b",
+            "a:ü",
+            "user@host/x",
+        ] {
+            assert!(text.parse::<Reference>().is_err(), "{text:?}");
+        }
+        assert!("a".repeat(300).parse::<Reference>().is_err());
+        assert!(format!("a:{}", "b".repeat(129)).parse::<Reference>().is_err());
+    }
+}

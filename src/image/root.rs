@@ -1,0 +1,229 @@
+//! From layers, or a directory, to a root in the store: made once, by one husk, and then shared.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use anyhow::{Context, Result, ensure};
+
+use super::bundle::Part;
+use super::digest::{Digest, Hasher, Hashing};
+use super::directory;
+use super::erofs::{FORMAT_VERSION, Form, Writer};
+use super::layer::{self, Whiteouts};
+use super::progress::{Bar, Progress};
+use super::store::Store;
+use super::tar::Stream;
+use super::tree::{Limits, Tree};
+use super::{Layer, unpack};
+
+/// A root, which stays as long as this does.
+pub struct Root {
+    pub key: Digest,
+    pub file: File,
+    /// The bytes that went into it; zero if it was there.
+    pub unpacked_bytes: u64,
+}
+
+/// What was found out of layers while they were read.
+struct Made {
+    /// Their bytes before they were packed.
+    unpacked_bytes: u64,
+    /// The digest of each one's bytes.
+    diff_ids: Vec<Digest>,
+}
+
+/// The name of the root of these layers: other ways to make it would give another file.
+pub fn key(kind: &str, form: Form, parts: &[Digest]) -> Digest {
+    let mut text = format!("erofs {FORMAT_VERSION} {form:?} {kind}\n");
+    parts.iter().for_each(|part| text.push_str(&format!("{part}\n")));
+    Digest::of(text.as_bytes())
+}
+
+impl Store {
+    /// The root of these layers.
+    pub(super) fn root_of_layers(&self, layers: &[Layer], progress: &Progress) -> Result<Root> {
+        let diff_ids: Vec<Digest> = layers.iter().filter_map(|layer| layer.diff_id).collect();
+        let key = key("layers", self.form, &diff_ids);
+        self.root(&key.hex(), Some(key), |maker| {
+            let made = maker.add_layers(layers, Whiteouts::Apply, progress)?;
+            Ok((key, made.unpacked_bytes))
+        })
+    }
+
+    /// The root in a tar archive of one; `work` names the archive before its digest is known.
+    pub(super) fn root_of_archive(&self, archive: &Part, work: Digest, progress: &Progress) -> Result<Root> {
+        self.root(&work.hex(), None, |maker| {
+            let layer = Layer { part: archive.clone(), blob: None, diff_id: None };
+            let made = maker.add_layers(&[layer], Whiteouts::Keep, progress)?;
+            Ok((key("archive", self.form, &made.diff_ids), made.unpacked_bytes))
+        })
+    }
+
+    /// The root in a directory of the host, whose state has this fingerprint.
+    pub(super) fn root_of_directory(&self, path: &Path, state: Digest, progress: &Progress) -> Result<Root> {
+        let key = key("directory", self.form, &[state]);
+        self.root(&key.hex(), Some(key), |maker| {
+            let bar = progress.bar("preparing", 0);
+            let unpacked_bytes = directory::add(path, &mut maker.tree, &mut maker.writer, &mut |done| bar.set(done))?;
+            Ok((key, unpacked_bytes))
+        })
+    }
+
+    /// The root that is there, or that `make` makes, which tells its key and how many bytes it unpacked. Two husks that want
+    /// the same one make it once.
+    fn root<F>(&self, work: &str, key: Option<Digest>, make: F) -> Result<Root>
+    where
+        F: FnOnce(&mut Maker) -> Result<(Digest, u64)>,
+    {
+        if let Some(root) = self.existing_root(key, 0)? {
+            return Ok(root);
+        }
+        let work = self.work_file(work)?;
+        // Another husk may have made it while this one waited.
+        if let Some(root) = self.existing_root(key, 0)? {
+            return Ok(root);
+        }
+        work.file.set_len(0)?;
+        let mut maker = Maker {
+            tree: Tree::new(Limits::default()),
+            writer: Writer::new(work.file.try_clone()?, self.nameless_file()?, self.form),
+            limit_bytes: self.unpack_limit()?,
+        };
+        let (key, unpacked_bytes) = make(&mut maker)?;
+        // The same root may have been made from another file; machines may be using it.
+        if let Some(root) = self.existing_root(Some(key), unpacked_bytes)? {
+            return Ok(root);
+        }
+        maker.writer.finish(&maker.tree, key.first_half())?;
+        work.keep_as(self, &self.root_path(key))?;
+        let root = self.existing_root(Some(key), unpacked_bytes)?;
+        root.with_context(|| format!("the root {} was removed as soon as it was made", key.short()))
+    }
+
+    fn existing_root(&self, key: Option<Digest>, unpacked_bytes: u64) -> Result<Option<Root>> {
+        let Some(key) = key else { return Ok(None) };
+        Ok(self.use_root(key)?.map(|file| Root { key, file, unpacked_bytes }))
+    }
+}
+
+/// A root that is being made.
+struct Maker {
+    tree: Tree,
+    writer: Writer,
+    limit_bytes: u64,
+}
+
+impl Maker {
+    fn add_layers(&mut self, layers: &[Layer], whiteouts: Whiteouts, progress: &Progress) -> Result<Made> {
+        let packed_bytes = layers.iter().map(|layer| layer.part.size_bytes).sum();
+        let bar = progress.bar("preparing", packed_bytes);
+        let mut made = Made { unpacked_bytes: 0, diff_ids: Vec::new() };
+        let mut done_bytes = 0;
+        for (number, layer) in (1..).zip(layers) {
+            let what = || match layer.diff_id {
+                Some(_) => format!("layer {number} of {}", layers.len()),
+                None => "the archive".to_owned(),
+            };
+            let hasher = self.add_layer(layer, whiteouts, made.unpacked_bytes, &bar, done_bytes).with_context(what)?;
+            made.unpacked_bytes += hasher.len_bytes();
+            done_bytes += layer.part.size_bytes;
+            made.diff_ids.push(hasher.digest());
+        }
+        Ok(made)
+    }
+
+    /// Adds a layer, and verifies it. What was unpacked before it, and how many bytes of layers were read, come along.
+    fn add_layer(&mut self, layer: &Layer, whiteouts: Whiteouts, before: u64, bar: &Bar, done: u64) -> Result<Hasher> {
+        let verified = Arc::new(AtomicBool::new(layer.blob.is_none()));
+        let read_bytes = Arc::new(AtomicU64::new(done));
+        let part = Counted { reader: layer.part.clone(), read_bytes: read_bytes.clone() };
+        let blob: Box<dyn Read + Send> = match layer.blob {
+            Some(digest) => {
+                Box::new(Verifying { reader: Some(Hashing::new(part)), digest, verified: verified.clone() })
+            }
+            None => Box::new(part),
+        };
+        let unpacked = unpack::ReadAhead::start(move || unpack::unpacked(blob))?;
+        let limited = Limited { reader: unpacked, left_bytes: self.limit_bytes.saturating_sub(before) };
+        let hashing = Hashing::new(Shown { reader: limited, bar, read_bytes });
+        let mut rest = layer::apply(Stream(hashing), whiteouts, &mut self.tree, &mut self.writer)?.0;
+        // Archives are filled up with zeroes, which the digest is of, too.
+        io::copy(&mut rest, &mut io::sink())?;
+        ensure!(verified.load(Ordering::Relaxed), "it goes on behind its end");
+        let hasher = rest.into_hasher();
+        if let Some(diff_id) = layer.diff_id {
+            let found = hasher.clone().digest();
+            ensure!(found == diff_id, "it unpacks to {found}, not to {diff_id}");
+        }
+        Ok(hasher)
+    }
+}
+
+/// A blob that has to be what its digest says when its end is reached.
+struct Verifying<R> {
+    reader: Option<Hashing<R>>,
+    digest: Digest,
+    verified: Arc<AtomicBool>,
+}
+
+impl<R: Read> Read for Verifying<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(reader) = self.reader.as_mut().filter(|_| !buffer.is_empty()) else { return Ok(0) };
+        let len = reader.read(buffer)?;
+        if len == 0
+            && let Some(reader) = self.reader.take()
+        {
+            reader.verify(self.digest).map_err(io::Error::other)?;
+            self.verified.store(true, Ordering::Relaxed);
+        }
+        Ok(len)
+    }
+}
+
+/// A stream that tells how many bytes of it were read.
+struct Counted<R> {
+    reader: R,
+    read_bytes: Arc<AtomicU64>,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = self.reader.read(buffer)?;
+        self.read_bytes.fetch_add(len as u64, Ordering::Relaxed);
+        Ok(len)
+    }
+}
+
+/// A stream that may have so many bytes.
+struct Limited<R> {
+    reader: R,
+    left_bytes: u64,
+}
+
+impl<R: Read> Read for Limited<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = self.reader.read(buffer)?;
+        match self.left_bytes.checked_sub(len as u64) {
+            Some(left_bytes) => self.left_bytes = left_bytes,
+            None => return Err(io::Error::other("the image unpacks to more than is free on the disk, or allowed")),
+        }
+        Ok(len)
+    }
+}
+
+/// A stream whose progress is shown: how much was read of what it is unpacked from.
+struct Shown<'a, R> {
+    reader: R,
+    bar: &'a Bar,
+    read_bytes: Arc<AtomicU64>,
+}
+
+impl<R: Read> Read for Shown<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.bar.set(self.read_bytes.load(Ordering::Relaxed));
+        self.reader.read(buffer)
+    }
+}

@@ -1,0 +1,264 @@
+//! The store's folder: what stands where, and how several husks use it at once, each of which may be killed at any time.
+//!
+//! ```text
+//! index.json         names and images; replaced as a whole, by who has locked `lock`
+//! roots/KEY.erofs    root file systems; whole from the moment they have their names; locked (shared) while in use
+//! tmp/NAME.part      what is being written, locked by who writes it; what is not locked is left from a husk that was killed
+//! ```
+
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use super::digest::Digest;
+use super::erofs::Form;
+use super::index::Index;
+use crate::sys;
+
+const FOLDERS: [&str; 2] = ["roots", "tmp"];
+/// An index of some ten thousand images.
+const INDEX_MAX_BYTES: u64 = 64 << 20;
+
+/// The image store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    folder: PathBuf,
+    /// The most bytes that an image may unpack to; without it, what is free on the disk.
+    pub unpack_limit_bytes: Option<u64>,
+    /// How roots are made.
+    pub form: Form,
+}
+
+impl Store {
+    /// Opens the store in a folder, and makes it if need be.
+    pub fn open(folder: &Path) -> Result<Store> {
+        let open = || -> Result<()> {
+            for name in FOLDERS {
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(folder.join(name))?;
+            }
+            Ok(())
+        };
+        open().with_context(|| format!("open the image store {} ($HUSK_DATA moves it)", folder.display()))?;
+        Ok(Store { folder: folder.to_owned(), unpack_limit_bytes: None, form: Form::Lz4 })
+    }
+
+    /// Opens the user's store: `$HUSK_DATA`, or `husk` in `$XDG_DATA_HOME` or `~/.local/share`.
+    pub fn open_default() -> Result<Store> {
+        Store::open(&default_folder().context("neither $HUSK_DATA nor $HOME says where images are kept")?)
+    }
+
+    /// Where the store is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(super) fn root_path(&self, key: Digest) -> PathBuf {
+        self.folder.join("roots").join(format!("{}.erofs", key.hex()))
+    }
+
+    /// A root that nobody can remove as long as the file is open; `None` if there is none.
+    pub(super) fn use_root(&self, key: Digest) -> Result<Option<File>> {
+        let path = self.root_path(key);
+        loop {
+            let file = match File::open(&path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                file => file.with_context(|| format!("open {}", path.display()))?,
+            };
+            file.lock_shared().with_context(|| format!("lock {}", path.display()))?;
+            // It may have been removed in between.
+            if is_at(&file, &path) {
+                return Ok(Some(file));
+            }
+        }
+    }
+
+    /// The index as it is now.
+    pub fn index(&self) -> Result<Index> {
+        let path = self.folder.join("index.json");
+        let read = || -> Result<Index> {
+            let size_bytes = match fs::metadata(&path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Index::default()),
+                metadata => metadata?.len(),
+            };
+            ensure!(size_bytes <= INDEX_MAX_BYTES, "{size_bytes} bytes are too many");
+            Index::parse(&fs::read(&path)?)
+        };
+        read().with_context(|| format!("read {}", path.display()))
+    }
+
+    /// Changes the index. What `change` does to the store's files no other husk does at the same time.
+    pub fn update<T>(&self, change: impl FnOnce(&mut Index) -> Result<T>) -> Result<T> {
+        let lock = self.folder.join("lock");
+        let open = File::options().write(true).create(true).truncate(false).mode(0o600).open(&lock);
+        let _locked =
+            open.and_then(|file| file.lock().map(|()| file)).with_context(|| format!("lock {}", lock.display()))?;
+        let old = self.index()?;
+        let mut index = old.clone();
+        let result = change(&mut index)?;
+        if index != old {
+            self.replace_index(&index).with_context(|| format!("write the index of {}", self.folder.display()))?;
+        }
+        Ok(result)
+    }
+
+    fn replace_index(&self, index: &Index) -> Result<()> {
+        // Only who has the lock writes it, so that it may have the same name for all.
+        let part = self.folder.join("index.part");
+        let mut file = File::create(&part)?;
+        file.write_all(&index.to_json()?)?;
+        file.sync_all()?;
+        fs::rename(&part, self.folder.join("index.json"))?;
+        self.sync("")
+    }
+
+    /// Makes sure that names in a folder survive a power cut.
+    pub(super) fn sync(&self, folder: &str) -> Result<()> {
+        Ok(File::open(self.folder.join(folder))?.sync_all()?)
+    }
+
+    /// Opens a file to write what will be `name`, and waits for another husk that does the same.
+    pub(super) fn work_file(&self, name: &str) -> Result<Work> {
+        let path = self.folder.join("tmp").join(format!("{name}.part"));
+        let open = || -> Result<File> {
+            loop {
+                let mut options = File::options();
+                let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+                match file.try_lock() {
+                    Ok(()) => {}
+                    Err(TryLockError::WouldBlock) => {
+                        log::info!("another husk is at it: waiting");
+                        file.lock()?;
+                    }
+                    Err(TryLockError::Error(error)) => return Err(error.into()),
+                }
+                if is_at(&file, &path) {
+                    return Ok(file);
+                }
+            }
+        };
+        let file = open().with_context(|| format!("open {}", path.display()))?;
+        Ok(Work { file, path, kept: false })
+    }
+
+    /// A file without a name, for what need not outlive this husk.
+    pub(super) fn nameless_file(&self) -> Result<File> {
+        let tmp = self.folder.join("tmp");
+        let mut options = File::options();
+        options.read(true).write(true).mode(0o600);
+        match options.clone().custom_flags(libc::O_TMPFILE).open(&tmp) {
+            Ok(file) => Ok(file),
+            Err(_) => {
+                // A file system without that.
+                let path = tmp.join(format!("{}.nameless", std::process::id()));
+                let file = options.create(true).truncate(true).open(&path);
+                let file = file.with_context(|| format!("create {}", path.display()))?;
+                fs::remove_file(&path)?;
+                Ok(file)
+            }
+        }
+    }
+
+    /// How much an image may unpack to.
+    pub(super) fn unpack_limit(&self) -> Result<u64> {
+        let free = || -> Result<u64> { Ok(sys::disk::free_bytes(&File::open(&self.folder)?)?) };
+        match self.unpack_limit_bytes {
+            Some(limit) => Ok(limit),
+            None => free().with_context(|| format!("ask how much is free in {}", self.folder.display())),
+        }
+    }
+}
+
+fn default_folder() -> Option<PathBuf> {
+    if let Some(folder) = std::env::var_os("HUSK_DATA").filter(|folder| !folder.is_empty()) {
+        return std::path::absolute(folder).ok();
+    }
+    // A relative path is to be ignored (XDG base directory specification).
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))?;
+    Some(base.join("husk"))
+}
+
+/// Whether the file is the one that has this name now.
+pub(super) fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(own), Ok(found)) => own.ino() == found.ino() && own.dev() == found.dev(),
+        _ => false,
+    }
+}
+
+/// A file that is being written, and locked. It goes when it is dropped, unless it was given a name.
+pub(super) struct Work {
+    pub file: File,
+    path: PathBuf,
+    kept: bool,
+}
+
+impl Work {
+    /// Gives it its name, when its bytes are on the disk.
+    pub fn keep_as(mut self, store: &Store, path: &Path) -> Result<()> {
+        let keep = || -> Result<()> {
+            self.file.sync_all()?;
+            fs::rename(&self.path, path)?;
+            let folder = path.parent().context("no folder")?;
+            ensure!(folder.starts_with(store.folder()), "it is outside the store");
+            Ok(File::open(folder)?.sync_all()?)
+        };
+        keep().with_context(|| format!("write {}", path.display()))?;
+        self.kept = true;
+        Ok(())
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_of_the_future_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        fs::write(folder.path().join("index.json"), r#"{"version": 2, "pictures": []}"#).unwrap();
+        let error = format!("{:#}", store.update(|_| Ok(())).unwrap_err());
+        assert!(error.ends_with("it is of version 2, and this husk knows version 1"), "{error}");
+        assert!(fs::read_to_string(folder.path().join("index.json")).unwrap().contains("pictures"));
+    }
+
+    #[test]
+    fn updates_of_several_husks_are_all_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let threads: Vec<_> = (0..4)
+            .map(|thread| {
+                let store = store.clone();
+                let update = move || {
+                    for i in 0..10 {
+                        let name = format!("{thread}-{i}");
+                        store.update(|index| Ok(index.names.insert(name, Digest::of(b"")))).unwrap();
+                    }
+                };
+                crate::sandbox::spawn("test", update).unwrap()
+            })
+            .collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(store.index().unwrap().names.len(), 40);
+    }
+
+    #[test]
+    fn what_is_not_finished_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        drop(store.work_file("x").unwrap());
+        assert_eq!(fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,325 @@
+//! From the entries of layers, in their order, to one merged tree in memory: names, attributes, and where contents are.
+//!
+//! The tree is of names only: nothing here is a path of the host's, so a name cannot lead out of it. Directories are entered as
+//! directories, and a symbolic link on the way to an entry is replaced, never followed.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::erofs::{self, Content};
+
+/// The longest name of a file (EROFS, and every file system of Linux).
+const MAX_NAME_BYTES: usize = 255;
+/// The longest path and the longest target of a symbolic link that Linux knows, without its NUL.
+const MAX_PATH_BYTES: usize = 4095;
+
+/// An entry's place in the tree's memory.
+pub type NodeId = usize;
+/// The root directory's.
+pub const ROOT: NodeId = 0;
+
+/// An extended attribute.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Xattr {
+    pub name: Box<[u8]>,
+    pub value: Box<[u8]>,
+}
+
+/// What every kind of file has.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Attributes {
+    /// Permissions, with setuid, setgid and the sticky bit.
+    pub mode: u16,
+    pub uid: u32,
+    pub gid: u32,
+    pub mtime_seconds: i64,
+    pub mtime_nanoseconds: u32,
+    pub xattrs: Vec<Xattr>,
+}
+
+/// What a file is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Body {
+    Directory(BTreeMap<Box<[u8]>, NodeId>),
+    File(Content),
+    Symlink(Box<[u8]>),
+    Character { major: u32, minor: u32 },
+    Block { major: u32, minor: u32 },
+    Fifo,
+    Socket,
+}
+
+impl Body {
+    /// A directory without entries.
+    pub fn empty_directory() -> Body {
+        Body::Directory(BTreeMap::new())
+    }
+}
+
+/// A file of any kind.
+#[derive(Debug, Clone)]
+pub struct Node {
+    pub attributes: Attributes,
+    pub body: Body,
+    /// How many names it has.
+    pub names: u32,
+}
+
+/// The bounds of a tree: what stands in memory for it is not to grow with a hostile archive.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub entries: u64,
+    pub memory_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        // A full desktop distribution has a tenth of it.
+        Limits { entries: 4_000_000, memory_bytes: 1 << 30 }
+    }
+}
+
+/// The merged tree.
+pub struct Tree {
+    nodes: Vec<Node>,
+    limits: Limits,
+    memory_bytes: u64,
+    /// Contents that no name leads to any more.
+    forgotten: Vec<Content>,
+    /// Which layer an entry came with: whiteouts hide what lower layers brought.
+    layers: Vec<u32>,
+    layer: u32,
+}
+
+impl Tree {
+    /// A tree with an empty root directory.
+    pub fn new(limits: Limits) -> Tree {
+        let attributes = Attributes { mode: 0o755, ..Attributes::default() };
+        let root = Node { attributes, body: Body::empty_directory(), names: 1 };
+        Tree { nodes: vec![root], limits, memory_bytes: 0, forgotten: Vec::new(), layers: vec![0], layer: 0 }
+    }
+
+    /// What comes from now on is the next layer's.
+    pub fn begin_layer(&mut self) {
+        self.layer += 1;
+    }
+
+    /// A file by its place. Places come from this tree.
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(id)
+    }
+
+    /// How many places there are, those of files that are no more included.
+    pub fn places(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Contents that are no part of the tree any more, each told once.
+    pub fn take_forgotten(&mut self) -> Vec<Content> {
+        std::mem::take(&mut self.forgotten)
+    }
+
+    /// Puts a file at `path`, in place of what is there. A directory over a directory changes its attributes only.
+    pub fn insert(&mut self, path: &[u8], attributes: Attributes, body: Body) -> Result<()> {
+        if let Body::Symlink(target) = &body {
+            ensure!(!target.is_empty() && !target.contains(&0), "a symbolic link that leads nowhere");
+            ensure!(target.len() <= MAX_PATH_BYTES, "a symbolic link of {} bytes is too long", target.len());
+        }
+        ensure!(erofs::xattrs_fit(&attributes.xattrs), "its extended attributes are too large");
+        let names = components(path)?;
+        let Some((name, parents)) = names.split_last() else {
+            ensure!(matches!(body, Body::Directory(_)), "the root is not a directory");
+            self.charge(&attributes, &body)?;
+            return self.set_attributes(ROOT, attributes);
+        };
+        let parent = self.directory(parents)?;
+        self.charge(&attributes, &body)?;
+        if matches!(body, Body::Directory(_))
+            && let Some(id) = self.child(parent, name)
+            && self.is_directory(id)
+        {
+            return self.set_attributes(id, attributes);
+        }
+        let id = self.add(Node { attributes, body, names: 0 });
+        self.enter(parent, name, id)
+    }
+
+    /// Gives the file at `target` another name.
+    pub fn link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
+        let (names, target_names) = (components(path)?, components(target)?);
+        let id = self.find(&target_names).context("a hard link to what is not there")?;
+        ensure!(!self.is_directory(id), "a hard link to a directory");
+        let (name, parents) = names.split_last().context("the root is a hard link")?;
+        let parent = self.directory(parents)?;
+        // A parent may have replaced the target.
+        ensure!(self.find(&target_names) == Some(id), "a hard link to what it replaces");
+        if self.child(parent, name) == Some(id) {
+            return Ok(());
+        }
+        self.charge(&Attributes::default(), &Body::Fifo)?;
+        self.enter(parent, name, id)
+    }
+
+    /// Removes what lower layers have at `path`; what this layer has brought there stays.
+    pub fn whiteout(&mut self, path: &[u8]) -> Result<()> {
+        let names = components(path)?;
+        let (name, parents) = names.split_last().context("a whiteout of the root")?;
+        let Some(parent) = self.find(parents) else { return Ok(()) };
+        match self.child(parent, name) {
+            Some(id) if self.is_from_this_layer(id) => self.remove_lower(id),
+            Some(_) => self.leave(parent, name),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes what lower layers have in the directory at `path`.
+    pub fn whiteout_content(&mut self, path: &[u8]) -> Result<()> {
+        match self.find(&components(path)?) {
+            Some(id) => self.remove_lower(id),
+            None => Ok(()),
+        }
+    }
+
+    fn is_from_this_layer(&self, id: NodeId) -> bool {
+        self.layers.get(id) == Some(&self.layer)
+    }
+
+    /// Removes what lower layers brought below a directory, and keeps this layer's.
+    fn remove_lower(&mut self, id: NodeId) -> Result<()> {
+        let mut directories = vec![id];
+        while let Some(id) = directories.pop() {
+            let Some(Body::Directory(entries)) = self.nodes.get(id).map(|node| &node.body) else { continue };
+            let entries: Vec<(Box<[u8]>, NodeId)> = entries.iter().map(|(name, &id)| (name.clone(), id)).collect();
+            for (name, child) in entries {
+                if self.is_from_this_layer(child) {
+                    directories.push(child);
+                } else {
+                    self.leave(id, &name)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, node: Node) -> NodeId {
+        self.nodes.push(node);
+        self.layers.push(self.layer);
+        self.nodes.len() - 1
+    }
+
+    /// Counts an entry against the limits: also one that is replaced later, since its work was done.
+    fn charge(&mut self, attributes: &Attributes, body: &Body) -> Result<()> {
+        const NODE_BYTES: usize = 2 * size_of::<Node>();
+        let xattrs: usize = attributes.xattrs.iter().map(|xattr| xattr.name.len() + xattr.value.len() + 64).sum();
+        let body = match body {
+            Body::Symlink(target) => target.len(),
+            Body::File(content) => content.memory_bytes(),
+            _ => 0,
+        };
+        self.memory_bytes += (NODE_BYTES + MAX_NAME_BYTES / 4 + xattrs + body) as u64;
+        ensure!(
+            self.nodes.len() as u64 <= self.limits.entries && self.memory_bytes <= self.limits.memory_bytes,
+            "too many files: {} entries, {} MiB of names and attributes",
+            self.nodes.len(),
+            self.memory_bytes >> 20
+        );
+        Ok(())
+    }
+
+    fn set_attributes(&mut self, id: NodeId, attributes: Attributes) -> Result<()> {
+        self.nodes.get_mut(id).context("no such file")?.attributes = attributes;
+        *self.layers.get_mut(id).context("no such file")? = self.layer;
+        Ok(())
+    }
+
+    fn is_directory(&self, id: NodeId) -> bool {
+        self.nodes.get(id).is_some_and(|node| matches!(node.body, Body::Directory(_)))
+    }
+
+    fn child(&self, parent: NodeId, name: &[u8]) -> Option<NodeId> {
+        match &self.nodes.get(parent)?.body {
+            Body::Directory(entries) => entries.get(name).copied(),
+            _ => None,
+        }
+    }
+
+    fn find(&self, names: &[&[u8]]) -> Option<NodeId> {
+        names.iter().try_fold(ROOT, |id, name| self.child(id, name))
+    }
+
+    /// The directory at `names`; what is missing of it is made, what is in the way of it is replaced.
+    fn directory(&mut self, names: &[&[u8]]) -> Result<NodeId> {
+        let mut id = ROOT;
+        for name in names {
+            id = match self.child(id, name) {
+                Some(child) if self.is_directory(child) => {
+                    // It has something of this layer in it, so a whiteout of this layer does not mean it.
+                    *self.layers.get_mut(child).context("no such file")? = self.layer;
+                    child
+                }
+                _ => {
+                    let attributes = Attributes { mode: 0o755, ..Attributes::default() };
+                    self.charge(&attributes, &Body::Fifo)?;
+                    let child = self.add(Node { attributes, body: Body::empty_directory(), names: 0 });
+                    self.enter(id, name, child)?;
+                    child
+                }
+            };
+        }
+        Ok(id)
+    }
+
+    /// Puts a name into a directory, in place of the one that is there.
+    fn enter(&mut self, parent: NodeId, name: &[u8], id: NodeId) -> Result<()> {
+        self.nodes.get_mut(id).context("no such file")?.names += 1;
+        let Some(Body::Directory(entries)) = self.nodes.get_mut(parent).map(|node| &mut node.body) else {
+            bail!("not a directory");
+        };
+        match entries.insert(name.into(), id) {
+            Some(replaced) => self.release(replaced),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a name out of a directory.
+    fn leave(&mut self, parent: NodeId, name: &[u8]) -> Result<()> {
+        let Some(Body::Directory(entries)) = self.nodes.get_mut(parent).map(|node| &mut node.body) else {
+            return Ok(());
+        };
+        match entries.remove(name) {
+            Some(removed) => self.release(removed),
+            None => Ok(()),
+        }
+    }
+
+    /// A name less leads to a file; with the last one it goes, and what is below it too.
+    fn release(&mut self, id: NodeId) -> Result<()> {
+        let mut released = vec![id];
+        while let Some(id) = released.pop() {
+            let node = self.nodes.get_mut(id).context("no such file")?;
+            node.names = node.names.saturating_sub(1);
+            if node.names > 0 {
+                continue;
+            }
+            match std::mem::replace(&mut node.body, Body::Fifo) {
+                Body::Directory(entries) => released.extend(entries.into_values()),
+                Body::File(content) => self.forgotten.push(content),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The names on the way to a file. As for tar, a leading `/` and `.` mean nothing; a `..` is refused.
+pub fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
+    ensure!(path.len() <= MAX_PATH_BYTES, "a path of {} bytes is too long", path.len());
+    let names: Vec<&[u8]> = path.split(|&byte| byte == b'/').filter(|name| !name.is_empty() && *name != b".").collect();
+    for name in &names {
+        ensure!(*name != b"..", "a name that leads out of its directory");
+        ensure!(name.len() <= MAX_NAME_BYTES, "a name of {} bytes is too long", name.len());
+        ensure!(!name.contains(&0), "a name with a NUL in it");
+    }
+    Ok(names)
+}
