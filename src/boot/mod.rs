@@ -28,6 +28,7 @@ use vm_memory::{Bytes, GuestAddress};
 pub use bzimage::BzImage;
 pub use cmdline::default_cmdline;
 pub use kernel::Kernel;
+pub use unpack::unpacking_reader;
 
 use crate::machine::layout;
 use crate::memory::GuestMemory;

@@ -69,16 +69,7 @@ pub fn unpack(
     output: &mut dyn Write,
     progress: &mut dyn FnMut(u64),
 ) -> Result<()> {
-    let packed = BufReader::with_capacity(BUFFER_BYTES, packed);
-    let memory_max_kib = (WINDOW_MAX_BYTES + STATE_BYTES) >> 10;
-    let mut unpacked: Box<dyn Read + '_> = match compression {
-        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(packed)),
-        Compression::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(packed)),
-        Compression::Lzma => Box::new(LzmaReader::new_mem_limit(packed, memory_max_kib, None)?),
-        Compression::Xz => Box::new(XzReader::new_mem_limit(packed, true, memory_max_kib)),
-        Compression::Lz4 => Box::new(Lz4Legacy::new(packed)),
-        Compression::Zstd => Box::new(StreamingDecoder::new_with_max_window_size(packed, WINDOW_MAX_BYTES.into())?),
-    };
+    let mut unpacked = reader(compression, packed)?;
     let mut buffer = vec![0; BUFFER_BYTES];
     let mut done: u64 = 0;
     // Up to the end and not just to the last byte: checksums stand there.
@@ -94,6 +85,24 @@ pub fn unpack(
     }
     ensure!(done == unpacked_bytes, "it ends after {done} of {unpacked_bytes} bytes");
     Ok(())
+}
+
+/// What is unpacked from `packed`, if it is packed. Its length is not known beforehand: who reads it bounds it.
+pub fn unpacking_reader(packed: &[u8]) -> Result<Option<Box<dyn Read + '_>>> {
+    Compression::identify(packed).map(|compression| reader(compression, packed)).transpose()
+}
+
+fn reader<'a>(compression: Compression, packed: impl Read + 'a) -> Result<Box<dyn Read + 'a>> {
+    let packed = BufReader::with_capacity(BUFFER_BYTES, packed);
+    let memory_max_kib = (WINDOW_MAX_BYTES + STATE_BYTES) >> 10;
+    Ok(match compression {
+        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(packed)),
+        Compression::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(packed)),
+        Compression::Lzma => Box::new(LzmaReader::new_mem_limit(packed, memory_max_kib, None)?),
+        Compression::Xz => Box::new(XzReader::new_mem_limit(packed, true, memory_max_kib)),
+        Compression::Lz4 => Box::new(Lz4Legacy::new(packed)),
+        Compression::Zstd => Box::new(StreamingDecoder::new_with_max_window_size(packed, WINDOW_MAX_BYTES.into())?),
+    })
 }
 
 /// Reads until `buffer` is full or the end is reached.

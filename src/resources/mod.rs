@@ -4,8 +4,10 @@
 //! behind, and so that what is built later needs no access to the file system.
 
 pub mod disk;
+pub mod guest_kernel;
 pub mod host;
 pub mod kernel;
+pub mod modules;
 pub mod text;
 pub mod vsock;
 

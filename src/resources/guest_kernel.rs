@@ -1,0 +1,173 @@
+//! From the kernel that a user names, or names none, to its file and its modules.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::modules::Modules;
+
+/// Which kernel a guest runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Choice {
+    /// The first that there is: micro, stock, the host's.
+    Any,
+    /// One that scripts/kernel made, by its name.
+    Made(&'static str),
+    /// The one that the host was booted with.
+    Host,
+    /// A file.
+    Path(PathBuf),
+}
+
+/// As scripts/kernel calls them, best first.
+const MADE: [&str; 2] = ["micro", "stock"];
+
+/// A kernel's file, and where its modules are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestKernel {
+    /// vmlinux or bzImage.
+    pub path: PathBuf,
+    /// What belongs to it.
+    pub modules: Modules,
+}
+
+impl Choice {
+    /// What a user's word means: a name, or with a `/` or a file of that name, a path.
+    pub fn from_word(word: &Path) -> Choice {
+        match MADE.iter().find(|name| word == Path::new(name)) {
+            Some(name) => Choice::Made(name),
+            None if word == Path::new("host") => Choice::Host,
+            None => Choice::Path(word.to_owned()),
+        }
+    }
+
+    /// The kernel that is meant, if it is there.
+    pub fn find(&self) -> Result<GuestKernel> {
+        match self {
+            Choice::Any => any(),
+            Choice::Made(name) => made(name).with_context(|| {
+                let folder = kernels_folder().unwrap_or_default();
+                format!("no {name} kernel in {}: make it with `scripts/kernel {name}`", folder.display())
+            }),
+            Choice::Host => host(),
+            Choice::Path(path) => Ok(GuestKernel { modules: modules_beside(path), path: path.clone() }),
+        }
+    }
+}
+
+fn any() -> Result<GuestKernel> {
+    if let Some(kernel) = MADE.iter().find_map(|name| made(name)) {
+        return Ok(kernel);
+    }
+    host().map_err(|error| {
+        anyhow::anyhow!(
+            "there is no kernel to boot ({error:#}): type --kernel PATH, or make one with `scripts/kernel micro`"
+        )
+    })
+}
+
+fn kernels_folder() -> Option<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = absolute("HUSK_CACHE")
+        .or_else(|| absolute("XDG_CACHE_HOME").map(|cache| cache.join("husk")))
+        .or_else(|| absolute("HOME").map(|home| home.join(".cache/husk")))?;
+    Some(cache.join("kernels"))
+}
+
+fn made(name: &str) -> Option<GuestKernel> {
+    let folder = kernels_folder()?.join(name);
+    // An ELF image needs no unpacking.
+    let path = ["vmlinux", "bzImage"].iter().map(|file| folder.join(file)).find(|path| path.exists())?;
+    Some(GuestKernel { modules: modules_beside(&path), path })
+}
+
+fn host() -> Result<GuestKernel> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("read the host kernel's release")?;
+    let release = release.trim();
+    let path = PathBuf::from(format!("/boot/vmlinuz-{release}"));
+    if let Err(error) = File::open(&path) {
+        bail!("open the host's own kernel {}: {error}", path.display());
+    }
+    let tree = PathBuf::from("/lib/modules").join(release);
+    let modules = if tree.join("modules.dep").exists() { Modules::Tree(tree) } else { Modules::BuiltIn };
+    Ok(GuestKernel { path, modules })
+}
+
+/// A folder `modules` beside the kernel, as scripts/kernel makes it; or what is installed for its release.
+fn modules_beside(path: &Path) -> Modules {
+    let folder = path.with_file_name("modules");
+    if folder.join("load").exists() {
+        return Modules::Folder(folder);
+    }
+    let tree = release(path).map(|release| Path::new("/lib/modules").join(release));
+    match tree.filter(|tree| tree.join("modules.dep").exists()) {
+        Some(tree) => Modules::Tree(tree),
+        None => Modules::BuiltIn,
+    }
+}
+
+/// The release that a bzImage says it is (boot.rst: `kernel_version`), if it is one that can name a folder.
+fn release(path: &Path) -> Option<String> {
+    const MAGIC_AT: u64 = 0x202;
+    const POINTER_AT: u64 = 0x20e;
+    const BASE: u64 = 0x200;
+    let file = File::open(path).ok()?;
+    let mut magic = [0; 4];
+    file.read_exact_at(&mut magic, MAGIC_AT).ok()?;
+    if magic != *b"HdrS" {
+        return None;
+    }
+    let mut pointer = [0; 2];
+    file.read_exact_at(&mut pointer, POINTER_AT).ok()?;
+    let mut text = [0; 64];
+    let len = file.read_at(&mut text, BASE + u64::from(u16::from_le_bytes(pointer))).ok()?;
+    let release = text.get(..len)?.split(|byte| !byte.is_ascii_graphic() || *byte == b'/').next()?;
+    String::from_utf8(release.to_vec()).ok().filter(|release| !release.is_empty() && !release.starts_with('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_word_is_a_name_or_a_path() {
+        assert_eq!(Choice::from_word(Path::new("micro")), Choice::Made("micro"));
+        assert_eq!(Choice::from_word(Path::new("host")), Choice::Host);
+        assert_eq!(Choice::from_word(Path::new("./micro")), Choice::Path("./micro".into()));
+        assert_eq!(Choice::from_word(Path::new("/boot/vmlinuz")), Choice::Path("/boot/vmlinuz".into()));
+    }
+
+    #[test]
+    fn modules_beside_a_kernel_are_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = folder.path().join("vmlinux");
+        let find = || Choice::Path(kernel.clone()).find().unwrap().modules;
+        assert_eq!(find(), Modules::BuiltIn);
+        fs::create_dir(folder.path().join("modules")).unwrap();
+        fs::write(folder.path().join("modules/load"), "").unwrap();
+        assert_eq!(find(), Modules::Folder(folder.path().join("modules")));
+    }
+
+    #[test]
+    fn a_bzimage_says_its_release() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bzImage");
+        let image = |version: &[u8]| {
+            let mut bytes = vec![0; 0x400];
+            bytes[0x202..0x206].copy_from_slice(b"HdrS");
+            bytes[0x20e..0x210].copy_from_slice(&0x100u16.to_le_bytes());
+            bytes[0x300..0x300 + version.len()].copy_from_slice(version);
+            fs::write(&path, bytes).unwrap();
+            release(&path)
+        };
+        assert_eq!(image(b"6.1.0-9-cloud (me@here) #1"), Some("6.1.0-9-cloud".into()));
+        assert_eq!(image(b"../../etc"), None);
+        assert_eq!(image(b""), None);
+        fs::write(&path, b"short").unwrap();
+        assert_eq!(release(&path), None);
+    }
+}

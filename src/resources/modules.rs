@@ -1,0 +1,220 @@
+//! From the drivers that a machine needs to the kernel modules that have them, each behind those it depends on.
+//!
+//! Modules are found by name, in a folder with a file `load` (scripts/kernel makes such) or in a distribution's tree with
+//! its `modules.dep`. What a module depends on it says itself, so that one way serves both.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::boot::unpacking_reader;
+
+/// Far beyond the largest driver.
+const MODULE_MAX_BYTES: u64 = 64 << 20;
+
+/// Where a kernel's modules are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Modules {
+    /// It has none: all of its drivers are part of it.
+    BuiltIn,
+    /// A folder of files; a driver that is not there is taken to be part of the kernel.
+    Folder(PathBuf),
+    /// `/lib/modules/RELEASE`.
+    Tree(PathBuf),
+}
+
+/// A module, unpacked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// Its name, with `_` for `-`.
+    pub name: String,
+    /// Its ELF file.
+    pub content: Vec<u8>,
+}
+
+/// Finds the modules for `drivers`, in the order in which a kernel takes them. A driver that is part of the kernel has
+/// none; one that the kernel has not at all is an error, unless its name ends in `?`.
+pub fn find(modules: &Modules, drivers: &[&str]) -> Result<Vec<Module>> {
+    let index = match modules {
+        Modules::BuiltIn => return Ok(Vec::new()),
+        Modules::Folder(folder) => Index::of_folder(folder),
+        Modules::Tree(tree) => Index::of_tree(tree),
+    }?;
+    let mut search = Search { index, under_way: Vec::new(), found: Vec::new() };
+    for driver in drivers {
+        let (driver, needed) = driver.strip_suffix('?').map_or((*driver, true), |driver| (driver, false));
+        search.add(driver, needed)?;
+    }
+    Ok(search.found)
+}
+
+/// Which file is which module.
+struct Index {
+    files: HashMap<String, PathBuf>,
+    /// What is part of the kernel, where that is known.
+    built_in: Option<Vec<String>>,
+    place: PathBuf,
+}
+
+impl Index {
+    fn of_folder(folder: &Path) -> Result<Index> {
+        let list = folder.join("load");
+        let text = fs::read_to_string(&list).with_context(|| format!("read {}", list.display()))?;
+        let files = text.lines().map(|line| (name_of(line), folder.join(line))).collect();
+        Ok(Index { files, built_in: None, place: folder.to_owned() })
+    }
+
+    fn of_tree(tree: &Path) -> Result<Index> {
+        let read = |name: &str| {
+            let path = tree.join(name);
+            fs::read_to_string(&path).with_context(|| format!("read {} (run `sudo depmod`)", path.display()))
+        };
+        let dependencies = read("modules.dep")?;
+        let paths = dependencies.lines().filter_map(|line| line.split_once(':'));
+        let files = paths.map(|(path, _)| (name_of(path), tree.join(path))).collect();
+        let built_in = read("modules.builtin")?.lines().map(name_of).collect();
+        Ok(Index { files, built_in: Some(built_in), place: tree.to_owned() })
+    }
+}
+
+/// `kernel/fs/erofs/erofs.ko.xz` is `erofs`.
+fn name_of(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or_default();
+    file.split(".ko").next().unwrap_or_default().replace('-', "_")
+}
+
+struct Search {
+    index: Index,
+    under_way: Vec<String>,
+    found: Vec<Module>,
+}
+
+impl Search {
+    /// Adds a module behind all that it depends on.
+    fn add(&mut self, driver: &str, needed: bool) -> Result<()> {
+        let name = driver.replace('-', "_");
+        if self.found.iter().any(|module| module.name == name) || self.under_way.contains(&name) {
+            return Ok(());
+        }
+        let Some(path) = self.index.files.get(&name) else {
+            let built_in = self.index.built_in.as_ref().is_none_or(|all| all.contains(&name));
+            ensure!(built_in || !needed, "the kernel of {} has no driver {driver}", self.index.place.display());
+            return Ok(());
+        };
+        let content = read(path).with_context(|| format!("read module {}", path.display()))?;
+        self.under_way.push(name.clone());
+        for list in values(&content, b"depends=") {
+            for dependency in list.split(',') {
+                self.add(dependency, true)?;
+            }
+        }
+        // Wanted beside it, where it is a module at all.
+        for list in values(&content, b"softdep=").filter_map(|list| list.strip_prefix("pre:")) {
+            for name in list.split_whitespace().take_while(|name| !name.ends_with(':')) {
+                self.add(name, false)?;
+            }
+        }
+        self.under_way.pop();
+        self.found.push(Module { name, content });
+        Ok(())
+    }
+}
+
+/// What the module says of itself under a key: NUL-ended texts in its section `.modinfo`.
+fn values<'a>(content: &'a [u8], key: &'a [u8]) -> impl Iterator<Item = &'a str> {
+    content
+        .split(|&byte| byte == 0)
+        .filter_map(move |text| text.strip_prefix(key))
+        .filter_map(|value| std::str::from_utf8(value).ok())
+        .filter(|value| !value.is_empty())
+}
+
+/// A module's file, unpacked. Modules are signed as they are unpacked, so that nothing else changes.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut packed = Vec::new();
+    File::open(path)?.take(MODULE_MAX_BYTES + 1).read_to_end(&mut packed)?;
+    let mut unpacked = None;
+    if let Some(reader) = unpacking_reader(&packed)? {
+        let content = unpacked.insert(Vec::new());
+        reader.take(MODULE_MAX_BYTES + 1).read_to_end(content)?;
+    }
+    let content = unpacked.unwrap_or(packed);
+    ensure!(content.len() as u64 <= MODULE_MAX_BYTES, "longer than any module");
+    if !content.starts_with(b"\x7fELF") {
+        bail!("not a kernel module");
+    }
+    Ok(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::boot::sample;
+
+    fn module(info: &[&str]) -> Vec<u8> {
+        [b"\x7fELF\0".to_vec(), info.join("\0").into_bytes(), vec![0]].concat()
+    }
+
+    /// A tree in which `c` is packed and depends on `a-b`, which depends on `d`.
+    fn tree() -> (TempDir, Modules) {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let list = "kernel/c.ko.gz: kernel/a-b.ko\nkernel/a-b.ko:\nkernel/d.ko:\nkernel/loop1.ko:\nkernel/loop2.ko:\n";
+        fs::create_dir(at("kernel")).unwrap();
+        fs::write(at("modules.dep"), list).unwrap();
+        fs::write(at("modules.builtin"), "kernel/fs/ext4/ext4.ko\n").unwrap();
+        let c = module(&["depends=a-b", "softdep=pre: d missing post: loop1"]);
+        fs::write(at("kernel/c.ko.gz"), sample::packed(&c, "gzip -n").expect("gzip is part of every Debian")).unwrap();
+        fs::write(at("kernel/a-b.ko"), module(&["name=a_b", "depends=d,ext4"])).unwrap();
+        fs::write(at("kernel/d.ko"), module(&["depends="])).unwrap();
+        fs::write(at("kernel/loop1.ko"), module(&["depends=loop2"])).unwrap();
+        fs::write(at("kernel/loop2.ko"), module(&["depends=loop1"])).unwrap();
+        let modules = Modules::Tree(folder.path().to_owned());
+        (folder, modules)
+    }
+
+    fn names(modules: &Modules, drivers: &[&str]) -> Result<Vec<String>> {
+        Ok(find(modules, drivers)?.into_iter().map(|module| module.name).collect())
+    }
+
+    #[test]
+    fn a_module_comes_behind_what_it_depends_on_and_once() {
+        let (_folder, modules) = tree();
+        assert_eq!(names(&modules, &["c", "a_b", "d"]).unwrap(), ["d", "a_b", "c"]);
+        assert_eq!(names(&modules, &["loop1"]).unwrap(), ["loop2", "loop1"]);
+    }
+
+    #[test]
+    fn a_packed_module_is_handed_on_unpacked() {
+        let (_folder, modules) = tree();
+        assert!(find(&modules, &["c"]).unwrap().iter().all(|module| module.content.starts_with(b"\x7fELF")));
+    }
+
+    #[test]
+    fn what_the_kernel_has_needs_no_module_and_what_it_has_not_is_named() {
+        let (_folder, modules) = tree();
+        assert_eq!(names(&modules, &["ext4", "xfs?"]).unwrap(), [""; 0]);
+        assert!(names(&modules, &["xfs"]).unwrap_err().to_string().ends_with("has no driver xfs"));
+        assert_eq!(names(&Modules::BuiltIn, &["xfs"]).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn a_folder_says_what_is_in_it() {
+        let (folder, _) = tree();
+        let kernel = folder.path().join("kernel");
+        fs::write(kernel.join("load"), "d.ko\na-b.ko\n").unwrap();
+        assert_eq!(names(&Modules::Folder(kernel), &["a-b", "erofs"]).unwrap(), ["d", "a_b"]);
+    }
+
+    #[test]
+    fn a_file_that_is_no_module_is_refused() {
+        let (folder, modules) = tree();
+        fs::write(folder.path().join("kernel/d.ko"), "text").unwrap();
+        assert!(format!("{:#}", names(&modules, &["d"]).unwrap_err()).ends_with("d.ko: not a kernel module"));
+    }
+}
