@@ -12,9 +12,10 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use super::exit::{EXIT_CODES, Exit};
 use super::size;
 use crate::config::{DEFAULT_CID, DiskConfig, MachineConfig, VsockConfig};
+use crate::machine::Machine;
+use crate::machine::control::{self, Front};
 use crate::machine::outcome::Outcome;
 use crate::machine::timings::Timings;
-use crate::machine::{Machine, control};
 use crate::resources;
 
 const EXAMPLES: &str = "\
@@ -110,10 +111,10 @@ impl Boot {
         log::info!("kernel command line: {}", config.full_cmdline());
         let timings = Arc::new(Timings::new(started));
         // Before any thread exists, so that all of them leave the signals to the one that waits for them.
-        let signals = control::block_signals()?;
+        let signals = Front::block_signals(false)?;
         let resources = resources::open(&config)?;
         let machine = Machine::build(&config, resources, timings.clone())?;
-        let outcome = control::run(machine, signals)?;
+        let outcome = control::run(machine, signals, Front::Console)?;
         if self.timings {
             eprint!("{timings}");
         }
@@ -150,7 +151,7 @@ impl Boot {
 }
 
 /// Says what ended the machine, unless it ended as it was meant to.
-fn report(outcome: &Outcome) -> Exit {
+pub fn report(outcome: &Outcome) -> Exit {
     let exit = Exit::from(outcome);
     if !matches!(exit, Exit::Success | Exit::Reported(_)) {
         super::print_error(&outcome.to_string());
@@ -158,7 +159,8 @@ fn report(outcome: &Outcome) -> Exit {
     exit
 }
 
-fn cpus(text: &str) -> Result<u32, String> {
+/// Parses a number of vCPUs.
+pub fn cpus(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "a machine has whole vCPUs, type a number from 1 to 32".to_owned())
 }
 

@@ -13,6 +13,9 @@ pub enum Exit {
     Failure,
     /// The command line or the configuration is wrong on any host.
     Usage,
+    /// `husk run` came to no process: husk, the host or the image failed. As Docker has it, so that the command's own codes
+    /// stay its own.
+    NotRun,
     /// The guest asked for a reset.
     Reset,
     /// The guest's kernel panicked.
@@ -34,6 +37,7 @@ impl Exit {
             Exit::Success => 0,
             Exit::Failure => 1,
             Exit::Usage => 2,
+            Exit::NotRun => 125,
             Exit::Reset => 80,
             Exit::Panicked => 81,
             Exit::TripleFault => 82,
@@ -53,6 +57,7 @@ impl From<&Outcome> for Exit {
             Outcome::Panicked(_) => Exit::Panicked,
             Outcome::TripleFault { .. } => Exit::TripleFault,
             Outcome::KvmError { .. } => Exit::KvmError,
+            Outcome::SessionLost(_) => Exit::Failure,
             Outcome::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
         }
     }
@@ -74,6 +79,7 @@ Exit codes:
    81    the guest's kernel panicked
    82    the guest met a triple fault
    83    KVM could not run the guest any further
+  125    husk run: husk, the host or the image failed, and there was no process
   128+n  signal n ended the machine
   Any other code is the guest's own, written to its exit port (0x604).";
 
@@ -84,7 +90,7 @@ mod tests {
     #[test]
     fn every_code_of_husk_is_in_the_help() {
         use Exit::*;
-        for exit in [Success, Failure, Usage, Reset, Panicked, TripleFault, KvmError] {
+        for exit in [Success, Failure, Usage, NotRun, Reset, Panicked, TripleFault, KvmError] {
             let code = format!("{:>5}    ", exit.code());
             assert!(EXIT_CODES.lines().any(|line| line.starts_with(&code)), "{exit:?}");
         }

@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod exit;
 pub mod logger;
 pub mod man;
+pub mod run;
 mod size;
 
 use std::io::{ErrorKind, Write};
@@ -20,6 +21,7 @@ use crate::config::Invalid;
 const EXAMPLES: &str = "\
 Examples:
   husk doctor
+  husk run image.tar echo hello
   husk boot --kernel vmlinux --initrd initrd.cpio
   husk boot --kernel bzImage --disk root.img --cpus 2 --memory 2G";
 
@@ -40,6 +42,8 @@ pub struct Cli {
 enum Command {
     /// Boot a machine from a kernel, an initial RAM disk and disks, its console on this terminal
     Boot(boot::Boot),
+    /// Run a command in an image, as a machine of its own
+    Run(run::Run),
     /// Say what this host can do, and what to type where something is missing
     Doctor(doctor::Doctor),
     /// Print a completion script for a shell
@@ -56,6 +60,7 @@ impl Cli {
         report_faults();
         match self.command {
             Command::Boot(boot) => boot.run(started),
+            Command::Run(run) => Ok(run.run(started)),
             Command::Doctor(doctor) => doctor.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),
@@ -93,7 +98,19 @@ pub fn report_usage(error: &clap::Error) -> Exit {
         // What is no error is help: asked for, or shown because no command was given.
         None => drop(error.print()),
     }
-    if error.exit_code() == 0 { Exit::Success } else { Exit::Usage }
+    match error.exit_code() {
+        0 => Exit::Success,
+        _ if is_run() => Exit::NotRun,
+        _ => Exit::Usage,
+    }
+}
+
+/// Whether this is `husk run`, whose command may have any code but one for itself.
+fn is_run() -> bool {
+    std::env::args_os()
+        .skip(1)
+        .find(|word| !word.as_encoded_bytes().starts_with(b"-"))
+        .is_some_and(|word| word == "run")
 }
 
 fn print_error(text: &str) {

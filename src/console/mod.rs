@@ -2,5 +2,6 @@
 
 pub mod input;
 pub mod keys;
+pub mod log;
 pub mod output;
 pub mod terminal;

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use husk_protocol::WindowSize;
 use vmm_sys_util::signal::register_signal_handler;
 
 /// How the terminal was before; set once, so that a signal handler may read it.
@@ -55,6 +56,16 @@ pub fn restore() {
         // The terminal may be gone; then there is nothing to restore.
         let _ = set_attributes(before);
     }
+}
+
+/// The size of the terminal that this process is on, if it is on one.
+pub fn window_size() -> Option<WindowSize> {
+    [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO].into_iter().find_map(|fd| {
+        let mut size = MaybeUninit::<libc::winsize>::uninit();
+        // SAFETY: the request writes a whole `winsize` when it returns 0, and only then it is read.
+        let size = unsafe { (libc::ioctl(fd, libc::TIOCGWINSZ, size.as_mut_ptr()) == 0).then(|| size.assume_init()) }?;
+        Some(WindowSize { rows: size.ws_row, columns: size.ws_col })
+    })
 }
 
 fn has_foreground_terminal() -> bool {

@@ -1,9 +1,175 @@
 //! The host's side of a guest with husk's own init: what it is booted with, and the session about its process.
 
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail, ensure};
+use husk_protocol::{Overlay, Root, Spec, Start, Tmpfs, WindowSize};
+
+use self::process::{Defaults, Wishes};
+use crate::config::{DEFAULT_CID, DiskConfig, MachineConfig, VsockConfig};
+use crate::console::terminal;
+use crate::resources::guest_kernel::GuestKernel;
+use crate::resources::modules::{self, Module};
+
 pub mod initramfs;
+pub mod process;
+pub mod session;
+mod streams;
 
 /// The guest's first process, a static program (firmware/init).
 pub const INIT: &[u8] = include_bytes!(env!("HUSK_INIT"));
+
+/// What a machine's root is made of.
+#[derive(Debug, Clone)]
+pub enum Base {
+    /// A read-only root that machines share, and what lies over it.
+    Image {
+        /// An EROFS image.
+        root: PathBuf,
+        /// What it says of its process.
+        defaults: Defaults,
+        /// Whether nothing may be changed.
+        read_only: bool,
+    },
+    /// A disk with an operating system of its own.
+    Disk {
+        /// A disk image or a block device.
+        path: PathBuf,
+        /// Whether nothing may be changed.
+        readonly: bool,
+    },
+}
+
+/// What is in the machine: the root, and what runs.
+#[derive(Debug, Clone)]
+pub struct Inside {
+    base: Base,
+    hostname: String,
+    tmpfs: Vec<Tmpfs>,
+    start: Start,
+}
+
+/// Where the guest finds its root; the first disk of every machine.
+const ROOT_DEVICE: &str = "/dev/vda";
+
+impl Inside {
+    /// A machine for one process: the image's, unless the user wishes otherwise.
+    pub fn with_process(
+        base: Base,
+        wishes: Wishes,
+        terminal: bool,
+        stdin: bool,
+        hostname: String,
+        tmpfs: Vec<Tmpfs>,
+    ) -> Result<Inside> {
+        let Base::Image { defaults, .. } = &base else { bail!("a disk runs its own init") };
+        let mut process = wishes.apply(defaults);
+        ensure!(!process.args.is_empty(), "the image names no command: type one behind the image");
+        // The size that terminals have where nobody says one.
+        let size = || terminal::window_size().unwrap_or(WindowSize { rows: 24, columns: 80 });
+        process.terminal = terminal.then(size);
+        process.stdin = stdin;
+        check_hostname(&hostname)?;
+        Ok(Inside { base, hostname, tmpfs, start: Start::Process(process) })
+    }
+
+    /// A machine whose root has an init of its own, `args`, or where there are none the one that it has.
+    pub fn with_own_init(base: Base, args: Vec<OsString>, hostname: String, tmpfs: Vec<Tmpfs>) -> Inside {
+        // A disk has a name of its own.
+        let hostname = if matches!(base, Base::Disk { .. }) { String::new() } else { hostname };
+        let args = args.into_iter().map(OsString::into_vec).collect();
+        Inside { base, hostname, tmpfs, start: Start::Init(args) }
+    }
+
+    /// Whether there is a process that a session is about; else the root's init has the console.
+    pub fn has_session(&self) -> bool {
+        matches!(self.start, Start::Process(_))
+    }
+
+    /// Whether the process reads our standard input.
+    pub fn wants_stdin(&self) -> bool {
+        matches!(&self.start, Start::Process(process) if process.stdin)
+    }
+
+    /// Whether the process has a terminal.
+    pub fn on_terminal(&self) -> bool {
+        matches!(&self.start, Start::Process(process) if process.terminal.is_some())
+    }
+
+    /// The initial RAM disk, with the modules that `kernel` needs for this.
+    pub fn initramfs(&self, kernel: &GuestKernel) -> Result<File> {
+        let mut drivers = vec!["virtio_mmio", "virtio_blk"];
+        match self.base {
+            // EROFS wants the checksum, and says so in no way that is found.
+            Base::Image { .. } => drivers.extend(["crc32c_generic?", "erofs", "overlay"]),
+            Base::Disk { .. } => drivers.extend(["crc32c_generic?", "ext4?", "xfs?", "btrfs?", "vfat?"]),
+        }
+        if self.has_session() {
+            drivers.push("vmw_vsock_virtio_transport");
+        }
+        let modules = modules::find(&kernel.modules, &drivers)?;
+        initramfs::make(&self.spec(&modules), &modules)
+    }
+
+    fn spec(&self, modules: &[Module]) -> Spec {
+        let device = ROOT_DEVICE.to_owned();
+        let root = match &self.base {
+            Base::Image { read_only: true, .. } => Root::Image { device, overlay: Overlay::ReadOnly },
+            Base::Image { read_only: false, .. } => Root::Image { device, overlay: Overlay::Memory },
+            Base::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
+        };
+        let hosts =
+            format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{}\n", self.hostname);
+        Spec {
+            modules: modules.iter().map(initramfs::module_path).collect(),
+            root,
+            hostname: self.hostname.clone(),
+            hosts: Some(hosts.into_bytes()),
+            resolv_conf: None,
+            tmpfs: self.tmpfs.clone(),
+            start: self.start.clone(),
+        }
+    }
+
+    /// The machine around it. `socket` is where its sessions are; `verbose` has its kernel say more than its troubles.
+    pub fn machine_config(
+        &self,
+        kernel: &GuestKernel,
+        cpus: u32,
+        memory_mib: u64,
+        socket: &Path,
+        verbose: bool,
+    ) -> MachineConfig {
+        let (path, readonly) = match &self.base {
+            Base::Image { root, .. } => (root, true),
+            Base::Disk { path, readonly } => (path, *readonly),
+        };
+        let vsock = VsockConfig { socket: socket.to_owned(), cid: DEFAULT_CID };
+        MachineConfig {
+            kernel: kernel.path.clone(),
+            cmdline: if verbose { "loglevel=7".into() } else { String::new() },
+            cpus,
+            memory_mib,
+            disks: vec![DiskConfig { path: path.clone(), readonly, id: None }],
+            vsock: self.has_session().then_some(vsock),
+            ..MachineConfig::default()
+        }
+    }
+}
+
+/// What Linux takes as a host name, of the characters that a name in a network has.
+fn check_hostname(name: &str) -> Result<()> {
+    const MAX_BYTES: usize = 63;
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    ensure!(
+        !name.is_empty() && name.len() <= MAX_BYTES && name.chars().all(good),
+        "{name:?} is no host name: type 1 to {MAX_BYTES} letters, digits, `-`, `.` or `_`"
+    );
+    Ok(())
+}
 
 #[cfg(test)]
 mod tests {

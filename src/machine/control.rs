@@ -14,15 +14,20 @@ use super::outcome::Outcome;
 use super::timings::Step;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
+use crate::console::log::Log;
 use crate::console::terminal::RawTerminal;
+use crate::guest::session::Session;
 use crate::sandbox;
 use crate::sys::SignalFd;
 
 /// How long a panicked kernel may go on printing before the machine is ended for it.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
 
-/// Signals that ask for an orderly end. To be blocked (see [`block_signals`]) before any thread starts.
+/// Signals that ask for an orderly end. To be blocked (see [`Front::block_signals`]) before any thread starts.
 const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// Signals that mean nothing to husk, and something to a process.
+const SESSION_SIGNALS: [i32; 3] = [libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
 
 /// What the thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,35 +36,64 @@ enum Token {
     Signal,
     Keys,
     InputWanted,
+    Session,
 }
 
-const TOKENS: [Token; 4] = [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted];
+const TOKENS: [Token; 5] = [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted, Token::Session];
 
-/// Blocks the signals that [`run`] listens to. To be called on the first thread before others are started.
-pub fn block_signals() -> Result<SignalFd> {
-    SignalFd::block(&END_SIGNALS).context("block signals")
+/// Who has this process's standard streams and its signals.
+pub enum Front<'a> {
+    /// The serial port. The first of the ending signals presses the power button, the second ends the machine.
+    Console,
+    /// The guest's process, on a terminal or not; signals are its own. The serial port prints to the log.
+    Session {
+        /// The process's session; it outlives the machine, so that its end can be asked for.
+        session: &'a mut Session,
+        /// Whether the process has this terminal.
+        on_terminal: bool,
+        /// Where the kernel's messages go.
+        log: Log,
+    },
 }
 
-/// Runs `machine` on this process's terminal until it ends: standard input to its serial port, which prints on
-/// standard output. The first of the ending signals presses the power button, the second ends the machine.
-pub fn run(mut machine: Machine, signals: SignalFd) -> Result<Outcome> {
-    let terminal = RawTerminal::enter().context("set up the terminal")?;
-    let printer = start_printer(&machine)?;
-    let outcome = Control::new(&mut machine, &signals, terminal.is_some())?.run();
+impl Front<'_> {
+    /// Blocks the signals that [`run`] listens to. To be called on the first thread before others are started.
+    pub fn block_signals(for_session: bool) -> Result<SignalFd> {
+        let session = if for_session { &SESSION_SIGNALS[..] } else { &[] };
+        SignalFd::block(&[&END_SIGNALS, session].concat()).context("block signals")
+    }
+}
+
+/// Runs `machine` until it ends, with this process's streams where `front` says.
+pub fn run(mut machine: Machine, signals: SignalFd, front: Front) -> Result<Outcome> {
+    let (mut session, wants_terminal, log) = match front {
+        Front::Console => (None, true, None),
+        Front::Session { session, on_terminal, log } => (Some(session), on_terminal, Some(log)),
+    };
+    let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
+    let printer = start_printer(&machine, log)?;
+    let outcome = Control::new(&mut machine, &signals, session.as_deref_mut(), terminal.is_some())?.run();
     machine.timings.mark(Step::End);
     // What the guest printed is still to be printed, to a reader that may never take it: from here on a signal kills.
     drop(signals);
     drop(machine);
+    if let Some(session) = session {
+        session.close();
+    }
     drop(terminal);
     // The thread's only failure is a closed output, which it has told already.
     let _ = printer.join();
     outcome
 }
 
-fn start_printer(machine: &Machine) -> Result<JoinHandle<()>> {
+/// What the serial port prints goes to the log where there is one, and to standard output where not.
+fn start_printer(machine: &Machine, log: Option<Log>) -> Result<JoinHandle<()>> {
     let (output, ending) = (machine.console.output.clone(), machine.ending.clone());
-    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned().context("use standard output")?);
-    let print = move || output.print_to(stdout, || ending.declare(Outcome::Killed(libc::SIGPIPE)));
+    let sink: Box<dyn Write + Send> = match log {
+        Some(log) => Box::new(log),
+        None => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned().context("use standard output")?)),
+    };
+    let print = move || output.print_to(sink, || ending.declare(Outcome::Killed(libc::SIGPIPE)));
     sandbox::spawn("console", print).context("start the console thread")
 }
 
@@ -67,19 +101,32 @@ struct Control<'a> {
     machine: &'a mut Machine,
     epoll: Epoll,
     signals: &'a SignalFd,
+    /// Who has the standard streams and the signals, if it is not the serial port.
+    session: Option<&'a mut Session>,
     input: Option<Input>,
     button_pressed: bool,
     on_terminal: bool,
 }
 
 impl<'a> Control<'a> {
-    fn new(machine: &'a mut Machine, signals: &'a SignalFd, on_terminal: bool) -> Result<Control<'a>> {
+    fn new(
+        machine: &'a mut Machine,
+        signals: &'a SignalFd,
+        session: Option<&'a mut Session>,
+        on_terminal: bool,
+    ) -> Result<Control<'a>> {
         let epoll = Epoll::new().context("epoll")?;
         watch(&epoll, machine.ending.event().as_raw_fd(), Token::Ending)?;
         watch(&epoll, signals.as_raw_fd(), Token::Signal)?;
         watch(&epoll, machine.console.input_wanted.as_raw_fd(), Token::InputWanted)?;
-        let input = Input::from_stdin(on_terminal);
-        Ok(Control { machine, epoll, signals, input, button_pressed: false, on_terminal })
+        let input = match &session {
+            Some(session) => {
+                watch(&epoll, session.as_raw_fd(), Token::Session)?;
+                None
+            }
+            None => Input::from_stdin(on_terminal),
+        };
+        Ok(Control { machine, epoll, signals, session, input, button_pressed: false, on_terminal })
     }
 
     fn run(mut self) -> Result<Outcome> {
@@ -90,7 +137,7 @@ impl<'a> Control<'a> {
                 return Ok(outcome);
             }
             let mut events = [EpollEvent::default(); TOKENS.len()];
-            let count = match self.epoll.wait(self.panic_timeout_ms(), &mut events) {
+            let count = match self.epoll.wait(self.timeout_ms(), &mut events) {
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
                 Err(e) => return Err(e).context("wait for events"),
@@ -104,15 +151,23 @@ impl<'a> Control<'a> {
                         let _ = self.machine.console.input_wanted.read();
                         self.feed()?;
                     }
+                    Some(Token::Session) => {
+                        if let Some(session) = &mut self.session {
+                            session.on_ready(&self.machine.ending)?;
+                        }
+                    }
                     None => {}
                 }
             }
         }
     }
 
-    /// How long to wait at most: for ever, unless the guest's kernel has panicked and may not reset by itself.
-    fn panic_timeout_ms(&self) -> i32 {
-        let Some(panicked_at) = self.machine.ending.panicked_at() else { return -1 };
+    /// How long to wait at most: for ever, unless the guest's kernel has panicked and may not reset by itself, or a
+    /// session is over and the guest may not end by itself.
+    fn timeout_ms(&self) -> i32 {
+        let Some(panicked_at) = self.machine.ending.panicked_at() else {
+            return self.session.as_ref().map_or(-1, |session| session.timeout_ms(&self.machine.ending));
+        };
         let left = (panicked_at + PANIC_GRACE).saturating_duration_since(Instant::now());
         if left.is_zero() {
             self.machine.ending.give_up_on_panic();
@@ -122,7 +177,9 @@ impl<'a> Control<'a> {
 
     fn on_signal(&mut self) -> Result<()> {
         let Some(signal) = self.signals.read().context("read a signal")? else { return Ok(()) };
-        if self.button_pressed {
+        if let Some(session) = &mut self.session {
+            session.on_signal(signal, &self.machine.ending);
+        } else if self.button_pressed {
             self.machine.ending.declare(Outcome::Killed(signal));
         } else {
             self.press_power_button();

@@ -32,6 +32,8 @@ pub enum Outcome {
         /// What KVM said, and where.
         reason: String,
     },
+    /// The guest's init did not keep to what was agreed.
+    SessionLost(String),
     /// A signal to husk ended it.
     Killed(i32),
     /// The person at the terminal ended it.
@@ -49,6 +51,7 @@ impl fmt::Display for Outcome {
             Outcome::TripleFault { vcpu, rip: Some(rip) } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
             Outcome::TripleFault { vcpu, rip: None } => write!(f, "triple fault on vCPU {vcpu}"),
             Outcome::KvmError { vcpu, reason } => write!(f, "KVM cannot go on with vCPU {vcpu}: {reason}"),
+            Outcome::SessionLost(reason) => write!(f, "lost the guest's init: {reason}"),
             Outcome::Killed(signal) => write!(f, "ended by signal {signal}"),
             Outcome::Quit => write!(f, "ended from the terminal"),
         }

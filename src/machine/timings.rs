@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 /// A step in the life of a machine, in the order they come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
+    /// Image, kernel and initial RAM disk are there.
+    Prepared,
     /// The virtual machine exists, with memory and interrupt controller.
     KvmReady,
     /// Kernel, initial RAM disk and tables are in guest memory.
@@ -17,16 +19,26 @@ pub enum Step {
     FirstOutput,
     /// The guest wrote a marker: its PID 1 runs.
     Pid1,
+    /// The process that the machine is for runs.
+    Process,
+    /// It has ended, and what it wrote has left the guest.
+    ProcessEnd,
     /// The machine ended.
     End,
 }
 
-const STEPS: [(Step, &str); 6] = [
+/// Steps that a machine which was not made from an image does not have at all.
+const STEPS_OF_RUN: [Step; 3] = [Step::Prepared, Step::Process, Step::ProcessEnd];
+
+const STEPS: [(Step, &str); 9] = [
+    (Step::Prepared, "image and kernel ready"),
     (Step::KvmReady, "KVM ready"),
     (Step::KernelLoaded, "kernel loaded"),
     (Step::FirstInstruction, "first guest instruction"),
     (Step::FirstOutput, "first kernel output"),
     (Step::Pid1, "PID 1"),
+    (Step::Process, "process started"),
+    (Step::ProcessEnd, "process ended"),
     (Step::End, "exit"),
 ];
 
@@ -65,6 +77,7 @@ impl fmt::Display for Timings {
                     writeln!(f, "{name:<24}{:>12.3}{:>12.3}", millis(at), millis(took))?;
                     before = at;
                 }
+                None if STEPS_OF_RUN.contains(&step) => {}
                 None => writeln!(f, "{name:<24}{:>12}{:>12}", "-", "-")?,
             }
         }

@@ -4,10 +4,12 @@
 //! behind, and so that what is built later needs no access to the file system.
 
 pub mod disk;
+pub mod folder;
 pub mod guest_kernel;
 pub mod host;
 pub mod kernel;
 pub mod modules;
+pub mod root_file;
 pub mod text;
 pub mod vsock;
 

@@ -1,0 +1,288 @@
+//! `husk run`: from an image and a command to a machine, and from the command's end to an exit code.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::{ArgAction, Args};
+use husk_protocol::{Limit, Tmpfs, ToHost};
+use log::Level;
+
+use super::exit::Exit;
+use super::{boot, size};
+use crate::console::log::{Log, Tail};
+use crate::guest::process::{self, Wishes};
+use crate::guest::session::Session;
+use crate::guest::{Base, Inside};
+use crate::machine::Machine;
+use crate::machine::control::{self, Front};
+use crate::machine::outcome::Outcome;
+use crate::machine::timings::{Step, Timings};
+use crate::resources::folder::MachineFolder;
+use crate::resources::guest_kernel::Choice;
+use crate::resources::root_file::{self, Kind};
+use crate::resources::{self, text};
+use crate::sys::socket;
+
+const EXAMPLES: &str = "\
+Examples:
+  A command in a container image, from a file that docker or podman saved:
+    husk run image.tar echo hello
+
+  A shell on this terminal, with two processors and 2 GiB:
+    husk run -it --cpus 2 --memory 2G image.tar sh
+
+  In the middle of a pipe:
+    tar c . | husk run -i image.tar tar x -C /tmp
+
+  A disk with an operating system of its own:
+    husk run disk.img";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  125    husk, the host or the image failed, and there was no process
+  126    the command cannot be run
+  127    there is no such command
+  128+n  signal n ended it, or the machine
+  80-83  the machine ended badly: reset, panic, triple fault, KVM's failure (see `husk boot --help`)
+  Any other code is the command's own.";
+
+/// How many of the guest's messages explain a failure.
+const TAIL_LINES: usize = 20;
+/// The service that the guest's init connects to, beside the machine's socket.
+const SOCKET: &str = "vsock";
+
+/// The flags of `husk run`.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true, override_usage = "husk run [OPTIONS] IMAGE [COMMAND] [ARG]...")]
+#[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+pub struct Run {
+    /// The image; then the command in place of the image's own, and its arguments
+    ///
+    /// An image is a file that docker, podman or skopeo saved, a folder, or a disk image.
+    #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(value_names = ["IMAGE", "COMMAND"])]
+    words: Vec<OsString>,
+
+    /// Keep standard input open to the command
+    #[arg(short, long)]
+    interactive: bool,
+
+    /// Give the command a terminal: this one
+    #[arg(short, long)]
+    tty: bool,
+
+    /// Set a variable; without a value, to the one that it has here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+
+    /// Set the variables in a file, a line each
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+
+    /// Working directory in the guest
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<OsString>,
+
+    /// User, and group, to run as: names or numbers
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+
+    /// Program to run in place of the image's entry point; its command is left out then
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<OsString>,
+
+    /// The machine's host name [default: its --name, or a random one]
+    #[arg(short = 'h', long, value_name = "NAME")]
+    hostname: Option<String>,
+
+    /// The machine's name
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+
+    /// Forget the machine when it ends; it always is
+    #[arg(long)]
+    rm: bool,
+
+    /// Let nothing in the root be changed
+    #[arg(long)]
+    read_only: bool,
+
+    /// Mount a file system in the guest's memory; may be given several times
+    #[arg(long, value_name = "PATH[:OPTION,...]", value_parser = process::tmpfs)]
+    tmpfs: Vec<Tmpfs>,
+
+    /// Set a resource limit; may be given several times
+    #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
+    ulimit: Vec<Limit>,
+
+    /// Number of vCPUs, 1 to 32
+    #[arg(long, value_name = "N", value_parser = boot::cpus, default_value = "1")]
+    cpus: u32,
+
+    /// Guest memory: 512M, 1.5G, 2GiB
+    #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
+    #[arg(allow_negative_numbers = true)]
+    memory: u64,
+
+    /// The guest's kernel: micro, stock, host or a path [default: the first of them that there is]
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<PathBuf>,
+
+    /// Run the root's own init as the first process, with its console on this terminal
+    ///
+    /// A disk's is run in any case; the path says which. With an image and without a path there is nothing to do: husk's own
+    /// init reaps and forwards signals.
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    init: Option<OsString>,
+
+    /// Say on standard error when each step was reached
+    #[arg(long)]
+    timings: bool,
+
+    /// Print help
+    #[arg(long, action = ArgAction::Help)]
+    help: Option<bool>,
+}
+
+impl Run {
+    /// Runs the command, and stays until it has ended. `started` is when this process began.
+    pub fn run(self, started: Instant) -> Exit {
+        match self.try_run(started) {
+            Ok(exit) => exit,
+            Err(error) => {
+                super::report(&error);
+                Exit::NotRun
+            }
+        }
+    }
+
+    fn try_run(mut self, started: Instant) -> Result<Exit> {
+        let timings = Arc::new(Timings::new(started));
+        let mut words = std::mem::take(&mut self.words).into_iter();
+        let image = words.next().unwrap_or_default();
+        if image.as_bytes().starts_with(b"-") {
+            bail!("there is no option {}: options come before the image", image.to_string_lossy());
+        }
+        let command: Vec<OsString> = words.collect();
+        let base = find_base(Path::new(&image), self.read_only)?;
+        let folder = MachineFolder::create()?;
+        let inside = self.inside(base, command, &folder)?;
+        let print_timings = self.timings;
+        let exit = self.run_machine(&inside, &folder, &timings)?;
+        if print_timings {
+            eprint!("{timings}");
+        }
+        Ok(exit)
+    }
+
+    /// What is to be in the machine, all wishes and defaults considered.
+    fn inside(&mut self, base: Base, command: Vec<OsString>, folder: &MachineFolder) -> Result<Inside> {
+        let hostname = self.hostname.take().or_else(|| self.name.clone()).unwrap_or_else(|| folder.name());
+        let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(base, Base::Disk { .. }));
+        if own_init.is_some() || matches!(base, Base::Disk { .. }) {
+            let program = own_init.filter(|path| !path.is_empty());
+            if program.is_none() && !command.is_empty() {
+                bail!("a disk runs its own init: type --init=PROGRAM to give it arguments");
+            }
+            let args = program.into_iter().chain(command).collect();
+            return Ok(Inside::with_own_init(base, args, hostname, std::mem::take(&mut self.tmpfs)));
+        }
+        let mut env = Vec::new();
+        for file in &self.env_file {
+            env.extend(process::env_file(&text::read(file)?));
+        }
+        env.append(&mut self.env);
+        let wishes = Wishes {
+            entrypoint: self.entrypoint.take(),
+            command,
+            env,
+            working_dir: self.workdir.take(),
+            user: self.user.take(),
+            limits: std::mem::take(&mut self.ulimit),
+        };
+        Inside::with_process(
+            base,
+            wishes,
+            self.terminal()?,
+            self.interactive,
+            hostname,
+            std::mem::take(&mut self.tmpfs),
+        )
+    }
+
+    /// Whether the command gets a terminal.
+    fn terminal(&self) -> Result<bool> {
+        use std::io::{IsTerminal, stdin};
+        if self.tty && self.interactive && !stdin().is_terminal() {
+            bail!("standard input is no terminal: leave -t out");
+        }
+        Ok(self.tty)
+    }
+
+    fn run_machine(&self, inside: &Inside, folder: &MachineFolder, timings: &Arc<Timings>) -> Result<Exit> {
+        let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
+        let initramfs = inside.initramfs(&kernel)?;
+        let verbose = log::log_enabled!(Level::Info);
+        let config = inside.machine_config(&kernel, self.cpus, self.memory, &folder.file(SOCKET), verbose);
+        config.validate()?;
+        if resources::host::runs_only_pvm_guests() {
+            log::warn!(
+                "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
+            );
+        }
+        timings.mark(Step::Prepared);
+        // Before any thread exists, so that all of them leave the signals to the one that waits for them.
+        let signals = Front::block_signals(inside.has_session())?;
+        let mut resources = resources::open(&config)?;
+        resources.initrd = Some(initramfs);
+        if !inside.has_session() {
+            let machine = Machine::build(&config, resources, timings.clone())?;
+            return Ok(boot::report(&control::run(machine, signals, Front::Console)?));
+        }
+        let service = folder.file(&format!("{SOCKET}_{}", husk_protocol::PORT));
+        let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
+        let on_terminal = inside.on_terminal();
+        let mut session = Session::new(listener, inside.wants_stdin(), on_terminal, timings.clone())?;
+        let machine = Machine::build(&config, resources, timings.clone())?;
+        let log = Log::create(folder.file("console.log"), verbose).context("make the machine's log")?;
+        let tail = log.tail();
+        let outcome = control::run(machine, signals, Front::Session { session: &mut session, on_terminal, log })?;
+        Ok(verdict(session.end(), &outcome, &tail, verbose))
+    }
+}
+
+/// What the image is: a file that is told by its content, or something for the image store.
+fn find_base(image: &Path, read_only: bool) -> Result<Base> {
+    match root_file::identify(image) {
+        Kind::Disk => Ok(Base::Disk { path: image.to_owned(), readonly: read_only }),
+        Kind::Root => Ok(Base::Image { root: image.to_owned(), defaults: Default::default(), read_only }),
+        Kind::Other => bail!("there is no image {}", image.display()),
+    }
+}
+
+/// The command's own end where it is known, else the machine's, and for a bad one the reason.
+fn verdict(end: Option<&ToHost>, outcome: &Outcome, tail: &Tail, told_already: bool) -> Exit {
+    match end {
+        Some(ToHost::Exited(code)) => return Exit::Reported(*code),
+        Some(ToHost::Signaled(number)) => return Exit::Signal(*number),
+        Some(ToHost::Failed { message, code }) => {
+            super::print_error(message);
+            return Exit::Reported(*code);
+        }
+        Some(ToHost::Started(_)) | None => {}
+    }
+    let exit = match boot::report(outcome) {
+        Exit::Failure => Exit::NotRun,
+        exit => exit,
+    };
+    if !matches!(exit, Exit::Success | Exit::Signal(_)) && !told_already {
+        for line in tail.lines(TAIL_LINES) {
+            eprintln!("guest: {line}");
+        }
+    }
+    exit
+}

@@ -1,0 +1,115 @@
+//! From the serial port to a file that stays small, and to the last lines of it, which say why a machine failed.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What is kept for who asks why.
+const TAIL_MAX_BYTES: usize = 16 << 10;
+/// When the file is this long it becomes the old one, and a new one starts.
+const FILE_MAX_BYTES: usize = 1 << 20;
+
+/// Where a guest's messages go when its console is nobody's terminal.
+pub struct Log {
+    path: PathBuf,
+    file: File,
+    file_bytes: usize,
+    tail: Tail,
+    echo: bool,
+}
+
+/// The end of what was logged.
+#[derive(Clone, Default)]
+pub struct Tail(Arc<Mutex<VecDeque<u8>>>);
+
+impl Tail {
+    /// The last `count` lines, of printable characters only.
+    pub fn lines(&self, count: usize) -> Vec<String> {
+        let bytes: Vec<u8> = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        lines.iter().skip(lines.len().saturating_sub(count)).map(|line| printable(line)).collect()
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        let mut tail = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.extend(bytes.iter().skip(bytes.len().saturating_sub(TAIL_MAX_BYTES)));
+        let surplus = tail.len().saturating_sub(TAIL_MAX_BYTES);
+        tail.drain(..surplus);
+    }
+}
+
+/// A guest's bytes do nothing to a terminal.
+fn printable(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\t', "")
+}
+
+impl Log {
+    /// Starts a log in a new file at `path`; with `echo` it is on standard error as well.
+    pub fn create(path: PathBuf, echo: bool) -> io::Result<Log> {
+        let file = File::create(&path)?;
+        Ok(Log { path, file, file_bytes: 0, tail: Tail::default(), echo })
+    }
+
+    /// The end of it, at any time.
+    pub fn tail(&self) -> Tail {
+        self.tail.clone()
+    }
+
+    fn start_anew(&mut self) -> io::Result<()> {
+        fs::rename(&self.path, self.path.with_extension("old"))?;
+        self.file = File::create(&self.path)?;
+        self.file_bytes = 0;
+        Ok(())
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.tail.push(bytes);
+        if self.file_bytes >= FILE_MAX_BYTES {
+            self.start_anew()?;
+        }
+        self.file.write_all(bytes)?;
+        self.file_bytes += bytes.len();
+        if self.echo {
+            let text = String::from_utf8_lossy(bytes);
+            let lines: Vec<String> = text.split('\n').map(printable).collect();
+            // A log that nobody can read must not end a machine.
+            let _ = io::stderr().write_all(lines.join("\r\n").as_bytes());
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_leaves_two_small_files_and_its_last_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = Log::create(folder.path().join("console.log"), false).unwrap();
+        let tail = log.tail();
+        for n in 0..400_000 {
+            log.write_all(format!("line {n}\r\n").as_bytes()).unwrap();
+        }
+        let sizes: Vec<u64> = fs::read_dir(&folder).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).collect();
+        assert_eq!(sizes.len(), 2);
+        assert!(sizes.iter().sum::<u64>() < 3 << 20, "{sizes:?}");
+        assert_eq!(tail.lines(2), ["line 399998", "line 399999"]);
+    }
+
+    #[test]
+    fn what_is_told_of_it_does_nothing_to_a_terminal() {
+        let tail = Tail::default();
+        tail.push(b"\x1b[2Jone\x07\n\n\xfftwo\tx");
+        assert_eq!(tail.lines(9), ["[2Jone", "\u{fffd}two\tx"]);
+    }
+}

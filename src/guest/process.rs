@@ -1,0 +1,263 @@
+//! From what an image says of its process and what a user types to the process that init is to start, by Docker's rules.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use husk_protocol::{Limit, Process, Tmpfs};
+
+/// What an image says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Defaults {
+    /// The program, and its first arguments.
+    pub entrypoint: Vec<String>,
+    /// What follows the entry point, or runs where there is none.
+    pub cmd: Vec<String>,
+    /// `NAME=VALUE` each.
+    pub env: Vec<String>,
+    /// Where it starts.
+    pub working_dir: String,
+    /// Who it is.
+    pub user: String,
+}
+
+/// What a user wants otherwise.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// In place of the image's entry point and of its command; empty is none at all.
+    pub entrypoint: Option<OsString>,
+    /// In place of the image's command.
+    pub command: Vec<OsString>,
+    /// `NAME=VALUE` each, or `NAME` alone for the value that husk itself has, if it has one. Later ones win.
+    pub env: Vec<OsString>,
+    /// In place of the image's.
+    pub working_dir: Option<OsString>,
+    /// In place of the image's.
+    pub user: Option<String>,
+    /// As `--ulimit` has them.
+    pub limits: Vec<Limit>,
+}
+
+/// As many open files as a process may have, and as it may raise that to, where the user says nothing: what systemd gives.
+const OPEN_FILES: Limit = Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 524_288 };
+
+impl Wishes {
+    /// The process: the wishes, and for the rest what the image says. Streams and terminal are the caller's to add.
+    pub fn apply(self, image: &Defaults) -> Process {
+        let bytes = |text: &String| text.as_bytes().to_vec();
+        let mut args: Vec<Vec<u8>> = match &self.entrypoint {
+            None => image.entrypoint.iter().map(bytes).collect(),
+            Some(program) if program.is_empty() => Vec::new(),
+            Some(program) => vec![program.as_bytes().to_vec()],
+        };
+        // The image's command is made for the image's entry point.
+        if self.command.is_empty() && self.entrypoint.is_none() {
+            args.extend(image.cmd.iter().map(bytes));
+        }
+        args.extend(self.command.into_iter().map(OsString::into_vec));
+        let mut env: Vec<Vec<u8>> = image.env.iter().map(bytes).collect();
+        self.env.into_iter().for_each(|variable| set(&mut env, variable));
+        let mut limits = vec![OPEN_FILES];
+        limits.extend(self.limits);
+        Process {
+            args,
+            env,
+            working_dir: self.working_dir.map_or_else(|| bytes(&image.working_dir), OsString::into_vec),
+            user: self.user.unwrap_or_else(|| image.user.clone()),
+            terminal: None,
+            stdin: false,
+            limits,
+        }
+    }
+}
+
+/// Sets a variable in the place that it has, or behind the others. A name without a value that husk has not either is none.
+fn set(env: &mut Vec<Vec<u8>>, variable: OsString) {
+    let mut bytes = variable.into_vec();
+    let name_len = bytes.iter().position(|&byte| byte == b'=').unwrap_or(bytes.len());
+    let is_same = |other: &[u8]| {
+        other.strip_prefix(bytes.get(..name_len).unwrap_or_default()).is_some_and(|rest| rest.starts_with(b"="))
+    };
+    let place = env.iter().position(|other| is_same(other));
+    if name_len == bytes.len() {
+        let Some(value) = std::env::var_os(OsString::from_vec(bytes.clone())) else {
+            place.map(|at| env.remove(at));
+            return;
+        };
+        bytes.push(b'=');
+        bytes.extend_from_slice(value.as_bytes());
+    }
+    match place.and_then(|at| env.get_mut(at)) {
+        Some(other) => *other = bytes,
+        None => env.push(bytes),
+    }
+}
+
+/// The variables in the content of a file as `--env-file` takes it: a line each, but for empty ones and those with `#`.
+pub fn env_file(content: &str) -> Vec<OsString> {
+    let lines = content.lines().map(str::trim_start);
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(OsString::from).collect()
+}
+
+/// What setrlimit(2) has, by the names that `--ulimit` has for it.
+const LIMITS: [(&str, u32); 15] = [
+    ("core", libc::RLIMIT_CORE),
+    ("cpu", libc::RLIMIT_CPU),
+    ("data", libc::RLIMIT_DATA),
+    ("fsize", libc::RLIMIT_FSIZE),
+    ("locks", libc::RLIMIT_LOCKS),
+    ("memlock", libc::RLIMIT_MEMLOCK),
+    ("msgqueue", libc::RLIMIT_MSGQUEUE),
+    ("nice", libc::RLIMIT_NICE),
+    ("nofile", libc::RLIMIT_NOFILE),
+    ("nproc", libc::RLIMIT_NPROC),
+    ("rss", libc::RLIMIT_RSS),
+    ("rtprio", libc::RLIMIT_RTPRIO),
+    ("rttime", libc::RLIMIT_RTTIME),
+    ("sigpending", libc::RLIMIT_SIGPENDING),
+    ("stack", libc::RLIMIT_STACK),
+];
+
+/// Parses `NAME=SOFT[:HARD]`; -1 is no limit.
+pub fn limit(text: &str) -> Result<Limit, String> {
+    let wrong = || format!("{text:?} is no limit: type NAME=SOFT[:HARD], such as nofile=1024:4096");
+    let (name, values) = text.split_once('=').ok_or_else(wrong)?;
+    let resource = LIMITS.iter().find(|(known, _)| *known == name).map(|(_, resource)| *resource);
+    let resource = resource.ok_or_else(|| {
+        let names = LIMITS.map(|(name, _)| name).join(", ");
+        format!("there is no limit {name:?}: type one of {names}")
+    })?;
+    let number = |text: &str| if text == "-1" { Ok(u64::MAX) } else { text.parse().map_err(|_| wrong()) };
+    let (soft, hard) = values.split_once(':').unwrap_or((values, values));
+    let limit = Limit { resource, soft: number(soft)?, hard: number(hard)? };
+    if limit.soft > limit.hard {
+        return Err(format!("{text:?}: the soft limit is above the hard one"));
+    }
+    Ok(limit)
+}
+
+/// The options of a mount that are flags of mount(2): the bit, and whether the word sets it.
+const MOUNT_FLAGS: [(&str, u64, bool); 12] = [
+    ("rw", libc::MS_RDONLY, false),
+    ("ro", libc::MS_RDONLY, true),
+    ("exec", libc::MS_NOEXEC, false),
+    ("noexec", libc::MS_NOEXEC, true),
+    ("suid", libc::MS_NOSUID, false),
+    ("nosuid", libc::MS_NOSUID, true),
+    ("dev", libc::MS_NODEV, false),
+    ("nodev", libc::MS_NODEV, true),
+    ("atime", libc::MS_NOATIME, false),
+    ("noatime", libc::MS_NOATIME, true),
+    ("sync", libc::MS_SYNCHRONOUS, true),
+    ("async", libc::MS_SYNCHRONOUS, false),
+];
+
+/// Parses `PATH[:OPTION,…]`.
+pub fn tmpfs(text: &str) -> Result<Tmpfs, String> {
+    let (path, options) = text.split_once(':').unwrap_or((text, ""));
+    if !path.starts_with('/') || path == "/" {
+        return Err(format!("{path:?} is no place for a tmpfs: type an absolute path, such as /run:size=64m"));
+    }
+    let mut tmpfs = Tmpfs {
+        path: path.as_bytes().to_vec(),
+        flags: libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+        options: String::new(),
+    };
+    for option in options.split(',').filter(|option| !option.is_empty()) {
+        match MOUNT_FLAGS.iter().find(|(name, ..)| *name == option) {
+            Some((_, bit, true)) => tmpfs.flags |= bit,
+            Some((_, bit, false)) => tmpfs.flags &= !bit,
+            None => {
+                let name = option.split('=').next().unwrap_or_default();
+                if !["size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "huge", "mpol"].contains(&name) {
+                    return Err(format!("{option:?} is no option of a tmpfs"));
+                }
+                tmpfs.options.push_str(if tmpfs.options.is_empty() { "" } else { "," });
+                tmpfs.options.push_str(option);
+            }
+        }
+    }
+    Ok(tmpfs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image() -> Defaults {
+        let list = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        Defaults {
+            entrypoint: list(&["/entry", "-x"]),
+            cmd: list(&["serve"]),
+            env: list(&["A=1", "PATH=/p"]),
+            working_dir: "/srv".into(),
+            user: "web".into(),
+        }
+    }
+
+    fn args(wishes: Wishes) -> Vec<String> {
+        texts(&wishes.apply(&image()).args)
+    }
+
+    fn texts(list: &[Vec<u8>]) -> Vec<String> {
+        list.iter().map(|bytes| String::from_utf8(bytes.clone()).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_command_replaces_the_images_and_an_entry_point_replaces_both() {
+        let command = || vec!["a".into(), "b".into()];
+        let entry = |text: &str| Some(text.into());
+        assert_eq!(args(Wishes::default()), ["/entry", "-x", "serve"]);
+        assert_eq!(args(Wishes { command: command(), ..Wishes::default() }), ["/entry", "-x", "a", "b"]);
+        assert_eq!(args(Wishes { entrypoint: entry("sh"), ..Wishes::default() }), ["sh"]);
+        assert_eq!(args(Wishes { entrypoint: entry("sh"), command: command(), ..Wishes::default() }), ["sh", "a", "b"]);
+        assert_eq!(args(Wishes { entrypoint: entry(""), command: command(), ..Wishes::default() }), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_variable_is_set_in_its_place_and_the_last_word_counts() {
+        let env =
+            ["A=2", "B=x=y", "HUSK_TEST_IS_NOT_SET", "A=3", "PATH=", "CARGO_PKG_NAME"].map(OsString::from).to_vec();
+        let process = Wishes { env, ..Wishes::default() }.apply(&image());
+        assert_eq!(texts(&process.env), ["A=3", "PATH=", "B=x=y", "CARGO_PKG_NAME=husk"]);
+        let env = vec!["A".into()];
+        let process = Wishes { env, ..Wishes::default() }.apply(&image());
+        assert_eq!(texts(&process.env), ["PATH=/p"], "a name that husk has not is taken away");
+    }
+
+    #[test]
+    fn a_file_of_variables_may_have_remarks() {
+        assert_eq!(env_file("# words\nA=1 # 2\n\n  B=x\r\nC\n"), ["A=1 # 2", "B=x", "C"]);
+    }
+
+    #[test]
+    fn what_is_not_wished_is_the_images() {
+        let process = Wishes::default().apply(&image());
+        assert_eq!((process.working_dir.as_slice(), process.user.as_str()), (&b"/srv"[..], "web"));
+        let wishes = Wishes { working_dir: Some("/x".into()), user: Some("0".into()), ..Wishes::default() };
+        let process = wishes.apply(&image());
+        assert_eq!((process.working_dir.as_slice(), process.user.as_str()), (&b"/x"[..], "0"));
+    }
+
+    #[test]
+    fn limits_have_names_and_one_value_counts_twice() {
+        let of = |resource, soft, hard| Ok(Limit { resource, soft, hard });
+        assert_eq!(limit("nofile=64"), of(libc::RLIMIT_NOFILE, 64, 64));
+        assert_eq!(limit("core=0:-1"), of(libc::RLIMIT_CORE, 0, u64::MAX));
+        assert!(limit("files=1").unwrap_err().contains("nofile"));
+        for wrong in ["nofile", "nofile=", "nofile=x", "nofile=2:1", "nofile=-1:5", "nofile=-2"] {
+            assert!(limit(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_tmpfs_is_harmless_unless_it_is_asked_not_to_be() {
+        let plain = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        let made = |flags, options: &str| Ok(Tmpfs { path: b"/run".to_vec(), flags, options: options.into() });
+        assert_eq!(tmpfs("/run"), made(plain, ""));
+        assert_eq!(tmpfs("/run:size=64m,exec,mode=1777"), made(plain & !libc::MS_NOEXEC, "size=64m,mode=1777"));
+        assert_eq!(tmpfs("/run:ro"), made(plain | libc::MS_RDONLY, ""));
+        for wrong in ["run", "/", "", "/run:lowerdir=/x"] {
+            assert!(tmpfs(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! The main session: from the guest's connections to this process's streams, signals and exit code.
+//!
+//! The machine's own thread drives it, and never waits in it: the streams have threads of their own (`streams`). What
+//! comes from the guest is foreign: connections are counted, messages bounded, and what makes no sense ends the machine.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use husk_protocol::frame::{self, Reader};
+use husk_protocol::{HELLO_BYTES, Hello, MAIN_SESSION, Role, ToGuest, ToHost};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::streams::Streams;
+use crate::console::terminal;
+use crate::machine::outcome::{Ending, Outcome};
+use crate::machine::timings::{Step, Timings};
+
+/// Connections that may be open before they have said what for.
+const GREETINGS_MAX: usize = 8;
+/// How long a guest that was told to end may take; it may have a disk to write to.
+const FINISH_PATIENCE: Duration = Duration::from_secs(30);
+/// This many signals that ask for the end, within this time, end the machine whatever the process does.
+const URGES: usize = 3;
+const URGES_WITHIN: Duration = Duration::from_secs(2);
+/// What a guest that does not listen may have us hold of messages.
+const UNSENT_MAX_BYTES: usize = 16 << 10;
+
+/// The session. Its descriptor is readable when there is something to be done.
+pub struct Session {
+    epoll: Epoll,
+    listener: UnixListener,
+    greetings: Vec<(UnixStream, Vec<u8>)>,
+    control: Option<Control>,
+    streams: Streams,
+    /// Which streams the process has, and those that have come.
+    expected: Vec<Role>,
+    arrived: Vec<Role>,
+    started: bool,
+    end: Option<ToHost>,
+    finish_by: Option<Instant>,
+    urged_at: Vec<Instant>,
+    timings: Arc<Timings>,
+}
+
+struct Control {
+    stream: UnixStream,
+    reader: Reader,
+    unsent: Vec<u8>,
+}
+
+impl Session {
+    /// A session whose guest connects to `listener`. `stdin` says whether the process reads ours, `on_terminal` whether it
+    /// has a terminal.
+    pub fn new(listener: UnixListener, stdin: bool, on_terminal: bool, timings: Arc<Timings>) -> Result<Session> {
+        let epoll = Epoll::new().context("epoll")?;
+        let mut expected = vec![Role::Stdout];
+        expected.extend(stdin.then_some(Role::Stdin));
+        expected.extend((!on_terminal).then_some(Role::Stderr));
+        let session = Session {
+            epoll,
+            listener,
+            greetings: Vec::new(),
+            control: None,
+            streams: Streams::new().context("set up the streams")?,
+            expected,
+            arrived: Vec::new(),
+            started: false,
+            end: None,
+            finish_by: None,
+            urged_at: Vec::new(),
+            timings,
+        };
+        session.listener.set_nonblocking(true).context("set up the session")?;
+        session.watch(session.listener.as_raw_fd(), EventSet::IN)?;
+        session.watch(session.streams.closed().as_raw_fd(), EventSet::IN)?;
+        Ok(session)
+    }
+
+    fn watch(&self, fd: RawFd, events: EventSet) -> Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0)).context("watch the session")
+    }
+
+    /// How the process ended, once that is known.
+    pub fn end(&self) -> Option<&ToHost> {
+        self.end.as_ref()
+    }
+
+    /// Does what there is to do: takes connections and messages, and ends the machine when all is said.
+    pub fn on_ready(&mut self, ending: &Ending) -> Result<()> {
+        self.streams.clear();
+        self.accept()?;
+        self.greet()?;
+        if let Err(error) = self.listen_to_control() {
+            ending.declare(Outcome::SessionLost(error.to_string()));
+        }
+        self.finish_when_done();
+        Ok(())
+    }
+
+    /// Hands a signal of ours on to the process; before there is one, it ends the machine.
+    pub fn on_signal(&mut self, signal: i32, ending: &Ending) {
+        if signal == libc::SIGWINCH {
+            return self.resize();
+        }
+        let asks_for_end = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal);
+        let now = Instant::now();
+        if asks_for_end {
+            self.urged_at.retain(|at| now - *at < URGES_WITHIN);
+            self.urged_at.push(now);
+        }
+        if asks_for_end && (!self.started || self.urged_at.len() >= URGES) {
+            return ending.declare(Outcome::Killed(signal));
+        }
+        if let Ok(number) = u8::try_from(signal) {
+            self.say(&ToGuest::Signal(number));
+        }
+    }
+
+    /// How long to wait at most for the guest's end, in milliseconds; -1 is for ever.
+    pub fn timeout_ms(&self, ending: &Ending) -> i32 {
+        let Some(finish_by) = self.finish_by else { return -1 };
+        let left = finish_by.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            ending.declare(Outcome::SessionLost("it did not end when it was told to".into()));
+        }
+        left.as_millis() as i32
+    }
+
+    /// Waits for what the guest wrote to have arrived, and ends the streams. To be called when the machine is gone.
+    pub fn close(&mut self) {
+        self.greetings.clear();
+        self.control = None;
+        self.streams.join();
+    }
+
+    fn resize(&mut self) {
+        if let Some(size) = terminal::window_size() {
+            self.say(&ToGuest::Resize(size));
+        }
+    }
+
+    fn accept(&mut self) -> Result<()> {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) if self.greetings.len() < GREETINGS_MAX && self.arrived.len() < self.expected.len() => {
+                    stream.set_nonblocking(true).context("take a connection")?;
+                    self.watch(stream.as_raw_fd(), EventSet::IN)?;
+                    self.greetings.push((stream, Vec::new()));
+                }
+                // One that nobody needs is closed.
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).context("take the guest's connection"),
+            }
+        }
+    }
+
+    fn greet(&mut self) -> Result<()> {
+        for (mut stream, mut said) in std::mem::take(&mut self.greetings) {
+            match read_hello(&mut stream, &mut said) {
+                Some(Some(hello)) => self.join(hello, stream)?,
+                Some(None) => self.greetings.push((stream, said)),
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a connection its place, if there is one for it that nobody has.
+    fn join(&mut self, hello: Hello, stream: UnixStream) -> Result<()> {
+        if hello.session != MAIN_SESSION {
+            return Ok(());
+        }
+        match hello.role {
+            Role::Control if self.control.is_none() && !self.started => {
+                self.control = Some(Control { stream, reader: Reader::default(), unsent: Vec::new() });
+            }
+            role if self.expected.contains(&role) && !self.arrived.contains(&role) => {
+                self.epoll
+                    .ctl(ControlOperation::Delete, stream.as_raw_fd(), EpollEvent::default())
+                    .context("leave a stream to its thread")?;
+                self.arrived.push(role);
+                self.streams.start(role, stream)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn listen_to_control(&mut self) -> Result<()> {
+        let Some(control) = &mut self.control else { return Ok(()) };
+        let mut messages = Vec::new();
+        let mut buffer = [0; 4096];
+        let ended = loop {
+            match control.stream.read(&mut buffer) {
+                Ok(0) => break true,
+                Ok(count) => control.reader.push(buffer.get(..count).unwrap_or_default()),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break false,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(_) => break true,
+            }
+            while let Some(message) = control.reader.take::<ToHost>()? {
+                messages.push(message);
+            }
+        };
+        if ended {
+            // Its end follows: the guest's init has gone, or the guest.
+            self.control = None;
+        }
+        messages.into_iter().for_each(|message| self.hear(message));
+        self.flush();
+        Ok(())
+    }
+
+    fn hear(&mut self, message: ToHost) {
+        match message {
+            ToHost::Started(_) => {
+                self.timings.mark(Step::Process);
+                self.started = true;
+                // It may have changed since the process was described.
+                if !self.expected.contains(&Role::Stderr) {
+                    self.resize();
+                }
+            }
+            end => {
+                self.timings.mark(Step::ProcessEnd);
+                self.end.get_or_insert(end);
+            }
+        }
+    }
+
+    /// Everything that the process wrote has been written by us: so the guest may go.
+    fn finish_when_done(&mut self) {
+        let all_here = self.arrived.len() == self.expected.len() && self.streams.outputs_are_closed();
+        if self.end.is_some() && all_here && self.finish_by.is_none() {
+            self.finish_by = Some(Instant::now() + FINISH_PATIENCE);
+            self.say(&ToGuest::Finish);
+        }
+    }
+
+    fn say(&mut self, message: &ToGuest) {
+        let Some(control) = self.control.as_mut().filter(|control| control.unsent.len() < UNSENT_MAX_BYTES) else {
+            return;
+        };
+        // Messages of ours are short.
+        let _ = frame::write(message, &mut control.unsent);
+        self.flush();
+    }
+
+    fn flush(&mut self) {
+        let Some(control) = &mut self.control else { return };
+        while !control.unsent.is_empty() {
+            match control.stream.write(&control.unsent) {
+                Ok(count) => drop(control.unsent.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // Either it goes on when there is room, or reading tells that nobody is there.
+                Err(_) => break,
+            }
+        }
+        let events = if control.unsent.is_empty() { EventSet::IN } else { EventSet::IN | EventSet::OUT };
+        let event = EpollEvent::new(events, 0);
+        let _ = self.epoll.ctl(ControlOperation::Modify, control.stream.as_raw_fd(), event);
+    }
+}
+
+impl AsRawFd for Session {
+    fn as_raw_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+}
+
+/// The hello, once it is whole; `None` for a connection that is of no use.
+fn read_hello(stream: &mut impl Read, said: &mut Vec<u8>) -> Option<Option<Hello>> {
+    let mut buffer = [0; HELLO_BYTES];
+    loop {
+        if let Some(bytes) = said.first_chunk::<HELLO_BYTES>() {
+            return Hello::from_bytes(*bytes).ok().map(Some);
+        }
+        let rest = buffer.get_mut(said.len()..)?;
+        match stream.read(rest) {
+            Ok(0) => return None,
+            Ok(count) => said.extend_from_slice(rest.get(..count)?),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(None),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+}

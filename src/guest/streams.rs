@@ -1,0 +1,163 @@
+//! From this process's standard streams to the guest's and back: a thread each, so that none waits for another.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+use husk_protocol::Role;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::sandbox;
+
+const BUFFER_BYTES: usize = 64 << 10;
+const STDIN: u64 = 0;
+const STOP: u64 = 1;
+
+/// The threads, and what they say.
+pub struct Streams {
+    threads: Vec<JoinHandle<()>>,
+    open_outputs: Arc<AtomicUsize>,
+    /// Written to when an output has come to its end.
+    closed: Arc<EventFd>,
+    /// Written to when no more input is wanted.
+    stop: Arc<EventFd>,
+    input: Option<UnixStream>,
+}
+
+impl Streams {
+    /// No streams yet.
+    pub fn new() -> io::Result<Streams> {
+        Ok(Streams {
+            threads: Vec::new(),
+            open_outputs: Arc::default(),
+            closed: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+            stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+            input: None,
+        })
+    }
+
+    /// Readable since an output came to its end, until [`Streams::clear`].
+    pub fn closed(&self) -> &EventFd {
+        &self.closed
+    }
+
+    /// Takes note of what [`Streams::closed`] says.
+    pub fn clear(&self) {
+        let _ = self.closed.read();
+    }
+
+    /// Whether all that the outputs of the guest held has been written.
+    pub fn outputs_are_closed(&self) -> bool {
+        self.open_outputs.load(Ordering::Acquire) == 0
+    }
+
+    /// Joins a connection with the stream of ours that it is for.
+    pub fn start(&mut self, role: Role, socket: UnixStream) -> Result<()> {
+        socket.set_nonblocking(false).context("set up a stream")?;
+        let thread = match role {
+            Role::Stdin => {
+                let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().context("use standard input")?);
+                self.input = Some(socket.try_clone().context("set up a stream")?);
+                let stop = self.stop.clone();
+                sandbox::spawn("stdin", move || feed(stdin, socket, &stop))
+            }
+            Role::Stderr => {
+                let stderr = io::stderr().as_fd().try_clone_to_owned().context("use standard error")?;
+                self.start_output("stderr", socket, stderr.into())
+            }
+            Role::Stdout | Role::Control => {
+                let stdout = io::stdout().as_fd().try_clone_to_owned().context("use standard output")?;
+                self.start_output("stdout", socket, stdout.into())
+            }
+        };
+        self.threads.push(thread.context("start a stream's thread")?);
+        Ok(())
+    }
+
+    fn start_output(&self, name: &str, socket: UnixStream, output: File) -> io::Result<JoinHandle<()>> {
+        let (open, closed) = (self.open_outputs.clone(), self.closed.clone());
+        open.fetch_add(1, Ordering::AcqRel);
+        sandbox::spawn(name, move || {
+            print(socket, output);
+            open.fetch_sub(1, Ordering::AcqRel);
+            let _ = closed.write(1);
+        })
+    }
+
+    /// Waits for the outputs' ends, which the machine's end brings, and stops reading input.
+    pub fn join(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(input) = self.input.take() {
+            let _ = input.shutdown(Shutdown::Both);
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// Writes all that comes from the guest. When nobody takes it any more, the guest's process is told so.
+fn print(mut socket: UnixStream, mut output: File) {
+    // In the kernel, from socket to pipe or file, where it can.
+    if io::copy(&mut socket, &mut output).is_err() {
+        let _ = socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// Reads our input to its end, or until nobody wants it.
+fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd) {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    let Ok(epoll) = watch(&stdin, stop) else { return };
+    loop {
+        if !wait(&epoll) {
+            return;
+        }
+        match stdin.read(&mut buffer) {
+            Ok(count) if count > 0 => {
+                if socket.write_all(buffer.get(..count).unwrap_or_default()).is_err() {
+                    return;
+                }
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+            // A terminal that hung up reads as an error.
+            _ => break,
+        }
+    }
+    let _ = socket.shutdown(Shutdown::Write);
+}
+
+/// What tells of input and of the end of it; nothing for a file, which makes no reader wait and which epoll refuses.
+fn watch(stdin: &File, stop: &EventFd) -> io::Result<Option<Epoll>> {
+    let epoll = Epoll::new()?;
+    epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
+    match epoll.ctl(ControlOperation::Add, stdin.as_raw_fd(), EpollEvent::new(EventSet::IN, STDIN)) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(None),
+        watched => watched.map(|()| Some(epoll)),
+    }
+}
+
+/// Waits for input; false when no more is wanted.
+fn wait(epoll: &Option<Epoll>) -> bool {
+    let Some(epoll) = epoll else { return true };
+    let mut events = [EpollEvent::default(); 2];
+    loop {
+        match epoll.wait(-1, &mut events) {
+            Ok(count) => return !events.iter().take(count).any(|event| event.data() == STOP),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return false,
+        }
+    }
+}

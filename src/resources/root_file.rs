@@ -1,0 +1,74 @@
+//! From a file that a user names as an image to what it is: a disk with a system of its own, a root that is ready, or
+//! something that the image store knows what to do with.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+/// What a file is, as far as its first blocks tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A disk: partitions, or a file system that an operating system may write to.
+    Disk,
+    /// An EROFS image: a root, without a word of what to run.
+    Root,
+    /// Anything else, or nothing at all.
+    Other,
+}
+
+/// Where a kind of disk can be told by which bytes.
+const DISKS: [(u64, &[u8]); 4] = [
+    (0x1fe, b"\x55\xaa"),    // a partition table, the protective one of a GPT too
+    (0x438, b"\x53\xef"),    // ext2, ext3, ext4
+    (0, b"XFSB"),            // XFS
+    (0x1_0040, b"_BHRfS_M"), // Btrfs
+];
+const EROFS: (u64, &[u8]) = (0x400, b"\xe2\xe1\xf5\xe0");
+
+/// Looks at the file at `path`. A qcow2 disk is known by its name only, since a guest may write anything into a raw one.
+pub fn identify(path: &Path) -> Kind {
+    let Ok(file) = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path) else { return Kind::Other };
+    let Ok(kind) = file.metadata().map(|metadata| metadata.file_type()) else { return Kind::Other };
+    if kind.is_block_device() {
+        return Kind::Disk;
+    }
+    if !kind.is_file() {
+        return Kind::Other;
+    }
+    let has = |(at, bytes): (u64, &[u8])| {
+        let mut found = vec![0; bytes.len()];
+        file.read_exact_at(&mut found, at).is_ok() && found == bytes
+    };
+    let is_qcow2 = path.extension().is_some_and(|extension| extension == "qcow2");
+    match () {
+        () if has(EROFS) => Kind::Root,
+        () if is_qcow2 || DISKS.into_iter().any(has) => Kind::Disk,
+        () => Kind::Other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_known_by_its_first_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let of = |at: usize, magic: &[u8]| {
+            let mut bytes = vec![0; 128 << 10];
+            bytes[at..at + magic.len()].copy_from_slice(magic);
+            std::fs::write(&path, bytes).unwrap();
+            identify(&path)
+        };
+        for (at, magic) in DISKS {
+            assert_eq!(of(at as usize, magic), Kind::Disk);
+        }
+        assert_eq!(of(EROFS.0 as usize, EROFS.1), Kind::Root);
+        assert_eq!(of(257, b"ustar"), Kind::Other);
+        std::fs::write(&path, "short").unwrap();
+        assert_eq!(identify(&path), Kind::Other);
+        assert_eq!(identify(folder.path()), Kind::Other);
+        assert_eq!(identify(&folder.path().join("none")), Kind::Other);
+    }
+}
