@@ -29,14 +29,14 @@ use crate::sys::socket;
 
 const EXAMPLES: &str = "\
 Examples:
-  A command in a container image, from a file that docker or podman saved:
-    husk run image.tar echo hello
+  A command in a root file system that mkfs.erofs made:
+    husk run root.erofs echo hello
 
   A shell on this terminal, with two processors and 2 GiB:
-    husk run -it --cpus 2 --memory 2G image.tar sh
+    husk run -it --cpus 2 --memory 2G root.erofs sh
 
   In the middle of a pipe:
-    tar c . | husk run -i image.tar tar x -C /tmp
+    tar c . | husk run -i root.erofs wc -c
 
   A disk with an operating system of its own:
     husk run disk.img";
@@ -62,7 +62,7 @@ const SOCKET: &str = "vsock";
 pub struct Run {
     /// The image; then the command in place of the image's own, and its arguments
     ///
-    /// An image is a file that docker, podman or skopeo saved, a folder, or a disk image.
+    /// An image is a root file system (EROFS) or a disk image.
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
@@ -167,7 +167,11 @@ impl Run {
         if image.as_bytes().starts_with(b"-") {
             bail!("there is no option {}: options come before the image", image.to_string_lossy());
         }
-        let command: Vec<OsString> = words.collect();
+        let mut command: Vec<OsString> = words.collect();
+        // As where options may follow: what stands behind is the command.
+        if command.first().is_some_and(|word| word == "--") {
+            command.remove(0);
+        }
         let base = find_base(Path::new(&image), self.read_only)?;
         let folder = MachineFolder::create()?;
         let inside = self.inside(base, command, &folder)?;
