@@ -159,12 +159,29 @@ fn wrong_flags_are_refused_in_one_line_that_says_what_to_type() {
         (&many_disks, "17"),
         (&["boot", "--kernel=/k", "--cmdline", &long_cmdline], "2047"),
         (&["boot", "--kernel=/k", "--cmdline", "a\nb"], "'\\n'"),
-        (&["run"], "run"),
+        (&["rub"], "run"),
         (&["completions", "tcsh"], "bash"),
         (&["doctor", "--jason"], "--json"),
     ];
     for (arguments, named) in cases {
         let line = refusal(arguments, 2);
+        assert!(line.contains(named), "{arguments:?}: {line}");
+    }
+}
+
+#[test]
+fn a_run_that_comes_to_no_process_has_a_code_that_no_command_has() {
+    let cases: &[(&[&str], &str)] = &[
+        (&["run"], "IMAGE"),
+        (&["run", "--cpuss=2", "image"], "--cpuss"),
+        (&["run", "--cpus=0", "/nowhere"], "/nowhere"),
+        (&["run", "--memory=512", "image"], "512M"),
+        (&["run", "--tmpfs=run", "image"], "absolute path"),
+        (&["run", "--ulimit=files=1", "image"], "nofile"),
+        (&["run", "/nowhere/image.tar", "sh"], "/nowhere/image.tar"),
+    ];
+    for (arguments, named) in cases {
+        let line = refusal(arguments, 125);
         assert!(line.contains(named), "{arguments:?}: {line}");
     }
 }
@@ -181,7 +198,7 @@ fn completions_come_for_every_shell() {
 fn a_manual_page_comes_for_every_command() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(stdout(&["man", dir.path().to_str().unwrap()]), "");
-    for page in ["husk", "husk-boot", "husk-doctor", "husk-completions", "husk-man"] {
+    for page in ["husk", "husk-boot", "husk-run", "husk-doctor", "husk-completions", "husk-man"] {
         let text = fs::read_to_string(dir.path().join(format!("{page}.1"))).unwrap();
         assert!(text.contains(".SH SYNOPSIS") && text.contains("Examples:"), "{page}: {text}");
     }

@@ -21,7 +21,7 @@ use crate::config::Invalid;
 const EXAMPLES: &str = "\
 Examples:
   husk doctor
-  husk run root.erofs echo hello
+  husk run image.tar echo hello
   husk boot --kernel vmlinux --initrd initrd.cpio
   husk boot --kernel bzImage --disk root.img --cpus 2 --memory 2G";
 

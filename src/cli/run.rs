@@ -14,9 +14,10 @@ use log::Level;
 use super::exit::Exit;
 use super::{boot, size};
 use crate::console::log::{Log, Tail};
-use crate::guest::process::{self, Wishes};
+use crate::guest::process::{self, Defaults, Wishes};
 use crate::guest::session::Session;
 use crate::guest::{Base, Inside};
+use crate::image::{ImageProcess, Prepared, Progress, Source, Store};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
 use crate::machine::outcome::Outcome;
@@ -29,14 +30,14 @@ use crate::sys::socket;
 
 const EXAMPLES: &str = "\
 Examples:
-  A command in a root file system that mkfs.erofs made:
-    husk run root.erofs echo hello
+  A command in a container image, from a file that docker or podman saved:
+    husk run image.tar echo hello
 
   A shell on this terminal, with two processors and 2 GiB:
-    husk run -it --cpus 2 --memory 2G root.erofs sh
+    husk run -it --cpus 2 --memory 2G image.tar sh
 
   In the middle of a pipe:
-    tar c . | husk run -i root.erofs wc -c
+    tar c . | husk run -i image.tar wc -c
 
   A disk with an operating system of its own:
     husk run disk.img";
@@ -62,7 +63,8 @@ const SOCKET: &str = "vsock";
 pub struct Run {
     /// The image; then the command in place of the image's own, and its arguments
     ///
-    /// An image is a root file system (EROFS) or a disk image.
+    /// An image is a file that docker, podman or skopeo saved, an OCI layout, a root file system's tar archive or folder,
+    /// or a disk image.
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
@@ -263,8 +265,16 @@ impl Run {
 fn find_base(image: &Path, read_only: bool) -> Result<Base> {
     match root_file::identify(image) {
         Kind::Disk => Ok(Base::Disk { path: image.to_owned(), readonly: read_only }),
-        Kind::Root => Ok(Base::Image { root: image.to_owned(), defaults: Default::default(), read_only }),
-        Kind::Other => bail!("there is no image {}", image.display()),
+        Kind::Root => Ok(Base::Image { root: image.to_owned(), defaults: Default::default(), read_only, in_use: None }),
+        Kind::Other => {
+            let word = image.to_str().with_context(|| format!("the image's name {} is no text", image.display()))?;
+            let source = word.parse::<Source>()?;
+            let Prepared { root, process, in_use, .. } =
+                Store::open_default()?.prepare(&source, &Progress::on_terminal())?;
+            let ImageProcess { entrypoint, cmd, env, working_dir, user, .. } = process;
+            let defaults = Defaults { entrypoint, cmd, env, working_dir, user };
+            Ok(Base::Image { root, defaults, read_only, in_use: Some(in_use) })
+        }
     }
 }
 

@@ -23,7 +23,7 @@ mod streams;
 pub const INIT: &[u8] = include_bytes!(env!("HUSK_INIT"));
 
 /// What a machine's root is made of.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Base {
     /// A read-only root that machines share, and what lies over it.
     Image {
@@ -33,6 +33,8 @@ pub enum Base {
         defaults: Defaults,
         /// Whether nothing may be changed.
         read_only: bool,
+        /// What keeps the image store from removing it.
+        in_use: Option<File>,
     },
     /// A disk with an operating system of its own.
     Disk {
@@ -44,7 +46,7 @@ pub enum Base {
 }
 
 /// What is in the machine: the root, and what runs.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Inside {
     base: Base,
     hostname: String,
