@@ -29,8 +29,10 @@ fn refusal(arguments: &[&str], code: i32) -> String {
 
 #[test]
 fn help_of_every_command_has_examples() {
-    for command in [&[][..], &["boot"], &["doctor"], &["completions"], &["man"]] {
-        let help = stdout(&[command, &["--help"]].concat());
+    let images = ["pull", "load", "images", "inspect", "rmi", "prune"];
+    let commands = ["boot", "doctor", "completions", "man"].into_iter().chain(images);
+    for command in std::iter::once(vec![]).chain(commands.map(|command| vec![command])) {
+        let help = stdout(&[&command[..], &["--help"]].concat());
         assert!(help.contains("Usage: husk") && help.contains("Examples:\n"), "{command:?}: {help}");
     }
     for command in [&["--help"][..], &["boot", "--help"]] {

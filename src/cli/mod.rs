@@ -4,8 +4,14 @@ pub mod boot;
 pub mod completions;
 pub mod doctor;
 pub mod exit;
+pub mod images;
+pub mod inspect;
+pub mod load;
 pub mod logger;
 pub mod man;
+pub mod prune;
+pub mod pull;
+pub mod rmi;
 pub mod run;
 mod size;
 
@@ -44,6 +50,18 @@ enum Command {
     Boot(boot::Boot),
     /// Run a command in an image, as a machine of its own
     Run(run::Run),
+    /// Fetch an image from a registry
+    Pull(pull::Pull),
+    /// Put an image into the store from an archive or a directory
+    Load(load::Load),
+    /// List the images in the store
+    Images(images::Images),
+    /// Print all that is known of an image, as JSON
+    Inspect(inspect::Inspect),
+    /// Remove images from the store
+    Rmi(rmi::Rmi),
+    /// Remove images without a name, and what nobody uses
+    Prune(prune::Prune),
     /// Say what this host can do, and what to type where something is missing
     Doctor(doctor::Doctor),
     /// Print a completion script for a shell
@@ -61,6 +79,12 @@ impl Cli {
         match self.command {
             Command::Boot(boot) => boot.run(started),
             Command::Run(run) => Ok(run.run(started)),
+            Command::Pull(pull) => pull.run(),
+            Command::Load(load) => load.run(),
+            Command::Images(images) => images.run(),
+            Command::Inspect(inspect) => inspect.run(),
+            Command::Rmi(rmi) => rmi.run(),
+            Command::Prune(prune) => prune.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),

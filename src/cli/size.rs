@@ -16,6 +16,11 @@ pub fn memory_mib(text: &str) -> Result<u64, String> {
     Ok(size_bytes.div_ceil(MIB))
 }
 
+/// Parses a size with Docker's suffixes, and gives it in bytes.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    size_bytes(text)
+}
+
 fn size_bytes(text: &str) -> Result<u64, String> {
     let malformed = || "not a size, type a number and a unit: 512M, 1.5G, 2GiB".to_owned();
     let number_len = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

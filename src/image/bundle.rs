@@ -31,6 +31,11 @@ pub struct Part {
 }
 
 impl Part {
+    /// Nothing.
+    pub fn empty(file: File) -> Part {
+        Part { file: Arc::new(file), at: 0, size_bytes: 0 }
+    }
+
     /// All of a file.
     pub fn whole(file: File) -> Result<Part> {
         let size_bytes = file.metadata()?.len();

@@ -36,22 +36,25 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
         // No digest of the blob as it is: what it unpacks to is verified.
         Ok(Layer { part: bundle.part(path)?, blob: None, diff_id: Some(diff_id) })
     });
-    Ok(Image { id: Digest::of(&json), layers: layers.collect::<Result<_>>()?, config })
+    Ok(Image { id: Digest::of(&json), layers: layers.collect::<Result<_>>()?, config, names: names_of(entry) })
+}
+
+fn names_of(entry: &Entry) -> Vec<String> {
+    entry.repo_tags.clone().unwrap_or_default()
 }
 
 fn choose<'a>(entries: &'a [Entry], wanted: Option<&str>) -> Result<&'a Entry> {
-    let names = |entry: &Entry| entry.repo_tags.clone().unwrap_or_default();
     let Some(wanted) = wanted else {
         if let [only] = entries {
             return Ok(only);
         }
-        let all: Vec<String> = entries.iter().flat_map(names).take(20).collect();
+        let all: Vec<String> = entries.iter().flat_map(names_of).take(20).collect();
         bail!("it has {} images, type one as docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
     };
     let same = |name: &str| match (name.parse::<Reference>(), wanted.parse::<Reference>()) {
         (Ok(name), Ok(wanted)) => name == wanted,
         _ => name == wanted,
     };
-    let is_wanted = |entry: &&Entry| names(entry).iter().any(|name| same(name));
+    let is_wanted = |entry: &&Entry| names_of(entry).iter().any(|name| same(name));
     entries.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))
 }

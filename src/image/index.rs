@@ -40,6 +40,9 @@ pub struct Record {
     /// The path it came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// The names that the archive gives it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub own_names: Vec<String>,
     /// Its layers, the lowest first.
     pub layers: Vec<LayerRecord>,
     /// The bytes in its layers before they were packed.
@@ -54,6 +57,19 @@ pub struct LayerRecord {
     /// The digest of it as it came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blob: Option<Digest>,
+}
+
+impl Record {
+    /// The same image, come another way: its layers may be here from before, and its size is the same.
+    fn keep_what_is_known(&mut self, known: &Record) {
+        if self.layers.len() == known.layers.len() {
+            for (layer, known) in self.layers.iter_mut().zip(&known.layers) {
+                layer.blob = layer.blob.or(known.blob);
+            }
+        }
+        self.unpacked_bytes = self.unpacked_bytes.max(known.unpacked_bytes);
+        self.source = self.source.take().or_else(|| known.source.clone());
+    }
 }
 
 impl Default for Index {
@@ -91,7 +107,10 @@ impl Index {
     }
 
     /// Puts an image in. What was made from an older state of the same path goes, unless it has a name.
-    pub fn add(&mut self, id: Digest, record: Record, file: Option<String>) {
+    pub fn add(&mut self, id: Digest, mut record: Record, file: Option<String>) {
+        if let Some(known) = self.images.get(&id) {
+            record.keep_what_is_known(known);
+        }
         if record.source.is_some() {
             let old = self.images.iter().filter(|&(&old, found)| found.source == record.source && old != id);
             let old: Vec<Digest> = old.map(|(&old, _)| old).collect();

@@ -17,11 +17,13 @@ mod docker_archive;
 mod erofs;
 mod index;
 mod layer;
+mod manage;
 mod manifest;
 mod oci_layout;
 mod prepare;
 pub mod progress;
 pub mod reference;
+mod registry;
 mod root;
 pub mod source;
 pub mod store;
@@ -36,7 +38,10 @@ use self::config::ImageConfig;
 pub use self::config::ImageProcess;
 pub use self::digest::Digest;
 pub use self::erofs::Form;
+pub use self::manage::{Held, Listed, Pruned};
+pub use self::manifest::Platform;
 pub use self::progress::Progress;
+pub use self::registry::Pulled;
 pub use self::source::Source;
 pub use self::store::Store;
 
@@ -58,6 +63,7 @@ struct Image {
     id: Digest,
     config: ImageConfig,
     layers: Vec<Layer>,
+    names: Vec<String>,
 }
 
 /// A layer's archive, and what it has to be.

@@ -25,16 +25,17 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Resu
         None if manifests.len() == 1 => manifests.into_iter().next().context("no image")?,
         None => manifest::choose(&manifests, platform).with_context(|| several(&manifests))?.clone(),
     };
+    let names = found.annotations.as_ref().map(name_of).unwrap_or_default();
     for _ in 0..MAX_INDEX_DEPTH {
         match Manifest::parse(&verified(bundle, &found)?)? {
             Manifest::Index(manifests) => found = manifest::choose(&manifests, platform)?.clone(),
-            Manifest::Image { config, layers } => return of_manifest(bundle, &config, &layers),
+            Manifest::Image { config, layers } => return of_manifest(bundle, &config, &layers, names),
         }
     }
     bail!("indexes within indexes, more than {MAX_INDEX_DEPTH} deep")
 }
 
-fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor]) -> Result<Image> {
+fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], names: Vec<String>) -> Result<Image> {
     let id = config.digest;
     let config = ImageConfig::parse(&verified(bundle, config)?)?;
     ensure!(
@@ -46,7 +47,7 @@ fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor]) -> R
     let layers = layers.iter().zip(&config.diff_ids).map(|(layer, &diff_id)| {
         Ok(Layer { part: blob(bundle, layer)?, blob: Some(layer.digest), diff_id: Some(diff_id) })
     });
-    Ok(Image { id, layers: layers.collect::<Result<_>>()?, config })
+    Ok(Image { id, layers: layers.collect::<Result<_>>()?, config, names })
 }
 
 /// The part that a descriptor names, if it has the size that it says.

@@ -35,18 +35,23 @@ struct Made {
     diff_ids: Vec<Digest>,
 }
 
-/// The name of the root of these layers: other ways to make it would give another file.
-pub fn key(kind: &str, form: Form, parts: &[Digest]) -> Digest {
+/// The name of a root: other ways to make it would give another file.
+fn key(kind: &str, form: Form, parts: &[Digest]) -> Digest {
     let mut text = format!("erofs {FORMAT_VERSION} {form:?} {kind}\n");
     parts.iter().for_each(|part| text.push_str(&format!("{part}\n")));
     Digest::of(text.as_bytes())
 }
 
 impl Store {
+    /// The key of the root of layers that unpack to these.
+    pub(super) fn key_of_layers(&self, diff_ids: &[Digest]) -> Digest {
+        key("layers", self.form, diff_ids)
+    }
+
     /// The root of these layers.
     pub(super) fn root_of_layers(&self, layers: &[Layer], progress: &Progress) -> Result<Root> {
         let diff_ids: Vec<Digest> = layers.iter().filter_map(|layer| layer.diff_id).collect();
-        let key = key("layers", self.form, &diff_ids);
+        let key = self.key_of_layers(&diff_ids);
         self.root(&key.hex(), Some(key), |maker| {
             let made = maker.add_layers(layers, Whiteouts::Apply, progress)?;
             Ok((key, made.unpacked_bytes))
@@ -81,7 +86,7 @@ impl Store {
         if let Some(root) = self.existing_root(key, 0)? {
             return Ok(root);
         }
-        let work = self.work_file(work)?;
+        let mut work = self.work_file(work)?;
         // Another husk may have made it while this one waited.
         if let Some(root) = self.existing_root(key, 0)? {
             return Ok(root);

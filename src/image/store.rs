@@ -3,6 +3,8 @@
 //! ```text
 //! index.json         names and images; replaced as a whole, by who has locked `lock`
 //! roots/KEY.erofs    root file systems; whole from the moment they have their names; locked (shared) while in use
+//! blobs/HEX          layers as a registry gave them, for as long as an image has them: the next version shares most of them
+//! blobs.lock         locked (shared) by who fetches layers that no image has yet
 //! tmp/NAME.part      what is being written, locked by who writes it; what is not locked is left from a husk that was killed
 //! ```
 
@@ -18,7 +20,7 @@ use super::erofs::Form;
 use super::index::Index;
 use crate::sys;
 
-const FOLDERS: [&str; 2] = ["roots", "tmp"];
+const FOLDERS: [&str; 3] = ["roots", "blobs", "tmp"];
 /// An index of some ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 
@@ -57,6 +59,22 @@ impl Store {
 
     pub(super) fn root_path(&self, key: Digest) -> PathBuf {
         self.folder.join("roots").join(format!("{}.erofs", key.hex()))
+    }
+
+    pub(super) fn blob_path(&self, blob: Digest) -> PathBuf {
+        self.folder.join("blobs").join(blob.hex())
+    }
+
+    /// Whether a layer is there. It was verified before it got its name.
+    pub(super) fn has_blob(&self, blob: Digest, size_bytes: u64) -> bool {
+        fs::metadata(self.blob_path(blob)).is_ok_and(|found| found.is_file() && found.len() == size_bytes)
+    }
+
+    /// Keeps layers that no image has yet, as long as the file is open.
+    pub(super) fn use_blobs(&self) -> Result<File> {
+        let path = self.folder.join("blobs.lock");
+        let open = File::options().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        open.and_then(|file| file.lock_shared().map(|()| file)).with_context(|| format!("lock {}", path.display()))
     }
 
     /// A root that nobody can remove as long as the file is open; `None` if there is none.
@@ -197,9 +215,21 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Gives it its name, when its bytes are on the disk.
-    pub fn keep_as(mut self, store: &Store, path: &Path) -> Result<()> {
+    /// What was written stays under its unfinished name for who takes it up again.
+    pub fn keep_unfinished(&mut self) {
+        self.kept = true;
+    }
+
+    /// It goes after all.
+    pub fn remove(&mut self) {
+        self.kept = false;
+    }
+
+    /// Gives it its name, when its bytes are on the disk. It is in use as long as this is there.
+    pub fn keep_as(&mut self, store: &Store, path: &Path) -> Result<()> {
         let keep = || -> Result<()> {
+            // In place of the exclusive lock, so that others may use it too.
+            self.file.lock_shared()?;
             self.file.sync_all()?;
             fs::rename(&self.path, path)?;
             let folder = path.parent().context("no folder")?;

@@ -1,0 +1,86 @@
+//! `husk images`: what is in the store.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use indicatif::{HumanBytes, HumanDuration};
+
+use super::exit::Exit;
+use crate::image::Store;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk images
+  husk images --quiet | xargs husk rmi
+  husk images --json | jq '.[].names'";
+
+/// The flags of `husk images`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Images {
+    /// Print all that is known, as JSON
+    #[arg(long)]
+    json: bool,
+
+    /// Print IDs only
+    #[arg(short, long, conflicts_with = "json")]
+    quiet: bool,
+}
+
+impl Images {
+    /// Prints the list.
+    pub fn run(self) -> Result<Exit> {
+        let images = Store::open_default()?.list()?;
+        if self.json {
+            let json = serde_json::to_string_pretty(&images).context("print the images")?;
+            super::print(&format!("{json}\n"))?;
+            return Ok(Exit::Success);
+        }
+        if self.quiet {
+            super::print(&images.iter().map(|image| image.id.short() + "\n").collect::<String>())?;
+            return Ok(Exit::Success);
+        }
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let mut rows = vec![["NAME".to_owned(), "ID".into(), "ADDED".into(), "ROOT".into(), "LAYERS".into()]];
+        for image in &images {
+            let age = now.saturating_sub(Duration::from_secs(image.record.added_seconds));
+            let rest = [
+                image.id.short(),
+                format!("{} ago", HumanDuration(age)),
+                HumanBytes(image.root_bytes).to_string(),
+                HumanBytes(image.layer_bytes).to_string(),
+            ];
+            let unnamed = || vec![format!("<{}>", image.record.source.as_deref().unwrap_or("no name"))];
+            let names = if image.names.is_empty() { unnamed() } else { image.names.clone() };
+            for name in names {
+                let [id, age, root, layers] = rest.clone();
+                rows.push([name, id, age, root, layers]);
+            }
+        }
+        super::print(&table(&rows))?;
+        Ok(Exit::Success)
+    }
+}
+
+/// Rows with their columns below each other.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let line = |row: &[String; N]| {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        cells.join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_stand_below_each_other() {
+        let rows = [["a".to_owned(), "b".into()], ["long".into(), "".into()], ["é".into(), "x".into()]];
+        assert_eq!(table(&rows), "a     b\nlong\né     x\n");
+    }
+}

@@ -1,0 +1,229 @@
+//! What a person does with the store: name images, look at them, take them out, and have the disk back.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+
+use super::Prepared;
+use super::digest::Digest;
+use super::index::{Index, Record};
+use super::progress::Progress;
+use super::reference::Reference;
+use super::source::Source;
+use super::store::{Store, is_at};
+
+/// An image as it is listed.
+#[derive(Debug, Clone, Serialize)]
+pub struct Listed {
+    /// Its digest.
+    pub id: Digest,
+    /// As short as they can be typed; none if it was only run from a path.
+    pub names: Vec<String>,
+    /// What the root takes on the disk.
+    pub root_bytes: u64,
+    /// What the layers take that a registry gave. Images share them.
+    pub layer_bytes: u64,
+    /// What else is known.
+    #[serde(flatten)]
+    pub record: Record,
+}
+
+/// What is to stay when the store is cleaned up.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Held {
+    /// Images without a name, which were run from a path.
+    pub nameless: bool,
+    /// Layers as they came: the root is made, and only a pull of another version would want them.
+    pub layers: bool,
+}
+
+/// What was cleaned up.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Pruned {
+    /// Images.
+    pub images: usize,
+    /// Files, of images and of husks that were killed.
+    pub files: usize,
+    /// What they took on the disk.
+    pub bytes: u64,
+}
+
+impl Store {
+    /// All images, those that came last first.
+    pub fn list(&self) -> Result<Vec<Listed>> {
+        let index = self.index()?;
+        let mut images: Vec<Listed> = index.images.keys().filter_map(|&id| self.listed(&index, id)).collect();
+        images.sort_by_key(|image| (std::cmp::Reverse(image.record.added_seconds), image.names.clone()));
+        Ok(images)
+    }
+
+    /// One image: by its name, digest, or the path it was made from.
+    pub fn find(&self, source: &Source) -> Result<Listed> {
+        let index = self.index()?;
+        let id = find(&index, source)?;
+        self.listed(&index, id).context("there is no such image")
+    }
+
+    fn listed(&self, index: &Index, id: Digest) -> Option<Listed> {
+        let record = index.images.get(&id)?.clone();
+        let names = index.names_of(id).into_iter().map(familiar).collect();
+        let blobs: BTreeSet<Digest> = record.layers.iter().filter_map(|layer| layer.blob).collect();
+        let layer_bytes = blobs.iter().map(|&blob| disk_bytes(&self.blob_path(blob))).sum();
+        Some(Listed { id, names, root_bytes: disk_bytes(&self.root_path(record.root)), layer_bytes, record })
+    }
+
+    /// Gives an image another name.
+    pub fn tag(&self, id: Digest, name: &Reference) -> Result<()> {
+        self.update(|index| {
+            ensure!(index.images.contains_key(&id), "there is no image {}", id.short());
+            index.names.insert(name.to_string(), id);
+            Ok(())
+        })
+    }
+
+    /// Prepares what is at a path, and gives it a name, or those that it says it has.
+    pub fn load(
+        &self,
+        source: &Source,
+        name: Option<&Reference>,
+        progress: &Progress,
+    ) -> Result<(Prepared, Vec<String>)> {
+        let prepared = self.prepare(source, progress)?;
+        let own_names =
+            self.index()?.images.get(&prepared.id).map(|record| record.own_names.clone()).unwrap_or_default();
+        let names: Vec<Reference> = match name {
+            Some(name) => vec![name.clone()],
+            // A layout's name for its image may be anything.
+            None => own_names.iter().filter_map(|name| name.parse().ok()).collect(),
+        };
+        for name in &names {
+            self.tag(prepared.id, name)?;
+        }
+        Ok((prepared, names.iter().map(Reference::familiar).collect()))
+    }
+
+    /// Takes a name away, and the image with its last one. Tells whether the image went.
+    pub fn remove(&self, source: &Source) -> Result<bool> {
+        let gone = self.update(|index| {
+            let id = find(index, source)?;
+            if let Source::Name { reference, .. } = source
+                && index.names.contains_key(&reference.to_string())
+                && index.names_of(id).len() > 1
+            {
+                index.names.remove(&reference.to_string());
+                return Ok(false);
+            }
+            let root = index.images.get(&id).map(|record| record.root).context("there is no such image")?;
+            let is_shared = index.images.iter().any(|(&other, record)| other != id && record.root == root);
+            ensure!(is_shared || !self.is_in_use(root)?, "image {} is in use by a running machine", id.short());
+            index.remove(id);
+            Ok(true)
+        })?;
+        if gone {
+            self.prune(Held { nameless: true, layers: true })?;
+        }
+        Ok(gone)
+    }
+
+    /// Removes what no image has, and what is not held. What a running machine uses stays.
+    pub fn prune(&self, held: Held) -> Result<Pruned> {
+        let mut pruned = Pruned::default();
+        if !held.nameless {
+            pruned.images = self.update(|index| {
+                let nameless = index.images.iter().filter(|&(&id, _)| index.names_of(id).is_empty());
+                let nameless: Vec<(Digest, Digest)> = nameless.map(|(&id, record)| (id, record.root)).collect();
+                let mut count = 0;
+                for (id, root) in nameless {
+                    if !self.is_in_use(root)? {
+                        index.remove(id);
+                        count += 1;
+                    }
+                }
+                Ok(count)
+            })?;
+        }
+        // By what the index on the disk says now: had husk been killed before, nothing that it names would be gone.
+        self.update(|index| {
+            self.prune_files(index, held, &mut pruned).with_context(|| format!("clean up {}", self.folder().display()))
+        })?;
+        Ok(pruned)
+    }
+
+    fn prune_files(&self, index: &Index, held: Held, pruned: &mut Pruned) -> Result<()> {
+        let roots: BTreeSet<Digest> = index.images.values().map(|record| record.root).collect();
+        let root_of = |name: &str| Digest::from_hex(name.strip_suffix(".erofs")?);
+        self.remove_unlocked("roots", &|name| root_of(name).is_none_or(|key| !roots.contains(&key)), pruned)?;
+        self.remove_unlocked("tmp", &|_| true, pruned)?;
+        let blobs = File::options().write(true).create(true).truncate(false).open(self.folder().join("blobs.lock"))?;
+        // Someone may be about to use them.
+        if blobs.try_lock().is_ok() {
+            let layers = index.images.values().flat_map(|record| &record.layers);
+            let kept: BTreeSet<Digest> = layers.filter_map(|layer| layer.blob.filter(|_| held.layers)).collect();
+            let is_kept = |name: &str| Digest::from_hex(name).is_some_and(|blob| kept.contains(&blob));
+            self.remove_unlocked("blobs", &|name| !is_kept(name), pruned)?;
+        }
+        Ok(())
+    }
+
+    /// Removes those files of a folder that nobody has locked.
+    fn remove_unlocked(&self, folder: &str, is_unwanted: &dyn Fn(&str) -> bool, pruned: &mut Pruned) -> Result<()> {
+        for entry in fs::read_dir(self.folder().join(folder))? {
+            let entry = entry?;
+            let path = entry.path();
+            if !entry.file_type()?.is_file() || !is_unwanted(&entry.file_name().to_string_lossy()) {
+                continue;
+            }
+            let Ok(file) = File::open(&path) else { continue };
+            if file.try_lock().is_ok() && is_at(&file, &path) {
+                let bytes = disk_bytes(&path);
+                fs::remove_file(&path)?;
+                pruned.files += 1;
+                pruned.bytes += bytes;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_in_use(&self, root: Digest) -> Result<bool> {
+        match File::open(self.root_path(root)) {
+            Ok(file) => Ok(file.try_lock().is_err()),
+            Err(_) => Ok(false),
+        }
+    }
+}
+
+fn find(index: &Index, source: &Source) -> Result<Digest> {
+    match source {
+        Source::Name { reference, typed } => {
+            if let Some(&id) = index.names.get(&reference.to_string()) {
+                return Ok(id);
+            }
+            by_path(index, Path::new(typed))
+        }
+        Source::Id(hex) => index.by_prefix(hex).with_context(|| format!("there is no image {hex}")),
+        Source::Path { path, .. } => by_path(index, path),
+    }
+}
+
+fn by_path(index: &Index, path: &Path) -> Result<Digest> {
+    let full = std::path::absolute(path)?.display().to_string();
+    let mut found = index.images.iter().filter(|(_, record)| record.source.as_ref() == Some(&full));
+    match (found.next(), found.next()) {
+        (Some((&id, _)), None) => Ok(id),
+        (Some(_), Some(_)) => bail!("several images are from {}: say which by its ID", path.display()),
+        _ => bail!("there is no image {} (husk images lists all)", path.display()),
+    }
+}
+
+fn familiar(name: &str) -> String {
+    name.parse::<Reference>().map_or_else(|_| name.to_owned(), |reference| reference.familiar())
+}
+
+/// What a file takes on the disk.
+fn disk_bytes(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |found| found.blocks().saturating_mul(512))
+}

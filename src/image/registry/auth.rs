@@ -1,0 +1,191 @@
+//! From a registry's refusal to what it wants to hear: a name and password, or a token for them (Docker's token
+//! authentication, which registries have in common).
+
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail, ensure};
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+use serde::Deserialize;
+use ureq::Agent;
+
+use super::Body;
+use crate::image::reference::Reference;
+
+/// The name under which Docker keeps the default registry's credentials.
+const DOCKER_HUB: &str = "https://index.docker.io/v1/";
+const TOKEN_MAX_BYTES: u64 = 256 << 10;
+
+/// Who asks a registry.
+pub struct Auth {
+    /// What Docker's configuration has the credentials under.
+    server: String,
+    scope: String,
+    is_loopback: bool,
+    header: Mutex<Option<String>>,
+}
+
+impl Auth {
+    /// Nobody, until the registry asks.
+    pub fn new(reference: &Reference, is_loopback: bool) -> Auth {
+        let server = match reference.registry.as_str() {
+            "docker.io" => DOCKER_HUB.to_owned(),
+            other => other.to_owned(),
+        };
+        let scope = format!("repository:{}:pull", reference.repository);
+        Auth { server, scope, is_loopback, header: Mutex::new(None) }
+    }
+
+    /// What is sent along.
+    pub fn header(&self) -> Option<String> {
+        self.header.lock().ok()?.clone()
+    }
+
+    /// Finds out what to send along, from the answer that something is missing.
+    pub fn answer(&self, agent: &Agent, response: &Body) -> Result<()> {
+        let challenges: Vec<Challenge> = response
+            .headers()
+            .get_all("www-authenticate")
+            .iter()
+            .filter_map(|value| Challenge::parse(value.to_str().ok()?))
+            .collect();
+        let credential = self.credential()?;
+        let header = if let Some(challenge) = challenges.iter().find(|found| found.scheme == "bearer") {
+            format!("Bearer {}", self.token(agent, challenge, credential)?)
+        } else if challenges.iter().any(|found| found.scheme == "basic") {
+            let login = || format!("{} wants a name and a password: type `docker login {0}`", self.server);
+            basic(&credential.with_context(login)?)
+                .with_context(|| format!("{} wants a name and a password, not a token", self.server))?
+        } else {
+            bail!("{} refuses, and does not say what it wants", self.server);
+        };
+        *self.header.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(header);
+        Ok(())
+    }
+
+    fn credential(&self) -> Result<Option<DockerCredential>> {
+        use CredentialRetrievalError::{ConfigNotFound, ConfigReadError, NoCredentialConfigured};
+        match docker_credential::get_credential(&self.server) {
+            Ok(credential) => Ok(Some(credential)),
+            Err(ConfigNotFound | ConfigReadError | NoCredentialConfigured) => Ok(None),
+            Err(error) => {
+                // A helper says by failing that it has none, too.
+                log::warn!("Docker's configuration has no usable credentials for {}: {error}", self.server);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Asks the issuer that a registry names for a token.
+    fn token(&self, agent: &Agent, challenge: &Challenge, credential: Option<DockerCredential>) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Answer {
+            token: Option<String>,
+            access_token: Option<String>,
+        }
+        let realm = challenge.get("realm").context("the registry does not say who gives tokens")?;
+        // A password is not sent in the clear to where a registry says.
+        ensure!(realm.starts_with("https://") || self.is_loopback, "the registry's tokens come from {realm:?}");
+        let service = challenge.get("service").unwrap_or_default();
+        let scope = challenge.get("scope").unwrap_or(&self.scope);
+        let asked = match &credential {
+            Some(DockerCredential::IdentityToken(token)) => agent.post(realm).send_form([
+                ("grant_type", "refresh_token"),
+                ("service", service),
+                ("scope", scope),
+                ("client_id", "husk"),
+                ("refresh_token", token),
+            ]),
+            _ => {
+                let mut request = agent.get(realm).query("service", service).query("scope", scope);
+                if let Some(header) = credential.as_ref().and_then(basic) {
+                    request = request.header("Authorization", header);
+                }
+                request.call()
+            }
+        };
+        let mut response = asked.with_context(|| format!("ask {realm} for a token"))?;
+        ensure!(
+            response.status().is_success(),
+            "{realm} gives no token ({}): type `docker login {}` again",
+            response.status(),
+            self.server
+        );
+        let body = response.body_mut().with_config().limit(TOKEN_MAX_BYTES).read_to_vec()?;
+        let answer: Answer = serde_json::from_slice(&body).with_context(|| format!("read the token of {realm}"))?;
+        answer.token.or(answer.access_token).with_context(|| format!("{realm} gives no token"))
+    }
+}
+
+fn basic(credential: &DockerCredential) -> Option<String> {
+    match credential {
+        DockerCredential::UsernamePassword(name, password) => {
+            Some(format!("Basic {}", base64(format!("{name}:{password}").as_bytes())))
+        }
+        DockerCredential::IdentityToken(_) => None,
+    }
+}
+
+/// RFC 4648.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let word = chunk.iter().chain([&0; 2]).take(3).fold(0usize, |word, &byte| word << 8 | usize::from(byte));
+        for place in 0..4 {
+            let digit = DIGITS[(word >> (18 - 6 * place)) & 63];
+            text.push(if place <= chunk.len() { char::from(digit) } else { '=' });
+        }
+    }
+    text
+}
+
+/// What a registry wants, in the words of RFC 9110: `Bearer realm="...",service="..."`.
+struct Challenge {
+    scheme: String,
+    parameters: Vec<(String, String)>,
+}
+
+impl Challenge {
+    fn parse(text: &str) -> Option<Challenge> {
+        let (scheme, mut rest) = text.trim().split_once(' ')?;
+        let mut parameters = Vec::new();
+        while let Some((key, after)) = rest.split_once('=') {
+            let (value, after) = match after.strip_prefix('"') {
+                Some(quoted) => quoted.split_once('"')?,
+                None => after.split_at(after.find(',').unwrap_or(after.len())),
+            };
+            parameters.push((key.trim().to_ascii_lowercase(), value.to_owned()));
+            rest = after.trim_start().strip_prefix(',').unwrap_or_default();
+        }
+        Some(Challenge { scheme: scheme.to_ascii_lowercase(), parameters })
+    }
+
+    fn get(&self, key: &str) -> Option<&str> {
+        self.parameters.iter().find(|(found, _)| found == key).map(|(_, value)| value.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_challenge_is_a_scheme_and_parameters() {
+        let text = r#"Bearer realm="https://auth.example/token", service=registry,scope="repository:a/b:pull,push""#;
+        let challenge = Challenge::parse(text).unwrap();
+        assert_eq!(challenge.scheme, "bearer");
+        assert_eq!(challenge.get("realm"), Some("https://auth.example/token"));
+        assert_eq!(challenge.get("service"), Some("registry"));
+        assert_eq!(challenge.get("scope"), Some("repository:a/b:pull,push"));
+        assert!(Challenge::parse("Bearer").is_none() && Challenge::parse(r#"Bearer realm="x"#).is_none());
+    }
+
+    #[test]
+    fn base64_is_that_of_the_rfc() {
+        for (plain, encoded) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")]
+        {
+            assert_eq!(base64(plain.as_bytes()), encoded);
+        }
+    }
+}

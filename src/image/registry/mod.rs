@@ -1,0 +1,218 @@
+//! From an image's name to its manifest and blobs, as a registry gives them (OCI distribution specification).
+//!
+//! Nothing that comes from a registry is believed: manifests that are asked for by digest, configurations and blobs have to have
+//! their digests and sizes, and a redirection or a token's issuer gets no more than it needs.
+
+mod auth;
+mod download;
+mod pull;
+
+pub use self::pull::Pulled;
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use ureq::Agent;
+use ureq::http::{Response, StatusCode};
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
+
+use self::auth::Auth;
+use super::config::{ImageConfig, JSON_MAX_BYTES};
+use super::digest::Digest;
+use super::manifest::{self, Descriptor, MAX_INDEX_DEPTH, Manifest, Platform};
+use super::reference::Reference;
+
+const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+    application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
+/// A registry that says nothing for so long is asked again, or given up.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// What takes longer is asked for in parts.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+
+type Body = Response<ureq::Body>;
+
+/// A repository of a registry.
+pub struct Registry {
+    agent: Agent,
+    reference: Reference,
+    base: String,
+    auth: Auth,
+}
+
+/// What a registry says of an image, verified.
+pub struct RemoteImage {
+    /// The digest of its configuration.
+    pub id: Digest,
+    /// The configuration.
+    pub config: ImageConfig,
+    /// The layers, the lowest first.
+    pub layers: Vec<Descriptor>,
+    /// The digest of its manifest, or of the index that has it.
+    pub digest: Digest,
+}
+
+impl Registry {
+    /// The repository that a name is of. Only a registry on this host is spoken to without encryption.
+    pub fn new(reference: &Reference) -> Result<Registry> {
+        let is_loopback = is_loopback(&reference.registry);
+        let host = match reference.registry.as_str() {
+            "docker.io" => "registry-1.docker.io",
+            other => other,
+        };
+        let scheme = if is_loopback { "http" } else { "https" };
+        let mut config = Agent::config_builder()
+            .https_only(!is_loopback)
+            .http_status_as_error(false)
+            .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
+            .timeout_connect(Some(ANSWER_TIMEOUT))
+            .timeout_recv_response(Some(ANSWER_TIMEOUT))
+            .timeout_recv_body(Some(BODY_TIMEOUT))
+            // Its pages are the registry's own, and no browser's.
+            .max_redirects(5);
+        if is_loopback {
+            config = config.proxy(None);
+        } else {
+            config = config.tls_config(TlsConfig::builder().root_certs(root_certificates()).build());
+        }
+        Ok(Registry {
+            agent: config.build().into(),
+            base: format!("{scheme}://{host}/v2/{}", reference.repository),
+            auth: Auth::new(reference, is_loopback),
+            reference: reference.clone(),
+        })
+    }
+
+    /// Finds the image for a platform.
+    pub fn image(&self, platform: &Platform) -> Result<RemoteImage> {
+        let mut version = self.reference.version();
+        let mut expected = version.parse::<Digest>().ok();
+        let mut digest = None;
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let json = self.manifest(&version, expected)?;
+            let found = *digest.get_or_insert(Digest::of(&json));
+            match Manifest::parse(&json)? {
+                Manifest::Index(manifests) => {
+                    let chosen = manifest::choose(&manifests, platform)?;
+                    (version, expected) = (chosen.digest.to_string(), Some(chosen.digest));
+                }
+                Manifest::Image { config, layers } => return self.of_manifest(&config, layers, found),
+            }
+        }
+        bail!("indexes within indexes, more than {MAX_INDEX_DEPTH} deep")
+    }
+
+    fn of_manifest(&self, descriptor: &Descriptor, layers: Vec<Descriptor>, digest: Digest) -> Result<RemoteImage> {
+        let (id, size) = (descriptor.digest, descriptor.size);
+        ensure!(size <= JSON_MAX_BYTES, "a configuration of {size} bytes is too long");
+        let json = self.small(&format!("blobs/{id}"), "*/*")?;
+        let found = Digest::of(&json);
+        ensure!(found == id && json.len() as u64 == size, "the registry sent another configuration than {id}");
+        let config = ImageConfig::parse(&json)?;
+        ensure!(
+            config.diff_ids.len() == layers.len(),
+            "its configuration has {} layers, its manifest has {}",
+            config.diff_ids.len(),
+            layers.len()
+        );
+        Ok(RemoteImage { id, config, layers, digest })
+    }
+
+    fn manifest(&self, version: &str, expected: Option<Digest>) -> Result<Vec<u8>> {
+        let json = self.small(&format!("manifests/{version}"), MANIFEST_TYPES)?;
+        if let Some(expected) = expected {
+            let found = Digest::of(&json);
+            ensure!(found == expected, "the registry sent {found} for {expected}");
+        }
+        Ok(json)
+    }
+
+    fn small(&self, path: &str, accept: &str) -> Result<Vec<u8>> {
+        let mut response = self.get(path, accept, 0)?;
+        let body = response.body_mut().with_config().limit(JSON_MAX_BYTES).read_to_vec();
+        body.with_context(|| format!("read {}/{path}", self.base))
+    }
+
+    /// Asks for a path of the repository, from a byte on, and as who may have it.
+    fn get(&self, path: &str, accept: &str, from_byte: u64) -> Result<Body> {
+        let url = format!("{}/{path}", self.base);
+        let ask = || -> Result<Body> {
+            let mut request = self.agent.get(&url).header("Accept", accept);
+            if let Some(authorization) = self.auth.header() {
+                request = request.header("Authorization", authorization);
+            }
+            if from_byte > 0 {
+                request = request.header("Range", format!("bytes={from_byte}-"));
+            }
+            request.call().with_context(|| format!("ask {url}"))
+        };
+        let mut response = ask()?;
+        if response.status() == StatusCode::UNAUTHORIZED {
+            self.auth.answer(&self.agent, &response)?;
+            response = ask()?;
+        }
+        self.check(response, path)
+    }
+
+    fn check(&self, mut response: Body, path: &str) -> Result<Body> {
+        let status = response.status();
+        if status.is_success() || status == StatusCode::RANGE_NOT_SATISFIABLE {
+            return Ok(response);
+        }
+        let name = &self.reference;
+        match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => bail!(
+                "{} does not let you have {} (type `docker login {}`, or the name is wrong)",
+                name.registry,
+                name.familiar(),
+                name.registry
+            ),
+            StatusCode::NOT_FOUND => bail!("{} has no {}", name.registry, name.familiar()),
+            StatusCode::TOO_MANY_REQUESTS => bail!("{} wants fewer requests: log in, or wait", name.registry),
+            _ => {
+                let body = response.body_mut().with_config().limit(300).lossy_utf8(true).read_to_string();
+                let body: String = body.unwrap_or_default().chars().filter(|c| !c.is_control()).take(200).collect();
+                bail!("{} answers {path} with {status} {body}", name.registry)
+            }
+        }
+    }
+}
+
+/// Whether a registry is on this host.
+fn is_loopback(registry: &str) -> bool {
+    let host = registry.split(':').next().unwrap_or_default();
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// Those of this host, so that its owner's own registry is trusted; where there are none, Mozilla's.
+fn root_certificates() -> RootCerts {
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        log::debug!("the host's certificates: {error}");
+    }
+    if found.certs.is_empty() {
+        return RootCerts::WebPki;
+    }
+    let certificates: Vec<_> = found.certs.iter().map(|found| Certificate::from_der(found).to_owned()).collect();
+    RootCerts::new_with_certs(&certificates)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_host_is_spoken_to_in_the_clear() {
+        for (registry, expected) in [
+            ("localhost:5000", true),
+            ("localhost", true),
+            ("127.0.0.1:5000", true),
+            ("127.1.2.3", true),
+            ("localhost.example.com", false),
+            ("128.0.0.1", false),
+            ("quay.io", false),
+        ] {
+            assert_eq!(is_loopback(registry), expected, "{registry}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! From a name to an image in the store: what is missing of it is fetched, three blobs at a time.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use super::{Registry, RemoteImage};
+use crate::image::bundle::Part;
+use crate::image::digest::Digest;
+use crate::image::index::{LayerRecord, Record};
+use crate::image::manifest::{Descriptor, Platform};
+use crate::image::progress::Progress;
+use crate::image::reference::Reference;
+use crate::image::store::Store;
+use crate::image::{Layer, Prepared};
+use crate::sandbox;
+
+/// As Docker does.
+const DOWNLOADS_AT_ONCE: usize = 3;
+/// How often a person is told how far it is.
+const TICK: Duration = Duration::from_millis(50);
+
+/// What a pull did.
+#[derive(Debug)]
+pub struct Pulled {
+    /// The image.
+    pub prepared: Prepared,
+    /// The digest to ask the registry for to get the same image again.
+    pub digest: Digest,
+    /// Whether the name was this image's before.
+    pub is_known: bool,
+}
+
+impl Store {
+    /// Fetches an image, makes its root, and gives it the name it was asked for by.
+    pub fn pull(&self, reference: &Reference, platform: &Platform, progress: &Progress) -> Result<Pulled> {
+        self.pull_image(reference, platform, progress).with_context(|| format!("pull {}", reference.familiar()))
+    }
+
+    fn pull_image(&self, reference: &Reference, platform: &Platform, progress: &Progress) -> Result<Pulled> {
+        // Layers that no image has yet stay while this is held.
+        let _blobs = self.use_blobs()?;
+        let registry = Registry::new(reference)?;
+        let image = registry.image(platform)?;
+        image.config.check_platform()?;
+        let name = reference.to_string();
+        let is_known = self.index()?.names.get(&name) == Some(&image.id);
+        if is_known && let Some(prepared) = self.stored(image.id)? {
+            return Ok(Pulled { prepared, digest: image.digest, is_known });
+        }
+        let root_key = self.key_of_layers(&image.config.diff_ids);
+        if self.use_root(root_key)?.is_none() {
+            self.download_all(registry, &image, progress)?;
+        }
+        let layers = image.layers.iter().zip(&image.config.diff_ids);
+        let parts = layers.clone().map(|(layer, &diff_id)| {
+            let part = match File::open(self.blob_path(layer.digest)) {
+                Ok(file) => Part::whole(file)?,
+                // The root is there, so nobody will read it.
+                Err(_) => Part::empty(self.nameless_file()?),
+            };
+            Ok(Layer { part, blob: Some(layer.digest), diff_id: Some(diff_id) })
+        });
+        let root = self.root_of_layers(&parts.collect::<Result<Vec<_>>>()?, progress)?;
+        let record = Record {
+            root: root.key,
+            process: image.config.process.clone(),
+            architecture: image.config.architecture.clone(),
+            created: image.config.created.clone(),
+            added_seconds: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
+            source: None,
+            own_names: Vec::new(),
+            layers: layers.map(|(layer, &diff_id)| LayerRecord { diff_id, blob: Some(layer.digest) }).collect(),
+            unpacked_bytes: root.unpacked_bytes,
+        };
+        let prepared = self.record(image.id, record, root, None, vec![name])?;
+        Ok(Pulled { prepared, digest: image.digest, is_known })
+    }
+
+    fn download_all(&self, registry: Registry, image: &RemoteImage, progress: &Progress) -> Result<()> {
+        // A layer that an image has twice is fetched once.
+        let blobs: BTreeMap<Digest, Descriptor> =
+            image.layers.iter().map(|layer| (layer.digest, layer.clone())).collect();
+        let blobs: Vec<Descriptor> = blobs.into_values().collect();
+        let total_bytes = blobs.iter().try_fold(0u64, |sum, blob| sum.checked_add(blob.size));
+        let total_bytes = total_bytes.context("its layers are too long")?;
+        let limit_bytes = self.unpack_limit()?;
+        ensure!(
+            total_bytes <= limit_bytes,
+            "its layers have {} MiB, and {} MiB are free on the disk, or allowed",
+            total_bytes >> 20,
+            limit_bytes >> 20
+        );
+        let bar = progress.bar("downloading", total_bytes);
+        let shared = Arc::new(Shared {
+            store: self.clone(),
+            registry,
+            next: AtomicUsize::new(0),
+            done_bytes: AtomicU64::new(0),
+            error: Mutex::new(None),
+            blobs,
+        });
+        let count = DOWNLOADS_AT_ONCE.min(shared.blobs.len());
+        let mut threads = Vec::new();
+        for _ in 0..count {
+            let shared = shared.clone();
+            threads.push(sandbox::spawn("download", move || shared.work()).context("start a thread")?);
+        }
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            bar.set(shared.done_bytes.load(Ordering::Relaxed));
+            std::thread::sleep(TICK);
+        }
+        for thread in threads {
+            thread.join().map_err(|_| anyhow!("a download ended by a fault"))?;
+        }
+        let error = shared.error.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        error.map_or(Ok(()), Err)
+    }
+}
+
+/// What the downloading threads have in common.
+struct Shared {
+    store: Store,
+    registry: Registry,
+    blobs: Vec<Descriptor>,
+    next: AtomicUsize,
+    done_bytes: AtomicU64,
+    error: Mutex<Option<anyhow::Error>>,
+}
+
+impl Shared {
+    /// Fetches blobs until there are no more, or one failed.
+    fn work(&self) {
+        while let Some(blob) = self.blobs.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = self.registry.download(&self.store, blob, &self.done_bytes) {
+                self.next.store(self.blobs.len(), Ordering::Relaxed);
+                self.error.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
+            }
+        }
+    }
+}
