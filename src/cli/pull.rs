@@ -21,8 +21,8 @@ What was fetched when a pull broke off is not fetched again.";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Pull {
-    /// Name of the image: [HOST[:PORT]/]NAME[:TAG][@DIGEST], of docker.io if it says no host
-    #[arg(value_parser = reference)]
+    /// Name of the image; without a host it is of docker.io, without a tag it is the latest
+    #[arg(value_name = "[HOST[:PORT]/]NAME[:TAG][@DIGEST]", value_parser = reference)]
     name: Reference,
 
     /// Which of an image's platforms: linux/amd64 or linux/386

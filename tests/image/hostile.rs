@@ -1,0 +1,174 @@
+//! Archives that want something else than to be an image: each is refused in one line, and leaves nothing.
+
+use std::fs;
+
+use crate::tools::House;
+
+/// A header of ustar, with its checksum.
+fn header(name: &[u8], kind: u8, size: &[u8], link: &[u8]) -> Vec<u8> {
+    let mut record = vec![0; 512];
+    let mut put = |at: usize, bytes: &[u8]| record[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, name);
+    put(100, b"0000644\0");
+    put(108, b"0000000\0");
+    put(116, b"0000000\0");
+    put(124, size);
+    put(136, b"00000000000\0");
+    put(148, b"        ");
+    put(156, &[kind]);
+    put(157, link);
+    put(257, b"ustar\x0000");
+    let sum: u32 = record.iter().map(|&byte| u32::from(byte)).sum();
+    record[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    record
+}
+
+fn entry(name: &str, kind: u8, content: &[u8], link: &str) -> Vec<u8> {
+    let mut bytes = header(name.as_bytes(), kind, format!("{:011o}\0", content.len()).as_bytes(), link.as_bytes());
+    bytes.extend(content);
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}
+
+#[test]
+fn archives_that_cannot_be_are_refused() {
+    let house = House::new();
+    let file = || entry("etc/x", b'0', b"x", "");
+    let long = "b".repeat(300);
+    let long = format!("{} path={long}\n", 300 + 10);
+    let endless = format!("{:?}", 0);
+    let cases: Vec<(&str, Vec<Vec<u8>>)> = vec![
+        ("leads out of its directory", vec![file(), entry("../x", b'0', b"x", "")]),
+        ("leads out of its directory", vec![file(), entry("a/../../x", b'5', b"", "")]),
+        ("leads out of its directory", vec![file(), entry("hard", b'1', b"", "../../etc/passwd")]),
+        ("a hard link to what is not there", vec![file(), entry("hard", b'1', b"", "etc/none")]),
+        ("a hard link to a directory", vec![file(), entry("hard", b'1', b"", "etc")]),
+        ("a symbolic link that leads nowhere", vec![file(), entry("s", b'2', b"", "")]),
+        ("a name of 300 bytes is too long", vec![file(), entry("p", b'x', long.as_bytes(), ""), file()]),
+        ("it ends in the middle of a file", vec![file(), header(b"x", b'0', b"00000100000\0", b"")]),
+        ("it ends in the middle of a header", vec![file(), vec![1; 100]]),
+        (
+            "a number that is too large",
+            vec![file(), header(b"x", b'0', b"\x80\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff", b"")],
+        ),
+        ("an extended header of", vec![file(), header(b"x", b'x', b"77777777777\0", b"")]),
+        ("an extended header of", vec![file(), header(b"x", b'L', b"77777777777\0", b"")]),
+        ("a malformed extended header", vec![file(), entry("x", b'x', b"99 a=b\n", ""), file()]),
+        ("a header with a wrong checksum", vec![file(), vec![b'0'; 512]]),
+        ("of unknown kind", vec![file(), entry("x", b'M', b"", "")]),
+        ("it ends behind an extended header", vec![file(), entry("x", b'L', endless.as_bytes(), "")]),
+        ("the root is not a directory", vec![file(), entry("/", b'2', b"", "x")]),
+    ];
+    for (words, parts) in cases {
+        fs::write(house.path("x.tar"), parts.concat()).unwrap();
+        house.refused(&["load", "x.tar"], words);
+    }
+    fs::write(house.path("x.tar"), vec![0x55; 10_000]).unwrap();
+    house.refused(&["load", "x.tar"], "x.tar");
+    fs::write(house.path("x.tar"), "").unwrap();
+    house.refused(&["load", "x.tar"], "it is empty");
+}
+
+#[test]
+fn a_bomb_is_not_unpacked() {
+    let house = House::new();
+    house.sh("mkdir d; truncate -s 300M d/zeroes; tar -C d -c . | gzip -9 >bomb.tgz");
+    house.refused(&["load", "bomb.tgz", "--max-size", "100M"], "unpacks to more than is free");
+    let root = house.load("bomb.tgz");
+    assert!(fs::metadata(root).unwrap().len() < 40 << 20);
+}
+
+#[test]
+fn many_files_are_too_many_at_some_point() {
+    let house = House::new();
+    // Forty thousand names of 30 KiB of attributes each, which cost nothing when packed.
+    let value = "v".repeat(60_000);
+    let record = format!("60022 SCHILY.xattr.user.x={value}\n");
+    let record = record.replacen("60022", &record.len().to_string(), 1);
+    let mut parts = entry("etc/x", b'0', b"x", "");
+    let bomb = [entry("p", b'x', record.as_bytes(), ""), entry("same-name", b'0', b"", "")].concat();
+    for _ in 0..200 {
+        parts.extend(&bomb);
+    }
+    fs::write(house.path("part.tar"), &parts).unwrap();
+    house.sh("{ cat part.tar; for i in {1..99}; do tail -c +1025 part.tar; done; } | gzip -1 >bomb.tgz");
+    house.refused(&["load", "bomb.tgz"], "too many files");
+}
+
+/// A layout of one small layer, whose parts a line of shell may change before its blobs get their names.
+fn layout(house: &House, change: &str) {
+    house.sh("rm -rf l; mkdir -p l/blobs/sha256 d; echo 1 >d/1; tar --mtime=@0 -C d -cf l/layer .");
+    let line = r#"cd l; echo '{"imageLayoutVersion":"1.0.0"}' >oci-layout
+        put() { h=$(sha256sum <$1 | cut -c1-64); s=$(stat -c %s $1); cp $1 blobs/sha256/$h; }
+        put layer; diff=$h layer_hash=$h layer_size=$s arch=amd64 digest=sha256:
+        CHANGE
+        echo "{\"architecture\":\"$arch\",\"os\":\"linux\",\"rootfs\":{\"type\":\"layers\",\"diff_ids\":[\"sha256:$diff\"]}}" >config
+        put config
+        echo "{\"config\":{\"digest\":\"sha256:$h\",\"size\":$s},\"layers\":[{\"digest\":\"$digest$layer_hash\",\"size\":$layer_size}]}" >manifest
+        put manifest
+        echo "{\"manifests\":[{\"digest\":\"sha256:$h\",\"size\":$s}]}" >index.json
+        AFTER"#;
+    let (before, after) = change.split_once("AFTER").unwrap_or((change, ""));
+    house.sh(&line.replace("CHANGE", before).replace("AFTER", after));
+}
+
+#[test]
+fn layouts_that_lie_are_refused() {
+    let house = House::new();
+    for (change, words) in [
+        ("layer_size=7", "bytes, not 7"),
+        ("diff=$(echo other | sha256sum | cut -c1-64)", "it unpacks to sha256:"),
+        ("diff=../../../etc/passwd", "is no SHA-256 digest"),
+        ("digest=sha512:", "is no SHA-256 digest"),
+        ("layer_hash=../../../../../etc/passwd", "is no SHA-256 digest"),
+        ("arch=arm64", "the image is for linux/arm64"),
+        ("printf x | dd of=blobs/sha256/$layer_hash conv=notrunc status=none", "its digest is sha256:"),
+        ("rm blobs/sha256/$layer_hash", "No such file"),
+        ("AFTER { printf '{\"x\":'; printf '[%.0s' {1..200000}; } >index.json", "EOF while parsing a list"),
+        ("AFTER truncate -s 5G index.json", "bytes are too many"),
+        ("AFTER echo '{\"manifests\":[]}' >index.json", "no image"),
+        ("AFTER echo x >>blobs/sha256/$h", "bytes, not"),
+        (
+            "AFTER for i in {1..9}; do cp index.json i; put i; echo \"{\\\"manifests\\\":[{\\\"digest\\\":\\\"sha256:$h\\\",\\\"size\\\":$s}]}\" >index.json; done",
+            "indexes within indexes",
+        ),
+    ] {
+        layout(&house, change);
+        house.refused(&["load", "l"], words);
+        if !change.contains("truncate") {
+            house.sh("tar -C l -cf l.tar oci-layout index.json blobs");
+            house.refused(&["load", "l.tar"], if words == "No such file" { "it is not there" } else { words });
+        }
+    }
+    layout(&house, "");
+    house.load("l");
+}
+
+#[test]
+fn the_image_for_this_processor_is_chosen() {
+    let house = House::new();
+    layout(&house, "AFTER cp blobs/sha256/$h ../good; echo $h $s >../names");
+    house.sh(r#"cd l; read h s <../names; other=$(echo '{}' | tee o | sha256sum | cut -c1-64); mv o blobs/sha256/$other
+        entry() { echo "{\"digest\":\"sha256:$1\",\"size\":$2,\"platform\":{\"os\":\"linux\",\"architecture\":\"$3\"}}"; }
+        echo "{\"manifests\":[$(entry $other 3 arm64),$(entry $h $s amd64),$(entry $other 3 unknown)]}" >index.json"#);
+    house.load("l");
+    house.sh("sed -i s/amd64/riscv64/ l/index.json; rm -r data");
+    house.refused(&["load", "l"], "(there are: linux/arm64, linux/riscv64, linux/unknown)");
+}
+
+#[test]
+fn a_docker_archive_that_points_elsewhere_is_refused() {
+    let house = House::new();
+    for (manifest, words) in [
+        (r#"[{"Config":"/etc/passwd","Layers":[]}]"#, "it is not there"),
+        (r#"[{"Config":"../../etc/passwd","Layers":[]}]"#, "it is not there"),
+        (r#"[]"#, "it has 0 images"),
+        (r#"{"Config": 1}"#, "read manifest.json"),
+        (r#"[{"Config":"repositories","Layers":["repositories"]}]"#, "read the image's configuration"),
+    ] {
+        fs::write(house.path("manifest.json"), manifest).unwrap();
+        house.sh("ln -sf /etc/passwd repositories; tar -cf x.tar manifest.json repositories");
+        let words = if manifest.contains("repositories") { "open repositories" } else { words };
+        house.refused(&["load", "x.tar"], words);
+    }
+}

@@ -1,0 +1,95 @@
+//! The store through kills, crowds and cleaning up.
+
+use std::fs::{self, File};
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::tools::{House, assert_same, is_root, odd_tree};
+
+/// An archive that takes some tenths of a second to load.
+fn archive(house: &House) {
+    house.sh(
+        "mkdir -p big; for i in {1..20}; do head -c 3M /dev/urandom | base64 >big/$i; done; tar --format=pax -C big -cf big.tar .",
+    );
+}
+
+#[test]
+fn a_husk_that_is_killed_leaves_a_store_that_works() {
+    let house = House::new();
+    archive(&house);
+    for delay_ms in [1, 5, 20, 50, 80, 120, 180, 250, 350, 500] {
+        let mut child =
+            house.command(&["load", "big.tar", "-n", "x"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        let _ = child.kill();
+        child.wait().unwrap();
+        assert!(house.husk(&["images"]).status.success());
+    }
+    let root = house.load("big.tar");
+    assert!(house.husk(&["prune"]).status.success());
+    assert_eq!((house.files("tmp"), house.files("roots")), (0, 1));
+    if is_root() {
+        assert_same(&house.path("big"), &root);
+    }
+}
+
+#[test]
+fn husks_that_want_the_same_make_it_once() {
+    let house = House::new();
+    archive(&house);
+    let name = |i: usize| format!("name-{i}");
+    let children: Vec<_> = (0..4)
+        .map(|i| house.command(&["load", "big.tar", "--name", &name(i)]).stdout(Stdio::null()).spawn().unwrap())
+        .collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
+    }
+    assert_eq!((house.files("tmp"), house.files("roots")), (0, 1));
+    let roots: Vec<_> = (0..4).map(|i| house.root(&name(i))).collect();
+    assert!(roots.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn an_image_in_use_stays_and_goes_with_its_last_name() {
+    let house = House::new();
+    house.sh("mkdir d; echo 1 >d/1; tar -C d -cf d.tar .");
+    let root = house.load("d.tar");
+    assert!(house.husk(&["load", "d.tar", "--name", "other"]).status.success());
+    // As a machine has it.
+    let in_use = File::open(&root).unwrap();
+    in_use.lock_shared().unwrap();
+    let output = house.husk(&["rmi", "loaded"]);
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("Untagged"), "{output:?}");
+    let output = house.husk(&["rmi", "other"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is in use by a running machine"), "{output:?}");
+    assert!(house.husk(&["prune"]).status.success());
+    assert!(root.exists());
+    drop(in_use);
+    assert!(house.husk(&["rmi", "other"]).status.success());
+    assert_eq!(house.files("roots"), 0);
+}
+
+#[test]
+fn an_archive_that_was_loaded_is_not_read_again() {
+    let house = House::new();
+    archive(&house);
+    std::thread::sleep(Duration::from_millis(1100));
+    let root = house.load("big.tar");
+    let loaded = fs::metadata(house.path("data/index.json")).unwrap().modified().unwrap();
+    assert_eq!(house.load("big.tar"), root);
+    assert_eq!(fs::metadata(house.path("data/index.json")).unwrap().modified().unwrap(), loaded, "nothing was new");
+    fs::write(house.path("big.tar"), "no archive").unwrap();
+    assert_eq!(house.husk(&["load", "big.tar"]).status.code(), Some(1));
+}
+
+#[test]
+fn a_tree_with_everything_survives_two_trips() {
+    if !is_root() {
+        return;
+    }
+    let house = House::new();
+    let tree = odd_tree(&house, "tree");
+    house.sh("tar --xattrs --xattrs-include='*' --format=pax -C tree -cf a.tar .; mkdir copy; tar --xattrs --xattrs-include='*' -C copy -xf a.tar");
+    assert_same(&tree, &house.load("./copy"));
+}

@@ -1,0 +1,7 @@
+//! From real images to root file systems: made by umoci, skopeo and tar, kept by a real registry, and compared file by file.
+
+mod archives;
+mod hostile;
+mod life;
+mod registry;
+mod tools;

@@ -1,0 +1,207 @@
+//! A real registry on this host, with and without a password, and a line to it that breaks.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::tools::{House, assert_same, is_root};
+
+/// `user:secret`.
+const HTPASSWD: &str = "user:$2b$04$bdrh7N.rIikEgRnSqAljuuv7BohxqgWKBkLNgpHAcSsWdVI4h72LG";
+/// The same, as Docker's configuration has it.
+const AUTH: &str = "dXNlcjpzZWNyZXQ=";
+
+struct Registry {
+    child: Child,
+    port: u16,
+}
+
+impl Registry {
+    fn start(house: &House, has_password: bool) -> Registry {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let auth = if has_password { "auth: {htpasswd: {realm: r, path: ./htpasswd}}\n" } else { "" };
+        let config = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: ./registry}}}}\n\
+             http: {{addr: '127.0.0.1:{port}'}}\n{auth}"
+        );
+        std::fs::write(house.path("htpasswd"), HTPASSWD).unwrap();
+        std::fs::write(house.path("registry.yml"), config).unwrap();
+        let mut command = Command::new("docker-registry");
+        command.args(["serve", "registry.yml"]).current_dir(house.folder.path());
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        for _ in 0..200 {
+            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Registry { child, port }
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An image of two layers in `layout`, the second of some MiB that cannot be compressed.
+fn image(house: &House) {
+    house.sh("umoci init --layout layout; umoci new --image layout:app; mkdir one two; echo 1 >one/1");
+    house.sh("head -c 8M /dev/urandom >two/2; for l in one two; do tar --numeric-owner -C $l -cf $l.tar .; umoci raw add-layer --image layout:app $l.tar; done");
+    house.sh("umoci unpack --rootless --image layout:app bundle");
+}
+
+fn push(house: &House, port: u16, name: &str) {
+    house.sh(&format!("skopeo copy -q --dest-tls-verify=false --dest-creds user:secret oci:layout:app docker://127.0.0.1:{port}/{name}"));
+}
+
+#[test]
+fn an_image_is_pulled_once_and_its_next_version_in_part() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, false);
+    push(&house, registry.port, "team/app:1");
+    let name = format!("127.0.0.1:{}/team/app", registry.port);
+    let pull = |version: &str| {
+        let output = house.husk(&["pull", &format!("{name}{version}")]);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let said = pull(":1");
+    assert!(said.contains("is here: sha256:"), "{said}");
+    if is_root() {
+        assert_same(&house.path("bundle/rootfs"), &house.root(&format!("{name}:1")));
+    }
+    assert!(pull(":1").contains("is up to date"));
+    let digest = said.trim().rsplit(' ').next().unwrap();
+    pull(&format!("@{digest}"));
+    assert_eq!(house.files("blobs"), 2);
+
+    // Of the next version, only its own layer comes.
+    house.sh("mkdir three; echo 3 >three/3; tar --numeric-owner -C three -cf three.tar .; umoci raw add-layer --image layout:app three.tar");
+    push(&house, registry.port, "team/app:2");
+    let line = Line::to(registry.port, i64::MAX);
+    let through = house.husk(&["pull", &format!("127.0.0.1:{}/team/app:2", line.port)]);
+    assert!(through.status.success(), "{through:?}");
+    assert!(line.bytes() < 100_000, "{} bytes came", line.bytes());
+
+    // An image without its root is made anew of its layers.
+    std::fs::remove_dir_all(house.path("data/roots")).unwrap();
+    assert!(house.husk(&["load", "-i", "layout"]).status.success());
+    let error = String::from_utf8(house.husk(&["pull", &format!("{name}:9")]).stderr).unwrap();
+    assert!(error.contains(" has no 127.0.0.1:"), "{error}");
+}
+
+#[test]
+fn a_password_is_taken_from_dockers_configuration() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, true);
+    push(&house, registry.port, "app:1");
+    let name = format!("127.0.0.1:{}/app:1", registry.port);
+    house.refused(&["pull", &name], "wants a name and a password: type `docker login 127.0.0.1:");
+    let configure = |text: String| {
+        house.sh("mkdir -p docker");
+        std::fs::write(house.path("docker/config.json"), text).unwrap();
+    };
+    configure(format!(r#"{{"auths": {{"127.0.0.1:{}": {{"auth": "dXNlcjp3cm9uZw=="}}}}}}"#, registry.port));
+    house.refused(&["pull", &name], "does not let you have");
+    configure(format!(r#"{{"auths": {{"127.0.0.1:{}": {{"auth": "{AUTH}"}}}}}}"#, registry.port));
+    assert!(house.husk(&["pull", &name]).status.success());
+
+    // From a helper program.
+    house.sh("rm -r data; mkdir bin");
+    let helper = "#!/bin/sh\nread host\necho '{\"Username\":\"user\",\"Secret\":\"secret\"}'\n";
+    std::fs::write(house.path("bin/docker-credential-test"), helper).unwrap();
+    house.sh("chmod +x bin/*");
+    configure(format!(r#"{{"credHelpers": {{"127.0.0.1:{}": "test"}}}}"#, registry.port));
+    let path = format!("{}:{}", house.path("bin").display(), std::env::var("PATH").unwrap());
+    let output = house.command(&["pull", &name]).env("PATH", path).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn a_pull_that_broke_off_goes_on_where_it_was() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, false);
+    push(&house, registry.port, "app:1");
+    // The line breaks again and again, after each 3 MiB.
+    let line = Line::to(registry.port, 3 << 20);
+    let output = house.husk(&["pull", &format!("127.0.0.1:{}/app:1", line.port)]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(line.bytes() < 10 << 20, "{} bytes came for 8 MiB", line.bytes());
+    if is_root() {
+        assert_same(&house.path("bundle/rootfs"), &house.root(&format!("127.0.0.1:{}/app:1", line.port)));
+    }
+}
+
+#[test]
+fn a_pull_that_was_killed_goes_on_where_it_was() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, false);
+    push(&house, registry.port, "app:1");
+    let slow = Line::start(registry.port, i64::MAX, Duration::from_millis(20));
+    let name = |port: u16| format!("127.0.0.1:{port}/app:1");
+    let mut child = house.command(&["pull", &name(slow.port)]).stderr(Stdio::null()).spawn().unwrap();
+    while slow.bytes() < 3 << 20 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let line = Line::to(registry.port, i64::MAX);
+    assert!(house.husk(&["pull", &name(line.port)]).status.success());
+    assert!(line.bytes() < 6 << 20, "{} bytes came for the rest of 8 MiB", line.bytes());
+}
+
+/// A line to a port of this host that counts what comes through it to whoever asks, and breaks after so many bytes.
+struct Line {
+    port: u16,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Line {
+    fn to(port: u16, breaks_after: i64) -> Line {
+        Line::start(port, breaks_after, Duration::ZERO)
+    }
+
+    fn start(port: u16, breaks_after: i64, pause: Duration) -> Line {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let line = Line { port: listener.local_addr().unwrap().port(), bytes: Arc::default() };
+        let bytes = line.bytes.clone();
+        std::thread::spawn(move || {
+            for near in listener.incoming() {
+                let (near, bytes) = (near.unwrap(), bytes.clone());
+                std::thread::spawn(move || connect(near, port, &bytes, breaks_after, pause));
+            }
+        });
+        line
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+fn connect(near: TcpStream, port: u16, bytes: &AtomicU64, breaks_after: i64, pause: Duration) {
+    let mut far = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let (mut from, mut to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+    std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+    let left = AtomicI64::new(breaks_after);
+    let mut buffer = [0; 64 << 10];
+    while let Ok(len @ 1..) = far.read(&mut buffer) {
+        if left.fetch_sub(len as i64, Ordering::Relaxed) < len as i64 || (&near).write_all(&buffer[..len]).is_err() {
+            break;
+        }
+        bytes.fetch_add(len as u64, Ordering::Relaxed);
+        std::thread::sleep(pause);
+    }
+    let _ = near.shutdown(Shutdown::Both);
+    let _ = far.shutdown(Shutdown::Both);
+}

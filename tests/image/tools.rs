@@ -1,0 +1,176 @@
+//! What the tests have in common: husk with a store of its own, other people's programs, and trees that are compared.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// A store and a folder to make images in.
+pub struct House {
+    pub folder: TempDir,
+}
+
+impl House {
+    pub fn new() -> House {
+        House { folder: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A husk whose store is in the folder.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+        command.args(arguments).current_dir(self.folder.path()).env("HUSK_DATA", self.path("data"));
+        command.env("DOCKER_CONFIG", self.path("docker")).stdin(Stdio::null());
+        command
+    }
+
+    pub fn husk(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Loads what is at a path, and gives the root's path.
+    pub fn load(&self, path: &str) -> PathBuf {
+        let output = self.husk(&["load", path, "--name", "loaded"]);
+        assert!(output.status.success(), "load {path}: {output:?}");
+        self.root("loaded")
+    }
+
+    /// The root of an image in the store.
+    pub fn root(&self, name: &str) -> PathBuf {
+        let image = self.inspect(name);
+        let key = image["root"].as_str().unwrap().strip_prefix("sha256:").unwrap().to_owned();
+        self.path("data/roots").join(key + ".erofs")
+    }
+
+    pub fn inspect(&self, name: &str) -> serde_json::Value {
+        let output = self.husk(&["inspect", name]);
+        assert!(output.status.success(), "inspect {name}: {output:?}");
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()[0].clone()
+    }
+
+    /// Asserts that husk refuses, in one line with `words` in it, and leaves nothing in the store.
+    pub fn refused(&self, arguments: &[&str], words: &str) {
+        let output = self.husk(arguments);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+        assert!(stderr.lines().count() == 1 && stderr.contains(words), "{arguments:?}: {stderr}");
+        assert_eq!(self.files("roots") + self.files("tmp"), 0, "{arguments:?} left something");
+    }
+
+    /// How many files there are in a folder of the store.
+    pub fn files(&self, folder: &str) -> usize {
+        fs::read_dir(self.path("data").join(folder)).map_or(0, Iterator::count)
+    }
+
+    /// Runs a line of shell in the folder.
+    pub fn sh(&self, line: &str) {
+        let output = Command::new("bash").args(["-euc", line]).current_dir(self.folder.path()).output().unwrap();
+        assert!(output.status.success(), "{line}: {output:?}");
+    }
+}
+
+/// Owners, devices and extracting both take root; a test says so where it cannot run.
+pub fn is_root() -> bool {
+    let root = fs::metadata("/proc/self").unwrap().uid() == 0;
+    if !root {
+        println!("SKIPPED: this test takes root");
+    }
+    root
+}
+
+/// What there is to know of a file, in words.
+type Tree = BTreeMap<PathBuf, String>;
+
+/// Asserts that an image has exactly the files of a directory.
+pub fn assert_same(expected: &Path, root: &Path) {
+    let check = Command::new("fsck.erofs").arg(root).output().unwrap();
+    assert!(check.status.success() && check.stderr.is_empty(), "{check:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("root");
+    fs::create_dir(&target).unwrap();
+    let mount = Command::new("mount").args(["-t", "erofs", "-o", "loop,ro"]).arg(root).arg(&target).output().unwrap();
+    let (found, wanted) = if mount.status.success() {
+        let found = tree(&target, true);
+        assert!(Command::new("umount").arg(&target).status().unwrap().success());
+        (found, tree(expected, true))
+    } else {
+        // Without a kernel that mounts it, the tool knows neither extended attributes nor hard links.
+        let extract = format!("--extract={}", target.display());
+        let output = Command::new("fsck.erofs").arg(extract).arg("--overwrite").arg(root).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        (tree(&target, false), tree(expected, false))
+    };
+    let differs = |(path, words): &(&PathBuf, &String)| found.get(*path) != Some(*words);
+    let different: Vec<String> = wanted
+        .iter()
+        .filter(differs)
+        .map(|(path, words)| format!("{}: {words}, found: {:?}", path.display(), found.get(path)))
+        .take(10)
+        .collect();
+    assert!(different.is_empty(), "{different:#?}");
+    let extra: Vec<&PathBuf> = found.keys().filter(|path| !wanted.contains_key(*path)).take(10).collect();
+    assert!(extra.is_empty(), "not expected: {extra:?}");
+}
+
+fn tree(root: &Path, is_full: bool) -> Tree {
+    let mut tree = Tree::new();
+    let mut first_names = BTreeMap::new();
+    let mut paths = vec![PathBuf::new()];
+    while let Some(path) = paths.pop() {
+        let here = root.join(&path);
+        let metadata = fs::symlink_metadata(&here).unwrap();
+        let m = &metadata;
+        let mut words = format!("{:o} {}:{}", m.mode(), m.uid(), m.gid());
+        if is_full {
+            words += &format!(" {}.{:09} links {}", m.mtime(), m.mtime_nsec(), m.nlink());
+            words += &format!(" {:?}", attributes(&here));
+            if !m.is_dir() {
+                let first = first_names.entry(m.ino()).or_insert_with(|| path.clone());
+                words += &format!(" same as {}", first.display());
+            }
+        }
+        if m.is_file() {
+            let content = fs::read(&here).unwrap();
+            let sum = content.iter().fold(7u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+            words += &format!(" {} bytes {sum:x}", content.len());
+        } else if m.is_symlink() {
+            words += &format!(" to {:?}", fs::read_link(&here).unwrap());
+        } else if m.is_dir() {
+            let mut names: Vec<_> = fs::read_dir(&here).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort_by(|a, b| b.cmp(a));
+            paths.extend(names.into_iter().map(|name| path.join(name)));
+        } else {
+            words += &format!(" device {:x}", m.rdev());
+        }
+        tree.insert(path, words);
+    }
+    tree
+}
+
+/// Names and values of extended attributes.
+fn attributes(path: &Path) -> Vec<(String, Vec<u8>)> {
+    let names = husk::sys::xattr::list(path).unwrap();
+    let mut all: Vec<_> = names
+        .into_iter()
+        .map(|name| (name.to_string_lossy().into_owned(), husk::sys::xattr::get(path, &name).unwrap()))
+        .collect();
+    all.sort();
+    all
+}
+
+/// A file system of everything that an image may hold.
+pub fn odd_tree(house: &House, name: &str) -> PathBuf {
+    house.sh(&format!("mkdir {name}; cd {name}; {}", include_str!("odd_tree.sh")));
+    let path = house.path(name);
+    let odd = OsStr::from_bytes(b"bytes-\xff\xfe");
+    fs::write(path.join(odd), "a name that is no text").unwrap();
+    path
+}
