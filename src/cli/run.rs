@@ -253,10 +253,12 @@ impl Run {
         let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
         let on_terminal = inside.on_terminal();
         let mut session = Session::new(listener, inside.wants_stdin(), on_terminal, timings.clone())?;
+        // Without input Ctrl-C is a signal of ours, and handed on like any other.
+        let takes_keys = on_terminal && inside.wants_stdin();
         let machine = Machine::build(&config, resources, timings.clone())?;
         let log = Log::create(folder.file("console.log"), verbose).context("make the machine's log")?;
         let tail = log.tail();
-        let outcome = control::run(machine, signals, Front::Session { session: &mut session, on_terminal, log })?;
+        let outcome = control::run(machine, signals, Front::Session { session: &mut session, takes_keys, log })?;
         Ok(verdict(session.end(), &outcome, &tail, verbose))
     }
 }

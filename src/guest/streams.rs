@@ -111,9 +111,21 @@ impl Drop for Streams {
 
 /// Writes all that comes from the guest. When nobody takes it any more, the guest's process is told so.
 fn print(mut socket: UnixStream, mut output: File) {
-    // In the kernel, from socket to pipe or file, where it can.
-    if io::copy(&mut socket, &mut output).is_err() {
-        let _ = socket.shutdown(Shutdown::Both);
+    // Not by splice, which `io::copy` would use: while that waits for the guest it holds the pipe, and who reads the pipe
+    // does not even get what is in it.
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                if output.write_all(buffer.get(..count).unwrap_or_default()).is_err() {
+                    let _ = socket.shutdown(Shutdown::Both);
+                    return;
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
     }
 }
 
@@ -159,5 +171,31 @@ fn wait(epoll: &Option<Epoll>) -> bool {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => return false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_reads_our_output_has_it_while_the_guest_is_silent() {
+        let ((mut reader, writer), (mut guest, ours)) = (io::pipe().unwrap(), UnixStream::pair().unwrap());
+        let printer = thread::spawn(move || print(ours, File::from(std::os::fd::OwnedFd::from(writer))));
+        guest.write_all(b"ready").unwrap();
+        // Long enough for it to wait for more.
+        thread::sleep(Duration::from_millis(50));
+        let (said, heard) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            let mut bytes = [0; 5];
+            let _ = said.send(reader.read_exact(&mut bytes).map(|()| bytes));
+        });
+        let bytes = heard.recv_timeout(Duration::from_secs(10)).expect("it is held back").unwrap();
+        assert_eq!(&bytes, b"ready");
+        drop(guest);
+        printer.join().unwrap();
     }
 }

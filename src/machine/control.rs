@@ -49,8 +49,8 @@ pub enum Front<'a> {
     Session {
         /// The process's session; it outlives the machine, so that its end can be asked for.
         session: &'a mut Session,
-        /// Whether the process has this terminal.
-        on_terminal: bool,
+        /// Whether the keys typed here are the process's, all of them.
+        takes_keys: bool,
         /// Where the kernel's messages go.
         log: Log,
     },
@@ -68,7 +68,7 @@ impl Front<'_> {
 pub fn run(mut machine: Machine, signals: SignalFd, front: Front) -> Result<Outcome> {
     let (mut session, wants_terminal, log) = match front {
         Front::Console => (None, true, None),
-        Front::Session { session, on_terminal, log } => (Some(session), on_terminal, Some(log)),
+        Front::Session { session, takes_keys, log } => (Some(session), takes_keys, Some(log)),
     };
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
     let printer = start_printer(&machine, log)?;

@@ -67,6 +67,7 @@ impl Terminal {
     }
 
     /// The process in its foreground.
+    #[allow(dead_code)] // only some of the programs that have this file ask
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -74,6 +75,14 @@ impl Terminal {
     /// Types.
     pub fn type_keys(&mut self, keys: &[u8]) {
         self.keyboard.write_all(keys).unwrap();
+    }
+
+    /// Gives the terminal another size, of which who is in its foreground hears.
+    #[allow(dead_code)] // only some of the programs that have this file resize
+    pub fn resize(&mut self, rows: u16, columns: u16) {
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the request reads a whole `winsize` from the pointer, and `size` is one.
+        assert_eq!(unsafe { libc::ioctl(self.keyboard.as_raw_fd(), libc::TIOCSWINSZ, &size) }, 0);
     }
 
     /// Waits until `words` have been shown.
