@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod completions;
+pub mod disks;
 pub mod doctor;
 pub mod exit;
 pub mod images;
@@ -62,6 +63,8 @@ enum Command {
     Rmi(rmi::Rmi),
     /// Remove images without a name, and what nobody uses
     Prune(prune::Prune),
+    /// List the disks that are kept, or remove some
+    Disks(disks::Disks),
     /// Say what this host can do, and what to type where something is missing
     Doctor(doctor::Doctor),
     /// Print a completion script for a shell
@@ -85,6 +88,7 @@ impl Cli {
             Command::Inspect(inspect) => inspect.run(),
             Command::Rmi(rmi) => rmi.run(),
             Command::Prune(prune) => prune.run(),
+            Command::Disks(disks) => disks.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),

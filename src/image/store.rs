@@ -5,6 +5,7 @@
 //! roots/KEY.erofs    root file systems; whole from the moment they have their names; locked (shared) while in use
 //! blobs/HEX          layers as a registry gave them, for as long as an image has them: the next version shares most of them
 //! blobs.lock         locked (shared) by who fetches layers that no image has yet
+//! disks/NAME.ext4    disks that machines have left under a name; locked while in use
 //! tmp/NAME.part      what is being written, locked by who writes it; what is not locked is left from a husk that was killed
 //! ```
 
@@ -20,7 +21,7 @@ use super::erofs::Form;
 use super::index::Index;
 use crate::sys;
 
-const FOLDERS: [&str; 3] = ["roots", "blobs", "tmp"];
+const FOLDERS: [&str; 4] = ["roots", "blobs", "disks", "tmp"];
 /// An index of some ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 

@@ -1,0 +1,53 @@
+//! `husk disks`: the disks that machines have left under a name.
+
+use anyhow::{Context, Result};
+use clap::Args;
+use indicatif::HumanBytes;
+
+use super::exit::Exit;
+use crate::image::Store;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk disks
+  husk disks --remove build-cache";
+
+/// The flags of `husk disks`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Disks {
+    /// Print all that is known, as JSON
+    #[arg(long)]
+    json: bool,
+
+    /// Remove a disk and all that is on it; may be given several times
+    #[arg(long, value_name = "NAME", conflicts_with = "json")]
+    remove: Vec<String>,
+}
+
+impl Disks {
+    /// Prints the list, or removes what is named.
+    pub fn run(self) -> Result<Exit> {
+        let store = Store::open_default()?;
+        for name in &self.remove {
+            store.remove_kept_disk(name)?;
+            super::print(&format!("Removed {name}\n"))?;
+        }
+        if !self.remove.is_empty() {
+            return Ok(Exit::Success);
+        }
+        let disks = store.kept_disks()?;
+        if self.json {
+            let json = serde_json::to_string_pretty(&disks).context("print the disks")?;
+            super::print(&format!("{json}\n"))?;
+            return Ok(Exit::Success);
+        }
+        let mut rows = vec![["NAME".to_owned(), "SIZE".into(), "USED".into(), "STATE".into()]];
+        rows.extend(disks.into_iter().map(|disk| {
+            let state = if disk.in_use { "in use" } else { "free" };
+            [disk.name, HumanBytes(disk.size_bytes).to_string(), HumanBytes(disk.disk_bytes).to_string(), state.into()]
+        }));
+        super::print(&super::images::table(&rows))?;
+        Ok(Exit::Success)
+    }
+}

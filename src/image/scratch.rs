@@ -1,0 +1,164 @@
+//! From a size or a name to a disk that a machine writes to: gone with the machine, or kept under the name.
+//!
+//! Both are sparse files with an empty ext4 in them: what a machine has not written takes no room.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+
+use super::ext4;
+use super::store::Store;
+use crate::sys;
+
+/// A disk for one machine.
+#[derive(Debug)]
+pub struct Scratch {
+    /// Where to open it. Only good as long as this is there, if the disk has no name.
+    pub path: PathBuf,
+    /// Keeps a disk without a name.
+    _file: Option<File>,
+}
+
+/// A disk that is kept.
+#[derive(Debug, Clone, Serialize)]
+pub struct Kept {
+    /// Its name.
+    pub name: String,
+    /// The size that a machine sees.
+    pub size_bytes: u64,
+    /// What it takes.
+    pub disk_bytes: u64,
+    /// Whether a machine has it now.
+    pub in_use: bool,
+}
+
+impl Store {
+    /// A disk of this size that goes when the last one who has it open is gone, however that ends.
+    pub fn scratch(&self, size_bytes: u64) -> Result<Scratch> {
+        let file = self.nameless_file()?;
+        make(&file, size_bytes)?;
+        // A file without a name can be opened this way, and then be locked as any disk is.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        Ok(Scratch { path, _file: Some(file) })
+    }
+
+    /// The disk of this name, made with this size if there is none. Who opens it locks it.
+    pub fn kept_disk(&self, name: &str, size_bytes: u64) -> Result<Scratch> {
+        let path = self.kept_path(name)?;
+        let found = |path: PathBuf| -> Result<Scratch> {
+            let size = fs::metadata(&path)?.len();
+            let (has, wanted) = (size >> 20, size_bytes >> 20);
+            if has != wanted {
+                log::info!("disk {name} is there already: it has {has} MiB, not {wanted}");
+            }
+            Ok(Scratch { path, _file: None })
+        };
+        if path.exists() {
+            return found(path);
+        }
+        let mut work = self.work_file(&format!("disk-{name}"))?;
+        // Another husk may have made it while this one waited.
+        if path.exists() {
+            return found(path);
+        }
+        work.file.set_len(0)?;
+        make(&work.file, size_bytes).with_context(|| format!("make disk {name}"))?;
+        work.keep_as(self, &path)?;
+        Ok(Scratch { path, _file: None })
+    }
+
+    /// The disks that are kept, in the order of their names.
+    pub fn kept_disks(&self) -> Result<Vec<Kept>> {
+        let mut disks = Vec::new();
+        for entry in fs::read_dir(self.folder().join("disks")).context("list the disks")? {
+            let entry = entry?;
+            let file_name = entry.file_name();
+            let Some(name) = file_name.to_str().and_then(|name| name.strip_suffix(".ext4")) else { continue };
+            let metadata = entry.metadata()?;
+            let in_use = File::open(entry.path()).is_ok_and(|file| file.try_lock().is_err());
+            let disk_bytes = metadata.blocks().saturating_mul(512);
+            disks.push(Kept { name: name.to_owned(), size_bytes: metadata.len(), disk_bytes, in_use });
+        }
+        disks.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(disks)
+    }
+
+    /// Removes a disk and all that is on it, unless a machine has it.
+    pub fn remove_kept_disk(&self, name: &str) -> Result<()> {
+        let path = self.kept_path(name)?;
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => bail!("there is no disk {name}"),
+            file => file.with_context(|| format!("open {}", path.display()))?,
+        };
+        ensure!(file.try_lock().is_ok(), "disk {name} is in use by a running machine");
+        fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+    }
+
+    fn kept_path(&self, name: &str) -> Result<PathBuf> {
+        let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+        let is_name = (1..=64).contains(&name.len())
+            && name.bytes().all(is_inner)
+            && name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+        ensure!(is_name, "{name:?} is no name for a disk: letters, digits, and . _ - within");
+        Ok(self.folder().join("disks").join(format!("{name}.ext4")))
+    }
+}
+
+fn make(file: &File, size_bytes: u64) -> Result<()> {
+    let mut uuid = [0; 16];
+    sys::getrandom(&mut uuid).context("ask for randomness")?;
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
+    ext4::make(file, size_bytes, uuid, u32::try_from(now).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        (folder, store)
+    }
+
+    #[test]
+    fn a_scratch_disk_has_no_name_and_goes() {
+        let (folder, store) = store();
+        let scratch = store.scratch(64 << 20).unwrap();
+        let disk = File::options().read(true).write(true).open(&scratch.path).unwrap();
+        disk.try_lock().unwrap();
+        assert_eq!(disk.metadata().unwrap().len(), 64 << 20);
+        assert_eq!(fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_kept_disk_is_the_same_the_next_time() {
+        let (_folder, store) = store();
+        let disk = store.kept_disk("data", 64 << 20).unwrap();
+        let inode = fs::metadata(&disk.path).unwrap().ino();
+        let again = store.kept_disk("data", 128 << 20).unwrap();
+        assert_eq!(fs::metadata(&again.path).unwrap().ino(), inode);
+        let file = File::open(&disk.path).unwrap();
+        file.lock().unwrap();
+        assert!(store.kept_disks().unwrap()[0].in_use);
+        assert!(store.remove_kept_disk("data").unwrap_err().to_string().contains("in use"));
+        drop(file);
+        store.remove_kept_disk("data").unwrap();
+        assert!(store.kept_disks().unwrap().is_empty());
+        assert_eq!(store.remove_kept_disk("data").unwrap_err().to_string(), "there is no disk data");
+    }
+
+    #[test]
+    fn a_disks_name_is_no_path() {
+        let (_folder, store) = store();
+        for name in ["", "../x", "a/b", ".x", "-x", "é", &"x".repeat(65)] {
+            assert!(store.kept_disk(name, 64 << 20).is_err(), "{name:?}");
+        }
+    }
+}
