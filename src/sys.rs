@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub mod disk;
+pub mod mapping;
 pub mod socket;
 pub mod xattr;
 
