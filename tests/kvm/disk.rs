@@ -1,6 +1,8 @@
 //! From a driver in a guest to a file on the host: what a disk does, refuses, and survives.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use crate::husk::{self, boot, disk_image, exits_are_fast};
 use husk_guests as guests;
@@ -58,6 +60,41 @@ fn discarded_and_zeroed_sectors_are_the_ones_asked_for() {
     needs_kvm!();
     block("discard", "");
     block("write-zeroes", "");
+}
+
+/// A block device of this host, made of a file; gone when dropped.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    /// `None`, and a loud word, where this user cannot make one.
+    fn of(file: &Path) -> Option<LoopDevice> {
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        match made {
+            Ok(made) if made.status.success() => {
+                Some(LoopDevice(String::from_utf8(made.stdout).unwrap().trim().into()))
+            }
+            other => {
+                eprintln!("SKIPPED: this test needs a loop device: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        assert!(Command::new("losetup").args(["--detach", &self.0]).status().unwrap().success());
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_that_discards_and_zeroes() {
+    needs_kvm!();
+    let (_folder, disk) = disk_image(MIB);
+    let Some(device) = LoopDevice::of(&disk) else { return };
+    for what in ["round-trip", "discard", "write-zeroes", "past-the-end"] {
+        boot(guests::BLOCK, &format!("do={what}")).disk(Path::new(&device.0), "").run().expect(0);
+    }
 }
 
 #[test]
