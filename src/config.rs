@@ -68,7 +68,7 @@ impl Default for MachineConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// Raw image file or block device.
+    /// Image file or block device.
     pub path: PathBuf,
     /// Whether the guest may only read.
     #[serde(default)]
@@ -76,6 +76,33 @@ pub struct DiskConfig {
     /// What the guest reads as the disk's serial number (at most 20 bytes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// What is in the file, where its name does not say it: see [`DiskConfig::format`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+}
+
+/// What is in a disk's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The disk's bytes, one after the other.
+    Raw,
+    /// QEMU's copy-on-write format: what is not used takes no space, and clusters may be compressed.
+    Qcow2,
+}
+
+impl DiskConfig {
+    /// The format that was given, or else qcow2 for a name that ends in `.qcow2` and raw for all others.
+    ///
+    /// The contents are never asked: a guest may write whatever it likes to the front of its raw disk, and could so make
+    /// of it, for the next start, an image of its own design.
+    pub fn format(&self) -> Format {
+        let by_name = || match self.path.extension() {
+            Some(extension) if extension == "qcow2" => Format::Qcow2,
+            _ => Format::Raw,
+        };
+        self.format.unwrap_or_else(by_name)
+    }
 }
 
 /// Sockets between the guest (AF_VSOCK) and the host (AF_UNIX).
@@ -119,7 +146,7 @@ pub enum Invalid {
     #[error("{0} disks: this machine takes at most {1}")]
     TooManyDisks(usize, usize),
     /// A disk without a path.
-    #[error("disk {0} has no path: type --disk PATH[,ro][,id=NAME]")]
+    #[error("disk {0} has no path: type --disk PATH[,ro][,id=NAME][,format=raw|qcow2]")]
     NoDiskPath(usize),
     /// A serial number that does not fit its field, or would not be read back as it was given.
     #[error("disk id {0:?}: type 1 to {MAX_DISK_ID_BYTES} letters, digits or signs without spaces")]
@@ -233,7 +260,7 @@ mod tests {
     }
 
     fn disk(id: Option<&str>) -> DiskConfig {
-        DiskConfig { path: "disk.img".into(), readonly: false, id: id.map(str::to_owned) }
+        DiskConfig { path: "disk.img".into(), readonly: false, id: id.map(str::to_owned), format: None }
     }
 
     #[test]
@@ -297,6 +324,17 @@ mod tests {
     }
 
     #[test]
+    fn the_name_says_the_format_unless_it_is_given() {
+        let format = |path: &str, format| DiskConfig { path: path.into(), format, ..disk(None) }.format();
+        for name in ["disk.img", "qcow2", "a.qcow2.bak", "/dev/vda"] {
+            assert_eq!(format(name, None), Format::Raw, "{name}");
+        }
+        assert_eq!(format("/a/b.qcow2", None), Format::Qcow2);
+        assert_eq!(format("b.qcow2", Some(Format::Raw)), Format::Raw);
+        assert_eq!(format("b.img", Some(Format::Qcow2)), Format::Qcow2);
+    }
+
+    #[test]
     fn sockets_have_a_path_with_room_for_a_port_and_an_address_of_their_own() {
         let with = |path: &str, cid| {
             let vsock = Some(VsockConfig { socket: path.into(), cid });
@@ -324,7 +362,7 @@ mod tests {
             default_cmdline: false,
             cpus: 4,
             memory_mib: 6144,
-            disks: vec![disk(Some("root")), DiskConfig { readonly: true, ..disk(None) }],
+            disks: vec![disk(Some("root")), DiskConfig { readonly: true, format: Some(Format::Qcow2), ..disk(None) }],
             vsock: Some(VsockConfig { socket: "v.sock".into(), cid: 7 }),
             ..config()
         };

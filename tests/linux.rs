@@ -169,6 +169,17 @@ fn a_micro_bzimage_boots_at_every_size() {
     boots_at_every_size(&guests!(), "micro", "bzImage");
 }
 
+/// Finds what a guest wrote in the raw disk `image` whole and in order.
+fn holds_what_was_written(image: &str, ended: &Ended, what: &str) {
+    assert_eq!(ended.expect(0, what).values()["unmounted"], "yes");
+    run("e2fsck", &["-f", "-n", image]);
+    let data = format!("{image}.data");
+    run("debugfs", &["-R", &format!("dump /data {data}"), image]);
+    assert_eq!(fs::metadata(&data).unwrap().len(), 16 << 20);
+    let sha256 = run("sha256sum", &[&data]);
+    assert_eq!(sha256.split_whitespace().next(), Some(ended.values()["sha256"]), "{what}");
+}
+
 #[test]
 fn what_a_guest_syncs_is_on_the_disk() {
     let guests = guests!();
@@ -176,15 +187,22 @@ fn what_a_guest_syncs_is_on_the_disk() {
         let folder = tempfile::tempdir().unwrap();
         let image = disk(folder.path(), 64 << 20, true);
         let ended = boot(&guests.join(kernel), "vmlinux", "write", &["--disk", &image, "--cpus", "2"]);
-        let values = ended.expect(0, kernel).values();
-        assert_eq!(values["unmounted"], "yes");
-        run("e2fsck", &["-f", "-n", &image]);
-        let data = folder.path().join("data");
-        run("debugfs", &["-R", &format!("dump /data {}", data.display()), &image]);
-        assert_eq!(fs::metadata(&data).unwrap().len(), 16 << 20);
-        let sha256 = run("sha256sum", &[data.to_str().unwrap()]);
-        assert_eq!(sha256.split_whitespace().next(), Some(values["sha256"]), "{kernel}");
+        holds_what_was_written(&image, &ended, kernel);
     }
+}
+
+#[test]
+fn what_a_guest_syncs_is_in_the_qcow2_image() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let raw = disk(folder.path(), 64 << 20, true);
+    let image = raw.replace(".img", ".qcow2");
+    // Compressed, so that what is there has to be unpacked, and moved to be written to.
+    run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", &raw, &image]);
+    let ended = boot(&guests.join("micro"), "vmlinux", "write", &["--disk", &image, "--cpus", "2"]);
+    run("qemu-img", &["check", "-q", &image]);
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", &image, &raw]);
+    holds_what_was_written(&raw, &ended, "qcow2");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use super::exit::{EXIT_CODES, Exit};
 use super::size;
-use crate::config::{DEFAULT_CID, DiskConfig, MachineConfig, VsockConfig};
+use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
 use crate::machine::outcome::Outcome;
@@ -63,11 +63,12 @@ pub struct Boot {
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
     memory: Option<u64>,
 
-    /// Raw disk image or block device; may be given several times, the first is /dev/vda
+    /// Disk image or block device; may be given several times, the first is /dev/vda
     ///
-    /// `ro` lets the guest only read, `id=NAME` is the serial number it reads (/dev/disk/by-id/virtio-NAME). The first
-    /// comma ends the path: a path with a comma in it goes into a configuration file.
-    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME]", value_parser = PathBufValueParser::new().try_map(disk))]
+    /// `ro` lets the guest only read, `id=NAME` is the serial number it reads (/dev/disk/by-id/virtio-NAME). The format is
+    /// raw, or qcow2 where the name ends in .qcow2; `format=` says otherwise. The first comma ends the path: a path with a
+    /// comma in it goes into a configuration file.
+    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME][,format=raw|qcow2]", value_parser = PathBufValueParser::new().try_map(disk))]
     disks: Vec<DiskConfig>,
 
     /// Sockets between guest and host: connections to the guest are made at the Unix socket PATH
@@ -164,17 +165,20 @@ pub fn cpus(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "a machine has whole vCPUs, type a number from 1 to 32".to_owned())
 }
 
-/// Parses `PATH[,ro][,id=NAME]`; the path may be any bytes but a comma.
+/// Parses `PATH[,ro][,id=NAME][,format=raw|qcow2]`; the path may be any bytes but a comma.
 fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
     let mut parts = argument.as_os_str().as_bytes().split(|&byte| byte == b',');
     let path = parts.next().unwrap_or_default().to_vec();
-    let mut disk = DiskConfig { path: std::ffi::OsString::from_vec(path).into(), readonly: false, id: None };
+    let path = std::ffi::OsString::from_vec(path).into();
+    let mut disk = DiskConfig { path, readonly: false, id: None, format: None };
     for option in parts {
         let option = String::from_utf8_lossy(option);
         match (&*option, option.strip_prefix("id=")) {
             ("ro", _) => disk.readonly = true,
+            ("format=raw", _) => disk.format = Some(Format::Raw),
+            ("format=qcow2", _) => disk.format = Some(Format::Qcow2),
             (_, Some(id)) => disk.id = Some(id.to_owned()),
-            _ => return Err(format!("unknown option {option:?}, type ro or id=NAME")),
+            _ => return Err(format!("unknown option {option:?}, type ro, id=NAME, format=raw or format=qcow2")),
         }
     }
     Ok(disk)
@@ -234,8 +238,14 @@ mod tests {
     fn a_disk_is_a_path_and_options() {
         let id = |text: &str| Some(text.to_owned());
         let path = PathBuf::from("/x y.img");
-        assert_eq!(disk("/x y.img".into()), Ok(DiskConfig { path: path.clone(), readonly: false, id: None }));
-        assert_eq!(disk("/x y.img,id=a,ro".into()), Ok(DiskConfig { path, readonly: true, id: id("a") }));
+        let plain = DiskConfig { path, readonly: false, id: None, format: None };
+        assert_eq!(disk("/x y.img".into()), Ok(plain.clone()));
+        assert_eq!(disk("/x y.img,id=a,ro".into()), Ok(DiskConfig { readonly: true, id: id("a"), ..plain.clone() }));
+        for (text, format) in [("raw", Format::Raw), ("qcow2", Format::Qcow2)] {
+            let wanted = DiskConfig { format: Some(format), ..plain.clone() };
+            assert_eq!(disk(format!("/x y.img,format={text}").into()), Ok(wanted));
+        }
+        assert!(disk("x.img,format=vmdk".into()).unwrap_err().contains("format=raw or format=qcow2"));
         assert!(disk("x.img,or".into()).unwrap_err().contains("\"or\""));
         assert!(disk("x.img,".into()).is_err());
     }

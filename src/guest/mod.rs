@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use husk_protocol::{Overlay, Root, Spec, Start, Tmpfs, WindowSize};
 
 use self::process::{Defaults, Wishes};
-use crate::config::{DEFAULT_CID, DiskConfig, MachineConfig, VsockConfig};
+use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::modules::{self, Module};
@@ -145,9 +145,9 @@ impl Inside {
         socket: &Path,
         verbose: bool,
     ) -> MachineConfig {
-        let (path, readonly) = match &self.base {
-            Base::Image { root, .. } => (root, true),
-            Base::Disk { path, readonly } => (path, *readonly),
+        let (path, readonly, format) = match &self.base {
+            Base::Image { root, .. } => (root, true, Some(Format::Raw)),
+            Base::Disk { path, readonly } => (path, *readonly, None),
         };
         let vsock = VsockConfig { socket: socket.to_owned(), cid: DEFAULT_CID };
         MachineConfig {
@@ -155,7 +155,7 @@ impl Inside {
             cmdline: if verbose { "loglevel=7".into() } else { String::new() },
             cpus,
             memory_mib,
-            disks: vec![DiskConfig { path: path.clone(), readonly, id: None }],
+            disks: vec![DiskConfig { path: path.clone(), readonly, id: None, format }],
             vsock: self.has_session().then_some(vsock),
             ..MachineConfig::default()
         }

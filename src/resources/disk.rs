@@ -1,4 +1,4 @@
-//! From a disk's path to an open, locked image: raw files and block devices.
+//! From a disk's path to an open, locked image: raw files, qcow2 files and block devices.
 
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Seek, SeekFrom};
@@ -7,31 +7,44 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::config::DiskConfig;
+use crate::backend::disk::Qcow2Disk;
+use crate::config::{DiskConfig, Format};
 use crate::virtio::block_request::SECTOR_BYTES;
 
 /// A disk that is open, and ours alone: nobody else writes to it, and nobody else reads it while we write.
 #[derive(Debug)]
 pub struct DiskFile {
-    /// The image. Its lock lasts until all descriptors of it are closed.
-    pub file: File,
+    /// What requests are made of. The lock lasts as long as it does.
+    pub image: Image,
     /// Where it was found, for messages.
     pub path: PathBuf,
     /// Its size, a multiple of 512 and not 0.
     pub capacity_bytes: u64,
-    /// Whether it is a block device and not a file.
-    pub block_device: bool,
     /// Whether it is open for reading only.
     pub readonly: bool,
     /// What the guest reads as its serial number.
     pub id: Option<String>,
 }
 
+/// An image, by its format.
+#[derive(Debug)]
+pub enum Image {
+    /// The disk's bytes as they are.
+    Raw {
+        /// The file that has them.
+        file: File,
+        /// Whether it is a block device.
+        block_device: bool,
+    },
+    /// A qcow2 image, its tables found to be in order as far as they were read.
+    Qcow2(Box<Qcow2Disk>),
+}
+
 /// Opens the disk that `config` describes, and locks it: shared if it is read-only, exclusively if not (flock(2)).
 ///
 /// Fails with one line that names the disk and what is wrong with it.
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
-    let DiskConfig { path, readonly, id } = config;
+    let DiskConfig { path, readonly, id, format: _ } = config;
     let name = path.display();
     // Without O_NONBLOCK, opening a named pipe waits for its other end. It makes no difference to disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
@@ -52,14 +65,25 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock disk {name}")),
         Ok(()) => {}
     }
-    // A block device's metadata have no size.
-    let capacity_bytes = (&file).seek(SeekFrom::End(0)).with_context(|| format!("size of disk {name}"))?;
+    let (image, capacity_bytes) = match config.format() {
+        Format::Raw => {
+            // A block device's metadata have no size.
+            let capacity_bytes = (&file).seek(SeekFrom::End(0)).with_context(|| format!("size of disk {name}"))?;
+            (Image::Raw { file, block_device }, capacity_bytes)
+        }
+        Format::Qcow2 => {
+            ensure!(!block_device, "disk {name} is a block device, and qcow2 needs a file that can grow");
+            let image = Qcow2Disk::open(file, *readonly).map_err(|refusal| anyhow!("disk {name} {refusal}"))?;
+            let capacity_bytes = image.capacity_bytes();
+            (Image::Qcow2(Box::new(image)), capacity_bytes)
+        }
+    };
     ensure!(capacity_bytes > 0, "disk {name} is empty");
     ensure!(
         capacity_bytes.is_multiple_of(SECTOR_BYTES),
         "disk {name} has {capacity_bytes} bytes, which is not a multiple of {SECTOR_BYTES}"
     );
-    Ok(DiskFile { file, path: path.clone(), capacity_bytes, block_device, readonly: *readonly, id: id.clone() })
+    Ok(DiskFile { image, path: path.clone(), capacity_bytes, readonly: *readonly, id: id.clone() })
 }
 
 #[cfg(test)]
@@ -76,7 +100,7 @@ mod tests {
     }
 
     fn config(path: &Path, readonly: bool) -> DiskConfig {
-        DiskConfig { path: path.to_owned(), readonly, id: Some("blue".to_owned()) }
+        DiskConfig { path: path.to_owned(), readonly, id: Some("blue".to_owned()), format: None }
     }
 
     fn refusal(path: &Path, readonly: bool) -> String {
@@ -87,7 +111,8 @@ mod tests {
     fn a_disk_has_the_size_of_its_image_beyond_two_tib_too() {
         let image = image((3 << 40) + 512);
         let disk = open(&config(image.path(), false)).unwrap();
-        assert_eq!((disk.capacity_bytes, disk.block_device, disk.readonly), ((3 << 40) + 512, false, false));
+        assert_eq!((disk.capacity_bytes, disk.readonly), ((3 << 40) + 512, false));
+        assert!(matches!(disk.image, Image::Raw { block_device: false, .. }));
         assert_eq!(disk.id.as_deref(), Some("blue"));
     }
 

@@ -13,7 +13,7 @@ use super::log_rate::LogRate;
 use super::queue::{Chain, Virtqueue};
 use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
 use crate::backend::disk::{Completion, DiskBackend, GuestBuffers, Operation, PlainDisk, Request};
-use crate::resources::disk::DiskFile;
+use crate::resources::disk::{DiskFile, Image};
 
 /// Device ID (virtio 1.2 §5).
 const DEVICE_TYPE: u32 = 2;
@@ -42,10 +42,14 @@ const REQUEST_COST_BYTES: u64 = 16 << 10;
 
 /// A block device on the disk that was opened as `disk`.
 pub fn device(disk: DiskFile) -> VirtioDevice {
-    let DiskFile { file, path, capacity_bytes, block_device, readonly, id } = disk;
+    let DiskFile { image, path, capacity_bytes, readonly, id } = disk;
     let name = format!("disk {}", path.display());
     let shape = DiskShape { capacity_bytes, readonly };
-    device_on(Box::new(PlainDisk::new(file, block_device)), shape, &name, id.as_deref().unwrap_or_default())
+    let backend: Box<dyn DiskBackend> = match image {
+        Image::Raw { file, block_device } => Box::new(PlainDisk::new(file, block_device)),
+        Image::Qcow2(disk) => disk,
+    };
+    device_on(backend, shape, &name, id.as_deref().unwrap_or_default())
 }
 
 /// A block device on any back end, whose disk has `shape`. `name` is for the log, `id` is the guest's serial number.

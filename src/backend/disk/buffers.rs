@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
 
 use crate::memory::GuestMemory;
 
@@ -60,6 +60,13 @@ impl GuestBuffers {
     pub fn iovecs(&self) -> &[libc::iovec] {
         let rest = &self.iovecs[self.first..];
         &rest[..rest.len().min(PARTS_PER_CALL)]
+    }
+
+    /// What is not used up, for who does not take system calls' own kind.
+    pub fn slices(&self) -> Vec<VolatileSlice<'_>> {
+        let rest = self.iovecs[self.first..].iter();
+        // SAFETY: each part is mapped guest memory, which `self` keeps alive for as long as it is borrowed.
+        rest.map(|iovec| unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) }).collect()
     }
 
     /// Uses up the first `count` bytes, of those that there are.

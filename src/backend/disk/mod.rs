@@ -5,9 +5,11 @@ use std::os::fd::BorrowedFd;
 
 mod buffers;
 mod plain;
+mod qcow2;
 
 pub use buffers::GuestBuffers;
 pub use plain::PlainDisk;
+pub use qcow2::{Qcow2Disk, Refusal};
 
 /// What a request asks of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
