@@ -7,7 +7,6 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::FileExt;
 
 use imago::FormatAccess;
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -15,18 +14,10 @@ use imago::qcow2::Qcow2;
 
 use super::{Completion, DiskBackend, Operation, Request};
 
+mod check;
+
 /// Zeroes to write where the format knows nothing better.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-
-/// The part of an image's header that says whether it can be used at all.
-const HEADER_BYTES: usize = 80;
-const MAGIC: &[u8] = b"QFI\xfb";
-
-// Bits of `incompatible_features`: an image that has one of them is not what it seems to who does not know it.
-const DIRTY: u64 = 1 << 0;
-const CORRUPT: u64 = 1 << 1;
-const EXTERNAL_DATA: u64 = 1 << 2;
-const COMPRESSION_TYPE: u64 = 1 << 3;
 
 /// Why an image is not used.
 #[derive(Debug, thiserror::Error)]
@@ -46,9 +37,14 @@ pub enum Refusal {
     /// Whoever wrote to it last did not come to an end.
     #[error("was not closed by its last user: repair it with `qemu-img check -r all`")]
     Dirty,
-    /// Somebody found it to be so.
-    #[error("is marked as corrupt: repair it with `qemu-img check -r all`")]
-    Corrupt,
+    /// Its tables contradict each other, or the file, by accident or not.
+    #[error("is damaged, {0}: if you trust where it comes from, repair it with `qemu-img check -r all`")]
+    Damaged(&'static str),
+    /// It would take too much time or memory to look at.
+    #[error(
+        "has more clusters than are looked at: make them larger with `qemu-img convert -O qcow2 -o cluster_size=2M`"
+    )]
+    TooLarge,
     /// Another compression than deflate.
     #[error("is compressed by other means than zlib: convert it with `qemu-img convert -O qcow2`")]
     Compression,
@@ -66,7 +62,7 @@ pub struct Qcow2Disk {
 impl Qcow2Disk {
     /// The image in `file`, which is open for writing too unless `readonly`.
     pub fn open(file: File, readonly: bool) -> Result<Qcow2Disk, Refusal> {
-        check(&file)?;
+        check::check(&file)?;
         // It opens no other file: not even those that the header names.
         let image = Qcow2::<imago::file::File>::open_image(file.try_into()?, !readonly)?;
         Ok(Qcow2Disk { image: FormatAccess::new(image), done: VecDeque::new() })
@@ -126,36 +122,6 @@ impl Qcow2Disk {
 impl fmt::Debug for Qcow2Disk {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Qcow2Disk").field("image", &self.image).finish_non_exhaustive()
-    }
-}
-
-/// Refuses an image that is more, or other, than one file of clusters (docs/interop/qcow2 in QEMU's sources).
-fn check(file: &File) -> Result<(), Refusal> {
-    let mut header = [0; HEADER_BYTES];
-    match file.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Err(Refusal::NotQcow2),
-        result => result?,
-    }
-    if !header.starts_with(MAGIC) {
-        return Err(Refusal::NotQcow2);
-    }
-    let is_zero = |from: usize, len: usize| header.iter().skip(from).take(len).all(|byte| *byte == 0);
-    if !is_zero(8, 8) {
-        return Err(Refusal::BackingFile);
-    }
-    if !is_zero(32, 4) {
-        return Err(Refusal::Encrypted);
-    }
-    // Version 2 ends before them.
-    let version_2 = header[..8].ends_with(&2_u32.to_be_bytes());
-    let features = header.last_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes));
-    let has = |feature| !version_2 && features & feature != 0;
-    match () {
-        () if has(DIRTY) => Err(Refusal::Dirty),
-        () if has(CORRUPT) => Err(Refusal::Corrupt),
-        () if has(EXTERNAL_DATA) => Err(Refusal::ExternalData),
-        () if has(COMPRESSION_TYPE) => Err(Refusal::Compression),
-        () => Ok(()),
     }
 }
 
@@ -309,6 +275,8 @@ mod tests {
         }
         drop(disk);
         assert!(contents(&path) == expected, "{options}");
+        let mut disk = Disk::new(open(&path, false).unwrap());
+        assert!(disk.read(0, 1 << 20) == expected[..1 << 20], "{options}");
     }
 
     #[test]
@@ -424,13 +392,23 @@ mod tests {
             ("no qcow2", |bytes| bytes.truncate(40)),
             ("encrypted", |bytes| bytes[35] = 1),
             ("not closed", |bytes| bytes[79] |= 1),
-            ("corrupt", |bytes| bytes[79] |= 2),
+            ("marked so", |bytes| bytes[79] |= 2),
             ("other means", |bytes| bytes[79] |= 8),
             ("feature", |bytes| bytes[72] |= 0x80),
             ("v9", |bytes| bytes[7] = 9),
-            ("cluster size", |bytes| bytes[23] = 40),
-            ("L1 table too big", |bytes| bytes[36..40].fill(0xff)),
-            ("Unaligned", |bytes| bytes[47] = 1),
+            ("makes no sense", |bytes| bytes[23] = 40),
+            ("makes no sense", |bytes| bytes[99] = 7),
+            ("more clusters", |bytes| bytes[36..40].fill(0xff)),
+            ("half a cluster", |bytes| bytes[47] = 1),
+            ("not in the file", |bytes| bytes[44] = 1),
+            // The first level, then its first table, onto the header; a table of the second level that is the first level.
+            ("two things", |bytes| bytes[40..48].fill(0)),
+            ("two things", |bytes| bytes[0x3_0005] = 1),
+            ("two things", |bytes| bytes[0x3_0005] = 3),
+            ("not in the file", |bytes| bytes[0x3_0000..0x3_0008].copy_from_slice(&(1_u64 << 40).to_be_bytes())),
+            // The only block of counts, and a count in it.
+            ("counted as free", |bytes| bytes[0x1_0000..0x1_0008].fill(0)),
+            ("counted as free", |bytes| bytes[0x2_0001] = 0),
         ] {
             let line = refusal(change);
             assert!(line.contains(part) && !line.contains('\n'), "{part}: {line}");
