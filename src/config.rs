@@ -14,6 +14,8 @@ pub const MIN_MEMORY_MIB: u64 = 32;
 pub const MAX_MEMORY_MIB: u64 = 4 << 20;
 /// Largest number of vCPUs.
 pub const MAX_CPUS: u32 = 32;
+/// The smallest share of a processor: the host gives out time in milliseconds, ten times a second.
+pub const MIN_CPU_LIMIT_MILLICPUS: u32 = 10;
 /// Largest number of virtio devices beside the random-number device: its disks, and its sockets if it has them.
 pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
 /// The guest's address where none is given (virtio 1.2 §5.10.4: 0 to 2 have meanings of their own).
@@ -40,6 +42,9 @@ pub struct MachineConfig {
     pub default_cmdline: bool,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// Thousandths of a processor of the host's that the whole machine may use; all that it can get if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_limit_millicpus: Option<u32>,
     /// Guest memory in MiB.
     pub memory_mib: u64,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
@@ -57,6 +62,7 @@ impl Default for MachineConfig {
             cmdline: String::new(),
             default_cmdline: true,
             cpus: 1,
+            cpu_limit_millicpus: None,
             memory_mib: 512,
             disks: Vec::new(),
             vsock: None,
@@ -136,6 +142,11 @@ pub enum Invalid {
     /// Too few or too many vCPUs.
     #[error("{0} vCPUs: a machine has 1 to {MAX_CPUS}, type --cpus N")]
     Cpus(u32),
+    /// So little that nothing would come to pass, or more than the vCPUs can use.
+    #[error(
+        "a limit of {0} thousandths of a CPU: {MIN_CPU_LIMIT_MILLICPUS} to 1000 for each vCPU, type --cpus N such as 1.5"
+    )]
+    CpuLimit(u32),
     /// Less memory than any kernel boots in.
     #[error("{0} MiB of memory: a guest needs at least {MIN_MEMORY_MIB} MiB, type --memory {MIN_MEMORY_MIB}M or more")]
     TooLittleMemory(u64),
@@ -187,6 +198,10 @@ impl MachineConfig {
         }
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(Invalid::Cpus(self.cpus));
+        }
+        let limits = MIN_CPU_LIMIT_MILLICPUS..=1000 * self.cpus;
+        if let Some(limit) = self.cpu_limit_millicpus.filter(|limit| !limits.contains(limit)) {
+            return Err(Invalid::CpuLimit(limit));
         }
         match self.memory_mib {
             ..MIN_MEMORY_MIB => return Err(Invalid::TooLittleMemory(self.memory_mib)),
@@ -279,6 +294,12 @@ mod tests {
         assert_eq!(with(|c| c.cpus = 32), Ok(()));
         assert_eq!(with(|c| c.cpus = 0), Err(Invalid::Cpus(0)));
         assert_eq!(with(|c| c.cpus = 33), Err(Invalid::Cpus(33)));
+        let limited = |cpus, limit| {
+            let config = MachineConfig { cpus, cpu_limit_millicpus: Some(limit), ..config() };
+            config.validate()
+        };
+        assert_eq!((limited(1, 10), limited(2, 2000)), (Ok(()), Ok(())));
+        assert_eq!((limited(1, 9), limited(2, 2001)), (Err(Invalid::CpuLimit(9)), Err(Invalid::CpuLimit(2001))));
         assert_eq!(with(|c| c.memory_mib = 32), Ok(()));
         assert_eq!(with(|c| c.memory_mib = 31), Err(Invalid::TooLittleMemory(31)));
         assert_eq!(with(|c| c.memory_mib = 4 << 20), Ok(()));
@@ -361,6 +382,7 @@ mod tests {
             cmdline: "quiet \"a b\"".into(),
             default_cmdline: false,
             cpus: 4,
+            cpu_limit_millicpus: Some(3500),
             memory_mib: 6144,
             disks: vec![disk(Some("root")), DiskConfig { readonly: true, format: Some(Format::Qcow2), ..disk(None) }],
             vsock: Some(VsockConfig { socket: "v.sock".into(), cid: 7 }),

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 
+use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
 use super::size;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
@@ -53,9 +54,12 @@ pub struct Boot {
     #[arg(long)]
     bare_cmdline: bool,
 
-    /// Number of vCPUs, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N", value_parser = cpus)]
-    cpus: Option<u32>,
+    /// Number of CPUs, 0.01 to 32 [default: 1]
+    ///
+    /// A number with a fraction holds the whole machine to so much of the host's processor time, by a control group: 1.5 is
+    /// 2 vCPUs that get one and a half between them.
+    #[arg(long, value_name = "N", value_parser = cpus::cpus)]
+    cpus: Option<Cpus>,
 
     /// Guest memory: 512M, 1.5G, 2GiB; a plain number is bytes [default: 512M]
     ///
@@ -139,7 +143,9 @@ impl Boot {
             config.cmdline.clone_from(cmdline);
         }
         config.default_cmdline &= !self.bare_cmdline;
-        config.cpus = self.cpus.unwrap_or(config.cpus);
+        if let Some(Cpus { vcpus, limit_millicpus }) = self.cpus {
+            (config.cpus, config.cpu_limit_millicpus) = (vcpus, limit_millicpus);
+        }
         config.memory_mib = self.memory.unwrap_or(config.memory_mib);
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
@@ -158,11 +164,6 @@ pub fn report(outcome: &Outcome) -> Exit {
         super::print_error(&outcome.to_string());
     }
     exit
-}
-
-/// Parses a number of vCPUs.
-pub fn cpus(text: &str) -> Result<u32, String> {
-    text.parse().map_err(|_| "a machine has whole vCPUs, type a number from 1 to 32".to_owned())
 }
 
 /// Parses `PATH[,ro][,id=NAME][,format=raw|qcow2]`; the path may be any bytes but a comma.
@@ -216,7 +217,7 @@ mod tests {
     #[test]
     fn flags_win_over_the_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let json = r#"{"kernel": "a", "cmdline": "quiet", "cpus": 2, "memory_mib": 64, "disks": [{"path": "a.img"}]}"#;
+        let json = r#"{"kernel": "a", "cmdline": "quiet", "cpus": 2, "cpu_limit_millicpus": 1500, "memory_mib": 64, "disks": [{"path": "a.img"}]}"#;
         std::fs::write(&file, json).unwrap();
         let path = file.path().to_str().unwrap();
 
@@ -227,7 +228,9 @@ mod tests {
             ["--config", path, "--kernel=b", "--memory=1G", "--bare-cmdline", "--disk=b.img", "--disk=c.img,ro"];
         let changed = parse(&flags).machine_config().unwrap();
         assert_eq!((changed.kernel, changed.memory_mib, changed.default_cmdline), ("b".into(), 1024, false));
-        assert_eq!((changed.cmdline.as_str(), changed.cpus), ("quiet", 2));
+        assert_eq!((changed.cmdline.as_str(), changed.cpus, changed.cpu_limit_millicpus), ("quiet", 2, Some(1500)));
+        let whole = parse(&["--config", path, "--cpus=2"]).machine_config().unwrap();
+        assert_eq!((whole.cpus, whole.cpu_limit_millicpus), (2, None));
         assert_eq!(
             changed.disks.iter().map(|disk| disk.path.to_str()).collect::<Vec<_>>(),
             [Some("b.img"), Some("c.img")]

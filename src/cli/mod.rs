@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod completions;
+mod cpus;
 pub mod disks;
 pub mod doctor;
 pub mod exit;

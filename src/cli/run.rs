@@ -11,6 +11,7 @@ use clap::{ArgAction, Args};
 use husk_protocol::{Limit, Tmpfs, ToHost};
 use log::Level;
 
+use super::cpus::{self, Cpus};
 use super::exit::Exit;
 use super::{boot, size};
 use crate::console::log::{Log, Tail};
@@ -121,9 +122,9 @@ pub struct Run {
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
     ulimit: Vec<Limit>,
 
-    /// Number of vCPUs, 1 to 32
-    #[arg(long, value_name = "N", value_parser = boot::cpus, default_value = "1")]
-    cpus: u32,
+    /// Number of CPUs, 0.01 to 32: a fraction is a limit on the host's processor time, as for `husk boot`
+    #[arg(long, value_name = "N", value_parser = cpus::cpus, default_value = "1")]
+    cpus: Cpus,
 
     /// Guest memory: 512M, 1.5G, 2GiB
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
@@ -233,7 +234,8 @@ impl Run {
         let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
         let initramfs = inside.initramfs(&kernel)?;
         let verbose = log::log_enabled!(Level::Info);
-        let config = inside.machine_config(&kernel, self.cpus, self.memory, &folder.file(SOCKET), verbose);
+        let mut config = inside.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(SOCKET), verbose);
+        config.cpu_limit_millicpus = self.cpus.limit_millicpus;
         config.validate()?;
         if resources::host::runs_only_pvm_guests() {
             log::warn!(

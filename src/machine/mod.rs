@@ -15,6 +15,7 @@ use crate::console::output::Output;
 use crate::device::Serial;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
+use crate::sandbox::cgroup::CpuHold;
 use crate::vcpu::VcpuThread;
 use crate::virtio::MmioTransport;
 
@@ -38,8 +39,9 @@ pub struct Machine {
     power_button: IrqLine,
     ending: Arc<Ending>,
     timings: Arc<Timings>,
-    // Last, so that it outlives all that its memory and its descriptors were lent to.
+    // So late that it outlives all that its memory and its descriptors were lent to.
     _vm: Vm,
+    _cpu_hold: Option<CpuHold>,
 }
 
 /// The serial port's far side: what the guest prints, and what it is told.

@@ -23,12 +23,13 @@ use kvm_ioctls::Kvm;
 
 use crate::boot::Kernel;
 use crate::config::MachineConfig;
+use crate::sandbox::cgroup::{self, CpuHold};
 use host::KVM_API_VERSION;
 
 /// KVM's device node.
 const KVM_PATH: &str = "/dev/kvm";
 
-/// What a machine is built of: nothing but open files, in the order of the configuration.
+/// What a machine is built of: open files, and its share of the host, in the order of the configuration.
 pub struct Resources {
     /// /dev/kvm.
     pub kvm: Kvm,
@@ -38,6 +39,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
+    /// What holds this process to its share of the host's processors.
+    pub cpu_hold: Option<CpuHold>,
     /// The host's side of the guest's sockets.
     pub vsock: Option<vsock::VsockSocket>,
 }
@@ -48,9 +51,10 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
     let initrd = config.initrd.as_deref().map(open_initrd).transpose()?;
     let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
     let kvm = open_kvm()?;
-    // Last, since it is the only one that makes something.
+    // Last, since these are the only ones that make something.
+    let cpu_hold = config.cpu_limit_millicpus.map(cgroup::hold_cpus).transpose()?;
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
-    Ok(Resources { kvm, kernel, initrd, disks, vsock })
+    Ok(Resources { kvm, kernel, initrd, disks, cpu_hold, vsock })
 }
 
 fn open_initrd(path: &Path) -> Result<File> {

@@ -7,6 +7,7 @@ mod husk;
 mod terminal;
 
 mod console;
+mod cpus;
 mod disk;
 mod life;
 mod machine;

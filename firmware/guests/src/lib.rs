@@ -22,6 +22,8 @@ pub const IO: &str = concat!(env!("OUT_DIR"), "/io.elf");
 pub const MEMORY: &str = concat!(env!("OUT_DIR"), "/memory.elf");
 /// Starts further vCPUs by INIT and SIPI.
 pub const PROCESSORS: &str = concat!(env!("OUT_DIR"), "/processors.elf");
+/// Keeps all its vCPUs busy until it is ended.
+pub const BUSY: &str = concat!(env!("OUT_DIR"), "/busy.elf");
 /// kvm-clock, the APIC timer and the TSC deadline.
 pub const CLOCK: &str = concat!(env!("OUT_DIR"), "/clock.elf");
 /// A flood on the serial port, a prompt, or an echo of the input.
