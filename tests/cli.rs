@@ -155,7 +155,7 @@ fn wrong_flags_are_refused_in_one_line_that_says_what_to_type() {
         (&["boot", "--kernel=/k", "--memory="], "--memory"),
         (&["boot", "--kernel=/k", "--disk="], "disk"),
         (&["boot", "--kernel=/k", "--disk=,ro"], "--disk PATH"),
-        (&["boot", "--kernel=/k", "--disk=/d,rw"], "ro or id=NAME"),
+        (&["boot", "--kernel=/k", "--disk=/d,rw"], "type ro, id=NAME"),
         (&["boot", "--kernel=/k", "--disk=/d,id="], "disk id"),
         (&["boot", "--kernel=/k", "--disk=/d,id=123456789012345678901"], "20"),
         (&["boot", "--kernel=/k", "--disk=/d,id=a", "--disk=/e,id=a"], "twice"),
