@@ -80,7 +80,8 @@ fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure>
             Some(keep(OVERLAY)?)
         }
         Overlay::Memory | Overlay::ReadOnly => {
-            mount_at("tmpfs", OVERLAY, MsFlags::empty(), "mode=755")?;
+            // By default a small machine has few files: as many as half of its pages.
+            mount_at("tmpfs", OVERLAY, MsFlags::empty(), "mode=755,nr_inodes=0")?;
             None
         }
     };
