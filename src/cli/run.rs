@@ -64,8 +64,8 @@ const SOCKET: &str = "vsock";
 pub struct Run {
     /// The image; then the command in place of the image's own, and its arguments
     ///
-    /// An image is a file that docker, podman or skopeo saved, an OCI layout, a root file system's tar archive or folder,
-    /// or a disk image.
+    /// An image is a name, pulled where the store does not have it; a file that docker, podman or skopeo saved; an OCI
+    /// layout; a root file system's tar archive or folder; or a disk image.
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,

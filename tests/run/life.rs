@@ -1,0 +1,168 @@
+//! How machines come to their ends: by signals, by faults, many at once, and what they leave behind.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use crate::image::{archive, root, run};
+use crate::{Ended, finish, guests, husk_run, shell, wait};
+
+/// Starts a shell command and waits until it has said `ready`.
+fn start(mut command: Command) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = command.spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    if line != "ready\n" {
+        child.kill().unwrap();
+        panic!("the command did not start: {line:?} {}", wait(child).errors);
+    }
+    (child, output)
+}
+
+fn signal(child: &Child, name: &str) {
+    run(Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()));
+}
+
+#[test]
+fn signals_are_the_processes_own() {
+    let guests = guests!();
+    for (name, code) in [("TERM", 10), ("INT", 11), ("HUP", 12), ("QUIT", 13), ("USR1", 14), ("USR2", 15)] {
+        let script = format!("trap 'exit {code}' {name}; echo ready; while :; do sleep 0.1; done");
+        let (child, _output) = start(husk_run(&guests, &[archive(), "sh", "-c", &script]));
+        signal(&child, name);
+        wait(child).expect(code);
+    }
+    let (child, _output) = start(husk_run(&guests, &[archive(), "sh", "-c", "echo ready; exec sleep 1000"]));
+    signal(&child, "TERM");
+    wait(child).expect(143);
+}
+
+#[test]
+fn a_process_that_will_not_end_is_ended_by_the_third_signal() {
+    let script = "trap '' INT QUIT TERM; echo ready; while :; do sleep 0.1; done";
+    let (child, _output) = start(husk_run(&guests!(), &[archive(), "sh", "-c", script]));
+    // At once, however slow this machine is; two of the same would be one.
+    let urge = format!("kill -INT {0}; kill -QUIT {0}; kill -TERM {0}", child.id());
+    run(Command::new("sh").args(["-c", &urge]));
+    let code = wait(child).code;
+    assert!(matches!(code, Some(130 | 131 | 143)), "{code:?}");
+}
+
+#[test]
+fn before_there_is_a_process_a_signal_ends_the_machine() {
+    let child = husk_run(&guests!(), &[archive(), "sleep", "1000"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let started = Instant::now();
+    signal(&child, "TERM");
+    wait(child).expect(143);
+    assert!(started.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn orphans_are_reaped_and_end_with_the_process() {
+    let script = "for n in 1 2 3 4 5; do (sh -c 'sleep 0.1 & exit' &); done; sleep 1
+        grep -l '^State:.Z' /proc/[0-9]*/status | wc -l
+        (trap '' TERM HUP; sleep 1000 >/dev/null &); (sleep 1000 &); exit 6";
+    assert_eq!(shell(&guests!(), &[], script).expect(6).text(), "0\n");
+}
+
+#[test]
+fn a_panic_is_told_with_the_kernels_last_words() {
+    let ended = shell(&guests!(), &[], "echo c >/proc/sysrq-trigger");
+    ended.expect(81);
+    let words = "husk: the guest's kernel panicked: sysrq triggered crash\n";
+    assert!(ended.errors.contains(words) && ended.errors.contains("guest: "), "{}", ended.errors);
+}
+
+#[test]
+fn the_kernels_messages_are_shown_to_who_asks() {
+    let ended = shell(&guests!(), &["-v"], "echo clean");
+    assert_eq!(ended.expect(0).text(), "clean\n");
+    assert!(ended.errors.contains("Run /init as init process"), "{}", ended.errors);
+}
+
+#[test]
+fn timings_tell_of_every_step() {
+    let ended = shell(&guests!(), &["--timings"], "true");
+    for step in
+        ["image and kernel ready", "first guest instruction", "PID 1", "process started", "process ended", "exit"]
+    {
+        let line = ended.errors.lines().find(|line| line.starts_with(step));
+        assert!(line.is_some_and(|line| !line.ends_with('-')), "{step}: {}", ended.errors);
+    }
+}
+
+#[test]
+fn ten_machines_share_an_image() {
+    let guests = guests!();
+    let start = |n: i32| {
+        let script = format!("echo {n} >/srv/mine; sleep 2; test $(ls /srv | wc -l) = 2; cat /srv/mine");
+        husk_run(&guests, &[archive(), "sh", "-c", &script]).spawn().unwrap()
+    };
+    let children: Vec<Child> = (0..10).map(start).collect();
+    for (n, child) in children.into_iter().enumerate() {
+        assert_eq!(wait(child).expect(0).text(), format!("{n}\n"));
+    }
+}
+
+#[test]
+fn what_a_killed_machine_leaves_behind_the_next_one_removes() {
+    let guests = guests!();
+    let runtime = tempfile::tempdir().unwrap();
+    let husk = |script: &str| {
+        let mut command = husk_run(&guests, &[archive(), "sh", "-c", script]);
+        command.env("XDG_RUNTIME_DIR", runtime.path());
+        command
+    };
+    let folders = || fs::read_dir(runtime.path().join("husk")).unwrap().count();
+    let (mut child, _output) = start(husk("echo ready; sleep 1000"));
+    assert_eq!(folders(), 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(folders(), 1, "nobody could have removed it");
+    let (other, _output) = start(husk("echo ready; read x; sleep 1000"));
+    assert_eq!(folders(), 1, "the other's own");
+    finish(husk("true"), Vec::new()).expect(0);
+    assert_eq!(folders(), 1, "the one that still runs");
+    signal(&other, "TERM");
+    wait(other).expect(143);
+    assert_eq!(folders(), 0);
+}
+
+/// A disk with the test image's root and an init, alone or in a partition that `table` describes.
+fn disk(folder: &Path, init: &str) -> String {
+    let (tree, path) = (folder.join("tree"), folder.join("disk.img"));
+    run(Command::new("cp").arg("-a").arg(root()).arg(&tree));
+    fs::create_dir(tree.join("sbin")).unwrap();
+    let init_path = tree.join("sbin/init");
+    fs::write(&init_path, init).unwrap();
+    run(Command::new("chmod").arg("755").arg(&init_path));
+    fs::File::create(&path).unwrap().set_len(32 << 20).unwrap();
+    run(Command::new("mkfs.ext4").args(["-q", "-F", "-d"]).arg(&tree).arg(&path));
+    path.to_str().unwrap().to_owned()
+}
+
+fn run_disk(guests: &Path, words: &[&str]) -> Ended {
+    finish(husk_run(guests, words), Vec::new())
+}
+
+#[test]
+fn a_disk_runs_its_own_init_and_keeps_what_it_wrote() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let disk = disk(
+        folder.path(),
+        "#!/bin/sh\necho pid=$$; echo kept >/srv/new && sync && mount -o remount,ro /\npoweroff -f\n",
+    );
+    let text = run_disk(&guests, &[&disk]).expect(0).text();
+    assert!(text.contains("pid=1"), "{text}");
+    run(Command::new("e2fsck").args(["-f", "-n", &disk]));
+    assert_eq!(run(Command::new("debugfs").args(["-R", "cat /srv/new", &disk])), "kept\n");
+    let words =
+        ["--read-only", "--init=/bin/sh", &disk, "-c", "echo pid=$$; touch /srv/x || echo unchanged; poweroff -f"];
+    let text = run_disk(&guests, &words).expect(0).text();
+    assert!(text.contains("pid=1") && text.contains("unchanged"), "{text}");
+}

@@ -1,0 +1,129 @@
+//! Images run as a user runs them: real guests with husk's own init, under both kernels.
+//!
+//! They need what tests/linux.rs needs, and skip as loudly without it. The image is made here, of busybox, as `docker save`
+//! makes one.
+
+mod image;
+mod life;
+mod process;
+mod streams;
+#[path = "../kvm/terminal.rs"]
+mod terminal;
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longer than any command here takes, even emulated on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(180);
+const GUESTS: &str = "HUSK_TEST_GUESTS";
+
+/// What `terminal` waits with.
+mod husk {
+    pub(crate) use super::end_of;
+}
+
+/// The folder of guests, or `None` and a loud word.
+fn guest_folder(test: &str) -> Option<PathBuf> {
+    let guests = std::env::var_os(GUESTS).map(PathBuf::from);
+    if guests.is_none() {
+        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test guests` runs this");
+    }
+    guests
+}
+
+/// Begins a test that needs guests.
+macro_rules! guests {
+    () => {{
+        fn here() {}
+        let Some(guests) = $crate::guest_folder(std::any::type_name_of_val(&here)) else { return };
+        guests
+    }};
+}
+pub(crate) use guests;
+
+/// How a run ended, and what it said.
+struct Ended {
+    code: Option<i32>,
+    output: Vec<u8>,
+    errors: String,
+}
+
+impl Ended {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.output).into_owned()
+    }
+
+    #[track_caller]
+    fn expect(&self, code: i32) -> &Ended {
+        assert_eq!(self.code, Some(code), "{}\n{}", self.text(), self.errors);
+        self
+    }
+}
+
+/// `husk run` of a kernel, with these flags, image and command.
+fn husk_under(guests: &std::path::Path, kernel: &str, words: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+    command.args(["run", "--memory", if kernel == "stock" { "192M" } else { "96M" }, "--kernel"]);
+    command.arg(guests.join(kernel).join("vmlinux")).args(words);
+    command.env("HUSK_DATA", image::store()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// `husk run` under the micro kernel.
+fn husk_run(guests: &std::path::Path, words: &[&str]) -> Command {
+    husk_under(guests, "micro", words)
+}
+
+/// Runs a shell command in the test image.
+fn shell(guests: &std::path::Path, flags: &[&str], script: &str) -> Ended {
+    finish(husk_run(guests, &[flags, &[image::archive(), "sh", "-c", script]].concat()), Vec::new())
+}
+
+/// Runs to the end, feeding `input`, and kills what does not come to its end.
+fn finish(mut command: Command, input: Vec<u8>) -> Ended {
+    if !input.is_empty() {
+        command.stdin(Stdio::piped());
+    }
+    let mut child = command.spawn().unwrap();
+    let feeder = child.stdin.take().map(|mut stdin| {
+        thread::spawn(move || {
+            // Who is fed may have had enough.
+            let _ = stdin.write_all(&input);
+        })
+    });
+    let ended = wait(child);
+    feeder.map(|feeder| feeder.join());
+    ended
+}
+
+fn wait(mut child: Child) -> Ended {
+    let collect = |pipe: Option<Box<dyn Read + Send>>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
+            bytes
+        })
+    };
+    let output = collect(child.stdout.take().map(|pipe| Box::new(pipe) as _));
+    let errors = collect(child.stderr.take().map(|pipe| Box::new(pipe) as _));
+    let code = end_of(&mut child).and_then(|status| status.code());
+    let errors = String::from_utf8_lossy(&errors.join().unwrap()).into_owned();
+    Ended { code, output: output.join().unwrap(), errors }
+}
+
+/// Waits for the end of `child`; kills it and returns nothing when it takes too long.
+fn end_of(child: &mut Child) -> Option<ExitStatus> {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if let Some(status) = child.try_wait().unwrap() {
+            return Some(status);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    None
+}

@@ -1,0 +1,85 @@
+//! What runs in the guest, as whom, where, and what becomes of its exit code.
+
+use crate::image::archive;
+use crate::{Ended, finish, guests, husk_run, husk_under, shell};
+
+fn run(guests: &std::path::Path, words: &[&str]) -> Ended {
+    finish(husk_run(guests, words), Vec::new())
+}
+
+#[test]
+fn the_exit_code_is_the_commands() {
+    let guests = guests!();
+    run(&guests, &[archive(), "true"]).expect(0);
+    run(&guests, &[archive(), "false"]).expect(1);
+    shell(&guests, &[], "exit 82").expect(82);
+    shell(&guests, &[], "kill -KILL $$").expect(137);
+}
+
+#[test]
+fn a_command_that_is_missing_or_no_program_has_a_code_and_a_word() {
+    let guests = guests!();
+    for (command, code, word) in [
+        ("frobnicate", 127, "husk: frobnicate: not found in PATH\n"),
+        ("/bin/frobnicate", 127, "husk: /bin/frobnicate: no such file"),
+        ("/srv/not-a-program", 126, "husk: /srv/not-a-program: Permission denied\n"),
+    ] {
+        let ended = run(&guests, &[archive(), command]);
+        assert!(ended.expect(code).errors.contains(word), "{}", ended.errors);
+    }
+    let ended = run(&guests, &["--user", "nobody-here", archive(), "true"]);
+    assert!(ended.expect(125).errors.contains("\"nobody-here\""), "{}", ended.errors);
+}
+
+#[test]
+fn an_image_says_what_runs_and_a_user_may_say_otherwise() {
+    let guests = guests!();
+    assert_eq!(run(&guests, &[archive()]).expect(0).text(), "the image says so\n");
+    assert_eq!(run(&guests, &[archive(), "--", "echo", "-n", "a b"]).expect(0).text(), "a b");
+    assert_eq!(run(&guests, &["--entrypoint", "echo", archive(), "x"]).expect(0).text(), "x\n");
+    let ended = shell(&guests, &[], "echo $FROM_IMAGE; pwd; id -u; echo $HOME; cat /etc/hostname; echo $HOSTNAME");
+    let text = ended.expect(0).text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[..4], ["yes", "/srv", "0", "/root"]);
+    assert_eq!(lines[4], lines[5]);
+}
+
+#[test]
+fn a_process_is_who_and_where_the_user_says() {
+    let flags = ["-u", "user", "-w", "/not/there/yet", "-e", "A=b c", "-e", "FROM_IMAGE=no", "-h", "box"];
+    let script = "id; pwd; echo \"$A $FROM_IMAGE $HOME\"; hostname; cat /etc/hosts; echo stdout >/dev/stdout";
+    let text = shell(&guests!(), &flags, script).expect(0).text();
+    assert!(text.contains("uid=1000(user) gid=1000(user) groups=10(wheel),63(audio),1000(user)"), "{text}");
+    assert!(text.contains("\n/not/there/yet\nb c no /home/user\nbox\n127.0.0.1\tlocalhost\n"), "{text}");
+    assert!(text.contains("127.0.1.1\tbox\n") && text.ends_with("stdout\n"), "{text}");
+}
+
+#[test]
+fn limits_and_file_systems_in_memory_are_as_asked_for() {
+    let flags = ["--ulimit", "nofile=64:128", "--tmpfs", "/cache:size=1m,mode=1750", "--tmpfs", "/opt/x"];
+    let script = "ulimit -n; ulimit -Hn; stat -c %a /cache; df -k /cache | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2
+        dd if=/dev/zero of=/cache/big bs=64k count=32 2>/dev/null || echo full; touch /opt/x/y && echo made";
+    assert_eq!(shell(&guests!(), &flags, script).expect(0).text(), "64\n128\n1750\n1024\nfull\nmade\n");
+}
+
+#[test]
+fn changes_are_forgotten_and_a_read_only_root_has_none() {
+    let guests = guests!();
+    let script = "for n in $(seq 10000); do : >/srv/$n || exit 9; done; ls /srv | wc -l; rm /bin/vi; ls /bin/vi";
+    let ended = shell(&guests, &[], script);
+    assert_eq!(ended.expect(1).text(), "10001\n");
+    let script = "ls /srv /bin/vi; touch /srv/x; touch /dev/shm/x && echo memory; cat /etc/hostname";
+    let ended = shell(&guests, &["--read-only", "-h", "box"], script);
+    assert_eq!(ended.expect(0).text(), "/bin/vi\n\n/srv:\nnot-a-program\nmemory\nbox\n");
+    assert!(ended.errors.contains("Read-only file system"), "{}", ended.errors);
+}
+
+#[test]
+fn a_stock_kernel_gets_the_modules_it_needs() {
+    let guests = guests!();
+    let words = ["-i", archive(), "sh", "-c", "uname -r; wc -c; echo to stderr >&2; exit 3"];
+    let ended = finish(husk_under(&guests, "stock", &words), vec![7; 1 << 20]);
+    let text = ended.expect(3).text();
+    assert!(text.contains("-cloud-") && text.ends_with("\n1048576\n"), "{text}");
+    assert!(ended.errors.ends_with("to stderr\n"), "{}", ended.errors);
+}
