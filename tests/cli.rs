@@ -180,6 +180,7 @@ fn a_run_that_comes_to_no_process_has_a_code_that_no_command_has() {
         (&["run", "--cpus=0", "/nowhere"], "/nowhere"),
         (&["run", "--memory=512", "image"], "512M"),
         (&["run", "--tmpfs=run", "image"], "absolute path"),
+        (&["run", "--read-only", "--scratch=1G", "image"], "--scratch"),
         (&["run", "--ulimit=files=1", "image"], "nofile"),
         (&["run", "/nowhere/image.tar", "sh"], "/nowhere/image.tar"),
     ];

@@ -17,8 +17,8 @@ use super::{boot, size};
 use crate::console::log::{Log, Tail};
 use crate::guest::process::{self, Defaults, Wishes};
 use crate::guest::session::Session;
-use crate::guest::{Base, Inside};
-use crate::image::{ImageProcess, Prepared, Progress, Source, Store};
+use crate::guest::{Base, Changes, Inside};
+use crate::image::{ImageProcess, Progress, Source, Store};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
 use crate::machine::outcome::Outcome;
@@ -56,6 +56,9 @@ Exit codes:
 const TAIL_LINES: usize = 20;
 /// The service that the guest's init connects to, beside the machine's socket.
 const SOCKET: &str = "vsock";
+
+/// The size of a disk that is kept where none is said; it takes what is written to it.
+const KEPT_DISK_BYTES: u64 = 10 << 30;
 
 /// The flags of `husk run`.
 #[derive(Debug, Args)]
@@ -113,6 +116,14 @@ pub struct Run {
     /// Let nothing in the root be changed
     #[arg(long)]
     read_only: bool,
+
+    /// Put changes to the root on a disk of this size, in place of the guest's memory; it goes with the machine
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes, conflicts_with = "read_only")]
+    scratch: Option<u64>,
+
+    /// Keep changes to the root under a name, for the next run of the same image with it; 10G, or as --scratch says
+    #[arg(long, value_name = "NAME", conflicts_with = "read_only")]
+    keep: Option<String>,
 
     /// Mount a file system in the guest's memory; may be given several times
     #[arg(long, value_name = "PATH[:OPTION,...]", value_parser = process::tmpfs)]
@@ -175,7 +186,7 @@ impl Run {
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
-        let base = find_base(Path::new(&image), self.read_only)?;
+        let base = self.find_base(Path::new(&image))?;
         let folder = MachineFolder::create()?;
         let inside = self.inside(base, command, &folder)?;
         let print_timings = self.timings;
@@ -184,6 +195,38 @@ impl Run {
             eprint!("{timings}");
         }
         Ok(exit)
+    }
+
+    /// What the image is: a file that is told by its content, or something for the image store.
+    fn find_base(&self, image: &Path) -> Result<Base> {
+        let (root, defaults, in_use) = match root_file::identify(image) {
+            Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
+                bail!("a disk is changed itself: leave --scratch and --keep out")
+            }
+            Kind::Disk => return Ok(Base::Disk { path: image.to_owned(), readonly: self.read_only }),
+            Kind::Root => (image.to_owned(), Defaults::default(), None),
+            Kind::Other => {
+                let word =
+                    image.to_str().with_context(|| format!("the image's name {} is no text", image.display()))?;
+                let source = word.parse::<Source>()?;
+                let prepared = Store::open_default()?.prepare(&source, &Progress::on_terminal())?;
+                let ImageProcess { entrypoint, cmd, env, working_dir, user, .. } = prepared.process;
+                let defaults = Defaults { entrypoint, cmd, env, working_dir, user };
+                (prepared.root, defaults, Some(prepared.in_use))
+            }
+        };
+        Ok(Base::Image { root, defaults, changes: self.changes()?, in_use })
+    }
+
+    /// Where the command's changes to the root go.
+    fn changes(&self) -> Result<Changes> {
+        let size_bytes = self.scratch.unwrap_or(KEPT_DISK_BYTES);
+        Ok(match &self.keep {
+            Some(name) => Changes::Disk(Store::open_default()?.kept_disk(name, size_bytes)?),
+            None if self.scratch.is_some() => Changes::Disk(Store::open_default()?.scratch(size_bytes)?),
+            None if self.read_only => Changes::Forbidden,
+            None => Changes::Memory,
+        })
     }
 
     /// What is to be in the machine, all wishes and defaults considered.
@@ -262,23 +305,6 @@ impl Run {
         let tail = log.tail();
         let outcome = control::run(machine, signals, Front::Session { session: &mut session, takes_keys, log })?;
         Ok(verdict(session.end(), &outcome, &tail, verbose))
-    }
-}
-
-/// What the image is: a file that is told by its content, or something for the image store.
-fn find_base(image: &Path, read_only: bool) -> Result<Base> {
-    match root_file::identify(image) {
-        Kind::Disk => Ok(Base::Disk { path: image.to_owned(), readonly: read_only }),
-        Kind::Root => Ok(Base::Image { root: image.to_owned(), defaults: Default::default(), read_only, in_use: None }),
-        Kind::Other => {
-            let word = image.to_str().with_context(|| format!("the image's name {} is no text", image.display()))?;
-            let source = word.parse::<Source>()?;
-            let Prepared { root, process, in_use, .. } =
-                Store::open_default()?.prepare(&source, &Progress::on_terminal())?;
-            let ImageProcess { entrypoint, cmd, env, working_dir, user, .. } = process;
-            let defaults = Defaults { entrypoint, cmd, env, working_dir, user };
-            Ok(Base::Image { root, defaults, read_only, in_use: Some(in_use) })
-        }
     }
 }
 

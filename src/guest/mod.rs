@@ -11,6 +11,7 @@ use husk_protocol::{Overlay, Root, Spec, Start, Tmpfs, WindowSize};
 use self::process::{Defaults, Wishes};
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
+use crate::image::scratch::Scratch;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::modules::{self, Module};
 
@@ -31,8 +32,8 @@ pub enum Base {
         root: PathBuf,
         /// What it says of its process.
         defaults: Defaults,
-        /// Whether nothing may be changed.
-        read_only: bool,
+        /// Where changes go.
+        changes: Changes,
         /// What keeps the image store from removing it.
         in_use: Option<File>,
     },
@@ -43,6 +44,17 @@ pub enum Base {
         /// Whether nothing may be changed.
         readonly: bool,
     },
+}
+
+/// Where changes to an image's root go.
+#[derive(Debug)]
+pub enum Changes {
+    /// There are none.
+    Forbidden,
+    /// Into the guest's memory, and away with it.
+    Memory,
+    /// To a disk of their own.
+    Disk(Scratch),
 }
 
 /// What is in the machine: the root, and what runs.
@@ -56,6 +68,8 @@ pub struct Inside {
 
 /// Where the guest finds its root; the first disk of every machine.
 const ROOT_DEVICE: &str = "/dev/vda";
+/// Where it finds the disk for changes; the second.
+const CHANGES_DEVICE: &str = "/dev/vdb";
 
 impl Inside {
     /// A machine for one process: the image's, unless the user wishes otherwise.
@@ -104,9 +118,14 @@ impl Inside {
     /// The initial RAM disk, with the modules that `kernel` needs for this.
     pub fn initramfs(&self, kernel: &GuestKernel) -> Result<File> {
         let mut drivers = vec!["virtio_mmio", "virtio_blk"];
-        match self.base {
+        match &self.base {
             // EROFS wants the checksum, and says so in no way that is found.
-            Base::Image { .. } => drivers.extend(["crc32c_generic?", "erofs", "overlay"]),
+            Base::Image { changes, .. } => {
+                drivers.extend(["crc32c_generic?", "erofs", "overlay"]);
+                if matches!(changes, Changes::Disk(_)) {
+                    drivers.push("ext4");
+                }
+            }
             Base::Disk { .. } => drivers.extend(["crc32c_generic?", "ext4?", "xfs?", "btrfs?", "vfat?"]),
         }
         if self.has_session() {
@@ -119,8 +138,7 @@ impl Inside {
     fn spec(&self, modules: &[Module]) -> Spec {
         let device = ROOT_DEVICE.to_owned();
         let root = match &self.base {
-            Base::Image { read_only: true, .. } => Root::Image { device, overlay: Overlay::ReadOnly },
-            Base::Image { read_only: false, .. } => Root::Image { device, overlay: Overlay::Memory },
+            Base::Image { changes, .. } => Root::Image { device, overlay: overlay(changes) },
             Base::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
         };
         let hosts =
@@ -145,9 +163,15 @@ impl Inside {
         socket: &Path,
         verbose: bool,
     ) -> MachineConfig {
-        let (path, readonly, format) = match &self.base {
-            Base::Image { root, .. } => (root, true, Some(Format::Raw)),
-            Base::Disk { path, readonly } => (path, *readonly, None),
+        let disk = |path: &Path, readonly, format| DiskConfig { path: path.to_owned(), readonly, id: None, format };
+        // What husk made is raw, whatever a guest has written to it.
+        let raw = Some(Format::Raw);
+        let disks = match &self.base {
+            Base::Image { root, changes: Changes::Disk(scratch), .. } => {
+                vec![disk(root, true, raw), disk(&scratch.path, false, raw)]
+            }
+            Base::Image { root, .. } => vec![disk(root, true, raw)],
+            Base::Disk { path, readonly } => vec![disk(path, *readonly, None)],
         };
         let vsock = VsockConfig { socket: socket.to_owned(), cid: DEFAULT_CID };
         MachineConfig {
@@ -155,10 +179,18 @@ impl Inside {
             cmdline: if verbose { "loglevel=7".into() } else { String::new() },
             cpus,
             memory_mib,
-            disks: vec![DiskConfig { path: path.clone(), readonly, id: None, format }],
+            disks,
             vsock: self.has_session().then_some(vsock),
             ..MachineConfig::default()
         }
+    }
+}
+
+fn overlay(changes: &Changes) -> Overlay {
+    match changes {
+        Changes::Forbidden => Overlay::ReadOnly,
+        Changes::Memory => Overlay::Memory,
+        Changes::Disk(_) => Overlay::Disk(CHANGES_DEVICE.to_owned()),
     }
 }
 

@@ -75,6 +75,22 @@ fn changes_are_forgotten_and_a_read_only_root_has_none() {
 }
 
 #[test]
+fn changes_go_to_a_disk_where_they_are_to_be_many_or_kept() {
+    let guests = guests!();
+    let script = "dd if=/dev/zero of=/srv/big bs=1M count=96 2>/dev/null && rm /srv/not-a-program && ls /srv";
+    assert_eq!(shell(&guests, &["--scratch", "256M"], script).expect(0).text(), "big\n");
+    let keep = ["--keep", "work", "--scratch", "64M"];
+    shell(&guests, &keep, "echo once >>/srv/log; chmod 700 /srv; exit 3").expect(3);
+    run(&guests, &["--keep", "work", archive(), "sh", "-c", "echo twice >>/srv/log"]).expect(0);
+    let text = shell(&guests, &["--keep", "work"], "cat /srv/log; stat -c %a /srv; ls /srv").expect(0).text();
+    assert_eq!(text, "once\ntwice\n700\nlog\nnot-a-program\n");
+    let disk = crate::image::store().join("disks/work.ext4");
+    // Whole, and with nothing to be replayed.
+    let state = crate::image::run(std::process::Command::new("e2fsck").args(["-f", "-n"]).arg(disk));
+    assert!(!state.contains("recover"), "{state}");
+}
+
+#[test]
 fn a_stock_kernel_gets_the_modules_it_needs() {
     let guests = guests!();
     let words = ["-i", archive(), "sh", "-c", "uname -r; wc -c; echo to stderr >&2; exit 3"];
