@@ -442,6 +442,33 @@ fn piped_commands_reach_a_shell() {
 }
 
 #[test]
+fn a_shell_of_the_demo_ends_the_machine_by_poweroff_and_by_the_power_button() {
+    let guest = guests!().join("micro");
+    let start = || {
+        let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+        command.arg("boot").arg("--kernel").arg(guest.join("vmlinux")).arg("--initrd").arg(guest.join("demo"));
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Stays open until the machine has ended: the end of the input would end it too.
+        let input = child.stdin.take().unwrap();
+        (child, input)
+    };
+    let (child, mut input) = start();
+    input.write_all(b"poweroff\n").unwrap();
+    finish(child).expect(0, "poweroff");
+
+    let (mut child, mut input) = start();
+    input.write_all(b"echo up=$((1 + 1))\n").unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("up=2") {
+        line.clear();
+        assert!(output.read_line(&mut line).unwrap() > 0, "the guest ended");
+    }
+    signal(&child, "TERM");
+    finish(child).expect(0, "power button");
+}
+
+#[test]
 fn twenty_boots_in_a_row_all_end() {
     let guest = guests!().join("micro");
     for n in 1..=20 {
