@@ -5,6 +5,7 @@
 
 mod disk;
 mod exits;
+mod image;
 mod memory;
 mod parse;
 mod startup;
@@ -59,13 +60,14 @@ fn output_of(mut command: Command) -> Result<String> {
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
-    let measurements: [Measurement; 6] = [
+    let measurements: [Measurement; 7] = [
         ("startup", startup::first_run),
         ("kernel", startup::kernel_load),
         ("exits", exits::round_trips),
         ("parse", parse::block_requests),
         ("disk", disk::through_the_device),
         ("memory", memory::beyond_the_guest),
+        ("image", image::prepare),
     ];
     // Cargo passes `--bench` on.
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
