@@ -11,7 +11,11 @@ const DEFAULT_REGISTRY: &str = "docker.io";
 /// Where that registry keeps images whose name has no `/`.
 const OFFICIAL: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
+/// Of the full name, without a tag or digest.
 const MAX_BYTES: usize = 255;
+const MAX_TAG_BYTES: usize = 128;
+/// `@sha256:` and its digits.
+const DIGEST_BYTES: usize = 72;
 
 /// The full name of an image: `docker.io/library/debian:latest`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,7 +75,7 @@ impl FromStr for Reference {
 }
 
 fn parse(text: &str) -> Result<Reference> {
-    ensure!(text.len() <= MAX_BYTES + 72, "it is too long");
+    ensure!(text.len() <= MAX_BYTES + 1 + MAX_TAG_BYTES + DIGEST_BYTES, "it is too long");
     let (name, digest) = match text.split_once('@') {
         Some((name, digest)) => (name, Some(digest.parse::<Digest>()?)),
         None => (text, None),
@@ -87,10 +91,10 @@ fn parse(text: &str) -> Result<Reference> {
     ensure!(is_registry(registry), "{registry:?} is no host");
     ensure!(repository.split('/').all(is_path_component), "names have small letters, digits, and . _ - within");
     ensure!(tag.is_none_or(is_tag), "{:?} is no tag", tag.unwrap_or_default());
-    ensure!(name.len() <= MAX_BYTES, "it is too long");
     let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
     let official = registry == DEFAULT_REGISTRY && !repository.contains('/');
     let repository = if official { format!("{OFFICIAL}{repository}") } else { repository.to_owned() };
+    ensure!(registry.len() + 1 + repository.len() <= MAX_BYTES, "it is too long");
     let version = match digest {
         Some(digest) => Version::Digest(digest),
         None => Version::Tag(tag.unwrap_or(DEFAULT_TAG).to_owned()),
@@ -127,7 +131,7 @@ fn is_path_component(text: &str) -> bool {
 
 fn is_tag(text: &str) -> bool {
     let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-    (1..=128).contains(&text.len())
+    (1..=MAX_TAG_BYTES).contains(&text.len())
         && text.bytes().next().is_some_and(is_word)
         && text.bytes().all(|byte| is_word(byte) || matches!(byte, b'.' | b'-'))
 }
@@ -190,6 +194,8 @@ mod tests {
             assert!(text.parse::<Reference>().is_err(), "{text:?}");
         }
         assert!("a".repeat(300).parse::<Reference>().is_err());
+        // Its full name would be too long.
+        assert!("a".repeat(250).parse::<Reference>().is_err());
         assert!(format!("a:{}", "b".repeat(129)).parse::<Reference>().is_err());
     }
 }
