@@ -30,6 +30,7 @@ const EXAMPLES: &str = "\
 Examples:
   husk doctor
   husk run image.tar echo hello
+  husk pull debian:12
   husk boot --kernel vmlinux --initrd initrd.cpio
   husk boot --kernel bzImage --disk root.img --cpus 2 --memory 2G";
 

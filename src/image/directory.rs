@@ -20,11 +20,11 @@ use crate::sys;
 /// So many parts of a sparse file are told apart; one with more is read as if it were not sparse.
 const MAX_PARTS: usize = 1 << 16;
 
-/// What tells a tree's state without reading its files: short of setting the clock, nobody changes a file and keeps its ctime.
-pub fn fingerprint(root: &Path) -> Result<Digest> {
-    let mut hasher = Hasher::default();
-    walk(root, &mut |path, metadata| {
-        let m = metadata;
+/// What tells a tree's state without reading its files, and how many bytes those have: short of setting the clock, nobody changes a file and keeps its ctime.
+pub fn fingerprint(root: &Path) -> Result<(Digest, u64)> {
+    let (mut hasher, mut total_bytes) = (Hasher::default(), 0);
+    walk(root, &mut |path, m| {
+        total_bytes += m.len();
         hasher.update(path.as_os_str().as_bytes());
         hasher.update(&[0]);
         for number in [m.dev(), m.ino(), m.size(), u64::from(m.mode()), m.uid().into(), m.gid().into(), m.rdev()] {
@@ -35,7 +35,7 @@ pub fn fingerprint(root: &Path) -> Result<Digest> {
         }
         Ok(())
     })?;
-    Ok(hasher.digest())
+    Ok((hasher.digest(), total_bytes))
 }
 
 /// Adds everything below `root` to the tree, and tells how many bytes of files it was. `progress` hears of them.

@@ -99,8 +99,8 @@ impl Store {
                 (root.key, ImageConfig::of_root(), Vec::new(), root)
             }
             Found::RootDirectory(folder) => {
-                let state = seen.state.map_or_else(|| directory::fingerprint(&folder), Ok)?;
-                let root = self.root_of_directory(&folder, state, progress)?;
+                let (state, bytes) = seen.state.map_or_else(|| directory::fingerprint(&folder), Ok)?;
+                let root = self.root_of_directory(&folder, state, bytes, progress)?;
                 (root.key, ImageConfig::of_root(), Vec::new(), root)
             }
         };
@@ -143,8 +143,8 @@ struct Seen {
     key: String,
     /// Whether the last change is long enough ago that another one would have another time.
     settled: bool,
-    /// The fingerprint of a root directory.
-    state: Option<Digest>,
+    /// The fingerprint of a root directory, and its size.
+    state: Option<(Digest, u64)>,
 }
 
 impl Seen {
@@ -153,8 +153,8 @@ impl Seen {
         let m = fs::metadata(path)?;
         if m.is_dir() && !path.join("oci-layout").exists() {
             // A file that changes from now on changes the state.
-            let state = directory::fingerprint(path)?;
-            return Ok(Seen { key: format!("directory {state}"), settled: true, state: Some(state) });
+            let (state, bytes) = directory::fingerprint(path)?;
+            return Ok(Seen { key: format!("directory {state}"), settled: true, state: Some((state, bytes)) });
         }
         if m.is_dir() {
             // An image that is added to a layout changes its index.

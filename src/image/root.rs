@@ -68,10 +68,16 @@ impl Store {
     }
 
     /// The root in a directory of the host, whose state has this fingerprint.
-    pub(super) fn root_of_directory(&self, path: &Path, state: Digest, progress: &Progress) -> Result<Root> {
+    pub(super) fn root_of_directory(
+        &self,
+        path: &Path,
+        state: Digest,
+        total_bytes: u64,
+        progress: &Progress,
+    ) -> Result<Root> {
         let key = key("directory", self.form, &[state]);
         self.root(&key.hex(), Some(key), |maker| {
-            let bar = progress.bar("preparing", 0);
+            let bar = progress.bar("preparing", total_bytes);
             let unpacked_bytes = directory::add(path, &mut maker.tree, &mut maker.writer, &mut |done| bar.set(done))?;
             Ok((key, unpacked_bytes))
         })

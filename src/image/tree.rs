@@ -3,7 +3,7 @@
 //! The tree is of names only: nothing here is a path of the host's, so a name cannot lead out of it. Directories are entered as
 //! directories, and a symbolic link on the way to an entry is replaced, never followed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -90,6 +90,9 @@ pub struct Tree {
     /// Which layer an entry came with: whiteouts hide what lower layers brought.
     layers: Vec<u32>,
     layer: u32,
+    /// Directories in which this layer has hidden all that was below it: looking again would find nothing, however often an
+    /// archive asks for it.
+    hidden: HashSet<NodeId>,
 }
 
 impl Tree {
@@ -97,12 +100,21 @@ impl Tree {
     pub fn new(limits: Limits) -> Tree {
         let attributes = Attributes { mode: 0o755, ..Attributes::default() };
         let root = Node { attributes, body: Body::empty_directory(), names: 1 };
-        Tree { nodes: vec![root], limits, memory_bytes: 0, forgotten: Vec::new(), layers: vec![0], layer: 0 }
+        Tree {
+            nodes: vec![root],
+            limits,
+            memory_bytes: 0,
+            forgotten: Vec::new(),
+            layers: vec![0],
+            layer: 0,
+            hidden: HashSet::new(),
+        }
     }
 
     /// What comes from now on is the next layer's.
     pub fn begin_layer(&mut self) {
         self.layer += 1;
+        self.hidden.clear();
     }
 
     /// A file by its place. Places come from this tree.
@@ -189,6 +201,9 @@ impl Tree {
     fn remove_lower(&mut self, id: NodeId) -> Result<()> {
         let mut directories = vec![id];
         while let Some(id) = directories.pop() {
+            if !self.hidden.insert(id) {
+                continue;
+            }
             let Some(Body::Directory(entries)) = self.nodes.get(id).map(|node| &node.body) else { continue };
             let entries: Vec<(Box<[u8]>, NodeId)> = entries.iter().map(|(name, &id)| (name.clone(), id)).collect();
             for (name, child) in entries {
@@ -322,4 +337,97 @@ pub fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
         ensure!(!name.contains(&0), "a name with a NUL in it");
     }
     Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree() -> Tree {
+        let mut tree = Tree::new(Limits::default());
+        tree.begin_layer();
+        tree
+    }
+
+    fn put(tree: &mut Tree, path: &str) {
+        let body = if path.ends_with('/') { Body::empty_directory() } else { Body::Fifo };
+        tree.insert(path.as_bytes(), Attributes::default(), body).unwrap();
+    }
+
+    /// All paths, in order.
+    fn paths(tree: &Tree) -> Vec<String> {
+        let (mut found, mut left) = (Vec::new(), vec![(String::new(), ROOT)]);
+        while let Some((path, id)) = left.pop() {
+            if let Body::Directory(entries) = &tree.node(id).unwrap().body {
+                let name = |name: &[u8]| format!("{path}/{}", String::from_utf8_lossy(name));
+                left.extend(entries.iter().map(|(entry, &id)| (name(entry), id)));
+            }
+            found.push(path);
+        }
+        found.sort();
+        found.split_off(1)
+    }
+
+    #[test]
+    fn a_whiteout_hides_what_is_below_its_layer_whatever_the_order() {
+        for whiteout_first in [true, false] {
+            let mut tree = tree();
+            for path in ["a/", "a/old", "a/sub/old", "b"] {
+                put(&mut tree, path);
+            }
+            tree.begin_layer();
+            if whiteout_first {
+                tree.whiteout(b"a").unwrap();
+            }
+            put(&mut tree, "a/sub/new");
+            if !whiteout_first {
+                tree.whiteout(b"a").unwrap();
+            }
+            assert_eq!(paths(&tree), ["/a", "/a/sub", "/a/sub/new", "/b"], "{whiteout_first}");
+            tree.begin_layer();
+            tree.whiteout_content(b"a").unwrap();
+            put(&mut tree, "a/x");
+            tree.whiteout_content(b"a").unwrap();
+            assert_eq!(paths(&tree), ["/a", "/a/x", "/b"]);
+        }
+    }
+
+    #[test]
+    fn a_link_on_the_way_is_replaced_and_not_followed() {
+        let mut tree = tree();
+        put(&mut tree, "etc/passwd");
+        tree.insert(b"link", Attributes::default(), Body::Symlink((*b"etc").into())).unwrap();
+        tree.begin_layer();
+        put(&mut tree, "link/passwd");
+        assert_eq!(paths(&tree), ["/etc", "/etc/passwd", "/link", "/link/passwd"]);
+    }
+
+    #[test]
+    fn a_content_is_forgotten_with_its_last_name() {
+        let mut tree = tree();
+        let content = erofs::Content::nothing();
+        tree.insert(b"d/a", Attributes::default(), Body::File(content.clone())).unwrap();
+        tree.link(b"b", b"d/a").unwrap();
+        put(&mut tree, "d/a");
+        assert!(tree.take_forgotten().is_empty());
+        tree.begin_layer();
+        tree.whiteout(b"b").unwrap();
+        assert_eq!(tree.take_forgotten(), [content]);
+    }
+
+    #[test]
+    fn a_hard_link_that_would_replace_its_own_target_is_refused() {
+        let mut tree = tree();
+        put(&mut tree, "a");
+        assert!(tree.link(b"a/b", b"a").is_err());
+    }
+
+    #[test]
+    fn a_tree_has_bounds() {
+        let mut tree = Tree::new(Limits { entries: 100, memory_bytes: 1 << 20 });
+        let deep = "x/".repeat(101);
+        assert!(tree.insert(deep.as_bytes(), Attributes::default(), Body::empty_directory()).is_err());
+        let mut tree = Tree::new(Limits { entries: 1 << 30, memory_bytes: 100_000 });
+        assert!((0..1000).any(|i| tree.insert(format!("{i}").as_bytes(), Attributes::default(), Body::Fifo).is_err()));
+    }
 }

@@ -91,6 +91,12 @@ impl Writer {
 }
 
 impl Content {
+    /// That of an empty file.
+    #[cfg(test)]
+    pub fn nothing() -> Content {
+        Content { size_bytes: 0, place: Place::Flat { block: 0, tail: None } }
+    }
+
     /// What stands in memory for it.
     pub fn memory_bytes(&self) -> usize {
         match &self.place {
