@@ -16,6 +16,8 @@ mod directory;
 mod docker_archive;
 mod erofs;
 mod ext4;
+#[doc(hidden)]
+pub mod fuzzing;
 mod index;
 mod layer;
 mod manage;

@@ -1,0 +1,38 @@
+//! From any bytes through each reader of foreign input, without a store: for `fuzz/`.
+
+use std::io::{Seek, SeekFrom};
+
+use anyhow::Result;
+
+use super::config::ImageConfig;
+use super::erofs::{Form, Writer};
+use super::layer::{self, Whiteouts};
+use super::manifest::{self, Manifest, Platform};
+use super::tar::Stream;
+use super::tree::{Limits, Tree};
+use super::unpack;
+use crate::sys;
+
+/// Merges two layers and makes an image of them, in memory. Returns its size.
+pub fn layers(lower: &[u8], upper: &[u8], form: Form) -> Result<u64> {
+    let mut tree = Tree::new(Limits { entries: 10_000, memory_bytes: 16 << 20 });
+    let mut writer = Writer::new(sys::memory_file(c"image")?, sys::memory_file(c"spill")?, form);
+    for bytes in [lower, upper] {
+        let unpacked = unpack::unpacked(std::io::Cursor::new(bytes.to_vec()))?;
+        let limited = std::io::Read::take(unpacked, 4 << 20);
+        layer::apply(Stream(limited), Whiteouts::Apply, &mut tree, &mut writer)?;
+    }
+    let mut image = writer.finish(&tree, [0; 16])?;
+    Ok(image.seek(SeekFrom::End(0))?)
+}
+
+/// Reads a manifest or index, and chooses from it; reads a configuration.
+pub fn json(bytes: &[u8]) {
+    if let Ok(Manifest::Index(manifests)) = Manifest::parse(bytes) {
+        // The first one that fits, or a reason.
+        let _ = manifest::choose(&manifests, &Platform::default()).map(|chosen| chosen.size);
+    }
+    if let Ok(config) = ImageConfig::parse(bytes) {
+        let _ = config.check_platform();
+    }
+}
