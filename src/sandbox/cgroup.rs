@@ -40,11 +40,16 @@ pub fn hold_cpus(limit_millicpus: u32) -> Result<CpuHold> {
     };
     hold.with_context(|| {
         let quota = f64::from(limit_millicpus) / 10.0;
-        let user = if is_root() { "" } else { "--user " };
+        let limit = f64::from(limit_millicpus) / 1000.0;
+        // Users' own groups are divided by systemd in the second version only.
+        let start = match place.version {
+            _ if is_root() => "systemd-run",
+            Version::V1 => "sudo systemd-run",
+            Version::V2 => "systemd-run --user",
+        };
         format!(
-            "hold the machine to {} CPUs (start husk with `systemd-run {user}--scope -p CPUQuota={quota}%` before it, or \
-             leave --cpus a whole number)",
-            f64::from(limit_millicpus) / 1000.0
+            "hold the machine to {limit} CPUs (start it as `{start} --scope -p CPUQuota={quota}% husk ...`, with a whole \
+             number of --cpus)"
         )
     })
 }
