@@ -132,7 +132,7 @@ fn what_a_killed_machine_leaves_behind_the_next_one_removes() {
     assert_eq!(folders(), 0);
 }
 
-/// A disk with the test image's root and an init, alone or in a partition that `table` describes.
+/// A disk with the test image's root and an init, without a partition table.
 fn disk(folder: &Path, init: &str) -> String {
     let (tree, path) = (folder.join("tree"), folder.join("disk.img"));
     run(Command::new("cp").arg("-a").arg(root()).arg(&tree));
@@ -165,4 +165,42 @@ fn a_disk_runs_its_own_init_and_keeps_what_it_wrote() {
         ["--read-only", "--init=/bin/sh", &disk, "-c", "echo pid=$$; touch /srv/x || echo unchanged; poweroff -f"];
     let text = run_disk(&guests, &words).expect(0).text();
     assert!(text.contains("pid=1") && text.contains("unchanged"), "{text}");
+}
+
+/// The file system of `disk` as the second partition of a qcow2 disk, behind one that holds nothing.
+fn partitioned(folder: &Path, disk: &str) -> String {
+    const SECTOR_BYTES: u64 = 512;
+    const STARTS: [u32; 2] = [2048, 4096];
+    let (raw, qcow2) = (folder.join("table.img"), folder.join("table.qcow2"));
+    let system = fs::read(disk).unwrap();
+    let sectors = [STARTS[1] - STARTS[0], (system.len() as u64 / SECTOR_BYTES) as u32];
+    // A master boot record: its four entries begin at byte 446, each with a type (Linux) and where it is; then a signature.
+    let mut image = vec![0; SECTOR_BYTES as usize * STARTS[1] as usize];
+    for (entry, (start, sectors)) in STARTS.iter().zip(sectors).enumerate() {
+        let at = 446 + 16 * entry;
+        image[at + 4] = 0x83;
+        image[at + 8..at + 12].copy_from_slice(&start.to_le_bytes());
+        image[at + 12..at + 16].copy_from_slice(&sectors.to_le_bytes());
+    }
+    image[510..512].copy_from_slice(&[0x55, 0xaa]);
+    image.extend(system);
+    fs::write(&raw, image).unwrap();
+    run(Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(raw).arg(&qcow2));
+    qcow2.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn the_partition_of_a_qcow2_disk_that_has_an_init_is_the_root() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let disk = disk(folder.path(), "#!/bin/sh\nmount -t proc proc /proc\ngrep ' / ' /proc/mounts\npoweroff -f\n");
+    let text = run_disk(&guests, &[&partitioned(folder.path(), &disk)]).expect(0).text();
+    assert!(text.contains("/dev/vda2 / ext4"), "{text}");
+}
+
+#[test]
+fn an_image_runs_an_init_of_its_own_when_told_to() {
+    let words = ["--init=/bin/sh", archive(), "-c", "echo pid=$$ > /dev/console; touch /srv/x && poweroff -f"];
+    let text = run_disk(&guests!(), &words).expect(0).text();
+    assert!(text.contains("pid=1"), "{text}");
 }
