@@ -112,3 +112,16 @@ pub fn memory_file(name: &CStr) -> io::Result<File> {
         Ok(File::from_raw_fd(fd))
     }
 }
+
+/// Lets this process have as many files open as it may (setrlimit(2)): a test is both ends of its connections.
+#[cfg(test)]
+pub fn allow_many_files() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the calls read and write the one structure that they are given.
+    let results = unsafe {
+        let read = libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
+        limit.rlim_cur = limit.rlim_max;
+        [read, libc::setrlimit(libc::RLIMIT_NOFILE, &limit)]
+    };
+    if results == [0, 0] { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -112,7 +112,6 @@ impl Drop for Machine {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -122,9 +121,9 @@ mod tests {
 
     /// A machine that prints without end, or `None` and a loud word where there is no KVM.
     fn talker() -> Option<(Machine, Arc<Output>)> {
-        if !Path::new("/dev/kvm").exists() {
-            assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "no /dev/kvm");
-            eprintln!("SKIPPED: this test needs /dev/kvm");
+        if let Err(error) = resources::open_kvm() {
+            assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "{error:#}");
+            eprintln!("SKIPPED: this test needs KVM: {error:#}");
             return None;
         }
         let config = MachineConfig {
@@ -153,7 +152,8 @@ mod tests {
         for _ in 0..5 {
             machine.resume();
             machine.resume();
-            assert!(printed(&output, WAIT) > 0, "resumed");
+            // However busy the host is.
+            assert!((0..200).any(|_| printed(&output, WAIT) > 0), "resumed");
             machine.pause();
             machine.pause();
             output.take_now();

@@ -572,6 +572,7 @@ fn a_packet_with_no_header_and_a_buffer_with_no_room_need_a_reset() {
 
 #[test]
 fn connections_are_limited_and_those_beyond_are_refused() {
+    crate::sys::allow_many_files().unwrap();
     let mut guest = Guest::new(16, 4096);
     let listener = guest.serve(PORTS.1);
     let mut streams: Vec<_> =
