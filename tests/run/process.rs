@@ -91,6 +91,19 @@ fn changes_go_to_a_disk_where_they_are_to_be_many_or_kept() {
 }
 
 #[test]
+fn a_full_disk_is_the_commands_to_know_and_stays_whole() {
+    let guests = guests!();
+    let script =
+        "dd if=/dev/zero of=/srv/big bs=1M; rm /srv/big && echo more >/srv/log && sync && cat /srv/log; exit 5";
+    let ended = shell(&guests, &["--keep", "full", "--scratch", "32M"], script);
+    ended.expect(5);
+    assert!(ended.errors.contains("No space left on device") && ended.text() == "more\n", "{}", ended.errors);
+    run(&guests, &["--keep", "full", archive(), "cat", "/srv/log"]).expect(0);
+    let disk = crate::image::store().join("disks/full.ext4");
+    crate::image::run(std::process::Command::new("e2fsck").args(["-f", "-n"]).arg(disk));
+}
+
+#[test]
 fn a_stock_kernel_gets_the_modules_it_needs() {
     let guests = guests!();
     let words = ["-i", archive(), "sh", "-c", "uname -r; wc -c; echo to stderr >&2; exit 3"];
