@@ -98,7 +98,9 @@ fn open(folder: &Path) -> io::Result<File> {
 fn remove_abandoned(base: &Path) -> Result<()> {
     for entry in fs::read_dir(base)? {
         let path = entry?.path();
-        if open(&path).is_ok_and(|folder| folder.try_lock().is_ok()) {
+        let Ok(folder) = open(&path) else { continue };
+        // Held until it is gone: whoever has just made it and locks it later sees that.
+        if folder.try_lock().is_ok() {
             let _ = fs::remove_dir_all(&path);
         }
     }
@@ -130,6 +132,20 @@ mod tests {
         fs::write(left.join("vsock"), "").unwrap();
         remove_abandoned(base.path()).unwrap();
         assert!(held.path.exists() && !left.exists());
+    }
+
+    #[test]
+    fn machines_that_start_at_once_leave_each_other_alone() {
+        let base = tempfile::tempdir().unwrap();
+        let start = || {
+            for _ in 0..500 {
+                remove_abandoned(base.path()).unwrap();
+                let folder = create_in(base.path()).unwrap();
+                std::thread::yield_now();
+                fs::write(folder.file("vsock"), "").unwrap();
+            }
+        };
+        std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(start))));
     }
 
     #[test]
