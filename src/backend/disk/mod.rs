@@ -56,6 +56,24 @@ pub struct Completion {
     pub result: io::Result<()>,
 }
 
+/// Zeroes to write where nothing better is to be had.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Has `write` write zeroes, given with the place that they go to, over `len_bytes` from `offset_bytes` on.
+fn write_zeroes_out(
+    offset_bytes: u64,
+    len_bytes: u64,
+    mut write: impl FnMut(&[u8], u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < len_bytes {
+        let len = (len_bytes - done).min(ZEROES.len() as u64);
+        write(&ZEROES[..len as usize], offset_bytes + done)?;
+        done += len;
+    }
+    Ok(())
+}
+
 /// A disk of the host, used from one thread at a time.
 pub trait DiskBackend: Send {
     /// Takes a request. It is under way, or done, when [`DiskBackend::reap`] is next called at the latest.

@@ -6,11 +6,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 
-use super::{Completion, DiskBackend, Operation, Request};
+use super::{Completion, DiskBackend, Operation, Request, write_zeroes_out};
 use crate::sys;
-
-/// Zeroes to write where nothing better is to be had.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A raw image or a block device, used through the host's page cache.
 #[derive(Debug)]
@@ -85,13 +82,7 @@ impl PlainDisk {
     }
 
     fn write_zeroes_out(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
-        let mut done = 0;
-        while done < len_bytes {
-            let len = (len_bytes - done).min(ZEROES.len() as u64);
-            self.file.write_all_at(&ZEROES[..len as usize], offset_bytes + done)?;
-            done += len;
-        }
-        Ok(())
+        write_zeroes_out(offset_bytes, len_bytes, |zeroes, at| self.file.write_all_at(zeroes, at))
     }
 }
 

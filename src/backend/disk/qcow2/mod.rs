@@ -12,12 +12,9 @@ use imago::FormatAccess;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 
-use super::{Completion, DiskBackend, Operation, Request};
+use super::{Completion, DiskBackend, Operation, Request, write_zeroes_out};
 
 mod check;
-
-/// Zeroes to write where the format knows nothing better.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Why an image is not used.
 #[derive(Debug, thiserror::Error)]
@@ -106,16 +103,11 @@ impl Qcow2Disk {
             false => self.image.write_zeroes(offset_bytes, len_bytes),
         };
         match result {
-            Err(error) if error.kind() == ErrorKind::Unsupported => {}
-            result => return result,
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                write_zeroes_out(offset_bytes, len_bytes, |zeroes, at| self.image.write(zeroes, at))
+            }
+            result => result,
         }
-        let mut done = 0;
-        while done < len_bytes {
-            let len = (len_bytes - done).min(ZEROES.len() as u64);
-            self.image.write(&ZEROES[..len as usize], offset_bytes + done)?;
-            done += len;
-        }
-        Ok(())
     }
 }
 
