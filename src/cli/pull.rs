@@ -13,7 +13,10 @@ Examples:
   husk pull debian:12
   husk pull registry.example.com:5000/team/app@sha256:e3b0...
   docker login registry.example.com && husk pull registry.example.com/team/app
-  husk pull localhost:5000/app      (a registry on this host is spoken to without TLS)
+  husk pull localhost:5000/app      (a registry on this host may do without TLS)
+
+Names and passwords are those of docker login and podman login; a registry's own authorities are found where Docker and podman
+have them, in certs.d/HOST[:PORT]/*.crt below /etc/docker, /etc/containers, or either in ~/.config.
 
 What was fetched when a pull broke off is not fetched again.";
 

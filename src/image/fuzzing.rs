@@ -8,6 +8,7 @@ use super::config::ImageConfig;
 use super::erofs::{Form, Writer};
 use super::layer::{self, Whiteouts};
 use super::manifest::{self, Manifest, Platform};
+use super::registry::Challenge;
 use super::tar::Stream;
 use super::tree::{Limits, Tree};
 use super::unpack;
@@ -26,8 +27,11 @@ pub fn layers(lower: &[u8], upper: &[u8], form: Form) -> Result<u64> {
     Ok(image.seek(SeekFrom::End(0))?)
 }
 
-/// Reads a manifest or index, and chooses from it; reads a configuration.
+/// Reads a manifest or index, and chooses from it; reads a configuration; reads what a registry wants to hear.
 pub fn json(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = Challenge::parse(text);
+    }
     if let Ok(Manifest::Index(manifests)) = Manifest::parse(bytes) {
         // The first one that fits, or a reason.
         let _ = manifest::choose(&manifests, &Platform::default()).map(|chosen| chosen.size);

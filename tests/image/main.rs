@@ -4,4 +4,6 @@ mod archives;
 mod hostile;
 mod life;
 mod registry;
+mod secure;
+mod server;
 mod tools;

@@ -2,70 +2,20 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::server::{AUTH, Asks, Registry, image, push};
 use crate::tools::{House, assert_same, is_root};
-
-/// `user:secret`.
-const HTPASSWD: &str = "user:$2b$04$bdrh7N.rIikEgRnSqAljuuv7BohxqgWKBkLNgpHAcSsWdVI4h72LG";
-/// The same, as Docker's configuration has it.
-const AUTH: &str = "dXNlcjpzZWNyZXQ=";
-
-struct Registry {
-    child: Child,
-    port: u16,
-}
-
-impl Registry {
-    fn start(house: &House, has_password: bool) -> Registry {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let auth = if has_password { "auth: {htpasswd: {realm: r, path: ./htpasswd}}\n" } else { "" };
-        let config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: ./registry}}}}\n\
-             http: {{addr: '127.0.0.1:{port}'}}\n{auth}"
-        );
-        std::fs::write(house.path("htpasswd"), HTPASSWD).unwrap();
-        std::fs::write(house.path("registry.yml"), config).unwrap();
-        let mut command = Command::new("docker-registry");
-        command.args(["serve", "registry.yml"]).current_dir(house.folder.path());
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        for _ in 0..200 {
-            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Registry { child, port }
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// An image of two layers in `layout`, the second of some MiB that cannot be compressed.
-fn image(house: &House) {
-    house.sh("umoci init --layout layout; umoci new --image layout:app; mkdir one two; echo 1 >one/1");
-    house.sh("head -c 8M /dev/urandom >two/2; for l in one two; do tar --numeric-owner -C $l -cf $l.tar .; umoci raw add-layer --image layout:app $l.tar; done");
-    house.sh("umoci unpack --rootless --image layout:app bundle");
-}
-
-fn push(house: &House, port: u16, name: &str) {
-    house.sh(&format!("skopeo copy -q --dest-tls-verify=false --dest-creds user:secret oci:layout:app docker://127.0.0.1:{port}/{name}"));
-}
 
 #[test]
 fn an_image_is_pulled_once_and_its_next_version_in_part() {
     let house = House::new();
     image(&house);
-    let registry = Registry::start(&house, false);
-    push(&house, registry.port, "team/app:1");
+    let registry = Registry::start(&house, Asks::Nothing, false);
+    push(&house, &registry, "team/app:1", false);
     let name = format!("127.0.0.1:{}/team/app", registry.port);
     let pull = |version: &str| {
         let output = house.husk(&["pull", &format!("{name}{version}")]);
@@ -84,7 +34,7 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
 
     // Of the next version, only its own layer comes.
     house.sh("mkdir three; echo 3 >three/3; tar --numeric-owner -C three -cf three.tar .; umoci raw add-layer --image layout:app three.tar");
-    push(&house, registry.port, "team/app:2");
+    push(&house, &registry, "team/app:2", false);
     let line = Line::to(registry.port, i64::MAX);
     let through = house.husk(&["pull", &format!("127.0.0.1:{}/team/app:2", line.port)]);
     assert!(through.status.success(), "{through:?}");
@@ -101,8 +51,8 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
 fn a_password_is_taken_from_dockers_configuration() {
     let house = House::new();
     image(&house);
-    let registry = Registry::start(&house, true);
-    push(&house, registry.port, "app:1");
+    let registry = Registry::start(&house, Asks::Password, false);
+    push(&house, &registry, "app:1", false);
     let name = format!("127.0.0.1:{}/app:1", registry.port);
     house.refused(&["pull", &name], "wants a name and a password: type `docker login 127.0.0.1:");
     let configure = |text: String| {
@@ -129,8 +79,8 @@ fn a_password_is_taken_from_dockers_configuration() {
 fn a_pull_that_broke_off_goes_on_where_it_was() {
     let house = House::new();
     image(&house);
-    let registry = Registry::start(&house, false);
-    push(&house, registry.port, "app:1");
+    let registry = Registry::start(&house, Asks::Nothing, false);
+    push(&house, &registry, "app:1", false);
     // The line breaks again and again, after each 3 MiB.
     let line = Line::to(registry.port, 3 << 20);
     let output = house.husk(&["pull", &format!("127.0.0.1:{}/app:1", line.port)]);
@@ -145,8 +95,8 @@ fn a_pull_that_broke_off_goes_on_where_it_was() {
 fn a_pull_that_was_killed_goes_on_where_it_was() {
     let house = House::new();
     image(&house);
-    let registry = Registry::start(&house, false);
-    push(&house, registry.port, "app:1");
+    let registry = Registry::start(&house, Asks::Nothing, false);
+    push(&house, &registry, "app:1", false);
     let slow = Line::start(registry.port, i64::MAX, Duration::from_millis(20));
     let name = |port: u16| format!("127.0.0.1:{port}/app:1");
     let mut child = house.command(&["pull", &name(slow.port)]).stderr(Stdio::null()).spawn().unwrap();

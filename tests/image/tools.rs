@@ -27,9 +27,19 @@ impl House {
     /// A husk whose store is in the folder.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
-        command.args(arguments).current_dir(self.folder.path()).env("HUSK_DATA", self.path("data"));
-        command.env("DOCKER_CONFIG", self.path("docker")).stdin(Stdio::null());
+        command.args(arguments);
+        self.surround(&mut command);
         command
+    }
+
+    /// Has a command find the folder's own in place of the user's.
+    pub fn surround(&self, command: &mut Command) {
+        command.current_dir(self.folder.path()).stdin(Stdio::null());
+        command.env("HUSK_DATA", self.path("data")).env("DOCKER_CONFIG", self.path("docker"));
+        command.env("HOME", self.path("home")).env("XDG_RUNTIME_DIR", self.path("no-session"));
+        for variable in ["REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR"] {
+            command.env_remove(variable);
+        }
     }
 
     pub fn husk(&self, arguments: &[&str]) -> Output {

@@ -4,35 +4,28 @@
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail, ensure};
-use docker_credential::{CredentialRetrievalError, DockerCredential};
+use docker_credential::DockerCredential;
 use serde::Deserialize;
 use ureq::Agent;
+use ureq::http::Uri;
 
-use super::Body;
+use super::{Body, credentials, is_loopback};
 use crate::image::reference::Reference;
 
-/// The name under which Docker keeps the default registry's credentials.
-const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 const TOKEN_MAX_BYTES: u64 = 256 << 10;
 
 /// Who asks a registry.
 pub struct Auth {
-    /// What Docker's configuration has the credentials under.
-    server: String,
+    reference: Reference,
     scope: String,
-    is_loopback: bool,
     header: Mutex<Option<String>>,
 }
 
 impl Auth {
     /// Nobody, until the registry asks.
-    pub fn new(reference: &Reference, is_loopback: bool) -> Auth {
-        let server = match reference.registry.as_str() {
-            "docker.io" => DOCKER_HUB.to_owned(),
-            other => other.to_owned(),
-        };
+    pub fn new(reference: &Reference) -> Auth {
         let scope = format!("repository:{}:pull", reference.repository);
-        Auth { server, scope, is_loopback, header: Mutex::new(None) }
+        Auth { reference: reference.clone(), scope, header: Mutex::new(None) }
     }
 
     /// What is sent along.
@@ -48,31 +41,19 @@ impl Auth {
             .iter()
             .filter_map(|value| Challenge::parse(value.to_str().ok()?))
             .collect();
-        let credential = self.credential()?;
+        let credential = credentials::find(&self.reference);
+        let server = &self.reference.registry;
         let header = if let Some(challenge) = challenges.iter().find(|found| found.scheme == "bearer") {
             format!("Bearer {}", self.token(agent, challenge, credential)?)
         } else if challenges.iter().any(|found| found.scheme == "basic") {
-            let login = || format!("{} wants a name and a password: type `docker login {0}`", self.server);
+            let login = || format!("{server} wants a name and a password: type `docker login {server}`");
             basic(&credential.with_context(login)?)
-                .with_context(|| format!("{} wants a name and a password, not a token", self.server))?
+                .with_context(|| format!("{server} wants a name and a password, not a token"))?
         } else {
-            bail!("{} refuses, and does not say what it wants", self.server);
+            bail!("{server} refuses, and does not say what it wants");
         };
         *self.header.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(header);
         Ok(())
-    }
-
-    fn credential(&self) -> Result<Option<DockerCredential>> {
-        use CredentialRetrievalError::{ConfigNotFound, ConfigReadError, NoCredentialConfigured};
-        match docker_credential::get_credential(&self.server) {
-            Ok(credential) => Ok(Some(credential)),
-            Err(ConfigNotFound | ConfigReadError | NoCredentialConfigured) => Ok(None),
-            Err(error) => {
-                // A helper says by failing that it has none, too.
-                log::warn!("Docker's configuration has no usable credentials for {}: {error}", self.server);
-                Ok(None)
-            }
-        }
     }
 
     /// Asks the issuer that a registry names for a token.
@@ -83,8 +64,10 @@ impl Auth {
             access_token: Option<String>,
         }
         let realm = challenge.get("realm").context("the registry does not say who gives tokens")?;
-        // A password is not sent in the clear to where a registry says.
-        ensure!(realm.starts_with("https://") || self.is_loopback, "the registry's tokens come from {realm:?}");
+        ensure!(
+            may_ask(realm, &self.reference.registry),
+            "the registry's tokens come from {realm:?}, which is not encrypted"
+        );
         let service = challenge.get("service").unwrap_or_default();
         let scope = challenge.get("scope").unwrap_or(&self.scope);
         let asked = match &credential {
@@ -108,11 +91,21 @@ impl Auth {
             response.status().is_success(),
             "{realm} gives no token ({}): type `docker login {}` again",
             response.status(),
-            self.server
+            self.reference.registry
         );
         let body = response.body_mut().with_config().limit(TOKEN_MAX_BYTES).read_to_vec()?;
         let answer: Answer = serde_json::from_slice(&body).with_context(|| format!("read the token of {realm}"))?;
         answer.token.or(answer.access_token).with_context(|| format!("{realm} gives no token"))
+    }
+}
+
+/// A password is not sent in the clear to where a registry says, unless both are on this host.
+fn may_ask(realm: &str, registry: &str) -> bool {
+    let Ok(uri) = realm.parse::<Uri>() else { return false };
+    match uri.scheme_str() {
+        Some("https") => true,
+        Some("http") => is_loopback(registry) && uri.host().is_some_and(is_loopback),
+        _ => false,
     }
 }
 
@@ -140,13 +133,14 @@ fn base64(bytes: &[u8]) -> String {
 }
 
 /// What a registry wants, in the words of RFC 9110: `Bearer realm="...",service="..."`.
-struct Challenge {
+pub struct Challenge {
     scheme: String,
     parameters: Vec<(String, String)>,
 }
 
 impl Challenge {
-    fn parse(text: &str) -> Option<Challenge> {
+    /// Reads the value of `WWW-Authenticate`.
+    pub fn parse(text: &str) -> Option<Challenge> {
         let (scheme, mut rest) = text.trim().split_once(' ')?;
         let mut parameters = Vec::new();
         while let Some((key, after)) = rest.split_once('=') {
@@ -178,6 +172,19 @@ mod tests {
         assert_eq!(challenge.get("service"), Some("registry"));
         assert_eq!(challenge.get("scope"), Some("repository:a/b:pull,push"));
         assert!(Challenge::parse("Bearer").is_none() && Challenge::parse(r#"Bearer realm="x"#).is_none());
+    }
+
+    #[test]
+    fn a_password_is_sent_in_the_clear_on_this_host_only() {
+        for realm in ["https://auth.example/token", "http://localhost:5001/token", "http://127.0.0.1/token"] {
+            assert!(may_ask(realm, "localhost:5000"), "{realm}");
+        }
+        for realm in
+            ["http://auth.example/token", "http://localhost@auth.example/", "ftp://localhost/", "localhost", ""]
+        {
+            assert!(!may_ask(realm, "localhost:5000"), "{realm}");
+        }
+        assert!(!may_ask("http://localhost:5001/token", "registry.example"));
     }
 
     #[test]

@@ -4,9 +4,12 @@
 //! their digests and sizes, and a redirection or a token's issuer gets no more than it needs.
 
 mod auth;
+mod credentials;
 mod download;
 mod pull;
+mod trust;
 
+pub use self::auth::Challenge;
 pub use self::pull::Pulled;
 
 use std::net::IpAddr;
@@ -14,8 +17,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use ureq::Agent;
+use ureq::config::ConfigBuilder;
 use ureq::http::{Response, StatusCode};
-use ureq::tls::{Certificate, RootCerts, TlsConfig};
+use ureq::tls::TlsConfig;
+use ureq::typestate::AgentScope;
 
 use self::auth::Auth;
 use super::config::{ImageConfig, JSON_MAX_BYTES};
@@ -52,33 +57,36 @@ pub struct RemoteImage {
     pub digest: Digest,
 }
 
+/// How any registry is spoken to.
+fn config() -> ConfigBuilder<AgentScope> {
+    Agent::config_builder()
+        .http_status_as_error(false)
+        .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
+        .timeout_connect(Some(ANSWER_TIMEOUT))
+        .timeout_recv_response(Some(ANSWER_TIMEOUT))
+        .timeout_recv_body(Some(BODY_TIMEOUT))
+        // Its pages are the registry's own, and no browser's.
+        .max_redirects(5)
+}
+
 impl Registry {
-    /// The repository that a name is of. Only a registry on this host is spoken to without encryption.
+    /// The repository that a name is of. Only a registry on this host is spoken to without encryption, if it has none.
     pub fn new(reference: &Reference) -> Result<Registry> {
-        let is_loopback = is_loopback(&reference.registry);
-        let host = match reference.registry.as_str() {
-            "docker.io" => "registry-1.docker.io",
-            other => other,
-        };
-        let scheme = if is_loopback { "http" } else { "https" };
-        let mut config = Agent::config_builder()
-            .https_only(!is_loopback)
-            .http_status_as_error(false)
-            .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
-            .timeout_connect(Some(ANSWER_TIMEOUT))
-            .timeout_recv_response(Some(ANSWER_TIMEOUT))
-            .timeout_recv_body(Some(BODY_TIMEOUT))
-            // Its pages are the registry's own, and no browser's.
-            .max_redirects(5);
-        if is_loopback {
+        let registry = reference.registry.as_str();
+        let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+        let is_local = is_loopback(registry);
+        let scheme = if is_local && !speaks_tls(host) { "http" } else { "https" };
+        let mut config = config().https_only(!is_local);
+        if is_local {
             config = config.proxy(None);
-        } else {
-            config = config.tls_config(TlsConfig::builder().root_certs(root_certificates()).build());
+        }
+        if scheme == "https" {
+            config = config.tls_config(TlsConfig::builder().root_certs(trust::roots(registry)).build());
         }
         Ok(Registry {
             agent: config.build().into(),
             base: format!("{scheme}://{host}/v2/{}", reference.repository),
-            auth: Auth::new(reference, is_loopback),
+            auth: Auth::new(reference),
             reference: reference.clone(),
         })
     }
@@ -184,17 +192,13 @@ fn is_loopback(registry: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Those of this host, so that its owner's own registry is trusted; where there are none, Mozilla's.
-fn root_certificates() -> RootCerts {
-    let found = rustls_native_certs::load_native_certs();
-    for error in &found.errors {
-        log::debug!("the host's certificates: {error}");
+/// Whether a registry on this host wants encryption, which it says by not understanding what is asked in the clear.
+fn speaks_tls(host: &str) -> bool {
+    let agent: Agent = config().proxy(None).build().into();
+    match agent.get(format!("http://{host}/v2/")).call() {
+        Ok(response) => response.status() == StatusCode::BAD_REQUEST,
+        Err(error) => matches!(error, ureq::Error::Protocol(_)),
     }
-    if found.certs.is_empty() {
-        return RootCerts::WebPki;
-    }
-    let certificates: Vec<_> = found.certs.iter().map(|found| Certificate::from_der(found).to_owned()).collect();
-    RootCerts::new_with_certs(&certificates)
 }
 
 #[cfg(test)]

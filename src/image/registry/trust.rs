@@ -1,0 +1,48 @@
+//! Whom husk believes to be a registry: the certificates of this host, and those that Docker and podman have for one registry.
+
+use std::fs;
+use std::path::PathBuf;
+
+use ureq::tls::{Certificate, RootCerts};
+
+/// Where a folder of a registry's name holds its authorities, `*.crt` each (containers-certs.d(5), and Docker's own).
+const FOLDERS: [&str; 2] = ["/etc/containers/certs.d", "/etc/docker/certs.d"];
+/// The same, in a user's folder of configuration.
+const USER_FOLDERS: [&str; 2] = ["containers/certs.d", "docker/certs.d"];
+
+/// Those of this host (`$SSL_CERT_FILE` and `$SSL_CERT_DIR` say others), so that its owner's own registry is trusted; where
+/// there are none, Mozilla's. Those of the registry come beside them.
+pub fn roots(registry: &str) -> RootCerts {
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        log::debug!("the host's certificates: {error}");
+    }
+    let own: Vec<_> = files(registry).into_iter().flat_map(|path| read(&path)).collect();
+    if found.certs.is_empty() && own.is_empty() {
+        return RootCerts::WebPki;
+    }
+    let host = found.certs.into_iter().map(|found| found.to_vec());
+    let certificates: Vec<_> = host.chain(own).map(|der| Certificate::from_der(&der).to_owned()).collect();
+    RootCerts::new_with_certs(&certificates)
+}
+
+fn files(registry: &str) -> Vec<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let config = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
+    let of_user = USER_FOLDERS.iter().filter_map(|folder| Some(config.as_ref()?.join(folder)));
+    // A name has no `/` in it, and is not `..`.
+    let folders = of_user.chain(FOLDERS.iter().map(PathBuf::from)).map(|folder| folder.join(registry));
+    let entries = folders.filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "crt"));
+    files.sort();
+    files
+}
+
+fn read(path: &std::path::Path) -> Vec<Vec<u8>> {
+    let found = rustls_native_certs::load_certs_from_paths(Some(path), None);
+    for error in &found.errors {
+        log::warn!("{}: {error}", path.display());
+    }
+    found.certs.into_iter().map(|found| found.to_vec()).collect()
+}
