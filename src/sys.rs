@@ -70,6 +70,15 @@ impl Drop for SignalFd {
     }
 }
 
+/// Has this process killed when the one that started it ends.
+pub fn end_with_parent() -> io::Result<()> {
+    // SAFETY: the call sets a number of this process's, and touches no memory.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
     // SAFETY: pthread_sigmask only reads the set, and is told not to return the old one.
     match unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) } {

@@ -29,7 +29,9 @@ impl Man {
         match self.dir {
             None => super::print(&page(&husk)?)?,
             Some(dir) => {
-                for command in std::iter::once(&husk).chain(husk.get_subcommands()) {
+                for command in
+                    std::iter::once(&husk).chain(husk.get_subcommands().filter(|command| !command.is_hide_set()))
+                {
                     let name = command.get_display_name().unwrap_or_else(|| command.get_name());
                     resources::text::write(&dir.join(format!("{name}.1")), &page(command)?)?;
                 }

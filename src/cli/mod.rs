@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod load;
 pub mod logger;
 pub mod man;
+pub mod prepare;
 pub mod prune;
 pub mod pull;
 pub mod rmi;
@@ -55,6 +56,9 @@ enum Command {
     Run(run::Run),
     /// Fetch an image from a registry
     Pull(pull::Pull),
+    /// Make an image ready for a machine, and print its ID
+    #[command(hide = true)]
+    Prepare(prepare::Prepare),
     /// Put an image into the store from an archive or a directory
     Load(load::Load),
     /// List the images in the store
@@ -85,6 +89,7 @@ impl Cli {
             Command::Boot(boot) => boot.run(started),
             Command::Run(run) => Ok(run.run(started)),
             Command::Pull(pull) => pull.run(),
+            Command::Prepare(prepare) => prepare.run(),
             Command::Load(load) => load.run(),
             Command::Images(images) => images.run(),
             Command::Inspect(inspect) => inspect.run(),

@@ -13,12 +13,12 @@ use log::Level;
 
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
-use super::{boot, size};
+use super::{boot, prepare, size};
 use crate::console::log::{Log, Tail};
 use crate::guest::process::{self, Defaults, Wishes};
 use crate::guest::session::Session;
 use crate::guest::{Base, Changes, Inside};
-use crate::image::{ImageProcess, Progress, Source, Store};
+use crate::image::{ImageProcess, Store};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
 use crate::machine::outcome::Outcome;
@@ -125,6 +125,10 @@ pub struct Run {
     #[arg(long, value_name = "NAME", conflicts_with = "read_only")]
     keep: Option<String>,
 
+    /// Most bytes that an image which is not ready yet may take on its way, instead of what is free on the disk
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    max_size: Option<u64>,
+
     /// Mount a file system in the guest's memory; may be given several times
     #[arg(long, value_name = "PATH[:OPTION,...]", value_parser = process::tmpfs)]
     tmpfs: Vec<Tmpfs>,
@@ -186,7 +190,7 @@ impl Run {
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
-        let base = self.find_base(Path::new(&image))?;
+        let Some(base) = self.find_base(Path::new(&image))? else { return Ok(Exit::NotRun) };
         let folder = MachineFolder::create()?;
         let inside = self.inside(base, command, &folder)?;
         let print_timings = self.timings;
@@ -197,25 +201,25 @@ impl Run {
         Ok(exit)
     }
 
-    /// What the image is: a file that is told by its content, or something for the image store.
-    fn find_base(&self, image: &Path) -> Result<Base> {
+    /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be prepared,
+    /// and that has been said.
+    fn find_base(&self, image: &Path) -> Result<Option<Base>> {
         let (root, defaults, in_use) = match root_file::identify(image) {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
                 bail!("a disk is changed itself: leave --scratch and --keep out")
             }
-            Kind::Disk => return Ok(Base::Disk { path: image.to_owned(), readonly: self.read_only }),
+            Kind::Disk => return Ok(Some(Base::Disk { path: image.to_owned(), readonly: self.read_only })),
             Kind::Root => (image.to_owned(), Defaults::default(), None),
             Kind::Other => {
                 let word =
                     image.to_str().with_context(|| format!("the image's name {} is no text", image.display()))?;
-                let source = word.parse::<Source>()?;
-                let prepared = Store::open_default()?.prepare(&source, &Progress::on_terminal())?;
+                let Some(prepared) = prepare::find(word, self.max_size)? else { return Ok(None) };
                 let ImageProcess { entrypoint, cmd, env, working_dir, user, .. } = prepared.process;
                 let defaults = Defaults { entrypoint, cmd, env, working_dir, user };
                 (prepared.root, defaults, Some(prepared.in_use))
             }
         };
-        Ok(Base::Image { root, defaults, changes: self.changes()?, in_use })
+        Ok(Some(Base::Image { root, defaults, changes: self.changes()?, in_use }))
     }
 
     /// Where the command's changes to the root go.

@@ -20,7 +20,30 @@ use super::store::Store;
 use super::{Layer, Prepared, directory};
 
 impl Store {
-    /// The image of a source, ready for a machine: at once if it is in the store and its file did not change.
+    /// The image of a source, if it is ready for a machine: it is in the store, and its file did not change.
+    pub fn prepared(&self, source: &Source) -> Result<Option<Prepared>> {
+        let index = self.index()?;
+        match source {
+            Source::Path { path, image } => self.prepared_path(path, image.as_deref()),
+            Source::Id(hex) => index.by_prefix(hex).map_or(Ok(None), |id| self.stored(id)),
+            Source::Name { reference, typed } => match index.names.get(&reference.to_string()) {
+                Some(&id) => self.stored(id),
+                None if Path::new(typed).exists() => self.prepared_path(Path::new(typed), None),
+                None => Ok(None),
+            },
+        }
+    }
+
+    fn prepared_path(&self, path: &Path, image: Option<&str>) -> Result<Option<Prepared>> {
+        let find = || self.seen(&Seen::of(path, image)?);
+        find().with_context(|| format!("prepare {}", path.display()))
+    }
+
+    fn seen(&self, seen: &Seen) -> Result<Option<Prepared>> {
+        self.index()?.files.get(&seen.key).map_or(Ok(None), |&id| self.stored(id))
+    }
+
+    /// The image of a source, ready for a machine; made so if need be.
     pub fn prepare(&self, source: &Source, progress: &Progress) -> Result<Prepared> {
         match source {
             Source::Path { path, image } => self.prepare_path(path, image.as_deref(), progress),
@@ -73,9 +96,7 @@ impl Store {
     fn prepare_path(&self, path: &Path, image: Option<&str>, progress: &Progress) -> Result<Prepared> {
         let prepare = || -> Result<Prepared> {
             let seen = Seen::of(path, image)?;
-            if let Some(&id) = self.index()?.files.get(&seen.key)
-                && let Some(prepared) = self.stored(id)?
-            {
+            if let Some(prepared) = self.seen(&seen)? {
                 return Ok(prepared);
             }
             self.import(path, image, seen, progress)

@@ -3,7 +3,9 @@
 mod archives;
 mod hostile;
 mod life;
+mod line;
 mod registry;
+mod run;
 mod secure;
 mod server;
 mod tools;

@@ -1,12 +1,9 @@
 //! A real registry on this host, with and without a password, and a line to it that breaks.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::line::Line;
 use crate::server::{AUTH, Asks, Registry, image, push};
 use crate::tools::{House, assert_same, is_root};
 
@@ -108,50 +105,4 @@ fn a_pull_that_was_killed_goes_on_where_it_was() {
     let line = Line::to(registry.port, i64::MAX);
     assert!(house.husk(&["pull", &name(line.port)]).status.success());
     assert!(line.bytes() < 6 << 20, "{} bytes came for the rest of 8 MiB", line.bytes());
-}
-
-/// A line to a port of this host that counts what comes through it to whoever asks, and breaks after so many bytes.
-struct Line {
-    port: u16,
-    bytes: Arc<AtomicU64>,
-}
-
-impl Line {
-    fn to(port: u16, breaks_after: i64) -> Line {
-        Line::start(port, breaks_after, Duration::ZERO)
-    }
-
-    fn start(port: u16, breaks_after: i64, pause: Duration) -> Line {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let line = Line { port: listener.local_addr().unwrap().port(), bytes: Arc::default() };
-        let bytes = line.bytes.clone();
-        std::thread::spawn(move || {
-            for near in listener.incoming() {
-                let (near, bytes) = (near.unwrap(), bytes.clone());
-                std::thread::spawn(move || connect(near, port, &bytes, breaks_after, pause));
-            }
-        });
-        line
-    }
-
-    fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
-    }
-}
-
-fn connect(near: TcpStream, port: u16, bytes: &AtomicU64, breaks_after: i64, pause: Duration) {
-    let mut far = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    let (mut from, mut to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
-    std::thread::spawn(move || std::io::copy(&mut from, &mut to));
-    let left = AtomicI64::new(breaks_after);
-    let mut buffer = [0; 64 << 10];
-    while let Ok(len @ 1..) = far.read(&mut buffer) {
-        if left.fetch_sub(len as i64, Ordering::Relaxed) < len as i64 || (&near).write_all(&buffer[..len]).is_err() {
-            break;
-        }
-        bytes.fetch_add(len as u64, Ordering::Relaxed);
-        std::thread::sleep(pause);
-    }
-    let _ = near.shutdown(Shutdown::Both);
-    let _ = far.shutdown(Shutdown::Both);
 }

@@ -1,0 +1,81 @@
+//! `husk prepare`, which `husk run` starts for an image that is not ready: what comes from registries and archives is fetched and
+//! unpacked by a process that ends with that, and never by one that is a machine's monitor.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use log::Level;
+
+use super::exit::Exit;
+use super::size;
+use crate::image::{Prepared, Progress, Source, Store};
+use crate::sys;
+
+/// So often an image may be gone again when it has just been made: someone is cleaning up.
+const ATTEMPTS: usize = 2;
+
+/// The flags of `husk prepare`. No user types them.
+#[derive(Debug, Args)]
+pub struct Prepare {
+    /// What the image is made from
+    #[arg(value_name = "IMAGE", value_parser = super::load::source)]
+    source: Source,
+
+    /// Most bytes that the image may take on its way
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    max_size: Option<u64>,
+}
+
+impl Prepare {
+    /// Makes the image ready, its progress on standard error, and prints its ID.
+    pub fn run(self) -> Result<Exit> {
+        sys::end_with_parent().context("see to it that this ends with who wants it")?;
+        let mut store = Store::open_default()?;
+        store.unpack_limit_bytes = self.max_size;
+        let prepared = store.prepare(&self.source, &Progress::on_terminal())?;
+        super::print(&prepared.id.hex())?;
+        Ok(Exit::Success)
+    }
+}
+
+/// The image that `word` names: at once where it is ready, else another process makes it so. `None` if that has said why it
+/// cannot be. `max_bytes` is the most that it may take on its way; without it, what is free on the disk.
+pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Prepared>> {
+    let store = Store::open_default()?;
+    if let Some(prepared) = store.prepared(&word.parse::<Source>()?)? {
+        return Ok(Some(prepared));
+    }
+    for _ in 0..ATTEMPTS {
+        let Some(id) = prepare_elsewhere(word, max_bytes)? else { return Ok(None) };
+        if let Some(prepared) = store.prepared(&Source::Id(id))? {
+            return Ok(Some(prepared));
+        }
+    }
+    bail!("{word} was removed as soon as it was there")
+}
+
+/// Returns the image's ID, or `None` if the other process failed, and said why.
+fn prepare_elsewhere(word: &str, max_bytes: Option<u64>) -> Result<Option<String>> {
+    // Not by its path, where there may be another version by now.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("prepare");
+    if let Some(bytes) = max_bytes {
+        command.arg("--max-size").arg(bytes.to_string());
+    }
+    let levels = [Level::Info, Level::Debug, Level::Trace];
+    command.args(levels.iter().filter(|&&level| log::log_enabled!(level)).map(|_| "-v"));
+    command.arg("--").arg(word).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().context("start a process that prepares the image")?;
+    let mut id = String::new();
+    if let Some(stdout) = &mut child.stdout {
+        stdout.read_to_string(&mut id).context("read the image's ID")?;
+    }
+    let status = child.wait().context("wait for the image")?;
+    match status.code() {
+        Some(0) => Ok(Some(id)),
+        Some(_) => Ok(None),
+        None => bail!("the process that prepares the image was ended: {status}"),
+    }
+}

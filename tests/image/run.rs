@@ -1,0 +1,90 @@
+//! What `husk run` does before there is a machine: an image that is not ready is made so by another process.
+
+use std::fs;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::line::Line;
+use crate::server::{Asks, Registry, image, push};
+use crate::tools::House;
+
+/// A machine that will not be: there is no such kernel. What comes before has been done by then.
+const NO_KERNEL: [&str; 3] = ["run", "--kernel", "./none"];
+
+fn run<'a>(words: &[&'a str]) -> Vec<&'a str> {
+    [&NO_KERNEL[..], words].concat()
+}
+
+#[test]
+fn an_image_is_pulled_or_unpacked_before_its_machine_is_made() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, Asks::Nothing, false);
+    push(&house, &registry, "app:1", false);
+    let name = registry.name("app:1");
+    for word in [name.as_str(), "two.tar", "./one"] {
+        let output = house.command(&run(&[word, "x"])).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125));
+        assert!(error.ends_with("husk: open kernel ./none: No such file or directory\n"), "{error}");
+    }
+    assert_eq!(house.files("roots"), 3);
+    house.root(&name);
+}
+
+#[test]
+fn an_image_that_cannot_be_prepared_is_told_once() {
+    let house = House::new();
+    house.sh("mkdir d; truncate -s 300M d/zeroes; tar -C d -c . | gzip -9 >bomb.tgz");
+    let refused = |words: &[&str], why: &str| {
+        let output = house.command(&run(words)).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{error}");
+        assert!(error.lines().count() == 1 && error.contains(why), "{error}");
+        assert_eq!(house.files("roots") + house.files("tmp"), 0);
+    };
+    refused(&["--max-size", "100M", "./bomb.tgz"], "unpacks to more than is free");
+    refused(&["./none.tar"], "husk: prepare ./none.tar: No such file");
+    refused(&["127.0.0.1:1/none"], "husk: pull 127.0.0.1:1/none:latest: ");
+    refused(&["0123456789ab"], "there is no image 0123456789ab");
+}
+
+/// The process that another one has started, when there is one.
+fn child_of(parent: &Child) -> u32 {
+    let path = format!("/proc/{0}/task/{0}/children", parent.id());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
+        let children = fs::read_to_string(&path).unwrap();
+        if let Some(child) = children.split_whitespace().next() {
+            return child.parse().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("it starts no other");
+}
+
+#[test]
+fn a_pull_for_a_run_is_another_process_and_ends_with_it() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, Asks::Nothing, false);
+    push(&house, &registry, "app:1", false);
+    let slow = Line::start(registry.port, i64::MAX, Duration::from_millis(100));
+    let name = format!("127.0.0.1:{}/app:1", slow.port);
+    let mut husk = house.command(&run(&[&name])).stderr(Stdio::null()).spawn().unwrap();
+    let child = child_of(&husk);
+    while slow.bytes() < 1 << 20 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let threads = |process: u32| fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count);
+    assert_eq!(threads(husk.id()), 1, "the monitor to be does nothing");
+    assert!(threads(child) > 1, "it downloads");
+    husk.kill().unwrap();
+    husk.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let is_gone = || fs::read_to_string(format!("/proc/{child}/stat")).map_or(true, |stat| stat.contains(") Z "));
+    while !is_gone() {
+        assert!(Instant::now() < deadline, "it goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
