@@ -1,20 +1,18 @@
 //! From a kernel's path to an opened kernel that is quick to load: a bzImage is unpacked once, and found again by its content.
 //!
-//! The cache is `${XDG_CACHE_HOME:-~/.cache}/husk/unpacked/`, with a file `SHA256.elf` for each bzImage, and a second name
-//! for it that tells the bzImage without reading it. A file there is whole from the moment it has its name: it is written
-//! under another one, and renamed. Any number of husks may do so at once. What was not used for longest goes.
+//! The cache has a file `SHA256.elf` for each bzImage, and a second name for it that tells the bzImage without reading it.
 
-use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 
+use super::cache::{Cache, Identity};
 use crate::boot::{BzImage, Kernel};
 use crate::sys;
 
@@ -27,10 +25,11 @@ const PROGRESS_AFTER: Duration = Duration::from_millis(200);
 ///
 /// A bzImage that only it can unpack comes back as [`Kernel::BzImage`]. A cache that cannot be used costs time, and no more.
 pub fn open(path: &Path) -> Result<Kernel> {
-    open_with_cache(path, cache_folder().as_deref()).with_context(|| format!("open kernel {}", path.display()))
+    let cache = Cache::of_user("unpacked", NAMES_KEPT);
+    open_with_cache(path, cache.as_ref()).with_context(|| format!("open kernel {}", path.display()))
 }
 
-fn open_with_cache(path: &Path, cache: Option<&Path>) -> Result<Kernel> {
+fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<Kernel> {
     // A pipe that nobody writes to would else be waited for.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -45,28 +44,21 @@ fn open_with_cache(path: &Path, cache: Option<&Path>) -> Result<Kernel> {
     }
 }
 
-fn cache_folder() -> Option<PathBuf> {
-    // A relative path is to be ignored (XDG base directory specification).
-    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
-    Some(base.join("husk/unpacked"))
-}
-
 /// The kernel in `image`: from the cache, or unpacked to it, or to memory.
-fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Path>) -> Result<Kernel> {
-    if let Some(folder) = cache {
-        let shortcut = folder.join(&identity.name);
-        if let Some(kernel) = cached(&shortcut, image) {
+fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Cache>) -> Result<Kernel> {
+    if let Some(cache) = cache {
+        let shortcut = format!("{}.elf", identity.name);
+        if let Some(kernel) = cached(cache, &shortcut, image) {
             return Ok(kernel);
         }
-        let entry = folder.join(content_name(image)?);
-        let kernel = cached(&entry, image).map_or_else(|| unpack_to_cache(image, folder, &entry), Ok);
+        let entry = content_name(image)?;
+        let kernel = cached(cache, &entry, image).map_or_else(|| unpack_to_cache(image, cache, &entry), Ok);
         match kernel {
             Ok(kernel) => {
                 if identity.settled && Identity::of(image.file())?.name == identity.name {
                     // In place of one to a file that was damaged. Without it, the next boot takes some milliseconds longer.
-                    let _ = fs::remove_file(&shortcut);
-                    let _ = fs::hard_link(&entry, &shortcut);
+                    let _ = fs::remove_file(cache.path(&shortcut));
+                    let _ = fs::hard_link(cache.path(&entry), cache.path(&shortcut));
                 }
                 return Ok(kernel);
             }
@@ -76,25 +68,6 @@ fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Path>) -> Resul
     let file = sys::memory_file(c"husk-kernel").context("make a file in memory")?;
     unpack_to(image, &file)?;
     Kernel::elf(file)
-}
-
-/// What tells a file's content without reading it: short of setting the clock, nobody changes a file and keeps its ctime.
-struct Identity {
-    name: String,
-    /// Whether the last change is long enough ago that another one would have another time.
-    settled: bool,
-}
-
-impl Identity {
-    fn of(file: &File) -> Result<Identity> {
-        const CLOCK_TICK: Duration = Duration::from_secs(1);
-        let m = file.metadata()?;
-        let (seconds, nanoseconds) = (m.ctime(), m.ctime_nsec());
-        let changed = Duration::new(seconds.try_into()?, nanoseconds.try_into()?);
-        let settled = SystemTime::UNIX_EPOCH.elapsed()? > changed + CLOCK_TICK;
-        let name = format!("{:x}-{}-{}-{seconds}.{nanoseconds:09}.elf", m.dev(), m.ino(), m.size());
-        Ok(Identity { name, settled })
-    }
 }
 
 /// The name that a bzImage's content has in the cache: its SHA-256.
@@ -112,56 +85,21 @@ fn content_name(image: &BzImage) -> Result<String> {
 }
 
 /// What the cache has, if it is whole.
-fn cached(path: &Path, image: &BzImage) -> Option<Kernel> {
-    let file = File::open(path).ok()?;
+fn cached(cache: &Cache, name: &str, image: &BzImage) -> Option<Kernel> {
+    let file = cache.open(name)?;
     let whole = file.metadata().ok()?.len() == image.unpacked_bytes();
-    // Used now, and so the last to go.
-    let _ = file.set_modified(SystemTime::now());
     let kernel = whole.then(|| Kernel::elf(file).ok()).flatten();
     if kernel.is_none() {
-        log::warn!("{} is damaged: unpacking the kernel again", path.display());
+        log::warn!("{} is damaged: unpacking the kernel again", cache.path(name).display());
     }
     kernel
 }
 
-fn unpack_to_cache(image: &BzImage, folder: &Path, entry: &Path) -> Result<Kernel> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).context("create the cache")?;
-    // The same name for everyone, so that a husk that was killed leaves nothing that piles up: the next one takes it over.
-    let part = entry.with_extension("part");
-    let file = File::options().read(true).write(true).create(true).truncate(false).open(&part)?;
-    file.try_lock().context("another husk is unpacking it")?;
-    let same = fs::metadata(&part).is_ok_and(|found| file.metadata().is_ok_and(|own| found.ino() == own.ino()));
-    ensure!(same, "another husk has just unpacked it");
-    let unpack = || -> Result<Kernel> {
-        file.set_len(0)?;
-        unpack_to(image, &file)?;
-        let kernel = Kernel::elf(file.try_clone()?)?;
-        // Else a power cut could leave the name without the content.
-        file.sync_data()?;
-        fs::rename(&part, entry)?;
-        Ok(kernel)
-    };
-    let kernel = unpack().inspect_err(|_| {
-        let _ = fs::remove_file(&part);
-    })?;
-    if let Err(error) = forget_oldest(folder) {
-        log::info!("clean up {}: {error:#}", folder.display());
-    }
-    Ok(kernel)
-}
-
-/// Removes what was not used for longest. A husk that has it open keeps it.
-fn forget_oldest(folder: &Path) -> Result<()> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        files.push((Reverse(entry.metadata()?.modified()?), entry.path()));
-    }
-    files.sort();
-    for (_, path) in files.iter().skip(NAMES_KEPT) {
-        fs::remove_file(path)?;
-    }
-    Ok(())
+fn unpack_to_cache(image: &BzImage, cache: &Cache, entry: &str) -> Result<Kernel> {
+    cache.fill(entry, |file| {
+        unpack_to(image, file)?;
+        Kernel::elf(file.try_clone()?)
+    })
 }
 
 fn unpack_to(image: &BzImage, file: &File) -> Result<()> {
@@ -209,10 +147,18 @@ impl Write for SparseWriter<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::path::PathBuf;
+    use std::time::SystemTime;
+
     use tempfile::TempDir;
 
     use super::*;
     use crate::boot::sample;
+
+    fn open_in(path: &Path, folder: Option<&Path>) -> Result<Kernel> {
+        open_with_cache(path, folder.map(|folder| Cache::at(folder, NAMES_KEPT)).as_ref())
+    }
 
     /// A folder with a bzImage in it, and what it unpacks to.
     fn bzimage() -> (TempDir, PathBuf, Vec<u8>) {
@@ -247,11 +193,11 @@ mod tests {
     fn a_bzimage_is_unpacked_once() {
         let (folder, path, kernel) = bzimage();
         let cache = folder.path().join("a/b");
-        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         let first = fs::metadata(only_entry(&cache)).unwrap().ino();
         let copy = folder.path().join("copy");
         fs::copy(&path, &copy).unwrap();
-        assert!(read(&open_with_cache(&copy, Some(&cache)).unwrap()) == kernel);
+        assert!(read(&open_in(&copy, Some(&cache)).unwrap()) == kernel);
         assert_eq!(fs::metadata(only_entry(&cache)).unwrap().ino(), first);
     }
 
@@ -260,14 +206,14 @@ mod tests {
         let (folder, path, kernel) = bzimage();
         let cache = folder.path().join("cache");
         std::thread::sleep(Duration::from_millis(1100));
-        open_with_cache(&path, Some(&cache)).unwrap();
+        open_in(&path, Some(&cache)).unwrap();
         let (shortcuts, entries): (Vec<_>, Vec<_>) =
             names(&cache).into_iter().partition(|name| name.to_str().unwrap().contains('-'));
         let ([shortcut], [entry]) = (shortcuts.as_slice(), entries.as_slice()) else {
             panic!("{shortcuts:?} {entries:?}")
         };
         fs::remove_file(entry).unwrap();
-        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         assert_eq!(only_entry(&cache), *shortcut, "found by it");
 
         // Another kernel in the same file, as long and as old.
@@ -277,7 +223,7 @@ mod tests {
         let payload = sample::packed(&other, "gzip -n -9").unwrap();
         fs::write(&path, sample::bzimage(&payload)).unwrap();
         File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
-        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == other);
+        assert!(read(&open_in(&path, Some(&cache)).unwrap()) == other);
     }
 
     #[test]
@@ -289,7 +235,7 @@ mod tests {
             let file = File::create(cache.join(format!("{age}.elf"))).unwrap();
             file.set_modified(SystemTime::now() - Duration::from_secs(age * 60)).unwrap();
         }
-        open_with_cache(&path, Some(&cache)).unwrap();
+        open_in(&path, Some(&cache)).unwrap();
         assert_eq!(names(&cache).len(), NAMES_KEPT);
         assert!(cache.join("15.elf").exists() && !cache.join("16.elf").exists());
     }
@@ -315,11 +261,11 @@ mod tests {
     fn a_damaged_entry_is_rewritten() {
         let (folder, path, kernel) = bzimage();
         let cache = folder.path().join("cache");
-        open_with_cache(&path, Some(&cache)).unwrap();
+        open_in(&path, Some(&cache)).unwrap();
         let entry = only_entry(&cache);
         for damaged in [kernel[..kernel.len() - 1].to_vec(), vec![0; kernel.len()], vec![]] {
             fs::write(&entry, damaged).unwrap();
-            assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+            assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
             assert!(fs::read(only_entry(&cache)).unwrap() == kernel);
         }
     }
@@ -329,7 +275,7 @@ mod tests {
         let (_folder, path, kernel) = bzimage();
         // No folder can be made below a file, whoever asks.
         for cache in [None, Some(path.join("cache"))] {
-            assert!(read(&open_with_cache(&path, cache.as_deref()).unwrap()) == kernel);
+            assert!(read(&open_in(&path, cache.as_deref()).unwrap()) == kernel);
         }
     }
 
@@ -337,7 +283,7 @@ mod tests {
     fn what_a_killed_husk_left_is_taken_over() {
         let (folder, path, kernel) = bzimage();
         let cache = folder.path().join("cache");
-        open_with_cache(&path, Some(&cache)).unwrap();
+        open_in(&path, Some(&cache)).unwrap();
         let entry = only_entry(&cache);
         let part = entry.with_extension("part");
         fs::remove_file(&entry).unwrap();
@@ -345,10 +291,10 @@ mod tests {
 
         let other = File::open(&part).unwrap();
         other.lock().unwrap();
-        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         assert!(!entry.exists(), "another husk is at it");
         drop(other);
-        assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel);
+        assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         assert!(fs::read(only_entry(&cache)).unwrap() == kernel);
     }
 
@@ -358,7 +304,7 @@ mod tests {
         let cache = folder.path().join("cache");
         std::thread::scope(|scope| {
             for _ in 0..8 {
-                scope.spawn(|| assert!(read(&open_with_cache(&path, Some(&cache)).unwrap()) == kernel));
+                scope.spawn(|| assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel));
             }
         });
         assert!(fs::read(only_entry(&cache)).unwrap() == kernel);
@@ -372,7 +318,7 @@ mod tests {
         let middle = bytes.len() / 2;
         bytes[middle] ^= 0xff;
         fs::write(&path, bytes).unwrap();
-        let error = format!("{:#}", open_with_cache(&path, Some(&cache)).unwrap_err());
+        let error = format!("{:#}", open_in(&path, Some(&cache)).unwrap_err());
         assert!(error.starts_with("unpack the bzImage's kernel (gzip): "), "{error}");
         assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
     }

@@ -1,19 +1,24 @@
 //! From the drivers that a machine needs to the kernel modules that have them, each behind those it depends on.
 //!
 //! Modules are found by name, in a folder with a file `load` (scripts/kernel makes such) or in a distribution's tree with
-//! its `modules.dep`. What a module depends on it says itself, so that one way serves both.
+//! its `modules.dep`. What a module depends on it says itself, so that one way serves both. Those that a distribution has packed
+//! are unpacked once, and kept in the user's cache.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::cache::{Cache, Identity};
 use crate::boot::unpacking_reader;
 
 /// Far beyond the largest driver.
 const MODULE_MAX_BYTES: u64 = 64 << 20;
+const MAGIC: &[u8] = b"\x7fELF";
+/// Those that machines need of some ten kernels, most of which are far below a MiB.
+const CACHED_MODULES: usize = 256;
 
 /// Where a kernel's modules are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,12 +43,16 @@ pub struct Module {
 /// Finds the modules for `drivers`, in the order in which a kernel takes them. A driver that is part of the kernel has
 /// none; one that the kernel has not at all is an error, unless its name ends in `?`.
 pub fn find(modules: &Modules, drivers: &[&str]) -> Result<Vec<Module>> {
+    find_with_cache(modules, drivers, Cache::of_user("modules", CACHED_MODULES))
+}
+
+fn find_with_cache(modules: &Modules, drivers: &[&str], cache: Option<Cache>) -> Result<Vec<Module>> {
     let index = match modules {
         Modules::BuiltIn => return Ok(Vec::new()),
         Modules::Folder(folder) => Index::of_folder(folder),
         Modules::Tree(tree) => Index::of_tree(tree),
     }?;
-    let mut search = Search { index, under_way: Vec::new(), found: Vec::new() };
+    let mut search = Search { index, cache, under_way: Vec::new(), found: Vec::new() };
     for driver in drivers {
         let (driver, needed) = driver.strip_suffix('?').map_or((*driver, true), |driver| (driver, false));
         search.add(driver, needed)?;
@@ -88,6 +97,7 @@ fn name_of(path: &str) -> String {
 
 struct Search {
     index: Index,
+    cache: Option<Cache>,
     under_way: Vec<String>,
     found: Vec<Module>,
 }
@@ -104,7 +114,7 @@ impl Search {
             ensure!(built_in || !needed, "the kernel of {} has no driver {driver}", self.index.place.display());
             return Ok(());
         };
-        let content = read(path).with_context(|| format!("read module {}", path.display()))?;
+        let content = read(path, self.cache.as_ref()).with_context(|| format!("read module {}", path.display()))?;
         self.under_way.push(name.clone());
         for list in values(&content, b"depends=") {
             for dependency in list.split(',') {
@@ -133,9 +143,32 @@ fn values<'a>(content: &'a [u8], key: &'a [u8]) -> impl Iterator<Item = &'a str>
 }
 
 /// A module's file, unpacked. Modules are signed as they are unpacked, so that nothing else changes.
-fn read(path: &Path) -> Result<Vec<u8>> {
+fn read(path: &Path, cache: Option<&Cache>) -> Result<Vec<u8>> {
+    let file = File::open(path)?;
+    let is_packed = path.extension().is_some_and(|extension| extension != "ko");
+    let Some(cache) = cache.filter(|_| is_packed) else { return unpack(&file) };
+    let Identity { name, settled } = Identity::of(&file)?;
+    let name = format!("{name}.ko");
+    if let Some(content) = cached(cache, &name) {
+        return Ok(content);
+    }
+    let content = unpack(&file)?;
+    if settled && let Err(error) = cache.fill(&name, |mut file| Ok(file.write_all(&content)?)) {
+        log::info!("the unpacked module {} is not kept: {error:#}", path.display());
+    }
+    Ok(content)
+}
+
+/// What the cache has, if it is whole.
+fn cached(cache: &Cache, name: &str) -> Option<Vec<u8>> {
+    let mut content = Vec::new();
+    cache.open(name)?.take(MODULE_MAX_BYTES).read_to_end(&mut content).ok()?;
+    is_whole(&content).then_some(content)
+}
+
+fn unpack(file: &File) -> Result<Vec<u8>> {
     let mut packed = Vec::new();
-    File::open(path)?.take(MODULE_MAX_BYTES + 1).read_to_end(&mut packed)?;
+    file.take(MODULE_MAX_BYTES + 1).read_to_end(&mut packed)?;
     let mut unpacked = None;
     if let Some(reader) = unpacking_reader(&packed)? {
         let content = unpacked.insert(Vec::new());
@@ -143,10 +176,23 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     }
     let content = unpacked.unwrap_or(packed);
     ensure!(content.len() as u64 <= MODULE_MAX_BYTES, "longer than any module");
-    if !content.starts_with(b"\x7fELF") {
+    if !content.starts_with(MAGIC) {
         bail!("not a kernel module");
     }
     Ok(content)
+}
+
+/// Whether an ELF file has its section headers, which stand behind all else (System V ABI: `e_shoff`, `e_shentsize`, `e_shnum`).
+fn is_whole(content: &[u8]) -> bool {
+    const TABLE_AT: usize = 0x28;
+    const ENTRY_BYTES_AT: usize = 0x3a;
+    let half = |at: usize| content.get(at..at + 2)?.try_into().ok().map(u16::from_le_bytes);
+    let end = || {
+        let table = u64::from_le_bytes(content.get(TABLE_AT..TABLE_AT + 8)?.try_into().ok()?);
+        let bytes = u64::from(half(ENTRY_BYTES_AT)?) * u64::from(half(ENTRY_BYTES_AT + 2)?);
+        table.checked_add(bytes)
+    };
+    content.starts_with(MAGIC) && end().is_some_and(|end| end <= content.len() as u64)
 }
 
 #[cfg(test)]
@@ -156,8 +202,12 @@ mod tests {
     use super::*;
     use crate::boot::sample;
 
+    /// An ELF header, behind it what a module says of itself, and behind that a table of no sections.
     fn module(info: &[&str]) -> Vec<u8> {
-        [b"\x7fELF\0".to_vec(), info.join("\0").into_bytes(), vec![0]].concat()
+        let mut content = [b"\x7fELF".to_vec(), vec![0; 60], info.join("\0").into_bytes(), vec![0]].concat();
+        let end = content.len() as u64;
+        content[0x28..0x30].copy_from_slice(&end.to_le_bytes());
+        content
     }
 
     /// A tree in which `c` is packed and depends on `a-b`, which depends on `d`.
@@ -179,7 +229,7 @@ mod tests {
     }
 
     fn names(modules: &Modules, drivers: &[&str]) -> Result<Vec<String>> {
-        Ok(find(modules, drivers)?.into_iter().map(|module| module.name).collect())
+        Ok(find_with_cache(modules, drivers, None)?.into_iter().map(|module| module.name).collect())
     }
 
     #[test]
@@ -192,7 +242,40 @@ mod tests {
     #[test]
     fn a_packed_module_is_handed_on_unpacked() {
         let (_folder, modules) = tree();
-        assert!(find(&modules, &["c"]).unwrap().iter().all(|module| module.content.starts_with(b"\x7fELF")));
+        assert!(
+            find_with_cache(&modules, &["c"], None)
+                .unwrap()
+                .iter()
+                .all(|module| module.content.starts_with(b"\x7fELF"))
+        );
+    }
+
+    #[test]
+    fn a_packed_module_is_unpacked_once() {
+        let (folder, modules) = tree();
+        let cache = folder.path().join("cache");
+        let entries = || -> Vec<PathBuf> { fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path()).collect() };
+        let find = || {
+            let found = find_with_cache(&modules, &["c"], Some(Cache::at(&cache, CACHED_MODULES))).unwrap();
+            found.into_iter().find(|module| module.name == "c").unwrap().content
+        };
+        let content = find();
+        assert!(!cache.exists(), "it may change in the same tick of the clock");
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+        assert_eq!(find(), content);
+        let [entry] = entries().try_into().expect("those that are not packed are not kept");
+        let other = module(&["depends="]);
+        fs::write(&entry, &other).unwrap();
+        assert_eq!(find(), other, "it is the one that is kept");
+        // A damaged one is of no use, and does no harm.
+        for damaged in [&content[..content.len() - 1], b"\x7fELF", b""] {
+            fs::write(&entry, damaged).unwrap();
+            assert_eq!(find(), content);
+        }
+        // Another one in its place.
+        fs::write(folder.path().join("kernel/c.ko.gz"), sample::packed(&other, "gzip -n").unwrap()).unwrap();
+        assert_eq!(find(), other);
+        assert_eq!(entries().len(), 1);
     }
 
     #[test]
