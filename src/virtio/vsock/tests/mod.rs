@@ -1,0 +1,209 @@
+//! The socket device as a guest and the host's programs see it.
+
+mod connections;
+mod flow;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::credit::BUFFER_BYTES;
+use super::packet::{HOST_CID, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op};
+use super::switch::CONNECTIONS_MAX;
+use super::*;
+use crate::config::VsockConfig;
+use crate::memory::GuestMemory;
+use crate::resources;
+use crate::virtio::mmio::register::STATUS;
+use crate::virtio::queue::GuestRange;
+use crate::virtio::test_driver::{BUFFERS, Driver, WRITE};
+
+const CID: u64 = 5;
+/// Where the guest's packets to the host are written; below it are the buffers for those to the guest.
+const OUTBOX: u64 = BUFFERS + (2 << 20);
+/// The guest's port, and the host's, where nothing depends on them.
+const PORTS: (u32, u32) = (1000, 52);
+/// As much room as a guest can say that it has.
+const PLENTY: u32 = u32::MAX;
+
+/// A guest that speaks to the device packet by packet.
+struct Guest {
+    driver: Driver,
+    folder: tempfile::TempDir,
+    /// Room for data in each receive buffer.
+    room: u32,
+    /// Where the buffer of each descriptor is.
+    at: Vec<u64>,
+}
+
+fn range(at: u64, len_bytes: u32) -> [GuestRange; 1] {
+    [GuestRange { address: GuestAddress(at), len_bytes }]
+}
+
+impl Guest {
+    /// A guest with `count` receive buffers that hold `room` bytes of data each.
+    fn new(count: u16, room: u32) -> Guest {
+        let folder = tempfile::tempdir().unwrap();
+        let config = VsockConfig { socket: folder.path().join("v.sock"), cid: CID as u32 };
+        let driver = Driver::new(device(resources::vsock::open(&config).unwrap()).unwrap());
+        let mut guest = Guest { driver, folder, room, at: vec![0; 256] };
+        guest.driver.start();
+        guest.offer(count);
+        guest
+    }
+
+    fn offer(&mut self, count: u16) {
+        (0..u64::from(count)).for_each(|index| self.offer_at(BUFFERS + index * u64::from(self.room + 64)));
+        self.driver.notify(RX as u32);
+    }
+
+    fn offer_at(&mut self, at: u64) {
+        let head = self.driver.chain(RX as u32, &[(at, HEADER_BYTES as u32 + self.room, WRITE)]);
+        self.at[usize::from(head)] = at;
+        self.driver.offer(RX as u32, head);
+    }
+
+    fn memory(&self) -> &GuestMemory {
+        &self.driver.memory
+    }
+
+    fn path(&self, suffix: &str) -> PathBuf {
+        self.folder.path().join(format!("v.sock{suffix}"))
+    }
+
+    /// A program of the host's that serves `port`.
+    fn serve(&self, port: u32) -> UnixListener {
+        UnixListener::bind(self.path(&format!("_{port}"))).unwrap()
+    }
+
+    /// A program of the host's that asks for the guest's `port`.
+    fn call(&self, port: u32) -> UnixStream {
+        let mut client = patient(UnixStream::connect(self.path("")).unwrap());
+        client.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
+        client
+    }
+
+    /// Puts a packet on the ring as it is, `len` bytes long behind its header.
+    fn post(&mut self, header: Header, len: u32) -> u16 {
+        assert!(header.write(&self.driver.memory, &range(OUTBOX, HEADER_BYTES as u32)));
+        let head = self.driver.chain(TX as u32, &[(OUTBOX, HEADER_BYTES as u32, 0), (OUTBOX + 64, len, 0)]);
+        self.driver.offer(TX as u32, head);
+        self.driver.notify(TX as u32);
+        head
+    }
+
+    fn send_raw(&mut self, header: Header, data: &[u8]) {
+        self.memory().write_slice(data, GuestAddress(OUTBOX + 64)).unwrap();
+        let head = self.post(header, data.len() as u32);
+        assert_eq!(self.driver.used(TX as u32), (head, 0));
+    }
+
+    fn send(&mut self, ports: (u32, u32), op: u16) {
+        self.send_raw(packet(ports, op), &[]);
+    }
+
+    /// The next packet, waited for. Its buffer is offered again.
+    fn receive(&mut self) -> (Header, Vec<u8>) {
+        let received = self.take();
+        self.offer_at(received.2);
+        self.driver.notify(RX as u32);
+        (received.0, received.1)
+    }
+
+    /// The next packet, waited for, and where its buffer is.
+    fn take(&mut self) -> (Header, Vec<u8>, u64) {
+        let (head, len) = self.driver.used(RX as u32);
+        let at = self.at[usize::from(head)];
+        let header = Header::read(self.memory(), &range(at, HEADER_BYTES as u32)).unwrap();
+        assert_eq!(len, HEADER_BYTES as u32 + header.len_bytes);
+        assert_eq!((header.src_cid, header.dst_cid, header.kind), (HOST_CID, CID, TYPE_STREAM));
+        let mut data = vec![0; header.len_bytes as usize];
+        self.memory().read_slice(&mut data, GuestAddress(at + HEADER_BYTES as u64)).unwrap();
+        (header, data, at)
+    }
+
+    /// The next packet: it has to be of this kind, on these ports.
+    #[track_caller]
+    fn expect(&mut self, ports: (u32, u32), op: u16) -> (Header, Vec<u8>) {
+        let (header, data) = self.receive();
+        assert_eq!(((header.dst_port, header.src_port), header.op), (ports, op), "{header:?}");
+        (header, data)
+    }
+
+    /// All that the device has to say by now.
+    fn settle(&mut self) -> Vec<(Header, Vec<u8>)> {
+        const NOBODY: (u32, u32) = (u32::MAX, u32::MAX);
+        let mut said = Vec::new();
+        // The first answer may overtake what was due before it was asked for; the second one cannot.
+        for _ in 0..2 {
+            self.send(NOBODY, op::RW);
+            loop {
+                let (header, data) = self.receive();
+                if header.dst_port == NOBODY.0 {
+                    break;
+                }
+                said.push((header, data));
+            }
+        }
+        said
+    }
+
+    #[track_caller]
+    fn expect_nothing(&mut self) {
+        assert_eq!(self.settle(), []);
+    }
+
+    /// Connects to a program of the host's. Returns its end.
+    fn connect(&mut self, ports: (u32, u32), listener: &UnixListener) -> UnixStream {
+        self.send(ports, op::REQUEST);
+        let (header, _) = self.expect(ports, op::RESPONSE);
+        assert_eq!((header.buf_alloc, header.fwd_cnt), (BUFFER_BYTES, 0));
+        patient(listener.accept().unwrap().0)
+    }
+
+    fn connected() -> (Guest, UnixStream) {
+        let mut guest = Guest::new(16, 4096);
+        let listener = guest.serve(PORTS.1);
+        let stream = guest.connect(PORTS, &listener);
+        (guest, stream)
+    }
+}
+
+/// A stream on which a test fails sooner than it hangs.
+fn patient(stream: UnixStream) -> UnixStream {
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream
+}
+
+fn packet((src_port, dst_port): (u32, u32), op: u16) -> Header {
+    let (src_cid, dst_cid) = (CID, HOST_CID);
+    Header { src_cid, dst_cid, src_port, dst_port, kind: TYPE_STREAM, op, buf_alloc: PLENTY, ..Header::default() }
+}
+
+fn data(len: usize) -> Header {
+    Header { len_bytes: len as u32, ..packet(PORTS, op::RW) }
+}
+
+fn shutdown(flags: u32) -> Header {
+    Header { flags, ..packet(PORTS, op::SHUTDOWN) }
+}
+
+/// The same numbers in every run.
+fn pattern(seed: u64) -> impl Iterator<Item = u64> {
+    std::iter::successors(Some(seed), |x| Some(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1)))
+        .map(|x| x >> 33)
+}
+
+fn bytes(seed: u64, len: usize) -> Vec<u8> {
+    pattern(seed).map(|x| x as u8).take(len).collect()
+}
+
+fn read(stream: &mut UnixStream, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    stream.read_exact(&mut bytes).unwrap();
+    bytes
+}
