@@ -3,6 +3,7 @@
 //! They need what tests/linux.rs needs, and skip as loudly without it. The image is made here, of busybox, as `docker save`
 //! makes one.
 
+mod debian;
 mod image;
 mod life;
 mod process;
@@ -65,9 +66,18 @@ impl Ended {
 
 /// `husk run` of a kernel, with these flags, image and command.
 fn husk_under(guests: &std::path::Path, kernel: &str, words: &[&str]) -> Command {
+    husk_with(guests, kernel, if kernel == "micro" { "96M" } else { "192M" }, words)
+}
+
+/// The same, with so much memory.
+fn husk_with(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
-    command.args(["run", "--memory", if kernel == "stock" { "192M" } else { "96M" }, "--kernel"]);
-    command.arg(guests.join(kernel).join("vmlinux")).args(words);
+    command.args(["run", "--memory", memory, "--kernel"]);
+    match kernel {
+        "host" => command.arg(kernel),
+        _ => command.arg(guests.join(kernel).join("vmlinux")),
+    };
+    command.args(words);
     command.env("HUSK_DATA", image::store()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

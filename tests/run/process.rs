@@ -112,3 +112,23 @@ fn a_stock_kernel_gets_the_modules_it_needs() {
     assert!(text.contains("-cloud-") && text.ends_with("\n1048576\n"), "{text}");
     assert!(ended.errors.ends_with("to stderr\n"), "{}", ended.errors);
 }
+
+#[test]
+fn the_hosts_own_kernel_and_its_packed_modules_are_found() {
+    let guests = guests!();
+    let release = crate::image::run(std::process::Command::new("uname").arg("-r"));
+    let kernel = format!("/boot/vmlinuz-{}", release.trim());
+    if std::fs::File::open(&kernel).is_err() {
+        eprintln!("SKIPPED: there is no {kernel} to read; in the lab there is");
+        return;
+    }
+    let cache = tempfile::tempdir().unwrap();
+    for _ in 0..2 {
+        let mut command = husk_under(&guests, "host", &[archive(), "uname", "-r"]);
+        let ended = {
+            command.env("XDG_CACHE_HOME", cache.path());
+            finish(command, Vec::new())
+        };
+        assert_eq!(ended.expect(0).text(), release);
+    }
+}

@@ -1,0 +1,79 @@
+//! A whole distribution as an image: Debian's own programs find what they need of a machine.
+//!
+//! The store that has it, under the name `debian`, is made before: `scripts/test` does so.
+
+use std::path::{Path, PathBuf};
+
+use crate::{Ended, finish, guests, husk_with};
+
+const STORE: &str = "HUSK_TEST_STORE";
+
+/// The store, or `None` and a loud word.
+fn store(test: &str) -> Option<PathBuf> {
+    let store = std::env::var_os(STORE).map(PathBuf::from);
+    if store.is_none() {
+        eprintln!("SKIPPED {test}: {STORE} names no store with a Debian root; `scripts/test guests` runs this");
+    }
+    store
+}
+
+/// Runs a script in Debian.
+fn debian(guests: &Path, store: &Path, script: &str) -> Ended {
+    let mut command = husk_with(guests, "micro", "384M", &["debian", "sh", "-euc", script]);
+    command.env("HUSK_DATA", store);
+    finish(command, Vec::new())
+}
+
+macro_rules! debian {
+    () => {{
+        let guests = guests!();
+        fn here() {}
+        let Some(store) = store(std::any::type_name_of_val(&here)) else { return };
+        (guests, store)
+    }};
+}
+
+#[test]
+fn apt_installs_and_removes_packages() {
+    let (guests, store) = debian!();
+    let script = r#"exec 2>&1; export DEBIAN_FRONTEND=noninteractive LC_ALL=C; cd /tmp
+        mkdir -p p/DEBIAN p/usr/bin
+        printf 'Package: greeter\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDepends: dash\nDescription: greets\n' >p/DEBIAN/control
+        printf '#!/bin/sh\necho configured >/var/lib/greeted\n' >p/DEBIAN/postinst
+        printf '#!/bin/sh\necho greetings\n' >p/usr/bin/greeter; chmod 755 p/usr/bin/greeter p/DEBIAN/postinst
+        dpkg-deb --build p greeter.deb >/dev/null
+        apt-get -qq install -y ./greeter.deb; greeter; cat /var/lib/greeted
+        dpkg-query -W -f '${Package} ${Status}\n' greeter; dpkg --verify greeter && echo verified
+        apt-get -qq remove -y greeter; ! command -v greeter; echo removed; apt-get check -qq && echo whole"#;
+    let text = debian(&guests, &store, script).expect(0).text();
+    for line in ["greetings", "configured", "greeter install ok installed", "verified", "removed", "whole"] {
+        assert!(text.lines().any(|found| found == line), "{line}: {text}");
+    }
+}
+
+#[test]
+fn python_computes_starts_processes_and_threads() {
+    let (guests, store) = debian!();
+    let script = r#"exec python3 -c '
+import hashlib, os, socket, subprocess, sys, tempfile, threading
+sums = []
+threads = [threading.Thread(target=lambda n: sums.append(sum(range(n))), args=(n,)) for n in range(1, 6)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+print(sorted(sums), hashlib.sha256(b"husk").hexdigest()[:8])
+print(subprocess.run(["uname", "-s"], stdout=subprocess.PIPE).stdout.decode().strip(), os.getpid() > 1)
+server = socket.create_server(("127.0.0.1", 0)); client = socket.create_connection(server.getsockname())
+client.sendall(b"over loopback"); print(server.accept()[0].recv(100).decode())
+with tempfile.NamedTemporaryFile() as file: file.write(b"x" * 1000000); file.flush(); print(os.stat(file.name).st_size)
+sys.exit(42)'"#;
+    let text = debian(&guests, &store, script).expect(42).text();
+    let sum = &crate::image::run(std::process::Command::new("sh").args(["-c", "printf husk | sha256sum"]))[..8];
+    assert_eq!(text, format!("[0, 1, 3, 6, 10] {sum}\nLinux True\nover loopback\n1000000\n"));
+}
+
+#[test]
+fn a_compiler_makes_programs_that_run() {
+    let (guests, store) = debian!();
+    let script = r#"cd /root; printf '#include <stdio.h>\n#include <math.h>\nint main(int n, char **a) { printf("%%s %%.3f\\n", a[1], sqrt(2)); return n; }\n' >x.c
+        tcc -o x x.c -lm; ./x compiled || echo $?"#;
+    assert_eq!(debian(&guests, &store, script).expect(0).text(), "compiled 1.414\n2\n");
+}
