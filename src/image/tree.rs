@@ -1,8 +1,8 @@
 //! From the entries of layers, in their order, to one merged tree in memory: names, attributes, and where contents are.
 //!
-//! The tree is of names only: nothing here is a path of the host's, so a name cannot lead out of it. Directories are entered as
-//! directories, and a symbolic link on the way to an entry is replaced, never followed.
+//! The tree is of names only: nothing here is a path of the host's, so neither a name nor a symbolic link can lead out of it.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +13,10 @@ use super::erofs::{self, Content};
 const MAX_NAME_BYTES: usize = 255;
 /// The longest path and the longest target of a symbolic link that Linux knows, without its NUL.
 const MAX_PATH_BYTES: usize = 4095;
+/// As many names as a path may lead through, those of the links in it included: far more than the kernel follows.
+const MAX_STEPS: usize = 4096;
+/// Twelve bits of major number and twenty of minor number: what the kernel has on its disks (`new_encode_dev`).
+const DEVICE_BITS: (u32, u32) = (12, 20);
 
 /// An entry's place in the tree's memory.
 pub type NodeId = usize;
@@ -80,6 +84,23 @@ impl Default for Limits {
     }
 }
 
+/// How far a path leads that goes through directories and links.
+struct Way<'a> {
+    /// Those on the way, the root first.
+    directories: Vec<NodeId>,
+    /// What is not there, or no directory, and what follows it.
+    missing: Vec<Cow<'a, [u8]>>,
+}
+
+impl Way<'_> {
+    /// Goes one back. Above the root is the root.
+    fn leave(&mut self) {
+        if self.missing.pop().is_none() && self.directories.len() > 1 {
+            self.directories.pop();
+        }
+    }
+}
+
 /// The merged tree.
 pub struct Tree {
     nodes: Vec<Node>,
@@ -138,6 +159,10 @@ impl Tree {
             ensure!(!target.is_empty() && !target.contains(&0), "a symbolic link that leads nowhere");
             ensure!(target.len() <= MAX_PATH_BYTES, "a symbolic link of {} bytes is too long", target.len());
         }
+        if let Body::Character { major, minor } | Body::Block { major, minor } = body {
+            let there_is = major >> DEVICE_BITS.0 == 0 && minor >> DEVICE_BITS.1 == 0;
+            ensure!(there_is, "a device {major}:{minor}, which there is not on Linux");
+        }
         ensure!(erofs::xattrs_fit(&attributes.xattrs), "its extended attributes are too large");
         let names = components(path)?;
         let Some((name, parents)) = names.split_last() else {
@@ -160,12 +185,12 @@ impl Tree {
     /// Gives the file at `target` another name.
     pub fn link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
         let (names, target_names) = (components(path)?, components(target)?);
-        let id = self.find(&target_names).context("a hard link to what is not there")?;
+        let id = self.find(&target_names)?.context("a hard link to what is not there")?;
         ensure!(!self.is_directory(id), "a hard link to a directory");
         let (name, parents) = names.split_last().context("the root is a hard link")?;
         let parent = self.directory(parents)?;
         // A parent may have replaced the target.
-        ensure!(self.find(&target_names) == Some(id), "a hard link to what it replaces");
+        ensure!(self.find(&target_names)? == Some(id), "a hard link to what it replaces");
         if self.child(parent, name) == Some(id) {
             return Ok(());
         }
@@ -177,7 +202,7 @@ impl Tree {
     pub fn whiteout(&mut self, path: &[u8]) -> Result<()> {
         let names = components(path)?;
         let (name, parents) = names.split_last().context("a whiteout of the root")?;
-        let Some(parent) = self.find(parents) else { return Ok(()) };
+        let Some(parent) = self.find_directory(parents)? else { return Ok(()) };
         match self.child(parent, name) {
             Some(id) if self.is_from_this_layer(id) => self.remove_lower(id),
             Some(_) => self.leave(parent, name),
@@ -187,7 +212,7 @@ impl Tree {
 
     /// Removes what lower layers have in the directory at `path`.
     pub fn whiteout_content(&mut self, path: &[u8]) -> Result<()> {
-        match self.find(&components(path)?) {
+        match self.find_directory(&components(path)?)? {
             Some(id) => self.remove_lower(id),
             None => Ok(()),
         }
@@ -259,30 +284,63 @@ impl Tree {
         }
     }
 
-    fn find(&self, names: &[&[u8]]) -> Option<NodeId> {
-        names.iter().try_fold(ROOT, |id, name| self.child(id, name))
+    /// The directory at `names`, if it is there.
+    fn find_directory(&self, names: &[&[u8]]) -> Result<Option<NodeId>> {
+        let Way { directories, missing } = self.way(names)?;
+        Ok(directories.last().copied().filter(|_| missing.is_empty()))
+    }
+
+    fn find(&self, names: &[&[u8]]) -> Result<Option<NodeId>> {
+        let Some((name, parents)) = names.split_last() else { return Ok(Some(ROOT)) };
+        Ok(self.find_directory(parents)?.and_then(|parent| self.child(parent, name)))
     }
 
     /// The directory at `names`; what is missing of it is made, what is in the way of it is replaced.
     fn directory(&mut self, names: &[&[u8]]) -> Result<NodeId> {
-        let mut id = ROOT;
-        for name in names {
-            id = match self.child(id, name) {
-                Some(child) if self.is_directory(child) => {
-                    // It has something of this layer in it, so a whiteout of this layer does not mean it.
-                    *self.layers.get_mut(child).context("no such file")? = self.layer;
-                    child
-                }
-                _ => {
-                    let attributes = Attributes { mode: 0o755, ..Attributes::default() };
-                    self.charge(&attributes, &Body::Fifo)?;
-                    let child = self.add(Node { attributes, body: Body::empty_directory(), names: 0 });
-                    self.enter(id, name, child)?;
-                    child
-                }
-            };
+        let Way { directories, missing } = self.way(names)?;
+        for &id in directories.iter().skip(1) {
+            // It has something of this layer in it, so a whiteout of this layer does not mean it.
+            *self.layers.get_mut(id).context("no such file")? = self.layer;
+        }
+        let mut id = directories.last().copied().unwrap_or(ROOT);
+        for name in missing {
+            let attributes = Attributes { mode: 0o755, ..Attributes::default() };
+            self.charge(&attributes, &Body::Fifo)?;
+            let child = self.add(Node { attributes, body: Body::empty_directory(), names: 0 });
+            self.enter(id, &name, child)?;
+            id = child;
         }
         Ok(id)
+    }
+
+    /// Goes to the directory at `names` as far as it is there. As for who unpacks into a root that is already in use, and as
+    /// the kernel goes, links on the way are followed; they lead nowhere outside of this root.
+    fn way<'a>(&self, names: &[&'a [u8]]) -> Result<Way<'a>> {
+        let mut way = Way { directories: vec![ROOT], missing: Vec::new() };
+        let mut left: Vec<Cow<[u8]>> = names.iter().rev().map(|&name| Cow::Borrowed(name)).collect();
+        let mut steps = 0;
+        while let Some(name) = left.pop() {
+            steps += 1;
+            ensure!(steps + left.len() <= MAX_STEPS, "a path with too many links in it");
+            if *name == *b".." {
+                way.leave();
+                continue;
+            }
+            let here = way.directories.last().copied().filter(|_| way.missing.is_empty());
+            let child = here.and_then(|here| self.child(here, &name));
+            match child.and_then(|id| Some((id, &self.nodes.get(id)?.body))) {
+                Some((id, Body::Directory(_))) => way.directories.push(id),
+                Some((_, Body::Symlink(target))) => {
+                    if target.starts_with(b"/") {
+                        way.directories.truncate(1);
+                    }
+                    let names = target.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
+                    left.extend(names.rev().map(|name| Cow::Owned(name.to_vec())));
+                }
+                _ => way.missing.push(name),
+            }
+        }
+        Ok(way)
     }
 
     /// Puts a name into a directory, in place of the one that is there.
@@ -392,14 +450,56 @@ mod tests {
         }
     }
 
+    fn link(tree: &mut Tree, path: &str, target: &str) {
+        tree.insert(path.as_bytes(), Attributes::default(), Body::Symlink(target.as_bytes().into())).unwrap();
+    }
+
     #[test]
-    fn a_link_on_the_way_is_replaced_and_not_followed() {
+    fn links_on_the_way_are_followed_and_lead_nowhere_outside() {
+        for target in ["usr/lib", "/usr/lib", "/../usr/./lib", "../../usr/lib", "d/../usr/lib", "other"] {
+            let mut tree = tree();
+            put(&mut tree, "usr/lib/old");
+            put(&mut tree, "d/");
+            link(&mut tree, "other", "usr//lib/");
+            link(&mut tree, "lib", target);
+            tree.begin_layer();
+            put(&mut tree, "lib/new");
+            tree.link(b"lib/hard", b"lib/new").unwrap();
+            tree.whiteout(b"lib/old").unwrap();
+            let expected = ["/d", "/lib", "/other", "/usr", "/usr/lib", "/usr/lib/hard", "/usr/lib/new"];
+            assert_eq!(paths(&tree), expected, "{target}");
+            // The link itself is what an entry of its name replaces.
+            put(&mut tree, "lib/");
+            put(&mut tree, "lib/x");
+            assert!(paths(&tree).contains(&"/lib/x".to_owned()), "{target}");
+        }
+    }
+
+    #[test]
+    fn a_link_to_what_is_not_there_has_it_made() {
         let mut tree = tree();
-        put(&mut tree, "etc/passwd");
-        tree.insert(b"link", Attributes::default(), Body::Symlink((*b"etc").into())).unwrap();
-        tree.begin_layer();
-        put(&mut tree, "link/passwd");
-        assert_eq!(paths(&tree), ["/etc", "/etc/passwd", "/link", "/link/passwd"]);
+        link(&mut tree, "a/run", "../var/run");
+        put(&mut tree, "a/run/x/y");
+        assert_eq!(paths(&tree), ["/a", "/a/run", "/var", "/var/run", "/var/run/x", "/var/run/x/y"]);
+        put(&mut tree, "file");
+        link(&mut tree, "to-file", "file");
+        put(&mut tree, "to-file/x");
+        assert!(paths(&tree).contains(&"/file/x".to_owned()), "a file in the way gives way");
+    }
+
+    #[test]
+    fn links_in_a_circle_are_refused() {
+        let mut tree = tree();
+        link(&mut tree, "a", "b");
+        link(&mut tree, "b", "a/x");
+        let insert = |tree: &mut Tree, path: &[u8]| tree.insert(path, Attributes::default(), Body::Fifo);
+        assert!(insert(&mut tree, b"a/y").unwrap_err().to_string().contains("too many links"));
+        assert!(tree.link(b"z", b"a/y").is_err() && tree.whiteout(b"a/y").is_err());
+        // Each doubles what is to be gone.
+        for n in 0..40 {
+            link(&mut tree, &format!("l{}", n + 1), &format!("l{n}/../l{n}"));
+        }
+        assert!(insert(&mut tree, b"l40/y").is_err());
     }
 
     #[test]

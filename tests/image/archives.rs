@@ -76,11 +76,15 @@ fn layered_image(house: &House) {
     for layer in ["one", "two"] {
         house.sh(&format!("tar --numeric-owner -C {layer} -cf {layer}.tar ."));
     }
+    // Through links of lower layers, as those who merge /lib into /usr/lib have them, without directories of their own.
+    house.sh("mkdir four; cd four; mkdir -p lib bin up; echo new >lib/new; echo 2 >bin/tool; touch lib/.wh.old; echo u >up/1");
+    house.sh("cd one; mkdir -p usr/lib usr/bin; echo old >usr/lib/old; ln -s usr/lib lib; ln -s /usr/bin bin; ln -s ../../usr up");
+    house.sh("tar --numeric-owner -C four -cf four.tar lib/new bin/tool lib/.wh.old up/1; tar --numeric-owner -C one -cf one.tar .");
     // A hard link to what only a lower layer has.
     house
         .sh("cp -a one/d/target target; mkdir -p three/d; cp -a one/d/target three/d/; ln three/d/target three/d/hard");
     house.sh("tar --numeric-owner -C three -cf three.tar ./d/target ./d/hard ./a ./later; tar --delete -f three.tar ./d/target");
-    for layer in ["one", "two", "three"] {
+    for layer in ["one", "two", "three", "four"] {
         house.sh(&format!("umoci raw add-layer --image layout:app {layer}.tar"));
     }
     house.sh("umoci config --image layout:app --config.cmd sh --config.cmd -c --config.env A=B --config.workingdir /a \
@@ -124,4 +128,34 @@ fn layers_merge_as_umoci_unpacks_them() {
         for d in 0a 0b; do n=$(echo $d | sha256sum | cut -c1-64); mv $d $n; sed -i s,$d/,$n/, manifest.json; done; \
         ln -sf ../$(echo 0a | sha256sum | cut -c1-64)/layer.tar $(echo 0b | sha256sum | cut -c1-64)/layer.tar; tar cf ../old.tar *");
     assert_eq!(house.load("old.tar"), root);
+}
+
+#[test]
+fn ten_thousand_files_are_all_there() {
+    if !is_root() {
+        return;
+    }
+    let house = House::new();
+    house.sh(
+        "mkdir tree; cd tree; mkdir -p {0..99}; for i in {0..9999}; do echo $i >$((i % 100))/file-$i; done; cd ..; \
+        tar --format=pax -C tree -cf tree.tar .",
+    );
+    for source in ["tree.tar", "./tree"] {
+        assert_same(&house.path("tree"), &house.load(source));
+    }
+}
+
+#[test]
+fn a_whole_distribution_is_as_tar_unpacks_it() {
+    let Some(archive) = std::env::var_os("HUSK_TEST_DEBIAN") else {
+        println!("SKIPPED: HUSK_TEST_DEBIAN names no archive of a Debian root; `scripts/test cargo` does");
+        return;
+    };
+    if !is_root() {
+        return;
+    }
+    let house = House::new();
+    std::os::unix::fs::symlink(archive, house.path("debian.tar")).unwrap();
+    house.sh("mkdir tree; tar --xattrs --xattrs-include='*' --numeric-owner -C tree -xpf debian.tar");
+    assert_same(&house.path("tree"), &house.load("debian.tar"));
 }

@@ -2,14 +2,14 @@
 
 use std::fs;
 
-use crate::tools::House;
+use crate::tools::{House, assert_same, is_root};
 
 /// A header of ustar, with its checksum.
 fn header(name: &[u8], kind: u8, size: &[u8], link: &[u8]) -> Vec<u8> {
     let mut record = vec![0; 512];
     let mut put = |at: usize, bytes: &[u8]| record[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, name);
-    put(100, b"0000644\0");
+    put(100, if kind == b'2' { b"0000777\0" } else { b"0000644\0" });
     put(108, b"0000000\0");
     put(116, b"0000000\0");
     put(124, size);
@@ -18,6 +18,12 @@ fn header(name: &[u8], kind: u8, size: &[u8], link: &[u8]) -> Vec<u8> {
     put(156, &[kind]);
     put(157, link);
     put(257, b"ustar\x0000");
+    if matches!(kind, b'3' | b'4') {
+        // In place of a target: numbers of a device.
+        put(157, &[0; 16]);
+        put(329, link.get(..8).unwrap_or(b"0000001\0"));
+        put(337, link.get(8..).unwrap_or(b"0000003\0"));
+    }
     let sum: u32 = record.iter().map(|&byte| u32::from(byte)).sum();
     record[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
     record
@@ -43,6 +49,10 @@ fn archives_that_cannot_be_are_refused() {
         ("leads out of its directory", vec![file(), entry("hard", b'1', b"", "../../etc/passwd")]),
         ("a hard link to what is not there", vec![file(), entry("hard", b'1', b"", "etc/none")]),
         ("a hard link to a directory", vec![file(), entry("hard", b'1', b"", "etc")]),
+        ("a device 4096:0, which there is not", vec![file(), entry("d", b'4', b"", "0010000\x000000000\0")]),
+        ("a device 1:1048576, which there is not", vec![file(), entry("d", b'3', b"", "0000001\x004000000\0")]),
+        ("a hard link to what is not there", vec![file(), entry("hard", b'1', b"", "/etc/passwd")]),
+        ("too many links", vec![file(), entry("s", b'2', b"", "s/x"), entry("s/y", b'0', b"", "")]),
         ("a symbolic link that leads nowhere", vec![file(), entry("s", b'2', b"", "")]),
         ("a name of 300 bytes is too long", vec![file(), entry("p", b'x', long.as_bytes(), ""), file()]),
         ("it ends in the middle of a file", vec![file(), header(b"x", b'0', b"00000100000\0", b"")]),
@@ -67,6 +77,46 @@ fn archives_that_cannot_be_are_refused() {
     house.refused(&["load", "x.tar"], "x.tar");
     fs::write(house.path("x.tar"), "").unwrap();
     house.refused(&["load", "x.tar"], "it is empty");
+}
+
+#[test]
+fn links_that_lead_out_lead_to_the_images_own_root() {
+    if !is_root() {
+        return;
+    }
+    let house = House::new();
+    house.sh("mkdir outside; echo 1 >outside/kept");
+    let outside = house.path("outside").display().to_string();
+    let up = format!("{}{}", "../".repeat(20), outside.trim_start_matches('/'));
+    let parts = [
+        entry("etc/passwd", b'0', b"x", ""),
+        entry("absolute", b'2', b"", &outside),
+        entry("absolute/written", b'0', b"1", ""),
+        entry("above", b'2', b"", &up),
+        entry("above/kept", b'0', b"2", ""),
+        entry("passwd", b'1', b"", "/etc/passwd"),
+    ];
+    fs::write(house.path("x.tar"), parts.concat()).unwrap();
+    let root = house.load("x.tar");
+    house.sh("test $(ls outside) = kept; grep -q 1 outside/kept");
+    // As it is for who unpacks it to a root of its own.
+    house.sh(&format!(
+        "mkdir -p same/etc same{outside}; cd same; printf x >etc/passwd; ln etc/passwd passwd; ln -s {outside} absolute; ln -s {up} above; \
+         printf 1 >.{outside}/written; printf 2 >.{outside}/kept; chmod 644 etc/passwd .{outside}/*; find . -exec touch -h -d @0 {{}} +"
+    ));
+    assert_same(&house.path("same"), &root);
+}
+
+/// Twenty thousand devices, one of which is the disk of most hosts: they cost what names cost, and are no one's.
+#[test]
+fn a_crowd_of_devices_is_a_crowd_of_names() {
+    let house = House::new();
+    let devices = (0..20_000).map(|n| entry(&format!("dev/{n}"), b'4', b"", "0000010\x000000000\0"));
+    let parts: Vec<Vec<u8>> = [entry("etc/x", b'0', b"x", "")].into_iter().chain(devices).collect();
+    fs::write(house.path("x.tar"), parts.concat()).unwrap();
+    let root = house.load("x.tar");
+    assert!(fs::metadata(root).unwrap().len() < 4 << 20);
+    house.sh("! find . -type b | grep .");
 }
 
 #[test]

@@ -149,7 +149,11 @@ fn tree(root: &Path, is_full: bool) -> Tree {
         }
         if m.is_file() {
             let content = fs::read(&here).unwrap();
-            let sum = content.iter().fold(7u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+            let word = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |word, &byte| word << 8 | u64::from(byte));
+            let sum = content.chunks(8).fold(7u64, |sum, bytes| {
+                let word = bytes.try_into().map_or_else(|_| word(bytes), u64::from_le_bytes);
+                sum.rotate_left(5).wrapping_mul(0x0100_0000_01b3) ^ word
+            });
             words += &format!(" {} bytes {sum:x}", content.len());
         } else if m.is_symlink() {
             words += &format!(" to {:?}", fs::read_link(&here).unwrap());
