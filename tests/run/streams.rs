@@ -2,12 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::process::Stdio;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use crate::image::archive;
 use crate::terminal::Terminal;
-use crate::{finish, guests, husk_run, husk_under, shell, wait};
+use crate::{PATIENCE, finish, guests, husk_run, husk_under, shell, wait};
 
 /// A multiple of a word's bytes.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -43,6 +44,7 @@ fn there_and_back(kernel: &str, len: u64) {
         }
         io::Result::Ok(())
     });
+    let (progress, seen) = mpsc::channel();
     let checker = thread::spawn(move || {
         let (mut noise, mut bytes, mut come) = (Noise::new(), Vec::new(), 0);
         loop {
@@ -51,11 +53,14 @@ fn there_and_back(kernel: &str, len: u64) {
             let same = bytes.chunks(8).all(|word| noise.next().to_le_bytes().starts_with(word));
             assert!(same, "other bytes come back after {come}");
             come += bytes.len() as u64;
+            let _ = progress.send(come);
             if bytes.len() < CHUNK_BYTES as usize {
                 return io::Result::Ok(come);
             }
         }
     });
+    // As long as something comes, it may take its time.
+    while seen.recv_timeout(PATIENCE).is_ok() {}
     let ended = wait(child);
     ended.expect(0);
     assert_eq!(checker.join().unwrap().unwrap(), len, "{}", ended.errors);
