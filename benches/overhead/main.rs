@@ -9,8 +9,16 @@ use std::time::Instant;
 /// How many times as long as the bare kernel a run may take.
 const RATIO_MAX: f64 = 1.3;
 
+/// Reads every file of the root once, and says how many nanoseconds that took.
+const READ_ALL: &str = "start=$(date +%s%N); find /usr /bin /lib -xdev -type f -exec cat {} + >/dev/null; \
+    echo $(($(date +%s%N) - start))";
+
 fn main() -> ExitCode {
-    match measure() {
+    let measured = match std::env::var("OVERHEAD_ROOTS") {
+        Ok(roots) => measure_reads(&roots),
+        Err(_) => measure(),
+    };
+    match measured {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -20,8 +28,34 @@ fn main() -> ExitCode {
     }
 }
 
+fn get(name: &str) -> Result<String, String> {
+    std::env::var(name).map_err(|_| format!("{name} is not set; scripts/overhead sets it"))
+}
+
+/// How long a guest takes to read all of a root, of two that differ in their form alone, in turn: `PLAIN:COMPRESSED`.
+fn measure_reads(roots: &str) -> Result<bool, String> {
+    let (husk, kernel, memory) = (get("OVERHEAD_HUSK")?, get("OVERHEAD_KERNEL")?, get("OVERHEAD_MEMORY")?);
+    let runs: usize = get("OVERHEAD_RUNS")?.parse().map_err(|_| "OVERHEAD_RUNS is no number")?;
+    let (plain, compressed) = roots.split_once(':').ok_or("OVERHEAD_ROOTS names no two roots")?;
+    let read = |root: &str| -> Result<f64, String> {
+        let words = ["run", "--kernel", &kernel, "--memory", &memory, root, "sh", "-c", READ_ALL];
+        let nanoseconds = output(&husk, &words)?;
+        nanoseconds.trim().parse::<f64>().map(|nanos| nanos / 1e6).map_err(|_| format!("no time: {nanoseconds}"))
+    };
+    println!("{:<8}{:>14}{:>14}{:>8}", "round", "plain (ms)", "LZ4 (ms)", "ratio");
+    let mut ratios = Vec::new();
+    for round in 0..=runs {
+        let [before, after] = [read(plain)?, read(compressed)?];
+        if round > 0 {
+            println!("{round:<8}{before:>14.1}{after:>14.1}{:>8.2}", after / before);
+            ratios.push(after / before);
+        }
+    }
+    println!("median: LZ4/plain {:.2}", median(ratios));
+    Ok(true)
+}
+
 fn measure() -> Result<bool, String> {
-    let get = |name: &str| std::env::var(name).map_err(|_| format!("{name} is not set; scripts/overhead sets it"));
     let (husk, kernel) = (get("OVERHEAD_HUSK")?, get("OVERHEAD_KERNEL")?);
     let (initrd, image, memory) = (get("OVERHEAD_INITRD")?, get("OVERHEAD_IMAGE")?, get("OVERHEAD_MEMORY")?);
     let runs: usize = get("OVERHEAD_RUNS")?.parse().map_err(|_| "OVERHEAD_RUNS is no number")?;
@@ -48,11 +82,16 @@ fn measure() -> Result<bool, String> {
 /// Milliseconds from start to exit, which has to be a good one.
 fn time(husk: &str, words: &[&str]) -> Result<f64, String> {
     let start = Instant::now();
+    output(husk, words)?;
+    Ok(start.elapsed().as_secs_f64() * 1e3)
+}
+
+/// What it printed.
+fn output(husk: &str, words: &[&str]) -> Result<String, String> {
     let output =
         Command::new(husk).args(words).stdin(Stdio::null()).output().map_err(|error| format!("{husk}: {error}"))?;
-    let millis = start.elapsed().as_secs_f64() * 1e3;
     if output.status.success() {
-        Ok(millis)
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
         Err(format!("{words:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))
     }

@@ -10,7 +10,7 @@ use log::Level;
 
 use super::exit::Exit;
 use super::size;
-use crate::image::{Prepared, Progress, Source, Store};
+use crate::image::{Form, Prepared, Progress, Source, Store};
 use crate::sys;
 
 /// So often an image may be gone again when it has just been made: someone is cleaning up.
@@ -26,6 +26,10 @@ pub struct Prepare {
     /// Most bytes that the image may take on its way
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     max_size: Option<u64>,
+
+    /// Leave the root's files as they are, for who measures what compressing them costs
+    #[arg(long)]
+    plain: bool,
 }
 
 impl Prepare {
@@ -34,6 +38,9 @@ impl Prepare {
         sys::end_with_parent().context("see to it that this ends with who wants it")?;
         let mut store = Store::open_default()?;
         store.unpack_limit_bytes = self.max_size;
+        if self.plain {
+            store.form = Form::Plain;
+        }
         let prepared = store.prepare(&self.source, &Progress::on_terminal())?;
         super::print(&prepared.id.hex())?;
         Ok(Exit::Success)

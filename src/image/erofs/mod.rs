@@ -32,7 +32,7 @@ use superblock::Superblock;
 /// The file system's block, a page of x86.
 pub const BLOCK_BYTES: usize = 4096;
 /// Changes when the same tree would give another image.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// How files' bytes are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
