@@ -113,6 +113,11 @@ fn layers_merge_as_umoci_unpacks_them() {
         ("skopeo copy -q oci:layout:app docker-archive:docker.tar:team/app:1", "docker.tar"),
         ("gzip -1 <docker.tar >docker.tgz", "docker.tgz"),
         ("skopeo copy -q oci:layout:app oci-archive:oci.tar:app", "oci.tar"),
+        (
+            "skopeo copy -q --dest-decompress oci:layout:app dir:plain; skopeo copy -q --dest-compress-format zstd dir:plain oci:zstd:app; \
+             grep -q 'layer.v1.tar+zstd' zstd/blobs/sha256/*",
+            "zstd",
+        ),
         ("true", "oci:layout:app"),
         ("true", "docker-archive:docker.tar:team/app:1"),
     ] {

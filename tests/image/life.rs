@@ -93,3 +93,43 @@ fn a_tree_with_everything_survives_two_trips() {
     house.sh("tar --xattrs --xattrs-include='*' --format=pax -C tree -cf a.tar .; mkdir copy; tar --xattrs --xattrs-include='*' -C copy -xf a.tar");
     assert_same(&tree, &house.load("./copy"));
 }
+
+#[test]
+fn images_are_listed_with_their_sizes_and_pruned_with_what_they_took() {
+    let house = House::new();
+    house.sh("mkdir d; head -c 3M /dev/urandom >d/1; tar -C d -cf d.tar .; cp d.tar nameless.tar; head -c 1M /dev/urandom >d/2; tar -C d -cf d.tar .");
+    house.load("d.tar");
+    assert_eq!(
+        house.command(&["run", "--kernel", "./none", "./nameless.tar", "x"]).output().unwrap().status.code(),
+        Some(125)
+    );
+    let list = String::from_utf8(house.husk(&["images"]).stdout).unwrap();
+    let rows: Vec<Vec<&str>> = list.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows[0], ["NAME", "ID", "ADDED", "ROOT", "LAYERS"]);
+    let row = |name: &str| list.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("{name}: {list}"));
+    assert!(row("loaded:latest").contains(" 4.0") && row("nameless.tar>").contains(" 3.0"), "{list}");
+    let json: serde_json::Value = serde_json::from_slice(&house.husk(&["images", "--json"]).stdout).unwrap();
+    let sizes: Vec<u64> = json.as_array().unwrap().iter().map(|image| image["root_bytes"].as_u64().unwrap()).collect();
+    assert!(sizes.iter().all(|size| (3 << 20..5 << 20).contains(size)), "{sizes:?}");
+
+    let said = String::from_utf8(house.husk(&["prune"]).stdout).unwrap();
+    assert!(said.starts_with("1 images, 1 files removed: 3.0"), "{said}");
+    assert!(house.husk(&["rmi", "loaded"]).status.success());
+    assert_eq!(house.husk(&["images", "--quiet"]).stdout, b"");
+    assert_eq!(house.files("roots"), 0);
+}
+
+#[test]
+fn long_work_has_a_bar_on_a_terminal_and_nowhere_else() {
+    let house = House::new();
+    house.sh("mkdir d; head -c 60M /dev/urandom >d/1; tar -C d -cf d.tar .");
+    let husk = env!("CARGO_BIN_EXE_husk");
+    let mut command = std::process::Command::new("script");
+    command.args(["--quiet", "--return", "--command", &format!("{husk} load d.tar --name x"), "/dev/null"]);
+    house.surround(&mut command);
+    let shown = command.env("TERM", "xterm").output().unwrap();
+    let text = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.status.success() && text.contains("MiB/60.") && text.contains("MiB/s"), "{text}");
+    house.sh("rm -r data");
+    assert_eq!(house.husk(&["load", "d.tar"]).stderr, b"");
+}

@@ -1,6 +1,7 @@
 //! The image that the tests run: busybox, a few users, and a configuration that differs from every default.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -51,6 +52,7 @@ fn make_root(root: &Path) {
     fs::write(root.join("etc/passwd"), users).unwrap();
     fs::write(root.join("etc/group"), "root:x:0:\nuser:x:1000:\nwheel:x:10:user\naudio:x:63:user\n").unwrap();
     fs::write(root.join("srv/not-a-program"), "#!/bin/sh\n").unwrap();
+    fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
 }
 
 /// Layer, configuration and manifest into one archive.

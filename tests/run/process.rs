@@ -55,6 +55,36 @@ fn a_process_is_who_and_where_the_user_says() {
 }
 
 #[test]
+fn variables_come_from_files_and_from_here_and_a_name_is_the_machines() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("env");
+    std::fs::write(&file, "# none\nA=from file\n\nHERE\nNOT_HERE\nFROM_IMAGE=file\n").unwrap();
+    let file = file.to_str().unwrap();
+    let words = ["--env-file", file, "-e", "FROM_IMAGE=flag", "-e", "HERE_TOO", "--name", "box", "--rm", archive()];
+    let script = ["sh", "-c", "echo $A,$HERE,$HERE_TOO,${NOT_HERE-unset},$FROM_IMAGE; hostname"];
+    let mut command = husk_run(&guests, &[&words[..], &script].concat());
+    command.env("HERE", "here").env("HERE_TOO", "here too").env_remove("NOT_HERE");
+    assert_eq!(finish(command, Vec::new()).expect(0).text(), "from file,here,here too,unset,flag\nbox\n");
+}
+
+#[test]
+fn a_machine_is_furnished_as_a_container_is() {
+    let script = "for place in /proc /sys /dev /dev/pts /dev/shm /dev/mqueue /sys/fs/cgroup; do
+            grep \" $place \" /proc/mounts | cut -d ' ' -f 2,3; done
+        mkdir /sys/fs/cgroup/x && sh -c 'echo $$ >/sys/fs/cgroup/x/cgroup.procs && cat /proc/self/cgroup'
+        stat -c %a /tmp /dev/shm; stat -f -c %T /; echo x >/dev/null; echo fd >/dev/fd/1; ping -c 1 -q 127.0.0.1 >/dev/null && echo loopback
+        nproc; sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+    let text = shell(&guests!(), &["--cpus", "1.5"], script).expect(0).text();
+    let (rest, memory) = text.trim_end().rsplit_once('\n').unwrap();
+    let expected = "/proc proc\n/sys sysfs\n/dev devtmpfs\n/dev/pts devpts\n/dev/shm tmpfs\n/dev/mqueue mqueue\n/sys/fs/cgroup cgroup2\n\
+        0::/x\n1777\n1777\noverlayfs\nfd\nloopback\n2";
+    assert_eq!(rest, expected);
+    // Of 96 MiB, less what the kernel keeps for itself.
+    assert!((64 << 10..=96 << 10).contains(&memory.parse().unwrap()), "{memory} KiB");
+}
+
+#[test]
 fn limits_and_file_systems_in_memory_are_as_asked_for() {
     let flags = ["--ulimit", "nofile=64:128", "--tmpfs", "/cache:size=1m,mode=1750", "--tmpfs", "/opt/x"];
     let script = "ulimit -n; ulimit -Hn; stat -c %a /cache; df -k /cache | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2

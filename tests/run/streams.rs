@@ -100,6 +100,17 @@ fn a_command_that_reads_no_further_ends_though_there_is_more() {
 }
 
 #[test]
+fn a_stream_that_ends_leaves_the_others_open() {
+    let guests = guests!();
+    // Standard output ends first, and what is read goes on to standard error; then input ends, and words follow.
+    let words = ["-i", archive(), "sh", "-c", "echo first; exec >&-; cat >&2; sleep 1; echo last >&2"];
+    let ended = finish(husk_run(&guests, &words), b"through\n".repeat(10_000));
+    assert_eq!(ended.expect(0).text(), "first\n");
+    assert!(ended.errors.ends_with("through\nlast\n"), "{} bytes", ended.errors.len());
+    assert_eq!(ended.errors.matches("through\n").count(), 10_000);
+}
+
+#[test]
 fn who_writes_to_a_reader_that_left_is_told() {
     let mut child = husk_run(&guests!(), &[archive(), "yes"]).spawn().unwrap();
     drop(child.stdout.take());
