@@ -204,29 +204,29 @@ impl Run {
     /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be prepared,
     /// and that has been said.
     fn find_base(&self, image: &Path) -> Result<Option<Base>> {
-        let (root, defaults, in_use) = match root_file::identify(image) {
+        let (root, defaults, in_use, identity) = match root_file::identify(image) {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
                 bail!("a disk is changed itself: leave --scratch and --keep out")
             }
             Kind::Disk => return Ok(Some(Base::Disk { path: image.to_owned(), readonly: self.read_only })),
-            Kind::Root => (image.to_owned(), Defaults::default(), None),
+            Kind::Root { uuid } => (image.to_owned(), Defaults::default(), None, uuid),
             Kind::Other => {
                 let word =
                     image.to_str().with_context(|| format!("the image's name {} is no text", image.display()))?;
                 let Some(prepared) = prepare::find(word, self.max_size)? else { return Ok(None) };
                 let ImageProcess { entrypoint, cmd, env, working_dir, user, .. } = prepared.process;
                 let defaults = Defaults { entrypoint, cmd, env, working_dir, user };
-                (prepared.root, defaults, Some(prepared.in_use))
+                (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
             }
         };
-        Ok(Some(Base::Image { root, defaults, changes: self.changes()?, in_use }))
+        Ok(Some(Base::Image { root, defaults, changes: self.changes(identity)?, in_use }))
     }
 
-    /// Where the command's changes to the root go.
-    fn changes(&self) -> Result<Changes> {
+    /// Where the command's changes to the root of the image `identity` go.
+    fn changes(&self, identity: [u8; 16]) -> Result<Changes> {
         let size_bytes = self.scratch.unwrap_or(KEPT_DISK_BYTES);
         Ok(match &self.keep {
-            Some(name) => Changes::Disk(Store::open_default()?.kept_disk(name, size_bytes)?),
+            Some(name) => Changes::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
             None if self.scratch.is_some() => Changes::Disk(Store::open_default()?.scratch(size_bytes)?),
             None if self.read_only => Changes::Forbidden,
             None => Changes::Memory,

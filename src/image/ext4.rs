@@ -40,6 +40,14 @@ const BLOCKS_UNUSED: u16 = 0x2;
 /// The inodes are zeroes already: the guest's kernel is not to write them.
 const INODES_ZEROED: u16 = 0x4;
 
+/// The UUID of the file system in `file`.
+pub fn uuid(file: &File) -> Result<[u8; 16]> {
+    const UUID_AT: u64 = 1024 + 0x68;
+    let mut uuid = [0; 16];
+    file.read_exact_at(&mut uuid, UUID_AT)?;
+    Ok(uuid)
+}
+
 /// Makes an empty file system of about `size_bytes` in the empty `file`. `uuid` is its own, `seconds` the time in its inodes.
 pub fn make(file: &File, size_bytes: u64, uuid: [u8; 16], seconds: u32) -> Result<()> {
     ensure!((MIN_BYTES..=MAX_BYTES).contains(&size_bytes), "a disk has 16 MiB to 8 TiB");

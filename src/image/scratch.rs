@@ -42,17 +42,25 @@ impl Store {
     /// A disk of this size that goes when the last one who has it open is gone, however that ends.
     pub fn scratch(&self, size_bytes: u64) -> Result<Scratch> {
         let file = self.nameless_file()?;
-        make(&file, size_bytes)?;
+        let mut uuid = [0; 16];
+        sys::getrandom(&mut uuid).context("ask for randomness")?;
+        make(&file, size_bytes, uuid)?;
         // A file without a name can be opened this way, and then be locked as any disk is.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
         Ok(Scratch { path, _file: Some(file) })
     }
 
-    /// The disk of this name, made with this size if there is none. Who opens it locks it.
-    pub fn kept_disk(&self, name: &str, size_bytes: u64) -> Result<Scratch> {
+    /// The disk of this name, made with this size if there is none. Who opens it locks it. It is of the image `identity`: changes
+    /// to the root of one make no sense over another's.
+    pub fn kept_disk(&self, name: &str, size_bytes: u64, identity: [u8; 16]) -> Result<Scratch> {
         let path = self.kept_path(name)?;
         let found = |path: PathBuf| -> Result<Scratch> {
-            let size = fs::metadata(&path)?.len();
+            let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+            ensure!(
+                ext4::uuid(&file).with_context(|| format!("read {}", path.display()))? == identity,
+                "disk {name} has changes to another image: type another name, or remove it by `husk disks --remove {name}`"
+            );
+            let size = file.metadata()?.len();
             let (has, wanted) = (size >> 20, size_bytes >> 20);
             if has != wanted {
                 log::info!("disk {name} is there already: it has {has} MiB, not {wanted}");
@@ -68,7 +76,7 @@ impl Store {
             return found(path);
         }
         work.file.set_len(0)?;
-        make(&work.file, size_bytes).with_context(|| format!("make disk {name}"))?;
+        make(&work.file, size_bytes, identity).with_context(|| format!("make disk {name}"))?;
         work.keep_as(self, &path)?;
         Ok(Scratch { path, _file: None })
     }
@@ -110,9 +118,7 @@ impl Store {
     }
 }
 
-fn make(file: &File, size_bytes: u64) -> Result<()> {
-    let mut uuid = [0; 16];
-    sys::getrandom(&mut uuid).context("ask for randomness")?;
+fn make(file: &File, size_bytes: u64, uuid: [u8; 16]) -> Result<()> {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
     ext4::make(file, size_bytes, uuid, u32::try_from(now).unwrap_or(u32::MAX))
 }
@@ -140,10 +146,12 @@ mod tests {
     #[test]
     fn a_kept_disk_is_the_same_the_next_time() {
         let (_folder, store) = store();
-        let disk = store.kept_disk("data", 64 << 20).unwrap();
+        let disk = store.kept_disk("data", 64 << 20, [1; 16]).unwrap();
         let inode = fs::metadata(&disk.path).unwrap().ino();
-        let again = store.kept_disk("data", 128 << 20).unwrap();
+        let again = store.kept_disk("data", 128 << 20, [1; 16]).unwrap();
         assert_eq!(fs::metadata(&again.path).unwrap().ino(), inode);
+        let error = store.kept_disk("data", 64 << 20, [2; 16]).unwrap_err().to_string();
+        assert!(error.contains("changes to another image"), "{error}");
         let file = File::open(&disk.path).unwrap();
         file.lock().unwrap();
         assert!(store.kept_disks().unwrap()[0].in_use);
@@ -158,7 +166,7 @@ mod tests {
     fn a_disks_name_is_no_path() {
         let (_folder, store) = store();
         for name in ["", "../x", "a/b", ".x", "-x", "é", &"x".repeat(65)] {
-            assert!(store.kept_disk(name, 64 << 20).is_err(), "{name:?}");
+            assert!(store.kept_disk(name, 64 << 20, [1; 16]).is_err(), "{name:?}");
         }
     }
 }

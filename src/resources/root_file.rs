@@ -11,7 +11,10 @@ pub enum Kind {
     /// A disk: partitions, or a file system that an operating system may write to.
     Disk,
     /// An EROFS image: a root, without a word of what to run.
-    Root,
+    Root {
+        /// What it says of which one it is.
+        uuid: [u8; 16],
+    },
     /// Anything else, or nothing at all.
     Other,
 }
@@ -24,6 +27,7 @@ const DISKS: [(u64, &[u8]); 4] = [
     (0x1_0040, b"_BHRfS_M"), // Btrfs
 ];
 const EROFS: (u64, &[u8]) = (0x400, b"\xe2\xe1\xf5\xe0");
+const EROFS_UUID_AT: u64 = 0x430;
 
 /// Looks at the file at `path`. A qcow2 disk is known by its name only, since a guest may write anything into a raw one.
 pub fn identify(path: &Path) -> Kind {
@@ -41,7 +45,10 @@ pub fn identify(path: &Path) -> Kind {
     };
     let is_qcow2 = path.extension().is_some_and(|extension| extension == "qcow2");
     match () {
-        () if has(EROFS) => Kind::Root,
+        () if has(EROFS) => {
+            let mut uuid = [0; 16];
+            file.read_exact_at(&mut uuid, EROFS_UUID_AT).map_or(Kind::Other, |()| Kind::Root { uuid })
+        }
         () if is_qcow2 || DISKS.into_iter().any(has) => Kind::Disk,
         () => Kind::Other,
     }
@@ -64,7 +71,7 @@ mod tests {
         for (at, magic) in DISKS {
             assert_eq!(of(at as usize, magic), Kind::Disk);
         }
-        assert_eq!(of(EROFS.0 as usize, EROFS.1), Kind::Root);
+        assert_eq!(of(EROFS.0 as usize, EROFS.1), Kind::Root { uuid: [0; 16] });
         assert_eq!(of(257, b"ustar"), Kind::Other);
         std::fs::write(&path, "short").unwrap();
         assert_eq!(identify(&path), Kind::Other);

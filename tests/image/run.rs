@@ -49,6 +49,30 @@ fn an_image_that_cannot_be_prepared_is_told_once() {
     refused(&["0123456789ab"], "there is no image 0123456789ab");
 }
 
+#[test]
+fn a_disk_that_is_kept_is_one_images() {
+    let house = House::new();
+    house.sh("mkdir one two; echo 1 >one/1; echo 2 >two/2");
+    let keep = |name: &str, image: &str| {
+        let output = house.command(&run(&["--keep", name, "--scratch", "64M", image, "x"])).output().unwrap();
+        String::from_utf8(output.stderr).unwrap()
+    };
+    for (name, image, words) in [
+        ("work", "./one", "open kernel ./none"),
+        ("work", "./one", "open kernel ./none"),
+        (
+            "work",
+            "./two",
+            "disk work has changes to another image: type another name, or remove it by `husk disks --remove work`",
+        ),
+        ("more", "./two", "open kernel ./none"),
+    ] {
+        let error = keep(name, image);
+        assert!(error.contains(words), "{name} {image}: {error}");
+    }
+    assert_eq!(house.files("disks"), 2);
+}
+
 /// The process that another one has started, when there is one.
 fn child_of(parent: &Child) -> u32 {
     let path = format!("/proc/{0}/task/{0}/children", parent.id());
