@@ -10,22 +10,27 @@ use crate::image::archive;
 use crate::terminal::Terminal;
 use crate::{PATIENCE, finish, guests, husk_run, husk_under, shell, wait};
 
-/// A multiple of a word's bytes.
-const CHUNK_BYTES: u64 = 1 << 20;
+const CHUNK_BYTES: usize = 1 << 20;
+/// At as many places of the noise a chunk may begin.
+const SHIFTS: usize = 64 << 10;
 
-/// Words that repeat late and compress badly, one by one.
-struct Noise(u64);
+/// Bytes that compress badly, of which every chunk is another part: quick to have, and to compare, where all is emulated.
+struct Noise(Vec<u8>);
 
 impl Noise {
     fn new() -> Noise {
-        Noise(0x9e37_79b9_7f4a_7c15)
+        let mut state = 0x9e37_79b9_7f4a_7c15u64;
+        let next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        };
+        Noise(std::iter::repeat_with(next).take((CHUNK_BYTES + SHIFTS) / 8).flatten().collect())
     }
 
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
+    fn chunk(&self, number: usize) -> &[u8] {
+        &self.0[number * 4099 % SHIFTS..][..CHUNK_BYTES]
     }
 }
 
@@ -35,29 +40,32 @@ fn there_and_back(kernel: &str, len: u64) {
     let mut child = husk_under(&guests, kernel, &["-i", archive(), "cat"]).stdin(Stdio::piped()).spawn().unwrap();
     let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
     let feeder = thread::spawn(move || {
-        let (mut noise, mut left) = (Noise::new(), len);
-        while left > 0 {
-            let chunk: Vec<u8> = (0..CHUNK_BYTES / 8).flat_map(|_| noise.next().to_le_bytes()).collect();
-            let count = left.min(CHUNK_BYTES);
-            stdin.write_all(&chunk[..count as usize])?;
+        let noise = Noise::new();
+        let mut left = len;
+        for number in 0.. {
+            let count = left.min(CHUNK_BYTES as u64);
+            stdin.write_all(&noise.chunk(number)[..count as usize])?;
             left -= count;
+            if left == 0 {
+                break;
+            }
         }
         io::Result::Ok(())
     });
     let (progress, seen) = mpsc::channel();
     let checker = thread::spawn(move || {
-        let (mut noise, mut bytes, mut come) = (Noise::new(), Vec::new(), 0);
-        loop {
+        let (noise, mut bytes, mut come) = (Noise::new(), Vec::new(), 0);
+        for number in 0.. {
             bytes.clear();
-            (&mut stdout).take(CHUNK_BYTES).read_to_end(&mut bytes)?;
-            let same = bytes.chunks(8).all(|word| noise.next().to_le_bytes().starts_with(word));
-            assert!(same, "other bytes come back after {come}");
+            (&mut stdout).take(CHUNK_BYTES as u64).read_to_end(&mut bytes)?;
+            assert!(noise.chunk(number).starts_with(&bytes), "other bytes come back after {come}");
             come += bytes.len() as u64;
             let _ = progress.send(come);
-            if bytes.len() < CHUNK_BYTES as usize {
-                return io::Result::Ok(come);
+            if bytes.len() < CHUNK_BYTES {
+                break;
             }
         }
+        io::Result::Ok(come)
     });
     // As long as something comes, it may take its time.
     while seen.recv_timeout(PATIENCE).is_ok() {}
