@@ -1,27 +1,30 @@
 //! From a device's settings to the bytes a driver reads: the configuration space (virtio 1.2 §2.5).
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Interrupt;
 
 /// A device's configuration bytes. Shared by the device, which may change them, and the transport, which shows them.
-#[derive(Debug)]
 pub struct ConfigSpace {
     writable: Range<usize>,
     fresh: Vec<u8>,
     now: Mutex<Contents>,
 }
 
-#[derive(Debug)]
 struct Contents {
     bytes: Vec<u8>,
     generation: u32,
+    /// Tells the driver of changes, while there is one.
+    listener: Option<Arc<dyn Interrupt>>,
 }
 
 impl ConfigSpace {
     /// A space that starts as `bytes`; the driver may write those in `writable`, which is cut to the space.
     pub fn new(bytes: Vec<u8>, writable: Range<usize>) -> ConfigSpace {
         let writable = writable.start.min(bytes.len())..writable.end.min(bytes.len());
-        ConfigSpace { writable, fresh: bytes.clone(), now: Mutex::new(Contents { bytes, generation: 0 }) }
+        let fresh = bytes.clone();
+        ConfigSpace { writable, fresh, now: Mutex::new(Contents { bytes, generation: 0, listener: None }) }
     }
 
     /// Fills `data` from `offset` on. What lies beyond the end is left as it is.
@@ -41,11 +44,21 @@ impl ConfigSpace {
         }
     }
 
-    /// The device changes its configuration. The transport is then to be told, so that it interrupts the driver.
+    /// The device changes its configuration, from whatever thread: a driver that has said DRIVER_OK is told of it.
     pub fn update(&self, offset: usize, data: &[u8]) {
         let mut contents = self.lock();
         contents.bytes.iter_mut().skip(offset).zip(data).for_each(|(to, from)| *to = *from);
         contents.generation = contents.generation.wrapping_add(1);
+        let listener = contents.listener.clone();
+        drop(contents);
+        if let Some(listener) = listener {
+            listener.config_changed();
+        }
+    }
+
+    /// Whom to tell of the device's changes from now on (virtio 1.2 §3.1.1: nobody before DRIVER_OK).
+    pub fn listen(&self, listener: Option<Arc<dyn Interrupt>>) {
+        self.lock().listener = listener;
     }
 
     /// Counts the device's changes, so that a driver can tell whether two reads belong together.

@@ -184,11 +184,6 @@ impl MmioTransport {
         }
     }
 
-    /// The device changed its configuration: tells the driver.
-    pub fn config_changed(&self) {
-        self.interrupt.config_changed();
-    }
-
     /// The device as its driver knows it. A running device stops for as long as it takes; to be of use together with the
     /// guest's memory, it is paused before and both are saved.
     pub fn save(&self) -> TransportState {

@@ -135,7 +135,14 @@ impl Session {
             }
         }
         self.status |= value & FAILED;
+        self.listen();
         self.start();
+    }
+
+    /// Has the driver told of changes of the configuration, if it runs the device.
+    fn listen(&self) {
+        let runs = self.status & DRIVER_OK != 0;
+        self.config.listen(runs.then(|| self.reports.interrupt().clone()));
     }
 
     fn features_are_acceptable(&self) -> bool {
@@ -212,6 +219,7 @@ impl Session {
         self.queues.clone_from(&state.queues);
         self.config.set_driver_bytes(&state.config);
         self.config.set_generation(state.config_generation);
+        self.listen();
         Ok(())
     }
 
@@ -219,6 +227,7 @@ impl Session {
         self.stop();
         self.reports.set_needs_reset(false);
         self.status = 0;
+        self.listen();
         self.driver_features = 0;
         self.driver_features_beyond = false;
         self.queues.iter_mut().for_each(|queue| *queue = QueueRegisters::new(queue.size_max));

@@ -44,6 +44,11 @@ impl Reports {
         Reports { name: name.to_owned(), needs_reset: AtomicBool::new(false), interrupt, log_rate: Mutex::default() }
     }
 
+    /// The way to the driver.
+    pub fn interrupt(&self) -> &Arc<dyn Interrupt> {
+        &self.interrupt
+    }
+
     /// Whether the device gave up until its driver resets it (DEVICE_NEEDS_RESET, virtio 1.2 §2.1.2).
     pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
