@@ -1,12 +1,14 @@
 //! The guest's memory: reserved when the machine is built, backed by the host page by page as the guest touches it.
 
+use std::io;
+
 use anyhow::{Context, Result};
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionMmap, GuestUsize,
-    MemoryRegionAddress, VolatileSlice,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection,
+    GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
 use crate::machine::layout;
@@ -20,7 +22,7 @@ pub type GuestMemory = GuestRegionCollection<Region>;
 pub struct Region {
     view: GuestRegionMmap<()>,
     // Last, so that it goes after what has its address.
-    _mapping: Mapping,
+    mapping: Mapping,
 }
 
 impl Region {
@@ -32,7 +34,7 @@ impl Region {
         // SAFETY: the address is that of a mapping of this length, which `Region` keeps for as long as the view exists.
         let view = unsafe { builder.with_raw_mmap_pointer(mapping.start()) }.build()?;
         let view = GuestRegionMmap::new(view, GuestAddress(base)).context("guest memory wraps")?;
-        Ok(Region { view, _mapping: mapping })
+        Ok(Region { view, mapping })
     }
 }
 
@@ -79,9 +81,24 @@ pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
     Ok(GuestMemory::from_regions(regions)?)
 }
 
+/// Gives the host back what backs `len_bytes` of guest memory from `address` on, by whole pages; the guest finds zeroes there
+/// when it next looks. What is not memory is left out, so that any range of a guest's may be passed.
+pub fn give_back(memory: &GuestMemory, address: GuestAddress, len_bytes: u64) -> io::Result<()> {
+    let end = address.0.saturating_add(len_bytes);
+    for region in memory.iter() {
+        let base = region.start_addr().0;
+        let (first, last) = (address.0.max(base), end.min(base.saturating_add(region.len())));
+        if first < last {
+            // Both fit: the region is mapped.
+            region.mapping.give_back((first - base) as usize, (last - first) as usize)?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::Bytes;
 
     use super::*;
 
@@ -102,5 +119,55 @@ mod tests {
         memory.write_obj(7_u8, GuestAddress((33 << 20) - 1)).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress((33 << 20) - 1)).unwrap(), 7);
         assert!(memory.read_obj::<u8>(GuestAddress(33 << 20)).is_err());
+    }
+
+    /// How many of the host's pages back the first `pages` of guest memory.
+    fn backed(memory: &GuestMemory, pages: u64) -> usize {
+        let is_backed = |page: &u64| {
+            // Only a page that was given back reads as zeroes.
+            memory.read_obj::<u8>(GuestAddress(page * 4096)).unwrap() != 0
+        };
+        (0..pages).filter(is_backed).count()
+    }
+
+    #[test]
+    fn what_is_given_back_is_whole_pages_and_reads_as_zeroes() {
+        let memory = reserve(1).unwrap();
+        for page in 0..16 {
+            memory.write_obj(1_u8, GuestAddress(page * 4096)).unwrap();
+        }
+        give_back(&memory, GuestAddress(4096), 2 * 4096).unwrap();
+        assert_eq!(backed(&memory, 16), 14);
+        // Parts of pages stay.
+        give_back(&memory, GuestAddress(4 * 4096 + 1), 4095).unwrap();
+        give_back(&memory, GuestAddress(4 * 4096), 4095).unwrap();
+        give_back(&memory, GuestAddress(4 * 4096 + 1), 2 * 4096 - 2).unwrap();
+        assert_eq!(backed(&memory, 16), 14);
+        give_back(&memory, GuestAddress(4 * 4096 + 1), 2 * 4096 - 1).unwrap();
+        assert_eq!(backed(&memory, 16), 13);
+    }
+
+    #[test]
+    fn what_is_no_memory_is_not_given_back() {
+        let memory = reserve(1).unwrap();
+        memory.write_obj(1_u8, GuestAddress((1 << 20) - 4096)).unwrap();
+        for (address, len_bytes) in
+            [(1 << 20, 4096), (u64::MAX, u64::MAX), (u64::MAX - 4095, 4096), (0, 0), (1 << 19, 0)]
+        {
+            give_back(&memory, GuestAddress(address), len_bytes).unwrap();
+        }
+        assert_eq!(memory.read_obj::<u8>(GuestAddress((1 << 20) - 4096)).unwrap(), 1);
+        give_back(&memory, GuestAddress((1 << 20) - 4096), u64::MAX).unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress((1 << 20) - 4096)).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_range_across_the_hole_is_given_back_on_both_sides() {
+        const HOLE: (u64, u64) = (layout::MMIO_HOLE_START, layout::MMIO_HOLE_END);
+        let memory = reserve(3073).unwrap();
+        let places = [HOLE.0 - 8192, HOLE.0 - 4096, HOLE.1, HOLE.1 + 4096].map(GuestAddress);
+        places.iter().for_each(|place| memory.write_obj(1_u8, *place).unwrap());
+        give_back(&memory, places[1], HOLE.1 + 4096 - places[1].0).unwrap();
+        assert_eq!(places.map(|place| memory.read_obj::<u8>(place).unwrap()), [1, 0, 0, 1]);
     }
 }

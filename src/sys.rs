@@ -4,6 +4,7 @@
 pub mod disk;
 pub mod mapping;
 pub mod socket;
+pub mod timer;
 pub mod xattr;
 
 use std::ffi::CStr;

@@ -41,6 +41,24 @@ impl Mapping {
         Ok(Mapping { start, len_bytes })
     }
 
+    /// Gives the host back what backs `len_bytes` from `offset_bytes` on; it reads as zeroes when it is next touched
+    /// (madvise(2), MADV_DONTNEED). The start is rounded up and the end down to whole pages of the host's, and what is not
+    /// in the mapping is left out.
+    pub fn give_back(&self, offset_bytes: usize, len_bytes: usize) -> io::Result<()> {
+        let page_bytes = page_bytes();
+        let end = offset_bytes.saturating_add(len_bytes).min(self.len_bytes) / page_bytes * page_bytes;
+        let Some(start) = offset_bytes.checked_next_multiple_of(page_bytes).filter(|start| *start < end) else {
+            return Ok(());
+        };
+        let at = self.start().wrapping_byte_add(start);
+        // SAFETY: the range lies in this mapping. It is memory of a guest's, which changes it at any time: Rust has no
+        // references to it, and who reads there has to bear whatever is found.
+        match unsafe { libc::madvise(at.cast(), end - start, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Its first byte. Whoever uses it keeps the mapping for as long.
     pub fn start(&self) -> *mut u8 {
         self.start.as_ptr()
@@ -51,6 +69,14 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         unmap(self.start().cast(), self.len_bytes);
     }
+}
+
+/// The size of the host's pages.
+fn page_bytes() -> usize {
+    // SAFETY: sysconf reads and writes no memory of ours.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    // It is part of POSIX, so that it is always known.
+    usize::try_from(size).ok().filter(|size| *size > 0).unwrap_or(4096)
 }
 
 /// Unmaps a part of a mapping that this file made and that nobody uses any more.
