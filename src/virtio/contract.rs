@@ -10,7 +10,7 @@ use super::mmio::register::*;
 use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, logged, wait_for};
 use super::{
     Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Left, QueueHandler, RingError, TransportState, VirtioDevice,
-    Virtqueue, block, rng, vsock,
+    Virtqueue, balloon, block, rng, vsock,
 };
 use crate::backend::disk::PlainDisk;
 use crate::bus::Device;
@@ -167,6 +167,11 @@ fn the_socket_device_keeps_the_contract() {
         let _ = std::fs::remove_file(&socket);
         vsock::device(resources::vsock::open(&VsockConfig { socket, cid: 3 }).unwrap()).unwrap()
     });
+}
+
+#[test]
+fn the_balloon_keeps_the_contract() {
+    contract(|| balloon::device(64, 64, true).unwrap().0);
 }
 
 /// A device that holds on to what it is given until it is drained, or until it is told by a turn with `release` set.

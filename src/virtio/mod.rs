@@ -6,6 +6,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub mod balloon;
 pub mod block;
 pub mod block_request;
 pub mod config_space;

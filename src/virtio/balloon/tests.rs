@@ -1,0 +1,288 @@
+//! The balloon as a guest and its host see it.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::*;
+use crate::memory::GuestMemory;
+use crate::virtio::mmio::register::{CONFIG, CONFIG_GENERATION, INTERRUPT_ACK, INTERRUPT_STATUS, STATUS};
+use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, logged, wait_for};
+
+const INFLATE: u32 = 0;
+const DEFLATE: u32 = 1;
+const STATISTICS: u32 = 2;
+/// As the specification counts; Linux up to 6.10 takes the one before.
+const REPORTING: u32 = 4;
+/// A machine of more memory than the driver's, which has 4 MiB, so that there is something to give up.
+const MEMORY_MIB: u64 = 512;
+/// Where there is nothing but pages to give back: the third MiB.
+const PAGES: u64 = 2 << 20;
+
+struct Bench {
+    driver: Driver,
+    control: Control,
+}
+
+fn made(target_mib: u64) -> (VirtioDevice, Control) {
+    device(MEMORY_MIB, target_mib, false).unwrap()
+}
+
+fn bench_with(features: u64) -> Bench {
+    let (device, control) = made(MEMORY_MIB);
+    let mut driver = Driver::new(device);
+    driver.start_with(features);
+    Bench { driver, control }
+}
+
+fn bench() -> Bench {
+    bench_with(!0)
+}
+
+impl Bench {
+    /// Sends page numbers.
+    fn send(&mut self, queue: u32, pages: &[u32]) {
+        let bytes: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+        self.driver.memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
+        assert_eq!(self.driver.transact(queue, &[(BUFFERS, bytes.len() as u32, 0)]), 0);
+    }
+
+    /// Puts something into each of the pages from [`PAGES`] on.
+    fn touch(&self, count: u64) {
+        (0..count)
+            .for_each(|page| self.driver.memory.write_obj(1_u8, GuestAddress(PAGES + page * PAGE_BYTES)).unwrap());
+    }
+
+    /// Which of these pages still have what was put there.
+    fn kept(&self, count: u64) -> Vec<u64> {
+        let has = |page: &u64| self.driver.memory.read_obj::<u8>(GuestAddress(PAGES + page * PAGE_BYTES)).unwrap() != 0;
+        (0..count).filter(has).collect()
+    }
+
+    /// Offers a buffer with statistics, as long as this says.
+    fn offer_statistics(&mut self, entries: &[(u16, u64)], len: u32) -> u16 {
+        let bytes: Vec<u8> =
+            entries.iter().flat_map(|(tag, value)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()).collect();
+        self.driver.memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
+        let head = self.driver.chain(STATISTICS, &[(BUFFERS, len, 0)]);
+        self.driver.offer(STATISTICS, head);
+        self.driver.notify(STATISTICS);
+        head
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        self.control.statistics().and_then(|statistics| statistics.free_bytes)
+    }
+}
+
+/// The page number of the one that is `index` pages from [`PAGES`] on.
+fn number(index: u32) -> u32 {
+    (PAGES / PAGE_BYTES) as u32 + index
+}
+
+#[test]
+fn pages_in_the_balloon_go_back_to_the_host_and_others_stay() {
+    let mut bench = bench();
+    bench.touch(8);
+    bench.send(INFLATE, &[number(5), number(1), number(2), number(1)]);
+    assert_eq!(bench.kept(8), [0, 3, 4, 6, 7]);
+    assert_eq!(bench.control.returned_bytes(), 3 * PAGE_BYTES);
+    // Taken back: the guest finds zeroes there and may use them.
+    bench.send(DEFLATE, &[number(1)]);
+    bench.touch(2);
+    assert_eq!(bench.kept(3), [0, 1]);
+}
+
+#[test]
+fn page_numbers_of_no_page_are_passed_over() {
+    let mut bench = bench();
+    bench.touch(4);
+    bench.send(INFLATE, &[u32::MAX, u32::MAX - 1, number(1), (4 << 20) / PAGE_BYTES as u32]);
+    assert_eq!(bench.kept(4), [0, 2, 3]);
+    // A request that is no memory, or ends amid a number.
+    for parts in [&[(1 << 40, 8, 0)][..], &[(u64::MAX - 3, 8, 0)], &[(BUFFERS, 3, 0)], &[(BUFFERS, 8, WRITE)], &[]] {
+        if !parts.is_empty() {
+            bench.driver.transact(INFLATE, parts);
+        }
+    }
+    assert_eq!((bench.kept(4).len(), bench.driver.read(STATUS)), (3, 15));
+}
+
+#[test]
+fn a_number_may_be_split_between_buffers() {
+    let mut bench = bench();
+    bench.touch(3);
+    bench.driver.memory.write_obj([number(1), number(2)], GuestAddress(BUFFERS)).unwrap();
+    let parts = [(BUFFERS, 3, 0), (BUFFERS + 3, 2, 0), (BUFFERS + 5, 3, 0)];
+    bench.driver.transact(INFLATE, &parts);
+    assert_eq!(bench.kept(3), [0]);
+}
+
+#[test]
+fn a_request_for_more_pages_than_one_may_have_is_cut() {
+    let mut bench = bench();
+    // All of memory, many times over: it ends, and the stop event is seen soon.
+    for _ in 0..20 {
+        let head = bench.driver.chain(INFLATE, &[(0, u32::MAX, 0); 3]);
+        bench.driver.offer(INFLATE, head);
+    }
+    bench.driver.notify(INFLATE);
+    bench.driver.transport.pause();
+    assert!(bench.control.returned_bytes() <= 20 * REQUEST_PAGES_MAX * PAGE_BYTES);
+}
+
+#[test]
+fn reported_memory_goes_back_by_whole_pages_on_whichever_queue_a_driver_has_for_it() {
+    for (features, queue) in [(!0, REPORTING), (!0, REPORTING - 1), (!F_STATS_VQ, 2), (!F_STATS_VQ, REPORTING)] {
+        let mut bench = bench_with(features);
+        bench.touch(8);
+        let parts =
+            [(PAGES + PAGE_BYTES, 8192, WRITE), (PAGES + 4 * PAGE_BYTES + 1, 4096, WRITE), (1 << 40, 4096, WRITE)];
+        assert_eq!(bench.driver.transact(queue, &parts), 0);
+        assert_eq!(bench.kept(8), [0, 3, 4, 5, 6, 7]);
+        // What a driver lends to be read it wants to keep.
+        bench.driver.transact(queue, &[(PAGES, 8192, 0)]);
+        assert_eq!(bench.kept(1), [0]);
+    }
+}
+
+#[test]
+fn a_report_of_everything_there_is_is_cut_and_ends() {
+    let mut bench = bench();
+    for _ in 0..20 {
+        let head = bench.driver.chain(REPORTING, &[(BUFFERS, u32::MAX, WRITE); 3]);
+        bench.driver.offer(REPORTING, head);
+    }
+    bench.driver.notify(REPORTING);
+    bench.driver.transport.pause();
+    assert!(bench.control.returned_bytes() <= 20 * REPORT_BYTES_MAX);
+}
+
+#[test]
+fn queues_whose_feature_was_not_accepted_do_nothing() {
+    let mut bench = bench_with(0);
+    bench.touch(2);
+    for queue in STATISTICS..=REPORTING {
+        let head = bench.driver.chain(queue, &[(PAGES, 8192, WRITE)]);
+        bench.driver.offer(queue, head);
+        bench.driver.notify(queue);
+    }
+    bench.driver.transport.pause();
+    assert_eq!(
+        (bench.kept(2).len(), bench.driver.used_index(STATISTICS), bench.driver.used_index(REPORTING)),
+        (2, 0, 0)
+    );
+}
+
+#[test]
+fn a_target_is_pages_in_the_configuration_and_an_interrupt() {
+    let (device, control) = made(MEMORY_MIB - 128);
+    let mut driver = Driver::new(device);
+    assert_eq!((driver.read(CONFIG), control.target_mib(), control.present_mib()), (128 * 256, 384, MEMORY_MIB));
+    // Nobody is told before there is a driver.
+    control.set_target_mib(MEMORY_MIB).unwrap();
+    assert_eq!((driver.read(INTERRUPT_STATUS), driver.read(CONFIG)), (0, 0));
+    driver.start();
+    let generation = driver.read(CONFIG_GENERATION);
+    control.set_target_mib(256).unwrap();
+    assert_eq!((driver.read(INTERRUPT_STATUS), driver.read(CONFIG)), (2, 256 * 256));
+    assert_ne!(driver.read(CONFIG_GENERATION), generation);
+    driver.write(INTERRUPT_ACK, 2);
+    // The driver says how far it is; what it says beyond all memory is all memory.
+    driver.write(CONFIG + 4, 100 * 256);
+    assert_eq!((control.present_mib(), control.target_mib()), (MEMORY_MIB - 100, 256));
+    driver.write(CONFIG + 4, u32::MAX);
+    assert_eq!(control.present_mib(), 0);
+    for wrong in [0, MIN_MEMORY_MIB - 1, MEMORY_MIB + 1, u64::MAX] {
+        let error = control.set_target_mib(wrong).unwrap_err().to_string();
+        assert_eq!(error, format!("{wrong} MiB of memory: this machine can have 32 to 512 MiB"));
+    }
+    assert_eq!((driver.read(INTERRUPT_STATUS), control.target_mib()), (0, 256));
+    // A reset empties the balloon, and leaves the target.
+    driver.write(STATUS, 0);
+    control.set_target_mib(300).unwrap();
+    assert_eq!((control.present_mib(), driver.read(CONFIG), driver.read(INTERRUPT_STATUS)), (512, 212 * 256, 0));
+}
+
+#[test]
+fn statistics_come_when_they_are_asked_for() {
+    let mut bench = bench();
+    assert_eq!(bench.control.statistics(), None);
+    // The first come by themselves.
+    let head = bench.offer_statistics(&[(4, 100), (5, 1000), (77, 1)], 30);
+    wait_for(|| bench.free_bytes() == Some(100));
+    assert_eq!(bench.control.statistics().unwrap().total_bytes, Some(1000));
+    assert_eq!(bench.driver.used_index(STATISTICS), 0, "it waits until new ones are wanted");
+    for round in 0..5 {
+        bench.control.ask_for_statistics();
+        assert_eq!(bench.driver.used(STATISTICS), ((head + round) % 16, 0));
+        bench.offer_statistics(&[(4, 200 + u64::from(round))], 10);
+        wait_for(|| bench.free_bytes() == Some(200 + u64::from(round)));
+    }
+}
+
+#[test]
+fn statistics_of_any_length_are_survived() {
+    for len in [0, 1, 9, 11, 4095, 1 << 20, u32::MAX] {
+        let mut bench = bench();
+        bench.offer_statistics(&[(4, 100)], len);
+        bench.control.ask_for_statistics();
+        bench.driver.used(STATISTICS);
+        bench.offer_statistics(&[(4, 300)], 10);
+        wait_for(|| bench.free_bytes() == Some(300));
+        assert_eq!(bench.driver.read(STATUS), 15, "{len}");
+    }
+    let mut bench = bench();
+    bench.offer_statistics(&[(4, 100)], 11);
+    wait_for(|| !logged("virtio-balloon: statistics of 11 bytes").is_empty());
+}
+
+#[test]
+fn a_saved_balloon_is_as_full_as_before_and_goes_on() {
+    let mut bench = bench();
+    bench.touch(4);
+    bench.send(INFLATE, &[number(1)]);
+    bench.driver.write(CONFIG + 4, 1);
+    let head = bench.offer_statistics(&[(4, 100)], 10);
+    wait_for(|| bench.free_bytes() == Some(100));
+    bench.driver.transport.pause();
+    // As a machine that was started anew for it, with a target of its own.
+    let (device, control) = made(MEMORY_MIB);
+    let mut bench = Bench { driver: bench.driver.moved_to(device), control };
+    bench.driver.transport.resume();
+    assert_eq!(bench.driver.read(CONFIG + 4), 1);
+    // The buffer that was lent before is still known.
+    wait_for(|| bench.free_bytes() == Some(100));
+    bench.control.ask_for_statistics();
+    assert_eq!(bench.driver.used(STATISTICS), (head, 0));
+    bench.send(INFLATE, &[number(2)]);
+    bench.send(DEFLATE, &[number(1), number(2)]);
+    assert_eq!(bench.kept(4), [0, 3]);
+    // The driver is there, and is told.
+    bench.driver.write(INTERRUPT_ACK, 3);
+    bench.control.set_target_mib(64).unwrap();
+    assert_eq!(bench.driver.read(INTERRUPT_STATUS) & 2, 2);
+}
+
+#[test]
+fn what_is_given_back_takes_no_memory_of_the_hosts() {
+    // MiB 3 of 4; nothing else in this process is mapped there.
+    let mut bench = bench();
+    bench.touch(256);
+    let resident = |memory: &GuestMemory| {
+        let region = memory.iter().next().unwrap();
+        let start = region.get_host_address(MemoryRegionAddress(PAGES)).unwrap() as u64;
+        resident_pages(start, 256)
+    };
+    // Huge pages may have come with it.
+    assert!(resident(&bench.driver.memory) >= 256);
+    bench.driver.transact(REPORTING, &[(PAGES, 1 << 20, WRITE)]);
+    assert_eq!(resident(&bench.driver.memory), 0);
+}
+
+/// How many of the pages at `start` are backed by memory (/proc/self/pagemap, bit 63 of each entry).
+fn resident_pages(start: u64, count: u64) -> usize {
+    use std::os::unix::fs::FileExt;
+    let mut entries = vec![0; 8 * count as usize];
+    let map = std::fs::File::open("/proc/self/pagemap").unwrap();
+    map.read_exact_at(&mut entries, start / PAGE_BYTES * 8).unwrap();
+    entries.as_chunks::<8>().0.iter().filter(|entry| u64::from_le_bytes(**entry) >> 63 == 1).count()
+}
