@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::rate::Rate;
 use crate::boot::default_cmdline;
 use crate::machine::layout;
 use crate::sys::socket;
@@ -16,7 +17,7 @@ pub const MAX_MEMORY_MIB: u64 = 4 << 20;
 pub const MAX_CPUS: u32 = 32;
 /// The smallest share of a processor: the host gives out time in milliseconds, ten times a second.
 pub const MIN_CPU_LIMIT_MILLICPUS: u32 = 10;
-/// Largest number of virtio devices beside the random-number device: its disks, and its sockets if it has them.
+/// Largest number of virtio devices beside the random-number device: its disks, and its sockets and its balloon if it has them.
 pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
 /// The guest's address where none is given (virtio 1.2 §5.10.4: 0 to 2 have meanings of their own).
 pub const DEFAULT_CID: u32 = 3;
@@ -45,8 +46,14 @@ pub struct MachineConfig {
     /// Thousandths of a processor of the host's that the whole machine may use; all that it can get if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_limit_millicpus: Option<u32>,
-    /// Guest memory in MiB.
+    /// Guest memory in MiB, as much as it can ever have.
     pub memory_mib: u64,
+    /// What the guest is to have of it, in MiB; all of it if not given. It needs the balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_target_mib: Option<u64>,
+    /// Whether there is a balloon: the guest gives back memory that it does not use, and its memory can be changed while
+    /// it runs.
+    pub balloon: bool,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
     /// Sockets between the guest and the host, if it is to have them.
@@ -64,6 +71,8 @@ impl Default for MachineConfig {
             cpus: 1,
             cpu_limit_millicpus: None,
             memory_mib: 512,
+            memory_target_mib: None,
+            balloon: true,
             disks: Vec::new(),
             vsock: None,
         }
@@ -85,6 +94,9 @@ pub struct DiskConfig {
     /// What is in the file, where its name does not say it: see [`DiskConfig::format`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
+    /// What the guest may read and write in a second.
+    #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
+    pub rate: Rate,
 }
 
 /// What is in a disk's file.
@@ -153,12 +165,23 @@ pub enum Invalid {
     /// More memory than a machine can have.
     #[error("{0} MiB of memory: a guest has at most {MAX_MEMORY_MIB} MiB, type --memory 4T or less")]
     TooMuchMemory(u64),
+    /// A part of the guest's memory that it cannot do with, or that is no part of it.
+    #[error(
+        "{0} MiB of at most {1} MiB of memory: type --memory with {MIN_MEMORY_MIB}M or more, and no more than --memory-max"
+    )]
+    MemoryTarget(u64, u64),
+    /// A part of memory, and nothing by which the rest could be kept from the guest.
+    #[error("a machine without a balloon has all of its memory: leave --no-balloon out, or --memory-max")]
+    NoBalloon,
     /// Too many disks.
     #[error("{0} disks: this machine takes at most {1}")]
     TooManyDisks(usize, usize),
     /// A disk without a path.
     #[error("disk {0} has no path: type --disk PATH[,ro][,id=NAME][,format=raw|qcow2]")]
     NoDiskPath(usize),
+    /// A limit of nothing, or a burst without a limit.
+    #[error("disk {0}: limits and bursts are 1 or more, and a burst needs its limit: bps, bps-burst, iops, iops-burst")]
+    DiskRate(usize),
     /// A serial number that does not fit its field, or would not be read back as it was given.
     #[error("disk id {0:?}: type 1 to {MAX_DISK_ID_BYTES} letters, digits or signs without spaces")]
     DiskId(String),
@@ -208,6 +231,7 @@ impl MachineConfig {
             MIN_MEMORY_MIB..=MAX_MEMORY_MIB => {}
             _ => return Err(Invalid::TooMuchMemory(self.memory_mib)),
         }
+        self.validate_memory_target()?;
         self.validate_cmdline()?;
         self.validate_disks()?;
         self.validate_vsock()
@@ -222,6 +246,14 @@ impl MachineConfig {
         if self.cmdline.is_empty() { own } else { format!("{own} {}", self.cmdline) }
     }
 
+    fn validate_memory_target(&self) -> Result<(), Invalid> {
+        let Some(target_mib) = self.memory_target_mib else { return Ok(()) };
+        if !(MIN_MEMORY_MIB..=self.memory_mib).contains(&target_mib) {
+            return Err(Invalid::MemoryTarget(target_mib, self.memory_mib));
+        }
+        if self.balloon { Ok(()) } else { Err(Invalid::NoBalloon) }
+    }
+
     fn validate_cmdline(&self) -> Result<(), Invalid> {
         if let Some(character) = self.cmdline.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ')) {
             return Err(Invalid::CmdlineCharacter(character));
@@ -234,13 +266,16 @@ impl MachineConfig {
     }
 
     fn validate_disks(&self) -> Result<(), Invalid> {
-        let disks_max = MAX_DEVICES - usize::from(self.vsock.is_some());
+        let disks_max = MAX_DEVICES - usize::from(self.vsock.is_some()) - usize::from(self.balloon);
         if self.disks.len() > disks_max {
             return Err(Invalid::TooManyDisks(self.disks.len(), disks_max));
         }
         for (index, disk) in self.disks.iter().enumerate() {
             if disk.path.as_os_str().is_empty() {
                 return Err(Invalid::NoDiskPath(index + 1));
+            }
+            if !disk.rate.makes_sense() {
+                return Err(Invalid::DiskRate(index + 1));
             }
             let Some(id) = &disk.id else { continue };
             let printable = id.bytes().all(|byte| byte.is_ascii_graphic());
@@ -275,7 +310,8 @@ mod tests {
     }
 
     fn disk(id: Option<&str>) -> DiskConfig {
-        DiskConfig { path: "disk.img".into(), readonly: false, id: id.map(str::to_owned), format: None }
+        let id = id.map(str::to_owned);
+        DiskConfig { path: "disk.img".into(), readonly: false, id, format: None, rate: Rate::default() }
     }
 
     #[test]
@@ -304,10 +340,30 @@ mod tests {
         assert_eq!(with(|c| c.memory_mib = 31), Err(Invalid::TooLittleMemory(31)));
         assert_eq!(with(|c| c.memory_mib = 4 << 20), Ok(()));
         assert_eq!(with(|c| c.memory_mib = u64::MAX), Err(Invalid::TooMuchMemory(u64::MAX)));
-        assert_eq!(with(|c| c.disks = vec![disk(None); 17]), Ok(()));
-        assert_eq!(with(|c| c.disks = vec![disk(None); 18]), Err(Invalid::TooManyDisks(18, 17)));
+        assert_eq!(with(|c| c.disks = vec![disk(None); 16]), Ok(()));
+        assert_eq!(with(|c| c.disks = vec![disk(None); 17]), Err(Invalid::TooManyDisks(17, 16)));
         assert_eq!(with(|c| c.kernel = PathBuf::new()), Err(Invalid::NoKernel));
         assert_eq!(with(|c| c.initrd = Some(PathBuf::new())), Err(Invalid::NoInitrd));
+    }
+
+    #[test]
+    fn a_target_is_a_part_of_memory_and_needs_a_balloon() {
+        let with = |target, balloon| MachineConfig { memory_target_mib: Some(target), balloon, ..config() }.validate();
+        assert_eq!((with(32, true), with(512, true)), (Ok(()), Ok(())));
+        assert_eq!(with(31, true), Err(Invalid::MemoryTarget(31, 512)));
+        assert_eq!(with(513, true), Err(Invalid::MemoryTarget(513, 512)));
+        assert_eq!(with(256, false), Err(Invalid::NoBalloon));
+        assert_eq!(MachineConfig { balloon: false, ..config() }.validate(), Ok(()));
+    }
+
+    #[test]
+    fn a_disk_is_limited_to_something() {
+        let with = |bytes_per_second, burst_bytes| {
+            let rate = Rate { bytes_per_second, burst_bytes, ..Rate::default() };
+            MachineConfig { disks: vec![disk(None), DiskConfig { rate, ..disk(None) }], ..config() }.validate()
+        };
+        assert_eq!((with(None, None), with(Some(1), Some(1))), (Ok(()), Ok(())));
+        assert_eq!((with(Some(0), None), with(None, Some(1))), (Err(Invalid::DiskRate(2)), Err(Invalid::DiskRate(2))));
     }
 
     #[test]
@@ -369,14 +425,16 @@ mod tests {
         assert_eq!(with("", 3), Err(Invalid::VsockPath(0)));
         assert_eq!(with(&"x".repeat(97), 3), Err(Invalid::VsockPath(97)));
         let vsock = Some(VsockConfig { socket: "v.sock".into(), cid: 3 });
-        let full = MachineConfig { vsock, disks: vec![disk(None); 17], ..config() };
-        assert_eq!(full.validate(), Err(Invalid::TooManyDisks(17, 16)));
+        let full = MachineConfig { vsock, disks: vec![disk(None); 16], ..config() };
+        assert_eq!(full.validate(), Err(Invalid::TooManyDisks(16, 15)));
+        assert_eq!(MachineConfig { balloon: false, ..full.clone() }.validate(), Ok(()));
         let json = r#"{"kernel": "vmlinux", "vsock": {"socket": "v.sock"}}"#;
         assert_eq!(MachineConfig::from_json(json).unwrap().vsock, full.vsock);
     }
 
     #[test]
     fn json_gives_back_the_machine_it_was_made_from() {
+        let rate = Rate { bytes_per_second: Some(1 << 20), burst_bytes: Some(1), ..Rate::default() };
         let full = MachineConfig {
             initrd: Some("initrd.cpio".into()),
             cmdline: "quiet \"a b\"".into(),
@@ -384,7 +442,12 @@ mod tests {
             cpus: 4,
             cpu_limit_millicpus: Some(3500),
             memory_mib: 6144,
-            disks: vec![disk(Some("root")), DiskConfig { readonly: true, format: Some(Format::Qcow2), ..disk(None) }],
+            memory_target_mib: Some(1024),
+            balloon: false,
+            disks: vec![
+                disk(Some("root")),
+                DiskConfig { readonly: true, format: Some(Format::Qcow2), rate, ..disk(None) },
+            ],
             vsock: Some(VsockConfig { socket: "v.sock".into(), cid: 7 }),
             ..config()
         };

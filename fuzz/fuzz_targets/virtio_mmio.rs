@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use husk::backend::disk::PlainDisk;
+use husk::backend::rate::Rate;
 use husk::bus::Device;
 use husk::irq::IrqLine;
 use husk::memory::{self, GuestMemory};
@@ -45,7 +46,8 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
 fn transport(memory: &GuestMemory, file: &File) -> MmioTransport {
     let disk = PlainDisk::new(file.try_clone().expect("a descriptor can be had"), false);
     let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false };
-    let device = block::device_on(Box::new(disk), shape, "fuzz", "fuzz");
+    let device = block::device_on(Box::new(disk), shape, "fuzz", "fuzz", Rate::default());
+    let (device, _) = device.expect("a descriptor can be had");
     let irq = IrqLine::new(6).expect("a descriptor can be had");
     MmioTransport::new(device, memory.clone(), irq).expect("a thread can be had")
 }

@@ -1,2 +1,3 @@
 //! The host side of devices.
 pub mod disk;
+pub mod rate;

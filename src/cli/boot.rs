@@ -12,6 +12,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
 use super::size;
+use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
@@ -70,9 +71,11 @@ pub struct Boot {
     /// Disk image or block device; may be given several times, the first is /dev/vda
     ///
     /// `ro` lets the guest only read, `id=NAME` is the serial number it reads (/dev/disk/by-id/virtio-NAME). The format is
-    /// raw, or qcow2 where the name ends in .qcow2; `format=` says otherwise. The first comma ends the path: a path with a
-    /// comma in it goes into a configuration file.
-    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME][,format=raw|qcow2]", value_parser = PathBufValueParser::new().try_map(disk))]
+    /// raw, or qcow2 where the name ends in .qcow2; `format=` says otherwise. `bps=10M` and `iops=500` limit the bytes and the
+    /// requests of a second, reads and writes together; after a pause a tenth of a second's may pass at once, or as much as
+    /// `bps-burst=` and `iops-burst=` say. The first comma ends the path: a path with a comma in it goes into a configuration
+    /// file.
+    #[arg(long = "disk", value_name = "PATH[,OPTION...]", value_parser = PathBufValueParser::new().try_map(disk))]
     disks: Vec<DiskConfig>,
 
     /// Sockets between guest and host: connections to the guest are made at the Unix socket PATH
@@ -166,20 +169,30 @@ pub fn report(outcome: &Outcome) -> Exit {
     exit
 }
 
-/// Parses `PATH[,ro][,id=NAME][,format=raw|qcow2]`; the path may be any bytes but a comma.
+/// Parses `PATH[,OPTION]...`; the path may be any bytes but a comma.
 fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
     let mut parts = argument.as_os_str().as_bytes().split(|&byte| byte == b',');
     let path = parts.next().unwrap_or_default().to_vec();
     let path = std::ffi::OsString::from_vec(path).into();
-    let mut disk = DiskConfig { path, readonly: false, id: None, format: None };
+    let mut disk = DiskConfig { path, readonly: false, id: None, format: None, rate: Rate::default() };
     for option in parts {
         let option = String::from_utf8_lossy(option);
-        match (&*option, option.strip_prefix("id=")) {
-            ("ro", _) => disk.readonly = true,
-            ("format=raw", _) => disk.format = Some(Format::Raw),
-            ("format=qcow2", _) => disk.format = Some(Format::Qcow2),
-            (_, Some(id)) => disk.id = Some(id.to_owned()),
-            _ => return Err(format!("unknown option {option:?}, type ro, id=NAME, format=raw or format=qcow2")),
+        let unknown = || {
+            format!(
+                "unknown option {option:?}, type ro, id=NAME, format=raw, format=qcow2, bps=SIZE, bps-burst=SIZE, iops=N or \
+                 iops-burst=N"
+            )
+        };
+        match option.split_once('=').unwrap_or((&option, "")) {
+            ("ro", "") => disk.readonly = true,
+            ("format", "raw") => disk.format = Some(Format::Raw),
+            ("format", "qcow2") => disk.format = Some(Format::Qcow2),
+            ("id", id) => disk.id = Some(id.to_owned()),
+            ("bps", text) => disk.rate.bytes_per_second = Some(size::bytes(text)?),
+            ("bps-burst", text) => disk.rate.burst_bytes = Some(size::bytes(text)?),
+            ("iops", text) => disk.rate.ops_per_second = Some(text.parse().map_err(|_| unknown())?),
+            ("iops-burst", text) => disk.rate.burst_ops = Some(text.parse().map_err(|_| unknown())?),
+            _ => return Err(unknown()),
         }
     }
     Ok(disk)
@@ -241,14 +254,21 @@ mod tests {
     fn a_disk_is_a_path_and_options() {
         let id = |text: &str| Some(text.to_owned());
         let path = PathBuf::from("/x y.img");
-        let plain = DiskConfig { path, readonly: false, id: None, format: None };
+        let plain = DiskConfig { path, readonly: false, id: None, format: None, rate: Rate::default() };
         assert_eq!(disk("/x y.img".into()), Ok(plain.clone()));
         assert_eq!(disk("/x y.img,id=a,ro".into()), Ok(DiskConfig { readonly: true, id: id("a"), ..plain.clone() }));
         for (text, format) in [("raw", Format::Raw), ("qcow2", Format::Qcow2)] {
             let wanted = DiskConfig { format: Some(format), ..plain.clone() };
             assert_eq!(disk(format!("/x y.img,format={text}").into()), Ok(wanted));
         }
-        assert!(disk("x.img,format=vmdk".into()).unwrap_err().contains("format=raw or format=qcow2"));
+        let rate = Rate { bytes_per_second: Some(10 << 20), burst_bytes: Some(1024), ..Rate::default() };
+        assert_eq!(disk("/x y.img,bps=10M,bps-burst=1k".into()), Ok(DiskConfig { rate, ..plain.clone() }));
+        let rate = Rate { ops_per_second: Some(500), burst_ops: Some(50), ..Rate::default() };
+        assert_eq!(disk("/x y.img,iops=500,iops-burst=50".into()), Ok(DiskConfig { rate, ..plain.clone() }));
+        for wrong in ["format=vmdk", "iops=", "iops=1.5", "iops=-1", "iops-burst=x", "ro=yes", "bandwidth=1"] {
+            assert!(disk(format!("x.img,{wrong}").into()).unwrap_err().contains("format=raw, format=qcow2"), "{wrong}");
+        }
+        assert!(disk("x.img,bps=fast".into()).unwrap_err().contains("not a size"));
         assert!(disk("x.img,or".into()).unwrap_err().contains("\"or\""));
         assert!(disk("x.img,".into()).is_err());
     }

@@ -9,6 +9,7 @@ use anyhow::{Result, bail, ensure};
 use husk_protocol::{Overlay, Root, Spec, Start, Tmpfs, WindowSize};
 
 use self::process::{Defaults, Wishes};
+use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;
@@ -163,7 +164,13 @@ impl Inside {
         socket: &Path,
         verbose: bool,
     ) -> MachineConfig {
-        let disk = |path: &Path, readonly, format| DiskConfig { path: path.to_owned(), readonly, id: None, format };
+        let disk = |path: &Path, readonly, format| DiskConfig {
+            path: path.to_owned(),
+            readonly,
+            id: None,
+            format,
+            rate: Rate::default(),
+        };
         // What husk made is raw, whatever a guest has written to it.
         let raw = Some(Format::Raw);
         let disks = match &self.base {

@@ -10,7 +10,7 @@ use kvm_ioctls::Kvm;
 use super::layout;
 use super::outcome::Ending;
 use super::timings::{Step, Timings};
-use super::{Buses, Console, Machine};
+use super::{Buses, Console, Controls, Machine};
 use crate::boot::{self, Entry};
 use crate::config::MachineConfig;
 use crate::console::output::Output;
@@ -23,7 +23,7 @@ use crate::sandbox;
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::{self, VcpuThread, setup};
 use crate::virtio::mmio::register;
-use crate::virtio::{MmioTransport, VirtioDevice, block, rng, vsock};
+use crate::virtio::{MmioTransport, VirtioDevice, balloon, block, rng, vsock};
 
 impl Machine {
     /// Builds the machine that `config` describes of `resources`, which it uses up. No path is opened, and no guest
@@ -47,11 +47,23 @@ impl Machine {
         let power_button = IrqLine::new(layout::EVENT_GSI)?;
         vm.connect_irq(&power_button)?;
 
-        let mut devices: Vec<VirtioDevice> = disks.into_iter().map(block::device).collect();
+        let (mut devices, mut controls) = (Vec::new(), Controls::default());
+        for disk in disks {
+            let (device, control) = block::device(disk).context("make a disk")?;
+            devices.push(device);
+            controls.disks.push(control);
+        }
         devices.push(rng::device());
         // Behind the others, whose names in the guest come of their places.
         if let Some(vsock) = vsock {
             devices.push(vsock::device(vsock).context("make the vsock device")?);
+        }
+        if config.balloon {
+            let target_mib = config.memory_target_mib.unwrap_or(config.memory_mib);
+            let (device, control) =
+                balloon::device(config.memory_mib, target_mib, false).context("make the balloon")?;
+            devices.push(device);
+            controls.balloon = Some(control);
         }
         let transports = attach_virtio(&vm, &mut buses, &memory, devices)?;
 
@@ -63,7 +75,17 @@ impl Machine {
         let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
         let topology = Topology { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline() };
         let vcpus = start_vcpus(&vm, buses, &ending, &supported, topology, entry)?;
-        Ok(Machine { vcpus, transports, console, power_button, ending, timings, _vm: vm, _cpu_hold: cpu_hold })
+        Ok(Machine {
+            vcpus,
+            transports,
+            controls,
+            console,
+            power_button,
+            ending,
+            timings,
+            _vm: vm,
+            _cpu_hold: cpu_hold,
+        })
     }
 }
 

@@ -17,7 +17,7 @@ use crate::irq::IrqLine;
 use crate::kvm::Vm;
 use crate::sandbox::cgroup::CpuHold;
 use crate::vcpu::VcpuThread;
-use crate::virtio::MmioTransport;
+use crate::virtio::{MmioTransport, balloon, block};
 
 use outcome::Ending;
 use timings::{Step, Timings};
@@ -35,6 +35,7 @@ pub struct Buses {
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
     transports: Vec<Arc<MmioTransport>>,
+    controls: Controls,
     console: Console,
     power_button: IrqLine,
     ending: Arc<Ending>,
@@ -42,6 +43,16 @@ pub struct Machine {
     // So late that it outlives all that its memory and its descriptors were lent to.
     _vm: Vm,
     _cpu_hold: Option<CpuHold>,
+}
+
+/// The host's hands on a machine's devices: what they did, and the limits that they keep. Cloning shares them, and they may
+/// be used from any thread, for longer than the machine exists.
+#[derive(Clone, Default)]
+pub struct Controls {
+    /// The disks, in the order of the configuration.
+    pub disks: Vec<block::Control>,
+    /// The balloon, if there is one.
+    pub balloon: Option<balloon::Control>,
 }
 
 /// The serial port's far side: what the guest prints, and what it is told.
@@ -81,6 +92,11 @@ impl Machine {
     /// Presses the power button. What comes of it is the guest's affair.
     pub fn press_power_button(&self) {
         self.power_button.raise();
+    }
+
+    /// The host's hands on the machine's devices.
+    pub fn controls(&self) -> &Controls {
+        &self.controls
     }
 
     /// Where the machine's end is declared.

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::backend::disk::Qcow2Disk;
+use crate::backend::rate::Rate;
 use crate::config::{DiskConfig, Format};
 use crate::virtio::block_request::SECTOR_BYTES;
 
@@ -24,6 +25,8 @@ pub struct DiskFile {
     pub readonly: bool,
     /// What the guest reads as its serial number.
     pub id: Option<String>,
+    /// What the guest may read and write in a second.
+    pub rate: Rate,
 }
 
 /// An image, by its format.
@@ -44,7 +47,7 @@ pub enum Image {
 ///
 /// Fails with one line that names the disk and what is wrong with it.
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
-    let DiskConfig { path, readonly, id, format: _ } = config;
+    let DiskConfig { path, readonly, id, format: _, rate } = config;
     let name = path.display();
     // Without O_NONBLOCK, opening a named pipe waits for its other end. It makes no difference to disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
@@ -83,7 +86,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         capacity_bytes.is_multiple_of(SECTOR_BYTES),
         "disk {name} has {capacity_bytes} bytes, which is not a multiple of {SECTOR_BYTES}"
     );
-    Ok(DiskFile { image, path: path.clone(), capacity_bytes, readonly: *readonly, id: id.clone() })
+    Ok(DiskFile { image, path: path.clone(), capacity_bytes, readonly: *readonly, id: id.clone(), rate: *rate })
 }
 
 #[cfg(test)]
@@ -100,7 +103,8 @@ mod tests {
     }
 
     fn config(path: &Path, readonly: bool) -> DiskConfig {
-        DiskConfig { path: path.to_owned(), readonly, id: Some("blue".to_owned()), format: None }
+        let id = Some("blue".to_owned());
+        DiskConfig { path: path.to_owned(), readonly, id, format: None, rate: Rate::default() }
     }
 
     fn refusal(path: &Path, readonly: bool) -> String {

@@ -1,7 +1,9 @@
 //! From a block device's queue to a disk of the host, and back (virtio 1.2 §5.2).
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,6 +15,7 @@ use super::log_rate::LogRate;
 use super::queue::{Chain, Virtqueue};
 use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
 use crate::backend::disk::{Completion, DiskBackend, GuestBuffers, Operation, PlainDisk, Request};
+use crate::backend::rate::{Limiter, Rate, RateControl};
 use crate::resources::disk::{DiskFile, Image};
 
 /// Device ID (virtio 1.2 §5).
@@ -40,29 +43,79 @@ const REAP_INTERVAL: u32 = 8;
 /// What a request counts in a turn beside its data, so that a turn has an end in any case.
 const REQUEST_COST_BYTES: u64 = 16 << 10;
 
-/// A block device on the disk that was opened as `disk`.
-pub fn device(disk: DiskFile) -> VirtioDevice {
-    let DiskFile { image, path, capacity_bytes, readonly, id } = disk;
+/// The host's hand on a disk, to be used from any thread, whether the machine runs or not.
+#[derive(Debug, Clone)]
+pub struct Control {
+    /// What the guest did so far.
+    pub counters: Arc<Counters>,
+    /// What it may do in a second.
+    pub rate: RateControl,
+}
+
+/// What a guest did with a disk since the machine started, counted when it is done.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Read requests.
+    pub reads: AtomicU64,
+    /// Bytes that they read.
+    pub read_bytes: AtomicU64,
+    /// Write requests.
+    pub writes: AtomicU64,
+    /// Bytes that they wrote.
+    pub written_bytes: AtomicU64,
+    /// Flush requests.
+    pub flushes: AtomicU64,
+    /// Discard and write zeroes requests.
+    pub discards: AtomicU64,
+}
+
+impl Counters {
+    fn count(&self, operation: Operation, len_bytes: u64) {
+        let (requests, bytes) = match operation {
+            Operation::Read => (&self.reads, Some(&self.read_bytes)),
+            Operation::Write => (&self.writes, Some(&self.written_bytes)),
+            Operation::Flush => (&self.flushes, None),
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => (&self.discards, None),
+        };
+        requests.fetch_add(1, Ordering::Relaxed);
+        if let Some(bytes) = bytes {
+            bytes.fetch_add(len_bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A block device on the disk that was opened as `disk`, and the host's hand on it.
+pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, Control)> {
+    let DiskFile { image, path, capacity_bytes, readonly, id, rate } = disk;
     let name = format!("disk {}", path.display());
     let shape = DiskShape { capacity_bytes, readonly };
     let backend: Box<dyn DiskBackend> = match image {
         Image::Raw { file, block_device } => Box::new(PlainDisk::new(file, block_device)),
         Image::Qcow2(disk) => disk,
     };
-    device_on(backend, shape, &name, id.as_deref().unwrap_or_default())
+    device_on(backend, shape, &name, id.as_deref().unwrap_or_default(), rate)
 }
 
 /// A block device on any back end, whose disk has `shape`. `name` is for the log, `id` is the guest's serial number.
-pub fn device_on(disk: Box<dyn DiskBackend>, shape: DiskShape, name: &str, id: &str) -> VirtioDevice {
+pub fn device_on(
+    disk: Box<dyn DiskBackend>,
+    shape: DiskShape,
+    name: &str,
+    id: &str,
+    rate: Rate,
+) -> io::Result<(VirtioDevice, Control)> {
+    let (limiter, rate) = Limiter::new(rate)?;
+    let counters = Arc::<Counters>::default();
     let writable = if shape.readonly { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
-    VirtioDevice {
+    let device = VirtioDevice {
         device_type: DEVICE_TYPE,
         name: name.to_owned(),
         features: F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | writable,
         queue_sizes: vec![QUEUE_SIZE],
         config: Arc::new(ConfigSpace::new(config(&shape), 0..0)),
-        handler: Box::new(Block::new(disk, shape, name, id)),
-    }
+        handler: Box::new(Block::new(disk, shape, name, id, limiter, counters.clone())),
+    };
+    Ok((device, Control { counters, rate }))
 }
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4), in its order.
@@ -93,6 +146,8 @@ struct Block {
     shape: DiskShape,
     name: String,
     id: [u8; ID_BYTES],
+    limiter: Limiter,
+    counters: Arc<Counters>,
     /// The driver knows no flush: a write is durable before it is completed (virtio 1.2 §5.2.6.2).
     write_through: bool,
     chain: Chain,
@@ -107,6 +162,9 @@ struct Block {
 struct InFlight {
     head: u16,
     status: GuestAddress,
+    /// What was asked for, and for how many bytes.
+    operation: Operation,
+    len_bytes: u64,
     /// Bytes that the driver finds in its buffers if all goes well, the status not counted.
     filled_bytes: u32,
     /// A flush follows before it is completed.
@@ -114,7 +172,14 @@ struct InFlight {
 }
 
 impl Block {
-    fn new(disk: Box<dyn DiskBackend>, shape: DiskShape, name: &str, id: &str) -> Block {
+    fn new(
+        disk: Box<dyn DiskBackend>,
+        shape: DiskShape,
+        name: &str,
+        id: &str,
+        limiter: Limiter,
+        counters: Arc<Counters>,
+    ) -> Block {
         let mut id_bytes = [0; ID_BYTES];
         id_bytes.iter_mut().zip(id.bytes()).for_each(|(to, from)| *to = from);
         Block {
@@ -122,6 +187,8 @@ impl Block {
             shape,
             name: name.to_owned(),
             id: id_bytes,
+            limiter,
+            counters,
             write_through: true,
             chain: Chain::default(),
             in_flight: (0..QUEUE_SIZE).map(|_| None).collect(),
@@ -142,7 +209,8 @@ impl Block {
             if !queue.pop(&mut self.chain)? {
                 return Ok(Left::Nothing);
             }
-            turn_bytes += REQUEST_COST_BYTES + self.begin(token, queue)?;
+            let Some(moved_bytes) = self.begin(token, queue)? else { return Ok(Left::Waiting) };
+            turn_bytes += REQUEST_COST_BYTES + moved_bytes;
             if turn_bytes >= TURN_BYTES {
                 break;
             }
@@ -150,10 +218,22 @@ impl Block {
         Ok(Left::More)
     }
 
-    /// Begins the request in `self.chain`, with `token` if the disk has a part in it. Returns how many bytes it moves.
-    fn begin(&mut self, token: usize, queue: &mut Virtqueue) -> Result<u64, RingError> {
+    /// Begins the request in `self.chain`, with `token` if the disk has a part in it. Returns how many bytes it moves, or
+    /// nothing where its time has not come: then it is available still, to be read anew.
+    fn begin(&mut self, token: usize, queue: &mut Virtqueue) -> Result<Option<u64>, RingError> {
         let mut buffers = self.spare_buffers.pop().unwrap_or_else(|| GuestBuffers::new(queue.memory().clone()));
         let BlockRequest { status, action } = BlockRequest::parse(&self.chain, &self.shape, &mut buffers)?;
+        let counted_bytes = match action {
+            // The host may have to write zeroes as it writes anything else.
+            Ok(Action::Disk { operation: Operation::WriteZeroes { len_bytes, .. }, .. }) => len_bytes,
+            _ => buffers.len_bytes(),
+        };
+        if !self.limiter.admit(counted_bytes) {
+            buffers.clear();
+            self.spare_buffers.push(buffers);
+            queue.put_back();
+            return Ok(None);
+        }
         let head = self.chain.head();
         match action {
             Ok(Action::Disk { operation, offset_bytes }) => {
@@ -162,22 +242,24 @@ impl Block {
                 self.in_flight[token] = Some(InFlight {
                     head,
                     status,
+                    operation,
+                    len_bytes,
                     filled_bytes: if operation == Operation::Read { len_bytes as u32 } else { 0 },
                     then_flush: self.write_through && !matches!(operation, Operation::Read | Operation::Flush),
                 });
                 self.disk.submit(Request { token, operation, offset_bytes, buffers });
-                Ok(len_bytes)
+                Ok(Some(len_bytes))
             }
             Ok(Action::GetId) => {
                 self.spare_buffers.push(buffers);
                 let (result, filled_bytes) = self.write_id(queue);
                 finish(queue, head, status, result, filled_bytes)?;
-                Ok(0)
+                Ok(Some(0))
             }
             Err(refusal) => {
                 self.spare_buffers.push(buffers);
                 finish(queue, head, status, refusal, 0)?;
-                Ok(0)
+                Ok(Some(0))
             }
         }
     }
@@ -214,7 +296,10 @@ impl Block {
         buffers.clear();
         self.spare_buffers.push(buffers);
         match result {
-            Ok(()) => finish(queue, request.head, request.status, Status::Ok, request.filled_bytes),
+            Ok(()) => {
+                self.counters.count(request.operation, request.len_bytes);
+                finish(queue, request.head, request.status, Status::Ok, request.filled_bytes)
+            }
             Err(error) => {
                 if self.log_rate.allows() {
                     log::warn!("{}: {operation:?} at byte {offset_bytes} failed: {error}", self.name);
@@ -252,7 +337,7 @@ impl QueueHandler for Block {
     }
 
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.disk.completion_fd().into_iter().collect()
+        self.disk.completion_fd().into_iter().chain([self.limiter.wake_fd()]).collect()
     }
 
     fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
@@ -342,6 +427,7 @@ mod tests {
         file: File,
         seen: Arc<Mutex<Seen>>,
         done: UnixStream,
+        control: Control,
     }
 
     fn bench_with(shape: DiskShape, name: &str, features: u64) -> Bench {
@@ -351,9 +437,10 @@ mod tests {
         let (done, spy_done) = UnixStream::pair().unwrap();
         let disk = PlainDisk::new(file.try_clone().unwrap(), false);
         let spy = Spy { disk, seen: seen.clone(), held: Vec::new(), done: spy_done };
-        let mut driver = Driver::new(device_on(Box::new(spy), shape, name, "serial"));
+        let (device, control) = device_on(Box::new(spy), shape, name, "serial", Rate::default()).unwrap();
+        let mut driver = Driver::new(device);
         driver.start_with(features);
-        Bench { driver, file, seen, done }
+        Bench { driver, file, seen, done, control }
     }
 
     fn bench() -> Bench {
@@ -673,5 +760,76 @@ mod tests {
         bench.done.write_all(&[1]).unwrap();
         wait_for(|| bench.driver.used_index(0) == 356);
         assert_eq!(bench.driver.read(STATUS), 15);
+    }
+
+    #[test]
+    fn what_was_done_is_counted_and_what_was_refused_is_not() {
+        let mut bench = bench();
+        bench.request(0, 0, (1024, WRITE));
+        bench.request(1, 0, (512, 0));
+        bench.request(1, 0, (512, 0));
+        bench.request(4, 0, (0, 0));
+        bench.range(11, 8, 8, 0);
+        bench.range(13, 8, 8, 0);
+        bench.request(8, 0, (20, WRITE));
+        bench.request(0, u64::MAX, (512, WRITE));
+        bench.seen.lock().unwrap().fail = true;
+        bench.request(0, 0, (512, WRITE));
+        let Counters { reads, read_bytes, writes, written_bytes, flushes, discards } = &*bench.control.counters;
+        let counted = [reads, read_bytes, writes, written_bytes, flushes, discards];
+        assert_eq!(counted.map(|counter| counter.load(Ordering::Relaxed)), [1, 1024, 2, 1024, 1, 2]);
+    }
+
+    /// Makes so many reads of a sector available.
+    fn offer_reads(bench: &mut Bench, count: u16) {
+        bench.prepare(0, 0);
+        bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
+        bench.driver.descriptor(0, 1, DATA, 512, NEXT | WRITE, 2);
+        bench.driver.descriptor(0, 2, STATUS_BYTE, 1, WRITE, 0);
+        (0..count).for_each(|_| bench.driver.offer(0, 0));
+        bench.driver.notify(0);
+    }
+
+    #[test]
+    fn a_limited_disk_does_so_many_requests_a_second_and_loses_none() {
+        for rate in [
+            Rate { ops_per_second: Some(200), burst_ops: Some(1), ..Rate::default() },
+            Rate { bytes_per_second: Some(200 * 512), burst_bytes: Some(512), ..Rate::default() },
+        ] {
+            let mut bench = bench();
+            bench.control.rate.set(rate);
+            let started = std::time::Instant::now();
+            offer_reads(&mut bench, 100);
+            wait_for(|| bench.driver.used_index(0) == 100);
+            let took_s = started.elapsed().as_secs_f64();
+            // Of half a second; a busy host may wake us late.
+            assert!((0.47..1.0).contains(&took_s), "{took_s} s");
+            assert_eq!(bench.driver.read(STATUS), 15);
+        }
+    }
+
+    #[test]
+    fn requests_that_wait_for_their_time_outlive_a_pause_and_a_reset_forgets_them() {
+        let never = Rate { ops_per_second: Some(1), burst_ops: Some(1), ..Rate::default() };
+        let mut bench = bench();
+        bench.control.rate.set(never);
+        offer_reads(&mut bench, 20);
+        wait_for(|| bench.driver.used_index(0) > 0);
+        let started = std::time::Instant::now();
+        bench.driver.transport.pause();
+        assert!(started.elapsed() < std::time::Duration::from_millis(500), "a pause waits for no limit");
+        assert!(bench.driver.used_index(0) < 5);
+        bench.driver.transport.resume();
+        bench.control.rate.set(Rate::default());
+        wait_for(|| bench.driver.used_index(0) == 20);
+
+        bench.control.rate.set(never);
+        offer_reads(&mut bench, 20);
+        wait_for(|| bench.driver.used_index(0) > 20);
+        // It forgets the requests; the limit it does not.
+        bench.driver.start();
+        offer_reads(&mut bench, 20);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(bench.driver.used_index(0) < 5);
     }
 }

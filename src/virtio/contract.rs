@@ -13,6 +13,7 @@ use super::{
     Virtqueue, balloon, block, rng, vsock,
 };
 use crate::backend::disk::PlainDisk;
+use crate::backend::rate::Rate;
 use crate::bus::Device;
 use crate::config::VsockConfig;
 use crate::resources;
@@ -154,7 +155,8 @@ fn the_block_device_keeps_the_contract() {
     contract(|| {
         let file = tempfile::tempfile().unwrap();
         file.set_len(shape.capacity_bytes).unwrap();
-        block::device_on(Box::new(PlainDisk::new(file, false)), shape, "disk", "")
+        let slow = Rate { ops_per_second: Some(1000), ..Rate::default() };
+        block::device_on(Box::new(PlainDisk::new(file, false)), shape, "disk", "", slow).unwrap().0
     });
 }
 

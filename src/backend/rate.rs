@@ -1,0 +1,314 @@
+//! From bytes and operations a second to when the next request may pass: token buckets, for any device.
+//!
+//! A device asks its [`Limiter`] for each request, on its worker's thread. What may not pass stays in the guest's queue, and
+//! the limiter's descriptor becomes readable when it may. A [`RateControl`] changes the limits meanwhile.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::sys::timer::Timer;
+
+/// The burst where none is said is what comes in so long.
+const DEFAULT_BURST: Duration = Duration::from_millis(100);
+/// Nobody is woken for less than comes in so long: many requests a second then pass some at a time.
+const INTERVAL: Duration = Duration::from_millis(1);
+
+/// Limits on what passes in a second, each none unless given.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rate {
+    /// Bytes a second, in both directions together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+    /// Bytes that may pass at once after a pause; a tenth of a second's unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst_bytes: Option<u64>,
+    /// Operations a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ops_per_second: Option<u64>,
+    /// Operations that may pass at once after a pause; a tenth of a second's unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst_ops: Option<u64>,
+}
+
+impl Rate {
+    /// Whether nothing is limited.
+    pub fn is_unlimited(&self) -> bool {
+        self.bytes_per_second.is_none() && self.ops_per_second.is_none()
+    }
+
+    /// Whether each limit lets something pass, and each burst has a limit that it belongs to.
+    pub fn makes_sense(&self) -> bool {
+        let sensible = |limit: Option<u64>, burst: Option<u64>| match (limit, burst) {
+            (Some(0), _) | (_, Some(0)) | (None, Some(_)) => false,
+            (Some(_), _) | (None, None) => true,
+        };
+        sensible(self.bytes_per_second, self.burst_bytes) && sensible(self.ops_per_second, self.burst_ops)
+    }
+}
+
+/// A bucket that fills with so many tokens a second, up to its burst.
+///
+/// Whoever finds a token in it may take as many as he needs: what is too much is a debt that the next one waits for, so that
+/// the rate holds however large requests are.
+#[derive(Debug, Clone)]
+pub struct Bucket {
+    per_second: u64,
+    /// The time in which it fills.
+    fills_in: Duration,
+    /// When the bucket was empty, or will be when its debt is paid.
+    empty_at: Instant,
+}
+
+impl Bucket {
+    /// A full bucket. Without `burst` it holds a tenth of a second's.
+    pub fn new(per_second: u64, burst: Option<u64>, now: Instant) -> Bucket {
+        let per_second = per_second.max(1);
+        let fills_in = burst.map_or(DEFAULT_BURST, |burst| time_for(burst, per_second));
+        Bucket { per_second, fills_in, empty_at: now.checked_sub(fills_in).unwrap_or(now) }
+    }
+
+    /// Takes `amount`, or says how long to wait before asking again.
+    pub fn take(&mut self, amount: u64, now: Instant) -> Result<(), Duration> {
+        self.has_any(now)?;
+        let full_since = now.checked_sub(self.fills_in).unwrap_or(now);
+        let empty_at = self.empty_at.max(full_since).checked_add(time_for(amount, self.per_second));
+        // Beyond the end of time is never, which is a long debt indeed.
+        self.empty_at = empty_at.unwrap_or(now + Duration::from_secs(u32::MAX.into()));
+        Ok(())
+    }
+
+    /// Whether something could be taken; if not, how long to wait.
+    pub fn has_any(&self, now: Instant) -> Result<(), Duration> {
+        match self.empty_at.saturating_duration_since(now) {
+            Duration::ZERO => Ok(()),
+            wait => Err(wait.max(INTERVAL.min(self.fills_in))),
+        }
+    }
+}
+
+/// How long `amount` takes to come, rounded up.
+fn time_for(amount: u64, per_second: u64) -> Duration {
+    const NANOS: u128 = 1_000_000_000;
+    let nanos = (u128::from(amount) * NANOS).div_ceil(per_second.into());
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
+
+/// What a device asks before it does what a guest wants. Used on one thread at a time.
+#[derive(Debug)]
+pub struct Limiter {
+    shared: Arc<Shared>,
+    /// Which of the limits that were set it goes by.
+    generation: u64,
+    bytes: Option<Bucket>,
+    ops: Option<Bucket>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    rate: Mutex<Rate>,
+    /// Counts changes of the rate.
+    generation: AtomicU64,
+    alarm: Timer,
+}
+
+impl Shared {
+    fn rate(&self) -> MutexGuard<'_, Rate> {
+        self.rate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The host's hand on a device's limits, to be used from any thread.
+#[derive(Debug, Clone)]
+pub struct RateControl {
+    shared: Arc<Shared>,
+}
+
+impl RateControl {
+    /// The limits in force.
+    pub fn rate(&self) -> Rate {
+        *self.shared.rate()
+    }
+
+    /// Sets all limits anew, from the next request on; what waits is looked at again. Debts are forgiven.
+    pub fn set(&self, rate: Rate) {
+        *self.shared.rate() = rate;
+        self.shared.generation.fetch_add(1, Ordering::Release);
+        self.shared.alarm.ring();
+    }
+}
+
+impl Limiter {
+    /// A limiter to these limits, and the hand that changes them.
+    pub fn new(rate: Rate) -> io::Result<(Limiter, RateControl)> {
+        let shared = Arc::new(Shared { rate: Mutex::new(rate), generation: AtomicU64::new(0), alarm: Timer::new()? });
+        let mut limiter = Limiter { shared: shared.clone(), generation: 0, bytes: None, ops: None };
+        limiter.fill();
+        Ok((limiter, RateControl { shared }))
+    }
+
+    /// Becomes readable, as an edge, when what was not admitted is to be asked about again.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.shared.alarm.as_fd()
+    }
+
+    /// Whether one operation on `bytes` may pass; it then counts. If not, the descriptor tells when to ask again.
+    pub fn admit(&mut self, bytes: u64) -> bool {
+        let generation = self.shared.generation.load(Ordering::Acquire);
+        if generation != self.generation {
+            self.generation = generation;
+            self.fill();
+        }
+        if self.bytes.is_none() && self.ops.is_none() {
+            return true;
+        }
+        match self.take(bytes, Instant::now()) {
+            Ok(()) => true,
+            Err(wait) => {
+                self.shared.alarm.set(wait);
+                // Limits that were set meanwhile rang an alarm that is now silent.
+                if self.shared.generation.load(Ordering::Acquire) != generation {
+                    self.shared.alarm.ring();
+                }
+                false
+            }
+        }
+    }
+
+    /// Takes from both buckets or from neither.
+    fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
+        // What moves no bytes need not wait for any.
+        let buckets = || self.bytes.iter().filter(|_| bytes > 0).chain(&self.ops);
+        if let Some(wait) = buckets().filter_map(|bucket| bucket.has_any(now).err()).max() {
+            return Err(wait);
+        }
+        for (bucket, amount) in [(&mut self.bytes, bytes), (&mut self.ops, 1)] {
+            if let Some(bucket) = bucket.as_mut().filter(|_| amount > 0) {
+                bucket.take(amount, now)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes full buckets by the limits as they are.
+    fn fill(&mut self) {
+        let rate = *self.shared.rate();
+        let now = Instant::now();
+        let bucket = |limit: Option<u64>, burst| limit.map(|limit| Bucket::new(limit, burst, now));
+        self.bytes = bucket(rate.bytes_per_second, rate.burst_bytes);
+        self.ops = bucket(rate.ops_per_second, rate.burst_ops);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// What passes in `time` when somebody asks for `amount` again and again, waiting as long as he is told.
+    fn passed(bucket: &mut Bucket, amount: u64, start: Instant, time: Duration) -> u64 {
+        let (mut now, mut passed) = (start, 0);
+        while now < start + time {
+            match bucket.take(amount, now) {
+                Ok(()) => passed += amount,
+                Err(wait) => now += wait,
+            }
+        }
+        passed
+    }
+
+    #[test]
+    fn the_rate_holds_whatever_the_requests_sizes() {
+        let now = Instant::now();
+        for per_second in [1, 100, 3_000, 1_000_000, 5_000_000_000] {
+            for amount in [1, 7, per_second / 10 + 1, per_second * 3] {
+                // Asking for each of so many would take all day.
+                if per_second / amount > 1_000_000 {
+                    continue;
+                }
+                let mut bucket = Bucket::new(per_second, None, now);
+                let passed = passed(&mut bucket, amount, now, 100 * SECOND) as f64 / per_second as f64;
+                // Of the burst a tenth of a second is more, and one request may run ahead.
+                let most = 100.1 + amount as f64 / per_second as f64 * 2.0 + 0.1;
+                assert!((99.9..most).contains(&passed), "{per_second} by {amount}: {passed} s worth in 100 s");
+            }
+        }
+    }
+
+    #[test]
+    fn a_burst_passes_at_once_and_comes_back_with_time() {
+        let now = Instant::now();
+        let mut bucket = Bucket::new(100, Some(50), now);
+        let mut at_once = |now| (0..1000).take_while(|_| bucket.take(1, now).is_ok()).count();
+        assert_eq!(at_once(now), 51, "the last one is a debt");
+        assert_eq!(at_once(now), 0);
+        // 10 come in the time, of which one pays the debt.
+        assert!((10..=11).contains(&at_once(now + SECOND / 10)));
+        assert_eq!(at_once(now + 1000 * SECOND), 51, "however long the pause was");
+    }
+
+    #[test]
+    fn a_debt_beyond_all_time_and_a_clock_that_stands_are_survived() {
+        let now = Instant::now();
+        let mut bucket = Bucket::new(1, Some(u64::MAX), now);
+        assert_eq!(bucket.take(u64::MAX, now), Ok(()));
+        let mut bucket = Bucket::new(0, Some(0), now);
+        assert_eq!(bucket.take(u64::MAX, now), Ok(()));
+        assert!(bucket.take(1, now).is_err() && bucket.take(1, now).is_err());
+    }
+
+    fn limiter(bytes_per_second: Option<u64>, ops_per_second: Option<u64>) -> (Limiter, RateControl) {
+        Limiter::new(Rate { bytes_per_second, ops_per_second, ..Rate::default() }).unwrap()
+    }
+
+    fn is_readable(limiter: &Limiter, timeout_ms: i32) -> bool {
+        use std::os::fd::AsRawFd;
+        use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+        let epoll = Epoll::new().unwrap();
+        epoll.ctl(ControlOperation::Add, limiter.wake_fd().as_raw_fd(), EpollEvent::new(EventSet::IN, 0)).unwrap();
+        epoll.wait(timeout_ms, &mut [EpollEvent::default()]).unwrap() == 1
+    }
+
+    #[test]
+    fn both_limits_hold_and_the_descriptor_tells_when_to_ask_again() {
+        let (mut limiter, _control) = limiter(Some(1 << 30), Some(20));
+        let admitted = (0..100).take_while(|_| limiter.admit(512)).count();
+        assert_eq!(admitted, 3, "two of the burst, and one ahead");
+        assert!(!is_readable(&limiter, 0));
+        assert!(is_readable(&limiter, 1000));
+        assert!(limiter.admit(1 << 30));
+        assert!(is_readable(&limiter, 0) || !limiter.admit(1));
+        std::thread::sleep(Duration::from_millis(60));
+        assert!(!limiter.admit(1), "there is a debt of bytes");
+        assert!(limiter.admit(0), "what moves none does not wait for it");
+    }
+
+    #[test]
+    fn limits_change_while_somebody_waits_for_them() {
+        let (mut limiter, control) = limiter(None, None);
+        assert!((0..100_000).all(|_| limiter.admit(1 << 40)), "nothing is limited");
+        let slow = Rate { bytes_per_second: Some(1), ..Rate::default() };
+        control.set(slow);
+        assert_eq!(control.rate(), slow);
+        assert!(limiter.admit(1000) && !limiter.admit(1000));
+        assert!(!is_readable(&limiter, 50), "a thousand seconds are not over");
+        control.set(Rate::default());
+        assert!(is_readable(&limiter, 0) && limiter.admit(1000));
+    }
+
+    #[test]
+    fn a_limit_of_nothing_and_a_burst_of_no_limit_make_no_sense() {
+        let rate = |bytes_per_second, burst_bytes, ops_per_second, burst_ops| {
+            Rate { bytes_per_second, burst_bytes, ops_per_second, burst_ops }.makes_sense()
+        };
+        assert!(rate(None, None, None, None) && rate(Some(1), Some(1), Some(1), Some(1)));
+        assert!(!rate(Some(0), None, None, None) && !rate(None, None, Some(1), Some(0)));
+        assert!(!rate(None, Some(1), Some(1), None));
+    }
+}
