@@ -17,6 +17,10 @@ pub const MAX_MEMORY_MIB: u64 = 4 << 20;
 pub const MAX_CPUS: u32 = 32;
 /// The smallest share of a processor: the host gives out time in milliseconds, ten times a second.
 pub const MIN_CPU_LIMIT_MILLICPUS: u32 = 10;
+/// Docker's limits on shares of processors, which are those of cpu.shares.
+pub const MIN_CPU_SHARES: u32 = 2;
+/// The most of them.
+pub const MAX_CPU_SHARES: u32 = 262_144;
 /// Largest number of virtio devices beside the random-number device: its disks, and its sockets and its balloon if it has them.
 pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
 /// The guest's address where none is given (virtio 1.2 §5.10.4: 0 to 2 have meanings of their own).
@@ -46,6 +50,15 @@ pub struct MachineConfig {
     /// Thousandths of a processor of the host's that the whole machine may use; all that it can get if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_limit_millicpus: Option<u32>,
+    /// The host's processors that the whole machine may run on, by their numbers; all of them if empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cpuset: Vec<u32>,
+    /// The machine's part of processors that others want too, where 1024 is everybody's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_shares: Option<u32>,
+    /// The host's memory in MiB that the whole machine may use: the guest's, husk's own, and what the host keeps of its disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_memory_mib: Option<u64>,
     /// Guest memory in MiB, as much as it can ever have.
     pub memory_mib: u64,
     /// What the guest is to have of it, in MiB; all of it if not given. It needs the balloon.
@@ -70,6 +83,9 @@ impl Default for MachineConfig {
             default_cmdline: true,
             cpus: 1,
             cpu_limit_millicpus: None,
+            cpuset: Vec::new(),
+            cpu_shares: None,
+            host_memory_mib: None,
             memory_mib: 512,
             memory_target_mib: None,
             balloon: true,
@@ -159,6 +175,14 @@ pub enum Invalid {
         "a limit of {0} thousandths of a CPU: {MIN_CPU_LIMIT_MILLICPUS} to 1000 for each vCPU, type --cpus N such as 1.5"
     )]
     CpuLimit(u32),
+    /// Shares that no control group takes.
+    #[error(
+        "{0} shares of processors: type --cpu-shares with {MIN_CPU_SHARES} to {MAX_CPU_SHARES}, 1024 is everybody's"
+    )]
+    CpuShares(u32),
+    /// So little of the host's memory that the guest's would not fit.
+    #[error("{0} MiB of the host's memory: this machine needs {1} MiB, type --host-memory auto, or --memory with less")]
+    HostMemory(u64, u64),
     /// Less memory than any kernel boots in.
     #[error("{0} MiB of memory: a guest needs at least {MIN_MEMORY_MIB} MiB, type --memory {MIN_MEMORY_MIB}M or more")]
     TooLittleMemory(u64),
@@ -231,6 +255,12 @@ impl MachineConfig {
             MIN_MEMORY_MIB..=MAX_MEMORY_MIB => {}
             _ => return Err(Invalid::TooMuchMemory(self.memory_mib)),
         }
+        if let Some(shares) = self.cpu_shares.filter(|shares| !(MIN_CPU_SHARES..=MAX_CPU_SHARES).contains(shares)) {
+            return Err(Invalid::CpuShares(shares));
+        }
+        if let Some(host_mib) = self.host_memory_mib.filter(|host_mib| *host_mib < self.host_memory_needed_mib()) {
+            return Err(Invalid::HostMemory(host_mib, self.host_memory_needed_mib()));
+        }
         self.validate_memory_target()?;
         self.validate_cmdline()?;
         self.validate_disks()?;
@@ -244,6 +274,13 @@ impl MachineConfig {
         }
         let own = default_cmdline(self.initrd.is_some(), self.disks.first().map(|disk| disk.readonly));
         if self.cmdline.is_empty() { own } else { format!("{own} {}", self.cmdline) }
+    }
+
+    /// The host's memory in MiB with which the machine can do: the guest's, page tables for it in the host and in KVM (a
+    /// 512th each, rounded up), and what husk, the kernel for it, and the page cache of a working disk take.
+    pub fn host_memory_needed_mib(&self) -> u64 {
+        const BESIDE_THE_GUEST_MIB: u64 = 32;
+        self.memory_mib + self.memory_mib.div_ceil(128) + BESIDE_THE_GUEST_MIB
     }
 
     fn validate_memory_target(&self) -> Result<(), Invalid> {
@@ -336,6 +373,11 @@ mod tests {
         };
         assert_eq!((limited(1, 10), limited(2, 2000)), (Ok(()), Ok(())));
         assert_eq!((limited(1, 9), limited(2, 2001)), (Err(Invalid::CpuLimit(9)), Err(Invalid::CpuLimit(2001))));
+        assert_eq!((with(|c| c.cpu_shares = Some(2)), with(|c| c.cpu_shares = Some(262_144))), (Ok(()), Ok(())));
+        assert_eq!(with(|c| c.cpu_shares = Some(1)), Err(Invalid::CpuShares(1)));
+        assert_eq!(with(|c| c.cpu_shares = Some(262_145)), Err(Invalid::CpuShares(262_145)));
+        assert_eq!(with(|c| c.host_memory_mib = Some(548)), Ok(()));
+        assert_eq!(with(|c| c.host_memory_mib = Some(547)), Err(Invalid::HostMemory(547, 548)));
         assert_eq!(with(|c| c.memory_mib = 32), Ok(()));
         assert_eq!(with(|c| c.memory_mib = 31), Err(Invalid::TooLittleMemory(31)));
         assert_eq!(with(|c| c.memory_mib = 4 << 20), Ok(()));
@@ -441,6 +483,9 @@ mod tests {
             default_cmdline: false,
             cpus: 4,
             cpu_limit_millicpus: Some(3500),
+            cpuset: vec![0, 3],
+            cpu_shares: Some(512),
+            host_memory_mib: Some(8192),
             memory_mib: 6144,
             memory_target_mib: Some(1024),
             balloon: false,

@@ -1,6 +1,7 @@
 //! The few raw system calls that no library wraps, each behind a safe function.
 #![allow(unsafe_code)]
 
+pub mod affinity;
 pub mod disk;
 pub mod mapping;
 pub mod socket;

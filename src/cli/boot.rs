@@ -11,6 +11,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
+use super::limits::Limits;
 use super::size;
 use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
@@ -67,6 +68,9 @@ pub struct Boot {
     /// Units are b, k, m, g and t as in Docker, in steps of 1024. A part of a MiB counts as a whole one.
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
     memory: Option<u64>,
+
+    #[command(flatten)]
+    limits: Limits,
 
     /// Disk image or block device; may be given several times, the first is /dev/vda
     ///
@@ -149,7 +153,7 @@ impl Boot {
         if let Some(Cpus { vcpus, limit_millicpus }) = self.cpus {
             (config.cpus, config.cpu_limit_millicpus) = (vcpus, limit_millicpus);
         }
-        config.memory_mib = self.memory.unwrap_or(config.memory_mib);
+        self.limits.apply(self.memory, &mut config);
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }

@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod exit;
 pub mod images;
 pub mod inspect;
+pub mod limits;
 pub mod load;
 pub mod logger;
 pub mod man;

@@ -13,7 +13,9 @@ use log::Level;
 
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
+use super::limits::Limits;
 use super::{boot, prepare, size};
+use crate::backend::rate::Rate;
 use crate::console::log::{Log, Tail};
 use crate::guest::process::{self, Defaults, Wishes};
 use crate::guest::session::Session;
@@ -145,6 +147,17 @@ pub struct Run {
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
     #[arg(allow_negative_numbers = true)]
     memory: u64,
+
+    #[command(flatten)]
+    limits: Limits,
+
+    /// What the machine may read and write of each of its disks in a second, in bytes
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    disk_bps: Option<u64>,
+
+    /// How many requests the machine may make of each of its disks in a second
+    #[arg(long, value_name = "N")]
+    disk_iops: Option<u64>,
 
     /// The guest's kernel: micro, stock, host or a path [default: the first of them that there is]
     #[arg(long, value_name = "KERNEL")]
@@ -283,6 +296,10 @@ impl Run {
         let verbose = log::log_enabled!(Level::Info);
         let mut config = inside.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(SOCKET), verbose);
         config.cpu_limit_millicpus = self.cpus.limit_millicpus;
+        self.limits.apply(Some(self.memory), &mut config);
+        for disk in &mut config.disks {
+            disk.rate = Rate { bytes_per_second: self.disk_bps, ops_per_second: self.disk_iops, ..Rate::default() };
+        }
         config.validate()?;
         if resources::host::runs_only_pvm_guests() {
             log::warn!(

@@ -118,7 +118,8 @@ impl Inside {
 
     /// The initial RAM disk, with the modules that `kernel` needs for this.
     pub fn initramfs(&self, kernel: &GuestKernel) -> Result<File> {
-        let mut drivers = vec!["virtio_mmio", "virtio_blk"];
+        // A machine does without a balloon; what takes it in is needed by others at any rate.
+        let mut drivers = vec!["virtio_mmio", "virtio_blk", "virtio_balloon?"];
         match &self.base {
             // EROFS wants the checksum, and says so in no way that is found.
             Base::Image { changes, .. } => {

@@ -33,7 +33,7 @@ impl Machine {
     /// the rest of KVM's set-up; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on
     /// the bus before the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
-        let Resources { kvm, kernel, initrd, disks, cpu_hold, vsock } = resources;
+        let Resources { kvm, kernel, initrd, disks, hold, vsock } = resources;
         let kvm = Arc::new(kvm);
         let supported = ask_for_cpuid(kvm.clone())?;
         let memory = memory::reserve(config.memory_mib)?;
@@ -75,17 +75,7 @@ impl Machine {
         let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
         let topology = Topology { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline() };
         let vcpus = start_vcpus(&vm, buses, &ending, &supported, topology, entry)?;
-        Ok(Machine {
-            vcpus,
-            transports,
-            controls,
-            console,
-            power_button,
-            ending,
-            timings,
-            _vm: vm,
-            _cpu_hold: cpu_hold,
-        })
+        Ok(Machine { vcpus, transports, controls, console, power_button, ending, timings, _vm: vm, hold })
     }
 }
 

@@ -15,7 +15,7 @@ use crate::console::output::Output;
 use crate::device::Serial;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
-use crate::sandbox::cgroup::CpuHold;
+use crate::sandbox::cgroup::Hold;
 use crate::vcpu::VcpuThread;
 use crate::virtio::{MmioTransport, balloon, block};
 
@@ -42,7 +42,7 @@ pub struct Machine {
     timings: Arc<Timings>,
     // So late that it outlives all that its memory and its descriptors were lent to.
     _vm: Vm,
-    _cpu_hold: Option<CpuHold>,
+    hold: Hold,
 }
 
 /// The host's hands on a machine's devices: what they did, and the limits that they keep. Cloning shares them, and they may
@@ -97,6 +97,11 @@ impl Machine {
     /// The host's hands on the machine's devices.
     pub fn controls(&self) -> &Controls {
         &self.controls
+    }
+
+    /// What holds the machine's process to its share of the host, to be changed while it runs.
+    pub fn hold(&mut self) -> &mut Hold {
+        &mut self.hold
     }
 
     /// Where the machine's end is declared.

@@ -24,7 +24,8 @@ use kvm_ioctls::Kvm;
 
 use crate::boot::Kernel;
 use crate::config::MachineConfig;
-use crate::sandbox::cgroup::{self, CpuHold};
+use crate::sandbox::affinity;
+use crate::sandbox::cgroup::{Hold, Limits};
 use host::KVM_API_VERSION;
 
 /// KVM's device node.
@@ -40,8 +41,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
-    /// What holds this process to its share of the host's processors.
-    pub cpu_hold: Option<CpuHold>,
+    /// What holds this process to its share of the host's processors and memory.
+    pub hold: Hold,
     /// The host's side of the guest's sockets.
     pub vsock: Option<vsock::VsockSocket>,
 }
@@ -53,9 +54,16 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
     let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
     let kvm = open_kvm()?;
     // Last, since these are the only ones that make something.
-    let cpu_hold = config.cpu_limit_millicpus.map(cgroup::hold_cpus).transpose()?;
+    let hold = Hold::new(&Limits {
+        cpu_millicpus: config.cpu_limit_millicpus,
+        cpu_shares: config.cpu_shares,
+        memory_bytes: config.host_memory_mib.map(|mib| mib << 20),
+    })?;
+    if !config.cpuset.is_empty() {
+        affinity::keep_to(&config.cpuset)?;
+    }
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
-    Ok(Resources { kvm, kernel, initrd, disks, cpu_hold, vsock })
+    Ok(Resources { kvm, kernel, initrd, disks, hold, vsock })
 }
 
 fn open_initrd(path: &Path) -> Result<File> {

@@ -1,5 +1,6 @@
 //! What a machine's process may do and use. The only creator of threads: every thread of a machine has a name, a signal mask and a purpose before its first line runs.
 
+pub mod affinity;
 pub mod cgroup;
 
 use std::io;

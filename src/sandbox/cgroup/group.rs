@@ -1,84 +1,64 @@
-//! From a number of processors to a limit that the host keeps: a control group of our own, with a quota of processor time.
-//!
-//! The whole process is held, so that a guest cannot earn time by making its devices work. A limit that cannot be had is an
-//! error, never a word in a log.
+//! One control group: where it may stand, and how it is made, entered and removed.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-/// Time is given out once in so long, as other tools do it.
-const PERIOD_US: u64 = 100_000;
 /// Groups are named for the process that made them.
 const PREFIX: &str = "husk-";
 
-/// Holds the process for as long as it exists; dropping it puts the process back where it came from.
-#[derive(Debug)]
-pub struct CpuHold {
-    group: PathBuf,
-    home: PathBuf,
-    /// Where the group's controller was switched on for it, to be switched off again.
-    switched_on: Option<PathBuf>,
-}
-
-/// Holds this process, all of its threads, to `limit_millicpus` thousandths of a processor's time.
-///
-/// Groups that processes left behind which were killed are removed on the way.
-pub fn hold_cpus(limit_millicpus: u32) -> Result<CpuHold> {
-    let read = |path| fs::read_to_string(path).with_context(|| format!("read {path}"));
-    let place = Place::find(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?)
-        .context("this host has no control groups for processor time: leave --cpus a whole number")?;
-    let hold = place.hold_in(&place.home, limit_millicpus);
-    let hold = match (hold, place.home.parent()) {
-        // Where ours may not be divided there may be room beside it.
-        (Err(_), Some(parent)) if place.may_stand_in(parent) => place.hold_in(parent, limit_millicpus),
-        (hold, _) => hold,
-    };
-    hold.with_context(|| {
-        let quota = f64::from(limit_millicpus) / 10.0;
-        let limit = f64::from(limit_millicpus) / 1000.0;
-        // Users' own groups are divided by systemd in the second version only.
-        let start = match place.version {
-            _ if is_root() => "systemd-run",
-            Version::V1 => "sudo systemd-run",
-            Version::V2 => "systemd-run --user",
-        };
-        format!(
-            "hold the machine to {limit} CPUs (start it as `{start} --scope -p CPUQuota={quota}% husk ...`, with a whole \
-             number of --cpus)"
-        )
-    })
-}
-
-fn is_root() -> bool {
-    fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
-}
-
 /// The two kinds of control groups (cgroups(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Version {
+pub enum Version {
+    /// A tree for each controller.
     V1,
+    /// One tree for all.
     V2,
 }
 
-/// Where processor time is given out to us.
-#[derive(Debug, PartialEq, Eq)]
-struct Place {
-    version: Version,
+/// What a group gives out to the processes in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Controller {
+    /// Processor time.
+    Cpu,
+    /// Memory.
+    Memory,
+}
+
+impl Controller {
+    /// Its name, the same in both versions.
+    pub fn name(self) -> &'static str {
+        match self {
+            Controller::Cpu => "cpu",
+            Controller::Memory => "memory",
+        }
+    }
+}
+
+/// Where something is given out to us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Which kind of groups there are.
+    pub version: Version,
     /// The root of all groups, as far as we see.
-    mount: PathBuf,
+    pub mount: PathBuf,
     /// The group that we are in.
-    home: PathBuf,
+    pub home: PathBuf,
 }
 
 impl Place {
-    /// Looks for it in /proc/self/cgroup and /proc/self/mountinfo. On a host with both versions, only one of them gives out
-    /// processor time: the first if it has it.
-    fn find(groups: &str, mounts: &str) -> Option<Place> {
+    /// Where `controller` has us now. `None` on a host without it.
+    pub fn of_this_process(controller: Controller) -> Result<Option<Place>> {
+        let read = |path| fs::read_to_string(path).with_context(|| format!("read {path}"));
+        Ok(Place::find(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?, controller))
+    }
+
+    /// Looks for it in /proc/self/cgroup and /proc/self/mountinfo. On a host with both versions, only one of them has the
+    /// controller: the first if it is there.
+    fn find(groups: &str, mounts: &str, controller: Controller) -> Option<Place> {
         let group = |wanted: &dyn Fn(&str) -> bool| {
             groups.lines().find_map(|line| {
                 let (_, rest) = line.split_once(':')?;
@@ -86,8 +66,8 @@ impl Place {
                 wanted(controllers).then_some(path)
             })
         };
-        let gives_time = |controllers: &str| controllers.split(',').any(|controller| controller == "cpu");
-        let (version, path, kind) = match group(&gives_time) {
+        let has_it = |controllers: &str| controllers.split(',').any(|name| name == controller.name());
+        let (version, path, kind) = match group(&has_it) {
             Some(path) => (Version::V1, path, "cgroup"),
             None => (Version::V2, group(&str::is_empty)?, "cgroup2"),
         };
@@ -97,7 +77,7 @@ impl Place {
             let (root, mount) = (mount.next()?, PathBuf::from(mount.next()?));
             let mut file_system = file_system.split(' ');
             let right_kind = file_system.next()? == kind;
-            if !right_kind || version == Version::V1 && !gives_time(file_system.nth(1)?) {
+            if !right_kind || version == Version::V1 && !has_it(file_system.nth(1)?) {
                 return None;
             }
             // In a container the mount may begin further down.
@@ -107,47 +87,91 @@ impl Place {
         })
     }
 
-    /// Whether a group may be made beside ours, in `parent`: if that already gives out processor time.
-    fn may_stand_in(&self, parent: &Path) -> bool {
-        self.home != self.mount && self.version == Version::V2 && gives_out_time(parent)
+    /// Makes a group that gives out `controller`, with this process in it, all of its threads: in ours, or where that may not
+    /// be divided beside it.
+    pub fn enter(&self, controller: Controller) -> Result<Group> {
+        let group = self.enter_in(&self.home, controller);
+        match (group, self.home.parent()) {
+            (Err(_), Some(parent)) if self.may_stand_in(parent, controller) => self.enter_in(parent, controller),
+            (group, _) => group,
+        }
     }
 
-    fn hold_in(&self, parent: &Path, limit_millicpus: u32) -> Result<CpuHold> {
+    /// Whether a group may be made beside ours, in `parent`: if that already gives out what is wanted.
+    fn may_stand_in(&self, parent: &Path, controller: Controller) -> bool {
+        self.home != self.mount && self.version == Version::V2 && gives_out(parent, controller)
+    }
+
+    fn enter_in(&self, parent: &Path, controller: Controller) -> Result<Group> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         remove_left_behind(parent);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let group = parent.join(format!("{PREFIX}{}-{count}", std::process::id()));
-        match fs::create_dir(&group) {
+        let folder = parent.join(format!("{PREFIX}{}-{count}", std::process::id()));
+        match fs::create_dir(&folder) {
             // A process of our number that was killed.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => made.with_context(|| format!("make the control group {}", group.display()))?,
+            made => made.with_context(|| format!("make the control group {}", folder.display()))?,
         }
         // From here on dropping it cleans up.
-        let mut hold = CpuHold { group, home: self.home.clone(), switched_on: None };
-        write(&hold.group, "cgroup.procs", "0")?;
-        let quota_us = (u64::from(limit_millicpus) * PERIOD_US / 1000).to_string();
-        match self.version {
-            Version::V1 => {
-                write(&hold.group, "cpu.cfs_period_us", &PERIOD_US.to_string())?;
-                write(&hold.group, "cpu.cfs_quota_us", &quota_us)?;
-            }
-            Version::V2 => {
-                if !gives_out_time(parent) {
-                    // Once nobody is left in it: a group has either processes or groups that it gives to.
-                    write(parent, "cgroup.subtree_control", "+cpu")?;
-                    hold.switched_on = (*parent != self.mount).then(|| parent.to_owned());
-                }
-                write(&hold.group, "cpu.max", &format!("{quota_us} {PERIOD_US}"))?;
-            }
-        }
-        Ok(hold)
+        let Place { version, mount, home } = self.clone();
+        let mut group = Group { version, parent_is_root: *parent == mount, folder, home, switched_on: Vec::new() };
+        group.write("cgroup.procs", "0")?;
+        group.give_out(controller)?;
+        Ok(group)
     }
 }
 
-/// Whether the groups in this one of version 2 have processor time of their own.
-fn gives_out_time(parent: &Path) -> bool {
+/// A control group of our own with this process in it. Dropping it puts the process back where it came from.
+#[derive(Debug)]
+pub struct Group {
+    /// Which kind it is.
+    pub version: Version,
+    /// Where it stands.
+    pub folder: PathBuf,
+    home: PathBuf,
+    parent_is_root: bool,
+    /// What the group above gives out for its sake, to be switched off again.
+    switched_on: Vec<Controller>,
+}
+
+impl Group {
+    /// Has the group above give out `controller` to this one. To be called once nobody is left in that: a group of version 2
+    /// has either processes or groups that it gives to.
+    pub fn give_out(&mut self, controller: Controller) -> Result<()> {
+        let Some(parent) = self.folder.parent().filter(|_| self.version == Version::V2) else { return Ok(()) };
+        if !gives_out(parent, controller) {
+            write(parent, "cgroup.subtree_control", &format!("+{}", controller.name()))?;
+            // At the root it is everybody's.
+            if !self.parent_is_root {
+                self.switched_on.push(controller);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes to one of its files.
+    pub fn write(&self, file: &str, value: &str) -> Result<()> {
+        write(&self.folder, file, value)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Whatever fails here is mended by the process's end, and by the next one that looks for what is left behind.
+        if let Some(parent) = self.folder.parent() {
+            for controller in &self.switched_on {
+                let _ = write(parent, "cgroup.subtree_control", &format!("-{}", controller.name()));
+            }
+        }
+        let _ = write(&self.home, "cgroup.procs", "0");
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// Whether the groups in this one of version 2 are given what `controller` has.
+fn gives_out(parent: &Path, controller: Controller) -> bool {
     let controllers = fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap_or_default();
-    controllers.split_whitespace().any(|controller| controller == "cpu")
+    controllers.split_whitespace().any(|name| name == controller.name())
 }
 
 fn write(group: &Path, file: &str, value: &str) -> Result<()> {
@@ -175,24 +199,13 @@ fn remove_left_behind(parent: &Path) {
     }
 }
 
-impl Drop for CpuHold {
-    fn drop(&mut self) {
-        // Whatever fails here is mended by the process's end, and by the next one that looks for what is left behind.
-        if let Some(parent) = &self.switched_on {
-            let _ = write(parent, "cgroup.subtree_control", "-cpu");
-        }
-        let _ = write(&self.home, "cgroup.procs", "0");
-        let _ = fs::remove_dir(&self.group);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn find(groups: &str, mounts: &str) -> Option<(Version, String, String)> {
         let text = |path: PathBuf| path.to_str().unwrap().to_owned();
-        Place::find(groups, mounts).map(|place| (place.version, text(place.mount), text(place.home)))
+        Place::find(groups, mounts, Controller::Cpu).map(|place| (place.version, text(place.mount), text(place.home)))
     }
 
     #[test]
@@ -208,6 +221,15 @@ mod tests {
         let home = format!("{v2}/user.slice/user-0.slice/session-1.scope");
         assert_eq!(find(groups_v2, mounts_v2), Some((Version::V2, v2.clone(), home)));
         assert_eq!(find("0::/\n", mounts_v2), Some((Version::V2, v2.clone(), v2)));
+    }
+
+    #[test]
+    fn each_controller_of_the_first_version_has_a_place_of_its_own() {
+        let mounts = "25 30 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+                      26 30 0:24 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
+        let home = |controller| Place::find("4:memory:/a\n3:cpu:/b\n0::/\n", mounts, controller).unwrap().home;
+        assert_eq!(home(Controller::Memory), Path::new("/sys/fs/cgroup/memory/a"));
+        assert_eq!(home(Controller::Cpu), Path::new("/sys/fs/cgroup/cpu/b"));
     }
 
     #[test]
@@ -251,7 +273,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for version in [Version::V1, Version::V2] {
             let place = Place { version, mount: folder.path().to_owned(), home: folder.path().to_owned() };
-            let error = format!("{:#}", place.hold_in(folder.path(), 500).unwrap_err());
+            let error = format!("{:#}", place.enter_in(folder.path(), Controller::Cpu).unwrap_err());
             assert!(error.contains("cgroup.procs") && !error.contains('\n'), "{error}");
             assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "it left something behind");
         }

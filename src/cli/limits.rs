@@ -1,0 +1,167 @@
+//! The flags that limit what a machine has of its host, the same for every command that starts one.
+
+use clap::Args;
+
+use super::size;
+use crate::config::MachineConfig;
+
+/// Limits beside `--cpus` and `--memory`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Limits {
+    /// The host's CPUs that the machine may run on: 0-2,4
+    #[arg(long, value_name = "LIST", value_parser = cpuset)]
+    cpuset: Option<Cpuset>,
+
+    /// The machine's part of CPUs that others want too, as Docker has it: 1024 is everybody's, 2048 is twice as much
+    #[arg(long, value_name = "N")]
+    cpu_shares: Option<u32>,
+
+    /// Guest memory that the machine can have later; --memory is what it has at first
+    #[arg(long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
+    memory_max: Option<u64>,
+
+    /// Leave out the balloon, by which the guest gives back memory that it does not use
+    #[arg(long)]
+    no_balloon: bool,
+
+    /// The host's memory that the whole machine may use, husk's own included; auto is what it needs
+    #[arg(long, value_name = "SIZE|auto", value_parser = host_memory, allow_negative_numbers = true)]
+    host_memory: Option<HostMemory>,
+}
+
+/// Numbers of processors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Cpuset(Vec<u32>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HostMemory {
+    /// What the machine needs.
+    Auto,
+    /// So many MiB.
+    Mib(u64),
+}
+
+impl Limits {
+    /// Changes `config` as the flags say. `memory_mib` is that of `--memory`, if it was given.
+    pub fn apply(&self, memory_mib: Option<u64>, config: &mut MachineConfig) {
+        if let Some(Cpuset(cpus)) = &self.cpuset {
+            config.cpuset.clone_from(cpus);
+        }
+        config.cpu_shares = self.cpu_shares.or(config.cpu_shares);
+        config.balloon &= !self.no_balloon;
+        let target_mib = memory_mib.or(config.memory_target_mib);
+        if let Some(max_mib) = self.memory_max {
+            config.memory_target_mib = Some(target_mib.unwrap_or(config.memory_mib));
+            config.memory_mib = max_mib;
+        } else if config.memory_target_mib.is_some() {
+            config.memory_target_mib = target_mib;
+        } else if let Some(memory_mib) = memory_mib {
+            config.memory_mib = memory_mib;
+        }
+        match self.host_memory {
+            Some(HostMemory::Auto) => config.host_memory_mib = Some(config.host_memory_needed_mib()),
+            Some(HostMemory::Mib(mib)) => config.host_memory_mib = Some(mib),
+            None => {}
+        }
+    }
+}
+
+/// Parses a list of processors, as taskset and Docker write it.
+fn cpuset(text: &str) -> Result<Cpuset, String> {
+    // More than any host has, and few enough to list.
+    const CPU_MAX: u32 = 8191;
+    let malformed = || format!("{text:?} is no list of CPUs, type numbers and ranges such as 0-2,4");
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let number = |text: &str| {
+            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+            text.parse().ok().filter(|cpu| digits && *cpu <= CPU_MAX).ok_or_else(malformed)
+        };
+        let (first, last): (u32, u32) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(malformed());
+        }
+        cpus.extend(first..=last);
+        // However often a range is named.
+        cpus.sort_unstable();
+        cpus.dedup();
+    }
+    Ok(Cpuset(cpus))
+}
+
+fn host_memory(text: &str) -> Result<HostMemory, String> {
+    if text == "auto" {
+        return Ok(HostMemory::Auto);
+    }
+    size::memory_mib(text).map(HostMemory::Mib).map_err(|error| format!("{error}, or auto"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        limits: Limits,
+    }
+
+    fn applied(words: &[&str], memory_mib: Option<u64>, mut config: MachineConfig) -> MachineConfig {
+        let cli = Cli::try_parse_from([&["husk"], words].concat()).unwrap();
+        cli.limits.apply(memory_mib, &mut config);
+        config
+    }
+
+    fn memory(words: &[&str], memory_mib: Option<u64>, file: (u64, Option<u64>)) -> (u64, Option<u64>) {
+        let config = MachineConfig { memory_mib: file.0, memory_target_mib: file.1, ..MachineConfig::default() };
+        let config = applied(words, memory_mib, config);
+        (config.memory_mib, config.memory_target_mib)
+    }
+
+    #[test]
+    fn memory_is_what_the_guest_has_and_the_maximum_what_it_can_have() {
+        let max = &["--memory-max", "2G"][..];
+        assert_eq!(memory(&[], None, (512, None)), (512, None));
+        assert_eq!(memory(&[], Some(256), (512, None)), (256, None));
+        assert_eq!(memory(max, None, (512, None)), (2048, Some(512)));
+        assert_eq!(memory(max, Some(256), (512, None)), (2048, Some(256)));
+        // A file that has both.
+        assert_eq!(memory(&[], None, (1024, Some(512))), (1024, Some(512)));
+        assert_eq!(memory(&[], Some(256), (1024, Some(512))), (1024, Some(256)));
+        assert_eq!(memory(max, None, (1024, Some(512))), (2048, Some(512)));
+    }
+
+    #[test]
+    fn the_hosts_memory_is_a_size_or_what_is_needed() {
+        let config = || MachineConfig { memory_mib: 1024, ..MachineConfig::default() };
+        let auto = applied(&["--host-memory", "auto", "--memory-max", "2G"], None, config());
+        assert_eq!(auto.host_memory_mib, Some(2048 + 16 + 32));
+        assert_eq!(applied(&["--host-memory=3G"], None, config()).host_memory_mib, Some(3072));
+        assert!(host_memory("some").unwrap_err().ends_with("2GiB, or auto"));
+    }
+
+    #[test]
+    fn lists_of_processors_are_numbers_and_ranges() {
+        let list = |text| cpuset(text).map(|cpus| cpus.0);
+        assert_eq!(list("0"), Ok(vec![0]));
+        assert_eq!(list("4,0-2,1"), Ok(vec![0, 1, 2, 4]));
+        assert_eq!(list("0-8191,0-8191").map(|cpus| cpus.len()), Ok(8192));
+        for wrong in ["", ",", "1,", "-1", "1-", "2-1", "a", "0x1", "+1", "1 ", "8192", "0-4294967295", "1-2-3", "1.5"]
+        {
+            assert!(list(wrong).unwrap_err().contains("such as 0-2,4"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn flags_win_and_what_is_not_said_stays() {
+        let file = MachineConfig { cpuset: vec![1], cpu_shares: Some(10), balloon: false, ..MachineConfig::default() };
+        let kept = applied(&[], None, file.clone());
+        assert_eq!(kept, file);
+        let changed = applied(&["--cpuset=0", "--cpu-shares=20"], None, file);
+        assert_eq!((changed.cpuset, changed.cpu_shares, changed.balloon), (vec![0], Some(20), false));
+        assert!(!applied(&["--no-balloon"], None, MachineConfig::default()).balloon);
+    }
+}

@@ -1,0 +1,212 @@
+//! From limits to control groups of our own that keep them: processor time and memory of the whole process.
+//!
+//! The whole process is held, so that a guest cannot earn time by making its devices work. A limit that cannot be had is an
+//! error, never a word in a log; what is not asked for costs nothing.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Context, Result, bail};
+
+mod group;
+
+use group::{Controller, Group, Place, Version};
+
+/// Time is given out once in so long, as other tools do it.
+const PERIOD_US: u64 = 100_000;
+/// What everybody has who asked for nothing: cpu.shares in version 1, and cpu.weight in version 2 (cgroup-v2.rst).
+const DEFAULT_SHARES: u32 = 1024;
+const DEFAULT_WEIGHT: u32 = 100;
+const WEIGHT_MAX: u32 = 10_000;
+
+/// What a machine's process may have of the host's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Thousandths of a processor's time.
+    pub cpu_millicpus: Option<u32>,
+    /// The part of processors that others want too, 1024 being everybody's.
+    pub cpu_shares: Option<u32>,
+    /// Memory, the guest's and our own and what is kept of files for us, in bytes.
+    pub memory_bytes: Option<u64>,
+}
+
+/// Holds this process, all of its threads, for as long as it exists; dropping it lets go. It holds nothing unless told.
+#[derive(Debug, Default)]
+pub struct Hold {
+    // More than one where each controller has a tree of its own.
+    groups: Vec<(Controller, Group)>,
+    limits: Limits,
+}
+
+impl Hold {
+    /// Holds this process to `limits`. To be called before there is a guest's memory: what is there already counts where it
+    /// came from.
+    ///
+    /// Groups that processes left behind which were killed are removed on the way.
+    pub fn new(limits: &Limits) -> Result<Hold> {
+        let mut hold = Hold::default();
+        hold.set_cpu(limits.cpu_millicpus, limits.cpu_shares)?;
+        if limits.memory_bytes.is_some() {
+            hold.group_for(Controller::Memory)
+                .map(drop)
+                .and_then(|()| hold.write_memory(limits.memory_bytes))
+                .with_context(|| memory_advice(limits.memory_bytes))?;
+        }
+        Ok(hold)
+    }
+
+    /// The limits in force.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Changes what is held of processors, from now on. Of what fails nothing is changed, or the first of the two.
+    pub fn set_cpu(&mut self, millicpus: Option<u32>, shares: Option<u32>) -> Result<()> {
+        if millicpus != self.limits.cpu_millicpus {
+            self.write_quota(millicpus).with_context(|| quota_advice(millicpus))?;
+            self.limits.cpu_millicpus = millicpus;
+        }
+        if shares != self.limits.cpu_shares {
+            self.write_shares(shares).with_context(|| shares_advice(shares))?;
+            self.limits.cpu_shares = shares;
+        }
+        Ok(())
+    }
+
+    /// Changes the limit of memory, of a machine that was started with one.
+    pub fn set_memory(&mut self, bytes: Option<u64>) -> Result<()> {
+        if self.limits.memory_bytes.is_none() && bytes.is_some() {
+            bail!(
+                "the machine was started without a limit of the host's memory (--host-memory), and cannot get one now"
+            );
+        }
+        self.write_memory(bytes).context("change the machine's limit of the host's memory")
+    }
+
+    /// The group that gives out `controller`, made if need be.
+    fn group_for(&mut self, controller: Controller) -> Result<&Group> {
+        let index = match self.groups.iter().position(|(other, _)| *other == controller) {
+            Some(index) => index,
+            None => {
+                let place = Place::of_this_process(controller)?;
+                let place =
+                    place.with_context(|| format!("this host has no control groups for {}", controller.name()))?;
+                // In version 2 one group does for all.
+                match self.groups.iter().position(|(_, group)| group.folder == place.home) {
+                    Some(index) => {
+                        self.groups[index].1.give_out(controller)?;
+                        index
+                    }
+                    None => {
+                        self.groups.push((controller, place.enter(controller)?));
+                        self.groups.len() - 1
+                    }
+                }
+            }
+        };
+        Ok(&self.groups[index].1)
+    }
+
+    fn write_quota(&mut self, millicpus: Option<u32>) -> Result<()> {
+        let quota_us = millicpus.map(|millicpus| u64::from(millicpus) * PERIOD_US / 1000);
+        let group = self.group_for(Controller::Cpu)?;
+        match group.version {
+            Version::V1 => {
+                group.write("cpu.cfs_period_us", &PERIOD_US.to_string())?;
+                group.write("cpu.cfs_quota_us", &quota_us.map_or("-1".to_owned(), |quota_us| quota_us.to_string()))
+            }
+            Version::V2 => {
+                let quota_us = quota_us.map_or("max".to_owned(), |quota_us| quota_us.to_string());
+                group.write("cpu.max", &format!("{quota_us} {PERIOD_US}"))
+            }
+        }
+    }
+
+    fn write_shares(&mut self, shares: Option<u32>) -> Result<()> {
+        let shares = shares.unwrap_or(DEFAULT_SHARES);
+        let group = self.group_for(Controller::Cpu)?;
+        match group.version {
+            Version::V1 => group.write("cpu.shares", &shares.to_string()),
+            Version::V2 => group.write("cpu.weight", &weight(shares).to_string()),
+        }
+    }
+
+    fn write_memory(&mut self, bytes: Option<u64>) -> Result<()> {
+        let group = self.group_for(Controller::Memory)?;
+        let (file, none) = match group.version {
+            Version::V1 => ("memory.limit_in_bytes", "-1"),
+            Version::V2 => ("memory.max", "max"),
+        };
+        group.write(file, &bytes.map_or(none.to_owned(), |bytes| bytes.to_string()))?;
+        self.limits.memory_bytes = bytes;
+        Ok(())
+    }
+}
+
+/// Shares as a weight: in proportion, so that machines' shares relate to each other, and to those of everybody else, as in
+/// version 1. Docker's own conversion keeps neither.
+fn weight(shares: u32) -> u32 {
+    let weight = u64::from(shares) * u64::from(DEFAULT_WEIGHT) / u64::from(DEFAULT_SHARES);
+    u32::try_from(weight).unwrap_or(WEIGHT_MAX).clamp(1, WEIGHT_MAX)
+}
+
+fn quota_advice(millicpus: Option<u32>) -> String {
+    let Some(millicpus) = millicpus else { return "lift the machine's limit of processor time".to_owned() };
+    let (limit, quota) = (f64::from(millicpus) / 1000.0, f64::from(millicpus) / 10.0);
+    let start = format!("{} -p CPUQuota={quota}%", scope());
+    format!("hold the machine to {limit} CPUs (start it as `{start} husk ...`, with a whole number of --cpus)")
+}
+
+fn shares_advice(shares: Option<u32>) -> String {
+    let Some(shares) = shares else { return "give the machine as much of processors as others".to_owned() };
+    let start = format!("{} -p CPUWeight={}", scope(), weight(shares));
+    format!("give the machine {shares} shares of processors (start it as `{start} husk ...`, without --cpu-shares)")
+}
+
+fn memory_advice(bytes: Option<u64>) -> String {
+    let limit_mib = bytes.unwrap_or_default() >> 20;
+    let start = format!("{} -p MemoryMax={limit_mib}M", scope());
+    format!(
+        "hold the machine to {limit_mib} MiB of the host's memory (start it as `{start} husk ...`, without --host-memory)"
+    )
+}
+
+/// How a program is started in a group that systemd makes. It divides users' own groups in the second version only.
+fn scope() -> &'static str {
+    let version = Place::of_this_process(Controller::Cpu).ok().flatten().map(|place| place.version);
+    match version {
+        _ if is_root() => "systemd-run --scope",
+        Some(Version::V1) => "sudo systemd-run --scope",
+        Some(Version::V2) | None => "systemd-run --user --scope",
+    }
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_weights_in_proportion() {
+        assert_eq!([2, 512, 1024, 3072, 262_144].map(weight), [1, 50, 100, 300, 10_000]);
+        assert_eq!([0, u32::MAX].map(weight), [1, 10_000]);
+    }
+
+    #[test]
+    fn who_asks_for_nothing_is_not_moved() {
+        let before = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let hold = Hold::new(&Limits::default()).unwrap();
+        assert_eq!(fs::read_to_string("/proc/self/cgroup").unwrap(), before);
+        assert!(hold.groups.is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_had_says_how_it_can() {
+        assert!(quota_advice(Some(1500)).contains("-p CPUQuota=150% husk"));
+        assert!(shares_advice(Some(2048)).contains("-p CPUWeight=200 husk"));
+        assert!(memory_advice(Some(96 << 20)).contains("-p MemoryMax=96M husk"));
+    }
+}
