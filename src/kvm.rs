@@ -28,7 +28,7 @@ pub const REQUIRED_CAPABILITIES: [(Cap, &str); 6] = [
 pub struct Vm {
     fd: VmFd,
     kvm: Arc<Kvm>,
-    _memory: GuestMemory,
+    memory: GuestMemory,
 }
 
 impl Vm {
@@ -50,7 +50,12 @@ impl Vm {
         fd.set_tss_address(layout::TSS_ADDRESS as usize).context("KVM_SET_TSS_ADDR")?;
         fd.set_identity_map_address(layout::IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
         fd.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
-        Ok(Vm { fd, kvm, _memory: memory.clone() })
+        Ok(Vm { fd, kvm, memory: memory.clone() })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// Lets a write to `line` raise its interrupt in the guest.

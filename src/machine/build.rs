@@ -75,7 +75,7 @@ impl Machine {
         let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
         let topology = Topology { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline() };
         let vcpus = start_vcpus(&vm, buses, &ending, &supported, topology, entry)?;
-        Ok(Machine { vcpus, transports, controls, console, power_button, ending, timings, _vm: vm, hold })
+        Ok(Machine { vcpus, transports, controls, console, power_button, ending, timings, vm, hold })
     }
 }
 

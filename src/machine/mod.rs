@@ -6,6 +6,7 @@ pub mod layout;
 pub mod outcome;
 pub mod timings;
 
+use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -15,6 +16,7 @@ use crate::console::output::Output;
 use crate::device::Serial;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
+use crate::resources::memory_use::MemoryUse;
 use crate::sandbox::cgroup::Hold;
 use crate::vcpu::VcpuThread;
 use crate::virtio::{MmioTransport, balloon, block};
@@ -41,7 +43,7 @@ pub struct Machine {
     ending: Arc<Ending>,
     timings: Arc<Timings>,
     // So late that it outlives all that its memory and its descriptors were lent to.
-    _vm: Vm,
+    vm: Vm,
     hold: Hold,
 }
 
@@ -97,6 +99,11 @@ impl Machine {
     /// The host's hands on the machine's devices.
     pub fn controls(&self) -> &Controls {
         &self.controls
+    }
+
+    /// What the machine takes of the host's memory now.
+    pub fn memory_use(&self) -> io::Result<MemoryUse> {
+        MemoryUse::of_this_process(self.vm.memory())
     }
 
     /// What holds the machine's process to its share of the host, to be changed while it runs.

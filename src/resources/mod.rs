@@ -9,6 +9,7 @@ pub mod folder;
 pub mod guest_kernel;
 pub mod host;
 pub mod kernel;
+pub mod memory_use;
 pub mod modules;
 pub mod root_file;
 pub mod text;

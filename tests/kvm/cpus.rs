@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::husk::{Running, boot};
+use crate::husk::{Running, boot, disk_image};
 use husk_guests as guests;
 
 /// Leaves the test, aloud, where control groups are not ours to make.
@@ -36,7 +36,42 @@ fn groups_of(pid: u32) -> Vec<PathBuf> {
 fn held_to_half() -> Running {
     let config = tempfile::NamedTempFile::new().unwrap();
     fs::write(&config, r#"{"cpus": 2, "cpu_limit_millicpus": 500}"#).unwrap();
-    boot(guests::BUSY, "cpus=2").flag("--config", config.path()).start().wait_for("busy")
+    // Before all others, so that on a busy host too it is the limit that decides.
+    let machine = boot(guests::BUSY, "cpus=2").flag("--config", config.path()).flag("--cpu-shares", "262144");
+    machine.start().wait_for("busy")
+}
+
+/// Ends a machine that heeds nothing: the first signal presses a button, the second ends it. Two of one kind might become one.
+fn end(running: Running) {
+    running.signal("TERM");
+    running.signal("INT");
+    running.wait();
+}
+
+/// What each of these machines gets of a processor in the next seconds.
+fn shares_of_time(machines: &[&Running]) -> Vec<f64> {
+    const WINDOW: Duration = Duration::from_secs(4);
+    let started = Instant::now();
+    let before: Vec<Duration> = machines.iter().map(|machine| machine.cpu_time()).collect();
+    thread::sleep(WINDOW);
+    let shares = machines.iter().zip(before).map(|(machine, before)| machine.cpu_time() - before);
+    shares.map(|used| used.as_secs_f64() / started.elapsed().as_secs_f64()).collect()
+}
+
+/// Looks a few times whether `measure` is within a tenth of `wanted`: a busy host may give less for a while.
+#[track_caller]
+fn comes_within_a_tenth_of(wanted: f64, mut measure: impl FnMut() -> f64) {
+    const LOOKS: usize = 5;
+    let mut seen = Vec::new();
+    while seen.len() < LOOKS {
+        let share = measure();
+        println!("{share:.3}, wanted {wanted}");
+        if (0.9..1.1).contains(&(share / wanted)) {
+            return;
+        }
+        seen.push(share);
+    }
+    panic!("{seen:?}, wanted {wanted}");
 }
 
 #[test]
@@ -51,19 +86,101 @@ fn a_machine_held_to_half_a_processor_gets_that_and_no_more() {
         let line = stat.lines().find_map(|line| line.strip_prefix("nr_throttled ")).unwrap();
         line.parse::<u64>().unwrap()
     };
-    let (started, before, throttled_before) = (Instant::now(), running.cpu_time(), throttled());
-    thread::sleep(Duration::from_secs(5));
-    let share = (running.cpu_time() - before).as_secs_f64() / started.elapsed().as_secs_f64();
-    println!("{share:.3} of a processor");
-    assert!(share < 0.55, "{share}");
-    // A busy host may give less, but it is the limit that stops it here.
+    let throttled_before = throttled();
+    comes_within_a_tenth_of(0.5, || {
+        let share = shares_of_time(&[&running])[0];
+        assert!(share < 0.55, "{share}");
+        share
+    });
+    // It is the limit that stops it here, and not the host.
     assert!(throttled() > throttled_before);
-    // The first presses a button that nobody heeds, the second ends it. Two of one kind might become one.
-    running.signal("TERM");
-    running.signal("INT");
     let pid = running.pid();
-    running.wait();
+    end(running);
     assert!(groups_of(pid).is_empty(), "the group goes with the machine");
+}
+
+/// The last of the processors that this process may run on.
+fn last_processor() -> String {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    list.rsplit([',', '-']).next().unwrap().to_owned()
+}
+
+#[test]
+fn machines_share_a_processor_by_their_shares() {
+    needs_kvm!();
+    needs_root!();
+    let cpu = last_processor();
+    let start = |shares: &str| {
+        let machine = boot(guests::BUSY, "cpus=1").flag("--cpuset", &*cpu).flag("--cpu-shares", shares);
+        machine.start().wait_for("busy")
+    };
+    let (small, large) = (start("1024"), start("3072"));
+    comes_within_a_tenth_of(3.0, || {
+        let shares = shares_of_time(&[&small, &large]);
+        shares[1] / shares[0]
+    });
+    end(small);
+    end(large);
+}
+
+#[test]
+fn a_cpuset_is_kept_by_every_thread_and_needs_no_rights() {
+    needs_kvm!();
+    let cpu = last_processor();
+    let running = boot(guests::BUSY, "cpus=2").flag("--cpus", "2").flag("--cpuset", &*cpu).start().wait_for("busy");
+    let mut threads = 0;
+    for thread in fs::read_dir(format!("/proc/{}/task", running.pid())).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        assert!(status.contains(&format!("Cpus_allowed_list:\t{cpu}\n")), "{status}");
+        threads += 1;
+    }
+    assert!(threads > 2, "{threads}");
+    end(running);
+    let ran = boot(guests::EXIT, "").flag("--cpuset", "0,8000").run();
+    assert!(ran.expect_line(1).contains("processor 8000 is not there"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_machine_is_held_to_what_it_needs_of_the_hosts_memory_and_works_with_it() {
+    needs_kvm!();
+    needs_root!();
+    const MIB: u64 = 1 << 20;
+    let (_folder, disk) = disk_image(256 * MIB);
+    // More than the page cache may have of it.
+    let machine = boot(guests::DRIVE, "type=write order=sequential depth=8 count=30000").disk(&disk, "");
+    let machine = machine.flag("--host-memory", "auto");
+    assert!(machine.run().expect(0).contains("requests 30000"));
+    let running = boot(guests::BUSY, "cpus=1").flag("--host-memory", "auto").start().wait_for("busy");
+    let [group] = &*groups_of(running.pid()) else { panic!("a group") };
+    let limit =
+        ["memory.max", "memory.limit_in_bytes"].iter().find_map(|file| fs::read_to_string(group.join(file)).ok());
+    // The guest's 64, a page table's worth and 32.
+    assert_eq!(limit.unwrap().trim(), (97 * MIB).to_string());
+    end(running);
+    let ran = boot(guests::EXIT, "").flag("--host-memory", "96M").run();
+    assert!(ran.expect_line(2).contains("needs 97 MiB"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_limit_that_cannot_be_had_is_an_error_that_says_how() {
+    needs_kvm!();
+    needs_root!();
+    for (flag, value, way) in [
+        ("--cpus", "0.5", "CPUQuota=50%"),
+        ("--cpu-shares", "512", "CPUWeight=50"),
+        ("--host-memory", "1G", "MemoryMax=1024M"),
+    ] {
+        let husk = boot(guests::EXIT, "").flag(flag, value).command();
+        // Where control groups were is an empty folder.
+        let script = "mount -t tmpfs none /sys/fs/cgroup && exec \"$0\" \"$@\"";
+        let mut without = Command::new("unshare");
+        without.args(["--mount", "sh", "-c", script]).arg(husk.get_program()).args(husk.get_args());
+        let output = without.output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(way) && stderr.contains("make the control group"), "{stderr}");
+    }
 }
 
 #[test]

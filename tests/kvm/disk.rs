@@ -136,6 +136,34 @@ fn what_the_guest_was_told_is_written_is_in_the_file() {
     assert!(image[64 * 512..].iter().all(|byte| *byte == 0));
 }
 
+/// Requests a second that a disk with these options does, once what may pass at once has.
+fn rate_of(disk: &Path, options: &str, words: &str, burst: u64) -> f64 {
+    const COUNT: u64 = 400;
+    let text = boot(guests::DRIVE, &format!("{words} order=random count={COUNT}")).disk(disk, options).run().expect(0);
+    let ns = text.split_once("ns ").and_then(|(_, rest)| rest.split_whitespace().next()).unwrap();
+    (COUNT - burst) as f64 / (ns.parse::<f64>().unwrap() / 1e9)
+}
+
+#[test]
+fn a_limit_on_a_disk_holds() {
+    needs_kvm!();
+    let (_folder, disk) = disk_image(16 * MIB);
+    // Of 4 KiB each: 200 a second either way. A tenth of a second's may pass at once unless something else is said.
+    for (options, burst, words) in [
+        (",iops=200", 20, "type=read depth=1"),
+        (",iops=200,iops-burst=100", 100, "type=write depth=32"),
+        (",bps=800k", 20, "type=read depth=4"),
+        (",bps=800k,bps-burst=400k,iops=5000", 100, "type=write depth=1"),
+    ] {
+        // A busy host may give the guest less time than it takes to ask for so much, but never does the guest get more.
+        let rates = (0..5).map(|_| rate_of(&disk, options, words, burst)).inspect(|rate| {
+            println!("{words}, {options}: {rate:.1} a second");
+            assert!(*rate < 220.0, "{words}, {options}: {rate} a second");
+        });
+        assert!(rates.into_iter().any(|rate| rate > 180.0), "{words}, {options}");
+    }
+}
+
 #[test]
 fn a_second_disk_is_the_second() {
     needs_kvm!();

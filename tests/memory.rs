@@ -1,0 +1,186 @@
+//! A guest's memory and its host's: what goes back by itself, what a target keeps from a guest, and what it gets again.
+//!
+//! Real guests, as for tests/linux.rs, but as machines in this process: what is tested is measured and changed while they
+//! run. Without `HUSK_TEST_GUESTS` every test says that it was skipped.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{env, thread};
+
+use husk::config::{MachineConfig, VsockConfig};
+use husk::machine::Machine;
+use husk::machine::timings::Timings;
+use husk::resources;
+
+/// Longer than anything here takes, even emulated on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(180);
+const GUESTS: &str = "HUSK_TEST_GUESTS";
+/// What firmware/guests/linux/memory.c serves.
+const PORT: u32 = 1003;
+const MEMORY_MIB: u64 = 512;
+/// What a program in the guest takes: more than half.
+const TAKEN_MIB: u64 = 300;
+
+/// Begins a test that needs guests.
+fn guests(test: &str) -> Option<PathBuf> {
+    let guests = env::var_os(GUESTS).map(PathBuf::from);
+    if guests.is_none() {
+        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test guests` runs this");
+    }
+    guests
+}
+
+struct Guest {
+    machine: Machine,
+    name: String,
+    socket: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Guest {
+    /// A guest that serves memory, its programs running.
+    fn start(guests: &Path, kernel: &str, memory_target_mib: Option<u64>) -> Guest {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("v.sock");
+        let config = MachineConfig {
+            kernel: guests.join(kernel).join("vmlinux"),
+            initrd: Some(guests.join(kernel).join("initrd")),
+            cmdline: "-- memory".into(),
+            memory_mib: MEMORY_MIB,
+            memory_target_mib,
+            vsock: Some(VsockConfig { socket: socket.clone(), cid: 3 }),
+            ..MachineConfig::default()
+        };
+        config.validate().unwrap();
+        let resources = resources::open(&config).unwrap();
+        let mut machine = Machine::build(&config, resources, Arc::new(Timings::new(Instant::now()))).unwrap();
+        machine.resume();
+        let guest = Guest { machine, name: kernel.to_owned(), socket, _folder: folder };
+        guest.wait_for("its programs run", || guest.call().is_some());
+        guest
+    }
+
+    /// Waits for something that is to happen soon, and tells how long it took.
+    #[track_caller]
+    fn wait_for(&self, what: &str, happened: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !happened() {
+            assert_eq!(self.machine.ending().outcome(), None, "{}: {what}", self.name);
+            assert!(
+                started.elapsed() < PATIENCE,
+                "{}: {what}: not with {} MiB resident",
+                self.name,
+                self.resident_mib()
+            );
+            thread::sleep(Duration::from_millis(100));
+        }
+        println!(
+            "{}: {what}: {:.1} s, {} MiB resident",
+            self.name,
+            started.elapsed().as_secs_f64(),
+            self.resident_mib()
+        );
+    }
+
+    /// The guest's memory that the host has to keep.
+    fn resident_mib(&self) -> u64 {
+        self.machine.memory_use().unwrap().guest.rss_bytes >> 20
+    }
+
+    fn balloon(&self) -> &husk::virtio::balloon::Control {
+        self.machine.controls().balloon.as_ref().unwrap()
+    }
+
+    /// A connection to the program in the guest, if that is there.
+    fn call(&self) -> Option<UnixStream> {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        writeln!(stream, "CONNECT {PORT}").unwrap();
+        line(&mut stream)?.starts_with("OK ").then_some(stream)
+    }
+
+    /// Has a program in the guest use so much memory, for as long as the connection lasts. `None` where the guest ended it.
+    fn take(&self, mib: u64) -> Option<UnixStream> {
+        let mut stream = self.call().expect("it serves");
+        writeln!(stream, "{mib}").unwrap();
+        (line(&mut stream)? == "done\n").then_some(stream)
+    }
+}
+
+/// The next line, if there is a whole one.
+fn line(stream: &mut UnixStream) -> Option<String> {
+    let (mut line, mut byte) = (String::new(), [0]);
+    while !line.ends_with('\n') {
+        match stream.read(&mut byte) {
+            Ok(1) => line.push(byte[0].into()),
+            _ => return None,
+        }
+    }
+    Some(line)
+}
+
+/// What a guest takes beside what it is asked to; and what the host may be slow to see go.
+const SLACK_MIB: u64 = 48;
+
+fn idle_memory_goes_back(kernel: &str) {
+    let Some(guests) = guests("idle_memory_goes_back") else { return };
+    let guest = Guest::start(&guests, kernel, None);
+    let before_mib = guest.resident_mib();
+    let taken = guest.take(TAKEN_MIB).expect("there is room");
+    let full_mib = guest.resident_mib();
+    println!("{kernel}: {before_mib} MiB resident before, {full_mib} MiB while {TAKEN_MIB} MiB are in use");
+    assert!(full_mib >= TAKEN_MIB);
+    drop(taken);
+    guest.wait_for("freed memory went back", || guest.resident_mib() < before_mib + SLACK_MIB);
+    // And is the guest's again when it wants it.
+    drop(guest.take(TAKEN_MIB).expect("there is room again"));
+}
+
+fn a_target_is_kept(kernel: &str) {
+    const LOW_MIB: u64 = 192;
+    let Some(guests) = guests("a_target_is_kept") else { return };
+    let guest = Guest::start(&guests, kernel, Some(LOW_MIB));
+    let kept = |what: &str| {
+        guest.wait_for(what, || guest.balloon().present_mib() <= LOW_MIB);
+        // Its program is ended for lack of memory: in the guest, and by the guest.
+        assert!(guest.take(TAKEN_MIB).is_none(), "{kernel}: {what}");
+        let resident_mib = guest.resident_mib();
+        assert!(resident_mib <= LOW_MIB, "{kernel}: {what}: {resident_mib} MiB");
+    };
+    kept("started with less than it may have");
+    guest.balloon().ask_for_statistics();
+    guest.wait_for("statistics say so", || {
+        let total_bytes = guest.balloon().statistics().and_then(|statistics| statistics.total_bytes);
+        total_bytes.is_some_and(|total_bytes| total_bytes <= LOW_MIB << 20)
+    });
+    guest.balloon().set_target_mib(MEMORY_MIB).unwrap();
+    guest.wait_for("the target was raised", || guest.balloon().present_mib() == MEMORY_MIB);
+    let taken = guest.take(TAKEN_MIB).expect("there is room");
+    assert!(guest.resident_mib() >= TAKEN_MIB);
+    drop(taken);
+    guest.balloon().set_target_mib(LOW_MIB).unwrap();
+    kept("the target was lowered");
+}
+
+#[test]
+fn memory_that_a_micro_guest_frees_goes_back_by_itself() {
+    idle_memory_goes_back("micro");
+}
+
+#[test]
+fn memory_that_a_stock_guest_frees_goes_back_by_itself() {
+    idle_memory_goes_back("stock");
+}
+
+#[test]
+fn a_micro_guest_has_as_much_memory_as_the_target_says() {
+    a_target_is_kept("micro");
+}
+
+#[test]
+fn a_stock_guest_has_as_much_memory_as_the_target_says() {
+    a_target_is_kept("stock");
+}
