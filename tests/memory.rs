@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
-use husk::config::{MachineConfig, VsockConfig};
+use husk::backend::rate::Rate;
+use husk::config::{DiskConfig, MachineConfig, VsockConfig};
 use husk::machine::Machine;
 use husk::machine::timings::Timings;
 use husk::resources;
@@ -43,17 +44,21 @@ struct Guest {
 impl Guest {
     /// A guest that serves memory, its programs running.
     fn start(guests: &Path, kernel: &str, memory_target_mib: Option<u64>) -> Guest {
+        Guest::start_with(guests, kernel, |config| config.memory_target_mib = memory_target_mib)
+    }
+
+    fn start_with(guests: &Path, kernel: &str, change: impl Fn(&mut MachineConfig)) -> Guest {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("v.sock");
-        let config = MachineConfig {
+        let mut config = MachineConfig {
             kernel: guests.join(kernel).join("vmlinux"),
             initrd: Some(guests.join(kernel).join("initrd")),
             cmdline: "-- memory".into(),
             memory_mib: MEMORY_MIB,
-            memory_target_mib,
             vsock: Some(VsockConfig { socket: socket.clone(), cid: 3 }),
             ..MachineConfig::default()
         };
+        change(&mut config);
         config.validate().unwrap();
         let resources = resources::open(&config).unwrap();
         let mut machine = Machine::build(&config, resources, Arc::new(Timings::new(Instant::now()))).unwrap();
@@ -122,8 +127,8 @@ fn line(stream: &mut UnixStream) -> Option<String> {
     Some(line)
 }
 
-/// What a guest takes beside what it is asked to; and what the host may be slow to see go.
-const SLACK_MIB: u64 = 48;
+/// What may stay with a guest of what it has freed: it reports whole blocks of 2 MiB, and what lies between is its own.
+const KEPT_MIB: u64 = TAKEN_MIB / 3;
 
 fn idle_memory_goes_back(kernel: &str) {
     let Some(guests) = guests("idle_memory_goes_back") else { return };
@@ -134,21 +139,26 @@ fn idle_memory_goes_back(kernel: &str) {
     println!("{kernel}: {before_mib} MiB resident before, {full_mib} MiB while {TAKEN_MIB} MiB are in use");
     assert!(full_mib >= TAKEN_MIB);
     drop(taken);
-    guest.wait_for("freed memory went back", || guest.resident_mib() < before_mib + SLACK_MIB);
+    guest.wait_for("freed memory went back", || guest.resident_mib() < before_mib + KEPT_MIB);
     // And is the guest's again when it wants it.
     drop(guest.take(TAKEN_MIB).expect("there is room again"));
+    let target_mib = MEMORY_MIB - 64;
+    guest.balloon().set_target_mib(target_mib).unwrap();
+    guest.wait_for("a little was given up", || guest.balloon().present_mib() == target_mib);
 }
 
-fn a_target_is_kept(kernel: &str) {
+#[test]
+fn a_guest_has_as_much_memory_as_the_target_says() {
     const LOW_MIB: u64 = 192;
-    let Some(guests) = guests("a_target_is_kept") else { return };
-    let guest = Guest::start(&guests, kernel, Some(LOW_MIB));
+    let Some(guests) = guests("a_guest_has_as_much_memory_as_the_target_says") else { return };
+    // The stock kernel clears each page that it puts into its balloon: here that takes minutes.
+    let guest = Guest::start(&guests, "micro", Some(LOW_MIB));
     let kept = |what: &str| {
         guest.wait_for(what, || guest.balloon().present_mib() <= LOW_MIB);
         // Its program is ended for lack of memory: in the guest, and by the guest.
-        assert!(guest.take(TAKEN_MIB).is_none(), "{kernel}: {what}");
+        assert!(guest.take(TAKEN_MIB).is_none(), "{what}");
         let resident_mib = guest.resident_mib();
-        assert!(resident_mib <= LOW_MIB, "{kernel}: {what}: {resident_mib} MiB");
+        assert!(resident_mib <= LOW_MIB, "{what}: {resident_mib} MiB");
     };
     kept("started with less than it may have");
     guest.balloon().ask_for_statistics();
@@ -176,11 +186,37 @@ fn memory_that_a_stock_guest_frees_goes_back_by_itself() {
 }
 
 #[test]
-fn a_micro_guest_has_as_much_memory_as_the_target_says() {
-    a_target_is_kept("micro");
+fn a_machine_works_within_the_hosts_memory_that_it_is_said_to_need() {
+    const SMALL_MIB: u64 = 256;
+    let Some(guests) = guests("a_machine_works_within_the_hosts_memory_that_it_is_said_to_need") else { return };
+    if run("id", "-u") != "0\n" {
+        eprintln!("SKIPPED: control groups are tested by root");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let guest = Guest::start_with(&guests, "micro", |config| {
+        config.memory_mib = SMALL_MIB;
+        config.host_memory_mib = Some(config.host_memory_needed_mib());
+        config.disks =
+            vec![DiskConfig { path: image.clone(), readonly: false, id: None, format: None, rate: Rate::default() }];
+    });
+    // All but what the guest's kernel cannot do without; where it ends the program the memory was used all the same.
+    let taken = guest.take(SMALL_MIB - 40);
+    assert!(taken.is_some() && guest.resident_mib() > SMALL_MIB - 40);
+    let use_of = guest.machine.memory_use().unwrap();
+    println!("guest {} KiB, husk {} KiB", use_of.guest.rss_bytes >> 10, use_of.husk.rss_bytes >> 10);
+    // Under version 2 the kernel says how far it came.
+    let group = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = group.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
+    for file in ["memory.max", "memory.peak", "memory.current", "memory.stat"] {
+        let text = std::fs::read_to_string(format!("/sys/fs/cgroup{path}/{file}"));
+        println!("{file}: {}", text.unwrap_or_default().lines().take(12).collect::<Vec<_>>().join(", "));
+    }
 }
 
-#[test]
-fn a_stock_guest_has_as_much_memory_as_the_target_says() {
-    a_target_is_kept("stock");
+fn run(program: &str, argument: &str) -> String {
+    let output = std::process::Command::new(program).arg(argument).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
 }

@@ -60,13 +60,14 @@ fn output_of(mut command: Command) -> Result<String> {
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
-    let measurements: [Measurement; 7] = [
+    let measurements: [Measurement; 8] = [
         ("startup", startup::first_run),
         ("kernel", startup::kernel_load),
         ("exits", exits::round_trips),
         ("parse", parse::block_requests),
         ("disk", disk::through_the_device),
         ("memory", memory::beyond_the_guest),
+        ("idle", memory::idle),
         ("image", image::prepare),
     ];
     // Cargo passes `--bench` on.

@@ -1,7 +1,9 @@
-//! What a running machine costs its host beyond the guest's own memory.
+//! What a machine that has nothing to do costs its host: memory beyond the guest's own, and processor time.
 
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,22 +12,52 @@ use crate::{Aim, boot, report};
 /// A machine's memory unless its user says otherwise.
 const GUEST_MIB: u64 = 512;
 
+/// How long a guest is watched that halts. The scheduler counts nanoseconds.
+const WATCHED: Duration = Duration::from_secs(10);
+
 /// The proportional set size of every mapping that is not guest memory, of a machine whose guest halts.
 pub fn beyond_the_guest() -> Result<()> {
+    let maps = with_an_idle_guest(|husk| Ok(std::fs::read_to_string(format!("/proc/{}/smaps", husk.id()))?))?;
+    let (guest_kib, other_kib) = split(&maps);
+    ensure!(guest_kib > 0, "no mapping is as large as the guest's memory");
+    report("memory beyond the guest's own", other_kib as f64 / 1024.0, "MiB", Aim::Below(5.0));
+    Ok(())
+}
+
+/// What all threads of a machine use of a processor whose guest halts.
+pub fn idle() -> Result<()> {
+    let share = with_an_idle_guest(|husk| {
+        let (started, before_ns) = (Instant::now(), processor_ns(husk)?);
+        thread::sleep(WATCHED);
+        Ok((processor_ns(husk)? - before_ns) as f64 / 1e9 / started.elapsed().as_secs_f64())
+    })?;
+    report("processor time of a guest that halts", share * 100.0, "%", Aim::Below(0.1));
+    Ok(())
+}
+
+/// Lets `look` look at a machine whose guest has said all that it will.
+fn with_an_idle_guest<T>(look: impl FnOnce(&Child) -> Result<T>) -> Result<T> {
     let mut command = boot(husk_guests::POWER, "do=halt");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut husk = command.spawn()?;
     let mut line = String::new();
     let said = BufReader::new(husk.stdout.take().context("no standard output")?).read_line(&mut line);
-    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", husk.id()));
+    let seen = look(&husk);
     husk.kill()?;
     husk.wait()?;
     said?;
     ensure!(line == "ready\n", "the guest said {line:?}");
-    let (guest_kib, other_kib) = split(&maps?);
-    ensure!(guest_kib > 0, "no mapping is as large as the guest's memory");
-    report("memory beyond the guest's own", other_kib as f64 / 1024.0, "MiB", Aim::Below(5.0));
-    Ok(())
+    seen
+}
+
+/// Time on a processor of all threads so far (proc(5), schedstat: the first number).
+fn processor_ns(husk: &Child) -> Result<u64> {
+    let mut sum_ns = 0;
+    for thread in std::fs::read_dir(format!("/proc/{}/task", husk.id()))? {
+        let stat = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+        sum_ns += stat.split_whitespace().next().context("schedstat is empty")?.parse::<u64>()?;
+    }
+    Ok(sum_ns)
 }
 
 /// The proportional set size in KiB of mappings as large as the guest, and of the others (proc(5), smaps).

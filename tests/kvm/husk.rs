@@ -83,7 +83,7 @@ impl Boot {
         }
         let stdout = Stream::collect(child.stdout.take().unwrap());
         let stderr = Stream::collect(child.stderr.take().unwrap());
-        Running { child, stdout, stderr }
+        Running { child: Killed(child), stdout, stderr }
     }
 
     /// Starts it and waits for its end.
@@ -147,9 +147,20 @@ impl Stream {
     }
 }
 
+/// A process that does not outlive the test that started it.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Most have ended, and have been waited for.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A husk that runs. Killed if a test fails before its end.
 pub struct Running {
-    child: Child,
+    child: Killed,
     stdout: Stream,
     stderr: Stream,
 }
@@ -157,13 +168,13 @@ pub struct Running {
 impl Running {
     /// Its process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     /// Waits until the guest has printed `words`.
     pub fn wait_for(mut self, words: &str) -> Running {
         if !self.stdout.wait_for(words) {
-            let _ = self.child.kill();
+            let _ = self.child.0.kill();
             panic!("the guest never said {words:?}: {:?}", self.wait());
         }
         self
@@ -176,7 +187,7 @@ impl Running {
 
     /// Whether it has not ended yet.
     pub fn runs(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
+        self.child.0.try_wait().unwrap().is_none()
     }
 
     /// Time on a processor so far, of all its threads, in and out of the guest.
@@ -190,7 +201,7 @@ impl Running {
 
     /// Waits for its end.
     pub fn wait(mut self) -> Ran {
-        let status = end_of(&mut self.child);
+        let status = end_of(&mut self.child.0);
         let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
         let status = status.unwrap_or_else(|| {
             let last = &stdout[stdout.len().saturating_sub(1000)..];

@@ -1,0 +1,94 @@
+//! From arbitrary bytes as rings, page numbers, reports and statistics to the balloon: each turn ends, and what goes back is
+//! no more than a turn's worth.
+#![no_main]
+
+use std::cell::OnceCell;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use husk::memory::{self, GuestMemory};
+use husk::virtio::queue::QueueRegisters;
+use husk::virtio::{Left, Virtqueue, balloon};
+use libfuzzer_sys::fuzz_target;
+use vm_memory::{Bytes, GuestAddress};
+
+const QUEUES: usize = 5;
+const QUEUE_SIZE: u16 = 16;
+/// The input lies at address 0, but for its first byte: the descriptor table that all queues have, the available ring, then
+/// whatever they point to.
+const AVAILABLE: u64 = 16 * QUEUE_SIZE as u64;
+const INPUT_BYTES: usize = 8 << 10;
+/// The used rings lie behind it.
+const USED: u64 = INPUT_BYTES as u64;
+const MEMORY_MIB: u64 = 64;
+/// VIRTIO_F_VERSION_1, and the balloon's own features.
+const FEATURES: u64 = 1 << 32;
+/// A turn ends behind the first GiB, of which the last request has another one at most.
+const TURN_BYTES_MAX: u64 = 2 << 30;
+
+thread_local! {
+    static MEMORY: OnceCell<Arc<GuestMemory>> = const { OnceCell::new() };
+}
+
+fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
+    let Some((first, bytes)) = bytes.split_first() else { return };
+    MEMORY.with(|cell| {
+        let memory = cell.get_or_init(|| Arc::new(memory::reserve(MEMORY_MIB).expect("memory can be had")));
+        let mut input = [0; INPUT_BYTES];
+        input.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        memory.write_slice(&input, GuestAddress(0)).expect("the input fits");
+        memory.write_slice(&[0; 4096], GuestAddress(USED)).expect("it is memory");
+        serve(memory, usize::from(*first) % QUEUES, u64::from(*first >> 3));
+    });
+});
+
+fn serve(memory: &Arc<GuestMemory>, index: usize, features: u64) {
+    let (mut device, control) = balloon::device(MEMORY_MIB, MEMORY_MIB / 2, false).expect("a descriptor can be had");
+    let queue = |queue: u64| {
+        let registers = QueueRegisters {
+            ready: true,
+            available_ring: AVAILABLE,
+            used_ring: USED + 256 * queue,
+            ..QueueRegisters::new(QUEUE_SIZE)
+        };
+        Virtqueue::new(&registers, memory, false).expect("the rings are good")
+    };
+    let mut queues: Vec<Virtqueue> = (0..QUEUES as u64).map(queue).collect();
+    device.handler.start(FEATURES | features << 1);
+    for turn in 0..8 {
+        let before = control.returned_bytes();
+        let left = device.handler.process(index, &mut queues);
+        assert!(control.returned_bytes() - before <= TURN_BYTES_MAX);
+        match left {
+            Ok(Left::More) => {}
+            Ok(Left::Waiting) if turn % 2 == 0 => control.ask_for_statistics(),
+            _ => return,
+        }
+    }
+    let _ = control.statistics();
+}
+
+/// What the fuzzing starts from: a request of page numbers, a report, and statistics.
+fn write_seeds() {
+    let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/balloon"));
+    fs::create_dir_all(corpus).expect("the corpus can be made");
+    let data = AVAILABLE + 256;
+    for (name, queue, flags, address, content) in [
+        ("inflate", 0_u8, 0_u16, data, [256_u32, 257, 300].map(u32::to_le_bytes).concat()),
+        ("report", 4, 2, 1 << 20, Vec::new()),
+        ("statistics", 2, 0, data, [&4_u16.to_le_bytes()[..], &77_u64.to_le_bytes()].concat()),
+    ] {
+        let len = if content.is_empty() { 1 << 20 } else { content.len() as u32 };
+        let mut bytes = vec![0; data as usize];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[AVAILABLE as usize + 2] = 1;
+        bytes.extend(content);
+        let first = queue | 0b10001 << 3;
+        // The queue is what the first byte leaves by five.
+        let first = (0..=u8::MAX).find(|byte| byte >> 3 == first >> 3 && byte % 5 == queue).unwrap_or(first);
+        fs::write(corpus.join(name), [&[first], &bytes[..]].concat()).expect("the corpus can be written");
+    }
+}
