@@ -276,8 +276,9 @@ impl MachineConfig {
         if self.cmdline.is_empty() { own } else { format!("{own} {}", self.cmdline) }
     }
 
-    /// The host's memory in MiB with which the machine can do: the guest's, page tables for it in the host and in KVM (a
-    /// 512th each, rounded up), and what husk, the kernel for it, and the page cache of a working disk take.
+    /// The host's memory in MiB with which the machine can do: the guest's, the host's and KVM's page tables for it (up to
+    /// a 512th each), and room for husk itself (3 MiB), the kernel's part of it (1 MiB), and the page cache that a working
+    /// disk needs.
     pub fn host_memory_needed_mib(&self) -> u64 {
         const BESIDE_THE_GUEST_MIB: u64 = 32;
         self.memory_mib + self.memory_mib.div_ceil(128) + BESIDE_THE_GUEST_MIB
