@@ -67,6 +67,9 @@ pub struct MachineConfig {
     /// Whether there is a balloon: the guest gives back memory that it does not use, and its memory can be changed while
     /// it runs.
     pub balloon: bool,
+    /// Whether the guest takes memory back from the balloon when it runs out, so that the target is a wish and no limit.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub balloon_deflates_on_oom: bool,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
     /// Sockets between the guest and the host, if it is to have them.
@@ -89,6 +92,7 @@ impl Default for MachineConfig {
             memory_mib: 512,
             memory_target_mib: None,
             balloon: true,
+            balloon_deflates_on_oom: false,
             disks: Vec::new(),
             vsock: None,
         }

@@ -60,8 +60,8 @@ impl Machine {
         }
         if config.balloon {
             let target_mib = config.memory_target_mib.unwrap_or(config.memory_mib);
-            let (device, control) =
-                balloon::device(config.memory_mib, target_mib, false).context("make the balloon")?;
+            let (device, control) = balloon::device(config.memory_mib, target_mib, config.balloon_deflates_on_oom)
+                .context("make the balloon")?;
             devices.push(device);
             controls.balloon = Some(control);
         }

@@ -1,0 +1,98 @@
+//! A process that is held, and held otherwise while it runs: this one. Alone in its program, since all of it is held.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use husk::sandbox::cgroup::{Hold, Limits};
+
+/// What this process uses of processors in the next seconds, while threads of its spin.
+fn share() -> f64 {
+    let (started, before) = (Instant::now(), cpu_time());
+    thread::sleep(Duration::from_secs(3));
+    (cpu_time() - before).as_secs_f64() / started.elapsed().as_secs_f64()
+}
+
+fn cpu_time() -> Duration {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    // proc(5): the fields behind the name in parentheses begin with the third; utime is the 14th, stime the 15th.
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    Duration::from_millis((fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()) * 10)
+}
+
+/// Looks a few times whether the share is within a tenth of `wanted`: a busy host may give less for a while.
+#[track_caller]
+fn comes_within_a_tenth_of(wanted: f64) {
+    let shares: Vec<f64> = (0..5).map(|_| share()).collect();
+    println!("{shares:.3?}, wanted {wanted}");
+    assert!(shares.iter().any(|share| (0.9..1.1).contains(&(share / wanted))), "{shares:?}, wanted {wanted}");
+    assert!(shares.iter().all(|share| *share < wanted * 1.1), "{shares:?}, wanted {wanted}");
+}
+
+fn groups() -> Vec<PathBuf> {
+    let name = format!("husk-{}-*", std::process::id());
+    let output = Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &name]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().lines().map(PathBuf::from).collect()
+}
+
+/// What one of these files of a group says, whichever there is.
+fn says(group: &Path, files: [&str; 2]) -> String {
+    let text = files.iter().find_map(|file| fs::read_to_string(group.join(file)).ok());
+    text.unwrap_or_else(|| panic!("{} has none of {files:?}", group.display())).trim().to_owned()
+}
+
+#[test]
+fn limits_change_while_the_process_runs_and_go_with_the_hold() {
+    if Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout != b"0\n") {
+        // Written past the harness, which keeps what a test prints.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: limits of processor time are tested by root");
+        return;
+    }
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let spin = || while !ended.load(Ordering::Relaxed) {};
+        scope.spawn(spin);
+        scope.spawn(spin);
+        let result = std::panic::catch_unwind(change_limits);
+        ended.store(true, Ordering::Relaxed);
+        result.unwrap();
+    });
+    assert_eq!(groups(), [""; 0].map(PathBuf::from), "they go with the hold");
+}
+
+fn change_limits() {
+    let mut hold = Hold::new(&Limits::default()).unwrap();
+    assert!(groups().is_empty(), "nothing was asked for");
+    // Before all others, so that on a busy host too it is the limit that decides.
+    hold.set_cpu(Some(500), Some(262_144)).unwrap();
+    comes_within_a_tenth_of(0.5);
+    hold.set_cpu(Some(250), Some(262_144)).unwrap();
+    comes_within_a_tenth_of(0.25);
+    let all = groups();
+    let [group] = &*all else { panic!("one group does for both: {all:?}") };
+    assert!(["262144", "10000"].contains(&&*says(group, ["cpu.shares", "cpu.weight"])));
+    hold.set_cpu(None, Some(512)).unwrap();
+    assert!(["-1", "max 100000"].contains(&&*says(group, ["cpu.cfs_quota_us", "cpu.max"])));
+    assert!(["512", "50"].contains(&&*says(group, ["cpu.shares", "cpu.weight"])));
+    hold.set_cpu(None, None).unwrap();
+    assert!(["1024", "100"].contains(&&*says(group, ["cpu.shares", "cpu.weight"])));
+    assert_eq!(hold.limits(), Limits::default());
+    let error = hold.set_memory(Some(1 << 30)).unwrap_err().to_string();
+    assert!(error.contains("--host-memory"), "{error}");
+    drop(hold);
+
+    // Both kinds, in one group or in two.
+    let limits = Limits { cpu_millicpus: Some(1500), memory_bytes: Some(1 << 30), ..Limits::default() };
+    let mut hold = Hold::new(&limits).unwrap();
+    assert_eq!(hold.limits(), limits);
+    hold.set_memory(Some(2 << 30)).unwrap();
+    let files = ["memory.max", "memory.limit_in_bytes"];
+    let memory = groups().into_iter().find(|group| files.iter().any(|file| group.join(file).exists())).unwrap();
+    assert_eq!(says(&memory, files), (2_u64 << 30).to_string());
+    hold.set_memory(None).unwrap();
+    assert!(says(&memory, files).parse::<u64>().is_ok_and(|bytes| bytes > 1 << 60) || says(&memory, files) == "max");
+}
