@@ -11,6 +11,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
+use super::life::{self, Called, Life};
 use super::limits::Limits;
 use super::size;
 use crate::backend::rate::Rate;
@@ -90,6 +91,9 @@ pub struct Boot {
     #[arg(long, value_name = "PATH[,cid=N]", value_parser = PathBufValueParser::new().try_map(vsock))]
     vsock: Option<VsockConfig>,
 
+    #[command(flatten)]
+    life: Life,
+
     /// Say on standard error when each step of the boot was reached
     #[arg(long)]
     pub timings: bool,
@@ -115,6 +119,9 @@ impl Boot {
             super::print(&format!("{json}\n"))?;
             return Ok(Exit::Success);
         }
+        if self.life.hands_on() {
+            return life::hand_on();
+        }
         if resources::host::runs_only_pvm_guests() {
             log::warn!(
                 "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
@@ -123,14 +130,23 @@ impl Boot {
         log::info!("kernel command line: {}", config.full_cmdline());
         let timings = Arc::new(Timings::new(started));
         // Before any thread exists, so that all of them leave the signals to the one that waits for them.
-        let signals = Front::block_signals(false)?;
-        let resources = resources::open(&config)?;
-        let machine = Machine::build(&config, resources, timings.clone())?;
-        let outcome = control::run(machine, signals, Front::Console)?;
+        let called = Called {
+            image: config.kernel.display().to_string(),
+            command: Vec::new(),
+            process: None,
+            stop_signal: libc::SIGTERM as u8,
+        };
+        let desk = self.life.desk(self.life.folder()?, called, &config)?;
+        let exit = self.life.lead(desk, |desk| {
+            let signals = Front::block_signals(false)?;
+            let resources = resources::open(&config)?;
+            let machine = Machine::build(&config, resources, timings.clone())?;
+            Ok(report(&control::run(machine, signals, Front::Console, desk)?))
+        })?;
         if self.timings {
             eprint!("{timings}");
         }
-        Ok(report(&outcome))
+        Ok(exit)
     }
 
     /// The file's machine, or the default one, changed by the flags. A list of disks replaces the file's.

@@ -1,13 +1,16 @@
-//! `husk inspect`: all that the store knows of an image, as JSON.
+//! `husk inspect`: all that is known of machines and images, as JSON.
 
 use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
-use crate::image::{Source, Store};
+use super::ps;
+use crate::image::Store;
+use crate::roster::Roster;
 
 const EXAMPLES: &str = "\
 Examples:
+  husk inspect web | jq '.[].state'
   husk inspect debian:12
   husk inspect debian:12 | jq -r '.[].process.env[]'";
 
@@ -15,18 +18,27 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Inspect {
-    /// Names, IDs, or paths that images were made from
-    #[arg(value_name = "IMAGE", required = true, value_parser = super::load::source)]
-    images: Vec<Source>,
+    /// Machines by name or ID; images by name, ID, or the path that they were made from
+    #[arg(value_name = "NAME", required = true)]
+    names: Vec<String>,
 }
 
 impl Inspect {
-    /// Prints a list with an object for each image.
+    /// Prints a list with an object for each. A name that a machine has is the machine's.
     pub fn run(self) -> Result<Exit> {
-        let store = Store::open_default()?;
-        let images = self.images.iter().map(|source| store.find(source)).collect::<Result<Vec<_>>>()?;
-        let json = serde_json::to_string_pretty(&images).context("print the images")?;
+        let roster = Roster::open()?;
+        let find = |name: &String| match roster.find(name) {
+            Ok(entry) => Ok(ps::to_json(&entry)),
+            Err(_) => image(name).with_context(|| format!("there is no machine {name:?}, and no image")),
+        };
+        let found = self.names.iter().map(find).collect::<Result<Vec<_>>>()?;
+        let json = serde_json::to_string_pretty(&found).context("print what is known")?;
         super::print(&format!("{json}\n"))?;
         Ok(Exit::Success)
     }
+}
+
+fn image(name: &str) -> Result<serde_json::Value> {
+    let image = Store::open_default()?.find(&name.parse()?)?;
+    serde_json::to_value(image).context("print the image")
 }

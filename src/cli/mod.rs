@@ -1,23 +1,38 @@
 //! From arguments to a command, one file each: flags become plain data here and nothing is opened.
 
+mod ask;
+pub mod attach;
 pub mod boot;
 pub mod completions;
 mod cpus;
 pub mod disks;
 pub mod doctor;
+pub mod exec;
 pub mod exit;
 pub mod images;
 pub mod inspect;
+pub mod kill;
+pub mod life;
 pub mod limits;
 pub mod load;
 pub mod logger;
+pub mod logs;
 pub mod man;
+pub mod pause;
 pub mod prepare;
 pub mod prune;
+pub mod ps;
 pub mod pull;
+pub mod rename;
+pub mod rm;
 pub mod rmi;
 pub mod run;
+mod signal;
 mod size;
+pub mod stats;
+pub mod stop;
+pub mod wait;
+mod when;
 
 use std::io::{ErrorKind, Write};
 use std::time::Instant;
@@ -55,6 +70,30 @@ enum Command {
     Boot(boot::Boot),
     /// Run a command in an image, as a machine of its own
     Run(run::Run),
+    /// List the machines that run
+    Ps(ps::Ps),
+    /// Print what a machine in the background has written
+    Logs(logs::Logs),
+    /// Run one more command in a machine that runs
+    Exec(exec::Exec),
+    /// Join this terminal with a machine in the background
+    Attach(attach::Attach),
+    /// Print what machines use of the host
+    Stats(stats::StatsOf),
+    /// End machines in order, and by force when that takes too long
+    Stop(stop::Stop),
+    /// Send machines a signal
+    Kill(kill::Kill),
+    /// Wait for the end of machines, and print their exit codes
+    Wait(wait::Wait),
+    /// Hold machines
+    Pause(pause::Pause),
+    /// Let machines go on that are paused
+    Unpause(pause::Pause),
+    /// Give a machine another name
+    Rename(rename::Rename),
+    /// Forget machines that have ended
+    Rm(rm::Rm),
     /// Fetch an image from a registry
     Pull(pull::Pull),
     /// Make an image ready for a machine, and print its ID
@@ -64,7 +103,7 @@ enum Command {
     Load(load::Load),
     /// List the images in the store
     Images(images::Images),
-    /// Print all that is known of an image, as JSON
+    /// Print all that is known of a machine or of an image, as JSON
     Inspect(inspect::Inspect),
     /// Remove images from the store
     Rmi(rmi::Rmi),
@@ -89,6 +128,18 @@ impl Cli {
         match self.command {
             Command::Boot(boot) => boot.run(started),
             Command::Run(run) => Ok(run.run(started)),
+            Command::Ps(ps) => ps.run(),
+            Command::Logs(logs) => logs.run(),
+            Command::Exec(exec) => Ok(exec.run()),
+            Command::Attach(attach) => attach.run(),
+            Command::Stats(stats) => stats.run(),
+            Command::Stop(stop) => stop.run(),
+            Command::Kill(kill) => kill.run(),
+            Command::Wait(wait) => wait.run(),
+            Command::Pause(pause) => pause.pause(),
+            Command::Unpause(pause) => pause.unpause(),
+            Command::Rename(rename) => rename.run(),
+            Command::Rm(rm) => rm.run(),
             Command::Pull(pull) => pull.run(),
             Command::Prepare(prepare) => prepare.run(),
             Command::Load(load) => load.run(),
@@ -136,17 +187,17 @@ pub fn report_usage(error: &clap::Error) -> Exit {
     }
     match error.exit_code() {
         0 => Exit::Success,
-        _ if is_run() => Exit::NotRun,
+        _ if runs_a_command() => Exit::NotRun,
         _ => Exit::Usage,
     }
 }
 
-/// Whether this is `husk run`, whose command may have any code but one for itself.
-fn is_run() -> bool {
+/// Whether this is `husk run` or `husk exec`, whose command may have any code but one for itself.
+fn runs_a_command() -> bool {
     std::env::args_os()
         .skip(1)
         .find(|word| !word.as_encoded_bytes().starts_with(b"-"))
-        .is_some_and(|word| word == "run")
+        .is_some_and(|word| word == "run" || word == "exec")
 }
 
 fn print_error(text: &str) {

@@ -13,22 +13,26 @@ use log::Level;
 
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
+use super::life::{self, Called, Life};
 use super::limits::Limits;
-use super::{boot, prepare, size};
+use super::{boot, prepare, signal, size};
 use crate::backend::rate::Rate;
+use crate::config::MachineConfig;
 use crate::console::log::{Log, Tail};
 use crate::guest::process::{self, Defaults, Wishes};
-use crate::guest::session::Session;
+use crate::guest::session::{Ends, Session};
 use crate::guest::{Base, Changes, Inside};
 use crate::image::{ImageProcess, Store};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
+use crate::machine::desk::Desk;
 use crate::machine::outcome::Outcome;
 use crate::machine::timings::{Step, Timings};
-use crate::resources::folder::MachineFolder;
-use crate::resources::guest_kernel::Choice;
+use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::{self, Kind};
 use crate::resources::{self, text};
+use crate::roster::record::Inherited;
+use crate::roster::{self, MachineFolder};
 use crate::sys::socket;
 
 const EXAMPLES: &str = "\
@@ -38,6 +42,9 @@ Examples:
 
   A shell on this terminal, with two processors and 2 GiB:
     husk run -it --cpus 2 --memory 2G image.tar sh
+
+  In the background, with a name for `husk logs`, `exec`, `stop` and the others:
+    husk run -d --name web image.tar
 
   In the middle of a pipe:
     tar c . | husk run -i image.tar wc -c
@@ -56,8 +63,6 @@ Exit codes:
 
 /// How many of the guest's messages explain a failure.
 const TAIL_LINES: usize = 20;
-/// The service that the guest's init connects to, beside the machine's socket.
-const SOCKET: &str = "vsock";
 
 /// The size of a disk that is kept where none is said; it takes what is written to it.
 const KEPT_DISK_BYTES: u64 = 10 << 30;
@@ -107,13 +112,12 @@ pub struct Run {
     #[arg(short = 'h', long, value_name = "NAME")]
     hostname: Option<String>,
 
-    /// The machine's name
-    #[arg(long, value_name = "NAME")]
-    name: Option<String>,
+    #[command(flatten)]
+    life: Life,
 
-    /// Forget the machine when it ends; it always is
-    #[arg(long)]
-    rm: bool,
+    /// Signal that asks the command for its end [default: the image's, or TERM]
+    #[arg(long, value_name = "SIGNAL", value_parser = signal::signal)]
+    stop_signal: Option<u8>,
 
     /// Let nothing in the root be changed
     #[arg(long)]
@@ -204,11 +208,31 @@ impl Run {
             command.remove(0);
         }
         let Some(base) = self.find_base(Path::new(&image))? else { return Ok(Exit::NotRun) };
-        let folder = MachineFolder::create()?;
+        if self.life.hands_on() {
+            return life::hand_on();
+        }
+        let folder = self.life.folder()?;
         let inside = self.inside(base, command, &folder)?;
-        let print_timings = self.timings;
-        let exit = self.run_machine(&inside, &folder, &timings)?;
-        if print_timings {
+        let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
+        let verbose = log::log_enabled!(Level::Info);
+        let mut config =
+            inside.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(roster::VSOCK), verbose);
+        config.cpu_limit_millicpus = self.cpus.limit_millicpus;
+        self.limits.apply(Some(self.memory), &mut config);
+        for disk in &mut config.disks {
+            disk.rate = Rate { bytes_per_second: self.disk_bps, ops_per_second: self.disk_iops, ..Rate::default() };
+        }
+        config.validate()?;
+        let stop_signal = self.stop_signal.unwrap_or(inside.stop_signal());
+        let called = Called {
+            image: image.to_string_lossy().into_owned(),
+            command: inside.command(),
+            process: inside.process().map(Inherited::from),
+            stop_signal,
+        };
+        let desk = self.life.desk(folder, called, &config)?;
+        let exit = self.life.lead(desk, |desk| self.run_machine(&inside, &kernel, &config, desk, &timings))?;
+        if self.timings {
             eprint!("{timings}");
         }
         Ok(exit)
@@ -227,8 +251,8 @@ impl Run {
                 let word =
                     image.to_str().with_context(|| format!("the image's name {} is no text", image.display()))?;
                 let Some(prepared) = prepare::find(word, self.max_size)? else { return Ok(None) };
-                let ImageProcess { entrypoint, cmd, env, working_dir, user, .. } = prepared.process;
-                let defaults = Defaults { entrypoint, cmd, env, working_dir, user };
+                let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, .. } = prepared.process;
+                let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal };
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
             }
         };
@@ -248,7 +272,7 @@ impl Run {
 
     /// What is to be in the machine, all wishes and defaults considered.
     fn inside(&mut self, base: Base, command: Vec<OsString>, folder: &MachineFolder) -> Result<Inside> {
-        let hostname = self.hostname.take().or_else(|| self.name.clone()).unwrap_or_else(|| folder.name());
+        let hostname = self.hostname.take().or_else(|| self.life.name.clone()).unwrap_or_else(|| folder.id());
         let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(base, Base::Disk { .. }));
         if own_init.is_some() || matches!(base, Base::Disk { .. }) {
             let program = own_init.filter(|path| !path.is_empty());
@@ -284,23 +308,22 @@ impl Run {
     /// Whether the command gets a terminal.
     fn terminal(&self) -> Result<bool> {
         use std::io::{IsTerminal, stdin};
-        if self.tty && self.interactive && !stdin().is_terminal() {
+        if self.tty && self.interactive && !self.life.is_detached() && !stdin().is_terminal() {
             bail!("standard input is no terminal: leave -t out");
         }
         Ok(self.tty)
     }
 
-    fn run_machine(&self, inside: &Inside, folder: &MachineFolder, timings: &Arc<Timings>) -> Result<Exit> {
-        let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
-        let initramfs = inside.initramfs(&kernel)?;
-        let verbose = log::log_enabled!(Level::Info);
-        let mut config = inside.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(SOCKET), verbose);
-        config.cpu_limit_millicpus = self.cpus.limit_millicpus;
-        self.limits.apply(Some(self.memory), &mut config);
-        for disk in &mut config.disks {
-            disk.rate = Rate { bytes_per_second: self.disk_bps, ops_per_second: self.disk_iops, ..Rate::default() };
-        }
-        config.validate()?;
+    /// Runs the machine once.
+    fn run_machine(
+        &self,
+        inside: &Inside,
+        kernel: &GuestKernel,
+        config: &MachineConfig,
+        desk: &mut Desk,
+        timings: &Arc<Timings>,
+    ) -> Result<Exit> {
+        let initramfs = inside.initramfs(kernel)?;
         if resources::host::runs_only_pvm_guests() {
             log::warn!(
                 "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
@@ -309,22 +332,26 @@ impl Run {
         timings.mark(Step::Prepared);
         // Before any thread exists, so that all of them leave the signals to the one that waits for them.
         let signals = Front::block_signals(inside.has_session())?;
-        let mut resources = resources::open(&config)?;
+        let mut resources = resources::open(config)?;
         resources.initrd = Some(initramfs);
         if !inside.has_session() {
-            let machine = Machine::build(&config, resources, timings.clone())?;
-            return Ok(boot::report(&control::run(machine, signals, Front::Console)?));
+            let machine = Machine::build(config, resources, timings.clone())?;
+            return Ok(boot::report(&control::run(machine, signals, Front::Console, desk)?));
         }
-        let service = folder.file(&format!("{SOCKET}_{}", husk_protocol::PORT));
+        let service = desk.file(&format!("{}_{}", roster::VSOCK, husk_protocol::PORT));
+        // One that failed before left it.
+        let _ = std::fs::remove_file(&service);
         let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
         let on_terminal = inside.on_terminal();
-        let mut session = Session::new(listener, inside.wants_stdin(), on_terminal, timings.clone())?;
+        let ends = desk.hub().map_or(Ends::Ours, |hub| Ends::Hub(hub.clone()));
+        let mut session = Session::new(listener, inside.wants_stdin(), on_terminal, ends, timings.clone())?;
         // Without input Ctrl-C is a signal of ours, and handed on like any other.
         let takes_keys = on_terminal && inside.wants_stdin();
-        let machine = Machine::build(&config, resources, timings.clone())?;
-        let log = Log::create(folder.file("console.log"), verbose).context("make the machine's log")?;
+        let machine = Machine::build(config, resources, timings.clone())?;
+        let verbose = log::log_enabled!(Level::Info);
+        let log = Log::create(desk.file(roster::CONSOLE_LOG), verbose).context("make the machine's log")?;
         let tail = log.tail();
-        let outcome = control::run(machine, signals, Front::Session { session: &mut session, takes_keys, log })?;
+        let outcome = control::run(machine, signals, Front::Session { session: &mut session, takes_keys, log }, desk)?;
         Ok(verdict(session.end(), &outcome, &tail, verbose))
     }
 }

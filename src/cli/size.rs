@@ -21,6 +21,11 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     size_bytes(text)
 }
 
+/// A memory size as it is typed: in GiB where that is a whole number.
+pub fn mib(memory_mib: u64) -> String {
+    if memory_mib.is_multiple_of(1 << 10) { format!("{}G", memory_mib >> 10) } else { format!("{memory_mib}M") }
+}
+
 fn size_bytes(text: &str) -> Result<u64, String> {
     let malformed = || "not a size, type a number and a unit: 512M, 1.5G, 2GiB".to_owned();
     let number_len = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

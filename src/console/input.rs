@@ -32,6 +32,11 @@ impl Input {
         Some(Input::new(file, on_terminal.then(Keys::default)))
     }
 
+    /// What somebody says who is attached to a machine in the background.
+    pub fn from_file(file: File) -> Input {
+        Input::new(file, None)
+    }
+
     fn new(file: File, keys: Option<Keys>) -> Input {
         Input { file, keys, pending: Vec::new(), ended: false, watched: false }
     }

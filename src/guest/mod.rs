@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
-use husk_protocol::{Overlay, Root, Spec, Start, Tmpfs, WindowSize};
+use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
 
 use self::process::{Defaults, Wishes};
 use crate::backend::rate::Rate;
@@ -16,10 +16,12 @@ use crate::image::scratch::Scratch;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::modules::{self, Module};
 
+pub mod exec;
 pub mod initramfs;
 pub mod process;
 pub mod session;
-mod streams;
+pub mod signal;
+pub mod streams;
 
 /// The guest's first process, a static program (firmware/init).
 pub const INIT: &[u8] = include_bytes!(env!("HUSK_INIT"));
@@ -99,6 +101,30 @@ impl Inside {
         let hostname = if matches!(base, Base::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
         Inside { base, hostname, tmpfs, start: Start::Init(args) }
+    }
+
+    /// The process that runs, where husk's init runs one.
+    pub fn process(&self) -> Option<&Process> {
+        match &self.start {
+            Start::Process(process) => Some(process),
+            Start::Init(_) => None,
+        }
+    }
+
+    /// What runs, to be read.
+    pub fn command(&self) -> Vec<String> {
+        let (Start::Process(Process { args, .. }) | Start::Init(args)) = &self.start;
+        args.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()
+    }
+
+    /// The signal that the image wants its process to be asked for its end by.
+    pub fn stop_signal(&self) -> u8 {
+        let named = match &self.base {
+            Base::Image { defaults, .. } => defaults.stop_signal.as_deref(),
+            Base::Disk { .. } => None,
+        };
+        // What an image has wrong is not its user's mistake.
+        named.and_then(signal::number).unwrap_or(libc::SIGTERM as u8)
     }
 
     /// Whether there is a process that a session is about; else the root's init has the console.

@@ -18,6 +18,8 @@ pub struct Defaults {
     pub working_dir: String,
     /// Who it is.
     pub user: String,
+    /// The signal that asks it for its end, by name or by number.
+    pub stop_signal: Option<String>,
 }
 
 /// What a user wants otherwise.
@@ -43,6 +45,12 @@ const OPEN_FILES: Limit = Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, har
 impl Wishes {
     /// The process: the wishes, and for the rest what the image says. Streams and terminal are the caller's to add.
     pub fn apply(self, image: &Defaults) -> Process {
+        let env = image.env.iter().map(|variable| variable.as_bytes().to_vec()).collect();
+        self.apply_with(image, env)
+    }
+
+    /// The same, with other variables than the image's.
+    pub fn apply_with(self, image: &Defaults, mut env: Vec<Vec<u8>>) -> Process {
         let bytes = |text: &String| text.as_bytes().to_vec();
         let mut args: Vec<Vec<u8>> = match &self.entrypoint {
             None => image.entrypoint.iter().map(bytes).collect(),
@@ -54,7 +62,6 @@ impl Wishes {
             args.extend(image.cmd.iter().map(bytes));
         }
         args.extend(self.command.into_iter().map(OsString::into_vec));
-        let mut env: Vec<Vec<u8>> = image.env.iter().map(bytes).collect();
         self.env.into_iter().for_each(|variable| set(&mut env, variable));
         let mut limits = vec![OPEN_FILES];
         limits.extend(self.limits);
@@ -191,6 +198,7 @@ mod tests {
             env: list(&["A=1", "PATH=/p"]),
             working_dir: "/srv".into(),
             user: "web".into(),
+            stop_signal: None,
         }
     }
 

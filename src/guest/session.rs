@@ -1,7 +1,9 @@
-//! The main session: from the guest's connections to this process's streams, signals and exit code.
+//! A session: from the guest's connections to this process's streams, signals and exit code.
 //!
-//! The machine's own thread drives it, and never waits in it: the streams have threads of their own (`streams`). What
-//! comes from the guest is foreign: connections are counted, messages bounded, and what makes no sense ends the machine.
+//! The main one is the machine's, and its guest connects. Every other is a process that somebody adds to a running machine,
+//! and connects to the guest: see [`super::exec`]. Whoever drives it never waits in it: the streams have threads of their own
+//! (`streams`). What comes from the guest is foreign: connections are counted, messages bounded, and what makes no sense
+//! ends the machine.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use husk_protocol::frame::{self, Reader};
-use husk_protocol::{HELLO_BYTES, Hello, MAIN_SESSION, Role, ToGuest, ToHost};
+use husk_protocol::{HELLO_BYTES, Hello, MAIN_SESSION, Role, ToGuest, ToHost, WindowSize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+pub use super::streams::Ends;
 use super::streams::Streams;
 use crate::console::terminal;
 use crate::machine::outcome::{Ending, Outcome};
@@ -32,7 +35,9 @@ const UNSENT_MAX_BYTES: usize = 16 << 10;
 /// The session. Its descriptor is readable when there is something to be done.
 pub struct Session {
     epoll: Epoll,
-    listener: UnixListener,
+    id: u64,
+    /// Where the guest connects to, if this is the main one.
+    listener: Option<UnixListener>,
     greetings: Vec<(UnixStream, Vec<u8>)>,
     control: Option<Control>,
     streams: Streams,
@@ -55,17 +60,59 @@ struct Control {
 impl Session {
     /// A session whose guest connects to `listener`. `stdin` says whether the process reads ours, `on_terminal` whether it
     /// has a terminal.
-    pub fn new(listener: UnixListener, stdin: bool, on_terminal: bool, timings: Arc<Timings>) -> Result<Session> {
+    pub fn new(
+        listener: UnixListener,
+        stdin: bool,
+        on_terminal: bool,
+        ends: Ends,
+        timings: Arc<Timings>,
+    ) -> Result<Session> {
+        listener.set_nonblocking(true).context("set up the session")?;
+        let mut session = Session::without_connections(MAIN_SESSION, stdin, on_terminal, ends, timings)?;
+        session.watch(listener.as_raw_fd(), EventSet::IN)?;
+        session.listener = Some(listener);
+        Ok(session)
+    }
+
+    /// A session about one more process, over connections that the guest has taken: one for each of its streams, and
+    /// `control`, over which it was told what to start.
+    pub fn over(
+        id: u64,
+        control: UnixStream,
+        streams: Vec<(Role, UnixStream)>,
+        on_terminal: bool,
+        timings: Arc<Timings>,
+    ) -> Result<Session> {
+        let stdin = streams.iter().any(|(role, _)| *role == Role::Stdin);
+        let mut session = Session::without_connections(id, stdin, on_terminal, Ends::Ours, timings)?;
+        control.set_nonblocking(true).context("set up the session")?;
+        session.watch(control.as_raw_fd(), EventSet::IN)?;
+        session.control = Some(Control { stream: control, reader: Reader::default(), unsent: Vec::new() });
+        for (role, stream) in streams {
+            session.arrived.push(role);
+            session.streams.start(role, stream)?;
+        }
+        Ok(session)
+    }
+
+    fn without_connections(
+        id: u64,
+        stdin: bool,
+        on_terminal: bool,
+        ends: Ends,
+        timings: Arc<Timings>,
+    ) -> Result<Session> {
         let epoll = Epoll::new().context("epoll")?;
         let mut expected = vec![Role::Stdout];
         expected.extend(stdin.then_some(Role::Stdin));
         expected.extend((!on_terminal).then_some(Role::Stderr));
         let session = Session {
             epoll,
-            listener,
+            id,
+            listener: None,
             greetings: Vec::new(),
             control: None,
-            streams: Streams::new().context("set up the streams")?,
+            streams: Streams::new(ends).context("set up the streams")?,
             expected,
             arrived: Vec::new(),
             started: false,
@@ -74,14 +121,27 @@ impl Session {
             urged_at: Vec::new(),
             timings,
         };
-        session.listener.set_nonblocking(true).context("set up the session")?;
-        session.watch(session.listener.as_raw_fd(), EventSet::IN)?;
         session.watch(session.streams.closed().as_raw_fd(), EventSet::IN)?;
         Ok(session)
     }
 
     fn watch(&self, fd: RawFd, events: EventSet) -> Result<()> {
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0)).context("watch the session")
+    }
+
+    /// Whether the process runs, or has run.
+    pub fn has_started(&self) -> bool {
+        self.started
+    }
+
+    /// Whether all is said: how the process ended, and all that it wrote.
+    pub fn is_over(&self) -> bool {
+        self.finish_by.is_some()
+    }
+
+    /// Whether the guest has gone before it said how the process ended.
+    pub fn is_lost(&self) -> bool {
+        self.control.is_none() && self.end.is_none()
     }
 
     /// How the process ended, once that is known.
@@ -116,8 +176,23 @@ impl Session {
             return ending.declare(Outcome::Killed(signal));
         }
         if let Ok(number) = u8::try_from(signal) {
-            self.say(&ToGuest::Signal(number));
+            self.send_signal(number);
         }
+    }
+
+    /// Sends the process a signal. Nothing happens where there is none.
+    pub fn send_signal(&mut self, number: u8) {
+        self.say(&ToGuest::Signal(number));
+    }
+
+    /// Tells the process how large its terminal is.
+    pub fn resize_to(&mut self, size: WindowSize) {
+        self.say(&ToGuest::Resize(size));
+    }
+
+    /// Feeds the process what `from` says, if it has an input.
+    pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
+        self.streams.attach_input(from)
     }
 
     /// How long to wait at most for the guest's end, in milliseconds; -1 is for ever.
@@ -139,13 +214,14 @@ impl Session {
 
     fn resize(&mut self) {
         if let Some(size) = terminal::window_size() {
-            self.say(&ToGuest::Resize(size));
+            self.resize_to(size);
         }
     }
 
     fn accept(&mut self) -> Result<()> {
+        let Some(listener) = &self.listener else { return Ok(()) };
         loop {
-            match self.listener.accept() {
+            match listener.accept() {
                 Ok((stream, _)) if self.greetings.len() < GREETINGS_MAX && self.arrived.len() < self.expected.len() => {
                     stream.set_nonblocking(true).context("take a connection")?;
                     self.watch(stream.as_raw_fd(), EventSet::IN)?;
@@ -173,7 +249,7 @@ impl Session {
 
     /// Gives a connection its place, if there is one for it that nobody has.
     fn join(&mut self, hello: Hello, stream: UnixStream) -> Result<()> {
-        if hello.session != MAIN_SESSION {
+        if hello.session != self.id {
             return Ok(());
         }
         match hello.role {

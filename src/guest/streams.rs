@@ -1,9 +1,10 @@
-//! From this process's standard streams to the guest's and back: a thread each, so that none waits for another.
+//! From this process's standard streams to the guest's and back: a thread each, so that none waits for another. In the
+//! background the outputs go to a hub, and input comes from whoever is attached.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,14 +15,26 @@ use husk_protocol::Role;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::console::hub::{Hub, HubStream};
+use crate::roster::stream_log::Stream;
 use crate::sandbox;
 
 const BUFFER_BYTES: usize = 64 << 10;
 const STDIN: u64 = 0;
 const STOP: u64 = 1;
 
+/// What the guest's streams are joined with.
+#[derive(Debug, Clone)]
+pub enum Ends {
+    /// This process's standard streams.
+    Ours,
+    /// A hub's, and input from whoever is attached.
+    Hub(Arc<Hub>),
+}
+
 /// The threads, and what they say.
 pub struct Streams {
+    ends: Ends,
     threads: Vec<JoinHandle<()>>,
     open_outputs: Arc<AtomicUsize>,
     /// Written to when an output has come to its end.
@@ -33,8 +46,9 @@ pub struct Streams {
 
 impl Streams {
     /// No streams yet.
-    pub fn new() -> io::Result<Streams> {
+    pub fn new(ends: Ends) -> io::Result<Streams> {
         Ok(Streams {
+            ends,
             threads: Vec::new(),
             open_outputs: Arc::default(),
             closed: Arc::new(EventFd::new(EFD_NONBLOCK)?),
@@ -58,37 +72,57 @@ impl Streams {
         self.open_outputs.load(Ordering::Acquire) == 0
     }
 
-    /// Joins a connection with the stream of ours that it is for.
+    /// Joins a connection with the stream that it is for.
     pub fn start(&mut self, role: Role, socket: UnixStream) -> Result<()> {
         socket.set_nonblocking(false).context("set up a stream")?;
-        let thread = match role {
+        match role {
             Role::Stdin => {
-                let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().context("use standard input")?);
                 self.input = Some(socket.try_clone().context("set up a stream")?);
-                let stop = self.stop.clone();
-                sandbox::spawn("stdin", move || feed(stdin, socket, &stop))
+                if let Ends::Ours = self.ends {
+                    let stdin = io::stdin().as_fd().try_clone_to_owned().context("use standard input")?;
+                    self.start_input(File::from(stdin), socket, true)?;
+                }
             }
-            Role::Stderr => {
-                let stderr = io::stderr().as_fd().try_clone_to_owned().context("use standard error")?;
-                self.start_output("stderr", socket, stderr.into())
-            }
-            Role::Stdout | Role::Control => {
-                let stdout = io::stdout().as_fd().try_clone_to_owned().context("use standard output")?;
-                self.start_output("stdout", socket, stdout.into())
-            }
-        };
-        self.threads.push(thread.context("start a stream's thread")?);
+            Role::Stderr => self.start_output("stderr", socket, Stream::Errors)?,
+            Role::Stdout | Role::Control => self.start_output("stdout", socket, Stream::Output)?,
+        }
         Ok(())
     }
 
-    fn start_output(&self, name: &str, socket: UnixStream, output: File) -> io::Result<JoinHandle<()>> {
+    /// Feeds the process what `from` says, until that has nothing more to say; others may say more then.
+    pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
+        let Some(input) = &self.input else { return Ok(()) };
+        self.threads.retain(|thread| !thread.is_finished());
+        let socket = input.try_clone().context("set up a stream")?;
+        self.start_input(File::from(OwnedFd::from(from)), socket, false)
+    }
+
+    fn start_input(&mut self, from: File, socket: UnixStream, is_only: bool) -> Result<()> {
+        let stop = self.stop.clone();
+        let feed = move || feed(from, &socket, &stop, is_only);
+        self.threads.push(sandbox::spawn("stdin", feed).context("start a stream's thread")?);
+        Ok(())
+    }
+
+    fn output(&self, stream: Stream) -> io::Result<Box<dyn Write + Send>> {
+        Ok(match (&self.ends, stream) {
+            (Ends::Hub(hub), stream) => Box::new(HubStream(hub.clone(), stream)),
+            (Ends::Ours, Stream::Output) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+            (Ends::Ours, Stream::Errors) => Box::new(File::from(io::stderr().as_fd().try_clone_to_owned()?)),
+        })
+    }
+
+    fn start_output(&mut self, name: &str, socket: UnixStream, stream: Stream) -> Result<()> {
+        let output = self.output(stream).context("use an output of ours")?;
         let (open, closed) = (self.open_outputs.clone(), self.closed.clone());
         open.fetch_add(1, Ordering::AcqRel);
-        sandbox::spawn(name, move || {
+        let print = move || {
             print(socket, output);
             open.fetch_sub(1, Ordering::AcqRel);
             let _ = closed.write(1);
-        })
+        };
+        self.threads.push(sandbox::spawn(name, print).context("start a stream's thread")?);
+        Ok(())
     }
 
     /// Waits for the outputs' ends, which the machine's end brings, and stops reading input.
@@ -110,7 +144,7 @@ impl Drop for Streams {
 }
 
 /// Writes all that comes from the guest. When nobody takes it any more, the guest's process is told so.
-fn print(mut socket: UnixStream, mut output: File) {
+fn print(mut socket: UnixStream, mut output: impl Write) {
     // Not by splice, which `io::copy` would use: while that waits for the guest it holds the pipe, and who reads the pipe
     // does not even get what is in it.
     let mut buffer = vec![0; BUFFER_BYTES];
@@ -129,8 +163,8 @@ fn print(mut socket: UnixStream, mut output: File) {
     }
 }
 
-/// Reads our input to its end, or until nobody wants it.
-fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd) {
+/// Reads input to its end, or until nobody wants it. If it `is_only` input that there will be, its end is the process's too.
+fn feed(mut stdin: File, mut socket: &UnixStream, stop: &EventFd, is_only: bool) {
     let mut buffer = vec![0; BUFFER_BYTES];
     let Ok(epoll) = watch(&stdin, stop) else { return };
     loop {
@@ -148,11 +182,13 @@ fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd) {
             _ => break,
         }
     }
-    let _ = socket.shutdown(Shutdown::Write);
+    if is_only {
+        let _ = socket.shutdown(Shutdown::Write);
+    }
 }
 
 /// What tells of input and of the end of it; nothing for a file, which makes no reader wait and which epoll refuses.
-fn watch(stdin: &File, stop: &EventFd) -> io::Result<Option<Epoll>> {
+pub fn watch(stdin: &File, stop: &EventFd) -> io::Result<Option<Epoll>> {
     let epoll = Epoll::new()?;
     epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
     match epoll.ctl(ControlOperation::Add, stdin.as_raw_fd(), EpollEvent::new(EventSet::IN, STDIN)) {
@@ -162,7 +198,7 @@ fn watch(stdin: &File, stop: &EventFd) -> io::Result<Option<Epoll>> {
 }
 
 /// Waits for input; false when no more is wanted.
-fn wait(epoll: &Option<Epoll>) -> bool {
+pub fn wait(epoll: &Option<Epoll>) -> bool {
     let Some(epoll) = epoll else { return true };
     let mut events = [EpollEvent::default(); 2];
     loop {

@@ -10,13 +10,16 @@ use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::Machine;
+use super::desk::Desk;
 use super::outcome::Outcome;
 use super::timings::Step;
+use crate::console::hub::HubStream;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
 use crate::console::log::Log;
 use crate::console::terminal::RawTerminal;
 use crate::guest::session::Session;
+use crate::roster::stream_log::Stream;
 use crate::sandbox;
 use crate::sys::SignalFd;
 
@@ -37,9 +40,10 @@ enum Token {
     Keys,
     InputWanted,
     Session,
+    Desk,
 }
 
-const TOKENS: [Token; 5] = [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted, Token::Session];
+const TOKENS: [Token; 6] = [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted, Token::Session, Token::Desk];
 
 /// Who has this process's standard streams and its signals.
 pub enum Front<'a> {
@@ -64,15 +68,16 @@ impl Front<'_> {
     }
 }
 
-/// Runs `machine` until it ends, with this process's streams where `front` says.
-pub fn run(mut machine: Machine, signals: SignalFd, front: Front) -> Result<Outcome> {
+/// Runs `machine` until it ends, with this process's streams where `front` says, and with what others ask of it at `desk`.
+pub fn run(mut machine: Machine, signals: SignalFd, front: Front, desk: &mut Desk) -> Result<Outcome> {
     let (mut session, wants_terminal, log) = match front {
         Front::Console => (None, true, None),
         Front::Session { session, takes_keys, log } => (Some(session), takes_keys, Some(log)),
     };
+    let wants_terminal = wants_terminal && !desk.is_detached();
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
-    let printer = start_printer(&machine, log)?;
-    let outcome = Control::new(&mut machine, &signals, session.as_deref_mut(), terminal.is_some())?.run();
+    let printer = start_printer(&machine, log, desk)?;
+    let outcome = Control::new(&mut machine, &signals, session.as_deref_mut(), desk, terminal.is_some())?.run();
     machine.timings.mark(Step::End);
     // What the guest printed is still to be printed, to a reader that may never take it: from here on a signal kills.
     drop(signals);
@@ -86,24 +91,28 @@ pub fn run(mut machine: Machine, signals: SignalFd, front: Front) -> Result<Outc
     outcome
 }
 
-/// What the serial port prints goes to the log where there is one, and to standard output where not.
-fn start_printer(machine: &Machine, log: Option<Log>) -> Result<JoinHandle<()>> {
+/// What the serial port prints goes to the log where there is one; else, in the background, to the hub, and to standard output
+/// where not.
+fn start_printer(machine: &Machine, log: Option<Log>, desk: &Desk) -> Result<JoinHandle<()>> {
     let (output, ending) = (machine.console.output.clone(), machine.ending.clone());
-    let sink: Box<dyn Write + Send> = match log {
-        Some(log) => Box::new(log),
-        None => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned().context("use standard output")?)),
+    let sink: Box<dyn Write + Send> = match (log, desk.hub()) {
+        (Some(log), _) => Box::new(log),
+        (None, Some(hub)) => Box::new(HubStream(hub.clone(), Stream::Output)),
+        (None, None) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned().context("use standard output")?)),
     };
     let print = move || output.print_to(sink, || ending.declare(Outcome::Killed(libc::SIGPIPE)));
     sandbox::spawn("console", print).context("start the console thread")
 }
 
-struct Control<'a> {
-    machine: &'a mut Machine,
-    epoll: Epoll,
+pub(super) struct Control<'a> {
+    pub(super) machine: &'a mut Machine,
+    pub(super) epoll: Epoll,
     signals: &'a SignalFd,
     /// Who has the standard streams and the signals, if it is not the serial port.
-    session: Option<&'a mut Session>,
-    input: Option<Input>,
+    pub(super) session: Option<&'a mut Session>,
+    /// What others ask of the machine.
+    pub(super) desk: &'a mut Desk,
+    pub(super) input: Option<Input>,
     button_pressed: bool,
     on_terminal: bool,
 }
@@ -113,6 +122,7 @@ impl<'a> Control<'a> {
         machine: &'a mut Machine,
         signals: &'a SignalFd,
         session: Option<&'a mut Session>,
+        desk: &'a mut Desk,
         on_terminal: bool,
     ) -> Result<Control<'a>> {
         let epoll = Epoll::new().context("epoll")?;
@@ -124,15 +134,19 @@ impl<'a> Control<'a> {
                 watch(&epoll, session.as_raw_fd(), Token::Session)?;
                 None
             }
+            None if desk.is_detached() => None,
             None => Input::from_stdin(on_terminal),
         };
-        Ok(Control { machine, epoll, signals, session, input, button_pressed: false, on_terminal })
+        watch(&epoll, desk.as_raw_fd(), Token::Desk)?;
+        Ok(Control { machine, epoll, signals, session, desk, input, button_pressed: false, on_terminal })
     }
 
     fn run(mut self) -> Result<Outcome> {
         self.feed()?;
         self.machine.resume();
+        self.desk.sweep();
         loop {
+            self.note_start()?;
             if let Some(outcome) = self.machine.ending.outcome() {
                 return Ok(outcome);
             }
@@ -156,15 +170,27 @@ impl<'a> Control<'a> {
                             session.on_ready(&self.machine.ending)?;
                         }
                     }
+                    Some(Token::Desk) => self.on_requests(),
                     None => {}
                 }
             }
         }
     }
 
-    /// How long to wait at most: for ever, unless the guest's kernel has panicked and may not reset by itself, or a
-    /// session is over and the guest may not end by itself.
+    /// Has it known that the machine runs, once it does: with its process, where it has one.
+    fn note_start(&mut self) -> Result<()> {
+        let started = self.session.as_ref().is_none_or(|session| session.has_started());
+        if started { self.desk.note_running() } else { Ok(()) }
+    }
+
+    /// How long to wait at most: for ever, unless the guest's kernel has panicked and may not reset by itself, a session is
+    /// over and the guest may not end by itself, or somebody wants the machine to end by then.
     fn timeout_ms(&self) -> i32 {
+        let timeouts = [self.guest_timeout_ms(), self.desk.timeout_ms(&self.machine.ending)];
+        timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
+    }
+
+    fn guest_timeout_ms(&self) -> i32 {
         let Some(panicked_at) = self.machine.ending.panicked_at() else {
             return self.session.as_ref().map_or(-1, |session| session.timeout_ms(&self.machine.ending));
         };
@@ -187,7 +213,7 @@ impl<'a> Control<'a> {
         Ok(())
     }
 
-    fn press_power_button(&mut self) {
+    pub(super) fn press_power_button(&mut self) {
         self.button_pressed = true;
         self.machine.press_power_button();
         self.say("husk: pressed the machine's power button; a second signal ends it\n");
@@ -207,7 +233,7 @@ impl<'a> Control<'a> {
 
     /// Moves input to the guest as far as it takes it, and watches for more only while there is room for more: input
     /// that is not wanted, or at its end, wakes nobody.
-    fn feed(&mut self) -> Result<()> {
+    pub(super) fn feed(&mut self) -> Result<()> {
         let Some(input) = &mut self.input else { return Ok(()) };
         let serial = &self.machine.console.serial;
         while input.feed(|bytes| serial.offer_input(bytes)) {

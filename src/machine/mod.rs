@@ -1,7 +1,9 @@
 //! The machine: vCPUs, devices and memory, built paused, and the orders in which they start and stop.
 
+mod answer;
 mod build;
 pub mod control;
+pub mod desk;
 pub mod layout;
 pub mod outcome;
 pub mod timings;

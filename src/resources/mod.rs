@@ -5,7 +5,6 @@
 
 mod cache;
 pub mod disk;
-pub mod folder;
 pub mod guest_kernel;
 pub mod host;
 pub mod kernel;

@@ -241,7 +241,7 @@ pub fn end_of(child: &mut Child) -> Option<ExitStatus> {
 }
 
 /// What husk said of this run: without what it says of every run on a host like this one.
-fn own_lines(stderr: &[u8]) -> String {
+pub fn own_lines(stderr: &[u8]) -> String {
     text(stderr).split_inclusive('\n').filter(|line| !line.contains("KVM on this host is the PVM module")).collect()
 }
 

@@ -6,6 +6,7 @@
 mod husk;
 mod terminal;
 
+mod background;
 mod console;
 mod cpus;
 mod disk;

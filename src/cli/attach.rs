@@ -1,0 +1,46 @@
+//! `husk attach`: joins this terminal with a machine in the background.
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::exit::Exit;
+use crate::machine::control::Front;
+use crate::request::attach::{self, End};
+use crate::roster::{self, Roster};
+
+const EXAMPLES: &str = "\
+Examples:
+  husk attach web                   (Ctrl-P Ctrl-Q leaves it, and it goes on)
+  husk attach --no-stdin web        (only looks on)
+
+What was written before is in `husk logs`. A machine whose streams nobody reads goes on all the same.";
+
+/// The flags of `husk attach`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Attach {
+    /// Name or ID
+    #[arg(value_name = "MACHINE")]
+    machine: String,
+
+    /// Give it nothing to read
+    #[arg(long)]
+    no_stdin: bool,
+}
+
+impl Attach {
+    /// Stays until the machine has ended, whose code is the exit code then, or its user leaves.
+    pub fn run(self) -> Result<Exit> {
+        let entry = Roster::open()?.find(&self.machine)?;
+        let record = entry.record()?;
+        // A machine of parts has a console, which is a terminal and reads.
+        let (stdin, terminal) =
+            record.process.as_ref().map_or((true, true), |process| (process.stdin, process.terminal));
+        let signals = Front::block_signals(true)?;
+        let end = attach::attach(&entry.file(roster::CONTROL), &signals, stdin && !self.no_stdin, terminal);
+        match end.with_context(|| format!("attach to {}", entry.name()))? {
+            End::Ended(code) => Ok(Exit::Reported(code)),
+            End::Left => Ok(Exit::Success),
+        }
+    }
+}

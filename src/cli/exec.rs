@@ -1,0 +1,149 @@
+//! `husk exec`: one more process in a machine that runs.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use husk_protocol::{Process, ToHost, WindowSize};
+
+use super::exit::Exit;
+use crate::console::terminal;
+use crate::guest::exec::{self, End};
+use crate::guest::process::{self, Defaults, Wishes};
+use crate::machine::control::Front;
+use crate::resources::text;
+use crate::roster::record::{Inherited, State};
+use crate::roster::{self, Entry, Roster};
+
+const EXAMPLES: &str = "\
+Examples:
+  husk exec web ps
+  husk exec -it web sh
+  tar c . | husk exec -i web tar x -C /srv
+
+Exit codes:
+  125    husk or the machine failed, and there was no process
+  126    the command cannot be run
+  127    there is no such command
+  128+n  signal n ended it
+  Any other code is the command's own.";
+
+/// The flags of `husk exec`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, override_usage = "husk exec [OPTIONS] MACHINE COMMAND [ARG]...")]
+pub struct Exec {
+    /// Name or ID of the machine; then the command and its arguments
+    #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(value_names = ["MACHINE", "COMMAND"])]
+    words: Vec<OsString>,
+
+    /// Keep standard input open to the command
+    #[arg(short, long)]
+    interactive: bool,
+
+    /// Give the command a terminal: this one
+    #[arg(short, long)]
+    tty: bool,
+
+    /// Set a variable; without a value, to the one that it has here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+
+    /// Set the variables in a file, a line each
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+
+    /// Working directory [default: as the machine's own process has it]
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<OsString>,
+
+    /// User, and group [default: as the machine's own process has it]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+}
+
+impl Exec {
+    /// Runs the command, and stays until it has ended.
+    pub fn run(self) -> Exit {
+        match self.try_run() {
+            Ok(exit) => exit,
+            Err(error) => {
+                super::report(&error);
+                Exit::NotRun
+            }
+        }
+    }
+
+    fn try_run(mut self) -> Result<Exit> {
+        use std::io::IsTerminal;
+        let mut words = std::mem::take(&mut self.words).into_iter();
+        let machine = words.next().unwrap_or_default();
+        let machine = machine.to_str().with_context(|| format!("{} is no name", machine.display()))?;
+        ensure!(!machine.starts_with('-'), "there is no option {machine}: options come before the machine");
+        let mut command: Vec<OsString> = words.collect();
+        if command.first().is_some_and(|word| word == "--") {
+            command.remove(0);
+        }
+        ensure!(!command.is_empty(), "there is no command to run: type one behind the machine");
+        if self.tty && self.interactive && !std::io::stdin().is_terminal() {
+            bail!("standard input is no terminal: leave -t out");
+        }
+        let entry = Roster::open()?.find(machine)?;
+        let process = self.process(inherited(&entry)?, command)?;
+        let signals = Front::block_signals(true)?;
+        let connections = exec::start(&entry.file(roster::VSOCK), &process)?;
+        match exec::stay(connections, &signals, self.tty && self.interactive)? {
+            End::Told(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
+            End::Told(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
+            End::Told(ToHost::Failed { message, code }) => {
+                super::print_error(&message);
+                Ok(Exit::Reported(code))
+            }
+            End::Told(ToHost::Started(_)) => bail!("the guest did not say how the process ended"),
+            End::Left(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
+        }
+    }
+
+    fn process(&mut self, from: Inherited, command: Vec<OsString>) -> Result<Process> {
+        let mut env = Vec::new();
+        for file in &self.env_file {
+            env.extend(process::env_file(&text::read(file)?));
+        }
+        env.append(&mut self.env);
+        let wishes = Wishes {
+            entrypoint: None,
+            command,
+            env,
+            working_dir: self.workdir.take(),
+            user: self.user.take(),
+            limits: Vec::new(),
+        };
+        let mut process = wishes.apply_with(&Defaults::default(), from.env.into_iter().map(Vec::from).collect());
+        if process.working_dir.is_empty() {
+            process.working_dir = from.working_dir.into();
+        }
+        if process.user.is_empty() {
+            process.user = from.user;
+        }
+        let size = || terminal::window_size().unwrap_or(WindowSize { rows: 24, columns: 80 });
+        process.terminal = self.tty.then(size);
+        process.stdin = self.interactive;
+        Ok(process)
+    }
+}
+
+/// What processes of the machine inherit. Fails where it cannot take one more.
+pub fn inherited(entry: &Entry) -> Result<Inherited> {
+    let name = entry.name();
+    match entry.state() {
+        State::Running { .. } => {}
+        State::Paused { .. } => bail!("machine {name} is paused: type `husk unpause {name}` first"),
+        State::Starting | State::Restarting { .. } => bail!("machine {name} does not run yet: try again"),
+        State::Exited { .. } | State::Lost => bail!("machine {name} has ended"),
+    }
+    let process = entry.record()?.process.clone();
+    process.with_context(|| {
+        format!("machine {name} has an init of its own, which takes no commands: use its console or ssh")
+    })
+}

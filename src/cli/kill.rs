@@ -1,0 +1,33 @@
+//! `husk kill`: sends machines a signal.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::exit::Exit;
+use super::{ask, signal};
+use crate::request::Request;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk kill web                     (at once, whatever its guest does)
+  husk kill -s HUP web              (the process's own affair)";
+
+/// The flags of `husk kill`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Kill {
+    /// Names or IDs
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+
+    /// Signal for the machine's process; KILL ends the machine itself
+    #[arg(short, long, value_name = "SIGNAL", value_parser = signal::signal, default_value = "KILL")]
+    signal: u8,
+}
+
+impl Kill {
+    /// Signals one after the other.
+    pub fn run(self) -> Result<Exit> {
+        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Kill { signal: self.signal }))
+    }
+}

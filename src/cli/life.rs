@@ -1,0 +1,187 @@
+//! What `run` and `boot` have in common: a machine's name, whether it runs in the background, and what happens at its end.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::exit::Exit;
+use super::size;
+use crate::config::MachineConfig;
+use crate::machine::desk::Desk;
+use crate::roster::record::{Inherited, Record, State, now_ms};
+use crate::roster::{MachineFolder, Roster, names, stream_log};
+
+/// How long to wait before a machine that failed is started again: so long at first, then twice as long each time, and no
+/// longer than that.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// A machine that ran so long was well: the next wait is the first again.
+const RAN_WELL: Duration = Duration::from_secs(10);
+/// Tells the process in the background that it is the one.
+const IN_BACKGROUND: &str = "--in-background";
+
+/// The flags.
+#[derive(Debug, Args)]
+pub struct Life {
+    /// Run in the background, and print the machine's ID
+    #[arg(short, long)]
+    detach: bool,
+
+    /// The machine's name
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub name: Option<String>,
+
+    /// Forget the machine when it ends, its logs and its exit code; in the foreground it always is
+    #[arg(long)]
+    rm: bool,
+
+    /// Start it again when it fails: no, on-failure or on-failure:TIMES
+    #[arg(long, value_name = "POLICY", value_parser = restart, default_value = "no", hide_default_value = true)]
+    #[arg(requires = "detach", conflicts_with = "rm")]
+    restart: Restart,
+
+    /// As much of its output as is kept for `husk logs` [default: 16M]
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes, requires = "detach")]
+    log_max: Option<u64>,
+
+    #[arg(long, hide = true)]
+    in_background: bool,
+}
+
+/// How often a machine that fails is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restart {
+    times_max: u32,
+}
+
+/// What a machine is called in the list of machines, beside its name.
+pub struct Called {
+    /// What it was made from, as it was typed.
+    pub image: String,
+    /// What runs in it, as far as that is known.
+    pub command: Vec<String>,
+    /// What a further process inherits.
+    pub process: Option<Inherited>,
+    /// The signal that asks its process for its end.
+    pub stop_signal: u8,
+}
+
+impl Life {
+    /// Whether this process is to start another one that runs the machine.
+    pub fn hands_on(&self) -> bool {
+        self.detach && !self.in_background
+    }
+
+    /// Whether the machine has no terminal and no input of ours.
+    pub fn is_detached(&self) -> bool {
+        self.detach
+    }
+
+    /// Makes the machine's folder, with its name. In the background this is where the session of the terminal is left.
+    pub fn folder(&self) -> Result<MachineFolder> {
+        if self.in_background {
+            rustix::process::setsid().context("leave the terminal")?;
+        }
+        Roster::open()?.create(self.name.as_deref())
+    }
+
+    /// Opens the machine's desk.
+    pub fn desk(&self, folder: MachineFolder, called: Called, config: &MachineConfig) -> Result<Desk> {
+        let Called { image, command, process, stop_signal } = called;
+        let record = Record {
+            id: folder.id(),
+            name: self.name.clone(),
+            pid: std::process::id(),
+            image,
+            command,
+            created_ms: now_ms(),
+            state: State::Starting,
+            restarts: 0,
+            detached: self.detach,
+            keep: self.detach && !self.rm,
+            stop_signal,
+            process,
+            config: config.clone(),
+        };
+        Desk::open(folder, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
+    }
+
+    /// Runs the machine by `run`, again and again as the policy has it, and notes its end.
+    pub fn lead(&self, mut desk: Desk, run: impl Fn(&mut Desk) -> Result<Exit>) -> Result<Exit> {
+        let mut wait = FIRST_WAIT;
+        loop {
+            let started = Instant::now();
+            let ended = run(&mut desk);
+            let code = ended.as_ref().map_or(Exit::NotRun.code(), |exit| exit.code());
+            let again = code != 0 && desk.restarts() < self.restart.times_max && desk.is_announced();
+            if started.elapsed() > RAN_WELL {
+                wait = FIRST_WAIT;
+            }
+            if !again || !desk.wait_to_restart(wait)? {
+                let reason = ended.as_ref().err().map(|error| format!("{error:#}"));
+                let noted = desk.close(code, reason);
+                return ended.and_then(|exit| noted.map(|()| exit));
+            }
+            if let Err(error) = ended {
+                super::report(&error);
+            }
+            wait = (2 * wait).min(LONGEST_WAIT);
+        }
+    }
+}
+
+/// Starts this very command again, in the background, and waits until its machine runs or has failed to.
+pub fn hand_on() -> Result<Exit> {
+    let mut words: Vec<_> = std::env::args_os().skip(1).collect();
+    let place = words.iter().position(|word| !word.as_encoded_bytes().starts_with(b"-")).context("find the command")?;
+    words.insert(place + 1, IN_BACKGROUND.into());
+    let mut child = Command::new("/proc/self/exe");
+    child.args(words).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = child.spawn().context("start husk in the background")?;
+    let mut id = String::new();
+    if let Some(stdout) = &mut child.stdout {
+        stdout.read_to_string(&mut id).context("hear from husk in the background")?;
+    }
+    if id.is_empty() {
+        // It has said why.
+        let status = child.wait().context("wait for husk in the background")?;
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        return Ok(code.map_or(Exit::NotRun, Exit::Reported));
+    }
+    super::print(&id)?;
+    Ok(Exit::Success)
+}
+
+fn name(text: &str) -> Result<String, String> {
+    names::check(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
+}
+
+/// Parses `no`, `on-failure` and `on-failure:TIMES`.
+fn restart(text: &str) -> Result<Restart, String> {
+    let times_max = match text.split_once(':') {
+        None if text == "no" => Some(0),
+        None if text == "on-failure" => Some(u32::MAX),
+        Some(("on-failure", times)) => times.parse().ok(),
+        _ => None,
+    };
+    times_max
+        .map(|times_max| Restart { times_max })
+        .ok_or_else(|| format!("{text:?} is no policy: type no, on-failure or on-failure:TIMES"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_is_how_often() {
+        let times = |text| restart(text).map(|policy| policy.times_max);
+        assert_eq!((times("no"), times("on-failure"), times("on-failure:3")), (Ok(0), Ok(u32::MAX), Ok(3)));
+        for text in ["", "always", "on-failure:", "on-failure:-1", "no:1"] {
+            assert!(restart(text).unwrap_err().contains("on-failure:TIMES"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! `husk logs`: what a machine in the background has written.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use super::exit::Exit;
+use super::when;
+use crate::request::attach;
+use crate::roster::stream_log::{Head, LogReader};
+use crate::roster::{self, Entry, Roster};
+
+const EXAMPLES: &str = "\
+Examples:
+  husk logs web
+  husk logs -f --tail 100 web
+  husk logs --since 10m --timestamps web
+  husk logs --kernel web            (what its kernel said)
+
+Standard output and standard error go where they came from.";
+
+/// How often one who follows looks for more.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// The flags of `husk logs`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Logs {
+    /// Name or ID
+    #[arg(value_name = "MACHINE")]
+    machine: String,
+
+    /// Go on as long as the machine runs
+    #[arg(short, long)]
+    follow: bool,
+
+    /// Begin with the last lines, so many
+    #[arg(short = 'n', long, value_name = "LINES")]
+    tail: Option<usize>,
+
+    /// Begin at this time: 10m is ten minutes ago
+    #[arg(long, value_name = "TIME", value_parser = when::moment_ns)]
+    since: Option<u64>,
+
+    /// Begin each line with the time at which it was written
+    #[arg(short, long)]
+    timestamps: bool,
+
+    /// The guest's kernel, and husk itself, in place of the process
+    #[arg(long, conflicts_with_all = ["follow", "tail", "since", "timestamps"])]
+    kernel: bool,
+}
+
+impl Logs {
+    /// Prints what there is, and with `--follow` what comes.
+    pub fn run(self) -> Result<Exit> {
+        let entry = Roster::open()?.find(&self.machine)?;
+        if self.kernel {
+            return print_kernel(&entry);
+        }
+        let record = entry.record()?;
+        ensure!(record.detached, "machine {} writes to where it was started, and to no log", entry.name());
+        let path = entry.file(roster::STREAMS_LOG);
+        let mut skip = self.lines_to_skip(LogReader::open(&path))?;
+        let mut reader = LogReader::open(&path);
+        let mut at_line_start = true;
+        loop {
+            // Before the log is read to its end: what was written before the machine's end is printed.
+            let alive = self.follow && Roster::open()?.find(&entry.id).is_ok_and(|entry| entry.alive);
+            while let Some((head, content)) = reader.read().context("read the log")? {
+                let content = skip_lines(&content, &mut skip);
+                if self.is_wanted(&head) && !content.is_empty() {
+                    match self.timestamps {
+                        true => attach::write(head.stream, &stamped(&head, content, &mut at_line_start))?,
+                        false => attach::write(head.stream, content)?,
+                    }
+                }
+            }
+            if !alive {
+                return Ok(Exit::Success);
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    fn is_wanted(&self, head: &Head) -> bool {
+        self.since.is_none_or(|since| head.time_ns >= since)
+    }
+
+    /// How many lines come before the last ones that are wanted.
+    fn lines_to_skip(&self, mut reader: LogReader) -> Result<usize> {
+        let Some(tail) = self.tail else { return Ok(0) };
+        let (mut lines, mut ended) = (0, true);
+        while let Some((_, content)) = reader.read().context("read the log")? {
+            lines += content.iter().filter(|byte| **byte == b'\n').count();
+            ended = content.last() == Some(&b'\n');
+        }
+        Ok((lines + usize::from(!ended)).saturating_sub(tail))
+    }
+}
+
+/// What is left of `content` behind as many lines as are to be skipped still.
+fn skip_lines<'a>(content: &'a [u8], skip: &mut usize) -> &'a [u8] {
+    let mut rest = content;
+    while *skip > 0 && !rest.is_empty() {
+        match rest.iter().position(|byte| *byte == b'\n') {
+            Some(end) => {
+                *skip -= 1;
+                rest = rest.get(end + 1..).unwrap_or_default();
+            }
+            None => rest = &[],
+        }
+    }
+    rest
+}
+
+/// `content` with its time before each line that begins in it.
+fn stamped(head: &Head, content: &[u8], at_line_start: &mut bool) -> Vec<u8> {
+    let stamp = when::stamp(head.time_ns);
+    let mut text = Vec::with_capacity(content.len() + stamp.len());
+    for line in content.split_inclusive(|byte| *byte == b'\n') {
+        if std::mem::replace(at_line_start, line.ends_with(b"\n")) {
+            text.extend_from_slice(stamp.as_bytes());
+            text.push(b' ');
+        }
+        text.extend_from_slice(line);
+    }
+    text
+}
+
+fn print_kernel(entry: &Entry) -> Result<Exit> {
+    for name in ["console.old", roster::CONSOLE_LOG, roster::HUSK_LOG] {
+        let Ok(mut file) = File::open(entry.file(name)) else { continue };
+        match io::copy(&mut file, &mut io::stdout().lock()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+            copied => drop(copied.context("print the log")?),
+        }
+    }
+    io::stdout().flush().context("print the log")?;
+    Ok(Exit::Success)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::roster::stream_log::Stream;
+
+    #[test]
+    fn the_last_lines_begin_where_a_line_does() {
+        let mut skip = 2;
+        assert_eq!(skip_lines(b"one\ntw", &mut skip), b"");
+        assert_eq!(skip_lines(b"o\nthree\nfour", &mut skip), b"three\nfour");
+        assert_eq!(skip_lines(b"\n", &mut skip), b"\n");
+    }
+
+    #[test]
+    fn each_line_has_its_time_once() {
+        let head = Head { time_ns: 0, len_bytes: 0, stream: Stream::Output };
+        let mut at_start = true;
+        let text = [b"a\nb".as_slice(), b"c\n", b"d"].map(|content| stamped(&head, content, &mut at_start)).concat();
+        let stamp = "1970-01-01T00:00:00.000000000Z";
+        assert_eq!(String::from_utf8(text).unwrap(), format!("{stamp} a\n{stamp} bc\n{stamp} d"));
+    }
+}

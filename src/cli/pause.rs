@@ -1,0 +1,36 @@
+//! `husk pause` and `husk unpause`: hold machines, and let them go on.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::ask;
+use super::exit::Exit;
+use crate::request::Request;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk pause web
+  husk unpause web
+
+A machine that is paused uses no processor time, and keeps its memory.";
+
+/// The flags of `husk pause` and of `husk unpause`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Pause {
+    /// Names or IDs
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+}
+
+impl Pause {
+    /// Holds one after the other.
+    pub fn pause(self) -> Result<Exit> {
+        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Pause))
+    }
+
+    /// Lets one after the other go on.
+    pub fn unpause(self) -> Result<Exit> {
+        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Unpause))
+    }
+}

@@ -1,0 +1,124 @@
+//! `husk ps`: this user's machines.
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::json;
+
+use super::exit::Exit;
+use super::when::ago;
+use crate::roster::record::{Record, State, now_ms};
+use crate::roster::{Entry, Roster};
+
+const EXAMPLES: &str = "\
+Examples:
+  husk ps
+  husk ps -a                        (those that have ended, too)
+  husk ps -q | xargs husk stop
+  husk ps --json | jq -r '.[].name'";
+
+/// As much of a command as a line has room for.
+const COMMAND_CHARS: usize = 30;
+
+/// The flags of `husk ps`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Ps {
+    /// Also machines that have ended, as far as they are kept
+    #[arg(short, long)]
+    all: bool,
+
+    /// Print IDs only
+    #[arg(short, long, conflicts_with = "json")]
+    quiet: bool,
+
+    /// Print all that is known, as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Ps {
+    /// Prints the list, the newest first.
+    pub fn run(self) -> Result<Exit> {
+        let roster = Roster::open()?;
+        roster.sweep()?;
+        let mut entries = roster.list()?;
+        entries.retain(|entry| self.all || entry.alive);
+        if self.json {
+            let list: Vec<_> = entries.iter().map(to_json).collect();
+            let text = serde_json::to_string_pretty(&list).context("print the machines")?;
+            super::print(&format!("{text}\n"))?;
+        } else if self.quiet {
+            super::print(&entries.iter().map(|entry| format!("{}\n", entry.id)).collect::<String>())?;
+        } else {
+            let mut rows = vec![["ID", "NAME", "IMAGE", "COMMAND", "CPUS", "MEMORY", "STATUS"].map(str::to_owned)];
+            rows.extend(entries.iter().map(row));
+            super::print(&super::images::table(&rows))?;
+        }
+        Ok(Exit::Success)
+    }
+}
+
+/// All that is known of a machine, its state as it is now.
+pub fn to_json(entry: &Entry) -> serde_json::Value {
+    let mut value = match &entry.record {
+        Some(record) => json!(record),
+        None => json!({ "id": entry.id }),
+    };
+    value["state"] = json!(entry.state());
+    value["name"] = json!(entry.name());
+    value
+}
+
+fn row(entry: &Entry) -> [String; 7] {
+    let unknown = || "-".to_owned();
+    let of = |what: fn(&Record) -> String| entry.record.as_ref().map_or_else(unknown, what);
+    [
+        entry.id.clone(),
+        entry.record.as_ref().and_then(|record| record.name.clone()).unwrap_or_else(unknown),
+        of(|record| record.image.clone()),
+        of(|record| shortened(&record.command.join(" "))),
+        of(|record| match record.config.cpu_limit_millicpus {
+            Some(limit) => (f64::from(limit) / 1000.0).to_string(),
+            None => record.config.cpus.to_string(),
+        }),
+        of(|record| super::size::mib(record.config.memory_mib)),
+        status(entry),
+    ]
+}
+
+fn shortened(text: &str) -> String {
+    // What a user or an image wrote does nothing to a terminal.
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.chars().count() <= COMMAND_CHARS {
+        return text;
+    }
+    text.chars().take(COMMAND_CHARS - 1).chain(['…']).collect()
+}
+
+/// What a machine does, in words, and since when.
+fn status(entry: &Entry) -> String {
+    let restarts = entry.record.as_ref().map_or(0, |record| record.restarts);
+    let now = now_ms();
+    let words = match entry.state() {
+        State::Starting => "starting".to_owned(),
+        State::Running { since_ms } => format!("up {}", ago(now, since_ms)),
+        State::Paused { since_ms } => format!("paused for {}", ago(now, since_ms)),
+        State::Restarting { since_ms } => format!("failed {} ago, to be restarted", ago(now, since_ms)),
+        State::Exited { code, at_ms, .. } => format!("exited ({code}) {} ago", ago(now, at_ms)),
+        State::Lost => "husk was killed".to_owned(),
+    };
+    if restarts == 0 { words } else { format!("{words}, restarts: {restarts}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_or_odd_command_is_one_short_line() {
+        assert_eq!(shortened("sh -c true"), "sh -c true");
+        assert_eq!(shortened("a\nb\x1b[2J"), "a b [2J");
+        let short = shortened(&"x".repeat(100));
+        assert_eq!(short.chars().count(), COMMAND_CHARS);
+    }
+}

@@ -1,0 +1,37 @@
+//! `husk rename`: gives a machine another name.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::ask;
+use super::exit::Exit;
+use crate::request::Request;
+use crate::roster::{Roster, names};
+
+/// The flags of `husk rename`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  husk rename web old-web")]
+pub struct Rename {
+    /// Name or ID
+    #[arg(value_name = "MACHINE")]
+    machine: String,
+
+    /// The new name
+    #[arg(value_name = "NAME")]
+    name: String,
+}
+
+impl Rename {
+    /// Renames it, running or not. Its host name, which its guest knows, stays.
+    pub fn run(self) -> Result<Exit> {
+        names::check(&self.name)?;
+        let roster = Roster::open()?;
+        let entry = roster.find(&self.machine)?;
+        if entry.alive {
+            ask::done(&entry, &Request::Rename { name: self.name })?;
+        } else {
+            roster.rename(&entry, &self.name)?;
+        }
+        Ok(Exit::Success)
+    }
+}

@@ -1,0 +1,46 @@
+//! `husk rm`: forgets machines that have ended.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::ask;
+use super::exit::Exit;
+use crate::request::Request;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk rm job
+  husk rm --force web               (it is ended first, whatever it does)
+  husk rm $(husk ps -aq)";
+
+/// The flags of `husk rm`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Rm {
+    /// Names or IDs
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+
+    /// End those that run
+    #[arg(short, long)]
+    force: bool,
+}
+
+impl Rm {
+    /// Removes one after the other, with what it has logged.
+    pub fn run(self) -> Result<Exit> {
+        ask::each(&self.machines, |roster, entry| {
+            if entry.alive && self.force {
+                let end = ask::end(entry);
+                // It may be at its end by itself.
+                let _ = ask::done(entry, &Request::Kill { signal: libc::SIGKILL as u8 });
+                ask::code(entry, end)?;
+                return match entry.await_end()? {
+                    Some(ended) => roster.remove(&ended),
+                    None => Ok(()),
+                };
+            }
+            roster.remove(entry)
+        })
+    }
+}

@@ -1,0 +1,9 @@
+//! From the name of a signal, as it is typed, to its number.
+
+use crate::guest::signal;
+
+/// Parses a signal's name or number.
+pub fn signal(text: &str) -> Result<u8, String> {
+    signal::number(text)
+        .ok_or_else(|| format!("{text:?} is no signal: type a name such as TERM, or a number from 1 to 64"))
+}

@@ -1,0 +1,149 @@
+//! `husk stats`: what machines use of the host, as it is now.
+
+use std::collections::HashMap;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use indicatif::BinaryBytes;
+use serde_json::json;
+
+use super::exit::Exit;
+use crate::request::{Reply, Request, Stats, client};
+use crate::roster::{self, Entry, Roster};
+
+const EXAMPLES: &str = "\
+Examples:
+  husk stats                        (all that run, anew each second)
+  husk stats --no-stream web
+  husk stats --json | jq '.[].guest_memory_bytes'
+
+CPU is of one processor: 150% is one and a half. MEMORY is what the guest has touched and not given back, of what it may have;
+OWN is what husk takes beside it. DISK and NET are bytes read and written, received and sent, since the start.";
+
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Puts the cursor where the screen begins, and clears what follows.
+const CLEAR: &str = "\x1b[H\x1b[J";
+
+/// The flags of `husk stats`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct StatsOf {
+    /// Names or IDs [default: all that run]
+    #[arg(value_name = "MACHINE")]
+    machines: Vec<String>,
+
+    /// Look once
+    #[arg(long)]
+    no_stream: bool,
+
+    /// Look once, and print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A machine and what it used when it was looked at.
+type Seen = (Entry, Stats);
+
+impl StatsOf {
+    /// Prints a table, again and again on a terminal.
+    pub fn run(self) -> Result<Exit> {
+        let roster = Roster::open()?;
+        let mut before: HashMap<String, Stats> = HashMap::new();
+        let once = self.no_stream || self.json;
+        let in_place = !once && std::io::stdout().is_terminal();
+        if once {
+            // What is used now is the difference of two looks.
+            before = by_id(&self.look(&roster)?);
+            std::thread::sleep(INTERVAL / 2);
+        }
+        loop {
+            let seen = self.look(&roster)?;
+            let text = if self.json { as_json(&seen, &before)? } else { as_table(&seen, &before) };
+            super::print(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
+            if once {
+                return Ok(Exit::Success);
+            }
+            before = by_id(&seen);
+            std::thread::sleep(INTERVAL);
+        }
+    }
+
+    fn look(&self, roster: &Roster) -> Result<Vec<Seen>> {
+        if self.machines.is_empty() {
+            // One that has just ended is no mistake.
+            let running = roster.list()?.into_iter().filter(|entry| entry.alive);
+            return Ok(running.filter_map(|entry| ask(&entry).ok().map(|stats| (entry, stats))).collect());
+        }
+        let look = |word: &String| {
+            let entry = roster.find(word)?;
+            let stats = ask(&entry).with_context(|| word.clone())?;
+            Ok((entry, stats))
+        };
+        self.machines.iter().map(look).collect()
+    }
+}
+
+fn ask(entry: &Entry) -> Result<Stats> {
+    match client::ask(&entry.file(roster::CONTROL), &Request::Stats)? {
+        Reply::Stats(stats) => Ok(stats),
+        Reply::Refused(why) => bail!(why),
+        other => bail!("the machine answered {other:?}"),
+    }
+}
+
+fn by_id(seen: &[Seen]) -> HashMap<String, Stats> {
+    seen.iter().map(|(entry, stats)| (entry.id.clone(), *stats)).collect()
+}
+
+/// Hundredths of a processor, since `before` or else since the machine's start.
+fn cpu_percent(stats: &Stats, before: Option<&Stats>) -> f64 {
+    let zero = Stats::default();
+    let before = before.unwrap_or(&zero);
+    let elapsed_us = stats.elapsed_us.saturating_sub(before.elapsed_us).max(1);
+    100.0 * stats.cpu_us.saturating_sub(before.cpu_us) as f64 / elapsed_us as f64
+}
+
+fn as_json(seen: &[Seen], before: &HashMap<String, Stats>) -> Result<String> {
+    let one = |(entry, stats): &Seen| {
+        let mut value = json!(stats);
+        value["id"] = json!(entry.id);
+        value["name"] = json!(entry.name());
+        value["cpu_percent"] = json!(cpu_percent(stats, before.get(&entry.id)));
+        value
+    };
+    let list: Vec<_> = seen.iter().map(one).collect();
+    Ok(serde_json::to_string_pretty(&list).context("print what machines use")? + "\n")
+}
+
+fn as_table(seen: &[Seen], before: &HashMap<String, Stats>) -> String {
+    let mut rows = vec![["ID", "NAME", "CPU", "MEMORY", "OWN", "DISK", "NET"].map(str::to_owned)];
+    rows.extend(seen.iter().map(|(entry, stats)| {
+        let pair = |a, b| format!("{} / {}", BinaryBytes(a), BinaryBytes(b));
+        [
+            entry.id.clone(),
+            entry.name().to_owned(),
+            format!("{:.1}%", cpu_percent(stats, before.get(&entry.id))),
+            pair(stats.guest_memory_bytes, stats.memory_limit_bytes),
+            BinaryBytes(stats.own_memory_bytes).to_string(),
+            pair(stats.block_read_bytes, stats.block_written_bytes),
+            pair(stats.net_received_bytes, stats.net_sent_bytes),
+        ]
+    }));
+    super::images::table(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_time_is_of_the_time_between_two_looks() {
+        let at = |cpu_us, elapsed_us| Stats { cpu_us, elapsed_us, ..Stats::default() };
+        assert_eq!(cpu_percent(&at(1_500_000, 2_000_000), Some(&at(0, 1_000_000))), 150.0);
+        assert_eq!(cpu_percent(&at(1_000_000, 4_000_000), None), 25.0);
+        assert_eq!(cpu_percent(&at(0, 0), None), 0.0);
+    }
+}

@@ -1,0 +1,35 @@
+//! `husk wait`: stays until machines have ended, and prints their exit codes.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::ask;
+use super::exit::Exit;
+use crate::roster::Roster;
+
+const EXAMPLES: &str = "\
+Examples:
+  code=$(husk wait job)
+  husk wait a b c                   (three lines, in this order)";
+
+/// The flags of `husk wait`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Wait {
+    /// Names or IDs
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+}
+
+impl Wait {
+    /// Prints a line for each machine, in order. One whose husk was killed has 137.
+    pub fn run(self) -> Result<Exit> {
+        let roster = Roster::open()?;
+        let entries = self.machines.iter().map(|word| roster.find(word)).collect::<Result<Vec<_>>>()?;
+        let asked: Vec<_> = entries.iter().map(ask::end).collect();
+        for (entry, end) in entries.iter().zip(asked) {
+            super::print(&format!("{}\n", ask::code(entry, end)?))?;
+        }
+        Ok(Exit::Success)
+    }
+}

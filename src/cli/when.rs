@@ -1,0 +1,66 @@
+//! Times as a person types and reads them.
+
+use std::time::{Duration, SystemTime};
+
+use indicatif::HumanDuration;
+
+/// How long before `now_ms` something was, in words.
+pub fn ago(now_ms: u64, then_ms: u64) -> String {
+    HumanDuration(Duration::from_millis(now_ms.saturating_sub(then_ms))).to_string()
+}
+
+/// A moment: how long ago it was (`10m`, `1h30m`), or its date and time (`2026-01-31T12:00:00Z`). Returns nanoseconds since 1970.
+pub fn moment_ns(text: &str) -> Result<u64, String> {
+    let time = match humantime::parse_duration(text) {
+        Ok(duration) => SystemTime::now().checked_sub(duration),
+        Err(_) => humantime::parse_rfc3339_weak(text).ok(),
+    };
+    let since = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+    since.and_then(|since| u64::try_from(since.as_nanos()).ok()).ok_or_else(|| {
+        format!("{text:?} is no time: type how long ago, such as 10m, or a date and time such as 2026-01-31T12:00:00Z")
+    })
+}
+
+/// A number of seconds, or a length of time with its unit: `10`, `1.5`, `2m`.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds
+        .or_else(|| humantime::parse_duration(text).ok())
+        .ok_or_else(|| format!("{text:?} is no length of time: type seconds, or one such as 500ms or 2m"))
+}
+
+/// A moment in nanoseconds since 1970, as RFC 3339 has it.
+pub fn stamp(time_ns: u64) -> String {
+    humantime::format_rfc3339_nanos(SystemTime::UNIX_EPOCH + Duration::from_nanos(time_ns)).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_a_date_or_so_long_ago() {
+        assert_eq!(moment_ns("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+        let hour = now - moment_ns("1h").unwrap();
+        assert!((3_590_000_000_000..=3_600_000_000_000).contains(&hour), "{hour}");
+        for text in ["", "yesterday", "1x", "99999999999999999999y"] {
+            assert!(moment_ns(text).unwrap_err().contains("is no time"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_length_of_time_is_seconds_where_nothing_else_is_said() {
+        assert_eq!(duration("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(duration("0.5"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        for text in ["", "-1", "NaN", "inf", "x"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_stamp_is_read_back() {
+        assert_eq!(stamp(1_000_000_001), "1970-01-01T00:00:01.000000001Z");
+    }
+}

@@ -1,0 +1,151 @@
+//! From a request to what the machine does about it. On the machine's own thread, between two events.
+
+use anyhow::{Result, bail, ensure};
+use husk_protocol::WindowSize;
+use rustix::time::{ClockId, clock_gettime};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use super::control::Control;
+use super::outcome::Outcome;
+use crate::console::input::Input;
+use crate::request::server::Caller;
+use crate::request::{Reply, Request, Stats};
+use crate::roster::record::{State, now_ms};
+
+/// Signals that ask for an end, of a machine that has no process to send them to.
+const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+impl Control<'_> {
+    /// Does what was asked for, or says why not.
+    pub(super) fn on_requests(&mut self) {
+        for (caller, request) in self.desk.server.requests() {
+            match self.grant(caller, request) {
+                Ok(Some(reply)) => self.desk.server.answer(caller, &reply),
+                Ok(None) => {}
+                Err(error) => self.desk.server.answer(caller, &Reply::Refused(format!("{error:#}"))),
+            }
+        }
+    }
+
+    /// Returns the answer, if it is to be given now.
+    fn grant(&mut self, caller: Caller, request: Request) -> Result<Option<Reply>> {
+        match request {
+            Request::Stop { timeout_ms } => self.stop_by(Duration::from_millis(timeout_ms))?,
+            Request::Kill { signal } => self.kill(signal)?,
+            Request::Wait => {
+                self.desk.server.answer_at_end(caller);
+                return Ok(None);
+            }
+            Request::Pause => self.pause()?,
+            Request::Unpause => self.unpause()?,
+            Request::Stats => return Ok(Some(Reply::Stats(self.stats()))),
+            Request::Attach => {
+                self.attach(caller)?;
+                return Ok(None);
+            }
+            Request::Resize { rows, columns } => {
+                if let Some(session) = &mut self.session {
+                    session.resize_to(WindowSize { rows, columns });
+                }
+            }
+            Request::Rename { name } => self.desk.folder.rename(&mut self.desk.record, &name)?,
+        }
+        Ok(Some(Reply::Done))
+    }
+
+    /// Asks the guest to end, and ends it when `timeout` has passed.
+    fn stop_by(&mut self, timeout: Duration) -> Result<()> {
+        self.desk.end_wanted = true;
+        if matches!(self.desk.record.state, State::Paused { .. }) {
+            self.unpause()?;
+        }
+        match &mut self.session {
+            Some(session) if session.has_started() => session.send_signal(self.desk.stop_signal()),
+            // There is nobody in the guest to be asked.
+            Some(_) => self.machine.ending.declare(Outcome::Killed(libc::SIGTERM)),
+            None => self.press_power_button(),
+        }
+        let stop_by = Instant::now().checked_add(timeout);
+        self.desk.stop_by = match (self.desk.stop_by, stop_by) {
+            (Some(earlier), Some(later)) => Some(earlier.min(later)),
+            (earlier, later) => earlier.or(later),
+        };
+        Ok(())
+    }
+
+    fn kill(&mut self, signal: u8) -> Result<()> {
+        let number = i32::from(signal);
+        if number == libc::SIGKILL {
+            self.desk.end_wanted = true;
+            self.machine.ending.declare(Outcome::Killed(number));
+            return Ok(());
+        }
+        ensure!(!matches!(self.desk.record.state, State::Paused { .. }), "the machine is paused: unpause it first");
+        match &mut self.session {
+            Some(session) if session.has_started() => {
+                self.desk.end_wanted |= END_SIGNALS.contains(&number);
+                session.send_signal(signal);
+            }
+            Some(_) => bail!("the machine has no process yet: try again"),
+            None if END_SIGNALS.contains(&number) => {
+                self.desk.end_wanted = true;
+                self.press_power_button();
+            }
+            None => {
+                bail!("the machine has an init of its own: only KILL and signals that ask for an end mean something")
+            }
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        match self.desk.record.state {
+            State::Running { .. } => {}
+            State::Paused { .. } => bail!("the machine is paused already"),
+            _ => bail!("the machine does not run yet: try again"),
+        }
+        self.machine.pause();
+        self.desk.enter(State::Paused { since_ms: now_ms() })
+    }
+
+    fn unpause(&mut self) -> Result<()> {
+        ensure!(matches!(self.desk.record.state, State::Paused { .. }), "the machine is not paused");
+        self.machine.resume();
+        self.desk.enter(State::Running { since_ms: now_ms() })
+    }
+
+    /// Gives the connection the machine's streams.
+    fn attach(&mut self, caller: Caller) -> Result<()> {
+        let Some(hub) = self.desk.hub().cloned() else {
+            bail!("the machine runs in the foreground: its streams are where it was started");
+        };
+        let Some(stream) = self.desk.server.hand_over(caller) else { return Ok(()) };
+        hub.attach(stream.try_clone()?)?;
+        match &mut self.session {
+            Some(session) => {
+                stream.set_nonblocking(false)?;
+                session.attach_input(stream)
+            }
+            None => {
+                if let Some(mut earlier) = self.input.take() {
+                    earlier.unwatch(&self.epoll)?;
+                }
+                self.input = Some(Input::from_file(OwnedFd::from(stream).into()));
+                self.feed()
+            }
+        }
+    }
+
+    /// What the machine uses of the host.
+    fn stats(&self) -> Stats {
+        let used = clock_gettime(ClockId::ProcessCPUTime);
+        let cpu = Duration::new(used.tv_sec.unsigned_abs(), u32::try_from(used.tv_nsec).unwrap_or(0));
+        Stats {
+            cpu_us: cpu.as_micros() as u64,
+            elapsed_us: self.desk.elapsed().as_micros() as u64,
+            memory_limit_bytes: self.desk.record.config.memory_mib << 20,
+            ..Stats::default()
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Where a running machine is known to others: its folder, its record, and the requests that come to it. One for all the
+//! machines that follow each other under one name when they are started again.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::outcome::{Ending, Outcome};
+use crate::console::hub::Hub;
+use crate::request::server::Server;
+use crate::request::{Reply, Request};
+use crate::roster::record::{Record, State, now_ms};
+use crate::roster::stream_log::StreamLog;
+use crate::roster::{self, MachineFolder};
+
+/// A machine's place among its user's machines.
+#[derive(Debug)]
+pub struct Desk {
+    pub(super) server: Server,
+    pub(super) record: Record,
+    hub: Option<Arc<Hub>>,
+    /// Whether whoever started the machine in the background is still to be told that it runs.
+    unannounced: bool,
+    /// Whether somebody asked for the machine's end, so that it is not started again.
+    pub(super) end_wanted: bool,
+    /// When an end that was asked for in order is made.
+    pub(super) stop_by: Option<Instant>,
+    started: Instant,
+    // So late that what is in it goes first.
+    pub(super) folder: MachineFolder,
+}
+
+impl Desk {
+    /// Opens for requests, writes `record` down, and for a machine in the background starts its log of at most
+    /// `log_max_bytes`.
+    pub fn open(folder: MachineFolder, record: Record, log_max_bytes: u64) -> Result<Desk> {
+        let server = Server::listen(&folder.file(roster::CONTROL))?;
+        let hub = if record.detached {
+            let path = folder.file(roster::STREAMS_LOG);
+            let log = StreamLog::open(path, log_max_bytes).context("start the machine's log")?;
+            Some(Arc::new(Hub::new(log)))
+        } else {
+            None
+        };
+        folder.write(&record)?;
+        let (unannounced, started) = (record.detached, Instant::now());
+        Ok(Desk { server, record, hub, unannounced, end_wanted: false, stop_by: None, started, folder })
+    }
+
+    /// The path of a file in the machine's folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.file(name)
+    }
+
+    /// Where the machine's streams go, if it runs in the background.
+    pub fn hub(&self) -> Option<&Arc<Hub>> {
+        self.hub.as_ref()
+    }
+
+    /// Whether the machine runs in the background, where no terminal and no input of ours is its own.
+    pub fn is_detached(&self) -> bool {
+        self.hub.is_some()
+    }
+
+    /// Whether the machine has run, and whoever started it knows.
+    pub fn is_announced(&self) -> bool {
+        !self.unannounced
+    }
+
+    /// The signal that asks the machine's process for its end.
+    pub(super) fn stop_signal(&self) -> u8 {
+        self.record.stop_signal
+    }
+
+    /// Removes what killed machines left behind. To be called while the guest has something to do.
+    pub(super) fn sweep(&self) {
+        if let Err(error) = self.folder.roster().sweep() {
+            log::info!("remove what killed machines left behind: {error:#}");
+        }
+    }
+
+    /// How often it was started again.
+    pub fn restarts(&self) -> u32 {
+        self.record.restarts
+    }
+
+    /// How long the machine has been there.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Writes down what the machine does now.
+    pub(super) fn enter(&mut self, state: State) -> Result<()> {
+        self.record.state = state;
+        self.folder.write(&self.record)
+    }
+
+    /// Notes that the machine runs. Whoever started it in the background is told its ID, and then left alone. Harmless when
+    /// repeated.
+    pub(super) fn note_running(&mut self) -> Result<()> {
+        if self.record.state == State::Starting {
+            self.enter(State::Running { since_ms: now_ms() })?;
+        }
+        if std::mem::take(&mut self.unannounced) {
+            // If they are gone already, nobody would ever know of this machine.
+            writeln!(std::io::stdout(), "{}", self.folder.id()).context("tell that the machine runs")?;
+            let log = File::options().append(true).create(true).open(self.file(roster::HUSK_LOG));
+            let log = log.context("start husk's log")?;
+            let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
+            rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
+            rustix::stdio::dup2_stderr(&log).context("leave standard error")?;
+            self.folder.keep();
+        }
+        Ok(())
+    }
+
+    /// How long to wait at most for an end that was asked for, in milliseconds; -1 is for ever. Makes it when time is up.
+    pub(super) fn timeout_ms(&self, ending: &Ending) -> i32 {
+        let Some(stop_by) = self.stop_by else { return -1 };
+        let left = stop_by.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            ending.declare(Outcome::Killed(libc::SIGKILL));
+        }
+        i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
+    }
+
+    /// Waits `wait` before the machine is started again, and says so to who asks; false if its end is asked for by then.
+    pub fn wait_to_restart(&mut self, wait: Duration) -> Result<bool> {
+        self.enter(State::Restarting { since_ms: now_ms() })?;
+        self.stop_by = None;
+        let until = Instant::now() + wait;
+        let epoll = Epoll::new().context("epoll")?;
+        epoll
+            .ctl(ControlOperation::Add, self.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))
+            .context("watch requests")?;
+        while !self.end_wanted {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.record.restarts += 1;
+                self.enter(State::Starting)?;
+                return Ok(true);
+            }
+            // An interrupted wait is a short one.
+            let _ = epoll.wait(left.as_millis() as i32 + 1, &mut [EpollEvent::default()]);
+            for (caller, request) in self.server.requests() {
+                let reply = match request {
+                    Request::Stop { .. } | Request::Kill { .. } => {
+                        self.end_wanted = true;
+                        Reply::Done
+                    }
+                    Request::Wait => {
+                        self.server.answer_at_end(caller);
+                        continue;
+                    }
+                    _ => Reply::Refused("the machine has failed, and is to be started again: try again".into()),
+                };
+                self.server.answer(caller, &reply);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Notes that the machine has ended for good, and tells who waits for it. `reason` is what was not the guest's own doing.
+    pub fn close(mut self, code: u8, reason: Option<String>) -> Result<()> {
+        let keep = self.record.keep && !self.unannounced;
+        let written = if keep { self.enter(State::Exited { code, at_ms: now_ms(), reason }) } else { Ok(()) };
+        if !keep {
+            self.folder.forget();
+        }
+        self.server.tell_end(code);
+        for socket in [roster::CONTROL, &format!("{}_{}", roster::VSOCK, husk_protocol::PORT)] {
+            let _ = fs::remove_file(self.file(socket));
+        }
+        written
+    }
+}
+
+impl AsRawFd for Desk {
+    fn as_raw_fd(&self) -> RawFd {
+        self.server.as_raw_fd()
+    }
+}

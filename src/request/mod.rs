@@ -1,0 +1,113 @@
+//! What commands ask of a machine that runs, and what its husk answers: one request a connection, over the `control`
+//! socket in the machine's folder.
+//!
+//! Who may open the socket may ask anything: it is its owner's alone. Messages are frames as they are with the guest's
+//! init, the first of which begins with [`VERSION`].
+
+pub mod attach;
+pub mod client;
+pub mod server;
+
+use husk_protocol::WindowSize;
+use husk_protocol::frame::Message;
+use serde::{Deserialize, Serialize};
+
+/// What a change of any message here changes.
+pub const VERSION: u16 = 1;
+
+/// A request with the version that it is of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versioned {
+    /// [`VERSION`] of who asks.
+    pub version: u16,
+    /// What is asked.
+    pub request: Request,
+}
+
+/// What is asked of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// End in order, and by force after this time. Answered at once; the end is [`Request::Wait`]'s.
+    Stop {
+        /// How long the guest has.
+        timeout_ms: u64,
+    },
+    /// Send the process this signal; SIGKILL ends the machine at once.
+    Kill {
+        /// Its number.
+        signal: u8,
+    },
+    /// Answered when the machine has ended for good.
+    Wait,
+    /// Hold the vCPUs.
+    Pause,
+    /// Let them go on.
+    Unpause,
+    /// How much the machine uses of the host.
+    Stats,
+    /// From here on the connection carries the streams: to the client records as the log has them, from it input.
+    Attach,
+    /// The terminal that is attached has this size.
+    Resize {
+        /// Lines.
+        rows: u16,
+        /// Characters in a line.
+        columns: u16,
+    },
+    /// Have another name.
+    Rename {
+        /// Which.
+        name: String,
+    },
+}
+
+impl Request {
+    /// The request that tells of a terminal's size.
+    pub fn resize(WindowSize { rows, columns }: WindowSize) -> Request {
+        Request::Resize { rows, columns }
+    }
+}
+
+impl Message for Versioned {
+    const MAX_BYTES: usize = 4 << 10;
+}
+
+/// What a machine's husk answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    /// It is done, or begun.
+    Done,
+    /// It cannot be done, for this reason: one line.
+    Refused(String),
+    /// The machine has ended with this exit code.
+    Ended(u8),
+    /// What it uses.
+    Stats(Stats),
+}
+
+impl Message for Reply {
+    const MAX_BYTES: usize = 64 << 10;
+}
+
+/// What a machine has used of the host since it was started, or uses now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Processor time of the whole machine.
+    pub cpu_us: u64,
+    /// Since when that counts: how long the machine's husk has lived.
+    pub elapsed_us: u64,
+    /// Memory that the guest has touched and not given back.
+    pub guest_memory_bytes: u64,
+    /// Memory that husk itself takes for the machine.
+    pub own_memory_bytes: u64,
+    /// Memory that the guest may use.
+    pub memory_limit_bytes: u64,
+    /// Read from disks.
+    pub block_read_bytes: u64,
+    /// Written to disks.
+    pub block_written_bytes: u64,
+    /// Received by the guest.
+    pub net_received_bytes: u64,
+    /// Sent by the guest.
+    pub net_sent_bytes: u64,
+}

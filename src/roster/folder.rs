@@ -1,0 +1,177 @@
+//! A running machine's own folder: where its record, its sockets and its logs are, for its owner alone.
+//!
+//! It is locked by who runs the machine, so that one that a killed husk left behind is known.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Roster;
+use super::record::Record;
+use crate::sys;
+
+/// A name that is taken already is a matter of chance, as small as can be.
+const ATTEMPTS: usize = 8;
+
+/// How long an ID is, in bytes; it is written in hexadecimal digits.
+const ID_BYTES: usize = 6;
+
+/// The folder. It goes when this is dropped, unless it is to be kept.
+#[derive(Debug)]
+pub struct MachineFolder {
+    path: PathBuf,
+    keep: bool,
+    _lock: File,
+}
+
+impl MachineFolder {
+    /// Its own name: random, and no other machine's.
+    pub fn id(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// The path of a file in it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Writes down what there is to know of the machine. To be called by one thread at a time.
+    pub fn write(&self, record: &Record) -> Result<()> {
+        record.write(&self.path)
+    }
+
+    /// Leaves the folder where it is when this is dropped, for who wants to know how the machine ended.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+
+    /// Has it go when this is dropped, after all.
+    pub fn forget(&mut self) {
+        self.keep = false;
+    }
+
+    /// The machines that this one is one of.
+    pub fn roster(&self) -> Roster {
+        Roster { base: self.path.parent().unwrap_or(Path::new("/")).to_owned() }
+    }
+
+    /// Leaves it as a killed husk does.
+    #[cfg(test)]
+    pub(super) fn abandon(mut self) {
+        self.keep();
+    }
+}
+
+impl Drop for MachineFolder {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        // What cannot be removed now, the next sweep tries to.
+        let name = Record::read(&self.path).ok().and_then(|record| record.name);
+        let _ = fs::remove_dir_all(&self.path);
+        if let Some(name) = name {
+            let _ = self.roster().release(&name, &self.id());
+        }
+    }
+}
+
+/// Whether a folder of this name is a machine's.
+pub(super) fn is_id(name: &str) -> bool {
+    name.len() == 2 * ID_BYTES && name.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Where this user's machines are. The folder that a login makes is theirs, whether the variable says so or not: a
+/// machine started in one shell is to be seen in all others.
+pub(super) fn base() -> Result<PathBuf> {
+    let user = fs::metadata("/proc/self").context("look at /proc/self")?.uid();
+    let said =
+        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute() && path.is_dir());
+    let usual = || Some(PathBuf::from(format!("/run/user/{user}"))).filter(|path| is_private(path, user));
+    Ok(match said.or_else(usual) {
+        Some(runtime) => runtime.join("husk"),
+        None => PathBuf::from(format!("/tmp/husk-{user}")),
+    })
+}
+
+fn is_private(path: &Path, user: u32) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user && found.mode() & 0o077 == 0)
+}
+
+/// Makes the folder of all machines, if it is not there. It may be that somebody else made it first, to see what is in it.
+pub(super) fn own(base: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(base) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
+        _ => {}
+    }
+    let user = fs::metadata("/proc/self")?.uid();
+    ensure!(is_private(base, user), "it is there already and not private to this user: remove it");
+    Ok(())
+}
+
+pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
+    for _ in 0..ATTEMPTS {
+        let mut random = [0; ID_BYTES];
+        sys::getrandom(&mut random).context("choose a name")?;
+        let path = base.join(random.map(|byte| format!("{byte:02x}")).concat());
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+            created => created?,
+        }
+        // In between another husk may have looked at it, or taken it for abandoned: both are soon done.
+        let Ok(lock) = open(&path) else { continue };
+        if lock.lock().is_ok() && path.exists() {
+            return Ok(MachineFolder { path, keep: false, _lock: lock });
+        }
+    }
+    bail!("every name is taken")
+}
+
+pub(super) fn open(folder: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_goes_with_its_machine() {
+        let base = tempfile::tempdir().unwrap();
+        let folder = create_in(base.path()).unwrap();
+        fs::write(folder.file("log"), "x").unwrap();
+        assert_eq!(fs::metadata(&folder.path).unwrap().permissions().mode() & 0o777, 0o700);
+        let path = folder.path.clone();
+        drop(folder);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn machines_that_start_at_once_leave_each_other_alone() {
+        let (_temporary, roster) = super::super::tests::roster();
+        let start = || {
+            for _ in 0..500 {
+                roster.sweep().unwrap();
+                let folder = roster.create(None).unwrap();
+                std::thread::yield_now();
+                fs::write(folder.file("vsock"), "").unwrap();
+            }
+        };
+        std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(start))));
+    }
+
+    #[test]
+    fn a_folder_that_others_may_enter_is_not_used() {
+        let base = tempfile::tempdir().unwrap();
+        let husk = base.path().join("husk");
+        own(&husk).unwrap();
+        own(&husk).unwrap();
+        fs::set_permissions(&husk, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(own(&husk).unwrap_err().to_string().contains("not private"));
+    }
+}

@@ -1,0 +1,283 @@
+//! This user's machines, as commands find them: a folder each, under one base, with the names that lead to them.
+//!
+//! ```text
+//! BASE/ID/           locked for as long as its husk lives: whoever can lock it knows that there is none any more
+//!   record.json      what there is to know of the machine, written whole or not at all
+//!   control          the socket that takes requests
+//!   vsock            the guest's sockets
+//!   streams.log      what the process wrote, if it runs in the background
+//!   console.log      what the guest's kernel wrote
+//!   husk.log         what husk itself had to say, if it runs in the background
+//! BASE/names/NAME    a link to the folder
+//! BASE/lock          held while names change
+//! ```
+
+mod folder;
+pub mod names;
+pub mod record;
+pub mod stream_log;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use folder::MachineFolder;
+use record::{Record, State};
+
+/// The socket that takes requests, in a machine's folder.
+pub const CONTROL: &str = "control";
+/// The guest's sockets, in a machine's folder.
+pub const VSOCK: &str = "vsock";
+/// What the guest's kernel wrote.
+pub const CONSOLE_LOG: &str = "console.log";
+/// What the machine's process wrote.
+pub const STREAMS_LOG: &str = "streams.log";
+/// What husk itself had to say, once nobody else listened.
+pub const HUSK_LOG: &str = "husk.log";
+
+/// How long a folder that nobody uses may be held by those who look whether it is used.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// All machines of one user.
+#[derive(Debug, Clone)]
+pub struct Roster {
+    base: PathBuf,
+}
+
+/// One machine, as it was when it was looked at.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Its folder's name.
+    pub id: String,
+    /// What its husk wrote down last, if it came so far.
+    pub record: Option<Record>,
+    /// Whether its husk lives.
+    pub alive: bool,
+    path: PathBuf,
+}
+
+impl Roster {
+    /// This user's, in `$XDG_RUNTIME_DIR/husk`, or where that is not set in `/run/user/UID/husk` or `/tmp/husk-UID`.
+    pub fn open() -> Result<Roster> {
+        let base = folder::base()?;
+        folder::own(&base).with_context(|| format!("use the folder {}", base.display()))?;
+        Ok(Roster { base })
+    }
+
+    /// Makes the folder of a new machine and, where it is to have a name, gives it that. Fails where another has the name.
+    pub fn create(&self, name: Option<&str>) -> Result<MachineFolder> {
+        let folder = folder::create_in(&self.base)
+            .with_context(|| format!("make a folder for the machine in {}", self.base.display()))?;
+        if let Some(name) = name {
+            self.claim(name, &folder.id())?;
+        }
+        Ok(folder)
+    }
+
+    /// Every machine, those that came last first; also those that have ended, as long as they are kept.
+    pub fn list(&self) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(&self.base).with_context(|| format!("read {}", self.base.display()))? {
+            let name = entry?.file_name();
+            if let Some(id) = name.to_str().filter(|name| folder::is_id(name)) {
+                entries.extend(self.entry(id));
+            }
+        }
+        entries.sort_by_key(|entry| std::cmp::Reverse(entry.record.as_ref().map_or(0, |record| record.created_ms)));
+        Ok(entries)
+    }
+
+    /// The machine that `word` means: a name, an ID, or the start of one that no other ID has.
+    pub fn find(&self, word: &str) -> Result<Entry> {
+        if let Some(entry) = self.named(word).and_then(|id| self.entry(&id)) {
+            return Ok(entry);
+        }
+        let mut found = self.list()?;
+        found.retain(|entry| !word.is_empty() && entry.id.starts_with(word));
+        match found.len() {
+            0 => bail!("there is no machine {word:?}: `husk ps -a` lists those that there are"),
+            1 => found.pop().context("a machine went"),
+            count => bail!("{count} machines have IDs that start with {word:?}: type more of it"),
+        }
+    }
+
+    fn entry(&self, id: &str) -> Option<Entry> {
+        let path = self.base.join(id);
+        let folder = folder::open(&path).ok()?;
+        // The lock first: what is written down after that was known before the machine's husk ended.
+        let alive = folder.try_lock_shared().is_err();
+        let record = Record::read(&path).ok();
+        drop(folder);
+        path.exists().then_some(Entry { id: id.to_owned(), record, alive, path })
+    }
+
+    /// Removes a machine that has ended, and its name. Fails for one that has not.
+    pub fn remove(&self, entry: &Entry) -> Result<()> {
+        let Ok(held) = folder::open(&entry.path) else { return Ok(()) };
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        while held.try_lock().is_err() {
+            ensure!(Instant::now() < deadline, "machine {} is running: stop it first, or type --force", entry.id);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.remove_held(entry)
+    }
+
+    fn remove_held(&self, entry: &Entry) -> Result<()> {
+        if let Some(name) = entry.record.as_ref().and_then(|record| record.name.as_deref()) {
+            self.release(name, &entry.id)?;
+        }
+        fs::remove_dir_all(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
+    }
+
+    /// Removes what machines left behind whose husk was killed, unless they ran in the background and are to be kept: of
+    /// those only what is of no more use. To be called where nobody waits.
+    pub fn sweep(&self) -> Result<()> {
+        for entry in self.list()?.into_iter().filter(|entry| !entry.alive) {
+            let Ok(held) = folder::open(&entry.path) else { continue };
+            // Held until it is gone: whoever has just made it and locks it later sees that.
+            if held.try_lock().is_err() {
+                continue;
+            }
+            if entry.record.as_ref().is_some_and(|record| record.keep) {
+                for socket in [CONTROL, VSOCK] {
+                    let _ = fs::remove_file(entry.file(socket));
+                }
+                let _ = fs::remove_file(entry.file(&format!("{VSOCK}_{}", husk_protocol::PORT)));
+            } else {
+                let _ = self.remove_held(&entry);
+            }
+        }
+        self.sweep_names();
+        Ok(())
+    }
+}
+
+impl Entry {
+    /// The path of a file in the machine's folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// What a person calls it.
+    pub fn name(&self) -> &str {
+        self.record.as_ref().and_then(|record| record.name.as_deref()).unwrap_or(&self.id)
+    }
+
+    /// What it does. One whose husk was killed has ended, whatever that wrote down last.
+    pub fn state(&self) -> State {
+        match self.record.as_ref().map(|record| &record.state) {
+            None if self.alive => State::Starting,
+            Some(state) if self.alive || matches!(state, State::Exited { .. }) => state.clone(),
+            _ => State::Lost,
+        }
+    }
+
+    /// The machine's record. Fails where its husk has not written one yet.
+    pub fn record(&self) -> Result<&Record> {
+        self.record.as_ref().with_context(|| format!("machine {} is only just starting: try again", self.id))
+    }
+
+    /// Waits for the end of the machine's husk, however that comes, and looks at it again. `None` where nothing is left.
+    pub fn await_end(&self) -> Result<Option<Entry>> {
+        let Ok(folder) = folder::open(&self.path) else { return Ok(None) };
+        folder.lock_shared().with_context(|| format!("wait for machine {}", self.id))?;
+        let record = Record::read(&self.path).ok();
+        Ok(self.path.exists().then(|| Entry { record, alive: false, ..self.clone() }))
+    }
+}
+
+/// The lock on names, held while this lives.
+fn lock(base: &Path) -> Result<File> {
+    let path = base.join("lock");
+    let file = File::options().write(true).create(true).truncate(false).open(&path);
+    let file = file.with_context(|| format!("open {}", path.display()))?;
+    file.lock().with_context(|| format!("lock {}", path.display()))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::roster::record::tests::record;
+
+    pub(super) fn roster() -> (tempfile::TempDir, Roster) {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("husk");
+        folder::own(&base).unwrap();
+        (folder, Roster { base })
+    }
+
+    #[test]
+    fn a_machine_is_found_by_name_by_id_and_by_the_start_of_it() {
+        let (_temporary, roster) = roster();
+        let folder = roster.create(Some("web")).unwrap();
+        let mut record = record();
+        record.name = Some("web".into());
+        folder.write(&record).unwrap();
+        let id = folder.id();
+        for word in ["web", &id, &id[..11]] {
+            let entry = roster.find(word).unwrap();
+            assert_eq!((entry.id.as_str(), entry.alive, entry.name()), (id.as_str(), true, "web"));
+        }
+        assert!(roster.find("w").unwrap_err().to_string().contains("husk ps -a"));
+        assert!(roster.find("").is_err());
+        let other = roster.create(None).unwrap();
+        assert_eq!(roster.list().unwrap().len(), 2);
+        assert_eq!(roster.find(&other.id()).unwrap().state(), State::Starting);
+    }
+
+    #[test]
+    fn a_killed_husk_is_seen_as_gone_at_once_and_its_leftovers_are_swept() {
+        let (_temporary, roster) = roster();
+        let (kept, forgotten) = (roster.create(Some("a")).unwrap(), roster.create(Some("b")).unwrap());
+        for (folder, keep) in [(&kept, true), (&forgotten, false)] {
+            let name = if keep { "a" } else { "b" };
+            folder
+                .write(&Record { keep, name: Some(name.into()), state: State::Running { since_ms: 1 }, ..record() })
+                .unwrap();
+            fs::write(folder.file(VSOCK), "").unwrap();
+        }
+        roster.sweep().unwrap();
+        assert!(kept.file(VSOCK).exists() && forgotten.file(VSOCK).exists(), "they are alive");
+        let ids = [kept.id(), forgotten.id()];
+        kept.abandon();
+        forgotten.abandon();
+        assert_eq!(roster.find("a").unwrap().state(), State::Lost);
+        roster.sweep().unwrap();
+        let entry = roster.find(&ids[0]).unwrap();
+        assert!(!entry.file(VSOCK).exists());
+        assert!(roster.find(&ids[1]).is_err() && roster.find("b").is_err());
+        assert!(roster.create(Some("a")).is_err(), "it is kept, and its name with it");
+        roster.remove(&entry).unwrap();
+        roster.create(Some("a")).unwrap();
+        roster.create(Some("b")).unwrap();
+    }
+
+    #[test]
+    fn a_machine_that_runs_is_not_removed() {
+        let (_temporary, roster) = roster();
+        let folder = roster.create(None).unwrap();
+        let entry = roster.find(&folder.id()).unwrap();
+        assert!(roster.remove(&entry).unwrap_err().to_string().contains("is running"));
+        drop(folder);
+        roster.remove(&entry).unwrap();
+    }
+
+    #[test]
+    fn who_waits_for_a_machine_hears_of_any_end() {
+        let (_temporary, roster) = roster();
+        let (told, gone) = (roster.create(None).unwrap(), roster.create(None).unwrap());
+        let entries = [&told, &gone].map(|folder| roster.find(&folder.id()).unwrap());
+        let [told_wait, gone_wait] = entries.map(|entry| std::thread::spawn(move || entry.await_end().unwrap()));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!told_wait.is_finished());
+        let state = State::Exited { code: 3, at_ms: 9, reason: None };
+        told.write(&Record { state: state.clone(), keep: true, ..record() }).unwrap();
+        told.abandon();
+        drop(gone);
+        assert_eq!(told_wait.join().unwrap().unwrap().state(), state);
+        assert!(gone_wait.join().unwrap().is_none());
+    }
+}

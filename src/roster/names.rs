@@ -1,0 +1,171 @@
+//! From a name to a machine: links, made and removed under one lock, so that no two machines ever have the same name.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::record::Record;
+use super::{MachineFolder, Roster};
+
+/// Longest name: it is the guest's host name too.
+const MAX_BYTES: usize = 63;
+
+/// Refuses what is no name for a machine. A name begins with a letter or a digit, so that it is no flag and no hidden file.
+pub fn check(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    ensure!(
+        name.len() <= MAX_BYTES && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(good),
+        "{name:?} is no name for a machine: type 1 to {MAX_BYTES} letters, digits, `-`, `.` or `_`, a letter or a digit first"
+    );
+    Ok(())
+}
+
+impl Roster {
+    fn names(&self) -> PathBuf {
+        self.base.join("names")
+    }
+
+    /// The ID of the machine that has this name, if one has.
+    pub(super) fn named(&self, name: &str) -> Option<String> {
+        check(name).ok()?;
+        let target = fs::read_link(self.names().join(name)).ok()?;
+        Some(target.to_str()?.to_owned()).filter(|id| super::folder::is_id(id))
+    }
+
+    /// Gives the machine `id` this name, if no other machine has it. What a killed one left of its name is no machine.
+    pub(super) fn claim(&self, name: &str, id: &str) -> Result<()> {
+        check(name)?;
+        let _lock = super::lock(&self.base)?;
+        self.claim_locked(name, id)
+    }
+
+    fn claim_locked(&self, name: &str, id: &str) -> Result<()> {
+        let (names, link) = (self.names(), self.names().join(name));
+        fs::create_dir_all(&names).with_context(|| format!("make {}", names.display()))?;
+        match symlink(id, &link) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return made.with_context(|| format!("make {}", link.display())),
+        }
+        let owner = self.named(name).and_then(|id| self.entry(&id));
+        if let Some(owner) =
+            owner.filter(|owner| owner.alive || owner.record.as_ref().is_some_and(|record| record.keep))
+        {
+            let (id, advice) = (&owner.id, if owner.alive { "`husk stop`" } else { "`husk rm`" });
+            bail!("machine {id} has the name {name}: type {advice} {name}, or choose another name");
+        }
+        fs::remove_file(&link).and_then(|()| symlink(id, &link)).with_context(|| format!("make {}", link.display()))
+    }
+
+    /// Takes the name from the machine `id`, if it has it.
+    pub(super) fn release(&self, name: &str, id: &str) -> Result<()> {
+        let _lock = super::lock(&self.base)?;
+        self.release_locked(name, id);
+        Ok(())
+    }
+
+    fn release_locked(&self, name: &str, id: &str) {
+        if self.named(name).as_deref() == Some(id) {
+            let _ = fs::remove_file(self.names().join(name));
+        }
+    }
+
+    /// Gives a machine that has ended another name. For one that runs its own husk does it: see [`MachineFolder::rename`].
+    pub fn rename(&self, entry: &super::Entry, name: &str) -> Result<()> {
+        check(name)?;
+        let _lock = super::lock(&self.base)?;
+        let record = entry.record()?;
+        self.claim_locked(name, &entry.id)?;
+        Record { name: Some(name.to_owned()), ..record.clone() }.write(&entry.path)?;
+        if let Some(old) = record.name.as_deref().filter(|old| *old != name) {
+            self.release_locked(old, &entry.id);
+        }
+        Ok(())
+    }
+
+    /// Removes names that lead nowhere.
+    pub(super) fn sweep_names(&self) {
+        if !self.names().exists() {
+            return;
+        }
+        let Ok(_lock) = super::lock(&self.base) else { return };
+        for link in fs::read_dir(self.names()).into_iter().flatten().flatten() {
+            if !link.path().exists() && link.path().is_symlink() {
+                // The link leads to a sibling of its folder.
+                let target = fs::read_link(link.path()).unwrap_or_default();
+                if !self.base.join(target).exists() {
+                    let _ = fs::remove_file(link.path());
+                }
+            }
+        }
+    }
+}
+
+impl MachineFolder {
+    /// Gives this machine another name, in place of the one that `record` has.
+    pub fn rename(&self, record: &mut Record, name: &str) -> Result<()> {
+        let roster = self.roster();
+        roster.claim(name, &self.id())?;
+        let old = record.name.replace(name.to_owned());
+        self.write(record)?;
+        match old.filter(|old| old != name) {
+            Some(old) => roster.release(&old, &self.id()),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::tests::record;
+    use super::super::tests::roster;
+    use super::*;
+
+    #[test]
+    fn a_name_is_one_machines_only() {
+        let (_temporary, roster) = roster();
+        let first = roster.create(Some("web")).unwrap();
+        let error = roster.create(Some("web")).unwrap_err().to_string();
+        assert!(error.contains(&first.id()) && error.contains("choose another name"), "{error}");
+        assert_eq!(roster.list().unwrap().len(), 1, "the second left something behind");
+        drop(first);
+        roster.create(Some("web")).unwrap();
+    }
+
+    #[test]
+    fn many_at_once_get_one_name_once() {
+        let (_temporary, roster) = roster();
+        let claims = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| roster.create(Some("one")))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1);
+    }
+
+    #[test]
+    fn a_renamed_machine_is_found_by_its_new_name_only() {
+        let (_temporary, roster) = roster();
+        let (folder, other) = (roster.create(Some("old")).unwrap(), roster.create(Some("other")).unwrap());
+        let mut record = Record { name: Some("old".into()), ..record() };
+        folder.write(&record).unwrap();
+        assert!(folder.rename(&mut record, "other").is_err());
+        folder.rename(&mut record, "new").unwrap();
+        assert_eq!(roster.find("new").unwrap().id, folder.id());
+        assert!(roster.find("old").is_err());
+        // To the name that it has.
+        assert!(folder.rename(&mut record, "new").is_err() || roster.find("new").is_ok());
+        drop(other);
+    }
+
+    #[test]
+    fn what_is_no_name_is_refused() {
+        for name in ["", "-x", ".x", "a/b", "../x", "a b", "é", &"x".repeat(64)] {
+            assert!(check(name).unwrap_err().to_string().contains("is no name"), "{name:?}");
+        }
+        for name in ["a", "web-1", "0.x_y", &"x".repeat(63)] {
+            check(name).unwrap();
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! What there is to know of a machine: written by its husk, read by every command, printed by `husk inspect`.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use husk_protocol::Process;
+use serde::{Deserialize, Serialize};
+
+use crate::config::MachineConfig;
+
+const FILE: &str = "record.json";
+/// No record is longer: the longest part of it is a process's arguments and variables.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// A machine, as its husk describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its folder's name.
+    pub id: String,
+    /// What it is called, if it has a name.
+    pub name: Option<String>,
+    /// Its husk's process.
+    pub pid: u32,
+    /// The image or, for a machine of parts, the kernel, as it was typed.
+    pub image: String,
+    /// What runs in it, as far as husk knows.
+    pub command: Vec<String>,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// What it does.
+    pub state: State,
+    /// How often it was started again.
+    pub restarts: u32,
+    /// Whether it runs in the background.
+    pub detached: bool,
+    /// Whether it is listed, and its logs are there, when it has ended.
+    pub keep: bool,
+    /// The signal that asks its process for its end.
+    pub stop_signal: u8,
+    /// What a further process of the machine inherits, if it has husk's init.
+    pub process: Option<Inherited>,
+    /// The parts of the machine.
+    pub config: MachineConfig,
+}
+
+/// What a machine does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "status", rename_all = "lowercase")]
+pub enum State {
+    /// It is being made, or its guest boots.
+    Starting,
+    /// It runs, and with husk's init its process does.
+    Running {
+        /// Since when, in milliseconds since 1970.
+        since_ms: u64,
+    },
+    /// Its vCPUs are held.
+    Paused {
+        /// Since when.
+        since_ms: u64,
+    },
+    /// It failed, and is to be started again after a while.
+    Restarting {
+        /// When it failed.
+        since_ms: u64,
+    },
+    /// It has ended.
+    Exited {
+        /// The exit code.
+        code: u8,
+        /// When.
+        at_ms: u64,
+        /// Why, if it was not the process's own end.
+        reason: Option<String>,
+    },
+    /// Its husk was killed, and could say nothing.
+    Lost,
+}
+
+/// What a process that is added to a machine has from the first one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inherited {
+    /// `NAME=VALUE` each.
+    pub env: Vec<Text>,
+    /// Where it starts.
+    pub working_dir: Text,
+    /// Who it is.
+    pub user: String,
+    /// Whether the first process has a terminal.
+    pub terminal: bool,
+    /// Whether the first process has standard input.
+    pub stdin: bool,
+}
+
+/// Bytes that are text nearly always, and are written as text then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Text {
+    /// They are.
+    Text(String),
+    /// They are not.
+    Bytes(Vec<u8>),
+}
+
+impl Default for Text {
+    fn default() -> Text {
+        Text::Text(String::new())
+    }
+}
+
+impl From<Vec<u8>> for Text {
+    fn from(bytes: Vec<u8>) -> Text {
+        String::from_utf8(bytes).map_or_else(|error| Text::Bytes(error.into_bytes()), Text::Text)
+    }
+}
+
+impl From<Text> for Vec<u8> {
+    fn from(text: Text) -> Vec<u8> {
+        match text {
+            Text::Text(text) => text.into_bytes(),
+            Text::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+impl From<&Process> for Inherited {
+    fn from(process: &Process) -> Inherited {
+        Inherited {
+            env: process.env.iter().cloned().map(Text::from).collect(),
+            working_dir: process.working_dir.clone().into(),
+            user: process.user.clone(),
+            terminal: process.terminal.is_some(),
+            stdin: process.stdin,
+        }
+    }
+}
+
+impl Record {
+    /// Reads the record in a machine's folder.
+    pub fn read(folder: &Path) -> Result<Record> {
+        let path = folder.join(FILE);
+        let read = || -> Result<Record> {
+            let mut text = String::new();
+            let read_bytes = File::open(&path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
+            ensure!(read_bytes as u64 <= MAX_BYTES, "longer than {MAX_BYTES} bytes");
+            Ok(serde_json::from_str(&text)?)
+        };
+        read().with_context(|| format!("read {}", path.display()))
+    }
+
+    /// Puts it in place of the one in `folder`: a reader sees the one or the other. One writer at a time.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let (path, new) = (folder.join(FILE), folder.join("record.new"));
+        let text = serde_json::to_vec_pretty(self).context("write the machine's record")?;
+        fs::write(&new, text)
+            .and_then(|()| fs::rename(&new, &path))
+            .with_context(|| format!("write {}", path.display()))
+    }
+}
+
+/// The time now, in milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn record() -> Record {
+        Record {
+            id: "0123456789ab".into(),
+            name: None,
+            pid: 1,
+            image: "debian:12".into(),
+            command: vec!["sh".into()],
+            created_ms: now_ms(),
+            state: State::Starting,
+            restarts: 0,
+            detached: true,
+            keep: true,
+            stop_signal: 15,
+            process: None,
+            config: MachineConfig::default(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let process = Process { env: vec![b"A=\xff".to_vec(), b"B=c".to_vec()], ..Process::default() };
+        for state in [
+            State::Starting,
+            State::Running { since_ms: 5 },
+            State::Exited { code: 137, at_ms: u64::MAX, reason: Some("ended by signal 9".into()) },
+        ] {
+            let record = Record { state, process: Some(Inherited::from(&process)), ..record() };
+            record.write(folder.path()).unwrap();
+            assert_eq!(Record::read(folder.path()).unwrap(), record);
+        }
+        let text = fs::read_to_string(folder.path().join(FILE)).unwrap();
+        assert!(text.contains(r#""status": "exited""#) && text.contains(r#""B=c""#), "{text}");
+    }
+
+    #[test]
+    fn a_record_that_is_none_is_an_error_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(format!("{:#}", Record::read(folder.path()).unwrap_err()).contains("record.json"));
+        fs::write(folder.path().join(FILE), "{").unwrap();
+        assert!(Record::read(folder.path()).is_err());
+    }
+}

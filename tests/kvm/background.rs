@@ -1,0 +1,395 @@
+//! Machines in the background: listed, watched, stopped, renamed, removed, and started again, by the commands for it.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use husk_guests as guests;
+use tempfile::TempDir;
+
+use crate::husk::{end_of, own_lines, processes_with, send_signal};
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A user's machines, apart from everybody else's.
+struct Machines {
+    runtime: TempDir,
+}
+
+impl Machines {
+    fn new() -> Machines {
+        Machines { runtime: tempfile::tempdir().unwrap() }
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+        command.args(words).env("XDG_RUNTIME_DIR", self.runtime.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
+    /// What a command prints that is to succeed.
+    #[track_caller]
+    fn ok(&self, words: &[&str]) -> String {
+        let output = self.run(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The one line that a command prints that is to fail.
+    #[track_caller]
+    fn fails(&self, words: &[&str], code: i32) -> String {
+        let output = self.run(words);
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {output:?}");
+        let errors = own_lines(&output.stderr);
+        assert_eq!(errors.lines().count(), 1, "{words:?}: {errors}");
+        errors
+    }
+
+    /// Starts a guest in the background, and returns its ID.
+    #[track_caller]
+    fn start(&self, guest: &str, words: &str, flags: &[&str]) -> String {
+        let fixed = ["boot", "-d", "--kernel", guest, "--cmdline", words, "--memory", "64M"];
+        self.ok(&[&fixed, flags].concat()).trim_end().to_owned()
+    }
+
+    fn inspect(&self, name: &str, what: &str) -> String {
+        let json: serde_json::Value = serde_json::from_str(&self.ok(&["inspect", name])).unwrap();
+        json.pointer(&format!("/0/{what}")).map_or("none".into(), |value| value.to_string().replace('"', ""))
+    }
+
+    fn status(&self, name: &str) -> String {
+        self.inspect(name, "state/status")
+    }
+
+    fn await_status(&self, name: &str, wanted: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.status(name) != wanted {
+            assert!(Instant::now() < deadline, "{name} is {}, not {wanted}", self.status(name));
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn await_log(&self, name: &str, words: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.ok(&["logs", name]).contains(words) {
+            assert!(Instant::now() < deadline, "{name} never said {words}: {}", self.ok(&["logs", name]));
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Machines' folders, and whatever else is beside them.
+    fn folders(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.runtime.path().join("husk")).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+        names.filter(|name| !["lock", "names"].contains(&name.as_str())).collect()
+    }
+
+    /// The names that lead anywhere.
+    fn names(&self) -> usize {
+        std::fs::read_dir(self.runtime.path().join("husk/names")).map_or(0, Iterator::count)
+    }
+}
+
+impl Drop for Machines {
+    fn drop(&mut self) {
+        let ids = self.run(&["ps", "-aq"]).stdout;
+        let ids = String::from_utf8_lossy(&ids);
+        let words: Vec<&str> = ["rm", "-f"].into_iter().chain(ids.lines()).collect();
+        if words.len() > 2 {
+            self.run(&words);
+        }
+    }
+}
+
+#[test]
+fn a_machine_in_the_background_is_listed_watched_and_stopped() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let id = machines.start(guests::POWER, "do=wait-for-button", &["--name", "web"]);
+    assert!(id.len() == 12 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
+    assert_eq!(machines.ok(&["ps", "-q"]).trim_end(), id);
+    let list = machines.ok(&["ps"]);
+    assert!(list.contains(&id) && list.contains("web") && list.contains("64M") && list.contains("up "), "{list}");
+    machines.await_log("web", "listening");
+    assert_eq!(machines.status("web"), "running");
+    assert_eq!(machines.ok(&["stop", "web"]), "web\n");
+    assert_eq!(machines.ok(&["ps", "-q"]), "");
+    assert_eq!((machines.status(&id), machines.inspect(&id, "state/code")), ("exited".into(), "0".into()));
+    assert_eq!(machines.ok(&["logs", "web"]), "ready\nlistening\npower button\n");
+    assert!(machines.ok(&["ps", "-a"]).contains("exited (0)"));
+    assert_eq!(machines.ok(&["wait", "web"]), "0\n");
+    assert_eq!(machines.ok(&["rm", &id[..6]]), format!("{}\n", &id[..6]));
+    assert!(machines.fails(&["logs", "web"], 1).contains("husk ps -a"));
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+}
+
+#[test]
+fn a_machine_that_does_not_start_says_why_and_leaves_nothing() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let line = machines.fails(&["boot", "-d", "--name", "x", "--kernel", "/nowhere"], 1);
+    assert!(line.contains("/nowhere: No such file"), "{line}");
+    let line = machines.fails(&["boot", "-d", "--name", "x/y", "--kernel", guests::EXIT], 2);
+    assert!(line.contains("is no name"), "{line}");
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    let id = machines.start(guests::EXIT, "", &["--name", "x"]);
+    assert_eq!(machines.ok(&["wait", &id]), "42\n");
+    let line = machines.fails(&["boot", "-d", "--name", "x", "--kernel", guests::EXIT], 1);
+    assert!(line.contains("`husk rm` x") && line.contains(&id), "{line}");
+}
+
+#[test]
+fn names_are_unique_among_many_starts_at_once() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let start = || {
+        let words =
+            ["boot", "-d", "--name", "one", "--kernel", guests::POWER, "--cmdline", "do=halt", "--memory", "64M"];
+        machines.run(&words).status.success()
+    };
+    let started: Vec<bool> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(start)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(started.iter().filter(|started| **started).count(), 1);
+    assert_eq!(machines.folders().len(), 1);
+}
+
+#[test]
+fn a_paused_machine_uses_no_processor_and_goes_on_where_it_was() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::POWER, "do=spin", &["--name", "busy"]);
+    machines.ok(&["pause", "busy"]);
+    assert_eq!(machines.status("busy"), "paused");
+    assert!(machines.fails(&["pause", "busy"], 1).contains("is paused already"));
+    let cpu = |machines: &Machines| {
+        let json: serde_json::Value = serde_json::from_str(&machines.ok(&["stats", "--json", "busy"])).unwrap();
+        json[0]["cpu_percent"].as_f64().unwrap()
+    };
+    assert!(cpu(&machines) < 5.0, "{}", cpu(&machines));
+    machines.ok(&["unpause", "busy"]);
+    assert!(cpu(&machines) > 20.0, "{}", cpu(&machines));
+    assert!(machines.fails(&["unpause", "busy"], 1).contains("is not paused"));
+    machines.ok(&["pause", "busy"]);
+    // Stopping one that is paused is no different.
+    machines.ok(&["stop", "-t", "0.2", "busy"]);
+    assert_eq!(machines.inspect("busy", "state/code"), "137");
+}
+
+#[test]
+fn a_guest_that_does_not_stop_is_ended_when_time_is_up() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::POWER, "do=halt", &["--name", "deaf"]);
+    let started = Instant::now();
+    machines.ok(&["stop", "-t", "1", "deaf"]);
+    assert!(started.elapsed() >= Duration::from_secs(1));
+    assert_eq!(machines.ok(&["wait", "deaf"]), "137\n");
+    machines.start(guests::POWER, "do=halt", &["--name", "other"]);
+    assert!(machines.fails(&["kill", "-s", "USR1", "other"], 1).contains("init of its own"));
+    machines.ok(&["kill", "other"]);
+    assert_eq!(machines.ok(&["wait", "other"]), "137\n");
+    assert!(machines.fails(&["kill", "other"], 1).contains("does not run"));
+}
+
+#[test]
+fn a_killed_husk_is_known_at_once_and_its_name_is_free_when_it_is_removed() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let id = machines.start(guests::POWER, "do=halt", &["--name", "a"]);
+    let waiting = machines.command(&["wait", "a"]).stdout(Stdio::piped()).spawn().unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let pid: u32 = machines.inspect("a", "pid").parse().unwrap();
+    send_signal(pid, "KILL");
+    assert_eq!(String::from_utf8(waiting.wait_with_output().unwrap().stdout).unwrap(), "137\n");
+    assert_eq!((machines.status("a"), machines.ok(&["ps", "-q"])), ("lost".into(), String::new()));
+    assert!(machines.ok(&["ps", "-a"]).contains("husk was killed"));
+    machines.ok(&["rm", "a"]);
+    let second = machines.start(guests::POWER, "do=halt", &["--name", "a", "--rm"]);
+    assert_ne!(second, id);
+    // One that is not to be kept is gone as soon as anybody looks.
+    send_signal(machines.inspect("a", "pid").parse().unwrap(), "KILL");
+    thread::sleep(Duration::from_millis(50));
+    machines.start(guests::POWER, "do=halt", &["--name", "a", "--rm"]);
+    assert_eq!(machines.ok(&["ps", "-aq"]).lines().count(), 1);
+    assert_eq!(machines.folders().len(), 1);
+}
+
+#[test]
+fn a_husk_killed_at_any_stage_leaves_a_name_that_can_be_used_again() {
+    needs_kvm!();
+    let machines = Machines::new();
+    for delay_us in [0, 300, 600, 1000, 2000, 4000, 8000, 16000] {
+        let words = ["boot", "--name", "a", "--kernel", guests::POWER, "--cmdline", "do=halt", "--memory", "64M"];
+        let mut child = machines.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        thread::sleep(Duration::from_micros(delay_us));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let id = machines.start(guests::POWER, "do=halt", &["--name", "a"]);
+        machines.ok(&["ps"]);
+        assert_eq!(machines.folders(), [id], "{delay_us}");
+        machines.ok(&["rm", "-f", "a"]);
+    }
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+}
+
+#[test]
+fn a_machine_in_the_foreground_is_listed_and_forgotten() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let words = ["boot", "--name", "fore", "--kernel", guests::POWER, "--cmdline", "do=halt", "--memory", "64M"];
+    let mut child = machines.command(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !machines.ok(&["ps"]).contains("fore") || machines.status("fore") != "running" {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(machines.fails(&["attach", "fore"], 1).contains("runs in the foreground"));
+    assert!(machines.fails(&["logs", "fore"], 1).contains("to no log"));
+    assert!(machines.fails(&["exec", "fore", "true"], 125).contains("init of its own"));
+    machines.ok(&["stop", "-t", "0.1", "fore"]);
+    assert_eq!(end_of(&mut child).unwrap().code(), Some(137));
+    assert_eq!(machines.ok(&["ps", "-aq"]), "");
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+}
+
+#[test]
+fn a_renamed_machine_has_its_new_name_only() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::POWER, "do=halt", &["--name", "a"]);
+    machines.start(guests::POWER, "do=halt", &["--name", "b"]);
+    assert!(machines.fails(&["rename", "a", "b"], 1).contains("choose another name"));
+    machines.ok(&["rename", "a", "c"]);
+    assert_eq!((machines.status("c"), machines.names()), ("running".into(), 2));
+    assert!(machines.fails(&["stop", "a"], 1).contains("no machine"));
+    machines.ok(&["kill", "c"]);
+    machines.await_status("c", "exited");
+    machines.ok(&["wait", "c"]);
+    machines.ok(&["rename", "c", "a"]);
+    assert_eq!(machines.status("a"), "exited");
+}
+
+#[test]
+fn a_machine_that_fails_is_started_again_as_often_as_was_said() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let exits = |code, policy, name| {
+        machines.start(guests::POWER, &format!("do=exit code={code}"), &["--name", name, "--restart", policy]);
+        let code = machines.ok(&["wait", name]);
+        (code.trim_end().to_owned(), machines.inspect(name, "restarts"))
+    };
+    assert_eq!(exits(7, "on-failure:3", "a"), ("7".into(), "3".into()));
+    assert_eq!(exits(0, "on-failure", "b"), ("0".into(), "0".into()));
+    // Whoever wants it to end does not want it again, running or waiting.
+    machines.start(guests::POWER, "do=halt", &["--name", "c", "--restart", "on-failure"]);
+    machines.ok(&["stop", "-t", "0", "c"]);
+    assert_eq!((machines.status("c"), machines.inspect("c", "restarts")), ("exited".into(), "0".into()));
+    machines.start(guests::POWER, "do=exit code=1", &["--name", "d", "--restart", "on-failure"]);
+    machines.await_status("d", "restarting");
+    machines.ok(&["stop", "d"]);
+    assert_eq!(machines.status("d"), "exited");
+    assert!(machines.fails(&["boot", "--restart", "always", "--kernel", "x"], 2).contains("on-failure:TIMES"));
+}
+
+fn attach(machines: &Machines, name: &str) -> Child {
+    let mut command = machines.command(&["attach", name]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn a_console_in_the_background_is_typed_at_from_anywhere() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);
+    machines.await_log("tty", "ready");
+    let mut first = attach(&machines, "tty");
+    first.stdin.as_mut().unwrap().write_all(b"one ").unwrap();
+    let mut seen = [0; 4];
+    first.stdout.as_mut().unwrap().read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"one ");
+    // Whoever leaves takes nothing along.
+    first.kill().unwrap();
+    first.wait().unwrap();
+    machines.await_log("tty", "one ");
+    let mut second = attach(&machines, "tty");
+    second.stdin.as_mut().unwrap().write_all(b"two\x04").unwrap();
+    let output = second.wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("two"), "{output:?}");
+    assert_eq!(output.status.code().map(|code| code.to_string()), Some(machines.inspect("tty", "state/code")));
+    let log = machines.ok(&["logs", "tty"]);
+    assert!(log.starts_with("ready\none two"), "{log:?}");
+}
+
+#[test]
+fn logs_are_followed_to_the_end_and_stay_within_their_size() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::SERIAL, "do=flood bytes=8000000", &["--name", "loud", "--log-max", "1M"]);
+    let followed = machines.run(&["logs", "-f", "loud"]).stdout;
+    assert!(followed.len() > 400_000, "{}", followed.len());
+    machines.ok(&["wait", "loud"]);
+    let kept = machines.ok(&["logs", "loud"]);
+    assert!((400_000..1 << 20).contains(&kept.len()), "{}", kept.len());
+    let tail = machines.ok(&["logs", "--tail", "3", "loud"]);
+    assert_eq!(tail.lines().count(), 3);
+    assert!(kept.ends_with(&tail));
+    let folder = machines.runtime.path().join("husk").join(&machines.folders()[0]);
+    assert!(size_of(&folder) < 1_200_000, "{}", size_of(&folder));
+    let stamped = machines.ok(&["logs", "--timestamps", "-n", "1", "loud"]);
+    assert!(stamped.starts_with("20") && stamped.contains("Z !"), "{stamped}");
+    assert_eq!(machines.ok(&["logs", "--since", "2040-01-01T00:00:00Z", "loud"]), "");
+}
+
+fn size_of(folder: &Path) -> u64 {
+    std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+}
+
+#[test]
+fn twenty_shells_at_once_start_list_and_stop_without_harm() {
+    needs_kvm!();
+    let machines = Machines::new();
+    thread::scope(|scope| {
+        for shell in 0..20 {
+            let machines = &machines;
+            scope.spawn(move || {
+                let name = format!("m{shell}");
+                for _ in 0..3 {
+                    machines.start(guests::POWER, "do=halt", &["--name", &name]);
+                    assert!(machines.ok(&["ps"]).contains(&name));
+                    assert_eq!(machines.status(&name), "running");
+                    machines.ok(&["rm", "-f", &name]);
+                }
+            });
+        }
+    });
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert!(processes_with(machines.runtime.path().to_str().unwrap()).is_empty());
+}
+
+#[test]
+fn nobody_else_may_talk_to_a_machine() {
+    needs_kvm!();
+    use std::os::unix::fs::PermissionsExt;
+    let machines = Machines::new();
+    let id = machines.start(guests::POWER, "do=halt", &[]);
+    let base = machines.runtime.path().join("husk");
+    for (path, mode) in [(base.clone(), 0o700), (base.join(&id), 0o700), (base.join(&id).join("control"), 0o600)] {
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, mode, "{}", path.display());
+    }
+    // A client that says nothing, and one that says nonsense, keep nobody else from being heard.
+    let control = base.join(&id).join("control");
+    let silent: Vec<_> = (0..20).map(|_| std::os::unix::net::UnixStream::connect(&control).unwrap()).collect();
+    silent.first().unwrap().write_all(&[0xff; 9000]).unwrap();
+    machines.ok(&["stats", "--no-stream", &id]);
+    assert!(machines.ok(&["stats", "--no-stream"]).contains(&id));
+    machines.ok(&["kill", &id]);
+}
