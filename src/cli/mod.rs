@@ -4,6 +4,7 @@ mod ask;
 pub mod attach;
 pub mod boot;
 pub mod completions;
+pub mod cp;
 mod cpus;
 pub mod disks;
 pub mod doctor;
@@ -76,6 +77,8 @@ enum Command {
     Logs(logs::Logs),
     /// Run one more command in a machine that runs
     Exec(exec::Exec),
+    /// Copy files and folders into a machine that runs, and out of it
+    Cp(cp::Cp),
     /// Join this terminal with a machine in the background
     Attach(attach::Attach),
     /// Print what machines use of the host
@@ -131,6 +134,7 @@ impl Cli {
             Command::Ps(ps) => ps.run(),
             Command::Logs(logs) => logs.run(),
             Command::Exec(exec) => Ok(exec.run()),
+            Command::Cp(cp) => cp.run(),
             Command::Attach(attach) => attach.run(),
             Command::Stats(stats) => stats.run(),
             Command::Stop(stop) => stop.run(),

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use husk_protocol::{Hello, PORT, Process, Role, ToGuest, ToHost, frame};
+use husk_protocol::frame::{self, Reader};
+use husk_protocol::{Hello, PORT, Process, Role, ToGuest, ToHost};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::session::Session;
@@ -56,6 +57,34 @@ pub fn start(vsock: &Path, process: &Process) -> Result<Connections> {
     let connected = |role| Ok((role, connect(vsock, Hello { session: id, role })?));
     let streams = roles.into_iter().map(connected).collect::<Result<Vec<_>>>()?;
     Ok(Connections { id, control, streams, on_terminal: process.terminal.is_some() })
+}
+
+impl Connections {
+    /// The connection of a stream, to be used instead of a stream of this process.
+    pub fn take(&mut self, role: Role) -> Result<UnixStream> {
+        let place =
+            self.streams.iter().position(|(other, _)| *other == role).context("the process has no such stream")?;
+        Ok(self.streams.swap_remove(place).1)
+    }
+
+    /// Waits for the end of a process whose streams were all taken.
+    pub fn end(mut self) -> Result<ToHost> {
+        let mut reader = Reader::default();
+        let mut buffer = [0; 4096];
+        loop {
+            match reader.take::<ToHost>()? {
+                Some(ToHost::Started(_)) => continue,
+                Some(end) => return Ok(end),
+                None => {}
+            }
+            match self.control.read(&mut buffer) {
+                Ok(0) => bail!("the machine has ended, and the process with it"),
+                Ok(count) => reader.push(buffer.get(..count).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).context("hear the guest"),
+            }
+        }
+    }
 }
 
 /// Connects to the guest's init as Firecracker's clients do, and says what for.

@@ -28,8 +28,16 @@ impl Progress {
 
     /// A bar for `total_bytes` of work.
     pub(super) fn bar(&self, what: impl Into<Cow<'static, str>>, total_bytes: u64) -> Bar {
-        let bar = ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::hidden());
-        let template = "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
+        self.shaped(what, Some(total_bytes), "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}")
+    }
+
+    /// A count of bytes for work whose end is not known.
+    pub fn count(&self, what: impl Into<Cow<'static, str>>) -> Bar {
+        self.shaped(what, None, "{msg} {spinner} {bytes} {bytes_per_sec}")
+    }
+
+    fn shaped(&self, what: impl Into<Cow<'static, str>>, total_bytes: Option<u64>, template: &str) -> Bar {
+        let bar = ProgressBar::with_draw_target(total_bytes, ProgressDrawTarget::hidden());
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
@@ -39,7 +47,7 @@ impl Progress {
 }
 
 /// A bar; it goes when it is dropped.
-pub(super) struct Bar {
+pub struct Bar {
     bar: ProgressBar,
     shown: bool,
     started: Instant,

@@ -3,6 +3,7 @@
 //! They need what tests/linux.rs needs, and skip as loudly without it. The image is made here, of busybox, as `docker save`
 //! makes one.
 
+mod background;
 mod debian;
 mod image;
 mod life;

@@ -9,6 +9,7 @@
 mod agent;
 mod boot;
 mod connection;
+pub mod copy;
 mod disk;
 mod errors;
 mod identity;

@@ -2,8 +2,7 @@
 
 fn main() {
     if std::process::id() != 1 {
-        eprintln!("husk-init: this is the first process of a machine, and of nothing else");
-        std::process::exit(2);
+        std::process::exit(husk_init::copy::run(std::env::args_os().skip(1)));
     }
     husk_init::run()
 }

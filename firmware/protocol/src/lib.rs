@@ -12,6 +12,7 @@ pub mod frame;
 mod hello;
 mod session;
 mod spec;
+pub mod tree;
 
 pub use hello::{HELLO_BYTES, Hello, Role};
 pub use session::{Process, ToGuest, ToHost, WindowSize};
@@ -19,6 +20,15 @@ pub use spec::{FIXED_PATH, Limit, Overlay, Root, SPEC_PATH, Spec, Start, Tmpfs};
 
 /// The vsock port that either side listens on.
 pub const PORT: u32 = 1024;
+/// Where init's own program is for a process of the guest, which it serves `husk cp` with: the first argument is one of
+/// those below, the second a path.
+pub const INIT_PROGRAM: &str = "/proc/1/exe";
+/// Sends what is at the path to standard output, as [`tree::send`] does.
+pub const COPY_FROM: &str = "copy-from";
+/// Puts what comes on standard input to the path, as [`tree::receive`] does.
+pub const COPY_TO: &str = "copy-to";
+/// The same, and files keep their owners.
+pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
 /// The session of the machine's own process.
 pub const MAIN_SESSION: u64 = 0;
 /// What a change of any message here changes. husk carries the init that it speaks to, so that they differ only by mistake.

@@ -1,0 +1,41 @@
+//! From `husk cp` to the machine's files and back. Init's own program does it, as a process of a session: every machine has
+//! that, and nothing else is sure to be there.
+
+use std::ffi::OsString;
+use std::io::{self, BufReader, BufWriter};
+use std::path::PathBuf;
+
+use husk_protocol::tree::{self, Copied};
+use husk_protocol::{COPY_FROM, COPY_TO, COPY_TO_KEEPING_OWNERS};
+
+const CODE_USAGE: i32 = 2;
+
+/// Does what the words say, with standard input or to standard output. Returns the exit code.
+pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
+    let (Some(what), Some(path)) = (words.next(), words.next().map(PathBuf::from)) else { return refuse() };
+    let copied = match what.to_str() {
+        Some(COPY_FROM) => tree::send(&path, &mut BufWriter::new(io::stdout().lock()), &mut |_| {}),
+        Some(word @ (COPY_TO | COPY_TO_KEEPING_OWNERS)) => {
+            let keep_owner = word == COPY_TO_KEEPING_OWNERS;
+            tree::receive(&mut BufReader::new(io::stdin().lock()), &path, keep_owner, &mut |_| {})
+        }
+        _ => return refuse(),
+    };
+    match copied {
+        Ok(Copied { skipped, .. }) => {
+            skipped.iter().for_each(|path| eprintln!("left out {}: no file, folder or link", path.display()));
+            0
+        }
+        // Who is sent to hears it from the stream.
+        Err(_) if what == COPY_FROM => 1,
+        Err(error) => {
+            eprintln!("{error}");
+            1
+        }
+    }
+}
+
+fn refuse() -> i32 {
+    eprintln!("husk-init: this is the first process of a machine, and of nothing else");
+    CODE_USAGE
+}

@@ -1,0 +1,184 @@
+//! Machines in the background with husk's init: entered, copied to and from, attached to, stopped in order.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+use crate::image::{archive, run};
+use crate::terminal::Terminal;
+use crate::{Ended, finish, guests, husk_run};
+
+/// A user's machines, apart from everybody else's.
+struct Machines {
+    guests: std::path::PathBuf,
+    runtime: TempDir,
+}
+
+impl Machines {
+    fn new(guests: std::path::PathBuf) -> Machines {
+        Machines { guests, runtime: tempfile::tempdir().unwrap() }
+    }
+
+    /// Any of husk's commands.
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+        command.args(words).env("XDG_RUNTIME_DIR", self.runtime.path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn husk(&self, words: &[&str]) -> Ended {
+        finish(self.command(words), Vec::new())
+    }
+
+    #[track_caller]
+    fn ok(&self, words: &[&str]) -> String {
+        self.husk(words).expect(0).text()
+    }
+
+    /// `husk run -d` of a shell command; returns how that ended.
+    fn start(&self, name: &str, flags: &[&str], script: &str) -> Ended {
+        let words = [&["-d", "--name", name], flags, &[archive(), "sh", "-c", script]].concat();
+        let mut command = husk_run(&self.guests, &words);
+        command.env("XDG_RUNTIME_DIR", self.runtime.path());
+        finish(command, Vec::new())
+    }
+}
+
+impl Drop for Machines {
+    fn drop(&mut self) {
+        let ids = self.husk(&["ps", "-aq"]).text();
+        let words: Vec<&str> = ["rm", "-f"].into_iter().chain(ids.lines()).collect();
+        if words.len() > 2 {
+            self.husk(&words);
+        }
+    }
+}
+
+#[test]
+fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
+    let machines = Machines::new(guests!());
+    machines.start("box", &["-e", "MINE=1", "-w", "/tmp"], "echo main; sleep 1000").expect(0);
+    let exec = |words: &[&str]| machines.husk(&[&["exec"], words].concat());
+    let both = exec(&["box", "sh", "-c", "echo out; echo err >&2; exit 7"]);
+    assert_eq!((both.expect(7).text(), both.errors.as_str()), ("out\n".into(), "err\n"));
+    let inherited = exec(&["box", "sh", "-c", "echo $FROM_IMAGE $MINE $PWD $(id -u)"]);
+    assert_eq!(inherited.expect(0).text(), "yes 1 /tmp 0\n");
+    let changed = exec(&["-e", "MINE=2", "-w", "/srv", "-u", "user", "box", "sh", "-c", "echo $MINE $PWD $(id -u)"]);
+    assert_eq!(changed.expect(0).text(), "2 /srv 1000\n");
+    assert!(exec(&["box", "no-such-thing"]).expect(127).errors.contains("not found in PATH"));
+    exec(&["box", "/srv"]).expect(126);
+    exec(&["box", "sh", "-c", "kill -9 $$"]).expect(137);
+    exec(&["box"]).expect(125);
+    assert!(exec(&["nobody", "true"]).expect(125).errors.contains("husk ps -a"));
+    // Both ways at once, and more than any buffer holds.
+    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
+    assert!(finish(machines.command(&["exec", "-i", "box", "cat"]), bytes.clone()).expect(0).output == bytes);
+    let mut terminal = Terminal::start(machines.command(&["exec", "-it", "box", "sh"]));
+    terminal.wait_for("# ");
+    terminal.type_keys(b"echo tty=$(tty); exit 3\n");
+    terminal.wait_for("tty=/dev/pts/");
+    assert_eq!(terminal.wait(), Some(3));
+    machines.ok(&["pause", "box"]);
+    assert!(exec(&["box", "true"]).expect(125).errors.contains("husk unpause box"));
+    machines.ok(&["unpause", "box"]);
+    for n in 0..50 {
+        assert_eq!(exec(&["box", "echo", &n.to_string()]).expect(0).text(), format!("{n}\n"));
+    }
+    assert_eq!(machines.ok(&["logs", "box"]), "main\n", "others' output is not the machine's");
+    let stats: serde_json::Value = serde_json::from_str(&machines.ok(&["stats", "--json", "box"])).unwrap();
+    assert!(stats[0]["cpu_us"].as_u64().unwrap() > 1000, "{stats}");
+    machines.ok(&["stop", "box"]);
+    assert!(exec(&["box", "true"]).expect(125).errors.contains("has ended"));
+    assert_eq!(machines.ok(&["wait", "box"]), "143\n");
+}
+
+#[test]
+fn files_go_in_and_come_out_as_they_were() {
+    let machines = Machines::new(guests!());
+    machines.start("box", &[], "sleep 1000").expect(0);
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir_all(at("tree/sub/empty")).unwrap();
+    fs::write(at("tree/sub/data"), vec![0xa5; 1_000_000]).unwrap();
+    fs::write(at("tree/run.sh"), "#!/bin/sh\n").unwrap();
+    run(Command::new("sh").args([
+        "-c",
+        &format!("cd {}; chmod 750 run.sh; ln -s sub/data link; touch -d @1000000000 run.sh", at("tree")),
+    ]));
+    machines.ok(&["cp", &at("tree"), "box:/srv"]);
+    let listed = machines.ok(&["exec", "box", "stat", "-c", "%n %a %u %Y", "/srv/tree/run.sh", "/srv/tree/sub/data"]);
+    assert!(listed.starts_with("/srv/tree/run.sh 750 0 1000000000\n"), "{listed}");
+    assert_eq!(machines.ok(&["exec", "box", "readlink", "/srv/tree/link"]), "sub/data\n");
+    machines.ok(&["exec", "box", "mkfifo", "/srv/tree/pipe"]);
+    let fetched = machines.husk(&["cp", "box:/srv/tree", &at("back")]);
+    assert!(fetched.expect(0).errors.contains("left out"), "{}", fetched.errors);
+    let list = |tree: &str| {
+        let script = format!(
+            "cd {} && find . | sort | xargs ls -ldn --time-style=+%s | awk '{{print $1, $5, $6, $7}}'",
+            at(tree)
+        );
+        run(Command::new("sh").args(["-c", &script]))
+    };
+    if Path::new("/usr/bin/awk").exists() {
+        assert_eq!(list("back"), list("tree"));
+    }
+    assert_eq!(fs::read(at("back/sub/data")).unwrap(), vec![0xa5; 1_000_000]);
+    machines.ok(&["cp", &at("tree/run.sh"), "box:/srv/renamed"]);
+    machines.ok(&["exec", "box", "test", "-f", "/srv/renamed"]);
+    for (words, why) in [
+        (["cp", "box:/nowhere", &at("x")], "No such file"),
+        (["cp", &at("nothing"), "box:/srv"], "No such file"),
+        (["cp", &at("tree"), "box:/srv/renamed"], "cannot become a folder"),
+        (["cp", &at("tree/run.sh"), "box:/none/"], "no such folder"),
+        (["cp", "a", "b"], "neither path has a machine"),
+        (["cp", "box:/a", "box:/b"], "both paths"),
+    ] {
+        let ended = machines.husk(&words);
+        assert!(ended.expect(1).errors.contains(why) && ended.errors.lines().count() == 1, "{}", ended.errors);
+    }
+    assert!(!Path::new(&at("x")).exists());
+}
+
+#[test]
+fn a_process_in_the_background_is_asked_for_its_end_and_its_words_are_kept_apart() {
+    let machines = Machines::new(guests!());
+    // What does not run is told where it is typed, and leaves nothing.
+    let words = ["-d", "--name", "bad", archive(), "no-such-thing"];
+    let mut command = husk_run(&machines.guests, &words);
+    command.env("XDG_RUNTIME_DIR", machines.runtime.path());
+    assert!(finish(command, Vec::new()).expect(127).errors.contains("not found in PATH"));
+    assert_eq!(machines.ok(&["ps", "-aq"]), "");
+
+    let script = "trap 'echo bye; exit 4' TERM; trap 'echo usr' USR1; echo out; echo err >&2
+        while read line; do echo \"got $line\"; done & wait; while :; do sleep 0.1; done";
+    machines.start("job", &["-i"], script).expect(0);
+    // It runs, and has perhaps said nothing yet.
+    let logs = || machines.husk(&["logs", "job"]);
+    let said = std::iter::repeat_with(logs).find(|logs| logs.errors == "err\n").unwrap();
+    assert_eq!(said.expect(0).text(), "out\n");
+    machines.ok(&["kill", "-s", "USR1", "job"]);
+    let followed = machines.command(&["logs", "-f", "job"]).spawn().unwrap();
+    machines.ok(&["stop", "-t", "60", "job"]);
+    let followed = followed.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&followed.stdout), "out\nusr\nbye\n");
+    assert_eq!(machines.ok(&["wait", "job"]), "4\n");
+    machines.ok(&["rm", "job"]);
+
+    machines
+        .start("echo", &["-i"], "while read line; do echo \"got $line\"; test $line != end || exit 9; done")
+        .expect(0);
+    let mut attached = machines.command(&["attach", "echo"]).stdin(Stdio::piped()).spawn().unwrap();
+    attached.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
+    let mut seen = [0; 8];
+    attached.stdout.as_mut().unwrap().read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"got one\n");
+    attached.kill().unwrap();
+    attached.wait().unwrap();
+    // Its input has not ended with who typed it.
+    finish(machines.command(&["attach", "echo"]), b"two\nend\n".to_vec()).expect(9);
+    assert_eq!(machines.ok(&["logs", "echo"]), "got one\ngot two\ngot end\n");
+}
