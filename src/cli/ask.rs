@@ -38,15 +38,14 @@ pub fn end(entry: &Entry) -> Option<Asked> {
     client::begin(&entry.file(roster::CONTROL), &Request::Wait).ok()
 }
 
-/// Waits for the end that `asked` is to tell of, and returns the exit code. A machine whose husk is killed ends as if its own
-/// process had been.
+/// Waits for the end that `asked` is to tell of, and for the machine's husk, so that its name is free; returns the exit code. A
+/// machine whose husk is killed ends as if its own process had been.
 pub fn code(entry: &Entry, asked: Option<Asked>) -> Result<u8> {
     const KILLED: u8 = 137;
-    if let Some(Ok(code)) = asked.map(attach::code) {
-        return Ok(code);
-    }
-    Ok(match entry.await_end()?.map(|entry| entry.state()) {
-        Some(State::Exited { code, .. }) => code,
+    let told = asked.map(attach::code);
+    let left = entry.await_end()?.map(|entry| entry.state());
+    Ok(match (told, left) {
+        (Some(Ok(code)), _) | (_, Some(State::Exited { code, .. })) => code,
         _ => KILLED,
     })
 }

@@ -32,6 +32,7 @@ mod signal;
 mod size;
 pub mod stats;
 pub mod stop;
+pub mod update;
 pub mod wait;
 mod when;
 
@@ -83,6 +84,8 @@ enum Command {
     Attach(attach::Attach),
     /// Print what machines use of the host
     Stats(stats::StatsOf),
+    /// Give machines that run other limits
+    Update(update::UpdateOf),
     /// End machines in order, and by force when that takes too long
     Stop(stop::Stop),
     /// Send machines a signal
@@ -137,6 +140,7 @@ impl Cli {
             Command::Cp(cp) => cp.run(),
             Command::Attach(attach) => attach.run(),
             Command::Stats(stats) => stats.run(),
+            Command::Update(update) => update.run(),
             Command::Stop(stop) => stop.run(),
             Command::Kill(kill) => kill.run(),
             Command::Wait(wait) => wait.run(),

@@ -50,8 +50,6 @@ impl Stop {
         }
         for (word, entry, end) in asked {
             ask::code(&entry, end)?;
-            // Its folder is free, and its name, when its husk has gone too.
-            entry.await_end()?;
             super::print(&format!("{word}\n"))?;
         }
         Ok(exit)

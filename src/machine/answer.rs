@@ -1,17 +1,20 @@
 //! From a request to what the machine does about it. On the machine's own thread, between two events.
 
-use anyhow::{Result, bail, ensure};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
 use husk_protocol::WindowSize;
 use rustix::time::{ClockId, clock_gettime};
-use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::outcome::Outcome;
 use crate::console::input::Input;
 use crate::request::server::Caller;
-use crate::request::{Reply, Request, Stats};
+use crate::request::{Reply, Request, Stats, Update};
 use crate::roster::record::{State, now_ms};
+use crate::virtio::block;
 
 /// Signals that ask for an end, of a machine that has no process to send them to.
 const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
@@ -39,7 +42,8 @@ impl Control<'_> {
             }
             Request::Pause => self.pause()?,
             Request::Unpause => self.unpause()?,
-            Request::Stats => return Ok(Some(Reply::Stats(self.stats()))),
+            Request::Stats => return self.stats().map(|stats| Some(Reply::Stats(stats))),
+            Request::Update(update) => self.update(update)?,
             Request::Attach => {
                 self.attach(caller)?;
                 return Ok(None);
@@ -137,15 +141,75 @@ impl Control<'_> {
         }
     }
 
+    /// Changes the machine's limits, and the record of them. Of what cannot be had the first ends it; what stood before that
+    /// in the list is changed then.
+    fn update(&mut self, update: Update) -> Result<()> {
+        let changed = self.change(update);
+        let written = self.desk.write_down();
+        changed.and(written)
+    }
+
+    fn change(&mut self, update: Update) -> Result<()> {
+        let config = &mut self.desk.record.config;
+        if let Some(memory_mib) = update.memory_mib {
+            let balloon = self.machine.controls().balloon.as_ref();
+            balloon
+                .context("the machine was started with --no-balloon: its memory stays as it is")?
+                .set_target_mib(memory_mib)?;
+            config.memory_target_mib = Some(memory_mib);
+        }
+        if update.millicpus.is_some() || update.cpu_shares.is_some() {
+            let all = config.cpus.saturating_mul(1000);
+            let hold = self.machine.hold();
+            let before = hold.limits();
+            let millicpus = match update.millicpus {
+                None => before.cpu_millicpus,
+                Some(millicpus) if millicpus > all => {
+                    bail!("the machine has {} vCPUs, and can use no more: start it with more", config.cpus)
+                }
+                Some(millicpus) => Some(millicpus).filter(|millicpus| *millicpus < all),
+            };
+            hold.set_cpu(millicpus, update.cpu_shares.or(before.cpu_shares))?;
+            (config.cpu_limit_millicpus, config.cpu_shares) = (millicpus, update.cpu_shares.or(config.cpu_shares));
+        }
+        for (disk, control) in config.disks.iter_mut().zip(&self.machine.controls().disks) {
+            let (bytes, ops) = (update.disk_bytes_per_second, update.disk_ops_per_second);
+            if let Some(bytes) = bytes {
+                (disk.rate.bytes_per_second, disk.rate.burst_bytes) = (Some(bytes), None);
+            }
+            if let Some(ops) = ops {
+                (disk.rate.ops_per_second, disk.rate.burst_ops) = (Some(ops), None);
+            }
+            if bytes.or(ops).is_some() {
+                ensure!(disk.rate.makes_sense(), "a limit of nothing: type 1 or more");
+                control.rate.set(disk.rate);
+            }
+        }
+        Ok(())
+    }
+
     /// What the machine uses of the host.
-    fn stats(&self) -> Stats {
+    fn stats(&self) -> Result<Stats> {
         let used = clock_gettime(ClockId::ProcessCPUTime);
         let cpu = Duration::new(used.tv_sec.unsigned_abs(), u32::try_from(used.tv_nsec).unwrap_or(0));
-        Stats {
+        let memory = self.machine.memory_use().context("look at the machine's memory")?;
+        let controls = self.machine.controls();
+        let disks = |counter: fn(&block::Counters) -> &AtomicU64| {
+            controls.disks.iter().map(|disk| counter(&disk.counters).load(Ordering::Relaxed)).sum()
+        };
+        Ok(Stats {
             cpu_us: cpu.as_micros() as u64,
             elapsed_us: self.desk.elapsed().as_micros() as u64,
-            memory_limit_bytes: self.desk.record.config.memory_mib << 20,
+            guest_memory_bytes: memory.guest.rss_bytes,
+            own_memory_bytes: memory.husk.pss_bytes,
+            memory_limit_bytes: controls
+                .balloon
+                .as_ref()
+                .map_or(self.desk.record.config.memory_mib, |balloon| balloon.target_mib())
+                << 20,
+            block_read_bytes: disks(|counters| &counters.read_bytes),
+            block_written_bytes: disks(|counters| &counters.written_bytes),
             ..Stats::default()
-        }
+        })
     }
 }

@@ -98,6 +98,11 @@ impl Desk {
     /// Writes down what the machine does now.
     pub(super) fn enter(&mut self, state: State) -> Result<()> {
         self.record.state = state;
+        self.write_down()
+    }
+
+    /// Writes down what is known of the machine now.
+    pub(super) fn write_down(&self) -> Result<()> {
         self.folder.write(&self.record)
     }
 

@@ -54,11 +54,28 @@ pub enum Request {
         /// Characters in a line.
         columns: u16,
     },
+    /// Keep other limits from now on.
+    Update(Update),
     /// Have another name.
     Rename {
         /// Which.
         name: String,
     },
+}
+
+/// Limits to be changed; those that are none stay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Update {
+    /// What the guest is to have, in MiB.
+    pub memory_mib: Option<u64>,
+    /// Thousandths of a processor that the whole machine may use.
+    pub millicpus: Option<u32>,
+    /// The machine's part of processors that others want too.
+    pub cpu_shares: Option<u32>,
+    /// Bytes a second of each disk.
+    pub disk_bytes_per_second: Option<u64>,
+    /// Requests a second of each disk.
+    pub disk_ops_per_second: Option<u64>,
 }
 
 impl Request {

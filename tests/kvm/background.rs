@@ -265,17 +265,17 @@ fn a_machine_in_the_foreground_is_listed_and_forgotten() {
 fn a_renamed_machine_has_its_new_name_only() {
     needs_kvm!();
     let machines = Machines::new();
-    machines.start(guests::POWER, "do=halt", &["--name", "a"]);
-    machines.start(guests::POWER, "do=halt", &["--name", "b"]);
-    assert!(machines.fails(&["rename", "a", "b"], 1).contains("choose another name"));
-    machines.ok(&["rename", "a", "c"]);
-    assert_eq!((machines.status("c"), machines.names()), ("running".into(), 2));
-    assert!(machines.fails(&["stop", "a"], 1).contains("no machine"));
-    machines.ok(&["kill", "c"]);
-    machines.await_status("c", "exited");
-    machines.ok(&["wait", "c"]);
-    machines.ok(&["rename", "c", "a"]);
-    assert_eq!(machines.status("a"), "exited");
+    machines.start(guests::POWER, "do=halt", &["--name", "one"]);
+    machines.start(guests::POWER, "do=halt", &["--name", "two"]);
+    assert!(machines.fails(&["rename", "one", "two"], 1).contains("choose another name"));
+    machines.ok(&["rename", "one", "three"]);
+    assert_eq!((machines.status("three"), machines.names()), ("running".into(), 2));
+    assert!(machines.fails(&["stop", "one"], 1).contains("no machine"));
+    machines.ok(&["kill", "three"]);
+    machines.await_status("three", "exited");
+    machines.ok(&["wait", "three"]);
+    machines.ok(&["rename", "three", "one"]);
+    assert_eq!(machines.status("one"), "exited");
 }
 
 #[test]
@@ -298,6 +298,45 @@ fn a_machine_that_fails_is_started_again_as_often_as_was_said() {
     machines.ok(&["stop", "d"]);
     assert_eq!(machines.status("d"), "exited");
     assert!(machines.fails(&["boot", "--restart", "always", "--kernel", "x"], 2).contains("on-failure:TIMES"));
+}
+
+#[test]
+fn limits_of_a_running_machine_are_changed_and_what_cannot_be_had_is_refused() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::POWER, "do=spin", &["--name", "busy", "--cpus", "1"]);
+    let used = |machines: &Machines| {
+        let json: serde_json::Value = serde_json::from_str(&machines.ok(&["stats", "--json", "busy"])).unwrap();
+        json[0].clone()
+    };
+    let stats = used(&machines);
+    assert!(
+        stats["guest_memory_bytes"].as_u64().unwrap() > 0 && stats["own_memory_bytes"].as_u64().unwrap() > 0,
+        "{stats}"
+    );
+    assert_eq!(stats["memory_limit_bytes"], 64 << 20);
+    machines.ok(&["update", "--memory", "40M", "busy"]);
+    assert_eq!(
+        (used(&machines)["memory_limit_bytes"].clone(), machines.inspect("busy", "config/memory_target_mib")),
+        (serde_json::json!(40 << 20), "40".into())
+    );
+    assert!(machines.fails(&["update", "--memory", "65M", "busy"], 1).contains("32 to 64 MiB"));
+    assert!(machines.fails(&["update", "--cpus", "1.5", "busy"], 1).contains("1 vCPUs"));
+    assert!(machines.fails(&["update", "busy"], 1).contains("nothing to change"));
+    let limited = machines.run(&["update", "--cpus", "0.05", "busy"]);
+    if limited.status.success() {
+        // What was used before counts no more.
+        thread::sleep(Duration::from_millis(500));
+        let percent = used(&machines)["cpu_percent"].as_f64().unwrap();
+        assert!(percent < 12.0, "{percent}");
+        machines.ok(&["update", "--cpus", "1", "busy"]);
+        let percent = used(&machines)["cpu_percent"].as_f64().unwrap();
+        assert!(percent > 12.0, "{percent}");
+    } else {
+        // Where a user has no control groups of their own that is an error, and nothing else.
+        assert!(String::from_utf8_lossy(&limited.stderr).contains("hold the machine to 0.05 CPUs"), "{limited:?}");
+    }
+    assert_eq!(machines.status("busy"), "running");
 }
 
 fn attach(machines: &Machines, name: &str) -> Child {
@@ -333,7 +372,7 @@ fn a_console_in_the_background_is_typed_at_from_anywhere() {
 fn logs_are_followed_to_the_end_and_stay_within_their_size() {
     needs_kvm!();
     let machines = Machines::new();
-    machines.start(guests::SERIAL, "do=flood bytes=8000000", &["--name", "loud", "--log-max", "1M"]);
+    machines.start(guests::SERIAL, "do=flood bytes=3000000", &["--name", "loud", "--log-max", "1M"]);
     let followed = machines.run(&["logs", "-f", "loud"]).stdout;
     assert!(followed.len() > 400_000, "{}", followed.len());
     machines.ok(&["wait", "loud"]);

@@ -1,0 +1,63 @@
+//! `husk update`: other limits for machines that run.
+
+use anyhow::{Result, ensure};
+use clap::Args;
+
+use super::cpus::{self, Cpus};
+use super::exit::Exit;
+use super::{ask, size};
+use crate::request::{Request, Update};
+
+const EXAMPLES: &str = "\
+Examples:
+  husk update --memory 1G --cpus 0.5 web
+  husk update --disk-iops 500 db
+
+Memory goes down to what the guest can do without, and up to what the machine was started with (--memory-max). The guest gives
+it back, and takes it, in its own time: `husk stats` tells how far it is.";
+
+/// The flags of `husk update`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct UpdateOf {
+    /// Names or IDs
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+
+    /// Memory that the guest is to have
+    #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
+    memory: Option<u64>,
+
+    /// Processor time, up to as many CPUs as the machine has
+    #[arg(long, value_name = "N", value_parser = cpus::cpus)]
+    cpus: Option<Cpus>,
+
+    /// The machine's part of CPUs that others want too: 1024 is everybody's
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=262_144))]
+    cpu_shares: Option<u32>,
+
+    /// Bytes that each disk reads and writes in a second
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    disk_bps: Option<u64>,
+
+    /// Requests that each disk serves in a second
+    #[arg(long, value_name = "N")]
+    disk_iops: Option<u64>,
+}
+
+impl UpdateOf {
+    /// Changes one after the other.
+    pub fn run(self) -> Result<Exit> {
+        let whole = |Cpus { vcpus, limit_millicpus }| limit_millicpus.unwrap_or(vcpus.saturating_mul(1000));
+        let update = Update {
+            memory_mib: self.memory,
+            millicpus: self.cpus.map(whole),
+            cpu_shares: self.cpu_shares,
+            disk_bytes_per_second: self.disk_bps,
+            disk_ops_per_second: self.disk_iops,
+        };
+        ensure!(update != Update::default(), "there is nothing to change: type --memory, --cpus or another limit");
+        ensure!(update.millicpus != Some(0), "a machine without processors: type --cpus with 0.01 or more");
+        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Update(update)))
+    }
+}
