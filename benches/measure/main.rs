@@ -3,6 +3,7 @@
 //! `cargo bench --bench measure [NAME…]` runs those whose name contains one of the words. The medians are of runs that
 //! take turns with what they are compared to, since only ratios within one run carry over to another machine.
 
+mod background;
 mod disk;
 mod exits;
 mod image;
@@ -60,7 +61,7 @@ fn output_of(mut command: Command) -> Result<String> {
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
-    let measurements: [Measurement; 8] = [
+    let measurements: [Measurement; 9] = [
         ("startup", startup::first_run),
         ("kernel", startup::kernel_load),
         ("exits", exits::round_trips),
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         ("disk", disk::through_the_device),
         ("memory", memory::beyond_the_guest),
         ("idle", memory::idle),
+        ("background", background::twenty_machines),
         ("image", image::prepare),
     ];
     // Cargo passes `--bench` on.

@@ -415,6 +415,32 @@ fn twenty_shells_at_once_start_list_and_stop_without_harm() {
 }
 
 #[test]
+fn a_hundred_machines_are_started_listed_and_stopped() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let names: Vec<String> = (0..100).map(|n| format!("m{n}")).collect();
+    let words =
+        |start: &[&'static str]| start.iter().copied().chain(names.iter().map(String::as_str)).collect::<Vec<_>>();
+    thread::scope(|scope| {
+        for some in names.chunks(25) {
+            let machines = &machines;
+            scope.spawn(move || {
+                some.iter()
+                    .for_each(|name| drop(machines.start(guests::POWER, "do=wait-for-button", &["--name", name])))
+            });
+        }
+    });
+    let list = machines.ok(&["ps"]);
+    assert!(names.iter().all(|name| list.contains(&format!("  {name}  "))), "{list}");
+    assert_eq!(machines.ok(&["stats", "--json"]).matches("cpu_percent").count(), 100);
+    assert_eq!(machines.ok(&words(&["stop", "--time", "120"])).lines().count(), 100);
+    assert_eq!(machines.ok(&words(&["wait"])), "0\n".repeat(100));
+    machines.ok(&words(&["rm"]));
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert!(processes_with(machines.runtime.path().to_str().unwrap()).is_empty());
+}
+
+#[test]
 fn nobody_else_may_talk_to_a_machine() {
     needs_kvm!();
     use std::os::unix::fs::PermissionsExt;

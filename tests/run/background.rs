@@ -97,6 +97,24 @@ fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
 }
 
 #[test]
+fn machines_at_once_are_each_entered_alone() {
+    let machines = Machines::new(guests!());
+    let names: Vec<String> = (0..8).map(|n| format!("box-{n}")).collect();
+    for name in &names {
+        machines.start(name, &[], "sleep 1000").expect(0);
+    }
+    let list = machines.ok(&["ps"]);
+    for name in &names {
+        assert!(list.contains(name), "{list}");
+        // Its host name is its name.
+        assert_eq!(machines.ok(&["exec", name, "hostname"]), format!("{name}\n"));
+    }
+    let all: Vec<&str> = ["rm", "--force"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    machines.ok(&all);
+    assert_eq!(machines.ok(&["ps", "-aq"]), "");
+}
+
+#[test]
 fn files_go_in_and_come_out_as_they_were() {
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
