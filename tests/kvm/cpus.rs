@@ -179,7 +179,7 @@ fn a_limit_that_cannot_be_had_is_an_error_that_says_how() {
         let output = without.output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{stderr}");
-        assert!(stderr.contains(way) && stderr.contains("make the control group"), "{stderr}");
+        assert!(stderr.contains(way) && stderr.contains(" /sys/fs/cgroup/"), "{stderr}");
     }
 }
 
