@@ -71,8 +71,25 @@ fn flags_make_the_machine_that_is_printed() {
     ]);
     let expected = serde_json::json!({
         "kernel": "/k", "initrd": "/i", "cmdline": "quiet x=\"1 2\"", "default_cmdline": false, "cpus": 3,
-        "memory_mib": 1536,
+        "memory_mib": 1536, "balloon": true,
         "disks": [{"path": "/a.img", "readonly": false}, {"path": "/b.img", "readonly": true, "id": "data"}],
+    });
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap(), expected);
+}
+
+#[test]
+fn limits_are_part_of_the_machine_that_is_printed() {
+    let flags = ["--cpus=1.5", "--cpuset=3,0-1", "--cpu-shares=512", "--memory=256M", "--memory-max=1G"];
+    let more = ["--host-memory=auto", "--disk=/a.img,bps=10M,iops=500,iops-burst=50", "--print-config"];
+    let json = stdout(&[&["boot", "--kernel", "k"], &flags[..], &more].concat());
+    let expected = serde_json::json!({
+        "kernel": "k", "cmdline": "", "default_cmdline": true, "cpus": 2, "cpu_limit_millicpus": 1500,
+        "cpuset": [0, 1, 3], "cpu_shares": 512, "memory_mib": 1024, "memory_target_mib": 256, "host_memory_mib": 1064,
+        "balloon": true,
+        "disks": [{
+            "path": "/a.img", "readonly": false,
+            "rate": {"bytes_per_second": 10_485_760, "ops_per_second": 500, "burst_ops": 50},
+        }],
     });
     assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap(), expected);
 }
@@ -81,7 +98,8 @@ fn flags_make_the_machine_that_is_printed() {
 fn defaults_are_one_vcpu_and_512_mib() {
     let json = stdout(&["boot", "--kernel", "k", "--print-config"]);
     let expected = serde_json::json!({
-        "kernel": "k", "cmdline": "", "default_cmdline": true, "cpus": 1, "memory_mib": 512, "disks": [],
+        "kernel": "k", "cmdline": "", "default_cmdline": true, "cpus": 1, "memory_mib": 512, "balloon": true,
+        "disks": [],
     });
     assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap(), expected);
 }
@@ -153,13 +171,21 @@ fn wrong_flags_are_refused_in_one_line_that_says_what_to_type() {
         (&["boot", "--kernel=/k", "--memory", "-1"], "512M"),
         (&["boot", "--kernel=/k", "--memory=lots"], "512M"),
         (&["boot", "--kernel=/k", "--memory="], "--memory"),
+        (&["boot", "--kernel=/k", "--memory=1G", "--memory-max=512M"], "--memory-max"),
+        (&["boot", "--kernel=/k", "--memory-max=1G", "--no-balloon"], "--no-balloon"),
+        (&["boot", "--kernel=/k", "--host-memory=512M"], "--host-memory auto"),
+        (&["boot", "--kernel=/k", "--cpuset=1-0"], "0-2,4"),
+        (&["boot", "--kernel=/k", "--cpu-shares=1"], "--cpu-shares with 2 to 262144"),
+        (&["boot", "--kernel=/k", "--disk=/d,iops=0"], "1 or more"),
+        (&["boot", "--kernel=/k", "--disk=/d,bps-burst=1M"], "needs its limit"),
+        (&["boot", "--kernel=/k", "--disk=/d,iops=fast"], "iops=N"),
         (&["boot", "--kernel=/k", "--disk="], "disk"),
         (&["boot", "--kernel=/k", "--disk=,ro"], "--disk PATH"),
         (&["boot", "--kernel=/k", "--disk=/d,rw"], "type ro, id=NAME"),
         (&["boot", "--kernel=/k", "--disk=/d,id="], "disk id"),
         (&["boot", "--kernel=/k", "--disk=/d,id=123456789012345678901"], "20"),
         (&["boot", "--kernel=/k", "--disk=/d,id=a", "--disk=/e,id=a"], "twice"),
-        (&many_disks, "17"),
+        (&many_disks, "16"),
         (&["boot", "--kernel=/k", "--cmdline", &long_cmdline], "2047"),
         (&["boot", "--kernel=/k", "--cmdline", "a\nb"], "'\\n'"),
         (&["rub"], "run"),
