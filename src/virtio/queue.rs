@@ -4,7 +4,7 @@
 //! says is checked before it is passed on.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{
@@ -14,6 +14,12 @@ use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::memory::GuestMemory;
+
+/// Where the available ring's entries begin, behind flags and index (virtio 1.2 §2.7.6).
+const AVAILABLE_ENTRIES_AT: u64 = 4;
+/// Where the used ring's entries begin, and how long one is (virtio 1.2 §2.7.8).
+const USED_ENTRIES_AT: u64 = 4;
+const USED_ENTRY_BYTES: u64 = 8;
 
 /// The driver broke a rule of the ring, so that the device can no longer tell what is asked of it.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +36,10 @@ impl From<QueueError> for RingError {
     fn from(error: QueueError) -> RingError {
         RingError::Ring(error)
     }
+}
+
+fn unreachable_ring(error: GuestMemoryError) -> RingError {
+    RingError::Ring(QueueError::GuestMemory(error))
 }
 
 /// What a transport keeps of a queue while it does not run: the driver's settings and how far the device has come.
@@ -138,6 +148,21 @@ pub fn read_bytes<const N: usize>(memory: &GuestMemory, address: GuestAddress) -
     Ok(bytes)
 }
 
+/// Reads the first `N` bytes of `ranges`, wherever the driver splits them. `None` where there are fewer, or not in memory.
+pub fn read_front<const N: usize>(memory: &GuestMemory, ranges: &[GuestRange]) -> Option<[u8; N]> {
+    if let Some(first) = ranges.first().filter(|first| first.len_bytes as usize >= N) {
+        return read_bytes(memory, first.address).ok();
+    }
+    let mut bytes = [0; N];
+    let mut rest = &mut bytes[..];
+    for range in part(ranges, 0, N as u64) {
+        let (piece, behind) = rest.split_at_mut_checked(range.len_bytes as usize)?;
+        memory.read_slice(piece, range.address).ok()?;
+        rest = behind;
+    }
+    rest.is_empty().then_some(bytes)
+}
+
 /// A descriptor as it was when it was read (virtio 1.2 §2.7.5).
 struct Descriptor {
     address: u64,
@@ -168,7 +193,8 @@ impl Descriptor {
 pub struct Virtqueue {
     queue: Queue,
     memory: Arc<GuestMemory>,
-    added: bool,
+    /// Chains pushed since the driver's wish for interrupts was last looked at; the most that there are stands for more.
+    added: u16,
 }
 
 impl Virtqueue {
@@ -199,7 +225,7 @@ impl Virtqueue {
             queue.set_event_idx(event_idx);
             queue.set_ready(true);
         }
-        Ok(Virtqueue { queue, memory: memory.clone(), added: false })
+        Ok(Virtqueue { queue, memory: memory.clone(), added: 0 })
     }
 
     /// Writes down how far the queue has come.
@@ -281,25 +307,46 @@ impl Virtqueue {
     /// Gives chain `head` back, `written_bytes` of its writable part filled.
     pub fn push(&mut self, head: u16, written_bytes: u32) -> Result<(), RingError> {
         self.queue.add_used(&*self.memory, head, written_bytes)?;
-        self.added = true;
+        self.added = self.added.saturating_add(1);
         Ok(())
+    }
+
+    /// Gives several chains back, `(head, written_bytes)` each, which the driver sees at once or not at all.
+    pub fn push_together(&mut self, chains: &[(u16, u32)]) -> Result<(), RingError> {
+        let Some((last, before)) = chains.split_last() else { return Ok(()) };
+        let first_slot = self.queue.next_used();
+        for (step, (head, written_bytes)) in (0..self.queue.size()).zip(before) {
+            // Sizes are powers of two, so that slots go on where the index wraps.
+            let slot = u64::from(first_slot.wrapping_add(step) % self.queue.size());
+            let entry = [u32::from(*head).to_le(), written_bytes.to_le()];
+            let at = self.queue.used_ring().saturating_add(USED_ENTRIES_AT + USED_ENTRY_BYTES * slot);
+            self.memory.write_obj(entry, GuestAddress(at)).map_err(unreachable_ring)?;
+        }
+        // The index is written once, for the last one.
+        self.queue.set_next_used(first_slot.wrapping_add(before.len() as u16));
+        self.added = self.added.saturating_add(before.len() as u16);
+        self.push(last.0, last.1)
     }
 
     /// Whether the driver wants an interrupt for what was pushed since the last call (virtio 1.2 §2.7.7).
     pub fn needs_interrupt(&mut self) -> Result<bool, RingError> {
-        if !std::mem::take(&mut self.added) {
+        let added = std::mem::take(&mut self.added);
+        if added == 0 {
             return Ok(false);
         }
-        // Without VIRTIO_F_EVENT_IDX this says always yes, and leaves the flag to us.
-        let wanted = self.queue.needs_notification(&*self.memory)?;
+        // What was pushed is seen before it is asked what the driver wants.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let load = |offset| -> Result<u16, RingError> {
+            let at = GuestAddress(available.saturating_add(offset));
+            self.memory.load(at, Ordering::Relaxed).map(u16::from_le).map_err(unreachable_ring)
+        };
         if self.queue.event_idx_enabled() {
-            return Ok(wanted);
+            let used_event = load(AVAILABLE_ENTRIES_AT + 2 * u64::from(self.queue.size()))?;
+            // Whether that index is among those that were passed.
+            return Ok(self.queue.next_used().wrapping_sub(used_event).wrapping_sub(1) < added);
         }
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|error| RingError::Ring(QueueError::GuestMemory(error)))?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Tells the driver that its doorbell is not wanted while the queue is being looked at anyway.
@@ -319,6 +366,54 @@ impl Virtqueue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory;
+
+    const SIZE: u16 = 4;
+
+    /// A queue of four whose used index is about to wrap, and whose driver has offered all of it.
+    fn queue(event_idx: bool) -> Virtqueue {
+        let memory = Arc::new(memory::reserve(1).unwrap());
+        for slot in 0..SIZE {
+            memory.write_obj(slot, GuestAddress(0x1004 + 2 * u64::from(slot))).unwrap();
+        }
+        memory.write_obj(2_u16, GuestAddress(0x1002)).unwrap();
+        let registers = QueueRegisters {
+            ready: true,
+            available_ring: 0x1000,
+            used_ring: 0x2000,
+            next_available: 0xfffe,
+            next_used: 0xfffe,
+            ..QueueRegisters::new(SIZE)
+        };
+        Virtqueue::new(&registers, &memory, event_idx).unwrap()
+    }
+
+    fn used(queue: &Virtqueue) -> (u16, Vec<[u32; 2]>) {
+        let read = |slot: u64| queue.memory.read_obj(GuestAddress(0x2004 + 8 * slot)).unwrap();
+        (queue.memory.read_obj(GuestAddress(0x2002)).unwrap(), (0..4).map(read).collect())
+    }
+
+    #[test]
+    fn chains_given_back_together_go_on_where_the_index_wraps() {
+        let mut queue = queue(false);
+        queue.push_together(&[]).unwrap();
+        assert!(!queue.needs_interrupt().unwrap());
+        queue.push_together(&[(3, 30), (2, 20), (1, 10)]).unwrap();
+        assert_eq!(used(&queue), (1, vec![[1, 10], [0, 0], [3, 30], [2, 20]]));
+        queue.push(0, 5).unwrap();
+        assert_eq!(used(&queue), (2, vec![[1, 10], [0, 5], [3, 30], [2, 20]]));
+        assert!(queue.needs_interrupt().unwrap() && !queue.needs_interrupt().unwrap());
+    }
+
+    #[test]
+    fn the_index_that_a_driver_waits_for_is_not_missed_among_several() {
+        for (used_event, wanted) in [(0xfffd_u16, false), (0xfffe, true), (0xffff, true), (0, true), (1, false)] {
+            let mut queue = queue(true);
+            queue.memory.write_obj(used_event, GuestAddress(0x1004 + 2 * u64::from(SIZE))).unwrap();
+            queue.push_together(&[(0, 0), (1, 0), (2, 0)]).unwrap();
+            assert_eq!(queue.needs_interrupt().unwrap(), wanted, "{used_event:#x}");
+        }
+    }
 
     #[test]
     fn a_part_of_ranges_is_cut_at_both_ends() {

@@ -136,7 +136,7 @@ fn run(epoll: &Epoll, lent: &mut Lent, reports: &Reports) {
     let wake_fds: Vec<RawFd> = lent.handler.wake_fds().iter().map(|fd| fd.as_raw_fd()).collect();
     let served = wake_fds
         .iter()
-        .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | EventSet::EDGE_TRIGGERED))
+        .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED))
         .map_err(anyhow::Error::from)
         .and_then(|()| serve(epoll, lent, &*reports.interrupt));
     let drained = lent.handler.drain(&mut lent.queues).map_err(anyhow::Error::from);

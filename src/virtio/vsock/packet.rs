@@ -65,17 +65,7 @@ pub struct Header {
 impl Header {
     /// The header at the front of `ranges`, wherever the driver splits it. `None` where it is not whole or not in memory.
     pub fn read(memory: &GuestMemory, ranges: &[GuestRange]) -> Option<Header> {
-        if let Some(first) = ranges.first().filter(|first| first.len_bytes as usize >= HEADER_BYTES) {
-            return queue::read_bytes(memory, first.address).ok().map(|bytes| Header::decode(&bytes));
-        }
-        let mut bytes = [0; HEADER_BYTES];
-        let mut rest = &mut bytes[..];
-        for range in queue::part(ranges, 0, HEADER_BYTES as u64) {
-            let (piece, behind) = rest.split_at_mut_checked(range.len_bytes as usize)?;
-            memory.read_slice(piece, range.address).ok()?;
-            rest = behind;
-        }
-        rest.is_empty().then(|| Header::decode(&bytes))
+        queue::read_front(memory, ranges).map(|bytes| Header::decode(&bytes))
     }
 
     /// Writes the header to the front of `ranges`. Returns whether they have the room, and are memory.
