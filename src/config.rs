@@ -1,5 +1,7 @@
 //! What a machine is asked to be: plain data, from flags or from a file, checked once by [`MachineConfig::validate`].
 
+mod network;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -8,6 +10,10 @@ use crate::backend::rate::Rate;
 use crate::boot::default_cmdline;
 use crate::machine::layout;
 use crate::sys::socket;
+
+pub use network::{
+    Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
+};
 
 /// The smallest guest memory that a Linux kernel unpacks itself into.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -21,7 +27,8 @@ pub const MIN_CPU_LIMIT_MILLICPUS: u32 = 10;
 pub const MIN_CPU_SHARES: u32 = 2;
 /// The most of them.
 pub const MAX_CPU_SHARES: u32 = 262_144;
-/// Largest number of virtio devices beside the random-number device: its disks, and its sockets and its balloon if it has them.
+/// Largest number of virtio devices beside the random-number device: its disks, its networks, and its sockets and its balloon
+/// if it has them.
 pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
 /// The guest's address where none is given (virtio 1.2 §5.10.4: 0 to 2 have meanings of their own).
 pub const DEFAULT_CID: u32 = 3;
@@ -75,6 +82,9 @@ pub struct MachineConfig {
     /// Sockets between the guest and the host, if it is to have them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// Network interfaces in the order the guest sees them; none means no device.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NetworkConfig>,
 }
 
 impl Default for MachineConfig {
@@ -95,6 +105,7 @@ impl Default for MachineConfig {
             balloon_deflates_on_oom: false,
             disks: Vec::new(),
             vsock: None,
+            networks: Vec::new(),
         }
     }
 }
@@ -228,6 +239,17 @@ pub enum Invalid {
     /// No path, or one that no socket can have.
     #[error("vsock path of {0} bytes: type --vsock PATH with 1 to {MAX_VSOCK_PATH_BYTES} bytes")]
     VsockPath(usize),
+    /// More interfaces than there is room for.
+    #[error("{0} networks: this machine takes at most {1}")]
+    TooManyNetworks(usize, usize),
+    /// A name that no interface of the host's can have.
+    #[error(
+        "{0:?} is no interface's name: type --network tap=NAME with 1 to {MAX_INTERFACE_NAME_BYTES} letters or digits"
+    )]
+    InterfaceName(String),
+    /// Ports that there are not.
+    #[error("{1} ports from {0} on: ports are 1 to 65535")]
+    Ports(u16, u16),
     /// A configuration file that is no `MachineConfig`.
     #[error("{0}")]
     File(String),
@@ -268,7 +290,8 @@ impl MachineConfig {
         self.validate_memory_target()?;
         self.validate_cmdline()?;
         self.validate_disks()?;
-        self.validate_vsock()
+        self.validate_vsock()?;
+        self.validate_networks()
     }
 
     /// The kernel's whole command line: husk's own words, where they are wanted, and the user's behind them.
@@ -329,6 +352,14 @@ impl MachineConfig {
             }
         }
         Ok(())
+    }
+
+    fn validate_networks(&self) -> Result<(), Invalid> {
+        let networks_max = MAX_DEVICES - self.disks.len() - usize::from(self.vsock.is_some());
+        if self.networks.len() > networks_max {
+            return Err(Invalid::TooManyNetworks(self.networks.len(), networks_max));
+        }
+        self.networks.iter().try_for_each(NetworkConfig::validate)
     }
 
     fn validate_vsock(&self) -> Result<(), Invalid> {

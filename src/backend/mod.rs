@@ -1,3 +1,4 @@
 //! The host side of devices.
 pub mod disk;
+pub mod net;
 pub mod rate;

@@ -23,7 +23,7 @@ use crate::sandbox;
 use crate::vcpu::cpuid::{self, Topology};
 use crate::vcpu::{self, VcpuThread, setup};
 use crate::virtio::mmio::register;
-use crate::virtio::{MmioTransport, VirtioDevice, balloon, block, rng, vsock};
+use crate::virtio::{MmioTransport, VirtioDevice, balloon, block, net, rng, vsock};
 
 impl Machine {
     /// Builds the machine that `config` describes of `resources`, which it uses up. No path is opened, and no guest
@@ -33,7 +33,7 @@ impl Machine {
     /// the rest of KVM's set-up; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on
     /// the bus before the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
-        let Resources { kvm, kernel, initrd, disks, hold, vsock } = resources;
+        let Resources { kvm, kernel, initrd, disks, hold, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
         let supported = ask_for_cpuid(kvm.clone())?;
         let memory = memory::reserve(config.memory_mib)?;
@@ -57,6 +57,11 @@ impl Machine {
         // Behind the others, whose names in the guest come of their places.
         if let Some(vsock) = vsock {
             devices.push(vsock::device(vsock).context("make the vsock device")?);
+        }
+        for network in networks {
+            let (device, link) = net::device(network);
+            devices.push(device);
+            controls.links.push(link);
         }
         if config.balloon {
             let target_mib = config.memory_target_mib.unwrap_or(config.memory_mib);

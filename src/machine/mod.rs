@@ -21,6 +21,7 @@ use crate::kvm::Vm;
 use crate::resources::memory_use::MemoryUse;
 use crate::sandbox::cgroup::Hold;
 use crate::vcpu::VcpuThread;
+use crate::virtio::net::NetLink;
 use crate::virtio::{MmioTransport, balloon, block};
 
 use outcome::Ending;
@@ -55,6 +56,8 @@ pub struct Machine {
 pub struct Controls {
     /// The disks, in the order of the configuration.
     pub disks: Vec<block::Control>,
+    /// The links of the network interfaces, in the order of the configuration: to be cut, restored and counted.
+    pub links: Vec<NetLink>,
     /// The balloon, if there is one.
     pub balloon: Option<balloon::Control>,
 }

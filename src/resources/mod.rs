@@ -10,6 +10,9 @@ pub mod host;
 pub mod kernel;
 pub mod memory_use;
 pub mod modules;
+pub mod net;
+pub mod passt;
+pub mod resolver;
 pub mod root_file;
 pub mod text;
 pub mod vsock;
@@ -45,6 +48,8 @@ pub struct Resources {
     pub hold: Hold,
     /// The host's side of the guest's sockets.
     pub vsock: Option<vsock::VsockSocket>,
+    /// The host's sides of the guest's network interfaces.
+    pub networks: Vec<net::Network>,
 }
 
 /// Opens all that `config` names. The first that fails ends it, with the path and the reason.
@@ -63,7 +68,8 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
         affinity::keep_to(&config.cpuset)?;
     }
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
-    Ok(Resources { kvm, kernel, initrd, disks, hold, vsock })
+    let networks = config.networks.iter().map(net::open).collect::<Result<Vec<_>>>()?;
+    Ok(Resources { kvm, kernel, initrd, disks, hold, vsock, networks })
 }
 
 fn open_initrd(path: &Path) -> Result<File> {

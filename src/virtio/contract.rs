@@ -1,5 +1,8 @@
 //! What every device keeps, whatever it does: run on each of them through [`contract`].
 
+use std::cell::RefCell;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::Mutex;
 
@@ -10,9 +13,10 @@ use super::mmio::register::*;
 use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, logged, wait_for};
 use super::{
     Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Left, QueueHandler, RingError, TransportState, VirtioDevice,
-    Virtqueue, balloon, block, rng, vsock,
+    Virtqueue, balloon, block, net, rng, vsock,
 };
 use crate::backend::disk::PlainDisk;
+use crate::backend::net::StreamNet;
 use crate::backend::rate::Rate;
 use crate::bus::Device;
 use crate::config::VsockConfig;
@@ -174,6 +178,22 @@ fn the_socket_device_keeps_the_contract() {
 #[test]
 fn the_balloon_keeps_the_contract() {
     contract(|| balloon::device(64, 64, true).unwrap().0);
+}
+
+#[test]
+fn the_network_device_keeps_the_contract() {
+    let peers = RefCell::new(Vec::new());
+    contract(|| {
+        let (ours, mut peer) = UnixStream::pair().unwrap();
+        for len in [60_usize, 1514, 9000, 60_000] {
+            peer.write_all(&[&(len as u32).to_be_bytes()[..], &vec![1; len]].concat()).unwrap();
+        }
+        let device = net::device_on(Box::new(StreamNet::new(ours).unwrap()), "net", [2, 0, 0, 0, 0, 1], None).0;
+        // A guest may send it anything, as fast as it can, and it stays.
+        peer.set_nonblocking(true).unwrap();
+        peers.borrow_mut().push(peer);
+        device
+    });
 }
 
 /// A device that holds on to what it is given until it is drained, or until it is told by a turn with `release` set.

@@ -12,6 +12,7 @@ pub mod block_request;
 pub mod config_space;
 mod log_rate;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod session;
@@ -74,12 +75,12 @@ pub trait QueueHandler: Send {
 
     /// Takes what is available in queue `index` and completes what can be completed, in any queue.
     ///
-    /// Called when the queue's doorbell rang, when one of [`QueueHandler::wake_fds`] became readable, and once at each
+    /// Called when the queue's doorbell rang, when one of [`QueueHandler::wake_fds`] had something to tell, and once at each
     /// start. A call does a bounded amount of work, so that a stop is never far away.
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError>;
 
-    /// File descriptors that become readable when the host side has something to tell. They are watched edge-triggered,
-    /// for the length of a run.
+    /// File descriptors that become readable or writable when the host side has something to tell. They are watched
+    /// edge-triggered, for the length of a run.
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }

@@ -1,0 +1,295 @@
+//! What a machine's network is asked to be.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::Invalid;
+
+/// Longest name of an interface of the host's (IFNAMSIZ, linux/if.h, less the NUL).
+pub const MAX_INTERFACE_NAME_BYTES: usize = 15;
+
+/// A network interface of the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// What it is connected to.
+    pub to: Attachment,
+    /// The guest's own address; a random one if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+}
+
+/// What an interface is connected to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Attachment {
+    /// The host's own connections, through the program passt: no privileges, and no interface on the host.
+    User(UserNetwork),
+    /// A tap device of the host's.
+    Tap {
+        /// The interface's name. It is made, and goes with the machine, where it does not exist and husk may.
+        name: String,
+    },
+}
+
+/// How far a guest on [`Attachment::User`] is reachable, and what it reaches.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UserNetwork {
+    /// Ports of the host's that lead to the guest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortForward>,
+    /// DNS servers told to the guest in place of the host's own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dns: Vec<IpAddr>,
+}
+
+/// Ports of the host's that lead to as many of the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortForward {
+    /// The host's address that they are open on; all of them if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_ip: Option<IpAddr>,
+    /// The first port on the host.
+    pub host_port: u16,
+    /// The first port in the guest.
+    pub guest_port: u16,
+    /// How many ports follow each other, on both sides.
+    #[serde(default = "one")]
+    pub count: u16,
+    /// What is forwarded.
+    #[serde(default)]
+    pub protocol: Protocol,
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// What a port is a port of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// Connections.
+    #[default]
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+/// An Ethernet address of one interface.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MacAddress(pub [u8; 6]);
+
+impl MacAddress {
+    /// The address that six bytes make when they are marked as one interface's (no group's) and as given out by nobody.
+    pub fn local(mut bytes: [u8; 6]) -> MacAddress {
+        bytes[0] = bytes[0] & 0xfc | 0x02;
+        MacAddress(bytes)
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<MacAddress, String> {
+        let wrong =
+            || format!("{text:?} is no MAC address: type six pairs of hexadecimal digits, as 02:00:00:00:00:01");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()));
+            *byte = part.and_then(|part| u8::from_str_radix(part, 16).ok()).ok_or_else(wrong)?;
+        }
+        let for_many = bytes[0] & 1 != 0 || bytes == [0; 6];
+        if for_many {
+            return Err(format!("MAC address {text} is no interface's: its first byte is even, and not all are 0"));
+        }
+        if parts.next().is_some() { Err(wrong()) } else { Ok(MacAddress(bytes)) }
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<MacAddress, String> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> String {
+        mac.to_string()
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// Reads ports as Docker writes them: `[IP:]HOST:GUEST[/tcp|/udp]`, each side a port or a range `FIRST-LAST`.
+impl FromStr for PortForward {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<PortForward, String> {
+        let wrong = |why: &str| {
+            format!("{text:?}: {why}, type [IP:]HOST:GUEST[/tcp|/udp], as 8080:80 or 127.0.0.1:5000-5009:5000-5009/udp")
+        };
+        let (ports, protocol) = match text.rsplit_once('/') {
+            None => (text, Protocol::Tcp),
+            Some((ports, "tcp")) => (ports, Protocol::Tcp),
+            Some((ports, "udp")) => (ports, Protocol::Udp),
+            Some(_) => return Err(wrong("a port is of tcp or of udp")),
+        };
+        let (rest, guest) = ports.rsplit_once(':').ok_or_else(|| wrong("a port of the host is missing"))?;
+        let (host_ip, host) = match rest.rsplit_once(':') {
+            None => (None, rest),
+            Some((ip, host)) => {
+                let bare = ip.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(ip);
+                (Some(bare.parse().map_err(|_| wrong("the address is none"))?), host)
+            }
+        };
+        let host = range(host).ok_or_else(|| wrong("the host's ports are 1 to 65535"))?;
+        let guest = range(guest).ok_or_else(|| wrong("the guest's ports are 1 to 65535"))?;
+        if host.1 - host.0 != guest.1 - guest.0 {
+            return Err(wrong("both ranges are of one length"));
+        }
+        // It is 65535 at most, since port 0 is none.
+        Ok(PortForward { host_ip, host_port: host.0, guest_port: guest.0, count: host.1 - host.0 + 1, protocol })
+    }
+}
+
+/// A port, or the first and the last of several.
+fn range(text: &str) -> Option<(u16, u16)> {
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
+    match text.split_once('-') {
+        None => port(text).map(|port| (port, port)),
+        Some((first, last)) => port(first).zip(port(last)).filter(|(first, last)| first <= last),
+    }
+}
+
+impl NetworkConfig {
+    /// Checks what can be checked without a look at the host.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        match &self.to {
+            Attachment::Tap { name } => {
+                let good = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
+                let named = !matches!(name.as_str(), "" | "." | "..") && name.chars().all(good);
+                if !named || name.len() > MAX_INTERFACE_NAME_BYTES {
+                    return Err(Invalid::InterfaceName(name.clone()));
+                }
+            }
+            Attachment::User(UserNetwork { ports, .. }) => {
+                for PortForward { host_port, guest_port, count, .. } in ports {
+                    for first in [host_port, guest_port] {
+                        if *first == 0 || *count == 0 || first.checked_add(count - 1).is_none() {
+                            return Err(Invalid::Ports(*first, *count));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ports(host_ip: Option<&str>, host_port: u16, guest_port: u16, count: u16, protocol: Protocol) -> PortForward {
+        PortForward { host_ip: host_ip.map(|ip| ip.parse().unwrap()), host_port, guest_port, count, protocol }
+    }
+
+    #[test]
+    fn ports_are_read_as_docker_writes_them() {
+        use Protocol::{Tcp, Udp};
+        for (text, wanted) in [
+            ("8080:80", ports(None, 8080, 80, 1, Tcp)),
+            ("53:53/udp", ports(None, 53, 53, 1, Udp)),
+            ("127.0.0.1:8080:80/tcp", ports(Some("127.0.0.1"), 8080, 80, 1, Tcp)),
+            ("[::1]:8080:80", ports(Some("::1"), 8080, 80, 1, Tcp)),
+            ("5000-5009:6000-6009", ports(None, 5000, 6000, 10, Tcp)),
+            ("1-65535:1-65535", ports(None, 1, 1, 65535, Tcp)),
+        ] {
+            assert_eq!(text.parse(), Ok(wanted), "{text}");
+        }
+        for text in [
+            "",
+            "80",
+            ":80",
+            "80:",
+            "0:80",
+            "80:65536",
+            "1-2:3",
+            "5-4:5-4",
+            "x:80:80",
+            "80:80/sctp",
+            "+80:80",
+            "80:80/",
+        ] {
+            let error = text.parse::<PortForward>().unwrap_err();
+            assert!(error.contains("[IP:]HOST:GUEST"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_mac_address_is_one_interfaces() {
+        assert_eq!("02:00:5e:Aa:00:ff".parse::<MacAddress>().unwrap().to_string(), "02:00:5e:aa:00:ff");
+        for wrong in
+            ["", "02:00:00:00:00", "02:00:00:00:00:01:02", "2:0:0:0:0:1", "01:00:00:00:00:01", "00:00:00:00:00:00"]
+        {
+            assert!(wrong.parse::<MacAddress>().is_err(), "{wrong}");
+        }
+        assert_eq!(MacAddress::local([0xff; 6]).to_string(), "fe:ff:ff:ff:ff:ff");
+        assert_eq!(MacAddress::local([0; 6]).to_string(), "02:00:00:00:00:00");
+    }
+
+    #[test]
+    fn a_network_is_the_same_after_a_trip_through_json() {
+        let user = UserNetwork {
+            ports: vec![ports(None, 8080, 80, 1, Protocol::Udp)],
+            dns: vec!["192.0.2.53".parse().unwrap()],
+        };
+        for to in [Attachment::User(user), Attachment::Tap { name: "tap0".into() }] {
+            let network = NetworkConfig { to, mac: Some(MacAddress([2, 0, 0, 0, 0, 1])) };
+            assert_eq!(network.validate(), Ok(()));
+            let json = serde_json::to_string(&network).unwrap();
+            assert_eq!(serde_json::from_str::<NetworkConfig>(&json).unwrap(), network, "{json}");
+        }
+        let short = serde_json::from_str::<NetworkConfig>(
+            r#"{"to": {"user": {"ports": [{"host_port": 1, "guest_port": 2}]}}}"#,
+        );
+        let Attachment::User(user) = short.unwrap().to else { panic!() };
+        assert_eq!(user.ports, [ports(None, 1, 2, 1, Protocol::Tcp)]);
+        assert!(serde_json::from_str::<NetworkConfig>(r#"{"to": {"user": {}}, "mac": "01:00:00:00:00:01"}"#).is_err());
+    }
+
+    #[test]
+    fn names_and_ports_that_cannot_be_are_refused() {
+        for name in ["", "..", "a/b", "a b", "tap:1", "sixteen-letters-", "naïve"] {
+            let network = NetworkConfig { to: Attachment::Tap { name: name.into() }, mac: None };
+            assert_eq!(network.validate(), Err(Invalid::InterfaceName(name.into())));
+        }
+        for (host, guest, count) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (65535, 1, 2), (1, 65535, 2)] {
+            let user =
+                UserNetwork { ports: vec![ports(None, host, guest, count, Protocol::Tcp)], ..Default::default() };
+            let network = NetworkConfig { to: Attachment::User(user), mac: None };
+            assert!(matches!(network.validate(), Err(Invalid::Ports(..))), "{host} {guest} {count}");
+        }
+    }
+}

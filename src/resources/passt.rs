@@ -1,0 +1,327 @@
+//! User-mode networking: passt, a process of its own beside the machine, and the socket between them.
+//!
+//! It makes the guest's connections its own, so that no privilege and no interface of the host's are needed. It ends when
+//! the socket does, however husk ends.
+
+use std::io::{self, ErrorKind, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+use std::{env, fs};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::resolver;
+use crate::backend::disk::GuestBuffers;
+use crate::backend::net::{Header, NetBackend, StreamNet, is_end};
+use crate::config::{PortForward, Protocol, UserNetwork};
+use crate::sys;
+
+/// The guest's address, where it is told to have it (`husk run`) or asks (DHCP).
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+/// Length of the network's prefix.
+pub const PREFIX: u8 = 24;
+/// Where everything else is reached through.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// Leads to the host's own DNS server, where that is one that only the host reaches.
+pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+/// The guest's IPv6 address, of a network that is nobody else's.
+pub const GUEST_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x6875, 0x736b, 0, 0, 0, 0, 0x15);
+/// Length of its prefix: passt knows no other.
+pub const PREFIX_V6: u8 = 64;
+/// Where everything else is reached through.
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// Locally administered, and the same for all, since each machine has a network of its own.
+const GATEWAY_MAC: &str = "02:68:75:73:6b:01";
+/// The largest packet whose frame passt takes.
+pub const MTU_BYTES: u16 = 65520;
+/// passt takes no more servers of one kind than these.
+const DNS_MAX: usize = 3;
+
+/// What waits in the socket, in each direction: passt drops what finds no room.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// How long a passt that is likely to fail has for it.
+const VERDICT_PATIENCE: Duration = Duration::from_millis(500);
+/// passt's last words are no longer than this.
+const WORDS_MAX_BYTES: u64 = 16 << 10;
+
+/// passt, and the machine's end of the socket. Dropping it ends passt.
+pub struct Passt {
+    net: StreamNet,
+    child: Child,
+    /// What it says on standard error.
+    words: UnixStream,
+}
+
+/// Whether machines can have a user's network here; an error says what is missing, and what to type.
+pub fn check() -> Result<()> {
+    ensure!(is_installed(), "user-mode networking needs passt: type `sudo apt-get install passt`, or --network none");
+    ensure!(
+        has_default_route("/proc/net/route") || has_ipv6(),
+        "user-mode networking needs a network on this host, and there is no default route"
+    );
+    Ok(())
+}
+
+fn is_installed() -> bool {
+    let is_program = |path: std::path::PathBuf| {
+        fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+    };
+    env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|folder| is_program(folder.join("passt")))
+}
+
+/// Whether the host reaches others by IPv6, which passt then has the guest do too.
+pub fn has_ipv6() -> bool {
+    // Destination, its prefix's length, …, and the interface; a default that leads nowhere stands at `lo`.
+    let routes = fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default();
+    routes.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        let to_all = words.next().is_some_and(|to| to.bytes().all(|digit| digit == b'0')) && words.next() == Some("00");
+        to_all && words.next_back().is_some_and(|interface| interface != "lo")
+    })
+}
+
+fn has_default_route(table: &str) -> bool {
+    // Interface, destination, gateway, flags, …, and the mask as the eighth.
+    let routes = fs::read_to_string(table).unwrap_or_default();
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    routes.lines().map(words).any(|words| {
+        words.get(1).is_some_and(|to| to == "00000000") && words.get(7).is_some_and(|mask| mask == "00000000")
+    })
+}
+
+/// Starts passt for one machine. It takes some milliseconds to come up, in which frames wait in the socket.
+pub fn start(network: &UserNetwork) -> Result<Passt> {
+    ensure!(is_installed(), "user-mode networking needs passt: type `sudo apt-get install passt`, or --network none");
+    network.ports.iter().try_for_each(check_free)?;
+    let (ours, theirs) = UnixStream::pair().context("make a socket for passt")?;
+    for end in [&ours, &theirs] {
+        // As much as the host allows is good, too.
+        let _ = sys::net::set_send_buffer(end, SOCKET_BUFFER_BYTES);
+    }
+    let (words, says) = UnixStream::pair().context("make a socket for passt")?;
+    for end in [&words, &says] {
+        // What nobody reads is lost, and passt does not wait for it.
+        end.set_nonblocking(true).context("make a socket for passt")?;
+    }
+    let mut command = Command::new("passt");
+    command.args(arguments(network, &resolver::of_host()));
+    command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(OwnedFd::from(says));
+    let child = command.spawn().context("start passt")?;
+    // Closes our copies of its ends, so that we see it end.
+    drop(command);
+    let mut passt = Passt { net: StreamNet::new(ours).context("set up passt's socket")?, child, words };
+    if check().is_err() {
+        passt.await_verdict()?;
+    }
+    Ok(passt)
+}
+
+fn arguments(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<String> {
+    let mut all: Vec<String> = ["--foreground", "--quiet", "--fd", "0", "--no-map-gw"].map(str::to_owned).into();
+    let mut add = |flag: &str, value: String| all.extend([flag.to_owned(), value]);
+    add("--mac-addr", GATEWAY_MAC.into());
+    add("--mtu", MTU_BYTES.to_string());
+    add("--address", GUEST.to_string());
+    add("--netmask", PREFIX.to_string());
+    add("--gateway", GATEWAY.to_string());
+    if has_ipv6() {
+        add("--address", GUEST_V6.to_string());
+        add("--gateway", GATEWAY_V6.to_string());
+    }
+    let servers = if network.dns.is_empty() { &resolver.servers } else { &network.dns };
+    for of_kind in [IpAddr::is_ipv4, IpAddr::is_ipv6] {
+        servers.iter().filter(|server| of_kind(server)).take(DNS_MAX).for_each(|s| add("--dns", s.to_string()));
+    }
+    if servers.is_empty() {
+        add("--dns-forward", DNS.to_string());
+    }
+    for port in &network.ports {
+        let flag = match port.protocol {
+            Protocol::Tcp => "--tcp-ports",
+            Protocol::Udp => "--udp-ports",
+        };
+        add(flag, ports(port));
+    }
+    all
+}
+
+/// `[ADDRESS/]FIRST[-LAST]:FIRST[-LAST]`
+fn ports(port: &PortForward) -> String {
+    let range = |first: u16| match port.count {
+        1 => first.to_string(),
+        count => format!("{first}-{}", first.saturating_add(count - 1)),
+    };
+    let address = port.host_ip.map(|ip| format!("{ip}/")).unwrap_or_default();
+    format!("{address}{}:{}", range(port.host_port), range(port.guest_port))
+}
+
+/// The DNS servers that a guest is told of, where they are told and not asked for.
+pub fn dns_servers(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<IpAddr> {
+    let servers = if network.dns.is_empty() { &resolver.servers } else { &network.dns };
+    let reached = |server: &&IpAddr| server.is_ipv4() || has_ipv6();
+    let servers: Vec<IpAddr> = servers.iter().filter(reached).copied().take(DNS_MAX).collect();
+    if servers.is_empty() { vec![DNS.into()] } else { servers }
+}
+
+/// Whether the ports on the host are there to be had: passt goes on without them, and says so where nobody looks.
+fn check_free(port: &PortForward) -> Result<()> {
+    for number in (port.host_port..=u16::MAX).take(port.count.into()) {
+        let bound = match port.host_ip {
+            Some(ip) => bind(SocketAddr::new(ip, number), port.protocol),
+            None => match bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), number), port.protocol) {
+                // A host without IPv6.
+                Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                    bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), number), port.protocol)
+                }
+                bound => bound,
+            },
+        };
+        let Err(error) = bound else { continue };
+        let at = port.host_ip.map(|ip| format!(" on {ip}")).unwrap_or_default();
+        match error.kind() {
+            ErrorKind::AddrInUse => bail!("port {number} of this host is in use{at}: type -p with another one"),
+            ErrorKind::AddrNotAvailable => bail!("no interface of this host has the port's address{at}"),
+            ErrorKind::PermissionDenied => bail!(
+                "port {number} of this host is root's: type -p with one from 1024 on, or \
+                 `sudo sysctl net.ipv4.ip_unprivileged_port_start={number}`"
+            ),
+            _ => return Err(error).with_context(|| format!("open port {number} of this host{at}")),
+        }
+    }
+    Ok(())
+}
+
+fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<()> {
+    match protocol {
+        Protocol::Tcp => TcpListener::bind(address).map(drop),
+        Protocol::Udp => UdpSocket::bind(address).map(drop),
+    }
+}
+
+impl Passt {
+    /// Waits a while for passt to fail, and says why if it does.
+    fn await_verdict(&mut self) -> Result<()> {
+        let started = Instant::now();
+        while started.elapsed() < VERDICT_PATIENCE {
+            if self.child.try_wait().context("wait for passt")?.is_some() {
+                bail!("passt did not start: {}", self.last_words());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// The last line that means something.
+    fn last_words(&mut self) -> String {
+        let mut bytes = Vec::new();
+        // It ends with an error where passt still runs.
+        let _ = (&mut self.words).take(WORDS_MAX_BYTES).read_to_end(&mut bytes);
+        let text = String::from_utf8_lossy(&bytes);
+        let line = text.lines().rfind(|line| !line.trim().is_empty() && !line.contains("syslog"));
+        line.unwrap_or("it said nothing").trim().to_owned()
+    }
+
+    /// An error with what passt said of it, if it is the end.
+    fn explain(&mut self, error: io::Error) -> io::Error {
+        if !is_end(&error) {
+            return error;
+        }
+        io::Error::new(error.kind(), format!("passt ended: {}", self.last_words()))
+    }
+}
+
+impl NetBackend for Passt {
+    fn features(&self) -> u64 {
+        self.net.features()
+    }
+
+    fn accept(&mut self, features: u64) -> io::Result<()> {
+        self.net.accept(features)
+    }
+
+    fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
+        self.net.send(header, frame).map_err(|error| self.explain(error))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.net.flush().map_err(|error| self.explain(error))
+    }
+
+    fn receive(&mut self) -> io::Result<bool> {
+        self.net.receive().map_err(|error| self.explain(error))
+    }
+
+    fn frame(&self) -> Option<(Header, &[u8])> {
+        self.net.frame()
+    }
+
+    fn consume(&mut self) {
+        self.net.consume();
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.net.fd()
+    }
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        // It would end by itself, and be waited for by nobody.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_written_as_passt_reads_them() {
+        for (text, wanted) in [
+            ("8080:80", "8080:80"),
+            ("127.0.0.1:8080:80", "127.0.0.1/8080:80"),
+            ("[::1]:8080:80", "::1/8080:80"),
+            ("5000-5009:6000-6009", "5000-5009:6000-6009"),
+            ("65535:65535", "65535:65535"),
+        ] {
+            assert_eq!(ports(&text.parse().unwrap()), wanted);
+        }
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_told_before_anything_starts() {
+        for (protocol, suffix) in [(Protocol::Tcp, ""), (Protocol::Udp, "/udp")] {
+            let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+            let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let taken = if protocol == Protocol::Tcp { tcp.local_addr() } else { udp.local_addr() }.unwrap().port();
+            for text in [format!("{taken}:80{suffix}"), format!("127.0.0.1:{taken}:80{suffix}")] {
+                let error = check_free(&text.parse().unwrap()).unwrap_err().to_string();
+                assert!(error.starts_with(&format!("port {taken} of this host is in use")), "{error}");
+            }
+            drop((tcp, udp));
+            check_free(&format!("{taken}:80{suffix}").parse().unwrap()).unwrap();
+        }
+        let error = check_free(&"192.0.2.77:0080:80".parse().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("no interface of this host"), "{error}");
+    }
+
+    #[test]
+    fn the_guest_asks_servers_that_it_reaches() {
+        let server = |text: &str| text.parse::<IpAddr>().unwrap();
+        let none = resolver::Resolver::default();
+        let some = resolver::Resolver { servers: vec![server("192.0.2.53")], search: Vec::new() };
+        let user = |dns: &[&str]| UserNetwork { dns: dns.iter().map(|s| server(s)).collect(), ..Default::default() };
+        assert_eq!(dns_servers(&user(&[]), &none), [server("10.0.2.3")]);
+        assert_eq!(dns_servers(&user(&[]), &some), some.servers);
+        assert_eq!(dns_servers(&user(&["192.0.2.1"]), &some), [server("192.0.2.1")]);
+        let has = |arguments: Vec<String>, words: [&str; 2]| arguments.windows(2).any(|pair| pair == words);
+        assert!(has(arguments(&user(&[]), &none), ["--dns-forward", "10.0.2.3"]));
+        assert!(has(arguments(&user(&[]), &some), ["--dns", "192.0.2.53"]));
+    }
+}

@@ -1,0 +1,74 @@
+//! The host's way to ask for names, as far as a guest can go it too.
+
+use std::fs;
+use std::net::IpAddr;
+
+/// What resolvers are told to read.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// The servers behind systemd's own, which only the host reaches.
+const BEHIND_SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";
+/// A resolver reads no more of a line's domains.
+const SEARCH_MAX: usize = 32;
+
+/// Servers, best first, and the domains that short names are looked for in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resolver {
+    /// None of them is the host itself.
+    pub servers: Vec<IpAddr>,
+    /// Domains.
+    pub search: Vec<String>,
+}
+
+/// The host's, at this moment.
+pub fn of_host() -> Resolver {
+    let read = |path| parse(&fs::read_to_string(path).unwrap_or_default());
+    let first = read(RESOLV_CONF);
+    if first.servers.is_empty() { Resolver { servers: read(BEHIND_SYSTEMD).servers, ..first } } else { first }
+}
+
+/// Reads resolv.conf(5). Servers on the host itself, or reached through one interface only, are left out.
+fn parse(text: &str) -> Resolver {
+    let mut found = Resolver::default();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("nameserver") => {
+                let server = words.next().and_then(|word| word.parse::<IpAddr>().ok());
+                found.servers.extend(server.filter(|ip| !ip.is_loopback() && !ip.is_unspecified()));
+            }
+            Some("search" | "domain") => found.search = words.take(SEARCH_MAX).map(str::to_owned).collect(),
+            _ => {}
+        }
+    }
+    found
+}
+
+impl Resolver {
+    /// The content of a guest's /etc/resolv.conf.
+    pub fn resolv_conf(&self) -> Vec<u8> {
+        let mut text = String::new();
+        if !self.search.is_empty() {
+            text += &format!("search {}\n", self.search.join(" "));
+        }
+        for server in &self.servers {
+            text += &format!("nameserver {server}\n");
+        }
+        text.into_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_that_a_guest_does_not_reach_are_left_out() {
+        let text = "# a word\nnameserver 127.0.0.53\nnameserver 192.0.2.1\nnameserver ::1\nnameserver fe80::1%eth0\n\
+            nameserver\t2001:db8::53\nsearch one.example\nsearch a.example b.example\nnameserver x\noptions edns0\n";
+        let resolver = parse(text);
+        assert_eq!(resolver.servers, ["192.0.2.1", "2001:db8::53"].map(|s| s.parse::<IpAddr>().unwrap()));
+        let written = String::from_utf8(resolver.resolv_conf()).unwrap();
+        assert_eq!(written, "search a.example b.example\nnameserver 192.0.2.1\nnameserver 2001:db8::53\n");
+        assert_eq!(parse(&written), resolver);
+    }
+}

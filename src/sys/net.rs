@@ -1,0 +1,152 @@
+//! System calls on tap devices and on sockets that carry frames out of a guest's memory.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::mem::{size_of, zeroed};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use crate::backend::disk::GuestBuffers;
+
+/// As many parts of a frame are passed without taking memory for the list.
+const PARTS_ON_STACK: usize = 32;
+/// The most parts that one system call takes (IOV_MAX, linux/uio.h).
+const PARTS_MAX: usize = 1024;
+
+// linux/if_tun.h
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETVNETLE: libc::c_ulong = 0x4004_54dc;
+const IFF_TAP: libc::c_short = 0x0002;
+const IFF_NO_PI: libc::c_short = 0x1000;
+const IFF_VNET_HDR: libc::c_short = 0x4000;
+const TUN_F_CSUM: libc::c_ulong = 0x01;
+const TUN_F_TSO4: libc::c_ulong = 0x02;
+const TUN_F_TSO6: libc::c_ulong = 0x04;
+const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
+
+/// What frames from a tap device may leave to who reads them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TapOffloads {
+    /// Checksums.
+    pub checksum: bool,
+    /// Cutting TCP over IPv4 into segments.
+    pub tso4: bool,
+    /// Cutting TCP over IPv6 into segments.
+    pub tso6: bool,
+    /// Segments with congestion marks.
+    pub ecn: bool,
+}
+
+/// Makes `tun`, an open /dev/net/tun, the tap device `name`, whose frames stand behind a little-endian virtio header of
+/// `header_bytes`. A device that does not exist is made where this process may, and goes with the descriptor.
+pub fn attach_tap(tun: &File, name: &str, header_bytes: usize) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    let (size, yes) = (header_bytes as libc::c_int, 1 as libc::c_int);
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, the others read one int each, all of which outlive the calls.
+    unsafe {
+        check(libc::ioctl(tun.as_raw_fd(), TUNSETIFF as _, &mut request))?;
+        check(libc::ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ as _, &size))?;
+        check(libc::ioctl(tun.as_raw_fd(), TUNSETVNETLE as _, &yes))
+    }
+}
+
+/// Says what frames from `tap` may leave to their reader.
+pub fn set_tap_offloads(tap: &File, offloads: TapOffloads) -> io::Result<()> {
+    let TapOffloads { checksum, tso4, tso6, ecn } = offloads;
+    let flags = [(checksum, TUN_F_CSUM), (tso4, TUN_F_TSO4), (tso6, TUN_F_TSO6), (ecn, TUN_F_TSO_ECN)];
+    let flags = flags.iter().filter(|(wanted, _)| *wanted).fold(0, |all, (_, flag)| all | flag);
+    // SAFETY: the request's argument is a number, no pointer.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD as _, flags) })
+}
+
+/// The largest packet that the interface `name` carries, in bytes.
+pub fn interface_mtu(name: &str) -> io::Result<u32> {
+    let mut request = interface_request(name)?;
+    // SAFETY: the socket is new and owned by nobody else; the request reads and writes one `ifreq`, whose number is
+    // written when the call succeeds and read only then.
+    unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        check(fd)?;
+        let socket = OwnedFd::from_raw_fd(fd);
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU as _, &mut request))?;
+        Ok(request.ifr_ifru.ifru_mtu.unsigned_abs())
+    }
+}
+
+/// A request about the interface `name`, which is at most 15 bytes long.
+fn interface_request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: all zeroes are a valid value of this structure of plain numbers.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    request.ifr_name.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from as libc::c_char);
+    Ok(request)
+}
+
+/// Has as much as `bytes` wait in `socket` until the other end reads it, or as much as the host allows.
+pub fn set_send_buffer(socket: &UnixStream, bytes: usize) -> io::Result<()> {
+    let (value, len) = (libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX), size_of::<libc::c_int>() as u32);
+    // SAFETY: the call reads `len` bytes from the pointer, the size of the number behind it.
+    check(unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, (&raw const value).cast(), len)
+    })
+}
+
+/// Writes `prefix` and then `frame` by one call (writev(2)). Returns how many bytes it was.
+pub fn write(file: &File, prefix: &[u8], frame: &GuestBuffers) -> io::Result<usize> {
+    with_parts(prefix, frame, |parts| {
+        // SAFETY: the first part is `prefix`, the others are mapped guest memory that `frame` keeps alive; all are read only.
+        unsafe { libc::writev(file.as_raw_fd(), parts.as_ptr(), parts.len() as i32) }
+    })
+}
+
+/// Sends `prefix` and then `frame` by one call (sendmsg(2)), which never waits and brings no signal where nobody reads.
+/// Returns how many bytes it was.
+pub fn send(socket: &UnixStream, prefix: &[u8], frame: &GuestBuffers) -> io::Result<usize> {
+    with_parts(prefix, frame, |parts| {
+        // SAFETY: all zeroes are a message without address, data and control messages; its parts are `prefix` and mapped
+        // guest memory that `frame` keeps alive, and are read only.
+        unsafe {
+            let mut message: libc::msghdr = zeroed();
+            message.msg_iov = parts.as_ptr().cast_mut();
+            message.msg_iovlen = parts.len();
+            libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
+        }
+    })
+}
+
+/// Calls with `prefix` and what `frame` has, as parts, until no signal is in the way.
+fn with_parts(prefix: &[u8], frame: &GuestBuffers, call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
+    let first = libc::iovec { iov_base: prefix.as_ptr().cast_mut().cast(), iov_len: prefix.len() };
+    let rest = frame.iovecs();
+    let mut on_stack = [first; PARTS_ON_STACK];
+    let all;
+    let parts = match on_stack.get_mut(1..=rest.len()) {
+        Some(places) => {
+            places.copy_from_slice(rest);
+            on_stack.get(..=rest.len()).unwrap_or_default()
+        }
+        None => {
+            all = [&[first], rest.get(..rest.len().min(PARTS_MAX - 1)).unwrap_or_default()].concat();
+            &all[..]
+        }
+    };
+    loop {
+        match usize::try_from(call(parts)) {
+            Ok(count) => return Ok(count),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

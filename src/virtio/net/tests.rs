@@ -1,0 +1,354 @@
+//! The device in front of a driver, its other side a socket that the test holds.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_HDR_GSO_TCPV4,
+};
+
+use super::*;
+use crate::backend::net::StreamNet;
+use crate::bus::Device;
+use crate::virtio::mmio::register::*;
+use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, logged, wait_for};
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const RX_QUEUE: u32 = RX as u32;
+const TX_QUEUE: u32 = TX as u32;
+/// Where frames of the guest's stand.
+const FRAME: u64 = BUFFERS + 0x10_0000;
+
+struct Bench {
+    driver: Driver,
+    link: NetLink,
+    peer: UnixStream,
+}
+
+fn bench_with(name: &str, features: u64) -> Bench {
+    let (ours, peer) = UnixStream::pair().unwrap();
+    peer.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+    let backend = Box::new(StreamNet::new(ours).unwrap());
+    let (device, link) = device_on(backend, name, MAC, Some(9000));
+    let mut driver = Driver::new(device);
+    driver.start_with(features);
+    Bench { driver, link, peer }
+}
+
+fn bench() -> Bench {
+    bench_with("net", !0)
+}
+
+impl Bench {
+    /// Sends a frame as the guest, its header in a descriptor of its own as Linux had it, or in front of the frame.
+    fn send(&mut self, header: [u8; HEADER_BYTES], frame: &[u8], apart: bool) {
+        let bytes = [&header[..], frame].concat();
+        self.driver.memory.write_slice(&bytes, GuestAddress(FRAME)).unwrap();
+        let (header_bytes, all) = (HEADER_BYTES as u32, bytes.len() as u32);
+        let written = if apart {
+            let parts = [(FRAME, header_bytes, 0), (FRAME + u64::from(header_bytes), all - header_bytes, 0)];
+            self.driver.transact(TX_QUEUE, &parts)
+        } else {
+            self.driver.transact(TX_QUEUE, &[(FRAME, 5, 0), (FRAME + 5, all - 5, 0)])
+        };
+        assert_eq!(written, 0);
+    }
+
+    fn offer(&mut self, buffers: &[(u64, u32)]) -> Vec<u16> {
+        let heads = buffers.iter().map(|(address, len)| {
+            let head = self.driver.chain(RX_QUEUE, &[(*address, *len, WRITE)]);
+            self.driver.offer(RX_QUEUE, head);
+            head
+        });
+        let heads = heads.collect();
+        self.driver.notify(RX_QUEUE);
+        heads
+    }
+
+    fn arrive(&mut self, frame: &[u8]) {
+        self.peer.write_all(&[&(frame.len() as u32).to_be_bytes(), frame].concat()).unwrap();
+    }
+
+    fn read_frame(&mut self) -> Vec<u8> {
+        let mut length = [0; 4];
+        self.peer.read_exact(&mut length).unwrap();
+        let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+        self.peer.read_exact(&mut frame).unwrap();
+        frame
+    }
+
+    fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.driver.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    fn status(&self) -> u8 {
+        let mut status = [0xff; 2];
+        self.driver.transport.read(CONFIG + 6, &mut status);
+        status[0]
+    }
+}
+
+fn frame(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at * 7 % 251) as u8).collect()
+}
+
+#[test]
+fn the_guest_knows_its_address_its_link_and_the_largest_packet() {
+    let bench = bench();
+    let mut config = [0xff; 16];
+    bench.driver.transport.read(CONFIG, &mut config);
+    assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0x28, 0x23, 0xff, 0xff, 0xff, 0xff]);
+    let offered = bench.driver.offered();
+    let wanted = [VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_MRG_RXBUF];
+    assert!(wanted.iter().all(|bit| offered >> bit & 1 == 1), "{offered:#x}");
+    // Nobody behind a stream takes checksums or segments off the guest.
+    assert_eq!(offered & (1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4), 0, "{offered:#x}");
+}
+
+#[test]
+fn the_guests_frames_arrive_as_they_were_sent() {
+    let mut bench = bench();
+    for (len, apart) in [(14, true), (60, false), (1514, true), (65535, false)] {
+        bench.send([0; HEADER_BYTES], &frame(len), apart);
+        assert!(bench.read_frame() == frame(len), "{len}");
+    }
+    let counts = bench.link.counts();
+    assert_eq!((counts.tx_packets, counts.tx_bytes, counts.tx_dropped), (4, 14 + 60 + 1514 + 65535, 0));
+    assert_eq!((counts.rx_packets, counts.rx_bytes), (0, 0));
+}
+
+#[test]
+fn frames_that_cannot_be_are_dropped_and_the_others_go_on() {
+    let mut bench = bench();
+    let mut checksum = [0; HEADER_BYTES];
+    checksum[0] = 1;
+    let mut segments = checksum;
+    segments[1] = VIRTIO_NET_HDR_GSO_TCPV4 as u8;
+    bench.send(checksum, &frame(60), true);
+    bench.send(segments, &frame(60), true);
+    bench.send([0; HEADER_BYTES], &frame(13), true);
+    bench.send([0; HEADER_BYTES], &frame(65536), true);
+    bench.driver.transact(TX_QUEUE, &[(FRAME, 11, 0)]);
+    bench.driver.transact(TX_QUEUE, &[(FRAME, 12, 0), (u64::MAX - 20, 60, 0)]);
+    bench.driver.transact(TX_QUEUE, &[(1 << 50, 60, 0)]);
+    bench.driver.transact(TX_QUEUE, &[(FRAME, 100, WRITE)]);
+    bench.send([0; HEADER_BYTES], &frame(100), true);
+    assert_eq!(bench.read_frame(), frame(100));
+    assert_eq!((bench.link.counts().tx_dropped, bench.link.counts().tx_packets), (8, 1));
+}
+
+#[test]
+fn a_frame_for_the_guest_takes_as_many_buffers_as_it_needs() {
+    let mut bench = bench();
+    let heads = bench.offer(&[(BUFFERS, 1000), (BUFFERS + 0x1000, 1000), (BUFFERS + 0x2000, 1000)]);
+    bench.arrive(&frame(1500));
+    assert_eq!(bench.driver.used(RX_QUEUE), (heads[0], 1000));
+    assert_eq!(bench.driver.used(RX_QUEUE), (heads[1], 512));
+    let header = bench.bytes(BUFFERS, HEADER_BYTES);
+    assert_eq!(header, [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0], "checked, in two buffers");
+    let content = [bench.bytes(BUFFERS + 12, 988), bench.bytes(BUFFERS + 0x1000, 512)].concat();
+    assert!(content == frame(1500));
+    // The third is left for the next.
+    bench.arrive(&frame(60));
+    assert_eq!(bench.driver.used(RX_QUEUE), (heads[2], 72));
+    assert_eq!(bench.bytes(BUFFERS + 0x2000 + 12, 60), frame(60));
+    assert_eq!((bench.link.counts().rx_packets, bench.link.counts().rx_bytes), (2, 1560));
+}
+
+#[test]
+fn a_driver_without_merging_gets_one_buffer_a_frame_and_loses_what_does_not_fit() {
+    let mut bench = bench_with("net", !(1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_GUEST_CSUM));
+    let heads = bench.offer(&[(BUFFERS, 200), (BUFFERS + 0x1000, 4000)]);
+    bench.arrive(&frame(500));
+    wait_for(|| bench.link.counts().rx_dropped == 1);
+    bench.arrive(&frame(188));
+    assert_eq!(bench.driver.used(RX_QUEUE), (heads[0], 200));
+    assert_eq!(bench.bytes(BUFFERS, HEADER_BYTES), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "not checked, one buffer");
+    bench.arrive(&frame(500));
+    assert_eq!(bench.driver.used(RX_QUEUE), (heads[1], 512));
+}
+
+#[test]
+fn frames_wait_for_buffers_and_in_order() {
+    let mut bench = bench();
+    for len in [60, 3000, 80] {
+        bench.arrive(&frame(len));
+    }
+    let first = bench.offer(&[(BUFFERS, 1000), (BUFFERS + 0x1000, 1000)]);
+    assert_eq!(bench.driver.used(RX_QUEUE), (first[0], 72));
+    // One buffer is not enough for the second frame, and stays free for it.
+    bench.driver.transport.pause();
+    assert_eq!(bench.driver.used_index(RX_QUEUE), 1);
+    bench.driver.transport.resume();
+    let more = bench.offer(&[(BUFFERS + 0x2000, 3000), (BUFFERS + 0x3000, 1000)]);
+    assert_eq!(bench.driver.used(RX_QUEUE), (first[1], 1000));
+    assert_eq!(bench.driver.used(RX_QUEUE), (more[0], 2012));
+    assert_eq!(bench.driver.used(RX_QUEUE), (more[1], 92));
+}
+
+#[test]
+fn a_host_that_is_slow_loses_nothing_and_is_waited_for_without_a_doorbell() {
+    let mut bench = bench();
+    let (len, count) = (30_000, 100_u8);
+    let mut sent = 0_u8;
+    // Until the device takes no more.
+    for number in 0..count {
+        let slot = FRAME + 0x8000 * u64::from(number % 16);
+        bench.driver.memory.write_slice(&vec![number; HEADER_BYTES + len], GuestAddress(slot)).unwrap();
+        bench.driver.memory.write_slice(&[0; HEADER_BYTES], GuestAddress(slot)).unwrap();
+        let head = bench.driver.chain(TX_QUEUE, &[(slot, (HEADER_BYTES + len) as u32, 0)]);
+        bench.driver.offer(TX_QUEUE, head);
+        bench.driver.notify(TX_QUEUE);
+        sent += 1;
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        if bench.driver.used_index(TX_QUEUE) < u16::from(sent) {
+            break;
+        }
+    }
+    assert!(sent < count, "a socket has no end");
+    for number in 0..sent {
+        assert!(bench.read_frame() == vec![number; len], "{number}");
+    }
+    wait_for(|| bench.driver.used_index(TX_QUEUE) == u16::from(sent));
+    assert_eq!(bench.link.counts().tx_packets, u64::from(sent));
+}
+
+#[test]
+fn a_link_is_cut_and_restored_and_the_driver_told() {
+    let mut bench = bench();
+    assert_eq!((bench.status(), bench.link.is_up()), (1, true));
+    bench.driver.write(INTERRUPT_ACK, 3);
+    bench.link.set_up(false);
+    assert_eq!((bench.status(), bench.driver.read(INTERRUPT_STATUS)), (0, 2));
+    assert_eq!(bench.driver.read(CONFIG_GENERATION), 1);
+    // What is sent meanwhile is lost, in both directions.
+    bench.send([0; HEADER_BYTES], &frame(60), true);
+    bench.offer(&[(BUFFERS, 2000)]);
+    bench.arrive(&frame(61));
+    wait_for(|| bench.link.counts().rx_dropped == 1 && bench.link.counts().tx_dropped == 1);
+    bench.driver.write(INTERRUPT_ACK, 3);
+    bench.link.set_up(true);
+    assert_eq!((bench.status(), bench.driver.read(INTERRUPT_STATUS)), (1, 2));
+    bench.send([0; HEADER_BYTES], &frame(62), true);
+    assert_eq!(bench.read_frame(), frame(62));
+    bench.arrive(&frame(63));
+    assert_eq!(bench.driver.used(RX_QUEUE).1, 12 + 63);
+}
+
+#[test]
+fn a_host_that_is_gone_takes_the_link_down_for_good() {
+    let name = "net-gone";
+    let mut bench = bench_with(name, !0);
+    bench.peer = UnixStream::pair().unwrap().0;
+    wait_for(|| bench.status() == 0);
+    bench.send([0; HEADER_BYTES], &frame(60), true);
+    bench.link.set_up(true);
+    assert_eq!((bench.status(), bench.link.is_up(), bench.link.counts().tx_dropped), (0, false, 1));
+    bench.driver.start();
+    bench.send([0; HEADER_BYTES], &frame(60), true);
+    bench.driver.transport.pause();
+    assert_eq!(logged(&format!("{name}: the network is gone: ")).len(), 1);
+}
+
+#[test]
+fn bad_receive_buffers_need_a_reset() {
+    let mut bench = bench();
+    let head = bench.driver.chain(RX_QUEUE, &[(BUFFERS, 20, WRITE), (1 << 40, 2000, WRITE)]);
+    bench.driver.offer(RX_QUEUE, head);
+    bench.driver.notify(RX_QUEUE);
+    bench.arrive(&frame(60));
+    bench.driver.wait_for_needs_reset();
+    // The frame is not lost by it.
+    bench.driver.start();
+    bench.offer(&[(BUFFERS, 2000)]);
+    assert_eq!(bench.driver.used(RX_QUEUE).1, 12 + 60);
+}
+
+#[test]
+fn buffers_without_room_do_not_keep_the_device_busy() {
+    let mut bench = bench();
+    for index in 0..256_u16 {
+        bench.driver.descriptor(RX_QUEUE, index, BUFFERS, 0, WRITE, 0);
+        bench.driver.offer(RX_QUEUE, index);
+    }
+    bench.driver.notify(RX_QUEUE);
+    bench.arrive(&frame(60));
+    bench.send([0; HEADER_BYTES], &frame(70), true);
+    assert_eq!(bench.read_frame(), frame(70));
+    bench.driver.transport.pause();
+    assert_eq!((bench.driver.used_index(RX_QUEUE), bench.driver.read(STATUS)), (0, 15));
+}
+
+/// A back end that takes checksums and segments off the guest, and notes what it is told.
+#[derive(Clone)]
+struct Taker {
+    socket: Arc<UnixStream>,
+    sent: Arc<Mutex<Vec<(Header, u64)>>>,
+    accepted: Arc<Mutex<Vec<u64>>>,
+}
+
+impl NetBackend for Taker {
+    fn features(&self) -> u64 {
+        1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4
+    }
+
+    fn accept(&mut self, features: u64) -> io::Result<()> {
+        self.accepted.lock().unwrap().push(features & self.features());
+        Ok(())
+    }
+
+    fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
+        self.sent.lock().unwrap().push((*header, frame.len_bytes()));
+        Ok(())
+    }
+
+    fn receive(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn frame(&self) -> Option<(Header, &[u8])> {
+        None
+    }
+
+    fn consume(&mut self) {}
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsFd;
+        self.socket.as_fd()
+    }
+}
+
+#[test]
+fn what_is_left_to_the_host_is_what_was_negotiated() {
+    let socket = Arc::new(UnixStream::pair().unwrap().0);
+    let taker = Taker { socket, sent: Arc::default(), accepted: Arc::default() };
+    let (device, link) = device_on(Box::new(taker.clone()), "net", MAC, None);
+    let mut driver = Driver::new(device);
+    driver.start();
+    let header = Header {
+        flags: 1,
+        segments: 1,
+        headers_bytes: 54,
+        segment_bytes: 1460,
+        checksum_start: 34,
+        checksum_offset: 16,
+        buffers: 0,
+    };
+    let send = |driver: &mut Driver| {
+        driver.memory.write_slice(&header.encode(), GuestAddress(FRAME)).unwrap();
+        driver.transact(TX_QUEUE, &[(FRAME, 12 + 4000, 0)]);
+    };
+    send(&mut driver);
+    assert_eq!(*taker.sent.lock().unwrap(), [(header, 4000)]);
+    driver.start_with(1 << VIRTIO_NET_F_CSUM);
+    send(&mut driver);
+    assert_eq!((taker.sent.lock().unwrap().len(), link.counts().tx_dropped), (1, 1));
+    let all = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
+    assert_eq!(*taker.accepted.lock().unwrap(), [all, 1 << VIRTIO_NET_F_CSUM]);
+    let mut mtu = [0xff; 2];
+    driver.transport.read(CONFIG + 10, &mut mtu);
+    assert_eq!(u16::from_le_bytes(mtu), 1500);
+}
