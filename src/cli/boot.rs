@@ -13,6 +13,7 @@ use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
 use super::life::{self, Called, Life};
 use super::limits::Limits;
+use super::network::NetworkFlags;
 use super::size;
 use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
@@ -94,6 +95,9 @@ pub struct Boot {
     #[command(flatten)]
     life: Life,
 
+    #[command(flatten)]
+    network: NetworkFlags,
+
     /// Say on standard error when each step of the boot was reached
     #[arg(long)]
     pub timings: bool,
@@ -149,7 +153,7 @@ impl Boot {
         Ok(exit)
     }
 
-    /// The file's machine, or the default one, changed by the flags. A list of disks replaces the file's.
+    /// The file's machine, or the default one, changed by the flags. A list of disks, or of networks, replaces the file's.
     fn machine_config(&self) -> Result<MachineConfig> {
         let mut config = match &self.config {
             Some(path) => MachineConfig::from_json(&resources::text::read(path)?)
@@ -175,6 +179,9 @@ impl Boot {
         }
         if self.vsock.is_some() {
             config.vsock.clone_from(&self.vsock);
+        }
+        if !self.network.is_empty() {
+            config.networks = self.network.configs()?;
         }
         Ok(config)
     }

@@ -19,6 +19,7 @@ pub mod load;
 pub mod logger;
 pub mod logs;
 pub mod man;
+mod network;
 pub mod pause;
 pub mod prepare;
 pub mod prune;

@@ -15,6 +15,7 @@ use super::cpus::{self, Cpus};
 use super::exit::Exit;
 use super::life::{self, Called, Life};
 use super::limits::Limits;
+use super::network::NetworkFlags;
 use super::{boot, prepare, signal, size};
 use crate::backend::rate::Rate;
 use crate::config::MachineConfig;
@@ -163,6 +164,9 @@ pub struct Run {
     #[arg(long, value_name = "N")]
     disk_iops: Option<u64>,
 
+    #[command(flatten)]
+    network: NetworkFlags,
+
     /// The guest's kernel: micro, stock, host or a path [default: the first of them that there is]
     #[arg(long, value_name = "KERNEL")]
     kernel: Option<PathBuf>,
@@ -212,7 +216,9 @@ impl Run {
             return life::hand_on();
         }
         let folder = self.life.folder()?;
-        let inside = self.inside(base, command, &folder)?;
+        let name = self.life.name.clone().unwrap_or_else(|| folder.id());
+        let mut inside = self.inside(base, command, &folder)?;
+        inside.connect(self.network.wiring(&name)?);
         let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
         let verbose = log::log_enabled!(Level::Info);
         let mut config =

@@ -114,6 +114,7 @@ mod tests {
             hostname: "box".into(),
             hosts: None,
             resolv_conf: None,
+            interfaces: Vec::new(),
             tmpfs: Vec::new(),
             start: Start::Init(Vec::new()),
         };

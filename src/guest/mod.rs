@@ -2,12 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::net::IpAddr;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
 
+use self::network::Wiring;
 use self::process::{Defaults, Wishes};
 use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
@@ -18,6 +20,7 @@ use crate::resources::modules::{self, Module};
 
 pub mod exec;
 pub mod initramfs;
+pub mod network;
 pub mod process;
 pub mod session;
 pub mod signal;
@@ -67,6 +70,7 @@ pub struct Inside {
     hostname: String,
     tmpfs: Vec<Tmpfs>,
     start: Start,
+    wiring: Wiring,
 }
 
 /// Where the guest finds its root; the first disk of every machine.
@@ -92,7 +96,7 @@ impl Inside {
         process.terminal = terminal.then(size);
         process.stdin = stdin;
         check_hostname(&hostname)?;
-        Ok(Inside { base, hostname, tmpfs, start: Start::Process(process) })
+        Ok(Inside { base, hostname, tmpfs, start: Start::Process(process), wiring: Wiring::default() })
     }
 
     /// A machine whose root has an init of its own, `args`, or where there are none the one that it has.
@@ -100,7 +104,12 @@ impl Inside {
         // A disk has a name of its own.
         let hostname = if matches!(base, Base::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
-        Inside { base, hostname, tmpfs, start: Start::Init(args) }
+        Inside { base, hostname, tmpfs, start: Start::Init(args), wiring: Wiring::default() }
+    }
+
+    /// Gives the machine network interfaces; without this it has none.
+    pub fn connect(&mut self, wiring: Wiring) {
+        self.wiring = wiring;
     }
 
     /// The process that runs, where husk's init runs one.
@@ -159,6 +168,9 @@ impl Inside {
         if self.has_session() {
             drivers.push("vmw_vsock_virtio_transport");
         }
+        if !self.wiring.is_empty() {
+            drivers.push("virtio_net");
+        }
         let modules = modules::find(&kernel.modules, &drivers)?;
         initramfs::make(&self.spec(&modules), &modules)
     }
@@ -169,14 +181,18 @@ impl Inside {
             Base::Image { changes, .. } => Root::Image { device, overlay: overlay(changes) },
             Base::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
         };
-        let hosts =
-            format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{}\n", self.hostname);
+        let own_address = self.wiring.own_address().unwrap_or(IpAddr::from([127, 0, 1, 1]));
+        let hosts = format!(
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own_address}\t{}\n",
+            self.hostname
+        );
         Spec {
             modules: modules.iter().map(initramfs::module_path).collect(),
             root,
             hostname: self.hostname.clone(),
             hosts: Some(hosts.into_bytes()),
-            resolv_conf: None,
+            resolv_conf: self.wiring.resolv_conf(),
+            interfaces: self.wiring.interfaces.clone(),
             tmpfs: self.tmpfs.clone(),
             start: self.start.clone(),
         }
@@ -215,6 +231,7 @@ impl Inside {
             memory_mib,
             disks,
             vsock: self.has_session().then_some(vsock),
+            networks: self.wiring.configs.clone(),
             ..MachineConfig::default()
         }
     }

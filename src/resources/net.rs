@@ -76,13 +76,13 @@ fn open_tap(name: &str) -> Result<File> {
     Ok(tun)
 }
 
-/// The address of the first interface of the machine `name`: the same whenever it is asked for on this host, another on
+/// The address of interface `index` of the machine `name`: the same whenever it is asked for on this host, another on
 /// another host, and another for another name, as far as 46 bits tell them apart.
-pub fn mac_of(name: &str) -> MacAddress {
+pub fn mac_of(name: &str, index: usize) -> MacAddress {
     // A host without an identity has machines like those of any such host.
     let host = fs::read("/etc/machine-id").unwrap_or_default();
-    let digest = Sha256::new().chain_update(b"husk mac\0").chain_update(&host).chain_update(b"\0").chain_update(name);
-    let digest: [u8; 32] = digest.finalize().into();
+    let digest = Sha256::new().chain_update(b"husk mac\0").chain_update(&host).chain_update([0]).chain_update(name);
+    let digest: [u8; 32] = digest.chain_update([0]).chain_update(index.to_le_bytes()).finalize().into();
     MacAddress::local([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5]])
 }
 
@@ -98,9 +98,10 @@ mod tests {
 
     #[test]
     fn a_machines_address_is_its_names() {
-        assert_eq!(mac_of("web"), mac_of("web"));
-        assert_ne!(mac_of("web"), mac_of("db"));
-        assert_eq!(mac_of("web").to_string().parse(), Ok(mac_of("web")));
+        let web = mac_of("web", 0);
+        assert_eq!(web, mac_of("web", 0));
+        assert!(web != mac_of("db", 0) && web != mac_of("web", 1));
+        assert_eq!(web.to_string().parse(), Ok(web));
         assert_ne!(random_mac().unwrap(), random_mac().unwrap());
     }
 }

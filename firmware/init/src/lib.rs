@@ -13,6 +13,7 @@ pub mod copy;
 mod disk;
 mod errors;
 mod identity;
+mod network;
 mod process;
 mod pump;
 mod report;

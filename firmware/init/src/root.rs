@@ -13,6 +13,7 @@ use nix::unistd::{chdir, chroot, sethostname};
 
 use crate::disk;
 use crate::errors::{Context, Failure};
+use crate::network::Network;
 use crate::{report, sys};
 
 /// Where the root is put together, in the initial RAM disk.
@@ -133,7 +134,7 @@ pub fn enter(spec: &Spec) -> Result<(), Failure> {
         sethostname(&spec.hostname).context(format_args!("name the machine {:?}", spec.hostname))?;
     }
     let Start::Process(process) = &spec.start else { return Ok(()) };
-    set_up_network();
+    set_up_network(spec)?;
     write_files(spec);
     for tmpfs in &spec.tmpfs {
         let path = String::from_utf8_lossy(&tmpfs.path).into_owned();
@@ -175,13 +176,18 @@ pub fn make_folder(path: impl AsRef<Path>) -> Result<(), Failure> {
     DirBuilder::new().recursive(true).mode(0o755).create(path).context(format_args!("make folder {}", path.display()))
 }
 
-/// As containers have it: a loopback interface, and ports and pings for everybody.
-fn set_up_network() {
-    if let Err(error) = sys::bring_loopback_up() {
-        report::say(&format!("bring up the loopback interface: {error}"));
+/// As containers have it: a loopback interface, those that husk knows of, and ports and pings for everybody.
+fn set_up_network(spec: &Spec) -> Result<(), Failure> {
+    let network = Network::open().and_then(|network| network.bring_loopback_up().map(|()| network));
+    match network {
+        Ok(network) => spec.interfaces.iter().try_for_each(|interface| network.set_up(interface))?,
+        // A kernel may have no networks at all, which nobody misses who asked for none.
+        Err(failure) if spec.interfaces.is_empty() => report::say(&failure.message),
+        Err(failure) => return Err(failure),
     }
     let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
     let _ = fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
+    Ok(())
 }
 
 fn write_files(spec: &Spec) {

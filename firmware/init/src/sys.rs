@@ -89,22 +89,6 @@ pub fn accept(listener: BorrowedFd) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Puts the loopback interface in service.
-pub fn bring_loopback_up() -> io::Result<()> {
-    // SAFETY: `request` is a whole `ifreq`, all zero but for a name that ends within it and the flags, which both
-    // requests read and the first writes; the socket is new and closed by who owns it here.
-    unsafe {
-        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        check(socket)?;
-        let socket = OwnedFd::from_raw_fd(socket);
-        let mut request: libc::ifreq = std::mem::zeroed();
-        request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
-        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request))?;
-        request.ifr_ifru.ifru_flags |= libc::IFF_UP as i16;
-        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request))
-    }
-}
-
 /// Brings the file system that `folder` is on to rest: all of it is on its disk, and its journal is empty.
 pub fn freeze(folder: BorrowedFd) -> io::Result<()> {
     // FIFREEZE, _IOWR('X', 119, int)

@@ -16,7 +16,7 @@ pub mod tree;
 
 pub use hello::{HELLO_BYTES, Hello, Role};
 pub use session::{Process, ToGuest, ToHost, WindowSize};
-pub use spec::{FIXED_PATH, Limit, Overlay, Root, SPEC_PATH, Spec, Start, Tmpfs};
+pub use spec::{FIXED_PATH, Interface, InterfaceAddress, Limit, Overlay, Root, SPEC_PATH, Spec, Start, Tmpfs};
 
 /// The vsock port that either side listens on.
 pub const PORT: u32 = 1024;
@@ -32,7 +32,7 @@ pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
 /// The session of the machine's own process.
 pub const MAIN_SESSION: u64 = 0;
 /// What a change of any message here changes. husk carries the init that it speaks to, so that they differ only by mistake.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Why a message is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! What init finds beside itself in the initial RAM disk: the machine's inside, as husk wants it.
 
+use core::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Malformed, Process, VERSION};
@@ -22,6 +24,8 @@ pub struct Spec {
     pub hosts: Option<Vec<u8>>,
     /// The content of /etc/resolv.conf, where it is not the root's own.
     pub resolv_conf: Option<Vec<u8>>,
+    /// Network interfaces that are to be set up; the others are the root's own affair.
+    pub interfaces: Vec<Interface>,
     /// File systems in memory, in the order in which they are mounted.
     pub tmpfs: Vec<Tmpfs>,
     /// What runs.
@@ -56,6 +60,26 @@ pub enum Overlay {
     Memory,
     /// To an ext4 file system on this block device.
     Disk(String),
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its Ethernet address, by which it is found.
+    pub mac: [u8; 6],
+    /// Its addresses. Without any it is put in service and left to find its own.
+    pub addresses: Vec<InterfaceAddress>,
+    /// Where everything else is reached through.
+    pub gateways: Vec<IpAddr>,
+}
+
+/// An address of an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceAddress {
+    /// The address.
+    pub ip: IpAddr,
+    /// How many of its bits are the network's.
+    pub prefix: u8,
 }
 
 /// A file system in memory.
@@ -127,6 +151,11 @@ mod tests {
             hostname: "name".into(),
             hosts: Some(b"127.0.0.1 localhost\n".to_vec()),
             resolv_conf: None,
+            interfaces: vec![Interface {
+                mac: [2, 0, 0, 0, 0, 1],
+                addresses: vec![InterfaceAddress { ip: IpAddr::from([10, 0, 2, 15]), prefix: 24 }],
+                gateways: vec![IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1])],
+            }],
             tmpfs: vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }],
             start: Start::Process(process),
         };

@@ -1,0 +1,212 @@
+//! From what husk says of the machine's networks to interfaces that are in service, by the kernel's own messages (netlink).
+
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use husk_protocol::{Interface, InterfaceAddress};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use nix::unistd::{read, write};
+
+use crate::errors::{Context, Failure};
+
+/// A driver may still be looking at its device.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
+/// The loopback interface is the first of every network namespace.
+const LOOPBACK_INDEX: u32 = 1;
+
+// linux/netlink.h
+const NLM_F_REQUEST: u16 = 0x01;
+const NLM_F_ACK: u16 = 0x04;
+const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_CREATE: u16 = 0x400;
+/// Length of `struct nlmsghdr`.
+const HEADER_BYTES: usize = 16;
+// linux/rtnetlink.h, linux/if_addr.h
+const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
+const RTM_NEWROUTE: u16 = 24;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+/// The address is nobody else's, and of use at once.
+const IFA_F_NODAD: u8 = 0x02;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RT_TABLE_MAIN: u8 = 254;
+const RTPROT_BOOT: u8 = 3;
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const RTN_UNICAST: u8 = 1;
+const IFF_UP: u32 = 1;
+
+/// A connection to the kernel about its networks.
+pub struct Network(OwnedFd);
+
+impl Network {
+    /// Connects.
+    pub fn open() -> Result<Network, Failure> {
+        let kind = (AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
+        socket(kind.0, kind.1, kind.2, kind.3).map(Network).context("ask the kernel for its networks")
+    }
+
+    /// Puts the loopback interface in service.
+    pub fn bring_loopback_up(&self) -> Result<(), Failure> {
+        self.bring_up(LOOPBACK_INDEX).context("bring up the loopback interface")
+    }
+
+    /// Gives an interface what it is to have, and puts it in service.
+    pub fn set_up(&self, interface: &Interface) -> Result<(), Failure> {
+        let (name, index) = find(interface.mac, DEVICE_PATIENCE)?;
+        if !interface.addresses.is_empty() {
+            // Routers of the network have nothing to add.
+            let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
+        }
+        self.bring_up(index).context(format_args!("bring up {name}"))?;
+        for InterfaceAddress { ip, prefix } in &interface.addresses {
+            self.ask(&new_address(index, *ip, *prefix))
+                .context(format_args!("give {name} the address {ip}/{prefix}"))?;
+        }
+        for gateway in &interface.gateways {
+            self.ask(&new_route(index, *gateway)).context(format_args!("route through {gateway} on {name}"))?;
+        }
+        Ok(())
+    }
+
+    fn bring_up(&self, index: u32) -> nix::Result<()> {
+        let mut message = Message::new(RTM_NEWLINK, 0);
+        // struct ifinfomsg: family, padding, type, index, flags and which of them change.
+        message.put(&[0; 4]);
+        message.put(&index.to_ne_bytes());
+        message.put(&IFF_UP.to_ne_bytes());
+        message.put(&IFF_UP.to_ne_bytes());
+        self.ask(&message)
+    }
+
+    /// Sends a request and waits for the kernel's answer, which is there when the call returns.
+    fn ask(&self, message: &Message) -> nix::Result<()> {
+        write(&self.0, &message.finish())?;
+        let mut answer = [0; 4096];
+        let count = read(&self.0, &mut answer)?;
+        // struct nlmsgerr: a negative error, or 0.
+        let code = answer.get(..count).and_then(|answer| answer.get(HEADER_BYTES..)?.first_chunk::<4>());
+        match code.map(|code| i32::from_ne_bytes(*code)) {
+            Some(0) => Ok(()),
+            Some(code) => Err(Errno::from_raw(code.wrapping_neg())),
+            None => Err(Errno::EPROTO),
+        }
+    }
+}
+
+/// A request in the making: a header and what stands behind it.
+struct Message {
+    kind: u16,
+    flags: u16,
+    body: Vec<u8>,
+}
+
+impl Message {
+    fn new(kind: u16, flags: u16) -> Message {
+        Message { kind, flags: flags | NLM_F_REQUEST | NLM_F_ACK, body: Vec::new() }
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.body.extend_from_slice(bytes);
+    }
+
+    /// An attribute: its length, its type, and its value, of which ours need no padding.
+    fn attribute(&mut self, kind: u16, value: &[u8]) {
+        self.put(&(value.len() as u16 + 4).to_ne_bytes());
+        self.put(&kind.to_ne_bytes());
+        self.put(value);
+    }
+
+    fn finish(&self) -> Vec<u8> {
+        let len = (HEADER_BYTES + self.body.len()) as u32;
+        let mut bytes = len.to_ne_bytes().to_vec();
+        bytes.extend(self.kind.to_ne_bytes());
+        bytes.extend(self.flags.to_ne_bytes());
+        // Neither a sequence number nor a port: there is one question at a time.
+        bytes.extend([0; 8]);
+        bytes.extend_from_slice(&self.body);
+        bytes
+    }
+}
+
+fn new_address(index: u32, ip: IpAddr, prefix: u8) -> Message {
+    let mut message = Message::new(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE);
+    let (family, bytes) = family(ip);
+    message.put(&[family, prefix, IFA_F_NODAD, RT_SCOPE_UNIVERSE]);
+    message.put(&index.to_ne_bytes());
+    message.attribute(IFA_LOCAL, &bytes);
+    message.attribute(IFA_ADDRESS, &bytes);
+    message
+}
+
+/// A route to everything else.
+fn new_route(index: u32, gateway: IpAddr) -> Message {
+    let mut message = Message::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE);
+    let (family, bytes) = family(gateway);
+    // struct rtmsg: family, lengths of destination and source, type of service, table, protocol, scope, type, flags.
+    message.put(&[family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0, 0, 0, 0]);
+    message.attribute(RTA_GATEWAY, &bytes);
+    message.attribute(RTA_OIF, &index.to_ne_bytes());
+    message
+}
+
+fn family(ip: IpAddr) -> (u8, Vec<u8>) {
+    match ip {
+        IpAddr::V4(ip) => (libc::AF_INET as u8, ip.octets().to_vec()),
+        IpAddr::V6(ip) => (libc::AF_INET6 as u8, ip.octets().to_vec()),
+    }
+}
+
+/// The name and the index of the interface with this Ethernet address, waited for.
+fn find(mac: [u8; 6], patience: Duration) -> Result<(String, u32), Failure> {
+    let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
+    let started = Instant::now();
+    loop {
+        for entry in fs::read_dir("/sys/class/net").context("look for network interfaces")?.flatten() {
+            let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+            if read("address").trim() == wanted
+                && let Ok(index) = read("ifindex").trim().parse()
+            {
+                return Ok((entry.file_name().to_string_lossy().into_owned(), index));
+            }
+        }
+        if started.elapsed() > patience {
+            return Err(Failure::new(format_args!(
+                "there is no network interface {wanted}: does the kernel have a driver for virtio networks?"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_as_long_as_they_say() {
+        let v6: IpAddr = "fd00::15".parse().unwrap();
+        for message in [new_address(2, v6, 64), new_address(2, "10.0.2.15".parse().unwrap(), 24), new_route(2, v6)] {
+            let bytes = message.finish();
+            assert_eq!(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize, bytes.len());
+            assert_eq!(bytes.len() % 4, 0, "no padding is needed");
+        }
+        let bytes = new_address(2, "10.0.2.15".parse().unwrap(), 24).finish();
+        assert_eq!(bytes[16..24], [2, 24, 2, 0, 2, 0, 0, 0]);
+        assert_eq!(bytes[24..32], [8, 0, 2, 0, 10, 0, 2, 15]);
+    }
+
+    #[test]
+    fn the_kernel_answers_what_it_is_asked() {
+        let network = Network::open().unwrap();
+        // Whoever asks, there is no such interface; a stranger is told that it may not ask.
+        let answer = network.bring_up(0x7fff_fff0);
+        assert!(matches!(answer, Err(Errno::ENODEV | Errno::EPERM)), "{answer:?}");
+        let refusal = find([2, 0xff, 0xff, 0xff, 0xff, 0xff], Duration::ZERO).unwrap_err();
+        assert!(refusal.message.contains("02:ff:ff:ff:ff:ff"), "{}", refusal.message);
+    }
+}

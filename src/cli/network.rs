@@ -1,0 +1,201 @@
+//! Flags about networks, the same for `husk boot` and `husk run`.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, bail, ensure};
+use clap::Args;
+
+use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
+use crate::guest::network::{Address, Addressed, Wiring};
+use crate::resources::{net, passt};
+
+/// `--network`, `-p` and `--dns`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct NetworkFlags {
+    /// What the guest's network interface is connected to: user, tap=NAME or none; again for one more interface
+    ///
+    /// `user` is the host's own connections, by the program passt; it needs no privileges, and the guest gets its address by
+    /// DHCP or from husk's init. `tap=NAME` is a tap device of the host's; `ip=ADDRESS/PREFIX` (again for one more) and
+    /// `gateway=ADDRESS` are what husk's init sets up in the guest. `mac=` is the guest's own address. `none` is no
+    /// interface. `husk boot` has none and `husk run` has `user` unless told otherwise.
+    #[arg(long = "network", value_name = "user|tap=NAME|none[,OPTION]...", value_parser = wish)]
+    networks: Vec<Wish>,
+
+    /// Have a port of the host's lead to the guest, on --network user; may be given several times
+    ///
+    /// Both sides may be ranges of one length: 5000-5009:6000-6009. Without an address the port is open on all of the
+    /// host's; an IPv6 address stands in brackets.
+    #[arg(short = 'p', long = "publish", value_name = "[IP:]HOST:GUEST[/udp]", value_parser = str::parse::<PortForward>)]
+    ports: Vec<PortForward>,
+
+    /// DNS server for the guest, in place of the host's; may be given several times
+    #[arg(long, value_name = "ADDRESS")]
+    dns: Vec<IpAddr>,
+}
+
+/// One `--network`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Wish {
+    /// Nothing is what `none` says.
+    to: Option<Attachment>,
+    mac: Option<MacAddress>,
+    addresses: Vec<Address>,
+    gateways: Vec<IpAddr>,
+}
+
+/// Parses `user|tap=NAME|none[,mac=ADDRESS][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]`.
+fn wish(text: &str) -> Result<Wish, String> {
+    let mut parts = text.split(',');
+    let to = match parts.next().unwrap_or_default() {
+        "none" => None,
+        "user" => Some(Attachment::User(UserNetwork::default())),
+        other => match other.strip_prefix("tap=") {
+            Some(name) => Some(Attachment::Tap { name: name.to_owned() }),
+            None => return Err(format!("there is no network {other:?}, type user, tap=NAME or none")),
+        },
+    };
+    let mut wish = Wish { to, mac: None, addresses: Vec::new(), gateways: Vec::new() };
+    let on_tap = matches!(wish.to, Some(Attachment::Tap { .. }));
+    for option in parts {
+        match option.split_once('=') {
+            Some(("mac", mac)) if wish.to.is_some() => wish.mac = Some(mac.parse()?),
+            Some(("ip", address)) if on_tap => wish.addresses.push(address.parse()?),
+            Some(("gateway", address)) if on_tap => {
+                let gateway = address.parse().map_err(|_| format!("{address:?} is no address of a gateway"))?;
+                wish.gateways.push(gateway);
+            }
+            _ => return Err(format!("unknown option {option:?}, type mac=ADDRESS, or with tap=NAME ip= or gateway=")),
+        }
+    }
+    Ok(wish)
+}
+
+impl NetworkFlags {
+    /// Whether anything was said about networks.
+    pub fn is_empty(&self) -> bool {
+        self.networks.is_empty() && self.ports.is_empty() && self.dns.is_empty()
+    }
+
+    /// The interfaces that are wished for, for a guest that sets them up itself.
+    pub fn configs(&self) -> Result<Vec<NetworkConfig>> {
+        let told = |wish: &Wish| !wish.addresses.is_empty() || !wish.gateways.is_empty();
+        ensure!(
+            !self.networks.iter().any(told),
+            "ip= and gateway= are for `husk run`: a guest of `husk boot` finds its addresses itself"
+        );
+        Ok(self.wished()?.into_iter().map(|wired| wired.config).collect())
+    }
+
+    /// The interfaces of the machine `name`, set up by husk's init: as wished for, or what a machine has if nothing was
+    /// said, which may be nothing.
+    pub fn wiring(&self, name: &str) -> Result<Wiring> {
+        let mut wired = self.wished()?;
+        if self.is_empty() {
+            match passt::check() {
+                Ok(()) => wired.push(user()),
+                Err(error) => log::warn!("this machine has no network: {error:#}"),
+            }
+        }
+        for (index, wired) in wired.iter_mut().enumerate() {
+            wired.config.mac.get_or_insert_with(|| net::mac_of(name, index));
+        }
+        Ok(Wiring::new(wired, &self.dns))
+    }
+
+    fn wished(&self) -> Result<Vec<Addressed>> {
+        let none = self.networks.iter().any(|wish| wish.to.is_none());
+        let mut wired: Vec<Addressed> = self.networks.iter().filter_map(Wish::addressed).collect();
+        ensure!(!none || wired.is_empty(), "--network none stands alone");
+        // Who publishes a port has a network in mind.
+        if self.networks.is_empty() && !self.is_empty() {
+            wired.push(user());
+        }
+        let first_user = wired.iter_mut().find_map(|wired| match &mut wired.config.to {
+            Attachment::User(user) => Some(user),
+            Attachment::Tap { .. } => None,
+        });
+        match first_user {
+            Some(user) => {
+                user.ports.clone_from(&self.ports);
+                user.dns.clone_from(&self.dns);
+            }
+            None if !self.ports.is_empty() => {
+                bail!("-p is for --network user: on others the guest's own ports are reached")
+            }
+            None => {}
+        }
+        Ok(wired)
+    }
+}
+
+fn user() -> Addressed {
+    let to = Attachment::User(UserNetwork::default());
+    Addressed { config: NetworkConfig { to, mac: None }, addresses: Vec::new(), gateways: Vec::new() }
+}
+
+impl Wish {
+    fn addressed(&self) -> Option<Addressed> {
+        let config = NetworkConfig { to: self.to.clone()?, mac: self.mac };
+        Some(Addressed { config, addresses: self.addresses.clone(), gateways: self.gateways.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        network: NetworkFlags,
+    }
+
+    fn flags(words: &[&str]) -> NetworkFlags {
+        Cli::try_parse_from([&["x"], words].concat()).map(|cli| cli.network).unwrap()
+    }
+
+    fn configs(words: &[&str]) -> Result<Vec<NetworkConfig>, String> {
+        flags(words).configs().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn networks_are_what_was_asked_for() {
+        assert_eq!(configs(&[]), Ok(Vec::new()));
+        assert_eq!(configs(&["--network", "none"]), Ok(Vec::new()));
+        let tap = NetworkConfig { to: Attachment::Tap { name: "tap0".into() }, mac: "02:00:00:00:00:07".parse().ok() };
+        let user = |ports: &[&str]| {
+            let ports = ports.iter().map(|port| port.parse().unwrap()).collect();
+            NetworkConfig { to: Attachment::User(UserNetwork { ports, dns: Vec::new() }), mac: None }
+        };
+        let both = ["--network=tap=tap0,mac=02:00:00:00:00:07", "--network=user", "-p80:80", "-p", "53:53/udp"];
+        assert_eq!(configs(&both), Ok(vec![tap, user(&["80:80", "53:53/udp"])]));
+        assert_eq!(configs(&["-p", "8080:80"]), Ok(vec![user(&["8080:80"])]));
+    }
+
+    #[test]
+    fn wishes_that_do_not_go_together_are_refused() {
+        for (words, wanted) in [
+            (&["--network=none", "--network=user"][..], "stands alone"),
+            (&["--network=none", "-p80:80"], "-p is for --network user"),
+            (&["--network=tap=t", "-p80:80"], "-p is for --network user"),
+            (&["--network=tap=t,ip=10.0.0.2/24"], "for `husk run`"),
+        ] {
+            let refusal = configs(words).unwrap_err();
+            assert!(refusal.contains(wanted), "{words:?}: {refusal}");
+        }
+        for text in
+            ["", "bridge", "tap", "user,ip=10.0.0.2/24", "none,mac=02:00:00:00:00:01", "tap=t,ip=10.0.0.2", "user,"]
+        {
+            assert!(wish(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn addresses_on_a_tap_device_are_for_the_guest() {
+        let wish = wish("tap=t,ip=10.0.0.2/24,ip=fd00::2/64,gateway=10.0.0.1").unwrap();
+        assert_eq!(wish.addresses, ["10.0.0.2/24".parse().unwrap(), "fd00::2/64".parse().unwrap()]);
+        assert_eq!(wish.gateways, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+    }
+}

@@ -1,0 +1,142 @@
+//! From a machine's networks to what the guest's init is told of them: addresses, gateways, and where to ask for names.
+
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use husk_protocol::{Interface, InterfaceAddress};
+
+use crate::config::{Attachment, NetworkConfig};
+use crate::resources::passt;
+use crate::resources::resolver::{self, Resolver};
+
+/// An address of the guest's, and how much of it is the network's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// Length of the network's prefix in bits.
+    pub prefix: u8,
+}
+
+/// An interface, and what its guest is to make of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addressed {
+    /// The interface.
+    pub config: NetworkConfig,
+    /// Its addresses, where they are not the network's own to give.
+    pub addresses: Vec<Address>,
+    /// Where everything else is reached through.
+    pub gateways: Vec<IpAddr>,
+}
+
+/// All of a machine's interfaces.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wiring {
+    /// What the machine is made with.
+    pub configs: Vec<NetworkConfig>,
+    /// What its init is told.
+    pub interfaces: Vec<Interface>,
+    resolver: Resolver,
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Address, String> {
+        let parse = || {
+            let (ip, prefix) = text.split_once('/')?;
+            let (ip, prefix) = (ip.parse::<IpAddr>().ok()?, prefix.parse().ok()?);
+            let bits_max = if ip.is_ipv4() { 32 } else { 128 };
+            (prefix <= bits_max).then_some(Address { ip, prefix })
+        };
+        parse().ok_or_else(|| format!("{text:?} is no address: type ADDRESS/PREFIX, as 192.0.2.2/24"))
+    }
+}
+
+impl Wiring {
+    /// The wiring of a machine whose interfaces are `wired` and which asks `dns`, or if there are none the host's servers.
+    pub fn new(wired: Vec<Addressed>, dns: &[IpAddr]) -> Wiring {
+        let mut resolver = resolver::of_host();
+        let user = wired.iter().find_map(|wired| match &wired.config.to {
+            Attachment::User(user) => Some(user),
+            Attachment::Tap { .. } => None,
+        });
+        match user {
+            Some(user) => resolver.servers = passt::dns_servers(user, &resolver),
+            None if !dns.is_empty() => resolver.servers = dns.to_vec(),
+            None => {}
+        }
+        let interfaces = wired.iter().filter_map(interface).collect();
+        Wiring { configs: wired.into_iter().map(|wired| wired.config).collect(), interfaces, resolver }
+    }
+
+    /// Whether there is no interface at all.
+    pub fn is_empty(&self) -> bool {
+        self.configs.is_empty()
+    }
+
+    /// The content of the guest's /etc/resolv.conf, where it has whom to ask.
+    pub fn resolv_conf(&self) -> Option<Vec<u8>> {
+        (!self.is_empty()).then(|| self.resolver.resolv_conf())
+    }
+
+    /// The address by which the guest knows itself, if it has one.
+    pub fn own_address(&self) -> Option<IpAddr> {
+        self.interfaces.iter().flat_map(|interface| &interface.addresses).map(|address| address.ip).next()
+    }
+}
+
+fn interface(wired: &Addressed) -> Option<Interface> {
+    // Without one nobody could tell in the guest which interface it is.
+    let mac = wired.config.mac?.0;
+    let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
+    Some(match &wired.config.to {
+        Attachment::Tap { .. } => Interface {
+            mac,
+            addresses: wired.addresses.iter().map(|given| address(given.ip, given.prefix)).collect(),
+            gateways: wired.gateways.clone(),
+        },
+        Attachment::User(_) => {
+            let mut addresses = vec![address(passt::GUEST.into(), passt::PREFIX)];
+            let mut gateways = vec![IpAddr::from(passt::GATEWAY)];
+            if passt::has_ipv6() {
+                addresses.push(address(passt::GUEST_V6.into(), passt::PREFIX_V6));
+                gateways.push(passt::GATEWAY_V6.into());
+            }
+            Interface { mac, addresses, gateways }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MacAddress, UserNetwork};
+
+    fn wired(to: Attachment) -> Addressed {
+        let config = NetworkConfig { to, mac: Some(MacAddress([2, 0, 0, 0, 0, 1])) };
+        Addressed { config, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
+    }
+
+    #[test]
+    fn an_address_has_a_prefix_that_its_kind_can_have() {
+        assert!("10.0.0.1/32".parse::<Address>().is_ok() && "fd00::1/128".parse::<Address>().is_ok());
+        for wrong in ["", "10.0.0.1", "10.0.0.1/33", "fd00::1/129", "10.0.0.1/-1", "a/24"] {
+            assert!(wrong.parse::<Address>().unwrap_err().contains("ADDRESS/PREFIX"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_guest_is_told_what_its_network_expects() {
+        let user = Wiring::new(vec![wired(Attachment::User(UserNetwork::default()))], &[]);
+        assert_eq!(user.own_address(), Some(passt::GUEST.into()));
+        assert_eq!(user.interfaces[0].gateways[0], IpAddr::from(passt::GATEWAY));
+        assert!(String::from_utf8(user.resolv_conf().unwrap()).unwrap().contains("nameserver "));
+        let dns = ["192.0.2.53".parse().unwrap()];
+        let tap = Wiring::new(vec![wired(Attachment::Tap { name: "t".into() })], &dns);
+        assert_eq!(tap.own_address(), Some("192.0.2.2".parse().unwrap()));
+        assert!(tap.resolv_conf().unwrap().ends_with(b"nameserver 192.0.2.53\n"));
+        let none = Wiring::new(Vec::new(), &dns);
+        assert_eq!((none.is_empty(), none.own_address(), none.resolv_conf()), (true, None, None));
+    }
+}
