@@ -98,6 +98,12 @@ fn has_default_route(table: &str) -> bool {
 pub fn start(network: &UserNetwork) -> Result<Passt> {
     ensure!(is_installed(), "user-mode networking needs passt: type `sudo apt-get install passt`, or --network none");
     network.ports.iter().try_for_each(check_free)?;
+    let is_local =
+        |port: &&PortForward| port.protocol == Protocol::Udp && port.host_ip.is_some_and(|ip| ip.is_loopback());
+    if let Some(port) = network.ports.iter().find(is_local) {
+        // It maps them to the gateway, whose way back is closed: it would lead to all of the host's own services.
+        log::warn!("answers from UDP port {} may not arrive: passt loses those to loopback addresses", port.host_port);
+    }
     let (ours, theirs) = UnixStream::pair().context("make a socket for passt")?;
     for end in [&ours, &theirs] {
         // As much as the host allows is good, too.

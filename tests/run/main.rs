@@ -7,6 +7,7 @@ mod background;
 mod debian;
 mod image;
 mod life;
+mod net;
 mod process;
 mod streams;
 #[path = "../kvm/terminal.rs"]
@@ -65,13 +66,26 @@ impl Ended {
     }
 }
 
-/// `husk run` of a kernel, with these flags, image and command.
+/// `husk run` of a kernel, with these flags, image and command, without a network.
 fn husk_under(guests: &std::path::Path, kernel: &str, words: &[&str]) -> Command {
-    husk_with(guests, kernel, if kernel == "micro" { "96M" } else { "192M" }, words)
+    husk_with(guests, kernel, memory_for(kernel), words)
 }
 
 /// The same, with so much memory.
 fn husk_with(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&str]) -> Command {
+    husk_as_is(guests, kernel, memory, &[&["--network", "none"], words].concat())
+}
+
+/// The same, with the network that the flags say, or the one that machines have.
+fn husk_networked(guests: &std::path::Path, kernel: &str, words: &[&str]) -> Command {
+    husk_as_is(guests, kernel, memory_for(kernel), words)
+}
+
+fn memory_for(kernel: &str) -> &'static str {
+    if kernel == "micro" { "96M" } else { "192M" }
+}
+
+fn husk_as_is(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     command.args(["run", "--memory", memory, "--kernel"]);
     match kernel {

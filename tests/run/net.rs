@@ -1,0 +1,278 @@
+//! Networks: what a guest reaches, how it is reached, and that one without a network has none.
+//!
+//! The other side is real: curl, iperf3, and small servers here. Where this machine has no way out, as the lab has none, it
+//! is given an interface that leads nowhere, since passt wants one.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use husk::config::MacAddress;
+use husk::resources::net::mac_of;
+
+use crate::image::{self, run};
+use crate::{Ended, finish, guests, husk_networked, wait};
+
+/// A test network (RFC 5737) for a machine that has none.
+const UPLINK: [&str; 2] = ["198.51.100.2/24", "198.51.100.1"];
+const SERVED: &str = "the host says so\n";
+
+/// This machine's own address, as a guest can reach it; `None`, loudly, where there is no network and none can be made.
+fn host() -> Option<IpAddr> {
+    static HOST: OnceLock<Option<IpAddr>> = OnceLock::new();
+    *HOST.get_or_init(|| {
+        if own_address().is_none() && std::env::var_os("HUSK_TEST_EMULATED").is_some() {
+            make_uplink();
+        }
+        let address = own_address();
+        if address.is_none() {
+            eprintln!("SKIPPED: this machine has no network");
+        }
+        address
+    })
+}
+
+/// Nothing is sent for this.
+fn own_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    socket.local_addr().ok().map(|address| address.ip())
+}
+
+fn make_uplink() {
+    let ip = |words: &[&str]| run(Command::new("ip").args(words));
+    ip(&["link", "add", "uplink", "type", "veth"]);
+    ip(&["addr", "add", UPLINK[0], "dev", "uplink"]);
+    ip(&["link", "set", "uplink", "up"]);
+    ip(&["route", "add", "default", "via", UPLINK[1]]);
+    // The one that passt runs as.
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    if !passwd.contains("nobody:") {
+        fs::write("/etc/passwd", passwd + "nobody:x:65534:65534:nobody:/:/bin/false\n").unwrap();
+    }
+}
+
+/// A root file system with iperf3 beside busybox.
+fn root() -> &'static str {
+    static ROOT: OnceLock<String> = OnceLock::new();
+    ROOT.get_or_init(|| {
+        let root = image::root().with_file_name("network-root");
+        run(Command::new("cp").arg("-a").arg(image::root()).arg(&root));
+        let iperf3 = Path::new("/usr/bin/iperf3");
+        fs::copy(iperf3, root.join("bin/iperf3")).expect("scripts/deps test installs iperf3");
+        // What ldd does.
+        let loader = "/lib64/ld-linux-x86-64.so.2";
+        let list = run(Command::new(loader).arg("--list").arg(iperf3));
+        let libraries = list.split_whitespace().filter(|word| word.starts_with('/'));
+        for library in libraries.chain([loader]) {
+            let to = root.join(library.trim_start_matches('/'));
+            fs::create_dir_all(to.parent().unwrap()).unwrap();
+            fs::copy(library, to).unwrap();
+        }
+        root.to_str().unwrap().to_owned()
+    })
+}
+
+/// A port that nobody has now.
+fn free_port() -> u16 {
+    TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Runs a shell command in a machine with a network.
+fn networked(guests: &Path, kernel: &str, flags: &[&str], script: &str) -> Ended {
+    let words = [flags, &["-e", "PATH=/bin", root(), "sh", "-c", script]].concat();
+    finish(husk_networked(guests, kernel, &words), Vec::new())
+}
+
+/// Starts one that stays, and waits until it has said `ready`. The thread returns what it says later.
+fn start(guests: &Path, flags: &[&str], script: &str) -> (Child, JoinHandle<String>) {
+    let words = [flags, &["-e", "PATH=/bin", root(), "sh", "-c", script]].concat();
+    let mut child = husk_networked(guests, "micro", &words).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    if line != "ready\n" {
+        let _ = child.kill();
+        panic!("the command did not start: {line:?} {}", wait(child).errors);
+    }
+    let rest = thread::spawn(move || {
+        let mut text = String::new();
+        let _ = output.read_to_string(&mut text);
+        text
+    });
+    (child, rest)
+}
+
+fn end(child: Child) {
+    run(Command::new("kill").arg("-TERM").arg(child.id().to_string()));
+    wait(child).expect(143);
+}
+
+/// Answers every request with the same words, for as long as the test runs.
+fn serve(host: IpAddr) -> SocketAddr {
+    let listener = TcpListener::bind((host, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            let answer = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n{SERVED}", SERVED.len());
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
+    address
+}
+
+/// Answers every question for an address with 192.0.2.99. `None` where port 53 is not to be had.
+fn serve_names(host: IpAddr) -> Option<()> {
+    let socket = UdpSocket::bind((host, 53)).ok()?;
+    thread::spawn(move || {
+        let mut packet = [0; 512];
+        while let Ok((count, from)) = socket.recv_from(&mut packet) {
+            let Some(question) = packet.get(12..count) else { continue };
+            let is_a = question.windows(4).any(|end| end == [0, 1, 0, 1]);
+            // The question again, and for an IPv4 address one answer, whose name is the question's.
+            let mut answer = [&packet[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0], question].concat();
+            if is_a {
+                answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 99]);
+            }
+            let _ = socket.send_to(&answer, from);
+        }
+    });
+    Some(())
+}
+
+#[test]
+fn a_guest_reaches_the_host_and_its_names_without_asking_for_a_network() {
+    let guests = guests!();
+    let Some(host) = host() else { return };
+    let (server, names) = (serve(host), serve_names(host));
+    let script = format!(
+        "cat /sys/class/net/eth0/address; ip -4 -o addr show eth0 | tr -s ' ' | cut -d ' ' -f 4; cat /sys/class/net/eth0/mtu
+         ip route | grep default; grep box /etc/hosts; wget -qO- http://{server}/
+         grep -c 'nameserver {host}' /etc/resolv.conf; nslookup husk.example | grep -c 192.0.2.99"
+    );
+    let dns = host.to_string();
+    // Without --network; the stock kernel has its driver as modules.
+    let ended = networked(&guests, "stock", &["--name", "box", "--dns", &dns], &script);
+    let text = ended.text();
+    let mut lines = text.lines();
+    assert_eq!(lines.next().unwrap().parse::<MacAddress>(), Ok(mac_of("box", 0)), "{text}");
+    let lines: Vec<&str> = lines.map(str::trim).collect();
+    let wanted = ["10.0.2.15/24", "65520", "default via 10.0.2.2 dev eth0", "10.0.2.15\tbox", "the host says so", "1"];
+    assert_eq!(lines[..6], wanted, "{}", ended.errors);
+    if names.is_some() {
+        assert_eq!(lines[6..], ["1"], "{text}{}", ended.errors);
+    }
+}
+
+#[test]
+fn a_guest_is_reached_through_published_ports_and_they_close_with_it() {
+    let guests = guests!();
+    let Some(host) = host() else { return };
+    let (web, perf) = (free_port(), free_port());
+    let published = [format!("{web}:80"), format!("{perf}:5201"), format!("{perf}:5201/udp")];
+    let flags: Vec<&str> = published.iter().flat_map(|port| ["-p", port]).collect();
+    let script = "mkdir /www; head -c 3000000 /dev/zero | tr '\\0' h >/www/big; httpd -p 80 -h /www
+        iperf3 -s -D; echo ready; exec sleep 1000";
+    let (machine, _output) = start(&guests, &flags, script);
+    let fetched =
+        run(Command::new("curl").args(["-sS", "--max-time", "60"]).arg(format!("http://127.0.0.1:{web}/big")));
+    assert!(fetched.len() == 3_000_000 && fetched.bytes().all(|byte| byte == b'h'), "{} bytes", fetched.len());
+    // To the guest, from it, and datagrams.
+    for flags in [&["-n", "4M"][..], &["-n", "4M", "-R"], &["-u", "-b", "2M", "-n", "200K", "-l", "1200"]] {
+        let mut client = Command::new("iperf3");
+        // By its own address: passt loses answers to datagrams from 127.0.0.1.
+        client.args(["-c", &host.to_string(), "-p", &perf.to_string(), "-J"]).args(flags);
+        let report: serde_json::Value = serde_json::from_str(&run(&mut client)).unwrap();
+        let end = &report["end"];
+        let sum = if flags[0] == "-u" { &end["sum"] } else { &end["sum_received"] };
+        let received = sum["bytes"].as_u64().unwrap_or_else(|| panic!("{flags:?}: {report}"));
+        assert!(received >= 200_000, "{flags:?}: {sum}");
+        if flags[0] == "-u" {
+            assert!(sum["lost_packets"].as_u64().unwrap() <= 20, "{sum}");
+        }
+    }
+    // A second machine is told at once, and nothing else of it happens.
+    let second = networked(&guests, "micro", &["-p", &published[0]], "true");
+    assert!(second.expect(125).errors.contains(&format!("port {web} of this host is in use")), "{}", second.errors);
+    end(machine);
+    let closed = Instant::now() + Duration::from_secs(20);
+    while TcpListener::bind(("0.0.0.0", web)).is_err() {
+        assert!(Instant::now() < closed, "the port is still open");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_machine_that_floods_its_network_is_ended_like_any_other() {
+    let guests = guests!();
+    let Some(host) = host() else { return };
+    let (port, host) = (free_port().to_string(), host.to_string());
+    let mut server =
+        Command::new("iperf3").args(["-s", "-B", &host, "-p", &port]).stdout(Stdio::null()).spawn().unwrap();
+    // Small datagrams, as many as there can be.
+    let script = format!(
+        "trap 'cat /sys/class/net/eth0/statistics/tx_packets; exit 7' TERM; echo ready
+         iperf3 -c {host} -p {port} -u -b 0 -l 64 -t 1000 >/dev/null & wait; echo the flood ended"
+    );
+    let (machine, output) = start(&guests, &["--network", "user"], &script);
+    thread::sleep(Duration::from_secs(6));
+    let started = Instant::now();
+    run(Command::new("kill").arg("-TERM").arg(machine.id().to_string()));
+    wait(machine).expect(7);
+    let took = started.elapsed();
+    let packets = output.join().unwrap();
+    assert!(packets.trim().parse::<u64>().unwrap() > 1000, "{packets}");
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    server.kill().unwrap();
+    server.wait().unwrap();
+}
+
+#[test]
+fn no_network_is_really_none() {
+    let guests = guests!();
+    let ended =
+        networked(&guests, "micro", &["--network", "none"], "ls /sys/class/net | grep -v dummy; ls /etc/resolv.conf");
+    assert_eq!(ended.expect(1).text(), "lo\n");
+}
+
+#[test]
+fn a_tap_device_carries_what_the_host_routes() {
+    let guests = guests!();
+    if !fs::read_to_string("/proc/self/status").unwrap().contains("\nUid:\t0\t") {
+        eprintln!("SKIPPED a_tap_device_carries_what_the_host_routes: only root makes tap devices");
+        return;
+    }
+    let flags = ["--network", "tap=husk-test,ip=198.18.7.2/24,gateway=198.18.7.1"];
+    let script = "iperf3 -s -D; mkdir /www; echo from the guest >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
+    let (machine, _output) = start(&guests, &flags, script);
+    // It came with the machine, and is the host's to set up.
+    run(Command::new("ip").args(["addr", "add", "198.18.7.1/24", "dev", "husk-test"]));
+    run(Command::new("ip").args(["link", "set", "husk-test", "up"]));
+    let page = run(Command::new("curl").args(["-sS", "--max-time", "60", "http://198.18.7.2/"]));
+    assert_eq!(page, "from the guest\n");
+    for direction in [&[][..], &["-R"]] {
+        let mut client = Command::new("iperf3");
+        client.args(["-c", "198.18.7.2", "-n", "16M", "-J"]).args(direction);
+        let report: serde_json::Value = serde_json::from_str(&run(&mut client)).unwrap();
+        // The last ones may be under way when the count ends.
+        assert!(report["end"]["sum_received"]["bytes"].as_u64().unwrap() >= 8 << 20, "{}", report["end"]);
+        eprintln!("tap {direction:?}: {} bit/s", report["end"]["sum_received"]["bits_per_second"]);
+    }
+    // More than Ethernet's 1500 bytes at a time crossed: segments were left to the other side.
+    let count = |name: &str| {
+        let path = format!("/sys/class/net/husk-test/statistics/{name}");
+        fs::read_to_string(path).unwrap().trim().parse::<u64>().unwrap()
+    };
+    assert!(count("tx_bytes") / count("tx_packets") > 1514, "{} {}", count("tx_bytes"), count("tx_packets"));
+    let second = networked(&guests, "micro", &["--network", "tap=husk-test"], "true");
+    assert!(second.expect(125).errors.contains("another machine has it"), "{}", second.errors);
+    end(machine);
+    assert!(!Path::new("/sys/class/net/husk-test").exists(), "it goes with its machine");
+}
