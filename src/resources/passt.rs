@@ -285,7 +285,13 @@ impl Drop for Passt {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpStream;
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
+    use crate::memory;
 
     #[test]
     fn ports_are_written_as_passt_reads_them() {
@@ -329,5 +335,75 @@ mod tests {
         let has = |arguments: Vec<String>, words: [&str; 2]| arguments.windows(2).any(|pair| pair == words);
         assert!(has(arguments(&user(&[]), &none), ["--dns-forward", "10.0.2.3"]));
         assert!(has(arguments(&user(&[]), &some), ["--dns", "192.0.2.53"]));
+    }
+
+    /// Sends a frame as the guest; the socket takes it whole.
+    fn send(passt: &mut Passt, frame: &[u8]) {
+        let memory = Arc::new(memory::reserve(1).unwrap());
+        memory.write_slice(frame, GuestAddress(0)).unwrap();
+        let mut buffers = GuestBuffers::new(memory);
+        buffers.push(GuestAddress(0), frame.len() as u32).unwrap();
+        passt.send(&Header::default(), &mut buffers).unwrap();
+    }
+
+    fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+        let started = Instant::now();
+        loop {
+            assert!(started.elapsed() < Duration::from_secs(20), "{what} did not come");
+            match found() {
+                Some(found) => return found,
+                None => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    #[test]
+    fn passt_answers_for_the_gateway_forwards_a_port_and_ends_with_its_machine() {
+        if let Err(error) = check() {
+            eprintln!("SKIPPED: {error:#}");
+            return;
+        }
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let ports = vec![format!("127.0.0.1:{port}:80").parse().unwrap()];
+        let mut passt = start(&UserNetwork { ports, ..Default::default() }).unwrap();
+        // Who has the gateway's address? (RFC 826)
+        let guest_mac = [2, 0, 0, 0, 0, 2];
+        let mut question = [&[0xff; 6][..], &guest_mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &guest_mac].concat();
+        question.extend([&GUEST.octets()[..], &[0; 6], &GATEWAY.octets()].concat());
+        send(&mut passt, &question);
+        wait_for("an answer", || {
+            let answered = passt.receive().unwrap() && passt.frame().unwrap().1[12..14] == [8, 6];
+            let answer = passt.frame().map(|(_, frame)| frame.to_vec());
+            passt.consume();
+            let answer = answer.filter(|_| answered)?;
+            assert_eq!((&answer[28..32], &answer[6..12]), (&GATEWAY.octets()[..], &[2, 0x68, 0x75, 0x73, 0x6b, 1][..]));
+            Some(())
+        });
+        // A connection from here is one to the guest, whose first packet comes now.
+        let _stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        wait_for("a connection", || {
+            let found = passt.receive().unwrap();
+            let frame = passt.frame().map(|(_, frame)| frame.to_vec());
+            passt.consume();
+            let frame = frame.filter(|_| found)?;
+            (frame[12..14] == [8, 0] && frame[23] == 6 && frame[36..38] == [0, 80]).then_some(())
+        });
+        let process = std::path::PathBuf::from(format!("/proc/{}", passt.child.id()));
+        assert!(process.exists());
+        drop(passt);
+        assert!(!process.exists());
+        TcpListener::bind(("127.0.0.1", port)).unwrap();
+    }
+
+    #[test]
+    fn a_passt_that_is_killed_is_the_end_of_the_network() {
+        if let Err(error) = check() {
+            eprintln!("SKIPPED: {error:#}");
+            return;
+        }
+        let mut passt = start(&UserNetwork::default()).unwrap();
+        passt.child.kill().unwrap();
+        let error = wait_for("an end", || passt.receive().err());
+        assert!(is_end(&error) && error.to_string().starts_with("passt ended: "), "{error}");
     }
 }

@@ -147,6 +147,13 @@ fn with_parts(prefix: &[u8], frame: &GuestBuffers, call: impl Fn(&[libc::iovec])
     }
 }
 
+/// Gives the calling thread, and what it starts from now on, a network of its own (unshare(2)).
+#[cfg(test)]
+pub fn leave_network() -> io::Result<()> {
+    // SAFETY: no pointer is passed.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })
+}
+
 fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

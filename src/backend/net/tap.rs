@@ -96,3 +96,136 @@ impl NetBackend for TapNet {
         self.tap.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::process::Command;
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory;
+
+    const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+    const UDP_HEADERS_BYTES: usize = 14 + 20 + 8;
+
+    fn ip(words: &str) {
+        let output = Command::new("ip").args(words.split(' ')).output().expect("scripts/deps test installs iproute2");
+        assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Runs `test` on a tap device in a network of its own, whose host is 10.9.0.1 and whose guest 10.9.0.2; skips loudly
+    /// where that may not be made.
+    fn on_tap(test: impl FnOnce(TapNet) + Send) {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // A device belongs to the network in which its descriptor was opened.
+                let left = sys::net::leave_network();
+                let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+                let (Ok(()), Ok(tun)) = (left, tun) else {
+                    eprintln!("SKIPPED: only root makes networks");
+                    return;
+                };
+                sys::net::attach_tap(&tun, "t0", HEADER_BYTES).unwrap();
+                ip("addr add 10.9.0.1/24 dev t0");
+                ip("link set t0 mtu 65521 up");
+                ip("neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev t0");
+                test(TapNet::new(tun));
+            });
+            thread.join().unwrap();
+        });
+    }
+
+    /// The next UDP packet for the guest, among what else a kernel says to a new interface.
+    fn next_udp(net: &mut TapNet) -> (Header, Vec<u8>) {
+        let started = Instant::now();
+        loop {
+            assert!(started.elapsed() < Duration::from_secs(10), "no packet came");
+            if !net.receive().unwrap() {
+                std::thread::yield_now();
+                continue;
+            }
+            let (header, frame) = net.frame().map(|(header, frame)| (header, frame.to_vec())).unwrap();
+            net.consume();
+            if frame[12..14] == [8, 0] && frame[23] == 17 && frame[30..34] == [10, 9, 0, 2] {
+                return (header, frame);
+            }
+        }
+    }
+
+    #[test]
+    fn checksums_are_left_to_a_guest_only_where_it_takes_them() {
+        on_tap(|mut net| {
+            let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
+            for accepted in [true, false] {
+                net.accept(if accepted { net.features() } else { 0 }).unwrap();
+                socket.send_to(&[7; 3000], "10.9.0.2:7").unwrap();
+                let (header, frame) = next_udp(&mut net);
+                assert_eq!(header.flags & 1 == 1, accepted, "{header:?}");
+                assert_eq!((frame[..6].to_vec(), frame.len()), (GUEST_MAC.to_vec(), UDP_HEADERS_BYTES + 3000));
+            }
+            assert!(!net.receive().unwrap() || net.frame().is_some());
+        });
+    }
+
+    #[test]
+    fn a_checksum_that_a_guest_leaves_open_is_filled_in_and_a_wrong_one_found() {
+        on_tap(|mut net| {
+            net.accept(net.features()).unwrap();
+            let socket = UdpSocket::bind("10.9.0.1:7").unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let out = UdpSocket::bind("10.9.0.1:0").unwrap();
+            // The host's own packet, turned round.
+            out.send_to(b"there and back", "10.9.0.2:7").unwrap();
+            let (header, mut frame) = next_udp(&mut net);
+            assert_eq!((header.flags, header.checksum_start, header.checksum_offset), (1, 34, 6));
+            let host_mac: [u8; 6] = frame[6..12].try_into().unwrap();
+            frame[..6].copy_from_slice(&host_mac);
+            frame[6..12].copy_from_slice(&GUEST_MAC);
+            let (from, to): ([u8; 4], [u8; 4]) = (frame[26..30].try_into().unwrap(), frame[30..34].try_into().unwrap());
+            frame[26..30].copy_from_slice(&to);
+            frame[30..34].copy_from_slice(&from);
+            let memory = Arc::new(memory::reserve(1).unwrap());
+            memory.write_slice(&frame, GuestAddress(0x1000)).unwrap();
+            let frame_in_memory = || {
+                let mut buffers = GuestBuffers::new(memory.clone());
+                buffers.push(GuestAddress(0x1000), 20).unwrap();
+                buffers.push(GuestAddress(0x1014), frame.len() as u32 - 20).unwrap();
+                buffers
+            };
+            // What stands there is only the sum of the pseudo header, so that whoever believes it throws the packet away.
+            net.send(&Header::default(), &mut frame_in_memory()).unwrap();
+            net.send(&header.checked(net.features(), frame.len()).unwrap(), &mut frame_in_memory()).unwrap();
+            let mut packet = [0; 100];
+            let (count, from) = socket.recv_from(&mut packet).unwrap();
+            assert_eq!((&packet[..count], from.ip().to_string()), (&b"there and back"[..], "10.9.0.2".to_owned()));
+            socket.set_nonblocking(true).unwrap();
+            assert!(socket.recv_from(&mut packet).is_err(), "the first was taken too");
+        });
+    }
+
+    #[test]
+    fn a_device_that_is_down_or_gone_is_told_apart() {
+        on_tap(|mut net| {
+            let memory = Arc::new(memory::reserve(1).unwrap());
+            let mut send = |net: &mut TapNet| {
+                let mut buffers = GuestBuffers::new(memory.clone());
+                buffers.push(GuestAddress(0x1000), 60).unwrap();
+                net.send(&Header::default(), &mut buffers)
+            };
+            send(&mut net).unwrap();
+            ip("link set t0 down");
+            let error = send(&mut net).unwrap_err();
+            assert!(!crate::backend::net::is_end(&error), "{error}");
+            ip("link set t0 up");
+            send(&mut net).unwrap();
+            ip("link del t0");
+            let error = send(&mut net).unwrap_err();
+            assert!(crate::backend::net::is_end(&error), "{error}");
+        });
+    }
+}
