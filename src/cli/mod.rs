@@ -20,6 +20,7 @@ pub mod logger;
 pub mod logs;
 pub mod man;
 mod network;
+pub mod networks;
 pub mod pause;
 pub mod prepare;
 pub mod prune;
@@ -118,6 +119,8 @@ enum Command {
     Prune(prune::Prune),
     /// List the disks that are kept, or remove some
     Disks(disks::Disks),
+    /// Make, list or remove networks that machines share
+    Network(networks::Networks),
     /// Say what this host can do, and what to type where something is missing
     Doctor(doctor::Doctor),
     /// Print a completion script for a shell
@@ -157,6 +160,7 @@ impl Cli {
             Command::Rmi(rmi) => rmi.run(),
             Command::Prune(prune) => prune.run(),
             Command::Disks(disks) => disks.run(),
+            Command::Network(networks) => networks.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),

@@ -7,18 +7,19 @@ use clap::Args;
 
 use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
 use crate::guest::network::{Address, Addressed, Wiring};
-use crate::resources::{net, passt};
+use crate::resources::{bridge, net, passt};
 
 /// `--network`, `-p` and `--dns`.
 #[derive(Debug, Clone, Default, Args)]
 pub struct NetworkFlags {
-    /// What the guest's network interface is connected to: user, tap=NAME or none; again for one more interface
+    /// What the guest's network interface is connected to; again for one more interface
     ///
     /// `user` is the host's own connections, by the program passt; it needs no privileges, and the guest gets its address by
     /// DHCP or from husk's init. `tap=NAME` is a tap device of the host's; `ip=ADDRESS/PREFIX` (again for one more) and
-    /// `gateway=ADDRESS` are what husk's init sets up in the guest. `mac=` is the guest's own address. `none` is no
-    /// interface. `husk boot` has none and `husk run` has `user` unless told otherwise.
-    #[arg(long = "network", value_name = "user|tap=NAME|none[,OPTION]...", value_parser = wish)]
+    /// `gateway=ADDRESS` are what husk's init sets up in the guest. Another NAME is a network of `husk network create`, on
+    /// which machines reach each other by name. `mac=` is the guest's own address. `none` is no interface. `husk boot` has
+    /// none and `husk run` has `user` unless told otherwise.
+    #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = wish)]
     networks: Vec<Wish>,
 
     /// Have a port of the host's lead to the guest, on --network user; may be given several times
@@ -36,29 +37,38 @@ pub struct NetworkFlags {
 /// One `--network`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Wish {
-    /// Nothing is what `none` says.
-    to: Option<Attachment>,
+    to: To,
     mac: Option<MacAddress>,
     addresses: Vec<Address>,
     gateways: Vec<IpAddr>,
 }
 
-/// Parses `user|tap=NAME|none[,mac=ADDRESS][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]`.
+/// What it names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum To {
+    Nothing,
+    Attachment(Attachment),
+    /// One that husk made for several machines.
+    Network(String),
+}
+
+/// Parses `user|NAME|tap=NAME|none[,mac=ADDRESS][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]`.
 fn wish(text: &str) -> Result<Wish, String> {
     let mut parts = text.split(',');
     let to = match parts.next().unwrap_or_default() {
-        "none" => None,
-        "user" => Some(Attachment::User(UserNetwork::default())),
+        "none" => To::Nothing,
+        "user" => To::Attachment(Attachment::User(UserNetwork::default())),
         other => match other.strip_prefix("tap=") {
-            Some(name) => Some(Attachment::Tap { name: name.to_owned() }),
-            None => return Err(format!("there is no network {other:?}, type user, tap=NAME or none")),
+            Some(name) => To::Attachment(Attachment::Tap { name: name.to_owned() }),
+            None if bridge::is_name(other) => To::Network(other.to_owned()),
+            None => return Err(format!("{other:?} is no network, type user, tap=NAME, none or a network's name")),
         },
     };
     let mut wish = Wish { to, mac: None, addresses: Vec::new(), gateways: Vec::new() };
-    let on_tap = matches!(wish.to, Some(Attachment::Tap { .. }));
+    let on_tap = matches!(wish.to, To::Attachment(Attachment::Tap { .. }));
     for option in parts {
         match option.split_once('=') {
-            Some(("mac", mac)) if wish.to.is_some() => wish.mac = Some(mac.parse()?),
+            Some(("mac", mac)) if wish.to != To::Nothing => wish.mac = Some(mac.parse()?),
             Some(("ip", address)) if on_tap => wish.addresses.push(address.parse()?),
             Some(("gateway", address)) if on_tap => {
                 let gateway = address.parse().map_err(|_| format!("{address:?} is no address of a gateway"))?;
@@ -83,17 +93,19 @@ impl NetworkFlags {
             !self.networks.iter().any(told),
             "ip= and gateway= are for `husk run`: a guest of `husk boot` finds its addresses itself"
         );
-        Ok(self.wished()?.into_iter().map(|wired| wired.config).collect())
+        let named = |wish: &&Wish| matches!(wish.to, To::Network(_));
+        ensure!(!self.networks.iter().any(|wish| named(&wish)), "a network of `husk network` is for `husk run`");
+        Ok(self.wished("")?.into_iter().map(|wired| wired.config).collect())
     }
 
     /// The interfaces of the machine `name`, set up by husk's init: as wished for, or what a machine has if nothing was
     /// said, which may be nothing.
     pub fn wiring(&self, name: &str) -> Result<Wiring> {
-        let mut wired = self.wished()?;
+        let mut wired = self.wished(name)?;
         if self.is_empty() {
             match passt::check() {
-                Ok(()) => wired.push(user()),
-                Err(error) => log::warn!("this machine has no network: {error:#}"),
+                Ok(()) => wired.push(Addressed::from(user())),
+                Err(error) => log::warn!("this machine has no network: {error}"),
             }
         }
         for (index, wired) in wired.iter_mut().enumerate() {
@@ -102,17 +114,21 @@ impl NetworkFlags {
         Ok(Wiring::new(wired, &self.dns))
     }
 
-    fn wished(&self) -> Result<Vec<Addressed>> {
-        let none = self.networks.iter().any(|wish| wish.to.is_none());
-        let mut wired: Vec<Addressed> = self.networks.iter().filter_map(Wish::addressed).collect();
-        ensure!(!none || wired.is_empty(), "--network none stands alone");
+    /// What was asked for, with an address for `machine` on each network that has some to give.
+    fn wished(&self, machine: &str) -> Result<Vec<Addressed>> {
+        let none = self.networks.iter().any(|wish| wish.to == To::Nothing);
+        ensure!(!none || self.networks.len() == 1, "--network none stands alone");
+        let mut wired = Vec::new();
+        for (index, wish) in self.networks.iter().enumerate() {
+            wired.extend(wish.addressed(machine, index)?);
+        }
         // Who publishes a port has a network in mind.
         if self.networks.is_empty() && !self.is_empty() {
-            wired.push(user());
+            wired.push(Addressed::from(user()));
         }
         let first_user = wired.iter_mut().find_map(|wired| match &mut wired.config.to {
             Attachment::User(user) => Some(user),
-            Attachment::Tap { .. } => None,
+            Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
         });
         match first_user {
             Some(user) => {
@@ -128,15 +144,24 @@ impl NetworkFlags {
     }
 }
 
-fn user() -> Addressed {
-    let to = Attachment::User(UserNetwork::default());
-    Addressed { config: NetworkConfig { to, mac: None }, addresses: Vec::new(), gateways: Vec::new() }
+fn user() -> NetworkConfig {
+    NetworkConfig { to: Attachment::User(UserNetwork::default()), mac: None }
 }
 
 impl Wish {
-    fn addressed(&self) -> Option<Addressed> {
-        let config = NetworkConfig { to: self.to.clone()?, mac: self.mac };
-        Some(Addressed { config, addresses: self.addresses.clone(), gateways: self.gateways.clone() })
+    fn addressed(&self, machine: &str, index: usize) -> Result<Option<Addressed>> {
+        let (to, mac) = match &self.to {
+            To::Nothing => return Ok(None),
+            To::Attachment(to) => (to.clone(), self.mac),
+            To::Network(name) => {
+                let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
+                let lease = bridge::join(name, machine, mac)?;
+                return Ok(Some(Addressed::leased(lease, mac)));
+            }
+        };
+        let config = NetworkConfig { to, mac };
+        let (addresses, gateways) = (self.addresses.clone(), self.gateways.clone());
+        Ok(Some(Addressed { config, addresses, gateways, lease: None }))
     }
 }
 
@@ -186,7 +211,7 @@ mod tests {
             assert!(refusal.contains(wanted), "{words:?}: {refusal}");
         }
         for text in
-            ["", "bridge", "tap", "user,ip=10.0.0.2/24", "none,mac=02:00:00:00:00:01", "tap=t,ip=10.0.0.2", "user,"]
+            ["", "Bridge", "tap=t,x", "user,ip=10.0.0.2/24", "none,mac=02:00:00:00:00:01", "tap=t,ip=10.0.0.2", "user,"]
         {
             assert!(wish(text).is_err(), "{text}");
         }

@@ -33,6 +33,11 @@ pub enum Attachment {
         /// The interface's name. It is made, and goes with the machine, where it does not exist and husk may.
         name: String,
     },
+    /// A bridge of the host's, on which it gets a tap device of its own.
+    Bridge {
+        /// The bridge's interface.
+        name: String,
+    },
 }
 
 /// How far a guest on [`Attachment::User`] is reachable, and what it reaches.
@@ -186,7 +191,7 @@ impl NetworkConfig {
     /// Checks what can be checked without a look at the host.
     pub fn validate(&self) -> Result<(), Invalid> {
         match &self.to {
-            Attachment::Tap { name } => {
+            Attachment::Tap { name } | Attachment::Bridge { name } => {
                 let good = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
                 let named = !matches!(name.as_str(), "" | "." | "..") && name.chars().all(good);
                 if !named || name.len() > MAX_INTERFACE_NAME_BYTES {

@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use husk_protocol::{Interface, InterfaceAddress};
 
-use crate::config::{Attachment, NetworkConfig};
+use crate::config::{Attachment, MacAddress, NetworkConfig};
+use crate::resources::bridge::{self, Lease};
 use crate::resources::passt;
 use crate::resources::resolver::{self, Resolver};
 
@@ -19,7 +20,7 @@ pub struct Address {
 }
 
 /// An interface, and what its guest is to make of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Addressed {
     /// The interface.
     pub config: NetworkConfig,
@@ -27,16 +28,38 @@ pub struct Addressed {
     pub addresses: Vec<Address>,
     /// Where everything else is reached through.
     pub gateways: Vec<IpAddr>,
+    /// What keeps the address the machine's.
+    pub lease: Option<Lease>,
 }
 
 /// All of a machine's interfaces.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Wiring {
     /// What the machine is made with.
     pub configs: Vec<NetworkConfig>,
     /// What its init is told.
     pub interfaces: Vec<Interface>,
     resolver: Resolver,
+    _leases: Vec<Lease>,
+}
+
+impl From<NetworkConfig> for Addressed {
+    fn from(config: NetworkConfig) -> Addressed {
+        Addressed { config, addresses: Vec::new(), gateways: Vec::new(), lease: None }
+    }
+}
+
+impl Addressed {
+    /// An interface on a network that gave the machine an address.
+    pub fn leased(lease: Lease, mac: MacAddress) -> Addressed {
+        let to = Attachment::Bridge { name: lease.bridge.interface() };
+        Addressed {
+            config: NetworkConfig { to, mac: Some(mac) },
+            addresses: vec![Address { ip: lease.address.into(), prefix: bridge::PREFIX }],
+            gateways: if lease.bridge.internal { Vec::new() } else { vec![lease.bridge.gateway().into()] },
+            lease: Some(lease),
+        }
+    }
 }
 
 impl FromStr for Address {
@@ -59,15 +82,25 @@ impl Wiring {
         let mut resolver = resolver::of_host();
         let user = wired.iter().find_map(|wired| match &wired.config.to {
             Attachment::User(user) => Some(user),
-            Attachment::Tap { .. } => None,
+            Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
         });
-        match user {
-            Some(user) => resolver.servers = passt::dns_servers(user, &resolver),
-            None if !dns.is_empty() => resolver.servers = dns.to_vec(),
-            None => {}
+        let named: Vec<IpAddr> =
+            wired.iter().filter_map(|wired| wired.lease.as_ref()).map(|lease| lease.bridge.gateway().into()).collect();
+        if !dns.is_empty() {
+            resolver.servers = dns.to_vec();
+        } else if !named.is_empty() {
+            // It knows the machines' names, and asks others for the rest.
+            resolver.servers = named;
+        } else if let Some(user) = user {
+            resolver.servers = passt::dns_servers(user, &resolver);
         }
         let interfaces = wired.iter().filter_map(interface).collect();
-        Wiring { configs: wired.into_iter().map(|wired| wired.config).collect(), interfaces, resolver }
+        let (mut configs, mut leases) = (Vec::new(), Vec::new());
+        for wired in wired {
+            configs.push(wired.config);
+            leases.extend(wired.lease);
+        }
+        Wiring { configs, interfaces, resolver, _leases: leases }
     }
 
     /// Whether there is no interface at all.
@@ -91,7 +124,7 @@ fn interface(wired: &Addressed) -> Option<Interface> {
     let mac = wired.config.mac?.0;
     let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
     Some(match &wired.config.to {
-        Attachment::Tap { .. } => Interface {
+        Attachment::Tap { .. } | Attachment::Bridge { .. } => Interface {
             mac,
             addresses: wired.addresses.iter().map(|given| address(given.ip, given.prefix)).collect(),
             gateways: wired.gateways.clone(),
@@ -115,7 +148,7 @@ mod tests {
 
     fn wired(to: Attachment) -> Addressed {
         let config = NetworkConfig { to, mac: Some(MacAddress([2, 0, 0, 0, 0, 1])) };
-        Addressed { config, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
+        Addressed { config, lease: None, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
     }
 
     #[test]

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
 
+use super::passt;
+
 /// The only version of KVM's interface there is (Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION).
 pub const KVM_API_VERSION: i32 = 12;
 
@@ -53,6 +55,8 @@ pub struct Host {
     pub cgroups: Cgroups,
     /// /dev/net/tun.
     pub tap: Access,
+    /// What user-mode networking lacks.
+    pub user_network: Option<passt::Missing>,
     /// Memory that can be given to guests without swapping.
     pub memory_available_mib: Option<u64>,
 }
@@ -158,6 +162,7 @@ fn probe_files(root: &Path) -> Host {
         user_namespaces: user_namespaces(root),
         cgroups: cgroups(root),
         tap: access(&root.join("dev/net/tun")),
+        user_network: passt::check().err(),
         memory_available_mib: memory_available_mib(&read(root, "proc/meminfo")),
     }
 }

@@ -3,6 +3,7 @@
 //! Everything is opened before the first part of a machine is built, so that bad input costs nothing and leaves nothing
 //! behind, and so that what is built later needs no access to the file system.
 
+pub mod bridge;
 mod cache;
 pub mod disk;
 pub mod guest_kernel;

@@ -8,12 +8,14 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use sha2::{Digest, Sha256};
 
-use super::passt;
+use super::{bridge, passt};
 use crate::backend::net::{HEADER_BYTES, NetBackend, TapNet};
 use crate::config::{Attachment, MacAddress, NetworkConfig};
 use crate::sys;
 
 const TUN_PATH: &str = "/dev/net/tun";
+/// Names of tap devices on bridges; the kernel counts.
+const TAP_NAMES: &str = "husktap%d";
 /// The largest packet that a tap device may be set to carry, and virtio's driver too.
 const MTU_BYTES_MAX: u32 = 65535;
 
@@ -41,15 +43,25 @@ pub fn open(config: &NetworkConfig) -> Result<Network> {
             Ok(Network { backend, name: "passt".into(), mac: mac.0, mtu_bytes: Some(passt::MTU_BYTES) })
         }
         Attachment::Tap { name } => {
-            let tap = open_tap(name).with_context(|| format!("open tap device {name}"))?;
-            let mtu = sys::net::interface_mtu(name).with_context(|| format!("look at tap device {name}"))?;
-            let mtu_bytes = u16::try_from(mtu.min(MTU_BYTES_MAX)).ok();
-            Ok(Network { backend: Box::new(TapNet::new(tap)), name: name.clone(), mac: mac.0, mtu_bytes })
+            let (tap, _) = open_tap(name).with_context(|| format!("open tap device {name}"))?;
+            on_tap(tap, name, mac)
+        }
+        Attachment::Bridge { name } => {
+            let (tap, own_name) = open_tap(TAP_NAMES).with_context(|| format!("make a tap device for {name}"))?;
+            bridge::attach(&own_name, name)?;
+            on_tap(tap, &own_name, mac)
         }
     }
 }
 
-fn open_tap(name: &str) -> Result<File> {
+fn on_tap(tap: File, name: &str, mac: MacAddress) -> Result<Network> {
+    let mtu = sys::net::interface_mtu(name).with_context(|| format!("look at tap device {name}"))?;
+    let mtu_bytes = u16::try_from(mtu.min(MTU_BYTES_MAX)).ok();
+    Ok(Network { backend: Box::new(TapNet::new(tap)), name: name.to_owned(), mac: mac.0, mtu_bytes })
+}
+
+/// Returns the device and its name.
+fn open_tap(name: &str) -> Result<(File, String)> {
     let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN_PATH);
     let tun = tun.map_err(|error| {
         let advice = match error.kind() {
@@ -58,7 +70,7 @@ fn open_tap(name: &str) -> Result<File> {
         };
         anyhow!(error).context(format!("open {TUN_PATH} ({advice})"))
     })?;
-    sys::net::attach_tap(&tun, name, HEADER_BYTES).map_err(|error| {
+    let name = sys::net::attach_tap(&tun, name, HEADER_BYTES).map_err(|error| {
         let make = format!("make it with `sudo ip tuntap add {name} mode tap user $USER vnet_hdr`");
         let advice = match error.raw_os_error() {
             Some(libc::EPERM) if Path::new("/sys/class/net").join(name).exists() => {
@@ -73,7 +85,7 @@ fn open_tap(name: &str) -> Result<File> {
         };
         anyhow!(error).context(advice)
     })?;
-    Ok(tun)
+    Ok((tun, name))
 }
 
 /// The address of interface `index` of the machine `name`: the same whenever it is asked for on this host, another on

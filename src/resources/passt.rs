@@ -57,13 +57,25 @@ pub struct Passt {
     words: UnixStream,
 }
 
-/// Whether machines can have a user's network here; an error says what is missing, and what to type.
-pub fn check() -> Result<()> {
-    ensure!(is_installed(), "user-mode networking needs passt: type `sudo apt-get install passt`, or --network none");
-    ensure!(
-        has_default_route("/proc/net/route") || has_ipv6(),
-        "user-mode networking needs a network on this host, and there is no default route"
-    );
+/// Why machines can have no user's network here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Missing {
+    /// The program.
+    #[error("user-mode networking needs passt: type `sudo apt-get install passt`, or --network none")]
+    Passt,
+    /// A way out of this host, without which passt does not start.
+    #[error("user-mode networking needs a network on this host, and there is no default route")]
+    Route,
+}
+
+/// Looks whether machines can have a user's network here.
+pub fn check() -> Result<(), Missing> {
+    if !is_installed() {
+        return Err(Missing::Passt);
+    }
+    if !has_default_route("/proc/net/route") && !has_ipv6() {
+        return Err(Missing::Route);
+    }
     Ok(())
 }
 
@@ -96,7 +108,7 @@ fn has_default_route(table: &str) -> bool {
 
 /// Starts passt for one machine. It takes some milliseconds to come up, in which frames wait in the socket.
 pub fn start(network: &UserNetwork) -> Result<Passt> {
-    ensure!(is_installed(), "user-mode networking needs passt: type `sudo apt-get install passt`, or --network none");
+    ensure!(is_installed(), Missing::Passt);
     network.ports.iter().try_for_each(check_free)?;
     let is_local =
         |port: &&PortForward| port.protocol == Protocol::Udp && port.host_ip.is_some_and(|ip| ip.is_loopback());

@@ -41,8 +41,9 @@ pub struct TapOffloads {
 }
 
 /// Makes `tun`, an open /dev/net/tun, the tap device `name`, whose frames stand behind a little-endian virtio header of
-/// `header_bytes`. A device that does not exist is made where this process may, and goes with the descriptor.
-pub fn attach_tap(tun: &File, name: &str, header_bytes: usize) -> io::Result<()> {
+/// `header_bytes`. A device that does not exist is made where this process may, and goes with the descriptor; `%d` in its
+/// name is then a number that no other has. Returns the device's name.
+pub fn attach_tap(tun: &File, name: &str, header_bytes: usize) -> io::Result<String> {
     let mut request = interface_request(name)?;
     request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
     let (size, yes) = (header_bytes as libc::c_int, 1 as libc::c_int);
@@ -50,8 +51,10 @@ pub fn attach_tap(tun: &File, name: &str, header_bytes: usize) -> io::Result<()>
     unsafe {
         check(libc::ioctl(tun.as_raw_fd(), TUNSETIFF as _, &mut request))?;
         check(libc::ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ as _, &size))?;
-        check(libc::ioctl(tun.as_raw_fd(), TUNSETVNETLE as _, &yes))
+        check(libc::ioctl(tun.as_raw_fd(), TUNSETVNETLE as _, &yes))?;
     }
+    let name = request.ifr_name.iter().map(|&byte| byte as u8).take_while(|byte| *byte != 0).collect();
+    String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Says what frames from `tap` may leave to their reader.

@@ -212,7 +212,7 @@ mod tests {
     fn a_device_that_is_down_or_gone_is_told_apart() {
         on_tap(|mut net| {
             let memory = Arc::new(memory::reserve(1).unwrap());
-            let mut send = |net: &mut TapNet| {
+            let send = |net: &mut TapNet| {
                 let mut buffers = GuestBuffers::new(memory.clone());
                 buffers.push(GuestAddress(0x1000), 60).unwrap();
                 net.send(&Header::default(), &mut buffers)

@@ -3,6 +3,7 @@
 use super::{Check, Status};
 use crate::config::MAX_CPUS;
 use crate::resources::host::{Access, Cgroups, Host, KVM_API_VERSION, KvmAnswers, KvmModule, Processor};
+use crate::resources::passt;
 
 /// What the default machine has, and the host needs beside it.
 const COMFORTABLE_MEMORY_MIB: u64 = 1024;
@@ -14,6 +15,7 @@ pub fn all(host: &Host) -> Vec<Check> {
         checks.extend([api(kvm), needed(kvm), wanted(kvm), vcpus(kvm), machine(kvm)]);
     }
     checks.extend([memory(host), user_namespaces(host), cgroups(host.cgroups), tap(&host.tap)]);
+    checks.push(user_network(host.user_network));
     checks
 }
 
@@ -182,6 +184,19 @@ fn tap(access: &Access) -> Check {
     }
 }
 
+fn user_network(missing: Option<passt::Missing>) -> Check {
+    const NAME: &str = "passt";
+    match missing {
+        None => ok(NAME, "installed: machines have a network without privileges"),
+        Some(passt::Missing::Passt) => {
+            warn(NAME, "not installed: machines of husk run have no network", "sudo apt-get install passt")
+        }
+        Some(passt::Missing::Route) => {
+            warn(NAME, "this host has no default route: machines of husk run have no network", "connect this host")
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,6 +217,7 @@ mod tests {
             user_namespaces: true,
             cgroups: Cgroups::V2 { delegated: true },
             tap: Access::Open,
+            user_network: None,
             memory_available_mib: Some(4096),
         }
     }
@@ -221,11 +237,12 @@ mod tests {
             user_namespaces: false,
             cgroups: Cgroups::None,
             tap: Access::Missing,
+            user_network: Some(passt::Missing::Passt),
             memory_available_mib: Some(100),
             ..good()
         };
         assert_eq!(failing(&host), []);
-        assert_eq!(all(&host).iter().filter(|check| check.status == Status::Warn).count(), 4);
+        assert_eq!(all(&host).iter().filter(|check| check.status == Status::Warn).count(), 5);
     }
 
     #[test]

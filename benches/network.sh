@@ -1,0 +1,95 @@
+#!/bin/sh
+# What scripts/network measures, where guests run: one server in a network namespace, in a machine on a tap device and in
+# a machine on passt, each asked from here, in turn. It wants HUSK, KERNEL, ROOT (with iperf3 in it), IP and SECONDS_EACH.
+set -eu
+IP=${IP:-ip} SECONDS_EACH=${SECONDS_EACH:-3} RUNS=${RUNS:-3}
+work=$(mktemp -d)
+server='mkdir -p /www; echo here >/www/index.html; httpd -p 80 -h /www; iperf3 -s >/tmp/perf & echo ready; exec sleep 100000'
+started=''
+
+# shellcheck disable=SC2317 # a trap runs it
+clean_up() {
+    for pid in $started; do
+        kill "$pid" 2>/dev/null || true
+    done
+    wait
+    $IP link del husk-bench0 2>/dev/null || true
+    rm -rf "$work"
+}
+trap clean_up EXIT
+
+# passt wants a way out, and its user a name.
+if ! $IP route | grep -q '^default'; then
+    $IP link add uplink type veth peer name uplink-out
+    $IP addr add 198.51.100.2/24 dev uplink
+    $IP link set uplink up
+    $IP link set uplink-out up
+    $IP route add default via 198.51.100.1
+fi
+grep -q '^nobody:' /etc/passwd || echo 'nobody:x:65534:65534:nobody:/:/bin/false' >>/etc/passwd
+
+# Waits for the word in a log.
+await() {
+    for _ in $(seq 1200); do
+        ! grep -q ready "$1" || return 0
+        sleep 0.1
+    done
+    cat "$1" >&2
+    return 1
+}
+
+# shellcheck disable=SC2016 # the inner shell's own
+unshare -n sh -c 'echo $$ >"$1/pid"; exec sleep 100000' - "$work" &
+started="$started $!"
+until [ -s "$work/pid" ]; do sleep 0.1; done
+inside=$(cat "$work/pid")
+$IP link add husk-bench0 type veth peer name eth0 netns "$inside"
+$IP addr add 198.18.1.1/24 dev husk-bench0
+$IP link set husk-bench0 up
+in_space() { nsenter -t "$inside" -n "$@"; }
+in_space "$IP" addr add 198.18.1.2/24 dev eth0
+in_space "$IP" link set eth0 up
+in_space "$IP" link set lo up
+in_space chroot "$ROOT" /bin/busybox sh -c "$server" >"$work/container" 2>&1 &
+started="$started $!"
+await "$work/container"
+
+"$HUSK" run --kernel "$KERNEL" --network tap=husk-bench1,ip=198.18.2.2/24 "$ROOT" sh -c "$server" >"$work/tap" 2>&1 &
+started="$started $!"
+await "$work/tap"
+"$HUSK" run --kernel "$KERNEL" -p 18080:80 -p 15201:5201 "$ROOT" sh -c "$server" >"$work/passt" 2>&1 &
+started="$started $!"
+await "$work/passt"
+$IP addr add 198.18.2.1/24 dev husk-bench1
+$IP link set husk-bench1 up
+
+# Megabits a second, to the server or with -R from it.
+rate() {
+    iperf3 -c "$1" -p "$2" -t "$SECONDS_EACH" -f m ${3:+"$3"} | awk '/receiver/ { print $(NF - 2) }'
+}
+
+# Milliseconds that a small page takes, the median of twenty.
+page() {
+    for _ in $(seq 20); do
+        curl -s -o /dev/null -w '%{time_total}\n' "http://$1:$2/"
+    done | sort -n | awk '{ all[NR] = $1 } END { printf "%.2f\n", all[int(NR / 2) + 1] * 1000 }'
+}
+
+echo "what, run, to the server (Mbit/s), from the server (Mbit/s), a small page (ms)"
+for run in $(seq "$RUNS"); do
+    for contender in "container 198.18.1.2 5201 80" "tap 198.18.2.2 5201 80" "passt 127.0.0.1 15201 18080"; do
+        # shellcheck disable=SC2086 # four words
+        set -- $contender
+        echo "$1, $run, $(rate "$2" "$3"), $(rate "$2" "$3" -R), $(page "$2" "$4")"
+    done
+done | tee "$work/lines"
+
+awk -F ', ' '
+    { to[$1] += $3; from[$1] += $4; page[$1] += $5; n[$1]++ }
+    END {
+        for (name in n) {
+            if (name == "container") continue
+            printf "%s: %.2f of the container'\''s rate to the server, %.2f from it; a page takes %.2f times as long\n", name,
+                to[name] / to["container"], from[name] / from["container"], page[name] / page["container"]
+        }
+    }' "$work/lines"

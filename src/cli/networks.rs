@@ -1,0 +1,95 @@
+//! `husk network`: networks that machines share, made, listed and removed.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+use super::exit::Exit;
+use crate::resources::bridge;
+
+const EXAMPLES: &str = "\
+Examples:
+  Two machines that reach each other by name:
+    sudo husk network create web
+    sudo husk run --network web --name db database.tar
+    sudo husk run --network web --name app app.tar curl http://db/";
+
+/// The words behind `husk network`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Networks {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a network: a bridge with a way out and names, until it is removed or the host restarts (as root)
+    Create {
+        /// Its name, for `--network NAME`
+        name: String,
+        /// The first address of its 256 [default: one that is free, from 10.88.0.0 on]
+        #[arg(long, value_name = "ADDRESS[/24]", value_parser = subnet)]
+        subnet: Option<Ipv4Addr>,
+        /// Give it no way out: machines reach each other and the host
+        #[arg(long)]
+        internal: bool,
+    },
+    /// List networks, with the machines on them
+    Ls,
+    /// Remove networks that no machine is on (as root)
+    Rm {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+/// Parses `ADDRESS[/24]`, the first address of a network.
+fn subnet(text: &str) -> Result<Ipv4Addr, String> {
+    let address = text.strip_suffix("/24").unwrap_or(text).parse::<Ipv4Addr>().ok();
+    let first = address.filter(|address| address.octets()[3] == 0 && address.is_private());
+    first.ok_or_else(|| format!("{text:?} is no private network of 256 addresses, type one such as 10.88.0.0/24"))
+}
+
+impl Networks {
+    /// Carries it out.
+    pub fn run(self) -> Result<Exit> {
+        match self.command {
+            Command::Create { name, subnet, internal } => {
+                let made = bridge::create(&name, subnet, internal)?;
+                super::print(&format!("{} {}/{}\n", made.name, made.subnet, bridge::PREFIX))?;
+            }
+            Command::Ls => super::print(&list()?)?,
+            Command::Rm { names } => names.iter().try_for_each(|name| bridge::remove(name))?,
+        }
+        Ok(Exit::Success)
+    }
+}
+
+fn list() -> Result<String> {
+    let mut text = String::from("NAME        SUBNET              MACHINES\n");
+    for network in bridge::list()? {
+        let machines: Vec<String> =
+            bridge::machines(&network).iter().map(|(address, name)| format!("{name} ({address})")).collect();
+        let subnet = format!("{}/{}", network.subnet, bridge::PREFIX);
+        text += format!("{:<11} {subnet:<19} {}", network.name, machines.join(", ")).trim_end();
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subnet_is_a_private_one_of_256() {
+        assert_eq!(subnet("10.88.7.0/24"), Ok(Ipv4Addr::new(10, 88, 7, 0)));
+        assert_eq!(subnet("192.168.1.0"), Ok(Ipv4Addr::new(192, 168, 1, 0)));
+        for wrong in ["10.88.7.1", "8.8.8.0/24", "10.88.0.0/16", "x", "127.0.0.0"] {
+            assert!(subnet(wrong).is_err(), "{wrong}");
+        }
+    }
+}

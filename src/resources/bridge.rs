@@ -1,0 +1,478 @@
+//! Networks that machines share: a bridge of the host's with a subnet, a way out by NAT, and names by dnsmasq.
+//!
+//! One has a folder under /run/husk/networks, which goes when the host restarts, as its bridge does. A machine's part in it is a
+//! [`Lease`]: a file named like its address, locked for as long as the machine exists, so that one whose husk was killed is known
+//! and given to the next.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::config::MacAddress;
+
+const FOLDER: &str = "/run/husk/networks";
+/// A bridge's name begins so, and leaves ten bytes of an interface's fifteen.
+const BRIDGE_PREFIX: &str = "husk-";
+/// Longest name of a network.
+pub const MAX_NAME_BYTES: usize = 10;
+/// Every network has a /24: the gateway is its first address, machines have the others.
+pub const PREFIX: u8 = 24;
+/// Where subnets are looked for when none is asked for: 10.88.0.0/24 and on.
+const SUBNETS_FROM: [u8; 2] = [10, 88];
+/// A machine's last byte of an address.
+const MACHINES: std::ops::RangeInclusive<u8> = 2..=254;
+
+/// A network, as it is written down.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bridge {
+    /// What users call it.
+    pub name: String,
+    /// The first address, which is nobody's.
+    pub subnet: Ipv4Addr,
+    /// Whether there is no way out of it.
+    pub internal: bool,
+}
+
+/// A machine's part in a network. Dropping it gives the address back.
+#[derive(Debug)]
+pub struct Lease {
+    /// The network.
+    pub bridge: Bridge,
+    /// The machine's address.
+    pub address: Ipv4Addr,
+    folder: PathBuf,
+    _lock: File,
+}
+
+impl Bridge {
+    /// The interface of the host's that it is.
+    pub fn interface(&self) -> String {
+        format!("{BRIDGE_PREFIX}{}", self.name)
+    }
+
+    /// The host's address on it, where names are asked for, too.
+    pub fn gateway(&self) -> Ipv4Addr {
+        self.host(1)
+    }
+
+    fn host(&self, last: u8) -> Ipv4Addr {
+        let [a, b, c, _] = self.subnet.octets();
+        Ipv4Addr::new(a, b, c, last)
+    }
+
+    fn folder(&self, base: &Path) -> PathBuf {
+        base.join(&self.name)
+    }
+
+    /// The table or chain of the host's firewall that is its own.
+    fn table(&self) -> String {
+        format!("{BRIDGE_PREFIX}{}", self.name)
+    }
+}
+
+/// Whether a network can have this name.
+pub fn is_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    (1..=MAX_NAME_BYTES).contains(&name.len()) && name.chars().all(good) && !name.starts_with('-')
+}
+
+/// Makes a network with its bridge, names and, unless it is `internal`, its way out. Nothing stays of one that fails.
+pub fn create(name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
+    create_in(Path::new(FOLDER), name, subnet, internal)
+}
+
+fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
+    ensure!(is_name(name), "{name:?} is no network's name: type 1 to {MAX_NAME_BYTES} small letters, digits or `-`");
+    let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(base);
+    made.with_context(|| format!("make {} (as root)", base.display()))?;
+    let _lock = lock(&base.join(".lock"))?;
+    let others = list_in(base)?;
+    ensure!(others.iter().all(|other| other.name != name), "there is a network {name} already");
+    let taken = |subnet: Ipv4Addr| others.iter().any(|other| other.subnet == subnet) || is_routed(subnet);
+    let subnet = match subnet {
+        Some(subnet) if taken(subnet) => bail!("{subnet}/{PREFIX} is in use on this host: type --subnet with another"),
+        Some(subnet) => subnet,
+        None => {
+            let all = (0..=255).map(|third| Ipv4Addr::new(SUBNETS_FROM[0], SUBNETS_FROM[1], third, 0));
+            all.into_iter().find(|subnet| !taken(*subnet)).context("every subnet is taken: type --subnet")?
+        }
+    };
+    let bridge = Bridge { name: name.to_owned(), subnet, internal };
+    let folder = bridge.folder(base);
+    let set_up = || -> Result<()> {
+        for part in ["leases", "hosts", "dhcp"] {
+            let part = folder.join(part);
+            fs::create_dir_all(&part).with_context(|| format!("make {}", part.display()))?;
+        }
+        raise(&bridge)?;
+        if !internal {
+            open_way_out(&bridge)?;
+        }
+        serve_names(&bridge, &folder)?;
+        let json = serde_json::to_vec_pretty(&bridge)?;
+        let record = folder.join("network.json");
+        fs::write(&record, json).with_context(|| format!("write {}", record.display()))
+    };
+    set_up().inspect_err(|_| take_down(&bridge, &folder))?;
+    Ok(bridge)
+}
+
+/// All networks, by name.
+pub fn list() -> Result<Vec<Bridge>> {
+    list_in(Path::new(FOLDER))
+}
+
+fn list_in(base: &Path) -> Result<Vec<Bridge>> {
+    let entries = match fs::read_dir(base) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("read {}", base.display()))?,
+    };
+    let record = |entry: fs::DirEntry| fs::read(entry.path().join("network.json")).ok();
+    let mut all: Vec<Bridge> =
+        entries.flatten().filter_map(record).filter_map(|bytes| serde_json::from_slice(&bytes).ok()).collect();
+    all.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(all)
+}
+
+/// Machines that are on a network now, with their addresses.
+pub fn machines(bridge: &Bridge) -> Vec<(Ipv4Addr, String)> {
+    let mut found = Vec::new();
+    for (address, path) in leases(&bridge.folder(Path::new(FOLDER))) {
+        let held = File::open(&path).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)));
+        if held {
+            found.push((address, fs::read_to_string(&path).unwrap_or_default()));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Removes a network and all that was made for it. Fails while machines are on it.
+pub fn remove(name: &str) -> Result<()> {
+    remove_in(Path::new(FOLDER), name)
+}
+
+fn remove_in(base: &Path, name: &str) -> Result<()> {
+    let bridge = find_in(base, name)?;
+    let _lock = lock(&base.join(".lock"))?;
+    let folder = bridge.folder(base);
+    let _joining = lock(&folder.join("lock"))?;
+    sweep(&folder);
+    let users: Vec<String> = leases(&folder).map(|(_, path)| fs::read_to_string(path).unwrap_or_default()).collect();
+    ensure!(users.is_empty(), "network {name} is in use by {}", users.join(", "));
+    take_down(&bridge, &folder);
+    Ok(())
+}
+
+/// Gives the machine `machine` an address on network `name`, and its name to the others.
+pub fn join(name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
+    join_in(Path::new(FOLDER), name, machine, mac)
+}
+
+fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
+    let bridge = find_in(base, name)?;
+    let folder = bridge.folder(base);
+    let _joining = lock(&folder.join("lock"))?;
+    sweep(&folder);
+    let taken: Vec<(Ipv4Addr, String)> =
+        leases(&folder).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
+    ensure!(taken.iter().all(|(_, name)| name != machine), "a machine called {machine} is on network {name} already");
+    // The same machine gets the same address, where that is free.
+    let size = MACHINES.len() as u64;
+    let first = u64::from_le_bytes([mac.0[2], mac.0[3], mac.0[4], mac.0[5], 0, 0, 0, 0]) % size;
+    let candidates = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
+    let address = candidates.into_iter().find(|address| taken.iter().all(|(other, _)| other != address));
+    let address = address.with_context(|| format!("network {name} has no address left"))?;
+    let path = folder.join("leases").join(address.to_string());
+    let write = || -> Result<File> {
+        let mut lock = File::create(&path)?;
+        lock.lock()?;
+        lock.write_all(machine.as_bytes())?;
+        // Read whole or not at all by dnsmasq, which looks as soon as there is a file.
+        publish(&folder.join("hosts").join(address.to_string()), &format!("{address} {machine}\n"))?;
+        publish(&folder.join("dhcp").join(address.to_string()), &format!("{mac},{address},{machine},infinite\n"))?;
+        Ok(lock)
+    };
+    let lock = write().with_context(|| format!("write {}", path.display()))?;
+    Ok(Lease { bridge, address, folder, _lock: lock })
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        forget(&self.folder, self.address);
+        // It hears of files that come by itself, but not of those that go.
+        if let Some(pid) = names_server(&self.folder) {
+            let _ = Command::new("kill").args(["-HUP", &pid.to_string()]).output();
+        }
+    }
+}
+
+fn find_in(base: &Path, name: &str) -> Result<Bridge> {
+    let found = list_in(base)?.into_iter().find(|bridge| bridge.name == name);
+    found.ok_or_else(|| {
+        anyhow!("there is no network {name}: type `sudo husk network create {name}`, user, tap=NAME or none")
+    })
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let open = || {
+        let file = File::options().create(true).truncate(false).write(true).open(path)?;
+        file.lock().map(|()| file)
+    };
+    open().with_context(|| format!("lock {} (as root)", path.display()))
+}
+
+fn leases(folder: &Path) -> impl Iterator<Item = (Ipv4Addr, PathBuf)> {
+    let entries = fs::read_dir(folder.join("leases")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+}
+
+/// Forgets machines that are no more.
+fn sweep(folder: &Path) {
+    for (address, path) in leases(folder) {
+        if File::open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
+            forget(folder, address);
+        }
+    }
+}
+
+fn forget(folder: &Path, address: Ipv4Addr) {
+    for part in ["hosts", "dhcp", "leases"] {
+        let _ = fs::remove_file(folder.join(part).join(address.to_string()));
+    }
+}
+
+fn publish(path: &Path, content: &str) -> Result<()> {
+    let folder = path.parent().and_then(Path::parent).context("no folder")?;
+    let unfinished = folder.join("unfinished");
+    fs::write(&unfinished, content)?;
+    Ok(fs::rename(&unfinished, path)?)
+}
+
+/// Whether the host has a route into the subnet, or one that it lies in, but for the default one.
+fn is_routed(subnet: Ipv4Addr) -> bool {
+    let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    routes.lines().skip(1).any(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let number = |at: usize| words.get(at).and_then(|word| u32::from_str_radix(word, 16).ok()).map(u32::swap_bytes);
+        let (Some(to), Some(mask)) = (number(1), number(7)) else { return false };
+        let both = mask & (u32::MAX << (32 - PREFIX));
+        mask != 0 && u32::from(subnet) & both == to & both
+    })
+}
+
+fn raise(bridge: &Bridge) -> Result<()> {
+    let interface = bridge.interface();
+    let address = format!("{}/{PREFIX}", bridge.gateway());
+    run("ip", &["link", "add", &interface, "type", "bridge"])?;
+    run("ip", &["addr", "add", &address, "dev", &interface])?;
+    run("ip", &["link", "set", &interface, "up"])
+}
+
+/// Has the host forward packets from the network, under its own address.
+fn open_way_out(bridge: &Bridge) -> Result<()> {
+    const FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+    fs::write(FORWARD, "1").with_context(|| format!("write {FORWARD}"))?;
+    let (table, interface, subnet) = (bridge.table(), bridge.interface(), format!("{}/{PREFIX}", bridge.subnet));
+    let rules = format!(
+        "table ip {table} {{\nchain out {{\ntype nat hook postrouting priority srcnat\n\
+         ip saddr {subnet} oifname != \"{interface}\" masquerade\n}}\n}}"
+    );
+    match run("nft", &[&rules]) {
+        Err(error) if !is_missing(&error) => Err(error),
+        Err(_) => run("iptables", &iptables("-A", &subnet, &interface))
+            .context("a way out needs nft: type `sudo apt-get install nftables`, or --internal"),
+        Ok(()) => Ok(()),
+    }
+}
+
+fn iptables<'a>(what: &'a str, subnet: &'a str, interface: &'a str) -> [&'a str; 12] {
+    ["-w", "-t", "nat", what, "POSTROUTING", "-s", subnet, "!", "-o", interface, "-j", "MASQUERADE"]
+}
+
+/// Starts dnsmasq, which stays when husk goes: it answers for the machines' names and passes on other questions, and gives
+/// addresses to those that ask.
+fn serve_names(bridge: &Bridge, folder: &Path) -> Result<()> {
+    let at = |name: &str| folder.join(name).display().to_string();
+    run(
+        "dnsmasq",
+        &[
+            "--conf-file=/dev/null",
+            "--bind-interfaces",
+            "--except-interface=lo",
+            &format!("--interface={}", bridge.interface()),
+            "--no-hosts",
+            &format!("--hostsdir={}", at("hosts")),
+            &format!("--dhcp-hostsdir={}", at("dhcp")),
+            &format!("--dhcp-range={},static,255.255.255.0", bridge.subnet),
+            &format!("--dhcp-leasefile={}", at("dhcp-leases")),
+            &format!("--pid-file={}", at("dnsmasq.pid")),
+        ],
+    )
+    .map_err(|error| match is_missing(&error) {
+        true => error.context("names need dnsmasq: type `sudo apt-get install dnsmasq-base`"),
+        false => error,
+    })
+}
+
+/// The process that serves a network's names, if it does.
+fn names_server(folder: &Path) -> Option<u32> {
+    let pid = fs::read_to_string(folder.join("dnsmasq.pid")).ok()?.trim().parse().ok()?;
+    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    (comm.trim() == "dnsmasq").then_some(pid)
+}
+
+/// Removes what there is of a network; what is not there is not missed.
+fn take_down(bridge: &Bridge, folder: &Path) {
+    if let Some(pid) = names_server(folder) {
+        let _ = run("kill", &[&pid.to_string()]);
+    }
+    if !bridge.internal {
+        let subnet = format!("{}/{PREFIX}", bridge.subnet);
+        if run("nft", &["delete", "table", "ip", &bridge.table()]).is_err() {
+            let _ = run("iptables", &iptables("-D", &subnet, &bridge.interface()));
+        }
+    }
+    let _ = run("ip", &["link", "del", &bridge.interface()]);
+    let _ = fs::remove_dir_all(folder);
+}
+
+/// Makes the tap device `tap` a part of the network whose interface is `bridge`, in service.
+pub fn attach(tap: &str, bridge: &str) -> Result<()> {
+    run("ip", &["link", "set", tap, "master", bridge, "up"])
+}
+
+/// Runs a program of the host's that has to succeed.
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    // Where a user who is not root may not look.
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let output = Command::new(program).args(arguments).env("PATH", path).output();
+    let output = output.with_context(|| format!("run {program}"))?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), words.trim());
+    Ok(())
+}
+
+fn is_missing(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::NotFound)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::sys;
+
+    const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
+
+    /// Runs `test` in a network of its own, with a folder for its networks; skips loudly where that may not be made.
+    fn alone(test: impl FnOnce(&Path) + Send) {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                if let Err(error) = sys::net::leave_network() {
+                    eprintln!("SKIPPED: only root makes networks: {error}");
+                    return;
+                }
+                // Whoever dnsmasq becomes is to read it.
+                let base = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir().unwrap();
+                run("ip", &["link", "set", "lo", "up"]).unwrap();
+                test(base.path());
+            });
+            thread.join().unwrap();
+        });
+    }
+
+    /// Asks a server for a name's address.
+    fn ask(server: Ipv4Addr, name: &str) -> Option<Ipv4Addr> {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let mut question = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, name.len() as u8];
+        question.extend(name.bytes());
+        question.extend([0, 0, 1, 0, 1]);
+        socket.send_to(&question, (server, 53)).unwrap();
+        let mut answer = [0; 512];
+        let count = socket.recv(&mut answer).ok()?;
+        // One answer, whose address is its last four bytes.
+        let address: [u8; 4] = answer[..count].last_chunk().copied()?;
+        (answer[7] > 0).then(|| address.into())
+    }
+
+    fn eventually(what: &str, happened: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !happened() {
+            assert!(started.elapsed() < Duration::from_secs(20), "{what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn exists(interface: &str) -> bool {
+        run("ip", &["link", "show", interface]).is_ok()
+    }
+
+    #[test]
+    fn machines_of_a_network_are_known_by_name_for_as_long_as_they_are_on_it() {
+        alone(|base| {
+            let bridge = create_in(base, "web", None, false).unwrap();
+            assert!(exists("husk-web"));
+            assert!(create_in(base, "web", None, false).unwrap_err().to_string().contains("already"));
+            assert!(create_in(base, "other", Some(bridge.subnet), false).unwrap_err().to_string().contains("in use"));
+            let db = join_in(base, "web", "db", MAC).unwrap();
+            let app = join_in(base, "web", "app", MAC).unwrap();
+            assert_ne!(db.address, app.address);
+            let gateway = bridge.gateway();
+            eventually("a name comes", || ask(gateway, "db") == Some(db.address));
+            eventually("another comes", || ask(gateway, "app") == Some(app.address));
+            assert!(join_in(base, "web", "db", MAC).unwrap_err().to_string().contains("already"));
+            assert!(remove_in(base, "web").unwrap_err().to_string().contains("in use by"));
+            let address = db.address;
+            drop(db);
+            eventually("a name goes", || ask(gateway, "db").is_none());
+            assert_eq!(join_in(base, "web", "db", MAC).unwrap().address, address, "a machine keeps its address");
+            drop(app);
+            let folder = bridge.folder(base);
+            let server = names_server(&folder).unwrap();
+            remove_in(base, "web").unwrap();
+            assert!(!exists("husk-web") && !folder.exists());
+            let ended =
+                || fs::read_to_string(format!("/proc/{server}/stat")).map_or(true, |stat| stat.contains(") Z "));
+            eventually("dnsmasq ends", ended);
+            assert!(run("nft", &["list", "table", "ip", "husk-web"]).is_err());
+            assert_eq!(list_in(base).unwrap(), []);
+        });
+    }
+
+    #[test]
+    fn what_a_killed_machine_leaves_is_swept_away() {
+        alone(|base| {
+            let bridge = create_in(base, "a", None, true).unwrap();
+            let folder = bridge.folder(base);
+            for part in ["leases", "hosts", "dhcp"] {
+                fs::write(folder.join(part).join("10.88.0.7"), "db").unwrap();
+            }
+            let lease = join_in(base, "a", "db", MAC).unwrap();
+            assert!(!folder.join("hosts/10.88.0.7").exists() || lease.address == Ipv4Addr::new(10, 88, 0, 7));
+            drop(lease);
+            remove_in(base, "a").unwrap();
+        });
+    }
+
+    #[test]
+    fn names_are_short_and_plain() {
+        for (name, good) in
+            [("web", true), ("a-1", true), ("", false), ("-a", false), ("Web", false), ("eleven-long", false)]
+        {
+            assert_eq!(is_name(name), good, "{name}");
+        }
+        let missing = find_in(Path::new("/nonexistent"), "web").unwrap_err().to_string();
+        assert!(missing.contains("sudo husk network create web"), "{missing}");
+    }
+}
