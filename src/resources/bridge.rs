@@ -304,6 +304,8 @@ fn serve_names(bridge: &Bridge, folder: &Path) -> Result<()> {
         "dnsmasq",
         &[
             "--conf-file=/dev/null",
+            // There on every host, as a user of dnsmasq's own is not.
+            "--user=nobody",
             "--bind-interfaces",
             "--except-interface=lo",
             &format!("--interface={}", bridge.interface()),

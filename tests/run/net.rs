@@ -242,19 +242,64 @@ fn no_network_is_really_none() {
     assert_eq!(ended.expect(1).text(), "lo\n");
 }
 
+/// Whether this is root, who alone makes interfaces; loudly if not.
+fn is_root() -> bool {
+    let root = fs::read_to_string("/proc/self/status").unwrap().contains("\nUid:\t0\t");
+    if !root {
+        eprintln!("SKIPPED: only root makes interfaces");
+    }
+    root
+}
+
+fn husk(words: &[&str]) -> String {
+    run(Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into())).args(words))
+}
+
+#[test]
+fn machines_of_a_network_reach_each_other_by_name() {
+    let guests = guests!();
+    if !is_root() {
+        return;
+    }
+    let made = husk(&["network", "create", "--internal", "--subnet", "10.88.77.0/24", "test"]);
+    assert_eq!(made, "test 10.88.77.0/24\n");
+    let script = "mkdir /www; echo from db >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
+    let (db, _output) = start(&guests, &["--network", "test", "--name", "db"], script);
+    let listed = husk(&["network", "ls"]);
+    assert!(listed.contains("test        10.88.77.0/24") && listed.contains("db (10.88.77."), "{listed}");
+    let script =
+        "cat /etc/resolv.conf; wget -qO- http://db/; ping -c 1 db >/dev/null && echo pinged; ip route | grep -c default";
+    let ended = networked(&guests, "micro", &["--network", "test", "--name", "app"], script);
+    assert_eq!(ended.text(), "nameserver 10.88.77.1\nfrom db\npinged\n0\n", "{}", ended.errors);
+    let refused = networked(&guests, "micro", &["--network", "test", "--name", "db"], "true");
+    assert!(
+        refused.expect(125).errors.contains("a machine called db is on network test already"),
+        "{}",
+        refused.errors
+    );
+    let mut rm = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+    let refused = rm.args(["network", "rm", "test"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("in use by db"));
+    // However it ends, its address is free again.
+    run(Command::new("kill").arg("-KILL").arg(db.id().to_string()));
+    wait(db);
+    husk(&["network", "rm", "test"]);
+    assert!(!Path::new("/sys/class/net/husk-test").exists());
+    assert_eq!(husk(&["network", "ls"]).lines().count(), 1);
+}
+
 #[test]
 fn a_tap_device_carries_what_the_host_routes() {
     let guests = guests!();
-    if !fs::read_to_string("/proc/self/status").unwrap().contains("\nUid:\t0\t") {
-        eprintln!("SKIPPED a_tap_device_carries_what_the_host_routes: only root makes tap devices");
+    if !is_root() {
         return;
     }
-    let flags = ["--network", "tap=husk-test,ip=198.18.7.2/24,gateway=198.18.7.1"];
+    let flags = ["--network", "tap=husk-tap,ip=198.18.7.2/24,gateway=198.18.7.1"];
     let script = "iperf3 -s -D; mkdir /www; echo from the guest >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
     let (machine, _output) = start(&guests, &flags, script);
     // It came with the machine, and is the host's to set up.
-    run(Command::new("ip").args(["addr", "add", "198.18.7.1/24", "dev", "husk-test"]));
-    run(Command::new("ip").args(["link", "set", "husk-test", "up"]));
+    run(Command::new("ip").args(["addr", "add", "198.18.7.1/24", "dev", "husk-tap"]));
+    run(Command::new("ip").args(["link", "set", "husk-tap", "up"]));
     let page = run(Command::new("curl").args(["-sS", "--max-time", "60", "http://198.18.7.2/"]));
     assert_eq!(page, "from the guest\n");
     for direction in [&[][..], &["-R"]] {
@@ -267,12 +312,12 @@ fn a_tap_device_carries_what_the_host_routes() {
     }
     // More than Ethernet's 1500 bytes at a time crossed: segments were left to the other side.
     let count = |name: &str| {
-        let path = format!("/sys/class/net/husk-test/statistics/{name}");
+        let path = format!("/sys/class/net/husk-tap/statistics/{name}");
         fs::read_to_string(path).unwrap().trim().parse::<u64>().unwrap()
     };
     assert!(count("tx_bytes") / count("tx_packets") > 1514, "{} {}", count("tx_bytes"), count("tx_packets"));
-    let second = networked(&guests, "micro", &["--network", "tap=husk-test"], "true");
+    let second = networked(&guests, "micro", &["--network", "tap=husk-tap"], "true");
     assert!(second.expect(125).errors.contains("another machine has it"), "{}", second.errors);
     end(machine);
-    assert!(!Path::new("/sys/class/net/husk-test").exists(), "it goes with its machine");
+    assert!(!Path::new("/sys/class/net/husk-tap").exists(), "it goes with its machine");
 }
