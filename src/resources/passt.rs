@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -129,6 +130,8 @@ pub fn start(network: &UserNetwork) -> Result<Passt> {
     let mut command = Command::new("passt");
     command.args(arguments(network, &resolver::of_host()));
     command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(OwnedFd::from(says));
+    // A terminal's signals are for the machine.
+    command.process_group(0);
     let child = command.spawn().context("start passt")?;
     // Closes our copies of its ends, so that we see it end.
     drop(command);
@@ -401,7 +404,9 @@ mod tests {
             (frame[12..14] == [8, 0] && frame[23] == 6 && frame[36..38] == [0, 80]).then_some(())
         });
         let process = std::path::PathBuf::from(format!("/proc/{}", passt.child.id()));
-        assert!(process.exists());
+        let stat = fs::read_to_string(process.join("stat")).unwrap();
+        let group = stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap().to_owned();
+        assert_eq!(group, passt.child.id().to_string(), "Ctrl-C is not for it");
         drop(passt);
         assert!(!process.exists());
         TcpListener::bind(("127.0.0.1", port)).unwrap();

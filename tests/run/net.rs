@@ -267,8 +267,7 @@ fn machines_of_a_network_reach_each_other_by_name() {
     let (db, _output) = start(&guests, &["--network", "test", "--name", "db"], script);
     let listed = husk(&["network", "ls"]);
     assert!(listed.contains("test        10.88.77.0/24") && listed.contains("db (10.88.77."), "{listed}");
-    let script =
-        "cat /etc/resolv.conf; wget -qO- http://db/; ping -c 1 db >/dev/null && echo pinged; ip route | grep -c default";
+    let script = "cat /etc/resolv.conf; wget -qO- http://db/; ping -c 1 db >/dev/null && echo pinged; ip route | grep -c default";
     let ended = networked(&guests, "micro", &["--network", "test", "--name", "app"], script);
     assert_eq!(ended.text(), "nameserver 10.88.77.1\nfrom db\npinged\n0\n", "{}", ended.errors);
     let refused = networked(&guests, "micro", &["--network", "test", "--name", "db"], "true");

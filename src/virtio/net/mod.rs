@@ -94,7 +94,7 @@ struct Net {
 /// What became of a frame for the guest.
 enum Placed {
     Whole,
-    /// The driver has to make buffers available first.
+    /// The driver has to make more buffers available, and rings when it does.
     NoBuffers,
     /// The driver's buffer is shorter than it promised, and the frame lost.
     TooShort,
@@ -179,8 +179,7 @@ impl Net {
         }
     }
 
-    /// Gives the guest frames until there are none (`Waiting`: for the host), or it has no buffers left (`Nothing`), or
-    /// this turn's work is done.
+    /// Gives the guest frames until there are none, or it has too few buffers left, or this turn's work is done.
     fn deliver(&mut self, rx: &mut Virtqueue) -> Result<Left, RingError> {
         let (merge, trusting) = (self.has(VIRTIO_NET_F_MRG_RXBUF), self.accepts_checked());
         let mut turn_bytes = 0;
@@ -206,7 +205,7 @@ impl Net {
             match placed {
                 Placed::Whole => self.link.counters().count_to_guest(frame_bytes),
                 Placed::TooShort => self.link.counters().count_dropped_to_guest(),
-                Placed::NoBuffers => return Ok(Left::Nothing),
+                Placed::NoBuffers => return Ok(Left::Waiting),
             }
             self.backend.consume();
             turn_bytes += FRAME_COST_BYTES + frame_bytes;
@@ -243,8 +242,17 @@ fn place(
             taken.push(Chain::default());
         }
         if !rx.pop(&mut taken[count])? {
+            // Asked for before what is here is left again, so that it rings for one more.
+            if rx.enable_notification()? {
+                rx.disable_notification()?;
+                continue;
+            }
             (0..count).for_each(|_| rx.put_back());
             return Ok(Placed::NoBuffers);
+        }
+        // One that a driver offers again and again while it is looked at has no end.
+        if count == usize::from(rx.size()) {
+            return Err(RingError::Chain("more receive buffers than the queue has"));
         }
         room_bytes += queue::len_bytes(taken[count].writable());
         count += 1;

@@ -267,9 +267,21 @@ fn bad_receive_buffers_need_a_reset() {
     assert_eq!(bench.driver.used(RX_QUEUE).1, 12 + 60);
 }
 
+/// What the thread `name` has used.
+fn processor_time_ms(name: &str) -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let read = |task: &std::fs::DirEntry, file| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+    let thread = tasks.into_iter().find(|task| read(task, "comm").trim() == name).unwrap();
+    // Ticks of 10 ms, the 12th and 13th behind the name.
+    let stat = read(&thread, "stat");
+    let ticks = stat.rsplit(") ").next().unwrap().split(' ').skip(11).take(2);
+    ticks.map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum()
+}
+
 #[test]
 fn buffers_without_room_do_not_keep_the_device_busy() {
-    let mut bench = bench();
+    let name = "net-idle";
+    let mut bench = bench_with(name, !0);
     for index in 0..256_u16 {
         bench.driver.descriptor(RX_QUEUE, index, BUFFERS, 0, WRITE, 0);
         bench.driver.offer(RX_QUEUE, index);
@@ -278,6 +290,10 @@ fn buffers_without_room_do_not_keep_the_device_busy() {
     bench.arrive(&frame(60));
     bench.send([0; HEADER_BYTES], &frame(70), true);
     assert_eq!(bench.read_frame(), frame(70));
+    let before = processor_time_ms(name);
+    std::thread::sleep(std::time::Duration::from_millis(400));
+    let busy = processor_time_ms(name) - before;
+    assert!(busy < 100, "{busy} of 400 ms");
     bench.driver.transport.pause();
     assert_eq!((bench.driver.used_index(RX_QUEUE), bench.driver.read(STATUS)), (0, 15));
 }
