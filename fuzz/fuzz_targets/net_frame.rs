@@ -147,7 +147,8 @@ fuzz_target!(|bytes: &[u8]| {
                     guest.offer(TX, None, len);
                 }
                 1 => guest.offer(TX, Some(u64::from(u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]))), len),
-                2 | 3 => guest.offer(RX, None, len % BUFFER_BYTES as u32),
+                // With room for a header, so that the count in it is found.
+                2 | 3 => guest.offer(RX, None, (len % BUFFER_BYTES as u32).max(HEADER_BYTES as u32)),
                 4 => {
                     let frame = vec![*a; len as usize % 20_000];
                     let all = [&(frame.len() as u32).to_be_bytes()[..], &frame].concat();
