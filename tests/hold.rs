@@ -54,7 +54,11 @@ fn limits_change_while_the_process_runs_and_go_with_the_hold() {
     }
     let ended = AtomicBool::new(false);
     thread::scope(|scope| {
-        let spin = || while !ended.load(Ordering::Relaxed) {};
+        let spin = || {
+            while !ended.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        };
         scope.spawn(spin);
         scope.spawn(spin);
         let result = std::panic::catch_unwind(change_limits);
