@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::exit::Exit;
 use super::when::ago;
+use crate::config::{Attachment, PortForward};
 use crate::roster::record::{Record, State, now_ms};
 use crate::roster::{Entry, Roster};
 
@@ -50,7 +51,8 @@ impl Ps {
         } else if self.quiet {
             super::print(&entries.iter().map(|entry| format!("{}\n", entry.id)).collect::<String>())?;
         } else {
-            let mut rows = vec![["ID", "NAME", "IMAGE", "COMMAND", "CPUS", "MEMORY", "STATUS"].map(str::to_owned)];
+            let mut rows =
+                vec![["ID", "NAME", "IMAGE", "COMMAND", "CPUS", "MEMORY", "PORTS", "STATUS"].map(str::to_owned)];
             rows.extend(entries.iter().map(row));
             super::print(&super::images::table(&rows))?;
         }
@@ -69,7 +71,7 @@ pub fn to_json(entry: &Entry) -> serde_json::Value {
     value
 }
 
-fn row(entry: &Entry) -> [String; 7] {
+fn row(entry: &Entry) -> [String; 8] {
     let unknown = || "-".to_owned();
     let of = |what: fn(&Record) -> String| entry.record.as_ref().map_or_else(unknown, what);
     [
@@ -81,9 +83,20 @@ fn row(entry: &Entry) -> [String; 7] {
             Some(limit) => (f64::from(limit) / 1000.0).to_string(),
             None => record.config.cpus.to_string(),
         }),
-        of(|record| super::size::mib(record.config.memory_mib)),
+        of(|record| super::size::mib(record.config.memory_target_mib.unwrap_or(record.config.memory_mib))),
+        of(ports),
         status(entry),
     ]
+}
+
+/// The host's ports that lead to the machine.
+fn ports(record: &Record) -> String {
+    let forwarded = record.config.networks.iter().filter_map(|network| match &network.to {
+        Attachment::User(network) => Some(&network.ports),
+        _ => None,
+    });
+    let ports: Vec<String> = forwarded.flatten().map(PortForward::to_string).collect();
+    if ports.is_empty() { "-".to_owned() } else { ports.join(", ") }
 }
 
 fn shortened(text: &str) -> String {

@@ -12,6 +12,7 @@ const EXAMPLES: &str = "\
 Examples:
   husk update --memory 1G --cpus 0.5 web
   husk update --disk-iops 500 db
+  husk update --link down web       (the network is gone, until --link up)
 
 Memory goes down to what the guest can do without, and up to what the machine was started with (--memory-max). The guest gives
 it back, and takes it, in its own time: `husk stats` tells how far it is.";
@@ -43,6 +44,18 @@ pub struct UpdateOf {
     /// Requests that each disk serves in a second
     #[arg(long, value_name = "N")]
     disk_iops: Option<u64>,
+
+    /// Pull the cables of its networks out, or put them back
+    #[arg(long, value_name = "up|down", value_parser = link)]
+    link: Option<bool>,
+}
+
+fn link(text: &str) -> Result<bool, String> {
+    match text {
+        "up" => Ok(true),
+        "down" => Ok(false),
+        _ => Err(format!("{text:?} is neither, type up or down")),
+    }
 }
 
 impl UpdateOf {
@@ -55,6 +68,7 @@ impl UpdateOf {
             cpu_shares: self.cpu_shares,
             disk_bytes_per_second: self.disk_bps,
             disk_ops_per_second: self.disk_iops,
+            link_up: self.link,
         };
         ensure!(update != Update::default(), "there is nothing to change: type --memory, --cpus or another limit");
         ensure!(update.millicpus != Some(0), "a machine without processors: type --cpus with 0.01 or more");

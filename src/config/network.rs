@@ -146,6 +146,27 @@ impl fmt::Debug for MacAddress {
     }
 }
 
+/// Writes ports as `docker ps` does: `8080->80/tcp`, with the host's address before it where there is one.
+impl fmt::Display for PortForward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let PortForward { host_ip, host_port, guest_port, count, protocol } = self;
+        let range = |first: u16| match count {
+            1 => first.to_string(),
+            _ => format!("{first}-{}", u32::from(first) + u32::from(*count) - 1),
+        };
+        match host_ip {
+            Some(ip @ IpAddr::V4(_)) => write!(f, "{ip}:")?,
+            Some(ip @ IpAddr::V6(_)) => write!(f, "[{ip}]:")?,
+            None => {}
+        }
+        let protocol = match protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        };
+        write!(f, "{}->{}/{protocol}", range(*host_port), range(*guest_port))
+    }
+}
+
 /// Reads ports as Docker writes them: `[IP:]HOST:GUEST[/tcp|/udp]`, each side a port or a range `FIRST-LAST`.
 impl FromStr for PortForward {
     type Err = String;
@@ -232,6 +253,13 @@ mod tests {
             ("1-65535:1-65535", ports(None, 1, 1, 65535, Tcp)),
         ] {
             assert_eq!(text.parse(), Ok(wanted), "{text}");
+        }
+        for (ports, text) in [
+            (ports(None, 8080, 80, 1, Tcp), "8080->80/tcp"),
+            (ports(Some("127.0.0.1"), 53, 53, 1, Udp), "127.0.0.1:53->53/udp"),
+            (ports(Some("::1"), 5000, 6000, 10, Tcp), "[::1]:5000-5009->6000-6009/tcp"),
+        ] {
+            assert_eq!(ports.to_string(), text);
         }
         for text in [
             "",

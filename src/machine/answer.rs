@@ -185,6 +185,11 @@ impl Control<'_> {
                 control.rate.set(disk.rate);
             }
         }
+        if let Some(up) = update.link_up {
+            let links = &self.machine.controls().links;
+            ensure!(!links.is_empty(), "the machine has no network");
+            links.iter().for_each(|link| link.set_up(up));
+        }
         Ok(())
     }
 
@@ -209,7 +214,8 @@ impl Control<'_> {
                 << 20,
             block_read_bytes: disks(|counters| &counters.read_bytes),
             block_written_bytes: disks(|counters| &counters.written_bytes),
-            ..Stats::default()
+            net_received_bytes: controls.links.iter().map(|link| link.counts().rx_bytes).sum(),
+            net_sent_bytes: controls.links.iter().map(|link| link.counts().tx_bytes).sum(),
         })
     }
 }
