@@ -4,10 +4,13 @@
 //! `micro/`, each with `vmlinux`, `bzImage` and `initrd` (scripts/test makes it, and runs this in the lab where the host's
 //! KVM will not do). Without it every test says that it was skipped; with it none is.
 
+#[path = "run/uplink.rs"]
+mod uplink;
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,7 +26,7 @@ const GUESTS: &str = "HUSK_TEST_GUESTS";
 fn guests(test: &str) -> Option<PathBuf> {
     let guests = std::env::var_os(GUESTS).map(PathBuf::from);
     if guests.is_none() {
-        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test lab` runs this");
+        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test guests` runs this");
     }
     guests
 }
@@ -373,6 +376,25 @@ fn guest_and_host_talk_through_sockets() {
         said("echoed=50");
         said("refused=ECONNRESET");
         assert!(!socket.exists(), "{kernel}: the socket goes with its machine");
+    }
+}
+
+#[test]
+fn a_guest_gets_its_address_by_dhcp_and_reaches_the_host() {
+    let guests = guests!();
+    let Some(host) = uplink::host() else { return };
+    let listener = TcpListener::bind((host, 0)).unwrap();
+    let job = format!("network {host} {}", listener.local_addr().unwrap().port());
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = stream.unwrap().write_all(b"the host\n");
+        }
+    });
+    for kernel in ["stock", "micro"] {
+        let ended = boot(&guests.join(kernel), "vmlinux", &job, &["--network", "user,mac=02:00:00:00:00:77"]);
+        let values = ended.values();
+        assert_eq!(values.get("dhcp"), Some(&"10.0.2.15/24 10.0.2.2 65520"), "{kernel}: {}", ended.output);
+        assert_eq!(values.get("heard"), Some(&"the host"), "{kernel}: {}", ended.output);
     }
 }
 

@@ -12,6 +12,7 @@ mod process;
 mod streams;
 #[path = "../kvm/terminal.rs"]
 mod terminal;
+mod uplink;
 
 use std::io::{Read, Write};
 use std::path::PathBuf;

@@ -1,7 +1,6 @@
 //! Networks: what a guest reaches, how it is reached, and that one without a network has none.
 //!
-//! The other side is real: curl, iperf3, and small servers here. Where this machine has no way out, as the lab has none, it
-//! is given an interface that leads nowhere, since passt wants one.
+//! The other side is real: curl, iperf3, and small servers here.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,50 +15,10 @@ use husk::config::MacAddress;
 use husk::resources::net::mac_of;
 
 use crate::image::{self, run};
+use crate::uplink::{self, host};
 use crate::{Ended, finish, guests, husk_networked, wait};
 
-/// A test network (RFC 5737) for a machine that has none.
-const UPLINK: [&str; 2] = ["198.51.100.2/24", "198.51.100.1"];
 const SERVED: &str = "the host says so\n";
-
-/// This machine's own address, as a guest can reach it; `None`, loudly, where there is no network and none can be made.
-fn host() -> Option<IpAddr> {
-    static HOST: OnceLock<Option<IpAddr>> = OnceLock::new();
-    *HOST.get_or_init(|| {
-        if own_address().is_none() && std::env::var_os("HUSK_TEST_EMULATED").is_some() {
-            make_uplink();
-        }
-        let address = own_address();
-        if address.is_none() {
-            eprintln!("SKIPPED: this machine has no network");
-        }
-        address
-    })
-}
-
-/// Nothing is sent for this.
-fn own_address() -> Option<IpAddr> {
-    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
-    socket.connect("192.0.2.1:9").ok()?;
-    socket.local_addr().ok().map(|address| address.ip())
-}
-
-fn make_uplink() {
-    let ip = |words: &[&str]| run(Command::new("ip").args(words));
-    ip(&["link", "add", "uplink", "type", "veth"]);
-    ip(&["addr", "add", UPLINK[0], "dev", "uplink"]);
-    ip(&["link", "set", "uplink", "up"]);
-    ip(&["route", "add", "default", "via", UPLINK[1]]);
-    make_nobody();
-}
-
-/// passt and dnsmasq run as this user, whom the lab does not know.
-fn make_nobody() {
-    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    if !passwd.contains("nobody:") {
-        fs::write("/etc/passwd", passwd + "nobody:x:65534:65534:nobody:/:/bin/false\n").unwrap();
-    }
-}
 
 /// A root file system with iperf3 beside busybox.
 fn root() -> &'static str {
@@ -265,9 +224,7 @@ fn machines_of_a_network_reach_each_other_by_name() {
     if !is_root() {
         return;
     }
-    if std::env::var_os("HUSK_TEST_EMULATED").is_some() {
-        make_nobody();
-    }
+    uplink::make_nobody();
     let made = husk(&["network", "create", "--internal", "--subnet", "10.88.77.0/24", "test"]);
     assert_eq!(made, "test 10.88.77.0/24\n");
     let script = "mkdir /www; echo from db >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
