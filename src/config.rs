@@ -239,6 +239,9 @@ pub enum Invalid {
     /// No path, or one that no socket can have.
     #[error("vsock path of {0} bytes: type --vsock PATH with 1 to {MAX_VSOCK_PATH_BYTES} bytes")]
     VsockPath(usize),
+    /// A limit of nothing, or a burst without a limit.
+    #[error("a network's limits are 1 or more, and a burst needs its limit: type --network user,bps=10M,pps=1000")]
+    NetworkRate,
     /// More interfaces than there is room for.
     #[error("{0} networks: this machine takes at most {1}")]
     TooManyNetworks(usize, usize),

@@ -132,7 +132,7 @@ fuzz_target!(|bytes: &[u8]| {
         let (ours, mut peer) = UnixStream::pair().expect("a socket can be had");
         peer.set_nonblocking(true).expect("it is a socket");
         let backend = Box::new(StreamNet::new(ours).expect("it is a socket"));
-        let (device, link) = net::device_on(backend, "net", [2, 0, 0, 0, 0, 1], None);
+        let (device, link) = net::device_on(backend, "net", [2, 0, 0, 0, 0, 1], None).unwrap();
         let mut handler = device.handler;
         handler.start(device.features | 1 << 32);
         let (mut guest, mut received) = (Guest::new(memory), Vec::new());

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 
+use super::size;
+use crate::backend::rate::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
 use crate::guest::network::{Address, Addressed, Wiring};
 use crate::resources::{bridge, net, passt};
@@ -17,7 +19,8 @@ pub struct NetworkFlags {
     /// `user` is the host's own connections, by the program passt; it needs no privileges, and the guest gets its address by
     /// DHCP or from husk's init. `tap=NAME` is a tap device of the host's; `ip=ADDRESS/PREFIX` (again for one more) and
     /// `gateway=ADDRESS` are what husk's init sets up in the guest. Another NAME is a network of `husk network create`, on
-    /// which machines reach each other by name. `mac=` is the guest's own address. `none` is no interface. `husk boot` has
+    /// which machines reach each other by name. `mac=` is the guest's own address, and `bps=10M` and
+    /// `pps=1000` limit the bytes and packets of a second, in each direction. `none` is no interface. `husk boot` has
     /// none and `husk run` has `user` unless told otherwise.
     #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = wish)]
     networks: Vec<Wish>,
@@ -39,6 +42,7 @@ pub struct NetworkFlags {
 struct Wish {
     to: To,
     mac: Option<MacAddress>,
+    rate: Rate,
     addresses: Vec<Address>,
     gateways: Vec<IpAddr>,
 }
@@ -64,17 +68,27 @@ fn wish(text: &str) -> Result<Wish, String> {
             None => return Err(format!("{other:?} is no network, type user, tap=NAME, none or a network's name")),
         },
     };
-    let mut wish = Wish { to, mac: None, addresses: Vec::new(), gateways: Vec::new() };
+    let mut wish = Wish { to, mac: None, rate: Rate::default(), addresses: Vec::new(), gateways: Vec::new() };
     let on_tap = matches!(wish.to, To::Attachment(Attachment::Tap { .. }));
     for option in parts {
         match option.split_once('=') {
-            Some(("mac", mac)) if wish.to != To::Nothing => wish.mac = Some(mac.parse()?),
+            Some((_, _)) if wish.to == To::Nothing => return Err("--network none has no options".into()),
+            Some(("mac", mac)) => wish.mac = Some(mac.parse()?),
+            Some(("bps", bytes)) => wish.rate.bytes_per_second = Some(size::bytes(bytes)?),
+            Some(("pps", packets)) => {
+                let packets = packets.parse().map_err(|_| format!("{packets:?} is no number of packets"))?;
+                wish.rate.ops_per_second = Some(packets);
+            }
             Some(("ip", address)) if on_tap => wish.addresses.push(address.parse()?),
             Some(("gateway", address)) if on_tap => {
                 let gateway = address.parse().map_err(|_| format!("{address:?} is no address of a gateway"))?;
                 wish.gateways.push(gateway);
             }
-            _ => return Err(format!("unknown option {option:?}, type mac=ADDRESS, or with tap=NAME ip= or gateway=")),
+            _ => {
+                return Err(format!(
+                    "unknown option {option:?}, type mac=ADDRESS, bps=SIZE, pps=N, or with tap=NAME ip= or gateway="
+                ));
+            }
         }
     }
     Ok(wish)
@@ -145,7 +159,7 @@ impl NetworkFlags {
 }
 
 fn user() -> NetworkConfig {
-    NetworkConfig { to: Attachment::User(UserNetwork::default()), mac: None }
+    NetworkConfig { to: Attachment::User(UserNetwork::default()), mac: None, rate: Rate::default() }
 }
 
 impl Wish {
@@ -156,10 +170,12 @@ impl Wish {
             To::Network(name) => {
                 let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
                 let lease = bridge::join(name, machine, mac)?;
-                return Ok(Some(Addressed::leased(lease, mac)));
+                let mut leased = Addressed::leased(lease, mac);
+                leased.config.rate = self.rate;
+                return Ok(Some(leased));
             }
         };
-        let config = NetworkConfig { to, mac };
+        let config = NetworkConfig { to, mac, rate: self.rate };
         let (addresses, gateways) = (self.addresses.clone(), self.gateways.clone());
         Ok(Some(Addressed { config, addresses, gateways, lease: None }))
     }
@@ -189,14 +205,25 @@ mod tests {
     fn networks_are_what_was_asked_for() {
         assert_eq!(configs(&[]), Ok(Vec::new()));
         assert_eq!(configs(&["--network", "none"]), Ok(Vec::new()));
-        let tap = NetworkConfig { to: Attachment::Tap { name: "tap0".into() }, mac: "02:00:00:00:00:07".parse().ok() };
+        let tap = NetworkConfig {
+            to: Attachment::Tap { name: "tap0".into() },
+            mac: "02:00:00:00:00:07".parse().ok(),
+            rate: Rate::default(),
+        };
         let user = |ports: &[&str]| {
             let ports = ports.iter().map(|port| port.parse().unwrap()).collect();
-            NetworkConfig { to: Attachment::User(UserNetwork { ports, dns: Vec::new() }), mac: None }
+            NetworkConfig {
+                to: Attachment::User(UserNetwork { ports, dns: Vec::new() }),
+                mac: None,
+                rate: Rate::default(),
+            }
         };
         let both = ["--network=tap=tap0,mac=02:00:00:00:00:07", "--network=user", "-p80:80", "-p", "53:53/udp"];
         assert_eq!(configs(&both), Ok(vec![tap, user(&["80:80", "53:53/udp"])]));
         assert_eq!(configs(&["-p", "8080:80"]), Ok(vec![user(&["8080:80"])]));
+        let rate = Rate { bytes_per_second: Some(10 << 20), ops_per_second: Some(1000), ..Rate::default() };
+        let limited = configs(&["--network=user,bps=10M,pps=1000"]).unwrap();
+        assert_eq!(limited, [NetworkConfig { rate, ..user(&[]) }]);
     }
 
     #[test]

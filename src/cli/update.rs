@@ -45,6 +45,14 @@ pub struct UpdateOf {
     #[arg(long, value_name = "N")]
     disk_iops: Option<u64>,
 
+    /// Bytes that each network interface sends in a second, and as many that it receives
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    network_bps: Option<u64>,
+
+    /// Packets that each network interface sends in a second, and as many that it receives
+    #[arg(long, value_name = "N")]
+    network_pps: Option<u64>,
+
     /// Pull the cables of its networks out, or put them back
     #[arg(long, value_name = "up|down", value_parser = link)]
     link: Option<bool>,
@@ -68,6 +76,8 @@ impl UpdateOf {
             cpu_shares: self.cpu_shares,
             disk_bytes_per_second: self.disk_bps,
             disk_ops_per_second: self.disk_iops,
+            network_bytes_per_second: self.network_bps,
+            network_packets_per_second: self.network_pps,
             link_up: self.link,
         };
         ensure!(update != Update::default(), "there is nothing to change: type --memory, --cpus or another limit");

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::Invalid;
+use crate::backend::rate::Rate;
 
 /// Longest name of an interface of the host's (IFNAMSIZ, linux/if.h, less the NUL).
 pub const MAX_INTERFACE_NAME_BYTES: usize = 15;
@@ -20,6 +21,9 @@ pub struct NetworkConfig {
     /// The guest's own address; a random one if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
+    /// What the guest may send in a second, and what it may receive; a packet is an operation.
+    #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
+    pub rate: Rate,
 }
 
 /// What an interface is connected to.
@@ -211,6 +215,9 @@ fn range(text: &str) -> Option<(u16, u16)> {
 impl NetworkConfig {
     /// Checks what can be checked without a look at the host.
     pub fn validate(&self) -> Result<(), Invalid> {
+        if !self.rate.makes_sense() {
+            return Err(Invalid::NetworkRate);
+        }
         match &self.to {
             Attachment::Tap { name } | Attachment::Bridge { name } => {
                 let good = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
@@ -299,7 +306,7 @@ mod tests {
             dns: vec!["192.0.2.53".parse().unwrap()],
         };
         for to in [Attachment::User(user), Attachment::Tap { name: "tap0".into() }] {
-            let network = NetworkConfig { to, mac: Some(MacAddress([2, 0, 0, 0, 0, 1])) };
+            let network = NetworkConfig { to, mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), rate: Rate::default() };
             assert_eq!(network.validate(), Ok(()));
             let json = serde_json::to_string(&network).unwrap();
             assert_eq!(serde_json::from_str::<NetworkConfig>(&json).unwrap(), network, "{json}");
@@ -313,15 +320,25 @@ mod tests {
     }
 
     #[test]
+    fn a_network_is_limited_to_something() {
+        let with = |bytes_per_second, burst_bytes| {
+            let rate = Rate { bytes_per_second, burst_bytes, ..Rate::default() };
+            NetworkConfig { to: Attachment::User(UserNetwork::default()), mac: None, rate }.validate()
+        };
+        assert_eq!((with(None, None), with(Some(1), Some(1))), (Ok(()), Ok(())));
+        assert_eq!((with(Some(0), None), with(None, Some(1))), (Err(Invalid::NetworkRate), Err(Invalid::NetworkRate)));
+    }
+
+    #[test]
     fn names_and_ports_that_cannot_be_are_refused() {
         for name in ["", "..", "a/b", "a b", "tap:1", "sixteen-letters-", "naïve"] {
-            let network = NetworkConfig { to: Attachment::Tap { name: name.into() }, mac: None };
+            let network = NetworkConfig { to: Attachment::Tap { name: name.into() }, mac: None, rate: Rate::default() };
             assert_eq!(network.validate(), Err(Invalid::InterfaceName(name.into())));
         }
         for (host, guest, count) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (65535, 1, 2), (1, 65535, 2)] {
             let user =
                 UserNetwork { ports: vec![ports(None, host, guest, count, Protocol::Tcp)], ..Default::default() };
-            let network = NetworkConfig { to: Attachment::User(user), mac: None };
+            let network = NetworkConfig { to: Attachment::User(user), mac: None, rate: Rate::default() };
             assert!(matches!(network.validate(), Err(Invalid::Ports(..))), "{host} {guest} {count}");
         }
     }

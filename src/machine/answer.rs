@@ -10,6 +10,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::control::Control;
 use super::outcome::Outcome;
+use crate::backend::rate::Rate;
 use crate::console::input::Input;
 use crate::request::server::Caller;
 use crate::request::{Reply, Request, Stats, Update};
@@ -18,6 +19,22 @@ use crate::virtio::block;
 
 /// Signals that ask for an end, of a machine that has no process to send them to.
 const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// `rate` with other limits where some are given, and their bursts the usual ones; `None` where none is given.
+fn changed(rate: Rate, bytes: Option<u64>, ops: Option<u64>) -> Result<Option<Rate>> {
+    if bytes.or(ops).is_none() {
+        return Ok(None);
+    }
+    let mut changed = rate;
+    if bytes.is_some() {
+        (changed.bytes_per_second, changed.burst_bytes) = (bytes, None);
+    }
+    if ops.is_some() {
+        (changed.ops_per_second, changed.burst_ops) = (ops, None);
+    }
+    ensure!(changed.makes_sense(), "a limit of nothing: type 1 or more");
+    Ok(Some(changed))
+}
 
 impl Control<'_> {
     /// Does what was asked for, or says why not.
@@ -173,16 +190,16 @@ impl Control<'_> {
             (config.cpu_limit_millicpus, config.cpu_shares) = (millicpus, update.cpu_shares.or(config.cpu_shares));
         }
         for (disk, control) in config.disks.iter_mut().zip(&self.machine.controls().disks) {
-            let (bytes, ops) = (update.disk_bytes_per_second, update.disk_ops_per_second);
-            if let Some(bytes) = bytes {
-                (disk.rate.bytes_per_second, disk.rate.burst_bytes) = (Some(bytes), None);
+            if let Some(rate) = changed(disk.rate, update.disk_bytes_per_second, update.disk_ops_per_second)? {
+                disk.rate = rate;
+                control.rate.set(rate);
             }
-            if let Some(ops) = ops {
-                (disk.rate.ops_per_second, disk.rate.burst_ops) = (Some(ops), None);
-            }
-            if bytes.or(ops).is_some() {
-                ensure!(disk.rate.makes_sense(), "a limit of nothing: type 1 or more");
-                control.rate.set(disk.rate);
+        }
+        for (network, link) in config.networks.iter_mut().zip(&self.machine.controls().links) {
+            let (bytes, packets) = (update.network_bytes_per_second, update.network_packets_per_second);
+            if let Some(rate) = changed(network.rate, bytes, packets)? {
+                network.rate = rate;
+                link.set_rate(rate);
             }
         }
         if let Some(up) = update.link_up {

@@ -59,7 +59,7 @@ impl Machine {
             devices.push(vsock::device(vsock).context("make the vsock device")?);
         }
         for network in networks {
-            let (device, link) = net::device(network);
+            let (device, link) = net::device(network).context("make a network interface")?;
             devices.push(device);
             controls.links.push(link);
         }

@@ -76,6 +76,10 @@ pub struct Update {
     pub disk_bytes_per_second: Option<u64>,
     /// Requests a second of each disk.
     pub disk_ops_per_second: Option<u64>,
+    /// Bytes a second of each network interface, in each direction.
+    pub network_bytes_per_second: Option<u64>,
+    /// Packets a second of each network interface, in each direction.
+    pub network_packets_per_second: Option<u64>,
     /// Whether the cables of all network interfaces are in.
     pub link_up: Option<bool>,
 }

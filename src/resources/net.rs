@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::{bridge, passt};
 use crate::backend::net::{HEADER_BYTES, NetBackend, TapNet};
+use crate::backend::rate::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig};
 use crate::sys;
 
@@ -29,10 +30,16 @@ pub struct Network {
     pub mac: [u8; 6],
     /// The largest packet that the other side carries, if it says so.
     pub mtu_bytes: Option<u16>,
+    /// What may go through in a second, in each direction.
+    pub rate: Rate,
 }
 
 /// Opens what `config` says. For a user's network this starts passt, which is not waited for.
 pub fn open(config: &NetworkConfig) -> Result<Network> {
+    open_any(config).map(|network| Network { rate: config.rate, ..network })
+}
+
+fn open_any(config: &NetworkConfig) -> Result<Network> {
     let mac = match config.mac {
         Some(mac) => mac,
         None => random_mac()?,
@@ -40,7 +47,8 @@ pub fn open(config: &NetworkConfig) -> Result<Network> {
     match &config.to {
         Attachment::User(user) => {
             let backend = Box::new(passt::start(user)?);
-            Ok(Network { backend, name: "passt".into(), mac: mac.0, mtu_bytes: Some(passt::MTU_BYTES) })
+            let rate = Rate::default();
+            Ok(Network { backend, name: "passt".into(), mac: mac.0, mtu_bytes: Some(passt::MTU_BYTES), rate })
         }
         Attachment::Tap { name } => {
             let (tap, _) = open_tap(name).with_context(|| format!("open tap device {name}"))?;
@@ -57,7 +65,8 @@ pub fn open(config: &NetworkConfig) -> Result<Network> {
 fn on_tap(tap: File, name: &str, mac: MacAddress) -> Result<Network> {
     let mtu = sys::net::interface_mtu(name).with_context(|| format!("look at tap device {name}"))?;
     let mtu_bytes = u16::try_from(mtu.min(MTU_BYTES_MAX)).ok();
-    Ok(Network { backend: Box::new(TapNet::new(tap)), name: name.to_owned(), mac: mac.0, mtu_bytes })
+    let backend = Box::new(TapNet::new(tap));
+    Ok(Network { backend, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default() })
 }
 
 /// Returns the device and its name.

@@ -188,7 +188,8 @@ fn the_network_device_keeps_the_contract() {
         for len in [60_usize, 1514, 9000, 60_000] {
             peer.write_all(&[&(len as u32).to_be_bytes()[..], &vec![1; len]].concat()).unwrap();
         }
-        let device = net::device_on(Box::new(StreamNet::new(ours).unwrap()), "net", [2, 0, 0, 0, 0, 1], None).0;
+        let device =
+            net::device_on(Box::new(StreamNet::new(ours).unwrap()), "net", [2, 0, 0, 0, 0, 1], None).unwrap().0;
         // A guest may send it anything, as fast as it can, and it stays.
         peer.set_nonblocking(true).unwrap();
         peers.borrow_mut().push(peer);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
+use crate::backend::rate::{Rate, RateControl};
 use crate::virtio::ConfigSpace;
 
 /// Where `status` stands in `struct virtio_net_config` (virtio 1.2 §5.1.4).
@@ -16,6 +17,8 @@ const STATUS_OFFSET: usize = 6;
 pub struct NetLink(Arc<Shared>);
 
 struct Shared {
+    /// In the order of the queues.
+    rates: [RateControl; 2],
     config: Arc<ConfigSpace>,
     /// Whether somebody wants it down.
     is_cut: AtomicBool,
@@ -44,8 +47,9 @@ pub struct NetCounts {
 }
 
 impl NetLink {
-    pub(super) fn new(config: Arc<ConfigSpace>) -> NetLink {
+    pub(super) fn new(config: Arc<ConfigSpace>, rates: [RateControl; 2]) -> NetLink {
         NetLink(Arc::new(Shared {
+            rates,
             config,
             is_cut: AtomicBool::new(false),
             is_lost: AtomicBool::new(false),
@@ -63,6 +67,17 @@ impl NetLink {
     /// Whether frames go through.
     pub fn is_up(&self) -> bool {
         !self.0.is_cut.load(Ordering::Relaxed) && !self.0.is_lost.load(Ordering::Relaxed)
+    }
+
+    /// What may go through in a second, in each direction; frames count as operations.
+    pub fn rate(&self) -> Rate {
+        let [rate, _] = &self.0.rates;
+        rate.rate()
+    }
+
+    /// Sets that anew. What is too much waits, on either side.
+    pub fn set_rate(&self, rate: Rate) {
+        self.0.rates.iter().for_each(|control| control.set(rate));
     }
 
     /// What went through so far.

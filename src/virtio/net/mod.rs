@@ -23,6 +23,7 @@ use super::queue::{self, Chain, Virtqueue};
 use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
 use crate::backend::disk::GuestBuffers;
 use crate::backend::net::{self, FLAG_DATA_VALID, HEADER_BYTES, Header, NetBackend};
+use crate::backend::rate::{Limiter, Rate};
 use crate::resources::net::Network;
 
 pub use link::{NetCounts, NetLink};
@@ -41,9 +42,13 @@ const FRAME_COST_BYTES: usize = 16 << 10;
 const MTU_BYTES: u16 = 1500;
 
 /// A network device on what was opened as `network`, and what the rest of husk has of it.
-pub fn device(network: Network) -> (VirtioDevice, NetLink) {
-    let Network { backend, name, mac, mtu_bytes } = network;
-    device_on(backend, &name, mac, mtu_bytes)
+pub fn device(network: Network) -> io::Result<(VirtioDevice, NetLink)> {
+    let Network { backend, name, mac, mtu_bytes, rate } = network;
+    let (device, link) = device_on(backend, &name, mac, mtu_bytes)?;
+    if !rate.is_unlimited() {
+        link.set_rate(rate);
+    }
+    Ok((device, link))
 }
 
 /// A network device on any back end. `name` is for the log; without an MTU there is Ethernet's.
@@ -52,20 +57,21 @@ pub fn device_on(
     name: &str,
     mac: [u8; 6],
     mtu_bytes: Option<u16>,
-) -> (VirtioDevice, NetLink) {
+) -> io::Result<(VirtioDevice, NetLink)> {
     let own = [VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS];
     let features = own.iter().fold(backend.features(), |features, bit| features | 1 << bit);
     let config = Arc::new(ConfigSpace::new(config(mac, mtu_bytes.unwrap_or(MTU_BYTES)), 0..0));
-    let link = NetLink::new(config.clone());
+    let [(rx, rx_rate), (tx, tx_rate)] = [Limiter::new(Rate::default())?, Limiter::new(Rate::default())?];
+    let link = NetLink::new(config.clone(), [rx_rate, tx_rate]);
     let device = VirtioDevice {
         device_type: DEVICE_TYPE,
         name: name.to_owned(),
         features,
         queue_sizes: QUEUE_SIZES.to_vec(),
         config,
-        handler: Box::new(Net::new(backend, name, link.clone())),
+        handler: Box::new(Net::new(backend, name, link.clone(), [rx, tx])),
     };
-    (device, link)
+    Ok((device, link))
 }
 
 /// `struct virtio_net_config` (virtio 1.2 §5.1.4), in its order, as far as its features go.
@@ -82,6 +88,8 @@ struct Net {
     backend: Box<dyn NetBackend>,
     name: String,
     link: NetLink,
+    /// By queue.
+    limits: [Limit; 2],
     features: u64,
     /// The back end's other side is gone for good.
     is_over: bool,
@@ -89,6 +97,25 @@ struct Net {
     /// The buffers that one frame takes; kept, so that it costs no allocation.
     taken: Vec<Chain>,
     used: Vec<(u16, u32)>,
+}
+
+/// What a direction may carry, and whether its next frame, which could not go on for another reason, has been counted.
+struct Limit {
+    limiter: Limiter,
+    has_admitted: bool,
+}
+
+impl Limit {
+    /// Whether the next frame may pass; asked again about the same one, it counts once.
+    fn admits(&mut self, frame_bytes: usize) -> bool {
+        self.has_admitted = self.has_admitted || self.limiter.admit(frame_bytes as u64);
+        self.has_admitted
+    }
+
+    /// The next frame is another one.
+    fn pass(&mut self) {
+        self.has_admitted = false;
+    }
 }
 
 /// What became of a frame for the guest.
@@ -109,11 +136,12 @@ enum Sent {
 }
 
 impl Net {
-    fn new(backend: Box<dyn NetBackend>, name: &str, link: NetLink) -> Net {
+    fn new(backend: Box<dyn NetBackend>, name: &str, link: NetLink, limiters: [Limiter; 2]) -> Net {
         Net {
             backend,
             name: name.to_owned(),
             link,
+            limits: limiters.map(|limiter| Limit { limiter, has_admitted: false }),
             features: 0,
             is_over: false,
             chain: Chain::default(),
@@ -141,6 +169,10 @@ impl Net {
             frame.clear();
             let header = self.read(tx, &mut frame);
             let frame_bytes = frame.len_bytes() as usize;
+            if !self.limits[TX].admits(frame_bytes) {
+                tx.put_back();
+                return Ok(Left::Waiting);
+            }
             match self.send(header, &mut frame) {
                 Sent::Whole => self.link.counters().count_from_guest(frame_bytes),
                 Sent::Dropped => self.link.counters().count_dropped_from_guest(),
@@ -149,6 +181,7 @@ impl Net {
                     return Ok(Left::Waiting);
                 }
             }
+            self.limits[TX].pass();
             tx.push(self.chain.head(), 0)?;
             turn_bytes += FRAME_COST_BYTES + frame_bytes;
         }
@@ -198,6 +231,9 @@ impl Net {
                 header.flags &= !FLAG_DATA_VALID;
             }
             let frame_bytes = frame.len();
+            if !self.limits[RX].admits(frame_bytes) {
+                return Ok(Left::Waiting);
+            }
             let placed = match self.link.is_up() {
                 true => place(rx, &mut self.taken, &mut self.used, merge, header, frame)?,
                 false => Placed::TooShort,
@@ -207,6 +243,7 @@ impl Net {
                 Placed::TooShort => self.link.counters().count_dropped_to_guest(),
                 Placed::NoBuffers => return Ok(Left::Waiting),
             }
+            self.limits[RX].pass();
             self.backend.consume();
             turn_bytes += FRAME_COST_BYTES + frame_bytes;
         }
@@ -293,6 +330,8 @@ fn fill(rx: &Virtqueue, chain: &Chain, pieces: &mut [&[u8]; 2]) -> Result<u32, R
 impl QueueHandler for Net {
     fn start(&mut self, features: u64) {
         self.features = features;
+        // What waited in the guest's queue may be another frame by now.
+        self.limits[TX].pass();
         if let Err(error) = self.backend.accept(features) {
             self.end(&error);
         }
@@ -307,6 +346,6 @@ impl QueueHandler for Net {
     }
 
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.backend.fd()]
+        [self.backend.fd()].into_iter().chain(self.limits.iter().map(|limit| limit.limiter.wake_fd())).collect()
     }
 }

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_HDR_GSO_TCPV4,
@@ -10,6 +11,7 @@ use virtio_bindings::virtio_net::{
 
 use super::*;
 use crate::backend::net::StreamNet;
+use crate::backend::rate::Rate;
 use crate::bus::Device;
 use crate::virtio::mmio::register::*;
 use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, logged, wait_for};
@@ -28,9 +30,9 @@ struct Bench {
 
 fn bench_with(name: &str, features: u64) -> Bench {
     let (ours, peer) = UnixStream::pair().unwrap();
-    peer.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+    peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let backend = Box::new(StreamNet::new(ours).unwrap());
-    let (device, link) = device_on(backend, name, MAC, Some(9000));
+    let (device, link) = device_on(backend, name, MAC, Some(9000)).unwrap();
     let mut driver = Driver::new(device);
     driver.start_with(features);
     Bench { driver, link, peer }
@@ -239,6 +241,38 @@ fn a_link_is_cut_and_restored_and_the_driver_told() {
 }
 
 #[test]
+fn a_limit_holds_in_each_direction_and_loses_nothing() {
+    let mut bench = bench();
+    // Five at once, and one every 20 ms after that.
+    bench.link.set_rate(Rate { ops_per_second: Some(50), ..Rate::default() });
+    let started = Instant::now();
+    for _ in 0..16 {
+        bench.arrive(&frame(100));
+    }
+    bench.offer(&(0..16).map(|n| (BUFFERS + n * 0x1000, 2000)).collect::<Vec<_>>());
+    for _ in 0..16 {
+        bench.send([0; HEADER_BYTES], &frame(100), true);
+        assert_eq!(bench.read_frame(), frame(100));
+    }
+    wait_for(|| bench.driver.used_index(RX_QUEUE) == 16);
+    let took = started.elapsed();
+    assert!((Duration::from_millis(195)..Duration::from_secs(2)).contains(&took), "{took:?}");
+    let counts = bench.link.counts();
+    assert_eq!((counts.rx_packets, counts.tx_packets, counts.rx_dropped + counts.tx_dropped), (16, 16, 0));
+    // What waits goes on when the limit is lifted.
+    bench.link.set_rate(Rate { bytes_per_second: Some(1), ..Rate::default() });
+    bench.send([0; HEADER_BYTES], &frame(100), true);
+    let link = bench.link.clone();
+    let lifted = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        link.set_rate(Rate::default());
+    });
+    bench.send([0; HEADER_BYTES], &frame(100), true);
+    lifted.join().unwrap();
+    assert_eq!((bench.read_frame(), bench.read_frame()), (frame(100), frame(100)));
+}
+
+#[test]
 fn a_host_that_is_gone_takes_the_link_down_for_good() {
     let name = "net-gone";
     let mut bench = bench_with(name, !0);
@@ -341,7 +375,7 @@ impl NetBackend for Taker {
 fn what_is_left_to_the_host_is_what_was_negotiated() {
     let socket = Arc::new(UnixStream::pair().unwrap().0);
     let taker = Taker { socket, sent: Arc::default(), accepted: Arc::default() };
-    let (device, link) = device_on(Box::new(taker.clone()), "net", MAC, None);
+    let (device, link) = device_on(Box::new(taker.clone()), "net", MAC, None).unwrap();
     let mut driver = Driver::new(device);
     driver.start();
     let header = Header {
