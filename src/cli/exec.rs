@@ -1,24 +1,23 @@
 //! `husk exec`: one more process in a machine that runs.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use husk_protocol::{Process, ToHost, WindowSize};
 
 use super::exit::Exit;
+use super::process::ProcessFlags;
 use crate::console::terminal;
 use crate::guest::exec::{self, End};
-use crate::guest::process::{self, Defaults, Wishes};
+use crate::guest::process::Defaults;
 use crate::machine::control::Front;
-use crate::resources::text;
 use crate::roster::record::{Inherited, State};
 use crate::roster::{self, Entry, Roster};
 
 const EXAMPLES: &str = "\
 Examples:
-  husk exec web ps
+  husk exec web ps                  (with the variables, place and user of the machine's own process)
   husk exec -it web sh
   tar c . | husk exec -i web tar x -C /srv
 
@@ -38,29 +37,8 @@ pub struct Exec {
     #[arg(value_names = ["MACHINE", "COMMAND"])]
     words: Vec<OsString>,
 
-    /// Keep standard input open to the command
-    #[arg(short, long)]
-    interactive: bool,
-
-    /// Give the command a terminal: this one
-    #[arg(short, long)]
-    tty: bool,
-
-    /// Set a variable; without a value, to the one that it has here
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    env: Vec<OsString>,
-
-    /// Set the variables in a file, a line each
-    #[arg(long, value_name = "FILE")]
-    env_file: Vec<PathBuf>,
-
-    /// Working directory [default: as the machine's own process has it]
-    #[arg(short, long, value_name = "DIR")]
-    workdir: Option<OsString>,
-
-    /// User, and group [default: as the machine's own process has it]
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    user: Option<String>,
+    #[command(flatten)]
+    process: ProcessFlags,
 }
 
 impl Exec {
@@ -76,7 +54,6 @@ impl Exec {
     }
 
     fn try_run(mut self) -> Result<Exit> {
-        use std::io::IsTerminal;
         let mut words = std::mem::take(&mut self.words).into_iter();
         let machine = words.next().unwrap_or_default();
         let machine = machine.to_str().with_context(|| format!("{} is no name", machine.display()))?;
@@ -86,14 +63,12 @@ impl Exec {
             command.remove(0);
         }
         ensure!(!command.is_empty(), "there is no command to run: type one behind the machine");
-        if self.tty && self.interactive && !std::io::stdin().is_terminal() {
-            bail!("standard input is no terminal: leave -t out");
-        }
+        self.process.check_terminal()?;
         let entry = Roster::open()?.find(machine)?;
         let process = self.process(inherited(&entry)?, command)?;
         let signals = Front::block_signals(true)?;
         let connections = exec::start(&entry.file(roster::VSOCK), &process)?;
-        match exec::stay(connections, &signals, self.tty && self.interactive)? {
+        match exec::stay(connections, &signals, self.process.tty && self.process.interactive)? {
             End::Told(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
             End::Told(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
             End::Told(ToHost::Failed { message, code }) => {
@@ -106,19 +81,7 @@ impl Exec {
     }
 
     fn process(&mut self, from: Inherited, command: Vec<OsString>) -> Result<Process> {
-        let mut env = Vec::new();
-        for file in &self.env_file {
-            env.extend(process::env_file(&text::read(file)?));
-        }
-        env.append(&mut self.env);
-        let wishes = Wishes {
-            entrypoint: None,
-            command,
-            env,
-            working_dir: self.workdir.take(),
-            user: self.user.take(),
-            limits: Vec::new(),
-        };
+        let wishes = self.process.wishes(command)?;
         let mut process = wishes.apply_with(&Defaults::default(), from.env.into_iter().map(Vec::from).collect());
         if process.working_dir.is_empty() {
             process.working_dir = from.working_dir.into();
@@ -127,8 +90,8 @@ impl Exec {
             process.user = from.user;
         }
         let size = || terminal::window_size().unwrap_or(WindowSize { rows: 24, columns: 80 });
-        process.terminal = self.tty.then(size);
-        process.stdin = self.interactive;
+        process.terminal = self.process.tty.then(size);
+        process.stdin = self.process.interactive;
         Ok(process)
     }
 }

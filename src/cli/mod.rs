@@ -23,6 +23,7 @@ mod network;
 pub mod networks;
 pub mod pause;
 pub mod prepare;
+mod process;
 pub mod prune;
 pub mod ps;
 pub mod pull;

@@ -16,11 +16,12 @@ use super::exit::Exit;
 use super::life::{self, Called, Life};
 use super::limits::Limits;
 use super::network::NetworkFlags;
+use super::process::ProcessFlags;
 use super::{boot, prepare, signal, size};
 use crate::backend::rate::Rate;
 use crate::config::MachineConfig;
 use crate::console::log::{Log, Tail};
-use crate::guest::process::{self, Defaults, Wishes};
+use crate::guest::process::{self, Defaults};
 use crate::guest::session::{Ends, Session};
 use crate::guest::{Base, Changes, Inside};
 use crate::image::{ImageProcess, Store};
@@ -29,9 +30,9 @@ use crate::machine::control::{self, Front};
 use crate::machine::desk::Desk;
 use crate::machine::outcome::Outcome;
 use crate::machine::timings::{Step, Timings};
+use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::{self, Kind};
-use crate::resources::{self, text};
 use crate::roster::record::Inherited;
 use crate::roster::{self, MachineFolder};
 use crate::sys::socket;
@@ -81,29 +82,8 @@ pub struct Run {
     #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
 
-    /// Keep standard input open to the command
-    #[arg(short, long)]
-    interactive: bool,
-
-    /// Give the command a terminal: this one
-    #[arg(short, long)]
-    tty: bool,
-
-    /// Set a variable; without a value, to the one that it has here
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    env: Vec<OsString>,
-
-    /// Set the variables in a file, a line each
-    #[arg(long, value_name = "FILE")]
-    env_file: Vec<PathBuf>,
-
-    /// Working directory in the guest
-    #[arg(short, long, value_name = "DIR")]
-    workdir: Option<OsString>,
-
-    /// User, and group, to run as: names or numbers
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    user: Option<String>,
+    #[command(flatten)]
+    process: ProcessFlags,
 
     /// Program to run in place of the image's entry point; its command is left out then
     #[arg(long, value_name = "PROGRAM")]
@@ -288,36 +268,13 @@ impl Run {
             let args = program.into_iter().chain(command).collect();
             return Ok(Inside::with_own_init(base, args, hostname, std::mem::take(&mut self.tmpfs)));
         }
-        let mut env = Vec::new();
-        for file in &self.env_file {
-            env.extend(process::env_file(&text::read(file)?));
+        let mut wishes = self.process.wishes(command)?;
+        (wishes.entrypoint, wishes.limits) = (self.entrypoint.take(), std::mem::take(&mut self.ulimit));
+        if !self.life.is_detached() {
+            self.process.check_terminal()?;
         }
-        env.append(&mut self.env);
-        let wishes = Wishes {
-            entrypoint: self.entrypoint.take(),
-            command,
-            env,
-            working_dir: self.workdir.take(),
-            user: self.user.take(),
-            limits: std::mem::take(&mut self.ulimit),
-        };
-        Inside::with_process(
-            base,
-            wishes,
-            self.terminal()?,
-            self.interactive,
-            hostname,
-            std::mem::take(&mut self.tmpfs),
-        )
-    }
-
-    /// Whether the command gets a terminal.
-    fn terminal(&self) -> Result<bool> {
-        use std::io::{IsTerminal, stdin};
-        if self.tty && self.interactive && !self.life.is_detached() && !stdin().is_terminal() {
-            bail!("standard input is no terminal: leave -t out");
-        }
-        Ok(self.tty)
+        let ProcessFlags { tty, interactive, .. } = self.process;
+        Inside::with_process(base, wishes, tty, interactive, hostname, std::mem::take(&mut self.tmpfs))
     }
 
     /// Runs the machine once.

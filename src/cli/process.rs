@@ -1,0 +1,60 @@
+//! The flags about a process in a machine, the same for its first one and for one more.
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, stdin};
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use crate::guest::process::{self, Wishes};
+use crate::resources::text;
+
+/// Streams, variables, place and user.
+#[derive(Debug, Args)]
+pub struct ProcessFlags {
+    /// Keep standard input open to the command
+    #[arg(short, long)]
+    pub interactive: bool,
+
+    /// Give the command a terminal: this one
+    #[arg(short, long)]
+    pub tty: bool,
+
+    /// Set a variable; without a value, to the one that it has here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+
+    /// Set the variables in a file, a line each
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+
+    /// Working directory in the guest
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<OsString>,
+
+    /// User, and group, to run as: names or numbers
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+}
+
+impl ProcessFlags {
+    /// What is wished for, to run `command`. Files with variables are read here; the flags are used up.
+    pub fn wishes(&mut self, command: Vec<OsString>) -> Result<Wishes> {
+        let mut env = Vec::new();
+        for file in &self.env_file {
+            env.extend(process::env_file(&text::read(file)?));
+        }
+        env.append(&mut self.env);
+        let (working_dir, user) = (self.workdir.take(), self.user.take());
+        Ok(Wishes { command, env, working_dir, user, ..Wishes::default() })
+    }
+
+    /// Refuses a terminal that is to be typed at and is none here.
+    pub fn check_terminal(&self) -> Result<()> {
+        if self.tty && self.interactive && !stdin().is_terminal() {
+            bail!("standard input is no terminal: leave -t out");
+        }
+        Ok(())
+    }
+}
