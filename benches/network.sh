@@ -13,6 +13,7 @@ clean_up() {
         kill "$pid" 2>/dev/null || true
     done
     wait
+    umount "$ROOT/dev" 2>/dev/null || true
     $IP link del husk-bench0 2>/dev/null || true
     rm -rf "$work"
 }
@@ -50,6 +51,8 @@ in_space() { nsenter -t "$inside" -n "$@"; }
 in_space "$IP" addr add 198.18.1.2/24 dev eth0
 in_space "$IP" link set eth0 up
 in_space "$IP" link set lo up
+mkdir -p "$ROOT/dev"
+mount --bind /dev "$ROOT/dev"
 in_space chroot "$ROOT" /bin/busybox sh -c "$server" >"$work/container" 2>&1 &
 started="$started $!"
 await "$work/container"

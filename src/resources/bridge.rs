@@ -21,6 +21,8 @@ const FOLDER: &str = "/run/husk/networks";
 const BRIDGE_PREFIX: &str = "husk-";
 /// Longest name of a network.
 pub const MAX_NAME_BYTES: usize = 10;
+/// Longest name of a machine: one label of DNS (RFC 1035).
+const MAX_MACHINE_BYTES: usize = 63;
 /// Every network has a /24: the gateway is its first address, machines have the others.
 pub const PREFIX: u8 = 24;
 /// Where subnets are looked for when none is asked for: 10.88.0.0/24 and on.
@@ -176,6 +178,12 @@ pub fn join(name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
 }
 
 fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
+    // It stands in files of dnsmasq's, a line each.
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    ensure!(
+        (1..=MAX_MACHINE_BYTES).contains(&machine.len()) && machine.chars().all(good),
+        "a machine on a network has a name of 1 to {MAX_MACHINE_BYTES} letters, digits, `-`, `.` or `_`, not {machine:?}"
+    );
     let bridge = find_in(base, name)?;
     let folder = bridge.folder(base);
     let _joining = lock(&folder.join("lock"))?;
@@ -434,6 +442,8 @@ mod tests {
             eventually("a name comes", || ask(gateway, "db") == Some(db.address));
             eventually("another comes", || ask(gateway, "app") == Some(app.address));
             assert!(join_in(base, "web", "db", MAC).unwrap_err().to_string().contains("already"));
+            let odd = join_in(base, "web", "a b\n10.0.0.1 c", MAC).unwrap_err().to_string();
+            assert!(odd.contains("letters, digits"), "{odd}");
             assert!(remove_in(base, "web").unwrap_err().to_string().contains("in use by"));
             let address = db.address;
             drop(db);
