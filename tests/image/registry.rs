@@ -45,6 +45,37 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
 }
 
 #[test]
+fn of_an_index_the_image_for_this_processor_is_pulled() {
+    let house = House::new();
+    image(&house);
+    let registry = Registry::start(&house, Asks::Nothing, false);
+    push(&house, &registry, "app:amd64", false);
+    let at = format!("127.0.0.1:{}", registry.port);
+    // Both manifests have to be there before an index may name them.
+    house.sh(&format!(
+        "umoci config --image layout:app --tag arm --architecture arm64
+         skopeo copy --quiet --dest-tls-verify=false oci:layout:arm docker://{at}/app:arm64
+         for name in arm64 amd64; do
+             skopeo inspect --raw --tls-verify=false docker://{at}/app:$name >$name.json
+             echo '{{\"mediaType\": \"application/vnd.oci.image.manifest.v1+json\", \"size\": '$(stat -c %s $name.json)',
+                 \"digest\": \"sha256:'$(sha256sum <$name.json | cut -d ' ' -f 1)'\",
+                 \"platform\": {{\"os\": \"linux\", \"architecture\": \"'$name'\"}}}}' >$name.entry
+         done
+         echo '{{\"schemaVersion\": 2, \"mediaType\": \"application/vnd.oci.image.index.v1+json\", \"manifests\": [' >index
+         cat arm64.entry >>index; echo , >>index; cat amd64.entry >>index; echo ']}}' >>index
+         curl -sSf -X PUT -H 'Content-Type: application/vnd.oci.image.index.v1+json' --data-binary @index \
+             http://{at}/v2/app/manifests/all"
+    ));
+    let pulled = house.husk(&["pull", &format!("{at}/app:all")]);
+    assert!(pulled.status.success(), "{pulled:?}");
+    let inspected = String::from_utf8(house.husk(&["inspect", &format!("{at}/app:all")]).stdout).unwrap();
+    assert!(inspected.contains(r#""architecture": "amd64""#), "{inspected}");
+    if is_root() {
+        assert_same(&house.path("bundle/rootfs"), &house.root(&format!("{at}/app:all")));
+    }
+}
+
+#[test]
 fn a_password_is_taken_from_dockers_configuration() {
     let house = House::new();
     image(&house);
