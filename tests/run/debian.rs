@@ -77,3 +77,13 @@ fn a_compiler_makes_programs_that_run() {
         tcc -o x x.c -lm; ./x compiled || echo $?"#;
     assert_eq!(debian(&guests, &store, script).expect(0).text(), "compiled 1.414\n2\n");
 }
+
+#[test]
+fn a_program_has_the_capabilities_that_its_file_has() {
+    let (guests, store) = debian!();
+    let script = "grep CapEff /proc/self/status; capable /proc/self/status | grep CapEff";
+    let mut command = husk_with(&guests, "micro", "384M", &["-u", "1000", "debian", "sh", "-c", script]);
+    command.env("HUSK_DATA", store);
+    // CAP_CHOWN is the first of them.
+    assert_eq!(finish(command, Vec::new()).expect(0).text(), "CapEff:\t0000000000000000\nCapEff:\t0000000000000001\n");
+}
