@@ -13,7 +13,7 @@ use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
 use super::life::{self, Called, Life};
 use super::limits::Limits;
-use super::network::NetworkFlags;
+use super::network::{NetworkFlags, join_shared};
 use super::size;
 use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
@@ -116,7 +116,7 @@ impl Boot {
     ///
     /// `started` is when the process began, as near as it knows.
     pub fn run(self, started: Instant) -> Result<Exit> {
-        let config = self.machine_config()?;
+        let mut config = self.machine_config()?;
         config.validate()?;
         if self.print_config {
             let json = serde_json::to_string_pretty(&config).context("print the configuration")?;
@@ -140,7 +140,10 @@ impl Boot {
             process: None,
             stop_signal: libc::SIGTERM as u8,
         };
-        let desk = self.life.desk(self.life.folder()?, called, &config)?;
+        let folder = self.life.folder()?;
+        let name = self.life.name.clone().unwrap_or_else(|| folder.id());
+        let _leases = join_shared(&mut config.networks, &name)?;
+        let desk = self.life.desk(folder, called, &config)?;
         let exit = self.life.lead(desk, |desk| {
             let signals = Front::block_signals(false)?;
             let resources = resources::open(&config)?;

@@ -9,7 +9,8 @@ use super::size;
 use crate::backend::rate::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
 use crate::guest::network::{Address, Addressed, Wiring};
-use crate::resources::{bridge, net, passt};
+use crate::resources::bridge::{self, Lease};
+use crate::resources::{net, passt};
 
 /// `--network`, `-p` and `--dns`.
 #[derive(Debug, Clone, Default, Args)]
@@ -19,7 +20,7 @@ pub struct NetworkFlags {
     /// `user` is the host's own connections, by the program passt; it needs no privileges, and the guest gets its address by
     /// DHCP or from husk's init. `tap=NAME` is a tap device of the host's; `ip=ADDRESS/PREFIX` (again for one more) and
     /// `gateway=ADDRESS` are what husk's init sets up in the guest. Another NAME is a network of `husk network create`, on
-    /// which machines reach each other by name. `mac=` is the guest's own address, and `bps=10M` and
+    /// which machines reach each other by name, and find their addresses by DHCP. `mac=` is the guest's own address, and `bps=10M` and
     /// `pps=1000` limit the bytes and packets of a second, in each direction. `none` is no interface. `husk boot` has
     /// none and `husk run` has `user` unless told otherwise.
     #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = wish)]
@@ -107,15 +108,13 @@ impl NetworkFlags {
             !self.networks.iter().any(told),
             "ip= and gateway= are for `husk run`: a guest of `husk boot` finds its addresses itself"
         );
-        let named = |wish: &&Wish| matches!(wish.to, To::Network(_));
-        ensure!(!self.networks.iter().any(|wish| named(&wish)), "a network of `husk network` is for `husk run`");
-        Ok(self.wished("")?.into_iter().map(|wired| wired.config).collect())
+        Ok(self.wished(None)?.into_iter().map(|wired| wired.config).collect())
     }
 
     /// The interfaces of the machine `name`, set up by husk's init: as wished for, or what a machine has if nothing was
     /// said, which may be nothing.
     pub fn wiring(&self, name: &str) -> Result<Wiring> {
-        let mut wired = self.wished(name)?;
+        let mut wired = self.wished(Some(name))?;
         if self.is_empty() {
             match passt::check() {
                 Ok(()) => wired.push(Addressed::from(user())),
@@ -128,8 +127,8 @@ impl NetworkFlags {
         Ok(Wiring::new(wired, &self.dns))
     }
 
-    /// What was asked for, with an address for `machine` on each network that has some to give.
-    fn wished(&self, machine: &str) -> Result<Vec<Addressed>> {
+    /// What was asked for, with an address for `machine`, if it is known, on each network that has some to give.
+    fn wished(&self, machine: Option<&str>) -> Result<Vec<Addressed>> {
         let none = self.networks.iter().any(|wish| wish.to == To::Nothing);
         ensure!(!none || self.networks.len() == 1, "--network none stands alone");
         let mut wired = Vec::new();
@@ -158,16 +157,33 @@ impl NetworkFlags {
     }
 }
 
+/// Gives the machine `name` an address on each network of `husk network` that `networks` connect it to. Their DHCP tells
+/// it for as long as the leases are kept.
+pub fn join_shared(networks: &mut [NetworkConfig], name: &str) -> Result<Vec<Lease>> {
+    let mut leases = Vec::new();
+    for (index, network) in networks.iter_mut().enumerate() {
+        let Attachment::Bridge { name: interface } = &network.to else { continue };
+        let Some(shared) = bridge::name_of(interface) else { continue };
+        let mac = *network.mac.get_or_insert_with(|| net::mac_of(name, index));
+        leases.push(bridge::join(shared, name, mac)?);
+    }
+    Ok(leases)
+}
+
 fn user() -> NetworkConfig {
     NetworkConfig { to: Attachment::User(UserNetwork::default()), mac: None, rate: Rate::default() }
 }
 
 impl Wish {
-    fn addressed(&self, machine: &str, index: usize) -> Result<Option<Addressed>> {
+    fn addressed(&self, machine: Option<&str>, index: usize) -> Result<Option<Addressed>> {
         let (to, mac) = match &self.to {
             To::Nothing => return Ok(None),
             To::Attachment(to) => (to.clone(), self.mac),
             To::Network(name) => {
+                let Some(machine) = machine else {
+                    let to = Attachment::Bridge { name: bridge::interface_of(name) };
+                    return Ok(Some(Addressed::from(NetworkConfig { to, mac: self.mac, rate: self.rate })));
+                };
                 let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
                 let lease = bridge::join(name, machine, mac)?;
                 let mut leased = Addressed::leased(lease, mac);
@@ -220,6 +236,9 @@ mod tests {
         };
         let both = ["--network=tap=tap0,mac=02:00:00:00:00:07", "--network=user", "-p80:80", "-p", "53:53/udp"];
         assert_eq!(configs(&both), Ok(vec![tap, user(&["80:80", "53:53/udp"])]));
+        let shared =
+            NetworkConfig { to: Attachment::Bridge { name: "husk-web".into() }, mac: None, rate: Rate::default() };
+        assert_eq!(configs(&["--network=web"]), Ok(vec![shared]));
         assert_eq!(configs(&["-p", "8080:80"]), Ok(vec![user(&["8080:80"])]));
         let rate = Rate { bytes_per_second: Some(10 << 20), ops_per_second: Some(1000), ..Rate::default() };
         let limited = configs(&["--network=user,bps=10M,pps=1000"]).unwrap();

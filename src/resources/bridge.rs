@@ -14,6 +14,8 @@ use std::process::Command;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::firewall;
+use super::programs::{is_missing, run};
 use crate::config::MacAddress;
 
 const FOLDER: &str = "/run/husk/networks";
@@ -21,6 +23,8 @@ const FOLDER: &str = "/run/husk/networks";
 const BRIDGE_PREFIX: &str = "husk-";
 /// Longest name of a network.
 pub const MAX_NAME_BYTES: usize = 10;
+/// What `--network` takes for something else.
+const TAKEN_NAMES: [&str; 2] = ["user", "none"];
 /// Longest name of a machine: one label of DNS (RFC 1035).
 const MAX_MACHINE_BYTES: usize = 63;
 /// Every network has a /24: the gateway is its first address, machines have the others.
@@ -55,7 +59,7 @@ pub struct Lease {
 impl Bridge {
     /// The interface of the host's that it is.
     pub fn interface(&self) -> String {
-        format!("{BRIDGE_PREFIX}{}", self.name)
+        interface_of(&self.name)
     }
 
     /// The host's address on it, where names are asked for, too.
@@ -71,17 +75,25 @@ impl Bridge {
     fn folder(&self, base: &Path) -> PathBuf {
         base.join(&self.name)
     }
-
-    /// The table or chain of the host's firewall that is its own.
-    fn table(&self) -> String {
-        format!("{BRIDGE_PREFIX}{}", self.name)
-    }
 }
 
 /// Whether a network can have this name.
 pub fn is_name(name: &str) -> bool {
     let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    (1..=MAX_NAME_BYTES).contains(&name.len()) && name.chars().all(good) && !name.starts_with('-')
+    (1..=MAX_NAME_BYTES).contains(&name.len())
+        && name.chars().all(good)
+        && !name.starts_with('-')
+        && !TAKEN_NAMES.contains(&name)
+}
+
+/// The interface of the host's that the network `name` is.
+pub fn interface_of(name: &str) -> String {
+    format!("{BRIDGE_PREFIX}{name}")
+}
+
+/// The name of the network that the host's interface `interface` is, if it can be one.
+pub fn name_of(interface: &str) -> Option<&str> {
+    interface.strip_prefix(BRIDGE_PREFIX).filter(|name| is_name(name))
 }
 
 /// Makes a network with its bridge, names and, unless it is `internal`, its way out. Nothing stays of one that fails.
@@ -89,7 +101,7 @@ pub fn create(name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Br
     create_in(Path::new(FOLDER), name, subnet, internal)
 }
 
-fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
+pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
     ensure!(is_name(name), "{name:?} is no network's name: type 1 to {MAX_NAME_BYTES} small letters, digits or `-`");
     let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(base);
     made.with_context(|| format!("make {} (as root)", base.display()))?;
@@ -113,9 +125,7 @@ fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) 
             fs::create_dir_all(&part).with_context(|| format!("make {}", part.display()))?;
         }
         raise(&bridge)?;
-        if !internal {
-            open_way_out(&bridge)?;
-        }
+        firewall::open(&bridge)?;
         serve_names(&bridge, &folder)?;
         let json = serde_json::to_vec_pretty(&bridge)?;
         let record = folder.join("network.json");
@@ -160,7 +170,7 @@ pub fn remove(name: &str) -> Result<()> {
     remove_in(Path::new(FOLDER), name)
 }
 
-fn remove_in(base: &Path, name: &str) -> Result<()> {
+pub(super) fn remove_in(base: &Path, name: &str) -> Result<()> {
     let bridge = find_in(base, name)?;
     let _lock = lock(&base.join(".lock"))?;
     let folder = bridge.folder(base);
@@ -283,49 +293,30 @@ fn raise(bridge: &Bridge) -> Result<()> {
     run("ip", &["link", "set", &interface, "up"])
 }
 
-/// Has the host forward packets from the network, under its own address.
-fn open_way_out(bridge: &Bridge) -> Result<()> {
-    const FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
-    fs::write(FORWARD, "1").with_context(|| format!("write {FORWARD}"))?;
-    let (table, interface, subnet) = (bridge.table(), bridge.interface(), format!("{}/{PREFIX}", bridge.subnet));
-    let rules = format!(
-        "table ip {table} {{\nchain out {{\ntype nat hook postrouting priority srcnat\n\
-         ip saddr {subnet} oifname != \"{interface}\" masquerade\n}}\n}}"
-    );
-    match run("nft", &[&rules]) {
-        Err(error) if !is_missing(&error) => Err(error),
-        Err(_) => run("iptables", &iptables("-A", &subnet, &interface))
-            .context("a way out needs nft: type `sudo apt-get install nftables`, or --internal"),
-        Ok(()) => Ok(()),
-    }
-}
-
-fn iptables<'a>(what: &'a str, subnet: &'a str, interface: &'a str) -> [&'a str; 12] {
-    ["-w", "-t", "nat", what, "POSTROUTING", "-s", subnet, "!", "-o", interface, "-j", "MASQUERADE"]
-}
-
 /// Starts dnsmasq, which stays when husk goes: it answers for the machines' names and passes on other questions, and gives
 /// addresses to those that ask.
 fn serve_names(bridge: &Bridge, folder: &Path) -> Result<()> {
     let at = |name: &str| folder.join(name).display().to_string();
-    run(
-        "dnsmasq",
-        &[
-            "--conf-file=/dev/null",
-            // There on every host, as a user of dnsmasq's own is not.
-            "--user=nobody",
-            "--bind-interfaces",
-            "--except-interface=lo",
-            &format!("--interface={}", bridge.interface()),
-            "--no-hosts",
-            &format!("--hostsdir={}", at("hosts")),
-            &format!("--dhcp-hostsdir={}", at("dhcp")),
-            &format!("--dhcp-range={},static,255.255.255.0", bridge.subnet),
-            &format!("--dhcp-leasefile={}", at("dhcp-leases")),
-            &format!("--pid-file={}", at("dnsmasq.pid")),
-        ],
-    )
-    .map_err(|error| match is_missing(&error) {
+    let mut arguments = vec![
+        "--conf-file=/dev/null".to_owned(),
+        // There on every host, as a user of dnsmasq's own is not.
+        "--user=nobody".to_owned(),
+        "--bind-interfaces".to_owned(),
+        "--except-interface=lo".to_owned(),
+        format!("--interface={}", bridge.interface()),
+        "--no-hosts".to_owned(),
+        format!("--hostsdir={}", at("hosts")),
+        format!("--dhcp-hostsdir={}", at("dhcp")),
+        format!("--dhcp-range={},static,255.255.255.0", bridge.subnet),
+        format!("--dhcp-leasefile={}", at("dhcp-leases")),
+        format!("--pid-file={}", at("dnsmasq.pid")),
+    ];
+    if bridge.internal {
+        // It would name itself as the way to everything else.
+        arguments.push("--dhcp-option=option:router".to_owned());
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    run("dnsmasq", &arguments).map_err(|error| match is_missing(&error) {
         true => error.context("names need dnsmasq: type `sudo apt-get install dnsmasq-base`"),
         false => error,
     })
@@ -343,12 +334,7 @@ fn take_down(bridge: &Bridge, folder: &Path) {
     if let Some(pid) = names_server(folder) {
         let _ = run("kill", &[&pid.to_string()]);
     }
-    if !bridge.internal {
-        let subnet = format!("{}/{PREFIX}", bridge.subnet);
-        if run("nft", &["delete", "table", "ip", &bridge.table()]).is_err() {
-            let _ = run("iptables", &iptables("-D", &subnet, &bridge.interface()));
-        }
-    }
+    firewall::close(bridge);
     let _ = run("ip", &["link", "del", &bridge.interface()]);
     let _ = fs::remove_dir_all(folder);
 }
@@ -358,23 +344,8 @@ pub fn attach(tap: &str, bridge: &str) -> Result<()> {
     run("ip", &["link", "set", tap, "master", bridge, "up"])
 }
 
-/// Runs a program of the host's that has to succeed.
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    // Where a user who is not root may not look.
-    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    let output = Command::new(program).args(arguments).env("PATH", path).output();
-    let output = output.with_context(|| format!("run {program}"))?;
-    let words = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), words.trim());
-    Ok(())
-}
-
-fn is_missing(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::NotFound)
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::net::UdpSocket;
     use std::os::unix::fs::PermissionsExt;
     use std::time::{Duration, Instant};
@@ -385,7 +356,7 @@ mod tests {
     const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
 
     /// Runs `test` in a network of its own, with a folder for its networks; skips loudly where that may not be made.
-    fn alone(test: impl FnOnce(&Path) + Send) {
+    pub(crate) fn alone(test: impl FnOnce(&Path) + Send) {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 if let Err(error) = sys::net::leave_network() {
@@ -479,9 +450,15 @@ mod tests {
 
     #[test]
     fn names_are_short_and_plain() {
-        for (name, good) in
-            [("web", true), ("a-1", true), ("", false), ("-a", false), ("Web", false), ("eleven-long", false)]
-        {
+        for (name, good) in [
+            ("web", true),
+            ("a-1", true),
+            ("", false),
+            ("-a", false),
+            ("Web", false),
+            ("eleven-long", false),
+            ("none", false),
+        ] {
             assert_eq!(is_name(name), good, "{name}");
         }
         let missing = find_in(Path::new("/nonexistent"), "web").unwrap_err().to_string();

@@ -6,6 +6,7 @@
 pub mod bridge;
 mod cache;
 pub mod disk;
+mod firewall;
 pub mod guest_kernel;
 pub mod host;
 pub mod kernel;
@@ -13,6 +14,7 @@ pub mod memory_use;
 pub mod modules;
 pub mod net;
 pub mod passt;
+mod programs;
 pub mod resolver;
 pub mod root_file;
 pub mod text;

@@ -1,0 +1,334 @@
+//! The host's firewall, for networks that machines share: a way out under the host's own address, or none at all, and leave to
+//! pass where the host forwards only what it was told of, as it does beside Docker.
+//!
+//! A packet goes through every chain of its hook: what one accepts, another may still drop. So the network's own table says
+//! where its packets go, and each chain of others' that drops by default is told of them. They are written and taken
+//! back by nft and by iptables, each where the host has it.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::bridge::{Bridge, PREFIX};
+use super::programs::{is_missing, output, run};
+
+const FORWARD_PATH: &str = "/proc/sys/net/ipv4/ip_forward";
+/// Docker leaves this chain to others, and asks it first.
+const DOCKER_USER: &str = "DOCKER-USER";
+
+/// Packets of a network that are to pass: at which hook, and which, as each program says it.
+struct Passage {
+    hook: &'static str,
+    nft: String,
+    iptables: String,
+}
+
+/// Opens the firewall for a network, and closes it around one that is internal.
+pub fn open(bridge: &Bridge) -> Result<()> {
+    if !bridge.internal {
+        fs::write(FORWARD_PATH, "1").with_context(|| format!("write {FORWARD_PATH}"))?;
+    }
+    match run("nft", &[&own_table(bridge)]) {
+        Err(error) if !is_missing(&error) => return Err(error),
+        Err(_) => write_own_by_iptables(bridge)
+            .context("networks need nft: type `sudo apt-get install nftables`, or the package iptables")?,
+        Ok(()) => {}
+    }
+    let by_iptables = pass_by_iptables(bridge)?;
+    pass_by_nft(bridge, by_iptables)
+}
+
+/// Takes back what [`open`] did; what is not there is not missed. The host goes on forwarding, which others may rely on.
+pub fn close(bridge: &Bridge) {
+    for family in ["ip", "inet"] {
+        let _ = run("nft", &["delete", "table", family, &bridge.interface()]);
+    }
+    for (family, table, chain, handle) in own_passages(bridge) {
+        let _ = run("nft", &["delete", "rule", &family, &table, &chain, "handle", &handle]);
+    }
+    let passages = passages(bridge);
+    let passages = passages.iter().flat_map(|passage| {
+        let chains = if passage.hook == "forward" { &["FORWARD", DOCKER_USER][..] } else { &["INPUT"] };
+        chains.iter().map(|chain| format!("filter {chain} {} -j ACCEPT", passage.iptables))
+    });
+    for rule in passages.chain(own_rules(bridge)) {
+        if iptables("-D", &rule).is_err_and(|error| is_missing(&error)) {
+            return;
+        }
+    }
+}
+
+/// The network's own table, for nft.
+fn own_table(bridge: &Bridge) -> String {
+    let interface = bridge.interface();
+    if bridge.internal {
+        return format!(
+            "table inet {interface} {{\nchain between {{\ntype filter hook forward priority filter\n\
+             iifname \"{interface}\" oifname != \"{interface}\" drop\n\
+             iifname != \"{interface}\" oifname \"{interface}\" drop\n}}\n}}"
+        );
+    }
+    format!(
+        "table ip {interface} {{\nchain out {{\ntype nat hook postrouting priority srcnat\n\
+         ip saddr {} oifname != \"{interface}\" masquerade\n}}\n}}",
+        subnet(bridge)
+    )
+}
+
+/// The same for iptables, each as `TABLE CHAIN WORD...`.
+fn own_rules(bridge: &Bridge) -> Vec<String> {
+    let interface = bridge.interface();
+    if bridge.internal {
+        return vec![
+            format!("filter FORWARD -i {interface} ! -o {interface} -j DROP"),
+            format!("filter FORWARD ! -i {interface} -o {interface} -j DROP"),
+        ];
+    }
+    vec![format!("nat POSTROUTING -s {} ! -o {interface} -j MASQUERADE", subnet(bridge))]
+}
+
+fn write_own_by_iptables(bridge: &Bridge) -> Result<()> {
+    own_rules(bridge).iter().try_for_each(|rule| iptables("-A", rule))
+}
+
+fn subnet(bridge: &Bridge) -> String {
+    format!("{}/{PREFIX}", bridge.subnet)
+}
+
+/// What is to pass: questions for addresses and names; between machines, which is forwarding too where bridges ask the
+/// firewall (br_netfilter); and, where there is a way out, what goes it and its answers.
+fn passages(bridge: &Bridge) -> Vec<Passage> {
+    let interface = bridge.interface();
+    let input = |(protocol, port)| Passage {
+        hook: "input",
+        nft: format!("iifname \"{interface}\" {protocol} dport {port}"),
+        iptables: format!("-i {interface} -p {protocol} --dport {port}"),
+    };
+    let mut all: Vec<Passage> = [("udp", 67), ("udp", 53), ("tcp", 53)].map(input).into();
+    let mut forward = |nft: String, iptables: String| all.push(Passage { hook: "forward", nft, iptables });
+    if bridge.internal {
+        forward(format!("iifname \"{interface}\" oifname \"{interface}\""), format!("-i {interface} -o {interface}"));
+    } else {
+        forward(format!("iifname \"{interface}\""), format!("-i {interface}"));
+        forward(
+            format!("oifname \"{interface}\" ct state established,related"),
+            format!("-o {interface} -m conntrack --ctstate RELATED,ESTABLISHED"),
+        );
+    }
+    all
+}
+
+/// Returns whether the host has a firewall of iptables', which then lets the network's packets pass whatever it drops by
+/// default, now or later.
+fn pass_by_iptables(bridge: &Bridge) -> Result<bool> {
+    if output("iptables", &["-w", "-S", "FORWARD"]).is_err() {
+        return Ok(false);
+    }
+    let has_docker = output("iptables", &["-w", "-S", DOCKER_USER]).is_ok();
+    for Passage { hook, iptables: words, .. } in passages(bridge) {
+        let chain = match hook {
+            "forward" if has_docker => DOCKER_USER,
+            "forward" => "FORWARD",
+            _ => "INPUT",
+        };
+        iptables("-I", &format!("filter {chain} {words} -j ACCEPT"))?;
+    }
+    Ok(true)
+}
+
+fn iptables(what: &str, rule: &str) -> Result<()> {
+    let mut words = rule.split(' ');
+    let table = words.next().unwrap_or_default();
+    let arguments: Vec<&str> = ["-w", "-t", table, what].into_iter().chain(words).collect();
+    run("iptables", &arguments)
+}
+
+/// Has chains pass the network's packets that drop others, but for those of iptables' if that was done.
+fn pass_by_nft(bridge: &Bridge, by_iptables: bool) -> Result<()> {
+    let passages = passages(bridge);
+    let comment = format!("\"{}\"", bridge.interface());
+    for object in listed("chains") {
+        let chain = &object["chain"];
+        let word = |key: &str| chain[key].as_str().unwrap_or_default();
+        let (family, table) = (word("family"), word("table"));
+        let is_theirs = by_iptables && family == "ip" && table == "filter";
+        if word("policy") != "drop" || !matches!(family, "ip" | "inet") || is_theirs {
+            continue;
+        }
+        for passage in passages.iter().filter(|passage| passage.hook == word("hook")) {
+            let rule = format!("{} accept comment {comment}", passage.nft);
+            run("nft", &["insert", "rule", family, table, word("name"), &rule])?;
+        }
+    }
+    Ok(())
+}
+
+/// Rules in chains of others' that were put there for the network: family, table, chain and handle.
+fn own_passages(bridge: &Bridge) -> Vec<(String, String, String, String)> {
+    let of_rule = |object: Value| {
+        let rule = &object["rule"];
+        let word = |key: &str| rule[key].as_str().map(str::to_owned);
+        let is_own = rule["comment"] == bridge.interface();
+        is_own.then_some((word("family")?, word("table")?, word("chain")?, rule["handle"].to_string()))
+    };
+    listed("ruleset").into_iter().filter_map(of_rule).collect()
+}
+
+/// What nft has, nothing where there is no nft.
+fn listed(what: &str) -> Vec<Value> {
+    let listed = output("nft", &["-j", "list", what]).ok().and_then(|json| serde_json::from_str::<Value>(&json).ok());
+    match listed.map(|mut listed| listed["nftables"].take()) {
+        Some(Value::Array(objects)) => objects,
+        _ => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+    use std::path::Path;
+    use std::sync::mpsc;
+    use std::thread::{self, ScopedJoinHandle};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::resources::bridge::tests::alone;
+    use crate::resources::bridge::{create_in, remove_in};
+    use crate::sys;
+
+    const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+    const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), 80);
+    const MACHINE: &str = "10.88.7.9";
+    const PATIENCE: Duration = Duration::from_secs(3);
+
+    fn shell(script: &str) {
+        run("sh", &["-ec", script]).unwrap();
+    }
+
+    /// Runs `job` in a network of its own, which has one end of a cable called `near` here, after `script` there.
+    fn elsewhere<'scope, T: Send + 'scope>(
+        scope: &'scope thread::Scope<'scope, '_>,
+        near: &str,
+        script: String,
+        job: impl FnOnce() -> T + Send + 'scope,
+    ) -> ScopedJoinHandle<'scope, T> {
+        shell(&format!("ip link add {near} type veth peer name far-{near}"));
+        let (ready, is_ready) = mpsc::channel();
+        let (connected, is_connected) = mpsc::channel::<()>();
+        let far = format!("far-{near}");
+        let thread = scope.spawn(move || {
+            sys::net::leave_network().unwrap();
+            // PID/task/TID
+            ready.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+            is_connected.recv().unwrap();
+            shell(&format!("ip link set {far} name eth0; ip link set eth0 up; {script}"));
+            job()
+        });
+        let task = is_ready.recv().unwrap();
+        shell(&format!("ip link set far-{near} netns {}", task.file_name().unwrap().display()));
+        connected.send(()).unwrap();
+        thread
+    }
+
+    /// Whom a server beyond the host's uplink sees when a machine of the network connects to it.
+    fn seen_by_the_server(bridge: &Bridge) -> Option<IpAddr> {
+        thread::scope(|scope| {
+            let (listening, is_listening) = mpsc::channel();
+            let server = elsewhere(scope, "uplink", format!("ip addr add {}/24 dev eth0", SERVER.ip()), move || {
+                // The way back that a host's routers do not have.
+                shell(&format!("ip route add 10.88.7.0/24 via {HOST}"));
+                let listener = TcpListener::bind(SERVER).unwrap();
+                listener.set_nonblocking(true).unwrap();
+                listening.send(()).unwrap();
+                let started = Instant::now();
+                loop {
+                    match listener.accept() {
+                        Ok((_, from)) => return Some(from.ip()),
+                        Err(_) if started.elapsed() > PATIENCE => return None,
+                        Err(_) => thread::sleep(Duration::from_millis(5)),
+                    }
+                }
+            });
+            shell(&format!("ip addr add {HOST}/24 dev uplink; ip link set uplink up"));
+            is_listening.recv().unwrap();
+            let gateway = bridge.gateway();
+            let set_up = format!("ip addr add {MACHINE}/24 dev eth0; ip route add default via {gateway}");
+            let machine = elsewhere(scope, "port", set_up, || TcpStream::connect_timeout(&SERVER, PATIENCE).is_ok());
+            shell(&format!("ip link set port master {} up", bridge.interface()));
+            let (reached, seen) = (machine.join().unwrap(), server.join().unwrap());
+            assert_eq!(reached, seen.is_some());
+            seen
+        })
+    }
+
+    fn ruleset() -> String {
+        output("nft", &["--stateless", "list", "ruleset"]).unwrap()
+    }
+
+    fn create(base: &Path, internal: bool) -> Bridge {
+        create_in(base, "web", Some(Ipv4Addr::new(10, 88, 7, 0)), internal).unwrap()
+    }
+
+    const DROP_BY_NFT: &str = "nft 'table inet guard {
+        chain in { type filter hook input priority 0; policy drop; }
+        chain through { type filter hook forward priority 0; policy drop; }
+        }'";
+    const DROP_BY_IPTABLES: &str = "iptables -P FORWARD DROP; iptables -P INPUT DROP";
+    const DOCKER: &str = "iptables -P FORWARD DROP; iptables -N DOCKER-USER; iptables -A DOCKER-USER -j RETURN
+        iptables -A FORWARD -j DOCKER-USER";
+
+    #[test]
+    fn machines_get_out_under_the_hosts_address_whatever_it_drops_and_nothing_stays_of_it() {
+        for firewall in ["true", DROP_BY_NFT, DROP_BY_IPTABLES, DOCKER] {
+            alone(|base| {
+                if run("iptables", &["-S"]).is_err() && firewall.contains("iptables") {
+                    eprintln!("SKIPPED: no iptables");
+                    return;
+                }
+                // The chains that iptables makes once stay, with nothing in them.
+                for chain in ["INPUT", "FORWARD"] {
+                    let _ = run("iptables", &["-P", chain, "ACCEPT"]);
+                }
+                shell(firewall);
+                let before = ruleset();
+                let bridge = create(base, false);
+                assert_eq!(seen_by_the_server(&bridge), Some(HOST.into()), "{firewall}");
+                remove_in(base, "web").unwrap();
+                assert_eq!(ruleset(), before);
+            });
+        }
+    }
+
+    #[test]
+    fn iptables_alone_will_do() {
+        alone(|base| {
+            if run("iptables", &["-P", "FORWARD", "DROP"]).is_err() {
+                eprintln!("SKIPPED: no iptables");
+                return;
+            }
+            let _ = run("iptables", &["-P", "INPUT", "ACCEPT"]);
+            let _ = run("iptables", &["-t", "nat", "-P", "POSTROUTING", "ACCEPT"]);
+            for internal in [false, true] {
+                let before = ruleset();
+                let bridge = create(base, internal);
+                let family = if internal { "inet" } else { "ip" };
+                run("nft", &["delete", "table", family, &bridge.interface()]).unwrap();
+                write_own_by_iptables(&bridge).unwrap();
+                assert_eq!(seen_by_the_server(&bridge), (!internal).then_some(HOST.into()));
+                remove_in(base, "web").unwrap();
+                assert_eq!(ruleset(), before);
+                let _ = run("ip", &["link", "del", "uplink"]);
+            }
+        });
+    }
+
+    #[test]
+    fn an_internal_network_has_no_way_out_even_where_the_host_forwards() {
+        alone(|base| {
+            fs::write(FORWARD_PATH, "1").unwrap();
+            let bridge = create(base, true);
+            assert_eq!(seen_by_the_server(&bridge), None);
+        });
+    }
+}
