@@ -74,7 +74,7 @@ enum Command {
     /// Boot a machine from a kernel, an initial RAM disk and disks, its console on this terminal
     Boot(boot::Boot),
     /// Run a command in an image, as a machine of its own
-    Run(run::Run),
+    Run(Box<run::Run>),
     /// List the machines that run
     Ps(ps::Ps),
     /// Print what a machine in the background has written
