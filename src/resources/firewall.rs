@@ -329,6 +329,7 @@ mod tests {
             fs::write(FORWARD_PATH, "1").unwrap();
             let bridge = create(base, true);
             assert_eq!(seen_by_the_server(&bridge), None);
+            remove_in(base, "web").unwrap();
         });
     }
 }
