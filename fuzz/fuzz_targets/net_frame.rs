@@ -1,5 +1,5 @@
-//! From arbitrary bytes as a guest's frames and buffers, and as a peer's stream, to the network device: what goes out is in
-//! frames that a peer survives, and what comes in arrives whole or not at all.
+//! From arbitrary bytes as a guest's frames, buffers and commands, and as a peer's stream, to the network device: what goes
+//! out is in frames that a peer survives, what comes in arrives whole or not at all, and only a good command is obeyed.
 #![no_main]
 
 use std::cell::RefCell;
@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use husk::backend::net::{HEADER_BYTES, StreamNet};
+use husk::backend::net::{HEADER_BYTES, NetBackend, StreamNet};
 use husk::memory::{self, GuestMemory};
 use husk::virtio::queue::QueueRegisters;
 use husk::virtio::{Virtqueue, net};
@@ -24,6 +24,10 @@ const QUEUE_BYTES: u64 = 0x4_0000;
 const BUFFER_BYTES: u64 = 0x2000;
 const RX: usize = 0;
 const TX: usize = 1;
+/// Behind the queues of two pairs, of which the second has no frames.
+const CONTROL: usize = 4;
+/// A command is two descriptors.
+const COMMANDS_MAX: u16 = QUEUE_SIZE / 2;
 
 thread_local! {
     static MEMORY: RefCell<Option<Arc<GuestMemory>>> = const { RefCell::new(None) };
@@ -33,7 +37,7 @@ thread_local! {
 struct Guest {
     memory: Arc<GuestMemory>,
     queues: Vec<Virtqueue>,
-    offered: [u16; 2],
+    offered: [u16; CONTROL + 1],
     seen: u16,
     /// What the peer sent to the guest and the guest has not been given yet, frame by frame.
     expected: std::collections::VecDeque<Vec<u8>>,
@@ -45,7 +49,7 @@ fn at(queue: usize) -> u64 {
 
 impl Guest {
     fn new(memory: &Arc<GuestMemory>) -> Guest {
-        memory.write_slice(&vec![0; 2 * QUEUE_BYTES as usize], GuestAddress(0)).expect("it is memory");
+        memory.write_slice(&vec![0; (CONTROL + 1) * QUEUE_BYTES as usize], GuestAddress(0)).expect("it is memory");
         let queue = |index: usize| {
             let registers = QueueRegisters {
                 ready: true,
@@ -56,8 +60,8 @@ impl Guest {
             };
             Virtqueue::new(&registers, memory, false).expect("the rings are good")
         };
-        let queues = (0..2).map(queue).collect();
-        Guest { memory: memory.clone(), queues, offered: [0; 2], seen: 0, expected: Default::default() }
+        let queues = (0..=CONTROL).map(queue).collect();
+        Guest { memory: memory.clone(), queues, offered: [0; CONTROL + 1], seen: 0, expected: Default::default() }
     }
 
     fn buffer(&self, queue: usize, slot: u16) -> u64 {
@@ -81,6 +85,45 @@ impl Guest {
         self.memory.write_obj(slot, GuestAddress(ring + 4 + 2 * u64::from(slot))).expect("it is memory");
         self.offered[queue] = self.offered[queue].wrapping_add(1);
         self.memory.write_obj(self.offered[queue], GuestAddress(ring + 2)).expect("it is memory");
+    }
+
+    /// Makes the command `bytes` available, with `room` bytes for an answer.
+    fn command(&mut self, bytes: &[u8], room: u32) {
+        if self.offered[CONTROL].wrapping_sub(self.used_index(CONTROL)) >= COMMANDS_MAX {
+            return;
+        }
+        let slot = 2 * (self.offered[CONTROL] % COMMANDS_MAX);
+        let place = self.buffer(CONTROL, slot);
+        self.memory.write_slice(bytes, GuestAddress(place)).expect("it is memory");
+        self.memory.write_obj(0xee_u8, GuestAddress(place + 0x1000)).expect("it is memory");
+        let table = at(CONTROL) + 16 * u64::from(slot);
+        // More follows; and to be written.
+        let first = [place, bytes.len() as u64 | 1 << 32 | u64::from(slot + 1) << 48];
+        let second = [place + 0x1000, u64::from(room) | 2 << 32];
+        self.memory.write_obj([first[0], first[1], second[0], second[1]], GuestAddress(table)).expect("it is memory");
+        let ring = at(CONTROL) + 0x1000;
+        let entry = GuestAddress(ring + 4 + 2 * u64::from(self.offered[CONTROL] % QUEUE_SIZE));
+        self.memory.write_obj(slot, entry).expect("it is memory");
+        self.offered[CONTROL] = self.offered[CONTROL].wrapping_add(1);
+        self.memory.write_obj(self.offered[CONTROL], GuestAddress(ring + 2)).expect("it is memory");
+    }
+
+    /// Looks at the last answer: what asks for one or two pairs is done, and nothing else.
+    fn check_answer(&self) {
+        let used = self.used_index(CONTROL);
+        if used == 0 {
+            return;
+        }
+        let entry = GuestAddress(at(CONTROL) + 0x2004 + 8 * u64::from(used.wrapping_sub(1) % QUEUE_SIZE));
+        let [slot, written]: [u32; 2] = self.memory.read_obj(entry).expect("it is memory");
+        let place = self.buffer(CONTROL, slot as u16);
+        let descriptor = at(CONTROL) + 16 * u64::from(slot) + 8;
+        let [len, _, _, _, room, _]: [u32; 6] = self.memory.read_obj(GuestAddress(descriptor)).expect("it is memory");
+        let command: [u8; 4] = self.memory.read_obj(GuestAddress(place)).expect("it is memory");
+        let answer: u8 = self.memory.read_obj(GuestAddress(place + 0x1000)).expect("it is memory");
+        let is_good = len == 4 && matches!(command, [4, 0, 1 | 2, 0]);
+        let wanted = if room == 0 { (0, 0xee) } else { (1, u8::from(!is_good)) };
+        assert_eq!((written, answer), wanted, "{len} bytes: {command:?}");
     }
 
     /// Looks at what the device has given the guest: with all offered features merged as its header says.
@@ -128,18 +171,20 @@ fn drain(peer: &mut UnixStream, received: &mut Vec<u8>) {
 
 fuzz_target!(|bytes: &[u8]| {
     MEMORY.with_borrow_mut(|memory| {
-        let memory = memory.get_or_insert_with(|| Arc::new(memory::reserve(1).expect("1 MiB can be had")));
+        let memory = memory.get_or_insert_with(|| Arc::new(memory::reserve(2).expect("2 MiB can be had")));
         let (ours, mut peer) = UnixStream::pair().expect("a socket can be had");
         peer.set_nonblocking(true).expect("it is a socket");
-        let backend = Box::new(StreamNet::new(ours).expect("it is a socket"));
-        let (device, link) = net::device_on(backend, "net", [2, 0, 0, 0, 0, 1], None).unwrap();
+        let (second, _silent) = UnixStream::pair().expect("a socket can be had");
+        let backend = |socket| -> Box<dyn NetBackend> { Box::new(StreamNet::new(socket).expect("it is a socket")) };
+        let (device, link) =
+            net::device_on([ours, second].map(backend).into(), "net", [2, 0, 0, 0, 0, 1], None).unwrap();
         let mut handler = device.handler;
         handler.start(device.features | 1 << 32);
         let (mut guest, mut received) = (Guest::new(memory), Vec::new());
         for step in bytes.chunks_exact(STEP_BYTES).take(STEPS_MAX) {
             let [what, a, b, c, rest @ ..] = step else { continue };
             let len = u32::from(u16::from_le_bytes([*b, *c]));
-            match what % 6 {
+            match what % 7 {
                 0 => {
                     let place = guest.buffer(TX, guest.offered[TX] % QUEUE_SIZE);
                     let header = if a & 1 == 0 { [0; 8] } else { [rest[0], rest[1], rest[2], rest[3], *a, *b, *c, 0] };
@@ -159,14 +204,24 @@ fuzz_target!(|bytes: &[u8]| {
                         Err(_) => {}
                     }
                 }
+                5 => {
+                    let command = [*a, *b, *c, rest[0], rest[1], rest[2], rest[3]];
+                    // Most of them of a good length, class and command.
+                    match rest[3] % 4 {
+                        0 => guest.command(&command[..usize::from(rest[2]) % 8], rest[1].into()),
+                        1 => guest.command(&command[..4], 1),
+                        _ => guest.command(&[4, 0, *a, b & 1], 1),
+                    }
+                }
                 _ => drain(&mut peer, &mut received),
             }
-            for index in [RX, TX, RX] {
+            for index in [CONTROL, RX, TX, RX, RX + 2, TX + 2] {
                 if handler.process(index, &mut guest.queues).is_err() {
                     return;
                 }
             }
             guest.check();
+            guest.check_answer();
         }
         assert!(link.is_up(), "the device gave its peer up");
     });

@@ -1,7 +1,8 @@
 //! From a network's configuration to the host's side of an interface: a tap device, or passt and a socket to it.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -15,15 +16,19 @@ use crate::config::{Attachment, MacAddress, NetworkConfig};
 use crate::sys;
 
 const TUN_PATH: &str = "/dev/net/tun";
+/// The interfaces of this network, by name.
+const INTERFACES: &str = "/sys/class/net";
 /// Names of tap devices on bridges; the kernel counts.
 const TAP_NAMES: &str = "husktap%d";
+/// The most pairs of queues that a machine with many vCPUs has.
+const PAIRS_MAX: u32 = 8;
 /// The largest packet that a tap device may be set to carry, and virtio's driver too.
 const MTU_BYTES_MAX: u32 = 65535;
 
 /// An interface's host side, open.
 pub struct Network {
-    /// Takes and has the frames.
-    pub backend: Box<dyn NetBackend>,
+    /// Take and have the frames, one for each pair of queues.
+    pub backends: Vec<Box<dyn NetBackend>>,
     /// For the log.
     pub name: String,
     /// The guest's address.
@@ -34,67 +39,100 @@ pub struct Network {
     pub rate: Rate,
 }
 
-/// Opens what `config` says. For a user's network this starts passt, which is not waited for.
-pub fn open(config: &NetworkConfig) -> Result<Network> {
-    open_any(config).map(|network| Network { rate: config.rate, ..network })
+/// Opens what `config` says for a machine of `cpus` vCPUs. For a user's network this starts passt, which is not waited for.
+pub fn open(config: &NetworkConfig, cpus: u32) -> Result<Network> {
+    open_any(config, cpus.min(PAIRS_MAX) as usize).map(|network| Network { rate: config.rate, ..network })
 }
 
-fn open_any(config: &NetworkConfig) -> Result<Network> {
+fn open_any(config: &NetworkConfig, pairs: usize) -> Result<Network> {
     let mac = match config.mac {
         Some(mac) => mac,
         None => random_mac()?,
     };
     match &config.to {
         Attachment::User(user) => {
-            let backend = Box::new(passt::start(user)?);
+            let backends: Vec<Box<dyn NetBackend>> = vec![Box::new(passt::start(user)?)];
             let rate = Rate::default();
-            Ok(Network { backend, name: "passt".into(), mac: mac.0, mtu_bytes: Some(passt::MTU_BYTES), rate })
+            Ok(Network { backends, name: "passt".into(), mac: mac.0, mtu_bytes: Some(passt::MTU_BYTES), rate })
         }
         Attachment::Tap { name } => {
-            let (tap, _) = open_tap(name).with_context(|| format!("open tap device {name}"))?;
-            on_tap(tap, name, mac)
+            let (taps, _) = open_tap(name, pairs).with_context(|| format!("open tap device {name}"))?;
+            on_tap(taps, name, mac)
         }
         Attachment::Bridge { name } => {
-            let (tap, own_name) = open_tap(TAP_NAMES).with_context(|| format!("make a tap device for {name}"))?;
+            let (taps, own_name) =
+                open_tap(TAP_NAMES, pairs).with_context(|| format!("make a tap device for {name}"))?;
             bridge::attach(&own_name, name)?;
-            on_tap(tap, &own_name, mac)
+            on_tap(taps, &own_name, mac)
         }
     }
 }
 
-fn on_tap(tap: File, name: &str, mac: MacAddress) -> Result<Network> {
+fn on_tap(taps: Vec<File>, name: &str, mac: MacAddress) -> Result<Network> {
     let mtu = sys::net::interface_mtu(name).with_context(|| format!("look at tap device {name}"))?;
     let mtu_bytes = u16::try_from(mtu.min(MTU_BYTES_MAX)).ok();
-    let backend = Box::new(TapNet::new(tap));
-    Ok(Network { backend, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default() })
+    let backends = taps.into_iter().map(|tap| -> Box<dyn NetBackend> { Box::new(TapNet::new(tap)) }).collect();
+    Ok(Network { backends, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default() })
 }
 
-/// Returns the device and its name.
-fn open_tap(name: &str) -> Result<(File, String)> {
+/// Returns `queues` of the device, or as many as it has, and its name.
+fn open_tap(name: &str, queues: usize) -> Result<(Vec<File>, String)> {
+    let tun = open_tun()?;
+    let mut multiqueue = queues > 1;
+    let mut attached = sys::net::attach_tap(&tun, name, HEADER_BYTES, multiqueue);
+    // One that was there before is of one kind or the other.
+    if matches!(&attached, Err(error) if error.raw_os_error() == Some(libc::EINVAL)) {
+        multiqueue = !multiqueue;
+        attached = sys::net::attach_tap(&tun, name, HEADER_BYTES, multiqueue);
+    }
+    let name = attached.map_err(|error| with_advice(error, name, queues))?;
+    let mut taps = vec![tun];
+    if !multiqueue {
+        if queues > 1 {
+            log::info!("{name} has one queue for {queues} vCPUs: it was made without multi_queue");
+        }
+        return Ok((taps, name));
+    }
+    while taps.len() < queues {
+        let tun = open_tun()?;
+        sys::net::attach_tap(&tun, &name, HEADER_BYTES, true).map_err(|error| with_advice(error, &name, queues))?;
+        taps.push(tun);
+    }
+    // The kernel would give each of two machines a part of the frames.
+    if attached_queues(&name) > taps.len() {
+        return Err(with_advice(io::Error::from_raw_os_error(libc::EBUSY), &name, queues));
+    }
+    Ok((taps, name))
+}
+
+fn open_tun() -> Result<File> {
     let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN_PATH);
-    let tun = tun.map_err(|error| {
+    tun.map_err(|error| {
         let advice = match error.kind() {
             ErrorKind::NotFound => "load it with `sudo modprobe tun`",
             _ => "see `husk doctor`",
         };
         anyhow!(error).context(format!("open {TUN_PATH} ({advice})"))
-    })?;
-    let name = sys::net::attach_tap(&tun, name, HEADER_BYTES).map_err(|error| {
-        let make = format!("make it with `sudo ip tuntap add {name} mode tap user $USER vnet_hdr`");
-        let advice = match error.raw_os_error() {
-            Some(libc::EPERM) if Path::new("/sys/class/net").join(name).exists() => {
-                format!("it is another user's: {make}")
-            }
-            Some(libc::EPERM) => make,
-            Some(libc::EBUSY) => "another machine has it".into(),
-            Some(libc::EINVAL) => {
-                format!("it is no tap device for one queue with virtio headers: {make}")
-            }
-            _ => return anyhow!(error),
-        };
-        anyhow!(error).context(advice)
-    })?;
-    Ok((tun, name))
+    })
+}
+
+fn with_advice(error: io::Error, name: &str, queues: usize) -> anyhow::Error {
+    let kind = if queues > 1 { " multi_queue" } else { "" };
+    let make = format!("make it with `sudo ip tuntap add {name} mode tap user $USER vnet_hdr{kind}`");
+    let advice = match error.raw_os_error() {
+        Some(libc::EPERM) if Path::new(INTERFACES).join(name).exists() => format!("it is another user's: {make}"),
+        Some(libc::EPERM) => make,
+        Some(libc::EBUSY) => "another machine has it".into(),
+        Some(libc::EINVAL) => format!("it is no tap device with virtio headers: {make}"),
+        _ => return anyhow!(error),
+    };
+    anyhow!(error).context(advice)
+}
+
+/// How many queues of the multiqueue device `name` somebody has attached, whoever it is.
+fn attached_queues(name: &str) -> usize {
+    let queues = fs::read_dir(Path::new(INTERFACES).join(name).join("queues"));
+    queues.into_iter().flatten().flatten().filter(|queue| queue.file_name().as_bytes().starts_with(b"tx-")).count()
 }
 
 /// The address of interface `index` of the machine `name`: the same whenever it is asked for on this host, another on

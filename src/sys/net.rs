@@ -16,10 +16,14 @@ const PARTS_MAX: usize = 1024;
 
 // linux/if_tun.h
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETVNETLE: libc::c_ulong = 0x4004_54dc;
 const IFF_TAP: libc::c_short = 0x0002;
+const IFF_MULTI_QUEUE: libc::c_short = 0x0100;
+const IFF_ATTACH_QUEUE: libc::c_short = 0x0200;
+const IFF_DETACH_QUEUE: libc::c_short = 0x0400;
 const IFF_NO_PI: libc::c_short = 0x1000;
 const IFF_VNET_HDR: libc::c_short = 0x4000;
 const TUN_F_CSUM: libc::c_ulong = 0x01;
@@ -42,10 +46,12 @@ pub struct TapOffloads {
 
 /// Makes `tun`, an open /dev/net/tun, the tap device `name`, whose frames stand behind a little-endian virtio header of
 /// `header_bytes`. A device that does not exist is made where this process may, and goes with the descriptor; `%d` in its
-/// name is then a number that no other has. Returns the device's name.
-pub fn attach_tap(tun: &File, name: &str, header_bytes: usize) -> io::Result<String> {
+/// name is then a number that no other has. A `multiqueue` device may be attached to again, each time with another `tun`
+/// and for one more of its queues. Returns the device's name.
+pub fn attach_tap(tun: &File, name: &str, header_bytes: usize, multiqueue: bool) -> io::Result<String> {
     let mut request = interface_request(name)?;
-    request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    let queues = if multiqueue { IFF_MULTI_QUEUE } else { 0 };
+    request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | queues;
     let (size, yes) = (header_bytes as libc::c_int, 1 as libc::c_int);
     // SAFETY: TUNSETIFF reads and writes one `ifreq`, the others read one int each, all of which outlive the calls.
     unsafe {
@@ -55,6 +61,14 @@ pub fn attach_tap(tun: &File, name: &str, header_bytes: usize) -> io::Result<Str
     }
     let name = request.ifr_name.iter().map(|&byte| byte as u8).take_while(|byte| *byte != 0).collect();
     String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Lets the kernel put frames into the queue `tap` of a multiqueue device, or not: then what waits in it is lost.
+pub fn set_tap_queue(tap: &File, attached: bool) -> io::Result<()> {
+    let mut request = interface_request("")?;
+    request.ifr_ifru.ifru_flags = if attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
+    // SAFETY: TUNSETQUEUE reads one `ifreq`, which outlives the call.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETQUEUE as _, &mut request) })
 }
 
 /// Says what frames from `tap` may leave to their reader.

@@ -16,7 +16,7 @@ use super::{
     Virtqueue, balloon, block, net, rng, vsock,
 };
 use crate::backend::disk::PlainDisk;
-use crate::backend::net::StreamNet;
+use crate::backend::net::{NetBackend, StreamNet};
 use crate::backend::rate::Rate;
 use crate::bus::Device;
 use crate::config::VsockConfig;
@@ -189,11 +189,25 @@ fn the_network_device_keeps_the_contract() {
             peer.write_all(&[&(len as u32).to_be_bytes()[..], &vec![1; len]].concat()).unwrap();
         }
         let device =
-            net::device_on(Box::new(StreamNet::new(ours).unwrap()), "net", [2, 0, 0, 0, 0, 1], None).unwrap().0;
+            net::device_on(vec![Box::new(StreamNet::new(ours).unwrap())], "net", [2, 0, 0, 0, 0, 1], None).unwrap().0;
         // A guest may send it anything, as fast as it can, and it stays.
         peer.set_nonblocking(true).unwrap();
         peers.borrow_mut().push(peer);
         device
+    });
+}
+
+#[test]
+fn the_network_device_with_several_pairs_keeps_the_contract() {
+    let peers = RefCell::new(Vec::new());
+    contract(|| {
+        let backend = |_| -> Box<dyn NetBackend> {
+            let (ours, mut peer) = UnixStream::pair().unwrap();
+            peer.write_all(&[&1514_u32.to_be_bytes()[..], &[1; 1514]].concat()).unwrap();
+            peers.borrow_mut().push(peer);
+            Box::new(StreamNet::new(ours).unwrap())
+        };
+        net::device_on((0..3).map(backend).collect(), "net", [2, 0, 0, 0, 0, 1], None).unwrap().0
     });
 }
 

@@ -65,6 +65,11 @@ pub enum Left {
     Waiting,
 }
 
+/// A saved state that is another device's.
+#[derive(Debug, thiserror::Error)]
+#[error("the saved device has another state than this one can have")]
+pub struct Unfit;
+
 /// The device's side of its queues.
 ///
 /// It is called on the device's worker thread only, between [`QueueHandler::start`] and [`QueueHandler::drain`]; in
@@ -93,6 +98,17 @@ pub trait QueueHandler: Send {
 
     /// The driver reset the device: forgets all that it said.
     fn reset(&mut self) {}
+
+    /// What the driver said through its queues and the device keeps, between two runs.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Puts back what [`QueueHandler::save`] returned, between two runs. Fails, with nothing changed, on what it would not
+    /// have returned for any driver.
+    fn restore(&mut self, state: &[u8]) -> Result<(), Unfit> {
+        if state.is_empty() { Ok(()) } else { Err(Unfit) }
+    }
 }
 
 /// How a device gets the driver's attention: the transport's part of an interrupt. Called from any thread.

@@ -39,6 +39,9 @@ pub struct SessionState {
     pub config: Vec<u8>,
     /// The configuration's generation.
     pub config_generation: u32,
+    /// What it said through its queues: see [`QueueHandler::save`].
+    #[serde(default)]
+    pub handler: Vec<u8>,
 }
 
 /// A device and its driver. A transport guards it with a lock and turns accesses into calls.
@@ -196,6 +199,7 @@ impl Session {
             queues: self.queues.clone(),
             config: self.config.driver_bytes(),
             config_generation: self.config.generation(),
+            handler: self.handler.as_ref().map(|handler| handler.save()).unwrap_or_default(),
         };
         self.start();
         state
@@ -211,6 +215,11 @@ impl Session {
         let missing = state.driver_features & !self.features;
         ensure!(!accepted || missing == 0, "the saved driver uses features that are not offered: {missing:#x}");
         ensure!(state.config.len() == self.config.driver_bytes().len(), "the saved device has another configuration");
+        self.stop();
+        if let Some(Err(unfit)) = self.handler.as_mut().map(|handler| handler.restore(&state.handler)) {
+            self.start();
+            return Err(unfit.into());
+        }
         self.pause();
         self.status = state.status & !NEEDS_RESET;
         self.reports.set_needs_reset(state.status & NEEDS_RESET != 0);

@@ -292,3 +292,37 @@ fn a_tap_device_carries_what_the_host_routes() {
     end(machine);
     assert!(!Path::new("/sys/class/net/husk-tap").exists(), "it goes with its machine");
 }
+
+#[test]
+fn a_tap_device_has_a_pair_of_queues_for_each_vcpu() {
+    let guests = guests!();
+    if !is_root() {
+        return;
+    }
+    let network = "tap=husk-pairs,ip=198.18.8.2/24,gateway=198.18.8.1";
+    let flags = ["--name", "pairs", "--cpus", "2", "--network", network];
+    let (machine, _output) = start(&guests, &flags, "iperf3 -s -D; echo ready; exec sleep 1000");
+    run(Command::new("ip").args(["addr", "add", "198.18.8.1/24", "dev", "husk-pairs"]));
+    run(Command::new("ip").args(["link", "set", "husk-pairs", "up"]));
+    let queues = fs::read_dir("/sys/class/net/husk-pairs/queues").unwrap().flatten();
+    let sends = queues.filter(|queue| queue.file_name().to_string_lossy().starts_with("tx-"));
+    assert_eq!(sends.count(), 2, "the guest's driver asked for them");
+    // The kernel would let it have a part of the frames.
+    let second = networked(&guests, "micro", &["--network", "tap=husk-pairs"], "true");
+    assert!(second.expect(125).errors.contains("another machine has it"), "{}", second.errors);
+    let transfer = |flags: &[&str]| {
+        let mut client = Command::new("iperf3");
+        client.args(["-c", "198.18.8.2", "-P", "2", "-n", "8M", "-J"]).args(flags);
+        let report: serde_json::Value = serde_json::from_str(&run(&mut client)).unwrap();
+        let received = &report["end"]["sum_received"];
+        // The last ones may be under way when the count ends.
+        assert!(received["bytes"].as_u64().unwrap() >= 4 << 20, "{}", report["end"]);
+        eprintln!("two pairs {flags:?}: {} bit/s", received["bits_per_second"]);
+    };
+    transfer(&[]);
+    transfer(&["-R"]);
+    husk(&["pause", "pairs"]);
+    husk(&["unpause", "pairs"]);
+    transfer(&[]);
+    end(machine);
+}

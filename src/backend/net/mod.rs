@@ -26,6 +26,12 @@ pub trait NetBackend: Send {
     /// The driver accepted `features`: frames for the guest leave no more to it than these say.
     fn accept(&mut self, features: u64) -> io::Result<()>;
 
+    /// Lets frames for the guest come here, as they do at first, or only to the other back ends of the same network. What
+    /// waits here may be lost then. Called again and again, it is done once. With no others it has nothing to do.
+    fn set_enabled(&mut self, _enabled: bool) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Sends `frame`, which lies in guest memory, and uses it up. `header` was checked against the features.
     ///
     /// `WouldBlock` means that nothing was sent, and that [`NetBackend::fd`] becomes writable when it can be. After

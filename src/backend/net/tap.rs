@@ -22,12 +22,13 @@ pub struct TapNet {
     buffer: Vec<u8>,
     /// How much of it counts; nothing when there is no frame.
     filled: usize,
+    enabled: bool,
 }
 
 impl TapNet {
-    /// A back end on `tap`, which never waits and whose frames stand behind a header of [`HEADER_BYTES`].
+    /// A back end on `tap`, a queue that is attached, which never waits and whose frames stand behind a header of [`HEADER_BYTES`].
     pub fn new(tap: File) -> TapNet {
-        TapNet { tap, buffer: vec![0; HEADER_BYTES + FRAME_BYTES_MAX], filled: 0 }
+        TapNet { tap, buffer: vec![0; HEADER_BYTES + FRAME_BYTES_MAX], filled: 0, enabled: true }
     }
 }
 
@@ -60,6 +61,14 @@ impl NetBackend for TapNet {
                 ecn: checksum && accepted(VIRTIO_NET_F_GUEST_ECN),
             },
         )
+    }
+
+    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        if enabled != self.enabled {
+            sys::net::set_tap_queue(&self.tap, enabled)?;
+            self.enabled = enabled;
+        }
+        Ok(())
     }
 
     fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
@@ -121,20 +130,29 @@ mod tests {
     /// Runs `test` on a tap device in a network of its own, whose host is 10.9.0.1 and whose guest 10.9.0.2; skips loudly
     /// where that may not be made.
     fn on_tap(test: impl FnOnce(TapNet) + Send) {
+        on_taps(1, |mut taps| test(taps.remove(0)));
+    }
+
+    /// The same, with as many of its queues.
+    fn on_taps(queues: usize, test: impl FnOnce(Vec<TapNet>) + Send) {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 // A device belongs to the network in which its descriptor was opened.
                 let left = sys::net::leave_network();
-                let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
-                let (Ok(()), Ok(tun)) = (left, tun) else {
+                let open =
+                    || File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+                let tuns: io::Result<Vec<File>> = (0..queues).map(|_| open()).collect();
+                let (Ok(()), Ok(tuns)) = (left, tuns) else {
                     eprintln!("SKIPPED: only root makes networks");
                     return;
                 };
-                sys::net::attach_tap(&tun, "t0", HEADER_BYTES).unwrap();
+                for tun in &tuns {
+                    sys::net::attach_tap(tun, "t0", HEADER_BYTES, queues > 1).unwrap();
+                }
                 ip("addr add 10.9.0.1/24 dev t0");
                 ip("link set t0 mtu 65521 up");
                 ip("neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev t0");
-                test(TapNet::new(tun));
+                test(tuns.into_iter().map(TapNet::new).collect());
             });
             thread.join().unwrap();
         });
@@ -205,6 +223,36 @@ mod tests {
             assert_eq!((&packet[..count], from.ip().to_string()), (&b"there and back"[..], "10.9.0.2".to_owned()));
             socket.set_nonblocking(true).unwrap();
             assert!(socket.recv_from(&mut packet).is_err(), "the first was taken too");
+        });
+    }
+
+    #[test]
+    fn frames_come_to_the_queues_that_are_enabled() {
+        on_taps(2, |mut nets| {
+            // Each of many flows to one of the queues, which the kernel chooses.
+            let flows = |nets: &mut [TapNet]| -> [usize; 2] {
+                for _ in 0..40 {
+                    UdpSocket::bind("10.9.0.1:0").unwrap().send_to(&[7; 100], "10.9.0.2:7").unwrap();
+                }
+                let count = |net: &mut TapNet| {
+                    let mut packets = 0;
+                    while net.receive().unwrap() {
+                        let is_ours = net.frame().is_some_and(|(_, frame)| frame[12..14] == [8, 0] && frame[23] == 17);
+                        packets += usize::from(is_ours);
+                        net.consume();
+                    }
+                    packets
+                };
+                [count(&mut nets[0]), count(&mut nets[1])]
+            };
+            nets[1].set_enabled(false).unwrap();
+            nets[1].set_enabled(false).unwrap();
+            assert_eq!(flows(&mut nets), [40, 0]);
+            nets[1].set_enabled(true).unwrap();
+            let [first, second] = flows(&mut nets);
+            assert!(first + second == 40 && first > 0 && second > 0, "{first} {second}");
+            nets[1].set_enabled(false).unwrap();
+            assert_eq!(flows(&mut nets), [40, 0]);
         });
     }
 

@@ -1,5 +1,7 @@
 //! The device in front of a driver, its other side a socket that the test holds.
 
+mod pairs;
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
@@ -8,9 +10,12 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_HDR_GSO_TCPV4,
 };
+use vm_memory::{Bytes, GuestAddress};
 
+use super::pair::{RX, TX};
 use super::*;
-use crate::backend::net::StreamNet;
+use crate::backend::disk::GuestBuffers;
+use crate::backend::net::{HEADER_BYTES, Header, StreamNet};
 use crate::backend::rate::Rate;
 use crate::bus::Device;
 use crate::virtio::mmio::register::*;
@@ -32,7 +37,7 @@ fn bench_with(name: &str, features: u64) -> Bench {
     let (ours, peer) = UnixStream::pair().unwrap();
     peer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let backend = Box::new(StreamNet::new(ours).unwrap());
-    let (device, link) = device_on(backend, name, MAC, Some(9000)).unwrap();
+    let (device, link) = device_on(vec![backend], name, MAC, Some(9000)).unwrap();
     let mut driver = Driver::new(device);
     driver.start_with(features);
     Bench { driver, link, peer }
@@ -375,7 +380,7 @@ impl NetBackend for Taker {
 fn what_is_left_to_the_host_is_what_was_negotiated() {
     let socket = Arc::new(UnixStream::pair().unwrap().0);
     let taker = Taker { socket, sent: Arc::default(), accepted: Arc::default() };
-    let (device, link) = device_on(Box::new(taker.clone()), "net", MAC, None).unwrap();
+    let (device, link) = device_on(vec![Box::new(taker.clone())], "net", MAC, None).unwrap();
     let mut driver = Driver::new(device);
     driver.start();
     let header = Header {

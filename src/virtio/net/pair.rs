@@ -1,0 +1,323 @@
+//! From a pair's rings to its back end, and back: one receive and one transmit queue of a network device.
+
+use std::io::{self, ErrorKind};
+
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::NetLink;
+use crate::backend::disk::GuestBuffers;
+use crate::backend::net::{self, FLAG_DATA_VALID, HEADER_BYTES, Header, NetBackend};
+use crate::backend::rate::Limiter;
+use crate::virtio::queue::{self, Chain, Virtqueue};
+use crate::virtio::{Left, RingError};
+
+/// The directions, as a pair's queues stand (virtio 1.2 §5.1.2): to the guest, from the guest.
+pub const RX: usize = 0;
+pub const TX: usize = 1;
+/// What one turn of the worker moves at most in one direction, before it looks at its stop event again.
+const TURN_BYTES: usize = 4 << 20;
+/// What a frame counts in a turn beside its data, so that a turn has an end in any case.
+const FRAME_COST_BYTES: usize = 16 << 10;
+
+/// What all pairs of a device have together.
+pub struct Common {
+    pub name: String,
+    pub link: NetLink,
+    /// What may pass in each direction, through whichever pair.
+    pub limiters: [Limiter; 2],
+    /// Accepted by the driver.
+    pub features: u64,
+    /// The back end's other side is gone for good.
+    is_over: bool,
+    chain: Chain,
+    /// The buffers that one frame takes; kept, so that it costs no allocation.
+    taken: Vec<Chain>,
+    used: Vec<(u16, u32)>,
+}
+
+impl Common {
+    pub fn new(name: &str, link: NetLink, limiters: [Limiter; 2]) -> Common {
+        Common {
+            name: name.to_owned(),
+            link,
+            limiters,
+            features: 0,
+            is_over: false,
+            chain: Chain::default(),
+            taken: Vec::new(),
+            used: Vec::new(),
+        }
+    }
+
+    pub fn has(&self, feature: u32) -> bool {
+        self.features >> feature & 1 != 0
+    }
+
+    /// The other side is gone: the guest sees its link go down, for good.
+    pub fn end(&mut self, error: &io::Error) {
+        self.is_over = true;
+        self.link.lose();
+        log::warn!("{}: the network is gone: {error}", self.name);
+    }
+
+    /// The header and the frame in `self.chain`; no header where it asks for what was not negotiated, or not all of it is
+    /// memory.
+    fn read(&self, tx: &Virtqueue, frame: &mut GuestBuffers) -> Option<Header> {
+        let header = queue::read_front(tx.memory(), self.chain.readable()).map(Header::decode)?;
+        for range in queue::part(self.chain.readable(), HEADER_BYTES as u64, u64::MAX) {
+            frame.push(range.address, range.len_bytes).ok()?;
+        }
+        header.checked(self.features, usize::try_from(frame.len_bytes()).ok()?)
+    }
+}
+
+/// The device's side of a receive and a transmit queue. A pause finds no frame half done: what the back end has for the
+/// guest stays there.
+pub struct Pair {
+    pub backend: Box<dyn NetBackend>,
+    /// By direction.
+    limits: [Limit; 2],
+}
+
+/// How a direction of a pair stands with its limiter.
+#[derive(Default)]
+struct Limit {
+    /// The next frame, which could not go on for another reason, has been counted.
+    has_admitted: bool,
+    /// In the last turn a frame was admitted, or the last one was refused.
+    admitted_any: bool,
+    refused: bool,
+}
+
+impl Limit {
+    /// Whether the next frame may pass; asked again about the same one, it counts once.
+    fn admits(&mut self, limiter: &mut Limiter, frame_bytes: usize) -> bool {
+        self.has_admitted = self.has_admitted || limiter.admit(frame_bytes as u64);
+        self.admitted_any |= self.has_admitted;
+        self.refused = !self.has_admitted;
+        self.has_admitted
+    }
+
+    /// The next frame is another one.
+    fn pass(&mut self) {
+        self.has_admitted = false;
+    }
+}
+
+/// Where a pair stands in the line of those that a limiter refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// It waits for nothing there.
+    None,
+    /// Where it was, or behind the others: it got nothing.
+    AsBefore,
+    /// Behind the others: it had its share.
+    Last,
+}
+
+/// What became of a frame for the guest.
+enum Placed {
+    Whole,
+    /// The driver has to make more buffers available, and rings when it does.
+    NoBuffers,
+    /// The driver's buffer is shorter than it promised, and the frame lost.
+    TooShort,
+}
+
+/// What became of a frame of the guest's.
+enum Sent {
+    Whole,
+    Dropped,
+    /// There is no room for it now.
+    Later,
+}
+
+impl Pair {
+    pub fn new(backend: Box<dyn NetBackend>) -> Pair {
+        Pair { backend, limits: Default::default() }
+    }
+
+    /// What waited in the guest's queue may be another frame by now.
+    pub fn forget_waiting(&mut self) {
+        self.limits[TX].pass();
+    }
+
+    /// A turn in `direction`. Returns its outcome for `queue`, and its place among those that wait for the limiter.
+    pub fn turn(
+        &mut self,
+        direction: usize,
+        common: &mut Common,
+        queue: &mut Virtqueue,
+    ) -> Result<(Left, Place), RingError> {
+        let limit = &mut self.limits[direction];
+        (limit.admitted_any, limit.refused) = (false, false);
+        let left = if direction == RX { self.deliver(common, queue)? } else { self.take(common, queue)? };
+        let place = match &self.limits[direction] {
+            Limit { refused: false, .. } => Place::None,
+            Limit { admitted_any: true, .. } => Place::Last,
+            _ => Place::AsBefore,
+        };
+        Ok((left, place))
+    }
+
+    /// Lets frames for the guest come to this pair, or to the others only: then what waits here is lost.
+    pub fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        self.backend.set_enabled(enabled)?;
+        if !enabled {
+            self.backend.consume();
+            self.limits = Default::default();
+        }
+        Ok(())
+    }
+
+    /// Takes the guest's frames until there are none, or this turn's work is done, or the host has to take some first.
+    fn take(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<Left, RingError> {
+        // Also when the guest has nothing more to send: the host waits for the rest of what it has.
+        if matches!(self.backend.flush(), Err(error) if error.kind() == ErrorKind::WouldBlock) {
+            return Ok(Left::Waiting);
+        }
+        let mut frame = GuestBuffers::new(tx.memory().clone());
+        let mut turn_bytes = 0;
+        while turn_bytes < TURN_BYTES {
+            if !tx.pop(&mut common.chain)? {
+                return Ok(Left::Nothing);
+            }
+            frame.clear();
+            let header = common.read(tx, &mut frame);
+            let frame_bytes = frame.len_bytes() as usize;
+            if !self.limits[TX].admits(&mut common.limiters[TX], frame_bytes) {
+                tx.put_back();
+                return Ok(Left::Waiting);
+            }
+            match self.send(common, header, &mut frame) {
+                Sent::Whole => common.link.counters().count_from_guest(frame_bytes),
+                Sent::Dropped => common.link.counters().count_dropped_from_guest(),
+                Sent::Later => {
+                    tx.put_back();
+                    return Ok(Left::Waiting);
+                }
+            }
+            self.limits[TX].pass();
+            tx.push(common.chain.head(), 0)?;
+            turn_bytes += FRAME_COST_BYTES + frame_bytes;
+        }
+        Ok(Left::More)
+    }
+
+    fn send(&mut self, common: &mut Common, header: Option<Header>, frame: &mut GuestBuffers) -> Sent {
+        let Some(header) = header.filter(|_| common.link.is_up() && !common.is_over) else { return Sent::Dropped };
+        match self.backend.send(&header, frame) {
+            Ok(()) => Sent::Whole,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Later,
+            Err(error) => {
+                if net::is_end(&error) {
+                    common.end(&error);
+                }
+                Sent::Dropped
+            }
+        }
+    }
+
+    /// Gives the guest frames until there are none, or it has too few buffers left, or this turn's work is done.
+    fn deliver(&mut self, common: &mut Common, rx: &mut Virtqueue) -> Result<Left, RingError> {
+        let (merge, trusting) = (common.has(VIRTIO_NET_F_MRG_RXBUF), common.has(VIRTIO_NET_F_GUEST_CSUM));
+        let mut turn_bytes = 0;
+        while turn_bytes < TURN_BYTES {
+            if common.is_over {
+                return Ok(Left::Waiting);
+            }
+            let found = self.backend.receive();
+            if let Err(error) = &found {
+                common.end(error);
+            }
+            let Some((mut header, frame)) = self.backend.frame().filter(|_| matches!(found, Ok(true))) else {
+                return Ok(Left::Waiting);
+            };
+            if !trusting {
+                header.flags &= !FLAG_DATA_VALID;
+            }
+            let frame_bytes = frame.len();
+            if !self.limits[RX].admits(&mut common.limiters[RX], frame_bytes) {
+                return Ok(Left::Waiting);
+            }
+            let placed = match common.link.is_up() {
+                true => place(rx, &mut common.taken, &mut common.used, merge, header, frame)?,
+                false => Placed::TooShort,
+            };
+            match placed {
+                Placed::Whole => common.link.counters().count_to_guest(frame_bytes),
+                Placed::TooShort => common.link.counters().count_dropped_to_guest(),
+                Placed::NoBuffers => return Ok(Left::Waiting),
+            }
+            self.limits[RX].pass();
+            self.backend.consume();
+            turn_bytes += FRAME_COST_BYTES + frame_bytes;
+        }
+        Ok(Left::More)
+    }
+}
+
+/// Puts a frame into as many of the driver's buffers as it takes, or with no merging into one.
+fn place(
+    rx: &mut Virtqueue,
+    taken: &mut Vec<Chain>,
+    used: &mut Vec<(u16, u32)>,
+    merge: bool,
+    header: Header,
+    frame: &[u8],
+) -> Result<Placed, RingError> {
+    let wanted_bytes = (HEADER_BYTES + frame.len()) as u64;
+    let (mut count, mut room_bytes) = (0, 0);
+    while room_bytes < wanted_bytes && (merge || count == 0) {
+        if count == taken.len() {
+            taken.push(Chain::default());
+        }
+        if !rx.pop(&mut taken[count])? {
+            // Asked for before what is here is left again, so that it rings for one more.
+            if rx.enable_notification()? {
+                rx.disable_notification()?;
+                continue;
+            }
+            (0..count).for_each(|_| rx.put_back());
+            return Ok(Placed::NoBuffers);
+        }
+        // One that a driver offers again and again while it is looked at has no end.
+        if count == usize::from(rx.size()) {
+            return Err(RingError::Chain("more receive buffers than the queue has"));
+        }
+        room_bytes += queue::len_bytes(taken[count].writable());
+        count += 1;
+    }
+    if room_bytes < wanted_bytes {
+        rx.put_back();
+        return Ok(Placed::TooShort);
+    }
+    // No more than the queue has.
+    let header = Header { buffers: count as u16, ..header }.encode();
+    let mut pieces = [&header[..], frame];
+    used.clear();
+    for chain in &taken[..count] {
+        used.push((chain.head(), fill(rx, chain, &mut pieces)?));
+    }
+    rx.push_together(used)?;
+    Ok(Placed::Whole)
+}
+
+/// Writes what is left of `pieces` to a chain's writable part, as far as both go. Returns how many bytes that is.
+fn fill(rx: &Virtqueue, chain: &Chain, pieces: &mut [&[u8]; 2]) -> Result<u32, RingError> {
+    let mut filled_bytes = 0;
+    for range in chain.writable() {
+        let mut done = 0;
+        for piece in pieces.iter_mut() {
+            let (now, later) = piece.split_at(piece.len().min((range.len_bytes - done) as usize));
+            let address = GuestAddress(range.address.0.saturating_add(done.into()));
+            let written = rx.memory().write_slice(now, address);
+            written.map_err(|_| RingError::Chain("a receive buffer outside of memory"))?;
+            *piece = later;
+            done += now.len() as u32;
+        }
+        filled_bytes += done;
+    }
+    Ok(filled_bytes)
+}
