@@ -215,14 +215,19 @@ fn a_killed_husk_is_known_at_once_and_its_name_is_free_when_it_is_removed() {
     let pid: u32 = machines.inspect("a", "pid").parse().unwrap();
     send_signal(pid, "KILL");
     assert_eq!(String::from_utf8(waiting.wait_with_output().unwrap().stdout).unwrap(), "137\n");
-    assert_eq!((machines.status("a"), machines.ok(&["ps", "-q"])), ("lost".into(), String::new()));
+    machines.await_status("a", "lost");
+    assert_eq!(machines.ok(&["ps", "-q"]), "");
     assert!(machines.ok(&["ps", "-a"]).contains("husk was killed"));
     machines.ok(&["rm", "a"]);
     let second = machines.start(guests::POWER, "do=halt", &["--name", "a", "--rm"]);
     assert_ne!(second, id);
-    // One that is not to be kept is gone as soon as anybody looks.
+    // One that is not to be kept is gone as soon as anybody looks. Until then its machine is being taken down.
     send_signal(machines.inspect("a", "pid").parse().unwrap(), "KILL");
-    thread::sleep(Duration::from_millis(50));
+    let deadline = Instant::now() + PATIENCE;
+    while !machines.ok(&["ps", "-q"]).is_empty() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(10));
+    }
     machines.start(guests::POWER, "do=halt", &["--name", "a", "--rm"]);
     assert_eq!(machines.ok(&["ps", "-aq"]).lines().count(), 1);
     assert_eq!(machines.folders().len(), 1);
