@@ -2,7 +2,7 @@
 //! pass where the host forwards only what it was told of, as it does beside Docker.
 //!
 //! A packet goes through every chain of its hook: what one accepts, another may still drop. So the network's own table says
-//! where its packets go, and each chain of others' that drops by default is told of them. They are written and taken
+//! where its packets go, and each chain of others' that refuses by default is told of them. They are written and taken
 //! back by nft and by iptables, each where the host has it.
 
 use std::fs;
@@ -148,12 +148,13 @@ fn iptables(what: &str, rule: &str) -> Result<()> {
 fn pass_by_nft(bridge: &Bridge, by_iptables: bool) -> Result<()> {
     let passages = passages(bridge);
     let comment = format!("\"{}\"", bridge.interface());
-    for object in listed("chains") {
-        let chain = &object["chain"];
+    let ruleset = listed("ruleset");
+    for chain in ruleset.iter().filter_map(|object| object.get("chain")) {
         let word = |key: &str| chain[key].as_str().unwrap_or_default();
         let (family, table) = (word("family"), word("table"));
         let is_theirs = by_iptables && family == "ip" && table == "filter";
-        if word("policy") != "drop" || !matches!(family, "ip" | "inet") || is_theirs {
+        let refuses = word("policy") == "drop" || ends_in_refusal(&ruleset, chain);
+        if !refuses || !matches!(family, "ip" | "inet") || is_theirs {
             continue;
         }
         for passage in passages.iter().filter(|passage| passage.hook == word("hook")) {
@@ -162,6 +163,18 @@ fn pass_by_nft(bridge: &Bridge, by_iptables: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether the last rule of `chain` refuses all that came so far, as those of firewalld's chains do, which accept by default.
+fn ends_in_refusal(ruleset: &[Value], chain: &Value) -> bool {
+    let mut rules = ruleset.iter().filter_map(|object| object.get("rule"));
+    let is_of_chain = |rule: &&Value| {
+        (&rule["family"], &rule["table"], &rule["chain"]) == (&chain["family"], &chain["table"], &chain["name"])
+    };
+    let last = rules.rfind(is_of_chain).and_then(|rule| rule["expr"].as_array());
+    let Some((verdict, before)) = last.and_then(|expressions| expressions.split_last()) else { return false };
+    let is_any = |expression: &Value, words: [&str; 2]| words.iter().any(|word| expression.get(word).is_some());
+    is_any(verdict, ["reject", "drop"]) && before.iter().all(|expression| is_any(expression, ["counter", "log"]))
 }
 
 /// Rules in chains of others' that were put there for the network: family, table, chain and handle.
@@ -274,13 +287,20 @@ mod tests {
         chain in { type filter hook input priority 0; policy drop; }
         chain through { type filter hook forward priority 0; policy drop; }
         }'";
+    /// As firewalld has it: later than others, and by a rule, which log and counter stand before.
+    const REJECT_BY_NFT: &str = "nft 'table inet guard {
+        chain in { type filter hook input priority 10; policy accept;
+            ct state established,related accept; log counter reject with icmpx admin-prohibited; }
+        chain through { type filter hook forward priority 10; policy accept;
+            ct state established,related accept; iifname lo accept; reject with icmpx admin-prohibited; }
+        }'";
     const DROP_BY_IPTABLES: &str = "iptables -P FORWARD DROP; iptables -P INPUT DROP";
     const DOCKER: &str = "iptables -P FORWARD DROP; iptables -N DOCKER-USER; iptables -A DOCKER-USER -j RETURN
         iptables -A FORWARD -j DOCKER-USER";
 
     #[test]
     fn machines_get_out_under_the_hosts_address_whatever_it_drops_and_nothing_stays_of_it() {
-        for firewall in ["true", DROP_BY_NFT, DROP_BY_IPTABLES, DOCKER] {
+        for firewall in ["true", DROP_BY_NFT, REJECT_BY_NFT, DROP_BY_IPTABLES, DOCKER] {
             alone(|base| {
                 if run("iptables", &["-S"]).is_err() && firewall.contains("iptables") {
                     eprintln!("SKIPPED: no iptables");
