@@ -247,11 +247,18 @@ impl Passt {
         line.unwrap_or("it said nothing").trim().to_owned()
     }
 
+    /// Nothing of it stays, whether it ended by itself or not.
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// An error with what passt said of it, if it is the end.
     fn explain(&mut self, error: io::Error) -> io::Error {
         if !is_end(&error) {
             return error;
         }
+        self.end();
         io::Error::new(error.kind(), format!("passt ended: {}", self.last_words()))
     }
 }
@@ -293,8 +300,7 @@ impl NetBackend for Passt {
 impl Drop for Passt {
     fn drop(&mut self) {
         // It would end by itself, and be waited for by nobody.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }
 
@@ -422,5 +428,7 @@ mod tests {
         passt.child.kill().unwrap();
         let error = wait_for("an end", || passt.receive().err());
         assert!(is_end(&error) && error.to_string().starts_with("passt ended: "), "{error}");
+        // Not even as a process that nobody has waited for, though its machine goes on.
+        assert!(!std::path::PathBuf::from(format!("/proc/{}", passt.child.id())).exists());
     }
 }
