@@ -251,13 +251,17 @@ fn a_reboot_ends_with_its_own_code() {
 }
 
 #[test]
-fn a_panic_is_told_in_the_kernels_words() {
+fn a_panic_is_told_in_the_kernels_words_and_ends_passt_too() {
     let guests = guests!();
+    let port = TcpListener::bind(("0.0.0.0", 0)).unwrap().local_addr().unwrap().port();
+    let published = format!("{port}:80");
+    let flags = if uplink::host().is_some() { &["-p", &published][..] } else { &[] };
     for kernel in ["stock", "micro"] {
-        let ended = boot(&guests.join(kernel), "vmlinux", "panic", &[]);
+        let ended = boot(&guests.join(kernel), "vmlinux", "panic", flags);
         ended.expect(81, kernel);
         let told = "husk: the guest's kernel panicked: Attempted to kill init!";
         assert!(ended.errors.contains(told), "{kernel}: {}", ended.errors);
+        assert!(TcpListener::bind(("0.0.0.0", port)).is_ok(), "passt has the port still");
     }
 }
 

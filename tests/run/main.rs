@@ -9,6 +9,7 @@ mod image;
 mod life;
 mod net;
 mod process;
+mod reach;
 mod streams;
 #[path = "../kvm/terminal.rs"]
 mod terminal;

@@ -18,7 +18,7 @@ use crate::image::{self, run};
 use crate::uplink::{self, host};
 use crate::{Ended, finish, guests, husk_networked, wait};
 
-const SERVED: &str = "the host says so\n";
+pub(crate) const SERVED: &str = "the host says so\n";
 
 /// A root file system with iperf3 beside busybox.
 fn root() -> &'static str {
@@ -42,7 +42,7 @@ fn root() -> &'static str {
 }
 
 /// A port that nobody has now.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port()
 }
 
@@ -53,9 +53,19 @@ fn networked(guests: &Path, kernel: &str, flags: &[&str], script: &str) -> Ended
 }
 
 /// Starts one that stays, and waits until it has said `ready`. The thread returns what it says later.
-fn start(guests: &Path, flags: &[&str], script: &str) -> (Child, JoinHandle<String>) {
+pub(crate) fn start(guests: &Path, flags: &[&str], script: &str) -> (Child, JoinHandle<String>) {
+    ready(&mut shell(guests, flags, script))
+}
+
+/// A shell command in a machine with a network.
+pub(crate) fn shell(guests: &Path, flags: &[&str], script: &str) -> Command {
     let words = [flags, &["-e", "PATH=/bin", root(), "sh", "-c", script]].concat();
-    let mut child = husk_networked(guests, "micro", &words).spawn().unwrap();
+    husk_networked(guests, "micro", &words)
+}
+
+/// Starts a machine whose command says `ready`, and waits for it, as [`start`] does.
+pub(crate) fn ready(command: &mut Command) -> (Child, JoinHandle<String>) {
+    let mut child = command.spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
@@ -71,13 +81,13 @@ fn start(guests: &Path, flags: &[&str], script: &str) -> (Child, JoinHandle<Stri
     (child, rest)
 }
 
-fn end(child: Child) {
+pub(crate) fn end(child: Child) {
     run(Command::new("kill").arg("-TERM").arg(child.id().to_string()));
     wait(child).expect(143);
 }
 
 /// Answers every request with the same words, for as long as the test runs.
-fn serve(host: IpAddr) -> SocketAddr {
+pub(crate) fn serve(host: IpAddr) -> SocketAddr {
     let listener = TcpListener::bind((host, 0)).unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
@@ -206,7 +216,7 @@ fn no_network_is_really_none() {
 }
 
 /// Whether this is root, who alone makes interfaces; loudly if not.
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     let root = fs::read_to_string("/proc/self/status").unwrap().contains("\nUid:\t0\t");
     if !root {
         eprintln!("SKIPPED: only root makes interfaces");
@@ -214,7 +224,7 @@ fn is_root() -> bool {
     root
 }
 
-fn husk(words: &[&str]) -> String {
+pub(crate) fn husk(words: &[&str]) -> String {
     run(Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into())).args(words))
 }
 

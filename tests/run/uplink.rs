@@ -24,7 +24,7 @@ pub fn host() -> Option<IpAddr> {
     })
 }
 
-fn is_lab() -> bool {
+pub fn is_lab() -> bool {
     std::env::var_os("HUSK_TEST_EMULATED").is_some()
 }
 
