@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use husk_guests as guests;
 use tempfile::TempDir;
 
-use crate::husk::{end_of, own_lines, processes_with, send_signal};
+use crate::husk::{end_of, is_emulated, own_lines, processes_with, send_signal};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -95,11 +95,6 @@ impl Machines {
     fn names(&self) -> usize {
         std::fs::read_dir(self.runtime.path().join("husk/names")).map_or(0, Iterator::count)
     }
-}
-
-/// Whether each instruction here takes as long as a hundred do elsewhere.
-fn is_emulated() -> bool {
-    std::env::var_os("HUSK_TEST_EMULATED").is_some()
 }
 
 impl Drop for Machines {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::husk::{self, boot, disk_image, exits_are_fast};
+use crate::husk::{self, boot, disk_image, is_emulated};
 use husk_guests as guests;
 
 const MIB: u64 = 1 << 20;
@@ -119,7 +119,7 @@ fn a_read_only_file_will_do_for_a_read_only_disk() {
 #[test]
 fn a_driver_that_sleeps_is_woken_for_each_request() {
     needs_kvm!();
-    let count = if exits_are_fast() { 1000 } else { 100 };
+    let count = if is_emulated() { 100 } else { 1000 };
     block(&format!("interrupt count={count}"), "");
 }
 
