@@ -151,7 +151,7 @@ impl Boot {
             Ok(report(&control::run(machine, signals, Front::Console, desk)?))
         })?;
         if self.timings {
-            eprint!("{timings}");
+            super::say(&timings.to_string());
         }
         Ok(exit)
     }

@@ -215,8 +215,13 @@ fn runs_a_command() -> bool {
 }
 
 fn print_error(text: &str) {
-    // There is no other place to say that standard error is closed.
-    let _ = writeln!(std::io::stderr(), "husk: {}", one_line(text));
+    say(&format!("husk: {}\n", one_line(text)));
+}
+
+/// Says something on standard error.
+fn say(text: &str) {
+    // There is no other place to say that it is closed, or on a full disk.
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// `text` on one line, and without the numbers that the standard library puts behind the words of a system's error.

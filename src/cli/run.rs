@@ -219,7 +219,7 @@ impl Run {
         let desk = self.life.desk(folder, called, &config)?;
         let exit = self.life.lead(desk, |desk| self.run_machine(&inside, &kernel, &config, desk, &timings))?;
         if self.timings {
-            eprint!("{timings}");
+            super::say(&timings.to_string());
         }
         Ok(exit)
     }
@@ -311,7 +311,8 @@ impl Run {
         // Without input Ctrl-C is a signal of ours, and handed on like any other.
         let takes_keys = on_terminal && inside.wants_stdin();
         let machine = Machine::build(config, resources, timings.clone())?;
-        let verbose = log::log_enabled!(Level::Info);
+        // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its messages.
+        let verbose = log::log_enabled!(Level::Info) && !desk.is_detached();
         let log = Log::create(desk.file(roster::CONSOLE_LOG), verbose).context("make the machine's log")?;
         let tail = log.tail();
         let outcome = control::run(machine, signals, Front::Session { session: &mut session, takes_keys, log }, desk)?;
@@ -336,7 +337,7 @@ fn verdict(end: Option<&ToHost>, outcome: &Outcome, tail: &Tail, told_already: b
     };
     if !matches!(exit, Exit::Success | Exit::Signal(_)) && !told_already {
         for line in tail.lines(TAIL_LINES) {
-            eprintln!("guest: {line}");
+            super::say(&format!("guest: {line}\n"));
         }
     }
     exit

@@ -1,23 +1,27 @@
 //! From the serial port to a file that stays small, and to the last lines of it, which say why a machine failed.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::roster::stream_log;
 
 /// What is kept for who asks why.
 const TAIL_MAX_BYTES: usize = 16 << 10;
 /// When the file is this long it becomes the old one, and a new one starts.
 const FILE_MAX_BYTES: usize = 1 << 20;
 
-/// Where a guest's messages go when its console is nobody's terminal.
+/// Where a guest's messages go when its console is nobody's terminal. When the disk is full, what comes is not kept until there
+/// is room again.
 pub struct Log {
     path: PathBuf,
     file: File,
     file_bytes: usize,
     tail: Tail,
     echo: bool,
+    told_of_failure: bool,
 }
 
 /// The end of what was logged.
@@ -50,7 +54,7 @@ impl Log {
     /// Starts a log in a new file at `path`; with `echo` it is on standard error as well.
     pub fn create(path: PathBuf, echo: bool) -> io::Result<Log> {
         let file = File::create(&path)?;
-        Ok(Log { path, file, file_bytes: 0, tail: Tail::default(), echo })
+        Ok(Log { path, file, file_bytes: 0, tail: Tail::default(), echo, told_of_failure: false })
     }
 
     /// The end of it, at any time.
@@ -58,10 +62,14 @@ impl Log {
         self.tail.clone()
     }
 
-    fn start_anew(&mut self) -> io::Result<()> {
-        fs::rename(&self.path, self.path.with_extension("old"))?;
-        self.file = File::create(&self.path)?;
-        self.file_bytes = 0;
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.file_bytes >= FILE_MAX_BYTES {
+            self.file = stream_log::rotate(&self.path)?;
+            self.file_bytes = 0;
+        }
+        self.file.write_all(bytes)?;
+        self.file_bytes += bytes.len();
+        self.told_of_failure = false;
         Ok(())
     }
 }
@@ -69,11 +77,11 @@ impl Log {
 impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.tail.push(bytes);
-        if self.file_bytes >= FILE_MAX_BYTES {
-            self.start_anew()?;
+        if let Err(error) = self.append(bytes)
+            && !std::mem::replace(&mut self.told_of_failure, true)
+        {
+            log::warn!("write {}: {error}; messages are not kept until there is room", self.path.display());
         }
-        self.file.write_all(bytes)?;
-        self.file_bytes += bytes.len();
         if self.echo {
             let text = String::from_utf8_lossy(bytes);
             let lines: Vec<String> = text.split('\n').map(printable).collect();
@@ -90,6 +98,8 @@ impl Write for Log {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -104,6 +114,13 @@ mod tests {
         assert_eq!(sizes.len(), 2);
         assert!(sizes.iter().sum::<u64>() < 3 << 20, "{sizes:?}");
         assert_eq!(tail.lines(2), ["line 399998", "line 399999"]);
+    }
+
+    #[test]
+    fn a_full_disk_costs_the_log_and_not_its_last_lines() {
+        let mut log = Log::create("/dev/full".into(), false).unwrap();
+        log.write_all(b"lost\n").unwrap();
+        assert_eq!(log.tail().lines(1), ["lost"]);
     }
 
     #[test]

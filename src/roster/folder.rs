@@ -71,10 +71,13 @@ impl Drop for MachineFolder {
             return;
         }
         // What cannot be removed now, the next sweep tries to.
-        let name = Record::read(&self.path).ok().and_then(|record| record.name);
+        let record = Record::read(&self.path);
         let _ = fs::remove_dir_all(&self.path);
-        if let Some(name) = name {
-            let _ = self.roster().release(&name, &self.id());
+        match record {
+            Ok(Record { name: Some(name), .. }) => drop(self.roster().release(&name, &self.id())),
+            Ok(_) => {}
+            // It may have a name that was never written down.
+            Err(_) => self.roster().sweep_names(),
         }
     }
 }

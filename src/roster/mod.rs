@@ -3,6 +3,7 @@
 //! ```text
 //! BASE/ID/           locked for as long as its husk lives: whoever can lock it knows that there is none any more
 //!   record.json      what there is to know of the machine, written whole or not at all
+//!   record.reserve   room for the next one when the disk is full
 //!   control          the socket that takes requests
 //!   vsock            the guest's sockets
 //!   streams.log      what the process wrote, if it runs in the background

@@ -78,11 +78,13 @@ impl Roster {
         let _lock = super::lock(&self.base)?;
         let record = entry.record()?;
         self.claim_locked(name, &entry.id)?;
-        Record { name: Some(name.to_owned()), ..record.clone() }.write(&entry.path)?;
-        if let Some(old) = record.name.as_deref().filter(|old| *old != name) {
-            self.release_locked(old, &entry.id);
+        let written = Record { name: Some(name.to_owned()), ..record.clone() }.write(&entry.path);
+        let (old, new) = (record.name.as_deref(), Some(name));
+        let (kept, unused) = if written.is_ok() { (new, old) } else { (old, new) };
+        if let Some(unused) = unused.filter(|_| kept != unused) {
+            self.release_locked(unused, &entry.id);
         }
-        Ok(())
+        written
     }
 
     /// Removes names that lead nowhere.
@@ -108,12 +110,16 @@ impl MachineFolder {
     pub fn rename(&self, record: &mut Record, name: &str) -> Result<()> {
         let roster = self.roster();
         roster.claim(name, &self.id())?;
-        let old = record.name.replace(name.to_owned());
-        self.write(record)?;
-        match old.filter(|old| old != name) {
-            Some(old) => roster.release(&old, &self.id()),
-            None => Ok(()),
+        let mut unused = record.name.replace(name.to_owned());
+        let written = self.write(record);
+        if written.is_err() {
+            std::mem::swap(&mut unused, &mut record.name);
         }
+        let released = match unused.filter(|unused| record.name.as_ref() != Some(unused)) {
+            Some(unused) => roster.release(&unused, &self.id()),
+            None => Ok(()),
+        };
+        written.and(released)
     }
 }
 
@@ -157,6 +163,29 @@ mod tests {
         // To the name that it has.
         assert!(folder.rename(&mut record, "new").is_err() || roster.find("new").is_ok());
         drop(other);
+    }
+
+    #[test]
+    fn a_machine_whose_new_name_cannot_be_written_down_keeps_its_old_one() {
+        let (_temporary, roster) = roster();
+        let folder = roster.create(Some("old")).unwrap();
+        let mut record = Record { name: Some("old".into()), ..record() };
+        folder.write(&record).unwrap();
+        // In the place where the next record is written.
+        fs::create_dir(folder.file("record.new")).unwrap();
+        assert!(folder.rename(&mut record, "new").is_err());
+        assert_eq!(record.name.as_deref(), Some("old"));
+        let entry = roster.find("old").unwrap();
+        assert!(roster.rename(&entry, "new").is_err() && roster.find("new").is_err());
+        assert_eq!(roster.find("old").unwrap().id, folder.id());
+        folder.abandon();
+    }
+
+    #[test]
+    fn a_name_that_was_never_written_down_goes_with_its_machine() {
+        let (_temporary, roster) = roster();
+        drop(roster.create(Some("web")).unwrap());
+        assert!(fs::symlink_metadata(roster.names().join("web")).is_err());
     }
 
     #[test]

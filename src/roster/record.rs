@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::config::MachineConfig;
 
 const FILE: &str = "record.json";
+/// Room for the next record when the disk is full, so that how a machine ended is known all the same.
+const RESERVE: &str = "record.reserve";
 /// No record is longer: the longest part of it is a process's arguments and variables.
 const MAX_BYTES: u64 = 16 << 20;
 
@@ -151,13 +153,22 @@ impl Record {
         read().with_context(|| format!("read {}", path.display()))
     }
 
-    /// Puts it in place of the one in `folder`: a reader sees the one or the other. One writer at a time.
+    /// Puts it in place of the one in `folder`: a reader sees the one or the other, also where this fails. One writer at a time.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let (path, new) = (folder.join(FILE), folder.join("record.new"));
+        let (path, new, reserve) = (folder.join(FILE), folder.join("record.new"), folder.join(RESERVE));
         let text = serde_json::to_vec_pretty(self).context("write the machine's record")?;
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &path))
-            .with_context(|| format!("write {}", path.display()))
+        let put = || fs::write(&new, &text).and_then(|()| fs::rename(&new, &path));
+        let mut written = put();
+        if written.is_err() && fs::remove_file(&reserve).is_ok() {
+            written = put();
+        }
+        if written.is_err() {
+            let _ = fs::remove_file(&new);
+        } else if !fs::metadata(&reserve).is_ok_and(|reserve| reserve.len() >= text.len() as u64) {
+            // Without it the next record needs room of its own.
+            let _ = fs::write(&reserve, &text);
+        }
+        written.with_context(|| format!("write {}", path.display()))
     }
 }
 

@@ -5,7 +5,7 @@
 //! Who follows a machine's streams over its control socket gets the same records.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -105,8 +105,7 @@ impl StreamLog {
 
     fn try_append(&mut self, records: &[u8]) -> io::Result<()> {
         if self.file_bytes > 0 && self.file_bytes + records.len() as u64 > self.file_max_bytes {
-            fs::rename(&self.path, old(&self.path))?;
-            self.file = File::options().append(true).create(true).open(&self.path)?;
+            self.file = rotate(&self.path)?;
             self.file_bytes = 0;
         }
         self.file.write_all(records)?;
@@ -114,6 +113,16 @@ impl StreamLog {
         self.told_of_failure = false;
         Ok(())
     }
+}
+
+/// Makes the file at `path` the old one, in place of the one before, and starts it anew.
+pub fn rotate(path: &Path) -> io::Result<File> {
+    match fs::rename(path, old(path)) {
+        // That was done before, and there was no room for the next.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        renamed => renamed?,
+    }
+    File::options().append(true).create(true).open(path)
 }
 
 fn old(path: &Path) -> PathBuf {
@@ -126,14 +135,16 @@ pub struct LogReader {
     path: PathBuf,
     file: Option<File>,
     inode: Option<u64>,
-    /// What was read and is not yet a whole record.
+    /// What was read, and how much of it was taken.
     bytes: Vec<u8>,
+    taken_bytes: usize,
 }
 
 impl LogReader {
     /// Begins with the oldest record of the log at `path`.
     pub fn open(path: &Path) -> LogReader {
-        let mut reader = LogReader { path: path.to_owned(), file: None, inode: None, bytes: Vec::new() };
+        let mut reader =
+            LogReader { path: path.to_owned(), file: None, inode: None, bytes: Vec::new(), taken_bytes: 0 };
         if !reader.turn_to(&old(path)) {
             reader.turn_to(path);
         }
@@ -143,8 +154,13 @@ impl LogReader {
     fn turn_to(&mut self, path: &Path) -> bool {
         self.file = File::open(path).ok();
         self.inode = self.file.as_ref().and_then(|file| file.metadata().ok()).map(|metadata| metadata.ino());
-        self.bytes.clear();
+        self.forget();
         self.file.is_some()
+    }
+
+    fn forget(&mut self) {
+        self.bytes.clear();
+        self.taken_bytes = 0;
     }
 
     /// The next record, if there is one by now. What is no record ends the file that it is in.
@@ -160,14 +176,14 @@ impl LogReader {
     }
 
     fn take(&mut self) -> Option<(Head, Vec<u8>)> {
-        let (head, rest) = self.bytes.split_first_chunk::<HEAD_BYTES>()?;
+        let (head, rest) = self.bytes.get(self.taken_bytes..)?.split_first_chunk::<HEAD_BYTES>()?;
         let Some(head) = Head::from_bytes(*head) else {
-            self.bytes.clear();
+            self.forget();
             self.file = None;
             return None;
         };
         let content = rest.get(..head.len_bytes as usize)?.to_vec();
-        self.bytes.drain(..HEAD_BYTES + content.len());
+        self.taken_bytes += HEAD_BYTES + content.len();
         Some((head, content))
     }
 
@@ -175,6 +191,8 @@ impl LogReader {
     fn fill(&mut self) -> io::Result<bool> {
         // Asked before this one is read to its end: to one that is not the current one any more nothing is added afterwards.
         let (current, previous) = (inode_of(&self.path), inode_of(&old(&self.path)));
+        self.bytes.drain(..self.taken_bytes);
+        self.taken_bytes = 0;
         if let Some(file) = &mut self.file {
             let mut buffer = vec![0; CONTENT_MAX_BYTES];
             let count = file.read(&mut buffer)?;
@@ -182,6 +200,9 @@ impl LogReader {
             if count > 0 {
                 return Ok(true);
             }
+            // Half a record is read again: on a full disk it is taken back, and another may come in its place.
+            file.seek_relative(-(self.bytes.len() as i64))?;
+            self.bytes.clear();
         }
         if current.is_none() || current == self.inode {
             return Ok(false);
@@ -275,6 +296,31 @@ mod tests {
         for bytes in [[1; HEAD_BYTES], [0xff; HEAD_BYTES]] {
             assert_eq!(Head::from_bytes(bytes), None);
         }
+    }
+
+    #[test]
+    fn half_a_record_that_is_taken_back_is_not_missed() {
+        let (_folder, path, mut log) = log(DEFAULT_MAX_BYTES);
+        log.append(&records(Stream::Output, b"one"));
+        let half = &records(Stream::Output, &[0xff; 500])[..300];
+        fs::write(&path, [fs::read(&path).unwrap(), half.to_vec()].concat()).unwrap();
+        let mut reader = LogReader::open(&path);
+        assert_eq!(rest(&mut reader).concat_contents(), b"one");
+        log.file.set_len(log.file_bytes).unwrap();
+        assert_eq!(rest(&mut reader).concat_contents(), b"");
+        log.append(&records(Stream::Output, &[b'x'; 400]));
+        assert_eq!(rest(&mut reader).concat_contents(), [b'x'; 400]);
+    }
+
+    #[test]
+    fn a_file_that_could_not_be_started_is_started_when_there_is_room() {
+        let (folder, path, mut log) = log(MIN_BYTES);
+        let content = vec![7; MIN_BYTES as usize / 4];
+        (0..2).for_each(|_| log.append(&records(Stream::Output, &content)));
+        // As it is when there was room for the name and none for the file.
+        fs::rename(&path, folder.path().join("streams.old")).unwrap();
+        log.append(&records(Stream::Output, b"later"));
+        assert!(rest(&mut LogReader::open(&path)).concat_contents().ends_with(b"later"));
     }
 
     #[test]

@@ -15,28 +15,30 @@ use crate::husk::{end_of, is_emulated, own_lines, processes_with, send_signal};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A user's machines, apart from everybody else's.
-struct Machines {
-    runtime: TempDir,
+pub struct Machines {
+    pub runtime: TempDir,
+    /// Whether there is a file system on it.
+    pub mounted: bool,
 }
 
 impl Machines {
-    fn new() -> Machines {
-        Machines { runtime: tempfile::tempdir().unwrap() }
+    pub fn new() -> Machines {
+        Machines { runtime: tempfile::tempdir().unwrap(), mounted: false }
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
         command.args(words).env("XDG_RUNTIME_DIR", self.runtime.path()).stdin(Stdio::null());
         command
     }
 
-    fn run(&self, words: &[&str]) -> Output {
+    pub fn run(&self, words: &[&str]) -> Output {
         self.command(words).output().unwrap()
     }
 
     /// What a command prints that is to succeed.
     #[track_caller]
-    fn ok(&self, words: &[&str]) -> String {
+    pub fn ok(&self, words: &[&str]) -> String {
         let output = self.run(words);
         assert!(output.status.success(), "{words:?}: {output:?}");
         String::from_utf8(output.stdout).unwrap()
@@ -44,7 +46,7 @@ impl Machines {
 
     /// The one line that a command prints that is to fail.
     #[track_caller]
-    fn fails(&self, words: &[&str], code: i32) -> String {
+    pub fn fails(&self, words: &[&str], code: i32) -> String {
         let output = self.run(words);
         assert_eq!(output.status.code(), Some(code), "{words:?}: {output:?}");
         let errors = own_lines(&output.stderr);
@@ -54,21 +56,21 @@ impl Machines {
 
     /// Starts a guest in the background, and returns its ID.
     #[track_caller]
-    fn start(&self, guest: &str, words: &str, flags: &[&str]) -> String {
+    pub fn start(&self, guest: &str, words: &str, flags: &[&str]) -> String {
         let fixed = ["boot", "-d", "--kernel", guest, "--cmdline", words, "--memory", "64M"];
         self.ok(&[&fixed, flags].concat()).trim_end().to_owned()
     }
 
-    fn inspect(&self, name: &str, what: &str) -> String {
+    pub fn inspect(&self, name: &str, what: &str) -> String {
         let json: serde_json::Value = serde_json::from_str(&self.ok(&["inspect", name])).unwrap();
         json.pointer(&format!("/0/{what}")).map_or("none".into(), |value| value.to_string().replace('"', ""))
     }
 
-    fn status(&self, name: &str) -> String {
+    pub fn status(&self, name: &str) -> String {
         self.inspect(name, "state/status")
     }
 
-    fn await_status(&self, name: &str, wanted: &str) {
+    pub fn await_status(&self, name: &str, wanted: &str) {
         let deadline = Instant::now() + PATIENCE;
         while self.status(name) != wanted {
             assert!(Instant::now() < deadline, "{name} is {}, not {wanted}", self.status(name));
@@ -76,7 +78,7 @@ impl Machines {
         }
     }
 
-    fn await_log(&self, name: &str, words: &str) {
+    pub fn await_log(&self, name: &str, words: &str) {
         let deadline = Instant::now() + PATIENCE;
         while !self.ok(&["logs", name]).contains(words) {
             assert!(Instant::now() < deadline, "{name} never said {words}: {}", self.ok(&["logs", name]));
@@ -84,15 +86,21 @@ impl Machines {
         }
     }
 
+    /// `husk attach`, with pipes for its streams.
+    pub fn attach(&self, name: &str) -> Child {
+        let mut command = self.command(&["attach", name]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
     /// Machines' folders, and whatever else is beside them.
-    fn folders(&self) -> Vec<String> {
+    pub fn folders(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.runtime.path().join("husk")).into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().into_string().unwrap());
         names.filter(|name| !["lock", "names"].contains(&name.as_str())).collect()
     }
 
     /// The names that lead anywhere.
-    fn names(&self) -> usize {
+    pub fn names(&self) -> usize {
         std::fs::read_dir(self.runtime.path().join("husk/names")).map_or(0, Iterator::count)
     }
 }
@@ -104,6 +112,10 @@ impl Drop for Machines {
         let words: Vec<&str> = ["rm", "-f"].into_iter().chain(ids.lines()).collect();
         if words.len() > 2 {
             self.run(&words);
+        }
+        if self.mounted {
+            // Whoever ends last of all lets it go.
+            let _ = Command::new("umount").arg("-l").arg(self.runtime.path()).status();
         }
     }
 }
@@ -344,18 +356,13 @@ fn limits_of_a_running_machine_are_changed_and_what_cannot_be_had_is_refused() {
     assert_eq!(machines.status("busy"), "running");
 }
 
-fn attach(machines: &Machines, name: &str) -> Child {
-    let mut command = machines.command(&["attach", name]);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
 #[test]
 fn a_console_in_the_background_is_typed_at_from_anywhere() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);
     machines.await_log("tty", "ready");
-    let mut first = attach(&machines, "tty");
+    let mut first = machines.attach("tty");
     first.stdin.as_mut().unwrap().write_all(b"one ").unwrap();
     let mut seen = [0; 4];
     first.stdout.as_mut().unwrap().read_exact(&mut seen).unwrap();
@@ -364,7 +371,7 @@ fn a_console_in_the_background_is_typed_at_from_anywhere() {
     first.kill().unwrap();
     first.wait().unwrap();
     machines.await_log("tty", "one ");
-    let mut second = attach(&machines, "tty");
+    let mut second = machines.attach("tty");
     second.stdin.as_mut().unwrap().write_all(b"two\x04").unwrap();
     let output = second.wait_with_output().unwrap();
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("two"), "{output:?}");

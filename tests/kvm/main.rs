@@ -10,5 +10,6 @@ mod background;
 mod console;
 mod cpus;
 mod disk;
+mod full_disk;
 mod life;
 mod machine;

@@ -1,0 +1,97 @@
+//! Machines whose folder is on a full disk: logs are lost there, and no machine.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::background::Machines;
+use husk_guests as guests;
+
+/// Machines on a file system of 256 KiB. `None` where nothing can be mounted, and a loud word.
+fn machines_on_a_small_disk() -> Option<Machines> {
+    let mut machines = Machines::new();
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "tmpfs", "-o", "size=256k,mode=700", "none"]).arg(machines.runtime.path());
+    machines.mounted = mount.status().is_ok_and(|status| status.success());
+    if !machines.mounted {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: only root mounts a small disk to fill");
+    }
+    machines.mounted.then_some(machines)
+}
+
+/// What fills the disk, until it is removed.
+fn fill(machines: &Machines) -> PathBuf {
+    let path = machines.runtime.path().join("ballast");
+    let mut file = File::create(&path).unwrap();
+    let full = loop {
+        if let Err(error) = file.write_all(&[0; 512]) {
+            break error;
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::StorageFull);
+    path
+}
+
+#[test]
+fn a_machine_that_finds_no_room_says_so_and_leaves_nothing() {
+    needs_kvm!();
+    let Some(machines) = machines_on_a_small_disk() else { return };
+    let ballast = fill(&machines);
+    for flags in [&["boot", "-d"][..], &["boot"]] {
+        let words = [flags, &["--name", "a", "--kernel", guests::EXIT, "--memory", "64M"]].concat();
+        let line = machines.fails(&words, 1);
+        assert!(line.contains("No space left on device"), "{line}");
+        let left: Vec<_> = fs::read_dir(machines.runtime.path().join("husk/names")).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+        assert_eq!(machines.ok(&["ps", "-aq"]), "");
+    }
+    fs::remove_file(ballast).unwrap();
+    machines.start(guests::EXIT, "", &["--name", "a"]);
+    assert_eq!(machines.ok(&["wait", "a"]), "42\n");
+}
+
+#[test]
+fn a_machine_on_a_full_disk_loses_output_and_nothing_else() {
+    needs_kvm!();
+    let Some(machines) = machines_on_a_small_disk() else { return };
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);
+    machines.await_log("tty", "ready");
+    let ballast = fill(&machines);
+    // All that changes what is known of it.
+    machines.ok(&["pause", "tty"]);
+    assert_eq!(machines.status("tty"), "paused");
+    machines.ok(&["unpause", "tty"]);
+    machines.ok(&["rename", "tty", "a-name-that-is-a-good-deal-longer"]);
+    machines.ok(&["rename", "a-name-that-is-a-good-deal-longer", "console"]);
+    assert_eq!((machines.status("console"), machines.names()), ("running".into(), 1));
+    // More than there is room for, and the end of it.
+    machines.attach("console").stdin.take().unwrap().write_all(&[b'x'; 20_000]).unwrap();
+    let mut last = machines.attach("console");
+    last.stdin.as_mut().unwrap().write_all(b"\x04").unwrap();
+    let code = last.wait_with_output().unwrap().status.code().unwrap();
+    assert_eq!((machines.status("console"), machines.ok(&["wait", "console"])), ("exited".into(), format!("{code}\n")));
+    assert_eq!(machines.inspect("console", "state/code"), code.to_string());
+    assert!(machines.ok(&["logs", "console"]).starts_with("ready\n"));
+    fs::remove_file(ballast).unwrap();
+    machines.ok(&["rm", "console"]);
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+}
+
+#[test]
+fn a_log_that_filled_the_disk_does_not_hide_how_the_machine_ended() {
+    needs_kvm!();
+    let Some(machines) = machines_on_a_small_disk() else { return };
+    let bytes = if crate::husk::is_emulated() { 20_000 } else { 600_000 };
+    let ballast = fill(&machines);
+    File::options()
+        .write(true)
+        .open(&ballast)
+        .unwrap()
+        .set_len(fs::metadata(&ballast).unwrap().len() - 16_384)
+        .unwrap();
+    machines.start(guests::SERIAL, &format!("do=flood bytes={bytes}"), &["--name", "loud"]);
+    assert_eq!(machines.ok(&["wait", "loud"]), "0\n");
+    assert_eq!((machines.status("loud"), machines.inspect("loud", "state/code")), ("exited".into(), "0".into()));
+    assert!(machines.ok(&["logs", "loud"]).len() < 16_384);
+}
