@@ -1,10 +1,11 @@
 //! What `run` and `boot` have in common: a machine's name, whether it runs in the background, and what happens at its end.
 
 use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::exit::Exit;
@@ -146,8 +147,11 @@ pub fn hand_on() -> Result<Exit> {
         stdout.read_to_string(&mut id).context("hear from husk in the background")?;
     }
     if id.is_empty() {
-        // It has said why.
         let status = child.wait().context("wait for husk in the background")?;
+        if let Some(signal) = status.signal() {
+            bail!("the machine's husk was ended by signal {signal}");
+        }
+        // It has said why.
         let code = status.code().and_then(|code| u8::try_from(code).ok());
         return Ok(code.map_or(Exit::NotRun, Exit::Reported));
     }

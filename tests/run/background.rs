@@ -200,3 +200,83 @@ fn a_process_in_the_background_is_asked_for_its_end_and_its_words_are_kept_apart
     finish(machines.command(&["attach", "echo"]), b"two\nend\n".to_vec()).expect(9);
     assert_eq!(machines.ok(&["logs", "echo"]), "got one\ngot two\ngot end\n");
 }
+
+/// What a machine's husk and its guest's init hold: descriptors, threads, and memory of their own.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    descriptors: [u64; 2],
+    threads: [u64; 2],
+    memory_kib: [u64; 2],
+}
+
+impl Held {
+    fn by(machines: &Machines, name: &str) -> Held {
+        let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", name])).unwrap();
+        let pid = inspected[0]["pid"].to_string();
+        let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count() as u64;
+        let script =
+            "ls /proc/1/fd | wc -l; sed -n 's/^Threads:\\t//p; s/^VmRSS:\\t* *\\([0-9]*\\) kB/\\1/p' /proc/1/status";
+        let init = machines.ok(&["exec", name, "sh", "-c", script]);
+        let init: Vec<u64> = init.lines().map(|line| line.trim().parse().unwrap()).collect();
+        // The memory comes before the threads in /proc/PID/status.
+        let [descriptors, memory_kib, threads] = init[..] else { panic!("{init:?}") };
+        Held {
+            descriptors: [count("fd"), descriptors],
+            threads: [count("task"), threads],
+            memory_kib: [own_memory_kib(&pid), memory_kib],
+        }
+    }
+}
+
+/// What is resident of a husk, without its guest's memory, which is the one large mapping; and without huge pages, which the
+/// kernel makes of a few small ones whenever it likes.
+fn own_memory_kib(pid: &str) -> u64 {
+    const GUEST_KIB: u64 = 64 << 10;
+    let (mut sum_kib, mut is_guest) = (0, false);
+    for line in fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap().lines() {
+        let mut words = line.split_whitespace();
+        let (name, kib) = (words.next().unwrap(), words.next().and_then(|kib| kib.parse::<u64>().ok()));
+        match (name, kib) {
+            ("Size:", Some(kib)) => is_guest = kib >= GUEST_KIB,
+            ("Rss:", Some(kib)) if !is_guest => sum_kib += kib,
+            ("AnonHugePages:", Some(kib)) if !is_guest => sum_kib -= kib,
+            _ => {}
+        }
+    }
+    sum_kib
+}
+
+#[test]
+fn a_thousand_processes_one_after_another_leave_nothing_behind() {
+    let machines = Machines::new(guests!());
+    machines.start("box", &[], "sleep 100000").expect(0);
+    let run = |numbers: std::ops::Range<i32>| {
+        for n in numbers {
+            // Every tenth has a code of its own.
+            let code = if n % 10 == 9 { 1 + n % 100 } else { 0 };
+            machines.husk(&["exec", "box", "sh", "-c", &format!("exit {code}")]).expect(code);
+        }
+        Held::by(&machines, "box")
+    };
+    let early = run(0..100);
+    let mut late = run(100..1000);
+    let grown = |late: Held| {
+        late.descriptors
+            .iter()
+            .chain(&late.threads)
+            .zip(early.descriptors.iter().chain(&early.threads))
+            .any(|(l, e)| l > e)
+    };
+    // A connection of the last one may not be closed yet.
+    for _ in 0..100 {
+        if !grown(late) {
+            break;
+        }
+        late = run(0..1);
+    }
+    assert!(!grown(late), "{early:?} became {late:?}");
+    // What a process left would be there 900 times.
+    for (before, after) in early.memory_kib.iter().zip(late.memory_kib) {
+        assert!(after < before + 256, "{early:?} became {late:?}");
+    }
+}
