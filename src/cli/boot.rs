@@ -115,7 +115,7 @@ impl Boot {
     /// Boots the machine and stays until it has ended.
     ///
     /// `started` is when the process began, as near as it knows.
-    pub fn run(self, started: Instant) -> Result<Exit> {
+    pub fn run(mut self, started: Instant) -> Result<Exit> {
         let mut config = self.machine_config()?;
         config.validate()?;
         if self.print_config {

@@ -1,19 +1,21 @@
 //! What `run` and `boot` have in common: a machine's name, whether it runs in the background, and what happens at its end.
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
 use super::exit::Exit;
 use super::size;
 use crate::config::MachineConfig;
 use crate::machine::desk::Desk;
+use crate::roster::origin::Origin;
 use crate::roster::record::{Inherited, Record, State, now_ms};
-use crate::roster::{MachineFolder, Roster, names, stream_log};
+use crate::roster::{Entry, MachineFolder, Roster, names, stream_log};
 
 /// How long to wait before a machine that failed is started again: so long at first, then twice as long each time, and no
 /// longer than that.
@@ -23,6 +25,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 const RAN_WELL: Duration = Duration::from_secs(10);
 /// Tells the process in the background that it is the one.
 const IN_BACKGROUND: &str = "--in-background";
+/// Tells it which machine it is once more.
+const AGAIN: &str = "--again";
 
 /// The flags.
 #[derive(Debug, Args)]
@@ -50,6 +54,10 @@ pub struct Life {
 
     #[arg(long, hide = true)]
     in_background: bool,
+
+    /// The ID of a machine that has ended and is to be this one
+    #[arg(long, hide = true)]
+    again: Option<String>,
 }
 
 /// How often a machine that fails is started again.
@@ -82,27 +90,42 @@ impl Life {
     }
 
     /// Makes the machine's folder, with its name. In the background this is where the session of the terminal is left.
-    pub fn folder(&self) -> Result<MachineFolder> {
+    pub fn folder(&mut self) -> Result<MachineFolder> {
         if self.in_background {
             rustix::process::setsid().context("leave the terminal")?;
         }
-        Roster::open()?.create(self.name.as_deref())
+        let roster = Roster::open()?;
+        let Some(id) = &self.again else { return roster.create(self.name.as_deref()) };
+        let folder = roster.reopen(id)?;
+        // It may have been renamed.
+        self.name = folder.record()?.name;
+        Ok(folder)
     }
 
     /// Opens the machine's desk.
     pub fn desk(&self, folder: MachineFolder, called: Called, config: &MachineConfig) -> Result<Desk> {
         let Called { image, command, process, stop_signal } = called;
+        let earlier = if self.again.is_some() { Some(folder.record()?) } else { None };
+        let keep = self.detach && !self.rm;
+        if keep && earlier.is_none() {
+            let ours = |word: &OsString| word == IN_BACKGROUND;
+            let mut words: Vec<_> = std::env::args_os().skip(1).collect();
+            if let Some(place) = words.iter().position(ours) {
+                words.remove(place);
+            }
+            Origin::here(words)?.write(&folder)?;
+        }
         let record = Record {
             id: folder.id(),
             name: self.name.clone(),
             pid: std::process::id(),
             image,
             command,
-            created_ms: now_ms(),
+            created_ms: earlier.map_or_else(now_ms, |earlier| earlier.created_ms),
             state: State::Starting,
             restarts: 0,
             detached: self.detach,
-            keep: self.detach && !self.rm,
+            keep,
             stop_signal,
             process,
             config: config.clone(),
@@ -136,12 +159,46 @@ impl Life {
 
 /// Starts this very command again, in the background, and waits until its machine runs or has failed to.
 pub fn hand_on() -> Result<Exit> {
-    let mut words: Vec<_> = std::env::args_os().skip(1).collect();
+    match launch(Command::new("/proc/self/exe"), std::env::args_os().skip(1).collect(), None)? {
+        Launched::Running(id) => super::print(&id).map(|()| Exit::Success),
+        Launched::Failed(exit) => Ok(exit),
+    }
+}
+
+/// Starts a machine in the background that has ended, as it was started before. Whatever is wrong with it, it says itself.
+pub fn start_again(entry: &Entry) -> Result<Exit> {
+    check_kept(entry)?;
+    let (command, words) = Origin::read(entry)?.command()?;
+    Ok(match launch(command, words, Some(&entry.id))? {
+        Launched::Running(_) => Exit::Success,
+        Launched::Failed(exit) => exit,
+    })
+}
+
+/// Refuses a machine of which nothing is left when it has ended.
+pub fn check_kept(entry: &Entry) -> Result<()> {
+    ensure!(entry.record()?.keep, "only a machine in the background without --rm is kept, and can be started again");
+    Ok(())
+}
+
+/// What became of a machine that was to be started.
+enum Launched {
+    /// It runs, and has this ID, in a line.
+    Running(String),
+    /// It does not, and has said why.
+    Failed(Exit),
+}
+
+/// Runs `command` with `words`, to be the machine in the background: a new one, or the one that has ended. Returns when it runs or
+/// has failed to.
+fn launch(mut command: Command, mut words: Vec<OsString>, again: Option<&str>) -> Result<Launched> {
     let place = words.iter().position(|word| !word.as_encoded_bytes().starts_with(b"-")).context("find the command")?;
+    if let Some(id) = again {
+        words.insert(place + 1, format!("{AGAIN}={id}").into());
+    }
     words.insert(place + 1, IN_BACKGROUND.into());
-    let mut child = Command::new("/proc/self/exe");
-    child.args(words).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = child.spawn().context("start husk in the background")?;
+    command.args(words).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().context("start husk in the background")?;
     let mut id = String::new();
     if let Some(stdout) = &mut child.stdout {
         stdout.read_to_string(&mut id).context("hear from husk in the background")?;
@@ -153,10 +210,9 @@ pub fn hand_on() -> Result<Exit> {
         }
         // It has said why.
         let code = status.code().and_then(|code| u8::try_from(code).ok());
-        return Ok(code.map_or(Exit::NotRun, Exit::Reported));
+        return Ok(Launched::Failed(code.map_or(Exit::NotRun, Exit::Reported)));
     }
-    super::print(&id)?;
-    Ok(Exit::Success)
+    Ok(Launched::Running(id))
 }
 
 fn name(text: &str) -> Result<String, String> {

@@ -33,6 +33,7 @@ pub mod rmi;
 pub mod run;
 mod signal;
 mod size;
+pub mod start;
 pub mod stats;
 pub mod stop;
 pub mod update;
@@ -91,6 +92,10 @@ enum Command {
     Update(update::UpdateOf),
     /// End machines in order, and by force when that takes too long
     Stop(stop::Stop),
+    /// Run machines in the background again that have ended
+    Start(start::Start),
+    /// End machines in the background, and run them again
+    Restart(start::Restart),
     /// Send machines a signal
     Kill(kill::Kill),
     /// Wait for the end of machines, and print their exit codes
@@ -147,6 +152,8 @@ impl Cli {
             Command::Stats(stats) => stats.run(),
             Command::Update(update) => update.run(),
             Command::Stop(stop) => stop.run(),
+            Command::Start(start) => start.run(),
+            Command::Restart(restart) => restart.run(),
             Command::Kill(kill) => kill.run(),
             Command::Wait(wait) => wait.run(),
             Command::Pause(pause) => pause.pause(),

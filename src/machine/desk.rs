@@ -173,7 +173,7 @@ impl Desk {
 
     /// Notes that the machine has ended for good, and tells who waits for it. `reason` is what was not the guest's own doing.
     pub fn close(mut self, code: u8, reason: Option<String>) -> Result<()> {
-        let keep = self.record.keep && !self.unannounced;
+        let keep = self.record.keep && self.folder.is_kept();
         let written = if keep { self.enter(State::Exited { code, at_ms: now_ms(), reason }) } else { Ok(()) };
         if !keep {
             self.folder.forget();

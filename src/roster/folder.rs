@@ -6,6 +6,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -15,6 +16,9 @@ use crate::sys;
 
 /// A name that is taken already is a matter of chance, as small as can be.
 const ATTEMPTS: usize = 8;
+
+/// How long a folder that nobody uses may be held by those who look whether it is used.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long an ID is, in bytes; it is written in hexadecimal digits.
 const ID_BYTES: usize = 6;
@@ -41,6 +45,16 @@ impl MachineFolder {
     /// Writes down what there is to know of the machine. To be called by one thread at a time.
     pub fn write(&self, record: &Record) -> Result<()> {
         record.write(&self.path)
+    }
+
+    /// What was written down of the machine last, before this one where it runs again.
+    pub fn record(&self) -> Result<Record> {
+        Record::read(&self.path)
+    }
+
+    /// Whether it stays when this is dropped.
+    pub fn is_kept(&self) -> bool {
+        self.keep
     }
 
     /// Leaves the folder where it is when this is dropped, for who wants to know how the machine ended.
@@ -131,6 +145,26 @@ pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
         }
     }
     bail!("every name is taken")
+}
+
+/// The folder at `path`, which stays. Fails where somebody has it.
+pub(super) fn reopen(path: &Path) -> Result<MachineFolder> {
+    let lock = open(path)?;
+    ensure!(self::lock(&lock), "the machine is running");
+    ensure!(path.exists(), "it was removed");
+    Ok(MachineFolder { path: path.to_owned(), keep: true, _lock: lock })
+}
+
+/// Locks a folder for as long as `folder` is open. False where a husk has it.
+pub(super) fn lock(folder: &File) -> bool {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    while folder.try_lock().is_err() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
 }
 
 pub(super) fn open(folder: &Path) -> io::Result<File> {

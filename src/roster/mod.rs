@@ -4,6 +4,7 @@
 //! BASE/ID/           locked for as long as its husk lives: whoever can lock it knows that there is none any more
 //!   record.json      what there is to know of the machine, written whole or not at all
 //!   record.reserve   room for the next one when the disk is full
+//!   origin.json      how it was started, if it runs in the background and is kept
 //!   control          the socket that takes requests
 //!   vsock            the guest's sockets
 //!   streams.log      what the process wrote, if it runs in the background
@@ -15,12 +16,12 @@
 
 mod folder;
 pub mod names;
+pub mod origin;
 pub mod record;
 pub mod stream_log;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -37,9 +38,6 @@ pub const CONSOLE_LOG: &str = "console.log";
 pub const STREAMS_LOG: &str = "streams.log";
 /// What husk itself had to say, once nobody else listened.
 pub const HUSK_LOG: &str = "husk.log";
-
-/// How long a folder that nobody uses may be held by those who look whether it is used.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// All machines of one user.
 #[derive(Debug, Clone)]
@@ -74,6 +72,13 @@ impl Roster {
         if let Some(name) = name {
             self.claim(name, &folder.id())?;
         }
+        Ok(folder)
+    }
+
+    /// The folder of a machine that has ended, for it to run once more. It stays as it is until that writes to it.
+    pub fn reopen(&self, id: &str) -> Result<MachineFolder> {
+        let folder = folder::reopen(&self.base.join(id)).with_context(|| format!("use the folder of machine {id}"))?;
+        remove_sockets(|name| folder.file(name));
         Ok(folder)
     }
 
@@ -117,11 +122,7 @@ impl Roster {
     /// Removes a machine that has ended, and its name. Fails for one that has not.
     pub fn remove(&self, entry: &Entry) -> Result<()> {
         let Ok(held) = folder::open(&entry.path) else { return Ok(()) };
-        let deadline = Instant::now() + LOCK_PATIENCE;
-        while held.try_lock().is_err() {
-            ensure!(Instant::now() < deadline, "machine {} is running: stop it first, or type --force", entry.id);
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        ensure!(folder::lock(&held), "machine {} is running: stop it first, or type --force", entry.id);
         self.remove_held(entry)
     }
 
@@ -142,10 +143,7 @@ impl Roster {
                 continue;
             }
             if entry.record.as_ref().is_some_and(|record| record.keep) {
-                for socket in [CONTROL, VSOCK] {
-                    let _ = fs::remove_file(entry.file(socket));
-                }
-                let _ = fs::remove_file(entry.file(&format!("{VSOCK}_{}", husk_protocol::PORT)));
+                remove_sockets(|name| entry.file(name));
             } else {
                 let _ = self.remove_held(&entry);
             }
@@ -189,6 +187,13 @@ impl Entry {
     }
 }
 
+/// Removes what nobody listens to any more, at the paths of these names.
+fn remove_sockets(path: impl Fn(&str) -> PathBuf) {
+    for socket in [CONTROL, VSOCK, &format!("{VSOCK}_{}", husk_protocol::PORT)] {
+        let _ = fs::remove_file(path(socket));
+    }
+}
+
 /// The lock on names, held while this lives.
 fn lock(base: &Path) -> Result<File> {
     let path = base.join("lock");
@@ -200,6 +205,8 @@ fn lock(base: &Path) -> Result<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::roster::record::tests::record;
 
@@ -264,6 +271,22 @@ mod tests {
         assert!(roster.remove(&entry).unwrap_err().to_string().contains("is running"));
         drop(folder);
         roster.remove(&entry).unwrap();
+    }
+
+    #[test]
+    fn a_folder_is_used_again_by_one_at_a_time_and_stays() {
+        let (_temporary, roster) = roster();
+        let folder = roster.create(None).unwrap();
+        let id = folder.id();
+        folder.write(&record()).unwrap();
+        assert!(format!("{:#}", roster.reopen(&id).unwrap_err()).contains("is running"));
+        fs::write(folder.file(VSOCK), "").unwrap();
+        folder.abandon();
+        let again = roster.reopen(&id).unwrap();
+        assert!(roster.find(&id).unwrap().alive && !again.file(VSOCK).exists());
+        drop(again);
+        assert_eq!(roster.find(&id).unwrap().state(), State::Lost);
+        assert!(roster.reopen("0123456789ab").is_err());
     }
 
     #[test]

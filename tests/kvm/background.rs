@@ -346,6 +346,71 @@ fn a_machine_that_fails_is_started_again_as_often_as_was_said() {
 }
 
 #[test]
+fn a_machine_that_has_ended_is_started_again_as_it_was() {
+    needs_kvm!();
+    let machines = Machines::new();
+    // From a folder of its own, and by a path in it.
+    let place = tempfile::tempdir().unwrap();
+    std::fs::copy(guests::POWER, place.path().join("kernel")).unwrap();
+    let words = ["boot", "-d", "--name=old", "--kernel=kernel", "--cmdline=do=wait-for-button", "--memory=64M"];
+    let started = machines.command(&words).current_dir(&place).output().unwrap();
+    assert!(started.status.success(), "{started:?}");
+    let id = String::from_utf8(started.stdout).unwrap().trim_end().to_owned();
+    machines.await_log("old", "listening");
+    let (pid, created) = (machines.inspect("old", "pid"), machines.inspect("old", "created_ms"));
+    assert_eq!(machines.ok(&["start", "old"]), "old\n");
+    assert_eq!(machines.inspect("old", "pid"), pid, "it runs, and goes on");
+    machines.ok(&["stop", "old"]);
+    machines.ok(&["rename", "old", "new"]);
+    assert_eq!(machines.ok(&["start", "new"]), "new\n");
+    assert_eq!((machines.status("new"), machines.inspect("new", "id")), ("running".into(), id.clone()));
+    assert_ne!(machines.inspect("new", "pid"), pid);
+    assert_eq!((machines.inspect("new", "created_ms"), machines.inspect("new", "name")), (created, "new".into()));
+    machines.await_log("new", "power button\nready\nlistening\n");
+    // One that was killed, and then one that runs.
+    send_signal(machines.inspect("new", "pid").parse().unwrap(), "KILL");
+    machines.await_status("new", "lost");
+    machines.ok(&["start", &id]);
+    let pid = machines.inspect("new", "pid");
+    assert_eq!(machines.ok(&["restart", "--time", "30", "new"]), "new\n");
+    assert_ne!(machines.inspect("new", "pid"), pid);
+    assert_eq!((machines.status("new"), machines.folders(), machines.names()), ("running".into(), vec![id], 1));
+    // What it was made of is gone: it stays as it was.
+    std::fs::remove_file(place.path().join("kernel")).unwrap();
+    machines.ok(&["stop", "new"]);
+    assert!(machines.fails(&["start", "new"], 1).contains("kernel: No such file"));
+    assert!(machines.ok(&["logs", "new"]).contains("power button"));
+    drop(place);
+    assert!(machines.fails(&["start", "new"], 1).contains("which is gone"));
+    assert_eq!(machines.status("new"), "exited");
+    machines.ok(&["rm", "new"]);
+    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    machines.start(guests::POWER, "do=halt", &["--name", "brief", "--rm"]);
+    assert!(machines.fails(&["restart", "brief"], 1).contains("without --rm"));
+    assert_eq!(machines.status("brief"), "running");
+}
+
+#[test]
+fn a_machine_that_many_start_again_at_once_runs_once() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let id = machines.start(guests::POWER, "do=halt", &["--name", "one"]);
+    for _ in 0..3 {
+        machines.ok(&["kill", "one"]);
+        machines.ok(&["wait", "one"]);
+        let outputs: Vec<Output> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..6).map(|_| scope.spawn(|| machines.run(&["start", "one"]))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(outputs.iter().any(|output| output.status.success()), "{outputs:?}");
+        let refused = outputs.iter().filter(|output| !output.status.success());
+        refused.for_each(|output| assert!(own_lines(&output.stderr).contains("is running"), "{output:?}"));
+        assert_eq!((machines.status("one"), machines.folders()), ("running".into(), vec![id.clone()]));
+        assert_eq!(processes_with(&format!("--again={id}")).len(), 1);
+    }
+}
+
+#[test]
 fn limits_of_a_running_machine_are_changed_and_what_cannot_be_had_is_refused() {
     needs_kvm!();
     let machines = Machines::new();

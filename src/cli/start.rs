@@ -1,0 +1,84 @@
+//! `husk start` and `husk restart`: machines in the background that have ended, or are to end, run again as they were started.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::exit::Exit;
+use super::{ask, life, when};
+use crate::request::Request;
+use crate::roster::{Entry, Roster};
+
+const START_EXAMPLES: &str = "\
+Examples:
+  husk start web
+  husk start $(husk ps -aq)         (those that run stay as they are)
+
+The machine has its name, its ID and its logs again, and is started as it was: with the same words, from the image or the kernel that
+they name now. Of its root's changes it has what --keep kept.";
+
+const RESTART_EXAMPLES: &str = "\
+Examples:
+  husk restart web
+  husk restart --time 60 db         (it has a minute to end)";
+
+/// The flags of `husk start`.
+#[derive(Debug, Args)]
+#[command(after_help = START_EXAMPLES)]
+pub struct Start {
+    /// Names or IDs
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+}
+
+/// The flags of `husk restart`.
+#[derive(Debug, Args)]
+#[command(after_help = RESTART_EXAMPLES)]
+pub struct Restart {
+    /// Names or IDs
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+
+    /// How long each may take to end, in seconds or with a unit, before it is ended
+    #[arg(short, long, value_name = "TIME", value_parser = when::duration, default_value = "10")]
+    time: Duration,
+}
+
+impl Start {
+    /// Starts one after the other.
+    pub fn run(self) -> Result<Exit> {
+        each(&self.machines, |_, entry| if entry.alive { Ok(Exit::Success) } else { life::start_again(entry) })
+    }
+}
+
+impl Restart {
+    /// Ends each that runs, and starts it.
+    pub fn run(self) -> Result<Exit> {
+        let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
+        each(&self.machines, |roster, entry| {
+            life::check_kept(entry)?;
+            if entry.alive {
+                let end = ask::end(entry);
+                ask::done(entry, &request)?;
+                ask::code(entry, end)?;
+            }
+            life::start_again(&roster.find(&entry.id)?)
+        })
+    }
+}
+
+/// Starts each, and prints its word; goes on where one fails.
+fn each(words: &[String], start: impl Fn(&Roster, &Entry) -> Result<Exit>) -> Result<Exit> {
+    let roster = Roster::open()?;
+    let mut exit = Exit::Success;
+    for word in words {
+        match roster.find(word).and_then(|entry| start(&roster, &entry).with_context(|| entry.name().to_owned())) {
+            Ok(Exit::Success) => super::print(&format!("{word}\n"))?,
+            // It has said why.
+            Ok(_) => exit = Exit::Failure,
+            Err(error) => exit = super::report(&error),
+        }
+    }
+    Ok(exit)
+}

@@ -1,0 +1,111 @@
+//! How a machine in the background was started, for `husk start`: the words, the folder and the variables of the command that did.
+//! It stands beside the record and is not printed with it, since variables may be secrets.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::record::Text;
+use super::{Entry, MachineFolder};
+
+const FILE: &str = "origin.json";
+/// Longer than words and variables may be together (execve(2): a quarter of the stack's limit), as JSON writes bytes that are
+/// no text.
+const MAX_BYTES: u64 = 64 << 20;
+/// Whoever starts the machine again has found it where they are.
+const RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
+
+/// A command that started a machine.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    words: Vec<Text>,
+    folder: Text,
+    variables: Vec<(Text, Text)>,
+}
+
+fn text(value: OsString) -> Text {
+    value.into_vec().into()
+}
+
+fn bytes(text: Text) -> OsString {
+    OsString::from_vec(text.into())
+}
+
+impl Origin {
+    /// `words`, typed where this process is.
+    pub fn here(words: Vec<OsString>) -> Result<Origin> {
+        let folder = std::env::current_dir().context("look for the working directory")?.into_os_string();
+        let variables = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+        Ok(Origin { words: words.into_iter().map(text).collect(), folder: text(folder), variables })
+    }
+
+    /// Writes it down in a machine's folder.
+    pub fn write(&self, folder: &MachineFolder) -> Result<()> {
+        let path = folder.file(FILE);
+        let json = serde_json::to_vec(self).context("write down how the machine was started")?;
+        fs::write(&path, json).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// How `entry` was started.
+    pub fn read(entry: &Entry) -> Result<Origin> {
+        let path = entry.file(FILE);
+        let read = || -> Result<Origin> {
+            let mut json = Vec::new();
+            File::open(&path)?.take(MAX_BYTES + 1).read_to_end(&mut json)?;
+            ensure!(json.len() as u64 <= MAX_BYTES, "longer than {MAX_BYTES} bytes");
+            Ok(serde_json::from_slice(&json)?)
+        };
+        read().with_context(|| format!("read {}", path.display()))
+    }
+
+    /// This very program, in the same place with the same variables, and the words.
+    pub fn command(self) -> Result<(Command, Vec<OsString>)> {
+        let folder = PathBuf::from(bytes(self.folder));
+        ensure!(folder.is_dir(), "it was started in {}, which is gone", folder.display());
+        let variables: BTreeMap<OsString, OsString> =
+            self.variables.into_iter().map(|(name, value)| (bytes(name), bytes(value))).collect();
+        let mut command = Command::new("/proc/self/exe");
+        command.current_dir(folder).env_clear().envs(variables);
+        match std::env::var_os(RUNTIME_DIR) {
+            Some(place) => command.env(RUNTIME_DIR, place),
+            None => command.env_remove(RUNTIME_DIR),
+        };
+        Ok((command, self.words.into_iter().map(bytes).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    use super::super::tests::roster;
+    use super::*;
+
+    #[test]
+    fn what_was_typed_is_read_as_it_was() {
+        let (_temporary, roster) = roster();
+        let folder = roster.create(None).unwrap();
+        let words = vec!["run".into(), OsStr::from_bytes(b"\xff\n").to_owned()];
+        Origin::here(words.clone()).unwrap().write(&folder).unwrap();
+        let (command, read) = Origin::read(&roster.find(&folder.id()).unwrap()).unwrap().command().unwrap();
+        assert_eq!(read, words);
+        assert_eq!(command.get_current_dir(), std::env::current_dir().ok().as_deref());
+        let path = command.get_envs().find(|(name, _)| *name == "PATH").unwrap().1;
+        assert_eq!(path.map(OsStr::to_owned), std::env::var_os("PATH"));
+    }
+
+    #[test]
+    fn a_place_that_is_gone_is_told() {
+        let mut origin = Origin::here(Vec::new()).unwrap();
+        origin.folder = text("/nowhere".into());
+        assert!(origin.command().unwrap_err().to_string().contains("/nowhere, which is gone"));
+    }
+}
