@@ -186,6 +186,7 @@ impl Boot {
         if !self.network.is_empty() {
             config.networks = self.network.configs()?;
         }
+        self.network.limit(config.networks.iter_mut().map(|network| &mut network.rate))?;
         Ok(config)
     }
 }

@@ -33,6 +33,14 @@ pub struct NetworkFlags {
     #[arg(short = 'p', long = "publish", value_name = "[IP:]HOST:GUEST[/udp]", value_parser = str::parse::<PortForward>)]
     ports: Vec<PortForward>,
 
+    /// Bytes that each network interface sends in a second, and as many that it receives; its own bps= wins
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    network_bps: Option<u64>,
+
+    /// Packets that each network interface sends in a second, and as many that it receives; its own pps= wins
+    #[arg(long, value_name = "N")]
+    network_pps: Option<u64>,
+
     /// DNS server for the guest, in place of the host's; may be given several times
     #[arg(long, value_name = "ADDRESS")]
     dns: Vec<IpAddr>,
@@ -96,6 +104,28 @@ fn wish(text: &str) -> Result<Wish, String> {
 }
 
 impl NetworkFlags {
+    /// Limits each of a machine's interfaces, as far as it has no limits of its own among the flags. Fails where there is none.
+    pub fn limit<'a>(&self, rates: impl IntoIterator<Item = &'a mut Rate>) -> Result<()> {
+        let (bytes, packets) = (self.network_bps, self.network_pps);
+        let mut limited = bytes.or(packets).is_none();
+        for rate in rates {
+            // Those of a file have no flags, and flags win over a file.
+            let wins = self.networks.is_empty();
+            if let Some(bytes) = bytes.filter(|_| wins || rate.bytes_per_second.is_none()) {
+                (rate.bytes_per_second, rate.burst_bytes) = (Some(bytes), None);
+            }
+            if let Some(packets) = packets.filter(|_| wins || rate.ops_per_second.is_none()) {
+                (rate.ops_per_second, rate.burst_ops) = (Some(packets), None);
+            }
+            limited = true;
+        }
+        ensure!(
+            limited,
+            "--network-bps and --network-pps limit networks, and the machine has none: type --network, too"
+        );
+        Ok(())
+    }
+
     /// Whether anything was said about networks.
     pub fn is_empty(&self) -> bool {
         self.networks.is_empty() && self.ports.is_empty() && self.dns.is_empty()
@@ -121,6 +151,7 @@ impl NetworkFlags {
                 Err(error) => log::warn!("this machine has no network: {error}"),
             }
         }
+        self.limit(wired.iter_mut().map(|wired| &mut wired.config.rate))?;
         for (index, wired) in wired.iter_mut().enumerate() {
             wired.config.mac.get_or_insert_with(|| net::mac_of(name, index));
         }
@@ -243,6 +274,22 @@ mod tests {
         let rate = Rate { bytes_per_second: Some(10 << 20), ops_per_second: Some(1000), ..Rate::default() };
         let limited = configs(&["--network=user,bps=10M,pps=1000"]).unwrap();
         assert_eq!(limited, [NetworkConfig { rate, ..user(&[]) }]);
+    }
+
+    #[test]
+    fn limits_are_each_interfaces_unless_it_has_its_own() {
+        let rates = |words: &[&str]| -> Result<Vec<_>, String> {
+            let wired = flags(words).wiring("web").map_err(|error| error.to_string())?;
+            Ok(wired.configs.iter().map(|config| (config.rate.bytes_per_second, config.rate.ops_per_second)).collect())
+        };
+        let both = ["--network=tap=a,bps=1k", "--network=user", "--network-bps=2M", "--network-pps=7"];
+        assert_eq!(rates(&both), Ok(vec![(Some(1024), Some(7)), (Some(2 << 20), Some(7))]));
+        assert!(rates(&["--network=none", "--network-bps=1M"]).unwrap_err().contains("the machine has none"));
+        // A file's.
+        let mut rate = Rate { bytes_per_second: Some(1), burst_bytes: Some(9), ..Rate::default() };
+        flags(&["--network-bps=1M"]).limit([&mut rate]).unwrap();
+        assert_eq!(rate, Rate { bytes_per_second: Some(1 << 20), ..Rate::default() });
+        assert!(flags(&["--network-pps=1"]).limit([]).is_err());
     }
 
     #[test]
