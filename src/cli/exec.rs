@@ -19,6 +19,7 @@ const EXAMPLES: &str = "\
 Examples:
   husk exec web ps                  (with the variables, place and user of the machine's own process)
   husk exec -it web sh
+  husk exec -d web sh -c 'while :; do tidy; sleep 60; done'
   tar c . | husk exec -i web tar x -C /srv
 
 Exit codes:
@@ -36,6 +37,10 @@ pub struct Exec {
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["MACHINE", "COMMAND"])]
     words: Vec<OsString>,
+
+    /// Leave the command to itself once it runs; what it writes goes nowhere
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    detach: bool,
 
     #[command(flatten)]
     process: ProcessFlags,
@@ -66,15 +71,21 @@ impl Exec {
         self.process.check_terminal()?;
         let entry = Roster::open()?.find(machine)?;
         let process = self.process(inherited(&entry)?, command)?;
-        let signals = Front::block_signals(true)?;
-        let connections = exec::start(&entry.file(roster::VSOCK), &process)?;
-        match exec::stay(connections, &signals, self.process.tty && self.process.interactive)? {
+        let vsock = entry.file(roster::VSOCK);
+        let end = if self.detach {
+            End::Told(exec::start(&vsock, &process)?.started()?)
+        } else {
+            let signals = Front::block_signals(true)?;
+            exec::stay(exec::start(&vsock, &process)?, &signals, self.process.tty && self.process.interactive)?
+        };
+        match end {
             End::Told(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
             End::Told(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
             End::Told(ToHost::Failed { message, code }) => {
                 super::print_error(&message);
                 Ok(Exit::Reported(code))
             }
+            End::Told(ToHost::Started(_)) if self.detach => Ok(Exit::Success),
             End::Told(ToHost::Started(_)) => bail!("the guest did not say how the process ended"),
             End::Left(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
         }
@@ -92,6 +103,7 @@ impl Exec {
         let size = || terminal::window_size().unwrap_or(WindowSize { rows: 24, columns: 80 });
         process.terminal = self.process.tty.then(size);
         process.stdin = self.process.interactive;
+        process.detached = self.detach;
         Ok(process)
     }
 }

@@ -51,9 +51,12 @@ pub fn start(vsock: &Path, process: &Process) -> Result<Connections> {
     let mut start = Vec::new();
     frame::write(&ToGuest::Start(process.clone()), &mut start).context("describe the process")?;
     control.write_all(&start).context("tell the guest what to start")?;
-    let mut roles = vec![Role::Stdout];
-    roles.extend(process.stdin.then_some(Role::Stdin));
-    roles.extend(process.terminal.is_none().then_some(Role::Stderr));
+    let mut roles = Vec::new();
+    if !process.detached {
+        roles.push(Role::Stdout);
+        roles.extend(process.stdin.then_some(Role::Stdin));
+        roles.extend(process.terminal.is_none().then_some(Role::Stderr));
+    }
     let connected = |role| Ok((role, connect(vsock, Hello { session: id, role })?));
     let streams = roles.into_iter().map(connected).collect::<Result<Vec<_>>>()?;
     Ok(Connections { id, control, streams, on_terminal: process.terminal.is_some() })
@@ -68,13 +71,22 @@ impl Connections {
     }
 
     /// Waits for the end of a process whose streams were all taken.
-    pub fn end(mut self) -> Result<ToHost> {
+    pub fn end(self) -> Result<ToHost> {
+        self.hear(|said| !matches!(said, ToHost::Started(_)))
+    }
+
+    /// Waits until a process without streams runs, or has failed to.
+    pub fn started(self) -> Result<ToHost> {
+        self.hear(|_| true)
+    }
+
+    fn hear(mut self, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
         let mut reader = Reader::default();
         let mut buffer = [0; 4096];
         loop {
             match reader.take::<ToHost>()? {
-                Some(ToHost::Started(_)) => continue,
-                Some(end) => return Ok(end),
+                Some(said) if is_it(&said) => return Ok(said),
+                Some(_) => continue,
                 None => {}
             }
             match self.control.read(&mut buffer) {

@@ -72,6 +72,7 @@ impl Wishes {
             user: self.user.unwrap_or_else(|| image.user.clone()),
             terminal: None,
             stdin: false,
+            detached: false,
             limits,
         }
     }

@@ -101,6 +101,10 @@ fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Stre
     let mut started = Started { pid: Pid::from_raw(0), stdin: None, stdout: None, stderr: None, terminal: None };
     let owner = |fd: &OwnedFd, gid| fchown(fd, Some(identity.uid), Some(gid));
     let copy = |fd: &OwnedFd| fd.try_clone().context("copy a descriptor");
+    if process.detached {
+        let nowhere = File::options().read(true).write(true).open("/dev/null").context("open /dev/null")?.into();
+        return Ok((started, Streams { stdin: copy(&nowhere)?, stdout: copy(&nowhere)?, stderr: nowhere }));
+    }
     if let Some(size) = process.terminal {
         let pty = openpty(None, None).context("make a terminal")?;
         for end in [&pty.master, &pty.slave] {

@@ -223,8 +223,9 @@ impl Session {
 
 /// The streams that a process has. On a terminal both outputs are one.
 fn streams_of(process: &Process) -> impl Iterator<Item = Role> {
+    let some = !process.detached;
     let (stdin, stderr) = (process.stdin, process.terminal.is_none());
-    [(Role::Stdin, stdin), (Role::Stdout, true), (Role::Stderr, stderr)]
+    [(Role::Stdin, some && stdin), (Role::Stdout, some), (Role::Stderr, some && stderr)]
         .into_iter()
         .filter_map(|(role, wanted)| wanted.then_some(role))
 }

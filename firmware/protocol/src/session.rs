@@ -20,6 +20,8 @@ pub struct Process {
     pub terminal: Option<WindowSize>,
     /// Whether standard input is a stream of the session; without it there is nothing to read.
     pub stdin: bool,
+    /// Whether it has no streams at all: what it writes goes nowhere, and its session may end before it.
+    pub detached: bool,
     /// Resource limits, in the order in which they are set.
     pub limits: Vec<Limit>,
 }
