@@ -7,7 +7,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use husk_protocol::tree;
+use husk_protocol::tree::{self, Trust};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
@@ -19,7 +19,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     let place = PLACE.get_or_init(|| tempfile::tempdir_in("/dev/shm").expect("a folder can be made")).path();
     let to = place.join("to");
     fs::write(place.join("precious"), PRECIOUS).expect("a file can be written");
-    let _ = tree::receive(&mut &bytes[..], &to, false, &mut |_| {});
+    let _ = tree::receive(&mut &bytes[..], &to, Trust::default(), &mut |_| {});
     let mut names: Vec<_> = fs::read_dir(place).expect("the folder is there").map(|e| e.unwrap().file_name()).collect();
     names.retain(|name| name != "to" && name != "precious");
     assert!(names.is_empty(), "made outside: {names:?}");

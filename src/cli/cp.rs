@@ -1,19 +1,21 @@
 //! `husk cp`: files and folders into a machine that runs, and out of it.
 
-use std::io::{BufReader, BufWriter, Read};
+use std::io::{self, BufReader, BufWriter, IsTerminal, Read};
 use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use husk_protocol::tree::{self, Copied};
-use husk_protocol::{COPY_FROM, COPY_TO, COPY_TO_KEEPING_OWNERS, INIT_PROGRAM, Process, Role, ToHost};
+use husk_protocol::tree::{self, Copied, Trust};
+use husk_protocol::{
+    COPY_FROM, COPY_FROM_AS_TAR, COPY_TO, COPY_TO_KEEPING_OWNERS, INIT_PROGRAM, Process, Role, ToHost,
+};
 use indicatif::HumanBytes;
 
 use super::exec;
 use super::exit::Exit;
 use crate::guest::exec as guest;
-use crate::image::Progress;
+use crate::image::{Progress, tar_copy};
 use crate::roster::{self, Roster};
 use crate::sandbox;
 
@@ -23,6 +25,8 @@ Examples:
   husk cp site web:/srv             (the folder itself)
   husk cp site/. web:/srv           (what is in it)
   husk cp --archive web:/home backup
+  husk cp web:/var/log - | tar t    (as a tar archive)
+  tar c . | husk cp - web:/srv      (what is in one)
 
 A path without a machine is one of this host's; one of the two paths has a machine. Devices, pipes and sockets are left out.";
 
@@ -30,11 +34,11 @@ A path without a machine is one of this host's; one of the two paths has a machi
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Cp {
-    /// What to copy
+    /// What to copy, or - for the tar archive on standard input
     #[arg(value_name = "[MACHINE:]PATH")]
     from: String,
 
-    /// The folder to put it in, or its new name
+    /// The folder to put it in, or its new name, or - for a tar archive on standard output
     #[arg(value_name = "[MACHINE:]PATH")]
     to: String,
 
@@ -47,6 +51,7 @@ impl Cp {
     /// Copies, and prints how much it was where somebody looks on.
     pub fn run(self) -> Result<Exit> {
         let copied = match (machine(&self.from), machine(&self.to)) {
+            (Some((name, path)), None) if self.to == "-" => fetch_as_tar(name, path)?,
             (Some((name, path)), None) => self.fetch(name, path)?,
             (None, Some((name, path))) => self.bring(name, path)?,
             (None, None) => bail!("neither path has a machine: type MACHINE:PATH for one of them"),
@@ -65,7 +70,9 @@ impl Cp {
         let errors = collect(&mut process)?;
         let bar = Progress::on_terminal().count("copy");
         let to = Path::new(&self.to);
-        let received = tree::receive(&mut BufReader::new(stream), to, self.archive, &mut |bytes| bar.set(bytes));
+        // Of the guest, further names for files of this host's are not taken.
+        let trust = Trust { owners: self.archive, names: false };
+        let received = tree::receive(&mut BufReader::new(stream), to, trust, &mut |bytes| bar.set(bytes));
         drop(bar);
         let copied = received.with_context(|| format!("copy {path} from {name}"))?;
         conclude(process, errors).with_context(|| format!("copy {path} from {name}"))?;
@@ -74,7 +81,9 @@ impl Cp {
 
     fn bring(&self, name: &str, path: &str) -> Result<Copied> {
         let from = PathBuf::from(&self.from);
-        ensure!(from.symlink_metadata().is_ok(), "{}: No such file or directory", from.display());
+        let as_tar = self.from == "-";
+        ensure!(!as_tar || !io::stdin().is_terminal(), "standard input is a terminal: no archive comes from there");
+        ensure!(as_tar || from.symlink_metadata().is_ok(), "{}: No such file or directory", from.display());
         let word = if self.archive { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
         let mut process = start(name, word, path, true)?;
         let stream = process.take(Role::Stdin)?;
@@ -83,7 +92,10 @@ impl Cp {
         let errors = collect(&mut process)?;
         let bar = Progress::on_terminal().count("copy");
         let mut out = BufWriter::new(&stream);
-        let sent = tree::send(&from, &mut out, &mut |bytes| bar.set(bytes));
+        let sent = match as_tar {
+            true => tar_copy::send(BufReader::new(io::stdin().lock()), &mut out, &mut |bytes| bar.set(bytes)),
+            false => tree::send(&from, &mut out, &mut |bytes| bar.set(bytes)).map_err(anyhow::Error::from),
+        };
         drop(out);
         let _ = stream.shutdown(Shutdown::Write);
         drop(bar);
@@ -91,6 +103,22 @@ impl Cp {
         let ended = conclude(process, errors).with_context(|| format!("copy to {path} in {name}"));
         ended.and_then(|()| sent.with_context(|| format!("copy {}", from.display())))
     }
+}
+
+/// Prints what is at `path` as an archive, which the guest makes.
+fn fetch_as_tar(name: &str, path: &str) -> Result<Copied> {
+    ensure!(!io::stdout().is_terminal(), "standard output is a terminal: send the archive to a file or a pipe");
+    let mut process = start(name, COPY_FROM_AS_TAR, path, false)?;
+    let mut stream = process.take(Role::Stdout)?;
+    let errors = collect(&mut process)?;
+    let copied = io::copy(&mut stream, &mut io::stdout().lock());
+    // Whoever reads no further has had enough.
+    if matches!(&copied, Err(error) if error.kind() == io::ErrorKind::BrokenPipe) {
+        return Ok(Copied::default());
+    }
+    let bytes = copied.context("write to standard output")?;
+    conclude(process, errors).with_context(|| format!("copy {path} from {name}"))?;
+    Ok(Copied { bytes, ..Copied::default() })
 }
 
 /// The machine and the path in `MACHINE:PATH`. What begins with a path's signs is one of this host's.

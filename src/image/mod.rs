@@ -32,6 +32,7 @@ pub mod scratch;
 pub mod source;
 pub mod store;
 mod tar;
+pub mod tar_copy;
 mod tree;
 mod unpack;
 

@@ -5,8 +5,10 @@ use std::ffi::OsString;
 use std::io::{self, BufReader, BufWriter};
 use std::path::PathBuf;
 
-use husk_protocol::tree::{self, Copied};
-use husk_protocol::{COPY_FROM, COPY_TO, COPY_TO_KEEPING_OWNERS};
+use husk_protocol::tree::{self, Copied, Trust};
+use husk_protocol::{COPY_FROM, COPY_FROM_AS_TAR, COPY_TO, COPY_TO_KEEPING_OWNERS};
+
+use crate::tar;
 
 const CODE_USAGE: i32 = 2;
 
@@ -16,9 +18,12 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
     let copied = match what.to_str() {
         Some(COPY_FROM) => tree::send(&path, &mut BufWriter::new(io::stdout().lock()), &mut |_| {}),
         Some(word @ (COPY_TO | COPY_TO_KEEPING_OWNERS)) => {
-            let keep_owner = word == COPY_TO_KEEPING_OWNERS;
-            tree::receive(&mut BufReader::new(io::stdin().lock()), &path, keep_owner, &mut |_| {})
+            // Who sends is the host.
+            let trust = Trust { owners: word == COPY_TO_KEEPING_OWNERS, names: true };
+            tree::receive(&mut BufReader::new(io::stdin().lock()), &path, trust, &mut |_| {})
         }
+        Some(COPY_FROM_AS_TAR) => tar::send(&path, &mut BufWriter::new(io::stdout().lock()))
+            .map(|skipped| Copied { skipped, ..Copied::default() }),
         _ => return refuse(),
     };
     match copied {

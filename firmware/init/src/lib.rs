@@ -20,6 +20,7 @@ mod report;
 mod root;
 mod session;
 mod sys;
+mod tar;
 
 use errors::Failure;
 use husk_protocol::{Process, Spec, Start};

@@ -23,6 +23,8 @@ pub const PORT: u32 = 1024;
 /// Where init's own program is for a process of the guest, which it serves `husk cp` with: the first argument is one of
 /// those below, the second a path.
 pub const INIT_PROGRAM: &str = "/proc/1/exe";
+/// Writes what is at the path to standard output as a tar archive.
+pub const COPY_FROM_AS_TAR: &str = "copy-from-as-tar";
 /// Sends what is at the path to standard output, as [`tree::send`] does.
 pub const COPY_FROM: &str = "copy-from";
 /// Puts what comes on standard input to the path, as [`tree::receive`] does.
@@ -32,7 +34,7 @@ pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
 /// The session of the machine's own process.
 pub const MAIN_SESSION: u64 = 0;
 /// What a change of any message here changes. husk carries the init that it speaks to, so that they differ only by mistake.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Why a message is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -23,7 +23,7 @@ const DEPTH_MAX: usize = 1024;
 
 /// What a stream is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-enum Entry {
+pub enum Entry {
     /// A folder; what is in it follows, up to its `Leave`.
     Folder(Vec<u8>, About),
     /// A file; its `Piece`s follow, the last of which is empty.
@@ -32,6 +32,10 @@ enum Entry {
     Piece(u32),
     /// A symbolic link, and where it leads.
     Link(Vec<u8>, Vec<u8>, About),
+    /// A folder that is made where it is missing, and else stays as it is; what is to be in it follows, up to its `Leave`.
+    Enter(Vec<u8>),
+    /// Another name for a file that the stream has made, by its path below the first folder. Only for a machine, from its host.
+    Same(Vec<u8>, Vec<Vec<u8>>),
     /// The folder is complete.
     Leave,
     /// The sender cannot go on, for this reason.
@@ -46,12 +50,50 @@ impl Message for Entry {
 
 /// What there is to know of a file beside its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct About {
-    mode: u32,
-    uid: u32,
-    gid: u32,
-    mtime_s: i64,
-    mtime_ns: u32,
+pub struct About {
+    /// Permissions, with the bits above them.
+    pub mode: u32,
+    /// Its owner.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// When it was changed, in seconds since 1970.
+    pub mtime_s: i64,
+    /// And nanoseconds.
+    pub mtime_ns: u32,
+}
+
+/// Writes a stream, entry by entry, for who has other entries than a folder's of this machine.
+pub struct Writer<W> {
+    out: W,
+}
+
+impl<W: Write> Writer<W> {
+    /// Writes to `out`, which is best buffered.
+    pub fn new(out: W) -> Writer<W> {
+        Writer { out }
+    }
+
+    /// Says what comes next.
+    pub fn say(&mut self, entry: &Entry) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        frame::write(entry, &mut bytes).map_err(|error| failure(error.to_string()))?;
+        self.out.write_all(&bytes)
+    }
+
+    /// The next bytes of the file that was said last, or its end.
+    pub fn piece(&mut self, bytes: &[u8]) -> io::Result<()> {
+        for bytes in bytes.chunks(PIECE_BYTES).filter(|_| !bytes.is_empty()) {
+            self.say(&Entry::Piece(bytes.len() as u32))?;
+            self.out.write_all(bytes)?;
+        }
+        if bytes.is_empty() { self.say(&Entry::Piece(0)) } else { Ok(()) }
+    }
+
+    /// Writes out what is held back.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
 }
 
 /// What was copied.
@@ -80,7 +122,7 @@ fn about(action: &str, path: &Path, error: &io::Error) -> io::Error {
 /// Sends what is at `path`, and what is in it. A path that ends in `/.` is what is in the folder, and not the folder.
 /// What goes wrong is told to the reader, too.
 pub fn send(path: &Path, out: &mut impl Write, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
-    let mut sender = Sender { out, copied: Copied::default(), progress };
+    let mut sender = Sender { out: Writer::new(out), copied: Copied::default(), progress };
     let contents = path.as_os_str().as_bytes().ends_with(b"/.") || path == Path::new(".");
     let name = match path.file_name() {
         _ if contents => OsString::from("."),
@@ -93,24 +135,18 @@ pub fn send(path: &Path, out: &mut impl Write, progress: &mut impl FnMut(u64)) -
         Ok(()) => Entry::End,
         Err(error) => Entry::Failed(error.to_string().chars().take(1024).collect()),
     };
-    sender.say(&last)?;
+    sender.out.say(&last)?;
     sender.out.flush()?;
     sent.map(|()| sender.copied)
 }
 
 struct Sender<'a, W, P> {
-    out: &'a mut W,
+    out: Writer<&'a mut W>,
     copied: Copied,
     progress: &'a mut P,
 }
 
 impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
-    fn say(&mut self, entry: &Entry) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        frame::write(entry, &mut bytes).map_err(|error| failure(error.to_string()))?;
-        self.out.write_all(&bytes)
-    }
-
     fn walk(&mut self, path: &Path, name: &[u8], depth: usize) -> io::Result<()> {
         // What a user names may be a link to what they mean; what is found in it is what it is.
         let metadata = if depth == 0 && name == b"." { fs::metadata(path) } else { fs::symlink_metadata(path) };
@@ -124,7 +160,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         self.copied.entries += 1;
         if kind.is_symlink() {
             let target = fs::read_link(path).map_err(|error| about("read", path, &error))?;
-            return self.say(&Entry::Link(name, target.into_os_string().into_vec(), About::from(&metadata)));
+            return self.out.say(&Entry::Link(name, target.into_os_string().into_vec(), About::from(&metadata)));
         }
         if kind.is_file() {
             return self.file(path, name);
@@ -132,7 +168,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         if depth >= DEPTH_MAX {
             return Err(failure(format!("{}: too many folders in each other", path.display())));
         }
-        self.say(&Entry::Folder(name, About::from(&metadata)))?;
+        self.out.say(&Entry::Folder(name, About::from(&metadata)))?;
         let mut names = fs::read_dir(path)
             .and_then(|entries| {
                 entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<Vec<_>>>()
@@ -142,21 +178,20 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         for name in names {
             self.walk(&path.join(&name), name.as_bytes(), depth + 1)?;
         }
-        self.say(&Entry::Leave)
+        self.out.say(&Entry::Leave)
     }
 
     fn file(&mut self, path: &Path, name: Vec<u8>) -> io::Result<()> {
         let mut file = File::open(path).map_err(|error| about("open", path, &error))?;
         let metadata = file.metadata().map_err(|error| about("read", path, &error))?;
-        self.say(&Entry::File(name, About::from(&metadata)))?;
+        self.out.say(&Entry::File(name, About::from(&metadata)))?;
         let mut piece = vec![0; PIECE_BYTES];
         loop {
             let count = file.read(&mut piece).map_err(|error| about("read", path, &error))?;
-            self.say(&Entry::Piece(count as u32))?;
+            self.out.piece(piece.get(..count).unwrap_or_default())?;
             if count == 0 {
                 return Ok(());
             }
-            self.out.write_all(piece.get(..count).unwrap_or_default())?;
             self.copied.bytes += count as u64;
             (self.progress)(self.copied.bytes);
         }
@@ -175,15 +210,18 @@ impl From<&fs::Metadata> for About {
     }
 }
 
-/// Makes what a stream describes: in `to` where that is a folder, or else under that name. `keep_owner` gives files the
-/// owners that they had; otherwise they are this process's, and run as nobody else.
-pub fn receive(
-    input: &mut impl Read,
-    to: &Path,
-    keep_owner: bool,
-    progress: &mut impl FnMut(u64),
-) -> io::Result<Copied> {
-    let mut receiver = Receiver { input, reader: Reader::default(), copied: Copied::default(), keep_owner, progress };
+/// What a receiver takes from its sender.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// Gives files the owners that they had; otherwise they are this process's, and run as nobody else.
+    pub owners: bool,
+    /// Makes further names for files.
+    pub names: bool,
+}
+
+/// Makes what a stream describes: in `to` where that is a folder, or else under that name.
+pub fn receive(input: &mut impl Read, to: &Path, trust: Trust, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
+    let mut receiver = Receiver { input, reader: Reader::default(), copied: Copied::default(), trust, progress };
     receiver.receive(to)?;
     Ok(receiver.copied)
 }
@@ -192,7 +230,7 @@ struct Receiver<'a, R, P> {
     input: &'a mut R,
     reader: Reader,
     copied: Copied,
-    keep_owner: bool,
+    trust: Trust,
     progress: &'a mut P,
 }
 
@@ -215,26 +253,31 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
     fn receive(&mut self, to: &Path) -> io::Result<()> {
         let first = self.next()?;
         let path = match &first {
-            Entry::Folder(name, _) | Entry::File(name, _) | Entry::Link(name, ..) => destination(to, name, &first)?,
+            Entry::Folder(name, _) | Entry::File(name, _) | Entry::Link(name, ..) | Entry::Enter(name) => {
+                destination(to, name, &first)?
+            }
             Entry::End => return Ok(()),
             _ => return Err(failure("the sender says what makes no sense")),
         };
-        let mut folders: Vec<(PathBuf, About)> = Vec::new();
+        let mut folders: Vec<(PathBuf, Option<About>)> = Vec::new();
         self.make(first, path, &mut folders)?;
         while let Some((folder, about)) = folders.last().cloned() {
             match self.next()? {
                 Entry::Leave => {
-                    self.finish(&folder, about, None)?;
+                    if let Some(about) = about {
+                        self.finish(&folder, about, None)?;
+                    }
                     folders.pop();
                 }
-                entry @ (Entry::Folder(..) | Entry::File(..) | Entry::Link(..)) => {
-                    let (Entry::Folder(name, _) | Entry::File(name, _) | Entry::Link(name, ..)) = &entry else {
-                        continue;
+                entry => {
+                    let name = match &entry {
+                        Entry::Folder(name, _) | Entry::File(name, _) | Entry::Link(name, ..) => name,
+                        Entry::Enter(name) | Entry::Same(name, _) => name,
+                        _ => return Err(failure("the sender says what makes no sense")),
                     };
                     let path = folder.join(one_name(name)?);
                     self.make(entry, path, &mut folders)?;
                 }
-                _ => return Err(failure("the sender says what makes no sense")),
             }
         }
         match self.next()? {
@@ -243,16 +286,25 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         }
     }
 
-    fn make(&mut self, entry: Entry, path: PathBuf, folders: &mut Vec<(PathBuf, About)>) -> io::Result<()> {
-        self.copied.entries += 1;
+    fn make(&mut self, entry: Entry, path: PathBuf, folders: &mut Vec<(PathBuf, Option<About>)>) -> io::Result<()> {
+        self.copied.entries += u64::from(!matches!(entry, Entry::Enter(_)));
         match entry {
+            Entry::Folder(..) | Entry::Enter(_) if folders.len() >= DEPTH_MAX => {
+                Err(failure("the sender sends too many folders in each other"))
+            }
             Entry::Folder(_, about) => {
-                if folders.len() >= DEPTH_MAX {
-                    return Err(failure("the sender sends too many folders in each other"));
-                }
-                make_folder(&path, folders.is_empty())?;
-                folders.push((path, about));
+                make_folder(&path, folders.is_empty(), 0o700)?;
+                folders.push((path, Some(about)));
                 Ok(())
+            }
+            Entry::Enter(_) => {
+                make_folder(&path, folders.is_empty(), 0o755)?;
+                folders.push((path, None));
+                Ok(())
+            }
+            Entry::Same(_, names) => {
+                let root = folders.first().map_or(Path::new("/"), |(root, _)| root);
+                self.make_same(&path, root, &names)
             }
             Entry::File(_, about) => self.make_file(&path, about),
             Entry::Link(_, target, about) => {
@@ -262,6 +314,27 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Gives the file that `names` lead to, below `root`, another name. No link is followed.
+    fn make_same(&self, path: &Path, root: &Path, names: &[Vec<u8>]) -> io::Result<()> {
+        if !self.trust.names {
+            return Err(failure("the sender wants another name for a file, which is not for it to say"));
+        }
+        let mut file = root.to_owned();
+        for (place, name) in names.iter().enumerate() {
+            file.push(one_name(name)?);
+            let found = fs::symlink_metadata(&file).map_err(|error| about("link to", &file, &error))?;
+            let last = place + 1 == names.len();
+            if found.is_dir() == last {
+                return Err(failure(format!("link to {}: it is no file", file.display())));
+            }
+        }
+        if names.is_empty() {
+            return Err(failure("the sender wants another name for no file"));
+        }
+        make_room(path)?;
+        fs::hard_link(&file, path).map_err(|error| about("make", path, &error))
     }
 
     fn make_file(&mut self, path: &Path, about: About) -> io::Result<()> {
@@ -288,7 +361,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
     fn finish(&self, path: &Path, about: About, file: Option<&File>) -> io::Result<()> {
         self.own(path, about)?;
         // Who gets a file of another's has no use for bits that make it run as its owner.
-        let mode = if self.keep_owner { about.mode & 0o7777 } else { about.mode & 0o777 };
+        let mode = if self.trust.owners { about.mode & 0o7777 } else { about.mode & 0o777 };
         let opened;
         let file = match file {
             Some(file) => file,
@@ -305,7 +378,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
     }
 
     fn own(&self, path: &Path, about: About) -> io::Result<()> {
-        if !self.keep_owner {
+        if !self.trust.owners {
             return Ok(());
         }
         lchown(path, Some(about.uid), Some(about.gid)).map_err(|error| self::about("change the owner of", path, &error))
@@ -321,10 +394,11 @@ fn destination(to: &Path, name: &[u8], first: &Entry) -> io::Result<PathBuf> {
     if is_folder {
         return Ok(to.join(one_name(name)?));
     }
-    if to.as_os_str().as_bytes().ends_with(b"/") && !matches!(first, Entry::Folder(..)) {
+    let is_kept_apart = matches!(first, Entry::Folder(..) | Entry::Enter(_));
+    if to.as_os_str().as_bytes().ends_with(b"/") && !is_kept_apart {
         return Err(failure(format!("{}: there is no such folder", to.display())));
     }
-    if matches!(first, Entry::Folder(..)) && fs::symlink_metadata(to).is_ok() {
+    if is_kept_apart && fs::symlink_metadata(to).is_ok() {
         return Err(failure(format!("{}: a file is there, which cannot become a folder", to.display())));
     }
     Ok(to.to_owned())
@@ -337,8 +411,8 @@ fn one_name(name: &[u8]) -> io::Result<&OsStr> {
 }
 
 /// Makes a folder, or takes one that is there. Only the user's own, the first, may be a link to one.
-fn make_folder(path: &Path, may_be_link: bool) -> io::Result<()> {
-    match fs::DirBuilder::new().mode(0o700).create(path) {
+fn make_folder(path: &Path, may_be_link: bool, mode: u32) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             let found = if may_be_link { fs::metadata(path) } else { fs::symlink_metadata(path) };
             match found {
@@ -387,7 +461,7 @@ mod tests {
     }
 
     fn received(mut bytes: &[u8], to: &Path) -> io::Result<Copied> {
-        receive(&mut bytes, to, false, &mut |_| {})
+        receive(&mut bytes, to, Trust::default(), &mut |_| {})
     }
 
     fn stream(entries: &[Entry]) -> Vec<u8> {
@@ -461,6 +535,52 @@ mod tests {
         received(&stream(&over), &inside).unwrap();
         assert_eq!(fs::read(outside.join("file")).unwrap(), b"precious");
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_that_is_entered_stays_as_it_is() {
+        let place = Place::new("enter");
+        let to = place.0.join("to");
+        fs::create_dir_all(to.join("there")).unwrap();
+        fs::set_permissions(to.join("there"), Permissions::from_mode(0o711)).unwrap();
+        let enter = |name: &str| Entry::Enter(name.into());
+        let file = |name: &str| vec![Entry::File(name.into(), ABOUT), Entry::Piece(0)];
+        let entries = [
+            vec![enter("."), enter("there")],
+            file("a"),
+            vec![Entry::Leave, enter("new")],
+            file("b"),
+            vec![Entry::Leave, Entry::Leave, Entry::End],
+        ];
+        let copied = received(&stream(&entries.concat()), &to).unwrap();
+        assert_eq!(copied.entries, 2);
+        assert_eq!(fs::metadata(to.join("there")).unwrap().mode() & 0o777, 0o711);
+        assert!(to.join("there/a").exists() && to.join("new/b").exists());
+    }
+
+    #[test]
+    fn another_name_for_a_file_is_made_for_who_is_trusted_and_through_no_link() {
+        let place = Place::new("same");
+        let (to, outside) = (place.0.join("to"), place.0.join("outside"));
+        fs::create_dir_all(to.join("d")).unwrap();
+        fs::write(to.join("d/a"), "x").unwrap();
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("secret"), "x").unwrap();
+        symlink(&outside, to.join("link")).unwrap();
+        let same = |names: &[&str]| {
+            let names = names.iter().map(|name| name.as_bytes().to_vec()).collect();
+            stream(&[Entry::Enter(b".".to_vec()), Entry::Same(b"b".to_vec(), names), Entry::Leave, Entry::End])
+        };
+        let trusted = |bytes: Vec<u8>| {
+            receive(&mut bytes.as_slice(), &to, Trust { names: true, ..Trust::default() }, &mut |_| {})
+        };
+        assert!(received(&same(&["d", "a"]), &to).unwrap_err().to_string().contains("not for it to say"));
+        for names in [&["link", "secret"][..], &["..", "outside", "secret"], &["d"], &[], &["d", "none"], &["d/a"]] {
+            assert!(trusted(same(names)).is_err(), "{names:?}");
+        }
+        assert!(!to.join("b").exists());
+        trusted(same(&["d", "a"])).unwrap();
+        assert_eq!(fs::metadata(to.join("b")).unwrap().nlink(), 2);
     }
 
     #[test]
