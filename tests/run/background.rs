@@ -4,12 +4,14 @@ use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::image::{archive, run};
 use crate::terminal::Terminal;
-use crate::{Ended, finish, guests, husk_run};
+use crate::{Ended, finish, guests, husk_run, wait};
 
 /// A user's machines, apart from everybody else's.
 struct Machines {
@@ -97,6 +99,27 @@ fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
 }
 
 #[test]
+fn a_process_is_left_to_itself_in_a_machine() {
+    let machines = Machines::new(guests!());
+    machines.start("box", &[], "sleep 1000").expect(0);
+    let exec = |words: &[&str]| machines.husk(&[&["exec", "-d", "box"], words].concat());
+    // What it writes goes nowhere, and ends it no more than who started it does.
+    let script = "echo out; echo err >&2; while [ ! -e /tmp/go ]; do sleep 0.1; done; echo more && touch /tmp/gone; exec sleep 4242";
+    let started = exec(&["sh", "-c", script]);
+    assert_eq!((started.expect(0).text().as_str(), started.errors.as_str()), ("", ""));
+    machines.ok(&["exec", "box", "sh", "-c", "touch /tmp/go; while [ ! -e /tmp/gone ]; do sleep 0.1; done"]);
+    let sleeps = "while ! pgrep -f '^sleep 4242'; do sleep 0.1; done";
+    assert_eq!(machines.ok(&["exec", "box", "sh", "-c", sleeps]).lines().count(), 1);
+    assert!(exec(&["no-such-thing"]).expect(127).errors.contains("not found in PATH"));
+    assert_eq!(machines.husk(&["exec", "-dt", "box", "true"]).expect(125).errors.lines().count(), 1);
+    // One that ends is nobody's to bury but init's.
+    exec(&["true"]).expect(0);
+    let zombies = "sleep 1; grep -l '^State:.Z' /proc/[0-9]*/status | wc -l";
+    assert_eq!(machines.ok(&["exec", "box", "sh", "-c", zombies]), "0\n");
+    machines.ok(&["stop", "box"]);
+}
+
+#[test]
 fn machines_at_once_are_each_entered_alone() {
     let machines = Machines::new(guests!());
     let names: Vec<String> = (0..8).map(|n| format!("box-{n}")).collect();
@@ -159,6 +182,46 @@ fn files_go_in_and_come_out_as_they_were() {
         assert!(ended.expect(1).errors.contains(why) && ended.errors.lines().count() == 1, "{}", ended.errors);
     }
     assert!(!Path::new(&at("x")).exists());
+}
+
+#[test]
+fn archives_go_in_and_come_out() {
+    let machines = Machines::new(guests!());
+    machines.start("box", &[], "sleep 1000").expect(0);
+    let script = "mkdir -p /tmp/in/sub && cd /tmp/in && head -c 300000 /dev/urandom >sub/data && ln sub/data same
+        ln -s sub/data link && chmod 750 sub && tar c .";
+    let packed = machines.husk(&["exec", "box", "sh", "-c", script]).expect(0).output.clone();
+    finish(machines.command(&["cp", "-", "box:/srv/in"]), packed).expect(0);
+    let check =
+        "cd /srv/in && cmp sub/data /tmp/in/sub/data && test sub/data -ef same && readlink link && stat -c %a sub";
+    assert_eq!(machines.ok(&["exec", "box", "sh", "-c", check]), "sub/data\n750\n");
+    let fetched = machines.husk(&["cp", "box:/srv/in", "-"]).expect(0).output.clone();
+    let check =
+        "mkdir /tmp/out && cd /tmp/out && tar x && find in | sort | tr '\\n' ' ' && cmp in/sub/data /tmp/in/sub/data";
+    let unpacked = finish(machines.command(&["exec", "-i", "box", "sh", "-c", check]), fetched);
+    assert_eq!(unpacked.expect(0).text(), "in in/link in/same in/sub in/sub/data ");
+    let none = machines.husk(&["cp", "box:/nowhere", "-"]);
+    assert!(none.expect(1).errors.contains("read /nowhere: No such file"), "{}", none.errors);
+    let noise = finish(machines.command(&["cp", "-", "box:/srv"]), vec![7; 10_000]);
+    assert!(
+        noise.expect(1).errors.contains("read the archive") && noise.errors.lines().count() == 1,
+        "{}",
+        noise.errors
+    );
+}
+
+#[test]
+fn a_machine_of_an_image_is_started_again() {
+    let machines = Machines::new(guests!());
+    let script = "echo $MINE $(hostname); trap 'exit 3' TERM; while :; do sleep 0.1; done";
+    machines.start("box", &["-e", "MINE=1"], script).expect(0);
+    machines.ok(&["stop", "box"]);
+    machines.ok(&["start", "box"]);
+    assert_eq!(machines.ok(&["exec", "box", "sh", "-c", "echo $MINE"]), "1\n");
+    machines.ok(&["restart", "-t", "60", "box"]);
+    assert_eq!(machines.ok(&["exec", "box", "hostname"]), "box\n");
+    machines.ok(&["stop", "box"]);
+    assert_eq!((machines.ok(&["wait", "box"]), machines.ok(&["logs", "box"])), ("3\n".into(), "1 box\n".repeat(3)));
 }
 
 #[test]
@@ -233,7 +296,8 @@ impl Held {
 fn own_memory_kib(pid: &str) -> u64 {
     const GUEST_KIB: u64 = 64 << 10;
     let (mut sum_kib, mut is_guest) = (0, false);
-    for line in fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap().lines() {
+    // Empty when it has just ended.
+    for line in fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default().lines() {
         let mut words = line.split_whitespace();
         let (name, kib) = (words.next().unwrap(), words.next().and_then(|kib| kib.parse::<u64>().ok()));
         match (name, kib) {
@@ -279,4 +343,75 @@ fn a_thousand_processes_one_after_another_leave_nothing_behind() {
     for (before, after) in early.memory_kib.iter().zip(late.memory_kib) {
         assert!(after < before + 256, "{early:?} became {late:?}");
     }
+}
+
+/// Bytes of the files in a machine's folder that are its logs.
+fn log_bytes(machines: &Machines, id: &str) -> u64 {
+    let files = fs::read_dir(machines.runtime.path().join("husk").join(id)).unwrap().flatten();
+    // One may be renamed while it is looked at.
+    files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+}
+
+const LINE: &str = "the quick brown fox jumps over the lazy dog, and nobody minds it";
+/// With its lines it is about a MiB.
+const LINES_OF_A_PIECE: usize = 16 << 10;
+
+/// What prints the lines behind pieces, with their numbers, as fast as `husk logs` does.
+const PIECES: &str = "grep -n '^piece '";
+
+/// The pieces in `found`, which [`PIECES`] printed, whole all of them but perhaps the first.
+fn pieces(found: &str) -> Vec<u64> {
+    let (mut pieces, mut last) = (Vec::new(), 0);
+    for found in found.lines() {
+        let (line, piece) = found.split_once(":piece ").unwrap();
+        let line: usize = line.parse().unwrap();
+        assert!(pieces.is_empty() || line - last == LINES_OF_A_PIECE + 1, "{} lines before {found}", line - last - 1);
+        last = line;
+        pieces.push(piece.parse().unwrap());
+    }
+    pieces
+}
+
+#[test]
+fn a_log_stays_within_its_size_whatever_is_written_and_is_followed_from_file_to_file() {
+    const LOG_MAX_BYTES: u64 = 8 << 20;
+    let machines = Machines::new(guests!());
+    // So many MiB, or as many as are asked for by hand.
+    let count: u64 = std::env::var("HUSK_TEST_LOG_MIB").map_or(64, |count| count.parse().unwrap());
+    let script = format!(
+        "yes '{LINE}' | head -n {LINES_OF_A_PIECE} >/tmp/piece; n=0
+        while [ $n -lt {count} ]; do cat /tmp/piece; n=$((n + 1)); echo piece $n; done"
+    );
+    let id = machines.start("loud", &["--log-max", "8M"], &script).expect(0).text().trim().to_owned();
+    let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", "loud"])).unwrap();
+    let pid = inspected[0]["pid"].to_string();
+    let (before_kib, started) = (own_memory_kib(&pid), Instant::now());
+    // In a pipe, as users look for something in a log.
+    let logs = |flags: &str| {
+        let husk = machines.command(&[]);
+        let script = format!("exec 2>&1; {} logs {flags} loud | {PIECES}", husk.get_program().display());
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).env("XDG_RUNTIME_DIR", machines.runtime.path()).stdin(Stdio::null());
+        shell.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let follower = logs("-f");
+    let (mut most_bytes, mut most_kib) = (0, 0);
+    while Path::new(&format!("/proc/{pid}/smaps")).exists() {
+        most_bytes = most_bytes.max(log_bytes(&machines, &id));
+        most_kib = most_kib.max(own_memory_kib(&pid));
+        thread::sleep(Duration::from_millis(200));
+    }
+    let followed = wait(follower).expect(0).text();
+    println!(
+        "{count} MiB in {:?}, most {most_bytes} bytes of logs; {before_kib} KiB became {most_kib}",
+        started.elapsed()
+    );
+    // Beside the process's own words there are the kernel's few, and the record.
+    assert!(most_bytes < LOG_MAX_BYTES + (64 << 10), "{most_bytes} bytes");
+    assert!(most_kib < before_kib + 1024, "{before_kib} KiB became {most_kib}");
+    // The file that was begun last may have hardly anything; the one before is full.
+    let kept = pieces(&wait(logs("")).expect(0).text());
+    assert!(kept.len() >= 3 && kept.iter().copied().eq(count + 1 - kept.len() as u64..=count), "{kept:?}");
+    assert_eq!(pieces(&followed), (1..=count).collect::<Vec<_>>());
+    assert_eq!(machines.ok(&["wait", "loud"]), "0\n");
 }
