@@ -6,12 +6,13 @@ use clap::Args;
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
 use super::{ask, size};
-use crate::request::{Request, Update};
+use crate::request::{Limit, Request, Update};
 
 const EXAMPLES: &str = "\
 Examples:
   husk update --memory 1G --cpus 0.5 web
   husk update --disk-iops 500 db
+  husk update --network-bps none db  (no limit any more)
   husk update --link down web       (the network is gone, until --link up)
 
 Memory goes down to what the guest can do without, and up to what the machine was started with (--memory-max). The guest gives
@@ -38,24 +39,36 @@ pub struct UpdateOf {
     cpu_shares: Option<u32>,
 
     /// Bytes that each disk reads and writes in a second
-    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
-    disk_bps: Option<u64>,
+    #[arg(long, value_name = "SIZE|none", value_parser = bytes)]
+    disk_bps: Option<Limit>,
 
     /// Requests that each disk serves in a second
-    #[arg(long, value_name = "N")]
-    disk_iops: Option<u64>,
+    #[arg(long, value_name = "N|none", value_parser = count)]
+    disk_iops: Option<Limit>,
 
     /// Bytes that each network interface sends in a second, and as many that it receives
-    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
-    network_bps: Option<u64>,
+    #[arg(long, value_name = "SIZE|none", value_parser = bytes)]
+    network_bps: Option<Limit>,
 
     /// Packets that each network interface sends in a second, and as many that it receives
-    #[arg(long, value_name = "N")]
-    network_pps: Option<u64>,
+    #[arg(long, value_name = "N|none", value_parser = count)]
+    network_pps: Option<Limit>,
 
     /// Pull the cables of its networks out, or put them back
     #[arg(long, value_name = "up|down", value_parser = link)]
     link: Option<bool>,
+}
+
+fn bytes(text: &str) -> Result<Limit, String> {
+    if text == "none" { Ok(Limit::Lifted) } else { size::bytes(text).map(Limit::PerSecond) }
+}
+
+fn count(text: &str) -> Result<Limit, String> {
+    match text.parse() {
+        Ok(count) => Ok(Limit::PerSecond(count)),
+        Err(_) if text == "none" => Ok(Limit::Lifted),
+        Err(_) => Err(format!("{text:?} is no limit, type a number or none")),
+    }
 }
 
 fn link(text: &str) -> Result<bool, String> {

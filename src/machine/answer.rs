@@ -13,24 +13,28 @@ use super::outcome::Outcome;
 use crate::backend::rate::Rate;
 use crate::console::input::Input;
 use crate::request::server::Caller;
-use crate::request::{Reply, Request, Stats, Update};
+use crate::request::{Limit, Reply, Request, Stats, Update};
 use crate::roster::record::{State, now_ms};
 use crate::virtio::block;
 
 /// Signals that ask for an end, of a machine that has no process to send them to.
 const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
-/// `rate` with other limits where some are given, and their bursts the usual ones; `None` where none is given.
-fn changed(rate: Rate, bytes: Option<u64>, ops: Option<u64>) -> Result<Option<Rate>> {
+/// `rate` with other limits where something is said of them, and their bursts the usual ones; `None` where nothing is.
+fn changed(rate: Rate, bytes: Option<Limit>, ops: Option<Limit>) -> Result<Option<Rate>> {
     if bytes.or(ops).is_none() {
         return Ok(None);
     }
     let mut changed = rate;
-    if bytes.is_some() {
-        (changed.bytes_per_second, changed.burst_bytes) = (bytes, None);
+    let in_force = |limit| match limit {
+        Limit::Lifted => None,
+        Limit::PerSecond(amount) => Some(amount),
+    };
+    if let Some(limit) = bytes {
+        (changed.bytes_per_second, changed.burst_bytes) = (in_force(limit), None);
     }
-    if ops.is_some() {
-        (changed.ops_per_second, changed.burst_ops) = (ops, None);
+    if let Some(limit) = ops {
+        (changed.ops_per_second, changed.burst_ops) = (in_force(limit), None);
     }
     ensure!(changed.makes_sense(), "a limit of nothing: type 1 or more");
     Ok(Some(changed))
@@ -234,5 +238,22 @@ impl Control<'_> {
             net_received_bytes: controls.links.iter().map(|link| link.counts().rx_bytes).sum(),
             net_sent_bytes: controls.links.iter().map(|link| link.counts().tx_bytes).sum(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_set_lifted_or_left_as_it_is() {
+        let rate = Rate { bytes_per_second: Some(7), burst_bytes: Some(9), ops_per_second: Some(5), burst_ops: None };
+        assert_eq!(changed(rate, None, None).unwrap(), None);
+        let lifted = Rate { bytes_per_second: None, burst_bytes: None, ..rate };
+        assert_eq!(changed(rate, Some(Limit::Lifted), None).unwrap(), Some(lifted));
+        let other = Rate { bytes_per_second: Some(8), burst_bytes: None, ops_per_second: None, burst_ops: None };
+        let changes = (Some(Limit::PerSecond(8)), Some(Limit::Lifted));
+        assert_eq!(changed(rate, changes.0, changes.1).unwrap(), Some(other));
+        assert!(changed(rate, Some(Limit::PerSecond(0)), None).is_err());
     }
 }

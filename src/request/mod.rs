@@ -13,7 +13,7 @@ use husk_protocol::frame::Message;
 use serde::{Deserialize, Serialize};
 
 /// What a change of any message here changes.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// A request with the version that it is of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +63,16 @@ pub enum Request {
     },
 }
 
-/// Limits to be changed; those that are none stay.
+/// What a limit is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Limit {
+    /// There is to be none.
+    Lifted,
+    /// This much in a second.
+    PerSecond(u64),
+}
+
+/// Limits to be changed; those of which nothing is said stay.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
     /// What the guest is to have, in MiB.
@@ -73,13 +82,13 @@ pub struct Update {
     /// The machine's part of processors that others want too.
     pub cpu_shares: Option<u32>,
     /// Bytes a second of each disk.
-    pub disk_bytes_per_second: Option<u64>,
+    pub disk_bytes_per_second: Option<Limit>,
     /// Requests a second of each disk.
-    pub disk_ops_per_second: Option<u64>,
+    pub disk_ops_per_second: Option<Limit>,
     /// Bytes a second of each network interface, in each direction.
-    pub network_bytes_per_second: Option<u64>,
+    pub network_bytes_per_second: Option<Limit>,
     /// Packets a second of each network interface, in each direction.
-    pub network_packets_per_second: Option<u64>,
+    pub network_packets_per_second: Option<Limit>,
     /// Whether the cables of all network interfaces are in.
     pub link_up: Option<bool>,
 }
