@@ -242,6 +242,14 @@ pub enum Invalid {
     /// A limit of nothing, or a burst without a limit.
     #[error("a network's limits are 1 or more, and a burst needs its limit: type --network user,bps=10M,pps=1000")]
     NetworkRate,
+    /// A limit on frames that nobody counts.
+    #[error(
+        "vhost=on goes with no limit: the host's kernel does not count frames, so leave out vhost=on, or bps= and pps="
+    )]
+    LimitedVhost,
+    /// vhost-net with no tap device.
+    #[error("vhost= is for tap devices: --network tap=NAME,vhost=on, or a network of `husk network create`")]
+    UserVhost,
     /// More interfaces than there is room for.
     #[error("{0} networks: this machine takes at most {1}")]
     TooManyNetworks(usize, usize),

@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use vmm_sys_util::epoll::Epoll;
+use vmm_sys_util::eventfd::EventFd;
 
 /// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
 ///
@@ -94,6 +95,12 @@ fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
 pub fn epoll_fd(epoll: &Epoll) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is `epoll`'s own, and stays open for as long as that is borrowed.
     unsafe { BorrowedFd::borrow_raw(epoll.as_raw_fd()) }
+}
+
+/// The descriptor of `event`, to be watched.
+pub fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is `event`'s own, and stays open for as long as that is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// Fills `buffer` with random bytes from the host's kernel (getrandom(2)); blocks only in the host's first moments.

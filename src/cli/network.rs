@@ -20,7 +20,9 @@ pub struct NetworkFlags {
     /// `user` is the host's own connections, by the program passt; it needs no privileges, and the guest gets its address by
     /// DHCP or from husk's init. `tap=NAME` is a tap device of the host's; `ip=ADDRESS/PREFIX` (again for one more) and
     /// `gateway=ADDRESS` are what husk's init sets up in the guest. Another NAME is a network of `husk network create`, on
-    /// which machines reach each other by name, and find their addresses by DHCP. `mac=` is the guest's own address, and `bps=10M` and
+    /// which machines reach each other by name, and find their addresses by DHCP. On both, `vhost=off` keeps the host's kernel
+    /// from moving the frames itself, which it does where it has /dev/vhost-net and no limit is set, and `vhost=on` insists
+    /// that it can. `mac=` is the guest's own address, and `bps=10M` and
     /// `pps=1000` limit the bytes and packets of a second, in each direction. `none` is no interface. `husk boot` has
     /// none and `husk run` has `user` unless told otherwise.
     #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = wish)]
@@ -52,6 +54,7 @@ struct Wish {
     to: To,
     mac: Option<MacAddress>,
     rate: Rate,
+    vhost: Option<bool>,
     addresses: Vec<Address>,
     gateways: Vec<IpAddr>,
 }
@@ -65,7 +68,7 @@ enum To {
     Network(String),
 }
 
-/// Parses `user|NAME|tap=NAME|none[,mac=ADDRESS][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]`.
+/// Parses `user|NAME|tap=NAME|none[,mac=ADDRESS][,vhost=on|off][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]...`.
 fn wish(text: &str) -> Result<Wish, String> {
     let mut parts = text.split(',');
     let to = match parts.next().unwrap_or_default() {
@@ -77,7 +80,8 @@ fn wish(text: &str) -> Result<Wish, String> {
             None => return Err(format!("{other:?} is no network, type user, tap=NAME, none or a network's name")),
         },
     };
-    let mut wish = Wish { to, mac: None, rate: Rate::default(), addresses: Vec::new(), gateways: Vec::new() };
+    let mut wish =
+        Wish { to, mac: None, rate: Rate::default(), vhost: None, addresses: Vec::new(), gateways: Vec::new() };
     let on_tap = matches!(wish.to, To::Attachment(Attachment::Tap { .. }));
     for option in parts {
         match option.split_once('=') {
@@ -88,6 +92,8 @@ fn wish(text: &str) -> Result<Wish, String> {
                 let packets = packets.parse().map_err(|_| format!("{packets:?} is no number of packets"))?;
                 wish.rate.ops_per_second = Some(packets);
             }
+            Some(("vhost", "on")) => wish.vhost = Some(true),
+            Some(("vhost", "off")) => wish.vhost = Some(false),
             Some(("ip", address)) if on_tap => wish.addresses.push(address.parse()?),
             Some(("gateway", address)) if on_tap => {
                 let gateway = address.parse().map_err(|_| format!("{address:?} is no address of a gateway"))?;
@@ -95,7 +101,7 @@ fn wish(text: &str) -> Result<Wish, String> {
             }
             _ => {
                 return Err(format!(
-                    "unknown option {option:?}, type mac=ADDRESS, bps=SIZE, pps=N, or with tap=NAME ip= or gateway="
+                    "unknown option {option:?}, type mac=ADDRESS, bps=SIZE, pps=N, vhost=on, vhost=off, or with tap=NAME ip= or gateway="
                 ));
             }
         }
@@ -202,7 +208,7 @@ pub fn join_shared(networks: &mut [NetworkConfig], name: &str) -> Result<Vec<Lea
 }
 
 fn user() -> NetworkConfig {
-    NetworkConfig { to: Attachment::User(UserNetwork::default()), mac: None, rate: Rate::default() }
+    NetworkConfig::of(Attachment::User(UserNetwork::default()))
 }
 
 impl Wish {
@@ -213,18 +219,22 @@ impl Wish {
             To::Network(name) => {
                 let Some(machine) = machine else {
                     let to = Attachment::Bridge { name: bridge::interface_of(name) };
-                    return Ok(Some(Addressed::from(NetworkConfig { to, mac: self.mac, rate: self.rate })));
+                    return Ok(Some(Addressed::from(self.config(to, self.mac))));
                 };
                 let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
                 let lease = bridge::join(name, machine, mac)?;
                 let mut leased = Addressed::leased(lease, mac);
-                leased.config.rate = self.rate;
+                leased.config = self.config(leased.config.to, leased.config.mac);
                 return Ok(Some(leased));
             }
         };
-        let config = NetworkConfig { to, mac, rate: self.rate };
+        let config = self.config(to, mac);
         let (addresses, gateways) = (self.addresses.clone(), self.gateways.clone());
         Ok(Some(Addressed { config, addresses, gateways, lease: None }))
+    }
+
+    fn config(&self, to: Attachment, mac: Option<MacAddress>) -> NetworkConfig {
+        NetworkConfig { to, mac, rate: self.rate, vhost: self.vhost }
     }
 }
 
@@ -252,24 +262,19 @@ mod tests {
     fn networks_are_what_was_asked_for() {
         assert_eq!(configs(&[]), Ok(Vec::new()));
         assert_eq!(configs(&["--network", "none"]), Ok(Vec::new()));
-        let tap = NetworkConfig {
-            to: Attachment::Tap { name: "tap0".into() },
-            mac: "02:00:00:00:00:07".parse().ok(),
-            rate: Rate::default(),
-        };
+        let to_tap = NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
+        let tap = NetworkConfig { mac: "02:00:00:00:00:07".parse().ok(), ..to_tap.clone() };
         let user = |ports: &[&str]| {
             let ports = ports.iter().map(|port| port.parse().unwrap()).collect();
-            NetworkConfig {
-                to: Attachment::User(UserNetwork { ports, dns: Vec::new() }),
-                mac: None,
-                rate: Rate::default(),
-            }
+            NetworkConfig::of(Attachment::User(UserNetwork { ports, dns: Vec::new() }))
         };
         let both = ["--network=tap=tap0,mac=02:00:00:00:00:07", "--network=user", "-p80:80", "-p", "53:53/udp"];
         assert_eq!(configs(&both), Ok(vec![tap, user(&["80:80", "53:53/udp"])]));
-        let shared =
-            NetworkConfig { to: Attachment::Bridge { name: "husk-web".into() }, mac: None, rate: Rate::default() };
-        assert_eq!(configs(&["--network=web"]), Ok(vec![shared]));
+        let shared = NetworkConfig::of(Attachment::Bridge { name: "husk-web".into() });
+        assert_eq!(configs(&["--network=web"]), Ok(vec![shared.clone()]));
+        let by_kernel = |config, on| NetworkConfig { vhost: Some(on), ..config };
+        assert_eq!(configs(&["--network=web,vhost=on"]), Ok(vec![by_kernel(shared, true)]));
+        assert_eq!(configs(&["--network=tap=tap0,vhost=off"]), Ok(vec![by_kernel(to_tap, false)]));
         assert_eq!(configs(&["-p", "8080:80"]), Ok(vec![user(&["8080:80"])]));
         let rate = Rate { bytes_per_second: Some(10 << 20), ops_per_second: Some(1000), ..Rate::default() };
         let limited = configs(&["--network=user,bps=10M,pps=1000"]).unwrap();
@@ -303,9 +308,17 @@ mod tests {
             let refusal = configs(words).unwrap_err();
             assert!(refusal.contains(wanted), "{words:?}: {refusal}");
         }
-        for text in
-            ["", "Bridge", "tap=t,x", "user,ip=10.0.0.2/24", "none,mac=02:00:00:00:00:01", "tap=t,ip=10.0.0.2", "user,"]
-        {
+        for text in [
+            "",
+            "Bridge",
+            "tap=t,x",
+            "tap=t,vhost",
+            "tap=t,vhost=yes",
+            "user,ip=10.0.0.2/24",
+            "none,mac=02:00:00:00:00:01",
+            "tap=t,ip=10.0.0.2",
+            "user,",
+        ] {
             assert!(wish(text).is_err(), "{text}");
         }
     }

@@ -20,7 +20,8 @@ Examples:
   husk stats --json | jq '.[].guest_memory_bytes'
 
 CPU is of one processor: 150% is one and a half. MEMORY is what the guest has touched and not given back, of what it may have;
-OWN is what husk takes beside it. DISK and NET are bytes read and written, received and sent, since the start.";
+OWN is what husk takes beside it. DISK and NET are bytes read and written, received and sent, since the start. What the host's kernel does for
+a network (vhost-net) is in CPU from Linux 6.4 on.";
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);

@@ -24,6 +24,9 @@ pub struct NetworkConfig {
     /// What the guest may send in a second, and what it may receive; a packet is an operation.
     #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
     pub rate: Rate,
+    /// Whether the host's kernel moves the frames of a tap device (vhost-net); if nothing is said, where it can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<bool>,
 }
 
 /// What an interface is connected to.
@@ -213,10 +216,21 @@ fn range(text: &str) -> Option<(u16, u16)> {
 }
 
 impl NetworkConfig {
+    /// An interface that is connected to this, with nothing else asked of it.
+    pub fn of(to: Attachment) -> NetworkConfig {
+        NetworkConfig { to, mac: None, rate: Rate::default(), vhost: None }
+    }
+
     /// Checks what can be checked without a look at the host.
     pub fn validate(&self) -> Result<(), Invalid> {
         if !self.rate.makes_sense() {
             return Err(Invalid::NetworkRate);
+        }
+        if self.vhost == Some(true) && !self.rate.is_unlimited() {
+            return Err(Invalid::LimitedVhost);
+        }
+        if self.vhost.is_some() && matches!(self.to, Attachment::User(_)) {
+            return Err(Invalid::UserVhost);
         }
         match &self.to {
             Attachment::Tap { name } | Attachment::Bridge { name } => {
@@ -306,7 +320,7 @@ mod tests {
             dns: vec!["192.0.2.53".parse().unwrap()],
         };
         for to in [Attachment::User(user), Attachment::Tap { name: "tap0".into() }] {
-            let network = NetworkConfig { to, mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), rate: Rate::default() };
+            let network = NetworkConfig { mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), ..NetworkConfig::of(to) };
             assert_eq!(network.validate(), Ok(()));
             let json = serde_json::to_string(&network).unwrap();
             assert_eq!(serde_json::from_str::<NetworkConfig>(&json).unwrap(), network, "{json}");
@@ -323,22 +337,35 @@ mod tests {
     fn a_network_is_limited_to_something() {
         let with = |bytes_per_second, burst_bytes| {
             let rate = Rate { bytes_per_second, burst_bytes, ..Rate::default() };
-            NetworkConfig { to: Attachment::User(UserNetwork::default()), mac: None, rate }.validate()
+            NetworkConfig { rate, ..NetworkConfig::of(Attachment::User(UserNetwork::default())) }.validate()
         };
         assert_eq!((with(None, None), with(Some(1), Some(1))), (Ok(()), Ok(())));
         assert_eq!((with(Some(0), None), with(None, Some(1))), (Err(Invalid::NetworkRate), Err(Invalid::NetworkRate)));
     }
 
     #[test]
+    fn the_kernel_moves_frames_of_tap_devices_that_are_not_limited() {
+        let tap = || NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
+        let user = || NetworkConfig::of(Attachment::User(UserNetwork::default()));
+        let rate = Rate { ops_per_second: Some(1), ..Rate::default() };
+        assert_eq!(NetworkConfig { vhost: Some(true), ..tap() }.validate(), Ok(()));
+        assert_eq!(NetworkConfig { vhost: Some(false), rate, ..tap() }.validate(), Ok(()));
+        assert_eq!(NetworkConfig { vhost: Some(true), rate, ..tap() }.validate(), Err(Invalid::LimitedVhost));
+        for vhost in [true, false] {
+            assert_eq!(NetworkConfig { vhost: Some(vhost), ..user() }.validate(), Err(Invalid::UserVhost));
+        }
+    }
+
+    #[test]
     fn names_and_ports_that_cannot_be_are_refused() {
         for name in ["", "..", "a/b", "a b", "tap:1", "sixteen-letters-", "naïve"] {
-            let network = NetworkConfig { to: Attachment::Tap { name: name.into() }, mac: None, rate: Rate::default() };
+            let network = NetworkConfig::of(Attachment::Tap { name: name.into() });
             assert_eq!(network.validate(), Err(Invalid::InterfaceName(name.into())));
         }
         for (host, guest, count) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (65535, 1, 2), (1, 65535, 2)] {
             let user =
                 UserNetwork { ports: vec![ports(None, host, guest, count, Protocol::Tcp)], ..Default::default() };
-            let network = NetworkConfig { to: Attachment::User(user), mac: None, rate: Rate::default() };
+            let network = NetworkConfig::of(Attachment::User(user));
             assert!(matches!(network.validate(), Err(Invalid::Ports(..))), "{host} {guest} {count}");
         }
     }

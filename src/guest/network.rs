@@ -5,7 +5,6 @@ use std::str::FromStr;
 
 use husk_protocol::{Interface, InterfaceAddress};
 
-use crate::backend::rate::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig};
 use crate::resources::bridge::{self, Lease};
 use crate::resources::passt;
@@ -55,7 +54,7 @@ impl Addressed {
     pub fn leased(lease: Lease, mac: MacAddress) -> Addressed {
         let to = Attachment::Bridge { name: lease.bridge.interface() };
         Addressed {
-            config: NetworkConfig { to, mac: Some(mac), rate: Rate::default() },
+            config: NetworkConfig { mac: Some(mac), ..NetworkConfig::of(to) },
             addresses: vec![Address { ip: lease.address.into(), prefix: bridge::PREFIX }],
             gateways: if lease.bridge.internal { Vec::new() } else { vec![lease.bridge.gateway().into()] },
             lease: Some(lease),
@@ -148,7 +147,7 @@ mod tests {
     use crate::config::{MacAddress, UserNetwork};
 
     fn wired(to: Attachment) -> Addressed {
-        let config = NetworkConfig { to, mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), rate: Rate::default() };
+        let config = NetworkConfig { mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), ..NetworkConfig::of(to) };
         Addressed { config, lease: None, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
     }
 

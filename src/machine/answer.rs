@@ -237,6 +237,7 @@ impl Control<'_> {
             block_written_bytes: disks(|counters| &counters.written_bytes),
             net_received_bytes: controls.links.iter().map(|link| link.counts().rx_bytes).sum(),
             net_sent_bytes: controls.links.iter().map(|link| link.counts().tx_bytes).sum(),
+            net_vhost_interfaces: controls.links.iter().filter(|link| link.is_served_by_kernel()).count() as u32,
         })
     }
 }

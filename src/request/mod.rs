@@ -142,4 +142,6 @@ pub struct Stats {
     pub net_received_bytes: u64,
     /// Sent by the guest.
     pub net_sent_bytes: u64,
+    /// How many network interfaces the host's kernel serves now, by vhost-net.
+    pub net_vhost_interfaces: u32,
 }

@@ -55,6 +55,8 @@ pub struct Host {
     pub cgroups: Cgroups,
     /// /dev/net/tun.
     pub tap: Access,
+    /// /dev/vhost-net.
+    pub vhost: Access,
     /// What user-mode networking lacks.
     pub user_network: Option<passt::Missing>,
     /// Memory that can be given to guests without swapping.
@@ -162,6 +164,7 @@ fn probe_files(root: &Path) -> Host {
         user_namespaces: user_namespaces(root),
         cgroups: cgroups(root),
         tap: access(&root.join("dev/net/tun")),
+        vhost: access(&root.join("dev/vhost-net")),
         user_network: passt::check().err(),
         memory_available_mib: memory_available_mib(&read(root, "proc/meminfo")),
     }

@@ -71,7 +71,7 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
         affinity::keep_to(&config.cpuset)?;
     }
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
-    let networks = config.networks.iter().map(|network| net::open(network, config.cpus)).collect::<Result<Vec<_>>>()?;
+    let networks = config.networks.iter().map(|network| net::open(network, config)).collect::<Result<Vec<_>>>()?;
     Ok(Resources { kvm, kernel, initrd, disks, hold, vsock, networks })
 }
 

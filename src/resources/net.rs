@@ -6,16 +6,22 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use sha2::{Digest, Sha256};
 
 use super::{bridge, passt};
-use crate::backend::net::{HEADER_BYTES, NetBackend, TapNet};
+use crate::backend::net::{HEADER_BYTES, NetBackend, TapCounts, TapNet};
 use crate::backend::rate::Rate;
-use crate::config::{Attachment, MacAddress, NetworkConfig};
+use crate::config::{Attachment, MacAddress, MachineConfig, NetworkConfig};
 use crate::sys;
 
 const TUN_PATH: &str = "/dev/net/tun";
+/// The kernel's own way from a tap device to a guest's queues.
+pub const VHOST_PATH: &str = "/dev/vhost-net";
+/// The version of Linux from which on the thread that this takes is one of the process, and keeps to its processors.
+const OWN_THREAD_SINCE: (u32, u32) = (6, 4);
+/// What the kernel counts of each interface of this network.
+const COUNTS_PATH: &str = "/proc/thread-self/net/dev";
 /// The interfaces of this network, by name.
 const INTERFACES: &str = "/sys/class/net";
 /// Names of tap devices on bridges; the kernel counts.
@@ -37,14 +43,26 @@ pub struct Network {
     pub mtu_bytes: Option<u16>,
     /// What may go through in a second, in each direction.
     pub rate: Rate,
+    /// What is counted by others than this process.
+    pub counts: Option<TapCounts>,
 }
 
-/// Opens what `config` says for a machine of `cpus` vCPUs. For a user's network this starts passt, which is not waited for.
-pub fn open(config: &NetworkConfig, cpus: u32) -> Result<Network> {
-    open_any(config, cpus.min(PAIRS_MAX) as usize).map(|network| Network { rate: config.rate, ..network })
+/// Opens what the configuration `network` of `machine` says. For a user's network this starts passt, which is not waited for.
+pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<Network> {
+    let pairs = machine.cpus.min(PAIRS_MAX) as usize;
+    let vhost = Vhost { wish: network.vhost, keeps_to_cpus: !machine.cpuset.is_empty() };
+    open_any(network, pairs, vhost).map(|opened| Network { rate: network.rate, ..opened })
 }
 
-fn open_any(config: &NetworkConfig, pairs: usize) -> Result<Network> {
+/// What is asked of vhost-net.
+#[derive(Clone, Copy)]
+struct Vhost {
+    wish: Option<bool>,
+    /// Whether its thread is to stay on some of the host's processors.
+    keeps_to_cpus: bool,
+}
+
+fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<Network> {
     let mac = match config.mac {
         Some(mac) => mac,
         None => random_mac()?,
@@ -53,26 +71,79 @@ fn open_any(config: &NetworkConfig, pairs: usize) -> Result<Network> {
         Attachment::User(user) => {
             let backends: Vec<Box<dyn NetBackend>> = vec![Box::new(passt::start(user)?)];
             let rate = Rate::default();
-            Ok(Network { backends, name: "passt".into(), mac: mac.0, mtu_bytes: Some(passt::MTU_BYTES), rate })
+            Ok(Network {
+                backends,
+                name: "passt".into(),
+                mac: mac.0,
+                mtu_bytes: Some(passt::MTU_BYTES),
+                rate,
+                counts: None,
+            })
         }
         Attachment::Tap { name } => {
             let (taps, _) = open_tap(name, pairs).with_context(|| format!("open tap device {name}"))?;
-            on_tap(taps, name, mac)
+            on_tap(taps, name, mac, vhost)
         }
         Attachment::Bridge { name } => {
             let (taps, own_name) =
                 open_tap(TAP_NAMES, pairs).with_context(|| format!("make a tap device for {name}"))?;
             bridge::attach(&own_name, name)?;
-            on_tap(taps, &own_name, mac)
+            on_tap(taps, &own_name, mac, vhost)
         }
     }
 }
 
-fn on_tap(taps: Vec<File>, name: &str, mac: MacAddress) -> Result<Network> {
+fn on_tap(taps: Vec<File>, name: &str, mac: MacAddress, vhost: Vhost) -> Result<Network> {
     let mtu = sys::net::interface_mtu(name).with_context(|| format!("look at tap device {name}"))?;
     let mtu_bytes = u16::try_from(mtu.min(MTU_BYTES_MAX)).ok();
-    let backends = taps.into_iter().map(|tap| -> Box<dyn NetBackend> { Box::new(TapNet::new(tap)) }).collect();
-    Ok(Network { backends, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default() })
+    let mut vhosts = vhost.open(taps.len())?.into_iter();
+    let counts = match vhosts.len() {
+        0 => None,
+        _ => Some(TapCounts::new(File::open(COUNTS_PATH).with_context(|| format!("open {COUNTS_PATH}"))?, name)),
+    };
+    let backend = |tap| -> Box<dyn NetBackend> { Box::new(TapNet::new(tap, vhosts.next())) };
+    let backends = taps.into_iter().map(backend).collect();
+    Ok(Network { backends, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default(), counts })
+}
+
+impl Vhost {
+    /// Opens it once for each of `pairs` of queues, or not at all where it is not to be had and nobody insists.
+    fn open(self, pairs: usize) -> Result<Vec<File>> {
+        if self.wish == Some(false) {
+            return Ok(Vec::new());
+        }
+        let opened = self.try_open(pairs);
+        match opened {
+            Err(error) if self.wish.is_none() => {
+                log::info!("frames of the tap device pass through husk: {error:#}");
+                Ok(Vec::new())
+            }
+            opened => opened,
+        }
+    }
+
+    fn try_open(self, pairs: usize) -> Result<Vec<File>> {
+        ensure!(
+            !self.keeps_to_cpus || kernel_version() >= Some(OWN_THREAD_SINCE),
+            "before Linux 6.4 vhost-net does not keep to --cpuset: leave out one of them"
+        );
+        let open = |_| File::options().read(true).write(true).open(VHOST_PATH);
+        (0..pairs).map(open).collect::<io::Result<_>>().map_err(|error| {
+            let advice = match error.kind() {
+                ErrorKind::PermissionDenied => "see `husk doctor`",
+                // A name may be there without the module.
+                _ => "load it with `sudo modprobe vhost_net`",
+            };
+            anyhow!(error).context(format!("open {VHOST_PATH} ({advice})"))
+        })
+    }
+}
+
+/// The host's version of Linux, as far as two numbers go.
+fn kernel_version() -> Option<(u32, u32)> {
+    let uname = rustix::system::uname();
+    let mut numbers = uname.release().to_str().ok()?.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// Returns `queues` of the device, or as many as it has, and its name.
@@ -154,6 +225,24 @@ fn random_mac() -> Result<MacAddress> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_insists_on_vhost_is_told_what_to_type() {
+        let open = |wish, keeps_to_cpus| Vhost { wish, keeps_to_cpus }.open(2);
+        assert_eq!(open(Some(false), false).unwrap().len(), 0);
+        let is_there = File::options().read(true).write(true).open(VHOST_PATH).is_ok();
+        assert_eq!(open(None, false).unwrap().len(), if is_there { 2 } else { 0 });
+        match open(Some(true), false) {
+            Ok(files) => assert!(is_there && files.len() == 2),
+            Err(error) => {
+                assert!(!is_there && format!("{error:#}").contains("(load it with `sudo modprobe vhost_net`)"))
+            }
+        }
+        if kernel_version().unwrap() < OWN_THREAD_SINCE {
+            assert!(format!("{:#}", open(Some(true), true).unwrap_err()).contains("--cpuset"));
+            assert_eq!(open(None, true).unwrap().len(), 0);
+        }
+    }
 
     #[test]
     fn a_machines_address_is_its_names() {

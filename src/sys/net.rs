@@ -4,8 +4,10 @@
 use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+
+use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 
 use crate::backend::disk::GuestBuffers;
 
@@ -78,6 +80,14 @@ pub fn set_tap_offloads(tap: &File, offloads: TapOffloads) -> io::Result<()> {
     let flags = flags.iter().filter(|(wanted, _)| *wanted).fold(0, |all, (_, flag)| all | flag);
     // SAFETY: the request's argument is a number, no pointer.
     check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD as _, flags) })
+}
+
+/// Gives vhost-net, `device`, the tap device `tap` as the other end of its queue of `direction`, or with none takes it away
+/// again; then its work on the queue has ended when this returns.
+pub fn set_vhost_backend(device: &File, direction: usize, tap: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let backend = vhost_vring_file { index: direction as u32, fd: tap.map_or(-1, |tap| tap.as_raw_fd()) };
+    // SAFETY: the request reads one `vhost_vring_file`, which outlives the call.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), VHOST_NET_SET_BACKEND() as _, &backend) })
 }
 
 /// The largest packet that the interface `name` carries, in bytes.

@@ -1,7 +1,7 @@
 //! From a vCPU's load or store to a virtio device: virtio over MMIO, version 2 (virtio 1.2 §4.2.2).
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, ensure};
@@ -130,10 +130,20 @@ struct Registers {
 /// The interrupt's part that vCPU and worker threads share, with no lock.
 struct MmioInterrupt {
     status: AtomicU32,
+    /// Whether somebody raises the line who cannot set the status.
+    shared: AtomicBool,
     line: IrqLine,
 }
 
 impl MmioInterrupt {
+    /// InterruptStatus. While the line is shared it always tells of used buffers, which is true whenever it matters, and
+    /// otherwise one of the spurious notifications that drivers must handle (virtio 1.2 §2.7.7.1): they look, find nothing
+    /// used, and go on.
+    fn status(&self) -> u32 {
+        let used = if self.shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
+        self.status.load(Ordering::SeqCst) | used
+    }
+
     fn raise(&self, cause: u32) {
         self.status.fetch_or(cause, Ordering::SeqCst);
         self.line.raise();
@@ -148,6 +158,14 @@ impl Interrupt for MmioInterrupt {
     fn config_changed(&self) {
         self.raise(CONFIGURATION_CHANGE);
     }
+
+    fn used_event(&self, _index: usize) -> &EventFd {
+        self.line.event()
+    }
+
+    fn share(&self, shared: bool) {
+        self.shared.store(shared, Ordering::SeqCst);
+    }
 }
 
 impl MmioTransport {
@@ -155,7 +173,8 @@ impl MmioTransport {
     ///
     /// Fails where the host has no more file descriptors or threads.
     pub fn new(device: VirtioDevice, memory: GuestMemory, irq: IrqLine) -> io::Result<MmioTransport> {
-        let interrupt = Arc::new(MmioInterrupt { status: AtomicU32::new(0), line: irq });
+        let interrupt =
+            Arc::new(MmioInterrupt { status: AtomicU32::new(0), shared: AtomicBool::new(false), line: irq });
         let doorbells =
             device.queue_sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
         let doorbells = Arc::new(doorbells);
@@ -241,7 +260,7 @@ impl MmioTransport {
     fn read_register(&self, offset: u64) -> Option<u32> {
         // The one register that is read at every interrupt takes no lock.
         if offset == INTERRUPT_STATUS {
-            return Some(self.interrupt.status.load(Ordering::SeqCst));
+            return Some(self.interrupt.status());
         }
         let Registers { selectors, session } = &*self.lock();
         let queue = session.queue(selectors.queue);

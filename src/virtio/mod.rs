@@ -6,6 +6,8 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::EventFd;
+
 pub mod balloon;
 pub mod block;
 pub mod block_request;
@@ -78,6 +80,17 @@ pub trait QueueHandler: Send {
     /// A run begins, with the features that the driver accepted. Runs may follow each other with no reset in between.
     fn start(&mut self, features: u64);
 
+    /// Gives queues to somebody else who is to serve them in the worker's place, or takes them back, as it is now to be.
+    /// Called at the beginning of a run, and again whenever [`QueueHandler::is_settled`] says so.
+    fn settle(&mut self, _queues: &mut [Virtqueue], _ways: &Ways) -> Result<(), RingError> {
+        Ok(())
+    }
+
+    /// Whether every queue is in the hands it is to be in. Asked between turns, so after each thing that may change it.
+    fn is_settled(&mut self) -> Result<bool, RingError> {
+        Ok(true)
+    }
+
     /// Takes what is available in queue `index` and completes what can be completed, in any queue.
     ///
     /// Called when the queue's doorbell rang, when one of [`QueueHandler::wake_fds`] had something to tell, and once at each
@@ -85,12 +98,12 @@ pub trait QueueHandler: Send {
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError>;
 
     /// File descriptors that become readable or writable when the host side has something to tell. They are watched
-    /// edge-triggered, for the length of a run.
+    /// edge-triggered, until the next [`QueueHandler::settle`] or the end of the run.
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }
 
-    /// A run ends: waits for everything in flight and completes it. When this returns, with an error too, nothing touches
+    /// A run ends: takes back all queues, waits for everything in flight and completes it. When this returns, with an error too, nothing touches
     /// guest memory any more.
     fn drain(&mut self, _queues: &mut [Virtqueue]) -> Result<(), RingError> {
         Ok(())
@@ -111,10 +124,24 @@ pub trait QueueHandler: Send {
     }
 }
 
+/// What connects queues to their driver, for somebody else who serves them in the worker's place.
+#[derive(Clone)]
+pub struct Ways {
+    /// One a queue, in order: written when the driver rings.
+    pub doorbells: Arc<Vec<EventFd>>,
+    /// The way to the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
 /// How a device gets the driver's attention: the transport's part of an interrupt. Called from any thread.
 pub trait Interrupt: Send + Sync {
     /// Queue `index` has used buffers that the driver wants to hear of.
     fn queue_used(&self, index: usize);
     /// The configuration, or the device's status, changed.
     fn config_changed(&self);
+    /// Writing this is as good as [`Interrupt::queue_used`] for queue `index`, while the interrupt is shared.
+    fn used_event(&self, index: usize) -> &EventFd;
+    /// Shares the interrupt with somebody who writes [`Interrupt::used_event`], or no longer. Whoever ends it says
+    /// [`Interrupt::queue_used`] before, since what was written last may not have been seen.
+    fn share(&self, shared: bool);
 }

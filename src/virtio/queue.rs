@@ -30,6 +30,9 @@ pub enum RingError {
     /// A descriptor chain breaks a rule of virtio 1.2 §2.7.5.
     #[error("invalid descriptor chain: {0}")]
     Chain(&'static str),
+    /// The host's kernel, which served the queue, does not go on with it.
+    #[error("the host's kernel (vhost) {0}")]
+    Kernel(String),
 }
 
 impl From<QueueError> for RingError {
@@ -193,6 +196,8 @@ impl Descriptor {
 pub struct Virtqueue {
     queue: Queue,
     memory: Arc<GuestMemory>,
+    /// Somebody else serves it, and nothing here touches it.
+    is_away: bool,
     /// Chains pushed since the driver's wish for interrupts was last looked at; the most that there are stands for more.
     added: u16,
 }
@@ -225,7 +230,7 @@ impl Virtqueue {
             queue.set_event_idx(event_idx);
             queue.set_ready(true);
         }
-        Ok(Virtqueue { queue, memory: memory.clone(), added: 0 })
+        Ok(Virtqueue { queue, memory: memory.clone(), is_away: false, added: 0 })
     }
 
     /// Writes down how far the queue has come.
@@ -233,6 +238,42 @@ impl Virtqueue {
         if self.queue.ready() {
             registers.next_available = self.queue.next_avail();
             registers.next_used = self.queue.next_used();
+        }
+    }
+
+    /// Whether the driver has enabled the queue.
+    pub fn is_ready(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// Whether somebody else serves the queue.
+    pub fn is_away(&self) -> bool {
+        self.is_away
+    }
+
+    /// Gives the queue to somebody else, who finds it as it was checked by [`Virtqueue::new`]. Until it is taken back, all
+    /// that is called here is about a queue that is empty.
+    pub fn give_away(&mut self) -> QueueRegisters {
+        self.is_away = true;
+        QueueRegisters {
+            size_max: self.queue.max_size(),
+            size: self.queue.size(),
+            ready: self.queue.ready(),
+            descriptor_table: self.queue.desc_table(),
+            available_ring: self.queue.avail_ring(),
+            used_ring: self.queue.used_ring(),
+            next_available: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
+    }
+
+    /// Takes the queue back from where it was left: `next` is the index of the next entry of either ring, as many chains
+    /// having been used as were taken. Without it nothing was done.
+    pub fn take_back(&mut self, next: Option<u16>) {
+        self.is_away = false;
+        if let Some(next) = next {
+            self.queue.set_next_avail(next);
+            self.queue.set_next_used(next);
         }
     }
 
@@ -251,7 +292,7 @@ impl Virtqueue {
     /// Fails on an available index out of reach, and on a chain with an index outside of its table, longer than the queue
     /// (as is one without an end), with a bad table of indirect descriptors, or with a readable part behind a writable one.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if !self.queue.ready() {
+        if !self.is_served() {
             return Ok(false);
         }
         let Some(descriptors) = self.queue.iter(&*self.memory)?.next() else { return Ok(false) };
@@ -351,7 +392,7 @@ impl Virtqueue {
 
     /// Tells the driver that its doorbell is not wanted while the queue is being looked at anyway.
     pub fn disable_notification(&mut self) -> Result<(), RingError> {
-        if self.queue.ready() {
+        if self.is_served() {
             self.queue.disable_notification(&*self.memory)?;
         }
         Ok(())
@@ -359,7 +400,11 @@ impl Virtqueue {
 
     /// Asks for the driver's doorbell. Returns whether chains became available before the driver could know of it.
     pub fn enable_notification(&mut self) -> Result<bool, RingError> {
-        if self.queue.ready() { Ok(self.queue.enable_notification(&*self.memory)?) } else { Ok(false) }
+        if self.is_served() { Ok(self.queue.enable_notification(&*self.memory)?) } else { Ok(false) }
+    }
+
+    fn is_served(&self) -> bool {
+        self.queue.ready() && !self.is_away
     }
 }
 

@@ -1,8 +1,9 @@
 //! From a doorbell to the handler: the thread that serves a device's queues.
 //!
 //! The thread lives as long as the device, but works only while it is lent the handler and the queues: it gives them back
-//! when it is told to stop, or when a ring is broken. It is made with the device and not at its first use, because a
-//! thread inherits the system calls left to the thread that makes it, and a driver starts its device from a vCPU thread.
+//! when it is told to stop, or when a ring is broken. What the handler gives away meanwhile is not listened to. The thread
+//! is made with the device and not at its first use, because a thread inherits the system calls left to the thread that
+//! makes it, and a driver starts its device from a vCPU thread.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,7 +16,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::log_rate::LogRate;
-use super::{Interrupt, Left, QueueHandler, Virtqueue};
+use super::{Interrupt, Left, QueueHandler, Virtqueue, Ways};
 use crate::sandbox;
 
 /// What a worker is lent for the length of a run.
@@ -85,15 +86,14 @@ impl Worker {
         let epoll = Epoll::new()?;
         watch(&epoll, stop.as_raw_fd(), STOP, EventSet::IN)?;
         for (index, doorbell) in (0..).zip(doorbells.iter()) {
-            // Edge-triggered, so that the counter need not be read: every write is an event, whatever the counter says.
-            watch(&epoll, doorbell.as_raw_fd(), index, EventSet::IN | EventSet::EDGE_TRIGGERED)?;
+            watch_doorbell(&epoll, doorbell, index)?;
         }
+        let ways = Ways { doorbells, interrupt: reports.interrupt.clone() };
         let (lend, lent) = channel::<Lent>();
         let (give_back, back) = channel();
         let thread = sandbox::spawn(name, move || {
-            let _doorbells = doorbells;
             for mut lent in lent {
-                run(&epoll, &mut lent, &reports);
+                run(&epoll, &ways, &mut lent, &reports);
                 if give_back.send(lent).is_err() {
                     return;
                 }
@@ -132,31 +132,59 @@ impl Drop for Worker {
 }
 
 /// One run: until the stop event or a broken ring, and then until nothing is in flight.
-fn run(epoll: &Epoll, lent: &mut Lent, reports: &Reports) {
-    let wake_fds: Vec<RawFd> = lent.handler.wake_fds().iter().map(|fd| fd.as_raw_fd()).collect();
-    let served = wake_fds
-        .iter()
-        .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED))
-        .map_err(anyhow::Error::from)
-        .and_then(|()| serve(epoll, lent, &*reports.interrupt));
+fn run(epoll: &Epoll, ways: &Ways, lent: &mut Lent, reports: &Reports) {
+    let served = loop {
+        match stint(epoll, ways, lent) {
+            Ok(Until::Stopped) => break Ok(()),
+            Ok(Until::Unsettled) => {}
+            Err(error) => break Err(error),
+        }
+    };
     let drained = lent.handler.drain(&mut lent.queues).map_err(anyhow::Error::from);
     let signalled = signal(&mut lent.queues, &*reports.interrupt);
-    for fd in wake_fds {
-        let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
-    }
     if let Err(error) = served.and(drained).and(signalled) {
         reports.fail(&error);
     }
 }
 
-/// Gives every queue that has something to do its turn, until the stop event.
-fn serve(epoll: &Epoll, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::Result<()> {
+/// How a stint ended.
+enum Until {
+    /// By the stop event.
+    Stopped,
+    /// Queues are to be in other hands.
+    Unsettled,
+}
+
+/// The part of a run in which no queue changes hands.
+fn stint(epoll: &Epoll, ways: &Ways, lent: &mut Lent) -> anyhow::Result<Until> {
+    let Lent { handler, queues } = lent;
+    handler.settle(queues, ways)?;
+    let wake_fds: Vec<RawFd> = handler.wake_fds().iter().map(|fd| fd.as_raw_fd()).collect();
+    let is_away: Vec<bool> = queues.iter().map(Virtqueue::is_away).collect();
+    let away = || (0..).zip(ways.doorbells.iter()).zip(&is_away).filter(|(_, away)| **away).map(|(bell, _)| bell);
+    // Whoever has the queue hears its doorbell.
+    away().for_each(|(_, doorbell)| unwatch(epoll, doorbell.as_raw_fd()));
+    let served = wake_fds
+        .iter()
+        .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED))
+        .map_err(anyhow::Error::from)
+        .and_then(|()| serve(epoll, lent, &*ways.interrupt));
+    wake_fds.iter().for_each(|fd| unwatch(epoll, *fd));
+    away().try_for_each(|(index, doorbell)| watch_doorbell(epoll, doorbell, index))?;
+    served
+}
+
+/// Gives every queue that has something to do its turn, until the stop event or until queues are to change hands.
+fn serve(epoll: &Epoll, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::Result<Until> {
     let mut events = [EpollEvent::default(); 16];
     // Doorbells that rang before this run are not remembered, so each queue is looked at once.
     let mut due = vec![true; lent.queues.len()];
     loop {
         for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
             *due = turn(index, lent, interrupt)?;
+        }
+        if !lent.handler.is_settled()? {
+            return Ok(Until::Unsettled);
         }
         let timeout_ms = if due.contains(&true) { 0 } else { -1 };
         let count = match epoll.wait(timeout_ms, &mut events) {
@@ -165,7 +193,7 @@ fn serve(epoll: &Epoll, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::R
         };
         for event in events.iter().take(count) {
             match event.data() {
-                STOP => return Ok(()),
+                STOP => return Ok(Until::Stopped),
                 WAKE => due.fill(true),
                 index => due.iter_mut().skip(index as usize).take(1).for_each(|due| *due = true),
             }
@@ -176,6 +204,9 @@ fn serve(epoll: &Epoll, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::R
 /// One queue's turn: returns whether it is due another one.
 fn turn(index: usize, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::Result<bool> {
     let Lent { handler, queues } = lent;
+    if queues[index].is_away() {
+        return Ok(false);
+    }
     queues[index].disable_notification()?;
     let left = handler.process(index, queues)?;
     signal(queues, interrupt)?;
@@ -194,6 +225,16 @@ fn signal(queues: &mut [Virtqueue], interrupt: &dyn Interrupt) -> anyhow::Result
         }
     }
     Ok(())
+}
+
+/// Edge-triggered, so that the counter need not be read: every write is an event, whatever the counter says.
+fn watch_doorbell(epoll: &Epoll, doorbell: &EventFd, index: u64) -> io::Result<()> {
+    watch(epoll, doorbell.as_raw_fd(), index, EventSet::IN | EventSet::EDGE_TRIGGERED)
+}
+
+fn unwatch(epoll: &Epoll, fd: RawFd) {
+    // It fails where it is not watched, which is as good.
+    let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
 
 fn watch(epoll: &Epoll, fd: RawFd, mark: u64, events: EventSet) -> io::Result<()> {

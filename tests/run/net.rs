@@ -54,13 +54,21 @@ fn networked(guests: &Path, kernel: &str, flags: &[&str], script: &str) -> Ended
 
 /// Starts one that stays, and waits until it has said `ready`. The thread returns what it says later.
 pub(crate) fn start(guests: &Path, flags: &[&str], script: &str) -> (Child, JoinHandle<String>) {
-    ready(&mut shell(guests, flags, script))
+    start_under("micro", guests, flags, script)
+}
+
+fn start_under(kernel: &str, guests: &Path, flags: &[&str], script: &str) -> (Child, JoinHandle<String>) {
+    ready(&mut shell_under(kernel, guests, flags, script))
 }
 
 /// A shell command in a machine with a network.
 pub(crate) fn shell(guests: &Path, flags: &[&str], script: &str) -> Command {
+    shell_under("micro", guests, flags, script)
+}
+
+fn shell_under(kernel: &str, guests: &Path, flags: &[&str], script: &str) -> Command {
     let words = [flags, &["-e", "PATH=/bin", root(), "sh", "-c", script]].concat();
-    husk_networked(guests, "micro", &words)
+    husk_networked(guests, kernel, &words)
 }
 
 /// Starts a machine whose command says `ready`, and waits for it, as [`start`] does.
@@ -335,4 +343,99 @@ fn a_tap_device_has_a_pair_of_queues_for_each_vcpu() {
     husk(&["unpause", "pairs"]);
     transfer(&[]);
     end(machine);
+}
+
+/// Whether the host has vhost-net, which the lab has; loudly if not.
+fn has_vhost() -> bool {
+    let has = Path::new("/dev/vhost-net").exists();
+    assert!(has || std::env::var_os("HUSK_TEST_EMULATED").is_none(), "the lab has lost its vhost-net");
+    if !has {
+        eprintln!("SKIPPED: this host has no vhost-net");
+    }
+    has
+}
+
+/// Waits until the host's kernel serves as many interfaces of the machine.
+fn wait_until_kernel_serves(interfaces: u64, machine: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let stats: serde_json::Value = serde_json::from_str(&husk(&["stats", "--json", machine])).unwrap();
+        if stats[0]["net_vhost_interfaces"].as_u64() == Some(interfaces) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{stats}");
+    }
+}
+
+/// How many threads of vhost's work for process `pid`: the kernel's own, or since Linux 6.4 the process's. They are named for
+/// the thread that they were made by.
+fn vhost_threads(pid: u32) -> usize {
+    let own = format!("/proc/{pid}/task");
+    let maker = |comm: &str| comm.strip_prefix("vhost-").map(|tid| Path::new(&own).join(tid.trim()));
+    let works = |task: &Path| {
+        let comm = fs::read_to_string(task.join("comm")).unwrap_or_default();
+        maker(&comm).is_some_and(|thread| thread.exists())
+    };
+    let tasks = ["/proc", &own].map(|folder| fs::read_dir(folder).into_iter().flatten().flatten());
+    tasks.into_iter().flatten().filter(|task| works(&task.path())).count()
+}
+
+#[test]
+fn the_hosts_kernel_moves_the_frames_of_a_tap_device_but_for_what_it_cannot_do() {
+    let guests = guests!();
+    if !is_root() || !has_vhost() {
+        return;
+    }
+    let network = "tap=husk-vhost,vhost=on,ip=198.18.9.2/24,gateway=198.18.9.1";
+    let script = "iperf3 -s -D; mkdir /www; head -c 2000000 /dev/zero >/www/big; httpd -p 80 -h /www; echo ready; exec sleep 1000";
+    // One pair of queues under the stock kernel, and two.
+    for (kernel, cpus, threads) in [("stock", "1", 1), ("micro", "2", 2)] {
+        let flags = ["--name", "vhosted", "--cpus", cpus, "--network", network];
+        let (machine, _output) = start_under(kernel, &guests, &flags, script);
+        run(Command::new("ip").args(["addr", "add", "198.18.9.1/24", "dev", "husk-vhost"]));
+        run(Command::new("ip").args(["link", "set", "husk-vhost", "up"]));
+        let page = |patience_s: &str| {
+            let mut curl = Command::new("curl");
+            curl.args(["-sS", "--max-time", patience_s, "http://198.18.9.2/big"]).output().unwrap().stdout.len()
+        };
+        let counted = |name: &str| {
+            let stats: serde_json::Value = serde_json::from_str(&husk(&["stats", "--json", "vhosted"])).unwrap();
+            stats[0][name].as_u64().unwrap()
+        };
+        wait_until_kernel_serves(1, "vhosted");
+        assert_eq!(vhost_threads(machine.id()), threads, "a thread for each pair of queues");
+        assert_eq!(page("60"), 2_000_000);
+        for direction in [&[][..], &["-R"]] {
+            let mut client = Command::new("iperf3");
+            client.args(["-c", "198.18.9.2", "-P", cpus, "-n", "16M", "-J"]).args(direction);
+            let report: serde_json::Value = serde_json::from_str(&run(&mut client)).unwrap();
+            assert!(report["end"]["sum_received"]["bytes"].as_u64().unwrap() >= 8 << 20, "{}", report["end"]);
+        }
+        let (received, sent) = (counted("net_received_bytes"), counted("net_sent_bytes"));
+        assert!(received > 8 << 20 && sent > 10 << 20, "{received} {sent}");
+        // Each while a transfer is under way, which goes on.
+        for (change, back) in [
+            (&["update", "--network-bps", "20M"][..], &["update", "--network-bps", "none"][..]),
+            (&["pause"], &["unpause"]),
+            (&["update", "--link", "down"], &["update", "--link", "up"]),
+        ] {
+            let mut client = Command::new("iperf3");
+            client.args(["-c", "198.18.9.2", "-n", "32M", "-J"]).stdout(Stdio::piped());
+            let client = client.spawn().unwrap();
+            thread::sleep(Duration::from_millis(300));
+            husk(&[change, &["vhosted"]].concat());
+            wait_until_kernel_serves(0, "vhosted");
+            husk(&[back, &["vhosted"]].concat());
+            wait_until_kernel_serves(1, "vhosted");
+            let output = client.wait_with_output().unwrap();
+            assert!(output.status.success(), "{change:?}: {}", String::from_utf8_lossy(&output.stdout));
+            assert_eq!(page("60"), 2_000_000, "{change:?}");
+        }
+        assert!(counted("net_received_bytes") > received + 3 * (30 << 20), "all of them are counted");
+        husk(&["update", "--link", "down", "vhosted"]);
+        assert_eq!(page("2"), 0, "it is cut off");
+        end(machine);
+    }
+    let off = networked(&guests, "micro", &["--network", "tap=husk-vhost,vhost=on,bps=10M"], "true");
+    assert!(off.expect(125).errors.contains("vhost=on goes with no limit"), "{}", off.errors);
 }

@@ -4,6 +4,7 @@ mod header;
 mod stream;
 mod tap;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -11,7 +12,7 @@ use super::disk::GuestBuffers;
 
 pub use header::{FLAG_DATA_VALID, HEADER_BYTES, Header};
 pub use stream::StreamNet;
-pub use tap::TapNet;
+pub use tap::{Passed, TapCounts, TapNet};
 
 /// The shortest frame that has all of its Ethernet header.
 pub const FRAME_BYTES_MIN: usize = 14;
@@ -53,6 +54,12 @@ pub trait NetBackend: Send {
 
     /// The frame has been taken, or is of no use.
     fn consume(&mut self);
+
+    /// /dev/vhost-net, open and unused, where the kernel may take frames straight between [`NetBackend::fd`] and a guest's
+    /// queues. Returned once.
+    fn take_vhost(&mut self) -> Option<File> {
+        None
+    }
 
     /// Becomes readable with a frame after there was none, and writable with room after there was none.
     fn fd(&self) -> BorrowedFd<'_>;

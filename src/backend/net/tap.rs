@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -23,13 +24,66 @@ pub struct TapNet {
     /// How much of it counts; nothing when there is no frame.
     filled: usize,
     enabled: bool,
+    vhost: Option<File>,
 }
 
 impl TapNet {
     /// A back end on `tap`, a queue that is attached, which never waits and whose frames stand behind a header of [`HEADER_BYTES`].
-    pub fn new(tap: File) -> TapNet {
-        TapNet { tap, buffer: vec![0; HEADER_BYTES + FRAME_BYTES_MAX], filled: 0, enabled: true }
+    /// With `vhost`, an open /dev/vhost-net, the kernel may serve a guest's queues with it.
+    pub fn new(tap: File, vhost: Option<File>) -> TapNet {
+        TapNet { tap, buffer: vec![0; HEADER_BYTES + FRAME_BYTES_MAX], filled: 0, enabled: true, vhost }
     }
+}
+
+/// What the kernel counts of a tap device, whoever its frames go to.
+#[derive(Debug)]
+pub struct TapCounts {
+    /// /proc/net/dev of the device's network.
+    devices: File,
+    name: String,
+}
+
+/// Frames that went through a device, and their bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// Bytes from the host's network to who has the device.
+    pub out_bytes: u64,
+    /// Frames that these were.
+    pub out_packets: u64,
+    /// Bytes from there to the host's network.
+    pub in_bytes: u64,
+    /// Frames that these were.
+    pub in_packets: u64,
+}
+
+impl TapCounts {
+    /// Counts of the device `name`, read of `devices`: the file /proc/net/dev, open.
+    pub fn new(devices: File, name: &str) -> TapCounts {
+        TapCounts { devices, name: name.to_owned() }
+    }
+
+    /// What went through since the device was made. `None` where there is no such device any more.
+    pub fn read(&self) -> Option<Passed> {
+        let mut text = Vec::new();
+        let mut chunk = [0; 4096];
+        loop {
+            match self.devices.read_at(&mut chunk, text.len() as u64) {
+                Ok(0) => break,
+                Ok(count) => text.extend_from_slice(chunk.get(..count)?),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return None,
+            }
+        }
+        passed(&String::from_utf8_lossy(&text), &self.name)
+    }
+}
+
+/// The line of the device `name` in /proc/net/dev (proc(5)): bytes, packets and six others received, then the same sent.
+fn passed(text: &str, name: &str) -> Option<Passed> {
+    let line = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
+    let numbers: Vec<u64> = line.split_whitespace().map_while(|number| number.parse().ok()).collect();
+    let at = |index: usize| numbers.get(index).copied();
+    Some(Passed { in_bytes: at(0)?, in_packets: at(1)?, out_bytes: at(8)?, out_packets: at(9)? })
 }
 
 impl NetBackend for TapNet {
@@ -101,6 +155,10 @@ impl NetBackend for TapNet {
         self.filled = 0;
     }
 
+    fn take_vhost(&mut self) -> Option<File> {
+        self.vhost.take()
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         self.tap.as_fd()
     }
@@ -152,7 +210,7 @@ mod tests {
                 ip("addr add 10.9.0.1/24 dev t0");
                 ip("link set t0 mtu 65521 up");
                 ip("neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev t0");
-                test(tuns.into_iter().map(TapNet::new).collect());
+                test(tuns.into_iter().map(|tun| TapNet::new(tun, None)).collect());
             });
             thread.join().unwrap();
         });

@@ -14,7 +14,7 @@ pub fn all(host: &Host) -> Vec<Check> {
     if let Some(kvm) = &host.kvm {
         checks.extend([api(kvm), needed(kvm), wanted(kvm), vcpus(kvm), machine(kvm)]);
     }
-    checks.extend([memory(host), user_namespaces(host), cgroups(host.cgroups), tap(&host.tap)]);
+    checks.extend([memory(host), user_namespaces(host), cgroups(host.cgroups), tap(&host.tap), vhost(&host.vhost)]);
     checks.push(user_network(host.user_network));
     checks
 }
@@ -89,9 +89,7 @@ fn kvm_device(host: &Host) -> Check {
         Access::Denied { readable, writable, group_may } => {
             let can = |may| if may { "" } else { "not " };
             let detail = format!("{}readable and {}writable by this user", can(*readable), can(*writable));
-            let join = "sudo usermod -aG kvm $USER, then log in again";
-            let open = "sudo chgrp kvm /dev/kvm && sudo chmod 660 /dev/kvm && ";
-            fail(NAME, detail, format!("{}{join}", if *group_may { "" } else { open }))
+            fail(NAME, detail, join_group(NAME, *group_may))
         }
         Access::Failed(error) => fail(NAME, format!("cannot be opened: {error}"), load_module(&host.processor)),
     }
@@ -184,6 +182,26 @@ fn tap(access: &Access) -> Check {
     }
 }
 
+fn vhost(access: &Access) -> Check {
+    const NAME: &str = "/dev/vhost-net";
+    let load = "sudo modprobe vhost_net";
+    match access {
+        Access::Open => ok(NAME, "readable and writable"),
+        Access::Missing => warn(NAME, "missing: frames of tap interfaces pass through husk, which costs speed", load),
+        Access::Denied { group_may, .. } => {
+            let detail = "not for this user: frames of tap interfaces pass through husk, which costs speed";
+            warn(NAME, detail, join_group(NAME, *group_may))
+        }
+        Access::Failed(error) => warn(NAME, format!("cannot be opened: {error}"), load),
+    }
+}
+
+/// How to be let in at a device that members of a group may open, or are to be allowed to.
+fn join_group(device: &str, group_may: bool) -> String {
+    let open = format!("sudo chgrp kvm {device} && sudo chmod 660 {device} && ");
+    format!("{}sudo usermod -aG kvm $USER, then log in again", if group_may { "" } else { &open })
+}
+
 fn user_network(missing: Option<passt::Missing>) -> Check {
     const NAME: &str = "passt";
     match missing {
@@ -217,6 +235,7 @@ mod tests {
             user_namespaces: true,
             cgroups: Cgroups::V2 { delegated: true },
             tap: Access::Open,
+            vhost: Access::Open,
             user_network: None,
             memory_available_mib: Some(4096),
         }
@@ -237,12 +256,13 @@ mod tests {
             user_namespaces: false,
             cgroups: Cgroups::None,
             tap: Access::Missing,
+            vhost: Access::Missing,
             user_network: Some(passt::Missing::Passt),
             memory_available_mib: Some(100),
             ..good()
         };
         assert_eq!(failing(&host), []);
-        assert_eq!(all(&host).iter().filter(|check| check.status == Status::Warn).count(), 5);
+        assert_eq!(all(&host).iter().filter(|check| check.status == Status::Warn).count(), 6);
     }
 
     #[test]

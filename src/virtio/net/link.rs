@@ -1,12 +1,16 @@
 //! What the rest of husk has of a network device that runs on a thread of its own: its link and its counts.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
+use crate::backend::net::{Passed, TapCounts};
 use crate::backend::rate::{Rate, RateControl};
+use crate::sys::timer::Timer;
 use crate::virtio::ConfigSpace;
 
 /// Where `status` stands in `struct virtio_net_config` (virtio 1.2 §5.1.4).
@@ -26,7 +30,32 @@ struct Shared {
     is_lost: AtomicBool,
     /// Held while the driver is shown what the two come to, so that it is shown the latest last.
     showing: Mutex<()>,
+    /// Rings when somebody has changed it.
+    news: Timer,
     counters: Counters,
+    by_kernel: Mutex<ByKernel>,
+}
+
+/// What went through while the host's kernel served the queues, by its own count of the tap device.
+#[derive(Default)]
+struct ByKernel {
+    counts: Option<TapCounts>,
+    passed: Passed,
+    /// The device's own count when `passed` was last brought up to it, while the kernel serves the queues.
+    seen: Option<Passed>,
+}
+
+impl ByKernel {
+    /// Brings `passed` up to now. It stays as it is once the device is gone.
+    fn look(&mut self) {
+        let (Some(seen), Some(now)) = (self.seen, self.counts.as_ref().and_then(TapCounts::read)) else { return };
+        let Passed { out_bytes, out_packets, in_bytes, in_packets } = &mut self.passed;
+        *out_bytes += now.out_bytes.saturating_sub(seen.out_bytes);
+        *out_packets += now.out_packets.saturating_sub(seen.out_packets);
+        *in_bytes += now.in_bytes.saturating_sub(seen.in_bytes);
+        *in_packets += now.in_packets.saturating_sub(seen.in_packets);
+        self.seen = Some(now);
+    }
 }
 
 /// What went through a device since it was made, seen from the guest as `ip -s link` there shows it.
@@ -47,21 +76,24 @@ pub struct NetCounts {
 }
 
 impl NetLink {
-    pub(super) fn new(config: Arc<ConfigSpace>, rates: [RateControl; 2]) -> NetLink {
-        NetLink(Arc::new(Shared {
+    pub(super) fn new(config: Arc<ConfigSpace>, rates: [RateControl; 2]) -> io::Result<NetLink> {
+        Ok(NetLink(Arc::new(Shared {
             rates,
             config,
             is_cut: AtomicBool::new(false),
             is_lost: AtomicBool::new(false),
             showing: Mutex::new(()),
+            news: Timer::new()?,
             counters: Counters::default(),
-        }))
+            by_kernel: Mutex::default(),
+        })))
     }
 
     /// Pulls the cable out, or puts it back. The driver is told; frames meanwhile are lost, as on a cable.
     pub fn set_up(&self, up: bool) {
         self.0.is_cut.store(!up, Ordering::SeqCst);
         self.show();
+        self.0.news.ring();
     }
 
     /// Whether frames go through.
@@ -80,18 +112,47 @@ impl NetLink {
         self.0.rates.iter().for_each(|control| control.set(rate));
     }
 
-    /// What went through so far.
+    /// Whether the host's kernel moves the frames (vhost-net), and not this process.
+    pub fn is_served_by_kernel(&self) -> bool {
+        self.by_kernel().seen.is_some()
+    }
+
+    /// What went through so far. Of what the kernel moves its drops are not known.
     pub fn counts(&self) -> NetCounts {
         let Counters { rx_bytes, rx_packets, rx_dropped, tx_bytes, tx_packets, tx_dropped } = &self.0.counters;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut by_kernel = self.by_kernel();
+        by_kernel.look();
+        let by_kernel = by_kernel.passed;
         NetCounts {
-            rx_bytes: read(rx_bytes),
-            rx_packets: read(rx_packets),
+            rx_bytes: read(rx_bytes).wrapping_add(by_kernel.out_bytes),
+            rx_packets: read(rx_packets).wrapping_add(by_kernel.out_packets),
             rx_dropped: read(rx_dropped),
-            tx_bytes: read(tx_bytes),
-            tx_packets: read(tx_packets),
+            tx_bytes: read(tx_bytes).wrapping_add(by_kernel.in_bytes),
+            tx_packets: read(tx_packets).wrapping_add(by_kernel.in_packets),
             tx_dropped: read(tx_dropped),
         }
+    }
+
+    /// What counts while the kernel moves the frames.
+    pub(super) fn count_by(&self, counts: TapCounts) {
+        self.by_kernel().counts = Some(counts);
+    }
+
+    /// From now on the kernel moves the frames, or no longer.
+    pub(super) fn set_served_by_kernel(&self, served: bool) {
+        let mut by_kernel = self.by_kernel();
+        by_kernel.look();
+        by_kernel.seen = served.then(|| by_kernel.counts.as_ref().and_then(TapCounts::read).unwrap_or_default());
+    }
+
+    /// Becomes readable when somebody cuts the link or mends it.
+    pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.0.news.as_fd()
+    }
+
+    fn by_kernel(&self) -> MutexGuard<'_, ByKernel> {
+        self.0.by_kernel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The host's side is gone, and with it the link, whatever is wanted of it.

@@ -6,10 +6,12 @@
 //! ```
 //!
 //! There may be several pairs of such rings, each with a back end of its own; the control queue says how many are in use.
+//! Where nothing is asked of this device that the host's kernel cannot do, it is given the rings (`vhost.rs`).
 
 mod control;
 mod link;
 mod pair;
+mod vhost;
 
 #[cfg(test)]
 mod tests;
@@ -20,14 +22,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 use self::pair::{Common, Pair, Place};
+use self::vhost::Vhost;
 use super::log_rate::LogRate;
 use super::queue::{Chain, Virtqueue};
-use super::{ConfigSpace, Left, QueueHandler, RingError, Unfit, VirtioDevice};
+use super::{ConfigSpace, Left, QueueHandler, RingError, Unfit, VirtioDevice, Ways};
 use crate::backend::net::NetBackend;
 use crate::backend::rate::{Limiter, Rate};
 use crate::resources::net::Network;
@@ -50,8 +53,11 @@ const MTU_BYTES: u16 = 1500;
 
 /// A network device on what was opened as `network`, and what the rest of husk has of it.
 pub fn device(network: Network) -> io::Result<(VirtioDevice, NetLink)> {
-    let Network { backends, name, mac, mtu_bytes, rate } = network;
+    let Network { backends, name, mac, mtu_bytes, rate, counts } = network;
     let (device, link) = device_on(backends, &name, mac, mtu_bytes)?;
+    if let Some(counts) = counts {
+        link.count_by(counts);
+    }
     if !rate.is_unlimited() {
         link.set_rate(rate);
     }
@@ -77,7 +83,7 @@ pub fn device_on(
     queue_sizes.extend((pairs > 1).then_some(CONTROL_SIZE));
     let config = Arc::new(ConfigSpace::new(config(mac, pairs.into(), mtu_bytes.unwrap_or(MTU_BYTES)), 0..0));
     let [(rx, rx_rate), (tx, tx_rate)] = [Limiter::new(Rate::default())?, Limiter::new(Rate::default())?];
-    let link = NetLink::new(config.clone(), [rx_rate, tx_rate]);
+    let link = NetLink::new(config.clone(), [rx_rate, tx_rate])?;
     let device = VirtioDevice {
         device_type: DEVICE_TYPE,
         name: name.to_owned(),
@@ -104,6 +110,10 @@ struct Net {
     pairs: Vec<Pair>,
     /// How many of them the driver uses, from the first on. Of the others nothing is taken, and they are given nothing.
     in_use: usize,
+    /// While the host's kernel serves the pairs in use, what connects them with the driver.
+    given_away: Option<Ways>,
+    /// Whether the driver has enabled all queues of the pairs in use.
+    is_complete: bool,
     common: Common,
     /// By direction, the pairs that its limiter refused, so that each has its turn where little may pass.
     lines: [VecDeque<usize>; 2],
@@ -118,8 +128,10 @@ impl Net {
     fn new(backends: Vec<Box<dyn NetBackend>>, common: Common) -> io::Result<Net> {
         let changes = Rate { ops_per_second: Some(CHANGES_PER_SECOND), ..Rate::default() };
         let mut net = Net {
-            pairs: backends.into_iter().map(Pair::new).collect(),
+            pairs: backends.into_iter().map(Pair::new).collect::<io::Result<_>>()?,
             in_use: 1,
+            given_away: None,
+            is_complete: false,
             common,
             lines: Default::default(),
             command: Chain::default(),
@@ -142,9 +154,55 @@ impl Net {
         self.common.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
     }
 
+    /// Whether the host's kernel is to serve the queues. It neither limits nor counts, knows of no link, and passes on what
+    /// the tap device says of checksums, whether the driver knows of that or not.
+    fn is_for_kernel(&self) -> bool {
+        let mut in_use = self.pairs.iter().take(self.in_use);
+        let link = &self.common.link;
+        in_use.all(Pair::is_for_kernel)
+            && self.is_complete
+            && self.common.has(VIRTIO_NET_F_GUEST_CSUM)
+            && link.is_up()
+            && link.rate().is_unlimited()
+    }
+
+    fn look_whether_complete(&mut self, queues: &[Virtqueue]) {
+        self.is_complete = queues.iter().take(2 * self.in_use).all(Virtqueue::is_ready);
+    }
+
+    /// Gives the kernel the queues of all pairs in use. Where it cannot have them, it is not asked again.
+    fn give_away(&mut self, queues: &mut [Virtqueue], ways: &Ways) -> Result<(), RingError> {
+        // First, since the kernel may raise an interrupt at once.
+        ways.interrupt.share(true);
+        self.given_away = Some(ways.clone());
+        self.lines.iter_mut().for_each(VecDeque::clear);
+        self.common.link.set_served_by_kernel(true);
+        let features = self.common.features;
+        let mut in_use = self.pairs.iter_mut().take(self.in_use).enumerate();
+        if let Err(error) = in_use.try_for_each(|(index, pair)| pair.give_away(2 * index, queues, features, ways)) {
+            log::warn!("{}: vhost-net is not used: {error:#}", self.common.name);
+            self.take_back(queues)?;
+            self.pairs.iter_mut().for_each(|pair| pair.vhost = None);
+        }
+        Ok(())
+    }
+
+    /// Takes back what the kernel was given. The driver is told to look at all of it: what the kernel said last may not
+    /// have been seen.
+    fn take_back(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        let Some(ways) = self.given_away.take() else { return Ok(()) };
+        let pairs = self.pairs.iter_mut().zip(queues.chunks_exact_mut(2));
+        let outcomes: Vec<_> = pairs.map(|(pair, queues)| pair.take_back(queues)).collect();
+        self.common.link.set_served_by_kernel(false);
+        (0..2 * self.in_use).for_each(|index| ways.interrupt.queue_used(index));
+        ways.interrupt.share(false);
+        outcomes.into_iter().collect()
+    }
+
     /// Does what the driver asks for in its control queue, and answers.
-    fn obey(&mut self, control: &mut Virtqueue) -> Result<Left, RingError> {
+    fn obey(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
         for _ in 0..COMMANDS_PER_TURN {
+            let Some(control) = queues.get_mut(index) else { return Ok(Left::Nothing) };
             if !control.pop(&mut self.command)? {
                 return Ok(Left::Nothing);
             }
@@ -155,7 +213,12 @@ impl Net {
                 control.put_back();
                 return Ok(Left::Waiting);
             }
+            if pairs.is_some_and(|pairs| pairs != self.in_use) {
+                self.take_back(queues)?;
+            }
             let done = pairs.is_some_and(|pairs| self.try_to_use(pairs));
+            self.look_whether_complete(queues);
+            let Some(control) = queues.get_mut(index) else { return Ok(Left::Nothing) };
             let written_bytes = control::answer(control.memory(), &self.command, done)?;
             control.push(self.command.head(), written_bytes)?;
         }
@@ -216,12 +279,29 @@ impl QueueHandler for Net {
         }
     }
 
+    fn settle(&mut self, queues: &mut [Virtqueue], ways: &Ways) -> Result<(), RingError> {
+        self.look_whether_complete(queues);
+        match (self.is_for_kernel(), self.given_away.is_some()) {
+            (true, false) => self.give_away(queues, ways),
+            (false, true) => self.take_back(queues),
+            _ => Ok(()),
+        }
+    }
+
+    fn is_settled(&mut self) -> Result<bool, RingError> {
+        let is_given_away = self.given_away.is_some();
+        if is_given_away && self.pairs.iter().flat_map(|pair| &pair.vhost).any(Vhost::has_refused) {
+            return Err(RingError::Kernel("found a ring or a descriptor that makes no sense".into()));
+        }
+        Ok(self.is_for_kernel() == is_given_away)
+    }
+
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
         if self.control_index() == Some(index) {
-            return queues.get_mut(index).map_or(Ok(Left::Nothing), |control| self.obey(control));
+            return self.obey(index, queues);
         }
         let (pair, direction) = (index / 2, index % 2);
-        if pair >= self.in_use {
+        if pair >= self.in_use || self.given_away.is_some() {
             return Ok(Left::Waiting);
         }
         let longest = self.lines[direction].front().copied();
@@ -235,8 +315,17 @@ impl QueueHandler for Net {
     }
 
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
+        let own = [self.news.as_fd(), self.common.link.wake_fd()];
         let limiters = self.common.limiters.iter().chain([&self.changes]).map(Limiter::wake_fd);
-        self.pairs.iter().map(|pair| pair.backend.fd()).chain(limiters).chain([self.news.as_fd()]).collect()
+        // Each frame would be heard of here, too.
+        let (ours, kernels) = if self.given_away.is_some() { (0, self.in_use) } else { (self.pairs.len(), 0) };
+        let backends = self.pairs.iter().take(ours).map(|pair| pair.backend.fd());
+        let vhosts = self.pairs.iter().take(kernels).flat_map(|pair| &pair.vhost).map(Vhost::wake_fd);
+        backends.chain(vhosts).chain(limiters).chain(own).collect()
+    }
+
+    fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        self.take_back(queues)
     }
 
     fn reset(&mut self) {

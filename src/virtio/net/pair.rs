@@ -6,11 +6,12 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBU
 use vm_memory::{Bytes, GuestAddress};
 
 use super::NetLink;
+use super::vhost::{Ring, Vhost};
 use crate::backend::disk::GuestBuffers;
 use crate::backend::net::{self, FLAG_DATA_VALID, HEADER_BYTES, Header, NetBackend};
 use crate::backend::rate::Limiter;
 use crate::virtio::queue::{self, Chain, Virtqueue};
-use crate::virtio::{Left, RingError};
+use crate::virtio::{Left, RingError, Ways};
 
 /// The directions, as a pair's queues stand (virtio 1.2 §5.1.2): to the guest, from the guest.
 pub const RX: usize = 0;
@@ -76,6 +77,8 @@ impl Common {
 /// guest stays there.
 pub struct Pair {
     pub backend: Box<dyn NetBackend>,
+    /// The host's kernel, where it may serve the queues.
+    pub vhost: Option<Vhost>,
     /// By direction.
     limits: [Limit; 2],
 }
@@ -134,8 +137,53 @@ enum Sent {
 }
 
 impl Pair {
-    pub fn new(backend: Box<dyn NetBackend>) -> Pair {
-        Pair { backend, limits: Default::default() }
+    pub fn new(mut backend: Box<dyn NetBackend>) -> io::Result<Pair> {
+        let vhost = backend.take_vhost().map(Vhost::new).transpose()?;
+        Ok(Pair { backend, vhost, limits: Default::default() })
+    }
+
+    /// Whether the kernel can take over: it may, and nothing is held here that it would not know of.
+    pub fn is_for_kernel(&self) -> bool {
+        self.vhost.is_some() && self.backend.frame().is_none()
+    }
+
+    /// Gives the pair's queues, the first of which is number `first` of the device's, to the kernel. After an error they are
+    /// to be taken back.
+    pub fn give_away(
+        &mut self,
+        first: usize,
+        queues: &mut [Virtqueue],
+        features: u64,
+        ways: &Ways,
+    ) -> anyhow::Result<()> {
+        let (Some(vhost), Some([rx, tx])) = (&mut self.vhost, queues.get_mut(first..first + 2)) else {
+            anyhow::bail!("there is no such pair");
+        };
+        let Some([rx_bell, tx_bell]) = ways.doorbells.get(first..first + 2) else {
+            anyhow::bail!("the pair has no doorbells");
+        };
+        let memory = rx.memory().clone();
+        let rings = [(rx, rx_bell, first + RX), (tx, tx_bell, first + TX)].map(|(queue, doorbell, index)| Ring {
+            registers: queue.give_away(),
+            doorbell,
+            used_event: ways.interrupt.used_event(index),
+        });
+        vhost.start(self.backend.fd(), features, &memory, &rings)
+    }
+
+    /// Takes them back from where the kernel left them. After an error the kernel serves the pair no more.
+    pub fn take_back(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        let mut outcome = Ok(());
+        for (direction, queue) in queues.iter_mut().enumerate().filter(|(_, queue)| queue.is_away()) {
+            let stopped = self.vhost.as_mut().map_or(Ok(None), |vhost| vhost.stop(direction, queue.memory()));
+            if let Err(error) = &stopped {
+                // With its descriptor closed it has stopped in any case.
+                self.vhost = None;
+                outcome = Err(RingError::Kernel(format!("does not say how far it came: {error:#}")));
+            }
+            queue.take_back(stopped.unwrap_or(None));
+        }
+        outcome
     }
 
     /// What waited in the guest's queue may be another frame by now.

@@ -1,6 +1,7 @@
 //! The device in front of a driver, its other side a socket that the test holds.
 
 mod pairs;
+mod vhost;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
