@@ -1,6 +1,6 @@
 #!/bin/sh
-# What scripts/network measures, where guests run: one server in a network namespace, in a machine on a tap device and in
-# a machine on passt, each asked from here, in turn. It wants HUSK, KERNEL, ROOT (with iperf3 in it), IP and SECONDS_EACH.
+# What scripts/network measures, where guests run: one server in a network namespace, in a machine on a tap device that the
+# kernel serves (vhost-net) or husk, and in a machine on passt, each asked from here, in turn. It wants HUSK, KERNEL, ROOT (with iperf3 in it), IP and SECONDS_EACH.
 set -eu
 IP=${IP:-ip} SECONDS_EACH=${SECONDS_EACH:-3} RUNS=${RUNS:-3}
 work=$(mktemp -d)
@@ -57,14 +57,23 @@ in_space chroot "$ROOT" /bin/busybox sh -c "$server" >"$work/container" 2>&1 &
 started="$started $!"
 await "$work/container"
 
-"$HUSK" run --kernel "$KERNEL" --network tap=husk-bench1,ip=198.18.2.2/24 "$ROOT" sh -c "$server" >"$work/tap" 2>&1 &
-started="$started $!"
-await "$work/tap"
+# A machine named $1 on the tap device husk-bench$2, with the options $3.
+on_tap() {
+    "$HUSK" run --kernel "$KERNEL" --network "tap=husk-bench$2,ip=198.18.$2.2/24$3" "$ROOT" sh -c "$server" >"$work/$1" 2>&1 &
+    started="$started $!"
+    await "$work/$1"
+    $IP addr add "198.18.$2.1/24" dev "husk-bench$2"
+    $IP link set "husk-bench$2" up
+}
+on_tap tap 2 ,vhost=off
+contenders='container:198.18.1.2:5201:80 tap:198.18.2.2:5201:80 passt:127.0.0.1:15201:18080'
+if [ -e /dev/vhost-net ]; then
+    on_tap vhost 3 ,vhost=on
+    contenders="$contenders vhost:198.18.3.2:5201:80"
+fi
 "$HUSK" run --kernel "$KERNEL" -p 18080:80 -p 15201:5201 "$ROOT" sh -c "$server" >"$work/passt" 2>&1 &
 started="$started $!"
 await "$work/passt"
-$IP addr add 198.18.2.1/24 dev husk-bench1
-$IP link set husk-bench1 up
 
 # Megabits a second, to the server or with -R from it.
 rate() {
@@ -80,19 +89,24 @@ page() {
 
 echo "what, run, to the server (Mbit/s), from the server (Mbit/s), a small page (ms)"
 for run in $(seq "$RUNS"); do
-    for contender in "container 198.18.1.2 5201 80" "tap 198.18.2.2 5201 80" "passt 127.0.0.1 15201 18080"; do
-        # shellcheck disable=SC2086 # four words
-        set -- $contender
+    for contender in $contenders; do
+        # shellcheck disable=SC2046 # four words
+        set -- $(echo "$contender" | tr : ' ')
         echo "$1, $run, $(rate "$2" "$3"), $(rate "$2" "$3" -R), $(page "$2" "$4")"
     done
 done | tee "$work/lines"
 
-awk -F ', ' '
-    { to[$1] += $3; from[$1] += $4; page[$1] += $5; n[$1]++ }
-    END {
-        for (name in n) {
-            if (name == "container") continue
-            printf "%s: %.2f of the container'\''s rate to the server, %.2f from it; a page takes %.2f times as long\n", name,
-                to[name] / to["container"], from[name] / from["container"], page[name] / page["container"]
-        }
-    }' "$work/lines"
+# Medians, since now and then a run is ten times slower than the others.
+median() {
+    awk -F ', ' -v name="$1" -v column="$2" '$1 == name { print $column }' "$work/lines" | sort -n |
+        awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'
+}
+for contender in $contenders; do
+    name=${contender%%:*}
+    [ "$name" != container ] || continue
+    for column in 3 4 5; do
+        echo "$(median "$name" "$column") $(median container "$column")"
+    done | awk -v name="$name" '{ ratio[NR] = $1 / $2 } END {
+        printf "%s: %.2f of the container'\''s rate to the server, %.2f from it; a page takes %.2f times as long\n", name,
+            ratio[1], ratio[2], ratio[3] }'
+done
