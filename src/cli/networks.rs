@@ -29,7 +29,7 @@ enum Command {
     Create {
         /// Its name, for `--network NAME`
         name: String,
-        /// The first address of its 256 [default: one that is free, from 10.88.0.0 on]
+        /// The first address of its 256 [default: one that is free, from 10.86.0.0 on]
         #[arg(long, value_name = "ADDRESS[/24]", value_parser = subnet)]
         subnet: Option<Ipv4Addr>,
         /// Give it no way out: machines reach each other and the host
@@ -50,7 +50,7 @@ enum Command {
 fn subnet(text: &str) -> Result<Ipv4Addr, String> {
     let address = text.strip_suffix("/24").unwrap_or(text).parse::<Ipv4Addr>().ok();
     let first = address.filter(|address| address.octets()[3] == 0 && address.is_private());
-    first.ok_or_else(|| format!("{text:?} is no private network of 256 addresses, type one such as 10.88.0.0/24"))
+    first.ok_or_else(|| format!("{text:?} is no private network of 256 addresses, type one such as 10.86.0.0/24"))
 }
 
 impl Networks {
@@ -86,9 +86,9 @@ mod tests {
 
     #[test]
     fn a_subnet_is_a_private_one_of_256() {
-        assert_eq!(subnet("10.88.7.0/24"), Ok(Ipv4Addr::new(10, 88, 7, 0)));
+        assert_eq!(subnet("10.86.7.0/24"), Ok(Ipv4Addr::new(10, 86, 7, 0)));
         assert_eq!(subnet("192.168.1.0"), Ok(Ipv4Addr::new(192, 168, 1, 0)));
-        for wrong in ["10.88.7.1", "8.8.8.0/24", "10.88.0.0/16", "x", "127.0.0.0"] {
+        for wrong in ["10.86.7.1", "8.8.8.0/24", "10.86.0.0/16", "x", "127.0.0.0"] {
             assert!(subnet(wrong).is_err(), "{wrong}");
         }
     }

@@ -29,8 +29,9 @@ const TAKEN_NAMES: [&str; 2] = ["user", "none"];
 const MAX_MACHINE_BYTES: usize = 63;
 /// Every network has a /24: the gateway is its first address, machines have the others.
 pub const PREFIX: u8 = 24;
-/// Where subnets are looked for when none is asked for: 10.88.0.0/24 and on.
-const SUBNETS_FROM: [u8; 2] = [10, 88];
+/// Where subnets are looked for when none is asked for: 10.86.0.0/24 and on, which is nobody else's default (podman has 10.88.0.0/16
+/// and what follows, Kubernetes' distributions 10.42, 10.96 and 10.244).
+const SUBNETS_FROM: [u8; 2] = [10, 86];
 /// A machine's last byte of an address.
 const MACHINES: std::ops::RangeInclusive<u8> = 2..=254;
 
@@ -439,10 +440,10 @@ pub(super) mod tests {
             let bridge = create_in(base, "a", None, true).unwrap();
             let folder = bridge.folder(base);
             for part in ["leases", "hosts", "dhcp"] {
-                fs::write(folder.join(part).join("10.88.0.7"), "db").unwrap();
+                fs::write(folder.join(part).join("10.86.0.7"), "db").unwrap();
             }
             let lease = join_in(base, "a", "db", MAC).unwrap();
-            assert!(!folder.join("hosts/10.88.0.7").exists() || lease.address == Ipv4Addr::new(10, 88, 0, 7));
+            assert!(!folder.join("hosts/10.86.0.7").exists() || lease.address == Ipv4Addr::new(10, 86, 0, 7));
             drop(lease);
             remove_in(base, "a").unwrap();
         });

@@ -212,7 +212,7 @@ mod tests {
 
     const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
     const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), 80);
-    const MACHINE: &str = "10.88.7.9";
+    const MACHINE: &str = "10.86.7.9";
     const PATIENCE: Duration = Duration::from_secs(3);
 
     fn shell(script: &str) {
@@ -250,7 +250,7 @@ mod tests {
             let (listening, is_listening) = mpsc::channel();
             let server = elsewhere(scope, "uplink", format!("ip addr add {}/24 dev eth0", SERVER.ip()), move || {
                 // The way back that a host's routers do not have.
-                shell(&format!("ip route add 10.88.7.0/24 via {HOST}"));
+                shell(&format!("ip route add 10.86.7.0/24 via {HOST}"));
                 let listener = TcpListener::bind(SERVER).unwrap();
                 listener.set_nonblocking(true).unwrap();
                 listening.send(()).unwrap();
@@ -280,7 +280,7 @@ mod tests {
     }
 
     fn create(base: &Path, internal: bool) -> Bridge {
-        create_in(base, "web", Some(Ipv4Addr::new(10, 88, 7, 0)), internal).unwrap()
+        create_in(base, "web", Some(Ipv4Addr::new(10, 86, 7, 0)), internal).unwrap()
     }
 
     const DROP_BY_NFT: &str = "nft 'table inet guard {

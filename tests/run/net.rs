@@ -243,15 +243,15 @@ fn machines_of_a_network_reach_each_other_by_name() {
         return;
     }
     uplink::make_nobody();
-    let made = husk(&["network", "create", "--internal", "--subnet", "10.88.77.0/24", "test"]);
-    assert_eq!(made, "test 10.88.77.0/24\n");
+    let made = husk(&["network", "create", "--internal", "--subnet", "10.86.77.0/24", "test"]);
+    assert_eq!(made, "test 10.86.77.0/24\n");
     let script = "mkdir /www; echo from db >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
     let (db, _output) = start(&guests, &["--network", "test", "--name", "db"], script);
     let listed = husk(&["network", "ls"]);
-    assert!(listed.contains("test        10.88.77.0/24") && listed.contains("db (10.88.77."), "{listed}");
+    assert!(listed.contains("test        10.86.77.0/24") && listed.contains("db (10.86.77."), "{listed}");
     let script = "cat /etc/resolv.conf; wget -qO- http://db/; ping -c 1 db >/dev/null && echo pinged; ip route | grep -c default";
     let ended = networked(&guests, "micro", &["--network", "test", "--name", "app"], script);
-    assert_eq!(ended.text(), "nameserver 10.88.77.1\nfrom db\npinged\n0\n", "{}", ended.errors);
+    assert_eq!(ended.text(), "nameserver 10.86.77.1\nfrom db\npinged\n0\n", "{}", ended.errors);
     let refused = networked(&guests, "micro", &["--network", "test", "--name", "db"], "true");
     assert!(refused.expect(125).errors.contains("has the name db"), "{}", refused.errors);
     let mut rm = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));

@@ -237,7 +237,7 @@ fn a_guest_of_a_network_finds_its_address_by_dhcp_and_its_way_beyond_the_host() 
     }
     make_nobody();
     let beyond = Beyond::new();
-    husk(&["network", "create", "--subnet", "10.88.78.0/24", "outward"]);
+    husk(&["network", "create", "--subnet", "10.86.78.0/24", "outward"]);
     let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     let micro = guests.join("micro");
     command.arg("boot").arg("--kernel").arg(micro.join("vmlinux")).arg("--initrd").arg(micro.join("initrd"));
@@ -246,7 +246,7 @@ fn a_guest_of_a_network_finds_its_address_by_dhcp_and_its_way_beyond_the_host() 
     let ended = finish(command, Vec::new());
     let text = ended.text();
     let told = text.lines().find_map(|line| line.trim().strip_prefix("dhcp=")).unwrap_or_default();
-    assert!(told.starts_with("10.88.78.") && told.contains("/24 10.88.78.1"), "{text}{}", ended.errors);
+    assert!(told.starts_with("10.86.78.") && told.contains("/24 10.86.78.1"), "{text}{}", ended.errors);
     // Its own address would have been no address to answer to.
     assert!(text.contains("heard=from beyond"), "{text}{}", ended.errors);
     husk(&["network", "rm", "outward"]);
