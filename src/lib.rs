@@ -1,5 +1,6 @@
 //! husk: the thinnest shell around a Linux kernel.
 pub mod backend;
+pub mod bench;
 pub mod boot;
 pub mod bus;
 pub mod cli;

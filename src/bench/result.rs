@@ -1,0 +1,234 @@
+//! What `husk bench` found, as plain data: the table, the page, `--compare` and the JSON file are all made of it, and nothing else is.
+//! docs/bench-schema.json is this file's schema, for other programs.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::scenario::{Better, Scenario, Unit};
+
+/// The version of the format; a file of another one is not read.
+pub const VERSION: u32 = 1;
+
+/// A whole run of `husk bench`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Report {
+    /// [`VERSION`].
+    pub version: u32,
+    /// husk's own version.
+    pub husk: String,
+    /// When it began, RFC 3339, UTC.
+    pub started: String,
+    /// How long it took.
+    pub took_s: f64,
+    /// The command line that made it.
+    pub command_line: Vec<String>,
+    /// The image, as the user named it, and its digest.
+    pub image: Image,
+    /// What every instance was given.
+    pub limits: Limits,
+    /// Where it ran.
+    pub host: Host,
+    /// How steady the host was.
+    pub noise: Noise,
+    /// How numbers were taken.
+    pub method: Method,
+    /// Everyone who was looked for, whether present or not, in the order of the runs.
+    pub contenders: Vec<Contender>,
+    /// Every number, in the order of [`MEASURES`](super::scenario::MEASURES).
+    pub measures: Vec<Measured>,
+    /// What all that says, in sentences; the first is the most important.
+    pub verdict: Vec<String>,
+}
+
+/// The image that all contenders ran.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Image {
+    /// As the user named it.
+    pub name: String,
+    /// Its digest, `sha256:…`.
+    pub id: String,
+    /// The size of its files.
+    pub bytes: u64,
+}
+
+/// What every instance may use.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Limits {
+    /// Processors, of which a fraction is time.
+    pub cpus: f64,
+    /// Memory: of the guest, or of the container.
+    pub memory_mib: u64,
+    /// The host's processors that everything is pinned to, as `0-2,4`.
+    pub cpuset: Option<String>,
+}
+
+/// The host, as far as it matters to numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Host {
+    /// `uname -r`.
+    pub kernel: String,
+    /// The processor's name.
+    pub processor: String,
+    /// How many there are.
+    pub cpus: u32,
+    /// All of its memory.
+    pub memory_mib: u64,
+    /// What carries out KVM: `kvm_amd`, `kvm_intel`, `kvm_pvm`; `none` without.
+    pub kvm: String,
+    /// The hypervisor that the host is itself a guest of.
+    pub hypervisor: Option<String>,
+    /// cpufreq's governor, where there is one.
+    pub governor: Option<String>,
+    /// The clock that the kernel keeps time by.
+    pub clocksource: String,
+    /// Transparent huge pages: `always`, `madvise`, `never`.
+    pub huge_pages: Option<String>,
+    /// The file system that the bench's files were on.
+    pub file_system: String,
+    /// What the kernel does about each processor's fault, by the fault's name.
+    pub mitigations: BTreeMap<String, String>,
+    /// The load average of the last minute, before anything was run.
+    pub load: f64,
+}
+
+/// How steady the host was: the same work, done by the bench itself before each round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Noise {
+    /// What it took each time.
+    pub samples_ms: Vec<f64>,
+    /// The middle half's width as a share of the median.
+    pub spread: f64,
+    /// The time that a hypervisor kept from this host, as a share of all processors' time meanwhile.
+    pub stolen: f64,
+    /// What that means.
+    pub verdict: Steadiness,
+}
+
+/// Whether numbers of such a host can be believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Steadiness {
+    /// Differences beyond the intervals are real.
+    Quiet,
+    /// Small differences may be the host's.
+    Noisy,
+    /// Nothing can be concluded.
+    TooNoisy,
+}
+
+/// How numbers were taken.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Method {
+    /// Uncounted rounds before the others.
+    pub warm_up_rounds: u32,
+    /// Rounds at least and at most.
+    pub rounds: (u32, u32),
+    /// The half width of an interval, as a share of the median, at which no more rounds are needed.
+    pub precision: f64,
+    /// The share of cases in which an interval holds the true median.
+    pub confidence: f64,
+    /// What ratios are to: a contender's name.
+    pub baseline: String,
+    /// How much work each run of the work program did, by the measure's name.
+    pub amounts: BTreeMap<String, u64>,
+}
+
+/// What separates an instance from its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Walls {
+    /// Nothing.
+    None,
+    /// Namespaces and control groups, on the host's kernel.
+    Container,
+    /// A kernel of its own.
+    Machine,
+}
+
+/// One of those that are compared.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Contender {
+    /// As `--against` names it.
+    pub name: String,
+    /// What separates its instances from the host.
+    pub walls: Walls,
+    /// Its version, where it is present.
+    pub version: Option<String>,
+    /// The kernel that its instances run on, where it is not the host's.
+    pub kernel: Option<String>,
+    /// Why it took no part, where it did not.
+    pub absent: Option<Absent>,
+    /// The command line of an instance of it, word by word.
+    pub command_line: Vec<String>,
+    /// What a reader has to know to judge its numbers; a limit that it could not be given, first of all.
+    pub notes: Vec<String>,
+}
+
+/// Why a contender took no part.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Absent {
+    /// What is missing.
+    pub why: String,
+    /// What to type to have it.
+    pub install: Option<String>,
+}
+
+/// One number, of everyone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Measured {
+    /// The name in [`MEASURES`](super::scenario::MEASURES).
+    pub name: String,
+    /// As a person reads it.
+    pub title: String,
+    /// The group that it belongs to.
+    pub scenario: Scenario,
+    /// What it counts.
+    pub unit: Unit,
+    /// Which of two is better.
+    pub better: Better,
+    /// Each contender's, in the order of the runs.
+    pub results: Vec<Outcome>,
+}
+
+/// What one contender came to in one measure.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Outcome {
+    /// The contender's name.
+    pub contender: String,
+    /// Every value, in the order of the rounds; a round that failed has none.
+    pub samples: Vec<Option<f64>>,
+    /// What failed, a line each, with the round.
+    pub failures: Vec<String>,
+    /// Why it was not measured at all, where it was not.
+    pub skipped: Option<String>,
+    /// What the samples say; none where too few succeeded.
+    pub summary: Option<Summary>,
+    /// The same in proportion to the baseline's, of the same rounds.
+    pub ratio: Option<Estimate>,
+}
+
+/// What samples say.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Summary {
+    /// The median, and where it may truly be.
+    pub median: Estimate,
+    /// The least of them.
+    pub least: f64,
+    /// The greatest.
+    pub greatest: f64,
+    /// The rounds whose value stands apart from the others: beyond one and a half widths of the middle half.
+    pub outliers: Vec<u32>,
+}
+
+/// A value, and the interval in which it may truly be.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Estimate {
+    /// The best guess.
+    pub value: f64,
+    /// The interval's lower end.
+    pub low: f64,
+    /// The interval's upper end.
+    pub high: f64,
+}
