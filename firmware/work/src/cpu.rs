@@ -1,0 +1,108 @@
+//! Work of a processor alone: no memory beyond its registers, no system call.
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread::Builder;
+
+use husk_init::errors::{Context, Failure};
+
+use crate::task::Task;
+
+/// More operations than this are not taken by a thread at once: some milliseconds' worth, so that all end together.
+const SHARE_MAX: u64 = 1 << 18;
+/// A thread of these needs next to none.
+const STACK_BYTES: usize = 64 << 10;
+/// Any but 0, from which xorshift never leaves.
+const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// So many operations. One is a step of xorshift64* (Marsaglia 2003, Vigna 2016: three shifts, three exclusive ors, a multiplication),
+/// a rotation by as many bits as the state says, and an addition. Each waits for the one before.
+pub fn integer(operations: u64) {
+    let mut state = black_box(SEED);
+    let mut sum = 0_u64;
+    for _ in 0..operations {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        let value = state.wrapping_mul(0x2545_f491_4f6c_dd1d);
+        sum = sum.wrapping_add(value).rotate_left((state & 63) as u32);
+    }
+    black_box(sum);
+}
+
+/// So many operations. One is a polynomial of the third degree (three multiplications, three additions), a square root and a division
+/// in double precision. Each waits for the one before, whose result it begins with.
+pub fn float(operations: u64) {
+    let mut x = black_box(1.5_f64);
+    for _ in 0..operations {
+        // Between 1 and 2 whatever it begins with there, so that no operation has a rare and slow case.
+        let polynomial = ((0.1 * x + 0.2) * x + 0.3) * x + 0.4;
+        x = 1.0 + polynomial.sqrt() / (1.0 + polynomial);
+    }
+    black_box(x);
+}
+
+/// The work of one processor.
+pub fn one(work: fn(u64), amount: u64) -> Result<Task, Failure> {
+    Ok(Box::new(move || {
+        work(amount);
+        Ok(())
+    }))
+}
+
+/// The work of several, who take shares of it until none is left. They are there before it begins.
+pub fn all(work: fn(u64), amount: u64, cpus: usize) -> Result<Task, Failure> {
+    let start = Arc::new(Barrier::new(cpus + 1));
+    let left = Arc::new(AtomicU64::new(amount));
+    let share = (amount / (cpus as u64 * 64)).clamp(1, SHARE_MAX);
+    let mut threads = Vec::new();
+    for _ in 0..cpus {
+        let (start, left) = (start.clone(), left.clone());
+        let body = move || {
+            start.wait();
+            while let Some(share) = take(&left, share) {
+                work(share);
+            }
+        };
+        threads.push(Builder::new().stack_size(STACK_BYTES).spawn(body).context("start a thread")?);
+    }
+    Ok(Box::new(move || {
+        start.wait();
+        threads.drain(..).try_for_each(|thread| thread.join().map_err(|_| Failure::new("a thread ended in the middle")))
+    }))
+}
+
+/// As much as `share` of what is left.
+fn take(left: &AtomicU64, share: u64) -> Option<u64> {
+    let before = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(share)));
+    before.ok().map(|before| before.min(share)).filter(|share| *share > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static DONE: AtomicU64 = AtomicU64::new(0);
+
+    #[test]
+    fn threads_do_all_of_the_work_once_and_not_before_it_begins() {
+        for (amount, cpus) in [(1, 3), (1_000_003, 2), (1000, 1)] {
+            DONE.store(0, Ordering::SeqCst);
+            let mut task = all(|share| _ = DONE.fetch_add(share, Ordering::SeqCst), amount, cpus).unwrap();
+            assert_eq!(DONE.load(Ordering::SeqCst), 0);
+            task().unwrap();
+            assert_eq!(DONE.load(Ordering::SeqCst), amount);
+        }
+    }
+
+    #[test]
+    fn the_value_that_floats_begin_with_stays_where_all_take_as_long() {
+        let mut x = 1.5_f64;
+        for _ in 0..1000 {
+            let polynomial = ((0.1 * x + 0.2) * x + 0.3) * x + 0.4;
+            x = 1.0 + polynomial.sqrt() / (1.0 + polynomial);
+            assert!((1.0..2.0).contains(&x), "{x}");
+        }
+    }
+}

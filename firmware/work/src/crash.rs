@@ -1,0 +1,39 @@
+//! What a bad neighbour does.
+
+use std::fs;
+
+use crate::memory::PAGE_BYTES;
+use crate::say;
+use crate::sys::Pages;
+
+const BLOCK_BYTES: usize = 16 << 20;
+
+/// Uses memory until it is killed. Returns if there is none to be had and nobody kills.
+pub fn memory() -> u8 {
+    // A kernel that has to choose whom to kill is to choose this process.
+    let _ = fs::write("/proc/self/oom_score_adj", "1000");
+    say::line(format_args!("ready"));
+    loop {
+        match Pages::map(BLOCK_BYTES) {
+            Ok(mut pages) => {
+                pages.chunks_mut(PAGE_BYTES).for_each(|page| page.fill(1));
+                std::mem::forget(pages);
+            }
+            Err(error) => {
+                say::line(format_args!("fail crash map memory: {error}"));
+                return 1;
+            }
+        }
+    }
+}
+
+/// Has the kernel crash (Documentation/admin-guide/sysrq.rst: `c`). Returns if it did not.
+pub fn kernel() -> u8 {
+    say::line(format_args!("ready"));
+    let why = match fs::write("/proc/sysrq-trigger", "c") {
+        Ok(()) => "the kernel goes on".into(),
+        Err(error) => format!("write /proc/sysrq-trigger: {error}"),
+    };
+    say::line(format_args!("fail crash {why}"));
+    1
+}

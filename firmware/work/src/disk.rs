@@ -1,0 +1,328 @@
+//! Work on files: in order and anywhere, through the kernel's cache or past it.
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use husk_init::errors::{Context, Failure};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+use crate::sys::Pages;
+use crate::task::Task;
+
+const BLOCK_BYTES: usize = 1 << 20;
+const SMALL_BYTES: usize = 4096;
+/// A scratch file is no longer: what is more than that goes over it again.
+const SCRATCH_BYTES: u64 = 64 << 20;
+/// A root's, which may lie in the memory of a small machine.
+const ROOT_BYTES: u64 = 32 << 20;
+const NAME: &str = ".husk-bench-file";
+
+/// Reads so many bytes of the image's file in order, from the disk at each pass.
+pub fn read_root(amount: u64, path: &Path) -> Result<Task, Failure> {
+    let (file, bytes) = open_data(path, BLOCK_BYTES)?;
+    let mut block = Pages::map(BLOCK_BYTES).context("map a buffer")?;
+    Ok(Box::new(move || {
+        pieces(amount, bytes, BLOCK_BYTES).try_for_each(|Piece { at, len, begins_pass }| {
+            if begins_pass {
+                forget(&file);
+            }
+            let part = block.get_mut(..len).unwrap_or_default();
+            file.read_exact_at(part, at).context("read")
+        })
+    }))
+}
+
+/// Reads so many times 4 KiB of the image's file, each part of it once from the disk in a pass.
+pub fn read_root_anywhere(amount: u64, path: &Path) -> Result<Task, Failure> {
+    let (file, bytes) = open_data(path, SMALL_BYTES)?;
+    let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+    let mut anywhere = Anywhere::of(bytes / SMALL_BYTES as u64);
+    let mut part = Pages::map(SMALL_BYTES).context("map a buffer")?;
+    Ok(Box::new(move || {
+        (0..amount).try_for_each(|number| {
+            if number % anywhere.count == 0 {
+                forget(&file);
+            }
+            file.read_exact_at(&mut part, anywhere.next() * SMALL_BYTES as u64).context("read")
+        })
+    }))
+}
+
+/// Writes so many bytes in order into a file of the root, each pass over it followed by fsync(2).
+pub fn write_root(amount: u64, folder: Option<&Path>) -> Result<Task, Failure> {
+    let file = match folder {
+        Some(folder) => Temporary::make(folder, 0)?,
+        // A container's root may be read-only, and its /tmp is not.
+        None => Temporary::make(Path::new("/"), 0).or_else(|_| Temporary::make(Path::new("/tmp"), 0))?,
+    };
+    write_in_order(file, amount, ROOT_BYTES)
+}
+
+/// The same on the scratch disk.
+pub fn write(amount: u64, folder: &Path) -> Result<Task, Failure> {
+    write_in_order(Temporary::make(folder, 0)?, amount, SCRATCH_BYTES)
+}
+
+fn write_in_order(file: Temporary, amount: u64, bytes: u64) -> Result<Task, Failure> {
+    let mut block = Incompressible::block(BLOCK_BYTES)?;
+    Ok(Box::new(move || {
+        for (number, Piece { at, len, begins_pass }) in pieces(amount, bytes, BLOCK_BYTES).enumerate() {
+            if begins_pass && number > 0 {
+                file.handle.sync_all().context("fsync")?;
+            }
+            file.handle.write_all_at(block.next(len), at).context("write")?;
+        }
+        file.handle.sync_all().context("fsync")
+    }))
+}
+
+/// Reads so many bytes of a scratch file in order, past the kernel's cache; the last part is rounded up to 4 KiB.
+pub fn read_direct(amount: u64, folder: &Path) -> Result<Task, Failure> {
+    let file = Temporary::filled(folder)?;
+    let mut block = Pages::map(BLOCK_BYTES).context("map a buffer")?;
+    Ok(Box::new(move || {
+        pieces(amount, SCRATCH_BYTES, BLOCK_BYTES).try_for_each(|Piece { at, len, .. }| {
+            let part = block.get_mut(..len.next_multiple_of(SMALL_BYTES)).unwrap_or_default();
+            file.handle.read_exact_at(part, at).context("read")
+        })
+    }))
+}
+
+/// Writes so many times 4 KiB into a scratch file, past the kernel's cache.
+pub fn write_anywhere(amount: u64, folder: &Path) -> Result<Task, Failure> {
+    let file = Temporary::filled(folder)?;
+    let mut block = Incompressible::block(SMALL_BYTES)?;
+    let mut anywhere = Anywhere::of(SCRATCH_BYTES / SMALL_BYTES as u64);
+    Ok(Box::new(move || {
+        (0..amount).try_for_each(|_| {
+            let at = anywhere.next() * SMALL_BYTES as u64;
+            file.handle.write_all_at(block.next(SMALL_BYTES), at).context("write")
+        })
+    }))
+}
+
+/// Reads so many times 4 KiB of a scratch file, past the kernel's cache.
+pub fn read_anywhere(amount: u64, folder: &Path) -> Result<Task, Failure> {
+    let file = Temporary::filled(folder)?;
+    let mut part = Pages::map(SMALL_BYTES).context("map a buffer")?;
+    let mut anywhere = Anywhere::of(SCRATCH_BYTES / SMALL_BYTES as u64);
+    Ok(Box::new(move || {
+        (0..amount).try_for_each(|_| {
+            file.handle.read_exact_at(&mut part, anywhere.next() * SMALL_BYTES as u64).context("read")
+        })
+    }))
+}
+
+/// Appends so many times 4 KiB to a scratch file, each followed by fdatasync(2).
+pub fn append(amount: u64, folder: &Path) -> Result<Task, Failure> {
+    let file = Temporary::make(folder, 0)?;
+    let mut block = Incompressible::block(SMALL_BYTES)?;
+    Ok(Box::new(move || {
+        for Piece { at, len, begins_pass } in pieces(amount * SMALL_BYTES as u64, SCRATCH_BYTES, SMALL_BYTES) {
+            if begins_pass {
+                // Over it again would not be appended.
+                file.handle.set_len(0).context("truncate")?;
+            }
+            file.handle.write_all_at(block.next(len), at).context("append")?;
+            file.handle.sync_data().context("fdatasync")?;
+        }
+        Ok(())
+    }))
+}
+
+/// A part of a file in a pass over it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    at: u64,
+    len: usize,
+    begins_pass: bool,
+}
+
+/// Passes in order over a file of `bytes`, in blocks, until `amount` is done.
+fn pieces(amount: u64, bytes: u64, block: usize) -> impl Iterator<Item = Piece> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let at = done % bytes;
+        let len = (amount - done).min(bytes - at).min(block as u64);
+        done += len;
+        (len > 0).then_some(Piece { at, len: len as usize, begins_pass: at == 0 })
+    })
+}
+
+/// Numbers below `count`, each once before any comes again, in an order that no one guesses ahead.
+struct Anywhere {
+    count: u64,
+    mask: u64,
+    state: u64,
+}
+
+impl Anywhere {
+    fn of(count: u64) -> Anywhere {
+        Anywhere { count, mask: count.next_power_of_two() - 1, state: 0 }
+    }
+
+    /// The full period of a linear congruential generator (Hull and Dobell 1962), less what is too large.
+    fn next(&mut self) -> u64 {
+        loop {
+            self.state = self.state.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f) & self.mask;
+            if self.state < self.count {
+                return self.state;
+            }
+        }
+    }
+}
+
+/// Bytes that neither shrink nor repeat: each page of each block is another one.
+struct Incompressible {
+    pages: Pages,
+    number: u64,
+}
+
+impl Incompressible {
+    fn block(len: usize) -> Result<Incompressible, Failure> {
+        let mut pages = Pages::map(len).context("map a buffer")?;
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for word in pages.chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+        Ok(Incompressible { pages, number: 0 })
+    }
+
+    fn next(&mut self, len: usize) -> &[u8] {
+        for page in self.pages.chunks_exact_mut(SMALL_BYTES) {
+            self.number += 1;
+            if let Some(word) = page.first_chunk_mut() {
+                *word = self.number.to_le_bytes();
+            }
+        }
+        self.pages.get(..len).unwrap_or_default()
+    }
+}
+
+/// A file that is there for one piece of work.
+struct Temporary {
+    handle: File,
+    path: PathBuf,
+}
+
+impl Temporary {
+    fn make(folder: &Path, flags: i32) -> Result<Temporary, Failure> {
+        let path = folder.join(NAME);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(flags == 0).custom_flags(flags);
+        match options.open(&path) {
+            Ok(handle) => Ok(Temporary { handle, path }),
+            Err(error) if flags & libc::O_DIRECT != 0 && error.kind() == ErrorKind::InvalidInput => {
+                Err(Failure::new(format_args!("the file system of {} has no direct I/O", folder.display())))
+            }
+            Err(error) => Err(error).context(format_args!("make {}", path.display())),
+        }
+    }
+
+    /// One that is all on the disk, and is read and written past the kernel's cache.
+    fn filled(folder: &Path) -> Result<Temporary, Failure> {
+        let cached = Temporary::make(folder, 0)?;
+        let mut block = Incompressible::block(BLOCK_BYTES)?;
+        for Piece { at, len, .. } in pieces(SCRATCH_BYTES, SCRATCH_BYTES, BLOCK_BYTES) {
+            cached.handle.write_all_at(block.next(len), at).context("fill the file")?;
+        }
+        cached.handle.sync_all().context("fsync")?;
+        forget(&cached.handle);
+        let direct = Temporary::make(folder, libc::O_DIRECT)?;
+        // The path is the other's now.
+        let Temporary { path, .. } = &cached;
+        debug_assert_eq!(*path, direct.path);
+        std::mem::forget(cached);
+        Ok(direct)
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn open_data(path: &Path, least: usize) -> Result<(File, u64), Failure> {
+    let what = || format!("read {}", path.display());
+    let file = File::open(path).context(what())?;
+    let bytes = file.metadata().context(what())?.len();
+    if bytes < least as u64 {
+        return Err(Failure::new(format_args!("{} has less than {least} bytes", path.display())));
+    }
+    Ok((file, bytes))
+}
+
+/// Has the kernel keep nothing of a file that is on the disk.
+fn forget(file: &File) {
+    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn passes_cover_a_file_in_order_and_end_with_the_amount() {
+        let all: Vec<(u64, usize, bool)> =
+            pieces(25, 10, 4).map(|piece| (piece.at, piece.len, piece.begins_pass)).collect();
+        let pass = [(0, 4, true), (4, 4, false), (8, 2, false)];
+        assert_eq!(all, [pass.as_slice(), &pass, &[(0, 4, true), (4, 1, false)]].concat());
+        assert_eq!(pieces(0, 10, 4).count(), 0);
+    }
+
+    #[test]
+    fn anywhere_is_everywhere_once() {
+        for count in [1, 2, 3, 1000, 1024, 16384] {
+            let mut anywhere = Anywhere::of(count);
+            for _ in 0..3 {
+                let seen: HashSet<u64> = (0..count).map(|_| anywhere.next()).collect();
+                assert_eq!(seen.len() as u64, count);
+                assert!(seen.iter().all(|number| *number < count));
+            }
+        }
+        let mut anywhere = Anywhere::of(16384);
+        let mut last = anywhere.next();
+        let neighbours =
+            (0..16000).filter(|_| anywhere.next().abs_diff(std::mem::replace(&mut last, anywhere.state)) == 1);
+        assert!(neighbours.count() < 100, "it is not in order");
+    }
+
+    #[test]
+    fn no_page_is_written_twice() {
+        let mut block = Incompressible::block(2 * SMALL_BYTES).unwrap();
+        let mut seen = HashSet::new();
+        for _ in 0..3 {
+            assert!(block.next(2 * SMALL_BYTES).chunks(SMALL_BYTES).all(|page| seen.insert(page.to_vec())));
+        }
+    }
+
+    #[test]
+    fn what_was_made_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        for prepare in [write, append] {
+            let mut task = prepare(10, folder.path()).unwrap();
+            task().unwrap();
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+            drop(task);
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_missing_or_too_short_is_a_failure() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        assert!(read_root(1, &path).is_err());
+        std::fs::write(&path, [0; SMALL_BYTES]).unwrap();
+        assert!(read_root(1, &path).is_err());
+        assert!(read_root_anywhere(1, &path).is_ok());
+    }
+}

@@ -1,0 +1,49 @@
+//! What `husk bench` has done in machines, in containers and on the bare host: one static program, the same file everywhere.
+//!
+//! ```text
+//! words ─ command ─> do ─ task::prepare ─> begin, the work, end        (cpu, memory, process, disk)
+//!                 ├> hello, idle, tick, serve, crash ─> what an instance is, beside its work
+//!                 └> guest ─> PID 1 of a machine: mounts, network, one of the above as its child, the machine's end
+//! ```
+//!
+//! It measures nothing: clocks in guests cannot be trusted to agree. It says that a piece of work begins and that it has
+//! ended, a line each, and whoever reads the lines takes the times. What a piece of work needs is made before it begins, and taken
+//! away after its end.
+
+mod command;
+mod cpu;
+mod crash;
+mod disk;
+mod guest;
+mod life;
+mod memory;
+mod process;
+mod say;
+mod serve;
+mod sys;
+mod task;
+
+use command::Command;
+
+/// Does what the words say (`--help` lists them). Returns the exit code: 0, 1 if work failed, 2 for other words.
+pub fn run(words: &[String]) -> u8 {
+    match Command::parse(words) {
+        Ok(Command::Help) => {
+            print!("{}", command::HELP);
+            0
+        }
+        Ok(Command::Nothing) => 0,
+        Ok(Command::Do { tasks, place }) => task::run_all(&tasks, &place),
+        Ok(Command::Hello { code }) => life::hello(code),
+        Ok(Command::Idle { touch_mib }) => life::idle(touch_mib),
+        Ok(Command::Tick { interval_ms }) => life::tick(interval_ms),
+        Ok(Command::Serve { port }) => serve::run(port),
+        Ok(Command::CrashMemory) => crash::memory(),
+        Ok(Command::CrashKernel) => crash::kernel(),
+        Ok(Command::Guest(guest)) => guest::run(&guest),
+        Err(why) => {
+            eprintln!("husk-work: {why}");
+            2
+        }
+    }
+}
