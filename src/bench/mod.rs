@@ -10,6 +10,9 @@
 //! The work program (`firmware/work`) reads no clock: it says that it begins and that it has ended, and all times are this
 //! process's own. What a contender gets is the same file, the same arguments and the same limits.
 
+pub mod amounts;
 pub mod contender;
 pub mod result;
+pub mod run;
 pub mod scenario;
+pub mod work;

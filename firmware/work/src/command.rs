@@ -173,7 +173,8 @@ fn parse_net(word: &str) -> Result<Net, String> {
     parse().ok_or_else(|| format!("{word:?} is no network: type ADDRESS/PREFIX,GATEWAY"))
 }
 
-/// A kernel's command line holds no spaces and quotes in words; they are written as `%20`.
+/// A kernel's command line holds no spaces and quotes in words; they are written as `%20`, and an
+/// empty word as `%00` (husk's bench::work::escape).
 fn decode(word: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = word.as_bytes();
@@ -190,6 +191,8 @@ fn decode(word: &str) -> String {
             }
         }
     }
+    // No word has a zero byte: it stands for itself only where a word is empty.
+    bytes.retain(|byte| *byte != 0);
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
@@ -203,7 +206,7 @@ impl<'a> Words<'a> {
 
     fn value<T: FromStr>(&mut self, what: impl Display) -> Result<T, String> {
         let word = self.next(&what)?;
-        word.parse().map_err(|_| format!("{word:?} is not {what}"))
+        word.parse().map_err(|_| format!("{word:?} is not {what}: type --help for what is expected"))
     }
 
     fn flag(&mut self, name: &str) -> bool {
@@ -268,11 +271,11 @@ mod tests {
             scratch: true,
             net: Some(parse_net(net).unwrap()),
             end: End::Reset,
-            command: ["sh", "-c", "echo 'a b' 100%"].map(str::to_owned).into(),
+            command: ["sh", "-c", "echo 'a b' 100%", ""].map(str::to_owned).into(),
         };
         // Without `--` too, at which a kernel's command line ends.
         for dashes in ["", "-- "] {
-            let line = format!("guest --scratch --net {net} --end reset {dashes}sh -c echo%20%27a%20b%27%20100%");
+            let line = format!("guest --scratch --net {net} --end reset {dashes}sh -c echo%20%27a%20b%27%20100% %00");
             assert_eq!(parse(&line), Ok(Command::Guest(expected.clone())));
         }
     }

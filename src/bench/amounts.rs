@@ -1,0 +1,134 @@
+//! How much work takes how long: found out on the bare host before anybody is compared, so that each piece lasts long enough to
+//! be timed and no longer than is worth it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use super::contender::Launch;
+use super::run::{Conditions, Expected, run};
+use super::scenario::{Measure, Unit};
+
+/// Where a piece of work is begun with, whatever it is: a few milliseconds of anything.
+const FIRST_OPERATIONS: u64 = 8;
+const FIRST_BYTES: u64 = 1 << 20;
+/// More of anything is a mistake.
+const AMOUNT_MAX: u64 = 1 << 50;
+/// One try takes no longer, whatever the host.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Where work is done on the bare host.
+#[derive(Debug, Clone)]
+pub struct Bare<'a> {
+    /// The work program.
+    pub program: &'a Path,
+    /// What the root's reads read.
+    pub data: &'a Path,
+    /// Where the root's and the scratch disk's files are made.
+    pub folder: &'a Path,
+    /// How many threads do what all processors do.
+    pub cpus: usize,
+    /// Those that it is kept to.
+    pub cpuset: Option<Vec<u32>>,
+}
+
+/// The amounts by the measures' names, and for what cannot be done here a line each.
+pub type Amounts = (BTreeMap<String, u64>, Vec<String>);
+
+impl Bare<'_> {
+    /// How much of each takes about `target` here. Of those measures that are not the work program's nothing is said.
+    pub fn amounts(&self, measures: &[&Measure], target: Duration) -> Amounts {
+        let (mut amounts, mut failures) = (BTreeMap::new(), Vec::new());
+        for measure in measures.iter().filter(|measure| measure.is_work) {
+            match self.amount(measure, target) {
+                Ok(amount) => drop(amounts.insert(measure.name.to_owned(), amount)),
+                Err(error) => failures.push(format!("{error:#}")),
+            }
+        }
+        (amounts, failures)
+    }
+
+    fn amount(&self, measure: &Measure, target: Duration) -> Result<u64> {
+        let target = target.as_secs_f64();
+        let mut amount = if measure.unit == Unit::MibPerSecond { FIRST_BYTES } else { FIRST_OPERATIONS };
+        loop {
+            let seconds = self.seconds(measure.name, amount)?;
+            if seconds >= target / 4.0 || amount >= AMOUNT_MAX {
+                return Ok(round(scale(amount, target / seconds)));
+            }
+            // Fast where it is far off, when what is timed is mostly the noise of starting.
+            amount *= if seconds < target / 64.0 { 8 } else { 2 };
+        }
+    }
+
+    /// What so much takes here; 0 if it is too little to be timed.
+    fn seconds(&self, name: &str, amount: u64) -> Result<f64> {
+        let mut command = Command::new(self.program);
+        command.arg("do").arg(format!("{name}={amount}")).arg("--cpus").arg(self.cpus.to_string());
+        command.arg("--root-data").arg(self.data).arg("--root").arg(self.folder).arg("--scratch").arg(self.folder);
+        let launch = Launch { command, passes_exit_code: true, address: None, clean_up: None };
+        let conditions = Conditions { cpus: self.cpuset.clone(), deadline: PATIENCE };
+        let run = run(launch, &Expected::default(), &conditions);
+        match (&run.failures[..], &run.marks[..]) {
+            ([], [mark]) => Ok(mark.seconds),
+            ([], _) => bail!("{name}: it was not done"),
+            ([failure, ..], _) => bail!("{failure}"),
+        }
+    }
+}
+
+#[allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "it is about two digits, and a cast to an integer stays in its bounds"
+)]
+fn scale(amount: u64, factor: f64) -> u64 {
+    ((amount as f64 * factor) as u64).clamp(1, AMOUNT_MAX)
+}
+
+/// To two significant digits, since there is no truth in more.
+fn round(amount: u64) -> u64 {
+    let unit = 10_u64.pow(amount.max(1).ilog10().saturating_sub(1));
+    (amount + unit / 2) / unit * unit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::work;
+
+    #[test]
+    fn amounts_have_two_digits() {
+        for (amount, rounded) in [(1, 1), (99, 99), (104, 100), (105, 110), (996, 1000), (123_456, 120_000)] {
+            assert_eq!(round(amount), rounded);
+        }
+        assert_eq!(scale(10, f64::INFINITY), AMOUNT_MAX);
+        assert_eq!(scale(10, 0.0), 1);
+        assert_eq!(scale(10, 2.5), 25);
+    }
+
+    #[test]
+    fn so_much_takes_about_as_long_and_what_cannot_be_done_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = work::write(folder.path()).unwrap();
+        let data = folder.path().join("there-is-none");
+        let bare = Bare { program: &program, data: &data, folder: folder.path(), cpus: 2, cpuset: None };
+        let named = |name| Measure::named(name).unwrap();
+        let measures = ["cpu-integer", "syscall", "memory-copy", "root-read", "start-exit-warm"].map(named);
+        let target = Duration::from_millis(60);
+        let (amounts, failures) = bare.amounts(&measures, target);
+        assert_eq!(amounts.keys().collect::<Vec<_>>(), ["cpu-integer", "memory-copy", "syscall"]);
+        let [failure] = &failures[..] else { panic!("{failures:?}") };
+        assert!(failure.starts_with("root-read read ") && failure.contains("there-is-none"), "{failure}");
+        for (name, amount) in amounts {
+            assert_eq!(round(amount), amount);
+            let seconds = bare.seconds(&name, amount).unwrap();
+            // Others may be at work on this host.
+            assert!((0.01..3.0).contains(&seconds), "{name}={amount}: {seconds}");
+        }
+    }
+}

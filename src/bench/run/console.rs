@@ -1,0 +1,296 @@
+//! What an instance's output says, and when: lines of the work program's between those of a kernel and of anybody else.
+//!
+//! All of it may be a hostile guest's: what is kept is bounded, whatever comes.
+
+use std::time::{Duration, Instant};
+
+use super::Mark;
+
+/// What begins each of the work program's lines, wherever in a line that is: a kernel's words may stand before it.
+const SIGN: &[u8] = b"work: ";
+/// None of its lines is longer. Of longer ones the rest is looked at.
+const LINE_MAX: usize = 4096;
+/// As much of the output is kept for who asks what went wrong.
+const TAIL_MAX: usize = 64 << 10;
+/// There are no more kinds of work by far.
+const MARKS_MAX: usize = 256;
+const FAILURES_MAX: usize = 64;
+
+/// A line of the work program's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Word {
+    Ready,
+    Tick,
+    Begin(String),
+    End(String, u64),
+    Fail(String),
+    Exit(i32),
+}
+
+impl Word {
+    /// The first that stands in the line.
+    fn find(line: &[u8]) -> Option<Word> {
+        let places = line.windows(SIGN.len()).enumerate().filter(|(_, window)| *window == SIGN);
+        let mut behind = places.filter_map(|(at, _)| std::str::from_utf8(line.get(at + SIGN.len()..)?).ok());
+        behind.find_map(Word::parse)
+    }
+
+    fn parse(words: &str) -> Option<Word> {
+        let words = words.trim_end();
+        let (first, rest) = words.split_once(' ').unwrap_or((words, ""));
+        match (first, rest) {
+            ("ready", "") => Some(Word::Ready),
+            ("tick", "") => Some(Word::Tick),
+            ("begin", name) => is_name(name).then(|| Word::Begin(name.to_owned())),
+            ("end", rest) => {
+                let (name, amount) = rest.split_once(' ')?;
+                Some(Word::End(Some(name).filter(|name| is_name(name))?.to_owned(), amount.parse().ok()?))
+            }
+            ("fail", why) if !why.is_empty() => Some(Word::Fail(why.replace(char::is_control, " "))),
+            ("exit", code) => code.parse::<u8>().ok().map(|code| Word::Exit(code.into())),
+            _ => None,
+        }
+    }
+}
+
+fn is_name(word: &str) -> bool {
+    !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+}
+
+/// What was heard of an instance so far.
+#[derive(Debug, Default)]
+pub struct Console {
+    /// When its first byte came.
+    pub first_output: Option<Instant>,
+    /// When it said that it is ready.
+    pub ready: Option<Instant>,
+    /// The pieces of work that ended.
+    pub marks: Vec<Mark>,
+    /// What it said to have failed, and what of its words makes no sense.
+    pub failures: Vec<String>,
+    /// The exit code that it told.
+    pub exit: Option<i32>,
+    /// How many times it ticked.
+    pub ticks: u64,
+    /// The time from one tick to the next, at most.
+    longest_gap: Duration,
+    last_tick: Option<Instant>,
+    /// What has begun: its name, and when the whole line had come.
+    begun: Option<(String, Instant)>,
+    line: Vec<u8>,
+    /// When the sign in the line came.
+    sign_at: Option<Instant>,
+    tail: Vec<u8>,
+}
+
+impl Console {
+    /// Takes what was read at a moment.
+    pub fn take(&mut self, bytes: &[u8], at: Instant) {
+        if bytes.is_empty() {
+            return;
+        }
+        self.first_output.get_or_insert(at);
+        self.keep(bytes);
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            self.grow_line(part, at);
+            if part.ends_with(b"\n") {
+                let line = std::mem::take(&mut self.line);
+                if let Some(sign_at) = self.sign_at.take()
+                    && let Some(word) = Word::find(&line)
+                {
+                    self.hear(word, sign_at, at);
+                }
+            }
+        }
+    }
+
+    /// Keeps bytes for who asks what went wrong, of the other output too.
+    pub fn keep(&mut self, bytes: &[u8]) {
+        self.tail.extend_from_slice(bytes);
+        // Twice as much may be kept, so that it is not moved each time.
+        if self.tail.len() > 2 * TAIL_MAX {
+            self.tail.drain(..self.tail.len() - TAIL_MAX);
+        }
+    }
+
+    fn grow_line(&mut self, part: &[u8], at: Instant) {
+        // A sign that is cut in two is looked for from before the cut.
+        let from = self.line.len().saturating_sub(SIGN.len());
+        self.line.extend_from_slice(part);
+        if self.sign_at.is_none() && self.line.get(from..).is_some_and(|new| new.windows(SIGN.len()).any(|w| w == SIGN))
+        {
+            self.sign_at = Some(at);
+        }
+        if self.line.len() > LINE_MAX {
+            self.line.drain(..self.line.len() - LINE_MAX / 2);
+        }
+    }
+
+    /// Hears a line whose sign came at one moment and whose end at another. A slow console takes time for a line: work begins when
+    /// its line has come whole, and has ended when the other one starts to come.
+    fn hear(&mut self, word: Word, sign_at: Instant, whole_at: Instant) {
+        match word {
+            Word::Ready => self.ready = self.ready.or(Some(sign_at)),
+            Word::Tick => {
+                let gap = self.last_tick.map_or(Duration::ZERO, |last| sign_at.saturating_duration_since(last));
+                self.longest_gap = self.longest_gap.max(gap);
+                self.last_tick = Some(sign_at);
+                self.ticks = self.ticks.saturating_add(1);
+            }
+            Word::Begin(name) => {
+                if let Some((before, _)) = self.begun.replace((name, whole_at)) {
+                    self.note(format!("{before}: it began and did not end"));
+                }
+            }
+            Word::End(name, amount) => self.end(name, amount, sign_at),
+            Word::Fail(why) => {
+                self.begun = None;
+                self.note(why);
+            }
+            Word::Exit(code) => self.exit = Some(code),
+        }
+    }
+
+    fn end(&mut self, name: String, amount: u64, at: Instant) {
+        match self.begun.take() {
+            Some((begun, began)) if begun == name => {
+                let seconds = at.saturating_duration_since(began).as_secs_f64();
+                if self.marks.iter().any(|mark| mark.name == name) || self.marks.len() >= MARKS_MAX {
+                    self.note(format!("{name}: it was done more than once"));
+                } else {
+                    self.marks.push(Mark { name, amount, seconds });
+                }
+            }
+            _ => self.note(format!("{name}: it ended and had not begun")),
+        }
+    }
+
+    /// Notes a failure.
+    pub fn note(&mut self, failure: String) {
+        if self.failures.len() < FAILURES_MAX {
+            self.failures.push(failure);
+        }
+    }
+
+    /// What has begun and not ended.
+    pub fn unfinished(&self) -> Option<&str> {
+        self.begun.as_ref().map(|(name, _)| name.as_str())
+    }
+
+    /// Starts to look for the longest silence anew: from the last tick on.
+    pub fn forget_silence(&mut self) {
+        self.longest_gap = Duration::ZERO;
+    }
+
+    /// The longest time without a tick, up to now.
+    pub fn longest_silence(&self, now: Instant) -> Duration {
+        let open = self.last_tick.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        self.longest_gap.max(open)
+    }
+
+    /// The end of the output, as a terminal may print it.
+    pub fn tail(&self) -> String {
+        let tail = self.tail.get(self.tail.len().saturating_sub(TAIL_MAX)..).unwrap_or_default();
+        String::from_utf8_lossy(tail)
+            .replace("\r\n", "\n")
+            .replace(|c: char| c.is_control() && c != '\n' && c != '\t', "\u{fffd}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A console to which each piece came a second after the one before.
+    fn hear(pieces: &[&[u8]]) -> Console {
+        let (mut console, start) = (Console::default(), Instant::now());
+        for (second, piece) in (0..).zip(pieces) {
+            console.take(piece, start + Duration::from_secs(second));
+        }
+        console
+    }
+
+    #[test]
+    fn work_lasts_from_the_end_of_one_line_to_the_start_of_the_other() {
+        let console = hear(&[b"work: beg", b"in fork", b"\r\n", b"noise\n", b"wor", b"k: e", b"nd fork 12", b"\r\n"]);
+        assert_eq!(console.marks, [Mark { name: "fork".into(), amount: 12, seconds: 3.0 }]);
+        assert_eq!(console.failures, [""; 0]);
+    }
+
+    #[test]
+    fn lines_are_found_behind_a_kernels_words() {
+        let console = hear(&[b"[    0.5] clocksource: work: never mind work: ready\r\n[ 1.0] reboot: work: exit 7\n"]);
+        assert!(console.ready.is_some());
+        assert_eq!(console.exit, Some(7));
+    }
+
+    #[test]
+    fn what_is_no_line_of_the_program_is_nothing() {
+        for line in [
+            "work: end fork",
+            "work: end fork 1 2",
+            "work: end fork -1",
+            "work: end fo\u{1b}rk 1",
+            "work: exit 256",
+            "work: exit",
+            "work: readyness",
+            "work: begin",
+            "work:ready",
+            "work: end fork 99999999999999999999999",
+        ] {
+            assert_eq!(Word::find(format!("{line}\n").as_bytes()), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn work_that_makes_no_sense_is_a_failure() {
+        let failures = |text: &[&[u8]]| {
+            let console = hear(text);
+            assert_eq!(console.marks, []);
+            console.failures
+        };
+        assert_eq!(failures(&[b"work: end fork 1\n"]), ["fork: it ended and had not begun"]);
+        let words = "fork: it began and did not end";
+        assert_eq!(failures(&[b"work: begin fork\n", b"work: begin exec\n"]), [words]);
+        assert_eq!(failures(&[b"work: begin fork\n", b"work: fail fork no \x1b[31mmemory\n"]), ["fork no  [31mmemory"]);
+        let twice: &[&[u8]] = &[b"work: begin fork\n", b"work: end fork 1\nwork: begin fork\n", b"work: end fork 1\n"];
+        assert_eq!(hear(twice).failures, ["fork: it was done more than once"]);
+    }
+
+    #[test]
+    fn endless_output_is_kept_in_bounds() {
+        let mut console = Console::default();
+        let now = Instant::now();
+        for _ in 0..1000 {
+            console.take(&[b'x'; 4096], now);
+            console.take(b"work: end a 1\nwork: fail x y\nwork: begin b\n", now);
+        }
+        console.take(&[b'y'; 1 << 20], now);
+        assert!(console.line.capacity() < 4 << 20 && console.line.len() <= LINE_MAX);
+        assert!(console.tail.len() <= 2 * TAIL_MAX && console.tail().len() == TAIL_MAX);
+        assert_eq!(console.failures.len(), FAILURES_MAX);
+        console.take(b"\nwork: ready\n", now);
+        assert!(console.ready.is_some(), "what comes then is understood");
+    }
+
+    #[test]
+    fn a_silence_counts_from_the_last_tick_to_now() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut console = Console::default();
+        assert_eq!(console.longest_silence(at(9)), Duration::ZERO);
+        for second in [0, 1, 5, 6] {
+            console.take(b"work: tick\n", at(second));
+        }
+        assert_eq!(console.longest_silence(at(7)), Duration::from_secs(4));
+        console.forget_silence();
+        assert_eq!(console.longest_silence(at(7)), Duration::from_secs(1));
+        assert_eq!(console.longest_silence(at(60)), Duration::from_secs(54), "it may never tick again");
+        assert_eq!(console.ticks, 4);
+    }
+
+    #[test]
+    fn the_tail_does_nothing_to_a_terminal() {
+        assert_eq!(hear(&[b"a\x1b[2J\r\nb\t\xff\n"]).tail(), "a\u{fffd}[2J\nb\t\u{fffd}\n");
+    }
+}

@@ -1,0 +1,195 @@
+//! Contenders that are shell scripts, and do what contenders must not.
+
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::process::Pid;
+
+use super::*;
+
+static CLEANED: AtomicUsize = AtomicUsize::new(0);
+
+fn script(text: &str) -> Launch {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", text]);
+    let clean_up = || {
+        CLEANED.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    };
+    Launch { command, passes_exit_code: true, address: None, clean_up: Some(Box::new(clean_up)) }
+}
+
+fn within(deadline_ms: u64) -> Conditions {
+    Conditions { cpus: None, deadline: Duration::from_millis(deadline_ms) }
+}
+
+fn expect(code: i32, work: &[(&str, u64)]) -> Expected {
+    Expected { code, work: work.iter().map(|(name, amount)| ((*name).to_owned(), *amount)).collect() }
+}
+
+/// Processes that have this word on their command line.
+fn processes_with(word: &str) -> Vec<String> {
+    let lines = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).into_owned();
+        line.split('\0').any(|argument| argument == word).then_some(line)
+    });
+    lines.collect()
+}
+
+#[test]
+fn work_is_timed_from_outside() {
+    let text = "echo work: ready; sleep 0.1; echo work: begin fork; sleep 0.2; echo work: end fork 12; sleep 0.1";
+    let run = run(script(text), &expect(0, &[("fork", 12)]), &within(10_000));
+    assert_eq!(run.failures, [""; 0]);
+    assert_eq!(run.end, End::Code(0));
+    let [Mark { ref name, amount: 12, seconds }] = run.marks[..] else { panic!("{run:?}") };
+    assert_eq!(name, "fork");
+    assert!((0.2..5.0).contains(&seconds), "{seconds}");
+    assert!(run.exited >= Duration::from_millis(400) && run.ready.unwrap() < run.exited);
+    assert_eq!(run.ready, run.first_output);
+}
+
+#[test]
+fn what_hangs_is_ended_with_all_that_it_started() {
+    // It does not mind SIGTERM, and neither does its child.
+    let text = "trap '' TERM; echo work: begin fork; sh -c 'trap \"\" TERM; sleep 71234; true' & sleep 71234; true";
+    let run = run(script(text), &expect(0, &[("fork", 1)]), &within(200));
+    assert_eq!(run.end, End::Deadline);
+    assert!(run.failures.iter().any(|failure| failure.starts_with("it was not over in time")), "{:?}", run.failures);
+    assert!(run.failures.contains(&"fork: it was not done".to_owned()), "{:?}", run.failures);
+    assert!(run.exited < Duration::from_secs(30));
+    assert_eq!(processes_with("71234"), [""; 0]);
+}
+
+#[test]
+fn a_code_other_than_the_commands_is_a_failure() {
+    let failures = |launch, code| run(launch, &expect(code, &[]), &within(10_000)).failures;
+    assert_eq!(failures(script("exit 7"), 7), [""; 0]);
+    assert_eq!(failures(script("echo why; exit 3"), 0), ["its exit code was 3 and had to be 0: why"]);
+    assert_eq!(failures(script("exit 0"), 7), ["its exit code was 0 and had to be 7: it printed nothing"]);
+    assert_eq!(failures(script("kill -9 $$"), 0), ["it was killed by signal 9: it printed nothing"]);
+    let machine = |text: &str| Launch { passes_exit_code: false, ..script(text) };
+    assert_eq!(failures(machine("printf 'work: exit 7\\r\\n'; exit 0"), 7), [""; 0]);
+    let silent = failures(machine("exit 7"), 7);
+    assert_eq!(silent, ["it ended with code 7 and did not tell its command's: it printed nothing"]);
+    assert_eq!(failures(machine("echo work: exit 0"), 7).len(), 1);
+}
+
+#[test]
+fn work_that_was_not_done_is_a_failure() {
+    let failures = |text: &str| run(script(text), &expect(0, &[("fork", 2)]), &within(10_000)).failures;
+    assert_eq!(failures("true"), ["fork: it was not done"]);
+    let said = failures("echo work: fail fork there is no memory");
+    assert_eq!(said, ["fork there is no memory", "fork: it was not done"]);
+    let less = failures("echo work: begin fork; sleep 0.05; echo work: end fork 1");
+    assert_eq!(less, ["fork: 1 was done of 2"]);
+    let fast = failures("printf 'work: begin fork\\nwork: end fork 2\\n'");
+    assert_eq!(fast, ["fork: it is too little work to be timed"]);
+    let half = failures("echo work: begin fork");
+    assert_eq!(half, ["fork: it began and did not end", "fork: it was not done"]);
+}
+
+#[test]
+fn endless_output_without_a_line_ends_at_the_deadline() {
+    for text in ["yes | tr -d '\\n'", "yes | tr -d '\\n' >&2", "exec cat /dev/zero"] {
+        let run = run(script(text), &Expected::default(), &within(300));
+        assert_eq!(run.end, End::Deadline, "{text}");
+        assert!(run.exited < Duration::from_secs(10), "{text}: {:?}", run.exited);
+        assert!(run.tail.len() <= 256 << 10, "{text}: {}", run.tail.len());
+    }
+}
+
+#[test]
+fn an_instance_lives_on_without_its_output() {
+    let run = run(script("exec >&- 2>&-; sleep 0.4; exit 5"), &expect(5, &[]), &within(10_000));
+    assert_eq!(run.failures, [""; 0]);
+    assert!(run.exited >= Duration::from_millis(400), "{:?}", run.exited);
+}
+
+#[test]
+fn who_holds_the_output_does_not_hold_up_the_end() {
+    // One is of its group, and goes with it; the other has left it, and is not ours to end.
+    for (text, number) in [("sleep 71235 & echo work: ready", "71235"), ("setsid sleep 7.1236 & sleep 0.2", "7.1236")] {
+        let run = run(script(text), &Expected::default(), &within(6_000));
+        assert_eq!((&run.end, &run.failures[..]), (&End::Code(0), &[][..]), "{text}");
+        assert!(run.exited < Duration::from_secs(5), "{text}: {:?}", run.exited);
+        assert_eq!(processes_with(number).is_empty(), number == "71235");
+    }
+}
+
+#[test]
+fn an_instance_has_nothing_on_its_input() {
+    let run = run(script("cat; exit 4"), &expect(4, &[]), &within(10_000));
+    assert_eq!(run.failures, [""; 0]);
+}
+
+#[test]
+fn what_cannot_be_started_is_cleaned_up_after() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let clean_up: Box<dyn FnOnce() -> Result<()> + Send> = Box::new(move || {
+        tell.send(()).unwrap();
+        bail!("it is still there")
+    });
+    let mut launch = script("");
+    (launch.command, launch.clean_up) = (Command::new("/nonexistent/contender"), Some(clean_up));
+    let run = run(launch, &Expected::default(), &within(1000));
+    told.try_recv().expect("it was cleaned up");
+    assert!(matches!(&run.end, End::NotStarted(why) if why.contains("start /nonexistent/contender")), "{run:?}");
+    assert_eq!(run.failures.len(), 1);
+}
+
+#[test]
+fn what_is_left_behind_is_a_failure() {
+    let mut launch = script("true");
+    launch.clean_up = Some(Box::new(|| bail!("the folder is busy")));
+    assert_eq!(run(launch, &Expected::default(), &within(10_000)).failures, ["clean up: the folder is busy"]);
+}
+
+#[test]
+fn an_instance_runs_on_its_processors_and_nobody_else_is_kept_to_them() {
+    let mask = |text: &str| text.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t").map(str::to_owned));
+    let ours = || mask(&std::fs::read_to_string("/proc/thread-self/status").unwrap()).unwrap();
+    let before = ours();
+    let first: u32 = before.split(['-', ',']).next().unwrap().parse().unwrap();
+    let conditions = Conditions { cpus: Some(vec![first]), ..within(10_000) };
+    let run = run(script("cat /proc/self/status"), &Expected::default(), &conditions);
+    assert_eq!(mask(&run.tail), Some(first.to_string()));
+    assert_eq!(ours(), before);
+}
+
+#[test]
+fn a_long_lived_instance_is_waited_for_heard_and_ended() {
+    let text = "sleep 0.1; echo work: ready; while true; do echo work: tick; sleep 0.05; done";
+    let before = CLEANED.load(Ordering::SeqCst);
+    let running = Running::start(script(text), &within(60_000)).unwrap();
+    assert!(running.wait_ready(Duration::from_secs(10)).unwrap() >= Duration::from_millis(100));
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(running.ticks() > 2 && running.is_running());
+    let pid = Pid::from_raw(running.pid() as i32).unwrap();
+    running.forget_silence();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(running.longest_silence() >= Duration::from_millis(500), "{:?}", running.longest_silence());
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    let run = running.end();
+    assert_eq!((&run.end, &run.failures[..]), (&End::Signal(15), &[][..]));
+    assert!(CLEANED.load(Ordering::SeqCst) > before);
+    assert!(!std::path::Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists());
+}
+
+#[test]
+fn who_waits_is_told_that_it_will_not_be_ready() {
+    let start = Instant::now();
+    for (text, expected) in [
+        ("echo oh no", "it ended before it was ready: oh no"),
+        ("echo work: fail idle no memory; sleep 60", "it failed before it was ready: idle no memory"),
+        ("sleep 60", "it was not ready after 300 ms: it printed nothing"),
+    ] {
+        let running = Running::start(script(text), &within(60_000)).unwrap();
+        let error = running.wait_ready(Duration::from_millis(300)).unwrap_err().to_string();
+        assert_eq!(error, expected);
+        // Dropped, it is ended.
+    }
+    assert!(start.elapsed() < Duration::from_secs(30));
+}

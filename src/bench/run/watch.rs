@@ -1,0 +1,220 @@
+//! The thread beside an instance: starts it, reads it, and sees to its end, whichever way it takes.
+
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::{End, Shared};
+use crate::sys::affinity::{self, CpuMask};
+
+/// How long an instance that is asked to end may take to.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+/// How long one that was killed may: it may have to give back much memory.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long output is waited for whose writer outlives the instance.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
+/// As much is read at a time as a pipe holds.
+const CHUNK_BYTES: usize = 64 << 10;
+
+const STDOUT: u64 = 0;
+const STDERR: u64 = 1;
+const PROCESS: u64 = 2;
+const STOP: u64 = 3;
+
+/// Starts a command with its output to us and nothing on its input, in a process group of its own, on these processors.
+pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Instant)> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    // A process inherits the mask of the thread that starts it, which this one has for as long as that takes.
+    let before = match cpus {
+        Some(cpus) => {
+            let before = affinity::get(0).context("ask for a thread's processors")?;
+            affinity::set(0, &CpuMask::of(cpus)).context("keep an instance to processors")?;
+            Some(before)
+        }
+        None => None,
+    };
+    let started = Instant::now();
+    let child = command.spawn();
+    if let Some(before) = before {
+        affinity::set(0, &before).context("let a thread run anywhere again")?;
+    }
+    let child = child.with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
+    Ok((child, started))
+}
+
+/// An instance that runs.
+pub struct Watch {
+    pub child: Child,
+    pub shared: Arc<Shared>,
+    /// When it has to be over.
+    pub deadline: Instant,
+    epoll: Epoll,
+    stdout: Option<ChildStdout>,
+    stderr: Option<ChildStderr>,
+    process: OwnedFd,
+}
+
+/// How far the end has come that it does not take by itself.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pressure {
+    None,
+    Asked,
+    Killed,
+}
+
+impl Watch {
+    pub fn new(mut child: Child, shared: Arc<Shared>, deadline: Instant) -> Result<Watch> {
+        let prepare = |child: &mut Child| -> Result<_> {
+            let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).context("watch a process")?;
+            Ok((Epoll::new().context("wait for a process")?, process))
+        };
+        let prepared = prepare(&mut child);
+        let (epoll, process) = prepared.inspect_err(|_| {
+            kill(&child, Signal::KILL);
+            let _ = child.wait();
+        })?;
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let watch = Watch { child, shared, deadline, epoll, stdout, stderr, process };
+        watch.add(watch.process.as_raw_fd(), PROCESS);
+        watch.add(watch.shared.stop.as_raw_fd(), STOP);
+        watch.stdout.iter().for_each(|stdout| watch.add(stdout.as_fd().as_raw_fd(), STDOUT));
+        watch.stderr.iter().for_each(|stderr| watch.add(stderr.as_fd().as_raw_fd(), STDERR));
+        Ok(watch)
+    }
+
+    fn add(&self, fd: i32, token: u64) {
+        let event = EpollEvent::new(EventSet::IN, token);
+        if let Err(error) = self.epoll.ctl(ControlOperation::Add, fd, event) {
+            self.shared.lock().note(format!("watch an instance: {error}"));
+        }
+    }
+
+    fn remove(&self, fd: i32) {
+        let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+    }
+
+    /// Sees to the end of it, and returns how and when that came.
+    pub fn run(mut self) -> (End, Instant) {
+        let (mut pressure, mut next, mut late) = (Pressure::None, self.deadline, false);
+        let exited = loop {
+            let tokens = self.wait(next);
+            let mut asked = false;
+            for token in tokens.iter().flatten() {
+                match *token {
+                    STDOUT | STDERR => self.read(*token),
+                    STOP => {
+                        self.remove(self.shared.stop.as_raw_fd());
+                        asked = true;
+                    }
+                    _ => {}
+                }
+            }
+            if tokens.contains(&Some(PROCESS)) {
+                break Some(Instant::now());
+            }
+            if !asked && Instant::now() < next {
+                continue;
+            }
+            match pressure {
+                Pressure::None => {
+                    late = !asked;
+                    kill(&self.child, Signal::TERM);
+                    (pressure, next) = (Pressure::Asked, Instant::now() + END_PATIENCE);
+                }
+                Pressure::Asked => {
+                    kill(&self.child, Signal::KILL);
+                    (pressure, next) = (Pressure::Killed, Instant::now() + KILL_PATIENCE);
+                }
+                Pressure::Killed => break None,
+            }
+        };
+        // While nobody has waited for it, its number is nobody else's, nor is its group's.
+        kill(&self.child, Signal::KILL);
+        let Some(exited) = exited else {
+            self.shared.lock().note("it was killed and does not end".into());
+            return (End::Deadline, Instant::now());
+        };
+        self.drain(exited + DRAIN_PATIENCE);
+        let status = self.child.wait();
+        let end = match status {
+            _ if late => End::Deadline,
+            Ok(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => End::Code(code),
+                (None, signal) => End::Signal(signal.unwrap_or_default()),
+            },
+            Err(error) => {
+                self.shared.lock().note(format!("wait for it: {error}"));
+                End::Deadline
+            }
+        };
+        (end, exited)
+    }
+
+    /// Waits until there is something, or for so long.
+    fn wait(&self, until: Instant) -> [Option<u64>; 4] {
+        let mut events = [EpollEvent::default(); 4];
+        let left = until.saturating_duration_since(Instant::now());
+        // Rounded up, since what has not quite passed would be waited for again and again.
+        let timeout_ms = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+        let count = self.epoll.wait(timeout_ms, &mut events).unwrap_or(0);
+        let mut tokens = [None; 4];
+        tokens.iter_mut().zip(events.iter().take(count)).for_each(|(token, event)| *token = Some(event.data()));
+        tokens
+    }
+
+    /// Reads what is there of an output, or sees that it has ended.
+    fn read(&mut self, token: u64) {
+        let mut chunk = [0; CHUNK_BYTES];
+        let stream = match token {
+            STDOUT => self.stdout.as_mut().map(|stream| (stream.read(&mut chunk), stream.as_raw_fd())),
+            _ => self.stderr.as_mut().map(|stream| (stream.read(&mut chunk), stream.as_raw_fd())),
+        };
+        let at = Instant::now();
+        let Some((count, fd)) = stream else { return };
+        match count {
+            Ok(count) if count > 0 => {
+                let bytes = chunk.get(..count).unwrap_or_default();
+                let mut console = self.shared.lock();
+                match token {
+                    STDOUT => console.take(bytes, at),
+                    _ => console.keep(bytes),
+                }
+                drop(console);
+                self.shared.changed.notify_all();
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            _ => {
+                self.remove(fd);
+                match token {
+                    STDOUT => self.stdout = None,
+                    _ => self.stderr = None,
+                }
+            }
+        }
+    }
+
+    /// Reads what is left. Who left its process group may go on for ever.
+    fn drain(&mut self, until: Instant) {
+        self.remove(self.process.as_raw_fd());
+        while (self.stdout.is_some() || self.stderr.is_some()) && Instant::now() < until {
+            for token in self.wait(until).into_iter().flatten() {
+                match token {
+                    STDOUT | STDERR => self.read(token),
+                    _ => self.remove(self.shared.stop.as_raw_fd()),
+                }
+            }
+        }
+    }
+}
+
+/// Signals the instance and what it started. Nobody is left to hear it, or they do.
+fn kill(child: &Child, signal: Signal) {
+    let _ = kill_process_group(Pid::from_child(child), signal);
+}
