@@ -34,3 +34,23 @@ pub fn escape(word: &str) -> String {
         _ => escaped.collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_pass_a_kernels_command_line() {
+        assert_eq!(escape("/bin/sh"), "/bin/sh");
+        assert_eq!(escape("cpu-integer=100"), "cpu-integer=100");
+        assert_eq!(escape("echo \"a b\" 5%"), "echo%20%22a%20b%22%205%25");
+        assert_eq!([escape(""), escape("--"), escape("é")], ["%00", "%2d%2d", "%c3%a9"]);
+    }
+
+    #[test]
+    fn the_program_is_static_and_loads_where_it_was_linked() {
+        // ELF: e_type ET_EXEC, and no interpreter's path.
+        assert_eq!((&PROGRAM[..4], &PROGRAM[16..18]), (&b"\x7fELF"[..], &[2, 0][..]));
+        assert!(!PROGRAM.windows(8).any(|bytes| bytes == b"/ld-linu"));
+    }
+}

@@ -8,7 +8,7 @@
 //! All times are this process's. A result that failed is a failure, not a fast run: [`Run::failures`] says so, and whoever
 //! takes a number from a run asks it first.
 
-mod console;
+pub mod console;
 mod watch;
 
 use std::net::SocketAddr;
