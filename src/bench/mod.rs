@@ -4,7 +4,7 @@
 //! IMAGE ─ ground ─> one root, as a folder and as a disk, with the work program in it
 //! host ─ contender::find ─> those present, those absent
 //! scenarios ─ rounds (A B C A B C …) ─ contender::launch ─ run: times of marks, taken here ─> samples
-//! samples ─ statistics ─> result::Report ─> table, JSON, page, compare
+//! samples ─ statistics, verdict ─> result::Report ─> table, JSON, page, compare
 //! ```
 //!
 //! The work program (`firmware/work`) reads no clock: it says that it begins and that it has ended, and all times are this
@@ -16,3 +16,8 @@ pub mod result;
 pub mod run;
 pub mod scenario;
 pub mod work;
+#[doc(hidden)]
+pub mod sample;
+pub mod statistics;
+pub mod text;
+pub mod verdict;

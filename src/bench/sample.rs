@@ -1,0 +1,209 @@
+//! A report that nobody measured, with everything in it that a report can have: for tests, `fuzz/`, and whoever works on the page.
+
+use std::sync::OnceLock;
+
+use super::result::{
+    Absent, Contender, Host, Image, Limits, Measured, Method, Noise, Outcome, Report, Steadiness, VERSION, Walls,
+};
+use super::scenario::{MEASURES, Measure, Scenario, Unit};
+use super::statistics;
+
+/// Those who take part, and how many times the bare host's time they take for what leaves the kernel alone, for what asks it,
+/// and to start.
+const PRESENT: &[(&str, Walls, [f64; 3])] = &[
+    ("host", Walls::None, [1.0, 1.0, 1.0]),
+    ("crun", Walls::Container, [1.0, 1.08, 14.0]),
+    ("runc", Walls::Container, [1.0, 1.09, 31.0]),
+    ("podman (rootless), which has a rather long name", Walls::Container, [1.01, 1.15, 160.0]),
+    ("qemu-microvm", Walls::Machine, [1.04, 0.81, 140.0]),
+    ("husk", Walls::Machine, [1.03, 0.80, 19.0]),
+    ("husk <b onclick=\"alert('&')\">stock</b>", Walls::Machine, [1.03, 1.4, 95.0]),
+];
+const ROUNDS: u32 = 20;
+
+/// The report. It is the same each time, and its summaries and ratios are filled in.
+pub fn report() -> Report {
+    static REPORT: OnceLock<Report> = OnceLock::new();
+    REPORT.get_or_init(|| report_of(1, 1.0)).clone()
+}
+
+/// The same with other luck (`seed`), and with husk's times `slower` times as long.
+pub fn report_of(seed: u64, slower: f64) -> Report {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut report = Report {
+        version: VERSION,
+        husk: env!("CARGO_PKG_VERSION").to_owned(),
+        started: "2026-01-02T03:04:05Z".to_owned(),
+        took_s: 1234.5,
+        command_line: words("husk bench alpine:3.22 --against crun,runc,podman,qemu-microvm --output bench.html"),
+        image: Image {
+            name: "alpine:3.22".to_owned(),
+            id: format!("sha256:{}", "0123456789abcdef".repeat(4)),
+            bytes: 8_300_000,
+        },
+        limits: Limits { cpus: 2.0, memory_mib: 512, cpuset: Some("2-3".to_owned()) },
+        host: host(),
+        noise: noise(&mut random),
+        method: Method {
+            warm_up_rounds: 1,
+            rounds: (10, ROUNDS),
+            precision: 0.02,
+            confidence: statistics::CONFIDENCE,
+            baseline: "crun".to_owned(),
+            amounts: [("cpu-integer", 200_000_000), ("syscall", 1_000_000), ("fork", 500)]
+                .map(|(name, amount)| (name.to_owned(), amount))
+                .into(),
+        },
+        contenders: contenders(),
+        measures: MEASURES
+            .iter()
+            .filter(|measure| measure.scenario != Scenario::Command)
+            .map(|measure| measured(measure, slower, &mut random))
+            .collect(),
+        verdict: Vec::new(),
+    };
+    statistics::summarise(&mut report);
+    report.verdict = super::verdict::sentences(&report);
+    report
+}
+
+/// A draw from the normal distribution with mean 0 and deviation 1 (Box and Muller 1958).
+pub fn normal(random: &mut fastrand::Rng) -> f64 {
+    (-2.0 * (1.0 - random.f64()).ln()).sqrt() * (std::f64::consts::TAU * random.f64()).cos()
+}
+
+fn words(line: &str) -> Vec<String> {
+    line.split(' ').map(str::to_owned).collect()
+}
+
+fn host() -> Host {
+    let mitigations = [
+        ("meltdown", "Not affected"),
+        ("mds", "Mitigation: Clear CPU buffers; SMT vulnerable"),
+        (
+            "spectre_v2",
+            "Mitigation: Enhanced / Automatic IBRS; IBPB: conditional; STIBP: always-on; PBRSB-eIBRS: Not affected",
+        ),
+        ("spec_store_bypass", "Mitigation: Speculative Store Bypass disabled via prctl"),
+    ];
+    Host {
+        kernel: "6.12.8-amd64".to_owned(),
+        processor: "AMD EPYC 7313P 16-Core Processor".to_owned(),
+        cpus: 4,
+        memory_mib: 16_384,
+        kvm: "kvm_amd".to_owned(),
+        hypervisor: Some("KVM".to_owned()),
+        governor: None,
+        clocksource: "tsc".to_owned(),
+        huge_pages: Some("madvise".to_owned()),
+        file_system: "ext4".to_owned(),
+        mitigations: mitigations.map(|(fault, what)| (fault.to_owned(), what.to_owned())).into(),
+        load: 0.12,
+    }
+}
+
+fn noise(random: &mut fastrand::Rng) -> Noise {
+    let samples_ms: Vec<f64> = (0..ROUNDS).map(|_| 80.0 * (1.0 + 0.01 * normal(random).abs())).collect();
+    let spread = statistics::spread(&samples_ms);
+    Noise { samples_ms, spread, stolen: 0.002, verdict: Steadiness::Quiet }
+}
+
+fn contenders() -> Vec<Contender> {
+    let mut contenders: Vec<Contender> = PRESENT
+        .iter()
+        .map(|(name, walls, _)| Contender {
+            name: (*name).to_owned(),
+            walls: *walls,
+            version: Some("1.2.3-4+deb13u1".to_owned()),
+            kernel: (*walls == Walls::Machine).then(|| "6.12.8-husk".to_owned()),
+            absent: None,
+            command_line: words(
+                "run --cgroup-manager disabled --bundle /var/tmp/husk-bench/bundle-of-a-rather-long-name instance-17",
+            ),
+            notes: if *name == "host" { vec!["The host has no limit of memory.".to_owned()] } else { Vec::new() },
+        })
+        .collect();
+    let absent = |name: &str, why: &str, install: Option<&str>| Contender {
+        name: name.to_owned(),
+        walls: Walls::Machine,
+        version: None,
+        kernel: None,
+        absent: Some(Absent { why: why.to_owned(), install: install.map(str::to_owned) }),
+        command_line: Vec::new(),
+        notes: Vec::new(),
+    };
+    contenders.push(absent("bubblewrap", "there is no bwrap on the path", Some("apt-get install bubblewrap")));
+    contenders.push(absent("firecracker", "there is no firecracker on the path", None));
+    contenders
+}
+
+fn measured(measure: &Measure, slower: f64, random: &mut fastrand::Rng) -> Measured {
+    Measured {
+        name: measure.name.to_owned(),
+        title: measure.title.to_owned(),
+        scenario: measure.scenario,
+        unit: measure.unit,
+        better: measure.better(),
+        results: PRESENT.iter().map(|(name, _, costs)| outcome(name, *costs, measure, slower, random)).collect(),
+    }
+}
+
+fn outcome(name: &str, costs: [f64; 3], measure: &Measure, slower: f64, random: &mut fastrand::Rng) -> Outcome {
+    let mut outcome = Outcome {
+        contender: name.to_owned(),
+        samples: Vec::new(),
+        failures: Vec::new(),
+        skipped: None,
+        summary: None,
+        ratio: None,
+    };
+    if name == "host" && matches!(measure.scenario, Scenario::Network | Scenario::Density) {
+        outcome.skipped = Some("the host has no instances".to_owned());
+        return outcome;
+    }
+    let [own_work, kernel_work, start] = costs;
+    let cost = match measure.scenario {
+        Scenario::Start | Scenario::Memory | Scenario::Density => start,
+        Scenario::Cpu | Scenario::MemoryBandwidth | Scenario::Command => own_work,
+        _ => kernel_work,
+    } * if name == "husk" { slower } else { 1.0 };
+    let (first, is_rate) = match measure.unit {
+        Unit::Milliseconds => (1.7, false),
+        Unit::Nanoseconds => (3.2, false),
+        Unit::Microseconds => (61.0, false),
+        Unit::Mib => (0.4, false),
+        Unit::MibPerSecond => (2_900.0, true),
+        Unit::PerSecond => (123_000.0, true),
+        Unit::Count => (600.0, true),
+    };
+    for round in 0..ROUNDS {
+        if name == "qemu-microvm" && (measure.scenario == Scenario::Fork || measure.name == "exec" && round % 8 == 3) {
+            outcome.failures.push(format!("round {round}: exit code 137 <killed> & no mark came"));
+            outcome.samples.push(None);
+            continue;
+        }
+        let tail = if random.u8(..) < 12 { 1.5 } else { 1.0 };
+        let time = cost * tail * (0.03 * normal(random)).exp();
+        outcome.samples.push(Some(if is_rate { first / time } else { first * time }));
+    }
+    outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_has_all_that_a_report_can_have() {
+        let report = report();
+        let outcomes: Vec<&Outcome> = report.measures.iter().flat_map(|measure| &measure.results).collect();
+        assert!(outcomes.iter().any(|outcome| outcome.skipped.is_some()));
+        assert!(outcomes.iter().any(|outcome| !outcome.failures.is_empty() && outcome.summary.is_none()));
+        assert!(outcomes.iter().any(|outcome| !outcome.failures.is_empty() && outcome.summary.is_some()));
+        assert!(
+            outcomes.iter().any(|outcome| outcome.summary.as_ref().is_some_and(|summary| !summary.outliers.is_empty()))
+        );
+        assert!(report.contenders.iter().any(|contender| contender.absent.is_some()));
+        assert_eq!(report, report_of(1, 1.0));
+    }
+}

@@ -1,0 +1,205 @@
+//! Numbers as a person reads them: three digits say all that a median knows.
+
+use super::result::{Estimate, Measured, Outcome, Report};
+use super::scenario::Scenario;
+
+/// A number in at most six characters, of values from a thousandth to a thousand billions.
+pub fn number(value: f64) -> String {
+    let magnitude = value.abs();
+    match magnitude {
+        _ if magnitude >= 999.5e9 => format!("{value:.0e}"),
+        _ if magnitude >= 999_500_000.0 => format!("{}G", three_digits(value / 1e9)),
+        _ if magnitude >= 999_500.0 => format!("{}M", three_digits(value / 1e6)),
+        _ if magnitude >= 9_999.5 => format!("{}k", three_digits(value / 1e3)),
+        _ => three_digits(value),
+    }
+}
+
+fn three_digits(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        magnitude if magnitude >= 99.95 => format!("{value:.0}"),
+        magnitude if magnitude >= 9.995 => format!("{value:.1}"),
+        magnitude if magnitude >= 0.9995 => format!("{value:.2}"),
+        magnitude if magnitude >= 0.000_5 => format!("{value:.3}"),
+        _ => format!("{value:.0e}"),
+    }
+}
+
+/// A ratio, with two digits behind the point where it is near 1: `1.32`, `0.081`, `12.6`.
+pub fn ratio(value: f64) -> String {
+    match value.abs() {
+        magnitude if magnitude >= 99.5 => number(value),
+        magnitude if magnitude >= 9.95 => format!("{value:.1}"),
+        magnitude if magnitude >= 0.095 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// An interval of ratios: `1.21–1.43`.
+pub fn ratio_interval(estimate: &Estimate) -> String {
+    format!("{}–{}", ratio(estimate.low), ratio(estimate.high))
+}
+
+/// A share as a percentage: `3.2%`.
+pub fn percent(share: f64) -> String {
+    let percent = share * 100.0;
+    if percent.abs() >= 9.95 { format!("{percent:.0}%") } else { format!("{percent:.1}%") }
+}
+
+/// How far the interval's further end is from the value.
+pub fn plus_minus(estimate: &Estimate) -> f64 {
+    (estimate.high - estimate.value).max(estimate.value - estimate.low)
+}
+
+/// A command line that a shell reads as these words.
+pub fn command_line(words: &[String]) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_=/.,:@%+".contains(c);
+    let quoted = words.iter().map(|word| {
+        if !word.is_empty() && word.chars().all(is_plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', "'\\''"))
+        }
+    });
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
+/// `1 run`, `2 runs`.
+pub fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
+/// `a`, `a and b`, `a, b and c`.
+pub fn list(words: &[String]) -> String {
+    match words {
+        [] => String::new(),
+        [word] => word.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
+
+/// A group's heading.
+pub const fn scenario(scenario: Scenario) -> &'static str {
+    match scenario {
+        Scenario::Start => "Start",
+        Scenario::Memory => "Memory",
+        Scenario::Density => "Density",
+        Scenario::Cpu => "Processor",
+        Scenario::MemoryBandwidth => "Memory bandwidth",
+        Scenario::Syscall => "System calls",
+        Scenario::Fork => "Processes",
+        Scenario::Exec => "Programs",
+        Scenario::ContextSwitch => "Switches",
+        Scenario::Disk => "Disks",
+        Scenario::Network => "Network",
+        Scenario::Isolation => "Isolation",
+        Scenario::Command => "Command",
+    }
+}
+
+/// The measures group by group, in the order of the first of each.
+pub fn groups(report: &Report) -> Vec<(Scenario, Vec<&Measured>)> {
+    let mut groups: Vec<(Scenario, Vec<&Measured>)> = Vec::new();
+    for measure in &report.measures {
+        match groups.iter_mut().find(|(scenario, _)| *scenario == measure.scenario) {
+            Some((_, measures)) => measures.push(measure),
+            None => groups.push((measure.scenario, vec![measure])),
+        }
+    }
+    groups
+}
+
+/// What this contender came to.
+pub fn outcome_of<'a>(measure: &'a Measured, contender: &str) -> Option<&'a Outcome> {
+    measure.results.iter().find(|outcome| outcome.contender == contender)
+}
+
+/// Those that took part, in the order of the runs.
+pub fn present(report: &Report) -> Vec<&str> {
+    let present = report.contenders.iter().filter(|contender| contender.absent.is_none());
+    present.map(|contender| contender.name.as_str()).collect()
+}
+
+/// Who was not measured and why, with the titles of what.
+pub fn skipped(report: &Report) -> Vec<(String, Vec<&str>)> {
+    let mut skipped: Vec<(String, Vec<&str>)> = Vec::new();
+    for measure in &report.measures {
+        for outcome in &measure.results {
+            let Some(why) = &outcome.skipped else { continue };
+            let who = format!("{}: {why}", outcome.contender);
+            match skipped.iter_mut().find(|(same, _)| *same == who) {
+                Some((_, titles)) => titles.push(&measure.title),
+                None => skipped.push((who, vec![&measure.title])),
+            }
+        }
+    }
+    skipped
+}
+
+/// The text in lines, the first behind the label, the others below it. Control characters of foreign text are left out.
+pub fn wrapped(label: &str, text: &str, width: usize) -> Vec<String> {
+    let indent = label.chars().count();
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            Some(_) => lines.push(" ".repeat(indent) + word),
+            None => lines.push(label.to_owned() + word),
+        }
+    }
+    lines
+}
+
+/// A name of at most `width` characters.
+pub fn shortened(name: &str, width: usize) -> String {
+    if name.chars().count() <= width {
+        return name.to_owned();
+    }
+    name.chars().take(width - 1).chain(['…']).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits() {
+        let cases = [
+            (0.0, "0"),
+            (0.1234, "0.123"),
+            (0.000_01, "1e-5"),
+            (1.0, "1.00"),
+            (9.996, "10.0"),
+            (45.26, "45.3"),
+            (999.6, "1000"),
+            (9_999.4, "9999"),
+            (12_345.0, "12.3k"),
+            (999_600.0, "1.00M"),
+            (2_345_678.0, "2.35M"),
+            (2e15, "2e15"),
+            (-45.26, "-45.3"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(number(value), text);
+        }
+        assert_eq!([1.3219, 0.0811, 12.6, 0.31].map(ratio), ["1.32", "0.081", "12.6", "0.31"]);
+    }
+
+    #[test]
+    fn a_shell_reads_the_words_again() {
+        let words = ["husk", "bench", "", "a b", "it's", "--runs=3", "$HOME"].map(str::to_owned);
+        assert_eq!(command_line(&words), "husk bench '' 'a b' 'it'\\''s' --runs=3 '$HOME'");
+    }
+
+    #[test]
+    fn words_are_listed() {
+        let words = ["a", "b", "c"].map(str::to_owned);
+        assert_eq!([0, 1, 2, 3].map(|count| list(&words[..count])), ["", "a", "a and b", "a, b and c"]);
+        assert_eq!((count(1, "run"), count(3, "run")), ("1 run".to_owned(), "3 runs".to_owned()));
+    }
+}

@@ -1,0 +1,330 @@
+//! What a report says, in sentences: what failed, whether the host allows a conclusion, and what wins and loses.
+//!
+//! A difference is claimed only where its whole interval lies beyond [`margin`]. Each interval holds the truth in 95% of cases,
+//! so among a hundred of them five do not: the margin keeps those, which are hardly off, from being claimed.
+
+use super::result::{Estimate, Measured, Report, Steadiness};
+use super::scenario::Better;
+use super::statistics::paired_ratio;
+use super::text;
+
+/// The least difference worth a word: the same binary, laid out otherwise by its linker, differs by as much.
+const LEAST_DIFFERENCE: f64 = 0.02;
+/// On a noisy host.
+const LEAST_DIFFERENCE_OF_NOISY: f64 = 0.05;
+/// What a sentence lists before it only counts.
+const CLAIMS: usize = 3;
+
+/// What a ratio says of the first of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Judgement {
+    /// It is better, whatever is true within the interval.
+    Better,
+    /// It is worse, whatever is true within the interval.
+    Worse,
+    /// No difference beyond the noise.
+    Open,
+}
+
+/// How far a ratio's interval must lie from 1 on such a host, as a share; none where nothing can be concluded.
+pub fn margin(steadiness: Steadiness, spread: f64) -> Option<f64> {
+    match steadiness {
+        Steadiness::Quiet => Some(LEAST_DIFFERENCE),
+        Steadiness::Noisy => Some(spread.max(LEAST_DIFFERENCE_OF_NOISY)),
+        Steadiness::TooNoisy => None,
+    }
+}
+
+/// What this ratio says of whoever it is the ratio of.
+pub fn judge(ratio: &Estimate, better: Better, margin: Option<f64>) -> Judgement {
+    let Some(margin) = margin else { return Judgement::Open };
+    match better {
+        _ if ratio.low <= 1.0 + margin && ratio.high >= 1.0 / (1.0 + margin) => Judgement::Open,
+        Better::Lower if ratio.high < 1.0 => Judgement::Better,
+        Better::Higher if ratio.low > 1.0 => Judgement::Better,
+        _ => Judgement::Worse,
+    }
+}
+
+/// The report's verdict; the first sentence is the most important.
+pub fn sentences(report: &Report) -> Vec<String> {
+    let mut sentences = failures(report);
+    sentences.extend(steadiness(report));
+    if report.noise.verdict != Steadiness::TooNoisy
+        && let Some(duel) = Duel::of(report)
+    {
+        sentences.push(duel.headline());
+        sentences.extend(duel.groups());
+        sentences.extend(duel.tallies());
+    }
+    sentences.extend(absent(report));
+    sentences
+}
+
+/// Who failed, and in what: a failure is no fast run, and a median without it is that of the lucky.
+fn failures(report: &Report) -> Vec<String> {
+    let of = |name: &str| {
+        let outcomes = report.measures.iter().filter_map(|measure| Some((measure, text::outcome_of(measure, name)?)));
+        let (mut failed, mut runs, mut titles) = (0, 0, Vec::new());
+        for (measure, outcome) in outcomes {
+            if !outcome.failures.is_empty() {
+                failed += outcome.failures.len();
+                runs += outcome.samples.len().max(outcome.failures.len());
+                titles.push(format!("“{}”", measure.title));
+            }
+        }
+        (failed > 0)
+            .then(|| format!("{name} failed in {failed} of {} of {}.", text::count(runs, "run"), some_of(&titles)))
+    };
+    text::present(report).into_iter().filter_map(of).collect()
+}
+
+fn steadiness(report: &Report) -> Option<String> {
+    let noise = &report.noise;
+    let measured = format!(
+        "the same work differed by {} from one time to another, and {} of the processors' time was stolen",
+        text::percent(noise.spread),
+        text::percent(noise.stolen)
+    );
+    match noise.verdict {
+        Steadiness::Quiet => None,
+        Steadiness::Noisy => Some(format!(
+            "The host was noisy ({measured}): differences below {} are not told from noise.",
+            text::percent(margin(noise.verdict, noise.spread).unwrap_or_default())
+        )),
+        Steadiness::TooNoisy => Some(format!("The host was too noisy to conclude: {measured}.")),
+    }
+}
+
+fn absent(report: &Report) -> Option<String> {
+    let absent = report.contenders.iter().filter(|contender| contender.absent.is_some());
+    let names: Vec<String> = absent.map(|contender| contender.name.clone()).collect();
+    (!names.is_empty()).then(|| format!("Not compared, because not installed or not usable: {}.", text::list(&names)))
+}
+
+/// husk against the one that ratios are to, and against all others.
+struct Duel<'a> {
+    report: &'a Report,
+    husk: &'a str,
+    other: &'a str,
+    margin: Option<f64>,
+}
+
+impl<'a> Duel<'a> {
+    /// None where there is no husk, or nobody else.
+    fn of(report: &'a Report) -> Option<Self> {
+        let present = text::present(report);
+        let husk = *present.iter().find(|name| name.split(' ').next() == Some("husk"))?;
+        let baseline = report.method.baseline.as_str();
+        let rival = present.iter().find(|name| **name == baseline && baseline != husk);
+        let other = rival.or_else(|| present.iter().find(|name| **name != husk))?;
+        Some(Self { report, husk, other, margin: margin(report.noise.verdict, report.noise.spread) })
+    }
+
+    /// husk's numbers in proportion to another's, of the same rounds.
+    fn ratio(&self, measure: &Measured, other: &str) -> Option<Estimate> {
+        paired_ratio(&text::outcome_of(measure, self.husk)?.samples, &text::outcome_of(measure, other)?.samples)
+    }
+
+    /// The measures by which a user would choose, in one sentence.
+    fn headline(&self) -> String {
+        let clause = |measure: &Measured| {
+            let (does, of_what) = headline_words(&measure.name)?;
+            let ratio = self.ratio(measure, self.other)?;
+            let told = judge(&ratio, measure.better, self.margin) != Judgement::Open;
+            told.then(|| {
+                format!("{does} {} times {}’s {of_what} ({})", text::ratio(ratio.value), self.other, range(&ratio))
+            })
+        };
+        let clauses: Vec<String> = self.report.measures.iter().filter_map(clause).collect();
+        if clauses.is_empty() {
+            return format!("{} and {}: no difference beyond the noise in what matters most.", self.husk, self.other);
+        }
+        format!("{} {}.", self.husk, text::list(&clauses))
+    }
+
+    /// What wins and loses, a sentence for each group of measures.
+    fn groups(&self) -> Vec<String> {
+        let sentence = |(scenario, measures): (_, Vec<&Measured>)| {
+            let (mut better, mut worse, mut open) = (Vec::new(), Vec::new(), Vec::new());
+            for measure in measures {
+                let Some(ratio) = self.ratio(measure, self.other) else { continue };
+                let claim = format!("“{}” ({} times, {})", measure.title, text::ratio(ratio.value), range(&ratio));
+                match judge(&ratio, measure.better, self.margin) {
+                    Judgement::Better => better.push(claim),
+                    Judgement::Worse => worse.push(claim),
+                    Judgement::Open => open.push(format!("“{}”", measure.title)),
+                }
+            }
+            let (husk, other) = (self.husk, self.other);
+            let parts = [
+                (better, format!("{husk} is better than {other} in ")),
+                (worse, format!("{husk} is worse than {other} in ")),
+                (open, "no difference beyond the noise in ".to_owned()),
+            ];
+            let parts: Vec<String> = parts
+                .into_iter()
+                .filter(|(claims, _)| !claims.is_empty())
+                .map(|(claims, words)| words + &some_of(&claims))
+                .collect();
+            (!parts.is_empty()).then(|| format!("{}: {}.", text::scenario(scenario), parts.join("; ")))
+        };
+        text::groups(self.report).into_iter().filter_map(sentence).collect()
+    }
+
+    /// How often husk is better and worse than each of the others.
+    fn tallies(&self) -> Vec<String> {
+        let tally = |other: &str| {
+            let judge = |measure| Some(judge(&self.ratio(measure, other)?, measure.better, self.margin));
+            let judged: Vec<Judgement> = self.report.measures.iter().filter_map(judge).collect();
+            let of = |judgement| judged.iter().filter(|judged| **judged == judgement).count();
+            (!judged.is_empty()).then(|| {
+                format!(
+                    "Against {other}, in {}: {} is better in {}, worse in {}, no different beyond the noise in {}.",
+                    text::count(judged.len(), "measure"),
+                    self.husk,
+                    of(Judgement::Better),
+                    of(Judgement::Worse),
+                    of(Judgement::Open)
+                )
+            })
+        };
+        text::present(self.report).into_iter().filter(|other| *other != self.husk).filter_map(tally).collect()
+    }
+}
+
+/// The words around a ratio of a measure that belongs in the first sentence.
+fn headline_words(measure: &str) -> Option<(&'static str, &'static str)> {
+    Some(match measure {
+        "command" => ("runs the command in", "time"),
+        "start-output-warm" => ("starts in", "time"),
+        "memory-idle" => ("takes", "memory when idle"),
+        "cpu-integer" => ("computes in", "time"),
+        "root-read-random" => ("reads its root at", "rate"),
+        "network-to" => ("receives at", "rate"),
+        _ => return None,
+    })
+}
+
+fn range(ratio: &Estimate) -> String {
+    format!("{} to {}", text::ratio(ratio.low), text::ratio(ratio.high))
+}
+
+/// The first of them, and how many more there are.
+fn some_of(claims: &[String]) -> String {
+    match claims.split_at_checked(CLAIMS) {
+        Some((first, more @ [_, _, ..])) => format!("{} and {} more", first.join(", "), more.len()),
+        _ => text::list(claims),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::sample;
+    use crate::bench::statistics::summarise;
+
+    fn ratio(low: f64, value: f64, high: f64) -> Estimate {
+        Estimate { value, low, high }
+    }
+
+    /// A report in which husk has these samples of one measure, and crun those.
+    fn report_with(name: &str, husk: &[f64], crun: &[f64]) -> Report {
+        let mut report = sample::report();
+        report.measures.retain(|measure| measure.name == name);
+        report.contenders.retain(|contender| ["crun", "husk"].contains(&contender.name.as_str()));
+        for measure in &mut report.measures {
+            measure.results.retain(|outcome| ["crun", "husk"].contains(&outcome.contender.as_str()));
+            for outcome in &mut measure.results {
+                let samples = if outcome.contender == "husk" { husk } else { crun };
+                outcome.samples = samples.iter().copied().map(Some).collect();
+            }
+        }
+        summarise(&mut report);
+        report
+    }
+
+    #[test]
+    fn a_difference_is_claimed_only_beyond_the_margin() {
+        let quiet = margin(Steadiness::Quiet, 0.03);
+        assert_eq!(judge(&ratio(1.2, 1.3, 1.4), Better::Lower, quiet), Judgement::Worse);
+        assert_eq!(judge(&ratio(1.2, 1.3, 1.4), Better::Higher, quiet), Judgement::Better);
+        assert_eq!(judge(&ratio(0.7, 0.8, 0.9), Better::Lower, quiet), Judgement::Better);
+        assert_eq!(judge(&ratio(0.9, 1.1, 1.2), Better::Lower, quiet), Judgement::Open);
+        assert_eq!(judge(&ratio(1.01, 1.02, 1.03), Better::Lower, quiet), Judgement::Open, "too little to matter");
+        let noisy = margin(Steadiness::Noisy, 0.15);
+        assert_eq!(judge(&ratio(1.1, 1.3, 1.5), Better::Lower, noisy), Judgement::Open);
+        assert_eq!(judge(&ratio(1.2, 1.3, 1.5), Better::Lower, noisy), Judgement::Worse);
+        assert_eq!(judge(&ratio(8.0, 9.0, 10.0), Better::Lower, margin(Steadiness::TooNoisy, 0.5)), Judgement::Open);
+    }
+
+    #[test]
+    fn the_first_sentence_says_what_husk_costs() {
+        let husk: Vec<f64> = (0..20).map(|round| 13.0 + f64::from(round % 5) * 0.1).collect();
+        let crun: Vec<f64> = (0..20).map(|round| 10.0 + f64::from(round % 5) * 0.1).collect();
+        let said = sentences(&report_with("start-output-warm", &husk, &crun));
+        assert_eq!(said[0], "husk starts in 1.29 times crun’s time (1.29 to 1.30).");
+        assert_eq!(
+            said[1],
+            "Start: husk is worse than crun in “Start to first output, caches warm” (1.29 times, 1.29 to 1.30)."
+        );
+        assert_eq!(
+            said[2],
+            "Against crun, in 1 measure: husk is better in 0, worse in 1, no different beyond the noise in 0."
+        );
+    }
+
+    #[test]
+    fn more_of_a_rate_is_better() {
+        let said = sentences(&report_with("root-read-random", &[300.0; 8], &[200.0; 8]));
+        assert_eq!(said[0], "husk reads its root at 1.50 times crun’s rate (1.50 to 1.50).");
+        assert!(said[1].starts_with("Disks: husk is better than crun in"), "{said:?}");
+    }
+
+    #[test]
+    fn what_does_not_differ_is_not_told_apart() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut draw = || (0..20).map(|_| 10.0 + sample::normal(&mut random)).collect::<Vec<f64>>();
+        let said = sentences(&report_with("start-output-warm", &draw(), &draw()));
+        assert_eq!(said[0], "husk and crun: no difference beyond the noise in what matters most.");
+    }
+
+    #[test]
+    fn failures_come_first() {
+        let report = sample::report();
+        assert_eq!(
+            sentences(&report)[0],
+            "qemu-microvm failed in 23 of 40 runs of “A process, from fork to exit” and \
+             “A program, from fork and exec to exit”."
+        );
+    }
+
+    #[test]
+    fn nothing_is_concluded_on_a_host_that_is_too_noisy() {
+        let mut report = report_with("start-output-warm", &[30.0; 8], &[10.0; 8]);
+        report.noise.verdict = Steadiness::TooNoisy;
+        report.noise.spread = 0.4;
+        assert_eq!(
+            sentences(&report),
+            [
+                "The host was too noisy to conclude: the same work differed by 40% from one time to another, and 0.2% of the \
+              processors' time was stolen."
+            ]
+        );
+    }
+
+    #[test]
+    fn without_husk_or_without_others_nothing_is_claimed() {
+        let mut report = sample::report();
+        report.contenders.retain(|contender| contender.name == "husk");
+        assert_eq!(sentences(&report), Vec::<String>::new());
+        report.contenders.clear();
+        assert_eq!(sentences(&report), Vec::<String>::new());
+    }
+
+    #[test]
+    fn who_is_absent_is_named() {
+        let last = sentences(&sample::report()).pop().unwrap();
+        assert_eq!(last, "Not compared, because not installed or not usable: bubblewrap and firecracker.");
+    }
+}
