@@ -19,5 +19,6 @@ pub mod work;
 #[doc(hidden)]
 pub mod sample;
 pub mod statistics;
+pub mod table;
 pub mod text;
 pub mod verdict;

@@ -1,0 +1,268 @@
+//! A report on a terminal: contenders side by side, in blocks where the line is too short for all, and below them what is missing.
+
+use super::result::{Measured, Outcome, Report, Steadiness};
+use super::scenario::Better;
+use super::text;
+
+/// The widest line.
+pub const WIDTH: usize = 100;
+/// The words before a line's numbers.
+const LABEL: usize = 16;
+/// A contender's column, with the gap before it.
+const COLUMN: usize = 14;
+
+/// The table, its lines at most `width` columns wide (and at least as wide as one contender needs).
+pub fn table(report: &Report, width: usize) -> String {
+    let present = text::present(report);
+    let columns = (width.saturating_sub(LABEL) / COLUMN).max(1);
+    let mut lines = Vec::new();
+    for block in present.chunks(columns) {
+        lines.extend(heading(block));
+        for (scenario, measures) in text::groups(report) {
+            lines.push(String::new());
+            lines.push(text::scenario(scenario).to_uppercase());
+            lines.extend(measures.iter().flat_map(|measure| rows(measure, block, &report.method.baseline)));
+        }
+        lines.push(String::new());
+    }
+    lines.extend(text::wrapped("", &legend(report), width));
+    lines.extend(missing(report, width));
+    lines.push(String::new());
+    for sentence in &report.verdict {
+        lines.extend(text::wrapped("", sentence, width));
+    }
+    lines.iter().fold(String::new(), |text, line| text + line.trim_end() + "\n")
+}
+
+/// The contenders' names, each broken at the end of its column.
+fn heading(block: &[&str]) -> Vec<String> {
+    let names: Vec<Vec<String>> = block.iter().map(|name| broken(name, COLUMN - 2)).collect();
+    let deepest = names.iter().map(Vec::len).max().unwrap_or_default();
+    let line = |row: usize| {
+        let cells = names.iter().map(|name| {
+            let above = deepest - name.len();
+            row.checked_sub(above).and_then(|row| name.get(row)).cloned().unwrap_or_default()
+        });
+        joined("", cells)
+    };
+    (0..deepest).map(line).collect()
+}
+
+/// A measure's title, its medians, and its ratios.
+fn rows(measure: &Measured, block: &[&str], baseline: &str) -> [String; 3] {
+    let better = match measure.better {
+        Better::Lower => "less is better",
+        Better::Higher => "more is better",
+    };
+    let unit = match measure.unit.symbol() {
+        "" => better.to_owned(),
+        symbol => format!("{symbol}, {better}"),
+    };
+    let outcomes: Vec<Option<&Outcome>> = block.iter().map(|name| text::outcome_of(measure, name)).collect();
+    let ratio_label = format!("  × {}", text::shortened(baseline, LABEL - 5));
+    [
+        format!("{} ({unit})", measure.title),
+        joined("  median", outcomes.iter().map(|outcome| median_cell(*outcome))),
+        joined(&ratio_label, outcomes.iter().map(|outcome| ratio_cell(*outcome))),
+    ]
+}
+
+/// The median with how far it may be off, `!` where runs failed; a single sample by itself; or why there is none.
+fn median_cell(outcome: Option<&Outcome>) -> String {
+    let Some(outcome) = outcome else { return "-".to_owned() };
+    if outcome.skipped.is_some() {
+        return "skipped".to_owned();
+    }
+    let mark = if outcome.failures.is_empty() { "" } else { "!" };
+    match (&outcome.summary, outcome.samples.iter().flatten().next()) {
+        (Some(summary), _) => {
+            let off = text::plus_minus(&summary.median);
+            format!("{}{mark} ±{}", text::number(summary.median.value), shorter(&text::number(off)))
+        }
+        (None, Some(only)) => format!("{}{mark}", text::number(*only)),
+        (None, None) if outcome.failures.is_empty() => "-".to_owned(),
+        (None, None) => "FAILED".to_owned(),
+    }
+}
+
+fn ratio_cell(outcome: Option<&Outcome>) -> String {
+    match outcome.and_then(|outcome| outcome.ratio) {
+        Some(ratio) if ratio.low == ratio.high => text::ratio(ratio.value),
+        Some(ratio) => format!("{} {}", text::ratio(ratio.value), brief(&ratio)),
+        None => String::new(),
+    }
+}
+
+/// An interval in the room that is left of a column.
+fn brief(ratio: &super::result::Estimate) -> String {
+    let interval = text::ratio_interval(ratio);
+    if text::ratio(ratio.value).chars().count() + 1 + interval.chars().count() < COLUMN {
+        return interval;
+    }
+    format!("±{}", shorter(&text::ratio(text::plus_minus(ratio))))
+}
+
+/// How far a number is off is known to a digit or two: `0.05` instead of `0.051`, `1.2` instead of `1.23`.
+fn shorter(number: &str) -> String {
+    match number.split_once('.') {
+        Some((whole, part)) if part.chars().all(|c| c.is_ascii_digit()) => {
+            let zeros = part.chars().take_while(|c| *c == '0').count();
+            let digits = if whole == "0" { zeros + 1 } else { 1 };
+            format!("{whole}.{}", part.chars().take(digits).collect::<String>())
+        }
+        _ => number.to_owned(),
+    }
+}
+
+fn joined(label: &str, cells: impl Iterator<Item = String>) -> String {
+    cells.fold(format!("{label:<LABEL$}"), |line, cell| line + &format!("{cell:>COLUMN$}"))
+}
+
+fn legend(report: &Report) -> String {
+    let noise = &report.noise;
+    let method = &report.method;
+    let steady = match noise.verdict {
+        Steadiness::Quiet => "quiet",
+        Steadiness::Noisy => "noisy",
+        Steadiness::TooNoisy => "too noisy to conclude",
+    };
+    format!(
+        "Medians, and how far the true ones may be off in {} of cases; × {}: ratios of the same rounds, with their intervals. \
+         !: some runs failed. The host was {steady}: the same work differed by {}, {} of the processors' time was stolen.",
+        text::percent(method.confidence),
+        method.baseline,
+        text::percent(noise.spread),
+        text::percent(noise.stolen)
+    )
+}
+
+/// Failures, what was skipped, and who is absent, each with the reason.
+fn missing(report: &Report, width: usize) -> Vec<String> {
+    let mut lines = Vec::new();
+    for measure in &report.measures {
+        for outcome in &measure.results {
+            if let Some(first) = outcome.failures.first() {
+                let runs = text::count(outcome.failures.len(), "failed run");
+                let line = format!("{}, “{}”: {runs}; the first: {first}", outcome.contender, measure.title);
+                lines.extend(text::wrapped("failed   ", &line, width));
+            }
+        }
+    }
+    for (who, titles) in text::skipped(report) {
+        lines.extend(text::wrapped("skipped  ", &format!("{who} (“{}”)", titles.join("”, “")), width));
+    }
+    for contender in &report.contenders {
+        let Some(absent) = &contender.absent else { continue };
+        let install = absent.install.as_ref().map(|install| format!("; to have it: {install}")).unwrap_or_default();
+        lines.extend(text::wrapped("absent   ", &format!("{}: {}{install}", contender.name, absent.why), width));
+    }
+    if !lines.is_empty() {
+        lines.insert(0, String::new());
+    }
+    lines
+}
+
+/// A name in pieces of at most `width` characters, between words where that fits.
+fn broken(name: &str, width: usize) -> Vec<String> {
+    let mut lines = Vec::new();
+    for line in text::wrapped("", name, width) {
+        let characters: Vec<char> = line.chars().collect();
+        lines.extend(characters.chunks(width).map(|piece| piece.iter().collect::<String>()));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::sample;
+    use crate::bench::statistics::summarise;
+
+    fn widest(table: &str) -> usize {
+        table.lines().map(|line| line.chars().count()).max().unwrap()
+    }
+
+    #[test]
+    fn six_contenders_fit_one_block() {
+        let mut report = sample::report();
+        report.contenders.retain(|contender| !contender.name.contains("<b"));
+        let table = table(&report, WIDTH);
+        assert!(widest(&table) <= WIDTH, "{table}");
+        assert_eq!(table.matches("PROCESSOR").count(), 1, "{table}");
+    }
+
+    #[test]
+    fn more_contenders_or_a_shorter_line_make_more_blocks() {
+        let report = sample::report();
+        for (width, blocks) in [(WIDTH, 2), (60, 3), (30, 7), (1, 7)] {
+            let table = table(&report, width);
+            assert_eq!(table.matches("PROCESSOR").count(), blocks, "{width}: {table}");
+        }
+        // No title is longer than 60 columns with its unit, and no word of a sentence is.
+        let narrow = table(&report, 75);
+        assert!(widest(&narrow) <= 75, "{narrow}");
+    }
+
+    #[test]
+    fn medians_stand_with_their_intervals_and_ratios() {
+        let mut report = sample::report();
+        report.contenders.retain(|contender| ["crun", "husk"].contains(&contender.name.as_str()));
+        for (name, times) in [("crun", [10.0, 10.5, 11.0]), ("husk", [20.0, 21.0, 22.0])] {
+            let outcome = report.measures[0].results.iter_mut().find(|outcome| outcome.contender == name).unwrap();
+            outcome.samples = times.map(Some).to_vec();
+        }
+        summarise(&mut report);
+        let table = table(&report, WIDTH);
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(
+            lines[..6],
+            [
+                "                          crun          husk",
+                "",
+                "START",
+                "Start to first output, caches warm (ms, less is better)",
+                "  median             10.5 ±0.5     21.0 ±1.0",
+                "  × crun                  1.00          2.00",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_reason() {
+        let table = table(&sample::report(), 400);
+        for line in [
+            "failed   qemu-microvm, “A process, from fork to exit”: 20 failed runs; the first: round 0: exit code 137 <killed> & no mark came",
+            "absent   bubblewrap: there is no bwrap on the path; to have it: apt-get install bubblewrap",
+            "absent   firecracker: there is no firecracker on the path",
+        ] {
+            assert!(table.lines().any(|is| is == line), "{line}: {table}");
+        }
+        assert!(
+            table.contains("skipped  host: the host has no instances (“Idle instances in the budget”, “"),
+            "{table}"
+        );
+        assert!(table.contains("FAILED"));
+        assert!(table.contains("The host was quiet: the same work differed by"));
+        assert!(table.contains(&sample::report().verdict[1]));
+    }
+
+    #[test]
+    fn one_sample_is_shown_by_itself() {
+        let mut report = sample::report();
+        let density = report.measures.iter_mut().find(|measure| measure.name == "density-instances").unwrap();
+        for outcome in &mut density.results {
+            outcome.samples.truncate(1);
+        }
+        summarise(&mut report);
+        let outcome =
+            report.measures.iter().find(|measure| measure.name == "density-instances").unwrap().results[5].clone();
+        assert_eq!(median_cell(Some(&outcome)), text::number(outcome.samples[0].unwrap()));
+    }
+
+    #[test]
+    fn nothing_of_a_name_reaches_the_terminal_but_its_letters() {
+        let mut report = sample::report();
+        report.contenders[1].name = "\u{1b}[2Jcrun\r\n".to_owned();
+        assert!(!table(&report, WIDTH).chars().any(|c| c.is_control() && c != '\n'));
+    }
+}
