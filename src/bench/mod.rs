@@ -11,6 +11,7 @@
 //! process's own. What a contender gets is the same file, the same arguments and the same limits.
 
 pub mod amounts;
+pub mod compare;
 pub mod contender;
 pub mod result;
 pub mod run;

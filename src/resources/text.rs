@@ -11,10 +11,15 @@ const MAX_BYTES: u64 = 1 << 20;
 
 /// Reads a text file, a pipe too, of at most 1 MiB.
 pub fn read(path: &Path) -> Result<String> {
+    read_at_most(MAX_BYTES, path)
+}
+
+/// Reads a text file, a pipe too, of at most so many bytes, a number of whole MiB.
+pub fn read_at_most(max_bytes: u64, path: &Path) -> Result<String> {
     let read = || -> Result<String> {
         let mut text = String::new();
-        let read_bytes = File::open(path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
-        ensure!(read_bytes as u64 <= MAX_BYTES, "longer than 1 MiB");
+        let read_bytes = File::open(path)?.take(max_bytes + 1).read_to_string(&mut text)?;
+        ensure!(read_bytes as u64 <= max_bytes, "longer than {} MiB", max_bytes >> 20);
         Ok(text)
     };
     read().with_context(|| format!("read {}", path.display()))
@@ -33,6 +38,8 @@ mod tests {
     fn an_endless_file_is_refused() {
         let error = format!("{:#}", read(Path::new("/dev/zero")).unwrap_err());
         assert_eq!(error, "read /dev/zero: longer than 1 MiB");
+        let error = format!("{:#}", read_at_most(3 << 20, Path::new("/dev/zero")).unwrap_err());
+        assert_eq!(error, "read /dev/zero: longer than 3 MiB");
     }
 
     #[test]

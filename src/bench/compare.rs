@@ -1,0 +1,395 @@
+//! `--compare OLD.json`: what has changed since another run, and what is only noise.
+//!
+//! The two runs share no rounds, so the ratio of the medians has an interval of both runs' own. A change is claimed where that
+//! lies beyond the least that matters and beyond what either host differed by at the same work: what makes a host slower for
+//! an hour is in no interval of that hour.
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::result::{Estimate, Measured, Outcome, Report, Steadiness, VERSION};
+use super::statistics::{self, finite, unpaired_ratio};
+use super::text::{self, wrapped};
+use super::verdict::{Judgement, judge};
+
+/// A report is not longer: a hundred rounds of everything, with ten contenders, take a megabyte.
+pub const MAX_BYTES: u64 = 16 << 20;
+/// Nor has it more rounds: each of them costs thousands of draws.
+pub const MAX_ROUNDS: usize = 1_000;
+/// The share of cases in which an interval holds the true ratio: of a few hundred, only two or three do not.
+const CONFIDENCE: f64 = 0.99;
+/// Fewer samples on either side are not judged: three and three stand apart by chance in one case of ten.
+const FEWEST: usize = 4;
+/// The least change worth a word.
+const LEAST_CHANGE: f64 = 0.03;
+/// How far the hosts' own work may differ between the runs before that is said.
+const LEAST_DRIFT: f64 = 0.05;
+
+/// What became of one number of one contender.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Worse than before, beyond the noise.
+    Regression,
+    /// Better than before, beyond the noise.
+    Improvement,
+    /// No difference beyond the noise.
+    Same,
+    /// It failed in more runs than before.
+    FailsMore,
+    /// Too few runs, or too noisy a host.
+    Unclear,
+}
+
+/// One number of one contender, in both runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Change {
+    /// The measure's name.
+    pub measure: String,
+    /// The measure's title.
+    pub title: String,
+    /// The contender's name.
+    pub contender: String,
+    /// The new median in proportion to the old one, where there are both.
+    pub ratio: Option<Estimate>,
+    /// What that means.
+    pub class: Class,
+}
+
+/// What has changed from one run to another.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    /// What a reader has to know of the two runs: another host, another kernel.
+    pub warnings: Vec<String>,
+    /// Every number that both have, in the new run's order.
+    pub changes: Vec<Change>,
+    /// What only one of them has, `measure, contender`.
+    pub alone: Vec<String>,
+}
+
+/// Reads a report that was written earlier, perhaps elsewhere.
+pub fn parse(text: &str) -> Result<Report> {
+    /// What every version has.
+    #[derive(serde::Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    ensure!(text.len() as u64 <= MAX_BYTES, "longer than {} MiB", MAX_BYTES >> 20);
+    let not_ours = "not a report of husk bench (its --output FILE.json writes one)";
+    let Versioned { version } = serde_json::from_str(text).context(not_ours)?;
+    ensure!(version == VERSION, "a report of version {version}; this husk reads version {VERSION}");
+    let report: Report = serde_json::from_str(text).context(not_ours)?;
+    let mut outcomes = report.measures.iter().flat_map(|measure| &measure.results);
+    let is_short =
+        outcomes.all(|outcome| outcome.samples.len() <= MAX_ROUNDS) && report.noise.samples_ms.len() <= MAX_ROUNDS;
+    ensure!(is_short, "a report of more than {MAX_ROUNDS} rounds");
+    Ok(report)
+}
+
+/// Compares two runs; an error where their numbers say nothing of each other.
+pub fn compare(old: &Report, new: &Report) -> Result<Comparison> {
+    let (before, now) = (&old.limits, &new.limits);
+    if before != now {
+        let limits = |limits: &super::result::Limits| {
+            let cpuset = limits.cpuset.as_ref().map(|cpuset| format!(" --cpuset {cpuset}")).unwrap_or_default();
+            format!("--cpus {} --memory {}M{cpuset}", limits.cpus, limits.memory_mib)
+        };
+        bail!("the old run had other limits: {}, this one has {}", limits(before), limits(now));
+    }
+    let mut comparison = Comparison { warnings: warnings(old, new), changes: Vec::new(), alone: Vec::new() };
+    let margin = margin(old, new);
+    for measure in &new.measures {
+        let Some(before) = old.measures.iter().find(|before| before.name == measure.name) else {
+            comparison.alone.push(format!("{}, only in the new run", measure.title));
+            continue;
+        };
+        if before.unit != measure.unit || before.better != measure.better {
+            bail!(
+                "the old run's “{}” is in {:?}, this one's in {:?}: they cannot be compared",
+                measure.name,
+                before.unit,
+                measure.unit
+            );
+        }
+        comparison.changes.extend(measure.results.iter().filter_map(|outcome| {
+            let before = text::outcome_of(before, &outcome.contender)?;
+            change(measure, before, outcome, margin)
+        }));
+        let unknown = |outcome: &&Outcome| text::outcome_of(before, &outcome.contender).is_none();
+        let names = measure.results.iter().filter(unknown).map(|outcome| outcome.contender.as_str());
+        comparison.alone.extend(names.map(|name| format!("{}, {name}, only in the new run", measure.title)));
+        let gone = before.results.iter().filter(|before| text::outcome_of(measure, &before.contender).is_none());
+        comparison.alone.extend(gone.map(|gone| format!("{}, {}, only in the old run", measure.title, gone.contender)));
+    }
+    let gone = old.measures.iter().filter(|before| new.measures.iter().all(|measure| measure.name != before.name));
+    comparison.alone.extend(gone.map(|gone| format!("{}, only in the old run", gone.title)));
+    Ok(comparison)
+}
+
+/// How far an interval must lie from 1; none where one of the hosts was too noisy.
+fn margin(old: &Report, new: &Report) -> Option<f64> {
+    let noises = [&old.noise, &new.noise];
+    let concludes = noises.iter().all(|noise| noise.verdict != Steadiness::TooNoisy && noise.spread.is_finite());
+    concludes.then(|| noises.iter().fold(LEAST_CHANGE, |margin, noise| margin.max(noise.spread)))
+}
+
+/// One number of one contender; none where neither run measured it.
+fn change(measure: &Measured, before: &Outcome, outcome: &Outcome, margin: Option<f64>) -> Option<Change> {
+    let (old, new) = (finite(&before.samples), finite(&outcome.samples));
+    if old.is_empty() && new.is_empty() {
+        return None;
+    }
+    let ratio = unpaired_ratio(&new, &old, CONFIDENCE);
+    let failed = |outcome: &Outcome| share(outcome.failures.len(), outcome.samples.len());
+    let class = match ratio {
+        _ if failed(outcome) > failed(before) => Class::FailsMore,
+        Some(ratio) if old.len().min(new.len()) >= FEWEST && margin.is_some() => {
+            match judge(&ratio, measure.better, margin) {
+                Judgement::Better => Class::Improvement,
+                Judgement::Worse => Class::Regression,
+                Judgement::Open => Class::Same,
+            }
+        }
+        _ => Class::Unclear,
+    };
+    Some(Change {
+        measure: measure.name.clone(),
+        title: measure.title.clone(),
+        contender: outcome.contender.clone(),
+        ratio,
+        class,
+    })
+}
+
+#[allow(clippy::cast_precision_loss, reason = "counts of runs are small")]
+fn share(part: usize, whole: usize) -> f64 {
+    part as f64 / whole.max(1) as f64
+}
+
+/// Where the runs differ in what may change every number.
+fn warnings(old: &Report, new: &Report) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let mut differs = |what: &str, before: &str, now: &str| {
+        if before != now {
+            warnings.push(format!("another {what}: {before} before, {now} now"));
+        }
+    };
+    let none = || "none".to_owned();
+    differs("processor", &old.host.processor, &new.host.processor);
+    differs("kernel of the host", &old.host.kernel, &new.host.kernel);
+    differs("KVM", &old.host.kvm, &new.host.kvm);
+    let hypervisor = |report: &Report| report.host.hypervisor.clone().unwrap_or_else(none);
+    differs("hypervisor below", &hypervisor(old), &hypervisor(new));
+    let governor = |report: &Report| report.host.governor.clone().unwrap_or_else(none);
+    differs("governor", &governor(old), &governor(new));
+    differs("image", &old.image.id, &new.image.id);
+    differs("file system", &old.host.file_system, &new.host.file_system);
+    for contender in &new.contenders {
+        let Some(before) = old.contenders.iter().find(|before| before.name == contender.name) else { continue };
+        let kernel = |of: &Option<String>| of.clone().unwrap_or_else(none);
+        if before.absent.is_none() && contender.absent.is_none() {
+            differs(&format!("kernel in {}", contender.name), &kernel(&before.kernel), &kernel(&contender.kernel));
+            differs(&format!("version of {}", contender.name), &kernel(&before.version), &kernel(&contender.version));
+        }
+    }
+    if old.method.amounts != new.method.amounts {
+        warnings.push("other amounts of work in a run".to_owned());
+    }
+    let host = unpaired_ratio(&new.noise.samples_ms, &old.noise.samples_ms, statistics::CONFIDENCE);
+    if let Some(host) = host.filter(|host| (host.value - 1.0).abs() > LEAST_DRIFT) {
+        warnings.push(format!("the host itself took {} times as long for the same work", text::ratio(host.value)));
+    }
+    warnings
+}
+
+impl Comparison {
+    /// How many numbers are of this class.
+    pub fn count(&self, class: Class) -> usize {
+        self.changes.iter().filter(|change| change.class == class).count()
+    }
+
+    /// For a terminal: warnings, then what has changed, then how much has not.
+    pub fn table(&self, width: usize) -> String {
+        let mut lines: Vec<String> =
+            self.warnings.iter().flat_map(|warning| wrapped("warning: ", warning, width)).collect();
+        for (class, heading) in [
+            (Class::FailsMore, "FAILS MORE OFTEN"),
+            (Class::Regression, "REGRESSIONS"),
+            (Class::Improvement, "IMPROVEMENTS"),
+        ] {
+            let changes: Vec<&Change> = self.changes.iter().filter(|change| change.class == class).collect();
+            if !changes.is_empty() {
+                lines.push(heading.to_owned());
+                lines.extend(changes.iter().flat_map(|change| wrapped("  ", &change.line(), width)));
+            }
+        }
+        lines.extend(wrapped("", &self.summary(), width));
+        lines.extend(self.alone.iter().flat_map(|alone| wrapped("not compared: ", alone, width)));
+        lines.iter().fold(String::new(), |text, line| text + line.trim_end() + "\n")
+    }
+
+    fn summary(&self) -> String {
+        format!(
+            "{} compared: {}, {}, {} without a difference beyond the noise, {} not to be judged (too few runs, or too noisy), \
+             {} with more failures.",
+            text::count(self.changes.len(), "number"),
+            text::count(self.count(Class::Regression), "regression"),
+            text::count(self.count(Class::Improvement), "improvement"),
+            self.count(Class::Same),
+            self.count(Class::Unclear),
+            self.count(Class::FailsMore)
+        )
+    }
+}
+
+impl Change {
+    fn line(&self) -> String {
+        let ratio = self.ratio.map_or_else(String::new, |ratio| {
+            format!(": {} times the old ({})", text::ratio(ratio.value), text::ratio_interval(&ratio))
+        });
+        format!("{}, “{}”{ratio}", self.contender, self.title)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::sample::{report, report_of};
+
+    fn class_of(comparison: &Comparison, measure: &str, contender: &str) -> Class {
+        let is = |change: &&Change| change.measure == measure && change.contender == contender;
+        comparison.changes.iter().find(is).unwrap().class
+    }
+
+    #[test]
+    fn a_fifth_more_is_found_and_a_fifth_less_too() {
+        let (old, slower) = (report(), report_of(2, 1.2));
+        let worse = compare(&old, &slower).unwrap();
+        let better = compare(&slower, &old).unwrap();
+        let of_husk = |comparison: &Comparison, class| {
+            comparison.changes.iter().filter(|change| change.contender == "husk" && change.class == class).count()
+        };
+        let all = worse.changes.iter().filter(|change| change.contender == "husk").count();
+        assert_eq!((of_husk(&worse, Class::Regression), of_husk(&better, Class::Improvement)), (all, all));
+        assert_eq!((worse.count(Class::Regression), worse.count(Class::Improvement)), (all, 0), "{worse:?}");
+        let change = worse.changes.iter().find(|change| change.contender == "husk").unwrap();
+        assert!((1.15..1.25).contains(&change.ratio.unwrap().value), "{change:?}");
+    }
+
+    #[test]
+    fn what_has_not_changed_gives_hardly_a_false_alarm() {
+        let old = report();
+        let (mut alarms, mut compared) = (0, 0);
+        for seed in 2..6 {
+            let comparison = compare(&old, &report_of(seed, 1.0)).unwrap();
+            alarms += comparison.count(Class::Regression) + comparison.count(Class::Improvement);
+            compared += comparison.changes.len();
+        }
+        assert!(compared > 800 && alarms * 400 <= compared, "{alarms} of {compared}");
+    }
+
+    #[test]
+    fn a_noisy_host_hides_a_small_change() {
+        let (mut old, new) = (report(), report_of(2, 1.2));
+        old.noise.spread = 0.24;
+        assert_eq!(class_of(&compare(&old, &new).unwrap(), "syscall", "husk"), Class::Same);
+        old.noise.verdict = Steadiness::TooNoisy;
+        assert_eq!(class_of(&compare(&old, &new).unwrap(), "syscall", "husk"), Class::Unclear);
+    }
+
+    #[test]
+    fn few_runs_are_not_judged_and_failures_are_no_change_of_speed() {
+        let (old, mut new) = (report(), report_of(2, 2.0));
+        for measure in &mut new.measures {
+            let husk = measure.results.iter_mut().find(|outcome| outcome.contender == "husk").unwrap();
+            if measure.name == "exec" {
+                husk.failures.push("round 1: it hung".to_owned());
+            }
+            husk.samples.truncate(FEWEST - 1);
+        }
+        let comparison = compare(&old, &new).unwrap();
+        assert_eq!(class_of(&comparison, "syscall", "husk"), Class::Unclear);
+        assert_eq!(class_of(&comparison, "exec", "husk"), Class::FailsMore);
+        assert_eq!(class_of(&comparison, "exec", "qemu-microvm"), Class::Same, "as often as before");
+    }
+
+    #[test]
+    fn what_is_not_comparable_is_refused_in_a_line() {
+        let old = report();
+        let mut other = old.clone();
+        other.limits.memory_mib = 1024;
+        let error = format!("{:#}", compare(&old, &other).unwrap_err());
+        assert_eq!(
+            error,
+            "the old run had other limits: --cpus 2 --memory 512M --cpuset 2-3, this one has --cpus 2 --memory 1024M --cpuset 2-3"
+        );
+        let mut other = old.clone();
+        other.measures[0].unit = crate::bench::scenario::Unit::Microseconds;
+        let error = format!("{:#}", compare(&old, &other).unwrap_err());
+        assert!(
+            error.starts_with("the old run's “start-output-warm” is in Milliseconds, this one's in Microseconds"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn another_host_is_warned_of() {
+        let old = report();
+        let mut new = old.clone();
+        assert_eq!(compare(&old, &new).unwrap().warnings, Vec::<String>::new());
+        new.host.kernel = "6.1.0".to_owned();
+        new.contenders[5].kernel = Some("7.0".to_owned());
+        for sample in &mut new.noise.samples_ms {
+            *sample *= 1.5;
+        }
+        new.measures.remove(0);
+        new.measures[0].results.remove(0);
+        let comparison = compare(&old, &new).unwrap();
+        assert_eq!(
+            comparison.warnings,
+            [
+                "another kernel of the host: 6.12.8-amd64 before, 6.1.0 now",
+                "another kernel in husk: 6.12.8-husk before, 7.0 now",
+                "the host itself took 1.50 times as long for the same work",
+            ]
+        );
+        assert_eq!(
+            comparison.alone,
+            [
+                "Start to exit, caches warm, host, only in the old run",
+                "Start to first output, caches warm, only in the old run"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_table_says_what_has_changed_first() {
+        let table = compare(&report(), &report_of(2, 1.2)).unwrap().table(100);
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(lines[0], "REGRESSIONS");
+        assert!(lines[1].starts_with("  husk, “Start to first output, caches warm”: 1.2"), "{table}");
+        assert!(lines.iter().all(|line| line.chars().count() <= 100), "{table}");
+        assert!(table.contains("33 regressions, 0 improvements"), "{table}");
+    }
+
+    #[test]
+    fn a_report_that_was_written_is_read_again() {
+        let report = report();
+        assert_eq!(parse(&serde_json::to_string(&report).unwrap()).unwrap(), report);
+    }
+
+    #[test]
+    fn what_is_no_report_is_refused_in_a_line() {
+        let refusal = |text: &str| format!("{:#}", parse(text).unwrap_err());
+        for text in ["", "{}", "[1, 2]", "{\"version\": 1}", "{\"version\": -1}", "\u{0}", &"[".repeat(1 << 20)] {
+            let error = refusal(text);
+            assert!(error.starts_with("not a report of husk bench (its --output FILE.json writes one): "), "{error}");
+            assert!(!error.contains('\n') && error.len() < 200, "{error}");
+        }
+        assert_eq!(refusal("{\"version\": 2}"), "a report of version 2; this husk reads version 1");
+        assert_eq!(refusal(&" ".repeat((16 << 20) + 1)), "longer than 16 MiB");
+        let mut long = report();
+        long.measures[3].results[2].samples = vec![Some(1.0); MAX_ROUNDS + 1];
+        assert_eq!(refusal(&serde_json::to_string(&long).unwrap()), "a report of more than 1000 rounds");
+        let too_large = serde_json::to_string(&report()).unwrap().replacen("1234.5", "1e999", 1);
+        assert!(refusal(&too_large).contains("number out of range"));
+    }
+}
