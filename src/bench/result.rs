@@ -11,6 +11,13 @@ use super::scenario::{Better, Scenario, Unit};
 /// The version of the format; a file of another one is not read.
 pub const VERSION: u32 = 1;
 
+/// The schema of a [`Report`], as `docs/bench-schema.json` has it.
+pub fn schema() -> String {
+    let mut text = serde_json::to_string_pretty(&schemars::schema_for!(Report)).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
 /// A whole run of `husk bench`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
@@ -231,4 +238,50 @@ pub struct Estimate {
     pub low: f64,
     /// The interval's upper end.
     pub high: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+    use crate::bench::sample;
+
+    const PUBLISHED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/bench-schema.json");
+
+    #[test]
+    fn the_published_schema_is_this_one() {
+        let published = std::fs::read_to_string(PUBLISHED).unwrap_or_default();
+        assert!(published == schema(), "to mend it: husk bench --schema > docs/bench-schema.json");
+    }
+
+    #[test]
+    fn a_report_has_the_published_schema() {
+        // Debian's python3-jsonschema, a validator that shares no code with what made the schema.
+        let check = "import json, sys, jsonschema
+schema = json.load(open(sys.argv[1]))
+jsonschema.validators.validator_for(schema).check_schema(schema)
+report = json.load(sys.stdin)
+jsonschema.validate(report, schema)
+for broken in ({**report, 'version': 'one'}, {**report, 'measures': None}, {**report, 'limits': {}}):
+    try:
+        jsonschema.validate(broken, schema)
+        sys.exit('what is no report has the schema')
+    except jsonschema.ValidationError:
+        pass";
+        let has_validator =
+            Command::new("/usr/bin/python3").args(["-c", "import jsonschema"]).stderr(Stdio::null()).status();
+        if !has_validator.is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED: a_report_has_the_published_schema: there is no jsonschema for /usr/bin/python3");
+            return;
+        }
+        let report = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(report.path(), serde_json::to_string(&sample::report()).unwrap()).unwrap();
+        let python = Command::new("/usr/bin/python3")
+            .args(["-c", check, PUBLISHED])
+            .stdin(report.reopen().unwrap())
+            .output()
+            .unwrap();
+        assert!(python.status.success(), "{}", String::from_utf8_lossy(&python.stderr));
+    }
 }
