@@ -13,6 +13,7 @@
 pub mod amounts;
 pub mod compare;
 pub mod contender;
+pub mod page;
 pub mod result;
 pub mod run;
 pub mod scenario;

@@ -1,0 +1,61 @@
+//! A report of `husk bench` that was written elsewhere, from its text to everything that is made of one.
+#![no_main]
+
+use husk::bench::{compare, page, result::Report, sample, statistics, table, verdict};
+use libfuzzer_sys::arbitrary::Arbitrary;
+use libfuzzer_sys::fuzz_target;
+
+#[derive(Debug, Arbitrary)]
+struct Foreign {
+    text: String,
+    names: Vec<String>,
+    samples: Vec<Vec<Option<f64>>>,
+    noise_ms: Vec<f64>,
+    spread: f64,
+    confidence: f64,
+    width: u8,
+}
+
+fuzz_target!(|foreign: Foreign| {
+    let _ = compare::parse(&foreign.text);
+    let new = small();
+    let Ok(text) = serde_json::to_string(&filled(&foreign)) else { return };
+    let Ok(mut old) = compare::parse(&text) else { return };
+    if let Ok(comparison) = compare::compare(&old, &new) {
+        let shown = comparison.table(usize::from(foreign.width));
+        assert!(!shown.chars().any(|c| c.is_control() && c != '\n'));
+    }
+    let _ = compare::compare(&new, &old);
+    statistics::summarise(&mut old);
+    old.verdict = verdict::sentences(&old);
+    assert!(!table::table(&old, usize::from(foreign.width)).chars().any(|c| c.is_control() && c != '\n'));
+    let page = page::page(&old);
+    assert!(!page.contains("<script"));
+});
+
+/// A report with one measure, so that a round is short.
+fn small() -> Report {
+    let mut report = sample::report();
+    report.measures.truncate(1);
+    report
+}
+
+/// One with foreign names and numbers, as many as there are.
+fn filled(foreign: &Foreign) -> Report {
+    let mut report = small();
+    for (contender, name) in report.contenders.iter_mut().zip(&foreign.names) {
+        contender.name.clone_from(name);
+    }
+    for measure in &mut report.measures {
+        for (outcome, name) in measure.results.iter_mut().zip(&foreign.names) {
+            outcome.contender.clone_from(name);
+        }
+        for (outcome, samples) in measure.results.iter_mut().zip(&foreign.samples) {
+            outcome.samples.clone_from(samples);
+        }
+    }
+    report.noise.samples_ms.clone_from(&foreign.noise_ms);
+    report.noise.spread = foreign.spread;
+    report.method.confidence = foreign.confidence;
+    report
+}

@@ -1,0 +1,192 @@
+//! A report as one HTML page that needs nothing else: no script, no font, no picture from anywhere, and no network to read it.
+//!
+//! Verdict first, then what is missing, ratios, every sample, the numbers, and how to repeat it. All text is escaped by the
+//! template language (maud); the page's own policy (CSP) forbids whatever would slip through to run or to load.
+
+mod facts;
+mod plot;
+mod tables;
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+
+use super::result::Report;
+use super::text;
+
+const STYLE: &str = include_str!("style.css");
+/// Nothing is loaded, nothing runs; the style stands in the page.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
+/// What may not stand in a `data:` URL as it is (RFC 3986 §2).
+const URL: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b':').remove(b',');
+
+/// The page.
+pub fn page(report: &Report) -> String {
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta http-equiv="Content-Security-Policy" content=(POLICY);
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                meta name="generator" content={ "husk " (report.husk) };
+                title { "husk bench: " (report.image.name) }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                header {
+                    h1 { "What a machine costs on this host" }
+                    p.sub {
+                        code { (report.image.name) } ", " (facts::limits(report)) ", on " (report.host.processor) ", "
+                        time datetime=(report.started) { (report.started) } "."
+                    }
+                    (contents())
+                }
+                main {
+                    (verdict(report))
+                    (tables::missing(report))
+                    (tables::ratios(report))
+                    (distributions(report))
+                    (tables::numbers(report))
+                    (facts::repeat(report))
+                }
+                footer { p { "Made by husk " (report.husk) ". This page loads nothing from elsewhere." } }
+            }
+        }
+    };
+    page.into_string()
+}
+
+fn contents() -> Markup {
+    let sections = [
+        ("verdict", "Verdict"),
+        ("missing", "Missing"),
+        ("ratios", "Ratios"),
+        ("samples", "Samples"),
+        ("numbers", "Numbers"),
+        ("repeat", "How to repeat it"),
+    ];
+    html! {
+        nav aria-label="Contents" {
+            ul { @for (id, title) in sections { li { a href={ "#" (id) } { (title) } } } }
+        }
+    }
+}
+
+fn verdict(report: &Report) -> Markup {
+    html! {
+        section #verdict aria-labelledby="verdict-title" {
+            h2 #verdict-title { "Verdict" }
+            @match report.verdict.split_first() {
+                None => p { "There is nobody to compare with." },
+                Some((first, rest)) => {
+                    p.lead { (first) }
+                    ul { @for sentence in rest { li { (sentence) } } }
+                }
+            }
+            p.note {
+                "“Better” and “worse” are said only where the whole interval lies beyond what this host differs by on its own. "
+                (facts::noise(report))
+            }
+        }
+    }
+}
+
+fn distributions(report: &Report) -> Markup {
+    html! {
+        section #samples aria-labelledby="samples-title" {
+            h2 #samples-title { "Every sample" }
+            p {
+                "Each mark is one run; hollow marks are outliers. Below them, the triangle points to the median, and the bar is where the "
+                "true median lies in " (text::percent(report.method.confidence)) " of cases. "
+                "Where contenders are far apart, the axis is logarithmic, and a second one beside it shows each of them from near: how "
+                "far its runs are from its own median."
+            }
+            @for (scenario, measures) in text::groups(report) {
+                h3 { (text::scenario(scenario)) }
+                div.plots { @for measure in measures { (plot::figure(report, measure)) } }
+            }
+        }
+    }
+}
+
+/// The report itself, as a link that needs no server.
+fn download(report: &Report) -> Markup {
+    let json = serde_json::to_string(report).unwrap_or_default();
+    html! {
+        p {
+            a.button download="husk-bench.json" href={ "data:application/json," (utf8_percent_encode(&json, URL)) } {
+                "Save the numbers as JSON"
+            }
+            " for " code { "husk bench --compare" } " or another program."
+        }
+    }
+}
+
+/// The shape and colour that stand for a contender everywhere: shapes alone tell eight apart, and their colours are those that
+/// colour-blind people do (Okabe and Ito 2008).
+fn badge(report: &Report, contender: &str) -> Markup {
+    let index = index_of(report, contender);
+    html! {
+        svg.badge viewBox="1.5 1.5 7 7" width="10" height="10" aria-hidden="true" {
+            path.(colour(index)) d=(plot::shape(index, 5.0, 5.0)) {}
+        }
+    }
+}
+
+fn index_of(report: &Report, contender: &str) -> usize {
+    text::present(report).iter().position(|name| *name == contender).unwrap_or_default()
+}
+
+/// The class of the style sheet.
+fn colour(index: usize) -> &'static str {
+    const CLASSES: [&str; 8] = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"];
+    CLASSES.get(index % CLASSES.len()).copied().unwrap_or("c0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::sample;
+
+    #[test]
+    fn text_of_a_report_is_text_on_the_page() {
+        let mut report = sample::report();
+        for contender in &mut report.contenders {
+            contender.notes.push("</p><script>alert(1)</script>".to_owned());
+        }
+        report.verdict.push("<img src=http://example.com/>".to_owned());
+        report.image.name = "\"><script>".to_owned();
+        let page = page(&report);
+        for tag in ["<script", "<img", "<b "] {
+            assert!(!page.contains(tag), "{tag}");
+        }
+        assert!(page.contains("husk &lt;b onclick=&quot;alert('&amp;')&quot;&gt;stock&lt;/b&gt;"));
+    }
+
+    #[test]
+    fn the_page_carries_the_report() {
+        let report = sample::report();
+        let page = page(&report);
+        let (_, link) = page.split_once("href=\"data:application/json,").unwrap();
+        let (json, _) = link.split_once('"').unwrap();
+        let json = json.replace("&amp;", "&");
+        let json = percent_encoding::percent_decode_str(&json).decode_utf8().unwrap();
+        assert_eq!(crate::bench::compare::parse(&json).unwrap(), report);
+    }
+
+    #[test]
+    fn an_empty_report_makes_a_page() {
+        let mut report = sample::report();
+        report.contenders.clear();
+        report.measures.clear();
+        report.verdict.clear();
+        assert!(page(&report).contains("There is nobody to compare with."));
+    }
+
+    #[test]
+    fn a_page_is_of_a_size_to_send() {
+        let bytes = page(&sample::report()).len();
+        assert!(bytes < 1 << 20, "{bytes}");
+    }
+}

@@ -1,0 +1,361 @@
+//! A measure's samples as a picture: a strip of marks for each contender on one axis, with the median and its interval.
+//!
+//! A picture is 360 units wide whatever it shows: about a phone's width, so that its letters are as large as the page's.
+
+use std::fmt::Write;
+
+use maud::{Markup, html};
+
+use super::super::result::{Measured, Outcome, Report, Summary};
+use super::super::text;
+use super::{colour, index_of};
+
+const WIDTH: f64 = 360.0;
+/// Where the axis begins and ends.
+const LEFT: f64 = 10.0;
+const RIGHT: f64 = WIDTH - 10.0;
+/// Where a logarithmic one ends, and where the one beside it begins, on which every contender is seen from near.
+const SPLIT: (f64, f64) = (205.0, 225.0);
+/// What that shows at most of the distance from a contender's own median, as shares of it; what is beyond stands at its end.
+const NEAR: (f64, f64) = (-0.5, 1.0);
+/// A contender's strip, with its name above.
+const ROW: f64 = 44.0;
+/// From a strip's top to its marks' middle.
+const MIDDLE: f64 = 26.0;
+/// Room for the axis's numbers and its unit.
+const FOOT: f64 = 36.0;
+/// The longest name that leaves room for its median.
+const NAME_CHARS: usize = 26;
+/// From this ratio of the greatest to the least on, an axis is logarithmic: on a linear one the least would be one mark.
+const LOGARITHMIC_FROM: f64 = 6.0;
+
+/// The largest number on an axis.
+const LARGEST: f64 = 1e300;
+
+/// Where values stand on the axis.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Axis {
+    least: f64,
+    greatest: f64,
+    logarithmic: bool,
+    left: f64,
+    right: f64,
+}
+
+impl Axis {
+    /// An axis on which all these stand.
+    fn of(values: &[f64]) -> Self {
+        let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let greatest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        // What is beyond stands at an end: the differences of larger ones may be no numbers.
+        let [least, greatest] =
+            [least, greatest].map(|end| if end.is_finite() { end.clamp(-LARGEST, LARGEST) } else { end });
+        if !least.is_finite() || !greatest.is_finite() {
+            return Self { least: 0.0, greatest: 1.0, logarithmic: false, left: LEFT, right: RIGHT };
+        }
+        if least > 0.0 && greatest / least >= LOGARITHMIC_FROM {
+            return Self {
+                least: least / 1.1,
+                greatest: greatest * 1.1,
+                logarithmic: true,
+                left: LEFT,
+                right: SPLIT.0,
+            };
+        }
+        // A linear one begins at 0 where that leaves the samples most of the room.
+        let room = if greatest > least { (greatest - least) * 0.05 } else { greatest.abs() * 0.05 + f64::MIN_POSITIVE };
+        let least = if least >= 0.0 && least < greatest / 2.0 { 0.0 } else { least - room };
+        Self { least, greatest: greatest + room, logarithmic: false, left: LEFT, right: RIGHT }
+    }
+
+    /// Beside a logarithmic one: the distance of each contender's samples from its own median, as a share of that.
+    fn near(outcomes: &[&Outcome]) -> Self {
+        let distances = outcomes.iter().flat_map(|outcome| {
+            let median = outcome.summary.as_ref().map(|summary| summary.median.value);
+            outcome.samples.iter().flatten().filter_map(move |sample| Some(sample / median? - 1.0))
+        });
+        let (least, greatest) = distances
+            .fold((-0.05_f64, 0.05_f64), |(least, greatest), distance| (least.min(distance), greatest.max(distance)));
+        let (least, greatest) = (least.max(NEAR.0) * 1.1, greatest.min(NEAR.1) * 1.1);
+        Self { least, greatest, logarithmic: false, left: SPLIT.1, right: RIGHT }
+    }
+
+    fn x(&self, value: f64) -> f64 {
+        let scale = |value: f64| if self.logarithmic { value.ln() } else { value };
+        let share = (scale(value) - scale(self.least)) / (scale(self.greatest) - scale(self.least));
+        self.left + share.clamp(0.0, 1.0) * (self.right - self.left)
+    }
+
+    /// Round values along it: from two to seven.
+    fn ticks(&self) -> Vec<f64> {
+        let between = |ticks: Vec<f64>| -> Vec<f64> {
+            ticks.into_iter().filter(|tick| (self.least..=self.greatest).contains(tick)).collect()
+        };
+        if self.logarithmic {
+            #[allow(clippy::cast_possible_truncation, reason = "a decade of a finite number is from -324 to 308")]
+            let decade = |value: f64| value.log10().floor() as i32;
+            let decades = decade(self.least)..=decade(self.greatest);
+            let steps: &[f64] = match decades.clone().count() {
+                ..=2 => &[1.0, 2.0, 5.0],
+                3 => &[1.0, 3.0],
+                _ => &[1.0],
+            };
+            let every = decades.clone().count().div_ceil(6);
+            return between(
+                decades
+                    .step_by(every)
+                    .flat_map(|decade| steps.iter().map(move |step| step * 10_f64.powi(decade)))
+                    .collect(),
+            );
+        }
+        let rough = (self.greatest - self.least) * 80.0 / (self.right - self.left);
+        let power = 10_f64.powf(rough.log10().floor());
+        let step = [1.0, 2.0, 2.5, 5.0, 10.0]
+            .map(|step| step * power)
+            .into_iter()
+            .find(|step| *step >= rough)
+            .unwrap_or(rough);
+        let first = (self.least / step).ceil();
+        between((0..6).map(|tick| (first + f64::from(tick)) * step).collect())
+    }
+}
+
+/// The picture, with its title as the caption.
+pub fn figure(report: &Report, measure: &Measured) -> Markup {
+    let names = text::present(report);
+    let rows: Vec<(&str, Option<&Outcome>)> =
+        names.iter().map(|name| (*name, text::outcome_of(measure, name))).collect();
+    let shown: Vec<&Outcome> = rows.iter().filter_map(|(_, outcome)| *outcome).collect();
+    let values: Vec<f64> = shown.iter().flat_map(|outcome| outcome.samples.iter().flatten().copied()).collect();
+    let axis = Axis::of(&values);
+    let near = axis.logarithmic.then(|| Axis::near(&shown));
+    #[allow(clippy::cast_precision_loss, reason = "a handful")]
+    let bottom = ROW * rows.len() as f64;
+    let height = bottom + FOOT;
+    let unit = measure.unit.symbol();
+    let words = [unit, super::tables::better(measure.better)];
+    let label = words.iter().filter(|word| !word.is_empty()).copied().collect::<Vec<_>>().join(", ");
+    html! {
+        figure {
+            figcaption { (measure.title) }
+            svg.plot viewBox={ "0 0 " (WIDTH) " " (height) } role="img" aria-label={ (measure.title) " (" (label) ")" } {
+                title { (measure.title) " (" (label) ")" }
+                desc { (description(&rows, unit)) }
+                (scale(axis, bottom, &label, tick_label))
+                @if let Some(near) = near { (scale(near, bottom, "from its own median", share_label)) }
+                @for (row, (name, outcome)) in rows.iter().enumerate() {
+                    (strip(index_of(report, name), row, name, *outcome, (axis, near), unit))
+                }
+            }
+        }
+    }
+}
+
+/// An axis with its numbers and a line up from each.
+fn scale(axis: Axis, bottom: f64, label: &str, number: fn(f64) -> String) -> Markup {
+    html! {
+        @for tick in axis.ticks() {
+            line.grid x1=(at(axis.x(tick))) x2=(at(axis.x(tick))) y1="0" y2=(at(bottom + 4.0)) {}
+            text.tick x=(at(axis.x(tick).clamp(LEFT + 6.0, RIGHT - 8.0))) y=(at(bottom + 17.0)) { (number(tick)) }
+        }
+        line.axis x1=(axis.left) x2=(axis.right) y1=(at(bottom)) y2=(at(bottom)) {}
+        text.unit x=(axis.left) y=(at(bottom + 32.0)) { (label) }
+    }
+}
+
+/// One contender's row.
+fn strip(
+    index: usize,
+    row: usize,
+    name: &str,
+    outcome: Option<&Outcome>,
+    (axis, near): (Axis, Option<Axis>),
+    unit: &str,
+) -> Markup {
+    #[allow(clippy::cast_precision_loss, reason = "a handful")]
+    let top = ROW * row as f64;
+    let middle = top + MIDDLE;
+    let name = text::shortened(name, NAME_CHARS);
+    let summary = outcome.and_then(|outcome| outcome.summary.as_ref());
+    html! {
+        path.(colour(index)) d=(shape(index, LEFT + 4.0, top + 10.0)) {}
+        text.name x=(LEFT + 12.0) y=(at(top + 14.0)) { (name) }
+        text.value x=(RIGHT) y=(at(top + 14.0)) { (value(outcome, unit)) }
+        @if let Some(outcome) = outcome { (samples(index, outcome, middle, |value| axis.x(value))) }
+        @if let Some(summary) = summary { (interval(summary, middle, |value| axis.x(value))) }
+        @if let (Some(near), Some(outcome), Some(summary)) = (near, outcome, summary) {
+            @let x = |value: f64| near.x(value / summary.median.value - 1.0);
+            (samples(index, outcome, middle, x))
+            (interval(summary, middle, x))
+        }
+    }
+}
+
+/// The marks of all rounds, hollow where they are outliers.
+fn samples(index: usize, outcome: &Outcome, middle: f64, x: impl Fn(f64) -> f64) -> Markup {
+    let outliers = outcome.summary.as_ref().map_or(&[][..], |summary| &summary.outliers);
+    html! {
+        path.dots.(colour(index)) d=(marks(index, outcome, middle, &x, |round| !outliers.contains(&round))) {}
+        @if !outliers.is_empty() {
+            path.dots.out.(colour(index)) d=(marks(index, outcome, middle, &x, |round| outliers.contains(&round))) {}
+        }
+    }
+}
+
+/// The bar of the median's interval, below the marks, and the median as a triangle below that.
+fn interval(summary: &Summary, middle: f64, x: impl Fn(f64) -> f64) -> Markup {
+    let [low, value, high] = [summary.median.low, summary.median.value, summary.median.high].map(x);
+    html! {
+        path.bar d={ "M" (at(low)) " " (at(middle + 7.0)) "v3m0-1.5H" (at(high)) "m0-1.5v3" } {}
+        path.median d={ "M" (at(value)) " " (at(middle + 8.5)) "l3 5h-6z" } {}
+    }
+}
+
+/// A round number without the zeros that say how exact a measured one is.
+fn tick_label(value: f64) -> String {
+    let text = text::number(value);
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = &text[digits.len()..];
+    let short = if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { digits };
+    format!("{short}{unit}")
+}
+
+/// All marks of the rounds chosen, as one path. They stand a little above and below each other, so that equal ones are seen.
+fn marks(
+    index: usize,
+    outcome: &Outcome,
+    middle: f64,
+    x: impl Fn(f64) -> f64,
+    is_chosen: impl Fn(u32) -> bool,
+) -> String {
+    let mut path = String::new();
+    for (round, sample) in (0_u32..).zip(&outcome.samples) {
+        if let Some(sample) = sample.filter(|_| is_chosen(round)) {
+            let aside = f64::from(round * 3 % 7) - 3.0;
+            path += &shape(index, x(sample), middle + aside * 1.2);
+        }
+    }
+    path
+}
+
+/// A distance from the median: `+20%`.
+fn share_label(share: f64) -> String {
+    let percent = (share * 100.0).round();
+    if percent == 0.0 { "0".to_owned() } else { format!("{percent:+}%") }
+}
+
+/// A contender's mark, as the data of a path, around a point.
+pub fn shape(index: usize, x: f64, y: f64) -> String {
+    const SHAPES: [(f64, f64, &str); 8] = [
+        (-2.4, 0.0, "a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0z"),
+        (-2.2, -2.2, "h4.4v4.4h-4.4z"),
+        (0.0, -2.8, "l2.7 4.8h-5.4z"),
+        (0.0, -3.1, "l2.9 3.1-2.9 3.1-2.9-3.1z"),
+        (0.0, 2.8, "l2.7-4.8h-5.4z"),
+        (-0.9, -2.9, "h1.8v2h2v1.8h-2v2h-1.8v-2h-2v-1.8h2z"),
+        (-2.8, 0.0, "l4.8 2.7v-5.4z"),
+        (2.8, 0.0, "l-4.8 2.7v-5.4z"),
+    ];
+    let (dx, dy, path) = SHAPES.get(index % SHAPES.len()).copied().unwrap_or(SHAPES[0]);
+    format!("M{} {}{path}", at(x + dx), at(y + dy))
+}
+
+/// What stands at the end of a contender's line.
+fn value(outcome: Option<&Outcome>, unit: &str) -> String {
+    let Some(outcome) = outcome else { return "not measured".to_owned() };
+    let failed =
+        if outcome.failures.is_empty() { String::new() } else { format!("{} failed; ", outcome.failures.len()) };
+    match (&outcome.skipped, &outcome.summary, outcome.samples.iter().flatten().next()) {
+        (Some(_), ..) => "skipped".to_owned(),
+        (_, Some(summary), _) => format!("{failed}{} {unit}", text::number(summary.median.value)),
+        (_, _, Some(only)) => format!("{failed}{} {unit}, one run", text::number(*only)),
+        _ if outcome.failures.is_empty() => "not measured".to_owned(),
+        _ => "failed".to_owned(),
+    }
+}
+
+/// The picture in words.
+fn description(rows: &[(&str, Option<&Outcome>)], unit: &str) -> String {
+    let mut words = String::new();
+    for (name, outcome) in rows {
+        let _ = write!(words, "{name}: {}", value(*outcome, unit).trim_end());
+        if let Some(summary) = outcome.and_then(|outcome| outcome.summary.as_ref()) {
+            let Summary { median, least, greatest, .. } = summary;
+            let [low, high, least, greatest] = [median.low, median.high, *least, *greatest].map(text::number);
+            let _ = write!(words, " ({low} to {high}), all from {least} to {greatest}");
+        }
+        words += ". ";
+    }
+    words
+}
+
+/// A coordinate: a tenth of a unit is finer than any screen.
+fn at(coordinate: f64) -> String {
+    let text = format!("{coordinate:.1}");
+    text.strip_suffix(".0").map_or_else(|| text.clone(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::sample;
+
+    #[test]
+    fn an_axis_fits_its_values() {
+        let wide = Axis::of(&[1.7, 52.0, 260.0]);
+        assert!(wide.logarithmic);
+        assert_eq!(wide.ticks(), [3.0, 10.0, 30.0, 100.0]);
+        assert_eq!(wide.right, SPLIT.0);
+        let near = Axis::of(&[95.0, 100.0, 105.0]);
+        assert!(!near.logarithmic && near.least > 90.0, "{near:?}");
+        assert_eq!(near.ticks(), [95.0, 100.0, 105.0]);
+        let from_zero = Axis::of(&[10.0, 40.0]);
+        assert_eq!((from_zero.least, from_zero.logarithmic), (0.0, false));
+        for values in [
+            &[5.0, 5.0][..],
+            &[0.0, 0.0],
+            &[],
+            &[1e-300, 1e300],
+            &[-1e308, 1e308],
+            &[1.0, f64::MAX],
+            &[0.0, 9.0],
+            &[-1.0, 1.0],
+            &[1e-320, 1e-320],
+        ] {
+            let axis = Axis::of(values);
+            assert!(axis.ticks().len() <= 7, "{values:?}: {:?}", axis.ticks());
+            for value in values {
+                assert!((LEFT..=RIGHT).contains(&axis.x(*value)), "{values:?}: {axis:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn ticks_are_round() {
+        assert_eq!([0.05, 3.0, 10.0, 100.0, 1e4, 2.5e6].map(tick_label), ["0.05", "3", "10", "100", "10k", "2.5M"]);
+    }
+
+    #[test]
+    fn every_sample_is_a_mark() {
+        let report = sample::report();
+        let measure = &report.measures[0];
+        let drawn = figure(&report, measure).into_string();
+        let samples = measure.results.iter().flat_map(|outcome| outcome.samples.iter().flatten()).count();
+        let marks = |drawn: &str| -> usize {
+            let of_samples = drawn.split("class=\"dots").skip(1).map(|path| path.split("></path>").next().unwrap());
+            of_samples.map(|path| path.matches('M').count()).sum()
+        };
+        // Once among the others', once from near.
+        assert_eq!(marks(&drawn), 2 * samples, "{drawn}");
+    }
+
+    #[test]
+    fn a_picture_says_in_words_what_it_shows() {
+        let report = sample::report();
+        let fork = report.measures.iter().find(|measure| measure.name == "fork").unwrap();
+        let drawn = figure(&report, fork).into_string();
+        assert!(drawn.contains("qemu-microvm: failed. "), "{drawn}");
+        assert!(drawn.contains("<title>A process, from fork to exit (µs, less is better)</title>"), "{drawn}");
+        assert!(drawn.contains("<desc>host: 6"), "{drawn}");
+    }
+}
