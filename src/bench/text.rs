@@ -31,7 +31,7 @@ pub fn ratio(value: f64) -> String {
     match value.abs() {
         magnitude if magnitude >= 99.5 => number(value),
         magnitude if magnitude >= 9.95 => format!("{value:.1}"),
-        magnitude if magnitude >= 0.095 => format!("{value:.2}"),
+        magnitude if magnitude >= 0.1995 => format!("{value:.2}"),
         _ => format!("{value:.3}"),
     }
 }
@@ -187,7 +187,7 @@ mod tests {
         for (value, text) in cases {
             assert_eq!(number(value), text);
         }
-        assert_eq!([1.3219, 0.0811, 12.6, 0.31].map(ratio), ["1.32", "0.081", "12.6", "0.31"]);
+        assert_eq!([1.3219, 0.0811, 0.1024, 12.6, 0.31].map(ratio), ["1.32", "0.081", "0.102", "12.6", "0.31"]);
     }
 
     #[test]
