@@ -2,7 +2,7 @@
 #![no_main]
 
 use husk::bench::{compare, page, result::Report, sample, statistics, table, verdict};
-use libfuzzer_sys::arbitrary::Arbitrary;
+use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
