@@ -5,6 +5,7 @@ pub mod affinity;
 pub mod disk;
 pub mod mapping;
 pub mod net;
+pub mod process;
 pub mod socket;
 pub mod timer;
 pub mod xattr;

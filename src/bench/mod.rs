@@ -14,6 +14,7 @@ pub mod amounts;
 pub mod compare;
 pub mod contender;
 pub mod page;
+pub mod ground;
 pub mod result;
 pub mod run;
 pub mod scenario;

@@ -1,10 +1,26 @@
 //! Those that are compared: each knows how to find itself on the host and how to start an instance.
 
-use std::path::PathBuf;
+mod bwrap;
+mod cloud_hypervisor;
+mod docker;
+mod firecracker;
+mod guest;
+mod host;
+mod husk;
+mod oci;
+mod podman;
+mod port;
+mod program;
+mod qemu;
+mod share;
+
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
+use super::ground;
 use super::result::{self, Limits, Walls};
 
 /// Where the work program stands in every contender's root.
@@ -27,6 +43,39 @@ pub struct Ground {
     pub husk: PathBuf,
     /// What every instance may use.
     pub limits: Limits,
+}
+
+impl Ground {
+    /// A name for an instance of a contender, that nothing else on this host has.
+    fn instance(&self, contender: &str, job: &Job) -> String {
+        format!("{}-{contender}-{}", self.id(), job.instance)
+    }
+
+    /// The bench's own name, that of its folder.
+    fn id(&self) -> String {
+        self.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// A folder for what an instance needs of its own.
+    fn instance_folder(&self, contender: &str, job: &Job) -> Result<PathBuf> {
+        let folder = self.folder.join("instances").join(format!("{contender}-{}", job.instance));
+        fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
+        Ok(folder)
+    }
+
+    /// As many processors as can use all of the time that an instance may have.
+    fn vcpus(&self) -> u32 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
+        let vcpus = self.limits.cpus.ceil().clamp(1.0, 255.0) as u32;
+        vcpus
+    }
+
+    /// Processor time in thousandths of a processor.
+    fn millicpus(&self) -> u32 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
+        let millicpus = (self.limits.cpus * 1000.0).round().clamp(1.0, 255_000.0) as u32;
+        millicpus
+    }
 }
 
 /// What an instance is to do.
@@ -54,6 +103,11 @@ pub struct Launch {
     pub clean_up: Option<Box<dyn FnOnce() -> Result<()> + Send>>,
 }
 
+/// A job that a contender cannot do on this host: a reason to leave it out, and no failure.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unable(pub String);
+
 /// One of those that are compared.
 pub trait Contender: Send {
     /// As `--against` and the results name it.
@@ -65,13 +119,97 @@ pub trait Contender: Send {
     /// Makes what its instances share, once: a bundle, an image in an engine's store. `clean_up` takes it away again.
     fn prepare(&mut self, ground: &Ground) -> Result<()>;
     /// An instance for the job. Quick: what takes long belongs to `prepare`; where an instance needs files of its own (a
-    /// scratch disk), they are made here, which no measure counts.
+    /// scratch disk), they are made here, which no measure counts. What it cannot do at all is an error of the type [`Unable`].
     fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch>;
     /// Every process of an instance whose [`Launch::command`] has this process ID, for what it uses of memory: descendants are
     /// found by the caller; this adds those that are no descendants (of an engine's daemon).
-    fn more_processes(&self, _job: &Job) -> Vec<u32> {
+    fn more_processes(&self, _ground: &Ground, _job: &Job) -> Vec<u32> {
         Vec::new()
     }
     /// Removes what `prepare` made. To be called at the end, whatever happened.
     fn clean_up(&mut self, ground: &Ground) -> Result<()>;
+}
+
+/// Everyone who is looked for on this host, in the order of the results; [`Contender::about`] says who is absent.
+pub fn find() -> Vec<Box<dyn Contender>> {
+    let mut contenders: Vec<Box<dyn Contender>> = vec![
+        Box::new(host::Host),
+        Box::new(bwrap::Bwrap::find()),
+        Box::new(oci::Runtime::find(oci::CRUN)),
+        Box::new(oci::Runtime::find(oci::RUNC)),
+        Box::new(podman::Podman::find(podman::Mode::Own)),
+        Box::new(podman::Podman::find(podman::Mode::Rootless)),
+        Box::new(docker::Docker::find()),
+        Box::new(qemu::Qemu::find()),
+        Box::new(firecracker::Firecracker::find()),
+        Box::new(cloud_hypervisor::CloudHypervisor::find()),
+    ];
+    contenders.extend(husk::Husk::find().into_iter().map(|husk| Box::new(husk) as Box<dyn Contender>));
+    contenders
+}
+
+/// Ends the instances that a killed bench has left in its folder, as far as their own programs have to do it. The folder itself, control
+/// groups and mounts are the caller's.
+pub fn end_left_behind(folder: &Path) {
+    oci::end_left_behind(folder);
+    podman::end_left_behind(folder);
+    docker::end_left_behind(folder);
+    port::remove_left_behind(folder);
+}
+
+/// Whether this process is root's.
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// The environment of every command, as OCI engines have it.
+const ENVIRONMENT: [(&str, &str); 2] =
+    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
+
+/// What [`Contender::about`] shows of a command line in place of the work's own.
+fn sample() -> Job {
+    Job { command: vec!["COMMAND".to_owned()], scratch_mib: None, port: None, instance: 0 }
+}
+
+/// A command line, word by word.
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// The command of a command line.
+fn command(words: &[String]) -> Result<Command> {
+    let (program, arguments) = words.split_first().context("an empty command line")?;
+    let mut command = Command::new(program);
+    command.args(arguments);
+    Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::guest::Files;
+    use super::*;
+
+    pub fn ground() -> Ground {
+        let path = PathBuf::from;
+        Ground {
+            folder: path("/g/husk-bench-0a1b2c"),
+            root: path("/g/root"),
+            disk: path("/g/root.erofs"),
+            store: path("/g/store"),
+            husk: path("/bin/husk"),
+            limits: Limits { cpus: 1.5, memory_mib: 256, cpuset: None },
+        }
+    }
+
+    pub fn files() -> Files<'static> {
+        Files {
+            kernel: Path::new("/k/vmlinux"),
+            root: Path::new("/g/root.erofs"),
+            scratch: Some(Path::new("/g/scratch")),
+        }
+    }
+
+    pub fn job(command: &[&str]) -> Job {
+        Job { command: words(command), scratch_mib: Some(64), port: None, instance: 3 }
+    }
 }

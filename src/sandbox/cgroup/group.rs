@@ -121,6 +121,17 @@ impl Place {
     }
 }
 
+/// Where the trees of groups begin, of all controllers that are mounted.
+pub(super) fn mounts() -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    let mount = |line: &str| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let is_one = file_system.starts_with("cgroup ") || file_system.starts_with("cgroup2 ");
+        mount.split(' ').nth(4).filter(|_| is_one).map(PathBuf::from)
+    };
+    Ok(mounts.lines().filter_map(mount).collect())
+}
+
 /// A control group of our own with this process in it. Dropping it puts the process back where it came from.
 #[derive(Debug)]
 pub struct Group {
@@ -169,12 +180,13 @@ impl Drop for Group {
 }
 
 /// Whether the groups in this one of version 2 are given what `controller` has.
-fn gives_out(parent: &Path, controller: Controller) -> bool {
+pub(super) fn gives_out(parent: &Path, controller: Controller) -> bool {
     let controllers = fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap_or_default();
     controllers.split_whitespace().any(|name| name == controller.name())
 }
 
-fn write(group: &Path, file: &str, value: &str) -> Result<()> {
+/// Writes to a file of a group's.
+pub(super) fn write(group: &Path, file: &str, value: &str) -> Result<()> {
     let path = group.join(file);
     // Written in one piece, and never made: in a folder that is no group this is an error.
     let written =

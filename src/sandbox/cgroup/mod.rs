@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::{Context, Result, bail};
 
 mod group;
+pub mod pen;
 
 use group::{Controller, Group, Place, Version};
 

@@ -1,0 +1,82 @@
+//! Cloud Hypervisor, with the serial port on standard output.
+
+use anyhow::Result;
+
+use super::super::result::{self, Walls};
+use super::guest::{self, Files, Parts};
+use super::program::Program;
+use super::{Contender, Ground, Job, Launch, Unable, words};
+
+/// Cloud Hypervisor.
+pub struct CloudHypervisor(Program);
+
+const NAME: &str = "cloud-hypervisor";
+/// It has no package in Debian.
+const INSTALL: &str = "it is in no package of Debian's: put the binary of a release on the path as `cloud-hypervisor`";
+
+impl CloudHypervisor {
+    /// Looks for it, and for a kernel to boot.
+    pub fn find() -> CloudHypervisor {
+        CloudHypervisor(guest::with_kernel(Program::find(NAME, &["--version"], INSTALL)))
+    }
+}
+
+/// Its devices are on PCI, and a guest's reset would start it anew: the work program powers it off.
+fn command_line(ground: &Ground, files: &Files, job: &Job) -> Result<Vec<String>> {
+    let Files { kernel, root, scratch } = files;
+    let parts = Parts { end: "power-off", platform: "", scratch: scratch.is_some(), network: None };
+    let mut line = words(&[NAME, "--kernel", &kernel.display().to_string(), "--cmdline", &guest::cmdline(parts, job)?]);
+    line.extend(words(&["--cpus", &format!("boot={}", ground.vcpus())]));
+    line.extend(words(&["--memory", &format!("size={}M", ground.limits.memory_mib)]));
+    line.extend(words(&["--disk", &format!("path={},readonly=on", root.display())]));
+    line.extend(scratch.map(|scratch| format!("path={}", scratch.display())));
+    line.extend(words(&["--serial", "tty", "--console", "off"]));
+    Ok(line)
+}
+
+impl Contender for CloudHypervisor {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn walls(&self) -> Walls {
+        Walls::Machine
+    }
+
+    fn about(&self, ground: &Ground) -> result::Contender {
+        guest::about(&self.0, NAME, ground, |files, job| command_line(ground, files, job))
+    }
+
+    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+        Ok(())
+    }
+
+    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
+        if job.port.is_some() {
+            return Err(Unable("its only network is a tap device".into()).into());
+        }
+        guest::launch(NAME, ground, job, None, |files, job| command_line(ground, files, job))
+    }
+
+    fn clean_up(&mut self, _ground: &Ground) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{files, ground, job};
+    use super::*;
+
+    #[test]
+    fn the_command_line_has_disks_limits_and_command() {
+        let line = command_line(&ground(), &files(), &job(&["/bin/x"])).unwrap();
+        let cmdline = line.get(4).unwrap();
+        assert!(cmdline.contains(" root=/dev/vda ") && cmdline.ends_with(" --scratch /bin/x"), "{cmdline}");
+        let line = line.join(" ");
+        assert!(line.starts_with("cloud-hypervisor --kernel /k/vmlinux --cmdline "), "{line}");
+        let rest = " --cpus boot=2 --memory size=256M --disk path=/g/root.erofs,readonly=on path=/g/scratch --serial tty \
+                    --console off";
+        assert!(line.ends_with(rest), "{line}");
+    }
+}

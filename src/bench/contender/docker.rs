@@ -1,0 +1,133 @@
+//! Docker: an engine with a daemon, where one answers.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use super::super::result::{self, Walls};
+use super::program::{Program, succeeds};
+use super::{
+    Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, Unable, command, ground, port, sample, share, words,
+};
+use crate::resources::programs;
+
+/// Docker.
+pub struct Docker(Program);
+
+const NAME: &str = "docker";
+
+impl Docker {
+    /// Asks the daemon.
+    pub fn find() -> Docker {
+        let install = "sudo apt-get install docker.io && sudo systemctl start docker";
+        Docker(Program::find(NAME, &["version", "--format", "{{.Server.Version}}"], install))
+    }
+}
+
+fn command_line(ground: &Ground, scratch: Option<&Path>, job: &Job) -> Vec<String> {
+    let (id, cpus) = (ground.instance(NAME, job), ground.limits.cpus.to_string());
+    let memory = format!("{}m", ground.limits.memory_mib);
+    let mut line = words(&["docker", "run", "--rm", "--name", &id, "--cpus", &cpus, "--memory", &memory]);
+    // Its own log would write everything to a disk once more.
+    line.extend(words(&["--log-driver", "none"]));
+    match job.port {
+        Some(port) => line.extend(words(&["--publish", &format!("127.0.0.1:{port}:{port}")])),
+        None => line.extend(words(&["--network", "none"])),
+    }
+    line.extend(ENVIRONMENT.iter().flat_map(|(name, value)| words(&["--env", &format!("{name}={value}")])));
+    if let Some(scratch) = scratch {
+        line.extend(words(&["--volume", &format!("{}:{SCRATCH}", scratch.display())]));
+    }
+    line.push(ground.id());
+    line.extend(job.command.iter().cloned());
+    line
+}
+
+impl Contender for Docker {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn walls(&self) -> Walls {
+        Walls::Container
+    }
+
+    fn about(&self, ground: &Ground) -> result::Contender {
+        self.0.about(NAME, Walls::Container, command_line(ground, None, &sample()), Vec::new())
+    }
+
+    /// Hands the root to the daemon as an image; for a user the daemon may be another host's, and has not these files.
+    fn prepare(&mut self, ground: &Ground) -> Result<()> {
+        let mut tar = Command::new("tar");
+        tar.args(["--create", "--numeric-owner", "--xattrs", "--directory"]).arg(&ground.root).arg(".");
+        let mut tar = tar.stdout(Stdio::piped()).spawn().context("run tar")?;
+        let files = tar.stdout.take().context("read tar's output")?;
+        let import = Command::new(NAME).args(["import", "-", &ground.id()]).stdin(files).output();
+        let packed = tar.wait().context("wait for tar")?;
+        let import = import.context("run docker import")?;
+        let words = String::from_utf8_lossy(&import.stderr);
+        ensure!(import.status.success() && packed.success(), "docker import: {} (tar: {packed})", words.trim());
+        Ok(())
+    }
+
+    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
+        if job.port.is_some() && !succeeds(NAME, &["network", "inspect", "bridge"]) {
+            return Err(Unable("its daemon was started without a network (--bridge=none)".into()).into());
+        }
+        let folder = ground.instance_folder(NAME, job)?;
+        let scratch = share::scratch(job, &folder)?;
+        let command = command(&command_line(ground, scratch.as_deref(), job))?;
+        let id = ground.instance(NAME, job);
+        let clean_up = move || {
+            if succeeds(NAME, &["inspect", "--type", "container", &id]) {
+                programs::run(NAME, &["rm", "--force", &id])?;
+            }
+            ground::clear(&folder)
+        };
+        Ok(Launch {
+            command,
+            passes_exit_code: true,
+            address: job.port.map(port::on_loopback),
+            clean_up: Some(Box::new(clean_up)),
+        })
+    }
+
+    /// The container and its shim are the daemon's.
+    fn more_processes(&self, ground: &Ground, job: &Job) -> Vec<u32> {
+        let id = ground.instance(NAME, job);
+        let text = programs::output(NAME, &["inspect", "--format", "{{.State.Pid}}", &id]).unwrap_or_default();
+        let Some(process) = text.trim().parse().ok().filter(|&process| process > 0) else { return Vec::new() };
+        std::iter::once(process).chain(parent(process)).collect()
+    }
+
+    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
+        if succeeds(NAME, &["image", "inspect", &ground.id()]) {
+            programs::run(NAME, &["rmi", "--force", &ground.id()])?;
+        }
+        Ok(())
+    }
+}
+
+/// The process that started this one (proc(5): the second field behind the name in parentheses).
+fn parent(process: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok().filter(|&parent| parent > 1)
+}
+
+/// Ends the containers of a killed bench, and removes its image.
+pub fn end_left_behind(folder: &Path) {
+    let id = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if !succeeds(NAME, &["image", "inspect", &id]) {
+        return;
+    }
+    let filter = format!("name={id}-");
+    let left = programs::output(NAME, &["ps", "--all", "--quiet", "--filter", &filter]).unwrap_or_default();
+    let containers = left.split_whitespace().map(|container| programs::run(NAME, &["rm", "--force", container]));
+    for result in containers.chain([programs::run(NAME, &["rmi", "--force", &id])]) {
+        if let Err(error) = result {
+            log::warn!("{error:#}");
+        }
+    }
+}

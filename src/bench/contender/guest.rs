@@ -1,0 +1,180 @@
+//! What monitors other than husk boot: husk's kernel, the root as a disk, and the work program as the first process.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::super::result::{self, Walls};
+use super::super::work;
+use super::program::{Missing, Program};
+use super::share::{self, Held};
+use super::{Ground, Job, Launch, Unable, WORK, command, sample};
+use crate::image::Store;
+use crate::resources;
+use crate::resources::guest_kernel::Choice;
+use crate::sys;
+
+/// x86's longest command line, with its NUL (COMMAND_LINE_SIZE).
+const CMDLINE_MAX_BYTES: usize = 2048;
+/// The one that has all drivers within.
+const KERNEL: &str = "micro";
+
+/// The files that a guest is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Files<'a> {
+    /// The kernel, an ELF image.
+    pub kernel: &'a Path,
+    /// The root's disk.
+    pub root: &'a Path,
+    /// A disk to write to.
+    pub scratch: Option<&'a Path>,
+}
+
+/// A monitor is of no use without KVM and a kernel.
+pub fn with_kernel(program: Program) -> Program {
+    let needed = || -> Result<(), Missing> {
+        let missing = |install: Option<&str>| {
+            let install = install.map(str::to_owned);
+            move |error: anyhow::Error| Missing { why: format!("{error:#}"), install }
+        };
+        kernel().map_err(missing(Some("scripts/kernel micro")))?;
+        resources::open_kvm().map(drop).map_err(missing(Some("husk doctor")))
+    };
+    Program { version: program.version.and_then(|version| needed().map(|()| version)) }
+}
+
+fn kernel() -> Result<PathBuf> {
+    Choice::Made(KERNEL).find().map(|kernel| kernel.path)
+}
+
+/// What the results say of a monitor whose command lines `line` makes.
+pub fn about(
+    program: &Program,
+    name: &str,
+    ground: &Ground,
+    line: impl FnOnce(&Files, &Job) -> Result<Vec<String>>,
+) -> result::Contender {
+    let kernel = kernel().unwrap_or_default();
+    let files = Files { kernel: &kernel, root: &ground.disk, scratch: None };
+    let line = line(&files, &sample()).unwrap_or_default();
+    let mut about = program.about(name, Walls::Machine, line, Held::Machine.note(ground).into_iter().collect());
+    about.kernel = about.absent.is_none().then(|| kernel.display().to_string());
+    about
+}
+
+/// An instance of a monitor whose command lines `line` makes.
+pub fn launch(
+    name: &str,
+    ground: &Ground,
+    job: &Job,
+    address: Option<SocketAddr>,
+    line: impl FnOnce(&Files, &Job) -> Result<Vec<String>>,
+) -> Result<Launch> {
+    let kernel = kernel()?;
+    let scratch = Scratch::make(ground, name, job)?;
+    let scratch_path = scratch.as_ref().map(|scratch| scratch.path.clone());
+    let files = Files { kernel: &kernel, root: &ground.disk, scratch: scratch_path.as_deref() };
+    let mut command = command(&line(&files, job)?)?;
+    let pen = Held::Machine.pen(ground, name, job);
+    sys::process::begin_in(&mut command, share::doors(pen.as_ref())?, None).context("enter its control groups")?;
+    let clean_up = move || {
+        pen.map_or(Ok(()), |pen| pen.remove())?;
+        scratch.map_or(Ok(()), Scratch::remove)
+    };
+    Ok(Launch { command, passes_exit_code: false, address, clean_up: Some(Box::new(clean_up)) })
+}
+
+/// What a guest has besides its root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts<'a> {
+    /// How the work program ends the machine so that its monitor ends: `reset` or `power-off`.
+    pub end: &'a str,
+    /// Words of the monitor's own for the kernel.
+    pub platform: &'a str,
+    /// Whether there is a second disk.
+    pub scratch: bool,
+    /// The guest's address and its way out, where it has a network: `10.0.0.2/24,10.0.0.1`.
+    pub network: Option<&'a str>,
+}
+
+/// The kernel's command line: behind `--` stands what its first process is told, the work program's own `guest` (`firmware/work`).
+pub fn cmdline(parts: Parts, job: &Job) -> Result<String> {
+    let mut line = format!("console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce {}", parts.platform);
+    line.push_str(&format!(" root=/dev/vda rootfstype=erofs ro init={WORK} -- guest --end {}", parts.end));
+    if parts.scratch {
+        line.push_str(" --scratch");
+    }
+    if let Some(network) = parts.network {
+        line.push_str(&format!(" --net {network}"));
+    }
+    for word in &job.command {
+        line.push(' ');
+        line.push_str(&work::escape(word));
+    }
+    if line.len() >= CMDLINE_MAX_BYTES {
+        return Err(Unable(format!("a kernel's command line has no room for {} bytes", line.len())).into());
+    }
+    Ok(line)
+}
+
+/// A disk for an instance that wants one, in the bench's store; [`Scratch::remove`] takes it away.
+#[derive(Debug)]
+struct Scratch {
+    store: Store,
+    name: String,
+    path: PathBuf,
+}
+
+impl Scratch {
+    /// Makes an empty file system on a disk of the size that the job wants.
+    fn make(ground: &Ground, contender: &str, job: &Job) -> Result<Option<Scratch>> {
+        let Some(size_mib) = job.scratch_mib else { return Ok(None) };
+        let store = Store::open(&ground.store)?;
+        let name = format!("{contender}-{}", job.instance);
+        let mut identity = [0; 16];
+        sys::getrandom(&mut identity).context("ask for randomness")?;
+        let path = store.kept_disk(&name, size_mib << 20, identity)?.path;
+        Ok(Some(Scratch { store, name, path }))
+    }
+
+    /// Takes the disk away.
+    fn remove(self) -> Result<()> {
+        self.store.remove_kept_disk(&self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Parts = Parts { end: "power-off", platform: "", scratch: false, network: None };
+
+    fn job(command: &[&str]) -> Job {
+        let command = command.iter().map(|word| (*word).to_owned()).collect();
+        Job { command, scratch_mib: None, port: None, instance: 0 }
+    }
+
+    #[test]
+    fn the_command_stands_behind_everything_else() {
+        let network = Some("10.0.2.15/24,10.0.2.2");
+        let parts = Parts { end: "reset", platform: "reboot=t", scratch: true, network };
+        assert_eq!(
+            cmdline(parts, &job(&["/bin/x", "-v"])).unwrap(),
+            "console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce reboot=t root=/dev/vda rootfstype=erofs ro \
+             init=/.husk-bench/work -- guest --end reset --scratch --net 10.0.2.15/24,10.0.2.2 /bin/x -v"
+        );
+        assert!(cmdline(PLAIN, &job(&["x"])).unwrap().ends_with(" -- guest --end power-off x"));
+    }
+
+    #[test]
+    fn words_that_a_kernel_would_part_are_encoded() {
+        let line = cmdline(PLAIN, &job(&["sh", "-c", "echo 'a \"b\"' 100%"])).unwrap();
+        assert!(line.ends_with(" sh -c echo%20%27a%20%22b%22%27%20100%25"), "{line}");
+    }
+
+    #[test]
+    fn a_command_for_which_there_is_no_room_is_no_job() {
+        assert!(cmdline(PLAIN, &job(&["x".repeat(CMDLINE_MAX_BYTES).as_str()])).unwrap_err().is::<Unable>());
+    }
+}

@@ -1,0 +1,106 @@
+//! The bare host: the work in a copy of the root, with nothing around it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use rustix::mount::{MountFlags, mount};
+
+use super::super::result::{self, Walls};
+use super::program::Program;
+use super::share::{self, Held};
+use super::{Contender, ENVIRONMENT, Ground, Job, Launch, command, ground, is_root, port, sample, words};
+use crate::resources::programs;
+use crate::sys;
+
+/// The bare host.
+pub struct Host;
+
+const NAME: &str = "host";
+/// Device nodes that programs expect, by their numbers (Linux, devices.txt).
+const DEVICES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+fn root(ground: &Ground) -> PathBuf {
+    ground.folder.join(NAME)
+}
+
+/// Root changes its root directory; another user needs a user namespace for that.
+fn command_line(ground: &Ground, job: &Job) -> Vec<String> {
+    let root = root(ground).display().to_string();
+    let mut line = if is_root() { words(&["chroot", &root]) } else { words(&["unshare", "-r", "chroot", &root]) };
+    line.extend(job.command.iter().cloned());
+    line
+}
+
+impl Contender for Host {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn walls(&self) -> Walls {
+        Walls::None
+    }
+
+    fn about(&self, ground: &Ground) -> result::Contender {
+        let mut notes: Vec<String> = Held::Container.note(ground).into_iter().collect();
+        notes.push(
+            "its root is a copy of the image's files, and what is written there goes right to the host's disk".into(),
+        );
+        if !is_root() {
+            notes.push(
+                "its root directory is changed in a user namespace (unshare), which is in its start's time".into(),
+            );
+        }
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let program = Program { version: Ok(format!("Linux {}", release.trim())) };
+        program.about(NAME, Walls::None, command_line(ground, &sample()), notes)
+    }
+
+    /// A copy, so that what is written there is nobody else's; and what programs expect to be mounted.
+    fn prepare(&mut self, ground: &Ground) -> Result<()> {
+        let root = root(ground);
+        let (from, to) = (ground.root.display().to_string(), root.display().to_string());
+        programs::run("cp", &["-aT", &from, &to])?;
+        if !is_root() {
+            return Ok(());
+        }
+        // None of these is the host's own tree: should one ever be left, removing it removes nothing of the host's.
+        for (kind, at) in [("proc", "proc"), ("sysfs", "sys"), ("tmpfs", "dev"), ("tmpfs", "tmp")] {
+            let flags = if at == "sys" { MountFlags::RDONLY } else { MountFlags::empty() };
+            mount(kind, root.join(at), kind, flags, None).with_context(|| format!("mount {kind} in {to}"))?;
+        }
+        for (name, major, minor) in DEVICES {
+            let path = root.join("dev").join(name).display().to_string();
+            programs::run("mknod", &["-m", "666", &path, "c", &major.to_string(), &minor.to_string()])?;
+        }
+        Ok(())
+    }
+
+    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
+        let pen = Held::Container.pen(ground, NAME, job);
+        let root = root(ground);
+        let doors = share::doors(pen.as_ref())?;
+        let mut command = if is_root() { bare(job, &root, doors)? } else { command(&command_line(ground, job))? };
+        command.env_clear().envs(ENVIRONMENT);
+        let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove());
+        Ok(Launch {
+            command,
+            passes_exit_code: true,
+            address: job.port.map(port::on_loopback),
+            clean_up: Some(Box::new(clean_up)),
+        })
+    }
+
+    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
+        ground::clear(&root(ground))
+    }
+}
+
+/// The program itself, without another one that changes its root directory for it.
+fn bare(job: &Job, root: &Path, doors: Vec<fs::File>) -> Result<Command> {
+    let mut command = command(&job.command)?;
+    sys::process::begin_in(&mut command, doors, Some(root)).context("change the root directory")?;
+    Ok(command)
+}

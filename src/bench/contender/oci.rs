@@ -1,0 +1,237 @@
+//! OCI runtimes by themselves, crun and runc: a container without an engine.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::super::result::{self, Walls};
+use super::port::Link;
+use super::program::Program;
+use super::share;
+use super::{Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, command, ground, is_root, sample, words};
+use crate::resources::programs;
+
+/// What runtimes are called, and the package that has each.
+pub const CRUN: &str = "crun";
+/// The same.
+pub const RUNC: &str = "runc";
+
+/// What Docker and Podman leave to a container's root (capabilities(7)).
+const CAPABILITIES: [&str; 11] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+/// Processor time is given out once in so long.
+const PERIOD_US: u64 = 100_000;
+
+/// A runtime.
+pub struct Runtime {
+    name: &'static str,
+    program: Program,
+}
+
+impl Runtime {
+    /// Looks for it.
+    pub fn find(name: &'static str) -> Runtime {
+        let program = Program::find(name, &["--version"], &format!("sudo apt-get install {name}"));
+        if name == CRUN && program.version.is_ok() && is_hybrid() {
+            let why = "it runs on no host that uses both versions of control groups";
+            let mend = "boot the host with systemd.unified_cgroup_hierarchy=1";
+            return Runtime { name, program: Program::missing(why, Some(mend)) };
+        }
+        Runtime { name, program }
+    }
+
+    /// The runtime with the folder in which it remembers its containers.
+    fn line(&self, ground: &Ground, arguments: &[&str]) -> Vec<String> {
+        let state = ground.folder.join(self.name).display().to_string();
+        let mut line = words(&[self.name, "--root", &state]);
+        line.extend(words(arguments));
+        line
+    }
+}
+
+impl Contender for Runtime {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn walls(&self) -> Walls {
+        Walls::Container
+    }
+
+    fn about(&self, ground: &Ground) -> result::Contender {
+        let mut notes: Vec<String> = share::root_note().into_iter().collect();
+        match is_root() {
+            true => notes.push("its root is an overlay that is mounted before the clock starts, and there is no seccomp filter: an engine does both".into()),
+            false => notes.push("its limits of processor time and memory were not applied: it is not root's".into()),
+        }
+        let job = sample();
+        let line = self.line(ground, &["run", "--bundle", "BUNDLE", &ground.instance(self.name, &job)]);
+        self.program.about(self.name, Walls::Container, line, notes)
+    }
+
+    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+        Ok(())
+    }
+
+    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
+        let link = Link::make(ground, job)?;
+        let folder = ground.instance_folder(self.name, job)?;
+        let bundle = Bundle {
+            id: &ground.instance(self.name, job),
+            root: &share::root(ground, &folder)?,
+            scratch: share::scratch(job, &folder)?.as_deref(),
+            network: link.as_ref().map(Link::path).as_deref(),
+            user: (!is_root()).then(user),
+        }
+        .config(ground, job);
+        let path = folder.join("config.json");
+        fs::write(&path, serde_json::to_vec(&bundle)?).with_context(|| format!("write {}", path.display()))?;
+        let id = ground.instance(self.name, job);
+        let bundle = folder.display().to_string();
+        let command = command(&self.line(ground, &["run", "--bundle", &bundle, &id]))?;
+        let address = job.port.zip(link.as_ref()).map(|(port, link)| link.address(port));
+        let delete = self.line(ground, &["delete", "--force", &id]);
+        let state = ground.folder.join(self.name).join(&id);
+        let clean_up = move || {
+            // One that ran to its end is gone already.
+            if state.exists() {
+                run(&delete)?;
+            }
+            link.map_or(Ok(()), |link| link.remove())?;
+            ground::clear(&folder)
+        };
+        Ok(Launch { command, passes_exit_code: true, address, clean_up: Some(Box::new(clean_up)) })
+    }
+
+    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
+        ground::clear(&ground.folder.join(self.name))
+    }
+}
+
+/// Whether there are control groups of the second version beside those of the first, with something of their own to give out.
+fn is_hybrid() -> bool {
+    fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").is_ok_and(|names| !names.trim().is_empty())
+}
+
+fn run(line: &[String]) -> Result<()> {
+    let (program, arguments) = line.split_first().context("an empty command line")?;
+    programs::run(program, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// Ends the containers of a killed bench.
+pub fn end_left_behind(folder: &Path) {
+    for runtime in [CRUN, RUNC] {
+        let state = folder.join(runtime);
+        for id in fs::read_dir(&state).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+            let (state, id) = (state.display().to_string(), id.to_string_lossy());
+            if let Err(error) = programs::run(runtime, &["--root", &state, "delete", "--force", &id]) {
+                log::warn!("{error:#}");
+            }
+        }
+    }
+}
+
+fn user() -> (u32, u32) {
+    (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
+}
+
+/// What a container's configuration (OCI runtime specification 1.0.2, config.md) depends on.
+struct Bundle<'a> {
+    id: &'a str,
+    root: &'a Path,
+    scratch: Option<&'a Path>,
+    network: Option<&'a Path>,
+    /// The user and the group that its root is, where that is not the host's.
+    user: Option<(u32, u32)>,
+}
+
+impl Bundle<'_> {
+    fn config(&self, ground: &Ground, job: &Job) -> Value {
+        let environment: Vec<String> = ENVIRONMENT.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let capabilities = CAPABILITIES;
+        json!({
+            "ociVersion": "1.0.2",
+            "process": {
+                "terminal": false,
+                "user": { "uid": 0, "gid": 0 },
+                "args": job.command,
+                "env": environment,
+                "cwd": "/",
+                "capabilities": { "bounding": capabilities, "effective": capabilities, "permitted": capabilities },
+            },
+            "root": { "path": self.root, "readonly": self.user.is_some() },
+            "hostname": "husk-bench",
+            "mounts": self.mounts(),
+            "linux": self.linux(ground),
+        })
+    }
+
+    /// As `runc spec` has them, without control groups.
+    fn mounts(&self) -> Vec<Value> {
+        let mount = |kind: &str, at: &str, options: &[&str]| json!({ "destination": at, "type": kind, "source": kind, "options": options });
+        let mut mounts = vec![
+            mount("proc", "/proc", &[]),
+            mount("tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount("devpts", "/dev/pts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),
+            mount("tmpfs", "/dev/shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+            mount("mqueue", "/dev/mqueue", &["nosuid", "noexec", "nodev"]),
+            mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
+        ];
+        if self.user.is_some() {
+            mounts.push(mount("tmpfs", "/tmp", &["nosuid", "nodev", "mode=1777"]));
+        }
+        if let Some(scratch) = self.scratch {
+            mounts
+                .push(json!({ "destination": SCRATCH, "type": "bind", "source": scratch, "options": ["bind", "rw"] }));
+        }
+        mounts
+    }
+
+    fn linux(&self, ground: &Ground) -> Value {
+        let mut namespaces: Vec<Value> =
+            ["pid", "ipc", "uts", "mount"].iter().map(|kind| json!({ "type": kind })).collect();
+        namespaces.push(match self.network {
+            Some(path) => json!({ "type": "network", "path": path }),
+            None => json!({ "type": "network" }),
+        });
+        let mut linux = json!({
+            "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+                "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware", "/proc/scsi"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        });
+        match self.user {
+            Some((user, group)) => {
+                namespaces.push(json!({ "type": "user" }));
+                linux["uidMappings"] = json!([{ "containerID": 0, "hostID": user, "size": 1 }]);
+                linux["gidMappings"] = json!([{ "containerID": 0, "hostID": group, "size": 1 }]);
+            }
+            None => {
+                linux["cgroupsPath"] = json!(format!("/{}", self.id));
+                linux["resources"] = resources(ground);
+            }
+        }
+        linux["namespaces"] = Value::Array(namespaces);
+        linux
+    }
+}
+
+fn resources(ground: &Ground) -> Value {
+    json!({
+        "devices": [{ "allow": false, "access": "rwm" }],
+        "cpu": { "quota": u64::from(ground.millicpus()) * PERIOD_US / 1000, "period": PERIOD_US },
+        "memory": { "limit": ground.limits.memory_mib << 20 },
+    })
+}

@@ -1,0 +1,186 @@
+//! Podman: an engine without a daemon, run by root or by a user.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use rustix::process::{Resource, Rlimit, getrlimit};
+
+use super::super::result::{self, Walls};
+use super::program::{Program, which};
+use super::{
+    Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, command, ground, is_root, port, sample, share, words,
+};
+use crate::resources::programs;
+use crate::sandbox::cgroup::pen;
+
+/// Whose engine it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Root's.
+    Own,
+    /// A user's.
+    Rootless,
+}
+
+/// Podman, as whoever runs the bench.
+pub struct Podman {
+    mode: Mode,
+    program: Program,
+}
+
+const FOLDER: &str = "podman";
+/// What Podman limits itself to, of processes.
+const LIMIT_MAX: u64 = 1 << 15;
+
+impl Podman {
+    /// Looks for it. In the mode that is not this user's it is absent.
+    pub fn find(mode: Mode) -> Podman {
+        let program = match (mode, is_root()) {
+            (Mode::Own, false) => Program::missing("husk bench is not run by root", Some("sudo husk bench ...")),
+            (Mode::Rootless, true) => Program::missing("husk bench is run by root", Some("husk bench ..., as a user")),
+            _ => Program::find("podman", &["--version"], "sudo apt-get install podman"),
+        };
+        Podman { mode, program }
+    }
+}
+
+/// Where it keeps what is gone with the next boot. It takes no path of more than 50 bytes.
+fn run_folder(folder: &Path) -> PathBuf {
+    let session = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = if is_root() { "/run".into() } else { session.unwrap_or("/tmp".into()) };
+    base.join(folder.file_name().unwrap_or_default())
+}
+
+/// Podman with a storage of the bench's own, so that nothing of the user's is touched.
+fn line(folder: &Path, arguments: &[&str]) -> Vec<String> {
+    let at = |name: &str| folder.join(FOLDER).join(name).display().to_string();
+    let run = run_folder(folder).display().to_string();
+    let mut line = words(&["podman", "--root", &at("root"), "--runroot", &run, "--tmpdir", &at("tmp")]);
+    line.extend(words(&["--network-config-dir", &at("networks"), "--events-backend", "none"]));
+    if is_root() {
+        line.extend(words(&["--storage-driver", "overlay", "--cgroup-manager", "cgroupfs"]));
+    }
+    line.extend(words(arguments));
+    line
+}
+
+/// The bench's own limits, as far as Podman has them itself: it would want higher ones, and a root that lacks CAP_SYS_RESOURCE
+/// cannot raise any.
+fn limits() -> Vec<String> {
+    let kinds = [("nofile", Resource::Nofile), ("nproc", Resource::Nproc)];
+    let limit = |(name, kind)| {
+        let Rlimit { current, maximum } = getrlimit(kind);
+        let limited = |limit: Option<u64>| limit.unwrap_or(u64::MAX).min(LIMIT_MAX);
+        format!("{name}={}:{}", limited(current), limited(maximum))
+    };
+    kinds.into_iter().map(limit).flat_map(|limit| words(&["--ulimit", &limit])).collect()
+}
+
+fn output(line: &[String]) -> Result<String> {
+    let words: Vec<&str> = line.iter().map(String::as_str).collect();
+    let (program, arguments) = words.split_first().unwrap_or((&"", &[]));
+    programs::output(program, arguments)
+}
+
+impl Podman {
+    fn command_line(&self, ground: &Ground, scratch: Option<&Path>, job: &Job) -> Vec<String> {
+        let (id, cpus) = (ground.instance(self.name(), job), ground.limits.cpus.to_string());
+        let (memory, root) = (format!("{}m", ground.limits.memory_mib), format!("{}:O", ground.root.display()));
+        let mut line = line(&ground.folder, &["run", "--rm", "--name", &id, "--cpus", &cpus, "--memory", &memory]);
+        // Its own log would write everything to a disk once more.
+        line.extend(words(&["--log-driver", "none"]));
+        line.extend(limits());
+        if is_root() {
+            line.extend(words(&["--cgroup-parent", &format!("/{}-podman", ground.id())]));
+        }
+        match job.port {
+            Some(port) => line.extend(words(&["--publish", &format!("127.0.0.1:{port}:{port}")])),
+            None => line.extend(words(&["--network", "none"])),
+        }
+        line.extend(ENVIRONMENT.iter().flat_map(|(name, value)| words(&["--env", &format!("{name}={value}")])));
+        if let Some(scratch) = scratch {
+            line.extend(words(&["--volume", &format!("{}:{SCRATCH}", scratch.display())]));
+        }
+        line.extend(words(&["--rootfs", &root]));
+        line.extend(job.command.iter().cloned());
+        line
+    }
+}
+
+impl Contender for Podman {
+    fn name(&self) -> &str {
+        match self.mode {
+            Mode::Own => "podman",
+            Mode::Rootless => "podman-rootless",
+        }
+    }
+
+    fn walls(&self) -> Walls {
+        Walls::Container
+    }
+
+    fn about(&self, ground: &Ground) -> result::Contender {
+        let mut notes =
+            vec!["its root is an overlay over the image's files (--rootfs), in a storage of its own".to_owned()];
+        if self.mode == Mode::Rootless && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+            notes.push("its limits of processor time and memory were not applied: this host has the first version of control groups".into());
+        }
+        self.program.about(self.name(), Walls::Container, self.command_line(ground, None, &sample()), notes)
+    }
+
+    fn prepare(&mut self, ground: &Ground) -> Result<()> {
+        // The storage is made by whoever uses it first.
+        output(&line(&ground.folder, &["ps", "--quiet"])).map(drop)
+    }
+
+    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
+        let folder = ground.instance_folder(self.name(), job)?;
+        let scratch = share::scratch(job, &folder)?;
+        let command = command(&self.command_line(ground, scratch.as_deref(), job))?;
+        let id = ground.instance(self.name(), job);
+        let bench = ground.folder.clone();
+        let clean_up = move || {
+            // One that ran to its end is gone already.
+            output(&line(&bench, &["rm", "--force", "--ignore", "--time", "0", &id]))?;
+            ground::clear(&folder)
+        };
+        Ok(Launch {
+            command,
+            passes_exit_code: true,
+            address: job.port.map(port::on_loopback),
+            clean_up: Some(Box::new(clean_up)),
+        })
+    }
+
+    /// Its monitor is nobody's child, and the container is the monitor's.
+    fn more_processes(&self, ground: &Ground, job: &Job) -> Vec<u32> {
+        let id = ground.instance(self.name(), job);
+        let format = "{{.State.Pid}} {{.State.ConmonPid}}";
+        let text = output(&line(&ground.folder, &["inspect", "--format", format, &id])).unwrap_or_default();
+        text.split_whitespace().filter_map(|word| word.parse().ok()).filter(|&process| process > 0).collect()
+    }
+
+    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
+        remove_all(&ground.folder)
+    }
+}
+
+fn remove_all(folder: &Path) -> Result<()> {
+    if !folder.join(FOLDER).exists() {
+        return Ok(());
+    }
+    output(&line(folder, &["rm", "--all", "--force", "--time", "0"]))?;
+    let id = folder.file_name().unwrap_or_default().to_string_lossy();
+    pen::remove_left_behind(&format!("{id}-podman"))?;
+    ground::clear(&run_folder(folder))?;
+    ground::clear(&folder.join(FOLDER))
+}
+
+/// Ends the containers of a killed bench.
+pub fn end_left_behind(folder: &Path) {
+    if which("podman")
+        && let Err(error) = remove_all(folder)
+    {
+        log::warn!("{error:#}");
+    }
+}

@@ -1,0 +1,127 @@
+//! The program of a contender: whether this host has it, and in which version.
+
+use std::process::Command;
+
+use super::super::result::{self, Absent, Walls};
+use crate::resources::programs;
+
+/// Some engines wait for ever for a daemon that hangs.
+const ANSWERS_WITHIN_S: &str = "10";
+
+/// A program, or why there is none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Its version, if it is there.
+    pub version: Result<String, Missing>,
+}
+
+/// Why there is no program, and how to have it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Missing {
+    pub why: String,
+    pub install: Option<String>,
+}
+
+impl Program {
+    /// Asks a program for its version. `install` is what to type, or to do, where there is none.
+    pub fn find(name: &str, arguments: &[&str], install: &str) -> Program {
+        let mut words = vec![ANSWERS_WITHIN_S, name];
+        words.extend(arguments);
+        let version = match which(name) {
+            false => Err(format!("there is no program {name}")),
+            true => match programs::output("timeout", &words) {
+                Ok(text) => version(&text).ok_or_else(|| format!("{name} does not say its version")),
+                Err(error) => Err(one_line(format!("{error:#}").trim_start_matches("timeout 10 "))),
+            },
+        };
+        Program { version: version.map_err(|why| Missing { why, install: Some(install.to_owned()) }) }
+    }
+
+    /// One that is not used here.
+    pub fn missing(why: &str, install: Option<&str>) -> Program {
+        Program { version: Err(Missing { why: why.to_owned(), install: install.map(str::to_owned) }) }
+    }
+
+    /// What the results say of its contender.
+    pub fn about(&self, name: &str, walls: Walls, command_line: Vec<String>, notes: Vec<String>) -> result::Contender {
+        let absent = self.version.clone().err().map(|Missing { why, install }| Absent { why, install });
+        let is_there = absent.is_none();
+        result::Contender {
+            name: name.to_owned(),
+            walls,
+            version: self.version.clone().ok(),
+            kernel: None,
+            absent,
+            command_line: if is_there { command_line } else { Vec::new() },
+            notes: if is_there { notes } else { Vec::new() },
+        }
+    }
+}
+
+/// Whether there is such a program on the path.
+pub fn which(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+}
+
+/// Whether a helper's exit was a good one, for what may be absent.
+pub fn succeeds(name: &str, arguments: &[&str]) -> bool {
+    Command::new(name).args(arguments).output().is_ok_and(|output| output.status.success())
+}
+
+/// The first word that begins like a version, with a `v` or without.
+fn version(text: &str) -> Option<String> {
+    let line = text.lines().find(|line| !line.trim().is_empty())?;
+    let is_version = |word: &&str| word.trim_start_matches('v').starts_with(|first: char| first.is_ascii_digit());
+    let word = line.split_whitespace().find(is_version).unwrap_or(line.trim());
+    Some(word.trim_start_matches('v').trim_end_matches([',', ')']).to_owned())
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_what_programs_say() {
+        for (said, expected) in [
+            ("crun version 1.8.1\ncommit: f8a096be060b22ccd3d5f3ebe44108517fbf6c30\nrundir: /run/crun\n", "1.8.1"),
+            ("runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1+deb12u1\nspec: 1.0.2-dev\n", "1.1.5+ds1"),
+            ("podman version 4.3.1\n", "4.3.1"),
+            ("bubblewrap 0.8.0\n", "0.8.0"),
+            ("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2~bpo12+1)\nCopyright (c)\n", "10.0.2"),
+            ("\nFirecracker v1.7.0\n\n2024-05-01 [anonymous-instance:main] exiting\n", "1.7.0"),
+            ("cloud-hypervisor v39.0.0\n", "39.0.0"),
+            ("20.10.24+dfsg1\n", "20.10.24+dfsg1"),
+            ("Docker version 20.10.24+dfsg1, build 297e128\n", "20.10.24+dfsg1"),
+            ("a thing of its own\n", "a thing of its own"),
+        ] {
+            assert_eq!(version(said).as_deref(), Some(expected), "{said}");
+        }
+        assert_eq!(version("\n"), None);
+    }
+
+    #[test]
+    fn what_is_not_there_says_how_to_have_it() {
+        let program = Program::find("husk-no-such-program", &["--version"], "sudo apt-get install it");
+        let about = program.about("it", Walls::Container, words(), vec!["a note".into()]);
+        let absent = about.absent.unwrap();
+        assert_eq!(absent.why, "there is no program husk-no-such-program");
+        assert_eq!(absent.install.as_deref(), Some("sudo apt-get install it"));
+        assert!(about.version.is_none() && about.command_line.is_empty() && about.notes.is_empty());
+    }
+
+    #[test]
+    fn what_fails_to_answer_is_absent_with_its_own_words() {
+        let program = Program::find("ls", &["/husk-no-such-folder"], "mend it");
+        let why = program.version.unwrap_err().why;
+        assert!(why.contains("No such file") && !why.contains('\n'), "{why}");
+    }
+
+    fn words() -> Vec<String> {
+        vec!["it".to_owned()]
+    }
+}

@@ -1,0 +1,262 @@
+//! From an image to what all contenders stand on: one root, as files and as a disk, in a folder that goes with the bench.
+//!
+//! ```text
+//! plot/                locked as long as its bench is there: what nobody has locked was left by one that was killed
+//!   root/              the image's files, with the work program
+//!   store/             a store of husk's own, whose one image is made of root/
+//!   instances/NAME-N/  what one instance needs of its own: bundle, changes to the root, scratch disk
+//!   ...                what a contender's instances share, by its name
+//! ```
+//!
+//! Files get here out of the EROFS image that husk made, by this host's own kernel or by erofs-utils: names of an archive never meet
+//! the host's file system. What an image has where the bench puts its own is replaced, never followed.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::mount::{UnmountFlags, unmount};
+
+use super::contender::{Ground, WORK};
+use super::result::{self, Limits};
+use super::work;
+use crate::cli::prepare;
+use crate::image::{Progress, Source, Store};
+use crate::resources::programs;
+use crate::resources::root_file::{self, Kind};
+use crate::sandbox::cgroup::pen;
+use crate::sys;
+
+/// The name that the root has in the bench's own store.
+pub const IMAGE: &str = "husk-bench";
+/// The file whose reads are measured: nothing in it can be compressed, so that no contender reads less.
+pub const DATA: &str = "/.husk-bench/data";
+/// How large that is: more than the caches of a processor, less than the memory of a small machine.
+pub const DATA_BYTES: u64 = 64 << 20;
+/// The same for `--quick`.
+pub const QUICK_DATA_BYTES: u64 = 16 << 20;
+
+/// A bench has a folder of its own among others.
+const FOLDER: &str = "bench";
+/// What every root has to have: these are mounted over.
+const MOUNT_POINTS: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "scratch"];
+const ID_BYTES: usize = 3;
+const ATTEMPTS: usize = 8;
+
+/// A bench's folder, locked. It goes when this is dropped, with all that was mounted in it.
+#[derive(Debug)]
+pub struct Plot {
+    /// Where it is.
+    pub folder: PathBuf,
+    _lock: File,
+}
+
+impl Plot {
+    /// Makes a folder in `base`, or where images are kept, and clears what killed benches have left there.
+    pub fn claim(base: Option<&Path>) -> Result<Plot> {
+        let base = match base {
+            Some(base) => fs::canonicalize(base).with_context(|| format!("open {}", base.display()))?,
+            None => Store::open_default()?.folder().join(FOLDER),
+        };
+        // Overlays and QEMU take lists of paths.
+        let odd = |character: char| matches!(character, ',' | ':' | '\\' | '"' | '\'') || character.is_whitespace();
+        let path = base.to_str().filter(|path| !path.contains(odd));
+        ensure!(path.is_some(), "{}: a comma, colon, quote or space is in the way, type --folder PATH", base.display());
+        let make = DirBuilder::new().recursive(true).mode(0o700).create(&base);
+        make.with_context(|| format!("make {} (--folder PATH is another)", base.display()))?;
+        sweep(&base)?;
+        Plot::make(&base)
+    }
+
+    fn make(base: &Path) -> Result<Plot> {
+        for _ in 0..ATTEMPTS {
+            let mut random = [0; ID_BYTES];
+            sys::getrandom(&mut random).context("choose a name")?;
+            let folder = base.join(format!("{IMAGE}-{}", random.map(|byte| format!("{byte:02x}")).concat()));
+            match DirBuilder::new().mode(0o700).create(&folder) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+                made => made.with_context(|| format!("make {}", folder.display()))?,
+            }
+            // In between another bench may have taken it for abandoned.
+            let Ok(lock) = open(&folder) else { continue };
+            if lock.try_lock().is_ok() && folder.exists() {
+                return Ok(Plot { folder, _lock: lock });
+            }
+        }
+        bail!("every name in {} is taken", base.display())
+    }
+}
+
+impl Drop for Plot {
+    fn drop(&mut self) {
+        let id = self.folder.file_name().unwrap_or_default().to_string_lossy();
+        for result in [pen::remove_left_behind(&format!("{id}-")), clear(&self.folder)] {
+            if let Err(error) = result {
+                log::warn!("{error:#}");
+            }
+        }
+    }
+}
+
+/// Clears what benches have left in `base` that were killed.
+fn sweep(base: &Path) -> Result<()> {
+    for entry in fs::read_dir(base).with_context(|| format!("list {}", base.display()))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with(&format!("{IMAGE}-")) || !entry.file_type()?.is_dir() {
+            continue;
+        }
+        let Ok(lock) = open(&entry.path()) else { continue };
+        if lock.try_lock().is_ok() {
+            log::info!("{} was left by a bench that was killed", entry.path().display());
+            super::contender::end_left_behind(&entry.path());
+            pen::remove_left_behind(&format!("{name}-"))?;
+            clear(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn open(folder: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder)
+}
+
+/// Removes a folder of the bench's; never anything of a file system that is mounted in it.
+pub fn clear(folder: &Path) -> Result<()> {
+    for mount in mounts_below(folder)?.iter().rev() {
+        unmount(mount, UnmountFlags::DETACH).with_context(|| format!("unmount {}", mount.display()))?;
+    }
+    let mounted = mounts_below(folder)?;
+    ensure!(mounted.is_empty(), "{} is still mounted", mounted.first().unwrap_or(&PathBuf::new()).display());
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context(format!("remove {}", folder.display())),
+        _ => Ok(()),
+    }
+}
+
+/// Where something is mounted in a folder, in the order in which it was.
+fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    // proc(5): the fifth field. A bench's path has no character that would be written otherwise.
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    Ok(points.filter(|point| point.starts_with(folder)).collect())
+}
+
+/// An image as husk keeps it.
+#[derive(Debug)]
+pub struct Image {
+    /// What the results say of it.
+    pub about: result::Image,
+    /// Its root, an EROFS image.
+    root: PathBuf,
+    /// Keeps it.
+    _in_use: Option<File>,
+}
+
+/// The image that `word` means, as for `husk run`, prepared by another process if need be. `None` if that has said why not.
+pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
+    let path = Path::new(word);
+    let (id, root, in_use) = match root_file::identify(path) {
+        Kind::Disk => bail!("{word} is a disk with a system of its own: containers have no use for it, type an image"),
+        Kind::Root { uuid } => (uuid.map(|byte| format!("{byte:02x}")).concat(), path.to_owned(), None),
+        Kind::Other => match prepare::find(word, max_bytes)? {
+            Some(prepared) => (prepared.id.hex(), prepared.root, Some(prepared.in_use)),
+            None => return Ok(None),
+        },
+    };
+    let about = result::Image { name: word.to_owned(), id: format!("sha256:{id}"), bytes: 0 };
+    Ok(Some(Image { about, root, _in_use: in_use }))
+}
+
+/// Makes all of it of an image: its files, the work program and `data_bytes` to read, and the disk of the same.
+pub fn lay(plot: &Plot, image: &mut Image, data_bytes: u64, limits: Limits) -> Result<Ground> {
+    let root = plot.folder.join("root");
+    extract(&image.root, plot)?;
+    image.about.bytes = file_bytes(&root).with_context(|| format!("look at {}", root.display()))?;
+    add(&root, data_bytes).with_context(|| format!("add the work program to {}", root.display()))?;
+    let store = Store::open(&plot.folder.join("store"))?;
+    let source = Source::Path { path: root.clone(), image: None };
+    let (prepared, _) = store.load(&source, Some(&IMAGE.parse()?), &Progress::hidden())?;
+    let folder = plot.folder.clone();
+    fs::create_dir(folder.join("instances")).context("make a folder for instances")?;
+    let husk = std::env::current_exe().context("find husk itself")?;
+    Ok(Ground { folder, root, disk: prepared.root, store: store.folder().to_owned(), husk, limits })
+}
+
+/// Takes the files out of an EROFS image. This host's own kernel does it best, with all that a file has; who may not mount has them
+/// by erofs-utils, which keeps their contents and modes.
+fn extract(image: &Path, plot: &Plot) -> Result<()> {
+    let (root, view) = (plot.folder.join("root"), plot.folder.join("view"));
+    let image = image.to_str().context("the image's path is no text")?;
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    fs::create_dir(&view).with_context(|| format!("make {}", view.display()))?;
+    let mounted = programs::run("mount", &["-t", "erofs", "-o", "ro,loop,nodev,nosuid", image, &text(&view)]);
+    let extracted =
+        match mounted {
+            Ok(()) => programs::run("cp", &["-aT", &text(&view), &text(&root)]),
+            Err(refused) => {
+                log::info!("{refused:#}: taking its files out by fsck.erofs");
+                let extracted = programs::run("fsck.erofs", &[&format!("--extract={}", root.display()), image]);
+                match extracted {
+                    Err(error) if programs::is_missing(&error) => Err(error
+                        .context("take the image's files out (be root, or type `sudo apt-get install erofs-utils`)")),
+                    extracted => extracted,
+                }
+            }
+        };
+    clear(&view)?;
+    extracted.with_context(|| format!("take the files out of {image}"))
+}
+
+/// Adds what is the bench's own to a root.
+fn add(root: &Path, data_bytes: u64) -> Result<()> {
+    let own = Path::new(WORK).parent().and_then(|own| own.strip_prefix("/").ok()).context("it has no folder")?;
+    let own = root.join(own);
+    ensure!(fs::symlink_metadata(&own).is_err(), "the image has a {} of its own", own.display());
+    for name in MOUNT_POINTS {
+        let path = root.join(name);
+        match fs::symlink_metadata(&path) {
+            Ok(found) if found.is_dir() => continue,
+            // A link may lead anywhere.
+            Ok(_) => fs::remove_file(&path)?,
+            Err(_) => {}
+        }
+        fs::create_dir(&path)?;
+        let mode = if name == "tmp" { 0o1777 } else { 0o755 };
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+    }
+    DirBuilder::new().mode(0o755).create(&own)?;
+    work::write(&own)?;
+    let data = root.join(DATA.trim_start_matches('/'));
+    let mut data = File::options().write(true).create_new(true).mode(0o644).open(data)?;
+    let mut random = vec![0; 1 << 20];
+    let mut left_bytes = data_bytes;
+    while left_bytes > 0 {
+        let part = random.len().min(usize::try_from(left_bytes).unwrap_or(usize::MAX));
+        let part = random.get_mut(..part).context("no buffer")?;
+        sys::getrandom(part)?;
+        data.write_all(part)?;
+        left_bytes -= part.len() as u64;
+    }
+    // What is read later is on the disk, and not on its way there while something else is measured.
+    data.sync_all()?;
+    Ok(())
+}
+
+/// The bytes in the files of a folder.
+fn file_bytes(folder: &Path) -> io::Result<u64> {
+    let (mut bytes, mut folders) = (0, vec![folder.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            let metadata = entry.metadata()?;
+            match metadata.is_dir() {
+                true => folders.push(entry.path()),
+                false => bytes += metadata.len(),
+            }
+        }
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,153 @@
+//! Control groups around a process that somebody else is: made before it starts, entered by it, and removed with what is left in it.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::group::{self, Controller, Place, Version};
+use super::{Limits, PERIOD_US};
+
+/// A killed process has gone after so long, or waits for a device.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+
+/// Groups with one name, one for each tree of them.
+#[derive(Debug)]
+pub struct Pen {
+    folders: Vec<PathBuf>,
+}
+
+impl Pen {
+    /// Makes groups of this name that keep `limits`: processor time and memory.
+    pub fn new(name: &str, limits: &Limits) -> Result<Pen> {
+        // From here on dropping it cleans up.
+        let mut pen = Pen { folders: Vec::new() };
+        if let Some(millicpus) = limits.cpu_millicpus {
+            let (version, folder) = pen.place(name, Controller::Cpu)?;
+            let quota_us = u64::from(millicpus) * PERIOD_US / 1000;
+            match version {
+                Version::V1 => {
+                    group::write(&folder, "cpu.cfs_period_us", &PERIOD_US.to_string())?;
+                    group::write(&folder, "cpu.cfs_quota_us", &quota_us.to_string())?;
+                }
+                Version::V2 => group::write(&folder, "cpu.max", &format!("{quota_us} {PERIOD_US}"))?,
+            }
+        }
+        if let Some(bytes) = limits.memory_bytes {
+            let (version, folder) = pen.place(name, Controller::Memory)?;
+            let file = if version == Version::V1 { "memory.limit_in_bytes" } else { "memory.max" };
+            group::write(&folder, file, &bytes.to_string())?;
+        }
+        Ok(pen)
+    }
+
+    /// What a process writes `0` to in order to enter.
+    pub fn doors(&self) -> Result<Vec<File>> {
+        let open = |folder: &PathBuf| {
+            let path = folder.join("cgroup.procs");
+            File::options().write(true).open(&path).with_context(|| format!("open {}", path.display()))
+        };
+        self.folders.iter().map(open).collect()
+    }
+
+    /// Kills who is still in it, and takes it away.
+    pub fn remove(mut self) -> Result<()> {
+        std::mem::take(&mut self.folders).iter().try_for_each(|folder| remove(folder))
+    }
+
+    /// A group that `controller` is given out to, made if need be.
+    fn place(&mut self, name: &str, controller: Controller) -> Result<(Version, PathBuf)> {
+        let place = Place::of_this_process(controller)?;
+        let place = place.with_context(|| format!("this host has no control groups for {}", controller.name()))?;
+        let mut refused = None;
+        // In version 2 one group does for all: a process is in one only.
+        let made = self.folders.first().filter(|_| place.version == Version::V2).and_then(|folder| folder.parent());
+        for parent in made.map_or_else(|| parents(&place), |parent| vec![parent.to_owned()]) {
+            let folder = parent.join(name);
+            match self.make(&place, &parent, &folder, controller) {
+                Ok(()) => return Ok((place.version, folder)),
+                Err(error) => refused = Some(error),
+            }
+        }
+        Err(refused.context("there is no place for it")?).with_context(|| format!("make the control group {name}"))
+    }
+
+    fn make(&mut self, place: &Place, parent: &Path, folder: &PathBuf, controller: Controller) -> Result<()> {
+        if place.version == Version::V2 && !group::gives_out(parent, controller) {
+            // What others share is changed at the root only, where it is everybody's.
+            ensure!(parent == place.mount, "{} gives out no {}", parent.display(), controller.name());
+            group::write(parent, "cgroup.subtree_control", &format!("+{}", controller.name()))?;
+        }
+        if !self.folders.contains(folder) {
+            fs::create_dir(folder).with_context(|| format!("make {}", folder.display()))?;
+            self.folders.push(folder.clone());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Pen {
+    fn drop(&mut self) {
+        for folder in &self.folders {
+            let _ = remove(folder);
+        }
+    }
+}
+
+/// Removes all groups whose names begin so, with who is in them, of all controllers and whoever made them there: what an engine or a
+/// killed process has left.
+pub fn remove_left_behind(prefix: &str) -> Result<()> {
+    let mut folders = group::mounts()?;
+    for controller in [Controller::Cpu, Controller::Memory] {
+        folders.extend(Place::of_this_process(controller)?.iter().flat_map(parents));
+    }
+    for entry in folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(prefix) && entry.file_type().is_ok_and(|kind| kind.is_dir())
+        {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a group of ours may stand, best first: in ours, or in version 2, where that is not divided while we are in it, at the root or
+/// beside ours.
+fn parents(place: &Place) -> Vec<PathBuf> {
+    match (place.version, place.home.parent()) {
+        (Version::V1, _) => vec![place.home.clone()],
+        (Version::V2, Some(beside)) if place.home != place.mount && beside != place.mount => {
+            vec![place.mount.clone(), beside.to_owned()]
+        }
+        (Version::V2, _) => vec![place.mount.clone()],
+    }
+}
+
+/// Removes a group and those in it.
+fn remove(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path())?;
+        }
+    }
+    let started = Instant::now();
+    loop {
+        match fs::remove_dir(folder) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) if started.elapsed() > GONE_WITHIN => {
+                bail!("remove the control group {}: {error}", folder.display())
+            }
+            Err(_) => {}
+        }
+        let processes = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+        for process in processes.lines().filter_map(|line| line.parse().ok().and_then(Pid::from_raw)) {
+            // It may have ended by itself.
+            let _ = kill_process(process, Signal::KILL);
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
