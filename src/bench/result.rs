@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Context, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +50,20 @@ pub struct Report {
     pub verdict: Vec<String>,
 }
 
+impl Report {
+    /// The report as the file has it.
+    pub fn to_json(&self) -> Result<String> {
+        let mut text = serde_json::to_string_pretty(self).context("write what was found as JSON")?;
+        text.push('\n');
+        Ok(text)
+    }
+
+    /// Whether a round of anybody's failed.
+    pub fn has_failures(&self) -> bool {
+        self.measures.iter().flat_map(|measure| &measure.results).any(|outcome| !outcome.failures.is_empty())
+    }
+}
+
 /// The image that all contenders ran.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Image {
@@ -61,7 +76,7 @@ pub struct Image {
 }
 
 /// What every instance may use.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Limits {
     /// Processors, of which a fraction is time.
     pub cpus: f64,

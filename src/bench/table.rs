@@ -1,6 +1,6 @@
 //! A report on a terminal: contenders side by side, in blocks where the line is too short for all, and below them what is missing.
 
-use super::result::{Measured, Outcome, Report, Steadiness};
+use super::result::{Contender, Measured, Outcome, Report, Steadiness};
 use super::scenario::Better;
 use super::text;
 
@@ -151,15 +151,30 @@ fn missing(report: &Report, width: usize) -> Vec<String> {
     for (who, titles) in text::skipped(report) {
         lines.extend(text::wrapped("skipped  ", &format!("{who} (“{}”)", titles.join("”, “")), width));
     }
-    for contender in &report.contenders {
-        let Some(absent) = &contender.absent else { continue };
-        let install = absent.install.as_ref().map(|install| format!("; to have it: {install}")).unwrap_or_default();
-        lines.extend(text::wrapped("absent   ", &format!("{}: {}{install}", contender.name, absent.why), width));
-    }
+    lines.extend(report.contenders.iter().flat_map(|contender| absent(contender, width)));
     if !lines.is_empty() {
         lines.insert(0, String::new());
     }
     lines
+}
+
+/// Why a contender is absent, and what installs it; nothing of one that is there.
+fn absent(contender: &Contender, width: usize) -> Vec<String> {
+    let Some(absent) = &contender.absent else { return Vec::new() };
+    let install = absent.install.as_ref().map(|install| format!("; to have it: {install}")).unwrap_or_default();
+    text::wrapped("absent   ", &format!("{}: {}{install}", contender.name, absent.why), width)
+}
+
+/// Everyone who is looked for: who is there, in which version and with which notes, then who is absent.
+pub fn contenders(all: &[Contender], width: usize) -> String {
+    let mut lines = Vec::new();
+    for contender in all.iter().filter(|contender| contender.absent.is_none()) {
+        let version = contender.version.as_deref().unwrap_or_default();
+        lines.extend(text::wrapped("present  ", &format!("{}: {version}", contender.name), width));
+        lines.extend(contender.notes.iter().flat_map(|note| text::wrapped("           ", note, width)));
+    }
+    lines.extend(all.iter().flat_map(|contender| absent(contender, width)));
+    lines.join("\n") + "\n"
 }
 
 /// A name in pieces of at most `width` characters, between words where that fits.

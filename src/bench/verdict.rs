@@ -136,6 +136,12 @@ impl<'a> Duel<'a> {
                 format!("{does} {} times {}’s {of_what} ({})", text::ratio(ratio.value), self.other, range(&ratio))
             })
         };
+        if self.report.measures.iter().all(|measure| self.ratio(measure, self.other).is_none()) {
+            return format!(
+                "There is no measure of {} and {} in enough rounds to compare them.",
+                self.husk, self.other
+            );
+        }
         let clauses: Vec<String> = self.report.measures.iter().filter_map(clause).collect();
         if clauses.is_empty() {
             return format!("{} and {}: no difference beyond the noise in what matters most.", self.husk, self.other);
@@ -223,6 +229,19 @@ mod tests {
     use super::*;
     use crate::bench::sample;
     use crate::bench::statistics::summarise;
+
+    #[test]
+    fn one_round_is_too_few_to_compare() {
+        let mut report = sample::report();
+        report
+            .measures
+            .iter_mut()
+            .flat_map(|measure| &mut measure.results)
+            .for_each(|outcome| outcome.samples.truncate(1));
+        summarise(&mut report);
+        let said = sentences(&report).join("\n");
+        assert!(said.contains("in enough rounds to compare") && !said.contains("no difference"), "{said}");
+    }
 
     fn ratio(low: f64, value: f64, high: f64) -> Estimate {
         Estimate { value, low, high }

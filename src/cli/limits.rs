@@ -31,7 +31,7 @@ pub struct Limits {
 
 /// Numbers of processors.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Cpuset(Vec<u32>);
+pub(super) struct Cpuset(pub(super) Vec<u32>);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum HostMemory {
@@ -67,7 +67,7 @@ impl Limits {
 }
 
 /// Parses a list of processors, as taskset and Docker write it.
-fn cpuset(text: &str) -> Result<Cpuset, String> {
+pub(super) fn cpuset(text: &str) -> Result<Cpuset, String> {
     // More than any host has, and few enough to list.
     const CPU_MAX: u32 = 8191;
     let malformed = || format!("{text:?} is no list of CPUs, type numbers and ranges such as 0-2,4");

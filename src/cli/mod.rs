@@ -2,6 +2,7 @@
 
 mod ask;
 pub mod attach;
+pub mod bench;
 pub mod boot;
 pub mod completions;
 pub mod cp;
@@ -47,6 +48,7 @@ use anyhow::{Context, Result};
 use clap::{ArgAction, Parser, Subcommand};
 
 use self::exit::{EXIT_CODES, Exit};
+use crate::bench::plan::Wrong;
 use crate::config::Invalid;
 
 const EXAMPLES: &str = "\
@@ -127,6 +129,8 @@ enum Command {
     Disks(disks::Disks),
     /// Make, list or remove networks that machines share
     Network(networks::Networks),
+    /// Do the same work in machines, in containers and on the bare host, and compare
+    Bench(bench::Bench),
     /// Say what this host can do, and what to type where something is missing
     Doctor(doctor::Doctor),
     /// Print a completion script for a shell
@@ -169,6 +173,7 @@ impl Cli {
             Command::Prune(prune) => prune.run(),
             Command::Disks(disks) => disks.run(),
             Command::Network(networks) => networks.run(),
+            Command::Bench(bench) => bench.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::Completions(completions) => completions.run(),
             Command::Man(man) => man.run(),
@@ -191,7 +196,7 @@ pub fn report(error: &anyhow::Error) -> Exit {
 }
 
 fn exit_of(error: &anyhow::Error) -> Exit {
-    if error.chain().any(|cause| cause.is::<Invalid>()) { Exit::Usage } else { Exit::Failure }
+    if error.chain().any(|cause| cause.is::<Invalid>() || cause.is::<Wrong>()) { Exit::Usage } else { Exit::Failure }
 }
 
 /// Answers `--help` and `--version`, and prints what is wrong with a command line as one line.

@@ -19,7 +19,8 @@ hello [--exit CODE]   says `work: ready` and ends
 idle [--touch MIB]    says so and sleeps until SIGTERM, having used and given back so much memory
 tick MS               says `work: tick` so often, until SIGTERM
 serve PORT            answers connections, until SIGTERM
-crash memory          uses memory until it is killed
+crash memory [--at-most MIB]
+                      uses memory until it is killed
 crash kernel --this-is-a-machine
                       has the kernel crash: the host's, where it is not in a machine
 guest [--scratch] [--net ADDRESS/PREFIX,GATEWAY] [--end power-off|reset] COMMAND...
@@ -81,7 +82,7 @@ pub enum Command {
     Idle { touch_mib: usize },
     Tick { interval_ms: u16 },
     Serve { port: u16 },
-    CrashMemory,
+    CrashMemory { at_most_mib: usize },
     CrashKernel,
     Guest(Guest),
 }
@@ -134,7 +135,7 @@ fn parse_task(word: &str) -> Result<(String, u64), String> {
 
 fn parse_crash(words: &mut Words) -> Result<Command, String> {
     match words.next("memory or kernel")? {
-        "memory" => Ok(Command::CrashMemory),
+        "memory" => Ok(Command::CrashMemory { at_most_mib: words.option("--at-most")?.unwrap_or(usize::MAX) }),
         "kernel" if words.flag("--this-is-a-machine") => Ok(Command::CrashKernel),
         "kernel" => Err("it would be this host's kernel: type --this-is-a-machine if it is not".into()),
         other => Err(format!("{other:?} cannot crash: type memory or kernel")),

@@ -8,12 +8,13 @@ use crate::sys::Pages;
 
 const BLOCK_BYTES: usize = 16 << 20;
 
-/// Uses memory until it is killed. Returns if there is none to be had and nobody kills.
-pub fn memory() -> u8 {
+/// Uses memory until it is killed. Returns if there is none to be had and nobody kills, or at so many MiB, at which whoever else uses
+/// that memory is to be spared.
+pub fn memory(at_most_mib: usize) -> u8 {
     // A kernel that has to choose whom to kill is to choose this process.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
     say::line(format_args!("ready"));
-    loop {
+    for _ in 0..at_most_mib.div_ceil(BLOCK_BYTES >> 20) {
         match Pages::map(BLOCK_BYTES) {
             Ok(mut pages) => {
                 pages.chunks_mut(PAGE_BYTES).for_each(|page| page.fill(1));
@@ -25,6 +26,8 @@ pub fn memory() -> u8 {
             }
         }
     }
+    say::line(format_args!("fail crash nothing stopped it at {at_most_mib} MiB"));
+    1
 }
 
 /// Has the kernel crash (Documentation/admin-guide/sysrq.rst: `c`). Returns if it did not.

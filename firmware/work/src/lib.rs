@@ -38,7 +38,7 @@ pub fn run(words: &[String]) -> u8 {
         Ok(Command::Idle { touch_mib }) => life::idle(touch_mib),
         Ok(Command::Tick { interval_ms }) => life::tick(interval_ms),
         Ok(Command::Serve { port }) => serve::run(port),
-        Ok(Command::CrashMemory) => crash::memory(),
+        Ok(Command::CrashMemory { at_most_mib }) => crash::memory(at_most_mib),
         Ok(Command::CrashKernel) => crash::kernel(),
         Ok(Command::Guest(guest)) => guest::run(&guest),
         Err(why) => {

@@ -7,11 +7,10 @@ use anyhow::{Context, Result};
 
 use super::super::result::{self, Walls};
 use super::super::work;
-use super::program::{Missing, Program};
+use super::program::{self, Missing, Program};
 use super::share::{self, Held};
 use super::{Ground, Job, Launch, Unable, WORK, command, sample};
 use crate::image::Store;
-use crate::resources;
 use crate::resources::guest_kernel::Choice;
 use crate::sys;
 
@@ -39,7 +38,7 @@ pub fn with_kernel(program: Program) -> Program {
             move |error: anyhow::Error| Missing { why: format!("{error:#}"), install }
         };
         kernel().map_err(missing(Some("scripts/kernel micro")))?;
-        resources::open_kvm().map(drop).map_err(missing(Some("husk doctor")))
+        program::kvm()
     };
     Program { version: program.version.and_then(|version| needed().map(|()| version)) }
 }

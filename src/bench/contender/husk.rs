@@ -4,10 +4,10 @@ use anyhow::Result;
 
 use super::super::ground::IMAGE;
 use super::super::result::{self, Walls};
-use super::program::{Missing, Program};
+use super::program::{Missing, Program, kvm};
 use super::{Contender, Ground, Job, Launch, command, port, sample, words};
 use crate::resources::guest_kernel::Choice;
-use crate::resources::{self, programs};
+use crate::resources::programs;
 
 /// husk with one of its kernels.
 pub struct Husk {
@@ -49,7 +49,7 @@ fn program(name: &str, choice: &Choice) -> Program {
         |install: String| move |error: anyhow::Error| Missing { why: format!("{error:#}"), install: Some(install) };
     let needed = || -> Result<(), Missing> {
         choice.find().map(drop).map_err(missing(format!("scripts/kernel {name}")))?;
-        resources::open_kvm().map(drop).map_err(missing("husk doctor".into()))
+        kvm()
     };
     Program { version: needed().map(|()| env!("CARGO_PKG_VERSION").to_owned()) }
 }

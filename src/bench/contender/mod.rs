@@ -29,7 +29,7 @@ pub const WORK: &str = "/.husk-bench/work";
 pub const SCRATCH: &str = "/scratch";
 
 /// What was prepared once, for all contenders and all jobs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Ground {
     /// The bench's own folder, on a real disk; removed at the end.
     pub folder: PathBuf,

@@ -3,10 +3,19 @@
 use std::process::Command;
 
 use super::super::result::{self, Absent, Walls};
-use crate::resources::programs;
+use crate::resources::{self, host, programs};
 
 /// Some engines wait for ever for a daemon that hangs.
 const ANSWERS_WITHIN_S: &str = "10";
+
+/// Whether this host runs kernels as they are, and what to type if not.
+pub fn kvm() -> Result<(), Missing> {
+    let missing = |why: String| Missing { why, install: Some("husk doctor".to_owned()) };
+    if host::runs_only_pvm_guests() {
+        return Err(missing("this host's KVM is PVM, which runs only kernels that know of it".to_owned()));
+    }
+    resources::open_kvm().map(drop).map_err(|error| missing(format!("{error:#}")))
+}
 
 /// A program, or why there is none.
 #[derive(Debug, Clone, PartialEq, Eq)]

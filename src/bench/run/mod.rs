@@ -11,7 +11,6 @@
 pub mod console;
 mod watch;
 
-use std::net::SocketAddr;
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -128,7 +127,6 @@ type Ended = (End, Instant, Option<anyhow::Error>);
 /// An instance that was started and goes on beside us. Dropped, it is ended.
 pub struct Running {
     pid: u32,
-    address: Option<SocketAddr>,
     started: Instant,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<Ended>>,
@@ -140,7 +138,6 @@ impl Running {
         let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).context("make an event")?;
         let shared = Arc::new(Shared { console: Mutex::default(), changed: Condvar::new(), stop });
         let (tell, told) = mpsc::sync_channel(1);
-        let address = launch.address;
         let (of_thread, conditions) = (shared.clone(), conditions.clone());
         let thread = sandbox::spawn("bench-run", move || {
             let begun = watch::spawn(&mut launch.command, conditions.cpus.as_deref()).and_then(|(child, started)| {
@@ -165,7 +162,7 @@ impl Running {
         })
         .context("start a thread")?;
         match told.recv() {
-            Ok(Ok((started, pid))) => Ok(Running { pid, address, started, shared, thread: Some(thread) }),
+            Ok(Ok((started, pid))) => Ok(Running { pid, started, shared, thread: Some(thread) }),
             Ok(Err(error)) => {
                 let _ = thread.join();
                 Err(error)
@@ -177,16 +174,6 @@ impl Running {
     /// The process ID of what was started.
     pub fn pid(&self) -> u32 {
         self.pid
-    }
-
-    /// When it was started.
-    pub fn started(&self) -> Instant {
-        self.started
-    }
-
-    /// Where its port is reached, if its job has one.
-    pub fn address(&self) -> Option<SocketAddr> {
-        self.address
     }
 
     /// Whether its process has not ended yet.

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::super::interrupt;
 use super::{End, Shared};
 use crate::sys::affinity::{self, CpuMask};
 
@@ -27,6 +28,7 @@ const STDOUT: u64 = 0;
 const STDERR: u64 = 1;
 const PROCESS: u64 = 2;
 const STOP: u64 = 3;
+const INTERRUPT: u64 = 4;
 
 /// Starts a command with its output to us and nothing on its input, in a process group of its own, on these processors.
 pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Instant)> {
@@ -84,6 +86,7 @@ impl Watch {
         let watch = Watch { child, shared, deadline, epoll, stdout, stderr, process };
         watch.add(watch.process.as_raw_fd(), PROCESS);
         watch.add(watch.shared.stop.as_raw_fd(), STOP);
+        interrupt::fd().iter().for_each(|fd| watch.add(*fd, INTERRUPT));
         watch.stdout.iter().for_each(|stdout| watch.add(stdout.as_fd().as_raw_fd(), STDOUT));
         watch.stderr.iter().for_each(|stderr| watch.add(stderr.as_fd().as_raw_fd(), STDERR));
         Ok(watch)
@@ -111,6 +114,11 @@ impl Watch {
                     STDOUT | STDERR => self.read(*token),
                     STOP => {
                         self.remove(self.shared.stop.as_raw_fd());
+                        asked = true;
+                    }
+                    // It is left to be read, so that all who watch see it.
+                    INTERRUPT => {
+                        interrupt::fd().iter().for_each(|fd| self.remove(*fd));
                         asked = true;
                     }
                     _ => {}
@@ -158,13 +166,13 @@ impl Watch {
     }
 
     /// Waits until there is something, or for so long.
-    fn wait(&self, until: Instant) -> [Option<u64>; 4] {
-        let mut events = [EpollEvent::default(); 4];
+    fn wait(&self, until: Instant) -> [Option<u64>; 5] {
+        let mut events = [EpollEvent::default(); 5];
         let left = until.saturating_duration_since(Instant::now());
         // Rounded up, since what has not quite passed would be waited for again and again.
         let timeout_ms = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
         let count = self.epoll.wait(timeout_ms, &mut events).unwrap_or(0);
-        let mut tokens = [None; 4];
+        let mut tokens = [None; 5];
         tokens.iter_mut().zip(events.iter().take(count)).for_each(|(token, event)| *token = Some(event.data()));
         tokens
     }

@@ -1,0 +1,145 @@
+//! This end of the network scenario: asks an instance's server (`work serve`) and keeps the time.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+/// What was measured at one server.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Answers {
+    /// Bytes a second to the instance, until it has said that it has them all.
+    pub to_mib_per_s: f64,
+    /// Bytes a second from the instance.
+    pub from_mib_per_s: f64,
+    /// One byte there and back: the median.
+    pub round_trip_us: f64,
+    /// Connections a second that each carry a request and its answer, one after the other.
+    pub requests_per_s: f64,
+}
+
+/// How much is asked of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Amounts {
+    /// In each direction.
+    pub bytes: u64,
+    /// Bytes sent there and back.
+    pub round_trips: usize,
+    /// Connections.
+    pub requests: usize,
+}
+
+/// The first byte of a connection says what it is for.
+const SINK: u8 = b'k';
+const SOURCE: u8 = b'r';
+const ECHO: u8 = b'e';
+const REQUEST: u8 = b'q';
+
+const BLOCK: usize = 128 << 10;
+
+/// Asks the server at `address`. Each answer has `patience` to come.
+pub fn ask(address: SocketAddr, amounts: Amounts, patience: Duration) -> Result<Answers> {
+    wait_for_server(address, patience).with_context(|| format!("reach the instance's server at {address}"))?;
+    Ok(Answers {
+        to_mib_per_s: mib_per_s(amounts.bytes, send(address, amounts.bytes, patience).context("send to the instance")?),
+        from_mib_per_s: mib_per_s(
+            amounts.bytes,
+            receive(address, amounts.bytes, patience).context("receive from the instance")?,
+        ),
+        round_trip_us: round_trip(address, amounts.round_trips, patience)
+            .context("wait for one byte back")?
+            .as_secs_f64()
+            * 1e6,
+        requests_per_s: amounts.requests as f64
+            / requests(address, amounts.requests, patience).context("make requests")?.as_secs_f64(),
+    })
+}
+
+fn mib_per_s(bytes: u64, time: Duration) -> f64 {
+    bytes as f64 / f64::from(1 << 20) / time.as_secs_f64()
+}
+
+/// A port may be open, by who forwards it, before the instance listens: it is there when it has answered.
+fn wait_for_server(address: SocketAddr, patience: Duration) -> io::Result<()> {
+    const PAUSE: Duration = Duration::from_millis(20);
+    let started = Instant::now();
+    loop {
+        match requests(address, 1, Duration::from_secs(1)) {
+            Err(error) if started.elapsed() > patience => return Err(error),
+            Err(_) => std::thread::sleep(PAUSE),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+fn connect(address: SocketAddr, what: u8, patience: Duration) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect_timeout(&address, patience)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(patience))?;
+    stream.write_all(&[what])?;
+    Ok(stream)
+}
+
+/// The clock stops when the server says that it has read all, not when this host's buffers have it.
+fn send(address: SocketAddr, bytes: u64, patience: Duration) -> io::Result<Duration> {
+    let mut stream = connect(address, SINK, patience)?;
+    let block = vec![0x5a; BLOCK];
+    let started = Instant::now();
+    let mut left = bytes;
+    while left > 0 {
+        let part = left.min(BLOCK as u64) as usize;
+        stream.write_all(&block[..part])?;
+        left -= part as u64;
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.read_exact(&mut [0])?;
+    Ok(started.elapsed())
+}
+
+fn receive(address: SocketAddr, bytes: u64, patience: Duration) -> io::Result<Duration> {
+    let mut stream = connect(address, SOURCE, patience)?;
+    let mut block = vec![0; BLOCK];
+    let started = Instant::now();
+    stream.write_all(&bytes.to_le_bytes())?;
+    let mut left = bytes;
+    while left > 0 {
+        let part = left.min(BLOCK as u64) as usize;
+        match stream.read(&mut block[..part])? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            read => left -= read as u64,
+        }
+    }
+    Ok(started.elapsed())
+}
+
+fn round_trip(address: SocketAddr, times: usize, patience: Duration) -> Result<Duration> {
+    let mut stream = connect(address, ECHO, patience)?;
+    let mut all = Vec::with_capacity(times);
+    for _ in 0..times {
+        let started = Instant::now();
+        let mut byte = [0x5a];
+        stream.write_all(&byte)?;
+        stream.read_exact(&mut byte)?;
+        all.push(started.elapsed());
+    }
+    ensure!(!all.is_empty(), "nothing was asked");
+    all.sort_unstable();
+    Ok(all[all.len() / 2])
+}
+
+fn requests(address: SocketAddr, times: usize, patience: Duration) -> io::Result<Duration> {
+    let started = Instant::now();
+    let mut answer = Vec::new();
+    for _ in 0..times {
+        let mut stream = connect(address, REQUEST, patience)?;
+        stream.write_all(b"GET / HTTP/1.0\r\n")?;
+        answer.clear();
+        stream.read_to_end(&mut answer)?;
+        if answer.is_empty() {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(started.elapsed())
+}

@@ -1,0 +1,105 @@
+//! What running instances cost the host in memory, as the host's kernel counts it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use super::facts::meminfo_kib;
+
+/// Memory of the host, at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    /// The processes' own pages and their part of those they share (proc_pid_smaps(5), Pss).
+    pub pss_kib: u64,
+    /// All of the host's page cache, but for what processes made in memory (Shmem): that is in their PSS.
+    pub page_cache_kib: u64,
+}
+
+/// What `roots`, all their descendants, and `others` use. A process that ends meanwhile counts nothing.
+pub fn of(roots: &[u32], others: &[u32]) -> Cost {
+    let mut processes = descendants(roots, &parents());
+    processes.extend(others);
+    let pss_kib = processes.iter().filter_map(|pid| pss_kib(&read(&format!("/proc/{pid}/smaps_rollup")))).sum();
+    let meminfo = read("/proc/meminfo");
+    let kib = |key| meminfo_kib(&meminfo, key).unwrap_or(0);
+    let page_cache_kib = (kib("Cached") + kib("Buffers")).saturating_sub(kib("Shmem"));
+    Cost { pss_kib, page_cache_kib }
+}
+
+/// What new processes could have without swapping, in MiB.
+pub fn available_mib() -> u64 {
+    meminfo_kib(&read("/proc/meminfo"), "MemAvailable").unwrap_or(0) >> 10
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn pss_kib(smaps_rollup: &str) -> Option<u64> {
+    meminfo_kib(smaps_rollup, "Pss")
+}
+
+/// Every process's parent.
+fn parents() -> BTreeMap<u32, u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return BTreeMap::new() };
+    let process = |entry: fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        Some((pid, parent(&read(&format!("/proc/{pid}/stat")))?))
+    };
+    entries.flatten().filter_map(process).collect()
+}
+
+/// The fourth field of /proc/PID/stat, counted from behind the name, which may hold anything (proc_pid_stat(5)).
+fn parent(stat: &str) -> Option<u32> {
+    let (_, behind) = stat.rsplit_once(')')?;
+    behind.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn descendants(roots: &[u32], parents: &BTreeMap<u32, u32>) -> BTreeSet<u32> {
+    let mut found: BTreeSet<u32> = roots.iter().copied().collect();
+    loop {
+        let more: Vec<u32> = parents
+            .iter()
+            .filter(|(pid, parent)| found.contains(parent) && !found.contains(pid))
+            .map(|(pid, _)| *pid)
+            .collect();
+        if more.is_empty() {
+            return found;
+        }
+        found.extend(more);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn descendants_are_found_at_any_depth() {
+        let parents = BTreeMap::from([(2, 1), (3, 2), (4, 3), (9, 8)]);
+        assert_eq!(descendants(&[2], &parents), BTreeSet::from([2, 3, 4]));
+    }
+
+    #[test]
+    fn a_name_with_parentheses_hides_no_parent() {
+        assert_eq!(parent("12 (a) S 3) S 7 1 1"), Some(7));
+    }
+
+    #[test]
+    fn a_process_below_a_shell_is_counted_with_it() {
+        let mut shell = Command::new("sh").args(["-c", "sleep 60 & wait"]).stdin(Stdio::null()).spawn().unwrap();
+        let started = std::time::Instant::now();
+        while descendants(&[shell.id()], &parents()).len() < 2 {
+            assert!(started.elapsed().as_secs() < 10);
+        }
+        let found = descendants(&[shell.id()], &parents());
+        let cost = of(&[shell.id()], &[]);
+        let none = of(&[u32::MAX], &[]);
+        for pid in found {
+            let _ = Command::new("kill").arg(pid.to_string()).status();
+        }
+        shell.wait().unwrap();
+        assert!(cost.pss_kib > 0 && none.pss_kib == 0, "{cost:?} {none:?}");
+    }
+}

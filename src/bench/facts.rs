@@ -1,0 +1,114 @@
+//! What of the host matters to numbers, read once before the first run.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use super::result::Host;
+
+/// Looks at the host below `root` (`/`); `folder` is where the bench's own files are. What cannot be read is left out or `unknown`.
+pub fn host(root: &Path, folder: &Path) -> Host {
+    let text = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
+    let line = |path: &str| Some(text(path).trim().to_owned()).filter(|text| !text.is_empty());
+    let unknown = || "unknown".to_owned();
+    let cpuinfo = text("proc/cpuinfo");
+    Host {
+        kernel: line("proc/sys/kernel/osrelease").unwrap_or_else(unknown),
+        processor: field(&cpuinfo, "model name").map_or_else(unknown, str::to_owned),
+        cpus: cpuinfo.lines().filter(|line| line.starts_with("processor")).count() as u32,
+        memory_mib: meminfo_kib(&text("proc/meminfo"), "MemTotal").unwrap_or(0) >> 10,
+        kvm: kvm(root),
+        hypervisor: hypervisor(root, &cpuinfo),
+        governor: line("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        clocksource: line("sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap_or_else(unknown),
+        huge_pages: line("sys/kernel/mm/transparent_hugepage/enabled").as_deref().and_then(chosen),
+        file_system: file_system(&text("proc/self/mountinfo"), folder).unwrap_or_else(unknown),
+        mitigations: mitigations(&root.join("sys/devices/system/cpu/vulnerabilities")),
+        load: text("proc/loadavg").split_whitespace().next().and_then(|load| load.parse().ok()).unwrap_or(0.0),
+    }
+}
+
+/// The value behind `key` in /proc/meminfo, in KiB.
+pub fn meminfo_kib(meminfo: &str, key: &str) -> Option<u64> {
+    field(meminfo, key)?.split_whitespace().next()?.parse().ok()
+}
+
+fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.trim() == key)
+        .map(|(_, value)| value.trim())
+}
+
+fn kvm(root: &Path) -> String {
+    let modules = ["kvm_pvm", "kvm_intel", "kvm_amd"];
+    let module = modules.into_iter().find(|module| root.join("sys/module").join(module).exists());
+    module.unwrap_or("none").to_owned()
+}
+
+/// The name that the hypervisor has in the firmware's tables, if the processor says that there is one.
+fn hypervisor(root: &Path, cpuinfo: &str) -> Option<String> {
+    field(cpuinfo, "flags")?.split_whitespace().find(|&flag| flag == "hypervisor")?;
+    let vendor = fs::read_to_string(root.join("sys/class/dmi/id/sys_vendor")).unwrap_or_default();
+    let vendor = vendor.trim();
+    Some(if vendor.is_empty() { "yes, of unknown name" } else { vendor }.to_owned())
+}
+
+/// The word in brackets.
+fn chosen(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_owned())
+}
+
+/// The type of the file system that `folder` is on: of the mount with the longest path above it (proc_pid_mountinfo(5)).
+fn file_system(mountinfo: &str, folder: &Path) -> Option<String> {
+    let mount = |line: &str| {
+        let (left, right) = line.split_once(" - ")?;
+        let point = left.split(' ').nth(4)?.to_owned();
+        Some((point, right.split(' ').next()?.to_owned()))
+    };
+    let above = mountinfo.lines().filter_map(mount).filter(|(point, _)| folder.starts_with(point));
+    above.max_by_key(|(point, _)| point.len()).map(|(_, kind)| kind)
+}
+
+fn mitigations(folder: &Path) -> BTreeMap<String, String> {
+    let Ok(entries) = fs::read_dir(folder) else { return BTreeMap::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| {
+            let text = fs::read_to_string(entry.path()).ok()?;
+            Some((entry.file_name().to_string_lossy().into_owned(), text.trim().to_owned()))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deepest_mount_above_a_folder_is_its_file_system() {
+        let mounts = "22 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n30 22 0:25 / /tmp rw shared:5 - tmpfs tmpfs rw\n";
+        assert_eq!(file_system(mounts, Path::new("/tmp/bench")).unwrap(), "tmpfs");
+        assert_eq!(file_system(mounts, Path::new("/tmpfiles")).unwrap(), "ext4");
+    }
+
+    #[test]
+    fn the_choice_is_the_word_in_brackets() {
+        assert_eq!(chosen("always [madvise] never"), Some("madvise".into()));
+        assert_eq!(chosen("nothing"), None);
+    }
+
+    #[test]
+    fn this_host_has_a_kernel_processors_and_memory() {
+        let host = host(Path::new("/"), Path::new("/"));
+        assert!(host.cpus > 0 && host.memory_mib > 0 && host.kernel.contains('.'), "{host:?}");
+    }
+
+    #[test]
+    fn a_host_that_says_nothing_is_unknown() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = host(folder.path(), Path::new("/"));
+        assert_eq!((host.kernel.as_str(), host.kvm.as_str(), host.cpus), ("unknown", "none", 0));
+    }
+}

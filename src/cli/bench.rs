@@ -1,0 +1,268 @@
+//! `husk bench`: from flags to a plan, and from what was found to a table and two files.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::cpus::{self, Cpus};
+use super::exit::Exit;
+use super::{limits, size, when};
+use crate::bench::compare::{self, Class};
+use crate::bench::plan::{Effort, Plan, Wrong};
+use crate::bench::result::{self, Limits, Report};
+use crate::bench::scenario::Scenario;
+use crate::bench::{self, page, table};
+use crate::resources::text;
+
+const EXAMPLES: &str = "\
+Examples:
+  A first look, in some minutes:
+    husk bench --quick debian:12
+
+  What it costs to start, of husk and two container runtimes, to within 2%:
+    sudo husk bench --scenario start --against husk,crun,runc --precision 2 debian:12
+
+  A command of the image's own as the work:
+    husk bench debian:12 -- sha256sum /usr/bin/perl
+
+  Whether a change made anything slower:
+    husk bench --output before debian:12; ...; husk bench --compare before.json --output after debian:12
+
+  The table and the page again, of an earlier run:
+    husk bench --from before.json
+
+docs/benchmark.md says what each number means, and what it cannot tell. Exit codes: 0 all was measured, 1 something failed
+or, with --compare, became slower; 2 the command line is wrong.";
+
+/// A list of processors, as it was typed and as numbers.
+#[derive(Debug, Clone)]
+struct Pinned {
+    text: String,
+    cpus: Vec<u32>,
+}
+
+/// The flags of `husk bench`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, override_usage = "husk bench [OPTIONS] IMAGE [-- COMMAND [ARG]...]")]
+pub struct Bench {
+    /// The image that everyone runs: whatever `husk run` takes, but for a disk
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["from", "list", "schema"])]
+    image: Option<String>,
+
+    /// A command in the image to measure, in place of the scenarios
+    #[arg(last = true, value_name = "COMMAND", conflicts_with = "scenario")]
+    command: Vec<String>,
+
+    /// What to measure [default: all but what --quick leaves out]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST")]
+    scenario: Vec<Scenario>,
+
+    /// Who is compared, by their names in `husk bench --list` [default: all that are installed]
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    against: Vec<String>,
+
+    /// Whom ratios are to [default: crun, or the first that is installed of runc, podman, docker, bubblewrap and the host]
+    #[arg(long, value_name = "NAME")]
+    baseline: Option<String>,
+
+    /// Three rounds of the most telling scenarios, with less work in each
+    #[arg(long)]
+    quick: bool,
+
+    /// Exactly so many rounds, instead of as many as the precision takes
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: Option<u32>,
+
+    /// Half the width of a 95% interval, in percent of the median, that ends the rounds
+    #[arg(long, value_name = "PERCENT", default_value_t = 5.0, value_parser = percent)]
+    precision: f64,
+
+    /// Processors of each instance: a fraction is time
+    #[arg(long, value_name = "N", value_parser = cpus::cpus, default_value = "1")]
+    cpus: Cpus,
+
+    /// Memory of each instance
+    #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
+    memory: u64,
+
+    /// The host's CPUs to pin everything to: 0-2,4
+    #[arg(long, value_name = "LIST", value_parser = cpuset)]
+    cpuset: Option<Pinned>,
+
+    /// The memory that `density` fills with instances [default: a quarter of what is available, 4 GiB at most]
+    #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
+    budget: Option<u64>,
+
+    /// How long one instance may take
+    #[arg(long, value_name = "TIME", value_parser = when::duration, default_value = "120")]
+    deadline: Duration,
+
+    /// Where the bench makes its files, on the disk that is to be measured [default: beside the image store]
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+
+    /// The files to write are NAME.json and NAME.html [default: husk-bench- and the time]
+    #[arg(long, value_name = "NAME")]
+    output: Option<PathBuf>,
+
+    /// Print JSON in place of the table
+    #[arg(long)]
+    json: bool,
+
+    /// Tell what has changed since an earlier run
+    #[arg(long, value_name = "OLD.json")]
+    compare: Option<PathBuf>,
+
+    /// Measure nothing: show what an earlier run found
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["image", "command"])]
+    from: Option<PathBuf>,
+
+    /// Measure nothing: list who can be compared here, and what installs the others
+    #[arg(long)]
+    list: bool,
+
+    /// Measure nothing: print the JSON schema of what is found
+    #[arg(long)]
+    schema: bool,
+}
+
+impl Bench {
+    /// Measures, prints and writes; progress goes to standard error.
+    pub fn run(self) -> Result<Exit> {
+        if self.schema {
+            super::print(&result::schema())?;
+            return Ok(Exit::Success);
+        }
+        if self.list {
+            super::print(&table::contenders(&bench::contenders(), width()))?;
+            return Ok(Exit::Success);
+        }
+        // Before minutes of work, what is wrong with the earlier file.
+        let old = self.compare.as_deref().map(read).transpose()?;
+        let report = match &self.from {
+            Some(path) => read(path)?,
+            None => match self.measure()? {
+                Some(report) => report,
+                None => return Ok(Exit::Failure),
+            },
+        };
+        let text = if self.json { report.to_json()? } else { table::table(&report, width()) };
+        super::print(&text)?;
+        if self.from.is_none() || self.output.is_some() {
+            self.write(&report)?;
+        }
+        let worse = old.map(|old| self.tell_changes(&old, &report)).transpose()?.unwrap_or(false);
+        Ok(if worse || report.has_failures() { Exit::Failure } else { Exit::Success })
+    }
+
+    fn measure(&self) -> Result<Option<Report>> {
+        let image = self.image.as_deref().context("there is no image to measure")?;
+        bench::run(image, &self.plan()?)
+    }
+
+    fn plan(&self) -> Result<Plan> {
+        let effort = match (self.quick, self.runs) {
+            (_, Some(runs)) => Effort { quick: self.quick, ..Effort::exactly(runs) },
+            (true, None) => Effort::quick(),
+            (false, None) => Effort::until_precise(),
+        };
+        let scenarios = match (&*self.command, &*self.scenario) {
+            ([], []) => Plan::default_scenarios(self.quick),
+            ([], chosen) => chosen.to_vec(),
+            _ => vec![Scenario::Command],
+        };
+        if self.command.is_empty() && scenarios.contains(&Scenario::Command) {
+            return Err(Wrong("--scenario command needs a command: type it behind the image, after --".into()).into());
+        }
+        let cpus = self.cpus.limit_millicpus.map_or(f64::from(self.cpus.vcpus), |millis| f64::from(millis) / 1000.0);
+        Ok(Plan {
+            scenarios,
+            command: self.command.clone(),
+            against: self.against.clone(),
+            baseline: self.baseline.clone(),
+            effort: Effort { precision: self.precision / 100.0, ..effort },
+            limits: Limits {
+                cpus,
+                memory_mib: self.memory,
+                cpuset: self.cpuset.as_ref().map(|pinned| pinned.text.clone()),
+            },
+            cpus: self.cpuset.as_ref().map(|pinned| pinned.cpus.clone()),
+            budget_mib: self.budget,
+            deadline: self.deadline,
+            folder: self.folder.clone(),
+            command_line: std::env::args().collect(),
+        })
+    }
+
+    fn write(&self, report: &Report) -> Result<()> {
+        let name = self.output.clone().unwrap_or_else(|| default_output(SystemTime::now()));
+        let named = |extension: &str| {
+            let mut path = name.clone().into_os_string();
+            path.push(extension);
+            PathBuf::from(path)
+        };
+        for (path, contents) in [(named(".json"), report.to_json()?), (named(".html"), page::page(report))] {
+            text::write(&path, &contents)?;
+            eprintln!("wrote {}", path.display());
+        }
+        Ok(())
+    }
+
+    /// Prints what has changed; returns whether anything became worse.
+    fn tell_changes(&self, old: &Report, new: &Report) -> Result<bool> {
+        let comparison = compare::compare(old, new)?;
+        super::print(&comparison.table(width()))?;
+        Ok(comparison.count(Class::Regression) > 0)
+    }
+}
+
+fn read(path: &Path) -> Result<Report> {
+    let text = text::read_at_most(compare::MAX_BYTES, path)?;
+    compare::parse(&text).with_context(|| format!("read {}", path.display()))
+}
+
+/// Columns of the terminal; as many as a page has where there is none.
+fn width() -> usize {
+    const PAGE: usize = 100;
+    if !std::io::stdout().is_terminal() {
+        return PAGE;
+    }
+    rustix::termios::tcgetwinsize(std::io::stdout()).map_or(PAGE, |size| usize::from(size.ws_col).max(60))
+}
+
+/// `husk-bench-2026-01-31T12-00-00Z`: a name that any file system takes.
+fn default_output(now: SystemTime) -> PathBuf {
+    format!("husk-bench-{}", humantime::format_rfc3339_seconds(now).to_string().replace(':', "-")).into()
+}
+
+fn cpuset(text: &str) -> Result<Pinned, String> {
+    limits::cpuset(text).map(|set| Pinned { text: text.to_owned(), cpus: set.0 })
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.trim_end_matches('%').parse::<f64>().ok().filter(|number| (0.1..=50.0).contains(number));
+    number.ok_or_else(|| format!("{text:?} is no precision: type a percentage from 0.1 to 50"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_files_name_has_no_colon() {
+        let name = default_output(SystemTime::UNIX_EPOCH);
+        assert_eq!(name, Path::new("husk-bench-1970-01-01T00-00-00Z"));
+    }
+
+    #[test]
+    fn a_precision_is_a_percentage() {
+        assert_eq!(percent("2.5"), Ok(2.5));
+        assert_eq!(percent("5%"), Ok(5.0));
+        for text in ["", "0", "-1", "51", "NaN", "x"] {
+            assert!(percent(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! `husk bench` as its user meets it: what it finds, what it writes, what it says of wrong input, and that nothing is left behind.
+//! A whole quick run, with machines, is made where this host's KVM runs them: on the host, or in the lab.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use husk::bench::compare;
+use husk::bench::result::Report;
+use husk::bench::scenario::Scenario;
+use tempfile::TempDir;
+
+/// A folder with an image, for one bench.
+struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    /// On a disk that is one: overlays and direct reads are not to be had everywhere.
+    fn new() -> Bench {
+        let folder = TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap();
+        let root = folder.path().join("image/bin");
+        fs::create_dir_all(&root).unwrap();
+        let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
+        fs::copy(busybox.expect("busybox-static is installed"), root.join("busybox")).unwrap();
+        symlink("busybox", root.join("sh")).unwrap();
+        Bench { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn image(&self) -> String {
+        self.path("image").to_str().unwrap().to_owned()
+    }
+
+    fn husk(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+        command.current_dir(self.folder.path()).env("HUSK_DATA", self.path("store"));
+        command.arg("bench").args(words).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        self.husk(words).output().unwrap()
+    }
+
+    fn report(&self, name: &str) -> Report {
+        compare::parse(&fs::read_to_string(self.path(name)).unwrap()).unwrap()
+    }
+
+    /// Nothing of the bench's own is left: no folder, no mount, no process with one of its paths.
+    fn expect_nothing_left(&self) {
+        let left: Vec<_> = fs::read_dir(self.path("store/bench")).unwrap().flatten().collect();
+        assert!(left.is_empty(), "{left:?}");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(self.folder.path().to_str().unwrap()), "{mounts}");
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Root, with a runtime to compare.
+fn can_compare(test: &str) -> bool {
+    let is_root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
+    let has_crun = Command::new("crun").arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !is_root || !has_crun {
+        eprintln!("SKIPPED: {test} wants root and crun");
+    }
+    is_root && has_crun
+}
+
+/// Exit code and the one line on standard error of a bench that comes to nothing.
+fn refused(words: &[&str]) -> (i32, String) {
+    let output = Bench::new().run(words);
+    let errors = text(&output.stderr);
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+    (output.status.code().unwrap(), errors.trim_end().to_owned())
+}
+
+#[test]
+fn what_is_wrong_is_said_in_one_line() {
+    assert_eq!(refused(&[]).0, 2);
+    assert_eq!(refused(&["--precision", "0", "image"]).0, 2);
+    assert_eq!(refused(&["--scenario", "dance", "image"]).0, 2);
+    assert_eq!(refused(&["--runs", "0", "image"]).0, 2);
+    let (code, said) = refused(&["--against", "crum", "image"]);
+    assert_eq!(code, 2);
+    assert!(said.contains("nobody is called \"crum\", type one of host, bwrap, crun"), "{said}");
+    let (code, said) = refused(&["--from", "/nowhere.json"]);
+    assert_eq!((code, said.as_str()), (1, "husk: read /nowhere.json: No such file or directory"));
+    let (code, said) = refused(&["--from", "/proc/self/status"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("not a report of husk bench"), "{said}");
+    let (code, said) = refused(&["/nowhere.tar"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("/nowhere.tar"), "{said}");
+    let (code, said) = refused(&["--scenario", "command", "image"]);
+    assert_eq!(code, 2);
+    assert!(said.contains("type it behind the image, after --"), "{said}");
+}
+
+#[test]
+fn everyone_is_listed_with_what_installs_the_absent() {
+    let bench = Bench::new();
+    let output = bench.husk(&["--list"]).env("PATH", "/nowhere").output().unwrap();
+    let said = text(&output.stdout);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for name in ["bwrap", "crun", "runc", "podman", "docker", "qemu-microvm", "firecracker", "cloud-hypervisor"] {
+        assert!(said.contains(&format!("absent   {name}: ")), "{name}: {said}");
+    }
+    assert!(said.contains("sudo apt-get install crun"), "{said}");
+}
+
+#[test]
+fn a_command_is_measured_compared_and_shown_again() {
+    if !can_compare("a_command_is_measured_compared_and_shown_again") {
+        return;
+    }
+    let bench = Bench::new();
+    let image = bench.image();
+    let words = [
+        "--quick",
+        "--runs",
+        "2",
+        "--against",
+        "host,crun",
+        "--output",
+        "first",
+        &image,
+        "--",
+        "/bin/sh",
+        "-c",
+        "exit 0",
+    ];
+    let output = bench.run(&words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("The command, from start to exit"), "{}", text(&output.stdout));
+    let report = bench.report("first.json");
+    let [measure] = &*report.measures else { panic!("{:?}", report.measures) };
+    assert_eq!((measure.scenario, report.method.baseline.as_str()), (Scenario::Command, "crun"));
+    for outcome in &measure.results {
+        assert!(outcome.samples.iter().all(|sample| sample.is_some_and(|sample| sample > 0.0)), "{outcome:?}");
+    }
+    let page = fs::read_to_string(bench.path("first.html")).unwrap();
+    assert!(page.contains("The command, from start to exit"));
+    bench.expect_nothing_left();
+
+    let again = bench.run(&["--from", "first.json", "--compare", "first.json"]);
+    let said = text(&again.stdout);
+    assert!(again.status.success() && said.contains("0 regressions"), "{said}{}", text(&again.stderr));
+}
+
+#[test]
+fn a_command_that_fails_is_a_failure_and_no_fast_run() {
+    if !can_compare("a_command_that_fails_is_a_failure_and_no_fast_run") {
+        return;
+    }
+    let bench = Bench::new();
+    let image = bench.image();
+    let words =
+        ["--runs", "2", "--against", "host,crun", "--output", "failed", &image, "--", "/bin/sh", "-c", "exit 3"];
+    let output = bench.run(&words);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let report = bench.report("failed.json");
+    for outcome in &report.measures[0].results {
+        assert!(outcome.samples.iter().all(Option::is_none), "{outcome:?}");
+        assert!(outcome.failures[0].contains("its exit code was 3 and had to be 0"), "{outcome:?}");
+    }
+    assert!(report.verdict[0].contains("failed in"), "{:?}", report.verdict);
+    bench.expect_nothing_left();
+}
+
+#[test]
+fn an_interrupted_bench_leaves_nothing() {
+    if !can_compare("an_interrupted_bench_leaves_nothing") {
+        return;
+    }
+    let bench = Bench::new();
+    let image = bench.image();
+    // No other process here waits for so long.
+    const LONG: &str = "7654327";
+    let words = ["--runs", "1", "--against", "host,crun", &image, "--", "/bin/busybox", "sleep", LONG];
+    let mut child = bench.husk(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for("an instance", || sleeps(LONG));
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let status = wait_with_errors(&mut child);
+    assert!(status.1.contains("interrupted by signal 2"), "{}", status.1);
+    assert_eq!(status.0, Some(1));
+    assert!(!sleeps(LONG));
+    bench.expect_nothing_left();
+}
+
+fn wait_with_errors(child: &mut Child) -> (Option<i32>, String) {
+    let mut errors = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut errors).unwrap();
+    (child.wait().unwrap().code(), errors)
+}
+
+/// Whether any process has this word in its command line, but for the bench's own.
+fn sleeps(word: &str) -> bool {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|process| fs::read(process.path().join("cmdline")).ok());
+    lines.into_iter().any(|line| {
+        text(&line).split('\0').collect::<Vec<_>>().windows(2).any(|pair| pair == ["sleep", word])
+            && !text(&line).contains("bench")
+    })
+}
+
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < Duration::from_secs(60), "waited for {what} in vain");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether kernels run here as they are.
+fn runs_machines(bench: &Bench) -> bool {
+    let mut husk = Command::new(bench.husk(&[]).get_program());
+    husk.arg("doctor").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+#[test]
+fn a_whole_quick_run_measures_machines_and_containers() {
+    let bench = Bench::new();
+    if !runs_machines(&bench) || !can_compare("a_whole_quick_run_measures_machines_and_containers") {
+        eprintln!("SKIPPED: a_whole_quick_run_measures_machines_and_containers wants a KVM that runs any kernel");
+        return;
+    }
+    let against = ["crun", "runc", "qemu-microvm", "husk"];
+    let image = bench.image();
+    // Where it is emulated each start of a machine takes seconds.
+    let words =
+        ["--quick", "--runs", "1", "--memory", "256M", "--against", &against.join(","), "--output", "quick", &image];
+    let output = bench.run(&words);
+    let said = format!("{}{}", text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{said}");
+    let report = bench.report("quick.json");
+    assert!(report.contenders.iter().all(|contender| contender.absent.is_none()), "{:?}", report.contenders);
+    for measure in &report.measures {
+        let names: Vec<&str> = measure.results.iter().map(|outcome| outcome.contender.as_str()).collect();
+        assert_eq!(names, against, "{}", measure.name);
+        for outcome in &measure.results {
+            assert_eq!((outcome.samples.len(), &outcome.skipped), (1, &None), "{}: {outcome:?}", measure.name);
+            assert!(outcome.samples[0].is_some(), "{}: {outcome:?}", measure.name);
+        }
+    }
+    let scenarios: Vec<Scenario> = report.measures.iter().map(|measure| measure.scenario).collect();
+    for scenario in [Scenario::Start, Scenario::Memory, Scenario::Cpu, Scenario::ContextSwitch, Scenario::Disk] {
+        assert!(scenarios.contains(&scenario), "{scenario:?}");
+    }
+    bench.expect_nothing_left();
+    // For who holds it against the published schema.
+    if let Some(copy) = std::env::var_os("HUSK_TEST_BENCH_REPORT") {
+        fs::copy(bench.path("quick.json"), copy).unwrap();
+    }
+}
