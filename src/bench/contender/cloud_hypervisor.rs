@@ -14,7 +14,14 @@ const NAME: &str = "cloud-hypervisor";
 /// It has no package in Debian.
 const INSTALL: &str = "it is in no package of Debian's: put the binary of a release on the path as `cloud-hypervisor`";
 
+/// Since this version a disk whose kind is not said keeps its first sector from being written (release notes of 51.0).
+const IMAGE_TYPE_SINCE: u32 = 51;
+
 impl CloudHypervisor {
+    fn version(&self) -> &str {
+        self.0.version.as_deref().unwrap_or_default()
+    }
+
     /// Looks for it, and for a kernel to boot.
     pub fn find() -> CloudHypervisor {
         CloudHypervisor(guest::with_kernel(Program::find(NAME, &["--version"], INSTALL)))
@@ -22,14 +29,16 @@ impl CloudHypervisor {
 }
 
 /// Its devices are on PCI, and a guest's reset would start it anew: the work program powers it off.
-fn command_line(ground: &Ground, files: &Files, job: &Job) -> Result<Vec<String>> {
+fn command_line(version: &str, ground: &Ground, files: &Files, job: &Job) -> Result<Vec<String>> {
     let Files { kernel, root, scratch } = files;
     let parts = Parts { end: "power-off", platform: "", scratch: scratch.is_some(), network: None };
     let mut line = words(&[NAME, "--kernel", &kernel.display().to_string(), "--cmdline", &guest::cmdline(parts, job)?]);
     line.extend(words(&["--cpus", &format!("boot={}", ground.vcpus())]));
     line.extend(words(&["--memory", &format!("size={}M", ground.limits.memory_mib)]));
-    line.extend(words(&["--disk", &format!("path={},readonly=on", root.display())]));
-    line.extend(scratch.map(|scratch| format!("path={}", scratch.display())));
+    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok()).unwrap_or_default();
+    let kind = if major >= IMAGE_TYPE_SINCE { ",image_type=raw" } else { "" };
+    line.extend(words(&["--disk", &format!("path={},readonly=on{kind}", root.display())]));
+    line.extend(scratch.map(|scratch| format!("path={}{kind}", scratch.display())));
     line.extend(words(&["--serial", "tty", "--console", "off"]));
     Ok(line)
 }
@@ -44,7 +53,7 @@ impl Contender for CloudHypervisor {
     }
 
     fn about(&self, ground: &Ground) -> result::Contender {
-        guest::about(&self.0, NAME, ground, |files, job| command_line(ground, files, job))
+        guest::about(&self.0, NAME, ground, |files, job| command_line(self.version(), ground, files, job))
     }
 
     fn prepare(&mut self, _ground: &Ground) -> Result<()> {
@@ -55,7 +64,7 @@ impl Contender for CloudHypervisor {
         if job.port.is_some() {
             return Err(Unable("its only network is a tap device".into()).into());
         }
-        guest::launch(NAME, ground, job, None, |files, job| command_line(ground, files, job))
+        guest::launch(NAME, ground, job, None, |files, job| command_line(self.version(), ground, files, job))
     }
 
     fn clean_up(&mut self, _ground: &Ground) -> Result<()> {
@@ -70,7 +79,7 @@ mod tests {
 
     #[test]
     fn the_command_line_has_disks_limits_and_command() {
-        let line = command_line(&ground(), &files(), &job(&["/bin/x"])).unwrap();
+        let line = command_line("39.0.0", &ground(), &files(), &job(&["/bin/x"])).unwrap();
         let cmdline = line.get(4).unwrap();
         assert!(cmdline.contains(" root=/dev/vda ") && cmdline.ends_with(" --scratch /bin/x"), "{cmdline}");
         let line = line.join(" ");
@@ -78,5 +87,8 @@ mod tests {
         let rest = " --cpus boot=2 --memory size=256M --disk path=/g/root.erofs,readonly=on path=/g/scratch --serial tty \
                     --console off";
         assert!(line.ends_with(rest), "{line}");
+        let line = command_line("53.0-246-gae44c2971", &ground(), &files(), &job(&["/bin/x"])).unwrap().join(" ");
+        let disks = " --disk path=/g/root.erofs,readonly=on,image_type=raw path=/g/scratch,image_type=raw --serial";
+        assert!(line.contains(disks), "{line}");
     }
 }
