@@ -65,14 +65,16 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Root, with a runtime to compare.
-fn can_compare(test: &str) -> bool {
+/// A container that this host can be compared with; `None`, loudly, where there is none or this is not root.
+fn container(bench: &Bench, test: &str) -> Option<&'static str> {
     let is_root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
-    let has_crun = Command::new("crun").arg("--version").stdout(Stdio::null()).status().is_ok();
-    if !is_root || !has_crun {
-        eprintln!("SKIPPED: {test} wants root and crun");
+    let listed = text(&bench.run(&["--list"]).stdout);
+    let is_present = |name: &&str| listed.contains(&format!("present  {name}: "));
+    let found = ["crun", "runc", "bwrap"].into_iter().find(is_present).filter(|_| is_root);
+    if found.is_none() {
+        eprintln!("SKIPPED: {test} wants root, and one of crun, runc and bwrap");
     }
-    is_root && has_crun
+    found
 }
 
 /// Exit code and the one line on standard error of a bench that comes to nothing.
@@ -119,31 +121,17 @@ fn everyone_is_listed_with_what_installs_the_absent() {
 
 #[test]
 fn a_command_is_measured_compared_and_shown_again() {
-    if !can_compare("a_command_is_measured_compared_and_shown_again") {
-        return;
-    }
     let bench = Bench::new();
-    let image = bench.image();
-    let words = [
-        "--quick",
-        "--runs",
-        "2",
-        "--against",
-        "host,crun",
-        "--output",
-        "first",
-        &image,
-        "--",
-        "/bin/sh",
-        "-c",
-        "exit 0",
-    ];
+    let Some(container) = container(&bench, "a_command_is_measured_compared_and_shown_again") else { return };
+    let (image, against) = (bench.image(), format!("host,{container}"));
+    let words =
+        ["--quick", "--runs", "2", "--against", &against, "--output", "first", &image, "--", "/bin/sh", "-c", "exit 0"];
     let output = bench.run(&words);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stdout).contains("The command, from start to exit"), "{}", text(&output.stdout));
     let report = bench.report("first.json");
     let [measure] = &*report.measures else { panic!("{:?}", report.measures) };
-    assert_eq!((measure.scenario, report.method.baseline.as_str()), (Scenario::Command, "crun"));
+    assert_eq!((measure.scenario, report.method.baseline.as_str()), (Scenario::Command, container));
     for outcome in &measure.results {
         assert!(outcome.samples.iter().all(|sample| sample.is_some_and(|sample| sample > 0.0)), "{outcome:?}");
     }
@@ -158,13 +146,10 @@ fn a_command_is_measured_compared_and_shown_again() {
 
 #[test]
 fn a_command_that_fails_is_a_failure_and_no_fast_run() {
-    if !can_compare("a_command_that_fails_is_a_failure_and_no_fast_run") {
-        return;
-    }
     let bench = Bench::new();
-    let image = bench.image();
-    let words =
-        ["--runs", "2", "--against", "host,crun", "--output", "failed", &image, "--", "/bin/sh", "-c", "exit 3"];
+    let Some(container) = container(&bench, "a_command_that_fails_is_a_failure_and_no_fast_run") else { return };
+    let (image, against) = (bench.image(), format!("host,{container}"));
+    let words = ["--runs", "2", "--against", &against, "--output", "failed", &image, "--", "/bin/sh", "-c", "exit 3"];
     let output = bench.run(&words);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     let report = bench.report("failed.json");
@@ -178,14 +163,12 @@ fn a_command_that_fails_is_a_failure_and_no_fast_run() {
 
 #[test]
 fn an_interrupted_bench_leaves_nothing() {
-    if !can_compare("an_interrupted_bench_leaves_nothing") {
-        return;
-    }
     let bench = Bench::new();
-    let image = bench.image();
+    let Some(container) = container(&bench, "an_interrupted_bench_leaves_nothing") else { return };
+    let (image, against) = (bench.image(), format!("host,{container}"));
     // No other process here waits for so long.
     const LONG: &str = "7654327";
-    let words = ["--runs", "1", "--against", "host,crun", &image, "--", "/bin/busybox", "sleep", LONG];
+    let words = ["--runs", "1", "--against", &against, &image, "--", "/bin/busybox", "sleep", LONG];
     let mut child = bench.husk(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     wait_for("an instance", || sleeps(LONG));
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
@@ -229,7 +212,7 @@ fn runs_machines(bench: &Bench) -> bool {
 #[test]
 fn a_whole_quick_run_measures_machines_and_containers() {
     let bench = Bench::new();
-    if !runs_machines(&bench) || !can_compare("a_whole_quick_run_measures_machines_and_containers") {
+    if !runs_machines(&bench) {
         eprintln!("SKIPPED: a_whole_quick_run_measures_machines_and_containers wants a KVM that runs any kernel");
         return;
     }
