@@ -46,8 +46,9 @@ use self::contender::{Contender, Ground};
 use self::ground::{DATA, Plot};
 use self::noise::Watch;
 use self::plan::{Plan, Wrong};
-use self::result::{Absent, Measured, Method, Noise, Report};
+use self::result::{Absent, Limits, Measured, Method, Noise, Report};
 use self::trial::{Context, Trial};
+use crate::cli::one_line;
 
 /// The share of cases in which an interval holds the true median.
 const CONFIDENCE: f64 = 0.95;
@@ -89,7 +90,8 @@ pub fn run(word: &str, plan: &Plan) -> Result<Option<Report>> {
 
 /// Everyone who is looked for, with what there is to say of them before anything is prepared; for `--list`.
 pub fn contenders() -> Vec<result::Contender> {
-    let nowhere = Ground::default();
+    let limits = Limits { cpus: 1.0, memory_mib: 512, cpuset: None };
+    let nowhere = Ground { limits, ..Ground::default() };
     contender::find().iter().map(|contender| contender.about(&nowhere)).collect()
 }
 
@@ -115,14 +117,22 @@ fn measure(ground: &Ground, plan: &Plan, mut all: Vec<Box<dyn Contender>>) -> Re
     for (contender, about) in all.iter_mut().zip(&mut about).filter(|(_, about)| about.absent.is_none()) {
         interrupt::check()?;
         if let Err(error) = contender.prepare(ground) {
-            about.absent = Some(Absent { why: format!("{error:#}"), install: None });
+            about.absent = Some(Absent { why: one_line(&format!("{error:#}")), install: None });
         }
     }
     let found = measure_present(ground, plan, &all, &about);
     // Whatever happened, nothing is left behind; the first error is the one to tell.
-    let cleaned: Vec<Result<()>> = all.iter_mut().map(|contender| contender.clean_up(ground)).collect();
+    let mut cleaned = Ok(());
+    for (contender, about) in all.iter_mut().zip(&about) {
+        match contender.clean_up(ground) {
+            // Of one that could not be prepared there is as a rule nothing, and nobody who could remove it.
+            Err(error) if about.absent.is_some() => log::info!("{}: {error:#}", about.name),
+            Err(error) if cleaned.is_ok() => cleaned = Err(error),
+            _ => {}
+        }
+    }
     let (measures, method, noise) = found?;
-    cleaned.into_iter().collect::<Result<Vec<()>>>()?;
+    cleaned?;
     Ok(Found { contenders: about, measures, method, noise })
 }
 

@@ -12,6 +12,7 @@ use super::result::{Measured, Outcome};
 use super::scenario::Measure;
 use super::statistics;
 use super::trial::{Context, Found, Trial};
+use crate::cli::one_line;
 
 /// Rounds of a trial that takes long.
 const SLOW_ROUNDS: u32 = 6;
@@ -120,14 +121,14 @@ impl<'a> Entrant<'a> {
             Err(error) if error.is::<Unable>() => {
                 self.out = true;
                 for outcome in &mut self.outcomes {
-                    outcome.skipped = Some(format!("{error:#}"));
+                    outcome.skipped = Some(one_line(&format!("{error:#}")));
                 }
                 return;
             }
             Err(error) => {
                 self.failures_in_a_row += 1;
                 for outcome in &mut self.outcomes {
-                    outcome.failures.push(format!("{when}: {error:#}"));
+                    outcome.failures.push(format!("{when}: {}", one_line(&format!("{error:#}"))));
                     if round.is_some() {
                         outcome.samples.push(None);
                     }

@@ -16,6 +16,7 @@ use super::plan::Plan;
 use super::result::Walls;
 use super::run::{self, Conditions, Expected, Run, Running};
 use super::scenario::{MEASURES, Measure, Scenario};
+use crate::cli::one_line;
 
 /// The port that the work program listens on in an instance.
 const PORT: u16 = 7777;
@@ -148,7 +149,7 @@ impl Trial {
             (Trial::Isolation(Crash::Memory), Walls::None) => {
                 Some("nothing stands between it and the host's memory".to_owned())
             }
-            (Trial::Start { cold: true }, _) => forget_caches().err().map(|error| format!("{error:#}")),
+            (Trial::Start { cold: true }, _) => forget_caches().err().map(|error| one_line(&format!("{error:#}"))),
             _ => None,
         }
     }

@@ -237,7 +237,7 @@ fn say(text: &str) {
 }
 
 /// `text` on one line, and without the numbers that the standard library puts behind the words of a system's error.
-fn one_line(text: &str) -> String {
+pub(crate) fn one_line(text: &str) -> String {
     let line = text.lines().map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
     let mut pieces = line.split(" (os error ");
     let first = pieces.next().unwrap_or_default().to_owned();

@@ -38,6 +38,10 @@ impl Podman {
         let program = match (mode, is_root()) {
             (Mode::Own, false) => Program::missing("husk bench is not run by root", Some("sudo husk bench ...")),
             (Mode::Rootless, true) => Program::missing("husk bench is run by root", Some("husk bench ..., as a user")),
+            (Mode::Rootless, false) if !which("newuidmap") => Program::missing(
+                "there is no newuidmap, by which a user has a container's users",
+                Some("sudo apt-get install uidmap"),
+            ),
             _ => Program::find("podman", &["--version"], "sudo apt-get install podman"),
         };
         Podman { mode, program }
@@ -172,6 +176,16 @@ fn remove_all(folder: &Path) -> Result<()> {
     output(&line(folder, &["rm", "--all", "--force", "--time", "0"]))?;
     let id = folder.file_name().unwrap_or_default().to_string_lossy();
     pen::remove_left_behind(&format!("{id}-podman"))?;
+    if !is_root() {
+        // A container's users own what it wrote; and a process that holds the user's namespaces goes with `migrate`.
+        let (run, storage) =
+            (run_folder(folder).display().to_string(), folder.join(FOLDER).join("root").display().to_string());
+        output(&line(
+            folder,
+            &["unshare", "rm", "-rf", &format!("{run}/overlay-containers"), &format!("{run}/vfs-containers"), &storage],
+        ))?;
+        output(&line(folder, &["system", "migrate"]))?;
+    }
     ground::clear(&run_folder(folder))?;
     ground::clear(&folder.join(FOLDER))
 }

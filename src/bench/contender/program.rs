@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use super::super::result::{self, Absent, Walls};
+use crate::cli::one_line;
 use crate::resources::{self, host, programs};
 
 /// Some engines wait for ever for a daemon that hangs.
@@ -84,10 +85,6 @@ fn version(text: &str) -> Option<String> {
     let is_version = |word: &&str| word.trim_start_matches('v').starts_with(|first: char| first.is_ascii_digit());
     let word = line.split_whitespace().find(is_version).unwrap_or(line.trim());
     Some(word.trim_start_matches('v').trim_end_matches([',', ')']).to_owned())
-}
-
-fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

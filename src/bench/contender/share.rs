@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
 
 use super::{Ground, Job, is_root};
+use crate::cli::one_line;
 use crate::sandbox::cgroup::Limits;
 use crate::sandbox::cgroup::pen::Pen;
 
@@ -45,7 +46,8 @@ impl Held {
             return None;
         }
         let refused = Pen::new(&format!("{}-probe", ground.id()), &limits).and_then(Pen::remove).err()?;
-        Some(format!("its limits of processor time and memory were not applied: {refused:#}"))
+        let refused = one_line(&format!("{refused:#}"));
+        Some(format!("its limits of processor time and memory were not applied: {refused}"))
     }
 }
 
