@@ -47,9 +47,10 @@ fn ip(words: &str) {
     run(Command::new("ip").args(words.split(' ')));
 }
 
-/// What the web server at `url` says, which is a literal address.
+/// What the web server at `url` says, which is a literal address. On a busy emulated processor passt was once seen to reset a
+/// connection by IPv6, of some hundreds; a second time is a client's to try.
 fn get(url: &str) -> String {
-    run(Command::new("curl").args(["-gsS", "--max-time", "60", url]))
+    run(Command::new("curl").args(["-gsS", "--max-time", "60", "--retry", "1", "--retry-all-errors", url]))
 }
 
 /// The first of three ports in a row that nobody has now.
@@ -160,7 +161,7 @@ fn a_user_who_is_not_root_has_a_network_and_a_tap_device_made_for_him() {
     let script = |word: &str| {
         format!(
             "mkdir /www; echo {word} >/www/word; httpd -p 80 -h /www; echo ready
-             while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.2; done; echo cut off; exec sleep 1000"
+             while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.2; done; echo cut off >/www/word; exec sleep 1000"
         )
     };
     let folder = folder_of_nobody();
@@ -176,7 +177,7 @@ fn a_user_who_is_not_root_has_a_network_and_a_tap_device_made_for_him() {
     // A machine outlives its passt, and leaves nothing of it.
     run(Command::new("kill").args(["-KILL", &passt.to_string()]));
     wait_until("the port is free", || TcpListener::bind(("::", web)).is_ok());
-    assert_eq!(get("http://198.18.9.2/word"), "own\n");
+    wait_until("the guest sees its link go", || get("http://198.18.9.2/word") == "cut off\n");
     wait_until("passt is waited for", || !Path::new(&format!("/proc/{passt}")).exists());
     // And passt no machine.
     for machine in [machine, second] {
@@ -184,7 +185,7 @@ fn a_user_who_is_not_root_has_a_network_and_a_tap_device_made_for_him() {
         wait(machine);
     }
     wait_until("passt ends", || !Path::new(&format!("/proc/{others_passt}")).exists());
-    assert_eq!(output.join().unwrap(), "cut off\n");
+    assert_eq!(output.join().unwrap(), "");
     assert!(!husk(&["ps", "--all"]).contains(" other "), "nothing stays of one that was killed in the foreground");
     ip("link del husk-own");
 }
