@@ -31,7 +31,7 @@ pub mod statistics;
 pub mod table;
 mod text;
 mod trial;
-mod verdict;
+pub mod verdict;
 pub mod work;
 
 use std::cell::Cell;

@@ -35,8 +35,13 @@ struct Agent<'a> {
     killed_at: Option<Instant>,
 }
 
-/// Serves the main session, and those that the host opens, to the end of the machine.
-pub fn run(main: Session, hostname: &str, kept: Option<Kept>) -> ! {
+/// Where the host opens more sessions. To be made before the main process starts: the host may come as soon as it knows of that.
+pub fn listen() -> Option<OwnedFd> {
+    connection::listen().inspect_err(|failure| report::say(&failure.message)).ok()
+}
+
+/// Serves the main session, and those that the host opens at `listener`, to the end of the machine.
+pub fn run(main: Session, hostname: &str, kept: Option<Kept>, listener: Option<OwnedFd>) -> ! {
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);
     let children = set
@@ -44,7 +49,6 @@ pub fn run(main: Session, hostname: &str, kept: Option<Kept>) -> ! {
         .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
         .inspect_err(|error| report::say(&format!("watch processes: {error}")))
         .ok();
-    let listener = connection::listen().inspect_err(|failure| report::say(&failure.message)).ok();
     let (greetings, others) = (Vec::new(), Vec::new());
     let mut agent = Agent { children, listener, greetings, main, others, hostname, killed_at: None };
     agent.serve();

@@ -57,14 +57,15 @@ fn run_process(spec: &Spec, process: &Process, mut session: Session) -> Failure 
     if let Err(failure) = session.complete_connections() {
         return root.err().unwrap_or(failure);
     }
+    let listener = agent::listen();
     match root {
         Ok(kept) => {
             session.start(process, &spec.hostname);
-            agent::run(session, &spec.hostname, kept)
+            agent::run(session, &spec.hostname, kept, listener)
         }
         Err(failure) => {
             session.fail(failure);
-            agent::run(session, &spec.hostname, None)
+            agent::run(session, &spec.hostname, None, listener)
         }
     }
 }
