@@ -89,6 +89,11 @@ impl Life {
         self.detach
     }
 
+    /// Whether one guest may come after another in the same machine.
+    pub fn may_restart(&self) -> bool {
+        self.restart.times_max > 0
+    }
+
     /// Makes the machine's folder, with its name. In the background this is where the session of the terminal is left.
     pub fn folder(&mut self) -> Result<MachineFolder> {
         if self.in_background {

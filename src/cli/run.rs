@@ -24,6 +24,7 @@ use crate::console::log::{Log, Tail};
 use crate::guest::process::{self, Defaults};
 use crate::guest::session::{Ends, Session};
 use crate::guest::{Base, Changes, Inside};
+use crate::image::ext4::Journal;
 use crate::image::{ImageProcess, Store};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
@@ -250,7 +251,11 @@ impl Run {
         let size_bytes = self.scratch.unwrap_or(KEPT_DISK_BYTES);
         Ok(match &self.keep {
             Some(name) => Changes::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
-            None if self.scratch.is_some() => Changes::Disk(Store::open_default()?.scratch(size_bytes)?),
+            None if self.scratch.is_some() => {
+                // A guest that is started again finds what the one before it left.
+                let journal = if self.life.may_restart() { Journal::Yes } else { Journal::No };
+                Changes::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
+            }
             None if self.read_only => Changes::Forbidden,
             None => Changes::Memory,
         })

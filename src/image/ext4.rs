@@ -2,7 +2,7 @@
 //!
 //! The format is described in the kernel's Documentation/filesystems/ext4/. Each group has its own bitmaps and inodes; all but
 //! the first and the last one are marked as not in use yet, so that neither husk nor the guest writes anything there until a file needs
-//! it. There is a journal, since a disk may be kept and its machine may be killed; there are no copies of the superblock.
+//! it. There are no copies of the superblock, and a journal only for who asks for one.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -28,8 +28,9 @@ const JOURNAL_INODE: u32 = 8;
 /// `lost+found`, the first that is not reserved.
 const LAST_INODE: u32 = 11;
 
-/// `has_journal`, `ext_attr`, `dir_index`, `sparse_super2` (which means: copies of the superblock where it says, here nowhere).
-const COMPAT: u32 = 0x4 | 0x8 | 0x20 | 0x200;
+/// `ext_attr`, `dir_index`, `sparse_super2` (which means: copies of the superblock where it says, here nowhere).
+const COMPAT: u32 = 0x8 | 0x20 | 0x200;
+const COMPAT_HAS_JOURNAL: u32 = 0x4;
 /// `filetype`, `extents`, `64bit`.
 const INCOMPAT: u32 = 0x2 | 0x40 | 0x80;
 /// `sparse_super`, `large_file`, `huge_file`, `gdt_csum`, `dir_nlink`, `extra_isize`.
@@ -40,6 +41,15 @@ const BLOCKS_UNUSED: u16 = 0x2;
 /// The inodes are zeroes already: the guest's kernel is not to write them.
 const INODES_ZEROED: u16 = 0x4;
 
+/// Whether a file system has a journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Journal {
+    /// A guest may find what an earlier one left that was killed or crashed.
+    Yes,
+    /// It goes with its guest, which then has fewer writes to wait for when it makes something durable.
+    No,
+}
+
 /// The UUID of the file system in `file`.
 pub fn uuid(file: &File) -> Result<[u8; 16]> {
     const UUID_AT: u64 = 1024 + 0x68;
@@ -49,9 +59,9 @@ pub fn uuid(file: &File) -> Result<[u8; 16]> {
 }
 
 /// Makes an empty file system of about `size_bytes` in the empty `file`. `uuid` is its own, `seconds` the time in its inodes.
-pub fn make(file: &File, size_bytes: u64, uuid: [u8; 16], seconds: u32) -> Result<()> {
+pub fn make(file: &File, size_bytes: u64, journal: Journal, uuid: [u8; 16], seconds: u32) -> Result<()> {
     ensure!((MIN_BYTES..=MAX_BYTES).contains(&size_bytes), "a disk has 16 MiB to 8 TiB");
-    let shape = Shape::of(size_bytes);
+    let shape = Shape::of(size_bytes, journal);
     file.set_len(shape.blocks * BLOCK_BYTES)?;
     let put = |block: u64, bytes: &[u8]| file.write_all_at(bytes, block * BLOCK_BYTES);
     let mut descriptors = Vec::with_capacity((shape.groups * DESCRIPTOR_BYTES) as usize);
@@ -69,16 +79,18 @@ pub fn make(file: &File, size_bytes: u64, uuid: [u8; 16], seconds: u32) -> Resul
     };
     inode(ROOT_INODE, encode_inode(0o040_755, 3, shape.root_block(), 1, seconds))?;
     inode(LAST_INODE, encode_inode(0o040_700, 2, shape.root_block() + 1, 1, seconds))?;
-    inode(JOURNAL_INODE, encode_inode(0o100_600, 1, shape.journal_block(), shape.journal_blocks, seconds))?;
     put(shape.root_block(), &directory(ROOT_INODE, &[(LAST_INODE, b"lost+found")]))?;
     put(shape.root_block() + 1, &directory(LAST_INODE, &[]))?;
-    put(shape.journal_block(), &journal(shape.journal_blocks as u32, &uuid))?;
+    if shape.has_journal() {
+        inode(JOURNAL_INODE, encode_inode(0o100_600, 1, shape.journal_block(), shape.journal_blocks, seconds))?;
+        put(shape.journal_block(), &empty_journal(shape.journal_blocks as u32, &uuid))?;
+    }
     file.write_all_at(&shape.superblock(&uuid, seconds), 1024)?;
     Ok(())
 }
 
 /// What is where. The first group has, in this order: the superblock, the descriptors, its bitmaps and inodes, two directories, and the
-/// journal.
+/// journal, if there is one.
 struct Shape {
     blocks: u64,
     groups: u64,
@@ -87,17 +99,18 @@ struct Shape {
 }
 
 impl Shape {
-    fn of(size_bytes: u64) -> Shape {
+    fn of(size_bytes: u64, journal: Journal) -> Shape {
         let mut blocks = size_bytes / BLOCK_BYTES;
         // A last group without room for more than what it says of itself is left out.
         if blocks > GROUP_BLOCKS && blocks % GROUP_BLOCKS < GROUP_OVERHEAD + 64 {
             blocks -= blocks % GROUP_BLOCKS;
         }
         let groups = blocks.div_ceil(GROUP_BLOCKS);
-        let journal_blocks = match size_bytes >> 20 {
-            ..128 => 1024,
-            128..8192 => 4096,
-            _ => 16384,
+        let journal_blocks = match (journal, size_bytes >> 20) {
+            (Journal::No, _) => 0,
+            (Journal::Yes, ..128) => 1024,
+            (Journal::Yes, 128..8192) => 4096,
+            (Journal::Yes, _) => 16384,
         };
         let descriptor_blocks = (groups * DESCRIPTOR_BYTES).div_ceil(BLOCK_BYTES);
         Shape { blocks, groups, descriptor_blocks, journal_blocks }
@@ -126,6 +139,10 @@ impl Shape {
 
     fn journal_block(&self) -> u64 {
         self.root_block() + 2
+    }
+
+    fn has_journal(&self) -> bool {
+        self.journal_blocks > 0
     }
 
     fn blocks_of(&self, group: u64) -> u64 {
@@ -191,10 +208,10 @@ impl Shape {
         word(0x4c, 1);
         word(0x54, LAST_INODE);
         word(0x58, INODE_BYTES as u32);
-        word(0x5c, COMPAT);
+        word(0x5c, COMPAT | if self.has_journal() { COMPAT_HAS_JOURNAL } else { 0 });
         word(0x60, INCOMPAT);
         word(0x64, RO_COMPAT);
-        word(0xe0, JOURNAL_INODE);
+        word(0xe0, if self.has_journal() { JOURNAL_INODE } else { 0 });
         // Directories are indexed by half MD4 of signed bytes; descriptors have 64 bytes.
         word(0xfc, 1 | (DESCRIPTOR_BYTES as u32) << 16);
         word(0x160, 1);
@@ -260,7 +277,7 @@ fn directory(own: u32, others: &[(u32, &[u8])]) -> [u8; BLOCK_BYTES as usize] {
 }
 
 /// The journal's superblock, which has its numbers the other way round: an empty journal.
-fn journal(blocks: u32, uuid: &[u8; 16]) -> [u8; 1024] {
+fn empty_journal(blocks: u32, uuid: &[u8; 16]) -> [u8; 1024] {
     let mut bytes = [0; 1024];
     // Magic number, superblock of version 2, no transaction; block size, length, first block, first transaction.
     let words = [0xc03b_3998, 4, 0, BLOCK_BYTES as u32, blocks, 1, 1];
@@ -305,19 +322,21 @@ mod tests {
             (10 << 30) + 12345,
             1 << 40,
         ] {
-            let file = tempfile::NamedTempFile::new().unwrap();
-            make(file.as_file(), size, [7; 16], 1_700_000_000).unwrap();
-            let taken = file.as_file().metadata().unwrap().blocks() * 512;
-            assert!(taken <= 200_000 + size / (1 << 20) * 2, "{size} bytes take {taken}");
-            let output = e2fsck(file.path());
-            assert!(output.status.success(), "{size}: {output:?}");
+            for journal in [Journal::Yes, Journal::No] {
+                let file = tempfile::NamedTempFile::new().unwrap();
+                make(file.as_file(), size, journal, [7; 16], 1_700_000_000).unwrap();
+                let taken = file.as_file().metadata().unwrap().blocks() * 512;
+                assert!(taken <= 200_000 + size / (1 << 20) * 2, "{size} bytes take {taken}");
+                let output = e2fsck(file.path());
+                assert!(output.status.success(), "{size}, {journal:?}: {output:?}");
+            }
         }
     }
 
     #[test]
     fn a_damaged_one_is_noticed() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        make(file.as_file(), MIN_BYTES, [7; 16], 1_700_000_000).unwrap();
+        make(file.as_file(), MIN_BYTES, Journal::Yes, [7; 16], 1_700_000_000).unwrap();
         file.as_file().write_all_at(&[1], BLOCK_BYTES + 0xc).unwrap();
         assert!(!e2fsck(file.path()).status.success());
     }
@@ -326,7 +345,7 @@ mod tests {
     fn sizes_that_cannot_be_are_refused() {
         let file = tempfile::tempfile().unwrap();
         for size in [0, MIN_BYTES - 1, MAX_BYTES + 1, u64::MAX] {
-            assert!(make(&file, size, [0; 16], 0).is_err(), "{size}");
+            assert!(make(&file, size, Journal::Yes, [0; 16], 0).is_err(), "{size}");
         }
     }
 }

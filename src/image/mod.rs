@@ -15,7 +15,7 @@ pub mod digest;
 mod directory;
 mod docker_archive;
 mod erofs;
-mod ext4;
+pub mod ext4;
 #[doc(hidden)]
 pub mod fuzzing;
 mod index;

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
-use super::ext4;
+use super::ext4::{self, Journal};
 use super::store::Store;
 use crate::sys;
 
@@ -40,11 +40,11 @@ pub struct Kept {
 
 impl Store {
     /// A disk of this size that goes when the last one who has it open is gone, however that ends.
-    pub fn scratch(&self, size_bytes: u64) -> Result<Scratch> {
+    pub fn scratch(&self, size_bytes: u64, journal: Journal) -> Result<Scratch> {
         let file = self.nameless_file()?;
         let mut uuid = [0; 16];
         sys::getrandom(&mut uuid).context("ask for randomness")?;
-        make(&file, size_bytes, uuid)?;
+        make(&file, size_bytes, journal, uuid)?;
         // A file without a name can be opened this way, and then be locked as any disk is.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
         Ok(Scratch { path, _file: Some(file) })
@@ -76,7 +76,7 @@ impl Store {
             return found(path);
         }
         work.file.set_len(0)?;
-        make(&work.file, size_bytes, identity).with_context(|| format!("make disk {name}"))?;
+        make(&work.file, size_bytes, Journal::Yes, identity).with_context(|| format!("make disk {name}"))?;
         work.keep_as(self, &path)?;
         Ok(Scratch { path, _file: None })
     }
@@ -118,9 +118,9 @@ impl Store {
     }
 }
 
-fn make(file: &File, size_bytes: u64, uuid: [u8; 16]) -> Result<()> {
+fn make(file: &File, size_bytes: u64, journal: Journal, uuid: [u8; 16]) -> Result<()> {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
-    ext4::make(file, size_bytes, uuid, u32::try_from(now).unwrap_or(u32::MAX))
+    ext4::make(file, size_bytes, journal, uuid, u32::try_from(now).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]
@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn a_scratch_disk_has_no_name_and_goes() {
         let (folder, store) = store();
-        let scratch = store.scratch(64 << 20).unwrap();
+        let scratch = store.scratch(64 << 20, Journal::No).unwrap();
         let disk = File::options().read(true).write(true).open(&scratch.path).unwrap();
         disk.try_lock().unwrap();
         assert_eq!(disk.metadata().unwrap().len(), 64 << 20);
