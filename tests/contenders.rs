@@ -374,6 +374,12 @@ fn is_reached(contender: &dyn Contender, ground: &Ground) {
     assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
 }
 
+/// What Docker keeps for its containers, with a name or without; nothing where it does not answer.
+fn images() -> String {
+    let list = Command::new("docker").args(["images", "--all", "--quiet"]).output();
+    list.map_or(String::new(), |list| String::from_utf8(list.stdout).unwrap())
+}
+
 const VICTIM: &str = "HUSK_TEST_VICTIM";
 
 /// Starts all containers, and waits to be killed.
@@ -402,6 +408,7 @@ fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
         return be_killed();
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = images();
     let mut victim = Command::new(std::env::current_exe().unwrap());
     victim.args(["--exact", NAME, "--nocapture"]).env(VICTIM, "1").stdout(Stdio::piped());
     let mut victim = victim.spawn().unwrap();
@@ -420,6 +427,7 @@ fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
     let places = ["/sys/fs/cgroup", "/run", "-maxdepth", "2", "-name", &format!("{id}*")];
     assert_eq!(String::from_utf8(Command::new("find").args(places).output().unwrap().stdout).unwrap(), "");
     assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains(id));
+    assert_eq!(images(), before);
     drop(plot);
     fs::remove_dir_all(base.parent().unwrap()).unwrap();
 }

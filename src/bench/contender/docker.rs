@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -17,6 +18,8 @@ use crate::resources::programs;
 pub struct Docker(Program);
 
 const NAME: &str = "docker";
+/// How long the daemon may take to remove containers that were killed.
+const CONTAINERS_END: Duration = Duration::from_secs(10);
 
 impl Docker {
     /// Asks the daemon.
@@ -103,10 +106,21 @@ impl Contender for Docker {
     }
 
     fn clean_up(&mut self, ground: &Ground) -> Result<()> {
-        if succeeds(NAME, &["image", "inspect", &ground.id()]) {
-            programs::run(NAME, &["rmi", "--force", &ground.id()])?;
+        match succeeds(NAME, &["image", "inspect", &ground.id()]) {
+            true => remove_image(&ground.id()),
+            false => Ok(()),
         }
-        Ok(())
+    }
+}
+
+/// Removes an image, once the daemon is done with the containers that were made of it: by force it would only lose its name.
+fn remove_image(image: &str) -> Result<()> {
+    let started = Instant::now();
+    loop {
+        match programs::run(NAME, &["rmi", image]) {
+            Err(_) if started.elapsed() < CONTAINERS_END => std::thread::sleep(Duration::from_millis(100)),
+            removed => return removed,
+        }
     }
 }
 
@@ -124,10 +138,13 @@ pub fn end_left_behind(folder: &Path) {
     }
     let filter = format!("name={id}-");
     let left = programs::output(NAME, &["ps", "--all", "--quiet", "--filter", &filter]).unwrap_or_default();
-    let containers = left.split_whitespace().map(|container| programs::run(NAME, &["rm", "--force", container]));
-    for result in containers.chain([programs::run(NAME, &["rmi", "--force", &id])]) {
-        if let Err(error) = result {
-            log::warn!("{error:#}");
+    for container in left.split_whitespace() {
+        // The daemon may be removing it already (--rm), which is an error here.
+        if let Err(error) = programs::run(NAME, &["rm", "--force", container]) {
+            log::info!("{error:#}");
         }
+    }
+    if let Err(error) = remove_image(&id) {
+        log::warn!("{error:#}");
     }
 }
