@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -201,6 +202,44 @@ fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
         assert!(started.elapsed() < Duration::from_secs(60), "waited for {what} in vain");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn a_budget_that_nobody_can_spend_counts_nobody() {
+    let bench = Bench::new();
+    let image = bench.image();
+    let words = ["--quick", "--runs", "1", "--scenario", "density", "--against", "host", "--output", "density", &image];
+    let output = bench.run(&words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report = bench.report("density.json");
+    let [instances, starts] = &*report.measures else { panic!("{:?}", report.measures) };
+    assert!(instances.results[0].skipped.as_ref().unwrap().contains("10 instances"), "{instances:?}");
+    assert!(instances.results[0].samples.is_empty() && starts.results[0].samples[0].is_some(), "{report:?}");
+    bench.expect_nothing_left();
+}
+
+#[test]
+fn who_is_held_by_nothing_does_not_run_out_of_memory() {
+    let bench = Bench::new();
+    let test = "who_is_held_by_nothing_does_not_run_out_of_memory";
+    // Without root runc can hold nobody to anything.
+    if container(&bench, test).is_none() || !text(&bench.run(&["--list"]).stdout).contains("present  runc: ") {
+        return eprintln!("SKIPPED: {test} wants root, and runc");
+    }
+    let image = bench.image();
+    let husk = bench.husk(&[]).get_program().to_owned();
+    fs::copy(husk, bench.path("husk")).unwrap();
+    let whose = Command::new("chown").args(["-R", "65534:65534"]).arg(bench.folder.path()).status().unwrap();
+    assert!(whose.success());
+    let words = ["--quick", "--runs", "1", "--scenario", "isolation", "--against", "runc", "--output", "held", &image];
+    let mut husk = Command::new(bench.path("husk"));
+    husk.current_dir(bench.folder.path()).env("HUSK_DATA", bench.path("store")).env("HOME", bench.folder.path());
+    let output = husk.arg("bench").args(words).stdin(Stdio::null()).uid(65534).gid(65534).output().unwrap();
+    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    let report = bench.report("held.json");
+    let memory = report.measures.iter().find(|measure| measure.name == "isolation-memory").unwrap();
+    assert!(memory.results[0].skipped.as_ref().unwrap().contains("were not applied"), "{memory:?}");
+    bench.expect_nothing_left();
 }
 
 /// Whether kernels run here as they are.

@@ -5,24 +5,20 @@ use std::fs;
 
 use super::facts::meminfo_kib;
 
-/// Memory of the host, at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cost {
-    /// The processes' own pages and their part of those they share (proc_pid_smaps(5), Pss).
-    pub pss_kib: u64,
-    /// All of the host's page cache, but for what processes made in memory (Shmem): that is in their PSS.
-    pub page_cache_kib: u64,
-}
-
-/// What `roots`, all their descendants, and `others` use. A process that ends meanwhile counts nothing.
-pub fn of(roots: &[u32], others: &[u32]) -> Cost {
+/// The own pages of `roots`, all their descendants, and `others`, and their part of those they share (proc_pid_smaps(5), Pss). A
+/// process that ends meanwhile counts nothing.
+pub fn pss_kib(roots: &[u32], others: &[u32]) -> u64 {
     let mut processes = descendants(roots, &parents());
     processes.extend(others);
-    let pss_kib = processes.iter().filter_map(|pid| pss_kib(&read(&format!("/proc/{pid}/smaps_rollup")))).sum();
+    let of_one = |pid| meminfo_kib(&read(&format!("/proc/{pid}/smaps_rollup")), "Pss");
+    processes.iter().filter_map(of_one).sum()
+}
+
+/// All of the host's page cache, but for what processes made in memory (Shmem): that is in their PSS.
+pub fn page_cache_kib() -> u64 {
     let meminfo = read("/proc/meminfo");
     let kib = |key| meminfo_kib(&meminfo, key).unwrap_or(0);
-    let page_cache_kib = (kib("Cached") + kib("Buffers")).saturating_sub(kib("Shmem"));
-    Cost { pss_kib, page_cache_kib }
+    (kib("Cached") + kib("Buffers")).saturating_sub(kib("Shmem"))
 }
 
 /// What new processes could have without swapping, in MiB.
@@ -32,10 +28,6 @@ pub fn available_mib() -> u64 {
 
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default()
-}
-
-fn pss_kib(smaps_rollup: &str) -> Option<u64> {
-    meminfo_kib(smaps_rollup, "Pss")
 }
 
 /// Every process's parent.
@@ -94,12 +86,11 @@ mod tests {
             assert!(started.elapsed().as_secs() < 10);
         }
         let found = descendants(&[shell.id()], &parents());
-        let cost = of(&[shell.id()], &[]);
-        let none = of(&[u32::MAX], &[]);
+        let (own, none) = (pss_kib(&[shell.id()], &[]), pss_kib(&[u32::MAX], &[]));
         for pid in found {
             let _ = Command::new("kill").arg(pid.to_string()).status();
         }
         shell.wait().unwrap();
-        assert!(cost.pss_kib > 0 && none.pss_kib == 0, "{cost:?} {none:?}");
+        assert!(own > 0 && none == 0, "{own} {none}");
     }
 }

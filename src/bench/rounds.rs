@@ -60,7 +60,7 @@ fn one_trial(
 ) -> Result<Vec<Measured>> {
     let measures = trial.measures(context.plan);
     let mut entrants: Vec<Entrant> =
-        contenders.iter().map(|contender| Entrant::new(trial, *contender, &measures)).collect();
+        contenders.iter().map(|contender| Entrant::new(trial, context, *contender, &measures)).collect();
     let (warm_up, least, most) = rounds(trial, &context.plan.effort);
     for round in 0..warm_up + most {
         watch.sample();
@@ -91,8 +91,13 @@ fn rounds(trial: Trial, effort: &Effort) -> (u32, u32, u32) {
 }
 
 impl<'a> Entrant<'a> {
-    fn new(trial: Trial, contender: &'a dyn Contender, measures: &'a [&'static Measure]) -> Entrant<'a> {
-        let skipped = trial.obstacle(contender);
+    fn new(
+        trial: Trial,
+        context: &Context,
+        contender: &'a dyn Contender,
+        measures: &'a [&'static Measure],
+    ) -> Entrant<'a> {
+        let skipped = trial.obstacle(contender, context.ground);
         let outcome = |_: &&Measure| Outcome {
             contender: contender.name().to_owned(),
             samples: Vec::new(),
@@ -127,7 +132,7 @@ impl<'a> Entrant<'a> {
             }
             Err(error) => {
                 self.failures_in_a_row += 1;
-                for outcome in &mut self.outcomes {
+                for outcome in self.outcomes.iter_mut().filter(|outcome| outcome.skipped.is_none()) {
                     outcome.failures.push(format!("{when}: {}", one_line(&format!("{error:#}"))));
                     if round.is_some() {
                         outcome.samples.push(None);
@@ -140,6 +145,13 @@ impl<'a> Entrant<'a> {
 
     fn keep(&mut self, found: &Found, when: &str, counted: bool) {
         for (measure, outcome) in self.measures.iter().zip(&mut self.outcomes) {
+            if let Some((_, why)) = found.pointless.iter().find(|(name, _)| *name == measure.name) {
+                outcome.skipped = Some(why.clone());
+                outcome.samples.clear();
+            }
+            if outcome.skipped.is_some() {
+                continue;
+            }
             let value = found.values.iter().find(|(name, _)| *name == measure.name).map(|(_, value)| *value);
             // A clock that stood still, or a division by it, is no number.
             let value = value.filter(|value| value.is_finite());
@@ -155,7 +167,8 @@ impl<'a> Entrant<'a> {
 
     /// Whether more rounds would tell nothing more that was asked for.
     fn is_precise(&self, precision: f64) -> bool {
-        let precise = |outcome: &Outcome| statistics::is_enough(&outcome.samples, precision);
+        let precise =
+            |outcome: &Outcome| outcome.skipped.is_some() || statistics::is_enough(&outcome.samples, precision);
         self.out || self.outcomes.iter().all(precise)
     }
 }

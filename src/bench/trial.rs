@@ -93,6 +93,8 @@ pub struct Found {
     pub values: Vec<(&'static str, f64)>,
     /// Measures that failed by themselves.
     pub failures: Vec<(&'static str, String)>,
+    /// Measures that can tell nothing here, and why.
+    pub pointless: Vec<(&'static str, String)>,
 }
 
 impl Trial {
@@ -141,7 +143,7 @@ impl Trial {
     }
 
     /// Why it cannot be made with this contender, or on this host.
-    pub fn obstacle(self, contender: &dyn Contender) -> Option<String> {
+    pub fn obstacle(self, contender: &dyn Contender, ground: &Ground) -> Option<String> {
         match (self, contender.walls()) {
             (Trial::Isolation(Crash::Kernel), Walls::None | Walls::Container) => {
                 Some("its kernel is the host's: a crash would take the host and all neighbours with it".to_owned())
@@ -149,6 +151,7 @@ impl Trial {
             (Trial::Isolation(Crash::Memory), Walls::None) => {
                 Some("nothing stands between it and the host's memory".to_owned())
             }
+            (Trial::Isolation(Crash::Memory), _) => contender.limits_not_applied(ground),
             (Trial::Start { cold: true }, _) => forget_caches().err().map(|error| one_line(&format!("{error:#}"))),
             _ => None,
         }
@@ -213,7 +216,7 @@ impl Context<'_> {
         let [output, exit] =
             if cold { ["start-output-cold", "start-exit-cold"] } else { ["start-output-warm", "start-exit-warm"] };
         let millis = |time: Duration| time.as_secs_f64() * 1e3;
-        Ok(Found { values: vec![(output, millis(first)), (exit, millis(run.exited))], failures: Vec::new() })
+        Ok(Found { values: vec![(output, millis(first)), (exit, millis(run.exited))], ..Found::default() })
     }
 
     fn work(&self, contender: &dyn Contender, measures: Vec<&'static Measure>, scratch: Option<u64>) -> Result<Found> {
@@ -246,7 +249,7 @@ impl Context<'_> {
 
     fn network(&self, contender: &dyn Contender) -> Result<Found> {
         let amounts = if self.plan.effort.quick {
-            client::Amounts { bytes: 16 << 20, round_trips: 100, requests: 50 }
+            client::Amounts { bytes: 64 << 20, round_trips: 200, requests: 200 }
         } else {
             client::Amounts { bytes: 256 << 20, round_trips: 1000, requests: 300 }
         };
@@ -264,7 +267,7 @@ impl Context<'_> {
             ("network-latency", answers.round_trip_us),
             ("network-requests", answers.requests_per_s),
         ];
-        Ok(Found { values, failures: Vec::new() })
+        Ok(Found { values, ..Found::default() })
     }
 
     fn command(&self, contender: &dyn Contender) -> Result<Found> {
@@ -272,7 +275,7 @@ impl Context<'_> {
         let job = Job { command, scratch_mib: None, port: None, instance: self.instance() };
         let launch = contender.launch(self.ground, &job)?;
         let run = succeeded(run::run(launch, &Expected::default(), &self.conditions()))?;
-        Ok(Found { values: vec![("command", run.exited.as_secs_f64() * 1e3)], failures: Vec::new() })
+        Ok(Found { values: vec![("command", run.exited.as_secs_f64() * 1e3)], ..Found::default() })
     }
 }
 

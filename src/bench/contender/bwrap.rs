@@ -46,7 +46,7 @@ impl Contender for Bwrap {
     }
 
     fn about(&self, ground: &Ground) -> result::Contender {
-        let notes = Held::Container.note(ground).into_iter().chain(share::root_note()).collect();
+        let notes = self.limits_not_applied(ground).into_iter().chain(share::root_note()).collect();
         self.0.about(NAME, Walls::Container, command_line("ROOT", super::is_root(), None, &sample()), notes)
     }
 
@@ -69,6 +69,10 @@ impl Contender for Bwrap {
             address: job.port.map(port::on_loopback),
             clean_up: Some(Box::new(clean_up)),
         })
+    }
+
+    fn limits_not_applied(&self, ground: &Ground) -> Option<String> {
+        Held::Container.note(ground)
     }
 
     fn clean_up(&mut self, _ground: &Ground) -> Result<()> {

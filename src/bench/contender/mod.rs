@@ -126,6 +126,10 @@ pub trait Contender: Send {
     fn more_processes(&self, _ground: &Ground, _job: &Job) -> Vec<u32> {
         Vec::new()
     }
+    /// What the results say where its instances are not held to the memory that they may have, by their walls or by this host.
+    fn limits_not_applied(&self, _ground: &Ground) -> Option<String> {
+        None
+    }
     /// Removes what `prepare` made. To be called at the end, whatever happened.
     fn clean_up(&mut self, ground: &Ground) -> Result<()>;
 }

@@ -73,10 +73,10 @@ impl Contender for Runtime {
 
     fn about(&self, ground: &Ground) -> result::Contender {
         let mut notes: Vec<String> = share::root_note().into_iter().collect();
-        match is_root() {
-            true => notes.push("its root is an overlay that is mounted before the clock starts, and there is no seccomp filter: an engine does both".into()),
-            false => notes.push("its limits of processor time and memory were not applied: it is not root's".into()),
+        if is_root() {
+            notes.push("its root is an overlay that is mounted before the clock starts, and there is no seccomp filter: an engine does both".into());
         }
+        notes.extend(self.limits_not_applied(ground));
         let job = sample();
         let line = self.line(ground, &["run", "--bundle", "BUNDLE", &ground.instance(self.name, &job)]);
         self.program.about(self.name, Walls::Container, line, notes)
@@ -114,6 +114,10 @@ impl Contender for Runtime {
             ground::clear(&folder)
         };
         Ok(Launch { command, passes_exit_code: true, address, clean_up: Some(Box::new(clean_up)) })
+    }
+
+    fn limits_not_applied(&self, _ground: &Ground) -> Option<String> {
+        (!is_root()).then(|| "its limits of processor time and memory were not applied: it is not root's".to_owned())
     }
 
     fn clean_up(&mut self, ground: &Ground) -> Result<()> {

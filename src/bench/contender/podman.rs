@@ -1,5 +1,6 @@
 //! Podman: an engine without a daemon, run by root or by a user.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -8,7 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit};
 use super::super::result::{self, Walls};
 use super::program::{Program, which};
 use super::{
-    Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, command, ground, is_root, port, sample, share, words,
+    Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, Unable, command, ground, is_root, port, sample, share, words,
 };
 use crate::resources::programs;
 use crate::sandbox::cgroup::pen;
@@ -31,6 +32,8 @@ pub struct Podman {
 const FOLDER: &str = "podman";
 /// What Podman limits itself to, of processes.
 const LIMIT_MAX: u64 = 1 << 15;
+/// What a user's network is made of.
+const TAP: &str = "/dev/net/tun";
 
 impl Podman {
     /// Looks for it. In the mode that is not this user's it is absent.
@@ -111,6 +114,27 @@ impl Podman {
     }
 }
 
+impl Podman {
+    /// Why a user's container has no network here: podman has slirp4netns make one of a tap device, and from 5 on passt's pasta.
+    fn network_obstacle(&self) -> Option<String> {
+        if self.mode == Mode::Own {
+            return None;
+        }
+        let (program, package) = network_program(self.program.version.as_deref().unwrap_or_default());
+        if !which(program) {
+            return Some(format!("there is no program {program}: type `sudo apt-get install {package}`"));
+        }
+        let tap = File::options().read(true).write(true).open(TAP).err();
+        tap.map(|error| format!("{program} cannot open {TAP} ({error}): type `sudo chmod 666 {TAP}`"))
+    }
+}
+
+/// What makes a user's network for this version of podman, and the package that has it.
+fn network_program(version: &str) -> (&'static str, &'static str) {
+    let major: u32 = version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
+    if major < 5 { ("slirp4netns", "slirp4netns") } else { ("pasta", "passt") }
+}
+
 impl Contender for Podman {
     fn name(&self) -> &str {
         match self.mode {
@@ -126,9 +150,7 @@ impl Contender for Podman {
     fn about(&self, ground: &Ground) -> result::Contender {
         let mut notes =
             vec!["its root is an overlay over the image's files (--rootfs), in a storage of its own".to_owned()];
-        if self.mode == Mode::Rootless && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-            notes.push("its limits of processor time and memory were not applied: this host has the first version of control groups".into());
-        }
+        notes.extend(self.limits_not_applied(ground));
         self.program.about(self.name(), Walls::Container, self.command_line(ground, None, &sample()), notes)
     }
 
@@ -138,6 +160,9 @@ impl Contender for Podman {
     }
 
     fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
+        if let Some(obstacle) = self.network_obstacle().filter(|_| job.port.is_some()) {
+            return Err(Unable(obstacle).into());
+        }
         let folder = ground.instance_folder(self.name(), job)?;
         let scratch = share::scratch(job, &folder)?;
         let command = command(&self.command_line(ground, scratch.as_deref(), job))?;
@@ -162,6 +187,11 @@ impl Contender for Podman {
         let format = "{{.State.Pid}} {{.State.ConmonPid}}";
         let text = output(&line(&ground.folder, &["inspect", "--format", format, &id])).unwrap_or_default();
         text.split_whitespace().filter_map(|word| word.parse().ok()).filter(|&process| process > 0).collect()
+    }
+
+    fn limits_not_applied(&self, _ground: &Ground) -> Option<String> {
+        let has_none = self.mode == Mode::Rootless && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+        has_none.then(|| "its limits of processor time and memory were not applied: this host has the first version of control groups".to_owned())
     }
 
     fn clean_up(&mut self, ground: &Ground) -> Result<()> {
@@ -196,5 +226,17 @@ pub fn end_left_behind(folder: &Path) {
         && let Err(error) = remove_all(folder)
     {
         log::warn!("{error:#}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_s_network_is_made_by_what_the_version_uses() {
+        for (version, program) in [("4.3.1", "slirp4netns"), ("5.4.2", "pasta"), ("10.0.0-dev", "pasta")] {
+            assert_eq!(network_program(version).0, program, "{version}");
+        }
     }
 }

@@ -7,8 +7,9 @@ use anyhow::{Result, bail, ensure};
 
 use super::{Context, Found, dirt, succeeded};
 use crate::bench::contender::{Contender, Job, Launch, WORK};
-use crate::bench::cost::{self, Cost};
+use crate::bench::cost;
 use crate::bench::run::{self, Conditions, Expected, Running};
+use crate::bench::statistics;
 use crate::sandbox;
 
 /// Instances beyond the first, whose mean is what one more costs; and for a quick look.
@@ -33,10 +34,10 @@ struct Crowd {
 }
 
 impl Crowd {
-    fn cost(&self) -> Cost {
+    fn pss_kib(&self) -> u64 {
         let roots: Vec<u32> = self.running.iter().map(|(running, _)| running.pid()).collect();
         let others: Vec<u32> = self.running.iter().flat_map(|(_, others)| others.iter().copied()).collect();
-        cost::of(&roots, &others)
+        cost::pss_kib(&roots, &others)
     }
 
     fn end(self) -> Result<()> {
@@ -62,29 +63,32 @@ impl Context<'_> {
         let mut crowd = Crowd { running: Vec::new() };
         self.idle(contender, &mut crowd, &[])?;
         std::thread::sleep(SETTLE);
-        let first = crowd.cost();
+        let first_kib = crowd.pss_kib();
         let more = if self.plan.effort.quick { MORE_QUICK } else { MORE };
+        let mut page_cache_kib = Vec::new();
         for _ in 0..more {
+            // Only as long as a start takes: the host reads and forgets for others, too.
+            let before = cost::page_cache_kib();
             self.idle(contender, &mut crowd, &[])?;
+            page_cache_kib.push(cost::page_cache_kib() as f64 - before as f64);
         }
         std::thread::sleep(SETTLE);
-        let all = crowd.cost();
+        let all_kib = crowd.pss_kib();
         crowd.end()?;
-        ensure!(first.pss_kib > 0, "its processes cannot be looked into");
+        ensure!(first_kib > 0, "its processes cannot be looked into");
 
         let mut worked = Crowd { running: Vec::new() };
         self.idle(contender, &mut worked, &["--touch", &TOUCHED_MIB.to_string()])?;
         std::thread::sleep(SETTLE);
-        let after_work = worked.cost();
+        let after_work_kib = worked.pss_kib();
         worked.end()?;
 
-        let each_mib = |all: u64, first: u64| (all as f64 - first as f64) / more as f64 / 1024.0;
         let values = vec![
-            ("memory-idle", each_mib(all.pss_kib, first.pss_kib)),
-            ("memory-cache", each_mib(all.page_cache_kib, first.page_cache_kib)),
-            ("memory-after-work", after_work.pss_kib as f64 / 1024.0),
+            ("memory-idle", (all_kib as f64 - first_kib as f64) / more as f64 / 1024.0),
+            ("memory-cache", statistics::median(&page_cache_kib) / 1024.0),
+            ("memory-after-work", after_work_kib as f64 / 1024.0),
         ];
-        Ok(Found { values, failures: Vec::new() })
+        Ok(Found { values, ..Found::default() })
     }
 
     /// Instances until the budget is spent, then as many at once as there are processors, again and again.
@@ -94,13 +98,22 @@ impl Context<'_> {
         let budget = self.plan.budget_mib.unwrap_or((before / BUDGET_SHARE).min(MOST_BUDGET_MIB));
         ensure!(before > budget + RESERVE_MIB, "{before} MiB are available, of which {budget} MiB cannot be spent");
         let mut crowd = Crowd { running: Vec::new() };
-        while crowd.running.len() < most && before.saturating_sub(cost::available_mib()) < budget {
+        let is_spent = || before.saturating_sub(cost::available_mib()) >= budget;
+        while crowd.running.len() < most && !is_spent() {
             self.idle(contender, &mut crowd, &[])?;
         }
-        let instances = crowd.running.len();
+        let (instances, spent) = (crowd.running.len(), is_spent());
         crowd.end()?;
-        let values = vec![("density-instances", instances as f64), ("density-starts", self.starts(contender)?)];
-        Ok(Found { values, failures: Vec::new() })
+        let mut found = Found { values: vec![("density-starts", self.starts(contender)?)], ..Found::default() };
+        match spent {
+            true => found.values.push(("density-instances", instances as f64)),
+            // How many more would fit is not known, and no number of anybody's may be held against it.
+            false => found.pointless.push((
+                "density-instances",
+                format!("{most} instances, which is all that are started, fit into the budget of {budget} MiB"),
+            )),
+        }
+        Ok(found)
     }
 
     /// Starts a second, with as many under way at any time as there are processors.

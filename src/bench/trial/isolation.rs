@@ -36,7 +36,7 @@ impl Context<'_> {
         ensure!(alive, "the neighbour ended with it");
         ensure!(after > before, "the neighbour is silent since");
         has_crashed(&victim)?;
-        Ok(Found { values: vec![(measure, silence.as_secs_f64() * 1e3)], failures: Vec::new() })
+        Ok(Found { values: vec![(measure, silence.as_secs_f64() * 1e3)], ..Found::default() })
     }
 }
 
