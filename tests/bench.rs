@@ -233,7 +233,10 @@ fn who_is_held_by_nothing_does_not_run_out_of_memory() {
     assert!(whose.success());
     let words = ["--quick", "--runs", "1", "--scenario", "isolation", "--against", "runc", "--output", "held", &image];
     let mut husk = Command::new(bench.path("husk"));
-    husk.current_dir(bench.folder.path()).env("HUSK_DATA", bench.path("store")).env("HOME", bench.folder.path());
+    husk.current_dir(bench.folder.path())
+        .env("HUSK_DATA", bench.path("store"))
+        .env("HOME", bench.folder.path())
+        .env("TMPDIR", bench.folder.path());
     let output = husk.arg("bench").args(words).stdin(Stdio::null()).uid(65534).gid(65534).output().unwrap();
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
     let report = bench.report("held.json");
