@@ -1,6 +1,6 @@
 //! A guest's memory and its host's: what goes back by itself, what a target keeps from a guest, and what it gets again.
 //!
-//! Real guests, as for tests/linux.rs, but as machines in this process: what is tested is measured and changed while they
+//! Real guests, as for tests/linux, but as machines in this process: what is tested is measured and changed while they
 //! run. Without `HUSK_TEST_GUESTS` every test says that it was skipped.
 
 use std::io::{Read, Write};

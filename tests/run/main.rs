@@ -1,6 +1,6 @@
 //! Images run as a user runs them: real guests with husk's own init, under both kernels.
 //!
-//! They need what tests/linux.rs needs, and skip as loudly without it. The image is made here, of busybox, as `docker save`
+//! They need what tests/linux needs, and skip as loudly without it. The image is made here, of busybox, as `docker save`
 //! makes one.
 
 mod background;

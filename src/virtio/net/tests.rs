@@ -2,10 +2,10 @@
 
 mod pairs;
 mod vhost;
+mod witness;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net::{
@@ -13,9 +13,9 @@ use virtio_bindings::virtio_net::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
+use self::witness::Witness;
 use super::pair::{RX, TX};
 use super::*;
-use crate::backend::disk::GuestBuffers;
 use crate::backend::net::{HEADER_BYTES, Header, StreamNet};
 use crate::backend::rate::Rate;
 use crate::bus::Device;
@@ -338,50 +338,11 @@ fn buffers_without_room_do_not_keep_the_device_busy() {
     assert_eq!((bench.driver.used_index(RX_QUEUE), bench.driver.read(STATUS)), (0, 15));
 }
 
-/// A back end that takes checksums and segments off the guest, and notes what it is told.
-#[derive(Clone)]
-struct Taker {
-    socket: Arc<UnixStream>,
-    sent: Arc<Mutex<Vec<(Header, u64)>>>,
-    accepted: Arc<Mutex<Vec<u64>>>,
-}
-
-impl NetBackend for Taker {
-    fn features(&self) -> u64 {
-        1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4
-    }
-
-    fn accept(&mut self, features: u64) -> io::Result<()> {
-        self.accepted.lock().unwrap().push(features & self.features());
-        Ok(())
-    }
-
-    fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
-        self.sent.lock().unwrap().push((*header, frame.len_bytes()));
-        Ok(())
-    }
-
-    fn receive(&mut self) -> io::Result<bool> {
-        Ok(false)
-    }
-
-    fn frame(&self) -> Option<(Header, &[u8])> {
-        None
-    }
-
-    fn consume(&mut self) {}
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        use std::os::fd::AsFd;
-        self.socket.as_fd()
-    }
-}
-
 #[test]
 fn what_is_left_to_the_host_is_what_was_negotiated() {
-    let socket = Arc::new(UnixStream::pair().unwrap().0);
-    let taker = Taker { socket, sent: Arc::default(), accepted: Arc::default() };
-    let (device, link) = device_on(vec![Box::new(taker.clone())], "net", MAC, None).unwrap();
+    let all = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
+    let witness = Witness::new(all);
+    let (device, link) = device_on(vec![Box::new(witness.clone())], "net", MAC, None).unwrap();
     let mut driver = Driver::new(device);
     driver.start();
     let header = Header {
@@ -398,12 +359,11 @@ fn what_is_left_to_the_host_is_what_was_negotiated() {
         driver.transact(TX_QUEUE, &[(FRAME, 12 + 4000, 0)]);
     };
     send(&mut driver);
-    assert_eq!(*taker.sent.lock().unwrap(), [(header, 4000)]);
+    assert_eq!(*witness.sent.lock().unwrap(), [(header, 4000)]);
     driver.start_with(1 << VIRTIO_NET_F_CSUM);
     send(&mut driver);
-    assert_eq!((taker.sent.lock().unwrap().len(), link.counts().tx_dropped), (1, 1));
-    let all = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
-    assert_eq!(*taker.accepted.lock().unwrap(), [all, 1 << VIRTIO_NET_F_CSUM]);
+    assert_eq!((witness.sent.lock().unwrap().len(), link.counts().tx_dropped), (1, 1));
+    assert_eq!(*witness.accepted.lock().unwrap(), [all, 1 << VIRTIO_NET_F_CSUM]);
     let mut mtu = [0xff; 2];
     driver.transport.read(CONFIG + 10, &mut mtu);
     assert_eq!(u16::from_le_bytes(mtu), 1500);

@@ -1,6 +1,6 @@
 //! Several pairs of queues, and the control queue that says how many are in use.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::*;
 
@@ -243,63 +243,16 @@ fn how_many_are_in_use_is_saved_and_ends_with_a_reset() {
     assert_eq!(driver.used_index(TX_2), 0);
 }
 
-/// A back end that its host will not enable, if so told.
-struct Stubborn {
-    socket: UnixStream,
-    refuses: Arc<AtomicBool>,
-    enabled: Arc<AtomicBool>,
-}
-
-impl NetBackend for Stubborn {
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn accept(&mut self, _features: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
-        if enabled && self.refuses.load(Ordering::SeqCst) {
-            return Err(io::ErrorKind::PermissionDenied.into());
-        }
-        self.enabled.store(enabled, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn send(&mut self, _header: &Header, _frame: &mut GuestBuffers) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn receive(&mut self) -> io::Result<bool> {
-        Ok(false)
-    }
-
-    fn frame(&self) -> Option<(Header, &[u8])> {
-        None
-    }
-
-    fn consume(&mut self) {}
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        use std::os::fd::AsFd;
-        self.socket.as_fd()
-    }
-}
-
 #[test]
 fn what_the_host_refuses_is_refused_and_what_there_was_stays() {
-    let flags: [[Arc<AtomicBool>; 2]; 3] = Default::default();
-    let backend = |[refuses, enabled]: &[Arc<AtomicBool>; 2]| -> Box<dyn NetBackend> {
-        let socket = UnixStream::pair().unwrap().0;
-        Box::new(Stubborn { socket, refuses: refuses.clone(), enabled: enabled.clone() })
-    };
-    let device = device_on(flags.iter().map(backend).collect(), "net-stubborn", MAC, None).unwrap().0;
-    let enabled = || flags.each_ref().map(|[_, enabled]| enabled.load(Ordering::SeqCst));
+    let witnesses: [Witness; 3] = std::array::from_fn(|_| Witness::new(0));
+    let backends = witnesses.iter().map(|witness| -> Box<dyn NetBackend> { Box::new(witness.clone()) });
+    let device = device_on(backends.collect(), "net-stubborn", MAC, None).unwrap().0;
+    let enabled = || witnesses.each_ref().map(|witness| witness.enabled.load(Ordering::SeqCst));
     let mut driver = Driver::new(device);
     driver.start();
     assert_eq!(enabled(), [true, false, false]);
-    flags[2][0].store(true, Ordering::SeqCst);
+    witnesses[2].refuses.store(true, Ordering::SeqCst);
     let control = 6;
     assert_eq!(ask_in(&mut driver, control, &[4, 0, 3, 0], &[4]), (1, ERR));
     assert_eq!(enabled(), [true, false, false]);

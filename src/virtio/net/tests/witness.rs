@@ -1,0 +1,67 @@
+//! The other side of a device that no frame comes from.
+
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::backend::disk::GuestBuffers;
+
+/// A back end that gives nothing, and notes what it is told. All copies are one.
+#[derive(Clone)]
+pub(super) struct Witness {
+    socket: Arc<UnixStream>,
+    features: u64,
+    pub(super) sent: Arc<Mutex<Vec<(Header, u64)>>>,
+    pub(super) accepted: Arc<Mutex<Vec<u64>>>,
+    pub(super) enabled: Arc<AtomicBool>,
+    /// Whether its host will not enable it.
+    pub(super) refuses: Arc<AtomicBool>,
+}
+
+impl Witness {
+    /// One that takes this off the guest.
+    pub(super) fn new(features: u64) -> Witness {
+        let socket = Arc::new(UnixStream::pair().unwrap().0);
+        let (sent, accepted) = Default::default();
+        Witness { socket, features, sent, accepted, enabled: Arc::default(), refuses: Arc::default() }
+    }
+}
+
+impl NetBackend for Witness {
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn accept(&mut self, features: u64) -> io::Result<()> {
+        self.accepted.lock().unwrap().push(features & self.features);
+        Ok(())
+    }
+
+    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        if enabled && self.refuses.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        self.enabled.store(enabled, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
+        self.sent.lock().unwrap().push((*header, frame.len_bytes()));
+        Ok(())
+    }
+
+    fn receive(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn frame(&self) -> Option<(Header, &[u8])> {
+        None
+    }
+
+    fn consume(&mut self) {}
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

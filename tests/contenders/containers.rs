@@ -1,0 +1,116 @@
+//! What shares the host's kernel: everyone runs in the same root, within the same limits.
+
+use std::fs;
+use std::process::Command;
+
+use husk::bench::contender::{Contender, Ground, Job};
+
+use crate::{
+    DATA_BYTES, LONG, MEMORY_MIB, clean_up, is_root, job, lay, output, present, say, sleeper, start, traces, wait_for,
+};
+
+#[test]
+fn everyone_here_runs_the_same_within_limits_and_leaves_nothing() {
+    if !is_root() {
+        say("SKIPPED: control groups and overlays are tested by root");
+        return;
+    }
+    let mut lab = lay();
+    let ground = &lab.ground;
+    assert!(!fs::symlink_metadata(ground.root.join("scratch")).unwrap().is_symlink());
+    assert_eq!(fs::metadata(ground.root.join(".husk-bench/data")).unwrap().len(), DATA_BYTES);
+    for mut contender in present(ground, false) {
+        let name = contender.name().to_owned();
+        say(&name);
+        contender.prepare(ground).unwrap();
+        runs_in_the_root(&*contender, ground);
+        forgets_changes(&*contender, ground);
+        is_held(&*contender, ground);
+        leaves_nothing_when_killed(&*contender, ground);
+        contender.clean_up(ground).unwrap();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounted: Vec<_> = mounts.lines().filter(|line| line.contains(ground.folder.to_str().unwrap())).collect();
+        assert!(mounted.is_empty(), "{name} left {mounted:?}");
+    }
+    let folder = lab.ground.folder.clone();
+    lab.plot.take();
+    assert!(!folder.exists());
+    let id = folder.file_name().unwrap().to_str().unwrap();
+    let left = Command::new("find")
+        .args(["/sys/fs/cgroup", "/run", "-maxdepth", "2", "-name", &format!("{id}*")])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8(left.stdout).unwrap(), "");
+    drop(lab.folder);
+}
+
+fn runs_in_the_root(contender: &dyn Contender, ground: &Ground) {
+    let name = contender.name();
+    let script = "echo work: ready; cd /.husk-bench; busybox=/bin/busybox; $busybox ls; $busybox id -u; $busybox pwd; \
+                  $busybox test -r /proc/self/status && echo proc; $busybox env; exit 7";
+    let mut launch = contender.launch(ground, &job(1, script)).unwrap();
+    let (said, code) = output(&mut launch);
+    clean_up(&mut launch);
+    assert_eq!(code, Some(7), "{name}: {said}");
+    for line in ["work: ready", "data", "work", "0", "proc", "HOME=/root"] {
+        assert!(said.lines().any(|said| said == line), "{name} did not say {line}: {said}");
+    }
+    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+}
+
+fn forgets_changes(contender: &dyn Contender, ground: &Ground) {
+    let name = contender.name();
+    let script = "echo x > /changed && /bin/busybox sync && echo y > /scratch/file && echo done";
+    let mut launch = contender.launch(ground, &Job { scratch_mib: Some(64), ..job(2, script) }).unwrap();
+    let (said, code) = output(&mut launch);
+    clean_up(&mut launch);
+    assert_eq!((said.trim(), code), ("done", Some(0)), "{name}");
+    assert!(!ground.root.join("changed").exists(), "{name}");
+    assert!(!ground.root.join("scratch/file").exists(), "{name}");
+    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+}
+
+fn is_held(contender: &dyn Contender, ground: &Ground) {
+    let name = contender.name();
+    let mut launch = contender.launch(ground, &job(3, &format!("exec /bin/busybox sleep {LONG}"))).unwrap();
+    let mut child = start(&mut launch);
+    let process = wait_for("the process", sleeper);
+    let limit = memory_limit(process);
+    assert_eq!(limit, (MEMORY_MIB << 20).to_string(), "{name}");
+    let more = contender.more_processes(ground, &job(3, ""));
+    if name == "podman" || name == "docker" {
+        assert!(more.contains(&process) && more.len() == 2, "{name}: {more:?} of {process}");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    clean_up(&mut launch);
+    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+}
+
+/// Of which killing the front process is only the beginning.
+fn leaves_nothing_when_killed(contender: &dyn Contender, ground: &Ground) {
+    let name = contender.name();
+    for instance in 4..6 {
+        let mut launch =
+            contender.launch(ground, &job(instance, &format!("/bin/busybox sleep {LONG} & wait"))).unwrap();
+        let mut child = start(&mut launch);
+        wait_for("the process", sleeper);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        clean_up(&mut launch);
+        wait_for(&format!("{name}'s end"), || traces(ground).is_empty().then_some(()));
+    }
+}
+
+/// The limit of memory that a process is held to.
+fn memory_limit(process: u32) -> String {
+    let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
+    let group = |kind: &str| {
+        groups.lines().find_map(|line| line.split(':').nth(1).filter(|name| *name == kind).and(line.split(':').nth(2)))
+    };
+    let file = match group("memory") {
+        Some(path) => format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"),
+        None => format!("/sys/fs/cgroup{}/memory.max", group("").unwrap()),
+    };
+    fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file}: {error}")).trim().to_owned()
+}

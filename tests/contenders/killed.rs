@@ -1,0 +1,72 @@
+//! What a bench that was killed has left behind, and the next one clears.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::PoisonError;
+use std::thread;
+use std::time::Duration;
+
+use husk::bench::ground::Plot;
+
+use crate::{ALONE, LONG, is_root, job, lay, present, say, sleeper, start, wait_for};
+
+/// What Docker keeps for its containers, with a name or without; nothing where it does not answer.
+fn images() -> String {
+    let list = Command::new("docker").args(["images", "--all", "--quiet"]).output();
+    list.map_or(String::new(), |list| String::from_utf8(list.stdout).unwrap())
+}
+
+const VICTIM: &str = "HUSK_TEST_VICTIM";
+
+/// Starts all containers, and waits to be killed.
+fn be_killed() {
+    let lab = lay();
+    let mut launches = Vec::new();
+    for mut contender in present(&lab.ground, false) {
+        contender.prepare(&lab.ground).unwrap();
+        let mut launch = contender.launch(&lab.ground, &job(1, &format!("/bin/busybox sleep {LONG}"))).unwrap();
+        launches.push((start(&mut launch), launch));
+    }
+    wait_for("the processes", sleeper);
+    thread::sleep(Duration::from_secs(2));
+    // On one processor the harness has begun a line.
+    println!("\nfolder: {}", lab.ground.folder.display());
+    thread::sleep(Duration::from_secs(600));
+}
+
+#[test]
+fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
+    const NAME: &str = "killed::what_a_killed_bench_leaves_is_cleared_by_the_next";
+    if !is_root() {
+        say("SKIPPED: control groups and overlays are tested by root");
+        return;
+    }
+    if std::env::var_os(VICTIM).is_some() {
+        return be_killed();
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = images();
+    let mut victim = Command::new(std::env::current_exe().unwrap());
+    victim.args(["--exact", NAME, "--nocapture"]).env(VICTIM, "1").stdout(Stdio::piped());
+    let mut victim = victim.spawn().unwrap();
+    let mut lines = BufReader::new(victim.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let folder = lines.find_map(|line| Some(PathBuf::from(line.strip_prefix("folder: ")?))).unwrap();
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    assert!(sleeper().is_some() && folder.exists());
+    let base = folder.parent().unwrap();
+    let plot = Plot::claim(Some(base)).unwrap();
+    assert_eq!(fs::read_dir(base).unwrap().count(), 1, "only the new one is there");
+    assert!(plot.folder != folder && plot.folder.exists());
+    // Those of an engine end when it has seen that they are to.
+    wait_for("the end of what was left", || sleeper().is_none().then_some(()));
+    let id = folder.file_name().unwrap().to_str().unwrap();
+    let places = ["/sys/fs/cgroup", "/run", "-maxdepth", "2", "-name", &format!("{id}*")];
+    assert_eq!(String::from_utf8(Command::new("find").args(places).output().unwrap().stdout).unwrap(), "");
+    assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains(id));
+    assert_eq!(images(), before);
+    drop(plot);
+    fs::remove_dir_all(base.parent().unwrap()).unwrap();
+}

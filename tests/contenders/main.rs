@@ -1,0 +1,179 @@
+//! Everyone that `husk bench` compares and that this host has: started in one root, held to its limits, and gone without a trace.
+
+mod containers;
+mod killed;
+mod machines;
+mod ports;
+#[path = "../run/uplink.rs"]
+mod uplink;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use husk::bench::contender::{self, Contender, Ground, Job, Launch};
+use husk::bench::ground::{self, Plot};
+use husk::bench::result::{Limits, Walls};
+use husk::image::{Progress, Source, Store};
+use tempfile::TempDir;
+
+const MEMORY_MIB: u64 = 96;
+const DATA_BYTES: u64 = 3 << 20;
+/// What no other process here waits for.
+const LONG: &str = "7654321";
+
+/// A bench's ground, laid from an image of busybox.
+struct Lab {
+    folder: TempDir,
+    plot: Option<Plot>,
+    ground: Ground,
+    _alone: MutexGuard<'static, ()>,
+}
+
+fn say(words: &str) {
+    // Written past the harness, which keeps what a test prints.
+    let _ = writeln!(std::io::stderr(), "{words}");
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0)
+}
+
+/// Whether this machine's KVM runs no Linux guest; loudly if so.
+fn runs_no_machine() -> bool {
+    let none = husk::resources::host::runs_only_pvm_guests() || husk::resources::open_kvm().is_err();
+    if none {
+        say("SKIPPED: this machine's KVM runs no Linux guest");
+    }
+    none
+}
+
+/// On a disk that is one: an overlay cannot be on some others, and a test's folder may be in memory.
+fn folder() -> TempDir {
+    TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap()
+}
+
+fn lay() -> Lab {
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = folder();
+    let files = folder.path().join("files");
+    fs::create_dir_all(files.join("bin")).unwrap();
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists()).unwrap();
+    fs::copy(busybox, files.join("bin/busybox")).unwrap();
+    symlink("busybox", files.join("bin/sh")).unwrap();
+    // What would lead out of the root if it were followed.
+    symlink(folder.path(), files.join("scratch")).unwrap();
+    let store = Store::open(&folder.path().join("images")).unwrap();
+    let prepared = store.prepare(&Source::Path { path: files, image: None }, &Progress::hidden()).unwrap();
+    let base = folder.path().join("bench");
+    fs::create_dir(&base).unwrap();
+    let plot = Plot::claim(Some(&base)).unwrap();
+    let mut image = ground::find(prepared.root.to_str().unwrap(), None).unwrap().unwrap();
+    let limits = Limits { cpus: 0.5, memory_mib: MEMORY_MIB, cpuset: None };
+    let mut ground = ground::lay(&plot, &mut image, DATA_BYTES, limits).unwrap();
+    ground.husk = std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()).into();
+    assert_eq!(image.about.bytes, fs::metadata(busybox).unwrap().len() + "busybox".len() as u64 + link_bytes(&folder));
+    Lab { folder, plot: Some(plot), ground, _alone: alone }
+}
+
+fn link_bytes(folder: &TempDir) -> u64 {
+    folder.path().as_os_str().len() as u64
+}
+
+/// A job that a shell does in the instance.
+fn job(instance: u32, script: &str) -> Job {
+    let command = ["/bin/busybox", "sh", "-c", script].map(str::to_owned).to_vec();
+    Job { command, scratch_mib: None, port: None, instance }
+}
+
+fn clean_up(launch: &mut Launch) {
+    if let Some(clean_up) = launch.clean_up.take() {
+        clean_up().unwrap();
+    }
+}
+
+fn output(launch: &mut Launch) -> (String, Option<i32>) {
+    let output = launch.command.stdin(Stdio::null()).output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (said, output.status.code())
+}
+
+fn start(launch: &mut Launch) -> Child {
+    launch.command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+}
+
+/// The process of an instance that waits for long.
+fn sleeper() -> Option<u32> {
+    let is_it = |path: &Path| {
+        let line = fs::read(path.join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
+        words.first().is_some_and(|word| word.ends_with(b"sleep") || word.ends_with(b"busybox"))
+            && words.contains(&LONG.as_bytes())
+            && !words.contains(&b"-c".as_slice())
+    };
+    let entries = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    entries.filter(|path| is_it(path)).find_map(|path| path.file_name()?.to_str()?.parse().ok())
+}
+
+fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        match look() {
+            Some(found) => return found,
+            None if started.elapsed() > Duration::from_secs(60) => panic!("waited for {what} in vain"),
+            None => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+/// What is on this host that has the bench's name.
+fn traces(ground: &Ground) -> Vec<String> {
+    let id = ground.folder.file_name().unwrap().to_str().unwrap();
+    let mut traces = Vec::new();
+    let groups =
+        Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &format!("{id}*")]).output().unwrap();
+    // An engine's own group is that of all of its containers.
+    let groups = String::from_utf8(groups.stdout).unwrap();
+    traces.extend(groups.lines().filter(|path| !path.ends_with("-podman")).map(str::to_owned));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    traces.extend(mounts.lines().filter(|line| line.contains(&format!("{id}/instances"))).map(str::to_owned));
+    let entries = |path: PathBuf| {
+        fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path().display().to_string())
+    };
+    traces.extend(entries("/run/netns".into()).filter(|path| path.contains(id)));
+    traces.extend(entries(ground.folder.join("instances")));
+    for runtime in ["crun", "runc"] {
+        traces.extend(entries(ground.folder.join(runtime)));
+    }
+    traces.extend(sleeper().map(|process| format!("process {process}")));
+    traces
+}
+
+/// Those that are here, with a kernel of their own or without.
+fn present(ground: &Ground, machines: bool) -> Vec<Box<dyn Contender>> {
+    let mut found = Vec::new();
+    for contender in contender::find() {
+        let about = contender.about(ground);
+        assert_eq!(about.name, contender.name());
+        match about.absent {
+            Some(absent) => say(&format!("SKIPPED: {}: {}", about.name, absent.why)),
+            None if (about.walls == Walls::Machine) != machines => {}
+            None => {
+                // For root there is always a way.
+                assert!(!about.notes.iter().any(|note| note.contains("not applied")), "{:?}", about.notes);
+                assert!(about.version.is_some_and(|version| !version.is_empty()), "{}", about.name);
+                assert!(!about.command_line.is_empty());
+                found.push(contender);
+            }
+        }
+    }
+    found
+}
+
+/// Tests look for what is left on the whole host, so that they run one by one.
+static ALONE: Mutex<()> = Mutex::new(());

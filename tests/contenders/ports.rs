@@ -1,0 +1,68 @@
+//! The port of an instance, reached from the host.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use husk::bench::contender::{Contender, Ground, Job, Unable};
+
+use crate::{clean_up, is_root, lay, present, runs_no_machine, say, start, traces, uplink, wait_for};
+
+#[test]
+fn what_listens_in_a_container_is_reached() {
+    if !is_root() {
+        say("SKIPPED: control groups and overlays are tested by root");
+        return;
+    }
+    let lab = lay();
+    for mut contender in present(&lab.ground, false) {
+        contender.prepare(&lab.ground).unwrap();
+        is_reached(&*contender, &lab.ground);
+        contender.clean_up(&lab.ground).unwrap();
+    }
+}
+
+#[test]
+fn what_listens_in_a_machine_is_reached() {
+    if runs_no_machine() {
+        return;
+    }
+    if uplink::host().is_none() {
+        return;
+    }
+    let lab = lay();
+    for contender in present(&lab.ground, true) {
+        is_reached(&*contender, &lab.ground);
+    }
+}
+
+fn is_reached(contender: &dyn Contender, ground: &Ground) {
+    let name = contender.name();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let command = ["/.husk-bench/work", "serve", &port.to_string()].map(str::to_owned).to_vec();
+    let job = Job { command, scratch_mib: None, port: Some(port), instance: 9 };
+    let mut launch = match contender.launch(ground, &job) {
+        Err(error) if error.is::<Unable>() => return say(&format!("SKIPPED: {name}: {error}")),
+        launch => launch.unwrap(),
+    };
+    let address = launch.address.unwrap();
+    let mut child = start(&mut launch);
+    // The bench's own server echoes what follows an `e`. A way that leads on takes connections before there is anybody.
+    let echoes = || {
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.write_all(b"ex").ok()?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte).ok().filter(|()| byte == *b"x")
+    };
+    wait_for(&format!("{name}'s port"), || {
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "{name}: {ended:?}");
+        echoes()
+    });
+    say(&format!("{name} is reached at {address}"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    clean_up(&mut launch);
+    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+}

@@ -1,0 +1,103 @@
+//! What a guest does to its disks, as the host finds it afterwards.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use crate::{Ended, boot, guests, husk, run, start_and_wait};
+
+/// A disk image of `bytes`, with an ext4 file system if wanted.
+fn disk(folder: &Path, bytes: u64, file_system: bool) -> String {
+    let path = folder.join("disk.img");
+    File::create(&path).unwrap().set_len(bytes).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    if file_system {
+        run("mkfs.ext4", &["-q", "-F", &path]);
+    }
+    path
+}
+
+/// Finds what a guest wrote in the raw disk `image` whole and in order.
+fn holds_what_was_written(image: &str, ended: &Ended, what: &str) {
+    assert_eq!(ended.expect(0, what).values()["unmounted"], "yes");
+    run("e2fsck", &["-f", "-n", image]);
+    let data = format!("{image}.data");
+    run("debugfs", &["-R", &format!("dump /data {data}"), image]);
+    assert_eq!(fs::metadata(&data).unwrap().len(), 16 << 20);
+    let sha256 = run("sha256sum", &[&data]);
+    assert_eq!(sha256.split_whitespace().next(), Some(ended.values()["sha256"]), "{what}");
+}
+
+#[test]
+fn what_a_guest_syncs_is_on_the_disk() {
+    let guests = guests!();
+    for kernel in ["stock", "micro"] {
+        let folder = tempfile::tempdir().unwrap();
+        let image = disk(folder.path(), 64 << 20, true);
+        let ended = boot(&guests.join(kernel), "vmlinux", "write", &["--disk", &image, "--cpus", "2"]);
+        holds_what_was_written(&image, &ended, kernel);
+    }
+}
+
+#[test]
+fn what_a_guest_syncs_is_in_the_qcow2_image() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let raw = disk(folder.path(), 64 << 20, true);
+    let image = raw.replace(".img", ".qcow2");
+    // Compressed, so that what is there has to be unpacked, and moved to be written to.
+    run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", &raw, &image]);
+    let ended = boot(&guests.join("micro"), "vmlinux", "write", &["--disk", &image, "--cpus", "2"]);
+    run("qemu-img", &["check", "-q", &image]);
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", &image, &raw]);
+    holds_what_was_written(&raw, &ended, "qcow2");
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk(folder.path(), 32 << 20, true);
+    let before = fs::read(&image).unwrap();
+    let ended = boot(&guests.join("micro"), "vmlinux", "read_only", &["--disk", &format!("{image},ro")]);
+    let values = ended.expect(0, "read-only disk").values();
+    assert_eq!((values["ro"], values["mounted"], values["written"]), ("1", "yes", "no"));
+    assert!(fs::read(&image).unwrap() == before, "the image changed");
+}
+
+#[test]
+fn a_disk_goes_on_beyond_two_tebibytes() {
+    const MIB: u64 = 1 << 20;
+    const SIZE_MIB: u64 = 3 << 20;
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk(folder.path(), MIB, false);
+    // Grown as a user grows one: sparse, after it was made.
+    File::options().write(true).open(&image).unwrap().set_len(SIZE_MIB * MIB).unwrap();
+    let at_mib = SIZE_MIB - 1;
+    let ended = boot(&guests.join("micro"), "vmlinux", &format!("far {at_mib}"), &["--disk", &image]);
+    let values = ended.expect(0, "disk of 3 TiB").values();
+    assert_eq!((values["bytes"], values["found"]), (&*(SIZE_MIB * MIB).to_string(), "far away"));
+    let mut file = File::open(&image).unwrap();
+    let mut found = [0; 8];
+    file.seek(SeekFrom::Start(at_mib * MIB)).unwrap();
+    file.read_exact(&mut found).unwrap();
+    assert_eq!(&found, b"far away");
+}
+
+#[test]
+fn kill_9_leaves_nothing_behind() {
+    let guests = guests!();
+    let folder = tempfile::tempdir().unwrap();
+    let image = disk(folder.path(), 32 << 20, true);
+    let guest = guests.join("micro");
+    let flags = ["--disk", &*image];
+    let (mut child, _) = start_and_wait(&mut husk(&guest, "vmlinux", "hold", &flags), "holding=yes");
+    boot(&guest, "vmlinux", "report", &flags).expect(1, "a disk in use is refused");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let ended = boot(&guest, "vmlinux", "write", &flags);
+    assert_eq!(ended.expect(0, "the disk is free again").values()["unmounted"], "yes");
+    let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(files, ["disk.img"]);
+}

@@ -1,0 +1,126 @@
+//! Guest and host talk: through sockets, and by the network.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::thread;
+
+use crate::{PATIENCE, boot, finish, guests, husk, start_and_wait, uplink};
+
+const PIECE_BYTES: usize = 64 << 10;
+const MIB: usize = 1 << 20;
+
+/// Piece `index` of what is sent through a socket, as firmware/guests/linux/vsock.c makes it.
+fn piece(index: usize) -> Vec<u8> {
+    let word = |at: u64| if at == 0 { index as u64 } else { at.wrapping_mul(0x9e37_79b9_7f4a_7c15) };
+    (0..PIECE_BYTES as u64).step_by(8).flat_map(|at| word(at).to_le_bytes()).collect()
+}
+
+fn send_pieces(mut stream: UnixStream, len: usize) {
+    for index in 0..len / PIECE_BYTES {
+        stream.write_all(&piece(index)).unwrap();
+    }
+    stream.shutdown(Shutdown::Write).unwrap();
+}
+
+/// A program of the host's that sends back what it gets, on as many connections as come.
+fn serve_echo(listener: UnixListener) {
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        thread::spawn(move || {
+            std::io::copy(&mut stream.try_clone().unwrap(), &mut stream).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        });
+    }
+}
+
+/// Connects to `port` of the guest's. `None` where the guest refuses.
+fn call(socket: &Path, port: u32) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap() == 1 {
+        answer.extend(byte);
+        if byte == *b"\n" {
+            assert!(answer.starts_with(b"OK "), "{answer:?}");
+            return Some(stream);
+        }
+    }
+    None
+}
+
+/// What the host asks of a guest that serves its ports 1000 (it sends back what it gets) and 1001 (it takes all and then says
+/// how much it was).
+fn talk_to_guest(socket: &Path) {
+    let mut echo = call(socket, 1000).unwrap();
+    let sender = echo.try_clone().unwrap();
+    let sending = thread::spawn(move || send_pieces(sender, 64 * MIB));
+    let mut got = vec![0; PIECE_BYTES];
+    for index in 0..64 * MIB / PIECE_BYTES {
+        echo.read_exact(&mut got).unwrap();
+        assert!(got == piece(index), "piece {index} came back otherwise");
+    }
+    assert_eq!(echo.read(&mut got).unwrap(), 0);
+    sending.join().unwrap();
+
+    let mut half = call(socket, 1001).unwrap();
+    send_pieces(half.try_clone().unwrap(), MIB);
+    let mut total = String::new();
+    half.read_to_string(&mut total).unwrap();
+    assert_eq!(total.trim(), MIB.to_string());
+
+    let mut many: Vec<_> = (0..50).map(|number| (call(socket, 1000).unwrap(), number)).collect();
+    for (stream, number) in &mut many {
+        stream.write_all(&[*number; 3000]).unwrap();
+    }
+    for (mut stream, number) in many.into_iter().rev() {
+        let mut got = [0xff; 3000];
+        stream.read_exact(&mut got).unwrap();
+        assert_eq!(got, [number; 3000]);
+    }
+    assert!(call(socket, 9).is_none(), "nobody serves this port");
+}
+
+#[test]
+fn guest_and_host_talk_through_sockets() {
+    let guests = guests!();
+    for kernel in ["micro", "stock"] {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("v.sock");
+        let listener = UnixListener::bind(folder.path().join("v.sock_52")).unwrap();
+        thread::spawn(move || serve_echo(listener));
+        let flags = ["--vsock", socket.to_str().unwrap()];
+        let (child, output) = start_and_wait(&mut husk(&guests.join(kernel), "vmlinux", "sockets", &flags), "serving=");
+        talk_to_guest(&socket);
+        drop(call(&socket, 1002));
+        finish(child).expect(0, kernel);
+        let output: Vec<String> = output.try_iter().collect();
+        let said = |line: &str| assert!(output.iter().any(|said| said.trim() == line), "{kernel}: {line}: {output:?}");
+        said(&format!("received={}", 64 * MIB));
+        said("echoed=50");
+        said("refused=ECONNRESET");
+        assert!(!socket.exists(), "{kernel}: the socket goes with its machine");
+    }
+}
+
+#[test]
+fn a_guest_gets_its_address_by_dhcp_and_reaches_the_host() {
+    let guests = guests!();
+    let Some(host) = uplink::host() else { return };
+    let listener = TcpListener::bind((host, 0)).unwrap();
+    let job = format!("network {host} {}", listener.local_addr().unwrap().port());
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = stream.unwrap().write_all(b"the host\n");
+        }
+    });
+    for kernel in ["stock", "micro"] {
+        let ended = boot(&guests.join(kernel), "vmlinux", &job, &["--network", "user,mac=02:00:00:00:00:77"]);
+        let values = ended.values();
+        assert_eq!(values.get("dhcp"), Some(&"10.0.2.15/24 10.0.2.2 65520"), "{kernel}: {}", ended.output);
+        assert_eq!(values.get("heard"), Some(&"the host"), "{kernel}: {}", ended.output);
+    }
+}

@@ -1,0 +1,165 @@
+//! What a machine holds after many processes, and of what it says without end: no more than after a few.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Machines;
+use crate::{guests, wait};
+
+/// What a machine's husk and its guest's init hold: descriptors, threads, and memory of their own.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    descriptors: [u64; 2],
+    threads: [u64; 2],
+    memory_kib: [u64; 2],
+}
+
+impl Held {
+    fn by(machines: &Machines, name: &str) -> Held {
+        let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", name])).unwrap();
+        let pid = inspected[0]["pid"].to_string();
+        let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count() as u64;
+        let script =
+            "ls /proc/1/fd | wc -l; sed -n 's/^Threads:\\t//p; s/^VmRSS:\\t* *\\([0-9]*\\) kB/\\1/p' /proc/1/status";
+        let init = machines.ok(&["exec", name, "sh", "-c", script]);
+        let init: Vec<u64> = init.lines().map(|line| line.trim().parse().unwrap()).collect();
+        // The memory comes before the threads in /proc/PID/status.
+        let [descriptors, memory_kib, threads] = init[..] else { panic!("{init:?}") };
+        Held {
+            descriptors: [count("fd"), descriptors],
+            threads: [count("task"), threads],
+            memory_kib: [own_memory_kib(&pid), memory_kib],
+        }
+    }
+}
+
+/// What is resident of a husk, without its guest's memory, which is the one large mapping; and without huge pages, which the
+/// kernel makes of a few small ones whenever it likes.
+fn own_memory_kib(pid: &str) -> u64 {
+    const GUEST_KIB: u64 = 64 << 10;
+    let (mut sum_kib, mut is_guest) = (0, false);
+    // Empty when it has just ended.
+    for line in fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default().lines() {
+        let mut words = line.split_whitespace();
+        let (name, kib) = (words.next().unwrap(), words.next().and_then(|kib| kib.parse::<u64>().ok()));
+        match (name, kib) {
+            ("Size:", Some(kib)) => is_guest = kib >= GUEST_KIB,
+            ("Rss:", Some(kib)) if !is_guest => sum_kib += kib,
+            ("AnonHugePages:", Some(kib)) if !is_guest => sum_kib -= kib,
+            _ => {}
+        }
+    }
+    sum_kib
+}
+
+#[test]
+fn a_thousand_processes_one_after_another_leave_nothing_behind() {
+    let machines = Machines::new(guests!());
+    machines.start("box", &[], "sleep 100000").expect(0);
+    let run = |numbers: std::ops::Range<i32>| {
+        for n in numbers {
+            // Every tenth has a code of its own.
+            let code = if n % 10 == 9 { 1 + n % 100 } else { 0 };
+            machines.husk(&["exec", "box", "sh", "-c", &format!("exit {code}")]).expect(code);
+        }
+        Held::by(&machines, "box")
+    };
+    let early = run(0..100);
+    let mut late = run(100..1000);
+    let grown = |late: Held| {
+        late.descriptors
+            .iter()
+            .chain(&late.threads)
+            .zip(early.descriptors.iter().chain(&early.threads))
+            .any(|(l, e)| l > e)
+    };
+    // A connection of the last one may not be closed yet.
+    for _ in 0..100 {
+        if !grown(late) {
+            break;
+        }
+        late = run(0..1);
+    }
+    assert!(!grown(late), "{early:?} became {late:?}");
+    // What a process left would be there 900 times.
+    for (before, after) in early.memory_kib.iter().zip(late.memory_kib) {
+        assert!(after < before + 256, "{early:?} became {late:?}");
+    }
+}
+
+/// Bytes of the files in a machine's folder that are its logs.
+fn log_bytes(machines: &Machines, id: &str) -> u64 {
+    let files = fs::read_dir(machines.runtime.path().join("husk").join(id)).unwrap().flatten();
+    // One may be renamed while it is looked at.
+    files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+}
+
+const LINE: &str = "the quick brown fox jumps over the lazy dog, and nobody minds it";
+/// With its lines it is about a MiB.
+const LINES_OF_A_PIECE: usize = 16 << 10;
+
+/// What prints the lines behind pieces, with their numbers, as fast as `husk logs` does.
+const PIECES: &str = "grep -n '^piece '";
+
+/// The pieces in `found`, which [`PIECES`] printed, and how many lines came before each since the one before it.
+fn pieces(found: &str) -> Vec<(u64, usize)> {
+    let (mut pieces, mut last) = (Vec::new(), 0);
+    for found in found.lines() {
+        let (line, piece) = found.split_once(":piece ").unwrap();
+        let line: usize = line.parse().unwrap();
+        pieces.push((piece.parse().unwrap(), line - last - 1));
+        last = line;
+    }
+    pieces
+}
+
+#[test]
+fn a_log_stays_within_its_size_whatever_is_written_and_is_followed_from_file_to_file() {
+    const LOG_MAX_BYTES: u64 = 8 << 20;
+    let machines = Machines::new(guests!());
+    // So many MiB, or as many as are asked for by hand.
+    let count: u64 = std::env::var("HUSK_TEST_LOG_MIB").map_or(64, |count| count.parse().unwrap());
+    let script = format!(
+        "yes '{LINE}' | head -n {LINES_OF_A_PIECE} >/tmp/piece; n=0
+        while [ $n -lt {count} ]; do cat /tmp/piece; n=$((n + 1)); echo piece $n; done"
+    );
+    let id = machines.start("loud", &["--log-max", "8M"], &script).expect(0).text().trim().to_owned();
+    let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", "loud"])).unwrap();
+    let pid = inspected[0]["pid"].to_string();
+    let (before_kib, started) = (own_memory_kib(&pid), Instant::now());
+    // In a pipe, as users look for something in a log.
+    let logs = |flags: &str| {
+        let husk = machines.command(&[]);
+        let script = format!("exec 2>&1; {} logs {flags} loud | {PIECES}", husk.get_program().display());
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).env("XDG_RUNTIME_DIR", machines.runtime.path()).stdin(Stdio::null());
+        shell.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let follower = logs("-f");
+    let (mut most_bytes, mut most_kib) = (0, 0);
+    while Path::new(&format!("/proc/{pid}/smaps")).exists() {
+        most_bytes = most_bytes.max(log_bytes(&machines, &id));
+        most_kib = most_kib.max(own_memory_kib(&pid));
+        thread::sleep(Duration::from_millis(200));
+    }
+    let followed = wait(follower).expect(0).text();
+    println!(
+        "{count} MiB in {:?}, most {most_bytes} bytes of logs; {before_kib} KiB became {most_kib}",
+        started.elapsed()
+    );
+    // Beside the process's own words there are the kernel's few, and the record.
+    assert!(most_bytes < LOG_MAX_BYTES + (64 << 10), "{most_bytes} bytes");
+    assert!(most_kib < before_kib + 1024, "{before_kib} KiB became {most_kib}");
+    // The file that was begun last may have hardly anything; the one before is full.
+    let kept = pieces(&wait(logs("")).expect(0).text());
+    let whole = (1..=count).rev().map(|piece| (piece, LINES_OF_A_PIECE)).take(kept.len() - 1);
+    assert!(kept.len() >= 4 && kept.iter().skip(1).rev().copied().eq(whole), "{kept:?}");
+    // Who is slower than two files are filled misses some, and goes on to the end.
+    let followed = pieces(&followed);
+    assert!(followed.is_sorted() && followed.last().is_some_and(|last| last.0 == count), "{followed:?}");
+    println!("{} of them were followed", followed.len());
+    assert_eq!(machines.ok(&["wait", "loud"]), "0\n");
+}
