@@ -4,8 +4,9 @@ use anyhow::Result;
 
 use super::super::result::{self, Walls};
 use super::guest::{self, Files, Parts};
+use super::port::Tap;
 use super::program::Program;
-use super::{Contender, Ground, Job, Launch, Unable, words};
+use super::{Contender, Ground, Job, Launch, words};
 
 /// Cloud Hypervisor.
 pub struct CloudHypervisor(Program);
@@ -28,10 +29,11 @@ impl CloudHypervisor {
     }
 }
 
-/// Its devices are on PCI, and a guest's reset would start it anew: the work program powers it off.
-fn command_line(version: &str, ground: &Ground, files: &Files, job: &Job) -> Result<Vec<String>> {
+/// Its devices are on PCI, and whichever way a guest resets starts it anew: the work program powers it off.
+fn command_line(version: &str, ground: &Ground, files: &Files, tap: Option<&Tap>, job: &Job) -> Result<Vec<String>> {
     let Files { kernel, root, scratch } = files;
-    let parts = Parts { end: "power-off", platform: "", scratch: scratch.is_some(), network: None };
+    let network = tap.map(Tap::network);
+    let parts = Parts { end: "power-off", platform: "", scratch: scratch.is_some(), network: network.as_deref() };
     let mut line = words(&[NAME, "--kernel", &kernel.display().to_string(), "--cmdline", &guest::cmdline(parts, job)?]);
     line.extend(words(&["--cpus", &format!("boot={}", ground.vcpus())]));
     line.extend(words(&["--memory", &format!("size={}M", ground.limits.memory_mib)]));
@@ -39,6 +41,9 @@ fn command_line(version: &str, ground: &Ground, files: &Files, job: &Job) -> Res
     let kind = if major >= IMAGE_TYPE_SINCE { ",image_type=raw" } else { "" };
     line.extend(words(&["--disk", &format!("path={},readonly=on{kind}", root.display())]));
     line.extend(scratch.map(|scratch| format!("path={}{kind}", scratch.display())));
+    if let Some(tap) = tap {
+        line.extend(words(&["--net", &format!("tap={}", tap.interface())]));
+    }
     line.extend(words(&["--serial", "tty", "--console", "off"]));
     Ok(line)
 }
@@ -53,7 +58,7 @@ impl Contender for CloudHypervisor {
     }
 
     fn about(&self, ground: &Ground) -> result::Contender {
-        guest::about(&self.0, NAME, ground, |files, job| command_line(self.version(), ground, files, job))
+        guest::about(&self.0, NAME, ground, |files, job| command_line(self.version(), ground, files, None, job))
     }
 
     fn prepare(&mut self, _ground: &Ground) -> Result<()> {
@@ -61,10 +66,9 @@ impl Contender for CloudHypervisor {
     }
 
     fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        if job.port.is_some() {
-            return Err(Unable("its only network is a tap device".into()).into());
-        }
-        guest::launch(NAME, ground, job, None, |files, job| command_line(self.version(), ground, files, job))
+        guest::launch_with_tap(NAME, ground, job, |files, tap, job| {
+            command_line(self.version(), ground, files, tap, job)
+        })
     }
 
     fn clean_up(&mut self, _ground: &Ground) -> Result<()> {
@@ -74,12 +78,12 @@ impl Contender for CloudHypervisor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{files, ground, job};
+    use super::super::tests::{files, ground, job, tap};
     use super::*;
 
     #[test]
     fn the_command_line_has_disks_limits_and_command() {
-        let line = command_line("39.0.0", &ground(), &files(), &job(&["/bin/x"])).unwrap();
+        let line = command_line("39.0.0", &ground(), &files(), None, &job(&["/bin/x"])).unwrap();
         let cmdline = line.get(4).unwrap();
         assert!(cmdline.contains(" root=/dev/vda ") && cmdline.ends_with(" --scratch /bin/x"), "{cmdline}");
         let line = line.join(" ");
@@ -87,8 +91,16 @@ mod tests {
         let rest = " --cpus boot=2 --memory size=256M --disk path=/g/root.erofs,readonly=on path=/g/scratch --serial tty \
                     --console off";
         assert!(line.ends_with(rest), "{line}");
-        let line = command_line("53.0-246-gae44c2971", &ground(), &files(), &job(&["/bin/x"])).unwrap().join(" ");
+        let line = command_line("53.0-246-gae44c2971", &ground(), &files(), None, &job(&["/bin/x"])).unwrap().join(" ");
         let disks = " --disk path=/g/root.erofs,readonly=on,image_type=raw path=/g/scratch,image_type=raw --serial";
         assert!(line.contains(disks), "{line}");
+    }
+
+    #[test]
+    fn a_port_is_reached_by_a_tap_device() {
+        let line = command_line("39.0.0", &ground(), &files(), Some(&tap()), &job(&["/bin/x"])).unwrap();
+        let cmdline = line.get(4).unwrap();
+        assert!(cmdline.ends_with(" --net 198.18.0.14/30,198.18.0.13 /bin/x"), "{cmdline}");
+        assert!(line.join(" ").ends_with(" --net tap=hb0a1b2c-3 --serial tty --console off"), "{line:?}");
     }
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use super::super::result::{self, Walls};
 use super::super::work;
+use super::port::Tap;
 use super::program::{self, Missing, Program};
 use super::share::{self, Held};
 use super::{Ground, Job, Launch, Unable, WORK, command, sample};
@@ -82,6 +83,19 @@ pub fn launch(
         scratch.map_or(Ok(()), Scratch::remove)
     };
     Ok(Launch { command, passes_exit_code: false, address, clean_up: Some(Box::new(clean_up)) })
+}
+
+/// The same for a monitor whose only network is a tap device, which is given to `line` if the job has a port.
+pub fn launch_with_tap(
+    name: &str,
+    ground: &Ground,
+    job: &Job,
+    line: impl FnOnce(&Files, Option<&Tap>, &Job) -> Result<Vec<String>>,
+) -> Result<Launch> {
+    let tap = Tap::make(ground, job)?;
+    let address = job.port.zip(tap.as_ref()).map(|(port, tap)| tap.address(port));
+    let launch = launch(name, ground, job, address, |files, job| line(files, tap.as_ref(), job))?;
+    Ok(launch.then_clean_up(move || tap.map_or(Ok(()), |tap| tap.remove())))
 }
 
 /// What a guest has besides its root.

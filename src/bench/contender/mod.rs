@@ -103,6 +103,18 @@ pub struct Launch {
     pub clean_up: Option<Box<dyn FnOnce() -> Result<()> + Send>>,
 }
 
+impl Launch {
+    /// Has `more` removed too, whether or not the rest could be.
+    fn then_clean_up(mut self, more: impl FnOnce() -> Result<()> + Send + 'static) -> Launch {
+        let rest = self.clean_up.take();
+        self.clean_up = Some(Box::new(move || {
+            let rest = rest.map_or(Ok(()), |clean_up| clean_up());
+            rest.and(more())
+        }));
+        self
+    }
+}
+
 /// A job that a contender cannot do on this host: a reason to leave it out, and no failure.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -161,6 +173,11 @@ pub fn end_left_behind(folder: &Path) {
     port::remove_left_behind(folder);
 }
 
+/// Takes away what a bench made for instances that then could not be started.
+pub fn remove_networks(folder: &Path) {
+    port::remove_left_behind(folder);
+}
+
 /// Whether this process is root's.
 fn is_root() -> bool {
     rustix::process::geteuid().is_root()
@@ -191,6 +208,7 @@ fn command(words: &[String]) -> Result<Command> {
 #[cfg(test)]
 mod tests {
     use super::guest::Files;
+    use super::port::Tap;
     use super::*;
 
     pub fn ground() -> Ground {
@@ -213,7 +231,29 @@ mod tests {
         }
     }
 
+    pub fn tap() -> Tap {
+        Tap::of(&ground().id(), job(&[]).instance)
+    }
+
     pub fn job(command: &[&str]) -> Job {
         Job { command: words(command), scratch_mib: Some(64), port: None, instance: 3 }
+    }
+
+    #[test]
+    fn everything_is_cleaned_up_whatever_could_not_be() {
+        let launch = |rest: fn() -> Result<()>| {
+            let clean_up: Box<dyn FnOnce() -> Result<()> + Send> = Box::new(rest);
+            let command = Command::new("true");
+            Launch { command, passes_exit_code: true, address: None, clean_up: Some(clean_up) }
+        };
+        for (rest, said) in
+            [((|| Ok(())) as fn() -> Result<()>, None), (|| anyhow::bail!("it is held"), Some("it is held"))]
+        {
+            let (tell, told) = std::sync::mpsc::channel();
+            let launch = launch(rest).then_clean_up(move || Ok(tell.send(())?));
+            let cleaned = launch.clean_up.unwrap()();
+            assert_eq!(cleaned.err().map(|error| error.to_string()).as_deref(), said);
+            assert_eq!(told.recv(), Ok(()));
+        }
     }
 }

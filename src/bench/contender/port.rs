@@ -8,9 +8,49 @@ use anyhow::{Context, Result};
 use super::{Ground, Job, Unable, is_root, program};
 use crate::resources::programs;
 
+/// Two addresses of a network of four.
+const PREFIX: u8 = 30;
+/// Documentation/networking/tuntap.rst.
+const TUN: &str = "/dev/net/tun";
+
 /// A port that is the host's own, or leads on from it.
 pub fn on_loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// The host's address and an instance's: of those that are set aside for benchmarks (RFC 2544), four for each instance, so that
+/// instances that run at the same time share none.
+type Addresses = (Ipv4Addr, Ipv4Addr);
+
+fn addresses(instance: u32) -> Addresses {
+    let first = u32::from(Ipv4Addr::new(198, 18, 0, 0)) | (instance & 0x7fff) << 2;
+    (Ipv4Addr::from(first | 1), Ipv4Addr::from(first | 2))
+}
+
+/// What every interface of a bench begins with on the host.
+fn interface_prefix(ground_id: &str) -> String {
+    format!("hb{}-", ground_id.rsplit('-').next().unwrap_or_default())
+}
+
+/// The host's end of an instance's network.
+fn interface(ground_id: &str, instance: u32) -> String {
+    // The kernel takes 15 bytes.
+    format!("{}{:x}", interface_prefix(ground_id), instance & 0xfffff)
+}
+
+/// Whether interfaces can be made here; `only_root` says what else stands in the way.
+fn may_make(only_root: &str) -> Result<(), Unable> {
+    if !is_root() {
+        return Err(Unable(only_root.to_owned()));
+    }
+    if !program::which("ip") {
+        return Err(Unable("there is no program ip: type `sudo apt-get install iproute2`".into()));
+    }
+    Ok(())
+}
+
+fn remove_interface(name: &str) -> Result<()> {
+    programs::run("ip", &["link", "delete", name])
 }
 
 /// A network namespace for one instance, and its link to the host.
@@ -20,21 +60,15 @@ pub struct Link {
     name: String,
     /// The host's end.
     interface: String,
-    /// The host's address and the instance's.
-    addresses: (Ipv4Addr, Ipv4Addr),
+    addresses: Addresses,
 }
 
 impl Link {
-    /// What an instance's link is called, and its addresses: of those that are set aside for benchmarks (RFC 2544).
     fn of(ground_id: &str, instance: u32) -> Link {
-        // Four addresses each, so that instances that run at the same time share none.
-        let first = u32::from(Ipv4Addr::new(198, 18, 0, 0)) | (instance & 0x7fff) << 2;
-        let random = ground_id.rsplit('-').next().unwrap_or_default();
         Link {
             name: format!("{ground_id}-{instance}"),
-            // The kernel takes 15 bytes.
-            interface: format!("hb{random}-{:x}", instance & 0xfffff),
-            addresses: (Ipv4Addr::from(first | 1), Ipv4Addr::from(first | 2)),
+            interface: interface(ground_id, instance),
+            addresses: addresses(instance),
         }
     }
 
@@ -43,12 +77,7 @@ impl Link {
         if job.port.is_none() {
             return Ok(None);
         }
-        if !is_root() {
-            return Err(Unable("only root can link a container's network to the host's".into()).into());
-        }
-        if !program::which("ip") {
-            return Err(Unable("there is no program ip: type `sudo apt-get install iproute2`".into()).into());
-        }
+        may_make("only root can link a container's network to the host's")?;
         let link = Link::of(&ground.id(), job.instance);
         link.set_up().inspect_err(|_| drop(link.remove())).context("link a container's network to the host's")?;
         Ok(Some(link))
@@ -56,7 +85,7 @@ impl Link {
 
     fn set_up(&self) -> Result<()> {
         let Link { name, interface, addresses: (ours, its) } = self;
-        let (ours, its) = (format!("{ours}/30"), format!("{its}/30"));
+        let (ours, its) = (format!("{ours}/{PREFIX}"), format!("{its}/{PREFIX}"));
         for line in [
             &["netns", "add", name] as &[&str],
             &["link", "add", interface, "type", "veth", "peer", "name", "eth0", "netns", name],
@@ -84,16 +113,77 @@ impl Link {
     /// Takes it away, both ends.
     pub fn remove(&self) -> Result<()> {
         // The namespace lives on as long as there is a process in it; its end of the link goes with ours.
-        let _ = programs::run("ip", &["link", "delete", &self.interface]);
+        let _ = remove_interface(&self.interface);
         programs::run("ip", &["netns", "delete", &self.name])
     }
 }
 
-/// Removes the links of a killed bench.
+/// A tap device: what a machine's network card sends comes out of an interface of the host's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tap {
+    interface: String,
+    addresses: Addresses,
+}
+
+impl Tap {
+    /// What an instance's is called, and its addresses.
+    pub fn of(ground_id: &str, instance: u32) -> Tap {
+        Tap { interface: interface(ground_id, instance), addresses: addresses(instance) }
+    }
+
+    /// Makes the device for a job with a port. Only root may.
+    pub fn make(ground: &Ground, job: &Job) -> Result<Option<Tap>> {
+        if job.port.is_none() {
+            return Ok(None);
+        }
+        may_make("its only network is a tap device, which only root can make")?;
+        if !Path::new(TUN).exists() {
+            return Err(Unable(format!("there is no {TUN}: type `sudo modprobe tun`")).into());
+        }
+        let tap = Tap::of(&ground.id(), job.instance);
+        tap.set_up().inspect_err(|_| drop(tap.remove())).context("make a tap device")?;
+        Ok(Some(tap))
+    }
+
+    fn set_up(&self) -> Result<()> {
+        let Tap { interface, addresses: (ours, _) } = self;
+        let ours = format!("{ours}/{PREFIX}");
+        for line in [
+            &["tuntap", "add", "dev", interface, "mode", "tap"] as &[&str],
+            &["addr", "add", &ours, "dev", interface],
+            &["link", "set", interface, "up"],
+        ] {
+            programs::run("ip", line)?;
+        }
+        Ok(())
+    }
+
+    /// The interface's name.
+    pub fn interface(&self) -> &str {
+        &self.interface
+    }
+
+    /// The instance's address and its way out, as [`Parts::network`](super::guest::Parts::network) has them.
+    pub fn network(&self) -> String {
+        let (ours, its) = self.addresses;
+        format!("{its}/{PREFIX},{ours}")
+    }
+
+    /// Where the instance's port is.
+    pub fn address(&self, port: u16) -> SocketAddr {
+        SocketAddr::from((self.addresses.1, port))
+    }
+
+    /// Takes it away.
+    pub fn remove(&self) -> Result<()> {
+        remove_interface(&self.interface)
+    }
+}
+
+/// Removes the links and tap devices of a bench that was killed, or could not go on between making one and starting its instance.
 pub fn remove_left_behind(folder: &Path) {
     let id = folder.file_name().unwrap_or_default().to_string_lossy();
-    let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
-    for name in entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()) {
+    for name in names("/run/netns") {
         let instance = name.strip_prefix(&*id).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
         if let Some(instance) = instance
             && let Err(error) = Link::of(&id, instance).remove()
@@ -101,6 +191,17 @@ pub fn remove_left_behind(folder: &Path) {
             log::warn!("{error:#}");
         }
     }
+    for name in names("/sys/class/net").iter().filter(|name| name.starts_with(&interface_prefix(&id))) {
+        if let Err(error) = remove_interface(name) {
+            log::warn!("{error:#}");
+        }
+    }
+}
+
+/// What is in a folder; nothing if it is not there.
+fn names(folder: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
 #[cfg(test)]
@@ -116,5 +217,32 @@ mod tests {
         assert_eq!(link(7).path(), Path::new("/run/netns/husk-bench-0a1b2c-7"));
         assert!(link(u32::MAX).interface.len() <= 15);
         assert_ne!(link(1).interface, link(2).interface);
+    }
+
+    #[test]
+    fn a_tap_device_has_a_links_addresses() {
+        let tap = Tap::of("husk-bench-0a1b2c", 64);
+        assert_eq!(tap.interface(), "hb0a1b2c-40");
+        assert_eq!(tap.network(), "198.18.1.2/30,198.18.1.1");
+        assert_eq!(tap.address(7777), SocketAddr::from(([198, 18, 1, 2], 7777)));
+    }
+
+    #[test]
+    fn tap_devices_of_a_killed_bench_are_removed_and_no_others() {
+        if !is_root() || !Path::new(TUN).exists() || !program::which("ip") {
+            eprintln!("SKIPPED: tap devices are made by root, with {TUN} and ip");
+            return;
+        }
+        // No bench has such a name: those have hexadecimal digits.
+        let [dead, alive] = ["x", "y"].map(|kind| format!("husk-bench-{kind}{:05}", std::process::id() % 100_000));
+        let taps = [Tap::of(&dead, 1), Tap::of(&dead, u32::MAX), Tap::of(&alive, 2)];
+        for tap in &taps {
+            tap.set_up().unwrap();
+        }
+        remove_left_behind(&Path::new("/bench").join(dead));
+        let is_there = |tap: &Tap| Path::new("/sys/class/net").join(tap.interface()).exists();
+        let left = taps.each_ref().map(is_there);
+        taps.iter().filter(|tap| is_there(tap)).for_each(|tap| tap.remove().unwrap());
+        assert_eq!(left, [false, false, true]);
     }
 }
