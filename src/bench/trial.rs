@@ -148,6 +148,9 @@ impl Trial {
             (Trial::Isolation(Crash::Kernel), Walls::None | Walls::Container) => {
                 Some("its kernel is the host's: a crash would take the host and all neighbours with it".to_owned())
             }
+            (Trial::Isolation(Crash::Kernel), Walls::Machine) if !contender.ends_with_its_kernel() => {
+                Some("it starts a machine anew whose kernel has crashed, which would crash without end".to_owned())
+            }
             (Trial::Isolation(Crash::Memory), Walls::None) => {
                 Some("nothing stands between it and the host's memory".to_owned())
             }
@@ -304,4 +307,23 @@ fn why(run: &Run, name: &str) -> String {
 fn forget_caches() -> Result<()> {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").context("have the host forget what it has read, which only root may")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::contender;
+    use crate::bench::contender::tests::ground;
+
+    #[test]
+    fn a_kernel_crashes_where_nobody_else_has_it_and_the_machine_ends() {
+        let contenders = contender::find();
+        let obstacle = |name| {
+            let contender = contenders.iter().find(|contender| contender.name() == name).unwrap();
+            Trial::Isolation(Crash::Kernel).obstacle(&**contender, &ground())
+        };
+        assert!(obstacle("crun").unwrap().starts_with("its kernel is the host's"));
+        assert!(obstacle("cloud-hypervisor").unwrap().starts_with("it starts a machine anew"));
+        assert_eq!([obstacle("qemu-microvm"), obstacle("firecracker")], [None, None]);
+    }
 }

@@ -61,6 +61,10 @@ impl Contender for CloudHypervisor {
         guest::about(&self.0, NAME, ground, |files, job| command_line(self.version(), ground, files, None, job))
     }
 
+    fn ends_with_its_kernel(&self) -> bool {
+        false
+    }
+
     fn prepare(&mut self, _ground: &Ground) -> Result<()> {
         Ok(())
     }

@@ -128,6 +128,10 @@ pub trait Contender: Send {
     fn walls(&self) -> Walls;
     /// What the results say about it: version, kernel, notes, or why it is absent. Asked once, before the first run.
     fn about(&self, ground: &Ground) -> result::Contender;
+    /// Whether an instance is over when its kernel crashes. Some monitors start a machine anew that resets, and it would crash without end.
+    fn ends_with_its_kernel(&self) -> bool {
+        true
+    }
     /// Makes what its instances share, once: a bundle, an image in an engine's store. `clean_up` takes it away again.
     fn prepare(&mut self, ground: &Ground) -> Result<()>;
     /// An instance for the job. Quick: what takes long belongs to `prepare`; where an instance needs files of its own (a
@@ -206,7 +210,7 @@ fn command(words: &[String]) -> Result<Command> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::guest::Files;
     use super::port::Tap;
     use super::*;
