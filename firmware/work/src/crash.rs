@@ -1,12 +1,16 @@
 //! What a bad neighbour does.
 
 use std::fs;
+use std::thread;
+use std::time::Duration;
 
 use crate::memory::PAGE_BYTES;
 use crate::say;
 use crate::sys::Pages;
 
 const BLOCK_BYTES: usize = 16 << 20;
+/// A kernel that crashes takes with it what is still on its way out of the machine.
+const WORD_TAKES: Duration = Duration::from_millis(100);
 
 /// Uses memory until it is killed. Returns if there is none to be had and nobody kills, or at so many MiB, at which whoever else uses
 /// that memory is to be spared.
@@ -33,6 +37,7 @@ pub fn memory(at_most_mib: usize) -> u8 {
 /// Has the kernel crash (Documentation/admin-guide/sysrq.rst: `c`). Returns if it did not.
 pub fn kernel() -> u8 {
     say::line(format_args!("ready"));
+    thread::sleep(WORD_TAKES);
     let why = match fs::write("/proc/sysrq-trigger", "c") {
         Ok(()) => "the kernel goes on".into(),
         Err(error) => format!("write /proc/sysrq-trigger: {error}"),
