@@ -146,6 +146,8 @@ fn traces(ground: &Ground) -> Vec<String> {
         fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path().display().to_string())
     };
     traces.extend(entries("/run/netns".into()).filter(|path| path.contains(id)));
+    let interface = format!("/hb{}-", id.rsplit('-').next().unwrap());
+    traces.extend(entries("/sys/class/net".into()).filter(|path| path.contains(&interface)));
     traces.extend(entries(ground.folder.join("instances")));
     for runtime in ["crun", "runc"] {
         traces.extend(entries(ground.folder.join(runtime)));
