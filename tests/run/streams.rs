@@ -80,7 +80,7 @@ fn a_large_stream_passes_both_ways_unchanged() {
     // A gibibyte, but for an emulated processor, which takes minutes for it; then as much as is asked for.
     let asked_mib = std::env::var("HUSK_TEST_STREAM_MIB").ok().and_then(|mib| mib.parse().ok());
     let emulated = std::env::var_os("HUSK_TEST_EMULATED").is_some();
-    there_and_back("micro", asked_mib.unwrap_or(if emulated { 256 } else { 1024 }) << 20);
+    there_and_back("micro", asked_mib.unwrap_or(if emulated { 128 } else { 1024 }) << 20);
 }
 
 #[test]
