@@ -9,9 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::super::result::{self, Walls};
 use super::program::{Program, succeeds};
-use super::{
-    Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, Unable, command, ground, port, sample, share, words,
-};
+use super::{Contender, Ground, Job, Launch, Unable, engine, sample, words};
 use crate::resources::programs;
 
 /// Docker.
@@ -30,19 +28,8 @@ impl Docker {
 }
 
 fn command_line(ground: &Ground, scratch: Option<&Path>, job: &Job) -> Vec<String> {
-    let (id, cpus) = (ground.instance(NAME, job), ground.limits.cpus.to_string());
-    let memory = format!("{}m", ground.limits.memory_mib);
-    let mut line = words(&["docker", "run", "--rm", "--name", &id, "--cpus", &cpus, "--memory", &memory]);
-    // Its own log would write everything to a disk once more.
-    line.extend(words(&["--log-driver", "none"]));
-    match job.port {
-        Some(port) => line.extend(words(&["--publish", &format!("127.0.0.1:{port}:{port}")])),
-        None => line.extend(words(&["--network", "none"])),
-    }
-    line.extend(ENVIRONMENT.iter().flat_map(|(name, value)| words(&["--env", &format!("{name}={value}")])));
-    if let Some(scratch) = scratch {
-        line.extend(words(&["--volume", &format!("{}:{SCRATCH}", scratch.display())]));
-    }
+    let mut line = words(&["docker", "run"]);
+    line.extend(engine::flags(ground, NAME, scratch, job));
     line.push(ground.id());
     line.extend(job.command.iter().cloned());
     line
@@ -79,22 +66,12 @@ impl Contender for Docker {
         if job.port.is_some() && !succeeds(NAME, &["network", "inspect", "bridge"]) {
             return Err(Unable("its daemon was started without a network (--bridge=none)".into()).into());
         }
-        let folder = ground.instance_folder(NAME, job)?;
-        let scratch = share::scratch(job, &folder)?;
-        let command = command(&command_line(ground, scratch.as_deref(), job))?;
         let id = ground.instance(NAME, job);
-        let clean_up = move || {
-            if succeeds(NAME, &["inspect", "--type", "container", &id]) {
-                programs::run(NAME, &["rm", "--force", &id])?;
-            }
-            ground::clear(&folder)
+        let remove = move || match succeeds(NAME, &["inspect", "--type", "container", &id]) {
+            true => programs::run(NAME, &["rm", "--force", &id]),
+            false => Ok(()),
         };
-        Ok(Launch {
-            command,
-            passes_exit_code: true,
-            address: job.port.map(port::on_loopback),
-            clean_up: Some(Box::new(clean_up)),
-        })
+        engine::launch(ground, NAME, job, |scratch| command_line(ground, scratch, job), remove)
     }
 
     /// The container and its shim are the daemon's.

@@ -3,6 +3,7 @@
 mod bwrap;
 mod cloud_hypervisor;
 mod docker;
+mod engine;
 mod firecracker;
 mod guest;
 mod host;

@@ -8,9 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::super::result::{self, Walls};
 use super::program::{Program, which};
-use super::{
-    Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, Unable, command, ground, is_root, port, sample, share, words,
-};
+use super::{Contender, Ground, Job, Launch, Unable, engine, ground, is_root, sample, words};
 use crate::resources::programs;
 use crate::sandbox::cgroup::pen;
 
@@ -91,22 +89,12 @@ fn output(line: &[String]) -> Result<String> {
 
 impl Podman {
     fn command_line(&self, ground: &Ground, scratch: Option<&Path>, job: &Job) -> Vec<String> {
-        let (id, cpus) = (ground.instance(self.name(), job), ground.limits.cpus.to_string());
-        let (memory, root) = (format!("{}m", ground.limits.memory_mib), format!("{}:O", ground.root.display()));
-        let mut line = line(&ground.folder, &["run", "--rm", "--name", &id, "--cpus", &cpus, "--memory", &memory]);
-        // Its own log would write everything to a disk once more.
-        line.extend(words(&["--log-driver", "none"]));
+        let root = format!("{}:O", ground.root.display());
+        let mut line = line(&ground.folder, &["run"]);
+        line.extend(engine::flags(ground, self.name(), scratch, job));
         line.extend(limits());
         if is_root() {
             line.extend(words(&["--cgroup-parent", &format!("/{}-podman", ground.id())]));
-        }
-        match job.port {
-            Some(port) => line.extend(words(&["--publish", &format!("127.0.0.1:{port}:{port}")])),
-            None => line.extend(words(&["--network", "none"])),
-        }
-        line.extend(ENVIRONMENT.iter().flat_map(|(name, value)| words(&["--env", &format!("{name}={value}")])));
-        if let Some(scratch) = scratch {
-            line.extend(words(&["--volume", &format!("{}:{SCRATCH}", scratch.display())]));
         }
         line.extend(words(&["--rootfs", &root]));
         line.extend(job.command.iter().cloned());
@@ -163,22 +151,10 @@ impl Contender for Podman {
         if let Some(obstacle) = self.network_obstacle().filter(|_| job.port.is_some()) {
             return Err(Unable(obstacle).into());
         }
-        let folder = ground.instance_folder(self.name(), job)?;
-        let scratch = share::scratch(job, &folder)?;
-        let command = command(&self.command_line(ground, scratch.as_deref(), job))?;
-        let id = ground.instance(self.name(), job);
-        let bench = ground.folder.clone();
-        let clean_up = move || {
-            // One that ran to its end is gone already.
-            output(&line(&bench, &["rm", "--force", "--ignore", "--time", "0", &id]))?;
-            ground::clear(&folder)
-        };
-        Ok(Launch {
-            command,
-            passes_exit_code: true,
-            address: job.port.map(port::on_loopback),
-            clean_up: Some(Box::new(clean_up)),
-        })
+        let (id, bench) = (ground.instance(self.name(), job), ground.folder.clone());
+        // One that ran to its end is gone already.
+        let remove = move || output(&line(&bench, &["rm", "--force", "--ignore", "--time", "0", &id])).map(drop);
+        engine::launch(ground, self.name(), job, |scratch| self.command_line(ground, scratch, job), remove)
     }
 
     /// Its monitor is nobody's child, and the container is the monitor's.
