@@ -2,6 +2,9 @@
 //! out is in frames that a peer survives, what comes in arrives whole or not at all, and only a good command is obeyed.
 #![no_main]
 
+#[path = "../rings.rs"]
+mod rings;
+
 use std::cell::RefCell;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,19 +12,15 @@ use std::sync::Arc;
 
 use husk::backend::net::{HEADER_BYTES, NetBackend, StreamNet};
 use husk::memory::{self, GuestMemory};
-use husk::virtio::queue::QueueRegisters;
-use husk::virtio::{Virtqueue, net};
+use husk::virtio::net;
 use libfuzzer_sys::fuzz_target;
+use rings::{BUFFER_BYTES, QUEUE_SIZE, Rings, at};
 use vm_memory::{Bytes, GuestAddress};
 
-const QUEUE_SIZE: u16 = 16;
 /// An input is a row of these.
 const STEP_BYTES: usize = 8;
 /// More steps find nothing that fewer do not.
 const STEPS_MAX: usize = 200;
-/// Where queue `index` stands: its three rings, and a buffer for each descriptor.
-const QUEUE_BYTES: u64 = 0x4_0000;
-const BUFFER_BYTES: u64 = 0x2000;
 const RX: usize = 0;
 const TX: usize = 1;
 /// Behind the queues of two pairs, of which the second has no frames.
@@ -33,94 +32,57 @@ thread_local! {
     static MEMORY: RefCell<Option<Arc<GuestMemory>>> = const { RefCell::new(None) };
 }
 
-/// A guest and its rings, which are good: bad ones are another target's.
+/// A guest, and what it has seen.
 struct Guest {
-    memory: Arc<GuestMemory>,
-    queues: Vec<Virtqueue>,
-    offered: [u16; CONTROL + 1],
+    rings: Rings,
     seen: u16,
     /// What the peer sent to the guest and the guest has not been given yet, frame by frame.
     expected: std::collections::VecDeque<Vec<u8>>,
 }
 
-fn at(queue: usize) -> u64 {
-    QUEUE_BYTES * queue as u64
-}
-
 impl Guest {
     fn new(memory: &Arc<GuestMemory>) -> Guest {
-        memory.write_slice(&vec![0; (CONTROL + 1) * QUEUE_BYTES as usize], GuestAddress(0)).expect("it is memory");
-        let queue = |index: usize| {
-            let registers = QueueRegisters {
-                ready: true,
-                descriptor_table: at(index),
-                available_ring: at(index) + 0x1000,
-                used_ring: at(index) + 0x2000,
-                ..QueueRegisters::new(QUEUE_SIZE)
-            };
-            Virtqueue::new(&registers, memory, false).expect("the rings are good")
-        };
-        let queues = (0..=CONTROL).map(queue).collect();
-        Guest { memory: memory.clone(), queues, offered: [0; CONTROL + 1], seen: 0, expected: Default::default() }
-    }
-
-    fn buffer(&self, queue: usize, slot: u16) -> u64 {
-        at(queue) + 0x4000 + BUFFER_BYTES * u64::from(slot)
-    }
-
-    fn used_index(&self, queue: usize) -> u16 {
-        self.memory.read_obj(GuestAddress(at(queue) + 0x2002)).expect("it is memory")
+        Guest { rings: Rings::new(memory, CONTROL + 1), seen: 0, expected: Default::default() }
     }
 
     /// Makes `len` bytes from `address` on available, or of the slot's own buffer.
     fn offer(&mut self, queue: usize, address: Option<u64>, len: u32) {
-        if self.offered[queue].wrapping_sub(self.used_index(queue)) >= QUEUE_SIZE {
-            return;
+        if self.rings.has_room(queue) {
+            self.rings.offer(queue, address, len, queue == RX);
         }
-        let slot = self.offered[queue] % QUEUE_SIZE;
-        let flags = if queue == RX { 2_u64 } else { 0 };
-        let descriptor = [address.unwrap_or(self.buffer(queue, slot)), u64::from(len) | flags << 32];
-        self.memory.write_obj(descriptor, GuestAddress(at(queue) + 16 * u64::from(slot))).expect("it is memory");
-        let ring = at(queue) + 0x1000;
-        self.memory.write_obj(slot, GuestAddress(ring + 4 + 2 * u64::from(slot))).expect("it is memory");
-        self.offered[queue] = self.offered[queue].wrapping_add(1);
-        self.memory.write_obj(self.offered[queue], GuestAddress(ring + 2)).expect("it is memory");
     }
 
     /// Makes the command `bytes` available, with `room` bytes for an answer.
     fn command(&mut self, bytes: &[u8], room: u32) {
-        if self.offered[CONTROL].wrapping_sub(self.used_index(CONTROL)) >= COMMANDS_MAX {
+        let rings = &mut self.rings;
+        if rings.offered[CONTROL].wrapping_sub(rings.used_index(CONTROL)) >= COMMANDS_MAX {
             return;
         }
-        let slot = 2 * (self.offered[CONTROL] % COMMANDS_MAX);
-        let place = self.buffer(CONTROL, slot);
-        self.memory.write_slice(bytes, GuestAddress(place)).expect("it is memory");
-        self.memory.write_obj(0xee_u8, GuestAddress(place + 0x1000)).expect("it is memory");
+        let slot = 2 * (rings.offered[CONTROL] % COMMANDS_MAX);
+        let place = rings.buffer(CONTROL, slot);
+        rings.memory.write_slice(bytes, GuestAddress(place)).expect("it is memory");
+        rings.memory.write_obj(0xee_u8, GuestAddress(place + 0x1000)).expect("it is memory");
         let table = at(CONTROL) + 16 * u64::from(slot);
         // More follows; and to be written.
         let first = [place, bytes.len() as u64 | 1 << 32 | u64::from(slot + 1) << 48];
         let second = [place + 0x1000, u64::from(room) | 2 << 32];
-        self.memory.write_obj([first[0], first[1], second[0], second[1]], GuestAddress(table)).expect("it is memory");
-        let ring = at(CONTROL) + 0x1000;
-        let entry = GuestAddress(ring + 4 + 2 * u64::from(self.offered[CONTROL] % QUEUE_SIZE));
-        self.memory.write_obj(slot, entry).expect("it is memory");
-        self.offered[CONTROL] = self.offered[CONTROL].wrapping_add(1);
-        self.memory.write_obj(self.offered[CONTROL], GuestAddress(ring + 2)).expect("it is memory");
+        rings.memory.write_obj([first[0], first[1], second[0], second[1]], GuestAddress(table)).expect("it is memory");
+        rings.publish(CONTROL, slot);
     }
 
     /// Looks at the last answer: what asks for one or two pairs is done, and nothing else.
     fn check_answer(&self) {
-        let used = self.used_index(CONTROL);
+        let rings = &self.rings;
+        let used = rings.used_index(CONTROL);
         if used == 0 {
             return;
         }
-        let entry = GuestAddress(at(CONTROL) + 0x2004 + 8 * u64::from(used.wrapping_sub(1) % QUEUE_SIZE));
-        let [slot, written]: [u32; 2] = self.memory.read_obj(entry).expect("it is memory");
-        let place = self.buffer(CONTROL, slot as u16);
+        let [slot, written] = rings.used(CONTROL, used.wrapping_sub(1));
+        let place = rings.buffer(CONTROL, slot as u16);
         let descriptor = at(CONTROL) + 16 * u64::from(slot) + 8;
-        let [len, _, _, _, room, _]: [u32; 6] = self.memory.read_obj(GuestAddress(descriptor)).expect("it is memory");
-        let command: [u8; 4] = self.memory.read_obj(GuestAddress(place)).expect("it is memory");
-        let answer: u8 = self.memory.read_obj(GuestAddress(place + 0x1000)).expect("it is memory");
+        let [len, _, _, _, room, _]: [u32; 6] = rings.memory.read_obj(GuestAddress(descriptor)).expect("it is memory");
+        let command: [u8; 4] = rings.memory.read_obj(GuestAddress(place)).expect("it is memory");
+        let answer: u8 = rings.memory.read_obj(GuestAddress(place + 0x1000)).expect("it is memory");
         let is_good = len == 4 && matches!(command, [4, 0, 1 | 2, 0]);
         let wanted = if room == 0 { (0, 0xee) } else { (1, u8::from(!is_good)) };
         assert_eq!((written, answer), wanted, "{len} bytes: {command:?}");
@@ -128,14 +90,14 @@ impl Guest {
 
     /// Looks at what the device has given the guest: with all offered features merged as its header says.
     fn check(&mut self) {
-        while self.seen != self.used_index(RX) {
+        let rings = &self.rings;
+        while self.seen != rings.used_index(RX) {
             let (mut bytes, mut count) = (Vec::new(), 1);
             while count > 0 {
-                assert_ne!(self.seen, self.used_index(RX), "a frame that is not whole");
-                let entry = GuestAddress(at(RX) + 0x2004 + 8 * u64::from(self.seen % QUEUE_SIZE));
-                let [slot, len]: [u32; 2] = self.memory.read_obj(entry).expect("it is memory");
+                assert_ne!(self.seen, rings.used_index(RX), "a frame that is not whole");
+                let [slot, len] = rings.used(RX, self.seen);
                 let mut piece = vec![0; len as usize];
-                self.memory.read_slice(&mut piece, GuestAddress(self.buffer(RX, slot as u16))).expect("it is memory");
+                rings.memory.read_slice(&mut piece, GuestAddress(rings.buffer(RX, slot as u16))).expect("it is memory");
                 if bytes.is_empty() {
                     count = u16::from_le_bytes([piece[10], piece[11]]);
                 }
@@ -186,9 +148,9 @@ fuzz_target!(|bytes: &[u8]| {
             let len = u32::from(u16::from_le_bytes([*b, *c]));
             match what % 7 {
                 0 => {
-                    let place = guest.buffer(TX, guest.offered[TX] % QUEUE_SIZE);
+                    let place = guest.rings.buffer(TX, guest.rings.offered[TX] % QUEUE_SIZE);
                     let header = if a & 1 == 0 { [0; 8] } else { [rest[0], rest[1], rest[2], rest[3], *a, *b, *c, 0] };
-                    guest.memory.write_slice(&header, GuestAddress(place)).expect("it is memory");
+                    guest.rings.memory.write_slice(&header, GuestAddress(place)).expect("it is memory");
                     guest.offer(TX, None, len);
                 }
                 1 => guest.offer(TX, Some(u64::from(u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]))), len),
@@ -216,7 +178,7 @@ fuzz_target!(|bytes: &[u8]| {
                 _ => drain(&mut peer, &mut received),
             }
             for index in [CONTROL, RX, TX, RX, RX + 2, TX + 2] {
-                if handler.process(index, &mut guest.queues).is_err() {
+                if handler.process(index, &mut guest.rings.queues).is_err() {
                     return;
                 }
             }

@@ -2,6 +2,9 @@
 //! is well-formed and within what the guest has room for.
 #![no_main]
 
+#[path = "../rings.rs"]
+mod rings;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -13,21 +16,20 @@ use std::sync::Arc;
 use husk::config::VsockConfig;
 use husk::memory::{self, GuestMemory};
 use husk::resources;
-use husk::virtio::queue::{GuestRange, QueueRegisters};
+use husk::virtio::queue::GuestRange;
 use husk::virtio::vsock::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM, op};
-use husk::virtio::{QueueHandler, Virtqueue, vsock};
+use husk::virtio::{QueueHandler, vsock};
 use libfuzzer_sys::fuzz_target;
-use vm_memory::{Bytes, GuestAddress};
+use rings::{BUFFER_BYTES, QUEUE_SIZE, Rings};
+use vm_memory::GuestAddress;
 
 const CID: u64 = 3;
-const QUEUE_SIZE: u16 = 16;
 /// An input is a row of these.
 const STEP_BYTES: usize = 16;
 /// More steps find nothing that fewer do not.
 const STEPS_MAX: usize = 200;
-/// Where queue `index` stands: its three rings, and a buffer for each descriptor.
-const QUEUE_BYTES: u64 = 0x4_0000;
-const BUFFER_BYTES: u64 = 0x2000;
+const RX: usize = 0;
+const TX: usize = 1;
 
 thread_local! {
     static HOST: RefCell<Option<Host>> = const { RefCell::new(None) };
@@ -57,85 +59,41 @@ impl Host {
     }
 }
 
-/// A guest and its rings, which are good: bad ones are another target's.
+/// A guest, and what it has seen.
 struct Guest {
-    memory: Arc<GuestMemory>,
-    queues: Vec<Virtqueue>,
-    /// Of the ring to the guest, and of that from it.
-    offered: [u16; 2],
+    rings: Rings,
     used: u16,
     /// By ports: the room that the guest told of at most, and what it was sent.
     rooms: HashMap<(u32, u32), (u64, u64)>,
 }
 
-fn at(queue: usize) -> u64 {
-    QUEUE_BYTES * queue as u64
-}
-
 impl Guest {
     fn new(memory: &Arc<GuestMemory>) -> Guest {
-        memory.write_slice(&vec![0; 3 * QUEUE_BYTES as usize], GuestAddress(0)).expect("it is memory");
-        let queue = |index: usize| {
-            let registers = QueueRegisters {
-                ready: true,
-                descriptor_table: at(index),
-                available_ring: at(index) + 0x1000,
-                used_ring: at(index) + 0x2000,
-                ..QueueRegisters::new(QUEUE_SIZE)
-            };
-            Virtqueue::new(&registers, memory, false).expect("the rings are good")
-        };
-        let queues = (0..3).map(queue).collect();
-        Guest { memory: memory.clone(), queues, offered: [0; 2], used: 0, rooms: HashMap::new() }
-    }
-
-    fn buffer(&self, queue: usize, slot: u16) -> u64 {
-        at(queue) + 0x4000 + BUFFER_BYTES * u64::from(slot)
-    }
-
-    /// Makes a buffer of `len` bytes available.
-    fn offer(&mut self, queue: usize, len: u32) {
-        let slot = self.offered[queue] % QUEUE_SIZE;
-        let flags = if queue == 0 { 2_u64 } else { 0 };
-        let descriptor = [self.buffer(queue, slot), u64::from(len) | flags << 32];
-        self.memory.write_obj(descriptor, GuestAddress(at(queue) + 16 * u64::from(slot))).expect("it is memory");
-        let ring = at(queue) + 0x1000;
-        self.memory.write_obj(slot, GuestAddress(ring + 4 + 2 * u64::from(slot))).expect("it is memory");
-        self.offered[queue] = self.offered[queue].wrapping_add(1);
-        self.memory.write_obj(self.offered[queue], GuestAddress(ring + 2)).expect("it is memory");
-    }
-
-    fn used_index(&self, queue: usize) -> u16 {
-        self.memory.read_obj(GuestAddress(at(queue) + 0x2002)).expect("it is memory")
-    }
-
-    fn has_room(&self, queue: usize) -> bool {
-        self.offered[queue].wrapping_sub(self.used_index(queue)) < QUEUE_SIZE
+        Guest { rings: Rings::new(memory, 3), used: 0, rooms: HashMap::new() }
     }
 
     fn send(&mut self, header: Header, len: u32) {
-        if !self.has_room(1) {
+        if !self.rings.has_room(TX) {
             return;
         }
-        let place = self.buffer(1, self.offered[1] % QUEUE_SIZE);
+        let place = self.rings.buffer(TX, self.rings.offered[TX] % QUEUE_SIZE);
         let range = [GuestRange { address: GuestAddress(place), len_bytes: HEADER_BYTES as u32 }];
-        assert!(header.write(&self.memory, &range));
+        assert!(header.write(&self.rings.memory, &range));
         let room = self.rooms.entry((header.src_port, header.dst_port)).or_default();
         room.0 = room.0.max(u64::from(header.buf_alloc));
         if header.op == op::REQUEST {
             room.1 = 0;
         }
-        self.offer(1, HEADER_BYTES as u32 + len);
+        self.rings.offer(TX, None, HEADER_BYTES as u32 + len, false);
     }
 
     /// Looks at what the device has sent.
     fn check(&mut self) {
-        while self.used != self.used_index(0) {
-            let entry = GuestAddress(at(0) + 0x2004 + 8 * u64::from(self.used % QUEUE_SIZE));
-            let [slot, len]: [u32; 2] = self.memory.read_obj(entry).expect("it is memory");
-            let place = self.buffer(0, slot as u16);
+        while self.used != self.rings.used_index(RX) {
+            let [slot, len] = self.rings.used(RX, self.used);
+            let place = self.rings.buffer(RX, slot as u16);
             let range = [GuestRange { address: GuestAddress(place), len_bytes: len }];
-            let header = Header::read(&self.memory, &range).expect("it has a header");
+            let header = Header::read(&self.rings.memory, &range).expect("it has a header");
             assert_eq!(len, HEADER_BYTES as u32 + header.len_bytes, "{header:?}");
             assert_eq!((header.src_cid, header.dst_cid, header.kind), (HOST_CID, CID, TYPE_STREAM));
             assert!((op::REQUEST..=op::CREDIT_REQUEST).contains(&header.op), "{header:?}");
@@ -160,7 +118,7 @@ fuzz_target!(|bytes: &[u8]| {
             take(step, host, &mut guest, &mut streams);
             for _ in 0..2 {
                 for index in 0..3 {
-                    if host.handler.process(index, &mut guest.queues).is_err() {
+                    if host.handler.process(index, &mut guest.rings.queues).is_err() {
                         return;
                     }
                 }
@@ -194,8 +152,8 @@ fn take(step: &[u8], host: &Host, guest: &mut Guest, streams: &mut Vec<UnixStrea
             guest.send(header, len);
         }
         3 => (0..=a % QUEUE_SIZE as u8).for_each(|_| {
-            if guest.has_room(0) {
-                guest.offer(0, HEADER_BYTES as u32 + 1 + number(0) % 4000);
+            if guest.rings.has_room(RX) {
+                guest.rings.offer(RX, None, HEADER_BYTES as u32 + 1 + number(0) % 4000, true);
             }
         }),
         4 => {
