@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::image::{self, run};
-use crate::net::{SERVED, free_port, husk, is_root, ready, serve, shell, start};
+use crate::net::{SERVED, end, free_port, husk, is_root, ready, serve, shell, start};
 use crate::uplink::{host, is_lab, make_nobody};
 use crate::{finish, guests, wait};
 
@@ -47,10 +47,9 @@ fn ip(words: &str) {
     run(Command::new("ip").args(words.split(' ')));
 }
 
-/// What the web server at `url` says, which is a literal address. On a busy emulated processor passt was once seen to reset a
-/// connection by IPv6, of some hundreds; a second time is a client's to try.
+/// What the web server at `url` says, which is a literal address.
 fn get(url: &str) -> String {
-    run(Command::new("curl").args(["-gsS", "--max-time", "60", "--retry", "1", "--retry-all-errors", url]))
+    run(Command::new("curl").args(["-gsS", "--max-time", "60", url]))
 }
 
 /// The first of three ports in a row that nobody has now.
@@ -128,6 +127,17 @@ fn ranges_of_ports_and_datagrams_reach_a_guest_by_ipv4_and_ipv6() {
     assert!(seen.contains("fd00:6875:736b::15/64") && seen.ends_with(SERVED), "{seen}");
     assert!(!Path::new(&format!("/proc/{passt}")).exists());
     assert!(TcpListener::bind(("::", first)).is_ok(), "its ports are free");
+}
+
+#[test]
+fn the_first_connection_by_ipv6_finds_a_guest_that_has_just_begun() {
+    let guests = guests!();
+    let (Some(_), Some(_)) = (host(), host_v6()) else { return };
+    let port = free_port();
+    let script = "mkdir /www; echo at once >/www/word; httpd -p 80 -h /www; echo ready; exec sleep 1000";
+    let (machine, _output) = start(&guests, &["-p", &format!("{port}:80")], script);
+    assert_eq!(get(&format!("http://[::1]:{port}/word")), "at once\n");
+    end(machine);
 }
 
 /// A folder of `NOBODY`'s.

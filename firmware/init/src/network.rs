@@ -59,8 +59,12 @@ impl Network {
     pub fn set_up(&self, interface: &Interface) -> Result<(), Failure> {
         let (name, index) = find(interface.mac, DEVICE_PATIENCE)?;
         if !interface.addresses.is_empty() {
-            // Routers of the network have nothing to add.
-            let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
+            // Routers of the network have nothing to add. And nobody is asked for a second who else might have the link-local
+            // address, which comes from our MAC: passt sends what comes from the host itself to that one, and resets it
+            // when the guest was not yet heard under it.
+            for setting in ["accept_ra", "accept_dad"] {
+                let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0");
+            }
         }
         self.bring_up(index).context(format_args!("bring up {name}"))?;
         for InterfaceAddress { ip, prefix } in &interface.addresses {
