@@ -27,7 +27,13 @@ fn machines_run_the_same_and_leave_nothing() {
         let script = "/bin/busybox df /scratch; echo x > /scratch/x && echo done; /bin/busybox free -m";
         let (said, code) = machine(&*contender, ground, &Job { scratch_mib: Some(64), ..job(2, script) });
         assert!(said.lines().any(|said| said.trim() == "done") && code == Some(0), "{name}: {code:?} {said}");
-        let mut launch = contender.launch(ground, &job(3, &format!("/bin/busybox sleep {LONG}"))).unwrap();
+        if contender.ends_with_its_kernel() {
+            let command = ["/.husk-bench/work", "crash", "kernel", "--this-is-a-machine"].map(str::to_owned).to_vec();
+            let (said, _) = machine(&*contender, ground, &Job { command, ..job(3, "") });
+            assert!(said.lines().any(|said| said.trim() == "work: ready"), "{name} crashed without a word: {said}");
+            assert!(!said.contains("work: fail"), "{name}: {said}");
+        }
+        let mut launch = contender.launch(ground, &job(4, &format!("/bin/busybox sleep {LONG}"))).unwrap();
         let mut child = start(&mut launch);
         thread::sleep(Duration::from_secs(2));
         child.kill().unwrap();
