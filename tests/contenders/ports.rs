@@ -1,5 +1,8 @@
 //! The port of an instance, reached from the host.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
@@ -16,10 +19,17 @@ fn what_listens_in_a_container_is_reached() {
     }
     let lab = lay();
     for mut contender in present(&lab.ground, false) {
+        let before = interfaces();
         contender.prepare(&lab.ground).unwrap();
         is_reached(&*contender, &lab.ground);
         contender.clean_up(&lab.ground).unwrap();
+        assert_eq!(interfaces(), before, "{}", contender.name());
     }
+}
+
+/// The host's.
+fn interfaces() -> BTreeSet<OsString> {
+    fs::read_dir("/sys/class/net").unwrap().flatten().map(|entry| entry.file_name()).collect()
 }
 
 #[test]

@@ -96,6 +96,9 @@ impl Podman {
         if is_root() {
             line.extend(words(&["--cgroup-parent", &format!("/{}-podman", ground.id())]));
         }
+        if self.mode == Mode::Own && job.port.is_some() {
+            line.extend(words(&["--network", &ground.id()]));
+        }
         line.extend(words(&["--rootfs", &root]));
         line.extend(job.command.iter().cloned());
         line
@@ -151,6 +154,10 @@ impl Contender for Podman {
         if let Some(obstacle) = self.network_obstacle().filter(|_| job.port.is_some()) {
             return Err(Unable(obstacle).into());
         }
+        if self.mode == Mode::Own && job.port.is_some() && !has_network(&ground.folder) {
+            // Like its usual one, whose bridge would stay for ever.
+            output(&line(&ground.folder, &["network", "create", "--disable-dns", &ground.id()]))?;
+        }
         let (id, bench) = (ground.instance(self.name(), job), ground.folder.clone());
         // One that ran to its end is gone already.
         let remove = move || output(&line(&bench, &["rm", "--force", "--ignore", "--time", "0", &id])).map(drop);
@@ -175,6 +182,12 @@ impl Contender for Podman {
     }
 }
 
+/// Whether the bench's own network has been made.
+fn has_network(folder: &Path) -> bool {
+    let id = folder.file_name().unwrap_or_default().to_string_lossy();
+    output(&line(folder, &["network", "exists", &id])).is_ok()
+}
+
 fn remove_all(folder: &Path) -> Result<()> {
     if !folder.join(FOLDER).exists() {
         return Ok(());
@@ -182,6 +195,9 @@ fn remove_all(folder: &Path) -> Result<()> {
     output(&line(folder, &["rm", "--all", "--force", "--time", "0"]))?;
     let id = folder.file_name().unwrap_or_default().to_string_lossy();
     pen::remove_left_behind(&format!("{id}-podman"))?;
+    if has_network(folder) {
+        output(&line(folder, &["network", "rm", &id]))?;
+    }
     if !is_root() {
         // A container's users own what it wrote; and a process that holds the user's namespaces goes with `migrate`.
         let (run, storage) =
