@@ -122,14 +122,15 @@ fn images_are_listed_with_their_sizes_and_pruned_with_what_they_took() {
 #[test]
 fn long_work_has_a_bar_on_a_terminal_and_nowhere_else() {
     let house = House::new();
-    house.sh("mkdir d; head -c 60M /dev/urandom >d/1; tar -C d -cf d.tar .");
+    // So much that no processor is done with it before the bar comes.
+    house.sh("mkdir d; head -c 200M /dev/urandom >d/1; tar -C d -cf d.tar .");
     let husk = env!("CARGO_BIN_EXE_husk");
     let mut command = std::process::Command::new("script");
     command.args(["--quiet", "--return", "--command", &format!("{husk} load d.tar --name x"), "/dev/null"]);
     house.surround(&mut command);
     let shown = command.env("TERM", "xterm").output().unwrap();
     let text = String::from_utf8_lossy(&shown.stdout).into_owned();
-    assert!(shown.status.success() && text.contains("MiB/60.") && text.contains("MiB/s"), "{text}");
+    assert!(shown.status.success() && text.contains("MiB/200.") && text.contains("MiB/s"), "{text}");
     house.sh("rm -r data");
     assert_eq!(house.husk(&["load", "d.tar"]).stderr, b"");
 }

@@ -245,11 +245,15 @@ fn start_and_kill(machines: &Machines, words: &[&str], mark: &str, after: Durati
     let mut command = machines.command(words);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     thread::sleep(after);
-    for pid in processes_with(mark) {
-        // In the background it is the one that was started by the one that was started here.
-        if !words.contains(&"-d") || pid != child.id() {
-            let _ = Command::new("sh").args(["-c", &format!("kill -KILL {pid} 2>/dev/null")]).status();
-        }
+    // In the background it is the one that was started by the one that was started here. The latter is known without a
+    // look at its arguments, which a process has only a moment after it is there.
+    let victims = if words.contains(&"-d") {
+        processes_with(mark).into_iter().filter(|pid| *pid != child.id()).collect()
+    } else {
+        vec![child.id()]
+    };
+    for pid in victims {
+        let _ = Command::new("sh").args(["-c", &format!("kill -KILL {pid} 2>/dev/null")]).status();
     }
     child.wait_with_output().unwrap()
 }
