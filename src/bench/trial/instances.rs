@@ -102,7 +102,8 @@ impl Context<'_> {
         while crowd.running.len() < most && !is_spent() {
             self.idle(contender, &mut crowd, &[])?;
         }
-        let (instances, spent) = (crowd.running.len(), is_spent());
+        let instances = crowd.running.len();
+        let spent = instances < most || is_spent();
         crowd.end()?;
         let mut found = Found { values: vec![("density-starts", self.starts(contender)?)], ..Found::default() };
         match spent {
