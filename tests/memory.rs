@@ -7,31 +7,25 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{env, thread};
 
 use husk::config::{MachineConfig, VsockConfig};
 use husk::machine::Machine;
 use husk::machine::timings::Timings;
 use husk::resources;
 
+#[path = "run/guests.rs"]
+mod guests;
+use guests::guests;
+
 /// Longer than anything here takes, even emulated on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
-const GUESTS: &str = "HUSK_TEST_GUESTS";
 /// What firmware/guests/linux/memory.c serves.
 const PORT: u32 = 1003;
 const MEMORY_MIB: u64 = 512;
 /// What a program in the guest takes: more than half.
 const TAKEN_MIB: u64 = 300;
-
-/// Begins a test that needs guests.
-fn guests(test: &str) -> Option<PathBuf> {
-    let guests = env::var_os(GUESTS).map(PathBuf::from);
-    if guests.is_none() {
-        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test guests` runs this");
-    }
-    guests
-}
 
 struct Guest {
     machine: Machine,
@@ -130,7 +124,7 @@ fn line(stream: &mut UnixStream) -> Option<String> {
 const KEPT_MIB: u64 = TAKEN_MIB / 3;
 
 fn idle_memory_goes_back(kernel: &str) {
-    let Some(guests) = guests("idle_memory_goes_back") else { return };
+    let guests = guests!();
     let guest = Guest::start(&guests, kernel, None);
     let before_mib = guest.resident_mib();
     let taken = guest.take(TAKEN_MIB).expect("there is room");
@@ -149,7 +143,7 @@ fn idle_memory_goes_back(kernel: &str) {
 #[test]
 fn a_guest_has_as_much_memory_as_the_target_says() {
     const LOW_MIB: u64 = 192;
-    let Some(guests) = guests("a_guest_has_as_much_memory_as_the_target_says") else { return };
+    let guests = guests!();
     // The stock kernel clears each page that it puts into its balloon: here that takes minutes.
     let guest = Guest::start(&guests, "micro", Some(LOW_MIB));
     let kept = |what: &str| {
@@ -187,7 +181,7 @@ fn memory_that_a_stock_guest_frees_goes_back_by_itself() {
 #[test]
 fn a_machine_works_within_the_hosts_memory_that_it_is_said_to_need() {
     const SMALL_MIB: u64 = 256;
-    let Some(guests) = guests("a_machine_works_within_the_hosts_memory_that_it_is_said_to_need") else { return };
+    let guests = guests!();
     if run("id", &["-u"]) != "0\n" {
         eprintln!("SKIPPED: control groups are tested by root");
         return;

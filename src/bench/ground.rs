@@ -92,7 +92,7 @@ impl Plot {
 impl Drop for Plot {
     fn drop(&mut self) {
         super::contender::remove_networks(&self.folder);
-        let id = self.folder.file_name().unwrap_or_default().to_string_lossy();
+        let id = super::contender::bench_id(&self.folder);
         for result in [pen::remove_left_behind(&format!("{id}-")), clear(&self.folder)] {
             if let Err(error) = result {
                 log::warn!("{error:#}");

@@ -15,7 +15,8 @@ use crate::backend::rate::Rate;
 use crate::config::{Attachment, MacAddress, MachineConfig, NetworkConfig};
 use crate::sys;
 
-const TUN_PATH: &str = "/dev/net/tun";
+/// Where tap devices come from (Documentation/networking/tuntap.rst).
+pub const TUN_PATH: &str = "/dev/net/tun";
 /// The kernel's own way from a tap device to a guest's queues.
 pub const VHOST_PATH: &str = "/dev/vhost-net";
 /// The version of Linux from which on the thread that this takes is one of the process, and keeps to its processors.

@@ -40,8 +40,13 @@ fn say(words: &str) {
     let _ = writeln!(std::io::stderr(), "{words}");
 }
 
-fn is_root() -> bool {
-    fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0)
+/// Whether this is not root, who alone makes control groups and overlays; loudly if so.
+fn is_no_root() -> bool {
+    let is_root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
+    if !is_root {
+        say("SKIPPED: control groups and overlays are tested by root");
+    }
+    !is_root
 }
 
 /// Whether this machine's KVM runs no Linux guest; loudly if so.

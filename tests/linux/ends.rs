@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use crate::{boot, finish, guests, husk, is_emulated, signal, start_and_wait, uplink};
+use crate::{boot, finish, guests, husk, is_lab, signal, start_and_wait, uplink};
 
 #[test]
 fn a_reboot_ends_with_its_own_code() {
@@ -90,7 +90,7 @@ fn a_shell_of_the_demo_ends_the_machine_by_poweroff_and_by_the_power_button() {
 #[test]
 fn many_boots_in_a_row_all_end() {
     let guest = guests!().join("micro");
-    let boots = if is_emulated() { 8 } else { 20 };
+    let boots = if is_lab() { 8 } else { 20 };
     for n in 1..=boots {
         boot(&guest, "vmlinux", "none", &["--cpus", "2"]).expect(0, &format!("boot {n} of {boots}"));
     }

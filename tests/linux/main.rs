@@ -6,6 +6,8 @@
 
 mod disk;
 mod ends;
+#[path = "../run/guests.rs"]
+mod guests;
 mod sizes;
 mod sockets;
 #[path = "../run/uplink.rs"]
@@ -13,34 +15,17 @@ mod uplink;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guests::guests;
+use uplink::is_lab;
+
 /// Longer than any boot takes, even emulated on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
-const GUESTS: &str = "HUSK_TEST_GUESTS";
-
-/// The folder of guests, or `None` and a loud word.
-fn guest_folder(test: &str) -> Option<PathBuf> {
-    let guests = std::env::var_os(GUESTS).map(PathBuf::from);
-    if guests.is_none() {
-        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test guests` runs this");
-    }
-    guests
-}
-
-/// Begins a test that needs guests.
-macro_rules! guests {
-    () => {{
-        fn here() {}
-        let Some(guests) = $crate::guest_folder(std::any::type_name_of_val(&here)) else { return };
-        guests
-    }};
-}
-pub(crate) use guests;
 
 /// How a machine ended, and what it said.
 struct Ended {
@@ -77,7 +62,7 @@ fn boot(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Ended {
     const TRIPLE_FAULT: i32 = 82;
     let run = || finish(husk(guest, image, job, flags).spawn().unwrap());
     let ended = run();
-    if ended.code != Some(TRIPLE_FAULT) || !is_emulated() {
+    if ended.code != Some(TRIPLE_FAULT) || !is_lab() {
         return ended;
     }
     eprintln!("RETRIED {job} after: {}", ended.errors);
@@ -116,10 +101,6 @@ fn run(program: &str, arguments: &[&str]) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{program} {arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr));
     text
-}
-
-fn is_emulated() -> bool {
-    std::env::var_os("HUSK_TEST_EMULATED").is_some()
 }
 
 /// Starts a guest and waits until its init says `word`. Returns it and the lines that it prints.

@@ -6,14 +6,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
 
-use crate::{PATIENCE, boot, finish, guests, husk, is_emulated, start_and_wait, uplink};
+use crate::{PATIENCE, boot, finish, guests, husk, is_lab, start_and_wait, uplink};
 
 const PIECE_BYTES: usize = 64 << 10;
 const MIB: usize = 1 << 20;
 
 /// What one way of a connection carries: less where the processor is emulated, which takes a minute for more.
 fn stream_mib() -> usize {
-    if is_emulated() { 16 } else { 64 }
+    if is_lab() { 16 } else { 64 }
 }
 
 /// The pieces that are sent through a socket, as firmware/guests/linux/vsock.c makes them: they differ in their first word.

@@ -4,17 +4,12 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::guests::provided;
 use crate::{Ended, finish, guests, husk_with};
-
-const STORE: &str = "HUSK_TEST_STORE";
 
 /// The store, or `None` and a loud word.
 fn store(test: &str) -> Option<PathBuf> {
-    let store = std::env::var_os(STORE).map(PathBuf::from);
-    if store.is_none() {
-        eprintln!("SKIPPED {test}: {STORE} names no store with a Debian root; `scripts/test guests` runs this");
-    }
-    store
+    provided("HUSK_TEST_STORE", "no store with a Debian root", test)
 }
 
 /// Runs a script in Debian.

@@ -5,6 +5,7 @@
 
 mod background;
 mod debian;
+mod guests;
 mod image;
 mod life;
 mod net;
@@ -16,38 +17,19 @@ mod terminal;
 mod uplink;
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guests::guests;
+
 /// Longer than any command here takes, even emulated on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
-const GUESTS: &str = "HUSK_TEST_GUESTS";
 
 /// What `terminal` waits with.
 mod husk {
     pub(crate) use super::end_of;
 }
-
-/// The folder of guests, or `None` and a loud word.
-fn guest_folder(test: &str) -> Option<PathBuf> {
-    let guests = std::env::var_os(GUESTS).map(PathBuf::from);
-    if guests.is_none() {
-        eprintln!("SKIPPED {test}: {GUESTS} names no guests; `scripts/test guests` runs this");
-    }
-    guests
-}
-
-/// Begins a test that needs guests.
-macro_rules! guests {
-    () => {{
-        fn here() {}
-        let Some(guests) = $crate::guest_folder(std::any::type_name_of_val(&here)) else { return };
-        guests
-    }};
-}
-pub(crate) use guests;
 
 /// How a run ended, and what it said.
 struct Ended {

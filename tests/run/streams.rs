@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::image::archive;
 use crate::terminal::Terminal;
+use crate::uplink::is_lab;
 use crate::{PATIENCE, finish, guests, husk_run, husk_under, shell, wait};
 
 const CHUNK_BYTES: usize = 1 << 20;
@@ -79,8 +80,7 @@ fn there_and_back(kernel: &str, len: u64) {
 fn a_large_stream_passes_both_ways_unchanged() {
     // A gibibyte, but for an emulated processor, which takes minutes for it; then as much as is asked for.
     let asked_mib = std::env::var("HUSK_TEST_STREAM_MIB").ok().and_then(|mib| mib.parse().ok());
-    let emulated = std::env::var_os("HUSK_TEST_EMULATED").is_some();
-    there_and_back("micro", asked_mib.unwrap_or(if emulated { 128 } else { 1024 }) << 20);
+    there_and_back("micro", asked_mib.unwrap_or(if is_lab() { 128 } else { 1024 }) << 20);
 }
 
 #[test]

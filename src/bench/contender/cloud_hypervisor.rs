@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::super::result::{self, Walls};
 use super::guest::{self, Files, Parts};
 use super::port::Tap;
-use super::program::Program;
+use super::program::{Program, major};
 use super::{Contender, Ground, Job, Launch, words};
 
 /// Cloud Hypervisor.
@@ -37,8 +37,7 @@ fn command_line(version: &str, ground: &Ground, files: &Files, tap: Option<&Tap>
     let mut line = words(&[NAME, "--kernel", &kernel.display().to_string(), "--cmdline", &guest::cmdline(parts, job)?]);
     line.extend(words(&["--cpus", &format!("boot={}", ground.vcpus())]));
     line.extend(words(&["--memory", &format!("size={}M", ground.limits.memory_mib)]));
-    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok()).unwrap_or_default();
-    let kind = if major >= IMAGE_TYPE_SINCE { ",image_type=raw" } else { "" };
+    let kind = if major(version) >= IMAGE_TYPE_SINCE { ",image_type=raw" } else { "" };
     line.extend(words(&["--disk", &format!("path={},readonly=on{kind}", root.display())]));
     line.extend(scratch.map(|scratch| format!("path={}{kind}", scratch.display())));
     if let Some(tap) = tap {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::super::result::{self, Walls};
 use super::program::{Program, succeeds};
-use super::{Contender, Ground, Job, Launch, Unable, engine, sample, words};
+use super::{Contender, Ground, Job, Launch, Unable, bench_id, engine, sample, words};
 use crate::resources::programs;
 
 /// Docker.
@@ -109,7 +109,7 @@ fn parent(process: u32) -> Option<u32> {
 
 /// Ends the containers of a killed bench, and removes its image.
 pub fn end_left_behind(folder: &Path) {
-    let id = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let id = bench_id(folder);
     if !succeeds(NAME, &["image", "inspect", &id]) {
         return;
     }

@@ -54,7 +54,7 @@ impl Ground {
 
     /// The bench's own name, that of its folder.
     fn id(&self) -> String {
-        self.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        bench_id(&self.folder)
     }
 
     /// A folder for what an instance needs of its own.
@@ -167,6 +167,11 @@ pub fn find() -> Vec<Box<dyn Contender>> {
     ];
     contenders.extend(husk::Husk::find().into_iter().map(|husk| Box::new(husk) as Box<dyn Contender>));
     contenders
+}
+
+/// The own name of the bench that has this folder.
+pub fn bench_id(folder: &Path) -> String {
+    folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Ends the instances that a killed bench has left in its folder, as far as their own programs have to do it. The folder itself, control

@@ -7,8 +7,9 @@ use anyhow::Result;
 use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::super::result::{self, Walls};
-use super::program::{Program, which};
-use super::{Contender, Ground, Job, Launch, Unable, engine, ground, is_root, sample, words};
+use super::program::{Program, major, which};
+use super::{Contender, Ground, Job, Launch, Unable, bench_id, engine, ground, is_root, sample, words};
+use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 use crate::sandbox::cgroup::pen;
 
@@ -30,8 +31,6 @@ pub struct Podman {
 const FOLDER: &str = "podman";
 /// What Podman limits itself to, of processes.
 const LIMIT_MAX: u64 = 1 << 15;
-/// What a user's network is made of.
-const TAP: &str = "/dev/net/tun";
 
 impl Podman {
     /// Looks for it. In the mode that is not this user's it is absent.
@@ -103,9 +102,7 @@ impl Podman {
         line.extend(job.command.iter().cloned());
         line
     }
-}
 
-impl Podman {
     /// Why a user's container has no network here: podman has slirp4netns make one of a tap device, and from 5 on passt's pasta.
     fn network_obstacle(&self) -> Option<String> {
         if self.mode == Mode::Own {
@@ -115,15 +112,14 @@ impl Podman {
         if !which(program) {
             return Some(format!("there is no program {program}: type `sudo apt-get install {package}`"));
         }
-        let tap = File::options().read(true).write(true).open(TAP).err();
-        tap.map(|error| format!("{program} cannot open {TAP} ({error}): type `sudo chmod 666 {TAP}`"))
+        let tap = File::options().read(true).write(true).open(TUN_PATH).err();
+        tap.map(|error| format!("{program} cannot open {TUN_PATH} ({error}): type `sudo chmod 666 {TUN_PATH}`"))
     }
 }
 
 /// What makes a user's network for this version of podman, and the package that has it.
 fn network_program(version: &str) -> (&'static str, &'static str) {
-    let major: u32 = version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default();
-    if major < 5 { ("slirp4netns", "slirp4netns") } else { ("pasta", "passt") }
+    if major(version) < 5 { ("slirp4netns", "slirp4netns") } else { ("pasta", "passt") }
 }
 
 impl Contender for Podman {
@@ -184,7 +180,7 @@ impl Contender for Podman {
 
 /// Whether the bench's own network has been made.
 fn has_network(folder: &Path) -> bool {
-    let id = folder.file_name().unwrap_or_default().to_string_lossy();
+    let id = bench_id(folder);
     output(&line(folder, &["network", "exists", &id])).is_ok()
 }
 
@@ -193,7 +189,7 @@ fn remove_all(folder: &Path) -> Result<()> {
         return Ok(());
     }
     output(&line(folder, &["rm", "--all", "--force", "--time", "0"]))?;
-    let id = folder.file_name().unwrap_or_default().to_string_lossy();
+    let id = bench_id(folder);
     pen::remove_left_behind(&format!("{id}-podman"))?;
     if has_network(folder) {
         output(&line(folder, &["network", "rm", &id]))?;

@@ -5,13 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::{Ground, Job, Unable, is_root, program};
+use super::{Ground, Job, Unable, bench_id, is_root, program};
+use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 
 /// Two addresses of a network of four.
 const PREFIX: u8 = 30;
-/// Documentation/networking/tuntap.rst.
-const TUN: &str = "/dev/net/tun";
 
 /// A port that is the host's own, or leads on from it.
 pub fn on_loopback(port: u16) -> SocketAddr {
@@ -137,8 +136,8 @@ impl Tap {
             return Ok(None);
         }
         may_make("its only network is a tap device, which only root can make")?;
-        if !Path::new(TUN).exists() {
-            return Err(Unable(format!("there is no {TUN}: type `sudo modprobe tun`")).into());
+        if !Path::new(TUN_PATH).exists() {
+            return Err(Unable(format!("there is no {TUN_PATH}: type `sudo modprobe tun`")).into());
         }
         let tap = Tap::of(&ground.id(), job.instance);
         tap.set_up().inspect_err(|_| drop(tap.remove())).context("make a tap device")?;
@@ -182,9 +181,9 @@ impl Tap {
 
 /// Removes the links and tap devices of a bench that was killed, or could not go on between making one and starting its instance.
 pub fn remove_left_behind(folder: &Path) {
-    let id = folder.file_name().unwrap_or_default().to_string_lossy();
+    let id = bench_id(folder);
     for name in names("/run/netns") {
-        let instance = name.strip_prefix(&*id).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
+        let instance = name.strip_prefix(&id).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
         if let Some(instance) = instance
             && let Err(error) = Link::of(&id, instance).remove()
         {
@@ -229,8 +228,8 @@ mod tests {
 
     #[test]
     fn tap_devices_of_a_killed_bench_are_removed_and_no_others() {
-        if !is_root() || !Path::new(TUN).exists() || !program::which("ip") {
-            eprintln!("SKIPPED: tap devices are made by root, with {TUN} and ip");
+        if !is_root() || !Path::new(TUN_PATH).exists() || !program::which("ip") {
+            eprintln!("SKIPPED: tap devices are made by root, with {TUN_PATH} and ip");
             return;
         }
         // No bench has such a name: those have hexadecimal digits.

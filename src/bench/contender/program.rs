@@ -68,6 +68,11 @@ impl Program {
     }
 }
 
+/// The first number of a version; 0 where it does not begin with one.
+pub fn major(version: &str) -> u32 {
+    version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default()
+}
+
 /// Whether there is such a program on the path.
 pub fn which(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
