@@ -1,5 +1,6 @@
 //! What a machine is asked to be: plain data, from flags or from a file, checked once by [`MachineConfig::validate`].
 
+mod host_memory;
 mod network;
 
 use std::path::PathBuf;
@@ -312,14 +313,6 @@ impl MachineConfig {
         }
         let own = default_cmdline(self.initrd.is_some(), self.disks.first().map(|disk| disk.readonly));
         if self.cmdline.is_empty() { own } else { format!("{own} {}", self.cmdline) }
-    }
-
-    /// The host's memory in MiB with which the machine can do: the guest's, the host's and KVM's page tables for it (up to
-    /// a 512th each), and room for husk itself (3 MiB), the kernel's part of it (1 MiB), and the page cache that a working
-    /// disk needs.
-    pub fn host_memory_needed_mib(&self) -> u64 {
-        const BESIDE_THE_GUEST_MIB: u64 = 32;
-        self.memory_mib + self.memory_mib.div_ceil(128) + BESIDE_THE_GUEST_MIB
     }
 
     fn validate_memory_target(&self) -> Result<(), Invalid> {

@@ -84,7 +84,7 @@ fn limits_are_part_of_the_machine_that_is_printed() {
     let json = stdout(&[&["boot", "--kernel", "k"], &flags[..], &more].concat());
     let expected = serde_json::json!({
         "kernel": "k", "cmdline": "", "default_cmdline": true, "cpus": 2, "cpu_limit_millicpus": 1500,
-        "cpuset": [0, 1, 3], "cpu_shares": 512, "memory_mib": 1024, "memory_target_mib": 256, "host_memory_mib": 1064,
+        "cpuset": [0, 1, 3], "cpu_shares": 512, "memory_mib": 1024, "memory_target_mib": 256, "host_memory_mib": 1066,
         "balloon": true,
         "disks": [{
             "path": "/a.img", "readonly": false,

@@ -176,7 +176,6 @@ impl Boot {
         if let Some(Cpus { vcpus, limit_millicpus }) = self.cpus {
             (config.cpus, config.cpu_limit_millicpus) = (vcpus, limit_millicpus);
         }
-        self.limits.apply(self.memory, &mut config);
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }
@@ -187,6 +186,7 @@ impl Boot {
             config.networks = self.network.configs()?;
         }
         self.network.limit(config.networks.iter_mut().map(|network| &mut network.rate))?;
+        self.limits.apply(self.memory, &mut config);
         Ok(config)
     }
 }

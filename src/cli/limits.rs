@@ -42,7 +42,7 @@ enum HostMemory {
 }
 
 impl Limits {
-    /// Changes `config` as the flags say. `memory_mib` is that of `--memory`, if it was given.
+    /// Changes `config`, which has all of its devices, as the flags say. `memory_mib` is that of `--memory`, if it was given.
     pub fn apply(&self, memory_mib: Option<u64>, config: &mut MachineConfig) {
         if let Some(Cpuset(cpus)) = &self.cpuset {
             config.cpuset.clone_from(cpus);

@@ -48,9 +48,14 @@ pub struct Network {
     pub counts: Option<TapCounts>,
 }
 
+/// How many pairs of queues a tap device has in a machine of so many vCPUs.
+pub fn pairs(cpus: u32) -> u32 {
+    cpus.min(PAIRS_MAX)
+}
+
 /// Opens what the configuration `network` of `machine` says. For a user's network this starts passt, which is not waited for.
 pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<Network> {
-    let pairs = machine.cpus.min(PAIRS_MAX) as usize;
+    let pairs = pairs(machine.cpus) as usize;
     let vhost = Vhost { wish: network.vhost, keeps_to_cpus: !machine.cpuset.is_empty() };
     open_any(network, pairs, vhost).map(|opened| Network { rate: network.rate, ..opened })
 }

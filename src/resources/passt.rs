@@ -45,6 +45,9 @@ const DNS_MAX: usize = 3;
 
 /// What waits in the socket, in each direction: passt drops what finds no room.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// What one passt takes of the host's memory at most, in bytes: itself (31 MiB, `ps -o rss`), and what waits in its socket,
+/// which the kernel counts twice, in each direction.
+pub const BUDGET_BYTES: u64 = (32 << 20) + 2 * 2 * SOCKET_BUFFER_BYTES as u64;
 /// How long a passt that is likely to fail has for it.
 const VERDICT_PATIENCE: Duration = Duration::from_millis(500);
 /// passt's last words are no longer than this.

@@ -36,6 +36,9 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 const ID_BYTES: usize = 20;
 /// Physical blocks are 4 KiB, log2 of that in logical ones: page cache and most disks work in these.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
+/// What a guest can make a disk hold beside its memory, in bytes: for every request that it can have in flight as many parts
+/// as a chain has, each of which may lie in two regions of memory. What the back end keeps is the back end's to say.
+pub const BUDGET_BYTES: u64 = QUEUE_SIZE as u64 * 2 * QUEUE_SIZE as u64 * size_of::<libc::iovec>() as u64;
 /// What one turn of the worker moves at most, before it looks at its stop event again.
 const TURN_BYTES: u64 = 4 << 20;
 /// Requests begun before those that are done are completed, so that a driver that watches the used ring can go on.

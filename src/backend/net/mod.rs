@@ -19,6 +19,9 @@ pub const FRAME_BYTES_MIN: usize = 14;
 /// The longest frame: a packet of 64 KiB less one, behind an Ethernet header with a VLAN tag.
 pub const FRAME_BYTES_MAX: usize = 65535 + 18;
 
+/// What a back end holds at most, in bytes: frames for the guest that came together, and the rest of one of the guest's.
+pub const BUDGET_BYTES: u64 = (stream::BUFFER_BYTES + 2 * FRAME_BYTES_MAX) as u64;
+
 /// Takes a guest's frames and has frames for it. It belongs to one thread at a time and never waits.
 pub trait NetBackend: Send {
     /// Which of the device's features it has a part in (virtio 1.2 §5.1.3): who computes checksums and cuts segments.

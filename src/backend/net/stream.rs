@@ -15,7 +15,7 @@ const LENGTH_BYTES: usize = 4;
 /// The longest frame that passt takes (ETH_MAX_MTU, linux/if_ether.h); after a longer one it hangs up.
 const FRAME_BYTES_MAX: usize = 0xffff;
 /// Room for several frames, so that many small ones take one call.
-const BUFFER_BYTES: usize = 256 << 10;
+pub const BUFFER_BYTES: usize = 256 << 10;
 
 /// A peer on the other end of a socket, which neither leaves checksums to the guest nor takes them off it.
 pub struct StreamNet {

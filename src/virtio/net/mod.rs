@@ -29,9 +29,9 @@ use virtio_bindings::virtio_net::{
 use self::pair::{Common, Pair, Place};
 use self::vhost::Vhost;
 use super::log_rate::LogRate;
-use super::queue::{Chain, Virtqueue};
+use super::queue::{Chain, GuestRange, Virtqueue};
 use super::{ConfigSpace, Left, QueueHandler, RingError, Unfit, VirtioDevice, Ways};
-use crate::backend::net::NetBackend;
+use crate::backend::net::{self as backend, NetBackend};
 use crate::backend::rate::{Limiter, Rate};
 use crate::resources::net::Network;
 use crate::sys::timer::Timer;
@@ -50,6 +50,13 @@ const COMMANDS_PER_TURN: usize = 32;
 const CHANGES_PER_SECOND: u64 = 20;
 /// Ethernet's, for a back end that says nothing of it.
 const MTU_BYTES: u16 = 1500;
+
+/// What a guest can make an interface of so many pairs of queues hold beside its memory, in bytes: the chains that a frame is
+/// put into, each of which may be as long as the queue, to be read or to be written, and what the back ends hold.
+pub fn budget_bytes(pairs: u32) -> u64 {
+    let [queue_size, _] = PAIR_SIZES.map(u64::from);
+    queue_size * 2 * queue_size * size_of::<GuestRange>() as u64 + u64::from(pairs) * backend::BUDGET_BYTES
+}
 
 /// A network device on what was opened as `network`, and what the rest of husk has of it.
 pub fn device(network: Network) -> io::Result<(VirtioDevice, NetLink)> {

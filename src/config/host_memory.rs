@@ -1,0 +1,67 @@
+//! From a configuration to the host's memory that its machine needs: the guest's own, and beside it what each part can be
+//! brought to hold, whatever the guest does. Each device states its own budget; here they are added up.
+
+use super::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
+use crate::resources::{net as interface, passt};
+use crate::virtio::{block, net};
+
+/// Room for husk itself (3 MiB), the kernel's part of it (1 MiB), and the page cache that a working disk needs.
+const ITSELF_BYTES: u64 = 32 << 20;
+const MIB: u64 = 1 << 20;
+
+impl MachineConfig {
+    /// The host's memory in MiB with which the machine can do: the guest's, the host's and KVM's page tables for it (up to
+    /// a 512th each), room for husk itself, and the budgets of its devices.
+    pub fn host_memory_needed_mib(&self) -> u64 {
+        let beside_bytes = ITSELF_BYTES + self.device_budgets_bytes();
+        self.memory_mib + self.memory_mib.div_ceil(128) + beside_bytes.div_ceil(MIB)
+    }
+
+    /// The budgets of the machine's devices together, in bytes: what a guest can make them hold at most, in this process
+    /// and in the kernel, less what every machine has.
+    pub fn device_budgets_bytes(&self) -> u64 {
+        let disks: u64 = self.disks.iter().map(disk_bytes).sum();
+        let networks: u64 = self.networks.iter().map(|network| network_bytes(network, self.cpus)).sum();
+        disks + networks
+    }
+}
+
+fn disk_bytes(disk: &DiskConfig) -> u64 {
+    let image_bytes = match disk.format() {
+        Format::Raw | Format::Qcow2 => 0,
+    };
+    block::BUDGET_BYTES + image_bytes
+}
+
+fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
+    match network.to {
+        Attachment::User(_) => net::budget_bytes(1) + passt::BUDGET_BYTES,
+        Attachment::Tap { .. } | Attachment::Bridge { .. } => net::budget_bytes(interface::pairs(cpus)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::rate::Rate;
+    use crate::config::UserNetwork;
+
+    #[test]
+    fn what_a_guest_can_make_devices_hold_is_part_of_what_its_machine_needs() {
+        let bare = MachineConfig { memory_mib: 512, ..MachineConfig::default() };
+        assert_eq!(bare.host_memory_needed_mib(), 512 + 4 + 32);
+        let rate = Rate::default();
+        let disk = DiskConfig { path: "disk.img".into(), readonly: false, id: None, format: None, rate };
+        let tap = || NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
+        let with_disk = MachineConfig { disks: vec![disk.clone()], ..bare.clone() };
+        let with_disks = MachineConfig { disks: vec![disk; 3], ..bare.clone() };
+        let with_tap = MachineConfig { networks: vec![tap()], ..bare.clone() };
+        let with_taps = MachineConfig { networks: vec![tap()], cpus: 8, ..bare.clone() };
+        let user = NetworkConfig::of(Attachment::User(UserNetwork::default()));
+        let with_passt = MachineConfig { networks: vec![user], ..bare };
+        let needed = |config: &MachineConfig| config.host_memory_needed_mib() - (512 + 4 + 32);
+        assert_eq!([needed(&with_disk), needed(&with_disks)], [2, 6]);
+        assert!(needed(&with_tap) >= 1 && needed(&with_taps) > needed(&with_tap));
+        assert!(needed(&with_passt) > 32, "passt itself and its socket");
+    }
+}
