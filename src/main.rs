@@ -1,17 +1,23 @@
 //! From arguments to an exit code: parse, dispatch, print the error once.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use husk::cli::{self, Cli};
+use husk::cli::{self, Cli, words};
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let exit = match Cli::try_parse() {
-        Ok(cli) => cli.run(started).unwrap_or_else(|error| cli::report(&error)),
-        Err(error) => cli::report_usage(&error),
+    let exit = match words::read().map(parse) {
+        Ok(Ok(cli)) => cli.run(started).unwrap_or_else(|error| cli::report(&error)),
+        Ok(Err(error)) => cli::report_usage(&error),
+        Err(error) => cli::report(&error),
     };
     log::logger().flush();
     exit.into()
+}
+
+fn parse(words: &[OsString]) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from([OsString::from("husk")].iter().chain(words))
 }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub mod affinity;
+pub mod arguments;
 pub mod disk;
 pub mod mapping;
 pub mod net;

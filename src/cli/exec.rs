@@ -59,6 +59,7 @@ impl Exec {
     }
 
     fn try_run(mut self) -> Result<Exit> {
+        self.process.cover_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
         let machine = words.next().unwrap_or_default();
         let machine = machine.to_str().with_context(|| format!("{} is no name", machine.display()))?;

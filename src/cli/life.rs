@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Read;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::size;
+use super::words::{self, IN_BACKGROUND};
 use crate::config::MachineConfig;
 use crate::machine::desk::Desk;
 use crate::roster::origin::Origin;
@@ -23,8 +24,6 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A machine that ran so long was well: the next wait is the first again.
 const RAN_WELL: Duration = Duration::from_secs(10);
-/// Tells the process in the background that it is the one.
-const IN_BACKGROUND: &str = "--in-background";
 /// Tells it which machine it is once more.
 const AGAIN: &str = "--again";
 
@@ -114,7 +113,7 @@ impl Life {
         let keep = self.detach && !self.rm;
         if keep && earlier.is_none() {
             let ours = |word: &OsString| word == IN_BACKGROUND;
-            let mut words: Vec<_> = std::env::args_os().skip(1).collect();
+            let mut words = words::all().to_vec();
             if let Some(place) = words.iter().position(ours) {
                 words.remove(place);
             }
@@ -164,7 +163,7 @@ impl Life {
 
 /// Starts this very command again, in the background, and waits until its machine runs or has failed to.
 pub fn hand_on() -> Result<Exit> {
-    match launch(Command::new("/proc/self/exe"), std::env::args_os().skip(1).collect(), None)? {
+    match launch(Command::new("/proc/self/exe"), words::all(), None)? {
         Launched::Running(id) => super::print(&id).map(|()| Exit::Success),
         Launched::Failed(exit) => Ok(exit),
     }
@@ -174,7 +173,7 @@ pub fn hand_on() -> Result<Exit> {
 pub fn start_again(entry: &Entry) -> Result<Exit> {
     check_kept(entry)?;
     let (command, words) = Origin::read(entry)?.command()?;
-    Ok(match launch(command, words, Some(&entry.id))? {
+    Ok(match launch(command, &words, Some(&entry.id))? {
         Launched::Running(_) => Exit::Success,
         Launched::Failed(exit) => exit,
     })
@@ -196,14 +195,17 @@ enum Launched {
 
 /// Runs `command` with `words`, to be the machine in the background: a new one, or the one that has ended. Returns when it runs or
 /// has failed to.
-fn launch(mut command: Command, mut words: Vec<OsString>, again: Option<&str>) -> Result<Launched> {
-    let place = words.iter().position(|word| !word.as_encoded_bytes().starts_with(b"-")).context("find the command")?;
-    if let Some(id) = again {
-        words.insert(place + 1, format!("{AGAIN}={id}").into());
-    }
-    words.insert(place + 1, IN_BACKGROUND.into());
-    command.args(words).stdin(Stdio::null()).stdout(Stdio::piped());
+///
+/// The words go by a pipe: everybody may read a process's arguments, and there may be secrets among them.
+fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Result<Launched> {
+    let place = words::command(words)?;
+    command.arg0("husk").args(words.get(place)).arg(IN_BACKGROUND);
+    command.args(again.map(|id| format!("{AGAIN}={id}"))).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().context("start husk in the background")?;
+    if let Some(pipe) = child.stdin.take() {
+        // One that has ended hears nothing; its exit status tells why.
+        let _ = words::hand_over(words, pipe);
+    }
     let mut id = String::new();
     if let Some(stdout) = &mut child.stdout {
         stdout.read_to_string(&mut id).context("hear from husk in the background")?;

@@ -40,6 +40,7 @@ pub mod stop;
 pub mod update;
 pub mod wait;
 mod when;
+pub mod words;
 
 use std::io::{ErrorKind, Write};
 use std::time::Instant;
@@ -220,10 +221,9 @@ pub fn report_usage(error: &clap::Error) -> Exit {
 
 /// Whether this is `husk run` or `husk exec`, whose command may have any code but one for itself.
 fn runs_a_command() -> bool {
-    std::env::args_os()
-        .skip(1)
-        .find(|word| !word.as_encoded_bytes().starts_with(b"-"))
-        .is_some_and(|word| word == "run" || word == "exec")
+    let words = words::all();
+    let command = words::command(words).ok().and_then(|place| words.get(place));
+    command.is_some_and(|word| word == "run" || word == "exec")
 }
 
 fn print_error(text: &str) {

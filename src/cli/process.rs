@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 
+use super::words;
 use crate::guest::process::{self, Wishes};
 use crate::resources::text;
 
@@ -48,6 +49,11 @@ impl ProcessFlags {
         env.append(&mut self.env);
         let (working_dir, user) = (self.workdir.take(), self.user.take());
         Ok(Wishes { command, env, working_dir, user, ..Wishes::default() })
+    }
+
+    /// Covers what variables are set to where everybody sees this process's arguments. To be called before it has other threads.
+    pub fn cover_values(&self) {
+        words::cover_values(&self.env);
     }
 
     /// Refuses a terminal that is to be typed at and is none here.

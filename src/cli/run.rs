@@ -182,6 +182,7 @@ impl Run {
 
     fn try_run(mut self, started: Instant) -> Result<Exit> {
         let timings = Arc::new(Timings::new(started));
+        self.process.cover_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = words.next().unwrap_or_default();
         if image.as_bytes().starts_with(b"-") {

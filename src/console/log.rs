@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::roster::stream_log;
+use crate::roster::{private_file, stream_log};
 
 /// What is kept for who asks why.
 const TAIL_MAX_BYTES: usize = 16 << 10;
@@ -53,7 +53,7 @@ fn printable(text: &str) -> String {
 impl Log {
     /// Starts a log in a new file at `path`; with `echo` it is on standard error as well.
     pub fn create(path: PathBuf, echo: bool) -> io::Result<Log> {
-        let file = File::create(&path)?;
+        let file = private_file().write(true).create(true).truncate(true).open(&path)?;
         Ok(Log { path, file, file_bytes: 0, tail: Tail::default(), echo, told_of_failure: false })
     }
 

@@ -115,7 +115,7 @@ impl Desk {
         if std::mem::take(&mut self.unannounced) {
             // If they are gone already, nobody would ever know of this machine.
             writeln!(std::io::stdout(), "{}", self.folder.id()).context("tell that the machine runs")?;
-            let log = File::options().append(true).create(true).open(self.file(roster::HUSK_LOG));
+            let log = roster::private_file().append(true).create(true).open(self.file(roster::HUSK_LOG));
             let log = log.context("start husk's log")?;
             let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
             rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;

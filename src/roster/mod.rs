@@ -20,7 +20,8 @@ pub mod origin;
 pub mod record;
 pub mod stream_log;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -194,10 +195,18 @@ fn remove_sockets(path: impl Fn(&str) -> PathBuf) {
     }
 }
 
+/// How a file in a machine's folder is made: for its owner alone, whatever others may do with the user's files. What variables
+/// are set to stands there, and what programs write.
+pub fn private_file() -> OpenOptions {
+    let mut options = File::options();
+    options.mode(0o600);
+    options
+}
+
 /// The lock on names, held while this lives.
 fn lock(base: &Path) -> Result<File> {
     let path = base.join("lock");
-    let file = File::options().write(true).create(true).truncate(false).open(&path);
+    let file = private_file().write(true).create(true).truncate(false).open(&path);
     let file = file.with_context(|| format!("open {}", path.display()))?;
     file.lock().with_context(|| format!("lock {}", path.display()))?;
     Ok(file)

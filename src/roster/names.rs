@@ -1,8 +1,8 @@
 //! From a name to a machine: links, made and removed under one lock, so that no two machines ever have the same name.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -44,7 +44,8 @@ impl Roster {
 
     fn claim_locked(&self, name: &str, id: &str) -> Result<()> {
         let (names, link) = (self.names(), self.names().join(name));
-        fs::create_dir_all(&names).with_context(|| format!("make {}", names.display()))?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&names);
+        made.with_context(|| format!("make {}", names.display()))?;
         match symlink(id, &link) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => return made.with_context(|| format!("make {}", link.display())),

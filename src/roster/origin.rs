@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::record::Text;
+use super::record::{Text, write_private};
 use super::{Entry, MachineFolder};
 
 const FILE: &str = "origin.json";
@@ -50,7 +50,7 @@ impl Origin {
     pub fn write(&self, folder: &MachineFolder) -> Result<()> {
         let path = folder.file(FILE);
         let json = serde_json::to_vec(self).context("write down how the machine was started")?;
-        fs::write(&path, json).with_context(|| format!("write {}", path.display()))
+        write_private(&path, &json).with_context(|| format!("write {}", path.display()))
     }
 
     /// How `entry` was started.

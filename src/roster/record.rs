@@ -1,7 +1,7 @@
 //! What there is to know of a machine: written by its husk, read by every command, printed by `husk inspect`.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use husk_protocol::Process;
 use serde::{Deserialize, Serialize};
 
+use super::private_file;
 use crate::config::MachineConfig;
 
 const FILE: &str = "record.json";
@@ -157,7 +158,7 @@ impl Record {
     pub fn write(&self, folder: &Path) -> Result<()> {
         let (path, new, reserve) = (folder.join(FILE), folder.join("record.new"), folder.join(RESERVE));
         let text = serde_json::to_vec_pretty(self).context("write the machine's record")?;
-        let put = || fs::write(&new, &text).and_then(|()| fs::rename(&new, &path));
+        let put = || write_private(&new, &text).and_then(|()| fs::rename(&new, &path));
         let mut written = put();
         if written.is_err() && fs::remove_file(&reserve).is_ok() {
             written = put();
@@ -166,10 +167,15 @@ impl Record {
             let _ = fs::remove_file(&new);
         } else if !fs::metadata(&reserve).is_ok_and(|reserve| reserve.len() >= text.len() as u64) {
             // Without it the next record needs room of its own.
-            let _ = fs::write(&reserve, &text);
+            let _ = write_private(&reserve, &text);
         }
         written.with_context(|| format!("write {}", path.display()))
     }
+}
+
+/// Makes the file at `path` anew, for its owner alone.
+pub(super) fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    private_file().write(true).create(true).truncate(true).open(path)?.write_all(content)
 }
 
 /// The time now, in milliseconds since 1970.

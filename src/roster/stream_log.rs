@@ -10,6 +10,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use super::private_file;
+
 /// Length of a record's head.
 pub const HEAD_BYTES: usize = 16;
 /// Longest content of a record. Longer writes are several records.
@@ -87,7 +89,7 @@ pub struct StreamLog {
 impl StreamLog {
     /// Starts a log at `path` that takes at most `max_bytes` on the disk, or goes on with the one that is there.
     pub fn open(path: PathBuf, max_bytes: u64) -> io::Result<StreamLog> {
-        let file = File::options().append(true).create(true).open(&path)?;
+        let file = private_file().append(true).create(true).open(&path)?;
         let file_bytes = file.metadata()?.len();
         Ok(StreamLog { path, file, file_bytes, file_max_bytes: max_bytes.max(MIN_BYTES) / 2, told_of_failure: false })
     }
@@ -122,7 +124,7 @@ pub fn rotate(path: &Path) -> io::Result<File> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         renamed => renamed?,
     }
-    File::options().append(true).create(true).open(path)
+    private_file().append(true).create(true).open(path)
 }
 
 fn old(path: &Path) -> PathBuf {

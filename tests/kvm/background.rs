@@ -1,6 +1,7 @@
 //! Machines in the background: listed, watched, stopped, renamed, removed, and started again, by the commands for it.
 
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use husk_guests as guests;
 use tempfile::TempDir;
 
-use crate::husk::{end_of, is_emulated, own_lines, processes_with, send_signal};
+use crate::husk::{disk_image, end_of, is_emulated, own_lines, processes_of, processes_with, send_signal};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -24,6 +25,11 @@ pub struct Machines {
 impl Machines {
     pub fn new() -> Machines {
         Machines { runtime: tempfile::tempdir().unwrap(), mounted: false }
+    }
+
+    /// Where they are, which no other test's processes are told.
+    pub fn place(&self) -> &str {
+        self.runtime.path().to_str().unwrap()
     }
 
     pub fn command(&self, words: &[&str]) -> Command {
@@ -240,15 +246,14 @@ fn a_killed_husk_is_known_at_once_and_its_name_is_free_when_it_is_removed() {
     assert_eq!(machines.folders().len(), 1);
 }
 
-/// Starts `words` and kills the husk that has `mark` in its arguments and is to be the machine, after this time.
-fn start_and_kill(machines: &Machines, words: &[&str], mark: &str, after: Duration) -> Output {
+/// Starts `words` and kills the husk that is to be the machine, after this time.
+fn start_and_kill(machines: &Machines, words: &[&str], after: Duration) -> Output {
     let mut command = machines.command(words);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     thread::sleep(after);
-    // In the background it is the one that was started by the one that was started here. The latter is known without a
-    // look at its arguments, which a process has only a moment after it is there.
+    // In the background it is the one that was started by the one that was started here.
     let victims = if words.contains(&"-d") {
-        processes_with(mark).into_iter().filter(|pid| *pid != child.id()).collect()
+        processes_of(machines.place()).into_iter().filter(|pid| *pid != child.id()).collect()
     } else {
         vec![child.id()]
     };
@@ -264,15 +269,11 @@ fn a_husk_killed_at_any_stage_leaves_a_name_that_can_be_used_again() {
     let machines = Machines::new();
     // A start takes 7 ms, of a debug build perhaps 20, and more where a processor is emulated.
     let (step_us, steps) = if is_emulated() { (100_000, 10) } else { (500, 60) };
-    // Nobody else's.
-    let mark = format!("mark={}", machines.runtime.path().display());
-    let cmdline = format!("do=halt {mark}");
-    let words = ["--name", "a", "--kernel", guests::POWER, "--cmdline", &cmdline, "--memory", "64M"];
+    let words = ["--name", "a", "--kernel", guests::POWER, "--cmdline", "do=halt", "--memory", "64M"];
     let mut stages = std::collections::BTreeSet::new();
     for step in 0..steps {
         for how in [&["boot"][..], &["boot", "-d"]] {
-            let killed =
-                start_and_kill(&machines, &[how, &words].concat(), &mark, Duration::from_micros(step * step_us));
+            let killed = start_and_kill(&machines, &[how, &words].concat(), Duration::from_micros(step * step_us));
             let errors = own_lines(&killed.stderr);
             assert!(errors.lines().count() <= 1, "{errors}");
             // What is left of it: nothing, a folder, its record, or a machine that is to be removed.
@@ -525,7 +526,7 @@ fn twenty_shells_at_once_start_list_and_stop_without_harm() {
         }
     });
     assert_eq!((machines.folders().len(), machines.names()), (0, 0));
-    assert!(processes_with(machines.runtime.path().to_str().unwrap()).is_empty());
+    assert!(processes_of(machines.place()).is_empty());
 }
 
 #[test]
@@ -554,7 +555,61 @@ fn a_hundred_machines_are_started_listed_and_stopped() {
     assert_eq!(machines.ok(&words(&["wait"])), "0\n".repeat(count));
     machines.ok(&words(&["rm"]));
     assert_eq!((machines.folders().len(), machines.names()), (0, 0));
-    assert!(processes_with(machines.runtime.path().to_str().unwrap()).is_empty());
+    assert!(processes_of(machines.place()).is_empty());
+}
+
+/// What everybody on the host sees of a process.
+fn arguments_of(pid: &str) -> String {
+    let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+    String::from_utf8_lossy(&bytes).replace('\0', " ")
+}
+
+#[test]
+fn what_variables_are_set_to_is_for_the_owners_eyes_alone() {
+    needs_kvm!();
+    use std::os::unix::fs::PermissionsExt;
+    let machines = Machines::new();
+    let (_folder, disk) = disk_image(1 << 20);
+    // A partition table: it is a disk, which takes no process of husk's.
+    std::fs::File::options().write(true).open(&disk).unwrap().write_all_at(b"\x55\xaa", 0x1fe).unwrap();
+    let disk = disk.to_str().unwrap();
+    let machine =
+        ["--cpus", "2", "--memory", "64M", "--kernel", guests::BUSY, "-e", "KEY=hunter2=x", "--env=TWO=s3cret"];
+    let words = |more: &[&'static str]| -> Vec<String> {
+        ["run"].iter().chain(more).chain(&machine).chain(&[disk]).map(|word| word.to_string()).collect()
+    };
+    let is_told = |arguments: &str| ["hunter2", "s3cret"].iter().any(|secret| arguments.contains(secret));
+    let in_background = words(&["-d", "--name", "web"]);
+    // Also where the mask takes nothing away.
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "umask 0; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_husk")]).args(&in_background);
+    let id = shell.env("XDG_RUNTIME_DIR", machines.runtime.path()).stdin(Stdio::null()).output().unwrap();
+    let id = String::from_utf8(id.stdout).unwrap().trim_end().to_owned();
+    machines.await_log("web", "busy");
+    let pid = machines.inspect("web", "pid");
+    assert_eq!(arguments_of(&pid), "husk run --in-background ");
+    let folder = machines.runtime.path().join("husk").join(&id);
+    for entry in std::fs::read_dir(&folder).unwrap().flatten() {
+        let mode = entry.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o177, 0, "{}: {mode:o}", entry.path().display());
+    }
+    // It is started again with what was typed.
+    machines.ok(&["kill", "web"]);
+    machines.ok(&["wait", "web"]);
+    machines.ok(&["start", "web"]);
+    assert_eq!(arguments_of(&machines.inspect("web", "pid")), format!("husk run --in-background --again={id} "));
+    let origin = std::fs::read_to_string(folder.join("origin.json")).unwrap();
+    assert!(is_told(&origin), "{origin}");
+    machines.ok(&["rm", "-f", "web"]);
+
+    let in_foreground = words(&[]);
+    let in_foreground: Vec<&str> = in_foreground.iter().map(String::as_str).collect();
+    let mut child = machines.command(&in_foreground).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    child.stdout.take().unwrap().read_exact(&mut [0; 4]).unwrap();
+    let arguments = arguments_of(&child.id().to_string());
+    send_signal(child.id(), "KILL");
+    child.wait().unwrap();
+    assert!(!is_told(&arguments) && arguments.contains("-e KEY=********* --env=TWO=****** "), "{arguments}");
 }
 
 #[test]

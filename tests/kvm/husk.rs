@@ -293,11 +293,20 @@ pub fn disk_image(bytes: u64) -> (tempfile::TempDir, PathBuf) {
 
 /// Processes with `word` in their arguments.
 pub fn processes_with(word: &str) -> Vec<u32> {
+    processes_that_say("cmdline", word)
+}
+
+/// Processes with `word` among their variables, those of machines in the background too.
+pub fn processes_of(word: &str) -> Vec<u32> {
+    processes_that_say("environ", word)
+}
+
+fn processes_that_say(file: &str, word: &str) -> Vec<u32> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let arguments = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if text(&arguments).contains(word) {
+        let said = std::fs::read(entry.path().join(file)).unwrap_or_default();
+        if text(&said).contains(word) {
             found.push(pid);
         }
     }

@@ -1,0 +1,38 @@
+//! This process's own arguments, where others see them: /proc/PID/cmdline.
+#![allow(unsafe_code)]
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::ptr;
+
+/// Writes `*` over the end of some arguments, each given by its number, the program's name being 0, and the byte that it is covered
+/// from. To be called while the process has one thread. Fails, with none covered, where the kernel does not say where they are.
+pub fn cover(from: &[(usize, usize)]) -> io::Result<()> {
+    if from.is_empty() {
+        return Ok(());
+    }
+    let start = start()?;
+    let mut at = 0;
+    for (number, argument) in fs::read("/proc/self/cmdline")?.split(|&byte| byte == 0).enumerate() {
+        for &(_, begin) in from.iter().filter(|(covered, _)| *covered == number) {
+            for byte in begin..argument.len() {
+                // SAFETY: the kernel has just read this byte as one of an argument's, at this address, in memory that stays
+                // mapped and writable for as long as the process lives. Only the standard library looks there, when it is
+                // asked for arguments, which copies them; there is no other thread that could do so now.
+                unsafe { ptr::with_exposed_provenance_mut::<u8>(start + at + byte).write_volatile(b'*') };
+            }
+        }
+        at += argument.len() + 1;
+    }
+    Ok(())
+}
+
+/// The address of the first argument (proc_pid_stat(5), `arg_start`).
+fn start() -> io::Result<usize> {
+    /// Its place behind the program's name, which may have blanks and is in brackets.
+    const FIELD: usize = 48 - 3;
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields).unwrap_or_default();
+    let start = fields.split_whitespace().nth(FIELD).and_then(|field| field.parse().ok());
+    start.filter(|&start| start != 0).ok_or_else(|| ErrorKind::Unsupported.into())
+}
