@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::roster::husk_log;
+
 /// Lines that are written in each second; the rest are counted.
 const LINES_PER_SECOND: u32 = 50;
 
@@ -44,6 +46,7 @@ impl Log for Logger {
             text.push_str(&line(record));
         }
         write(&text);
+        husk_log::keep_small();
     }
 
     fn flush(&self) {

@@ -132,7 +132,7 @@ fn stamped(head: &Head, content: &[u8], at_line_start: &mut bool) -> Vec<u8> {
 }
 
 fn print_kernel(entry: &Entry) -> Result<Exit> {
-    for name in ["console.old", roster::CONSOLE_LOG, roster::HUSK_LOG] {
+    for name in ["console.old", roster::CONSOLE_LOG, "husk.old", roster::HUSK_LOG] {
         let Ok(mut file) = File::open(entry.file(name)) else { continue };
         match io::copy(&mut file, &mut io::stdout().lock()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,

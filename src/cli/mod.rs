@@ -51,6 +51,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use self::exit::{EXIT_CODES, Exit};
 use crate::bench::plan::Wrong;
 use crate::config::Invalid;
+use crate::roster::husk_log;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -234,6 +235,7 @@ fn print_error(text: &str) {
 fn say(text: &str) {
     // There is no other place to say that it is closed, or on a full disk.
     let _ = std::io::stderr().write_all(text.as_bytes());
+    husk_log::keep_small();
 }
 
 /// `text` on one line, and without the numbers that the standard library puts behind the words of a system's error.

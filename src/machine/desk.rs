@@ -17,7 +17,7 @@ use crate::request::server::Server;
 use crate::request::{Reply, Request};
 use crate::roster::record::{Record, State, now_ms};
 use crate::roster::stream_log::StreamLog;
-use crate::roster::{self, MachineFolder};
+use crate::roster::{self, MachineFolder, husk_log};
 
 /// A machine's place among its user's machines.
 #[derive(Debug)]
@@ -115,11 +115,9 @@ impl Desk {
         if std::mem::take(&mut self.unannounced) {
             // If they are gone already, nobody would ever know of this machine.
             writeln!(std::io::stdout(), "{}", self.folder.id()).context("tell that the machine runs")?;
-            let log = roster::private_file().append(true).create(true).open(self.file(roster::HUSK_LOG));
-            let log = log.context("start husk's log")?;
             let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
             rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
-            rustix::stdio::dup2_stderr(&log).context("leave standard error")?;
+            husk_log::begin(self.file(roster::HUSK_LOG)).context("start husk's log")?;
             self.folder.keep();
         }
         Ok(())

@@ -9,12 +9,13 @@
 //!   vsock            the guest's sockets
 //!   streams.log      what the process wrote, if it runs in the background
 //!   console.log      what the guest's kernel wrote
-//!   husk.log         what husk itself had to say, if it runs in the background
+//!   husk.log         what husk itself had to say, if it runs in the background; husk.old is what it said before
 //! BASE/names/NAME    a link to the folder
 //! BASE/lock          held while names change
 //! ```
 
 mod folder;
+pub mod husk_log;
 pub mod names;
 pub mod origin;
 pub mod record;

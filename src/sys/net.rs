@@ -34,7 +34,7 @@ const TUN_F_TSO6: libc::c_ulong = 0x04;
 const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
 
 /// What frames from a tap device may leave to who reads them.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TapOffloads {
     /// Checksums.
     pub checksum: bool,

@@ -114,6 +114,7 @@ pub fn device_on(
         device_type: DEVICE_TYPE,
         name: name.to_owned(),
         features: F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | writable,
+        feature_needs: &[],
         queue_sizes: vec![QUEUE_SIZE],
         config: Arc::new(ConfigSpace::new(config(&shape), 0..0)),
         handler: Box::new(Block::new(disk, shape, name, id, limiter, counters.clone())),

@@ -27,6 +27,7 @@ pub fn contract(make_device: impl Fn() -> VirtioDevice) {
     stopping_twice_is_stopping_once(&make_device);
     save_then_restore_is_identity(&make_device);
     reset_forgets(&make_device);
+    features_have_what_they_need(&make_device);
     garbage_on_registers_never_panics(&make_device);
     garbage_on_rings_never_panics(&make_device);
 }
@@ -76,6 +77,21 @@ fn reset_forgets(make_device: &impl Fn() -> VirtioDevice) {
     assert_eq!(driver.transport.save(), fresh);
     driver.write(STATUS, 0);
     assert_eq!(driver.transport.save(), fresh);
+}
+
+fn features_have_what_they_need(make_device: &impl Fn() -> VirtioDevice) {
+    let device = make_device();
+    let needs: Vec<_> = device.feature_needs.iter().filter(|need| device.features & need.feature != 0).collect();
+    let all = device.features | F_VERSION_1;
+    let driver = Driver::new(device);
+    assert_eq!(driver.negotiate(all), 11, "what is offered may be accepted");
+    for need in needs {
+        assert_eq!(driver.negotiate(need.feature | F_VERSION_1), 3, "{need:?}");
+        assert_eq!(driver.negotiate(all & !need.any_of), 3, "{need:?}");
+        let mut state = driver.transport.save();
+        (state.session.status, state.session.driver_features) = (11, need.feature | F_VERSION_1);
+        assert!(driver.transport.restore(&state).is_err(), "{need:?}");
+    }
 }
 
 fn garbage_on_registers_never_panics(make_device: &impl Fn() -> VirtioDevice) {
@@ -242,6 +258,7 @@ fn device_around(handler: impl QueueHandler + 'static) -> VirtioDevice {
         device_type: 63,
         name: "test".to_owned(),
         features: 0,
+        feature_needs: &[],
         queue_sizes: vec![8],
         config: Arc::new(ConfigSpace::new(vec![1, 2, 3, 4], 2..4)),
         handler: Box::new(handler),

@@ -40,6 +40,22 @@ pub const F_VERSION_1: u64 = 1 << 32;
 /// What every device here offers, whatever it does.
 const COMMON_FEATURES: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1;
 
+/// A feature that means something only beside another one (the "feature bit requirements" of virtio 1.2 §5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FeatureNeed {
+    /// The feature, as a mask.
+    pub feature: u64,
+    /// Of these it needs one at least.
+    pub any_of: u64,
+}
+
+impl FeatureNeed {
+    /// Whether somebody who accepted `features` keeps to it.
+    pub fn is_met_by(&self, features: u64) -> bool {
+        features & self.feature == 0 || features & self.any_of != 0
+    }
+}
+
 /// A device as a transport takes it: what a driver can read about it, and the code that serves its queues.
 pub struct VirtioDevice {
     /// Device ID (virtio 1.2 §5).
@@ -48,6 +64,9 @@ pub struct VirtioDevice {
     pub name: String,
     /// Features offered.
     pub features: u64,
+    /// Which of them mean nothing without others. A driver that accepts one without is refused FEATURES_OK. Of what disks,
+    /// sockets, the balloon and the entropy device offer, nothing does.
+    pub feature_needs: &'static [FeatureNeed],
     /// The largest size of each queue, a power of two up to 32768.
     pub queue_sizes: Vec<u16>,
     /// Device-specific configuration.

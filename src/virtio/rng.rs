@@ -22,6 +22,7 @@ pub fn device() -> VirtioDevice {
         device_type: DEVICE_TYPE,
         name: "virtio-rng".to_owned(),
         features: 0,
+        feature_needs: &[],
         queue_sizes: vec![QUEUE_SIZE],
         config: Arc::new(ConfigSpace::new(Vec::new(), 0..0)),
         handler: Box::new(Entropy::default()),

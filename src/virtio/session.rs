@@ -13,7 +13,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::QueueRegisters;
 use super::worker::{Lent, Reports, Worker};
-use super::{COMMON_FEATURES, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Interrupt, QueueHandler, VirtioDevice, Virtqueue};
+use super::{
+    COMMON_FEATURES, ConfigSpace, F_EVENT_IDX, F_VERSION_1, FeatureNeed, Interrupt, QueueHandler, VirtioDevice,
+    Virtqueue,
+};
 use crate::memory::GuestMemory;
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
@@ -48,6 +51,7 @@ pub struct SessionState {
 pub struct Session {
     device_type: u32,
     features: u64,
+    feature_needs: &'static [FeatureNeed],
     config: Arc<ConfigSpace>,
     memory: Arc<GuestMemory>,
     reports: Arc<Reports>,
@@ -73,6 +77,7 @@ impl Session {
         Ok(Session {
             device_type: device.device_type,
             features: device.features | COMMON_FEATURES,
+            feature_needs: device.feature_needs,
             config: device.config,
             memory,
             worker: Worker::new(&device.name, doorbells, reports.clone())?,
@@ -132,7 +137,8 @@ impl Session {
         for (step, needs) in [(ACKNOWLEDGE, 0), (DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)]
         {
             let in_order = self.status & needs == needs;
-            let acceptable = step != FEATURES_OK || self.features_are_acceptable();
+            let acceptable =
+                step != FEATURES_OK || !self.driver_features_beyond && self.are_acceptable(self.driver_features);
             if value & step != 0 && in_order && acceptable {
                 self.status |= step;
             }
@@ -148,9 +154,10 @@ impl Session {
         self.config.listen(runs.then(|| self.reports.interrupt().clone()));
     }
 
-    fn features_are_acceptable(&self) -> bool {
-        let unknown = self.driver_features & !self.features != 0 || self.driver_features_beyond;
-        !unknown && self.driver_features & F_VERSION_1 != 0
+    /// Whether a driver may accept `features`: all are offered, none lacks another one that it needs, and VERSION_1 is there.
+    fn are_acceptable(&self, features: u64) -> bool {
+        let unknown = features & !self.features;
+        unknown == 0 && features & F_VERSION_1 != 0 && self.feature_needs.iter().all(|need| need.is_met_by(features))
     }
 
     /// Queue `index`, to be read.
@@ -212,8 +219,11 @@ impl Session {
         let sizes = |queues: &[QueueRegisters]| queues.iter().map(|queue| queue.size_max).collect::<Vec<_>>();
         ensure!(sizes(&state.queues) == sizes(&self.queues), "the saved device has other queues");
         let accepted = state.status & FEATURES_OK != 0;
-        let missing = state.driver_features & !self.features;
-        ensure!(!accepted || missing == 0, "the saved driver uses features that are not offered: {missing:#x}");
+        let features = state.driver_features;
+        ensure!(
+            !accepted || self.are_acceptable(features),
+            "the saved driver uses features that it cannot: {features:#x}"
+        );
         ensure!(state.config.len() == self.config.driver_bytes().len(), "the saved device has another configuration");
         self.stop();
         if let Some(Err(unfit)) = self.handler.as_mut().map(|handler| handler.restore(&state.handler)) {

@@ -351,6 +351,27 @@ fn a_machine_that_fails_is_started_again_as_often_as_was_said() {
 }
 
 #[test]
+fn what_husk_says_of_a_machine_that_fails_for_ever_stays_small() {
+    needs_kvm!();
+    const FULL_BYTES: usize = 2 << 20;
+    let machines = Machines::new();
+    machines.start(guests::POWER, "do=reset", &["--name", "e", "--restart", "on-failure"]);
+    let folder = machines.runtime.path().join("husk").join(&machines.folders()[0]);
+    let mut log = std::fs::File::options().append(true).create(true).open(folder.join("husk.log")).unwrap();
+    log.write_all(&vec![b'.'; FULL_BYTES]).unwrap();
+    let started = Instant::now();
+    while !folder.join("husk.old").exists() {
+        assert!(started.elapsed() < PATIENCE, "the log is never put aside");
+        thread::sleep(Duration::from_millis(10));
+    }
+    machines.ok(&["stop", "e"]);
+    // What was said after that is in the new one.
+    let sizes = ["husk.old", "husk.log"].map(|name| folder.join(name).metadata().unwrap().len() as usize);
+    assert!(sizes[0] > FULL_BYTES && sizes[1] < FULL_BYTES / 2, "{sizes:?}");
+    assert!(machines.ok(&["logs", "--kernel", "e"]).contains("....husk: "), "{sizes:?}");
+}
+
+#[test]
 fn a_machine_that_has_ended_is_started_again_as_it_was() {
     needs_kvm!();
     let machines = Machines::new();

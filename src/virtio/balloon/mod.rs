@@ -73,6 +73,7 @@ pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Re
         device_type: DEVICE_TYPE,
         name: "virtio-balloon".to_owned(),
         features: F_STATS_VQ | F_REPORTING | oom,
+        feature_needs: &[],
         queue_sizes: QUEUE_SIZES.to_vec(),
         config,
         handler: Box::new(Handler::new(shared)),

@@ -26,7 +26,7 @@ struct Shared {
     config: Arc<ConfigSpace>,
     /// Whether somebody wants it down.
     is_cut: AtomicBool,
-    /// Whether the host's side is gone.
+    /// Whether the host's side does not go on.
     is_lost: AtomicBool,
     /// Held while the driver is shown what the two come to, so that it is shown the latest last.
     showing: Mutex<()>,
@@ -155,9 +155,15 @@ impl NetLink {
         self.0.by_kernel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The host's side is gone, and with it the link, whatever is wanted of it.
+    /// The host's side does not go on, and with it the link, whatever is wanted of it.
     pub(super) fn lose(&self) {
         self.0.is_lost.store(true, Ordering::SeqCst);
+        self.show();
+    }
+
+    /// The host's side is there again.
+    pub(super) fn find(&self) {
+        self.0.is_lost.store(false, Ordering::SeqCst);
         self.show();
     }
 

@@ -9,6 +9,7 @@
 //! Where nothing is asked of this device that the host's kernel cannot do, it is given the rings (`vhost.rs`).
 
 mod control;
+mod features;
 mod link;
 mod pair;
 mod vhost;
@@ -95,6 +96,7 @@ pub fn device_on(
         device_type: DEVICE_TYPE,
         name: name.to_owned(),
         features,
+        feature_needs: features::NEEDS,
         queue_sizes,
         config,
         handler: Box::new(Net::new(backends, Common::new(name, link.clone(), [rx, tx]))?),
@@ -280,6 +282,9 @@ impl QueueHandler for Net {
         self.common.features = features;
         self.pairs.iter_mut().for_each(Pair::forget_waiting);
         let count = if self.is_multiqueue() { self.in_use } else { 1 };
+        if self.common.is_over() {
+            return;
+        }
         let accepted = self.pairs.iter_mut().try_for_each(|pair| pair.backend.accept(features));
         if let Err(error) = accepted.and_then(|()| self.use_pairs(count)) {
             self.common.end(&error);
@@ -336,6 +341,7 @@ impl QueueHandler for Net {
     }
 
     fn reset(&mut self) {
+        self.common.forget_end();
         self.try_to_use(1);
     }
 

@@ -10,6 +10,7 @@ use super::vhost::{Ring, Vhost};
 use crate::backend::disk::GuestBuffers;
 use crate::backend::net::{self, FLAG_DATA_VALID, HEADER_BYTES, Header, NetBackend};
 use crate::backend::rate::Limiter;
+use crate::virtio::log_rate::LogRate;
 use crate::virtio::queue::{self, Chain, Virtqueue};
 use crate::virtio::{Left, RingError, Ways};
 
@@ -29,8 +30,11 @@ pub struct Common {
     pub limiters: [Limiter; 2],
     /// Accepted by the driver.
     pub features: u64,
-    /// The back end's other side is gone for good.
+    /// Nothing goes through any more, until the driver resets the device.
     is_over: bool,
+    /// The back end's other side is gone, so that a reset is of no use.
+    is_gone: bool,
+    log_rate: LogRate,
     chain: Chain,
     /// The buffers that one frame takes; kept, so that it costs no allocation.
     taken: Vec<Chain>,
@@ -45,6 +49,8 @@ impl Common {
             limiters,
             features: 0,
             is_over: false,
+            is_gone: false,
+            log_rate: LogRate::default(),
             chain: Chain::default(),
             taken: Vec::new(),
             used: Vec::new(),
@@ -55,11 +61,27 @@ impl Common {
         self.features >> feature & 1 != 0
     }
 
-    /// The other side is gone: the guest sees its link go down, for good.
+    /// The host does not go on: the guest sees its link go down, for good where the other side is gone.
     pub fn end(&mut self, error: &io::Error) {
         self.is_over = true;
+        self.is_gone |= net::is_end(error);
         self.link.lose();
-        log::warn!("{}: the network is gone: {error}", self.name);
+        if self.log_rate.allows() {
+            let what = if self.is_gone { "is gone" } else { "fails" };
+            log::warn!("{}: the network {what}: {error}", self.name);
+        }
+    }
+
+    /// The driver begins anew: so does the host, if there is anybody left.
+    pub fn forget_end(&mut self) {
+        if std::mem::replace(&mut self.is_over, self.is_gone) && !self.is_gone {
+            self.link.find();
+        }
+    }
+
+    /// Whether nothing goes through any more.
+    pub fn is_over(&self) -> bool {
+        self.is_over
     }
 
     /// The header and the frame in `self.chain`; no header where it asks for what was not negotiated, or not all of it is

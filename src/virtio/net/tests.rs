@@ -19,6 +19,8 @@ use super::*;
 use crate::backend::net::{HEADER_BYTES, Header, StreamNet};
 use crate::backend::rate::Rate;
 use crate::bus::Device;
+use crate::virtio::F_VERSION_1;
+use crate::virtio::contract::contract;
 use crate::virtio::mmio::register::*;
 use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, logged, wait_for};
 
@@ -291,6 +293,69 @@ fn a_host_that_is_gone_takes_the_link_down_for_good() {
     bench.send([0; HEADER_BYTES], &frame(60), true);
     bench.driver.transport.pause();
     assert_eq!(logged(&format!("{name}: the network is gone: ")).len(), 1);
+}
+
+#[test]
+fn a_host_that_fails_is_tried_again_at_a_reset_and_does_not_fill_the_log() {
+    use std::sync::atomic::Ordering;
+    let name = "net-fails";
+    let witness = Witness::new(1 << VIRTIO_NET_F_CSUM);
+    witness.refuses_features.store(true, Ordering::SeqCst);
+    let (device, link) = device_on(vec![Box::new(witness.clone())], name, MAC, None).unwrap();
+    let mut driver = Driver::new(device);
+    for _ in 0..100 {
+        driver.start();
+        assert!(!link.is_up());
+        driver.transport.pause();
+        driver.transport.resume();
+    }
+    // As many as there are seconds in it.
+    let lines = logged(&format!("{name}: the network fails: ")).len();
+    assert!((1..10).contains(&lines), "{lines} lines");
+    witness.refuses_features.store(false, Ordering::SeqCst);
+    driver.start();
+    assert!(link.is_up());
+    driver.memory.write_slice(&[0; HEADER_BYTES], GuestAddress(FRAME)).unwrap();
+    driver.transact(TX_QUEUE, &[(FRAME, 12 + 60, 0)]);
+    assert_eq!(witness.sent.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn features_that_need_others_are_refused_without_them() {
+    use virtio_bindings::virtio_net::*;
+    let bits = |bits: &[u32]| bits.iter().fold(F_VERSION_1, |features, bit| features | 1 << bit);
+    let tap = bits(&[
+        VIRTIO_NET_F_CSUM,
+        VIRTIO_NET_F_GUEST_CSUM,
+        VIRTIO_NET_F_GUEST_TSO4,
+        VIRTIO_NET_F_GUEST_TSO6,
+        VIRTIO_NET_F_GUEST_ECN,
+        VIRTIO_NET_F_HOST_TSO4,
+        VIRTIO_NET_F_HOST_TSO6,
+        VIRTIO_NET_F_HOST_ECN,
+    ]);
+    let device = || {
+        let backends: [Box<dyn NetBackend>; 2] = [Box::new(Witness::new(tap)), Box::new(Witness::new(tap))];
+        device_on(backends.into(), "net", MAC, None).unwrap().0
+    };
+    contract(device);
+    let driver = Driver::new(device());
+    let (refused, accepted) = (3, 11);
+    for (features, status) in [
+        (&[][..], accepted),
+        (&[VIRTIO_NET_F_GUEST_ECN], refused),
+        (&[VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN], refused),
+        (&[VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO6], accepted),
+        (&[VIRTIO_NET_F_GUEST_TSO4], refused),
+        (&[VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_TSO4], refused),
+        (&[VIRTIO_NET_F_HOST_TSO4], refused),
+        (&[VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN], refused),
+        (&[VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4], accepted),
+        (&[VIRTIO_NET_F_MQ], refused),
+        (&[VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ], accepted),
+    ] {
+        assert_eq!(driver.negotiate(bits(features)), status, "{features:?}");
+    }
 }
 
 #[test]

@@ -48,6 +48,7 @@ pub fn device(socket: VsockSocket) -> io::Result<VirtioDevice> {
         device_type: DEVICE_TYPE,
         name: "virtio-vsock".to_owned(),
         features: F_STREAM,
+        feature_needs: &[],
         queue_sizes: QUEUE_SIZES.to_vec(),
         // `struct virtio_vsock_config` (virtio 1.2 §5.10.4).
         config: Arc::new(ConfigSpace::new(cid.to_le_bytes().to_vec(), 0..0)),

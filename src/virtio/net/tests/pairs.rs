@@ -158,8 +158,8 @@ fn the_control_queue_is_the_third_of_a_driver_of_one_pair() {
     driver.start_with(!(1 << VIRTIO_NET_F_MQ));
     assert_eq!(ask_in(&mut driver, 2, &[4, 0, 1, 0], &[4]), (1, ERR));
     assert_eq!(ask_in(&mut driver, 2, &[4, 0, 2, 0], &[4]), (1, ERR));
-    // And one that accepted no control queue has none.
-    driver.start_with(!(1 << VIRTIO_NET_F_CTRL_VQ));
+    // And one that accepted no control queue has none, nor several pairs.
+    driver.start_with(!(1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ));
     for queue in [2, CONTROL] {
         let head = driver.chain(queue, &[(COMMAND, 4, 0), (ANSWER, 1, WRITE)]);
         driver.offer(queue, head);

@@ -17,14 +17,16 @@ pub(super) struct Witness {
     pub(super) enabled: Arc<AtomicBool>,
     /// Whether its host will not enable it.
     pub(super) refuses: Arc<AtomicBool>,
+    /// Whether its host wants nothing of the features that the driver accepted.
+    pub(super) refuses_features: Arc<AtomicBool>,
 }
 
 impl Witness {
     /// One that takes this off the guest.
     pub(super) fn new(features: u64) -> Witness {
         let socket = Arc::new(UnixStream::pair().unwrap().0);
-        let (sent, accepted) = Default::default();
-        Witness { socket, features, sent, accepted, enabled: Arc::default(), refuses: Arc::default() }
+        let (sent, accepted, enabled, refuses, refuses_features) = Default::default();
+        Witness { socket, features, sent, accepted, enabled, refuses, refuses_features }
     }
 }
 
@@ -35,7 +37,7 @@ impl NetBackend for Witness {
 
     fn accept(&mut self, features: u64) -> io::Result<()> {
         self.accepted.lock().unwrap().push(features & self.features);
-        Ok(())
+        if self.refuses_features.load(Ordering::SeqCst) { Err(io::ErrorKind::InvalidInput.into()) } else { Ok(()) }
     }
 
     fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
