@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES,
+    KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -13,9 +17,10 @@ use crate::machine::layout;
 use crate::memory::GuestMemory;
 
 /// What husk asks of KVM and cannot do without, and the name a person knows it by.
-pub const REQUIRED_CAPABILITIES: [(Cap, &str); 6] = [
+pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "in-kernel interrupt controller"),
+    (Cap::IrqRouting, "interrupt routing"),
     (Cap::Irqfd, "irqfd"),
     (Cap::Ioeventfd, "ioeventfd"),
     (Cap::ImmediateExit, "immediate exit"),
@@ -50,6 +55,7 @@ impl Vm {
         fd.set_tss_address(layout::TSS_ADDRESS as usize).context("KVM_SET_TSS_ADDR")?;
         fd.set_identity_map_address(layout::IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
         fd.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
+        retire_pic(&fd)?;
         Ok(Vm { fd, kvm, memory: memory.clone() })
     }
 
@@ -94,6 +100,34 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
             other => return other.context("KVM_CREATE_VM"),
         }
     }
+}
+
+/// Takes the in-kernel PIC out of the machine, which the ACPI tables say is not there.
+///
+/// KVM creates it all the same, unmasked and with vectors from 0 on, connects lines 0 to 15 to it, and opens the first
+/// vCPU's LINT0 to what it says: a line raised before the guest's kernel has set up its APIC would arrive as an
+/// exception. This comes before any irqfd, each of which would be routed anew, and before any vCPU, which takes LINT0's
+/// reset value (masked, Intel SDM volume 3, §11.4.7.1) when it is created.
+fn retire_pic(fd: &VmFd) -> Result<()> {
+    fd.set_gsi_routing(&routes()?).context("KVM_SET_GSI_ROUTING")?;
+    let quirk = u64::from(KVM_X86_QUIRK_LINT0_REENABLED);
+    let cap = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS, args: [quirk, 0, 0, 0], ..Default::default() };
+    fd.enable_cap(&cap).context("KVM_CAP_DISABLE_QUIRKS (LINT0)")
+}
+
+/// Where each interrupt line of the machine leads, all of it: line `n` to pin `n` of the I/O APIC, and nowhere else. A
+/// message-signalled interrupt is one more entry, with a number above [`layout::GSI_COUNT`].
+fn routes() -> Result<KvmIrqRouting> {
+    let to_ioapic = |gsi| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin: gsi },
+        },
+        ..Default::default()
+    };
+    let entries: Vec<_> = (0..layout::GSI_COUNT).map(to_ioapic).collect();
+    KvmIrqRouting::from_entries(&entries).context("make the table of interrupt routes")
 }
 
 #[allow(unsafe_code)]

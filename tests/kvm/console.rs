@@ -1,5 +1,6 @@
 //! From the serial port to the terminal, a pipe or nobody, and back.
 
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -47,6 +48,26 @@ fn piped_input_reaches_the_guest_whole() {
             ran.stdout.len()
         );
     }
+}
+
+/// The in-kernel PIC is not the machine's: before the guest has set up its APIC, a line that is raised is not heard.
+#[test]
+fn no_interrupt_arrives_before_the_guest_has_set_up_its_controller() {
+    needs_kvm!();
+    let mut command = boot(guests::SERIAL, "do=echo wait=bare").command();
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    // The power button's line, then the serial port's.
+    husk::send_signal(child.id(), "TERM");
+    thread::sleep(Duration::from_millis(200));
+    child.stdin.take().unwrap().write_all(&[b'x', EOT]).unwrap();
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "x\nreceived 1 bytes\n");
+    assert_eq!(husk::end_of(&mut child).and_then(|status| status.code()), Some(0));
 }
 
 #[test]

@@ -1,4 +1,5 @@
-/* The serial console: `do=flood` (`bytes=`), `do=prompt`, `do=echo` (`wait=poll` or `wait=interrupt`) up to an EOT. */
+/* The serial console: `do=flood` (`bytes=`), `do=prompt`, `do=echo` up to an EOT (`wait=poll`, `wait=interrupt`, or
+ * `wait=bare`: polling with interrupts let in, and no controller set up to send any). */
 #include "cpu.h"
 #include "guest.h"
 
@@ -64,7 +65,7 @@ int guest_main(void)
     const char *wait = argument("wait");
     if (!wait)
         return EXIT_BAD_COMMAND_LINE;
-    bool by_interrupt = same_text(wait, "interrupt");
+    bool by_interrupt = same_text(wait, "interrupt"), bare = same_text(wait, "bare");
     if (!told_to("echo"))
         return EXIT_BAD_COMMAND_LINE;
     if (by_interrupt) {
@@ -76,6 +77,8 @@ int guest_main(void)
     out8(PORT_SERIAL + MODEM_CONTROL, 0x0b);
     out8(PORT_SERIAL + INTERRUPT_ENABLE, 1);
     print("ready\n");
+    if (bare)
+        asm volatile("sti");
     while (!ended)
         if (by_interrupt)
             wait_for_interrupt();
