@@ -7,7 +7,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
-use linux_loader::elf::{EI_CLASS, EI_DATA, ELFDATA2LSB, Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
+use linux_loader::elf::{EI_CLASS, EI_DATA, ELFDATA2LSB, ET_REL, Elf64_Ehdr, Elf64_Nhdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::seek_hole::SeekHole;
 
@@ -16,6 +16,10 @@ use super::{Extent, Loaded, Protocol};
 use crate::machine::layout;
 use crate::memory::GuestMemory;
 
+/// A section's header, and where in it the section's place and its size in the file are (gABI, section header).
+const SECTION_HEADER_BYTES: usize = 64;
+const SH_OFFSET: usize = 24;
+const SH_SIZE: usize = 32;
 /// `EI_CLASS` of a 64-bit image.
 const ELFCLASS64: u8 = 2;
 /// `e_machine` of x86-64.
@@ -24,6 +28,10 @@ const EM_X86_64: u16 = 62;
 const PROGRAM_HEADERS_MAX: usize = 128;
 /// A kernel's notes take about 500 bytes.
 const NOTES_MAX_BYTES: u64 = 64 << 10;
+/// The names of an image's sections take about 2 KiB.
+const SECTION_NAMES_MAX_BYTES: u64 = 64 << 10;
+/// The section that a bzImage's own program has its packed kernel in (arch/x86/boot/compressed in Linux).
+const PACKED_KERNEL_SECTION: &[u8] = b"\0.rodata..compressed\0";
 /// Xen's note that holds the PVH entry point (Xen's `public/elfnote.h`).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 /// The highest initrd address that kernels have stated in their `initrd_addr_max`, which an ELF image has lost.
@@ -57,6 +65,15 @@ pub fn parse(file: &File) -> Result<Image> {
     {
         bail!("an ELF image, but not for 64-bit x86");
     }
+    ensure!(
+        header.e_type != ET_REL,
+        "an object file, which is linked to nothing yet: give vmlinux at the top of the kernel's build, or arch/x86/boot/bzImage"
+    );
+    ensure!(
+        !section_names(file, &header).is_some_and(|names| contains(&names, PACKED_KERNEL_SECTION)),
+        "the program that unpacks a bzImage (arch/x86/boot/compressed/vmlinux of a kernel's build), and no kernel: give \
+         vmlinux at the top of the build, or arch/x86/boot/bzImage"
+    );
     let count = usize::from(header.e_phnum);
     ensure!(usize::from(header.e_phentsize) == size_of::<Elf64_Phdr>(), "ELF program headers of a wrong size");
     ensure!(count <= PROGRAM_HEADERS_MAX, "{count} ELF program headers are more than any kernel has");
@@ -77,6 +94,21 @@ pub fn parse(file: &File) -> Result<Image> {
     }
     image.check()?;
     Ok(image)
+}
+
+/// The names of the sections, each between NULs, if the image has kept them. They say nothing of how it is loaded.
+fn section_names(file: &File, header: &Elf64_Ehdr) -> Option<Vec<u8>> {
+    let mut section = [0; SECTION_HEADER_BYTES];
+    let at = u64::from(header.e_shstrndx) * SECTION_HEADER_BYTES as u64;
+    file.read_exact_at(&mut section, header.e_shoff.checked_add(at)?).ok()?;
+    let field = |at: usize| Some(u64::from_le_bytes(*section.get(at..)?.first_chunk()?));
+    let mut names = vec![0; usize::try_from(field(SH_SIZE)?.min(SECTION_NAMES_MAX_BYTES)).ok()?];
+    file.read_exact_at(&mut names, field(SH_OFFSET)?).ok()?;
+    Some(names)
+}
+
+fn contains(bytes: &[u8], word: &[u8]) -> bool {
+    bytes.windows(word.len()).any(|window| window == word)
 }
 
 fn segment(header: &Elf64_Phdr, file_bytes: u64) -> Result<Segment> {
@@ -256,6 +288,37 @@ mod tests {
         let mut loaded = vec![0xff; bytes.len()];
         memory.read_slice(&mut loaded, GuestAddress(MIB)).unwrap();
         assert!(loaded == bytes);
+    }
+
+    /// `image` with a table of section names behind it.
+    fn with_section_names(image: &[u8], names: &[u8]) -> Vec<u8> {
+        let mut image = image.to_vec();
+        let names_at = image.len() as u64;
+        image.extend(names);
+        let header_at = image.len() as u64;
+        let mut header = [0; SECTION_HEADER_BYTES];
+        sample::put(&mut header, SH_OFFSET, &names_at.to_le_bytes());
+        sample::put(&mut header, SH_SIZE, &(names.len() as u64).to_le_bytes());
+        image.extend(header);
+        sample::put(&mut image, 40, &header_at.to_le_bytes());
+        image
+    }
+
+    #[test]
+    fn what_a_kernels_build_leaves_beside_it_is_told_apart() {
+        let decompressor = with_section_names(&kernel(None), b"\0.head.text\0.rodata..compressed\0.text\0");
+        assert!(error(&decompressor).contains("arch/x86/boot/compressed/vmlinux"));
+        load_bytes(&with_section_names(&kernel(None), b"\0.text\0.rodata\0.init.rodata..compressed\0"), 32).unwrap();
+        let mut object = kernel(None);
+        object[16] = 1;
+        assert!(error(&object).starts_with("an object file"));
+        // Lies about names are no reason to refuse a kernel.
+        for (at, value) in [(SH_OFFSET, u64::MAX), (SH_SIZE, u64::MAX)] {
+            let mut lying = with_section_names(&kernel(None), b"\0.text\0");
+            let header_at = lying.len() - SECTION_HEADER_BYTES;
+            sample::put(&mut lying, header_at + at, &value.to_le_bytes());
+            load_bytes(&lying, 32).unwrap();
+        }
     }
 
     #[test]
