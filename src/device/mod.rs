@@ -1,8 +1,10 @@
 //! Devices that are not virtio: what a kernel needs before it has drivers, and to end.
 
+mod pci;
 mod power;
 mod serial;
 
+pub use pci::PciPorts;
 pub use power::Power;
 pub(crate) use power::SLEEP_TYPE_S5;
 pub use serial::Serial;

@@ -14,7 +14,7 @@ use super::{Buses, Console, Controls, Machine};
 use crate::boot::{self, Entry};
 use crate::config::MachineConfig;
 use crate::console::output::Output;
-use crate::device::{Power, Serial};
+use crate::device::{PciPorts, Power, Serial};
 use crate::irq::IrqLine;
 use crate::kvm::{self, Vm};
 use crate::memory::{self, GuestMemory};
@@ -44,6 +44,7 @@ impl Machine {
         let mut buses = Buses::default();
         let console = attach_console(&vm, &mut buses, &ending, &timings)?;
         Power::new(ending.clone(), timings.clone()).attach(&mut buses.ports)?;
+        buses.ports.insert(layout::PCI_PORTS.into(), layout::PCI_PORTS_LEN, Arc::new(PciPorts::default()))?;
         let power_button = IrqLine::new(layout::EVENT_GSI)?;
         vm.connect_irq(&power_button)?;
 

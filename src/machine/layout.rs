@@ -47,6 +47,10 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_GSI: u32 = 4;
 /// The keyboard controller's command port: only its reset line is there.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
+/// PCI's configuration ports: an address of four bytes, and as many of data.
+pub const PCI_PORTS: u16 = 0xcf8;
+/// How many of them.
+pub const PCI_PORTS_LEN: u64 = 8;
 /// pvpanic: the guest says that its kernel panicked.
 pub const PVPANIC_PORT: u16 = 0x505;
 /// ACPI sleep control register (ACPI 6.5 §4.8.3.7).
