@@ -78,6 +78,9 @@ pub struct MachineConfig {
     /// Whether the guest takes memory back from the balloon when it runs out, so that the target is a wish and no limit.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub balloon_deflates_on_oom: bool,
+    /// Whether the guest may run virtual machines of its own.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub nested: bool,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
     /// Sockets between the guest and the host, if it is to have them.
@@ -104,6 +107,7 @@ impl Default for MachineConfig {
             memory_target_mib: None,
             balloon: true,
             balloon_deflates_on_oom: false,
+            nested: false,
             disks: Vec::new(),
             vsock: None,
             networks: Vec::new(),

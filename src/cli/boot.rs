@@ -74,6 +74,10 @@ pub struct Boot {
     #[command(flatten)]
     limits: Limits,
 
+    /// Let the guest run virtual machines of its own, where the host's KVM can do that
+    #[arg(long)]
+    nested: bool,
+
     /// Disk image or block device; may be given several times, the first is /dev/vda
     ///
     /// `ro` lets the guest only read, `id=NAME` is the serial number it reads (/dev/disk/by-id/virtio-NAME). The format is
@@ -176,6 +180,7 @@ impl Boot {
         if let Some(Cpus { vcpus, limit_millicpus }) = self.cpus {
             (config.cpus, config.cpu_limit_millicpus) = (vcpus, limit_millicpus);
         }
+        config.nested |= self.nested;
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }

@@ -137,6 +137,10 @@ pub struct Run {
     #[command(flatten)]
     limits: Limits,
 
+    /// Let the guest run virtual machines of its own, where the host's KVM can do that
+    #[arg(long)]
+    nested: bool,
+
     /// What the machine may read and write of each of its disks in a second, in bytes
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     disk_bps: Option<u64>,
@@ -207,6 +211,7 @@ impl Run {
             inside.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(roster::VSOCK), verbose);
         config.cpu_limit_millicpus = self.cpus.limit_millicpus;
         self.limits.apply(Some(self.memory), &mut config);
+        config.nested = self.nested;
         for disk in &mut config.disks {
             disk.rate = Rate { bytes_per_second: self.disk_bps, ops_per_second: self.disk_iops, ..Rate::default() };
         }

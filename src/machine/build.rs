@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 
@@ -20,7 +20,7 @@ use crate::kvm::{self, Vm};
 use crate::memory::{self, GuestMemory};
 use crate::resources::Resources;
 use crate::sandbox;
-use crate::vcpu::cpuid::{self, Topology};
+use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, VcpuThread, setup};
 use crate::virtio::mmio::register;
 use crate::virtio::{MmioTransport, VirtioDevice, balloon, block, net, rng, vsock};
@@ -79,8 +79,13 @@ impl Machine {
         timings.mark(Step::KernelLoaded);
 
         let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
-        let topology = Topology { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline() };
-        let vcpus = start_vcpus(&vm, buses, &ending, &supported, topology, entry)?;
+        ensure!(
+            !config.nested || cpuid::can_nest(&supported),
+            "this host's KVM lets guests run no virtual machines: load it with `sudo modprobe kvm_intel nested=1`, or \
+             kvm_amd, or leave --nested out"
+        );
+        let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
+        let vcpus = start_vcpus(&vm, buses, &ending, &supported, processor, entry)?;
         Ok(Machine { vcpus, transports, controls, console, power_button, ending, timings, vm, hold })
     }
 }
@@ -126,7 +131,7 @@ fn start_vcpus(
     buses: Buses,
     ending: &Arc<Ending>,
     supported: &CpuId,
-    topology: Topology,
+    processor: Processor,
     entry: Entry,
 ) -> Result<Vec<VcpuThread>> {
     vcpu::prepare_kicks().context("set up the signal that interrupts vCPUs")?;
@@ -134,9 +139,9 @@ fn start_vcpus(
     let start = |index| {
         let fd = vm.create_vcpu(index)?;
         let entry = (index == 0).then_some(entry);
-        setup::prepare(&fd, &cpuid::for_vcpu(supported, topology, index), entry)
+        setup::prepare(&fd, &cpuid::for_vcpu(supported, processor, index), entry)
             .with_context(|| format!("set up vCPU {index}"))?;
         VcpuThread::start(index, fd, buses.clone(), ending.clone()).with_context(|| format!("start vCPU {index}"))
     };
-    (0..topology.cpus).map(start).collect()
+    (0..processor.cpus).map(start).collect()
 }

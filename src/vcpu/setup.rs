@@ -5,6 +5,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs}
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::cpuid::{self, Vendor};
 use crate::boot::{Entry, Protocol};
 use crate::machine::layout;
 use crate::memory::GuestMemory;
@@ -49,7 +50,7 @@ pub fn write_boot_tables(memory: &GuestMemory, protocol: Protocol) -> Result<()>
 /// Makes `vcpu` ready to run: the first one at `entry`; the others, given no entry, wait for the first to start them.
 pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId, entry: Option<Entry>) -> Result<()> {
     vcpu.set_cpuid2(cpuid).context("KVM_SET_CPUID2")?;
-    set_msrs(vcpu)?;
+    set_msrs(vcpu, cpuid::vendor(cpuid))?;
     if let Some(entry) = entry {
         let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
         enter_protected_mode(&mut sregs, entry.protocol);
@@ -142,16 +143,28 @@ fn write_page_tables(memory: &GuestMemory) -> Result<()> {
     Ok(())
 }
 
-fn set_msrs(vcpu: &VcpuFd) -> Result<()> {
+/// Sets the MSRs whose reset values would have a kernel take this processor for another. Comes after CPUID, by which KVM
+/// knows which MSRs there are.
+fn set_msrs(vcpu: &VcpuFd, vendor: Vendor) -> Result<()> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let msrs = [
-        entry(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
-        // All of memory is write-back: without this Linux takes it for uncached, and is slow.
-        entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
-    ];
+    // All of memory is write-back: without this Linux takes it for uncached, and is slow.
+    let mut msrs = vec![entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK)];
+    if vendor == Vendor::Intel {
+        // Firmware sets the bit: without it Linux takes Intel's fast string instructions for switched off. The others are
+        // KVM's word, among them that there is no BTS and no PEBS, which a guest's perf would else use, and fault.
+        let misc_enable = get_msr(vcpu, MSR_IA32_MISC_ENABLE)?;
+        msrs.push(entry(MSR_IA32_MISC_ENABLE, misc_enable | MISC_ENABLE_FAST_STRING));
+    }
     let set = vcpu.set_msrs(&Msrs::from_entries(&msrs)?).context("KVM_SET_MSRS")?;
     ensure!(set == msrs.len(), "KVM_SET_MSRS: KVM refused MSR {:#x}", msrs.get(set).map_or(0, |msr| msr.index));
     Ok(())
+}
+
+fn get_msr(vcpu: &VcpuFd, index: u32) -> Result<u64> {
+    let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }])?;
+    let read = vcpu.get_msrs(&mut msrs).context("KVM_GET_MSRS")?;
+    let value = msrs.as_slice().first().filter(|_| read == 1);
+    value.map(|msr| msr.data).with_context(|| format!("KVM_GET_MSRS: KVM refused MSR {index:#x}"))
 }
 
 fn descriptor_bytes(descriptor: Descriptor) -> u64 {
@@ -163,7 +176,8 @@ fn descriptor_bytes(descriptor: Descriptor) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory;
+    use crate::kvm::{self, Vm};
+    use crate::{memory, resources};
 
     #[test]
     fn descriptors_have_the_bits_of_the_boot_protocol() {
@@ -172,6 +186,37 @@ mod tests {
         assert_eq!(descriptor_bytes(DATA), 0x00cf_9300_0000_ffff);
         assert_eq!(segment(DATA, DATA_SELECTOR).limit, 0xffff_ffff);
         assert_eq!(segment(TASK, TASK_SELECTOR).limit, 0x67);
+    }
+
+    #[test]
+    fn a_processor_of_intels_has_fast_strings_and_what_kvm_says_of_bts_and_pebs() {
+        const BTS_AND_PEBS_UNAVAILABLE: u64 = 1 << 11 | 1 << 12;
+        let kvm = match resources::open_kvm() {
+            Ok(kvm) => std::sync::Arc::new(kvm),
+            Err(error) => {
+                assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "{error:#}");
+                eprintln!("SKIPPED: this test needs KVM: {error:#}");
+                return;
+            }
+        };
+        let memory = memory::reserve(32).unwrap();
+        let supported = kvm::supported_cpuid(&kvm).unwrap();
+        let vm = Vm::new(kvm, &memory).unwrap();
+        for (index, name, enabled) in [(0, b"GenuineIntel", 1), (1, b"AuthenticAMD", 0)] {
+            let mut cpuid = supported.clone();
+            let [ebx, edx, ecx] = [0, 4, 8].map(|at| u32::from_le_bytes(*name[at..].first_chunk().unwrap()));
+            for leaf in cpuid.as_mut_slice().iter_mut().filter(|leaf| leaf.function == 0) {
+                (leaf.ebx, leaf.edx, leaf.ecx) = (ebx, edx, ecx);
+            }
+            let vcpu = vm.create_vcpu(index).unwrap();
+            // KVM says so by itself, but for that of PVM.
+            let unavailable =
+                kvm_msr_entry { index: MSR_IA32_MISC_ENABLE, data: BTS_AND_PEBS_UNAVAILABLE, ..Default::default() };
+            assert_eq!(vcpu.set_msrs(&Msrs::from_entries(&[unavailable]).unwrap()).unwrap(), 1);
+            prepare(&vcpu, &cpuid, None).unwrap();
+            let value = get_msr(&vcpu, MSR_IA32_MISC_ENABLE).unwrap();
+            assert_eq!(value, BTS_AND_PEBS_UNAVAILABLE | enabled, "{value:#x}");
+        }
     }
 
     #[test]
