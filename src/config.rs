@@ -44,7 +44,7 @@ pub const MAX_CMDLINE_BYTES: usize = layout::CMDLINE_MAX_BYTES - 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MachineConfig {
-    /// The guest kernel: an ELF `vmlinux` or a bzImage.
+    /// The guest kernel: an ELF `vmlinux`, a bzImage or a unified kernel image.
     pub kernel: PathBuf,
     /// Initial RAM disk, handed to the kernel as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -182,7 +182,7 @@ fn default_cid() -> u32 {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
     /// Neither flag nor file names a kernel.
-    #[error("no kernel: type --kernel PATH (an ELF vmlinux or a bzImage)")]
+    #[error("no kernel: type --kernel PATH (an ELF vmlinux, a bzImage or a unified kernel image)")]
     NoKernel,
     /// The initial RAM disk's path is empty.
     #[error("the initrd's path is empty: type --initrd PATH, or leave it out")]
@@ -310,13 +310,13 @@ impl MachineConfig {
         self.validate_networks()
     }
 
-    /// The kernel's whole command line: husk's own words, where they are wanted, and the user's behind them.
-    pub fn full_cmdline(&self) -> String {
-        if !self.default_cmdline {
-            return self.cmdline.clone();
-        }
-        let own = default_cmdline(self.initrd.is_some(), self.disks.first().map(|disk| disk.readonly));
-        if self.cmdline.is_empty() { own } else { format!("{own} {}", self.cmdline) }
+    /// The kernel's whole command line: husk's own words, where they are wanted, then those that the kernel's image brings
+    /// along, then the user's, so that who comes later wins. `has_initrd` counts one that is in the image.
+    pub fn full_cmdline(&self, kernel_words: &str, has_initrd: bool) -> String {
+        let own = || default_cmdline(has_initrd, self.disks.first().map(|disk| disk.readonly));
+        let own = if self.default_cmdline { own() } else { String::new() };
+        let parts = [&own, kernel_words, &self.cmdline];
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
     }
 
     fn validate_memory_target(&self) -> Result<(), Invalid> {
@@ -331,7 +331,7 @@ impl MachineConfig {
         if let Some(character) = self.cmdline.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ')) {
             return Err(Invalid::CmdlineCharacter(character));
         }
-        let len_bytes = self.full_cmdline().len();
+        let len_bytes = self.full_cmdline("", self.initrd.is_some()).len();
         if len_bytes > MAX_CMDLINE_BYTES {
             return Err(Invalid::CmdlineTooLong(len_bytes));
         }
@@ -454,7 +454,7 @@ mod tests {
 
     #[test]
     fn the_command_line_fits_with_husks_own_words() {
-        let own_bytes = config().full_cmdline().len();
+        let own_bytes = config().full_cmdline("", false).len();
         let with = |cmdline: String, default_cmdline| MachineConfig { cmdline, default_cmdline, ..config() }.validate();
         assert_eq!(with("x".repeat(2047), false), Ok(()));
         assert_eq!(with("x".repeat(2048), false), Err(Invalid::CmdlineTooLong(2048)));
@@ -469,8 +469,11 @@ mod tests {
     fn the_users_words_follow_husks_own() {
         let disk = DiskConfig { readonly: true, ..disk(None) };
         let config = MachineConfig { cmdline: "root=/dev/vdb".into(), disks: vec![disk], ..config() };
-        assert!(config.full_cmdline().ends_with("root=/dev/vda ro root=/dev/vdb"));
-        assert_eq!(MachineConfig { default_cmdline: false, ..config }.full_cmdline(), "root=/dev/vdb");
+        assert!(config.full_cmdline("", false).ends_with("root=/dev/vda ro root=/dev/vdb"));
+        assert!(config.full_cmdline("root=UUID=1", true).ends_with("swiotlb=noforce root=UUID=1 root=/dev/vdb"));
+        let bare = MachineConfig { default_cmdline: false, ..config };
+        assert_eq!(bare.full_cmdline("", false), "root=/dev/vdb");
+        assert_eq!(bare.full_cmdline("rw", true), "rw root=/dev/vdb");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
-use husk::boot::{self, Kernel};
+use husk::boot::{self, Image, Kernel, Part};
 use husk::memory::{self, GuestMemory};
 use husk::sys;
 use libfuzzer_sys::fuzz_target;
@@ -21,8 +21,9 @@ thread_local! {
 }
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
-    let Ok(kernel) = Kernel::identify(file(bytes)) else { return };
-    load(&kernel);
+    let Ok(Image { kernel, initrd, cmdline }) = Image::identify(file(bytes)) else { return };
+    let initrd = initrd.unwrap_or_else(|| Part::whole(file(&[0x5a; 5000])).expect("it was just made"));
+    load(&kernel, &initrd, &cmdline);
     if let Kernel::BzImage(image) = kernel
         && image.can_be_unpacked()
     {
@@ -30,16 +31,15 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
         if image.unpack(&mut unpacked, &mut |_| ()).is_ok()
             && let Ok(kernel) = Kernel::elf(unpacked)
         {
-            load(&kernel);
+            load(&kernel, &initrd, &cmdline);
         }
     }
 });
 
-fn load(kernel: &Kernel) {
-    let initrd = file(&[0x5a; 5000]);
+fn load(kernel: &Kernel, initrd: &Part, cmdline: &str) {
     MEMORY.with(|cell| {
         let memory = cell.get_or_init(|| memory::reserve(MEMORY_MIB).expect("64 MiB can be had"));
-        if let Ok(entry) = boot::load(memory, kernel, Some(&initrd), "quiet", 2, 1) {
+        if let Ok(entry) = boot::load(memory, kernel, Some(initrd), cmdline, 2, 1) {
             assert!(entry.instruction >= 1 << 20, "{entry:x?}");
             assert!(entry.instruction < MEMORY_MIB << 20, "{entry:x?}");
         }
@@ -64,6 +64,10 @@ fn write_seeds() {
     let note = sample::note(b"Xen\0", 18, &(1u32 << 20).to_le_bytes());
     write("elf-pvh", &sample::elf(1 << 20, &[segment], Some(&note)));
     write("bzimage-lzo", &sample::bzimage(sample::LZO));
+    let bzimage = sample::bzimage(sample::LZO);
+    let sections: [(&str, &[u8]); 4] =
+        [(".cmdline", b"quiet"), (".initrd", b"070701"), (".profile", b"ID=a"), (".linux", &bzimage)];
+    write("unified", &sample::unified(&sections));
     for packer in sample::PACKERS {
         if let Some(payload) = sample::packed(&kernel, packer) {
             let name = packer.split(' ').next().unwrap_or_default();

@@ -2,13 +2,13 @@
 //! with the kernel's own decompressor (boot.rst).
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::io::{Read, Write};
 
 use anyhow::{Context, Result, bail, ensure};
 use linux_loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend};
 
+use super::part::Part;
 use super::unpack::{self, Compression};
 use super::zero_page::HEADER_MAGIC;
 use super::{Loaded, Protocol};
@@ -38,9 +38,9 @@ const RATIO_MAX: u64 = 64;
 /// An opened bzImage with a header that makes sense.
 #[derive(Debug)]
 pub struct BzImage {
-    file: File,
+    image: Part,
     header: setup_header,
-    /// Where the protected-mode code starts in the file.
+    /// Where the protected-mode code starts in it.
     code_offset: u64,
     code_bytes: u64,
     payload: Option<Payload>,
@@ -55,24 +55,24 @@ struct Payload {
     unpacked_bytes: u64,
 }
 
-/// Whether `file` has a setup header.
-pub fn is_bzimage(file: &File) -> Result<bool> {
+/// Whether `image` has a setup header.
+pub fn is_bzimage(image: &Part) -> Result<bool> {
     let mut magic = [0; 4];
-    let len = file.read_at(&mut magic, MAGIC_OFFSET as u64).context("read kernel")?;
+    let len = image.read_at(&mut magic, MAGIC_OFFSET as u64).context("read kernel")?;
     Ok(len == magic.len() && u32::from_le_bytes(magic) == HEADER_MAGIC)
 }
 
 impl BzImage {
     /// Reads and checks the setup header.
-    pub fn open(file: File) -> Result<BzImage> {
-        let header = read_header(&file)?;
+    pub fn open(image: Part) -> Result<BzImage> {
+        let header = read_header(&image)?;
         ensure!(header.loadflags & LOADED_HIGH != 0, "a zImage, which loads below 1 MiB, and no bzImage");
         let setup_sectors = if header.setup_sects == 0 { SETUP_SECTORS_DEFAULT } else { header.setup_sects };
         let code_offset = (u64::from(setup_sectors) + 1) * SECTOR_BYTES;
         let code_bytes = u64::from(header.syssize) * 16;
-        let (says, has) = (code_offset + code_bytes, file.metadata()?.len());
+        let (says, has) = (code_offset + code_bytes, image.len_bytes());
         ensure!(has >= says, "the bzImage is truncated: header says {says} bytes, file has {has}");
-        let mut image = BzImage { file, header, code_offset, code_bytes, payload: None };
+        let mut image = BzImage { image, header, code_offset, code_bytes, payload: None };
         image.payload = image.find_payload()?;
         Ok(image)
     }
@@ -87,21 +87,21 @@ impl BzImage {
         self.payload.as_ref().map_or(0, |payload| payload.unpacked_bytes)
     }
 
-    /// The file as it was opened.
+    /// The file that it is, or that it is a part of.
     pub fn file(&self) -> &File {
-        &self.file
+        self.image.file()
     }
 
-    /// All of the file, from its start.
+    /// All of it, from its start.
     pub fn reader(&self) -> impl Read {
-        FileSlice { file: &self.file, at: 0, end: u64::MAX }
+        self.image.reader(0, u64::MAX)
     }
 
     /// Unpacks the kernel to `output`: [`unpacked_bytes`](BzImage::unpacked_bytes) of it, or an error. `progress` is called
     /// with the bytes written so far, a few times a second at least.
     pub fn unpack(&self, output: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let Some(payload) = &self.payload else { bail!("the bzImage's kernel is packed in an unknown way") };
-        let packed = FileSlice { file: &self.file, at: payload.offset, end: payload.offset + payload.len };
+        let packed = self.image.reader(payload.offset, payload.len);
         unpack::unpack(payload.compression, packed, payload.unpacked_bytes, output, progress)
             .with_context(|| format!("unpack the bzImage's kernel ({})", payload.compression))
     }
@@ -118,10 +118,10 @@ impl BzImage {
         if len < magic.len() as u64 + SIZE_BYTES {
             return Ok(None);
         }
-        self.file.read_exact_at(&mut magic, offset)?;
+        self.image.read_exact_at(&mut magic, offset)?;
         let Some(compression) = Compression::identify(&magic) else { return Ok(None) };
         // Linux's build puts the unpacked size behind every payload; gzip's own end is that size.
-        self.file.read_exact_at(&mut size, offset + len - SIZE_BYTES)?;
+        self.image.read_exact_at(&mut size, offset + len - SIZE_BYTES)?;
         let unpacked_bytes = u64::from(u32::from_le_bytes(size));
         ensure!(
             unpacked_bytes <= UNPACKED_MAX_BYTES && unpacked_bytes / RATIO_MAX <= len,
@@ -132,11 +132,11 @@ impl BzImage {
     }
 }
 
-fn read_header(file: &File) -> Result<setup_header> {
+fn read_header(image: &Part) -> Result<setup_header> {
     let mut header = setup_header::default();
     let bytes = header.as_mut_slice();
     // The shortest kernel is longer than the header at its longest.
-    file.read_exact_at(bytes, HEADER_OFFSET).context("the bzImage is truncated: its header is not all there")?;
+    image.read_exact_at(bytes, HEADER_OFFSET).context("the bzImage is truncated: its header is not all there")?;
     let magic_at = MAGIC_OFFSET - HEADER_OFFSET as usize;
     let end = bytes.get(magic_at - 1).map_or(0, |jump| magic_at + usize::from(*jump));
     // Behind its end is code, which is no header field.
@@ -162,11 +162,7 @@ pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
         "the kernel takes memory up to {} MiB to unpack itself: give the machine more (--memory)",
         end.div_ceil(1 << 20)
     );
-    let mut file = &image.file;
-    file.seek(SeekFrom::Start(image.code_offset))?;
-    memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file, usize::try_from(image.code_bytes)?)
-        .context("read bzImage")?;
+    image.image.copy_to(memory, address, image.code_offset, image.code_bytes).context("read bzImage")?;
     let header = setup_header { code32_start: u32::try_from(address)?, ..header };
     Ok(Loaded {
         protocol: Protocol::Linux64,
@@ -190,35 +186,20 @@ fn runtime_start(header: &setup_header) -> Result<u64> {
     Ok(preferred)
 }
 
-/// A part of a file, read in order.
-struct FileSlice<'a> {
-    file: &'a File,
-    at: u64,
-    end: u64,
-}
-
-impl Read for FileSlice<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let left = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
-        let len = buffer.len().min(left);
-        let read = self.file.read_at(&mut buffer[..len], self.at)?;
-        self.at += read as u64;
-        Ok(read)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
-    use crate::boot::Kernel;
     use crate::boot::sample::{self, LZO};
+    use crate::boot::{Image, Kernel};
     use crate::memory;
 
     const MIB: u64 = 1 << 20;
     const KERNEL_BYTES: u32 = 256 << 10;
 
     fn open(bytes: &[u8]) -> Result<BzImage> {
-        match Kernel::identify(sample::file(bytes))? {
+        match Image::identify(sample::file(bytes))?.kernel {
             Kernel::BzImage(image) => Ok(image),
             Kernel::Elf(_) => panic!("an ELF image"),
         }
@@ -238,6 +219,25 @@ mod tests {
             let image = open(&sample::bzimage(&payload)).unwrap();
             assert!(image.can_be_unpacked(), "{packer}");
             assert!(unpack(&image).unwrap() == kernel, "{packer}");
+        }
+    }
+
+    #[test]
+    fn one_in_a_unified_image_is_the_same() {
+        let kernel = sample::kernel(KERNEL_BYTES);
+        let payload = sample::packed(&kernel, sample::PACKERS[0]).expect("gzip is part of every Debian");
+        for bzimage in [sample::bzimage(&payload), sample::bzimage(LZO)] {
+            let unified = open(&sample::unified(&[(".initrd", b"070701"), (".linux", &bzimage)])).unwrap();
+            let mut bytes = Vec::new();
+            unified.reader().read_to_end(&mut bytes).unwrap();
+            assert!(bytes == bzimage, "what it is known by in the cache");
+            if unified.can_be_unpacked() {
+                assert!(unpack(&unified).unwrap() == kernel);
+                continue;
+            }
+            let memory = memory::reserve(64).unwrap();
+            load(&memory, &unified).unwrap();
+            assert_eq!(memory.read_obj::<u32>(GuestAddress(16 * MIB)).unwrap(), u32::from_le_bytes(*b"code"));
         }
     }
 

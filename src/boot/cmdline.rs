@@ -36,6 +36,22 @@ pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> S
     words.join(" ")
 }
 
+/// The word of `cmdline`, if there is one, that has the kernel find no disk, no network and no more than one processor:
+/// ACPI is what tells of them, and their interrupts arrive by I/O APIC and local APIC.
+pub fn hides_devices(cmdline: &str) -> Option<&str> {
+    // Behind `--` are init's words.
+    let words = cmdline.split(' ').take_while(|word| *word != "--");
+    let mut acpi = None;
+    for word in words {
+        match word {
+            "noapic" | "nolapic" | "disableapic" | "pci=noacpi" => return Some(word),
+            _ if word.starts_with("acpi=") => acpi = Some(word),
+            _ => {}
+        }
+    }
+    acpi.filter(|word| matches!(*word, "acpi=off" | "acpi=ht" | "acpi=noirq"))
+}
+
 /// Checks `cmdline`: printable ASCII that the kernel has room for, `max_bytes` with its final NUL.
 pub fn check(cmdline: &str, max_bytes: usize) -> Result<()> {
     let longest = max_bytes.saturating_sub(1);
@@ -81,6 +97,22 @@ mod tests {
     fn what_the_kernel_would_cut_or_garble_is_refused() {
         for bad in ["a\nb", "a\0b", "a\tb", "naïve"] {
             assert!(check(bad, 2048).unwrap_err().to_string().contains("printable ASCII"), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_word_that_hides_the_devices_is_found_and_a_later_one_wins() {
+        for (cmdline, word) in [
+            ("quiet acpi=off", Some("acpi=off")),
+            ("acpi=noirq quiet", Some("acpi=noirq")),
+            ("acpi=off acpi=force", None),
+            ("acpi=force acpi=off", Some("acpi=off")),
+            ("noapic", Some("noapic")),
+            ("quiet -- acpi=off", None),
+            ("xacpi=off acpi=offline acpi_osi=off", None),
+            ("", None),
+        ] {
+            assert_eq!(hides_devices(cmdline), word, "{cmdline}");
         }
     }
 }

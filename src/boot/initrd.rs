@@ -1,20 +1,18 @@
 //! From an initrd file to guest memory, as high as the kernel may find it.
 
-use std::fs::File;
-use std::io::Seek;
-
 use anyhow::{Context, Result, bail};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestMemoryBackend;
 
 use super::Extent;
+use super::part::Part;
 use crate::machine::layout;
 use crate::memory::GuestMemory;
 
 const PAGE_BYTES: u64 = 4096;
 
-/// Reads `file` once, into the highest pages between `kernel_end` and `address_max` (inclusive), below the hole.
-pub fn load(memory: &GuestMemory, mut file: &File, kernel_end: u64, address_max: u64) -> Result<Extent> {
-    let len = file.metadata()?.len();
+/// Reads `initrd` once, into the highest pages between `kernel_end` and `address_max` (inclusive), below the hole.
+pub fn load(memory: &GuestMemory, initrd: &Part, kernel_end: u64, address_max: u64) -> Result<Extent> {
+    let len = initrd.len_bytes();
     if len == 0 {
         bail!("the initrd is empty");
     }
@@ -30,8 +28,7 @@ pub fn load(memory: &GuestMemory, mut file: &File, kernel_end: u64, address_max:
             mib(top)
         );
     };
-    file.rewind()?;
-    memory.read_exact_volatile_from(GuestAddress(start), &mut file, usize::try_from(len)?).context("read initrd")?;
+    initrd.copy_to(memory, start, 0, len).context("read initrd")?;
     Ok(Extent { start, end: start + len })
 }
 
@@ -42,15 +39,24 @@ fn mib(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::boot::sample;
     use crate::memory;
 
-    fn file(len: usize) -> File {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&vec![0x5a; len]).unwrap();
-        file
+    fn file(len: usize) -> Part {
+        Part::whole(sample::file(&vec![0x5a; len])).unwrap()
+    }
+
+    #[test]
+    fn a_part_of_a_file_is_all_that_is_read() {
+        let memory = memory::reserve(32).unwrap();
+        let part = Part::of(&sample::file(b"before070701after"), 6, 6).unwrap();
+        let extent = load(&memory, &part, 0x20_0000, u64::MAX).unwrap();
+        let mut bytes = [0; 7];
+        memory.read_slice(&mut bytes, GuestAddress(extent.start)).unwrap();
+        assert_eq!((&bytes, extent.len()), (b"070701\0", 6));
     }
 
     #[test]

@@ -1,12 +1,24 @@
-//! From an opened file to what kind of kernel it is.
+//! From an opened file to what kind of kernel it is, and to what it brings along.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::bzimage::{self, BzImage};
 use super::elf;
+use super::part::Part;
+use super::unified::Unified;
+
+/// What a kernel's file holds.
+#[derive(Debug)]
+pub struct Image {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// The initial RAM disk that a unified kernel image has in it.
+    pub initrd: Option<Part>,
+    /// The words that it has for its kernel; empty if none.
+    pub cmdline: String,
+}
 
 /// An opened kernel image, by what its first bytes say. That all of it is well-formed shows when it is loaded.
 #[derive(Debug)]
@@ -17,22 +29,32 @@ pub enum Kernel {
     BzImage(BzImage),
 }
 
+impl Image {
+    /// Looks at `file`'s first bytes, and at all of a bzImage's header and of a unified kernel image's sections.
+    pub fn identify(file: File) -> Result<Image> {
+        let part = Part::whole(file)?;
+        let alone = |kernel| Image { kernel, initrd: None, cmdline: String::new() };
+        let mut magic = [0; 4];
+        match part.read_at(&mut magic, 0).context("read kernel")? {
+            4 if magic == *b"\x7fELF" => return Ok(alone(Kernel::Elf(part.into_file()))),
+            // With a program for UEFI in front it is a PE file too.
+            _ if bzimage::is_bzimage(&part)? => return Ok(alone(Kernel::BzImage(BzImage::open(part)?))),
+            0 => bail!("the kernel file is empty"),
+            _ => {}
+        }
+        let Some(Unified { linux, initrd, cmdline }) = Unified::parse(part.file())? else {
+            bail!("not a kernel: neither an ELF vmlinux nor a bzImage nor a unified kernel image")
+        };
+        ensure!(bzimage::is_bzimage(&linux)?, "a unified kernel image whose .linux is no bzImage");
+        Ok(Image { kernel: Kernel::BzImage(BzImage::open(linux)?), initrd, cmdline })
+    }
+}
+
 impl Kernel {
     /// An ELF image whose headers are checked here and now.
     pub fn elf(file: File) -> Result<Kernel> {
         elf::parse(&file)?;
         Ok(Kernel::Elf(file))
-    }
-
-    /// Looks at `file`'s first bytes, and at all of a bzImage's header.
-    pub fn identify(file: File) -> Result<Kernel> {
-        let mut magic = [0; 4];
-        match file.read_at(&mut magic, 0).context("read kernel")? {
-            4 if magic == *b"\x7fELF" => Ok(Kernel::Elf(file)),
-            _ if bzimage::is_bzimage(&file)? => Ok(Kernel::BzImage(BzImage::open(file)?)),
-            0 => bail!("the kernel file is empty"),
-            _ => bail!("not a kernel: neither an ELF vmlinux nor a bzImage"),
-        }
     }
 }
 
@@ -43,10 +65,21 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_kernel_is_called_so() {
-        let error = |bytes: &[u8]| Kernel::identify(sample::file(bytes)).unwrap_err().to_string();
+        let error = |bytes: &[u8]| Image::identify(sample::file(bytes)).unwrap_err().to_string();
         assert_eq!(error(b""), "the kernel file is empty");
         for bytes in [b"#!/bin/sh\n".as_slice(), b"\x7fEL", &[0; 4096]] {
-            assert_eq!(error(bytes), "not a kernel: neither an ELF vmlinux nor a bzImage");
+            assert_eq!(error(bytes), "not a kernel: neither an ELF vmlinux nor a bzImage nor a unified kernel image");
         }
+    }
+
+    #[test]
+    fn a_unified_image_is_its_parts() {
+        let bzimage = sample::bzimage(sample::LZO);
+        let sections: [(&str, &[u8]); 3] = [(".cmdline", b"quiet"), (".initrd", b"070701"), (".linux", &bzimage)];
+        let image = Image::identify(sample::file(&sample::unified(&sections))).unwrap();
+        assert!(matches!(image.kernel, Kernel::BzImage(_)));
+        assert_eq!((image.initrd.unwrap().len_bytes(), image.cmdline.as_str()), (6, "quiet"));
+        let error = Image::identify(sample::file(&sample::unified(&[(".linux", b"kernel")]))).unwrap_err();
+        assert_eq!(error.to_string(), "a unified kernel image whose .linux is no bzImage");
     }
 }

@@ -12,22 +12,24 @@ mod elf;
 mod initrd;
 mod kernel;
 mod memory_map;
+pub(crate) mod part;
 mod pvh;
 mod reset_vector;
 #[cfg(test)]
 pub(crate) mod sample;
+mod unified;
 pub(crate) mod unpack;
 mod zero_page;
-
-use std::fs::File;
 
 use anyhow::{Context, Result};
 use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use bzimage::BzImage;
-pub use cmdline::default_cmdline;
-pub use kernel::Kernel;
+pub use cmdline::{default_cmdline, hides_devices};
+pub use kernel::{Image, Kernel};
+pub use part::Part;
+pub use unified::Unified;
 pub use unpack::unpacking_reader;
 
 use crate::machine::layout;
@@ -88,7 +90,7 @@ struct Loaded {
 pub fn load(
     memory: &GuestMemory,
     kernel: &Kernel,
-    initrd: Option<&File>,
+    initrd: Option<&Part>,
     cmdline: &str,
     cpus: u32,
     virtio_count: usize,
@@ -99,7 +101,7 @@ pub fn load(
     }
     .context("load kernel")?;
     let initrd = initrd
-        .map(|file| initrd::load(memory, file, loaded.kernel_end, loaded.initrd_address_max))
+        .map(|initrd| initrd::load(memory, initrd, loaded.kernel_end, loaded.initrd_address_max))
         .transpose()
         .context("load initrd")?;
     cmdline::check(cmdline, loaded.cmdline_max_bytes)?;
@@ -129,13 +131,13 @@ mod tests {
 
     fn kernel(note: Option<&[u8]>) -> Kernel {
         let text = sample::Segment { address: MIB, bytes: b"text", memory_bytes: 0x1000 };
-        Kernel::identify(sample::file(&sample::elf(MIB, &[text], note))).unwrap()
+        Image::identify(sample::file(&sample::elf(MIB, &[text], note))).unwrap().kernel
     }
 
     #[test]
     fn a_kernel_without_note_is_entered_by_the_64_bit_protocol() {
         let memory = memory::reserve(32).unwrap();
-        let initrd = sample::file(&[7; 10]);
+        let initrd = Part::whole(sample::file(&[7; 10])).unwrap();
         let entry = load(&memory, &kernel(None), Some(&initrd), "quiet", 2, 1).unwrap();
         let info = layout::ZERO_PAGE_ADDRESS;
         assert_eq!(entry, Entry { protocol: Protocol::Linux64, instruction: MIB, info });
@@ -158,7 +160,8 @@ mod tests {
     #[test]
     fn the_chain_of_an_error_says_which_file() {
         let memory = memory::reserve(32).unwrap();
-        let error = load(&memory, &kernel(None), Some(&sample::file(b"")), "", 1, 0).unwrap_err();
+        let empty = Part::whole(sample::file(b"")).unwrap();
+        let error = load(&memory, &kernel(None), Some(&empty), "", 1, 0).unwrap_err();
         assert_eq!(format!("{error:#}"), "load initrd: the initrd is empty");
         let error = load(&memory, &kernel(None), None, &"a".repeat(3000), 1, 0).unwrap_err();
         assert!(error.to_string().starts_with("the command line of 3000 bytes is too long"));

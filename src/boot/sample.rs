@@ -143,3 +143,37 @@ pub fn kernel(len: u32) -> Vec<u8> {
         .collect();
     elf(1 << 20, &[Segment { address: 1 << 20, bytes: &bytes, memory_bytes: 2 << 20 }], None)
 }
+
+/// Where [`unified`] puts the PE header; the section table is right behind it.
+pub const PE_AT: usize = 0x80;
+/// To what sections are rounded up in the file.
+pub const PE_ALIGNMENT: usize = 512;
+
+/// A PE file for x86-64 of these sections, in this order, each name at most 8 bytes long.
+pub fn unified(sections: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut image = vec![0; PE_AT];
+    put(&mut image, 0, b"MZ");
+    put(&mut image, 0x3c, &(PE_AT as u32).to_le_bytes());
+    image.extend(b"PE\0\0");
+    image.extend(0x8664u16.to_le_bytes());
+    image.extend((sections.len() as u16).to_le_bytes());
+    image.extend([0; 16]);
+    let mut data_at = (image.len() + 40 * sections.len()).next_multiple_of(PE_ALIGNMENT);
+    let mut data = Vec::new();
+    for (name, bytes) in sections {
+        let in_file = bytes.len().next_multiple_of(PE_ALIGNMENT);
+        let mut header = name.as_bytes().to_vec();
+        header.resize(8, 0);
+        for field in [bytes.len(), 0x1_0000, in_file, data_at] {
+            header.extend((field as u32).to_le_bytes());
+        }
+        header.resize(40, 0);
+        image.extend(header);
+        data.extend_from_slice(bytes);
+        data.resize(data.len() + in_file - bytes.len(), 0);
+        data_at += in_file;
+    }
+    image.resize(image.len().next_multiple_of(PE_ALIGNMENT), 0);
+    image.extend(data);
+    image
+}

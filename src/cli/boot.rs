@@ -42,7 +42,10 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
 pub struct Boot {
-    /// Guest kernel: an ELF vmlinux or a bzImage
+    /// Guest kernel: an ELF vmlinux, a bzImage or a unified kernel image (UKI)
+    ///
+    /// Of a unified kernel image the kernel, the initial RAM disk and the words for the command line are used; --initrd
+    /// stands in place of its RAM disk, and --cmdline behind its words, so that yours win.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
 
@@ -135,7 +138,6 @@ impl Boot {
                 "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
             );
         }
-        log::info!("kernel command line: {}", config.full_cmdline());
         let timings = Arc::new(Timings::new(started));
         // Before any thread exists, so that all of them leave the signals to the one that waits for them.
         let called = Called {

@@ -19,6 +19,7 @@ use super::network::NetworkFlags;
 use super::process::ProcessFlags;
 use super::{boot, prepare, signal, size};
 use crate::backend::rate::Rate;
+use crate::boot::Part;
 use crate::config::MachineConfig;
 use crate::console::log::{Log, Tail};
 use crate::guest::process::{self, Defaults};
@@ -307,7 +308,9 @@ impl Run {
         // Before any thread exists, so that all of them leave the signals to the one that waits for them.
         let signals = Front::block_signals(inside.has_session())?;
         let mut resources = resources::open(config)?;
-        resources.initrd = Some(initramfs);
+        // Those of a unified kernel image are for what it would boot by itself.
+        resources.initrd = Some(Part::whole(initramfs).context("look at the initial RAM disk")?);
+        resources.kernel_words.clear();
         if !inside.has_session() {
             let machine = Machine::build(config, resources, timings.clone())?;
             return Ok(boot::report(&control::run(machine, signals, Front::Console, desk)?));

@@ -33,7 +33,7 @@ impl Machine {
     /// the rest of KVM's set-up; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on
     /// the bus before the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
-        let Resources { kvm, kernel, initrd, disks, hold, vsock, networks } = resources;
+        let Resources { kvm, kernel, kernel_words, initrd, disks, hold, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
         let supported = ask_for_cpuid(kvm.clone())?;
         let memory = memory::reserve(config.memory_mib)?;
@@ -73,7 +73,14 @@ impl Machine {
         }
         let transports = attach_virtio(&vm, &mut buses, &memory, devices)?;
 
-        let cmdline = config.full_cmdline();
+        let cmdline = config.full_cmdline(&kernel_words, initrd.is_some());
+        log::info!("kernel command line: {cmdline}");
+        if let Some(word) = boot::hides_devices(&cmdline) {
+            log::warn!(
+                "with {word} on its command line the guest's kernel finds no disk, no network and no second processor, which \
+                 husk tells it of by ACPI: leave {word} out"
+            );
+        }
         let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, config.cpus, transports.len())?;
         setup::write_boot_tables(&memory, entry.protocol)?;
         timings.mark(Step::KernelLoaded);

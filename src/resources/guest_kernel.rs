@@ -1,12 +1,12 @@
 //! From the kernel that a user names, or names none, to its file and its modules.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
 use super::modules::Modules;
+use crate::boot::{Part, Unified};
 
 /// Which kernel a guest runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,21 +108,26 @@ fn modules_beside(path: &Path) -> Modules {
     }
 }
 
-/// The release that a bzImage says it is (boot.rst: `kernel_version`), if it is one that can name a folder.
+/// The release that a bzImage says it is (boot.rst: `kernel_version`), or the one in a unified kernel image, if it is one that
+/// can name a folder.
 fn release(path: &Path) -> Option<String> {
     const MAGIC_AT: u64 = 0x202;
     const POINTER_AT: u64 = 0x20e;
     const BASE: u64 = 0x200;
     let file = File::open(path).ok()?;
+    let image = match Unified::parse(&file) {
+        Ok(Some(unified)) => unified.linux,
+        _ => Part::whole(file).ok()?,
+    };
     let mut magic = [0; 4];
-    file.read_exact_at(&mut magic, MAGIC_AT).ok()?;
+    image.read_exact_at(&mut magic, MAGIC_AT).ok()?;
     if magic != *b"HdrS" {
         return None;
     }
     let mut pointer = [0; 2];
-    file.read_exact_at(&mut pointer, POINTER_AT).ok()?;
+    image.read_exact_at(&mut pointer, POINTER_AT).ok()?;
     let mut text = [0; 64];
-    let len = file.read_at(&mut text, BASE + u64::from(u16::from_le_bytes(pointer))).ok()?;
+    let len = image.read_at(&mut text, BASE + u64::from(u16::from_le_bytes(pointer))).ok()?;
     let release = text.get(..len)?.split(|byte| !byte.is_ascii_graphic() || *byte == b'/').next()?;
     String::from_utf8(release.to_vec()).ok().filter(|release| !release.is_empty() && !release.starts_with('.'))
 }
@@ -132,6 +137,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::boot::sample;
 
     #[test]
     fn a_word_is_a_name_or_a_path() {
@@ -161,8 +167,11 @@ mod tests {
             bytes[0x202..0x206].copy_from_slice(b"HdrS");
             bytes[0x20e..0x210].copy_from_slice(&0x100u16.to_le_bytes());
             bytes[0x300..0x300 + version.len()].copy_from_slice(version);
-            fs::write(&path, bytes).unwrap();
-            release(&path)
+            fs::write(&path, &bytes).unwrap();
+            let found = release(&path);
+            fs::write(&path, sample::unified(&[(".initrd", b"070701"), (".linux", &bytes)])).unwrap();
+            assert_eq!(release(&path), found, "in a unified image");
+            found
         };
         assert_eq!(image(b"6.1.0-9-cloud (me@here) #1"), Some("6.1.0-9-cloud".into()));
         assert_eq!(image(b"../../etc"), None);

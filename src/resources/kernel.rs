@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 
 use super::cache::{Cache, Identity};
-use crate::boot::{BzImage, Kernel};
+use crate::boot::{BzImage, Image, Kernel};
 use crate::sys;
 
 /// Who builds kernels all day has two names a kernel here, and 30 MiB for every two of them.
@@ -21,15 +21,15 @@ const NAMES_KEPT: usize = 16;
 /// What takes less is over before a person would look.
 const PROGRESS_AFTER: Duration = Duration::from_millis(200);
 
-/// Opens the kernel at `path`: a vmlinux as it is, a bzImage by what it unpacks to.
+/// Opens the kernel at `path`: a vmlinux as it is, a bzImage by what it unpacks to, a unified kernel image by its parts.
 ///
 /// A bzImage that only it can unpack comes back as [`Kernel::BzImage`]. A cache that cannot be used costs time, and no more.
-pub fn open(path: &Path) -> Result<Kernel> {
+pub fn open(path: &Path) -> Result<Image> {
     let cache = Cache::of_user("unpacked", NAMES_KEPT);
     open_with_cache(path, cache.as_ref()).with_context(|| format!("open kernel {}", path.display()))
 }
 
-fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<Kernel> {
+fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<Image> {
     // A pipe that nobody writes to would else be waited for.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -37,11 +37,13 @@ fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<Kernel> {
         bail!("is a directory");
     }
     ensure!(kind.is_file(), "not a regular file");
-    let bzimage = Identity::of(&file)?;
-    match Kernel::identify(file)? {
-        Kernel::BzImage(image) if image.can_be_unpacked() => unpacked(&image, &bzimage, cache),
-        kernel => Ok(kernel),
-    }
+    let identity = Identity::of(&file)?;
+    let Image { kernel, initrd, cmdline } = Image::identify(file)?;
+    let kernel = match kernel {
+        Kernel::BzImage(image) if image.can_be_unpacked() => unpacked(&image, &identity, cache)?,
+        kernel => kernel,
+    };
+    Ok(Image { kernel, initrd, cmdline })
 }
 
 /// The kernel in `image`: from the cache, or unpacked to it, or to memory.
@@ -157,7 +159,7 @@ mod tests {
     use crate::boot::sample;
 
     fn open_in(path: &Path, folder: Option<&Path>) -> Result<Kernel> {
-        open_with_cache(path, folder.map(|folder| Cache::at(folder, NAMES_KEPT)).as_ref())
+        Ok(open_with_cache(path, folder.map(|folder| Cache::at(folder, NAMES_KEPT)).as_ref())?.kernel)
     }
 
     /// A folder with a bzImage in it, and what it unpacks to.
@@ -332,7 +334,7 @@ mod tests {
         let expected = [
             ("absent", "No such file or directory (os error 2)"),
             (".", "is a directory"),
-            ("text", "not a kernel: neither an ELF vmlinux nor a bzImage"),
+            ("text", "not a kernel: neither an ELF vmlinux nor a bzImage nor a unified kernel image"),
         ];
         for (name, why) in expected {
             assert_eq!(error(&at(name)), format!("open kernel {}: {why}", at(name).display()));

@@ -28,7 +28,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use kvm_ioctls::Kvm;
 
-use crate::boot::Kernel;
+use crate::boot::{Image, Kernel, Part};
 use crate::config::MachineConfig;
 use crate::sandbox::affinity;
 use crate::sandbox::cgroup::{Hold, Limits};
@@ -43,8 +43,10 @@ pub struct Resources {
     pub kvm: Kvm,
     /// The kernel, identified.
     pub kernel: Kernel,
-    /// The initial RAM disk.
-    pub initrd: Option<File>,
+    /// What the kernel's own image has for its command line.
+    pub kernel_words: String,
+    /// The initial RAM disk: the one that was named, or else the one in the kernel's image.
+    pub initrd: Option<Part>,
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
     /// What holds this process to its share of the host's processors and memory.
@@ -57,8 +59,8 @@ pub struct Resources {
 
 /// Opens all that `config` names. The first that fails ends it, with the path and the reason.
 pub fn open(config: &MachineConfig) -> Result<Resources> {
-    let kernel = kernel::open(&config.kernel)?;
-    let initrd = config.initrd.as_deref().map(open_initrd).transpose()?;
+    let Image { kernel, initrd, cmdline: kernel_words } = kernel::open(&config.kernel)?;
+    let initrd = config.initrd.as_deref().map_or(Ok(initrd), |path| open_initrd(path).map(Some))?;
     let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
     let kvm = open_kvm()?;
     // Last, since these are the only ones that make something.
@@ -72,14 +74,14 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
     }
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
     let networks = config.networks.iter().map(|network| net::open(network, config)).collect::<Result<Vec<_>>>()?;
-    Ok(Resources { kvm, kernel, initrd, disks, hold, vsock, networks })
+    Ok(Resources { kvm, kernel, kernel_words, initrd, disks, hold, vsock, networks })
 }
 
-fn open_initrd(path: &Path) -> Result<File> {
+fn open_initrd(path: &Path) -> Result<Part> {
     let context = || format!("open initrd {}", path.display());
     let file = File::open(path).with_context(context)?;
     ensure!(file.metadata().with_context(context)?.is_file(), "initrd {} is not a file", path.display());
-    Ok(file)
+    Part::whole(file).with_context(context)
 }
 
 /// Opens /dev/kvm, or says what to type so that it opens the next time.

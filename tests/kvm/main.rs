@@ -4,6 +4,9 @@
 
 #[macro_use]
 mod husk;
+#[allow(dead_code)]
+#[path = "../../src/boot/sample.rs"]
+mod sample;
 mod terminal;
 
 mod background;
@@ -11,5 +14,6 @@ mod console;
 mod cpus;
 mod disk;
 mod full_disk;
+mod kernel;
 mod life;
 mod machine;

@@ -9,6 +9,8 @@ enum {
     /* Offsets in the zero page (zero-page.rst). */
     ZERO_PAGE_EXT_COMMAND_LINE = 0x0c8,
     ZERO_PAGE_E820_COUNT = 0x1e8,
+    ZERO_PAGE_RAMDISK = 0x218,
+    ZERO_PAGE_RAMDISK_BYTES = 0x21c,
     ZERO_PAGE_COMMAND_LINE = 0x228,
     ZERO_PAGE_E820_TABLE = 0x2d0,
     ARGUMENT_MAX = 64,
@@ -89,6 +91,14 @@ _Noreturn void check_failed(const char *file, unsigned line, const char *claim)
 {
     print("%s:%u: %s does not hold\n", file, (u64)line, claim);
     exit_with(EXIT_CHECK_FAILED);
+}
+
+const char *whole_command_line(void) { return command_line; }
+
+const char *initial_ram_disk(unsigned *len)
+{
+    *len = read32((u64)zero_page + ZERO_PAGE_RAMDISK_BYTES);
+    return (const char *)(u64)read32((u64)zero_page + ZERO_PAGE_RAMDISK);
 }
 
 const char *argument(const char *name)

@@ -98,6 +98,11 @@ _Noreturn void power_off(void);
 /* Waits for ever with interrupts off. */
 _Noreturn void stop(void);
 
+const char *whole_command_line(void);
+
+/* The initial RAM disk, below 4 GiB, and its length in bytes: 0 where there is none. */
+const char *initial_ram_disk(unsigned *len);
+
 /* The text after the last `name=` on the command line, up to the next blank, or NULL. The answer is good until the next
  * call. */
 const char *argument(const char *name);

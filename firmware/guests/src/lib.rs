@@ -16,6 +16,8 @@ pub const EXIT_MISSING: i32 = 93;
 pub const EXIT: &str = concat!(env!("OUT_DIR"), "/exit.elf");
 /// The ways a machine ends or does not.
 pub const POWER: &str = concat!(env!("OUT_DIR"), "/power.elf");
+/// Prints its command line and its initial RAM disk.
+pub const LOADED: &str = concat!(env!("OUT_DIR"), "/loaded.elf");
 /// Port I/O and MMIO of every width, on holes and on device registers.
 pub const IO: &str = concat!(env!("OUT_DIR"), "/io.elf");
 /// Touches both ends of all memory of the memory map.

@@ -1,0 +1,234 @@
+//! From a unified kernel image (UKI) to the kernel, the initial RAM disk and the command line in it.
+//!
+//! It is a PE file for UEFI whose sections are what it is made of (UAPI Group, Unified Kernel Image; Microsoft, PE format).
+//! Here its program is not run: the parts are taken from it. They are foreign: each is checked to lie in the file, and there
+//! are as many as a table of bounded length holds.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::part::Part;
+
+/// Where a DOS header says where the PE header is.
+const PE_OFFSET_AT: usize = 0x3c;
+const DOS_HEADER_BYTES: usize = 0x40;
+/// Signature and COFF file header.
+const PE_HEADER_BYTES: usize = 24;
+const SECTION_HEADER_BYTES: usize = 40;
+/// IMAGE_FILE_MACHINE_AMD64.
+const MACHINE_X86_64: u16 = 0x8664;
+/// An image has about ten sections, and a few more for each profile.
+const SECTIONS_MAX: usize = 512;
+/// More than any kernel reads; what is too much for this one is said when it is loaded.
+const CMDLINE_MAX_BYTES: u64 = 16 << 10;
+
+/// What a unified kernel image is made of, as far as a machine needs it.
+#[derive(Debug)]
+pub struct Unified {
+    /// `.linux`: a bzImage.
+    pub linux: Part,
+    /// `.initrd`.
+    pub initrd: Option<Part>,
+    /// `.cmdline`, on one line; empty if there is none.
+    pub cmdline: String,
+}
+
+/// A section's header, as far as it matters here.
+struct Section {
+    name: [u8; 8],
+    offset: u64,
+    len_bytes: u64,
+}
+
+impl Unified {
+    /// The parts of `file`, or `None` where it is no unified kernel image. Where it has several profiles, those of the
+    /// first one, which is what it boots by itself.
+    pub fn parse(file: &File) -> Result<Option<Unified>> {
+        let Some(sections) = sections(file)? else { return Ok(None) };
+        let find = |name: &[u8]| {
+            // A profile's sections stand behind those that all profiles have, and in their place.
+            let profiles = sections.iter().enumerate().filter(|(_, section)| section.is(b".profile"));
+            let end = profiles.map(|(index, _)| index).nth(1).unwrap_or(sections.len());
+            sections.iter().take(end).rfind(|section| section.is(name))
+        };
+        let Some(linux) = find(b".linux") else { return Ok(None) };
+        let part = |section: &Section| {
+            Part::of(file, section.offset, section.len_bytes).with_context(|| {
+                let name = String::from_utf8_lossy(&section.name).trim_end_matches('\0').to_owned();
+                format!("the unified kernel image is truncated: {name} is not all there")
+            })
+        };
+        Ok(Some(Unified {
+            linux: part(linux)?,
+            initrd: find(b".initrd").map(part).transpose()?.filter(|part| part.len_bytes() > 0),
+            cmdline: find(b".cmdline").map(part).transpose()?.map_or(Ok(String::new()), |part| cmdline(&part))?,
+        }))
+    }
+}
+
+impl Section {
+    fn parse(header: &[u8; SECTION_HEADER_BYTES]) -> Section {
+        let word = |at: usize| {
+            header.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |word| u32::from_le_bytes(*word))
+        };
+        let mut name = [0; 8];
+        name.copy_from_slice(&header[..8]);
+        // The size in memory is the content's; the size in the file is that, rounded up.
+        let (in_memory, in_file) = (word(8), word(16));
+        let len = if in_memory == 0 { in_file } else { in_memory.min(in_file) };
+        Section { name, offset: word(20).into(), len_bytes: len.into() }
+    }
+
+    fn is(&self, name: &[u8]) -> bool {
+        self.name.strip_prefix(name).is_some_and(|rest| rest.iter().all(|byte| *byte == 0))
+    }
+}
+
+/// The sections of a PE file for this kind of processor, in their order; `None` where it is none.
+fn sections(file: &File) -> Result<Option<Vec<Section>>> {
+    let mut dos = [0; DOS_HEADER_BYTES];
+    let Some(()) = read_whole(file, &mut dos, 0)? else { return Ok(None) };
+    let Some(pe_at) = dos.get(PE_OFFSET_AT..).and_then(|rest| rest.first_chunk()) else { return Ok(None) };
+    let pe_at = u64::from(u32::from_le_bytes(*pe_at));
+    let mut pe = [0; PE_HEADER_BYTES];
+    let Some(()) = read_whole(file, &mut pe, pe_at)? else { return Ok(None) };
+    let half = |at: usize| pe.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |half| u16::from_le_bytes(*half));
+    let (machine, count, optional_bytes) = (half(4), usize::from(half(6)), half(20));
+    if !dos.starts_with(b"MZ") || !pe.starts_with(b"PE\0\0") || machine != MACHINE_X86_64 {
+        return Ok(None);
+    }
+    ensure!(count <= SECTIONS_MAX, "{count} sections are more than any unified kernel image has");
+    let table_at = pe_at + PE_HEADER_BYTES as u64 + u64::from(optional_bytes);
+    let mut sections = Vec::with_capacity(count);
+    for index in 0..count {
+        let mut header = [0; SECTION_HEADER_BYTES];
+        let at = table_at + (index * SECTION_HEADER_BYTES) as u64;
+        let Some(()) = read_whole(file, &mut header, at)? else {
+            bail!("the PE file is truncated: its sections are not all there")
+        };
+        sections.push(Section::parse(&header));
+    }
+    Ok(Some(sections))
+}
+
+/// Reads all of `buffer` at `offset`, or says that the file ends before.
+fn read_whole(file: &File, buffer: &mut [u8], offset: u64) -> Result<Option<()>> {
+    match file.read_exact_at(buffer, offset) {
+        Ok(()) => Ok(Some(())),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(error) => Err(error).context("read kernel"),
+    }
+}
+
+/// A `.cmdline` as words on one line: it is text that ends with its section or at a NUL, and often has a newline.
+fn cmdline(part: &Part) -> Result<String> {
+    ensure!(
+        part.len_bytes() <= CMDLINE_MAX_BYTES,
+        "the unified kernel image's .cmdline is {} bytes long",
+        part.len_bytes()
+    );
+    let mut bytes = vec![0; usize::try_from(part.len_bytes())?];
+    part.read_exact_at(&mut bytes, 0).context("read the unified kernel image's .cmdline")?;
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    let text = str::from_utf8(text).context("the unified kernel image's .cmdline is no text")?;
+    let line: String = text.chars().map(|c| if c.is_ascii_whitespace() { ' ' } else { c }).collect();
+    Ok(line.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+    use crate::boot::sample;
+
+    fn parse(bytes: &[u8]) -> Result<Option<Unified>> {
+        Unified::parse(&sample::file(bytes))
+    }
+
+    fn content(part: &Part) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        part.reader(0, u64::MAX).read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn kernel_initrd_and_words_come_out_as_they_went_in() {
+        let image = sample::unified(&[
+            (".osrel", b"ID=x"),
+            (".cmdline", b"root=/dev/vda  quiet\n\0"),
+            (".initrd", b"070701"),
+            (".linux", b"kernel"),
+        ]);
+        let unified = parse(&image).unwrap().unwrap();
+        assert_eq!(content(&unified.linux), b"kernel", "and nothing of what rounds it up");
+        assert_eq!(content(&unified.initrd.unwrap()), b"070701");
+        assert_eq!(unified.cmdline, "root=/dev/vda  quiet");
+        let bare = parse(&sample::unified(&[(".linux", b"kernel"), (".initrd", b"")])).unwrap().unwrap();
+        assert!(bare.initrd.is_none() && bare.cmdline.is_empty());
+    }
+
+    #[test]
+    fn the_first_profile_is_the_one_that_boots() {
+        let image = sample::unified(&[
+            (".linux", b"kernel"),
+            (".cmdline", b"of all"),
+            (".profile", b"ID=first"),
+            (".cmdline", b"first"),
+            (".profile", b"ID=second"),
+            (".cmdline", b"second"),
+            (".initrd", b"second"),
+        ]);
+        let unified = parse(&image).unwrap().unwrap();
+        assert_eq!((unified.cmdline.as_str(), unified.initrd.is_some()), ("first", false));
+    }
+
+    #[test]
+    fn other_files_are_none() {
+        let image = sample::unified(&[(".linux", b"kernel")]);
+        let mut arm = image.clone();
+        sample::put(&mut arm, sample::PE_AT + 4, &0xaa64u16.to_le_bytes());
+        let mut far = image.clone();
+        sample::put(&mut far, PE_OFFSET_AT, &u32::MAX.to_le_bytes());
+        for other in [b"".as_slice(), b"MZ", &[0; 4096], &arm, &far, &sample::unified(&[(".text", b"program")])] {
+            assert!(parse(other).unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_refused_or_none() {
+        let whole = sample::unified(&[(".initrd", b"070701"), (".cmdline", b"quiet"), (".linux", b"kernel")]);
+        parse(&whole).unwrap().unwrap();
+        // Behind the last section's content there is only what rounds it up.
+        let content_end = whole.len() - sample::PE_ALIGNMENT + b"kernel".len();
+        for len in 0..content_end {
+            assert!(!matches!(parse(&whole[..len]), Ok(Some(_))), "{len} bytes");
+        }
+        parse(&whole[..content_end]).unwrap().unwrap();
+    }
+
+    #[test]
+    fn sections_that_lie_are_refused() {
+        let header_at = sample::PE_AT + PE_HEADER_BYTES;
+        let lying = |at: usize, value: u32| {
+            let mut image = sample::unified(&[(".linux", b"kernel")]);
+            sample::put(&mut image, header_at + at, &value.to_le_bytes());
+            if at == 8 {
+                sample::put(&mut image, header_at + 16, &value.to_le_bytes());
+            }
+            format!("{:#}", parse(&image).unwrap_err())
+        };
+        for (at, value) in [(8, u32::MAX), (20, u32::MAX)] {
+            assert!(lying(at, value).contains(".linux is not all there"), "{at}");
+        }
+        let long = vec![b'a'; CMDLINE_MAX_BYTES as usize + 1];
+        let error = parse(&sample::unified(&[(".linux", b"k"), (".cmdline", &long)])).unwrap_err();
+        assert_eq!(error.to_string(), "the unified kernel image's .cmdline is 16385 bytes long");
+        assert!(parse(&sample::unified(&[(".linux", b"k"), (".cmdline", b"\xff\xfe")])).is_err());
+        let mut many = sample::unified(&[(".linux", b"kernel")]);
+        sample::put(&mut many, sample::PE_AT + 6, &u16::MAX.to_le_bytes());
+        assert!(parse(&many).is_err());
+    }
+}

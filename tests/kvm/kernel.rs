@@ -1,0 +1,80 @@
+//! From a kernel's file to a guest: unified kernel images, and words that a kernel cannot do with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::husk::{Ran, boot};
+use crate::sample;
+use husk_guests as guests;
+
+/// A unified kernel image of a guest that prints what it was given; `None`, said aloud, where gzip is missing.
+fn unified(folder: &Path, sections: &[(&str, &[u8])]) -> Option<PathBuf> {
+    let payload = sample::packed(&fs::read(guests::LOADED).unwrap(), "gzip -n -9")?;
+    let bzimage = sample::bzimage(&payload);
+    let path = folder.join("guest.efi");
+    fs::write(&path, sample::unified(&[sections, &[(".linux", &bzimage)]].concat())).unwrap();
+    Some(path)
+}
+
+/// What the guest was given: its command line and its initial RAM disk.
+fn given(ran: &Ran) -> (String, String) {
+    let text = ran.expect(0);
+    let line = |start: &str| text.lines().find_map(|line| line.strip_prefix(start)).unwrap_or_default().to_owned();
+    (line("command line: "), line("initial RAM disk: "))
+}
+
+#[test]
+fn a_unified_image_boots_with_its_own_initrd_and_words() {
+    needs_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let sections: [(&str, &[u8]); 2] = [(".cmdline", b"root=UUID=1 ro\n"), (".initrd", b"of the image")];
+    let Some(image) = unified(folder.path(), &sections) else { return };
+    let (cmdline, initrd) = given(&boot(image.to_str().unwrap(), "rw").run());
+    assert!(cmdline.starts_with("console=ttyS0 ") && cmdline.ends_with(" root=UUID=1 ro rw"), "{cmdline}");
+    assert!(!cmdline.contains("/dev/vda"), "{cmdline}");
+    assert_eq!(initrd, "of the image");
+}
+
+#[test]
+fn the_users_initrd_stands_in_place_of_the_images() {
+    needs_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let Some(image) = unified(folder.path(), &[(".initrd", b"of the image")]) else { return };
+    let initrd = folder.path().join("initrd");
+    fs::write(&initrd, "of the user").unwrap();
+    let (_, given) = given(&boot(image.to_str().unwrap(), "").flag("--initrd", &initrd).run());
+    assert_eq!(given, "of the user");
+}
+
+#[test]
+fn an_image_that_is_cut_short_is_told_in_one_line() {
+    needs_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let Some(image) = unified(folder.path(), &[(".initrd", b"of the image")]) else { return };
+    let bytes = fs::read(&image).unwrap();
+    fs::write(&image, &bytes[..bytes.len() - 1024]).unwrap();
+    let ran = boot(image.to_str().unwrap(), "").run();
+    assert!(ran.expect_line(1).contains("the unified kernel image is truncated: .linux is not all there"));
+}
+
+#[test]
+fn a_word_that_hides_every_device_is_warned_of() {
+    needs_kvm!();
+    for word in ["acpi=off", "noapic"] {
+        let line = boot(guests::LOADED, word).run();
+        line.expect(0);
+        assert!(line.stderr.contains(&format!("with {word} on its command line")), "{}", line.stderr);
+    }
+    assert_eq!(boot(guests::LOADED, "acpi=force -- acpi=off").run().stderr, "");
+}
+
+#[test]
+fn nesting_is_there_or_is_refused_in_one_line() {
+    needs_kvm!();
+    let machine = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&machine, r#"{"nested": true}"#).unwrap();
+    let ran = boot(guests::LOADED, "").flag("--config", machine.path()).run();
+    if ran.code != Some(0) {
+        assert!(ran.expect_line(1).contains("leave --nested out"), "{}", ran.stderr);
+    }
+}
