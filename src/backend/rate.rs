@@ -76,11 +76,16 @@ impl Bucket {
     /// Takes `amount`, or says how long to wait before asking again.
     pub fn take(&mut self, amount: u64, now: Instant) -> Result<(), Duration> {
         self.has_any(now)?;
+        self.owe(amount, now);
+        Ok(())
+    }
+
+    /// Takes `amount`, whatever there is.
+    fn owe(&mut self, amount: u64, now: Instant) {
         let full_since = now.checked_sub(self.fills_in).unwrap_or(now);
         let empty_at = self.empty_at.max(full_since).checked_add(time_for(amount, self.per_second));
         // Beyond the end of time is never, which is a long debt indeed.
         self.empty_at = empty_at.unwrap_or(now + Duration::from_secs(u32::MAX.into()));
-        Ok(())
     }
 
     /// Whether something could be taken; if not, how long to wait.
@@ -177,6 +182,13 @@ impl Limiter {
                 }
                 false
             }
+        }
+    }
+
+    /// Counts `bytes` more of an operation that was admitted before. What is too much is the next one's to wait for.
+    pub fn charge(&mut self, bytes: u64) {
+        if let Some(bucket) = &mut self.bytes {
+            bucket.owe(bytes, Instant::now());
         }
     }
 
@@ -287,6 +299,9 @@ mod tests {
         std::thread::sleep(Duration::from_millis(60));
         assert!(!limiter.admit(1), "there is a debt of bytes");
         assert!(limiter.admit(0), "what moves none does not wait for it");
+        limiter.charge(1 << 40);
+        std::thread::sleep(Duration::from_millis(60));
+        assert!(limiter.admit(0) && !limiter.admit(1), "what was charged later is waited for, too");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use super::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
 use crate::resources::{net as interface, passt};
-use crate::virtio::{block, net};
+use crate::virtio::{block, net, vsock};
 
 /// Room for husk itself (3 MiB), the kernel's part of it (1 MiB), and the page cache that a working disk needs.
 const ITSELF_BYTES: u64 = 32 << 20;
@@ -22,7 +22,8 @@ impl MachineConfig {
     pub fn device_budgets_bytes(&self) -> u64 {
         let disks: u64 = self.disks.iter().map(disk_bytes).sum();
         let networks: u64 = self.networks.iter().map(|network| network_bytes(network, self.cpus)).sum();
-        disks + networks
+        let sockets = self.vsock.as_ref().map_or(0, |_| vsock::BUDGET_BYTES);
+        disks + networks + sockets
     }
 }
 
@@ -44,7 +45,7 @@ fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
 mod tests {
     use super::*;
     use crate::backend::rate::Rate;
-    use crate::config::UserNetwork;
+    use crate::config::{UserNetwork, VsockConfig};
 
     #[test]
     fn what_a_guest_can_make_devices_hold_is_part_of_what_its_machine_needs() {
@@ -58,10 +59,14 @@ mod tests {
         let with_tap = MachineConfig { networks: vec![tap()], ..bare.clone() };
         let with_taps = MachineConfig { networks: vec![tap()], cpus: 8, ..bare.clone() };
         let user = NetworkConfig::of(Attachment::User(UserNetwork::default()));
-        let with_passt = MachineConfig { networks: vec![user], ..bare };
+        let with_passt = MachineConfig { networks: vec![user], ..bare.clone() };
+        let sockets = VsockConfig { socket: "v.sock".into(), cid: 3 };
+        let with_sockets = MachineConfig { vsock: Some(sockets), ..bare };
         let needed = |config: &MachineConfig| config.host_memory_needed_mib() - (512 + 4 + 32);
         assert_eq!([needed(&with_disk), needed(&with_disks)], [2, 6]);
         assert!(needed(&with_tap) >= 1 && needed(&with_taps) > needed(&with_tap));
         assert!(needed(&with_passt) > 32, "passt itself and its socket");
+        assert_eq!(needed(&with_sockets), vsock::BUDGET_BYTES.div_ceil(MIB));
+        assert!((8..32).contains(&needed(&with_sockets)), "{}", needed(&with_sockets));
     }
 }

@@ -213,8 +213,8 @@ impl Block {
             if !queue.pop(&mut self.chain)? {
                 return Ok(Left::Nothing);
             }
-            let Some(moved_bytes) = self.begin(token, queue)? else { return Ok(Left::Waiting) };
-            turn_bytes += REQUEST_COST_BYTES + moved_bytes;
+            let Some(cost_bytes) = self.begin(token, queue)? else { return Ok(Left::Waiting) };
+            turn_bytes += REQUEST_COST_BYTES + cost_bytes;
             if turn_bytes >= TURN_BYTES {
                 break;
             }
@@ -222,14 +222,17 @@ impl Block {
         Ok(Left::More)
     }
 
-    /// Begins the request in `self.chain`, with `token` if the disk has a part in it. Returns how many bytes it moves, or
+    /// Begins the request in `self.chain`, with `token` if the disk has a part in it. Returns what it counts in a turn, or
     /// nothing where its time has not come: then it is available still, to be read anew.
     fn begin(&mut self, token: usize, queue: &mut Virtqueue) -> Result<Option<u64>, RingError> {
         let mut buffers = self.spare_buffers.pop().unwrap_or_else(|| GuestBuffers::new(queue.memory().clone()));
         let BlockRequest { status, action } = BlockRequest::parse(&self.chain, &self.shape, &mut buffers)?;
         let counted_bytes = match action {
-            // The host may have to write zeroes as it writes anything else.
-            Ok(Action::Disk { operation: Operation::WriteZeroes { len_bytes, .. }, .. }) => len_bytes,
+            // The host may have to write zeroes as it writes anything else, and what it gives back is found in tables.
+            Ok(Action::Disk {
+                operation: Operation::WriteZeroes { len_bytes, .. } | Operation::Discard { len_bytes },
+                ..
+            }) => len_bytes,
             _ => buffers.len_bytes(),
         };
         if !self.limiter.admit(counted_bytes) {
@@ -251,8 +254,10 @@ impl Block {
                     filled_bytes: if operation == Operation::Read { len_bytes as u32 } else { 0 },
                     then_flush: self.write_through && !matches!(operation, Operation::Read | Operation::Flush),
                 });
+                // What may take the host long ends the turn: whoever wants the worker to stop waits for one of these at most.
+                let is_short = operation == Operation::Read || operation == Operation::Write && !self.write_through;
                 self.disk.submit(Request { token, operation, offset_bytes, buffers });
-                Ok(Some(len_bytes))
+                Ok(Some(if is_short { len_bytes } else { TURN_BYTES }))
             }
             Ok(Action::GetId) => {
                 self.spare_buffers.push(buffers);
@@ -380,6 +385,8 @@ mod tests {
         requests: Vec<(Operation, u64)>,
         hold: bool,
         fail: bool,
+        /// How long each takes.
+        takes: std::time::Duration,
     }
 
     /// A real disk that can be watched. While held it is as late as a disk can be: until it must.
@@ -403,7 +410,11 @@ mod tests {
 
     impl DiskBackend for Spy {
         fn submit(&mut self, request: Request) {
-            self.seen.lock().unwrap().requests.push((request.operation, request.offset_bytes));
+            let mut seen = self.seen.lock().unwrap();
+            seen.requests.push((request.operation, request.offset_bytes));
+            let takes = seen.takes;
+            drop(seen);
+            std::thread::sleep(takes);
             self.held.push(request);
             if !self.seen.lock().unwrap().hold {
                 self.pass_on();
@@ -784,14 +795,19 @@ mod tests {
         assert_eq!(counted.map(|counter| counter.load(Ordering::Relaxed)), [1, 1024, 2, 1024, 1, 2]);
     }
 
-    /// Makes so many reads of a sector available.
-    fn offer_reads(bench: &mut Bench, count: u16) {
-        bench.prepare(0, 0);
+    /// Makes the same request available so many times.
+    fn offer_many(bench: &mut Bench, kind: u32, data: (u32, u16), count: u16) {
+        bench.prepare(kind, 0);
         bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
-        bench.driver.descriptor(0, 1, DATA, 512, NEXT | WRITE, 2);
+        bench.driver.descriptor(0, 1, DATA, data.0, NEXT | data.1, 2);
         bench.driver.descriptor(0, 2, STATUS_BYTE, 1, WRITE, 0);
         (0..count).for_each(|_| bench.driver.offer(0, 0));
         bench.driver.notify(0);
+    }
+
+    /// Makes so many reads of a sector available.
+    fn offer_reads(bench: &mut Bench, count: u16) {
+        offer_many(bench, 0, (512, WRITE), count);
     }
 
     #[test]
@@ -809,6 +825,37 @@ mod tests {
             // Of half a second; a busy host may wake us late.
             assert!((0.47..1.0).contains(&took_s), "{took_s} s");
             assert_eq!(bench.driver.read(STATUS), 15);
+        }
+    }
+
+    #[test]
+    fn what_is_discarded_counts_as_what_is_written_does() {
+        let mut bench = bench();
+        bench.control.rate.set(Rate { bytes_per_second: Some(1 << 20), burst_bytes: Some(512), ..Rate::default() });
+        bench.driver.memory.write_obj([0, 0, (CAPACITY_BYTES / SECTOR_BYTES) as u32, 0], GuestAddress(DATA)).unwrap();
+        offer_many(&mut bench, 11, (16, 0), 2);
+        wait_for(|| bench.driver.used_index(0) == 1);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert_eq!(bench.driver.used_index(0), 1, "a second's worth was discarded");
+        bench.control.rate.set(Rate::default());
+        wait_for(|| bench.driver.used_index(0) == 2);
+    }
+
+    #[test]
+    fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
+        // Discards, zeroes, flushes, and writes that are made durable.
+        for (kind, data_bytes, features) in [(11, 16, !0), (13, 16, !0), (4, 0, !0), (1, 512, !F_FLUSH)] {
+            let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false };
+            let mut bench = bench_with(shape, "disk", features);
+            bench.seen.lock().unwrap().takes = std::time::Duration::from_millis(30);
+            bench.driver.memory.write_obj([0, 0, 8, 0], GuestAddress(DATA)).unwrap();
+            offer_many(&mut bench, kind, (data_bytes, 0), 80);
+            wait_for(|| !bench.seen.lock().unwrap().requests.is_empty());
+            let before = bench.seen.lock().unwrap().requests.len();
+            bench.driver.write(STATUS, 0);
+            let after = bench.seen.lock().unwrap().requests.len();
+            // The one that was under way, one that began meanwhile, and their flushes.
+            assert!(after - before <= 4, "type {kind}: {before} requests before the reset, {after} after it");
         }
     }
 

@@ -18,8 +18,9 @@ pub const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u6
 pub const SEGMENTS_MAX: u32 = 254;
 /// `size_max`, bytes of one segment.
 pub const SEGMENT_BYTES_MAX: u32 = 256 << 10;
-/// `max_discard_sectors`: 2 GiB, which a file system gives back in no time.
-pub const DISCARD_SECTORS_MAX: u32 = 4 << 20;
+/// `max_discard_sectors`: 64 MiB, so that nobody who waits for a request's end waits for long: a file system may give back as
+/// many pieces as it is made of.
+pub const DISCARD_SECTORS_MAX: u32 = 128 << 10;
 /// `max_write_zeroes_sectors`: 64 MiB, which the host may have to write out one by one.
 pub const WRITE_ZEROES_SECTORS_MAX: u32 = 128 << 10;
 

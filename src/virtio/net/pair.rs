@@ -108,25 +108,33 @@ pub struct Pair {
 /// How a direction of a pair stands with its limiter.
 #[derive(Default)]
 struct Limit {
-    /// The next frame, which could not go on for another reason, has been counted.
-    has_admitted: bool,
+    /// The next frame, which could not go on for another reason, has been counted with so many bytes.
+    admitted_bytes: Option<usize>,
     /// In the last turn a frame was admitted, or the last one was refused.
     admitted_any: bool,
     refused: bool,
 }
 
 impl Limit {
-    /// Whether the next frame may pass; asked again about the same one, it counts once.
+    /// Whether the next frame may pass. Asked again it counts once, and by what it has grown: a guest may put a longer one in
+    /// its place while it waits.
     fn admits(&mut self, limiter: &mut Limiter, frame_bytes: usize) -> bool {
-        self.has_admitted = self.has_admitted || limiter.admit(frame_bytes as u64);
-        self.admitted_any |= self.has_admitted;
-        self.refused = !self.has_admitted;
-        self.has_admitted
+        let admits = match self.admitted_bytes {
+            Some(before) => {
+                limiter.charge(frame_bytes.saturating_sub(before) as u64);
+                true
+            }
+            None => limiter.admit(frame_bytes as u64),
+        };
+        self.admitted_bytes = admits.then(|| self.admitted_bytes.unwrap_or_default().max(frame_bytes));
+        self.admitted_any |= admits;
+        self.refused = !admits;
+        admits
     }
 
     /// The next frame is another one.
     fn pass(&mut self) {
-        self.has_admitted = false;
+        self.admitted_bytes = None;
     }
 }
 
@@ -390,4 +398,23 @@ fn fill(rx: &Virtqueue, chain: &Chain, pieces: &mut [&[u8]; 2]) -> Result<u32, R
         filled_bytes += done;
     }
     Ok(filled_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::rate::Rate;
+
+    #[test]
+    fn a_frame_that_grows_while_it_waits_is_counted_as_what_it_has_become() {
+        let rate = Rate { bytes_per_second: Some(1000), burst_bytes: Some(100), ..Rate::default() };
+        let (mut limiter, _control) = Limiter::new(rate).unwrap();
+        let mut limit = Limit::default();
+        for _ in 0..20 {
+            assert!(limit.admits(&mut limiter, 14), "the same one counts once");
+        }
+        assert!(limit.admits(&mut limiter, 60_000) && limit.admits(&mut limiter, 14));
+        limit.pass();
+        assert!(!limit.admits(&mut limiter, 14), "a minute's worth has passed");
+    }
 }

@@ -12,10 +12,11 @@ use std::os::unix::net::UnixStream;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
-use super::credit::{BUFFER_BYTES, Credit, Lie};
+use super::budget::Share;
+use super::credit::{Credit, Lie};
 use super::packet::{HEADER_BYTES, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use crate::backend::disk::GuestBuffers;
-use crate::sys::socket;
+use crate::sys::{self, socket};
 use crate::virtio::queue::{self, GuestRange};
 
 /// What tells connections of one guest apart.
@@ -53,6 +54,7 @@ pub struct Connection {
     pub queued: bool,
     ports: Ports,
     stream: UnixStream,
+    share: Share,
     credit: Credit,
     backlog: VecDeque<u8>,
     /// The packet that comes before all others.
@@ -77,24 +79,26 @@ pub struct Connection {
 
 impl Connection {
     /// A connection that the guest asked for with `request`, to whoever is at the other end of `stream`.
-    pub fn from_guest(stream: UnixStream, ports: Ports, request: &Header) -> Result<Connection, Broken> {
-        let mut connection = Connection::new(stream, ports, op::RESPONSE);
+    pub fn from_guest(stream: UnixStream, ports: Ports, share: Share, request: &Header) -> Result<Connection, Broken> {
+        let mut connection = Connection::new(stream, ports, share, op::RESPONSE)?;
         connection.open = true;
         connection.credit.hear(request.buf_alloc, request.fwd_cnt)?;
         Ok(connection)
     }
 
     /// A connection that whoever is at the other end of `stream` asks for.
-    pub fn from_host(stream: UnixStream, ports: Ports) -> Connection {
-        Connection::new(stream, ports, op::REQUEST)
+    pub fn from_host(stream: UnixStream, ports: Ports, share: Share) -> Result<Connection, Broken> {
+        Connection::new(stream, ports, share, op::REQUEST)
     }
 
-    fn new(stream: UnixStream, ports: Ports, opening: u16) -> Connection {
-        Connection {
+    fn new(stream: UnixStream, ports: Ports, share: Share, opening: u16) -> Result<Connection, Broken> {
+        sys::net::set_send_buffer(&stream, share.send_buffer_bytes).map_err(|_| Broken)?;
+        Ok(Connection {
             queued: false,
             ports,
             stream,
-            credit: Credit::default(),
+            share,
+            credit: Credit::new(share.backlog_bytes),
             backlog: VecDeque::new(),
             opening: Some(opening),
             open: false,
@@ -107,7 +111,12 @@ impl Connection {
             guest_ended: 0,
             told_ended: 0,
             lingering: false,
-        }
+        })
+    }
+
+    /// What it may hold.
+    pub fn share(&self) -> Share {
+        self.share
     }
 
     /// Its two ends.
@@ -229,7 +238,7 @@ impl Connection {
 
     fn packet(&mut self, op: u16) -> Header {
         self.update_owed = false;
-        Header { op, buf_alloc: BUFFER_BYTES, fwd_cnt: self.credit.tell(), ..Header::default() }
+        Header { op, buf_alloc: self.credit.buffer_bytes(), fwd_cnt: self.credit.tell(), ..Header::default() }
     }
 
     /// What the host has ended and the guest has not been told.
@@ -271,6 +280,10 @@ impl Connection {
 
     /// Copies `range`, which the guest had credit for, to the backlog.
     fn keep(&mut self, range: GuestRange, buffers: &GuestBuffers) -> Result<(), Broken> {
+        if self.backlog.is_empty() {
+            // All of it at once, since one that grows takes up to twice as much.
+            self.backlog = VecDeque::with_capacity(self.share.backlog_bytes as usize);
+        }
         let mut bytes = [0; 4096];
         let mut done = 0;
         while done < range.len_bytes {

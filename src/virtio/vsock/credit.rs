@@ -1,9 +1,9 @@
 //! How much data each side of a connection may send (virtio 1.2 §5.10.6.3). All counts are modulo 2^32.
 
-/// Room for data from the guest that its reader has not taken yet. The guest is told of it and keeps to it.
+/// The most room for data from the guest that its reader has not taken yet.
 pub const BUFFER_BYTES: u32 = 256 << 10;
-/// The guest is told of room when there is this much that it does not know of.
-const UPDATE_BYTES: u32 = BUFFER_BYTES / 4;
+/// The guest is told of room when so large a part of all is free that it does not know of.
+const UPDATE_PART: u32 = 4;
 /// Counts that are further apart than this are the wrong way round.
 const SPAN_MAX: u32 = i32::MAX as u32;
 
@@ -14,6 +14,8 @@ pub struct Lie;
 /// Both directions of one connection.
 #[derive(Debug, Default)]
 pub struct Credit {
+    /// Room for data from the guest. It is told of it and keeps to it.
+    buffer_bytes: u32,
     /// From the guest: taken, passed on to the reader, and passed on as far as the guest knows.
     received: u32,
     forwarded: u32,
@@ -25,9 +27,19 @@ pub struct Credit {
 }
 
 impl Credit {
+    /// Nothing is sent yet; the guest may send `buffer_bytes`.
+    pub fn new(buffer_bytes: u32) -> Credit {
+        Credit { buffer_bytes, ..Credit::default() }
+    }
+
+    /// How much room the guest is told that there is.
+    pub fn buffer_bytes(&self) -> u32 {
+        self.buffer_bytes
+    }
+
     /// The guest sends `len_bytes`: a lie where that is more than it was told that there is room for.
     pub fn receive(&mut self, len_bytes: u32) -> Result<(), Lie> {
-        let room = BUFFER_BYTES.saturating_sub(self.received.wrapping_sub(self.told));
+        let room = self.buffer_bytes.saturating_sub(self.received.wrapping_sub(self.told));
         if len_bytes > room {
             return Err(Lie);
         }
@@ -48,7 +60,7 @@ impl Credit {
 
     /// Whether there is so much room that the guest does not know of that it is to be told without being asked.
     pub fn is_update_due(&self) -> bool {
-        self.forwarded.wrapping_sub(self.told) >= UPDATE_BYTES
+        self.forwarded.wrapping_sub(self.told) >= self.buffer_bytes / UPDATE_PART
     }
 
     /// The guest tells of its room: a lie where it says to have taken what was never sent.
@@ -83,7 +95,7 @@ mod tests {
 
     #[test]
     fn a_guest_may_fill_the_buffer_and_not_a_byte_more() {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(BUFFER_BYTES);
         assert_eq!(credit.receive(BUFFER_BYTES), Ok(()));
         assert_eq!(credit.receive(1), Err(Lie));
         credit.forward(10);
@@ -95,7 +107,7 @@ mod tests {
 
     #[test]
     fn an_update_is_due_once_a_quarter_is_free_unknown_to_the_guest() {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(BUFFER_BYTES);
         credit.receive(BUFFER_BYTES).unwrap();
         credit.forward(BUFFER_BYTES / 4 - 1);
         assert!(!credit.is_update_due());
@@ -107,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_guest_is_sent_what_it_has_room_for() {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(BUFFER_BYTES);
         assert_eq!(credit.room_bytes(), 0);
         credit.hear(100, 0).unwrap();
         credit.send(60);
@@ -124,7 +136,7 @@ mod tests {
 
     #[test]
     fn counts_go_on_beyond_four_gib() {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(BUFFER_BYTES);
         let mut total: u64 = 0;
         while total < 10 << 32 {
             credit.hear(u32::MAX, total as u32).unwrap();

@@ -14,6 +14,7 @@ use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
 use crate::backend::disk::GuestBuffers;
 use crate::resources::vsock::VsockSocket;
 
+mod budget;
 mod connection;
 mod credit;
 mod host;
@@ -23,6 +24,7 @@ mod switch;
 #[cfg(test)]
 mod tests;
 
+pub use budget::BUDGET_BYTES;
 use host::Host;
 use packet::{HEADER_BYTES, Header};
 use switch::Switch;

@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
+use super::budget::{CONNECTIONS_MAX, Share};
 use super::connection::{After, Broken, Connection, Ports};
 use super::host::{Host, Said, StreamId};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM, op};
@@ -11,9 +12,6 @@ use crate::backend::disk::GuestBuffers;
 use crate::virtio::RingError;
 use crate::virtio::queue::{self, GuestRange};
 
-/// Connections at once, those included that are about to become one. They fit beside a machine's other files into the usual
-/// limit of 1024, and their buffers into 128 MiB if every one of them is full.
-pub const CONNECTIONS_MAX: usize = 512;
 /// With so many RSTs that the guest has not taken, no more packets are taken from it (virtio 1.2 §5.10.6.1).
 const RESETS_MAX: usize = 256;
 /// The first port of ours that is given to a program that connects to the guest.
@@ -76,7 +74,7 @@ impl Switch {
                 Said::Event(id, events) => {
                     let Some(connection) = self.connections.get_mut(&id) else { continue };
                     match connection.on_event(events) {
-                        Ok(()) if connection.is_over() => drop(self.connections.remove(&id)),
+                        Ok(()) if connection.is_over() => drop(self.remove(id)),
                         Ok(()) => self.queue(id),
                         Err(_) => self.reset(id),
                     }
@@ -170,6 +168,11 @@ impl Switch {
         CONNECTIONS_MAX.saturating_sub(self.connections.len() + self.host.greetings())
     }
 
+    /// What the next connection may hold.
+    fn share(&self) -> Share {
+        Share::beside(self.connections.values().map(Connection::share))
+    }
+
     /// The guest asks for a connection.
     fn accept(&mut self, ports: Ports, request: &Header) {
         let connection = match self.room() {
@@ -177,7 +180,7 @@ impl Switch {
             _ => self.host.connect(ports.host).ok(),
         };
         let connection = connection
-            .and_then(|(id, stream)| Connection::from_guest(stream, ports, request).ok().map(|made| (id, made)));
+            .and_then(|(id, stream)| Some((id, Connection::from_guest(stream, ports, self.share(), request).ok()?)));
         match connection {
             Some((id, connection)) => self.insert(id, connection),
             None => self.resets.push_back(ports),
@@ -192,7 +195,9 @@ impl Switch {
             ports.host = following(ports.host);
         }
         self.next_host_port = following(ports.host);
-        self.insert(id, Connection::from_host(stream, ports));
+        if let Ok(connection) = Connection::from_host(stream, ports, self.share()) {
+            self.insert(id, connection);
+        }
     }
 
     fn insert(&mut self, id: StreamId, connection: Connection) {
@@ -210,9 +215,18 @@ impl Switch {
         }
     }
 
+    /// Takes a connection away, and its turn: a guest that takes no packets could otherwise leave any number of turns behind.
+    fn remove(&mut self, id: StreamId) -> Option<Connection> {
+        let connection = self.connections.remove(&id)?;
+        if connection.queued {
+            self.due.retain(|other| *other != id);
+        }
+        Some(connection)
+    }
+
     /// Ends a connection that cannot go on, and tells the guest if it knows of it.
     fn reset(&mut self, id: StreamId) {
-        let Some(connection) = self.connections.remove(&id) else { return };
+        let Some(connection) = self.remove(id) else { return };
         let ports = connection.ports();
         // If the guest has ended it before, another one may have its ports by now.
         if self.by_ports.get(&ports) == Some(&id) {
@@ -228,11 +242,51 @@ impl Switch {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         self.by_ports.remove(&connection.ports());
         if !connection.linger() {
-            self.connections.remove(&id);
+            self.remove(id);
         }
     }
 }
 
 fn following(port: u32) -> u32 {
     port.checked_add(1).unwrap_or(FIRST_HOST_PORT)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::Arc;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::config::VsockConfig;
+    use crate::{memory, resources};
+
+    #[test]
+    fn a_guest_that_comes_and_goes_and_takes_nothing_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("v.sock");
+        let listener = UnixListener::bind(folder.path().join("v.sock_52")).unwrap();
+        let mut switch =
+            Switch::new(Host::new(resources::vsock::open(&VsockConfig { socket, cid: 3 }).unwrap()).unwrap());
+        let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));
+        let chain = [GuestRange { address: GuestAddress(0), len_bytes: HEADER_BYTES as u32 }];
+        for src_port in 0..1000 {
+            for op in [op::REQUEST, op::RST] {
+                let header = Header {
+                    src_cid: 3,
+                    dst_cid: HOST_CID,
+                    src_port,
+                    dst_port: 52,
+                    kind: TYPE_STREAM,
+                    op,
+                    ..Header::default()
+                };
+                switch.receive(&header, &chain, &mut buffers);
+            }
+            listener.accept().unwrap();
+        }
+        assert_eq!((switch.connections.len(), switch.by_ports.len(), switch.resets.len()), (0, 0, 0));
+        assert_eq!(switch.due.len(), 0, "turns of nobody");
+    }
 }

@@ -4,27 +4,76 @@ use super::*;
 
 /// Fills a connection whose reader reads nothing, as far as its credit goes. Returns what was sent, and what of it has
 /// left the device.
-fn fill(guest: &mut Guest) -> (Vec<u8>, u32) {
+fn fill(guest: &mut Guest, ports: (u32, u32)) -> (Vec<u8>, u32) {
     const CHUNK: usize = 32 << 10;
     let mut sent = Vec::new();
     loop {
-        guest.send(PORTS, op::CREDIT_REQUEST);
+        guest.send(ports, op::CREDIT_REQUEST);
         let (update, _) = guest.settle().pop().unwrap();
         assert_eq!(update.op, op::CREDIT_UPDATE);
-        let room = (BUFFER_BYTES - (sent.len() as u32 - update.fwd_cnt)) as usize;
+        let room = (update.buf_alloc - (sent.len() as u32 - update.fwd_cnt)) as usize;
         if room == 0 {
             return (sent, update.fwd_cnt);
         }
         let chunk = bytes(sent.len() as u64, room.min(CHUNK));
-        guest.send_raw(data(chunk.len()), &chunk);
+        guest.send_raw(Header { len_bytes: chunk.len() as u32, ..packet(ports, op::RW) }, &chunk);
         sent.extend(chunk);
+    }
+}
+
+/// Memory of this process that no file stands behind, in bytes (proc(5), status: RssAnon).
+fn anonymous_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn a_guest_that_fills_every_connection_stays_within_the_budget() {
+    const NAME: &str = "virtio::vsock::tests::flow::a_guest_that_fills_every_connection_stays_within_the_budget";
+    const ALONE: &str = "HUSK_TEST_ALONE";
+    // In a process of its own, since others' tests take memory too.
+    if std::env::var_os(ALONE).is_none() {
+        let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = alone.args([NAME, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
+        return assert!(output.status.success(), "{output:?}");
+    }
+    crate::sys::allow_many_files().unwrap();
+    let mut guest = Guest::new(16, 4096);
+    guest.memory().write_slice(&[0; 1 << 20], GuestAddress(OUTBOX)).unwrap();
+    let listener = guest.serve(PORTS.1);
+    let before = anonymous_bytes();
+    let (mut sent_bytes, mut kept_bytes, mut streams) = (0, 0, Vec::new());
+    for port in 0..CONNECTIONS_MAX as u32 {
+        streams.push(guest.connect((port, PORTS.1), &listener));
+        let (sent, forwarded) = fill(&mut guest, (port, PORTS.1));
+        sent_bytes += sent.len() as u64;
+        kept_bytes += sent.len() as u64 - u64::from(forwarded);
+    }
+    let taken_bytes = anonymous_bytes().saturating_sub(before);
+    // In the kernel are at least as many bytes as were passed on.
+    let held_bytes = taken_bytes + sent_bytes - kept_bytes;
+    println!("{kept_bytes} bytes kept, {taken_bytes} taken; {sent_bytes} sent; the budget is {BUDGET_BYTES}");
+    assert!(kept_bytes > BUDGET_BYTES / 4, "{kept_bytes}: the guest did not fill them");
+    assert!(held_bytes <= BUDGET_BYTES, "{held_bytes} of {BUDGET_BYTES}");
+    // And all of it arrives.
+    for stream in &mut streams {
+        stream.set_nonblocking(true).unwrap();
+    }
+    let mut arrived_bytes = 0;
+    let started = std::time::Instant::now();
+    while arrived_bytes < sent_bytes {
+        assert!(started.elapsed() < Duration::from_secs(30), "{arrived_bytes} of {sent_bytes}");
+        for stream in &mut streams {
+            arrived_bytes += stream.read(&mut [0; 64 << 10]).unwrap_or(0) as u64;
+        }
     }
 }
 
 #[test]
 fn a_program_that_does_not_read_stops_the_guest_and_one_that_reads_lets_it_go_on() {
     let (mut guest, mut stream) = Guest::connected();
-    let (mut sent, forwarded) = fill(&mut guest);
+    let (mut sent, forwarded) = fill(&mut guest, PORTS);
     assert_eq!(sent.len() as u32 - forwarded, BUFFER_BYTES);
     assert!(read(&mut stream, sent.len()) == sent);
     // Unasked, in steps that are worth a packet.
@@ -45,7 +94,7 @@ fn a_program_that_does_not_read_stops_the_guest_and_one_that_reads_lets_it_go_on
 fn what_a_guest_sent_before_it_ended_is_delivered_late_readers_or_not() {
     for end in [shutdown(SHUTDOWN_BOTH), packet(PORTS, op::RST)] {
         let (mut guest, mut stream) = Guest::connected();
-        let (sent, _) = fill(&mut guest);
+        let (sent, _) = fill(&mut guest, PORTS);
         guest.send_raw(shutdown(SHUTDOWN_SEND), &[]);
         guest.send_raw(end, &[]);
         if end.op == op::SHUTDOWN {
@@ -63,7 +112,7 @@ fn what_a_guest_sent_before_it_ended_is_delivered_late_readers_or_not() {
 #[test]
 fn a_reset_by_the_guest_drops_what_it_had_not_ended() {
     let (mut guest, mut stream) = Guest::connected();
-    let (sent, forwarded) = fill(&mut guest);
+    let (sent, forwarded) = fill(&mut guest, PORTS);
     guest.send(PORTS, op::RST);
     guest.expect_nothing();
     let mut all = Vec::new();

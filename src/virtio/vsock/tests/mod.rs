@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::budget::{CONNECTIONS_MAX, Share};
 use super::credit::BUFFER_BYTES;
 use super::packet::{HOST_CID, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op};
-use super::switch::CONNECTIONS_MAX;
 use super::*;
 use crate::config::VsockConfig;
 use crate::memory::GuestMemory;
@@ -161,7 +161,8 @@ impl Guest {
     fn connect(&mut self, ports: (u32, u32), listener: &UnixListener) -> UnixStream {
         self.send(ports, op::REQUEST);
         let (header, _) = self.expect(ports, op::RESPONSE);
-        assert_eq!((header.buf_alloc, header.fwd_cnt), (BUFFER_BYTES, 0));
+        let shares = [Share::LARGE, Share::SMALL].map(|share| share.backlog_bytes);
+        assert!(shares.contains(&header.buf_alloc) && header.fwd_cnt == 0, "{header:?}");
         patient(listener.accept().unwrap().0)
     }
 
