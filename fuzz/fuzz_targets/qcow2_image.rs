@@ -28,6 +28,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     file.write_all(bytes).expect("memory can be had");
     // A sparse file may be long at no cost to who made it.
     file.set_len(1 << 20).expect("memory can be had");
+    let again = file.try_clone().expect("descriptors can be had");
     let Ok(mut disk) = open(file, readonly % 2 == 1) else { return };
     let capacity = disk.capacity_bytes() / 512 * 512;
     MEMORY.with(|cell| {
@@ -38,6 +39,9 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
             }
         }
     });
+    drop(disk);
+    // What was a disk is one afterwards.
+    open(again, readonly % 2 == 1).expect("it was an image");
 });
 
 fn open(file: File, readonly: bool) -> Result<Qcow2Disk, ()> {

@@ -2,6 +2,7 @@
 //! brought to hold, whatever the guest does. Each device states its own budget; here they are added up.
 
 use super::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
+use crate::backend::disk::Qcow2Disk;
 use crate::resources::{net as interface, passt};
 use crate::virtio::{block, net, vsock};
 
@@ -29,7 +30,8 @@ impl MachineConfig {
 
 fn disk_bytes(disk: &DiskConfig) -> u64 {
     let image_bytes = match disk.format() {
-        Format::Raw | Format::Qcow2 => 0,
+        Format::Raw => 0,
+        Format::Qcow2 => Qcow2Disk::BUDGET_BYTES,
     };
     block::BUDGET_BYTES + image_bytes
 }
@@ -55,7 +57,9 @@ mod tests {
         let disk = DiskConfig { path: "disk.img".into(), readonly: false, id: None, format: None, rate };
         let tap = || NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
         let with_disk = MachineConfig { disks: vec![disk.clone()], ..bare.clone() };
+        let image = DiskConfig { format: Some(Format::Qcow2), ..disk.clone() };
         let with_disks = MachineConfig { disks: vec![disk; 3], ..bare.clone() };
+        let with_image = MachineConfig { disks: vec![image], ..bare.clone() };
         let with_tap = MachineConfig { networks: vec![tap()], ..bare.clone() };
         let with_taps = MachineConfig { networks: vec![tap()], cpus: 8, ..bare.clone() };
         let user = NetworkConfig::of(Attachment::User(UserNetwork::default()));
@@ -64,6 +68,7 @@ mod tests {
         let with_sockets = MachineConfig { vsock: Some(sockets), ..bare };
         let needed = |config: &MachineConfig| config.host_memory_needed_mib() - (512 + 4 + 32);
         assert_eq!([needed(&with_disk), needed(&with_disks)], [2, 6]);
+        assert!(needed(&with_image) >= 2 + 22, "tables, and a cluster that is being unpacked");
         assert!(needed(&with_tap) >= 1 && needed(&with_taps) > needed(&with_tap));
         assert!(needed(&with_passt) > 32, "passt itself and its socket");
         assert_eq!(needed(&with_sockets), vsock::BUDGET_BYTES.div_ceil(MIB));

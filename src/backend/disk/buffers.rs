@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
 
 use crate::memory::GuestMemory;
 
@@ -69,6 +69,36 @@ impl GuestBuffers {
         rest.map(|iovec| unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) }).collect()
     }
 
+    /// Takes the first `len_bytes` away, or as many as there are, as buffers of their own.
+    pub fn split_front(&mut self, len_bytes: u64) -> GuestBuffers {
+        let mut front = GuestBuffers::new(self.memory.clone());
+        while front.len_bytes < len_bytes
+            && let Some(iovec) = self.iovecs.get(self.first)
+        {
+            let step = iovec.iov_len.min((len_bytes - front.len_bytes) as usize);
+            front.iovecs.push(libc::iovec { iov_base: iovec.iov_base, iov_len: step });
+            front.len_bytes += step as u64;
+            self.advance(step);
+        }
+        front
+    }
+
+    /// Writes `bytes` into the buffers from their front on, and uses up what was written.
+    pub fn fill(&mut self, bytes: &[u8]) {
+        let mut done = 0;
+        for slice in self.slices() {
+            let rest = &bytes[done..];
+            let step = rest.len().min(slice.len());
+            // It lies in the slice.
+            let _ = slice.write_slice(&rest[..step], 0);
+            done += step;
+            if done == bytes.len() {
+                break;
+            }
+        }
+        self.advance(done);
+    }
+
     /// Uses up the first `count` bytes, of those that there are.
     pub fn advance(&mut self, mut count: usize) {
         while let Some(iovec) = self.iovecs.get_mut(self.first) {
@@ -111,6 +141,25 @@ mod tests {
         buffers.clear();
         assert!(buffers.push(GuestAddress((1 << 20) - 8), 9).is_err());
         assert!(buffers.push(GuestAddress(u64::MAX - 4), 9).is_err());
+    }
+
+    #[test]
+    fn a_front_that_was_taken_away_is_what_it_was_and_the_rest_follows_it() {
+        let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));
+        for (address, len) in [(0x1000, 10), (0x3000, 20)] {
+            buffers.push(GuestAddress(address), len).unwrap();
+        }
+        let mut front = buffers.split_front(13);
+        assert_eq!((front.len_bytes(), buffers.len_bytes()), (13, 17));
+        front.fill(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+        assert_eq!(front.len_bytes(), 1);
+        front.fill(&[13]);
+        buffers.fill(&[14]);
+        let mut bytes = [0; 4];
+        buffers.memory().read_slice(&mut bytes, GuestAddress(0x3000)).unwrap();
+        assert_eq!((bytes, front.len_bytes()), ([11, 12, 13, 14], 0));
+        assert_eq!(buffers.split_front(100).len_bytes(), 16);
+        assert_eq!(buffers.len_bytes(), 0);
     }
 
     #[test]

@@ -1,0 +1,262 @@
+//! From a request to what it does to an image: runs of clusters are read and written at once.
+
+use std::io::{self, ErrorKind};
+
+use super::super::{GuestBuffers, Operation, Request};
+use super::image::{Image, Mapping};
+use super::medium::fill_with_zeroes;
+
+/// Clusters that are looked up before the data of any is moved.
+const RUN_CLUSTERS_MAX: u64 = 1024;
+
+impl Image {
+    /// Does what `request` asks.
+    pub fn execute(&mut self, request: &mut Request) -> io::Result<()> {
+        let offset_bytes = request.offset_bytes;
+        if self.readonly && !matches!(request.operation, Operation::Read | Operation::Flush) {
+            return Err(ErrorKind::ReadOnlyFilesystem.into());
+        }
+        match request.operation {
+            Operation::Read => self.read(&mut request.buffers, offset_bytes),
+            Operation::Write => self.write(&mut request.buffers, offset_bytes),
+            Operation::Flush => self.flush(),
+            // A hint: what of it fills no cluster is left alone.
+            Operation::Discard { len_bytes } => self.discard(offset_bytes, len_bytes),
+            Operation::WriteZeroes { len_bytes, unmap } => self.write_zeroes(offset_bytes, len_bytes, unmap),
+        }
+    }
+
+    fn read(&mut self, buffers: &mut GuestBuffers, mut offset_bytes: u64) -> io::Result<()> {
+        while buffers.len_bytes() > 0 {
+            self.make_room()?;
+            let (mapping, len_bytes) = self.run_to_read(offset_bytes, buffers.len_bytes())?;
+            let mut part = buffers.split_front(len_bytes);
+            let skip = self.cluster_of(offset_bytes).1;
+            match mapping {
+                Mapping::Zero | Mapping::Kept(_) => fill_with_zeroes(&mut part),
+                Mapping::Data { at, .. } => self.tables.medium.read_into(&mut part, at + skip)?,
+                Mapping::Packed { at, len_bytes: packed_bytes } => {
+                    let cluster = self.unpack(at, packed_bytes)?;
+                    part.fill(&cluster[skip as usize..][..len_bytes as usize]);
+                }
+            }
+            offset_bytes += len_bytes;
+        }
+        Ok(())
+    }
+
+    /// How the disk is mapped at `offset_bytes`, and for how many of `len_bytes` bytes it goes on like that.
+    fn run_to_read(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<(Mapping, u64)> {
+        let cluster_bytes = self.header.cluster_bytes();
+        let (cluster, skip) = self.cluster_of(offset_bytes);
+        let mapping = self.mapping(cluster)?;
+        let mut clusters = 1;
+        while clusters * cluster_bytes - skip < len_bytes && clusters < RUN_CLUSTERS_MAX {
+            let next = self.mapping(cluster + clusters)?;
+            let goes_on = match (mapping, next) {
+                (Mapping::Zero | Mapping::Kept(_), Mapping::Zero | Mapping::Kept(_)) => true,
+                (Mapping::Data { at, .. }, Mapping::Data { at: next, .. }) => next == at + clusters * cluster_bytes,
+                _ => false,
+            };
+            if !goes_on {
+                break;
+            }
+            clusters += 1;
+        }
+        Ok((mapping, (clusters * cluster_bytes - skip).min(len_bytes)))
+    }
+
+    fn write(&mut self, buffers: &mut GuestBuffers, mut offset_bytes: u64) -> io::Result<()> {
+        while buffers.len_bytes() > 0 {
+            self.make_room()?;
+            let len_bytes = match self.run_in_place(offset_bytes, buffers.len_bytes())? {
+                Some((at, len_bytes)) => {
+                    self.tables.medium.write_from(&mut buffers.split_front(len_bytes), at)?;
+                    len_bytes
+                }
+                None => self.write_anew(buffers, offset_bytes)?,
+            };
+            offset_bytes += len_bytes;
+        }
+        if self.has_much_to_free() { self.flush() } else { Ok(()) }
+    }
+
+    /// Where in the file a write at `offset_bytes` goes if it needs no new cluster, and how many of its bytes.
+    fn run_in_place(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<Option<(u64, u64)>> {
+        let (Mapping::Data { at, own: true }, mut run_bytes) = self.run_to_read(offset_bytes, len_bytes)? else {
+            return Ok(None);
+        };
+        let (cluster, skip) = self.cluster_of(offset_bytes);
+        let clusters = (skip + run_bytes).div_ceil(self.header.cluster_bytes());
+        for index in 1..clusters {
+            if !matches!(self.mapping(cluster + index)?, Mapping::Data { own: true, .. }) {
+                run_bytes = index * self.header.cluster_bytes() - skip;
+                break;
+            }
+        }
+        Ok(Some((at + skip, run_bytes)))
+    }
+
+    /// Writes the first of `buffers` to new clusters that lie one behind the other. Returns how many bytes it was.
+    fn write_anew(&mut self, buffers: &mut GuestBuffers, offset_bytes: u64) -> io::Result<u64> {
+        let cluster_bytes = self.header.cluster_bytes();
+        let (cluster, skip) = self.cluster_of(offset_bytes);
+        let wanted = (skip + buffers.len_bytes()).div_ceil(cluster_bytes).min(RUN_CLUSTERS_MAX);
+        let mut old = Vec::new();
+        let mut start = 0;
+        while (old.len() as u64) < wanted {
+            let mapping = self.mapping(cluster + old.len() as u64)?;
+            if matches!(mapping, Mapping::Data { own: true, .. }) {
+                break;
+            }
+            let at = match self.allocate() {
+                // What there was room for is written.
+                Err(_) if !old.is_empty() => break,
+                at => at?,
+            };
+            if old.is_empty() {
+                start = at;
+            } else if at != start + old.len() as u64 * cluster_bytes {
+                self.give_back(at, 1)?;
+                break;
+            }
+            old.push(mapping);
+        }
+        let len_bytes = (old.len() as u64 * cluster_bytes - skip).min(buffers.len_bytes());
+        let written = self
+            .fill_edges(&old, start, skip, skip + len_bytes)
+            .and_then(|()| self.tables.medium.write_from(&mut buffers.split_front(len_bytes), start + skip));
+        if let Err(error) = written {
+            self.give_back(start, old.len() as u64)?;
+            return Err(error);
+        }
+        for index in 0..old.len() as u64 {
+            let at = start + index * cluster_bytes;
+            if let Err(error) = self.map(cluster + index, at) {
+                self.give_back(at, old.len() as u64 - index)?;
+                return Err(error);
+            }
+        }
+        Ok(len_bytes)
+    }
+
+    /// Takes new clusters back that nothing points to.
+    fn give_back(&mut self, at: u64, clusters: u64) -> io::Result<()> {
+        let first = at >> self.header.cluster_bits;
+        (first..first + clusters).try_for_each(|cluster| self.counts.release(&mut self.tables, cluster).map(drop))
+    }
+
+    /// Writes what the new clusters from `start` on, in place of `old`, hold beside the bytes `from..to` of them.
+    fn fill_edges(&mut self, old: &[Mapping], start: u64, from: u64, to: u64) -> io::Result<()> {
+        let cluster_bytes = self.header.cluster_bytes();
+        let end = old.len() as u64 * cluster_bytes;
+        if let Some(first) = old.first().filter(|_| from > 0) {
+            self.fill_edge(*first, start, 0, from)?;
+        }
+        if let Some(last) = old.last().filter(|_| to < end) {
+            let skip = to % cluster_bytes;
+            self.fill_edge(*last, start + end - cluster_bytes, skip, cluster_bytes - skip)?;
+        }
+        Ok(())
+    }
+
+    /// Has `len_bytes` from `skip` on of the new cluster at `at` be what they were in `old`.
+    fn fill_edge(&mut self, old: Mapping, at: u64, skip: u64, len_bytes: u64) -> io::Result<()> {
+        let bytes = match old {
+            Mapping::Zero | Mapping::Kept(_) => return self.tables.medium.zero(at + skip, len_bytes),
+            Mapping::Data { at, .. } => {
+                let mut bytes = vec![0; len_bytes as usize];
+                self.tables.medium.read(&mut bytes, at + skip)?;
+                bytes
+            }
+            Mapping::Packed { at, len_bytes: packed_bytes } => {
+                self.unpack(at, packed_bytes)?[skip as usize..][..len_bytes as usize].to_vec()
+            }
+        };
+        self.tables.medium.write(&bytes, at + skip)
+    }
+
+    /// The cluster that is compressed at `at`. The last one is kept: it is seldom read at once.
+    fn unpack(&mut self, at: u64, len_bytes: u64) -> io::Result<&[u8]> {
+        if self.unpacked.as_ref().is_none_or(|(last, _)| *last != at) {
+            // Twice a cluster at most.
+            let mut packed = vec![0; len_bytes as usize];
+            self.tables.medium.read(&mut packed, at)?;
+            let cluster = self.header.compression.unpack(&packed, self.header.cluster_bytes() as usize)?;
+            self.unpacked = Some((at, cluster));
+        }
+        self.unpacked.as_ref().map(|(_, cluster)| &cluster[..]).ok_or_else(|| ErrorKind::NotFound.into())
+    }
+
+    fn discard(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        let (first, end) = self.whole_clusters(offset_bytes, len_bytes);
+        let mut cluster = first;
+        while let Some(mapped) = self.next_mapped(cluster, end)? {
+            self.make_room()?;
+            self.unmap(mapped)?;
+            if self.has_much_to_free() {
+                self.flush()?;
+            }
+            cluster = mapped + 1;
+        }
+        Ok(())
+    }
+
+    /// The clusters that lie in the range as a whole. Behind the disk's end there is nothing to be kept.
+    fn whole_clusters(&self, offset_bytes: u64, len_bytes: u64) -> (u64, u64) {
+        let end_bytes = offset_bytes + len_bytes;
+        let first = offset_bytes.div_ceil(self.header.cluster_bytes());
+        match end_bytes >= self.header.size_bytes {
+            true => (first, end_bytes.div_ceil(self.header.cluster_bytes())),
+            false => (first, end_bytes >> self.header.cluster_bits),
+        }
+    }
+
+    fn write_zeroes(&mut self, mut offset_bytes: u64, len_bytes: u64, unmap: bool) -> io::Result<()> {
+        if unmap {
+            self.discard(offset_bytes, len_bytes)?;
+        }
+        let end_bytes = offset_bytes + len_bytes;
+        while offset_bytes < end_bytes {
+            self.make_room()?;
+            let (mapping, run_bytes) = self.run_to_read(offset_bytes, end_bytes - offset_bytes)?;
+            let (cluster, skip) = self.cluster_of(offset_bytes);
+            let (_, whole_end) = self.whole_clusters(offset_bytes, run_bytes);
+            let run_bytes = match mapping {
+                Mapping::Zero | Mapping::Kept(_) => run_bytes,
+                // What of it is a snapshot's too is not to be touched.
+                Mapping::Data { own: true, .. } => {
+                    let (at, run_bytes) = self.run_in_place(offset_bytes, run_bytes)?.ok_or(ErrorKind::NotFound)?;
+                    self.tables.medium.zero(at, run_bytes)?;
+                    run_bytes
+                }
+                Mapping::Data { .. } | Mapping::Packed { .. } => {
+                    let run_bytes = run_bytes.min(self.header.cluster_bytes() - skip);
+                    if skip == 0 && whole_end > cluster {
+                        self.unmap(cluster)?;
+                    } else {
+                        self.zero_anew(cluster, mapping, skip, run_bytes)?;
+                    }
+                    run_bytes
+                }
+            };
+            offset_bytes += run_bytes;
+        }
+        if self.has_much_to_free() { self.flush() } else { Ok(()) }
+    }
+
+    /// Makes `len_bytes` from `skip` on of `cluster` zeroes in a copy of it.
+    fn zero_anew(&mut self, cluster: u64, old: Mapping, skip: u64, len_bytes: u64) -> io::Result<()> {
+        let at = self.allocate()?;
+        let end = skip + len_bytes;
+        let filled = self
+            .fill_edge(old, at, 0, skip)
+            .and_then(|()| self.tables.medium.zero(at + skip, len_bytes))
+            .and_then(|()| self.fill_edge(old, at, end, self.header.cluster_bytes() - end));
+        if let Err(error) = filled {
+            self.give_back(at, 1)?;
+            return Err(error);
+        }
+        self.map(cluster, at).or_else(|error| self.give_back(at, 1).and(Err(error)))
+    }
+}

@@ -1,0 +1,159 @@
+//! From what is to be read and written to the image's file: all of its system calls, and how long it is by now.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+
+use super::super::{GuestBuffers, ZEROES, write_zeroes_out};
+use crate::sys;
+
+/// The file of an image.
+#[derive(Debug)]
+pub struct Medium {
+    file: File,
+    /// Behind it there is nothing but zeroes.
+    len_bytes: u64,
+    /// What was done to the file, for tests that cut the power.
+    #[cfg(test)]
+    pub log: Option<super::power_cut::Log>,
+}
+
+impl Medium {
+    /// The medium that is `file`.
+    pub fn new(file: File) -> io::Result<Medium> {
+        let len_bytes = file.metadata()?.len();
+        Ok(Medium {
+            file,
+            len_bytes,
+            #[cfg(test)]
+            log: None,
+        })
+    }
+
+    /// The file itself.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Fills `bytes` from the file; behind its end it reads as zeroes.
+    pub fn read(&self, bytes: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        let mut done = 0;
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.file.read_at(rest, offset_bytes + done as u64) {
+                Ok(0) => {
+                    rest.fill(0);
+                    break;
+                }
+                Ok(count) => done += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills all of `buffers` from the file; behind its end it reads as zeroes.
+    pub fn read_into(&self, buffers: &mut GuestBuffers, mut offset_bytes: u64) -> io::Result<()> {
+        while buffers.len_bytes() > 0 {
+            match sys::disk::read_at(&self.file, buffers, offset_bytes)? {
+                0 => fill_with_zeroes(buffers),
+                count => {
+                    buffers.advance(count);
+                    offset_bytes += count as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `bytes`.
+    pub fn write(&mut self, bytes: &[u8], offset_bytes: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset_bytes)?;
+        self.was_written(offset_bytes, bytes.len() as u64)
+    }
+
+    /// Writes all of `buffers`.
+    pub fn write_from(&mut self, buffers: &mut GuestBuffers, offset_bytes: u64) -> io::Result<()> {
+        let len_bytes = buffers.len_bytes();
+        let mut at = offset_bytes;
+        while buffers.len_bytes() > 0 {
+            match sys::disk::write_at(&self.file, buffers, at)? {
+                0 => return Err(ErrorKind::WriteZero.into()),
+                count => {
+                    buffers.advance(count);
+                    at += count as u64;
+                }
+            }
+        }
+        self.was_written(offset_bytes, len_bytes)
+    }
+
+    /// Makes the range read as zeroes, whatever stood there. It need not take space where it did not.
+    pub fn zero(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        // Behind the end there are zeroes, and the file is not to grow for them.
+        let len_bytes = len_bytes.min(self.len_bytes.saturating_sub(offset_bytes));
+        if len_bytes == 0 {
+            return Ok(());
+        }
+        // A few bytes are written in less time than the host's file system takes to note that they are zeroes.
+        let few = len_bytes <= ZEROES.len() as u64;
+        if few || sys::disk::zero_range(&self.file, offset_bytes, len_bytes).is_err() {
+            write_zeroes_out(offset_bytes, len_bytes, |zeroes, at| self.file.write_all_at(zeroes, at))?;
+        }
+        self.was_written(offset_bytes, len_bytes)
+    }
+
+    /// Gives the range's space back to the file system. Nobody reads it as it was, so that a host that cannot may say so.
+    pub fn punch(&mut self, offset_bytes: u64, len_bytes: u64) {
+        // Behind its end the file has no blocks.
+        let len_bytes = len_bytes.min(self.len_bytes.saturating_sub(offset_bytes));
+        if len_bytes > 0 && sys::disk::punch_hole(&self.file, offset_bytes, len_bytes).is_ok() {
+            #[cfg(test)]
+            self.record(offset_bytes, len_bytes);
+        }
+    }
+
+    /// Makes the file `len_bytes` long, if it is shorter.
+    pub fn extend(&mut self, len_bytes: u64) -> io::Result<()> {
+        if len_bytes > self.len_bytes {
+            self.file.set_len(len_bytes)?;
+            self.len_bytes = len_bytes;
+            #[cfg(test)]
+            self.record(len_bytes, 0);
+        }
+        Ok(())
+    }
+
+    /// Makes all of it durable.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()?;
+        #[cfg(test)]
+        if let Some(log) = &self.log {
+            log.sync();
+        }
+        Ok(())
+    }
+
+    fn was_written(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        self.len_bytes = self.len_bytes.max(offset_bytes + len_bytes);
+        #[cfg(test)]
+        self.record(offset_bytes, len_bytes);
+        Ok(())
+    }
+
+    #[cfg(test)]
+    fn record(&self, offset_bytes: u64, len_bytes: u64) {
+        if let Some(log) = &self.log {
+            let mut bytes = vec![0; len_bytes as usize];
+            self.read(&mut bytes, offset_bytes).unwrap();
+            log.write(offset_bytes, bytes);
+        }
+    }
+}
+
+/// Fills what is left of `buffers` with zeroes.
+pub fn fill_with_zeroes(buffers: &mut GuestBuffers) {
+    while buffers.len_bytes() > 0 {
+        buffers.fill(&ZEROES[..buffers.len_bytes().min(ZEROES.len() as u64) as usize]);
+    }
+}

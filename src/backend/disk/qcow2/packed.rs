@@ -1,0 +1,36 @@
+//! From the bytes of a compressed cluster to the cluster.
+
+use std::io::{self, ErrorKind, Read};
+
+use flate2::read::DeflateDecoder;
+use ruzstd::decoding::StreamingDecoder;
+
+/// What a decoder may keep of its output: the least that every one has to be able to (RFC 8878 §3.1.1.1.2).
+const WINDOW_MAX_BYTES: u64 = 8 << 20;
+
+/// How an image's compressed clusters are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// A raw deflate stream, RFC 1951.
+    Deflate,
+    /// A frame, RFC 8878.
+    Zstd,
+}
+
+impl Compression {
+    /// The cluster of `cluster_bytes` bytes that `packed` begins with; behind it may stand anything. Fails where it does
+    /// not hold a whole cluster.
+    pub fn unpack(self, packed: &[u8], cluster_bytes: usize) -> io::Result<Vec<u8>> {
+        let mut cluster = vec![0; cluster_bytes];
+        let result = match self {
+            Compression::Deflate => DeflateDecoder::new(packed).read_exact(&mut cluster),
+            Compression::Zstd => StreamingDecoder::new_with_max_window_size(packed, WINDOW_MAX_BYTES)
+                .map_err(io::Error::other)
+                .and_then(|mut decoder| decoder.read_exact(&mut cluster)),
+        };
+        match result {
+            Ok(()) => Ok(cluster),
+            Err(error) => Err(io::Error::new(ErrorKind::InvalidData, format!("unpack a compressed cluster: {error}"))),
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! What a loss of power may leave of an image, at every write of it, and whether it still is one.
+//!
+//! What was written before the last sync is there. Of what was written since, any sectors may be, and others not.
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
+use super::super::Operation;
+use super::medium::Medium;
+use super::tests::{Disk, folder, pattern, qemu_img};
+use super::*;
+
+const SECTOR: usize = 512;
+const SECTORS: u64 = 1024;
+
+/// What was done to a file, in order.
+#[derive(Clone, Default)]
+pub struct Log(Arc<Mutex<Vec<Event>>>);
+
+#[derive(Clone)]
+enum Event {
+    Write(usize, Vec<u8>),
+    Sync,
+}
+
+impl Log {
+    pub fn write(&self, offset_bytes: u64, bytes: Vec<u8>) {
+        self.0.lock().unwrap().push(Event::Write(offset_bytes as usize, bytes));
+    }
+
+    pub fn sync(&self) {
+        self.0.lock().unwrap().push(Event::Sync);
+    }
+
+    fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+}
+
+impl std::fmt::Debug for Log {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} events", self.len())
+    }
+}
+
+/// A change of the disk, and the events that it took.
+struct Step {
+    events: Range<usize>,
+    sectors: Range<u64>,
+    /// What the sectors hold afterwards; `None` where they may hold zeroes or what they held.
+    tag: Option<u64>,
+    flush: bool,
+}
+
+struct Run {
+    base: Vec<u8>,
+    events: Vec<Event>,
+    steps: Vec<Step>,
+    scratch: PathBuf,
+}
+
+/// A sector is its tag, over and over.
+fn sectors(tag: u64, count: u64) -> Vec<u8> {
+    tag.to_le_bytes().repeat(SECTOR / 8 * count as usize)
+}
+
+impl Run {
+    /// Does `count` things, chosen by `seed`, to the image at `path`, which reads as zeroes.
+    fn record(path: &Path, seed: u64, count: u64) -> Run {
+        let base = fs::read(path).unwrap();
+        let log = Log::default();
+        let mut medium = Medium::new(File::options().read(true).write(true).open(path).unwrap()).unwrap();
+        medium.log = Some(log.clone());
+        let mut disk = Disk::new(Qcow2Disk::on(medium, false).unwrap());
+        let mut steps = Vec::new();
+        let mut numbers = pattern(seed);
+        let mut number = |limit: u64| numbers.next().unwrap() % limit;
+        for tag in 1..=count {
+            let start = log.len();
+            let len = 1 + number(if tag % 5 == 0 { 200 } else { 20 });
+            // Most of it in few places, so that clusters are freed and used again.
+            let first = number(if tag % 3 == 0 { SECTORS - len } else { 300 });
+            let (len_bytes, at) = (len * 512, first * 512);
+            let (operation, tag, flush) = match number(10) {
+                0 | 1 => (Operation::Flush, None, true),
+                2 | 3 => (Operation::Discard { len_bytes }, None, false),
+                4 => (Operation::WriteZeroes { len_bytes, unmap: number(2) == 0 }, Some(0), false),
+                _ => (Operation::Write, Some(tag), false),
+            };
+            match operation {
+                Operation::Write => disk.write(at, &sectors(tag.unwrap(), len)),
+                _ => disk.run(operation, at, &[]).unwrap(),
+            }
+            let sectors = if flush { 0..0 } else { first..first + len };
+            steps.push(Step { events: start..log.len(), sectors, tag, flush });
+        }
+        drop(disk);
+        let events = log.0.lock().unwrap().clone();
+        Run { base, events, steps, scratch: path.with_extension("cut") }
+    }
+
+    /// What each sector may hold when the power is lost behind `cut` events.
+    fn allowed(&self, cut: usize) -> Vec<Vec<u64>> {
+        let mut allowed = vec![vec![0]; SECTORS as usize];
+        for step in self.steps.iter().take_while(|step| step.events.start < cut || step.events.is_empty()) {
+            if step.flush && step.events.end <= cut {
+                // Only what was last written. A sector that was discarded since may hold either.
+                continue;
+            }
+            for sector in step.sectors.clone() {
+                let durable = self.flushed_behind(step, cut);
+                let tags = &mut allowed[sector as usize];
+                match step.tag {
+                    Some(tag) if durable => *tags = vec![tag],
+                    tag => tags.push(tag.unwrap_or(0)),
+                }
+            }
+        }
+        allowed
+    }
+
+    /// Whether a flush that began behind `step` was done in front of `cut`.
+    fn flushed_behind(&self, step: &Step, cut: usize) -> bool {
+        let mut flushes = self.steps.iter().filter(|flush| flush.flush && flush.events.end <= cut);
+        flushes.next_back().is_some_and(|flush| flush.events.start >= step.events.end)
+    }
+
+    /// The file as it is found when the power is lost behind `cut` events, and of those since the last sync only the
+    /// sectors are there that `keep` chooses.
+    fn file(&self, cut: usize, mut keep: impl FnMut() -> bool) -> Vec<u8> {
+        let events = &self.events[..cut];
+        let synced = events.iter().rposition(|event| matches!(event, Event::Sync)).unwrap_or(0);
+        let mut file = self.base.clone();
+        for (index, event) in events.iter().enumerate() {
+            let Event::Write(at, bytes) = event else { continue };
+            if bytes.is_empty() && (index < synced || keep()) {
+                file.resize(file.len().max(*at), 0);
+            }
+            let mut done = 0;
+            while done < bytes.len() {
+                let step = (SECTOR - (at + done) % SECTOR).min(bytes.len() - done);
+                if index < synced || keep() {
+                    let (start, end) = (at + done, at + done + step);
+                    file.resize(file.len().max(end), 0);
+                    file[start..end].copy_from_slice(&bytes[done..done + step]);
+                }
+                done += step;
+            }
+        }
+        file
+    }
+
+    /// Opens what was left, and finds all of it that has to be there.
+    fn check(&self, cut: usize, file: &[u8], with_qemu: bool) {
+        fs::write(&self.scratch, file).unwrap();
+        let open = || File::options().read(true).write(true).open(&self.scratch).unwrap();
+        let disk = Qcow2Disk::open(open(), false).unwrap_or_else(|refusal| panic!("behind event {cut}: {refusal}"));
+        let mut disk = Disk::new(disk);
+        let bytes = disk.read(0, SECTORS as usize * SECTOR);
+        for (sector, (bytes, allowed)) in bytes.chunks(SECTOR).zip(self.allowed(cut)).enumerate() {
+            let tag = u64::from_le_bytes(*bytes.first_chunk().unwrap());
+            assert!(bytes == sectors(tag, 1), "behind event {cut}: sector {sector} is torn");
+            assert!(allowed.contains(&tag), "behind event {cut}: sector {sector} is {tag}, not of {allowed:?}");
+        }
+        if with_qemu {
+            // Somebody goes on with it.
+            (0..4).for_each(|step| disk.write(step * 90 * 512, &sectors(1 << 40, 50)));
+            drop(disk);
+            let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&self.scratch).output().unwrap();
+            let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+            // 3: nothing but clusters that are counted and not used.
+            assert!(matches!(output.status.code(), Some(0 | 3)), "behind event {cut}: {text}");
+        }
+    }
+
+    /// Cuts the power behind every event.
+    fn cut_everywhere(&self, qemu_every: usize) {
+        let mut numbers = pattern(77);
+        for cut in 0..=self.events.len() {
+            let with_qemu = cut % qemu_every == 0;
+            self.check(cut, &self.file(cut, || true), with_qemu);
+            // More and less of what was not synced.
+            for odds in [2, 5] {
+                self.check(cut, &self.file(cut, || numbers.next().unwrap().is_multiple_of(odds)), with_qemu);
+            }
+        }
+    }
+}
+
+fn survives(options: &str, seed: u64, steps: u64) {
+    let Some(folder) = folder() else { return };
+    let path = folder.path().join("disk.qcow2");
+    let size = (SECTORS * 512).to_string();
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
+    Run::record(&path, seed, steps).cut_everywhere(50);
+}
+
+#[test]
+fn an_image_survives_a_loss_of_power_at_every_write() {
+    survives("cluster_size=4096", 1, 45);
+}
+
+#[test]
+fn an_image_of_small_clusters_and_wide_counts_survives_it() {
+    survives("cluster_size=512,refcount_bits=64", 2, 25);
+}
+
+#[test]
+fn an_image_of_the_old_version_survives_it() {
+    survives("cluster_size=65536,compat=0.10", 3, 40);
+}
+
+/// The table of blocks of counts becomes too small meanwhile.
+#[test]
+fn an_image_whose_table_of_counts_moves_survives_it() {
+    let Some(folder) = folder() else { return };
+    let path = folder.path().join("disk.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
+    let mut disk =
+        Disk::new(Qcow2Disk::open(File::options().read(true).write(true).open(&path).unwrap(), false).unwrap());
+    // A cluster of the table counts 4096 clusters, of which these and what they take beside themselves leave some.
+    disk.write(1 << 20, &vec![7; 3900 * 512 / 2]);
+    disk.write(2 << 20, &vec![7; 3650 * 512 / 2]);
+    drop(disk);
+    let table = |bytes: &[u8]| bytes[48..56].to_vec();
+    let run = Run::record(&path, 4, 14);
+    assert!(table(&run.file(run.events.len(), || true)) != table(&run.base), "it did not move");
+    run.cut_everywhere(60);
+}
+
+/// Clusters that two entries have a part in, compressed ones and those of a snapshot.
+#[test]
+fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
+    let Some(folder) = folder() else { return };
+    for snapshot in [false, true] {
+        let (raw, path) = (folder.path().join("plain"), folder.path().join("disk.qcow2"));
+        fs::write(&raw, vec![0; SECTORS as usize * SECTOR]).unwrap();
+        let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
+        // Zeroes are not compressed but left out: what is to be found is written over them.
+        fs::write(&raw, sectors(0x0101_0000, SECTORS)).unwrap();
+        qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096", from, to]);
+        if snapshot {
+            qemu_img(&["snapshot", "-c", "before", to]);
+        }
+        let mut run = Run::record(&path, 5 + u64::from(snapshot), 30);
+        let before = Step { events: 0..0, sectors: 0..SECTORS, tag: Some(0x0101_0000), flush: false };
+        run.steps.insert(0, before);
+        run.steps.insert(1, Step { events: 0..0, sectors: 0..0, tag: None, flush: true });
+        run.cut_everywhere(60);
+    }
+}
