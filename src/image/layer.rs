@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::erofs::Writer;
 use super::tar::{self, Archive, Kind, Skip};
-use super::tree::{Body, Tree};
+use super::tree::{Body, Tree, components};
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
@@ -26,27 +26,19 @@ pub fn apply<R: Skip>(layer: R, whiteouts: Whiteouts, tree: &mut Tree, writer: &
     let mut archive = Archive::new(layer);
     while let Some(entry) = archive.next_entry()? {
         let path = entry.path.clone();
-        let (parent, name) = split(&path);
-        if whiteouts == Whiteouts::Apply && name.starts_with(WHITEOUT_PREFIX) {
-            whiteout(parent, name, tree).with_context(|| tar::shown(&path))?;
-        } else {
-            put(entry, &mut archive, tree, writer).with_context(|| tar::shown(&path))?;
+        let names = components(&path).with_context(|| tar::shown(&path))?;
+        match names.split_last() {
+            Some((name, parents)) if whiteouts == Whiteouts::Apply && name.starts_with(WHITEOUT_PREFIX) => {
+                whiteout(&parents.join(&b'/'), name, tree)
+            }
+            _ => put(entry, &mut archive, tree, writer),
         }
+        .with_context(|| tar::shown(&path))?;
         for content in tree.take_forgotten() {
             writer.forget(&content)?;
         }
     }
     Ok(archive.into_inner())
-}
-
-/// A path's directory and its last name.
-fn split(path: &[u8]) -> (&[u8], &[u8]) {
-    let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |last| last + 1);
-    let path = &path[..end];
-    match path.iter().rposition(|&byte| byte == b'/') {
-        Some(slash) => (&path[..slash], &path[slash + 1..]),
-        None => (b"", path),
-    }
 }
 
 fn whiteout(parent: &[u8], name: &[u8], tree: &mut Tree) -> Result<()> {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use husk_protocol::tree::{About, Copied, Entry, Writer};
 
 use super::tar::{Archive, Kind, Stream, shown};
-use super::tree::Attributes;
+use super::tree::{Attributes, components};
 
 /// As much of a file as is read at a time.
 const PIECE_BYTES: usize = 256 << 10;
@@ -114,10 +114,8 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
 
 /// The names that a path is made of. One that leads out of where it starts is refused.
 fn names(path: &[u8]) -> Result<Vec<Vec<u8>>> {
-    let names = path.split(|byte| *byte == b'/').filter(|name| !name.is_empty() && *name != b".");
-    let names: Vec<_> = names.map(<[u8]>::to_vec).collect();
-    ensure!(names.iter().all(|name| name != b".."), "{}: the archive leads out of its folder", shown(path));
-    Ok(names)
+    let names = components(path).with_context(|| shown(path))?;
+    Ok(names.into_iter().map(<[u8]>::to_vec).collect())
 }
 
 fn about(attributes: &Attributes) -> About {

@@ -385,14 +385,22 @@ impl Tree {
     }
 }
 
-/// The names on the way to a file. As for tar, a leading `/` and `.` mean nothing; a `..` is refused.
+/// The names on the way to a file. As for tar, a leading `/` and `.` mean nothing. As for Docker, a `..` takes the name before it
+/// away, whatever that is; one that leads out is refused.
 pub fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
     ensure!(path.len() <= MAX_PATH_BYTES, "a path of {} bytes is too long", path.len());
-    let names: Vec<&[u8]> = path.split(|&byte| byte == b'/').filter(|name| !name.is_empty() && *name != b".").collect();
-    for name in &names {
-        ensure!(*name != b"..", "a name that leads out of its directory");
+    let mut names = Vec::new();
+    for name in path.split(|&byte| byte == b'/') {
         ensure!(name.len() <= MAX_NAME_BYTES, "a name of {} bytes is too long", name.len());
         ensure!(!name.contains(&0), "a name with a NUL in it");
+        match name {
+            b"" | b"." => {}
+            b".." => {
+                let is_inside = names.pop().is_some() || path.starts_with(b"/");
+                ensure!(is_inside, "a name that leads out of its directory");
+            }
+            name => names.push(name),
+        }
     }
     Ok(names)
 }
@@ -520,6 +528,23 @@ mod tests {
         let mut tree = tree();
         put(&mut tree, "a");
         assert!(tree.link(b"a/b", b"a").is_err());
+    }
+
+    #[test]
+    fn names_are_cleaned_as_docker_does() {
+        for (path, expected) in [
+            ("a/../b", "b"),
+            ("./a//b/./../c/", "a/c"),
+            ("a/..", ""),
+            ("a/b/../../c", "c"),
+            ("/../a", "a"),
+            ("..a/...", "..a/..."),
+        ] {
+            assert_eq!(components(path.as_bytes()).unwrap().join(&b'/'), expected.as_bytes(), "{path}");
+        }
+        for path in ["..", "../a", "a/../../b", "./..", "a/../.."] {
+            assert!(components(path.as_bytes()).is_err(), "{path}");
+        }
     }
 
     #[test]

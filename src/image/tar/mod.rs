@@ -100,8 +100,12 @@ impl<R: Skip> Archive<R> {
             };
             match header.kind() {
                 b'x' | b'X' => extended.read_pax(&self.read_extended(&header)?)?,
-                // Nothing that is kept of a file is the same for all files.
-                b'g' => drop(self.read_extended(&header)?),
+                // Nothing that is kept of a file is the same for all files. What came before it is forgotten: Go's reader, and so
+                // Docker, has it for an entry of its own.
+                b'g' => {
+                    self.read_extended(&header)?;
+                    extended = Extended::default();
+                }
                 b'L' => extended.set_path(&self.read_extended(&header)?),
                 b'K' => extended.set_link(&self.read_extended(&header)?),
                 // A volume's label.

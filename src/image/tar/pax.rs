@@ -1,5 +1,7 @@
 //! From extended headers, POSIX's and GNU's, to what they say in place of the next entry's header.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, ensure};
 
 use super::header::Header;
@@ -10,24 +12,33 @@ use crate::image::tree::{Attributes, Xattr};
 /// What stands before a name of an extended attribute.
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 
-/// What extended headers said so far.
+/// What extended headers said of the next entry. As for Docker, whose reader is Go's, the last header of POSIX's counts alone, and
+/// GNU's long names count before its names, whichever came first.
 #[derive(Default)]
 pub struct Extended {
+    pax: Pax,
+    long_path: Option<Vec<u8>>,
+    long_link: Option<Vec<u8>>,
+    seen: bool,
+}
+
+/// What one header of POSIX's says. An empty value takes away what an earlier record said: the entry's own header counts.
+#[derive(Default)]
+struct Pax {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     size_bytes: Option<u64>,
     uid: Option<u32>,
     gid: Option<u32>,
     mtime: Option<(i64, u32)>,
-    xattrs: Vec<Xattr>,
+    xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
     sparse: Sparse,
-    seen: bool,
 }
 
 /// What the three formats of sparse files in pax headers say.
 #[derive(Default)]
 struct Sparse {
-    major: u64,
+    major: Option<u64>,
     name: Option<Vec<u8>>,
     size_bytes: Option<u64>,
     /// Offsets and lengths in turn.
@@ -40,39 +51,86 @@ impl Extended {
         !self.seen
     }
 
+    /// Takes GNU's long name.
     pub fn set_path(&mut self, bytes: &[u8]) {
         self.seen = true;
-        self.path = Some(until_nul(bytes));
+        self.long_path = text(until_nul(bytes));
     }
 
+    /// Takes GNU's long name of what is linked to.
     pub fn set_link(&mut self, bytes: &[u8]) {
         self.seen = true;
-        self.link = Some(until_nul(bytes));
+        self.long_link = text(until_nul(bytes));
     }
 
     /// Takes records of `LENGTH KEYWORD=VALUE\n`, where the length is that of the whole record.
     pub fn read_pax(&mut self, bytes: &[u8]) -> Result<()> {
         self.seen = true;
+        // What another header said is forgotten: thousands of them before an entry take no more memory than one.
+        self.pax = Pax::default();
         let mut rest = bytes;
         while !rest.is_empty() {
             let (keyword, value, after) = record(rest).context("a malformed extended header")?;
-            self.take(keyword, value).with_context(|| format!("extended header {}", super::shown(keyword)))?;
+            self.pax.take(keyword, value).with_context(|| format!("extended header {}", super::shown(keyword)))?;
             rest = after;
         }
         Ok(())
     }
 
+    /// The path, if it does not stand in the header.
+    pub fn take_path(&mut self) -> Option<Vec<u8>> {
+        let Pax { path, sparse, .. } = &mut self.pax;
+        sparse.name.take().or_else(|| self.long_path.take()).or_else(|| path.take())
+    }
+
+    /// What is linked to, if it does not stand in the header.
+    pub fn take_link(&mut self) -> Option<Vec<u8>> {
+        self.long_link.take().or_else(|| self.pax.link.take())
+    }
+
+    /// How many bytes there are of it in the archive, if the header does not say.
+    pub fn size_bytes(&self) -> Option<u64> {
+        self.pax.size_bytes
+    }
+
+    /// The header's attributes, where nothing was said in their place.
+    pub fn attributes(&mut self, header: &Header) -> Result<Attributes> {
+        let (mtime_seconds, mtime_nanoseconds) = match self.pax.mtime {
+            Some(mtime) => mtime,
+            None => (header.mtime_seconds()?, 0),
+        };
+        let uid = self.pax.uid.map_or_else(|| header.uid(), Ok)?;
+        let gid = self.pax.gid.map_or_else(|| header.gid(), Ok)?;
+        let xattrs = std::mem::take(&mut self.pax.xattrs);
+        let xattrs = xattrs.into_iter().map(|(name, value)| Xattr { name, value }).collect();
+        Ok(Attributes { mode: header.mode()?, uid, gid, mtime_seconds, mtime_nanoseconds, xattrs })
+    }
+
+    /// The size of a sparse file whose map stands in its content.
+    pub fn sparse_map_in_content(&self) -> Option<u64> {
+        self.pax.sparse.size_bytes.filter(|_| self.pax.sparse.major() >= 1)
+    }
+
+    /// The map of a sparse file, if it stands here.
+    pub fn sparse_map(&self) -> Result<Option<Map>> {
+        let sparse = &self.pax.sparse;
+        let Some(size_bytes) = sparse.size_bytes.filter(|_| sparse.major() == 0) else { return Ok(None) };
+        Map::from_numbers(size_bytes, &sparse.numbers).map(Some)
+    }
+}
+
+impl Pax {
     fn take(&mut self, keyword: &[u8], value: &[u8]) -> Result<()> {
         match keyword {
-            b"path" => self.path = Some(value.to_vec()),
-            b"linkpath" => self.link = Some(value.to_vec()),
-            b"size" => self.size_bytes = Some(decimal(value)?),
-            b"uid" => self.uid = Some(u32::try_from(decimal(value)?)?),
-            b"gid" => self.gid = Some(u32::try_from(decimal(value)?)?),
-            b"mtime" => self.mtime = Some(time(value)?),
-            b"GNU.sparse.major" => self.sparse.major = decimal(value)?,
-            b"GNU.sparse.name" => self.sparse.name = Some(value.to_vec()),
-            b"GNU.sparse.size" | b"GNU.sparse.realsize" => self.sparse.size_bytes = Some(decimal(value)?),
+            b"path" => self.path = text(value),
+            b"linkpath" => self.link = text(value),
+            b"size" => self.size_bytes = number(value)?,
+            b"uid" => self.uid = number(value)?.map(u32::try_from).transpose()?,
+            b"gid" => self.gid = number(value)?.map(u32::try_from).transpose()?,
+            b"mtime" => self.mtime = if value.is_empty() { None } else { Some(time(value)?) },
+            b"GNU.sparse.major" => self.sparse.major = number(value)?,
+            b"GNU.sparse.name" => self.sparse.name = text(value),
+            b"GNU.sparse.size" | b"GNU.sparse.realsize" => self.sparse.size_bytes = number(value)?,
             b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => self.sparse.numbers.push(decimal(value)?),
             b"GNU.sparse.map" => {
                 let numbers = value.split(|&byte| byte == b',').filter(|number| !number.is_empty());
@@ -87,50 +145,19 @@ impl Extended {
         Ok(())
     }
 
+    /// Of an attribute, nothing is a value.
     fn take_xattr(&mut self, name: &[u8], value: &[u8]) {
-        if !erofs::keeps_xattr(name) {
+        if erofs::keeps_xattr(name) {
+            self.xattrs.insert(name.into(), value.into());
+        } else {
             log::debug!("extended attribute {} is of no namespace that can be kept", super::shown(name));
-            return;
         }
-        self.xattrs.retain(|xattr| &*xattr.name != name);
-        self.xattrs.push(Xattr { name: name.into(), value: value.into() });
     }
+}
 
-    /// The path, if it does not stand in the header.
-    pub fn take_path(&mut self) -> Option<Vec<u8>> {
-        let path = self.path.take();
-        self.sparse.name.take().or(path)
-    }
-
-    pub fn take_link(&mut self) -> Option<Vec<u8>> {
-        self.link.take()
-    }
-
-    pub fn size_bytes(&self) -> Option<u64> {
-        self.size_bytes
-    }
-
-    /// The header's attributes, where nothing was said in their place.
-    pub fn attributes(&mut self, header: &Header) -> Result<Attributes> {
-        let (mtime_seconds, mtime_nanoseconds) = match self.mtime {
-            Some(mtime) => mtime,
-            None => (header.mtime_seconds()?, 0),
-        };
-        let uid = self.uid.map_or_else(|| header.uid(), Ok)?;
-        let gid = self.gid.map_or_else(|| header.gid(), Ok)?;
-        let xattrs = std::mem::take(&mut self.xattrs);
-        Ok(Attributes { mode: header.mode()?, uid, gid, mtime_seconds, mtime_nanoseconds, xattrs })
-    }
-
-    /// The size of a sparse file whose map stands in its content.
-    pub fn sparse_map_in_content(&self) -> Option<u64> {
-        self.sparse.size_bytes.filter(|_| self.sparse.major >= 1)
-    }
-
-    /// The map of a sparse file, if it stands here.
-    pub fn sparse_map(&self) -> Result<Option<Map>> {
-        let Some(size_bytes) = self.sparse.size_bytes.filter(|_| self.sparse.major == 0) else { return Ok(None) };
-        Map::from_numbers(size_bytes, &self.sparse.numbers).map(Some)
+impl Sparse {
+    fn major(&self) -> u64 {
+        self.major.unwrap_or(0)
     }
 }
 
@@ -143,8 +170,16 @@ fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     Some((&text[..equals], &text[equals + 1..], &bytes[len..]))
 }
 
-fn until_nul(bytes: &[u8]) -> Vec<u8> {
-    bytes.split(|&byte| byte == 0).next().unwrap_or_default().to_vec()
+fn until_nul(bytes: &[u8]) -> &[u8] {
+    bytes.split(|&byte| byte == 0).next().unwrap_or_default()
+}
+
+fn text(value: &[u8]) -> Option<Vec<u8>> {
+    (!value.is_empty()).then(|| value.to_vec())
+}
+
+fn number(value: &[u8]) -> Result<Option<u64>> {
+    if value.is_empty() { Ok(None) } else { decimal(value).map(Some) }
 }
 
 /// A decimal number without a sign.
@@ -194,6 +229,91 @@ mod tests {
         ] {
             assert!(record(wrong).is_none(), "{:?}", wrong.escape_ascii().to_string());
         }
+    }
+
+    fn pax(records: &[(&str, &str)]) -> Vec<u8> {
+        let records = records.iter().map(|(keyword, value)| {
+            let rest = format!(" {keyword}={value}\n");
+            let len = (rest.len()..).find(|len| len.to_string().len() + rest.len() == *len).unwrap();
+            format!("{len}{rest}")
+        });
+        records.collect::<String>().into_bytes()
+    }
+
+    /// The header of a file with an owner, a size and a time.
+    fn header() -> Header {
+        let mut record = [0; 512];
+        for (at, field) in
+            [(0, &b"own"[..]), (108, b"0000007"), (116, b"0000010"), (124, b"5"), (136, b"11"), (156, b"0")]
+        {
+            record[at..at + field.len()].copy_from_slice(field);
+        }
+        record[148..156].fill(b' ');
+        let sum: u32 = record.iter().map(|&byte| u32::from(byte)).sum();
+        record[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        Header::parse(record).unwrap()
+    }
+
+    #[test]
+    fn an_empty_value_leaves_the_headers_own() {
+        let own = Attributes { uid: 7, gid: 8, mtime_seconds: 9, ..Attributes::default() };
+        let full = [
+            ("path", "p"),
+            ("linkpath", "l"),
+            ("uid", "1"),
+            ("gid", "2"),
+            ("size", "3"),
+            ("mtime", "4.5"),
+            ("atime", "5"),
+        ];
+        let empty = full.map(|(keyword, _)| (keyword, ""));
+        for records in [&empty[..], &[full, empty].concat()] {
+            let mut extended = Extended::default();
+            extended.read_pax(&pax(records)).unwrap();
+            assert_eq!((extended.take_path(), extended.take_link(), extended.size_bytes()), (None, None, None));
+            assert_eq!(extended.attributes(&header()).unwrap(), own);
+        }
+        let sparse = ["major", "minor", "name", "size", "realsize", "map"].map(|name| format!("GNU.sparse.{name}"));
+        let mut extended = Extended::default();
+        extended.read_pax(&pax(&sparse.each_ref().map(|name| (name.as_str(), "")))).unwrap();
+        assert!(extended.sparse_map_in_content().is_none() && extended.sparse_map().unwrap().is_none());
+        extended.read_pax(&pax(&[("SCHILY.xattr.user.empty", "")])).unwrap();
+        assert_eq!(extended.attributes(&header()).unwrap().xattrs.len(), 1, "an attribute may be empty");
+    }
+
+    #[test]
+    fn long_names_count_before_pax_in_either_order() {
+        let both = pax(&[("path", "pax"), ("linkpath", "pax-link")]);
+        for pax_first in [true, false] {
+            let mut extended = Extended::default();
+            if pax_first {
+                extended.read_pax(&both).unwrap();
+            }
+            extended.set_path(b"long\0rest");
+            extended.set_link(b"long-link\0");
+            if !pax_first {
+                extended.read_pax(&both).unwrap();
+            }
+            assert_eq!(extended.take_path().unwrap(), b"long", "{pax_first}");
+            assert_eq!(extended.take_link().unwrap(), b"long-link", "{pax_first}");
+        }
+        let mut extended = Extended::default();
+        extended.read_pax(&both).unwrap();
+        extended.set_path(b"\0");
+        assert_eq!(extended.take_path().unwrap(), b"pax", "an empty long name is none");
+    }
+
+    #[test]
+    fn headers_before_an_entry_take_no_more_memory_than_one() {
+        let mut extended = Extended::default();
+        for n in 0..1000 {
+            let name = format!("SCHILY.xattr.user.{n}");
+            let records = [(name.as_str(), "value"), ("GNU.sparse.offset", "1"), ("GNU.sparse.numbytes", "1")];
+            extended.read_pax(&pax(&records)).unwrap();
+        }
+        assert_eq!(extended.pax.sparse.numbers.len(), 2);
+        let xattrs = extended.attributes(&header()).unwrap().xattrs;
+        assert_eq!(xattrs.iter().map(|xattr| &*xattr.name).collect::<Vec<_>>(), [b"user.999"]);
     }
 
     #[test]
