@@ -9,6 +9,8 @@ use super::digest::Digest;
 
 /// The longest configuration or manifest that is read: real ones have some tens of KiB.
 pub const JSON_MAX_BYTES: u64 = 4 << 20;
+/// The most that the store keeps of one, so that its index has room for many.
+const KEPT_MAX_BYTES: usize = 1 << 20;
 /// Docker has 127 as its limit.
 pub const MAX_LAYERS: usize = 512;
 
@@ -63,10 +65,17 @@ impl ImageConfig {
         ensure!(kind == "layers", "the image's root file system is made of {kind:?}, not of layers");
         let diff_ids = file.rootfs.diff_ids.unwrap_or_default();
         ensure!(diff_ids.len() <= MAX_LAYERS, "the image has {} layers, {MAX_LAYERS} are the most", diff_ids.len());
-        let process = file.config.unwrap_or_default().into();
+        let process = ImageProcess::from(file.config.unwrap_or_default());
         let created = file.created.filter(|created| !created.is_empty());
-        let text = Option::unwrap_or_default;
-        Ok(ImageConfig { process, architecture: text(file.architecture), os: text(file.os), created, diff_ids })
+        let (architecture, os) = (file.architecture.unwrap_or_default(), file.os.unwrap_or_default());
+        let kept_bytes = serde_json::to_vec_pretty(&(&process, &created, &architecture))?.len();
+        ensure!(
+            kept_bytes <= KEPT_MAX_BYTES,
+            "the image's configuration says too much of its process: {} KiB, {} are the most",
+            kept_bytes >> 10,
+            KEPT_MAX_BYTES >> 10
+        );
+        Ok(ImageConfig { process, architecture, os, created, diff_ids })
     }
 
     /// That of a root file system without one.
@@ -162,6 +171,8 @@ mod tests {
             r#"{"rootfs": {"diff_ids": ["sha256:../../x"]}}"#.into(),
             r#"{"rootfs": {"type": "magic", "diff_ids": []}}"#.into(),
             format!(r#"{{"rootfs": {{"diff_ids": [{many}]}}}}"#),
+            format!(r#"{{"rootfs": {{}}, "config": {{"Env": [{}""]}}}}"#, r#""","#.repeat(300_000)),
+            format!(r#"{{"rootfs": {{}}, "created": "{}"}}"#, "x".repeat(2 << 20)),
         ] {
             assert!(ImageConfig::parse(json.as_bytes()).is_err(), "{}", &json[..json.len().min(100)]);
         }

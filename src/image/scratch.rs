@@ -163,6 +163,25 @@ mod tests {
     }
 
     #[test]
+    fn who_waited_for_a_kept_disk_does_not_wait_for_the_machine_that_has_it() {
+        let (_folder, store) = store();
+        let mut work = store.work_file("disk-data").unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let other = store.clone();
+        let wait = move || sender.send(other.kept_disk("data", 64 << 20, [1; 16]).map(|disk| disk.path));
+        let waits = crate::sandbox::spawn("test", wait).unwrap();
+        assert!(receiver.recv_timeout(std::time::Duration::from_millis(200)).is_err());
+        make(&work.file, 64 << 20, Journal::Yes, [1; 16]).unwrap();
+        let path = store.kept_path("data").unwrap();
+        work.keep_as(&store, &path).unwrap();
+        drop(work);
+        let machine = File::open(&path).unwrap();
+        machine.lock().unwrap();
+        assert_eq!(receiver.recv_timeout(std::time::Duration::from_secs(60)).unwrap().unwrap(), path);
+        waits.join().unwrap().unwrap();
+    }
+
+    #[test]
     fn a_disks_name_is_no_path() {
         let (_folder, store) = store();
         for name in ["", "../x", "a/b", ".x", "-x", "é", &"x".repeat(65)] {

@@ -7,12 +7,14 @@
 //! blobs.lock         locked (shared) by who fetches layers that no image has yet
 //! disks/NAME.ext4    disks that machines have left under a name; locked while in use
 //! tmp/NAME.part      what is being written, locked by who writes it; what is not locked is left from a husk that was killed
+//! tmp/NAME.lock      locked by who writes NAME.part, for who wants the same to wait at
 //! ```
 
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -24,6 +26,9 @@ use crate::sys;
 const FOLDERS: [&str; 4] = ["roots", "blobs", "disks", "tmp"];
 /// An index of some ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
+/// Who waits for another husk says so after this long.
+const SILENT_WAIT: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(20);
 
 /// The image store.
 #[derive(Debug, Clone)]
@@ -124,10 +129,17 @@ impl Store {
     }
 
     fn replace_index(&self, index: &Index) -> Result<()> {
+        let json = index.to_json()?;
+        ensure!(
+            json.len() as u64 <= INDEX_MAX_BYTES,
+            "it would have {} MiB, and {} are the most: take images out by `husk rmi` or `husk prune`",
+            json.len() >> 20,
+            INDEX_MAX_BYTES >> 20
+        );
         // Only who has the lock writes it, so that it may have the same name for all.
         let part = self.folder.join("index.part");
         let mut file = File::create(&part)?;
-        file.write_all(&index.to_json()?)?;
+        file.write_all(&json)?;
         file.sync_all()?;
         fs::rename(&part, self.folder.join("index.json"))?;
         self.sync("")
@@ -141,25 +153,11 @@ impl Store {
     /// Opens a file to write what will be `name`, and waits for another husk that does the same.
     pub(super) fn work_file(&self, name: &str) -> Result<Work> {
         let path = self.folder.join("tmp").join(format!("{name}.part"));
-        let open = || -> Result<File> {
-            loop {
-                let mut options = File::options();
-                let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
-                match file.try_lock() {
-                    Ok(()) => {}
-                    Err(TryLockError::WouldBlock) => {
-                        log::info!("another husk is at it: waiting");
-                        file.lock()?;
-                    }
-                    Err(TryLockError::Error(error)) => return Err(error.into()),
-                }
-                if is_at(&file, &path) {
-                    return Ok(file);
-                }
-            }
-        };
-        let file = open().with_context(|| format!("open {}", path.display()))?;
-        Ok(Work { file, path, kept: false })
+        let lock_path = path.with_extension("lock");
+        let lock = lock_alone(&lock_path).with_context(|| format!("lock {}", lock_path.display()))?;
+        // Only who has the lock writes it. Its own lock is for who cleans up, and may take it for a moment.
+        let file = lock_alone(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Work { file, path, kept: false, lock_path, _lock: lock })
     }
 
     /// A file without a name, for what need not outlive this husk.
@@ -200,6 +198,31 @@ fn default_folder() -> Option<PathBuf> {
     Some(base.join("husk"))
 }
 
+/// The file of this name, made if need be, and locked by nobody else. Says so where it takes long.
+fn lock_alone(path: &Path) -> Result<File> {
+    loop {
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let asked = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if asked.elapsed() < SILENT_WAIT => std::thread::sleep(POLL),
+                Err(TryLockError::WouldBlock) => {
+                    log::warn!("another husk is making the same: waiting for it");
+                    file.lock()?;
+                    break;
+                }
+                Err(TryLockError::Error(error)) => return Err(error.into()),
+            }
+        }
+        // Who had it may have removed it.
+        if is_at(&file, path) {
+            return Ok(file);
+        }
+    }
+}
+
 /// Whether the file is the one that has this name now.
 pub(super) fn is_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), fs::metadata(path)) {
@@ -208,11 +231,14 @@ pub(super) fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// A file that is being written, and locked. It goes when it is dropped, unless it was given a name.
+/// A file that is being written, and locked. It goes when it is dropped, unless it was given a name. Who waits for the same one
+/// waits at a lock of its own: the file becomes what machines hold for all their lives.
 pub(super) struct Work {
     pub file: File,
     path: PathBuf,
     kept: bool,
+    lock_path: PathBuf,
+    _lock: File,
 }
 
 impl Work {
@@ -248,12 +274,15 @@ impl Drop for Work {
         if !self.kept {
             let _ = fs::remove_file(&self.path);
         }
+        // It is locked until this is gone, so that nobody else removes another's.
+        let _ = fs::remove_file(&self.lock_path);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox;
 
     #[test]
     fn an_index_of_the_future_is_left_alone() {
@@ -278,11 +307,40 @@ mod tests {
                         store.update(|index| Ok(index.names.insert(name, Digest::of(b"")))).unwrap();
                     }
                 };
-                crate::sandbox::spawn("test", update).unwrap()
+                sandbox::spawn("test", update).unwrap()
             })
             .collect();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         assert_eq!(store.index().unwrap().names.len(), 40);
+    }
+
+    #[test]
+    fn what_machines_hold_keeps_nobody_waiting() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let mut work = store.work_file("x").unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let other = store.clone();
+        let waits = sandbox::spawn("test", move || sender.send(other.work_file("x").map(drop))).unwrap();
+        assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "it waits for who makes the same");
+        let key = Digest::of(b"x");
+        work.keep_as(&store, &store.root_path(key)).unwrap();
+        let _machine = store.use_root(key).unwrap().unwrap();
+        drop(work);
+        receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
+        waits.join().unwrap().unwrap();
+        assert_eq!(fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn an_index_that_could_not_be_read_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let grow = |name: String| store.update(|index| Ok(index.names.insert(name, Digest::of(b""))));
+        grow("small".into()).unwrap();
+        let error = format!("{:#}", grow("x".repeat(INDEX_MAX_BYTES as usize)).unwrap_err());
+        assert!(error.contains("it would have 64 MiB, and 64 are the most"), "{error}");
+        assert_eq!(store.index().unwrap().names.keys().collect::<Vec<_>>(), ["small"]);
     }
 
     #[test]
