@@ -48,7 +48,7 @@ struct Pinned {
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, override_usage = "husk bench [OPTIONS] IMAGE [-- COMMAND [ARG]...]")]
 pub struct Bench {
-    /// The image that everyone runs: whatever `husk run` takes, but for a disk
+    /// The image that everyone runs: whatever `husk run` takes, a file as ./FILE, but for a disk
     #[arg(value_name = "IMAGE", required_unless_present_any = ["from", "list", "schema"])]
     image: Option<String>,
 

@@ -1,6 +1,6 @@
 //! `husk load`: from an archive, a layout or a directory to an image in the store, with a name.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
@@ -23,11 +23,11 @@ A machine can be run from any of these paths without loading them first; a name 
 #[command(after_help = EXAMPLES)]
 pub struct Load {
     /// What docker save wrote, an OCI layout, a root file system's tar archive, or a root directory
-    #[arg(value_name = "PATH", value_parser = source, required_unless_present = "input")]
+    #[arg(value_name = "PATH", value_parser = path, required_unless_present = "input")]
     path: Option<Source>,
 
     /// The same, as docker load has it
-    #[arg(short, long, value_name = "PATH", value_parser = source, conflicts_with = "path")]
+    #[arg(short, long, value_name = "PATH", value_parser = path, conflicts_with = "path")]
     input: Option<Source>,
 
     /// Name of the image, instead of those that the archive gives it
@@ -44,19 +44,24 @@ impl Load {
     pub fn run(self) -> Result<Exit> {
         let mut store = Store::open_default()?;
         store.unpack_limit_bytes = self.max_size;
-        // A word that could be a name is a file's here.
-        let source = match self.path.or(self.input) {
-            Some(Source::Name { typed, .. } | Source::Id(typed)) => Source::Path { path: typed.into(), image: None },
-            Some(source) => source,
-            None => anyhow::bail!("a path is missing"),
-        };
+        let source = self.path.or(self.input).context("a path is missing")?;
         let (prepared, names) = store.load(&source, self.name.as_ref(), &Progress::on_terminal())?;
         let id = prepared.id.short();
         let names = if names.is_empty() { vec![id.clone()] } else { names };
-        let lines: String = names.iter().map(|name| format!("Loaded {name} ({id})\n")).collect();
+        // Nothing tells a root file system but that it is no image.
+        let taken = if prepared.is_bare_root { ", taken for a root file system" } else { "" };
+        let lines: String = names.iter().map(|name| format!("Loaded {name} ({id}){taken}\n")).collect();
         super::print(&lines)?;
         Ok(Exit::Success)
     }
+}
+
+/// Parses the path of what an image is made from: a word that could be a name is a file's here.
+fn path(text: &str) -> Result<Source, String> {
+    if text.is_empty() {
+        return Err("an image has a path".into());
+    }
+    Source::at_path(text).map_err(|error| format!("{error:#}"))
 }
 
 /// Parses what an image is made from.

@@ -56,7 +56,7 @@ use crate::roster::husk_log;
 const EXAMPLES: &str = "\
 Examples:
   husk doctor
-  husk run image.tar echo hello
+  husk run ./image.tar echo hello
   husk pull debian:12
   husk boot --kernel vmlinux --initrd initrd.cpio
   husk boot --kernel bzImage --disk root.img --cpus 2 --memory 2G";

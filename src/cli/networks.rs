@@ -12,8 +12,8 @@ const EXAMPLES: &str = "\
 Examples:
   Two machines that reach each other by name:
     sudo husk network create web
-    sudo husk run --network web --name db database.tar
-    sudo husk run --network web --name app app.tar curl http://db/";
+    sudo husk run --network web --name db ./database.tar
+    sudo husk run --network web --name app ./app.tar curl http://db/";
 
 /// The words behind `husk network`.
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 //! unpacked by a process that ends with that, and never by one that is a machine's monitor.
 
 use std::io::Read;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -11,6 +12,7 @@ use log::Level;
 use super::exit::Exit;
 use super::size;
 use crate::image::{Form, Prepared, Progress, Source, Store};
+use crate::resources::root_file::{self, Kind};
 use crate::sys;
 
 /// So often an image may be gone again when it has just been made: someone is cleaning up.
@@ -20,8 +22,8 @@ const ATTEMPTS: usize = 2;
 #[derive(Debug, Args)]
 pub struct Prepare {
     /// What the image is made from
-    #[arg(value_name = "IMAGE", value_parser = super::load::source)]
-    source: Source,
+    #[arg(value_name = "IMAGE")]
+    image: String,
 
     /// Most bytes that the image may take on its way
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
@@ -41,9 +43,29 @@ impl Prepare {
         if self.plain {
             store.form = Form::Plain;
         }
-        let prepared = store.prepare(&self.source, &Progress::on_terminal())?;
+        let source = self.image.parse()?;
+        if matches!(source, Source::Name { path: None, .. }) && Path::new(&self.image).exists() {
+            super::say(&format!("husk: {0} is taken for an image's name; type ./{0} for the file\n", self.image));
+        }
+        let prepared = store.prepare(&source, &Progress::on_terminal())?;
+        if prepared.is_bare_root {
+            let list = "manifest.json or index.json";
+            super::say(&format!("husk: {} has no {list} of images: taken for a root file system\n", self.image));
+        }
         super::print(&prepared.id.hex())?;
         Ok(Exit::Success)
+    }
+}
+
+/// What the file that `word` is tells of itself. A word that can be an image's name is one, whatever files there are.
+pub fn identify(word: &Path) -> Result<Kind> {
+    let Some(text) = word.to_str() else { return Ok(root_file::identify(word)) };
+    match text.parse()? {
+        Source::Path { path, .. } if path == word => Ok(root_file::identify(word)),
+        source @ Source::Name { path: Some(_), .. } => {
+            Ok(Store::open_default()?.path_of(&source)?.map_or(Kind::Other, root_file::identify))
+        }
+        _ => Ok(Kind::Other),
     }
 }
 

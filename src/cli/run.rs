@@ -1,7 +1,6 @@
 //! `husk run`: from an image and a command to a machine, and from the command's end to an exit code.
 
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -34,7 +33,7 @@ use crate::machine::outcome::Outcome;
 use crate::machine::timings::{Step, Timings};
 use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
-use crate::resources::root_file::{self, Kind};
+use crate::resources::root_file::Kind;
 use crate::roster::record::Inherited;
 use crate::roster::{self, MachineFolder};
 use crate::sys::socket;
@@ -42,19 +41,19 @@ use crate::sys::socket;
 const EXAMPLES: &str = "\
 Examples:
   A command in a container image, from a file that docker or podman saved:
-    husk run image.tar echo hello
+    husk run ./image.tar echo hello
 
   A shell on this terminal, with two processors and 2 GiB:
-    husk run -it --cpus 2 --memory 2G image.tar sh
+    husk run -it --cpus 2 --memory 2G ./image.tar sh
 
   In the background, with a name for `husk logs`, `exec`, `stop` and the others:
-    husk run -d --name web image.tar
+    husk run -d --name web ./image.tar
 
   In the middle of a pipe:
-    tar c . | husk run -i image.tar wc -c
+    tar c . | husk run -i ./image.tar wc -c
 
   A disk with an operating system of its own:
-    husk run disk.img";
+    husk run ./disk.img";
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -79,7 +78,8 @@ pub struct Run {
     /// The image; then the command in place of the image's own, and its arguments
     ///
     /// An image is a name, pulled where the store does not have it; a file that docker, podman or skopeo saved; an OCI
-    /// layout; a root file system's tar archive or folder; or a disk image.
+    /// layout; a root file system's tar archive or folder; or a disk image. A file in the working directory is ./FILE: what
+    /// can be an image's name is one.
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
@@ -190,9 +190,7 @@ impl Run {
         self.process.cover_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = words.next().unwrap_or_default();
-        if image.as_bytes().starts_with(b"-") {
-            bail!("there is no option {}: options come before the image", image.to_string_lossy());
-        }
+        refuse_as_image(&image)?;
         let mut command: Vec<OsString> = words.collect();
         // As where options may follow: what stands behind is the command.
         if command.first().is_some_and(|word| word == "--") {
@@ -235,7 +233,7 @@ impl Run {
     /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be prepared,
     /// and that has been said.
     fn find_base(&self, image: &Path) -> Result<Option<Base>> {
-        let (root, defaults, in_use, identity) = match root_file::identify(image) {
+        let (root, defaults, in_use, identity) = match prepare::identify(image)? {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
                 bail!("a disk is changed itself: leave --scratch and --keep out")
             }
@@ -332,6 +330,23 @@ impl Run {
         let outcome = control::run(machine, signals, Front::Session { session: &mut session, takes_keys, log }, desk)?;
         Ok(verdict(session.end(), &outcome, &tail, verbose))
     }
+}
+
+/// Refuses a word that stands where the image does and is certain to be none: an option, or what Docker's `-v` takes, which is
+/// husk's `--verbose` and takes nothing.
+fn refuse_as_image(word: &OsStr) -> Result<()> {
+    let text = word.to_string_lossy();
+    let is_share = |flag: &str| text == flag || text.starts_with(&format!("{flag}="));
+    let is_volume = log::log_enabled!(Level::Info) && text.contains(":/") && !Path::new(word).exists();
+    if is_volume || text.starts_with("-v") || ["--volume", "--mount", "--volumes-from"].into_iter().any(is_share) {
+        bail!(
+            "{text}: -v, --volume and --mount are not supported yet, a machine shares no files with its host (husk cp copies them)"
+        );
+    }
+    if text.starts_with('-') {
+        bail!("there is no option {text}: options come before the image");
+    }
+    Ok(())
 }
 
 /// The command's own end where it is known, else the machine's, and for a bad one the reason.

@@ -2,24 +2,22 @@
 //!
 //! Parts of an archive are read where they are: nothing is extracted.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 
 use super::config::JSON_MAX_BYTES;
-use super::tar::{Archive, Kind, Skip, Stream};
+use super::members::Members;
+use super::tar::{Skip, shown};
 use super::tree::components;
-
-/// An image has a few files a layer.
-const MAX_MEMBERS: usize = 1 << 14;
-/// Old archives link a layer to another image's: once.
-const MAX_LINKS: usize = 8;
+use super::{docker_archive, oci_layout};
 
 /// A part: some bytes of a file.
 #[derive(Debug, Clone)]
@@ -40,6 +38,12 @@ impl Part {
     pub fn whole(file: File) -> Result<Part> {
         let size_bytes = file.metadata()?.len();
         Ok(Part { file: Arc::new(file), at: 0, size_bytes })
+    }
+
+    /// The next `size_bytes` of where `here`, a reader of the same file, has come to.
+    pub fn part(&self, here: &Part, size_bytes: u64) -> Result<Part> {
+        ensure!(size_bytes <= here.size_bytes, "it ends in the middle of a file");
+        Ok(Part { file: self.file.clone(), at: here.at, size_bytes })
     }
 }
 
@@ -68,59 +72,52 @@ pub enum Bundle {
     /// In files of their own.
     Directory(PathBuf),
     /// In a tar archive that is not packed.
-    Archive(BTreeMap<Vec<u8>, Member>),
+    Archive(Members),
 }
 
-/// A file in an archive.
-pub enum Member {
-    /// Its bytes.
-    File(Part),
-    /// Another member's name.
-    Link(Vec<u8>),
+/// Which list of images a bundle has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum List {
+    /// Docker's `manifest.json`.
+    Docker,
+    /// The `index.json` of an OCI image layout.
+    Oci,
+}
+
+impl List {
+    /// The list's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            List::Docker => docker_archive::MANIFEST,
+            List::Oci => oci_layout::INDEX,
+        }
+    }
 }
 
 impl Bundle {
-    /// Looks through a tar archive; `None` if it has something that no image has, and so is a root file system.
-    pub fn in_archive(archive: Part) -> Result<Option<Bundle>> {
-        let mut members = BTreeMap::new();
-        let mut tar = Archive::new(archive.clone());
-        while let Some(entry) = tar.next_entry()? {
-            let names = components(&entry.path).unwrap_or_default();
-            let Some(first) = names.first() else { continue };
-            if !is_of_an_image(first) {
-                return Ok(None);
-            }
-            ensure!(members.len() < MAX_MEMBERS, "an image of more than {MAX_MEMBERS} parts");
-            let path = names.join(&b'/');
-            let member = match entry.kind {
-                Kind::File => {
-                    let here = tar.reader();
-                    let at = here.at;
-                    ensure!(entry.content_bytes <= here.size_bytes, "it ends in the middle of a file");
-                    Member::File(Part { file: archive.file.clone(), at, size_bytes: entry.content_bytes })
-                }
-                Kind::Symlink(target) => match resolve(&names, &target) {
-                    Some(target) => Member::Link(target),
-                    None => continue,
-                },
-                Kind::Hardlink(target) => Member::Link(components(&target)?.join(&b'/')),
-                _ => continue,
-            };
-            members.insert(path, member);
+    /// The bundle's list of images; `None` if it is none of images, and so a root file system. What its parts are called does not
+    /// matter where the list has the right shape: each tool has names of its own.
+    pub fn list(&self) -> Option<List> {
+        let is_docker = |json: Vec<u8>| docker_archive::is_list(&json);
+        // Docker's own list comes first: since docker 25, archives have both.
+        if self.part(docker_archive::MANIFEST).and_then(read_json).is_ok_and(is_docker) {
+            return Some(List::Docker);
         }
-        let is_image = [&b"manifest.json"[..], b"index.json"].iter().any(|&name| members.contains_key(name));
-        Ok(is_image.then_some(Bundle::Archive(members)))
+        let has_only_known = self.has_only_known_names();
+        if self.has(oci_layout::INDEX) && (has_only_known || self.has(oci_layout::MARK)) {
+            return Some(List::Oci);
+        }
+        // Damaged, and certainly no root.
+        (has_only_known && self.has(docker_archive::MANIFEST)).then_some(List::Docker)
     }
 
-    /// Whether the first entry of an archive that cannot be looked through is one of an image.
-    pub fn begins_like_an_image(archive: impl Read) -> Result<bool> {
-        let mut tar = Archive::new(Stream(archive));
-        while let Some(entry) = tar.next_entry()? {
-            if let Some(first) = components(&entry.path).unwrap_or_default().first() {
-                return Ok(is_of_an_image(first));
-            }
+    fn has_only_known_names(&self) -> bool {
+        match self {
+            Bundle::Directory(folder) => fs::read_dir(folder).is_ok_and(|mut entries| {
+                entries.all(|entry| entry.is_ok_and(|entry| is_of_an_image(entry.file_name().as_bytes())))
+            }),
+            Bundle::Archive(members) => members.are_of_an_image(),
         }
-        Ok(false)
     }
 
     /// Whether there is a part of this name.
@@ -131,15 +128,10 @@ impl Bundle {
     /// The part of this name.
     pub fn part(&self, path: &str) -> Result<Part> {
         let part = match self {
-            Bundle::Directory(folder) => {
-                // A path that leads out of the directory is none of its.
-                let names = components(path.as_bytes())?;
-                ensure!(!names.is_empty() && !path.starts_with('/'), "{path:?} is no part of it");
-                File::open(folder.join(path)).map_err(anyhow::Error::new).and_then(Part::whole)
-            }
-            Bundle::Archive(members) => member(members, path.as_bytes()),
+            Bundle::Directory(folder) => part_in(folder, path),
+            Bundle::Archive(members) => members.part(path.as_bytes()),
         };
-        part.with_context(|| format!("open {path}"))
+        part.with_context(|| format!("open {}", if path.is_empty() { "\"\"".into() } else { shown(path.as_bytes()) }))
     }
 
     /// What a JSON part of this name says.
@@ -147,6 +139,24 @@ impl Bundle {
         serde_json::from_slice(&read_json(self.part(path)?).with_context(|| format!("read {path}"))?)
             .with_context(|| format!("read {path}"))
     }
+}
+
+/// A file in a directory of parts. The directory is the user's as a root directory would be: links are followed, and what they lead
+/// to has to have the digest that is asked for.
+fn part_in(folder: &Path, path: &str) -> Result<Part> {
+    let names = components(path.as_bytes())?;
+    ensure!(!names.is_empty(), "it is not there");
+    let full = folder.join(OsStr::from_bytes(&names.join(&b'/')));
+    // A pipe that nobody writes to would else be waited for.
+    let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&full) {
+        Err(error) => match fs::read_link(&full) {
+            Ok(target) => bail!("the link {} leads to {}: {error}", full.display(), target.display()),
+            Err(_) => return Err(error.into()),
+        },
+        Ok(file) => file,
+    };
+    ensure!(file.metadata()?.is_file(), "it is no file");
+    Part::whole(file)
 }
 
 /// The bytes of a manifest, an index or a configuration.
@@ -157,37 +167,16 @@ pub fn read_json(mut part: Part) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn member(members: &BTreeMap<Vec<u8>, Member>, path: &[u8]) -> Result<Part> {
-    let mut path = path;
-    for _ in 0..MAX_LINKS {
-        match members.get(path).context("it is not there")? {
-            Member::File(part) => return Ok(part.clone()),
-            Member::Link(target) => path = target,
-        }
-    }
-    bail!("too many links")
+/// Whether a file of this name at the top may be a list of images, or goes with one.
+pub fn is_list(name: &[u8]) -> bool {
+    [docker_archive::MANIFEST, oci_layout::INDEX, oci_layout::MARK].iter().any(|list| list.as_bytes() == name)
 }
 
-/// What stands at the top of an image's archive, old or new.
-fn is_of_an_image(name: &[u8]) -> bool {
-    let stem = name.strip_suffix(b".json").or_else(|| name.strip_suffix(b".tar")).unwrap_or(name);
+/// What stands at the top of an image's archive: of docker's, old or new, of podman's, buildah's and skopeo's, or of what uses
+/// go-containerregistry.
+pub fn is_of_an_image(name: &[u8]) -> bool {
+    let name = name.strip_prefix(b"sha256:").unwrap_or(name);
+    let stem = [&b".json"[..], b".tar", b".tar.gz"].iter().find_map(|&end| name.strip_suffix(end)).unwrap_or(name);
     let is_digest = stem.len() == 64 && stem.iter().all(u8::is_ascii_hexdigit);
-    is_digest
-        || matches!(name, b"manifest.json" | b"index.json" | b"repositories" | b"oci-layout" | b"blobs" | b"VERSION")
-        // What skopeo and buildah call a packed layer.
-        || name.strip_suffix(b".tar.gz").is_some_and(|stem| stem.len() == 64)
-}
-
-/// Where a symbolic link leads in the archive.
-fn resolve(names: &[&[u8]], target: &[u8]) -> Option<Vec<u8>> {
-    let (_, parents) = names.split_last()?;
-    let mut names: Vec<&[u8]> = if target.starts_with(b"/") { Vec::new() } else { parents.to_vec() };
-    for name in target.split(|&byte| byte == b'/') {
-        match name {
-            b"" | b"." => {}
-            b".." => drop(names.pop()?),
-            name => names.push(name),
-        }
-    }
-    Some(names.join(&b'/'))
+    is_digest || is_list(name) || matches!(name, b"repositories" | b"blobs" | b"VERSION")
 }

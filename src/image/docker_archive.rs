@@ -6,7 +6,7 @@ use serde::Deserialize;
 use super::bundle::{Bundle, read_json};
 use super::config::ImageConfig;
 use super::digest::Digest;
-use super::reference::Reference;
+use super::reference::same_name;
 use super::{Image, Layer};
 
 /// The list of an archive's images.
@@ -17,7 +17,13 @@ pub const MANIFEST: &str = "manifest.json";
 struct Entry {
     config: String,
     repo_tags: Option<Vec<String>>,
-    layers: Vec<String>,
+    /// Go writes `null` for none.
+    layers: Option<Vec<String>>,
+}
+
+/// Whether JSON is a list of images of Docker's shape.
+pub fn is_list(json: &[u8]) -> bool {
+    serde_json::from_slice::<Vec<Entry>>(json).is_ok_and(|entries| !entries.is_empty())
 }
 
 /// The image that has the name `wanted`, or the only one.
@@ -26,13 +32,14 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
     let entry = choose(&entries, wanted)?;
     let json = bundle.part(&entry.config).and_then(read_json)?;
     let config = ImageConfig::parse(&json)?;
+    let paths = entry.layers.as_deref().unwrap_or_default();
     ensure!(
-        config.diff_ids.len() == entry.layers.len(),
+        config.diff_ids.len() == paths.len(),
         "its configuration has {} layers, {MANIFEST} has {}",
         config.diff_ids.len(),
-        entry.layers.len()
+        paths.len()
     );
-    let layers = entry.layers.iter().zip(&config.diff_ids).map(|(path, &diff_id)| {
+    let layers = paths.iter().zip(&config.diff_ids).map(|(path, &diff_id)| {
         // No digest of the blob as it is: what it unpacks to is verified.
         Ok(Layer { part: bundle.part(path)?, blob: None, diff_id: Some(diff_id) })
     });
@@ -51,10 +58,6 @@ fn choose<'a>(entries: &'a [Entry], wanted: Option<&str>) -> Result<&'a Entry> {
         let all: Vec<String> = entries.iter().flat_map(names_of).take(20).collect();
         bail!("it has {} images, type one as docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
     };
-    let same = |name: &str| match (name.parse::<Reference>(), wanted.parse::<Reference>()) {
-        (Ok(name), Ok(wanted)) => name == wanted,
-        _ => name == wanted,
-    };
-    let is_wanted = |entry: &&Entry| names_of(entry).iter().any(|name| same(name));
+    let is_wanted = |entry: &&Entry| names_of(entry).iter().any(|name| same_name(name, wanted));
     entries.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))
 }

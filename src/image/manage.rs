@@ -76,11 +76,11 @@ impl Store {
         Some(Listed { id, names, root_bytes: disk_bytes(&self.root_path(record.root)), layer_bytes, record })
     }
 
-    /// Gives an image another name.
-    pub fn tag(&self, id: Digest, name: &Reference) -> Result<()> {
+    /// Gives an image more names.
+    pub fn tag(&self, id: Digest, names: &[Reference]) -> Result<()> {
         self.update(|index| {
             ensure!(index.images.contains_key(&id), "there is no image {}", id.short());
-            index.names.insert(name.to_string(), id);
+            index.names.extend(names.iter().map(|name| (name.to_string(), id)));
             Ok(())
         })
     }
@@ -100,9 +100,7 @@ impl Store {
             // A layout's name for its image may be anything.
             None => own_names.iter().filter_map(|name| name.parse().ok()).collect(),
         };
-        for name in &names {
-            self.tag(prepared.id, name)?;
-        }
+        self.tag(prepared.id, &names)?;
         Ok((prepared, names.iter().map(Reference::familiar).collect()))
     }
 
@@ -198,12 +196,11 @@ impl Store {
 
 fn find(index: &Index, source: &Source) -> Result<Digest> {
     match source {
-        Source::Name { reference, typed } => {
-            if let Some(&id) = index.names.get(&reference.to_string()) {
-                return Ok(id);
-            }
-            by_path(index, Path::new(typed))
-        }
+        Source::Name { reference, path } => match (index.names.get(&reference.to_string()), path) {
+            (Some(&id), _) => Ok(id),
+            (None, Some(path)) => by_path(index, path),
+            (None, None) => bail!("there is no image {} (husk images lists all)", reference.familiar()),
+        },
         Source::Id(hex) => index.by_prefix(hex).with_context(|| format!("there is no image {hex}")),
         Source::Path { path, .. } => by_path(index, path),
     }

@@ -1,7 +1,7 @@
 //! From the word that names an image to a read-only root file system that machines share.
 //!
 //! ```text
-//! word ─ source ─> file, directory or registry ─ bundle, docker_archive, oci_layout ─> Image: configuration and layers
+//! word ─ source ─> file, directory or registry ─ bundle, members, docker_archive, oci_layout ─> Image: configuration and layers
 //!      ─ unpack ─> tar ─ layer ─> Tree (names in memory) and erofs::Writer (bytes on disk) ─ store ─> Prepared
 //! ```
 //!
@@ -22,6 +22,7 @@ mod index;
 mod layer;
 mod manage;
 mod manifest;
+mod members;
 mod oci_layout;
 mod prepare;
 pub mod progress;
@@ -60,6 +61,8 @@ pub struct Prepared {
     pub root: PathBuf,
     /// What is to run in it.
     pub process: ImageProcess,
+    /// Whether it is a root file system without a word of what to run: what is no image is taken for one.
+    pub is_bare_root: bool,
     /// The root, with a shared lock: as long as this, or another one, is open, nobody removes it.
     pub in_use: File,
 }

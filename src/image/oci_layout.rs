@@ -6,10 +6,13 @@ use super::bundle::{Bundle, Part, read_json};
 use super::config::ImageConfig;
 use super::digest::Digest;
 use super::manifest::{self, Descriptor, MAX_INDEX_DEPTH, Manifest, Platform};
+use super::reference::same_name;
 use super::{Image, Layer};
 
 /// The list of a layout's images.
 pub const INDEX: &str = "index.json";
+/// The file that every layout has.
+pub const MARK: &str = "oci-layout";
 /// The name of an image in it.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The whole name, where the other one is a tag alone (containerd, and docker since 25).
@@ -20,19 +23,40 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Resu
     let Manifest::Index(manifests) = Manifest::parse(&read_json(bundle.part(INDEX)?)?)? else {
         bail!("{INDEX} is no index");
     };
-    let mut found = match wanted {
-        Some(wanted) => named(&manifests, wanted)?.clone(),
-        None if manifests.len() == 1 => manifests.into_iter().next().context("no image")?,
-        None => manifest::choose(&manifests, platform).with_context(|| several(&manifests))?.clone(),
+    let all = manifests.iter().filter(|found| found.may_be_an_image());
+    let named: Vec<&Descriptor> = all.filter(|found| wanted.is_none_or(|wanted| is_named(found, wanted))).collect();
+    if let Some(wanted) = wanted {
+        ensure!(!named.is_empty(), "it has no image {wanted:?}{}", listed(&manifests));
+    }
+    let is_several = || format!("it has {} images{}", named.len(), listed(&manifests));
+    let images = match &named[..] {
+        // Its configuration says what it is for.
+        [only] => vec![*only],
+        _ => suited(bundle, &named, platform).with_context(is_several)?,
     };
-    let names = found.annotations.as_ref().map(name_of).unwrap_or_default();
+    let mut found = images.first().copied().context("no image in it")?.clone();
+    // Two that suit equally are two images where they have names.
+    let is_it = |other: &&Descriptor| other.digest == found.digest || names_of(other).is_empty();
+    ensure!(wanted.is_some() || images.iter().all(is_it), is_several());
+    let names = names_of(&found);
     for _ in 0..MAX_INDEX_DEPTH {
         match Manifest::parse(&verified(bundle, &found)?)? {
-            Manifest::Index(manifests) => found = manifest::choose(&manifests, platform)?.clone(),
+            Manifest::Index(manifests) => {
+                let all: Vec<&Descriptor> = manifests.iter().collect();
+                found = suited(bundle, &all, platform)?.first().copied().context("no image in it")?.clone();
+            }
             Manifest::Image { config, layers } => return of_manifest(bundle, &config, &layers, names),
         }
     }
     bail!("indexes within indexes, more than {MAX_INDEX_DEPTH} deep")
+}
+
+/// The images for a platform of those that are here: an index may tell of more than was put beside it.
+fn suited<'a>(bundle: &Bundle, images: &[&'a Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
+    let is_here = |found: &&&Descriptor| bundle.has(&path_of(found));
+    let here: Vec<&Descriptor> = images.iter().filter(is_here).copied().collect();
+    let suited = manifest::suited(&here, platform);
+    if here.len() < images.len() { suited.context("not all of its images are in it") } else { suited }
 }
 
 fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], names: Vec<String>) -> Result<Image> {
@@ -52,7 +76,7 @@ fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], name
 
 /// The part that a descriptor names, if it has the size that it says.
 fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
-    let part = bundle.part(&format!("blobs/sha256/{}", descriptor.digest.hex()))?;
+    let part = bundle.part(&path_of(descriptor))?;
     let (found, said) = (part.size_bytes, descriptor.size);
     ensure!(found == said, "{} has {found} bytes, not {said}", descriptor.digest);
     Ok(part)
@@ -66,21 +90,23 @@ fn verified(bundle: &Bundle, descriptor: &Descriptor) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn name_of(annotations: &std::collections::BTreeMap<String, String>) -> Vec<String> {
-    [FULL_NAME, REF_NAME].iter().find_map(|&key| annotations.get(key)).cloned().into_iter().collect()
+fn path_of(descriptor: &Descriptor) -> String {
+    format!("blobs/sha256/{}", descriptor.digest.hex())
 }
 
-fn named<'a>(manifests: &'a [Descriptor], wanted: &str) -> Result<&'a Descriptor> {
-    let is_wanted = |found: &&Descriptor| {
-        found.annotations.as_ref().is_some_and(|annotations| {
-            [FULL_NAME, REF_NAME].iter().any(|&key| annotations.get(key).is_some_and(|name| name == wanted))
-        })
-    };
-    manifests.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))
+fn names_of(found: &Descriptor) -> Vec<String> {
+    let name = |key| found.annotations.as_ref()?.get(key);
+    [FULL_NAME, REF_NAME].into_iter().find_map(name).cloned().into_iter().collect()
 }
 
-fn several(manifests: &[Descriptor]) -> String {
-    let names: Vec<String> =
-        manifests.iter().filter_map(|found| found.annotations.as_ref()).flat_map(name_of).take(20).collect();
-    format!("it has {} images, type one as oci:PATH:NAME ({})", manifests.len(), names.join(", "))
+/// Whether it has this name, a tag alone or an image's: `app` is `docker.io/library/app:latest`.
+fn is_named(found: &Descriptor, wanted: &str) -> bool {
+    let name = |key| found.annotations.as_ref()?.get(key);
+    [FULL_NAME, REF_NAME].into_iter().filter_map(name).any(|name| same_name(name, wanted))
+}
+
+/// The names in a layout, for who may type one of them.
+fn listed(manifests: &[Descriptor]) -> String {
+    let names: Vec<String> = manifests.iter().flat_map(names_of).take(20).collect();
+    if names.is_empty() { String::new() } else { format!(", type one as oci:PATH:NAME ({})", names.join(", ")) }
 }

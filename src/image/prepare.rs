@@ -1,14 +1,13 @@
 //! From a source to a prepared image: found in the store, or made and put there.
 
 use std::fs::{self, File};
-use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use super::bundle::Part;
+use super::bundle::{Bundle, Part};
 use super::config::ImageConfig;
 use super::digest::Digest;
 use super::index::{LayerRecord, Record};
@@ -19,6 +18,9 @@ use super::source::{self, Found, Source};
 use super::store::Store;
 use super::{Layer, Prepared, directory};
 
+/// All of an image's names stand in the store's index.
+const NAMES_MAX_BYTES: usize = 64 << 10;
+
 impl Store {
     /// The image of a source, if it is ready for a machine: it is in the store, and its file did not change.
     pub fn prepared(&self, source: &Source) -> Result<Option<Prepared>> {
@@ -26,12 +28,24 @@ impl Store {
         match source {
             Source::Path { path, image } => self.prepared_path(path, image.as_deref()),
             Source::Id(hex) => index.by_prefix(hex).map_or(Ok(None), |id| self.stored(id)),
-            Source::Name { reference, typed } => match index.names.get(&reference.to_string()) {
-                Some(&id) => self.stored(id),
-                None if Path::new(typed).exists() => self.prepared_path(Path::new(typed), None),
-                None => Ok(None),
+            Source::Name { reference, .. } => match (index.names.get(&reference.to_string()), self.path_of(source)?) {
+                (Some(&id), _) => self.stored(id),
+                (None, Some(path)) => self.prepared_path(path, None),
+                (None, None) => Ok(None),
             },
         }
+    }
+
+    /// The file or directory that a source is, if it is one and not a name or ID.
+    pub fn path_of<'a>(&self, source: &'a Source) -> Result<Option<&'a Path>> {
+        Ok(match source {
+            Source::Path { path, .. } => Some(path),
+            Source::Name { reference, path: Some(path) } => {
+                let is_stored = self.index()?.names.contains_key(&reference.to_string());
+                (!is_stored && path.exists()).then_some(path)
+            }
+            Source::Name { path: None, .. } | Source::Id(_) => None,
+        })
     }
 
     fn prepared_path(&self, path: &Path, image: Option<&str>) -> Result<Option<Prepared>> {
@@ -52,16 +66,16 @@ impl Store {
                 let prepared = self.stored_or_made(id, progress)?;
                 prepared.with_context(|| format!("image {hex} has no root and no layers any more"))
             }
-            Source::Name { reference, typed } => {
+            Source::Name { reference, .. } => {
                 if let Some(&id) = self.index()?.names.get(&reference.to_string())
                     && let Some(prepared) = self.stored_or_made(id, progress)?
                 {
                     return Ok(prepared);
                 }
-                if Path::new(typed).exists() {
-                    return self.prepare_path(Path::new(typed), None, progress);
+                match self.path_of(source)? {
+                    Some(path) => self.prepare_path(path, None, progress),
+                    None => Ok(self.pull(reference, &Platform::default(), progress)?.prepared),
                 }
-                Ok(self.pull(reference, &Platform::default(), progress)?.prepared)
             }
         }
     }
@@ -72,7 +86,7 @@ impl Store {
         let Some(record) = index.images.get(&id) else { return Ok(None) };
         let Some(in_use) = self.use_root(record.root)? else { return Ok(None) };
         let root = self.root_path(record.root);
-        Ok(Some(Prepared { id, root, process: record.process.clone(), in_use }))
+        Ok(Some(Prepared { id, root, process: record.process.clone(), is_bare_root: id == record.root, in_use }))
     }
 
     /// An image of the store, if its root is there, or can be made of the layers that are.
@@ -105,12 +119,13 @@ impl Store {
     }
 
     fn import(&self, path: &Path, image: Option<&str>, seen: Seen, progress: &Progress) -> Result<Prepared> {
-        let spool = |unpacked: &mut dyn Read| -> Result<File> {
-            source::spool_to(self.nameless_file()?, unpacked, self.unpack_limit()?)
-        };
-        let (id, config, own_names, root) = match source::look(path, image, &Platform::default(), &spool)? {
+        let max_bytes = self.unpack_limit()?;
+        let found = source::look(path, image, &Platform::default(), max_bytes, &|| self.nameless_file())?;
+        let (id, config, own_names, root) = match found {
             Found::Image(image) => {
                 image.config.check_platform()?;
+                let names_bytes: usize = image.names.iter().map(String::len).sum();
+                ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has {} KiB of names", names_bytes >> 10);
                 let root = self.root_of_layers(&image.layers, progress)?;
                 (image.id, image.config, image.names, root)
             }
@@ -155,7 +170,9 @@ impl Store {
             index.names.extend(names.into_iter().map(|name| (name, id)));
             Ok(())
         })?;
-        Ok(Prepared { id, root: self.root_path(root.key), process, in_use: root.file })
+        // A root that is no image's has no other name than its key.
+        let is_bare_root = id == root.key;
+        Ok(Prepared { id, root: self.root_path(root.key), process, is_bare_root, in_use: root.file })
     }
 }
 
@@ -172,15 +189,14 @@ impl Seen {
     fn of(path: &Path, image: Option<&str>) -> Result<Seen> {
         const CLOCK_TICK: Duration = Duration::from_secs(1);
         let m = fs::metadata(path)?;
-        if m.is_dir() && !path.join("oci-layout").exists() {
-            // A file that changes from now on changes the state.
-            let (state, bytes) = directory::fingerprint(path)?;
-            return Ok(Seen { key: format!("directory {state}"), settled: true, state: Some((state, bytes)) });
-        }
         if m.is_dir() {
-            // An image that is added to a layout changes its index.
-            let index = fs::metadata(path.join(super::oci_layout::INDEX))?;
-            return Ok(Seen::of_file(&index, image, CLOCK_TICK));
+            let Some(list) = Bundle::Directory(path.to_owned()).list() else {
+                // A file that changes from now on changes the state.
+                let (state, bytes) = directory::fingerprint(path)?;
+                return Ok(Seen { key: format!("directory {state}"), settled: true, state: Some((state, bytes)) });
+            };
+            // An image that is added to a folder of them changes its list.
+            return Ok(Seen::of_file(&fs::metadata(path.join(list.name()))?, image, CLOCK_TICK));
         }
         Ok(Seen::of_file(&m, image, CLOCK_TICK))
     }

@@ -74,6 +74,14 @@ impl FromStr for Reference {
     }
 }
 
+/// Whether two words are the same name of an image, or simply the same.
+pub fn same_name(a: &str, b: &str) -> bool {
+    match (a.parse::<Reference>(), b.parse::<Reference>()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => a == b,
+    }
+}
+
 fn parse(text: &str) -> Result<Reference> {
     ensure!(text.len() <= MAX_BYTES + 1 + MAX_TAG_BYTES + DIGEST_BYTES, "it is too long");
     let (name, digest) = match text.split_once('@') {

@@ -8,8 +8,9 @@ use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, bail, ensure};
 
-use super::bundle::{Bundle, Part};
+use super::bundle::{Bundle, List, Part};
 use super::manifest::Platform;
+use super::members::{self, Members};
 use super::reference::Reference;
 use super::{Image, docker_archive, oci_layout, unpack};
 
@@ -24,12 +25,12 @@ pub enum Source {
         /// Which of its images.
         image: Option<String>,
     },
-    /// An image of the store, or of a registry; `typed` is the word itself, which may be a file's name too.
+    /// An image of the store, or of a registry.
     Name {
         /// The full name.
         reference: Reference,
-        /// As it was typed.
-        typed: String,
+        /// What the word may mean before a registry's image, as it has a slash: a file.
+        path: Option<PathBuf>,
     },
     /// An image of the store, by the first digits of its digest, of which there are at least twelve.
     Id(String),
@@ -42,18 +43,12 @@ impl FromStr for Source {
     type Err = Error;
 
     /// What begins with `/`, `.` or `~`, or could be no image's name, is a path. `docker-archive:PATH[:NAME]` and
-    /// `oci:PATH[:NAME]` choose one of several images. Anything else is a name.
+    /// `oci:PATH[:NAME]` choose one of several images. Anything else is a name: a file of the working directory never stands in
+    /// for the image that it is called like, unless its name has a slash and the store knows no such image.
     fn from_str(word: &str) -> Result<Source> {
         ensure!(!word.is_empty(), "an image has a name or a path");
-        for prefix in PREFIXES {
-            if let Some(rest) = word.strip_prefix(prefix) {
-                let (path, image) = match rest.split_once(':') {
-                    Some((path, image)) => (path, Some(image.to_owned())),
-                    None => (rest, None),
-                };
-                ensure!(!path.is_empty(), "{prefix} needs a path");
-                return Ok(Source::Path { path: path.into(), image });
-            }
+        if PREFIXES.iter().any(|prefix| word.starts_with(prefix)) {
+            return Source::at_path(word);
         }
         let hex = word.strip_prefix("sha256:").unwrap_or(word);
         if (12..=64).contains(&hex.len()) && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
@@ -61,10 +56,25 @@ impl FromStr for Source {
         }
         match word.parse() {
             Ok(reference) if !word.starts_with(['/', '.', '~']) => {
-                Ok(Source::Name { reference, typed: word.to_owned() })
+                Ok(Source::Name { reference, path: word.contains('/').then(|| word.into()) })
             }
-            _ => Ok(Source::Path { path: word.into(), image: None }),
+            _ => Source::at_path(word),
         }
+    }
+}
+
+impl Source {
+    /// What is at a path, where a word is certain to be one; as it is, or with a prefix.
+    pub fn at_path(word: &str) -> Result<Source> {
+        let Some((prefix, rest)) = PREFIXES.iter().find_map(|prefix| Some((prefix, word.strip_prefix(prefix)?))) else {
+            return Ok(Source::Path { path: word.into(), image: None });
+        };
+        let (path, image) = match rest.split_once(':') {
+            Some((path, image)) => (path, Some(image.to_owned())),
+            None => (rest, None),
+        };
+        ensure!(!path.is_empty(), "{prefix} needs a path");
+        Ok(Source::Path { path: path.into(), image })
     }
 }
 
@@ -78,50 +88,57 @@ pub(super) enum Found {
     RootDirectory(PathBuf),
 }
 
-/// Looks at what is at `path`. An image's archive that is packed is unpacked to the file that `spool` makes.
+/// Looks at what is at `path`. An image's archive that is packed is unpacked to a file that `new_file` makes, and may unpack to
+/// `max_bytes`.
 pub(super) fn look(
     path: &Path,
     image: Option<&str>,
     platform: &Platform,
-    spool: &dyn Fn(&mut dyn Read) -> Result<File>,
+    max_bytes: u64,
+    new_file: &dyn Fn() -> Result<File>,
 ) -> Result<Found> {
     // A pipe that nobody writes to would else be waited for.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
     if kind.is_dir() {
-        if !path.join("oci-layout").exists() && !path.join(oci_layout::INDEX).exists() {
-            return Ok(Found::RootDirectory(fs::canonicalize(path)?));
-        }
-        return oci_layout::image(&Bundle::Directory(path.to_owned()), image, platform).map(Box::new).map(Found::Image);
+        let root = Found::RootDirectory(fs::canonicalize(path)?);
+        return find(Bundle::Directory(path.to_owned()), image, platform, root);
     }
     ensure!(kind.is_file(), "it is neither a file nor a directory");
     let whole = Part::whole(file)?;
     ensure!(whole.size_bytes > 0, "it is empty");
     let mut start = Vec::new();
     whole.clone().take(512).read_to_end(&mut start)?;
-    let bundle = match unpack::compression(&start) {
-        None => Bundle::in_archive(whole.clone())?,
-        Some(_) if !holds_an_image(&whole)? => None,
-        Some(_) => Bundle::in_archive(Part::whole(spool(&mut unpack::unpacked(whole.clone())?)?)?)?,
+    let unpacked = || unpack::unpacked(whole.clone());
+    let members = match unpack::compression(&start) {
+        None => Members::of(whole.clone())?,
+        Some(_) if !members::may_hold_an_image(unpacked()?.take(max_bytes)) => None,
+        Some(_) => Members::of(Part::whole(spool(new_file()?, &mut unpacked()?, max_bytes)?)?)?,
     };
-    let Some(bundle) = bundle else {
-        ensure!(image.is_none(), "it is a root file system, and has no image of a name");
-        return Ok(Found::RootArchive(whole));
-    };
-    // Docker's own list comes first: since docker 25, archives have both.
-    if bundle.has(docker_archive::MANIFEST) {
-        return docker_archive::image(&bundle, image).map(Box::new).map(Found::Image);
+    let root = Found::RootArchive(whole);
+    match members {
+        Some(members) => find(Bundle::Archive(members), image, platform, root),
+        None => find_root(root, image),
     }
-    oci_layout::image(&bundle, image, platform).map(Box::new).map(Found::Image)
 }
 
-/// Whether the first entries of a packed archive are those of an image.
-fn holds_an_image(packed: &Part) -> Result<bool> {
-    Bundle::begins_like_an_image(unpack::unpacked(packed.clone())?)
+/// The image in a bundle; `root` if it is none.
+fn find(bundle: Bundle, image: Option<&str>, platform: &Platform, root: Found) -> Result<Found> {
+    let found = match bundle.list() {
+        Some(List::Docker) => docker_archive::image(&bundle, image)?,
+        Some(List::Oci) => oci_layout::image(&bundle, image, platform)?,
+        None => return find_root(root, image),
+    };
+    Ok(Found::Image(Box::new(found)))
+}
+
+fn find_root(root: Found, image: Option<&str>) -> Result<Found> {
+    ensure!(image.is_none(), "it is a root file system, and has no image of a name");
+    Ok(root)
 }
 
 /// Copies what is unpacked to `file`, which is not to be longer than `max_bytes`.
-pub(super) fn spool_to(file: File, unpacked: &mut dyn Read, max_bytes: u64) -> Result<File> {
+fn spool(file: File, unpacked: &mut dyn Read, max_bytes: u64) -> Result<File> {
     let copied = io::copy(&mut unpacked.take(max_bytes), &mut &file).context("unpack it")?;
     if copied == max_bytes {
         bail!("it unpacks to more than the {} MiB that are free", max_bytes >> 20);
@@ -136,12 +153,19 @@ mod tests {
     #[test]
     fn a_word_is_a_path_or_a_name() {
         let path = |word: &str| Source::Path { path: word.into(), image: None };
-        for word in ["/x", "./debian", "../x", ".", "Debian.tar", "x/", "a b", "~/x"] {
+        for word in ["/x", "./debian", "../x", ".", "..", "./", ".x", "Debian.tar", "x/", "a b", "~/x"] {
             assert_eq!(word.parse::<Source>().unwrap(), path(word));
         }
-        for word in ["debian", "rootfs.tar", "localhost:5000/x:y", "a/b"] {
-            let name = Source::Name { reference: word.parse().unwrap(), typed: word.into() };
+        for word in ["debian", "debian:12", "rootfs.tar"] {
+            let name = Source::Name { reference: word.parse().unwrap(), path: None };
             assert_eq!(word.parse::<Source>().unwrap(), name);
+        }
+        for word in ["localhost:5000/x:y", "a/b", "images/rootfs.tar"] {
+            let name = Source::Name { reference: word.parse().unwrap(), path: Some(word.into()) };
+            assert_eq!(word.parse::<Source>().unwrap(), name);
+        }
+        for word in ["debian:12", "0123456789ab", "x.tar"] {
+            assert_eq!(Source::at_path(word).unwrap(), path(word));
         }
         assert_eq!("0123456789ab".parse::<Source>().unwrap(), Source::Id("0123456789ab".into()));
         assert_eq!(

@@ -22,7 +22,7 @@ fn an_image_is_pulled_or_unpacked_before_its_machine_is_made() {
     let registry = Registry::start(&house, Asks::Nothing, false);
     push(&house, &registry, "app:1", false);
     let name = registry.name("app:1");
-    for word in [name.as_str(), "two.tar", "./one"] {
+    for word in [name.as_str(), "./two.tar", "./one"] {
         let output = house.command(&run(&[word, "x"])).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(125));
@@ -47,6 +47,72 @@ fn an_image_that_cannot_be_prepared_is_told_once() {
     refused(&["./none.tar"], "husk: prepare ./none.tar: No such file");
     refused(&["127.0.0.1:1/none"], "husk: pull 127.0.0.1:1/none:latest: ");
     refused(&["0123456789ab"], "there is no image 0123456789ab");
+}
+
+#[test]
+fn no_file_stands_in_for_the_image_that_it_is_called_like() {
+    let house = House::new();
+    house.sh("mkdir d; echo 1 >d/1; tar -C d -cf d.tar .");
+    for name in ["debian:12", "team/app"] {
+        assert!(house.husk(&["load", "d.tar", "--name", name]).status.success());
+    }
+    let root = house.root("debian:12");
+    // A root, and a disk with a system of its own.
+    house.sh("mkdir -p debian:12 team; echo planted >debian:12/x; truncate -s 1M team/app; printf '\\x55\\xaa' | dd of=team/app bs=1 seek=510 conv=notrunc");
+    let failed = |word: &str| {
+        let mut command = house.command(&run(&[word, "x"]));
+        // Nobody is asked for what is not there.
+        let output = command.env("HTTPS_PROXY", "http://127.0.0.1:1").output().unwrap();
+        assert_eq!(output.status.code(), Some(125), "{word}: {output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    for name in ["debian:12", "team/app"] {
+        let error = failed(name);
+        assert!(error.ends_with("husk: open kernel ./none: No such file or directory\n"), "{error}");
+        assert_eq!(house.root(name), root);
+    }
+    assert_eq!(house.files("roots"), 1);
+    house.sh("cp d.tar none.tar; mkdir -p sub/dir; echo 2 >sub/dir/2");
+    let error = failed("none.tar");
+    assert!(
+        error.starts_with("husk: none.tar is taken for an image's name; type ./none.tar for the file\n"),
+        "{error}"
+    );
+    assert!(error.contains("husk: pull none.tar:latest: ") && error.lines().count() == 2, "{error}");
+    assert!(house.husk(&["inspect", "none.tar"]).stdout.is_empty());
+    assert_eq!(house.files("roots"), 1);
+    for path in ["./none.tar", "sub/dir", "."] {
+        assert!(failed(path).ends_with("open kernel ./none: No such file or directory\n"), "{path}");
+    }
+}
+
+#[test]
+fn a_share_is_not_taken_for_an_image() {
+    let house = House::new();
+    let words = "-v, --volume and --mount are not supported yet";
+    for arguments in [
+        &["-v", "/a:/b"][..],
+        &["-itv", "name:/b:ro"],
+        &["-v", "./a:/b"],
+        &["-v/a:/b"],
+        &["-v=/a:/b"],
+        &["--volume", "/a:/b"],
+        &["--volume=/a:/b"],
+        &["--mount", "type=bind,src=/a,dst=/b"],
+        &["--volumes-from", "x"],
+    ] {
+        let output = house.command(&[&["run"], arguments, &["image", "command"]].concat()).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{arguments:?}: {error}");
+        assert!(error.lines().count() == 1 && error.contains(words), "{arguments:?}: {error}");
+    }
+    // Others of Docker's that husk does not have are none of the image either.
+    for option in ["--add-host", "--label", "-l", "--device", "--cap-add", "--gpus", "--link", "-P", "--platform"] {
+        let output = house.husk(&["run", option, "value", "image"]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{option}: {error}");
+        assert!(error.lines().count() == 1 && error.contains(option), "{option}: {error}");
+    }
 }
 
 #[test]

@@ -1,0 +1,133 @@
+//! From a tar archive to its members by their names, each read where it is: links among them are followed inside the archive.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+
+use anyhow::{Result, bail, ensure};
+
+use super::bundle::{Part, is_list, is_of_an_image};
+use super::config::MAX_LAYERS;
+use super::tar::{Archive, Kind, Stream, shown};
+use super::tree::components;
+
+/// An image has a few files a layer.
+const MAX_MEMBERS: usize = 1 << 14;
+/// What an archive may have of members whose names are none that docker, podman or skopeo give: whoever names them as they like has
+/// a folder and a file a layer at the most. An archive with more of them is a root file system, which need not be read to its end.
+const MAX_FOREIGN: usize = 2 * MAX_LAYERS;
+/// What names and links may take of memory.
+const NAMES_MAX_BYTES: usize = 16 << 20;
+/// Old archives link a layer to another image's: once.
+const MAX_LINKS: usize = 8;
+/// As many names as a path may lead through, those of the links in it included.
+const MAX_STEPS: usize = 4096;
+
+/// The files of an archive.
+#[derive(Default)]
+pub struct Members {
+    by_path: BTreeMap<Vec<u8>, Member>,
+    /// How many of them have names that no tool is known to give.
+    foreign: usize,
+    names_bytes: usize,
+}
+
+/// A file in an archive.
+enum Member {
+    /// Its bytes.
+    File(Part),
+    /// Where a link leads: a symbolic one from its folder, a hard one, whose target begins with `/`, from the top.
+    Link(Vec<u8>),
+}
+
+impl Members {
+    /// Looks through an archive. `None` if it has so much of what no image has that it is a root file system.
+    pub fn of(archive: Part) -> Result<Option<Members>> {
+        let mut members = Members::default();
+        let mut tar = Archive::new(archive.clone());
+        while let Some(entry) = tar.next_entry()? {
+            let Ok(names) = components(&entry.path) else { continue };
+            let Some(first) = names.first() else { continue };
+            members.foreign += usize::from(!is_of_an_image(first));
+            if members.foreign > MAX_FOREIGN {
+                return Ok(None);
+            }
+            let member = match entry.kind {
+                Kind::File => Member::File(archive.part(tar.reader(), entry.content_bytes)?),
+                Kind::Symlink(target) => Member::Link(target),
+                Kind::Hardlink(target) => Member::Link([b"/", &target[..]].concat()),
+                _ => continue,
+            };
+            members.insert(names.join(&b'/'), member)?;
+        }
+        Ok(Some(members))
+    }
+
+    fn insert(&mut self, path: Vec<u8>, member: Member) -> Result<()> {
+        let target_bytes = if let Member::Link(target) = &member { target.len() } else { 0 };
+        self.names_bytes = self.names_bytes.saturating_add(path.len() + target_bytes);
+        ensure!(self.by_path.len() < MAX_MEMBERS, "an image of more than {MAX_MEMBERS} parts");
+        ensure!(self.names_bytes <= NAMES_MAX_BYTES, "an image whose parts have too long names");
+        self.by_path.insert(path, member);
+        Ok(())
+    }
+
+    /// Whether all members have names that docker, podman or skopeo give.
+    pub fn are_of_an_image(&self) -> bool {
+        self.foreign == 0
+    }
+
+    /// The part of this name. As for Docker, links lead nowhere outside: above the top is the top.
+    pub fn part(&self, path: &[u8]) -> Result<Part> {
+        let mut left: Vec<Vec<u8>> = components(path)?.into_iter().rev().map(<[u8]>::to_vec).collect();
+        let (mut here, mut last_link): (Vec<Vec<u8>>, _) = (Vec::new(), None);
+        let (mut links, mut steps) = (0, 0);
+        while let Some(name) = left.pop() {
+            steps += 1;
+            ensure!(steps + left.len() <= MAX_STEPS, "a path with too many links in it");
+            if name == b".." {
+                here.pop();
+                continue;
+            }
+            here.push(name);
+            let path = here.join(&b'/');
+            let Some(Member::Link(target)) = self.by_path.get(&path) else { continue };
+            links += 1;
+            ensure!(links <= MAX_LINKS, "too many links");
+            last_link = Some((path, target));
+            if target.starts_with(b"/") {
+                here.clear();
+            } else {
+                here.pop();
+            }
+            let names = target.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
+            left.extend(names.rev().map(<[u8]>::to_vec));
+        }
+        match (self.by_path.get(&here.join(&b'/')), last_link) {
+            (Some(Member::File(part)), _) => Ok(part.clone()),
+            (_, Some((link, target))) => {
+                bail!("the link {} leads to {}, which is not there", shown(&link), shown(target))
+            }
+            _ => bail!("it is not there"),
+        }
+    }
+}
+
+/// Whether an archive that can only be read from its start may hold an image: it begins as one does, or has a list of images before
+/// it has shown itself a root file system. What cannot be read is none; who reads it for what it is then says why.
+pub fn may_hold_an_image(archive: impl Read) -> bool {
+    let mut tar = Archive::new(Stream(archive));
+    let mut foreign = 0;
+    while let Ok(Some(entry)) = tar.next_entry() {
+        let names = components(&entry.path).unwrap_or_default();
+        match names[..] {
+            [] => continue,
+            [name] if is_list(name) => return true,
+            [first, ..] if is_of_an_image(first) && foreign == 0 => return true,
+            _ => foreign += 1,
+        }
+        if foreign > MAX_FOREIGN {
+            return false;
+        }
+    }
+    false
+}
