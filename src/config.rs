@@ -130,10 +130,16 @@ pub struct DiskConfig {
     /// What is in the file, where its name does not say it: see [`DiskConfig::format`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
+    /// The least that the guest reads and writes at once, 512 to 4096 bytes; a block device's own, or 512, if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_bytes: Option<u32>,
     /// What the guest may read and write in a second.
     #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
     pub rate: Rate,
 }
+
+/// Sizes that a disk's blocks may have, powers of two: what all drivers take.
+pub const DISK_BLOCK_BYTES: std::ops::RangeInclusive<u32> = 512..=4096;
 
 /// What is in a disk's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -226,6 +232,9 @@ pub enum Invalid {
     /// A limit of nothing, or a burst without a limit.
     #[error("disk {0}: limits and bursts are 1 or more, and a burst needs its limit: bps, bps-burst, iops, iops-burst")]
     DiskRate(usize),
+    /// Blocks that a driver would not take.
+    #[error("disk {0} with blocks of {1} bytes: type block_size=512, 1024, 2048 or 4096")]
+    DiskBlocks(usize, u32),
     /// A serial number that does not fit its field, or would not be read back as it was given.
     #[error("disk id {0:?}: type 1 to {MAX_DISK_ID_BYTES} letters, digits or signs without spaces")]
     DiskId(String),
@@ -350,6 +359,11 @@ impl MachineConfig {
             if !disk.rate.makes_sense() {
                 return Err(Invalid::DiskRate(index + 1));
             }
+            if let Some(bytes) = disk.block_bytes
+                && !(bytes.is_power_of_two() && DISK_BLOCK_BYTES.contains(&bytes))
+            {
+                return Err(Invalid::DiskBlocks(index + 1, bytes));
+            }
             let Some(id) = &disk.id else { continue };
             let printable = id.bytes().all(|byte| byte.is_ascii_graphic());
             if !printable || !(1..=MAX_DISK_ID_BYTES).contains(&id.len()) {
@@ -392,7 +406,14 @@ mod tests {
 
     fn disk(id: Option<&str>) -> DiskConfig {
         let id = id.map(str::to_owned);
-        DiskConfig { path: "disk.img".into(), readonly: false, id, format: None, rate: Rate::default() }
+        DiskConfig {
+            path: "disk.img".into(),
+            readonly: false,
+            id,
+            format: None,
+            block_bytes: None,
+            rate: Rate::default(),
+        }
     }
 
     #[test]
@@ -450,6 +471,18 @@ mod tests {
         };
         assert_eq!((with(None, None), with(Some(1), Some(1))), (Ok(()), Ok(())));
         assert_eq!((with(Some(0), None), with(None, Some(1))), (Err(Invalid::DiskRate(2)), Err(Invalid::DiskRate(2))));
+    }
+
+    #[test]
+    fn a_disks_blocks_are_such_as_drivers_take() {
+        let with = |bytes| {
+            let large = DiskConfig { block_bytes: Some(bytes), ..disk(None) };
+            MachineConfig { disks: vec![disk(None), large], ..config() }.validate()
+        };
+        assert_eq!([512, 1024, 2048, 4096].map(with), [Ok(()), Ok(()), Ok(()), Ok(())]);
+        for bytes in [0, 1, 256, 513, 3072, 8192, 1 << 31, u32::MAX] {
+            assert_eq!(with(bytes), Err(Invalid::DiskBlocks(2, bytes)));
+        }
     }
 
     #[test]

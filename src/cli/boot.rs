@@ -84,7 +84,8 @@ pub struct Boot {
     /// Disk image or block device; may be given several times, the first is /dev/vda
     ///
     /// `ro` lets the guest only read, `id=NAME` is the serial number it reads (/dev/disk/by-id/virtio-NAME). The format is
-    /// raw, or qcow2 where the name ends in .qcow2; `format=` says otherwise. `bps=10M` and `iops=500` limit the bytes and the
+    /// raw, or qcow2 where the name ends in .qcow2; `format=` says otherwise. `block_size=4096` is for what was written in blocks
+    /// of 4096 bytes; without it a block device has its own and a file has 512. `bps=10M` and `iops=500` limit the bytes and the
     /// requests of a second, reads and writes together; after a pause a tenth of a second's may pass at once, or as much as
     /// `bps-burst=` and `iops-burst=` say. The first comma ends the path: a path with a comma in it goes into a configuration
     /// file.
@@ -212,12 +213,13 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
     let mut parts = argument.as_os_str().as_bytes().split(|&byte| byte == b',');
     let path = parts.next().unwrap_or_default().to_vec();
     let path = std::ffi::OsString::from_vec(path).into();
-    let mut disk = DiskConfig { path, readonly: false, id: None, format: None, rate: Rate::default() };
+    let mut disk =
+        DiskConfig { path, readonly: false, id: None, format: None, block_bytes: None, rate: Rate::default() };
     for option in parts {
         let option = String::from_utf8_lossy(option);
         let unknown = || {
             format!(
-                "unknown option {option:?}, type ro, id=NAME, format=raw, format=qcow2, bps=SIZE, bps-burst=SIZE, iops=N or \
+                "unknown option {option:?}, type ro, id=NAME, format=raw, format=qcow2, block_size=N, bps=SIZE, bps-burst=SIZE, iops=N or \
                  iops-burst=N"
             )
         };
@@ -226,6 +228,7 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
             ("format", "raw") => disk.format = Some(Format::Raw),
             ("format", "qcow2") => disk.format = Some(Format::Qcow2),
             ("id", id) => disk.id = Some(id.to_owned()),
+            ("block_size", text) => disk.block_bytes = Some(text.parse().map_err(|_| unknown())?),
             ("bps", text) => disk.rate.bytes_per_second = Some(size::bytes(text)?),
             ("bps-burst", text) => disk.rate.burst_bytes = Some(size::bytes(text)?),
             ("iops", text) => disk.rate.ops_per_second = Some(text.parse().map_err(|_| unknown())?),
@@ -292,7 +295,8 @@ mod tests {
     fn a_disk_is_a_path_and_options() {
         let id = |text: &str| Some(text.to_owned());
         let path = PathBuf::from("/x y.img");
-        let plain = DiskConfig { path, readonly: false, id: None, format: None, rate: Rate::default() };
+        let plain =
+            DiskConfig { path, readonly: false, id: None, format: None, block_bytes: None, rate: Rate::default() };
         assert_eq!(disk("/x y.img".into()), Ok(plain.clone()));
         assert_eq!(disk("/x y.img,id=a,ro".into()), Ok(DiskConfig { readonly: true, id: id("a"), ..plain.clone() }));
         for (text, format) in [("raw", Format::Raw), ("qcow2", Format::Qcow2)] {
@@ -303,7 +307,19 @@ mod tests {
         assert_eq!(disk("/x y.img,bps=10M,bps-burst=1k".into()), Ok(DiskConfig { rate, ..plain.clone() }));
         let rate = Rate { ops_per_second: Some(500), burst_ops: Some(50), ..Rate::default() };
         assert_eq!(disk("/x y.img,iops=500,iops-burst=50".into()), Ok(DiskConfig { rate, ..plain.clone() }));
-        for wrong in ["format=vmdk", "iops=", "iops=1.5", "iops=-1", "iops-burst=x", "ro=yes", "bandwidth=1"] {
+        let wanted = DiskConfig { block_bytes: Some(4096), ..plain.clone() };
+        assert_eq!(disk("/x y.img,block_size=4096".into()), Ok(wanted));
+        for wrong in [
+            "format=vmdk",
+            "block_size=",
+            "block_size=4k",
+            "iops=",
+            "iops=1.5",
+            "iops=-1",
+            "iops-burst=x",
+            "ro=yes",
+            "bandwidth=1",
+        ] {
             assert!(disk(format!("x.img,{wrong}").into()).unwrap_err().contains("format=raw, format=qcow2"), "{wrong}");
         }
         assert!(disk("x.img,bps=fast".into()).unwrap_err().contains("not a size"));

@@ -54,7 +54,8 @@ mod tests {
         let bare = MachineConfig { memory_mib: 512, ..MachineConfig::default() };
         assert_eq!(bare.host_memory_needed_mib(), 512 + 4 + 32);
         let rate = Rate::default();
-        let disk = DiskConfig { path: "disk.img".into(), readonly: false, id: None, format: None, rate };
+        let disk =
+            DiskConfig { path: "disk.img".into(), readonly: false, id: None, format: None, block_bytes: None, rate };
         let tap = || NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
         let with_disk = MachineConfig { disks: vec![disk.clone()], ..bare.clone() };
         let image = DiskConfig { format: Some(Format::Qcow2), ..disk.clone() };

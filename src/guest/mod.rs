@@ -212,6 +212,7 @@ impl Inside {
             readonly,
             id: None,
             format,
+            block_bytes: None,
             rate: Rate::default(),
         };
         // What husk made is raw, whatever a guest has written to it.

@@ -2,14 +2,15 @@
 
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::backend::disk::Qcow2Disk;
 use crate::backend::rate::Rate;
-use crate::config::{DiskConfig, Format};
+use crate::config::{DISK_BLOCK_BYTES, DiskConfig, Format};
+use crate::sys;
 use crate::virtio::block_request::SECTOR_BYTES;
 
 /// A disk that is open, and ours alone: nobody else writes to it, and nobody else reads it while we write.
@@ -23,6 +24,8 @@ pub struct DiskFile {
     pub capacity_bytes: u64,
     /// Whether it is open for reading only.
     pub readonly: bool,
+    /// The least that the guest reads and writes at once; the size is a multiple of it.
+    pub block_bytes: u32,
     /// What the guest reads as its serial number.
     pub id: Option<String>,
     /// What the guest may read and write in a second.
@@ -47,7 +50,7 @@ pub enum Image {
 ///
 /// Fails with one line that names the disk and what is wrong with it.
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
-    let DiskConfig { path, readonly, id, format: _, rate } = config;
+    let DiskConfig { path, readonly, id, format: _, block_bytes, rate } = config;
     let name = path.display();
     // Without O_NONBLOCK, opening a named pipe waits for its other end. It makes no difference to disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
@@ -68,6 +71,18 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock disk {name}")),
         Ok(()) => {}
     }
+    let block_bytes = match block_bytes {
+        Some(bytes) => *bytes,
+        // The guest is not to ask for less than the device can do, nor for larger blocks than drivers know.
+        None if block_device => {
+            let bytes = sys::disk::block_bytes(&file).with_context(|| format!("block size of disk {name}"))?;
+            bytes.clamp(*DISK_BLOCK_BYTES.start(), *DISK_BLOCK_BYTES.end())
+        }
+        None => SECTOR_BYTES as u32,
+    };
+    if config.format.is_none() && config.format() == Format::Raw {
+        warn_of_format(&file, path);
+    }
     let (image, capacity_bytes) = match config.format() {
         Format::Raw => {
             // A block device's metadata have no size.
@@ -83,18 +98,60 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     };
     ensure!(capacity_bytes > 0, "disk {name} is empty");
     ensure!(
-        capacity_bytes.is_multiple_of(SECTOR_BYTES),
-        "disk {name} has {capacity_bytes} bytes, which is not a multiple of {SECTOR_BYTES}"
+        capacity_bytes.is_multiple_of(block_bytes.into()),
+        "disk {name} has {capacity_bytes} bytes, which is not a multiple of {block_bytes}"
     );
-    Ok(DiskFile { image, path: path.clone(), capacity_bytes, readonly: *readonly, id: id.clone(), rate: *rate })
+    let (path, readonly, id, rate) = (path.clone(), *readonly, id.clone(), *rate);
+    Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate })
+}
+
+/// Says what a file looks like that is used as raw without anybody having said so. That is all: a guest may have written
+/// those bytes.
+fn warn_of_format(file: &File, path: &Path) {
+    let name = path.display();
+    match format_by_contents(file) {
+        Some("qcow2") => log::warn!(
+            "disk {name} begins like a qcow2 image and is used as raw: add `,format=qcow2` if it is one, or `,format=raw`"
+        ),
+        Some(format) => log::warn!(
+            "disk {name} looks like {format} and is used as raw: make a disk of it with `qemu-img convert -O qcow2 {name} \
+             NEW.qcow2`, or add `,format=raw`"
+        ),
+        None => {}
+    }
+}
+
+/// The format of disk images whose marks are in `file`, none for a raw one. What cannot be read has none.
+fn format_by_contents(file: &File) -> Option<&'static str> {
+    let mut start = [0; 512];
+    let len = file.read_at(&mut start, 0).unwrap_or(0);
+    let start = &start[..len];
+    let begins = |mark: &[u8], at: usize| start.get(at..).is_some_and(|bytes| bytes.starts_with(mark));
+    // The one that VHD has at the end is all that one of fixed size has.
+    let ends_as_vhd = || {
+        let mut end = [0; 8];
+        let at = file.metadata().ok()?.len().checked_sub(512)?;
+        file.read_exact_at(&mut end, at).ok()?;
+        (&end == b"conectix").then_some("VHD")
+    };
+    match () {
+        () if begins(b"QFI\xfb", 0) => Some("qcow2"),
+        () if begins(b"KDMV", 0) || begins(b"COWD", 0) || begins(b"# Disk DescriptorFile", 0) => Some("VMDK"),
+        () if begins(&[0x7f, 0x10, 0xda, 0xbe], 64) => Some("VDI"),
+        () if begins(b"vhdxfile", 0) => Some("VHDX"),
+        () if begins(b"conectix", 0) => Some("VHD"),
+        () if begins(b"QED\0", 0) => Some("QED"),
+        () => ends_as_vhd(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::path::Path;
+    use std::process::Command;
 
     use super::*;
+    use crate::virtio::test_driver::logged;
 
     fn image(len_bytes: u64) -> tempfile::NamedTempFile {
         let image = tempfile::NamedTempFile::new().unwrap();
@@ -104,7 +161,7 @@ mod tests {
 
     fn config(path: &Path, readonly: bool) -> DiskConfig {
         let id = Some("blue".to_owned());
-        DiskConfig { path: path.to_owned(), readonly, id, format: None, rate: Rate::default() }
+        DiskConfig { path: path.to_owned(), readonly, id, format: None, block_bytes: None, rate: Rate::default() }
     }
 
     fn refusal(path: &Path, readonly: bool) -> String {
@@ -159,5 +216,54 @@ mod tests {
         drop(writer);
         let _readers = [open(&config(image.path(), true)).unwrap(), open(&config(image.path(), true)).unwrap()];
         assert_eq!(refusal(image.path(), false), in_use);
+    }
+
+    #[test]
+    fn blocks_are_as_large_as_was_asked_and_the_size_is_a_multiple_of_them() {
+        let image = image(1 << 20);
+        let with = |block_bytes| open(&DiskConfig { block_bytes, ..config(image.path(), false) });
+        assert_eq!(with(None).unwrap().block_bytes, 512);
+        assert_eq!(with(Some(4096)).unwrap().block_bytes, 4096);
+        image.as_file().set_len((1 << 20) + 512).unwrap();
+        let line = format!("{:#}", with(Some(4096)).unwrap_err());
+        assert!(line.ends_with(" has 1049088 bytes, which is not a multiple of 4096"), "{line}");
+    }
+
+    /// Only what QEMU makes of these formats, where there is a `qemu-img`; some have no mark but their last bytes.
+    #[test]
+    fn a_disk_that_looks_like_another_format_is_raw_and_is_told_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let formats = [
+            ("qcow2", "", "begins like a qcow2 image and is used as raw: add `,format=qcow2`"),
+            ("vmdk", "", "looks like VMDK"),
+            ("vdi", "", "looks like VDI"),
+            ("vhdx", "", "looks like VHDX"),
+            ("vpc", "subformat=dynamic", "looks like VHD"),
+            ("vpc", "subformat=fixed", "looks like VHD"),
+            ("raw", "", ""),
+        ];
+        for (index, (format, options, told)) in formats.into_iter().enumerate() {
+            let path = folder.path().join(format!("{index}.img"));
+            let name = path.to_str().unwrap();
+            let mut words = vec!["create", "-q", "-f", format, name, "4M"];
+            if !options.is_empty() {
+                words.extend(["-o", options]);
+            }
+            match Command::new("qemu-img").args(&words).status() {
+                Ok(status) => assert!(status.success(), "{words:?}"),
+                Err(_) => return eprintln!("SKIPPED: needs qemu-img (Debian package qemu-utils)"),
+            }
+            let file = File::options().write(true).open(&path).unwrap();
+            file.set_len(file.metadata().unwrap().len().next_multiple_of(512)).unwrap();
+            let said = |format| {
+                let disk = open(&DiskConfig { format, ..config(&path, false) }).unwrap();
+                assert!(matches!(disk.image, Image::Raw { .. }));
+                logged(&format!("disk {name} "))
+            };
+            assert_eq!(said(Some(Format::Raw)), [""; 0], "it was said what it is");
+            let lines = said(None);
+            assert_eq!(lines.len(), usize::from(!told.is_empty()), "{lines:?}");
+            assert!(lines.iter().all(|line| line.contains(told)), "{lines:?}");
+        }
     }
 }

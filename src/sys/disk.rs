@@ -9,6 +9,8 @@ use std::os::fd::AsRawFd;
 
 use crate::backend::disk::GuestBuffers;
 
+/// _IO(0x12, 104), linux/fs.h: the size of a block device's logical blocks.
+const BLKSSZGET: libc::c_ulong = 0x1268;
 /// _IO(0x12, 119), linux/fs.h: forget a range of a block device's contents.
 const BLKDISCARD: libc::c_ulong = 0x1277;
 /// _IO(0x12, 127), linux/fs.h: make a range of a block device read as zeroes.
@@ -58,6 +60,14 @@ pub fn discard_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::R
 /// Makes a range of a block device read as zeroes (BLKZEROOUT).
 pub fn zero_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     block_range(device, BLKZEROOUT, offset_bytes, len_bytes)
+}
+
+/// The least that a block device reads and writes at once, in bytes (BLKSSZGET).
+pub fn block_bytes(device: &File) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the request writes one `int`, which is what it is given.
+    retry(|| i64::from(unsafe { libc::ioctl(device.as_raw_fd(), BLKSSZGET as _, &mut bytes) }))?;
+    u32::try_from(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// How many bytes may yet be written to the file system that the file is on (fstatvfs(3)).

@@ -34,8 +34,8 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Length of the answer to VIRTIO_BLK_T_GET_ID (virtio 1.2 §5.2.6).
 const ID_BYTES: usize = 20;
-/// Physical blocks are 4 KiB, log2 of that in logical ones: page cache and most disks work in these.
-const PHYSICAL_BLOCK_EXP: u8 = 3;
+/// Physical blocks: page cache and most disks work in these.
+const PHYSICAL_BLOCK_BYTES: u32 = 4096;
 /// What a guest can make a disk hold beside its memory, in bytes: for every request that it can have in flight as many parts
 /// as a chain has, each of which may lie in two regions of memory. What the back end keeps is the back end's to say.
 pub const BUDGET_BYTES: u64 = QUEUE_SIZE as u64 * 2 * QUEUE_SIZE as u64 * size_of::<libc::iovec>() as u64;
@@ -89,9 +89,9 @@ impl Counters {
 
 /// A block device on the disk that was opened as `disk`, and the host's hand on it.
 pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, Control)> {
-    let DiskFile { image, path, capacity_bytes, readonly, id, rate } = disk;
+    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate } = disk;
     let name = format!("disk {}", path.display());
-    let shape = DiskShape { capacity_bytes, readonly };
+    let shape = DiskShape { capacity_bytes, readonly, block_bytes };
     let backend: Box<dyn DiskBackend> = match image {
         Image::Raw { file, block_device } => Box::new(PlainDisk::new(file, block_device)),
         Image::Qcow2(disk) => disk,
@@ -124,20 +124,21 @@ pub fn device_on(
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4), in its order.
 fn config(shape: &DiskShape) -> Vec<u8> {
+    let physical_block_exp = (PHYSICAL_BLOCK_BYTES / shape.block_bytes).max(1).ilog2() as u8;
     let mut bytes = Vec::new();
     bytes.extend((shape.capacity_bytes / SECTOR_BYTES).to_le_bytes());
     bytes.extend(SEGMENT_BYTES_MAX.to_le_bytes());
     bytes.extend(SEGMENTS_MAX.to_le_bytes());
     bytes.extend([0; 4]); // geometry: not offered
-    bytes.extend((SECTOR_BYTES as u32).to_le_bytes()); // blk_size
-    bytes.extend([PHYSICAL_BLOCK_EXP, 0]); // and alignment_offset
-    bytes.extend((1_u16 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // min_io_size, in logical blocks
+    bytes.extend(shape.block_bytes.to_le_bytes()); // blk_size
+    bytes.extend([physical_block_exp, 0]); // and alignment_offset
+    bytes.extend((1_u16 << physical_block_exp).to_le_bytes()); // min_io_size, in logical blocks
     bytes.extend(0_u32.to_le_bytes()); // opt_io_size: none better than another
     bytes.extend([0; 2]); // writeback: not offered
     bytes.extend(1_u16.to_le_bytes()); // num_queues
     bytes.extend(DISCARD_SECTORS_MAX.to_le_bytes());
     bytes.extend(1_u32.to_le_bytes()); // max_discard_seg
-    bytes.extend((1_u32 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // discard_sector_alignment
+    bytes.extend((PHYSICAL_BLOCK_BYTES / SECTOR_BYTES as u32).to_le_bytes()); // discard_sector_alignment
     bytes.extend(WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
     bytes.extend(1_u32.to_le_bytes()); // max_write_zeroes_seg
     bytes.extend([1, 0, 0, 0]); // write_zeroes_may_unmap
@@ -459,7 +460,7 @@ mod tests {
     }
 
     fn bench() -> Bench {
-        bench_with(DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false }, "disk", !0)
+        bench_with(DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 }, "disk", !0)
     }
 
     impl Bench {
@@ -513,7 +514,7 @@ mod tests {
         }
         let writable = F_DISCARD | F_WRITE_ZEROES;
         assert_eq!(bench.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | writable);
-        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true };
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512 };
         let readonly = bench_with(shape, "disk", !0);
         assert_eq!(readonly.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | F_RO);
     }
@@ -586,6 +587,34 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_of_larger_blocks_says_so_and_takes_whole_ones_only() {
+        for block_bytes in [512_u32, 1024, 4096] {
+            let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes };
+            let bytes = config(&shape);
+            let u32_at = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+            assert_eq!((u32_at(0), u32_at(20)), ((CAPACITY_BYTES / 512) as u32, block_bytes), "sectors, and blk_size");
+            let min_io_blocks = u32::from(u16::from_le_bytes(*bytes[26..].first_chunk().unwrap()));
+            assert_eq!((block_bytes << bytes[24], block_bytes * min_io_blocks), (4096, 4096));
+            let mut bench = bench_with(shape, "disk", !0);
+            let sectors = u64::from(block_bytes / 512);
+            // Places and lengths in sectors, whatever the blocks are.
+            assert_eq!(bench.request(1, 3 * sectors, (2 * block_bytes, 0)).0, 0);
+            assert_eq!(bench.request(0, 3 * sectors, (block_bytes, WRITE)).0, 0);
+            assert_eq!([bench.range(11, sectors, sectors as u32, 0), bench.range(13, 0, sectors as u32, 1)], [0, 0]);
+            assert_eq!(bench.seen().len(), 4);
+            if sectors > 1 {
+                for (sector, len) in [(1, block_bytes), (0, 512), (sectors, block_bytes + 512), (sectors - 1, 512)] {
+                    assert_eq!(bench.request(0, sector, (len, WRITE)), (1, 1), "{len} bytes read at {sector}");
+                    assert_eq!(bench.request(1, sector, (len, 0)), (1, 1), "{len} bytes written at {sector}");
+                    assert_eq!(bench.range(11, sector, len / 512, 0), 1, "{len} bytes discarded at {sector}");
+                    assert_eq!(bench.range(13, sector, len / 512, 0), 1, "{len} bytes zeroed at {sector}");
+                }
+            }
+            assert_eq!(bench.seen(), []);
+        }
+    }
+
+    #[test]
     fn buffers_that_are_no_memory_are_refused() {
         let mut bench = bench();
         for address in [1 << 40, (4 << 20) - 8, u64::MAX - 8, u64::MAX] {
@@ -640,7 +669,7 @@ mod tests {
 
     #[test]
     fn a_read_only_disk_takes_no_writes() {
-        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true };
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512 };
         let mut bench = bench_with(shape, "disk", !0);
         assert_eq!(bench.request(1, 0, (512, 0)).0, 1);
         assert_eq!([bench.range(11, 0, 1, 0), bench.range(13, 0, 1, 0)], [1, 1]);
@@ -670,7 +699,7 @@ mod tests {
 
     #[test]
     fn without_a_flush_each_write_is_durable_before_it_is_completed() {
-        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false };
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
         let mut bench = bench_with(shape, "disk", !F_FLUSH);
         assert_eq!(bench.request(1, 8, (512, 0)).0, 0);
         assert_eq!(bench.seen(), [(Operation::Write, 4096), (Operation::Flush, 4096)]);
@@ -701,7 +730,7 @@ mod tests {
 
     #[test]
     fn an_error_of_the_host_is_an_error_for_the_guest_and_one_line_in_the_log() {
-        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false };
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
         let mut bench = bench_with(shape, "failing disk", !0);
         bench.seen.lock().unwrap().fail = true;
         for _ in 0..3 {
@@ -845,7 +874,7 @@ mod tests {
     fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
         // Discards, zeroes, flushes, and writes that are made durable.
         for (kind, data_bytes, features) in [(11, 16, !0), (13, 16, !0), (4, 0, !0), (1, 512, !F_FLUSH)] {
-            let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false };
+            let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
             let mut bench = bench_with(shape, "disk", features);
             bench.seen.lock().unwrap().takes = std::time::Duration::from_millis(30);
             bench.driver.memory.write_obj([0, 0, 8, 0], GuestAddress(DATA)).unwrap();

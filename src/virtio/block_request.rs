@@ -45,6 +45,8 @@ pub struct DiskShape {
     pub capacity_bytes: u64,
     /// Whether writes of any kind are refused.
     pub readonly: bool,
+    /// The least that is read or written, a power of two and of [`SECTOR_BYTES`] at least; the size is a multiple of it.
+    pub block_bytes: u32,
 }
 
 /// The status byte that ends a request (virtio 1.2 §5.2.6).
@@ -163,11 +165,11 @@ fn range(kind: u32, chain: &Chain, shape: &DiskShape, memory: &GuestMemory) -> R
     Ok(Action::Disk { operation, offset_bytes })
 }
 
-/// Where on the disk `len_bytes` bytes from `sector` on begin, if they are whole sectors and all of them are on it.
+/// Where on the disk `len_bytes` bytes from `sector` on begin, if they are whole blocks and all of them are on it.
 fn place(sector: u64, len_bytes: u64, shape: &DiskShape) -> Result<u64, Status> {
     let offset_bytes = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
     let end = offset_bytes.checked_add(len_bytes).ok_or(Status::IoError)?;
-    let good = len_bytes.is_multiple_of(SECTOR_BYTES) && end <= shape.capacity_bytes;
+    let good = (offset_bytes | len_bytes).is_multiple_of(shape.block_bytes.into()) && end <= shape.capacity_bytes;
     if good { Ok(offset_bytes) } else { Err(Status::IoError) }
 }
 
@@ -203,7 +205,7 @@ mod tests {
     use super::*;
     use crate::memory;
 
-    const SHAPE: DiskShape = DiskShape { capacity_bytes: 1 << 20, readonly: false };
+    const SHAPE: DiskShape = DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512 };
 
     fn parts(parts: &[(u64, u32)]) -> Vec<GuestRange> {
         parts.iter().map(|(at, len)| GuestRange { address: GuestAddress(*at), len_bytes: *len }).collect()

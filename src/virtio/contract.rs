@@ -171,7 +171,7 @@ fn the_entropy_device_keeps_the_contract() {
 
 #[test]
 fn the_block_device_keeps_the_contract() {
-    let shape = DiskShape { capacity_bytes: 1 << 20, readonly: false };
+    let shape = DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512 };
     contract(|| {
         let file = tempfile::tempfile().unwrap();
         file.set_len(shape.capacity_bytes).unwrap();

@@ -24,7 +24,7 @@ pub mod worker;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
-mod test_driver;
+pub(crate) mod test_driver;
 
 pub use config_space::ConfigSpace;
 pub use mmio::{MmioTransport, TransportState};
