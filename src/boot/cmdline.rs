@@ -43,9 +43,11 @@ pub fn hides_devices(cmdline: &str) -> Option<&str> {
     let words = cmdline.split(' ').take_while(|word| *word != "--");
     let mut acpi = None;
     for word in words {
-        match word {
-            "noapic" | "nolapic" | "disableapic" | "pci=noacpi" => return Some(word),
-            _ if word.starts_with("acpi=") => acpi = Some(word),
+        match word.split_once('=').unwrap_or((word, "")) {
+            // The last two leave the I/O APIC out, too.
+            ("noapic" | "nolapic" | "disableapic" | "nosmp", "") | ("maxcpus", "0") => return Some(word),
+            ("pci", options) if options.split(',').any(|option| option == "noacpi") => return Some(word),
+            ("acpi", _) => acpi = Some(word),
             _ => {}
         }
     }
@@ -108,6 +110,9 @@ mod tests {
             ("acpi=off acpi=force", None),
             ("acpi=force acpi=off", Some("acpi=off")),
             ("noapic", Some("noapic")),
+            ("pci=nommconf,noacpi", Some("pci=nommconf,noacpi")),
+            ("pci=conf1,noearly maxcpus=1", None),
+            ("maxcpus=0", Some("maxcpus=0")),
             ("quiet -- acpi=off", None),
             ("xacpi=off acpi=offline acpi_osi=off", None),
             ("", None),
