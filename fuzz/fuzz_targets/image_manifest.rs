@@ -15,7 +15,12 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(reference) = text.parse::<Reference>() {
         // Its full name and its short one are names of the same image.
         assert_eq!(reference.to_string().parse::<Reference>().ok().as_ref(), Some(&reference), "{reference}");
-        assert_eq!(reference.familiar().parse::<Reference>().ok().as_ref(), Some(&reference), "{}", reference.familiar());
+        assert_eq!(
+            reference.familiar().parse::<Reference>().ok().as_ref(),
+            Some(&reference),
+            "{}",
+            reference.familiar()
+        );
         assert!(!reference.repository.split('/').any(|name| name == ".."));
     }
 });

@@ -1,38 +1,66 @@
 //! From arbitrary bytes as what a guest sends when files are copied from it: nothing is made, changed or followed outside of the
-//! folder that they go to.
+//! name that was asked for, nor is what was there before.
 #![no_main]
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use husk_protocol::tree::{self, Trust};
+use husk::image::tar_write;
+use husk_protocol::tree::{self, Terms};
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
 const PRECIOUS: &[u8] = b"precious";
+const FOLDER_MODE: u32 = 0o711;
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     static PLACE: OnceLock<TempDir> = OnceLock::new();
     // In memory: it is about names, and not about a disk.
     let place = PLACE.get_or_init(|| tempfile::tempdir_in("/dev/shm").expect("a folder can be made")).path();
-    let to = place.join("to");
-    fs::write(place.join("precious"), PRECIOUS).expect("a file can be written");
-    let _ = tree::receive(&mut &bytes[..], &to, Trust::default(), &mut |_| {});
-    let mut names: Vec<_> = fs::read_dir(place).expect("the folder is there").map(|e| e.unwrap().file_name()).collect();
-    names.retain(|name| name != "to" && name != "precious");
-    assert!(names.is_empty(), "made outside: {names:?}");
-    assert_eq!(fs::read(place.join("precious")).expect("it is there"), PRECIOUS);
-    remove(&to);
+    let precious = place.join("precious");
+    for name in ["asked", "."] {
+        let to = place.join("to");
+        fs::create_dir_all(to.join("there")).expect("a folder can be made");
+        [&to, &to.join("there")].map(|folder| fs::set_permissions(folder, mode(FOLDER_MODE)).expect("it is ours"));
+        symlink("../../precious", to.join("there/link")).expect("a link can be made");
+        symlink("..", to.join("up")).expect("a link can be made");
+        fs::write(&precious, PRECIOUS).expect("a file can be written");
+        let terms = Terms { name: Some(name.into()), must_be_folder: name == ".", ..Terms::default() };
+        let _ = tree::receive(&mut &bytes[..], &to, terms, &mut |_| {});
+        assert_eq!(names(place, &["to", "precious"]), [""; 0], "made outside");
+        if name == "asked" {
+            assert_eq!(names(&to, &["asked", "there", "up"]), [""; 0], "made beside it");
+        }
+        assert_eq!(fs::read(&precious).expect("it is there"), PRECIOUS);
+        assert_eq!([&to, &to.join("there")].map(|folder| fs::metadata(folder).unwrap().mode() & 0o7777), [FOLDER_MODE; 2]);
+        remove(&to);
+        let mut archive = Vec::new();
+        if tar_write::receive(bytes, name.as_bytes(), &mut archive).is_ok() && !bytes.is_empty() && archive.len() > 1024 {
+            let first = archive.iter().position(|byte| matches!(byte, 0 | b'/')).expect("a name ends");
+            assert!(archive.starts_with(b"pax\0") || &archive[..first] == name.as_bytes(), "another name in the archive");
+        }
+    }
 });
+
+fn mode(mode: u32) -> fs::Permissions {
+    fs::Permissions::from_mode(mode)
+}
+
+/// What is in a folder, but for what may be there.
+fn names(folder: &Path, expected: &[&str]) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("the folder is there");
+    let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    names.filter(|name| !expected.contains(&name.as_str())).collect()
+}
 
 /// Removes what was made, folders that may not be entered too.
 fn remove(path: &Path) {
     let Ok(metadata) = path.symlink_metadata() else { return };
     if metadata.is_dir() {
-        use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o700)).expect("it is ours");
+        fs::set_permissions(path, mode(0o700)).expect("it is ours");
         for entry in fs::read_dir(path).expect("it can be read") {
             remove(&entry.expect("it can be read").path());
         }
@@ -49,12 +77,12 @@ fn write_seeds() {
     let from = tempfile::tempdir().expect("a folder can be made");
     fs::create_dir_all(from.path().join("a/b")).expect("a folder can be made");
     fs::write(from.path().join("a/file"), "content").expect("a file can be written");
-    std::os::unix::fs::symlink("../../precious", from.path().join("a/link")).expect("a link can be made");
+    symlink("../../precious", from.path().join("a/link")).expect("a link can be made");
     for (name, path) in
         [("tree", from.path().join("a")), ("file", from.path().join("a/file")), ("contents", from.path().join("a/."))]
     {
         let mut bytes = Vec::new();
-        tree::send(&path, &mut bytes, &mut |_| {}).expect("it can be sent");
+        tree::send(&path, false, &mut bytes, &mut |_| {}).expect("it can be sent");
         fs::write(corpus.join(name), bytes).expect("the corpus can be written");
     }
 }

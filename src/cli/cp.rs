@@ -1,21 +1,24 @@
 //! `husk cp`: files and folders into a machine that runs, and out of it.
 
+use std::ffi::OsString;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read};
 use std::net::Shutdown;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use husk_protocol::tree::{self, Copied, Trust};
+use husk_protocol::tree::{self, Copied, Terms};
 use husk_protocol::{
-    COPY_FROM, COPY_FROM_AS_TAR, COPY_TO, COPY_TO_KEEPING_OWNERS, INIT_PROGRAM, Process, Role, ToHost,
+    COPY_FROM, COPY_FROM_BEHIND_LINK, COPY_TO, COPY_TO_KEEPING_OWNERS, INIT_PROGRAM, Process, Role, ToHost,
 };
 use indicatif::HumanBytes;
 
 use super::exec;
 use super::exit::Exit;
 use crate::guest::exec as guest;
-use crate::image::{Progress, tar_copy};
+use crate::image::{Progress, tar_copy, tar_write};
 use crate::roster::{self, Roster};
 use crate::sandbox;
 
@@ -25,10 +28,12 @@ Examples:
   husk cp site web:/srv             (the folder itself)
   husk cp site/. web:/srv           (what is in it)
   husk cp --archive web:/home backup
+  husk cp -L web:/var/run app       (what a link leads to)
   husk cp web:/var/log - | tar t    (as a tar archive)
   tar c . | husk cp - web:/srv      (what is in one)
 
-A path without a machine is one of this host's; one of the two paths has a machine. Devices, pipes and sockets are left out.";
+A path without a machine is one of this host's; one of the two paths has a machine. Devices, pipes and sockets are left out.
+What comes out of a machine has the name that was asked for, and changes no mode or owner of what is there.";
 
 /// The flags of `husk cp`.
 #[derive(Debug, Args)]
@@ -45,13 +50,17 @@ pub struct Cp {
     /// Keep owners, and bits that make a program run as its owner
     #[arg(short, long)]
     archive: bool,
+
+    /// Copy what the first path leads to, where that is a symbolic link
+    #[arg(short = 'L', long)]
+    follow_link: bool,
 }
 
 impl Cp {
     /// Copies, and prints how much it was where somebody looks on.
     pub fn run(self) -> Result<Exit> {
         let copied = match (machine(&self.from), machine(&self.to)) {
-            (Some((name, path)), None) if self.to == "-" => fetch_as_tar(name, path)?,
+            (Some((name, path)), None) if self.to == "-" => self.fetch_as_tar(name, path)?,
             (Some((name, path)), None) => self.fetch(name, path)?,
             (None, Some((name, path))) => self.bring(name, path)?,
             (None, None) => bail!("neither path has a machine: type MACHINE:PATH for one of them"),
@@ -65,17 +74,51 @@ impl Cp {
     }
 
     fn fetch(&self, name: &str, path: &str) -> Result<Copied> {
-        let mut process = start(name, COPY_FROM, path, false)?;
+        let bar = Progress::on_terminal().count("copy");
+        let (called, must_be_folder) = asked(path);
+        let terms = Terms { name: Some(called), must_be_folder, owners: self.archive, trusted: false };
+        let copied = self.receive(name, path, |stream| {
+            Ok(tree::receive(stream, Path::new(&self.to), terms, &mut |bytes| bar.set(bytes))?)
+        })?;
+        drop(bar);
+        if let Some(target) = &copied.link {
+            log::warn!("{path} in {name} is a link, to {target:?}, and so is the copy: type -L for what it leads to");
+        }
+        Ok(copied)
+    }
+
+    /// Prints what is at `path` as an archive.
+    fn fetch_as_tar(&self, name: &str, path: &str) -> Result<Copied> {
+        ensure!(!io::stdout().is_terminal(), "standard output is a terminal: send the archive to a file or a pipe");
+        let mut out = BufWriter::new(io::stdout().lock());
+        let (called, _) = asked(path);
+        let copied = self.receive(name, path, |stream| tar_write::receive(stream, called.as_bytes(), &mut out));
+        // Whoever reads no further has had enough.
+        let is_enough = |error: &anyhow::Error| {
+            error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+        };
+        if copied.as_ref().is_err_and(is_enough) {
+            // Nor is what is left in the buffer for anybody.
+            let _ = out.into_parts();
+            return Ok(Copied::default());
+        }
+        copied
+    }
+
+    /// Has `take` read what the guest sends of `path`.
+    fn receive(
+        &self,
+        name: &str,
+        path: &str,
+        take: impl FnOnce(&mut BufReader<UnixStream>) -> Result<Copied>,
+    ) -> Result<Copied> {
+        let word = if self.follow_link { COPY_FROM_BEHIND_LINK } else { COPY_FROM };
+        let mut process = start(name, word, path, false)?;
         let stream = process.take(Role::Stdout)?;
         let errors = collect(&mut process)?;
-        let bar = Progress::on_terminal().count("copy");
-        let to = Path::new(&self.to);
-        // Of the guest, further names for files of this host's are not taken.
-        let trust = Trust { owners: self.archive, names: false };
-        let received = tree::receive(&mut BufReader::new(stream), to, trust, &mut |bytes| bar.set(bytes));
-        drop(bar);
-        let copied = received.with_context(|| format!("copy {path} from {name}"))?;
-        conclude(process, errors).with_context(|| format!("copy {path} from {name}"))?;
+        let what = || format!("copy {path} from {name}");
+        let copied = take(&mut BufReader::new(stream)).with_context(what)?;
+        conclude(process, errors).with_context(what)?;
         Ok(copied)
     }
 
@@ -94,7 +137,9 @@ impl Cp {
         let mut out = BufWriter::new(&stream);
         let sent = match as_tar {
             true => tar_copy::send(BufReader::new(io::stdin().lock()), &mut out, &mut |bytes| bar.set(bytes)),
-            false => tree::send(&from, &mut out, &mut |bytes| bar.set(bytes)).map_err(anyhow::Error::from),
+            false => {
+                tree::send(&from, self.follow_link, &mut out, &mut |bytes| bar.set(bytes)).map_err(anyhow::Error::from)
+            }
         };
         drop(out);
         let _ = stream.shutdown(Shutdown::Write);
@@ -105,20 +150,19 @@ impl Cp {
     }
 }
 
-/// Prints what is at `path` as an archive, which the guest makes.
-fn fetch_as_tar(name: &str, path: &str) -> Result<Copied> {
-    ensure!(!io::stdout().is_terminal(), "standard output is a terminal: send the archive to a file or a pipe");
-    let mut process = start(name, COPY_FROM_AS_TAR, path, false)?;
-    let mut stream = process.take(Role::Stdout)?;
-    let errors = collect(&mut process)?;
-    let copied = io::copy(&mut stream, &mut io::stdout().lock());
-    // Whoever reads no further has had enough.
-    if matches!(&copied, Err(error) if error.kind() == io::ErrorKind::BrokenPipe) {
-        return Ok(Copied::default());
+/// What the user calls that which is at `path` in a machine, `.` for what is in a folder, and whether it has to be one. The guest
+/// is not asked: it could answer with the name of another file.
+fn asked(path: &str) -> (OsString, bool) {
+    let is_contents = path == "." || path.ends_with("/.");
+    let mut names: Vec<&str> = Vec::new();
+    for name in path.split('/').filter(|name| !matches!(*name, "" | ".")) {
+        match name {
+            ".." => drop(names.pop()),
+            name => names.push(name),
+        }
     }
-    let bytes = copied.context("write to standard output")?;
-    conclude(process, errors).with_context(|| format!("copy {path} from {name}"))?;
-    Ok(Copied { bytes, ..Copied::default() })
+    let name = names.last().filter(|_| !is_contents).unwrap_or(&".");
+    (name.into(), is_contents || *name == "." || matches!(path.rsplit('/').next(), Some("" | "..")))
 }
 
 /// The machine and the path in `MACHINE:PATH`. What begins with a path's signs is one of this host's.
@@ -168,6 +212,25 @@ fn conclude(process: guest::Connections, errors: Errors) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_copied_is_called_what_the_user_calls_it() {
+        for (path, name, must_be_folder) in [
+            ("/var/log/app.log", "app.log", false),
+            ("app.log", "app.log", false),
+            ("/srv/", "srv", true),
+            ("/srv/.", ".", true),
+            ("/srv//./sub", "sub", false),
+            ("/srv/sub/..", "srv", true),
+            (".", ".", true),
+            ("/", ".", true),
+            ("/..", ".", true),
+            ("/srv/..a", "..a", false),
+            ("/srv/a..", "a..", false),
+        ] {
+            assert_eq!(asked(path), (name.into(), must_be_folder), "{path}");
+        }
+    }
 
     #[test]
     fn a_machine_stands_before_a_colon() {

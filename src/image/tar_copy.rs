@@ -54,7 +54,8 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
                 }
                 Kind::Symlink(target) => Entry::Link(name, target.clone(), about),
                 Kind::Hardlink(target) => Entry::Same(name, self::names(target)?),
-                Kind::File | Kind::Sparse { .. } => Entry::File(name, about),
+                Kind::File => Entry::File(name, about, entry.content_bytes),
+                Kind::Sparse { size_bytes, .. } => Entry::File(name, about, *size_bytes),
                 Kind::Character { .. } | Kind::Block { .. } | Kind::Fifo => {
                     self.copied.entries -= 1;
                     self.copied.skipped.push(shown(&entry.path).into());
@@ -135,7 +136,7 @@ mod tests {
     use std::path::Path;
     use std::process::Command;
 
-    use husk_protocol::tree::{self, Trust};
+    use husk_protocol::tree::{self, Terms};
 
     use super::*;
 
@@ -149,7 +150,7 @@ mod tests {
     fn unpack(archive: &[u8], to: &Path) -> Result<Copied> {
         let mut sent = Vec::new();
         let copied = send(archive, &mut sent, &mut |_| {})?;
-        tree::receive(&mut sent.as_slice(), to, Trust { names: true, ..Trust::default() }, &mut |_| {})?;
+        tree::receive(&mut sent.as_slice(), to, Terms { trusted: true, ..Terms::default() }, &mut |_| {})?;
         Ok(copied)
     }
 
@@ -208,7 +209,7 @@ mod tests {
             let error = send(archive, &mut sent, &mut |_| {}).unwrap_err();
             assert!(format!("{error:#}").contains(why), "{error:#}");
             let to = place.path().join("to");
-            assert!(tree::receive(&mut sent.as_slice(), &to, Trust::default(), &mut |_| {}).is_err());
+            assert!(tree::receive(&mut sent.as_slice(), &to, Terms::default(), &mut |_| {}).is_err());
         }
     }
 }

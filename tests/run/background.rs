@@ -182,6 +182,27 @@ fn files_go_in_and_come_out_as_they_were() {
         assert!(ended.expect(1).errors.contains(why) && ended.errors.lines().count() == 1, "{}", ended.errors);
     }
     assert!(!Path::new(&at("x")).exists());
+    // A link that a user names is written through, and copied as what it is, or as what it leads to.
+    machines.ok(&["exec", "box", "sh", "-c", "echo old >/real; ln -s real /link; ln -s nope /dangling"]);
+    fs::write(at("new"), "new").unwrap();
+    machines.ok(&["cp", &at("new"), "box:/link"]);
+    machines.ok(&["cp", &at("new"), "box:/dangling"]);
+    let links = machines.ok(&["exec", "box", "sh", "-c", "readlink /link; readlink /dangling; cat /real /nope"]);
+    assert_eq!(links, "real\nnope\nnewnew");
+    machines.ok(&["cp", "-L", "box:/link", &at("followed")]);
+    assert_eq!(fs::read(at("followed")).unwrap(), b"new");
+    let as_link = machines.husk(&["cp", "box:/link", &at("as-link")]);
+    assert!(as_link.expect(0).errors.contains("type -L"), "{}", as_link.errors);
+    assert_eq!(fs::read_link(at("as-link")).unwrap(), Path::new("real"));
+    // Of /proc and /sys it is the content that counts.
+    for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"] {
+        let content = machines.husk(&["exec", "box", "cat", path]).output.clone();
+        machines.ok(&["cp", &format!("box:{path}"), &at("content")]);
+        assert_eq!(fs::read(at("content")).unwrap(), content, "{path}");
+        let archive = machines.husk(&["cp", &format!("box:{path}"), "-"]).expect(0).output.clone();
+        assert_eq!(archive.get(512..512 + content.len()), Some(&content[..]), "{path}");
+        assert_eq!(u64::from_str_radix(std::str::from_utf8(&archive[124..135]).unwrap(), 8), Ok(content.len() as u64));
+    }
 }
 
 #[test]

@@ -5,25 +5,25 @@ use std::ffi::OsString;
 use std::io::{self, BufReader, BufWriter};
 use std::path::PathBuf;
 
-use husk_protocol::tree::{self, Copied, Trust};
-use husk_protocol::{COPY_FROM, COPY_FROM_AS_TAR, COPY_TO, COPY_TO_KEEPING_OWNERS};
-
-use crate::tar;
+use husk_protocol::tree::{self, Copied, Terms};
+use husk_protocol::{COPY_FROM, COPY_FROM_BEHIND_LINK, COPY_TO, COPY_TO_KEEPING_OWNERS};
 
 const CODE_USAGE: i32 = 2;
 
 /// Does what the words say, with standard input or to standard output. Returns the exit code.
 pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
     let (Some(what), Some(path)) = (words.next(), words.next().map(PathBuf::from)) else { return refuse() };
+    let is_sent = matches!(what.to_str(), Some(COPY_FROM | COPY_FROM_BEHIND_LINK));
     let copied = match what.to_str() {
-        Some(COPY_FROM) => tree::send(&path, &mut BufWriter::new(io::stdout().lock()), &mut |_| {}),
+        Some(word @ (COPY_FROM | COPY_FROM_BEHIND_LINK)) => {
+            let follow = word == COPY_FROM_BEHIND_LINK;
+            tree::send(&path, follow, &mut BufWriter::new(io::stdout().lock()), &mut |_| {})
+        }
         Some(word @ (COPY_TO | COPY_TO_KEEPING_OWNERS)) => {
             // Who sends is the host.
-            let trust = Trust { owners: word == COPY_TO_KEEPING_OWNERS, names: true };
-            tree::receive(&mut BufReader::new(io::stdin().lock()), &path, trust, &mut |_| {})
+            let terms = Terms { owners: word == COPY_TO_KEEPING_OWNERS, trusted: true, ..Terms::default() };
+            tree::receive(&mut BufReader::new(io::stdin().lock()), &path, terms, &mut |_| {})
         }
-        Some(COPY_FROM_AS_TAR) => tar::send(&path, &mut BufWriter::new(io::stdout().lock()))
-            .map(|skipped| Copied { skipped, ..Copied::default() }),
         _ => return refuse(),
     };
     match copied {
@@ -32,7 +32,7 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
             0
         }
         // Who is sent to hears it from the stream.
-        Err(_) if what == COPY_FROM => 1,
+        Err(_) if is_sent => 1,
         Err(error) => {
             eprintln!("{error}");
             1

@@ -20,7 +20,6 @@ mod report;
 pub mod root;
 mod session;
 mod sys;
-mod tar;
 
 use errors::Failure;
 use husk_protocol::{Process, Spec, Start};

@@ -23,10 +23,10 @@ pub const PORT: u32 = 1024;
 /// Where init's own program is for a process of the guest, which it serves `husk cp` with: the first argument is one of
 /// those below, the second a path.
 pub const INIT_PROGRAM: &str = "/proc/1/exe";
-/// Writes what is at the path to standard output as a tar archive.
-pub const COPY_FROM_AS_TAR: &str = "copy-from-as-tar";
 /// Sends what is at the path to standard output, as [`tree::send`] does.
 pub const COPY_FROM: &str = "copy-from";
+/// The same, and a link at the path is what it leads to.
+pub const COPY_FROM_BEHIND_LINK: &str = "copy-from-behind-link";
 /// Puts what comes on standard input to the path, as [`tree::receive`] does.
 pub const COPY_TO: &str = "copy-to";
 /// The same, and files keep their owners.
@@ -34,7 +34,7 @@ pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
 /// The session of the machine's own process.
 pub const MAIN_SESSION: u64 = 0;
 /// What a change of any message here changes. husk carries the init that it speaks to, so that they differ only by mistake.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Why a message is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

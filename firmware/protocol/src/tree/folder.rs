@@ -1,0 +1,177 @@
+//! A folder that is open. What is done in it is done by a single name, and through no link: whatever others make of the folders
+//! above meanwhile, it goes nowhere else.
+
+use std::ffi::OsStr;
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+use rustix::process::geteuid;
+
+use super::{about, failure};
+
+/// The folder, and its path for who reads of what went wrong.
+pub struct Folder {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+/// Nothing of it is read; so its owner may forbid that.
+const FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+impl Folder {
+    /// Opens a folder of the user's own, links and all.
+    pub fn open(path: &Path) -> io::Result<Folder> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let fd = fs::openat(CWD, path, FLAGS, Mode::empty()).map_err(|error| about("open", path, &error.into()))?;
+        Ok(Folder { fd, path: path.to_owned() })
+    }
+
+    /// The path of what is called `name` in it.
+    pub fn path_of(&self, name: &OsStr) -> PathBuf {
+        self.path.join(name)
+    }
+
+    fn told<T>(&self, action: &str, name: &OsStr, done: Result<T, Errno>) -> io::Result<T> {
+        done.map_err(|error| about(action, &self.path_of(name), &error.into()))
+    }
+
+    /// Makes a folder in it, or takes one that is there. Returns it, and whether it is new.
+    pub fn make_folder(&self, name: &OsStr, mode: u32) -> io::Result<(Folder, bool)> {
+        let made = fs::mkdirat(&self.fd, name, Mode::from_raw_mode(mode));
+        let is_new = made.is_ok();
+        if made != Err(Errno::EXIST) {
+            self.told("make", name, made)?;
+        }
+        match self.enter(name) {
+            Err(Errno::NOTDIR | Errno::LOOP) => self.told("make", name, Err(Errno::EXIST)),
+            entered => Ok((self.told("open", name, entered)?, is_new)),
+        }
+    }
+
+    fn enter(&self, name: &OsStr) -> Result<Folder, Errno> {
+        let fd = fs::openat(&self.fd, name, FLAGS | OFlags::NOFOLLOW, Mode::empty())?;
+        Ok(Folder { fd, path: self.path_of(name) })
+    }
+
+    /// Makes a file in it, in place of a file or a link. Returns it, and what was there if that was a file.
+    pub fn make_file(&self, name: &OsStr) -> io::Result<(File, Option<Stat>)> {
+        let previous = self.clear(name)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR);
+        let file = File::from(self.told("make", name, made)?);
+        Ok((file, previous.filter(|found| FileType::from_raw_mode(found.st_mode).is_file())))
+    }
+
+    /// Makes a symbolic link in it, in place of a file or a link.
+    pub fn make_link(&self, name: &OsStr, target: &[u8]) -> io::Result<()> {
+        self.clear(name)?;
+        self.told("make", name, fs::symlinkat(OsStr::from_bytes(target), &self.fd, name))
+    }
+
+    /// Gives the file that `names` lead to, from `root`, a further name in this folder, in place of a file or a link.
+    pub fn make_same(&self, name: &OsStr, root: &Folder, names: &[Vec<u8>]) -> io::Result<()> {
+        let Some((file, folders)) = names.split_last() else {
+            return Err(failure("the sender wants another name for no file"));
+        };
+        let mut inner = None;
+        for folder in folders {
+            let from: &Folder = inner.as_ref().unwrap_or(root);
+            let folder = OsStr::from_bytes(folder);
+            inner = Some(from.told("link to", folder, from.enter(folder))?);
+        }
+        let (from, file) = (inner.as_ref().unwrap_or(root), OsStr::from_bytes(file));
+        let found = from.told("link to", file, fs::statat(&from.fd, file, AtFlags::SYMLINK_NOFOLLOW))?;
+        if FileType::from_raw_mode(found.st_mode).is_dir() {
+            return Err(failure(format!("link to {}: it is no file", from.path_of(file).display())));
+        }
+        self.clear(name)?;
+        self.told("make", name, fs::linkat(&from.fd, file, &self.fd, name, AtFlags::empty()))
+    }
+
+    /// Gives what is called `name` in it another owner, a link too.
+    pub fn own(&self, name: &OsStr, uid: u32, gid: u32) -> io::Result<()> {
+        let (uid, gid) = (fs::Uid::from_raw(uid), fs::Gid::from_raw(gid));
+        let done = fs::chownat(&self.fd, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
+        self.told("change the owner of", name, done)
+    }
+
+    /// The folder as a file, whose owner, mode and times can be changed.
+    pub fn as_file(&self) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = fs::openat(&self.fd, ".", flags, Mode::empty());
+        opened.map(File::from).map_err(|error| about("open", &self.path, &error.into()))
+    }
+
+    /// Its path, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes a file or a link that is in the way, and nothing else. Returns what it was.
+    fn clear(&self, name: &OsStr) -> io::Result<Option<Stat>> {
+        let found = match fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(None),
+            found => self.told("replace", name, found)?,
+        };
+        match FileType::from_raw_mode(found.st_mode) {
+            FileType::RegularFile | FileType::Symlink => {}
+            FileType::Directory => return self.told("replace", name, Err(Errno::ISDIR)),
+            _ => {
+                return Err(failure(format!(
+                    "replace {}: it is a device, pipe or socket",
+                    self.path_of(name).display()
+                )));
+            }
+        }
+        self.told("replace", name, fs::unlinkat(&self.fd, name, AtFlags::empty()))?;
+        Ok(Some(found))
+    }
+}
+
+/// Gives a file the owner and the permissions of the one that it has come in place of, as far as this process may.
+pub fn take_after(file: &File, previous: &Stat) -> io::Result<()> {
+    let now = fs::fstat(file)?;
+    if (now.st_uid, now.st_gid) != (previous.st_uid, previous.st_gid) {
+        let _ = fchown(file, Some(previous.st_uid), Some(previous.st_gid));
+    }
+    // Bits that make it run as its owner were given to another content.
+    file.set_permissions(Permissions::from_mode(previous.st_mode & 0o777))
+}
+
+/// Links that lead to each other, at most (as the kernel, path_resolution(7)).
+const LINKS_MAX: usize = 40;
+
+/// Where the links of the user's lead that begin at `path`: to a file, or to the name of one. One that another user has put
+/// into a folder of everybody's is refused, as by the kernel (proc(5), protected_symlinks).
+pub fn through_links(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..LINKS_MAX {
+        let told = |error: Errno| about("open", &path, &error.into());
+        let link = match fs::openat(CWD, &path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(path),
+            link => link.map_err(told)?,
+        };
+        let found = fs::fstat(&link).map_err(told)?;
+        if !FileType::from_raw_mode(found.st_mode).is_symlink() {
+            return Ok(path);
+        }
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let around = fs::stat(parent).map_err(told)?;
+        let is_everybodys = around.st_mode & 0o1002 == 0o1002;
+        if is_everybodys && found.st_uid != geteuid().as_raw() && found.st_uid != around.st_uid {
+            return Err(told(Errno::ACCESS));
+        }
+        let target = fs::readlinkat(&link, "", Vec::new()).map_err(told)?;
+        path = parent.join(OsStr::from_bytes(target.as_bytes()));
+    }
+    Err(about("open", &path, &Errno::LOOP.into()))
+}

@@ -1,0 +1,196 @@
+//! From a stream to files and folders: below the place and under the name that the receiver says, whatever the sender does.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, FileTimes, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use super::entries::check_name;
+use super::folder::{Folder, take_after, through_links};
+use super::{About, Copied, Entries, Entry, about, failure};
+
+/// What a receiver takes from its sender.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// What that is called which is sent; `.` is what is in a folder. Without one it is the sender's to say.
+    pub name: Option<OsString>,
+    /// Nothing but a folder was asked for.
+    pub must_be_folder: bool,
+    /// Gives what is new the owners that it had; otherwise it is this process's, and runs as nobody else.
+    pub owners: bool,
+    /// The sender may also change modes and owners of what is there, and make further names for files.
+    pub trusted: bool,
+}
+
+/// Makes what a stream describes: in `to` where that is a folder, or else under that name.
+pub fn receive(input: &mut impl Read, to: &Path, terms: Terms, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
+    let entries = Entries::new(input, terms.trusted);
+    let mut receiver = Receiver { entries, open: Vec::new(), copied: Copied::default(), terms, progress };
+    receiver.receive(to)?;
+    Ok(receiver.copied)
+}
+
+struct Receiver<'a, R, P> {
+    entries: Entries<&'a mut R>,
+    open: Vec<Open>,
+    copied: Copied,
+    terms: Terms,
+    progress: &'a mut P,
+}
+
+/// A folder that is not complete, and what it becomes when it is.
+struct Open {
+    folder: Folder,
+    becomes: Option<About>,
+}
+
+/// Where the first entry goes.
+enum Place {
+    /// It is this folder, which is there.
+    Itself(Folder),
+    /// In this folder, under this name.
+    In(Folder, OsString),
+}
+
+impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
+    fn receive(&mut self, to: &Path) -> io::Result<()> {
+        let Some(first) = self.entries.next_entry()? else { return Ok(()) };
+        if self.terms.must_be_folder && !first.is_folder() {
+            return Err(failure("the sender sends what is no folder"));
+        }
+        if let Entry::Link(_, target, _) = &first {
+            self.copied.link = Some(PathBuf::from(OsString::from_vec(target.clone())));
+        }
+        match self.place(to, &first)? {
+            Place::Itself(folder) => {
+                self.copied.entries += u64::from(matches!(first, Entry::Folder(..)));
+                self.open.push(Open { folder, becomes: None });
+            }
+            Place::In(folder, name) => {
+                let made = self.make(&folder, &name, first)?;
+                self.open.extend(made);
+            }
+        }
+        while let Some(entry) = self.entries.next_entry()? {
+            // They are counted where they are read.
+            let Some(outer) = self.open.pop() else { return Err(failure("the sender says what makes no sense")) };
+            if entry == Entry::Leave {
+                self.complete(&outer)?;
+                continue;
+            }
+            let name = OsStr::from_bytes(entry.name().unwrap_or_default()).to_owned();
+            let inner = match &entry {
+                Entry::Same(_, names) => self.make_same(&outer.folder, &name, names).map(|()| None),
+                _ => self.make(&outer.folder, &name, entry),
+            }?;
+            self.open.push(outer);
+            self.open.extend(inner);
+        }
+        Ok(())
+    }
+
+    /// Where the first entry goes: `to` may be the folder that it is put in, or its own name, or a link of the user's to either.
+    fn place(&self, to: &Path, first: &Entry) -> io::Result<Place> {
+        let name = self.terms.name.as_ref().map_or(first.name().unwrap_or_default(), |name| name.as_bytes());
+        let is_contents = name == b".";
+        if is_contents && !first.is_folder() {
+            return Err(failure("the sender sends what is no folder"));
+        }
+        if fs::metadata(to).is_ok_and(|found| found.is_dir()) {
+            let folder = Folder::open(to)?;
+            if is_contents {
+                return Ok(Place::Itself(folder));
+            }
+            check_name(name)?;
+            return Ok(Place::In(folder, OsStr::from_bytes(name).to_owned()));
+        }
+        if first.is_folder() && fs::symlink_metadata(to).is_ok() {
+            return Err(failure(format!("{}: a file is there, which cannot become a folder", to.display())));
+        }
+        if to.as_os_str().as_bytes().ends_with(b"/") && !first.is_folder() {
+            return Err(failure(format!("{}: there is no such folder", to.display())));
+        }
+        let to = if matches!(first, Entry::File(..)) { through_links(to)? } else { to.to_owned() };
+        let missing = || failure(format!("{}: there is no such folder", to.display()));
+        let name = to.file_name().ok_or_else(missing)?.to_owned();
+        Ok(Place::In(Folder::open(to.parent().unwrap_or(Path::new("")))?, name))
+    }
+
+    /// Makes an entry called `name` in `folder`. Returns it where others follow that are in it.
+    fn make(&mut self, folder: &Folder, name: &OsStr, entry: Entry) -> io::Result<Option<Open>> {
+        self.copied.entries += u64::from(!matches!(entry, Entry::Enter(_)));
+        match entry {
+            Entry::Folder(_, about) => {
+                let (folder, is_new) = folder.make_folder(name, 0o700)?;
+                Ok(Some(Open { folder, becomes: (is_new || self.terms.trusted).then_some(about) }))
+            }
+            Entry::Enter(_) => Ok(Some(Open { folder: folder.make_folder(name, 0o755)?.0, becomes: None })),
+            Entry::File(_, about, _) => self.make_file(folder, name, about).map(|()| None),
+            Entry::Link(_, target, about) => {
+                folder.make_link(name, &target)?;
+                if self.terms.owners {
+                    folder.own(name, about.uid, about.gid)?;
+                }
+                Ok(None)
+            }
+            _ => Err(failure("the sender says what makes no sense")),
+        }
+    }
+
+    fn make_same(&mut self, folder: &Folder, name: &OsStr, names: &[Vec<u8>]) -> io::Result<()> {
+        if !self.terms.trusted {
+            return Err(failure("the sender wants another name for a file, which is not for it to say"));
+        }
+        names.iter().try_for_each(|name| check_name(name))?;
+        self.copied.entries += 1;
+        let root = self.open.first().map_or(folder, |root| &root.folder);
+        folder.make_same(name, root, names)
+    }
+
+    fn make_file(&mut self, folder: &Folder, name: &OsStr, about: About) -> io::Result<()> {
+        let (mut file, previous) = folder.make_file(name)?;
+        let (copied, progress) = (&mut self.copied, &mut *self.progress);
+        let path = folder.path_of(name);
+        self.entries.content(|piece| {
+            file.write_all(piece).map_err(|error| self::about("write", &path, &error))?;
+            copied.bytes += piece.len() as u64;
+            progress(copied.bytes);
+            Ok(())
+        })?;
+        let finished = match previous.filter(|_| !self.terms.trusted) {
+            Some(previous) => {
+                set_time(&file, about);
+                take_after(&file, &previous)
+            }
+            None => self.finish(&file, about),
+        };
+        finished.map_err(|error| self::about("change", &path, &error))
+    }
+
+    fn complete(&self, open: &Open) -> io::Result<()> {
+        let Some(becomes) = open.becomes else { return Ok(()) };
+        let finished = self.finish(&open.folder.as_file()?, becomes);
+        finished.map_err(|error| about("change", open.folder.path(), &error))
+    }
+
+    /// Gives a file or a folder that is complete its owner, mode and time.
+    fn finish(&self, file: &File, about: About) -> io::Result<()> {
+        if self.terms.owners {
+            fchown(file, Some(about.uid), Some(about.gid))?;
+        }
+        set_time(file, about);
+        // Who gets a file of another's has no use for bits that make it run as its owner.
+        let mode = if self.terms.owners { about.mode & 0o7777 } else { about.mode & 0o777 };
+        file.set_permissions(Permissions::from_mode(mode))
+    }
+}
+
+/// File systems that keep no such times, or not all of them, keep the file.
+fn set_time(file: &File, about: About) {
+    let since = Duration::new(about.mtime_s.max(0).unsigned_abs(), about.mtime_ns.min(999_999_999));
+    let time = SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH);
+    let _ = file.set_times(FileTimes::new().set_modified(time));
+}

@@ -1,0 +1,266 @@
+//! From what `husk cp` is sent to a tar archive, for who copies to a pipe: ustar, and where that has no room for a name or a number
+//! an extended header before it (POSIX.1-2017, pax, "pax Interchange Format").
+//!
+//! It is made here and not in the guest, so that whoever unpacks it finds the name that was asked for, and no other.
+
+use std::io::{self, Read, Write};
+
+use anyhow::{Context, Result, ensure};
+use husk_protocol::tree::{About, Copied, Entries, Entry};
+
+use super::tar::shown;
+
+/// Headers are as long, and contents are filled up to a multiple of it.
+const RECORD_BYTES: usize = 512;
+/// Longest name, and target of a link, in a header.
+const NAME_MAX_BYTES: usize = 100;
+/// Largest owner's number, of seven octal digits; and largest size and time, of eleven.
+const OWNER_MAX: u64 = 0o7_777_777;
+const NUMBER_MAX: u64 = 0o77_777_777_777;
+
+/// Writes what a guest sends to `out`, under the name `name`; `.` is what is in a folder.
+pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Copied> {
+    let mut entries = Entries::new(input, false);
+    let mut copied = Copied::default();
+    // The path of the folder that is written, with a slash behind it, and how long it was before each folder in it.
+    let (mut path, mut outer) = (Vec::new(), Vec::new());
+    while let Some(entry) = entries.next_entry()? {
+        let Some(own) = entry.name() else {
+            path.truncate(outer.pop().unwrap_or(0));
+            continue;
+        };
+        let outside_bytes = path.len();
+        path.extend_from_slice(if outer.is_empty() { name } else { own });
+        ensure!(name != b"." || entry.is_folder() || !outer.is_empty(), "the guest sends what is no folder");
+        match &entry {
+            Entry::Folder(_, about) => {
+                path.push(b'/');
+                head(b'5', &path, b"", 0, about, out)?;
+                outer.push(outside_bytes);
+            }
+            Entry::File(_, about, size_bytes) => {
+                head(b'0', &path, b"", *size_bytes, about, out)?;
+                content(&mut entries, *size_bytes, out).with_context(|| shown(&path))?;
+                copied.bytes += size_bytes;
+                path.truncate(outside_bytes);
+            }
+            Entry::Link(_, target, about) => {
+                head(b'2', &path, target, 0, about, out)?;
+                path.truncate(outside_bytes);
+            }
+            _ => anyhow::bail!("the guest sends what makes no sense"),
+        }
+        copied.entries += 1;
+    }
+    // The end of an archive.
+    out.write_all(&[0; 2 * RECORD_BYTES])?;
+    out.flush()?;
+    Ok(copied)
+}
+
+/// A file as it was when it was opened: of one that has grown since, no more than that. One that has shrunk is an error: what is
+/// missing could be without end.
+fn content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Write) -> Result<()> {
+    let mut missing_bytes = size_bytes;
+    entries.content(|piece| {
+        let wanted = usize::try_from(missing_bytes).unwrap_or(usize::MAX).min(piece.len());
+        missing_bytes -= wanted as u64;
+        out.write_all(piece.get(..wanted).unwrap_or_default())
+    })?;
+    ensure!(missing_bytes == 0, "the file became shorter while it was copied");
+    let rest_bytes = size_bytes.wrapping_neg() % RECORD_BYTES as u64;
+    io::copy(&mut io::repeat(0).take(rest_bytes), out)?;
+    Ok(())
+}
+
+/// The headers of an entry.
+fn head(kind: u8, name: &[u8], link: &[u8], size_bytes: u64, of: &About, out: &mut impl Write) -> io::Result<()> {
+    let mut extended = Vec::new();
+    for (keyword, value) in [("path", name), ("linkpath", link)] {
+        if value.len() > NAME_MAX_BYTES {
+            extend(&mut extended, keyword, value);
+        }
+    }
+    let (uid, gid, mtime_s) = (u64::from(of.uid), u64::from(of.gid), of.mtime_s);
+    let numbers = [("size", size_bytes, NUMBER_MAX), ("uid", uid, OWNER_MAX), ("gid", gid, OWNER_MAX)];
+    for (keyword, value, max) in numbers.into_iter().filter(|(_, value, max)| value > max) {
+        let _ = max;
+        extend(&mut extended, keyword, value.to_string().as_bytes());
+    }
+    if !(0..=NUMBER_MAX as i64).contains(&mtime_s) {
+        extend(&mut extended, "mtime", mtime_s.to_string().as_bytes());
+    }
+    if !extended.is_empty() {
+        let len_bytes = extended.len();
+        out.write_all(&header(b'x', b"pax", b"", len_bytes as u64, 0o644, [0, 0], 0))?;
+        extended.resize(len_bytes.next_multiple_of(RECORD_BYTES), 0);
+        out.write_all(&extended)?;
+    }
+    out.write_all(&header(kind, name, link, size_bytes, of.mode & 0o7777, [uid, gid], mtime_s))
+}
+
+/// A line of an extended header: its own length in decimal digits, which count too, a keyword and a value.
+fn extend(extended: &mut Vec<u8>, keyword: &str, value: &[u8]) {
+    let rest = keyword.len() + value.len() + " =\n".len();
+    let mut len = rest + 1;
+    while len != rest + len.to_string().len() {
+        len = rest + len.to_string().len();
+    }
+    extended.extend_from_slice(format!("{len} {keyword}=").as_bytes());
+    extended.extend_from_slice(value);
+    extended.push(b'\n');
+}
+
+/// A header, with as much of names and numbers as it has room for.
+fn header(
+    kind: u8,
+    name: &[u8],
+    link: &[u8],
+    size_bytes: u64,
+    mode: u32,
+    owners: [u64; 2],
+    mtime_s: i64,
+) -> [u8; RECORD_BYTES] {
+    let octal = |value: u64, max: u64, digits: usize| format!("{:0digits$o}\0", value.min(max)).into_bytes();
+    let [uid, gid] = owners;
+    let mtime_s = u64::try_from(mtime_s).unwrap_or(0);
+    let mut header = [0; RECORD_BYTES];
+    // Where each field begins (POSIX.1-2017, pax, "ustar Interchange Format"). The sum counts as if it were spaces.
+    for (at, field) in [
+        (0, name.get(..NAME_MAX_BYTES).unwrap_or(name).to_vec()),
+        (100, octal(mode.into(), OWNER_MAX, 7)),
+        (108, octal(uid, OWNER_MAX, 7)),
+        (116, octal(gid, OWNER_MAX, 7)),
+        (124, octal(size_bytes, NUMBER_MAX, 11)),
+        (136, octal(mtime_s, NUMBER_MAX, 11)),
+        (148, b"        ".to_vec()),
+        (156, vec![kind]),
+        (157, link.get(..NAME_MAX_BYTES).unwrap_or(link).to_vec()),
+        (257, b"ustar\x0000".to_vec()),
+    ] {
+        if let Some(place) = header.get_mut(at..at + field.len()) {
+            place.copy_from_slice(&field);
+        }
+    }
+    let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum();
+    if let Some(place) = header.get_mut(148..156) {
+        place.copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File, Permissions};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::path::Path;
+    use std::process::{Command, Stdio};
+
+    use husk_protocol::tree::{self, Writer};
+
+    use super::*;
+
+    /// What the system's tar makes of an archive, in a folder of the test's own.
+    fn unpacked(archive: &[u8], to: &Path) {
+        fs::create_dir_all(to).unwrap();
+        let mut tar = Command::new("tar").args(["-x", "-p", "-C"]).arg(to).stdin(Stdio::piped()).spawn().unwrap();
+        tar.stdin.take().unwrap().write_all(archive).unwrap();
+        assert!(tar.wait().unwrap().success());
+    }
+
+    fn sent(path: &Path) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        tree::send(path, false, &mut bytes, &mut |_| {}).unwrap();
+        bytes
+    }
+
+    fn archived(stream: &[u8], name: &str) -> Result<Vec<u8>> {
+        let mut archive = Vec::new();
+        receive(stream, name.as_bytes(), &mut archive)?;
+        Ok(archive)
+    }
+
+    #[test]
+    fn tar_unpacks_what_was_sent_under_the_name_that_was_asked_for() {
+        let place = tempfile::tempdir().unwrap();
+        let (from, to) = (place.path().join("from"), place.path().join("to"));
+        let long = "n".repeat(200);
+        fs::create_dir_all(from.join(&long).join(&long)).unwrap();
+        fs::write(from.join(&long).join(&long).join("deep"), vec![7; 1_000_000]).unwrap();
+        fs::write(from.join("none"), "").unwrap();
+        fs::set_permissions(from.join("none"), Permissions::from_mode(0o2751)).unwrap();
+        symlink("t".repeat(300), from.join("link")).unwrap();
+        let old = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+        File::options().write(true).open(from.join("none")).unwrap().set_modified(old).unwrap();
+        let archive = archived(&sent(&from), "asked").unwrap();
+        assert!(archive.len().is_multiple_of(RECORD_BYTES));
+        unpacked(&archive, &to);
+        let at = |name: &str| to.join("asked").join(name);
+        assert_eq!(fs::read(at(&long).join(&long).join("deep")).unwrap(), vec![7; 1_000_000]);
+        assert_eq!(fs::read_link(at("link")).unwrap(), Path::new(&"t".repeat(300)));
+        let none = fs::metadata(at("none")).unwrap();
+        assert_eq!((none.mode() & 0o7777, none.mtime(), none.len()), (0o2751, 1_000_000_000, 0));
+        // What is in it, and not itself.
+        unpacked(&archived(&sent(&from.join(".")), ".").unwrap(), &place.path().join("contents"));
+        assert!(place.path().join("contents/none").exists());
+    }
+
+    #[test]
+    fn a_guest_chooses_no_name_writes_through_no_link_and_pads_nothing_without_end() {
+        let about = About { mode: 0o644, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 };
+        let stream = |entries: &[Entry]| {
+            let mut out = Writer::new(Vec::new());
+            entries.iter().for_each(|entry| out.say(entry).unwrap());
+            out.into_inner()
+        };
+        let file = |name: &[u8], size_bytes| vec![Entry::File(name.to_vec(), about, size_bytes), Entry::Piece(0)];
+        for name in [&b".ssh/authorized_keys"[..], b"..", b"/etc/passwd"] {
+            let archive = archived(&stream(&[file(name, 0), vec![Entry::End]].concat()), "app.log").unwrap();
+            assert!(archive.starts_with(b"app.log\0"));
+            let inside = [vec![Entry::Folder(name.to_vec(), about)], file(name, 0)].concat();
+            assert!(archived(&stream(&inside), "logs").is_err());
+        }
+        let folder = || Entry::Folder(b"d".to_vec(), about);
+        let link = || Entry::Link(b"x".to_vec(), b"/etc".to_vec(), about);
+        for (entries, name) in [
+            (vec![folder(), link(), Entry::Folder(b"x".to_vec(), about)], "d"),
+            (file(b".", 0), "."),
+            (vec![link(), Entry::End], "."),
+            (file(b"f", u64::MAX), "f"),
+            (vec![Entry::Enter(b"d".to_vec())], "d"),
+            (vec![folder(), Entry::Same(b"a".to_vec(), vec![b"x".to_vec()])], "d"),
+            (vec![folder()], "d"),
+        ] {
+            assert!(archived(&stream(&entries), name).is_err(), "{entries:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_proc_or_sys_has_its_content_and_nothing_behind_it() {
+        for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"] {
+            let Ok(content) = fs::read(path) else { continue };
+            let place = tempfile::tempdir().unwrap();
+            unpacked(&archived(&sent(Path::new(path)), "file").unwrap(), place.path());
+            assert_eq!(fs::read(place.path().join("file")).unwrap(), content);
+        }
+    }
+
+    #[test]
+    fn a_line_counts_its_own_length() {
+        for (len, start) in [(1, "10 path=".len()), (90, 100), (91, 102), (989, 999)] {
+            let mut line = Vec::new();
+            extend(&mut line, "path", &vec![b'x'; len]);
+            let text = String::from_utf8(line).unwrap();
+            let (said, _) = text.split_once(' ').unwrap();
+            assert_eq!(said.parse(), Ok(text.len()), "{start}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_too_large_stand_in_an_extended_header() {
+        let mut out = Vec::new();
+        let of = About::from(&fs::metadata("/proc/self/exe").unwrap());
+        head(b'0', b"big", b"", NUMBER_MAX + 1, &of, &mut out).unwrap();
+        assert!(out.starts_with(b"pax\0") && out.windows(20).any(|bytes| bytes == b"size=8589934592\n\0\0\0\0"));
+    }
+}
