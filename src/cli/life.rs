@@ -48,7 +48,7 @@ pub struct Life {
     restart: Restart,
 
     /// As much of its output as is kept for `husk logs` [default: 16M]
-    #[arg(long, value_name = "SIZE", value_parser = size::bytes, requires = "detach")]
+    #[arg(long, value_name = "SIZE", value_parser = log_max, requires = "detach")]
     log_max: Option<u64>,
 
     #[arg(long, hide = true)]
@@ -224,6 +224,13 @@ fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Resu
 
 fn name(text: &str) -> Result<String, String> {
     names::check(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
+}
+
+/// Parses a size that a log can have.
+fn log_max(text: &str) -> Result<u64, String> {
+    let bytes = size::bytes(text)?;
+    let least_kib = stream_log::MIN_BYTES >> 10;
+    if bytes >= stream_log::MIN_BYTES { Ok(bytes) } else { Err(format!("a log has {least_kib}K at least")) }
 }
 
 /// Parses `no`, `on-failure` and `on-failure:TIMES`.

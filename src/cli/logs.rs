@@ -80,6 +80,8 @@ impl Logs {
                 }
             }
             if !alive {
+                let damaged_bytes = reader.damaged_bytes();
+                ensure!(damaged_bytes == 0, "{damaged_bytes} bytes of the log are damaged, and were left out");
                 return Ok(Exit::Success);
             }
             std::thread::sleep(LOOK_AGAIN);
@@ -158,7 +160,7 @@ mod tests {
 
     #[test]
     fn each_line_has_its_time_once() {
-        let head = Head { time_ns: 0, len_bytes: 0, stream: Stream::Output };
+        let head = Head { time_ns: 0, len_bytes: 0, stream: Stream::Output, continues: false };
         let mut at_start = true;
         let text = [b"a\nb".as_slice(), b"c\n", b"d"].map(|content| stamped(&head, content, &mut at_start)).concat();
         let stamp = "1970-01-01T00:00:00.000000000Z";

@@ -1,8 +1,9 @@
 //! What a machine's process writes, kept byte by byte for `husk logs`: two files of records, the older of which goes when
 //! the newer one is full.
 //!
-//! A record is a head of 16 bytes, little-endian (nanoseconds since 1970: 8, length: 4, stream: 1, zeroes: 3), and the bytes.
-//! Who follows a machine's streams over its control socket gets the same records.
+//! A record is a head of 16 bytes, little-endian (nanoseconds since 1970: 8, length: 4, stream and flag: 1, check: 3), and the bytes.
+//! By the check a reader finds the next head where a part of the file is damaged. Who follows a machine's streams over its
+//! control socket gets the same records.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
@@ -18,8 +19,12 @@ pub const HEAD_BYTES: usize = 16;
 pub const CONTENT_MAX_BYTES: usize = 64 << 10;
 /// As much of a machine's output as is kept where nobody says how much.
 pub const DEFAULT_MAX_BYTES: u64 = 16 << 20;
-/// Less than this is no log: a record and its head have to fit.
-pub const MIN_BYTES: u64 = 4 * CONTENT_MAX_BYTES as u64;
+/// Less than this is no log: there is room for two heads and some lines in each of its files.
+pub const MIN_BYTES: u64 = 4 << 10;
+/// A line that is longer begins anywhere, where its beginning is not kept.
+const LINE_MAX_BYTES: usize = 16 << 10;
+/// Beside the stream: the content goes on with a line of its stream's that an earlier record began.
+const CONTINUES: u8 = 1 << 1;
 
 /// Which of the process's streams a record is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +46,8 @@ pub struct Head {
     pub len_bytes: u32,
     /// Whose it is.
     pub stream: Stream,
+    /// Whether the content goes on with a line that an earlier record began.
+    pub continues: bool,
 }
 
 impl Head {
@@ -49,20 +56,30 @@ impl Head {
         let mut bytes = [0; HEAD_BYTES];
         bytes[..8].copy_from_slice(&self.time_ns.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.len_bytes.to_le_bytes());
-        bytes[12] = self.stream as u8;
+        bytes[12] = self.stream as u8 | if self.continues { CONTINUES } else { 0 };
+        let check = check_of(&bytes[..13]);
+        bytes[13..].copy_from_slice(&check);
         bytes
     }
 
     /// The head that `bytes` are, if they are one.
     pub fn from_bytes(bytes: [u8; HEAD_BYTES]) -> Option<Head> {
-        let [t0, t1, t2, t3, t4, t5, t6, t7, l0, l1, l2, l3, stream, 0, 0, 0] = bytes else { return None };
+        let [t0, t1, t2, t3, t4, t5, t6, t7, l0, l1, l2, l3, stream, check @ ..] = bytes;
         let len_bytes = u32::from_le_bytes([l0, l1, l2, l3]);
-        if len_bytes as usize > CONTENT_MAX_BYTES {
+        let of_stream = *STREAMS.get(usize::from(stream & !CONTINUES))?;
+        if len_bytes as usize > CONTENT_MAX_BYTES || check != check_of(bytes.get(..13)?) {
             return None;
         }
         let time_ns = u64::from_le_bytes([t0, t1, t2, t3, t4, t5, t6, t7]);
-        Some(Head { time_ns, len_bytes, stream: *STREAMS.get(usize::from(stream))? })
+        Some(Head { time_ns, len_bytes, stream: of_stream, continues: stream & CONTINUES != 0 })
     }
+}
+
+/// FNV-1a, folded to 24 bits as its authors recommend (RFC 9923): other bytes than a head's pass once in 16 million times.
+fn check_of(bytes: &[u8]) -> [u8; 3] {
+    let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+    let [low, middle, high, _] = ((hash >> 24) ^ (hash & 0x00ff_ffff)).to_le_bytes();
+    [low, middle, high]
 }
 
 /// `bytes`, written now, as records.
@@ -70,7 +87,8 @@ pub fn records(stream: Stream, bytes: &[u8]) -> Vec<u8> {
     let time_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos() as u64);
     let mut records = Vec::with_capacity(bytes.len() + HEAD_BYTES);
     for content in bytes.chunks(CONTENT_MAX_BYTES) {
-        records.extend_from_slice(&Head { time_ns, len_bytes: content.len() as u32, stream }.to_bytes());
+        records
+            .extend_from_slice(&Head { time_ns, len_bytes: content.len() as u32, stream, continues: false }.to_bytes());
         records.extend_from_slice(content);
     }
     records
@@ -83,6 +101,8 @@ pub struct StreamLog {
     file: File,
     file_bytes: u64,
     file_max_bytes: u64,
+    /// Of each stream, whether what came last ended a line.
+    is_at_line_start: [bool; STREAMS.len()],
     told_of_failure: bool,
 }
 
@@ -91,27 +111,49 @@ impl StreamLog {
     pub fn open(path: PathBuf, max_bytes: u64) -> io::Result<StreamLog> {
         let file = private_file().append(true).create(true).open(&path)?;
         let file_bytes = file.metadata()?.len();
-        Ok(StreamLog { path, file, file_bytes, file_max_bytes: max_bytes.max(MIN_BYTES) / 2, told_of_failure: false })
+        let file_max_bytes = max_bytes.max(MIN_BYTES) / 2;
+        let is_at_line_start = [true; STREAMS.len()];
+        Ok(StreamLog { path, file, file_bytes, file_max_bytes, is_at_line_start, told_of_failure: false })
     }
 
     /// Adds records, as [`records`] makes them.
     pub fn append(&mut self, records: &[u8]) {
-        if let Err(error) = self.try_append(records) {
-            // Half a record would garble all that follows.
-            let _ = self.file.set_len(self.file_bytes);
-            if !std::mem::replace(&mut self.told_of_failure, true) {
-                log::warn!("write {}: {error}; output is not kept until there is room", self.path.display());
+        for record in self.fitted(records) {
+            if let Err(error) = self.try_append(&record) {
+                // Half a record would garble all that follows.
+                let _ = self.file.set_len(self.file_bytes);
+                if !std::mem::replace(&mut self.told_of_failure, true) {
+                    log::warn!("write {}: {error}; output is not kept until there is room", self.path.display());
+                }
             }
         }
     }
 
-    fn try_append(&mut self, records: &[u8]) -> io::Result<()> {
-        if self.file_bytes > 0 && self.file_bytes + records.len() as u64 > self.file_max_bytes {
+    /// The same content in records that fit into a file, each of which says whether it continues a line.
+    fn fitted(&mut self, mut records: &[u8]) -> Vec<Vec<u8>> {
+        let content_max_bytes = CONTENT_MAX_BYTES.min(self.file_max_bytes as usize - HEAD_BYTES);
+        let mut fitted = Vec::new();
+        while let Some((head, rest)) = records.split_first_chunk::<HEAD_BYTES>() {
+            let Some(head) = Head::from_bytes(*head) else { break };
+            let (content, rest) = rest.split_at_checked(head.len_bytes as usize).unwrap_or((rest, &[]));
+            for content in content.chunks(content_max_bytes) {
+                let at_start = self.is_at_line_start.get_mut(head.stream as usize);
+                let continues = at_start.is_some_and(|at| !std::mem::replace(at, content.ends_with(b"\n")));
+                let head = Head { len_bytes: content.len() as u32, continues, ..head };
+                fitted.push([&head.to_bytes(), content].concat());
+            }
+            records = rest;
+        }
+        fitted
+    }
+
+    fn try_append(&mut self, record: &[u8]) -> io::Result<()> {
+        if self.file_bytes > 0 && self.file_bytes + record.len() as u64 > self.file_max_bytes {
             self.file = rotate(&self.path)?;
             self.file_bytes = 0;
         }
-        self.file.write_all(records)?;
-        self.file_bytes += records.len() as u64;
+        self.file.write_all(record)?;
+        self.file_bytes += record.len() as u64;
         self.told_of_failure = false;
         Ok(())
     }
@@ -140,53 +182,100 @@ pub struct LogReader {
     /// What was read, and how much of it was taken.
     bytes: Vec<u8>,
     taken_bytes: usize,
+    damaged_bytes: u64,
+    /// Of each stream, how much is left out at most until a line begins.
+    to_line_start_bytes: [usize; STREAMS.len()],
 }
 
 impl LogReader {
-    /// Begins with the oldest record of the log at `path`.
+    /// Begins with the oldest line that is whole in the log at `path`.
     pub fn open(path: &Path) -> LogReader {
-        let mut reader =
-            LogReader { path: path.to_owned(), file: None, inode: None, bytes: Vec::new(), taken_bytes: 0 };
-        if !reader.turn_to(&old(path)) {
+        let mut reader = LogReader {
+            path: path.to_owned(),
+            file: None,
+            inode: None,
+            bytes: Vec::new(),
+            taken_bytes: 0,
+            damaged_bytes: 0,
+            to_line_start_bytes: [0; STREAMS.len()],
+        };
+        if !reader.turn_to_oldest(&old(path)) {
             reader.turn_to(path);
         }
         reader
     }
 
+    /// How much of what was read so far is no record, and was left out.
+    pub fn damaged_bytes(&self) -> u64 {
+        self.damaged_bytes
+    }
+
     fn turn_to(&mut self, path: &Path) -> bool {
         self.file = File::open(path).ok();
         self.inode = self.file.as_ref().and_then(|file| file.metadata().ok()).map(|metadata| metadata.ino());
-        self.forget();
+        self.bytes.clear();
+        self.taken_bytes = 0;
         self.file.is_some()
     }
 
-    fn forget(&mut self) {
-        self.bytes.clear();
-        self.taken_bytes = 0;
+    /// Turns to a file before which there was another.
+    fn turn_to_oldest(&mut self, path: &Path) -> bool {
+        let is_there = self.turn_to(path);
+        // Where lines are as long as files, half of one is worth more than none.
+        let file_bytes = self.file.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len());
+        self.to_line_start_bytes = [LINE_MAX_BYTES.min(file_bytes as usize / 2); STREAMS.len()];
+        is_there
     }
 
-    /// The next record, if there is one by now. What is no record ends the file that it is in.
+    /// The next record, if there is one by now.
     pub fn read(&mut self) -> io::Result<Option<(Head, Vec<u8>)>> {
         loop {
-            if let Some(record) = self.take() {
-                return Ok(Some(record));
-            }
-            if !self.fill()? {
-                return Ok(None);
+            match self.take() {
+                Some((head, content)) => {
+                    let content = self.without_line_rest(&head, content);
+                    if !content.is_empty() {
+                        return Ok(Some((head, content)));
+                    }
+                }
+                None if !self.fill()? => return Ok(None),
+                None => {}
             }
         }
     }
 
+    /// The next whole record of what was read. What is no head is passed over, up to one.
     fn take(&mut self) -> Option<(Head, Vec<u8>)> {
-        let (head, rest) = self.bytes.get(self.taken_bytes..)?.split_first_chunk::<HEAD_BYTES>()?;
-        let Some(head) = Head::from_bytes(*head) else {
-            self.forget();
-            self.file = None;
-            return None;
-        };
-        let content = rest.get(..head.len_bytes as usize)?.to_vec();
-        self.taken_bytes += HEAD_BYTES + content.len();
-        Some((head, content))
+        loop {
+            let (head, rest) = self.bytes.get(self.taken_bytes..)?.split_first_chunk::<HEAD_BYTES>()?;
+            let Some(head) = Head::from_bytes(*head) else {
+                self.taken_bytes += 1;
+                self.damaged_bytes += 1;
+                continue;
+            };
+            let content = rest.get(..head.len_bytes as usize)?.to_vec();
+            self.taken_bytes += HEAD_BYTES + content.len();
+            return Some((head, content));
+        }
+    }
+
+    /// Leaves the rest of a line out whose beginning is in no file any more.
+    fn without_line_rest(&mut self, head: &Head, content: Vec<u8>) -> Vec<u8> {
+        let Some(left_bytes) = self.to_line_start_bytes.get_mut(head.stream as usize) else { return content };
+        if *left_bytes == 0 || !head.continues {
+            *left_bytes = 0;
+            return content;
+        }
+        match content.iter().position(|byte| *byte == b'\n').filter(|end| end < left_bytes) {
+            Some(end) => {
+                *left_bytes = 0;
+                content.get(end + 1..).unwrap_or_default().to_vec()
+            }
+            None => {
+                let left_out_bytes = content.len().min(*left_bytes);
+                *left_bytes -= left_out_bytes;
+                content.get(left_out_bytes..).unwrap_or_default().to_vec()
+            }
+        }
     }
 
     /// Reads on, in the next file where this one has come to its end. False if there is nothing to be read.
@@ -209,9 +298,11 @@ impl LogReader {
         if current.is_none() || current == self.inode {
             return Ok(false);
         }
+        if previous.is_none() || previous == self.inode {
+            return Ok(self.turn_to(&self.path.clone()));
+        }
         // Whoever is slower than two files are filled begins again with the older one that is left.
-        let next = if previous.is_none() || previous == self.inode { self.path.clone() } else { old(&self.path) };
-        Ok(self.turn_to(&next))
+        Ok(self.turn_to_oldest(&old(&self.path)))
     }
 }
 
@@ -260,7 +351,7 @@ mod tests {
 
     #[test]
     fn a_log_stays_within_its_size_and_a_reader_that_keeps_up_loses_nothing() {
-        let max_bytes = MIN_BYTES;
+        let max_bytes = 256 << 10;
         let (folder, path, mut log) = log(max_bytes);
         let mut reader = LogReader::open(&path);
         let mut read = Vec::new();
@@ -278,6 +369,7 @@ mod tests {
         assert!(sizes <= max_bytes, "{sizes}");
         let late = rest(&mut LogReader::open(&path)).concat_contents();
         assert!(late.len() as u64 > max_bytes / 4 && text.as_bytes().ends_with(&late));
+        assert!(late.starts_with(b"line "));
     }
 
     #[test]
@@ -290,12 +382,62 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_record_is_not_read() {
+    fn a_log_keeps_what_was_asked_and_begins_with_a_line_however_it_was_written() {
+        let text: String = (1..=50_000).map(|n| format!("{n}\n")).collect();
+        for max_bytes in [MIN_BYTES, 10_000, 64 << 10, 1 << 20] {
+            for write_bytes in [1_000, 4_096, 65_536, text.len()] {
+                let (folder, path, mut log) = log(max_bytes);
+                for bytes in text.as_bytes().chunks(write_bytes) {
+                    log.append(&records(Stream::Output, bytes));
+                }
+                let sizes: u64 =
+                    fs::read_dir(&folder).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+                assert!(sizes <= max_bytes, "{sizes} of {max_bytes}");
+                let kept = String::from_utf8(rest(&mut LogReader::open(&path)).concat_contents()).unwrap();
+                assert!(
+                    text.ends_with(&kept) && kept.len() as u64 > max_bytes.min(text.len() as u64) / 4,
+                    "{}",
+                    kept.len()
+                );
+                let first = kept.lines().next().unwrap();
+                assert!(text.starts_with(&kept) || text.contains(&format!("\n{first}\n")), "{first}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_line_without_end_begins_anywhere_and_streams_have_lines_of_their_own() {
+        let (_folder, path, mut log) = log(MIN_BYTES);
+        (0..100).for_each(|_| log.append(&records(Stream::Output, &[b'x'; 500])));
+        (0..3).for_each(|_| log.append(&records(Stream::Errors, b"whole\n")));
+        let kept = rest(&mut LogReader::open(&path));
+        assert!(kept.iter().any(|(stream, _)| *stream == Stream::Errors));
+        assert!(kept.iter().any(|(stream, _)| *stream == Stream::Output), "half a line is worth more than none");
+        let (_folder, path, mut log) = self::log(1 << 20);
+        (0..10_000).for_each(|_| log.append(&records(Stream::Output, &[b'x'; 500])));
+        assert!(rest(&mut LogReader::open(&path)).concat_contents().len() > 400_000);
+    }
+
+    #[test]
+    fn what_is_damaged_is_left_out_and_the_rest_is_read() {
+        for damage in [vec![0; 40], vec![0xff; 40], vec![b'1'; 40]] {
+            let (_folder, path, mut log) = log(DEFAULT_MAX_BYTES);
+            (1..=9).for_each(|n| log.append(&records(Stream::Output, format!("line {n}\n").as_bytes())));
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[33..73].copy_from_slice(&damage);
+            fs::write(&path, bytes).unwrap();
+            let mut reader = LogReader::open(&path);
+            let kept = String::from_utf8(rest(&mut reader).concat_contents()).unwrap();
+            assert_eq!(kept, "line 1\nline 5\nline 6\nline 7\nline 8\nline 9\n");
+            assert_eq!(reader.damaged_bytes(), 3 * 23);
+        }
         let (_folder, path, mut log) = log(DEFAULT_MAX_BYTES);
         log.append(&records(Stream::Output, b"good"));
         fs::write(&path, [fs::read(&path).unwrap(), vec![0xff; 40]].concat()).unwrap();
-        assert_eq!(rest(&mut LogReader::open(&path)).concat_contents(), b"good");
-        for bytes in [[1; HEAD_BYTES], [0xff; HEAD_BYTES]] {
+        let mut reader = LogReader::open(&path);
+        assert_eq!(rest(&mut reader).concat_contents(), b"good");
+        assert!(reader.damaged_bytes() > 0);
+        for bytes in [[0; HEAD_BYTES], [1; HEAD_BYTES], [0xff; HEAD_BYTES]] {
             assert_eq!(Head::from_bytes(bytes), None);
         }
     }
@@ -316,8 +458,8 @@ mod tests {
 
     #[test]
     fn a_file_that_could_not_be_started_is_started_when_there_is_room() {
-        let (folder, path, mut log) = log(MIN_BYTES);
-        let content = vec![7; MIN_BYTES as usize / 4];
+        let (folder, path, mut log) = log(256 << 10);
+        let content = vec![7; 64 << 10];
         (0..2).for_each(|_| log.append(&records(Stream::Output, &content)));
         // As it is when there was room for the name and none for the file.
         fs::rename(&path, folder.path().join("streams.old")).unwrap();
