@@ -75,7 +75,7 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<Networ
     };
     match &config.to {
         Attachment::User(user) => {
-            let backends: Vec<Box<dyn NetBackend>> = vec![Box::new(passt::start(user)?)];
+            let backends: Vec<Box<dyn NetBackend>> = vec![Box::new(passt::start(user, mac)?)];
             let rate = Rate::default();
             Ok(Network {
                 backends,

@@ -3,8 +3,8 @@
 //! It makes the guest's connections its own, so that no privilege and no interface of the host's are needed. It ends when
 //! the socket does, however husk ends.
 
-use std::io::{self, ErrorKind, Read};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -16,10 +16,11 @@ use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::ports::{self, Turn};
 use super::resolver;
 use crate::backend::disk::GuestBuffers;
 use crate::backend::net::{Header, NetBackend, StreamNet, is_end};
-use crate::config::{PortForward, Protocol, UserNetwork};
+use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
 use crate::sys;
 
 /// The guest's address, where it is told to have it (`husk run`) or asks (DHCP).
@@ -48,6 +49,10 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// What one passt takes of the host's memory at most, in bytes: itself (31 MiB, `ps -o rss`), and what waits in its socket,
 /// which the kernel counts twice, in each direction.
 pub const BUDGET_BYTES: u64 = (32 << 20) + 2 * 2 * SOCKET_BUFFER_BYTES as u64;
+/// How long a passt has to open ports, on a host that is busy.
+const SERVICE_PATIENCE: Duration = Duration::from_secs(10);
+/// What a frame says that asks for an address, or tells it.
+const ETHERTYPE_ARP: [u8; 2] = [8, 6];
 /// How long a passt that is likely to fail has for it.
 const VERDICT_PATIENCE: Duration = Duration::from_millis(500);
 /// passt's last words are no longer than this.
@@ -110,17 +115,19 @@ fn has_default_route(table: &str) -> bool {
     })
 }
 
-/// Starts passt for one machine. It takes some milliseconds to come up, in which frames wait in the socket.
-pub fn start(network: &UserNetwork) -> Result<Passt> {
+/// Starts passt for one machine, whose address is `mac`. It takes some milliseconds to come up, in which frames wait in the
+/// socket; where ports are published, it is waited for until they are served.
+pub fn start(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
     ensure!(is_installed(), Missing::Passt);
-    network.ports.iter().try_for_each(check_free)?;
+    let _turn = Turn::take(&network.ports);
+    network.ports.iter().try_for_each(ports::check_free)?;
     let is_local =
         |port: &&PortForward| port.protocol == Protocol::Udp && port.host_ip.is_some_and(|ip| ip.is_loopback());
     if let Some(port) = network.ports.iter().find(is_local) {
         // It maps them to the gateway, whose way back is closed: it would lead to all of the host's own services.
         log::warn!("answers from UDP port {} may not arrive: passt loses those to loopback addresses", port.host_port);
     }
-    let (ours, theirs) = UnixStream::pair().context("make a socket for passt")?;
+    let (mut ours, theirs) = UnixStream::pair().context("make a socket for passt")?;
     for end in [&ours, &theirs] {
         // As much as the host allows is good, too.
         let _ = sys::net::set_send_buffer(end, SOCKET_BUFFER_BYTES);
@@ -138,11 +145,28 @@ pub fn start(network: &UserNetwork) -> Result<Passt> {
     let child = command.spawn().context("start passt")?;
     // Closes our copies of its ends, so that we see it end.
     drop(command);
+    if !network.ports.is_empty() {
+        // It has ended already where this fails, as is seen below.
+        let _ = ours.write_all(&question(mac));
+    }
     let mut passt = Passt { net: StreamNet::new(ours).context("set up passt's socket")?, child, words };
-    if check().is_err() {
+    if !network.ports.is_empty() {
+        passt.await_service(&network.ports)?;
+    } else if check().is_err() {
         passt.await_verdict()?;
     }
     Ok(passt)
+}
+
+/// The guest's question who has the gateway's address (RFC 826), as it goes through the socket. passt answers when it has opened
+/// all ports that it is going to.
+fn question(mac: MacAddress) -> Vec<u8> {
+    const BROADCAST: [u8; 6] = [0xff; 6];
+    // Ethernet and IPv4, whose addresses have 6 and 4 bytes; a request.
+    const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
+    let frame = [&BROADCAST[..], &mac.0, &ETHERTYPE_ARP, &REQUEST, &mac.0, &GUEST.octets(), &[0; 6], &GATEWAY.octets()];
+    let frame = frame.concat();
+    [&(frame.len() as u32).to_be_bytes()[..], &frame].concat()
 }
 
 fn arguments(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<String> {
@@ -169,13 +193,13 @@ fn arguments(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<String
             Protocol::Tcp => "--tcp-ports",
             Protocol::Udp => "--udp-ports",
         };
-        add(flag, ports(port));
+        add(flag, forwarded(port));
     }
     all
 }
 
 /// `[ADDRESS/]FIRST[-LAST]:FIRST[-LAST]`
-fn ports(port: &PortForward) -> String {
+fn forwarded(port: &PortForward) -> String {
     let range = |first: u16| match port.count {
         1 => first.to_string(),
         count => format!("{first}-{}", first.saturating_add(count - 1)),
@@ -192,42 +216,40 @@ pub fn dns_servers(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<
     if servers.is_empty() { vec![DNS.into()] } else { servers }
 }
 
-/// Whether the ports on the host are there to be had: passt goes on without them, and says so where nobody looks.
-fn check_free(port: &PortForward) -> Result<()> {
-    for number in (port.host_port..=u16::MAX).take(port.count.into()) {
-        let bound = match port.host_ip {
-            Some(ip) => bind(SocketAddr::new(ip, number), port.protocol),
-            None => match bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), number), port.protocol) {
-                // A host without IPv6.
-                Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
-                    bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), number), port.protocol)
-                }
-                bound => bound,
-            },
+impl Passt {
+    /// Waits until passt serves `ports`, and fails where it ends before, or does not open one of them.
+    fn await_service(&mut self, ports: &[PortForward]) -> Result<()> {
+        let started = Instant::now();
+        let is_served = loop {
+            match self.net.receive() {
+                Err(_) => bail!("passt serves no port, it did not start: {}", self.ending_words()),
+                Ok(true) => break true,
+                Ok(false) if started.elapsed() > SERVICE_PATIENCE => break false,
+                Ok(false) => thread::sleep(Duration::from_millis(1)),
+            }
+            // Without IPv4 on this host it has no answer.
+            if started.elapsed() > VERDICT_PATIENCE && ports.iter().all(|port| ports::unopened(port).is_none()) {
+                break true;
+            }
         };
-        let Err(error) = bound else { continue };
-        let at = port.host_ip.map(|ip| format!(" on {ip}")).unwrap_or_default();
-        match error.kind() {
-            ErrorKind::AddrInUse => bail!("port {number} of this host is in use{at}: type -p with another one"),
-            ErrorKind::AddrNotAvailable => bail!("no interface of this host has the port's address{at}"),
-            ErrorKind::PermissionDenied => bail!(
-                "port {number} of this host is root's: type -p with one from 1024 on, or \
-                 `sudo sysctl net.ipv4.ip_unprivileged_port_start={number}`"
-            ),
-            _ => return Err(error).with_context(|| format!("open port {number} of this host{at}")),
+        if self.net.frame().is_some_and(|(_, frame)| frame.get(12..14) == Some(&ETHERTYPE_ARP)) {
+            // The guest did not ask.
+            self.net.consume();
+        }
+        let unopened = ports.iter().find_map(ports::unopened);
+        match unopened {
+            None if is_served => Ok(()),
+            None => bail!("passt does not answer"),
+            Some(number) => bail!("passt does not serve port {number}: type -p with another one"),
         }
     }
-    Ok(())
-}
 
-fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<()> {
-    match protocol {
-        Protocol::Tcp => TcpListener::bind(address).map(drop),
-        Protocol::Udp => UdpSocket::bind(address).map(drop),
+    /// The last words of one that has hung up.
+    fn ending_words(&mut self) -> String {
+        self.end();
+        self.last_words()
     }
-}
 
-impl Passt {
     /// Waits a while for passt to fail, and says why if it does.
     fn await_verdict(&mut self) -> Result<()> {
         let started = Instant::now();
@@ -309,8 +331,8 @@ impl Drop for Passt {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpStream;
-    use std::sync::Arc;
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::sync::{Arc, Barrier};
 
     use vm_memory::{Bytes, GuestAddress};
 
@@ -326,32 +348,15 @@ mod tests {
             ("5000-5009:6000-6009", "5000-5009:6000-6009"),
             ("65535:65535", "65535:65535"),
         ] {
-            assert_eq!(ports(&text.parse().unwrap()), wanted);
+            assert_eq!(forwarded(&text.parse().unwrap()), wanted);
         }
-    }
-
-    #[test]
-    fn a_port_that_is_taken_is_told_before_anything_starts() {
-        for (protocol, suffix) in [(Protocol::Tcp, ""), (Protocol::Udp, "/udp")] {
-            let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
-            let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-            let taken = if protocol == Protocol::Tcp { tcp.local_addr() } else { udp.local_addr() }.unwrap().port();
-            for text in [format!("{taken}:80{suffix}"), format!("127.0.0.1:{taken}:80{suffix}")] {
-                let error = check_free(&text.parse().unwrap()).unwrap_err().to_string();
-                assert!(error.starts_with(&format!("port {taken} of this host is in use")), "{error}");
-            }
-            drop((tcp, udp));
-            check_free(&format!("{taken}:80{suffix}").parse().unwrap()).unwrap();
-        }
-        let error = check_free(&"192.0.2.77:0080:80".parse().unwrap()).unwrap_err().to_string();
-        assert!(error.contains("no interface of this host"), "{error}");
     }
 
     #[test]
     fn the_guest_asks_servers_that_it_reaches() {
         let server = |text: &str| text.parse::<IpAddr>().unwrap();
         let none = resolver::Resolver::default();
-        let some = resolver::Resolver { servers: vec![server("192.0.2.53")], search: Vec::new() };
+        let some = resolver::Resolver { servers: vec![server("192.0.2.53")], ..none.clone() };
         let user = |dns: &[&str]| UserNetwork { dns: dns.iter().map(|s| server(s)).collect(), ..Default::default() };
         assert_eq!(dns_servers(&user(&[]), &none), [server("10.0.2.3")]);
         assert_eq!(dns_servers(&user(&[]), &some), some.servers);
@@ -360,6 +365,8 @@ mod tests {
         assert!(has(arguments(&user(&[]), &none), ["--dns-forward", "10.0.2.3"]));
         assert!(has(arguments(&user(&[]), &some), ["--dns", "192.0.2.53"]));
     }
+
+    const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 2]);
 
     /// Sends a frame as the guest; the socket takes it whole.
     fn send(passt: &mut Passt, frame: &[u8]) {
@@ -389,7 +396,7 @@ mod tests {
         }
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let ports = vec![format!("127.0.0.1:{port}:80").parse().unwrap()];
-        let mut passt = start(&UserNetwork { ports, ..Default::default() }).unwrap();
+        let mut passt = start(&UserNetwork { ports, ..Default::default() }, MAC).unwrap();
         // Who has the gateway's address? (RFC 826)
         let guest_mac = [2, 0, 0, 0, 0, 2];
         let mut question = [&[0xff; 6][..], &guest_mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &guest_mac].concat();
@@ -421,13 +428,69 @@ mod tests {
         TcpListener::bind(("127.0.0.1", port)).unwrap();
     }
 
+    fn free_port() -> u16 {
+        TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port()
+    }
+
+    #[test]
+    fn of_many_starts_that_race_for_a_port_one_has_it_and_serves_it_when_it_returns() {
+        if let Err(error) = check() {
+            eprintln!("SKIPPED: {error:#}");
+            return;
+        }
+        for kind in ["", "/udp"] {
+            let port = free_port();
+            let barrier = Barrier::new(4);
+            let started: Vec<Result<Passt>> = thread::scope(|scope| {
+                let one = || {
+                    let ports = vec![format!("{port}:80{kind}").parse().unwrap()];
+                    barrier.wait();
+                    start(&UserNetwork { ports, ..Default::default() }, MAC)
+                };
+                let all: Vec<_> = (0..4).map(|_| scope.spawn(one)).collect();
+                all.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let refused: Vec<String> =
+                started.iter().filter_map(|one| one.as_ref().err()).map(ToString::to_string).collect();
+            assert_eq!(refused.len(), 3, "{refused:?}");
+            assert!(refused.iter().all(|error| error.contains("is in use")), "{refused:?}");
+            if kind.is_empty() {
+                TcpStream::connect_timeout(&SocketAddr::from(([127, 0, 0, 1], port)), Duration::from_secs(5)).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_passt_that_ends_or_opens_only_some_of_its_ports_is_an_error() {
+        if let Err(error) = check() {
+            eprintln!("SKIPPED: {error:#}");
+            return;
+        }
+        let first = free_port();
+        let asked: PortForward = format!("127.0.0.1:{first}:80").parse().unwrap();
+        // It is told of no port, and so opens none.
+        let mut passt = start(&UserNetwork::default(), MAC).unwrap();
+        passt.net = {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            // As if it had answered.
+            theirs.write_all(&question(MAC)).unwrap();
+            StreamNet::new(ours).unwrap()
+        };
+        let error = passt.await_service(std::slice::from_ref(&asked)).unwrap_err().to_string();
+        assert!(error.contains(&format!("does not serve port {first}")), "{error}");
+        let mut passt = start(&UserNetwork::default(), MAC).unwrap();
+        passt.child.kill().unwrap();
+        let error = passt.await_service(&[asked]).unwrap_err().to_string();
+        assert!(error.starts_with("passt serves no port"), "{error}");
+    }
+
     #[test]
     fn a_passt_that_is_killed_is_the_end_of_the_network() {
         if let Err(error) = check() {
             eprintln!("SKIPPED: {error:#}");
             return;
         }
-        let mut passt = start(&UserNetwork::default()).unwrap();
+        let mut passt = start(&UserNetwork::default(), MAC).unwrap();
         passt.child.kill().unwrap();
         let error = wait_for("an end", || passt.receive().err());
         assert!(is_end(&error) && error.to_string().starts_with("passt ended: "), "{error}");

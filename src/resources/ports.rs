@@ -1,0 +1,136 @@
+//! Ports of this host's that are published for a machine: whether they are to be had, and that one start at a time asks.
+
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::config::{PortForward, Protocol};
+
+/// Ports of the same remainder are asked for by one start at a time: few enough for a lock each, and ports in a row are apart.
+const TURNS: u16 = 64;
+/// How long another start may take. Whoever takes longer is no start of husk's, and is not waited for.
+const TURN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The right to look for ports and open them, which no other husk on this network has meanwhile. passt is of no help: where one
+/// of a port's two families is taken, it serves the other and says nothing.
+pub struct Turn {
+    _locks: Vec<UnixListener>,
+}
+
+impl Turn {
+    /// Waits for the turn of `ports`. It ends with what is returned, or with this process.
+    pub fn take(ports: &[PortForward]) -> Turn {
+        let mut turns: Vec<u16> = ports.iter().flat_map(numbers).map(|number| number % TURNS).collect();
+        // In one order for all, so that nobody waits for who waits for them.
+        turns.sort_unstable();
+        turns.dedup();
+        let started = Instant::now();
+        Turn { _locks: turns.into_iter().filter_map(|turn| lock(turn, started)).collect() }
+    }
+}
+
+/// A name of the network's, as ports are, that goes with who has it (unix(7), abstract sockets).
+fn lock(turn: u16, started: Instant) -> Option<UnixListener> {
+    let name = UnixAddr::from_abstract_name(format!("husk-ports-{turn}")).ok()?;
+    loop {
+        match UnixListener::bind_addr(&name) {
+            Ok(lock) => return Some(lock),
+            Err(error) if error.kind() != ErrorKind::AddrInUse || started.elapsed() > TURN_PATIENCE => return None,
+            Err(_) => thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
+/// Fails where `port` is not to be had, and says why.
+pub fn check_free(port: &PortForward) -> Result<()> {
+    for number in numbers(port) {
+        let Err(error) = bind_all(port, number) else { continue };
+        let at = port.host_ip.map(|ip| format!(" on {ip}")).unwrap_or_default();
+        match error.kind() {
+            ErrorKind::AddrInUse => bail!("port {number} of this host is in use{at}: type -p with another one"),
+            ErrorKind::AddrNotAvailable => bail!("no interface of this host has the port's address{at}"),
+            ErrorKind::PermissionDenied => bail!(
+                "port {number} of this host is root's: type -p with one from 1024 on, or \
+                 `sudo sysctl net.ipv4.ip_unprivileged_port_start={number}`"
+            ),
+            _ => return Err(error).with_context(|| format!("open port {number} of this host{at}")),
+        }
+    }
+    Ok(())
+}
+
+/// The first of the numbers of `port` that nobody has opened.
+pub fn unopened(port: &PortForward) -> Option<u16> {
+    let is_open = |number| bind_all(port, number).is_err_and(|error| error.kind() == ErrorKind::AddrInUse);
+    numbers(port).find(|number| !is_open(*number))
+}
+
+fn numbers(port: &PortForward) -> impl Iterator<Item = u16> {
+    (port.host_port..=u16::MAX).take(port.count.into())
+}
+
+/// Opens a port for a moment as it would be published: without an address on every one, of both families.
+fn bind_all(port: &PortForward, number: u16) -> io::Result<()> {
+    if let Some(ip) = port.host_ip {
+        return bind(SocketAddr::new(ip, number), port.protocol);
+    }
+    let unspecified = |ip: IpAddr| bind(SocketAddr::new(ip, number), port.protocol);
+    match unspecified(Ipv6Addr::UNSPECIFIED.into()) {
+        // A host without IPv6.
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => unspecified(Ipv4Addr::UNSPECIFIED.into()),
+        bound => bound,
+    }
+}
+
+fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<()> {
+    match protocol {
+        Protocol::Tcp => TcpListener::bind(address).map(drop),
+        Protocol::Udp => UdpSocket::bind(address).map(drop),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_is_taken_is_told_before_anything_starts() {
+        for (protocol, suffix) in [(Protocol::Tcp, ""), (Protocol::Udp, "/udp")] {
+            let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+            let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let taken = if protocol == Protocol::Tcp { tcp.local_addr() } else { udp.local_addr() }.unwrap().port();
+            for text in [format!("{taken}:80{suffix}"), format!("127.0.0.1:{taken}:80{suffix}")] {
+                let port = text.parse().unwrap();
+                let error = check_free(&port).unwrap_err().to_string();
+                assert!(error.starts_with(&format!("port {taken} of this host is in use")), "{error}");
+                assert_eq!(unopened(&port), None);
+            }
+            drop((tcp, udp));
+            let port = format!("{taken}:80{suffix}").parse().unwrap();
+            check_free(&port).unwrap();
+            assert_eq!(unopened(&port), Some(taken));
+        }
+        let error = check_free(&"192.0.2.77:0080:80".parse().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("no interface of this host"), "{error}");
+    }
+
+    #[test]
+    fn starts_that_want_the_same_port_come_one_after_the_other() {
+        let ports = |text: &str| vec![text.parse::<PortForward>().unwrap()];
+        let turn = Turn::take(&ports("28101-28105:80-84"));
+        let started = Instant::now();
+        let second = thread::spawn(move || drop(Turn::take(&ports("28105:80"))));
+        // Another port is nobody's to wait for.
+        drop(Turn::take(&[("28106:80").parse().unwrap()]));
+        thread::sleep(Duration::from_millis(50));
+        assert!(!second.is_finished());
+        drop(turn);
+        second.join().unwrap();
+        assert!(started.elapsed() < TURN_PATIENCE);
+    }
+}
