@@ -9,6 +9,8 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 const BEHIND_SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";
 /// A resolver reads no more of a line's domains.
 const SEARCH_MAX: usize = 32;
+/// There are fewer that have a meaning.
+const OPTIONS_MAX: usize = 32;
 
 /// Servers, best first, and the domains that short names are looked for in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,6 +19,8 @@ pub struct Resolver {
     pub servers: Vec<IpAddr>,
     /// Domains.
     pub search: Vec<String>,
+    /// How it is asked, such as `ndots:5`.
+    pub options: Vec<String>,
 }
 
 /// The host's, at this moment.
@@ -37,9 +41,12 @@ fn parse(text: &str) -> Resolver {
                 found.servers.extend(server.filter(|ip| !ip.is_loopback() && !ip.is_unspecified()));
             }
             Some("search" | "domain") => found.search = words.take(SEARCH_MAX).map(str::to_owned).collect(),
+            // Those of several lines are all in force.
+            Some("options") => found.options.extend(words.map(str::to_owned)),
             _ => {}
         }
     }
+    found.options.truncate(OPTIONS_MAX);
     found
 }
 
@@ -49,6 +56,9 @@ impl Resolver {
         let mut text = String::new();
         if !self.search.is_empty() {
             text += &format!("search {}\n", self.search.join(" "));
+        }
+        if !self.options.is_empty() {
+            text += &format!("options {}\n", self.options.join(" "));
         }
         for server in &self.servers {
             text += &format!("nameserver {server}\n");
@@ -62,13 +72,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn servers_that_a_guest_does_not_reach_are_left_out() {
+    fn servers_that_a_guest_does_not_reach_are_left_out_and_options_are_kept() {
         let text = "# a word\nnameserver 127.0.0.53\nnameserver 192.0.2.1\nnameserver ::1\nnameserver fe80::1%eth0\n\
-            nameserver\t2001:db8::53\nsearch one.example\nsearch a.example b.example\nnameserver x\noptions edns0\n";
+            nameserver\t2001:db8::53\nsearch one.example\nsearch a.example b.example\nnameserver x\n\
+            options edns0\noptions ndots:5 timeout:1\n";
         let resolver = parse(text);
         assert_eq!(resolver.servers, ["192.0.2.1", "2001:db8::53"].map(|s| s.parse::<IpAddr>().unwrap()));
         let written = String::from_utf8(resolver.resolv_conf()).unwrap();
-        assert_eq!(written, "search a.example b.example\nnameserver 192.0.2.1\nnameserver 2001:db8::53\n");
+        let (search, options) = ("search a.example b.example", "options edns0 ndots:5 timeout:1");
+        assert_eq!(written, format!("{search}\n{options}\nnameserver 192.0.2.1\nnameserver 2001:db8::53\n"));
         assert_eq!(parse(&written), resolver);
     }
 }
