@@ -16,7 +16,8 @@ Examples:
   husk load rootfs.tar.zst --name debian:mine
   sudo debootstrap bookworm root && sudo husk load ./root --name bookworm
 
-A machine can be run from any of these paths without loading them first; a name makes it shorter.";
+A machine can be run from any of these paths without loading them first, a file of this folder as ./FILE; a name makes it
+shorter. What has no list of images (manifest.json, index.json) is taken for a root file system, which is said.";
 
 /// The flags of `husk load`.
 #[derive(Debug, Args)]
