@@ -154,14 +154,18 @@ mod tests {
 
     /// A machine that prints without end, or `None` and a loud word where there is no KVM.
     fn talker() -> Option<(Machine, Arc<Output>)> {
+        machine(husk_guests::SERIAL, "do=flood bytes=1000000000")
+    }
+
+    fn machine(kernel: &str, cmdline: &str) -> Option<(Machine, Arc<Output>)> {
         if let Err(error) = resources::open_kvm() {
             assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "{error:#}");
             eprintln!("SKIPPED: this test needs KVM: {error:#}");
             return None;
         }
         let config = MachineConfig {
-            kernel: husk_guests::SERIAL.into(),
-            cmdline: "do=flood bytes=1000000000".into(),
+            kernel: kernel.into(),
+            cmdline: cmdline.into(),
             memory_mib: 32,
             ..MachineConfig::default()
         };
@@ -191,6 +195,31 @@ mod tests {
             machine.pause();
             output.take_now();
             assert_eq!(printed(&output, WAIT), 0, "paused");
+        }
+    }
+
+    #[test]
+    fn a_guest_is_told_of_each_pause_and_of_nothing_else() {
+        let Some((mut machine, output)) = machine(husk_guests::CLOCK, "do=pauses") else { return };
+        let mut said = Vec::new();
+        let mut wait_for = |words: &str| {
+            for _ in 0..2000 {
+                said.extend(output.take_now());
+                if said == words.as_bytes() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+            panic!("{} instead of {words}", String::from_utf8_lossy(&said));
+        };
+        machine.resume();
+        wait_for("watching\n");
+        for pauses in 1..4 {
+            machine.pause();
+            machine.resume();
+            // A resume of what runs is no pause.
+            machine.resume();
+            wait_for(&format!("watching\n{}", "paused\n".repeat(pauses)));
         }
     }
 

@@ -52,7 +52,7 @@ impl VcpuThread {
     pub fn start(index: u32, fd: VcpuFd, buses: Arc<Buses>, ending: Arc<Ending>) -> io::Result<VcpuThread> {
         let (commands, inbox) = channel();
         let (outbox, answers) = channel();
-        let vcpu = Vcpu { index, fd, buses, ending, inbox, outbox };
+        let vcpu = Vcpu { index, fd, buses, ending, inbox, outbox, has_run: false };
         let thread = sandbox::spawn(&format!("vcpu{index}"), move || vcpu.live())?;
         Ok(VcpuThread { commands, answers, thread })
     }
@@ -110,6 +110,8 @@ struct Vcpu {
     ending: Arc<Ending>,
     inbox: Receiver<Command>,
     outbox: Sender<Paused>,
+    /// Whether a pause has something to come after.
+    has_run: bool,
 }
 
 impl Vcpu {
@@ -120,12 +122,21 @@ impl Vcpu {
                 Command::Stop => return,
                 Command::Pause => self.say_paused(),
                 Command::Resume => {
+                    if std::mem::replace(&mut self.has_run, true) {
+                        self.tell_guest_of_pause();
+                    }
                     if !self.run() {
                         return;
                     }
                 }
             }
         }
+    }
+
+    /// Has the guest's watchdogs know that this vCPU did not run, which they would take for a processor that hangs
+    /// (KVM_KVMCLOCK_CTRL). A guest that does not use KVM's clock cannot be told.
+    fn tell_guest_of_pause(&self) {
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     /// Runs the guest until told to pause (true) or to stop, or until it can run no more (false).

@@ -1,4 +1,4 @@
-/* Time: kvm-clock, the APIC timer and its TSC deadline, at `do=`. */
+/* Time: kvm-clock, the APIC timer and its TSC deadline, and word of each pause without end, at `do=`. */
 #include "cpu.h"
 #include "guest.h"
 
@@ -31,6 +31,14 @@ int guest_main(void)
         }
         print("clock %u ns\n", last);
         return EXIT_OK;
+    }
+    if (told_to("pauses")) {
+        if (!clock_start())
+            return EXIT_MISSING;
+        print("watching\n");
+        for (;;)
+            if (clock_was_stopped())
+                print("paused\n");
     }
     bool deadline = told_to("deadline-timer");
     if (!deadline && !told_to("apic-timer"))

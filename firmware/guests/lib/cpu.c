@@ -200,3 +200,13 @@ u64 clock_ns(void)
             return ns;
     }
 }
+
+bool clock_was_stopped(void)
+{
+    /* PVCLOCK_GUEST_STOPPED: set by the host, cleared by the guest. */
+    enum { STOPPED = 1 << 1 };
+    bool stopped = clock_page.flags & STOPPED;
+    if (stopped)
+        clock_page.flags &= ~STOPPED;
+    return stopped;
+}

@@ -55,6 +55,9 @@ bool clock_start(void);
 /* Nanoseconds of kvm-clock, at any CPL. */
 u64 clock_ns(void);
 
+/* Whether the host has said, since the last call, that this vCPU did not run for a while. */
+bool clock_was_stopped(void);
+
 /* Whether `waited_since`, a rdtsc(), is so long ago that what was waited for will not come: some seconds. */
 bool waited_too_long(u64 waited_since);
 
