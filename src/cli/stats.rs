@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::exit::Exit;
 use crate::request::{Reply, Request, Stats, client};
+use crate::roster::record::State;
 use crate::roster::{self, Entry, Roster};
 
 const EXAMPLES: &str = "\
@@ -21,7 +22,7 @@ Examples:
 
 CPU is of one processor: 150% is one and a half. MEMORY is what the guest has touched and not given back, of what it may have;
 OWN is what husk takes beside it. DISK and NET are bytes read and written, received and sent, since the start. What the host's kernel does for
-a network (vhost-net) is in CPU from Linux 6.4 on.";
+a network (vhost-net) is in CPU from Linux 6.4 on. A machine that is named and does not run has a line without numbers.";
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -45,8 +46,8 @@ pub struct StatsOf {
     json: bool,
 }
 
-/// A machine and what it used when it was looked at.
-type Seen = (Entry, Stats);
+/// A machine and what it used when it was looked at; nothing where it does not run.
+type Seen = (Entry, Option<Stats>);
 
 impl StatsOf {
     /// Prints a table, again and again on a terminal.
@@ -76,15 +77,25 @@ impl StatsOf {
         if self.machines.is_empty() {
             // One that has just ended is no mistake.
             let running = roster.list()?.into_iter().filter(|entry| entry.alive);
-            return Ok(running.filter_map(|entry| ask(&entry).ok().map(|stats| (entry, stats))).collect());
+            return Ok(running.filter_map(|entry| ask(&entry).ok().map(|stats| (entry, Some(stats)))).collect());
         }
         let look = |word: &String| {
             let entry = roster.find(word)?;
-            let stats = ask(&entry).with_context(|| word.clone())?;
-            Ok((entry, stats))
+            match ask(&entry) {
+                Ok(stats) => Ok((entry, Some(stats))),
+                // It may have ended just now.
+                Err(error) => match roster.find(word)? {
+                    entry if !runs(&entry) => Ok((entry, None)),
+                    _ => Err(error.context(word.clone())),
+                },
+            }
         };
         self.machines.iter().map(look).collect()
     }
+}
+
+fn runs(entry: &Entry) -> bool {
+    entry.alive && matches!(entry.state(), State::Running { .. } | State::Paused { .. })
 }
 
 fn ask(entry: &Entry) -> Result<Stats> {
@@ -96,7 +107,7 @@ fn ask(entry: &Entry) -> Result<Stats> {
 }
 
 fn by_id(seen: &[Seen]) -> HashMap<String, Stats> {
-    seen.iter().map(|(entry, stats)| (entry.id.clone(), *stats)).collect()
+    seen.iter().filter_map(|(entry, stats)| stats.map(|stats| (entry.id.clone(), stats))).collect()
 }
 
 /// Hundredths of a processor, since `before` or else since the machine's start.
@@ -109,10 +120,13 @@ fn cpu_percent(stats: &Stats, before: Option<&Stats>) -> f64 {
 
 fn as_json(seen: &[Seen], before: &HashMap<String, Stats>) -> Result<String> {
     let one = |(entry, stats): &Seen| {
-        let mut value = json!(stats);
+        let mut value = stats.map_or_else(|| json!({}), |stats| json!(stats));
         value["id"] = json!(entry.id);
         value["name"] = json!(entry.name());
-        value["cpu_percent"] = json!(cpu_percent(stats, before.get(&entry.id)));
+        value["running"] = json!(stats.is_some());
+        if let Some(stats) = stats {
+            value["cpu_percent"] = json!(cpu_percent(stats, before.get(&entry.id)));
+        }
         value
     };
     let list: Vec<_> = seen.iter().map(one).collect();
@@ -123,15 +137,17 @@ fn as_table(seen: &[Seen], before: &HashMap<String, Stats>) -> String {
     let mut rows = vec![["ID", "NAME", "CPU", "MEMORY", "OWN", "DISK", "NET"].map(str::to_owned)];
     rows.extend(seen.iter().map(|(entry, stats)| {
         let pair = |a, b| format!("{} / {}", BinaryBytes(a), BinaryBytes(b));
-        [
-            entry.id.clone(),
-            entry.name().to_owned(),
-            format!("{:.1}%", cpu_percent(stats, before.get(&entry.id))),
-            pair(stats.guest_memory_bytes, stats.memory_limit_bytes),
-            BinaryBytes(stats.own_memory_bytes).to_string(),
-            pair(stats.block_read_bytes, stats.block_written_bytes),
-            pair(stats.net_received_bytes, stats.net_sent_bytes),
-        ]
+        let [cpu, memory, own, disk, net] = match stats {
+            None => ["-"; 5].map(str::to_owned),
+            Some(stats) => [
+                format!("{:.1}%", cpu_percent(stats, before.get(&entry.id))),
+                pair(stats.guest_memory_bytes, stats.memory_limit_bytes),
+                BinaryBytes(stats.own_memory_bytes).to_string(),
+                pair(stats.block_read_bytes, stats.block_written_bytes),
+                pair(stats.net_received_bytes, stats.net_sent_bytes),
+            ],
+        };
+        [entry.id.clone(), entry.name().to_owned(), cpu, memory, own, disk, net]
     }));
     super::images::table(&rows)
 }

@@ -437,6 +437,24 @@ fn a_machine_that_many_start_again_at_once_runs_once() {
 }
 
 #[test]
+fn a_machine_that_has_ended_has_a_line_beside_those_that_run() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::POWER, "do=halt", &["--name", "gone"]);
+    machines.start(guests::POWER, "do=halt", &["--name", "here"]);
+    machines.ok(&["kill", "gone"]);
+    machines.ok(&["wait", "gone"]);
+    let table = machines.ok(&["stats", "--no-stream", "gone", "here"]);
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines.len(), 3, "{table}");
+    assert_eq!((lines[1][1], &lines[1][2..]), ("gone", &["-"; 5][..]), "{table}");
+    assert!(lines[2][1] == "here" && lines[2][2].ends_with('%'), "{table}");
+    let json: serde_json::Value = serde_json::from_str(&machines.ok(&["stats", "--json", "gone", "here"])).unwrap();
+    assert_eq!((&json[0]["running"], &json[1]["running"]), (&false.into(), &true.into()), "{json}");
+    assert!(machines.fails(&["stats", "--no-stream", "nobody"], 1).contains("nobody"));
+}
+
+#[test]
 fn limits_of_a_running_machine_are_changed_and_what_cannot_be_had_is_refused() {
     needs_kvm!();
     let machines = Machines::new();
