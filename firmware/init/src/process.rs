@@ -20,7 +20,7 @@ use nix::unistd::{
 
 use crate::errors::{CODE_NOT_EXECUTABLE, CODE_NOT_FOUND, Context, Failure};
 use crate::identity::{self, Identity};
-use crate::{root, sys};
+use crate::sys;
 
 /// The group that owns terminals, on every distribution.
 const TTY_GID: u32 = 5;
@@ -72,8 +72,6 @@ pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
     let env = environment(process, hostname, &identity.home);
     let programs = programs(&args, &env)?;
     let env = env.iter().map(text).collect::<Result<Vec<_>, _>>()?;
-    // It may be read-only by now, or a file: the child says so.
-    let _ = root::make_folder(folder(process));
     let (mut started, streams) = open_streams(process, &identity)?;
     let (failed, mut failing) = pipe2(OFlag::O_CLOEXEC).map(|(r, w)| (r, File::from(w))).context("make a pipe")?;
     match sys::fork().context("start a process")? {
@@ -181,8 +179,11 @@ fn exec(programs: &[CString], args: &[CString], env: &[CString]) -> Errno {
 
 /// What the program's name may mean: itself where it is a path, else a file in each folder of PATH.
 fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> {
-    let name = args.first().map(|name| name.to_bytes()).filter(|name| !name.is_empty());
+    let name = args.first().map(|name| name.to_bytes());
     let name = name.ok_or_else(|| Failure::new("there is nothing to run: the image names no command, type one"))?;
+    if name.is_empty() {
+        return Err(Failure { message: "\"\": an empty word is no command".into(), code: CODE_NOT_FOUND });
+    }
     let text = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| Failure::new("PATH holds a zero byte"));
     if name.contains(&b'/') {
         return Ok(vec![text(name.to_vec())?]);
@@ -269,7 +270,9 @@ mod tests {
         assert_eq!(find("sh", "/a:/b").unwrap(), ["/a/sh", "/b/sh"]);
         assert_eq!(find("sh", "/a::").unwrap(), ["/a/sh", "./sh", "./sh"]);
         assert_eq!(find("./sh", "/a").unwrap(), ["./sh"]);
-        assert!(find("", "/a").unwrap_err().message.contains("nothing to run"));
+        let failure = find("", "/a").unwrap_err();
+        assert!(failure.code == CODE_NOT_FOUND && failure.message.starts_with("\"\": "), "{failure:?}");
+        assert!(programs(&[], &[]).unwrap_err().message.contains("nothing to run"));
     }
 
     #[test]
