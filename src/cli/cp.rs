@@ -177,7 +177,7 @@ fn start(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::Conne
     ensure!(!path.is_empty(), "there is no path behind {name}:");
     let args = [INIT_PROGRAM, word, path].map(|word| word.as_bytes().to_vec()).to_vec();
     let process = Process { args, user: "0:0".into(), stdin, ..Process::default() };
-    guest::start(&entry.file(roster::VSOCK), &process)
+    guest::ask(&entry.file(roster::VSOCK), &process)?.connect()
 }
 
 type Errors = std::thread::JoinHandle<String>;

@@ -73,11 +73,13 @@ impl Exec {
         let entry = Roster::open()?.find(machine)?;
         let process = self.process(inherited(&entry)?, command)?;
         let vsock = entry.file(roster::VSOCK);
+        let admitted = exec::ask(&vsock, &process)?;
         let end = if self.detach {
-            End::Told(exec::start(&vsock, &process)?.started()?)
+            End::Told(admitted.connect()?.started()?)
         } else {
+            // Whoever waits for a turn ends by a signal as ever: there is no process yet that it could be meant for.
             let signals = Front::block_signals(true)?;
-            exec::stay(exec::start(&vsock, &process)?, &signals, self.process.tty && self.process.interactive)?
+            exec::stay(admitted.connect()?, &signals, self.process.tty && self.process.interactive)?
         };
         match end {
             End::Told(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
@@ -87,7 +89,9 @@ impl Exec {
                 Ok(Exit::Reported(code))
             }
             End::Told(ToHost::Started(_)) if self.detach => Ok(Exit::Success),
-            End::Told(ToHost::Started(_)) => bail!("the guest did not say how the process ended"),
+            End::Told(ToHost::Started(_) | ToHost::Admitted | ToHost::AskTime) => {
+                bail!("the guest did not say how the process ended")
+            }
             End::Left(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
         }
     }

@@ -358,7 +358,7 @@ fn verdict(end: Option<&ToHost>, outcome: &Outcome, tail: &Tail, told_already: b
             super::print_error(message);
             return Exit::Reported(*code);
         }
-        Some(ToHost::Started(_)) | None => {}
+        Some(ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime) | None => {}
     }
     let exit = match boot::report(outcome) {
         Exit::Failure => Exit::NotRun,

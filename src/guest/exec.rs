@@ -20,6 +20,11 @@ use crate::sys::{self, SignalFd};
 
 /// How long a guest may take to take a connection; it may be busy, and it may be gone.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long it may take to have room for one more process: others have to end for that.
+const TURN_PATIENCE: Duration = Duration::from_secs(120);
+/// Before a connection that was refused is tried again; doubled each time, up to the other.
+const RETRY_FIRST: Duration = Duration::from_millis(5);
+const RETRY_LAST: Duration = Duration::from_millis(320);
 /// No answer to a request for a connection is longer.
 const ANSWER_MAX_BYTES: usize = 32;
 
@@ -32,34 +37,58 @@ pub enum End {
     Left(i32),
 }
 
+/// A process that is to start, for which the guest has room. One with streams starts when they are connected.
+#[derive(Debug)]
+pub struct Admitted<'a> {
+    vsock: &'a Path,
+    id: u64,
+    control: UnixStream,
+    reader: Reader,
+    roles: Vec<Role>,
+    on_terminal: bool,
+}
+
 /// The connections of a process that is to start: one for each of its streams, and one to talk about it.
 #[derive(Debug)]
 pub struct Connections {
     id: u64,
     control: UnixStream,
+    reader: Reader,
     streams: Vec<(Role, UnixStream)>,
     on_terminal: bool,
 }
 
-/// Connects to the guest whose sockets are at `vsock`, and has it start `process`.
-pub fn start(vsock: &Path, process: &Process) -> Result<Connections> {
+/// Describes `process` to the guest whose sockets are at `vsock`, and waits for its turn: a guest runs so many at a time, and a
+/// socket device has so many connections.
+pub fn ask<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
+    let deadline = Instant::now() + PATIENCE;
     let mut id = [0; 8];
     sys::getrandom(&mut id).context("choose a number for the session")?;
     // Never the machine's own.
     let id = u64::from_le_bytes(id) | 1;
-    let mut control = connect(vsock, Hello { session: id, role: Role::Control })?;
+    let mut control = connect(vsock, Hello { session: id, role: Role::Control }, deadline)?;
     let mut start = Vec::new();
     frame::write(&ToGuest::Start(process.clone()), &mut start).context("describe the process")?;
     control.write_all(&start).context("tell the guest what to start")?;
+    let reader = await_turn(&mut control, Instant::now() + TURN_PATIENCE)?;
     let mut roles = Vec::new();
     if !process.detached {
         roles.push(Role::Stdout);
         roles.extend(process.stdin.then_some(Role::Stdin));
         roles.extend(process.terminal.is_none().then_some(Role::Stderr));
     }
-    let connected = |role| Ok((role, connect(vsock, Hello { session: id, role })?));
-    let streams = roles.into_iter().map(connected).collect::<Result<Vec<_>>>()?;
-    Ok(Connections { id, control, streams, on_terminal: process.terminal.is_some() })
+    Ok(Admitted { vsock, id, control, reader, roles, on_terminal: process.terminal.is_some() })
+}
+
+impl Admitted<'_> {
+    /// Connects the streams, which has the process start.
+    pub fn connect(self) -> Result<Connections> {
+        let Admitted { vsock, id, control, reader, roles, on_terminal } = self;
+        let deadline = Instant::now() + PATIENCE;
+        let connected = |role| Ok((role, connect(vsock, Hello { session: id, role }, deadline)?));
+        let streams = roles.into_iter().map(connected).collect::<Result<Vec<_>>>()?;
+        Ok(Connections { id, control, reader, streams, on_terminal })
+    }
 }
 
 impl Connections {
@@ -72,52 +101,104 @@ impl Connections {
 
     /// Waits for the end of a process whose streams were all taken.
     pub fn end(self) -> Result<ToHost> {
-        self.hear(|said| !matches!(said, ToHost::Started(_)))
+        self.hear(|said| !matches!(said, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime))
     }
 
     /// Waits until a process without streams runs, or has failed to.
     pub fn started(self) -> Result<ToHost> {
-        self.hear(|_| true)
+        self.hear(|said| !matches!(said, ToHost::Admitted | ToHost::AskTime))
     }
 
     fn hear(mut self, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
-        let mut reader = Reader::default();
-        let mut buffer = [0; 4096];
-        loop {
-            match reader.take::<ToHost>()? {
-                Some(said) if is_it(&said) => return Ok(said),
-                Some(_) => continue,
-                None => {}
-            }
-            match self.control.read(&mut buffer) {
-                Ok(0) => bail!("the machine has ended, and the process with it"),
-                Ok(count) => reader.push(buffer.get(..count).unwrap_or_default()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).context("hear the guest"),
-            }
+        hear(&mut self.control, &mut self.reader, is_it)
+    }
+}
+
+/// Waits until the guest says what is waited for. Returns what it has said beyond that.
+fn await_turn(control: &mut UnixStream, deadline: Instant) -> Result<Reader> {
+    let mut reader = Reader::default();
+    let heard = set_timeouts(control, Some(deadline)).map_err(anyhow::Error::from);
+    let heard = heard.and_then(|()| hear(control, &mut reader, |said| *said == ToHost::Admitted));
+    heard.map_err(|error| {
+        if is_timeout(&error) {
+            anyhow::anyhow!("start a process in the guest: it runs as many as it can at a time, or hangs: try again when some have ended")
+        } else {
+            error
+        }
+    })?;
+    set_timeouts(control, None).context("set up the session")?;
+    Ok(reader)
+}
+
+fn hear(control: &mut UnixStream, reader: &mut Reader, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
+    let mut buffer = [0; 4096];
+    loop {
+        match reader.take::<ToHost>()? {
+            Some(said) if is_it(&said) => return Ok(said),
+            Some(_) => continue,
+            None => {}
+        }
+        match control.read(&mut buffer) {
+            Ok(0) => bail!("the machine has ended, and the process with it"),
+            Ok(count) => reader.push(buffer.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error).context("hear the guest"),
         }
     }
 }
 
-/// Connects to the guest's init as Firecracker's clients do, and says what for.
-fn connect(vsock: &Path, hello: Hello) -> Result<UnixStream> {
-    let connect = || -> Result<UnixStream> {
-        let mut stream = UnixStream::connect(vsock)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("CONNECT {PORT}\n").as_bytes())?;
-        if !read_line(&mut stream)?.starts_with(b"OK ") {
-            bail!("it refused");
+/// Has reads and writes fail when `deadline` has passed; without one they wait for ever.
+fn set_timeouts(stream: &UnixStream, deadline: Option<Instant>) -> io::Result<()> {
+    // None at all would be no limit.
+    let left = deadline.map(|by| by.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
+    stream.set_read_timeout(left)?;
+    stream.set_write_timeout(left)
+}
+
+fn is_timeout(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+}
+
+/// Connects to the guest's init as Firecracker's clients do, and says what for. What is refused is tried again until
+/// `deadline`: it may be that all connections are in use.
+fn connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> {
+    let mut wait = RETRY_FIRST;
+    loop {
+        let error = match try_connect(vsock, hello, deadline) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => error,
+        };
+        let refused = error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == REFUSED);
+        if !refused || Instant::now() + wait > deadline {
+            let error = if is_timeout(&error) { anyhow::anyhow!("it does not answer") } else { error };
+            return Err(error.context("connect to the guest"));
         }
-        stream.write_all(&hello.to_bytes())?;
-        stream.set_read_timeout(None)?;
-        stream.set_write_timeout(None)?;
-        Ok(stream)
-    };
-    connect().map_err(|error| match error.downcast_ref::<io::Error>().map(io::Error::kind) {
-        Some(io::ErrorKind::WouldBlock) => anyhow::anyhow!("connect to the guest: it does not answer"),
-        _ => error.context("connect to the guest"),
-    })
+        std::thread::sleep(wait);
+        wait = (2 * wait).min(RETRY_LAST);
+    }
+}
+
+/// How it looks when a connection is closed before it is one. That the machine's socket itself is not there is another error.
+const REFUSED: io::ErrorKind = io::ErrorKind::UnexpectedEof;
+
+fn try_connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> {
+    let mut stream = UnixStream::connect(vsock)?;
+    set_timeouts(&stream, Some(deadline))?;
+    stream.write_all(format!("CONNECT {PORT}\n").as_bytes()).map_err(as_refused)?;
+    if !read_line(&mut stream).map_err(as_refused)?.starts_with(b"OK ") {
+        bail!("it refused");
+    }
+    stream.write_all(&hello.to_bytes())?;
+    set_timeouts(&stream, None)?;
+    Ok(stream)
+}
+
+/// A connection that was closed at once may have been so before it was written to, or before all was read.
+fn as_refused(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => REFUSED.into(),
+        _ => error,
+    }
 }
 
 /// A line, byte by byte: what follows it is the guest's.
@@ -138,7 +219,7 @@ fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
 /// Stays with the process to its end, with this process's streams and `signals`. With `takes_keys` all keys of this terminal
 /// are the process's.
 pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> Result<End> {
-    let Connections { id, control, streams, on_terminal } = connections;
+    let Connections { id, control, reader: _, streams, on_terminal } = connections;
     // Before the streams have threads.
     let terminal = if takes_keys { RawTerminal::enter().context("set up the terminal")? } else { None };
     let mut session = Session::over(id, control, streams, on_terminal, Arc::new(Timings::new(Instant::now())))?;
@@ -194,11 +275,15 @@ mod tests {
         (folder, path, guest)
     }
 
+    fn soon() -> Instant {
+        Instant::now() + PATIENCE
+    }
+
     #[test]
     fn a_connection_is_asked_for_and_says_what_for() {
         let hello = Hello { session: 77, role: Role::Stdout };
         let (_folder, path, guest) = guest("OK 1073741824\n");
-        drop(connect(&path, hello).unwrap());
+        drop(connect(&path, hello, soon()).unwrap());
         assert_eq!(guest.join().unwrap(), [b"CONNECT 1024\n", &hello.to_bytes()[..]].concat());
     }
 
@@ -208,9 +293,73 @@ mod tests {
         for answer in ["", "NO\n", "OK", &"O".repeat(64)] {
             let answer: &'static str = String::from(answer).leak();
             let (_folder, path, guest) = guest(answer);
-            let error = format!("{:#}", connect(&path, hello).unwrap_err());
+            let error =
+                format!("{:#}", connect(&path, hello, Instant::now() + Duration::from_millis(200)).unwrap_err());
             assert!(error.starts_with("connect to the guest: ") && !error.contains('\n'), "{error}");
             let _ = guest.join();
         }
+    }
+
+    #[test]
+    fn what_is_refused_is_tried_again_and_not_for_ever() {
+        let hello = Hello { session: 77, role: Role::Control };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let guest = thread::spawn(move || {
+            // Closed at once, closed when it has spoken, and then taken.
+            drop(listener.accept().unwrap());
+            listener.accept().unwrap().0.read_exact(&mut [0; 13]).unwrap();
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"OK 1\n").unwrap();
+            stream.read_to_end(&mut Vec::new()).unwrap();
+            listener
+        });
+        drop(connect(&path, hello, soon()).unwrap());
+        let listener = guest.join().unwrap();
+        let guest = thread::spawn(move || {
+            while listener.accept().is_ok_and(|(mut stream, _)| stream.read(&mut [0]).is_ok_and(|count| count > 0)) {}
+        });
+        let error = connect(&path, hello, Instant::now() + Duration::from_millis(100)).unwrap_err();
+        assert!(format!("{error:#}").starts_with("connect to the guest: "), "{error:#}");
+        // Its last visitor says nothing.
+        drop(UnixStream::connect(&path).unwrap());
+        guest.join().unwrap();
+    }
+
+    #[test]
+    fn a_process_has_its_streams_connected_when_it_has_its_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let accept = move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut hello = [0; husk_protocol::HELLO_BYTES];
+            stream.read_exact(&mut [0; 13]).unwrap();
+            stream.write_all(b"OK 1\n").unwrap();
+            stream.read_exact(&mut hello).unwrap();
+            (stream, Hello::from_bytes(hello).unwrap())
+        };
+        let guest = thread::spawn(move || {
+            let (mut control, first) = accept();
+            let mut said = Vec::new();
+            for message in [ToHost::Admitted, ToHost::Started(7), ToHost::Signaled(34)] {
+                frame::write(&message, &mut said).unwrap();
+            }
+            control.write_all(&said).unwrap();
+            let roles: Vec<Role> = (0..3)
+                .map(|_| accept())
+                .map(|(_, hello)| hello)
+                .map(|hello| {
+                    assert_eq!(hello.session, first.session);
+                    hello.role
+                })
+                .collect();
+            (first.role, roles)
+        });
+        let process = Process { stdin: true, ..Process::default() };
+        let connections = ask(&path, &process).unwrap().connect().unwrap();
+        assert_eq!(guest.join().unwrap(), (Role::Control, vec![Role::Stdout, Role::Stdin, Role::Stderr]));
+        assert_eq!(connections.end().unwrap(), ToHost::Signaled(34));
     }
 }

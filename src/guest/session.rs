@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use husk_protocol::frame::{self, Reader};
@@ -190,6 +190,11 @@ impl Session {
         self.say(&ToGuest::Resize(size));
     }
 
+    /// Has the guest set its wall clock by ours: it did not run for a while, or ours was set.
+    pub fn check_clock(&mut self) {
+        self.say(&ToGuest::CheckClock);
+    }
+
     /// Feeds the process what `from` says, if it has an input.
     pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
         self.streams.attach_input(from)
@@ -272,17 +277,18 @@ impl Session {
         let Some(control) = &mut self.control else { return Ok(()) };
         let mut messages = Vec::new();
         let mut buffer = [0; 4096];
-        let ended = loop {
-            match control.stream.read(&mut buffer) {
-                Ok(0) => break true,
-                Ok(count) => control.reader.push(buffer.get(..count).unwrap_or_default()),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break false,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(_) => break true,
+        // One read in a turn, so that a guest that never stops talking has neither our memory nor all our time. The descriptor
+        // stays readable while there is more.
+        let ended = match control.stream.read(&mut buffer) {
+            Ok(0) => true,
+            Ok(count) => {
+                control.reader.push(buffer.get(..count).unwrap_or_default());
+                while let Some(message) = control.reader.take::<ToHost>()? {
+                    messages.push(message);
+                }
+                false
             }
-            while let Some(message) = control.reader.take::<ToHost>()? {
-                messages.push(message);
-            }
+            Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
         };
         if ended {
             // Its end follows: the guest's init has gone, or the guest.
@@ -303,7 +309,10 @@ impl Session {
                     self.resize();
                 }
             }
-            end => {
+            ToHost::AskTime => self.say(&ToGuest::Time(wall_clock_ns())),
+            // Who opened the session has heard it, or the guest makes it up.
+            ToHost::Admitted => {}
+            end @ (ToHost::Failed { .. } | ToHost::Exited(_) | ToHost::Signaled(_)) => {
                 self.timings.mark(Step::ProcessEnd);
                 self.end.get_or_insert(end);
             }
@@ -348,6 +357,12 @@ impl AsRawFd for Session {
     fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }
+}
+
+/// Our wall clock, in nanoseconds since 1970.
+fn wall_clock_ns() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The hello, once it is whole; `None` for a connection that is of no use.

@@ -137,6 +137,7 @@ impl Control<'_> {
     fn unpause(&mut self) -> Result<()> {
         ensure!(matches!(self.desk.record.state, State::Paused { .. }), "the machine is not paused");
         self.machine.resume();
+        self.check_guest_clock();
         self.desk.enter(State::Running { since_ms: now_ms() })
     }
 

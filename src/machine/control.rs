@@ -22,6 +22,7 @@ use crate::guest::session::Session;
 use crate::roster::stream_log::Stream;
 use crate::sandbox;
 use crate::sys::SignalFd;
+use crate::sys::timer::ClockJumps;
 
 /// How long a panicked kernel may go on printing before the machine is ended for it.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
@@ -41,9 +42,11 @@ enum Token {
     InputWanted,
     Session,
     Desk,
+    ClockJump,
 }
 
-const TOKENS: [Token; 6] = [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted, Token::Session, Token::Desk];
+const TOKENS: [Token; 7] =
+    [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted, Token::Session, Token::Desk, Token::ClockJump];
 
 /// Who has this process's standard streams and its signals.
 pub enum Front<'a> {
@@ -113,6 +116,8 @@ pub(super) struct Control<'a> {
     /// What others ask of the machine.
     pub(super) desk: &'a mut Desk,
     pub(super) input: Option<Input>,
+    /// When the host's wall clock is set, or the host has slept.
+    clock_jumps: ClockJumps,
     button_pressed: bool,
     on_terminal: bool,
 }
@@ -138,7 +143,9 @@ impl<'a> Control<'a> {
             None => Input::from_stdin(on_terminal),
         };
         watch(&epoll, desk.as_raw_fd(), Token::Desk)?;
-        Ok(Control { machine, epoll, signals, session, desk, input, button_pressed: false, on_terminal })
+        let clock_jumps = ClockJumps::new().context("watch the clock")?;
+        watch(&epoll, clock_jumps.as_fd().as_raw_fd(), Token::ClockJump)?;
+        Ok(Control { machine, epoll, signals, session, desk, input, clock_jumps, button_pressed: false, on_terminal })
     }
 
     fn run(mut self) -> Result<Outcome> {
@@ -171,9 +178,21 @@ impl<'a> Control<'a> {
                         }
                     }
                     Some(Token::Desk) => self.on_requests(),
+                    Some(Token::ClockJump) => {
+                        if self.clock_jumps.take() {
+                            self.check_guest_clock();
+                        }
+                    }
                     None => {}
                 }
             }
+        }
+    }
+
+    /// Has the guest set its wall clock by the host's, where husk's init is there to do it.
+    pub(super) fn check_guest_clock(&mut self) {
+        if let Some(session) = &mut self.session {
+            session.check_clock();
         }
     }
 

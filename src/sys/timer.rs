@@ -1,10 +1,14 @@
-//! A clock's alarm as a file descriptor.
+//! A clock's alarm as a file descriptor, and its jumps.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::time::Duration;
+
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 
 /// A timer whose descriptor becomes readable when it goes off (timerfd_create(2)). It may be set from any thread.
 ///
@@ -54,6 +58,34 @@ impl AsFd for Timer {
     }
 }
 
+/// Becomes readable when the wall clock has jumped: somebody set it, or the host has slept (timerfd_create(2),
+/// TFD_TIMER_CANCEL_ON_SET; the kernel sets its clock anew when it wakes).
+#[derive(Debug)]
+pub struct ClockJumps(OwnedFd);
+
+impl ClockJumps {
+    /// Watches from now on.
+    pub fn new() -> io::Result<ClockJumps> {
+        let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        // An alarm is not what it is for: none comes before the year 36000.
+        let never = Timespec { tv_sec: 1 << 40, tv_nsec: 0 };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: never };
+        timerfd_settime(&timer, TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET, &once)?;
+        Ok(ClockJumps(timer))
+    }
+
+    /// Whether the clock has jumped since the last time.
+    pub fn take(&self) -> bool {
+        rustix::io::read(&self.0, &mut [0; 8]) == Err(rustix::io::Errno::CANCELED)
+    }
+}
+
+impl AsFd for ClockJumps {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
@@ -81,5 +113,14 @@ mod tests {
         assert_eq!(events(20), 0, "far away");
         timer.set(Duration::MAX);
         assert_eq!(events(0), 0);
+    }
+
+    #[test]
+    fn a_clock_that_goes_on_has_not_jumped() {
+        let jumps = ClockJumps::new().unwrap();
+        let epoll = Epoll::new().unwrap();
+        epoll.ctl(ControlOperation::Add, jumps.as_fd().as_raw_fd(), EpollEvent::new(EventSet::IN, 1)).unwrap();
+        assert_eq!(epoll.wait(20, &mut [EpollEvent::default()]).unwrap(), 0);
+        assert!(!jumps.take());
     }
 }

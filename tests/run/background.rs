@@ -6,12 +6,13 @@ use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::image::{archive, run};
 use crate::terminal::Terminal;
-use crate::{Ended, finish, guests, husk_run};
+use crate::{Ended, finish, guests, husk_run, wait};
 
 /// A user's machines, apart from everybody else's.
 struct Machines {
@@ -74,7 +75,12 @@ fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
     assert!(exec(&["box", "no-such-thing"]).expect(127).errors.contains("not found in PATH"));
     exec(&["box", "/srv"]).expect(126);
     exec(&["box", "sh", "-c", "kill -9 $$"]).expect(137);
+    exec(&["box", "sh", "-c", "kill -34 $$"]).expect(162);
     exec(&["box"]).expect(125);
+    assert!(exec(&["box", ""]).expect(127).errors.contains("\"\": an empty word"));
+    let nowhere = exec(&["-w", "/nowhere", "box", "pwd"]);
+    assert!(nowhere.expect(126).errors.contains("working directory /nowhere: No such file"), "{}", nowhere.errors);
+    exec(&["box", "ls", "/nowhere"]).expect(1);
     assert!(exec(&["nobody", "true"]).expect(125).errors.contains("husk ps -a"));
     // Both ways at once, and more than any buffer holds.
     let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
@@ -96,6 +102,61 @@ fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
     machines.ok(&["stop", "box"]);
     assert!(exec(&["box", "true"]).expect(125).errors.contains("has ended"));
     assert_eq!(machines.ok(&["wait", "box"]), "143\n");
+}
+
+#[test]
+fn as_many_processes_as_anybody_starts_at_once_all_run() {
+    // Seven hung before a guest listened to so many at a time.
+    const COUNT: usize = 24;
+    let machines = Machines::new(guests!());
+    machines.start("box", &[], "sleep 1000").expect(0);
+    let started: Vec<_> = (0..COUNT)
+        .map(|n| machines.command(&["exec", "box", "sh", "-c", &format!("echo {n}; exit {n}")]).spawn().unwrap())
+        .collect();
+    for (n, child) in started.into_iter().enumerate() {
+        let ended = wait(child);
+        assert_eq!(ended.expect(n as i32).text(), format!("{n}\n"));
+    }
+}
+
+#[test]
+fn a_guest_has_the_hosts_time_after_a_pause_and_when_that_is_set() {
+    let machines = Machines::new(guests!());
+    machines.start("box", &[], "sleep 1000").expect(0);
+    let is_wrong = || machines.ok(&["exec", "box", "date", "+%s"]).trim().parse::<u64>().unwrap() < 1_500_000_000;
+    let make_wrong = || machines.ok(&["exec", "box", "date", "-s", "@1400000000"]);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let await_right = |what: &str| {
+        while is_wrong() {
+            assert!(Instant::now() < deadline, "{what}");
+        }
+    };
+    make_wrong();
+    assert!(is_wrong());
+    machines.ok(&["pause", "box"]);
+    machines.ok(&["unpause", "box"]);
+    await_right("after a pause");
+    if std::env::var_os("HUSK_TEST_EMULATED").is_none() {
+        eprintln!("SKIPPED: nobody's clock is set but the lab's");
+        return;
+    }
+    make_wrong();
+    // To what it is: that is a jump as well.
+    run(Command::new("sh").args(["-c", "date -s @$(date +%s)"]));
+    await_right("after the host's clock was set");
+}
+
+#[test]
+fn a_process_is_asked_for_its_end_by_any_signal() {
+    let machines = Machines::new(guests!());
+    let script = "trap 'echo sixty' 60; trap 'exit 5' 37; echo ready; while :; do sleep 0.1; done";
+    machines.start("job", &["--stop-signal", "SIGRTMIN+3"], script).expect(0);
+    let await_logs = |logs: &str| while machines.ok(&["logs", "job"]) != logs {};
+    await_logs("ready\n");
+    machines.ok(&["kill", "-s", "60", "job"]);
+    await_logs("ready\nsixty\n");
+    machines.ok(&["stop", "-t", "60", "job"]);
+    assert_eq!(machines.ok(&["wait", "job"]), "5\n");
 }
 
 #[test]

@@ -17,6 +17,13 @@ fn the_exit_code_is_the_commands() {
 }
 
 #[test]
+fn a_real_time_signal_is_an_end_like_another() {
+    let guests = guests!();
+    shell(&guests, &[], "kill -34 $$").expect(162);
+    shell(&guests, &[], "sleep 1000 & kill -64 $!; wait $!; echo $?; kill -32 $$").expect(160);
+}
+
+#[test]
 fn a_command_that_is_missing_or_no_program_has_a_code_and_a_word() {
     let guests = guests!();
     for (command, code, word) in [
@@ -27,6 +34,8 @@ fn a_command_that_is_missing_or_no_program_has_a_code_and_a_word() {
         let ended = run(&guests, &[archive(), command]);
         assert!(ended.expect(code).errors.contains(word), "{}", ended.errors);
     }
+    let ended = run(&guests, &[archive(), "--", ""]);
+    assert!(ended.expect(127).errors.contains("husk: \"\": an empty word is no command\n"), "{}", ended.errors);
     let ended = run(&guests, &["--user", "nobody-here", archive(), "true"]);
     assert!(ended.expect(125).errors.contains("\"nobody-here\""), "{}", ended.errors);
 }

@@ -8,24 +8,24 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 use crate::connection::{self, Greeting};
 use crate::report;
 use crate::root::Kept;
 use crate::session::Session;
+use crate::sys;
 
-/// More sessions than this do not run at a time.
-const SESSIONS_MAX: usize = 64;
-/// Connections that may be open without a session.
-const GREETINGS_MAX: usize = 16;
+/// More sessions that the host opened do not run at a time; others wait for their turn. With four connections each, they leave
+/// to those that wait a fifth of the 512 that the host's side of the socket device has.
+const SESSIONS_MAX: usize = 100;
 /// How long killed processes are waited for; one may hang in a driver.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 struct Agent<'a> {
     children: Option<SignalFd>,
     listener: Option<OwnedFd>,
+    /// Connections of the host's that have not said yet what they are for; the host's side bounds their number.
     greetings: Vec<Greeting>,
     /// The main session is the first.
     main: Session,
@@ -62,34 +62,45 @@ impl Agent<'_> {
     fn serve(&mut self) {
         loop {
             self.bury();
-            self.greet();
             self.main.advance(self.hostname);
-            for session in &mut self.others {
-                session.advance(self.hostname);
-            }
-            self.others.retain(|session| !session.is_over());
+            let one_has_ended = self.serve_others();
             if self.main.is_over() {
                 return;
             }
-            self.wait();
+            // Then it is another's turn.
+            if !one_has_ended {
+                self.wait();
+            }
         }
+    }
+
+    /// Does what can be done without waiting for the sessions that the host opens. Returns whether one is over.
+    fn serve_others(&mut self) -> bool {
+        self.greet();
+        self.admit();
+        for session in &mut self.others {
+            session.advance(self.hostname);
+        }
+        let before = self.others.len();
+        self.others.retain(|session| !session.is_over());
+        self.others.len() < before
     }
 
     /// Takes note of processes that have ended, orphans among them. With the main one all others end.
     fn bury(&mut self) {
         let all_gone = loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(status) if status.pid().is_some() => {
-                    self.main.note_end(&status);
+            match sys::reap() {
+                Ok(Some((pid, ended))) => {
+                    self.main.note_end(pid, ended);
                     for session in &mut self.others {
-                        if session.note_end(&status) {
+                        if session.note_end(pid, ended) {
                             // What it left running may go on, and hold its pipes.
                             session.expect_no_more_output();
                         }
                     }
                 }
                 Err(Errno::EINTR) => {}
-                other => break other == Err(Errno::ECHILD),
+                left => break left == Err(Errno::ECHILD),
             }
         };
         if !self.main.has_ended() {
@@ -109,9 +120,6 @@ impl Agent<'_> {
     fn greet(&mut self) {
         if let Some(listener) = &self.listener {
             while let Some(socket) = connection::accept(listener) {
-                if self.greetings.len() >= GREETINGS_MAX {
-                    self.greetings.remove(0);
-                }
                 self.greetings.push(Greeting::new(socket));
             }
         }
@@ -124,18 +132,23 @@ impl Agent<'_> {
         }
     }
 
+    /// Gives a connection its place. A stream comes once its session is admitted: if there is none, it has ended.
     fn join(&mut self, hello: Hello, greeting: Greeting) {
-        if hello.session == MAIN_SESSION {
-            return;
+        let session = self.others.iter_mut().find(|session| session.id == hello.session);
+        match (hello.role, session) {
+            (Role::Control, None) if hello.session != MAIN_SESSION => {
+                self.others.push(Session::accepted(hello.session, greeting.socket));
+            }
+            (Role::Control, _) | (_, None) => {}
+            (role, Some(session)) => session.offer(role, greeting.socket),
         }
-        if let Some(session) = self.others.iter_mut().find(|session| session.id == hello.session) {
-            session.offer(hello.role, greeting.socket);
-        } else if hello.role != Role::Control {
-            // Its session's control connection is still on its way.
-            self.greetings.push(greeting);
-        } else if self.others.len() < SESSIONS_MAX {
-            self.others.push(Session::accepted(hello.session, greeting.socket));
-        }
+    }
+
+    /// Gives sessions their turns, in the order in which they came.
+    fn admit(&mut self) {
+        let admitted = self.others.iter().filter(|session| session.is_admitted()).count();
+        let waiting = self.others.iter_mut().filter(|session| !session.is_admitted());
+        waiting.take(SESSIONS_MAX.saturating_sub(admitted)).for_each(Session::admit);
     }
 
     fn wait(&self) {
@@ -143,8 +156,7 @@ impl Agent<'_> {
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
         fds.extend(self.children.as_ref().map(|children| readable(children.as_fd())));
         fds.extend(self.listener.as_ref().map(|listener| readable(listener.as_fd())));
-        let incomplete = self.greetings.iter().filter(|greeting| greeting.is_incomplete());
-        fds.extend(incomplete.map(|greeting| readable(greeting.socket.as_fd())));
+        fds.extend(self.greetings.iter().map(|greeting| readable(greeting.socket.as_fd())));
         for session in std::iter::once(&self.main).chain(&self.others) {
             fds.extend(session.awaits().map(|(fd, events)| PollFd::new(fd, events)));
         }
@@ -158,5 +170,75 @@ impl Agent<'_> {
         if let Some(children) = &self.children {
             while let Ok(Some(_)) = children.read_signal() {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use husk_protocol::ToHost;
+    use husk_protocol::frame::Reader;
+
+    use super::*;
+
+    /// The host's end of a connection that has said what it is for.
+    fn connect(agent: &mut Agent, session: u64, role: Role) -> UnixStream {
+        let (mut host, guest) = UnixStream::pair().unwrap();
+        guest.set_nonblocking(true).unwrap();
+        host.set_nonblocking(true).unwrap();
+        host.write_all(&Hello { session, role }.to_bytes()).unwrap();
+        agent.greetings.push(Greeting::new(guest.into()));
+        host
+    }
+
+    fn is_admitted(mut host: &UnixStream) -> bool {
+        let (mut reader, mut buffer) = (Reader::default(), [0; 64]);
+        let Ok(count) = host.read(&mut buffer) else { return false };
+        reader.push(&buffer[..count]);
+        reader.take::<ToHost>().unwrap() == Some(ToHost::Admitted)
+    }
+
+    /// No process is started, nor waited for: `bury` would take other tests'.
+    fn agent() -> (Agent<'static>, UnixStream) {
+        let (host, guest) = UnixStream::pair().unwrap();
+        guest.set_nonblocking(true).unwrap();
+        let main = Session::accepted(MAIN_SESSION, guest.into());
+        let (greetings, others) = (Vec::new(), Vec::new());
+        (Agent { children: None, listener: None, greetings, main, others, hostname: "", killed_at: None }, host)
+    }
+
+    #[test]
+    fn sessions_beyond_as_many_as_run_have_their_turn_when_others_end() {
+        let (mut agent, _main) = agent();
+        let mut hosts: Vec<UnixStream> =
+            (1..=SESSIONS_MAX as u64 + 3).map(|id| connect(&mut agent, id, Role::Control)).collect();
+        assert!(!agent.serve_others());
+        let admitted = |hosts: &[UnixStream]| hosts.iter().map(is_admitted).collect::<Vec<_>>();
+        let waiting = hosts.split_off(SESSIONS_MAX);
+        assert!(admitted(&hosts).iter().all(|admitted| *admitted));
+        assert_eq!(admitted(&waiting), [false; 3]);
+        // One that ends, and one that gives up waiting.
+        hosts.pop();
+        let mut waiting = waiting.into_iter();
+        drop(waiting.next());
+        assert!(agent.serve_others());
+        agent.serve_others();
+        assert_eq!(admitted(waiting.as_slice()), [true, false]);
+    }
+
+    #[test]
+    fn a_stream_has_its_place_or_is_closed() {
+        let (mut agent, _main) = agent();
+        let _control = connect(&mut agent, 7, Role::Control);
+        agent.serve_others();
+        let mut taken = connect(&mut agent, 7, Role::Stdout);
+        let others = [(7, Role::Stdout), (7, Role::Control), (8, Role::Stdout), (MAIN_SESSION, Role::Stdin)];
+        let others = others.map(|(session, role)| connect(&mut agent, session, role));
+        agent.serve_others();
+        assert!(agent.greetings.is_empty());
+        let closed = |host: &mut UnixStream| host.read(&mut [0]).is_ok_and(|count| count == 0);
+        assert!(!closed(&mut taken) && others.into_iter().all(|mut host| closed(&mut host)));
     }
 }

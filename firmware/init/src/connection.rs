@@ -22,8 +22,8 @@ const HOST_CID: u32 = 2;
 const ANY_CID: u32 = u32::MAX;
 /// As long as a host on a busy machine may take to answer.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
-/// As many connections as may wait to be taken.
-const BACKLOG: i32 = 16;
+/// As many connections may wait to be taken as the host's side has at all: the kernel resets those beyond.
+const BACKLOG: i32 = 512;
 
 fn vsock() -> Result<OwnedFd, Failure> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -102,11 +102,6 @@ impl Greeting {
             }
         }
         Hello::from_bytes(self.bytes).map(Some).map_err(|_| ())
-    }
-
-    /// Whether there is more to come before the host has said what for.
-    pub fn is_incomplete(&self) -> bool {
-        self.have < HELLO_BYTES
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod agent;
 mod boot;
+mod clock;
 mod connection;
 pub mod copy;
 mod disk;

@@ -4,20 +4,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use husk_protocol::{Hello, MAIN_SESSION, Process, Role, ToGuest, ToHost};
 use nix::poll::PollFlags;
-use nix::sys::signal::Signal;
-use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
+use crate::clock::Clock;
 use crate::connection::{self, Control, shortened};
 use crate::errors::Failure;
 use crate::process::{self, Started};
 use crate::pump::Pump;
-use crate::sys;
+use crate::sys::{self, Ended};
 
 /// A session. Its process starts when its streams are there, and it is over when the host says so, or is gone.
 pub struct Session {
     pub id: u64,
     control: Control,
+    /// Whether it has its turn.
+    admitted: bool,
     /// What runs when its streams have come.
     wanted: Option<Process>,
     stdin: Option<OwnedFd>,
@@ -27,6 +28,7 @@ pub struct Session {
     outputs: Vec<Pump>,
     terminal: Option<OwnedFd>,
     pid: Option<Pid>,
+    clock: Clock,
     /// How the process ended, and whether the host knows.
     end: Option<ToHost>,
     told: bool,
@@ -38,6 +40,7 @@ impl Session {
         Session {
             id,
             control: Control::new(control),
+            admitted: false,
             wanted: None,
             stdin: None,
             stdout: None,
@@ -46,6 +49,7 @@ impl Session {
             outputs: Vec::new(),
             terminal: None,
             pid: None,
+            clock: Clock::default(),
             end: None,
             told: false,
             finished: false,
@@ -73,9 +77,20 @@ impl Session {
         Ok(())
     }
 
-    /// One that the host has opened.
+    /// One that the host has opened. Its process does not start before it is [admitted](Session::admit).
     pub fn accepted(id: u64, control: OwnedFd) -> Session {
         Session::new(id, control)
+    }
+
+    /// Whether it has its turn.
+    pub fn is_admitted(&self) -> bool {
+        self.admitted
+    }
+
+    /// Gives it its turn, which it keeps to its end.
+    pub fn admit(&mut self) {
+        self.admitted = true;
+        self.control.say(&ToHost::Admitted);
     }
 
     /// Takes a stream that the host has opened; one that is there already stays.
@@ -125,16 +140,15 @@ impl Session {
         Ok(started.pid)
     }
 
-    /// Notes how a process ended; true if it was this one's.
-    pub fn note_end(&mut self, status: &WaitStatus) -> bool {
-        if status.pid().is_none() || status.pid() != self.pid {
+    /// Notes how process `pid` ended; true if it was this one's.
+    pub fn note_end(&mut self, pid: Pid, ended: Ended) -> bool {
+        if self.pid != Some(pid) {
             return false;
         }
-        self.end = match *status {
-            WaitStatus::Exited(_, code) => Some(ToHost::Exited(code as u8)),
-            WaitStatus::Signaled(_, signal, _) => Some(ToHost::Signaled(signal as i32 as u8)),
-            _ => return false,
-        };
+        self.end = Some(match ended {
+            Ended::Exited(code) => ToHost::Exited(code),
+            Ended::Signaled(number) => ToHost::Signaled(number),
+        });
         (self.pid, self.input, self.terminal) = (None, None, None);
         true
     }
@@ -188,9 +202,9 @@ impl Session {
                 self.wanted = Some(process).filter(|_| fresh);
             }
             ToGuest::Signal(number) => {
-                if let (Some(pid), Ok(signal)) = (self.pid, Signal::try_from(i32::from(number))) {
+                if let Some(pid) = self.pid {
                     // It may have ended just now.
-                    let _ = nix::sys::signal::kill(pid, signal);
+                    let _ = sys::send_signal(pid, number);
                 }
             }
             ToGuest::Resize(size) => {
@@ -199,6 +213,15 @@ impl Session {
                 }
             }
             ToGuest::Finish => self.finished = true,
+            ToGuest::CheckClock => {
+                self.clock.ask();
+                self.control.say(&ToHost::AskTime);
+            }
+            ToGuest::Time(since_1970_ns) => {
+                if self.clock.hear(since_1970_ns) {
+                    self.control.say(&ToHost::AskTime);
+                }
+            }
         }
     }
 
@@ -208,7 +231,8 @@ impl Session {
             Role::Stdout => self.stdout.is_some(),
             Role::Stderr | Role::Control => self.stderr.is_some(),
         };
-        if self.wanted.as_ref().is_some_and(|process| streams_of(process).all(there))
+        if self.admitted
+            && self.wanted.as_ref().is_some_and(|process| streams_of(process).all(there))
             && let Some(process) = self.wanted.take()
         {
             self.start(&process, hostname);

@@ -7,9 +7,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use husk_protocol::{Limit, WindowSize};
+use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::socket::{SockFlag, accept4};
-use nix::unistd::ForkResult;
+use nix::unistd::{ForkResult, Pid};
 
 fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -31,6 +32,41 @@ pub fn write_port(port: u16, value: u8) {
 pub fn fork() -> nix::Result<ForkResult> {
     // SAFETY: there is one thread, so that the child finds every lock as its own thread left it.
     unsafe { nix::unistd::fork() }
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this exit code.
+    Exited(u8),
+    /// By a signal of this number.
+    Signaled(u8),
+}
+
+impl Ended {
+    /// What a wait status says; of a process that has ended it says nothing else.
+    fn from_status(status: i32) -> Ended {
+        if libc::WIFEXITED(status) {
+            Ended::Exited(libc::WEXITSTATUS(status) as u8)
+        } else {
+            Ended::Signaled(libc::WTERMSIG(status) as u8)
+        }
+    }
+}
+
+/// waitpid(2) for any child that has ended, without waiting: `None` while all run, ECHILD where there is none.
+/// nix's own takes the child and then fails where a real-time signal ended it, for which it has no name.
+pub fn reap() -> nix::Result<Option<(Pid, Ended)>> {
+    let mut status = 0;
+    // SAFETY: the call writes an `int` to the pointer, and `status` is one.
+    let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) })?;
+    Ok((pid > 0).then(|| (Pid::from_raw(pid), Ended::from_status(status))))
+}
+
+/// kill(2) with any signal, those included that have a number only (32 to 64).
+pub fn send_signal(pid: Pid, number: u8) -> nix::Result<()> {
+    // SAFETY: the call touches no memory.
+    Errno::result(unsafe { libc::kill(pid.as_raw(), number.into()) }).map(drop)
 }
 
 /// Ends a child that did not become a program, without a trace of this process's own end.
@@ -95,4 +131,39 @@ pub fn freeze(folder: BorrowedFd) -> io::Result<()> {
     const FIFREEZE: libc::c_ulong = 0xc004_5877;
     // SAFETY: the request takes no argument and touches no memory, its number notwithstanding.
     check(unsafe { libc::ioctl(folder.as_raw_fd(), FIFREEZE, 0) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn any_signal_is_sent_and_told_as_the_end_of_a_process() {
+        // Without those that the C library has ignored in what it starts here, that stop, and that end nothing.
+        const OTHERS: [i32; 10] = [
+            32,
+            33,
+            libc::SIGSTOP,
+            libc::SIGTSTP,
+            libc::SIGTTIN,
+            libc::SIGTTOU,
+            libc::SIGCHLD,
+            libc::SIGCONT,
+            libc::SIGURG,
+            libc::SIGWINCH,
+        ];
+        for number in (1..=64).filter(|number| !OTHERS.contains(number)) {
+            let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+            let pid = Pid::from_raw(child.id() as i32);
+            send_signal(pid, number as u8).unwrap();
+            let status = child.wait().unwrap();
+            assert_eq!(Ended::from_status(status.into_raw()), Ended::Signaled(number as u8));
+        }
+        assert_eq!((Ended::from_status(32), Ended::from_status(33)), (Ended::Signaled(32), Ended::Signaled(33)));
+        let status = Command::new("sh").args(["-c", "exit 162"]).status().unwrap();
+        assert_eq!(Ended::from_status(status.into_raw()), Ended::Exited(162));
+    }
 }

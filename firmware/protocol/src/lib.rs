@@ -2,8 +2,8 @@
 //!
 //! A session is one process: a control connection, and a connection for each of its streams. Each connection begins
 //! with a [`Hello`]; on the control connection [frames](frame) follow, on the others the stream's bytes as they are.
-//! For the machine's own process the guest connects to the host; for one more process the host connects to the guest.
-//! Both use port [`PORT`].
+//! For the machine's own process the guest connects to the host; for one more process the host connects to the guest: first
+//! for control, and for the streams once the guest has [admitted](ToHost::Admitted) the session. Both use port [`PORT`].
 //!
 //! Either side takes what the other says as foreign: sizes are bounded before memory is taken, and what is not understood
 //! ends the session, never the reader.

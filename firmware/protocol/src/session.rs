@@ -12,7 +12,7 @@ pub struct Process {
     pub args: Vec<Vec<u8>>,
     /// `NAME=VALUE` each. PATH, HOSTNAME, HOME and, with a terminal, TERM are added where they are missing.
     pub env: Vec<Vec<u8>>,
-    /// The working directory, made where it is missing; empty is `/`.
+    /// The working directory; empty is `/`. The machine's own process has it made where it is missing.
     pub working_dir: Vec<u8>,
     /// As a user types it: `NAME`, `UID`, and either with `:GROUP` or `:GID`; empty is root.
     pub user: String,
@@ -38,7 +38,8 @@ pub struct WindowSize {
 /// What the host says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToGuest {
-    /// Start this process; once in a session that the host opened, and there only. It starts when its streams have come.
+    /// Start this process; once in a session that the host opened, and there only. It starts when the session is
+    /// [admitted](ToHost::Admitted) and its streams have come.
     Start(Process),
     /// Send the process this signal.
     Signal(u8),
@@ -46,6 +47,11 @@ pub enum ToGuest {
     Resize(WindowSize),
     /// All that the process wrote has arrived: the session is over, and with the main one the machine.
     Finish,
+    /// The guest did not run for a while, or the host's wall clock was set: [ask](ToHost::AskTime) for the time. In the main
+    /// session only.
+    CheckClock,
+    /// The host's wall clock: nanoseconds since 1970, when it answered.
+    Time(u64),
 }
 
 impl Message for ToGuest {
@@ -56,6 +62,8 @@ impl Message for ToGuest {
 /// What the guest says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToHost {
+    /// The session that the host opened has its turn: there is room for its process, and its streams may come.
+    Admitted,
     /// The process runs under this number.
     Started(u32),
     /// There is no process, for this reason; the code is what a shell would give.
@@ -69,6 +77,8 @@ pub enum ToHost {
     Exited(u8),
     /// A signal of this number ended the process.
     Signaled(u8),
+    /// Say what time it is: the answer is a [`ToGuest::Time`].
+    AskTime,
 }
 
 impl Message for ToHost {

@@ -1,0 +1,97 @@
+//! From the host's word that time has passed unseen to the right wall clock: a question, its answer, and one setting.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+
+use crate::report;
+
+/// An answer that took longer says too little: it is asked anew, so often at most.
+const ROUND_TRIP_MAX: Duration = Duration::from_secs(1);
+const QUESTIONS_MAX: u32 = 5;
+/// A clock that is wrong by less is left to who in the guest may keep it right, and to programs that count on it.
+const TOLERANCE: Duration = Duration::from_millis(100);
+
+/// What is known of the host's clock.
+#[derive(Debug, Default)]
+pub struct Clock {
+    asked_at: Option<Instant>,
+    questions: u32,
+}
+
+/// What is to be done about an answer.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Nobody asked.
+    Ignore,
+    /// It came too late: it is to be asked once more.
+    AskAgain,
+    /// This is the time, as exactly as can be known.
+    Now(Duration),
+}
+
+impl Clock {
+    /// Notes that the host is asked now.
+    pub fn ask(&mut self) {
+        (self.asked_at, self.questions) = (Some(Instant::now()), 1);
+    }
+
+    /// Sets the wall clock by the host's answer. Returns whether the host is to be asked once more.
+    pub fn hear(&mut self, since_1970_ns: u64) -> bool {
+        match self.judge(Duration::from_nanos(since_1970_ns), Instant::now()) {
+            Verdict::Ignore => false,
+            Verdict::AskAgain => true,
+            Verdict::Now(now) => {
+                let ours = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                if now.abs_diff(ours) > TOLERANCE {
+                    let set = clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(now));
+                    let _ = set.inspect_err(|error| report::say(&format!("set the clock: {error}")));
+                }
+                false
+            }
+        }
+    }
+
+    fn judge(&mut self, host: Duration, now: Instant) -> Verdict {
+        let Some(asked_at) = self.asked_at.take() else { return Verdict::Ignore };
+        let round_trip = now.saturating_duration_since(asked_at);
+        if round_trip > ROUND_TRIP_MAX && self.questions < QUESTIONS_MAX {
+            (self.asked_at, self.questions) = (Some(now), self.questions + 1);
+            return Verdict::AskAgain;
+        }
+        // The host looked at its clock somewhere in between.
+        Verdict::Now(host + round_trip.min(ROUND_TRIP_MAX) / 2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: Duration = Duration::from_secs(1_800_000_000);
+
+    #[test]
+    fn an_answer_is_taken_for_the_middle_of_the_way() {
+        let mut clock = Clock::default();
+        assert_eq!(clock.judge(HOST, Instant::now()), Verdict::Ignore, "nobody asked");
+        clock.ask();
+        let asked_at = clock.asked_at.unwrap();
+        let heard = clock.judge(HOST, asked_at + Duration::from_millis(40));
+        assert_eq!(heard, Verdict::Now(HOST + Duration::from_millis(20)));
+        assert_eq!(clock.judge(HOST, Instant::now()), Verdict::Ignore, "it is answered");
+    }
+
+    #[test]
+    fn a_late_answer_is_asked_for_anew_and_not_for_ever() {
+        let mut clock = Clock::default();
+        clock.ask();
+        let mut now = clock.asked_at.unwrap();
+        for _ in 1..QUESTIONS_MAX {
+            now += Duration::from_secs(3600);
+            assert_eq!(clock.judge(HOST, now), Verdict::AskAgain);
+        }
+        let heard = clock.judge(HOST, now + Duration::from_secs(2));
+        assert_eq!(heard, Verdict::Now(HOST + ROUND_TRIP_MAX / 2));
+    }
+}
