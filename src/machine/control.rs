@@ -178,12 +178,8 @@ impl<'a> Control<'a> {
                         }
                     }
                     Some(Token::Desk) => self.on_requests(),
-                    Some(Token::ClockJump) => {
-                        if self.clock_jumps.take() {
-                            self.check_guest_clock();
-                        }
-                    }
-                    None => {}
+                    Some(Token::ClockJump) if self.clock_jumps.take() => self.check_guest_clock(),
+                    Some(Token::ClockJump) | None => {}
                 }
             }
         }
