@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod device;
+pub mod foreign;
 pub mod guest;
 pub mod image;
 pub mod irq;

@@ -42,6 +42,28 @@ fn help_of_every_command_has_examples() {
 }
 
 #[test]
+fn words_that_are_not_husks_own_do_nothing_to_a_terminal() {
+    // A title of the window, a sequence begun by one character, and text from right to left.
+    let word = "x\u{1b}]0;owned\u{7}\u{9b}2J\u{202e}y";
+    let no_json = std::env::temp_dir().join(word);
+    for (words, code) in [
+        (&["rmi", word][..], 1),
+        (&["inspect", word], 1),
+        (&["stop", word], 1),
+        (&["boot", "--config", no_json.to_str().unwrap()], 1),
+        (&["run", "--", word], 125),
+        (&["exec", word, "x"], 125),
+        (&[word], 2),
+        (&["boot", word], 2),
+    ] {
+        let line = refusal(words, code);
+        assert!(!line.contains(['\u{1b}', '\u{7}', '\u{9b}', '\u{202e}']), "{words:?}: {line:?}");
+    }
+    let json = stdout(&["boot", "--kernel", "/k", "--initrd", word, "--print-config"]);
+    assert!(json.contains("x\\u001b]0;owned\\u0007\\u009b2J\\u202ey"), "{json}");
+}
+
+#[test]
 fn no_command_shows_help_and_is_wrong_usage() {
     let output = husk(&[]);
     assert_eq!(output.status.code(), Some(2));

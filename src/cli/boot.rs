@@ -127,8 +127,7 @@ impl Boot {
         let mut config = self.machine_config()?;
         config.validate()?;
         if self.print_config {
-            let json = serde_json::to_string_pretty(&config).context("print the configuration")?;
-            super::print(&format!("{json}\n"))?;
+            super::print_json(&config, "the configuration")?;
             return Ok(Exit::Success);
         }
         if self.life.hands_on() {

@@ -1,6 +1,6 @@
 //! `husk disks`: the disks that machines have left under a name.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use indicatif::HumanBytes;
 
@@ -38,8 +38,7 @@ impl Disks {
         }
         let disks = store.kept_disks()?;
         if self.json {
-            let json = serde_json::to_string_pretty(&disks).context("print the disks")?;
-            super::print(&format!("{json}\n"))?;
+            super::print_json(&disks, "the disks")?;
             return Ok(Exit::Success);
         }
         let mut rows = vec![["NAME".to_owned(), "SIZE".into(), "USED".into(), "STATE".into()]];

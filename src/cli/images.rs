@@ -1,12 +1,14 @@
 //! `husk images`: what is in the store.
 
+use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use indicatif::{HumanBytes, HumanDuration};
 
 use super::exit::Exit;
+use crate::foreign;
 use crate::image::Store;
 
 const EXAMPLES: &str = "\
@@ -33,8 +35,7 @@ impl Images {
     pub fn run(self) -> Result<Exit> {
         let images = Store::open_default()?.list()?;
         if self.json {
-            let json = serde_json::to_string_pretty(&images).context("print the images")?;
-            super::print(&format!("{json}\n"))?;
+            super::print_json(&images, "the images")?;
             return Ok(Exit::Success);
         }
         if self.quiet {
@@ -63,11 +64,12 @@ impl Images {
     }
 }
 
-/// Rows with their columns below each other.
+/// Rows with their columns below each other, a line each, whatever is in them.
 pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| foreign::line(cell))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; N] = std::array::from_fn(width);
-    let line = |row: &[String; N]| {
+    let line = |row: &[Cow<str>; N]| {
         let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         cells.join("  ").trim_end().to_owned() + "\n"
     };
@@ -82,5 +84,11 @@ mod tests {
     fn columns_stand_below_each_other() {
         let rows = [["a".to_owned(), "b".into()], ["long".into(), "".into()], ["é".into(), "x".into()]];
         assert_eq!(table(&rows), "a     b\nlong\né     x\n");
+    }
+
+    #[test]
+    fn what_is_in_a_cell_is_no_row_of_its_own_and_no_command_to_a_terminal() {
+        let rows = [["a\nb".to_owned(), "\x1b[2J".into()], ["x".into(), "y".into()]];
+        assert_eq!(table(&rows), "a\u{fffd}b  \u{fffd}[2J\nx    y\n");
     }
 }

@@ -32,8 +32,7 @@ impl Inspect {
             Err(_) => image(name).with_context(|| format!("there is no machine {name:?}, and no image")),
         };
         let found = self.names.iter().map(find).collect::<Result<Vec<_>>>()?;
-        let json = serde_json::to_string_pretty(&found).context("print what is known")?;
-        super::print(&format!("{json}\n"))?;
+        super::print_json(&found, "what is known")?;
         Ok(Exit::Success)
     }
 }

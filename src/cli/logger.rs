@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::foreign;
 use crate::roster::husk_log;
 
 /// Lines that are written in each second; the rest are counted.
@@ -70,7 +71,7 @@ fn line(record: &Record) -> String {
     let mut line = format!("husk: {level}: ");
     let _ = write!(line, "{}", record.args());
     // A guest's bytes may be in here: no escape sequence and no second line gets through.
-    let mut line = line.replace(char::is_control, "\u{fffd}");
+    let mut line = foreign::line(&line).into_owned();
     line.push('\n');
     line
 }

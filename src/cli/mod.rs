@@ -47,10 +47,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{ArgAction, Parser, Subcommand};
+use serde::Serialize;
 
 use self::exit::{EXIT_CODES, Exit};
 use crate::bench::plan::Wrong;
 use crate::config::Invalid;
+use crate::foreign;
 use crate::roster::husk_log;
 
 const EXAMPLES: &str = "\
@@ -228,11 +230,12 @@ fn runs_a_command() -> bool {
 }
 
 fn print_error(text: &str) {
-    say(&format!("husk: {}\n", one_line(text)));
+    say(&format!("husk: {}\n", foreign::line(&one_line(text))));
 }
 
-/// Says something on standard error.
+/// Says something on standard error, which does nothing to a terminal but to be shown.
 fn say(text: &str) {
+    let text = foreign::lines(text);
     // There is no other place to say that it is closed, or on a full disk.
     let _ = std::io::stderr().write_all(text.as_bytes());
     husk_log::keep_small();
@@ -246,8 +249,20 @@ pub(crate) fn one_line(text: &str) -> String {
     pieces.fold(first, |line, piece| line + piece.split_once(')').map_or("", |(_number, rest)| rest))
 }
 
-/// Prints to standard output. A reader that has gone away has read what it wanted.
+/// Prints to standard output what does nothing to a terminal but to be shown.
 fn print(text: &str) -> Result<()> {
+    print_as_it_is(&foreign::lines(text))
+}
+
+/// Prints `value` as JSON, in which there is `what`.
+fn print_json(value: &impl Serialize, what: &str) -> Result<()> {
+    let json = foreign::json(value).with_context(|| format!("print {what}"))?;
+    print_as_it_is(&(json + "\n"))
+}
+
+/// Prints to standard output, where whoever calls has put commands for a terminal into the text, and cleaned the rest of it. A reader
+/// that has gone away has read what it wanted.
+fn print_as_it_is(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),

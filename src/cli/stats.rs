@@ -10,6 +10,7 @@ use indicatif::BinaryBytes;
 use serde_json::json;
 
 use super::exit::Exit;
+use crate::foreign;
 use crate::request::{Reply, Request, Stats, client};
 use crate::roster::record::State;
 use crate::roster::{self, Entry, Roster};
@@ -64,7 +65,7 @@ impl StatsOf {
         loop {
             let seen = self.look(&roster)?;
             let text = if self.json { as_json(&seen, &before)? } else { as_table(&seen, &before) };
-            super::print(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
+            super::print_as_it_is(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
             if once {
                 return Ok(Exit::Success);
             }
@@ -130,7 +131,7 @@ fn as_json(seen: &[Seen], before: &HashMap<String, Stats>) -> Result<String> {
         value
     };
     let list: Vec<_> = seen.iter().map(one).collect();
-    Ok(serde_json::to_string_pretty(&list).context("print what machines use")? + "\n")
+    Ok(foreign::json(&list).context("print what machines use")? + "\n")
 }
 
 fn as_table(seen: &[Seen], before: &HashMap<String, Stats>) -> String {

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::foreign;
 use crate::roster::{private_file, stream_log};
 
 /// What is kept for who asks why.
@@ -47,7 +48,7 @@ impl Tail {
 
 /// A guest's bytes do nothing to a terminal.
 fn printable(text: &str) -> String {
-    text.replace(|c: char| c.is_control() && c != '\t', "")
+    text.replace(|c| foreign::is_command(c) && c != '\t', "")
 }
 
 impl Log {

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use crate::foreign;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// What takes less is over before a person would look.
@@ -41,7 +42,7 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        bar.set_message(what);
+        bar.set_message(foreign::line(&what.into()).into_owned());
         Bar { bar, shown: self.shown, started: Instant::now() }
     }
 }

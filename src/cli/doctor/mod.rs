@@ -10,7 +10,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::exit::Exit;
-use crate::resources;
+use crate::{foreign, resources};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -62,12 +62,12 @@ impl Doctor {
         let checks = checks::all(&resources::host::probe());
         let report = Report { stock_guests: checks.iter().all(|check| check.status != Status::Fail), checks };
         let text = if self.json {
-            serde_json::to_string_pretty(&report).context("print the report")? + "\n"
+            foreign::json(&report).context("print the report")? + "\n"
         } else {
             let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
             report.text(colour)
         };
-        super::print(&text)?;
+        super::print_as_it_is(&text)?;
         Ok(if report.stock_guests { Exit::Success } else { Exit::Failure })
     }
 }
@@ -83,9 +83,9 @@ impl Report {
                 Status::Fail => ("fail", "31;1"),
             };
             let word = if colour { format!("\x1b[{sgr}m{word}\x1b[0m") } else { word.to_owned() };
-            let _ = writeln!(text, "{word}  {:width$}  {}", check.name, check.detail);
+            let _ = writeln!(text, "{word}  {:width$}  {}", check.name, foreign::line(&check.detail));
             if let Some(remedy) = &check.remedy {
-                let _ = writeln!(text, "      {:width$}  > {remedy}", "");
+                let _ = writeln!(text, "      {:width$}  > {}", "", foreign::line(remedy));
             }
         }
         let can = if self.stock_guests { "can" } else { "cannot" };

@@ -1,0 +1,67 @@
+//! Words that are not husk's own, on their way to a terminal: a registry's, an image's, a guest's, another program's. The one place
+//! that says what of them may do something to a terminal. Whatever prints goes through it; a guest's own streams do not, whose
+//! terminal it is.
+
+use std::borrow::Cow;
+
+use serde::Serialize;
+
+/// What stands for a character that is not shown.
+const COVER: char = '\u{fffd}';
+
+/// Whether a terminal may take a character for a command, or show other characters in another order for it: control characters
+/// (Unicode's Cc: those of ASCII, and C1, one of which begins an escape sequence by itself), line separators, and what changes the
+/// direction of writing (Unicode Standard Annex #9).
+pub fn is_command(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// `text` as one line that does nothing to a terminal.
+pub fn line(text: &str) -> Cow<'_, str> {
+    clean(text, is_command)
+}
+
+/// `text` with its lines and tabs, and without anything else that does something to a terminal.
+pub fn lines(text: &str) -> Cow<'_, str> {
+    clean(text, |c| is_command(c) && c != '\n' && c != '\t')
+}
+
+fn clean(text: &str, is_covered: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&is_covered) {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(text.chars().map(|c| if is_covered(c) { COVER } else { c }).collect())
+}
+
+/// `value` as JSON in lines, which a terminal only shows: whatever it would act on is escaped, and is read back as it was.
+pub fn json(value: &impl Serialize) -> serde_json::Result<String> {
+    let text = serde_json::to_string_pretty(value)?;
+    // All of them stand in strings, where control characters of ASCII are escaped already.
+    let escape = |c: char| if is_command(c) && c != '\n' { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
+    Ok(if text.contains(|c| is_command(c) && c != '\n') { text.chars().map(escape).collect() } else { text })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NASTY: &str = "a\x1b]0;owned\x07\u{9b}2J\u{202e}b\r\nc\td\u{7f}\u{2028}é…";
+
+    #[test]
+    fn nothing_but_words_is_left() {
+        assert_eq!(
+            line(NASTY),
+            "a\u{fffd}]0;owned\u{fffd}\u{fffd}2J\u{fffd}b\u{fffd}\u{fffd}c\u{fffd}d\u{fffd}\u{fffd}é…"
+        );
+        assert_eq!(lines("a\n\tb\r\x1b"), "a\n\tb\u{fffd}\u{fffd}");
+        assert!(matches!(line("plain é"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn json_is_read_back_as_it_was() {
+        let text = json(&vec![NASTY]).unwrap();
+        assert!(!text.contains(|c| is_command(c) && c != '\n'), "{text:?}");
+        assert_eq!(serde_json::from_str::<Vec<String>>(&text).unwrap(), [NASTY]);
+    }
+}
