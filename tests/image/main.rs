@@ -11,3 +11,4 @@ mod secure;
 mod server;
 mod shapes;
 mod tools;
+mod vices;

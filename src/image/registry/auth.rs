@@ -9,7 +9,7 @@ use serde::Deserialize;
 use ureq::Agent;
 use ureq::http::Uri;
 
-use super::{Body, credentials, is_loopback};
+use super::{Body, credentials, is_loopback, retry};
 use crate::image::reference::Reference;
 
 const TOKEN_MAX_BYTES: u64 = 256 << 10;
@@ -70,7 +70,7 @@ impl Auth {
         );
         let service = challenge.get("service").unwrap_or_default();
         let scope = challenge.get("scope").unwrap_or(&self.scope);
-        let asked = match &credential {
+        let ask = || match &credential {
             Some(DockerCredential::IdentityToken(token)) => agent.post(realm).send_form([
                 ("grant_type", "refresh_token"),
                 ("service", service),
@@ -86,7 +86,8 @@ impl Auth {
                 request.call()
             }
         };
-        let mut response = asked.with_context(|| format!("ask {realm} for a token"))?;
+        let asked = || ask().with_context(|| format!("ask {realm} for a token"));
+        let mut response = retry::patiently(realm, asked)?;
         ensure!(
             response.status().is_success(),
             "{realm} gives no token ({}): type `docker login {}` again",

@@ -72,7 +72,7 @@ impl Registry {
 
     fn get_rest(&self, mut file: &File, blob: &Descriptor, hasher: &mut Hasher, done_bytes: &AtomicU64) -> Result<()> {
         let from_byte = hasher.len_bytes();
-        let mut response = self.get(&format!("blobs/{}", blob.digest), "*/*", from_byte)?;
+        let mut response = self.get(&format!("blobs/{}", blob.digest), "*/*", from_byte, None)?;
         let starts_there = response.status() == StatusCode::PARTIAL_CONTENT
             && content_start(response.headers().get("content-range").and_then(|value| value.to_str().ok()))
                 == Some(from_byte);

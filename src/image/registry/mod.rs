@@ -7,6 +7,7 @@ mod auth;
 mod credentials;
 mod download;
 mod pull;
+mod retry;
 mod trust;
 
 pub use self::auth::Challenge;
@@ -16,11 +17,11 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use ureq::Agent;
-use ureq::config::ConfigBuilder;
-use ureq::http::{Response, StatusCode};
+use ureq::config::{ConfigBuilder, RedirectAuthHeaders};
+use ureq::http::{Response, StatusCode, Uri};
 use ureq::tls::TlsConfig;
 use ureq::typestate::AgentScope;
+use ureq::{Agent, ResponseExt};
 
 use self::auth::Auth;
 use super::config::{ImageConfig, JSON_MAX_BYTES};
@@ -30,10 +31,12 @@ use super::reference::Reference;
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
-/// A registry that says nothing for so long is asked again, or given up.
+/// A registry that says nothing for so long is asked again, or given up. What goes on coming may take as long as it takes.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// What takes longer is asked for in parts.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Its pages are the registry's own, and no browser's.
+const REDIRECTIONS_MAX: u32 = 5;
+/// What is read into memory comes sooner even by the slowest of lines.
+const SMALL_TIMEOUT: Duration = Duration::from_secs(300);
 
 type Body = Response<ureq::Body>;
 
@@ -57,16 +60,17 @@ pub struct RemoteImage {
     pub digest: Digest,
 }
 
-/// How any registry is spoken to.
-fn config() -> ConfigBuilder<AgentScope> {
+/// How any registry is spoken to, of which nothing comes for `stall` at most. Nobody it sends one on to is told who asks.
+fn config(stall: Duration) -> ConfigBuilder<AgentScope> {
     Agent::config_builder()
         .http_status_as_error(false)
         .user_agent(concat!("husk/", env!("CARGO_PKG_VERSION")))
         .timeout_connect(Some(ANSWER_TIMEOUT))
         .timeout_recv_response(Some(ANSWER_TIMEOUT))
-        .timeout_recv_body(Some(BODY_TIMEOUT))
-        // Its pages are the registry's own, and no browser's.
-        .max_redirects(5)
+        .timeout_per_read(Some(stall))
+        .timeout_per_write(Some(stall))
+        .max_redirects(REDIRECTIONS_MAX)
+        .redirect_auth_headers(RedirectAuthHeaders::Never)
 }
 
 impl Registry {
@@ -76,7 +80,7 @@ impl Registry {
         let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
         let is_local = is_loopback(registry);
         let scheme = if is_local && !speaks_tls(host) { "http" } else { "https" };
-        let mut config = config().https_only(!is_local);
+        let mut config = config(ANSWER_TIMEOUT).https_only(!is_local);
         if is_local {
             config = config.proxy(None);
         }
@@ -136,16 +140,17 @@ impl Registry {
     }
 
     fn small(&self, path: &str, accept: &str) -> Result<Vec<u8>> {
-        let mut response = self.get(path, accept, 0)?;
+        let mut response = self.get(path, accept, 0, Some(SMALL_TIMEOUT))?;
         let body = response.body_mut().with_config().limit(JSON_MAX_BYTES).read_to_vec();
         body.with_context(|| format!("read {}/{path}", self.base))
     }
 
-    /// Asks for a path of the repository, from a byte on, and as who may have it.
-    fn get(&self, path: &str, accept: &str, from_byte: u64) -> Result<Body> {
+    /// Asks for a path of the repository, from a byte on, and as who may have it: all of it within `timeout`, if there is one.
+    fn get(&self, path: &str, accept: &str, from_byte: u64, timeout: Option<Duration>) -> Result<Body> {
         let url = format!("{}/{path}", self.base);
-        let ask = || -> Result<Body> {
-            let mut request = self.agent.get(&url).header("Accept", accept);
+        let ask = |url: &str| -> Result<Body> {
+            let request = self.agent.get(url).config().timeout_recv_body(timeout).build();
+            let mut request = request.header("Accept", accept);
             if let Some(authorization) = self.auth.header() {
                 request = request.header("Authorization", authorization);
             }
@@ -154,12 +159,39 @@ impl Registry {
             }
             request.call().with_context(|| format!("ask {url}"))
         };
-        let mut response = ask()?;
-        if response.status() == StatusCode::UNAUTHORIZED {
-            self.auth.answer(&self.agent, &response)?;
-            response = ask()?;
-        }
+        let response = self.ask_as_user(url.clone(), |url| retry::patiently(&self.reference.registry, || ask(url)))?;
         self.check(response, path)
+    }
+
+    /// Asks, and tells the registry who does where it wants to know. Where it has sent on to itself, it is told there, too; anybody
+    /// else it has sent on to is not.
+    fn ask_as_user(&self, mut url: String, ask: impl Fn(&str) -> Result<Body>) -> Result<Body> {
+        let mut has_answered = false;
+        let mut response = ask(&url)?;
+        for _ in 0..=REDIRECTIONS_MAX {
+            if response.status() != StatusCode::UNAUTHORIZED {
+                break;
+            }
+            let asker = response.get_uri();
+            ensure!(
+                origin(asker) == origin(&self.base.parse()?),
+                "{} sent on to {}, which wants to know who asks: only {0} is told that",
+                self.reference.registry,
+                origin(asker).concat()
+            );
+            let asker = asker.to_string();
+            let was_told = asker == url;
+            if was_told && has_answered {
+                break;
+            }
+            if was_told || self.auth.header().is_none() {
+                self.auth.answer(&self.agent, &response)?;
+                has_answered = true;
+            }
+            response = ask(&asker)?;
+            url = asker;
+        }
+        Ok(response)
     }
 
     fn check(&self, mut response: Body, path: &str) -> Result<Body> {
@@ -176,14 +208,24 @@ impl Registry {
                 name.registry
             ),
             StatusCode::NOT_FOUND => bail!("{} has no {}", name.registry, name.familiar()),
-            StatusCode::TOO_MANY_REQUESTS => bail!("{} wants fewer requests: log in, or wait", name.registry),
+            StatusCode::TOO_MANY_REQUESTS => {
+                let after = retry::after(response.headers()).filter(|after| !after.is_zero());
+                let time = after.map_or(String::new(), |after| format!(" for {} s", after.as_secs()));
+                bail!("{} wants no more requests{time}: log in, or wait", name.registry)
+            }
             _ => {
                 let body = response.body_mut().with_config().limit(300).lossy_utf8(true).read_to_string();
-                let body: String = body.unwrap_or_default().chars().filter(|c| !c.is_control()).take(200).collect();
+                let body: String = body.unwrap_or_default().chars().take(200).collect();
                 bail!("{} answers {path} with {status} {body}", name.registry)
             }
         }
     }
+}
+
+/// Who is spoken to at an address, and how: what has to be the same for the same to be told.
+fn origin(uri: &Uri) -> [&str; 3] {
+    let scheme = uri.scheme_str().unwrap_or_default();
+    [scheme, "://", uri.authority().map_or("", |authority| authority.as_str())]
 }
 
 /// Whether a registry is on this host.
@@ -194,7 +236,7 @@ fn is_loopback(registry: &str) -> bool {
 
 /// Whether a registry on this host wants encryption, which it says by not understanding what is asked in the clear.
 fn speaks_tls(host: &str) -> bool {
-    let agent: Agent = config().proxy(None).build().into();
+    let agent: Agent = config(ANSWER_TIMEOUT).proxy(None).build().into();
     match agent.get(format!("http://{host}/v2/")).call() {
         Ok(response) => response.status() == StatusCode::BAD_REQUEST,
         Err(error) => matches!(error, ureq::Error::Protocol(_)),
@@ -203,7 +245,38 @@ fn speaks_tls(host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{self, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
     use super::*;
+
+    /// Sends ten bytes, one after each pause.
+    fn drip(mut stream: TcpStream, pause: Duration) -> io::Result<()> {
+        stream.read(&mut [0; 4096])?;
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")?;
+        for _ in 0..10 {
+            std::thread::sleep(pause);
+            stream.write_all(b"x")?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_body_may_take_its_time_and_not_stand_still() {
+        const STALL: Duration = Duration::from_secs(1);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let agent: Agent = config(STALL).proxy(None).build().into();
+        let body = |pause: Duration| {
+            std::thread::scope(|scope| {
+                scope.spawn(|| drip(listener.accept().unwrap().0, pause));
+                agent.get(&url).header("Connection", "close").call().unwrap().body_mut().read_to_vec()
+            })
+        };
+        assert_eq!(body(STALL / 6).unwrap(), [b'x'; 10]);
+        let error = body(STALL * 2).unwrap_err().to_string();
+        assert!(error.contains("timeout"), "{error}");
+    }
 
     #[test]
     fn only_this_host_is_spoken_to_in_the_clear() {
