@@ -1,7 +1,7 @@
 //! What a person does with the store: name images, look at them, take them out, and have the disk back.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -15,6 +15,7 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::source::Source;
 use super::store::{Store, is_at};
+use crate::resources::lock;
 
 /// An image as it is listed.
 #[derive(Debug, Clone, Serialize)]
@@ -156,7 +157,7 @@ impl Store {
         let root_of = |name: &str| Digest::from_hex(name.strip_suffix(".erofs")?);
         self.remove_unlocked("roots", &|name| root_of(name).is_none_or(|key| !roots.contains(&key)), pruned)?;
         self.remove_unlocked("tmp", &|_| true, pruned)?;
-        let blobs = File::options().write(true).create(true).truncate(false).open(self.folder().join("blobs.lock"))?;
+        let blobs = lock::file().open(self.folder().join("blobs.lock"))?;
         // Someone may be about to use them.
         if blobs.try_lock().is_ok() {
             let layers = index.images.values().flat_map(|record| &record.layers);
@@ -175,7 +176,8 @@ impl Store {
             if !entry.file_type()?.is_file() || !is_unwanted(&entry.file_name().to_string_lossy()) {
                 continue;
             }
-            let Ok(file) = File::open(&path) else { continue };
+            // To be locked alone it is opened for writing, which NFS wants.
+            let Ok(file) = lock::file().create(false).open(&path) else { continue };
             if file.try_lock().is_ok() && is_at(&file, &path) {
                 let bytes = disk_bytes(&path);
                 fs::remove_file(&path)?;
@@ -187,7 +189,7 @@ impl Store {
     }
 
     fn is_in_use(&self, root: Digest) -> Result<bool> {
-        match File::open(self.root_path(root)) {
+        match lock::file().create(false).open(self.root_path(root)) {
             Ok(file) => Ok(file.try_lock().is_err()),
             Err(_) => Ok(false),
         }

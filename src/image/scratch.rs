@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::ext4::{self, Journal};
 use super::store::Store;
+use crate::resources::lock;
 use crate::sys;
 
 /// A disk for one machine.
@@ -89,7 +90,8 @@ impl Store {
             let file_name = entry.file_name();
             let Some(name) = file_name.to_str().and_then(|name| name.strip_suffix(".ext4")) else { continue };
             let metadata = entry.metadata()?;
-            let in_use = File::open(entry.path()).is_ok_and(|file| file.try_lock().is_err());
+            let file = lock::file().create(false).open(entry.path());
+            let in_use = file.is_ok_and(|file| file.try_lock().is_err());
             let disk_bytes = metadata.blocks().saturating_mul(512);
             disks.push(Kept { name: name.to_owned(), size_bytes: metadata.len(), disk_bytes, in_use });
         }
@@ -100,7 +102,7 @@ impl Store {
     /// Removes a disk and all that is on it, unless a machine has it.
     pub fn remove_kept_disk(&self, name: &str) -> Result<()> {
         let path = self.kept_path(name)?;
-        let file = match File::open(&path) {
+        let file = match lock::file().create(false).open(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => bail!("there is no disk {name}"),
             file => file.with_context(|| format!("open {}", path.display()))?,
         };

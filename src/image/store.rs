@@ -10,25 +10,22 @@
 //! tmp/NAME.lock      locked by who writes NAME.part, for who wants the same to wait at
 //! ```
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use super::digest::Digest;
 use super::erofs::Form;
 use super::index::Index;
+use crate::resources::lock::{self, Kind};
 use crate::sys;
 
 const FOLDERS: [&str; 4] = ["roots", "blobs", "disks", "tmp"];
 /// An index of some ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
-/// Who waits for another husk says so after this long.
-const SILENT_WAIT: Duration = Duration::from_secs(1);
-const POLL: Duration = Duration::from_millis(20);
 
 /// The image store.
 #[derive(Debug, Clone)]
@@ -79,8 +76,9 @@ impl Store {
     /// Keeps layers that no image has yet, as long as the file is open.
     pub(super) fn use_blobs(&self) -> Result<File> {
         let path = self.folder.join("blobs.lock");
-        let open = File::options().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        open.and_then(|file| file.lock_shared().map(|()| file)).with_context(|| format!("lock {}", path.display()))
+        let file = lock::file().open(&path).with_context(|| format!("open {}", path.display()))?;
+        lock::wait(&file, &path, Kind::Shared, lock::SOON)?;
+        Ok(file)
     }
 
     /// A root that nobody can remove as long as the file is open; `None` if there is none.
@@ -91,7 +89,7 @@ impl Store {
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
                 file => file.with_context(|| format!("open {}", path.display()))?,
             };
-            file.lock_shared().with_context(|| format!("lock {}", path.display()))?;
+            lock::wait(&file, &path, Kind::Shared, lock::LATER)?;
             // It may have been removed in between.
             if is_at(&file, &path) {
                 return Ok(Some(file));
@@ -116,9 +114,7 @@ impl Store {
     /// Changes the index. What `change` does to the store's files no other husk does at the same time.
     pub fn update<T>(&self, change: impl FnOnce(&mut Index) -> Result<T>) -> Result<T> {
         let lock = self.folder.join("lock");
-        let open = File::options().write(true).create(true).truncate(false).mode(0o600).open(&lock);
-        let _locked =
-            open.and_then(|file| file.lock().map(|()| file)).with_context(|| format!("lock {}", lock.display()))?;
+        let _locked = lock::alone(&lock)?;
         let old = self.index()?;
         let mut index = old.clone();
         let result = change(&mut index)?;
@@ -201,21 +197,8 @@ fn default_folder() -> Option<PathBuf> {
 /// The file of this name, made if need be, and locked by nobody else. Says so where it takes long.
 fn lock_alone(path: &Path) -> Result<File> {
     loop {
-        let mut options = File::options();
-        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
-        let asked = Instant::now();
-        loop {
-            match file.try_lock() {
-                Ok(()) => break,
-                Err(TryLockError::WouldBlock) if asked.elapsed() < SILENT_WAIT => std::thread::sleep(POLL),
-                Err(TryLockError::WouldBlock) => {
-                    log::warn!("another husk is making the same: waiting for it");
-                    file.lock()?;
-                    break;
-                }
-                Err(TryLockError::Error(error)) => return Err(error.into()),
-            }
-        }
+        let file = lock::file().open(path)?;
+        lock::wait(&file, path, Kind::Exclusive, lock::LATER)?;
         // Who had it may have removed it.
         if is_at(&file, path) {
             return Ok(file);
@@ -322,12 +305,15 @@ mod tests {
         let (sender, receiver) = std::sync::mpsc::channel();
         let other = store.clone();
         let waits = sandbox::spawn("test", move || sender.send(other.work_file("x").map(drop))).unwrap();
-        assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err(), "it waits for who makes the same");
+        assert!(
+            receiver.recv_timeout(std::time::Duration::from_millis(200)).is_err(),
+            "it waits for who makes the same"
+        );
         let key = Digest::of(b"x");
         work.keep_as(&store, &store.root_path(key)).unwrap();
         let _machine = store.use_root(key).unwrap().unwrap();
         drop(work);
-        receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
+        receiver.recv_timeout(std::time::Duration::from_secs(60)).unwrap().unwrap();
         waits.join().unwrap().unwrap();
         assert_eq!(fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0);
     }

@@ -4,10 +4,10 @@
 //! [`Lease`]: a file named like its address, locked for as long as the machine exists, so that one whose husk was killed is known
 //! and given to the next.
 
-use std::fs::{self, File, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::fs::{self, File, Permissions, TryLockError};
+use std::io::{self, ErrorKind, Write};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::firewall;
+use super::lock::{self, Kind};
 use super::programs::{is_missing, run};
 use crate::config::MacAddress;
 
@@ -104,8 +105,7 @@ pub fn create(name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Br
 
 pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
     ensure!(is_name(name), "{name:?} is no network's name: type 1 to {MAX_NAME_BYTES} small letters, digits or `-`");
-    let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(base);
-    made.with_context(|| format!("make {} (as root)", base.display()))?;
+    make_shown(base).with_context(|| format!("make {} (as root)", base.display()))?;
     let _lock = lock(&base.join(".lock"))?;
     let others = list_in(base)?;
     ensure!(others.iter().all(|other| other.name != name), "there is a network {name} already");
@@ -123,14 +123,14 @@ pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, inter
     let set_up = || -> Result<()> {
         for part in ["leases", "hosts", "dhcp"] {
             let part = folder.join(part);
-            fs::create_dir_all(&part).with_context(|| format!("make {}", part.display()))?;
+            make_shown(&part).with_context(|| format!("make {}", part.display()))?;
         }
         raise(&bridge)?;
         firewall::open(&bridge)?;
         serve_names(&bridge, &folder)?;
         let json = serde_json::to_vec_pretty(&bridge)?;
         let record = folder.join("network.json");
-        fs::write(&record, json).with_context(|| format!("write {}", record.display()))
+        fs::write(&record, json).and_then(|()| show(&record)).with_context(|| format!("write {}", record.display()))
     };
     set_up().inspect_err(|_| take_down(&bridge, &folder))?;
     Ok(bridge)
@@ -155,11 +155,22 @@ fn list_in(base: &Path) -> Result<Vec<Bridge>> {
 
 /// Machines that are on a network now, with their addresses.
 pub fn machines(bridge: &Bridge) -> Vec<(Ipv4Addr, String)> {
+    machines_in(&bridge.folder(Path::new(FOLDER)))
+}
+
+fn machines_in(folder: &Path) -> Vec<(Ipv4Addr, String)> {
     let mut found = Vec::new();
-    for (address, path) in leases(&bridge.folder(Path::new(FOLDER))) {
-        let held = File::open(&path).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)));
-        if held {
-            found.push((address, fs::read_to_string(&path).unwrap_or_default()));
+    for (address, path) in leases(folder) {
+        match File::open(&path) {
+            Ok(file) if matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) => {
+                found.push((address, fs::read_to_string(&path).unwrap_or_default()));
+            }
+            // It is root's alone: whether the machine is still there nobody else sees, but what the others call it.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                let hosts = fs::read_to_string(folder.join("hosts").join(address.to_string())).unwrap_or_default();
+                found.push((address, hosts.split_whitespace().nth(1).unwrap_or_default().to_owned()));
+            }
+            _ => {}
         }
     }
     found.sort();
@@ -210,8 +221,10 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     let address = address.with_context(|| format!("network {name} has no address left"))?;
     let path = folder.join("leases").join(address.to_string());
     let write = || -> Result<File> {
-        let mut lock = File::create(&path)?;
-        lock.lock()?;
+        // One that somebody else has made is not this machine's alone to lock.
+        let _ = fs::remove_file(&path);
+        let mut lock = lock::file().create_new(true).open(&path)?;
+        lock::wait(&lock, &path, Kind::Exclusive, lock::SOON)?;
         lock.write_all(machine.as_bytes())?;
         // Read whole or not at all by dnsmasq, which looks as soon as there is a file.
         publish(&folder.join("hosts").join(address.to_string()), &format!("{address} {machine}\n"))?;
@@ -239,12 +252,32 @@ fn find_in(base: &Path, name: &str) -> Result<Bridge> {
     })
 }
 
+/// Locks what only root may open, also where an earlier version made it for everybody's eyes.
 fn lock(path: &Path) -> Result<File> {
-    let open = || {
-        let file = File::options().create(true).truncate(false).write(true).open(path)?;
-        file.lock().map(|()| file)
+    let open = || -> Result<File> {
+        let file = lock::alone(path)?;
+        file.set_permissions(Permissions::from_mode(0o600))?;
+        Ok(file)
     };
-    open().with_context(|| format!("lock {} (as root)", path.display()))
+    open().context("change networks (as root)")
+}
+
+/// Makes a folder, and those above it that are missing, for everybody to look at. What is there stays as it is.
+fn make_shown(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    folder.parent().map_or(Ok(()), make_shown)?;
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        made => made.and_then(|()| show(folder)),
+    }
+}
+
+/// Lets everybody look at a folder or a file, dnsmasq for one, whatever the mask of who made it.
+fn show(path: &Path) -> io::Result<()> {
+    let mode = if path.is_dir() { 0o755 } else { 0o644 };
+    fs::set_permissions(path, Permissions::from_mode(mode))
 }
 
 fn leases(folder: &Path) -> impl Iterator<Item = (Ipv4Addr, PathBuf)> {
@@ -255,7 +288,7 @@ fn leases(folder: &Path) -> impl Iterator<Item = (Ipv4Addr, PathBuf)> {
 /// Forgets machines that are no more.
 fn sweep(folder: &Path) {
     for (address, path) in leases(folder) {
-        if File::open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
+        if lock::file().create(false).open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
             forget(folder, address);
         }
     }
@@ -271,6 +304,7 @@ fn publish(path: &Path, content: &str) -> Result<()> {
     let folder = path.parent().and_then(Path::parent).context("no folder")?;
     let unfinished = folder.join("unfinished");
     fs::write(&unfinished, content)?;
+    show(&unfinished)?;
     Ok(fs::rename(&unfinished, path)?)
 }
 
@@ -348,8 +382,10 @@ pub fn attach(tap: &str, bridge: &str) -> Result<()> {
 #[cfg(test)]
 pub(super) mod tests {
     use std::net::UdpSocket;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::MetadataExt;
     use std::time::{Duration, Instant};
+
+    use rustix::fs::Mode;
 
     use super::*;
     use crate::sys;
@@ -431,6 +467,36 @@ pub(super) mod tests {
             eventually("dnsmasq ends", ended);
             assert!(run("nft", &["list", "table", "ip", "husk-web"]).is_err());
             assert_eq!(list_in(base).unwrap(), []);
+        });
+    }
+
+    #[test]
+    fn locks_are_roots_alone_and_names_are_dnsmasqs_to_read_whatever_the_mask() {
+        alone(|base| {
+            rustix::process::umask(Mode::from_raw_mode(0o077));
+            let above = fs::metadata(base).unwrap().mode();
+            let base = &base.join("run/networks");
+            let bridge = create_in(base, "m", None, true).unwrap();
+            let lease = join_in(base, "m", "db", MAC).unwrap();
+            let folder = bridge.folder(base);
+            let mode = |path: PathBuf| fs::metadata(path).unwrap().mode() & 0o777;
+            let address = lease.address.to_string();
+            for lock in [base.join(".lock"), folder.join("lock"), folder.join("leases").join(&address)] {
+                assert_eq!(mode(lock.clone()), 0o600, "{}", lock.display());
+            }
+            for shown in ["hosts", "dhcp"] {
+                assert_eq!(
+                    (mode(folder.join(shown)), mode(folder.join(shown).join(&address))),
+                    (0o755, 0o644),
+                    "{shown}"
+                );
+            }
+            assert_eq!((mode(folder.clone()), mode(folder.join("network.json"))), (0o755, 0o644));
+            assert_eq!(fs::metadata(base.ancestors().nth(2).unwrap()).unwrap().mode(), above, "what was there stays");
+            eventually("a name comes", || ask(bridge.gateway(), "db") == Some(lease.address));
+            assert_eq!(machines_in(&folder), [(lease.address, "db".to_owned())]);
+            drop(lease);
+            remove_in(base, "m").unwrap();
         });
     }
 

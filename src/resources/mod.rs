@@ -10,6 +10,7 @@ mod firewall;
 pub mod guest_kernel;
 pub mod host;
 pub mod kernel;
+pub mod lock;
 pub mod memory_use;
 pub mod modules;
 pub mod net;

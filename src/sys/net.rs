@@ -174,11 +174,11 @@ fn with_parts(prefix: &[u8], frame: &GuestBuffers, call: impl Fn(&[libc::iovec])
     }
 }
 
-/// Gives the calling thread, and what it starts from now on, a network of its own (unshare(2)).
+/// Gives the calling thread, and what it starts from now on, a network of its own, and a mask of modes (unshare(2)).
 #[cfg(test)]
 pub fn leave_network() -> io::Result<()> {
     // SAFETY: no pointer is passed.
-    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_FS) })
 }
 
 fn check(result: i32) -> io::Result<()> {
