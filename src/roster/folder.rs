@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::Roster;
 use super::record::Record;
+use crate::resources::lock::{self, Kind};
 use crate::sys;
 
 /// A name that is taken already is a matter of chance, as small as can be.
@@ -22,6 +23,9 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long an ID is, in bytes; it is written in hexadecimal digits.
 const ID_BYTES: usize = 6;
+
+/// What a folder's name begins with while it is removed.
+const GONE: &str = "gone-";
 
 /// The folder. It goes when this is dropped, unless it is to be kept.
 #[derive(Debug)]
@@ -86,12 +90,33 @@ impl Drop for MachineFolder {
         }
         // What cannot be removed now, the next sweep tries to.
         let record = Record::read(&self.path);
-        let _ = fs::remove_dir_all(&self.path);
+        let _ = remove(&self.path);
         match record {
             Ok(Record { name: Some(name), .. }) => drop(self.roster().release(&name, &self.id())),
             Ok(_) => {}
             // It may have a name that was never written down.
             Err(_) => self.roster().sweep_names(),
+        }
+    }
+}
+
+/// Removes a machine's folder at once for all who look, and then what is in it.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    let id = path.file_name().unwrap_or_default().to_string_lossy();
+    let gone = path.with_file_name(format!("{GONE}{id}"));
+    match fs::rename(path, &gone) {
+        // Somebody else has removed it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(_) => fs::remove_dir_all(path),
+        Ok(()) => fs::remove_dir_all(gone),
+    }
+}
+
+/// Removes what is left of machines' folders by husks that were killed while they removed them.
+pub(super) fn sweep_gone(base: &Path) {
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(GONE) {
+            let _ = fs::remove_dir_all(entry.path());
         }
     }
 }
@@ -105,8 +130,9 @@ pub(super) fn is_id(name: &str) -> bool {
 /// machine started in one shell is to be seen in all others.
 pub(super) fn base() -> Result<PathBuf> {
     let user = fs::metadata("/proc/self").context("look at /proc/self")?.uid();
-    let said =
-        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute() && path.is_dir());
+    let said = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
+    // Root has another user's in its environment after `sudo -E` or `su`. What root made there would be in that user's way.
+    let said = said.filter(|path| fs::metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user));
     let usual = || Some(PathBuf::from(format!("/run/user/{user}"))).filter(|path| is_private(path, user));
     Ok(match said.or_else(usual) {
         Some(runtime) => runtime.join("husk"),
@@ -140,7 +166,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
         }
         // In between another husk may have looked at it, or taken it for abandoned: both are soon done.
         let Ok(lock) = open(&path) else { continue };
-        if lock.lock().is_ok() && path.exists() {
+        if lock::wait(&lock, &path, Kind::Exclusive, lock::SOON).is_ok() && path.exists() {
             return Ok(MachineFolder { path, keep: false, _lock: lock });
         }
     }

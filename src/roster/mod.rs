@@ -30,6 +30,8 @@ use anyhow::{Context, Result, bail, ensure};
 pub use folder::MachineFolder;
 use record::{Record, State};
 
+use crate::resources::lock;
+
 /// The socket that takes requests, in a machine's folder.
 pub const CONTROL: &str = "control";
 /// The guest's sockets, in a machine's folder.
@@ -132,7 +134,7 @@ impl Roster {
         if let Some(name) = entry.record.as_ref().and_then(|record| record.name.as_deref()) {
             self.release(name, &entry.id)?;
         }
-        fs::remove_dir_all(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
+        folder::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
     }
 
     /// Removes what machines left behind whose husk was killed, unless they ran in the background and are to be kept: of
@@ -140,16 +142,17 @@ impl Roster {
     pub fn sweep(&self) -> Result<()> {
         for entry in self.list()?.into_iter().filter(|entry| !entry.alive) {
             let Ok(held) = folder::open(&entry.path) else { continue };
-            // Held until it is gone: whoever has just made it and locks it later sees that.
-            if held.try_lock().is_err() {
-                continue;
-            }
             if entry.record.as_ref().is_some_and(|record| record.keep) {
-                remove_sockets(|name| entry.file(name));
-            } else {
+                // Shared, so that others who look meanwhile see it as what it is; it does not start again as long as this has it.
+                if held.try_lock_shared().is_ok() {
+                    remove_sockets(|name| entry.file(name));
+                }
+            } else if held.try_lock().is_ok() {
+                // Held until it is gone: whoever has just made it and locks it later sees that.
                 let _ = self.remove_held(&entry);
             }
         }
+        folder::sweep_gone(&self.base);
         self.sweep_names();
         Ok(())
     }
@@ -206,11 +209,7 @@ pub fn private_file() -> OpenOptions {
 
 /// The lock on names, held while this lives.
 fn lock(base: &Path) -> Result<File> {
-    let path = base.join("lock");
-    let file = private_file().write(true).create(true).truncate(false).open(&path);
-    let file = file.with_context(|| format!("open {}", path.display()))?;
-    file.lock().with_context(|| format!("lock {}", path.display()))?;
-    Ok(file)
+    lock::alone(&base.join("lock"))
 }
 
 #[cfg(test)]
@@ -271,6 +270,47 @@ mod tests {
         roster.remove(&entry).unwrap();
         roster.create(Some("a")).unwrap();
         roster.create(Some("b")).unwrap();
+    }
+
+    #[test]
+    fn who_looks_while_machines_end_sees_none_that_starts_or_runs() {
+        let (_temporary, roster) = roster();
+        let running = Record { state: State::Running { since_ms: 1 }, ..record() };
+        let killed = roster.create(None).unwrap();
+        killed.write(&running).unwrap();
+        let id = killed.id();
+        killed.abandon();
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    let folder = roster.create(None).unwrap();
+                    // As soon as it is seen it has a record.
+                    folder.write(&Record { keep: false, ..running.clone() }).unwrap();
+                    (0..20).for_each(|n| fs::write(folder.file(&format!("file{n}")), "").unwrap());
+                    drop(folder);
+                    roster.sweep().unwrap();
+                }
+                is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+            let mut looks = 0;
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) || looks == 0 {
+                let seen = roster.find(&id).unwrap();
+                assert_eq!((seen.alive, seen.state()), (false, State::Lost), "after {looks} looks");
+                looks += 1;
+            }
+        });
+        assert_eq!(fs::read_dir(&roster.base).unwrap().count(), 1, "something is left");
+    }
+
+    #[test]
+    fn a_machine_that_was_removed_meanwhile_is_removed() {
+        let (_temporary, roster) = roster();
+        let folder = roster.create(None).unwrap();
+        let entry = roster.find(&folder.id()).unwrap();
+        folder.abandon();
+        roster.remove_held(&entry).unwrap();
+        roster.remove_held(&entry).unwrap();
     }
 
     #[test]
