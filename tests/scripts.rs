@@ -1,0 +1,50 @@
+//! Scripts that set a machine up, with stand-ins for the programs that would change this one.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+const LOCKED: &str = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (unattended-upgr)";
+
+fn program(folder: &Path, name: &str, script: &str) {
+    let path = folder.join(name);
+    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Runs `scripts/deps fuzz` where no package is installed and apt's lock is held the first `times` that it is wanted; returns what it
+/// said, and how often packages were asked for.
+fn deps_while_locked(times: u32) -> (Output, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let calls = folder.path().join("calls");
+    program(folder.path(), "dpkg-query", "exit 1");
+    program(folder.path(), "sleep", "exit 0");
+    program(folder.path(), "sudo", "exec \"$@\"");
+    let apt = format!(
+        "echo \"$2\" >>{calls}; [ $(wc -l <{calls}) -gt {times} ] || {{ echo '{LOCKED}' >&2; exit 100; }}",
+        calls = calls.display()
+    );
+    program(folder.path(), "apt-get", &apt);
+    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/deps");
+    let output = Command::new(script).arg("fuzz").env("PATH", path).output().unwrap();
+    (output, fs::read_to_string(calls).unwrap())
+}
+
+#[test]
+fn another_program_that_has_apts_lock_is_waited_for_with_a_word() {
+    let (output, calls) = deps_while_locked(3);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said, format!("deps: waiting for another program that installs packages: {LOCKED}\n"));
+    assert_eq!(calls, "update\nupdate\nupdate\nupdate\ninstall\n");
+}
+
+#[test]
+fn a_lock_that_stays_ends_the_wait_with_apts_own_words() {
+    let (output, calls) = deps_while_locked(u32::MAX);
+    assert_eq!(output.status.code(), Some(100));
+    assert!(String::from_utf8_lossy(&output.stderr).ends_with(&format!("{LOCKED}\n")), "{output:?}");
+    assert_eq!(calls.lines().count(), 240);
+}
