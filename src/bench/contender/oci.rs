@@ -35,6 +35,11 @@ const CAPABILITIES: [&str; 11] = [
 /// Processor time is given out once in so long.
 const PERIOD_US: u64 = 100_000;
 
+/// Why a runtime does not run here, and what would help.
+pub const REFUSES: &str = "runs on no host that uses both versions of control groups";
+/// The same.
+pub const UNIFY: &str = "boot the host with systemd.unified_cgroup_hierarchy=1";
+
 /// A runtime.
 pub struct Runtime {
     name: &'static str,
@@ -45,10 +50,8 @@ impl Runtime {
     /// Looks for it.
     pub fn find(name: &'static str) -> Runtime {
         let program = Program::find(name, &["--version"], &format!("sudo apt-get install {name}"));
-        if name == CRUN && program.version.is_ok() && is_hybrid() {
-            let why = "it runs on no host that uses both versions of control groups";
-            let mend = "boot the host with systemd.unified_cgroup_hierarchy=1";
-            return Runtime { name, program: Program::missing(why, Some(mend)) };
+        if program.version.is_ok() && refuses_host(name) {
+            return Runtime { name, program: Program::missing(&format!("it {REFUSES}"), Some(UNIFY)) };
         }
         Runtime { name, program }
     }
@@ -126,6 +129,11 @@ impl Contender for Runtime {
 }
 
 /// Whether there are control groups of the second version beside those of the first, with something of their own to give out.
+/// Whether the runtime of this name runs no container on this host.
+pub fn refuses_host(name: &str) -> bool {
+    name == CRUN && is_hybrid()
+}
+
 fn is_hybrid() -> bool {
     fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").is_ok_and(|names| !names.trim().is_empty())
 }

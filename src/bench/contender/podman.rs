@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::super::result::{self, Walls};
 use super::program::{Program, major, which};
-use super::{Contender, Ground, Job, Launch, Unable, bench_id, engine, ground, is_root, sample, words};
+use super::{Contender, Ground, Job, Launch, Unable, bench_id, engine, ground, is_root, oci, sample, words};
 use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 use crate::sandbox::cgroup::pen;
@@ -42,10 +42,33 @@ impl Podman {
                 "there is no newuidmap, by which a user has a container's users",
                 Some("sudo apt-get install uidmap"),
             ),
-            _ => Program::find("podman", &["--version"], "sudo apt-get install podman"),
+            _ => with_its_runtime(
+                Program::find("podman", &["--version"], "sudo apt-get install podman"),
+                oci::refuses_host,
+                runtime,
+            ),
         };
         Podman { mode, program }
     }
+}
+
+/// Podman, unless the runtime that it uses refuses this host.
+fn with_its_runtime(program: Program, refuses: impl Fn(&str) -> bool, runtime: impl Fn() -> Option<String>) -> Program {
+    // Only crun is known to, so that elsewhere nobody waits for the answer.
+    if program.version.is_err() || !refuses(oci::CRUN) {
+        return program;
+    }
+    match runtime().filter(|name| refuses(name)) {
+        Some(name) => Program::missing(&format!("its runtime is {name}, which {}", oci::REFUSES), Some(oci::UNIFY)),
+        None => program,
+    }
+}
+
+/// What podman runs containers with, by its own word.
+fn runtime() -> Option<String> {
+    let ask = ["10", "podman", "info", "--format", "{{.Host.OCIRuntime.Name}}"];
+    let said = programs::output("timeout", &ask).inspect_err(|error| log::info!("{error:#}"));
+    Some(said.ok()?.trim().to_owned())
 }
 
 /// Where it keeps what is gone with the next boot. It takes no path of more than 50 bytes.
@@ -220,6 +243,22 @@ pub fn end_left_behind(folder: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_engine_whose_runtime_refuses_the_host_is_absent_for_that_reason() {
+        let podman = || Program { version: Ok("4.3.1".into()) };
+        let on_hybrid = |name: &str| name == "crun";
+        let why = |runtime: Option<&str>| {
+            let said = || runtime.map(str::to_owned);
+            with_its_runtime(podman(), on_hybrid, said).version.map_err(|missing| missing.why)
+        };
+        assert_eq!(why(Some("crun")).unwrap_err(), format!("its runtime is crun, which {}", oci::REFUSES));
+        assert!(why(Some("runc")).is_ok() && why(None).is_ok());
+        let elsewhere = with_its_runtime(podman(), |_| false, || panic!("nobody asks"));
+        assert_eq!(elsewhere, podman());
+        let missing = Program::missing("there is none", None);
+        assert_eq!(with_its_runtime(missing.clone(), on_hybrid, || panic!("nobody asks")), missing);
+    }
 
     #[test]
     fn a_user_s_network_is_made_by_what_the_version_uses() {
