@@ -73,6 +73,24 @@ fn of_an_index_the_image_for_this_processor_is_pulled() {
     if is_root() {
         assert_same(&house.path("bundle/rootfs"), &house.root(&format!("{at}/app:all")));
     }
+
+    // One that says nothing of a platform, and what attests to it, in an index of their own within an index.
+    house.sh(&format!(
+        r#"mark='"annotations": {{"vnd.docker.reference.type": "attestation-manifest"}}'
+           sed -i "s|.platform.*|$mark, \"platform\": {{\"os\": \"unknown\", \"architecture\": \"unknown\"}}}}|" arm64.entry
+           sed -i -z 's|,[^,]*"platform".*|}}|' amd64.entry
+           type=application/vnd.oci.image.index.v1+json
+           put() {{ curl -sSf -X PUT -H "Content-Type: $type" --data-binary @$1 http://{at}/v2/app/manifests/$1; }}
+           index() {{ echo '{{"schemaVersion": 2, "mediaType": "'$type'", "manifests": ['"$1"']}}'; }}
+           index "$(cat arm64.entry), $(cat amd64.entry)" >inner; put inner
+           index '{{"mediaType": "'$type'", "size": '$(stat -c %s inner)', "digest": "sha256:'$(sha256sum <inner | cut -c1-64)'"}}' >outer
+           put outer"#
+    ));
+    for tag in ["inner", "outer"] {
+        let pulled = house.husk(&["pull", &format!("{at}/app:{tag}")]);
+        assert!(pulled.status.success(), "{pulled:?}");
+        assert_eq!(house.root(&format!("{at}/app:{tag}")), house.root(&format!("{at}/app:all")), "{tag}");
+    }
 }
 
 #[test]
