@@ -24,23 +24,64 @@ struct Passage {
     iptables: String,
 }
 
-/// Opens the firewall for a network, and closes it around one that is internal.
+/// Bridges of others' that containers and machines are on, as iptables knows them: by their names alone.
+const OTHERS_BRIDGES: [&str; 6] = ["docker0", "br-+", "podman+", "cni+", "virbr+", "lxcbr+"];
+/// What passes between networks all the same: answers, and what somebody has published.
+const IS_ANSWER_OR_PUBLISHED: &str = "--ctstate RELATED,ESTABLISHED,DNAT";
+/// A table that keeps a host which forwards for networks of husk's alone from doing so for its neighbours.
+const GUARD: &str = "husk-guard";
+
+/// Opens the firewall for a network, and closes it towards all others, and around one that is internal.
 pub fn open(bridge: &Bridge) -> Result<()> {
     if !bridge.internal {
-        fs::write(FORWARD_PATH, "1").with_context(|| format!("write {FORWARD_PATH}"))?;
+        forward()?;
     }
-    match run("nft", &[&own_table(bridge)]) {
-        Err(error) if !is_missing(&error) => return Err(error),
-        Err(_) => write_own_by_iptables(bridge)
-            .context("networks need nft: type `sudo apt-get install nftables`, or the package iptables")?,
-        Ok(()) => {}
-    }
+    let by_nft = match run("nft", &[&own_table(bridge)]) {
+        Err(error) if is_missing(&error) => false,
+        written => written.map(|()| true)?,
+    };
     let by_iptables = pass_by_iptables(bridge)?;
+    if !by_nft {
+        // Before what passes, and so written after it.
+        write_own_by_iptables(bridge)
+            .context("networks need nft: type `sudo apt-get install nftables`, or the package iptables")?;
+    }
     pass_by_nft(bridge, by_iptables)
 }
 
-/// Takes back what [`open`] did; what is not there is not missed. The host goes on forwarding, which others may rely on.
+/// Has the host forward; one that did not before goes on refusing it to its neighbours, as Docker has it.
+fn forward() -> Result<()> {
+    let did = fs::read_to_string(FORWARD_PATH).is_ok_and(|now| now.trim() == "1");
+    if did {
+        return Ok(());
+    }
+    let guard = format!(
+        "table inet {GUARD} {{\nchain routed {{\ntype filter hook forward priority filter\n\
+         ct state established,related accept\nct status dnat accept\n\
+         iifname \"husk-*\" accept\noifname \"husk-*\" accept\n\
+         meta iifkind \"bridge\" accept\nmeta oifkind \"bridge\" accept\ndrop\n}}\n}}"
+    );
+    match run("nft", &[&guard]) {
+        Err(error) if is_missing(&error) => iptables("-P", "filter FORWARD DROP")
+            .context("networks need nft: type `sudo apt-get install nftables`, or the package iptables")?,
+        written => written?,
+    }
+    fs::write(FORWARD_PATH, "1").with_context(|| format!("write {FORWARD_PATH}"))
+}
+
+/// Takes [`forward`] back with the last bridge there is, if it was husk's. Where there are others, they may rely on it.
+fn stop_forwarding(bridge: &Bridge) {
+    let Ok(bridges) = output("ip", &["-brief", "link", "show", "type", "bridge"]) else { return };
+    let is_own = |line: &str| line.split_whitespace().next() == Some(&bridge.interface());
+    let is_guarded = run("nft", &["list", "table", "inet", GUARD]).is_ok();
+    if is_guarded && bridges.lines().all(is_own) && fs::write(FORWARD_PATH, "0").is_ok() {
+        let _ = run("nft", &["delete", "table", "inet", GUARD]);
+    }
+}
+
+/// Takes back what [`open`] did; what is not there is not missed.
 pub fn close(bridge: &Bridge) {
+    stop_forwarding(bridge);
     for family in ["ip", "inet"] {
         let _ = run("nft", &["delete", "table", family, &bridge.interface()]);
     }
@@ -52,7 +93,8 @@ pub fn close(bridge: &Bridge) {
         let chains = if passage.hook == "forward" { &["FORWARD", DOCKER_USER][..] } else { &["INPUT"] };
         chains.iter().map(|chain| format!("filter {chain} {} -j ACCEPT", passage.iptables))
     });
-    for rule in passages.chain(own_rules(bridge)) {
+    let own = ["FORWARD", DOCKER_USER].map(|chain| own_rules(bridge, chain));
+    for rule in passages.chain(own.into_iter().flatten()) {
         if iptables("-D", &rule).is_err_and(|error| is_missing(&error)) {
             return;
         }
@@ -69,27 +111,61 @@ fn own_table(bridge: &Bridge) -> String {
              iifname != \"{interface}\" oifname \"{interface}\" drop\n}}\n}}"
         );
     }
+    let ways_out: String =
+        uplinks().iter().map(|uplink| format!("iifname \"{interface}\" oifname \"{uplink}\" accept\n")).collect();
     format!(
-        "table ip {interface} {{\nchain out {{\ntype nat hook postrouting priority srcnat\n\
+        "table ip {interface} {{\nchain between {{\ntype filter hook forward priority filter\n\
+         ct state established,related accept\nct status dnat accept\n\
+         iifname \"{interface}\" oifname \"{interface}\" accept\noifname \"{interface}\" drop\n\
+         {ways_out}iifname \"{interface}\" meta oifkind \"bridge\" drop\n}}\n\
+         chain out {{\ntype nat hook postrouting priority srcnat\n\
          ip saddr {} oifname != \"{interface}\" masquerade\n}}\n}}",
         subnet(bridge)
     )
 }
 
-/// The same for iptables, each as `TABLE CHAIN WORD...`.
-fn own_rules(bridge: &Bridge) -> Vec<String> {
+/// The same for iptables, each as `TABLE CHAIN WORD...`, with `chain` for what is forwarded.
+fn own_rules(bridge: &Bridge, chain: &str) -> Vec<String> {
     let interface = bridge.interface();
     if bridge.internal {
         return vec![
-            format!("filter FORWARD -i {interface} ! -o {interface} -j DROP"),
-            format!("filter FORWARD ! -i {interface} -o {interface} -j DROP"),
+            format!("filter {chain} -i {interface} ! -o {interface} -j DROP"),
+            format!("filter {chain} ! -i {interface} -o {interface} -j DROP"),
         ];
     }
-    vec![format!("nat POSTROUTING -s {} ! -o {interface} -j MASQUERADE", subnet(bridge))]
+    let unless = format!("-m conntrack ! {IS_ANSWER_OR_PUBLISHED} -j DROP");
+    let uplinks = uplinks();
+    let is_uplink = |others: &str| match others.strip_suffix('+') {
+        Some(prefix) => uplinks.iter().any(|uplink| uplink.starts_with(prefix)),
+        None => uplinks.iter().any(|uplink| uplink == others),
+    };
+    let mut rules = vec![
+        format!("nat POSTROUTING -s {} ! -o {interface} -j MASQUERADE", subnet(bridge)),
+        format!("filter {chain} ! -i {interface} -o {interface} {unless}"),
+    ];
+    let others = OTHERS_BRIDGES.into_iter().filter(|others| !is_uplink(others));
+    rules.extend(others.map(|others| format!("filter {chain} -i {interface} -o {others} {unless}")));
+    rules
+}
+
+/// The interfaces behind which everything else is: a bridge, too, on hosts of virtual machines.
+fn uplinks() -> Vec<String> {
+    let routes = fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
+    let of_default = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let is_default = words.get(1) == Some(&"00000000") && words.get(7) == Some(&"00000000");
+        words.first().filter(|_| is_default).map(|name| (*name).to_owned())
+    };
+    routes.lines().filter_map(of_default).collect()
 }
 
 fn write_own_by_iptables(bridge: &Bridge) -> Result<()> {
-    own_rules(bridge).iter().try_for_each(|rule| iptables("-A", rule))
+    let chain = if has_docker() { DOCKER_USER } else { "FORWARD" };
+    own_rules(bridge, chain).iter().try_for_each(|rule| iptables("-I", rule))
+}
+
+fn has_docker() -> bool {
+    output("iptables", &["-w", "-S", DOCKER_USER]).is_ok()
 }
 
 fn subnet(bridge: &Bridge) -> String {
@@ -125,7 +201,7 @@ fn pass_by_iptables(bridge: &Bridge) -> Result<bool> {
     if output("iptables", &["-w", "-S", "FORWARD"]).is_err() {
         return Ok(false);
     }
-    let has_docker = output("iptables", &["-w", "-S", DOCKER_USER]).is_ok();
+    let has_docker = has_docker();
     for Passage { hook, iptables: words, .. } in passages(bridge) {
         let chain = match hook {
             "forward" if has_docker => DOCKER_USER,
@@ -351,5 +427,109 @@ mod tests {
             assert_eq!(seen_by_the_server(&bridge), None);
             remove_in(base, "web").unwrap();
         });
+    }
+
+    /// Somebody on a network of the host's: on a bridge, or behind an interface of its own.
+    struct Someone {
+        bridge: Option<&'static str>,
+        gateway: &'static str,
+        address: Ipv4Addr,
+    }
+
+    const WEB: Someone =
+        Someone { bridge: Some("husk-web"), gateway: "10.86.7.1", address: Ipv4Addr::new(10, 86, 7, 9) };
+    const OTHER: Someone =
+        Someone { bridge: Some("husk-other"), gateway: "10.86.8.1", address: Ipv4Addr::new(10, 86, 8, 9) };
+    const CONTAINER: Someone =
+        Someone { bridge: Some("docker0"), gateway: "172.17.0.1", address: Ipv4Addr::new(172, 17, 0, 9) };
+    const NEIGHBOUR: Someone =
+        Someone { bridge: None, gateway: "198.51.100.1", address: Ipv4Addr::new(198, 51, 100, 9) };
+    const BEYOND: Someone = Someone { bridge: None, gateway: "203.0.113.1", address: Ipv4Addr::new(203, 0, 113, 9) };
+
+    /// Long enough for a question that is asked again after a second.
+    const REFUSAL_PATIENCE: Duration = Duration::from_millis(1500);
+
+    /// Whether `from` can open a connection to `to`, both in networks of their own.
+    fn reaches(from: &Someone, to: &Someone) -> bool {
+        let set_up = |who: &Someone| {
+            format!("ip addr add {}/24 dev eth0; ip route add default via {}", who.address, who.gateway)
+        };
+        let connect = |near: &str, who: &Someone| {
+            shell(&match who.bridge {
+                Some(bridge) => format!("ip link set {near} master {bridge} up"),
+                None => format!("ip addr add {}/24 dev {near}; ip link set {near} up", who.gateway),
+            });
+        };
+        thread::scope(|scope| {
+            let (listening, is_listening) = mpsc::channel();
+            let (ended, has_ended) = mpsc::channel::<()>();
+            let server = elsewhere(scope, "server", set_up(to), move || {
+                let listener = TcpListener::bind("0.0.0.0:80").unwrap();
+                listening.send(()).unwrap();
+                let _ = has_ended.recv();
+                drop(listener);
+            });
+            connect("server", to);
+            is_listening.recv().unwrap();
+            let at = SocketAddr::from((to.address, 80));
+            let client = elsewhere(scope, "client", set_up(from), move || {
+                TcpStream::connect_timeout(&at, REFUSAL_PATIENCE).is_ok()
+            });
+            connect("client", from);
+            let reached = client.join().unwrap();
+            drop(ended);
+            server.join().unwrap();
+            for near in ["server", "client"] {
+                let _ = run("ip", &["link", "del", near]);
+            }
+            reached
+        })
+    }
+
+    /// As Docker has its first network, whose containers publish nothing.
+    const CONTAINERS: &str = "iptables -A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+        iptables -A FORWARD -i docker0 -j ACCEPT";
+
+    #[test]
+    fn networks_containers_and_neighbours_do_not_reach_each_other() {
+        for (docker, with_nft) in [(false, true), (true, true), (true, false)] {
+            alone(|base| {
+                if docker && run("iptables", &["-S"]).is_err() {
+                    eprintln!("SKIPPED: no iptables");
+                    return;
+                }
+                fs::write(FORWARD_PATH, "0").unwrap();
+                shell("ip link add docker0 type bridge; ip addr add 172.17.0.1/24 dev docker0; ip link set docker0 up");
+                if docker {
+                    shell(&format!("{DOCKER}\n{CONTAINERS}"));
+                }
+                let web = create(base, false);
+                let other = create_in(base, "other", Some(Ipv4Addr::new(10, 86, 8, 0)), false).unwrap();
+                if !with_nft {
+                    for bridge in [&web, &other] {
+                        run("nft", &["delete", "table", "ip", &bridge.interface()]).unwrap();
+                        write_own_by_iptables(bridge).unwrap();
+                    }
+                }
+                let apart = [
+                    (&WEB, &OTHER, "another network"),
+                    (&WEB, &CONTAINER, "a container"),
+                    (&CONTAINER, &WEB, "a machine from a container"),
+                    (&NEIGHBOUR, &WEB, "a machine from a neighbour"),
+                    (&NEIGHBOUR, &BEYOND, "a neighbour from another"),
+                ];
+                for (from, to, what) in apart {
+                    assert!(!reaches(from, to), "{what} is reached: docker {docker}, nft {with_nft}");
+                }
+                for (from, to, what) in [(&WEB, &BEYOND, "the way out"), (&CONTAINER, &BEYOND, "a container's")] {
+                    assert!(reaches(from, to), "{what}: docker {docker}, nft {with_nft}");
+                }
+                remove_in(base, "web").unwrap();
+                run("ip", &["link", "del", "docker0"]).unwrap();
+                remove_in(base, "other").unwrap();
+                assert!(!ruleset().contains("husk"), "{}", ruleset());
+                assert_eq!(fs::read_to_string(FORWARD_PATH).unwrap().trim(), "0", "as it was");
+            });
+        }
     }
 }
