@@ -14,6 +14,10 @@ pub trait Device: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Writes `data` to the registers at `offset` bytes into the device's range.
     fn write(&self, offset: u64, data: &[u8]);
+    /// Whether who has just written is to wait until the device has caught up, before the guest runs on.
+    fn is_behind(&self) -> bool {
+        false
+    }
 }
 
 /// An address range cannot be given to a device.
@@ -66,11 +70,12 @@ impl Bus {
         }
     }
 
-    /// Writes at `address`; a write that no device takes is dropped.
-    pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.find(address, data.len()) {
+    /// Writes at `address`, and returns whether the device is behind; a write that no device takes is dropped.
+    pub fn write(&self, address: u64, data: &[u8]) -> bool {
+        self.find(address, data.len()).is_some_and(|(device, offset)| {
             device.write(offset, data);
-        }
+            device.is_behind()
+        })
     }
 
     /// The device that owns all of `len` bytes at `address`, and the offset in it.

@@ -1,47 +1,81 @@
 //! From the serial port to standard output: a bounded buffer, and the thread that empties it.
 //!
 //! A vCPU prints a byte at a time; the thread writes a line at a time. When who reads the output is slow the buffer
-//! fills, and the vCPU that prints waits: nothing is lost, and signals are still heard, by a thread that never prints.
+//! fills, and the vCPU that prints waits outside of the device, until there is room or it is called away: nothing is lost,
+//! and a machine that nobody reads is paused and ended like any other.
 
 use std::io::Write;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// As much as is held for a slow reader.
+/// As much as is held for a slow reader, beside what each writer adds in one call.
 const BUFFER_MAX_BYTES: usize = 64 << 10;
 /// How long the rest of a line is waited for: too short to be seen, long enough to save a system call a byte.
 const LINE_WAIT: Duration = Duration::from_millis(1);
 
-/// The buffer between the guest and the console thread.
-#[derive(Default)]
+/// The buffer between who prints and the thread that writes it out.
+#[derive(Debug, Default)]
 pub struct Output {
     state: Mutex<State>,
     changed: Condvar,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
     closed: bool,
 }
 
+impl State {
+    fn is_full(&self) -> bool {
+        self.bytes.len() >= BUFFER_MAX_BYTES && !self.closed
+    }
+}
+
 impl Output {
-    /// Adds `bytes`, waiting while the buffer is full. After [`Output::close`] they are dropped.
+    /// Adds `bytes`, even to a full buffer, and never waits: who adds more while [`Output::is_full`] has to wait first. After
+    /// [`Output::close`] they are dropped.
     pub fn push(&self, bytes: &[u8]) {
         let mut state = self.lock();
-        while state.bytes.len() >= BUFFER_MAX_BYTES && !state.closed {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
         if state.closed {
             return;
         }
         let was_empty = state.bytes.is_empty();
         state.bytes.extend_from_slice(bytes);
-        let wake = was_empty || bytes.contains(&b'\n') || state.bytes.len() >= BUFFER_MAX_BYTES;
+        let wake = was_empty || bytes.contains(&b'\n') || state.is_full();
         drop(state);
         if wake {
             self.changed.notify_all();
         }
+    }
+
+    /// Whether who prints has to wait before it prints more.
+    pub fn is_full(&self) -> bool {
+        self.lock().is_full()
+    }
+
+    /// Waits for room, or until `is_called` says that there is something else to do; it is asked again after each
+    /// [`Output::wake`].
+    pub fn wait_for_room(&self, mut is_called: impl FnMut() -> bool) {
+        let mut state = self.lock();
+        while state.is_full() && !is_called() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has who waits for room look whether it is called. What calls it is to be there before.
+    pub fn wake(&self) {
+        // With the lock, lest it be between its look and its sleep.
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Waits for room until `deadline`, and says whether there is some.
+    pub fn has_room_by(&self, deadline: Instant) -> bool {
+        let state = self.lock();
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(state, left, |state| state.is_full());
+        !waited.unwrap_or_else(PoisonError::into_inner).0.is_full()
     }
 
     /// No more is to come: who waits to add or to take is released. What was added before is still taken.
@@ -90,12 +124,6 @@ impl Output {
         bytes
     }
 
-    /// Whether who prints has to wait.
-    #[cfg(test)]
-    pub fn is_full(&self) -> bool {
-        self.lock().bytes.len() >= BUFFER_MAX_BYTES
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -104,7 +132,7 @@ impl Output {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::thread;
 
     use super::*;
@@ -116,6 +144,7 @@ mod tests {
             let output = output.clone();
             thread::spawn(move || {
                 for n in 0..300_000u32 {
+                    output.wait_for_room(|| false);
                     output.push(&[n as u8]);
                 }
                 output.close();
@@ -137,13 +166,33 @@ mod tests {
         output.push(&vec![0; BUFFER_MAX_BYTES]);
         let writer = {
             let output = output.clone();
-            thread::spawn(move || output.push(b"more"))
+            thread::spawn(move || output.wait_for_room(|| false))
         };
         thread::sleep(Duration::from_millis(20));
         output.close();
         writer.join().unwrap();
+        output.push(b"more");
         assert_eq!(output.take().map(|b| b.len()), Some(BUFFER_MAX_BYTES));
         assert_eq!(output.take(), None);
+    }
+
+    #[test]
+    fn who_waits_for_room_can_be_called_away_and_what_it_wrote_is_kept() {
+        let (output, called) = (Arc::new(Output::default()), Arc::new(AtomicBool::new(false)));
+        output.push(&vec![b'x'; BUFFER_MAX_BYTES + 1]);
+        let writer = {
+            let (output, called) = (output.clone(), called.clone());
+            thread::spawn(move || output.wait_for_room(|| called.load(Ordering::SeqCst)))
+        };
+        output.wake();
+        thread::sleep(Duration::from_millis(20));
+        assert!(!writer.is_finished(), "nobody called it");
+        called.store(true, Ordering::SeqCst);
+        output.wake();
+        writer.join().unwrap();
+        assert!(!output.has_room_by(Instant::now() + Duration::from_millis(1)));
+        assert_eq!(output.take().map(|bytes| bytes.len()), Some(BUFFER_MAX_BYTES + 1));
+        assert!(output.has_room_by(Instant::now()));
     }
 
     #[test]

@@ -122,7 +122,6 @@ impl Serial {
         }
         let panic = printed.iter().find_map(|byte| port.watch(*byte));
         drop(port);
-        // Outside the lock: the console may be slow, and the other registers, and input, are not to wait for it.
         self.timings.mark(Step::FirstOutput);
         if let Some(words) = panic {
             self.ending.note_panic_words(words);
@@ -179,6 +178,10 @@ impl Device for Serial {
         if let ([value], Ok(offset)) = (data, u8::try_from(offset)) {
             self.write_register(offset, *value);
         }
+    }
+
+    fn is_behind(&self) -> bool {
+        self.output.is_full()
     }
 }
 

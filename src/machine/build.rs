@@ -13,7 +13,6 @@ use super::timings::{Step, Timings};
 use super::{Buses, Console, Controls, Machine};
 use crate::boot::{self, Entry};
 use crate::config::MachineConfig;
-use crate::console::output::Output;
 use crate::device::{PciPorts, Power, Serial};
 use crate::irq::IrqLine;
 use crate::kvm::{self, Vm};
@@ -105,7 +104,7 @@ fn attach_console(vm: &Vm, buses: &mut Buses, ending: &Arc<Ending>, timings: &Ar
     const REGISTERS: u64 = 8;
     let irq = IrqLine::new(layout::SERIAL_GSI)?;
     vm.connect_irq(&irq)?;
-    let output = Arc::new(Output::default());
+    let output = buses.console.clone();
     let (serial, input_wanted) = Serial::new(irq, output.clone(), ending.clone(), timings.clone())?;
     let serial = Arc::new(serial);
     buses.ports.insert(u64::from(layout::SERIAL_PORT), REGISTERS, serial.clone())?;

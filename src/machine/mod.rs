@@ -34,6 +34,8 @@ pub struct Buses {
     pub ports: Bus,
     /// Memory-mapped I/O.
     pub memory: Bus,
+    /// What the serial port prints to: a vCPU that has filled it waits for room outside of the device.
+    pub console: Arc<Output>,
 }
 
 /// A machine, paused when built. One thread holds it; vCPUs, workers and the console have threads of their own.
@@ -123,7 +125,7 @@ impl Machine {
 
     /// Ends the vCPUs, then drains and ends the workers: what the guest was told is written has been written.
     fn stop(&mut self) {
-        // A vCPU may wait for room to print in.
+        // What is printed from here on nobody has asked for.
         self.console.output.close();
         for vcpu in &self.vcpus {
             vcpu.ask_to_stop();
@@ -198,6 +200,56 @@ mod tests {
         }
     }
 
+    /// Waits until the console has no more room.
+    #[track_caller]
+    fn await_full(output: &Output) {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !output.is_full() {
+            assert!(Instant::now() < deadline, "the guest prints no more");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_machine_whose_console_is_full_is_paused_and_loses_nothing() {
+        let Some((mut machine, output)) = talker() else { return };
+        let mut printed = Vec::new();
+        for _ in 0..3 {
+            machine.resume();
+            await_full(&output);
+            machine.pause();
+            machine.resume();
+            machine.pause();
+            assert!(output.is_full(), "nobody has taken any of it");
+            printed.extend(output.take_now());
+        }
+        // Wherever in an instruction that prints many bytes it is held.
+        for _ in 0..50 {
+            machine.resume();
+            thread::sleep(Duration::from_micros(300));
+            machine.pause();
+            printed.extend(output.take_now());
+        }
+        let expected = |at: usize| if at % 64 == 63 { b'\n' } else { b'!' + (at % 64) as u8 };
+        assert_eq!(printed.iter().enumerate().find(|(at, byte)| **byte != expected(*at)), None);
+    }
+
+    #[test]
+    fn one_kick_is_enough_wherever_it_comes() {
+        let Some((mut machine, output)) = talker() else { return };
+        for _ in 0..300 {
+            machine.resume();
+            thread::sleep(Duration::from_micros(100));
+            machine.vcpus[0].ask_to_pause();
+            assert!(machine.vcpus[0].has_paused_within(Duration::from_secs(20)), "the kick was lost");
+            output.take_now();
+        }
+        machine.resume();
+        await_full(&output);
+        machine.vcpus[0].ask_to_pause();
+        assert!(machine.vcpus[0].has_paused_within(Duration::from_secs(20)), "it waits for room");
+    }
+
     #[test]
     fn a_guest_is_told_of_each_pause_and_of_nothing_else() {
         let Some((mut machine, output)) = machine(husk_guests::CLOCK, "do=pauses") else { return };
@@ -228,9 +280,7 @@ mod tests {
         let Some((mut machine, output)) = talker() else { return };
         machine.resume();
         // Nobody takes the output, so that the vCPU comes to wait for room in it.
-        while !output.is_full() {
-            thread::sleep(Duration::from_millis(1));
-        }
+        await_full(&output);
         machine.stop();
         machine.stop();
         assert_eq!(machine.ending().outcome(), None);

@@ -1,6 +1,10 @@
 //! From KVM_RUN to a device, or to the machine's end: the only place that looks at a vCPU's exit.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ptr;
+
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -11,6 +15,8 @@ use crate::machine::outcome::Outcome;
 pub enum Step {
     /// Run on.
     Continue,
+    /// Run on when the console has room again.
+    WaitForConsole,
     /// A signal came: see what is wanted, then run on.
     Interrupted,
     /// The guest can run no more on this vCPU.
@@ -46,10 +52,11 @@ pub fn step(fd: &mut VcpuFd, buses: &Buses) -> Step {
     match fd.run() {
         Ok(VcpuExit::IoOut(port, data)) => {
             let data = data.to_vec();
+            let mut is_behind = false;
             for unit in data.chunks(port_width(fd)) {
-                buses.ports.write(u64::from(port), unit);
+                is_behind = buses.ports.write(u64::from(port), unit);
             }
-            Step::Continue
+            if is_behind { Step::WaitForConsole } else { Step::Continue }
         }
         Ok(VcpuExit::IoIn(port, data)) => {
             let data = detached(data);
@@ -66,7 +73,7 @@ pub fn step(fd: &mut VcpuFd, buses: &Buses) -> Step {
             buses.memory.write(address, data);
             Step::Continue
         }
-        Ok(VcpuExit::Intr) => Step::Interrupted,
+        Ok(VcpuExit::Intr) => interrupted(fd),
         Ok(VcpuExit::Shutdown) => Step::End(End::TripleFault { rip: rip_before_shutdown(fd) }),
         Ok(VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Step::End(End::PoweredOff),
         Ok(VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, _)) => Step::End(End::Reset),
@@ -79,18 +86,62 @@ pub fn step(fd: &mut VcpuFd, buses: &Buses) -> Step {
             let exit = format!("{other:?}");
             Step::End(End::KvmError(format!("unexpected exit {exit} at {:#x}", rip(fd))))
         }
-        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Step::Interrupted,
+        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => interrupted(fd),
         Err(e) => Step::End(End::KvmError(format!("KVM_RUN: {e} at {:#x}", rip(fd)))),
     }
 }
 
-/// Completes the vCPU's last exit without running the guest, so that its registers are those of an instruction's
-/// boundary (KVM API, KVM_RUN: an exit for I/O is complete only after the next KVM_RUN).
-pub fn finish(fd: &mut VcpuFd) {
-    fd.set_kvm_immediate_exit(1);
-    // Answers EINTR by design.
-    let _ = fd.run();
+/// Takes note of a kick. From here on the next one counts, so that what it is about is to be looked for after this.
+fn interrupted(fd: &mut VcpuFd) -> Step {
     fd.set_kvm_immediate_exit(0);
+    Step::Interrupted
+}
+
+/// Completes the vCPU's last exit without running the guest, so that its registers are those of an instruction's
+/// boundary (KVM API, KVM_RUN: an exit for I/O is complete only after the next KVM_RUN). An instruction that makes several
+/// accesses, as `rep outsb` does, has its next exits served here. Returns why the guest can run no more, if so.
+pub fn finish(fd: &mut VcpuFd, buses: &Buses) -> Option<End> {
+    loop {
+        fd.set_kvm_immediate_exit(1);
+        match step(fd, buses) {
+            Step::Continue | Step::WaitForConsole => {}
+            Step::Interrupted => return None,
+            Step::End(why) => return Some(why),
+        }
+    }
+}
+
+/// Has a kick of the calling thread reach KVM_RUN of `fd` wherever it comes: inside it interrupts the guest, outside it has
+/// the next KVM_RUN return at once (KVM API, `immediate_exit`). To be called on the vCPU's thread, which drops the aim before
+/// it closes `fd`.
+pub fn aim_kicks_at(fd: &mut VcpuFd) -> Aim {
+    KICKED.set(&raw mut fd.get_kvm_run().immediate_exit);
+    Aim(PhantomData)
+}
+
+/// Where kicks of this thread go. Without it they do nothing: a thread may be kicked until it is gone.
+pub struct Aim(PhantomData<*const ()>);
+
+impl Drop for Aim {
+    fn drop(&mut self) {
+        KICKED.set(ptr::null_mut());
+    }
+}
+
+/// What the signal of a kick does. Async-signal-safe.
+pub extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = KICKED.get();
+    if !flag.is_null() {
+        // SAFETY: the flag is this thread's own and lies in the mapping of its `kvm_run`, which stays for as long as kicks are
+        // aimed at it (see `aim_kicks_at`); the kernel alone reads it, at the start of KVM_RUN. The thread is here, so that it
+        // does nothing else with it.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+thread_local! {
+    /// The flag that has this thread's KVM_RUN return at once; null where the thread runs no vCPU.
+    static KICKED: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
 /// An exit's data apart from the borrow of the vCPU it came with.

@@ -19,7 +19,7 @@ use crate::machine::Buses;
 use crate::machine::outcome::Ending;
 use crate::sandbox;
 
-use exit::Step;
+use exit::{End, Step};
 
 /// How long a vCPU may take to answer a kick before it is kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
@@ -39,12 +39,12 @@ pub struct VcpuThread {
     commands: Sender<Command>,
     answers: Receiver<Paused>,
     thread: JoinHandle<()>,
+    buses: Arc<Buses>,
 }
 
 /// Makes the kick known to this process; to be called before the first [`VcpuThread::start`].
 pub fn prepare_kicks() -> io::Result<()> {
-    extern "C" fn interrupt_only(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    Ok(register_signal_handler(SIGRTMIN(), interrupt_only)?)
+    Ok(register_signal_handler(SIGRTMIN(), exit::on_kick)?)
 }
 
 impl VcpuThread {
@@ -52,9 +52,10 @@ impl VcpuThread {
     pub fn start(index: u32, fd: VcpuFd, buses: Arc<Buses>, ending: Arc<Ending>) -> io::Result<VcpuThread> {
         let (commands, inbox) = channel();
         let (outbox, answers) = channel();
-        let vcpu = Vcpu { index, fd, buses, ending, inbox, outbox, has_run: false };
+        let (called, waits_for_console, has_run) = (None, false, false);
+        let vcpu = Vcpu { index, fd, buses: buses.clone(), ending, inbox, outbox, called, waits_for_console, has_run };
         let thread = sandbox::spawn(&format!("vcpu{index}"), move || vcpu.live())?;
-        Ok(VcpuThread { commands, answers, thread })
+        Ok(VcpuThread { commands, answers, thread, buses })
     }
 
     /// Lets the guest run on this vCPU. Returns at once.
@@ -76,6 +77,12 @@ impl VcpuThread {
         }
     }
 
+    /// Whether the vCPU leaves the guest by itself after it was asked to.
+    #[cfg(test)]
+    pub fn has_paused_within(&self, patience: Duration) -> bool {
+        self.answers.recv_timeout(patience).is_ok()
+    }
+
     /// Asks the thread to end; [`VcpuThread::join`] says when it has.
     pub fn ask_to_stop(&self) {
         let _ = self.commands.send(Command::Stop);
@@ -95,10 +102,11 @@ impl VcpuThread {
         let _ = self.thread.join();
     }
 
-    /// Interrupts KVM_RUN. A signal that comes just before KVM_RUN interrupts nothing, so a kick is repeated until it
-    /// is answered, which needs neither a lock nor a shared view of `kvm_run`.
+    /// Has the thread look at what it was told, wherever it is: in the guest, in a device, or waiting for the console. It is
+    /// repeated until it is answered, since a real-time signal may fail to be queued.
     fn kick(&self) {
         let _ = self.thread.kill(SIGRTMIN());
+        self.buses.console.wake();
     }
 }
 
@@ -112,10 +120,16 @@ struct Vcpu {
     outbox: Sender<Paused>,
     /// Whether a pause has something to come after.
     has_run: bool,
+    /// What was found in the inbox while the vCPU waited.
+    called: Option<Command>,
+    /// Whether the guest runs on only when the console has room.
+    waits_for_console: bool,
 }
 
 impl Vcpu {
     fn live(mut self) {
+        // Goes before the descriptor does: who waits for the thread's end kicks it to the last.
+        let _aim = exit::aim_kicks_at(&mut self.fd);
         // Paused: waits for a word.
         while let Ok(command) = self.inbox.recv() {
             match command {
@@ -142,24 +156,55 @@ impl Vcpu {
     /// Runs the guest until told to pause (true) or to stop, or until it can run no more (false).
     fn run(&mut self) -> bool {
         loop {
-            match exit::step(&mut self.fd, &self.buses) {
-                Step::Continue => continue,
-                Step::Interrupted => {}
-                Step::End(why) => {
-                    self.ending.declare(why.outcome(self.index));
-                    return false;
+            let end = match self.next_command() {
+                Some(Command::Stop) => return false,
+                Some(Command::Pause) => match exit::finish(&mut self.fd, &self.buses) {
+                    None => {
+                        self.say_paused();
+                        return true;
+                    }
+                    end => end,
+                },
+                Some(Command::Resume) | None if self.waits_for_console => {
+                    self.wait_for_console();
+                    None
                 }
-            }
-            match self.inbox.try_recv() {
-                Ok(Command::Pause) => {
-                    exit::finish(&mut self.fd);
-                    self.say_paused();
-                    return true;
-                }
-                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
-                Ok(Command::Resume) | Err(TryRecvError::Empty) => {}
+                Some(Command::Resume) | None => self.step(),
+            };
+            if let Some(why) = end {
+                self.ending.declare(why.outcome(self.index));
+                return false;
             }
         }
+    }
+
+    /// What the thread is told, if it is told something. That who tells it has gone is a word to stop.
+    fn next_command(&mut self) -> Option<Command> {
+        self.called.take().or_else(|| match self.inbox.try_recv() {
+            Ok(command) => Some(command),
+            Err(TryRecvError::Disconnected) => Some(Command::Stop),
+            Err(TryRecvError::Empty) => None,
+        })
+    }
+
+    /// Runs the guest up to its next exit. Returns why it can run no more, if so.
+    fn step(&mut self) -> Option<End> {
+        match exit::step(&mut self.fd, &self.buses) {
+            Step::Continue | Step::Interrupted => {}
+            Step::WaitForConsole => self.waits_for_console = true,
+            Step::End(why) => return Some(why),
+        }
+        None
+    }
+
+    /// Waits until the console has room, or until the thread is told something.
+    fn wait_for_console(&mut self) {
+        let buses = self.buses.clone();
+        buses.console.wait_for_room(|| {
+            self.called = self.next_command();
+            self.called.is_some()
+        });
+        self.waits_for_console = buses.console.is_full();
     }
 
     fn say_paused(&self) {
