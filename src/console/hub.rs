@@ -1,14 +1,21 @@
-//! From what a machine in the background writes to its log, and to those who are attached to it now.
+//! From what a machine in the background writes to its log, and to those who are attached to it now: a bounded backlog and a
+//! thread each, so that none waits for another, and nobody at all while the hub is locked.
 
 use std::io::{self, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
+use super::output::Output;
 use crate::roster::stream_log::{self, Stream, StreamLog};
+use crate::sandbox;
 
-/// How long one who is attached may not read before they are let go: nobody who looks on is to hold the machine up.
+/// How long one who is attached may hold the machine up by not reading before they are let go.
 const WATCHER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long they have for the rest when somebody waits for the machine's end.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// The log and the watchers. Each stream of the machine writes from its own thread.
 #[derive(Debug)]
@@ -19,7 +26,35 @@ pub struct Hub {
 #[derive(Debug)]
 struct Inner {
     log: StreamLog,
-    watchers: Vec<UnixStream>,
+    watchers: Vec<Arc<Watcher>>,
+}
+
+/// One who is attached.
+#[derive(Debug)]
+struct Watcher {
+    backlog: Arc<Output>,
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Watcher {
+    fn start(stream: UnixStream) -> io::Result<Watcher> {
+        stream.set_nonblocking(false)?;
+        let (backlog, to) = (Arc::new(Output::default()), stream.try_clone()?);
+        let from = backlog.clone();
+        let write = move || {
+            from.print_to(&to, || {});
+            let _ = to.shutdown(Shutdown::Write);
+        };
+        let thread = sandbox::spawn("watcher", write)?;
+        Ok(Watcher { backlog, stream, thread })
+    }
+
+    /// Ends the connection, at whatever its thread is.
+    fn let_go(&self) {
+        self.backlog.close();
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
 }
 
 impl Hub {
@@ -28,20 +63,37 @@ impl Hub {
         Hub { inner: Mutex::new(Inner { log, watchers: Vec::new() }) }
     }
 
-    /// Writes `bytes` to the log and to each watcher, as records. It waits for watchers, as long as it takes to lose patience.
+    /// Writes `bytes` to the log and to each watcher, as records. It waits for watchers whose backlog is full, as long as it
+    /// takes to lose patience; other threads do not wait for that.
     pub fn write(&self, stream: Stream, bytes: &[u8]) {
         let records = stream_log::records(stream, bytes);
         let mut inner = self.lock();
         inner.log.append(&records);
-        inner.watchers.retain_mut(|watcher| watcher.write_all(&records).is_ok());
+        inner.watchers.retain(|watcher| !watcher.thread.is_finished());
+        inner.watchers.iter().for_each(|watcher| watcher.backlog.push(&records));
+        let slow: Vec<_> = inner.watchers.iter().filter(|watcher| watcher.backlog.is_full()).cloned().collect();
+        drop(inner);
+        let deadline = Instant::now() + WATCHER_PATIENCE;
+        slow.iter().filter(|watcher| !watcher.backlog.has_room_by(deadline)).for_each(|watcher| watcher.let_go());
     }
 
-    /// Adds a watcher, who is sent what comes from now on.
+    /// Adds a watcher, who is sent what comes from now on. Waits for nobody.
     pub fn attach(&self, watcher: UnixStream) -> io::Result<()> {
-        watcher.set_nonblocking(false)?;
-        watcher.set_write_timeout(Some(WATCHER_PATIENCE))?;
+        let watcher = Arc::new(Watcher::start(watcher)?);
         self.lock().watchers.push(watcher);
         Ok(())
+    }
+
+    /// Waits until the watchers have had all that was written, for no longer than patience lasts, which is short
+    /// `in_a_hurry`, and lets them go.
+    pub fn close(&self, in_a_hurry: bool) {
+        let watchers = std::mem::take(&mut self.lock().watchers);
+        watchers.iter().for_each(|watcher| watcher.backlog.close());
+        let deadline = Instant::now() + if in_a_hurry { LAST_WORDS } else { WATCHER_PATIENCE };
+        while watchers.iter().any(|watcher| !watcher.thread.is_finished()) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        watchers.iter().for_each(|watcher| watcher.let_go());
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
@@ -86,9 +138,59 @@ mod tests {
         drop(ours);
         // Nobody reads any more: once it is noticed, they are gone.
         hub.write(Stream::Output, b"x");
+        while !hub.lock().watchers.iter().all(|watcher| watcher.thread.is_finished()) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        hub.write(Stream::Output, b"y");
         assert!(hub.lock().watchers.is_empty());
         let mut reader = LogReader::open(&path);
         let kept: Vec<u8> = std::iter::from_fn(|| reader.read().unwrap()).flat_map(|(_, content)| content).collect();
-        assert_eq!(kept, b"beforeafterx");
+        assert_eq!(kept, b"beforeafterxy");
+    }
+
+    fn hub() -> (tempfile::TempDir, Arc<Hub>) {
+        let folder = tempfile::tempdir().unwrap();
+        let log = StreamLog::open(folder.path().join("streams.log"), DEFAULT_MAX_BYTES).unwrap();
+        (folder, Arc::new(Hub::new(log)))
+    }
+
+    #[test]
+    fn one_who_does_not_read_keeps_nobody_from_attaching_and_is_let_go() {
+        let (_folder, hub) = hub();
+        let (mut asleep, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs).unwrap();
+        let writer = {
+            let hub = hub.clone();
+            thread::spawn(move || (0..40).for_each(|_| hub.write(Stream::Output, &[b'x'; 64 << 10])))
+        };
+        // The writer waits for the one who sleeps, soon and for seconds.
+        while !hub.lock().watchers.iter().any(|watcher| watcher.backlog.is_full()) {
+            thread::yield_now();
+        }
+        let started = Instant::now();
+        let (_awake, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs).unwrap();
+        assert!(started.elapsed() < WATCHER_PATIENCE / 2, "{:?}", started.elapsed());
+        asleep.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        thread::sleep(WATCHER_PATIENCE + Duration::from_secs(1));
+        let mut rest = Vec::new();
+        asleep.read_to_end(&mut rest).expect("it is told that it was let go");
+        assert!(rest.len() < 40 * (64 << 10));
+        hub.close(true);
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn who_reads_has_all_of_it_before_the_end() {
+        let (_folder, hub) = hub();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs).unwrap();
+        let reader = thread::spawn(move || {
+            let mut bytes = Vec::new();
+            ours.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        (0..10).for_each(|_| hub.write(Stream::Output, &[b'x'; 60 << 10]));
+        hub.close(false);
+        assert_eq!(reader.join().unwrap().unwrap().len(), 10 * ((60 << 10) + HEAD_BYTES));
     }
 }

@@ -8,7 +8,8 @@ use std::thread::{Builder, JoinHandle};
 
 /// Starts a thread of the machine, named `name` (15 bytes are kept by the kernel).
 ///
-/// The thread inherits the caller's signal mask. The caller joins it: no thread is left detached.
+/// The thread inherits the caller's signal mask. The caller joins it, unless it writes to or reads from somebody who may never
+/// answer: such a thread is asked to end, and goes with the process at the latest.
 pub fn spawn<T, F>(name: &str, body: F) -> io::Result<JoinHandle<T>>
 where
     F: FnOnce() -> T + Send + 'static,
