@@ -3,7 +3,7 @@
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -17,11 +17,15 @@ use super::network::{NetworkFlags, join_shared};
 use super::size;
 use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
+use crate::console::terminal;
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
 use crate::machine::outcome::Outcome;
 use crate::machine::timings::Timings;
 use crate::resources;
+
+/// How long who reads what went wrong may take, when somebody waits for the end.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -139,7 +143,6 @@ impl Boot {
             );
         }
         let timings = Arc::new(Timings::new(started));
-        // Before any thread exists, so that all of them leave the signals to the one that waits for them.
         let called = Called {
             image: config.kernel.display().to_string(),
             command: Vec::new(),
@@ -150,8 +153,7 @@ impl Boot {
         let name = self.life.name.clone().unwrap_or_else(|| folder.id());
         let _leases = join_shared(&mut config.networks, &name)?;
         let desk = self.life.desk(folder, called, &config)?;
-        let exit = self.life.lead(desk, |desk| {
-            let signals = Front::block_signals(false)?;
+        let exit = self.life.lead(desk, false, |desk, signals| {
             let resources = resources::open(&config)?;
             let machine = Machine::build(&config, resources, timings.clone())?;
             Ok(report(&control::run(machine, signals, Front::Console, desk)?))
@@ -201,8 +203,11 @@ impl Boot {
 /// Says what ended the machine, unless it ended as it was meant to.
 pub fn report(outcome: &Outcome) -> Exit {
     let exit = Exit::from(outcome);
-    if !matches!(exit, Exit::Success | Exit::Reported(_)) {
-        super::print_error(&outcome.to_string());
+    match exit {
+        Exit::Success | Exit::Reported(_) => {}
+        // Whoever ended it need not wait for a reader that sleeps.
+        Exit::Signal(_) => drop(terminal::say(&format!("husk: {outcome}\n"), LAST_WORDS)),
+        _ => super::print_error(&outcome.to_string()),
     }
     exit
 }

@@ -13,10 +13,12 @@ use super::exit::Exit;
 use super::size;
 use super::words::{self, IN_BACKGROUND};
 use crate::config::MachineConfig;
+use crate::machine::control::Front;
 use crate::machine::desk::Desk;
 use crate::roster::origin::Origin;
 use crate::roster::record::{Inherited, Record, State, now_ms};
 use crate::roster::{Entry, MachineFolder, Roster, names, stream_log};
+use crate::sys::SignalFd;
 
 /// How long to wait before a machine that failed is started again: so long at first, then twice as long each time, and no
 /// longer than that.
@@ -137,20 +139,29 @@ impl Life {
         Desk::open(folder, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
     }
 
-    /// Runs the machine by `run`, again and again as the policy has it, and notes its end.
-    pub fn lead(&self, mut desk: Desk, run: impl Fn(&mut Desk) -> Result<Exit>) -> Result<Exit> {
+    /// Runs the machine by `run`, again and again as the policy has it, and notes its end. To be called before any thread
+    /// exists, so that all of them leave the signals to the one that waits for them, until the machine's end is noted.
+    pub fn lead(
+        &self,
+        mut desk: Desk,
+        has_session: bool,
+        run: impl Fn(&mut Desk, &SignalFd) -> Result<Exit>,
+    ) -> Result<Exit> {
+        let signals = Front::block_signals(has_session)?;
         let mut wait = FIRST_WAIT;
         loop {
             let started = Instant::now();
-            let ended = run(&mut desk);
+            let ended = run(&mut desk, &signals);
             let code = ended.as_ref().map_or(Exit::NotRun.code(), |exit| exit.code());
             let again = code != 0 && desk.restarts() < self.restart.times_max && desk.is_announced();
             if started.elapsed() > RAN_WELL {
                 wait = FIRST_WAIT;
             }
-            if !again || !desk.wait_to_restart(wait)? {
+            if !again || !desk.wait_to_restart(wait, &signals)? {
                 let reason = ended.as_ref().err().map(|error| format!("{error:#}"));
                 let noted = desk.close(code, reason);
+                // Those that have come by now have nothing to end any more.
+                while signals.read().is_ok_and(|signal| signal.is_some()) {}
                 return ended.and_then(|exit| noted.map(|()| exit));
             }
             if let Err(error) = ended {

@@ -1,12 +1,12 @@
 //! From `log` records to lines on standard error, so many a second: what a guest provokes cannot flood a terminal.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::console::terminal;
 use crate::foreign;
 use crate::roster::husk_log;
 
@@ -46,13 +46,19 @@ impl Log for Logger {
         if admitted {
             text.push_str(&line(record));
         }
-        write(&text);
+        // Whoever logs, a vCPU perhaps, waits for no reader.
+        if !text.is_empty() && !terminal::say(&text, Duration::ZERO) {
+            rate.suppressed += suppressed_before + u64::from(admitted);
+        }
         husk_log::keep_small();
     }
 
     fn flush(&self) {
         let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
-        write(&suppressed_line(std::mem::take(&mut rate.suppressed)));
+        let suppressed = std::mem::take(&mut rate.suppressed);
+        if suppressed > 0 {
+            terminal::say(&suppressed_line(suppressed), Duration::ZERO);
+        }
     }
 }
 
@@ -74,20 +80,6 @@ fn line(record: &Record) -> String {
     let mut line = foreign::line(&line).into_owned();
     line.push('\n');
     line
-}
-
-/// Writes whole lines at once. On a terminal in raw mode a line feed alone does not return the carriage.
-fn write(text: &str) {
-    if text.is_empty() {
-        return;
-    }
-    let mut stderr = std::io::stderr().lock();
-    // A log that nobody can read must not end a machine.
-    let _ = if stderr.is_terminal() {
-        stderr.write_all(text.replace('\n', "\r\n").as_bytes())
-    } else {
-        stderr.write_all(text.as_bytes())
-    };
 }
 
 /// Counts lines in windows of a second.

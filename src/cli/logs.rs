@@ -73,9 +73,12 @@ impl Logs {
             while let Some((head, content)) = reader.read().context("read the log")? {
                 let content = skip_lines(&content, &mut skip);
                 if self.is_wanted(&head) && !content.is_empty() {
-                    match self.timestamps {
+                    let is_read = match self.timestamps {
                         true => attach::write(head.stream, &stamped(&head, content, &mut at_line_start))?,
                         false => attach::write(head.stream, content)?,
+                    };
+                    if !is_read {
+                        return Ok(Exit::Success);
                     }
                 }
             }
@@ -141,7 +144,10 @@ fn print_kernel(entry: &Entry) -> Result<Exit> {
             copied => drop(copied.context("print the log")?),
         }
     }
-    io::stdout().flush().context("print the log")?;
+    match io::stdout().flush() {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        flushed => flushed.context("print the log")?,
+    }
     Ok(Exit::Success)
 }
 

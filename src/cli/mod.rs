@@ -42,7 +42,7 @@ pub mod wait;
 mod when;
 pub mod words;
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -54,6 +54,7 @@ use crate::bench::plan::Wrong;
 use crate::config::Invalid;
 use crate::foreign;
 use crate::roster::husk_log;
+use crate::roster::stream_log::Stream;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -251,23 +252,19 @@ pub(crate) fn one_line(text: &str) -> String {
 
 /// Prints to standard output what does nothing to a terminal but to be shown.
 fn print(text: &str) -> Result<()> {
-    print_as_it_is(&foreign::lines(text))
+    print_as_it_is(&foreign::lines(text)).map(drop)
 }
 
 /// Prints `value` as JSON, in which there is `what`.
 fn print_json(value: &impl Serialize, what: &str) -> Result<()> {
     let json = foreign::json(value).with_context(|| format!("print {what}"))?;
-    print_as_it_is(&(json + "\n"))
+    print_as_it_is(&(json + "\n")).map(drop)
 }
 
-/// Prints to standard output, where whoever calls has put commands for a terminal into the text, and cleaned the rest of it. A reader
-/// that has gone away has read what it wanted.
-fn print_as_it_is(text: &str) -> Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("write to standard output"),
-    }
+/// Prints to standard output, where whoever calls has put commands for a terminal into the text, and cleaned the rest of it. Returns
+/// whether anybody reads on: a reader that has gone away has read what it wanted.
+fn print_as_it_is(text: &str) -> Result<bool> {
+    crate::request::attach::write(Stream::Output, text.as_bytes())
 }
 
 #[cfg(test)]

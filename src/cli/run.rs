@@ -36,7 +36,7 @@ use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::Kind;
 use crate::roster::record::Inherited;
 use crate::roster::{self, MachineFolder};
-use crate::sys::socket;
+use crate::sys::{SignalFd, socket};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -223,7 +223,9 @@ impl Run {
             stop_signal,
         };
         let desk = self.life.desk(folder, called, &config)?;
-        let exit = self.life.lead(desk, |desk| self.run_machine(&inside, &kernel, &config, desk, &timings))?;
+        let exit = self.life.lead(desk, inside.has_session(), |desk, signals| {
+            self.run_machine(&inside, &kernel, &config, desk, signals, &timings)
+        })?;
         if self.timings {
             super::say(&timings.to_string());
         }
@@ -294,6 +296,7 @@ impl Run {
         kernel: &GuestKernel,
         config: &MachineConfig,
         desk: &mut Desk,
+        signals: &SignalFd,
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
         let initramfs = inside.initramfs(kernel)?;
@@ -303,8 +306,6 @@ impl Run {
             );
         }
         timings.mark(Step::Prepared);
-        // Before any thread exists, so that all of them leave the signals to the one that waits for them.
-        let signals = Front::block_signals(inside.has_session())?;
         let mut resources = resources::open(config)?;
         // Those of a unified kernel image are for what it would boot by itself.
         resources.initrd = Some(Part::whole(initramfs).context("look at the initial RAM disk")?);

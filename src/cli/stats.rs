@@ -65,8 +65,8 @@ impl StatsOf {
         loop {
             let seen = self.look(&roster)?;
             let text = if self.json { as_json(&seen, &before)? } else { as_table(&seen, &before) };
-            super::print_as_it_is(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
-            if once {
+            let is_read = super::print_as_it_is(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
+            if once || !is_read {
                 return Ok(Exit::Success);
             }
             before = by_id(&seen);

@@ -4,11 +4,12 @@
 const ESCAPE: u8 = 0x01;
 
 /// What `Ctrl-A h` prints.
-pub const HELP: &str = "\r\n\
-    Ctrl-A x   end the machine\r\n\
-    Ctrl-A p   press its power button\r\n\
-    Ctrl-A a   send Ctrl-A to the guest\r\n\
-    Ctrl-A h   this help\r\n";
+pub const HELP: &str = "
+Ctrl-A x   end the machine
+Ctrl-A p   press its power button
+Ctrl-A a   send Ctrl-A to the guest
+Ctrl-A h   this help
+";
 
 /// A command to husk itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::terminal;
 use crate::foreign;
 use crate::roster::{private_file, stream_log};
 
@@ -87,7 +88,7 @@ impl Write for Log {
             let text = String::from_utf8_lossy(bytes);
             let lines: Vec<String> = text.split('\n').map(printable).collect();
             // A log that nobody can read must not end a machine.
-            let _ = io::stderr().write_all(lines.join("\r\n").as_bytes());
+            let _ = io::stderr().write_all(terminal::on_screen(&lines.join("\n")).as_bytes());
         }
         Ok(bytes.len())
     }

@@ -1,10 +1,12 @@
 //! The terminal that husk was started on: raw while a machine has it, and as it was on every way out.
 #![allow(unsafe_code)]
 
-use std::io;
+use std::borrow::Cow;
+use std::io::{self, IsTerminal, Write};
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use husk_protocol::WindowSize;
 use vmm_sys_util::signal::register_signal_handler;
@@ -21,8 +23,8 @@ const FATAL_SIGNALS: [i32; 5] = [libc::SIGABRT, libc::SIGBUS, libc::SIGFPE, libc
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes standard input raw if it is a terminal and husk is in its foreground. Output processing stays on, so that
-    /// husk's own lines are whole. To be called once, before other threads are started.
+    /// Makes standard input raw if it is a terminal and husk is in its foreground: in both directions bytes pass as they are
+    /// (cfmakeraw(3)), so that husk's own lines go through [`say`]. To be called once, before other threads are started.
     pub fn enter() -> io::Result<Option<RawTerminal>> {
         if !has_foreground_terminal() {
             return Ok(None);
@@ -31,7 +33,6 @@ impl RawTerminal {
         let mut raw = before;
         // SAFETY: `raw` is a whole termios, which cfmakeraw only changes in place.
         unsafe { libc::cfmakeraw(&mut raw) };
-        raw.c_oflag = before.c_oflag;
         // From here on whatever ends the process finds out how the terminal was.
         BEFORE.get_or_init(|| before);
         debug_assert!(!RAW.load(Ordering::Relaxed));
@@ -55,6 +56,28 @@ pub fn restore() {
     {
         // The terminal may be gone; then there is nothing to restore.
         let _ = set_attributes(before);
+    }
+}
+
+/// Says `text`, which is whole lines, on standard error, unless there is no room for it within `patience`: who says something
+/// from where others wait for them is not to wait for a reader that sleeps. Returns whether it was said.
+pub fn say(text: &str, patience: Duration) -> bool {
+    let mut poll = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+    let patience_ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: the call reads and writes the one structure that it is given.
+    let has_room = unsafe { libc::poll(&raw mut poll, 1, patience_ms) } > 0;
+    if has_room {
+        // There is no other place to say that it is closed, or on a full disk.
+        let _ = io::stderr().write_all(on_screen(text).as_bytes());
+    }
+    has_room
+}
+
+/// `text` as standard error has to have it now: on a raw terminal a line feed alone does not return the carriage.
+pub fn on_screen(text: &str) -> Cow<'_, str> {
+    match RAW.load(Ordering::Relaxed) && io::stderr().is_terminal() {
+        true => text.replace('\n', "\r\n").into(),
+        false => text.into(),
     }
 }
 

@@ -237,7 +237,9 @@ pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> R
         match ending.outcome() {
             Some(Outcome::Killed(signal)) => break Ok(End::Left(signal)),
             Some(outcome) => break Err(anyhow::anyhow!("{outcome}")),
-            None if session.is_lost() => break Err(anyhow::anyhow!("the machine has ended, and the process with it")),
+            None if session.is_lost() && session.outputs_are_closed() => {
+                break Err(anyhow::anyhow!("the machine has ended, and the process with it"));
+            }
             None => {}
         }
         match epoll.wait(-1, &mut [EpollEvent::default(); 2]) {
@@ -248,7 +250,7 @@ pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> R
             session.on_signal(signal, &ending);
         }
     };
-    session.close();
+    session.disconnect();
     drop(terminal);
     end
 }

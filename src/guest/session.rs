@@ -19,6 +19,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub use super::streams::Ends;
 use super::streams::Streams;
 use crate::console::terminal;
+use crate::guest::signal;
 use crate::machine::outcome::{Ending, Outcome};
 use crate::machine::timings::{Step, Timings};
 
@@ -44,6 +45,7 @@ pub struct Session {
     /// Which streams the process has, and those that have come.
     expected: Vec<Role>,
     arrived: Vec<Role>,
+    on_terminal: bool,
     started: bool,
     end: Option<ToHost>,
     finish_by: Option<Instant>,
@@ -115,6 +117,7 @@ impl Session {
             streams: Streams::new(ends).context("set up the streams")?,
             expected,
             arrived: Vec::new(),
+            on_terminal,
             started: false,
             end: None,
             finish_by: None,
@@ -161,18 +164,19 @@ impl Session {
         Ok(())
     }
 
-    /// Hands a signal of ours on to the process; before there is one, it ends the machine.
+    /// Hands a signal of ours on to the process; before there is one, and when it has ended but nobody takes what it wrote, one
+    /// that asks for an end ends the machine.
     pub fn on_signal(&mut self, signal: i32, ending: &Ending) {
-        if signal == libc::SIGWINCH {
+        if signal == libc::SIGWINCH && self.on_terminal {
             return self.resize();
         }
-        let asks_for_end = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal);
+        let asks_for_end = signal::asks_for_end(signal);
         let now = Instant::now();
         if asks_for_end {
             self.urged_at.retain(|at| now - *at < URGES_WITHIN);
             self.urged_at.push(now);
         }
-        if asks_for_end && (!self.started || self.urged_at.len() >= URGES) {
+        if asks_for_end && (!self.started || self.end.is_some() || self.urged_at.len() >= URGES) {
             return ending.declare(Outcome::Killed(signal));
         }
         if let Ok(number) = u8::try_from(signal) {
@@ -210,11 +214,17 @@ impl Session {
         left.as_millis() as i32
     }
 
-    /// Waits for what the guest wrote to have arrived, and ends the streams. To be called when the machine is gone.
-    pub fn close(&mut self) {
+    /// Whether all that the process wrote has been written by us, or is not wanted any more.
+    pub fn outputs_are_closed(&self) -> bool {
+        self.streams.clear();
+        self.streams.outputs_are_closed()
+    }
+
+    /// Hears no more of the guest, and gives it no more to read. What it wrote is still written.
+    pub fn disconnect(&mut self) {
+        (self.listener, self.control) = (None, None);
         self.greetings.clear();
-        self.control = None;
-        self.streams.join();
+        self.streams.end_input();
     }
 
     fn resize(&mut self) {
@@ -305,7 +315,7 @@ impl Session {
                 self.timings.mark(Step::Process);
                 self.started = true;
                 // It may have changed since the process was described.
-                if !self.expected.contains(&Role::Stderr) {
+                if self.on_terminal {
                     self.resize();
                 }
             }

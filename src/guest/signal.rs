@@ -27,6 +27,31 @@ pub fn number(text: &str) -> Option<u8> {
     base.checked_add_signed(offset).filter(|number| (RT_MIN..=LAST).contains(number))
 }
 
+/// Whether it asks a process for its end, as people and shells do.
+pub fn asks_for_end(number: i32) -> bool {
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&number)
+}
+
+/// Those that end a process which does not care for them, but for faults, limits and what no process can have: by these a
+/// process that husk stands for is spoken to. The first real-time signal is husk's own: it kicks vCPUs.
+pub fn that_end_a_process() -> Vec<i32> {
+    let named = [
+        libc::SIGTERM,
+        libc::SIGINT,
+        libc::SIGHUP,
+        libc::SIGQUIT,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGALRM,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGIO,
+        libc::SIGPWR,
+        libc::SIGSTKFLT,
+    ];
+    named.into_iter().chain(libc::SIGRTMIN() + 1..=libc::SIGRTMAX()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,7 +8,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 use husk_protocol::Role;
@@ -32,10 +31,9 @@ pub enum Ends {
     Hub(Arc<Hub>),
 }
 
-/// The threads, and what they say.
+/// What the threads say, and what stops them.
 pub struct Streams {
     ends: Ends,
-    threads: Vec<JoinHandle<()>>,
     open_outputs: Arc<AtomicUsize>,
     /// Written to when an output has come to its end.
     closed: Arc<EventFd>,
@@ -49,7 +47,6 @@ impl Streams {
     pub fn new(ends: Ends) -> io::Result<Streams> {
         Ok(Streams {
             ends,
-            threads: Vec::new(),
             open_outputs: Arc::default(),
             closed: Arc::new(EventFd::new(EFD_NONBLOCK)?),
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
@@ -92,7 +89,6 @@ impl Streams {
     /// Feeds the process what `from` says, until that has nothing more to say; others may say more then.
     pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
         let Some(input) = &self.input else { return Ok(()) };
-        self.threads.retain(|thread| !thread.is_finished());
         let socket = input.try_clone().context("set up a stream")?;
         self.start_input(File::from(OwnedFd::from(from)), socket, false)
     }
@@ -100,7 +96,7 @@ impl Streams {
     fn start_input(&mut self, from: File, socket: UnixStream, is_only: bool) -> Result<()> {
         let stop = self.stop.clone();
         let feed = move || feed(from, &socket, &stop, is_only);
-        self.threads.push(sandbox::spawn("stdin", feed).context("start a stream's thread")?);
+        sandbox::spawn("stdin", feed).context("start a stream's thread")?;
         Ok(())
     }
 
@@ -121,25 +117,22 @@ impl Streams {
             open.fetch_sub(1, Ordering::AcqRel);
             let _ = closed.write(1);
         };
-        self.threads.push(sandbox::spawn(name, print).context("start a stream's thread")?);
+        sandbox::spawn(name, print).context("start a stream's thread")?;
         Ok(())
     }
 
-    /// Waits for the outputs' ends, which the machine's end brings, and stops reading input.
-    pub fn join(&mut self) {
+    /// Stops reading input. Nobody waits for the threads: one may be writing to who never reads.
+    pub fn end_input(&mut self) {
         let _ = self.stop.write(1);
         if let Some(input) = self.input.take() {
             let _ = input.shutdown(Shutdown::Both);
-        }
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
         }
     }
 }
 
 impl Drop for Streams {
     fn drop(&mut self) {
-        self.join();
+        self.end_input();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use husk_protocol::WindowSize;
@@ -12,13 +12,11 @@ use super::control::Control;
 use super::outcome::Outcome;
 use crate::backend::rate::Rate;
 use crate::console::input::Input;
+use crate::guest::signal;
 use crate::request::server::Caller;
 use crate::request::{Limit, Reply, Request, Stats, Update};
 use crate::roster::record::{State, now_ms};
 use crate::virtio::block;
-
-/// Signals that ask for an end, of a machine that has no process to send them to.
-const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
 /// `rate` with other limits where something is said of them, and their bursts the usual ones; `None` where nothing is.
 fn changed(rate: Rate, bytes: Option<Limit>, ops: Option<Limit>) -> Result<Option<Rate>> {
@@ -81,7 +79,7 @@ impl Control<'_> {
 
     /// Asks the guest to end, and ends it when `timeout` has passed.
     fn stop_by(&mut self, timeout: Duration) -> Result<()> {
-        self.desk.end_wanted = true;
+        self.desk.want_end_within(timeout);
         if matches!(self.desk.record.state, State::Paused { .. }) {
             self.unpause()?;
         }
@@ -91,29 +89,24 @@ impl Control<'_> {
             Some(_) => self.machine.ending.declare(Outcome::Killed(libc::SIGTERM)),
             None => self.press_power_button(),
         }
-        let stop_by = Instant::now().checked_add(timeout);
-        self.desk.stop_by = match (self.desk.stop_by, stop_by) {
-            (Some(earlier), Some(later)) => Some(earlier.min(later)),
-            (earlier, later) => earlier.or(later),
-        };
         Ok(())
     }
 
-    fn kill(&mut self, signal: u8) -> Result<()> {
-        let number = i32::from(signal);
-        if number == libc::SIGKILL {
+    fn kill(&mut self, number: u8) -> Result<()> {
+        let asks_for_end = signal::asks_for_end(i32::from(number));
+        if i32::from(number) == libc::SIGKILL {
             self.desk.end_wanted = true;
-            self.machine.ending.declare(Outcome::Killed(number));
+            self.machine.ending.declare(Outcome::Killed(libc::SIGKILL));
             return Ok(());
         }
         ensure!(!matches!(self.desk.record.state, State::Paused { .. }), "the machine is paused: unpause it first");
         match &mut self.session {
             Some(session) if session.has_started() => {
-                self.desk.end_wanted |= END_SIGNALS.contains(&number);
-                session.send_signal(signal);
+                self.desk.end_wanted |= asks_for_end;
+                session.send_signal(number);
             }
             Some(_) => bail!("the machine has no process yet: try again"),
-            None if END_SIGNALS.contains(&number) => {
+            None if asks_for_end => {
                 self.desk.end_wanted = true;
                 self.press_power_button();
             }

@@ -1,9 +1,7 @@
 //! The machine's own thread: waits for its end, for signals and for keys, and acts on the first that comes.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::thread::JoinHandle;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -12,30 +10,23 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::Machine;
 use super::desk::Desk;
 use super::outcome::Outcome;
+use super::rest::{self, Printer};
 use super::timings::Step;
-use crate::console::hub::HubStream;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
 use crate::console::log::Log;
-use crate::console::terminal::RawTerminal;
+use crate::console::terminal::{self, RawTerminal};
 use crate::guest::session::Session;
-use crate::roster::stream_log::Stream;
-use crate::sandbox;
+use crate::guest::signal;
 use crate::sys::SignalFd;
 use crate::sys::timer::ClockJumps;
 
 /// How long a panicked kernel may go on printing before the machine is ended for it.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
 
-/// Signals that ask for an orderly end. To be blocked (see [`Front::block_signals`]) before any thread starts.
-const END_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
-
-/// Signals that mean nothing to husk, and something to a process.
-const SESSION_SIGNALS: [i32; 3] = [libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
-
 /// What the thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Token {
+pub(super) enum Token {
     Ending,
     Signal,
     Keys,
@@ -50,7 +41,8 @@ const TOKENS: [Token; 7] =
 
 /// Who has this process's standard streams and its signals.
 pub enum Front<'a> {
-    /// The serial port. The first of the ending signals presses the power button, the second ends the machine.
+    /// The serial port. The first of the signals that ask for an end presses the power button, the second ends the machine;
+    /// any other by which a process ends does that at once.
     Console,
     /// The guest's process, on a terminal or not; signals are its own. The serial port prints to the log.
     Session {
@@ -64,47 +56,29 @@ pub enum Front<'a> {
 }
 
 impl Front<'_> {
-    /// Blocks the signals that [`run`] listens to. To be called on the first thread before others are started.
+    /// Blocks the signals that [`run`] listens to, and for a session those too that mean nothing to husk and something to a
+    /// process. To be called on the first thread before others are started.
     pub fn block_signals(for_session: bool) -> Result<SignalFd> {
-        let session = if for_session { &SESSION_SIGNALS[..] } else { &[] };
-        SignalFd::block(&[&END_SIGNALS, session].concat()).context("block signals")
+        let session = if for_session { &[libc::SIGWINCH, libc::SIGCONT][..] } else { &[] };
+        SignalFd::block(&[&signal::that_end_a_process(), session].concat()).context("block signals")
     }
 }
 
 /// Runs `machine` until it ends, with this process's streams where `front` says, and with what others ask of it at `desk`.
-pub fn run(mut machine: Machine, signals: SignalFd, front: Front, desk: &mut Desk) -> Result<Outcome> {
+pub fn run(mut machine: Machine, signals: &SignalFd, front: Front, desk: &mut Desk) -> Result<Outcome> {
     let (mut session, wants_terminal, log) = match front {
         Front::Console => (None, true, None),
         Front::Session { session, takes_keys, log } => (Some(session), takes_keys, Some(log)),
     };
     let wants_terminal = wants_terminal && !desk.is_detached();
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
-    let printer = start_printer(&machine, log, desk)?;
-    let outcome = Control::new(&mut machine, &signals, session.as_deref_mut(), desk, terminal.is_some())?.run();
+    let printer = Printer::start(&machine, log, desk)?;
+    let outcome = Control::new(&mut machine, signals, session.as_deref_mut(), desk, terminal.is_some())?.run()?;
     machine.timings.mark(Step::End);
-    // What the guest printed is still to be printed, to a reader that may never take it: from here on a signal kills.
-    drop(signals);
     drop(machine);
-    if let Some(session) = session {
-        session.close();
-    }
+    let printed = rest::print(printer, session, signals, desk, &outcome);
     drop(terminal);
-    // The thread's only failure is a closed output, which it has told already.
-    let _ = printer.join();
-    outcome
-}
-
-/// What the serial port prints goes to the log where there is one; else, in the background, to the hub, and to standard output
-/// where not.
-fn start_printer(machine: &Machine, log: Option<Log>, desk: &Desk) -> Result<JoinHandle<()>> {
-    let (output, ending) = (machine.console.output.clone(), machine.ending.clone());
-    let sink: Box<dyn Write + Send> = match (log, desk.hub()) {
-        (Some(log), _) => Box::new(log),
-        (None, Some(hub)) => Box::new(HubStream(hub.clone(), Stream::Output)),
-        (None, None) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned().context("use standard output")?)),
-    };
-    let print = move || output.print_to(sink, || ending.declare(Outcome::Killed(libc::SIGPIPE)));
-    sandbox::spawn("console", print).context("start the console thread")
+    printed.map(|()| outcome)
 }
 
 pub(super) struct Control<'a> {
@@ -220,7 +194,7 @@ impl<'a> Control<'a> {
         let Some(signal) = self.signals.read().context("read a signal")? else { return Ok(()) };
         if let Some(session) = &mut self.session {
             session.on_signal(signal, &self.machine.ending);
-        } else if self.button_pressed {
+        } else if self.button_pressed || !signal::asks_for_end(signal) {
             self.machine.ending.declare(Outcome::Killed(signal));
         } else {
             self.press_power_button();
@@ -264,13 +238,12 @@ impl<'a> Control<'a> {
     /// Says something to the person at the terminal, if there is one.
     fn say(&self, words: &str) {
         if self.on_terminal || io::IsTerminal::is_terminal(&io::stderr()) {
-            // There is nobody else to tell.
-            let _ = io::stderr().write_all(words.as_bytes());
+            terminal::say(words, Duration::ZERO);
         }
     }
 }
 
-fn watch(epoll: &Epoll, fd: RawFd, token: Token) -> Result<()> {
+pub(super) fn watch(epoll: &Epoll, fd: RawFd, token: Token) -> Result<()> {
     epoll
         .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token as u64))
         .with_context(|| format!("watch {token:?}"))

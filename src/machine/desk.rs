@@ -13,11 +13,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::outcome::{Ending, Outcome};
 use crate::console::hub::Hub;
+use crate::guest::signal;
 use crate::request::server::Server;
 use crate::request::{Reply, Request};
 use crate::roster::record::{Record, State, now_ms};
 use crate::roster::stream_log::StreamLog;
 use crate::roster::{self, MachineFolder, husk_log};
+use crate::sys::SignalFd;
 
 /// A machine's place among its user's machines.
 #[derive(Debug)]
@@ -133,15 +135,16 @@ impl Desk {
         i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
     }
 
-    /// Waits `wait` before the machine is started again, and says so to who asks; false if its end is asked for by then.
-    pub fn wait_to_restart(&mut self, wait: Duration) -> Result<bool> {
+    /// Waits `wait` before the machine is started again, and says so to who asks; false if its end is asked for by then, by a
+    /// request or by one of `signals`.
+    pub fn wait_to_restart(&mut self, wait: Duration, signals: &SignalFd) -> Result<bool> {
         self.enter(State::Restarting { since_ms: now_ms() })?;
         self.stop_by = None;
         let until = Instant::now() + wait;
         let epoll = Epoll::new().context("epoll")?;
-        epoll
-            .ctl(ControlOperation::Add, self.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))
-            .context("watch requests")?;
+        for fd in [self.as_raw_fd(), signals.as_raw_fd()] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0)).context("watch requests")?;
+        }
         while !self.end_wanted {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -151,26 +154,54 @@ impl Desk {
             }
             // An interrupted wait is a short one.
             let _ = epoll.wait(left.as_millis() as i32 + 1, &mut [EpollEvent::default()]);
-            for (caller, request) in self.server.requests() {
-                let reply = match request {
-                    Request::Stop { .. } | Request::Kill { .. } => {
-                        self.end_wanted = true;
-                        Reply::Done
-                    }
-                    Request::Wait => {
-                        self.server.answer_at_end(caller);
-                        continue;
-                    }
-                    _ => Reply::Refused("the machine has failed, and is to be started again: try again".into()),
-                };
-                self.server.answer(caller, &reply);
+            while let Some(number) = signals.read().context("read a signal")? {
+                self.end_wanted |= signal::asks_for_end(number);
             }
+            self.answer_without_guest("the machine has failed, and is to be started again: try again");
         }
         Ok(false)
     }
 
+    /// Wants the end of the machine, and makes it when `timeout` has passed, or when it was to be made before.
+    pub(super) fn want_end_within(&mut self, timeout: Duration) {
+        self.end_wanted = true;
+        let stop_by = Instant::now().checked_add(timeout);
+        self.stop_by = match (self.stop_by, stop_by) {
+            (Some(earlier), Some(later)) => Some(earlier.min(later)),
+            (earlier, later) => earlier.or(later),
+        };
+    }
+
+    /// Answers those who ask while there is no guest: its end is all that can be had, anything else is refused for the reason
+    /// `why`. Returns whether it is wanted at once.
+    pub(super) fn answer_without_guest(&mut self, why: &str) -> bool {
+        let mut at_once = false;
+        for (caller, request) in self.server.requests() {
+            let reply = match request {
+                Request::Stop { timeout_ms } => {
+                    self.want_end_within(Duration::from_millis(timeout_ms));
+                    Reply::Done
+                }
+                Request::Kill { .. } => {
+                    (self.end_wanted, at_once) = (true, true);
+                    Reply::Done
+                }
+                Request::Wait => {
+                    self.server.answer_at_end(caller);
+                    continue;
+                }
+                _ => Reply::Refused(why.to_owned()),
+            };
+            self.server.answer(caller, &reply);
+        }
+        at_once
+    }
+
     /// Notes that the machine has ended for good, and tells who waits for it. `reason` is what was not the guest's own doing.
     pub fn close(mut self, code: u8, reason: Option<String>) -> Result<()> {
+        if let Some(hub) = &self.hub {
+            hub.close(self.end_wanted);
+        }
         let keep = self.record.keep && self.folder.is_kept();
         let written = if keep { self.enter(State::Exited { code, at_ms: now_ms(), reason }) } else { Ok(()) };
         if !keep {

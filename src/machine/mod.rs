@@ -6,6 +6,7 @@ pub mod control;
 pub mod desk;
 pub mod layout;
 pub mod outcome;
+mod rest;
 pub mod timings;
 
 use std::io;

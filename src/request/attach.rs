@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -15,13 +17,22 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::client::{self, Asked};
 use super::{Reply, Request};
 use crate::console::terminal::{self, RawTerminal};
-use crate::guest::streams;
+use crate::guest::{signal, streams};
 use crate::roster::stream_log::{HEAD_BYTES, Head, Stream};
 use crate::sandbox;
 use crate::sys::SignalFd;
 
 /// Ctrl-P Ctrl-Q leaves the machine to itself, as in Docker.
 const LEAVE: [u8; 2] = [0x10, 0x11];
+
+/// How soon behind the end of its streams the machine's own is told.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is waited for.
+const SHOWN: u64 = 0;
+const SIGNAL: u64 = 1;
+const LEFT: u64 = 2;
+const END: u64 = 3;
 
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,19 +55,26 @@ pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -
     let raw = if input && terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
     let stop = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
     let left = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
-    let feeder = input.then(|| -> Result<_> {
+    let fed = input.then(|| -> Result<_> {
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().context("use standard input")?);
         let socket = stream.try_clone().context("use the connection")?;
         let (stop, left, on_terminal) = (stop.clone(), left.clone(), raw.is_some());
         sandbox::spawn("stdin", move || feed(stdin, socket, &stop, &left, on_terminal)).context("start a thread")
     });
-    let feeder = feeder.transpose()?;
+    fed.transpose()?;
     tell_size(control);
-    let result = show(&stream, control, signals, &left);
+    let shown = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch the machine")?);
+    let (from, told) = (stream.try_clone().context("use the connection")?, shown.clone());
+    let shower = sandbox::spawn("stdout", move || {
+        let heard = show(&from);
+        let _ = told.write(1);
+        heard
+    });
+    let shower = shower.context("start a thread")?;
+    let stay = Stay { shower, shown: &shown, end: &end, control, signals, on_terminal: terminal, left: &left };
+    let result = stay.run();
+    // Neither thread is waited for: one may be writing to who never reads.
     let _ = (stop.write(1), stream.shutdown(Shutdown::Both));
-    if let Some(feeder) = feeder {
-        let _ = feeder.join();
-    }
     drop(raw);
     if result? { Ok(End::Left) } else { code(end).map(End::Ended) }
 }
@@ -77,64 +95,125 @@ fn tell_size(control: &Path) {
     }
 }
 
-/// Prints what the machine says until it has ended; true if whoever looked on has left before.
-fn show(stream: &UnixStream, control: &Path, signals: &SignalFd, left: &EventFd) -> Result<bool> {
-    let epoll = Epoll::new().context("epoll")?;
-    for (fd, mark) in [(stream.as_raw_fd(), 0), (signals.as_raw_fd(), 1), (left.as_raw_fd(), 2)] {
-        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, mark)).context("watch the machine")?;
-    }
-    loop {
-        let mut events = [EpollEvent::default(); 3];
-        let count = match epoll.wait(-1, &mut events) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => 0,
-            count => count.context("wait for the machine")?,
+/// Stays with a machine whose streams are shown by a thread, which may have to wait for who reads them.
+struct Stay<'a> {
+    /// The thread that shows them, and what is readable when it has shown all.
+    shower: JoinHandle<Result<Heard>>,
+    shown: &'a EventFd,
+    /// Readable when the machine has ended.
+    end: &'a Asked,
+    control: &'a Path,
+    signals: &'a SignalFd,
+    /// Whether the machine has a terminal, which this one's size is told.
+    on_terminal: bool,
+    /// Readable when whoever looks on has left.
+    left: &'a EventFd,
+}
+
+impl Stay<'_> {
+    /// Hands signals on until the machine has ended; true if whoever looked on has left before, or reads no more.
+    fn run(self) -> Result<bool> {
+        let epoll = Epoll::new().context("epoll")?;
+        let watch = |fd, mark| {
+            let event = EpollEvent::new(EventSet::IN, mark);
+            epoll.ctl(ControlOperation::Add, fd, event).context("watch the machine")
         };
-        for event in events.iter().take(count) {
-            match event.data() {
-                0 if !print(stream)? => return Ok(false),
-                1 => hand_on(control, signals)?,
-                2 => return Ok(true),
-                _ => {}
+        watch(self.shown.as_raw_fd(), SHOWN)?;
+        watch(self.signals.as_raw_fd(), SIGNAL)?;
+        watch(self.left.as_raw_fd(), LEFT)?;
+        let mut shower = Some(self.shower);
+        loop {
+            let timeout_ms = if shower.is_some() { -1 } else { END_PATIENCE.as_millis() as i32 };
+            let mut events = [EpollEvent::default(); 3];
+            let count = match epoll.wait(timeout_ms, &mut events) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                count => count.context("wait for the machine")?,
+            };
+            if count == 0 {
+                bail!("the machine goes on, but waits no more for who reads this, and is too slow: see `husk logs`");
+            }
+            for event in events.iter().take(count) {
+                match event.data() {
+                    SHOWN => {
+                        let _ = self.shown.read();
+                        if let Some(Ok(heard)) = shower.take().map(JoinHandle::join)
+                            && matches!(heard?, Heard::NobodyReads)
+                        {
+                            return Ok(true);
+                        }
+                        watch(self.end.as_raw_fd(), END)?;
+                    }
+                    SIGNAL if hand_on(self.control, self.signals, self.on_terminal)? => {}
+                    END => return Ok(false),
+                    _ => return Ok(true),
+                }
             }
         }
     }
 }
 
-/// Prints one record; false at the end.
-fn print(mut stream: &UnixStream) -> Result<bool> {
+/// Hands signals on to the machine. False if one asks for an end and there is no machine any more, so that it is our own.
+fn hand_on(control: &Path, signals: &SignalFd, on_terminal: bool) -> Result<bool> {
+    while let Some(number) = signals.read().context("read a signal")? {
+        match u8::try_from(number) {
+            Ok(_) if number == libc::SIGWINCH && on_terminal => tell_size(control),
+            Ok(signal) => {
+                if client::ask(control, &Request::Kill { signal }).is_err() && signal::asks_for_end(number) {
+                    return Ok(false);
+                }
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(true)
+}
+
+/// Shows all that the machine says.
+fn show(stream: &UnixStream) -> Result<Heard> {
+    loop {
+        match print(stream)? {
+            Heard::More => {}
+            heard => return Ok(heard),
+        }
+    }
+}
+
+/// What came of looking for a record.
+#[derive(Debug)]
+enum Heard {
+    More,
+    End,
+    NobodyReads,
+}
+
+/// Prints one record.
+fn print(mut stream: &UnixStream) -> Result<Heard> {
     let mut head = [0; HEAD_BYTES];
     if stream.read_exact(&mut head).is_err() {
-        return Ok(false);
+        return Ok(Heard::End);
     }
     let head = Head::from_bytes(head).context("the machine says what makes no sense")?;
     let mut content = vec![0; head.len_bytes as usize];
     if stream.read_exact(&mut content).is_err() {
-        return Ok(false);
+        return Ok(Heard::End);
     }
-    write(head.stream, &content)?;
-    Ok(true)
+    Ok(if write(head.stream, &content)? { Heard::More } else { Heard::NobodyReads })
 }
 
-/// Writes to the stream of ours that is like the machine's.
-pub fn write(stream: Stream, content: &[u8]) -> Result<()> {
-    match stream {
+/// Writes to the stream of ours that is like the machine's; false where nobody reads it any more, who has read what they
+/// wanted.
+pub fn write(stream: Stream, content: &[u8]) -> Result<bool> {
+    let (written, name) = match stream {
         Stream::Output => {
             let mut output = io::stdout().lock();
-            output.write_all(content).and_then(|()| output.flush()).context("write to standard output")
+            (output.write_all(content).and_then(|()| output.flush()), "output")
         }
-        Stream::Errors => io::stderr().write_all(content).context("write to standard error"),
+        Stream::Errors => (io::stderr().write_all(content), "error"),
+    };
+    match written {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).with_context(|| format!("write to standard {name}")),
     }
-}
-
-fn hand_on(control: &Path, signals: &SignalFd) -> Result<()> {
-    while let Some(signal) = signals.read().context("read a signal")? {
-        match u8::try_from(signal) {
-            Ok(_) if signal == libc::SIGWINCH => tell_size(control),
-            Ok(signal) => drop(client::ask(control, &Request::Kill { signal })),
-            Err(_) => {}
-        }
-    }
-    Ok(())
 }
 
 fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd, left: &EventFd, on_terminal: bool) {

@@ -1,6 +1,7 @@
 //! A command's side of the control socket: one request, and the answer or the connection.
 
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -27,6 +28,13 @@ pub fn begin(path: &Path, request: &Request) -> Result<Asked> {
     frame::write(&Versioned { version: VERSION, request: request.clone() }, &mut bytes)?;
     stream.write_all(&bytes).context("ask the machine")?;
     Ok(Asked { stream })
+}
+
+impl AsRawFd for Asked {
+    /// Readable when there is an answer.
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
 }
 
 impl Asked {

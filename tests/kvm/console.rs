@@ -100,13 +100,18 @@ fn the_terminal_is_raw_while_the_machine_has_it_and_restored_after() {
     needs_kvm!();
     let mut terminal = Terminal::start(boot(guests::SERIAL, "do=echo wait=interrupt").command());
     terminal.wait_for("ready");
-    assert!(!terminal.modes().canonical());
+    assert!(!terminal.modes().canonical() && !terminal.modes().changes_output());
     // Ctrl-C is the guest's key.
     terminal.type_keys(b"typed\x03");
     terminal.wait_for("typed\x03");
+    // What husk itself says is whole lines there, and the guest's bytes are its own.
+    terminal.type_keys(b"\x01h");
+    terminal.wait_for("Ctrl-A p   press its power button\r\n");
     terminal.type_keys(&[EOT]);
+    terminal.wait_for("\nreceived 6 bytes\n");
+    assert!(terminal.shown().contains("\nready\ntyped"), "{:?}", terminal.shown());
     assert_eq!(terminal.wait(), Some(0));
-    assert!(terminal.modes().canonical());
+    assert!(terminal.modes().canonical() && terminal.modes().changes_output());
 }
 
 /// Boots `words` on a terminal, has `end` end it, and checks the exit code and that the terminal is as it was.
@@ -144,7 +149,9 @@ fn the_terminal_is_restored_after_a_guests_panic_and_a_triple_fault() {
 #[test]
 fn the_terminal_is_restored_after_signals() {
     needs_kvm!();
-    for (name, number) in [("TERM", libc::SIGTERM), ("HUP", libc::SIGHUP), ("INT", libc::SIGINT)] {
+    let ask = [("TERM", libc::SIGTERM), ("HUP", libc::SIGHUP), ("INT", libc::SIGINT)];
+    let mean_nothing_here = [("ALRM", libc::SIGALRM), ("USR1", libc::SIGUSR1), ("36", 36)];
+    for (name, number) in ask.into_iter().chain(mean_nothing_here) {
         restores_the_terminal(
             "do=spin",
             |terminal| {

@@ -17,3 +17,4 @@ mod full_disk;
 mod kernel;
 mod life;
 mod machine;
+mod unread;

@@ -34,6 +34,12 @@ impl Modes {
     pub fn canonical(&self) -> bool {
         self.local & libc::ICANON != 0
     }
+
+    /// Whether what is printed is changed on its way to the screen, as line feeds are.
+    #[allow(dead_code)] // only some of the programs that have this file ask
+    pub fn changes_output(&self) -> bool {
+        self.output & libc::OPOST != 0
+    }
 }
 
 impl Terminal {
@@ -96,6 +102,12 @@ impl Terminal {
                 Err(_) => panic!("{words:?} was never shown: {:?}", self.shown),
             }
         }
+    }
+
+    /// All that has been shown so far, of what was waited for.
+    #[allow(dead_code)] // only some of the programs that have this file look at all of it
+    pub fn shown(&self) -> &str {
+        &self.shown
     }
 
     /// The terminal's modes now.

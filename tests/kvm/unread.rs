@@ -1,0 +1,173 @@
+//! Machines whose output nobody reads: paused, stopped, killed and left like any other.
+
+use std::io::Read;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use husk_guests as guests;
+
+use crate::background::Machines;
+use crate::husk::{end_of, send_signal};
+
+/// Much longer than what is asked for here takes, and much shorter than for ever.
+const SOON: Duration = Duration::from_secs(30);
+/// What a pipe and husk hold for who does not read is less than this.
+const MORE_THAN_IS_HELD: usize = 256 << 10;
+/// And this fits in.
+const LESS_THAN_IS_HELD: usize = 100 << 10;
+
+/// A machine in the foreground that prints so much, to a pipe that nobody reads.
+fn unread(machines: &Machines, bytes: usize) -> Child {
+    let cmdline = format!("do=flood bytes={bytes}");
+    let words = ["boot", "--name", "full", "--memory", "64M", "--kernel", guests::SERIAL, "--cmdline", &cmdline];
+    let child = machines.command(&words).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    while machines.ok(&["ps", "-q"]).is_empty() {
+        thread::sleep(Duration::from_millis(10));
+    }
+    machines.await_status("full", "running");
+    // What can be held is when the guest has come to a stop.
+    let used = || -> Vec<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().flatten();
+        tasks.map(|task| std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default()).collect()
+    };
+    let mut before = used();
+    loop {
+        thread::sleep(Duration::from_millis(300));
+        let now = used();
+        if std::mem::replace(&mut before, now.clone()) == now {
+            return child;
+        }
+    }
+}
+
+#[track_caller]
+fn ends_soon(mut child: Child, since: Instant, code: i32) {
+    let status = end_of(&mut child).expect("husk ends");
+    assert!(since.elapsed() < SOON, "{:?}", since.elapsed());
+    assert_eq!(status.code(), Some(code), "{status}");
+}
+
+#[test]
+fn a_machine_that_nobody_reads_is_paused_and_loses_nothing() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let mut child = unread(&machines, MORE_THAN_IS_HELD);
+    machines.ok(&["pause", "full"]);
+    assert_eq!(machines.status("full"), "paused");
+    machines.ok(&["stats", "--json", "full"]);
+    machines.ok(&["unpause", "full"]);
+    let mut printed = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut printed).unwrap();
+    let expected = |at: usize| if at % 64 == 63 { b'\n' } else { b'!' + (at % 64) as u8 };
+    assert_eq!(printed.iter().enumerate().find(|(at, byte)| **byte != expected(*at)), None);
+    assert_eq!(printed.len(), MORE_THAN_IS_HELD);
+    ends_soon(child, Instant::now(), 0);
+}
+
+#[test]
+fn a_machine_that_nobody_reads_ends_when_it_is_told_to() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let child = unread(&machines, MORE_THAN_IS_HELD);
+    let started = Instant::now();
+    machines.ok(&["stop", "-t", "1", "full"]);
+    ends_soon(child, started, 137);
+
+    let child = unread(&machines, MORE_THAN_IS_HELD);
+    machines.ok(&["pause", "full"]);
+    let started = Instant::now();
+    machines.ok(&["stop", "-t", "1", "full"]);
+    ends_soon(child, started, 137);
+
+    let child = unread(&machines, MORE_THAN_IS_HELD);
+    let started = Instant::now();
+    machines.ok(&["kill", "full"]);
+    ends_soon(child, started, 137);
+
+    let child = unread(&machines, MORE_THAN_IS_HELD);
+    let started = Instant::now();
+    send_signal(child.id(), "TERM");
+    send_signal(child.id(), "INT");
+    let mut child = child;
+    let code = end_of(&mut child).expect("husk ends").code();
+    assert!(matches!(code, Some(130 | 143)) && started.elapsed() < SOON, "{code:?} after {:?}", started.elapsed());
+    assert_eq!(machines.folders().len(), 0);
+}
+
+#[test]
+fn a_machine_that_has_ended_is_waited_for_no_longer_than_somebody_wants() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let child = unread(&machines, LESS_THAN_IS_HELD);
+    assert!(machines.fails(&["pause", "full"], 1).contains("has ended"));
+    let started = Instant::now();
+    machines.ok(&["stop", "-t", "1", "full"]);
+    ends_soon(child, started, 0);
+
+    let child = unread(&machines, LESS_THAN_IS_HELD);
+    let started = Instant::now();
+    machines.ok(&["kill", "full"]);
+    ends_soon(child, started, 0);
+
+    let child = unread(&machines, LESS_THAN_IS_HELD);
+    let started = Instant::now();
+    send_signal(child.id(), "TERM");
+    ends_soon(child, started, 0);
+
+    // Nobody wants anything: it is all there.
+    let mut child = unread(&machines, LESS_THAN_IS_HELD);
+    let mut printed = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut printed).unwrap();
+    assert_eq!(printed.len(), LESS_THAN_IS_HELD);
+    ends_soon(child, Instant::now(), 0);
+    assert_eq!(machines.folders().len(), 0);
+}
+
+#[test]
+fn one_who_looks_on_and_does_not_read_holds_nobody_up() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::SERIAL, "do=flood bytes=100000000", &["--name", "web"]);
+    let mut asleep = machines.attach("web");
+    thread::sleep(Duration::from_secs(1));
+    let started = Instant::now();
+    machines.ok(&["pause", "web"]);
+    machines.ok(&["unpause", "web"]);
+    let mut awake = machines.attach("web");
+    let mut byte = [0];
+    awake.stdout.take().unwrap().read_exact(&mut byte).unwrap();
+    machines.ok(&["stop", "-t", "1", "web"]);
+    assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+    // It is asleep behind a pipe, and ends as soon as somebody says so.
+    send_signal(asleep.id(), "TERM");
+    end_of(&mut asleep).expect("it ends");
+    end_of(&mut awake).expect("it ends");
+}
+
+/// Reads a little of what a command prints, then no more, and returns how it ended and what it said.
+fn read_a_little(machines: &Machines, words: &[&str]) -> std::process::Output {
+    let mut child = machines.command(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+    end_of(&mut child).expect("it ends");
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_reader_who_has_had_enough_is_no_error() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::SERIAL, "do=flood bytes=100000000", &["--name", "web"]);
+    machines.await_log("web", "\n");
+    let commands: [&[&str]; 4] = [&["logs", "web"], &["logs", "-f", "web"], &["attach", "web"], &["stats", "web"]];
+    for words in commands {
+        if words == ["logs", "web"] {
+            // More than a pipe holds.
+            while machines.ok(words).len() < MORE_THAN_IS_HELD {
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+        let ended = read_a_little(&machines, words);
+        assert_eq!((ended.status.code(), ended.stderr.as_slice()), (Some(0), &b""[..]), "{words:?}");
+    }
+}
