@@ -35,6 +35,15 @@ fn signals_are_the_processes_own() {
         signal(&child, name);
         wait(child).expect(code);
     }
+    // Those that mean something to husk where there is a terminal, and nothing at all.
+    let script = "trap 'echo alarm' ALRM; trap 'exit 16' WINCH; echo ready; while :; do sleep 0.1; done";
+    let (child, mut output) = start(husk_run(&guests, &[archive(), "sh", "-c", script]));
+    signal(&child, "ALRM");
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "alarm\n");
+    signal(&child, "WINCH");
+    wait(child).expect(16);
     let (child, _output) = start(husk_run(&guests, &[archive(), "sh", "-c", "echo ready; exec sleep 1000"]));
     signal(&child, "TERM");
     wait(child).expect(143);
@@ -49,6 +58,46 @@ fn a_process_that_will_not_end_is_ended_by_the_third_signal() {
     run(Command::new("sh").args(["-c", &urge]));
     let code = wait(child).code;
     assert!(matches!(code, Some(130 | 131 | 143)), "{code:?}");
+}
+
+/// `yes`, whose output has come to a stop since nobody reads it.
+fn unread(guests: &Path, runtime: &Path) -> (Child, BufReader<std::process::ChildStdout>) {
+    let words = ["--name", "full", archive(), "sh", "-c", "echo ready; exec yes"];
+    let mut command = husk_run(guests, &words);
+    command.env("XDG_RUNTIME_DIR", runtime);
+    let started = start(command);
+    // All that anybody on the way holds for it comes in this time.
+    std::thread::sleep(Duration::from_secs(3));
+    started
+}
+
+#[test]
+fn a_process_whose_output_nobody_reads_ends_when_it_is_told_to() {
+    // More than what is asked for takes anywhere, and much less than for ever.
+    const SOON: Duration = Duration::from_secs(20);
+    let guests = guests!();
+    let runtime = tempfile::tempdir().unwrap();
+    let (child, output) = unread(&guests, runtime.path());
+    let started = Instant::now();
+    let husk = std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into());
+    run(Command::new(husk).args(["stop", "-t", "2", "full"]).env("XDG_RUNTIME_DIR", runtime.path()));
+    let code = wait(child).code;
+    assert!(matches!(code, Some(137 | 143)) && started.elapsed() < SOON, "{code:?} after {:?}", started.elapsed());
+    drop(output);
+
+    let (child, output) = unread(&guests, runtime.path());
+    let started = Instant::now();
+    for name in ["TERM", "INT", "QUIT"] {
+        signal(&child, name);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let code = wait(child).code;
+    assert!(
+        matches!(code, Some(130 | 131 | 143)) && started.elapsed() < SOON,
+        "{code:?} after {:?}",
+        started.elapsed()
+    );
+    drop(output);
 }
 
 #[test]

@@ -136,6 +136,7 @@ fn a_terminal_has_a_size_and_is_edited_by_the_guest() {
     terminal.resize(31, 97);
     terminal.wait_for("# ");
     assert!(!terminal.modes().canonical(), "the guest's terminal edits lines, ours is raw");
+    assert!(!terminal.modes().changes_output(), "nor does ours change what the guest's has made");
     terminal.type_keys(b"echo size=$(stty size) $(tty)\n");
     terminal.wait_for("size=31 97 /dev/pts/0");
     terminal.resize(40, 100);
@@ -149,6 +150,9 @@ fn a_terminal_has_a_size_and_is_edited_by_the_guest() {
     terminal.type_keys(b"\x03");
     terminal.type_keys(b"echo inter''rupted\n");
     terminal.wait_for("interrupted");
+    // Bytes arrive as the guest's terminal made them.
+    terminal.type_keys(b"stty -opost; printf 'ab\\ncd\\n'; stty opost\n");
+    terminal.wait_for("ab\ncd\n");
     terminal.type_keys(b"exit 5\n");
     assert_eq!(terminal.wait(), Some(5));
     assert!(terminal.modes().canonical(), "the terminal is as it was");
