@@ -1,7 +1,7 @@
 //! The machine's own thread: waits for its end, for signals and for keys, and acts on the first that comes.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};

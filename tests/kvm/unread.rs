@@ -36,9 +36,10 @@ fn unread(machines: &Machines, bytes: usize) -> Child {
         thread::sleep(Duration::from_millis(300));
         let now = used();
         if std::mem::replace(&mut before, now.clone()) == now {
-            return child;
+            break;
         }
     }
+    child
 }
 
 #[track_caller]

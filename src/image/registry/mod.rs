@@ -252,7 +252,7 @@ mod tests {
 
     /// Sends ten bytes, one after each pause.
     fn drip(mut stream: TcpStream, pause: Duration) -> io::Result<()> {
-        stream.read(&mut [0; 4096])?;
+        let _request_bytes = stream.read(&mut [0; 4096])?;
         stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")?;
         for _ in 0..10 {
             std::thread::sleep(pause);
