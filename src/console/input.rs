@@ -96,6 +96,11 @@ impl Input {
         }
         !self.ended && (self.pending.is_empty() || self.keys.is_some())
     }
+
+    /// Whether it has come to its end and the guest has all of it.
+    pub fn is_over(&self) -> bool {
+        self.ended && self.pending.is_empty()
+    }
 }
 
 #[cfg(test)]

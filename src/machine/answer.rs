@@ -149,6 +149,7 @@ impl Control<'_> {
             None => {
                 if let Some(mut earlier) = self.input.take() {
                     earlier.unwatch(&self.epoll)?;
+                    self.earlier_inputs.push(earlier);
                 }
                 self.input = Some(Input::from_file(OwnedFd::from(stream).into()));
                 self.feed()

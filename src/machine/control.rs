@@ -90,6 +90,8 @@ pub(super) struct Control<'a> {
     /// What others ask of the machine.
     pub(super) desk: &'a mut Desk,
     pub(super) input: Option<Input>,
+    /// Those that have the console again, the last one first, when the input after them has ended.
+    pub(super) earlier_inputs: Vec<Input>,
     /// When the host's wall clock is set, or the host has slept.
     clock_jumps: ClockJumps,
     button_pressed: bool,
@@ -119,7 +121,19 @@ impl<'a> Control<'a> {
         watch(&epoll, desk.as_raw_fd(), Token::Desk)?;
         let clock_jumps = ClockJumps::new().context("watch the clock")?;
         watch(&epoll, clock_jumps.as_fd().as_raw_fd(), Token::ClockJump)?;
-        Ok(Control { machine, epoll, signals, session, desk, input, clock_jumps, button_pressed: false, on_terminal })
+        let (earlier_inputs, button_pressed) = (Vec::new(), false);
+        Ok(Control {
+            machine,
+            epoll,
+            signals,
+            session,
+            desk,
+            input,
+            earlier_inputs,
+            clock_jumps,
+            button_pressed,
+            on_terminal,
+        })
     }
 
     fn run(mut self) -> Result<Outcome> {
@@ -223,16 +237,22 @@ impl<'a> Control<'a> {
     /// Moves input to the guest as far as it takes it, and watches for more only while there is room for more: input
     /// that is not wanted, or at its end, wakes nobody.
     pub(super) fn feed(&mut self) -> Result<()> {
-        let Some(input) = &mut self.input else { return Ok(()) };
-        let serial = &self.machine.console.serial;
-        while input.feed(|bytes| serial.offer_input(bytes)) {
-            if input.watch(&self.epoll, Token::Keys as u64).context("watch standard input")? {
-                return Ok(());
+        while let Some(input) = &mut self.input {
+            let serial = &self.machine.console.serial;
+            while input.feed(|bytes| serial.offer_input(bytes)) {
+                if input.watch(&self.epoll, Token::Keys as u64).context("watch standard input")? {
+                    return Ok(());
+                }
+                // A file that cannot be watched has no terminal's commands in it.
+                input.read();
             }
-            // A file that cannot be watched has no terminal's commands in it.
-            input.read();
+            input.unwatch(&self.epoll).context("stop watching standard input")?;
+            if !input.is_over() {
+                break;
+            }
+            self.input = self.earlier_inputs.pop();
         }
-        input.unwatch(&self.epoll).context("stop watching standard input")
+        Ok(())
     }
 
     /// Says something to the person at the terminal, if there is one.

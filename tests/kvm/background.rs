@@ -518,6 +518,25 @@ fn a_console_in_the_background_is_typed_at_from_anywhere() {
 }
 
 #[test]
+fn who_was_attached_before_has_the_console_again_when_the_next_has_ended() {
+    needs_kvm!();
+    let machines = Machines::new();
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);
+    let mut first = machines.attach("tty");
+    first.stdin.as_mut().unwrap().write_all(b"one ").unwrap();
+    machines.await_log("tty", "one ");
+    let mut second = machines.attach("tty");
+    second.stdin.take().unwrap().write_all(b"two ").unwrap();
+    machines.await_log("tty", "two ");
+    first.stdin.as_mut().unwrap().write_all(b"three\x04").unwrap();
+    for attached in [first, second] {
+        let code = attached.wait_with_output().unwrap().status.code().unwrap();
+        assert_eq!(code.to_string(), machines.inspect("tty", "state/code"));
+    }
+    assert!(machines.ok(&["logs", "tty"]).starts_with("ready\none two three"));
+}
+
+#[test]
 fn logs_are_followed_to_the_end_and_stay_within_their_size() {
     needs_kvm!();
     let machines = Machines::new();
