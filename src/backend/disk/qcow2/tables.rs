@@ -92,6 +92,10 @@ impl Tables {
     fn piece(&mut self, kind: Kind, at: u64) -> io::Result<&mut Piece> {
         let start = at - at % self.piece_bytes;
         if !self.pieces.contains_key(&start) {
+            // Who looks through many tables and changes none keeps no more of them than may be kept either.
+            if self.are_full() {
+                self.drop_unused();
+            }
             let mut bytes = vec![0; self.piece_bytes as usize].into_boxed_slice();
             self.medium.read(&mut bytes, start)?;
             self.pieces.insert(start, Piece { bytes, kind, state: State::Clean, used: true });

@@ -406,6 +406,12 @@ fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
         for step in (0..steps).step_by(61) {
             assert_eq!(disk.read(step * step_bytes, 512), [step as u8; 512], "{options}");
         }
+        // The second time there is nothing left in all of these tables.
+        for _ in 0..2 {
+            disk.run(Operation::Discard { len_bytes: steps * step_bytes }, 0, &[]).unwrap();
+            let kept = disk.disk.image.tables.kept_bytes();
+            assert!(kept < tables::CACHE_BYTES + (64 << 10), "{kept} bytes are kept, {options}");
+        }
         drop(disk);
         qemu_img(&["check", "-q", path.to_str().unwrap()]);
         std::fs::remove_file(path).unwrap();
