@@ -117,14 +117,25 @@ impl Counts {
 
     /// Has the clusters of `range`, an entry of the table, counted by a new block at `cluster`, which lies in it itself.
     pub fn add_block(&mut self, tables: &mut Tables, range: u64, cluster: u64) -> io::Result<()> {
+        self.make_block(tables, cluster)?;
+        // What counts is to be there before it is found.
+        tables.write(Kind::Counts)?;
+        tables.sync()?;
+        self.enter_block(tables, range, cluster)
+    }
+
+    /// Makes a block at `cluster` that counts itself. It is to be durable before it is entered.
+    pub fn make_block(&self, tables: &mut Tables, cluster: u64) -> io::Result<()> {
         let block = cluster << self.cluster_bits;
         tables.clear(block, 1 << self.cluster_bits)?;
         let (at, bit) = self.place(block, cluster);
         write(tables.bytes_mut(Kind::Counts, at)?, bit, self.order, 1);
-        // What counts is to be there before it is found.
-        tables.write(Kind::Counts)?;
-        tables.sync()?;
-        tables.set(Kind::Counts, self.table.0 + 8 * range, block)
+        Ok(())
+    }
+
+    /// Has the clusters of `range` be counted by the block at `cluster` from now on.
+    pub fn enter_block(&self, tables: &mut Tables, range: u64, cluster: u64) -> io::Result<()> {
+        tables.set(Kind::Counts, self.table.0 + 8 * range, cluster << self.cluster_bits)
     }
 
     /// Moves the table to behind all that it counts, with room for twice as much. The blocks that count the place where

@@ -94,21 +94,10 @@ impl Image {
 
     /// Has every cluster counted at least as often as `uses` says.
     fn recount(&mut self, uses: &[u16]) -> Result<(), Refusal> {
+        self.add_missing_blocks(uses)?;
         let per_block = self.header.counts_per_block();
         for (range, uses) in (0..).zip(uses.chunks(per_block as usize)) {
-            if uses.iter().all(|uses| *uses == 0) {
-                continue;
-            }
-            let first = range * per_block;
-            if self.counts.block(&mut self.tables, range)?.is_none() {
-                // Behind the last one that is used, all are free.
-                let free = uses.iter().position(|uses| *uses == 0).unwrap_or(uses.len()) as u64;
-                if free == per_block || range >= self.header.counts.1 / 8 {
-                    return Err(Refusal::Damaged(check::UNCOUNTED));
-                }
-                self.counts.add_block(&mut self.tables, range, first + free)?;
-            }
-            for (cluster, uses) in (first..).zip(uses).filter(|(_, uses)| **uses != 0) {
+            for (cluster, uses) in (range * per_block..).zip(uses).filter(|(_, uses)| **uses != 0) {
                 let needed = check::needed(*uses);
                 if needed > u64::MAX >> (64 - (1 << self.header.refcount_order)) {
                     return Err(Refusal::Damaged("a cluster is used more often than can be counted"));
@@ -117,6 +106,36 @@ impl Image {
                     self.counts.set(&mut self.tables, cluster, needed)?;
                 }
             }
+            self.make_room()?;
+        }
+        Ok(())
+    }
+
+    /// Has every cluster in use be in the range of a block of counts. There may be many to make: the disk is waited for once,
+    /// when all of them are there and none is found yet.
+    fn add_missing_blocks(&mut self, uses: &[u16]) -> Result<(), Refusal> {
+        let per_block = self.header.counts_per_block();
+        let mut made = Vec::new();
+        for (range, uses) in (0..).zip(uses.chunks(per_block as usize)) {
+            if uses.iter().all(|uses| *uses == 0) || self.counts.block(&mut self.tables, range)?.is_some() {
+                continue;
+            }
+            // Behind the last one that is used, all are free.
+            let free = uses.iter().position(|uses| *uses == 0).unwrap_or(uses.len()) as u64;
+            if free == per_block || range >= self.header.counts.1 / 8 {
+                return Err(Refusal::Damaged(check::UNCOUNTED));
+            }
+            let cluster = range * per_block + free;
+            self.counts.make_block(&mut self.tables, cluster)?;
+            made.push((range, cluster));
+            self.make_room()?;
+        }
+        if !made.is_empty() {
+            self.tables.write(Kind::Counts)?;
+            self.tables.sync()?;
+        }
+        for (range, cluster) in made {
+            self.counts.enter_block(&mut self.tables, range, cluster)?;
             self.make_room()?;
         }
         Ok(())

@@ -252,3 +252,33 @@ fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
         run.cut_everywhere(60);
     }
 }
+
+/// As a writer that leaves counts for later leaves an image that it did not close.
+#[test]
+fn counts_are_made_good_in_few_syncs_and_an_image_survives_a_loss_of_power_meanwhile() {
+    let Some(folder) = folder() else { return };
+    let path = folder.path().join("disk.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
+    let open = || File::options().read(true).write(true).open(&path).unwrap();
+    let mut disk = Disk::new(Qcow2Disk::open(open(), false).unwrap());
+    disk.write(0, &sectors(1, SECTORS));
+    drop(disk);
+    // All blocks of counts but the first are gone.
+    let mut base = fs::read(&path).unwrap();
+    let table = u64::from_be_bytes(*base[48..].first_chunk().unwrap()) as usize;
+    let entries = base[table..][..SECTOR].iter_mut().skip(8);
+    entries.for_each(|byte| *byte = 0);
+    fs::write(&path, &base).unwrap();
+    let log = Log::default();
+    let mut medium = Medium::new(open()).unwrap();
+    medium.log = Some(log.clone());
+    drop(Qcow2Disk::on(medium, false).unwrap());
+    let events = log.0.lock().unwrap().clone();
+    let syncs = events.iter().filter(|event| matches!(event, Event::Sync)).count();
+    assert!(syncs < 6, "{syncs} syncs for {} blocks", SECTORS / 64);
+    let steps = vec![
+        Step { events: 0..0, sectors: 0..SECTORS, tag: Some(1), flush: false },
+        Step { events: 0..0, sectors: 0..0, tag: None, flush: true },
+    ];
+    Run { base, events, steps, scratch: path.with_extension("cut") }.cut_everywhere(20);
+}
