@@ -1,7 +1,7 @@
 //! Files and folders as a stream of bytes: what `husk cp` sends into a machine, and has sent out of it.
 //!
 //! Entries are frames in the order of a walk; a folder's are between its own and a `Leave`, and a file's content follows it in
-//! pieces. [`send`] walks and says them, [`Entries`] reads and checks them, and [`receive`] makes files of them.
+//! pieces. [`send()`] walks and says them, [`Entries`] reads and checks them, and [`receive()`] makes files of them.
 
 mod entries;
 mod folder;
