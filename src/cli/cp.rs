@@ -32,7 +32,7 @@ Examples:
   husk cp web:/var/log - | tar t    (as a tar archive)
   tar c . | husk cp - web:/srv      (what is in one)
 
-A path without a machine is one of this host's; one of the two paths has a machine. Devices, pipes and sockets are left out.
+A path without a machine is one of this host's; one of the two paths has a machine. Devices, pipes and sockets in a folder are left out.
 What comes out of a machine has the name that was asked for, and changes no mode or owner of what is there.";
 
 /// The flags of `husk cp`.

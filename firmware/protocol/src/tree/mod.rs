@@ -146,7 +146,7 @@ pub struct Copied {
     pub entries: u64,
     /// Of their contents.
     pub bytes: u64,
-    /// What was left out: devices, pipes and sockets.
+    /// What was left out of folders: devices, pipes, sockets, and what was gone before its turn.
     pub skipped: Vec<PathBuf>,
     /// Where it leads, if all that was copied is a symbolic link.
     pub link: Option<PathBuf>,

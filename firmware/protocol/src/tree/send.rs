@@ -51,31 +51,38 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     fn walk(&mut self, path: &Path, name: &[u8], follow: bool, depth: usize) -> io::Result<()> {
         // What a user names may be a link to what they mean; what is found in it is what it is.
         let metadata = if follow { fs::metadata(path) } else { fs::symlink_metadata(path) };
-        let metadata = metadata.map_err(|error| about("read", path, &error))?;
+        let metadata = match metadata {
+            Err(error) if is_gone(&error) && depth > 0 => return self.skip(path, depth),
+            found => found.map_err(|error| about("read", path, &error))?,
+        };
         let kind = metadata.file_type();
         let name = name.to_vec();
         if !kind.is_dir() && !kind.is_file() && !kind.is_symlink() {
-            self.copied.skipped.push(path.to_owned());
-            return Ok(());
+            return self.skip(path, depth);
         }
         if kind.is_symlink() {
+            let target = match fs::read_link(path) {
+                Err(error) if is_gone(&error) && depth > 0 => return self.skip(path, depth),
+                target => target.map_err(|error| about("read", path, &error))?,
+            };
             self.copied.entries += 1;
-            let target = fs::read_link(path).map_err(|error| about("read", path, &error))?;
             return self.out.say(&Entry::Link(name, target.into_os_string().into_vec(), About::from(&metadata)));
         }
         if kind.is_file() {
-            return self.file(path, name, follow);
+            return self.file(path, name, follow, depth);
         }
         if depth >= DEPTH_MAX {
             return Err(failure(format!("{}: too many folders in each other", path.display())));
         }
         self.copied.entries += 1;
         self.out.say(&Entry::Folder(name, About::from(&metadata)))?;
-        let mut names = fs::read_dir(path)
-            .and_then(|entries| {
-                entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<Vec<_>>>()
-            })
-            .map_err(|error| about("read", path, &error))?;
+        let names = fs::read_dir(path).and_then(|entries| {
+            entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<Vec<_>>>()
+        });
+        let mut names = match names {
+            Err(error) if is_gone(&error) && depth > 0 => Vec::new(),
+            names => names.map_err(|error| about("read", path, &error))?,
+        };
         // The order that a reader insists on.
         names.sort();
         for name in names {
@@ -84,14 +91,25 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         self.out.say(&Entry::Leave)
     }
 
-    fn file(&mut self, path: &Path, name: Vec<u8>, follow: bool) -> io::Result<()> {
+    /// Leaves something out that was found in a folder. What the user asked for is not left out without an error.
+    fn skip(&mut self, path: &Path, depth: usize) -> io::Result<()> {
+        if depth == 0 {
+            return Err(failure(format!("{}: no file, folder or link", path.display())));
+        }
+        self.copied.skipped.push(path.to_owned());
+        Ok(())
+    }
+
+    fn file(&mut self, path: &Path, name: Vec<u8>, follow: bool, depth: usize) -> io::Result<()> {
         let told = |error: &io::Error| about("read", path, error);
-        let mut file = open(path, follow).map_err(|error| about("open", path, &error))?;
+        let mut file = match open(path, follow) {
+            Err(error) if is_gone(&error) && depth > 0 => return self.skip(path, depth),
+            opened => opened.map_err(|error| about("open", path, &error))?,
+        };
         let metadata = file.metadata().map_err(|error| told(&error))?;
         if !metadata.is_file() {
             // It was another a moment ago.
-            self.copied.skipped.push(path.to_owned());
-            return Ok(());
+            return self.skip(path, depth);
         }
         let mut piece = Vec::with_capacity(PIECE_BYTES);
         (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).map_err(|error| told(&error))?;
@@ -116,6 +134,11 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).map_err(|error| told(&error))?;
         }
     }
+}
+
+/// Whether something is not there any more that was listed: others go on working in a folder while it is copied.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
 }
 
 /// Opens a file, and nothing that has come in its place meanwhile: no link, and no pipe that would have to be waited for.

@@ -366,3 +366,34 @@ fn files_of_proc_and_sys_have_their_content_and_say_how_long_it_is() {
         assert_eq!(fs::read(place.0.join("file")).unwrap(), got);
     }
 }
+
+#[test]
+fn what_is_gone_meanwhile_is_left_out_of_a_folder() {
+    let place = Place::new("gone");
+    let from = place.0.join("from");
+    fs::create_dir(&from).unwrap();
+    for name in ["a", "b", "z"] {
+        fs::write(from.join(name), name).unwrap();
+    }
+    symlink("a", from.join("c")).unwrap();
+    fs::create_dir(from.join("d")).unwrap();
+    let mut bytes = Vec::new();
+    // Somebody else works in it: by the time that the first file is read, others of the list are gone.
+    let mut work = |_| {
+        let _ = (fs::remove_file(from.join("b")), fs::remove_file(from.join("c")), fs::remove_dir(from.join("d")));
+    };
+    let copied = send(&from, false, &mut bytes, &mut work).unwrap();
+    assert_eq!(copied.skipped, ["b", "c", "d"].map(|name| from.join(name)));
+    let to = place.0.join("to");
+    received(&bytes, &to).unwrap();
+    assert_eq!(fs::read(to.join("z")).unwrap(), b"z");
+    assert_eq!(fs::read_dir(&to).unwrap().count(), 2);
+}
+
+#[test]
+fn what_was_asked_for_is_not_left_out_in_silence() {
+    for (path, why) in [("/dev/null", "/dev/null: no file, folder or link"), ("/nowhere", "read /nowhere: ")] {
+        let error = send(Path::new(path), false, &mut Vec::new(), &mut |_| {}).unwrap_err().to_string();
+        assert!(error.starts_with(why), "{error}");
+    }
+}
