@@ -24,7 +24,9 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     for name in ["asked", "."] {
         let to = place.join("to");
         fs::create_dir_all(to.join("there")).expect("a folder can be made");
-        [&to, &to.join("there")].map(|folder| fs::set_permissions(folder, mode(FOLDER_MODE)).expect("it is ours"));
+        for folder in [&to, &to.join("there")] {
+            fs::set_permissions(folder, mode(FOLDER_MODE)).expect("it is ours");
+        }
         symlink("../../precious", to.join("there/link")).expect("a link can be made");
         symlink("..", to.join("up")).expect("a link can be made");
         fs::write(&precious, PRECIOUS).expect("a file can be written");
