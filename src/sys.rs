@@ -23,7 +23,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
 ///
-/// The signals are blocked in the calling thread, and in the threads it then starts, until this is dropped by it.
+/// The signals are blocked in the calling thread, and in the threads it then starts, until this is dropped by it. One that
+/// nobody has read by then is dropped with it: delivered so late it would end a process that is about to end by itself.
 #[derive(Debug)]
 pub struct SignalFd {
     fd: OwnedFd,
@@ -71,6 +72,7 @@ impl AsRawFd for SignalFd {
 
 impl Drop for SignalFd {
     fn drop(&mut self) {
+        while matches!(self.read(), Ok(Some(_))) {}
         // Blocking them worked, so unblocking does.
         let _ = mask(libc::SIG_UNBLOCK, &self.set);
     }
@@ -145,4 +147,18 @@ pub fn allow_many_files() -> io::Result<()> {
         [read, libc::setrlimit(libc::RLIMIT_NOFILE, &limit)]
     };
     if results == [0, 0] { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_that_nobody_read_is_not_delivered_afterwards() {
+        // It ends a process that takes no interest in it.
+        let signals = SignalFd::block(&[libc::SIGUSR2]).unwrap();
+        // SAFETY: raise touches no memory.
+        assert_eq!(unsafe { libc::raise(libc::SIGUSR2) }, 0);
+        drop(signals);
+    }
 }

@@ -203,7 +203,8 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         fs::write(place.path().join("file"), "x").unwrap();
         let outward = tar(place.path(), &["--transform=s,file,../../file,", "-P", "file"]);
-        let (cut, noise) = (&tar(place.path(), &["file"])[..600], vec![7; 4096]);
+        // In the middle of the first header's times, whose last zeroes tar leaves out.
+        let (cut, noise) = (&tar(place.path(), &["file"])[..540], vec![7; 4096]);
         for (archive, why) in [(&outward[..], "leads out"), (cut, "the middle of"), (&noise, "read the archive")] {
             let mut sent = Vec::new();
             let error = send(archive, &mut sent, &mut |_| {}).unwrap_err();

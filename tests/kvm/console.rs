@@ -109,7 +109,7 @@ fn the_terminal_is_raw_while_the_machine_has_it_and_restored_after() {
     terminal.wait_for("Ctrl-A p   press its power button\r\n");
     terminal.type_keys(&[EOT]);
     terminal.wait_for("\nreceived 6 bytes\n");
-    assert!(terminal.shown().contains("\nready\ntyped"), "{:?}", terminal.shown());
+    assert!(terminal.shown().contains("ready\ntyped"), "{:?}", terminal.shown());
     assert_eq!(terminal.wait(), Some(0));
     assert!(terminal.modes().canonical() && terminal.modes().changes_output());
 }
