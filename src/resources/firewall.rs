@@ -28,7 +28,7 @@ struct Passage {
 const OTHERS_BRIDGES: [&str; 6] = ["docker0", "br-+", "podman+", "cni+", "virbr+", "lxcbr+"];
 /// What passes between networks all the same: answers, and what somebody has published.
 const IS_ANSWER_OR_PUBLISHED: &str = "--ctstate RELATED,ESTABLISHED,DNAT";
-/// A table that keeps a host which forwards for networks of husk's alone from doing so for its neighbours.
+/// A table that keeps a host which forwards for networks of husk's alone from doing so for its neighbours: IPv4, as theirs is.
 const GUARD: &str = "husk-guard";
 
 /// Opens the firewall for a network, and closes it towards all others, and around one that is internal.
@@ -56,7 +56,7 @@ fn forward() -> Result<()> {
         return Ok(());
     }
     let guard = format!(
-        "table inet {GUARD} {{\nchain routed {{\ntype filter hook forward priority filter\n\
+        "table ip {GUARD} {{\nchain routed {{\ntype filter hook forward priority filter\n\
          ct state established,related accept\nct status dnat accept\n\
          iifname \"husk-*\" accept\noifname \"husk-*\" accept\n\
          meta iifkind \"bridge\" accept\nmeta oifkind \"bridge\" accept\ndrop\n}}\n}}"
@@ -73,9 +73,9 @@ fn forward() -> Result<()> {
 fn stop_forwarding(bridge: &Bridge) {
     let Ok(bridges) = output("ip", &["-brief", "link", "show", "type", "bridge"]) else { return };
     let is_own = |line: &str| line.split_whitespace().next() == Some(&bridge.interface());
-    let is_guarded = run("nft", &["list", "table", "inet", GUARD]).is_ok();
+    let is_guarded = run("nft", &["list", "table", "ip", GUARD]).is_ok();
     if is_guarded && bridges.lines().all(is_own) && fs::write(FORWARD_PATH, "0").is_ok() {
-        let _ = run("nft", &["delete", "table", "inet", GUARD]);
+        let _ = run("nft", &["delete", "table", "ip", GUARD]);
     }
 }
 
@@ -275,7 +275,7 @@ fn listed(what: &str) -> Vec<Value> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
     use std::path::Path;
     use std::sync::mpsc;
     use std::thread::{self, ScopedJoinHandle};
@@ -433,38 +433,47 @@ mod tests {
     struct Someone {
         bridge: Option<&'static str>,
         gateway: &'static str,
-        address: Ipv4Addr,
+        address: IpAddr,
     }
 
-    const WEB: Someone =
-        Someone { bridge: Some("husk-web"), gateway: "10.86.7.1", address: Ipv4Addr::new(10, 86, 7, 9) };
-    const OTHER: Someone =
-        Someone { bridge: Some("husk-other"), gateway: "10.86.8.1", address: Ipv4Addr::new(10, 86, 8, 9) };
-    const CONTAINER: Someone =
-        Someone { bridge: Some("docker0"), gateway: "172.17.0.1", address: Ipv4Addr::new(172, 17, 0, 9) };
-    const NEIGHBOUR: Someone =
-        Someone { bridge: None, gateway: "198.51.100.1", address: Ipv4Addr::new(198, 51, 100, 9) };
-    const BEYOND: Someone = Someone { bridge: None, gateway: "203.0.113.1", address: Ipv4Addr::new(203, 0, 113, 9) };
+    const fn v4(a: u8, b: u8, c: u8, d: u8) -> IpAddr {
+        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+    }
+
+    const WEB: Someone = Someone { bridge: Some("husk-web"), gateway: "10.86.7.1", address: v4(10, 86, 7, 9) };
+    const OTHER: Someone = Someone { bridge: Some("husk-other"), gateway: "10.86.8.1", address: v4(10, 86, 8, 9) };
+    const CONTAINER: Someone = Someone { bridge: Some("docker0"), gateway: "172.17.0.1", address: v4(172, 17, 0, 9) };
+    const NEIGHBOUR: Someone = Someone { bridge: None, gateway: "198.51.100.1", address: v4(198, 51, 100, 9) };
+    const BEYOND: Someone = Someone { bridge: None, gateway: "203.0.113.1", address: v4(203, 0, 113, 9) };
 
     /// Long enough for a question that is asked again after a second.
     const REFUSAL_PATIENCE: Duration = Duration::from_millis(1500);
+    /// And for one that is asked once more after its neighbours were looked for, which IPv6 does not begin while a link comes up.
+    const IPV6_PATIENCE: Duration = Duration::from_secs(15);
+
+    /// An address for `ip addr add`, in a network of 24 bits, and at once its owner's.
+    fn of_24(address: IpAddr) -> String {
+        format!("{address}/24{}", if address.is_ipv6() { " nodad" } else { "" })
+    }
 
     /// Whether `from` can open a connection to `to`, both in networks of their own.
     fn reaches(from: &Someone, to: &Someone) -> bool {
         let set_up = |who: &Someone| {
-            format!("ip addr add {}/24 dev eth0; ip route add default via {}", who.address, who.gateway)
+            format!("ip addr add {} dev eth0; ip route add default via {}", of_24(who.address), who.gateway)
         };
         let connect = |near: &str, who: &Someone| {
             shell(&match who.bridge {
                 Some(bridge) => format!("ip link set {near} master {bridge} up"),
-                None => format!("ip addr add {}/24 dev {near}; ip link set {near} up", who.gateway),
+                None => {
+                    format!("ip addr add {} dev {near}; ip link set {near} up", of_24(who.gateway.parse().unwrap()))
+                }
             });
         };
         thread::scope(|scope| {
             let (listening, is_listening) = mpsc::channel();
             let (ended, has_ended) = mpsc::channel::<()>();
             let server = elsewhere(scope, "server", set_up(to), move || {
-                let listener = TcpListener::bind("0.0.0.0:80").unwrap();
+                let listener = TcpListener::bind("[::]:80").unwrap();
                 listening.send(()).unwrap();
                 let _ = has_ended.recv();
                 drop(listener);
@@ -472,9 +481,9 @@ mod tests {
             connect("server", to);
             is_listening.recv().unwrap();
             let at = SocketAddr::from((to.address, 80));
-            let client = elsewhere(scope, "client", set_up(from), move || {
-                TcpStream::connect_timeout(&at, REFUSAL_PATIENCE).is_ok()
-            });
+            let patience = if at.is_ipv6() { IPV6_PATIENCE } else { REFUSAL_PATIENCE };
+            let client =
+                elsewhere(scope, "client", set_up(from), move || TcpStream::connect_timeout(&at, patience).is_ok());
             connect("client", from);
             let reached = client.join().unwrap();
             drop(ended);
@@ -484,6 +493,24 @@ mod tests {
             }
             reached
         })
+    }
+
+    #[test]
+    fn a_host_that_forwards_ipv6_goes_on_doing_so() {
+        let someone = |gateway, last| Someone { bridge: None, gateway, address: IpAddr::V6(last) };
+        alone(|base| {
+            fs::write(FORWARD_PATH, "0").unwrap();
+            if fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").is_err() {
+                eprintln!("SKIPPED: no IPv6");
+                return;
+            }
+            let _web = create(base, false);
+            let neighbour = someone("fd01::1", Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, 9));
+            let beyond = someone("fd02::1", Ipv6Addr::new(0xfd02, 0, 0, 0, 0, 0, 0, 9));
+            assert!(reaches(&neighbour, &beyond), "{}", ruleset());
+            assert!(!reaches(&NEIGHBOUR, &BEYOND), "as before");
+            remove_in(base, "web").unwrap();
+        });
     }
 
     /// As Docker has its first network, whose containers publish nothing.
