@@ -1,5 +1,6 @@
 //! `husk logs`: what a machine in the background has written.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::time::Duration;
@@ -64,18 +65,20 @@ impl Logs {
         let record = entry.record()?;
         ensure!(record.detached, "machine {} writes to where it was started, and to no log", entry.name());
         let path = entry.file(roster::STREAMS_LOG);
-        let mut skip = self.lines_to_skip(LogReader::open(&path))?;
         let mut reader = LogReader::open(&path);
+        let mut last = match self.tail {
+            Some(count) => last_lines(&mut reader, count)?,
+            None => VecDeque::new(),
+        };
         let mut at_line_start = true;
         loop {
             // Before the log is read to its end: what was written before the machine's end is printed.
             let alive = self.follow && Roster::open()?.find(&entry.id).is_ok_and(|entry| entry.alive);
-            while let Some((head, content)) = reader.read().context("read the log")? {
-                let content = skip_lines(&content, &mut skip);
+            while let Some((head, content)) = next(&mut last, &mut reader)? {
                 if self.is_wanted(&head) && !content.is_empty() {
                     let is_read = match self.timestamps {
-                        true => attach::write(head.stream, &stamped(&head, content, &mut at_line_start))?,
-                        false => attach::write(head.stream, content)?,
+                        true => attach::write(head.stream, &stamped(&head, &content, &mut at_line_start))?,
+                        false => attach::write(head.stream, &content)?,
                     };
                     if !is_read {
                         return Ok(Exit::Success);
@@ -94,17 +97,40 @@ impl Logs {
     fn is_wanted(&self, head: &Head) -> bool {
         self.since.is_none_or(|since| head.time_ns >= since)
     }
+}
 
-    /// How many lines come before the last ones that are wanted.
-    fn lines_to_skip(&self, mut reader: LogReader) -> Result<usize> {
-        let Some(tail) = self.tail else { return Ok(0) };
-        let (mut lines, mut ended) = (0, true);
-        while let Some((_, content)) = reader.read().context("read the log")? {
-            lines += content.iter().filter(|byte| **byte == b'\n').count();
-            ended = content.last() == Some(&b'\n');
-        }
-        Ok((lines + usize::from(!ended)).saturating_sub(tail))
+/// A record: its head, and its content.
+type Record = (Head, Vec<u8>);
+
+/// The next record: of `last`, and then of those that come.
+fn next(last: &mut VecDeque<Record>, reader: &mut LogReader) -> Result<Option<Record>> {
+    match last.pop_front() {
+        Some(record) => Ok(Some(record)),
+        None => reader.read().context("read the log"),
     }
+}
+
+/// Reads to the end of the log, and returns its last `count` lines. In one go: the log goes on meanwhile, and a second reader
+/// would begin later than the first.
+fn last_lines(reader: &mut LogReader, count: usize) -> Result<VecDeque<Record>> {
+    let ends_in = |content: &[u8]| content.iter().filter(|byte| **byte == b'\n').count();
+    let (mut last, mut ends) = (VecDeque::<Record>::new(), 0);
+    while let Some((head, content)) = reader.read().context("read the log")? {
+        ends += ends_in(&content);
+        last.push_back((head, content));
+        while let Some((_, first)) = last.front()
+            && ends - ends_in(first) > count
+        {
+            ends -= ends_in(first);
+            last.pop_front();
+        }
+    }
+    let is_ended = last.back().is_none_or(|(_, content)| content.ends_with(b"\n"));
+    let mut skip = (ends + usize::from(!is_ended)).saturating_sub(count);
+    for (_, content) in &mut last {
+        *content = skip_lines(content, &mut skip).to_vec();
+    }
+    Ok(last)
 }
 
 /// What is left of `content` behind as many lines as are to be skipped still.
@@ -154,7 +180,7 @@ fn print_kernel(entry: &Entry) -> Result<Exit> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::roster::stream_log::Stream;
+    use crate::roster::stream_log::{self, Stream, StreamLog};
 
     #[test]
     fn the_last_lines_begin_where_a_line_does() {
@@ -162,6 +188,30 @@ mod tests {
         assert_eq!(skip_lines(b"one\ntw", &mut skip), b"");
         assert_eq!(skip_lines(b"o\nthree\nfour", &mut skip), b"three\nfour");
         assert_eq!(skip_lines(b"\n", &mut skip), b"\n");
+    }
+
+    #[test]
+    fn the_last_lines_are_as_many_as_asked_for_though_the_log_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("streams.log");
+        let mut log = StreamLog::open(path.clone(), 8 << 10).unwrap();
+        let mut write = |range: std::ops::Range<u32>| {
+            range.for_each(|n| log.append(&stream_log::records(Stream::Output, format!("{n}\n").as_bytes())));
+        };
+        let text = |records: VecDeque<Record>| -> String {
+            records.iter().map(|(_, content)| String::from_utf8_lossy(content).into_owned()).collect()
+        };
+        write(0..300);
+        let mut reader = LogReader::open(&path);
+        let mut last = last_lines(&mut reader, 3).unwrap();
+        // The older file goes, and what was counted in it is not left out of what comes.
+        write(300..450);
+        let printed: VecDeque<Record> = std::iter::from_fn(|| next(&mut last, &mut reader).unwrap()).collect();
+        assert_eq!(text(printed), (297..450).map(|n| format!("{n}\n")).collect::<String>());
+        assert_eq!(text(last_lines(&mut LogReader::open(&path), 0).unwrap()), "");
+        log.append(&stream_log::records(Stream::Output, b"no end"));
+        assert_eq!(text(last_lines(&mut LogReader::open(&path), 2).unwrap()), "449\nno end");
+        assert!(text(last_lines(&mut LogReader::open(&path), usize::MAX).unwrap()).lines().count() > 150);
     }
 
     #[test]
