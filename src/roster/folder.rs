@@ -32,7 +32,7 @@ const GONE: &str = "gone-";
 pub struct MachineFolder {
     path: PathBuf,
     keep: bool,
-    lock: File,
+    _lock: File,
 }
 
 impl MachineFolder {
@@ -81,7 +81,7 @@ impl MachineFolder {
     pub(super) fn abandon(mut self) {
         self.keep();
         // What another test starts in this process shares the lock for a moment, as no killed husk's child does.
-        self.lock.unlock().unwrap();
+        self._lock.unlock().unwrap();
     }
 }
 
@@ -169,7 +169,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
         // In between another husk may have looked at it, or taken it for abandoned: both are soon done.
         let Ok(lock) = open(&path) else { continue };
         if lock::wait(&lock, &path, Kind::Exclusive, lock::SOON).is_ok() && path.exists() {
-            return Ok(MachineFolder { path, keep: false, lock });
+            return Ok(MachineFolder { path, keep: false, _lock: lock });
         }
     }
     bail!("every name is taken")
@@ -180,7 +180,7 @@ pub(super) fn reopen(path: &Path) -> Result<MachineFolder> {
     let lock = open(path)?;
     ensure!(self::lock(&lock), "the machine is running");
     ensure!(path.exists(), "it was removed");
-    Ok(MachineFolder { path: path.to_owned(), keep: true, lock })
+    Ok(MachineFolder { path: path.to_owned(), keep: true, _lock: lock })
 }
 
 /// Locks a folder for as long as `folder` is open. False where a husk has it.

@@ -107,7 +107,7 @@ fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
 #[test]
 fn as_many_processes_as_anybody_starts_at_once_all_run() {
     // Seven hung before a guest listened to so many at a time.
-    const COUNT: usize = 24;
+    const COUNT: usize = 100;
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
     let started: Vec<_> = (0..COUNT)
