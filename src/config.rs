@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::rate::Rate;
 use crate::boot::default_cmdline;
-use crate::machine::layout;
+use crate::layout;
 use crate::sys::socket;
 
 pub use network::{

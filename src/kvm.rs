@@ -13,7 +13,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::IrqLine;
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// What husk asks of KVM and cannot do without, and the name a person knows it by.

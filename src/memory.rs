@@ -11,7 +11,7 @@ use vm_memory::{
     GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::machine::layout;
+use crate::layout;
 use crate::sys::mapping::Mapping;
 
 /// All of a guest's memory. Cloning shares it.

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use husk::config::{MachineConfig, VsockConfig};
 use husk::machine::Machine;
-use husk::machine::timings::Timings;
 use husk::resources;
+use husk::timings::Timings;
 
 #[path = "run/guests.rs"]
 mod guests;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use husk::config::MachineConfig;
 use husk::machine::Machine;
-use husk::machine::timings::Timings;
 use husk::resources;
+use husk::timings::Timings;
 
 use crate::{Aim, boot, report};
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use husk::boot::{self, Image};
 use husk::config::MachineConfig;
 use husk::machine::Machine;
-use husk::machine::timings::{Step, Timings};
+use husk::timings::{Step, Timings};
 use husk::{memory, resources};
 
 use crate::{Aim, median, report};

@@ -12,7 +12,7 @@ use acpi_tables::xsdt::XSDT;
 use anyhow::{Context, Result, ensure};
 
 use super::dsdt;
-use crate::machine::layout;
+use crate::layout;
 
 pub(super) const OEM_ID: [u8; 6] = *b"HUSK  ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"HUSKVM  ";

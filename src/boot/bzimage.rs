@@ -12,7 +12,7 @@ use super::part::Part;
 use super::unpack::{self, Compression};
 use super::zero_page::HEADER_MAGIC;
 use super::{Loaded, Protocol};
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// Where the setup header starts in a bzImage, and in the zero page.

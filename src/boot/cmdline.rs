@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// The words that precede the user's: what boots a stock kernel, and a purpose-built one, to a result or a shell fast.

@@ -13,7 +13,7 @@ use anyhow::Result;
 
 use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, serialized};
 use crate::device::SLEEP_TYPE_S5;
-use crate::machine::layout;
+use crate::layout;
 
 /// DSDT revision 2: integers are 64 bits wide.
 const REVISION: u8 = 2;

@@ -13,7 +13,7 @@ use vmm_sys_util::seek_hole::SeekHole;
 
 use super::zero_page::header_for_elf;
 use super::{Extent, Loaded, Protocol};
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// A section's header, and where in it the section's place and its size in the file are (gABI, section header).

@@ -5,7 +5,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::Extent;
 use super::part::Part;
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 const PAGE_BYTES: u64 = 4096;

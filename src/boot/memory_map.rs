@@ -3,7 +3,7 @@
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Extent;
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// What a range of addresses is for. The numbers are those of ACPI 6.5 §15, table 15.14; the e820 table and PVH share them.

@@ -32,7 +32,7 @@ pub use part::Part;
 pub use unified::Unified;
 pub use unpack::unpacking_reader;
 
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// How the first vCPU enters the kernel.

@@ -6,7 +6,7 @@ use linux_loader::start_info::{XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry
 use vm_memory::ByteValued;
 
 use super::{Extent, memory_map::memory_map};
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// The first version with a memory map: older ones have the kernel ask a hypervisor that is not there.

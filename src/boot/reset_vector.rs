@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// Writes the few instructions that reset the machine.

@@ -5,7 +5,7 @@ use linux_loader::bootparam::{LOADED_HIGH, boot_e820_entry, boot_params, setup_h
 use vm_memory::ByteValued;
 
 use super::{Extent, memory_map::memory_map};
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// `boot_flag`, at the end of the boot sector.

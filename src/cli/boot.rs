@@ -18,11 +18,11 @@ use super::size;
 use crate::backend::rate::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
+use crate::exit_latch::Outcome;
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
-use crate::machine::outcome::Outcome;
-use crate::machine::timings::Timings;
 use crate::resources;
+use crate::timings::Timings;
 
 /// How long who reads what went wrong may take, when somebody waits for the end.
 const LAST_WORDS: Duration = Duration::from_millis(500);

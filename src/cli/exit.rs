@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use crate::machine::outcome::Outcome;
+use crate::exit_latch::Outcome;
 
 /// How a command ended, as its caller is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

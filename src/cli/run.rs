@@ -21,6 +21,7 @@ use crate::backend::rate::Rate;
 use crate::boot::Part;
 use crate::config::MachineConfig;
 use crate::console::log::{Log, Tail};
+use crate::exit_latch::Outcome;
 use crate::guest::process::{self, Defaults};
 use crate::guest::session::{Ends, Session};
 use crate::guest::{Base, Changes, Inside};
@@ -29,14 +30,13 @@ use crate::image::{ImageProcess, Store};
 use crate::machine::Machine;
 use crate::machine::control::{self, Front};
 use crate::machine::desk::Desk;
-use crate::machine::outcome::Outcome;
-use crate::machine::timings::{Step, Timings};
 use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::Kind;
 use crate::roster::record::Inherited;
 use crate::roster::{self, MachineFolder};
 use crate::sys::{SignalFd, socket};
+use crate::timings::{Step, Timings};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::bus::{Bus, BusError, Device};
-use crate::machine::layout;
-use crate::machine::outcome::{Ending, Outcome};
-use crate::machine::timings::{Step, Timings};
+use crate::exit_latch::{Ending, Outcome};
+use crate::layout;
+use crate::timings::{Step, Timings};
 
 /// SLP_EN, bit 5 of the sleep control register (ACPI 6.5 §4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;

@@ -9,9 +9,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::Device;
 use crate::console::output::Output;
+use crate::exit_latch::Ending;
 use crate::irq::IrqLine;
-use crate::machine::outcome::Ending;
-use crate::machine::timings::{Step, Timings};
+use crate::timings::{Step, Timings};
 
 /// Interrupt enable register, and in it "received data available" (16550 data sheet).
 const IER_OFFSET: u8 = 1;
@@ -190,7 +190,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::machine::outcome::Outcome;
+    use crate::exit_latch::Outcome;
 
     fn serial() -> (Serial, Arc<EventFd>, Arc<Ending>, Arc<Output>) {
         let ending = Arc::new(Ending::new().unwrap());

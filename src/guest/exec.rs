@@ -14,9 +14,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::session::Session;
 use crate::console::terminal::RawTerminal;
-use crate::machine::outcome::{Ending, Outcome};
-use crate::machine::timings::Timings;
+use crate::exit_latch::{Ending, Outcome};
 use crate::sys::{self, SignalFd};
+use crate::timings::Timings;
 
 /// How long a guest may take to take a connection; it may be busy, and it may be gone.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -19,9 +19,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub use super::streams::Ends;
 use super::streams::Streams;
 use crate::console::terminal;
+use crate::exit_latch::{Ending, Outcome};
 use crate::guest::signal;
-use crate::machine::outcome::{Ending, Outcome};
-use crate::machine::timings::{Step, Timings};
+use crate::timings::{Step, Timings};
 
 /// Connections that may be open before they have said what for.
 const GREETINGS_MAX: usize = 8;

@@ -9,9 +9,9 @@ use husk_protocol::WindowSize;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::control::Control;
-use super::outcome::Outcome;
 use crate::backend::rate::Rate;
 use crate::console::input::Input;
+use crate::exit_latch::Outcome;
 use crate::guest::signal;
 use crate::request::server::Caller;
 use crate::request::{Limit, Reply, Request, Stats, Update};

@@ -7,20 +7,20 @@ use anyhow::{Context, Result, anyhow, ensure};
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 
-use super::layout;
-use super::outcome::Ending;
-use super::timings::{Step, Timings};
-use super::{Buses, Console, Controls, Machine};
+use super::{Console, Controls, Machine};
 use crate::boot::{self, Entry};
 use crate::config::MachineConfig;
 use crate::device::{PciPorts, Power, Serial};
+use crate::exit_latch::Ending;
 use crate::irq::IrqLine;
 use crate::kvm::{self, Vm};
+use crate::layout;
 use crate::memory::{self, GuestMemory};
 use crate::resources::Resources;
 use crate::sandbox;
+use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
-use crate::vcpu::{self, VcpuThread, setup};
+use crate::vcpu::{self, Buses, VcpuThread, setup};
 use crate::virtio::mmio::register;
 use crate::virtio::{MmioTransport, VirtioDevice, balloon, block, net, rng, vsock};
 

@@ -9,17 +9,17 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::Machine;
 use super::desk::Desk;
-use super::outcome::Outcome;
 use super::rest::{self, Printer};
-use super::timings::Step;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
 use crate::console::log::Log;
 use crate::console::terminal::{self, RawTerminal};
+use crate::exit_latch::Outcome;
 use crate::guest::session::Session;
 use crate::guest::signal;
 use crate::sys::SignalFd;
 use crate::sys::timer::ClockJumps;
+use crate::timings::Step;
 
 /// How long a panicked kernel may go on printing before the machine is ended for it.
 const PANIC_GRACE: Duration = Duration::from_secs(1);

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::outcome::{Ending, Outcome};
 use crate::console::hub::Hub;
+use crate::exit_latch::{Ending, Outcome};
 use crate::guest::signal;
 use crate::request::server::Server;
 use crate::request::{Reply, Request};

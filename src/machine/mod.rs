@@ -4,40 +4,24 @@ mod answer;
 mod build;
 pub mod control;
 pub mod desk;
-pub mod layout;
-pub mod outcome;
 mod rest;
-pub mod timings;
 
 use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::bus::Bus;
 use crate::console::output::Output;
 use crate::device::Serial;
+use crate::exit_latch::Ending;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
 use crate::resources::memory_use::MemoryUse;
 use crate::sandbox::cgroup::Hold;
+use crate::timings::{Step, Timings};
 use crate::vcpu::VcpuThread;
 use crate::virtio::net::NetLink;
 use crate::virtio::{MmioTransport, balloon, block};
-
-use outcome::Ending;
-use timings::{Step, Timings};
-
-/// The guest's two address spaces, as its vCPUs see them. Frozen when the machine is built.
-#[derive(Default)]
-pub struct Buses {
-    /// Port I/O.
-    pub ports: Bus,
-    /// Memory-mapped I/O.
-    pub memory: Bus,
-    /// What the serial port prints to: a vCPU that has filled it waits for room outside of the device.
-    pub console: Arc<Output>,
-}
 
 /// A machine, paused when built. One thread holds it; vCPUs, workers and the console have threads of their own.
 pub struct Machine {

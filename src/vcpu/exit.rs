@@ -8,8 +8,8 @@ use std::ptr;
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use crate::machine::Buses;
-use crate::machine::outcome::Outcome;
+use super::Buses;
+use crate::exit_latch::Outcome;
 
 /// What is to be done after a KVM_RUN.
 pub enum Step {

@@ -15,8 +15,9 @@ use std::time::Duration;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::machine::Buses;
-use crate::machine::outcome::Ending;
+use crate::bus::Bus;
+use crate::console::output::Output;
+use crate::exit_latch::Ending;
 use crate::sandbox;
 
 use exit::{End, Step};
@@ -33,6 +34,17 @@ enum Command {
 
 /// A vCPU paused at the boundary of an instruction has nothing left to do for its last exit.
 struct Paused;
+
+/// The guest's two address spaces, as its vCPUs see them. Frozen when the machine is built.
+#[derive(Default)]
+pub struct Buses {
+    /// Port I/O.
+    pub ports: Bus,
+    /// Memory-mapped I/O.
+    pub memory: Bus,
+    /// What the serial port prints to: a vCPU that has filled it waits for room outside of the device.
+    pub console: Arc<Output>,
+}
 
 /// A vCPU's thread, as the machine holds it. Its methods are called on the machine's thread.
 pub struct VcpuThread {

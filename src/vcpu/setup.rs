@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::cpuid::{self, Vendor};
 use crate::boot::{Entry, Protocol};
-use crate::machine::layout;
+use crate::layout;
 use crate::memory::GuestMemory;
 
 /// Control register bits (Intel SDM volume 3, §2.5).
