@@ -1,20 +1,21 @@
 //! What a machine is asked to be: plain data, from flags or from a file, checked once by [`MachineConfig::validate`].
 
-mod host_memory;
+mod cmdline;
 mod network;
+mod rate;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::rate::Rate;
-use crate::boot::default_cmdline;
 use crate::layout;
 use crate::sys::socket;
 
+pub use cmdline::{default_cmdline, hides_devices};
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
+pub use rate::Rate;
 
 /// The smallest guest memory that a Linux kernel unpacks itself into.
 pub const MIN_MEMORY_MIB: u64 = 32;

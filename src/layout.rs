@@ -57,6 +57,8 @@ pub const PVPANIC_PORT: u16 = 0x505;
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register.
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// The sleep type that `\_S5` names.
+pub const SLEEP_TYPE_S5: u8 = 5;
 /// ACPI reset register: writing [`RESET_VALUE`] resets the machine.
 pub const RESET_PORT: u16 = 0x602;
 /// The value that resets.

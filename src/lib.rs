@@ -6,6 +6,7 @@ pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod decompress;
 pub mod device;
 pub mod exit_latch;
 pub mod foreign;
@@ -21,6 +22,8 @@ pub mod resources;
 pub mod roster;
 pub mod sandbox;
 pub mod sys;
+#[cfg(test)]
+mod test_log;
 pub mod timings;
 pub mod vcpu;
 pub mod virtio;

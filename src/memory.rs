@@ -1,5 +1,7 @@
 //! The guest's memory: reserved when the machine is built, backed by the host page by page as the guest touches it.
 
+mod buffers;
+
 use std::io;
 
 use anyhow::{Context, Result};
@@ -10,6 +12,8 @@ use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection,
     GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
+
+pub use buffers::GuestBuffers;
 
 use crate::layout;
 use crate::sys::mapping::Mapping;

@@ -12,14 +12,25 @@ pub mod timer;
 pub mod xattr;
 
 use std::ffi::CStr;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
 
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
+
+/// Buffers as vectored system calls take them.
+///
+/// # Safety
+/// Each part that [`IoVecs::iovecs`] returns is mapped, readable and writable, for as long as `self` is borrowed, and Rust has no
+/// references into it.
+pub unsafe trait IoVecs {
+    /// The parts, in order, no more than one call takes (IOV_MAX).
+    fn iovecs(&self) -> &[libc::iovec];
+}
 
 /// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
 ///
@@ -122,6 +133,14 @@ pub fn getrandom(buffer: &mut [u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// How a file in a machine's folder is made: for its owner alone, whatever others may do with the user's files. What variables
+/// are set to stands there, and what programs write.
+pub fn private_file() -> OpenOptions {
+    let mut options = File::options();
+    options.mode(0o600);
+    options
 }
 
 /// An empty file that exists only in memory, and only as long as it is open (memfd_create(2)).

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use husk::backend::disk::GuestBuffers;
+use husk::memory::GuestBuffers;
 use husk::memory::{self, GuestMemory};
 use husk::virtio::block_request::{BlockRequest, DiskShape};
 use husk::virtio::queue::QueueRegisters;

@@ -6,9 +6,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use husk::backend::disk::{GuestBuffers, Operation};
+use husk::backend::disk::{Operation, SECTOR_BYTES};
+use husk::memory::GuestBuffers;
 use husk::memory::{self, GuestMemory};
-use husk::virtio::block_request::{Action, BlockRequest, DiskShape, REQUEST_BYTES_MAX, SECTOR_BYTES};
+use husk::virtio::block_request::{Action, BlockRequest, DiskShape, REQUEST_BYTES_MAX};
 use husk::virtio::queue::QueueRegisters;
 use husk::virtio::{Chain, Virtqueue};
 use libfuzzer_sys::fuzz_target;

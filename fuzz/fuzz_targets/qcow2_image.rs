@@ -8,7 +8,8 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use husk::backend::disk::{DiskBackend, GuestBuffers, Operation, Qcow2Disk, Request};
+use husk::backend::disk::{DiskBackend, Operation, Qcow2Disk, Request};
+use husk::memory::GuestBuffers;
 use husk::memory::{self, GuestMemory};
 use husk::sys;
 use libfuzzer_sys::fuzz_target;

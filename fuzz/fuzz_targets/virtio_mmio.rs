@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use husk::backend::disk::PlainDisk;
-use husk::backend::rate::Rate;
+use husk::config::Rate;
 use husk::bus::Device;
 use husk::irq::IrqLine;
 use husk::memory::{self, GuestMemory};

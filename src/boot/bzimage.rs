@@ -9,9 +9,9 @@ use linux_loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend};
 
 use super::part::Part;
-use super::unpack::{self, Compression};
 use super::zero_page::HEADER_MAGIC;
 use super::{Loaded, Protocol};
+use crate::decompress::{self, Compression};
 use crate::layout;
 use crate::memory::GuestMemory;
 
@@ -102,7 +102,7 @@ impl BzImage {
     pub fn unpack(&self, output: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let Some(payload) = &self.payload else { bail!("the bzImage's kernel is packed in an unknown way") };
         let packed = self.image.reader(payload.offset, payload.len);
-        unpack::unpack(payload.compression, packed, payload.unpacked_bytes, output, progress)
+        decompress::unpack(payload.compression, packed, payload.unpacked_bytes, output, progress)
             .with_context(|| format!("unpack the bzImage's kernel ({})", payload.compression))
     }
 

@@ -12,7 +12,6 @@ use acpi_tables::sdt::Sdt;
 use anyhow::Result;
 
 use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, serialized};
-use crate::device::SLEEP_TYPE_S5;
 use crate::layout;
 
 /// DSDT revision 2: integers are 64 bits wide.
@@ -36,7 +35,7 @@ pub fn table(virtio_count: usize) -> Result<Vec<u8>> {
 
 /// `\_S5`: only the first element counts on a hardware-reduced platform (ACPI 6.5 §7.4.2.6).
 fn sleep_state_5() -> impl Aml {
-    Name::new(Path::new("_S5_"), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
+    Name::new(Path::new("_S5_"), &Package::new(vec![&layout::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
 }
 
 fn com1() -> Vec<u8> {

@@ -18,7 +18,6 @@ mod reset_vector;
 #[cfg(test)]
 pub(crate) mod sample;
 mod unified;
-pub(crate) mod unpack;
 mod zero_page;
 
 use anyhow::{Context, Result};
@@ -26,11 +25,9 @@ use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use bzimage::BzImage;
-pub use cmdline::{default_cmdline, hides_devices};
 pub use kernel::{Image, Kernel};
 pub use part::Part;
 pub use unified::Unified;
-pub use unpack::unpacking_reader;
 
 use crate::layout;
 use crate::memory::GuestMemory;

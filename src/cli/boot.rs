@@ -15,7 +15,7 @@ use super::life::{self, Called, Life};
 use super::limits::Limits;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
-use crate::backend::rate::Rate;
+use crate::config::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
 use crate::exit_latch::Outcome;

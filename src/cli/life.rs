@@ -13,11 +13,12 @@ use super::exit::Exit;
 use super::size;
 use super::words::{self, IN_BACKGROUND};
 use crate::config::MachineConfig;
+use crate::console::stream_log;
 use crate::machine::control::Front;
 use crate::machine::desk::Desk;
 use crate::roster::origin::Origin;
 use crate::roster::record::{Inherited, Record, State, now_ms};
-use crate::roster::{Entry, MachineFolder, Roster, names, stream_log};
+use crate::roster::{Entry, MachineFolder, Roster, names};
 use crate::sys::SignalFd;
 
 /// How long to wait before a machine that failed is started again: so long at first, then twice as long each time, and no

@@ -10,8 +10,8 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::when;
+use crate::console::stream_log::{Head, LogReader};
 use crate::request::attach;
-use crate::roster::stream_log::{Head, LogReader};
 use crate::roster::{self, Entry, Roster};
 
 const EXAMPLES: &str = "\
@@ -180,7 +180,7 @@ fn print_kernel(entry: &Entry) -> Result<Exit> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::roster::stream_log::{self, Stream, StreamLog};
+    use crate::console::stream_log::{self, Stream, StreamLog};
 
     #[test]
     fn the_last_lines_begin_where_a_line_does() {

@@ -52,9 +52,9 @@ use serde::Serialize;
 use self::exit::{EXIT_CODES, Exit};
 use crate::bench::plan::Wrong;
 use crate::config::Invalid;
+use crate::console::stream_log::Stream;
 use crate::foreign;
 use crate::roster::husk_log;
-use crate::roster::stream_log::Stream;
 
 const EXAMPLES: &str = "\
 Examples:

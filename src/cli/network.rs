@@ -6,7 +6,7 @@ use anyhow::{Result, bail, ensure};
 use clap::Args;
 
 use super::size;
-use crate::backend::rate::Rate;
+use crate::config::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
 use crate::guest::network::{Address, Addressed, Wiring};
 use crate::resources::bridge::{self, Lease};

@@ -6,8 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::Invalid;
-use crate::backend::rate::Rate;
+use super::{Invalid, Rate};
 
 /// Longest name of an interface of the host's (IFNAMSIZ, linux/if.h, less the NUL).
 pub const MAX_INTERFACE_NAME_BYTES: usize = 15;

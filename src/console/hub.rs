@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::output::Output;
-use crate::roster::stream_log::{self, Stream, StreamLog};
+use super::stream_log::{self, Stream, StreamLog};
 use crate::sandbox;
 
 /// How long one who is attached may hold the machine up by not reading before they are let go.
@@ -121,7 +121,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
-    use crate::roster::stream_log::{DEFAULT_MAX_BYTES, HEAD_BYTES, LogReader};
+    use crate::console::stream_log::{DEFAULT_MAX_BYTES, HEAD_BYTES, LogReader};
 
     #[test]
     fn a_watcher_has_what_comes_and_the_log_has_all() {

@@ -6,9 +6,10 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::stream_log;
 use super::terminal;
 use crate::foreign;
-use crate::roster::{private_file, stream_log};
+use crate::sys::private_file;
 
 /// What is kept for who asks why.
 const TAIL_MAX_BYTES: usize = 16 << 10;

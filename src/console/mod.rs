@@ -5,4 +5,5 @@ pub mod input;
 pub mod keys;
 pub mod log;
 pub mod output;
+pub mod stream_log;
 pub mod terminal;

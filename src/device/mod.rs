@@ -6,5 +6,4 @@ mod serial;
 
 pub use pci::PciPorts;
 pub use power::Power;
-pub(crate) use power::SLEEP_TYPE_S5;
 pub use serial::Serial;

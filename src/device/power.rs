@@ -11,8 +11,6 @@ use crate::timings::{Step, Timings};
 const SLEEP_ENABLE: u8 = 1 << 5;
 /// SLP_TYPx, bits 2 to 4 of it.
 const SLEEP_TYPE_MASK: u8 = 0b111 << 2;
-/// The sleep type that `\_S5` names.
-pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 /// The keyboard controller's command that pulses the processor's reset line.
 const I8042_RESET: u8 = 0xfe;
 /// pvpanic: "the guest panicked", bit 0 of what is written (QEMU's pvpanic specification).
@@ -58,7 +56,9 @@ impl Power {
 
     fn write(&self, port: u16, value: u8) {
         match (port, value) {
-            (layout::SLEEP_CONTROL_PORT, v) if v & SLEEP_ENABLE != 0 && (v & SLEEP_TYPE_MASK) >> 2 == SLEEP_TYPE_S5 => {
+            (layout::SLEEP_CONTROL_PORT, v)
+                if v & SLEEP_ENABLE != 0 && (v & SLEEP_TYPE_MASK) >> 2 == layout::SLEEP_TYPE_S5 =>
+            {
                 self.ending.declare(Outcome::PoweredOff);
             }
             (layout::RESET_PORT, layout::RESET_VALUE) | (layout::I8042_COMMAND_PORT, I8042_RESET) => {

@@ -11,7 +11,7 @@ use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::Wiring;
 use self::process::{Defaults, Wishes};
-use crate::backend::rate::Rate;
+use crate::config::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::console::hub::{Hub, HubStream};
-use crate::roster::stream_log::Stream;
+use crate::console::stream_log::Stream;
 use crate::sandbox;
 
 const BUFFER_BYTES: usize = 64 << 10;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use lzma_rust2::XzReader;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 
-use crate::boot::unpack::Compression;
+use crate::decompress::Compression;
 use crate::sandbox;
 
 /// What a decoder may keep of its output: the most that `zstd --ultra` and `xz -9` take.

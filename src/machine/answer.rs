@@ -9,7 +9,7 @@ use husk_protocol::WindowSize;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::control::Control;
-use crate::backend::rate::Rate;
+use crate::config::Rate;
 use crate::console::input::Input;
 use crate::exit_latch::Outcome;
 use crate::guest::signal;

@@ -9,7 +9,7 @@ use kvm_ioctls::Kvm;
 
 use super::{Console, Controls, Machine};
 use crate::boot::{self, Entry};
-use crate::config::MachineConfig;
+use crate::config::{self, MachineConfig};
 use crate::device::{PciPorts, Power, Serial};
 use crate::exit_latch::Ending;
 use crate::irq::IrqLine;
@@ -74,7 +74,7 @@ impl Machine {
 
         let cmdline = config.full_cmdline(&kernel_words, initrd.is_some());
         log::info!("kernel command line: {cmdline}");
-        if let Some(word) = boot::hides_devices(&cmdline) {
+        if let Some(word) = config::hides_devices(&cmdline) {
             log::warn!(
                 "with {word} on its command line the guest's kernel finds no disk, no network and no second processor, which \
                  husk tells it of by ACPI: leave {word} out"

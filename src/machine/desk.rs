@@ -12,12 +12,12 @@ use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::console::hub::Hub;
+use crate::console::stream_log::StreamLog;
 use crate::exit_latch::{Ending, Outcome};
 use crate::guest::signal;
 use crate::request::server::Server;
 use crate::request::{Reply, Request};
 use crate::roster::record::{Record, State, now_ms};
-use crate::roster::stream_log::StreamLog;
 use crate::roster::{self, MachineFolder, husk_log};
 use crate::sys::SignalFd;
 

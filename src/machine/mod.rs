@@ -4,6 +4,7 @@ mod answer;
 mod build;
 pub mod control;
 pub mod desk;
+mod host_memory;
 mod rest;
 
 use std::io;

@@ -17,10 +17,10 @@ use super::control::{self, Token};
 use super::desk::Desk;
 use crate::console::hub::HubStream;
 use crate::console::log::Log;
+use crate::console::stream_log::Stream;
 use crate::exit_latch::Outcome;
 use crate::guest::session::Session;
 use crate::guest::signal;
-use crate::roster::stream_log::Stream;
 use crate::sandbox;
 use crate::sys::SignalFd;
 

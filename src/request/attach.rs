@@ -16,9 +16,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::client::{self, Asked};
 use super::{Reply, Request};
+use crate::console::stream_log::{HEAD_BYTES, Head, Stream};
 use crate::console::terminal::{self, RawTerminal};
 use crate::guest::{signal, streams};
-use crate::roster::stream_log::{HEAD_BYTES, Head, Stream};
 use crate::sandbox;
 use crate::sys::SignalFd;
 

@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::backend::disk::Qcow2Disk;
-use crate::backend::rate::Rate;
+use crate::backend::disk::{Qcow2Disk, SECTOR_BYTES};
+use crate::config::Rate;
 use crate::config::{DISK_BLOCK_BYTES, DiskConfig, Format};
 use crate::sys;
-use crate::virtio::block_request::SECTOR_BYTES;
 
 /// A disk that is open, and ours alone: nobody else writes to it, and nobody else reads it while we write.
 #[derive(Debug)]
@@ -151,7 +150,7 @@ mod tests {
     use std::process::Command;
 
     use super::*;
-    use crate::virtio::test_driver::logged;
+    use crate::test_log::logged;
 
     fn image(len_bytes: u64) -> tempfile::NamedTempFile {
         let image = tempfile::NamedTempFile::new().unwrap();

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::cache::{Cache, Identity};
-use crate::boot::unpacking_reader;
+use crate::decompress::unpacking_reader;
 
 /// Far beyond the largest driver.
 const MODULE_MAX_BYTES: u64 = 64 << 20;

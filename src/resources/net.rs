@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::{bridge, passt};
 use crate::backend::net::{HEADER_BYTES, NetBackend, TapCounts, TapNet};
-use crate::backend::rate::Rate;
+use crate::config::Rate;
 use crate::config::{Attachment, MacAddress, MachineConfig, NetworkConfig};
 use crate::sys;
 

@@ -18,9 +18,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::ports::{self, Turn};
 use super::resolver;
-use crate::backend::disk::GuestBuffers;
 use crate::backend::net::{Header, NetBackend, StreamNet, is_end};
 use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
+use crate::memory::GuestBuffers;
 use crate::sys;
 
 /// The guest's address, where it is told to have it (`husk run`) or asks (DHCP).

@@ -6,7 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use super::stream_log;
+use crate::console::stream_log;
+use crate::sys::private_file;
 
 /// When the file is this long it becomes the old one, and a new one starts.
 const FILE_MAX_BYTES: u64 = 1 << 20;
@@ -17,7 +18,7 @@ static PATH: Mutex<Option<PathBuf>> = Mutex::new(None);
 /// Has standard error go to the file at `path`, behind what is there, from now on.
 pub fn begin(path: PathBuf) -> io::Result<()> {
     let mut place = PATH.lock().unwrap_or_else(PoisonError::into_inner);
-    let file = super::private_file().append(true).create(true).open(&path)?;
+    let file = private_file().append(true).create(true).open(&path)?;
     rustix::stdio::dup2_stderr(&file)?;
     *place = Some(path);
     Ok(())

@@ -19,10 +19,8 @@ pub mod husk_log;
 pub mod names;
 pub mod origin;
 pub mod record;
-pub mod stream_log;
 
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -197,14 +195,6 @@ fn remove_sockets(path: impl Fn(&str) -> PathBuf) {
     for socket in [CONTROL, VSOCK, &format!("{VSOCK}_{}", husk_protocol::PORT)] {
         let _ = fs::remove_file(path(socket));
     }
-}
-
-/// How a file in a machine's folder is made: for its owner alone, whatever others may do with the user's files. What variables
-/// are set to stands there, and what programs write.
-pub fn private_file() -> OpenOptions {
-    let mut options = File::options();
-    options.mode(0o600);
-    options
 }
 
 /// The lock on names, held while this lives.

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use husk_protocol::Process;
 use serde::{Deserialize, Serialize};
 
-use super::private_file;
 use crate::config::MachineConfig;
+use crate::sys::private_file;
 
 const FILE: &str = "record.json";
 /// Room for the next record when the disk is full, so that how a machine ended is known all the same.

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use crate::backend::disk::GuestBuffers;
+use super::IoVecs;
 
 /// _IO(0x12, 104), linux/fs.h: the size of a block device's logical blocks.
 const BLKSSZGET: libc::c_ulong = 0x1268;
@@ -18,9 +18,9 @@ const BLKZEROOUT: libc::c_ulong = 0x127f;
 
 /// Reads from `offset_bytes` on into as many of `buffers` as one call takes (pread(2), preadv(2)). Returns how many bytes
 /// it was.
-pub fn read_at(file: &File, buffers: &mut GuestBuffers, offset_bytes: u64) -> io::Result<usize> {
+pub fn read_at(file: &File, buffers: &mut impl IoVecs, offset_bytes: u64) -> io::Result<usize> {
     let (fd, offset) = (file.as_raw_fd(), offset(offset_bytes)?);
-    // SAFETY: each iovec is mapped guest memory, which `buffers` keeps alive, and of which Rust has no references.
+    // SAFETY: each iovec is mapped, as `IoVecs` promises, and of which Rust has no references.
     retry(|| unsafe {
         match buffers.iovecs() {
             // The kernel handles a single part faster this way.
@@ -31,9 +31,9 @@ pub fn read_at(file: &File, buffers: &mut GuestBuffers, offset_bytes: u64) -> io
 }
 
 /// Writes as many of `buffers` as one call takes at `offset_bytes` (pwrite(2), pwritev(2)). Returns how many bytes it was.
-pub fn write_at(file: &File, buffers: &GuestBuffers, offset_bytes: u64) -> io::Result<usize> {
+pub fn write_at(file: &File, buffers: &impl IoVecs, offset_bytes: u64) -> io::Result<usize> {
     let (fd, offset) = (file.as_raw_fd(), offset(offset_bytes)?);
-    // SAFETY: each iovec is mapped guest memory, which `buffers` keeps alive; it is only read.
+    // SAFETY: each iovec is mapped, as `IoVecs` promises; it is only read.
     retry(|| unsafe {
         match buffers.iovecs() {
             [one] => libc::pwrite64(fd, one.iov_base, one.iov_len, offset) as i64,

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 
-use crate::backend::disk::GuestBuffers;
+use super::IoVecs;
 
 /// As many parts of a frame are passed without taking memory for the list.
 const PARTS_ON_STACK: usize = 32;
@@ -125,16 +125,16 @@ pub fn set_send_buffer(socket: &UnixStream, bytes: usize) -> io::Result<()> {
 }
 
 /// Writes `prefix` and then `frame` by one call (writev(2)). Returns how many bytes it was.
-pub fn write(file: &File, prefix: &[u8], frame: &GuestBuffers) -> io::Result<usize> {
+pub fn write(file: &File, prefix: &[u8], frame: &impl IoVecs) -> io::Result<usize> {
     with_parts(prefix, frame, |parts| {
-        // SAFETY: the first part is `prefix`, the others are mapped guest memory that `frame` keeps alive; all are read only.
+        // SAFETY: the first part is `prefix`, the others are mapped, as `IoVecs` promises; all are read only.
         unsafe { libc::writev(file.as_raw_fd(), parts.as_ptr(), parts.len() as i32) }
     })
 }
 
 /// Sends `prefix` and then `frame` by one call (sendmsg(2)), which never waits and brings no signal where nobody reads.
 /// Returns how many bytes it was.
-pub fn send(socket: &UnixStream, prefix: &[u8], frame: &GuestBuffers) -> io::Result<usize> {
+pub fn send(socket: &UnixStream, prefix: &[u8], frame: &impl IoVecs) -> io::Result<usize> {
     with_parts(prefix, frame, |parts| {
         // SAFETY: all zeroes are a message without address, data and control messages; its parts are `prefix` and mapped
         // guest memory that `frame` keeps alive, and are read only.
@@ -148,7 +148,7 @@ pub fn send(socket: &UnixStream, prefix: &[u8], frame: &GuestBuffers) -> io::Res
 }
 
 /// Calls with `prefix` and what `frame` has, as parts, until no signal is in the way.
-fn with_parts(prefix: &[u8], frame: &GuestBuffers, call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
+fn with_parts(prefix: &[u8], frame: &impl IoVecs, call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
     let first = libc::iovec { iov_base: prefix.as_ptr().cast_mut().cast(), iov_len: prefix.len() };
     let rest = frame.iovecs();
     let mut on_stack = [first; PARTS_ON_STACK];

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use crate::backend::disk::GuestBuffers;
+use super::IoVecs;
 
 /// Longest path of a Unix socket: its field ends with a NUL (unix(7)).
 pub const PATH_BYTES_MAX: usize = size_of::<libc::sockaddr_un>() - offset_of!(libc::sockaddr_un, sun_path) - 1;
@@ -49,23 +49,23 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
 
 /// Sends from as many of `buffers` as one call takes (sendmsg(2)), without a signal where nobody reads. Returns how many
 /// bytes it was.
-pub fn send(stream: &UnixStream, buffers: &GuestBuffers) -> io::Result<usize> {
+pub fn send(stream: &UnixStream, buffers: &impl IoVecs) -> io::Result<usize> {
     let message = message(buffers);
-    // SAFETY: each iovec is mapped guest memory, which `buffers` keeps alive; it is only read.
+    // SAFETY: each iovec is mapped, as `IoVecs` promises; it is only read.
     let count = unsafe { libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
 /// Receives into as many of `buffers` as one call takes (recvmsg(2)). Returns how many bytes it was: none at the end.
-pub fn receive(stream: &UnixStream, buffers: &mut GuestBuffers) -> io::Result<usize> {
+pub fn receive(stream: &UnixStream, buffers: &mut impl IoVecs) -> io::Result<usize> {
     let mut message = message(buffers);
-    // SAFETY: each iovec is mapped guest memory, which `buffers` keeps alive, and of which Rust has no references.
+    // SAFETY: each iovec is mapped, as `IoVecs` promises, and of which Rust has no references.
     // There is no room for control messages, so that descriptors sent along are closed by the kernel.
     let count = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-fn message(buffers: &GuestBuffers) -> libc::msghdr {
+fn message(buffers: &impl IoVecs) -> libc::msghdr {
     // SAFETY: all zeroes are a message without address, data and control messages.
     let mut message: libc::msghdr = unsafe { zeroed() };
     message.msg_iov = buffers.iovecs().as_ptr().cast_mut();

@@ -8,14 +8,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::block_request::{
-    Action, BlockRequest, DISCARD_SECTORS_MAX, DiskShape, SECTOR_BYTES, SEGMENT_BYTES_MAX, SEGMENTS_MAX, Status,
+    Action, BlockRequest, DISCARD_SECTORS_MAX, DiskShape, SEGMENT_BYTES_MAX, SEGMENTS_MAX, Status,
     WRITE_ZEROES_SECTORS_MAX,
 };
 use super::log_rate::LogRate;
 use super::queue::{Chain, Virtqueue};
 use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
-use crate::backend::disk::{Completion, DiskBackend, GuestBuffers, Operation, PlainDisk, Request};
-use crate::backend::rate::{Limiter, Rate, RateControl};
+use crate::backend::disk::{Completion, DiskBackend, Operation, PlainDisk, Request, SECTOR_BYTES};
+use crate::backend::rate::{Limiter, RateControl};
+use crate::config::Rate;
+use crate::memory::GuestBuffers;
 use crate::resources::disk::{DiskFile, Image};
 
 /// Device ID (virtio 1.2 §5).
@@ -372,8 +374,9 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::test_log::logged;
     use crate::virtio::mmio::register::*;
-    use crate::virtio::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, logged, wait_for};
+    use crate::virtio::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
 
     const CAPACITY_BYTES: u64 = 1 << 20;
     const HEADER: u64 = BUFFERS;

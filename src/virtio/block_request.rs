@@ -7,11 +7,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::RingError;
 use super::queue::{self, Chain, GuestRange};
-use crate::backend::disk::{GuestBuffers, Operation};
-use crate::memory::GuestMemory;
+use crate::backend::disk::{Operation, SECTOR_BYTES};
+use crate::memory::{GuestBuffers, GuestMemory};
 
-/// Unit of every position and length in the protocol, whatever the disk's own blocks are.
-pub const SECTOR_BYTES: u64 = 512;
 /// As much data as one request may carry: what the segments that are offered can hold, 254 of 256 KiB.
 pub const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
 /// `seg_max`: a chain has the queue's 256 descriptors at most, less one for the header and one for the status.
@@ -204,6 +202,7 @@ mod tests {
 
     use super::*;
     use crate::memory;
+    use crate::sys::IoVecs;
 
     const SHAPE: DiskShape = DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512 };
 

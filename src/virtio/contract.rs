@@ -10,17 +10,18 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block_request::DiskShape;
 use super::mmio::register::*;
-use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, logged, wait_for};
+use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
 use super::{
     Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Left, QueueHandler, RingError, TransportState, VirtioDevice,
     Virtqueue, balloon, block, net, rng, vsock,
 };
 use crate::backend::disk::PlainDisk;
 use crate::backend::net::{NetBackend, StreamNet};
-use crate::backend::rate::Rate;
 use crate::bus::Device;
+use crate::config::Rate;
 use crate::config::VsockConfig;
 use crate::resources;
+use crate::test_log::logged;
 
 /// Runs every rule on the devices that `make_device` makes.
 pub fn contract(make_device: impl Fn() -> VirtioDevice) {

@@ -1,7 +1,6 @@
 //! A driver for tests: sets a device up through its MMIO registers and puts requests on its rings, as a guest would.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, Once};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -43,7 +42,7 @@ impl Driver {
     }
 
     pub fn with_memory(device: VirtioDevice, memory: GuestMemory) -> Driver {
-        Lines::get();
+        crate::test_log::start();
         let irq = IrqLine::new(6).unwrap();
         let transport = MmioTransport::new(device, memory.clone(), irq.try_clone().unwrap()).unwrap();
         let count = transport.doorbells().len();
@@ -232,36 +231,4 @@ pub fn wait_for(happened: impl Fn() -> bool) {
         assert!(begin.elapsed() < Duration::from_secs(10), "did not happen within ten seconds");
         std::thread::yield_now();
     }
-}
-
-/// Lines written to the log so far that begin with `prefix`.
-pub fn logged(prefix: &str) -> Vec<String> {
-    Lines::get().0.lock().unwrap().iter().filter(|line| line.starts_with(prefix)).cloned().collect()
-}
-
-/// A log that can be read, for all tests at once.
-struct Lines(Mutex<Vec<String>>);
-
-impl Lines {
-    fn get() -> &'static Lines {
-        static LINES: Lines = Lines(Mutex::new(Vec::new()));
-        static INSTALL: Once = Once::new();
-        INSTALL.call_once(|| {
-            log::set_logger(&LINES).expect("no other test sets a logger");
-            log::set_max_level(log::LevelFilter::Warn);
-        });
-        &LINES
-    }
-}
-
-impl log::Log for Lines {
-    fn enabled(&self, _metadata: &log::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        self.0.lock().unwrap().push(record.args().to_string());
-    }
-
-    fn flush(&self) {}
 }

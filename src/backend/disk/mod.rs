@@ -3,13 +3,17 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-mod buffers;
+use crate::memory::GuestBuffers;
+
 mod plain;
 mod qcow2;
 
-pub use buffers::GuestBuffers;
 pub use plain::PlainDisk;
 pub use qcow2::{Qcow2Disk, Refusal};
+
+/// The unit in which the size of a disk, and each position and length on it, is told to a guest, whatever the disk's own blocks
+/// are (virtio 1.2 §5.2.4).
+pub const SECTOR_BYTES: u64 = 512;
 
 /// What a request asks of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

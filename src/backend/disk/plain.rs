@@ -114,8 +114,8 @@ mod tests {
 
     use vm_memory::{Bytes, GuestAddress};
 
-    use super::super::GuestBuffers;
     use super::*;
+    use crate::memory::GuestBuffers;
     use crate::memory::{self, GuestMemory};
 
     fn run(file: &File, operation: Operation, offset_bytes: u64, buffers: GuestBuffers) -> io::Result<()> {

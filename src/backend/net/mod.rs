@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use super::disk::GuestBuffers;
+use crate::memory::GuestBuffers;
 
 pub use header::{FLAG_DATA_VALID, HEADER_BYTES, Header};
 pub use stream::StreamNet;

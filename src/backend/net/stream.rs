@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 
 use super::{FLAG_DATA_VALID, FRAME_BYTES_MIN, Header, NetBackend};
-use crate::backend::disk::GuestBuffers;
+use crate::memory::GuestBuffers;
 use crate::sys;
 
 /// A frame's length stands before it, big-endian.

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, Header, NetBackend};
-use crate::backend::disk::GuestBuffers;
+use crate::memory::GuestBuffers;
 use crate::sys;
 use crate::sys::net::TapOffloads;
 

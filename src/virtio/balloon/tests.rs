@@ -4,8 +4,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Memo
 
 use super::*;
 use crate::memory::GuestMemory;
+use crate::test_log::logged;
 use crate::virtio::mmio::register::{CONFIG, CONFIG_GENERATION, INTERRUPT_ACK, INTERRUPT_STATUS, STATUS};
-use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, logged, wait_for};
+use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, wait_for};
 
 const INFLATE: u32 = 0;
 const DEFLATE: u32 = 1;

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
 use crate::backend::net::{Passed, TapCounts};
-use crate::backend::rate::{Rate, RateControl};
+use crate::backend::rate::RateControl;
+use crate::config::Rate;
 use crate::sys::timer::Timer;
 use crate::virtio::ConfigSpace;
 

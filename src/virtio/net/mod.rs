@@ -33,7 +33,8 @@ use super::log_rate::LogRate;
 use super::queue::{Chain, GuestRange, Virtqueue};
 use super::{ConfigSpace, Left, QueueHandler, RingError, Unfit, VirtioDevice, Ways};
 use crate::backend::net::{self as backend, NetBackend};
-use crate::backend::rate::{Limiter, Rate};
+use crate::backend::rate::Limiter;
+use crate::config::Rate;
 use crate::resources::net::Network;
 use crate::sys::timer::Timer;
 

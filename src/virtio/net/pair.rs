@@ -7,9 +7,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::NetLink;
 use super::vhost::{Ring, Vhost};
-use crate::backend::disk::GuestBuffers;
 use crate::backend::net::{self, FLAG_DATA_VALID, HEADER_BYTES, Header, NetBackend};
 use crate::backend::rate::Limiter;
+use crate::memory::GuestBuffers;
 use crate::virtio::log_rate::LogRate;
 use crate::virtio::queue::{self, Chain, Virtqueue};
 use crate::virtio::{Left, RingError, Ways};
@@ -403,7 +403,7 @@ fn fill(rx: &Virtqueue, chain: &Chain, pieces: &mut [&[u8]; 2]) -> Result<u32, R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::rate::Rate;
+    use crate::config::Rate;
 
     #[test]
     fn a_frame_that_grows_while_it_waits_is_counted_as_what_it_has_become() {

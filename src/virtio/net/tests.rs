@@ -17,12 +17,13 @@ use self::witness::Witness;
 use super::pair::{RX, TX};
 use super::*;
 use crate::backend::net::{HEADER_BYTES, Header, StreamNet};
-use crate::backend::rate::Rate;
 use crate::bus::Device;
+use crate::config::Rate;
+use crate::test_log::logged;
 use crate::virtio::F_VERSION_1;
 use crate::virtio::contract::contract;
 use crate::virtio::mmio::register::*;
-use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, logged, wait_for};
+use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, wait_for};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const RX_QUEUE: u32 = RX as u32;

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::budget::Share;
 use super::credit::{Credit, Lie};
 use super::packet::{HEADER_BYTES, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
-use crate::backend::disk::GuestBuffers;
+use crate::memory::GuestBuffers;
 use crate::sys::{self, socket};
 use crate::virtio::queue::{self, GuestRange};
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::queue::{Chain, Virtqueue};
 use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
-use crate::backend::disk::GuestBuffers;
+use crate::memory::GuestBuffers;
 use crate::resources::vsock::VsockSocket;
 
 mod budget;

@@ -8,7 +8,7 @@ use super::budget::{CONNECTIONS_MAX, Share};
 use super::connection::{After, Broken, Connection, Ports};
 use super::host::{Host, Said, StreamId};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM, op};
-use crate::backend::disk::GuestBuffers;
+use crate::memory::GuestBuffers;
 use crate::virtio::RingError;
 use crate::virtio::queue::{self, GuestRange};
 

@@ -2,9 +2,10 @@
 
 use std::io::{self, ErrorKind};
 
-use super::super::{GuestBuffers, Operation, Request};
+use super::super::{Operation, Request};
 use super::image::{Image, Mapping};
 use super::medium::fill_with_zeroes;
+use crate::memory::GuestBuffers;
 
 /// Clusters that are looked up before the data of any is moved.
 const RUN_CLUSTERS_MAX: u64 = 1024;

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 
-use super::super::{GuestBuffers, ZEROES, write_zeroes_out};
+use super::super::{ZEROES, write_zeroes_out};
+use crate::memory::GuestBuffers;
 use crate::sys;
 
 /// The file of an image.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::{GuestBuffers, Operation};
+use super::super::Operation;
 use super::*;
+use crate::memory::GuestBuffers;
 use crate::memory::{self, GuestMemory};
 
 const MIB: u64 = 1 << 20;

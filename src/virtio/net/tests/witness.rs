@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::backend::disk::GuestBuffers;
+use crate::memory::GuestBuffers;
 
 /// A back end that gives nothing, and notes what it is told. All copies are one.
 #[derive(Clone)]

@@ -23,11 +23,17 @@ const LZ4_BLOCK_MAX_BYTES: usize = 8 << 20;
 /// How a payload is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
+    /// gzip (RFC 1952).
     Gzip,
+    /// bzip2.
     Bzip2,
+    /// LZMA, alone (`xz --format=lzma`).
     Lzma,
+    /// xz.
     Xz,
+    /// LZ4's legacy frames (`lz4 -l`).
     Lz4,
+    /// Zstandard (RFC 8878).
     Zstd,
 }
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::private_file;
+use crate::sys::private_file;
 
 /// Length of a record's head.
 pub const HEAD_BYTES: usize = 16;

@@ -1,8 +1,8 @@
 //! From a configuration to the host's memory that its machine needs: the guest's own, and beside it what each part can be
 //! brought to hold, whatever the guest does. Each device states its own budget; here they are added up.
 
-use super::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
 use crate::backend::disk::Qcow2Disk;
+use crate::config::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
 use crate::resources::{net as interface, passt};
 use crate::virtio::{block, net, vsock};
 
@@ -46,7 +46,7 @@ fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::rate::Rate;
+    use crate::config::Rate;
     use crate::config::{UserNetwork, VsockConfig};
 
     #[test]

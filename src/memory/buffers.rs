@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
 
-use crate::memory::GuestMemory;
+use super::GuestMemory;
+use crate::sys::IoVecs;
 
 /// The most parts that one system call takes (IOV_MAX, linux/uio.h).
 const PARTS_PER_CALL: usize = 1024;
@@ -22,6 +23,15 @@ pub struct GuestBuffers {
 
 // SAFETY: the pointers are into the mapping that `memory` keeps alive, which may be accessed from any thread.
 unsafe impl Send for GuestBuffers {}
+
+// SAFETY: every part is of the mapping that `memory` keeps alive, to which Rust has no references: it is the guest's.
+unsafe impl IoVecs for GuestBuffers {
+    /// What is not used up, or as much of it as one call takes.
+    fn iovecs(&self) -> &[libc::iovec] {
+        let rest = &self.iovecs[self.first..];
+        &rest[..rest.len().min(PARTS_PER_CALL)]
+    }
+}
 
 impl GuestBuffers {
     /// No buffers yet, in `memory`.
@@ -54,12 +64,6 @@ impl GuestBuffers {
     /// Bytes that are not used up.
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
-    }
-
-    /// What is not used up, or as much of it as one call takes. Every part is mapped for as long as `self` lives.
-    pub fn iovecs(&self) -> &[libc::iovec] {
-        let rest = &self.iovecs[self.first..];
-        &rest[..rest.len().min(PARTS_PER_CALL)]
     }
 
     /// What is not used up, for who does not take system calls' own kind.
