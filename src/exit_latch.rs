@@ -1,4 +1,4 @@
-//! How a machine's life ended, and the one place where its ending is declared.
+//! How a machine's life ended, and the one place where that is declared.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ExitReason {
     /// The guest entered sleep state S5.
     PoweredOff,
     /// The guest reset itself.
@@ -40,54 +40,56 @@ pub enum Outcome {
     Quit,
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Outcome::PoweredOff => write!(f, "the guest powered off"),
-            Outcome::Reset => write!(f, "the guest reset itself"),
-            Outcome::Reported(code) => write!(f, "the guest reported exit status {code}"),
-            Outcome::Panicked(None) => write!(f, "the guest's kernel panicked"),
-            Outcome::Panicked(Some(words)) => write!(f, "the guest's kernel panicked: {words}"),
-            Outcome::TripleFault { vcpu, rip: Some(rip) } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
-            Outcome::TripleFault { vcpu, rip: None } => write!(f, "triple fault on vCPU {vcpu}"),
-            Outcome::KvmError { vcpu, reason } => write!(f, "KVM cannot go on with vCPU {vcpu}: {reason}"),
-            Outcome::SessionLost(reason) => write!(f, "lost the guest's init: {reason}"),
-            Outcome::Killed(signal) => write!(f, "ended by signal {signal}"),
-            Outcome::Quit => write!(f, "ended from the terminal"),
+            ExitReason::PoweredOff => write!(f, "the guest powered off"),
+            ExitReason::Reset => write!(f, "the guest reset itself"),
+            ExitReason::Reported(code) => write!(f, "the guest reported exit status {code}"),
+            ExitReason::Panicked(None) => write!(f, "the guest's kernel panicked"),
+            ExitReason::Panicked(Some(words)) => write!(f, "the guest's kernel panicked: {words}"),
+            ExitReason::TripleFault { vcpu, rip: Some(rip) } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
+            ExitReason::TripleFault { vcpu, rip: None } => write!(f, "triple fault on vCPU {vcpu}"),
+            ExitReason::KvmError { vcpu, reason } => write!(f, "KVM cannot go on with vCPU {vcpu}: {reason}"),
+            ExitReason::SessionLost(reason) => write!(f, "lost the guest's init: {reason}"),
+            ExitReason::Killed(signal) => write!(f, "ended by signal {signal}"),
+            ExitReason::Quit => write!(f, "ended from the terminal"),
         }
     }
 }
 
 #[derive(Default)]
 struct Declared {
-    outcome: Option<Outcome>,
+    reason: Option<ExitReason>,
     panic_words: Option<String>,
     panicked_at: Option<Instant>,
 }
 
 /// Where vCPUs and devices say that the machine is to end. The first word counts; `event` wakes who waits for it.
-pub struct Ending {
+pub struct ExitLatch {
     declared: Mutex<Declared>,
     event: EventFd,
 }
 
-impl Ending {
-    /// An ending that nobody has declared yet.
-    pub fn new() -> io::Result<Ending> {
-        Ok(Ending { declared: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
+impl ExitLatch {
+    /// A latch that nobody has declared yet.
+    pub fn new() -> io::Result<ExitLatch> {
+        Ok(ExitLatch { declared: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
     }
 
     /// Says that the machine is to end so. Only the first call of all counts. Any thread.
     ///
     /// A reset or a triple fault that follows a kernel panic is that panic's last act, and is told as such.
-    pub fn declare(&self, outcome: Outcome) {
+    pub fn declare(&self, reason: ExitReason) {
         let mut declared = self.lock();
-        if declared.outcome.is_some() {
+        if declared.reason.is_some() {
             return;
         }
         let panicked = declared.panicked_at.is_some() || declared.panic_words.is_some();
-        declared.outcome = Some(match outcome {
-            Outcome::Reset | Outcome::TripleFault { .. } if panicked => Outcome::Panicked(declared.panic_words.take()),
+        declared.reason = Some(match reason {
+            ExitReason::Reset | ExitReason::TripleFault { .. } if panicked => {
+                ExitReason::Panicked(declared.panic_words.take())
+            }
             other => other,
         });
         drop(declared);
@@ -105,9 +107,9 @@ impl Ending {
         self.lock().panic_words.get_or_insert(words);
     }
 
-    /// The outcome, once one is declared.
-    pub fn outcome(&self) -> Option<Outcome> {
-        self.lock().outcome.clone()
+    /// The reason, once one is declared.
+    pub fn reason(&self) -> Option<ExitReason> {
+        self.lock().reason.clone()
     }
 
     /// When the guest's kernel said that it panicked, if it did.
@@ -118,7 +120,7 @@ impl Ending {
     /// Ends a machine whose kernel panicked but did not reset.
     pub fn give_up_on_panic(&self) {
         let words = self.lock().panic_words.take();
-        self.declare(Outcome::Panicked(words));
+        self.declare(ExitReason::Panicked(words));
     }
 
     /// Readable after every word said here; to be read before looking.
@@ -142,25 +144,25 @@ mod tests {
 
     #[test]
     fn the_first_word_counts() {
-        let ending = Ending::new().unwrap();
-        ending.declare(Outcome::Reported(3));
-        ending.declare(Outcome::PoweredOff);
-        assert_eq!(ending.outcome(), Some(Outcome::Reported(3)));
+        let exit_latch = ExitLatch::new().unwrap();
+        exit_latch.declare(ExitReason::Reported(3));
+        exit_latch.declare(ExitReason::PoweredOff);
+        assert_eq!(exit_latch.reason(), Some(ExitReason::Reported(3)));
     }
 
     #[test]
     fn a_reset_after_a_panic_is_told_as_the_panic() {
-        let ending = Ending::new().unwrap();
-        ending.note_panic_words("VFS: no root".into());
-        ending.declare(Outcome::Reset);
-        assert_eq!(ending.outcome(), Some(Outcome::Panicked(Some("VFS: no root".into()))));
+        let exit_latch = ExitLatch::new().unwrap();
+        exit_latch.note_panic_words("VFS: no root".into());
+        exit_latch.declare(ExitReason::Reset);
+        assert_eq!(exit_latch.reason(), Some(ExitReason::Panicked(Some("VFS: no root".into()))));
     }
 
     #[test]
     fn a_power_off_is_no_panic_whatever_the_console_said() {
-        let ending = Ending::new().unwrap();
-        ending.note_panic_words("quoted by a program".into());
-        ending.declare(Outcome::PoweredOff);
-        assert_eq!(ending.outcome(), Some(Outcome::PoweredOff));
+        let exit_latch = ExitLatch::new().unwrap();
+        exit_latch.note_panic_words("quoted by a program".into());
+        exit_latch.declare(ExitReason::PoweredOff);
+        assert_eq!(exit_latch.reason(), Some(ExitReason::PoweredOff));
     }
 }

@@ -21,6 +21,7 @@ pub mod request;
 pub mod resources;
 pub mod roster;
 pub mod sandbox;
+pub mod supervisor;
 pub mod sys;
 #[cfg(test)]
 mod test_log;

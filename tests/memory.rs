@@ -66,7 +66,7 @@ impl Guest {
     fn wait_for(&self, what: &str, happened: impl Fn() -> bool) {
         let started = Instant::now();
         while !happened() {
-            assert_eq!(self.machine.ending().outcome(), None, "{}: {what}", self.name);
+            assert_eq!(self.machine.exit_latch().reason(), None, "{}: {what}", self.name);
             assert!(
                 started.elapsed() < PATIENCE,
                 "{}: {what}: not with {} MiB resident",

@@ -4,9 +4,9 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
-use crate::machine::control::Front;
 use crate::request::attach::{self, End};
 use crate::roster::{self, Roster};
+use crate::supervisor;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,7 +36,7 @@ impl Attach {
         // A machine of parts has a console, which is a terminal and reads.
         let (stdin, terminal) =
             record.process.as_ref().map_or((true, true), |process| (process.stdin, process.terminal));
-        let signals = Front::block_signals(true)?;
+        let signals = supervisor::block_signals(true)?;
         let end = attach::attach(&entry.file(roster::CONTROL), &signals, stdin && !self.no_stdin, terminal);
         match end.with_context(|| format!("attach to {}", entry.name()))? {
             End::Ended(code) => Ok(Exit::Reported(code)),

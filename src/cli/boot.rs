@@ -18,10 +18,10 @@ use super::size;
 use crate::config::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
-use crate::exit_latch::Outcome;
+use crate::exit_latch::ExitReason;
 use crate::machine::Machine;
-use crate::machine::control::{self, Front};
 use crate::resources;
+use crate::supervisor::{self, Stdio};
 use crate::timings::Timings;
 
 /// How long who reads what went wrong may take, when somebody waits for the end.
@@ -152,11 +152,11 @@ impl Boot {
         let folder = self.life.folder()?;
         let name = self.life.name.clone().unwrap_or_else(|| folder.id());
         let _leases = join_shared(&mut config.networks, &name)?;
-        let desk = self.life.desk(folder, called, &config)?;
-        let exit = self.life.lead(desk, false, |desk, signals| {
+        let endpoint = self.life.endpoint(folder, called, &config)?;
+        let exit = self.life.lead(endpoint, false, |endpoint, signals| {
             let resources = resources::open(&config)?;
             let machine = Machine::build(&config, resources, timings.clone())?;
-            Ok(report(&control::run(machine, signals, Front::Console, desk)?))
+            Ok(report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?))
         })?;
         if self.timings {
             super::say(&timings.to_string());
@@ -201,13 +201,13 @@ impl Boot {
 }
 
 /// Says what ended the machine, unless it ended as it was meant to.
-pub fn report(outcome: &Outcome) -> Exit {
-    let exit = Exit::from(outcome);
+pub fn report(reason: &ExitReason) -> Exit {
+    let exit = Exit::from(reason);
     match exit {
         Exit::Success | Exit::Reported(_) => {}
         // Whoever ended it need not wait for a reader that sleeps.
-        Exit::Signal(_) => drop(terminal::say(&format!("husk: {outcome}\n"), LAST_WORDS)),
-        _ => super::print_error(&outcome.to_string()),
+        Exit::Signal(_) => drop(terminal::say(&format!("husk: {reason}\n"), LAST_WORDS)),
+        _ => super::print_error(&reason.to_string()),
     }
     exit
 }

@@ -11,9 +11,9 @@ use super::process::ProcessFlags;
 use crate::console::terminal;
 use crate::guest::exec::{self, End};
 use crate::guest::process::Defaults;
-use crate::machine::control::Front;
 use crate::roster::record::{Inherited, State};
 use crate::roster::{self, Entry, Roster};
+use crate::supervisor;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -78,7 +78,7 @@ impl Exec {
             End::Told(admitted.connect()?.started()?)
         } else {
             // Whoever waits for a turn ends by a signal as ever: there is no process yet that it could be meant for.
-            let signals = Front::block_signals(true)?;
+            let signals = supervisor::block_signals(true)?;
             exec::stay(admitted.connect()?, &signals, self.process.tty && self.process.interactive)?
         };
         match end {

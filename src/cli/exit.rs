@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use crate::exit_latch::Outcome;
+use crate::exit_latch::ExitReason;
 
 /// How a command ended, as its caller is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,17 +48,17 @@ impl Exit {
     }
 }
 
-impl From<&Outcome> for Exit {
-    fn from(outcome: &Outcome) -> Exit {
-        match outcome {
-            Outcome::PoweredOff | Outcome::Quit => Exit::Success,
-            Outcome::Reset => Exit::Reset,
-            Outcome::Reported(code) => Exit::Reported(*code),
-            Outcome::Panicked(_) => Exit::Panicked,
-            Outcome::TripleFault { .. } => Exit::TripleFault,
-            Outcome::KvmError { .. } => Exit::KvmError,
-            Outcome::SessionLost(_) => Exit::Failure,
-            Outcome::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
+impl From<&ExitReason> for Exit {
+    fn from(reason: &ExitReason) -> Exit {
+        match reason {
+            ExitReason::PoweredOff | ExitReason::Quit => Exit::Success,
+            ExitReason::Reset => Exit::Reset,
+            ExitReason::Reported(code) => Exit::Reported(*code),
+            ExitReason::Panicked(_) => Exit::Panicked,
+            ExitReason::TripleFault { .. } => Exit::TripleFault,
+            ExitReason::KvmError { .. } => Exit::KvmError,
+            ExitReason::SessionLost(_) => Exit::Failure,
+            ExitReason::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
         }
     }
 }
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn signals_count_from_128_as_in_a_shell() {
-        assert_eq!(Exit::from(&Outcome::Killed(15)).code(), 143);
+        assert_eq!(Exit::from(&ExitReason::Killed(15)).code(), 143);
         assert_eq!(Exit::Signal(200).code(), 255);
     }
 }

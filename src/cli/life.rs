@@ -14,11 +14,10 @@ use super::size;
 use super::words::{self, IN_BACKGROUND};
 use crate::config::MachineConfig;
 use crate::console::stream_log;
-use crate::machine::control::Front;
-use crate::machine::desk::Desk;
 use crate::roster::origin::Origin;
 use crate::roster::record::{Inherited, Record, State, now_ms};
 use crate::roster::{Entry, MachineFolder, Roster, names};
+use crate::supervisor::{self, ControlEndpoint};
 use crate::sys::SignalFd;
 
 /// How long to wait before a machine that failed is started again: so long at first, then twice as long each time, and no
@@ -109,8 +108,8 @@ impl Life {
         Ok(folder)
     }
 
-    /// Opens the machine's desk.
-    pub fn desk(&self, folder: MachineFolder, called: Called, config: &MachineConfig) -> Result<Desk> {
+    /// Opens the machine's endpoint.
+    pub fn endpoint(&self, folder: MachineFolder, called: Called, config: &MachineConfig) -> Result<ControlEndpoint> {
         let Called { image, command, process, stop_signal } = called;
         let earlier = if self.again.is_some() { Some(folder.record()?) } else { None };
         let keep = self.detach && !self.rm;
@@ -137,30 +136,30 @@ impl Life {
             process,
             config: config.clone(),
         };
-        Desk::open(folder, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
+        ControlEndpoint::open(folder, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
     }
 
     /// Runs the machine by `run`, again and again as the policy has it, and notes its end. To be called before any thread
     /// exists, so that all of them leave the signals to the one that waits for them, until the machine's end is noted.
     pub fn lead(
         &self,
-        mut desk: Desk,
+        mut endpoint: ControlEndpoint,
         has_session: bool,
-        run: impl Fn(&mut Desk, &SignalFd) -> Result<Exit>,
+        run: impl Fn(&mut ControlEndpoint, &SignalFd) -> Result<Exit>,
     ) -> Result<Exit> {
-        let signals = Front::block_signals(has_session)?;
+        let signals = supervisor::block_signals(has_session)?;
         let mut wait = FIRST_WAIT;
         loop {
             let started = Instant::now();
-            let ended = run(&mut desk, &signals);
+            let ended = run(&mut endpoint, &signals);
             let code = ended.as_ref().map_or(Exit::NotRun.code(), |exit| exit.code());
-            let again = code != 0 && desk.restarts() < self.restart.times_max && desk.is_announced();
+            let again = code != 0 && endpoint.restarts() < self.restart.times_max && endpoint.is_announced();
             if started.elapsed() > RAN_WELL {
                 wait = FIRST_WAIT;
             }
-            if !again || !desk.wait_to_restart(wait, &signals)? {
+            if !again || !endpoint.wait_to_restart(wait, &signals)? {
                 let reason = ended.as_ref().err().map(|error| format!("{error:#}"));
-                let noted = desk.close(code, reason);
+                let noted = endpoint.close(code, reason);
                 // Those that have come by now have nothing to end any more.
                 while signals.read().is_ok_and(|signal| signal.is_some()) {}
                 return ended.and_then(|exit| noted.map(|()| exit));

@@ -21,20 +21,19 @@ use crate::boot::Part;
 use crate::config::MachineConfig;
 use crate::config::Rate;
 use crate::console::log::{Log, Tail};
-use crate::exit_latch::Outcome;
+use crate::exit_latch::ExitReason;
 use crate::guest::process::{self, Defaults};
 use crate::guest::session::{Ends, Session};
 use crate::guest::{Base, Changes, Inside};
 use crate::image::ext4::Journal;
 use crate::image::{ImageProcess, Store};
 use crate::machine::Machine;
-use crate::machine::control::{self, Front};
-use crate::machine::desk::Desk;
 use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::Kind;
 use crate::roster::record::Inherited;
 use crate::roster::{self, MachineFolder};
+use crate::supervisor::{self, ControlEndpoint, Stdio};
 use crate::sys::{SignalFd, socket};
 use crate::timings::{Step, Timings};
 
@@ -222,9 +221,9 @@ impl Run {
             process: inside.process().map(Inherited::from),
             stop_signal,
         };
-        let desk = self.life.desk(folder, called, &config)?;
-        let exit = self.life.lead(desk, inside.has_session(), |desk, signals| {
-            self.run_machine(&inside, &kernel, &config, desk, signals, &timings)
+        let endpoint = self.life.endpoint(folder, called, &config)?;
+        let exit = self.life.lead(endpoint, inside.has_session(), |endpoint, signals| {
+            self.run_machine(&inside, &kernel, &config, endpoint, signals, &timings)
         })?;
         if self.timings {
             super::say(&timings.to_string());
@@ -295,7 +294,7 @@ impl Run {
         inside: &Inside,
         kernel: &GuestKernel,
         config: &MachineConfig,
-        desk: &mut Desk,
+        endpoint: &mut ControlEndpoint,
         signals: &SignalFd,
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
@@ -312,24 +311,25 @@ impl Run {
         resources.kernel_words.clear();
         if !inside.has_session() {
             let machine = Machine::build(config, resources, timings.clone())?;
-            return Ok(boot::report(&control::run(machine, signals, Front::Console, desk)?));
+            return Ok(boot::report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?));
         }
-        let service = desk.file(&format!("{}_{}", roster::VSOCK, husk_protocol::PORT));
+        let service = endpoint.file(&format!("{}_{}", roster::VSOCK, husk_protocol::PORT));
         // One that failed before left it.
         let _ = std::fs::remove_file(&service);
         let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
         let on_terminal = inside.on_terminal();
-        let ends = desk.hub().map_or(Ends::Ours, |hub| Ends::Hub(hub.clone()));
+        let ends = endpoint.hub().map_or(Ends::Ours, |hub| Ends::Hub(hub.clone()));
         let mut session = Session::new(listener, inside.wants_stdin(), on_terminal, ends, timings.clone())?;
         // Without input Ctrl-C is a signal of ours, and handed on like any other.
         let takes_keys = on_terminal && inside.wants_stdin();
         let machine = Machine::build(config, resources, timings.clone())?;
         // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its messages.
-        let verbose = log::log_enabled!(Level::Info) && !desk.is_detached();
-        let log = Log::create(desk.file(roster::CONSOLE_LOG), verbose).context("make the machine's log")?;
+        let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
+        let log = Log::create(endpoint.file(roster::CONSOLE_LOG), verbose).context("make the machine's log")?;
         let tail = log.tail();
-        let outcome = control::run(machine, signals, Front::Session { session: &mut session, takes_keys, log }, desk)?;
-        Ok(verdict(session.end(), &outcome, &tail, verbose))
+        let reason =
+            supervisor::run(machine, signals, Stdio::Session { session: &mut session, takes_keys, log }, endpoint)?;
+        Ok(verdict(session.end(), &reason, &tail, verbose))
     }
 }
 
@@ -351,7 +351,7 @@ fn refuse_as_image(word: &OsStr) -> Result<()> {
 }
 
 /// The command's own end where it is known, else the machine's, and for a bad one the reason.
-fn verdict(end: Option<&ToHost>, outcome: &Outcome, tail: &Tail, told_already: bool) -> Exit {
+fn verdict(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_already: bool) -> Exit {
     match end {
         Some(ToHost::Exited(code)) => return Exit::Reported(*code),
         Some(ToHost::Signaled(number)) => return Exit::Signal(*number),
@@ -361,7 +361,7 @@ fn verdict(end: Option<&ToHost>, outcome: &Outcome, tail: &Tail, told_already: b
         }
         Some(ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime) | None => {}
     }
-    let exit = match boot::report(outcome) {
+    let exit = match boot::report(reason) {
         Exit::Failure => Exit::NotRun,
         exit => exit,
     };

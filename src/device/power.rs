@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::bus::{Bus, BusError, Device};
-use crate::exit_latch::{Ending, Outcome};
+use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::layout;
 use crate::timings::{Step, Timings};
 
@@ -18,9 +18,9 @@ const PVPANIC_PANICKED: u8 = 1 << 0;
 /// pvpanic: "the guest panicked, and takes care of itself", bit 1.
 const PVPANIC_CRASH_LOADED: u8 = 1 << 1;
 
-/// Every port by which a guest ends, each one byte wide. Stateless but for what it tells [`Ending`] and [`Timings`].
+/// Every port by which a guest ends, each one byte wide. Stateless but for what it tells [`ExitLatch`] and [`Timings`].
 pub struct Power {
-    ending: Arc<Ending>,
+    exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
 }
 
@@ -31,9 +31,9 @@ struct Port {
 }
 
 impl Power {
-    /// A device that declares to `ending` and marks in `timings`.
-    pub fn new(ending: Arc<Ending>, timings: Arc<Timings>) -> Power {
-        Power { ending, timings }
+    /// A device that declares to `exit_latch` and marks in `timings`.
+    pub fn new(exit_latch: Arc<ExitLatch>, timings: Arc<Timings>) -> Power {
+        Power { exit_latch, timings }
     }
 
     /// Puts all the ports on the bus.
@@ -59,14 +59,14 @@ impl Power {
             (layout::SLEEP_CONTROL_PORT, v)
                 if v & SLEEP_ENABLE != 0 && (v & SLEEP_TYPE_MASK) >> 2 == layout::SLEEP_TYPE_S5 =>
             {
-                self.ending.declare(Outcome::PoweredOff);
+                self.exit_latch.declare(ExitReason::PoweredOff);
             }
             (layout::RESET_PORT, layout::RESET_VALUE) | (layout::I8042_COMMAND_PORT, I8042_RESET) => {
-                self.ending.declare(Outcome::Reset);
+                self.exit_latch.declare(ExitReason::Reset);
             }
-            (layout::PVPANIC_PORT, v) if v & PVPANIC_PANICKED != 0 => self.ending.note_panic(),
+            (layout::PVPANIC_PORT, v) if v & PVPANIC_PANICKED != 0 => self.exit_latch.note_panic(),
             (layout::MARKER_PORT, _) => self.timings.mark(Step::Pid1),
-            (layout::EXIT_PORT, code) => self.ending.declare(Outcome::Reported(code)),
+            (layout::EXIT_PORT, code) => self.exit_latch.declare(ExitReason::Reported(code)),
             _ => {}
         }
     }
@@ -98,20 +98,20 @@ mod tests {
 
     use super::*;
 
-    fn outcome_of(port: u16, data: &[u8]) -> Option<Outcome> {
-        let ending = Arc::new(Ending::new().unwrap());
+    fn outcome_of(port: u16, data: &[u8]) -> Option<ExitReason> {
+        let exit_latch = Arc::new(ExitLatch::new().unwrap());
         let mut bus = Bus::default();
-        Power::new(ending.clone(), Arc::new(Timings::new(Instant::now()))).attach(&mut bus).unwrap();
+        Power::new(exit_latch.clone(), Arc::new(Timings::new(Instant::now()))).attach(&mut bus).unwrap();
         bus.write(u64::from(port), data);
-        ending.outcome()
+        exit_latch.reason()
     }
 
     #[test]
     fn each_port_ends_the_machine_its_own_way() {
-        assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x34]), Some(Outcome::PoweredOff));
-        assert_eq!(outcome_of(layout::RESET_PORT, &[1]), Some(Outcome::Reset));
-        assert_eq!(outcome_of(layout::I8042_COMMAND_PORT, &[0xfe]), Some(Outcome::Reset));
-        assert_eq!(outcome_of(layout::EXIT_PORT, &[42]), Some(Outcome::Reported(42)));
+        assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x34]), Some(ExitReason::PoweredOff));
+        assert_eq!(outcome_of(layout::RESET_PORT, &[1]), Some(ExitReason::Reset));
+        assert_eq!(outcome_of(layout::I8042_COMMAND_PORT, &[0xfe]), Some(ExitReason::Reset));
+        assert_eq!(outcome_of(layout::EXIT_PORT, &[42]), Some(ExitReason::Reported(42)));
     }
 
     #[test]

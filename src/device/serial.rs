@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::Device;
 use crate::console::output::Output;
-use crate::exit_latch::Ending;
+use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::timings::{Step, Timings};
 
@@ -33,7 +33,7 @@ const LINE_MAX_BYTES: usize = 512;
 pub struct Serial {
     port: Mutex<Port>,
     output: Arc<Output>,
-    ending: Arc<Ending>,
+    exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
 }
 
@@ -86,7 +86,7 @@ impl Serial {
     pub fn new(
         irq: IrqLine,
         output: Arc<Output>,
-        ending: Arc<Ending>,
+        exit_latch: Arc<ExitLatch>,
         timings: Arc<Timings>,
     ) -> std::io::Result<(Serial, Arc<EventFd>)> {
         let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
@@ -98,7 +98,7 @@ impl Serial {
             modem_control: 0,
             line: Vec::with_capacity(LINE_MAX_BYTES),
         };
-        Ok((Serial { port: Mutex::new(port), output, ending, timings }, wanted))
+        Ok((Serial { port: Mutex::new(port), output, exit_latch, timings }, wanted))
     }
 
     /// Hands `bytes` to the guest and returns how many it took: none while no driver listens, which would lose them.
@@ -124,7 +124,7 @@ impl Serial {
         drop(port);
         self.timings.mark(Step::FirstOutput);
         if let Some(words) = panic {
-            self.ending.note_panic_words(words);
+            self.exit_latch.note_panic_words(words);
         }
         self.output.push(&printed);
     }
@@ -190,14 +190,15 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::exit_latch::Outcome;
+    use crate::exit_latch::ExitReason;
 
-    fn serial() -> (Serial, Arc<EventFd>, Arc<Ending>, Arc<Output>) {
-        let ending = Arc::new(Ending::new().unwrap());
+    fn serial() -> (Serial, Arc<EventFd>, Arc<ExitLatch>, Arc<Output>) {
+        let exit_latch = Arc::new(ExitLatch::new().unwrap());
         let output = Arc::new(Output::default());
         let timings = Arc::new(Timings::new(Instant::now()));
-        let (serial, wanted) = Serial::new(IrqLine::new(4).unwrap(), output.clone(), ending.clone(), timings).unwrap();
-        (serial, wanted, ending, output)
+        let (serial, wanted) =
+            Serial::new(IrqLine::new(4).unwrap(), output.clone(), exit_latch.clone(), timings).unwrap();
+        (serial, wanted, exit_latch, output)
     }
 
     fn open(serial: &Serial) {
@@ -254,12 +255,12 @@ mod tests {
 
     #[test]
     fn the_words_of_a_panic_are_kept() {
-        let (serial, _, ending, _) = serial();
+        let (serial, _, exit_latch, _) = serial();
         for byte in b"[    0.5] Kernel panic - not syncing: VFS: no root\r\n" {
             serial.write(0, &[*byte]);
         }
-        ending.declare(Outcome::Reset);
-        assert_eq!(ending.outcome(), Some(Outcome::Panicked(Some("VFS: no root".into()))));
+        exit_latch.declare(ExitReason::Reset);
+        assert_eq!(exit_latch.reason(), Some(ExitReason::Panicked(Some("VFS: no root".into()))));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::session::Session;
 use crate::console::terminal::RawTerminal;
-use crate::exit_latch::{Ending, Outcome};
+use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::sys::{self, SignalFd};
 use crate::timings::Timings;
 
@@ -228,15 +228,15 @@ pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> R
         epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0)).context("watch the session")?;
     }
     // There is no machine of ours that it could end.
-    let ending = Ending::new()?;
+    let exit_latch = ExitLatch::new()?;
     let end = loop {
-        session.on_ready(&ending)?;
+        session.on_ready(&exit_latch)?;
         if let Some(end) = session.end().filter(|_| session.is_over()) {
             break Ok(End::Told(end.clone()));
         }
-        match ending.outcome() {
-            Some(Outcome::Killed(signal)) => break Ok(End::Left(signal)),
-            Some(outcome) => break Err(anyhow::anyhow!("{outcome}")),
+        match exit_latch.reason() {
+            Some(ExitReason::Killed(signal)) => break Ok(End::Left(signal)),
+            Some(reason) => break Err(anyhow::anyhow!("{reason}")),
             None if session.is_lost() && session.outputs_are_closed() => {
                 break Err(anyhow::anyhow!("the machine has ended, and the process with it"));
             }
@@ -247,7 +247,7 @@ pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> R
             _ => {}
         }
         while let Some(signal) = signals.read().context("read a signal")? {
-            session.on_signal(signal, &ending);
+            session.on_signal(signal, &exit_latch);
         }
     };
     session.disconnect();

@@ -19,7 +19,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub use super::streams::Ends;
 use super::streams::Streams;
 use crate::console::terminal;
-use crate::exit_latch::{Ending, Outcome};
+use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
 use crate::timings::{Step, Timings};
 
@@ -153,12 +153,12 @@ impl Session {
     }
 
     /// Does what there is to do: takes connections and messages, and ends the machine when all is said.
-    pub fn on_ready(&mut self, ending: &Ending) -> Result<()> {
+    pub fn on_ready(&mut self, exit_latch: &ExitLatch) -> Result<()> {
         self.streams.clear();
         self.accept()?;
         self.greet()?;
         if let Err(error) = self.listen_to_control() {
-            ending.declare(Outcome::SessionLost(error.to_string()));
+            exit_latch.declare(ExitReason::SessionLost(error.to_string()));
         }
         self.finish_when_done();
         Ok(())
@@ -166,7 +166,7 @@ impl Session {
 
     /// Hands a signal of ours on to the process; before there is one, and when it has ended but nobody takes what it wrote, one
     /// that asks for an end ends the machine.
-    pub fn on_signal(&mut self, signal: i32, ending: &Ending) {
+    pub fn on_signal(&mut self, signal: i32, exit_latch: &ExitLatch) {
         if signal == libc::SIGWINCH && self.on_terminal {
             return self.resize();
         }
@@ -177,7 +177,7 @@ impl Session {
             self.urged_at.push(now);
         }
         if asks_for_end && (!self.started || self.end.is_some() || self.urged_at.len() >= URGES) {
-            return ending.declare(Outcome::Killed(signal));
+            return exit_latch.declare(ExitReason::Killed(signal));
         }
         if let Ok(number) = u8::try_from(signal) {
             self.send_signal(number);
@@ -205,11 +205,11 @@ impl Session {
     }
 
     /// How long to wait at most for the guest's end, in milliseconds; -1 is for ever.
-    pub fn timeout_ms(&self, ending: &Ending) -> i32 {
+    pub fn timeout_ms(&self, exit_latch: &ExitLatch) -> i32 {
         let Some(finish_by) = self.finish_by else { return -1 };
         let left = finish_by.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            ending.declare(Outcome::SessionLost("it did not end when it was told to".into()));
+            exit_latch.declare(ExitReason::SessionLost("it did not end when it was told to".into()));
         }
         left.as_millis() as i32
     }

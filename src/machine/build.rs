@@ -11,7 +11,7 @@ use super::{Console, Controls, Machine};
 use crate::boot::{self, Entry};
 use crate::config::{self, MachineConfig};
 use crate::device::{PciPorts, Power, Serial};
-use crate::exit_latch::Ending;
+use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::kvm::{self, Vm};
 use crate::layout;
@@ -39,10 +39,10 @@ impl Machine {
         let vm = Vm::new(kvm, &memory)?;
         timings.mark(Step::KvmReady);
 
-        let ending = Arc::new(Ending::new()?);
+        let exit_latch = Arc::new(ExitLatch::new()?);
         let mut buses = Buses::default();
-        let console = attach_console(&vm, &mut buses, &ending, &timings)?;
-        Power::new(ending.clone(), timings.clone()).attach(&mut buses.ports)?;
+        let console = attach_console(&vm, &mut buses, &exit_latch, &timings)?;
+        Power::new(exit_latch.clone(), timings.clone()).attach(&mut buses.ports)?;
         buses.ports.insert(layout::PCI_PORTS.into(), layout::PCI_PORTS_LEN, Arc::new(PciPorts::default()))?;
         let power_button = IrqLine::new(layout::EVENT_GSI)?;
         vm.connect_irq(&power_button)?;
@@ -91,8 +91,8 @@ impl Machine {
              kvm_amd, or leave --nested out"
         );
         let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
-        let vcpus = start_vcpus(&vm, buses, &ending, &supported, processor, entry)?;
-        Ok(Machine { vcpus, transports, controls, console, power_button, ending, timings, vm, hold })
+        let vcpus = start_vcpus(&vm, buses, &exit_latch, &supported, processor, entry)?;
+        Ok(Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm, hold })
     }
 }
 
@@ -100,12 +100,12 @@ fn ask_for_cpuid(kvm: Arc<Kvm>) -> Result<JoinHandle<Result<CpuId>>> {
     sandbox::spawn("cpuid", move || kvm::supported_cpuid(&kvm)).context("start the CPUID thread")
 }
 
-fn attach_console(vm: &Vm, buses: &mut Buses, ending: &Arc<Ending>, timings: &Arc<Timings>) -> Result<Console> {
+fn attach_console(vm: &Vm, buses: &mut Buses, exit_latch: &Arc<ExitLatch>, timings: &Arc<Timings>) -> Result<Console> {
     const REGISTERS: u64 = 8;
     let irq = IrqLine::new(layout::SERIAL_GSI)?;
     vm.connect_irq(&irq)?;
     let output = buses.console.clone();
-    let (serial, input_wanted) = Serial::new(irq, output.clone(), ending.clone(), timings.clone())?;
+    let (serial, input_wanted) = Serial::new(irq, output.clone(), exit_latch.clone(), timings.clone())?;
     let serial = Arc::new(serial);
     buses.ports.insert(u64::from(layout::SERIAL_PORT), REGISTERS, serial.clone())?;
     Ok(Console { serial, output, input_wanted })
@@ -135,7 +135,7 @@ fn attach_virtio(
 fn start_vcpus(
     vm: &Vm,
     buses: Buses,
-    ending: &Arc<Ending>,
+    exit_latch: &Arc<ExitLatch>,
     supported: &CpuId,
     processor: Processor,
     entry: Entry,
@@ -147,7 +147,7 @@ fn start_vcpus(
         let entry = (index == 0).then_some(entry);
         setup::prepare(&fd, &cpuid::for_vcpu(supported, processor, index), entry)
             .with_context(|| format!("set up vCPU {index}"))?;
-        VcpuThread::start(index, fd, buses.clone(), ending.clone()).with_context(|| format!("start vCPU {index}"))
+        VcpuThread::start(index, fd, buses.clone(), exit_latch.clone()).with_context(|| format!("start vCPU {index}"))
     };
     (0..processor.cpus).map(start).collect()
 }

@@ -1,11 +1,7 @@
 //! The machine: vCPUs, devices and memory, built paused, and the orders in which they start and stop.
 
-mod answer;
 mod build;
-pub mod control;
-pub mod desk;
 mod host_memory;
-mod rest;
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::output::Output;
 use crate::device::Serial;
-use crate::exit_latch::Ending;
+use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
 use crate::resources::memory_use::MemoryUse;
@@ -31,7 +27,7 @@ pub struct Machine {
     controls: Controls,
     console: Console,
     power_button: IrqLine,
-    ending: Arc<Ending>,
+    exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
     // So late that it outlives all that its memory and its descriptors were lent to.
     vm: Vm,
@@ -104,9 +100,29 @@ impl Machine {
         &mut self.hold
     }
 
+    /// The steps that the machine has reached, and the clock that they are told by.
+    pub fn timings(&self) -> &Timings {
+        &self.timings
+    }
+
+    /// What the serial port prints, to be taken by one thread.
+    pub fn console_output(&self) -> &Arc<Output> {
+        &self.console.output
+    }
+
+    /// Gives the serial port as much of `bytes` as the guest takes now, and returns how much that is.
+    pub fn offer_input(&self, bytes: &[u8]) -> usize {
+        self.console.serial.offer_input(bytes)
+    }
+
+    /// Readable when the guest may take input again; to be read before it is offered some.
+    pub fn input_wanted(&self) -> &EventFd {
+        &self.console.input_wanted
+    }
+
     /// Where the machine's end is declared.
-    pub fn ending(&self) -> &Ending {
-        &self.ending
+    pub fn exit_latch(&self) -> &Arc<ExitLatch> {
+        &self.exit_latch
     }
 
     /// Ends the vCPUs, then drains and ends the workers: what the guest was told is written has been written.
@@ -269,6 +285,6 @@ mod tests {
         await_full(&output);
         machine.stop();
         machine.stop();
-        assert_eq!(machine.ending().outcome(), None);
+        assert_eq!(machine.exit_latch().reason(), None);
     }
 }

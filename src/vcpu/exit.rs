@@ -9,7 +9,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::Buses;
-use crate::exit_latch::Outcome;
+use crate::exit_latch::ExitReason;
 
 /// What is to be done after a KVM_RUN.
 pub enum Step {
@@ -36,13 +36,13 @@ pub enum End {
 }
 
 impl End {
-    /// The machine's outcome when vCPU `vcpu` ends so.
-    pub fn outcome(self, vcpu: u32) -> Outcome {
+    /// The machine's reason when vCPU `vcpu` ends so.
+    pub fn reason(self, vcpu: u32) -> ExitReason {
         match self {
-            End::TripleFault { rip } => Outcome::TripleFault { vcpu, rip },
-            End::PoweredOff => Outcome::PoweredOff,
-            End::Reset => Outcome::Reset,
-            End::KvmError(reason) => Outcome::KvmError { vcpu, reason },
+            End::TripleFault { rip } => ExitReason::TripleFault { vcpu, rip },
+            End::PoweredOff => ExitReason::PoweredOff,
+            End::Reset => ExitReason::Reset,
+            End::KvmError(reason) => ExitReason::KvmError { vcpu, reason },
         }
     }
 }

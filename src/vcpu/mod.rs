@@ -17,7 +17,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
 use crate::console::output::Output;
-use crate::exit_latch::Ending;
+use crate::exit_latch::ExitLatch;
 use crate::sandbox;
 
 use exit::{End, Step};
@@ -61,18 +61,19 @@ pub fn prepare_kicks() -> io::Result<()> {
 
 impl VcpuThread {
     /// Starts a thread for vCPU `index`, paused.
-    pub fn start(index: u32, fd: VcpuFd, buses: Arc<Buses>, ending: Arc<Ending>) -> io::Result<VcpuThread> {
+    pub fn start(index: u32, fd: VcpuFd, buses: Arc<Buses>, exit_latch: Arc<ExitLatch>) -> io::Result<VcpuThread> {
         let (commands, inbox) = channel();
         let (outbox, answers) = channel();
         let (called, waits_for_console, has_run) = (None, false, false);
-        let vcpu = Vcpu { index, fd, buses: buses.clone(), ending, inbox, outbox, called, waits_for_console, has_run };
+        let vcpu =
+            Vcpu { index, fd, buses: buses.clone(), exit_latch, inbox, outbox, called, waits_for_console, has_run };
         let thread = sandbox::spawn(&format!("vcpu{index}"), move || vcpu.live())?;
         Ok(VcpuThread { commands, answers, thread, buses })
     }
 
     /// Lets the guest run on this vCPU. Returns at once.
     pub fn resume(&self) {
-        // A thread that has ended said so through `Ending`.
+        // A thread that has ended said so through `ExitLatch`.
         let _ = self.commands.send(Command::Resume);
     }
 
@@ -127,7 +128,7 @@ struct Vcpu {
     index: u32,
     fd: VcpuFd,
     buses: Arc<Buses>,
-    ending: Arc<Ending>,
+    exit_latch: Arc<ExitLatch>,
     inbox: Receiver<Command>,
     outbox: Sender<Paused>,
     /// Whether a pause has something to come after.
@@ -184,7 +185,7 @@ impl Vcpu {
                 Some(Command::Resume) | None => self.step(),
             };
             if let Some(why) = end {
-                self.ending.declare(why.outcome(self.index));
+                self.exit_latch.declare(why.reason(self.index));
                 return false;
             }
         }

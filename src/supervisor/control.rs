@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::Machine;
-use super::desk::Desk;
-use super::rest::{self, Printer};
+use super::drain::{self, Printer};
+use super::endpoint::ControlEndpoint;
+use super::requests;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
 use crate::console::log::Log;
 use crate::console::terminal::{self, RawTerminal};
-use crate::exit_latch::Outcome;
+use crate::exit_latch::ExitReason;
 use crate::guest::session::Session;
 use crate::guest::signal;
+use crate::machine::Machine;
 use crate::sys::SignalFd;
 use crate::sys::timer::ClockJumps;
 use crate::timings::Step;
@@ -27,20 +28,27 @@ const PANIC_GRACE: Duration = Duration::from_secs(1);
 /// What the thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Token {
-    Ending,
+    Exit,
     Signal,
     Keys,
     InputWanted,
     Session,
-    Desk,
+    ControlEndpoint,
     ClockJump,
 }
 
-const TOKENS: [Token; 7] =
-    [Token::Ending, Token::Signal, Token::Keys, Token::InputWanted, Token::Session, Token::Desk, Token::ClockJump];
+const TOKENS: [Token; 7] = [
+    Token::Exit,
+    Token::Signal,
+    Token::Keys,
+    Token::InputWanted,
+    Token::Session,
+    Token::ControlEndpoint,
+    Token::ClockJump,
+];
 
 /// Who has this process's standard streams and its signals.
-pub enum Front<'a> {
+pub enum Stdio<'a> {
     /// The serial port. The first of the signals that ask for an end presses the power button, the second ends the machine;
     /// any other by which a process ends does that at once.
     Console,
@@ -55,40 +63,43 @@ pub enum Front<'a> {
     },
 }
 
-impl Front<'_> {
-    /// Blocks the signals that [`run`] listens to, and for a session those too that mean nothing to husk and something to a
-    /// process. To be called on the first thread before others are started.
-    pub fn block_signals(for_session: bool) -> Result<SignalFd> {
-        let session = if for_session { &[libc::SIGWINCH, libc::SIGCONT][..] } else { &[] };
-        SignalFd::block(&[&signal::that_end_a_process(), session].concat()).context("block signals")
-    }
+/// Blocks the signals that [`run`] listens to, and for a session those too that mean nothing to husk and something to a
+/// process. To be called on the first thread before others are started.
+pub fn block_signals(for_session: bool) -> Result<SignalFd> {
+    let session = if for_session { &[libc::SIGWINCH, libc::SIGCONT][..] } else { &[] };
+    SignalFd::block(&[&signal::that_end_a_process(), session].concat()).context("block signals")
 }
 
-/// Runs `machine` until it ends, with this process's streams where `front` says, and with what others ask of it at `desk`.
-pub fn run(mut machine: Machine, signals: &SignalFd, front: Front, desk: &mut Desk) -> Result<Outcome> {
-    let (mut session, wants_terminal, log) = match front {
-        Front::Console => (None, true, None),
-        Front::Session { session, takes_keys, log } => (Some(session), takes_keys, Some(log)),
+/// Runs `machine` until it ends, with this process's streams where `stdio` says, and with what others ask of it at `endpoint`.
+pub fn run(
+    mut machine: Machine,
+    signals: &SignalFd,
+    stdio: Stdio,
+    endpoint: &mut ControlEndpoint,
+) -> Result<ExitReason> {
+    let (mut session, wants_terminal, log) = match stdio {
+        Stdio::Console => (None, true, None),
+        Stdio::Session { session, takes_keys, log } => (Some(session), takes_keys, Some(log)),
     };
-    let wants_terminal = wants_terminal && !desk.is_detached();
+    let wants_terminal = wants_terminal && !endpoint.is_detached();
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
-    let printer = Printer::start(&machine, log, desk)?;
-    let outcome = Control::new(&mut machine, signals, session.as_deref_mut(), desk, terminal.is_some())?.run()?;
-    machine.timings.mark(Step::End);
+    let printer = Printer::start(&machine, log, endpoint)?;
+    let reason = Supervisor::new(&mut machine, signals, session.as_deref_mut(), endpoint, terminal.is_some())?.run()?;
+    machine.timings().mark(Step::End);
     drop(machine);
-    let printed = rest::print(printer, session, signals, desk, &outcome);
+    let printed = drain::print(printer, session, signals, endpoint, &reason);
     drop(terminal);
-    printed.map(|()| outcome)
+    printed.map(|()| reason)
 }
 
-pub(super) struct Control<'a> {
+pub(super) struct Supervisor<'a> {
     pub(super) machine: &'a mut Machine,
     pub(super) epoll: Epoll,
     signals: &'a SignalFd,
     /// Who has the standard streams and the signals, if it is not the serial port.
     pub(super) session: Option<&'a mut Session>,
     /// What others ask of the machine.
-    pub(super) desk: &'a mut Desk,
+    pub(super) endpoint: &'a mut ControlEndpoint,
     pub(super) input: Option<Input>,
     /// Those that have the console again, the last one first, when the input after them has ended.
     pub(super) earlier_inputs: Vec<Input>,
@@ -98,36 +109,36 @@ pub(super) struct Control<'a> {
     on_terminal: bool,
 }
 
-impl<'a> Control<'a> {
+impl<'a> Supervisor<'a> {
     fn new(
         machine: &'a mut Machine,
         signals: &'a SignalFd,
         session: Option<&'a mut Session>,
-        desk: &'a mut Desk,
+        endpoint: &'a mut ControlEndpoint,
         on_terminal: bool,
-    ) -> Result<Control<'a>> {
+    ) -> Result<Supervisor<'a>> {
         let epoll = Epoll::new().context("epoll")?;
-        watch(&epoll, machine.ending.event().as_raw_fd(), Token::Ending)?;
+        watch(&epoll, machine.exit_latch().event().as_raw_fd(), Token::Exit)?;
         watch(&epoll, signals.as_raw_fd(), Token::Signal)?;
-        watch(&epoll, machine.console.input_wanted.as_raw_fd(), Token::InputWanted)?;
+        watch(&epoll, machine.input_wanted().as_raw_fd(), Token::InputWanted)?;
         let input = match &session {
             Some(session) => {
                 watch(&epoll, session.as_raw_fd(), Token::Session)?;
                 None
             }
-            None if desk.is_detached() => None,
+            None if endpoint.is_detached() => None,
             None => Input::from_stdin(on_terminal),
         };
-        watch(&epoll, desk.as_raw_fd(), Token::Desk)?;
+        watch(&epoll, endpoint.as_raw_fd(), Token::ControlEndpoint)?;
         let clock_jumps = ClockJumps::new().context("watch the clock")?;
         watch(&epoll, clock_jumps.as_fd().as_raw_fd(), Token::ClockJump)?;
         let (earlier_inputs, button_pressed) = (Vec::new(), false);
-        Ok(Control {
+        Ok(Supervisor {
             machine,
             epoll,
             signals,
             session,
-            desk,
+            endpoint,
             input,
             earlier_inputs,
             clock_jumps,
@@ -136,14 +147,14 @@ impl<'a> Control<'a> {
         })
     }
 
-    fn run(mut self) -> Result<Outcome> {
+    fn run(mut self) -> Result<ExitReason> {
         self.feed()?;
         self.machine.resume();
-        self.desk.sweep();
+        self.endpoint.sweep();
         loop {
             self.note_start()?;
-            if let Some(outcome) = self.machine.ending.outcome() {
-                return Ok(outcome);
+            if let Some(reason) = self.machine.exit_latch().reason() {
+                return Ok(reason);
             }
             let mut events = [EpollEvent::default(); TOKENS.len()];
             let count = match self.epoll.wait(self.timeout_ms(), &mut events) {
@@ -153,19 +164,19 @@ impl<'a> Control<'a> {
             };
             for event in events.iter().take(count) {
                 match TOKENS.get(event.data() as usize) {
-                    Some(Token::Ending) => drop(self.machine.ending.event().read()),
+                    Some(Token::Exit) => drop(self.machine.exit_latch().event().read()),
                     Some(Token::Signal) => self.on_signal()?,
                     Some(Token::Keys) => self.on_keys()?,
                     Some(Token::InputWanted) => {
-                        let _ = self.machine.console.input_wanted.read();
+                        let _ = self.machine.input_wanted().read();
                         self.feed()?;
                     }
                     Some(Token::Session) => {
                         if let Some(session) = &mut self.session {
-                            session.on_ready(&self.machine.ending)?;
+                            session.on_ready(self.machine.exit_latch())?;
                         }
                     }
-                    Some(Token::Desk) => self.on_requests(),
+                    Some(Token::ControlEndpoint) => requests::answer(&mut self),
                     Some(Token::ClockJump) if self.clock_jumps.take() => self.check_guest_clock(),
                     Some(Token::ClockJump) | None => {}
                 }
@@ -183,23 +194,23 @@ impl<'a> Control<'a> {
     /// Has it known that the machine runs, once it does: with its process, where it has one.
     fn note_start(&mut self) -> Result<()> {
         let started = self.session.as_ref().is_none_or(|session| session.has_started());
-        if started { self.desk.note_running() } else { Ok(()) }
+        if started { self.endpoint.note_running() } else { Ok(()) }
     }
 
     /// How long to wait at most: for ever, unless the guest's kernel has panicked and may not reset by itself, a session is
     /// over and the guest may not end by itself, or somebody wants the machine to end by then.
     fn timeout_ms(&self) -> i32 {
-        let timeouts = [self.guest_timeout_ms(), self.desk.timeout_ms(&self.machine.ending)];
+        let timeouts = [self.guest_timeout_ms(), self.endpoint.timeout_ms(self.machine.exit_latch())];
         timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
     }
 
     fn guest_timeout_ms(&self) -> i32 {
-        let Some(panicked_at) = self.machine.ending.panicked_at() else {
-            return self.session.as_ref().map_or(-1, |session| session.timeout_ms(&self.machine.ending));
+        let Some(panicked_at) = self.machine.exit_latch().panicked_at() else {
+            return self.session.as_ref().map_or(-1, |session| session.timeout_ms(self.machine.exit_latch()));
         };
         let left = (panicked_at + PANIC_GRACE).saturating_duration_since(Instant::now());
         if left.is_zero() {
-            self.machine.ending.give_up_on_panic();
+            self.machine.exit_latch().give_up_on_panic();
         }
         left.as_millis() as i32
     }
@@ -207,9 +218,9 @@ impl<'a> Control<'a> {
     fn on_signal(&mut self) -> Result<()> {
         let Some(signal) = self.signals.read().context("read a signal")? else { return Ok(()) };
         if let Some(session) = &mut self.session {
-            session.on_signal(signal, &self.machine.ending);
+            session.on_signal(signal, self.machine.exit_latch());
         } else if self.button_pressed || !signal::asks_for_end(signal) {
-            self.machine.ending.declare(Outcome::Killed(signal));
+            self.machine.exit_latch().declare(ExitReason::Killed(signal));
         } else {
             self.press_power_button();
         }
@@ -226,7 +237,7 @@ impl<'a> Control<'a> {
         let Some(input) = &mut self.input else { return Ok(()) };
         for command in input.read() {
             match command {
-                Command::Quit => self.machine.ending.declare(Outcome::Quit),
+                Command::Quit => self.machine.exit_latch().declare(ExitReason::Quit),
                 Command::PowerButton => self.machine.press_power_button(),
                 Command::Help => self.say(keys::HELP),
             }
@@ -238,8 +249,7 @@ impl<'a> Control<'a> {
     /// that is not wanted, or at its end, wakes nobody.
     pub(super) fn feed(&mut self) -> Result<()> {
         while let Some(input) = &mut self.input {
-            let serial = &self.machine.console.serial;
-            while input.feed(|bytes| serial.offer_input(bytes)) {
+            while input.feed(|bytes| self.machine.offer_input(bytes)) {
                 if input.watch(&self.epoll, Token::Keys as u64).context("watch standard input")? {
                     return Ok(());
                 }

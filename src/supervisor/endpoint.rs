@@ -11,19 +11,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::requests::{self, NotRunning};
 use crate::console::hub::Hub;
 use crate::console::stream_log::StreamLog;
-use crate::exit_latch::{Ending, Outcome};
+use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
 use crate::request::server::Server;
-use crate::request::{Reply, Request};
 use crate::roster::record::{Record, State, now_ms};
 use crate::roster::{self, MachineFolder, husk_log};
 use crate::sys::SignalFd;
 
 /// A machine's place among its user's machines.
 #[derive(Debug)]
-pub struct Desk {
+pub struct ControlEndpoint {
     pub(super) server: Server,
     pub(super) record: Record,
     hub: Option<Arc<Hub>>,
@@ -38,10 +38,10 @@ pub struct Desk {
     pub(super) folder: MachineFolder,
 }
 
-impl Desk {
+impl ControlEndpoint {
     /// Opens for requests, writes `record` down, and for a machine in the background starts its log of at most
     /// `log_max_bytes`.
-    pub fn open(folder: MachineFolder, record: Record, log_max_bytes: u64) -> Result<Desk> {
+    pub fn open(folder: MachineFolder, record: Record, log_max_bytes: u64) -> Result<ControlEndpoint> {
         let server = Server::listen(&folder.file(roster::CONTROL))?;
         let hub = if record.detached {
             let path = folder.file(roster::STREAMS_LOG);
@@ -52,7 +52,7 @@ impl Desk {
         };
         folder.write(&record)?;
         let (unannounced, started) = (record.detached, Instant::now());
-        Ok(Desk { server, record, hub, unannounced, end_wanted: false, stop_by: None, started, folder })
+        Ok(ControlEndpoint { server, record, hub, unannounced, end_wanted: false, stop_by: None, started, folder })
     }
 
     /// The path of a file in the machine's folder.
@@ -126,11 +126,11 @@ impl Desk {
     }
 
     /// How long to wait at most for an end that was asked for, in milliseconds; -1 is for ever. Makes it when time is up.
-    pub(super) fn timeout_ms(&self, ending: &Ending) -> i32 {
+    pub(super) fn timeout_ms(&self, exit_latch: &ExitLatch) -> i32 {
         let Some(stop_by) = self.stop_by else { return -1 };
         let left = stop_by.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            ending.declare(Outcome::Killed(libc::SIGKILL));
+            exit_latch.declare(ExitReason::Killed(libc::SIGKILL));
         }
         i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
     }
@@ -175,26 +175,9 @@ impl Desk {
     /// Answers those who ask while there is no guest: its end is all that can be had, anything else is refused for the reason
     /// `why`. Returns whether it is wanted at once.
     pub(super) fn answer_without_guest(&mut self, why: &str) -> bool {
-        let mut at_once = false;
-        for (caller, request) in self.server.requests() {
-            let reply = match request {
-                Request::Stop { timeout_ms } => {
-                    self.want_end_within(Duration::from_millis(timeout_ms));
-                    Reply::Done
-                }
-                Request::Kill { .. } => {
-                    (self.end_wanted, at_once) = (true, true);
-                    Reply::Done
-                }
-                Request::Wait => {
-                    self.server.answer_at_end(caller);
-                    continue;
-                }
-                _ => Reply::Refused(why.to_owned()),
-            };
-            self.server.answer(caller, &reply);
-        }
-        at_once
+        let mut recipient = NotRunning { endpoint: self, why, at_once: false };
+        requests::answer(&mut recipient);
+        recipient.at_once
     }
 
     /// Notes that the machine has ended for good, and tells who waits for it. `reason` is what was not the guest's own doing.
@@ -215,7 +198,7 @@ impl Desk {
     }
 }
 
-impl AsRawFd for Desk {
+impl AsRawFd for ControlEndpoint {
     fn as_raw_fd(&self) -> RawFd {
         self.server.as_raw_fd()
     }

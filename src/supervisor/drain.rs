@@ -12,15 +12,15 @@ use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::Machine;
 use super::control::{self, Token};
-use super::desk::Desk;
+use super::endpoint::ControlEndpoint;
 use crate::console::hub::HubStream;
 use crate::console::log::Log;
 use crate::console::stream_log::Stream;
-use crate::exit_latch::Outcome;
+use crate::exit_latch::ExitReason;
 use crate::guest::session::Session;
 use crate::guest::signal;
+use crate::machine::Machine;
 use crate::sandbox;
 use crate::sys::SignalFd;
 
@@ -36,10 +36,10 @@ pub(super) struct Printer {
 impl Printer {
     /// Starts the thread. What the serial port prints goes to the log where there is one; else, in the background, to the hub,
     /// and to standard output where not.
-    pub(super) fn start(machine: &Machine, log: Option<Log>, desk: &Desk) -> Result<Printer> {
-        let (output, ending) = (machine.console.output.clone(), machine.ending.clone());
+    pub(super) fn start(machine: &Machine, log: Option<Log>, endpoint: &ControlEndpoint) -> Result<Printer> {
+        let (output, exit_latch) = (machine.console_output().clone(), machine.exit_latch().clone());
         let stdout = || io::stdout().as_fd().try_clone_to_owned().context("use standard output");
-        let sink: Box<dyn Write + Send> = match (log, desk.hub()) {
+        let sink: Box<dyn Write + Send> = match (log, endpoint.hub()) {
             (Some(log), _) => Box::new(log),
             (None, Some(hub)) => Box::new(HubStream(hub.clone(), Stream::Output)),
             (None, None) => Box::new(File::from(stdout()?)),
@@ -47,7 +47,7 @@ impl Printer {
         let done = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch the console")?);
         let told = done.clone();
         let print = move || {
-            output.print_to(sink, || ending.declare(Outcome::Killed(libc::SIGPIPE)));
+            output.print_to(sink, || exit_latch.declare(ExitReason::Killed(libc::SIGPIPE)));
             let _ = told.write(1);
         };
         let thread = sandbox::spawn("console", print).context("start the console thread")?;
@@ -55,23 +55,23 @@ impl Printer {
     }
 }
 
-/// Waits until all that the machine printed has been taken, but no longer than a signal, a request or `outcome` lets it.
+/// Waits until all that the machine printed has been taken, but no longer than a signal, a request or `reason` lets it.
 pub(super) fn print(
     printer: Printer,
     mut session: Option<&mut Session>,
     signals: &SignalFd,
-    desk: &mut Desk,
-    outcome: &Outcome,
+    endpoint: &mut ControlEndpoint,
+    reason: &ExitReason,
 ) -> Result<()> {
     let epoll = Epoll::new().context("epoll")?;
-    control::watch(&epoll, printer.done.as_raw_fd(), Token::Ending)?;
+    control::watch(&epoll, printer.done.as_raw_fd(), Token::Exit)?;
     control::watch(&epoll, signals.as_raw_fd(), Token::Signal)?;
-    control::watch(&epoll, desk.as_raw_fd(), Token::Desk)?;
+    control::watch(&epoll, endpoint.as_raw_fd(), Token::ControlEndpoint)?;
     if let Some(session) = &mut session {
         session.disconnect();
         control::watch(&epoll, session.as_raw_fd(), Token::Session)?;
     }
-    let forced = matches!(outcome, Outcome::Killed(_) | Outcome::Quit);
+    let forced = matches!(reason, ExitReason::Killed(_) | ExitReason::Quit);
     let last_words_by = Instant::now() + LAST_WORDS;
     let mut is_cut = false;
     loop {
@@ -80,7 +80,7 @@ pub(super) fn print(
         if console_is_printed && streams_are_printed {
             return Ok(());
         }
-        let stop_by = if forced { Some(last_words_by) } else { desk.stop_by.map(|by| by.max(last_words_by)) };
+        let stop_by = if forced { Some(last_words_by) } else { endpoint.stop_by.map(|by| by.max(last_words_by)) };
         let left = stop_by.map(|by| by.saturating_duration_since(Instant::now()));
         if is_cut || left.is_some_and(|left| left.is_zero()) {
             log::warn!("what the machine printed last is lost: nobody reads it");
@@ -94,6 +94,6 @@ pub(super) fn print(
         while let Some(number) = signals.read().context("read a signal")? {
             is_cut |= signal::asks_for_end(number);
         }
-        is_cut |= desk.answer_without_guest("the machine has ended; what it printed is still to be read");
+        is_cut |= endpoint.answer_without_guest("the machine has ended; what it printed is still to be read");
     }
 }

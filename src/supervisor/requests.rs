@@ -8,10 +8,11 @@ use anyhow::{Context, Result, bail, ensure};
 use husk_protocol::WindowSize;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::control::Control;
+use super::control::Supervisor;
+use super::endpoint::ControlEndpoint;
 use crate::config::Rate;
 use crate::console::input::Input;
-use crate::exit_latch::Outcome;
+use crate::exit_latch::ExitReason;
 use crate::guest::signal;
 use crate::request::server::Caller;
 use crate::request::{Limit, Reply, Request, Stats, Update};
@@ -38,27 +39,118 @@ fn changed(rate: Rate, bytes: Option<Limit>, ops: Option<Limit>) -> Result<Optio
     Ok(Some(changed))
 }
 
-impl Control<'_> {
-    /// Does what was asked for, or says why not.
-    pub(super) fn on_requests(&mut self) {
-        for (caller, request) in self.desk.server.requests() {
-            match self.grant(caller, request) {
-                Ok(Some(reply)) => self.desk.server.answer(caller, &reply),
-                Ok(None) => {}
-                Err(error) => self.desk.server.answer(caller, &Reply::Refused(format!("{error:#}"))),
+/// What requests are made to: a running machine, or the place of one that is not running.
+pub(super) trait Recipient {
+    /// Where the requests come in.
+    fn endpoint(&mut self) -> &mut ControlEndpoint;
+
+    /// Asks the guest to end. That it is to end, and by when, is noted already.
+    fn stop(&mut self) -> Result<()>;
+
+    /// Sends the guest's process a signal.
+    fn kill(&mut self, signal: u8) -> Result<()>;
+
+    /// Does what else may be asked for. Returns the reply, unless the connection has another use now.
+    fn serve(&mut self, caller: Caller, request: Request) -> Result<Option<Reply>>;
+}
+
+/// Answers the requests that have come in.
+pub(super) fn answer(recipient: &mut impl Recipient) {
+    for (caller, request) in recipient.endpoint().server.requests() {
+        let reply = match request {
+            Request::Wait => {
+                recipient.endpoint().server.answer_at_end(caller);
+                continue;
             }
+            Request::Stop { timeout_ms } => {
+                recipient.endpoint().want_end_within(Duration::from_millis(timeout_ms));
+                recipient.stop().map(|()| Some(Reply::Done))
+            }
+            Request::Kill { signal } => recipient.kill(signal).map(|()| Some(Reply::Done)),
+            other => recipient.serve(caller, other),
+        };
+        let server = &mut recipient.endpoint().server;
+        match reply {
+            Ok(Some(reply)) => server.answer(caller, &reply),
+            Ok(None) => {}
+            Err(error) => server.answer(caller, &Reply::Refused(format!("{error:#}"))),
         }
     }
+}
 
-    /// Returns the answer, if it is to be given now.
-    fn grant(&mut self, caller: Caller, request: Request) -> Result<Option<Reply>> {
-        match request {
-            Request::Stop { timeout_ms } => self.stop_by(Duration::from_millis(timeout_ms))?,
-            Request::Kill { signal } => self.kill(signal)?,
-            Request::Wait => {
-                self.desk.server.answer_at_end(caller);
-                return Ok(None);
+/// A machine that has ended, or has not been started again yet: its end is all that can be asked for.
+pub(super) struct NotRunning<'a> {
+    pub endpoint: &'a mut ControlEndpoint,
+    /// Why anything else is refused.
+    pub why: &'a str,
+    /// Whether the end is wanted at once.
+    pub at_once: bool,
+}
+
+impl Recipient for NotRunning<'_> {
+    fn endpoint(&mut self) -> &mut ControlEndpoint {
+        self.endpoint
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn kill(&mut self, _signal: u8) -> Result<()> {
+        (self.endpoint.end_wanted, self.at_once) = (true, true);
+        Ok(())
+    }
+
+    fn serve(&mut self, _caller: Caller, _request: Request) -> Result<Option<Reply>> {
+        bail!("{}", self.why)
+    }
+}
+
+impl Recipient for Supervisor<'_> {
+    fn endpoint(&mut self) -> &mut ControlEndpoint {
+        self.endpoint
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        if matches!(self.endpoint.record.state, State::Paused { .. }) {
+            self.unpause()?;
+        }
+        match &mut self.session {
+            Some(session) if session.has_started() => session.send_signal(self.endpoint.stop_signal()),
+            // There is nobody in the guest to be asked.
+            Some(_) => self.machine.exit_latch().declare(ExitReason::Killed(libc::SIGTERM)),
+            None => self.press_power_button(),
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self, signal: u8) -> Result<()> {
+        let asks_for_end = signal::asks_for_end(i32::from(signal));
+        if i32::from(signal) == libc::SIGKILL {
+            self.endpoint.end_wanted = true;
+            self.machine.exit_latch().declare(ExitReason::Killed(libc::SIGKILL));
+            return Ok(());
+        }
+        ensure!(!matches!(self.endpoint.record.state, State::Paused { .. }), "the machine is paused: unpause it first");
+        match &mut self.session {
+            Some(session) if session.has_started() => {
+                self.endpoint.end_wanted |= asks_for_end;
+                session.send_signal(signal);
             }
+            Some(_) => bail!("the machine has no process yet: try again"),
+            None if asks_for_end => {
+                self.endpoint.end_wanted = true;
+                self.press_power_button();
+            }
+            None => {
+                bail!("the machine has an init of its own: only KILL and signals that ask for an end mean something")
+            }
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self, caller: Caller, request: Request) -> Result<Option<Reply>> {
+        match request {
             Request::Pause => self.pause()?,
             Request::Unpause => self.unpause()?,
             Request::Stats => return self.stats().map(|stats| Some(Reply::Stats(stats))),
@@ -72,74 +164,37 @@ impl Control<'_> {
                     session.resize_to(WindowSize { rows, columns });
                 }
             }
-            Request::Rename { name } => self.desk.folder.rename(&mut self.desk.record, &name)?,
+            Request::Rename { name } => self.endpoint.folder.rename(&mut self.endpoint.record, &name)?,
+            Request::Stop { .. } | Request::Kill { .. } | Request::Wait => unreachable!("answered before"),
         }
         Ok(Some(Reply::Done))
     }
+}
 
-    /// Asks the guest to end, and ends it when `timeout` has passed.
-    fn stop_by(&mut self, timeout: Duration) -> Result<()> {
-        self.desk.want_end_within(timeout);
-        if matches!(self.desk.record.state, State::Paused { .. }) {
-            self.unpause()?;
-        }
-        match &mut self.session {
-            Some(session) if session.has_started() => session.send_signal(self.desk.stop_signal()),
-            // There is nobody in the guest to be asked.
-            Some(_) => self.machine.ending.declare(Outcome::Killed(libc::SIGTERM)),
-            None => self.press_power_button(),
-        }
-        Ok(())
-    }
-
-    fn kill(&mut self, number: u8) -> Result<()> {
-        let asks_for_end = signal::asks_for_end(i32::from(number));
-        if i32::from(number) == libc::SIGKILL {
-            self.desk.end_wanted = true;
-            self.machine.ending.declare(Outcome::Killed(libc::SIGKILL));
-            return Ok(());
-        }
-        ensure!(!matches!(self.desk.record.state, State::Paused { .. }), "the machine is paused: unpause it first");
-        match &mut self.session {
-            Some(session) if session.has_started() => {
-                self.desk.end_wanted |= asks_for_end;
-                session.send_signal(number);
-            }
-            Some(_) => bail!("the machine has no process yet: try again"),
-            None if asks_for_end => {
-                self.desk.end_wanted = true;
-                self.press_power_button();
-            }
-            None => {
-                bail!("the machine has an init of its own: only KILL and signals that ask for an end mean something")
-            }
-        }
-        Ok(())
-    }
-
+impl Supervisor<'_> {
     fn pause(&mut self) -> Result<()> {
-        match self.desk.record.state {
+        match self.endpoint.record.state {
             State::Running { .. } => {}
             State::Paused { .. } => bail!("the machine is paused already"),
             _ => bail!("the machine does not run yet: try again"),
         }
         self.machine.pause();
-        self.desk.enter(State::Paused { since_ms: now_ms() })
+        self.endpoint.enter(State::Paused { since_ms: now_ms() })
     }
 
     fn unpause(&mut self) -> Result<()> {
-        ensure!(matches!(self.desk.record.state, State::Paused { .. }), "the machine is not paused");
+        ensure!(matches!(self.endpoint.record.state, State::Paused { .. }), "the machine is not paused");
         self.machine.resume();
         self.check_guest_clock();
-        self.desk.enter(State::Running { since_ms: now_ms() })
+        self.endpoint.enter(State::Running { since_ms: now_ms() })
     }
 
     /// Gives the connection the machine's streams.
     fn attach(&mut self, caller: Caller) -> Result<()> {
-        let Some(hub) = self.desk.hub().cloned() else {
+        let Some(hub) = self.endpoint.hub().cloned() else {
             bail!("the machine runs in the foreground: its streams are where it was started");
         };
-        let Some(stream) = self.desk.server.hand_over(caller) else { return Ok(()) };
+        let Some(stream) = self.endpoint.server.hand_over(caller) else { return Ok(()) };
         hub.attach(stream.try_clone()?)?;
         match &mut self.session {
             Some(session) => {
@@ -161,12 +216,12 @@ impl Control<'_> {
     /// in the list is changed then.
     fn update(&mut self, update: Update) -> Result<()> {
         let changed = self.change(update);
-        let written = self.desk.write_down();
+        let written = self.endpoint.write_down();
         changed.and(written)
     }
 
     fn change(&mut self, update: Update) -> Result<()> {
-        let config = &mut self.desk.record.config;
+        let config = &mut self.endpoint.record.config;
         if let Some(memory_mib) = update.memory_mib {
             let balloon = self.machine.controls().balloon.as_ref();
             balloon
@@ -220,13 +275,13 @@ impl Control<'_> {
         };
         Ok(Stats {
             cpu_us: cpu.as_micros() as u64,
-            elapsed_us: self.desk.elapsed().as_micros() as u64,
+            elapsed_us: self.endpoint.elapsed().as_micros() as u64,
             guest_memory_bytes: memory.guest.rss_bytes,
             own_memory_bytes: memory.husk.pss_bytes,
             memory_limit_bytes: controls
                 .balloon
                 .as_ref()
-                .map_or(self.desk.record.config.memory_mib, |balloon| balloon.target_mib())
+                .map_or(self.endpoint.record.config.memory_mib, |balloon| balloon.target_mib())
                 << 20,
             block_read_bytes: disks(|counters| &counters.read_bytes),
             block_written_bytes: disks(|counters| &counters.written_bytes),
