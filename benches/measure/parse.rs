@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use husk::memory::GuestBuffers;
 use husk::memory::{self, GuestMemory};
-use husk::virtio::block_request::{BlockRequest, DiskShape};
+use husk::virtio::block::request::{BlockRequest, DiskShape};
 use husk::virtio::queue::QueueRegisters;
 use husk::virtio::{Chain, Virtqueue};
 use vm_memory::{Bytes, GuestAddress};

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use husk::memory::{self, GuestMemory};
 use husk::virtio::queue::QueueRegisters;
-use husk::virtio::{Left, Virtqueue, balloon};
+use husk::virtio::{Progress, Virtqueue, balloon};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -61,8 +61,8 @@ fn serve(memory: &Arc<GuestMemory>, index: usize, features: u64) {
         let left = device.handler.process(index, &mut queues);
         assert!(control.returned_bytes() - before <= TURN_BYTES_MAX);
         match left {
-            Ok(Left::More) => {}
-            Ok(Left::Waiting) if turn % 2 == 0 => control.ask_for_statistics(),
+            Ok(Progress::More) => {}
+            Ok(Progress::Blocked) if turn % 2 == 0 => control.ask_for_statistics(),
             _ => return,
         }
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use husk::backend::disk::{Operation, SECTOR_BYTES};
 use husk::memory::GuestBuffers;
 use husk::memory::{self, GuestMemory};
-use husk::virtio::block_request::{Action, BlockRequest, DiskShape, REQUEST_BYTES_MAX};
+use husk::virtio::block::request::{Action, BlockRequest, DiskShape, REQUEST_BYTES_MAX};
 use husk::virtio::queue::QueueRegisters;
 use husk::virtio::{Chain, Virtqueue};
 use libfuzzer_sys::fuzz_target;

@@ -5,13 +5,13 @@ use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::path::Path;
 
-use husk::backend::disk::PlainDisk;
+use husk::backend::disk::{Blocking, PlainDisk};
 use husk::config::Rate;
 use husk::bus::Device;
 use husk::irq::IrqLine;
 use husk::memory::{self, GuestMemory};
 use husk::sys;
-use husk::virtio::block_request::DiskShape;
+use husk::virtio::block::request::DiskShape;
 use husk::virtio::{MmioTransport, block, mmio::register::*};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
@@ -44,7 +44,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
 });
 
 fn transport(memory: &GuestMemory, file: &File) -> MmioTransport {
-    let disk = PlainDisk::new(file.try_clone().expect("a descriptor can be had"), false);
+    let disk = Blocking::new(PlainDisk::new(file.try_clone().expect("a descriptor can be had"), false));
     let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
     let device = block::device_on(Box::new(disk), shape, "fuzz", "fuzz", Rate::default());
     let (device, _) = device.expect("a descriptor can be had");

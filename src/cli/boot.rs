@@ -137,11 +137,7 @@ impl Boot {
         if self.life.hands_on() {
             return life::hand_on();
         }
-        if resources::host::runs_only_pvm_guests() {
-            log::warn!(
-                "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
-            );
-        }
+        resources::host::warn_of_pvm();
         let timings = Arc::new(Timings::new(started));
         let called = Called {
             image: config.kernel.display().to_string(),

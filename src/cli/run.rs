@@ -299,11 +299,7 @@ impl Run {
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
         let initramfs = inside.initramfs(kernel)?;
-        if resources::host::runs_only_pvm_guests() {
-            log::warn!(
-                "KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)"
-            );
-        }
+        resources::host::warn_of_pvm();
         timings.mark(Step::Prepared);
         let mut resources = resources::open(config)?;
         // Those of a unified kernel image are for what it would boot by itself.

@@ -144,6 +144,13 @@ pub enum Cgroups {
     None,
 }
 
+/// Warns of a host on which most kernels hang.
+pub fn warn_of_pvm() {
+    if runs_only_pvm_guests() {
+        log::warn!("KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)");
+    }
+}
+
 /// Whether the host's KVM runs only kernels that know of PVM. One look at a path: cheap enough for every boot.
 pub fn runs_only_pvm_guests() -> bool {
     Path::new("/sys/module/kvm_pvm").exists()

@@ -8,14 +8,14 @@ use std::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::block_request::DiskShape;
+use super::block::request::DiskShape;
 use super::mmio::register::*;
 use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
 use super::{
-    Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Left, QueueHandler, RingError, TransportState, VirtioDevice,
+    Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Progress, QueueHandler, RingError, TransportState, VirtioDevice,
     Virtqueue, balloon, block, net, rng, vsock,
 };
-use crate::backend::disk::PlainDisk;
+use crate::backend::disk::{Blocking, PlainDisk};
 use crate::backend::net::{NetBackend, StreamNet};
 use crate::bus::Device;
 use crate::config::Rate;
@@ -177,7 +177,7 @@ fn the_block_device_keeps_the_contract() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(shape.capacity_bytes).unwrap();
         let slow = Rate { ops_per_second: Some(1000), ..Rate::default() };
-        block::device_on(Box::new(PlainDisk::new(file, false)), shape, "disk", "", slow).unwrap().0
+        block::device_on(Box::new(Blocking::new(PlainDisk::new(file, false))), shape, "disk", "", slow).unwrap().0
     });
 }
 
@@ -238,7 +238,7 @@ struct Held {
 impl QueueHandler for Held {
     fn start(&mut self, _features: u64) {}
 
-    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         let mut chain = Chain::default();
         while queues[index].pop(&mut chain)? {
             self.chains.lock().unwrap().push(chain.head());
@@ -246,7 +246,7 @@ impl QueueHandler for Held {
         if self.release {
             self.drain(queues)?;
         }
-        Ok(Left::Nothing)
+        Ok(Progress::Drained)
     }
 
     fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {

@@ -10,7 +10,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub mod balloon;
 pub mod block;
-pub mod block_request;
 pub mod config_space;
 mod log_rate;
 pub mod mmio;
@@ -75,21 +74,21 @@ pub struct VirtioDevice {
     pub handler: Box<dyn QueueHandler>,
 }
 
-/// What a handler leaves behind in a queue it has looked at.
+/// How far a handler got with a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Left {
-    /// Nothing: the queue was emptied, and the driver's next doorbell is wanted.
-    Nothing,
-    /// More than one turn is to take: look again soon, after others had theirs.
+pub enum Progress {
+    /// The queue is empty. The driver's next doorbell is wanted.
+    Drained,
+    /// There is more in it than one turn may take. It has another turn after the other queues had theirs.
     More,
-    /// Something that cannot be taken now: one of [`QueueHandler::wake_fds`] tells when. No doorbell is wanted until then.
-    Waiting,
+    /// What is next in it cannot be taken now. One of [`QueueHandler::wake_fds`] tells when; no doorbell is wanted until then.
+    Blocked,
 }
 
-/// A saved state that is another device's.
+/// A saved state that does not fit the device.
 #[derive(Debug, thiserror::Error)]
 #[error("the saved device has another state than this one can have")]
-pub struct Unfit;
+pub struct StateMismatch;
 
 /// The device's side of its queues.
 ///
@@ -99,14 +98,14 @@ pub trait QueueHandler: Send {
     /// A run begins, with the features that the driver accepted. Runs may follow each other with no reset in between.
     fn start(&mut self, features: u64);
 
-    /// Gives queues to somebody else who is to serve them in the worker's place, or takes them back, as it is now to be.
-    /// Called at the beginning of a run, and again whenever [`QueueHandler::is_settled`] says so.
-    fn settle(&mut self, _queues: &mut [Virtqueue], _ways: &Ways) -> Result<(), RingError> {
+    /// Offloads queues to the host's kernel, or takes them back, whichever is due. Called at the beginning of a run, and again
+    /// whenever [`QueueHandler::offload_is_current`] returns false.
+    fn update_offload(&mut self, _queues: &mut [Virtqueue], _notifiers: &Notifiers) -> Result<(), RingError> {
         Ok(())
     }
 
-    /// Whether every queue is in the hands it is to be in. Asked between turns, so after each thing that may change it.
-    fn is_settled(&mut self) -> Result<bool, RingError> {
+    /// Whether each queue is offloaded, or not, as it should be. Asked between turns, after everything that may change it.
+    fn offload_is_current(&mut self) -> Result<bool, RingError> {
         Ok(true)
     }
 
@@ -114,10 +113,10 @@ pub trait QueueHandler: Send {
     ///
     /// Called when the queue's doorbell rang, when one of [`QueueHandler::wake_fds`] had something to tell, and once at each
     /// start. A call does a bounded amount of work, so that a stop is never far away.
-    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError>;
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError>;
 
     /// File descriptors that become readable or writable when the host side has something to tell. They are watched
-    /// edge-triggered, until the next [`QueueHandler::settle`] or the end of the run.
+    /// edge-triggered, until the next [`QueueHandler::update_offload`] or the end of the run.
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }
@@ -138,14 +137,14 @@ pub trait QueueHandler: Send {
 
     /// Puts back what [`QueueHandler::save`] returned, between two runs. Fails, with nothing changed, on what it would not
     /// have returned for any driver.
-    fn restore(&mut self, state: &[u8]) -> Result<(), Unfit> {
-        if state.is_empty() { Ok(()) } else { Err(Unfit) }
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
+        if state.is_empty() { Ok(()) } else { Err(StateMismatch) }
     }
 }
 
-/// What connects queues to their driver, for somebody else who serves them in the worker's place.
+/// What notifies of work in queues, and of their used buffers: for whatever serves them in the worker's place.
 #[derive(Clone)]
-pub struct Ways {
+pub struct Notifiers {
     /// One a queue, in order: written when the driver rings.
     pub doorbells: Arc<Vec<EventFd>>,
     /// The way to the driver.

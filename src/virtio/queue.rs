@@ -197,7 +197,7 @@ pub struct Virtqueue {
     queue: Queue,
     memory: Arc<GuestMemory>,
     /// Somebody else serves it, and nothing here touches it.
-    is_away: bool,
+    is_offloaded: bool,
     /// Chains pushed since the driver's wish for interrupts was last looked at; the most that there are stands for more.
     added: u16,
 }
@@ -230,7 +230,7 @@ impl Virtqueue {
             queue.set_event_idx(event_idx);
             queue.set_ready(true);
         }
-        Ok(Virtqueue { queue, memory: memory.clone(), is_away: false, added: 0 })
+        Ok(Virtqueue { queue, memory: memory.clone(), is_offloaded: false, added: 0 })
     }
 
     /// Writes down how far the queue has come.
@@ -247,14 +247,14 @@ impl Virtqueue {
     }
 
     /// Whether somebody else serves the queue.
-    pub fn is_away(&self) -> bool {
-        self.is_away
+    pub fn is_offloaded(&self) -> bool {
+        self.is_offloaded
     }
 
     /// Gives the queue to somebody else, who finds it as it was checked by [`Virtqueue::new`]. Until it is taken back, all
     /// that is called here is about a queue that is empty.
-    pub fn give_away(&mut self) -> QueueRegisters {
-        self.is_away = true;
+    pub fn offload(&mut self) -> QueueRegisters {
+        self.is_offloaded = true;
         QueueRegisters {
             size_max: self.queue.max_size(),
             size: self.queue.size(),
@@ -270,7 +270,7 @@ impl Virtqueue {
     /// Takes the queue back from where it was left: `next` is the index of the next entry of either ring, as many chains
     /// having been used as were taken. Without it nothing was done.
     pub fn take_back(&mut self, next: Option<u16>) {
-        self.is_away = false;
+        self.is_offloaded = false;
         if let Some(next) = next {
             self.queue.set_next_avail(next);
             self.queue.set_next_used(next);
@@ -404,7 +404,7 @@ impl Virtqueue {
     }
 
     fn is_served(&self) -> bool {
-        self.queue.ready() && !self.is_away
+        self.queue.ready() && !self.is_offloaded
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vm_memory::Bytes;
 
 use super::queue::{self, Chain, Virtqueue};
-use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
+use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
 use crate::sys;
 
 /// Device ID (virtio 1.2 §5).
@@ -37,16 +37,16 @@ struct Entropy {
 impl QueueHandler for Entropy {
     fn start(&mut self, _features: u64) {}
 
-    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
-        let Some(queue) = queues.get_mut(index) else { return Ok(Left::Nothing) };
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
+        let Some(queue) = queues.get_mut(index) else { return Ok(Progress::Drained) };
         for _ in 0..REQUESTS_PER_TURN {
             if !queue.pop(&mut self.chain)? {
-                return Ok(Left::Nothing);
+                return Ok(Progress::Drained);
             }
             let written_bytes = fill(&self.chain, queue);
             queue.push(self.chain.head(), written_bytes)?;
         }
-        Ok(Left::More)
+        Ok(Progress::More)
     }
 }
 

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_config::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::QueueRegisters;
-use super::worker::{Lent, Reports, Worker};
+use super::worker::{ActiveQueues, Reports, Worker};
 use super::{
     COMMON_FEATURES, ConfigSpace, F_EVENT_IDX, F_VERSION_1, FeatureNeed, Interrupt, QueueHandler, VirtioDevice,
     Virtqueue,
@@ -267,7 +267,7 @@ impl Session {
         match queues.collect() {
             Ok(queues) => {
                 handler.start(self.driver_features);
-                self.worker.start(Lent { handler, queues });
+                self.worker.start(ActiveQueues { handler, queues });
             }
             Err(error) => {
                 self.handler = Some(handler);
@@ -278,7 +278,7 @@ impl Session {
 
     /// Takes the handler back from the worker if it has it.
     fn stop(&mut self) {
-        if let Some(Lent { handler, queues }) = self.worker.stop() {
+        if let Some(ActiveQueues { handler, queues }) = self.worker.stop() {
             queues.iter().zip(&mut self.queues).for_each(|(queue, registers)| queue.leave(registers));
             self.handler = Some(handler);
         }

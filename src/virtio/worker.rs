@@ -16,11 +16,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::log_rate::LogRate;
-use super::{Interrupt, Left, QueueHandler, Virtqueue, Ways};
+use super::{Interrupt, Notifiers, Progress, QueueHandler, Virtqueue};
 use crate::sandbox;
 
-/// What a worker is lent for the length of a run.
-pub struct Lent {
+/// The handler and the queues of a device that runs: what its worker owns for the length of a run.
+pub struct ActiveQueues {
     /// The device's code.
     pub handler: Box<dyn QueueHandler>,
     /// All of the device's queues, in order.
@@ -73,8 +73,8 @@ impl Reports {
 /// A device's thread. Dropping it stops and joins it.
 pub struct Worker {
     stop: EventFd,
-    lend: Option<Sender<Lent>>,
-    back: Receiver<Lent>,
+    lend: Option<Sender<ActiveQueues>>,
+    back: Receiver<ActiveQueues>,
     running: bool,
     thread: Option<JoinHandle<()>>,
 }
@@ -88,13 +88,13 @@ impl Worker {
         for (index, doorbell) in (0..).zip(doorbells.iter()) {
             watch_doorbell(&epoll, doorbell, index)?;
         }
-        let ways = Ways { doorbells, interrupt: reports.interrupt.clone() };
-        let (lend, lent) = channel::<Lent>();
+        let notifiers = Notifiers { doorbells, interrupt: reports.interrupt.clone() };
+        let (lend, active) = channel::<ActiveQueues>();
         let (give_back, back) = channel();
         let thread = sandbox::spawn(name, move || {
-            for mut lent in lent {
-                run(&epoll, &ways, &mut lent, &reports);
-                if give_back.send(lent).is_err() {
+            for mut active in active {
+                run(&epoll, &notifiers, &mut active, &reports);
+                if give_back.send(active).is_err() {
                     return;
                 }
             }
@@ -103,21 +103,21 @@ impl Worker {
     }
 
     /// Lends the handler and the queues to the thread, which looks at every queue once. Not to be called while it runs.
-    pub fn start(&mut self, lent: Lent) {
+    pub fn start(&mut self, active: ActiveQueues) {
         debug_assert!(!self.running);
-        self.running = self.lend.as_ref().is_some_and(|lend| lend.send(lent).is_ok());
+        self.running = self.lend.as_ref().is_some_and(|lend| lend.send(active).is_ok());
     }
 
     /// Waits until everything in flight is completed and takes back what was lent. `None` when nothing was.
-    pub fn stop(&mut self) -> Option<Lent> {
+    pub fn stop(&mut self) -> Option<ActiveQueues> {
         if !std::mem::take(&mut self.running) {
             return None;
         }
         // The counter was 0, so that neither call can block or fail.
         let _ = self.stop.write(1);
-        let lent = self.back.recv().ok();
+        let active = self.back.recv().ok();
         let _ = self.stop.read();
-        lent
+        active
     }
 }
 
@@ -132,59 +132,65 @@ impl Drop for Worker {
 }
 
 /// One run: until the stop event or a broken ring, and then until nothing is in flight.
-fn run(epoll: &Epoll, ways: &Ways, lent: &mut Lent, reports: &Reports) {
+fn run(epoll: &Epoll, notifiers: &Notifiers, active: &mut ActiveQueues, reports: &Reports) {
     let served = loop {
-        match stint(epoll, ways, lent) {
+        match serve_until_change(epoll, notifiers, active) {
             Ok(Until::Stopped) => break Ok(()),
-            Ok(Until::Unsettled) => {}
+            Ok(Until::OffloadChanged) => {}
             Err(error) => break Err(error),
         }
     };
-    let drained = lent.handler.drain(&mut lent.queues).map_err(anyhow::Error::from);
-    let signalled = signal(&mut lent.queues, &*reports.interrupt);
+    let drained = active.handler.drain(&mut active.queues).map_err(anyhow::Error::from);
+    let signalled = signal(&mut active.queues, &*reports.interrupt);
     if let Err(error) = served.and(drained).and(signalled) {
         reports.fail(&error);
     }
 }
 
-/// How a stint ended.
+/// Why serving came to an end.
 enum Until {
-    /// By the stop event.
+    /// The stop event.
     Stopped,
-    /// Queues are to be in other hands.
-    Unsettled,
+    /// A queue is to be offloaded, or taken back.
+    OffloadChanged,
 }
 
-/// The part of a run in which no queue changes hands.
-fn stint(epoll: &Epoll, ways: &Ways, lent: &mut Lent) -> anyhow::Result<Until> {
-    let Lent { handler, queues } = lent;
-    handler.settle(queues, ways)?;
+/// The part of a run in which no queue is offloaded or taken back.
+fn serve_until_change(epoll: &Epoll, notifiers: &Notifiers, active: &mut ActiveQueues) -> anyhow::Result<Until> {
+    let ActiveQueues { handler, queues } = active;
+    handler.update_offload(queues, notifiers)?;
     let wake_fds: Vec<RawFd> = handler.wake_fds().iter().map(|fd| fd.as_raw_fd()).collect();
-    let is_away: Vec<bool> = queues.iter().map(Virtqueue::is_away).collect();
-    let away = || (0..).zip(ways.doorbells.iter()).zip(&is_away).filter(|(_, away)| **away).map(|(bell, _)| bell);
-    // Whoever has the queue hears its doorbell.
-    away().for_each(|(_, doorbell)| unwatch(epoll, doorbell.as_raw_fd()));
+    let is_offloaded: Vec<bool> = queues.iter().map(Virtqueue::is_offloaded).collect();
+    let offloaded = || {
+        (0..)
+            .zip(notifiers.doorbells.iter())
+            .zip(&is_offloaded)
+            .filter(|(_, is_offloaded)| **is_offloaded)
+            .map(|(bell, _)| bell)
+    };
+    // Their doorbells are the kernel's to hear.
+    offloaded().for_each(|(_, doorbell)| unwatch(epoll, doorbell.as_raw_fd()));
     let served = wake_fds
         .iter()
         .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED))
         .map_err(anyhow::Error::from)
-        .and_then(|()| serve(epoll, lent, &*ways.interrupt));
+        .and_then(|()| serve(epoll, active, &*notifiers.interrupt));
     wake_fds.iter().for_each(|fd| unwatch(epoll, *fd));
-    away().try_for_each(|(index, doorbell)| watch_doorbell(epoll, doorbell, index))?;
+    offloaded().try_for_each(|(index, doorbell)| watch_doorbell(epoll, doorbell, index))?;
     served
 }
 
-/// Gives every queue that has something to do its turn, until the stop event or until queues are to change hands.
-fn serve(epoll: &Epoll, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::Result<Until> {
+/// Gives every queue that has something to do its turn, until the stop event, or until a queue is to be offloaded or taken back.
+fn serve(epoll: &Epoll, active: &mut ActiveQueues, interrupt: &dyn Interrupt) -> anyhow::Result<Until> {
     let mut events = [EpollEvent::default(); 16];
     // Doorbells that rang before this run are not remembered, so each queue is looked at once.
-    let mut due = vec![true; lent.queues.len()];
+    let mut due = vec![true; active.queues.len()];
     loop {
         for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
-            *due = turn(index, lent, interrupt)?;
+            *due = turn(index, active, interrupt)?;
         }
-        if !lent.handler.is_settled()? {
-            return Ok(Until::Unsettled);
+        if !active.handler.offload_is_current()? {
+            return Ok(Until::OffloadChanged);
         }
         let timeout_ms = if due.contains(&true) { 0 } else { -1 };
         let count = match epoll.wait(timeout_ms, &mut events) {
@@ -202,18 +208,18 @@ fn serve(epoll: &Epoll, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::R
 }
 
 /// One queue's turn: returns whether it is due another one.
-fn turn(index: usize, lent: &mut Lent, interrupt: &dyn Interrupt) -> anyhow::Result<bool> {
-    let Lent { handler, queues } = lent;
-    if queues[index].is_away() {
+fn turn(index: usize, active: &mut ActiveQueues, interrupt: &dyn Interrupt) -> anyhow::Result<bool> {
+    let ActiveQueues { handler, queues } = active;
+    if queues[index].is_offloaded() {
         return Ok(false);
     }
     queues[index].disable_notification()?;
     let left = handler.process(index, queues)?;
     signal(queues, interrupt)?;
     match left {
-        Left::Nothing => Ok(queues[index].enable_notification()?),
-        Left::More => Ok(true),
-        Left::Waiting => Ok(false),
+        Progress::Drained => Ok(queues[index].enable_notification()?),
+        Progress::More => Ok(true),
+        Progress::Blocked => Ok(false),
     }
 }
 

@@ -5,9 +5,11 @@ use std::os::fd::BorrowedFd;
 
 use crate::memory::GuestBuffers;
 
+mod blocking;
 mod plain;
 mod qcow2;
 
+pub use blocking::{Blocking, BlockingDisk};
 pub use plain::PlainDisk;
 pub use qcow2::{Qcow2Disk, Refusal};
 

@@ -1,12 +1,10 @@
 //! From a request to plain system calls on a raw image or a block device: done when `submit` returns.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 
-use super::{Completion, DiskBackend, Operation, Request, write_zeroes_out};
+use super::{BlockingDisk, Operation, Request, write_zeroes_out};
 use crate::sys;
 
 /// A raw image or a block device, used through the host's page cache.
@@ -14,30 +12,12 @@ use crate::sys;
 pub struct PlainDisk {
     file: File,
     block_device: bool,
-    done: VecDeque<Completion>,
 }
 
 impl PlainDisk {
     /// A disk in `file`, which is a block device or a regular file.
     pub fn new(file: File, block_device: bool) -> PlainDisk {
-        PlainDisk { file, block_device, done: VecDeque::new() }
-    }
-
-    fn execute(&self, request: &mut Request) -> io::Result<()> {
-        let offset_bytes = request.offset_bytes;
-        match request.operation {
-            Operation::Read => {
-                self.transfer(request, |file, request, at| sys::disk::read_at(file, &mut request.buffers, at))
-            }
-            Operation::Write => {
-                self.transfer(request, |file, request, at| sys::disk::write_at(file, &request.buffers, at))
-            }
-            // `File::flush` would do nothing at all.
-            Operation::Flush => self.file.sync_data(),
-            Operation::Discard { len_bytes: 0 } | Operation::WriteZeroes { len_bytes: 0, .. } => Ok(()),
-            Operation::Discard { len_bytes } => self.discard(offset_bytes, len_bytes),
-            Operation::WriteZeroes { len_bytes, unmap } => self.write_zeroes(offset_bytes, len_bytes, unmap),
-        }
+        PlainDisk { file, block_device }
     }
 
     /// Repeats `call` until all of the buffers are used up: it may do less than was asked.
@@ -86,26 +66,28 @@ impl PlainDisk {
     }
 }
 
+impl BlockingDisk for PlainDisk {
+    fn execute(&mut self, request: &mut Request) -> io::Result<()> {
+        let offset_bytes = request.offset_bytes;
+        match request.operation {
+            Operation::Read => {
+                self.transfer(request, |file, request, at| sys::disk::read_at(file, &mut request.buffers, at))
+            }
+            Operation::Write => {
+                self.transfer(request, |file, request, at| sys::disk::write_at(file, &request.buffers, at))
+            }
+            // `File::flush` would do nothing at all.
+            Operation::Flush => self.file.sync_data(),
+            Operation::Discard { len_bytes: 0 } | Operation::WriteZeroes { len_bytes: 0, .. } => Ok(()),
+            Operation::Discard { len_bytes } => self.discard(offset_bytes, len_bytes),
+            Operation::WriteZeroes { len_bytes, unmap } => self.write_zeroes(offset_bytes, len_bytes, unmap),
+        }
+    }
+}
+
 /// Whether the file system or device does not know the operation, or not for such a range.
 fn cannot(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENOTTY))
-}
-
-impl DiskBackend for PlainDisk {
-    fn submit(&mut self, mut request: Request) {
-        let result = self.execute(&mut request);
-        self.done.push_back(Completion { request, result });
-    }
-
-    fn reap(&mut self) -> Option<Completion> {
-        self.done.pop_front()
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    fn drain(&mut self) {}
 }
 
 #[cfg(test)]
@@ -120,11 +102,7 @@ mod tests {
 
     fn run(file: &File, operation: Operation, offset_bytes: u64, buffers: GuestBuffers) -> io::Result<()> {
         let mut disk = PlainDisk::new(file.try_clone().unwrap(), false);
-        disk.submit(Request { token: 7, operation, offset_bytes, buffers });
-        let completion = disk.reap().unwrap();
-        assert_eq!(completion.request.token, 7);
-        assert!(disk.reap().is_none());
-        completion.result
+        disk.execute(&mut Request { token: 7, operation, offset_bytes, buffers })
     }
 
     fn memory() -> Arc<GuestMemory> {
@@ -243,7 +221,7 @@ mod tests {
         // No block device: the host cannot, which for a hint is no error.
         let mut disk = PlainDisk::new(file, true);
         let buffers = GuestBuffers::new(memory());
-        disk.submit(Request { token: 0, operation: Operation::Discard { len_bytes: 512 }, offset_bytes: 0, buffers });
-        disk.reap().unwrap().result.unwrap();
+        let discard = Operation::Discard { len_bytes: 512 };
+        disk.execute(&mut Request { token: 0, operation: discard, offset_bytes: 0, buffers }).unwrap();
     }
 }

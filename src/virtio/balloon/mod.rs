@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::log_rate::LogRate;
 use super::queue::{self, Chain, Virtqueue};
-use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
+use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
 use crate::config::MIN_MEMORY_MIB;
 use crate::memory;
 use crate::sys::timer::Timer;
@@ -231,13 +231,13 @@ impl Handler {
 
     /// Reads the guest's statistics, and leaves the buffer that they came in available until new ones are wanted: giving
     /// it back is how they are asked for (virtio 1.2 §5.5.6.3).
-    fn take_statistics(&mut self, queue: &mut Virtqueue) -> Result<Left, RingError> {
+    fn take_statistics(&mut self, queue: &mut Virtqueue) -> Result<Progress, RingError> {
         if !queue.pop(&mut self.chain)? {
-            return Ok(Left::Nothing);
+            return Ok(Progress::Drained);
         }
         if self.shared.wanted.swap(false, Ordering::AcqRel) {
             queue.push(self.chain.head(), 0)?;
-            return Ok(Left::More);
+            return Ok(Progress::More);
         }
         read_chain(&self.chain, queue, statistics::BYTES_MAX, &mut self.bytes);
         let in_order = self.shared.board.write(&self.bytes);
@@ -245,7 +245,7 @@ impl Handler {
             log::warn!("virtio-balloon: statistics of {} bytes make no sense", queue::len_bytes(self.chain.readable()));
         }
         queue.put_back();
-        Ok(Left::Waiting)
+        Ok(Progress::Blocked)
     }
 }
 
@@ -279,15 +279,15 @@ impl QueueHandler for Handler {
         self.features = features;
     }
 
-    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
-        let (Some(queue), Some(role)) = (queues.get_mut(index), self.role(index)) else { return Ok(Left::Waiting) };
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
+        let (Some(queue), Some(role)) = (queues.get_mut(index), self.role(index)) else { return Ok(Progress::Blocked) };
         if role == Role::Statistics {
             return self.take_statistics(queue);
         }
         let mut turn_bytes = 0;
         while turn_bytes < TURN_BYTES {
             if !queue.pop(&mut self.chain)? {
-                return Ok(Left::Nothing);
+                return Ok(Progress::Drained);
             }
             turn_bytes += PAGE_COST_BYTES;
             turn_bytes += match role {
@@ -298,7 +298,7 @@ impl QueueHandler for Handler {
             };
             queue.push(self.chain.head(), 0)?;
         }
-        Ok(Left::More)
+        Ok(Progress::More)
     }
 
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {

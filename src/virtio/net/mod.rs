@@ -31,7 +31,7 @@ use self::pair::{Common, Pair, Place};
 use self::vhost::Vhost;
 use super::log_rate::LogRate;
 use super::queue::{Chain, GuestRange, Virtqueue};
-use super::{ConfigSpace, Left, QueueHandler, RingError, Unfit, VirtioDevice, Ways};
+use super::{ConfigSpace, Notifiers, Progress, QueueHandler, RingError, StateMismatch, VirtioDevice};
 use crate::backend::net::{self as backend, NetBackend};
 use crate::backend::rate::Limiter;
 use crate::config::Rate;
@@ -121,7 +121,7 @@ struct Net {
     /// How many of them the driver uses, from the first on. Of the others nothing is taken, and they are given nothing.
     in_use: usize,
     /// While the host's kernel serves the pairs in use, what connects them with the driver.
-    given_away: Option<Ways>,
+    offloaded: Option<Notifiers>,
     /// Whether the driver has enabled all queues of the pairs in use.
     is_complete: bool,
     common: Common,
@@ -140,7 +140,7 @@ impl Net {
         let mut net = Net {
             pairs: backends.into_iter().map(Pair::new).collect::<io::Result<_>>()?,
             in_use: 1,
-            given_away: None,
+            offloaded: None,
             is_complete: false,
             common,
             lines: Default::default(),
@@ -181,15 +181,15 @@ impl Net {
     }
 
     /// Gives the kernel the queues of all pairs in use. Where it cannot have them, it is not asked again.
-    fn give_away(&mut self, queues: &mut [Virtqueue], ways: &Ways) -> Result<(), RingError> {
+    fn offload(&mut self, queues: &mut [Virtqueue], notifiers: &Notifiers) -> Result<(), RingError> {
         // First, since the kernel may raise an interrupt at once.
-        ways.interrupt.share(true);
-        self.given_away = Some(ways.clone());
+        notifiers.interrupt.share(true);
+        self.offloaded = Some(notifiers.clone());
         self.lines.iter_mut().for_each(VecDeque::clear);
         self.common.link.set_served_by_kernel(true);
         let features = self.common.features;
         let mut in_use = self.pairs.iter_mut().take(self.in_use).enumerate();
-        if let Err(error) = in_use.try_for_each(|(index, pair)| pair.give_away(2 * index, queues, features, ways)) {
+        if let Err(error) = in_use.try_for_each(|(index, pair)| pair.offload(2 * index, queues, features, notifiers)) {
             log::warn!("{}: vhost-net is not used: {error:#}", self.common.name);
             self.take_back(queues)?;
             self.pairs.iter_mut().for_each(|pair| pair.vhost = None);
@@ -200,45 +200,45 @@ impl Net {
     /// Takes back what the kernel was given. The driver is told to look at all of it: what the kernel said last may not
     /// have been seen.
     fn take_back(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
-        let Some(ways) = self.given_away.take() else { return Ok(()) };
+        let Some(notifiers) = self.offloaded.take() else { return Ok(()) };
         let pairs = self.pairs.iter_mut().zip(queues.chunks_exact_mut(2));
         let outcomes: Vec<_> = pairs.map(|(pair, queues)| pair.take_back(queues)).collect();
         self.common.link.set_served_by_kernel(false);
-        (0..2 * self.in_use).for_each(|index| ways.interrupt.queue_used(index));
-        ways.interrupt.share(false);
+        (0..2 * self.in_use).for_each(|index| notifiers.interrupt.queue_used(index));
+        notifiers.interrupt.share(false);
         outcomes.into_iter().collect()
     }
 
     /// Does what the driver asks for in its control queue, and answers.
-    fn obey(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+    fn obey(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         for _ in 0..COMMANDS_PER_TURN {
-            let Some(control) = queues.get_mut(index) else { return Ok(Left::Nothing) };
+            let Some(control) = queues.get_mut(index) else { return Ok(Progress::Drained) };
             if !control.pop(&mut self.command)? {
-                return Ok(Left::Nothing);
+                return Ok(Progress::Drained);
             }
             let pairs = control::pairs_asked_for(control.memory(), &self.command);
             let pairs = pairs.filter(|pairs| self.is_multiqueue() && (1..=self.pairs.len()).contains(pairs));
             // What asks for nothing new costs the host nothing.
             if pairs.is_some_and(|pairs| pairs != self.in_use) && !self.changes.admit(0) {
                 control.put_back();
-                return Ok(Left::Waiting);
+                return Ok(Progress::Blocked);
             }
             if pairs.is_some_and(|pairs| pairs != self.in_use) {
                 self.take_back(queues)?;
             }
             let done = pairs.is_some_and(|pairs| self.try_to_use(pairs));
             self.look_whether_complete(queues);
-            let Some(control) = queues.get_mut(index) else { return Ok(Left::Nothing) };
+            let Some(control) = queues.get_mut(index) else { return Ok(Progress::Drained) };
             let written_bytes = control::answer(control.memory(), &self.command, done)?;
             control.push(self.command.head(), written_bytes)?;
         }
-        Ok(Left::More)
+        Ok(Progress::More)
     }
 
     /// A turn of `pair`, which is in use, in `direction`.
-    fn turn(&mut self, pair: usize, direction: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+    fn turn(&mut self, pair: usize, direction: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         let (Some(served), Some(queue)) = (self.pairs.get_mut(pair), queues.get_mut(2 * pair + direction)) else {
-            return Ok(Left::Nothing);
+            return Ok(Progress::Drained);
         };
         let (left, place) = served.turn(direction, &mut self.common, queue)?;
         let line = &mut self.lines[direction];
@@ -292,35 +292,35 @@ impl QueueHandler for Net {
         }
     }
 
-    fn settle(&mut self, queues: &mut [Virtqueue], ways: &Ways) -> Result<(), RingError> {
+    fn update_offload(&mut self, queues: &mut [Virtqueue], notifiers: &Notifiers) -> Result<(), RingError> {
         self.look_whether_complete(queues);
-        match (self.is_for_kernel(), self.given_away.is_some()) {
-            (true, false) => self.give_away(queues, ways),
+        match (self.is_for_kernel(), self.offloaded.is_some()) {
+            (true, false) => self.offload(queues, notifiers),
             (false, true) => self.take_back(queues),
             _ => Ok(()),
         }
     }
 
-    fn is_settled(&mut self) -> Result<bool, RingError> {
-        let is_given_away = self.given_away.is_some();
+    fn offload_is_current(&mut self) -> Result<bool, RingError> {
+        let is_given_away = self.offloaded.is_some();
         if is_given_away && self.pairs.iter().flat_map(|pair| &pair.vhost).any(Vhost::has_refused) {
             return Err(RingError::Kernel("found a ring or a descriptor that makes no sense".into()));
         }
         Ok(self.is_for_kernel() == is_given_away)
     }
 
-    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         if self.control_index() == Some(index) {
             return self.obey(index, queues);
         }
         let (pair, direction) = (index / 2, index % 2);
-        if pair >= self.in_use || self.given_away.is_some() {
-            return Ok(Left::Waiting);
+        if pair >= self.in_use || self.offloaded.is_some() {
+            return Ok(Progress::Blocked);
         }
         let longest = self.lines[direction].front().copied();
         if let Some(other) = longest.filter(|other| *other != pair) {
             // It has a turn of its own as well, which says what it needs to be told.
-            if self.turn(other, direction, queues)? != Left::Waiting {
+            if self.turn(other, direction, queues)? != Progress::Blocked {
                 self.news.ring();
             }
         }
@@ -331,7 +331,7 @@ impl QueueHandler for Net {
         let own = [self.news.as_fd(), self.common.link.wake_fd()];
         let limiters = self.common.limiters.iter().chain([&self.changes]).map(Limiter::wake_fd);
         // Each frame would be heard of here, too.
-        let (ours, kernels) = if self.given_away.is_some() { (0, self.in_use) } else { (self.pairs.len(), 0) };
+        let (ours, kernels) = if self.offloaded.is_some() { (0, self.in_use) } else { (self.pairs.len(), 0) };
         let backends = self.pairs.iter().take(ours).map(|pair| pair.backend.fd());
         let vhosts = self.pairs.iter().take(kernels).flat_map(|pair| &pair.vhost).map(Vhost::wake_fd);
         backends.chain(vhosts).chain(limiters).chain(own).collect()
@@ -350,11 +350,11 @@ impl QueueHandler for Net {
         (self.in_use as u16).to_le_bytes().to_vec()
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), Unfit> {
-        let count = state.try_into().map(|bytes| usize::from(u16::from_le_bytes(bytes))).map_err(|_| Unfit)?;
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
+        let count = state.try_into().map(|bytes| usize::from(u16::from_le_bytes(bytes))).map_err(|_| StateMismatch)?;
         if !(1..=self.pairs.len()).contains(&count) {
-            return Err(Unfit);
+            return Err(StateMismatch);
         }
-        self.use_pairs(count).map_err(|_| Unfit)
+        self.use_pairs(count).map_err(|_| StateMismatch)
     }
 }

@@ -12,7 +12,7 @@ use crate::backend::rate::Limiter;
 use crate::memory::GuestBuffers;
 use crate::virtio::log_rate::LogRate;
 use crate::virtio::queue::{self, Chain, Virtqueue};
-use crate::virtio::{Left, RingError, Ways};
+use crate::virtio::{Notifiers, Progress, RingError};
 
 /// The directions, as a pair's queues stand (virtio 1.2 §5.1.2): to the guest, from the guest.
 pub const RX: usize = 0;
@@ -179,24 +179,24 @@ impl Pair {
 
     /// Gives the pair's queues, the first of which is number `first` of the device's, to the kernel. After an error they are
     /// to be taken back.
-    pub fn give_away(
+    pub fn offload(
         &mut self,
         first: usize,
         queues: &mut [Virtqueue],
         features: u64,
-        ways: &Ways,
+        notifiers: &Notifiers,
     ) -> anyhow::Result<()> {
         let (Some(vhost), Some([rx, tx])) = (&mut self.vhost, queues.get_mut(first..first + 2)) else {
             anyhow::bail!("there is no such pair");
         };
-        let Some([rx_bell, tx_bell]) = ways.doorbells.get(first..first + 2) else {
+        let Some([rx_bell, tx_bell]) = notifiers.doorbells.get(first..first + 2) else {
             anyhow::bail!("the pair has no doorbells");
         };
         let memory = rx.memory().clone();
         let rings = [(rx, rx_bell, first + RX), (tx, tx_bell, first + TX)].map(|(queue, doorbell, index)| Ring {
-            registers: queue.give_away(),
+            registers: queue.offload(),
             doorbell,
-            used_event: ways.interrupt.used_event(index),
+            used_event: notifiers.interrupt.used_event(index),
         });
         vhost.start(self.backend.fd(), features, &memory, &rings)
     }
@@ -204,7 +204,7 @@ impl Pair {
     /// Takes them back from where the kernel left them. After an error the kernel serves the pair no more.
     pub fn take_back(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
         let mut outcome = Ok(());
-        for (direction, queue) in queues.iter_mut().enumerate().filter(|(_, queue)| queue.is_away()) {
+        for (direction, queue) in queues.iter_mut().enumerate().filter(|(_, queue)| queue.is_offloaded()) {
             let stopped = self.vhost.as_mut().map_or(Ok(None), |vhost| vhost.stop(direction, queue.memory()));
             if let Err(error) = &stopped {
                 // With its descriptor closed it has stopped in any case.
@@ -227,7 +227,7 @@ impl Pair {
         direction: usize,
         common: &mut Common,
         queue: &mut Virtqueue,
-    ) -> Result<(Left, Place), RingError> {
+    ) -> Result<(Progress, Place), RingError> {
         let limit = &mut self.limits[direction];
         (limit.admitted_any, limit.refused) = (false, false);
         let left = if direction == RX { self.deliver(common, queue)? } else { self.take(common, queue)? };
@@ -250,37 +250,37 @@ impl Pair {
     }
 
     /// Takes the guest's frames until there are none, or this turn's work is done, or the host has to take some first.
-    fn take(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<Left, RingError> {
+    fn take(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<Progress, RingError> {
         // Also when the guest has nothing more to send: the host waits for the rest of what it has.
         if matches!(self.backend.flush(), Err(error) if error.kind() == ErrorKind::WouldBlock) {
-            return Ok(Left::Waiting);
+            return Ok(Progress::Blocked);
         }
         let mut frame = GuestBuffers::new(tx.memory().clone());
         let mut turn_bytes = 0;
         while turn_bytes < TURN_BYTES {
             if !tx.pop(&mut common.chain)? {
-                return Ok(Left::Nothing);
+                return Ok(Progress::Drained);
             }
             frame.clear();
             let header = common.read(tx, &mut frame);
             let frame_bytes = frame.len_bytes() as usize;
             if !self.limits[TX].admits(&mut common.limiters[TX], frame_bytes) {
                 tx.put_back();
-                return Ok(Left::Waiting);
+                return Ok(Progress::Blocked);
             }
             match self.send(common, header, &mut frame) {
                 Sent::Whole => common.link.counters().count_from_guest(frame_bytes),
                 Sent::Dropped => common.link.counters().count_dropped_from_guest(),
                 Sent::Later => {
                     tx.put_back();
-                    return Ok(Left::Waiting);
+                    return Ok(Progress::Blocked);
                 }
             }
             self.limits[TX].pass();
             tx.push(common.chain.head(), 0)?;
             turn_bytes += FRAME_COST_BYTES + frame_bytes;
         }
-        Ok(Left::More)
+        Ok(Progress::More)
     }
 
     fn send(&mut self, common: &mut Common, header: Option<Header>, frame: &mut GuestBuffers) -> Sent {
@@ -298,26 +298,26 @@ impl Pair {
     }
 
     /// Gives the guest frames until there are none, or it has too few buffers left, or this turn's work is done.
-    fn deliver(&mut self, common: &mut Common, rx: &mut Virtqueue) -> Result<Left, RingError> {
+    fn deliver(&mut self, common: &mut Common, rx: &mut Virtqueue) -> Result<Progress, RingError> {
         let (merge, trusting) = (common.has(VIRTIO_NET_F_MRG_RXBUF), common.has(VIRTIO_NET_F_GUEST_CSUM));
         let mut turn_bytes = 0;
         while turn_bytes < TURN_BYTES {
             if common.is_over {
-                return Ok(Left::Waiting);
+                return Ok(Progress::Blocked);
             }
             let found = self.backend.receive();
             if let Err(error) = &found {
                 common.end(error);
             }
             let Some((mut header, frame)) = self.backend.frame().filter(|_| matches!(found, Ok(true))) else {
-                return Ok(Left::Waiting);
+                return Ok(Progress::Blocked);
             };
             if !trusting {
                 header.flags &= !FLAG_DATA_VALID;
             }
             let frame_bytes = frame.len();
             if !self.limits[RX].admits(&mut common.limiters[RX], frame_bytes) {
-                return Ok(Left::Waiting);
+                return Ok(Progress::Blocked);
             }
             let placed = match common.link.is_up() {
                 true => place(rx, &mut common.taken, &mut common.used, merge, header, frame)?,
@@ -326,13 +326,13 @@ impl Pair {
             match placed {
                 Placed::Whole => common.link.counters().count_to_guest(frame_bytes),
                 Placed::TooShort => common.link.counters().count_dropped_to_guest(),
-                Placed::NoBuffers => return Ok(Left::Waiting),
+                Placed::NoBuffers => return Ok(Progress::Blocked),
             }
             self.limits[RX].pass();
             self.backend.consume();
             turn_bytes += FRAME_COST_BYTES + frame_bytes;
         }
-        Ok(Left::More)
+        Ok(Progress::More)
     }
 }
 

@@ -41,7 +41,7 @@ pub struct Vhost {
 
 /// A queue to be served, and what connects it with its driver.
 pub struct Ring<'a> {
-    /// Where it stands, as [`crate::virtio::Virtqueue::give_away`] returned it.
+    /// Where it stands, as [`crate::virtio::Virtqueue::offload`] returned it.
     pub registers: QueueRegisters,
     /// Written when the driver rings.
     pub doorbell: &'a EventFd,

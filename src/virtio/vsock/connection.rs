@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 
 use super::budget::Share;
-use super::credit::{Credit, Lie};
+use super::credit::{Credit, CreditViolation};
 use super::packet::{HEADER_BYTES, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use crate::memory::GuestBuffers;
 use crate::sys::{self, socket};
@@ -30,11 +30,11 @@ pub struct Ports {
 
 /// The connection cannot go on, because of the guest or of the host: the guest is to be sent a RST.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Broken;
+pub struct ConnectionError;
 
-impl From<Lie> for Broken {
-    fn from(_: Lie) -> Broken {
-        Broken
+impl From<CreditViolation> for ConnectionError {
+    fn from(_: CreditViolation) -> ConnectionError {
+        ConnectionError
     }
 }
 
@@ -79,7 +79,12 @@ pub struct Connection {
 
 impl Connection {
     /// A connection that the guest asked for with `request`, to whoever is at the other end of `stream`.
-    pub fn from_guest(stream: UnixStream, ports: Ports, share: Share, request: &Header) -> Result<Connection, Broken> {
+    pub fn from_guest(
+        stream: UnixStream,
+        ports: Ports,
+        share: Share,
+        request: &Header,
+    ) -> Result<Connection, ConnectionError> {
         let mut connection = Connection::new(stream, ports, share, op::RESPONSE)?;
         connection.open = true;
         connection.credit.hear(request.buf_alloc, request.fwd_cnt)?;
@@ -87,12 +92,12 @@ impl Connection {
     }
 
     /// A connection that whoever is at the other end of `stream` asks for.
-    pub fn from_host(stream: UnixStream, ports: Ports, share: Share) -> Result<Connection, Broken> {
+    pub fn from_host(stream: UnixStream, ports: Ports, share: Share) -> Result<Connection, ConnectionError> {
         Connection::new(stream, ports, share, op::REQUEST)
     }
 
-    fn new(stream: UnixStream, ports: Ports, share: Share, opening: u16) -> Result<Connection, Broken> {
-        sys::net::set_send_buffer(&stream, share.send_buffer_bytes).map_err(|_| Broken)?;
+    fn new(stream: UnixStream, ports: Ports, share: Share, opening: u16) -> Result<Connection, ConnectionError> {
+        sys::net::set_send_buffer(&stream, share.send_buffer_bytes).map_err(|_| ConnectionError)?;
         Ok(Connection {
             queued: false,
             ports,
@@ -125,12 +130,12 @@ impl Connection {
     }
 
     /// Something became of the stream. Fails where it ended before the guest has answered.
-    pub fn on_event(&mut self, events: EventSet) -> Result<(), Broken> {
+    pub fn on_event(&mut self, events: EventSet) -> Result<(), ConnectionError> {
         self.readable |= events.intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
         self.writable |= events.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR);
         if events.contains(EventSet::HANG_UP) {
             if !self.open {
-                return Err(Broken);
+                return Err(ConnectionError);
             }
             self.end_reader();
         }
@@ -155,7 +160,7 @@ impl Connection {
     }
 
     /// The next packet to the guest, its data already in `room`, which is empty only where there is no credit.
-    pub fn next(&mut self, room: &mut GuestBuffers) -> Result<Option<Header>, Broken> {
+    pub fn next(&mut self, room: &mut GuestBuffers) -> Result<Option<Header>, ConnectionError> {
         if let Some(op) = self.opening.take() {
             return Ok(Some(self.packet(op)));
         }
@@ -185,20 +190,20 @@ impl Connection {
         header: &Header,
         chain: &[GuestRange],
         buffers: &mut GuestBuffers,
-    ) -> Result<After, Broken> {
+    ) -> Result<After, ConnectionError> {
         self.credit.hear(header.buf_alloc, header.fwd_cnt)?;
         self.asked &= self.credit.room_bytes() == 0;
         match header.op {
             op::RESPONSE if !self.open && self.opening.is_none() => {
                 self.open = true;
-                self.greet()?;
+                self.handshake()?;
             }
-            _ if !self.open => return Err(Broken),
+            _ if !self.open => return Err(ConnectionError),
             op::RW if self.guest_ended & SHUTDOWN_SEND == 0 => self.on_data(header.len_bytes, chain, buffers)?,
             op::SHUTDOWN => return Ok(self.on_shutdown(header.flags)),
             op::CREDIT_UPDATE => {}
             op::CREDIT_REQUEST => self.update_owed = true,
-            _ => return Err(Broken),
+            _ => return Err(ConnectionError),
         }
         Ok(After::Goes)
     }
@@ -220,7 +225,7 @@ impl Connection {
     }
 
     /// Reads as much as there is into `room`; 0 where there is nothing now, or nothing more.
-    fn read(&mut self, room: &mut GuestBuffers) -> Result<u32, Broken> {
+    fn read(&mut self, room: &mut GuestBuffers) -> Result<u32, ConnectionError> {
         match socket::receive(&self.stream, room) {
             Ok(0) => self.writer_ended = true,
             Ok(count) => {
@@ -231,7 +236,7 @@ impl Connection {
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(_) => return Err(Broken),
+            Err(_) => return Err(ConnectionError),
         }
         Ok(0)
     }
@@ -249,20 +254,25 @@ impl Connection {
     }
 
     /// Tells the program that asked for the connection that it has it.
-    fn greet(&mut self) -> Result<(), Broken> {
+    fn handshake(&mut self) -> Result<(), ConnectionError> {
         let words = format!("OK {}\n", self.ports.host);
         // The first words on a new stream have room.
-        let written = (&self.stream).write(words.as_bytes()).map_err(|_| Broken)?;
-        if written == words.len() { Ok(()) } else { Err(Broken) }
+        let written = (&self.stream).write(words.as_bytes()).map_err(|_| ConnectionError)?;
+        if written == words.len() { Ok(()) } else { Err(ConnectionError) }
     }
 
-    fn on_data(&mut self, len_bytes: u32, chain: &[GuestRange], buffers: &mut GuestBuffers) -> Result<(), Broken> {
+    fn on_data(
+        &mut self,
+        len_bytes: u32,
+        chain: &[GuestRange],
+        buffers: &mut GuestBuffers,
+    ) -> Result<(), ConnectionError> {
         self.credit.receive(len_bytes)?;
         let mut sent_bytes = 0;
         if self.backlog.is_empty() && self.writable && !self.reader_ended && len_bytes > 0 {
             buffers.clear();
             for range in queue::part(chain, HEADER_BYTES as u64, len_bytes.into()) {
-                buffers.push(range.address, range.len_bytes).map_err(|_| Broken)?;
+                buffers.push(range.address, range.len_bytes).map_err(|_| ConnectionError)?;
             }
             sent_bytes = self.write(len_bytes as usize, |stream| socket::send(stream, buffers))? as u32;
             self.credit.forward(sent_bytes);
@@ -279,7 +289,7 @@ impl Connection {
     }
 
     /// Copies `range`, which the guest had credit for, to the backlog.
-    fn keep(&mut self, range: GuestRange, buffers: &GuestBuffers) -> Result<(), Broken> {
+    fn keep(&mut self, range: GuestRange, buffers: &GuestBuffers) -> Result<(), ConnectionError> {
         if self.backlog.is_empty() {
             // All of it at once, since one that grows takes up to twice as much.
             self.backlog = VecDeque::with_capacity(self.share.backlog_bytes as usize);
@@ -290,7 +300,7 @@ impl Connection {
             let len = (range.len_bytes - done).min(bytes.len() as u32);
             let piece = &mut bytes[..len as usize];
             let address = GuestAddress(range.address.0.saturating_add(done.into()));
-            buffers.memory().read_slice(piece, address).map_err(|_| Broken)?;
+            buffers.memory().read_slice(piece, address).map_err(|_| ConnectionError)?;
             self.backlog.extend(&*piece);
             done += len;
         }
@@ -298,7 +308,7 @@ impl Connection {
     }
 
     /// Writes as much of the backlog as the stream takes.
-    fn flush(&mut self) -> Result<(), Broken> {
+    fn flush(&mut self) -> Result<(), ConnectionError> {
         if self.backlog.is_empty() {
             return Ok(());
         }
@@ -327,7 +337,7 @@ impl Connection {
         &mut self,
         len_bytes: usize,
         attempt: impl FnOnce(&UnixStream) -> io::Result<usize>,
-    ) -> Result<usize, Broken> {
+    ) -> Result<usize, ConnectionError> {
         let count = match attempt(&self.stream) {
             Ok(count) => count,
             Err(error) => match error.kind() {
@@ -337,7 +347,7 @@ impl Connection {
                     self.end_reader();
                     return Ok(0);
                 }
-                _ => return Err(Broken),
+                _ => return Err(ConnectionError),
             },
         };
         self.writable = count >= len_bytes;

@@ -9,7 +9,7 @@ const SPAN_MAX: u32 = i32::MAX as u32;
 
 /// The guest's word against its deeds.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Lie;
+pub struct CreditViolation;
 
 /// Both directions of one connection.
 #[derive(Debug, Default)]
@@ -38,10 +38,10 @@ impl Credit {
     }
 
     /// The guest sends `len_bytes`: a lie where that is more than it was told that there is room for.
-    pub fn receive(&mut self, len_bytes: u32) -> Result<(), Lie> {
+    pub fn receive(&mut self, len_bytes: u32) -> Result<(), CreditViolation> {
         let room = self.buffer_bytes.saturating_sub(self.received.wrapping_sub(self.told));
         if len_bytes > room {
-            return Err(Lie);
+            return Err(CreditViolation);
         }
         self.received = self.received.wrapping_add(len_bytes);
         Ok(())
@@ -66,9 +66,9 @@ impl Credit {
     /// The guest tells of its room: a lie where it says to have taken what was never sent.
     ///
     /// Packets that overtook each other in the guest tell old counts, which change nothing.
-    pub fn hear(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<(), Lie> {
+    pub fn hear(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<(), CreditViolation> {
         if self.sent.wrapping_sub(fwd_cnt) > SPAN_MAX {
-            return Err(Lie);
+            return Err(CreditViolation);
         }
         if fwd_cnt.wrapping_sub(self.peer_forwarded) <= SPAN_MAX {
             self.peer_forwarded = fwd_cnt;
@@ -97,12 +97,12 @@ mod tests {
     fn a_guest_may_fill_the_buffer_and_not_a_byte_more() {
         let mut credit = Credit::new(BUFFER_BYTES);
         assert_eq!(credit.receive(BUFFER_BYTES), Ok(()));
-        assert_eq!(credit.receive(1), Err(Lie));
+        assert_eq!(credit.receive(1), Err(CreditViolation));
         credit.forward(10);
-        assert_eq!(credit.receive(1), Err(Lie), "it has not been told yet");
+        assert_eq!(credit.receive(1), Err(CreditViolation), "it has not been told yet");
         assert_eq!(credit.tell(), 10);
         assert_eq!(credit.receive(10), Ok(()));
-        assert_eq!(credit.receive(1), Err(Lie));
+        assert_eq!(credit.receive(1), Err(CreditViolation));
     }
 
     #[test]
@@ -129,7 +129,7 @@ mod tests {
         credit.hear(50, 60).unwrap();
         credit.hear(50, 20).unwrap();
         assert_eq!(credit.room_bytes(), 50, "an old count changes nothing");
-        assert_eq!(credit.hear(50, 61), Err(Lie));
+        assert_eq!(credit.hear(50, 61), Err(CreditViolation));
         assert_eq!(credit.hear(50, u32::MAX - 5), Ok(()), "older than the first count");
         assert_eq!(credit.room_bytes(), 50);
     }

@@ -23,16 +23,16 @@ const LISTENER: u64 = u64::MAX;
 const BELL: u64 = u64::MAX - 1;
 /// Programs that are let in before others have their turn.
 const ACCEPTS_PER_TURN: usize = 32;
-/// Longer than any greeting.
-const GREETING_BYTES_MAX: usize = 32;
+/// Longer than any first line, `CONNECT PORT`.
+const HANDSHAKE_BYTES_MAX: usize = 32;
 
-/// What the host has to say.
+/// What happened on the host's side.
 #[derive(Debug)]
-pub enum Said {
+pub enum HostEvent {
     /// A program wants to be connected to this port of the guest's.
     Connect(StreamId, UnixStream, u32),
-    /// Something became of a connection's stream.
-    Event(StreamId, EventSet),
+    /// A connection's stream is readable or writable, or was closed.
+    Ready(StreamId, EventSet),
 }
 
 /// The listener, the streams' events, and the programs that have not said yet what they want.
@@ -41,14 +41,14 @@ pub struct Host {
     epoll: Epoll,
     /// Wakes the worker.
     bell: EventFd,
-    greetings: HashMap<StreamId, Greeting>,
+    handshakes: HashMap<StreamId, Handshake>,
     next_id: StreamId,
     accept_again: bool,
     log_rate: LogRate,
 }
 
 /// A program that has connected, and what it has written of its first line.
-struct Greeting {
+struct Handshake {
     stream: UnixStream,
     line: Vec<u8>,
 }
@@ -59,8 +59,8 @@ impl Host {
         let (epoll, bell) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
         watch(&epoll, socket.listener.as_raw_fd(), LISTENER, EventSet::IN)?;
         watch(&epoll, bell.as_raw_fd(), BELL, EventSet::IN)?;
-        let (greetings, log_rate) = (HashMap::new(), LogRate::default());
-        Ok(Host { socket, epoll, bell, greetings, next_id: 0, accept_again: false, log_rate })
+        let (handshakes, log_rate) = (HashMap::new(), LogRate::default());
+        Ok(Host { socket, epoll, bell, handshakes, next_id: 0, accept_again: false, log_rate })
     }
 
     /// The guest's address.
@@ -80,13 +80,13 @@ impl Host {
     }
 
     /// How many programs have connected and not said yet what they want.
-    pub fn greetings(&self) -> usize {
-        self.greetings.len()
+    pub fn handshakes(&self) -> usize {
+        self.handshakes.len()
     }
 
     /// Forgets everybody who has not said yet what they want.
     pub fn clear(&mut self) {
-        self.greetings.clear();
+        self.handshakes.clear();
     }
 
     /// Connects to who serves the guest's connections to `port`.
@@ -95,9 +95,9 @@ impl Host {
         Ok((self.adopt(&stream)?, stream))
     }
 
-    /// Puts what happened since the last time behind `said`; it lets at most `room` programs in and turns the others away.
+    /// Appends what happened since the last call to `host_events`; it lets at most `room` programs in and turns the others away.
     /// Returns whether there is more.
-    pub fn poll(&mut self, room: usize, said: &mut Vec<Said>) -> bool {
+    pub fn poll(&mut self, room: usize, host_events: &mut Vec<HostEvent>) -> bool {
         let mut events = [EpollEvent::default(); 64];
         // Only a signal can be in the way, and then there is a next time.
         let Ok(count) = self.epoll.wait(0, &mut events) else { return true };
@@ -106,8 +106,8 @@ impl Host {
             match (event.data(), event.event_set()) {
                 (LISTENER, _) => accept = true,
                 (BELL, _) => {}
-                (id, _) if self.greetings.contains_key(&id) => self.greet(id, said),
-                (id, happened) => said.push(Said::Event(id, happened)),
+                (id, _) if self.handshakes.contains_key(&id) => self.handshake(id, host_events),
+                (id, happened) => host_events.push(HostEvent::Ready(id, happened)),
             }
         }
         if accept {
@@ -131,7 +131,7 @@ impl Host {
             match adopted {
                 Ok((id, stream)) => {
                     room -= 1;
-                    self.greetings.insert(id, Greeting { stream, line: Vec::new() });
+                    self.handshakes.insert(id, Handshake { stream, line: Vec::new() });
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
                 Err(error) => {
@@ -146,11 +146,11 @@ impl Host {
     }
 
     /// Reads on in what a program says. What it says is wanted, or it is turned away.
-    fn greet(&mut self, id: StreamId, said: &mut Vec<Said>) {
-        let Some(mut greeting) = self.greetings.remove(&id) else { return };
-        match greeting.read() {
-            Ok(Some(port)) => said.push(Said::Connect(id, greeting.stream, port)),
-            Ok(None) => drop(self.greetings.insert(id, greeting)),
+    fn handshake(&mut self, id: StreamId, host_events: &mut Vec<HostEvent>) {
+        let Some(mut handshake) = self.handshakes.remove(&id) else { return };
+        match handshake.read() {
+            Ok(Some(port)) => host_events.push(HostEvent::Connect(id, handshake.stream, port)),
+            Ok(None) => drop(self.handshakes.insert(id, handshake)),
             Err(_) => {}
         }
     }
@@ -164,11 +164,11 @@ impl Host {
     }
 }
 
-impl Greeting {
+impl Handshake {
     /// The port that is wanted, once the line is whole. Nothing behind it is read: that is for the guest.
     fn read(&mut self) -> io::Result<Option<u32>> {
         let mut byte = [0];
-        while self.line.len() < GREETING_BYTES_MAX {
+        while self.line.len() < HANDSHAKE_BYTES_MAX {
             match self.stream.read(&mut byte) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(_) if byte == *b"\n" => return port(&self.line).map(Some).ok_or(ErrorKind::InvalidData.into()),

@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::queue::{Chain, Virtqueue};
-use super::{ConfigSpace, Left, QueueHandler, RingError, VirtioDevice};
+use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
 use crate::memory::GuestBuffers;
 use crate::resources::vsock::VsockSocket;
 
@@ -68,16 +68,16 @@ struct Vsock {
 
 impl Vsock {
     /// Takes the guest's packets until there are none, or this turn's work is done, or the guest has to take some first.
-    fn take(&mut self, tx: &mut Virtqueue) -> Result<Left, RingError> {
+    fn take(&mut self, tx: &mut Virtqueue) -> Result<Progress, RingError> {
         let mut buffers = GuestBuffers::new(tx.memory().clone());
         let mut turn_bytes = 0;
         while turn_bytes < TURN_BYTES {
             self.held_up = self.switch.is_full();
             if self.held_up {
-                return Ok(Left::Waiting);
+                return Ok(Progress::Blocked);
             }
             if !tx.pop(&mut self.chain)? {
-                return Ok(Left::Nothing);
+                return Ok(Progress::Drained);
             }
             let packet = self.chain.readable();
             let header = Header::read(tx.memory(), packet);
@@ -86,20 +86,20 @@ impl Vsock {
             tx.push(self.chain.head(), 0)?;
             turn_bytes += PACKET_COST_BYTES + u64::from(header.len_bytes);
         }
-        Ok(Left::More)
+        Ok(Progress::More)
     }
 
     /// Gives the guest packets until there are none (`Waiting`: for the host), or it has no buffers left (`Nothing`), or
     /// this turn's work is done.
-    fn deliver(&mut self, rx: &mut Virtqueue) -> Result<Left, RingError> {
+    fn deliver(&mut self, rx: &mut Virtqueue) -> Result<Progress, RingError> {
         let mut buffers = GuestBuffers::new(rx.memory().clone());
         let mut turn_bytes = 0;
         while turn_bytes < TURN_BYTES {
             if !self.switch.has_packets() {
-                return Ok(Left::Waiting);
+                return Ok(Progress::Blocked);
             }
             if !rx.pop(&mut self.chain)? {
-                return Ok(Left::Nothing);
+                return Ok(Progress::Drained);
             }
             turn_bytes += PACKET_COST_BYTES;
             let Some(header) = self.switch.next(self.chain.writable(), &mut buffers)? else {
@@ -116,33 +116,33 @@ impl Vsock {
                 self.switch.ring();
             }
         }
-        Ok(Left::More)
+        Ok(Progress::More)
     }
 }
 
 impl QueueHandler for Vsock {
     fn start(&mut self, _features: u64) {}
 
-    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Left, RingError> {
-        let [rx, tx, _events] = queues else { return Ok(Left::Nothing) };
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
+        let [rx, tx, _events] = queues else { return Ok(Progress::Drained) };
         match index {
             RX => {
                 let more = self.switch.poll();
                 let left = self.deliver(rx)?;
-                Ok(if more { Left::More } else { left })
+                Ok(if more { Progress::More } else { left })
             }
             TX => {
                 let left = self.take(tx)?;
                 // Answers go at once. Where the guest has no buffers for them its doorbell is wanted, which is the other
                 // queue's.
                 Ok(match self.deliver(rx)? {
-                    Left::More => Left::More,
-                    Left::Nothing if rx.enable_notification()? => Left::More,
+                    Progress::More => Progress::More,
+                    Progress::Drained if rx.enable_notification()? => Progress::More,
                     _ => left,
                 })
             }
             // Events are for a guest that was moved: its buffers for them are kept.
-            _ => Ok(Left::Waiting),
+            _ => Ok(Progress::Blocked),
         }
     }
 

@@ -5,8 +5,8 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
 use super::budget::{CONNECTIONS_MAX, Share};
-use super::connection::{After, Broken, Connection, Ports};
-use super::host::{Host, Said, StreamId};
+use super::connection::{After, Connection, ConnectionError, Ports};
+use super::host::{Host, HostEvent, StreamId};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, TYPE_STREAM, op};
 use crate::memory::GuestBuffers;
 use crate::virtio::RingError;
@@ -28,7 +28,7 @@ pub struct Switch {
     /// RSTs that the guest has not taken yet: its ports, and those it called.
     resets: VecDeque<Ports>,
     next_host_port: u32,
-    said: Vec<Said>,
+    events: Vec<HostEvent>,
 }
 
 impl Switch {
@@ -41,7 +41,7 @@ impl Switch {
             due: VecDeque::new(),
             resets: VecDeque::new(),
             next_host_port: FIRST_HOST_PORT,
-            said: Vec::new(),
+            events: Vec::new(),
         }
     }
 
@@ -66,12 +66,12 @@ impl Switch {
 
     /// Does what the host's side asks for. Returns whether there is more of it.
     pub fn poll(&mut self) -> bool {
-        let mut said = std::mem::take(&mut self.said);
-        let more = self.host.poll(self.room(), &mut said);
-        for said in said.drain(..) {
-            match said {
-                Said::Connect(id, stream, port) => self.request(id, stream, port),
-                Said::Event(id, events) => {
+        let mut events = std::mem::take(&mut self.events);
+        let more = self.host.poll(self.room(), &mut events);
+        for events in events.drain(..) {
+            match events {
+                HostEvent::Connect(id, stream, port) => self.request(id, stream, port),
+                HostEvent::Ready(id, events) => {
                     let Some(connection) = self.connections.get_mut(&id) else { continue };
                     match connection.on_event(events) {
                         Ok(()) if connection.is_over() => drop(self.remove(id)),
@@ -81,7 +81,7 @@ impl Switch {
                 }
             }
         }
-        self.said = said;
+        self.events = events;
         more
     }
 
@@ -115,7 +115,7 @@ impl Switch {
                         self.end(id);
                         self.resets.push_back(ports);
                     }
-                    Err(Broken) => self.reset(id),
+                    Err(ConnectionError) => self.reset(id),
                 }
             }
         }
@@ -165,7 +165,7 @@ impl Switch {
 
     /// How many more connections there may be.
     fn room(&self) -> usize {
-        CONNECTIONS_MAX.saturating_sub(self.connections.len() + self.host.greetings())
+        CONNECTIONS_MAX.saturating_sub(self.connections.len() + self.host.handshakes())
     }
 
     /// What the next connection may hold.

@@ -3,12 +3,10 @@
 //! The image is one file that is already open: whatever other file it names is never looked for. `check.rs` looks at all of
 //! its tables first. What stands in them by then is only what was checked or what was written here.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
 
-use super::{Completion, DiskBackend, Request};
+use super::{BlockingDisk, Request};
 use image::Image;
 use medium::Medium;
 
@@ -75,7 +73,6 @@ pub enum Refusal {
 #[derive(Debug)]
 pub struct Qcow2Disk {
     image: Image,
-    done: VecDeque<Completion>,
 }
 
 impl Qcow2Disk {
@@ -89,7 +86,7 @@ impl Qcow2Disk {
     }
 
     fn on(medium: Medium, readonly: bool) -> Result<Qcow2Disk, Refusal> {
-        Ok(Qcow2Disk { image: Image::open(medium, readonly)?, done: VecDeque::new() })
+        Ok(Qcow2Disk { image: Image::open(medium, readonly)? })
     }
 
     /// Size of the disk that the image describes.
@@ -106,19 +103,8 @@ impl Drop for Qcow2Disk {
     }
 }
 
-impl DiskBackend for Qcow2Disk {
-    fn submit(&mut self, mut request: Request) {
-        let result = self.image.execute(&mut request);
-        self.done.push_back(Completion { request, result });
+impl BlockingDisk for Qcow2Disk {
+    fn execute(&mut self, request: &mut Request) -> io::Result<()> {
+        self.image.execute(request)
     }
-
-    fn reap(&mut self) -> Option<Completion> {
-        self.done.pop_front()
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    fn drain(&mut self) {}
 }

@@ -61,11 +61,7 @@ impl Disk {
     pub(super) fn run(&mut self, operation: Operation, offset_bytes: u64, parts: &[(u64, u32)]) -> io::Result<()> {
         let mut buffers = GuestBuffers::new(self.memory.clone());
         parts.iter().for_each(|(at, len)| buffers.push(GuestAddress(*at), *len).unwrap());
-        self.disk.submit(Request { token: 7, operation, offset_bytes, buffers });
-        let completion = self.disk.reap().unwrap();
-        assert_eq!(completion.request.token, 7);
-        assert!(self.disk.reap().is_none());
-        completion.result
+        self.disk.execute(&mut Request { token: 7, operation, offset_bytes, buffers })
     }
 
     /// Writes from two places of guest memory.

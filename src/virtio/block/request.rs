@@ -6,9 +6,9 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::RingError;
-use super::queue::{self, Chain, GuestRange};
 use crate::backend::disk::{Operation, SECTOR_BYTES};
 use crate::memory::{GuestBuffers, GuestMemory};
+use crate::virtio::queue::{self, Chain, GuestRange};
 
 /// As much data as one request may carry: what the segments that are offered can hold, 254 of 256 KiB.
 pub const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;

@@ -1,0 +1,370 @@
+//! From a block device's queue to a disk of the host, and back (virtio 1.2 §5.2).
+
+pub mod request;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::log_rate::LogRate;
+use super::queue::{Chain, Virtqueue};
+use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
+use crate::backend::disk::{Blocking, Completion, DiskBackend, Operation, PlainDisk, Request, SECTOR_BYTES};
+use crate::backend::rate::{Limiter, RateControl};
+use crate::config::Rate;
+use crate::memory::GuestBuffers;
+use crate::resources::disk::{DiskFile, Image};
+
+use request::{
+    Action, BlockRequest, DISCARD_SECTORS_MAX, DiskShape, SEGMENT_BYTES_MAX, SEGMENTS_MAX, Status,
+    WRITE_ZEROES_SECTORS_MAX,
+};
+
+/// Device ID (virtio 1.2 §5).
+const DEVICE_TYPE: u32 = 2;
+const QUEUE_SIZE: u16 = 256;
+
+// Feature bits, virtio 1.2 §5.2.3.
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Length of the answer to VIRTIO_BLK_T_GET_ID (virtio 1.2 §5.2.6).
+const ID_BYTES: usize = 20;
+/// Physical blocks: page cache and most disks work in these.
+const PHYSICAL_BLOCK_BYTES: u32 = 4096;
+/// What a guest can make a disk hold beside its memory, in bytes: for every request that it can have in flight as many parts
+/// as a chain has, each of which may lie in two regions of memory. What the back end keeps is the back end's to say.
+pub const BUDGET_BYTES: u64 = QUEUE_SIZE as u64 * 2 * QUEUE_SIZE as u64 * size_of::<libc::iovec>() as u64;
+/// What one turn of the worker moves at most, before it looks at its stop event again.
+const TURN_BYTES: u64 = 4 << 20;
+/// Requests begun before those that are done are completed, so that a driver that watches the used ring can go on.
+const REAP_INTERVAL: u32 = 8;
+/// What a request counts in a turn beside its data, so that a turn has an end in any case.
+const REQUEST_COST_BYTES: u64 = 16 << 10;
+
+/// The host's hand on a disk, to be used from any thread, whether the machine runs or not.
+#[derive(Debug, Clone)]
+pub struct Control {
+    /// What the guest did so far.
+    pub counters: Arc<Counters>,
+    /// What it may do in a second.
+    pub rate: RateControl,
+}
+
+/// What a guest did with a disk since the machine started, counted when it is done.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Read requests.
+    pub reads: AtomicU64,
+    /// Bytes that they read.
+    pub read_bytes: AtomicU64,
+    /// Write requests.
+    pub writes: AtomicU64,
+    /// Bytes that they wrote.
+    pub written_bytes: AtomicU64,
+    /// Flush requests.
+    pub flushes: AtomicU64,
+    /// Discard and write zeroes requests.
+    pub discards: AtomicU64,
+}
+
+impl Counters {
+    fn count(&self, operation: Operation, len_bytes: u64) {
+        let (requests, bytes) = match operation {
+            Operation::Read => (&self.reads, Some(&self.read_bytes)),
+            Operation::Write => (&self.writes, Some(&self.written_bytes)),
+            Operation::Flush => (&self.flushes, None),
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => (&self.discards, None),
+        };
+        requests.fetch_add(1, Ordering::Relaxed);
+        if let Some(bytes) = bytes {
+            bytes.fetch_add(len_bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A block device on the disk that was opened as `disk`, and the host's hand on it.
+pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, Control)> {
+    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate } = disk;
+    let name = format!("disk {}", path.display());
+    let shape = DiskShape { capacity_bytes, readonly, block_bytes };
+    let backend: Box<dyn DiskBackend> = match image {
+        Image::Raw { file, block_device } => Box::new(Blocking::new(PlainDisk::new(file, block_device))),
+        Image::Qcow2(disk) => Box::new(Blocking::new(disk)),
+    };
+    device_on(backend, shape, &name, id.as_deref().unwrap_or_default(), rate)
+}
+
+/// A block device on any back end, whose disk has `shape`. `name` is for the log, `id` is the guest's serial number.
+pub fn device_on(
+    disk: Box<dyn DiskBackend>,
+    shape: DiskShape,
+    name: &str,
+    id: &str,
+    rate: Rate,
+) -> io::Result<(VirtioDevice, Control)> {
+    let (limiter, rate) = Limiter::new(rate)?;
+    let counters = Arc::<Counters>::default();
+    let writable = if shape.readonly { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
+    let device = VirtioDevice {
+        device_type: DEVICE_TYPE,
+        name: name.to_owned(),
+        features: F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | writable,
+        feature_needs: &[],
+        queue_sizes: vec![QUEUE_SIZE],
+        config: Arc::new(ConfigSpace::new(config(&shape), 0..0)),
+        handler: Box::new(Block::new(disk, shape, name, id, limiter, counters.clone())),
+    };
+    Ok((device, Control { counters, rate }))
+}
+
+/// `struct virtio_blk_config` (virtio 1.2 §5.2.4), in its order.
+fn config(shape: &DiskShape) -> Vec<u8> {
+    let physical_block_exp = (PHYSICAL_BLOCK_BYTES / shape.block_bytes).max(1).ilog2() as u8;
+    let mut bytes = Vec::new();
+    bytes.extend((shape.capacity_bytes / SECTOR_BYTES).to_le_bytes());
+    bytes.extend(SEGMENT_BYTES_MAX.to_le_bytes());
+    bytes.extend(SEGMENTS_MAX.to_le_bytes());
+    bytes.extend([0; 4]); // geometry: not offered
+    bytes.extend(shape.block_bytes.to_le_bytes()); // blk_size
+    bytes.extend([physical_block_exp, 0]); // and alignment_offset
+    bytes.extend((1_u16 << physical_block_exp).to_le_bytes()); // min_io_size, in logical blocks
+    bytes.extend(0_u32.to_le_bytes()); // opt_io_size: none better than another
+    bytes.extend([0; 2]); // writeback: not offered
+    bytes.extend(1_u16.to_le_bytes()); // num_queues
+    bytes.extend(DISCARD_SECTORS_MAX.to_le_bytes());
+    bytes.extend(1_u32.to_le_bytes()); // max_discard_seg
+    bytes.extend((PHYSICAL_BLOCK_BYTES / SECTOR_BYTES as u32).to_le_bytes()); // discard_sector_alignment
+    bytes.extend(WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
+    bytes.extend(1_u32.to_le_bytes()); // max_write_zeroes_seg
+    bytes.extend([1, 0, 0, 0]); // write_zeroes_may_unmap
+    bytes
+}
+
+/// The device's side: its one queue and what it has in flight.
+struct Block {
+    disk: Box<dyn DiskBackend>,
+    shape: DiskShape,
+    name: String,
+    id: [u8; ID_BYTES],
+    limiter: Limiter,
+    counters: Arc<Counters>,
+    /// The driver knows no flush: a write is durable before it is completed (virtio 1.2 §5.2.6.2).
+    write_through: bool,
+    chain: Chain,
+    /// A request's token is its index here.
+    in_flight: Vec<Option<InFlight>>,
+    free_tokens: Vec<usize>,
+    spare_buffers: Vec<GuestBuffers>,
+    log_rate: LogRate,
+}
+
+/// What is to be done when the disk's part of a request is.
+struct InFlight {
+    head: u16,
+    status: GuestAddress,
+    /// What was asked for, and for how many bytes.
+    operation: Operation,
+    len_bytes: u64,
+    /// Bytes that the driver finds in its buffers if all goes well, the status not counted.
+    filled_bytes: u32,
+    /// A flush follows before it is completed.
+    then_flush: bool,
+}
+
+impl Block {
+    fn new(
+        disk: Box<dyn DiskBackend>,
+        shape: DiskShape,
+        name: &str,
+        id: &str,
+        limiter: Limiter,
+        counters: Arc<Counters>,
+    ) -> Block {
+        let mut id_bytes = [0; ID_BYTES];
+        id_bytes.iter_mut().zip(id.bytes()).for_each(|(to, from)| *to = from);
+        Block {
+            disk,
+            shape,
+            name: name.to_owned(),
+            id: id_bytes,
+            limiter,
+            counters,
+            write_through: true,
+            chain: Chain::default(),
+            in_flight: (0..QUEUE_SIZE).map(|_| None).collect(),
+            free_tokens: (0..usize::from(QUEUE_SIZE)).collect(),
+            spare_buffers: Vec::new(),
+            log_rate: LogRate::default(),
+        }
+    }
+
+    /// Takes chains until there are none, or this turn's work is done, or no more can be in flight.
+    fn take(&mut self, queue: &mut Virtqueue) -> Result<Progress, RingError> {
+        let mut turn_bytes = 0;
+        for taken in 1.. {
+            if self.free_tokens.is_empty() || taken % REAP_INTERVAL == 0 {
+                self.reap(queue)?;
+            }
+            let Some(token) = self.free_tokens.last().copied() else { return Ok(Progress::Blocked) };
+            if !queue.pop(&mut self.chain)? {
+                return Ok(Progress::Drained);
+            }
+            let Some(cost_bytes) = self.begin(token, queue)? else { return Ok(Progress::Blocked) };
+            turn_bytes += REQUEST_COST_BYTES + cost_bytes;
+            if turn_bytes >= TURN_BYTES {
+                break;
+            }
+        }
+        Ok(Progress::More)
+    }
+
+    /// Begins the request in `self.chain`, with `token` if the disk has a part in it. Returns what it counts in a turn, or
+    /// nothing where its time has not come: then it is available still, to be read anew.
+    fn begin(&mut self, token: usize, queue: &mut Virtqueue) -> Result<Option<u64>, RingError> {
+        let mut buffers = self.spare_buffers.pop().unwrap_or_else(|| GuestBuffers::new(queue.memory().clone()));
+        let BlockRequest { status, action } = BlockRequest::parse(&self.chain, &self.shape, &mut buffers)?;
+        let counted_bytes = match action {
+            // The host may have to write zeroes as it writes anything else, and what it gives back is found in tables.
+            Ok(Action::Disk {
+                operation: Operation::WriteZeroes { len_bytes, .. } | Operation::Discard { len_bytes },
+                ..
+            }) => len_bytes,
+            _ => buffers.len_bytes(),
+        };
+        if !self.limiter.admit(counted_bytes) {
+            buffers.clear();
+            self.spare_buffers.push(buffers);
+            queue.put_back();
+            return Ok(None);
+        }
+        let head = self.chain.head();
+        match action {
+            Ok(Action::Disk { operation, offset_bytes }) => {
+                let len_bytes = buffers.len_bytes();
+                self.free_tokens.pop();
+                self.in_flight[token] = Some(InFlight {
+                    head,
+                    status,
+                    operation,
+                    len_bytes,
+                    filled_bytes: if operation == Operation::Read { len_bytes as u32 } else { 0 },
+                    then_flush: self.write_through && !matches!(operation, Operation::Read | Operation::Flush),
+                });
+                // What may take the host long ends the turn: whoever wants the worker to stop waits for one of these at most.
+                let is_short = operation == Operation::Read || operation == Operation::Write && !self.write_through;
+                self.disk.submit(Request { token, operation, offset_bytes, buffers });
+                Ok(Some(if is_short { len_bytes } else { TURN_BYTES }))
+            }
+            Ok(Action::GetId) => {
+                self.spare_buffers.push(buffers);
+                let (result, filled_bytes) = self.write_id(queue);
+                finish(queue, head, status, result, filled_bytes)?;
+                Ok(Some(0))
+            }
+            Err(refusal) => {
+                self.spare_buffers.push(buffers);
+                finish(queue, head, status, refusal, 0)?;
+                Ok(Some(0))
+            }
+        }
+    }
+
+    fn write_id(&self, queue: &Virtqueue) -> (Status, u32) {
+        let mut rest = &self.id[..];
+        for range in BlockRequest::data_to_fill(&self.chain) {
+            let (piece, behind) = rest.split_at(rest.len().min(range.len_bytes as usize));
+            if queue.memory().write_slice(piece, range.address).is_err() {
+                return (Status::IoError, 0);
+            }
+            rest = behind;
+        }
+        (Status::Ok, (ID_BYTES - rest.len()) as u32)
+    }
+
+    /// Completes what the disk has done.
+    fn reap(&mut self, queue: &mut Virtqueue) -> Result<(), RingError> {
+        while let Some(completion) = self.disk.reap() {
+            self.complete(completion, queue)?;
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: Completion, queue: &mut Virtqueue) -> Result<(), RingError> {
+        let Completion { request: Request { token, operation, offset_bytes, mut buffers }, result } = completion;
+        let Some(mut request) = self.in_flight.get_mut(token).and_then(Option::take) else { return Ok(()) };
+        if result.is_ok() && std::mem::take(&mut request.then_flush) {
+            self.in_flight[token] = Some(request);
+            self.disk.submit(Request { token, operation: Operation::Flush, offset_bytes, buffers });
+            return Ok(());
+        }
+        self.free_tokens.push(token);
+        buffers.clear();
+        self.spare_buffers.push(buffers);
+        match result {
+            Ok(()) => {
+                self.counters.count(request.operation, request.len_bytes);
+                finish(queue, request.head, request.status, Status::Ok, request.filled_bytes)
+            }
+            Err(error) => {
+                if self.log_rate.allows() {
+                    log::warn!("{}: {operation:?} at byte {offset_bytes} failed: {error}", self.name);
+                }
+                finish(queue, request.head, request.status, Status::IoError, 0)
+            }
+        }
+    }
+}
+
+/// The status byte is the last thing written before the chain goes back.
+fn finish(
+    queue: &mut Virtqueue,
+    head: u16,
+    address: GuestAddress,
+    status: Status,
+    filled_bytes: u32,
+) -> Result<(), RingError> {
+    let written = queue.memory().write_obj(status as u8, address);
+    written.map_err(|_| RingError::Chain("the status byte is not in memory"))?;
+    queue.push(head, filled_bytes + 1)
+}
+
+impl QueueHandler for Block {
+    fn start(&mut self, features: u64) {
+        self.write_through = features & F_FLUSH == 0;
+    }
+
+    fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
+        let Some(queue) = queues.get_mut(index) else { return Ok(Progress::Drained) };
+        self.reap(queue)?;
+        let left = self.take(queue)?;
+        self.reap(queue)?;
+        Ok(left)
+    }
+
+    fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.disk.completion_fd().into_iter().chain([self.limiter.wake_fd()]).collect()
+    }
+
+    fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        let Some(queue) = queues.first_mut() else { return Ok(()) };
+        let mut result = Ok(());
+        // A completed write may ask for a flush, which is in flight in its turn.
+        while self.free_tokens.len() < self.in_flight.len() {
+            self.disk.drain();
+            result = result.and(self.reap(queue));
+        }
+        result
+    }
+}

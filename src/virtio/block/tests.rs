@@ -1,0 +1,550 @@
+//! The device behind a driver, its disk a file or one that the test holds up.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+
+use super::*;
+use crate::test_log::logged;
+use crate::virtio::mmio::register::*;
+use crate::virtio::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
+
+const CAPACITY_BYTES: u64 = 1 << 20;
+const HEADER: u64 = BUFFERS;
+const DATA: u64 = BUFFERS + 0x1000;
+const STATUS_BYTE: u64 = BUFFERS + 0xf000;
+
+/// What a spied-on disk was asked, and whether it may do it yet.
+#[derive(Default)]
+struct Seen {
+    requests: Vec<(Operation, u64)>,
+    hold: bool,
+    fail: bool,
+    /// How long each takes.
+    takes: std::time::Duration,
+}
+
+/// A real disk that can be watched. While held it is as late as a disk can be: until it must.
+struct Spy {
+    disk: Blocking<PlainDisk>,
+    seen: Arc<Mutex<Seen>>,
+    held: Vec<Request>,
+    done: UnixStream,
+}
+
+impl Spy {
+    fn pass_on(&mut self) {
+        for mut request in self.held.drain(..) {
+            if self.seen.lock().unwrap().fail {
+                request.offset_bytes = CAPACITY_BYTES * 2;
+            }
+            self.disk.submit(request);
+        }
+    }
+}
+
+impl DiskBackend for Spy {
+    fn submit(&mut self, request: Request) {
+        let mut seen = self.seen.lock().unwrap();
+        seen.requests.push((request.operation, request.offset_bytes));
+        let takes = seen.takes;
+        drop(seen);
+        std::thread::sleep(takes);
+        self.held.push(request);
+        if !self.seen.lock().unwrap().hold {
+            self.pass_on();
+        }
+    }
+
+    fn reap(&mut self) -> Option<Completion> {
+        if !self.seen.lock().unwrap().hold {
+            self.pass_on();
+        }
+        self.disk.reap()
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.done.as_fd())
+    }
+
+    fn drain(&mut self) {
+        self.pass_on();
+    }
+}
+
+struct Bench {
+    driver: Driver,
+    file: File,
+    seen: Arc<Mutex<Seen>>,
+    done: UnixStream,
+    control: Control,
+}
+
+fn bench_with(shape: DiskShape, name: &str, features: u64) -> Bench {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(CAPACITY_BYTES).unwrap();
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let (done, spy_done) = UnixStream::pair().unwrap();
+    let disk = Blocking::new(PlainDisk::new(file.try_clone().unwrap(), false));
+    let spy = Spy { disk, seen: seen.clone(), held: Vec::new(), done: spy_done };
+    let (device, control) = device_on(Box::new(spy), shape, name, "serial", Rate::default()).unwrap();
+    let mut driver = Driver::new(device);
+    driver.start_with(features);
+    Bench { driver, file, seen, done, control }
+}
+
+fn bench() -> Bench {
+    bench_with(DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 }, "disk", !0)
+}
+
+impl Bench {
+    /// Writes a header, and a status byte that no device writes.
+    fn prepare(&self, kind: u32, sector: u64) {
+        let memory = &self.driver.memory;
+        memory.write_obj([kind, 0xffff_ffff, sector as u32, (sector >> 32) as u32], GuestAddress(HEADER)).unwrap();
+        memory.write_obj(0xee_u8, GuestAddress(STATUS_BYTE)).unwrap();
+    }
+
+    fn status(&self) -> u8 {
+        self.driver.memory.read_obj(GuestAddress(STATUS_BYTE)).unwrap()
+    }
+
+    /// A request in the layout that Linux uses. Returns its status byte and the length in its used entry.
+    fn request(&mut self, kind: u32, sector: u64, data: (u32, u16)) -> (u8, u32) {
+        self.prepare(kind, sector);
+        let parts = [(HEADER, 16, 0), (DATA, data.0, data.1), (STATUS_BYTE, 1, WRITE)];
+        let written = self.driver.transact(0, &parts);
+        (self.status(), written)
+    }
+
+    /// A discard or write zeroes request.
+    fn range(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+        let segment = [sector as u32, (sector >> 32) as u32, sectors, flags];
+        self.driver.memory.write_obj(segment, GuestAddress(DATA)).unwrap();
+        self.request(kind, 0, (16, 0)).0
+    }
+
+    fn fill_data(&self, byte: u8, len: usize) {
+        self.driver.memory.write_slice(&vec![byte; len], GuestAddress(DATA)).unwrap();
+    }
+
+    fn data(&self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.driver.memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+        bytes
+    }
+
+    fn seen(&self) -> Vec<(Operation, u64)> {
+        std::mem::take(&mut self.seen.lock().unwrap().requests)
+    }
+}
+
+#[test]
+fn the_device_shows_its_disk() {
+    let bench = bench();
+    let config = [(0, 2048), (4, 0), (8, 256 << 10), (12, 254), (20, 512), (24, 0x0008_0003), (40, 1), (52, 1)];
+    for (offset, value) in config {
+        assert_eq!(bench.driver.read(CONFIG + offset), value, "at {offset}");
+    }
+    let writable = F_DISCARD | F_WRITE_ZEROES;
+    assert_eq!(bench.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | writable);
+    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512 };
+    let readonly = bench_with(shape, "disk", !0);
+    assert_eq!(readonly.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | F_RO);
+}
+
+#[test]
+fn what_is_written_is_on_the_disk_and_read_back() {
+    let mut bench = bench();
+    bench.fill_data(0x5a, 4096);
+    assert_eq!(bench.request(1, 3, (4096, 0)), (0, 1));
+    let mut on_disk = [0; 4098];
+    bench.file.read_exact_at(&mut on_disk, 3 * 512 - 1).unwrap();
+    assert_eq!((on_disk[0], on_disk[4097]), (0, 0));
+    assert!(on_disk[1..4097].iter().all(|byte| *byte == 0x5a));
+    bench.fill_data(0, 4096);
+    assert_eq!(bench.request(0, 3, (4096, WRITE)), (0, 4097));
+    assert_eq!(bench.data(4096), [0x5a; 4096]);
+    // The last sector, and nothing at all, are on the disk.
+    assert_eq!(bench.request(0, 2047, (512, WRITE)), (0, 513));
+    assert_eq!(bench.request(0, 2048, (0, WRITE)), (0, 1));
+}
+
+#[test]
+fn any_legal_layout_will_do() {
+    let mut bench = bench();
+    bench.file.write_all_at(&[0x77; 1024], 512).unwrap();
+    let check = |bench: &mut Bench, name: &str, written: u32| {
+        assert_eq!((bench.status(), written), (0, 1025), "{name}");
+        assert_eq!(bench.data(1024), [0x77; 1024], "{name}");
+        bench.fill_data(0, 1024);
+        bench.prepare(0, 1);
+    };
+    bench.prepare(0, 1);
+    let split = [(HEADER, 3, 0), (HEADER + 3, 10, 0), (HEADER + 13, 3, 0), (DATA, 1, WRITE), (DATA + 1, 1023, WRITE)];
+    let written = bench.driver.transact(0, &[&split[..], &[(STATUS_BYTE, 1, WRITE)]].concat());
+    check(&mut bench, "everything split", written);
+
+    let empty = [(HEADER, 16, 0), (HEADER, 0, 0), (DATA, 1024, WRITE), (STATUS_BYTE, 1, WRITE), (DATA, 0, WRITE)];
+    let written = bench.driver.transact(0, &empty);
+    check(&mut bench, "empty parts", written);
+
+    let written = bench.driver.transact(0, &[(HEADER, 16, 0), (DATA, 1025, WRITE)]);
+    let status = bench.driver.memory.read_obj::<u8>(GuestAddress(DATA + 1024)).unwrap();
+    bench.driver.memory.write_obj(status, GuestAddress(STATUS_BYTE)).unwrap();
+    check(&mut bench, "data and status in one", written);
+
+    let table = BUFFERS + 0x8000;
+    bench.driver.descriptor_at(table, HEADER, 16, NEXT, 2);
+    bench.driver.descriptor_at(table + 32, DATA, 1024, NEXT | WRITE, 1);
+    bench.driver.descriptor_at(table + 16, STATUS_BYTE, 1, WRITE, 0);
+    let written = bench.driver.transact(0, &[(table, 48, INDIRECT)]);
+    check(&mut bench, "indirect", written);
+}
+
+#[test]
+fn what_does_not_lie_on_the_disk_is_refused() {
+    let mut bench = bench();
+    let beyond = [2048, 2047, 1 << 31, u64::MAX / 512, u64::MAX / 512 + 1, u64::MAX - 1, u64::MAX];
+    for sector in beyond {
+        assert_eq!(bench.request(0, sector, (1024, WRITE)), (1, 1), "read at {sector}");
+        assert_eq!(bench.request(1, sector, (1024, 0)), (1, 1), "write at {sector}");
+        assert_eq!(bench.range(13, sector, 2, 0), 1, "zeroes at {sector}");
+        assert_eq!(bench.range(11, sector, 2, 0), 1, "discard at {sector}");
+    }
+    for len in [1, 511, 513, 1023] {
+        assert_eq!(bench.request(0, 0, (len, WRITE)).0, 1, "{len} bytes read");
+        assert_eq!(bench.request(1, 0, (len, 0)).0, 1, "{len} bytes written");
+    }
+    assert_eq!(bench.seen(), []);
+}
+
+#[test]
+fn a_disk_of_larger_blocks_says_so_and_takes_whole_ones_only() {
+    for block_bytes in [512_u32, 1024, 4096] {
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes };
+        let bytes = config(&shape);
+        let u32_at = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+        assert_eq!((u32_at(0), u32_at(20)), ((CAPACITY_BYTES / 512) as u32, block_bytes), "sectors, and blk_size");
+        let min_io_blocks = u32::from(u16::from_le_bytes(*bytes[26..].first_chunk().unwrap()));
+        assert_eq!((block_bytes << bytes[24], block_bytes * min_io_blocks), (4096, 4096));
+        let mut bench = bench_with(shape, "disk", !0);
+        let sectors = u64::from(block_bytes / 512);
+        // Places and lengths in sectors, whatever the blocks are.
+        assert_eq!(bench.request(1, 3 * sectors, (2 * block_bytes, 0)).0, 0);
+        assert_eq!(bench.request(0, 3 * sectors, (block_bytes, WRITE)).0, 0);
+        assert_eq!([bench.range(11, sectors, sectors as u32, 0), bench.range(13, 0, sectors as u32, 1)], [0, 0]);
+        assert_eq!(bench.seen().len(), 4);
+        if sectors > 1 {
+            for (sector, len) in [(1, block_bytes), (0, 512), (sectors, block_bytes + 512), (sectors - 1, 512)] {
+                assert_eq!(bench.request(0, sector, (len, WRITE)), (1, 1), "{len} bytes read at {sector}");
+                assert_eq!(bench.request(1, sector, (len, 0)), (1, 1), "{len} bytes written at {sector}");
+                assert_eq!(bench.range(11, sector, len / 512, 0), 1, "{len} bytes discarded at {sector}");
+                assert_eq!(bench.range(13, sector, len / 512, 0), 1, "{len} bytes zeroed at {sector}");
+            }
+        }
+        assert_eq!(bench.seen(), []);
+    }
+}
+
+#[test]
+fn buffers_that_are_no_memory_are_refused() {
+    let mut bench = bench();
+    for address in [1 << 40, (4 << 20) - 8, u64::MAX - 8, u64::MAX] {
+        for (kind, flags) in [(0, WRITE), (1, 0), (8, WRITE)] {
+            bench.prepare(kind, 0);
+            bench.driver.transact(0, &[(HEADER, 16, 0), (address, 512, flags), (STATUS_BYTE, 1, WRITE)]);
+            assert_eq!(bench.status(), 1, "type {kind} at {address:#x}");
+        }
+        bench.driver.transact(0, &[(address, 16, 0), (STATUS_BYTE, 1, WRITE)]);
+        assert_eq!(bench.status(), 1, "header at {address:#x}");
+    }
+    assert_eq!(bench.seen(), []);
+}
+
+#[test]
+fn more_data_than_was_promised_is_refused() {
+    let mut bench = bench();
+    bench.prepare(0, 0);
+    // The same 3 MiB, over and over.
+    let mut parts = vec![(HEADER, 16, 0)];
+    parts.extend([(BUFFERS, 3 << 20 >> 1, WRITE); 100]);
+    parts.push((STATUS_BYTE, 1, WRITE));
+    bench.driver.transact(0, &parts);
+    assert_eq!((bench.status(), bench.seen().len()), (1, 0));
+}
+
+#[test]
+fn a_request_that_says_too_little_is_refused_and_one_that_cannot_be_told_needs_a_reset() {
+    let mut bench = bench();
+    bench.prepare(0, 0);
+    for parts in [&[(HEADER, 15, 0), (STATUS_BYTE, 1, WRITE)][..], &[(STATUS_BYTE, 1, WRITE)]] {
+        bench.prepare(0, 0);
+        assert_eq!(bench.driver.transact(0, parts), 1);
+        assert_eq!(bench.status(), 1);
+    }
+    for parts in [&[(HEADER, 16, 0)][..], &[(HEADER, 16, 0), (1 << 40, 1, WRITE)]] {
+        let head = bench.driver.chain(0, parts);
+        bench.driver.offer(0, head);
+        bench.driver.notify(0);
+        bench.driver.wait_for_needs_reset();
+        bench.driver.start();
+    }
+}
+
+#[test]
+fn unknown_requests_are_unsupported() {
+    let mut bench = bench();
+    for kind in [2, 3, 5, 7, 9, 10, 12, 14, 0x8000_0000, u32::MAX] {
+        assert_eq!(bench.request(kind, 0, (512, WRITE)), (2, 1), "type {kind}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_takes_no_writes() {
+    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512 };
+    let mut bench = bench_with(shape, "disk", !0);
+    assert_eq!(bench.request(1, 0, (512, 0)).0, 1);
+    assert_eq!([bench.range(11, 0, 1, 0), bench.range(13, 0, 1, 0)], [1, 1]);
+    assert_eq!(bench.seen(), []);
+    assert_eq!([bench.request(0, 0, (512, WRITE)).0, bench.request(4, 0, (0, 0)).0], [0, 0]);
+}
+
+#[test]
+fn the_serial_number_is_twenty_bytes_padded_with_zeroes() {
+    let mut bench = bench();
+    for (room, written) in [(20, 21), (512, 21), (5, 6)] {
+        bench.fill_data(0xff, 512);
+        assert_eq!(bench.request(8, 0, (room, WRITE)), (0, written));
+        let expected = b"serial\0\0\0\0\0\0\0\0\0\0\0\0\0\0\xff";
+        assert_eq!(bench.data(written as usize)[..written as usize - 1], expected[..written as usize - 1]);
+        assert_eq!(bench.data(512)[written as usize - 1], 0xff);
+    }
+}
+
+#[test]
+fn a_flush_reaches_the_disk_before_it_is_completed() {
+    let mut bench = bench();
+    assert_eq!(bench.request(1, 0, (512, 0)).0, 0);
+    assert_eq!(bench.request(4, 0, (0, 0)).0, 0);
+    assert_eq!(bench.seen(), [(Operation::Write, 0), (Operation::Flush, 0)]);
+}
+
+#[test]
+fn without_a_flush_each_write_is_durable_before_it_is_completed() {
+    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+    let mut bench = bench_with(shape, "disk", !F_FLUSH);
+    assert_eq!(bench.request(1, 8, (512, 0)).0, 0);
+    assert_eq!(bench.seen(), [(Operation::Write, 4096), (Operation::Flush, 4096)]);
+    assert_eq!(bench.range(13, 0, 8, 0), 0);
+    let zeroes = Operation::WriteZeroes { len_bytes: 4096, unmap: false };
+    assert_eq!(bench.seen(), [(zeroes, 0), (Operation::Flush, 0)]);
+    assert_eq!(bench.request(0, 8, (512, WRITE)).0, 0);
+    assert_eq!(bench.seen(), [(Operation::Read, 4096)]);
+}
+
+#[test]
+fn ranges_are_discarded_and_zeroed_as_asked_and_not_otherwise() {
+    let mut bench = bench();
+    bench.file.write_all_at(&[0x11; 8192], 0).unwrap();
+    assert_eq!(bench.range(13, 1, 2, 1), 0);
+    let mut bytes = [0; 2048];
+    bench.file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!([bytes[511], bytes[512], bytes[1535], bytes[1536]], [0x11, 0, 0, 0x11]);
+    assert_eq!([bench.range(11, 8, 8, 0), bench.range(13, 8, 0, 0)], [0, 0]);
+    assert_eq!(bench.seen()[1].0, Operation::Discard { len_bytes: 4096 });
+    // Flags that are not for this, or for nothing; more sectors than promised; two segments, and half a one.
+    assert_eq!([bench.range(11, 0, 1, 1), bench.range(13, 0, 1, 2), bench.range(11, 0, 1, 4)], [2, 2, 2]);
+    assert_eq!([bench.range(11, 0, u32::MAX, 0), bench.range(13, 0, WRITE_ZEROES_SECTORS_MAX + 1, 0)], [1, 1]);
+    bench.fill_data(0, 32);
+    assert_eq!([bench.request(11, 0, (32, 0)).0, bench.request(13, 0, (8, 0)).0], [1, 1]);
+    assert_eq!(bench.seen(), []);
+}
+
+#[test]
+fn an_error_of_the_host_is_an_error_for_the_guest_and_one_line_in_the_log() {
+    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+    let mut bench = bench_with(shape, "failing disk", !0);
+    bench.seen.lock().unwrap().fail = true;
+    for _ in 0..3 {
+        assert_eq!(bench.request(0, 2, (512, WRITE)), (1, 1));
+    }
+    let lines = logged("failing disk: ");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].starts_with("failing disk: Read at byte "), "{lines:?}");
+}
+
+#[test]
+fn the_status_is_written_last_and_only_once_the_disk_is_done() {
+    let mut bench = bench();
+    bench.seen.lock().unwrap().hold = true;
+    bench.prepare(0, 0);
+    let head = bench.driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    bench.driver.offer(0, head);
+    bench.driver.notify(0);
+    wait_for(|| !bench.seen.lock().unwrap().requests.is_empty());
+    // The driver may now write over the header as it likes: it has been read.
+    bench.prepare(77, u64::MAX);
+    assert_eq!((bench.status(), bench.driver.used_index(0)), (0xee, 0));
+    bench.seen.lock().unwrap().hold = false;
+    bench.done.write_all(&[1]).unwrap();
+    assert_eq!(bench.driver.used(0), (head, 513));
+    assert_eq!(bench.status(), 0);
+}
+
+#[test]
+fn nothing_is_completed_after_a_reset() {
+    let mut bench = bench();
+    bench.fill_data(0x33, 512);
+    assert_eq!(bench.request(1, 0, (512, 0)).0, 0);
+    bench.seen.lock().unwrap().hold = true;
+    bench.prepare(0, 0);
+    let head = bench.driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    bench.driver.offer(0, head);
+    bench.driver.notify(0);
+    wait_for(|| bench.seen.lock().unwrap().requests.len() == 2);
+    bench.driver.write(STATUS, 0);
+    assert_eq!((bench.status(), bench.driver.used_index(0)), (0, 2), "drained before the reset was complete");
+    bench.fill_data(0, 512);
+    bench.prepare(0, 0);
+    bench.seen.lock().unwrap().hold = false;
+    bench.driver.start();
+    bench.done.write_all(&[1]).unwrap();
+    bench.driver.transport.pause();
+    assert_eq!((bench.status(), bench.data(512), bench.driver.used_index(0)), (0xee, vec![0; 512], 0));
+}
+
+#[test]
+fn a_full_house_waits_and_goes_on() {
+    let mut bench = bench();
+    bench.seen.lock().unwrap().hold = true;
+    bench.prepare(0, 0);
+    bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
+    bench.driver.descriptor(0, 1, STATUS_BYTE, 1, WRITE, 0);
+    // The same chain is made available again and again, more often than requests can be in flight.
+    for _ in 0..256 {
+        bench.driver.offer(0, 0);
+    }
+    bench.driver.notify(0);
+    wait_for(|| bench.seen.lock().unwrap().requests.len() == 256);
+    for _ in 0..100 {
+        bench.driver.offer(0, 0);
+    }
+    bench.driver.notify(0);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(bench.driver.used_index(0), 0);
+    bench.seen.lock().unwrap().hold = false;
+    bench.done.write_all(&[1]).unwrap();
+    wait_for(|| bench.driver.used_index(0) == 356);
+    assert_eq!(bench.driver.read(STATUS), 15);
+}
+
+#[test]
+fn what_was_done_is_counted_and_what_was_refused_is_not() {
+    let mut bench = bench();
+    bench.request(0, 0, (1024, WRITE));
+    bench.request(1, 0, (512, 0));
+    bench.request(1, 0, (512, 0));
+    bench.request(4, 0, (0, 0));
+    bench.range(11, 8, 8, 0);
+    bench.range(13, 8, 8, 0);
+    bench.request(8, 0, (20, WRITE));
+    bench.request(0, u64::MAX, (512, WRITE));
+    bench.seen.lock().unwrap().fail = true;
+    bench.request(0, 0, (512, WRITE));
+    let Counters { reads, read_bytes, writes, written_bytes, flushes, discards } = &*bench.control.counters;
+    let counted = [reads, read_bytes, writes, written_bytes, flushes, discards];
+    assert_eq!(counted.map(|counter| counter.load(Ordering::Relaxed)), [1, 1024, 2, 1024, 1, 2]);
+}
+
+/// Makes the same request available so many times.
+fn offer_many(bench: &mut Bench, kind: u32, data: (u32, u16), count: u16) {
+    bench.prepare(kind, 0);
+    bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
+    bench.driver.descriptor(0, 1, DATA, data.0, NEXT | data.1, 2);
+    bench.driver.descriptor(0, 2, STATUS_BYTE, 1, WRITE, 0);
+    (0..count).for_each(|_| bench.driver.offer(0, 0));
+    bench.driver.notify(0);
+}
+
+/// Makes so many reads of a sector available.
+fn offer_reads(bench: &mut Bench, count: u16) {
+    offer_many(bench, 0, (512, WRITE), count);
+}
+
+#[test]
+fn a_limited_disk_does_so_many_requests_a_second_and_loses_none() {
+    for rate in [
+        Rate { ops_per_second: Some(200), burst_ops: Some(1), ..Rate::default() },
+        Rate { bytes_per_second: Some(200 * 512), burst_bytes: Some(512), ..Rate::default() },
+    ] {
+        let mut bench = bench();
+        bench.control.rate.set(rate);
+        let started = std::time::Instant::now();
+        offer_reads(&mut bench, 100);
+        wait_for(|| bench.driver.used_index(0) == 100);
+        let took_s = started.elapsed().as_secs_f64();
+        // Of half a second; a busy host may wake us late.
+        assert!((0.47..1.0).contains(&took_s), "{took_s} s");
+        assert_eq!(bench.driver.read(STATUS), 15);
+    }
+}
+
+#[test]
+fn what_is_discarded_counts_as_what_is_written_does() {
+    let mut bench = bench();
+    bench.control.rate.set(Rate { bytes_per_second: Some(1 << 20), burst_bytes: Some(512), ..Rate::default() });
+    bench.driver.memory.write_obj([0, 0, (CAPACITY_BYTES / SECTOR_BYTES) as u32, 0], GuestAddress(DATA)).unwrap();
+    offer_many(&mut bench, 11, (16, 0), 2);
+    wait_for(|| bench.driver.used_index(0) == 1);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert_eq!(bench.driver.used_index(0), 1, "a second's worth was discarded");
+    bench.control.rate.set(Rate::default());
+    wait_for(|| bench.driver.used_index(0) == 2);
+}
+
+#[test]
+fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
+    // Discards, zeroes, flushes, and writes that are made durable.
+    for (kind, data_bytes, features) in [(11, 16, !0), (13, 16, !0), (4, 0, !0), (1, 512, !F_FLUSH)] {
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+        let mut bench = bench_with(shape, "disk", features);
+        bench.seen.lock().unwrap().takes = std::time::Duration::from_millis(30);
+        bench.driver.memory.write_obj([0, 0, 8, 0], GuestAddress(DATA)).unwrap();
+        offer_many(&mut bench, kind, (data_bytes, 0), 80);
+        wait_for(|| !bench.seen.lock().unwrap().requests.is_empty());
+        let before = bench.seen.lock().unwrap().requests.len();
+        bench.driver.write(STATUS, 0);
+        let after = bench.seen.lock().unwrap().requests.len();
+        // The one that was under way, one that began meanwhile, and their flushes.
+        assert!(after - before <= 4, "type {kind}: {before} requests before the reset, {after} after it");
+    }
+}
+
+#[test]
+fn requests_that_wait_for_their_time_outlive_a_pause_and_a_reset_forgets_them() {
+    let never = Rate { ops_per_second: Some(1), burst_ops: Some(1), ..Rate::default() };
+    let mut bench = bench();
+    bench.control.rate.set(never);
+    offer_reads(&mut bench, 20);
+    wait_for(|| bench.driver.used_index(0) > 0);
+    let started = std::time::Instant::now();
+    bench.driver.transport.pause();
+    assert!(started.elapsed() < std::time::Duration::from_millis(500), "a pause waits for no limit");
+    assert!(bench.driver.used_index(0) < 5);
+    bench.driver.transport.resume();
+    bench.control.rate.set(Rate::default());
+    wait_for(|| bench.driver.used_index(0) == 20);
+
+    bench.control.rate.set(never);
+    offer_reads(&mut bench, 20);
+    wait_for(|| bench.driver.used_index(0) > 20);
+    // It forgets the requests; the limit it does not.
+    bench.driver.start();
+    offer_reads(&mut bench, 20);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert!(bench.driver.used_index(0) < 5);
+}
