@@ -10,20 +10,20 @@ use crate::supervisor;
 
 const EXAMPLES: &str = "\
 Examples:
-  husk attach web                   (Ctrl-P Ctrl-Q leaves it, and it goes on)
-  husk attach --no-stdin web        (only looks on)
+  husk attach web                   (Ctrl-P Ctrl-Q detaches and leaves it running)
+  husk attach --no-stdin web
 
-What was written before is in `husk logs`. A machine whose streams nobody reads goes on all the same.";
+Earlier output is in `husk logs`. A machine keeps running even if nothing reads its output.";
 
 /// The flags of `husk attach`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Attach {
-    /// Name or ID
+    /// Name or ID of the machine
     #[arg(value_name = "MACHINE")]
     machine: String,
 
-    /// Give it nothing to read
+    /// Do not attach standard input
     #[arg(long)]
     no_stdin: bool,
 }

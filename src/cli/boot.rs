@@ -29,16 +29,16 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 
 const EXAMPLES: &str = "\
 Examples:
-  A kernel and an initial RAM disk, on this terminal (Ctrl-A x ends it, Ctrl-A h helps):
+  Boot a kernel and an initrd on this terminal (Ctrl-A x quits, Ctrl-A h shows help):
     husk boot --kernel bzImage --initrd initrd.cpio
 
-  A disk as the root file system, a second one read-only, two processors, two GiB:
+  Boot from a disk, with a second read-only disk, 2 CPUs and 2 GiB of memory:
     husk boot --kernel vmlinux --disk root.img --disk data.img,ro,id=data --cpus 2 --memory 2G
 
-  Commands from a pipe:
+  Run commands from a pipe:
     echo 'uname -a; poweroff' | husk boot --kernel vmlinux --initrd initrd.cpio
 
-  The same machine again, from a file, with more memory:
+  Save the configuration to a file, and boot from it with more memory:
     husk boot --kernel vmlinux --disk root.img --print-config > machine.json
     husk boot --config machine.json --memory 4G";
 
@@ -48,59 +48,59 @@ Examples:
 pub struct Boot {
     /// Guest kernel: an ELF vmlinux, a bzImage or a unified kernel image (UKI)
     ///
-    /// Of a unified kernel image the kernel, the initial RAM disk and the words for the command line are used; --initrd
-    /// stands in place of its RAM disk, and --cmdline behind its words, so that yours win.
+    /// A UKI provides the kernel, the initrd and the kernel command line; --initrd replaces its initrd, and --cmdline is
+    /// appended to its command line, so that your parameters take precedence.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
 
-    /// Initial RAM disk
+    /// Initial RAM disk (initrd, initramfs)
     #[arg(long, value_name = "PATH")]
     initrd: Option<PathBuf>,
 
-    /// Words for the kernel's command line, behind husk's own, so that they win
-    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    /// Kernel command line, appended to husk's own parameters so that it takes precedence
+    #[arg(long, value_name = "PARAMETERS", allow_hyphen_values = true)]
     cmdline: Option<String>,
 
-    /// Leave husk's own words out of the kernel's command line
+    /// Do not add husk's own parameters to the kernel command line
     #[arg(long)]
     bare_cmdline: bool,
 
     /// Number of CPUs, 0.01 to 32 [default: 1]
     ///
-    /// A number with a fraction holds the whole machine to so much of the host's processor time, by a control group: 1.5 is
-    /// 2 vCPUs that get one and a half between them.
+    /// A fraction limits the host CPU time of the whole machine with a cgroup: 1.5 is 2 vCPUs that share the time of one and
+    /// a half host CPUs.
     #[arg(long, value_name = "N", value_parser = cpus::cpus)]
     cpus: Option<Cpus>,
 
-    /// Guest memory: 512M, 1.5G, 2GiB; a plain number is bytes [default: 512M]
+    /// Guest memory size: 512M, 1.5G, 2GiB; a plain number is bytes [default: 512M]
     ///
-    /// Units are b, k, m, g and t as in Docker, in steps of 1024. A part of a MiB counts as a whole one.
+    /// Units are b, k, m, g and t as in Docker, in powers of 1024. The size is rounded up to a whole MiB.
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
     memory: Option<u64>,
 
     #[command(flatten)]
     limits: Limits,
 
-    /// Let the guest run virtual machines of its own, where the host's KVM can do that
+    /// Enable nested virtualization, if the host's KVM supports it
     #[arg(long)]
     nested: bool,
 
-    /// Disk image or block device; may be given several times, the first is /dev/vda
+    /// Disk image or block device; can be repeated, the first one is /dev/vda
     ///
-    /// `ro` lets the guest only read, `id=NAME` is the serial number it reads (/dev/disk/by-id/virtio-NAME). The format is
-    /// raw, or qcow2 where the name ends in .qcow2; `format=` says otherwise. `block_size=4096` is for what was written in blocks
-    /// of 4096 bytes; without it a block device has its own and a file has 512. `bps=10M` and `iops=500` limit the bytes and the
-    /// requests of a second, reads and writes together; after a pause a tenth of a second's may pass at once, or as much as
-    /// `bps-burst=` and `iops-burst=` say. The first comma ends the path: a path with a comma in it goes into a configuration
-    /// file.
+    /// `ro` makes the disk read-only. `id=NAME` sets its serial number (/dev/disk/by-id/virtio-NAME in the guest). The format
+    /// is qcow2 if the name ends in .qcow2, and raw otherwise; `format=` overrides this. `block_size=` sets the logical block
+    /// size; the default is that of the block device, or 512 for a file. `bps=10M` and `iops=500` limit the bytes and the
+    /// requests per second, reads and writes together; after an idle period, the disk can burst to a tenth of a second's
+    /// worth at once, or to `bps-burst=` and `iops-burst=`. The path ends at the first comma: use a configuration file for a
+    /// path that contains one.
     #[arg(long = "disk", value_name = "PATH[,OPTION...]", value_parser = PathBufValueParser::new().try_map(disk))]
     disks: Vec<DiskConfig>,
 
-    /// Sockets between guest and host: connections to the guest are made at the Unix socket PATH
+    /// Add a vsock device, which the host connects to at the Unix socket PATH
     ///
-    /// A program connects to PATH, writes `CONNECT <port>` and a newline, and reads `OK <port>` and a newline once the guest
-    /// has accepted. The guest's connections to port P of the host (CID 2) arrive at the Unix socket PATH_P. `cid=N` is the
-    /// guest's own address, 3 unless given.
+    /// To connect to the guest, connect to PATH, write `CONNECT <port>` and a newline, and read `OK <port>` and a newline
+    /// once the guest has accepted (the same protocol as Firecracker's). Connections from the guest to port P of the host
+    /// (CID 2) are forwarded to the Unix socket PATH_P. `cid=N` sets the guest's CID; the default is 3.
     #[arg(long, value_name = "PATH[,cid=N]", value_parser = PathBufValueParser::new().try_map(vsock))]
     vsock: Option<VsockConfig>,
 
@@ -110,15 +110,15 @@ pub struct Boot {
     #[command(flatten)]
     network: NetworkFlags,
 
-    /// Say on standard error when each step of the boot was reached
+    /// Print boot timings to standard error
     #[arg(long)]
     pub timings: bool,
 
-    /// Take the machine from a JSON file, as --print-config writes it; flags win over the file
+    /// Read the machine configuration from a JSON file (see --print-config); flags override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Print the machine as JSON and boot nothing
+    /// Print the machine configuration as JSON and exit
     #[arg(long)]
     print_config: bool,
 }
@@ -219,7 +219,7 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
         let option = String::from_utf8_lossy(option);
         let unknown = || {
             format!(
-                "unknown option {option:?}, type ro, id=NAME, format=raw, format=qcow2, block_size=N, bps=SIZE, bps-burst=SIZE, iops=N or \
+                "unknown option {option:?}: use ro, id=NAME, format=raw, format=qcow2, block_size=N, bps=SIZE, bps-burst=SIZE, iops=N or \
                  iops-burst=N"
             )
         };
@@ -247,7 +247,7 @@ fn vsock(argument: PathBuf) -> Result<VsockConfig, String> {
     for option in parts {
         let option = String::from_utf8_lossy(option);
         let cid = option.strip_prefix("cid=").and_then(|cid| cid.parse().ok());
-        vsock.cid = cid.ok_or_else(|| format!("unknown option {option:?}, type cid=N"))?;
+        vsock.cid = cid.ok_or_else(|| format!("unknown option {option:?}: use cid=N"))?;
     }
     Ok(vsock)
 }
@@ -332,7 +332,7 @@ mod tests {
         assert_eq!(vsock("/run/v.sock".into()), Ok(VsockConfig { socket: socket.clone(), cid: 3 }));
         assert_eq!(vsock("/run/v.sock,cid=52".into()), Ok(VsockConfig { socket, cid: 52 }));
         for wrong in ["v.sock,", "v.sock,cid=", "v.sock,cid=-1", "v.sock,ro"] {
-            assert!(vsock(wrong.into()).unwrap_err().contains("type cid=N"), "{wrong}");
+            assert!(vsock(wrong.into()).unwrap_err().contains("use cid=N"), "{wrong}");
         }
         let config = parse(&["--kernel=b", "--vsock=v.sock,cid=9"]).machine_config().unwrap();
         assert_eq!(config.vsock, Some(VsockConfig { socket: "v.sock".into(), cid: 9 }));

@@ -16,7 +16,7 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Completions {
-    /// Shell to complete in
+    /// Shell to generate the script for
     shell: Shell,
 }
 

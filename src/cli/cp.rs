@@ -25,33 +25,33 @@ use crate::sandbox;
 const EXAMPLES: &str = "\
 Examples:
   husk cp web:/var/log/nginx .
-  husk cp site web:/srv             (the folder itself)
-  husk cp site/. web:/srv           (what is in it)
+  husk cp site web:/srv             (the directory itself)
+  husk cp site/. web:/srv           (the contents of the directory)
   husk cp --archive web:/home backup
-  husk cp -L web:/var/run app       (what a link leads to)
-  husk cp web:/var/log - | tar t    (as a tar archive)
-  tar c . | husk cp - web:/srv      (what is in one)
+  husk cp -L web:/var/run app       (the target of a symbolic link)
+  husk cp web:/var/log - | tar t    (write a tar archive)
+  tar c . | husk cp - web:/srv      (extract a tar archive)
 
-A path without a machine is one of this host's; one of the two paths has a machine. Devices, pipes and sockets in a folder are left out.
-What comes out of a machine has the name that was asked for, and changes no mode or owner of what is there.";
+Exactly one of the two paths must be in a machine. Devices, pipes and sockets in a directory are skipped. Files copied from a
+machine are named after the requested path, and modes and owners of existing directories are not changed.";
 
 /// The flags of `husk cp`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Cp {
-    /// What to copy, or - for the tar archive on standard input
+    /// Source path, or - to read a tar archive from standard input
     #[arg(value_name = "[MACHINE:]PATH")]
     from: String,
 
-    /// The folder to put it in, or its new name, or - for a tar archive on standard output
+    /// Destination path, or - to write a tar archive to standard output
     #[arg(value_name = "[MACHINE:]PATH")]
     to: String,
 
-    /// Keep owners, and bits that make a program run as its owner
+    /// Archive mode (copy all UID/GID information, and setuid and setgid bits)
     #[arg(short, long)]
     archive: bool,
 
-    /// Copy what the first path leads to, where that is a symbolic link
+    /// Follow a symbolic link in the source path
     #[arg(short = 'L', long)]
     follow_link: bool,
 }
@@ -63,13 +63,13 @@ impl Cp {
             (Some((name, path)), None) if self.to == "-" => self.fetch_as_tar(name, path)?,
             (Some((name, path)), None) => self.fetch(name, path)?,
             (None, Some((name, path))) => self.bring(name, path)?,
-            (None, None) => bail!("neither path has a machine: type MACHINE:PATH for one of them"),
-            (Some(_), Some(_)) => bail!("both paths have a machine: copy to a folder of this host's in between"),
+            (None, None) => bail!("neither path is in a machine: use MACHINE:PATH for one of them"),
+            (Some(_), Some(_)) => bail!("copying between machines is not supported: copy to a local directory first"),
         };
         copied.skipped.iter().for_each(|path| {
-            log::warn!("left out {}: no file, folder or link", path.display());
+            log::warn!("skipped {}: not a file, directory or symbolic link", path.display());
         });
-        log::info!("copied {} files, links and folders, {}", copied.entries, HumanBytes(copied.bytes));
+        log::info!("copied {} files, links and directories, {}", copied.entries, HumanBytes(copied.bytes));
         Ok(Exit::Success)
     }
 
@@ -82,14 +82,17 @@ impl Cp {
         })?;
         drop(bar);
         if let Some(target) = &copied.link {
-            log::warn!("{path} in {name} is a link, to {target:?}, and so is the copy: type -L for what it leads to");
+            log::warn!("{path} in {name} is a symbolic link to {target:?} and was copied as one: use -L to follow it");
         }
         Ok(copied)
     }
 
     /// Prints what is at `path` as an archive.
     fn fetch_as_tar(&self, name: &str, path: &str) -> Result<Copied> {
-        ensure!(!io::stdout().is_terminal(), "standard output is a terminal: send the archive to a file or a pipe");
+        ensure!(
+            !io::stdout().is_terminal(),
+            "refusing to write a tar archive to a terminal: redirect standard output to a file or a pipe"
+        );
         let mut out = BufWriter::new(io::stdout().lock());
         let (called, _) = asked(path);
         let copied = self.receive(name, path, |stream| tar_write::receive(stream, called.as_bytes(), &mut out));
@@ -125,7 +128,10 @@ impl Cp {
     fn bring(&self, name: &str, path: &str) -> Result<Copied> {
         let from = PathBuf::from(&self.from);
         let as_tar = self.from == "-";
-        ensure!(!as_tar || !io::stdin().is_terminal(), "standard input is a terminal: no archive comes from there");
+        ensure!(
+            !as_tar || !io::stdin().is_terminal(),
+            "refusing to read a tar archive from a terminal: redirect standard input from a file or a pipe"
+        );
         ensure!(as_tar || from.symlink_metadata().is_ok(), "{}: No such file or directory", from.display());
         let word = if self.archive { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
         let mut process = start(name, word, path, true)?;
@@ -174,7 +180,7 @@ fn machine(text: &str) -> Option<(&str, &str)> {
 fn start(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::Connections> {
     let entry = Roster::open()?.find(name)?;
     exec::inherited(&entry)?;
-    ensure!(!path.is_empty(), "there is no path behind {name}:");
+    ensure!(!path.is_empty(), "no path given after {name}:");
     let args = [INIT_PROGRAM, word, path].map(|word| word.as_bytes().to_vec()).to_vec();
     let process = Process { args, user: "0:0".into(), stdin, ..Process::default() };
     guest::ask(&entry.file(roster::VSOCK), &process)?.connect()
@@ -204,7 +210,7 @@ fn conclude(process: guest::Connections, errors: Errors) -> Result<()> {
             Ok(())
         }
         ToHost::Failed { message, .. } => bail!(message),
-        _ if said.trim().is_empty() => bail!("the guest could not do it"),
+        _ if said.trim().is_empty() => bail!("the copy failed in the guest"),
         _ => bail!(said.trim().to_owned()),
     }
 }

@@ -11,7 +11,7 @@ pub struct Cpus {
 
 /// Parses a number of processors, with up to three digits behind the point.
 pub fn cpus(text: &str) -> Result<Cpus, String> {
-    parse(text).ok_or_else(|| format!("{text:?} is no number of CPUs, type one from 0.01 to 32 such as 2 or 1.5"))
+    parse(text).ok_or_else(|| format!("{text:?} is not a number of CPUs: use 0.01 to 32, such as 2 or 1.5"))
 }
 
 fn parse(text: &str) -> Option<Cpus> {
@@ -52,7 +52,7 @@ mod tests {
         for text in
             ["", ".", ".5", "1.", "-1", "+1", "1.5.0", "1,5", "1e3", "two", "1.0005", "4294967296", "4294967295.5"]
         {
-            assert!(cpus(text).unwrap_err().contains("type one from 0.01 to 32"), "{text}");
+            assert!(cpus(text).unwrap_err().contains("use 0.01 to 32"), "{text}");
         }
     }
 }

@@ -16,11 +16,11 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Disks {
-    /// Print all that is known, as JSON
+    /// Format the output as JSON
     #[arg(long)]
     json: bool,
 
-    /// Remove a disk and all that is on it; may be given several times
+    /// Remove a disk and its data; can be repeated
     #[arg(long, value_name = "NAME", conflicts_with = "json")]
     remove: Vec<String>,
 }

@@ -17,28 +17,28 @@ use crate::supervisor;
 
 const EXAMPLES: &str = "\
 Examples:
-  husk exec web ps                  (with the variables, place and user of the machine's own process)
+  husk exec web ps                  (with the environment, working directory and user of the machine)
   husk exec -it web sh
   husk exec -d web sh -c 'while :; do tidy; sleep 60; done'
   tar c . | husk exec -i web tar x -C /srv
 
 Exit codes:
-  125    husk or the machine failed, and there was no process
-  126    the command cannot be run
-  127    there is no such command
-  128+n  signal n ended it
-  Any other code is the command's own.";
+  125    husk or the machine failed before the command started
+  126    the command cannot be invoked
+  127    the command cannot be found
+  128+n  the command was terminated by signal n
+  Any other code is the exit code of the command.";
 
 /// The flags of `husk exec`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, override_usage = "husk exec [OPTIONS] MACHINE COMMAND [ARG]...")]
 pub struct Exec {
-    /// Name or ID of the machine; then the command and its arguments
+    /// Name or ID of the machine, followed by the command and its arguments
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["MACHINE", "COMMAND"])]
     words: Vec<OsString>,
 
-    /// Leave the command to itself once it runs; what it writes goes nowhere
+    /// Run the command in the background and discard its output
     #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
     detach: bool,
 
@@ -62,13 +62,14 @@ impl Exec {
         self.process.cover_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
         let machine = words.next().unwrap_or_default();
-        let machine = machine.to_str().with_context(|| format!("{} is no name", machine.display()))?;
-        ensure!(!machine.starts_with('-'), "there is no option {machine}: options come before the machine");
+        let machine =
+            machine.to_str().with_context(|| format!("the machine name {} is not valid UTF-8", machine.display()))?;
+        ensure!(!machine.starts_with('-'), "unknown option {machine}: options go before the machine");
         let mut command: Vec<OsString> = words.collect();
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
-        ensure!(!command.is_empty(), "there is no command to run: type one behind the machine");
+        ensure!(!command.is_empty(), "no command given: add one after the machine");
         self.process.check_terminal()?;
         let entry = Roster::open()?.find(machine)?;
         let process = self.process(inherited(&entry)?, command)?;
@@ -118,12 +119,12 @@ pub fn inherited(entry: &Entry) -> Result<Inherited> {
     let name = entry.name();
     match entry.state() {
         State::Running { .. } => {}
-        State::Paused { .. } => bail!("machine {name} is paused: type `husk unpause {name}` first"),
-        State::Starting | State::Restarting { .. } => bail!("machine {name} does not run yet: try again"),
-        State::Exited { .. } | State::Lost => bail!("machine {name} has ended"),
+        State::Paused { .. } => bail!("machine {name} is paused: run `husk unpause {name}` first"),
+        State::Starting | State::Restarting { .. } => bail!("machine {name} is still starting: try again"),
+        State::Exited { .. } | State::Lost => bail!("machine {name} is not running"),
     }
     let process = entry.record()?.process.clone();
     process.with_context(|| {
-        format!("machine {name} has an init of its own, which takes no commands: use its console or ssh")
+        format!("machine {name} runs its own init, which cannot execute commands: use its console or SSH")
     })
 }

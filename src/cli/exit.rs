@@ -72,16 +72,16 @@ impl From<Exit> for ExitCode {
 /// The exit codes as `--help` shows them.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-    0    the guest powered off, or Ctrl-A x ended it
+    0    the guest powered off, or Ctrl-A x was pressed
     1    husk or the host failed
-    2    the command line or the configuration is wrong
-   80    the guest reset (reboot)
-   81    the guest's kernel panicked
-   82    the guest met a triple fault
-   83    KVM could not run the guest any further
-  125    husk run: husk, the host or the image failed, and there was no process
-  128+n  signal n ended the machine
-  Any other code is the guest's own, written to its exit port (0x604).";
+    2    the command line or the configuration is invalid
+   80    the guest reset (rebooted)
+   81    the guest kernel panicked
+   82    the guest triple-faulted
+   83    KVM failed to run the guest
+  125    husk run: husk, the host or the image failed before the command started
+  128+n  the machine was terminated by signal n
+  Any other code was written by the guest to its exit port (0x604).";
 
 #[cfg(test)]
 mod tests {

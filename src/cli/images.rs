@@ -21,11 +21,11 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Images {
-    /// Print all that is known, as JSON
+    /// Format the output as JSON
     #[arg(long)]
     json: bool,
 
-    /// Print IDs only
+    /// Only display IDs
     #[arg(short, long, conflicts_with = "json")]
     quiet: bool,
 }

@@ -18,7 +18,7 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Inspect {
-    /// Machines by name or ID; images by name, ID, or the path that they were made from
+    /// Names or IDs of machines; names, IDs or source paths of images
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 }
@@ -29,10 +29,10 @@ impl Inspect {
         let roster = Roster::open()?;
         let find = |name: &String| match roster.find(name) {
             Ok(entry) => Ok(ps::to_json(&entry)),
-            Err(_) => image(name).with_context(|| format!("there is no machine {name:?}, and no image")),
+            Err(_) => image(name).with_context(|| format!("no such machine or image: {name}")),
         };
         let found = self.names.iter().map(find).collect::<Result<Vec<_>>>()?;
-        super::print_json(&found, "what is known")?;
+        super::print_json(&found, "the details")?;
         Ok(Exit::Success)
     }
 }

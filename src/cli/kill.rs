@@ -9,18 +9,18 @@ use crate::request::Request;
 
 const EXAMPLES: &str = "\
 Examples:
-  husk kill web                     (at once, whatever its guest does)
-  husk kill -s HUP web              (the process's own affair)";
+  husk kill web                     (immediately, even if its guest hangs)
+  husk kill -s HUP web";
 
 /// The flags of `husk kill`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Kill {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// Signal for the machine's process; KILL ends the machine itself
+    /// Signal to send to the machine's process; KILL terminates the machine itself
     #[arg(short, long, value_name = "SIGNAL", value_parser = signal::signal, default_value = "KILL")]
     signal: u8,
 }

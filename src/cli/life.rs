@@ -32,24 +32,24 @@ const AGAIN: &str = "--again";
 /// The flags.
 #[derive(Debug, Args)]
 pub struct Life {
-    /// Run in the background, and print the machine's ID
+    /// Run the machine in the background and print its ID
     #[arg(short, long)]
     detach: bool,
 
-    /// The machine's name
+    /// Assign a name to the machine
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,
 
-    /// Forget the machine when it ends, its logs and its exit code; in the foreground it always is
+    /// Automatically remove the machine and its logs when it exits; always on in the foreground
     #[arg(long)]
     rm: bool,
 
-    /// Start it again when it fails: no, on-failure or on-failure:TIMES
+    /// Restart policy to apply when the machine fails: no or on-failure[:MAX_RETRIES]
     #[arg(long, value_name = "POLICY", value_parser = restart, default_value = "no", hide_default_value = true)]
     #[arg(requires = "detach", conflicts_with = "rm")]
     restart: Restart,
 
-    /// As much of its output as is kept for `husk logs` [default: 16M]
+    /// Maximum size of the output kept for `husk logs` [default: 16M]
     #[arg(long, value_name = "SIZE", value_parser = log_max, requires = "detach")]
     log_max: Option<u64>,
 
@@ -192,7 +192,10 @@ pub fn start_again(entry: &Entry) -> Result<Exit> {
 
 /// Refuses a machine of which nothing is left when it has ended.
 pub fn check_kept(entry: &Entry) -> Result<()> {
-    ensure!(entry.record()?.keep, "only a machine in the background without --rm is kept, and can be started again");
+    ensure!(
+        entry.record()?.keep,
+        "only a machine that was started with --detach and without --rm can be started again"
+    );
     Ok(())
 }
 
@@ -219,12 +222,12 @@ fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Resu
     }
     let mut id = String::new();
     if let Some(stdout) = &mut child.stdout {
-        stdout.read_to_string(&mut id).context("hear from husk in the background")?;
+        stdout.read_to_string(&mut id).context("read from husk in the background")?;
     }
     if id.is_empty() {
         let status = child.wait().context("wait for husk in the background")?;
         if let Some(signal) = status.signal() {
-            bail!("the machine's husk was ended by signal {signal}");
+            bail!("the machine's husk process was killed by signal {signal}");
         }
         // It has said why.
         let code = status.code().and_then(|code| u8::try_from(code).ok());
@@ -241,7 +244,7 @@ fn name(text: &str) -> Result<String, String> {
 fn log_max(text: &str) -> Result<u64, String> {
     let bytes = size::bytes(text)?;
     let least_kib = stream_log::MIN_BYTES >> 10;
-    if bytes >= stream_log::MIN_BYTES { Ok(bytes) } else { Err(format!("a log has {least_kib}K at least")) }
+    if bytes >= stream_log::MIN_BYTES { Ok(bytes) } else { Err(format!("the minimum log size is {least_kib}K")) }
 }
 
 /// Parses `no`, `on-failure` and `on-failure:TIMES`.
@@ -254,7 +257,7 @@ fn restart(text: &str) -> Result<Restart, String> {
     };
     times_max
         .map(|times_max| Restart { times_max })
-        .ok_or_else(|| format!("{text:?} is no policy: type no, on-failure or on-failure:TIMES"))
+        .ok_or_else(|| "not a restart policy: use no, on-failure or on-failure:MAX_RETRIES".to_owned())
 }
 
 #[cfg(test)]
@@ -266,7 +269,7 @@ mod tests {
         let times = |text| restart(text).map(|policy| policy.times_max);
         assert_eq!((times("no"), times("on-failure"), times("on-failure:3")), (Ok(0), Ok(u32::MAX), Ok(3)));
         for text in ["", "always", "on-failure:", "on-failure:-1", "no:1"] {
-            assert!(restart(text).unwrap_err().contains("on-failure:TIMES"), "{text}");
+            assert!(restart(text).unwrap_err().contains("on-failure:MAX_RETRIES"), "{text}");
         }
     }
 }

@@ -8,23 +8,23 @@ use crate::config::MachineConfig;
 /// Limits beside `--cpus` and `--memory`.
 #[derive(Debug, Clone, Default, Args)]
 pub struct Limits {
-    /// The host's CPUs that the machine may run on: 0-2,4
+    /// Host CPUs in which to allow execution (0-2,4)
     #[arg(long, value_name = "LIST", value_parser = cpuset)]
     cpuset: Option<Cpuset>,
 
-    /// The machine's part of CPUs that others want too, as Docker has it: 1024 is everybody's, 2048 is twice as much
+    /// CPU shares (relative weight); the default weight is 1024
     #[arg(long, value_name = "N")]
     cpu_shares: Option<u32>,
 
-    /// Guest memory that the machine can have later; --memory is what it has at first
+    /// Maximum guest memory for `husk update --memory`; --memory is then the initial size
     #[arg(long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
     memory_max: Option<u64>,
 
-    /// Leave out the balloon, by which the guest gives back memory that it does not use
+    /// Disable the memory balloon, which returns unused guest memory to the host
     #[arg(long)]
     no_balloon: bool,
 
-    /// The host's memory that the whole machine may use, husk's own included; auto is what it needs
+    /// Limit the host memory of the whole machine, including husk itself; auto is the amount it needs
     #[arg(long, value_name = "SIZE|auto", value_parser = host_memory, allow_negative_numbers = true)]
     host_memory: Option<HostMemory>,
 }
@@ -70,7 +70,7 @@ impl Limits {
 pub(super) fn cpuset(text: &str) -> Result<Cpuset, String> {
     // More than any host has, and few enough to list.
     const CPU_MAX: u32 = 8191;
-    let malformed = || format!("{text:?} is no list of CPUs, type numbers and ranges such as 0-2,4");
+    let malformed = || format!("{text:?} is not a list of CPUs: use numbers and ranges, such as 0-2,4");
     let mut cpus = Vec::new();
     for part in text.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));

@@ -19,9 +19,9 @@ Examples:
   husk logs web
   husk logs -f --tail 100 web
   husk logs --since 10m --timestamps web
-  husk logs --kernel web            (what its kernel said)
+  husk logs --kernel web            (messages of the guest kernel and of husk)
 
-Standard output and standard error go where they came from.";
+The standard output and standard error of the machine are printed to standard output and standard error.";
 
 /// How often one who follows looks for more.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -30,27 +30,27 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Logs {
-    /// Name or ID
+    /// Name or ID of the machine
     #[arg(value_name = "MACHINE")]
     machine: String,
 
-    /// Go on as long as the machine runs
+    /// Follow log output
     #[arg(short, long)]
     follow: bool,
 
-    /// Begin with the last lines, so many
+    /// Number of lines to show from the end of the logs
     #[arg(short = 'n', long, value_name = "LINES")]
     tail: Option<usize>,
 
-    /// Begin at this time: 10m is ten minutes ago
+    /// Show logs since a timestamp (2026-01-31T12:00:00Z) or relative time (10m)
     #[arg(long, value_name = "TIME", value_parser = when::moment_ns)]
     since: Option<u64>,
 
-    /// Begin each line with the time at which it was written
+    /// Show timestamps
     #[arg(short, long)]
     timestamps: bool,
 
-    /// The guest's kernel, and husk itself, in place of the process
+    /// Show messages of the guest kernel and of husk instead of the output
     #[arg(long, conflicts_with_all = ["follow", "tail", "since", "timestamps"])]
     kernel: bool,
 }
@@ -63,7 +63,11 @@ impl Logs {
             return print_kernel(&entry);
         }
         let record = entry.record()?;
-        ensure!(record.detached, "machine {} writes to where it was started, and to no log", entry.name());
+        ensure!(
+            record.detached,
+            "machine {} runs in the foreground and has no logs: its output is on the terminal it was started from",
+            entry.name()
+        );
         let path = entry.file(roster::STREAMS_LOG);
         let mut reader = LogReader::open(&path);
         let mut last = match self.tail {
@@ -87,7 +91,7 @@ impl Logs {
             }
             if !alive {
                 let damaged_bytes = reader.damaged_bytes();
-                ensure!(damaged_bytes == 0, "{damaged_bytes} bytes of the log are damaged, and were left out");
+                ensure!(damaged_bytes == 0, "{damaged_bytes} bytes of the log are corrupted and were skipped");
                 return Ok(Exit::Success);
             }
             std::thread::sleep(LOOK_AGAIN);

@@ -17,7 +17,7 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Man {
-    /// Directory for the pages, one a command; without it, husk(1) goes to standard output
+    /// Directory to write the pages of all commands to; without it, husk(1) is printed
     dir: Option<PathBuf>,
 }
 

@@ -64,7 +64,7 @@ Examples:
   husk boot --kernel vmlinux --initrd initrd.cpio
   husk boot --kernel bzImage --disk root.img --cpus 2 --memory 2G";
 
-/// The thinnest shell around a Linux kernel: a lightweight virtual machine monitor on KVM
+/// A lightweight virtual machine monitor (VMM) on KVM, for container images and Linux kernels
 #[derive(Debug, Parser)]
 #[command(name = "husk", version, propagate_version = true, max_term_width = 100)]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
@@ -72,75 +72,75 @@ pub struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// Say more on standard error: -v what happens, -vv how, -vvv everything
+    /// Print more log messages to standard error: -v info, -vv debug, -vvv trace
     #[arg(short, long, global = true, display_order = 100, action = ArgAction::Count)]
     verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Boot a machine from a kernel, an initial RAM disk and disks, its console on this terminal
+    /// Boot a machine from a kernel, an initrd and disks, with its console on this terminal
     Boot(boot::Boot),
-    /// Run a command in an image, as a machine of its own
+    /// Run a command from an image in a new machine
     Run(Box<run::Run>),
-    /// List the machines that run
+    /// List machines
     Ps(ps::Ps),
-    /// Print what a machine in the background has written
+    /// Fetch the logs of a machine
     Logs(logs::Logs),
-    /// Run one more command in a machine that runs
+    /// Execute a command in a running machine
     Exec(exec::Exec),
-    /// Copy files and folders into a machine that runs, and out of it
+    /// Copy files between a machine and the local filesystem
     Cp(cp::Cp),
-    /// Join this terminal with a machine in the background
+    /// Attach this terminal to a machine running in the background
     Attach(attach::Attach),
-    /// Print what machines use of the host
+    /// Display resource usage statistics
     Stats(stats::StatsOf),
-    /// Give machines that run other limits
+    /// Change the resource limits of running machines
     Update(update::UpdateOf),
-    /// End machines in order, and by force when that takes too long
+    /// Stop running machines
     Stop(stop::Stop),
-    /// Run machines in the background again that have ended
+    /// Start stopped machines
     Start(start::Start),
-    /// End machines in the background, and run them again
+    /// Restart machines
     Restart(start::Restart),
-    /// Send machines a signal
+    /// Kill running machines, or send them a signal
     Kill(kill::Kill),
-    /// Wait for the end of machines, and print their exit codes
+    /// Block until machines stop, then print their exit codes
     Wait(wait::Wait),
-    /// Hold machines
+    /// Pause running machines
     Pause(pause::Pause),
-    /// Let machines go on that are paused
+    /// Resume paused machines
     Unpause(pause::Pause),
-    /// Give a machine another name
+    /// Rename a machine
     Rename(rename::Rename),
-    /// Forget machines that have ended
+    /// Remove stopped machines
     Rm(rm::Rm),
-    /// Fetch an image from a registry
+    /// Pull an image from a registry
     Pull(pull::Pull),
-    /// Make an image ready for a machine, and print its ID
+    /// Prepare the root filesystem of an image, and print the image ID
     #[command(hide = true)]
     Prepare(prepare::Prepare),
-    /// Put an image into the store from an archive or a directory
+    /// Load an image from an archive or a directory
     Load(load::Load),
-    /// List the images in the store
+    /// List images
     Images(images::Images),
-    /// Print all that is known of a machine or of an image, as JSON
+    /// Display detailed information about machines or images
     Inspect(inspect::Inspect),
-    /// Remove images from the store
+    /// Remove images
     Rmi(rmi::Rmi),
-    /// Remove images without a name, and what nobody uses
+    /// Remove unused data: untagged images, incomplete pulls, and optionally layers
     Prune(prune::Prune),
-    /// List the disks that are kept, or remove some
+    /// List or remove persistent disks
     Disks(disks::Disks),
-    /// Make, list or remove networks that machines share
+    /// Manage networks
     Network(networks::Networks),
-    /// Do the same work in machines, in containers and on the bare host, and compare
+    /// Benchmark machines against containers and the bare host
     Bench(bench::Bench),
-    /// Say what this host can do, and what to type where something is missing
+    /// Check whether this host can run machines, and suggest fixes
     Doctor(doctor::Doctor),
-    /// Print a completion script for a shell
+    /// Generate a shell completion script
     Completions(completions::Completions),
-    /// Print the manual page, or write all of them to a directory
+    /// Generate manual pages
     Man(man::Man),
 }
 

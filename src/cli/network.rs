@@ -15,35 +15,34 @@ use crate::resources::{net, passt};
 /// `--network`, `-p` and `--dns`.
 #[derive(Debug, Clone, Default, Args)]
 pub struct NetworkFlags {
-    /// What the guest's network interface is connected to; again for one more interface
+    /// Connect the machine to a network; repeat for more interfaces
     ///
-    /// `user` is the host's own connections, by the program passt; it needs no privileges, and the guest gets its address by
-    /// DHCP or from husk's init. `tap=NAME` is a tap device of the host's; `ip=ADDRESS/PREFIX` (again for one more) and
-    /// `gateway=ADDRESS` are what husk's init sets up in the guest. Another NAME is a network of `husk network create`, on
-    /// which machines reach each other by name, and find their addresses by DHCP. On both, `vhost=off` keeps the host's kernel
-    /// from moving the frames itself, which it does where it has /dev/vhost-net and no limit is set, and `vhost=on` insists
-    /// that it can. `mac=` is the guest's own address, and `bps=10M` and
-    /// `pps=1000` limit the bytes and packets of a second, in each direction. `none` is no interface. `husk boot` has
-    /// none and `husk run` has `user` unless told otherwise.
+    /// `user` is user-mode networking through passt, which needs no privileges; the guest gets its address from DHCP or from
+    /// husk's init. `tap=NAME` is a tap device on the host; husk's init configures it in the guest with `ip=ADDRESS/PREFIX`
+    /// (can be repeated) and `gateway=ADDRESS`. Any other NAME is a network created with `husk network create`, on which
+    /// machines resolve each other by name and get their addresses from DHCP. Tap devices and networks use vhost-net if
+    /// /dev/vhost-net exists and no rate limit is set; `vhost=off` disables it, and `vhost=on` requires it. `mac=ADDRESS`
+    /// sets the MAC address; `bps=10M` and `pps=1000` limit the bytes and packets per second in each direction. `none`
+    /// disables networking. The default is `none` for `husk boot` and `user` for `husk run`.
     #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = wish)]
     networks: Vec<Wish>,
 
-    /// Have a port of the host's lead to the guest, on --network user; may be given several times
+    /// Publish a machine's port to the host, with --network user; can be repeated
     ///
-    /// Both sides may be ranges of one length: 5000-5009:6000-6009. Without an address the port is open on all of the
-    /// host's; an IPv6 address stands in brackets.
+    /// Both ports can be ranges of the same length: 5000-5009:6000-6009. Without an IP the port is published on all host
+    /// addresses. Write an IPv6 address in brackets.
     #[arg(short = 'p', long = "publish", value_name = "[IP:]HOST:GUEST[/udp]", value_parser = str::parse::<PortForward>)]
     ports: Vec<PortForward>,
 
-    /// Bytes that each network interface sends in a second, and as many that it receives; its own bps= wins
+    /// Limit the rate of each network interface (bytes per second, each direction); bps= overrides it
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     network_bps: Option<u64>,
 
-    /// Packets that each network interface sends in a second, and as many that it receives; its own pps= wins
+    /// Limit the rate of each network interface (packets per second, each direction); pps= overrides it
     #[arg(long, value_name = "N")]
     network_pps: Option<u64>,
 
-    /// DNS server for the guest, in place of the host's; may be given several times
+    /// Set a custom DNS server instead of the host's; can be repeated
     #[arg(long, value_name = "ADDRESS")]
     dns: Vec<IpAddr>,
 }
@@ -77,7 +76,9 @@ fn wish(text: &str) -> Result<Wish, String> {
         other => match other.strip_prefix("tap=") {
             Some(name) => To::Attachment(Attachment::Tap { name: name.to_owned() }),
             None if bridge::is_name(other) => To::Network(other.to_owned()),
-            None => return Err(format!("{other:?} is no network, type user, tap=NAME, none or a network's name")),
+            None => {
+                return Err(format!("{other:?} is not a network: use user, tap=NAME, none or the name of a network"));
+            }
         },
     };
     let mut wish =
@@ -85,23 +86,23 @@ fn wish(text: &str) -> Result<Wish, String> {
     let on_tap = matches!(wish.to, To::Attachment(Attachment::Tap { .. }));
     for option in parts {
         match option.split_once('=') {
-            Some((_, _)) if wish.to == To::Nothing => return Err("--network none has no options".into()),
+            Some((_, _)) if wish.to == To::Nothing => return Err("--network none takes no options".into()),
             Some(("mac", mac)) => wish.mac = Some(mac.parse()?),
             Some(("bps", bytes)) => wish.rate.bytes_per_second = Some(size::bytes(bytes)?),
             Some(("pps", packets)) => {
-                let packets = packets.parse().map_err(|_| format!("{packets:?} is no number of packets"))?;
+                let packets = packets.parse().map_err(|_| format!("{packets:?} is not a number of packets"))?;
                 wish.rate.ops_per_second = Some(packets);
             }
             Some(("vhost", "on")) => wish.vhost = Some(true),
             Some(("vhost", "off")) => wish.vhost = Some(false),
             Some(("ip", address)) if on_tap => wish.addresses.push(address.parse()?),
             Some(("gateway", address)) if on_tap => {
-                let gateway = address.parse().map_err(|_| format!("{address:?} is no address of a gateway"))?;
+                let gateway = address.parse().map_err(|_| format!("{address:?} is not a gateway address"))?;
                 wish.gateways.push(gateway);
             }
             _ => {
                 return Err(format!(
-                    "unknown option {option:?}, type mac=ADDRESS, bps=SIZE, pps=N, vhost=on, vhost=off, or with tap=NAME ip= or gateway="
+                    "unknown option {option:?}: use mac=ADDRESS, bps=SIZE, pps=N, vhost=on, vhost=off, or with tap=NAME ip= or gateway="
                 ));
             }
         }
@@ -125,10 +126,7 @@ impl NetworkFlags {
             }
             limited = true;
         }
-        ensure!(
-            limited,
-            "--network-bps and --network-pps limit networks, and the machine has none: type --network, too"
-        );
+        ensure!(limited, "--network-bps and --network-pps need a network, and the machine has none: add --network");
         Ok(())
     }
 
@@ -142,7 +140,7 @@ impl NetworkFlags {
         let told = |wish: &Wish| !wish.addresses.is_empty() || !wish.gateways.is_empty();
         ensure!(
             !self.networks.iter().any(told),
-            "ip= and gateway= are for `husk run`: a guest of `husk boot` finds its addresses itself"
+            "ip= and gateway= are only supported by `husk run`: a guest of `husk boot` configures its network itself"
         );
         Ok(self.wished(None)?.into_iter().map(|wired| wired.config).collect())
     }
@@ -154,7 +152,7 @@ impl NetworkFlags {
         if self.is_empty() {
             match passt::check() {
                 Ok(()) => wired.push(Addressed::from(user())),
-                Err(error) => log::warn!("this machine has no network: {error}"),
+                Err(error) => log::warn!("the machine has no network: {error}"),
             }
         }
         self.limit(wired.iter_mut().map(|wired| &mut wired.config.rate))?;
@@ -167,7 +165,7 @@ impl NetworkFlags {
     /// What was asked for, with an address for `machine`, if it is known, on each network that has some to give.
     fn wished(&self, machine: Option<&str>) -> Result<Vec<Addressed>> {
         let none = self.networks.iter().any(|wish| wish.to == To::Nothing);
-        ensure!(!none || self.networks.len() == 1, "--network none stands alone");
+        ensure!(!none || self.networks.len() == 1, "--network none cannot be combined with other networks");
         let mut wired = Vec::new();
         for (index, wish) in self.networks.iter().enumerate() {
             wired.extend(wish.addressed(machine, index)?);
@@ -186,7 +184,7 @@ impl NetworkFlags {
                 user.dns.clone_from(&self.dns);
             }
             None if !self.ports.is_empty() => {
-                bail!("-p is for --network user: on others the guest's own ports are reached")
+                bail!("-p requires --network user: on other networks, connect to the machine's own address")
             }
             None => {}
         }
@@ -300,10 +298,10 @@ mod tests {
     #[test]
     fn wishes_that_do_not_go_together_are_refused() {
         for (words, wanted) in [
-            (&["--network=none", "--network=user"][..], "stands alone"),
-            (&["--network=none", "-p80:80"], "-p is for --network user"),
-            (&["--network=tap=t", "-p80:80"], "-p is for --network user"),
-            (&["--network=tap=t,ip=10.0.0.2/24"], "for `husk run`"),
+            (&["--network=none", "--network=user"][..], "cannot be combined"),
+            (&["--network=none", "-p80:80"], "-p requires --network user"),
+            (&["--network=tap=t", "-p80:80"], "-p requires --network user"),
+            (&["--network=tap=t,ip=10.0.0.2/24"], "only supported by `husk run`"),
         ] {
             let refusal = configs(words).unwrap_err();
             assert!(refusal.contains(wanted), "{words:?}: {refusal}");

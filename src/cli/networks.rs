@@ -10,7 +10,7 @@ use crate::resources::bridge;
 
 const EXAMPLES: &str = "\
 Examples:
-  Two machines that reach each other by name:
+  Connect two machines that resolve each other by name:
     sudo husk network create web
     sudo husk run --network web --name db ./database.tar
     sudo husk run --network web --name app ./app.tar curl http://db/";
@@ -25,22 +25,22 @@ pub struct Networks {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a network: a bridge with a way out and names, until it is removed or the host restarts (as root)
+    /// Create a network (as root): a bridge with NAT and DNS that lasts until the host reboots
     Create {
-        /// Its name, for `--network NAME`
+        /// Name of the network, for `--network NAME`
         name: String,
-        /// The first address of its 256 [default: one that is free, from 10.86.0.0 on]
+        /// Subnet of 256 addresses [default: a free one, starting at 10.86.0.0]
         #[arg(long, value_name = "ADDRESS[/24]", value_parser = subnet)]
         subnet: Option<Ipv4Addr>,
-        /// Give it no way out: machines reach each other and the host
+        /// Restrict external access: machines reach only each other and the host
         #[arg(long)]
         internal: bool,
     },
-    /// List networks, with the machines on them
+    /// List networks and the machines connected to them
     Ls,
-    /// Remove networks that no machine is on (as root)
+    /// Remove unused networks (as root)
     Rm {
-        /// Their names
+        /// Names of networks
         #[arg(required = true)]
         names: Vec<String>,
     },
@@ -50,7 +50,7 @@ enum Command {
 fn subnet(text: &str) -> Result<Ipv4Addr, String> {
     let address = text.strip_suffix("/24").unwrap_or(text).parse::<Ipv4Addr>().ok();
     let first = address.filter(|address| address.octets()[3] == 0 && address.is_private());
-    first.ok_or_else(|| format!("{text:?} is no private network of 256 addresses, type one such as 10.86.0.0/24"))
+    first.ok_or_else(|| format!("{text:?} is not a private /24 subnet: use one such as 10.86.0.0/24"))
 }
 
 impl Networks {

@@ -12,13 +12,13 @@ Examples:
   husk pause web
   husk unpause web
 
-A machine that is paused uses no processor time, and keeps its memory.";
+A paused machine uses no CPU time and keeps its memory.";
 
 /// The flags of `husk pause` and of `husk unpause`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Pause {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 }

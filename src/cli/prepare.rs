@@ -21,15 +21,15 @@ const ATTEMPTS: usize = 2;
 /// The flags of `husk prepare`. No user types them.
 #[derive(Debug, Args)]
 pub struct Prepare {
-    /// What the image is made from
+    /// Source of the image
     #[arg(value_name = "IMAGE")]
     image: String,
 
-    /// Most bytes that the image may take on its way
+    /// Limit the disk space for downloading and unpacking the image
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     max_size: Option<u64>,
 
-    /// Leave the root's files as they are, for who measures what compressing them costs
+    /// Do not compress the root filesystem (to measure the cost of compression)
     #[arg(long)]
     plain: bool,
 }
@@ -37,7 +37,7 @@ pub struct Prepare {
 impl Prepare {
     /// Makes the image ready, its progress on standard error, and prints its ID.
     pub fn run(self) -> Result<Exit> {
-        sys::end_with_parent().context("see to it that this ends with who wants it")?;
+        sys::end_with_parent().context("tie this process to the lifetime of its parent")?;
         let mut store = Store::open_default()?;
         store.unpack_limit_bytes = self.max_size;
         if self.plain {
@@ -45,12 +45,12 @@ impl Prepare {
         }
         let source = self.image.parse()?;
         if matches!(source, Source::Name { path: None, .. }) && Path::new(&self.image).exists() {
-            super::say(&format!("husk: {0} is taken for an image's name; type ./{0} for the file\n", self.image));
+            super::say(&format!("husk: {0} is taken as an image name; use ./{0} for the file\n", self.image));
         }
         let prepared = store.prepare(&source, &Progress::on_terminal())?;
         if prepared.is_bare_root {
             let list = "manifest.json or index.json";
-            super::say(&format!("husk: {} has no {list} of images: taken for a root file system\n", self.image));
+            super::say(&format!("husk: {} has no {list}: taken as a root filesystem\n", self.image));
         }
         super::print(&prepared.id.hex())?;
         Ok(Exit::Success)
@@ -82,7 +82,7 @@ pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Prepared>> {
             return Ok(Some(prepared));
         }
     }
-    bail!("{word} was removed as soon as it was there")
+    bail!("{word} was removed right after it was prepared: try again")
 }
 
 /// Returns the image's ID, or `None` if the other process failed, and said why.
@@ -96,7 +96,7 @@ fn prepare_elsewhere(word: &str, max_bytes: Option<u64>) -> Result<Option<String
     let levels = [Level::Info, Level::Debug, Level::Trace];
     command.args(levels.iter().filter(|&&level| log::log_enabled!(level)).map(|_| "-v"));
     command.arg("--").arg(word).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.spawn().context("start a process that prepares the image")?;
+    let mut child = command.spawn().context("start the process that prepares the image")?;
     let mut id = String::new();
     if let Some(stdout) = &mut child.stdout {
         stdout.read_to_string(&mut id).context("read the image's ID")?;
@@ -105,6 +105,6 @@ fn prepare_elsewhere(word: &str, max_bytes: Option<u64>) -> Result<Option<String
     match status.code() {
         Some(0) => Ok(Some(id)),
         Some(_) => Ok(None),
-        None => bail!("the process that prepares the image was ended: {status}"),
+        None => bail!("the process that prepares the image was terminated: {status}"),
     }
 }

@@ -14,27 +14,27 @@ use crate::resources::text;
 /// Streams, variables, place and user.
 #[derive(Debug, Args)]
 pub struct ProcessFlags {
-    /// Keep standard input open to the command
+    /// Keep standard input open
     #[arg(short, long)]
     pub interactive: bool,
 
-    /// Give the command a terminal: this one
+    /// Allocate a pseudo-TTY
     #[arg(short, long)]
     pub tty: bool,
 
-    /// Set a variable; without a value, to the one that it has here
+    /// Set an environment variable; NAME alone passes on the value from the host
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     env: Vec<OsString>,
 
-    /// Set the variables in a file, a line each
+    /// Read environment variables from a file
     #[arg(long, value_name = "FILE")]
     env_file: Vec<PathBuf>,
 
-    /// Working directory in the guest
+    /// Working directory inside the machine
     #[arg(short, long, value_name = "DIR")]
     workdir: Option<OsString>,
 
-    /// User, and group, to run as: names or numbers
+    /// Username or UID, and optionally group name or GID
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
 }
@@ -59,7 +59,7 @@ impl ProcessFlags {
     /// Refuses a terminal that is to be typed at and is none here.
     pub fn check_terminal(&self) -> Result<()> {
         if self.tty && self.interactive && !stdin().is_terminal() {
-            bail!("standard input is no terminal: leave -t out");
+            bail!("standard input is not a terminal: remove -t");
         }
         Ok(())
     }

@@ -9,18 +9,18 @@ use crate::image::{Held, Store};
 
 const EXAMPLES: &str = "\
 Examples:
-  husk prune              images without a name, and what broken-off pulls have left
-  husk prune --layers     layers too: images run as before, and their next versions are fetched whole";
+  husk prune              (untagged images, and the leftovers of interrupted pulls)
+  husk prune --layers     (layers too: images still run, but later versions are downloaded in full)";
 
 /// The flags of `husk prune`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Prune {
-    /// Remove layers as they came, too: only a pull of an image's next version would want them
+    /// Also remove layers, which are only needed to pull newer versions of images
     #[arg(long)]
     layers: bool,
 
-    /// Print what was removed as JSON
+    /// Format the output as JSON
     #[arg(long)]
     json: bool,
 }
@@ -32,7 +32,12 @@ impl Prune {
         let text = if self.json {
             serde_json::to_string(&pruned).context("print what was removed")?
         } else {
-            format!("{} images, {} files removed: {}", pruned.images, pruned.files, HumanBytes(pruned.bytes))
+            format!(
+                "Removed {} images and {} files, reclaimed {}",
+                pruned.images,
+                pruned.files,
+                HumanBytes(pruned.bytes)
+            )
         };
         super::print(&format!("{text}\n"))?;
         Ok(Exit::Success)

@@ -13,7 +13,7 @@ use crate::roster::{Entry, Roster};
 const EXAMPLES: &str = "\
 Examples:
   husk ps
-  husk ps -a                        (those that have ended, too)
+  husk ps -a                        (include stopped machines)
   husk ps -q | xargs husk stop
   husk ps --json | jq -r '.[].name'";
 
@@ -24,15 +24,15 @@ const COMMAND_CHARS: usize = 30;
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Ps {
-    /// Also machines that have ended, as far as they are kept
+    /// Show all machines (default shows just running)
     #[arg(short, long)]
     all: bool,
 
-    /// Print IDs only
+    /// Only display IDs
     #[arg(short, long, conflicts_with = "json")]
     quiet: bool,
 
-    /// Print all that is known, as JSON
+    /// Format the output as JSON
     #[arg(long)]
     json: bool,
 }
@@ -113,9 +113,9 @@ fn status(entry: &Entry) -> String {
         State::Starting => "starting".to_owned(),
         State::Running { since_ms } => format!("up {}", ago(now, since_ms)),
         State::Paused { since_ms } => format!("paused for {}", ago(now, since_ms)),
-        State::Restarting { since_ms } => format!("failed {} ago, to be restarted", ago(now, since_ms)),
+        State::Restarting { since_ms } => format!("restarting, failed {} ago", ago(now, since_ms)),
         State::Exited { code, at_ms, .. } => format!("exited ({code}) {} ago", ago(now, at_ms)),
-        State::Lost => "husk was killed".to_owned(),
+        State::Lost => "lost (husk was killed)".to_owned(),
     };
     if restarts == 0 { words } else { format!("{words}, restarts: {restarts}") }
 }

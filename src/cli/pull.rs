@@ -13,30 +13,30 @@ Examples:
   husk pull debian:12
   husk pull registry.example.com:5000/team/app@sha256:e3b0...
   docker login registry.example.com && husk pull registry.example.com/team/app
-  husk pull localhost:5000/app      (a registry on this host may do without TLS)
+  husk pull localhost:5000/app      (TLS is optional for a registry on this host)
 
-Names and passwords are those of docker login and podman login; a registry's own authorities are found where Docker and podman
-have them, in certs.d/HOST[:PORT]/*.crt below /etc/docker, /etc/containers, or either in ~/.config.
+Credentials from `docker login` and `podman login` are used. CA certificates of a registry are read from the same places as
+by Docker and podman: certs.d/HOST[:PORT]/*.crt in /etc/docker or /etc/containers, or in either below ~/.config.
 
-What was fetched when a pull broke off is not fetched again.";
+An interrupted pull resumes where it stopped.";
 
 /// The flags of `husk pull`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Pull {
-    /// Name of the image; without a host it is of docker.io, without a tag it is the latest
+    /// Name of the image; the default registry is docker.io, the default tag is latest
     #[arg(value_name = "[HOST[:PORT]/]NAME[:TAG][@DIGEST]", value_parser = reference)]
     name: Reference,
 
-    /// Which of an image's platforms: linux/amd64 or linux/386
+    /// Platform of the image: linux/amd64 or linux/386
     #[arg(long, value_name = "OS/ARCH", default_value = "linux/amd64", value_parser = platform)]
     platform: Platform,
 
-    /// Say nothing but the digest
+    /// Suppress progress output, print only the image ID
     #[arg(short, long)]
     quiet: bool,
 
-    /// Most bytes that the image may take on its way, instead of what is free on the disk
+    /// Limit the disk space for downloading and unpacking the image [default: the free disk space]
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     max_size: Option<u64>,
 }
@@ -51,7 +51,7 @@ impl Pull {
         if self.quiet {
             super::print(&format!("{}\n", pulled.prepared.id))?;
         } else {
-            let state = if pulled.is_known { "is up to date" } else { "is here" };
+            let state = if pulled.is_known { "is up to date" } else { "was pulled" };
             super::print(&format!("{} {state}: {}\n", self.name.familiar(), pulled.digest))?;
         }
         Ok(Exit::Success)
@@ -67,6 +67,6 @@ fn platform(text: &str) -> Result<Platform, String> {
     match text {
         "linux/amd64" | "linux/x86_64" => Ok(Platform::default()),
         "linux/386" => Ok(Platform { architecture: "386".into(), ..Platform::default() }),
-        _ => Err("a machine is linux/amd64 or linux/386".into()),
+        _ => Err("unsupported platform: use linux/amd64 or linux/386".into()),
     }
 }

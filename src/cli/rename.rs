@@ -12,11 +12,11 @@ use crate::roster::{Roster, names};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  husk rename web old-web")]
 pub struct Rename {
-    /// Name or ID
+    /// Name or ID of the machine
     #[arg(value_name = "MACHINE")]
     machine: String,
 
-    /// The new name
+    /// New name
     #[arg(value_name = "NAME")]
     name: String,
 }

@@ -10,18 +10,18 @@ use crate::request::Request;
 const EXAMPLES: &str = "\
 Examples:
   husk rm job
-  husk rm --force web               (it is ended first, whatever it does)
+  husk rm --force web               (kills it first if it is running)
   husk rm $(husk ps -aq)";
 
 /// The flags of `husk rm`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Rm {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// End those that run
+    /// Force the removal of running machines (uses SIGKILL)
     #[arg(short, long)]
     force: bool,
 }

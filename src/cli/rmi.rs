@@ -10,13 +10,13 @@ const EXAMPLES: &str = "\
 Examples:
   husk rmi debian:12
   husk rmi 0123456789ab
-  husk rmi ./rootfs.tar             (what a run from this path has left)";
+  husk rmi ./rootfs.tar             (the image that was made from this file)";
 
 /// The flags of `husk rmi`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Rmi {
-    /// Names, IDs, or paths that images were made from; an image goes with its last name
+    /// Names, IDs or source paths of images; a name is untagged, and its image removed with its last name
     #[arg(value_name = "IMAGE", required = true, value_parser = super::load::source)]
     images: Vec<Source>,
 }
@@ -27,7 +27,7 @@ impl Rmi {
         let store = Store::open_default()?;
         for source in &self.images {
             let id = store.find(source)?.id;
-            let word = if store.remove(source)? { "Removed" } else { "Untagged, it has other names:" };
+            let word = if store.remove(source)? { "Removed" } else { "Untagged (other names remain):" };
             super::print(&format!("{word} {}\n", id.short()))?;
         }
         Ok(Exit::Success)

@@ -39,29 +39,29 @@ use crate::timings::{Step, Timings};
 
 const EXAMPLES: &str = "\
 Examples:
-  A command in a container image, from a file that docker or podman saved:
+  Run a command in a container image that docker or podman saved:
     husk run ./image.tar echo hello
 
-  A shell on this terminal, with two processors and 2 GiB:
+  Run a shell on this terminal, with 2 CPUs and 2 GiB of memory:
     husk run -it --cpus 2 --memory 2G ./image.tar sh
 
-  In the background, with a name for `husk logs`, `exec`, `stop` and the others:
+  Run in the background, with a name for `husk logs`, `husk exec`, `husk stop` and so on:
     husk run -d --name web ./image.tar
 
-  In the middle of a pipe:
+  Run in a pipeline:
     tar c . | husk run -i ./image.tar wc -c
 
-  A disk with an operating system of its own:
+  Boot a disk image with its own operating system:
     husk run ./disk.img";
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  125    husk, the host or the image failed, and there was no process
-  126    the command cannot be run
-  127    there is no such command
-  128+n  signal n ended it, or the machine
-  80-83  the machine ended badly: reset, panic, triple fault, KVM's failure (see `husk boot --help`)
-  Any other code is the command's own.";
+  125    husk, the host or the image failed before the command started
+  126    the command cannot be invoked
+  127    the command cannot be found
+  128+n  the command or the machine was terminated by signal n
+  80-83  the machine failed: reset, kernel panic, triple fault, KVM error (see `husk boot --help`)
+  Any other code is the exit code of the command.";
 
 /// How many of the guest's messages explain a failure.
 const TAIL_LINES: usize = 20;
@@ -74,11 +74,11 @@ const KEPT_DISK_BYTES: u64 = 10 << 30;
 #[command(disable_help_flag = true, override_usage = "husk run [OPTIONS] IMAGE [COMMAND] [ARG]...")]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
 pub struct Run {
-    /// The image; then the command in place of the image's own, and its arguments
+    /// Image to run, optionally followed by a command and its arguments
     ///
-    /// An image is a name, pulled where the store does not have it; a file that docker, podman or skopeo saved; an OCI
-    /// layout; a root file system's tar archive or folder; or a disk image. A file in the working directory is ./FILE: what
-    /// can be an image's name is one.
+    /// IMAGE is an image name (pulled if it is not in local storage), an archive saved by docker, podman or skopeo, an OCI
+    /// layout, a root filesystem (a tar archive or a directory), or a disk image. Write ./FILE for a file in the working
+    /// directory: anything that is a valid image name is taken as a name.
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
@@ -86,50 +86,53 @@ pub struct Run {
     #[command(flatten)]
     process: ProcessFlags,
 
-    /// Program to run in place of the image's entry point; its command is left out then
+    /// Override the entrypoint of the image, and drop its default command
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<OsString>,
 
-    /// The machine's host name [default: its --name, or a random one]
+    /// Host name of the machine [default: its name or ID]
     #[arg(short = 'h', long, value_name = "NAME")]
     hostname: Option<String>,
 
     #[command(flatten)]
     life: Life,
 
-    /// Signal that asks the command for its end [default: the image's, or TERM]
+    /// Signal to stop the command [default: from the image, or TERM]
     #[arg(long, value_name = "SIGNAL", value_parser = signal::signal)]
     stop_signal: Option<u8>,
 
-    /// Let nothing in the root be changed
+    /// Mount the root filesystem as read-only
     #[arg(long)]
     read_only: bool,
 
-    /// Put changes to the root on a disk of this size, in place of the guest's memory; it goes with the machine
+    /// Store changes to the root filesystem on a temporary disk of this size instead of in guest memory
     #[arg(long, value_name = "SIZE", value_parser = size::bytes, conflicts_with = "read_only")]
     scratch: Option<u64>,
 
-    /// Keep changes to the root under a name, for the next run of the same image with it; 10G, or as --scratch says
+    /// Store changes to the root filesystem on a persistent disk, for later runs of the same image
+    ///
+    /// The disk is created on first use, with the size given by --scratch or 10G. `husk disks` lists and removes persistent
+    /// disks.
     #[arg(long, value_name = "NAME", conflicts_with = "read_only")]
     keep: Option<String>,
 
-    /// Most bytes that an image which is not ready yet may take on its way, instead of what is free on the disk
+    /// Limit the disk space for downloading and unpacking the image [default: the free disk space]
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     max_size: Option<u64>,
 
-    /// Mount a file system in the guest's memory; may be given several times
+    /// Mount a tmpfs directory; can be repeated
     #[arg(long, value_name = "PATH[:OPTION,...]", value_parser = process::tmpfs)]
     tmpfs: Vec<Tmpfs>,
 
-    /// Set a resource limit; may be given several times
+    /// Set a resource limit (ulimit); can be repeated
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
     ulimit: Vec<Limit>,
 
-    /// Number of CPUs, 0.01 to 32: a fraction is a limit on the host's processor time, as for `husk boot`
+    /// Number of CPUs, 0.01 to 32; a fraction limits host CPU time, as for `husk boot`
     #[arg(long, value_name = "N", value_parser = cpus::cpus, default_value = "1")]
     cpus: Cpus,
 
-    /// Guest memory: 512M, 1.5G, 2GiB
+    /// Guest memory size: 512M, 1.5G, 2GiB
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
     #[arg(allow_negative_numbers = true)]
     memory: u64,
@@ -137,33 +140,33 @@ pub struct Run {
     #[command(flatten)]
     limits: Limits,
 
-    /// Let the guest run virtual machines of its own, where the host's KVM can do that
+    /// Enable nested virtualization, if the host's KVM supports it
     #[arg(long)]
     nested: bool,
 
-    /// What the machine may read and write of each of its disks in a second, in bytes
+    /// Limit the read and write rate of each disk (bytes per second)
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     disk_bps: Option<u64>,
 
-    /// How many requests the machine may make of each of its disks in a second
+    /// Limit the I/O rate of each disk (operations per second)
     #[arg(long, value_name = "N")]
     disk_iops: Option<u64>,
 
     #[command(flatten)]
     network: NetworkFlags,
 
-    /// The guest's kernel: micro, stock, host or a path [default: the first of them that there is]
+    /// Guest kernel: micro, stock, host or a path [default: the first one that is available]
     #[arg(long, value_name = "KERNEL")]
     kernel: Option<PathBuf>,
 
-    /// Run the root's own init as the first process, with its console on this terminal
+    /// Run an init of the image as PID 1, with its console on this terminal
     ///
-    /// A disk's is run in any case; the path says which. With an image and without a path there is nothing to do: husk's own
-    /// init reaps and forwards signals.
+    /// A disk image always runs its own init, and PATH selects which one. For a container image, --init without PATH has no
+    /// effect: husk's init already reaps processes and forwards signals.
     #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     init: Option<OsString>,
 
-    /// Say on standard error when each step was reached
+    /// Print boot timings to standard error
     #[arg(long)]
     timings: bool,
 
@@ -236,13 +239,13 @@ impl Run {
     fn find_base(&self, image: &Path) -> Result<Option<Base>> {
         let (root, defaults, in_use, identity) = match prepare::identify(image)? {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
-                bail!("a disk is changed itself: leave --scratch and --keep out")
+                bail!("a disk image is modified in place: remove --scratch and --keep")
             }
             Kind::Disk => return Ok(Some(Base::Disk { path: image.to_owned(), readonly: self.read_only })),
             Kind::Root { uuid } => (image.to_owned(), Defaults::default(), None, uuid),
             Kind::Other => {
                 let word =
-                    image.to_str().with_context(|| format!("the image's name {} is no text", image.display()))?;
+                    image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
                 let Some(prepared) = prepare::find(word, self.max_size)? else { return Ok(None) };
                 let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, .. } = prepared.process;
                 let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal };
@@ -274,7 +277,7 @@ impl Run {
         if own_init.is_some() || matches!(base, Base::Disk { .. }) {
             let program = own_init.filter(|path| !path.is_empty());
             if program.is_none() && !command.is_empty() {
-                bail!("a disk runs its own init: type --init=PROGRAM to give it arguments");
+                bail!("a disk image runs its own init: use --init=PATH to pass arguments to it");
             }
             let args = program.into_iter().chain(command).collect();
             return Ok(Inside::with_own_init(base, args, hostname, std::mem::take(&mut self.tmpfs)));
@@ -303,7 +306,7 @@ impl Run {
         timings.mark(Step::Prepared);
         let mut resources = resources::open(config)?;
         // Those of a unified kernel image are for what it would boot by itself.
-        resources.initrd = Some(Part::whole(initramfs).context("look at the initial RAM disk")?);
+        resources.initrd = Some(Part::whole(initramfs).context("read the initrd")?);
         resources.kernel_words.clear();
         if !inside.has_session() {
             let machine = Machine::build(config, resources, timings.clone())?;
@@ -321,7 +324,7 @@ impl Run {
         let machine = Machine::build(config, resources, timings.clone())?;
         // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its messages.
         let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
-        let log = Log::create(endpoint.file(roster::CONSOLE_LOG), verbose).context("make the machine's log")?;
+        let log = Log::create(endpoint.file(roster::CONSOLE_LOG), verbose).context("create the machine's log")?;
         let tail = log.tail();
         let reason =
             supervisor::run(machine, signals, Stdio::Session { session: &mut session, takes_keys, log }, endpoint)?;
@@ -337,11 +340,11 @@ fn refuse_as_image(word: &OsStr) -> Result<()> {
     let is_volume = log::log_enabled!(Level::Info) && text.contains(":/") && !Path::new(word).exists();
     if is_volume || text.starts_with("-v") || ["--volume", "--mount", "--volumes-from"].into_iter().any(is_share) {
         bail!(
-            "{text}: -v, --volume and --mount are not supported yet, a machine shares no files with its host (husk cp copies them)"
+            "{text}: -v, --volume and --mount are not supported yet: use `husk cp` to copy files between the host and a machine"
         );
     }
     if text.starts_with('-') {
-        bail!("there is no option {text}: options come before the image");
+        bail!("unknown option {text}: options go before the image");
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ pub fn memory_mib(text: &str) -> Result<u64, String> {
     let size_bytes = size_bytes(text)?;
     let plain = text.bytes().all(|byte| byte.is_ascii_digit());
     if plain && (1..MIB).contains(&size_bytes) {
-        return Err(format!("a plain number is bytes, type {text}M for {text} MiB"));
+        return Err(format!("a plain number is bytes: use {text}M for {text} MiB"));
     }
     Ok(size_bytes.div_ceil(MIB))
 }
@@ -27,7 +27,7 @@ pub fn mib(memory_mib: u64) -> String {
 }
 
 fn size_bytes(text: &str) -> Result<u64, String> {
-    let malformed = || "not a size, type a number and a unit: 512M, 1.5G, 2GiB".to_owned();
+    let malformed = || "not a size: use a number and a unit, such as 512M, 1.5G or 2GiB".to_owned();
     let number_len = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, suffix) = text.split_at(number_len);
     let unit_bytes = unit_bytes(suffix.trim_start()).ok_or_else(malformed)?;
@@ -35,7 +35,7 @@ fn size_bytes(text: &str) -> Result<u64, String> {
     if !is_digits(whole) || !is_digits(fraction) {
         return Err(malformed());
     }
-    let too_large = || "too large a size".to_owned();
+    let too_large = || "the size is too large".to_owned();
     let whole: u64 = whole.parse().map_err(|_| too_large())?;
     let whole_bytes = whole.checked_mul(unit_bytes).ok_or_else(too_large)?;
     whole_bytes.checked_add(fraction_bytes(fraction, unit_bytes)).ok_or_else(too_large)
@@ -106,7 +106,7 @@ mod tests {
             assert!(memory_mib(text).is_err(), "{text:?}");
         }
         for text in ["18446744073709551616", "99999999999999999999T", "16777216T"] {
-            assert_eq!(memory_mib(text), Err("too large a size".into()), "{text}");
+            assert_eq!(memory_mib(text), Err("the size is too large".into()), "{text}");
         }
     }
 

@@ -13,21 +13,21 @@ use crate::roster::{Entry, Roster};
 const START_EXAMPLES: &str = "\
 Examples:
   husk start web
-  husk start $(husk ps -aq)         (those that run stay as they are)
+  husk start $(husk ps -aq)         (running machines are left alone)
 
-The machine has its name, its ID and its logs again, and is started as it was: with the same words, from the image or the kernel that
-they name now. Of its root's changes it has what --keep kept.";
+The machine keeps its name, ID and logs, and is started with the same command line as before. An image or a kernel is looked
+up again by its name. Changes to the root filesystem are lost unless they are on a persistent disk (--keep).";
 
 const RESTART_EXAMPLES: &str = "\
 Examples:
   husk restart web
-  husk restart --time 60 db         (it has a minute to end)";
+  husk restart --time 60 db         (wait up to a minute before killing it)";
 
 /// The flags of `husk start`.
 #[derive(Debug, Args)]
 #[command(after_help = START_EXAMPLES)]
 pub struct Start {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 }
@@ -36,11 +36,11 @@ pub struct Start {
 #[derive(Debug, Args)]
 #[command(after_help = RESTART_EXAMPLES)]
 pub struct Restart {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// How long each may take to end, in seconds or with a unit, before it is ended
+    /// Time to wait before killing the machine, in seconds or with a unit
     #[arg(short, long, value_name = "TIME", value_parser = when::duration, default_value = "10")]
     time: Duration,
 }

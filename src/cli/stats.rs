@@ -17,13 +17,14 @@ use crate::roster::{self, Entry, Roster};
 
 const EXAMPLES: &str = "\
 Examples:
-  husk stats                        (all that run, anew each second)
+  husk stats                        (all running machines, updated every second)
   husk stats --no-stream web
   husk stats --json | jq '.[].guest_memory_bytes'
 
-CPU is of one processor: 150% is one and a half. MEMORY is what the guest has touched and not given back, of what it may have;
-OWN is what husk takes beside it. DISK and NET are bytes read and written, received and sent, since the start. What the host's kernel does for
-a network (vhost-net) is in CPU from Linux 6.4 on. A machine that is named and does not run has a line without numbers.";
+CPU is relative to one host CPU: 150% is one and a half. MEM USAGE is the host memory used by the guest, and LIMIT the most it
+can use; OVERHEAD is the memory used by husk itself. BLOCK I/O is bytes read and written, NET I/O bytes received and sent
+since the machine started. CPU includes the time of vhost-net on Linux 6.4 and later. A stopped machine is shown without
+values.";
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -34,15 +35,15 @@ const CLEAR: &str = "\x1b[H\x1b[J";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct StatsOf {
-    /// Names or IDs [default: all that run]
+    /// Names or IDs of machines [default: all running machines]
     #[arg(value_name = "MACHINE")]
     machines: Vec<String>,
 
-    /// Look once
+    /// Disable streaming stats and only display the first result
     #[arg(long)]
     no_stream: bool,
 
-    /// Look once, and print JSON
+    /// Format the output as JSON (implies --no-stream)
     #[arg(long)]
     json: bool,
 }
@@ -131,11 +132,12 @@ fn as_json(seen: &[Seen], before: &HashMap<String, Stats>) -> Result<String> {
         value
     };
     let list: Vec<_> = seen.iter().map(one).collect();
-    Ok(foreign::json(&list).context("print what machines use")? + "\n")
+    Ok(foreign::json(&list).context("print the statistics")? + "\n")
 }
 
 fn as_table(seen: &[Seen], before: &HashMap<String, Stats>) -> String {
-    let mut rows = vec![["ID", "NAME", "CPU", "MEMORY", "OWN", "DISK", "NET"].map(str::to_owned)];
+    let mut rows =
+        vec![["ID", "NAME", "CPU", "MEM USAGE / LIMIT", "OVERHEAD", "BLOCK I/O", "NET I/O"].map(str::to_owned)];
     rows.extend(seen.iter().map(|(entry, stats)| {
         let pair = |a, b| format!("{} / {}", BinaryBytes(a), BinaryBytes(b));
         let [cpu, memory, own, disk, net] = match stats {

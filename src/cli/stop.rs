@@ -12,21 +12,21 @@ use crate::request::Request;
 const EXAMPLES: &str = "\
 Examples:
   husk stop web
-  husk stop --time 60 db            (it has a minute to write what it has to)
+  husk stop --time 60 db            (wait up to a minute before killing it)
   husk ps -q | xargs husk stop
 
-A process is sent its stop signal (TERM, where the image says nothing else); a machine with an init of its own has its power
-button pressed.";
+The main process receives its stop signal (TERM, unless the image sets another one); if the machine runs its own init, its
+power button is pressed instead.";
 
 /// The flags of `husk stop`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Stop {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// How long each may take, in seconds or with a unit, before it is ended
+    /// Time to wait before killing the machine, in seconds or with a unit
     #[arg(short, long, value_name = "TIME", value_parser = when::duration, default_value = "10")]
     time: Duration,
 }

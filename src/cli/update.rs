@@ -12,49 +12,49 @@ const EXAMPLES: &str = "\
 Examples:
   husk update --memory 1G --cpus 0.5 web
   husk update --disk-iops 500 db
-  husk update --network-bps none db  (no limit any more)
-  husk update --link down web       (the network is gone, until --link up)
+  husk update --network-bps none db (remove a limit)
+  husk update --link down web       (disconnect the network, until --link up)
 
-Memory goes down to what the guest can do without, and up to what the machine was started with (--memory-max). The guest gives
-it back, and takes it, in its own time: `husk stats` tells how far it is.";
+Memory can be lowered to what the guest needs, and raised to what the machine was started with (--memory-max). The guest
+releases and takes memory gradually: `husk stats` shows the current amount.";
 
 /// The flags of `husk update`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct UpdateOf {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// Memory that the guest is to have
+    /// Guest memory size
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, allow_negative_numbers = true)]
     memory: Option<u64>,
 
-    /// Processor time, up to as many CPUs as the machine has
+    /// Number of CPUs, up to the number the machine was started with
     #[arg(long, value_name = "N", value_parser = cpus::cpus)]
     cpus: Option<Cpus>,
 
-    /// The machine's part of CPUs that others want too: 1024 is everybody's
+    /// CPU shares (relative weight); the default weight is 1024
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=262_144))]
     cpu_shares: Option<u32>,
 
-    /// Bytes that each disk reads and writes in a second
+    /// Limit the read and write rate of each disk (bytes per second)
     #[arg(long, value_name = "SIZE|none", value_parser = bytes)]
     disk_bps: Option<Limit>,
 
-    /// Requests that each disk serves in a second
+    /// Limit the I/O rate of each disk (operations per second)
     #[arg(long, value_name = "N|none", value_parser = count)]
     disk_iops: Option<Limit>,
 
-    /// Bytes that each network interface sends in a second, and as many that it receives
+    /// Limit the rate of each network interface (bytes per second, each direction)
     #[arg(long, value_name = "SIZE|none", value_parser = bytes)]
     network_bps: Option<Limit>,
 
-    /// Packets that each network interface sends in a second, and as many that it receives
+    /// Limit the rate of each network interface (packets per second, each direction)
     #[arg(long, value_name = "N|none", value_parser = count)]
     network_pps: Option<Limit>,
 
-    /// Pull the cables of its networks out, or put them back
+    /// Set the link state of all network interfaces
     #[arg(long, value_name = "up|down", value_parser = link)]
     link: Option<bool>,
 }
@@ -67,7 +67,7 @@ fn count(text: &str) -> Result<Limit, String> {
     match text.parse() {
         Ok(count) => Ok(Limit::PerSecond(count)),
         Err(_) if text == "none" => Ok(Limit::Lifted),
-        Err(_) => Err(format!("{text:?} is no limit, type a number or none")),
+        Err(_) => Err(format!("{text:?} is not a limit: use a number or none")),
     }
 }
 
@@ -75,7 +75,7 @@ fn link(text: &str) -> Result<bool, String> {
     match text {
         "up" => Ok(true),
         "down" => Ok(false),
-        _ => Err(format!("{text:?} is neither, type up or down")),
+        _ => Err(format!("{text:?} is not a link state: use up or down")),
     }
 }
 
@@ -93,8 +93,8 @@ impl UpdateOf {
             network_packets_per_second: self.network_pps,
             link_up: self.link,
         };
-        ensure!(update != Update::default(), "there is nothing to change: type --memory, --cpus or another limit");
-        ensure!(update.millicpus != Some(0), "a machine without processors: type --cpus with 0.01 or more");
+        ensure!(update != Update::default(), "nothing to update: use --memory, --cpus or another limit");
+        ensure!(update.millicpus != Some(0), "a machine needs CPUs: use --cpus 0.01 or more");
         ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Update(update)))
     }
 }

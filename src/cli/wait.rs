@@ -10,13 +10,13 @@ use crate::roster::Roster;
 const EXAMPLES: &str = "\
 Examples:
   code=$(husk wait job)
-  husk wait a b c                   (three lines, in this order)";
+  husk wait a b c                   (prints three exit codes, in this order)";
 
 /// The flags of `husk wait`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Wait {
-    /// Names or IDs
+    /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 }

@@ -17,7 +17,7 @@ pub fn moment_ns(text: &str) -> Result<u64, String> {
     };
     let since = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
     since.and_then(|since| u64::try_from(since.as_nanos()).ok()).ok_or_else(|| {
-        format!("{text:?} is no time: type how long ago, such as 10m, or a date and time such as 2026-01-31T12:00:00Z")
+        format!("{text:?} is not a time: use a relative time such as 10m, or a timestamp such as 2026-01-31T12:00:00Z")
     })
 }
 
@@ -26,7 +26,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds
         .or_else(|| humantime::parse_duration(text).ok())
-        .ok_or_else(|| format!("{text:?} is no length of time: type seconds, or one such as 500ms or 2m"))
+        .ok_or_else(|| format!("{text:?} is not a duration: use seconds, or a unit such as 500ms or 2m"))
 }
 
 /// A moment in nanoseconds since 1970, as RFC 3339 has it.
@@ -45,7 +45,7 @@ mod tests {
         let hour = now - moment_ns("1h").unwrap();
         assert!((3_590_000_000_000..=3_600_000_000_000).contains(&hour), "{hour}");
         for text in ["", "yesterday", "1x", "99999999999999999999y"] {
-            assert!(moment_ns(text).unwrap_err().contains("is no time"), "{text}");
+            assert!(moment_ns(text).unwrap_err().contains("is not a time"), "{text}");
         }
     }
 

@@ -32,7 +32,7 @@ pub fn read() -> Result<&'static [OsString]> {
             rustix::stdio::dup2_stdin(&File::open("/dev/null")?)?;
             unpack(&handed)
         };
-        let typed = read().context("hear from who starts this machine what was typed")?;
+        let typed = read().context("read the command line from the parent process")?;
         let added = words.split_off(1);
         words = typed;
         let place = command(&words)? + 1;
@@ -68,11 +68,11 @@ fn pack(words: &[OsString]) -> Vec<u8> {
 
 fn unpack(packed: &[u8]) -> Result<Vec<OsString>> {
     ensure!(packed.len() as u64 <= MAX_BYTES, "more than {MAX_BYTES} bytes");
-    let packed = packed.strip_suffix(b"\0").context("they do not come to an end")?;
+    let packed = packed.strip_suffix(b"\0").context("it is incomplete")?;
     let mut parts = packed.split(|&byte| byte == 0);
     let count: Option<usize> = parts.next().and_then(|count| std::str::from_utf8(count).ok()?.parse().ok());
     let words: Vec<OsString> = parts.map(|word| OsString::from_vec(word.to_vec())).collect();
-    ensure!(count == Some(words.len()), "some of them are missing");
+    ensure!(count == Some(words.len()), "arguments are missing");
     Ok(words)
 }
 
@@ -88,7 +88,7 @@ pub fn cover_values(variables: &[OsString]) {
         }
     }
     if let Err(error) = sys::arguments::cover(&covered) {
-        log::warn!("values of -e can be read in this process's arguments: {error}");
+        log::warn!("values of -e are visible in the process arguments: {error}");
     }
 }
 

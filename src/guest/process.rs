@@ -127,18 +127,18 @@ const LIMITS: [(&str, u32); 15] = [
 
 /// Parses `NAME=SOFT[:HARD]`; -1 is no limit.
 pub fn limit(text: &str) -> Result<Limit, String> {
-    let wrong = || format!("{text:?} is no limit: type NAME=SOFT[:HARD], such as nofile=1024:4096");
+    let wrong = || format!("{text:?} is not a resource limit: use NAME=SOFT[:HARD], such as nofile=1024:4096");
     let (name, values) = text.split_once('=').ok_or_else(wrong)?;
     let resource = LIMITS.iter().find(|(known, _)| *known == name).map(|(_, resource)| *resource);
     let resource = resource.ok_or_else(|| {
         let names = LIMITS.map(|(name, _)| name).join(", ");
-        format!("there is no limit {name:?}: type one of {names}")
+        format!("unknown resource limit {name:?}: use one of {names}")
     })?;
     let number = |text: &str| if text == "-1" { Ok(u64::MAX) } else { text.parse().map_err(|_| wrong()) };
     let (soft, hard) = values.split_once(':').unwrap_or((values, values));
     let limit = Limit { resource, soft: number(soft)?, hard: number(hard)? };
     if limit.soft > limit.hard {
-        return Err(format!("{text:?}: the soft limit is above the hard one"));
+        return Err(format!("{text:?}: the soft limit exceeds the hard limit"));
     }
     Ok(limit)
 }
@@ -163,7 +163,7 @@ const MOUNT_FLAGS: [(&str, u64, bool); 12] = [
 pub fn tmpfs(text: &str) -> Result<Tmpfs, String> {
     let (path, options) = text.split_once(':').unwrap_or((text, ""));
     if !path.starts_with('/') || path == "/" {
-        return Err(format!("{path:?} is no place for a tmpfs: type an absolute path, such as /run:size=64m"));
+        return Err(format!("{path:?} is not a mount point for a tmpfs: use an absolute path, such as /run:size=64m"));
     }
     let mut tmpfs = Tmpfs {
         path: path.as_bytes().to_vec(),
@@ -177,7 +177,7 @@ pub fn tmpfs(text: &str) -> Result<Tmpfs, String> {
             None => {
                 let name = option.split('=').next().unwrap_or_default();
                 if !["size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "huge", "mpol"].contains(&name) {
-                    return Err(format!("{option:?} is no option of a tmpfs"));
+                    return Err(format!("unknown tmpfs option {option:?}"));
                 }
                 tmpfs.options.push_str(if tmpfs.options.is_empty() { "" } else { "," });
                 tmpfs.options.push_str(option);

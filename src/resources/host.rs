@@ -147,7 +147,7 @@ pub enum Cgroups {
 /// Warns of a host on which most kernels hang.
 pub fn warn_of_pvm() {
     if runs_only_pvm_guests() {
-        log::warn!("KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see husk doctor)");
+        log::warn!("KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see `husk doctor`)");
     }
 }
 

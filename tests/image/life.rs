@@ -113,7 +113,7 @@ fn images_are_listed_with_their_sizes_and_pruned_with_what_they_took() {
     assert!(sizes.iter().all(|size| (3 << 20..5 << 20).contains(size)), "{sizes:?}");
 
     let said = String::from_utf8(house.husk(&["prune"]).stdout).unwrap();
-    assert!(said.starts_with("1 images, 1 files removed: 3.0"), "{said}");
+    assert!(said.starts_with("Removed 1 images and 1 files, reclaimed 3.0"), "{said}");
     assert!(house.husk(&["rmi", "loaded"]).status.success());
     assert_eq!(house.husk(&["images", "--quiet"]).stdout, b"");
     assert_eq!(house.files("roots"), 0);

@@ -20,7 +20,7 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
         String::from_utf8(output.stdout).unwrap()
     };
     let said = pull(":1");
-    assert!(said.contains("is here: sha256:"), "{said}");
+    assert!(said.contains("was pulled: sha256:"), "{said}");
     if is_root() {
         assert_same(&house.path("bundle/rootfs"), &house.root(&format!("{name}:1")));
     }

@@ -74,10 +74,7 @@ fn no_file_stands_in_for_the_image_that_it_is_called_like() {
     assert_eq!(house.files("roots"), 1);
     house.sh("cp d.tar none.tar; mkdir -p sub/dir; echo 2 >sub/dir/2");
     let error = failed("none.tar");
-    assert!(
-        error.starts_with("husk: none.tar is taken for an image's name; type ./none.tar for the file\n"),
-        "{error}"
-    );
+    assert!(error.starts_with("husk: none.tar is taken as an image name; use ./none.tar for the file\n"), "{error}");
     assert!(error.contains("husk: pull none.tar:latest: ") && error.lines().count() == 2, "{error}");
     assert!(house.husk(&["inspect", "none.tar"]).stdout.is_empty());
     assert_eq!(house.files("roots"), 1);

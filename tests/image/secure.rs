@@ -23,7 +23,7 @@ fn asked(house: &House) -> String {
 #[track_caller]
 fn expect_pulled(output: &Output) {
     assert!(output.status.success(), "{output:?}");
-    assert!(String::from_utf8_lossy(&output.stdout).contains("is here: sha256:"), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("was pulled: sha256:"), "{output:?}");
 }
 
 #[test]

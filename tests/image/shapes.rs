@@ -20,7 +20,7 @@ fn layer() -> Vec<u8> {
 fn load_image(house: &House, path: &str) -> PathBuf {
     let output = house.husk(&["load", path, "--name", "loaded"]);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success() && !said.contains("taken for"), "{path}: {output:?}");
+    assert!(output.status.success() && !said.contains("taken as"), "{path}: {output:?}");
     assert_eq!(house.inspect("loaded")["process"]["cmd"], json!(["/bin/sh"]), "{path}");
     house.root("loaded")
 }
@@ -72,14 +72,12 @@ fn what_is_taken_for_a_root_file_system_is_said() {
     for path in ["x.tar", "x.tar.gz", "x"] {
         let output = house.husk(&["load", path, "--name", "x"]);
         let said = String::from_utf8(output.stdout).unwrap();
-        assert!(said.starts_with("Loaded x:latest (") && said.ends_with("), taken for a root file system\n"), "{said}");
+        assert!(said.starts_with("Loaded x:latest (") && said.ends_with("), taken as a root filesystem\n"), "{said}");
     }
     house.sh("rm -r data");
     let run = || String::from_utf8(house.husk(&["run", "--kernel", "./none", "./x", "sh"]).stderr).unwrap();
-    assert!(
-        run().starts_with("husk: ./x has no manifest.json or index.json of images: taken for a root file system\n")
-    );
-    assert!(!run().contains("taken for"), "it is said when the root is made");
+    assert!(run().starts_with("husk: ./x has no manifest.json or index.json: taken as a root filesystem\n"));
+    assert!(!run().contains("taken as"), "it is said when the root is made");
     // More than an image has, so that it is not read to its end to be known.
     let names: Vec<String> = (0..3000).map(|n| format!("usr/{n}")).collect();
     let files: Files = names.iter().map(|name| (name.as_str(), &b"x"[..])).collect();

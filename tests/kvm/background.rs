@@ -303,8 +303,8 @@ fn a_machine_in_the_foreground_is_listed_and_forgotten() {
         thread::sleep(Duration::from_millis(10));
     }
     assert!(machines.fails(&["attach", "fore"], 1).contains("runs in the foreground"));
-    assert!(machines.fails(&["logs", "fore"], 1).contains("to no log"));
-    assert!(machines.fails(&["exec", "fore", "true"], 125).contains("init of its own"));
+    assert!(machines.fails(&["logs", "fore"], 1).contains("has no logs"));
+    assert!(machines.fails(&["exec", "fore", "true"], 125).contains("runs its own init"));
     machines.ok(&["stop", "-t", "0.1", "fore"]);
     assert_eq!(end_of(&mut child).unwrap().code(), Some(137));
     assert_eq!(machines.ok(&["ps", "-aq"]), "");
@@ -347,7 +347,7 @@ fn a_machine_that_fails_is_started_again_as_often_as_was_said() {
     machines.await_status("d", "restarting");
     machines.ok(&["stop", "d"]);
     assert_eq!(machines.status("d"), "exited");
-    assert!(machines.fails(&["boot", "--restart", "always", "--kernel", "x"], 2).contains("on-failure:TIMES"));
+    assert!(machines.fails(&["boot", "--restart", "always", "--kernel", "x"], 2).contains("on-failure:MAX_RETRIES"));
 }
 
 #[test]
@@ -476,7 +476,7 @@ fn limits_of_a_running_machine_are_changed_and_what_cannot_be_had_is_refused() {
     );
     assert!(machines.fails(&["update", "--memory", "65M", "busy"], 1).contains("32 to 64 MiB"));
     assert!(machines.fails(&["update", "--cpus", "1.5", "busy"], 1).contains("1 vCPUs"));
-    assert!(machines.fails(&["update", "busy"], 1).contains("nothing to change"));
+    assert!(machines.fails(&["update", "busy"], 1).contains("nothing to update"));
     let limited = machines.run(&["update", "--cpus", "0.05", "busy"]);
     if limited.status.success() {
         // What was used before counts no more.

@@ -35,15 +35,15 @@ fn processor(processor: &Processor) -> Check {
     if processor.long_mode {
         ok("processor", format!("x86-64, {}", processor.model))
     } else {
-        fail("processor", format!("no x86-64 processor: {}", processor.model), "use an x86-64 host")
+        fail("processor", format!("not an x86-64 processor: {}", processor.model), "use an x86-64 host")
     }
 }
 
 fn nesting(processor: &Processor) -> Check {
     let detail = if processor.hypervisor {
-        "inside a virtual machine: every exit of a guest is slower"
+        "this host is a virtual machine: guest exits are slower"
     } else {
-        "none: this is the hardware's own kernel"
+        "none: this host runs on bare metal"
     };
     ok("nesting", detail)
 }
@@ -53,9 +53,9 @@ fn load_module(processor: &Processor) -> &'static str {
     match (processor.vmx, processor.svm, processor.hypervisor) {
         (true, _, _) => "sudo modprobe kvm_intel",
         (_, true, _) => "sudo modprobe kvm_amd",
-        (_, _, true) => "switch nested virtualisation on in the hypervisor below, or use another host",
-        _ if processor.intel => "switch Intel VT-x on in the firmware's set-up, then: sudo modprobe kvm_intel",
-        _ => "switch AMD-V (SVM) on in the firmware's set-up, then: sudo modprobe kvm_amd",
+        (_, _, true) => "enable nested virtualization in the hypervisor that runs this host, or use another host",
+        _ if processor.intel => "enable Intel VT-x in the firmware (BIOS/UEFI) setup, then: sudo modprobe kvm_intel",
+        _ => "enable AMD-V (SVM) in the firmware (BIOS/UEFI) setup, then: sudo modprobe kvm_amd",
     }
 }
 
@@ -67,7 +67,7 @@ fn module(host: &Host) -> Check {
         Some(KvmModule::Pvm) => {
             let load = load_module(&host.processor);
             let unload = if load.starts_with("sudo") { "sudo modprobe -r kvm_pvm && " } else { "" };
-            let detail = "kvm_pvm: runs only PVM-aware guest kernels, a stock kernel would hang";
+            let detail = "kvm_pvm: only runs PVM-aware guest kernels, a stock kernel would hang";
             fail(NAME, detail, format!("{unload}{load}"))
         }
         // Built into the kernel, KVM shows no module of a vendor; its device is what counts.
@@ -82,7 +82,7 @@ fn kvm_device(host: &Host) -> Check {
         Access::Open => ok(NAME, "readable and writable"),
         Access::Missing if host.module.is_some() => fail(
             NAME,
-            "missing, though KVM is loaded",
+            "missing, although KVM is loaded",
             "in a container: start it with --device /dev/kvm; elsewhere: sudo mknod /dev/kvm c 10 232",
         ),
         Access::Missing => fail(NAME, "missing", load_module(&host.processor)),
@@ -100,15 +100,15 @@ fn api(kvm: &KvmAnswers) -> Check {
         ok("KVM API", format!("version {KVM_API_VERSION}"))
     } else {
         let detail = format!("version {}, not {KVM_API_VERSION}", kvm.api_version);
-        fail("KVM API", detail, "boot a kernel of 2007 or later")
+        fail("KVM API", detail, "boot a host kernel from 2007 or later")
     }
 }
 
 fn needed(kvm: &KvmAnswers) -> Check {
     if kvm.missing.is_empty() {
-        ok("capabilities", "all that husk needs")
+        ok("capabilities", "all required ones are available")
     } else {
-        fail("capabilities", format!("missing: {}", kvm.missing.join(", ")), "boot a kernel of 4.13 or later")
+        fail("capabilities", format!("missing: {}", kvm.missing.join(", ")), "boot host kernel 4.13 or later")
     }
 }
 
@@ -116,23 +116,23 @@ fn wanted(kvm: &KvmAnswers) -> Check {
     if kvm.unavailable.is_empty() {
         ok("extras", "TSC deadline timer, x2APIC, clock and state calls")
     } else {
-        let detail = format!("not offered: {}", kvm.unavailable.join(", "));
-        warn("extras", detail, "guests run without; a newer host kernel or processor may offer them")
+        let detail = format!("not available: {}", kvm.unavailable.join(", "));
+        warn("extras", detail, "guests run without them; a newer host kernel or processor may provide them")
     }
 }
 
 fn vcpus(kvm: &KvmAnswers) -> Check {
     let most = kvm.max_vcpus.min(MAX_CPUS as usize);
-    ok("vCPUs", format!("{} recommended, {most} at most", kvm.recommended_vcpus.min(most)))
+    ok("vCPUs", format!("{} recommended, {most} maximum", kvm.recommended_vcpus.min(most)))
 }
 
 fn machine(kvm: &KvmAnswers) -> Check {
     match &kvm.create_error {
-        None => ok("machine", "created and closed"),
+        None => ok("machine", "created successfully"),
         Some(error) => fail(
             "machine",
             format!("KVM_CREATE_VM: {error}"),
-            "end what else uses the processor's virtualisation (VirtualBox, VMware), then try again",
+            "stop other hypervisors (VirtualBox, VMware), then try again",
         ),
     }
 }
@@ -141,7 +141,7 @@ fn memory(host: &Host) -> Check {
     match host.memory_available_mib {
         None => warn("memory", "unknown: /proc/meminfo has no MemAvailable", "mount -t proc proc /proc"),
         Some(mib) if mib < COMFORTABLE_MEMORY_MIB => {
-            warn("memory", format!("{mib} MiB available"), "free some, or boot with --memory 64M")
+            warn("memory", format!("{mib} MiB available"), "free some memory, or boot with --memory 64M")
         }
         Some(mib) => ok("memory", format!("{mib} MiB available")),
     }
@@ -152,8 +152,8 @@ fn user_namespaces(host: &Host) -> Check {
         ok("user namespaces", "allowed")
     } else {
         let remedy = "sudo sysctl -w user.max_user_namespaces=65536 kernel.unprivileged_userns_clone=1 \
-                      kernel.apparmor_restrict_unprivileged_userns=0 (those that exist)";
-        warn("user namespaces", "not for this user", remedy)
+                      kernel.apparmor_restrict_unprivileged_userns=0 (skip the ones that do not exist)";
+        warn("user namespaces", "not allowed for this user", remedy)
     }
 }
 
@@ -166,7 +166,7 @@ fn cgroups(cgroups: Cgroups) -> Check {
             "version 2, not delegated to this user",
             "systemd-run --user --scope -p Delegate=yes husk ...",
         ),
-        Cgroups::Hybrid => warn("cgroups", "version 1 with an empty version 2 beside it", v2),
+        Cgroups::Hybrid => warn("cgroups", "version 1, with an empty version 2 hierarchy (hybrid)", v2),
         Cgroups::V1 => warn("cgroups", "version 1", v2),
         Cgroups::None => warn("cgroups", "not mounted", "sudo mount -t cgroup2 none /sys/fs/cgroup"),
     }
@@ -176,8 +176,8 @@ fn tap(access: &Access) -> Check {
     const NAME: &str = "/dev/net/tun";
     match access {
         Access::Open => ok(NAME, "readable and writable"),
-        Access::Missing => warn(NAME, "missing: no tap interfaces", "sudo modprobe tun"),
-        Access::Denied { .. } => warn(NAME, "not for this user: no tap interfaces", "sudo chmod 666 /dev/net/tun"),
+        Access::Missing => warn(NAME, "missing: no tap devices", "sudo modprobe tun"),
+        Access::Denied { .. } => warn(NAME, "permission denied: no tap devices", "sudo chmod 666 /dev/net/tun"),
         Access::Failed(error) => warn(NAME, format!("cannot be opened: {error}"), "sudo modprobe tun"),
     }
 }
@@ -187,9 +187,9 @@ fn vhost(access: &Access) -> Check {
     let load = "sudo modprobe vhost_net";
     match access {
         Access::Open => ok(NAME, "readable and writable"),
-        Access::Missing => warn(NAME, "missing: frames of tap interfaces pass through husk, which costs speed", load),
+        Access::Missing => warn(NAME, "missing: networking on tap devices is slower", load),
         Access::Denied { group_may, .. } => {
-            let detail = "not for this user: frames of tap interfaces pass through husk, which costs speed";
+            let detail = "permission denied: networking on tap devices is slower";
             warn(NAME, detail, join_group(NAME, *group_may))
         }
         Access::Failed(error) => warn(NAME, format!("cannot be opened: {error}"), load),
@@ -205,13 +205,17 @@ fn join_group(device: &str, group_may: bool) -> String {
 fn user_network(missing: Option<passt::Missing>) -> Check {
     const NAME: &str = "passt";
     match missing {
-        None => ok(NAME, "installed: machines have a network without privileges"),
-        Some(passt::Missing::Passt) => {
-            warn(NAME, "not installed: machines of husk run have no network", "sudo apt-get install passt")
-        }
-        Some(passt::Missing::Route) => {
-            warn(NAME, "this host has no default route: machines of husk run have no network", "connect this host")
-        }
+        None => ok(NAME, "installed: user-mode networking is available"),
+        Some(passt::Missing::Passt) => warn(
+            NAME,
+            "not installed: no user-mode networking, which `husk run` uses by default",
+            "sudo apt-get install passt",
+        ),
+        Some(passt::Missing::Route) => warn(
+            NAME,
+            "no default route: no user-mode networking, which `husk run` uses by default",
+            "connect this host to a network",
+        ),
     }
 }
 
@@ -273,7 +277,7 @@ mod tests {
 
         let nested = Processor { hypervisor: true, svm: false, ..good().processor };
         let [check] = &failing(&Host { processor: nested, ..host })[..] else { panic!() };
-        assert!(check.remedy.as_ref().is_some_and(|remedy| remedy.contains("nested virtualisation")));
+        assert!(check.remedy.as_ref().is_some_and(|remedy| remedy.contains("nested virtualization")));
     }
 
     #[test]

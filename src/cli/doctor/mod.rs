@@ -17,13 +17,13 @@ Examples:
   husk doctor
   husk doctor --json | jq '.checks[] | select(.status == \"fail\")'
 
-Exit code 0 says that a stock guest kernel can run here, 1 that it cannot.";
+The exit code is 0 if a stock guest kernel can run on this host, and 1 if it cannot.";
 
 /// The flags of `husk doctor`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Doctor {
-    /// Print the checks as JSON
+    /// Format the output as JSON
     #[arg(long)]
     json: bool,
 }
@@ -89,7 +89,7 @@ impl Report {
             }
         }
         let can = if self.stock_guests { "can" } else { "cannot" };
-        let _ = writeln!(text, "\nStock guest kernels {can} run here.");
+        let _ = writeln!(text, "\nStock guest kernels {can} run on this host.");
         text
     }
 }
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn lines_are_aligned_and_a_remedy_stands_below_its_check() {
-        let expected = "ok    KVM     found\nfail  memory  found\n              > buy some\n\nStock guest kernels cannot run here.\n";
+        let expected = "ok    KVM     found\nfail  memory  found\n              > buy some\n\nStock guest kernels cannot run on this host.\n";
         assert_eq!(report().text(false), expected);
         assert!(report().text(true).contains("\x1b[31;1mfail\x1b[0m  memory"));
     }
