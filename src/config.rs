@@ -189,92 +189,90 @@ fn default_cid() -> u32 {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
     /// Neither flag nor file names a kernel.
-    #[error("no kernel: type --kernel PATH (an ELF vmlinux, a bzImage or a unified kernel image)")]
+    #[error("no kernel given: use --kernel PATH (an ELF vmlinux, a bzImage or a unified kernel image)")]
     NoKernel,
     /// The initial RAM disk's path is empty.
-    #[error("the initrd's path is empty: type --initrd PATH, or leave it out")]
+    #[error("the initrd path is empty: use --initrd PATH, or omit it")]
     NoInitrd,
     /// Too few or too many vCPUs.
-    #[error("{0} vCPUs: a machine has 1 to {MAX_CPUS}, type --cpus N")]
+    #[error("{0} vCPUs: a machine can have 1 to {MAX_CPUS}, use --cpus N")]
     Cpus(u32),
     /// So little that nothing would come to pass, or more than the vCPUs can use.
     #[error(
-        "a limit of {0} thousandths of a CPU: {MIN_CPU_LIMIT_MILLICPUS} to 1000 for each vCPU, type --cpus N such as 1.5"
+        "a limit of {0} thousandths of a CPU: the range is {MIN_CPU_LIMIT_MILLICPUS} to 1000 per vCPU, use --cpus N such as 1.5"
     )]
     CpuLimit(u32),
     /// Shares that no control group takes.
-    #[error(
-        "{0} shares of processors: type --cpu-shares with {MIN_CPU_SHARES} to {MAX_CPU_SHARES}, 1024 is everybody's"
-    )]
+    #[error("{0} CPU shares: use --cpu-shares with {MIN_CPU_SHARES} to {MAX_CPU_SHARES}, the default weight is 1024")]
     CpuShares(u32),
     /// So little of the host's memory that the guest's would not fit.
-    #[error("{0} MiB of the host's memory: this machine needs {1} MiB, type --host-memory auto, or --memory with less")]
+    #[error("{0} MiB of host memory: this machine needs {1} MiB, use --host-memory auto, or less --memory")]
     HostMemory(u64, u64),
     /// Less memory than any kernel boots in.
-    #[error("{0} MiB of memory: a guest needs at least {MIN_MEMORY_MIB} MiB, type --memory {MIN_MEMORY_MIB}M or more")]
+    #[error("{0} MiB of memory: a guest needs at least {MIN_MEMORY_MIB} MiB, use --memory {MIN_MEMORY_MIB}M or more")]
     TooLittleMemory(u64),
     /// More memory than a machine can have.
-    #[error("{0} MiB of memory: a guest has at most {MAX_MEMORY_MIB} MiB, type --memory 4T or less")]
+    #[error("{0} MiB of memory: a guest can have at most {MAX_MEMORY_MIB} MiB, use --memory 4T or less")]
     TooMuchMemory(u64),
     /// A part of the guest's memory that it cannot do with, or that is no part of it.
-    #[error(
-        "{0} MiB of at most {1} MiB of memory: type --memory with {MIN_MEMORY_MIB}M or more, and no more than --memory-max"
-    )]
+    #[error("{0} MiB of memory, with a maximum of {1} MiB: use --memory between {MIN_MEMORY_MIB}M and --memory-max")]
     MemoryTarget(u64, u64),
     /// A part of memory, and nothing by which the rest could be kept from the guest.
-    #[error("a machine without a balloon has all of its memory: leave --no-balloon out, or --memory-max")]
+    #[error("--memory-max needs the memory balloon: remove --no-balloon, or --memory-max")]
     NoBalloon,
     /// Too many disks.
-    #[error("{0} disks: this machine takes at most {1}")]
+    #[error("{0} disks: this machine can have at most {1}")]
     TooManyDisks(usize, usize),
     /// A disk without a path.
-    #[error("disk {0} has no path: type --disk PATH[,ro][,id=NAME][,format=raw|qcow2]")]
+    #[error("disk {0} has no path: use --disk PATH[,ro][,id=NAME][,format=raw|qcow2]")]
     NoDiskPath(usize),
     /// A limit of nothing, or a burst without a limit.
-    #[error("disk {0}: limits and bursts are 1 or more, and a burst needs its limit: bps, bps-burst, iops, iops-burst")]
+    #[error(
+        "disk {0}: limits and bursts must be 1 or more, and a burst needs its limit: bps, bps-burst, iops, iops-burst"
+    )]
     DiskRate(usize),
     /// Blocks that a driver would not take.
-    #[error("disk {0} with blocks of {1} bytes: type block_size=512, 1024, 2048 or 4096")]
+    #[error("disk {0} has an invalid block size of {1} bytes: use block_size=512, 1024, 2048 or 4096")]
     DiskBlocks(usize, u32),
     /// A serial number that does not fit its field, or would not be read back as it was given.
-    #[error("disk id {0:?}: type 1 to {MAX_DISK_ID_BYTES} letters, digits or signs without spaces")]
+    #[error("invalid disk id {0:?}: use 1 to {MAX_DISK_ID_BYTES} letters, digits or punctuation marks, without spaces")]
     DiskId(String),
     /// Two disks of one name.
-    #[error("disk id {0:?} is given twice: every disk needs its own")]
+    #[error("disk id {0:?} is used twice: every disk needs its own")]
     SameDiskId(String),
     /// A character that would end the command line or garble it.
-    #[error("the command line holds {0:?}: type words of printable ASCII parted by spaces")]
+    #[error("the kernel command line contains {0:?}: use only printable ASCII characters and spaces")]
     CmdlineCharacter(char),
     /// More than the kernel reads.
-    #[error("the command line is {0} bytes long, husk's own words included: Linux reads at most {MAX_CMDLINE_BYTES}")]
+    #[error(
+        "the kernel command line is {0} bytes long, including husk's parameters: Linux reads at most {MAX_CMDLINE_BYTES}"
+    )]
     CmdlineTooLong(usize),
     /// An address that has a meaning of its own.
-    #[error("vsock cid {0}: a guest's is 3 to 4294967294, type --vsock PATH,cid=N or leave it out")]
+    #[error("vsock CID {0}: a guest's CID is 3 to 4294967294, use --vsock PATH,cid=N or omit it")]
     VsockCid(u32),
     /// No path, or one that no socket can have.
-    #[error("vsock path of {0} bytes: type --vsock PATH with 1 to {MAX_VSOCK_PATH_BYTES} bytes")]
+    #[error("vsock path of {0} bytes: use --vsock with a path of 1 to {MAX_VSOCK_PATH_BYTES} bytes")]
     VsockPath(usize),
     /// A limit of nothing, or a burst without a limit.
-    #[error("a network's limits are 1 or more, and a burst needs its limit: type --network user,bps=10M,pps=1000")]
+    #[error("network limits must be 1 or more, and a burst needs its limit: use --network user,bps=10M,pps=1000")]
     NetworkRate,
     /// A limit on frames that nobody counts.
-    #[error(
-        "vhost=on goes with no limit: the host's kernel does not count frames, so leave out vhost=on, or bps= and pps="
-    )]
+    #[error("vhost=on cannot be combined with rate limits: remove vhost=on, or bps= and pps=")]
     LimitedVhost,
     /// vhost-net with no tap device.
-    #[error("vhost= is for tap devices: --network tap=NAME,vhost=on, or a network of `husk network create`")]
+    #[error("vhost= needs a tap device: use --network tap=NAME,vhost=on, or a network of `husk network create`")]
     UserVhost,
     /// More interfaces than there is room for.
-    #[error("{0} networks: this machine takes at most {1}")]
+    #[error("{0} networks: this machine can have at most {1}")]
     TooManyNetworks(usize, usize),
     /// A name that no interface of the host's can have.
     #[error(
-        "{0:?} is no interface's name: type --network tap=NAME with 1 to {MAX_INTERFACE_NAME_BYTES} letters or digits"
+        "invalid interface name {0:?}: use --network tap=NAME with 1 to {MAX_INTERFACE_NAME_BYTES} letters or digits"
     )]
     InterfaceName(String),
     /// Ports that there are not.
-    #[error("{1} ports from {0} on: ports are 1 to 65535")]
+    #[error("{1} ports starting at {0}: ports are 1 to 65535")]
     Ports(u16, u16),
     /// A configuration file that is no `MachineConfig`.
     #[error("{0}")]

@@ -82,7 +82,7 @@ pub fn unpack(
     loop {
         let len = fill(&mut unpacked, &mut buffer)?;
         done += len as u64;
-        ensure!(done <= unpacked_bytes, "it goes on after its {unpacked_bytes} bytes");
+        ensure!(done <= unpacked_bytes, "it is longer than the expected {unpacked_bytes} bytes");
         output.write_all(&buffer[..len])?;
         progress(done);
         if len < buffer.len() {
@@ -153,7 +153,7 @@ impl<R: Read> Lz4Legacy<R> {
         }
         let len = u32::from_le_bytes(word) as usize;
         if len > lz4_flex::block::get_maximum_output_size(LZ4_BLOCK_MAX_BYTES) {
-            return Err(io::Error::other(format!("a block of {len} bytes is too long")));
+            return Err(io::Error::other(format!("a block of {len} bytes is too large")));
         }
         self.packed_block.resize(len, 0);
         self.packed.read_exact(&mut self.packed_block)?;

@@ -46,14 +46,14 @@ impl fmt::Display for ExitReason {
             ExitReason::PoweredOff => write!(f, "the guest powered off"),
             ExitReason::Reset => write!(f, "the guest reset itself"),
             ExitReason::Reported(code) => write!(f, "the guest reported exit status {code}"),
-            ExitReason::Panicked(None) => write!(f, "the guest's kernel panicked"),
-            ExitReason::Panicked(Some(words)) => write!(f, "the guest's kernel panicked: {words}"),
+            ExitReason::Panicked(None) => write!(f, "the guest kernel panicked"),
+            ExitReason::Panicked(Some(words)) => write!(f, "the guest kernel panicked: {words}"),
             ExitReason::TripleFault { vcpu, rip: Some(rip) } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
             ExitReason::TripleFault { vcpu, rip: None } => write!(f, "triple fault on vCPU {vcpu}"),
-            ExitReason::KvmError { vcpu, reason } => write!(f, "KVM cannot go on with vCPU {vcpu}: {reason}"),
-            ExitReason::SessionLost(reason) => write!(f, "lost the guest's init: {reason}"),
-            ExitReason::Killed(signal) => write!(f, "ended by signal {signal}"),
-            ExitReason::Quit => write!(f, "ended from the terminal"),
+            ExitReason::KvmError { vcpu, reason } => write!(f, "KVM failed to run vCPU {vcpu}: {reason}"),
+            ExitReason::SessionLost(reason) => write!(f, "lost the connection to the guest's init: {reason}"),
+            ExitReason::Killed(signal) => write!(f, "terminated by signal {signal}"),
+            ExitReason::Quit => write!(f, "quit from the terminal"),
         }
     }
 }

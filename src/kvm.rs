@@ -43,7 +43,7 @@ impl Vm {
     /// that the controller's own bus registrations began, ten times the cost of all the rest.
     pub fn new(kvm: Arc<Kvm>, memory: &GuestMemory) -> Result<Vm> {
         for (capability, name) in REQUIRED_CAPABILITIES {
-            ensure!(kvm.check_extension(capability), "this host's KVM lacks {name}; `husk doctor` lists what it has");
+            ensure!(kvm.check_extension(capability), "KVM on this host lacks {name} (see `husk doctor`)");
         }
         let fd = create_vm(&kvm)?;
         for (slot, region) in memory.iter().enumerate() {
@@ -127,7 +127,7 @@ fn routes() -> Result<KvmIrqRouting> {
         ..Default::default()
     };
     let entries: Vec<_> = (0..layout::GSI_COUNT).map(to_ioapic).collect();
-    KvmIrqRouting::from_entries(&entries).context("make the table of interrupt routes")
+    KvmIrqRouting::from_entries(&entries).context("create the interrupt routing table")
 }
 
 #[allow(unsafe_code)]

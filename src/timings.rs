@@ -38,7 +38,7 @@ const STEPS: [(Step, &str); 9] = [
     (Step::FirstOutput, "first kernel output"),
     (Step::Pid1, "PID 1"),
     (Step::Process, "process started"),
-    (Step::ProcessEnd, "process ended"),
+    (Step::ProcessEnd, "process exited"),
     (Step::End, "exit"),
 ];
 

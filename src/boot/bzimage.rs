@@ -66,7 +66,10 @@ impl BzImage {
     /// Reads and checks the setup header.
     pub fn open(image: Part) -> Result<BzImage> {
         let header = read_header(&image)?;
-        ensure!(header.loadflags & LOADED_HIGH != 0, "a zImage, which loads below 1 MiB, and no bzImage");
+        ensure!(
+            header.loadflags & LOADED_HIGH != 0,
+            "a zImage, which loads below 1 MiB, is not supported: use a bzImage"
+        );
         let setup_sectors = if header.setup_sects == 0 { SETUP_SECTORS_DEFAULT } else { header.setup_sects };
         let code_offset = (u64::from(setup_sectors) + 1) * SECTOR_BYTES;
         let code_bytes = u64::from(header.syssize) * 16;
@@ -100,10 +103,10 @@ impl BzImage {
     /// Unpacks the kernel to `output`: [`unpacked_bytes`](BzImage::unpacked_bytes) of it, or an error. `progress` is called
     /// with the bytes written so far, a few times a second at least.
     pub fn unpack(&self, output: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
-        let Some(payload) = &self.payload else { bail!("the bzImage's kernel is packed in an unknown way") };
+        let Some(payload) = &self.payload else { bail!("the bzImage uses an unknown compression format") };
         let packed = self.image.reader(payload.offset, payload.len);
         decompress::unpack(payload.compression, packed, payload.unpacked_bytes, output, progress)
-            .with_context(|| format!("unpack the bzImage's kernel ({})", payload.compression))
+            .with_context(|| format!("decompress the kernel in the bzImage ({})", payload.compression))
     }
 
     fn find_payload(&self) -> Result<Option<Payload>> {
@@ -111,7 +114,7 @@ impl BzImage {
         if self.header.version < VERSION_WITH_PAYLOAD || len == 0 {
             return Ok(None);
         }
-        ensure!(start + len <= self.code_bytes, "the bzImage is damaged: its payload ends beyond its code");
+        ensure!(start + len <= self.code_bytes, "the bzImage is corrupted: its payload ends beyond its code");
         let offset = self.code_offset + start;
         let mut magic = [0; 6];
         let mut size = [0; SIZE_BYTES as usize];
@@ -125,7 +128,7 @@ impl BzImage {
         let unpacked_bytes = u64::from(u32::from_le_bytes(size));
         ensure!(
             unpacked_bytes <= UNPACKED_MAX_BYTES && unpacked_bytes / RATIO_MAX <= len,
-            "the bzImage is damaged: {len} bytes of payload claim to unpack to {unpacked_bytes}"
+            "the bzImage is corrupted: {len} bytes of payload claim to decompress to {unpacked_bytes}"
         );
         let size_behind = if compression == Compression::Gzip { 0 } else { SIZE_BYTES };
         Ok(Some(Payload { offset, len: len - size_behind, compression, unpacked_bytes }))
@@ -136,7 +139,7 @@ fn read_header(image: &Part) -> Result<setup_header> {
     let mut header = setup_header::default();
     let bytes = header.as_mut_slice();
     // The shortest kernel is longer than the header at its longest.
-    image.read_exact_at(bytes, HEADER_OFFSET).context("the bzImage is truncated: its header is not all there")?;
+    image.read_exact_at(bytes, HEADER_OFFSET).context("the bzImage is truncated: its header is incomplete")?;
     let magic_at = MAGIC_OFFSET - HEADER_OFFSET as usize;
     let end = bytes.get(magic_at - 1).map_or(0, |jump| magic_at + usize::from(*jump));
     // Behind its end is code, which is no header field.
@@ -148,18 +151,16 @@ fn read_header(image: &Part) -> Result<setup_header> {
 pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
     let header = image.header;
     if header.version < VERSION_WITH_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
-        bail!(
-            "the bzImage's kernel is packed in an unknown way, and the bzImage has no 64-bit entry to unpack it by itself"
-        );
+        bail!("the bzImage uses an unknown compression format, and has no 64-bit entry point to decompress itself");
     }
     // What the decompressor and the kernel take before they have read their memory map.
     let needed = u64::from(header.init_size).max(image.code_bytes);
     let address = runtime_start(&header)?;
-    let end = address.checked_add(needed).context("the bzImage is damaged: it wraps around the address space")?;
+    let end = address.checked_add(needed).context("the bzImage is corrupted: it wraps around the address space")?;
     let fits = memory.check_range(GuestAddress(address), usize::try_from(needed)?) && end <= layout::MMIO_HOLE_START;
     ensure!(
         fits,
-        "the kernel takes memory up to {} MiB to unpack itself: give the machine more (--memory)",
+        "the kernel needs memory up to {} MiB to decompress itself: increase --memory",
         end.div_ceil(1 << 20)
     );
     image.image.copy_to(memory, address, image.code_offset, image.code_bytes).context("read bzImage")?;
@@ -178,10 +179,10 @@ pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
 /// is of no use to it, and it has no need of another place when it is loaded right there.
 fn runtime_start(header: &setup_header) -> Result<u64> {
     let (preferred, alignment) = (header.pref_address, u64::from(header.kernel_alignment));
-    ensure!(alignment.is_power_of_two(), "the bzImage is damaged: an alignment of {alignment} bytes");
+    ensure!(alignment.is_power_of_two(), "the bzImage is corrupted: invalid alignment of {alignment} bytes");
     ensure!(
         preferred >= layout::HIGH_MEMORY_START && preferred.is_multiple_of(alignment),
-        "the bzImage is damaged: it wants to run at {preferred:#x}"
+        "the bzImage is corrupted: invalid load address {preferred:#x}"
     );
     Ok(preferred)
 }
@@ -255,7 +256,7 @@ mod tests {
             let mut cut = payload[..payload.len() / 2].to_vec();
             cut.extend((kernel.len() as u32).to_le_bytes());
             let error = unpack(&open(&sample::bzimage(&cut)).unwrap()).unwrap_err();
-            assert!(format!("{error:#}").starts_with("unpack the bzImage's kernel ("), "{packer}: {error:#}");
+            assert!(format!("{error:#}").starts_with("decompress the kernel in the bzImage ("), "{packer}: {error:#}");
         }
     }
 
@@ -280,7 +281,7 @@ mod tests {
             sample::put(&mut bytes, at, field);
             format!("{:#}", open(&bytes).unwrap_err())
         };
-        assert_eq!(error(0x211, &[0]), "a zImage, which loads below 1 MiB, and no bzImage");
+        assert_eq!(error(0x211, &[0]), "a zImage, which loads below 1 MiB, is not supported: use a bzImage");
         let says = 1024 + 0x1000 * 16;
         let expected = format!("the bzImage is truncated: header says {says} bytes, file has {}", whole.len());
         assert_eq!(error(0x1f4, &0x1000u32.to_le_bytes()), expected);
@@ -297,7 +298,7 @@ mod tests {
             let mut payload = b"\x1f\x8b\x08...".to_vec();
             payload.extend(claim.to_le_bytes());
             let error = open(&sample::bzimage(&payload)).unwrap_err().to_string();
-            assert_eq!(error, format!("the bzImage is damaged: 10 bytes of payload claim to unpack to {claim}"));
+            assert_eq!(error, format!("the bzImage is corrupted: 10 bytes of payload claim to decompress to {claim}"));
         }
     }
 
@@ -324,7 +325,7 @@ mod tests {
     fn what_it_takes_to_unpack_itself_has_to_be_there() {
         load_into(20, &sample::bzimage(LZO)).unwrap();
         let Err(error) = load_into(19, &sample::bzimage(LZO)) else { panic!("loaded") };
-        assert!(error.to_string().starts_with("the kernel takes memory up to 20 MiB to unpack itself"), "{error}");
+        assert!(error.to_string().starts_with("the kernel needs memory up to 20 MiB to decompress itself"), "{error}");
     }
 
     #[test]

@@ -10,11 +10,11 @@ pub fn check(cmdline: &str, max_bytes: usize) -> Result<()> {
     let longest = max_bytes.saturating_sub(1);
     ensure!(
         cmdline.len() <= longest,
-        "the command line of {} bytes is too long: the kernel takes {longest}",
+        "the kernel command line of {} bytes is too long: the kernel accepts {longest}",
         cmdline.len()
     );
     if let Some(bad) = cmdline.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ')) {
-        anyhow::bail!("the command line holds {bad:?}: only printable ASCII gets through");
+        anyhow::bail!("the kernel command line contains {bad:?}: only printable ASCII characters are allowed");
     }
     Ok(())
 }
@@ -34,7 +34,7 @@ mod tests {
     fn a_line_as_long_as_the_kernel_takes_is_the_longest() {
         check(&"a".repeat(2047), layout::CMDLINE_MAX_BYTES).unwrap();
         let error = check(&"a".repeat(2048), layout::CMDLINE_MAX_BYTES).unwrap_err().to_string();
-        assert_eq!(error, "the command line of 2048 bytes is too long: the kernel takes 2047");
+        assert_eq!(error, "the kernel command line of 2048 bytes is too long: the kernel accepts 2047");
     }
 
     #[test]

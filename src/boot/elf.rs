@@ -67,16 +67,16 @@ pub fn parse(file: &File) -> Result<Image> {
     }
     ensure!(
         header.e_type != ET_REL,
-        "an object file, which is linked to nothing yet: give vmlinux at the top of the kernel's build, or arch/x86/boot/bzImage"
+        "an unlinked object file, not a kernel: use vmlinux at the top of the kernel build tree, or arch/x86/boot/bzImage"
     );
     ensure!(
         !section_names(file, &header).is_some_and(|names| contains(&names, PACKED_KERNEL_SECTION)),
-        "the program that unpacks a bzImage (arch/x86/boot/compressed/vmlinux of a kernel's build), and no kernel: give \
-         vmlinux at the top of the build, or arch/x86/boot/bzImage"
+        "the decompressor of a bzImage (arch/x86/boot/compressed/vmlinux), not a kernel: use vmlinux at the top of the \
+         kernel build tree, or arch/x86/boot/bzImage"
     );
     let count = usize::from(header.e_phnum);
-    ensure!(usize::from(header.e_phentsize) == size_of::<Elf64_Phdr>(), "ELF program headers of a wrong size");
-    ensure!(count <= PROGRAM_HEADERS_MAX, "{count} ELF program headers are more than any kernel has");
+    ensure!(usize::from(header.e_phentsize) == size_of::<Elf64_Phdr>(), "ELF program headers have the wrong size");
+    ensure!(count <= PROGRAM_HEADERS_MAX, "{count} ELF program headers are too many for a kernel");
     let mut program_headers = vec![Elf64_Phdr::default(); count];
     for (index, program_header) in program_headers.iter_mut().enumerate() {
         let offset = header.e_phoff.checked_add((index * size_of::<Elf64_Phdr>()) as u64);
@@ -115,10 +115,10 @@ fn segment(header: &Elf64_Phdr, file_bytes: u64) -> Result<Segment> {
     let in_file = header.p_offset.checked_add(header.p_filesz).is_some_and(|end| end <= file_bytes);
     ensure!(
         in_file,
-        "the ELF image is truncated: a segment goes to byte {} of {file_bytes}",
+        "the ELF image is truncated: a segment ends at byte {} of {file_bytes}",
         header.p_offset.saturating_add(header.p_filesz)
     );
-    ensure!(header.p_filesz <= header.p_memsz, "an ELF segment has more bytes than memory");
+    ensure!(header.p_filesz <= header.p_memsz, "an ELF segment is larger in the file than in memory");
     let start = header.p_paddr;
     let end = start.checked_add(header.p_memsz).context("an ELF segment wraps around the address space")?;
     Ok(Segment { file_offset: header.p_offset, file_bytes: header.p_filesz, memory: Extent { start, end } })
@@ -173,18 +173,18 @@ impl Image {
 
     fn check(&mut self) -> Result<()> {
         self.segments.sort_by_key(|segment| segment.memory.start);
-        let Some(first) = self.segments.first() else { bail!("an ELF image with nothing to load") };
+        let Some(first) = self.segments.first() else { bail!("an ELF image without loadable segments") };
         // Below are the command line, the tables and the first page tables.
         ensure!(
             first.memory.start >= layout::HIGH_MEMORY_START,
-            "an ELF image to load at {:#x}, below 1 MiB: not a kernel's",
+            "an ELF image that loads at {:#x}, below 1 MiB, is not a kernel",
             first.memory.start
         );
         let apart = self.segments.windows(2).all(|pair| matches!(pair, [a, b] if a.memory.end <= b.memory.start));
         ensure!(apart, "ELF segments overlap");
         let (_, entry) = self.entry();
         let inside = self.segments.iter().any(|segment| (segment.memory.start..segment.memory.end).contains(&entry));
-        ensure!(inside, "the ELF image's entry point {entry:#x} is in none of its segments");
+        ensure!(inside, "the ELF entry point {entry:#x} is not in any segment");
         Ok(())
     }
 
@@ -200,10 +200,7 @@ pub fn load(memory: &GuestMemory, file: &File) -> Result<Loaded> {
     for segment in &image.segments {
         let (address, len) = (GuestAddress(segment.memory.start), usize::try_from(segment.memory.len())?);
         if !memory.check_range(address, len) {
-            bail!(
-                "the kernel takes memory up to {} MiB: give the machine more (--memory)",
-                image.end().div_ceil(1 << 20)
-            );
+            bail!("the kernel needs memory up to {} MiB: increase --memory", image.end().div_ceil(1 << 20));
         }
         read(memory, &mut file, segment).context("read ELF segment")?;
     }
@@ -311,7 +308,7 @@ mod tests {
         load_bytes(&with_section_names(&kernel(None), b"\0.text\0.rodata\0.init.rodata..compressed\0"), 32).unwrap();
         let mut object = kernel(None);
         object[16] = 1;
-        assert!(error(&object).starts_with("an object file"));
+        assert!(error(&object).starts_with("an unlinked object file"));
         // Lies about names are no reason to refuse a kernel.
         for (at, value) in [(SH_OFFSET, u64::MAX), (SH_SIZE, u64::MAX)] {
             let mut lying = with_section_names(&kernel(None), b"\0.text\0");
@@ -368,14 +365,14 @@ mod tests {
     fn segments_where_they_do_not_belong_are_refused() {
         let one = |address, memory_bytes| sample::elf(address, &[Part { address, bytes: b"text", memory_bytes }], None);
         assert!(error(&one(0x7000, 4)).contains("below 1 MiB"));
-        assert!(error(&one(MIB, 3)).contains("more bytes than memory"));
+        assert!(error(&one(MIB, 3)).contains("larger in the file than in memory"));
         assert!(error(&one(u64::MAX - 3, 5)).contains("wraps"));
-        assert!(error(&one(31 * MIB, MIB + 1)).contains("takes memory up to 33 MiB"));
+        assert!(error(&one(31 * MIB, MIB + 1)).contains("needs memory up to 33 MiB"));
         assert!(error(&one(40 * MIB, 4)).contains("--memory"));
-        assert!(error(&sample::elf(MIB, &[], None)).contains("nothing to load"));
+        assert!(error(&sample::elf(MIB, &[], None)).contains("without loadable segments"));
         let part = |address| Part { address, bytes: b"text", memory_bytes: 0x1000 };
         assert!(error(&sample::elf(MIB, &[part(MIB + 0xfff), part(MIB)], None)).contains("overlap"));
-        assert!(error(&sample::elf(MIB + 0x1000, &[part(MIB)], None)).contains("in none of its segments"));
+        assert!(error(&sample::elf(MIB + 0x1000, &[part(MIB)], None)).contains("not in any segment"));
     }
 
     #[test]

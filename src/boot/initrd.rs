@@ -21,8 +21,8 @@ pub fn load(memory: &GuestMemory, initrd: &Part, kernel_end: u64, address_max: u
     let start = top.checked_sub(len).map(|start| start & !(PAGE_BYTES - 1)).filter(|start| *start >= kernel_end);
     let Some(start) = start else {
         bail!(
-            "the initrd of {} does not fit: the kernel ends at {}, and the initrd has to end below {}; \
-             give the machine more memory (--memory) or shrink the initrd",
+            "the initrd of {} does not fit: the kernel ends at {}, and the initrd has to end below {}: increase --memory, or \
+             use a smaller initrd",
             mib(len),
             mib(kernel_end),
             mib(top)

@@ -43,9 +43,9 @@ impl Image {
             _ => {}
         }
         let Some(Unified { linux, initrd, cmdline }) = Unified::parse(part.file())? else {
-            bail!("not a kernel: neither an ELF vmlinux nor a bzImage nor a unified kernel image")
+            bail!("not a kernel: expected an ELF vmlinux, a bzImage or a unified kernel image")
         };
-        ensure!(bzimage::is_bzimage(&linux)?, "a unified kernel image whose .linux is no bzImage");
+        ensure!(bzimage::is_bzimage(&linux)?, "the .linux of the unified kernel image is not a bzImage");
         Ok(Image { kernel: Kernel::BzImage(BzImage::open(linux)?), initrd, cmdline })
     }
 }
@@ -68,7 +68,7 @@ mod tests {
         let error = |bytes: &[u8]| Image::identify(sample::file(bytes)).unwrap_err().to_string();
         assert_eq!(error(b""), "the kernel file is empty");
         for bytes in [b"#!/bin/sh\n".as_slice(), b"\x7fEL", &[0; 4096]] {
-            assert_eq!(error(bytes), "not a kernel: neither an ELF vmlinux nor a bzImage nor a unified kernel image");
+            assert_eq!(error(bytes), "not a kernel: expected an ELF vmlinux, a bzImage or a unified kernel image");
         }
     }
 
@@ -80,6 +80,6 @@ mod tests {
         assert!(matches!(image.kernel, Kernel::BzImage(_)));
         assert_eq!((image.initrd.unwrap().len_bytes(), image.cmdline.as_str()), (6, "quiet"));
         let error = Image::identify(sample::file(&sample::unified(&[(".linux", b"kernel")]))).unwrap_err();
-        assert_eq!(error.to_string(), "a unified kernel image whose .linux is no bzImage");
+        assert_eq!(error.to_string(), "the .linux of the unified kernel image is not a bzImage");
     }
 }

@@ -115,7 +115,7 @@ pub fn load(
 /// Writes `bytes` at guest physical address `address`.
 fn write(memory: &GuestMemory, address: u64, bytes: &[u8]) -> Result<()> {
     memory.write_slice(bytes, GuestAddress(address)).with_context(|| {
-        format!("{} bytes at {address:#x} are not all guest memory; a machine needs 2 MiB at least", bytes.len())
+        format!("{} bytes at {address:#x} are outside guest memory; a machine needs at least 2 MiB", bytes.len())
     })
 }
 
@@ -161,6 +161,6 @@ mod tests {
         let error = load(&memory, &kernel(None), Some(&empty), "", 1, 0).unwrap_err();
         assert_eq!(format!("{error:#}"), "load initrd: the initrd is empty");
         let error = load(&memory, &kernel(None), None, &"a".repeat(3000), 1, 0).unwrap_err();
-        assert!(error.to_string().starts_with("the command line of 3000 bytes is too long"));
+        assert!(error.to_string().starts_with("the kernel command line of 3000 bytes is too long"));
     }
 }

@@ -84,7 +84,7 @@ impl Part {
     /// Reads `len_bytes` at `offset` straight to guest memory.
     pub fn copy_to(&self, memory: &GuestMemory, address: u64, offset: u64, len_bytes: u64) -> Result<()> {
         let inside = offset.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes);
-        ensure!(inside, "{len_bytes} bytes at {offset} are not all there");
+        ensure!(inside, "{len_bytes} bytes at offset {offset} are incomplete");
         let mut file = &self.file;
         file.seek(SeekFrom::Start(self.start + offset))?;
         memory

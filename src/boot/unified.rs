@@ -57,7 +57,7 @@ impl Unified {
         let part = |section: &Section| {
             Part::of(file, section.offset, section.len_bytes).with_context(|| {
                 let name = String::from_utf8_lossy(&section.name).trim_end_matches('\0').to_owned();
-                format!("the unified kernel image is truncated: {name} is not all there")
+                format!("the unified kernel image is truncated: {name} is incomplete")
             })
         };
         Ok(Some(Unified {
@@ -99,14 +99,14 @@ fn sections(file: &File) -> Result<Option<Vec<Section>>> {
     if !dos.starts_with(b"MZ") || !pe.starts_with(b"PE\0\0") || machine != MACHINE_X86_64 {
         return Ok(None);
     }
-    ensure!(count <= SECTIONS_MAX, "{count} sections are more than any unified kernel image has");
+    ensure!(count <= SECTIONS_MAX, "{count} sections are too many for a unified kernel image");
     let table_at = pe_at + PE_HEADER_BYTES as u64 + u64::from(optional_bytes);
     let mut sections = Vec::with_capacity(count);
     for index in 0..count {
         let mut header = [0; SECTION_HEADER_BYTES];
         let at = table_at + (index * SECTION_HEADER_BYTES) as u64;
         let Some(()) = read_whole(file, &mut header, at)? else {
-            bail!("the PE file is truncated: its sections are not all there")
+            bail!("the PE file is truncated: its section table is incomplete")
         };
         sections.push(Section::parse(&header));
     }
@@ -126,13 +126,13 @@ fn read_whole(file: &File, buffer: &mut [u8], offset: u64) -> Result<Option<()>>
 fn cmdline(part: &Part) -> Result<String> {
     ensure!(
         part.len_bytes() <= CMDLINE_MAX_BYTES,
-        "the unified kernel image's .cmdline is {} bytes long",
+        "the .cmdline of the unified kernel image is too long: {} bytes",
         part.len_bytes()
     );
     let mut bytes = vec![0; usize::try_from(part.len_bytes())?];
-    part.read_exact_at(&mut bytes, 0).context("read the unified kernel image's .cmdline")?;
+    part.read_exact_at(&mut bytes, 0).context("read the .cmdline of the unified kernel image")?;
     let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-    let text = str::from_utf8(text).context("the unified kernel image's .cmdline is no text")?;
+    let text = str::from_utf8(text).context("the .cmdline of the unified kernel image is not valid UTF-8")?;
     let line: String = text.chars().map(|c| if c.is_ascii_whitespace() { ' ' } else { c }).collect();
     Ok(line.trim().to_owned())
 }
@@ -221,11 +221,11 @@ mod tests {
             format!("{:#}", parse(&image).unwrap_err())
         };
         for (at, value) in [(8, u32::MAX), (20, u32::MAX)] {
-            assert!(lying(at, value).contains(".linux is not all there"), "{at}");
+            assert!(lying(at, value).contains(".linux is incomplete"), "{at}");
         }
         let long = vec![b'a'; CMDLINE_MAX_BYTES as usize + 1];
         let error = parse(&sample::unified(&[(".linux", b"k"), (".cmdline", &long)])).unwrap_err();
-        assert_eq!(error.to_string(), "the unified kernel image's .cmdline is 16385 bytes long");
+        assert_eq!(error.to_string(), "the .cmdline of the unified kernel image is too long: 16385 bytes");
         assert!(parse(&sample::unified(&[(".linux", b"k"), (".cmdline", b"\xff\xfe")])).is_err());
         let mut many = sample::unified(&[(".linux", b"kernel")]);
         sample::put(&mut many, sample::PE_AT + 6, &u16::MAX.to_le_bytes());

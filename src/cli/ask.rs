@@ -26,7 +26,7 @@ pub fn done(entry: &Entry, request: &Request) -> Result<()> {
     match client::ask(&entry.file(roster::CONTROL), request)? {
         Reply::Done => Ok(()),
         Reply::Refused(why) => bail!(why),
-        other => bail!("the machine answered {other:?}"),
+        other => bail!("unexpected response from the machine: {other:?}"),
     }
 }
 

@@ -104,7 +104,7 @@ fn ask(entry: &Entry) -> Result<Stats> {
     match client::ask(&entry.file(roster::CONTROL), &Request::Stats)? {
         Reply::Stats(stats) => Ok(stats),
         Reply::Refused(why) => bail!(why),
-        other => bail!("the machine answered {other:?}"),
+        other => bail!("unexpected response from the machine: {other:?}"),
     }
 }
 

@@ -110,7 +110,7 @@ impl FromStr for MacAddress {
 
     fn from_str(text: &str) -> Result<MacAddress, String> {
         let wrong =
-            || format!("{text:?} is no MAC address: type six pairs of hexadecimal digits, as 02:00:00:00:00:01");
+            || format!("{text:?} is not a MAC address: use six pairs of hexadecimal digits, such as 02:00:00:00:00:01");
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
@@ -119,7 +119,9 @@ impl FromStr for MacAddress {
         }
         let for_many = bytes[0] & 1 != 0 || bytes == [0; 6];
         if for_many {
-            return Err(format!("MAC address {text} is no interface's: its first byte is even, and not all are 0"));
+            return Err(format!(
+                "{text} is not a unicast MAC address: the first byte must be even, and not all bytes can be 0"
+            ));
         }
         if parts.next().is_some() { Err(wrong()) } else { Ok(MacAddress(bytes)) }
     }
@@ -179,26 +181,28 @@ impl FromStr for PortForward {
 
     fn from_str(text: &str) -> Result<PortForward, String> {
         let wrong = |why: &str| {
-            format!("{text:?}: {why}, type [IP:]HOST:GUEST[/tcp|/udp], as 8080:80 or 127.0.0.1:5000-5009:5000-5009/udp")
+            format!(
+                "{text:?}: {why}: use [IP:]HOST:GUEST[/tcp|/udp], such as 8080:80 or 127.0.0.1:5000-5009:5000-5009/udp"
+            )
         };
         let (ports, protocol) = match text.rsplit_once('/') {
             None => (text, Protocol::Tcp),
             Some((ports, "tcp")) => (ports, Protocol::Tcp),
             Some((ports, "udp")) => (ports, Protocol::Udp),
-            Some(_) => return Err(wrong("a port is of tcp or of udp")),
+            Some(_) => return Err(wrong("the protocol is neither tcp nor udp")),
         };
-        let (rest, guest) = ports.rsplit_once(':').ok_or_else(|| wrong("a port of the host is missing"))?;
+        let (rest, guest) = ports.rsplit_once(':').ok_or_else(|| wrong("the host port is missing"))?;
         let (host_ip, host) = match rest.rsplit_once(':') {
             None => (None, rest),
             Some((ip, host)) => {
                 let bare = ip.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(ip);
-                (Some(bare.parse().map_err(|_| wrong("the address is none"))?), host)
+                (Some(bare.parse().map_err(|_| wrong("the IP address is invalid"))?), host)
             }
         };
-        let host = range(host).ok_or_else(|| wrong("the host's ports are 1 to 65535"))?;
-        let guest = range(guest).ok_or_else(|| wrong("the guest's ports are 1 to 65535"))?;
+        let host = range(host).ok_or_else(|| wrong("host ports are 1 to 65535"))?;
+        let guest = range(guest).ok_or_else(|| wrong("guest ports are 1 to 65535"))?;
         if host.1 - host.0 != guest.1 - guest.0 {
-            return Err(wrong("both ranges are of one length"));
+            return Err(wrong("the port ranges have different lengths"));
         }
         // It is 65535 at most, since port 0 is none.
         Ok(PortForward { host_ip, host_port: host.0, guest_port: guest.0, count: host.1 - host.0 + 1, protocol })

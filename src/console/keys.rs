@@ -5,10 +5,10 @@ const ESCAPE: u8 = 0x01;
 
 /// What `Ctrl-A h` prints.
 pub const HELP: &str = "
-Ctrl-A x   end the machine
-Ctrl-A p   press its power button
+Ctrl-A x   quit (terminate the machine)
+Ctrl-A p   press the power button
 Ctrl-A a   send Ctrl-A to the guest
-Ctrl-A h   this help
+Ctrl-A h   show this help
 ";
 
 /// A command to husk itself.

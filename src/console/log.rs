@@ -83,7 +83,7 @@ impl Write for Log {
         if let Err(error) = self.append(bytes)
             && !std::mem::replace(&mut self.told_of_failure, true)
         {
-            log::warn!("write {}: {error}; messages are not kept until there is room", self.path.display());
+            log::warn!("write {}: {error}; messages are not logged until there is free space", self.path.display());
         }
         if self.echo {
             let text = String::from_utf8_lossy(bytes);

@@ -123,7 +123,10 @@ impl StreamLog {
                 // Half a record would garble all that follows.
                 let _ = self.file.set_len(self.file_bytes);
                 if !std::mem::replace(&mut self.told_of_failure, true) {
-                    log::warn!("write {}: {error}; output is not kept until there is room", self.path.display());
+                    log::warn!(
+                        "write {}: {error}; output is not logged until there is free space",
+                        self.path.display()
+                    );
                 }
             }
         }

@@ -63,13 +63,13 @@ pub struct Connections {
 pub fn ask<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
     let deadline = Instant::now() + PATIENCE;
     let mut id = [0; 8];
-    sys::getrandom(&mut id).context("choose a number for the session")?;
+    sys::getrandom(&mut id).context("generate a session ID")?;
     // Never the machine's own.
     let id = u64::from_le_bytes(id) | 1;
     let mut control = connect(vsock, Hello { session: id, role: Role::Control }, deadline)?;
     let mut start = Vec::new();
     frame::write(&ToGuest::Start(process.clone()), &mut start).context("describe the process")?;
-    control.write_all(&start).context("tell the guest what to start")?;
+    control.write_all(&start).context("send the process to the guest")?;
     let reader = await_turn(&mut control, Instant::now() + TURN_PATIENCE)?;
     let mut roles = Vec::new();
     if !process.detached {
@@ -121,7 +121,9 @@ fn await_turn(control: &mut UnixStream, deadline: Instant) -> Result<Reader> {
     let heard = heard.and_then(|()| hear(control, &mut reader, |said| *said == ToHost::Admitted));
     heard.map_err(|error| {
         if is_timeout(&error) {
-            anyhow::anyhow!("start a process in the guest: it runs as many as it can at a time, or hangs: try again when some have ended")
+            anyhow::anyhow!(
+                "start a process in the guest: it is not responding, or is running too many processes: try again later"
+            )
         } else {
             error
         }
@@ -139,10 +141,10 @@ fn hear(control: &mut UnixStream, reader: &mut Reader, is_it: impl Fn(&ToHost) -
             None => {}
         }
         match control.read(&mut buffer) {
-            Ok(0) => bail!("the machine has ended, and the process with it"),
+            Ok(0) => bail!("the machine has exited, and the process with it"),
             Ok(count) => reader.push(buffer.get(..count).unwrap_or_default()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error).context("hear the guest"),
+            Err(error) => return Err(error).context("read from the guest"),
         }
     }
 }
@@ -170,7 +172,7 @@ fn connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> 
         };
         let refused = error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == REFUSED);
         if !refused || Instant::now() + wait > deadline {
-            let error = if is_timeout(&error) { anyhow::anyhow!("it does not answer") } else { error };
+            let error = if is_timeout(&error) { anyhow::anyhow!("it does not respond") } else { error };
             return Err(error.context("connect to the guest"));
         }
         std::thread::sleep(wait);
@@ -186,7 +188,7 @@ fn try_connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStre
     set_timeouts(&stream, Some(deadline))?;
     stream.write_all(format!("CONNECT {PORT}\n").as_bytes()).map_err(as_refused)?;
     if !read_line(&mut stream).map_err(as_refused)?.starts_with(b"OK ") {
-        bail!("it refused");
+        bail!("it refused the connection");
     }
     stream.write_all(&hello.to_bytes())?;
     set_timeouts(&stream, None)?;
@@ -238,7 +240,7 @@ pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> R
             Some(ExitReason::Killed(signal)) => break Ok(End::Left(signal)),
             Some(reason) => break Err(anyhow::anyhow!("{reason}")),
             None if session.is_lost() && session.outputs_are_closed() => {
-                break Err(anyhow::anyhow!("the machine has ended, and the process with it"));
+                break Err(anyhow::anyhow!("the machine has exited, and the process with it"));
             }
             None => {}
         }

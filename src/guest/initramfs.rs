@@ -24,7 +24,7 @@ pub fn module_path(module: &Module) -> String {
 
 /// Makes the archive, in a file that has no name.
 pub fn make(spec: &Spec, modules: &[Module]) -> Result<File> {
-    let spec = spec.to_bytes().context("write down what init is to do")?;
+    let spec = spec.to_bytes().context("encode the configuration of init")?;
     let mut archive = Archive::default();
     archive.folder("dev");
     archive.file("init", INIT, 0o755);
@@ -35,8 +35,8 @@ pub fn make(spec: &Spec, modules: &[Module]) -> Result<File> {
     for module in modules {
         archive.file(module_path(module).trim_start_matches('/'), &module.content, 0o600);
     }
-    let mut file = sys::memory_file(c"husk-initramfs").context("make a file in memory")?;
-    file.write_all(&archive.finish()).context("write the initial RAM disk")?;
+    let mut file = sys::memory_file(c"husk-initramfs").context("create a file in memory")?;
+    file.write_all(&archive.finish()).context("write the initrd")?;
     Ok(file)
 }
 

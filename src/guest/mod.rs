@@ -88,9 +88,9 @@ impl Inside {
         hostname: String,
         tmpfs: Vec<Tmpfs>,
     ) -> Result<Inside> {
-        let Base::Image { defaults, .. } = &base else { bail!("a disk runs its own init") };
+        let Base::Image { defaults, .. } = &base else { bail!("a disk image runs its own init") };
         let mut process = wishes.apply(defaults);
-        ensure!(!process.args.is_empty(), "the image names no command: type one behind the image");
+        ensure!(!process.args.is_empty(), "no command specified, and the image has none: add one after the image");
         // The size that terminals have where nobody says one.
         let size = || terminal::window_size().unwrap_or(WindowSize { rows: 24, columns: 80 });
         process.terminal = terminal.then(size);
@@ -252,7 +252,7 @@ fn check_hostname(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     ensure!(
         !name.is_empty() && name.len() <= MAX_BYTES && name.chars().all(good),
-        "{name:?} is no host name: type 1 to {MAX_BYTES} letters, digits, `-`, `.` or `_`"
+        "invalid host name {name:?}: use 1 to {MAX_BYTES} letters, digits, `-`, `.` or `_`"
     );
     Ok(())
 }

@@ -72,7 +72,7 @@ impl FromStr for Address {
             let bits_max = if ip.is_ipv4() { 32 } else { 128 };
             (prefix <= bits_max).then_some(Address { ip, prefix })
         };
-        parse().ok_or_else(|| format!("{text:?} is no address: type ADDRESS/PREFIX, as 192.0.2.2/24"))
+        parse().ok_or_else(|| format!("{text:?} is not an address: use ADDRESS/PREFIX, such as 192.0.2.2/24"))
     }
 }
 

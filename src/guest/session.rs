@@ -209,7 +209,7 @@ impl Session {
         let Some(finish_by) = self.finish_by else { return -1 };
         let left = finish_by.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            exit_latch.declare(ExitReason::SessionLost("it did not end when it was told to".into()));
+            exit_latch.declare(ExitReason::SessionLost("it did not exit when it was told to".into()));
         }
         left.as_millis() as i32
     }
@@ -238,7 +238,7 @@ impl Session {
         loop {
             match listener.accept() {
                 Ok((stream, _)) if self.greetings.len() < GREETINGS_MAX && self.arrived.len() < self.expected.len() => {
-                    stream.set_nonblocking(true).context("take a connection")?;
+                    stream.set_nonblocking(true).context("accept a connection")?;
                     self.watch(stream.as_raw_fd(), EventSet::IN)?;
                     self.greetings.push((stream, Vec::new()));
                 }
@@ -246,7 +246,7 @@ impl Session {
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).context("take the guest's connection"),
+                Err(error) => return Err(error).context("accept the guest's connection"),
             }
         }
     }

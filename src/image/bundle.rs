@@ -145,23 +145,23 @@ impl Bundle {
 /// to has to have the digest that is asked for.
 fn part_in(folder: &Path, path: &str) -> Result<Part> {
     let names = components(path.as_bytes())?;
-    ensure!(!names.is_empty(), "it is not there");
+    ensure!(!names.is_empty(), "it does not exist");
     let full = folder.join(OsStr::from_bytes(&names.join(&b'/')));
     // A pipe that nobody writes to would else be waited for.
     let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&full) {
         Err(error) => match fs::read_link(&full) {
-            Ok(target) => bail!("the link {} leads to {}: {error}", full.display(), target.display()),
+            Ok(target) => bail!("the link {} points to {}: {error}", full.display(), target.display()),
             Err(_) => return Err(error.into()),
         },
         Ok(file) => file,
     };
-    ensure!(file.metadata()?.is_file(), "it is no file");
+    ensure!(file.metadata()?.is_file(), "it is not a regular file");
     Part::whole(file)
 }
 
 /// The bytes of a manifest, an index or a configuration.
 pub fn read_json(mut part: Part) -> Result<Vec<u8>> {
-    ensure!(part.size_bytes <= JSON_MAX_BYTES, "{} bytes are too many", part.size_bytes);
+    ensure!(part.size_bytes <= JSON_MAX_BYTES, "it is too large: {} bytes", part.size_bytes);
     let mut bytes = vec![0; part.size_bytes as usize];
     part.read_exact(&mut bytes)?;
     Ok(bytes)

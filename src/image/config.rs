@@ -62,16 +62,16 @@ impl ImageConfig {
     pub fn parse(json: &[u8]) -> Result<ImageConfig> {
         let file: File = serde_json::from_slice(json).context("read the image's configuration")?;
         let kind = file.rootfs.kind.unwrap_or_else(|| "layers".into());
-        ensure!(kind == "layers", "the image's root file system is made of {kind:?}, not of layers");
+        ensure!(kind == "layers", "the image has an unsupported rootfs type {kind:?}");
         let diff_ids = file.rootfs.diff_ids.unwrap_or_default();
-        ensure!(diff_ids.len() <= MAX_LAYERS, "the image has {} layers, {MAX_LAYERS} are the most", diff_ids.len());
+        ensure!(diff_ids.len() <= MAX_LAYERS, "the image has {} layers, the maximum is {MAX_LAYERS}", diff_ids.len());
         let process = ImageProcess::from(file.config.unwrap_or_default());
         let created = file.created.filter(|created| !created.is_empty());
         let (architecture, os) = (file.architecture.unwrap_or_default(), file.os.unwrap_or_default());
         let kept_bytes = serde_json::to_vec_pretty(&(&process, &created, &architecture))?.len();
         ensure!(
             kept_bytes <= KEPT_MAX_BYTES,
-            "the image's configuration says too much of its process: {} KiB, {} are the most",
+            "the process configuration of the image is too large: {} KiB, the maximum is {}",
             kept_bytes >> 10,
             KEPT_MAX_BYTES >> 10
         );
@@ -87,7 +87,7 @@ impl ImageConfig {
     pub fn check_platform(&self) -> Result<()> {
         let (os, architecture) = (self.os.as_str(), self.architecture.as_str());
         let is_ours = matches!(os, "" | "linux") && matches!(architecture, "" | "amd64" | "386");
-        ensure!(is_ours, "the image is for {os}/{architecture}, and a machine is linux/amd64");
+        ensure!(is_ours, "the image is for {os}/{architecture}, but machines are linux/amd64");
         Ok(())
     }
 }
@@ -182,7 +182,7 @@ mod tests {
     fn an_image_for_another_processor_is_refused() {
         let config = ImageConfig { architecture: "arm64".into(), os: "linux".into(), ..ImageConfig::default() };
         let error = config.check_platform().unwrap_err().to_string();
-        assert_eq!(error, "the image is for linux/arm64, and a machine is linux/amd64");
+        assert_eq!(error, "the image is for linux/arm64, but machines are linux/amd64");
         assert!(ImageConfig::default().check_platform().is_ok());
     }
 }

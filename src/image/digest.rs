@@ -57,7 +57,7 @@ impl FromStr for Digest {
 
     fn from_str(text: &str) -> Result<Digest> {
         let hex = text.strip_prefix(PREFIX);
-        let shown = || format!("{:?} is no SHA-256 digest", text.chars().take(80).collect::<String>());
+        let shown = || format!("{:?} is not a SHA-256 digest", text.chars().take(80).collect::<String>());
         hex.and_then(Digest::from_hex).with_context(shown)
     }
 }

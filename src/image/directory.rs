@@ -62,7 +62,7 @@ pub fn add(root: &Path, tree: &mut Tree, writer: &mut Writer, progress: &mut dyn
     })?;
     if let Some(first) = denied.first() {
         bail!(
-            "{} of its files cannot be read by this user, {} is one: run husk as their owner",
+            "{} files are not readable by this user, for example {}: run husk as their owner",
             denied.len(),
             first.display()
         );
@@ -89,7 +89,7 @@ fn walk(root: &Path, visit: &mut dyn FnMut(&Path, &Metadata) -> Result<()>) -> R
             continue;
         }
         if metadata.dev() != device {
-            log::info!("{} is of another file system, which is left out", here.display());
+            log::info!("skipped {}: it is on another filesystem", here.display());
             continue;
         }
         let entries = fs::read_dir(&here).with_context(shown)?;

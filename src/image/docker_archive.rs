@@ -56,7 +56,7 @@ fn choose<'a>(entries: &'a [Entry], wanted: Option<&str>) -> Result<&'a Entry> {
             return Ok(only);
         }
         let all: Vec<String> = entries.iter().flat_map(names_of).take(20).collect();
-        bail!("it has {} images, type one as docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
+        bail!("it has {} images: choose one with docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
     };
     let is_wanted = |entry: &&Entry| names_of(entry).iter().any(|name| same_name(name, wanted));
     entries.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))

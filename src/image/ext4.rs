@@ -60,7 +60,7 @@ pub fn uuid(file: &File) -> Result<[u8; 16]> {
 
 /// Makes an empty file system of about `size_bytes` in the empty `file`. `uuid` is its own, `seconds` the time in its inodes.
 pub fn make(file: &File, size_bytes: u64, journal: Journal, uuid: [u8; 16], seconds: u32) -> Result<()> {
-    ensure!((MIN_BYTES..=MAX_BYTES).contains(&size_bytes), "a disk has 16 MiB to 8 TiB");
+    ensure!((MIN_BYTES..=MAX_BYTES).contains(&size_bytes), "the disk size must be 16 MiB to 8 TiB");
     let shape = Shape::of(size_bytes, journal);
     file.set_len(shape.blocks * BLOCK_BYTES)?;
     let put = |block: u64, bytes: &[u8]| file.write_all_at(bytes, block * BLOCK_BYTES);

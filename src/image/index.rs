@@ -85,9 +85,9 @@ impl Index {
         struct Version {
             version: u32,
         }
-        let Version { version } = serde_json::from_slice(json).context("it is damaged")?;
-        ensure!(version == VERSION, "it is of version {version}, and this husk knows version {VERSION}");
-        serde_json::from_slice(json).context("it is damaged")
+        let Version { version } = serde_json::from_slice(json).context("it is corrupted")?;
+        ensure!(version == VERSION, "it has format version {version}, and this husk supports version {VERSION}");
+        serde_json::from_slice(json).context("it is corrupted")
     }
 
     /// The bytes of the index's file.

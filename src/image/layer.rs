@@ -49,7 +49,7 @@ fn whiteout(parent: &[u8], name: &[u8], tree: &mut Tree) -> Result<()> {
         return Ok(());
     }
     let hidden = &name[WHITEOUT_PREFIX.len()..];
-    ensure!(!matches!(hidden, b"" | b"." | b".."), "a whiteout of nothing");
+    ensure!(!matches!(hidden, b"" | b"." | b".."), "a whiteout without a name");
     tree.whiteout(&[parent, b"/", hidden].concat())
 }
 

@@ -66,7 +66,7 @@ impl Store {
     pub fn find(&self, source: &Source) -> Result<Listed> {
         let index = self.index()?;
         let id = find(&index, source)?;
-        self.listed(&index, id).context("there is no such image")
+        self.listed(&index, id).context("no such image")
     }
 
     fn listed(&self, index: &Index, id: Digest) -> Option<Listed> {
@@ -80,7 +80,7 @@ impl Store {
     /// Gives an image more names.
     pub fn tag(&self, id: Digest, names: &[Reference]) -> Result<()> {
         self.update(|index| {
-            ensure!(index.images.contains_key(&id), "there is no image {}", id.short());
+            ensure!(index.images.contains_key(&id), "no such image: {}", id.short());
             index.names.extend(names.iter().map(|name| (name.to_string(), id)));
             Ok(())
         })
@@ -116,7 +116,7 @@ impl Store {
                 index.names.remove(&reference.to_string());
                 return Ok(false);
             }
-            let root = index.images.get(&id).map(|record| record.root).context("there is no such image")?;
+            let root = index.images.get(&id).map(|record| record.root).context("no such image")?;
             let is_shared = index.images.iter().any(|(&other, record)| other != id && record.root == root);
             ensure!(is_shared || !self.is_in_use(root)?, "image {} is in use by a running machine", id.short());
             index.remove(id);
@@ -201,9 +201,9 @@ fn find(index: &Index, source: &Source) -> Result<Digest> {
         Source::Name { reference, path } => match (index.names.get(&reference.to_string()), path) {
             (Some(&id), _) => Ok(id),
             (None, Some(path)) => by_path(index, path),
-            (None, None) => bail!("there is no image {} (husk images lists all)", reference.familiar()),
+            (None, None) => bail!("no such image: {} (see `husk images`)", reference.familiar()),
         },
-        Source::Id(hex) => index.by_prefix(hex).with_context(|| format!("there is no image {hex}")),
+        Source::Id(hex) => index.by_prefix(hex).with_context(|| format!("no such image: {hex}")),
         Source::Path { path, .. } => by_path(index, path),
     }
 }
@@ -213,8 +213,8 @@ fn by_path(index: &Index, path: &Path) -> Result<Digest> {
     let mut found = index.images.iter().filter(|(_, record)| record.source.as_ref() == Some(&full));
     match (found.next(), found.next()) {
         (Some((&id, _)), None) => Ok(id),
-        (Some(_), Some(_)) => bail!("several images are from {}: say which by its ID", path.display()),
-        _ => bail!("there is no image {} (husk images lists all)", path.display()),
+        (Some(_), Some(_)) => bail!("several images were made from {}: use an image ID", path.display()),
+        _ => bail!("no such image: {} (see `husk images`)", path.display()),
     }
 }
 

@@ -125,13 +125,13 @@ impl Manifest {
         let file: File = serde_json::from_slice(json).context("read the image's manifest")?;
         if let Some(manifests) = file.manifests {
             // Else a client that believes one, and a client that believes the other, would see different images.
-            ensure!(file.config.is_none() && file.layers.is_none(), "a manifest that is an index as well");
-            ensure!(manifests.len() <= MAX_MANIFESTS, "an index of {} images", manifests.len());
+            ensure!(file.config.is_none() && file.layers.is_none(), "the manifest is also an index");
+            ensure!(manifests.len() <= MAX_MANIFESTS, "the index has too many images: {}", manifests.len());
             return Ok(Manifest::Index(manifests));
         }
-        let config = file.config.context("a manifest of version 1, or of no image")?;
+        let config = file.config.context("unsupported manifest: it has schema version 1, or is not an image")?;
         let layers = file.layers.unwrap_or_default();
-        ensure!(layers.len() <= MAX_LAYERS, "the image has {} layers, {MAX_LAYERS} are the most", layers.len());
+        ensure!(layers.len() <= MAX_LAYERS, "the image has {} layers, the maximum is {MAX_LAYERS}", layers.len());
         Ok(Manifest::Image { config, layers })
     }
 }
@@ -177,15 +177,15 @@ pub fn suited<'a>(images: &[&'a Descriptor], platform: &Platform) -> Result<Vec<
     let names: Vec<String> = names.collect();
     let Platform { architecture, os, .. } = platform;
     match silent.len() {
-        0 => bail!("no image for {os}/{architecture} that this processor can run (there are: {})", names.join(", ")),
-        count => bail!("{count} images that do not say what they are for"),
+        0 => bail!("no image for {os}/{architecture} that this CPU can run (available: {})", names.join(", ")),
+        count => bail!("{count} images without a platform"),
     }
 }
 
 /// The image for a platform, of all in an index.
 pub fn choose<'a>(manifests: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
     let all: Vec<&Descriptor> = manifests.iter().collect();
-    suited(&all, platform)?.first().copied().context("an index of no images")
+    suited(&all, platform)?.first().copied().context("the index contains no images")
 }
 
 #[cfg(test)]

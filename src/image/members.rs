@@ -65,8 +65,8 @@ impl Members {
     fn insert(&mut self, path: Vec<u8>, member: Member) -> Result<()> {
         let target_bytes = if let Member::Link(target) = &member { target.len() } else { 0 };
         self.names_bytes = self.names_bytes.saturating_add(path.len() + target_bytes);
-        ensure!(self.by_path.len() < MAX_MEMBERS, "an image of more than {MAX_MEMBERS} parts");
-        ensure!(self.names_bytes <= NAMES_MAX_BYTES, "an image whose parts have too long names");
+        ensure!(self.by_path.len() < MAX_MEMBERS, "the archive has more than {MAX_MEMBERS} members");
+        ensure!(self.names_bytes <= NAMES_MAX_BYTES, "the names in the archive are too long");
         self.by_path.insert(path, member);
         Ok(())
     }
@@ -83,7 +83,7 @@ impl Members {
         let (mut links, mut steps) = (0, 0);
         while let Some(name) = left.pop() {
             steps += 1;
-            ensure!(steps + left.len() <= MAX_STEPS, "a path with too many links in it");
+            ensure!(steps + left.len() <= MAX_STEPS, "a path has too many symbolic links");
             if name == b".." {
                 here.pop();
                 continue;
@@ -105,9 +105,9 @@ impl Members {
         match (self.by_path.get(&here.join(&b'/')), last_link) {
             (Some(Member::File(part)), _) => Ok(part.clone()),
             (_, Some((link, target))) => {
-                bail!("the link {} leads to {}, which is not there", shown(&link), shown(target))
+                bail!("the link {} points to {}, which does not exist", shown(&link), shown(target))
             }
-            _ => bail!("it is not there"),
+            _ => bail!("it does not exist"),
         }
     }
 }

@@ -21,7 +21,7 @@ const FULL_NAME: &str = "io.containerd.image.name";
 /// The image that has the name `wanted`, or the only one.
 pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Result<Image> {
     let Manifest::Index(manifests) = Manifest::parse(&read_json(bundle.part(INDEX)?)?)? else {
-        bail!("{INDEX} is no index");
+        bail!("{INDEX} is not an index");
     };
     let all = manifests.iter().filter(|found| found.may_be_an_image());
     let named: Vec<&Descriptor> = all.filter(|found| wanted.is_none_or(|wanted| is_named(found, wanted))).collect();
@@ -34,7 +34,7 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Resu
         [only] => vec![*only],
         _ => suited(bundle, &named, platform).with_context(is_several)?,
     };
-    let mut found = images.first().copied().context("no image in it")?.clone();
+    let mut found = images.first().copied().context("it contains no image")?.clone();
     // Two that suit equally are two images where they have names.
     let is_it = |other: &&Descriptor| other.digest == found.digest || names_of(other).is_empty();
     ensure!(wanted.is_some() || images.iter().all(is_it), is_several());
@@ -43,12 +43,12 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Resu
         match Manifest::parse(&verified(bundle, &found)?)? {
             Manifest::Index(manifests) => {
                 let all: Vec<&Descriptor> = manifests.iter().collect();
-                found = suited(bundle, &all, platform)?.first().copied().context("no image in it")?.clone();
+                found = suited(bundle, &all, platform)?.first().copied().context("it contains no image")?.clone();
             }
             Manifest::Image { config, layers } => return of_manifest(bundle, &config, &layers, names),
         }
     }
-    bail!("indexes within indexes, more than {MAX_INDEX_DEPTH} deep")
+    bail!("indexes are nested more than {MAX_INDEX_DEPTH} levels deep")
 }
 
 /// The images for a platform of those that are here: an index may tell of more than was put beside it.
@@ -56,7 +56,7 @@ fn suited<'a>(bundle: &Bundle, images: &[&'a Descriptor], platform: &Platform) -
     let is_here = |found: &&&Descriptor| bundle.has(&path_of(found));
     let here: Vec<&Descriptor> = images.iter().filter(is_here).copied().collect();
     let suited = manifest::suited(&here, platform);
-    if here.len() < images.len() { suited.context("not all of its images are in it") } else { suited }
+    if here.len() < images.len() { suited.context("some of its images are missing") } else { suited }
 }
 
 fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], names: Vec<String>) -> Result<Image> {
@@ -78,7 +78,7 @@ fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], name
 fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
     let part = bundle.part(&path_of(descriptor))?;
     let (found, said) = (part.size_bytes, descriptor.size);
-    ensure!(found == said, "{} has {found} bytes, not {said}", descriptor.digest);
+    ensure!(found == said, "{} has {found} bytes, expected {said}", descriptor.digest);
     Ok(part)
 }
 
@@ -86,7 +86,7 @@ fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
 fn verified(bundle: &Bundle, descriptor: &Descriptor) -> Result<Vec<u8>> {
     let bytes = read_json(blob(bundle, descriptor)?)?;
     let found = Digest::of(&bytes);
-    ensure!(found == descriptor.digest, "the digest of {} is {found}", descriptor.digest);
+    ensure!(found == descriptor.digest, "the digest of {} does not match: it is {found}", descriptor.digest);
     Ok(bytes)
 }
 
@@ -108,5 +108,5 @@ fn is_named(found: &Descriptor, wanted: &str) -> bool {
 /// The names in a layout, for who may type one of them.
 fn listed(manifests: &[Descriptor]) -> String {
     let names: Vec<String> = manifests.iter().flat_map(names_of).take(20).collect();
-    if names.is_empty() { String::new() } else { format!(", type one as oci:PATH:NAME ({})", names.join(", ")) }
+    if names.is_empty() { String::new() } else { format!(": choose one with oci:PATH:NAME ({})", names.join(", ")) }
 }

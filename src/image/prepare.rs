@@ -62,9 +62,9 @@ impl Store {
         match source {
             Source::Path { path, image } => self.prepare_path(path, image.as_deref(), progress),
             Source::Id(hex) => {
-                let id = self.index()?.by_prefix(hex).with_context(|| format!("there is no image {hex}"))?;
+                let id = self.index()?.by_prefix(hex).with_context(|| format!("no such image: {hex}"))?;
                 let prepared = self.stored_or_made(id, progress)?;
-                prepared.with_context(|| format!("image {hex} has no root and no layers any more"))
+                prepared.with_context(|| format!("image {hex} has no root filesystem and no layers anymore"))
             }
             Source::Name { reference, .. } => {
                 if let Some(&id) = self.index()?.names.get(&reference.to_string())
@@ -125,7 +125,7 @@ impl Store {
             Found::Image(image) => {
                 image.config.check_platform()?;
                 let names_bytes: usize = image.names.iter().map(String::len).sum();
-                ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has {} KiB of names", names_bytes >> 10);
+                ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
                 let root = self.root_of_layers(&image.layers, progress)?;
                 (image.id, image.config, image.names, root)
             }

@@ -70,7 +70,7 @@ impl FromStr for Reference {
     /// Parses `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`. As for Docker, a first part is a host if it has a `.` or a `:`, or is
     /// `localhost`; and a digest wins over a tag.
     fn from_str(text: &str) -> Result<Reference> {
-        parse(text).with_context(|| format!("{:?} is no name of an image", text.chars().take(100).collect::<String>()))
+        parse(text).with_context(|| format!("invalid image name {:?}", text.chars().take(100).collect::<String>()))
     }
 }
 
@@ -96,9 +96,12 @@ fn parse(text: &str) -> Result<Reference> {
         Some((repository, tag)) => (repository, Some(tag)),
         None => (rest, None),
     };
-    ensure!(is_registry(registry), "{registry:?} is no host");
-    ensure!(repository.split('/').all(is_path_component), "names have small letters, digits, and . _ - within");
-    ensure!(tag.is_none_or(is_tag), "{:?} is no tag", tag.unwrap_or_default());
+    ensure!(is_registry(registry), "invalid registry host {registry:?}");
+    ensure!(
+        repository.split('/').all(is_path_component),
+        "names consist of lowercase letters and digits, with . _ - in between"
+    );
+    ensure!(tag.is_none_or(is_tag), "invalid tag {:?}", tag.unwrap_or_default());
     let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
     let official = registry == DEFAULT_REGISTRY && !repository.contains('/');
     let repository = if official { format!("{OFFICIAL}{repository}") } else { repository.to_owned() };

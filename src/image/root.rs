@@ -111,7 +111,7 @@ impl Store {
         maker.writer.finish(&maker.tree, key.first_half())?;
         work.keep_as(self, &self.root_path(key))?;
         let root = self.existing_root(Some(key), unpacked_bytes)?;
-        root.with_context(|| format!("the root {} was removed as soon as it was made", key.short()))
+        root.with_context(|| format!("the root filesystem {} was removed right after it was created", key.short()))
     }
 
     fn existing_root(&self, key: Option<Digest>, unpacked_bytes: u64) -> Result<Option<Root>> {
@@ -163,11 +163,11 @@ impl Maker {
         let mut rest = layer::apply(Stream(hashing), whiteouts, &mut self.tree, &mut self.writer)?.0;
         // Archives are filled up with zeroes, which the digest is of, too.
         io::copy(&mut rest, &mut io::sink())?;
-        ensure!(verified.load(Ordering::Relaxed), "it goes on behind its end");
+        ensure!(verified.load(Ordering::Relaxed), "it has data after its end");
         let hasher = rest.into_hasher();
         if let Some(diff_id) = layer.diff_id {
             let found = hasher.clone().digest();
-            ensure!(found == diff_id, "it unpacks to {found}, not to {diff_id}");
+            ensure!(found == diff_id, "it unpacks to {found}, but the expected digest is {diff_id}");
         }
         Ok(hasher)
     }
@@ -219,7 +219,7 @@ impl<R: Read> Read for Limited<R> {
         let len = self.reader.read(buffer)?;
         match self.left_bytes.checked_sub(len as u64) {
             Some(left_bytes) => self.left_bytes = left_bytes,
-            None => return Err(io::Error::other("the image unpacks to more than is free on the disk, or allowed")),
+            None => return Err(io::Error::other("the image unpacks to more than the free or allowed disk space")),
         }
         Ok(len)
     }

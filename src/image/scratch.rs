@@ -44,7 +44,7 @@ impl Store {
     pub fn scratch(&self, size_bytes: u64, journal: Journal) -> Result<Scratch> {
         let file = self.nameless_file()?;
         let mut uuid = [0; 16];
-        sys::getrandom(&mut uuid).context("ask for randomness")?;
+        sys::getrandom(&mut uuid).context("get random bytes")?;
         make(&file, size_bytes, journal, uuid)?;
         // A file without a name can be opened this way, and then be locked as any disk is.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
@@ -59,12 +59,12 @@ impl Store {
             let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
             ensure!(
                 ext4::uuid(&file).with_context(|| format!("read {}", path.display()))? == identity,
-                "disk {name} has changes to another image: type another name, or remove it by `husk disks --remove {name}`"
+                "disk {name} belongs to another image: use another name, or remove it with `husk disks --remove {name}`"
             );
             let size = file.metadata()?.len();
             let (has, wanted) = (size >> 20, size_bytes >> 20);
             if has != wanted {
-                log::info!("disk {name} is there already: it has {has} MiB, not {wanted}");
+                log::info!("disk {name} already exists: it has {has} MiB, not {wanted}");
             }
             Ok(Scratch { path, _file: None })
         };
@@ -77,7 +77,7 @@ impl Store {
             return found(path);
         }
         work.file.set_len(0)?;
-        make(&work.file, size_bytes, Journal::Yes, identity).with_context(|| format!("make disk {name}"))?;
+        make(&work.file, size_bytes, Journal::Yes, identity).with_context(|| format!("create disk {name}"))?;
         work.keep_as(self, &path)?;
         Ok(Scratch { path, _file: None })
     }
@@ -103,7 +103,7 @@ impl Store {
     pub fn remove_kept_disk(&self, name: &str) -> Result<()> {
         let path = self.kept_path(name)?;
         let file = match lock::file().create(false).open(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => bail!("there is no disk {name}"),
+            Err(error) if error.kind() == ErrorKind::NotFound => bail!("no such disk: {name}"),
             file => file.with_context(|| format!("open {}", path.display()))?,
         };
         ensure!(file.try_lock().is_ok(), "disk {name} is in use by a running machine");
@@ -115,7 +115,7 @@ impl Store {
         let is_name = (1..=64).contains(&name.len())
             && name.bytes().all(is_inner)
             && name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
-        ensure!(is_name, "{name:?} is no name for a disk: letters, digits, and . _ - within");
+        ensure!(is_name, "invalid disk name {name:?}: use letters and digits, with . _ - in between");
         Ok(self.folder().join("disks").join(format!("{name}.ext4")))
     }
 }
@@ -153,7 +153,7 @@ mod tests {
         let again = store.kept_disk("data", 128 << 20, [1; 16]).unwrap();
         assert_eq!(fs::metadata(&again.path).unwrap().ino(), inode);
         let error = store.kept_disk("data", 64 << 20, [2; 16]).unwrap_err().to_string();
-        assert!(error.contains("changes to another image"), "{error}");
+        assert!(error.contains("belongs to another image"), "{error}");
         let file = File::open(&disk.path).unwrap();
         file.lock().unwrap();
         assert!(store.kept_disks().unwrap()[0].in_use);

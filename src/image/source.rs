@@ -46,7 +46,7 @@ impl FromStr for Source {
     /// `oci:PATH[:NAME]` choose one of several images. Anything else is a name: a file of the working directory never stands in
     /// for the image that it is called like, unless its name has a slash and the store knows no such image.
     fn from_str(word: &str) -> Result<Source> {
-        ensure!(!word.is_empty(), "an image has a name or a path");
+        ensure!(!word.is_empty(), "the image name is empty");
         if PREFIXES.iter().any(|prefix| word.starts_with(prefix)) {
             return Source::at_path(word);
         }
@@ -133,7 +133,7 @@ fn find(bundle: Bundle, image: Option<&str>, platform: &Platform, root: Found) -
 }
 
 fn find_root(root: Found, image: Option<&str>) -> Result<Found> {
-    ensure!(image.is_none(), "it is a root file system, and has no image of a name");
+    ensure!(image.is_none(), "it is a root filesystem, which has no image names");
     Ok(root)
 }
 
@@ -141,7 +141,7 @@ fn find_root(root: Found, image: Option<&str>) -> Result<Found> {
 fn spool(file: File, unpacked: &mut dyn Read, max_bytes: u64) -> Result<File> {
     let copied = io::copy(&mut unpacked.take(max_bytes), &mut &file).context("unpack it")?;
     if copied == max_bytes {
-        bail!("it unpacks to more than the {} MiB that are free", max_bytes >> 20);
+        bail!("it unpacks to more than the {} MiB of free disk space", max_bytes >> 20);
     }
     Ok(file)
 }

@@ -46,13 +46,13 @@ impl Store {
             }
             Ok(())
         };
-        open().with_context(|| format!("open the image store {} ($HUSK_DATA moves it)", folder.display()))?;
+        open().with_context(|| format!("open the image store {} (set $HUSK_DATA to move it)", folder.display()))?;
         Ok(Store { folder: folder.to_owned(), unpack_limit_bytes: None, form: Form::Lz4 })
     }
 
     /// Opens the user's store: `$HUSK_DATA`, or `husk` in `$XDG_DATA_HOME` or `~/.local/share`.
     pub fn open_default() -> Result<Store> {
-        Store::open(&default_folder().context("neither $HUSK_DATA nor $HOME says where images are kept")?)
+        Store::open(&default_folder().context("cannot locate the image store: neither $HUSK_DATA nor $HOME is set")?)
     }
 
     /// Where the store is.
@@ -105,7 +105,7 @@ impl Store {
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Index::default()),
                 metadata => metadata?.len(),
             };
-            ensure!(size_bytes <= INDEX_MAX_BYTES, "{size_bytes} bytes are too many");
+            ensure!(size_bytes <= INDEX_MAX_BYTES, "it is too large: {size_bytes} bytes");
             Index::parse(&fs::read(&path)?)
         };
         read().with_context(|| format!("read {}", path.display()))
@@ -128,7 +128,7 @@ impl Store {
         let json = index.to_json()?;
         ensure!(
             json.len() as u64 <= INDEX_MAX_BYTES,
-            "it would have {} MiB, and {} are the most: take images out by `husk rmi` or `husk prune`",
+            "it would have {} MiB, and the maximum is {}: remove images with `husk rmi` or `husk prune`",
             json.len() >> 20,
             INDEX_MAX_BYTES >> 20
         );
@@ -179,7 +179,7 @@ impl Store {
         let free = || -> Result<u64> { Ok(sys::disk::free_bytes(&File::open(&self.folder)?)?) };
         match self.unpack_limit_bytes {
             Some(limit) => Ok(limit),
-            None => free().with_context(|| format!("ask how much is free in {}", self.folder.display())),
+            None => free().with_context(|| format!("get the free disk space in {}", self.folder.display())),
         }
     }
 }
@@ -273,7 +273,7 @@ mod tests {
         let store = Store::open(folder.path()).unwrap();
         fs::write(folder.path().join("index.json"), r#"{"version": 2, "pictures": []}"#).unwrap();
         let error = format!("{:#}", store.update(|_| Ok(())).unwrap_err());
-        assert!(error.ends_with("it is of version 2, and this husk knows version 1"), "{error}");
+        assert!(error.ends_with("it has format version 2, and this husk supports version 1"), "{error}");
         assert!(fs::read_to_string(folder.path().join("index.json")).unwrap().contains("pictures"));
     }
 
@@ -325,7 +325,7 @@ mod tests {
         let grow = |name: String| store.update(|index| Ok(index.names.insert(name, Digest::of(b""))));
         grow("small".into()).unwrap();
         let error = format!("{:#}", grow("x".repeat(INDEX_MAX_BYTES as usize)).unwrap_err());
-        assert!(error.contains("it would have 64 MiB, and 64 are the most"), "{error}");
+        assert!(error.contains("it would have 64 MiB, and the maximum is 64"), "{error}");
         assert_eq!(store.index().unwrap().names.keys().collect::<Vec<_>>(), ["small"]);
     }
 

@@ -31,7 +31,7 @@ pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Co
         };
         let outside_bytes = path.len();
         path.extend_from_slice(if outer.is_empty() { name } else { own });
-        ensure!(name != b"." || entry.is_folder() || !outer.is_empty(), "the guest sends what is no folder");
+        ensure!(name != b"." || entry.is_folder() || !outer.is_empty(), "the guest did not send a directory");
         match &entry {
             Entry::Folder(_, about) => {
                 path.push(b'/');
@@ -48,7 +48,7 @@ pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Co
                 head(b'2', &path, target, 0, about, out)?;
                 path.truncate(outside_bytes);
             }
-            _ => anyhow::bail!("the guest sends what makes no sense"),
+            _ => anyhow::bail!("the guest sent invalid data"),
         }
         copied.entries += 1;
     }
@@ -67,7 +67,7 @@ fn content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Wri
         missing_bytes -= wanted as u64;
         out.write_all(piece.get(..wanted).unwrap_or_default())
     })?;
-    ensure!(missing_bytes == 0, "the file became shorter while it was copied");
+    ensure!(missing_bytes == 0, "the file shrank while it was copied");
     let rest_bytes = size_bytes.wrapping_neg() % RECORD_BYTES as u64;
     io::copy(&mut io::repeat(0).take(rest_bytes), out)?;
     Ok(())

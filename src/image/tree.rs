@@ -156,12 +156,12 @@ impl Tree {
     /// Puts a file at `path`, in place of what is there. A directory over a directory changes its attributes only.
     pub fn insert(&mut self, path: &[u8], attributes: Attributes, body: Body) -> Result<()> {
         if let Body::Symlink(target) = &body {
-            ensure!(!target.is_empty() && !target.contains(&0), "a symbolic link that leads nowhere");
+            ensure!(!target.is_empty() && !target.contains(&0), "a symbolic link has an empty target");
             ensure!(target.len() <= MAX_PATH_BYTES, "a symbolic link of {} bytes is too long", target.len());
         }
         if let Body::Character { major, minor } | Body::Block { major, minor } = body {
             let there_is = major >> DEVICE_BITS.0 == 0 && minor >> DEVICE_BITS.1 == 0;
-            ensure!(there_is, "a device {major}:{minor}, which there is not on Linux");
+            ensure!(there_is, "a device has an invalid number {major}:{minor}");
         }
         ensure!(erofs::xattrs_fit(&attributes.xattrs), "its extended attributes are too large");
         let names = components(path)?;
@@ -185,12 +185,12 @@ impl Tree {
     /// Gives the file at `target` another name.
     pub fn link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
         let (names, target_names) = (components(path)?, components(target)?);
-        let id = self.find(&target_names)?.context("a hard link to what is not there")?;
+        let id = self.find(&target_names)?.context("a hard link to a file that does not exist")?;
         ensure!(!self.is_directory(id), "a hard link to a directory");
         let (name, parents) = names.split_last().context("the root is a hard link")?;
         let parent = self.directory(parents)?;
         // A parent may have replaced the target.
-        ensure!(self.find(&target_names)? == Some(id), "a hard link to what it replaces");
+        ensure!(self.find(&target_names)? == Some(id), "a hard link to the file that it replaces");
         if self.child(parent, name) == Some(id) {
             return Ok(());
         }
@@ -321,7 +321,7 @@ impl Tree {
         let mut steps = 0;
         while let Some(name) = left.pop() {
             steps += 1;
-            ensure!(steps + left.len() <= MAX_STEPS, "a path with too many links in it");
+            ensure!(steps + left.len() <= MAX_STEPS, "a path has too many symbolic links");
             if *name == *b".." {
                 way.leave();
                 continue;
@@ -392,12 +392,12 @@ pub fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
     let mut names = Vec::new();
     for name in path.split(|&byte| byte == b'/') {
         ensure!(name.len() <= MAX_NAME_BYTES, "a name of {} bytes is too long", name.len());
-        ensure!(!name.contains(&0), "a name with a NUL in it");
+        ensure!(!name.contains(&0), "a name contains a NUL byte");
         match name {
             b"" | b"." => {}
             b".." => {
                 let is_inside = names.pop().is_some() || path.starts_with(b"/");
-                ensure!(is_inside, "a name that leads out of its directory");
+                ensure!(is_inside, "a path leads out of the root directory");
             }
             name => names.push(name),
         }
@@ -501,7 +501,7 @@ mod tests {
         link(&mut tree, "a", "b");
         link(&mut tree, "b", "a/x");
         let insert = |tree: &mut Tree, path: &[u8]| tree.insert(path, Attributes::default(), Body::Fifo);
-        assert!(insert(&mut tree, b"a/y").unwrap_err().to_string().contains("too many links"));
+        assert!(insert(&mut tree, b"a/y").unwrap_err().to_string().contains("too many symbolic links"));
         assert!(tree.link(b"z", b"a/y").is_err() && tree.whiteout(b"a/y").is_err());
         // Each doubles what is to be gone.
         for n in 0..40 {

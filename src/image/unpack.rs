@@ -30,7 +30,7 @@ pub fn unpacked<R: Read + Send + 'static>(packed: R) -> Result<Box<dyn Read + Se
         Some(Compression::Bzip2) => Box::new(bzip2::bufread::MultiBzDecoder::new(packed)),
         Some(Compression::Xz) => Box::new(XzReader::new_mem_limit(packed, true, memory_max_kib)),
         Some(Compression::Zstd) => Box::new(ZstdFrames { packed: Some(packed), frame: None }),
-        Some(other) => bail!("it is packed with {other}, which images are not"),
+        Some(other) => bail!("unsupported compression format {other}"),
     })
 }
 

@@ -49,24 +49,24 @@ impl Machine {
 
         let (mut devices, mut controls) = (Vec::new(), Controls::default());
         for disk in disks {
-            let (device, control) = block::device(disk).context("make a disk")?;
+            let (device, control) = block::device(disk).context("create a disk device")?;
             devices.push(device);
             controls.disks.push(control);
         }
         devices.push(rng::device());
         // Behind the others, whose names in the guest come of their places.
         if let Some(vsock) = vsock {
-            devices.push(vsock::device(vsock).context("make the vsock device")?);
+            devices.push(vsock::device(vsock).context("create the vsock device")?);
         }
         for network in networks {
-            let (device, link) = net::device(network).context("make a network interface")?;
+            let (device, link) = net::device(network).context("create a network device")?;
             devices.push(device);
             controls.links.push(link);
         }
         if config.balloon {
             let target_mib = config.memory_target_mib.unwrap_or(config.memory_mib);
             let (device, control) = balloon::device(config.memory_mib, target_mib, config.balloon_deflates_on_oom)
-                .context("make the balloon")?;
+                .context("create the balloon device")?;
             devices.push(device);
             controls.balloon = Some(control);
         }
@@ -76,8 +76,8 @@ impl Machine {
         log::info!("kernel command line: {cmdline}");
         if let Some(word) = config::hides_devices(&cmdline) {
             log::warn!(
-                "with {word} on its command line the guest's kernel finds no disk, no network and no second processor, which \
-                 husk tells it of by ACPI: leave {word} out"
+                "the kernel parameter {word} hides all disks, networks and secondary CPUs, which the guest finds by ACPI: \
+                 remove {word}"
             );
         }
         let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, config.cpus, transports.len())?;
@@ -87,8 +87,8 @@ impl Machine {
         let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
         ensure!(
             !config.nested || cpuid::can_nest(&supported),
-            "this host's KVM lets guests run no virtual machines: load it with `sudo modprobe kvm_intel nested=1`, or \
-             kvm_amd, or leave --nested out"
+            "KVM on this host does not support nested virtualization: enable it with `sudo modprobe kvm_intel nested=1` (or \
+             kvm_amd), or remove --nested"
         );
         let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
         let vcpus = start_vcpus(&vm, buses, &exit_latch, &supported, processor, entry)?;

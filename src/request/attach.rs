@@ -50,7 +50,7 @@ pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -
     let stream = match client::begin(control, &Request::Attach)?.reply()? {
         (Reply::Done, stream) => stream,
         (Reply::Refused(why), _) => bail!(why),
-        (other, _) => bail!("the machine answered {other:?}"),
+        (other, _) => bail!("unexpected response from the machine: {other:?}"),
     };
     let raw = if input && terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
     let stop = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
@@ -84,7 +84,7 @@ pub fn code(end: Asked) -> Result<u8> {
     match end.reply()? {
         (Reply::Ended(code), _) => Ok(code),
         (Reply::Refused(why), _) => bail!(why),
-        (other, _) => bail!("the machine answered {other:?}"),
+        (other, _) => bail!("unexpected response from the machine: {other:?}"),
     }
 }
 
@@ -130,7 +130,7 @@ impl Stay<'_> {
                 count => count.context("wait for the machine")?,
             };
             if count == 0 {
-                bail!("the machine goes on, but waits no more for who reads this, and is too slow: see `husk logs`");
+                bail!("detached, because the output is read too slowly: the machine keeps running (see `husk logs`)");
             }
             for event in events.iter().take(count) {
                 match event.data() {
@@ -192,7 +192,7 @@ fn print(mut stream: &UnixStream) -> Result<Heard> {
     if stream.read_exact(&mut head).is_err() {
         return Ok(Heard::End);
     }
-    let head = Head::from_bytes(head).context("the machine says what makes no sense")?;
+    let head = Head::from_bytes(head).context("the machine sent invalid data")?;
     let mut content = vec![0; head.len_bytes as usize];
     if stream.read_exact(&mut content).is_err() {
         return Ok(Heard::End);

@@ -26,7 +26,7 @@ pub fn begin(path: &Path, request: &Request) -> Result<Asked> {
     let mut stream = connect(path)?;
     let mut bytes = Vec::new();
     frame::write(&Versioned { version: VERSION, request: request.clone() }, &mut bytes)?;
-    stream.write_all(&bytes).context("ask the machine")?;
+    stream.write_all(&bytes).context("send a request to the machine")?;
     Ok(Asked { stream })
 }
 
@@ -48,10 +48,10 @@ impl Asked {
             // A byte at a time: what follows an answer is not to be read here.
             let mut byte = [0];
             match self.stream.read(&mut byte) {
-                Ok(0) => bail!("the machine has ended"),
+                Ok(0) => bail!("the machine has exited"),
                 Ok(_) => reader.push(&byte),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).context("hear the machine"),
+                Err(error) => return Err(error).context("read the machine's response"),
             }
         }
     }
@@ -59,7 +59,7 @@ impl Asked {
 
 fn connect(path: &Path) -> Result<UnixStream> {
     UnixStream::connect(path).map_err(|error| match error.kind() {
-        ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow::anyhow!("the machine does not run"),
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow::anyhow!("the machine is not running"),
         _ => anyhow::Error::new(error).context(format!("connect to {}", path.display())),
     })
 }

@@ -131,7 +131,7 @@ impl Server {
     pub fn tell_end(&mut self, code: u8) {
         self.requests().into_iter().for_each(|(caller, request)| match request {
             Request::Wait => self.answer_at_end(caller),
-            _ => self.answer(caller, &Reply::Refused("the machine has just ended".into())),
+            _ => self.answer(caller, &Reply::Refused("the machine has just exited".into())),
         });
         for connection in self.connections.drain(..).filter(|connection| connection.waits) {
             say(&connection.stream, &Reply::Ended(code));
@@ -180,7 +180,7 @@ impl Connection {
                 }
                 Ok(Some(_)) | Err(_) => {
                     return Progress::Wrong(
-                        "the machine's husk is another version: use the one that started it".into(),
+                        "the machine was started by a different version of husk: use that version".into(),
                     );
                 }
             }
@@ -274,7 +274,7 @@ mod tests {
             server.requests();
             let mut answer = Vec::new();
             stream.read_to_end(&mut answer).unwrap();
-            assert!(String::from_utf8_lossy(&answer).contains("another version"));
+            assert!(String::from_utf8_lossy(&answer).contains("a different version"));
         }
     }
 

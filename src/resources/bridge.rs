@@ -104,18 +104,20 @@ pub fn create(name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Br
 }
 
 pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
-    ensure!(is_name(name), "{name:?} is no network's name: type 1 to {MAX_NAME_BYTES} small letters, digits or `-`");
-    make_shown(base).with_context(|| format!("make {} (as root)", base.display()))?;
+    ensure!(is_name(name), "invalid network name {name:?}: use 1 to {MAX_NAME_BYTES} lowercase letters, digits or `-`");
+    make_shown(base).with_context(|| format!("create {} (as root)", base.display()))?;
     let _lock = lock(&base.join(".lock"))?;
     let others = list_in(base)?;
-    ensure!(others.iter().all(|other| other.name != name), "there is a network {name} already");
+    ensure!(others.iter().all(|other| other.name != name), "network {name} already exists");
     let taken = |subnet: Ipv4Addr| others.iter().any(|other| other.subnet == subnet) || is_routed(subnet);
     let subnet = match subnet {
-        Some(subnet) if taken(subnet) => bail!("{subnet}/{PREFIX} is in use on this host: type --subnet with another"),
+        Some(subnet) if taken(subnet) => {
+            bail!("{subnet}/{PREFIX} is in use on this host: use --subnet with another one")
+        }
         Some(subnet) => subnet,
         None => {
             let all = (0..=255).map(|third| Ipv4Addr::new(SUBNETS_FROM[0], SUBNETS_FROM[1], third, 0));
-            all.into_iter().find(|subnet| !taken(*subnet)).context("every subnet is taken: type --subnet")?
+            all.into_iter().find(|subnet| !taken(*subnet)).context("no subnet is free: use --subnet")?
         }
     };
     let bridge = Bridge { name: name.to_owned(), subnet, internal };
@@ -123,7 +125,7 @@ pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, inter
     let set_up = || -> Result<()> {
         for part in ["leases", "hosts", "dhcp"] {
             let part = folder.join(part);
-            make_shown(&part).with_context(|| format!("make {}", part.display()))?;
+            make_shown(&part).with_context(|| format!("create {}", part.display()))?;
         }
         raise(&bridge)?;
         firewall::open(&bridge)?;
@@ -204,7 +206,7 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     ensure!(
         (1..=MAX_MACHINE_BYTES).contains(&machine.len()) && machine.chars().all(good),
-        "a machine on a network has a name of 1 to {MAX_MACHINE_BYTES} letters, digits, `-`, `.` or `_`, not {machine:?}"
+        "invalid machine name {machine:?}: on a network, use 1 to {MAX_MACHINE_BYTES} letters, digits, `-`, `.` or `_`"
     );
     let bridge = find_in(base, name)?;
     let folder = bridge.folder(base);
@@ -212,13 +214,13 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     sweep(&folder);
     let taken: Vec<(Ipv4Addr, String)> =
         leases(&folder).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
-    ensure!(taken.iter().all(|(_, name)| name != machine), "a machine called {machine} is on network {name} already");
+    ensure!(taken.iter().all(|(_, name)| name != machine), "network {name} already has a machine named {machine}");
     // The same machine gets the same address, where that is free.
     let size = MACHINES.len() as u64;
     let first = u64::from_le_bytes([mac.0[2], mac.0[3], mac.0[4], mac.0[5], 0, 0, 0, 0]) % size;
     let candidates = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
     let address = candidates.into_iter().find(|address| taken.iter().all(|(other, _)| other != address));
-    let address = address.with_context(|| format!("network {name} has no address left"))?;
+    let address = address.with_context(|| format!("network {name} has no free addresses"))?;
     let path = folder.join("leases").join(address.to_string());
     let write = || -> Result<File> {
         // One that somebody else has made is not this machine's alone to lock.
@@ -248,7 +250,7 @@ impl Drop for Lease {
 fn find_in(base: &Path, name: &str) -> Result<Bridge> {
     let found = list_in(base)?.into_iter().find(|bridge| bridge.name == name);
     found.ok_or_else(|| {
-        anyhow!("there is no network {name}: type `sudo husk network create {name}`, user, tap=NAME or none")
+        anyhow!("network {name} not found: run `sudo husk network create {name}`, or use user, tap=NAME or none")
     })
 }
 
@@ -352,7 +354,7 @@ fn serve_names(bridge: &Bridge, folder: &Path) -> Result<()> {
     }
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     run("dnsmasq", &arguments).map_err(|error| match is_missing(&error) {
-        true => error.context("names need dnsmasq: type `sudo apt-get install dnsmasq-base`"),
+        true => error.context("networks need dnsmasq: run `sudo apt-get install dnsmasq-base`"),
         false => error,
     })
 }

@@ -56,7 +56,9 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     let file = match opened {
         Err(error) if error.kind() == ErrorKind::IsADirectory => bail!("disk {name} is a directory"),
         Err(error) if !readonly && matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
-            return Err(anyhow!(error).context(format!("open disk {name} for writing (add `,ro` to only read it)")));
+            return Err(
+                anyhow!(error).context(format!("open disk {name} for writing (add `,ro` to open it read-only)"))
+            );
         }
         opened => opened.with_context(|| format!("open disk {name}"))?,
     };
@@ -110,10 +112,10 @@ fn warn_of_format(file: &File, path: &Path) {
     let name = path.display();
     match format_by_contents(file) {
         Some("qcow2") => log::warn!(
-            "disk {name} begins like a qcow2 image and is used as raw: add `,format=qcow2` if it is one, or `,format=raw`"
+            "disk {name} looks like a qcow2 image but is used as raw: add `,format=qcow2` if it is one, or `,format=raw`"
         ),
         Some(format) => log::warn!(
-            "disk {name} looks like {format} and is used as raw: make a disk of it with `qemu-img convert -O qcow2 {name} \
+            "disk {name} looks like {format} but is used as raw: convert it with `qemu-img convert -O qcow2 {name} \
              NEW.qcow2`, or add `,format=raw`"
         ),
         None => {}
@@ -233,7 +235,7 @@ mod tests {
     fn a_disk_that_looks_like_another_format_is_raw_and_is_told_of() {
         let folder = tempfile::tempdir().unwrap();
         let formats = [
-            ("qcow2", "", "begins like a qcow2 image and is used as raw: add `,format=qcow2`"),
+            ("qcow2", "", "looks like a qcow2 image but is used as raw: add `,format=qcow2`"),
             ("vmdk", "", "looks like VMDK"),
             ("vdi", "", "looks like VDI"),
             ("vhdx", "", "looks like VHDX"),

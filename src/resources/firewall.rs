@@ -43,8 +43,7 @@ pub fn open(bridge: &Bridge) -> Result<()> {
     let by_iptables = pass_by_iptables(bridge)?;
     if !by_nft {
         // Before what passes, and so written after it.
-        write_own_by_iptables(bridge)
-            .context("networks need nft: type `sudo apt-get install nftables`, or the package iptables")?;
+        write_own_by_iptables(bridge).context("networks need nft or iptables: run `sudo apt-get install nftables`")?;
     }
     pass_by_nft(bridge, by_iptables)
 }
@@ -63,7 +62,7 @@ fn forward() -> Result<()> {
     );
     match run("nft", &[&guard]) {
         Err(error) if is_missing(&error) => iptables("-P", "filter FORWARD DROP")
-            .context("networks need nft: type `sudo apt-get install nftables`, or the package iptables")?,
+            .context("networks need nft or iptables: run `sudo apt-get install nftables`")?,
         written => written?,
     }
     fs::write(FORWARD_PATH, "1").with_context(|| format!("write {FORWARD_PATH}"))

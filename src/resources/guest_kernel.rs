@@ -49,7 +49,7 @@ impl Choice {
             Choice::Any => any(),
             Choice::Made(name) => made(name).with_context(|| {
                 let folder = kernels_folder().unwrap_or_default();
-                format!("no {name} kernel in {}: make it with `scripts/kernel {name}`", folder.display())
+                format!("no {name} kernel in {}: build it with `scripts/kernel {name}`", folder.display())
             }),
             Choice::Host => host(),
             Choice::Path(path) => Ok(GuestKernel { modules: modules_beside(path), path: path.clone() }),
@@ -62,9 +62,7 @@ fn any() -> Result<GuestKernel> {
         return Ok(kernel);
     }
     host().map_err(|error| {
-        anyhow::anyhow!(
-            "there is no kernel to boot ({error:#}): type --kernel PATH, or make one with `scripts/kernel micro`"
-        )
+        anyhow::anyhow!("no kernel to boot ({error:#}): use --kernel PATH, or build one with `scripts/kernel micro`")
     })
 }
 
@@ -88,7 +86,7 @@ fn host() -> Result<GuestKernel> {
     let release = release.trim();
     let path = PathBuf::from(format!("/boot/vmlinuz-{release}"));
     if let Err(error) = File::open(&path) {
-        bail!("open the host's own kernel {}: {error}", path.display());
+        bail!("open the host's kernel {}: {error}", path.display());
     }
     let tree = PathBuf::from("/lib/modules").join(release);
     let modules = if tree.join("modules.dep").exists() { Modules::Tree(tree) } else { Modules::BuiltIn };

@@ -64,10 +64,10 @@ fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Cache>) -> Resu
                 }
                 return Ok(kernel);
             }
-            Err(error) => log::info!("the unpacked kernel is not kept: {error:#}"),
+            Err(error) => log::info!("the decompressed kernel is not cached: {error:#}"),
         }
     }
-    let file = sys::memory_file(c"husk-kernel").context("make a file in memory")?;
+    let file = sys::memory_file(c"husk-kernel").context("create a file in memory")?;
     unpack_to(image, &file)?;
     Kernel::elf(file)
 }
@@ -92,7 +92,7 @@ fn cached(cache: &Cache, name: &str, image: &BzImage) -> Option<Kernel> {
     let whole = file.metadata().ok()?.len() == image.unpacked_bytes();
     let kernel = whole.then(|| Kernel::elf(file).ok()).flatten();
     if kernel.is_none() {
-        log::warn!("{} is damaged: unpacking the kernel again", cache.path(name).display());
+        log::warn!("{} is corrupted: decompressing the kernel again", cache.path(name).display());
     }
     kernel
 }
@@ -107,7 +107,7 @@ fn unpack_to_cache(image: &BzImage, cache: &Cache, entry: &str) -> Result<Kernel
 fn unpack_to(image: &BzImage, file: &File) -> Result<()> {
     let started = Instant::now();
     let bar = ProgressBar::with_draw_target(Some(image.unpacked_bytes()), ProgressDrawTarget::hidden());
-    bar.set_style(ProgressStyle::with_template("unpacking the kernel {bar:30} {bytes}/{total_bytes}")?);
+    bar.set_style(ProgressStyle::with_template("decompressing the kernel {bar:30} {bytes}/{total_bytes}")?);
     let on_terminal = std::io::stderr().is_terminal();
     image.unpack(&mut SparseWriter { file, at: 0 }, &mut |done| {
         if on_terminal && bar.is_hidden() && started.elapsed() > PROGRESS_AFTER {
@@ -322,7 +322,7 @@ mod tests {
         bytes[middle] ^= 0xff;
         fs::write(&path, bytes).unwrap();
         let error = format!("{:#}", open_in(&path, Some(&cache)).unwrap_err());
-        assert!(error.starts_with("unpack the bzImage's kernel (gzip): "), "{error}");
+        assert!(error.starts_with("decompress the kernel in the bzImage (gzip): "), "{error}");
         assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
     }
 
@@ -335,7 +335,7 @@ mod tests {
         let expected = [
             ("absent", "No such file or directory (os error 2)"),
             (".", "is a directory"),
-            ("text", "not a kernel: neither an ELF vmlinux nor a bzImage nor a unified kernel image"),
+            ("text", "not a kernel: expected an ELF vmlinux, a bzImage or a unified kernel image"),
         ];
         for (name, why) in expected {
             assert_eq!(error(&at(name)), format!("open kernel {}: {why}", at(name).display()));

@@ -54,10 +54,10 @@ pub fn wait(file: &File, path: &Path, kind: Kind, patience: Duration) -> Result<
         let waited = started.elapsed();
         if waited > patience {
             let (path, seconds) = (path.display(), patience.as_secs());
-            bail!("{path} was locked by another program for {seconds} s: `fuser -v {path}` says which");
+            bail!("{path} was locked by another program for {seconds} s: run `fuser -v {path}` to find it");
         }
         if waited > SILENT && !std::mem::replace(&mut has_told, true) {
-            log::warn!("waiting for another program, which has locked {}", path.display());
+            log::warn!("waiting for another program that has locked {}", path.display());
         }
         std::thread::sleep(PAUSES[usize::from(waited > PAUSES[1])]);
     }

@@ -59,7 +59,7 @@ fn parse(smaps: impl BufRead, guest: &[Range<u64>]) -> io::Result<MemoryUse> {
             _ => continue,
         };
         let kib = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok());
-        *bytes += kib.ok_or_else(|| io::Error::other("/proc/self/smaps has sizes of no known form"))? << 10;
+        *bytes += kib.ok_or_else(|| io::Error::other("/proc/self/smaps has sizes in an unknown format"))? << 10;
     }
     Ok(sum)
 }

@@ -102,9 +102,6 @@ pub fn open_kvm() -> Result<Kvm> {
     // SAFETY: the descriptor was just opened, and is given away here by its only owner.
     let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
     let version = kvm.get_api_version();
-    ensure!(
-        version == KVM_API_VERSION,
-        "{KVM_PATH} speaks version {version} of KVM's interface, not {KVM_API_VERSION}"
-    );
+    ensure!(version == KVM_API_VERSION, "{KVM_PATH} has KVM API version {version}, not {KVM_API_VERSION}");
     Ok(kvm)
 }

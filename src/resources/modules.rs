@@ -154,7 +154,7 @@ fn read(path: &Path, cache: Option<&Cache>) -> Result<Vec<u8>> {
     }
     let content = unpack(&file)?;
     if settled && let Err(error) = cache.fill(&name, |mut file| Ok(file.write_all(&content)?)) {
-        log::info!("the unpacked module {} is not kept: {error:#}", path.display());
+        log::info!("the decompressed module {} is not cached: {error:#}", path.display());
     }
     Ok(content)
 }
@@ -175,7 +175,7 @@ fn unpack(file: &File) -> Result<Vec<u8>> {
         reader.take(MODULE_MAX_BYTES + 1).read_to_end(content)?;
     }
     let content = unpacked.unwrap_or(packed);
-    ensure!(content.len() as u64 <= MODULE_MAX_BYTES, "longer than any module");
+    ensure!(content.len() as u64 <= MODULE_MAX_BYTES, "too large for a kernel module");
     if !content.starts_with(MAGIC) {
         bail!("not a kernel module");
     }

@@ -92,7 +92,7 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<Networ
         }
         Attachment::Bridge { name } => {
             let (taps, own_name) =
-                open_tap(TAP_NAMES, pairs).with_context(|| format!("make a tap device for {name}"))?;
+                open_tap(TAP_NAMES, pairs).with_context(|| format!("create a tap device for {name}"))?;
             bridge::attach(&own_name, name)?;
             on_tap(taps, &own_name, mac, vhost)
         }
@@ -100,7 +100,7 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<Networ
 }
 
 fn on_tap(taps: Vec<File>, name: &str, mac: MacAddress, vhost: Vhost) -> Result<Network> {
-    let mtu = sys::net::interface_mtu(name).with_context(|| format!("look at tap device {name}"))?;
+    let mtu = sys::net::interface_mtu(name).with_context(|| format!("query tap device {name}"))?;
     let mtu_bytes = u16::try_from(mtu.min(MTU_BYTES_MAX)).ok();
     let mut vhosts = vhost.open(taps.len())?.into_iter();
     let counts = match vhosts.len() {
@@ -121,7 +121,7 @@ impl Vhost {
         let opened = self.try_open(pairs);
         match opened {
             Err(error) if self.wish.is_none() => {
-                log::info!("frames of the tap device pass through husk: {error:#}");
+                log::info!("vhost-net is not used for the tap device: {error:#}");
                 Ok(Vec::new())
             }
             opened => opened,
@@ -131,7 +131,7 @@ impl Vhost {
     fn try_open(self, pairs: usize) -> Result<Vec<File>> {
         ensure!(
             !self.keeps_to_cpus || kernel_version() >= Some(OWN_THREAD_SINCE),
-            "before Linux 6.4 vhost-net does not keep to --cpuset: leave out one of them"
+            "vhost-net does not respect --cpuset before Linux 6.4: remove one of them"
         );
         let open = |_| File::options().read(true).write(true).open(VHOST_PATH);
         (0..pairs).map(open).collect::<io::Result<_>>().map_err(|error| {
@@ -166,7 +166,7 @@ fn open_tap(name: &str, queues: usize) -> Result<(Vec<File>, String)> {
     let mut taps = vec![tun];
     if !multiqueue {
         if queues > 1 {
-            log::info!("{name} has one queue for {queues} vCPUs: it was made without multi_queue");
+            log::info!("{name} has one queue for {queues} vCPUs: it was created without multi_queue");
         }
         return Ok((taps, name));
     }
@@ -195,12 +195,12 @@ fn open_tun() -> Result<File> {
 
 fn with_advice(error: io::Error, name: &str, queues: usize) -> anyhow::Error {
     let kind = if queues > 1 { " multi_queue" } else { "" };
-    let make = format!("make it with `sudo ip tuntap add {name} mode tap user $USER vnet_hdr{kind}`");
+    let make = format!("create it with `sudo ip tuntap add {name} mode tap user $USER vnet_hdr{kind}`");
     let advice = match error.raw_os_error() {
-        Some(libc::EPERM) if Path::new(INTERFACES).join(name).exists() => format!("it is another user's: {make}"),
+        Some(libc::EPERM) if Path::new(INTERFACES).join(name).exists() => format!("it belongs to another user: {make}"),
         Some(libc::EPERM) => make,
-        Some(libc::EBUSY) => "another machine has it".into(),
-        Some(libc::EINVAL) => format!("it is no tap device with virtio headers: {make}"),
+        Some(libc::EBUSY) => "another machine is using it".into(),
+        Some(libc::EINVAL) => format!("it is not a tap device with virtio headers: {make}"),
         _ => return anyhow!(error),
     };
     anyhow!(error).context(advice)
@@ -224,7 +224,7 @@ pub fn mac_of(name: &str, index: usize) -> MacAddress {
 
 fn random_mac() -> Result<MacAddress> {
     let mut bytes = [0; 6];
-    sys::getrandom(&mut bytes).context("choose a MAC address")?;
+    sys::getrandom(&mut bytes).context("generate a MAC address")?;
     Ok(MacAddress::local(bytes))
 }
 

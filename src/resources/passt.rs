@@ -70,7 +70,7 @@ pub struct Passt {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Missing {
     /// The program.
-    #[error("user-mode networking needs passt: type `sudo apt-get install passt`, or --network none")]
+    #[error("user-mode networking needs passt: run `sudo apt-get install passt`, or use --network none")]
     Passt,
     /// A way out of this host, without which passt does not start.
     #[error("user-mode networking needs a network on this host, and there is no default route")]
@@ -125,17 +125,17 @@ pub fn start(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
         |port: &&PortForward| port.protocol == Protocol::Udp && port.host_ip.is_some_and(|ip| ip.is_loopback());
     if let Some(port) = network.ports.iter().find(is_local) {
         // It maps them to the gateway, whose way back is closed: it would lead to all of the host's own services.
-        log::warn!("answers from UDP port {} may not arrive: passt loses those to loopback addresses", port.host_port);
+        log::warn!("replies from UDP port {} may not arrive: passt loses those to loopback addresses", port.host_port);
     }
-    let (mut ours, theirs) = UnixStream::pair().context("make a socket for passt")?;
+    let (mut ours, theirs) = UnixStream::pair().context("create a socket for passt")?;
     for end in [&ours, &theirs] {
         // As much as the host allows is good, too.
         let _ = sys::net::set_send_buffer(end, SOCKET_BUFFER_BYTES);
     }
-    let (words, says) = UnixStream::pair().context("make a socket for passt")?;
+    let (words, says) = UnixStream::pair().context("create a socket for passt")?;
     for end in [&words, &says] {
         // What nobody reads is lost, and passt does not wait for it.
-        end.set_nonblocking(true).context("make a socket for passt")?;
+        end.set_nonblocking(true).context("create a socket for passt")?;
     }
     let mut command = Command::new("passt");
     command.args(arguments(network, &resolver::of_host()));
@@ -222,7 +222,7 @@ impl Passt {
         let started = Instant::now();
         let is_served = loop {
             match self.net.receive() {
-                Err(_) => bail!("passt serves no port, it did not start: {}", self.ending_words()),
+                Err(_) => bail!("passt did not start: {}", self.ending_words()),
                 Ok(true) => break true,
                 Ok(false) if started.elapsed() > SERVICE_PATIENCE => break false,
                 Ok(false) => thread::sleep(Duration::from_millis(1)),
@@ -239,8 +239,8 @@ impl Passt {
         let unopened = ports.iter().find_map(ports::unopened);
         match unopened {
             None if is_served => Ok(()),
-            None => bail!("passt does not answer"),
-            Some(number) => bail!("passt does not serve port {number}: type -p with another one"),
+            None => bail!("passt does not respond"),
+            Some(number) => bail!("passt cannot publish port {number}: use -p with another port"),
         }
     }
 
@@ -269,7 +269,7 @@ impl Passt {
         let _ = (&mut self.words).take(WORDS_MAX_BYTES).read_to_end(&mut bytes);
         let text = String::from_utf8_lossy(&bytes);
         let line = text.lines().rfind(|line| !line.trim().is_empty() && !line.contains("syslog"));
-        line.unwrap_or("it said nothing").trim().to_owned()
+        line.unwrap_or("it printed no error").trim().to_owned()
     }
 
     /// Nothing of it stays, whether it ended by itself or not.
@@ -284,7 +284,7 @@ impl Passt {
             return error;
         }
         self.end();
-        io::Error::new(error.kind(), format!("passt ended: {}", self.last_words()))
+        io::Error::new(error.kind(), format!("passt exited: {}", self.last_words()))
     }
 }
 
@@ -477,11 +477,11 @@ mod tests {
             StreamNet::new(ours).unwrap()
         };
         let error = passt.await_service(std::slice::from_ref(&asked)).unwrap_err().to_string();
-        assert!(error.contains(&format!("does not serve port {first}")), "{error}");
+        assert!(error.contains(&format!("cannot publish port {first}")), "{error}");
         let mut passt = start(&UserNetwork::default(), MAC).unwrap();
         passt.child.kill().unwrap();
         let error = passt.await_service(&[asked]).unwrap_err().to_string();
-        assert!(error.starts_with("passt serves no port"), "{error}");
+        assert!(error.starts_with("passt did not start"), "{error}");
     }
 
     #[test]
@@ -493,7 +493,7 @@ mod tests {
         let mut passt = start(&UserNetwork::default(), MAC).unwrap();
         passt.child.kill().unwrap();
         let error = wait_for("an end", || passt.receive().err());
-        assert!(is_end(&error) && error.to_string().starts_with("passt ended: "), "{error}");
+        assert!(is_end(&error) && error.to_string().starts_with("passt exited: "), "{error}");
         // Not even as a process that nobody has waited for, though its machine goes on.
         assert!(!std::path::PathBuf::from(format!("/proc/{}", passt.child.id())).exists());
     }

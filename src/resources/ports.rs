@@ -52,13 +52,15 @@ pub fn check_free(port: &PortForward) -> Result<()> {
         let Err(error) = bind_all(port, number) else { continue };
         let at = port.host_ip.map(|ip| format!(" on {ip}")).unwrap_or_default();
         match error.kind() {
-            ErrorKind::AddrInUse => bail!("port {number} of this host is in use{at}: type -p with another one"),
-            ErrorKind::AddrNotAvailable => bail!("no interface of this host has the port's address{at}"),
+            ErrorKind::AddrInUse => bail!("host port {number} is already in use{at}: use -p with another port"),
+            ErrorKind::AddrNotAvailable => {
+                bail!("cannot publish a port{at}: no interface of this host has that address")
+            }
             ErrorKind::PermissionDenied => bail!(
-                "port {number} of this host is root's: type -p with one from 1024 on, or \
+                "host port {number} is privileged: use -p with a port from 1024 on, or run \
                  `sudo sysctl net.ipv4.ip_unprivileged_port_start={number}`"
             ),
-            _ => return Err(error).with_context(|| format!("open port {number} of this host{at}")),
+            _ => return Err(error).with_context(|| format!("open host port {number}{at}")),
         }
     }
     Ok(())
@@ -107,7 +109,7 @@ mod tests {
             for text in [format!("{taken}:80{suffix}"), format!("127.0.0.1:{taken}:80{suffix}")] {
                 let port = text.parse().unwrap();
                 let error = check_free(&port).unwrap_err().to_string();
-                assert!(error.starts_with(&format!("port {taken} of this host is in use")), "{error}");
+                assert!(error.starts_with(&format!("host port {taken} is already in use")), "{error}");
                 assert_eq!(unopened(&port), None);
             }
             drop((tcp, udp));

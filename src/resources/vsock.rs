@@ -34,10 +34,10 @@ pub fn open(config: &VsockConfig) -> Result<VsockSocket> {
     let path = &config.socket;
     let name = path.display();
     if is_dead(path)? {
-        fs::remove_file(path).with_context(|| format!("remove the dead socket {name}"))?;
+        fs::remove_file(path).with_context(|| format!("remove the stale socket {name}"))?;
     }
     let listener = socket::listen(path, MODE).with_context(|| format!("listen on the vsock socket {name}"))?;
-    let identity = identity(path).with_context(|| format!("look at the vsock socket {name}"))?;
+    let identity = identity(path).with_context(|| format!("access the vsock socket {name}"))?;
     Ok(VsockSocket { listener, cid: config.cid, path: path.clone(), identity })
 }
 
@@ -46,9 +46,11 @@ fn is_dead(path: &Path) -> Result<bool> {
     let name = path.display();
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(error).with_context(|| format!("look at the vsock socket {name}")),
+        Err(error) => return Err(error).with_context(|| format!("access the vsock socket {name}")),
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            bail!("the vsock socket {name} cannot be made: something else is there, remove it or choose another path")
+            bail!(
+                "the vsock socket {name} cannot be created: the path already exists, remove it or choose another path"
+            )
         }
         Ok(_) => {}
     }
@@ -56,7 +58,7 @@ fn is_dead(path: &Path) -> Result<bool> {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(true),
         // A full backlog is somebody's too.
         Err(error) if error.kind() != ErrorKind::WouldBlock => {
-            Err(error).with_context(|| format!("ask who listens on the vsock socket {name}"))
+            Err(error).with_context(|| format!("check who listens on the vsock socket {name}"))
         }
         _ => bail!("the vsock socket {name} is in use by another process"),
     }
@@ -128,7 +130,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("v.sock");
         fs::write(&path, "precious").unwrap();
-        assert!(refusal(&path).contains("something else is there"), "{}", refusal(&path));
+        assert!(refusal(&path).contains("the path already exists"), "{}", refusal(&path));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         let missing = folder.path().join("none/v.sock");
         assert!(refusal(&missing).starts_with(&format!("listen on the vsock socket {}: ", missing.display())));

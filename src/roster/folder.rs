@@ -153,14 +153,14 @@ pub(super) fn own(base: &Path) -> Result<()> {
         _ => {}
     }
     let user = fs::metadata("/proc/self")?.uid();
-    ensure!(is_private(base, user), "it is there already and not private to this user: remove it");
+    ensure!(is_private(base, user), "it already exists and is not private to this user: remove it");
     Ok(())
 }
 
 pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
     for _ in 0..ATTEMPTS {
         let mut random = [0; ID_BYTES];
-        sys::getrandom(&mut random).context("choose a name")?;
+        sys::getrandom(&mut random).context("generate an ID")?;
         let path = base.join(random.map(|byte| format!("{byte:02x}")).concat());
         match DirBuilder::new().mode(0o700).create(&path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
@@ -172,7 +172,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
             return Ok(MachineFolder { path, keep: false, _lock: lock });
         }
     }
-    bail!("every name is taken")
+    bail!("every ID is taken")
 }
 
 /// The folder at `path`, which stays. Fails where somebody has it.

@@ -63,14 +63,14 @@ impl Roster {
     /// This user's, in `$XDG_RUNTIME_DIR/husk`, or where that is not set in `/run/user/UID/husk` or `/tmp/husk-UID`.
     pub fn open() -> Result<Roster> {
         let base = folder::base()?;
-        folder::own(&base).with_context(|| format!("use the folder {}", base.display()))?;
+        folder::own(&base).with_context(|| format!("use the directory {}", base.display()))?;
         Ok(Roster { base })
     }
 
     /// Makes the folder of a new machine and, where it is to have a name, gives it that. Fails where another has the name.
     pub fn create(&self, name: Option<&str>) -> Result<MachineFolder> {
         let folder = folder::create_in(&self.base)
-            .with_context(|| format!("make a folder for the machine in {}", self.base.display()))?;
+            .with_context(|| format!("create a directory for the machine in {}", self.base.display()))?;
         if let Some(name) = name {
             self.claim(name, &folder.id())?;
         }
@@ -79,7 +79,8 @@ impl Roster {
 
     /// The folder of a machine that has ended, for it to run once more. It stays as it is until that writes to it.
     pub fn reopen(&self, id: &str) -> Result<MachineFolder> {
-        let folder = folder::reopen(&self.base.join(id)).with_context(|| format!("use the folder of machine {id}"))?;
+        let folder =
+            folder::reopen(&self.base.join(id)).with_context(|| format!("use the directory of machine {id}"))?;
         remove_sockets(|name| folder.file(name));
         Ok(folder)
     }
@@ -105,9 +106,9 @@ impl Roster {
         let mut found = self.list()?;
         found.retain(|entry| !word.is_empty() && entry.id.starts_with(word));
         match found.len() {
-            0 => bail!("there is no machine {word:?}: `husk ps -a` lists those that there are"),
+            0 => bail!("no such machine: {word:?} (see `husk ps -a`)"),
             1 => found.pop().context("a machine went"),
-            count => bail!("{count} machines have IDs that start with {word:?}: type more of it"),
+            count => bail!("the IDs of {count} machines start with {word:?}: use a longer prefix"),
         }
     }
 
@@ -124,7 +125,7 @@ impl Roster {
     /// Removes a machine that has ended, and its name. Fails for one that has not.
     pub fn remove(&self, entry: &Entry) -> Result<()> {
         let Ok(held) = folder::open(&entry.path) else { return Ok(()) };
-        ensure!(folder::lock(&held), "machine {} is running: stop it first, or type --force", entry.id);
+        ensure!(folder::lock(&held), "machine {} is running: stop it first, or use --force", entry.id);
         self.remove_held(entry)
     }
 
@@ -178,7 +179,7 @@ impl Entry {
 
     /// The machine's record. Fails where its husk has not written one yet.
     pub fn record(&self) -> Result<&Record> {
-        self.record.as_ref().with_context(|| format!("machine {} is only just starting: try again", self.id))
+        self.record.as_ref().with_context(|| format!("machine {} is still starting: try again", self.id))
     }
 
     /// Waits for the end of the machine's husk, however that comes, and looks at it again. `None` where nothing is left.

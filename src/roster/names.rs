@@ -18,7 +18,7 @@ pub fn check(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     ensure!(
         name.len() <= MAX_BYTES && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(good),
-        "{name:?} is no name for a machine: type 1 to {MAX_BYTES} letters, digits, `-`, `.` or `_`, a letter or a digit first"
+        "invalid machine name {name:?}: use 1 to {MAX_BYTES} letters, digits, `-`, `.` or `_`, starting with a letter or digit"
     );
     Ok(())
 }
@@ -45,19 +45,19 @@ impl Roster {
     fn claim_locked(&self, name: &str, id: &str) -> Result<()> {
         let (names, link) = (self.names(), self.names().join(name));
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&names);
-        made.with_context(|| format!("make {}", names.display()))?;
+        made.with_context(|| format!("create {}", names.display()))?;
         match symlink(id, &link) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => return made.with_context(|| format!("make {}", link.display())),
+            made => return made.with_context(|| format!("create {}", link.display())),
         }
         let owner = self.named(name).and_then(|id| self.entry(&id));
         if let Some(owner) =
             owner.filter(|owner| owner.alive || owner.record.as_ref().is_some_and(|record| record.keep))
         {
-            let (id, advice) = (&owner.id, if owner.alive { "`husk stop`" } else { "`husk rm`" });
-            bail!("machine {id} has the name {name}: type {advice} {name}, or choose another name");
+            let (id, advice) = (&owner.id, if owner.alive { "husk stop" } else { "husk rm" });
+            bail!("the name {name} is in use by machine {id}: run `{advice} {name}`, or choose another name");
         }
-        fs::remove_file(&link).and_then(|()| symlink(id, &link)).with_context(|| format!("make {}", link.display()))
+        fs::remove_file(&link).and_then(|()| symlink(id, &link)).with_context(|| format!("create {}", link.display()))
     }
 
     /// Takes the name from the machine `id`, if it has it.
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn what_is_no_name_is_refused() {
         for name in ["", "-x", ".x", "a/b", "../x", "a b", "é", &"x".repeat(64)] {
-            assert!(check(name).unwrap_err().to_string().contains("is no name"), "{name:?}");
+            assert!(check(name).unwrap_err().to_string().contains("invalid machine name"), "{name:?}");
         }
         for name in ["a", "web-1", "0.x_y", &"x".repeat(63)] {
             check(name).unwrap();

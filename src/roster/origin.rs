@@ -41,7 +41,7 @@ fn bytes(text: Text) -> OsString {
 impl Origin {
     /// `words`, typed where this process is.
     pub fn here(words: Vec<OsString>) -> Result<Origin> {
-        let folder = std::env::current_dir().context("look for the working directory")?.into_os_string();
+        let folder = std::env::current_dir().context("get the working directory")?.into_os_string();
         let variables = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
         Ok(Origin { words: words.into_iter().map(text).collect(), folder: text(folder), variables })
     }
@@ -49,7 +49,7 @@ impl Origin {
     /// Writes it down in a machine's folder.
     pub fn write(&self, folder: &MachineFolder) -> Result<()> {
         let path = folder.file(FILE);
-        let json = serde_json::to_vec(self).context("write down how the machine was started")?;
+        let json = serde_json::to_vec(self).context("record how the machine was started")?;
         write_private(&path, &json).with_context(|| format!("write {}", path.display()))
     }
 
@@ -68,7 +68,7 @@ impl Origin {
     /// This very program, in the same place with the same variables, and the words.
     pub fn command(self) -> Result<(Command, Vec<OsString>)> {
         let folder = PathBuf::from(bytes(self.folder));
-        ensure!(folder.is_dir(), "it was started in {}, which is gone", folder.display());
+        ensure!(folder.is_dir(), "it was started in {}, which no longer exists", folder.display());
         let variables: BTreeMap<OsString, OsString> =
             self.variables.into_iter().map(|(name, value)| (bytes(name), bytes(value))).collect();
         let mut command = Command::new("/proc/self/exe");
@@ -106,6 +106,6 @@ mod tests {
     fn a_place_that_is_gone_is_told() {
         let mut origin = Origin::here(Vec::new()).unwrap();
         origin.folder = text("/nowhere".into());
-        assert!(origin.command().unwrap_err().to_string().contains("/nowhere, which is gone"));
+        assert!(origin.command().unwrap_err().to_string().contains("/nowhere, which no longer exists"));
     }
 }

@@ -213,7 +213,7 @@ pub(crate) mod tests {
         for state in [
             State::Starting,
             State::Running { since_ms: 5 },
-            State::Exited { code: 137, at_ms: u64::MAX, reason: Some("ended by signal 9".into()) },
+            State::Exited { code: 137, at_ms: u64::MAX, reason: Some("terminated by signal 9".into()) },
         ] {
             let record = Record { state, process: Some(Inherited::from(&process)), ..record() };
             record.write(folder.path()).unwrap();

@@ -21,7 +21,7 @@ pub fn keep_to(cpus: &[u32]) -> Result<()> {
             match affinity::get(thread) {
                 // It has ended.
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
-                Err(error) => return Err(error).context("ask for a thread's processors"),
+                Err(error) => return Err(error).context("get the CPU affinity of a thread"),
                 Ok(mask) if mask == wanted => continue,
                 Ok(mask) => set(thread, &mask, &wanted, cpus)?,
             }
@@ -39,12 +39,14 @@ fn set(thread: i32, before: &CpuMask, wanted: &CpuMask, cpus: &[u32]) -> Result<
     match set {
         Ok(now) if now == *wanted => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-        Err(error) if error.raw_os_error() != Some(libc::EINVAL) => Err(error).context("keep a thread to processors"),
+        Err(error) if error.raw_os_error() != Some(libc::EINVAL) => {
+            Err(error).context("set the CPU affinity of a thread")
+        }
         found => {
             let _ = affinity::set(thread, before);
             let had = found.unwrap_or_default();
             let missing = cpus.iter().find(|cpu| !had.has(**cpu)).copied().unwrap_or_default();
-            bail!("processor {missing} is not there, or not for this process to use: type --cpuset with others");
+            bail!("CPU {missing} does not exist or is not available to this process: use --cpuset with other CPUs");
         }
     }
 }
@@ -90,7 +92,7 @@ mod tests {
         for wrong in [vec![8000], vec![one[0], 8000], vec![u32::MAX]] {
             let error = keep_to(&wrong).unwrap_err().to_string();
             let named = wrong[wrong.len() - 1];
-            assert!(error.starts_with(&format!("processor {named} is not there, or not for")), "{error}");
+            assert!(error.starts_with(&format!("CPU {named} does not exist or is not available")), "{error}");
             assert_eq!(ours(), one, "nothing was changed");
         }
         keep_to(&all).unwrap();

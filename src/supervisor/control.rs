@@ -230,7 +230,7 @@ impl<'a> Supervisor<'a> {
     pub(super) fn press_power_button(&mut self) {
         self.button_pressed = true;
         self.machine.press_power_button();
-        self.say("husk: pressed the machine's power button; a second signal ends it\n");
+        self.say("husk: pressed the machine's power button; a second signal kills the machine\n");
     }
 
     fn on_keys(&mut self) -> Result<()> {

@@ -83,7 +83,7 @@ pub(super) fn print(
         let stop_by = if forced { Some(last_words_by) } else { endpoint.stop_by.map(|by| by.max(last_words_by)) };
         let left = stop_by.map(|by| by.saturating_duration_since(Instant::now()));
         if is_cut || left.is_some_and(|left| left.is_zero()) {
-            log::warn!("what the machine printed last is lost: nobody reads it");
+            log::warn!("the last output of the machine is lost: it was not read");
             return Ok(());
         }
         let timeout_ms = left.map_or(-1, |left| left.as_millis().min(i32::MAX as u128 - 1) as i32 + 1);
@@ -94,6 +94,6 @@ pub(super) fn print(
         while let Some(number) = signals.read().context("read a signal")? {
             is_cut |= signal::asks_for_end(number);
         }
-        is_cut |= endpoint.answer_without_guest("the machine has ended; what it printed is still to be read");
+        is_cut |= endpoint.answer_without_guest("the machine has exited, but its output has not been read yet");
     }
 }

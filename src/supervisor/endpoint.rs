@@ -45,7 +45,7 @@ impl ControlEndpoint {
         let server = Server::listen(&folder.file(roster::CONTROL))?;
         let hub = if record.detached {
             let path = folder.file(roster::STREAMS_LOG);
-            let log = StreamLog::open(path, log_max_bytes).context("start the machine's log")?;
+            let log = StreamLog::open(path, log_max_bytes).context("open the machine's log")?;
             Some(Arc::new(Hub::new(log)))
         } else {
             None
@@ -83,7 +83,7 @@ impl ControlEndpoint {
     /// Removes what killed machines left behind. To be called while the guest has something to do.
     pub(super) fn sweep(&self) {
         if let Err(error) = self.folder.roster().sweep() {
-            log::info!("remove what killed machines left behind: {error:#}");
+            log::info!("clean up after killed machines: {error:#}");
         }
     }
 
@@ -116,7 +116,7 @@ impl ControlEndpoint {
         }
         if std::mem::take(&mut self.unannounced) {
             // If they are gone already, nobody would ever know of this machine.
-            writeln!(std::io::stdout(), "{}", self.folder.id()).context("tell that the machine runs")?;
+            writeln!(std::io::stdout(), "{}", self.folder.id()).context("report that the machine is running")?;
             let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
             rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
             husk_log::begin(self.file(roster::HUSK_LOG)).context("start husk's log")?;
@@ -157,7 +157,7 @@ impl ControlEndpoint {
             while let Some(number) = signals.read().context("read a signal")? {
                 self.end_wanted |= signal::asks_for_end(number);
             }
-            self.answer_without_guest("the machine has failed, and is to be started again: try again");
+            self.answer_without_guest("the machine has failed and is being restarted: try again");
         }
         Ok(false)
     }

@@ -35,7 +35,7 @@ fn changed(rate: Rate, bytes: Option<Limit>, ops: Option<Limit>) -> Result<Optio
     if let Some(limit) = ops {
         (changed.ops_per_second, changed.burst_ops) = (in_force(limit), None);
     }
-    ensure!(changed.makes_sense(), "a limit of nothing: type 1 or more");
+    ensure!(changed.makes_sense(), "a limit must be 1 or more");
     Ok(Some(changed))
 }
 
@@ -131,19 +131,22 @@ impl Recipient for Supervisor<'_> {
             self.machine.exit_latch().declare(ExitReason::Killed(libc::SIGKILL));
             return Ok(());
         }
-        ensure!(!matches!(self.endpoint.record.state, State::Paused { .. }), "the machine is paused: unpause it first");
+        ensure!(
+            !matches!(self.endpoint.record.state, State::Paused { .. }),
+            "the machine is paused: run `husk unpause` first"
+        );
         match &mut self.session {
             Some(session) if session.has_started() => {
                 self.endpoint.end_wanted |= asks_for_end;
                 session.send_signal(signal);
             }
-            Some(_) => bail!("the machine has no process yet: try again"),
+            Some(_) => bail!("the machine's process has not started yet: try again"),
             None if asks_for_end => {
                 self.endpoint.end_wanted = true;
                 self.press_power_button();
             }
             None => {
-                bail!("the machine has an init of its own: only KILL and signals that ask for an end mean something")
+                bail!("the machine runs its own init: only KILL and termination signals are supported")
             }
         }
         Ok(())
@@ -175,8 +178,8 @@ impl Supervisor<'_> {
     fn pause(&mut self) -> Result<()> {
         match self.endpoint.record.state {
             State::Running { .. } => {}
-            State::Paused { .. } => bail!("the machine is paused already"),
-            _ => bail!("the machine does not run yet: try again"),
+            State::Paused { .. } => bail!("the machine is already paused"),
+            _ => bail!("the machine is still starting: try again"),
         }
         self.machine.pause();
         self.endpoint.enter(State::Paused { since_ms: now_ms() })
@@ -192,7 +195,7 @@ impl Supervisor<'_> {
     /// Gives the connection the machine's streams.
     fn attach(&mut self, caller: Caller) -> Result<()> {
         let Some(hub) = self.endpoint.hub().cloned() else {
-            bail!("the machine runs in the foreground: its streams are where it was started");
+            bail!("the machine runs in the foreground: its streams are on the terminal it was started from");
         };
         let Some(stream) = self.endpoint.server.hand_over(caller) else { return Ok(()) };
         hub.attach(stream.try_clone()?)?;
@@ -225,7 +228,7 @@ impl Supervisor<'_> {
         if let Some(memory_mib) = update.memory_mib {
             let balloon = self.machine.controls().balloon.as_ref();
             balloon
-                .context("the machine was started with --no-balloon: its memory stays as it is")?
+                .context("the machine was started with --no-balloon: its memory cannot be changed")?
                 .set_target_mib(memory_mib)?;
             config.memory_target_mib = Some(memory_mib);
         }
@@ -236,7 +239,7 @@ impl Supervisor<'_> {
             let millicpus = match update.millicpus {
                 None => before.cpu_millicpus,
                 Some(millicpus) if millicpus > all => {
-                    bail!("the machine has {} vCPUs, and can use no more: start it with more", config.cpus)
+                    bail!("the machine has {} vCPUs and cannot use more: start it with more --cpus", config.cpus)
                 }
                 Some(millicpus) => Some(millicpus).filter(|millicpus| *millicpus < all),
             };
@@ -268,7 +271,7 @@ impl Supervisor<'_> {
     fn stats(&self) -> Result<Stats> {
         let used = clock_gettime(ClockId::ProcessCPUTime);
         let cpu = Duration::new(used.tv_sec.unsigned_abs(), u32::try_from(used.tv_nsec).unwrap_or(0));
-        let memory = self.machine.memory_use().context("look at the machine's memory")?;
+        let memory = self.machine.memory_use().context("read the memory usage of the machine")?;
         let controls = self.machine.controls();
         let disks = |counter: fn(&block::Counters) -> &AtomicU64| {
             controls.disks.iter().map(|disk| counter(&disk.counters).load(Ordering::Relaxed)).sum()

@@ -13,29 +13,29 @@ fn archives_that_cannot_be_are_refused() {
     let long = format!("{} path={long}\n", 300 + 10);
     let endless = format!("{:?}", 0);
     let cases: Vec<(&str, Vec<Vec<u8>>)> = vec![
-        ("leads out of its directory", vec![file(), entry("../x", b'0', b"x", "")]),
-        ("leads out of its directory", vec![file(), entry("a/../../x", b'5', b"", "")]),
-        ("leads out of its directory", vec![file(), entry("hard", b'1', b"", "../../etc/passwd")]),
-        ("a hard link to what is not there", vec![file(), entry("hard", b'1', b"", "etc/none")]),
+        ("leads out of the root directory", vec![file(), entry("../x", b'0', b"x", "")]),
+        ("leads out of the root directory", vec![file(), entry("a/../../x", b'5', b"", "")]),
+        ("leads out of the root directory", vec![file(), entry("hard", b'1', b"", "../../etc/passwd")]),
+        ("a hard link to a file that does not exist", vec![file(), entry("hard", b'1', b"", "etc/none")]),
         ("a hard link to a directory", vec![file(), entry("hard", b'1', b"", "etc")]),
-        ("a device 4096:0, which there is not", vec![file(), entry("d", b'4', b"", "0010000\x000000000\0")]),
-        ("a device 1:1048576, which there is not", vec![file(), entry("d", b'3', b"", "0000001\x004000000\0")]),
-        ("a hard link to what is not there", vec![file(), entry("hard", b'1', b"", "/etc/passwd")]),
-        ("too many links", vec![file(), entry("s", b'2', b"", "s/x"), entry("s/y", b'0', b"", "")]),
-        ("a symbolic link that leads nowhere", vec![file(), entry("s", b'2', b"", "")]),
+        ("a device has an invalid number 4096:0", vec![file(), entry("d", b'4', b"", "0010000\x000000000\0")]),
+        ("a device has an invalid number 1:1048576", vec![file(), entry("d", b'3', b"", "0000001\x004000000\0")]),
+        ("a hard link to a file that does not exist", vec![file(), entry("hard", b'1', b"", "/etc/passwd")]),
+        ("too many symbolic links", vec![file(), entry("s", b'2', b"", "s/x"), entry("s/y", b'0', b"", "")]),
+        ("a symbolic link has an empty target", vec![file(), entry("s", b'2', b"", "")]),
         ("a name of 300 bytes is too long", vec![file(), entry("p", b'x', long.as_bytes(), ""), file()]),
         ("it ends in the middle of a file", vec![file(), header(b"x", b'0', b"00000100000\0", b"")]),
         ("it ends in the middle of a header", vec![file(), vec![1; 100]]),
         (
-            "a number that is too large",
+            "the number is too large",
             vec![file(), header(b"x", b'0', b"\x80\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff", b"")],
         ),
         ("an extended header of", vec![file(), header(b"x", b'x', b"77777777777\0", b"")]),
         ("an extended header of", vec![file(), header(b"x", b'L', b"77777777777\0", b"")]),
         ("a malformed extended header", vec![file(), entry("x", b'x', b"99 a=b\n", ""), file()]),
-        ("a header with a wrong checksum", vec![file(), vec![b'0'; 512]]),
-        ("of unknown kind", vec![file(), entry("x", b'M', b"", "")]),
-        ("it ends behind an extended header", vec![file(), entry("x", b'L', endless.as_bytes(), "")]),
+        ("a header has a wrong checksum", vec![file(), vec![b'0'; 512]]),
+        ("unknown entry type", vec![file(), entry("x", b'M', b"", "")]),
+        ("it ends after an extended header", vec![file(), entry("x", b'L', endless.as_bytes(), "")]),
         ("the root is not a directory", vec![file(), entry("/", b'2', b"", "x")]),
     ];
     for (words, parts) in cases {
@@ -92,7 +92,7 @@ fn a_crowd_of_devices_is_a_crowd_of_names() {
 fn a_bomb_is_not_unpacked() {
     let house = House::new();
     house.sh("mkdir d; truncate -s 300M d/zeroes; tar -C d -c . | gzip -9 >bomb.tgz");
-    house.refused(&["load", "bomb.tgz", "--max-size", "100M"], "unpacks to more than is free");
+    house.refused(&["load", "bomb.tgz", "--max-size", "100M"], "unpacks to more than the free");
     let root = house.load("bomb.tgz");
     assert!(fs::metadata(root).unwrap().len() < 40 << 20);
 }
@@ -135,28 +135,28 @@ fn layout(house: &House, change: &str) {
 fn layouts_that_lie_are_refused() {
     let house = House::new();
     for (change, words) in [
-        ("layer_size=7", "bytes, not 7"),
+        ("layer_size=7", "bytes, expected 7"),
         ("diff=$(echo other | sha256sum | cut -c1-64)", "it unpacks to sha256:"),
-        ("diff=../../../etc/passwd", "is no SHA-256 digest"),
-        ("digest=sha512:", "is no SHA-256 digest"),
-        ("layer_hash=../../../../../etc/passwd", "is no SHA-256 digest"),
+        ("diff=../../../etc/passwd", "is not a SHA-256 digest"),
+        ("digest=sha512:", "is not a SHA-256 digest"),
+        ("layer_hash=../../../../../etc/passwd", "is not a SHA-256 digest"),
         ("arch=arm64", "the image is for linux/arm64"),
         ("printf x | dd of=blobs/sha256/$layer_hash conv=notrunc status=none", "its digest is sha256:"),
         ("rm blobs/sha256/$layer_hash", "No such file"),
         ("AFTER { printf '{\"x\":'; printf '[%.0s' {1..200000}; } >index.json", "EOF while parsing a list"),
-        ("AFTER truncate -s 5G index.json", "bytes are too many"),
+        ("AFTER truncate -s 5G index.json", "it is too large"),
         ("AFTER echo '{\"manifests\":[]}' >index.json", "no image"),
-        ("AFTER echo x >>blobs/sha256/$h", "bytes, not"),
+        ("AFTER echo x >>blobs/sha256/$h", "bytes, expected"),
         (
             "AFTER for i in {1..9}; do cp index.json i; put i; echo \"{\\\"manifests\\\":[{\\\"digest\\\":\\\"sha256:$h\\\",\\\"size\\\":$s}]}\" >index.json; done",
-            "indexes within indexes",
+            "indexes are nested",
         ),
     ] {
         layout(&house, change);
         house.refused(&["load", "l"], words);
         if !change.contains("truncate") {
             house.sh("tar -C l -cf l.tar oci-layout index.json blobs");
-            house.refused(&["load", "l.tar"], if words == "No such file" { "it is not there" } else { words });
+            house.refused(&["load", "l.tar"], if words == "No such file" { "it does not exist" } else { words });
         }
     }
     layout(&house, "");
@@ -172,23 +172,23 @@ fn the_image_for_this_processor_is_chosen() {
         echo "{\"manifests\":[$(entry $other 3 arm64),$(entry $h $s amd64),$(entry $other 3 unknown)]}" >index.json"#);
     house.load("l");
     house.sh("sed -i s/amd64/riscv64/ l/index.json; rm -r data");
-    house.refused(&["load", "l"], "(there are: linux/arm64, linux/riscv64)");
+    house.refused(&["load", "l"], "(available: linux/arm64, linux/riscv64)");
 }
 
 #[test]
 fn a_docker_archive_that_points_elsewhere_is_refused() {
     let house = House::new();
     for (manifest, words) in [
-        (r#"[{"Config":"/etc/passwd","Layers":[]}]"#, "it is not there"),
-        (r#"[{"Config":"../../etc/passwd","Layers":[]}]"#, "a name that leads out of its directory"),
-        (r#"[{"Config":"","Layers":[]}]"#, "open \"\": it is not there"),
+        (r#"[{"Config":"/etc/passwd","Layers":[]}]"#, "it does not exist"),
+        (r#"[{"Config":"../../etc/passwd","Layers":[]}]"#, "a path leads out of the root directory"),
+        (r#"[{"Config":"","Layers":[]}]"#, "open \"\": it does not exist"),
         (r#"[]"#, "it has 0 images"),
         (r#"{"Config": 1}"#, "read manifest.json"),
         (r#"[{"Config":"repositories","Layers":["repositories"]}]"#, "read the image's configuration"),
     ] {
         fs::write(house.path("manifest.json"), manifest).unwrap();
         house.sh("ln -sf /etc/passwd repositories; tar -cf x.tar manifest.json repositories");
-        let link = "open repositories: the link repositories leads to /etc/passwd, which is not there";
+        let link = "open repositories: the link repositories points to /etc/passwd, which does not exist";
         let words = if manifest.contains("repositories") { link } else { words };
         house.refused(&["load", "x.tar"], words);
     }

@@ -41,7 +41,7 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
     std::fs::remove_dir_all(house.path("data/roots")).unwrap();
     assert!(house.husk(&["load", "-i", "layout"]).status.success());
     let error = String::from_utf8(house.husk(&["pull", &format!("{name}:9")]).stderr).unwrap();
-    assert!(error.contains(" has no 127.0.0.1:"), "{error}");
+    assert!(error.contains(" does not have 127.0.0.1:"), "{error}");
 }
 
 #[test]
@@ -100,13 +100,13 @@ fn a_password_is_taken_from_dockers_configuration() {
     let registry = Registry::start(&house, Asks::Password, false);
     push(&house, &registry, "app:1", false);
     let name = format!("127.0.0.1:{}/app:1", registry.port);
-    house.refused(&["pull", &name], "wants a name and a password: type `docker login 127.0.0.1:");
+    house.refused(&["pull", &name], "requires a username and password: run `docker login 127.0.0.1:");
     let configure = |text: String| {
         house.sh("mkdir -p docker");
         std::fs::write(house.path("docker/config.json"), text).unwrap();
     };
     configure(format!(r#"{{"auths": {{"127.0.0.1:{}": {{"auth": "dXNlcjp3cm9uZw=="}}}}}}"#, registry.port));
-    house.refused(&["pull", &name], "does not let you have");
+    house.refused(&["pull", &name], "denied access to");
     configure(format!(r#"{{"auths": {{"127.0.0.1:{}": {{"auth": "{AUTH}"}}}}}}"#, registry.port));
     assert!(house.husk(&["pull", &name]).status.success());
 

@@ -43,10 +43,10 @@ fn an_image_that_cannot_be_prepared_is_told_once() {
         assert!(error.lines().count() == 1 && error.contains(why), "{error}");
         assert_eq!(house.files("roots") + house.files("tmp"), 0);
     };
-    refused(&["--max-size", "100M", "./bomb.tgz"], "unpacks to more than is free");
+    refused(&["--max-size", "100M", "./bomb.tgz"], "unpacks to more than the free");
     refused(&["./none.tar"], "husk: prepare ./none.tar: No such file");
     refused(&["127.0.0.1:1/none"], "husk: pull 127.0.0.1:1/none:latest: ");
-    refused(&["0123456789ab"], "there is no image 0123456789ab");
+    refused(&["0123456789ab"], "no such image: 0123456789ab");
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn a_disk_that_is_kept_is_one_images() {
         (
             "work",
             "./two",
-            "disk work has changes to another image: type another name, or remove it by `husk disks --remove work`",
+            "disk work belongs to another image: use another name, or remove it with `husk disks --remove work`",
         ),
         ("more", "./two", "open kernel ./none"),
     ] {

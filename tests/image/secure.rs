@@ -65,15 +65,15 @@ fn an_issuer_gives_a_token_for_a_password_or_for_an_identity() {
         asked(&house);
     };
     asked(&house);
-    house.refused(&["pull", &name], "does not let you have");
+    house.refused(&["pull", &name], "denied access to");
     assert!(asked(&house).starts_with("GET nobody repository:team/app:pull\n"));
     login(r#""auth": "dXNlcjp3cm9uZw==""#);
-    house.refused(&["pull", &name], "gives no token (401 Unauthorized): type `docker login 127.0.0.1:");
+    house.refused(&["pull", &name], "denied the token (401 Unauthorized): run `docker login 127.0.0.1:");
     login(&format!(r#""auth": "{AUTH}""#));
     expect_pulled(&house.husk(&["pull", &name]));
     assert_eq!(asked(&house), "GET user repository:team/app:pull\n", "one token serves all");
     login(r#""auth": "MDAwOg==", "identitytoken": "wrong""#);
-    house.refused(&["pull", &name], "gives no token");
+    house.refused(&["pull", &name], "denied the token");
     login(&format!(r#""auth": "MDAwOg==", "identitytoken": "{IDENTITY}""#));
     expect_pulled(&house.husk(&["pull", &name]));
     assert_eq!(asked(&house), "POST identity repository:team/app:pull\n");
@@ -86,7 +86,7 @@ fn what_podman_and_skopeo_have_kept_is_used() {
     let registry = Registry::start(&house, Asks::Password, false);
     push(&house, &registry, "team/app:1", false);
     let name = registry.name("team/app:1");
-    house.refused(&["pull", &name], "wants a name and a password");
+    house.refused(&["pull", &name], "requires a username and password");
     let login = |place: &str| {
         house.sh(&format!(
             "rm -rf data; mkdir -p $(dirname {place}); skopeo login --tls-verify=false --authfile {place} -u user -p secret \

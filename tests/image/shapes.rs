@@ -96,13 +96,13 @@ fn a_link_to_what_is_not_in_the_archive_is_told_with_its_target() {
         let list = docker_list("c.json", &["d/l.tar"]);
         let files: [(&str, &[u8]); 3] = [("c.json", &config), ("d/l.tar", link.as_bytes()), ("manifest.json", &list)];
         fs::write(house.path("x.tar"), tar(&files)).unwrap();
-        let words = format!("open d/l.tar: the link d/l.tar leads to {shown}, which is not there");
+        let words = format!("open d/l.tar: the link d/l.tar points to {shown}, which does not exist");
         house.refused(&["load", "x.tar"], &words);
     }
     house.sh("mkdir x; tar -C x -xf x.tar");
-    house.refused(&["load", "x"], "the link x/d/l.tar leads to /l.tar: No such file");
+    house.refused(&["load", "x"], "the link x/d/l.tar points to /l.tar: No such file");
     house.sh("ln -sf l.tar x/d/l.tar; rm x/c.json; mkfifo x/c.json");
-    house.refused(&["load", "x"], "open c.json: it is no file");
+    house.refused(&["load", "x"], "open c.json: it is not a regular file");
     let list = docker_list("c.json", &["a"]);
     let files: [(&str, &[u8]); 4] = [("c.json", &config), ("a", b"->b"), ("b", b"->a"), ("manifest.json", &list)];
     fs::write(house.path("x.tar"), tar(&files)).unwrap();
@@ -199,8 +199,8 @@ fn images_that_are_not_in_a_layout_are_skipped() {
     house.sh("rm -r data");
     write_layout(&house, "x", &index(&[on("amd64", b"gone"), on("arm64", &parts.manifest)]), &parts.blobs());
     for path in ["x.tar", "x"] {
-        house.refused(&["load", path], "not all of its images are in it: no image for linux/amd64");
-        house.refused(&["load", path], "(there are: linux/arm64)");
+        house.refused(&["load", path], "some of its images are missing: no image for linux/amd64");
+        house.refused(&["load", path], "(available: linux/arm64)");
     }
 }
 
@@ -230,12 +230,12 @@ fn a_layouts_names_are_compared_as_names() {
     house.sh("rm -r data");
     house.refused(
         &["load", "oci:x:none"],
-        "it has no image \"none\", type one as oci:PATH:NAME (other, localhost/app:1)",
+        "it has no image \"none\": choose one with oci:PATH:NAME (other, localhost/app:1)",
     );
     let platform = json!({"architecture": "amd64", "os": "linux"});
     let images = [named(tag, "a", &parts.manifest), named(tag, "b", &parts.config)];
     write_layout(&house, "x", &index(&images.map(|image| with(image, "platform", platform.clone()))), &parts.blobs());
-    house.refused(&["load", "x"], "it has 2 images, type one as oci:PATH:NAME (a, b)");
+    house.refused(&["load", "x"], "it has 2 images: choose one with oci:PATH:NAME (a, b)");
 }
 
 #[test]
@@ -246,5 +246,5 @@ fn a_configuration_that_would_fill_the_store_is_refused() {
     config["config"]["Env"] = json!(vec![""; 300_000]);
     let (config, list) = (config.to_string().into_bytes(), docker_list("c.json", &["l.tar"]));
     fs::write(house.path("x.tar"), tar(&[("c.json", &config), ("l.tar", &layer), ("manifest.json", &list)])).unwrap();
-    house.refused(&["load", "x.tar"], "says too much of its process");
+    house.refused(&["load", "x.tar"], "the process configuration of the image is too large");
 }

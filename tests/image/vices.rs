@@ -98,8 +98,8 @@ fn a_registry_that_is_busy_is_asked_again() {
     let output = house.husk(&["pull", &named(port)]);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
-    assert!(said.contains("answers 429 Too Many Requests: asking again in 1 s"), "{said}");
-    assert!(said.contains("answers 503 Service Unavailable: asking again in 2 s"), "{said}");
+    assert!(said.contains("responded with 429 Too Many Requests: retrying in 1 s"), "{said}");
+    assert!(said.contains("responded with 503 Service Unavailable: retrying in 2 s"), "{said}");
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn a_registry_that_stays_busy_is_given_up() {
     assert!(said.ends_with("with 503 Service Unavailable \u{fffd}]0;owned\u{fffd}no\n"), "{said:?}");
     let said = pull(busy("429 Too Many Requests", "3600"));
     assert!(
-        said.ends_with("wants no more requests for 3600 s: log in, or wait\n") && said.lines().count() == 1,
+        said.ends_with("does not accept more requests for 3600 s: log in, or wait\n") && said.lines().count() == 1,
         "{said}"
     );
     let said = pull(busy("501 Not Implemented", "0"));
@@ -172,7 +172,7 @@ fn a_password_is_for_the_registry_alone_and_not_for_where_it_sends_one() {
     fs::write(house.path("docker/config.json"), logins).unwrap();
     house.refused(
         &["pull", &format!("127.0.0.1:{registry}/app:2")],
-        &format!("sent on to http://127.0.0.1:{elsewhere}, which wants to know who asks"),
+        &format!("redirected to http://127.0.0.1:{elsewhere}, which requires authentication"),
     );
     assert_eq!(*told.lock().unwrap(), Vec::<String>::new());
     let output = house.husk(&["pull", &format!("127.0.0.1:{registry}/app:1")]);

@@ -106,7 +106,7 @@ fn the_terminal_is_raw_while_the_machine_has_it_and_restored_after() {
     terminal.wait_for("typed\x03");
     // What husk itself says is whole lines there, and the guest's bytes are its own.
     terminal.type_keys(b"\x01h");
-    terminal.wait_for("Ctrl-A p   press its power button\r\n");
+    terminal.wait_for("Ctrl-A p   press the power button\r\n");
     terminal.type_keys(&[EOT]);
     terminal.wait_for("\nreceived 6 bytes\n");
     assert!(terminal.shown().contains("ready\ntyped"), "{:?}", terminal.shown());

@@ -138,7 +138,7 @@ fn a_cpuset_is_kept_by_every_thread_and_needs_no_rights() {
     assert!(threads > 2, "{threads}");
     end(running);
     let ran = boot(guests::EXIT, "").flag("--cpuset", "0,8000").run();
-    assert!(ran.expect_line(1).contains("processor 8000 is not there"), "{}", ran.stderr);
+    assert!(ran.expect_line(1).contains("CPU 8000 does not exist"), "{}", ran.stderr);
 }
 
 #[test]

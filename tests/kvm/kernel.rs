@@ -54,7 +54,7 @@ fn an_image_that_is_cut_short_is_told_in_one_line() {
     let bytes = fs::read(&image).unwrap();
     fs::write(&image, &bytes[..bytes.len() - 1024]).unwrap();
     let ran = boot(image.to_str().unwrap(), "").run();
-    assert!(ran.expect_line(1).contains("the unified kernel image is truncated: .linux is not all there"));
+    assert!(ran.expect_line(1).contains("the unified kernel image is truncated: .linux is incomplete"));
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn a_word_that_hides_every_device_is_warned_of() {
     for word in ["acpi=off", "noapic"] {
         let line = boot(guests::LOADED, word).run();
         line.expect(0);
-        assert!(line.stderr.contains(&format!("with {word} on its command line")), "{}", line.stderr);
+        assert!(line.stderr.contains(&format!("the kernel parameter {word} hides")), "{}", line.stderr);
     }
     assert_eq!(boot(guests::LOADED, "acpi=force -- acpi=off").run().stderr, "");
 }
@@ -75,6 +75,6 @@ fn nesting_is_there_or_is_refused_in_one_line() {
     fs::write(&machine, r#"{"nested": true}"#).unwrap();
     let ran = boot(guests::LOADED, "").flag("--config", machine.path()).run();
     if ran.code != Some(0) {
-        assert!(ran.expect_line(1).contains("leave --nested out"), "{}", ran.stderr);
+        assert!(ran.expect_line(1).contains("remove --nested"), "{}", ran.stderr);
     }
 }

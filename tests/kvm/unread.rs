@@ -49,7 +49,7 @@ fn ended_unread(machines: &Machines) -> Child {
         machines.ok(&["unpause", "full"]);
         thread::sleep(Duration::from_millis(100));
     }
-    assert!(machines.fails(&["pause", "full"], 1).contains("has ended"));
+    assert!(machines.fails(&["pause", "full"], 1).contains("has exited"));
     child
 }
 

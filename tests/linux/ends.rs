@@ -28,7 +28,7 @@ fn a_panic_is_told_in_the_kernels_words_and_ends_passt_too() {
     for kernel in ["stock", "micro"] {
         let ended = boot(&guests.join(kernel), "vmlinux", "panic", flags);
         ended.expect(81, kernel);
-        let told = "husk: the guest's kernel panicked: Attempted to kill init!";
+        let told = "husk: the guest kernel panicked: Attempted to kill init!";
         assert!(ended.errors.contains(told), "{kernel}: {}", ended.errors);
         assert!(TcpListener::bind(("0.0.0.0", port)).is_ok(), "passt has the port still");
     }

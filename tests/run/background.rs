@@ -77,7 +77,7 @@ fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
     exec(&["box", "sh", "-c", "kill -9 $$"]).expect(137);
     exec(&["box", "sh", "-c", "kill -34 $$"]).expect(162);
     exec(&["box"]).expect(125);
-    assert!(exec(&["box", ""]).expect(127).errors.contains("\"\": an empty word"));
+    assert!(exec(&["box", ""]).expect(127).errors.contains("\"\": the command is empty"));
     let nowhere = exec(&["-w", "/nowhere", "box", "pwd"]);
     assert!(nowhere.expect(126).errors.contains("working directory /nowhere: No such file"), "{}", nowhere.errors);
     exec(&["box", "ls", "/nowhere"]).expect(1);
@@ -234,8 +234,8 @@ fn files_go_in_and_come_out_as_they_were() {
     for (words, why) in [
         (["cp", "box:/nowhere", &at("x")], "No such file"),
         (["cp", &at("nothing"), "box:/srv"], "No such file"),
-        (["cp", &at("tree"), "box:/srv/renamed"], "cannot become a folder"),
-        (["cp", &at("tree/run.sh"), "box:/none/"], "no such folder"),
+        (["cp", &at("tree"), "box:/srv/renamed"], "cannot be replaced with a directory"),
+        (["cp", &at("tree/run.sh"), "box:/none/"], "no such directory"),
         (["cp", "a", "b"], "neither path is in a machine"),
         (["cp", "box:/a", "box:/b"], "between machines is not supported"),
     ] {

@@ -113,7 +113,7 @@ fn orphans_are_reaped_and_end_with_the_process() {
 fn a_panic_is_told_with_the_kernels_last_words() {
     let ended = shell(&guests!(), &[], "echo c >/proc/sysrq-trigger");
     ended.expect(81);
-    let words = "husk: the guest's kernel panicked: sysrq triggered crash\n";
+    let words = "husk: the guest kernel panicked: sysrq triggered crash\n";
     assert!(ended.errors.contains(words) && ended.errors.contains("guest: "), "{}", ended.errors);
 }
 
@@ -128,7 +128,7 @@ fn the_kernels_messages_are_shown_to_who_asks() {
 fn timings_tell_of_every_step() {
     let ended = shell(&guests!(), &["--timings"], "true");
     for step in
-        ["image and kernel ready", "first guest instruction", "PID 1", "process started", "process ended", "exit"]
+        ["image and kernel ready", "first guest instruction", "PID 1", "process started", "process exited", "exit"]
     {
         let line = ended.errors.lines().find(|line| line.starts_with(step));
         assert!(line.is_some_and(|line| !line.ends_with('-')), "{step}: {}", ended.errors);

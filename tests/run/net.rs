@@ -183,7 +183,7 @@ fn a_guest_is_reached_through_published_ports_and_they_close_with_it() {
     }
     // A second machine is told at once, and nothing else of it happens.
     let second = networked(&guests, "micro", &["-p", &published[0]], "true");
-    assert!(second.expect(125).errors.contains(&format!("port {web} of this host is in use")), "{}", second.errors);
+    assert!(second.expect(125).errors.contains(&format!("host port {web} is already in use")), "{}", second.errors);
     end(machine);
     let closed = Instant::now() + Duration::from_secs(20);
     while TcpListener::bind(("0.0.0.0", web)).is_err() {
@@ -255,7 +255,7 @@ fn machines_of_a_network_reach_each_other_by_name() {
     let ended = networked(&guests, "micro", &["--network", "test", "--name", "app"], script);
     assert_eq!(ended.text(), "nameserver 10.86.77.1\nfrom db\npinged\n0\n", "{}", ended.errors);
     let refused = networked(&guests, "micro", &["--network", "test", "--name", "db"], "true");
-    assert!(refused.expect(125).errors.contains("has the name db"), "{}", refused.errors);
+    assert!(refused.expect(125).errors.contains("the name db is in use"), "{}", refused.errors);
     let mut rm = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     let refused = rm.args(["network", "rm", "test"]).output().unwrap();
     assert!(String::from_utf8_lossy(&refused.stderr).contains("in use by db"));

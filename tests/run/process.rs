@@ -35,7 +35,7 @@ fn a_command_that_is_missing_or_no_program_has_a_code_and_a_word() {
         assert!(ended.expect(code).errors.contains(word), "{}", ended.errors);
     }
     let ended = run(&guests, &[archive(), "--", ""]);
-    assert!(ended.expect(127).errors.contains("husk: \"\": an empty word is no command\n"), "{}", ended.errors);
+    assert!(ended.expect(127).errors.contains("husk: \"\": the command is empty\n"), "{}", ended.errors);
     let ended = run(&guests, &["--user", "nobody-here", archive(), "true"]);
     assert!(ended.expect(125).errors.contains("\"nobody-here\""), "{}", ended.errors);
 }

@@ -19,7 +19,7 @@ pub const INITS: [&str; 4] = ["/sbin/init", "/etc/init", "/bin/init", "/usr/lib/
 pub fn prepare() -> Result<Spec, Failure> {
     umask(Mode::from_bits_truncate(0o022));
     mount_at("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=755")?;
-    let bytes = fs::read(SPEC_PATH).context("read what husk wants of the machine")?;
+    let bytes = fs::read(SPEC_PATH).context("read the machine's configuration")?;
     let spec = Spec::from_bytes(&bytes).map_err(|error| Failure::new(format_args!("read {SPEC_PATH}: {error}")))?;
     for module in &spec.modules {
         load(module)?;
@@ -53,5 +53,5 @@ pub fn become_init(args: &[Vec<u8>]) -> Failure {
         let error = exec(&program, std::slice::from_ref(&program));
         crate::report::say(&format!("start {}: {}", program.to_string_lossy(), error.desc()));
     }
-    Failure::new("the root has no init: type --init PATH for another")
+    Failure::new("the root filesystem has no init: use --init=PATH to select one")
 }

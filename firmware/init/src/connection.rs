@@ -27,7 +27,7 @@ const BACKLOG: i32 = 512;
 
 fn vsock() -> Result<OwnedFd, Failure> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket(AddressFamily::Vsock, SockType::Stream, flags, None).context("make a vsock socket")
+    socket(AddressFamily::Vsock, SockType::Stream, flags, None).context("create a vsock socket")
 }
 
 /// Starts to connect to the host, and does not wait for it.
@@ -51,7 +51,7 @@ pub fn complete(socket: &OwnedFd, hello: Hello) -> Result<(), Failure> {
     match write(socket, &hello.to_bytes()) {
         Ok(HELLO_BYTES) => Ok(()),
         Ok(_) => Err(Failure::new("the host does not listen")),
-        Err(error) => Err(error).context("greet the host"),
+        Err(error) => Err(error).context("send the handshake to the host"),
     }
 }
 

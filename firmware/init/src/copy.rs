@@ -28,7 +28,9 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
     };
     match copied {
         Ok(Copied { skipped, .. }) => {
-            skipped.iter().for_each(|path| eprintln!("left out {}: no file, folder or link", path.display()));
+            skipped
+                .iter()
+                .for_each(|path| eprintln!("skipped {}: not a file, directory or symbolic link", path.display()));
             0
         }
         // Who is sent to hears it from the stream.
@@ -41,6 +43,6 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
 }
 
 fn refuse() -> i32 {
-    eprintln!("husk-init: this is the first process of a machine, and of nothing else");
+    eprintln!("husk-init: this program runs as PID 1 of a machine, and not by itself");
     CODE_USAGE
 }

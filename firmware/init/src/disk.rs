@@ -26,7 +26,7 @@ pub fn mount_root(device: &str, readonly: bool, program: Option<&[u8]>) -> Resul
     }
     let wanted = program.map_or(INITS[0].into(), String::from_utf8_lossy);
     Err(Failure::new(format_args!(
-        "{device} and its partitions hold no file system of a kind that this kernel knows ({}) with {wanted} in it",
+        "no partition of {device} has a filesystem that this kernel supports ({}) and that contains {wanted}",
         kinds.join(", ")
     )))
 }

@@ -48,7 +48,7 @@ pub fn find(wanted: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, Strin
     let mut identity = match (&listed, number) {
         (Some(user), _) => Identity { uid: user.uid, gid: user.gid, groups: Vec::new(), home: user.home.to_vec() },
         (None, Some(uid)) => Identity { uid, gid: 0, groups: Vec::new(), home: b"/".to_vec() },
-        (None, None) => return Err(format!("there is no user {user:?} in the image's /etc/passwd")),
+        (None, None) => return Err(format!("no user {user:?} in the image's /etc/passwd")),
     };
     if identity.home.is_empty() {
         identity.home = b"/".to_vec();
@@ -73,7 +73,7 @@ fn find_group(wanted: &str, group: &[u8]) -> Result<u32, String> {
         .find(|group| group.name == wanted.as_bytes())
         .map(|group| group.gid)
         .or(number)
-        .ok_or_else(|| format!("there is no group {wanted:?} in the image's /etc/group"))
+        .ok_or_else(|| format!("no group {wanted:?} in the image's /etc/group"))
 }
 
 /// An id: digits, up to 2^31 as Linux hands them to programs that know no more.

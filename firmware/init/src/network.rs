@@ -47,7 +47,7 @@ impl Network {
     /// Connects.
     pub fn open() -> Result<Network, Failure> {
         let kind = (AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
-        socket(kind.0, kind.1, kind.2, kind.3).map(Network).context("ask the kernel for its networks")
+        socket(kind.0, kind.1, kind.2, kind.3).map(Network).context("open a netlink socket")
     }
 
     /// Puts the loopback interface in service.
@@ -170,7 +170,7 @@ fn find(mac: [u8; 6], patience: Duration) -> Result<(String, u32), Failure> {
     let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
     let started = Instant::now();
     loop {
-        for entry in fs::read_dir("/sys/class/net").context("look for network interfaces")?.flatten() {
+        for entry in fs::read_dir("/sys/class/net").context("list network interfaces")?.flatten() {
             let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
             if read("address").trim() == wanted
                 && let Ok(index) = read("ifindex").trim().parse()
@@ -180,7 +180,7 @@ fn find(mac: [u8; 6], patience: Duration) -> Result<(String, u32), Failure> {
         }
         if started.elapsed() > patience {
             return Err(Failure::new(format_args!(
-                "there is no network interface {wanted}: does the kernel have a driver for virtio networks?"
+                "no network interface {wanted}: does the kernel have a virtio-net driver?"
             )));
         }
         std::thread::sleep(Duration::from_millis(1));

@@ -67,14 +67,14 @@ pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
     let group = fs::read("/etc/group").unwrap_or_default();
     let identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
     let text =
-        |bytes: &Vec<u8>| CString::new(bytes.as_slice()).map_err(|_| Failure::new("an argument holds a zero byte"));
+        |bytes: &Vec<u8>| CString::new(bytes.as_slice()).map_err(|_| Failure::new("an argument contains a NUL byte"));
     let args = process.args.iter().map(text).collect::<Result<Vec<_>, _>>()?;
     let env = environment(process, hostname, &identity.home);
     let programs = programs(&args, &env)?;
     let env = env.iter().map(text).collect::<Result<Vec<_>, _>>()?;
     let (mut started, streams) = open_streams(process, &identity)?;
-    let (failed, mut failing) = pipe2(OFlag::O_CLOEXEC).map(|(r, w)| (r, File::from(w))).context("make a pipe")?;
-    match sys::fork().context("start a process")? {
+    let (failed, mut failing) = pipe2(OFlag::O_CLOEXEC).map(|(r, w)| (r, File::from(w))).context("create a pipe")?;
+    match sys::fork().context("fork a process")? {
         ForkResult::Child => {
             let (stage, error) = match become_process(process, &identity, &streams) {
                 Ok(()) => (Stage::Program, exec(&programs, &args, &env)),
@@ -98,18 +98,18 @@ pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
 fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Streams), Failure> {
     let mut started = Started { pid: Pid::from_raw(0), stdin: None, stdout: None, stderr: None, terminal: None };
     let owner = |fd: &OwnedFd, gid| fchown(fd, Some(identity.uid), Some(gid));
-    let copy = |fd: &OwnedFd| fd.try_clone().context("copy a descriptor");
+    let copy = |fd: &OwnedFd| fd.try_clone().context("duplicate a file descriptor");
     if process.detached {
         let nowhere = File::options().read(true).write(true).open("/dev/null").context("open /dev/null")?.into();
         return Ok((started, Streams { stdin: copy(&nowhere)?, stdout: copy(&nowhere)?, stderr: nowhere }));
     }
     if let Some(size) = process.terminal {
-        let pty = openpty(None, None).context("make a terminal")?;
+        let pty = openpty(None, None).context("open a pseudo-terminal")?;
         for end in [&pty.master, &pty.slave] {
-            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("make a terminal")?;
+            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("open a pseudo-terminal")?;
         }
-        sys::set_window_size(pty.master.as_fd(), size).context("size the terminal")?;
-        owner(&pty.slave, TTY_GID).context("own the terminal")?;
+        sys::set_window_size(pty.master.as_fd(), size).context("set the window size of the terminal")?;
+        owner(&pty.slave, TTY_GID).context("change the owner of the terminal")?;
         let streams = Streams { stdin: copy(&pty.slave)?, stdout: copy(&pty.slave)?, stderr: pty.slave };
         started.stdin = Some(copy(&pty.master)?).filter(|_| process.stdin);
         started.stdout = Some(copy(&pty.master)?);
@@ -117,10 +117,10 @@ fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Stre
         return Ok((started, streams));
     }
     let pipe = || -> Result<_, Failure> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).context("make a pipe")?;
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).context("create a pipe")?;
         // A program may open its own streams anew, by /dev/stdout.
         for end in [&read, &write] {
-            owner(end, identity.gid).context("own a pipe")?;
+            owner(end, identity.gid).context("change the owner of a pipe")?;
         }
         Ok((read, write))
     };
@@ -180,11 +180,11 @@ fn exec(programs: &[CString], args: &[CString], env: &[CString]) -> Errno {
 /// What the program's name may mean: itself where it is a path, else a file in each folder of PATH.
 fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> {
     let name = args.first().map(|name| name.to_bytes());
-    let name = name.ok_or_else(|| Failure::new("there is nothing to run: the image names no command, type one"))?;
+    let name = name.ok_or_else(|| Failure::new("no command specified, and the image has none"))?;
     if name.is_empty() {
-        return Err(Failure { message: "\"\": an empty word is no command".into(), code: CODE_NOT_FOUND });
+        return Err(Failure { message: "\"\": the command is empty".into(), code: CODE_NOT_FOUND });
     }
-    let text = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| Failure::new("PATH holds a zero byte"));
+    let text = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| Failure::new("PATH contains a NUL byte"));
     if name.contains(&b'/') {
         return Ok(vec![text(name.to_vec())?]);
     }
@@ -223,12 +223,12 @@ fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
         Some(Stage::Program) => match error {
             Errno::ENOENT if name.contains('/') => format!("{name}: no such file, or its interpreter is missing"),
             Errno::ENOENT => format!("{name}: not found in PATH"),
-            Errno::ENOEXEC => format!("{name}: not a program that this kernel runs"),
+            Errno::ENOEXEC => format!("{name}: exec format error"),
             _ => format!("{name}: {why}"),
         },
         Some(Stage::Folder) => format!("enter the working directory {}: {why}", folder.display()),
         Some(Stage::Limits) => format!("set the resource limits: {why}"),
-        Some(Stage::Identity) => format!("become user {:?}: {why}", process.user),
+        Some(Stage::Identity) => format!("switch to user {:?}: {why}", process.user),
         _ => format!("start {name}: {why}"),
     };
     let code = match (stage, error) {
@@ -272,7 +272,7 @@ mod tests {
         assert_eq!(find("./sh", "/a").unwrap(), ["./sh"]);
         let failure = find("", "/a").unwrap_err();
         assert!(failure.code == CODE_NOT_FOUND && failure.message.starts_with("\"\": "), "{failure:?}");
-        assert!(programs(&[], &[]).unwrap_err().message.contains("nothing to run"));
+        assert!(programs(&[], &[]).unwrap_err().message.contains("no command specified"));
     }
 
     #[test]

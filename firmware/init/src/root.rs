@@ -33,7 +33,7 @@ impl Kept {
         use std::os::fd::AsFd;
         let _ = nix::unistd::syncfs(&self.0);
         if let Err(error) = sys::freeze(self.0.as_fd()) {
-            report::say(&format!("settle the disk: {error}"));
+            report::say(&format!("unmount the disk: {error}"));
         }
     }
 }
@@ -77,7 +77,7 @@ fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure>
         Overlay::Disk(device) => {
             await_device(device)?;
             mount_device(device, OVERLAY, "ext4", MsFlags::empty(), "")
-                .context(format_args!("mount {device}, the disk for changes (ext4)"))?;
+                .context(format_args!("mount the writable disk {device} (ext4)"))?;
             Some(keep(OVERLAY)?)
         }
         Overlay::Memory | Overlay::ReadOnly => {
@@ -97,9 +97,10 @@ fn make_upper() -> Result<(), Failure> {
     let (upper, work) = (format!("{OVERLAY}/upper"), format!("{OVERLAY}/work"));
     if !Path::new(&upper).exists() {
         make_folder(&upper)?;
-        let image = fs::metadata(IMAGE).context("look at the image's root")?;
-        chown(&upper, Some(image.uid()), Some(image.gid())).context("own the root")?;
-        fs::set_permissions(&upper, Permissions::from_mode(image.mode() & 0o7777)).context("open the root")?;
+        let image = fs::metadata(IMAGE).context("read the root of the image")?;
+        chown(&upper, Some(image.uid()), Some(image.gid())).context("change the owner of the root")?;
+        fs::set_permissions(&upper, Permissions::from_mode(image.mode() & 0o7777))
+            .context("change the mode of the root")?;
     }
     make_folder(&work)
 }
@@ -112,9 +113,7 @@ fn await_device(device: &str) -> Result<(), Failure> {
     let started = Instant::now();
     while !Path::new(device).exists() {
         if started.elapsed() > DEVICE_PATIENCE {
-            return Err(Failure::new(format_args!(
-                "there is no {device}: does the kernel have a driver for virtio disks?"
-            )));
+            return Err(Failure::new(format_args!("no device {device}: does the kernel have a virtio-blk driver?")));
         }
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -131,7 +130,7 @@ pub fn enter(spec: &Spec) -> Result<(), Failure> {
     chroot(".").and_then(|()| chdir("/")).context("change the root")?;
     mount_system();
     if !spec.hostname.is_empty() {
-        sethostname(&spec.hostname).context(format_args!("name the machine {:?}", spec.hostname))?;
+        sethostname(&spec.hostname).context(format_args!("set the host name {:?}", spec.hostname))?;
     }
     let Start::Process(process) = &spec.start else { return Ok(()) };
     set_up_network(spec)?;
@@ -173,7 +172,11 @@ fn mount_system() {
 /// Makes a folder and those above it, for all to enter.
 pub fn make_folder(path: impl AsRef<Path>) -> Result<(), Failure> {
     let path = path.as_ref();
-    DirBuilder::new().recursive(true).mode(0o755).create(path).context(format_args!("make folder {}", path.display()))
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .context(format_args!("create directory {}", path.display()))
 }
 
 /// As containers have it: a loopback interface, those that husk knows of, and ports and pings for everybody.
@@ -213,5 +216,5 @@ fn replace(path: &Path, content: &[u8]) -> Result<(), Failure> {
 
 fn forbid_changes() -> Result<(), Failure> {
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    mount_call(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("make the root read-only")
+    mount_call(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("remount the root read-only")
 }

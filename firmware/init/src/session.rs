@@ -129,7 +129,7 @@ impl Session {
     fn join_streams(&mut self, started: Started) -> Result<Pid, Failure> {
         let join = |from: Option<OwnedFd>, to: Option<OwnedFd>| match (from, to) {
             (Some(from), Some(to)) => {
-                Pump::new(from, to).map(Some).map_err(|error| Failure::new(format_args!("join streams: {error}")))
+                Pump::new(from, to).map(Some).map_err(|error| Failure::new(format_args!("connect a stream: {error}")))
             }
             _ => Ok(None),
         };

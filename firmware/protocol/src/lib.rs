@@ -55,10 +55,10 @@ impl core::fmt::Display for Malformed {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
             Malformed::Magic => write!(f, "not husk's protocol"),
-            Malformed::Version(version) => write!(f, "version {version} of the protocol, not {VERSION}"),
-            Malformed::Role(role) => write!(f, "no connection has role {role}"),
+            Malformed::Version(version) => write!(f, "protocol version {version}, expected {VERSION}"),
+            Malformed::Role(role) => write!(f, "unknown connection role {role}"),
             Malformed::TooLong(bytes) => write!(f, "a message of {bytes} bytes is too long"),
-            Malformed::Content => write!(f, "no message that is known"),
+            Malformed::Content => write!(f, "unknown message"),
         }
     }
 }

@@ -65,8 +65,8 @@ impl Pair {
         let mut one = CpuSet::new();
         let first = (0..CpuSet::count()).find(|cpu| processors.is_set(*cpu) == Ok(true)).unwrap_or(0);
         one.set(first).context("choose a processor")?;
-        let (child_reads, to_child) = pipe().context("make a pipe")?;
-        let (from_child, child_writes) = pipe().context("make a pipe")?;
+        let (child_reads, to_child) = pipe().context("create a pipe")?;
+        let (from_child, child_writes) = pipe().context("create a pipe")?;
         sched_setaffinity(myself, &one).context("keep to one processor")?;
         let other_end = &to_child;
         let child = sys::fork(move || {

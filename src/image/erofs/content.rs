@@ -123,7 +123,7 @@ impl Data {
     pub fn take_sparse(&mut self, reader: &mut dyn Read, size_bytes: u64, parts: &[Range<u64>]) -> Result<Content> {
         let blocks = size_bytes.div_ceil(BLOCK_BYTES as u64);
         // Four bytes of memory for each block.
-        ensure!(blocks <= 1 << 26, "a sparse file of {size_bytes} bytes is too long (256 GiB are the most)");
+        ensure!(blocks <= 1 << 26, "a sparse file of {size_bytes} bytes is too large (the maximum is 256 GiB)");
         let mut map = vec![HOLE; blocks as usize];
         let mut block = [0; BLOCK_BYTES];
         let mut pending: Option<u64> = None;
@@ -200,7 +200,7 @@ impl Data {
     /// The next block that will be written.
     pub fn next_block(&self) -> Result<u32> {
         let block = (self.buffer_at + self.buffer.len() as u64).div_ceil(BLOCK_BYTES as u64);
-        u32::try_from(block).ok().filter(|&block| block < HOLE).context("the image is longer than 16 TiB")
+        u32::try_from(block).ok().filter(|&block| block < HOLE).context("the image is larger than 16 TiB")
     }
 
     /// Appends bytes as they are.

@@ -46,11 +46,11 @@ impl Auth {
         let header = if let Some(challenge) = challenges.iter().find(|found| found.scheme == "bearer") {
             format!("Bearer {}", self.token(agent, challenge, credential)?)
         } else if challenges.iter().any(|found| found.scheme == "basic") {
-            let login = || format!("{server} wants a name and a password: type `docker login {server}`");
+            let login = || format!("{server} requires a username and password: run `docker login {server}`");
             basic(&credential.with_context(login)?)
-                .with_context(|| format!("{server} wants a name and a password, not a token"))?
+                .with_context(|| format!("{server} requires a username and password, not a token"))?
         } else {
-            bail!("{server} refuses, and does not say what it wants");
+            bail!("{server} denied access without an authentication challenge");
         };
         *self.header.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(header);
         Ok(())
@@ -63,10 +63,10 @@ impl Auth {
             token: Option<String>,
             access_token: Option<String>,
         }
-        let realm = challenge.get("realm").context("the registry does not say who gives tokens")?;
+        let realm = challenge.get("realm").context("the registry does not name a token server")?;
         ensure!(
             may_ask(realm, &self.reference.registry),
-            "the registry's tokens come from {realm:?}, which is not encrypted"
+            "the registry's token server is {realm:?}, which is not encrypted"
         );
         let service = challenge.get("service").unwrap_or_default();
         let scope = challenge.get("scope").unwrap_or(&self.scope);
@@ -86,17 +86,17 @@ impl Auth {
                 request.call()
             }
         };
-        let asked = || ask().with_context(|| format!("ask {realm} for a token"));
+        let asked = || ask().with_context(|| format!("request a token from {realm}"));
         let mut response = retry::patiently(realm, asked)?;
         ensure!(
             response.status().is_success(),
-            "{realm} gives no token ({}): type `docker login {}` again",
+            "{realm} denied the token ({}): run `docker login {}` again",
             response.status(),
             self.reference.registry
         );
         let body = response.body_mut().with_config().limit(TOKEN_MAX_BYTES).read_to_vec()?;
-        let answer: Answer = serde_json::from_slice(&body).with_context(|| format!("read the token of {realm}"))?;
-        answer.token.or(answer.access_token).with_context(|| format!("{realm} gives no token"))
+        let answer: Answer = serde_json::from_slice(&body).with_context(|| format!("read the token from {realm}"))?;
+        answer.token.or(answer.access_token).with_context(|| format!("{realm} sent no token"))
     }
 }
 

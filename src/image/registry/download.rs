@@ -38,7 +38,7 @@ impl Registry {
             let found = hasher.digest();
             if found != blob.digest {
                 work.remove();
-                bail!("the registry sent {found}");
+                bail!("the registry sent data with digest {found}");
             }
             work.keep_as(store, &store.blob_path(blob.digest))
         };
@@ -51,7 +51,7 @@ impl Registry {
         if file.metadata()?.len() > blob.size {
             file.set_len(0)?;
         }
-        io::copy(&mut &*file, &mut HashWriter(&mut hasher)).context("read what came before")?;
+        io::copy(&mut &*file, &mut HashWriter(&mut hasher)).context("read the partial download")?;
         done_bytes.fetch_add(hasher.len_bytes(), Ordering::Relaxed);
         let mut attempts = 0;
         while hasher.len_bytes() < blob.size {
@@ -61,7 +61,7 @@ impl Registry {
             match result {
                 Ok(()) => {}
                 Err(error) if attempts < ATTEMPTS && is_passing(&error) => {
-                    log::info!("{}: {error:#}: going on at byte {}", blob.digest.short(), hasher.len_bytes());
+                    log::info!("{}: {error:#}: resuming at byte {}", blob.digest.short(), hasher.len_bytes());
                     std::thread::sleep(FIRST_PAUSE * (1 << attempts));
                 }
                 Err(error) => return Err(error),
@@ -81,7 +81,7 @@ impl Registry {
             file.set_len(0)?;
             done_bytes.fetch_sub(from_byte, Ordering::Relaxed);
             *hasher = Hasher::default();
-            ensure!(response.status() == StatusCode::OK, "the registry sends another part than was asked for");
+            ensure!(response.status() == StatusCode::OK, "the registry sent a different range than requested");
         }
         file.seek(SeekFrom::Start(hasher.len_bytes()))?;
         let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
@@ -93,7 +93,7 @@ impl Registry {
                 return Ok(());
             }
             let left_bytes = blob.size - hasher.len_bytes();
-            ensure!(len as u64 <= left_bytes, "it is longer than its {} bytes", blob.size);
+            ensure!(len as u64 <= left_bytes, "it is longer than the expected {} bytes", blob.size);
             file.write_all(&buffer[..len]).context("write it")?;
             hasher.update(&buffer[..len]);
             done_bytes.fetch_add(len as u64, Ordering::Relaxed);

@@ -111,15 +111,15 @@ impl Registry {
                 Manifest::Image { config, layers } => return self.of_manifest(&config, layers, found),
             }
         }
-        bail!("indexes within indexes, more than {MAX_INDEX_DEPTH} deep")
+        bail!("indexes are nested more than {MAX_INDEX_DEPTH} levels deep")
     }
 
     fn of_manifest(&self, descriptor: &Descriptor, layers: Vec<Descriptor>, digest: Digest) -> Result<RemoteImage> {
         let (id, size) = (descriptor.digest, descriptor.size);
-        ensure!(size <= JSON_MAX_BYTES, "a configuration of {size} bytes is too long");
+        ensure!(size <= JSON_MAX_BYTES, "a configuration of {size} bytes is too large");
         let json = self.small(&format!("blobs/{id}"), "*/*")?;
         let found = Digest::of(&json);
-        ensure!(found == id && json.len() as u64 == size, "the registry sent another configuration than {id}");
+        ensure!(found == id && json.len() as u64 == size, "the registry sent the wrong configuration for {id}");
         let config = ImageConfig::parse(&json)?;
         ensure!(
             config.diff_ids.len() == layers.len(),
@@ -157,7 +157,7 @@ impl Registry {
             if from_byte > 0 {
                 request = request.header("Range", format!("bytes={from_byte}-"));
             }
-            request.call().with_context(|| format!("ask {url}"))
+            request.call().with_context(|| format!("request {url}"))
         };
         let response = self.ask_as_user(url.clone(), |url| retry::patiently(&self.reference.registry, || ask(url)))?;
         self.check(response, path)
@@ -175,7 +175,7 @@ impl Registry {
             let asker = response.get_uri();
             ensure!(
                 origin(asker) == origin(&self.base.parse()?),
-                "{} sent on to {}, which wants to know who asks: only {0} is told that",
+                "{} redirected to {}, which requires authentication: credentials are sent only to {0}",
                 self.reference.registry,
                 origin(asker).concat()
             );
@@ -202,21 +202,21 @@ impl Registry {
         let name = &self.reference;
         match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => bail!(
-                "{} does not let you have {} (type `docker login {}`, or the name is wrong)",
+                "{} denied access to {}: check the name, or run `docker login {}`",
                 name.registry,
                 name.familiar(),
                 name.registry
             ),
-            StatusCode::NOT_FOUND => bail!("{} has no {}", name.registry, name.familiar()),
+            StatusCode::NOT_FOUND => bail!("{} does not have {}", name.registry, name.familiar()),
             StatusCode::TOO_MANY_REQUESTS => {
                 let after = retry::after(response.headers()).filter(|after| !after.is_zero());
                 let time = after.map_or(String::new(), |after| format!(" for {} s", after.as_secs()));
-                bail!("{} wants no more requests{time}: log in, or wait", name.registry)
+                bail!("{} does not accept more requests{time}: log in, or wait", name.registry)
             }
             _ => {
                 let body = response.body_mut().with_config().limit(300).lossy_utf8(true).read_to_string();
                 let body: String = body.unwrap_or_default().chars().take(200).collect();
-                bail!("{} answers {path} with {status} {body}", name.registry)
+                bail!("{} responded to {path} with {status} {body}", name.registry)
             }
         }
     }

@@ -87,11 +87,11 @@ impl Store {
             image.layers.iter().map(|layer| (layer.digest, layer.clone())).collect();
         let blobs: Vec<Descriptor> = blobs.into_values().collect();
         let total_bytes = blobs.iter().try_fold(0u64, |sum, blob| sum.checked_add(blob.size));
-        let total_bytes = total_bytes.context("its layers are too long")?;
+        let total_bytes = total_bytes.context("its layers are too large")?;
         let limit_bytes = self.unpack_limit()?;
         ensure!(
             total_bytes <= limit_bytes,
-            "its layers have {} MiB, and {} MiB are free on the disk, or allowed",
+            "its layers take {} MiB, and {} MiB of disk space are free or allowed",
             total_bytes >> 20,
             limit_bytes >> 20
         );
@@ -115,7 +115,7 @@ impl Store {
             std::thread::sleep(TICK);
         }
         for thread in threads {
-            thread.join().map_err(|_| anyhow!("a download ended by a fault"))?;
+            thread.join().map_err(|_| anyhow!("a download thread panicked"))?;
         }
         let error = shared.error.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         error.map_or(Ok(()), Err)

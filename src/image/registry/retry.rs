@@ -27,7 +27,7 @@ pub fn patiently(who: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<Bod
         if wanted > LONGEST_PAUSE {
             return Ok(response);
         }
-        log::warn!("{who} answers {}: asking again in {} s", response.status(), wanted.as_secs_f64().ceil());
+        log::warn!("{who} responded with {}: retrying in {} s", response.status(), wanted.as_secs_f64().ceil());
         std::thread::sleep(wanted);
         pause *= 2;
     }

@@ -21,7 +21,7 @@ impl Header {
             bytes.map(|(at, &byte)| value(if (148..156).contains(&at) { b' ' } else { byte })).sum()
         };
         // Old programs have counted with signs.
-        ensure!([counted(false), counted(true)].contains(&(said as i64)), "a header with a wrong checksum");
+        ensure!([counted(false), counted(true)].contains(&(said as i64)), "a header has a wrong checksum");
         Ok(header)
     }
 
@@ -98,9 +98,9 @@ pub fn number(field: &[u8]) -> Result<i64> {
                 let value = value << 8 | i128::from(byte);
                 i64::try_from(value).is_ok().then_some(value)
             });
-            value.and_then(|value| i64::try_from(value).ok()).context("a number that is too large")
+            value.and_then(|value| i64::try_from(value).ok()).context("the number is too large")
         }
-        field => i64::try_from(octal(field)?).context("a number that is too large"),
+        field => i64::try_from(octal(field)?).context("the number is too large"),
     }
 }
 
@@ -109,7 +109,7 @@ fn octal(field: &[u8]) -> Result<u64> {
     let start = field.iter().position(|byte| !is_space(byte)).unwrap_or(field.len());
     let digits = field[start..].split(is_space).next().unwrap_or_default();
     digits.iter().try_fold(0u64, |value, &digit| {
-        ensure!(matches!(digit, b'0'..=b'7'), "a number that is none");
+        ensure!(matches!(digit, b'0'..=b'7'), "not a number");
         // Twelve digits of three bits each cannot overflow.
         Ok(value << 3 | u64::from(digit - b'0'))
     })

@@ -95,7 +95,7 @@ impl<R: Skip> Archive<R> {
         loop {
             self.skip_content()?;
             let Some(header) = self.read_header()? else {
-                ensure!(extended.is_empty(), "it ends behind an extended header");
+                ensure!(extended.is_empty(), "it ends after an extended header");
                 return Ok(None);
             };
             match header.kind() {
@@ -150,7 +150,7 @@ impl<R: Skip> Archive<R> {
             b'4' => device().map(|(major, minor)| Kind::Block { major, minor })?,
             b'5' | b'D' => Kind::Directory,
             b'6' => Kind::Fifo,
-            other => bail!("{}: an entry of unknown kind {:?}", shown(&path), char::from(other)),
+            other => bail!("{}: unknown entry type {:?}", shown(&path), char::from(other)),
         };
         // Only files have content: what the others say of their size is that of what they are linked to, or nothing.
         let has_content = matches!(kind, Kind::File) || header.kind() == b'D';
@@ -186,7 +186,7 @@ impl<R: Skip> Archive<R> {
     }
 
     fn begin_content(&mut self, size_bytes: u64) -> Result<()> {
-        ensure!(size_bytes <= i64::MAX as u64, "a file of {size_bytes} bytes is too long");
+        ensure!(size_bytes <= i64::MAX as u64, "a file of {size_bytes} bytes is too large");
         self.unread_bytes = size_bytes;
         self.padding_bytes = size_bytes.next_multiple_of(RECORD_BYTES as u64) - size_bytes;
         Ok(())
@@ -217,7 +217,7 @@ impl<R: Skip> Archive<R> {
 
     fn read_extended(&mut self, header: &Header) -> Result<Vec<u8>> {
         let size_bytes = header.size_bytes()?;
-        ensure!(size_bytes <= EXTENDED_MAX_BYTES, "an extended header of {size_bytes} bytes is too long");
+        ensure!(size_bytes <= EXTENDED_MAX_BYTES, "an extended header of {size_bytes} bytes is too large");
         self.begin_content(size_bytes)?;
         let mut bytes = vec![0; size_bytes as usize];
         self.content().read_exact(&mut bytes).context("it ends in the middle of an extended header")?;

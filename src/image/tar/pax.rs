@@ -150,7 +150,7 @@ impl Pax {
         if erofs::keeps_xattr(name) {
             self.xattrs.insert(name.into(), value.into());
         } else {
-            log::debug!("extended attribute {} is of no namespace that can be kept", super::shown(name));
+            log::debug!("extended attribute {} has an unsupported namespace", super::shown(name));
         }
     }
 }
@@ -184,9 +184,9 @@ fn number(value: &[u8]) -> Result<Option<u64>> {
 
 /// A decimal number without a sign.
 pub fn decimal(digits: &[u8]) -> Result<u64> {
-    let text = std::str::from_utf8(digits).context("no number")?;
-    ensure!(text.bytes().all(|byte| byte.is_ascii_digit()), "no number");
-    text.parse().context("no number")
+    let text = std::str::from_utf8(digits).context("not a number")?;
+    ensure!(text.bytes().all(|byte| byte.is_ascii_digit()), "not a number");
+    text.parse().context("not a number")
 }
 
 /// Seconds since 1970, with a fraction, maybe before it; as seconds and the nanoseconds after them.
@@ -198,7 +198,7 @@ fn time(value: &[u8]) -> Result<(i64, u32)> {
     let mut parts = digits.splitn(2, |&byte| byte == b'.');
     let seconds = i64::try_from(decimal(parts.next().unwrap_or_default())?)?;
     let fraction = parts.next().unwrap_or_default();
-    ensure!(fraction.iter().all(u8::is_ascii_digit), "no number");
+    ensure!(fraction.iter().all(u8::is_ascii_digit), "not a number");
     let digits = fraction.iter().copied().chain(std::iter::repeat(b'0')).take(9);
     let nanoseconds = digits.fold(0, |value, digit| value * 10 + u32::from(digit - b'0'));
     Ok(match (is_negative, nanoseconds) {

@@ -21,7 +21,7 @@ impl Map {
     /// The map from offsets and lengths in turn.
     pub fn from_numbers(size_bytes: u64, numbers: &[u64]) -> Result<Map> {
         let (pairs, odd) = numbers.as_chunks();
-        ensure!(odd.is_empty(), "a part of a sparse file without its length");
+        ensure!(odd.is_empty(), "a sparse file has a region without a length");
         let parts = pairs.iter().map(|&[offset, len]| part(offset, len)).collect::<Result<Vec<_>>>()?;
         Ok(Map { size_bytes, parts })
     }
@@ -31,18 +31,18 @@ impl Map {
         let mut end = 0;
         let mut total_bytes: u64 = 0;
         for part in &self.parts {
-            ensure!(part.start >= end && part.end <= self.size_bytes, "a sparse file with a wrong map");
+            ensure!(part.start >= end && part.end <= self.size_bytes, "a sparse file has an invalid map");
             end = part.end;
             // The parts do not overlap, so this is no more than the size.
             total_bytes += part.end - part.start;
         }
-        ensure!(total_bytes == content_bytes, "a sparse file with a wrong map");
+        ensure!(total_bytes == content_bytes, "a sparse file has an invalid map");
         Ok(())
     }
 }
 
 fn part(offset: u64, len: u64) -> Result<Range<u64>> {
-    Ok(offset..offset.checked_add(len).context("a part of a sparse file that is too long")?)
+    Ok(offset..offset.checked_add(len).context("a sparse file has a region that is too large")?)
 }
 
 /// GNU's oldest format: four parts in the header, and more in records behind it.
@@ -59,7 +59,7 @@ pub fn read_gnu(header: &Header, reader: &mut impl Read) -> Result<Map> {
             let (offset, len) = (header::number(&pair[..12])?, header::number(&pair[12..])?);
             parts.push(part(u64::try_from(offset)?, u64::try_from(len)?)?);
         }
-        ensure!(parts.len() <= MAX_PARTS, "a sparse file of too many parts");
+        ensure!(parts.len() <= MAX_PARTS, "a sparse file has too many regions");
         Ok(())
     };
     take(in_header)?;
@@ -76,7 +76,7 @@ pub fn read_gnu(header: &Header, reader: &mut impl Read) -> Result<Map> {
 pub fn read_content(content: &mut impl Read, size_bytes: u64) -> Result<Map> {
     let mut lines = Lines { content, record: [0; RECORD_BYTES], at: RECORD_BYTES };
     let count = usize::try_from(lines.number()?)?;
-    ensure!(count <= MAX_PARTS, "a sparse file of too many parts");
+    ensure!(count <= MAX_PARTS, "a sparse file has too many regions");
     let mut parts = Vec::new();
     for _ in 0..count {
         let (offset, len) = (lines.number()?, lines.number()?);
@@ -104,7 +104,7 @@ impl<R: Read> Lines<'_, R> {
             match byte {
                 b'\n' => return pax::decimal(&digits),
                 b'0'..=b'9' if digits.len() < 20 => digits.push(byte),
-                _ => bail!("a sparse file with a wrong map"),
+                _ => bail!("a sparse file has an invalid map"),
             }
         }
     }

@@ -110,7 +110,7 @@ impl Place {
         match fs::create_dir(&folder) {
             // A process of our number that was killed.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => made.with_context(|| format!("make the control group {}", folder.display()))?,
+            made => made.with_context(|| format!("create the cgroup {}", folder.display()))?,
         }
         // From here on dropping it cleans up.
         let Place { version, mount, home } = self.clone();
@@ -193,7 +193,7 @@ pub(super) fn write(group: &Path, file: &str, value: &str) -> Result<()> {
         fs::File::options().write(true).open(&path).and_then(|mut file| io::Write::write(&mut file, value.as_bytes()));
     match written {
         Ok(count) if count == value.len() => Ok(()),
-        Ok(_) => bail!("write {value} to {}: not all of it was taken", path.display()),
+        Ok(_) => bail!("write {value} to {}: short write", path.display()),
         Err(error) => Err(anyhow!(error).context(format!("write {value} to {}", path.display()))),
     }
 }

@@ -77,11 +77,9 @@ impl Hold {
     /// Changes the limit of memory, of a machine that was started with one.
     pub fn set_memory(&mut self, bytes: Option<u64>) -> Result<()> {
         if self.limits.memory_bytes.is_none() && bytes.is_some() {
-            bail!(
-                "the machine was started without a limit of the host's memory (--host-memory), and cannot get one now"
-            );
+            bail!("the machine was started without a host memory limit (--host-memory), and cannot get one now");
         }
-        self.write_memory(bytes).context("change the machine's limit of the host's memory")
+        self.write_memory(bytes).context("change the host memory limit of the machine")
     }
 
     /// The group that gives out `controller`, made if need be.
@@ -91,7 +89,7 @@ impl Hold {
             None => {
                 let place = Place::of_this_process(controller)?;
                 let place =
-                    place.with_context(|| format!("this host has no control groups for {}", controller.name()))?;
+                    place.with_context(|| format!("this host has no cgroup controller for {}", controller.name()))?;
                 // In version 2 one group does for all.
                 match self.groups.iter().position(|(_, group)| group.folder == place.home) {
                     Some(index) => {
@@ -152,23 +150,23 @@ fn weight(shares: u32) -> u32 {
 }
 
 fn quota_advice(millicpus: Option<u32>) -> String {
-    let Some(millicpus) = millicpus else { return "lift the machine's limit of processor time".to_owned() };
+    let Some(millicpus) = millicpus else { return "remove the CPU limit of the machine".to_owned() };
     let (limit, quota) = (f64::from(millicpus) / 1000.0, f64::from(millicpus) / 10.0);
     let start = format!("{} -p CPUQuota={quota}%", scope());
-    format!("hold the machine to {limit} CPUs (start it as `{start} husk ...`, with a whole number of --cpus)")
+    format!("limit the machine to {limit} CPUs (start it with `{start} husk ...`, and a whole number of --cpus)")
 }
 
 fn shares_advice(shares: Option<u32>) -> String {
-    let Some(shares) = shares else { return "give the machine as much of processors as others".to_owned() };
+    let Some(shares) = shares else { return "reset the CPU shares of the machine".to_owned() };
     let start = format!("{} -p CPUWeight={}", scope(), weight(shares));
-    format!("give the machine {shares} shares of processors (start it as `{start} husk ...`, without --cpu-shares)")
+    format!("give the machine {shares} CPU shares (start it with `{start} husk ...`, without --cpu-shares)")
 }
 
 fn memory_advice(bytes: Option<u64>) -> String {
     let limit_mib = bytes.unwrap_or_default() >> 20;
     let start = format!("{} -p MemoryMax={limit_mib}M", scope());
     format!(
-        "hold the machine to {limit_mib} MiB of the host's memory (start it as `{start} husk ...`, without --host-memory)"
+        "limit the machine to {limit_mib} MiB of host memory (start it with `{start} husk ...`, without --host-memory)"
     )
 }
 

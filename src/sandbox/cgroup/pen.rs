@@ -62,7 +62,7 @@ impl Pen {
     /// A group that `controller` is given out to, made if need be.
     fn place(&mut self, name: &str, controller: Controller) -> Result<(Version, PathBuf)> {
         let place = Place::of_this_process(controller)?;
-        let place = place.with_context(|| format!("this host has no control groups for {}", controller.name()))?;
+        let place = place.with_context(|| format!("this host has no cgroup controller for {}", controller.name()))?;
         let mut refused = None;
         // In version 2 one group does for all: a process is in one only.
         let made = self.folders.first().filter(|_| place.version == Version::V2).and_then(|folder| folder.parent());
@@ -73,17 +73,22 @@ impl Pen {
                 Err(error) => refused = Some(error),
             }
         }
-        Err(refused.context("there is no place for it")?).with_context(|| format!("make the control group {name}"))
+        Err(refused.context("there is no place for it")?).with_context(|| format!("create the cgroup {name}"))
     }
 
     fn make(&mut self, place: &Place, parent: &Path, folder: &PathBuf, controller: Controller) -> Result<()> {
         if place.version == Version::V2 && !group::gives_out(parent, controller) {
             // What others share is changed at the root only, where it is everybody's.
-            ensure!(parent == place.mount, "{} gives out no {}", parent.display(), controller.name());
+            ensure!(
+                parent == place.mount,
+                "{} does not delegate the {} controller",
+                parent.display(),
+                controller.name()
+            );
             group::write(parent, "cgroup.subtree_control", &format!("+{}", controller.name()))?;
         }
         if !self.folders.contains(folder) {
-            fs::create_dir(folder).with_context(|| format!("make {}", folder.display()))?;
+            fs::create_dir(folder).with_context(|| format!("create {}", folder.display()))?;
             self.folders.push(folder.clone());
         }
         Ok(())
@@ -139,7 +144,7 @@ fn remove(folder: &Path) -> Result<()> {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             Err(error) if started.elapsed() > GONE_WITHIN => {
-                bail!("remove the control group {}: {error}", folder.display())
+                bail!("remove the cgroup {}: {error}", folder.display())
             }
             Err(_) => {}
         }

@@ -256,7 +256,7 @@ impl Net {
         if let Err(error) = &used
             && self.log_rate.allows()
         {
-            log::warn!("{}: the host does not serve {pairs} pairs of queues: {error}", self.common.name);
+            log::warn!("{}: the host does not support {pairs} queue pairs: {error}", self.common.name);
         }
         used.is_ok()
     }

@@ -36,7 +36,7 @@ impl<R: Read> Entries<R> {
             (Some(name), Some(last)) => {
                 check_name(name)?;
                 if !self.is_trusted && name <= last.as_slice() {
-                    return Err(failure("the sender sends names that are out of order"));
+                    return Err(failure("the sender sent names out of order"));
                 }
                 *last = name.to_vec();
             }
@@ -44,7 +44,7 @@ impl<R: Read> Entries<R> {
         }
         if entry.is_folder() {
             if self.open.len() >= DEPTH_MAX {
-                return Err(failure("the sender sends too many folders in each other"));
+                return Err(failure("the sender sent too many nested directories"));
             }
             self.open.push(Vec::new());
         }
@@ -59,7 +59,7 @@ impl<R: Read> Entries<R> {
             match count as usize {
                 0 => return Ok(()),
                 count @ 1..=PIECE_BYTES => piece.resize(count, 0),
-                _ => return Err(failure("the sender sends too long a piece")),
+                _ => return Err(failure("the sender sent too much data at once")),
             }
             self.input.read_exact(&mut piece).map_err(|_| gone())?;
             take(&piece)?;
@@ -73,7 +73,7 @@ impl<R: Read> Entries<R> {
                 Ok(Some(Entry::Failed(why))) => return Err(failure(why)),
                 Ok(Some(entry)) => return Ok(entry),
                 Ok(None) => {}
-                Err(error) => return Err(failure(format!("the sender says what makes no sense: {error}"))),
+                Err(error) => return Err(failure(format!("the sender sent invalid data: {error}"))),
             }
             let mut bytes = [0; 1];
             self.input.read_exact(&mut bytes).map_err(|_| gone())?;
@@ -86,13 +86,13 @@ impl<R: Read> Entries<R> {
 pub(super) fn check_name(name: &[u8]) -> io::Result<()> {
     let has_length = (1..=NAME_MAX_BYTES).contains(&name.len());
     let leads_on = name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0);
-    if has_length && !leads_on { Ok(()) } else { Err(failure("the sender sends a name that is none")) }
+    if has_length && !leads_on { Ok(()) } else { Err(failure("the sender sent an invalid name")) }
 }
 
 fn nonsense() -> io::Error {
-    failure("the sender says what makes no sense")
+    failure("the sender sent invalid data")
 }
 
 fn gone() -> io::Error {
-    failure("the sender has gone before it had sent all")
+    failure("the sender closed the connection before everything was sent")
 }

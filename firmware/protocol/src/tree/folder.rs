@@ -77,7 +77,7 @@ impl Folder {
     /// Gives the file that `names` lead to, from `root`, a further name in this folder, in place of a file or a link.
     pub fn make_same(&self, name: &OsStr, root: &Folder, names: &[Vec<u8>]) -> io::Result<()> {
         let Some((file, folders)) = names.split_last() else {
-            return Err(failure("the sender wants another name for no file"));
+            return Err(failure("the sender sent a hard link to nothing"));
         };
         let mut inner = None;
         for folder in folders {
@@ -88,7 +88,7 @@ impl Folder {
         let (from, file) = (inner.as_ref().unwrap_or(root), OsStr::from_bytes(file));
         let found = from.told("link to", file, fs::statat(&from.fd, file, AtFlags::SYMLINK_NOFOLLOW))?;
         if FileType::from_raw_mode(found.st_mode).is_dir() {
-            return Err(failure(format!("link to {}: it is no file", from.path_of(file).display())));
+            return Err(failure(format!("link to {}: not a regular file", from.path_of(file).display())));
         }
         self.clear(name)?;
         self.told("make", name, fs::linkat(&from.fd, file, &self.fd, name, AtFlags::empty()))

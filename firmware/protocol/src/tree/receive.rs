@@ -59,7 +59,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
     fn receive(&mut self, to: &Path) -> io::Result<()> {
         let Some(first) = self.entries.next_entry()? else { return Ok(()) };
         if self.terms.must_be_folder && !first.is_folder() {
-            return Err(failure("the sender sends what is no folder"));
+            return Err(failure("the sender did not send a directory"));
         }
         if let Entry::Link(_, target, _) = &first {
             self.copied.link = Some(PathBuf::from(OsString::from_vec(target.clone())));
@@ -76,7 +76,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         }
         while let Some(entry) = self.entries.next_entry()? {
             // They are counted where they are read.
-            let Some(outer) = self.open.pop() else { return Err(failure("the sender says what makes no sense")) };
+            let Some(outer) = self.open.pop() else { return Err(failure("the sender sent invalid data")) };
             if entry == Entry::Leave {
                 self.complete(&outer)?;
                 continue;
@@ -97,7 +97,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         let name = self.terms.name.as_ref().map_or(first.name().unwrap_or_default(), |name| name.as_bytes());
         let is_contents = name == b".";
         if is_contents && !first.is_folder() {
-            return Err(failure("the sender sends what is no folder"));
+            return Err(failure("the sender did not send a directory"));
         }
         if fs::metadata(to).is_ok_and(|found| found.is_dir()) {
             let folder = Folder::open(to)?;
@@ -108,13 +108,13 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             return Ok(Place::In(folder, OsStr::from_bytes(name).to_owned()));
         }
         if first.is_folder() && fs::symlink_metadata(to).is_ok() {
-            return Err(failure(format!("{}: a file is there, which cannot become a folder", to.display())));
+            return Err(failure(format!("{}: a file exists, which cannot be replaced with a directory", to.display())));
         }
         if to.as_os_str().as_bytes().ends_with(b"/") && !first.is_folder() {
-            return Err(failure(format!("{}: there is no such folder", to.display())));
+            return Err(failure(format!("{}: no such directory", to.display())));
         }
         let to = if matches!(first, Entry::File(..)) { through_links(to)? } else { to.to_owned() };
-        let missing = || failure(format!("{}: there is no such folder", to.display()));
+        let missing = || failure(format!("{}: no such directory", to.display()));
         let name = to.file_name().ok_or_else(missing)?.to_owned();
         Ok(Place::In(Folder::open(to.parent().unwrap_or(Path::new("")))?, name))
     }
@@ -136,13 +136,13 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
                 }
                 Ok(None)
             }
-            _ => Err(failure("the sender says what makes no sense")),
+            _ => Err(failure("the sender sent invalid data")),
         }
     }
 
     fn make_same(&mut self, folder: &Folder, name: &OsStr, names: &[Vec<u8>]) -> io::Result<()> {
         if !self.terms.trusted {
-            return Err(failure("the sender wants another name for a file, which is not for it to say"));
+            return Err(failure("the sender sent a hard link, which it must not"));
         }
         names.iter().try_for_each(|name| check_name(name))?;
         self.copied.entries += 1;

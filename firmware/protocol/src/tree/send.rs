@@ -72,7 +72,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             return self.file(path, name, follow, depth);
         }
         if depth >= DEPTH_MAX {
-            return Err(failure(format!("{}: too many folders in each other", path.display())));
+            return Err(failure(format!("{}: too many nested directories", path.display())));
         }
         self.copied.entries += 1;
         self.out.say(&Entry::Folder(name, About::from(&metadata)))?;
@@ -94,7 +94,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     /// Leaves something out that was found in a folder. What the user asked for is not left out without an error.
     fn skip(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         if depth == 0 {
-            return Err(failure(format!("{}: no file, folder or link", path.display())));
+            return Err(failure(format!("{}: not a file, directory or symbolic link", path.display())));
         }
         self.copied.skipped.push(path.to_owned());
         Ok(())

@@ -107,8 +107,8 @@ fn a_file_goes_to_a_folder_or_to_a_name() {
         (b"x".to_vec(), b"x".to_vec())
     );
     let missing = format!("{}/none/", place.0.display());
-    assert!(received(&sent(&file), Path::new(&missing)).unwrap_err().to_string().contains("no such folder"));
-    assert!(received(&sent(&folder), &file).unwrap_err().to_string().contains("cannot become a folder"));
+    assert!(received(&sent(&file), Path::new(&missing)).unwrap_err().to_string().contains("no such directory"));
+    assert!(received(&sent(&folder), &file).unwrap_err().to_string().contains("cannot be replaced with a directory"));
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn nothing_is_written_outside_or_through_a_link() {
     let link = Entry::Link(b"link".to_vec(), outside.clone().into_os_string().into_vec(), ABOUT);
     for name in [&b"../outside/file"[..], b"..", b".", b"", b"a/b", b"/etc/x", b"a\0b"] {
         let entries = [vec![folder(b"x")], file(name).to_vec(), vec![Entry::Leave, Entry::End]].concat();
-        assert!(received(&stream(&entries), &inside).unwrap_err().to_string().contains("a name that is none"));
+        assert!(received(&stream(&entries), &inside).unwrap_err().to_string().contains("an invalid name"));
     }
     // A folder where the stream has made a link, and a file where it leads.
     let entries = [vec![folder(b"x"), link.clone(), folder(b"link")], file(b"file").to_vec()].concat();
@@ -170,7 +170,7 @@ fn another_name_for_a_file_is_made_for_who_is_trusted_and_through_no_link() {
         stream(&[Entry::Enter(b".".to_vec()), Entry::Same(b"b".to_vec(), names), Entry::Leave, Entry::End])
     };
     let trusted = |bytes: Vec<u8>| received_by(trusting(), &bytes, &to);
-    assert!(received(&same(&["d", "a"]), &to).unwrap_err().to_string().contains("not for it to say"));
+    assert!(received(&same(&["d", "a"]), &to).unwrap_err().to_string().contains("which it must not"));
     for names in [&["link", "secret"][..], &["..", "outside", "secret"], &["d"], &[], &["d", "none"], &["d/a"]] {
         assert!(trusted(same(names)).is_err(), "{names:?}");
     }
@@ -228,9 +228,9 @@ fn the_name_and_the_kind_are_the_receivers() {
         [[file(b".", ABOUT, b"x"), end.clone()].concat(), stream(&[Entry::Link(b".".into(), b"/".into(), ABOUT)])]
     {
         for to in [&to, &own] {
-            assert!(received_by(called("."), &sent, to).unwrap_err().to_string().contains("no folder"));
+            assert!(received_by(called("."), &sent, to).unwrap_err().to_string().contains("not send a directory"));
             let terms = Terms { must_be_folder: true, ..called("logs") };
-            assert!(received_by(terms, &sent, to).unwrap_err().to_string().contains("no folder"));
+            assert!(received_by(terms, &sent, to).unwrap_err().to_string().contains("not send a directory"));
         }
     }
     assert_eq!(fs::read(&own).unwrap(), b"mine");
@@ -392,7 +392,9 @@ fn what_is_gone_meanwhile_is_left_out_of_a_folder() {
 
 #[test]
 fn what_was_asked_for_is_not_left_out_in_silence() {
-    for (path, why) in [("/dev/null", "/dev/null: no file, folder or link"), ("/nowhere", "read /nowhere: ")] {
+    for (path, why) in
+        [("/dev/null", "/dev/null: not a file, directory or symbolic link"), ("/nowhere", "read /nowhere: ")]
+    {
         let error = send(Path::new(path), false, &mut Vec::new(), &mut |_| {}).unwrap_err().to_string();
         assert!(error.starts_with(why), "{error}");
     }

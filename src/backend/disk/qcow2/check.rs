@@ -114,11 +114,11 @@ impl Tables<'_> {
     /// What is at `offset` is this and nothing else.
     fn claim(&mut self, offset: u64, len_bytes: u64) -> Result<(), Refusal> {
         if !offset.is_multiple_of(self.header.cluster_bytes()) {
-            return Err(Refusal::Damaged("a table names half a cluster"));
+            return Err(Refusal::Damaged("a table entry is not aligned to a cluster"));
         }
         for uses in self.clusters(offset, len_bytes)? {
             if std::mem::replace(uses, WHOLE) != 0 {
-                return Err(Refusal::Damaged("a cluster is used for two things"));
+                return Err(Refusal::Damaged("a cluster is used twice"));
             }
         }
         Ok(())
@@ -129,7 +129,7 @@ impl Tables<'_> {
         let (offset, len_bytes) = packed_place(entry, self.header.cluster_bits);
         for uses in self.clusters(offset, len_bytes)? {
             *uses = match *uses {
-                WHOLE => return Err(Refusal::Damaged("a cluster is used for two things")),
+                WHOLE => return Err(Refusal::Damaged("a cluster is used twice")),
                 uses if uses == WHOLE - 1 => return Err(Refusal::TooLarge),
                 uses => uses + 1,
             };
@@ -141,7 +141,7 @@ impl Tables<'_> {
         let first = offset >> self.header.cluster_bits;
         let end = offset.saturating_add(len_bytes).div_ceil(self.header.cluster_bytes());
         let clusters = self.uses.get_mut(first as usize..end as usize);
-        clusters.ok_or(Refusal::Damaged("a table names what is not in the file"))
+        clusters.ok_or(Refusal::Damaged("a table entry points outside the file"))
     }
 
     fn read(&self, (offset, len_bytes): (u64, u64)) -> Result<Vec<u8>, Refusal> {

@@ -53,7 +53,10 @@ impl Counts {
         loop {
             let cluster = self.next;
             if cluster >= CLUSTERS_MAX {
-                return Err(io::Error::new(ErrorKind::StorageFull, "the image has as many clusters as it may"));
+                return Err(io::Error::new(
+                    ErrorKind::StorageFull,
+                    "the image has reached its maximum number of clusters",
+                ));
             }
             let range = cluster / self.per_block;
             if range >= self.table.1 {
@@ -141,7 +144,8 @@ impl Counts {
     /// Moves the table to behind all that it counts, with room for twice as much. The blocks that count the place where
     /// it goes go in front of it.
     fn grow_table(&mut self, tables: &mut Tables) -> io::Result<()> {
-        let full = || io::Error::new(ErrorKind::StorageFull, "the image's table of counts is as large as it may be");
+        let full =
+            || io::Error::new(ErrorKind::StorageFull, "the refcount table of the image has reached its maximum size");
         let (cluster_bytes, per_cluster) = (1_u64 << self.cluster_bits, (1_u64 << self.cluster_bits) / 8);
         let (old, entries) = self.table;
         let first = entries * self.per_block;

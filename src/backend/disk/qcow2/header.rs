@@ -100,14 +100,14 @@ impl Header {
 
     fn check(&self) -> Result<(), Refusal> {
         if !(9..=21).contains(&self.cluster_bits) || self.refcount_order > 6 || self.counts.1 == 0 {
-            return Err(Refusal::Damaged("its header makes no sense"));
+            return Err(Refusal::Damaged("its header is invalid"));
         }
         if self.first_level.1 > TABLE_BYTES_MAX || self.counts.1 > TABLE_BYTES_MAX {
             return Err(Refusal::TooLarge);
         }
         // At most 2^22 entries for 2^39 bytes each.
         if self.size_bytes > (self.first_level.1 / 8) << (2 * self.cluster_bits - 3) {
-            return Err(Refusal::Damaged("its first table is too small for its size"));
+            return Err(Refusal::Damaged("its L1 table is too small for its size"));
         }
         Ok(())
     }
@@ -126,7 +126,7 @@ impl Header {
 fn check_features(features: u64) -> Result<(), Refusal> {
     const KNOWN: u64 = DIRTY | COMPRESSION_TYPE;
     match features {
-        _ if features & CORRUPT != 0 => Err(Refusal::Damaged("it is marked so")),
+        _ if features & CORRUPT != 0 => Err(Refusal::Damaged("it is marked as corrupt")),
         _ if features & EXTERNAL_DATA != 0 => Err(Refusal::ExternalData),
         _ if features & EXTENDED_L2 != 0 => Err(Refusal::ExtendedL2),
         _ if features & !KNOWN != 0 => Err(Refusal::Feature(features & !KNOWN)),

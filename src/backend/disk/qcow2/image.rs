@@ -100,7 +100,7 @@ impl Image {
             for (cluster, uses) in (range * per_block..).zip(uses).filter(|(_, uses)| **uses != 0) {
                 let needed = check::needed(*uses);
                 if needed > u64::MAX >> (64 - (1 << self.header.refcount_order)) {
-                    return Err(Refusal::Damaged("a cluster is used more often than can be counted"));
+                    return Err(Refusal::Damaged("a reference count overflows"));
                 }
                 if self.counts.get(&mut self.tables, cluster)? < needed {
                     self.counts.set(&mut self.tables, cluster, needed)?;

@@ -27,16 +27,16 @@ mod tests;
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// Another file, or none.
-    #[error("is no qcow2 image (add `,format=raw` to use it as it is)")]
+    #[error("is not a qcow2 image (add `,format=raw` to use it as a raw image)")]
     NotQcow2,
     /// Another layout than those that are known.
-    #[error("is qcow2 of version {0}, of which 2 and 3 are known: convert it with `qemu-img convert -O qcow2`")]
+    #[error("has unsupported qcow2 version {0}: convert it with `qemu-img convert -O qcow2`")]
     Version(u32),
     /// A file of the host's that whoever made the image has chosen.
-    #[error("has a backing file, which is not opened: make one whole image of both with `qemu-img convert -O qcow2`")]
+    #[error("has a backing file, which is not supported: merge both into one image with `qemu-img convert -O qcow2`")]
     BackingFile,
     /// The same.
-    #[error("keeps its data in another file, which is not opened: make one image with `qemu-img convert -O qcow2`")]
+    #[error("has an external data file, which is not supported: convert it with `qemu-img convert -O qcow2`")]
     ExternalData,
     /// What is in it would be taken for the disk's contents.
     #[error("is encrypted, which is not supported: decrypt it with `qemu-img convert`")]
@@ -48,21 +48,19 @@ pub enum Refusal {
     )]
     ExtendedL2,
     /// Whoever does not know these may not open it.
-    #[error("uses features of qcow2 that are not known here ({0:#x}): convert it with `qemu-img convert -O qcow2`")]
+    #[error("uses unknown qcow2 features ({0:#x}): convert it with `qemu-img convert -O qcow2`")]
     Feature(u64),
     /// Whoever wrote to it last did not come to an end, and it has snapshots.
-    #[error("was not closed by its last user: repair it with `qemu-img check -r all`")]
+    #[error("was not closed cleanly: repair it with `qemu-img check -r all`")]
     Dirty,
     /// Its tables contradict each other, or the file, by accident or not.
-    #[error("is damaged, {0}: if you trust where it comes from, repair it with `qemu-img check -r all`")]
+    #[error("is corrupted, {0}: if you trust its origin, repair it with `qemu-img check -r all`")]
     Damaged(&'static str),
     /// It would take too much time or memory to look at.
-    #[error(
-        "has more clusters than are looked at: make them larger with `qemu-img convert -O qcow2 -o cluster_size=2M`"
-    )]
+    #[error("has too many clusters: make them larger with `qemu-img convert -O qcow2 -o cluster_size=2M`")]
     TooLarge,
     /// Another compression than deflate and Zstandard.
-    #[error("is compressed by means that are not known here ({0}): convert it with `qemu-img convert -O qcow2`")]
+    #[error("uses an unknown compression type ({0}): convert it with `qemu-img convert -O qcow2`")]
     Compression(u8),
     /// Whatever else is wrong with it.
     #[error("cannot be used as qcow2: {0}")]
@@ -98,7 +96,7 @@ impl Qcow2Disk {
 impl Drop for Qcow2Disk {
     fn drop(&mut self) {
         if let Err(error) = self.image.flush() {
-            log::warn!("write the tables of a qcow2 image back: {error}");
+            log::warn!("write back the tables of a qcow2 image: {error}");
         }
     }
 }

@@ -258,7 +258,7 @@ fn what_the_host_refuses_is_refused_and_what_there_was_stays() {
     assert_eq!(enabled(), [true, false, false]);
     assert_eq!(ask_in(&mut driver, control, &[4, 0, 2, 0], &[4]), (1, OK));
     assert_eq!(enabled(), [true, true, false]);
-    assert_eq!(logged("net-stubborn: the host does not serve 3 pairs of queues: ").len(), 1);
+    assert_eq!(logged("net-stubborn: the host does not support 3 queue pairs: ").len(), 1);
     driver.write(STATUS, 0);
     assert_eq!(enabled(), [true, false, false]);
 }
