@@ -42,6 +42,14 @@ pub fn json(value: &impl Serialize) -> serde_json::Result<String> {
     Ok(if text.contains(|c| is_command(c) && c != '\n') { text.chars().map(escape).collect() } else { text })
 }
 
+/// `text` joined into one line, without the error numbers that the standard library appends to the text of a system error.
+pub fn one_line(text: &str) -> String {
+    let line = text.lines().map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
+    let mut pieces = line.split(" (os error ");
+    let first = pieces.next().unwrap_or_default().to_owned();
+    pieces.fold(first, |line, piece| line + piece.split_once(')').map_or("", |(_number, rest)| rest))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,5 +71,13 @@ mod tests {
         let text = json(&vec![NASTY]).unwrap();
         assert!(!text.contains(|c| is_command(c) && c != '\n'), "{text:?}");
         assert_eq!(serde_json::from_str::<Vec<String>>(&text).unwrap(), [NASTY]);
+    }
+
+    #[test]
+    fn an_error_is_one_line_of_words() {
+        let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
+        let error = anyhow::Error::from(missing).context("open disk /x.img");
+        assert_eq!(one_line(&format!("{error:#}\n")), "open disk /x.img: No such file or directory");
+        assert_eq!(one_line("a (os error 2): b\n  c (os error 13)"), "a: b c");
     }
 }

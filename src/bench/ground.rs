@@ -22,8 +22,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use super::contender::{Ground, WORK};
 use super::result::{self, Limits};
 use super::work;
-use crate::cli::prepare;
-use crate::image::{Progress, Source, Store};
+use crate::image::{Progress, Source, Store, on_demand};
 use crate::resources::programs;
 use crate::resources::root_file::Kind;
 use crate::sandbox::cgroup::pen;
@@ -159,10 +158,10 @@ pub struct Image {
 /// The image that `word` means, as for `husk run`, prepared by another process if need be. `None` if that has said why not.
 pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
     let path = Path::new(word);
-    let (id, root, in_use) = match prepare::identify(path)? {
+    let (id, root, in_use) = match on_demand::identify(path)? {
         Kind::Disk => bail!("{word} is a disk with a system of its own: containers have no use for it, type an image"),
         Kind::Root { uuid } => (uuid.map(|byte| format!("{byte:02x}")).concat(), path.to_owned(), None),
-        Kind::Other => match prepare::find(word, max_bytes)? {
+        Kind::Other => match on_demand::find_or_prepare(word, max_bytes)? {
             Some(prepared) => (prepared.id.hex(), prepared.root, Some(prepared.in_use)),
             None => return Ok(None),
         },

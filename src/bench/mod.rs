@@ -48,7 +48,7 @@ use self::noise::Watch;
 use self::plan::{Plan, Wrong};
 use self::result::{Absent, Limits, Measured, Method, Noise, Report};
 use self::trial::{Context, Trial};
-use crate::cli::one_line;
+use crate::foreign::one_line;
 
 /// The share of cases in which an interval holds the true median.
 const CONFIDENCE: f64 = 0.95;

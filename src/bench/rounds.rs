@@ -12,7 +12,7 @@ use super::result::{Measured, Outcome};
 use super::scenario::Measure;
 use super::statistics;
 use super::trial::{Context, Found, Trial};
-use crate::cli::one_line;
+use crate::foreign::one_line;
 
 /// Rounds of a trial that takes long.
 const SLOW_ROUNDS: u32 = 6;

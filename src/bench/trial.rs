@@ -16,7 +16,7 @@ use super::plan::Plan;
 use super::result::Walls;
 use super::run::{self, Conditions, Expected, Run, Running};
 use super::scenario::{MEASURES, Measure, Scenario};
-use crate::cli::one_line;
+use crate::foreign::one_line;
 
 /// The port that the work program listens on in an instance.
 const PORT: u16 = 7777;

@@ -231,7 +231,7 @@ fn runs_a_command() -> bool {
 }
 
 fn print_error(text: &str) {
-    say(&format!("husk: {}\n", foreign::line(&one_line(text))));
+    say(&format!("husk: {}\n", foreign::line(&foreign::one_line(text))));
 }
 
 /// Says something on standard error, which does nothing to a terminal but to be shown.
@@ -240,14 +240,6 @@ fn say(text: &str) {
     // There is no other place to say that it is closed, or on a full disk.
     let _ = std::io::stderr().write_all(text.as_bytes());
     husk_log::keep_small();
-}
-
-/// `text` on one line, and without the numbers that the standard library puts behind the words of a system's error.
-pub(crate) fn one_line(text: &str) -> String {
-    let line = text.lines().map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
-    let mut pieces = line.split(" (os error ");
-    let first = pieces.next().unwrap_or_default().to_owned();
-    pieces.fold(first, |line, piece| line + piece.split_once(')').map_or("", |(_number, rest)| rest))
 }
 
 /// Prints to standard output what does nothing to a terminal but to be shown.
@@ -276,14 +268,6 @@ mod tests {
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn an_error_is_one_line_of_words() {
-        let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
-        let error = anyhow::Error::from(missing).context("open disk /x.img");
-        assert_eq!(one_line(&format!("{error:#}\n")), "open disk /x.img: No such file or directory");
-        assert_eq!(one_line("a (os error 2): b\n  c (os error 13)"), "a: b c");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::life::{self, Called, Life};
 use super::limits::Limits;
 use super::network::NetworkFlags;
 use super::process::ProcessFlags;
-use super::{boot, prepare, signal, size};
+use super::{boot, signal, size};
 use crate::boot::Part;
 use crate::config::MachineConfig;
 use crate::config::Rate;
@@ -26,7 +26,7 @@ use crate::guest::process::{self, Defaults};
 use crate::guest::session::{Ends, Session};
 use crate::guest::{Base, Changes, Inside};
 use crate::image::ext4::Journal;
-use crate::image::{ImageProcess, Store};
+use crate::image::{ImageProcess, Store, on_demand};
 use crate::machine::Machine;
 use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
@@ -237,7 +237,7 @@ impl Run {
     /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be prepared,
     /// and that has been said.
     fn find_base(&self, image: &Path) -> Result<Option<Base>> {
-        let (root, defaults, in_use, identity) = match prepare::identify(image)? {
+        let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
                 bail!("a disk image is modified in place: remove --scratch and --keep")
             }
@@ -246,7 +246,7 @@ impl Run {
             Kind::Other => {
                 let word =
                     image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
-                let Some(prepared) = prepare::find(word, self.max_size)? else { return Ok(None) };
+                let Some(prepared) = on_demand::find_or_prepare(word, self.max_size)? else { return Ok(None) };
                 let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, .. } = prepared.process;
                 let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal };
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())

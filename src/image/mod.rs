@@ -24,6 +24,7 @@ mod manage;
 mod manifest;
 mod members;
 mod oci_layout;
+pub mod on_demand;
 mod prepare;
 pub mod progress;
 pub mod reference;

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use super::super::result::{self, Absent, Walls};
-use crate::cli::one_line;
+use crate::foreign::one_line;
 use crate::resources::{self, host, programs};
 
 /// Some engines wait for ever for a daemon that hangs.

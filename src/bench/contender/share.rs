@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
 
 use super::{Ground, Job, is_root};
-use crate::cli::one_line;
+use crate::foreign::one_line;
 use crate::sandbox::cgroup::Limits;
 use crate::sandbox::cgroup::pen::Pen;
 

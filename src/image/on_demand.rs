@@ -1,0 +1,69 @@
+//! Images prepared on demand: what is not in the store yet is fetched and unpacked by a child process (`husk prepare`).
+//!
+//! Registries and archives are untrusted, so a process that later becomes a virtual machine monitor never reads them itself.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use log::Level;
+
+use super::{Prepared, Source, Store};
+use crate::resources::root_file::{self, Kind};
+
+/// A concurrent `husk prune` may remove an image right after it was prepared.
+const ATTEMPTS: usize = 2;
+
+/// Returns the kind of root that `word` refers to. A word that is a valid image name is taken as a name, even if a file of that
+/// name exists.
+pub fn identify(word: &Path) -> Result<Kind> {
+    let Some(text) = word.to_str() else { return Ok(root_file::identify(word)) };
+    match text.parse()? {
+        Source::Path { path, .. } if path == word => Ok(root_file::identify(word)),
+        source @ Source::Name { path: Some(_), .. } => {
+            Ok(Store::open_default()?.path_of(&source)?.map_or(Kind::Other, root_file::identify))
+        }
+        _ => Ok(Kind::Other),
+    }
+}
+
+/// Returns the image that `word` names, preparing it in a child process if the store does not have it. Returns `None` if the child
+/// failed; it has printed the reason. `max_bytes` limits the bytes written while unpacking; the default is the free disk space.
+pub fn find_or_prepare(word: &str, max_bytes: Option<u64>) -> Result<Option<Prepared>> {
+    let store = Store::open_default()?;
+    if let Some(prepared) = store.prepared(&word.parse::<Source>()?)? {
+        return Ok(Some(prepared));
+    }
+    for _ in 0..ATTEMPTS {
+        let Some(id) = prepare_in_child(word, max_bytes)? else { return Ok(None) };
+        if let Some(prepared) = store.prepared(&Source::Id(id))? {
+            return Ok(Some(prepared));
+        }
+    }
+    bail!("{word} was removed right after it was prepared: try again")
+}
+
+/// Returns the image's ID, or `None` if the child failed and printed the reason.
+fn prepare_in_child(word: &str, max_bytes: Option<u64>) -> Result<Option<String>> {
+    // Not by path: husk may have been upgraded in the meantime.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("prepare");
+    if let Some(bytes) = max_bytes {
+        command.arg("--max-size").arg(bytes.to_string());
+    }
+    let levels = [Level::Info, Level::Debug, Level::Trace];
+    command.args(levels.iter().filter(|&&level| log::log_enabled!(level)).map(|_| "-v"));
+    command.arg("--").arg(word).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().context("start the process that prepares the image")?;
+    let mut id = String::new();
+    if let Some(stdout) = &mut child.stdout {
+        stdout.read_to_string(&mut id).context("read the image's ID")?;
+    }
+    let status = child.wait().context("wait for the image")?;
+    match status.code() {
+        Some(0) => Ok(Some(id)),
+        Some(_) => Ok(None),
+        None => bail!("the process that prepares the image was terminated: {status}"),
+    }
+}
