@@ -9,29 +9,29 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use husk::bench::compare;
-use husk::bench::result::Report;
+use husk::bench::report::Report;
 use husk::bench::scenario::Scenario;
 use tempfile::TempDir;
 
-/// A folder with an image, for one bench.
+/// A directory with an image, for one bench.
 struct Bench {
-    folder: TempDir,
+    dir: TempDir,
 }
 
 impl Bench {
     /// On a disk that is one: overlays and direct reads are not to be had everywhere.
     fn new() -> Bench {
-        let folder = TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap();
-        let root = folder.path().join("image/bin");
+        let dir = TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap();
+        let root = dir.path().join("image/bin");
         fs::create_dir_all(&root).unwrap();
         let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
         fs::copy(busybox.expect("busybox-static is installed"), root.join("busybox")).unwrap();
         symlink("busybox", root.join("sh")).unwrap();
-        Bench { folder }
+        Bench { dir }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.dir.path().join(name)
     }
 
     fn image(&self) -> String {
@@ -40,7 +40,7 @@ impl Bench {
 
     fn husk(&self, words: &[&str]) -> Command {
         let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
-        command.current_dir(self.folder.path()).env("HUSK_DATA", self.path("store"));
+        command.current_dir(self.dir.path()).env("HUSK_DATA", self.path("store"));
         command.arg("bench").args(words).stdin(Stdio::null());
         command
     }
@@ -53,12 +53,12 @@ impl Bench {
         compare::parse(&fs::read_to_string(self.path(name)).unwrap()).unwrap()
     }
 
-    /// Nothing of the bench's own is left: no folder, no mount, no process with one of its paths.
+    /// Nothing of the bench's own is left: no directory, no mount, no process with one of its paths.
     fn expect_nothing_left(&self) {
         let left: Vec<_> = fs::read_dir(self.path("store/bench")).unwrap().flatten().collect();
         assert!(left.is_empty(), "{left:?}");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(self.folder.path().to_str().unwrap()), "{mounts}");
+        assert!(!mounts.contains(self.dir.path().to_str().unwrap()), "{mounts}");
     }
 }
 
@@ -131,9 +131,9 @@ fn a_command_is_measured_compared_and_shown_again() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stdout).contains("The command, from start to exit"), "{}", text(&output.stdout));
     let report = bench.report("first.json");
-    let [measure] = &*report.measures else { panic!("{:?}", report.measures) };
-    assert_eq!((measure.scenario, report.method.baseline.as_str()), (Scenario::Command, container));
-    for outcome in &measure.results {
+    let [metric] = &*report.metrics else { panic!("{:?}", report.metrics) };
+    assert_eq!((metric.scenario, report.method.baseline.as_str()), (Scenario::Command, container));
+    for outcome in &metric.results {
         assert!(outcome.samples.iter().all(|sample| sample.is_some_and(|sample| sample > 0.0)), "{outcome:?}");
     }
     let page = fs::read_to_string(bench.path("first.html")).unwrap();
@@ -154,7 +154,7 @@ fn a_command_that_fails_is_a_failure_and_no_fast_run() {
     let output = bench.run(&words);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     let report = bench.report("failed.json");
-    for outcome in &report.measures[0].results {
+    for outcome in &report.metrics[0].results {
         assert!(outcome.samples.iter().all(Option::is_none), "{outcome:?}");
         assert!(outcome.failures[0].contains("its exit code was 3 and had to be 0"), "{outcome:?}");
     }
@@ -212,7 +212,7 @@ fn a_budget_that_nobody_can_spend_counts_nobody() {
     let output = bench.run(&words);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let report = bench.report("density.json");
-    let [instances, starts] = &*report.measures else { panic!("{:?}", report.measures) };
+    let [instances, starts] = &*report.metrics else { panic!("{:?}", report.metrics) };
     assert!(instances.results[0].skipped.as_ref().unwrap().contains("10 instances"), "{instances:?}");
     assert!(instances.results[0].samples.is_empty() && starts.results[0].samples[0].is_some(), "{report:?}");
     bench.expect_nothing_left();
@@ -229,18 +229,18 @@ fn who_is_held_by_nothing_does_not_run_out_of_memory() {
     let image = bench.image();
     let husk = bench.husk(&[]).get_program().to_owned();
     fs::copy(husk, bench.path("husk")).unwrap();
-    let whose = Command::new("chown").args(["-R", "65534:65534"]).arg(bench.folder.path()).status().unwrap();
+    let whose = Command::new("chown").args(["-R", "65534:65534"]).arg(bench.dir.path()).status().unwrap();
     assert!(whose.success());
     let words = ["--quick", "--runs", "1", "--scenario", "isolation", "--against", "runc", "--output", "held", &image];
     let mut husk = Command::new(bench.path("husk"));
-    husk.current_dir(bench.folder.path())
+    husk.current_dir(bench.dir.path())
         .env("HUSK_DATA", bench.path("store"))
-        .env("HOME", bench.folder.path())
-        .env("TMPDIR", bench.folder.path());
+        .env("HOME", bench.dir.path())
+        .env("TMPDIR", bench.dir.path());
     let output = husk.arg("bench").args(words).stdin(Stdio::null()).uid(65534).gid(65534).output().unwrap();
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
     let report = bench.report("held.json");
-    let memory = report.measures.iter().find(|measure| measure.name == "isolation-memory").unwrap();
+    let memory = report.metrics.iter().find(|metric| metric.name == "isolation-memory").unwrap();
     assert!(memory.results[0].skipped.as_ref().unwrap().contains("were not applied"), "{memory:?}");
     bench.expect_nothing_left();
 }
@@ -267,16 +267,16 @@ fn a_whole_quick_run_measures_machines_and_containers() {
     let said = format!("{}{}", text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{said}");
     let report = bench.report("quick.json");
-    assert!(report.contenders.iter().all(|contender| contender.absent.is_none()), "{:?}", report.contenders);
-    for measure in &report.measures {
-        let names: Vec<&str> = measure.results.iter().map(|outcome| outcome.contender.as_str()).collect();
-        assert_eq!(names, against, "{}", measure.name);
-        for outcome in &measure.results {
-            assert_eq!((outcome.samples.len(), &outcome.skipped), (1, &None), "{}: {outcome:?}", measure.name);
-            assert!(outcome.samples[0].is_some(), "{}: {outcome:?}", measure.name);
+    assert!(report.contenders.iter().all(|contender| contender.unavailable.is_none()), "{:?}", report.contenders);
+    for metric in &report.metrics {
+        let names: Vec<&str> = metric.results.iter().map(|outcome| outcome.contender.as_str()).collect();
+        assert_eq!(names, against, "{}", metric.name);
+        for outcome in &metric.results {
+            assert_eq!((outcome.samples.len(), &outcome.skipped), (1, &None), "{}: {outcome:?}", metric.name);
+            assert!(outcome.samples[0].is_some(), "{}: {outcome:?}", metric.name);
         }
     }
-    let scenarios: Vec<Scenario> = report.measures.iter().map(|measure| measure.scenario).collect();
+    let scenarios: Vec<Scenario> = report.metrics.iter().map(|metric| metric.scenario).collect();
     for scenario in [Scenario::Start, Scenario::Memory, Scenario::Cpu, Scenario::ContextSwitch, Scenario::Disk] {
         assert!(scenarios.contains(&scenario), "{scenario:?}");
     }

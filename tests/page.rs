@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use husk::bench::{page, result::Report, sample};
+use husk::bench::{example, page, report::Report};
 use serde_json::Value;
 
 const CHROMIUM: &str = "/usr/bin/chromium";
@@ -56,7 +56,7 @@ fn escaped(text: &str) -> String {
 }
 
 /// A browser that asks nobody for anything of its own, with what it printed.
-fn chromium(folder: &Path, arguments: &[&str]) -> Option<String> {
+fn chromium(dir: &Path, arguments: &[&str]) -> Option<String> {
     if !Path::new(CHROMIUM).exists() {
         eprintln!("SKIPPED: no {CHROMIUM} (scripts/deps test installs it)");
         return None;
@@ -64,7 +64,7 @@ fn chromium(folder: &Path, arguments: &[&str]) -> Option<String> {
     let output = Command::new("timeout")
         .args(["60", CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
         .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
-        .arg(format!("--user-data-dir={}", folder.join("profile").display()))
+        .arg(format!("--user-data-dir={}", dir.join("profile").display()))
         .args(arguments)
         .stdin(Stdio::null())
         .output()
@@ -75,13 +75,13 @@ fn chromium(folder: &Path, arguments: &[&str]) -> Option<String> {
 
 /// What a browser makes of the page at this width.
 fn look(report: &Report, width: u32, dark: bool) -> Option<Value> {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("look.html");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("look.html");
     let look = LOOK.replace("WIDTH", &width.to_string()).replace("PAGE", &escaped(&page::page(report)));
     std::fs::write(&file, look).unwrap();
     let scheme = format!("--blink-settings=preferredColorScheme={}", u8::from(!dark));
     let window = format!("--window-size={},1000", width.max(500) + 50);
-    let dom = chromium(folder.path(), &[&scheme, &window, "--dump-dom", &format!("file://{}", file.display())])?;
+    let dom = chromium(dir.path(), &[&scheme, &window, "--dump-dom", &format!("file://{}", file.display())])?;
     let (_, seen) = dom.rsplit_once("<pre id=\"seen\">").expect("the page was looked at");
     let (seen, _) = seen.split_once("</pre>").unwrap();
     let seen = seen.replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", "\u{a0}").replace("&amp;", "&");
@@ -90,7 +90,7 @@ fn look(report: &Report, width: u32, dark: bool) -> Option<Value> {
 
 #[test]
 fn nothing_sticks_out_of_a_phone() {
-    let report = sample::report();
+    let report = example::report();
     for width in [320, 390, 768] {
         let Some(seen) = look(&report, width, false) else { return };
         assert!(seen["width"].as_u64().unwrap() <= u64::from(width), "{width}: {}", seen["width"]);
@@ -100,7 +100,7 @@ fn nothing_sticks_out_of_a_phone() {
 
 #[test]
 fn the_page_loads_nothing_and_runs_nothing() {
-    let report = sample::report();
+    let report = example::report();
     let page = page::page(&report);
     for way_out in ["<script", "<link", "<img", "<iframe", " src=", "url(", "@import", "href=\"http", "href=\"//"] {
         assert!(!page.contains(way_out), "{way_out}");
@@ -111,7 +111,7 @@ fn the_page_loads_nothing_and_runs_nothing() {
 
 #[test]
 fn the_dark_is_dark_and_all_text_can_be_read_in_it_and_in_the_light() {
-    let report = sample::report();
+    let report = example::report();
     let (Some(light), Some(dark)) = (look(&report, 1280, false), look(&report, 1280, true)) else { return };
     assert_eq!(light["paper"], "rgb(255, 255, 255)");
     assert_eq!(dark["paper"], "rgb(21, 21, 21)");
@@ -123,16 +123,16 @@ fn the_dark_is_dark_and_all_text_can_be_read_in_it_and_in_the_light() {
 
 #[test]
 fn what_a_report_says_is_on_the_page() {
-    let report = sample::report();
+    let report = example::report();
     let Some(seen) = look(&report, 1280, false) else { return };
     let text = seen["text"].as_str().unwrap();
     let names = report.contenders.iter().map(|contender| &contender.name);
-    let titles = report.measures.iter().map(|measure| &measure.title);
+    let titles = report.metrics.iter().map(|metric| &metric.title);
     for said in report.verdict.iter().chain(names).chain(titles) {
         assert!(text.contains(said.as_str()), "{said}");
     }
     assert!(text.contains("apt-get install bubblewrap"));
-    assert_eq!((&seen["plots"], &seen["unnamed"]), (&Value::from(report.measures.len()), &Value::from(0)));
+    assert_eq!((&seen["plots"], &seen["unnamed"]), (&Value::from(report.metrics.len()), &Value::from(0)));
     let headings: Vec<u64> = seen["headings"].as_array().unwrap().iter().filter_map(Value::as_u64).collect();
     assert_eq!(headings.iter().filter(|level| **level == 1).count(), 1);
     assert!(headings.windows(2).all(|pair| pair[1] <= pair[0] + 1), "{headings:?}");
@@ -140,11 +140,11 @@ fn what_a_report_says_is_on_the_page() {
 
 #[test]
 fn a_printer_gets_all_of_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, pdf) = (folder.path().join("page.html"), folder.path().join("page.pdf"));
-    std::fs::write(&file, page::page(&sample::report())).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (file, pdf) = (dir.path().join("page.html"), dir.path().join("page.pdf"));
+    std::fs::write(&file, page::page(&example::report())).unwrap();
     let print = format!("--print-to-pdf={}", pdf.display());
-    if chromium(folder.path(), &[&print, "--no-pdf-header-footer", &format!("file://{}", file.display())]).is_none() {
+    if chromium(dir.path(), &[&print, "--no-pdf-header-footer", &format!("file://{}", file.display())]).is_none() {
         return;
     }
     let pdf = std::fs::read(&pdf).unwrap();
@@ -156,9 +156,9 @@ fn a_printer_gets_all_of_it() {
 
 #[test]
 fn the_page_is_valid_html() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("page.html");
-    std::fs::write(&file, page::page(&sample::report())).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("page.html");
+    std::fs::write(&file, page::page(&example::report())).unwrap();
     let Ok(tidy) = Command::new("tidy").args(["-q", "-e"]).arg(&file).output() else {
         eprintln!("SKIPPED: no tidy (scripts/deps test installs it)");
         return;

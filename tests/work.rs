@@ -6,10 +6,10 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
-use husk::bench::scenario::{MEASURES, Unit};
-use husk::bench::work;
+use husk::bench::scenario::{METRICS, Unit};
+use husk::bench::workload;
 
-/// The program in a folder of its own, with something to read.
+/// The program in a directory of its own, with something to read.
 struct Place {
     folder: tempfile::TempDir,
     program: PathBuf,
@@ -19,7 +19,7 @@ impl Place {
     fn new() -> Place {
         // Not in /tmp, which may be a tmpfs without direct I/O.
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let program = work::write(folder.path()).unwrap();
+        let program = workload::write(folder.path()).unwrap();
         fs::write(folder.path().join("data"), (0..300_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
             .unwrap();
         Place { folder, program }
@@ -80,11 +80,11 @@ fn lines(output: &Output) -> Vec<&str> {
 fn every_measure_begins_and_ends_once_in_turn_and_leaves_nothing() {
     let place = Place::new();
     let (mut tasks, mut expected) = (Vec::new(), Vec::new());
-    for measure in MEASURES.iter().filter(|measure| measure.is_work) {
+    for metric in METRICS.iter().filter(|metric| metric.is_workload) {
         // Not a multiple of anything; of bytes more than the file to read has.
-        let amount = if measure.unit == Unit::MibPerSecond { 2_500_001 } else { 13 };
-        tasks.push(format!("{}={amount}", measure.name));
-        expected.extend([format!("work: begin {}", measure.name), format!("work: end {} {amount}", measure.name)]);
+        let amount = if metric.unit == Unit::MibPerSecond { 2_500_001 } else { 13 };
+        tasks.push(format!("{}={amount}", metric.name));
+        expected.extend([format!("work: begin {}", metric.name), format!("work: end {} {amount}", metric.name)]);
     }
     assert_eq!(tasks.len(), 18);
     let output = place.work(&tasks);
@@ -199,7 +199,7 @@ fn guest(place: &Place, words: &[&str]) -> Option<Output> {
         for folder in ["dev", "proc", "sys", "tmp", "run", "scratch", ".husk-bench"] {
             fs::create_dir_all(root.join(folder)).unwrap();
         }
-        work::write(&root.join(".husk-bench")).unwrap();
+        workload::write(&root.join(".husk-bench")).unwrap();
     }
     let mut command = Command::new("timeout");
     command.args(["-s", "KILL", "30", "unshare", "--pid", "--fork", "--mount", "--net", "chroot"]);
@@ -229,14 +229,14 @@ fn a_machine_that_cannot_be_set_up_says_why_and_ends() {
     let program = "/.husk-bench/work";
     let Some(output) = guest(&place, &["/nonexistent"]) else { return };
     assert!(
-        matches!(lines(&output)[..], [why, "work: exit 127"] if why.starts_with("work: fail guest start /nonexistent"))
+        matches!(lines(&output)[..], [reason, "work: exit 127"] if reason.starts_with("work: fail guest start /nonexistent"))
     );
     // It is waited for as long as a driver may take.
     let network = guest(&place, &["--net", "10.0.0.2/24,10.0.0.1", program, "hello"]).unwrap();
-    let [why, "work: exit 125"] = lines(&network)[..] else { panic!("{network:?}") };
-    assert!(why.starts_with("work: fail guest there is no /sys/class/net/eth0"), "{why}");
+    let [reason, "work: exit 125"] = lines(&network)[..] else { panic!("{network:?}") };
+    assert!(reason.starts_with("work: fail guest there is no /sys/class/net/eth0"), "{reason}");
     fs::remove_dir(place.path().join("root/run")).unwrap();
     let mount = guest(&place, &[program, "hello"]).unwrap();
-    let [why, "work: exit 125"] = lines(&mount)[..] else { panic!("{mount:?}") };
-    assert!(why.starts_with("work: fail guest mount tmpfs on /run"), "{why}");
+    let [reason, "work: exit 125"] = lines(&mount)[..] else { panic!("{mount:?}") };
+    assert!(reason.starts_with("work: fail guest mount tmpfs on /run"), "{reason}");
 }

@@ -3,18 +3,18 @@
 
 use std::time::{Duration, Instant};
 
-use husk::bench::run::console::Console;
+use husk::bench::run::output::OutputParser;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|pieces: Vec<Vec<u8>>| {
     let start = Instant::now();
-    let mut console = Console::default();
+    let mut output = OutputParser::default();
     for (number, piece) in (0..).zip(&pieces) {
-        console.take(piece, start + Duration::from_millis(number));
+        output.feed(piece, start + Duration::from_millis(number));
     }
-    for mark in &console.marks {
-        assert!(mark.seconds >= 0.0 && !mark.name.contains(char::is_control));
+    for timing in &output.timings {
+        assert!(timing.seconds >= 0.0 && !timing.name.contains(char::is_control));
     }
-    assert!(console.failures.iter().all(|failure| !failure.contains(char::is_control)));
-    assert!(!console.tail().contains('\u{1b}'));
+    assert!(output.failures.iter().all(|failure| !failure.contains(char::is_control)));
+    assert!(!output.tail().contains('\u{1b}'));
 });

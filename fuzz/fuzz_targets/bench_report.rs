@@ -1,7 +1,7 @@
 //! A report of `husk bench` that was written elsewhere, from its text to everything that is made of one.
 #![no_main]
 
-use husk::bench::{compare, page, result::Report, sample, statistics, table, verdict};
+use husk::bench::{compare, page, report::Report, example, statistics, table, verdict};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
@@ -26,7 +26,7 @@ fuzz_target!(|foreign: Foreign| {
         assert!(!shown.chars().any(|c| c.is_control() && c != '\n'));
     }
     let _ = compare::compare(&new, &old);
-    statistics::summarise(&mut old);
+    statistics::summarize(&mut old);
     old.verdict = verdict::sentences(&old);
     assert!(!table::table(&old, usize::from(foreign.width)).chars().any(|c| c.is_control() && c != '\n'));
     let page = page::page(&old);
@@ -35,8 +35,8 @@ fuzz_target!(|foreign: Foreign| {
 
 /// A report with one measure, so that a round is short.
 fn small() -> Report {
-    let mut report = sample::report();
-    report.measures.truncate(1);
+    let mut report = example::report();
+    report.metrics.truncate(1);
     report
 }
 
@@ -46,11 +46,11 @@ fn filled(foreign: &Foreign) -> Report {
     for (contender, name) in report.contenders.iter_mut().zip(&foreign.names) {
         contender.name.clone_from(name);
     }
-    for measure in &mut report.measures {
-        for (outcome, name) in measure.results.iter_mut().zip(&foreign.names) {
+    for metric in &mut report.metrics {
+        for (outcome, name) in metric.results.iter_mut().zip(&foreign.names) {
             outcome.contender.clone_from(name);
         }
-        for (outcome, samples) in measure.results.iter_mut().zip(&foreign.samples) {
+        for (outcome, samples) in metric.results.iter_mut().zip(&foreign.samples) {
             outcome.samples.clone_from(samples);
         }
     }

@@ -6,10 +6,10 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::result::{Estimate, Measured, Outcome, Report, Steadiness, VERSION};
+use super::format::{self, wrapped};
+use super::report::{Estimate, MetricResults, NoiseLevel, Outcome, Report, VERSION};
 use super::statistics::{self, finite, unpaired_ratio};
-use super::text::{self, wrapped};
-use super::verdict::{Judgement, judge};
+use super::verdict::{Judgment, judge};
 
 /// A report is not longer: a hundred rounds of everything, with ten contenders, take a megabyte.
 pub const MAX_BYTES: u64 = 16 << 20;
@@ -18,11 +18,11 @@ pub const MAX_ROUNDS: usize = 1_000;
 /// The share of cases in which an interval holds the true ratio: of a few hundred, only two or three do not.
 const CONFIDENCE: f64 = 0.99;
 /// Fewer samples on either side are not judged: three and three stand apart by chance in one case of ten.
-const FEWEST: usize = 4;
+const MIN_SAMPLES: usize = 4;
 /// The least change worth a word.
-const LEAST_CHANGE: f64 = 0.03;
+const MIN_CHANGE: f64 = 0.03;
 /// How far the hosts' own work may differ between the runs before that is said.
-const LEAST_DRIFT: f64 = 0.05;
+const MIN_DRIFT: f64 = 0.05;
 
 /// What became of one number of one contender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,18 +32,18 @@ pub enum Class {
     /// Better than before, beyond the noise.
     Improvement,
     /// No difference beyond the noise.
-    Same,
+    Unchanged,
     /// It failed in more runs than before.
-    FailsMore,
+    MoreFailures,
     /// Too few runs, or too noisy a host.
-    Unclear,
+    Inconclusive,
 }
 
 /// One number of one contender, in both runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Change {
     /// The measure's name.
-    pub measure: String,
+    pub metric: String,
     /// The measure's title.
     pub title: String,
     /// The contender's name.
@@ -62,7 +62,7 @@ pub struct Comparison {
     /// Every number that both have, in the new run's order.
     pub changes: Vec<Change>,
     /// What only one of them has, `measure, contender`.
-    pub alone: Vec<String>,
+    pub unmatched: Vec<String>,
 }
 
 /// Reads a report that was written earlier, perhaps elsewhere.
@@ -77,7 +77,7 @@ pub fn parse(text: &str) -> Result<Report> {
     let Versioned { version } = serde_json::from_str(text).context(not_ours)?;
     ensure!(version == VERSION, "a report of version {version}; this husk reads version {VERSION}");
     let report: Report = serde_json::from_str(text).context(not_ours)?;
-    let mut outcomes = report.measures.iter().flat_map(|measure| &measure.results);
+    let mut outcomes = report.metrics.iter().flat_map(|metric| &metric.results);
     let is_short =
         outcomes.all(|outcome| outcome.samples.len() <= MAX_ROUNDS) && report.noise.samples_ms.len() <= MAX_ROUNDS;
     ensure!(is_short, "a report of more than {MAX_ROUNDS} rounds");
@@ -88,51 +88,53 @@ pub fn parse(text: &str) -> Result<Report> {
 pub fn compare(old: &Report, new: &Report) -> Result<Comparison> {
     let (before, now) = (&old.limits, &new.limits);
     if before != now {
-        let limits = |limits: &super::result::Limits| {
+        let limits = |limits: &super::report::Limits| {
             let cpuset = limits.cpuset.as_ref().map(|cpuset| format!(" --cpuset {cpuset}")).unwrap_or_default();
             format!("--cpus {} --memory {}M{cpuset}", limits.cpus, limits.memory_mib)
         };
         bail!("the old run had other limits: {}, this one has {}", limits(before), limits(now));
     }
-    let mut comparison = Comparison { warnings: warnings(old, new), changes: Vec::new(), alone: Vec::new() };
+    let mut comparison = Comparison { warnings: warnings(old, new), changes: Vec::new(), unmatched: Vec::new() };
     let margin = margin(old, new);
-    for measure in &new.measures {
-        let Some(before) = old.measures.iter().find(|before| before.name == measure.name) else {
-            comparison.alone.push(format!("{}, only in the new run", measure.title));
+    for metric in &new.metrics {
+        let Some(before) = old.metrics.iter().find(|before| before.name == metric.name) else {
+            comparison.unmatched.push(format!("{}, only in the new run", metric.title));
             continue;
         };
-        if before.unit != measure.unit || before.better != measure.better {
+        if before.unit != metric.unit || before.better != metric.better {
             bail!(
                 "the old run's “{}” is in {:?}, this one's in {:?}: they cannot be compared",
-                measure.name,
+                metric.name,
                 before.unit,
-                measure.unit
+                metric.unit
             );
         }
-        comparison.changes.extend(measure.results.iter().filter_map(|outcome| {
-            let before = text::outcome_of(before, &outcome.contender)?;
-            change(measure, before, outcome, margin)
+        comparison.changes.extend(metric.results.iter().filter_map(|outcome| {
+            let before = format::outcome_of(before, &outcome.contender)?;
+            change(metric, before, outcome, margin)
         }));
-        let unknown = |outcome: &&Outcome| text::outcome_of(before, &outcome.contender).is_none();
-        let names = measure.results.iter().filter(unknown).map(|outcome| outcome.contender.as_str());
-        comparison.alone.extend(names.map(|name| format!("{}, {name}, only in the new run", measure.title)));
-        let gone = before.results.iter().filter(|before| text::outcome_of(measure, &before.contender).is_none());
-        comparison.alone.extend(gone.map(|gone| format!("{}, {}, only in the old run", measure.title, gone.contender)));
+        let unknown = |outcome: &&Outcome| format::outcome_of(before, &outcome.contender).is_none();
+        let names = metric.results.iter().filter(unknown).map(|outcome| outcome.contender.as_str());
+        comparison.unmatched.extend(names.map(|name| format!("{}, {name}, only in the new run", metric.title)));
+        let gone = before.results.iter().filter(|before| format::outcome_of(metric, &before.contender).is_none());
+        comparison
+            .unmatched
+            .extend(gone.map(|gone| format!("{}, {}, only in the old run", metric.title, gone.contender)));
     }
-    let gone = old.measures.iter().filter(|before| new.measures.iter().all(|measure| measure.name != before.name));
-    comparison.alone.extend(gone.map(|gone| format!("{}, only in the old run", gone.title)));
+    let gone = old.metrics.iter().filter(|before| new.metrics.iter().all(|metric| metric.name != before.name));
+    comparison.unmatched.extend(gone.map(|gone| format!("{}, only in the old run", gone.title)));
     Ok(comparison)
 }
 
 /// How far an interval must lie from 1; none where one of the hosts was too noisy.
 fn margin(old: &Report, new: &Report) -> Option<f64> {
     let noises = [&old.noise, &new.noise];
-    let concludes = noises.iter().all(|noise| noise.verdict != Steadiness::TooNoisy && noise.spread.is_finite());
-    concludes.then(|| noises.iter().fold(LEAST_CHANGE, |margin, noise| margin.max(noise.spread)))
+    let concludes = noises.iter().all(|noise| noise.verdict != NoiseLevel::TooNoisy && noise.spread.is_finite());
+    concludes.then(|| noises.iter().fold(MIN_CHANGE, |margin, noise| margin.max(noise.spread)))
 }
 
 /// One number of one contender; none where neither run measured it.
-fn change(measure: &Measured, before: &Outcome, outcome: &Outcome, margin: Option<f64>) -> Option<Change> {
+fn change(metric: &MetricResults, before: &Outcome, outcome: &Outcome, margin: Option<f64>) -> Option<Change> {
     let (old, new) = (finite(&before.samples), finite(&outcome.samples));
     if old.is_empty() && new.is_empty() {
         return None;
@@ -140,19 +142,19 @@ fn change(measure: &Measured, before: &Outcome, outcome: &Outcome, margin: Optio
     let ratio = unpaired_ratio(&new, &old, CONFIDENCE);
     let failed = |outcome: &Outcome| share(outcome.failures.len(), outcome.samples.len());
     let class = match ratio {
-        _ if failed(outcome) > failed(before) => Class::FailsMore,
-        Some(ratio) if old.len().min(new.len()) >= FEWEST && margin.is_some() => {
-            match judge(&ratio, measure.better, margin) {
-                Judgement::Better => Class::Improvement,
-                Judgement::Worse => Class::Regression,
-                Judgement::Open => Class::Same,
+        _ if failed(outcome) > failed(before) => Class::MoreFailures,
+        Some(ratio) if old.len().min(new.len()) >= MIN_SAMPLES && margin.is_some() => {
+            match judge(&ratio, metric.better, margin) {
+                Judgment::Better => Class::Improvement,
+                Judgment::Worse => Class::Regression,
+                Judgment::Inconclusive => Class::Unchanged,
             }
         }
-        _ => Class::Unclear,
+        _ => Class::Inconclusive,
     };
     Some(Change {
-        measure: measure.name.clone(),
-        title: measure.title.clone(),
+        metric: metric.name.clone(),
+        title: metric.title.clone(),
         contender: outcome.contender.clone(),
         ratio,
         class,
@@ -185,7 +187,7 @@ fn warnings(old: &Report, new: &Report) -> Vec<String> {
     for contender in &new.contenders {
         let Some(before) = old.contenders.iter().find(|before| before.name == contender.name) else { continue };
         let kernel = |of: &Option<String>| of.clone().unwrap_or_else(none);
-        if before.absent.is_none() && contender.absent.is_none() {
+        if before.unavailable.is_none() && contender.unavailable.is_none() {
             differs(&format!("kernel in {}", contender.name), &kernel(&before.kernel), &kernel(&contender.kernel));
             differs(&format!("version of {}", contender.name), &kernel(&before.version), &kernel(&contender.version));
         }
@@ -194,8 +196,8 @@ fn warnings(old: &Report, new: &Report) -> Vec<String> {
         warnings.push("other amounts of work in a run".to_owned());
     }
     let host = unpaired_ratio(&new.noise.samples_ms, &old.noise.samples_ms, statistics::CONFIDENCE);
-    if let Some(host) = host.filter(|host| (host.value - 1.0).abs() > LEAST_DRIFT) {
-        warnings.push(format!("the host itself took {} times as long for the same work", text::ratio(host.value)));
+    if let Some(host) = host.filter(|host| (host.value - 1.0).abs() > MIN_DRIFT) {
+        warnings.push(format!("the host itself took {} times as long for the same work", format::ratio(host.value)));
     }
     warnings
 }
@@ -211,7 +213,7 @@ impl Comparison {
         let mut lines: Vec<String> =
             self.warnings.iter().flat_map(|warning| wrapped("warning: ", warning, width)).collect();
         for (class, heading) in [
-            (Class::FailsMore, "FAILS MORE OFTEN"),
+            (Class::MoreFailures, "FAILS MORE OFTEN"),
             (Class::Regression, "REGRESSIONS"),
             (Class::Improvement, "IMPROVEMENTS"),
         ] {
@@ -222,7 +224,7 @@ impl Comparison {
             }
         }
         lines.extend(wrapped("", &self.summary(), width));
-        lines.extend(self.alone.iter().flat_map(|alone| wrapped("not compared: ", alone, width)));
+        lines.extend(self.unmatched.iter().flat_map(|unmatched| wrapped("not compared: ", unmatched, width)));
         lines.iter().fold(String::new(), |text, line| text + line.trim_end() + "\n")
     }
 
@@ -230,12 +232,12 @@ impl Comparison {
         format!(
             "{} compared: {}, {}, {} without a difference beyond the noise, {} not to be judged (too few runs, or too noisy), \
              {} with more failures.",
-            text::count(self.changes.len(), "number"),
-            text::count(self.count(Class::Regression), "regression"),
-            text::count(self.count(Class::Improvement), "improvement"),
-            self.count(Class::Same),
-            self.count(Class::Unclear),
-            self.count(Class::FailsMore)
+            format::count(self.changes.len(), "number"),
+            format::count(self.count(Class::Regression), "regression"),
+            format::count(self.count(Class::Improvement), "improvement"),
+            self.count(Class::Unchanged),
+            self.count(Class::Inconclusive),
+            self.count(Class::MoreFailures)
         )
     }
 }
@@ -243,7 +245,7 @@ impl Comparison {
 impl Change {
     fn line(&self) -> String {
         let ratio = self.ratio.map_or_else(String::new, |ratio| {
-            format!(": {} times the old ({})", text::ratio(ratio.value), text::ratio_interval(&ratio))
+            format!(": {} times the old ({})", format::ratio(ratio.value), format::ratio_interval(&ratio))
         });
         format!("{}, “{}”{ratio}", self.contender, self.title)
     }
@@ -252,10 +254,10 @@ impl Change {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::sample::{report, report_of};
+    use crate::bench::example::{report, report_of};
 
-    fn class_of(comparison: &Comparison, measure: &str, contender: &str) -> Class {
-        let is = |change: &&Change| change.measure == measure && change.contender == contender;
+    fn class_of(comparison: &Comparison, metric: &str, contender: &str) -> Class {
+        let is = |change: &&Change| change.metric == metric && change.contender == contender;
         comparison.changes.iter().find(is).unwrap().class
     }
 
@@ -290,25 +292,25 @@ mod tests {
     fn a_noisy_host_hides_a_small_change() {
         let (mut old, new) = (report(), report_of(2, 1.2));
         old.noise.spread = 0.24;
-        assert_eq!(class_of(&compare(&old, &new).unwrap(), "syscall", "husk"), Class::Same);
-        old.noise.verdict = Steadiness::TooNoisy;
-        assert_eq!(class_of(&compare(&old, &new).unwrap(), "syscall", "husk"), Class::Unclear);
+        assert_eq!(class_of(&compare(&old, &new).unwrap(), "syscall", "husk"), Class::Unchanged);
+        old.noise.verdict = NoiseLevel::TooNoisy;
+        assert_eq!(class_of(&compare(&old, &new).unwrap(), "syscall", "husk"), Class::Inconclusive);
     }
 
     #[test]
     fn few_runs_are_not_judged_and_failures_are_no_change_of_speed() {
         let (old, mut new) = (report(), report_of(2, 2.0));
-        for measure in &mut new.measures {
-            let husk = measure.results.iter_mut().find(|outcome| outcome.contender == "husk").unwrap();
-            if measure.name == "exec" {
+        for metric in &mut new.metrics {
+            let husk = metric.results.iter_mut().find(|outcome| outcome.contender == "husk").unwrap();
+            if metric.name == "exec" {
                 husk.failures.push("round 1: it hung".to_owned());
             }
-            husk.samples.truncate(FEWEST - 1);
+            husk.samples.truncate(MIN_SAMPLES - 1);
         }
         let comparison = compare(&old, &new).unwrap();
-        assert_eq!(class_of(&comparison, "syscall", "husk"), Class::Unclear);
-        assert_eq!(class_of(&comparison, "exec", "husk"), Class::FailsMore);
-        assert_eq!(class_of(&comparison, "exec", "qemu-microvm"), Class::Same, "as often as before");
+        assert_eq!(class_of(&comparison, "syscall", "husk"), Class::Inconclusive);
+        assert_eq!(class_of(&comparison, "exec", "husk"), Class::MoreFailures);
+        assert_eq!(class_of(&comparison, "exec", "qemu-microvm"), Class::Unchanged, "as often as before");
     }
 
     #[test]
@@ -322,7 +324,7 @@ mod tests {
             "the old run had other limits: --cpus 2 --memory 512M --cpuset 2-3, this one has --cpus 2 --memory 1024M --cpuset 2-3"
         );
         let mut other = old.clone();
-        other.measures[0].unit = crate::bench::scenario::Unit::Microseconds;
+        other.metrics[0].unit = crate::bench::scenario::Unit::Microseconds;
         let error = format!("{:#}", compare(&old, &other).unwrap_err());
         assert!(
             error.starts_with("the old run's “start-output-warm” is in Milliseconds, this one's in Microseconds"),
@@ -340,8 +342,8 @@ mod tests {
         for sample in &mut new.noise.samples_ms {
             *sample *= 1.5;
         }
-        new.measures.remove(0);
-        new.measures[0].results.remove(0);
+        new.metrics.remove(0);
+        new.metrics[0].results.remove(0);
         let comparison = compare(&old, &new).unwrap();
         assert_eq!(
             comparison.warnings,
@@ -352,7 +354,7 @@ mod tests {
             ]
         );
         assert_eq!(
-            comparison.alone,
+            comparison.unmatched,
             [
                 "Start to exit, caches warm, host, only in the old run",
                 "Start to first output, caches warm, only in the old run"
@@ -379,15 +381,15 @@ mod tests {
     #[test]
     fn what_is_no_report_is_refused_in_a_line() {
         let refusal = |text: &str| format!("{:#}", parse(text).unwrap_err());
-        for text in ["", "{}", "[1, 2]", "{\"version\": 1}", "{\"version\": -1}", "\u{0}", &"[".repeat(1 << 20)] {
+        for text in ["", "{}", "[1, 2]", "{\"version\": 2}", "{\"version\": -1}", "\u{0}", &"[".repeat(1 << 20)] {
             let error = refusal(text);
             assert!(error.starts_with("not a report of husk bench (its --output FILE.json writes one): "), "{error}");
             assert!(!error.contains('\n') && error.len() < 200, "{error}");
         }
-        assert_eq!(refusal("{\"version\": 2}"), "a report of version 2; this husk reads version 1");
+        assert_eq!(refusal("{\"version\": 3}"), "a report of version 3; this husk reads version 2");
         assert_eq!(refusal(&" ".repeat((16 << 20) + 1)), "longer than 16 MiB");
         let mut long = report();
-        long.measures[3].results[2].samples = vec![Some(1.0); MAX_ROUNDS + 1];
+        long.metrics[3].results[2].samples = vec![Some(1.0); MAX_ROUNDS + 1];
         assert_eq!(refusal(&serde_json::to_string(&long).unwrap()), "a report of more than 1000 rounds");
         let too_large = serde_json::to_string(&report()).unwrap().replacen("1234.5", "1e999", 1);
         assert!(refusal(&too_large).contains("number out of range"));

@@ -13,10 +13,10 @@ const END_SIGNALS: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
 static SIGNALS: OnceLock<SignalFd> = OnceLock::new();
 /// The first that has come; 0 before.
-static CAME: AtomicI32 = AtomicI32::new(0);
+static RECEIVED: AtomicI32 = AtomicI32::new(0);
 
 /// Has the signals wait until [`check`] asks for them. To be called on the first thread, before another one starts.
-pub fn watch() -> Result<()> {
+pub fn install() -> Result<()> {
     let signals = SignalFd::block(&END_SIGNALS).context("have signals wait")?;
     let _ = SIGNALS.set(signals);
     Ok(())
@@ -30,9 +30,9 @@ pub fn fd() -> Option<RawFd> {
 /// Fails once a signal has come, on any thread and each time. Before [`watch`], none has.
 pub fn check() -> Result<()> {
     if let Some(signal) = SIGNALS.get().and_then(|signals| signals.read().ok().flatten()) {
-        CAME.store(signal, Ordering::Relaxed);
+        RECEIVED.store(signal, Ordering::Relaxed);
     }
-    match CAME.load(Ordering::Relaxed) {
+    match RECEIVED.load(Ordering::Relaxed) {
         0 => Ok(()),
         signal => bail!("interrupted by signal {signal}"),
     }

@@ -1,38 +1,38 @@
 //! `husk bench`: the same work in machines, in containers and on the bare host, and what the difference is.
 //!
 //! ```text
-//! IMAGE ─ ground ─> one root, as a folder and as a disk, with the work program in it
+//! IMAGE ─ fixture ─> one root, as a directory and as a disk, with the work program in it
 //! host ─ contender::find ─> those present, those absent
 //! scenarios ─ rounds (A B C A B C …) ─ contender::launch ─ run: times of marks, taken here ─> samples
-//! samples ─ statistics ─> result::Report ─> table, JSON, page, compare
+//! samples ─ statistics ─> report::Report ─> table, JSON, page, compare
 //! ```
 //!
 //! The work program (`firmware/work`) reads no clock: it says that it begins and that it has ended, and all times are this
 //! process's own. What a contender gets is the same file, the same arguments and the same limits.
 
-pub mod amounts;
-mod client;
+mod benchmark;
+pub mod calibration;
 pub mod compare;
 pub mod contender;
-mod cost;
-mod facts;
-pub mod ground;
+#[doc(hidden)]
+pub mod example;
+pub mod fixture;
+mod format;
+mod host_info;
 mod interrupt;
+mod memory_usage;
+mod network_client;
 mod noise;
 pub mod page;
 pub mod plan;
-pub mod result;
+pub mod report;
 mod rounds;
 pub mod run;
-#[doc(hidden)]
-pub mod sample;
 pub mod scenario;
 pub mod statistics;
 pub mod table;
-mod text;
-mod trial;
 pub mod verdict;
-pub mod work;
+pub mod workload;
 
 use std::cell::Cell;
 use std::fs;
@@ -41,13 +41,13 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 
-use self::amounts::{Amounts, Bare};
-use self::contender::{Contender, Ground};
-use self::ground::{DATA, Plot};
-use self::noise::Watch;
-use self::plan::{Plan, Wrong};
-use self::result::{Absent, Limits, Measured, Method, Noise, Report};
-use self::trial::{Context, Trial};
+use self::benchmark::{Benchmark, Session};
+use self::calibration::{Calibration, Calibrator};
+use self::contender::{Contender, Fixture};
+use self::fixture::{DATA, WorkDir};
+use self::noise::NoiseMonitor;
+use self::plan::{Plan, UsageError};
+use self::report::{Limits, Method, MetricResults, Noise, Report, Unavailable};
 use crate::foreign::one_line;
 
 /// The share of cases in which an interval holds the true median.
@@ -60,110 +60,110 @@ const BASELINES: [&str; 6] = ["crun", "runc", "podman", "docker", "bwrap", "host
 /// end are heard here, and end the bench in order.
 pub fn run(word: &str, plan: &Plan) -> Result<Option<Report>> {
     let (started, began) = (SystemTime::now(), Instant::now());
-    let chosen = choose(contender::find(), &plan.against)?;
-    let Some(mut image) = ground::find(word, None)? else { return Ok(None) };
-    interrupt::watch()?;
-    let plot = Plot::claim(plan.folder.as_deref())?;
-    let host = facts::host(Path::new("/"), &plot.folder);
-    let ground = ground::lay(&plot, &mut image, plan.effort.data_mib() << 20, plan.limits.clone())?;
-    let found = measure(&ground, plan, chosen)?;
-    drop(plot);
+    let chosen = choose(contender::find(), &plan.contenders)?;
+    let Some(mut image) = fixture::find(word, None)? else { return Ok(None) };
+    interrupt::install()?;
+    let work_dir = WorkDir::claim(plan.work_dir.as_deref())?;
+    let host = host_info::collect(Path::new("/"), &work_dir.dir);
+    let fixture = fixture::prepare(&work_dir, &mut image, plan.sampling.data_mib() << 20, plan.limits.clone())?;
+    let found = measure(&fixture, plan, chosen)?;
+    drop(work_dir);
     let mut report = Report {
-        version: result::VERSION,
+        version: report::VERSION,
         husk: env!("CARGO_PKG_VERSION").to_owned(),
         started: humantime::format_rfc3339_seconds(started).to_string(),
-        took_s: began.elapsed().as_secs_f64(),
+        duration_s: began.elapsed().as_secs_f64(),
         command_line: plan.command_line.clone(),
-        image: image.about,
+        image: image.info,
         limits: plan.limits.clone(),
         host,
         noise: found.noise,
         method: found.method,
         contenders: found.contenders,
-        measures: found.measures,
+        metrics: found.metrics,
         verdict: Vec::new(),
     };
-    statistics::summarise(&mut report);
+    statistics::summarize(&mut report);
     report.verdict = verdict::sentences(&report);
     Ok(Some(report))
 }
 
 /// Everyone who is looked for, with what there is to say of them before anything is prepared; for `--list`.
-pub fn contenders() -> Vec<result::Contender> {
+pub fn contenders() -> Vec<report::ContenderInfo> {
     let limits = Limits { cpus: 1.0, memory_mib: 512, cpuset: None };
-    let nowhere = Ground { limits, ..Ground::default() };
-    contender::find().iter().map(|contender| contender.about(&nowhere)).collect()
+    let nowhere = Fixture { limits, ..Fixture::default() };
+    contender::find().iter().map(|contender| contender.describe(&nowhere)).collect()
 }
 
 /// Those that the user names, or all.
 fn choose(all: Vec<Box<dyn Contender>>, names: &[String]) -> Result<Vec<Box<dyn Contender>>> {
     let known: Vec<&str> = all.iter().map(|contender| contender.name()).collect();
     if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
-        return Err(Wrong(format!("nobody is called {name:?}, type one of {}", known.join(", "))).into());
+        return Err(UsageError(format!("nobody is called {name:?}, type one of {}", known.join(", "))).into());
     }
     Ok(all.into_iter().filter(|one| names.is_empty() || names.iter().any(|name| name == one.name())).collect())
 }
 
 /// All of a report that comes from running something.
-struct Found {
-    contenders: Vec<result::Contender>,
-    measures: Vec<Measured>,
+struct Results {
+    contenders: Vec<report::ContenderInfo>,
+    metrics: Vec<MetricResults>,
     method: Method,
     noise: Noise,
 }
 
-fn measure(ground: &Ground, plan: &Plan, mut all: Vec<Box<dyn Contender>>) -> Result<Found> {
-    let mut about: Vec<result::Contender> = all.iter().map(|contender| contender.about(ground)).collect();
-    for (contender, about) in all.iter_mut().zip(&mut about).filter(|(_, about)| about.absent.is_none()) {
+fn measure(fixture: &Fixture, plan: &Plan, mut all: Vec<Box<dyn Contender>>) -> Result<Results> {
+    let mut info: Vec<report::ContenderInfo> = all.iter().map(|contender| contender.describe(fixture)).collect();
+    for (contender, info) in all.iter_mut().zip(&mut info).filter(|(_, info)| info.unavailable.is_none()) {
         interrupt::check()?;
-        if let Err(error) = contender.prepare(ground) {
-            about.absent = Some(Absent { why: one_line(&format!("{error:#}")), install: None });
+        if let Err(error) = contender.prepare(fixture) {
+            info.unavailable = Some(Unavailable { reason: one_line(&format!("{error:#}")), install: None });
         }
     }
-    let found = measure_present(ground, plan, &all, &about);
+    let found = measure_present(fixture, plan, &all, &info);
     // Whatever happened, nothing is left behind; the first error is the one to tell.
     let mut cleaned = Ok(());
-    for (contender, about) in all.iter_mut().zip(&about) {
-        match contender.clean_up(ground) {
+    for (contender, info) in all.iter_mut().zip(&info) {
+        match contender.clean_up(fixture) {
             // Of one that could not be prepared there is as a rule nothing, and nobody who could remove it.
-            Err(error) if about.absent.is_some() => log::info!("{}: {error:#}", about.name),
+            Err(error) if info.unavailable.is_some() => log::info!("{}: {error:#}", info.name),
             Err(error) if cleaned.is_ok() => cleaned = Err(error),
             _ => {}
         }
     }
-    let (measures, method, noise) = found?;
+    let (metrics, method, noise) = found?;
     cleaned?;
-    Ok(Found { contenders: about, measures, method, noise })
+    Ok(Results { contenders: info, metrics, method, noise })
 }
 
 fn measure_present(
-    ground: &Ground,
+    fixture: &Fixture,
     plan: &Plan,
     all: &[Box<dyn Contender>],
-    about: &[result::Contender],
-) -> Result<(Vec<Measured>, Method, Noise)> {
-    let is_present = |(_, about): &(_, &result::Contender)| about.absent.is_none();
+    info: &[report::ContenderInfo],
+) -> Result<(Vec<MetricResults>, Method, Noise)> {
+    let is_present = |(_, info): &(_, &report::ContenderInfo)| info.unavailable.is_none();
     let present: Vec<&dyn Contender> =
-        all.iter().map(AsRef::as_ref).zip(about).filter(is_present).map(|(one, _)| one).collect();
+        all.iter().map(AsRef::as_ref).zip(info).filter(is_present).map(|(one, _)| one).collect();
     let names: Vec<&str> = present.iter().map(|contender| contender.name()).collect();
     let baseline = baseline(&names, plan.baseline.as_deref())?;
-    let (amounts, failures) = amounts(ground, plan)?;
+    let (amounts, failures) = amounts(fixture, plan)?;
     for failure in failures {
         log::warn!("on the bare host: {failure}");
     }
-    let context = Context { ground, plan, amounts: &amounts, next_instance: Cell::new(0) };
-    let mut watch = Watch::new();
-    let measures = rounds::measure(&context, &present, &mut watch)?;
-    let effort = &plan.effort;
+    let session = Session { fixture, plan, amounts: &amounts, next_instance: Cell::new(0) };
+    let mut monitor = NoiseMonitor::new();
+    let metrics = rounds::measure(&session, &present, &mut monitor)?;
+    let sampling = &plan.sampling;
     let method = Method {
-        warm_up_rounds: effort.warm_up_rounds,
-        rounds: (effort.least_rounds, effort.most_rounds),
-        precision: effort.precision,
+        warm_up_rounds: sampling.warm_up_rounds,
+        rounds: (sampling.min_rounds, sampling.max_rounds),
+        precision: sampling.precision,
         confidence: CONFIDENCE,
         baseline,
         amounts,
     };
-    Ok((measures, method, watch.end()))
+    Ok((metrics, method, monitor.finish()))
 }
 
 fn baseline(present: &[&str], wanted: Option<&str>) -> Result<String> {
@@ -178,19 +178,19 @@ fn baseline(present: &[&str], wanted: Option<&str>) -> Result<String> {
 }
 
 /// How much work is done, found out on the bare host. Nothing where the plan has none.
-fn amounts(ground: &Ground, plan: &Plan) -> Result<Amounts> {
-    let measures: Vec<_> = Trial::of(plan).into_iter().flat_map(|trial| trial.measures(plan)).collect();
-    let folder = ground.folder.join("bare");
-    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-    let in_root = |path: &str| ground.root.join(path.trim_start_matches('/'));
-    let bare = Bare {
-        program: &in_root(contender::WORK),
+fn amounts(fixture: &Fixture, plan: &Plan) -> Result<Calibration> {
+    let metrics: Vec<_> = Benchmark::of(plan).into_iter().flat_map(|benchmark| benchmark.metrics(plan)).collect();
+    let dir = fixture.dir.join("bare");
+    fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+    let in_root = |path: &str| fixture.root.join(path.trim_start_matches('/'));
+    let bare = Calibrator {
+        program: &in_root(contender::WORKLOAD),
         data: &in_root(DATA),
-        folder: &folder,
+        dir: &dir,
         cpus: plan.threads(),
         cpuset: plan.cpus.clone(),
     };
-    Ok(bare.amounts(&measures, plan.effort.work_time()))
+    Ok(bare.calibrate(&metrics, plan.sampling.target_time()))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::fs;
 use std::hint::black_box;
 use std::time::Instant;
 
-use super::result::Noise;
+use super::report::Noise;
 use super::statistics;
 
 /// Some 20 ms on a processor of today.
@@ -12,22 +12,22 @@ const STEPS: u64 = 20_000_000;
 
 /// Watches the host for as long as a bench takes.
 #[derive(Debug)]
-pub struct Watch {
+pub struct NoiseMonitor {
     samples_ms: Vec<f64>,
-    before: Option<Times>,
+    before: Option<CpuTimes>,
 }
 
 /// All processors' time since the host started, in ticks (proc_stat(5)).
 #[derive(Debug, Clone, Copy)]
-struct Times {
+struct CpuTimes {
     all: u64,
     stolen: u64,
 }
 
-impl Watch {
+impl NoiseMonitor {
     /// Begins to watch.
-    pub fn new() -> Watch {
-        Watch { samples_ms: Vec::new(), before: times(&proc_stat()) }
+    pub fn new() -> NoiseMonitor {
+        NoiseMonitor { samples_ms: Vec::new(), before: times(&proc_stat()) }
     }
 
     /// Does the work once. To be called while nothing else of the bench runs.
@@ -44,19 +44,19 @@ impl Watch {
     }
 
     /// What there was to see.
-    pub fn end(self) -> Noise {
+    pub fn finish(self) -> Noise {
         let stolen = match (self.before, times(&proc_stat())) {
             (Some(before), Some(after)) => stolen(before, after),
             _ => 0.0,
         };
         let spread = statistics::spread(&self.samples_ms);
-        Noise { spread, stolen, verdict: statistics::steadiness(spread, stolen), samples_ms: self.samples_ms }
+        Noise { spread, stolen, verdict: statistics::noise_level(spread, stolen), samples_ms: self.samples_ms }
     }
 }
 
-impl Default for Watch {
-    fn default() -> Watch {
-        Watch::new()
+impl Default for NoiseMonitor {
+    fn default() -> NoiseMonitor {
+        NoiseMonitor::new()
     }
 }
 
@@ -65,13 +65,13 @@ fn proc_stat() -> String {
 }
 
 /// The first line: user, nice, system, idle, iowait, irq, softirq, steal; what follows is counted in the first two already.
-fn times(stat: &str) -> Option<Times> {
+fn times(stat: &str) -> Option<CpuTimes> {
     let numbers = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().take(8);
     let numbers: Vec<u64> = numbers.map(|number| number.parse().ok()).collect::<Option<_>>()?;
-    Some(Times { all: numbers.iter().sum(), stolen: *numbers.get(7)? })
+    Some(CpuTimes { all: numbers.iter().sum(), stolen: *numbers.get(7)? })
 }
 
-fn stolen(before: Times, after: Times) -> f64 {
+fn stolen(before: CpuTimes, after: CpuTimes) -> f64 {
     let all = after.all.saturating_sub(before.all);
     if all == 0 { 0.0 } else { after.stolen.saturating_sub(before.stolen) as f64 / all as f64 }
 }
@@ -90,9 +90,9 @@ mod tests {
 
     #[test]
     fn each_sample_is_work_that_takes_time() {
-        let mut watch = Watch::new();
-        watch.sample();
-        let noise = watch.end();
+        let mut monitor = NoiseMonitor::new();
+        monitor.sample();
+        let noise = monitor.finish();
         assert!(noise.samples_ms[0] > 0.1, "{noise:?}");
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::result::Limits;
+use super::report::Limits;
 use super::scenario::Scenario;
 
 /// Everything that the user has chosen.
@@ -14,11 +14,11 @@ pub struct Plan {
     /// The work, where that is a command of the image's.
     pub command: Vec<String>,
     /// Who is compared; everyone where it is empty.
-    pub against: Vec<String>,
+    pub contenders: Vec<String>,
     /// Whom ratios are to.
     pub baseline: Option<String>,
     /// How much is done for a number.
-    pub effort: Effort,
+    pub sampling: Sampling,
     /// What every instance may use.
     pub limits: Limits,
     /// The same processors as `limits.cpuset` has, by their numbers.
@@ -26,9 +26,9 @@ pub struct Plan {
     /// What `density` fills; a share of what is available where nothing is said.
     pub budget_mib: Option<u64>,
     /// How long one instance may take.
-    pub deadline: Duration,
+    pub timeout: Duration,
     /// Where the bench makes its files.
-    pub folder: Option<PathBuf>,
+    pub work_dir: Option<PathBuf>,
     /// How the user asked for all this.
     pub command_line: Vec<String>,
 }
@@ -36,53 +36,53 @@ pub struct Plan {
 /// A plan that is wrong on any host.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct Wrong(pub String);
+pub struct UsageError(pub String);
 
 /// How much is done for a number.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Effort {
+pub struct Sampling {
     /// Less work in each round.
     pub quick: bool,
     /// Uncounted rounds before the others.
     pub warm_up_rounds: u32,
     /// At least so many rounds.
-    pub least_rounds: u32,
+    pub min_rounds: u32,
     /// At most so many.
-    pub most_rounds: u32,
+    pub max_rounds: u32,
     /// The half width of an interval, as a share of the median, at which no more rounds are needed.
     pub precision: f64,
 }
 
 /// An interval of fewer samples says little.
-const LEAST_ROUNDS: u32 = 6;
-const MOST_ROUNDS: u32 = 40;
+const MIN_ROUNDS: u32 = 6;
+const MAX_ROUNDS: u32 = 40;
 const QUICK_ROUNDS: u32 = 3;
 const PRECISION: f64 = 0.05;
 
-impl Effort {
+impl Sampling {
     /// As many rounds as it takes.
-    pub const fn until_precise() -> Effort {
-        Effort {
+    pub const fn until_precise() -> Sampling {
+        Sampling {
             quick: false,
             warm_up_rounds: 1,
-            least_rounds: LEAST_ROUNDS,
-            most_rounds: MOST_ROUNDS,
+            min_rounds: MIN_ROUNDS,
+            max_rounds: MAX_ROUNDS,
             precision: PRECISION,
         }
     }
 
     /// So many rounds, however precise they are.
-    pub const fn exactly(rounds: u32) -> Effort {
-        Effort { least_rounds: rounds, most_rounds: rounds, ..Effort::until_precise() }
+    pub const fn exactly(rounds: u32) -> Sampling {
+        Sampling { min_rounds: rounds, max_rounds: rounds, ..Sampling::until_precise() }
     }
 
     /// A first look.
-    pub const fn quick() -> Effort {
-        Effort { quick: true, ..Effort::exactly(QUICK_ROUNDS) }
+    pub const fn quick() -> Sampling {
+        Sampling { quick: true, ..Sampling::exactly(QUICK_ROUNDS) }
     }
 
     /// How long a piece of work takes on the bare host: long enough that the way of a mark through pipes and consoles is nothing.
-    pub const fn work_time(&self) -> Duration {
+    pub const fn target_time(&self) -> Duration {
         Duration::from_millis(if self.quick { 50 } else { 300 })
     }
 

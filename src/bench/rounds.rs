@@ -1,49 +1,53 @@
-//! The rounds: every trial with every contender in turn, A B C A B C, until the numbers are as precise as was asked for.
+//! The rounds: every benchmark with every contender in turn, A B C A B C, until the numbers are as precise as was asked for.
 
 use std::time::Instant;
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::contender::{Contender, Unable};
-use super::noise::Watch;
-use super::plan::Effort;
-use super::result::{Measured, Outcome};
-use super::scenario::Measure;
+use super::benchmark::{Benchmark, Measurements, Session};
+use super::contender::{Contender, Unsupported};
+use super::noise::NoiseMonitor;
+use super::plan::Sampling;
+use super::report::{MetricResults, Outcome};
+use super::scenario::Metric;
 use super::statistics;
-use super::trial::{Context, Found, Trial};
 use crate::foreign::one_line;
 
-/// Rounds of a trial that takes long.
+/// Rounds of a benchmark that takes long.
 const SLOW_ROUNDS: u32 = 6;
 /// A contender that fails so often from the start is not tried any more.
-const ENOUGH_FAILURES: usize = 2;
+const MAX_CONSECUTIVE_FAILURES: usize = 2;
 
-/// One who takes part in a trial.
-struct Entrant<'a> {
+/// One who takes part in a benchmark.
+struct Participant<'a> {
     contender: &'a dyn Contender,
-    measures: &'a [&'static Measure],
+    metrics: &'a [&'static Metric],
     /// One a measure, in their order.
     outcomes: Vec<Outcome>,
-    failures_in_a_row: usize,
-    out: bool,
+    consecutive_failures: usize,
+    excluded: bool,
 }
 
-/// Makes all trials of the plan. Returns what was measured, in the order of the trials.
-pub fn measure(context: &Context, contenders: &[&dyn Contender], watch: &mut Watch) -> Result<Vec<Measured>> {
-    let trials = Trial::of(context.plan);
-    let bar = progress(trials.len() as u64);
+/// Makes all benchmarks of the plan. Returns what was measured, in the order of the benchmarks.
+pub fn measure(
+    session: &Session,
+    contenders: &[&dyn Contender],
+    monitor: &mut NoiseMonitor,
+) -> Result<Vec<MetricResults>> {
+    let benchmarks = Benchmark::of(session.plan);
+    let bar = progress(benchmarks.len() as u64);
     let mut measured = Vec::new();
-    for trial in trials {
-        measured.extend(one_trial(trial, context, contenders, watch, &bar)?);
+    for benchmark in benchmarks {
+        measured.extend(run_benchmark(benchmark, session, contenders, monitor, &bar)?);
         bar.inc(1);
     }
     bar.finish_and_clear();
     Ok(measured)
 }
 
-fn progress(trials: u64) -> ProgressBar {
-    let bar = ProgressBar::new(trials);
+fn progress(benchmarks: u64) -> ProgressBar {
+    let bar = ProgressBar::new(benchmarks);
     if let Ok(style) = ProgressStyle::with_template("[{elapsed}] {bar:20} {pos}/{len} {msg}") {
         bar.set_style(style);
     }
@@ -51,54 +55,56 @@ fn progress(trials: u64) -> ProgressBar {
     bar
 }
 
-fn one_trial(
-    trial: Trial,
-    context: &Context,
+fn run_benchmark(
+    benchmark: Benchmark,
+    session: &Session,
     contenders: &[&dyn Contender],
-    watch: &mut Watch,
+    monitor: &mut NoiseMonitor,
     bar: &ProgressBar,
-) -> Result<Vec<Measured>> {
-    let measures = trial.measures(context.plan);
-    let mut entrants: Vec<Entrant> =
-        contenders.iter().map(|contender| Entrant::new(trial, context, *contender, &measures)).collect();
-    let (warm_up, least, most) = rounds(trial, &context.plan.effort);
-    for round in 0..warm_up + most {
-        watch.sample();
+) -> Result<Vec<MetricResults>> {
+    let metrics = benchmark.metrics(session.plan);
+    let mut participants: Vec<Participant> =
+        contenders.iter().map(|contender| Participant::new(benchmark, session, *contender, &metrics)).collect();
+    let (warm_up, min, max) = rounds(benchmark, &session.plan.sampling);
+    for round in 0..warm_up + max {
+        monitor.sample();
         let counted = round.checked_sub(warm_up);
-        for entrant in entrants.iter_mut().filter(|entrant| !entrant.out) {
-            let name = entrant.contender.name();
-            bar.set_message(format!("{trial}, round {}: {name}", counted.map_or(0, |round| round + 1)));
+        for participant in participants.iter_mut().filter(|participant| !participant.excluded) {
+            let name = participant.contender.name();
+            bar.set_message(format!("{benchmark}, round {}: {name}", counted.map_or(0, |round| round + 1)));
             let started = Instant::now();
-            let found = trial.run(context, entrant.contender);
-            log::debug!("{trial} with {name} took {:?}", started.elapsed());
+            let measurements = benchmark.run(session, participant.contender);
+            log::debug!("{benchmark} with {name} took {:?}", started.elapsed());
             super::interrupt::check()?;
-            entrant.take(found, counted);
+            participant.take(measurements, counted);
         }
         let done = counted.map_or(0, |round| round + 1);
-        if done >= least && entrants.iter().all(|entrant| entrant.is_precise(context.plan.effort.precision)) {
+        if done >= min && participants.iter().all(|participant| participant.is_precise(session.plan.sampling.precision))
+        {
             break;
         }
     }
-    Ok(by_measure(&measures, entrants))
+    Ok(by_metric(&metrics, participants))
 }
 
 /// Warm-up rounds, and counted rounds at least and at most.
-fn rounds(trial: Trial, effort: &Effort) -> (u32, u32, u32) {
-    let most = if trial.is_slow() { effort.most_rounds.min(SLOW_ROUNDS) } else { effort.most_rounds };
+fn rounds(benchmark: Benchmark, sampling: &Sampling) -> (u32, u32, u32) {
+    let max = if benchmark.is_slow() { sampling.max_rounds.min(SLOW_ROUNDS) } else { sampling.max_rounds };
     // Caches that are emptied each time cannot be warmed.
-    let warm_up = if trial == (Trial::Start { cold: true }) || trial.is_slow() { 0 } else { effort.warm_up_rounds };
-    (warm_up, effort.least_rounds.min(most), most)
+    let warm_up =
+        if benchmark == (Benchmark::Start { cold: true }) || benchmark.is_slow() { 0 } else { sampling.warm_up_rounds };
+    (warm_up, sampling.min_rounds.min(max), max)
 }
 
-impl<'a> Entrant<'a> {
+impl<'a> Participant<'a> {
     fn new(
-        trial: Trial,
-        context: &Context,
+        benchmark: Benchmark,
+        session: &Session,
         contender: &'a dyn Contender,
-        measures: &'a [&'static Measure],
-    ) -> Entrant<'a> {
-        let skipped = trial.obstacle(contender, context.ground);
-        let outcome = |_: &&Measure| Outcome {
+        metrics: &'a [&'static Metric],
+    ) -> Participant<'a> {
+        let skipped = benchmark.skip_reason(contender, session.fixture);
+        let outcome = |_: &&Metric| Outcome {
             contender: contender.name().to_owned(),
             samples: Vec::new(),
             failures: Vec::new(),
@@ -106,32 +112,32 @@ impl<'a> Entrant<'a> {
             summary: None,
             ratio: None,
         };
-        Entrant {
+        Participant {
             contender,
-            measures,
-            outcomes: measures.iter().map(outcome).collect(),
-            failures_in_a_row: 0,
-            out: skipped.is_some(),
+            metrics,
+            outcomes: metrics.iter().map(outcome).collect(),
+            consecutive_failures: 0,
+            excluded: skipped.is_some(),
         }
     }
 
     /// Keeps what a round found. `round` is none in a warm-up, of which only a failure counts.
-    fn take(&mut self, found: Result<Found>, round: Option<u32>) {
+    fn take(&mut self, measurements: Result<Measurements>, round: Option<u32>) {
         let when = round.map_or("warm-up".to_owned(), |round| format!("round {}", round + 1));
-        match found {
-            Ok(found) => {
-                self.failures_in_a_row = 0;
-                self.keep(&found, &when, round.is_some());
+        match measurements {
+            Ok(measurements) => {
+                self.consecutive_failures = 0;
+                self.keep(&measurements, &when, round.is_some());
             }
-            Err(error) if error.is::<Unable>() => {
-                self.out = true;
+            Err(error) if error.is::<Unsupported>() => {
+                self.excluded = true;
                 for outcome in &mut self.outcomes {
                     outcome.skipped = Some(one_line(&format!("{error:#}")));
                 }
                 return;
             }
             Err(error) => {
-                self.failures_in_a_row += 1;
+                self.consecutive_failures += 1;
                 for outcome in self.outcomes.iter_mut().filter(|outcome| outcome.skipped.is_none()) {
                     outcome.failures.push(format!("{when}: {}", one_line(&format!("{error:#}"))));
                     if round.is_some() {
@@ -140,24 +146,24 @@ impl<'a> Entrant<'a> {
                 }
             }
         }
-        self.out = self.failures_in_a_row >= ENOUGH_FAILURES;
+        self.excluded = self.consecutive_failures >= MAX_CONSECUTIVE_FAILURES;
     }
 
-    fn keep(&mut self, found: &Found, when: &str, counted: bool) {
-        for (measure, outcome) in self.measures.iter().zip(&mut self.outcomes) {
-            if let Some((_, why)) = found.pointless.iter().find(|(name, _)| *name == measure.name) {
-                outcome.skipped = Some(why.clone());
+    fn keep(&mut self, measurements: &Measurements, when: &str, counted: bool) {
+        for (metric, outcome) in self.metrics.iter().zip(&mut self.outcomes) {
+            if let Some((_, reason)) = measurements.skipped.iter().find(|(name, _)| *name == metric.name) {
+                outcome.skipped = Some(reason.clone());
                 outcome.samples.clear();
             }
             if outcome.skipped.is_some() {
                 continue;
             }
-            let value = found.values.iter().find(|(name, _)| *name == measure.name).map(|(_, value)| *value);
+            let value = measurements.values.iter().find(|(name, _)| *name == metric.name).map(|(_, value)| *value);
             // A clock that stood still, or a division by it, is no number.
             let value = value.filter(|value| value.is_finite());
             if value.is_none() {
-                let why = found.failures.iter().find(|(name, _)| *name == measure.name);
-                outcome.failures.push(format!("{when}: {}", why.map_or("it gave no number", |(_, why)| why)));
+                let reason = measurements.failures.iter().find(|(name, _)| *name == metric.name);
+                outcome.failures.push(format!("{when}: {}", reason.map_or("it gave no number", |(_, reason)| reason)));
             }
             if counted {
                 outcome.samples.push(value);
@@ -169,20 +175,20 @@ impl<'a> Entrant<'a> {
     fn is_precise(&self, precision: f64) -> bool {
         let precise =
             |outcome: &Outcome| outcome.skipped.is_some() || statistics::is_enough(&outcome.samples, precision);
-        self.out || self.outcomes.iter().all(precise)
+        self.excluded || self.outcomes.iter().all(precise)
     }
 }
 
-fn by_measure(measures: &[&'static Measure], entrants: Vec<Entrant>) -> Vec<Measured> {
-    let mut columns: Vec<_> = entrants.into_iter().map(|entrant| entrant.outcomes.into_iter()).collect();
-    measures
+fn by_metric(metrics: &[&'static Metric], participants: Vec<Participant>) -> Vec<MetricResults> {
+    let mut columns: Vec<_> = participants.into_iter().map(|participant| participant.outcomes.into_iter()).collect();
+    metrics
         .iter()
-        .map(|measure| Measured {
-            name: measure.name.to_owned(),
-            title: measure.title.to_owned(),
-            scenario: measure.scenario,
-            unit: measure.unit,
-            better: measure.better(),
+        .map(|metric| MetricResults {
+            name: metric.name.to_owned(),
+            title: metric.title.to_owned(),
+            scenario: metric.scenario,
+            unit: metric.unit,
+            better: metric.better(),
             results: columns.iter_mut().filter_map(Iterator::next).collect(),
         })
         .collect()

@@ -41,7 +41,7 @@ pub enum Scenario {
     Disk,
     /// What comes through a published port.
     Network,
-    /// What a crash does to a neighbour.
+    /// What a crash does to a neighbor.
     Isolation,
     /// A command of the user's, in place of all others.
     Command,
@@ -92,9 +92,19 @@ pub enum Better {
     Higher,
 }
 
+impl Better {
+    /// Returns the phrase shown next to a metric.
+    pub const fn phrase(self) -> &'static str {
+        match self {
+            Better::Lower => "lower is better",
+            Better::Higher => "higher is better",
+        }
+    }
+}
+
 /// One number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Measure {
+pub struct Metric {
     /// As JSON, the work program and `--compare` know it.
     pub name: &'static str,
     /// As a person reads it.
@@ -103,11 +113,11 @@ pub struct Measure {
     pub scenario: Scenario,
     /// What it counts.
     pub unit: Unit,
-    /// Whether the work program does it between two marks, whose times are taken outside (`bench::work`).
-    pub is_work: bool,
+    /// Whether the work program does it between two marks, whose times are taken outside (`bench::workload`).
+    pub is_workload: bool,
 }
 
-impl Measure {
+impl Metric {
     /// Which of two is better follows from the unit.
     pub const fn better(&self) -> Better {
         match self.unit {
@@ -117,7 +127,7 @@ impl Measure {
     }
 
     /// The value of `amount` units of work that took `seconds`. Work is counted in operations, or in bytes for `MibPerSecond`.
-    pub fn of_work(&self, amount: u64, seconds: f64) -> f64 {
+    pub fn from_workload(&self, amount: u64, seconds: f64) -> f64 {
         #[allow(clippy::cast_precision_loss, reason = "a count of work done has far fewer digits than that")]
         let amount = amount as f64;
         match self.unit {
@@ -131,65 +141,65 @@ impl Measure {
     }
 
     /// The measure of this name.
-    pub fn named(name: &str) -> Option<&'static Measure> {
-        MEASURES.iter().find(|measure| measure.name == name)
+    pub fn by_name(name: &str) -> Option<&'static Metric> {
+        METRICS.iter().find(|metric| metric.name == name)
     }
 }
 
-const fn work(name: &'static str, title: &'static str, scenario: Scenario, unit: Unit) -> Measure {
-    Measure { name, title, scenario, unit, is_work: true }
+const fn workload(name: &'static str, title: &'static str, scenario: Scenario, unit: Unit) -> Metric {
+    Metric { name, title, scenario, unit, is_workload: true }
 }
 
-const fn outside(name: &'static str, title: &'static str, scenario: Scenario, unit: Unit) -> Measure {
-    Measure { name, title, scenario, unit, is_work: false }
+const fn external(name: &'static str, title: &'static str, scenario: Scenario, unit: Unit) -> Metric {
+    Metric { name, title, scenario, unit, is_workload: false }
 }
 
 /// All of them, in the order in which they are shown.
-pub const MEASURES: &[Measure] = &[
-    outside("start-output-warm", "Start to first output, caches warm", Scenario::Start, Unit::Milliseconds),
-    outside("start-exit-warm", "Start to exit, caches warm", Scenario::Start, Unit::Milliseconds),
-    outside("start-output-cold", "Start to first output, caches cold", Scenario::Start, Unit::Milliseconds),
-    outside("start-exit-cold", "Start to exit, caches cold", Scenario::Start, Unit::Milliseconds),
-    outside("memory-idle", "Memory of one more idle instance (PSS)", Scenario::Memory, Unit::Mib),
-    outside("memory-cache", "Page cache of one more idle instance", Scenario::Memory, Unit::Mib),
-    outside("memory-after-work", "Memory of an instance after work (PSS)", Scenario::Memory, Unit::Mib),
-    outside("density-instances", "Idle instances in the budget", Scenario::Density, Unit::Count),
-    outside("density-starts", "Instances started a second", Scenario::Density, Unit::PerSecond),
-    work("cpu-integer", "Integer work, one processor", Scenario::Cpu, Unit::Nanoseconds),
-    work("cpu-float", "Floating-point work, one processor", Scenario::Cpu, Unit::Nanoseconds),
-    work("cpu-integer-all", "Integer work, all processors", Scenario::Cpu, Unit::Nanoseconds),
-    work("cpu-float-all", "Floating-point work, all processors", Scenario::Cpu, Unit::Nanoseconds),
-    work("memory-copy", "Memory copied", Scenario::MemoryBandwidth, Unit::MibPerSecond),
-    work("page-faults", "Pages touched for the first time", Scenario::MemoryBandwidth, Unit::Nanoseconds),
-    work("syscall", "A system call", Scenario::Syscall, Unit::Nanoseconds),
-    work("fork", "A process, from fork to exit", Scenario::Fork, Unit::Microseconds),
-    work("exec", "A program, from fork and exec to exit", Scenario::Exec, Unit::Microseconds),
-    work("context-switch", "A switch between processes", Scenario::ContextSwitch, Unit::Nanoseconds),
-    work("root-read", "Root: reads in order", Scenario::Disk, Unit::MibPerSecond),
-    work("root-read-random", "Root: 4 KiB reads anywhere", Scenario::Disk, Unit::PerSecond),
-    work("root-write", "Root: writes in order, then fsync", Scenario::Disk, Unit::MibPerSecond),
-    work("scratch-write", "Scratch disk: writes in order, then fsync", Scenario::Disk, Unit::MibPerSecond),
-    work("scratch-read", "Scratch disk: direct reads in order", Scenario::Disk, Unit::MibPerSecond),
-    work("scratch-write-random", "Scratch disk: direct 4 KiB writes anywhere", Scenario::Disk, Unit::PerSecond),
-    work("scratch-read-random", "Scratch disk: direct 4 KiB reads anywhere", Scenario::Disk, Unit::PerSecond),
-    work("scratch-fsync", "Scratch disk: 4 KiB appended, each with fdatasync", Scenario::Disk, Unit::PerSecond),
-    outside("network-to", "Network: bytes to the instance", Scenario::Network, Unit::MibPerSecond),
-    outside("network-from", "Network: bytes from the instance", Scenario::Network, Unit::MibPerSecond),
-    outside("network-latency", "Network: one byte there and back", Scenario::Network, Unit::Microseconds),
-    outside("network-requests", "Network: connections with a request each", Scenario::Network, Unit::PerSecond),
-    outside(
+pub const METRICS: &[Metric] = &[
+    external("start-output-warm", "Start to first output, caches warm", Scenario::Start, Unit::Milliseconds),
+    external("start-exit-warm", "Start to exit, caches warm", Scenario::Start, Unit::Milliseconds),
+    external("start-output-cold", "Start to first output, caches cold", Scenario::Start, Unit::Milliseconds),
+    external("start-exit-cold", "Start to exit, caches cold", Scenario::Start, Unit::Milliseconds),
+    external("memory-idle", "Memory of one more idle instance (PSS)", Scenario::Memory, Unit::Mib),
+    external("memory-cache", "Page cache of one more idle instance", Scenario::Memory, Unit::Mib),
+    external("memory-after-work", "Memory of an instance after work (PSS)", Scenario::Memory, Unit::Mib),
+    external("density-instances", "Idle instances in the budget", Scenario::Density, Unit::Count),
+    external("density-starts", "Instances started a second", Scenario::Density, Unit::PerSecond),
+    workload("cpu-integer", "Integer work, one processor", Scenario::Cpu, Unit::Nanoseconds),
+    workload("cpu-float", "Floating-point work, one processor", Scenario::Cpu, Unit::Nanoseconds),
+    workload("cpu-integer-all", "Integer work, all processors", Scenario::Cpu, Unit::Nanoseconds),
+    workload("cpu-float-all", "Floating-point work, all processors", Scenario::Cpu, Unit::Nanoseconds),
+    workload("memory-copy", "Memory copied", Scenario::MemoryBandwidth, Unit::MibPerSecond),
+    workload("page-faults", "Pages touched for the first time", Scenario::MemoryBandwidth, Unit::Nanoseconds),
+    workload("syscall", "A system call", Scenario::Syscall, Unit::Nanoseconds),
+    workload("fork", "A process, from fork to exit", Scenario::Fork, Unit::Microseconds),
+    workload("exec", "A program, from fork and exec to exit", Scenario::Exec, Unit::Microseconds),
+    workload("context-switch", "A switch between processes", Scenario::ContextSwitch, Unit::Nanoseconds),
+    workload("root-read", "Root: reads in order", Scenario::Disk, Unit::MibPerSecond),
+    workload("root-read-random", "Root: 4 KiB reads anywhere", Scenario::Disk, Unit::PerSecond),
+    workload("root-write", "Root: writes in order, then fsync", Scenario::Disk, Unit::MibPerSecond),
+    workload("scratch-write", "Scratch disk: writes in order, then fsync", Scenario::Disk, Unit::MibPerSecond),
+    workload("scratch-read", "Scratch disk: direct reads in order", Scenario::Disk, Unit::MibPerSecond),
+    workload("scratch-write-random", "Scratch disk: direct 4 KiB writes anywhere", Scenario::Disk, Unit::PerSecond),
+    workload("scratch-read-random", "Scratch disk: direct 4 KiB reads anywhere", Scenario::Disk, Unit::PerSecond),
+    workload("scratch-fsync", "Scratch disk: 4 KiB appended, each with fdatasync", Scenario::Disk, Unit::PerSecond),
+    external("network-to", "Network: bytes to the instance", Scenario::Network, Unit::MibPerSecond),
+    external("network-from", "Network: bytes from the instance", Scenario::Network, Unit::MibPerSecond),
+    external("network-latency", "Network: one byte there and back", Scenario::Network, Unit::Microseconds),
+    external("network-requests", "Network: connections with a request each", Scenario::Network, Unit::PerSecond),
+    external(
         "isolation-kernel",
         "Longest silence of a neighbour while a kernel crashes",
         Scenario::Isolation,
         Unit::Milliseconds,
     ),
-    outside(
+    external(
         "isolation-memory",
         "Longest silence of a neighbour while memory runs out",
         Scenario::Isolation,
         Unit::Milliseconds,
     ),
-    outside("command", "The command, from start to exit", Scenario::Command, Unit::Milliseconds),
+    external("command", "The command, from start to exit", Scenario::Command, Unit::Milliseconds),
 ];
 
 #[cfg(test)]
@@ -200,13 +210,13 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let names: HashSet<_> = MEASURES.iter().map(|measure| measure.name).collect();
-        assert_eq!(names.len(), MEASURES.len());
+        let names: HashSet<_> = METRICS.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), METRICS.len());
     }
 
     #[test]
     fn work_becomes_time_of_an_operation_or_a_rate() {
-        let of = |name: &str, amount, seconds| Measure::named(name).unwrap().of_work(amount, seconds);
+        let of = |name: &str, amount, seconds| Metric::by_name(name).unwrap().from_workload(amount, seconds);
         assert_eq!(of("syscall", 1_000_000, 0.5), 500.0);
         assert_eq!(of("fork", 1_000, 0.5), 500.0);
         assert_eq!(of("memory-copy", 1 << 30, 2.0), 512.0);

@@ -6,7 +6,7 @@
 //! mean would become Student's (Hesterberg 2015, "expanded percentile"). The draws come from a fixed seed, so the same samples
 //! always give the same interval.
 
-use super::result::{Estimate, Report, Steadiness, Summary};
+use super::report::{Estimate, NoiseLevel, Report, Summary};
 
 /// The share of cases in which an interval holds the true median.
 pub const CONFIDENCE: f64 = 0.95;
@@ -14,9 +14,9 @@ pub const CONFIDENCE: f64 = 0.95;
 const RESAMPLES: usize = 1_000;
 /// With fewer samples than this, resampling claims too much: the interval is all of them, from the least to the greatest, which
 /// holds the median in 94% of cases with five samples, 88% with four, 75% with three, 50% with two.
-const FEWEST_RESAMPLED: usize = 6;
+const MIN_RESAMPLED: usize = 6;
 /// Fewer samples say nothing of where the median is.
-const FEWEST: usize = 2;
+const MIN_SAMPLES: usize = 2;
 /// Any will do; it only must not change.
 const SEED: u64 = 0x6875_736b;
 
@@ -45,7 +45,7 @@ pub fn median(samples: &[f64]) -> f64 {
 pub fn spread(samples: &[f64]) -> f64 {
     let sorted = sorted(samples);
     let middle = quantile(&sorted, 0.5);
-    if sorted.len() < FEWEST || middle == 0.0 {
+    if sorted.len() < MIN_SAMPLES || middle == 0.0 {
         return 0.0;
     }
     (quantile(&sorted, 0.75) - quantile(&sorted, 0.25)) / middle.abs()
@@ -54,13 +54,13 @@ pub fn spread(samples: &[f64]) -> f64 {
 /// The median and its interval; none of fewer than two samples.
 pub fn estimate(samples: &[f64]) -> Option<Estimate> {
     let samples = sorted(samples);
-    let (Some(&least), Some(&greatest)) = (samples.first(), samples.last()) else { return None };
-    if samples.len() < FEWEST {
+    let (Some(&min), Some(&max)) = (samples.first(), samples.last()) else { return None };
+    if samples.len() < MIN_SAMPLES {
         return None;
     }
     let value = quantile(&samples, 0.5);
-    if samples.len() < FEWEST_RESAMPLED {
-        return Some(Estimate { value, low: least, high: greatest });
+    if samples.len() < MIN_RESAMPLED {
+        return Some(Estimate { value, low: min, high: max });
     }
     let mut random = fastrand::Rng::with_seed(SEED);
     Some(interval(value, tail(CONFIDENCE, samples.len()), || drawn_median(&samples, &mut random)))
@@ -85,52 +85,52 @@ pub fn paired_ratio(samples: &[Option<f64>], baseline: &[Option<f64>]) -> Option
 /// the others' may be 0.
 pub fn unpaired_ratio(samples: &[f64], others: &[f64], confidence: f64) -> Option<Estimate> {
     let (samples, others) = (sorted(samples), sorted(others));
-    let fewest = samples.len().min(others.len());
-    if fewest < FEWEST || others.first().is_none_or(|least| *least <= 0.0) {
+    let smaller = samples.len().min(others.len());
+    if smaller < MIN_SAMPLES || others.first().is_none_or(|min| *min <= 0.0) {
         return None;
     }
     let value = quantile(&samples, 0.5) / quantile(&others, 0.5);
-    if fewest < FEWEST_RESAMPLED {
+    if smaller < MIN_RESAMPLED {
         let ends = |sorted: &[f64]| (quantile(sorted, 0.0), quantile(sorted, 1.0));
-        let ((least, greatest), (others_least, others_greatest)) = (ends(&samples), ends(&others));
-        return Some(Estimate { value, low: least / others_greatest, high: greatest / others_least });
+        let ((min, max), (others_min, others_max)) = (ends(&samples), ends(&others));
+        return Some(Estimate { value, low: min / others_max, high: max / others_min });
     }
     let mut random = fastrand::Rng::with_seed(SEED);
     let draw = || drawn_median(&samples, &mut random) / drawn_median(&others, &mut random);
-    Some(interval(value, tail(confidence, fewest), draw))
+    Some(interval(value, tail(confidence, smaller), draw))
 }
 
 /// Whether the interval is narrow enough that no more rounds are needed: its half width is at most the share `precision` of
 /// the value. Fewer samples than can be resampled are never enough, whatever they agree on.
 pub fn is_enough(samples: &[Option<f64>], precision: f64) -> bool {
     let samples = finite(samples);
-    samples.len() >= FEWEST_RESAMPLED
+    samples.len() >= MIN_RESAMPLED
         && estimate(&samples).is_some_and(|median| (median.high - median.low) / 2.0 <= precision * median.value.abs())
 }
 
 /// What a host's spread at the same work (a share of the median), and the time stolen from it (a share of all), allow.
-pub fn steadiness(spread: f64, stolen: f64) -> Steadiness {
+pub fn noise_level(spread: f64, stolen: f64) -> NoiseLevel {
     match (spread, stolen) {
-        (spread, stolen) if spread <= 0.05 && stolen <= 0.01 => Steadiness::Quiet,
-        (spread, stolen) if spread <= 0.25 && stolen <= 0.10 => Steadiness::Noisy,
-        _ => Steadiness::TooNoisy,
+        (spread, stolen) if spread <= 0.05 && stolen <= 0.01 => NoiseLevel::Quiet,
+        (spread, stolen) if spread <= 0.25 && stolen <= 0.10 => NoiseLevel::Noisy,
+        _ => NoiseLevel::TooNoisy,
     }
 }
 
 /// Fills in every outcome's summary and its ratio to the baseline. What is no finite number is taken out of the samples first.
-pub fn summarise(report: &mut Report) {
-    for measure in &mut report.measures {
-        for outcome in &mut measure.results {
+pub fn summarize(report: &mut Report) {
+    for metric in &mut report.metrics {
+        for outcome in &mut metric.results {
             for sample in &mut outcome.samples {
                 *sample = sample.filter(|sample| sample.is_finite());
             }
         }
-        let baseline = measure
+        let baseline = metric
             .results
             .iter()
             .find(|outcome| outcome.contender == report.method.baseline)
             .map(|outcome| outcome.samples.clone());
-        for outcome in &mut measure.results {
+        for outcome in &mut metric.results {
             outcome.summary = summary(&outcome.samples);
             outcome.ratio = baseline.as_ref().and_then(|baseline| paired_ratio(&outcome.samples, baseline));
         }
@@ -142,8 +142,8 @@ pub fn summary(samples: &[Option<f64>]) -> Option<Summary> {
     let values = sorted(&finite(samples));
     Some(Summary {
         median: estimate(&values)?,
-        least: *values.first()?,
-        greatest: *values.last()?,
+        min: *values.first()?,
+        max: *values.last()?,
         outliers: outliers(samples),
     })
 }
@@ -152,7 +152,7 @@ pub fn summary(samples: &[Option<f64>]) -> Option<Summary> {
 /// is no saying.
 pub fn outliers(samples: &[Option<f64>]) -> Vec<u32> {
     let values = sorted(&finite(samples));
-    if values.len() < FEWEST_RESAMPLED {
+    if values.len() < MIN_RESAMPLED {
         return Vec::new();
     }
     let (first, third) = (quantile(&values, 0.25), quantile(&values, 0.75));

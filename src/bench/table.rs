@@ -1,8 +1,7 @@
 //! A report on a terminal: contenders side by side, in blocks where the line is too short for all, and below them what is missing.
 
-use super::result::{Contender, Measured, Outcome, Report, Steadiness};
-use super::scenario::Better;
-use super::text;
+use super::format;
+use super::report::{ContenderInfo, MetricResults, NoiseLevel, Outcome, Report};
 
 /// The widest line.
 pub const WIDTH: usize = 100;
@@ -13,23 +12,23 @@ const COLUMN: usize = 14;
 
 /// The table, its lines at most `width` columns wide (and at least as wide as one contender needs).
 pub fn table(report: &Report, width: usize) -> String {
-    let present = text::present(report);
+    let present = format::present(report);
     let columns = (width.saturating_sub(LABEL) / COLUMN).max(1);
     let mut lines = Vec::new();
     for block in present.chunks(columns) {
         lines.extend(heading(block));
-        for (scenario, measures) in text::groups(report) {
+        for (scenario, metrics) in format::groups(report) {
             lines.push(String::new());
-            lines.push(text::scenario(scenario).to_uppercase());
-            lines.extend(measures.iter().flat_map(|measure| rows(measure, block, &report.method.baseline)));
+            lines.push(format::scenario(scenario).to_uppercase());
+            lines.extend(metrics.iter().flat_map(|metric| rows(metric, block, &report.method.baseline)));
         }
         lines.push(String::new());
     }
-    lines.extend(text::wrapped("", &legend(report), width));
+    lines.extend(format::wrapped("", &legend(report), width));
     lines.extend(missing(report, width));
     lines.push(String::new());
     for sentence in &report.verdict {
-        lines.extend(text::wrapped("", sentence, width));
+        lines.extend(format::wrapped("", sentence, width));
     }
     lines.iter().fold(String::new(), |text, line| text + line.trim_end() + "\n")
 }
@@ -49,19 +48,16 @@ fn heading(block: &[&str]) -> Vec<String> {
 }
 
 /// A measure's title, its medians, and its ratios.
-fn rows(measure: &Measured, block: &[&str], baseline: &str) -> [String; 3] {
-    let better = match measure.better {
-        Better::Lower => "less is better",
-        Better::Higher => "more is better",
-    };
-    let unit = match measure.unit.symbol() {
+fn rows(metric: &MetricResults, block: &[&str], baseline: &str) -> [String; 3] {
+    let better = metric.better.phrase();
+    let unit = match metric.unit.symbol() {
         "" => better.to_owned(),
         symbol => format!("{symbol}, {better}"),
     };
-    let outcomes: Vec<Option<&Outcome>> = block.iter().map(|name| text::outcome_of(measure, name)).collect();
-    let ratio_label = format!("  × {}", text::shortened(baseline, LABEL - 5));
+    let outcomes: Vec<Option<&Outcome>> = block.iter().map(|name| format::outcome_of(metric, name)).collect();
+    let ratio_label = format!("  × {}", format::shortened(baseline, LABEL - 5));
     [
-        format!("{} ({unit})", measure.title),
+        format!("{} ({unit})", metric.title),
         joined("  median", outcomes.iter().map(|outcome| median_cell(*outcome))),
         joined(&ratio_label, outcomes.iter().map(|outcome| ratio_cell(*outcome))),
     ]
@@ -76,10 +72,10 @@ fn median_cell(outcome: Option<&Outcome>) -> String {
     let mark = if outcome.failures.is_empty() { "" } else { "!" };
     match (&outcome.summary, outcome.samples.iter().flatten().next()) {
         (Some(summary), _) => {
-            let off = text::plus_minus(&summary.median);
-            format!("{}{mark} ±{}", text::number(summary.median.value), shorter(&text::number(off)))
+            let off = format::plus_minus(&summary.median);
+            format!("{}{mark} ±{}", format::number(summary.median.value), shorter(&format::number(off)))
         }
-        (None, Some(only)) => format!("{}{mark}", text::number(*only)),
+        (None, Some(only)) => format!("{}{mark}", format::number(*only)),
         (None, None) if outcome.failures.is_empty() => "-".to_owned(),
         (None, None) => "FAILED".to_owned(),
     }
@@ -87,19 +83,19 @@ fn median_cell(outcome: Option<&Outcome>) -> String {
 
 fn ratio_cell(outcome: Option<&Outcome>) -> String {
     match outcome.and_then(|outcome| outcome.ratio) {
-        Some(ratio) if ratio.low == ratio.high => text::ratio(ratio.value),
-        Some(ratio) => format!("{} {}", text::ratio(ratio.value), brief(&ratio)),
+        Some(ratio) if ratio.low == ratio.high => format::ratio(ratio.value),
+        Some(ratio) => format!("{} {}", format::ratio(ratio.value), brief(&ratio)),
         None => String::new(),
     }
 }
 
 /// An interval in the room that is left of a column.
-fn brief(ratio: &super::result::Estimate) -> String {
-    let interval = text::ratio_interval(ratio);
-    if text::ratio(ratio.value).chars().count() + 1 + interval.chars().count() < COLUMN {
+fn brief(ratio: &super::report::Estimate) -> String {
+    let interval = format::ratio_interval(ratio);
+    if format::ratio(ratio.value).chars().count() + 1 + interval.chars().count() < COLUMN {
         return interval;
     }
-    format!("±{}", shorter(&text::ratio(text::plus_minus(ratio))))
+    format!("±{}", shorter(&format::ratio(format::plus_minus(ratio))))
 }
 
 /// How far a number is off is known to a digit or two: `0.05` instead of `0.051`, `1.2` instead of `1.23`.
@@ -122,36 +118,36 @@ fn legend(report: &Report) -> String {
     let noise = &report.noise;
     let method = &report.method;
     let steady = match noise.verdict {
-        Steadiness::Quiet => "quiet",
-        Steadiness::Noisy => "noisy",
-        Steadiness::TooNoisy => "too noisy to conclude",
+        NoiseLevel::Quiet => "quiet",
+        NoiseLevel::Noisy => "noisy",
+        NoiseLevel::TooNoisy => "too noisy to conclude",
     };
     format!(
         "Medians, and how far the true ones may be off in {} of cases; × {}: ratios of the same rounds, with their intervals. \
          !: some runs failed. The host was {steady}: the same work differed by {}, {} of the processors' time was stolen.",
-        text::percent(method.confidence),
+        format::percent(method.confidence),
         method.baseline,
-        text::percent(noise.spread),
-        text::percent(noise.stolen)
+        format::percent(noise.spread),
+        format::percent(noise.stolen)
     )
 }
 
 /// Failures, what was skipped, and who is absent, each with the reason.
 fn missing(report: &Report, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
-    for measure in &report.measures {
-        for outcome in &measure.results {
+    for metric in &report.metrics {
+        for outcome in &metric.results {
             if let Some(first) = outcome.failures.first() {
-                let runs = text::count(outcome.failures.len(), "failed run");
-                let line = format!("{}, “{}”: {runs}; the first: {first}", outcome.contender, measure.title);
-                lines.extend(text::wrapped("failed   ", &line, width));
+                let runs = format::count(outcome.failures.len(), "failed run");
+                let line = format!("{}, “{}”: {runs}; the first: {first}", outcome.contender, metric.title);
+                lines.extend(format::wrapped("failed   ", &line, width));
             }
         }
     }
-    for (who, titles) in text::skipped(report) {
-        lines.extend(text::wrapped("skipped  ", &format!("{who} (“{}”)", titles.join("”, “")), width));
+    for (who, titles) in format::skipped(report) {
+        lines.extend(format::wrapped("skipped  ", &format!("{who} (“{}”)", titles.join("”, “")), width));
     }
-    lines.extend(report.contenders.iter().flat_map(|contender| absent(contender, width)));
+    lines.extend(report.contenders.iter().flat_map(|contender| unavailable(contender, width)));
     if !lines.is_empty() {
         lines.insert(0, String::new());
     }
@@ -159,28 +155,28 @@ fn missing(report: &Report, width: usize) -> Vec<String> {
 }
 
 /// Why a contender is absent, and what installs it; nothing of one that is there.
-fn absent(contender: &Contender, width: usize) -> Vec<String> {
-    let Some(absent) = &contender.absent else { return Vec::new() };
-    let install = absent.install.as_ref().map(|install| format!("; to have it: {install}")).unwrap_or_default();
-    text::wrapped("absent   ", &format!("{}: {}{install}", contender.name, absent.why), width)
+fn unavailable(contender: &ContenderInfo, width: usize) -> Vec<String> {
+    let Some(unavailable) = &contender.unavailable else { return Vec::new() };
+    let install = unavailable.install.as_ref().map(|install| format!("; to have it: {install}")).unwrap_or_default();
+    format::wrapped("absent   ", &format!("{}: {}{install}", contender.name, unavailable.reason), width)
 }
 
 /// Everyone who is looked for: who is there, in which version and with which notes, then who is absent.
-pub fn contenders(all: &[Contender], width: usize) -> String {
+pub fn contenders(all: &[ContenderInfo], width: usize) -> String {
     let mut lines = Vec::new();
-    for contender in all.iter().filter(|contender| contender.absent.is_none()) {
+    for contender in all.iter().filter(|contender| contender.unavailable.is_none()) {
         let version = contender.version.as_deref().unwrap_or_default();
-        lines.extend(text::wrapped("present  ", &format!("{}: {version}", contender.name), width));
-        lines.extend(contender.notes.iter().flat_map(|note| text::wrapped("           ", note, width)));
+        lines.extend(format::wrapped("present  ", &format!("{}: {version}", contender.name), width));
+        lines.extend(contender.notes.iter().flat_map(|note| format::wrapped("           ", note, width)));
     }
-    lines.extend(all.iter().flat_map(|contender| absent(contender, width)));
+    lines.extend(all.iter().flat_map(|contender| unavailable(contender, width)));
     lines.join("\n") + "\n"
 }
 
 /// A name in pieces of at most `width` characters, between words where that fits.
 fn broken(name: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
-    for line in text::wrapped("", name, width) {
+    for line in format::wrapped("", name, width) {
         let characters: Vec<char> = line.chars().collect();
         lines.extend(characters.chunks(width).map(|piece| piece.iter().collect::<String>()));
     }
@@ -190,8 +186,8 @@ fn broken(name: &str, width: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::sample;
-    use crate::bench::statistics::summarise;
+    use crate::bench::example;
+    use crate::bench::statistics::summarize;
 
     fn widest(table: &str) -> usize {
         table.lines().map(|line| line.chars().count()).max().unwrap()
@@ -199,7 +195,7 @@ mod tests {
 
     #[test]
     fn six_contenders_fit_one_block() {
-        let mut report = sample::report();
+        let mut report = example::report();
         report.contenders.retain(|contender| !contender.name.contains("<b"));
         let table = table(&report, WIDTH);
         assert!(widest(&table) <= WIDTH, "{table}");
@@ -208,7 +204,7 @@ mod tests {
 
     #[test]
     fn more_contenders_or_a_shorter_line_make_more_blocks() {
-        let report = sample::report();
+        let report = example::report();
         for (width, blocks) in [(WIDTH, 2), (60, 3), (30, 7), (1, 7)] {
             let table = table(&report, width);
             assert_eq!(table.matches("PROCESSOR").count(), blocks, "{width}: {table}");
@@ -220,13 +216,13 @@ mod tests {
 
     #[test]
     fn medians_stand_with_their_intervals_and_ratios() {
-        let mut report = sample::report();
+        let mut report = example::report();
         report.contenders.retain(|contender| ["crun", "husk"].contains(&contender.name.as_str()));
         for (name, times) in [("crun", [10.0, 10.5, 11.0]), ("husk", [20.0, 21.0, 22.0])] {
-            let outcome = report.measures[0].results.iter_mut().find(|outcome| outcome.contender == name).unwrap();
+            let outcome = report.metrics[0].results.iter_mut().find(|outcome| outcome.contender == name).unwrap();
             outcome.samples = times.map(Some).to_vec();
         }
-        summarise(&mut report);
+        summarize(&mut report);
         let table = table(&report, WIDTH);
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!(
@@ -235,7 +231,7 @@ mod tests {
                 "                          crun          husk",
                 "",
                 "START",
-                "Start to first output, caches warm (ms, less is better)",
+                "Start to first output, caches warm (ms, lower is better)",
                 "  median             10.5 ±0.5     21.0 ±1.0",
                 "  × crun                  1.00          2.00",
             ]
@@ -244,7 +240,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named_with_its_reason() {
-        let table = table(&sample::report(), 400);
+        let table = table(&example::report(), 400);
         for line in [
             "failed   qemu-microvm, “A process, from fork to exit”: 20 failed runs; the first: round 0: exit code 137 <killed> & no mark came",
             "absent   bubblewrap: there is no bwrap on the path; to have it: apt-get install bubblewrap",
@@ -258,25 +254,25 @@ mod tests {
         );
         assert!(table.contains("FAILED"));
         assert!(table.contains("The host was quiet: the same work differed by"));
-        assert!(table.contains(&sample::report().verdict[1]));
+        assert!(table.contains(&example::report().verdict[1]));
     }
 
     #[test]
     fn one_sample_is_shown_by_itself() {
-        let mut report = sample::report();
-        let density = report.measures.iter_mut().find(|measure| measure.name == "density-instances").unwrap();
+        let mut report = example::report();
+        let density = report.metrics.iter_mut().find(|metric| metric.name == "density-instances").unwrap();
         for outcome in &mut density.results {
             outcome.samples.truncate(1);
         }
-        summarise(&mut report);
+        summarize(&mut report);
         let outcome =
-            report.measures.iter().find(|measure| measure.name == "density-instances").unwrap().results[5].clone();
-        assert_eq!(median_cell(Some(&outcome)), text::number(outcome.samples[0].unwrap()));
+            report.metrics.iter().find(|metric| metric.name == "density-instances").unwrap().results[5].clone();
+        assert_eq!(median_cell(Some(&outcome)), format::number(outcome.samples[0].unwrap()));
     }
 
     #[test]
     fn nothing_of_a_name_reaches_the_terminal_but_its_letters() {
-        let mut report = sample::report();
+        let mut report = example::report();
         report.contenders[1].name = "\u{1b}[2Jcrun\r\n".to_owned();
         assert!(!table(&report, WIDTH).chars().any(|c| c.is_control() && c != '\n'));
     }

@@ -3,117 +3,118 @@
 //! A difference is claimed only where its whole interval lies beyond [`margin`]. Each interval holds the truth in 95% of cases,
 //! so among a hundred of them five do not: the margin keeps those, which are hardly off, from being claimed.
 
-use super::result::{Estimate, Measured, Report, Steadiness};
+use super::format;
+use super::report::{Estimate, MetricResults, NoiseLevel, Report};
 use super::scenario::Better;
 use super::statistics::paired_ratio;
-use super::text;
 
 /// The least difference worth a word: the same binary, laid out otherwise by its linker, differs by as much.
-const LEAST_DIFFERENCE: f64 = 0.02;
+const MIN_DIFFERENCE: f64 = 0.02;
 /// On a noisy host.
-const LEAST_DIFFERENCE_OF_NOISY: f64 = 0.05;
+const MIN_DIFFERENCE_NOISY: f64 = 0.05;
 /// What a sentence lists before it only counts.
-const CLAIMS: usize = 3;
+const MAX_LISTED: usize = 3;
 
 /// What a ratio says of the first of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Judgement {
+pub enum Judgment {
     /// It is better, whatever is true within the interval.
     Better,
     /// It is worse, whatever is true within the interval.
     Worse,
     /// No difference beyond the noise.
-    Open,
+    Inconclusive,
 }
 
 /// How far a ratio's interval must lie from 1 on such a host, as a share; none where nothing can be concluded.
-pub fn margin(steadiness: Steadiness, spread: f64) -> Option<f64> {
-    match steadiness {
-        Steadiness::Quiet => Some(LEAST_DIFFERENCE),
-        Steadiness::Noisy => Some(spread.max(LEAST_DIFFERENCE_OF_NOISY)),
-        Steadiness::TooNoisy => None,
+pub fn margin(level: NoiseLevel, spread: f64) -> Option<f64> {
+    match level {
+        NoiseLevel::Quiet => Some(MIN_DIFFERENCE),
+        NoiseLevel::Noisy => Some(spread.max(MIN_DIFFERENCE_NOISY)),
+        NoiseLevel::TooNoisy => None,
     }
 }
 
 /// What this ratio says of whoever it is the ratio of.
-pub fn judge(ratio: &Estimate, better: Better, margin: Option<f64>) -> Judgement {
-    let Some(margin) = margin else { return Judgement::Open };
+pub fn judge(ratio: &Estimate, better: Better, margin: Option<f64>) -> Judgment {
+    let Some(margin) = margin else { return Judgment::Inconclusive };
     match better {
-        _ if ratio.low <= 1.0 + margin && ratio.high >= 1.0 / (1.0 + margin) => Judgement::Open,
-        Better::Lower if ratio.high < 1.0 => Judgement::Better,
-        Better::Higher if ratio.low > 1.0 => Judgement::Better,
-        _ => Judgement::Worse,
+        _ if ratio.low <= 1.0 + margin && ratio.high >= 1.0 / (1.0 + margin) => Judgment::Inconclusive,
+        Better::Lower if ratio.high < 1.0 => Judgment::Better,
+        Better::Higher if ratio.low > 1.0 => Judgment::Better,
+        _ => Judgment::Worse,
     }
 }
 
 /// The report's verdict; the first sentence is the most important.
 pub fn sentences(report: &Report) -> Vec<String> {
     let mut sentences = failures(report);
-    sentences.extend(steadiness(report));
-    if report.noise.verdict != Steadiness::TooNoisy
-        && let Some(duel) = Duel::of(report)
+    sentences.extend(noise_sentence(report));
+    if report.noise.verdict != NoiseLevel::TooNoisy
+        && let Some(head_to_head) = HeadToHead::of(report)
     {
-        sentences.push(duel.headline());
-        sentences.extend(duel.groups());
-        sentences.extend(duel.tallies());
+        sentences.push(head_to_head.headline());
+        sentences.extend(head_to_head.groups());
+        sentences.extend(head_to_head.tallies());
     }
-    sentences.extend(absent(report));
+    sentences.extend(unavailable(report));
     sentences
 }
 
 /// Who failed, and in what: a failure is no fast run, and a median without it is that of the lucky.
 fn failures(report: &Report) -> Vec<String> {
     let of = |name: &str| {
-        let outcomes = report.measures.iter().filter_map(|measure| Some((measure, text::outcome_of(measure, name)?)));
+        let outcomes = report.metrics.iter().filter_map(|metric| Some((metric, format::outcome_of(metric, name)?)));
         let (mut failed, mut runs, mut titles) = (0, 0, Vec::new());
-        for (measure, outcome) in outcomes {
+        for (metric, outcome) in outcomes {
             if !outcome.failures.is_empty() {
                 failed += outcome.failures.len();
                 runs += outcome.samples.len().max(outcome.failures.len());
-                titles.push(format!("“{}”", measure.title));
+                titles.push(format!("“{}”", metric.title));
             }
         }
-        (failed > 0)
-            .then(|| format!("{name} failed in {failed} of {} of {}.", text::count(runs, "run"), some_of(&titles)))
+        (failed > 0).then(|| {
+            format!("{name} failed in {failed} of {} of {}.", format::count(runs, "run"), abbreviated(&titles))
+        })
     };
-    text::present(report).into_iter().filter_map(of).collect()
+    format::present(report).into_iter().filter_map(of).collect()
 }
 
-fn steadiness(report: &Report) -> Option<String> {
+fn noise_sentence(report: &Report) -> Option<String> {
     let noise = &report.noise;
     let measured = format!(
         "the same work differed by {} from one time to another, and {} of the processors' time was stolen",
-        text::percent(noise.spread),
-        text::percent(noise.stolen)
+        format::percent(noise.spread),
+        format::percent(noise.stolen)
     );
     match noise.verdict {
-        Steadiness::Quiet => None,
-        Steadiness::Noisy => Some(format!(
+        NoiseLevel::Quiet => None,
+        NoiseLevel::Noisy => Some(format!(
             "The host was noisy ({measured}): differences below {} are not told from noise.",
-            text::percent(margin(noise.verdict, noise.spread).unwrap_or_default())
+            format::percent(margin(noise.verdict, noise.spread).unwrap_or_default())
         )),
-        Steadiness::TooNoisy => Some(format!("The host was too noisy to conclude: {measured}.")),
+        NoiseLevel::TooNoisy => Some(format!("The host was too noisy to conclude: {measured}.")),
     }
 }
 
-fn absent(report: &Report) -> Option<String> {
-    let absent = report.contenders.iter().filter(|contender| contender.absent.is_some());
-    let names: Vec<String> = absent.map(|contender| contender.name.clone()).collect();
-    (!names.is_empty()).then(|| format!("Not compared, because not installed or not usable: {}.", text::list(&names)))
+fn unavailable(report: &Report) -> Option<String> {
+    let unavailable = report.contenders.iter().filter(|contender| contender.unavailable.is_some());
+    let names: Vec<String> = unavailable.map(|contender| contender.name.clone()).collect();
+    (!names.is_empty()).then(|| format!("Not compared, because not installed or not usable: {}.", format::list(&names)))
 }
 
 /// husk against the one that ratios are to, and against all others.
-struct Duel<'a> {
+struct HeadToHead<'a> {
     report: &'a Report,
     husk: &'a str,
     other: &'a str,
     margin: Option<f64>,
 }
 
-impl<'a> Duel<'a> {
+impl<'a> HeadToHead<'a> {
     /// None where there is no husk, or nobody else.
     fn of(report: &'a Report) -> Option<Self> {
-        let present = text::present(report);
+        let present = format::present(report);
         let husk = *present.iter().find(|name| name.split(' ').next() == Some("husk"))?;
         let baseline = report.method.baseline.as_str();
         let rival = present.iter().find(|name| **name == baseline && baseline != husk);
@@ -122,44 +123,44 @@ impl<'a> Duel<'a> {
     }
 
     /// husk's numbers in proportion to another's, of the same rounds.
-    fn ratio(&self, measure: &Measured, other: &str) -> Option<Estimate> {
-        paired_ratio(&text::outcome_of(measure, self.husk)?.samples, &text::outcome_of(measure, other)?.samples)
+    fn ratio(&self, metric: &MetricResults, other: &str) -> Option<Estimate> {
+        paired_ratio(&format::outcome_of(metric, self.husk)?.samples, &format::outcome_of(metric, other)?.samples)
     }
 
     /// The measures by which a user would choose, in one sentence.
     fn headline(&self) -> String {
-        let clause = |measure: &Measured| {
-            let (does, of_what) = headline_words(&measure.name)?;
-            let ratio = self.ratio(measure, self.other)?;
-            let told = judge(&ratio, measure.better, self.margin) != Judgement::Open;
+        let clause = |metric: &MetricResults| {
+            let (does, of_what) = headline_words(&metric.name)?;
+            let ratio = self.ratio(metric, self.other)?;
+            let told = judge(&ratio, metric.better, self.margin) != Judgment::Inconclusive;
             told.then(|| {
-                format!("{does} {} times {}’s {of_what} ({})", text::ratio(ratio.value), self.other, range(&ratio))
+                format!("{does} {} times {}’s {of_what} ({})", format::ratio(ratio.value), self.other, range(&ratio))
             })
         };
-        if self.report.measures.iter().all(|measure| self.ratio(measure, self.other).is_none()) {
+        if self.report.metrics.iter().all(|metric| self.ratio(metric, self.other).is_none()) {
             return format!(
                 "There is no measure of {} and {} in enough rounds to compare them.",
                 self.husk, self.other
             );
         }
-        let clauses: Vec<String> = self.report.measures.iter().filter_map(clause).collect();
+        let clauses: Vec<String> = self.report.metrics.iter().filter_map(clause).collect();
         if clauses.is_empty() {
             return format!("{} and {}: no difference beyond the noise in what matters most.", self.husk, self.other);
         }
-        format!("{} {}.", self.husk, text::list(&clauses))
+        format!("{} {}.", self.husk, format::list(&clauses))
     }
 
     /// What wins and loses, a sentence for each group of measures.
     fn groups(&self) -> Vec<String> {
-        let sentence = |(scenario, measures): (_, Vec<&Measured>)| {
+        let sentence = |(scenario, metrics): (_, Vec<&MetricResults>)| {
             let (mut better, mut worse, mut open) = (Vec::new(), Vec::new(), Vec::new());
-            for measure in measures {
-                let Some(ratio) = self.ratio(measure, self.other) else { continue };
-                let claim = format!("“{}” ({} times, {})", measure.title, text::ratio(ratio.value), range(&ratio));
-                match judge(&ratio, measure.better, self.margin) {
-                    Judgement::Better => better.push(claim),
-                    Judgement::Worse => worse.push(claim),
-                    Judgement::Open => open.push(format!("“{}”", measure.title)),
+            for metric in metrics {
+                let Some(ratio) = self.ratio(metric, self.other) else { continue };
+                let claim = format!("“{}” ({} times, {})", metric.title, format::ratio(ratio.value), range(&ratio));
+                match judge(&ratio, metric.better, self.margin) {
+                    Judgment::Better => better.push(claim),
+                    Judgment::Worse => worse.push(claim),
+                    Judgment::Inconclusive => open.push(format!("“{}”", metric.title)),
                 }
             }
             let (husk, other) = (self.husk, self.other);
@@ -171,37 +172,37 @@ impl<'a> Duel<'a> {
             let parts: Vec<String> = parts
                 .into_iter()
                 .filter(|(claims, _)| !claims.is_empty())
-                .map(|(claims, words)| words + &some_of(&claims))
+                .map(|(claims, words)| words + &abbreviated(&claims))
                 .collect();
-            (!parts.is_empty()).then(|| format!("{}: {}.", text::scenario(scenario), parts.join("; ")))
+            (!parts.is_empty()).then(|| format!("{}: {}.", format::scenario(scenario), parts.join("; ")))
         };
-        text::groups(self.report).into_iter().filter_map(sentence).collect()
+        format::groups(self.report).into_iter().filter_map(sentence).collect()
     }
 
     /// How often husk is better and worse than each of the others.
     fn tallies(&self) -> Vec<String> {
         let tally = |other: &str| {
-            let judge = |measure| Some(judge(&self.ratio(measure, other)?, measure.better, self.margin));
-            let judged: Vec<Judgement> = self.report.measures.iter().filter_map(judge).collect();
-            let of = |judgement| judged.iter().filter(|judged| **judged == judgement).count();
+            let judge = |metric| Some(judge(&self.ratio(metric, other)?, metric.better, self.margin));
+            let judged: Vec<Judgment> = self.report.metrics.iter().filter_map(judge).collect();
+            let of = |judgment| judged.iter().filter(|judged| **judged == judgment).count();
             (!judged.is_empty()).then(|| {
                 format!(
                     "Against {other}, in {}: {} is better in {}, worse in {}, no different beyond the noise in {}.",
-                    text::count(judged.len(), "measure"),
+                    format::count(judged.len(), "measure"),
                     self.husk,
-                    of(Judgement::Better),
-                    of(Judgement::Worse),
-                    of(Judgement::Open)
+                    of(Judgment::Better),
+                    of(Judgment::Worse),
+                    of(Judgment::Inconclusive)
                 )
             })
         };
-        text::present(self.report).into_iter().filter(|other| *other != self.husk).filter_map(tally).collect()
+        format::present(self.report).into_iter().filter(|other| *other != self.husk).filter_map(tally).collect()
     }
 }
 
 /// The words around a ratio of a measure that belongs in the first sentence.
-fn headline_words(measure: &str) -> Option<(&'static str, &'static str)> {
-    Some(match measure {
+fn headline_words(metric: &str) -> Option<(&'static str, &'static str)> {
+    Some(match metric {
         "command" => ("runs the command in", "time"),
         "start-output-warm" => ("starts in", "time"),
         "memory-idle" => ("takes", "memory when idle"),
@@ -213,32 +214,32 @@ fn headline_words(measure: &str) -> Option<(&'static str, &'static str)> {
 }
 
 fn range(ratio: &Estimate) -> String {
-    format!("{} to {}", text::ratio(ratio.low), text::ratio(ratio.high))
+    format!("{} to {}", format::ratio(ratio.low), format::ratio(ratio.high))
 }
 
 /// The first of them, and how many more there are.
-fn some_of(claims: &[String]) -> String {
-    match claims.split_at_checked(CLAIMS) {
+fn abbreviated(claims: &[String]) -> String {
+    match claims.split_at_checked(MAX_LISTED) {
         Some((first, more @ [_, _, ..])) => format!("{} and {} more", first.join(", "), more.len()),
-        _ => text::list(claims),
+        _ => format::list(claims),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::sample;
-    use crate::bench::statistics::summarise;
+    use crate::bench::example;
+    use crate::bench::statistics::summarize;
 
     #[test]
     fn one_round_is_too_few_to_compare() {
-        let mut report = sample::report();
+        let mut report = example::report();
         report
-            .measures
+            .metrics
             .iter_mut()
-            .flat_map(|measure| &mut measure.results)
+            .flat_map(|metric| &mut metric.results)
             .for_each(|outcome| outcome.samples.truncate(1));
-        summarise(&mut report);
+        summarize(&mut report);
         let said = sentences(&report).join("\n");
         assert!(said.contains("in enough rounds to compare") && !said.contains("no difference"), "{said}");
     }
@@ -249,32 +250,39 @@ mod tests {
 
     /// A report in which husk has these samples of one measure, and crun those.
     fn report_with(name: &str, husk: &[f64], crun: &[f64]) -> Report {
-        let mut report = sample::report();
-        report.measures.retain(|measure| measure.name == name);
+        let mut report = example::report();
+        report.metrics.retain(|metric| metric.name == name);
         report.contenders.retain(|contender| ["crun", "husk"].contains(&contender.name.as_str()));
-        for measure in &mut report.measures {
-            measure.results.retain(|outcome| ["crun", "husk"].contains(&outcome.contender.as_str()));
-            for outcome in &mut measure.results {
+        for metric in &mut report.metrics {
+            metric.results.retain(|outcome| ["crun", "husk"].contains(&outcome.contender.as_str()));
+            for outcome in &mut metric.results {
                 let samples = if outcome.contender == "husk" { husk } else { crun };
                 outcome.samples = samples.iter().copied().map(Some).collect();
             }
         }
-        summarise(&mut report);
+        summarize(&mut report);
         report
     }
 
     #[test]
     fn a_difference_is_claimed_only_beyond_the_margin() {
-        let quiet = margin(Steadiness::Quiet, 0.03);
-        assert_eq!(judge(&ratio(1.2, 1.3, 1.4), Better::Lower, quiet), Judgement::Worse);
-        assert_eq!(judge(&ratio(1.2, 1.3, 1.4), Better::Higher, quiet), Judgement::Better);
-        assert_eq!(judge(&ratio(0.7, 0.8, 0.9), Better::Lower, quiet), Judgement::Better);
-        assert_eq!(judge(&ratio(0.9, 1.1, 1.2), Better::Lower, quiet), Judgement::Open);
-        assert_eq!(judge(&ratio(1.01, 1.02, 1.03), Better::Lower, quiet), Judgement::Open, "too little to matter");
-        let noisy = margin(Steadiness::Noisy, 0.15);
-        assert_eq!(judge(&ratio(1.1, 1.3, 1.5), Better::Lower, noisy), Judgement::Open);
-        assert_eq!(judge(&ratio(1.2, 1.3, 1.5), Better::Lower, noisy), Judgement::Worse);
-        assert_eq!(judge(&ratio(8.0, 9.0, 10.0), Better::Lower, margin(Steadiness::TooNoisy, 0.5)), Judgement::Open);
+        let quiet = margin(NoiseLevel::Quiet, 0.03);
+        assert_eq!(judge(&ratio(1.2, 1.3, 1.4), Better::Lower, quiet), Judgment::Worse);
+        assert_eq!(judge(&ratio(1.2, 1.3, 1.4), Better::Higher, quiet), Judgment::Better);
+        assert_eq!(judge(&ratio(0.7, 0.8, 0.9), Better::Lower, quiet), Judgment::Better);
+        assert_eq!(judge(&ratio(0.9, 1.1, 1.2), Better::Lower, quiet), Judgment::Inconclusive);
+        assert_eq!(
+            judge(&ratio(1.01, 1.02, 1.03), Better::Lower, quiet),
+            Judgment::Inconclusive,
+            "too little to matter"
+        );
+        let noisy = margin(NoiseLevel::Noisy, 0.15);
+        assert_eq!(judge(&ratio(1.1, 1.3, 1.5), Better::Lower, noisy), Judgment::Inconclusive);
+        assert_eq!(judge(&ratio(1.2, 1.3, 1.5), Better::Lower, noisy), Judgment::Worse);
+        assert_eq!(
+            judge(&ratio(8.0, 9.0, 10.0), Better::Lower, margin(NoiseLevel::TooNoisy, 0.5)),
+            Judgment::Inconclusive
+        );
     }
 
     #[test]
@@ -303,14 +311,14 @@ mod tests {
     #[test]
     fn what_does_not_differ_is_not_told_apart() {
         let mut random = fastrand::Rng::with_seed(1);
-        let mut draw = || (0..20).map(|_| 10.0 + sample::normal(&mut random)).collect::<Vec<f64>>();
+        let mut draw = || (0..20).map(|_| 10.0 + example::normal(&mut random)).collect::<Vec<f64>>();
         let said = sentences(&report_with("start-output-warm", &draw(), &draw()));
         assert_eq!(said[0], "husk and crun: no difference beyond the noise in what matters most.");
     }
 
     #[test]
     fn failures_come_first() {
-        let report = sample::report();
+        let report = example::report();
         assert_eq!(
             sentences(&report)[0],
             "qemu-microvm failed in 23 of 40 runs of “A process, from fork to exit” and \
@@ -321,7 +329,7 @@ mod tests {
     #[test]
     fn nothing_is_concluded_on_a_host_that_is_too_noisy() {
         let mut report = report_with("start-output-warm", &[30.0; 8], &[10.0; 8]);
-        report.noise.verdict = Steadiness::TooNoisy;
+        report.noise.verdict = NoiseLevel::TooNoisy;
         report.noise.spread = 0.4;
         assert_eq!(
             sentences(&report),
@@ -334,7 +342,7 @@ mod tests {
 
     #[test]
     fn without_husk_or_without_others_nothing_is_claimed() {
-        let mut report = sample::report();
+        let mut report = example::report();
         report.contenders.retain(|contender| contender.name == "husk");
         assert_eq!(sentences(&report), Vec::<String>::new());
         report.contenders.clear();
@@ -343,7 +351,7 @@ mod tests {
 
     #[test]
     fn who_is_absent_is_named() {
-        let last = sentences(&sample::report()).pop().unwrap();
+        let last = sentences(&example::report()).pop().unwrap();
         assert_eq!(last, "Not compared, because not installed or not usable: bubblewrap and firecracker.");
     }
 }

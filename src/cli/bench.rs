@@ -11,8 +11,8 @@ use super::cpus::{self, Cpus};
 use super::exit::Exit;
 use super::{limits, size, when};
 use crate::bench::compare::{self, Class};
-use crate::bench::plan::{Effort, Plan, Wrong};
-use crate::bench::result::{self, Limits, Report};
+use crate::bench::plan::{Plan, Sampling, UsageError};
+use crate::bench::report::{self, Limits, Report};
 use crate::bench::scenario::Scenario;
 use crate::bench::{self, page, table};
 use crate::resources::text;
@@ -62,7 +62,7 @@ pub struct Bench {
 
     /// Who is compared, by their names in `husk bench --list` [default: all that are installed]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
-    against: Vec<String>,
+    contenders: Vec<String>,
 
     /// Whom ratios are to [default: crun, or the first that is installed of runc, podman, docker, bubblewrap and the host]
     #[arg(long, value_name = "NAME")]
@@ -98,11 +98,11 @@ pub struct Bench {
 
     /// How long one instance may take
     #[arg(long, value_name = "TIME", value_parser = when::duration, default_value = "120")]
-    deadline: Duration,
+    timeout: Duration,
 
     /// Where the bench makes its files, on the disk that is to be measured [default: beside the image store]
     #[arg(long, value_name = "DIR")]
-    folder: Option<PathBuf>,
+    work_dir: Option<PathBuf>,
 
     /// The files to write are NAME.json and NAME.html [default: husk-bench- and the time]
     #[arg(long, value_name = "NAME")]
@@ -116,15 +116,15 @@ pub struct Bench {
     #[arg(long, value_name = "OLD.json")]
     compare: Option<PathBuf>,
 
-    /// Measure nothing: show what an earlier run found
+    /// Metric nothing: show what an earlier run found
     #[arg(long, value_name = "FILE.json", conflicts_with_all = ["image", "command"])]
     from: Option<PathBuf>,
 
-    /// Measure nothing: list who can be compared here, and what installs the others
+    /// Metric nothing: list who can be compared here, and what installs the others
     #[arg(long)]
     list: bool,
 
-    /// Measure nothing: print the JSON schema of what is found
+    /// Metric nothing: print the JSON schema of what is found
     #[arg(long)]
     schema: bool,
 }
@@ -133,7 +133,7 @@ impl Bench {
     /// Measures, prints and writes; progress goes to standard error.
     pub fn run(self) -> Result<Exit> {
         if self.schema {
-            super::print(&result::schema())?;
+            super::print(&report::schema())?;
             return Ok(Exit::Success);
         }
         if self.list {
@@ -164,10 +164,10 @@ impl Bench {
     }
 
     fn plan(&self) -> Result<Plan> {
-        let effort = match (self.quick, self.runs) {
-            (_, Some(runs)) => Effort { quick: self.quick, ..Effort::exactly(runs) },
-            (true, None) => Effort::quick(),
-            (false, None) => Effort::until_precise(),
+        let sampling = match (self.quick, self.runs) {
+            (_, Some(runs)) => Sampling { quick: self.quick, ..Sampling::exactly(runs) },
+            (true, None) => Sampling::quick(),
+            (false, None) => Sampling::until_precise(),
         };
         let scenarios = match (&*self.command, &*self.scenario) {
             ([], []) => Plan::default_scenarios(self.quick),
@@ -175,15 +175,17 @@ impl Bench {
             _ => vec![Scenario::Command],
         };
         if self.command.is_empty() && scenarios.contains(&Scenario::Command) {
-            return Err(Wrong("--scenario command needs a command: type it behind the image, after --".into()).into());
+            return Err(
+                UsageError("--scenario command needs a command: type it behind the image, after --".into()).into()
+            );
         }
         let cpus = self.cpus.limit_millicpus.map_or(f64::from(self.cpus.vcpus), |millis| f64::from(millis) / 1000.0);
         Ok(Plan {
             scenarios,
             command: self.command.clone(),
-            against: self.against.clone(),
+            contenders: self.contenders.clone(),
             baseline: self.baseline.clone(),
-            effort: Effort { precision: self.precision / 100.0, ..effort },
+            sampling: Sampling { precision: self.precision / 100.0, ..sampling },
             limits: Limits {
                 cpus,
                 memory_mib: self.memory,
@@ -191,8 +193,8 @@ impl Bench {
             },
             cpus: self.cpuset.as_ref().map(|pinned| pinned.cpus.clone()),
             budget_mib: self.budget,
-            deadline: self.deadline,
-            folder: self.folder.clone(),
+            timeout: self.timeout,
+            work_dir: self.work_dir.clone(),
             command_line: std::env::args().collect(),
         })
     }

@@ -50,7 +50,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use serde::Serialize;
 
 use self::exit::{EXIT_CODES, Exit};
-use crate::bench::plan::Wrong;
+use crate::bench::plan::UsageError;
 use crate::config::Invalid;
 use crate::console::stream_log::Stream;
 use crate::foreign;
@@ -201,7 +201,11 @@ pub fn report(error: &anyhow::Error) -> Exit {
 }
 
 fn exit_of(error: &anyhow::Error) -> Exit {
-    if error.chain().any(|cause| cause.is::<Invalid>() || cause.is::<Wrong>()) { Exit::Usage } else { Exit::Failure }
+    if error.chain().any(|cause| cause.is::<Invalid>() || cause.is::<UsageError>()) {
+        Exit::Usage
+    } else {
+        Exit::Failure
+    }
 }
 
 /// Answers `--help` and `--version`, and prints what is wrong with a command line as one line.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use husk::bench::contender::{Contender, Ground, Job};
+use husk::bench::contender::{Contender, Fixture, Job};
 
 use crate::{
     DATA_BYTES, LONG, MEMORY_MIB, clean_up, is_no_root, job, lay, output, present, say, sleeper, start, traces,
@@ -16,89 +16,89 @@ fn everyone_here_runs_the_same_within_limits_and_leaves_nothing() {
         return;
     }
     let mut lab = lay();
-    let ground = &lab.ground;
-    assert!(!fs::symlink_metadata(ground.root.join("scratch")).unwrap().is_symlink());
-    assert_eq!(fs::metadata(ground.root.join(".husk-bench/data")).unwrap().len(), DATA_BYTES);
-    for mut contender in present(ground, false) {
+    let fixture = &lab.fixture;
+    assert!(!fs::symlink_metadata(fixture.root.join("scratch")).unwrap().is_symlink());
+    assert_eq!(fs::metadata(fixture.root.join(".husk-bench/data")).unwrap().len(), DATA_BYTES);
+    for mut contender in present(fixture, false) {
         let name = contender.name().to_owned();
         say(&name);
-        contender.prepare(ground).unwrap();
-        runs_in_the_root(&*contender, ground);
-        forgets_changes(&*contender, ground);
-        is_held(&*contender, ground);
-        leaves_nothing_when_killed(&*contender, ground);
-        contender.clean_up(ground).unwrap();
+        contender.prepare(fixture).unwrap();
+        runs_in_the_root(&*contender, fixture);
+        forgets_changes(&*contender, fixture);
+        is_held(&*contender, fixture);
+        leaves_nothing_when_killed(&*contender, fixture);
+        contender.clean_up(fixture).unwrap();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let mounted: Vec<_> = mounts.lines().filter(|line| line.contains(ground.folder.to_str().unwrap())).collect();
+        let mounted: Vec<_> = mounts.lines().filter(|line| line.contains(fixture.dir.to_str().unwrap())).collect();
         assert!(mounted.is_empty(), "{name} left {mounted:?}");
     }
-    let folder = lab.ground.folder.clone();
-    lab.plot.take();
-    assert!(!folder.exists());
-    let id = folder.file_name().unwrap().to_str().unwrap();
+    let dir = lab.fixture.dir.clone();
+    lab.work_dir.take();
+    assert!(!dir.exists());
+    let id = dir.file_name().unwrap().to_str().unwrap();
     let left = Command::new("find")
         .args(["/sys/fs/cgroup", "/run", "-maxdepth", "2", "-name", &format!("{id}*")])
         .output()
         .unwrap();
     assert_eq!(String::from_utf8(left.stdout).unwrap(), "");
-    drop(lab.folder);
+    drop(lab.dir);
 }
 
-fn runs_in_the_root(contender: &dyn Contender, ground: &Ground) {
+fn runs_in_the_root(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
     let script = "echo work: ready; cd /.husk-bench; busybox=/bin/busybox; $busybox ls; $busybox id -u; $busybox pwd; \
                   $busybox test -r /proc/self/status && echo proc; $busybox env; exit 7";
-    let mut launch = contender.launch(ground, &job(1, script)).unwrap();
+    let mut launch = contender.launch(fixture, &job(1, script)).unwrap();
     let (said, code) = output(&mut launch);
     clean_up(&mut launch);
     assert_eq!(code, Some(7), "{name}: {said}");
     for line in ["work: ready", "data", "work", "0", "proc", "HOME=/root"] {
         assert!(said.lines().any(|said| said == line), "{name} did not say {line}: {said}");
     }
-    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
 }
 
-fn forgets_changes(contender: &dyn Contender, ground: &Ground) {
+fn forgets_changes(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
     let script = "echo x > /changed && /bin/busybox sync && echo y > /scratch/file && echo done";
-    let mut launch = contender.launch(ground, &Job { scratch_mib: Some(64), ..job(2, script) }).unwrap();
+    let mut launch = contender.launch(fixture, &Job { scratch_mib: Some(64), ..job(2, script) }).unwrap();
     let (said, code) = output(&mut launch);
     clean_up(&mut launch);
     assert_eq!((said.trim(), code), ("done", Some(0)), "{name}");
-    assert!(!ground.root.join("changed").exists(), "{name}");
-    assert!(!ground.root.join("scratch/file").exists(), "{name}");
-    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+    assert!(!fixture.root.join("changed").exists(), "{name}");
+    assert!(!fixture.root.join("scratch/file").exists(), "{name}");
+    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
 }
 
-fn is_held(contender: &dyn Contender, ground: &Ground) {
+fn is_held(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
-    let mut launch = contender.launch(ground, &job(3, &format!("exec /bin/busybox sleep {LONG}"))).unwrap();
+    let mut launch = contender.launch(fixture, &job(3, &format!("exec /bin/busybox sleep {LONG}"))).unwrap();
     let mut child = start(&mut launch);
     let process = wait_for("the process", sleeper);
     let limit = memory_limit(process);
     assert_eq!(limit, (MEMORY_MIB << 20).to_string(), "{name}");
-    let more = contender.more_processes(ground, &job(3, ""));
+    let more = contender.extra_processes(fixture, &job(3, ""));
     if name == "podman" || name == "docker" {
         assert!(more.contains(&process) && more.len() == 2, "{name}: {more:?} of {process}");
     }
     child.kill().unwrap();
     child.wait().unwrap();
     clean_up(&mut launch);
-    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
 }
 
 /// Of which killing the front process is only the beginning.
-fn leaves_nothing_when_killed(contender: &dyn Contender, ground: &Ground) {
+fn leaves_nothing_when_killed(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
     for instance in 4..6 {
         let mut launch =
-            contender.launch(ground, &job(instance, &format!("/bin/busybox sleep {LONG} & wait"))).unwrap();
+            contender.launch(fixture, &job(instance, &format!("/bin/busybox sleep {LONG} & wait"))).unwrap();
         let mut child = start(&mut launch);
         wait_for("the process", sleeper);
         child.kill().unwrap();
         child.wait().unwrap();
         clean_up(&mut launch);
-        wait_for(&format!("{name}'s end"), || traces(ground).is_empty().then_some(()));
+        wait_for(&format!("{name}'s end"), || traces(fixture).is_empty().then_some(()));
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 use std::thread;
 use std::time::Duration;
 
-use husk::bench::ground::Plot;
+use husk::bench::fixture::WorkDir;
 
 use crate::{ALONE, LONG, is_no_root, job, lay, present, sleeper, start, wait_for};
 
@@ -24,15 +24,15 @@ const VICTIM: &str = "HUSK_TEST_VICTIM";
 fn be_killed() {
     let lab = lay();
     let mut launches = Vec::new();
-    for mut contender in present(&lab.ground, false) {
-        contender.prepare(&lab.ground).unwrap();
-        let mut launch = contender.launch(&lab.ground, &job(1, &format!("/bin/busybox sleep {LONG}"))).unwrap();
+    for mut contender in present(&lab.fixture, false) {
+        contender.prepare(&lab.fixture).unwrap();
+        let mut launch = contender.launch(&lab.fixture, &job(1, &format!("/bin/busybox sleep {LONG}"))).unwrap();
         launches.push((start(&mut launch), launch));
     }
     wait_for("the processes", sleeper);
     thread::sleep(Duration::from_secs(2));
     // On one processor the harness has begun a line.
-    println!("\nfolder: {}", lab.ground.folder.display());
+    println!("\nfolder: {}", lab.fixture.dir.display());
     thread::sleep(Duration::from_secs(600));
 }
 
@@ -51,21 +51,21 @@ fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
     victim.args(["--exact", NAME, "--nocapture"]).env(VICTIM, "1").stdout(Stdio::piped());
     let mut victim = victim.spawn().unwrap();
     let mut lines = BufReader::new(victim.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let folder = lines.find_map(|line| Some(PathBuf::from(line.strip_prefix("folder: ")?))).unwrap();
+    let dir = lines.find_map(|line| Some(PathBuf::from(line.strip_prefix("folder: ")?))).unwrap();
     victim.kill().unwrap();
     victim.wait().unwrap();
-    assert!(sleeper().is_some() && folder.exists());
-    let base = folder.parent().unwrap();
-    let plot = Plot::claim(Some(base)).unwrap();
+    assert!(sleeper().is_some() && dir.exists());
+    let base = dir.parent().unwrap();
+    let work_dir = WorkDir::claim(Some(base)).unwrap();
     assert_eq!(fs::read_dir(base).unwrap().count(), 1, "only the new one is there");
-    assert!(plot.folder != folder && plot.folder.exists());
+    assert!(work_dir.dir != dir && work_dir.dir.exists());
     // Those of an engine end when it has seen that they are to.
     wait_for("the end of what was left", || sleeper().is_none().then_some(()));
-    let id = folder.file_name().unwrap().to_str().unwrap();
+    let id = dir.file_name().unwrap().to_str().unwrap();
     let places = ["/sys/fs/cgroup", "/run", "-maxdepth", "2", "-name", &format!("{id}*")];
     assert_eq!(String::from_utf8(Command::new("find").args(places).output().unwrap().stdout).unwrap(), "");
     assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains(id));
     assert_eq!(images(), before);
-    drop(plot);
+    drop(work_dir);
     fs::remove_dir_all(base.parent().unwrap()).unwrap();
 }

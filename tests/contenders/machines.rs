@@ -4,7 +4,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk::bench::contender::{Contender, Ground, Job};
+use husk::bench::contender::{Contender, Fixture, Job};
 
 use crate::{LONG, clean_up, job, lay, output, present, runs_no_machine, say, start, traces};
 
@@ -14,46 +14,46 @@ fn machines_run_the_same_and_leave_nothing() {
         return;
     }
     let lab = lay();
-    let ground = &lab.ground;
-    for mut contender in present(ground, true) {
+    let fixture = &lab.fixture;
+    for mut contender in present(fixture, true) {
         let name = contender.name().to_owned();
-        contender.prepare(ground).unwrap();
+        contender.prepare(fixture).unwrap();
         let script = "echo work: ready; cd /.husk-bench; /bin/busybox ls -1; /bin/busybox id -u; exit 7";
-        let (said, code) = machine(&*contender, ground, &job(1, script));
+        let (said, code) = machine(&*contender, fixture, &job(1, script));
         assert_eq!(code, Some(7), "{name}: {said}");
         for line in ["work: ready", "data", "work", "0"] {
             assert!(said.lines().any(|said| said.trim() == line), "{name} did not say {line}: {said}");
         }
         let script = "/bin/busybox df /scratch; echo x > /scratch/x && echo done; /bin/busybox free -m";
-        let (said, code) = machine(&*contender, ground, &Job { scratch_mib: Some(64), ..job(2, script) });
+        let (said, code) = machine(&*contender, fixture, &Job { scratch_mib: Some(64), ..job(2, script) });
         assert!(said.lines().any(|said| said.trim() == "done") && code == Some(0), "{name}: {code:?} {said}");
-        if contender.ends_with_its_kernel() {
+        if contender.exits_on_kernel_crash() {
             let command = ["/.husk-bench/work", "crash", "kernel", "--this-is-a-machine"].map(str::to_owned).to_vec();
-            let (said, _) = machine(&*contender, ground, &Job { command, ..job(3, "") });
+            let (said, _) = machine(&*contender, fixture, &Job { command, ..job(3, "") });
             assert!(said.lines().any(|said| said.trim() == "work: ready"), "{name} crashed without a word: {said}");
             assert!(!said.contains("work: fail"), "{name}: {said}");
         }
-        let mut launch = contender.launch(ground, &job(4, &format!("/bin/busybox sleep {LONG}"))).unwrap();
+        let mut launch = contender.launch(fixture, &job(4, &format!("/bin/busybox sleep {LONG}"))).unwrap();
         let mut child = start(&mut launch);
         thread::sleep(Duration::from_secs(2));
         child.kill().unwrap();
         child.wait().unwrap();
         clean_up(&mut launch);
-        assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
-        contender.clean_up(ground).unwrap();
+        assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
+        contender.clean_up(fixture).unwrap();
     }
-    let disks = fs::read_dir(ground.store.join("disks")).unwrap().count();
+    let disks = fs::read_dir(fixture.store.join("disks")).unwrap().count();
     assert_eq!(disks, 0);
 }
 
 /// What a machine says, and the exit code of its command, whichever way it comes.
-fn machine(contender: &dyn Contender, ground: &Ground, job: &Job) -> (String, Option<i32>) {
-    let mut launch = contender.launch(ground, job).unwrap();
+fn machine(contender: &dyn Contender, fixture: &Fixture, job: &Job) -> (String, Option<i32>) {
+    let mut launch = contender.launch(fixture, job).unwrap();
     let started = Instant::now();
     let (said, code) = output(&mut launch);
     say(&format!("{}: {:.1} s", contender.name(), started.elapsed().as_secs_f64()));
     clean_up(&mut launch);
-    assert_eq!(traces(ground), Vec::<String>::new(), "{}", contender.name());
+    assert_eq!(traces(fixture), Vec::<String>::new(), "{}", contender.name());
     let told = said.lines().find_map(|line| line.trim().strip_prefix("work: exit ")?.parse().ok());
     (said, if launch.passes_exit_code { code } else { told })
 }

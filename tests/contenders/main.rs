@@ -16,9 +16,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk::bench::contender::{self, Contender, Ground, Job, Launch};
-use husk::bench::ground::{self, Plot};
-use husk::bench::result::{Limits, Walls};
+use husk::bench::contender::{self, Contender, Fixture, Job, Launch};
+use husk::bench::fixture::{self, WorkDir};
+use husk::bench::report::{Isolation, Limits};
 use husk::image::{Progress, Source, Store};
 use tempfile::TempDir;
 
@@ -27,11 +27,11 @@ const DATA_BYTES: u64 = 3 << 20;
 /// What no other process here waits for.
 const LONG: &str = "7654321";
 
-/// A bench's ground, laid from an image of busybox.
+/// A bench's fixture, laid from an image of busybox.
 struct Lab {
-    folder: TempDir,
-    plot: Option<Plot>,
-    ground: Ground,
+    dir: TempDir,
+    work_dir: Option<WorkDir>,
+    fixture: Fixture,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -58,36 +58,36 @@ fn runs_no_machine() -> bool {
     none
 }
 
-/// On a disk that is one: an overlay cannot be on some others, and a test's folder may be in memory.
-fn folder() -> TempDir {
+/// On a disk that is one: an overlay cannot be on some others, and a test's directory may be in memory.
+fn temp_dir() -> TempDir {
     TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap()
 }
 
 fn lay() -> Lab {
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let folder = folder();
-    let files = folder.path().join("files");
+    let dir = temp_dir();
+    let files = dir.path().join("files");
     fs::create_dir_all(files.join("bin")).unwrap();
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists()).unwrap();
     fs::copy(busybox, files.join("bin/busybox")).unwrap();
     symlink("busybox", files.join("bin/sh")).unwrap();
     // What would lead out of the root if it were followed.
-    symlink(folder.path(), files.join("scratch")).unwrap();
-    let store = Store::open(&folder.path().join("images")).unwrap();
+    symlink(dir.path(), files.join("scratch")).unwrap();
+    let store = Store::open(&dir.path().join("images")).unwrap();
     let prepared = store.prepare(&Source::Path { path: files, image: None }, &Progress::hidden()).unwrap();
-    let base = folder.path().join("bench");
+    let base = dir.path().join("bench");
     fs::create_dir(&base).unwrap();
-    let plot = Plot::claim(Some(&base)).unwrap();
-    let mut image = ground::find(prepared.root.to_str().unwrap(), None).unwrap().unwrap();
+    let work_dir = WorkDir::claim(Some(&base)).unwrap();
+    let mut image = fixture::find(prepared.root.to_str().unwrap(), None).unwrap().unwrap();
     let limits = Limits { cpus: 0.5, memory_mib: MEMORY_MIB, cpuset: None };
-    let mut ground = ground::lay(&plot, &mut image, DATA_BYTES, limits).unwrap();
-    ground.husk = std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()).into();
-    assert_eq!(image.about.bytes, fs::metadata(busybox).unwrap().len() + "busybox".len() as u64 + link_bytes(&folder));
-    Lab { folder, plot: Some(plot), ground, _alone: alone }
+    let mut fixture = fixture::prepare(&work_dir, &mut image, DATA_BYTES, limits).unwrap();
+    fixture.husk = std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()).into();
+    assert_eq!(image.info.bytes, fs::metadata(busybox).unwrap().len() + "busybox".len() as u64 + link_bytes(&dir));
+    Lab { dir, work_dir: Some(work_dir), fixture, _alone: alone }
 }
 
-fn link_bytes(folder: &TempDir) -> u64 {
-    folder.path().as_os_str().len() as u64
+fn link_bytes(dir: &TempDir) -> u64 {
+    dir.path().as_os_str().len() as u64
 }
 
 /// A job that a shell does in the instance.
@@ -137,8 +137,8 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// What is on this host that has the bench's name.
-fn traces(ground: &Ground) -> Vec<String> {
-    let id = ground.folder.file_name().unwrap().to_str().unwrap();
+fn traces(fixture: &Fixture) -> Vec<String> {
+    let id = fixture.dir.file_name().unwrap().to_str().unwrap();
     let mut traces = Vec::new();
     let groups =
         Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &format!("{id}*")]).output().unwrap();
@@ -153,28 +153,28 @@ fn traces(ground: &Ground) -> Vec<String> {
     traces.extend(entries("/run/netns".into()).filter(|path| path.contains(id)));
     let interface = format!("/hb{}-", id.rsplit('-').next().unwrap());
     traces.extend(entries("/sys/class/net".into()).filter(|path| path.contains(&interface)));
-    traces.extend(entries(ground.folder.join("instances")));
+    traces.extend(entries(fixture.dir.join("instances")));
     for runtime in ["crun", "runc"] {
-        traces.extend(entries(ground.folder.join(runtime)));
+        traces.extend(entries(fixture.dir.join(runtime)));
     }
     traces.extend(sleeper().map(|process| format!("process {process}")));
     traces
 }
 
 /// Those that are here, with a kernel of their own or without.
-fn present(ground: &Ground, machines: bool) -> Vec<Box<dyn Contender>> {
+fn present(fixture: &Fixture, machines: bool) -> Vec<Box<dyn Contender>> {
     let mut found = Vec::new();
     for contender in contender::find() {
-        let about = contender.about(ground);
-        assert_eq!(about.name, contender.name());
-        match about.absent {
-            Some(absent) => say(&format!("SKIPPED: {}: {}", about.name, absent.why)),
-            None if (about.walls == Walls::Machine) != machines => {}
+        let info = contender.describe(fixture);
+        assert_eq!(info.name, contender.name());
+        match info.unavailable {
+            Some(unavailable) => say(&format!("SKIPPED: {}: {}", info.name, unavailable.reason)),
+            None if (info.isolation == Isolation::Machine) != machines => {}
             None => {
                 // For root there is always a way.
-                assert!(!about.notes.iter().any(|note| note.contains("not applied")), "{:?}", about.notes);
-                assert!(about.version.is_some_and(|version| !version.is_empty()), "{}", about.name);
-                assert!(!about.command_line.is_empty());
+                assert!(!info.notes.iter().any(|note| note.contains("not applied")), "{:?}", info.notes);
+                assert!(info.version.is_some_and(|version| !version.is_empty()), "{}", info.name);
+                assert!(!info.command_line.is_empty());
                 found.push(contender);
             }
         }

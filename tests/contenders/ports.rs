@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use husk::bench::contender::{Contender, Ground, Job, Unable};
+use husk::bench::contender::{Contender, Fixture, Job, Unsupported};
 
 use crate::{clean_up, is_no_root, lay, present, runs_no_machine, say, start, traces, uplink, wait_for};
 
@@ -17,11 +17,11 @@ fn what_listens_in_a_container_is_reached() {
         return;
     }
     let lab = lay();
-    for mut contender in present(&lab.ground, false) {
+    for mut contender in present(&lab.fixture, false) {
         let before = interfaces();
-        contender.prepare(&lab.ground).unwrap();
-        is_reached(&*contender, &lab.ground);
-        contender.clean_up(&lab.ground).unwrap();
+        contender.prepare(&lab.fixture).unwrap();
+        is_reached(&*contender, &lab.fixture);
+        contender.clean_up(&lab.fixture).unwrap();
         assert_eq!(interfaces(), before, "{}", contender.name());
     }
 }
@@ -40,18 +40,18 @@ fn what_listens_in_a_machine_is_reached() {
         return;
     }
     let lab = lay();
-    for contender in present(&lab.ground, true) {
-        is_reached(&*contender, &lab.ground);
+    for contender in present(&lab.fixture, true) {
+        is_reached(&*contender, &lab.fixture);
     }
 }
 
-fn is_reached(contender: &dyn Contender, ground: &Ground) {
+fn is_reached(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let command = ["/.husk-bench/work", "serve", &port.to_string()].map(str::to_owned).to_vec();
     let job = Job { command, scratch_mib: None, port: Some(port), instance: 9 };
-    let mut launch = match contender.launch(ground, &job) {
-        Err(error) if error.is::<Unable>() => return say(&format!("SKIPPED: {name}: {error}")),
+    let mut launch = match contender.launch(fixture, &job) {
+        Err(error) if error.is::<Unsupported>() => return say(&format!("SKIPPED: {name}: {error}")),
         launch => launch.unwrap(),
     };
     let address = launch.address.unwrap();
@@ -73,5 +73,5 @@ fn is_reached(contender: &dyn Contender, ground: &Ground) {
     child.kill().unwrap();
     child.wait().unwrap();
     clean_up(&mut launch);
-    assert_eq!(traces(ground), Vec::<String>::new(), "{name}");
+    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
 }

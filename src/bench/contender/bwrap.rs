@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result};
 
-use super::super::result::{self, Walls};
+use super::super::report::{self, Isolation};
 use super::program::Program;
-use super::share::{self, Held};
-use super::{Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, command, ground, port, sample, words};
+use super::setup::{self, LimitScope};
+use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, example_job, fixture, network, strings};
 use crate::sys;
 
 /// bubblewrap.
@@ -21,17 +21,17 @@ impl Bwrap {
 }
 
 fn command_line(root: &str, can_change: bool, scratch: Option<&str>, job: &Job) -> Vec<String> {
-    let mut line = words(&["bwrap", "--unshare-all"]);
+    let mut line = strings(&["bwrap", "--unshare-all"]);
     if job.port.is_some() {
-        line.extend(words(&["--share-net"]));
+        line.extend(strings(&["--share-net"]));
     }
-    line.extend(words(&["--die-with-parent", "--uid", "0", "--gid", "0"]));
-    line.extend(words(&[if can_change { "--bind" } else { "--ro-bind" }, root, "/"]));
-    line.extend(words(&["--proc", "/proc", "--dev", "/dev", "--ro-bind", "/sys", "/sys", "--tmpfs", "/tmp"]));
-    line.extend(scratch.into_iter().flat_map(|scratch| words(&["--bind", scratch, SCRATCH])));
+    line.extend(strings(&["--die-with-parent", "--uid", "0", "--gid", "0"]));
+    line.extend(strings(&[if can_change { "--bind" } else { "--ro-bind" }, root, "/"]));
+    line.extend(strings(&["--proc", "/proc", "--dev", "/dev", "--ro-bind", "/sys", "/sys", "--tmpfs", "/tmp"]));
+    line.extend(scratch.into_iter().flat_map(|scratch| strings(&["--bind", scratch, SCRATCH])));
     line.push("--clearenv".to_owned());
-    line.extend(ENVIRONMENT.iter().flat_map(|(name, value)| words(&["--setenv", name, value])));
-    line.extend(words(&["--chdir", "/", "--"]));
+    line.extend(ENVIRONMENT.iter().flat_map(|(name, value)| strings(&["--setenv", name, value])));
+    line.extend(strings(&["--chdir", "/", "--"]));
     line.extend(job.command.iter().cloned());
     line
 }
@@ -41,41 +41,41 @@ impl Contender for Bwrap {
         NAME
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Container
+    fn isolation(&self) -> Isolation {
+        Isolation::Container
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
-        let notes = self.limits_not_applied(ground).into_iter().chain(share::root_note()).collect();
-        self.0.about(NAME, Walls::Container, command_line("ROOT", super::is_root(), None, &sample()), notes)
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
+        let notes = self.unenforced_limits(fixture).into_iter().chain(setup::root_note()).collect();
+        self.0.describe(NAME, Isolation::Container, command_line("ROOT", super::is_root(), None, &example_job()), notes)
     }
 
-    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        let folder = ground.instance_folder(NAME, job)?;
-        let root = share::root(ground, &folder)?.display().to_string();
-        let scratch = share::scratch(job, &folder)?.map(|scratch| scratch.display().to_string());
-        let pen = Held::Container.pen(ground, NAME, job);
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        let dir = fixture.instance_dir(NAME, job)?;
+        let root = setup::root(fixture, &dir)?.display().to_string();
+        let scratch = setup::scratch(job, &dir)?.map(|scratch| scratch.display().to_string());
+        let pen = LimitScope::Container.pen(fixture, NAME, job);
         let mut command = command(&command_line(&root, super::is_root(), scratch.as_deref(), job))?;
-        let doors = share::doors(pen.as_ref())?;
+        let doors = setup::doors(pen.as_ref())?;
         sys::process::begin_in(&mut command, doors, None).context("enter its control groups")?;
-        let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove()).and_then(|()| ground::clear(&folder));
+        let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove()).and_then(|()| fixture::clear(&dir));
         Ok(Launch {
             command,
             passes_exit_code: true,
-            address: job.port.map(port::on_loopback),
+            address: job.port.map(network::loopback),
             clean_up: Some(Box::new(clean_up)),
         })
     }
 
-    fn limits_not_applied(&self, ground: &Ground) -> Option<String> {
-        Held::Container.note(ground)
+    fn unenforced_limits(&self, fixture: &Fixture) -> Option<String> {
+        LimitScope::Container.note(fixture)
     }
 
-    fn clean_up(&mut self, _ground: &Ground) -> Result<()> {
+    fn clean_up(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 }

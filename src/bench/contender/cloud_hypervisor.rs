@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 
-use super::super::result::{self, Walls};
-use super::guest::{self, Files, Parts};
-use super::port::Tap;
+use super::super::report::{self, Isolation};
+use super::guest::{self, GuestFiles, GuestOptions};
+use super::network::Tap;
 use super::program::{Program, major};
-use super::{Contender, Ground, Job, Launch, words};
+use super::{Contender, Fixture, Job, Launch, strings};
 
 /// Cloud Hypervisor.
 pub struct CloudHypervisor(Program);
@@ -25,25 +25,33 @@ impl CloudHypervisor {
 
     /// Looks for it, and for a kernel to boot.
     pub fn find() -> CloudHypervisor {
-        CloudHypervisor(guest::with_kernel(Program::find(NAME, &["--version"], INSTALL)))
+        CloudHypervisor(guest::require_kernel(Program::find(NAME, &["--version"], INSTALL)))
     }
 }
 
 /// Its devices are on PCI, and whichever way a guest resets starts it anew: the work program powers it off.
-fn command_line(version: &str, ground: &Ground, files: &Files, tap: Option<&Tap>, job: &Job) -> Result<Vec<String>> {
-    let Files { kernel, root, scratch } = files;
+fn command_line(
+    version: &str,
+    fixture: &Fixture,
+    files: &GuestFiles,
+    tap: Option<&Tap>,
+    job: &Job,
+) -> Result<Vec<String>> {
+    let GuestFiles { kernel, root, scratch } = files;
     let network = tap.map(Tap::network);
-    let parts = Parts { end: "power-off", platform: "", scratch: scratch.is_some(), network: network.as_deref() };
-    let mut line = words(&[NAME, "--kernel", &kernel.display().to_string(), "--cmdline", &guest::cmdline(parts, job)?]);
-    line.extend(words(&["--cpus", &format!("boot={}", ground.vcpus())]));
-    line.extend(words(&["--memory", &format!("size={}M", ground.limits.memory_mib)]));
+    let options =
+        GuestOptions { end: "power-off", platform: "", scratch: scratch.is_some(), network: network.as_deref() };
+    let mut line =
+        strings(&[NAME, "--kernel", &kernel.display().to_string(), "--cmdline", &guest::cmdline(options, job)?]);
+    line.extend(strings(&["--cpus", &format!("boot={}", fixture.vcpus())]));
+    line.extend(strings(&["--memory", &format!("size={}M", fixture.limits.memory_mib)]));
     let kind = if major(version) >= IMAGE_TYPE_SINCE { ",image_type=raw" } else { "" };
-    line.extend(words(&["--disk", &format!("path={},readonly=on{kind}", root.display())]));
+    line.extend(strings(&["--disk", &format!("path={},readonly=on{kind}", root.display())]));
     line.extend(scratch.map(|scratch| format!("path={}{kind}", scratch.display())));
     if let Some(tap) = tap {
-        line.extend(words(&["--net", &format!("tap={}", tap.interface())]));
+        line.extend(strings(&["--net", &format!("tap={}", tap.interface())]));
     }
-    line.extend(words(&["--serial", "tty", "--console", "off"]));
+    line.extend(strings(&["--serial", "tty", "--console", "off"]));
     Ok(line)
 }
 
@@ -52,41 +60,41 @@ impl Contender for CloudHypervisor {
         NAME
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Machine
+    fn isolation(&self) -> Isolation {
+        Isolation::Machine
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
-        guest::about(&self.0, NAME, ground, |files, job| command_line(self.version(), ground, files, None, job))
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
+        guest::describe(&self.0, NAME, fixture, |files, job| command_line(self.version(), fixture, files, None, job))
     }
 
-    fn ends_with_its_kernel(&self) -> bool {
+    fn exits_on_kernel_crash(&self) -> bool {
         false
     }
 
-    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        guest::launch_with_tap(NAME, ground, job, |files, tap, job| {
-            command_line(self.version(), ground, files, tap, job)
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        guest::launch_with_tap(NAME, fixture, job, |files, tap, job| {
+            command_line(self.version(), fixture, files, tap, job)
         })
     }
 
-    fn clean_up(&mut self, _ground: &Ground) -> Result<()> {
+    fn clean_up(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{files, ground, job, tap};
+    use super::super::tests::{files, fixture, job, tap};
     use super::*;
 
     #[test]
     fn the_command_line_has_disks_limits_and_command() {
-        let line = command_line("39.0.0", &ground(), &files(), None, &job(&["/bin/x"])).unwrap();
+        let line = command_line("39.0.0", &fixture(), &files(), None, &job(&["/bin/x"])).unwrap();
         let cmdline = line.get(4).unwrap();
         assert!(cmdline.contains(" root=/dev/vda ") && cmdline.ends_with(" --scratch /bin/x"), "{cmdline}");
         let line = line.join(" ");
@@ -94,14 +102,15 @@ mod tests {
         let rest = " --cpus boot=2 --memory size=256M --disk path=/g/root.erofs,readonly=on path=/g/scratch --serial tty \
                     --console off";
         assert!(line.ends_with(rest), "{line}");
-        let line = command_line("53.0-246-gae44c2971", &ground(), &files(), None, &job(&["/bin/x"])).unwrap().join(" ");
+        let line =
+            command_line("53.0-246-gae44c2971", &fixture(), &files(), None, &job(&["/bin/x"])).unwrap().join(" ");
         let disks = " --disk path=/g/root.erofs,readonly=on,image_type=raw path=/g/scratch,image_type=raw --serial";
         assert!(line.contains(disks), "{line}");
     }
 
     #[test]
     fn a_port_is_reached_by_a_tap_device() {
-        let line = command_line("39.0.0", &ground(), &files(), Some(&tap()), &job(&["/bin/x"])).unwrap();
+        let line = command_line("39.0.0", &fixture(), &files(), Some(&tap()), &job(&["/bin/x"])).unwrap();
         let cmdline = line.get(4).unwrap();
         assert!(cmdline.ends_with(" --net 198.18.0.14/30,198.18.0.13 /bin/x"), "{cmdline}");
         assert!(line.join(" ").ends_with(" --net tap=hb0a1b2c-3 --serial tty --console off"), "{line:?}");

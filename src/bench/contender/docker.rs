@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::super::result::{self, Walls};
+use super::super::report::{self, Isolation};
 use super::program::{Program, succeeds};
-use super::{Contender, Ground, Job, Launch, Unable, bench_id, engine, sample, words};
+use super::{Contender, Fixture, Job, Launch, Unsupported, bench_id, engine, example_job, strings};
 use crate::resources::programs;
 
 /// Docker.
@@ -27,10 +27,10 @@ impl Docker {
     }
 }
 
-fn command_line(ground: &Ground, scratch: Option<&Path>, job: &Job) -> Vec<String> {
-    let mut line = words(&["docker", "run"]);
-    line.extend(engine::flags(ground, NAME, scratch, job));
-    line.push(ground.id());
+fn command_line(fixture: &Fixture, scratch: Option<&Path>, job: &Job) -> Vec<String> {
+    let mut line = strings(&["docker", "run"]);
+    line.extend(engine::flags(fixture, NAME, scratch, job));
+    line.push(fixture.id());
     line.extend(job.command.iter().cloned());
     line
 }
@@ -40,21 +40,21 @@ impl Contender for Docker {
         NAME
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Container
+    fn isolation(&self) -> Isolation {
+        Isolation::Container
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
-        self.0.about(NAME, Walls::Container, command_line(ground, None, &sample()), Vec::new())
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
+        self.0.describe(NAME, Isolation::Container, command_line(fixture, None, &example_job()), Vec::new())
     }
 
     /// Hands the root to the daemon as an image; for a user the daemon may be another host's, and has not these files.
-    fn prepare(&mut self, ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, fixture: &Fixture) -> Result<()> {
         let mut tar = Command::new("tar");
-        tar.args(["--create", "--numeric-owner", "--xattrs", "--directory"]).arg(&ground.root).arg(".");
+        tar.args(["--create", "--numeric-owner", "--xattrs", "--directory"]).arg(&fixture.root).arg(".");
         let mut tar = tar.stdout(Stdio::piped()).spawn().context("run tar")?;
         let files = tar.stdout.take().context("read tar's output")?;
-        let import = Command::new(NAME).args(["import", "-", &ground.id()]).stdin(files).output();
+        let import = Command::new(NAME).args(["import", "-", &fixture.id()]).stdin(files).output();
         let packed = tar.wait().context("wait for tar")?;
         let import = import.context("run docker import")?;
         let words = String::from_utf8_lossy(&import.stderr);
@@ -62,29 +62,29 @@ impl Contender for Docker {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
         if job.port.is_some() && !succeeds(NAME, &["network", "inspect", "bridge"]) {
-            return Err(Unable("its daemon was started without a network (--bridge=none)".into()).into());
+            return Err(Unsupported("its daemon was started without a network (--bridge=none)".into()).into());
         }
-        let id = ground.instance(NAME, job);
+        let id = fixture.instance(NAME, job);
         let remove = move || match succeeds(NAME, &["inspect", "--type", "container", &id]) {
             true => programs::run(NAME, &["rm", "--force", &id]),
             false => Ok(()),
         };
-        engine::launch(ground, NAME, job, |scratch| command_line(ground, scratch, job), remove)
+        engine::launch(fixture, NAME, job, |scratch| command_line(fixture, scratch, job), remove)
     }
 
     /// The container and its shim are the daemon's.
-    fn more_processes(&self, ground: &Ground, job: &Job) -> Vec<u32> {
-        let id = ground.instance(NAME, job);
+    fn extra_processes(&self, fixture: &Fixture, job: &Job) -> Vec<u32> {
+        let id = fixture.instance(NAME, job);
         let text = programs::output(NAME, &["inspect", "--format", "{{.State.Pid}}", &id]).unwrap_or_default();
         let Some(process) = text.trim().parse().ok().filter(|&process| process > 0) else { return Vec::new() };
         std::iter::once(process).chain(parent(process)).collect()
     }
 
-    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
-        match succeeds(NAME, &["image", "inspect", &ground.id()]) {
-            true => remove_image(&ground.id()),
+    fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
+        match succeeds(NAME, &["image", "inspect", &fixture.id()]) {
+            true => remove_image(&fixture.id()),
             false => Ok(()),
         }
     }
@@ -108,8 +108,8 @@ fn parent(process: u32) -> Option<u32> {
 }
 
 /// Ends the containers of a killed bench, and removes its image.
-pub fn end_left_behind(folder: &Path) {
-    let id = bench_id(folder);
+pub fn remove_leftovers(dir: &Path) {
+    let id = bench_id(dir);
     if !succeeds(NAME, &["image", "inspect", &id]) {
         return;
     }

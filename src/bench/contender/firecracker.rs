@@ -6,11 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::super::result::{self, Walls};
-use super::guest::{self, Files, Parts};
-use super::port::Tap;
+use super::super::report::{self, Isolation};
+use super::guest::{self, GuestFiles, GuestOptions};
+use super::network::Tap;
 use super::program::Program;
-use super::{Contender, Ground, Job, Launch, ground, words};
+use super::{Contender, Fixture, Job, Launch, fixture, strings};
 
 /// Firecracker.
 pub struct Firecracker(Program);
@@ -22,23 +22,27 @@ const INSTALL: &str = "it is in no package of Debian's: put the binary of a rele
 impl Firecracker {
     /// Looks for it, and for a kernel to boot.
     pub fn find() -> Firecracker {
-        Firecracker(guest::with_kernel(Program::find(NAME, &["--version"], INSTALL)))
+        Firecracker(guest::require_kernel(Program::find(NAME, &["--version"], INSTALL)))
     }
 }
 
 /// The configuration, as its API has it (Firecracker, docs/getting-started.md). It ends when the guest resets by the keyboard's
 /// controller.
-fn config(ground: &Ground, files: &Files, tap: Option<&Tap>, job: &Job) -> Result<Value> {
-    let Files { kernel, root, scratch } = files;
+fn config(fixture: &Fixture, files: &GuestFiles, tap: Option<&Tap>, job: &Job) -> Result<Value> {
+    let GuestFiles { kernel, root, scratch } = files;
     let network = tap.map(Tap::network);
-    let parts =
-        Parts { end: "reset", platform: "pci=off reboot=k", scratch: scratch.is_some(), network: network.as_deref() };
+    let options = GuestOptions {
+        end: "reset",
+        platform: "pci=off reboot=k",
+        scratch: scratch.is_some(),
+        network: network.as_deref(),
+    };
     let mut drives = vec![drive("root", root, true)];
     drives.extend(scratch.map(|scratch| drive("scratch", scratch, false)));
     let mut config = json!({
-        "boot-source": { "kernel_image_path": kernel, "boot_args": guest::cmdline(parts, job)? },
+        "boot-source": { "kernel_image_path": kernel, "boot_args": guest::cmdline(options, job)? },
         "drives": drives,
-        "machine-config": { "vcpu_count": ground.vcpus(), "mem_size_mib": ground.limits.memory_mib, "smt": false },
+        "machine-config": { "vcpu_count": fixture.vcpus(), "mem_size_mib": fixture.limits.memory_mib, "smt": false },
     });
     if let Some(tap) = tap {
         config["network-interfaces"] = json!([{ "iface_id": "net", "host_dev_name": tap.interface() }]);
@@ -56,7 +60,7 @@ fn drive(id: &str, path: &Path, is_read_only: bool) -> Value {
 }
 
 fn command_line(config: &str) -> Vec<String> {
-    words(&[NAME, "--no-api", "--config-file", config])
+    strings(&[NAME, "--no-api", "--config-file", config])
 }
 
 impl Contender for Firecracker {
@@ -64,42 +68,42 @@ impl Contender for Firecracker {
         NAME
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Machine
+    fn isolation(&self) -> Isolation {
+        Isolation::Machine
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
-        guest::about(&self.0, NAME, ground, |_, _| Ok(command_line("CONFIG")))
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
+        guest::describe(&self.0, NAME, fixture, |_, _| Ok(command_line("CONFIG")))
     }
 
-    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        let folder = ground.instance_folder(NAME, job)?;
-        let path = folder.join("config.json");
-        let launch = guest::launch_with_tap(NAME, ground, job, |files, tap, job| {
-            let config = serde_json::to_vec(&config(ground, files, tap, job)?)?;
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        let dir = fixture.instance_dir(NAME, job)?;
+        let path = dir.join("config.json");
+        let launch = guest::launch_with_tap(NAME, fixture, job, |files, tap, job| {
+            let config = serde_json::to_vec(&config(fixture, files, tap, job)?)?;
             fs::write(&path, config).with_context(|| format!("write {}", path.display()))?;
             Ok(command_line(&path.display().to_string()))
         })?;
-        Ok(launch.then_clean_up(move || ground::clear(&folder)))
+        Ok(launch.then_clean_up(move || fixture::clear(&dir)))
     }
 
-    fn clean_up(&mut self, _ground: &Ground) -> Result<()> {
+    fn clean_up(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{files, ground, job, tap};
+    use super::super::tests::{files, fixture, job, tap};
     use super::*;
 
     #[test]
     fn the_configuration_has_disks_limits_and_command() {
-        let config = config(&ground(), &files(), None, &job(&["/bin/x"])).unwrap();
+        let config = config(&fixture(), &files(), None, &job(&["/bin/x"])).unwrap();
         assert_eq!(config["boot-source"]["kernel_image_path"], "/k/vmlinux");
         let cmdline = config["boot-source"]["boot_args"].as_str().unwrap();
         assert!(cmdline.contains(" reboot=k ") && cmdline.ends_with(" --scratch /bin/x"), "{cmdline}");
@@ -117,7 +121,7 @@ mod tests {
 
     #[test]
     fn a_port_is_reached_by_a_tap_device() {
-        let config = config(&ground(), &files(), Some(&tap()), &job(&["/bin/x"])).unwrap();
+        let config = config(&fixture(), &files(), Some(&tap()), &job(&["/bin/x"])).unwrap();
         assert_eq!(config["network-interfaces"], json!([{ "iface_id": "net", "host_dev_name": "hb0a1b2c-3" }]));
         let cmdline = config["boot-source"]["boot_args"].as_str().unwrap();
         assert!(cmdline.ends_with(" --net 198.18.0.14/30,198.18.0.13 /bin/x"), "{cmdline}");

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::super::result::{self, Walls};
-use super::super::work;
-use super::port::Tap;
-use super::program::{self, Missing, Program};
-use super::share::{self, Held};
-use super::{Ground, Job, Launch, Unable, WORK, command, sample};
+use super::super::report::{self, Isolation, Unavailable};
+use super::super::workload;
+use super::network::Tap;
+use super::program::{self, Program};
+use super::setup::{self, LimitScope};
+use super::{Fixture, Job, Launch, Unsupported, WORKLOAD, command, example_job};
 use crate::image::Store;
 use crate::resources::guest_kernel::Choice;
 use crate::sys;
@@ -22,7 +22,7 @@ const KERNEL: &str = "micro";
 
 /// The files that a guest is made of.
 #[derive(Debug, Clone, Copy)]
-pub struct Files<'a> {
+pub struct GuestFiles<'a> {
     /// The kernel, an ELF image.
     pub kernel: &'a Path,
     /// The root's disk.
@@ -32,11 +32,11 @@ pub struct Files<'a> {
 }
 
 /// A monitor is of no use without KVM and a kernel.
-pub fn with_kernel(program: Program) -> Program {
-    let needed = || -> Result<(), Missing> {
+pub fn require_kernel(program: Program) -> Program {
+    let needed = || -> Result<(), Unavailable> {
         let missing = |install: Option<&str>| {
             let install = install.map(str::to_owned);
-            move |error: anyhow::Error| Missing { why: format!("{error:#}"), install }
+            move |error: anyhow::Error| Unavailable { reason: format!("{error:#}"), install }
         };
         kernel().map_err(missing(Some("scripts/kernel micro")))?;
         program::kvm()
@@ -49,35 +49,36 @@ fn kernel() -> Result<PathBuf> {
 }
 
 /// What the results say of a monitor whose command lines `line` makes.
-pub fn about(
+pub fn describe(
     program: &Program,
     name: &str,
-    ground: &Ground,
-    line: impl FnOnce(&Files, &Job) -> Result<Vec<String>>,
-) -> result::Contender {
+    fixture: &Fixture,
+    line: impl FnOnce(&GuestFiles, &Job) -> Result<Vec<String>>,
+) -> report::ContenderInfo {
     let kernel = kernel().unwrap_or_default();
-    let files = Files { kernel: &kernel, root: &ground.disk, scratch: None };
-    let line = line(&files, &sample()).unwrap_or_default();
-    let mut about = program.about(name, Walls::Machine, line, Held::Machine.note(ground).into_iter().collect());
-    about.kernel = about.absent.is_none().then(|| kernel.display().to_string());
-    about
+    let files = GuestFiles { kernel: &kernel, root: &fixture.disk, scratch: None };
+    let line = line(&files, &example_job()).unwrap_or_default();
+    let mut info =
+        program.describe(name, Isolation::Machine, line, LimitScope::Machine.note(fixture).into_iter().collect());
+    info.kernel = info.unavailable.is_none().then(|| kernel.display().to_string());
+    info
 }
 
 /// An instance of a monitor whose command lines `line` makes.
 pub fn launch(
     name: &str,
-    ground: &Ground,
+    fixture: &Fixture,
     job: &Job,
     address: Option<SocketAddr>,
-    line: impl FnOnce(&Files, &Job) -> Result<Vec<String>>,
+    line: impl FnOnce(&GuestFiles, &Job) -> Result<Vec<String>>,
 ) -> Result<Launch> {
     let kernel = kernel()?;
-    let scratch = Scratch::make(ground, name, job)?;
+    let scratch = Scratch::create(fixture, name, job)?;
     let scratch_path = scratch.as_ref().map(|scratch| scratch.path.clone());
-    let files = Files { kernel: &kernel, root: &ground.disk, scratch: scratch_path.as_deref() };
+    let files = GuestFiles { kernel: &kernel, root: &fixture.disk, scratch: scratch_path.as_deref() };
     let mut command = command(&line(&files, job)?)?;
-    let pen = Held::Machine.pen(ground, name, job);
-    sys::process::begin_in(&mut command, share::doors(pen.as_ref())?, None).context("enter its control groups")?;
+    let pen = LimitScope::Machine.pen(fixture, name, job);
+    sys::process::begin_in(&mut command, setup::doors(pen.as_ref())?, None).context("enter its control groups")?;
     let clean_up = move || {
         pen.map_or(Ok(()), |pen| pen.remove())?;
         scratch.map_or(Ok(()), Scratch::remove)
@@ -88,19 +89,19 @@ pub fn launch(
 /// The same for a monitor whose only network is a tap device, which is given to `line` if the job has a port.
 pub fn launch_with_tap(
     name: &str,
-    ground: &Ground,
+    fixture: &Fixture,
     job: &Job,
-    line: impl FnOnce(&Files, Option<&Tap>, &Job) -> Result<Vec<String>>,
+    line: impl FnOnce(&GuestFiles, Option<&Tap>, &Job) -> Result<Vec<String>>,
 ) -> Result<Launch> {
-    let tap = Tap::make(ground, job)?;
+    let tap = Tap::create(fixture, job)?;
     let address = job.port.zip(tap.as_ref()).map(|(port, tap)| tap.address(port));
-    let launch = launch(name, ground, job, address, |files, job| line(files, tap.as_ref(), job))?;
+    let launch = launch(name, fixture, job, address, |files, job| line(files, tap.as_ref(), job))?;
     Ok(launch.then_clean_up(move || tap.map_or(Ok(()), |tap| tap.remove())))
 }
 
 /// What a guest has besides its root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Parts<'a> {
+pub struct GuestOptions<'a> {
     /// How the work program ends the machine so that its monitor ends: `reset` or `power-off`.
     pub end: &'a str,
     /// Words of the monitor's own for the kernel.
@@ -112,21 +113,21 @@ pub struct Parts<'a> {
 }
 
 /// The kernel's command line: behind `--` stands what its first process is told, the work program's own `guest` (`firmware/work`).
-pub fn cmdline(parts: Parts, job: &Job) -> Result<String> {
-    let mut line = format!("console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce {}", parts.platform);
-    line.push_str(&format!(" root=/dev/vda rootfstype=erofs ro init={WORK} -- guest --end {}", parts.end));
-    if parts.scratch {
+pub fn cmdline(options: GuestOptions, job: &Job) -> Result<String> {
+    let mut line = format!("console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce {}", options.platform);
+    line.push_str(&format!(" root=/dev/vda rootfstype=erofs ro init={WORKLOAD} -- guest --end {}", options.end));
+    if options.scratch {
         line.push_str(" --scratch");
     }
-    if let Some(network) = parts.network {
+    if let Some(network) = options.network {
         line.push_str(&format!(" --net {network}"));
     }
     for word in &job.command {
         line.push(' ');
-        line.push_str(&work::escape(word));
+        line.push_str(&workload::escape(word));
     }
     if line.len() >= CMDLINE_MAX_BYTES {
-        return Err(Unable(format!("a kernel's command line has no room for {} bytes", line.len())).into());
+        return Err(Unsupported(format!("a kernel's command line has no room for {} bytes", line.len())).into());
     }
     Ok(line)
 }
@@ -141,9 +142,9 @@ struct Scratch {
 
 impl Scratch {
     /// Makes an empty file system on a disk of the size that the job wants.
-    fn make(ground: &Ground, contender: &str, job: &Job) -> Result<Option<Scratch>> {
+    fn create(fixture: &Fixture, contender: &str, job: &Job) -> Result<Option<Scratch>> {
         let Some(size_mib) = job.scratch_mib else { return Ok(None) };
-        let store = Store::open(&ground.store)?;
+        let store = Store::open(&fixture.store)?;
         let name = format!("{contender}-{}", job.instance);
         let mut identity = [0; 16];
         sys::getrandom(&mut identity).context("ask for randomness")?;
@@ -161,7 +162,7 @@ impl Scratch {
 mod tests {
     use super::*;
 
-    const PLAIN: Parts = Parts { end: "power-off", platform: "", scratch: false, network: None };
+    const PLAIN: GuestOptions = GuestOptions { end: "power-off", platform: "", scratch: false, network: None };
 
     fn job(command: &[&str]) -> Job {
         let command = command.iter().map(|word| (*word).to_owned()).collect();
@@ -171,9 +172,9 @@ mod tests {
     #[test]
     fn the_command_stands_behind_everything_else() {
         let network = Some("10.0.2.15/24,10.0.2.2");
-        let parts = Parts { end: "reset", platform: "reboot=t", scratch: true, network };
+        let options = GuestOptions { end: "reset", platform: "reboot=t", scratch: true, network };
         assert_eq!(
-            cmdline(parts, &job(&["/bin/x", "-v"])).unwrap(),
+            cmdline(options, &job(&["/bin/x", "-v"])).unwrap(),
             "console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce reboot=t root=/dev/vda rootfstype=erofs ro \
              init=/.husk-bench/work -- guest --end reset --scratch --net 10.0.2.15/24,10.0.2.2 /bin/x -v"
         );
@@ -188,6 +189,6 @@ mod tests {
 
     #[test]
     fn a_command_for_which_there_is_no_room_is_no_job() {
-        assert!(cmdline(PLAIN, &job(&["x".repeat(CMDLINE_MAX_BYTES).as_str()])).unwrap_err().is::<Unable>());
+        assert!(cmdline(PLAIN, &job(&["x".repeat(CMDLINE_MAX_BYTES).as_str()])).unwrap_err().is::<Unsupported>());
     }
 }

@@ -7,10 +7,10 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
 
-use super::super::result::{self, Walls};
+use super::super::report::{self, Isolation};
 use super::program::Program;
-use super::share::{self, Held};
-use super::{Contender, ENVIRONMENT, Ground, Job, Launch, command, ground, is_root, port, sample, words};
+use super::setup::{self, LimitScope};
+use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, command, example_job, fixture, is_root, network, strings};
 use crate::resources::programs;
 use crate::sys;
 
@@ -22,14 +22,14 @@ const NAME: &str = "host";
 const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
-fn root(ground: &Ground) -> PathBuf {
-    ground.folder.join(NAME)
+fn root(fixture: &Fixture) -> PathBuf {
+    fixture.dir.join(NAME)
 }
 
 /// Root changes its root directory; another user needs a user namespace for that.
-fn command_line(ground: &Ground, job: &Job) -> Vec<String> {
-    let root = root(ground).display().to_string();
-    let mut line = if is_root() { words(&["chroot", &root]) } else { words(&["unshare", "-r", "chroot", &root]) };
+fn command_line(fixture: &Fixture, job: &Job) -> Vec<String> {
+    let root = root(fixture).display().to_string();
+    let mut line = if is_root() { strings(&["chroot", &root]) } else { strings(&["unshare", "-r", "chroot", &root]) };
     line.extend(job.command.iter().cloned());
     line
 }
@@ -39,12 +39,12 @@ impl Contender for Host {
         NAME
     }
 
-    fn walls(&self) -> Walls {
-        Walls::None
+    fn isolation(&self) -> Isolation {
+        Isolation::None
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
-        let mut notes: Vec<String> = Held::Container.note(ground).into_iter().collect();
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
+        let mut notes: Vec<String> = LimitScope::Container.note(fixture).into_iter().collect();
         notes.push(
             "its root is a copy of the image's files, and what is written there goes right to the host's disk".into(),
         );
@@ -55,13 +55,13 @@ impl Contender for Host {
         }
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let program = Program { version: Ok(format!("Linux {}", release.trim())) };
-        program.about(NAME, Walls::None, command_line(ground, &sample()), notes)
+        program.describe(NAME, Isolation::None, command_line(fixture, &example_job()), notes)
     }
 
     /// A copy, so that what is written there is nobody else's; and what programs expect to be mounted.
-    fn prepare(&mut self, ground: &Ground) -> Result<()> {
-        let root = root(ground);
-        let (from, to) = (ground.root.display().to_string(), root.display().to_string());
+    fn prepare(&mut self, fixture: &Fixture) -> Result<()> {
+        let root = root(fixture);
+        let (from, to) = (fixture.root.display().to_string(), root.display().to_string());
         programs::run("cp", &["-aT", &from, &to])?;
         if !is_root() {
             return Ok(());
@@ -78,23 +78,23 @@ impl Contender for Host {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        let pen = Held::Container.pen(ground, NAME, job);
-        let root = root(ground);
-        let doors = share::doors(pen.as_ref())?;
-        let mut command = if is_root() { bare(job, &root, doors)? } else { command(&command_line(ground, job))? };
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        let pen = LimitScope::Container.pen(fixture, NAME, job);
+        let root = root(fixture);
+        let doors = setup::doors(pen.as_ref())?;
+        let mut command = if is_root() { bare(job, &root, doors)? } else { command(&command_line(fixture, job))? };
         command.env_clear().envs(ENVIRONMENT);
         let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove());
         Ok(Launch {
             command,
             passes_exit_code: true,
-            address: job.port.map(port::on_loopback),
+            address: job.port.map(network::loopback),
             clean_up: Some(Box::new(clean_up)),
         })
     }
 
-    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
-        ground::clear(&root(ground))
+    fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
+        fixture::clear(&root(fixture))
     }
 }
 

@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 
-use super::super::ground::IMAGE;
-use super::super::result::{self, Walls};
-use super::program::{Missing, Program, kvm};
-use super::{Contender, Ground, Job, Launch, command, port, sample, words};
+use super::super::fixture::IMAGE;
+use super::super::report::{self, Isolation, Unavailable};
+use super::program::{Program, kvm};
+use super::{Contender, Fixture, Job, Launch, command, example_job, network, strings};
 use crate::resources::guest_kernel::Choice;
 use crate::resources::programs;
 
@@ -27,27 +27,28 @@ impl Husk {
         KERNELS.iter().map(|(name, kernel, choice)| Husk { name, kernel, program: program(kernel, choice) }).collect()
     }
 
-    fn command_line(&self, ground: &Ground, job: &Job) -> Vec<String> {
-        let (husk, cpus) = (ground.husk.display().to_string(), ground.limits.cpus.to_string());
-        let memory = format!("{}M", ground.limits.memory_mib);
-        let mut line = words(&[&husk, "run", "--kernel", self.kernel, "--cpus", &cpus, "--memory", &memory]);
+    fn command_line(&self, fixture: &Fixture, job: &Job) -> Vec<String> {
+        let (husk, cpus) = (fixture.husk.display().to_string(), fixture.limits.cpus.to_string());
+        let memory = format!("{}M", fixture.limits.memory_mib);
+        let mut line = strings(&[&husk, "run", "--kernel", self.kernel, "--cpus", &cpus, "--memory", &memory]);
         match job.port {
-            Some(port) => line.extend(words(&["--publish", &format!("127.0.0.1:{port}:{port}")])),
-            None => line.extend(words(&["--network", "none"])),
+            Some(port) => line.extend(strings(&["--publish", &format!("127.0.0.1:{port}:{port}")])),
+            None => line.extend(strings(&["--network", "none"])),
         }
         if let Some(size_mib) = job.scratch_mib {
-            line.extend(words(&["--scratch", &format!("{size_mib}M")]));
+            line.extend(strings(&["--scratch", &format!("{size_mib}M")]));
         }
-        line.extend(words(&[IMAGE, "--"]));
+        line.extend(strings(&[IMAGE, "--"]));
         line.extend(job.command.iter().cloned());
         line
     }
 }
 
 fn program(name: &str, choice: &Choice) -> Program {
-    let missing =
-        |install: String| move |error: anyhow::Error| Missing { why: format!("{error:#}"), install: Some(install) };
-    let needed = || -> Result<(), Missing> {
+    let missing = |install: String| {
+        move |error: anyhow::Error| Unavailable { reason: format!("{error:#}"), install: Some(install) }
+    };
+    let needed = || -> Result<(), Unavailable> {
         choice.find().map(drop).map_err(missing(format!("scripts/kernel {name}")))?;
         kvm()
     };
@@ -59,30 +60,31 @@ impl Contender for Husk {
         self.name
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Machine
+    fn isolation(&self) -> Isolation {
+        Isolation::Machine
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
         let notes = vec!["its root's files are compressed, and what is written there goes to the guest's memory, or to its scratch disk where it has one".to_owned()];
-        let mut about = self.program.about(self.name, Walls::Machine, self.command_line(ground, &sample()), notes);
-        about.kernel = about.absent.is_none().then(|| self.kernel.to_owned());
-        about
+        let mut info =
+            self.program.describe(self.name, Isolation::Machine, self.command_line(fixture, &example_job()), notes);
+        info.kernel = info.unavailable.is_none().then(|| self.kernel.to_owned());
+        info
     }
 
-    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        let mut command = command(&self.command_line(ground, job))?;
-        command.env("HUSK_DATA", &ground.store);
-        Ok(Launch { command, passes_exit_code: true, address: job.port.map(port::on_loopback), clean_up: None })
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        let mut command = command(&self.command_line(fixture, job))?;
+        command.env("HUSK_DATA", &fixture.store);
+        Ok(Launch { command, passes_exit_code: true, address: job.port.map(network::loopback), clean_up: None })
     }
 
     /// A machine that was killed is forgotten when machines are listed.
-    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
-        let husk = ground.husk.to_string_lossy();
+    fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
+        let husk = fixture.husk.to_string_lossy();
         programs::run(&husk, &["ps", "--quiet"])
     }
 }

@@ -8,12 +8,12 @@ mod firecracker;
 mod guest;
 mod host;
 mod husk;
+mod network;
 mod oci;
 mod podman;
-mod port;
 mod program;
 mod qemu;
-mod share;
+mod setup;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,19 +21,19 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::ground;
-use super::result::{self, Limits, Walls};
+use super::fixture;
+use super::report::{self, Isolation, Limits};
 
 /// Where the work program stands in every contender's root.
-pub const WORK: &str = "/.husk-bench/work";
+pub const WORKLOAD: &str = "/.husk-bench/work";
 /// Where an instance finds its scratch disk, when its job wants one.
 pub const SCRATCH: &str = "/scratch";
 
 /// What was prepared once, for all contenders and all jobs.
 #[derive(Debug, Default)]
-pub struct Ground {
-    /// The bench's own folder, on a real disk; removed at the end.
-    pub folder: PathBuf,
+pub struct Fixture {
+    /// The bench's own directory, on a real disk; removed at the end.
+    pub dir: PathBuf,
     /// The image's root as files, with the work program in it.
     pub root: PathBuf,
     /// The same root as an EROFS disk, from `store`.
@@ -46,22 +46,22 @@ pub struct Ground {
     pub limits: Limits,
 }
 
-impl Ground {
+impl Fixture {
     /// A name for an instance of a contender, that nothing else on this host has.
     fn instance(&self, contender: &str, job: &Job) -> String {
         format!("{}-{contender}-{}", self.id(), job.instance)
     }
 
-    /// The bench's own name, that of its folder.
+    /// The bench's own name, that of its directory.
     fn id(&self) -> String {
-        bench_id(&self.folder)
+        bench_id(&self.dir)
     }
 
-    /// A folder for what an instance needs of its own.
-    fn instance_folder(&self, contender: &str, job: &Job) -> Result<PathBuf> {
-        let folder = self.folder.join("instances").join(format!("{contender}-{}", job.instance));
-        fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
-        Ok(folder)
+    /// A directory for what an instance needs of its own.
+    fn instance_dir(&self, contender: &str, job: &Job) -> Result<PathBuf> {
+        let dir = self.dir.join("instances").join(format!("{contender}-{}", job.instance));
+        fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
+        Ok(dir)
     }
 
     /// As many processors as can use all of the time that an instance may have.
@@ -119,36 +119,36 @@ impl Launch {
 /// A job that a contender cannot do on this host: a reason to leave it out, and no failure.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct Unable(pub String);
+pub struct Unsupported(pub String);
 
 /// One of those that are compared.
 pub trait Contender: Send {
     /// As `--against` and the results name it.
     fn name(&self) -> &str;
     /// What separates its instances from the host.
-    fn walls(&self) -> Walls;
+    fn isolation(&self) -> Isolation;
     /// What the results say about it: version, kernel, notes, or why it is absent. Asked once, before the first run.
-    fn about(&self, ground: &Ground) -> result::Contender;
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo;
     /// Whether an instance is over when its kernel crashes. Some monitors start a machine anew that resets, and it would crash without end.
-    fn ends_with_its_kernel(&self) -> bool {
+    fn exits_on_kernel_crash(&self) -> bool {
         true
     }
     /// Makes what its instances share, once: a bundle, an image in an engine's store. `clean_up` takes it away again.
-    fn prepare(&mut self, ground: &Ground) -> Result<()>;
+    fn prepare(&mut self, fixture: &Fixture) -> Result<()>;
     /// An instance for the job. Quick: what takes long belongs to `prepare`; where an instance needs files of its own (a
-    /// scratch disk), they are made here, which no measure counts. What it cannot do at all is an error of the type [`Unable`].
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch>;
+    /// scratch disk), they are made here, which no measure counts. What it cannot do at all is an error of the type [`Unsupported`].
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch>;
     /// Every process of an instance whose [`Launch::command`] has this process ID, for what it uses of memory: descendants are
     /// found by the caller; this adds those that are no descendants (of an engine's daemon).
-    fn more_processes(&self, _ground: &Ground, _job: &Job) -> Vec<u32> {
+    fn extra_processes(&self, _fixture: &Fixture, _job: &Job) -> Vec<u32> {
         Vec::new()
     }
     /// What the results say where its instances are not held to the memory that they may have, by their walls or by this host.
-    fn limits_not_applied(&self, _ground: &Ground) -> Option<String> {
+    fn unenforced_limits(&self, _fixture: &Fixture) -> Option<String> {
         None
     }
     /// Removes what `prepare` made. To be called at the end, whatever happened.
-    fn clean_up(&mut self, ground: &Ground) -> Result<()>;
+    fn clean_up(&mut self, fixture: &Fixture) -> Result<()>;
 }
 
 /// Everyone who is looked for on this host, in the order of the results; [`Contender::about`] says who is absent.
@@ -158,7 +158,7 @@ pub fn find() -> Vec<Box<dyn Contender>> {
         Box::new(bwrap::Bwrap::find()),
         Box::new(oci::Runtime::find(oci::CRUN)),
         Box::new(oci::Runtime::find(oci::RUNC)),
-        Box::new(podman::Podman::find(podman::Mode::Own)),
+        Box::new(podman::Podman::find(podman::Mode::Rootful)),
         Box::new(podman::Podman::find(podman::Mode::Rootless)),
         Box::new(docker::Docker::find()),
         Box::new(qemu::Qemu::find()),
@@ -169,23 +169,23 @@ pub fn find() -> Vec<Box<dyn Contender>> {
     contenders
 }
 
-/// The own name of the bench that has this folder.
-pub fn bench_id(folder: &Path) -> String {
-    folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
+/// The own name of the bench that has this directory.
+pub fn bench_id(dir: &Path) -> String {
+    dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Ends the instances that a killed bench has left in its folder, as far as their own programs have to do it. The folder itself, control
+/// Ends the instances that a killed bench has left in its directory, as far as their own programs have to do it. The directory itself, control
 /// groups and mounts are the caller's.
-pub fn end_left_behind(folder: &Path) {
-    oci::end_left_behind(folder);
-    podman::end_left_behind(folder);
-    docker::end_left_behind(folder);
-    port::remove_left_behind(folder);
+pub fn remove_leftovers(dir: &Path) {
+    oci::remove_leftovers(dir);
+    podman::remove_leftovers(dir);
+    docker::remove_leftovers(dir);
+    network::remove_leftovers(dir);
 }
 
 /// Takes away what a bench made for instances that then could not be started.
-pub fn remove_networks(folder: &Path) {
-    port::remove_left_behind(folder);
+pub fn remove_networks(dir: &Path) {
+    network::remove_leftovers(dir);
 }
 
 /// Whether this process is root's.
@@ -198,12 +198,12 @@ const ENVIRONMENT: [(&str, &str); 2] =
     [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
 
 /// What [`Contender::about`] shows of a command line in place of the work's own.
-fn sample() -> Job {
+fn example_job() -> Job {
     Job { command: vec!["COMMAND".to_owned()], scratch_mib: None, port: None, instance: 0 }
 }
 
 /// A command line, word by word.
-fn words(words: &[&str]) -> Vec<String> {
+fn strings(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
 
@@ -217,14 +217,14 @@ fn command(words: &[String]) -> Result<Command> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::guest::Files;
-    use super::port::Tap;
+    use super::guest::GuestFiles;
+    use super::network::Tap;
     use super::*;
 
-    pub fn ground() -> Ground {
+    pub fn fixture() -> Fixture {
         let path = PathBuf::from;
-        Ground {
-            folder: path("/g/husk-bench-0a1b2c"),
+        Fixture {
+            dir: path("/g/husk-bench-0a1b2c"),
             root: path("/g/root"),
             disk: path("/g/root.erofs"),
             store: path("/g/store"),
@@ -233,8 +233,8 @@ pub(super) mod tests {
         }
     }
 
-    pub fn files() -> Files<'static> {
-        Files {
+    pub fn files() -> GuestFiles<'static> {
+        GuestFiles {
             kernel: Path::new("/k/vmlinux"),
             root: Path::new("/g/root.erofs"),
             scratch: Some(Path::new("/g/scratch")),
@@ -242,11 +242,11 @@ pub(super) mod tests {
     }
 
     pub fn tap() -> Tap {
-        Tap::of(&ground().id(), job(&[]).instance)
+        Tap::of(&fixture().id(), job(&[]).instance)
     }
 
     pub fn job(command: &[&str]) -> Job {
-        Job { command: words(command), scratch_mib: Some(64), port: None, instance: 3 }
+        Job { command: strings(command), scratch_mib: Some(64), port: None, instance: 3 }
     }
 
     #[test]

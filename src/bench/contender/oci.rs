@@ -6,11 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::super::result::{self, Walls};
-use super::port::Link;
+use super::super::report::{self, Isolation};
+use super::network::VethPair;
 use super::program::Program;
-use super::share;
-use super::{Contender, ENVIRONMENT, Ground, Job, Launch, SCRATCH, command, ground, is_root, sample, words};
+use super::setup;
+use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, example_job, fixture, is_root, strings};
 use crate::resources::programs;
 
 /// What runtimes are called, and the package that has each.
@@ -36,9 +36,9 @@ const CAPABILITIES: [&str; 11] = [
 const PERIOD_US: u64 = 100_000;
 
 /// Why a runtime does not run here, and what would help.
-pub const REFUSES: &str = "runs on no host that uses both versions of control groups";
+pub const UNSUPPORTED: &str = "runs on no host that uses both versions of control groups";
 /// The same.
-pub const UNIFY: &str = "boot the host with systemd.unified_cgroup_hierarchy=1";
+pub const UNIFIED_HIERARCHY: &str = "boot the host with systemd.unified_cgroup_hierarchy=1";
 
 /// A runtime.
 pub struct Runtime {
@@ -50,17 +50,17 @@ impl Runtime {
     /// Looks for it.
     pub fn find(name: &'static str) -> Runtime {
         let program = Program::find(name, &["--version"], &format!("sudo apt-get install {name}"));
-        if program.version.is_ok() && refuses_host(name) {
-            return Runtime { name, program: Program::missing(&format!("it {REFUSES}"), Some(UNIFY)) };
+        if program.version.is_ok() && is_unsupported_here(name) {
+            return Runtime { name, program: Program::missing(&format!("it {UNSUPPORTED}"), Some(UNIFIED_HIERARCHY)) };
         }
         Runtime { name, program }
     }
 
-    /// The runtime with the folder in which it remembers its containers.
-    fn line(&self, ground: &Ground, arguments: &[&str]) -> Vec<String> {
-        let state = ground.folder.join(self.name).display().to_string();
-        let mut line = words(&[self.name, "--root", &state]);
-        line.extend(words(arguments));
+    /// The runtime with the directory in which it remembers its containers.
+    fn line(&self, fixture: &Fixture, arguments: &[&str]) -> Vec<String> {
+        let state = fixture.dir.join(self.name).display().to_string();
+        let mut line = strings(&[self.name, "--root", &state]);
+        line.extend(strings(arguments));
         line
     }
 }
@@ -70,67 +70,67 @@ impl Contender for Runtime {
         self.name
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Container
+    fn isolation(&self) -> Isolation {
+        Isolation::Container
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
-        let mut notes: Vec<String> = share::root_note().into_iter().collect();
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
+        let mut notes: Vec<String> = setup::root_note().into_iter().collect();
         if is_root() {
             notes.push("its root is an overlay that is mounted before the clock starts, and there is no seccomp filter: an engine does both".into());
         }
-        notes.extend(self.limits_not_applied(ground));
-        let job = sample();
-        let line = self.line(ground, &["run", "--bundle", "BUNDLE", &ground.instance(self.name, &job)]);
-        self.program.about(self.name, Walls::Container, line, notes)
+        notes.extend(self.unenforced_limits(fixture));
+        let job = example_job();
+        let line = self.line(fixture, &["run", "--bundle", "BUNDLE", &fixture.instance(self.name, &job)]);
+        self.program.describe(self.name, Isolation::Container, line, notes)
     }
 
-    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        let link = Link::make(ground, job)?;
-        let folder = ground.instance_folder(self.name, job)?;
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        let veth = VethPair::create(fixture, job)?;
+        let dir = fixture.instance_dir(self.name, job)?;
         let bundle = Bundle {
-            id: &ground.instance(self.name, job),
-            root: &share::root(ground, &folder)?,
-            scratch: share::scratch(job, &folder)?.as_deref(),
-            network: link.as_ref().map(Link::path).as_deref(),
+            id: &fixture.instance(self.name, job),
+            root: &setup::root(fixture, &dir)?,
+            scratch: setup::scratch(job, &dir)?.as_deref(),
+            network: veth.as_ref().map(VethPair::path).as_deref(),
             user: (!is_root()).then(user),
         }
-        .config(ground, job);
-        let path = folder.join("config.json");
+        .config(fixture, job);
+        let path = dir.join("config.json");
         fs::write(&path, serde_json::to_vec(&bundle)?).with_context(|| format!("write {}", path.display()))?;
-        let id = ground.instance(self.name, job);
-        let bundle = folder.display().to_string();
-        let command = command(&self.line(ground, &["run", "--bundle", &bundle, &id]))?;
-        let address = job.port.zip(link.as_ref()).map(|(port, link)| link.address(port));
-        let delete = self.line(ground, &["delete", "--force", &id]);
-        let state = ground.folder.join(self.name).join(&id);
+        let id = fixture.instance(self.name, job);
+        let bundle = dir.display().to_string();
+        let command = command(&self.line(fixture, &["run", "--bundle", &bundle, &id]))?;
+        let address = job.port.zip(veth.as_ref()).map(|(port, veth)| veth.address(port));
+        let delete = self.line(fixture, &["delete", "--force", &id]);
+        let state = fixture.dir.join(self.name).join(&id);
         let clean_up = move || {
             // One that ran to its end is gone already.
             if state.exists() {
                 run(&delete)?;
             }
-            link.map_or(Ok(()), |link| link.remove())?;
-            ground::clear(&folder)
+            veth.map_or(Ok(()), |veth| veth.remove())?;
+            fixture::clear(&dir)
         };
         Ok(Launch { command, passes_exit_code: true, address, clean_up: Some(Box::new(clean_up)) })
     }
 
-    fn limits_not_applied(&self, _ground: &Ground) -> Option<String> {
+    fn unenforced_limits(&self, _fixture: &Fixture) -> Option<String> {
         (!is_root()).then(|| "its limits of processor time and memory were not applied: it is not root's".to_owned())
     }
 
-    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
-        ground::clear(&ground.folder.join(self.name))
+    fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
+        fixture::clear(&fixture.dir.join(self.name))
     }
 }
 
 /// Whether there are control groups of the second version beside those of the first, with something of their own to give out.
 /// Whether the runtime of this name runs no container on this host.
-pub fn refuses_host(name: &str) -> bool {
+pub fn is_unsupported_here(name: &str) -> bool {
     name == CRUN && is_hybrid()
 }
 
@@ -144,9 +144,9 @@ fn run(line: &[String]) -> Result<()> {
 }
 
 /// Ends the containers of a killed bench.
-pub fn end_left_behind(folder: &Path) {
+pub fn remove_leftovers(dir: &Path) {
     for runtime in [CRUN, RUNC] {
-        let state = folder.join(runtime);
+        let state = dir.join(runtime);
         for id in fs::read_dir(&state).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
             let (state, id) = (state.display().to_string(), id.to_string_lossy());
             if let Err(error) = programs::run(runtime, &["--root", &state, "delete", "--force", &id]) {
@@ -171,7 +171,7 @@ struct Bundle<'a> {
 }
 
 impl Bundle<'_> {
-    fn config(&self, ground: &Ground, job: &Job) -> Value {
+    fn config(&self, fixture: &Fixture, job: &Job) -> Value {
         let environment: Vec<String> = ENVIRONMENT.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let capabilities = CAPABILITIES;
         json!({
@@ -187,7 +187,7 @@ impl Bundle<'_> {
             "root": { "path": self.root, "readonly": self.user.is_some() },
             "hostname": "husk-bench",
             "mounts": self.mounts(),
-            "linux": self.linux(ground),
+            "linux": self.linux(fixture),
         })
     }
 
@@ -212,7 +212,7 @@ impl Bundle<'_> {
         mounts
     }
 
-    fn linux(&self, ground: &Ground) -> Value {
+    fn linux(&self, fixture: &Fixture) -> Value {
         let mut namespaces: Vec<Value> =
             ["pid", "ipc", "uts", "mount"].iter().map(|kind| json!({ "type": kind })).collect();
         namespaces.push(match self.network {
@@ -232,7 +232,7 @@ impl Bundle<'_> {
             }
             None => {
                 linux["cgroupsPath"] = json!(format!("/{}", self.id));
-                linux["resources"] = resources(ground);
+                linux["resources"] = resources(fixture);
             }
         }
         linux["namespaces"] = Value::Array(namespaces);
@@ -240,10 +240,10 @@ impl Bundle<'_> {
     }
 }
 
-fn resources(ground: &Ground) -> Value {
+fn resources(fixture: &Fixture) -> Value {
     json!({
         "devices": [{ "allow": false, "access": "rwm" }],
-        "cpu": { "quota": u64::from(ground.millicpus()) * PERIOD_US / 1000, "period": PERIOD_US },
-        "memory": { "limit": ground.limits.memory_mib << 20 },
+        "cpu": { "quota": u64::from(fixture.millicpus()) * PERIOD_US / 1000, "period": PERIOD_US },
+        "memory": { "limit": fixture.limits.memory_mib << 20 },
     })
 }

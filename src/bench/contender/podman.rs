@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use rustix::process::{Resource, Rlimit, getrlimit};
 
-use super::super::result::{self, Walls};
+use super::super::report::{self, Isolation};
 use super::program::{Program, major, which};
-use super::{Contender, Ground, Job, Launch, Unable, bench_id, engine, ground, is_root, oci, sample, words};
+use super::{
+    Contender, Fixture, Job, Launch, Unsupported, bench_id, engine, example_job, fixture, is_root, oci, strings,
+};
 use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 use crate::sandbox::cgroup::pen;
@@ -17,7 +19,7 @@ use crate::sandbox::cgroup::pen;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// Root's.
-    Own,
+    Rootful,
     /// A user's.
     Rootless,
 }
@@ -28,7 +30,7 @@ pub struct Podman {
     program: Program,
 }
 
-const FOLDER: &str = "podman";
+const SUBDIR: &str = "podman";
 /// What Podman limits itself to, of processes.
 const LIMIT_MAX: u64 = 1 << 15;
 
@@ -36,7 +38,7 @@ impl Podman {
     /// Looks for it. In the mode that is not this user's it is absent.
     pub fn find(mode: Mode) -> Podman {
         let program = match (mode, is_root()) {
-            (Mode::Own, false) => Program::missing("husk bench is not run by root", Some("sudo husk bench ...")),
+            (Mode::Rootful, false) => Program::missing("husk bench is not run by root", Some("sudo husk bench ...")),
             (Mode::Rootless, true) => Program::missing("husk bench is run by root", Some("husk bench ..., as a user")),
             (Mode::Rootless, false) if !which("newuidmap") => Program::missing(
                 "there is no newuidmap, by which a user has a container's users",
@@ -44,7 +46,7 @@ impl Podman {
             ),
             _ => with_its_runtime(
                 Program::find("podman", &["--version"], "sudo apt-get install podman"),
-                oci::refuses_host,
+                oci::is_unsupported_here,
                 runtime,
             ),
         };
@@ -53,13 +55,20 @@ impl Podman {
 }
 
 /// Podman, unless the runtime that it uses refuses this host.
-fn with_its_runtime(program: Program, refuses: impl Fn(&str) -> bool, runtime: impl Fn() -> Option<String>) -> Program {
+fn with_its_runtime(
+    program: Program,
+    is_unsupported: impl Fn(&str) -> bool,
+    runtime: impl Fn() -> Option<String>,
+) -> Program {
     // Only crun is known to, so that elsewhere nobody waits for the answer.
-    if program.version.is_err() || !refuses(oci::CRUN) {
+    if program.version.is_err() || !is_unsupported(oci::CRUN) {
         return program;
     }
-    match runtime().filter(|name| refuses(name)) {
-        Some(name) => Program::missing(&format!("its runtime is {name}, which {}", oci::REFUSES), Some(oci::UNIFY)),
+    match runtime().filter(|name| is_unsupported(name)) {
+        Some(name) => Program::missing(
+            &format!("its runtime is {name}, which {}", oci::UNSUPPORTED),
+            Some(oci::UNIFIED_HIERARCHY),
+        ),
         None => program,
     }
 }
@@ -72,22 +81,22 @@ fn runtime() -> Option<String> {
 }
 
 /// Where it keeps what is gone with the next boot. It takes no path of more than 50 bytes.
-fn run_folder(folder: &Path) -> PathBuf {
+fn run_dir(dir: &Path) -> PathBuf {
     let session = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
     let base = if is_root() { "/run".into() } else { session.unwrap_or("/tmp".into()) };
-    base.join(folder.file_name().unwrap_or_default())
+    base.join(dir.file_name().unwrap_or_default())
 }
 
 /// Podman with a storage of the bench's own, so that nothing of the user's is touched.
-fn line(folder: &Path, arguments: &[&str]) -> Vec<String> {
-    let at = |name: &str| folder.join(FOLDER).join(name).display().to_string();
-    let run = run_folder(folder).display().to_string();
-    let mut line = words(&["podman", "--root", &at("root"), "--runroot", &run, "--tmpdir", &at("tmp")]);
-    line.extend(words(&["--network-config-dir", &at("networks"), "--events-backend", "none"]));
+fn line(dir: &Path, arguments: &[&str]) -> Vec<String> {
+    let at = |name: &str| dir.join(SUBDIR).join(name).display().to_string();
+    let run = run_dir(dir).display().to_string();
+    let mut line = strings(&["podman", "--root", &at("root"), "--runroot", &run, "--tmpdir", &at("tmp")]);
+    line.extend(strings(&["--network-config-dir", &at("networks"), "--events-backend", "none"]));
     if is_root() {
-        line.extend(words(&["--storage-driver", "overlay", "--cgroup-manager", "cgroupfs"]));
+        line.extend(strings(&["--storage-driver", "overlay", "--cgroup-manager", "cgroupfs"]));
     }
-    line.extend(words(arguments));
+    line.extend(strings(arguments));
     line
 }
 
@@ -100,7 +109,7 @@ fn limits() -> Vec<String> {
         let limited = |limit: Option<u64>| limit.unwrap_or(u64::MAX).min(LIMIT_MAX);
         format!("{name}={}:{}", limited(current), limited(maximum))
     };
-    kinds.into_iter().map(limit).flat_map(|limit| words(&["--ulimit", &limit])).collect()
+    kinds.into_iter().map(limit).flat_map(|limit| strings(&["--ulimit", &limit])).collect()
 }
 
 fn output(line: &[String]) -> Result<String> {
@@ -110,25 +119,25 @@ fn output(line: &[String]) -> Result<String> {
 }
 
 impl Podman {
-    fn command_line(&self, ground: &Ground, scratch: Option<&Path>, job: &Job) -> Vec<String> {
-        let root = format!("{}:O", ground.root.display());
-        let mut line = line(&ground.folder, &["run"]);
-        line.extend(engine::flags(ground, self.name(), scratch, job));
+    fn command_line(&self, fixture: &Fixture, scratch: Option<&Path>, job: &Job) -> Vec<String> {
+        let root = format!("{}:O", fixture.root.display());
+        let mut line = line(&fixture.dir, &["run"]);
+        line.extend(engine::flags(fixture, self.name(), scratch, job));
         line.extend(limits());
         if is_root() {
-            line.extend(words(&["--cgroup-parent", &format!("/{}-podman", ground.id())]));
+            line.extend(strings(&["--cgroup-parent", &format!("/{}-podman", fixture.id())]));
         }
-        if self.mode == Mode::Own && job.port.is_some() {
-            line.extend(words(&["--network", &ground.id()]));
+        if self.mode == Mode::Rootful && job.port.is_some() {
+            line.extend(strings(&["--network", &fixture.id()]));
         }
-        line.extend(words(&["--rootfs", &root]));
+        line.extend(strings(&["--rootfs", &root]));
         line.extend(job.command.iter().cloned());
         line
     }
 
     /// Why a user's container has no network here: podman has slirp4netns make one of a tap device, and from 5 on passt's pasta.
-    fn network_obstacle(&self) -> Option<String> {
-        if self.mode == Mode::Own {
+    fn network_problem(&self) -> Option<String> {
+        if self.mode == Mode::Rootful {
             return None;
         }
         let (program, package) = network_program(self.program.version.as_deref().unwrap_or_default());
@@ -148,93 +157,97 @@ fn network_program(version: &str) -> (&'static str, &'static str) {
 impl Contender for Podman {
     fn name(&self) -> &str {
         match self.mode {
-            Mode::Own => "podman",
+            Mode::Rootful => "podman",
             Mode::Rootless => "podman-rootless",
         }
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Container
+    fn isolation(&self) -> Isolation {
+        Isolation::Container
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
         let mut notes =
             vec!["its root is an overlay over the image's files (--rootfs), in a storage of its own".to_owned()];
-        notes.extend(self.limits_not_applied(ground));
-        self.program.about(self.name(), Walls::Container, self.command_line(ground, None, &sample()), notes)
+        notes.extend(self.unenforced_limits(fixture));
+        self.program.describe(
+            self.name(),
+            Isolation::Container,
+            self.command_line(fixture, None, &example_job()),
+            notes,
+        )
     }
 
-    fn prepare(&mut self, ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, fixture: &Fixture) -> Result<()> {
         // The storage is made by whoever uses it first.
-        output(&line(&ground.folder, &["ps", "--quiet"])).map(drop)
+        output(&line(&fixture.dir, &["ps", "--quiet"])).map(drop)
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        if let Some(obstacle) = self.network_obstacle().filter(|_| job.port.is_some()) {
-            return Err(Unable(obstacle).into());
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        if let Some(problem) = self.network_problem().filter(|_| job.port.is_some()) {
+            return Err(Unsupported(problem).into());
         }
-        if self.mode == Mode::Own && job.port.is_some() && !has_network(&ground.folder) {
+        if self.mode == Mode::Rootful && job.port.is_some() && !has_network(&fixture.dir) {
             // Like its usual one, whose bridge would stay for ever.
-            output(&line(&ground.folder, &["network", "create", "--disable-dns", &ground.id()]))?;
+            output(&line(&fixture.dir, &["network", "create", "--disable-dns", &fixture.id()]))?;
         }
-        let (id, bench) = (ground.instance(self.name(), job), ground.folder.clone());
+        let (id, bench) = (fixture.instance(self.name(), job), fixture.dir.clone());
         // One that ran to its end is gone already.
         let remove = move || output(&line(&bench, &["rm", "--force", "--ignore", "--time", "0", &id])).map(drop);
-        engine::launch(ground, self.name(), job, |scratch| self.command_line(ground, scratch, job), remove)
+        engine::launch(fixture, self.name(), job, |scratch| self.command_line(fixture, scratch, job), remove)
     }
 
     /// Its monitor is nobody's child, and the container is the monitor's.
-    fn more_processes(&self, ground: &Ground, job: &Job) -> Vec<u32> {
-        let id = ground.instance(self.name(), job);
+    fn extra_processes(&self, fixture: &Fixture, job: &Job) -> Vec<u32> {
+        let id = fixture.instance(self.name(), job);
         let format = "{{.State.Pid}} {{.State.ConmonPid}}";
-        let text = output(&line(&ground.folder, &["inspect", "--format", format, &id])).unwrap_or_default();
+        let text = output(&line(&fixture.dir, &["inspect", "--format", format, &id])).unwrap_or_default();
         text.split_whitespace().filter_map(|word| word.parse().ok()).filter(|&process| process > 0).collect()
     }
 
-    fn limits_not_applied(&self, _ground: &Ground) -> Option<String> {
+    fn unenforced_limits(&self, _fixture: &Fixture) -> Option<String> {
         let has_none = self.mode == Mode::Rootless && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
         has_none.then(|| "its limits of processor time and memory were not applied: this host has the first version of control groups".to_owned())
     }
 
-    fn clean_up(&mut self, ground: &Ground) -> Result<()> {
-        remove_all(&ground.folder)
+    fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
+        remove_all(&fixture.dir)
     }
 }
 
 /// Whether the bench's own network has been made.
-fn has_network(folder: &Path) -> bool {
-    let id = bench_id(folder);
-    output(&line(folder, &["network", "exists", &id])).is_ok()
+fn has_network(dir: &Path) -> bool {
+    let id = bench_id(dir);
+    output(&line(dir, &["network", "exists", &id])).is_ok()
 }
 
-fn remove_all(folder: &Path) -> Result<()> {
-    if !folder.join(FOLDER).exists() {
+fn remove_all(dir: &Path) -> Result<()> {
+    if !dir.join(SUBDIR).exists() {
         return Ok(());
     }
-    output(&line(folder, &["rm", "--all", "--force", "--time", "0"]))?;
-    let id = bench_id(folder);
+    output(&line(dir, &["rm", "--all", "--force", "--time", "0"]))?;
+    let id = bench_id(dir);
     pen::remove_left_behind(&format!("{id}-podman"))?;
-    if has_network(folder) {
-        output(&line(folder, &["network", "rm", &id]))?;
+    if has_network(dir) {
+        output(&line(dir, &["network", "rm", &id]))?;
     }
     if !is_root() {
         // A container's users own what it wrote; and a process that holds the user's namespaces goes with `migrate`.
-        let (run, storage) =
-            (run_folder(folder).display().to_string(), folder.join(FOLDER).join("root").display().to_string());
+        let (run, storage) = (run_dir(dir).display().to_string(), dir.join(SUBDIR).join("root").display().to_string());
         output(&line(
-            folder,
+            dir,
             &["unshare", "rm", "-rf", &format!("{run}/overlay-containers"), &format!("{run}/vfs-containers"), &storage],
         ))?;
-        output(&line(folder, &["system", "migrate"]))?;
+        output(&line(dir, &["system", "migrate"]))?;
     }
-    ground::clear(&run_folder(folder))?;
-    ground::clear(&folder.join(FOLDER))
+    fixture::clear(&run_dir(dir))?;
+    fixture::clear(&dir.join(SUBDIR))
 }
 
 /// Ends the containers of a killed bench.
-pub fn end_left_behind(folder: &Path) {
+pub fn remove_leftovers(dir: &Path) {
     if which("podman")
-        && let Err(error) = remove_all(folder)
+        && let Err(error) = remove_all(dir)
     {
         log::warn!("{error:#}");
     }
@@ -248,12 +261,12 @@ mod tests {
     fn an_engine_whose_runtime_refuses_the_host_is_absent_for_that_reason() {
         let podman = || Program { version: Ok("4.3.1".into()) };
         let on_hybrid = |name: &str| name == "crun";
-        let why = |runtime: Option<&str>| {
+        let reason = |runtime: Option<&str>| {
             let said = || runtime.map(str::to_owned);
-            with_its_runtime(podman(), on_hybrid, said).version.map_err(|missing| missing.why)
+            with_its_runtime(podman(), on_hybrid, said).version.map_err(|missing| missing.reason)
         };
-        assert_eq!(why(Some("crun")).unwrap_err(), format!("its runtime is crun, which {}", oci::REFUSES));
-        assert!(why(Some("runc")).is_ok() && why(None).is_ok());
+        assert_eq!(reason(Some("crun")).unwrap_err(), format!("its runtime is crun, which {}", oci::UNSUPPORTED));
+        assert!(reason(Some("runc")).is_ok() && reason(None).is_ok());
         let elsewhere = with_its_runtime(podman(), |_| false, || panic!("nobody asks"));
         assert_eq!(elsewhere, podman());
         let missing = Program::missing("there is none", None);

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use super::super::result::{self, Absent, Walls};
+use super::super::report::{self, Isolation, Unavailable};
 use crate::foreign::one_line;
 use crate::resources::{self, host, programs};
 
@@ -10,8 +10,8 @@ use crate::resources::{self, host, programs};
 const ANSWERS_WITHIN_S: &str = "10";
 
 /// Whether this host runs kernels as they are, and what to type if not.
-pub fn kvm() -> Result<(), Missing> {
-    let missing = |why: String| Missing { why, install: Some("husk doctor".to_owned()) };
+pub fn kvm() -> Result<(), Unavailable> {
+    let missing = |reason: String| Unavailable { reason, install: Some("husk doctor".to_owned()) };
     if host::runs_only_pvm_guests() {
         return Err(missing("this host's KVM is PVM, which runs only kernels that know of it".to_owned()));
     }
@@ -22,14 +22,7 @@ pub fn kvm() -> Result<(), Missing> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
     /// Its version, if it is there.
-    pub version: Result<String, Missing>,
-}
-
-/// Why there is no program, and how to have it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Missing {
-    pub why: String,
-    pub install: Option<String>,
+    pub version: Result<String, Unavailable>,
 }
 
 impl Program {
@@ -44,24 +37,30 @@ impl Program {
                 Err(error) => Err(one_line(format!("{error:#}").trim_start_matches("timeout 10 "))),
             },
         };
-        Program { version: version.map_err(|why| Missing { why, install: Some(install.to_owned()) }) }
+        Program { version: version.map_err(|reason| Unavailable { reason, install: Some(install.to_owned()) }) }
     }
 
     /// One that is not used here.
-    pub fn missing(why: &str, install: Option<&str>) -> Program {
-        Program { version: Err(Missing { why: why.to_owned(), install: install.map(str::to_owned) }) }
+    pub fn missing(reason: &str, install: Option<&str>) -> Program {
+        Program { version: Err(Unavailable { reason: reason.to_owned(), install: install.map(str::to_owned) }) }
     }
 
     /// What the results say of its contender.
-    pub fn about(&self, name: &str, walls: Walls, command_line: Vec<String>, notes: Vec<String>) -> result::Contender {
-        let absent = self.version.clone().err().map(|Missing { why, install }| Absent { why, install });
-        let is_there = absent.is_none();
-        result::Contender {
+    pub fn describe(
+        &self,
+        name: &str,
+        isolation: Isolation,
+        command_line: Vec<String>,
+        notes: Vec<String>,
+    ) -> report::ContenderInfo {
+        let unavailable = self.version.clone().err();
+        let is_there = unavailable.is_none();
+        report::ContenderInfo {
             name: name.to_owned(),
-            walls,
+            isolation,
             version: self.version.clone().ok(),
             kernel: None,
-            absent,
+            unavailable,
             command_line: if is_there { command_line } else { Vec::new() },
             notes: if is_there { notes } else { Vec::new() },
         }
@@ -76,7 +75,7 @@ pub fn major(version: &str) -> u32 {
 /// Whether there is such a program on the path.
 pub fn which(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+    std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }
 
 /// Whether a helper's exit was a good one, for what may be absent.
@@ -118,18 +117,18 @@ mod tests {
     #[test]
     fn what_is_not_there_says_how_to_have_it() {
         let program = Program::find("husk-no-such-program", &["--version"], "sudo apt-get install it");
-        let about = program.about("it", Walls::Container, words(), vec!["a note".into()]);
-        let absent = about.absent.unwrap();
-        assert_eq!(absent.why, "there is no program husk-no-such-program");
-        assert_eq!(absent.install.as_deref(), Some("sudo apt-get install it"));
-        assert!(about.version.is_none() && about.command_line.is_empty() && about.notes.is_empty());
+        let info = program.describe("it", Isolation::Container, words(), vec!["a note".into()]);
+        let unavailable = info.unavailable.unwrap();
+        assert_eq!(unavailable.reason, "there is no program husk-no-such-program");
+        assert_eq!(unavailable.install.as_deref(), Some("sudo apt-get install it"));
+        assert!(info.version.is_none() && info.command_line.is_empty() && info.notes.is_empty());
     }
 
     #[test]
     fn what_fails_to_answer_is_absent_with_its_own_words() {
         let program = Program::find("ls", &["/husk-no-such-folder"], "mend it");
-        let why = program.version.unwrap_err().why;
-        assert!(why.contains("No such file") && !why.contains('\n'), "{why}");
+        let reason = program.version.unwrap_err().reason;
+        assert!(reason.contains("No such file") && !reason.contains('\n'), "{reason}");
     }
 
     fn words() -> Vec<String> {

@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 
-use super::super::result::{self, Walls};
-use super::guest::{self, Files, Parts};
+use super::super::report::{self, Isolation};
+use super::guest::{self, GuestFiles, GuestOptions};
 use super::program::Program;
-use super::{Contender, Ground, Job, Launch, port, words};
+use super::{Contender, Fixture, Job, Launch, network, strings};
 
 /// QEMU.
 pub struct Qemu(Program);
@@ -22,34 +22,34 @@ impl Qemu {
     /// Looks for it, and for a kernel to boot.
     pub fn find() -> Qemu {
         let program = Program::find(PROGRAM, &["--version"], "sudo apt-get install qemu-system-x86");
-        Qemu(guest::with_kernel(program))
+        Qemu(guest::require_kernel(program))
     }
 }
 
-fn command_line(ground: &Ground, files: &Files, job: &Job) -> Result<Vec<String>> {
-    let Files { kernel, root, scratch } = files;
-    let parts = Parts {
+fn command_line(fixture: &Fixture, files: &GuestFiles, job: &Job) -> Result<Vec<String>> {
+    let GuestFiles { kernel, root, scratch } = files;
+    let options = GuestOptions {
         end: "reset",
         platform: "pci=off reboot=t",
         scratch: scratch.is_some(),
         network: job.port.map(|_| NETWORK),
     };
-    let cmdline = guest::cmdline(parts, job)?;
-    let mut line = words(&[PROGRAM, "-M", MACHINE, "-bios", "qboot.rom", "-accel", "kvm", "-cpu", "host"]);
-    line.extend(words(&["-m", &ground.limits.memory_mib.to_string(), "-smp", &ground.vcpus().to_string()]));
-    line.extend(words(&["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]));
-    line.extend(words(&["-device", "virtio-rng-device"]));
+    let cmdline = guest::cmdline(options, job)?;
+    let mut line = strings(&[PROGRAM, "-M", MACHINE, "-bios", "qboot.rom", "-accel", "kvm", "-cpu", "host"]);
+    line.extend(strings(&["-m", &fixture.limits.memory_mib.to_string(), "-smp", &fixture.vcpus().to_string()]));
+    line.extend(strings(&["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]));
+    line.extend(strings(&["-device", "virtio-rng-device"]));
     let root = format!("id=root,if=none,format=raw,read-only=on,file={}", root.display());
-    line.extend(words(&["-drive", &root, "-device", "virtio-blk-device,drive=root"]));
+    line.extend(strings(&["-drive", &root, "-device", "virtio-blk-device,drive=root"]));
     if let Some(scratch) = scratch {
         let scratch = format!("id=scratch,if=none,format=raw,file={}", scratch.display());
-        line.extend(words(&["-drive", &scratch, "-device", "virtio-blk-device,drive=scratch"]));
+        line.extend(strings(&["-drive", &scratch, "-device", "virtio-blk-device,drive=scratch"]));
     }
     if let Some(port) = job.port {
         let forward = format!("user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-{ADDRESS}:{port}");
-        line.extend(words(&["-netdev", &forward, "-device", "virtio-net-device,netdev=net"]));
+        line.extend(strings(&["-netdev", &forward, "-device", "virtio-net-device,netdev=net"]));
     }
-    line.extend(words(&["-kernel", &kernel.display().to_string(), "-append", &cmdline]));
+    line.extend(strings(&["-kernel", &kernel.display().to_string(), "-append", &cmdline]));
     Ok(line)
 }
 
@@ -58,24 +58,24 @@ impl Contender for Qemu {
         NAME
     }
 
-    fn walls(&self) -> Walls {
-        Walls::Machine
+    fn isolation(&self) -> Isolation {
+        Isolation::Machine
     }
 
-    fn about(&self, ground: &Ground) -> result::Contender {
-        guest::about(&self.0, NAME, ground, |files, job| command_line(ground, files, job))
+    fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
+        guest::describe(&self.0, NAME, fixture, |files, job| command_line(fixture, files, job))
     }
 
-    fn prepare(&mut self, _ground: &Ground) -> Result<()> {
+    fn prepare(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 
-    fn launch(&self, ground: &Ground, job: &Job) -> Result<Launch> {
-        let address = job.port.map(port::on_loopback);
-        guest::launch(NAME, ground, job, address, |files, job| command_line(ground, files, job))
+    fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
+        let address = job.port.map(network::loopback);
+        guest::launch(NAME, fixture, job, address, |files, job| command_line(fixture, files, job))
     }
 
-    fn clean_up(&mut self, _ground: &Ground) -> Result<()> {
+    fn clean_up(&mut self, _fixture: &Fixture) -> Result<()> {
         Ok(())
     }
 }

@@ -3,15 +3,15 @@
 //! Verdict first, then what is missing, ratios, every sample, the numbers, and how to repeat it. All text is escaped by the
 //! template language (maud); the page's own policy (CSP) forbids whatever would slip through to run or to load.
 
-mod facts;
+mod details;
 mod plot;
 mod tables;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use super::result::Report;
-use super::text;
+use super::format;
+use super::report::Report;
 
 const STYLE: &str = include_str!("style.css");
 /// Nothing is loaded, nothing runs; the style stands in the page.
@@ -37,7 +37,7 @@ pub fn page(report: &Report) -> String {
                 header {
                     h1 { "What a machine costs on this host" }
                     p.sub {
-                        code { (report.image.name) } ", " (facts::limits(report)) ", on " (report.host.processor) ", "
+                        code { (report.image.name) } ", " (details::limits(report)) ", on " (report.host.processor) ", "
                         time datetime=(report.started) { (report.started) } "."
                     }
                     (contents())
@@ -48,7 +48,7 @@ pub fn page(report: &Report) -> String {
                     (tables::ratios(report))
                     (distributions(report))
                     (tables::numbers(report))
-                    (facts::repeat(report))
+                    (details::repeat(report))
                 }
                 footer { p { "Made by husk " (report.husk) ". This page loads nothing from elsewhere." } }
             }
@@ -86,7 +86,7 @@ fn verdict(report: &Report) -> Markup {
             }
             p.note {
                 "“Better” and “worse” are said only where the whole interval lies beyond what this host differs by on its own. "
-                (facts::noise(report))
+                (details::noise(report))
             }
         }
     }
@@ -98,13 +98,13 @@ fn distributions(report: &Report) -> Markup {
             h2 #samples-title { "Every sample" }
             p {
                 "Each mark is one run; hollow marks are outliers. Below them, the triangle points to the median, and the bar is where the "
-                "true median lies in " (text::percent(report.method.confidence)) " of cases. "
+                "true median lies in " (format::percent(report.method.confidence)) " of cases. "
                 "Where contenders are far apart, the axis is logarithmic, and a second one beside it shows each of them from near: how "
                 "far its runs are from its own median."
             }
-            @for (scenario, measures) in text::groups(report) {
-                h3 { (text::scenario(scenario)) }
-                div.plots { @for measure in measures { (plot::figure(report, measure)) } }
+            @for (scenario, metrics) in format::groups(report) {
+                h3 { (format::scenario(scenario)) }
+                div.plots { @for metric in metrics { (plot::figure(report, metric)) } }
             }
         }
     }
@@ -129,17 +129,17 @@ fn badge(report: &Report, contender: &str) -> Markup {
     let index = index_of(report, contender);
     html! {
         svg.badge viewBox="1.5 1.5 7 7" width="10" height="10" aria-hidden="true" {
-            path.(colour(index)) d=(plot::shape(index, 5.0, 5.0)) {}
+            path.(color_class(index)) d=(plot::shape(index, 5.0, 5.0)) {}
         }
     }
 }
 
 fn index_of(report: &Report, contender: &str) -> usize {
-    text::present(report).iter().position(|name| *name == contender).unwrap_or_default()
+    format::present(report).iter().position(|name| *name == contender).unwrap_or_default()
 }
 
 /// The class of the style sheet.
-fn colour(index: usize) -> &'static str {
+fn color_class(index: usize) -> &'static str {
     const CLASSES: [&str; 8] = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"];
     CLASSES.get(index % CLASSES.len()).copied().unwrap_or("c0")
 }
@@ -147,11 +147,11 @@ fn colour(index: usize) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::sample;
+    use crate::bench::example;
 
     #[test]
     fn text_of_a_report_is_text_on_the_page() {
-        let mut report = sample::report();
+        let mut report = example::report();
         for contender in &mut report.contenders {
             contender.notes.push("</p><script>alert(1)</script>".to_owned());
         }
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn the_page_carries_the_report() {
-        let report = sample::report();
+        let report = example::report();
         let page = page(&report);
         let (_, link) = page.split_once("href=\"data:application/json,").unwrap();
         let (json, _) = link.split_once('"').unwrap();
@@ -177,16 +177,16 @@ mod tests {
 
     #[test]
     fn an_empty_report_makes_a_page() {
-        let mut report = sample::report();
+        let mut report = example::report();
         report.contenders.clear();
-        report.measures.clear();
+        report.metrics.clear();
         report.verdict.clear();
         assert!(page(&report).contains("There is nobody to compare with."));
     }
 
     #[test]
     fn a_page_is_of_a_size_to_send() {
-        let bytes = page(&sample::report()).len();
+        let bytes = page(&example::report()).len();
         assert!(bytes < 1 << 20, "{bytes}");
     }
 }

@@ -6,9 +6,9 @@ use std::fmt::Write;
 
 use maud::{Markup, html};
 
-use super::super::result::{Measured, Outcome, Report, Summary};
-use super::super::text;
-use super::{colour, index_of};
+use super::super::format;
+use super::super::report::{MetricResults, Outcome, Report, Summary};
+use super::{color_class, index_of};
 
 const WIDTH: f64 = 360.0;
 /// Where the axis begins and ends.
@@ -35,8 +35,8 @@ const LARGEST: f64 = 1e300;
 /// Where values stand on the axis.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Axis {
-    least: f64,
-    greatest: f64,
+    min: f64,
+    max: f64,
     logarithmic: bool,
     left: f64,
     right: f64,
@@ -45,27 +45,20 @@ struct Axis {
 impl Axis {
     /// An axis on which all these stand.
     fn of(values: &[f64]) -> Self {
-        let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-        let greatest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let min = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         // What is beyond stands at an end: the differences of larger ones may be no numbers.
-        let [least, greatest] =
-            [least, greatest].map(|end| if end.is_finite() { end.clamp(-LARGEST, LARGEST) } else { end });
-        if !least.is_finite() || !greatest.is_finite() {
-            return Self { least: 0.0, greatest: 1.0, logarithmic: false, left: LEFT, right: RIGHT };
+        let [min, max] = [min, max].map(|end| if end.is_finite() { end.clamp(-LARGEST, LARGEST) } else { end });
+        if !min.is_finite() || !max.is_finite() {
+            return Self { min: 0.0, max: 1.0, logarithmic: false, left: LEFT, right: RIGHT };
         }
-        if least > 0.0 && greatest / least >= LOGARITHMIC_FROM {
-            return Self {
-                least: least / 1.1,
-                greatest: greatest * 1.1,
-                logarithmic: true,
-                left: LEFT,
-                right: SPLIT.0,
-            };
+        if min > 0.0 && max / min >= LOGARITHMIC_FROM {
+            return Self { min: min / 1.1, max: max * 1.1, logarithmic: true, left: LEFT, right: SPLIT.0 };
         }
         // A linear one begins at 0 where that leaves the samples most of the room.
-        let room = if greatest > least { (greatest - least) * 0.05 } else { greatest.abs() * 0.05 + f64::MIN_POSITIVE };
-        let least = if least >= 0.0 && least < greatest / 2.0 { 0.0 } else { least - room };
-        Self { least, greatest: greatest + room, logarithmic: false, left: LEFT, right: RIGHT }
+        let room = if max > min { (max - min) * 0.05 } else { max.abs() * 0.05 + f64::MIN_POSITIVE };
+        let min = if min >= 0.0 && min < max / 2.0 { 0.0 } else { min - room };
+        Self { min, max: max + room, logarithmic: false, left: LEFT, right: RIGHT }
     }
 
     /// Beside a logarithmic one: the distance of each contender's samples from its own median, as a share of that.
@@ -74,27 +67,27 @@ impl Axis {
             let median = outcome.summary.as_ref().map(|summary| summary.median.value);
             outcome.samples.iter().flatten().filter_map(move |sample| Some(sample / median? - 1.0))
         });
-        let (least, greatest) = distances
-            .fold((-0.05_f64, 0.05_f64), |(least, greatest), distance| (least.min(distance), greatest.max(distance)));
-        let (least, greatest) = (least.max(NEAR.0) * 1.1, greatest.min(NEAR.1) * 1.1);
-        Self { least, greatest, logarithmic: false, left: SPLIT.1, right: RIGHT }
+        let (min, max) =
+            distances.fold((-0.05_f64, 0.05_f64), |(min, max), distance| (min.min(distance), max.max(distance)));
+        let (min, max) = (min.max(NEAR.0) * 1.1, max.min(NEAR.1) * 1.1);
+        Self { min, max, logarithmic: false, left: SPLIT.1, right: RIGHT }
     }
 
     fn x(&self, value: f64) -> f64 {
         let scale = |value: f64| if self.logarithmic { value.ln() } else { value };
-        let share = (scale(value) - scale(self.least)) / (scale(self.greatest) - scale(self.least));
+        let share = (scale(value) - scale(self.min)) / (scale(self.max) - scale(self.min));
         self.left + share.clamp(0.0, 1.0) * (self.right - self.left)
     }
 
     /// Round values along it: from two to seven.
     fn ticks(&self) -> Vec<f64> {
         let between = |ticks: Vec<f64>| -> Vec<f64> {
-            ticks.into_iter().filter(|tick| (self.least..=self.greatest).contains(tick)).collect()
+            ticks.into_iter().filter(|tick| (self.min..=self.max).contains(tick)).collect()
         };
         if self.logarithmic {
             #[allow(clippy::cast_possible_truncation, reason = "a decade of a finite number is from -324 to 308")]
             let decade = |value: f64| value.log10().floor() as i32;
-            let decades = decade(self.least)..=decade(self.greatest);
+            let decades = decade(self.min)..=decade(self.max);
             let steps: &[f64] = match decades.clone().count() {
                 ..=2 => &[1.0, 2.0, 5.0],
                 3 => &[1.0, 3.0],
@@ -108,23 +101,23 @@ impl Axis {
                     .collect(),
             );
         }
-        let rough = (self.greatest - self.least) * 80.0 / (self.right - self.left);
+        let rough = (self.max - self.min) * 80.0 / (self.right - self.left);
         let power = 10_f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 2.5, 5.0, 10.0]
             .map(|step| step * power)
             .into_iter()
             .find(|step| *step >= rough)
             .unwrap_or(rough);
-        let first = (self.least / step).ceil();
+        let first = (self.min / step).ceil();
         between((0..6).map(|tick| (first + f64::from(tick)) * step).collect())
     }
 }
 
 /// The picture, with its title as the caption.
-pub fn figure(report: &Report, measure: &Measured) -> Markup {
-    let names = text::present(report);
+pub fn figure(report: &Report, metric: &MetricResults) -> Markup {
+    let names = format::present(report);
     let rows: Vec<(&str, Option<&Outcome>)> =
-        names.iter().map(|name| (*name, text::outcome_of(measure, name))).collect();
+        names.iter().map(|name| (*name, format::outcome_of(metric, name))).collect();
     let shown: Vec<&Outcome> = rows.iter().filter_map(|(_, outcome)| *outcome).collect();
     let values: Vec<f64> = shown.iter().flat_map(|outcome| outcome.samples.iter().flatten().copied()).collect();
     let axis = Axis::of(&values);
@@ -132,14 +125,14 @@ pub fn figure(report: &Report, measure: &Measured) -> Markup {
     #[allow(clippy::cast_precision_loss, reason = "a handful")]
     let bottom = ROW * rows.len() as f64;
     let height = bottom + FOOT;
-    let unit = measure.unit.symbol();
-    let words = [unit, super::tables::better(measure.better)];
+    let unit = metric.unit.symbol();
+    let words = [unit, metric.better.phrase()];
     let label = words.iter().filter(|word| !word.is_empty()).copied().collect::<Vec<_>>().join(", ");
     html! {
         figure {
-            figcaption { (measure.title) }
-            svg.plot viewBox={ "0 0 " (WIDTH) " " (height) } role="img" aria-label={ (measure.title) " (" (label) ")" } {
-                title { (measure.title) " (" (label) ")" }
+            figcaption { (metric.title) }
+            svg.plot viewBox={ "0 0 " (WIDTH) " " (height) } role="img" aria-label={ (metric.title) " (" (label) ")" } {
+                title { (metric.title) " (" (label) ")" }
                 desc { (description(&rows, unit)) }
                 (scale(axis, bottom, &label, tick_label))
                 @if let Some(near) = near { (scale(near, bottom, "from its own median", share_label)) }
@@ -175,10 +168,10 @@ fn strip(
     #[allow(clippy::cast_precision_loss, reason = "a handful")]
     let top = ROW * row as f64;
     let middle = top + MIDDLE;
-    let name = text::shortened(name, NAME_CHARS);
+    let name = format::shortened(name, NAME_CHARS);
     let summary = outcome.and_then(|outcome| outcome.summary.as_ref());
     html! {
-        path.(colour(index)) d=(shape(index, LEFT + 4.0, top + 10.0)) {}
+        path.(color_class(index)) d=(shape(index, LEFT + 4.0, top + 10.0)) {}
         text.name x=(LEFT + 12.0) y=(at(top + 14.0)) { (name) }
         text.value x=(RIGHT) y=(at(top + 14.0)) { (value(outcome, unit)) }
         @if let Some(outcome) = outcome { (samples(index, outcome, middle, |value| axis.x(value))) }
@@ -195,9 +188,9 @@ fn strip(
 fn samples(index: usize, outcome: &Outcome, middle: f64, x: impl Fn(f64) -> f64) -> Markup {
     let outliers = outcome.summary.as_ref().map_or(&[][..], |summary| &summary.outliers);
     html! {
-        path.dots.(colour(index)) d=(marks(index, outcome, middle, &x, |round| !outliers.contains(&round))) {}
+        path.dots.(color_class(index)) d=(marks(index, outcome, middle, &x, |round| !outliers.contains(&round))) {}
         @if !outliers.is_empty() {
-            path.dots.out.(colour(index)) d=(marks(index, outcome, middle, &x, |round| outliers.contains(&round))) {}
+            path.dots.out.(color_class(index)) d=(marks(index, outcome, middle, &x, |round| outliers.contains(&round))) {}
         }
     }
 }
@@ -213,7 +206,7 @@ fn interval(summary: &Summary, middle: f64, x: impl Fn(f64) -> f64) -> Markup {
 
 /// A round number without the zeros that say how exact a measured one is.
 fn tick_label(value: f64) -> String {
-    let text = text::number(value);
+    let text = format::number(value);
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = &text[digits.len()..];
     let short = if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { digits };
@@ -267,8 +260,8 @@ fn value(outcome: Option<&Outcome>, unit: &str) -> String {
         if outcome.failures.is_empty() { String::new() } else { format!("{} failed; ", outcome.failures.len()) };
     match (&outcome.skipped, &outcome.summary, outcome.samples.iter().flatten().next()) {
         (Some(_), ..) => "skipped".to_owned(),
-        (_, Some(summary), _) => format!("{failed}{} {unit}", text::number(summary.median.value)),
-        (_, _, Some(only)) => format!("{failed}{} {unit}, one run", text::number(*only)),
+        (_, Some(summary), _) => format!("{failed}{} {unit}", format::number(summary.median.value)),
+        (_, _, Some(only)) => format!("{failed}{} {unit}, one run", format::number(*only)),
         _ if outcome.failures.is_empty() => "not measured".to_owned(),
         _ => "failed".to_owned(),
     }
@@ -280,9 +273,9 @@ fn description(rows: &[(&str, Option<&Outcome>)], unit: &str) -> String {
     for (name, outcome) in rows {
         let _ = write!(words, "{name}: {}", value(*outcome, unit).trim_end());
         if let Some(summary) = outcome.and_then(|outcome| outcome.summary.as_ref()) {
-            let Summary { median, least, greatest, .. } = summary;
-            let [low, high, least, greatest] = [median.low, median.high, *least, *greatest].map(text::number);
-            let _ = write!(words, " ({low} to {high}), all from {least} to {greatest}");
+            let Summary { median, min, max, .. } = summary;
+            let [low, high, min, max] = [median.low, median.high, *min, *max].map(format::number);
+            let _ = write!(words, " ({low} to {high}), all from {min} to {max}");
         }
         words += ". ";
     }
@@ -298,7 +291,7 @@ fn at(coordinate: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::sample;
+    use crate::bench::example;
 
     #[test]
     fn an_axis_fits_its_values() {
@@ -307,10 +300,10 @@ mod tests {
         assert_eq!(wide.ticks(), [3.0, 10.0, 30.0, 100.0]);
         assert_eq!(wide.right, SPLIT.0);
         let near = Axis::of(&[95.0, 100.0, 105.0]);
-        assert!(!near.logarithmic && near.least > 90.0, "{near:?}");
+        assert!(!near.logarithmic && near.min > 90.0, "{near:?}");
         assert_eq!(near.ticks(), [95.0, 100.0, 105.0]);
         let from_zero = Axis::of(&[10.0, 40.0]);
-        assert_eq!((from_zero.least, from_zero.logarithmic), (0.0, false));
+        assert_eq!((from_zero.min, from_zero.logarithmic), (0.0, false));
         for values in [
             &[5.0, 5.0][..],
             &[0.0, 0.0],
@@ -337,10 +330,10 @@ mod tests {
 
     #[test]
     fn every_sample_is_a_mark() {
-        let report = sample::report();
-        let measure = &report.measures[0];
-        let drawn = figure(&report, measure).into_string();
-        let samples = measure.results.iter().flat_map(|outcome| outcome.samples.iter().flatten()).count();
+        let report = example::report();
+        let metric = &report.metrics[0];
+        let drawn = figure(&report, metric).into_string();
+        let samples = metric.results.iter().flat_map(|outcome| outcome.samples.iter().flatten()).count();
         let marks = |drawn: &str| -> usize {
             let of_samples = drawn.split("class=\"dots").skip(1).map(|path| path.split("></path>").next().unwrap());
             of_samples.map(|path| path.matches('M').count()).sum()
@@ -351,11 +344,11 @@ mod tests {
 
     #[test]
     fn a_picture_says_in_words_what_it_shows() {
-        let report = sample::report();
-        let fork = report.measures.iter().find(|measure| measure.name == "fork").unwrap();
+        let report = example::report();
+        let fork = report.metrics.iter().find(|metric| metric.name == "fork").unwrap();
         let drawn = figure(&report, fork).into_string();
         assert!(drawn.contains("qemu-microvm: failed. "), "{drawn}");
-        assert!(drawn.contains("<title>A process, from fork to exit (µs, less is better)</title>"), "{drawn}");
+        assert!(drawn.contains("<title>A process, from fork to exit (µs, lower is better)</title>"), "{drawn}");
         assert!(drawn.contains("<desc>host: 6"), "{drawn}");
     }
 }

@@ -2,19 +2,10 @@
 
 use maud::{Markup, html};
 
-use super::super::result::{Measured, Outcome, Report};
-use super::super::scenario::Better;
-use super::super::text;
-use super::super::verdict::{Judgement, judge, margin};
+use super::super::format;
+use super::super::report::{MetricResults, Outcome, Report};
+use super::super::verdict::{Judgment, judge, margin};
 use super::{badge, download};
-
-/// Which of two is better, in words.
-pub fn better(better: Better) -> &'static str {
-    match better {
-        Better::Lower => "less is better",
-        Better::Higher => "more is better",
-    }
-}
 
 /// A table in a box of its own, which scrolls where the page is too narrow; also by keys.
 fn scrolled(label: &str, table: &Markup) -> Markup {
@@ -24,26 +15,29 @@ fn scrolled(label: &str, table: &Markup) -> Markup {
 /// What failed, what was skipped, who is absent.
 pub fn missing(report: &Report) -> Markup {
     let with_failures = |outcome: &&Outcome| !outcome.failures.is_empty();
-    let failures: Vec<(&Measured, &Outcome)> = report
-        .measures
+    let failures: Vec<(&MetricResults, &Outcome)> = report
+        .metrics
         .iter()
-        .flat_map(|measure| measure.results.iter().filter(with_failures).map(move |outcome| (measure, outcome)))
+        .flat_map(|metric| metric.results.iter().filter(with_failures).map(move |outcome| (metric, outcome)))
         .collect();
-    let absent: Vec<_> =
-        report.contenders.iter().filter_map(|contender| Some((&contender.name, contender.absent.as_ref()?))).collect();
-    let skipped = text::skipped(report);
+    let unavailable: Vec<_> = report
+        .contenders
+        .iter()
+        .filter_map(|contender| Some((&contender.name, contender.unavailable.as_ref()?)))
+        .collect();
+    let skipped = format::skipped(report);
     html! {
         section #missing aria-labelledby="missing-title" {
             h2 #missing-title { "What is missing" }
-            @if failures.is_empty() && absent.is_empty() && skipped.is_empty() {
+            @if failures.is_empty() && unavailable.is_empty() && skipped.is_empty() {
                 p { "Nothing: everyone who was looked for took part, and no run failed." }
             }
             @if !failures.is_empty() {
                 h3 { "Failed runs" }
                 p { "A failed run gives no number." }
-                @for (measure, outcome) in failures {
+                @for (metric, outcome) in failures {
                     details {
-                        summary { (outcome.contender) ", " (measure.title) ": " (text::count(outcome.failures.len(), "failed run")) }
+                        summary { (outcome.contender) ", " (metric.title) ": " (format::count(outcome.failures.len(), "failed run")) }
                         ul { @for failure in &outcome.failures { li { code { (failure) } } } }
                     }
                 }
@@ -52,13 +46,13 @@ pub fn missing(report: &Report) -> Markup {
                 h3 { "Not measured" }
                 ul { @for (who, titles) in skipped { li { (who) ": " (titles.join("; ")) } } }
             }
-            @if !absent.is_empty() {
+            @if !unavailable.is_empty() {
                 h3 { "Absent" }
                 ul {
-                    @for (name, absent) in absent {
+                    @for (name, unavailable) in unavailable {
                         li {
-                            (name) ": " (absent.why)
-                            @if let Some(install) = &absent.install { "; to have it: " code { (install) } }
+                            (name) ": " (unavailable.reason)
+                            @if let Some(install) = &unavailable.install { "; to have it: " code { (install) } }
                         }
                     }
                 }
@@ -69,7 +63,7 @@ pub fn missing(report: &Report) -> Markup {
 
 /// Everyone in proportion to the baseline.
 pub fn ratios(report: &Report) -> Markup {
-    let names = text::present(report);
+    let names = format::present(report);
     let table = html! {
         table.ratios {
             caption { "Ratios to " (report.method.baseline) ", with their intervals" }
@@ -79,13 +73,13 @@ pub fn ratios(report: &Report) -> Markup {
                     @for name in &names { th scope="col" { (badge(report, name)) " " (name) } }
                 }
             }
-            @for (scenario, measures) in text::groups(report) {
+            @for (scenario, metrics) in format::groups(report) {
                 tbody {
-                    tr.group { th scope="rowgroup" colspan=(names.len() + 1) { span { (text::scenario(scenario)) } } }
-                    @for measure in measures {
+                    tr.group { th scope="rowgroup" colspan=(names.len() + 1) { span { (format::scenario(scenario)) } } }
+                    @for metric in metrics {
                         tr {
-                            th scope="row" { (measure.title) " " small { (better(measure.better)) } }
-                            @for name in &names { (ratio_cell(report, measure, name)) }
+                            th scope="row" { (metric.title) " " small { (metric.better.phrase()) } }
+                            @for name in &names { (ratio_cell(report, metric, name)) }
                         }
                     }
                 }
@@ -104,23 +98,23 @@ pub fn ratios(report: &Report) -> Markup {
     }
 }
 
-fn ratio_cell(report: &Report, measure: &Measured, name: &str) -> Markup {
-    let outcome = text::outcome_of(measure, name);
+fn ratio_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
+    let outcome = format::outcome_of(metric, name);
     let Some(ratio) = outcome.and_then(|outcome| outcome.ratio) else {
-        let why = match outcome {
+        let reason = match outcome {
             Some(Outcome { skipped: Some(_), .. }) => "skipped",
             Some(outcome) if !outcome.failures.is_empty() => "failed",
             _ => "–",
         };
-        return html! { td.none { (why) } };
+        return html! { td.none { (reason) } };
     };
     if name == report.method.baseline {
         return html! { td { "1" } };
     }
-    let (sign, word) = match judge(&ratio, measure.better, margin(report.noise.verdict, report.noise.spread)) {
-        Judgement::Better => ("▲", "better"),
-        Judgement::Worse => ("▼", "worse"),
-        Judgement::Open => ("≈", "no difference beyond the noise"),
+    let (sign, word) = match judge(&ratio, metric.better, margin(report.noise.verdict, report.noise.spread)) {
+        Judgment::Better => ("▲", "better"),
+        Judgment::Worse => ("▼", "worse"),
+        Judgment::Inconclusive => ("≈", "no difference beyond the noise"),
     };
     let heat = match (word, ratio.value.max(1.0 / ratio.value)) {
         ("better", ..1.25) => "b1",
@@ -133,8 +127,8 @@ fn ratio_cell(report: &Report, measure: &Measured, name: &str) -> Markup {
     };
     html! {
         td.(heat) {
-            span.sign aria-hidden="true" { (sign) } " " strong { (text::ratio(ratio.value)) } span.spoken { " times, " (word) }
-            " " small { (text::ratio_interval(&ratio)) }
+            span.sign aria-hidden="true" { (sign) } " " strong { (format::ratio(ratio.value)) } span.spoken { " times, " (word) }
+            " " small { (format::ratio_interval(&ratio)) }
         }
     }
 }
@@ -153,8 +147,8 @@ pub fn numbers(report: &Report) -> Markup {
                     th scope="col" { "Unit" }
                 }
             }
-            @for measure in &report.measures {
-                tbody { @for (row, outcome) in measure.results.iter().enumerate() { (number_row(measure, outcome, row == 0)) } }
+            @for metric in &report.metrics {
+                tbody { @for (row, outcome) in metric.results.iter().enumerate() { (number_row(metric, outcome, row == 0)) } }
             }
         }
     };
@@ -170,19 +164,19 @@ pub fn numbers(report: &Report) -> Markup {
     }
 }
 
-fn number_row(measure: &Measured, outcome: &Outcome, is_first: bool) -> Markup {
+fn number_row(metric: &MetricResults, outcome: &Outcome, is_first: bool) -> Markup {
     let succeeded = outcome.samples.iter().flatten().count();
     let only = outcome.samples.iter().flatten().next().copied();
     html! {
         tr {
-            @if is_first { th scope="rowgroup" rowspan=(measure.results.len()) { (measure.title) } }
+            @if is_first { th scope="rowgroup" rowspan=(metric.results.len()) { (metric.title) } }
             th scope="row" { (outcome.contender) }
             @if let Some(summary) = &outcome.summary {
-                @for value in [summary.median.value, summary.median.low, summary.median.high, summary.least, summary.greatest] {
-                    td { (text::number(value)) }
+                @for value in [summary.median.value, summary.median.low, summary.median.high, summary.min, summary.max] {
+                    td { (format::number(value)) }
                 }
             } @else if let Some(only) = only {
-                td { (text::number(only)) }
+                td { (format::number(only)) }
                 td.none colspan="4" { "one run has no interval" }
             } @else {
                 td.none colspan="5" { @if outcome.skipped.is_some() { "skipped" } @else { "failed" } }
@@ -190,7 +184,7 @@ fn number_row(measure: &Measured, outcome: &Outcome, is_first: bool) -> Markup {
             td { (succeeded) }
             td { (outcome.failures.len()) }
             td { (outcome.summary.as_ref().map_or(0, |summary| summary.outliers.len())) }
-            td.unit { (measure.unit.symbol()) }
+            td.unit { (metric.unit.symbol()) }
         }
     }
 }

@@ -1,15 +1,15 @@
 //! One instance from its start to its end: when it spoke, when its work began and ended, and whether it did what was asked.
 //!
 //! ```text
-//! Launch ─ watch (a thread): start, read, deadline, end ─> Console: what was heard, and when ─> judge ─> Run
+//! Launch ─ watch (a thread): start, read, deadline, end ─> OutputParser: what was heard, and when ─> judge ─> Run
 //!                                                            └ meanwhile, for who waits: ready, ticks
 //! ```
 //!
 //! All times are this process's. A result that failed is a failure, not a fast run: [`Run::failures`] says so, and whoever
 //! takes a number from a run asks it first.
 
-pub mod console;
-mod watch;
+pub mod output;
+mod supervisor;
 
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,12 +21,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::contender::Launch;
 use crate::sandbox;
-use console::Console;
-use watch::Watch;
+use output::OutputParser;
+use supervisor::Supervisor;
 
 /// A piece of work that was done.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Mark {
+pub struct TaskTiming {
     /// The measure's name.
     pub name: String,
     /// How much was done.
@@ -37,15 +37,15 @@ pub struct Mark {
 
 /// How an instance ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
+pub enum Termination {
     /// Its process's exit code.
-    Code(i32),
+    Exited(i32),
     /// The signal that its process died of.
-    Signal(i32),
+    Signaled(i32),
     /// It was not over in time, and was ended.
-    Deadline,
+    TimedOut,
     /// It did not start, for this reason.
-    NotStarted(String),
+    FailedToStart(String),
 }
 
 /// What became of an instance.
@@ -60,11 +60,11 @@ pub struct Run {
     /// From there to the end of its process.
     pub exited: Duration,
     /// The work that was done, in its order.
-    pub marks: Vec<Mark>,
+    pub timings: Vec<TaskTiming>,
     /// Why none of this may count: empty if all was as it was asked for.
     pub failures: Vec<String>,
     /// How it ended.
-    pub end: End,
+    pub end: Termination,
     /// The last that it printed, for a person, with nothing in it that a terminal would obey.
     pub tail: String,
 }
@@ -80,41 +80,41 @@ pub struct Expected {
 
 /// Under which conditions an instance runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Conditions {
+pub struct RunOptions {
     /// The host's processors that it is kept to, if to any; `Limits::cpuset` as numbers.
     pub cpus: Option<Vec<u32>>,
     /// After so long it is ended, and has failed.
-    pub deadline: Duration,
+    pub timeout: Duration,
 }
 
 /// What the watching thread shares with whoever waits for an instance.
 struct Shared {
-    console: Mutex<Console>,
+    output: Mutex<OutputParser>,
     changed: Condvar,
     stop: EventFd,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Console> {
-        self.console.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, OutputParser> {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Runs an instance to its end, and cleans up after it, whatever happens.
-pub fn run(launch: Launch, expected: &Expected, conditions: &Conditions) -> Run {
+pub fn run(launch: Launch, expected: &Expected, options: &RunOptions) -> Run {
     let (started, passes_exit_code) = (Instant::now(), launch.passes_exit_code);
-    match Running::start(launch, conditions) {
+    match Running::start(launch, options) {
         Ok(running) => running.wait(Some((expected, passes_exit_code))),
         Err(error) => {
-            let why = format!("{error:#}");
+            let reason = format!("{error:#}");
             Run {
                 started,
                 first_output: None,
                 ready: None,
                 exited: Duration::ZERO,
-                marks: Vec::new(),
-                failures: vec![why.clone()],
-                end: End::NotStarted(why),
+                timings: Vec::new(),
+                failures: vec![reason.clone()],
+                end: Termination::FailedToStart(reason),
                 tail: String::new(),
             }
         }
@@ -122,7 +122,7 @@ pub fn run(launch: Launch, expected: &Expected, conditions: &Conditions) -> Run 
 }
 
 /// How the watching thread found it to end, and what went wrong on the way out.
-type Ended = (End, Instant, Option<anyhow::Error>);
+type Ended = (Termination, Instant, Option<anyhow::Error>);
 
 /// An instance that was started and goes on beside us. Dropped, it is ended.
 pub struct Running {
@@ -134,20 +134,20 @@ pub struct Running {
 
 impl Running {
     /// Starts an instance. If it does not start, it has been cleaned up after.
-    pub fn start(mut launch: Launch, conditions: &Conditions) -> Result<Running> {
+    pub fn start(mut launch: Launch, options: &RunOptions) -> Result<Running> {
         let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).context("make an event")?;
-        let shared = Arc::new(Shared { console: Mutex::default(), changed: Condvar::new(), stop });
+        let shared = Arc::new(Shared { output: Mutex::default(), changed: Condvar::new(), stop });
         let (tell, told) = mpsc::sync_channel(1);
-        let (of_thread, conditions) = (shared.clone(), conditions.clone());
+        let (of_thread, options) = (shared.clone(), options.clone());
         let thread = sandbox::spawn("bench-run", move || {
-            let begun = watch::spawn(&mut launch.command, conditions.cpus.as_deref()).and_then(|(child, started)| {
+            let begun = supervisor::spawn(&mut launch.command, options.cpus.as_deref()).and_then(|(child, started)| {
                 let pid = child.id();
-                Ok((Watch::new(child, of_thread.clone(), started + conditions.deadline)?, started, pid))
+                Ok((Supervisor::new(child, of_thread.clone(), started + options.timeout)?, started, pid))
             });
             let ended = match begun {
-                Ok((watch, started, pid)) => {
+                Ok((supervisor, started, pid)) => {
                     let _ = tell.send(Ok((started, pid)));
-                    Some(watch.run())
+                    Some(supervisor.run())
                 }
                 Err(error) => {
                     let _ = tell.send(Err(error));
@@ -157,7 +157,7 @@ impl Running {
             // Who waits for it to be ready need not go on.
             of_thread.changed.notify_all();
             let cleaned = launch.clean_up.take().map_or(Ok(()), |clean_up| clean_up());
-            let (end, at) = ended.unwrap_or((End::NotStarted(String::new()), Instant::now()));
+            let (end, at) = ended.unwrap_or((Termination::FailedToStart(String::new()), Instant::now()));
             (end, at, cleaned.err())
         })
         .context("start a thread")?;
@@ -182,37 +182,37 @@ impl Running {
     }
 
     /// Waits until the work program in it says `ready`, and returns how long that took from the start on.
-    pub fn wait_ready(&self, patience: Duration) -> Result<Duration> {
-        let deadline = Instant::now() + patience;
-        let mut console = self.shared.lock();
+    pub fn wait_ready(&self, timeout: Duration) -> Result<Duration> {
+        let deadline = Instant::now() + timeout;
+        let mut output = self.shared.lock();
         loop {
-            if let Some(ready) = console.ready {
+            if let Some(ready) = output.ready {
                 return Ok(ready.saturating_duration_since(self.started));
             }
-            if let Some(failure) = console.failures.first() {
+            if let Some(failure) = output.failures.first() {
                 bail!("it failed before it was ready: {failure}");
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("it was not ready after {} ms: {}", patience.as_millis(), last_line(&console.tail()));
+                bail!("it was not ready after {} ms: {}", timeout.as_millis(), last_line(&output.tail()));
             }
             if !self.is_running() {
-                bail!("it ended before it was ready: {}", last_line(&console.tail()));
+                bail!("it ended before it was ready: {}", last_line(&output.tail()));
             }
             // Not all of the time at once: the thread's end may have been missed.
             let part = left.min(Duration::from_millis(50));
-            console = self.shared.changed.wait_timeout(console, part).unwrap_or_else(PoisonError::into_inner).0;
+            output = self.shared.changed.wait_timeout(output, part).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Starts to look for the longest silence anew; what began with the last tick counts.
-    pub fn forget_silence(&self) {
-        self.shared.lock().forget_silence();
+    pub fn reset_stall(&self) {
+        self.shared.lock().reset_stall();
     }
 
-    /// The longest time without a tick since [`Running::forget_silence`], up to now.
-    pub fn longest_silence(&self) -> Duration {
-        self.shared.lock().longest_silence(Instant::now())
+    /// The longest time without a tick since [`Running::reset_stall`], up to now.
+    pub fn longest_stall(&self) -> Duration {
+        self.shared.lock().longest_stall(Instant::now())
     }
 
     /// How many times it ticked.
@@ -229,31 +229,31 @@ impl Running {
     /// Waits for its end, and cleans up. With something expected (and whether the exit code is the command's), it is judged.
     fn wait(mut self, expected: Option<(&Expected, bool)>) -> Run {
         let ended = self.thread.take().map(JoinHandle::join);
-        let console = self.shared.lock();
-        let mut failures = console.failures.clone();
+        let output = self.shared.lock();
+        let mut failures = output.failures.clone();
         let (end, exited) = match ended {
-            Some(Ok((end, exited, dirt))) => {
-                failures.extend(dirt.map(|error| format!("clean up: {error:#}")));
+            Some(Ok((end, exited, clean_up_error))) => {
+                failures.extend(clean_up_error.map(|error| format!("clean up: {error:#}")));
                 (end, exited)
             }
             _ => {
                 failures.push("the thread beside it ended in the middle".into());
-                (End::Deadline, Instant::now())
+                (Termination::TimedOut, Instant::now())
             }
         };
         if let Some((expected, passes_exit_code)) = expected {
-            failures.extend(judge(expected, passes_exit_code, &end, &console));
+            failures.extend(judge(expected, passes_exit_code, &end, &output));
         }
         let since = |at: Instant| at.saturating_duration_since(self.started);
         Run {
             started: self.started,
-            first_output: console.first_output.map(since),
-            ready: console.ready.map(since),
+            first_output: output.first_output.map(since),
+            ready: output.ready.map(since),
             exited: since(exited),
-            marks: console.marks.clone(),
+            timings: output.timings.clone(),
             failures,
             end,
-            tail: console.tail(),
+            tail: output.tail(),
         }
     }
 }
@@ -268,41 +268,43 @@ impl Drop for Running {
 }
 
 /// What of a run is not as it was asked for.
-fn judge(expected: &Expected, passes_exit_code: bool, end: &End, console: &Console) -> Vec<String> {
+fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output: &OutputParser) -> Vec<String> {
     let mut failures = Vec::new();
-    let said = last_line(&console.tail());
+    let said = last_line(&output.tail());
     let code = match (end, passes_exit_code) {
-        (End::Deadline, _) => {
+        (Termination::TimedOut, _) => {
             failures.push(format!("it was not over in time: {said}"));
             None
         }
-        (End::Signal(number), _) => {
+        (Termination::Signaled(number), _) => {
             failures.push(format!("it was killed by signal {number}: {said}"));
             None
         }
-        (End::NotStarted(why), _) => {
-            failures.push(why.clone());
+        (Termination::FailedToStart(reason), _) => {
+            failures.push(reason.clone());
             None
         }
-        (End::Code(code), true) => Some(*code),
-        (End::Code(code), false) => {
-            if console.exit.is_none() {
+        (Termination::Exited(code), true) => Some(*code),
+        (Termination::Exited(code), false) => {
+            if output.exit.is_none() {
                 failures.push(format!("it ended with code {code} and did not tell its command's: {said}"));
             }
-            console.exit
+            output.exit
         }
     };
     if let Some(code) = code.filter(|code| *code != expected.code) {
         failures.push(format!("its exit code was {code} and had to be {}: {said}", expected.code));
     }
-    if let Some(name) = console.unfinished() {
+    if let Some(name) = output.unfinished() {
         failures.push(format!("{name}: it began and did not end"));
     }
     for (name, amount) in &expected.work {
-        match console.marks.iter().find(|mark| mark.name == *name) {
-            Some(mark) if mark.seconds <= 0.0 => failures.push(format!("{name}: it is too little work to be timed")),
-            Some(mark) if mark.amount == *amount => {}
-            Some(mark) => failures.push(format!("{name}: {} was done of {amount}", mark.amount)),
+        match output.timings.iter().find(|timing| timing.name == *name) {
+            Some(timing) if timing.seconds <= 0.0 => {
+                failures.push(format!("{name}: it is too little work to be timed"))
+            }
+            Some(timing) if timing.amount == *amount => {}
+            Some(timing) => failures.push(format!("{name}: {} was done of {amount}", timing.amount)),
             None => failures.push(format!("{name}: it was not done")),
         }
     }

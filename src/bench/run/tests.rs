@@ -19,8 +19,8 @@ fn script(text: &str) -> Launch {
     Launch { command, passes_exit_code: true, address: None, clean_up: Some(Box::new(clean_up)) }
 }
 
-fn within(deadline_ms: u64) -> Conditions {
-    Conditions { cpus: None, deadline: Duration::from_millis(deadline_ms) }
+fn within(deadline_ms: u64) -> RunOptions {
+    RunOptions { cpus: None, timeout: Duration::from_millis(deadline_ms) }
 }
 
 fn expect(code: i32, work: &[(&str, u64)]) -> Expected {
@@ -42,8 +42,8 @@ fn work_is_timed_from_outside() {
     let text = "echo work: ready; sleep 0.1; echo work: begin fork; sleep 0.2; echo work: end fork 12; sleep 0.1";
     let run = run(script(text), &expect(0, &[("fork", 12)]), &within(10_000));
     assert_eq!(run.failures, [""; 0]);
-    assert_eq!(run.end, End::Code(0));
-    let [Mark { ref name, amount: 12, seconds }] = run.marks[..] else { panic!("{run:?}") };
+    assert_eq!(run.end, Termination::Exited(0));
+    let [TaskTiming { ref name, amount: 12, seconds }] = run.timings[..] else { panic!("{run:?}") };
     assert_eq!(name, "fork");
     assert!((0.2..5.0).contains(&seconds), "{seconds}");
     assert!(run.exited >= Duration::from_millis(400) && run.ready.unwrap() < run.exited);
@@ -55,7 +55,7 @@ fn what_hangs_is_ended_with_all_that_it_started() {
     // It does not mind SIGTERM, and neither does its child.
     let text = "trap '' TERM; echo work: begin fork; sh -c 'trap \"\" TERM; sleep 71234; true' & sleep 71234; true";
     let run = run(script(text), &expect(0, &[("fork", 1)]), &within(200));
-    assert_eq!(run.end, End::Deadline);
+    assert_eq!(run.end, Termination::TimedOut);
     assert!(run.failures.iter().any(|failure| failure.starts_with("it was not over in time")), "{:?}", run.failures);
     assert!(run.failures.contains(&"fork: it was not done".to_owned()), "{:?}", run.failures);
     assert!(run.exited < Duration::from_secs(30));
@@ -94,7 +94,7 @@ fn work_that_was_not_done_is_a_failure() {
 fn endless_output_without_a_line_ends_at_the_deadline() {
     for text in ["yes | tr -d '\\n'", "yes | tr -d '\\n' >&2", "exec cat /dev/zero"] {
         let run = run(script(text), &Expected::default(), &within(300));
-        assert_eq!(run.end, End::Deadline, "{text}");
+        assert_eq!(run.end, Termination::TimedOut, "{text}");
         assert!(run.exited < Duration::from_secs(10), "{text}: {:?}", run.exited);
         assert!(run.tail.len() <= 256 << 10, "{text}: {}", run.tail.len());
     }
@@ -112,7 +112,7 @@ fn who_holds_the_output_does_not_hold_up_the_end() {
     // One is of its group, and goes with it; the other has left it, and is not ours to end.
     for (text, number) in [("sleep 71235 & echo work: ready", "71235"), ("setsid sleep 7.1236 & sleep 0.2", "7.1236")] {
         let run = run(script(text), &Expected::default(), &within(6_000));
-        assert_eq!((&run.end, &run.failures[..]), (&End::Code(0), &[][..]), "{text}");
+        assert_eq!((&run.end, &run.failures[..]), (&Termination::Exited(0), &[][..]), "{text}");
         assert!(run.exited < Duration::from_secs(5), "{text}: {:?}", run.exited);
         assert_eq!(processes_with(number).is_empty(), number == "71235");
     }
@@ -135,7 +135,10 @@ fn what_cannot_be_started_is_cleaned_up_after() {
     (launch.command, launch.clean_up) = (Command::new("/nonexistent/contender"), Some(clean_up));
     let run = run(launch, &Expected::default(), &within(1000));
     told.try_recv().expect("it was cleaned up");
-    assert!(matches!(&run.end, End::NotStarted(why) if why.contains("start /nonexistent/contender")), "{run:?}");
+    assert!(
+        matches!(&run.end, Termination::FailedToStart(reason) if reason.contains("start /nonexistent/contender")),
+        "{run:?}"
+    );
     assert_eq!(run.failures.len(), 1);
 }
 
@@ -152,8 +155,8 @@ fn an_instance_runs_on_its_processors_and_nobody_else_is_kept_to_them() {
     let ours = || mask(&std::fs::read_to_string("/proc/thread-self/status").unwrap()).unwrap();
     let before = ours();
     let first: u32 = before.split(['-', ',']).next().unwrap().parse().unwrap();
-    let conditions = Conditions { cpus: Some(vec![first]), ..within(10_000) };
-    let run = run(script("cat /proc/self/status"), &Expected::default(), &conditions);
+    let options = RunOptions { cpus: Some(vec![first]), ..within(10_000) };
+    let run = run(script("cat /proc/self/status"), &Expected::default(), &options);
     assert_eq!(mask(&run.tail), Some(first.to_string()));
     assert_eq!(ours(), before);
 }
@@ -167,13 +170,13 @@ fn a_long_lived_instance_is_waited_for_heard_and_ended() {
     std::thread::sleep(Duration::from_millis(500));
     assert!(running.ticks() > 2 && running.is_running());
     let pid = Pid::from_raw(running.pid() as i32).unwrap();
-    running.forget_silence();
+    running.reset_stall();
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
     std::thread::sleep(Duration::from_millis(600));
-    assert!(running.longest_silence() >= Duration::from_millis(500), "{:?}", running.longest_silence());
+    assert!(running.longest_stall() >= Duration::from_millis(500), "{:?}", running.longest_stall());
     rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
     let run = running.end();
-    assert_eq!((&run.end, &run.failures[..]), (&End::Signal(15), &[][..]));
+    assert_eq!((&run.end, &run.failures[..]), (&Termination::Signaled(15), &[][..]));
     assert!(CLEANED.load(Ordering::SeqCst) > before);
     assert!(!std::path::Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists());
 }

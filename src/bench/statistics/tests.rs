@@ -1,7 +1,7 @@
 //! Intervals, ratios and outliers against distributions that are known.
 
 use super::*;
-use crate::bench::sample::{self, normal};
+use crate::bench::example::{self, normal};
 
 /// Of many sets of samples of a distribution, the share whose interval holds its true median.
 fn coverage(size: usize, truth: f64, mut draw: impl FnMut(&mut fastrand::Rng) -> f64) -> f64 {
@@ -133,25 +133,25 @@ fn precision_is_reached_by_more_runs() {
 
 #[test]
 fn no_sample_that_is_no_number_comes_through() {
-    let mut report = sample::report();
+    let mut report = example::report();
     let odd = [Some(f64::NAN), Some(f64::INFINITY), Some(1.0), Some(2.0), None, Some(f64::NEG_INFINITY)];
-    for outcome in report.measures.iter_mut().flat_map(|measure| &mut measure.results) {
+    for outcome in report.metrics.iter_mut().flat_map(|metric| &mut metric.results) {
         outcome.samples.extend(odd);
     }
-    summarise(&mut report);
-    for outcome in report.measures.iter().flat_map(|measure| &measure.results) {
+    summarize(&mut report);
+    for outcome in report.metrics.iter().flat_map(|metric| &metric.results) {
         assert!(outcome.samples.iter().flatten().all(|sample| sample.is_finite()));
         let summary = outcome.summary.as_ref().unwrap();
-        assert!(summary.greatest.is_finite() && summary.median.low.is_finite() && summary.median.high.is_finite());
+        assert!(summary.max.is_finite() && summary.median.low.is_finite() && summary.median.high.is_finite());
     }
 }
 
 #[test]
 fn the_baseline_is_once_itself() {
-    let mut report = sample::report();
-    summarise(&mut report);
+    let mut report = example::report();
+    summarize(&mut report);
     let baseline = &report.method.baseline;
-    let own = report.measures.iter().flat_map(|measure| &measure.results).filter(|own| &own.contender == baseline);
+    let own = report.metrics.iter().flat_map(|metric| &metric.results).filter(|own| &own.contender == baseline);
     for ratio in own.filter_map(|outcome| outcome.ratio) {
         assert_eq!(ratio, Estimate { value: 1.0, low: 1.0, high: 1.0 });
     }

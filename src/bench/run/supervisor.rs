@@ -12,15 +12,15 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::super::interrupt;
-use super::{End, Shared};
+use super::{Shared, Termination};
 use crate::sys::affinity::{self, CpuMask};
 
 /// How long an instance that is asked to end may take to.
-const END_PATIENCE: Duration = Duration::from_secs(3);
+const END_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long one that was killed may: it may have to give back much memory.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long output is waited for whose writer outlives the instance.
-const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 /// As much is read at a time as a pipe holds.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -52,7 +52,7 @@ pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Inst
 }
 
 /// An instance that runs.
-pub struct Watch {
+pub struct Supervisor {
     pub child: Child,
     pub shared: Arc<Shared>,
     /// When it has to be over.
@@ -71,8 +71,8 @@ enum Pressure {
     Killed,
 }
 
-impl Watch {
-    pub fn new(mut child: Child, shared: Arc<Shared>, deadline: Instant) -> Result<Watch> {
+impl Supervisor {
+    pub fn new(mut child: Child, shared: Arc<Shared>, deadline: Instant) -> Result<Supervisor> {
         let prepare = |child: &mut Child| -> Result<_> {
             let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).context("watch a process")?;
             Ok((Epoll::new().context("wait for a process")?, process))
@@ -83,19 +83,19 @@ impl Watch {
             let _ = child.wait();
         })?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let watch = Watch { child, shared, deadline, epoll, stdout, stderr, process };
-        watch.add(watch.process.as_raw_fd(), PROCESS);
-        watch.add(watch.shared.stop.as_raw_fd(), STOP);
-        interrupt::fd().iter().for_each(|fd| watch.add(*fd, INTERRUPT));
-        watch.stdout.iter().for_each(|stdout| watch.add(stdout.as_fd().as_raw_fd(), STDOUT));
-        watch.stderr.iter().for_each(|stderr| watch.add(stderr.as_fd().as_raw_fd(), STDERR));
-        Ok(watch)
+        let supervisor = Supervisor { child, shared, deadline, epoll, stdout, stderr, process };
+        supervisor.add(supervisor.process.as_raw_fd(), PROCESS);
+        supervisor.add(supervisor.shared.stop.as_raw_fd(), STOP);
+        interrupt::fd().iter().for_each(|fd| supervisor.add(*fd, INTERRUPT));
+        supervisor.stdout.iter().for_each(|stdout| supervisor.add(stdout.as_fd().as_raw_fd(), STDOUT));
+        supervisor.stderr.iter().for_each(|stderr| supervisor.add(stderr.as_fd().as_raw_fd(), STDERR));
+        Ok(supervisor)
     }
 
     fn add(&self, fd: i32, token: u64) {
         let event = EpollEvent::new(EventSet::IN, token);
         if let Err(error) = self.epoll.ctl(ControlOperation::Add, fd, event) {
-            self.shared.lock().note(format!("watch an instance: {error}"));
+            self.shared.lock().add_failure(format!("watch an instance: {error}"));
         }
     }
 
@@ -104,7 +104,7 @@ impl Watch {
     }
 
     /// Sees to the end of it, and returns how and when that came.
-    pub fn run(mut self) -> (End, Instant) {
+    pub fn run(mut self) -> (Termination, Instant) {
         let (mut pressure, mut next, mut late) = (Pressure::None, self.deadline, false);
         let exited = loop {
             let tokens = self.wait(next);
@@ -134,11 +134,11 @@ impl Watch {
                 Pressure::None => {
                     late = !asked;
                     kill(&self.child, Signal::TERM);
-                    (pressure, next) = (Pressure::Asked, Instant::now() + END_PATIENCE);
+                    (pressure, next) = (Pressure::Asked, Instant::now() + END_TIMEOUT);
                 }
                 Pressure::Asked => {
                     kill(&self.child, Signal::KILL);
-                    (pressure, next) = (Pressure::Killed, Instant::now() + KILL_PATIENCE);
+                    (pressure, next) = (Pressure::Killed, Instant::now() + KILL_TIMEOUT);
                 }
                 Pressure::Killed => break None,
             }
@@ -146,20 +146,20 @@ impl Watch {
         // While nobody has waited for it, its number is nobody else's, nor is its group's.
         kill(&self.child, Signal::KILL);
         let Some(exited) = exited else {
-            self.shared.lock().note("it was killed and does not end".into());
-            return (End::Deadline, Instant::now());
+            self.shared.lock().add_failure("it was killed and does not end".into());
+            return (Termination::TimedOut, Instant::now());
         };
-        self.drain(exited + DRAIN_PATIENCE);
+        self.drain(exited + DRAIN_TIMEOUT);
         let status = self.child.wait();
         let end = match status {
-            _ if late => End::Deadline,
+            _ if late => Termination::TimedOut,
             Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => End::Code(code),
-                (None, signal) => End::Signal(signal.unwrap_or_default()),
+                (Some(code), _) => Termination::Exited(code),
+                (None, signal) => Termination::Signaled(signal.unwrap_or_default()),
             },
             Err(error) => {
-                self.shared.lock().note(format!("wait for it: {error}"));
-                End::Deadline
+                self.shared.lock().add_failure(format!("wait for it: {error}"));
+                Termination::TimedOut
             }
         };
         (end, exited)
@@ -189,12 +189,12 @@ impl Watch {
         match count {
             Ok(count) if count > 0 => {
                 let bytes = chunk.get(..count).unwrap_or_default();
-                let mut console = self.shared.lock();
+                let mut output = self.shared.lock();
                 match token {
-                    STDOUT => console.take(bytes, at),
-                    _ => console.keep(bytes),
+                    STDOUT => output.feed(bytes, at),
+                    _ => output.keep_tail(bytes),
                 }
-                drop(console);
+                drop(output);
                 self.shared.changed.notify_all();
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::scenario::{Better, Scenario, Unit};
 
 /// The version of the format; a file of another one is not read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The schema of a [`Report`], as `docs/bench-schema.json` has it.
 pub fn schema() -> String {
@@ -29,7 +29,7 @@ pub struct Report {
     /// When it began, RFC 3339, UTC.
     pub started: String,
     /// How long it took.
-    pub took_s: f64,
+    pub duration_s: f64,
     /// The command line that made it.
     pub command_line: Vec<String>,
     /// The image, as the user named it, and its digest.
@@ -43,9 +43,9 @@ pub struct Report {
     /// How numbers were taken.
     pub method: Method,
     /// Everyone who was looked for, whether present or not, in the order of the runs.
-    pub contenders: Vec<Contender>,
-    /// Every number, in the order of [`MEASURES`](super::scenario::MEASURES).
-    pub measures: Vec<Measured>,
+    pub contenders: Vec<ContenderInfo>,
+    /// Every number, in the order of [`METRICS`](super::scenario::METRICS).
+    pub metrics: Vec<MetricResults>,
     /// What all that says, in sentences; the first is the most important.
     pub verdict: Vec<String>,
 }
@@ -60,7 +60,7 @@ impl Report {
 
     /// Whether a round of anybody's failed.
     pub fn has_failures(&self) -> bool {
-        self.measures.iter().flat_map(|measure| &measure.results).any(|outcome| !outcome.failures.is_empty())
+        self.metrics.iter().flat_map(|metric| &metric.results).any(|outcome| !outcome.failures.is_empty())
     }
 }
 
@@ -125,13 +125,13 @@ pub struct Noise {
     /// The time that a hypervisor kept from this host, as a share of all processors' time meanwhile.
     pub stolen: f64,
     /// What that means.
-    pub verdict: Steadiness,
+    pub verdict: NoiseLevel,
 }
 
 /// Whether numbers of such a host can be believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum Steadiness {
+pub enum NoiseLevel {
     /// Differences beyond the intervals are real.
     Quiet,
     /// Small differences may be the host's.
@@ -160,7 +160,7 @@ pub struct Method {
 /// What separates an instance from its host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum Walls {
+pub enum Isolation {
     /// Nothing.
     None,
     /// Namespaces and control groups, on the host's kernel.
@@ -171,17 +171,17 @@ pub enum Walls {
 
 /// One of those that are compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Contender {
+pub struct ContenderInfo {
     /// As `--against` names it.
     pub name: String,
     /// What separates its instances from the host.
-    pub walls: Walls,
+    pub isolation: Isolation,
     /// Its version, where it is present.
     pub version: Option<String>,
     /// The kernel that its instances run on, where it is not the host's.
     pub kernel: Option<String>,
     /// Why it took no part, where it did not.
-    pub absent: Option<Absent>,
+    pub unavailable: Option<Unavailable>,
     /// The command line of an instance of it, word by word.
     pub command_line: Vec<String>,
     /// What a reader has to know to judge its numbers; a limit that it could not be given, first of all.
@@ -189,18 +189,18 @@ pub struct Contender {
 }
 
 /// Why a contender took no part.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Absent {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Unavailable {
     /// What is missing.
-    pub why: String,
+    pub reason: String,
     /// What to type to have it.
     pub install: Option<String>,
 }
 
 /// One number, of everyone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Measured {
-    /// The name in [`MEASURES`](super::scenario::MEASURES).
+pub struct MetricResults {
+    /// The name in [`METRICS`](super::scenario::METRICS).
     pub name: String,
     /// As a person reads it.
     pub title: String,
@@ -237,9 +237,9 @@ pub struct Summary {
     /// The median, and where it may truly be.
     pub median: Estimate,
     /// The least of them.
-    pub least: f64,
+    pub min: f64,
     /// The greatest.
-    pub greatest: f64,
+    pub max: f64,
     /// The rounds whose value stands apart from the others: beyond one and a half widths of the middle half.
     pub outliers: Vec<u32>,
 }
@@ -260,7 +260,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
-    use crate::bench::sample;
+    use crate::bench::example;
 
     const PUBLISHED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/bench-schema.json");
 
@@ -278,7 +278,7 @@ schema = json.load(open(sys.argv[1]))
 jsonschema.validators.validator_for(schema).check_schema(schema)
 report = json.load(sys.stdin)
 jsonschema.validate(report, schema)
-for broken in ({**report, 'version': 'one'}, {**report, 'measures': None}, {**report, 'limits': {}}):
+for broken in ({**report, 'version': 'one'}, {**report, 'metrics': None}, {**report, 'limits': {}}):
     try:
         jsonschema.validate(broken, schema)
         sys.exit('what is no report has the schema')
@@ -291,7 +291,7 @@ for broken in ({**report, 'version': 'one'}, {**report, 'measures': None}, {**re
             return;
         }
         let report = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(report.path(), serde_json::to_string(&sample::report()).unwrap()).unwrap();
+        std::fs::write(report.path(), serde_json::to_string(&example::report()).unwrap()).unwrap();
         let python = Command::new("/usr/bin/python3")
             .args(["-c", check, PUBLISHED])
             .stdin(report.reopen().unwrap())

@@ -4,21 +4,21 @@
 
 use std::time::{Duration, Instant};
 
-use super::Mark;
+use super::TaskTiming;
 
 /// What begins each of the work program's lines, wherever in a line that is: a kernel's words may stand before it.
-const SIGN: &[u8] = b"work: ";
+const MARKER: &[u8] = b"work: ";
 /// None of its lines is longer. Of longer ones the rest is looked at.
 const LINE_MAX: usize = 4096;
 /// As much of the output is kept for who asks what went wrong.
 const TAIL_MAX: usize = 64 << 10;
 /// There are no more kinds of work by far.
-const MARKS_MAX: usize = 256;
+const TIMINGS_MAX: usize = 256;
 const FAILURES_MAX: usize = 64;
 
 /// A line of the work program's.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Word {
+enum Message {
     Ready,
     Tick,
     Begin(String),
@@ -27,27 +27,27 @@ enum Word {
     Exit(i32),
 }
 
-impl Word {
+impl Message {
     /// The first that stands in the line.
-    fn find(line: &[u8]) -> Option<Word> {
-        let places = line.windows(SIGN.len()).enumerate().filter(|(_, window)| *window == SIGN);
-        let mut behind = places.filter_map(|(at, _)| std::str::from_utf8(line.get(at + SIGN.len()..)?).ok());
-        behind.find_map(Word::parse)
+    fn find(line: &[u8]) -> Option<Message> {
+        let places = line.windows(MARKER.len()).enumerate().filter(|(_, window)| *window == MARKER);
+        let mut behind = places.filter_map(|(at, _)| std::str::from_utf8(line.get(at + MARKER.len()..)?).ok());
+        behind.find_map(Message::parse)
     }
 
-    fn parse(words: &str) -> Option<Word> {
+    fn parse(words: &str) -> Option<Message> {
         let words = words.trim_end();
         let (first, rest) = words.split_once(' ').unwrap_or((words, ""));
         match (first, rest) {
-            ("ready", "") => Some(Word::Ready),
-            ("tick", "") => Some(Word::Tick),
-            ("begin", name) => is_name(name).then(|| Word::Begin(name.to_owned())),
+            ("ready", "") => Some(Message::Ready),
+            ("tick", "") => Some(Message::Tick),
+            ("begin", name) => is_name(name).then(|| Message::Begin(name.to_owned())),
             ("end", rest) => {
                 let (name, amount) = rest.split_once(' ')?;
-                Some(Word::End(Some(name).filter(|name| is_name(name))?.to_owned(), amount.parse().ok()?))
+                Some(Message::End(Some(name).filter(|name| is_name(name))?.to_owned(), amount.parse().ok()?))
             }
-            ("fail", why) if !why.is_empty() => Some(Word::Fail(why.replace(char::is_control, " "))),
-            ("exit", code) => code.parse::<u8>().ok().map(|code| Word::Exit(code.into())),
+            ("fail", reason) if !reason.is_empty() => Some(Message::Fail(reason.replace(char::is_control, " "))),
+            ("exit", code) => code.parse::<u8>().ok().map(|code| Message::Exit(code.into())),
             _ => None,
         }
     }
@@ -59,13 +59,13 @@ fn is_name(word: &str) -> bool {
 
 /// What was heard of an instance so far.
 #[derive(Debug, Default)]
-pub struct Console {
+pub struct OutputParser {
     /// When its first byte came.
     pub first_output: Option<Instant>,
     /// When it said that it is ready.
     pub ready: Option<Instant>,
     /// The pieces of work that ended.
-    pub marks: Vec<Mark>,
+    pub timings: Vec<TaskTiming>,
     /// What it said to have failed, and what of its words makes no sense.
     pub failures: Vec<String>,
     /// The exit code that it told.
@@ -76,36 +76,36 @@ pub struct Console {
     longest_gap: Duration,
     last_tick: Option<Instant>,
     /// What has begun: its name, and when the whole line had come.
-    begun: Option<(String, Instant)>,
+    current: Option<(String, Instant)>,
     line: Vec<u8>,
     /// When the sign in the line came.
-    sign_at: Option<Instant>,
+    marker_at: Option<Instant>,
     tail: Vec<u8>,
 }
 
-impl Console {
+impl OutputParser {
     /// Takes what was read at a moment.
-    pub fn take(&mut self, bytes: &[u8], at: Instant) {
+    pub fn feed(&mut self, bytes: &[u8], at: Instant) {
         if bytes.is_empty() {
             return;
         }
         self.first_output.get_or_insert(at);
-        self.keep(bytes);
+        self.keep_tail(bytes);
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
             self.grow_line(part, at);
             if part.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
-                if let Some(sign_at) = self.sign_at.take()
-                    && let Some(word) = Word::find(&line)
+                if let Some(marker_at) = self.marker_at.take()
+                    && let Some(word) = Message::find(&line)
                 {
-                    self.hear(word, sign_at, at);
+                    self.handle(word, marker_at, at);
                 }
             }
         }
     }
 
     /// Keeps bytes for who asks what went wrong, of the other output too.
-    pub fn keep(&mut self, bytes: &[u8]) {
+    pub fn keep_tail(&mut self, bytes: &[u8]) {
         self.tail.extend_from_slice(bytes);
         // Twice as much may be kept, so that it is not moved each time.
         if self.tail.len() > 2 * TAIL_MAX {
@@ -115,11 +115,12 @@ impl Console {
 
     fn grow_line(&mut self, part: &[u8], at: Instant) {
         // A sign that is cut in two is looked for from before the cut.
-        let from = self.line.len().saturating_sub(SIGN.len());
+        let from = self.line.len().saturating_sub(MARKER.len());
         self.line.extend_from_slice(part);
-        if self.sign_at.is_none() && self.line.get(from..).is_some_and(|new| new.windows(SIGN.len()).any(|w| w == SIGN))
+        if self.marker_at.is_none()
+            && self.line.get(from..).is_some_and(|new| new.windows(MARKER.len()).any(|w| w == MARKER))
         {
-            self.sign_at = Some(at);
+            self.marker_at = Some(at);
         }
         if self.line.len() > LINE_MAX {
             self.line.drain(..self.line.len() - LINE_MAX / 2);
@@ -128,45 +129,45 @@ impl Console {
 
     /// Hears a line whose sign came at one moment and whose end at another. A slow console takes time for a line: work begins when
     /// its line has come whole, and has ended when the other one starts to come.
-    fn hear(&mut self, word: Word, sign_at: Instant, whole_at: Instant) {
+    fn handle(&mut self, word: Message, marker_at: Instant, whole_at: Instant) {
         match word {
-            Word::Ready => self.ready = self.ready.or(Some(sign_at)),
-            Word::Tick => {
-                let gap = self.last_tick.map_or(Duration::ZERO, |last| sign_at.saturating_duration_since(last));
+            Message::Ready => self.ready = self.ready.or(Some(marker_at)),
+            Message::Tick => {
+                let gap = self.last_tick.map_or(Duration::ZERO, |last| marker_at.saturating_duration_since(last));
                 self.longest_gap = self.longest_gap.max(gap);
-                self.last_tick = Some(sign_at);
+                self.last_tick = Some(marker_at);
                 self.ticks = self.ticks.saturating_add(1);
             }
-            Word::Begin(name) => {
-                if let Some((before, _)) = self.begun.replace((name, whole_at)) {
-                    self.note(format!("{before}: it began and did not end"));
+            Message::Begin(name) => {
+                if let Some((before, _)) = self.current.replace((name, whole_at)) {
+                    self.add_failure(format!("{before}: it began and did not end"));
                 }
             }
-            Word::End(name, amount) => self.end(name, amount, sign_at),
-            Word::Fail(why) => {
-                self.begun = None;
-                self.note(why);
+            Message::End(name, amount) => self.end(name, amount, marker_at),
+            Message::Fail(reason) => {
+                self.current = None;
+                self.add_failure(reason);
             }
-            Word::Exit(code) => self.exit = Some(code),
+            Message::Exit(code) => self.exit = Some(code),
         }
     }
 
     fn end(&mut self, name: String, amount: u64, at: Instant) {
-        match self.begun.take() {
-            Some((begun, began)) if begun == name => {
+        match self.current.take() {
+            Some((current, began)) if current == name => {
                 let seconds = at.saturating_duration_since(began).as_secs_f64();
-                if self.marks.iter().any(|mark| mark.name == name) || self.marks.len() >= MARKS_MAX {
-                    self.note(format!("{name}: it was done more than once"));
+                if self.timings.iter().any(|timing| timing.name == name) || self.timings.len() >= TIMINGS_MAX {
+                    self.add_failure(format!("{name}: it was done more than once"));
                 } else {
-                    self.marks.push(Mark { name, amount, seconds });
+                    self.timings.push(TaskTiming { name, amount, seconds });
                 }
             }
-            _ => self.note(format!("{name}: it ended and had not begun")),
+            _ => self.add_failure(format!("{name}: it ended and had not begun")),
         }
     }
 
     /// Notes a failure.
-    pub fn note(&mut self, failure: String) {
+    pub fn add_failure(&mut self, failure: String) {
         if self.failures.len() < FAILURES_MAX {
             self.failures.push(failure);
         }
@@ -174,16 +175,16 @@ impl Console {
 
     /// What has begun and not ended.
     pub fn unfinished(&self) -> Option<&str> {
-        self.begun.as_ref().map(|(name, _)| name.as_str())
+        self.current.as_ref().map(|(name, _)| name.as_str())
     }
 
     /// Starts to look for the longest silence anew: from the last tick on.
-    pub fn forget_silence(&mut self) {
+    pub fn reset_stall(&mut self) {
         self.longest_gap = Duration::ZERO;
     }
 
     /// The longest time without a tick, up to now.
-    pub fn longest_silence(&self, now: Instant) -> Duration {
+    pub fn longest_stall(&self, now: Instant) -> Duration {
         let open = self.last_tick.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
         self.longest_gap.max(open)
     }
@@ -202,26 +203,26 @@ mod tests {
     use super::*;
 
     /// A console to which each piece came a second after the one before.
-    fn hear(pieces: &[&[u8]]) -> Console {
-        let (mut console, start) = (Console::default(), Instant::now());
+    fn handle(pieces: &[&[u8]]) -> OutputParser {
+        let (mut output, start) = (OutputParser::default(), Instant::now());
         for (second, piece) in (0..).zip(pieces) {
-            console.take(piece, start + Duration::from_secs(second));
+            output.feed(piece, start + Duration::from_secs(second));
         }
-        console
+        output
     }
 
     #[test]
     fn work_lasts_from_the_end_of_one_line_to_the_start_of_the_other() {
-        let console = hear(&[b"work: beg", b"in fork", b"\r\n", b"noise\n", b"wor", b"k: e", b"nd fork 12", b"\r\n"]);
-        assert_eq!(console.marks, [Mark { name: "fork".into(), amount: 12, seconds: 3.0 }]);
-        assert_eq!(console.failures, [""; 0]);
+        let output = handle(&[b"work: beg", b"in fork", b"\r\n", b"noise\n", b"wor", b"k: e", b"nd fork 12", b"\r\n"]);
+        assert_eq!(output.timings, [TaskTiming { name: "fork".into(), amount: 12, seconds: 3.0 }]);
+        assert_eq!(output.failures, [""; 0]);
     }
 
     #[test]
     fn lines_are_found_behind_a_kernels_words() {
-        let console = hear(&[b"[    0.5] clocksource: work: never mind work: ready\r\n[ 1.0] reboot: work: exit 7\n"]);
-        assert!(console.ready.is_some());
-        assert_eq!(console.exit, Some(7));
+        let output = handle(&[b"[    0.5] clocksource: work: never mind work: ready\r\n[ 1.0] reboot: work: exit 7\n"]);
+        assert!(output.ready.is_some());
+        assert_eq!(output.exit, Some(7));
     }
 
     #[test]
@@ -238,59 +239,59 @@ mod tests {
             "work:ready",
             "work: end fork 99999999999999999999999",
         ] {
-            assert_eq!(Word::find(format!("{line}\n").as_bytes()), None, "{line}");
+            assert_eq!(Message::find(format!("{line}\n").as_bytes()), None, "{line}");
         }
     }
 
     #[test]
     fn work_that_makes_no_sense_is_a_failure() {
         let failures = |text: &[&[u8]]| {
-            let console = hear(text);
-            assert_eq!(console.marks, []);
-            console.failures
+            let output = handle(text);
+            assert_eq!(output.timings, []);
+            output.failures
         };
         assert_eq!(failures(&[b"work: end fork 1\n"]), ["fork: it ended and had not begun"]);
         let words = "fork: it began and did not end";
         assert_eq!(failures(&[b"work: begin fork\n", b"work: begin exec\n"]), [words]);
         assert_eq!(failures(&[b"work: begin fork\n", b"work: fail fork no \x1b[31mmemory\n"]), ["fork no  [31mmemory"]);
         let twice: &[&[u8]] = &[b"work: begin fork\n", b"work: end fork 1\nwork: begin fork\n", b"work: end fork 1\n"];
-        assert_eq!(hear(twice).failures, ["fork: it was done more than once"]);
+        assert_eq!(handle(twice).failures, ["fork: it was done more than once"]);
     }
 
     #[test]
     fn endless_output_is_kept_in_bounds() {
-        let mut console = Console::default();
+        let mut output = OutputParser::default();
         let now = Instant::now();
         for _ in 0..1000 {
-            console.take(&[b'x'; 4096], now);
-            console.take(b"work: end a 1\nwork: fail x y\nwork: begin b\n", now);
+            output.feed(&[b'x'; 4096], now);
+            output.feed(b"work: end a 1\nwork: fail x y\nwork: begin b\n", now);
         }
-        console.take(&[b'y'; 1 << 20], now);
-        assert!(console.line.capacity() < 4 << 20 && console.line.len() <= LINE_MAX);
-        assert!(console.tail.len() <= 2 * TAIL_MAX && console.tail().len() == TAIL_MAX);
-        assert_eq!(console.failures.len(), FAILURES_MAX);
-        console.take(b"\nwork: ready\n", now);
-        assert!(console.ready.is_some(), "what comes then is understood");
+        output.feed(&[b'y'; 1 << 20], now);
+        assert!(output.line.capacity() < 4 << 20 && output.line.len() <= LINE_MAX);
+        assert!(output.tail.len() <= 2 * TAIL_MAX && output.tail().len() == TAIL_MAX);
+        assert_eq!(output.failures.len(), FAILURES_MAX);
+        output.feed(b"\nwork: ready\n", now);
+        assert!(output.ready.is_some(), "what comes then is understood");
     }
 
     #[test]
     fn a_silence_counts_from_the_last_tick_to_now() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut console = Console::default();
-        assert_eq!(console.longest_silence(at(9)), Duration::ZERO);
+        let mut output = OutputParser::default();
+        assert_eq!(output.longest_stall(at(9)), Duration::ZERO);
         for second in [0, 1, 5, 6] {
-            console.take(b"work: tick\n", at(second));
+            output.feed(b"work: tick\n", at(second));
         }
-        assert_eq!(console.longest_silence(at(7)), Duration::from_secs(4));
-        console.forget_silence();
-        assert_eq!(console.longest_silence(at(7)), Duration::from_secs(1));
-        assert_eq!(console.longest_silence(at(60)), Duration::from_secs(54), "it may never tick again");
-        assert_eq!(console.ticks, 4);
+        assert_eq!(output.longest_stall(at(7)), Duration::from_secs(4));
+        output.reset_stall();
+        assert_eq!(output.longest_stall(at(7)), Duration::from_secs(1));
+        assert_eq!(output.longest_stall(at(60)), Duration::from_secs(54), "it may never tick again");
+        assert_eq!(output.ticks, 4);
     }
 
     #[test]
     fn the_tail_does_nothing_to_a_terminal() {
-        assert_eq!(hear(&[b"a\x1b[2J\r\nb\t\xff\n"]).tail(), "a\u{fffd}[2J\nb\t\u{fffd}\n");
+        assert_eq!(handle(&[b"a\x1b[2J\r\nb\t\xff\n"]).tail(), "a\u{fffd}[2J\nb\t\u{fffd}\n");
     }
 }

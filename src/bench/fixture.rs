@@ -1,7 +1,7 @@
-//! From an image to what all contenders stand on: one root, as files and as a disk, in a folder that goes with the bench.
+//! From an image to what all contenders stand on: one root, as files and as a disk, in a directory that goes with the bench.
 //!
 //! ```text
-//! plot/                locked as long as its bench is there: what nobody has locked was left by one that was killed
+//! work_dir/                locked as long as its bench is there: what nobody has locked was left by one that was killed
 //!   root/              the image's files, with the work program
 //!   store/             a store of husk's own, whose one image is made of root/
 //!   instances/NAME-N/  what one instance needs of its own: bundle, changes to the root, scratch disk
@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::contender::{Ground, WORK};
-use super::result::{self, Limits};
-use super::work;
+use super::contender::{Fixture, WORKLOAD};
+use super::report::{self, Limits};
+use super::workload;
 use crate::image::{Progress, Source, Store, on_demand};
 use crate::resources::programs;
 use crate::resources::root_file::Kind;
@@ -37,27 +37,27 @@ pub const DATA_BYTES: u64 = 64 << 20;
 /// The same for `--quick`.
 pub const QUICK_DATA_BYTES: u64 = 16 << 20;
 
-/// A bench has a folder of its own among others.
-const FOLDER: &str = "bench";
+/// A bench has a directory of its own among others.
+const SUBDIR: &str = "bench";
 /// What every root has to have: these are mounted over.
 const MOUNT_POINTS: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "scratch"];
 const ID_BYTES: usize = 3;
 const ATTEMPTS: usize = 8;
 
-/// A bench's folder, locked. It goes when this is dropped, with all that was mounted in it.
+/// A bench's directory, locked. It goes when this is dropped, with all that was mounted in it.
 #[derive(Debug)]
-pub struct Plot {
+pub struct WorkDir {
     /// Where it is.
-    pub folder: PathBuf,
+    pub dir: PathBuf,
     _lock: File,
 }
 
-impl Plot {
-    /// Makes a folder in `base`, or where images are kept, and clears what killed benches have left there.
-    pub fn claim(base: Option<&Path>) -> Result<Plot> {
+impl WorkDir {
+    /// Makes a directory in `base`, or where images are kept, and clears what killed benches have left there.
+    pub fn claim(base: Option<&Path>) -> Result<WorkDir> {
         let base = match base {
             Some(base) => fs::canonicalize(base).with_context(|| format!("open {}", base.display()))?,
-            None => Store::open_default()?.folder().join(FOLDER),
+            None => Store::open_default()?.folder().join(SUBDIR),
         };
         // Overlays and QEMU take lists of paths.
         let odd = |character: char| matches!(character, ',' | ':' | '\\' | '"' | '\'') || character.is_whitespace();
@@ -66,33 +66,33 @@ impl Plot {
         let make = DirBuilder::new().recursive(true).mode(0o700).create(&base);
         make.with_context(|| format!("make {} (--folder PATH is another)", base.display()))?;
         sweep(&base)?;
-        Plot::make(&base)
+        WorkDir::create(&base)
     }
 
-    fn make(base: &Path) -> Result<Plot> {
+    fn create(base: &Path) -> Result<WorkDir> {
         for _ in 0..ATTEMPTS {
             let mut random = [0; ID_BYTES];
             sys::getrandom(&mut random).context("choose a name")?;
-            let folder = base.join(format!("{IMAGE}-{}", random.map(|byte| format!("{byte:02x}")).concat()));
-            match DirBuilder::new().mode(0o700).create(&folder) {
+            let dir = base.join(format!("{IMAGE}-{}", random.map(|byte| format!("{byte:02x}")).concat()));
+            match DirBuilder::new().mode(0o700).create(&dir) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
-                made => made.with_context(|| format!("make {}", folder.display()))?,
+                made => made.with_context(|| format!("make {}", dir.display()))?,
             }
             // In between another bench may have taken it for abandoned.
-            let Ok(lock) = open(&folder) else { continue };
-            if lock.try_lock().is_ok() && folder.exists() {
-                return Ok(Plot { folder, _lock: lock });
+            let Ok(lock) = open(&dir) else { continue };
+            if lock.try_lock().is_ok() && dir.exists() {
+                return Ok(WorkDir { dir, _lock: lock });
             }
         }
         bail!("every name in {} is taken", base.display())
     }
 }
 
-impl Drop for Plot {
+impl Drop for WorkDir {
     fn drop(&mut self) {
-        super::contender::remove_networks(&self.folder);
-        let id = super::contender::bench_id(&self.folder);
-        for result in [pen::remove_left_behind(&format!("{id}-")), clear(&self.folder)] {
+        super::contender::remove_networks(&self.dir);
+        let id = super::contender::bench_id(&self.dir);
+        for result in [pen::remove_left_behind(&format!("{id}-")), clear(&self.dir)] {
             if let Err(error) = result {
                 log::warn!("{error:#}");
             }
@@ -111,7 +111,7 @@ fn sweep(base: &Path) -> Result<()> {
         let Ok(lock) = open(&entry.path()) else { continue };
         if lock.try_lock().is_ok() {
             log::info!("{} was left by a bench that was killed", entry.path().display());
-            super::contender::end_left_behind(&entry.path());
+            super::contender::remove_leftovers(&entry.path());
             pen::remove_left_behind(&format!("{name}-"))?;
             clear(&entry.path())?;
         }
@@ -119,36 +119,36 @@ fn sweep(base: &Path) -> Result<()> {
     Ok(())
 }
 
-fn open(folder: &Path) -> io::Result<File> {
-    File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder)
+fn open(dir: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(dir)
 }
 
-/// Removes a folder of the bench's; never anything of a file system that is mounted in it.
-pub fn clear(folder: &Path) -> Result<()> {
-    for mount in mounts_below(folder)?.iter().rev() {
+/// Removes a directory of the bench's; never anything of a file system that is mounted in it.
+pub fn clear(dir: &Path) -> Result<()> {
+    for mount in mounts_below(dir)?.iter().rev() {
         unmount(mount, UnmountFlags::DETACH).with_context(|| format!("unmount {}", mount.display()))?;
     }
-    let mounted = mounts_below(folder)?;
+    let mounted = mounts_below(dir)?;
     ensure!(mounted.is_empty(), "{} is still mounted", mounted.first().unwrap_or(&PathBuf::new()).display());
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context(format!("remove {}", folder.display())),
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context(format!("remove {}", dir.display())),
         _ => Ok(()),
     }
 }
 
-/// Where something is mounted in a folder, in the order in which it was.
-fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>> {
+/// Where something is mounted in a directory, in the order in which it was.
+fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
     // proc(5): the fifth field. A bench's path has no character that would be written otherwise.
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    Ok(points.filter(|point| point.starts_with(folder)).collect())
+    Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
 /// An image as husk keeps it.
 #[derive(Debug)]
 pub struct Image {
     /// What the results say of it.
-    pub about: result::Image,
+    pub info: report::Image,
     /// Its root, an EROFS image.
     root: PathBuf,
     /// Keeps it.
@@ -166,29 +166,29 @@ pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
             None => return Ok(None),
         },
     };
-    let about = result::Image { name: word.to_owned(), id: format!("sha256:{id}"), bytes: 0 };
-    Ok(Some(Image { about, root, _in_use: in_use }))
+    let info = report::Image { name: word.to_owned(), id: format!("sha256:{id}"), bytes: 0 };
+    Ok(Some(Image { info, root, _in_use: in_use }))
 }
 
 /// Makes all of it of an image: its files, the work program and `data_bytes` to read, and the disk of the same.
-pub fn lay(plot: &Plot, image: &mut Image, data_bytes: u64, limits: Limits) -> Result<Ground> {
-    let root = plot.folder.join("root");
-    extract(&image.root, plot)?;
-    image.about.bytes = file_bytes(&root).with_context(|| format!("look at {}", root.display()))?;
+pub fn prepare(work_dir: &WorkDir, image: &mut Image, data_bytes: u64, limits: Limits) -> Result<Fixture> {
+    let root = work_dir.dir.join("root");
+    extract(&image.root, work_dir)?;
+    image.info.bytes = file_bytes(&root).with_context(|| format!("look at {}", root.display()))?;
     add(&root, data_bytes).with_context(|| format!("add the work program to {}", root.display()))?;
-    let store = Store::open(&plot.folder.join("store"))?;
+    let store = Store::open(&work_dir.dir.join("store"))?;
     let source = Source::Path { path: root.clone(), image: None };
     let (prepared, _) = store.load(&source, Some(&IMAGE.parse()?), &Progress::hidden())?;
-    let folder = plot.folder.clone();
-    fs::create_dir(folder.join("instances")).context("make a folder for instances")?;
+    let dir = work_dir.dir.clone();
+    fs::create_dir(dir.join("instances")).context("make a folder for instances")?;
     let husk = std::env::current_exe().context("find husk itself")?;
-    Ok(Ground { folder, root, disk: prepared.root, store: store.folder().to_owned(), husk, limits })
+    Ok(Fixture { dir, root, disk: prepared.root, store: store.folder().to_owned(), husk, limits })
 }
 
 /// Takes the files out of an EROFS image. This host's own kernel does it best, with all that a file has; who may not mount has them
 /// by erofs-utils, which keeps their contents and modes.
-fn extract(image: &Path, plot: &Plot) -> Result<()> {
-    let (root, view) = (plot.folder.join("root"), plot.folder.join("view"));
+fn extract(image: &Path, work_dir: &WorkDir) -> Result<()> {
+    let (root, view) = (work_dir.dir.join("root"), work_dir.dir.join("view"));
     let image = image.to_str().context("the image's path is no text")?;
     let text = |path: &Path| path.to_string_lossy().into_owned();
     fs::create_dir(&view).with_context(|| format!("make {}", view.display()))?;
@@ -212,7 +212,7 @@ fn extract(image: &Path, plot: &Plot) -> Result<()> {
 
 /// Adds what is the bench's own to a root.
 fn add(root: &Path, data_bytes: u64) -> Result<()> {
-    let own = Path::new(WORK).parent().and_then(|own| own.strip_prefix("/").ok()).context("it has no folder")?;
+    let own = Path::new(WORKLOAD).parent().and_then(|own| own.strip_prefix("/").ok()).context("it has no folder")?;
     let own = root.join(own);
     ensure!(fs::symlink_metadata(&own).is_err(), "the image has a {} of its own", own.display());
     for name in MOUNT_POINTS {
@@ -228,7 +228,7 @@ fn add(root: &Path, data_bytes: u64) -> Result<()> {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
     DirBuilder::new().mode(0o755).create(&own)?;
-    work::write(&own)?;
+    workload::write(&own)?;
     let data = root.join(DATA.trim_start_matches('/'));
     let mut data = File::options().write(true).create_new(true).mode(0o644).open(data)?;
     let mut random = vec![0; 1 << 20];
@@ -245,15 +245,15 @@ fn add(root: &Path, data_bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// The bytes in the files of a folder.
-fn file_bytes(folder: &Path) -> io::Result<u64> {
-    let (mut bytes, mut folders) = (0, vec![folder.to_owned()]);
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder)? {
+/// The bytes in the files of a directory.
+fn file_bytes(dir: &Path) -> io::Result<u64> {
+    let (mut bytes, mut dirs) = (0, vec![dir.to_owned()]);
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir)? {
             let entry = entry?;
             let metadata = entry.metadata()?;
             match metadata.is_dir() {
-                true => folders.push(entry.path()),
+                true => dirs.push(entry.path()),
                 false => bytes += metadata.len(),
             }
         }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 /// What was measured at one server.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Answers {
+pub struct NetworkResults {
     /// Bytes a second to the instance, until it has said that it has them all.
     pub to_mib_per_s: f64,
     /// Bytes a second from the instance.
@@ -21,7 +21,7 @@ pub struct Answers {
 
 /// How much is asked of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Amounts {
+pub struct Workload {
     /// In each direction.
     pub bytes: u64,
     /// Bytes sent there and back.
@@ -39,20 +39,23 @@ const REQUEST: u8 = b'q';
 const BLOCK: usize = 128 << 10;
 
 /// Asks the server at `address`. Each answer has `patience` to come.
-pub fn ask(address: SocketAddr, amounts: Amounts, patience: Duration) -> Result<Answers> {
-    wait_for_server(address, patience).with_context(|| format!("reach the instance's server at {address}"))?;
-    Ok(Answers {
-        to_mib_per_s: mib_per_s(amounts.bytes, send(address, amounts.bytes, patience).context("send to the instance")?),
-        from_mib_per_s: mib_per_s(
-            amounts.bytes,
-            receive(address, amounts.bytes, patience).context("receive from the instance")?,
+pub fn measure(address: SocketAddr, workload: Workload, timeout: Duration) -> Result<NetworkResults> {
+    wait_for_server(address, timeout).with_context(|| format!("reach the instance's server at {address}"))?;
+    Ok(NetworkResults {
+        to_mib_per_s: mib_per_s(
+            workload.bytes,
+            send(address, workload.bytes, timeout).context("send to the instance")?,
         ),
-        round_trip_us: round_trip(address, amounts.round_trips, patience)
+        from_mib_per_s: mib_per_s(
+            workload.bytes,
+            receive(address, workload.bytes, timeout).context("receive from the instance")?,
+        ),
+        round_trip_us: round_trip(address, workload.round_trips, timeout)
             .context("wait for one byte back")?
             .as_secs_f64()
             * 1e6,
-        requests_per_s: amounts.requests as f64
-            / requests(address, amounts.requests, patience).context("make requests")?.as_secs_f64(),
+        requests_per_s: workload.requests as f64
+            / requests(address, workload.requests, timeout).context("make requests")?.as_secs_f64(),
     })
 }
 
@@ -61,30 +64,30 @@ fn mib_per_s(bytes: u64, time: Duration) -> f64 {
 }
 
 /// A port may be open, by who forwards it, before the instance listens: it is there when it has answered.
-fn wait_for_server(address: SocketAddr, patience: Duration) -> io::Result<()> {
+fn wait_for_server(address: SocketAddr, timeout: Duration) -> io::Result<()> {
     const PAUSE: Duration = Duration::from_millis(20);
     let started = Instant::now();
     loop {
         match requests(address, 1, Duration::from_secs(1)) {
-            Err(error) if started.elapsed() > patience => return Err(error),
+            Err(error) if started.elapsed() > timeout => return Err(error),
             Err(_) => std::thread::sleep(PAUSE),
             Ok(_) => return Ok(()),
         }
     }
 }
 
-fn connect(address: SocketAddr, what: u8, patience: Duration) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect_timeout(&address, patience)?;
+fn connect(address: SocketAddr, what: u8, timeout: Duration) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect_timeout(&address, timeout)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(patience))?;
-    stream.set_write_timeout(Some(patience))?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
     stream.write_all(&[what])?;
     Ok(stream)
 }
 
 /// The clock stops when the server says that it has read all, not when this host's buffers have it.
-fn send(address: SocketAddr, bytes: u64, patience: Duration) -> io::Result<Duration> {
-    let mut stream = connect(address, SINK, patience)?;
+fn send(address: SocketAddr, bytes: u64, timeout: Duration) -> io::Result<Duration> {
+    let mut stream = connect(address, SINK, timeout)?;
     let block = vec![0x5a; BLOCK];
     let started = Instant::now();
     let mut left = bytes;
@@ -98,8 +101,8 @@ fn send(address: SocketAddr, bytes: u64, patience: Duration) -> io::Result<Durat
     Ok(started.elapsed())
 }
 
-fn receive(address: SocketAddr, bytes: u64, patience: Duration) -> io::Result<Duration> {
-    let mut stream = connect(address, SOURCE, patience)?;
+fn receive(address: SocketAddr, bytes: u64, timeout: Duration) -> io::Result<Duration> {
+    let mut stream = connect(address, SOURCE, timeout)?;
     let mut block = vec![0; BLOCK];
     let started = Instant::now();
     stream.write_all(&bytes.to_le_bytes())?;
@@ -114,8 +117,8 @@ fn receive(address: SocketAddr, bytes: u64, patience: Duration) -> io::Result<Du
     Ok(started.elapsed())
 }
 
-fn round_trip(address: SocketAddr, times: usize, patience: Duration) -> Result<Duration> {
-    let mut stream = connect(address, ECHO, patience)?;
+fn round_trip(address: SocketAddr, times: usize, timeout: Duration) -> Result<Duration> {
+    let mut stream = connect(address, ECHO, timeout)?;
     let mut all = Vec::with_capacity(times);
     for _ in 0..times {
         let started = Instant::now();
@@ -129,11 +132,11 @@ fn round_trip(address: SocketAddr, times: usize, patience: Duration) -> Result<D
     Ok(all[all.len() / 2])
 }
 
-fn requests(address: SocketAddr, times: usize, patience: Duration) -> io::Result<Duration> {
+fn requests(address: SocketAddr, times: usize, timeout: Duration) -> io::Result<Duration> {
     let started = Instant::now();
     let mut answer = Vec::new();
     for _ in 0..times {
-        let mut stream = connect(address, REQUEST, patience)?;
+        let mut stream = connect(address, REQUEST, timeout)?;
         stream.write_all(b"GET / HTTP/1.0\r\n")?;
         answer.clear();
         stream.read_to_end(&mut answer)?;

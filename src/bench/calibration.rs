@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use super::contender::Launch;
-use super::run::{Conditions, Expected, run};
-use super::scenario::{Measure, Unit};
+use super::run::{Expected, RunOptions, run};
+use super::scenario::{Metric, Unit};
 
 /// Where a piece of work is begun with, whatever it is: a few milliseconds of anything.
 const FIRST_OPERATIONS: u64 = 8;
@@ -18,17 +18,17 @@ const FIRST_BYTES: u64 = 1 << 20;
 /// More of anything is a mistake.
 const AMOUNT_MAX: u64 = 1 << 50;
 /// One try takes no longer, whatever the host.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Where work is done on the bare host.
 #[derive(Debug, Clone)]
-pub struct Bare<'a> {
+pub struct Calibrator<'a> {
     /// The work program.
     pub program: &'a Path,
     /// What the root's reads read.
     pub data: &'a Path,
     /// Where the root's and the scratch disk's files are made.
-    pub folder: &'a Path,
+    pub dir: &'a Path,
     /// How many threads do what all processors do.
     pub cpus: usize,
     /// Those that it is kept to.
@@ -36,26 +36,26 @@ pub struct Bare<'a> {
 }
 
 /// The amounts by the measures' names, and for what cannot be done here a line each.
-pub type Amounts = (BTreeMap<String, u64>, Vec<String>);
+pub type Calibration = (BTreeMap<String, u64>, Vec<String>);
 
-impl Bare<'_> {
+impl Calibrator<'_> {
     /// How much of each takes about `target` here. Of those measures that are not the work program's nothing is said.
-    pub fn amounts(&self, measures: &[&Measure], target: Duration) -> Amounts {
+    pub fn calibrate(&self, metrics: &[&Metric], target: Duration) -> Calibration {
         let (mut amounts, mut failures) = (BTreeMap::new(), Vec::new());
-        for measure in measures.iter().filter(|measure| measure.is_work) {
-            match self.amount(measure, target) {
-                Ok(amount) => drop(amounts.insert(measure.name.to_owned(), amount)),
+        for metric in metrics.iter().filter(|metric| metric.is_workload) {
+            match self.amount(metric, target) {
+                Ok(amount) => drop(amounts.insert(metric.name.to_owned(), amount)),
                 Err(error) => failures.push(format!("{error:#}")),
             }
         }
         (amounts, failures)
     }
 
-    fn amount(&self, measure: &Measure, target: Duration) -> Result<u64> {
+    fn amount(&self, metric: &Metric, target: Duration) -> Result<u64> {
         let target = target.as_secs_f64();
-        let mut amount = if measure.unit == Unit::MibPerSecond { FIRST_BYTES } else { FIRST_OPERATIONS };
+        let mut amount = if metric.unit == Unit::MibPerSecond { FIRST_BYTES } else { FIRST_OPERATIONS };
         loop {
-            let seconds = self.seconds(measure.name, amount)?;
+            let seconds = self.seconds(metric.name, amount)?;
             if seconds >= target / 4.0 || amount >= AMOUNT_MAX {
                 return Ok(round(scale(amount, target / seconds)));
             }
@@ -68,12 +68,12 @@ impl Bare<'_> {
     fn seconds(&self, name: &str, amount: u64) -> Result<f64> {
         let mut command = Command::new(self.program);
         command.arg("do").arg(format!("{name}={amount}")).arg("--cpus").arg(self.cpus.to_string());
-        command.arg("--root-data").arg(self.data).arg("--root").arg(self.folder).arg("--scratch").arg(self.folder);
+        command.arg("--root-data").arg(self.data).arg("--root").arg(self.dir).arg("--scratch").arg(self.dir);
         let launch = Launch { command, passes_exit_code: true, address: None, clean_up: None };
-        let conditions = Conditions { cpus: self.cpuset.clone(), deadline: PATIENCE };
-        let run = run(launch, &Expected::default(), &conditions);
-        match (&run.failures[..], &run.marks[..]) {
-            ([], [mark]) => Ok(mark.seconds),
+        let options = RunOptions { cpus: self.cpuset.clone(), timeout: TIMEOUT };
+        let run = run(launch, &Expected::default(), &options);
+        match (&run.failures[..], &run.timings[..]) {
+            ([], [timing]) => Ok(timing.seconds),
             ([], _) => bail!("{name}: it was not done"),
             ([failure, ..], _) => bail!("{failure}"),
         }
@@ -99,7 +99,7 @@ fn round(amount: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::work;
+    use crate::bench::workload;
 
     #[test]
     fn amounts_have_two_digits() {
@@ -113,14 +113,14 @@ mod tests {
 
     #[test]
     fn so_much_takes_about_as_long_and_what_cannot_be_done_is_told() {
-        let folder = tempfile::tempdir().unwrap();
-        let program = work::write(folder.path()).unwrap();
-        let data = folder.path().join("there-is-none");
-        let bare = Bare { program: &program, data: &data, folder: folder.path(), cpus: 2, cpuset: None };
-        let named = |name| Measure::named(name).unwrap();
-        let measures = ["cpu-integer", "syscall", "memory-copy", "root-read", "start-exit-warm"].map(named);
+        let dir = tempfile::tempdir().unwrap();
+        let program = workload::write(dir.path()).unwrap();
+        let data = dir.path().join("there-is-none");
+        let bare = Calibrator { program: &program, data: &data, dir: dir.path(), cpus: 2, cpuset: None };
+        let named = |name| Metric::by_name(name).unwrap();
+        let metrics = ["cpu-integer", "syscall", "memory-copy", "root-read", "start-exit-warm"].map(named);
         let target = Duration::from_millis(60);
-        let (amounts, failures) = bare.amounts(&measures, target);
+        let (amounts, failures) = bare.calibrate(&metrics, target);
         assert_eq!(amounts.keys().collect::<Vec<_>>(), ["cpu-integer", "memory-copy", "syscall"]);
         let [failure] = &failures[..] else { panic!("{failures:?}") };
         assert!(failure.starts_with("root-read read ") && failure.contains("there-is-none"), "{failure}");

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use super::result::Host;
+use super::report::Host;
 
-/// Looks at the host below `root` (`/`); `folder` is where the bench's own files are. What cannot be read is left out or `unknown`.
-pub fn host(root: &Path, folder: &Path) -> Host {
+/// Looks at the host below `root` (`/`); `directory` is where the bench's own files are. What cannot be read is left out or `unknown`.
+pub fn collect(root: &Path, dir: &Path) -> Host {
     let text = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
     let line = |path: &str| Some(text(path).trim().to_owned()).filter(|text| !text.is_empty());
     let unknown = || "unknown".to_owned();
@@ -22,7 +22,7 @@ pub fn host(root: &Path, folder: &Path) -> Host {
         governor: line("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         clocksource: line("sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap_or_else(unknown),
         huge_pages: line("sys/kernel/mm/transparent_hugepage/enabled").as_deref().and_then(chosen),
-        file_system: file_system(&text("proc/self/mountinfo"), folder).unwrap_or_else(unknown),
+        file_system: file_system(&text("proc/self/mountinfo"), dir).unwrap_or_else(unknown),
         mitigations: mitigations(&root.join("sys/devices/system/cpu/vulnerabilities")),
         load: text("proc/loadavg").split_whitespace().next().and_then(|load| load.parse().ok()).unwrap_or(0.0),
     }
@@ -60,19 +60,19 @@ fn chosen(text: &str) -> Option<String> {
     Some(rest.split_once(']')?.0.to_owned())
 }
 
-/// The type of the file system that `folder` is on: of the mount with the longest path above it (proc_pid_mountinfo(5)).
-fn file_system(mountinfo: &str, folder: &Path) -> Option<String> {
+/// The type of the file system that `directory` is on: of the mount with the longest path above it (proc_pid_mountinfo(5)).
+fn file_system(mountinfo: &str, dir: &Path) -> Option<String> {
     let mount = |line: &str| {
         let (left, right) = line.split_once(" - ")?;
         let point = left.split(' ').nth(4)?.to_owned();
         Some((point, right.split(' ').next()?.to_owned()))
     };
-    let above = mountinfo.lines().filter_map(mount).filter(|(point, _)| folder.starts_with(point));
+    let above = mountinfo.lines().filter_map(mount).filter(|(point, _)| dir.starts_with(point));
     above.max_by_key(|(point, _)| point.len()).map(|(_, kind)| kind)
 }
 
-fn mitigations(folder: &Path) -> BTreeMap<String, String> {
-    let Ok(entries) = fs::read_dir(folder) else { return BTreeMap::new() };
+fn mitigations(dir: &Path) -> BTreeMap<String, String> {
+    let Ok(entries) = fs::read_dir(dir) else { return BTreeMap::new() };
     entries
         .flatten()
         .filter_map(|entry| {
@@ -101,14 +101,14 @@ mod tests {
 
     #[test]
     fn this_host_has_a_kernel_processors_and_memory() {
-        let host = host(Path::new("/"), Path::new("/"));
+        let host = collect(Path::new("/"), Path::new("/"));
         assert!(host.cpus > 0 && host.memory_mib > 0 && host.kernel.contains('.'), "{host:?}");
     }
 
     #[test]
     fn a_host_that_says_nothing_is_unknown() {
-        let folder = tempfile::tempdir().unwrap();
-        let host = host(folder.path(), Path::new("/"));
+        let dir = tempfile::tempdir().unwrap();
+        let host = collect(dir.path(), Path::new("/"));
         assert_eq!((host.kernel.as_str(), host.kvm.as_str(), host.cpus), ("unknown", "none", 0));
     }
 }

@@ -4,46 +4,46 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
-use super::{Context, Crash, Found, dirt};
+use super::{Crash, Measurements, Session, check_cleanup};
 use crate::bench::contender::Contender;
-use crate::bench::run::{self, End, Expected, Run, Running};
+use crate::bench::run::{self, Expected, Run, Running, Termination};
 
-/// Between two ticks of the neighbour.
+/// Between two ticks of the neighbor.
 const TICK_MS: &str = "10";
-/// The neighbour is watched before the crash, so that it ticks, and after it, so that what comes late is seen.
+/// The neighbor is watched before the crash, so that it ticks, and after it, so that what comes late is seen.
 const WATCH: Duration = Duration::from_secs(1);
 
-impl Context<'_> {
-    /// The longest silence of a neighbour, from the start of the victim's crash to a while after its end.
-    pub(super) fn isolation(&self, contender: &dyn Contender, crash: Crash) -> Result<Found> {
-        let neighbour = Running::start(self.launch(contender, &["tick", TICK_MS])?, &self.long_conditions())?;
-        neighbour.wait_ready(self.deadline())?;
+impl Session<'_> {
+    /// The longest silence of a neighbor, from the start of the victim's crash to a while after its end.
+    pub(super) fn isolation(&self, contender: &dyn Contender, crash: Crash) -> Result<Measurements> {
+        let neighbour = Running::start(self.launch(contender, &["tick", TICK_MS])?, &self.long_running_options())?;
+        neighbour.wait_ready(self.timeout())?;
         std::thread::sleep(WATCH);
         // Twice what the instance may have: where nothing stops it there, it stops by itself and the host lives on.
         let most = (self.plan.limits.memory_mib * 2).to_string();
-        let (measure, words): (_, &[&str]) = match crash {
+        let (metric, words): (_, &[&str]) = match crash {
             Crash::Kernel => ("isolation-kernel", &["crash", "kernel", "--this-is-a-machine"]),
-            Crash::Memory => ("isolation-memory", &["crash", "memory", "--at-most", &most]),
+            Crash::OutOfMemory => ("isolation-memory", &["crash", "memory", "--at-most", &most]),
         };
         let launch = self.launch(contender, words)?;
         let before = neighbour.ticks();
-        neighbour.forget_silence();
-        let victim = run::run(launch, &Expected::default(), &self.conditions());
+        neighbour.reset_stall();
+        let victim = run::run(launch, &Expected::default(), &self.options());
         std::thread::sleep(WATCH);
-        let (silence, after) = (neighbour.longest_silence(), neighbour.ticks());
+        let (stall, after) = (neighbour.longest_stall(), neighbour.ticks());
         let alive = neighbour.is_running();
-        dirt(&neighbour.end())?;
+        check_cleanup(&neighbour.end())?;
         ensure!(alive, "the neighbour ended with it");
         ensure!(after > before, "the neighbour is silent since");
         has_crashed(&victim)?;
-        Ok(Found { values: vec![(measure, silence.as_secs_f64() * 1e3)], ..Found::default() })
+        Ok(Measurements { values: vec![(metric, stall.as_secs_f64() * 1e3)], ..Measurements::default() })
     }
 }
 
 /// Whether the victim did what it was started for, and was over in time.
 fn has_crashed(victim: &Run) -> Result<()> {
     ensure!(victim.ready.is_some(), "the one that had to crash did not start: {}", victim.failures.join("; "));
-    ensure!(victim.end != End::Deadline, "the one that crashed was not over in time");
+    ensure!(victim.end != Termination::TimedOut, "the one that crashed was not over in time");
     let survived = victim.failures.iter().find(|failure| failure.starts_with("crash"));
     survived.map_or(Ok(()), |failure| bail!("nothing stopped the one that had to crash: {failure}"))
 }

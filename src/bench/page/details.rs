@@ -2,8 +2,8 @@
 
 use maud::{Markup, html};
 
-use super::super::result::{Contender, Report, Steadiness, Walls};
-use super::super::text;
+use super::super::format;
+use super::super::report::{ContenderInfo, Isolation, NoiseLevel, Report};
 use super::badge;
 
 /// What every instance was given, in words.
@@ -18,15 +18,15 @@ pub fn limits(report: &Report) -> String {
 pub fn noise(report: &Report) -> String {
     let noise = &report.noise;
     let verdict = match noise.verdict {
-        Steadiness::Quiet => "The host was quiet",
-        Steadiness::Noisy => "The host was noisy",
-        Steadiness::TooNoisy => "The host was too noisy to conclude",
+        NoiseLevel::Quiet => "The host was quiet",
+        NoiseLevel::Noisy => "The host was noisy",
+        NoiseLevel::TooNoisy => "The host was too noisy to conclude",
     };
     format!(
         "{verdict}: the same work, done before each round, differed by {} (the middle half’s width), and a hypervisor kept {} \
          of the processors’ time.",
-        text::percent(noise.spread),
-        text::percent(noise.stolen)
+        format::percent(noise.spread),
+        format::percent(noise.stolen)
     )
 }
 
@@ -35,13 +35,13 @@ pub fn repeat(report: &Report) -> Markup {
     html! {
         section #repeat aria-labelledby="repeat-title" {
             h2 #repeat-title { "How to repeat it" }
-            pre tabindex="0" { code { (text::command_line(&report.command_line)) } }
+            pre tabindex="0" { code { (format::command_line(&report.command_line)) } }
             p {
-                "It took " (text::number(report.took_s / 60.0)) " minutes. The image " code { (report.image.name) } " was "
+                "It took " (format::number(report.duration_s / 60.0)) " minutes. The image " code { (report.image.name) } " was "
                 code { (report.image.id) } ", " (mebibytes(report.image.bytes)) " MiB of files."
             }
             h3 { "Contenders" }
-            @for contender in report.contenders.iter().filter(|contender| contender.absent.is_none()) {
+            @for contender in report.contenders.iter().filter(|contender| contender.unavailable.is_none()) {
                 (about(report, contender))
             }
             h3 { "Host" }
@@ -52,24 +52,24 @@ pub fn repeat(report: &Report) -> Markup {
     }
 }
 
-fn about(report: &Report, contender: &Contender) -> Markup {
-    let walls = match contender.walls {
-        Walls::None => "nothing between it and the host",
-        Walls::Container => "a container: namespaces and control groups on the host’s kernel",
-        Walls::Machine => "a machine: a kernel of its own",
+fn about(report: &Report, contender: &ContenderInfo) -> Markup {
+    let isolation = match contender.isolation {
+        Isolation::None => "nothing between it and the host",
+        Isolation::Container => "a container: namespaces and control groups on the host’s kernel",
+        Isolation::Machine => "a machine: a kernel of its own",
     };
     html! {
         div.contender {
             h4 { (badge(report, &contender.name)) " " (contender.name) }
             p {
-                (walls)
+                (isolation)
                 @if let Some(version) = &contender.version { "; version " (version) }
                 @if let Some(kernel) = &contender.kernel { "; kernel " (kernel) }
                 "."
             }
             @for note in &contender.notes { p.note { (note) } }
             @if !contender.command_line.is_empty() {
-                pre tabindex="0" { code { (text::command_line(&contender.command_line)) } }
+                pre tabindex="0" { code { (format::command_line(&contender.command_line)) } }
             }
         }
     }
@@ -102,28 +102,28 @@ fn host(report: &Report) -> Markup {
 
 fn method(report: &Report) -> Markup {
     let method = &report.method;
-    let (least, most) = method.rounds;
+    let (min, max) = method.rounds;
     html! {
         p {
             "Contenders take turns, round by round, so that what disturbs the host disturbs all of them. After "
-            (text::count(usize::try_from(method.warm_up_rounds).unwrap_or_default(), "round")) " that is not counted there are "
-            (least) " to " (most) " rounds: no more once every interval’s half width is at most " (text::percent(method.precision))
+            (format::count(usize::try_from(method.warm_up_rounds).unwrap_or_default(), "round")) " that is not counted there are "
+            (min) " to " (max) " rounds: no more once every interval’s half width is at most " (format::percent(method.precision))
             " of its median. All clocks are read on the host; a guest’s clock is never asked."
         }
         p {
-            "An interval holds the true median in " (text::percent(method.confidence)) " of cases. It is a bootstrap: the samples are "
+            "An interval holds the true median in " (format::percent(method.confidence)) " of cases. It is a bootstrap: the samples are "
             "drawn anew from themselves, a thousand times, and the outer draws left out. Of fewer than six samples it is all of "
             "them. A ratio is the median of the ratios of the same rounds, with an interval made in the same way. An outlier lies "
             "further from the middle half than one and a half times its width; it is shown, and stays in. A failed run gives no number."
         }
         @if !method.amounts.is_empty() {
             p { "How much work a run did:" }
-            ul.amounts { @for (measure, amount) in &method.amounts { li { code { (measure) } " " (amount) } } }
+            ul.amounts { @for (metric, amount) in &method.amounts { li { code { (metric) } " " (amount) } } }
         }
     }
 }
 
 #[allow(clippy::cast_precision_loss, reason = "three digits are shown")]
 fn mebibytes(bytes: u64) -> String {
-    text::number(bytes as f64 / f64::from(1 << 20))
+    format::number(bytes as f64 / f64::from(1 << 20))
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use super::facts::meminfo_kib;
+use super::host_info::meminfo_kib;
 
 /// The own pages of `roots`, all their descendants, and `others`, and their part of those they share (proc_pid_smaps(5), Pss). A
 /// process that ends meanwhile counts nothing.

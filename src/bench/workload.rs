@@ -9,9 +9,9 @@ use anyhow::{Context, Result};
 /// The file: static, so that it runs in any root and as any kernel's first process.
 pub const PROGRAM: &[u8] = include_bytes!(env!("HUSK_WORK"));
 
-/// Writes the program into a folder, as `work`, for all to run.
-pub fn write(folder: &Path) -> Result<PathBuf> {
-    let path = folder.join("work");
+/// Writes the program into a directory, as `work`, for all to run.
+pub fn write(dir: &Path) -> Result<PathBuf> {
+    let path = dir.join("work");
     fs::write(&path, PROGRAM)
         .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(0o755)))
         .with_context(|| format!("write {}", path.display()))?;

@@ -2,22 +2,23 @@
 
 use std::sync::OnceLock;
 
-use super::result::{
-    Absent, Contender, Host, Image, Limits, Measured, Method, Noise, Outcome, Report, Steadiness, VERSION, Walls,
+use super::report::{
+    ContenderInfo, Host, Image, Isolation, Limits, Method, MetricResults, Noise, NoiseLevel, Outcome, Report,
+    Unavailable, VERSION,
 };
-use super::scenario::{MEASURES, Measure, Scenario, Unit};
+use super::scenario::{METRICS, Metric, Scenario, Unit};
 use super::statistics;
 
 /// Those who take part, and how many times the bare host's time they take for what leaves the kernel alone, for what asks it,
 /// and to start.
-const PRESENT: &[(&str, Walls, [f64; 3])] = &[
-    ("host", Walls::None, [1.0, 1.0, 1.0]),
-    ("crun", Walls::Container, [1.0, 1.08, 14.0]),
-    ("runc", Walls::Container, [1.0, 1.09, 31.0]),
-    ("podman (rootless), which has a rather long name", Walls::Container, [1.01, 1.15, 160.0]),
-    ("qemu-microvm", Walls::Machine, [1.04, 0.81, 140.0]),
-    ("husk", Walls::Machine, [1.03, 0.80, 19.0]),
-    ("husk <b onclick=\"alert('&')\">stock</b>", Walls::Machine, [1.03, 1.4, 95.0]),
+const PRESENT: &[(&str, Isolation, [f64; 3])] = &[
+    ("host", Isolation::None, [1.0, 1.0, 1.0]),
+    ("crun", Isolation::Container, [1.0, 1.08, 14.0]),
+    ("runc", Isolation::Container, [1.0, 1.09, 31.0]),
+    ("podman (rootless), which has a rather long name", Isolation::Container, [1.01, 1.15, 160.0]),
+    ("qemu-microvm", Isolation::Machine, [1.04, 0.81, 140.0]),
+    ("husk", Isolation::Machine, [1.03, 0.80, 19.0]),
+    ("husk <b onclick=\"alert('&')\">stock</b>", Isolation::Machine, [1.03, 1.4, 95.0]),
 ];
 const ROUNDS: u32 = 20;
 
@@ -34,7 +35,7 @@ pub fn report_of(seed: u64, slower: f64) -> Report {
         version: VERSION,
         husk: env!("CARGO_PKG_VERSION").to_owned(),
         started: "2026-01-02T03:04:05Z".to_owned(),
-        took_s: 1234.5,
+        duration_s: 1234.5,
         command_line: words("husk bench alpine:3.22 --against crun,runc,podman,qemu-microvm --output bench.html"),
         image: Image {
             name: "alpine:3.22".to_owned(),
@@ -55,14 +56,14 @@ pub fn report_of(seed: u64, slower: f64) -> Report {
                 .into(),
         },
         contenders: contenders(),
-        measures: MEASURES
+        metrics: METRICS
             .iter()
-            .filter(|measure| measure.scenario != Scenario::Command)
-            .map(|measure| measured(measure, slower, &mut random))
+            .filter(|metric| metric.scenario != Scenario::Command)
+            .map(|metric| measured(metric, slower, &mut random))
             .collect(),
         verdict: Vec::new(),
     };
-    statistics::summarise(&mut report);
+    statistics::summarize(&mut report);
     report.verdict = super::verdict::sentences(&report);
     report
 }
@@ -105,50 +106,50 @@ fn host() -> Host {
 fn noise(random: &mut fastrand::Rng) -> Noise {
     let samples_ms: Vec<f64> = (0..ROUNDS).map(|_| 80.0 * (1.0 + 0.01 * normal(random).abs())).collect();
     let spread = statistics::spread(&samples_ms);
-    Noise { samples_ms, spread, stolen: 0.002, verdict: Steadiness::Quiet }
+    Noise { samples_ms, spread, stolen: 0.002, verdict: NoiseLevel::Quiet }
 }
 
-fn contenders() -> Vec<Contender> {
-    let mut contenders: Vec<Contender> = PRESENT
+fn contenders() -> Vec<ContenderInfo> {
+    let mut contenders: Vec<ContenderInfo> = PRESENT
         .iter()
-        .map(|(name, walls, _)| Contender {
+        .map(|(name, isolation, _)| ContenderInfo {
             name: (*name).to_owned(),
-            walls: *walls,
+            isolation: *isolation,
             version: Some("1.2.3-4+deb13u1".to_owned()),
-            kernel: (*walls == Walls::Machine).then(|| "6.12.8-husk".to_owned()),
-            absent: None,
+            kernel: (*isolation == Isolation::Machine).then(|| "6.12.8-husk".to_owned()),
+            unavailable: None,
             command_line: words(
                 "run --cgroup-manager disabled --bundle /var/tmp/husk-bench/bundle-of-a-rather-long-name instance-17",
             ),
             notes: if *name == "host" { vec!["The host has no limit of memory.".to_owned()] } else { Vec::new() },
         })
         .collect();
-    let absent = |name: &str, why: &str, install: Option<&str>| Contender {
+    let unavailable = |name: &str, reason: &str, install: Option<&str>| ContenderInfo {
         name: name.to_owned(),
-        walls: Walls::Machine,
+        isolation: Isolation::Machine,
         version: None,
         kernel: None,
-        absent: Some(Absent { why: why.to_owned(), install: install.map(str::to_owned) }),
+        unavailable: Some(Unavailable { reason: reason.to_owned(), install: install.map(str::to_owned) }),
         command_line: Vec::new(),
         notes: Vec::new(),
     };
-    contenders.push(absent("bubblewrap", "there is no bwrap on the path", Some("apt-get install bubblewrap")));
-    contenders.push(absent("firecracker", "there is no firecracker on the path", None));
+    contenders.push(unavailable("bubblewrap", "there is no bwrap on the path", Some("apt-get install bubblewrap")));
+    contenders.push(unavailable("firecracker", "there is no firecracker on the path", None));
     contenders
 }
 
-fn measured(measure: &Measure, slower: f64, random: &mut fastrand::Rng) -> Measured {
-    Measured {
-        name: measure.name.to_owned(),
-        title: measure.title.to_owned(),
-        scenario: measure.scenario,
-        unit: measure.unit,
-        better: measure.better(),
-        results: PRESENT.iter().map(|(name, _, costs)| outcome(name, *costs, measure, slower, random)).collect(),
+fn measured(metric: &Metric, slower: f64, random: &mut fastrand::Rng) -> MetricResults {
+    MetricResults {
+        name: metric.name.to_owned(),
+        title: metric.title.to_owned(),
+        scenario: metric.scenario,
+        unit: metric.unit,
+        better: metric.better(),
+        results: PRESENT.iter().map(|(name, _, costs)| outcome(name, *costs, metric, slower, random)).collect(),
     }
 }
 
-fn outcome(name: &str, costs: [f64; 3], measure: &Measure, slower: f64, random: &mut fastrand::Rng) -> Outcome {
+fn outcome(name: &str, costs: [f64; 3], metric: &Metric, slower: f64, random: &mut fastrand::Rng) -> Outcome {
     let mut outcome = Outcome {
         contender: name.to_owned(),
         samples: Vec::new(),
@@ -157,17 +158,17 @@ fn outcome(name: &str, costs: [f64; 3], measure: &Measure, slower: f64, random: 
         summary: None,
         ratio: None,
     };
-    if name == "host" && matches!(measure.scenario, Scenario::Network | Scenario::Density) {
+    if name == "host" && matches!(metric.scenario, Scenario::Network | Scenario::Density) {
         outcome.skipped = Some("the host has no instances".to_owned());
         return outcome;
     }
     let [own_work, kernel_work, start] = costs;
-    let cost = match measure.scenario {
+    let cost = match metric.scenario {
         Scenario::Start | Scenario::Memory | Scenario::Density => start,
         Scenario::Cpu | Scenario::MemoryBandwidth | Scenario::Command => own_work,
         _ => kernel_work,
     } * if name == "husk" { slower } else { 1.0 };
-    let (first, is_rate) = match measure.unit {
+    let (first, is_rate) = match metric.unit {
         Unit::Milliseconds => (1.7, false),
         Unit::Nanoseconds => (3.2, false),
         Unit::Microseconds => (61.0, false),
@@ -177,7 +178,7 @@ fn outcome(name: &str, costs: [f64; 3], measure: &Measure, slower: f64, random: 
         Unit::Count => (600.0, true),
     };
     for round in 0..ROUNDS {
-        if name == "qemu-microvm" && (measure.scenario == Scenario::Fork || measure.name == "exec" && round % 8 == 3) {
+        if name == "qemu-microvm" && (metric.scenario == Scenario::Fork || metric.name == "exec" && round % 8 == 3) {
             outcome.failures.push(format!("round {round}: exit code 137 <killed> & no mark came"));
             outcome.samples.push(None);
             continue;
@@ -196,14 +197,14 @@ mod tests {
     #[test]
     fn it_has_all_that_a_report_can_have() {
         let report = report();
-        let outcomes: Vec<&Outcome> = report.measures.iter().flat_map(|measure| &measure.results).collect();
+        let outcomes: Vec<&Outcome> = report.metrics.iter().flat_map(|metric| &metric.results).collect();
         assert!(outcomes.iter().any(|outcome| outcome.skipped.is_some()));
         assert!(outcomes.iter().any(|outcome| !outcome.failures.is_empty() && outcome.summary.is_none()));
         assert!(outcomes.iter().any(|outcome| !outcome.failures.is_empty() && outcome.summary.is_some()));
         assert!(
             outcomes.iter().any(|outcome| outcome.summary.as_ref().is_some_and(|summary| !summary.outliers.is_empty()))
         );
-        assert!(report.contenders.iter().any(|contender| contender.absent.is_some()));
+        assert!(report.contenders.iter().any(|contender| contender.unavailable.is_some()));
         assert_eq!(report, report_of(1, 1.0));
     }
 }

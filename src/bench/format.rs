@@ -1,6 +1,6 @@
 //! Numbers as a person reads them: three digits say all that a median knows.
 
-use super::result::{Estimate, Measured, Outcome, Report};
+use super::report::{Estimate, MetricResults, Outcome, Report};
 use super::scenario::Scenario;
 
 /// A number in at most six characters, of values from a thousandth to a thousand billions.
@@ -99,38 +99,38 @@ pub const fn scenario(scenario: Scenario) -> &'static str {
 }
 
 /// The measures group by group, in the order of the first of each.
-pub fn groups(report: &Report) -> Vec<(Scenario, Vec<&Measured>)> {
-    let mut groups: Vec<(Scenario, Vec<&Measured>)> = Vec::new();
-    for measure in &report.measures {
-        match groups.iter_mut().find(|(scenario, _)| *scenario == measure.scenario) {
-            Some((_, measures)) => measures.push(measure),
-            None => groups.push((measure.scenario, vec![measure])),
+pub fn groups(report: &Report) -> Vec<(Scenario, Vec<&MetricResults>)> {
+    let mut groups: Vec<(Scenario, Vec<&MetricResults>)> = Vec::new();
+    for metric in &report.metrics {
+        match groups.iter_mut().find(|(scenario, _)| *scenario == metric.scenario) {
+            Some((_, metrics)) => metrics.push(metric),
+            None => groups.push((metric.scenario, vec![metric])),
         }
     }
     groups
 }
 
 /// What this contender came to.
-pub fn outcome_of<'a>(measure: &'a Measured, contender: &str) -> Option<&'a Outcome> {
-    measure.results.iter().find(|outcome| outcome.contender == contender)
+pub fn outcome_of<'a>(metric: &'a MetricResults, contender: &str) -> Option<&'a Outcome> {
+    metric.results.iter().find(|outcome| outcome.contender == contender)
 }
 
 /// Those that took part, in the order of the runs.
 pub fn present(report: &Report) -> Vec<&str> {
-    let present = report.contenders.iter().filter(|contender| contender.absent.is_none());
+    let present = report.contenders.iter().filter(|contender| contender.unavailable.is_none());
     present.map(|contender| contender.name.as_str()).collect()
 }
 
 /// Who was not measured and why, with the titles of what.
 pub fn skipped(report: &Report) -> Vec<(String, Vec<&str>)> {
     let mut skipped: Vec<(String, Vec<&str>)> = Vec::new();
-    for measure in &report.measures {
-        for outcome in &measure.results {
-            let Some(why) = &outcome.skipped else { continue };
-            let who = format!("{}: {why}", outcome.contender);
+    for metric in &report.metrics {
+        for outcome in &metric.results {
+            let Some(reason) = &outcome.skipped else { continue };
+            let who = format!("{}: {reason}", outcome.contender);
             match skipped.iter_mut().find(|(same, _)| *same == who) {
-                Some((_, titles)) => titles.push(&measure.title),
-                None => skipped.push((who, vec![&measure.title])),
+                Some((_, titles)) => titles.push(&metric.title),
+                None => skipped.push((who, vec![&metric.title])),
             }
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::{Ground, Job, Unable, bench_id, is_root, program};
+use super::{Fixture, Job, Unsupported, bench_id, is_root, program};
 use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 
@@ -13,7 +13,7 @@ use crate::resources::programs;
 const PREFIX: u8 = 30;
 
 /// A port that is the host's own, or leads on from it.
-pub fn on_loopback(port: u16) -> SocketAddr {
+pub fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
@@ -27,23 +27,23 @@ fn addresses(instance: u32) -> Addresses {
 }
 
 /// What every interface of a bench begins with on the host.
-fn interface_prefix(ground_id: &str) -> String {
-    format!("hb{}-", ground_id.rsplit('-').next().unwrap_or_default())
+fn interface_prefix(bench_id: &str) -> String {
+    format!("hb{}-", bench_id.rsplit('-').next().unwrap_or_default())
 }
 
 /// The host's end of an instance's network.
-fn interface(ground_id: &str, instance: u32) -> String {
+fn interface(bench_id: &str, instance: u32) -> String {
     // The kernel takes 15 bytes.
-    format!("{}{:x}", interface_prefix(ground_id), instance & 0xfffff)
+    format!("{}{:x}", interface_prefix(bench_id), instance & 0xfffff)
 }
 
 /// Whether interfaces can be made here; `only_root` says what else stands in the way.
-fn may_make(only_root: &str) -> Result<(), Unable> {
+fn check_privileges(only_root: &str) -> Result<(), Unsupported> {
     if !is_root() {
-        return Err(Unable(only_root.to_owned()));
+        return Err(Unsupported(only_root.to_owned()));
     }
     if !program::which("ip") {
-        return Err(Unable("there is no program ip: type `sudo apt-get install iproute2`".into()));
+        return Err(Unsupported("there is no program ip: type `sudo apt-get install iproute2`".into()));
     }
     Ok(())
 }
@@ -54,7 +54,7 @@ fn remove_interface(name: &str) -> Result<()> {
 
 /// A network namespace for one instance, and its link to the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Link {
+pub struct VethPair {
     /// The namespace.
     name: String,
     /// The host's end.
@@ -62,28 +62,28 @@ pub struct Link {
     addresses: Addresses,
 }
 
-impl Link {
-    fn of(ground_id: &str, instance: u32) -> Link {
-        Link {
-            name: format!("{ground_id}-{instance}"),
-            interface: interface(ground_id, instance),
+impl VethPair {
+    fn of(bench_id: &str, instance: u32) -> VethPair {
+        VethPair {
+            name: format!("{bench_id}-{instance}"),
+            interface: interface(bench_id, instance),
             addresses: addresses(instance),
         }
     }
 
     /// Makes the link for a job with a port. Only root may.
-    pub fn make(ground: &Ground, job: &Job) -> Result<Option<Link>> {
+    pub fn create(fixture: &Fixture, job: &Job) -> Result<Option<VethPair>> {
         if job.port.is_none() {
             return Ok(None);
         }
-        may_make("only root can link a container's network to the host's")?;
-        let link = Link::of(&ground.id(), job.instance);
-        link.set_up().inspect_err(|_| drop(link.remove())).context("link a container's network to the host's")?;
-        Ok(Some(link))
+        check_privileges("only root can link a container's network to the host's")?;
+        let veth = VethPair::of(&fixture.id(), job.instance);
+        veth.set_up().inspect_err(|_| drop(veth.remove())).context("link a container's network to the host's")?;
+        Ok(Some(veth))
     }
 
     fn set_up(&self) -> Result<()> {
-        let Link { name, interface, addresses: (ours, its) } = self;
+        let VethPair { name, interface, addresses: (ours, its) } = self;
         let (ours, its) = (format!("{ours}/{PREFIX}"), format!("{its}/{PREFIX}"));
         for line in [
             &["netns", "add", name] as &[&str],
@@ -126,20 +126,20 @@ pub struct Tap {
 
 impl Tap {
     /// What an instance's is called, and its addresses.
-    pub fn of(ground_id: &str, instance: u32) -> Tap {
-        Tap { interface: interface(ground_id, instance), addresses: addresses(instance) }
+    pub fn of(bench_id: &str, instance: u32) -> Tap {
+        Tap { interface: interface(bench_id, instance), addresses: addresses(instance) }
     }
 
     /// Makes the device for a job with a port. Only root may.
-    pub fn make(ground: &Ground, job: &Job) -> Result<Option<Tap>> {
+    pub fn create(fixture: &Fixture, job: &Job) -> Result<Option<Tap>> {
         if job.port.is_none() {
             return Ok(None);
         }
-        may_make("its only network is a tap device, which only root can make")?;
+        check_privileges("its only network is a tap device, which only root can make")?;
         if !Path::new(TUN_PATH).exists() {
-            return Err(Unable(format!("there is no {TUN_PATH}: type `sudo modprobe tun`")).into());
+            return Err(Unsupported(format!("there is no {TUN_PATH}: type `sudo modprobe tun`")).into());
         }
-        let tap = Tap::of(&ground.id(), job.instance);
+        let tap = Tap::of(&fixture.id(), job.instance);
         tap.set_up().inspect_err(|_| drop(tap.remove())).context("make a tap device")?;
         Ok(Some(tap))
     }
@@ -162,7 +162,7 @@ impl Tap {
         &self.interface
     }
 
-    /// The instance's address and its way out, as [`Parts::network`](super::guest::Parts::network) has them.
+    /// The instance's address and its way out, as [`GuestOptions::network`](super::guest::GuestOptions::network) has them.
     pub fn network(&self) -> String {
         let (ours, its) = self.addresses;
         format!("{its}/{PREFIX},{ours}")
@@ -180,12 +180,12 @@ impl Tap {
 }
 
 /// Removes the links and tap devices of a bench that was killed, or could not go on between making one and starting its instance.
-pub fn remove_left_behind(folder: &Path) {
-    let id = bench_id(folder);
+pub fn remove_leftovers(dir: &Path) {
+    let id = bench_id(dir);
     for name in names("/run/netns") {
         let instance = name.strip_prefix(&id).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
         if let Some(instance) = instance
-            && let Err(error) = Link::of(&id, instance).remove()
+            && let Err(error) = VethPair::of(&id, instance).remove()
         {
             log::warn!("{error:#}");
         }
@@ -197,9 +197,9 @@ pub fn remove_left_behind(folder: &Path) {
     }
 }
 
-/// What is in a folder; nothing if it is not there.
-fn names(folder: &str) -> Vec<String> {
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+/// What is in a directory; nothing if it is not there.
+fn names(dir: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
@@ -209,13 +209,13 @@ mod tests {
 
     #[test]
     fn links_of_instances_are_apart() {
-        let link = |instance| Link::of("husk-bench-0a1b2c", instance);
-        assert_eq!(link(0).addresses, (Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 0, 2)));
-        assert_eq!(link(64).addresses, (Ipv4Addr::new(198, 18, 1, 1), Ipv4Addr::new(198, 18, 1, 2)));
-        assert_eq!(link(0x7fff).addresses.1, Ipv4Addr::new(198, 19, 255, 254));
-        assert_eq!(link(7).path(), Path::new("/run/netns/husk-bench-0a1b2c-7"));
-        assert!(link(u32::MAX).interface.len() <= 15);
-        assert_ne!(link(1).interface, link(2).interface);
+        let veth = |instance| VethPair::of("husk-bench-0a1b2c", instance);
+        assert_eq!(veth(0).addresses, (Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 0, 2)));
+        assert_eq!(veth(64).addresses, (Ipv4Addr::new(198, 18, 1, 1), Ipv4Addr::new(198, 18, 1, 2)));
+        assert_eq!(veth(0x7fff).addresses.1, Ipv4Addr::new(198, 19, 255, 254));
+        assert_eq!(veth(7).path(), Path::new("/run/netns/husk-bench-0a1b2c-7"));
+        assert!(veth(u32::MAX).interface.len() <= 15);
+        assert_ne!(veth(1).interface, veth(2).interface);
     }
 
     #[test]
@@ -238,7 +238,7 @@ mod tests {
         for tap in &taps {
             tap.set_up().unwrap();
         }
-        remove_left_behind(&Path::new("/bench").join(dead));
+        remove_leftovers(&Path::new("/bench").join(dead));
         let is_there = |tap: &Tap| Path::new("/sys/class/net").join(tap.interface()).exists();
         let left = taps.each_ref().map(is_there);
         taps.iter().filter(|tap| is_there(tap)).for_each(|tap| tap.remove().unwrap());

@@ -1,0 +1,339 @@
+//! One thing that is done with each contender in each round, and the numbers that it gives.
+
+mod instances;
+mod isolation;
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::time::Duration;
+use std::{fmt, fs};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::contender::{Contender, Fixture, Job, Launch, WORKLOAD};
+use super::network_client;
+use super::plan::Plan;
+use super::report::Isolation;
+use super::run::{self, Expected, Run, RunOptions, Running};
+use super::scenario::{METRICS, Metric, Scenario};
+use crate::foreign::one_line;
+
+/// The port that the work program listens on in an instance.
+const PORT: u16 = 7777;
+/// The scratch disk of an instance that measures disks, in MiB.
+const SCRATCH_MIB: u64 = 512;
+
+/// What is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Benchmark {
+    /// A program that says one line and ends with a code of ours.
+    Start {
+        /// Whether the host forgets first what it has read.
+        cold: bool,
+    },
+    /// All work that needs no disk, in one instance.
+    Work,
+    /// Reads and writes.
+    Disk,
+    /// Several idle instances.
+    Memory,
+    /// As many idle instances as fit, and many that start at once.
+    Density,
+    /// A server.
+    Network,
+    /// A neighbor of one that crashes.
+    Isolation(Crash),
+    /// The user's command.
+    Command,
+}
+
+/// What crashes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crash {
+    /// The kernel of the instance.
+    Kernel,
+    /// A process that takes all memory.
+    OutOfMemory,
+}
+
+impl fmt::Display for Benchmark {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Benchmark::Start { cold: false } => "start",
+            Benchmark::Start { cold: true } => "start with cold caches",
+            Benchmark::Work => "work",
+            Benchmark::Disk => "disk",
+            Benchmark::Memory => "memory",
+            Benchmark::Density => "density",
+            Benchmark::Network => "network",
+            Benchmark::Isolation(Crash::Kernel) => "a kernel's crash",
+            Benchmark::Isolation(Crash::OutOfMemory) => "memory that runs out",
+            Benchmark::Command => "command",
+        })
+    }
+}
+
+/// What all benchmarks of a bench share.
+#[derive(Debug)]
+pub struct Session<'a> {
+    /// The root and what else was prepared.
+    pub fixture: &'a Fixture,
+    /// What the user wants.
+    pub plan: &'a Plan,
+    /// How much work is done, by measure.
+    pub amounts: &'a BTreeMap<String, u64>,
+    /// The number of the next instance.
+    pub next_instance: Cell<u32>,
+}
+
+/// What one contender came to in one round.
+#[derive(Debug, Default)]
+pub struct Measurements {
+    /// Numbers, by measure.
+    pub values: Vec<(&'static str, f64)>,
+    /// Measures that failed by themselves.
+    pub failures: Vec<(&'static str, String)>,
+    /// Measures that can tell nothing here, and why.
+    pub skipped: Vec<(&'static str, String)>,
+}
+
+impl Benchmark {
+    /// The benchmarks that the plan asks for, in the order in which they are made.
+    pub fn of(plan: &Plan) -> Vec<Benchmark> {
+        let all = [
+            Benchmark::Start { cold: false },
+            Benchmark::Start { cold: true },
+            Benchmark::Memory,
+            Benchmark::Density,
+            Benchmark::Work,
+            Benchmark::Disk,
+            Benchmark::Network,
+            Benchmark::Isolation(Crash::Kernel),
+            Benchmark::Isolation(Crash::OutOfMemory),
+            Benchmark::Command,
+        ];
+        all.into_iter().filter(|benchmark| !benchmark.metrics(plan).is_empty()).collect()
+    }
+
+    /// The numbers that it gives, in their order.
+    pub fn metrics(self, plan: &Plan) -> Vec<&'static Metric> {
+        let asked = |metric: &&Metric| plan.scenarios.contains(&metric.scenario) && self.gives(metric);
+        METRICS.iter().filter(asked).collect()
+    }
+
+    fn gives(self, metric: &Metric) -> bool {
+        let name = metric.name;
+        match (self, metric.scenario) {
+            (Benchmark::Start { cold }, Scenario::Start) => name.ends_with("-cold") == cold,
+            (Benchmark::Memory, Scenario::Memory)
+            | (Benchmark::Density, Scenario::Density)
+            | (Benchmark::Disk, Scenario::Disk)
+            | (Benchmark::Network, Scenario::Network)
+            | (Benchmark::Command, Scenario::Command) => true,
+            (Benchmark::Isolation(Crash::Kernel), Scenario::Isolation) => name == "isolation-kernel",
+            (Benchmark::Isolation(Crash::OutOfMemory), Scenario::Isolation) => name == "isolation-memory",
+            (Benchmark::Work, scenario) => metric.is_workload && scenario != Scenario::Disk,
+            _ => false,
+        }
+    }
+
+    /// Whether a round of it takes so long, or differs so little from the one before, that a few are enough.
+    pub const fn is_slow(self) -> bool {
+        matches!(self, Benchmark::Memory | Benchmark::Density | Benchmark::Network | Benchmark::Isolation(_))
+    }
+
+    /// Why it cannot be made with this contender, or on this host.
+    pub fn skip_reason(self, contender: &dyn Contender, fixture: &Fixture) -> Option<String> {
+        match (self, contender.isolation()) {
+            (Benchmark::Isolation(Crash::Kernel), Isolation::None | Isolation::Container) => {
+                Some("its kernel is the host's: a crash would take the host and all neighbours with it".to_owned())
+            }
+            (Benchmark::Isolation(Crash::Kernel), Isolation::Machine) if !contender.exits_on_kernel_crash() => {
+                Some("it starts a machine anew whose kernel has crashed, which would crash without end".to_owned())
+            }
+            (Benchmark::Isolation(Crash::OutOfMemory), Isolation::None) => {
+                Some("nothing stands between it and the host's memory".to_owned())
+            }
+            (Benchmark::Isolation(Crash::OutOfMemory), _) => contender.unenforced_limits(fixture),
+            (Benchmark::Start { cold: true }, _) => drop_caches().err().map(|error| one_line(&format!("{error:#}"))),
+            _ => None,
+        }
+    }
+
+    /// Makes it once.
+    pub fn run(self, session: &Session, contender: &dyn Contender) -> Result<Measurements> {
+        match self {
+            Benchmark::Start { cold } => session.start(contender, cold),
+            Benchmark::Work => session.work(contender, self.metrics(session.plan), None),
+            Benchmark::Disk => session.work(contender, self.metrics(session.plan), Some(SCRATCH_MIB)),
+            Benchmark::Memory => session.memory(contender),
+            Benchmark::Density => session.density(contender),
+            Benchmark::Network => session.network(contender),
+            Benchmark::Isolation(crash) => session.isolation(contender, crash),
+            Benchmark::Command => session.command(contender),
+        }
+    }
+}
+
+impl Session<'_> {
+    /// An instance that runs the work program.
+    fn launch(&self, contender: &dyn Contender, words: &[&str]) -> Result<Launch> {
+        self.launch_with(contender, words, |_| ())
+    }
+
+    fn launch_with(&self, contender: &dyn Contender, words: &[&str], more: impl FnOnce(&mut Job)) -> Result<Launch> {
+        let command = std::iter::once(WORKLOAD).chain(words.iter().copied()).map(str::to_owned).collect();
+        let mut job = Job { command, scratch_mib: None, port: None, instance: self.instance() };
+        more(&mut job);
+        contender.launch(self.fixture, &job)
+    }
+
+    fn instance(&self) -> u32 {
+        let number = self.next_instance.get();
+        self.next_instance.set(number.wrapping_add(1));
+        number
+    }
+
+    fn timeout(&self) -> Duration {
+        self.plan.timeout
+    }
+
+    /// For one that others are started beside, each of which has the deadline to itself.
+    fn long_running_options(&self) -> RunOptions {
+        RunOptions { timeout: self.plan.timeout.saturating_mul(200), ..self.options() }
+    }
+
+    fn options(&self) -> RunOptions {
+        RunOptions { cpus: self.plan.cpus.clone(), timeout: self.plan.timeout }
+    }
+
+    /// The code is another one each time, so that nobody is believed who ends with a code of its own.
+    fn start(&self, contender: &dyn Contender, cold: bool) -> Result<Measurements> {
+        let code = 1 + (self.next_instance.get() % 100) as i32;
+        let launch = self.launch(contender, &["hello", "--exit", &code.to_string()])?;
+        if cold {
+            drop_caches()?;
+        }
+        let run = ensure_success(run::run(launch, &Expected { code, work: Vec::new() }, &self.options()))?;
+        let first = run.ready.context("it ended without a word")?;
+        let [output, exit] =
+            if cold { ["start-output-cold", "start-exit-cold"] } else { ["start-output-warm", "start-exit-warm"] };
+        let millis = |time: Duration| time.as_secs_f64() * 1e3;
+        Ok(Measurements {
+            values: vec![(output, millis(first)), (exit, millis(run.exited))],
+            ..Measurements::default()
+        })
+    }
+
+    fn work(
+        &self,
+        contender: &dyn Contender,
+        metrics: Vec<&'static Metric>,
+        scratch: Option<u64>,
+    ) -> Result<Measurements> {
+        let amount = |metric: &&'static Metric| {
+            let amount = self.amounts.get(metric.name);
+            amount.map(|amount| (metric.name.to_owned(), *amount))
+        };
+        let work: Vec<(String, u64)> = metrics.iter().filter_map(amount).collect();
+        ensure!(!work.is_empty(), "none of it could be done on the bare host");
+        let tasks: Vec<String> = work.iter().map(|(name, amount)| format!("{name}={amount}")).collect();
+        let cpus = self.plan.threads().to_string();
+        let mut words = vec!["do", "--cpus", &cpus];
+        words.extend(tasks.iter().map(String::as_str));
+        let launch = self.launch_with(contender, &words, |job| job.scratch_mib = scratch)?;
+        let run = run::run(launch, &Expected { code: 0, work: Vec::new() }, &self.options());
+        // One piece that failed does not spoil the others; an instance that ended badly spoils all.
+        let ended = matches!(run.end, run::Termination::Exited(_));
+        ensure!(ended && !run.timings.is_empty(), run.failures.join("; "));
+        let mut measurements = Measurements::default();
+        for metric in metrics {
+            let asked = self.amounts.get(metric.name);
+            let timing = run.timings.iter().find(|timing| timing.name == metric.name && Some(&timing.amount) == asked);
+            match timing.filter(|timing| timing.seconds > 0.0) {
+                Some(timing) => {
+                    measurements.values.push((metric.name, metric.from_workload(timing.amount, timing.seconds)))
+                }
+                None => measurements.failures.push((metric.name, reason(&run, metric.name))),
+            }
+        }
+        Ok(measurements)
+    }
+
+    fn network(&self, contender: &dyn Contender) -> Result<Measurements> {
+        let workload = if self.plan.sampling.quick {
+            network_client::Workload { bytes: 64 << 20, round_trips: 200, requests: 200 }
+        } else {
+            network_client::Workload { bytes: 256 << 20, round_trips: 1000, requests: 300 }
+        };
+        let port = PORT.to_string();
+        let launch = self.launch_with(contender, &["serve", &port], |job| job.port = Some(PORT))?;
+        let address = launch.address.context("its port cannot be reached from here")?;
+        let server = Running::start(launch, &self.options())?;
+        server.wait_ready(self.timeout())?;
+        let results = network_client::measure(address, workload, self.timeout());
+        check_cleanup(&server.end())?;
+        let results = results?;
+        let values = vec![
+            ("network-to", results.to_mib_per_s),
+            ("network-from", results.from_mib_per_s),
+            ("network-latency", results.round_trip_us),
+            ("network-requests", results.requests_per_s),
+        ];
+        Ok(Measurements { values, ..Measurements::default() })
+    }
+
+    fn command(&self, contender: &dyn Contender) -> Result<Measurements> {
+        let command = self.plan.command.clone();
+        let job = Job { command, scratch_mib: None, port: None, instance: self.instance() };
+        let launch = contender.launch(self.fixture, &job)?;
+        let run = ensure_success(run::run(launch, &Expected::default(), &self.options()))?;
+        Ok(Measurements { values: vec![("command", run.exited.as_secs_f64() * 1e3)], ..Measurements::default() })
+    }
+}
+
+/// A run that did what was asked.
+fn ensure_success(run: Run) -> Result<Run> {
+    ensure!(run.failures.is_empty(), run.failures.join("; "));
+    Ok(run)
+}
+
+/// Of an instance that was made to end, what it left behind.
+fn check_cleanup(run: &Run) -> Result<()> {
+    let left = run.failures.iter().find(|failure| failure.starts_with("clean up: "));
+    left.map_or(Ok(()), |left| bail!("{left}"))
+}
+
+/// Why a measure has no number: its own failure, or whatever went wrong.
+fn reason(run: &Run, name: &str) -> String {
+    if run.timings.iter().any(|timing| timing.name == name) {
+        return "its two marks came at the same moment, or for another amount: too little work to be timed".to_owned();
+    }
+    let own = run.failures.iter().find(|failure| failure.contains(name));
+    own.or(run.failures.first()).map_or_else(|| "it was not done".to_owned(), String::clone)
+}
+
+/// Writes what is dirty, and has the host forget what it has read (proc_sys_vm(5), drop_caches).
+fn drop_caches() -> Result<()> {
+    rustix::fs::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").context("have the host forget what it has read, which only root may")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::contender;
+    use crate::bench::contender::tests::fixture;
+
+    #[test]
+    fn a_kernel_crashes_where_nobody_else_has_it_and_the_machine_ends() {
+        let contenders = contender::find();
+        let skip_reason = |name| {
+            let contender = contenders.iter().find(|contender| contender.name() == name).unwrap();
+            Benchmark::Isolation(Crash::Kernel).skip_reason(&**contender, &fixture())
+        };
+        assert!(skip_reason("crun").unwrap().starts_with("its kernel is the host's"));
+        assert!(skip_reason("cloud-hypervisor").unwrap().starts_with("it starts a machine anew"));
+        assert_eq!([skip_reason("qemu-microvm"), skip_reason("firecracker")], [None, None]);
+    }
+}
