@@ -1,5 +1,5 @@
-//! `husk bench` as its user meets it: what it finds, what it writes, what it says of wrong input, and that nothing is left behind.
-//! A whole quick run, with machines, is made where this host's KVM runs them: on the host, or in the lab.
+//! `husk bench` end to end: results, output files, error messages, and cleanup. A complete quick run with machines
+//! needs a KVM that runs any kernel, on the host or in the lab.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,13 +13,13 @@ use husk::bench::report::Report;
 use husk::bench::scenario::Scenario;
 use tempfile::TempDir;
 
-/// A directory with an image, for one bench.
+/// A temporary directory with an image, for one run.
 struct Bench {
     dir: TempDir,
 }
 
 impl Bench {
-    /// On a disk that is one: overlays and direct reads are not to be had everywhere.
+    /// On a real disk: overlays and direct I/O are not supported everywhere.
     fn new() -> Bench {
         let dir = TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap();
         let root = dir.path().join("image/bin");
@@ -53,7 +53,7 @@ impl Bench {
         compare::parse(&fs::read_to_string(self.path(name)).unwrap()).unwrap()
     }
 
-    /// Nothing of the bench's own is left: no directory, no mount, no process with one of its paths.
+    /// Checks that no directories and mounts are left behind.
     fn expect_nothing_left(&self) {
         let left: Vec<_> = fs::read_dir(self.path("store/bench")).unwrap().flatten().collect();
         assert!(left.is_empty(), "{left:?}");
@@ -66,7 +66,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A container that this host can be compared with; `None`, loudly, where there is none or this is not root.
+/// Returns an available container runtime, or `None` with a message.
 fn container(bench: &Bench, test: &str) -> Option<&'static str> {
     let is_root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
     let listed = text(&bench.run(&["--list"]).stdout);
@@ -78,7 +78,7 @@ fn container(bench: &Bench, test: &str) -> Option<&'static str> {
     found
 }
 
-/// Exit code and the one line on standard error of a bench that comes to nothing.
+/// Returns the exit code and the single line on standard error of a run that is refused.
 fn refused(words: &[&str]) -> (i32, String) {
     let output = Bench::new().run(words);
     let errors = text(&output.stderr);
@@ -167,7 +167,7 @@ fn an_interrupted_bench_leaves_nothing() {
     let bench = Bench::new();
     let Some(container) = container(&bench, "an_interrupted_bench_leaves_nothing") else { return };
     let (image, against) = (bench.image(), format!("host,{container}"));
-    // No other process here waits for so long.
+    // No other process here sleeps for so long.
     const LONG: &str = "7654327";
     let words = ["--runs", "1", "--against", &against, &image, "--", "/bin/busybox", "sleep", LONG];
     let mut child = bench.husk(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
@@ -186,7 +186,7 @@ fn wait_with_errors(child: &mut Child) -> (Option<i32>, String) {
     (child.wait().unwrap().code(), errors)
 }
 
-/// Whether any process has this word in its command line, but for the bench's own.
+/// Whether a process other than the benchmark's has this argument.
 fn sleeps(word: &str) -> bool {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let lines = processes.filter_map(|process| fs::read(process.path().join("cmdline")).ok());
@@ -222,7 +222,7 @@ fn a_budget_that_nobody_can_spend_counts_nobody() {
 fn who_is_held_by_nothing_does_not_run_out_of_memory() {
     let bench = Bench::new();
     let test = "who_is_held_by_nothing_does_not_run_out_of_memory";
-    // Without root runc can hold nobody to anything.
+    // Without root, runc cannot enforce limits.
     if container(&bench, test).is_none() || !text(&bench.run(&["--list"]).stdout).contains("present  runc: ") {
         return eprintln!("SKIPPED: {test} wants root, and runc");
     }
@@ -245,7 +245,7 @@ fn who_is_held_by_nothing_does_not_run_out_of_memory() {
     bench.expect_nothing_left();
 }
 
-/// Whether kernels run here as they are.
+/// Whether this host can run ordinary kernels.
 fn runs_machines(bench: &Bench) -> bool {
     let mut husk = Command::new(bench.husk(&[]).get_program());
     husk.arg("doctor").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
@@ -260,7 +260,7 @@ fn a_whole_quick_run_measures_machines_and_containers() {
     }
     let against = ["crun", "runc", "qemu-microvm", "husk"];
     let image = bench.image();
-    // Where it is emulated each start of a machine takes seconds.
+    // On an emulated host, every start of a machine takes seconds.
     let words =
         ["--quick", "--runs", "1", "--memory", "256M", "--against", &against.join(","), "--output", "quick", &image];
     let output = bench.run(&words);
@@ -281,7 +281,7 @@ fn a_whole_quick_run_measures_machines_and_containers() {
         assert!(scenarios.contains(&scenario), "{scenario:?}");
     }
     bench.expect_nothing_left();
-    // For who holds it against the published schema.
+    // For validation against the published schema.
     if let Some(copy) = std::env::var_os("HUSK_TEST_BENCH_REPORT") {
         fs::copy(bench.path("quick.json"), copy).unwrap();
     }

@@ -1,4 +1,4 @@
-//! The page of `husk bench` in a real browser, Debian's Chromium: on a phone, in the dark, printed, without a network.
+//! The page of `husk bench` in a real browser, Debian's Chromium: narrow, dark, printed, and offline.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -7,7 +7,7 @@ use husk::bench::{example, page, report::Report};
 use serde_json::Value;
 
 const CHROMIUM: &str = "/usr/bin/chromium";
-/// Narrower windows than 500 pixels Chromium does not make: the page is looked at in a frame of the width wanted.
+/// Chromium windows are at least 500 pixels wide, so the page is shown in a frame.
 const LOOK: &str = r#"<!doctype html><meta charset="utf-8"><title>look</title>
 <iframe id="frame" width="WIDTH" height="800" srcdoc="PAGE"></iframe><pre id="seen"></pre>
 <script>
@@ -55,7 +55,7 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('"', "&quot;")
 }
 
-/// A browser that asks nobody for anything of its own, with what it printed.
+/// Runs Chromium without background requests and returns its output.
 fn chromium(dir: &Path, arguments: &[&str]) -> Option<String> {
     if !Path::new(CHROMIUM).exists() {
         eprintln!("SKIPPED: no {CHROMIUM} (scripts/deps test installs it)");
@@ -73,7 +73,7 @@ fn chromium(dir: &Path, arguments: &[&str]) -> Option<String> {
     Some(String::from_utf8(output.stdout).unwrap())
 }
 
-/// What a browser makes of the page at this width.
+/// Inspects the rendered page at a given width.
 fn look(report: &Report, width: u32, dark: bool) -> Option<Value> {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("look.html");
@@ -149,7 +149,7 @@ fn a_printer_gets_all_of_it() {
     }
     let pdf = std::fs::read(&pdf).unwrap();
     assert!(pdf.starts_with(b"%PDF-"));
-    // The table of all numbers, which is folded away on a screen, takes pages of its own.
+    // The table of all numbers, collapsed on screen, takes several pages.
     let pages = pdf.windows(11).filter(|bytes| bytes == b"/Type /Page").count();
     assert!((8..40).contains(&pages), "{pages} pages");
 }

@@ -1,4 +1,4 @@
-//! What the commands cost that look after machines in the background, on guests of a dozen instructions.
+//! The cost of commands that manage machines in the background, with minimal guests.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use crate::{Aim, median, report};
 
 const MACHINES: usize = 20;
 
-/// Starts machines one after the other, lists them, and ends them at once.
+/// Starts machines one after the other, lists them, and removes them at once.
 pub fn twenty_machines() -> Result<()> {
     let runtime = tempfile::tempdir().context("make a folder")?;
     let husk = |words: &[&str]| -> Result<Duration> {

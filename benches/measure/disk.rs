@@ -1,4 +1,5 @@
-//! From a driver at CPL 3 through the whole block device to a file, beside pread and pwrite on the same file.
+//! Block I/O from a guest driver at CPL 3 through the whole block device to a file, compared with pread and pwrite on
+//! the same file.
 
 use std::fs::File;
 use std::io::Write;
@@ -47,7 +48,7 @@ fn measure(file: &File, path: &Path, kind: &str, order: &str) -> Result<()> {
     Ok(())
 }
 
-/// Thousands of requests a second by a loop of pread or pwrite.
+/// Returns the rate of a loop of pread or pwrite, in thousands of requests per second.
 fn plain_rate(file: &File, kind: &str, order: &str) -> Result<f64> {
     let mut buffer = [0x5a; BLOCK];
     let mut state = 88_172_645_463_325_252u64;
@@ -70,7 +71,7 @@ fn plain_rate(file: &File, kind: &str, order: &str) -> Result<f64> {
     Ok(REQUESTS as f64 / 1e3 / start.elapsed().as_secs_f64())
 }
 
-/// The same by a guest's driver, by the guest's clock.
+/// Returns the rate of a guest driver, measured by the guest's clock.
 fn device_rate(path: &Path, kind: &str, order: &str, depth: u32) -> Result<f64> {
     let words = format!("type={kind} order={order} depth={depth} count={REQUESTS}");
     let mut command = boot(husk_guests::DRIVE, &words);

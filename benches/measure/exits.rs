@@ -1,4 +1,4 @@
-//! From a guest's instruction to husk and back, as the guest's own clock tells it.
+//! Round trips from a guest instruction to husk and back, measured by the guest's clock.
 
 use anyhow::{Context, Result};
 
@@ -6,7 +6,7 @@ use crate::{Aim, boot, median, output_of, report};
 
 const RUNS: usize = 5;
 
-/// Port I/O and MMIO to where no device answers, and a doorbell, from CPL 0 and from CPL 3.
+/// Port I/O and MMIO without a device, and a doorbell, from CPL 0 and from CPL 3.
 pub fn round_trips() -> Result<()> {
     let mut runs = Vec::new();
     for _ in 0..RUNS {

@@ -1,4 +1,4 @@
-//! From an image to a root that a machine can have: how much of it is prepared in a second.
+//! Throughput of preparing an image.
 
 use std::fs;
 use std::path::Path;
@@ -11,12 +11,12 @@ use husk::image::{Form, Progress, Source, Store};
 use crate::{Aim, median, report};
 
 const RUNS: usize = 3;
-/// What every Linux host has of programs, libraries and texts: as mixed as an image.
+/// A mix of programs, libraries and texts that every Linux host has, similar to an image.
 const CONTENT: &str = "find /usr/bin /usr/share/doc /usr/share/perl* -type f -size -20M -print0 2>/dev/null \
     | head -z -n 20000 | tar --null -T - --ignore-failed-read -cf content.tar 2>/dev/null; test -s content.tar; \
     gzip -6 -k content.tar";
 
-/// An archive as it is and packed, to compressed roots and others.
+/// Plain and gzip-compressed archives, to plain and LZ4-compressed roots.
 pub fn prepare() -> Result<()> {
     let folder = tempfile::tempdir().context("make a folder")?;
     let made = Command::new("bash").args(["-ec", CONTENT]).current_dir(folder.path()).status()?;
@@ -48,7 +48,7 @@ pub fn prepare() -> Result<()> {
     Ok(())
 }
 
-/// Seconds to prepare, and the bytes of the root.
+/// Returns the seconds to prepare an image, and the size of the root.
 fn once(archive: &Path, store: &Path, form: Form) -> Result<(f64, u64)> {
     let mut store = Store::open(store)?;
     store.form = form;

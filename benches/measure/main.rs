@@ -1,7 +1,7 @@
-//! From a machine to numbers: each measurement prints a name, a value and its unit, and the aim where there is one.
+//! Measurements of husk: each prints a name, a value and its unit, and the target if there is one.
 //!
-//! `cargo bench --bench measure [NAME…]` runs those whose name contains one of the words. The medians are of runs that
-//! take turns with what they are compared to, since only ratios within one run carry over to another machine.
+//! `cargo bench --bench measure [NAME…]` runs those whose name contains one of the words. Measurements that are
+//! compared take turns, since only ratios within one run are portable between machines.
 
 mod background;
 mod disk;
@@ -16,7 +16,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 
-/// What a value is to reach.
+/// The target of a value.
 enum Aim {
     Below(f64),
     Above(f64),
@@ -36,20 +36,20 @@ fn report(name: &str, value: f64, unit: &str, aim: Aim) {
     println!("{}", line.trim_end());
 }
 
-/// The middle one of `values`.
+/// Returns the median.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// `husk boot` of a tiny guest, told `words`; its command for more flags.
+/// Builds a `husk boot` command of a tiny guest with a kernel command line.
 fn boot(guest: &str, words: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
     command.args(["boot", "--kernel", guest, "--cmdline", words]);
     command
 }
 
-/// Runs `command` and returns what the guest printed; fails unless it ends with 0.
+/// Runs a command and returns the guest's output. Fails on a nonzero exit code.
 fn output_of(mut command: Command) -> Result<String> {
     let output = command.output().context("start husk")?;
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -57,7 +57,7 @@ fn output_of(mut command: Command) -> Result<String> {
     Ok(stdout.into_owned())
 }
 
-/// A name to choose it by, and what prints its lines.
+/// The name used for selection, and the function.
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         ("background", background::twenty_machines),
         ("image", image::prepare),
     ];
-    // Cargo passes `--bench` on.
+    // Cargo passes `--bench`.
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
     println!("{:<52}{:>12} {:<6} aim", "measurement", "value", "unit");

@@ -1,4 +1,4 @@
-//! What a machine that has nothing to do costs its host: memory beyond the guest's own, and processor time.
+//! The cost of an idle machine: memory beyond the guest's own, and CPU time.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
@@ -14,13 +14,13 @@ use husk::timings::Timings;
 
 use crate::{Aim, boot, report};
 
-/// A machine's memory unless its user says otherwise.
+/// The default memory of a machine.
 const GUEST_MIB: u64 = 512;
 
-/// How long a guest is watched that halts. The scheduler counts nanoseconds.
+/// How long an idle guest is observed. The scheduler counts nanoseconds.
 const WATCHED: Duration = Duration::from_secs(10);
 
-/// The proportional set size of every mapping that is not guest memory, of a machine whose guest halts.
+/// The proportional set size of all mappings that are not guest memory, while the guest halts.
 pub fn beyond_the_guest() -> Result<()> {
     let maps = with_an_idle_guest(|husk| Ok(std::fs::read_to_string(format!("/proc/{}/smaps", husk.id()))?))?;
     let (guest_kib, other_kib) = split(&maps);
@@ -29,7 +29,7 @@ pub fn beyond_the_guest() -> Result<()> {
     Ok(())
 }
 
-/// What all threads of a machine use of a processor, whose guest halts, and that is paused while its guest would spin.
+/// CPU time of all threads of a machine, while its guest halts, and while it is paused with a guest that would spin.
 pub fn idle() -> Result<()> {
     let halts = with_an_idle_guest(|husk| processor_share(husk.id()))?;
     report("processor time of a guest that halts", halts * 100.0, "%", Aim::Below(0.1));
@@ -48,14 +48,14 @@ pub fn idle() -> Result<()> {
     Ok(())
 }
 
-/// What a process uses of a processor while it is watched.
+/// Returns the fraction of a CPU that a process uses.
 fn processor_share(process: u32) -> Result<f64> {
     let (started, before_ns) = (Instant::now(), processor_ns(process)?);
     thread::sleep(WATCHED);
     Ok((processor_ns(process)? - before_ns) as f64 / 1e9 / started.elapsed().as_secs_f64())
 }
 
-/// Lets `look` look at a machine whose guest has said all that it will.
+/// Calls `look` with a machine whose guest has halted.
 fn with_an_idle_guest<T>(look: impl FnOnce(&Child) -> Result<T>) -> Result<T> {
     let mut command = boot(husk_guests::POWER, "do=halt");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -70,7 +70,7 @@ fn with_an_idle_guest<T>(look: impl FnOnce(&Child) -> Result<T>) -> Result<T> {
     seen
 }
 
-/// Time on a processor of all threads so far (proc(5), schedstat: the first number).
+/// Returns the CPU time of all threads (proc(5), schedstat: the first number).
 fn processor_ns(process: u32) -> Result<u64> {
     let mut sum_ns = 0;
     for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
@@ -80,7 +80,7 @@ fn processor_ns(process: u32) -> Result<u64> {
     Ok(sum_ns)
 }
 
-/// The proportional set size in KiB of mappings as large as the guest, and of the others (proc(5), smaps).
+/// Returns the proportional set sizes of guest memory and of other mappings, in KiB (proc_pid_smaps(5)).
 fn split(maps: &str) -> (u64, u64) {
     let (mut guest_kib, mut other_kib, mut is_guest) = (0, 0, false);
     for line in maps.lines() {

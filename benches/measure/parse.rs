@@ -1,4 +1,4 @@
-//! From a descriptor chain to a checked block request.
+//! Parsing of a block request from its descriptor chain.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::{Aim, median, report};
 const QUEUE_SIZE: u16 = 256;
 const REQUESTS: u32 = 1_000_000;
 const RUNS: usize = 5;
-/// Where the rings, a header, 4 KiB of data and a status byte lie.
+/// Guest addresses of the rings, a header, 4 KiB of data and a status byte.
 const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
@@ -25,7 +25,7 @@ const HEADER: u64 = 0x4000;
 const DATA: u64 = 0x5000;
 const STATUS: u64 = 0x6000;
 
-/// A read of 4 KiB in three descriptors, taken from the ring once and parsed again and again.
+/// Parses a 4 KiB read of three descriptors, popped from the ring once.
 pub fn block_requests() -> Result<()> {
     let memory = Arc::new(memory::reserve(32)?);
     let chain = chain(&memory)?;
@@ -45,7 +45,7 @@ pub fn block_requests() -> Result<()> {
     Ok(())
 }
 
-/// Puts the request into an available ring and takes it out, as the device does.
+/// Puts the request into an available ring and pops it, as the device does.
 fn chain(memory: &Arc<GuestMemory>) -> Result<Chain> {
     const NEXT: u16 = 1;
     const WRITE: u16 = 2;
@@ -56,7 +56,7 @@ fn chain(memory: &Arc<GuestMemory>) -> Result<Chain> {
             [&address.to_le_bytes()[..], &len_bytes.to_le_bytes(), &flags.to_le_bytes(), &(at + 1).to_le_bytes()];
         memory.write_slice(&descriptor.concat(), GuestAddress(DESCRIPTORS + 16 * u64::from(at)))?;
     }
-    // flags, index and the first entry.
+    // Flags, index and the first entry.
     memory.write_slice(&[0u16, 1, 0].map(u16::to_le_bytes).concat(), GuestAddress(AVAILABLE))?;
     let registers = QueueRegisters {
         ready: true,

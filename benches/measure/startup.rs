@@ -1,4 +1,4 @@
-//! From opening /dev/kvm to the first instruction, and from a kernel's file to guest memory.
+//! Time from opening /dev/kvm to the first instruction, and from a kernel file to guest memory.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -33,7 +33,7 @@ pub fn first_run() -> Result<()> {
     Ok(())
 }
 
-/// A large ELF kernel from the page cache, beside a plain read of the same file into memory as fresh as a guest's.
+/// Loads a large ELF kernel from the page cache, compared with a plain read of the same file into fresh memory.
 pub fn kernel_load() -> Result<()> {
     let mut file = tempfile::tempfile()?;
     file.write_all(&elf_of(KERNEL_MIB << 20))?;
@@ -65,7 +65,7 @@ fn megabytes_a_second(start: Instant) -> f64 {
     (KERNEL_MIB << 20) as f64 / 1e6 / start.elapsed().as_secs_f64()
 }
 
-/// An ELF64 executable with one segment of this many bytes at 16 MiB (System V ABI, object files).
+/// An ELF64 executable with one segment at 16 MiB (System V ABI, object files).
 fn elf_of(len_bytes: usize) -> Vec<u8> {
     const ADDRESS: u64 = 16 << 20;
     const HEADERS: u64 = 64 + 56;

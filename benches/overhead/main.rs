@@ -1,15 +1,16 @@
-//! What an image costs beyond its kernel: `husk run IMAGE true` beside `husk boot` of the same kernel with a first process
-//! that powers off at once, in turn; and one more `true` in a machine that runs already.
+//! The overhead of an image: `husk run IMAGE true` compared with `husk boot` of the same kernel with an init that
+//! powers off at once, in turn; and `husk exec` of `true` in a running machine.
 //!
-//! The clock is this process's own, from start to exit. `scripts/overhead` runs it where KVM runs real kernels.
+//! Times are wall-clock times of this process, from start to exit. `scripts/overhead` runs it where KVM runs real
+//! kernels.
 
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-/// How many times as long as the bare kernel a run may take.
+/// The target ratio of a run to a boot of the bare kernel.
 const RATIO_MAX: f64 = 1.3;
 
-/// Reads every file of the root once, and says how many nanoseconds that took.
+/// Reads every file of the root once, and prints the duration in nanoseconds.
 const READ_ALL: &str = "start=$(date +%s%N); find /usr /bin /lib -xdev -type f -exec cat {} + >/dev/null; \
     echo $(($(date +%s%N) - start))";
 
@@ -32,7 +33,7 @@ fn get(name: &str) -> Result<String, String> {
     std::env::var(name).map_err(|_| format!("{name} is not set; scripts/overhead sets it"))
 }
 
-/// How long a guest takes to read all of a root, of two that differ in their form alone, in turn: `PLAIN:COMPRESSED`.
+/// Compares how long a guest takes to read two roots that differ only in compression, in turn: `PLAIN:COMPRESSED`.
 fn measure_reads(roots: &str) -> Result<bool, String> {
     let (husk, kernel, memory) = (get("OVERHEAD_HUSK")?, get("OVERHEAD_KERNEL")?, get("OVERHEAD_MEMORY")?);
     let runs: usize = get("OVERHEAD_RUNS")?.parse().map_err(|_| "OVERHEAD_RUNS is no number")?;
@@ -63,7 +64,7 @@ fn measure() -> Result<bool, String> {
     let image = ["run", "--kernel", &kernel, "--memory", &memory, &image, "true"];
     let mut times: [Vec<f64>; 2] = Default::default();
     println!("{:<8}{:>14}{:>14}{:>8}", "round", "boot (ms)", "run (ms)", "ratio");
-    // The first round prepares the image and warms the page cache, and is not counted.
+    // The first round prepares the image and warms the page cache. It is not counted.
     for round in 0..=runs {
         let [boot, run] = [time(&husk, &bare)?, time(&husk, &image)?];
         if round > 0 {
@@ -72,7 +73,7 @@ fn measure() -> Result<bool, String> {
             times[1].push(run);
         }
     }
-    // Of neighbours: the machine's own noise is mostly the same in both.
+    // Ratios of adjacent runs, because most of the noise affects both.
     let ratio = median(times[0].iter().zip(&times[1]).map(|(boot, run)| run / boot).collect());
     let [boot, run] = times.map(median);
     println!("median: boot {boot:.1} ms, run {run:.1} ms, run/boot {ratio:.2} (aim: below {RATIO_MAX})");
@@ -82,7 +83,7 @@ fn measure() -> Result<bool, String> {
     Ok(ratio < RATIO_MAX)
 }
 
-/// Milliseconds that one more process takes in a machine that runs already.
+/// Returns the milliseconds of `husk exec` in a running machine.
 fn enter(husk: &str, image: &[&str], runs: usize) -> Result<f64, String> {
     let name = format!("overhead-{}", std::process::id());
     let mut start = image.to_vec();
@@ -91,18 +92,18 @@ fn enter(husk: &str, image: &[&str], runs: usize) -> Result<f64, String> {
     time(husk, &start)?;
     let times: Result<Vec<f64>, String> = (0..=runs).map(|_| time(husk, &["exec", &name, "true"])).collect();
     time(husk, &["kill", &name])?;
-    // The first is not counted.
+    // The first one is not counted.
     Ok(median(times?.split_off(1)))
 }
 
-/// Milliseconds from start to exit, which has to be a good one.
+/// Returns the milliseconds from start to a successful exit.
 fn time(husk: &str, words: &[&str]) -> Result<f64, String> {
     let start = Instant::now();
     output(husk, words)?;
     Ok(start.elapsed().as_secs_f64() * 1e3)
 }
 
-/// What it printed.
+/// Returns the standard output.
 fn output(husk: &str, words: &[&str]) -> Result<String, String> {
     let output =
         Command::new(husk).args(words).stdin(Stdio::null()).output().map_err(|error| format!("{husk}: {error}"))?;

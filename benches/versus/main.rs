@@ -1,18 +1,18 @@
-//! husk and QEMU's microvm, side by side: the same kernel and initial RAM disk, to PID 1 and to power-off, in turn.
+//! husk and QEMU's microvm side by side: the same kernel and initial RAM disk, to PID 1 and to power-off, in turn.
 //!
-//! The clock is this process's own: from the start of a monitor to the line that the guest's PID 1 prints first, and to the
-//! monitor's end. `scripts/versus` runs it where KVM runs real kernels.
+//! Times are wall-clock times of this process: from the start of a VMM to the first line of the guest's PID 1, and to
+//! the exit of the VMM. `scripts/versus` runs it where KVM runs real kernels.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-/// What the guest's init prints before it does anything else.
+/// The first line that the guest's init prints.
 const PID1: &str = "pid1=up";
-/// The words that make either guest quiet, and end it at once; husk's own are left out, so that both have the same.
+/// Makes either guest quiet and stops it at once. husk's own parameters are left out, so that both have the same.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests pci=off swiotlb=noforce -- none";
 
-/// The parts that both monitors boot, from the environment of `scripts/versus`.
+/// What both VMMs boot, from the environment of `scripts/versus`.
 struct Parts {
     husk: String,
     qemu: String,
@@ -23,14 +23,14 @@ struct Parts {
     runs: usize,
 }
 
-/// One run of a monitor.
+/// One run of a VMM.
 #[derive(Clone, Copy)]
 struct Run {
     to_pid1: Duration,
     to_exit: Duration,
 }
 
-/// The time of one part of a run.
+/// A duration of a run.
 type Part = fn(&Run) -> Duration;
 
 fn main() -> ExitCode {
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     let contenders = [("husk", husk(&parts)), ("qemu microvm", qemu(&parts))];
     let mut runs: [Vec<Run>; 2] = Default::default();
     println!("{:<16}{:>6}{:>16}{:>16}", "monitor", "run", "to PID 1 (ms)", "to exit (ms)");
-    // The first round warms the page cache for both, and is not counted.
+    // The first round warms the page cache for both. It is not counted.
     for round in 0..=parts.runs {
         for ((name, command), runs) in contenders.iter().zip(&mut runs) {
             let run = match measure(command) {
@@ -97,8 +97,8 @@ fn husk(parts: &Parts) -> Vec<String> {
     ])
 }
 
-/// As lean as QEMU's documentation of the microvm machine makes it, with the entropy device that husk has. Its qboot
-/// firmware is quicker than its SeaBIOS, which also puts the ACPI tables where QEMU then puts the initial RAM disk.
+/// QEMU's minimal microvm configuration, with the same entropy device as husk. Its qboot firmware is faster than its
+/// SeaBIOS, which also puts the ACPI tables where QEMU then puts the initial RAM disk.
 fn qemu(parts: &Parts) -> Vec<String> {
     let Parts { qemu, kernel, initrd, memory_mib, cpus, .. } = parts;
     let machine = "microvm,x-option-roms=off,isa-serial=on,rtc=off,pit=off,pic=off,auto-kernel-cmdline=off";
@@ -138,7 +138,7 @@ fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
 
-/// Runs a monitor to its end. A guest that never says that PID 1 is up, or that does not power off, is no run.
+/// Runs a VMM to its end. Fails if the guest does not reach PID 1 or does not power off.
 fn measure(command: &[String]) -> Result<Run, String> {
     let [program, arguments @ ..] = command else { return Err("no program".to_owned()) };
     let start = Instant::now();
@@ -165,7 +165,7 @@ fn measure(command: &[String]) -> Result<Run, String> {
     }
 }
 
-/// Medians, and the ratio of each pair of neighbours: the machine's own noise is mostly the same in both.
+/// Prints medians, and ratios of adjacent runs, because most of the noise affects both.
 fn report([husk, qemu]: &[Vec<Run>; 2]) -> ExitCode {
     let parts: [(&str, Part); 2] = [("to PID 1", |run| run.to_pid1), ("to exit", |run| run.to_exit)];
     let mut faster = true;

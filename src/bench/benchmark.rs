@@ -1,4 +1,4 @@
-//! One thing that is done with each contender in each round, and the numbers that it gives.
+//! A benchmark: what is run once per contender and round, and the metrics it produces.
 
 mod instances;
 mod isolation;
@@ -18,41 +18,41 @@ use super::run::{self, Expected, Run, RunOptions, Running};
 use super::scenario::{METRICS, Metric, Scenario};
 use crate::foreign::one_line;
 
-/// The port that the work program listens on in an instance.
+/// The TCP port on which the workload program listens inside an instance.
 const PORT: u16 = 7777;
-/// The scratch disk of an instance that measures disks, in MiB.
+/// The size of the scratch disk used by the disk benchmark, in MiB.
 const SCRATCH_MIB: u64 = 512;
 
-/// What is done.
+/// A benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Benchmark {
-    /// A program that says one line and ends with a code of ours.
+    /// A program that prints one line and exits with a given code.
     Start {
-        /// Whether the host forgets first what it has read.
+        /// Whether the host's page cache is dropped first.
         cold: bool,
     },
-    /// All work that needs no disk, in one instance.
+    /// All workload tasks that need no disk, in one instance.
     Work,
-    /// Reads and writes.
+    /// Disk reads and writes.
     Disk,
-    /// Several idle instances.
+    /// Memory usage of several idle instances.
     Memory,
-    /// As many idle instances as fit, and many that start at once.
+    /// As many idle instances as fit into a memory budget, then concurrent starts.
     Density,
-    /// A server.
+    /// A TCP server.
     Network,
-    /// A neighbor of one that crashes.
+    /// A neighbor of an instance that crashes.
     Isolation(Crash),
     /// The user's command.
     Command,
 }
 
-/// What crashes.
+/// The kind of crash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Crash {
-    /// The kernel of the instance.
+    /// The kernel of the instance panics.
     Kernel,
-    /// A process that takes all memory.
+    /// A process allocates until memory runs out.
     OutOfMemory,
 }
 
@@ -73,32 +73,32 @@ impl fmt::Display for Benchmark {
     }
 }
 
-/// What all benchmarks of a bench share.
+/// State shared by all benchmarks of a run.
 #[derive(Debug)]
 pub struct Session<'a> {
-    /// The root and what else was prepared.
+    /// The files prepared for the contenders.
     pub fixture: &'a Fixture,
-    /// What the user wants.
+    /// The user's choices.
     pub plan: &'a Plan,
-    /// How much work is done, by measure.
+    /// The calibrated amount of work, by metric name.
     pub amounts: &'a BTreeMap<String, u64>,
     /// The number of the next instance.
     pub next_instance: Cell<u32>,
 }
 
-/// What one contender came to in one round.
+/// The results of one contender in one round.
 #[derive(Debug, Default)]
 pub struct Measurements {
-    /// Numbers, by measure.
+    /// Values by metric name.
     pub values: Vec<(&'static str, f64)>,
-    /// Measures that failed by themselves.
+    /// Metrics that failed while others succeeded, with the reason.
     pub failures: Vec<(&'static str, String)>,
-    /// Measures that can tell nothing here, and why.
+    /// Metrics that are meaningless on this host, with the reason.
     pub skipped: Vec<(&'static str, String)>,
 }
 
 impl Benchmark {
-    /// The benchmarks that the plan asks for, in the order in which they are made.
+    /// Returns the benchmarks selected by the plan, in execution order.
     pub fn of(plan: &Plan) -> Vec<Benchmark> {
         let all = [
             Benchmark::Start { cold: false },
@@ -115,7 +115,7 @@ impl Benchmark {
         all.into_iter().filter(|benchmark| !benchmark.metrics(plan).is_empty()).collect()
     }
 
-    /// The numbers that it gives, in their order.
+    /// Returns the metrics that this benchmark produces, in order.
     pub fn metrics(self, plan: &Plan) -> Vec<&'static Metric> {
         let asked = |metric: &&Metric| plan.scenarios.contains(&metric.scenario) && self.gives(metric);
         METRICS.iter().filter(asked).collect()
@@ -137,12 +137,12 @@ impl Benchmark {
         }
     }
 
-    /// Whether a round of it takes so long, or differs so little from the one before, that a few are enough.
+    /// Whether rounds are slow, or vary so little, that a few are enough.
     pub const fn is_slow(self) -> bool {
         matches!(self, Benchmark::Memory | Benchmark::Density | Benchmark::Network | Benchmark::Isolation(_))
     }
 
-    /// Why it cannot be made with this contender, or on this host.
+    /// Returns why this benchmark cannot run with this contender or on this host.
     pub fn skip_reason(self, contender: &dyn Contender, fixture: &Fixture) -> Option<String> {
         match (self, contender.isolation()) {
             (Benchmark::Isolation(Crash::Kernel), Isolation::None | Isolation::Container) => {
@@ -160,7 +160,7 @@ impl Benchmark {
         }
     }
 
-    /// Makes it once.
+    /// Runs the benchmark once.
     pub fn run(self, session: &Session, contender: &dyn Contender) -> Result<Measurements> {
         match self {
             Benchmark::Start { cold } => session.start(contender, cold),
@@ -176,7 +176,7 @@ impl Benchmark {
 }
 
 impl Session<'_> {
-    /// An instance that runs the work program.
+    /// Prepares an instance that runs the workload program.
     fn launch(&self, contender: &dyn Contender, words: &[&str]) -> Result<Launch> {
         self.launch_with(contender, words, |_| ())
     }
@@ -198,7 +198,7 @@ impl Session<'_> {
         self.plan.timeout
     }
 
-    /// For one that others are started beside, each of which has the deadline to itself.
+    /// Options for an instance that stays up while others start and stop next to it.
     fn long_running_options(&self) -> RunOptions {
         RunOptions { timeout: self.plan.timeout.saturating_mul(200), ..self.options() }
     }
@@ -207,7 +207,7 @@ impl Session<'_> {
         RunOptions { cpus: self.plan.cpus.clone(), timeout: self.plan.timeout }
     }
 
-    /// The code is another one each time, so that nobody is believed who ends with a code of its own.
+    /// The exit code differs every time, so that a contender that ignores the program's exit code is detected.
     fn start(&self, contender: &dyn Contender, cold: bool) -> Result<Measurements> {
         let code = 1 + (self.next_instance.get() % 100) as i32;
         let launch = self.launch(contender, &["hello", "--exit", &code.to_string()])?;
@@ -243,7 +243,7 @@ impl Session<'_> {
         words.extend(tasks.iter().map(String::as_str));
         let launch = self.launch_with(contender, &words, |job| job.scratch_mib = scratch)?;
         let run = run::run(launch, &Expected { code: 0, work: Vec::new() }, &self.options());
-        // One piece that failed does not spoil the others; an instance that ended badly spoils all.
+        // A failed task does not invalidate the others; an instance that terminated abnormally invalidates all of them.
         let ended = matches!(run.end, run::Termination::Exited(_));
         ensure!(ended && !run.timings.is_empty(), run.failures.join("; "));
         let mut measurements = Measurements::default();
@@ -292,19 +292,19 @@ impl Session<'_> {
     }
 }
 
-/// A run that did what was asked.
+/// Returns the run if it succeeded.
 fn ensure_success(run: Run) -> Result<Run> {
     ensure!(run.failures.is_empty(), run.failures.join("; "));
     Ok(run)
 }
 
-/// Of an instance that was made to end, what it left behind.
+/// Fails if an instance that was stopped left something behind.
 fn check_cleanup(run: &Run) -> Result<()> {
     let left = run.failures.iter().find(|failure| failure.starts_with("clean up: "));
     left.map_or(Ok(()), |left| bail!("{left}"))
 }
 
-/// Why a measure has no number: its own failure, or whatever went wrong.
+/// Returns why a metric has no value: its own failure, or else the first failure of the run.
 fn reason(run: &Run, name: &str) -> String {
     if run.timings.iter().any(|timing| timing.name == name) {
         return "its two marks came at the same moment, or for another amount: too little work to be timed".to_owned();
@@ -313,7 +313,7 @@ fn reason(run: &Run, name: &str) -> String {
     own.or(run.failures.first()).map_or_else(|| "it was not done".to_owned(), String::clone)
 }
 
-/// Writes what is dirty, and has the host forget what it has read (proc_sys_vm(5), drop_caches).
+/// Writes back dirty pages and drops the host's page cache (proc_sys_vm(5), drop_caches).
 fn drop_caches() -> Result<()> {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").context("have the host forget what it has read, which only root may")

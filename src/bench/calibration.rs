@@ -1,5 +1,4 @@
-//! How much work takes how long: found out on the bare host before anybody is compared, so that each piece lasts long enough to
-//! be timed and no longer than is worth it.
+//! Calibration: finds out on the host, before anything is compared, how much work makes a task long enough to be timed.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,34 +11,35 @@ use super::contender::Launch;
 use super::run::{Expected, RunOptions, run};
 use super::scenario::{Metric, Unit};
 
-/// Where a piece of work is begun with, whatever it is: a few milliseconds of anything.
+/// The initial amount of work, a few milliseconds of any task.
 const FIRST_OPERATIONS: u64 = 8;
 const FIRST_BYTES: u64 = 1 << 20;
-/// More of anything is a mistake.
+/// An upper bound that no real task reaches.
 const AMOUNT_MAX: u64 = 1 << 50;
-/// One try takes no longer, whatever the host.
+/// The timeout of a single calibration run.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Where work is done on the bare host.
+/// Runs tasks directly on the host to calibrate them.
 #[derive(Debug, Clone)]
 pub struct Calibrator<'a> {
-    /// The work program.
+    /// The workload program.
     pub program: &'a Path,
-    /// What the root's reads read.
+    /// The file read by the tasks that read the root.
     pub data: &'a Path,
-    /// Where the root's and the scratch disk's files are made.
+    /// The directory for the files written by the disk tasks.
     pub dir: &'a Path,
-    /// How many threads do what all processors do.
+    /// The number of threads of the tasks that use all processors.
     pub cpus: usize,
-    /// Those that it is kept to.
+    /// The processors that the tasks are pinned to.
     pub cpuset: Option<Vec<u32>>,
 }
 
-/// The amounts by the measures' names, and for what cannot be done here a line each.
+/// The calibrated amounts by metric name, and one line for each task that cannot run here.
 pub type Calibration = (BTreeMap<String, u64>, Vec<String>);
 
 impl Calibrator<'_> {
-    /// How much of each takes about `target` here. Of those measures that are not the work program's nothing is said.
+    /// Returns the amount of work for each metric that takes about `target` on this host. Ignores metrics that are not
+    /// workload tasks.
     pub fn calibrate(&self, metrics: &[&Metric], target: Duration) -> Calibration {
         let (mut amounts, mut failures) = (BTreeMap::new(), Vec::new());
         for metric in metrics.iter().filter(|metric| metric.is_workload) {
@@ -59,12 +59,12 @@ impl Calibrator<'_> {
             if seconds >= target / 4.0 || amount >= AMOUNT_MAX {
                 return Ok(round(scale(amount, target / seconds)));
             }
-            // Fast where it is far off, when what is timed is mostly the noise of starting.
+            // Grow quickly while the measured time is dominated by startup noise.
             amount *= if seconds < target / 64.0 { 8 } else { 2 };
         }
     }
 
-    /// What so much takes here; 0 if it is too little to be timed.
+    /// Returns the duration of a task, or 0 if it is too short to be timed.
     fn seconds(&self, name: &str, amount: u64) -> Result<f64> {
         let mut command = Command::new(self.program);
         command.arg("do").arg(format!("{name}={amount}")).arg("--cpus").arg(self.cpus.to_string());
@@ -90,7 +90,7 @@ fn scale(amount: u64, factor: f64) -> u64 {
     ((amount as f64 * factor) as u64).clamp(1, AMOUNT_MAX)
 }
 
-/// To two significant digits, since there is no truth in more.
+/// Rounds to two significant digits; the timing is not more precise than that.
 fn round(amount: u64) -> u64 {
     let unit = 10_u64.pow(amount.max(1).ilog10().saturating_sub(1));
     (amount + unit / 2) / unit * unit
@@ -127,7 +127,7 @@ mod tests {
         for (name, amount) in amounts {
             assert_eq!(round(amount), amount);
             let seconds = bare.seconds(&name, amount).unwrap();
-            // Others may be at work on this host.
+            // Other processes may be using the host.
             assert!((0.01..3.0).contains(&seconds), "{name}={amount}: {seconds}");
         }
     }

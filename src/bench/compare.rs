@@ -1,8 +1,8 @@
-//! `--compare OLD.json`: what has changed since another run, and what is only noise.
+//! `--compare OLD.json`: tells changes since an earlier run from noise.
 //!
-//! The two runs share no rounds, so the ratio of the medians has an interval of both runs' own. A change is claimed where that
-//! lies beyond the least that matters and beyond what either host differed by at the same work: what makes a host slower for
-//! an hour is in no interval of that hour.
+//! The two runs share no rounds, so the confidence interval of the ratio of medians is computed from both sets of
+//! samples. A change is reported only if the interval exceeds both the smallest relevant change and the noise of either
+//! host, because slow drift of a host between the runs is not covered by an interval of one run.
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -11,20 +11,20 @@ use super::report::{Estimate, MetricResults, NoiseLevel, Outcome, Report, VERSIO
 use super::statistics::{self, finite, unpaired_ratio};
 use super::verdict::{Judgment, judge};
 
-/// A report is not longer: a hundred rounds of everything, with ten contenders, take a megabyte.
+/// The size limit of a report. A hundred rounds of everything with ten contenders take one megabyte.
 pub const MAX_BYTES: u64 = 16 << 20;
-/// Nor has it more rounds: each of them costs thousands of draws.
+/// The round limit of a report, because every round costs thousands of resampling steps.
 pub const MAX_ROUNDS: usize = 1_000;
-/// The share of cases in which an interval holds the true ratio: of a few hundred, only two or three do not.
+/// The confidence level. Comparisons have hundreds of ratios, of which only two or three then miss the true value.
 const CONFIDENCE: f64 = 0.99;
-/// Fewer samples on either side are not judged: three and three stand apart by chance in one case of ten.
+/// The minimum number of samples on each side. Three against three differ completely by chance in one case out of ten.
 const MIN_SAMPLES: usize = 4;
-/// The least change worth a word.
+/// The smallest change that is reported.
 const MIN_CHANGE: f64 = 0.03;
-/// How far the hosts' own work may differ between the runs before that is said.
+/// The largest difference of the hosts' reference work between the runs that is not reported.
 const MIN_DRIFT: f64 = 0.05;
 
-/// What became of one number of one contender.
+/// The classification of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
     /// Worse than before, beyond the noise.
@@ -33,41 +33,41 @@ pub enum Class {
     Improvement,
     /// No difference beyond the noise.
     Unchanged,
-    /// It failed in more runs than before.
+    /// More failed rounds than before.
     MoreFailures,
-    /// Too few runs, or too noisy a host.
+    /// Too few samples, or too noisy a host.
     Inconclusive,
 }
 
-/// One number of one contender, in both runs.
+/// One metric of one contender, in both runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Change {
-    /// The measure's name.
+    /// The name of the metric.
     pub metric: String,
-    /// The measure's title.
+    /// The title of the metric.
     pub title: String,
-    /// The contender's name.
+    /// The name of the contender.
     pub contender: String,
-    /// The new median in proportion to the old one, where there are both.
+    /// The ratio of the new median to the old one, if both exist.
     pub ratio: Option<Estimate>,
-    /// What that means.
+    /// The classification.
     pub class: Class,
 }
 
-/// What has changed from one run to another.
+/// The differences between two runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
-    /// What a reader has to know of the two runs: another host, another kernel.
+    /// Differences of the environment, such as another host or kernel.
     pub warnings: Vec<String>,
-    /// Every number that both have, in the new run's order.
+    /// The metrics that both runs have, in the order of the new run.
     pub changes: Vec<Change>,
-    /// What only one of them has, `measure, contender`.
+    /// What only one of the runs has, as `metric, contender`.
     pub unmatched: Vec<String>,
 }
 
-/// Reads a report that was written earlier, perhaps elsewhere.
+/// Parses a saved report, possibly from another host.
 pub fn parse(text: &str) -> Result<Report> {
-    /// What every version has.
+    /// The part that all versions of the format have in common.
     #[derive(serde::Deserialize)]
     struct Versioned {
         version: u32,
@@ -84,7 +84,7 @@ pub fn parse(text: &str) -> Result<Report> {
     Ok(report)
 }
 
-/// Compares two runs; an error where their numbers say nothing of each other.
+/// Compares two runs. Fails if they are not comparable.
 pub fn compare(old: &Report, new: &Report) -> Result<Comparison> {
     let (before, now) = (&old.limits, &new.limits);
     if before != now {
@@ -126,14 +126,14 @@ pub fn compare(old: &Report, new: &Report) -> Result<Comparison> {
     Ok(comparison)
 }
 
-/// How far an interval must lie from 1; none where one of the hosts was too noisy.
+/// Returns how far an interval must be from 1, or `None` if one of the hosts was too noisy.
 fn margin(old: &Report, new: &Report) -> Option<f64> {
     let noises = [&old.noise, &new.noise];
     let concludes = noises.iter().all(|noise| noise.verdict != NoiseLevel::TooNoisy && noise.spread.is_finite());
     concludes.then(|| noises.iter().fold(MIN_CHANGE, |margin, noise| margin.max(noise.spread)))
 }
 
-/// One number of one contender; none where neither run measured it.
+/// Compares one metric of one contender. Returns `None` if neither run measured it.
 fn change(metric: &MetricResults, before: &Outcome, outcome: &Outcome, margin: Option<f64>) -> Option<Change> {
     let (old, new) = (finite(&before.samples), finite(&outcome.samples));
     if old.is_empty() && new.is_empty() {
@@ -166,7 +166,7 @@ fn share(part: usize, whole: usize) -> f64 {
     part as f64 / whole.max(1) as f64
 }
 
-/// Where the runs differ in what may change every number.
+/// Lists differences of the environment that may affect every number.
 fn warnings(old: &Report, new: &Report) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut differs = |what: &str, before: &str, now: &str| {
@@ -203,12 +203,12 @@ fn warnings(old: &Report, new: &Report) -> Vec<String> {
 }
 
 impl Comparison {
-    /// How many numbers are of this class.
+    /// Returns the number of changes of this class.
     pub fn count(&self, class: Class) -> usize {
         self.changes.iter().filter(|change| change.class == class).count()
     }
 
-    /// For a terminal: warnings, then what has changed, then how much has not.
+    /// Formats the comparison for a terminal: warnings first, then changes, then a summary.
     pub fn table(&self, width: usize) -> String {
         let mut lines: Vec<String> =
             self.warnings.iter().flat_map(|warning| wrapped("warning: ", warning, width)).collect();

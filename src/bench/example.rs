@@ -1,4 +1,4 @@
-//! A report that nobody measured, with everything in it that a report can have: for tests, `fuzz/`, and whoever works on the page.
+//! A synthetic report that uses every feature of the format; for tests, `fuzz/` and work on the page.
 
 use std::sync::OnceLock;
 
@@ -9,8 +9,7 @@ use super::report::{
 use super::scenario::{METRICS, Metric, Scenario, Unit};
 use super::statistics;
 
-/// Those who take part, and how many times the bare host's time they take for what leaves the kernel alone, for what asks it,
-/// and to start.
+/// The contenders with the factors by which they are slower than the host: for CPU work, for kernel work and to start.
 const PRESENT: &[(&str, Isolation, [f64; 3])] = &[
     ("host", Isolation::None, [1.0, 1.0, 1.0]),
     ("crun", Isolation::Container, [1.0, 1.08, 14.0]),
@@ -22,13 +21,13 @@ const PRESENT: &[(&str, Isolation, [f64; 3])] = &[
 ];
 const ROUNDS: u32 = 20;
 
-/// The report. It is the same each time, and its summaries and ratios are filled in.
+/// Returns the example report. It is always the same and includes summaries and ratios.
 pub fn report() -> Report {
     static REPORT: OnceLock<Report> = OnceLock::new();
     REPORT.get_or_init(|| report_of(1, 1.0)).clone()
 }
 
-/// The same with other luck (`seed`), and with husk's times `slower` times as long.
+/// Returns a report with random samples from `seed`, in which husk's times are `slower` times as long.
 pub fn report_of(seed: u64, slower: f64) -> Report {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut report = Report {
@@ -68,7 +67,7 @@ pub fn report_of(seed: u64, slower: f64) -> Report {
     report
 }
 
-/// A draw from the normal distribution with mean 0 and deviation 1 (Box and Muller 1958).
+/// Draws from the standard normal distribution (Box and Muller 1958).
 pub fn normal(random: &mut fastrand::Rng) -> f64 {
     (-2.0 * (1.0 - random.f64()).ln()).sqrt() * (std::f64::consts::TAU * random.f64()).cos()
 }

@@ -1,15 +1,17 @@
-//! From an image to what all contenders stand on: one root, as files and as a disk, in a directory that goes with the bench.
+//! Prepares an image for all contenders: one root file system, as a directory and as a disk, in a temporary work
+//! directory.
 //!
 //! ```text
-//! work_dir/                locked as long as its bench is there: what nobody has locked was left by one that was killed
-//!   root/              the image's files, with the work program
-//!   store/             a store of husk's own, whose one image is made of root/
-//!   instances/NAME-N/  what one instance needs of its own: bundle, changes to the root, scratch disk
-//!   ...                what a contender's instances share, by its name
+//! work_dir/              locked while its run is alive; an unlocked one was left behind by a killed run
+//!   root/              the image's files, with the workload program
+//!   store/             a separate image store, whose only image is made of root/
+//!   instances/NAME-N/  the files of one instance: bundle, overlay, scratch disk
+//!   ...                files shared by a contender's instances, by its name
 //! ```
 //!
-//! Files get here out of the EROFS image that husk made, by this host's own kernel or by erofs-utils: names of an archive never meet
-//! the host's file system. What an image has where the bench puts its own is replaced, never followed.
+//! The files are taken out of husk's EROFS image, either by the host's kernel or by erofs-utils, so that names in an
+//! archive are never interpreted by the host. Files of the image in places that the benchmark needs are replaced;
+//! symbolic links are never followed.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Write};
@@ -28,38 +30,38 @@ use crate::resources::root_file::Kind;
 use crate::sandbox::cgroup::pen;
 use crate::sys;
 
-/// The name that the root has in the bench's own store.
+/// The name of the root in the run's store.
 pub const IMAGE: &str = "husk-bench";
-/// The file whose reads are measured: nothing in it can be compressed, so that no contender reads less.
+/// The file for read benchmarks. It is incompressible, so that all contenders read the same number of bytes.
 pub const DATA: &str = "/.husk-bench/data";
-/// How large that is: more than the caches of a processor, less than the memory of a small machine.
+/// The size of that file: larger than CPU caches, smaller than the memory of a small machine.
 pub const DATA_BYTES: u64 = 64 << 20;
-/// The same for `--quick`.
+/// The size with `--quick`.
 pub const QUICK_DATA_BYTES: u64 = 16 << 20;
 
-/// A bench has a directory of its own among others.
+/// The directory of all runs in the image store.
 const SUBDIR: &str = "bench";
-/// What every root has to have: these are mounted over.
+/// Directories that must exist in every root, because they are mount points.
 const MOUNT_POINTS: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "scratch"];
 const ID_BYTES: usize = 3;
 const ATTEMPTS: usize = 8;
 
-/// A bench's directory, locked. It goes when this is dropped, with all that was mounted in it.
+/// A locked work directory. Dropping it unmounts and removes everything in it.
 #[derive(Debug)]
 pub struct WorkDir {
-    /// Where it is.
+    /// The path.
     pub dir: PathBuf,
     _lock: File,
 }
 
 impl WorkDir {
-    /// Makes a directory in `base`, or where images are kept, and clears what killed benches have left there.
+    /// Creates a work directory in `base`, or next to the image store, and removes those that killed runs left behind.
     pub fn claim(base: Option<&Path>) -> Result<WorkDir> {
         let base = match base {
             Some(base) => fs::canonicalize(base).with_context(|| format!("open {}", base.display()))?,
             None => Store::open_default()?.folder().join(SUBDIR),
         };
-        // Overlays and QEMU take lists of paths.
+        // Overlays and QEMU use these characters as separators.
         let odd = |character: char| matches!(character, ',' | ':' | '\\' | '"' | '\'') || character.is_whitespace();
         let path = base.to_str().filter(|path| !path.contains(odd));
         ensure!(path.is_some(), "{}: a comma, colon, quote or space is in the way, type --folder PATH", base.display());
@@ -78,7 +80,7 @@ impl WorkDir {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
                 made => made.with_context(|| format!("make {}", dir.display()))?,
             }
-            // In between another bench may have taken it for abandoned.
+            // Another run may have removed the directory before it was locked.
             let Ok(lock) = open(&dir) else { continue };
             if lock.try_lock().is_ok() && dir.exists() {
                 return Ok(WorkDir { dir, _lock: lock });
@@ -100,7 +102,7 @@ impl Drop for WorkDir {
     }
 }
 
-/// Clears what benches have left in `base` that were killed.
+/// Removes work directories in `base` that killed runs left behind.
 fn sweep(base: &Path) -> Result<()> {
     for entry in fs::read_dir(base).with_context(|| format!("list {}", base.display()))? {
         let entry = entry?;
@@ -123,7 +125,7 @@ fn open(dir: &Path) -> io::Result<File> {
     File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(dir)
 }
 
-/// Removes a directory of the bench's; never anything of a file system that is mounted in it.
+/// Removes a directory of a run, after unmounting everything below it.
 pub fn clear(dir: &Path) -> Result<()> {
     for mount in mounts_below(dir)?.iter().rev() {
         unmount(mount, UnmountFlags::DETACH).with_context(|| format!("unmount {}", mount.display()))?;
@@ -136,26 +138,27 @@ pub fn clear(dir: &Path) -> Result<()> {
     }
 }
 
-/// Where something is mounted in a directory, in the order in which it was.
+/// Returns the mount points below a directory, in mount order.
 fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
-    // proc(5): the fifth field. A bench's path has no character that would be written otherwise.
+    // proc_pid_mountinfo(5): the fifth field. Paths of work directories need no unescaping.
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
     Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
-/// An image as husk keeps it.
+/// An image in the store.
 #[derive(Debug)]
 pub struct Image {
-    /// What the results say of it.
+    /// The image's entry in the report.
     pub info: report::Image,
-    /// Its root, an EROFS image.
+    /// The root, an EROFS image.
     root: PathBuf,
-    /// Keeps it.
+    /// Protects the image from removal.
     _in_use: Option<File>,
 }
 
-/// The image that `word` means, as for `husk run`, prepared by another process if need be. `None` if that has said why not.
+/// Finds the image that `word` refers to, as for `husk run`, and prepares it if necessary. Returns `None` if a child
+/// process has reported why that failed.
 pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
     let path = Path::new(word);
     let (id, root, in_use) = match on_demand::identify(path)? {
@@ -170,7 +173,7 @@ pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
     Ok(Some(Image { info, root, _in_use: in_use }))
 }
 
-/// Makes all of it of an image: its files, the work program and `data_bytes` to read, and the disk of the same.
+/// Prepares the image: extracts its files, adds the workload program and `data_bytes` of data, and builds the disk.
 pub fn prepare(work_dir: &WorkDir, image: &mut Image, data_bytes: u64, limits: Limits) -> Result<Fixture> {
     let root = work_dir.dir.join("root");
     extract(&image.root, work_dir)?;
@@ -185,8 +188,8 @@ pub fn prepare(work_dir: &WorkDir, image: &mut Image, data_bytes: u64, limits: L
     Ok(Fixture { dir, root, disk: prepared.root, store: store.folder().to_owned(), husk, limits })
 }
 
-/// Takes the files out of an EROFS image. This host's own kernel does it best, with all that a file has; who may not mount has them
-/// by erofs-utils, which keeps their contents and modes.
+/// Extracts an EROFS image. Mounting preserves all file attributes; without the right to mount, erofs-utils preserves
+/// only contents and modes.
 fn extract(image: &Path, work_dir: &WorkDir) -> Result<()> {
     let (root, view) = (work_dir.dir.join("root"), work_dir.dir.join("view"));
     let image = image.to_str().context("the image's path is no text")?;
@@ -210,7 +213,7 @@ fn extract(image: &Path, work_dir: &WorkDir) -> Result<()> {
     extracted.with_context(|| format!("take the files out of {image}"))
 }
 
-/// Adds what is the bench's own to a root.
+/// Adds the workload program, the data file and mount points to a root.
 fn add(root: &Path, data_bytes: u64) -> Result<()> {
     let own = Path::new(WORKLOAD).parent().and_then(|own| own.strip_prefix("/").ok()).context("it has no folder")?;
     let own = root.join(own);
@@ -219,7 +222,7 @@ fn add(root: &Path, data_bytes: u64) -> Result<()> {
         let path = root.join(name);
         match fs::symlink_metadata(&path) {
             Ok(found) if found.is_dir() => continue,
-            // A link may lead anywhere.
+            // A symbolic link could lead outside of the root.
             Ok(_) => fs::remove_file(&path)?,
             Err(_) => {}
         }
@@ -240,12 +243,12 @@ fn add(root: &Path, data_bytes: u64) -> Result<()> {
         data.write_all(part)?;
         left_bytes -= part.len() as u64;
     }
-    // What is read later is on the disk, and not on its way there while something else is measured.
+    // Without a sync, the write-back would disturb the measurements.
     data.sync_all()?;
     Ok(())
 }
 
-/// The bytes in the files of a directory.
+/// Returns the total size of the files in a directory.
 fn file_bytes(dir: &Path) -> io::Result<u64> {
     let (mut bytes, mut dirs) = (0, vec![dir.to_owned()]);
     while let Some(dir) = dirs.pop() {

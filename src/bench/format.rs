@@ -1,9 +1,9 @@
-//! Numbers as a person reads them: three digits say all that a median knows.
+//! Formats numbers for people, with three significant digits.
 
 use super::report::{Estimate, MetricResults, Outcome, Report};
 use super::scenario::Scenario;
 
-/// A number in at most six characters, of values from a thousandth to a thousand billions.
+/// Formats a number in at most six characters, from a thousandth to a trillion.
 pub fn number(value: f64) -> String {
     let magnitude = value.abs();
     match magnitude {
@@ -26,7 +26,7 @@ fn three_digits(value: f64) -> String {
     }
 }
 
-/// A ratio, with two digits behind the point where it is near 1: `1.32`, `0.081`, `12.6`.
+/// Formats a ratio, with two decimals near 1: `1.32`, `0.081`, `12.6`.
 pub fn ratio(value: f64) -> String {
     match value.abs() {
         magnitude if magnitude >= 99.5 => number(value),
@@ -36,23 +36,23 @@ pub fn ratio(value: f64) -> String {
     }
 }
 
-/// An interval of ratios: `1.21–1.43`.
+/// Formats the interval of a ratio: `1.21–1.43`.
 pub fn ratio_interval(estimate: &Estimate) -> String {
     format!("{}–{}", ratio(estimate.low), ratio(estimate.high))
 }
 
-/// A share as a percentage: `3.2%`.
+/// Formats a fraction as a percentage: `3.2%`.
 pub fn percent(share: f64) -> String {
     let percent = share * 100.0;
     if percent.abs() >= 9.95 { format!("{percent:.0}%") } else { format!("{percent:.1}%") }
 }
 
-/// How far the interval's further end is from the value.
+/// Returns the larger distance of the interval's ends from the value.
 pub fn plus_minus(estimate: &Estimate) -> f64 {
     (estimate.high - estimate.value).max(estimate.value - estimate.low)
 }
 
-/// A command line that a shell reads as these words.
+/// Formats a command line with shell quoting.
 pub fn command_line(words: &[String]) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_=/.,:@%+".contains(c);
     let quoted = words.iter().map(|word| {
@@ -79,7 +79,7 @@ pub fn list(words: &[String]) -> String {
     }
 }
 
-/// A group's heading.
+/// Returns the heading of a scenario.
 pub const fn scenario(scenario: Scenario) -> &'static str {
     match scenario {
         Scenario::Start => "Start",
@@ -98,7 +98,7 @@ pub const fn scenario(scenario: Scenario) -> &'static str {
     }
 }
 
-/// The measures group by group, in the order of the first of each.
+/// Returns the metrics grouped by scenario.
 pub fn groups(report: &Report) -> Vec<(Scenario, Vec<&MetricResults>)> {
     let mut groups: Vec<(Scenario, Vec<&MetricResults>)> = Vec::new();
     for metric in &report.metrics {
@@ -110,18 +110,18 @@ pub fn groups(report: &Report) -> Vec<(Scenario, Vec<&MetricResults>)> {
     groups
 }
 
-/// What this contender came to.
+/// Returns the outcome of one contender.
 pub fn outcome_of<'a>(metric: &'a MetricResults, contender: &str) -> Option<&'a Outcome> {
     metric.results.iter().find(|outcome| outcome.contender == contender)
 }
 
-/// Those that took part, in the order of the runs.
+/// Returns the names of the available contenders, in order.
 pub fn present(report: &Report) -> Vec<&str> {
     let present = report.contenders.iter().filter(|contender| contender.unavailable.is_none());
     present.map(|contender| contender.name.as_str()).collect()
 }
 
-/// Who was not measured and why, with the titles of what.
+/// Returns skipped contenders and reasons, with the titles of the affected metrics.
 pub fn skipped(report: &Report) -> Vec<(String, Vec<&str>)> {
     let mut skipped: Vec<(String, Vec<&str>)> = Vec::new();
     for metric in &report.metrics {
@@ -137,7 +137,8 @@ pub fn skipped(report: &Report) -> Vec<(String, Vec<&str>)> {
     skipped
 }
 
-/// The text in lines, the first behind the label, the others below it. Control characters of foreign text are left out.
+/// Wraps text, with a label on the first line and matching indentation on the others. Control characters are dropped,
+/// since the text may be untrusted.
 pub fn wrapped(label: &str, text: &str, width: usize) -> Vec<String> {
     let indent = label.chars().count();
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
@@ -155,7 +156,7 @@ pub fn wrapped(label: &str, text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A name of at most `width` characters.
+/// Truncates a name to `width` characters.
 pub fn shortened(name: &str, width: usize) -> String {
     if name.chars().count() <= width {
         return name.to_owned();

@@ -1,4 +1,4 @@
-//! What of the host matters to numbers, read once before the first run.
+//! Properties of the host that affect results, collected before the first run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,7 +6,8 @@ use std::path::Path;
 
 use super::report::Host;
 
-/// Looks at the host below `root` (`/`); `directory` is where the bench's own files are. What cannot be read is left out or `unknown`.
+/// Collects properties of the host whose root is `root` (`/`). `dir` is the work directory. What cannot be read is
+/// omitted or `unknown`.
 pub fn collect(root: &Path, dir: &Path) -> Host {
     let text = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
     let line = |path: &str| Some(text(path).trim().to_owned()).filter(|text| !text.is_empty());
@@ -28,7 +29,7 @@ pub fn collect(root: &Path, dir: &Path) -> Host {
     }
 }
 
-/// The value behind `key` in /proc/meminfo, in KiB.
+/// Returns the value of `key` in /proc/meminfo, in KiB.
 pub fn meminfo_kib(meminfo: &str, key: &str) -> Option<u64> {
     field(meminfo, key)?.split_whitespace().next()?.parse().ok()
 }
@@ -46,7 +47,7 @@ fn kvm(root: &Path) -> String {
     module.unwrap_or("none").to_owned()
 }
 
-/// The name that the hypervisor has in the firmware's tables, if the processor says that there is one.
+/// Returns the hypervisor's name from DMI, if the CPU flags indicate one.
 fn hypervisor(root: &Path, cpuinfo: &str) -> Option<String> {
     field(cpuinfo, "flags")?.split_whitespace().find(|&flag| flag == "hypervisor")?;
     let vendor = fs::read_to_string(root.join("sys/class/dmi/id/sys_vendor")).unwrap_or_default();
@@ -54,13 +55,14 @@ fn hypervisor(root: &Path, cpuinfo: &str) -> Option<String> {
     Some(if vendor.is_empty() { "yes, of unknown name" } else { vendor }.to_owned())
 }
 
-/// The word in brackets.
+/// Returns the word in brackets.
 fn chosen(text: &str) -> Option<String> {
     let (_, rest) = text.split_once('[')?;
     Some(rest.split_once(']')?.0.to_owned())
 }
 
-/// The type of the file system that `directory` is on: of the mount with the longest path above it (proc_pid_mountinfo(5)).
+/// Returns the type of the file system that contains `dir`, from the mount with the longest matching path
+/// (proc_pid_mountinfo(5)).
 fn file_system(mountinfo: &str, dir: &Path) -> Option<String> {
     let mount = |line: &str| {
         let (left, right) = line.split_once(" - ")?;

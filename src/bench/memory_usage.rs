@@ -1,12 +1,12 @@
-//! What running instances cost the host in memory, as the host's kernel counts it.
+//! Memory usage of running instances, as counted by the host's kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use super::host_info::meminfo_kib;
 
-/// The own pages of `roots`, all their descendants, and `others`, and their part of those they share (proc_pid_smaps(5), Pss). A
-/// process that ends meanwhile counts nothing.
+/// Returns the proportional set size of `roots`, their descendants, and `others` (proc_pid_smaps(5), Pss). Processes
+/// that have exited count as zero.
 pub fn pss_kib(roots: &[u32], others: &[u32]) -> u64 {
     let mut processes = descendants(roots, &parents());
     processes.extend(others);
@@ -14,14 +14,14 @@ pub fn pss_kib(roots: &[u32], others: &[u32]) -> u64 {
     processes.iter().filter_map(of_one).sum()
 }
 
-/// All of the host's page cache, but for what processes made in memory (Shmem): that is in their PSS.
+/// Returns the size of the host's page cache. Excludes shared memory (Shmem), which is part of the PSS.
 pub fn page_cache_kib() -> u64 {
     let meminfo = read("/proc/meminfo");
     let kib = |key| meminfo_kib(&meminfo, key).unwrap_or(0);
     (kib("Cached") + kib("Buffers")).saturating_sub(kib("Shmem"))
 }
 
-/// What new processes could have without swapping, in MiB.
+/// Returns the memory available to new processes without swapping, in MiB.
 pub fn available_mib() -> u64 {
     meminfo_kib(&read("/proc/meminfo"), "MemAvailable").unwrap_or(0) >> 10
 }
@@ -30,7 +30,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Every process's parent.
+/// Returns the parent of every process.
 fn parents() -> BTreeMap<u32, u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return BTreeMap::new() };
     let process = |entry: fs::DirEntry| {
@@ -40,7 +40,8 @@ fn parents() -> BTreeMap<u32, u32> {
     entries.flatten().filter_map(process).collect()
 }
 
-/// The fourth field of /proc/PID/stat, counted from behind the name, which may hold anything (proc_pid_stat(5)).
+/// Returns the fourth field of /proc/PID/stat. Fields are counted from the closing parenthesis, since the name may
+/// contain anything (proc_pid_stat(5)).
 fn parent(stat: &str) -> Option<u32> {
     let (_, behind) = stat.rsplit_once(')')?;
     behind.split_whitespace().nth(1)?.parse().ok()

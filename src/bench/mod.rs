@@ -1,14 +1,14 @@
-//! `husk bench`: the same work in machines, in containers and on the bare host, and what the difference is.
+//! `husk bench`: compares machines, containers and the bare host under the same workloads.
 //!
 //! ```text
-//! IMAGE ─ fixture ─> one root, as a directory and as a disk, with the work program in it
-//! host ─ contender::find ─> those present, those absent
-//! scenarios ─ rounds (A B C A B C …) ─ contender::launch ─ run: times of marks, taken here ─> samples
+//! IMAGE ─ fixture ─> one root, as a directory and as a disk, with the workload program
+//! host ─ contender::find ─> available and unavailable contenders
+//! benchmarks ─ rounds (A B C A B C …) ─ Contender::launch ─ run: timestamps taken on the host ─> samples
 //! samples ─ statistics ─> report::Report ─> table, JSON, page, compare
 //! ```
 //!
-//! The work program (`firmware/work`) reads no clock: it says that it begins and that it has ended, and all times are this
-//! process's own. What a contender gets is the same file, the same arguments and the same limits.
+//! The workload program (`firmware/work`) reads no clock. It prints a line when a task begins and ends, and husk
+//! timestamps these lines on the host. All contenders get the same files, arguments and limits.
 
 mod benchmark;
 pub mod calibration;
@@ -50,14 +50,14 @@ use self::plan::{Plan, UsageError};
 use self::report::{Limits, Method, MetricResults, Noise, Report, Unavailable};
 use crate::foreign::one_line;
 
-/// The share of cases in which an interval holds the true median.
+/// The confidence level of intervals.
 const CONFIDENCE: f64 = 0.95;
-/// Those that ratios are to, where the user names nobody: the first that takes part.
+/// The default baselines; the first available one is used.
 const BASELINES: [&str; 6] = ["crun", "runc", "podman", "docker", "bwrap", "host"];
 
-/// Measures what the plan asks for with the image that `word` names, with progress on standard error. `None` if the image cannot
-/// be had, which another process has said. To be called on the first thread, before another one starts: signals that ask for an
-/// end are heard here, and end the bench in order.
+/// Runs the benchmarks of a plan with the image that `word` names, with progress on standard error. Returns `None` if a
+/// child process has reported why the image is unavailable. Must be called on the main thread before other threads
+/// start, because it blocks signals to handle interruption.
 pub fn run(word: &str, plan: &Plan) -> Result<Option<Report>> {
     let (started, began) = (SystemTime::now(), Instant::now());
     let chosen = choose(contender::find(), &plan.contenders)?;
@@ -88,14 +88,14 @@ pub fn run(word: &str, plan: &Plan) -> Result<Option<Report>> {
     Ok(Some(report))
 }
 
-/// Everyone who is looked for, with what there is to say of them before anything is prepared; for `--list`.
+/// Describes all known contenders before anything is prepared; for `--list`.
 pub fn contenders() -> Vec<report::ContenderInfo> {
     let limits = Limits { cpus: 1.0, memory_mib: 512, cpuset: None };
     let nowhere = Fixture { limits, ..Fixture::default() };
     contender::find().iter().map(|contender| contender.describe(&nowhere)).collect()
 }
 
-/// Those that the user names, or all.
+/// Returns the contenders with these names, or all of them.
 fn choose(all: Vec<Box<dyn Contender>>, names: &[String]) -> Result<Vec<Box<dyn Contender>>> {
     let known: Vec<&str> = all.iter().map(|contender| contender.name()).collect();
     if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
@@ -104,7 +104,7 @@ fn choose(all: Vec<Box<dyn Contender>>, names: &[String]) -> Result<Vec<Box<dyn 
     Ok(all.into_iter().filter(|one| names.is_empty() || names.iter().any(|name| name == one.name())).collect())
 }
 
-/// All of a report that comes from running something.
+/// The measured part of a report.
 struct Results {
     contenders: Vec<report::ContenderInfo>,
     metrics: Vec<MetricResults>,
@@ -121,11 +121,11 @@ fn measure(fixture: &Fixture, plan: &Plan, mut all: Vec<Box<dyn Contender>>) -> 
         }
     }
     let found = measure_present(fixture, plan, &all, &info);
-    // Whatever happened, nothing is left behind; the first error is the one to tell.
+    // Clean up all of them, and report the first error.
     let mut cleaned = Ok(());
     for (contender, info) in all.iter_mut().zip(&info) {
         match contender.clean_up(fixture) {
-            // Of one that could not be prepared there is as a rule nothing, and nobody who could remove it.
+            // A failed preparation usually leaves nothing, or nothing that can be removed.
             Err(error) if info.unavailable.is_some() => log::info!("{}: {error:#}", info.name),
             Err(error) if cleaned.is_ok() => cleaned = Err(error),
             _ => {}
@@ -177,7 +177,7 @@ fn baseline(present: &[&str], wanted: Option<&str>) -> Result<String> {
     Ok((*found.context("nobody is here to be measured: `husk bench --list` says what installs them")?).to_owned())
 }
 
-/// How much work is done, found out on the bare host. Nothing where the plan has none.
+/// Calibrates the workload on the bare host.
 fn amounts(fixture: &Fixture, plan: &Plan) -> Result<Calibration> {
     let metrics: Vec<_> = Benchmark::of(plan).into_iter().flat_map(|benchmark| benchmark.metrics(plan)).collect();
     let dir = fixture.dir.join("bare");

@@ -1,4 +1,4 @@
-//! This end of the network scenario: asks an instance's server (`work serve`) and keeps the time.
+//! The host's side of the network benchmark: talks to the server in an instance (`work serve`) and measures time.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -6,31 +6,31 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-/// What was measured at one server.
+/// The results for one server.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NetworkResults {
-    /// Bytes a second to the instance, until it has said that it has them all.
+    /// Throughput to the instance, until it has confirmed that it received everything.
     pub to_mib_per_s: f64,
-    /// Bytes a second from the instance.
+    /// Throughput from the instance.
     pub from_mib_per_s: f64,
-    /// One byte there and back: the median.
+    /// The median round-trip time of one byte.
     pub round_trip_us: f64,
-    /// Connections a second that each carry a request and its answer, one after the other.
+    /// Sequential connections per second, each with one request and response.
     pub requests_per_s: f64,
 }
 
-/// How much is asked of a server.
+/// How much traffic is generated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workload {
-    /// In each direction.
+    /// Bytes in each direction.
     pub bytes: u64,
-    /// Bytes sent there and back.
+    /// Round trips of one byte.
     pub round_trips: usize,
     /// Connections.
     pub requests: usize,
 }
 
-/// The first byte of a connection says what it is for.
+/// The first byte of a connection selects the service.
 const SINK: u8 = b'k';
 const SOURCE: u8 = b'r';
 const ECHO: u8 = b'e';
@@ -38,7 +38,7 @@ const REQUEST: u8 = b'q';
 
 const BLOCK: usize = 128 << 10;
 
-/// Asks the server at `address`. Each answer has `patience` to come.
+/// Measures the server at `address`. `timeout` applies to every response.
 pub fn measure(address: SocketAddr, workload: Workload, timeout: Duration) -> Result<NetworkResults> {
     wait_for_server(address, timeout).with_context(|| format!("reach the instance's server at {address}"))?;
     Ok(NetworkResults {
@@ -63,7 +63,7 @@ fn mib_per_s(bytes: u64, time: Duration) -> f64 {
     bytes as f64 / f64::from(1 << 20) / time.as_secs_f64()
 }
 
-/// A port may be open, by who forwards it, before the instance listens: it is there when it has answered.
+/// A forwarded port may accept connections before the server listens, so wait for a response.
 fn wait_for_server(address: SocketAddr, timeout: Duration) -> io::Result<()> {
     const PAUSE: Duration = Duration::from_millis(20);
     let started = Instant::now();
@@ -85,7 +85,7 @@ fn connect(address: SocketAddr, what: u8, timeout: Duration) -> io::Result<TcpSt
     Ok(stream)
 }
 
-/// The clock stops when the server says that it has read all, not when this host's buffers have it.
+/// Stops the clock when the server confirms that it has read everything, not when the data is in local buffers.
 fn send(address: SocketAddr, bytes: u64, timeout: Duration) -> io::Result<Duration> {
     let mut stream = connect(address, SINK, timeout)?;
     let block = vec![0x5a; BLOCK];

@@ -1,4 +1,4 @@
-//! How steady the host is: a piece of work that the bench does itself, the same each time, before every round.
+//! The noise of the host: a fixed amount of reference work before every round.
 
 use std::fs;
 use std::hint::black_box;
@@ -7,17 +7,17 @@ use std::time::Instant;
 use super::report::Noise;
 use super::statistics;
 
-/// Some 20 ms on a processor of today.
+/// About 20 ms on a current processor.
 const STEPS: u64 = 20_000_000;
 
-/// Watches the host for as long as a bench takes.
+/// Monitors the host during a run.
 #[derive(Debug)]
 pub struct NoiseMonitor {
     samples_ms: Vec<f64>,
     before: Option<CpuTimes>,
 }
 
-/// All processors' time since the host started, in ticks (proc_stat(5)).
+/// CPU time of all processors since boot, in ticks (proc_stat(5)).
 #[derive(Debug, Clone, Copy)]
 struct CpuTimes {
     all: u64,
@@ -25,12 +25,12 @@ struct CpuTimes {
 }
 
 impl NoiseMonitor {
-    /// Begins to watch.
+    /// Starts monitoring.
     pub fn new() -> NoiseMonitor {
         NoiseMonitor { samples_ms: Vec::new(), before: times(&proc_stat()) }
     }
 
-    /// Does the work once. To be called while nothing else of the bench runs.
+    /// Does the reference work once. No instance should be running.
     pub fn sample(&mut self) {
         let started = Instant::now();
         let mut state = black_box(0x9e37_79b9_7f4a_7c15_u64);
@@ -43,7 +43,7 @@ impl NoiseMonitor {
         self.samples_ms.push(started.elapsed().as_secs_f64() * 1e3);
     }
 
-    /// What there was to see.
+    /// Returns the noise of the host.
     pub fn finish(self) -> Noise {
         let stolen = match (self.before, times(&proc_stat())) {
             (Some(before), Some(after)) => stolen(before, after),
@@ -64,7 +64,8 @@ fn proc_stat() -> String {
     fs::read_to_string("/proc/stat").unwrap_or_default()
 }
 
-/// The first line: user, nice, system, idle, iowait, irq, softirq, steal; what follows is counted in the first two already.
+/// Parses the first line: user, nice, system, idle, iowait, irq, softirq, steal. Guest time is already part of user and
+/// nice.
 fn times(stat: &str) -> Option<CpuTimes> {
     let numbers = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().take(8);
     let numbers: Vec<u64> = numbers.map(|number| number.parse().ok()).collect::<Option<_>>()?;

@@ -1,4 +1,4 @@
-//! What a run of `husk bench` is to do, as plain data.
+//! The settings of a run, as plain data.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,61 +6,61 @@ use std::time::Duration;
 use super::report::Limits;
 use super::scenario::Scenario;
 
-/// Everything that the user has chosen.
+/// The user's choices.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// What is measured, in any order.
+    /// The scenarios, in any order.
     pub scenarios: Vec<Scenario>,
-    /// The work, where that is a command of the image's.
+    /// The command to measure, for the `command` scenario.
     pub command: Vec<String>,
-    /// Who is compared; everyone where it is empty.
+    /// The names of the contenders; all if empty.
     pub contenders: Vec<String>,
-    /// Whom ratios are to.
+    /// The contender that ratios refer to.
     pub baseline: Option<String>,
-    /// How much is done for a number.
+    /// How many rounds are run, and how much work each does.
     pub sampling: Sampling,
-    /// What every instance may use.
+    /// The limits of every instance.
     pub limits: Limits,
-    /// The same processors as `limits.cpuset` has, by their numbers.
+    /// The processors of `limits.cpuset`, by number.
     pub cpus: Option<Vec<u32>>,
-    /// What `density` fills; a share of what is available where nothing is said.
+    /// The memory budget of the density benchmark; by default, a fraction of the available memory.
     pub budget_mib: Option<u64>,
-    /// How long one instance may take.
+    /// The timeout of an instance.
     pub timeout: Duration,
-    /// Where the bench makes its files.
+    /// The parent of the work directory.
     pub work_dir: Option<PathBuf>,
-    /// How the user asked for all this.
+    /// The command line, for the report.
     pub command_line: Vec<String>,
 }
 
-/// A plan that is wrong on any host.
+/// A usage error that does not depend on the host.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct UsageError(pub String);
 
-/// How much is done for a number.
+/// How many rounds are run, and how much work each does.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// Less work in each round.
+    /// Whether each round does less work.
     pub quick: bool,
-    /// Uncounted rounds before the others.
+    /// Warm-up rounds, which are not counted.
     pub warm_up_rounds: u32,
-    /// At least so many rounds.
+    /// The minimum number of rounds.
     pub min_rounds: u32,
-    /// At most so many.
+    /// The maximum number of rounds.
     pub max_rounds: u32,
-    /// The half width of an interval, as a share of the median, at which no more rounds are needed.
+    /// The relative half-width of the interval at which sampling stops.
     pub precision: f64,
 }
 
-/// An interval of fewer samples says little.
+/// Intervals of fewer samples are too wide.
 const MIN_ROUNDS: u32 = 6;
 const MAX_ROUNDS: u32 = 40;
 const QUICK_ROUNDS: u32 = 3;
 const PRECISION: f64 = 0.05;
 
 impl Sampling {
-    /// As many rounds as it takes.
+    /// Samples until the results are precise.
     pub const fn until_precise() -> Sampling {
         Sampling {
             quick: false,
@@ -71,34 +71,34 @@ impl Sampling {
         }
     }
 
-    /// So many rounds, however precise they are.
+    /// Runs a fixed number of rounds.
     pub const fn exactly(rounds: u32) -> Sampling {
         Sampling { min_rounds: rounds, max_rounds: rounds, ..Sampling::until_precise() }
     }
 
-    /// A first look.
+    /// Runs a few rounds with less work.
     pub const fn quick() -> Sampling {
         Sampling { quick: true, ..Sampling::exactly(QUICK_ROUNDS) }
     }
 
-    /// How long a piece of work takes on the bare host: long enough that the way of a mark through pipes and consoles is nothing.
+    /// The calibrated duration of a task, long enough to make the latency of its output negligible.
     pub const fn target_time(&self) -> Duration {
         Duration::from_millis(if self.quick { 50 } else { 300 })
     }
 
-    /// The size of the file that reads of the root read, in MiB.
+    /// The size of the file for read benchmarks, in MiB.
     pub const fn data_mib(&self) -> u64 {
         if self.quick { 16 } else { 128 }
     }
 }
 
 impl Plan {
-    /// As many threads as can use all processors of an instance.
+    /// The number of threads that use all processors of an instance.
     pub fn threads(&self) -> usize {
         self.limits.cpus.ceil() as usize
     }
 
-    /// What is measured where the user has chosen nothing.
+    /// The default scenarios.
     pub fn default_scenarios(quick: bool) -> Vec<Scenario> {
         use Scenario::{
             ContextSwitch, Cpu, Density, Disk, Exec, Fork, Isolation, Memory, MemoryBandwidth, Network, Start, Syscall,

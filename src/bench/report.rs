@@ -1,5 +1,5 @@
-//! What `husk bench` found, as plain data: the table, the page, `--compare` and the JSON file are all made of it, and nothing else is.
-//! docs/bench-schema.json is this file's schema, for other programs.
+//! The results of `husk bench` as plain data. The table, the page, `--compare` and the JSON file are all made from this
+//! alone. `docs/bench-schema.json` is the published schema.
 
 use std::collections::BTreeMap;
 
@@ -9,56 +9,56 @@ use serde::{Deserialize, Serialize};
 
 use super::scenario::{Better, Scenario, Unit};
 
-/// The version of the format; a file of another one is not read.
+/// The version of the format. Files of other versions are rejected.
 pub const VERSION: u32 = 2;
 
-/// The schema of a [`Report`], as `docs/bench-schema.json` has it.
+/// Returns the schema of a [`Report`], as in `docs/bench-schema.json`.
 pub fn schema() -> String {
     let mut text = serde_json::to_string_pretty(&schemars::schema_for!(Report)).unwrap_or_default();
     text.push('\n');
     text
 }
 
-/// A whole run of `husk bench`.
+/// The results of one run of `husk bench`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
-    /// [`VERSION`].
+    /// The version of the format.
     pub version: u32,
-    /// husk's own version.
+    /// The version of husk.
     pub husk: String,
-    /// When it began, RFC 3339, UTC.
+    /// The start time, RFC 3339, UTC.
     pub started: String,
-    /// How long it took.
+    /// The duration of the run.
     pub duration_s: f64,
-    /// The command line that made it.
+    /// The command line of the run.
     pub command_line: Vec<String>,
-    /// The image, as the user named it, and its digest.
+    /// The image that all contenders ran.
     pub image: Image,
-    /// What every instance was given.
+    /// The limits of every instance.
     pub limits: Limits,
-    /// Where it ran.
+    /// The host.
     pub host: Host,
-    /// How steady the host was.
+    /// The noise of the host.
     pub noise: Noise,
-    /// How numbers were taken.
+    /// How the samples were taken.
     pub method: Method,
-    /// Everyone who was looked for, whether present or not, in the order of the runs.
+    /// All known contenders, available or not, in execution order.
     pub contenders: Vec<ContenderInfo>,
-    /// Every number, in the order of [`METRICS`](super::scenario::METRICS).
+    /// The results by metric, in the order of [`METRICS`](super::scenario::METRICS).
     pub metrics: Vec<MetricResults>,
-    /// What all that says, in sentences; the first is the most important.
+    /// The conclusions in sentences; the most important one comes first.
     pub verdict: Vec<String>,
 }
 
 impl Report {
-    /// The report as the file has it.
+    /// Returns the report as JSON.
     pub fn to_json(&self) -> Result<String> {
         let mut text = serde_json::to_string_pretty(self).context("write what was found as JSON")?;
         text.push('\n');
         Ok(text)
     }
 
-    /// Whether a round of anybody's failed.
+    /// Whether any round of any contender failed.
     pub fn has_failures(&self) -> bool {
         self.metrics.iter().flat_map(|metric| &metric.results).any(|outcome| !outcome.failures.is_empty())
     }
@@ -67,191 +67,191 @@ impl Report {
 /// The image that all contenders ran.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Image {
-    /// As the user named it.
+    /// The name given by the user.
     pub name: String,
-    /// Its digest, `sha256:…`.
+    /// The digest, `sha256:…`.
     pub id: String,
-    /// The size of its files.
+    /// The total size of its files.
     pub bytes: u64,
 }
 
-/// What every instance may use.
+/// The resource limits of an instance.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Limits {
-    /// Processors, of which a fraction is time.
+    /// CPUs; a fraction limits CPU time.
     pub cpus: f64,
-    /// Memory: of the guest, or of the container.
+    /// The memory of the guest or container.
     pub memory_mib: u64,
-    /// The host's processors that everything is pinned to, as `0-2,4`.
+    /// The host's CPUs that everything is pinned to, such as `0-2,4`.
     pub cpuset: Option<String>,
 }
 
-/// The host, as far as it matters to numbers.
+/// Properties of the host that affect results.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Host {
     /// `uname -r`.
     pub kernel: String,
-    /// The processor's name.
+    /// The model name of the processor.
     pub processor: String,
-    /// How many there are.
+    /// The number of CPUs.
     pub cpus: u32,
-    /// All of its memory.
+    /// The total memory.
     pub memory_mib: u64,
-    /// What carries out KVM: `kvm_amd`, `kvm_intel`, `kvm_pvm`; `none` without.
+    /// The KVM module: `kvm_amd`, `kvm_intel` or `kvm_pvm`, otherwise `none`.
     pub kvm: String,
-    /// The hypervisor that the host is itself a guest of.
+    /// The hypervisor, if the host is itself a virtual machine.
     pub hypervisor: Option<String>,
-    /// cpufreq's governor, where there is one.
+    /// The cpufreq governor, if any.
     pub governor: Option<String>,
-    /// The clock that the kernel keeps time by.
+    /// The kernel's clock source.
     pub clocksource: String,
     /// Transparent huge pages: `always`, `madvise`, `never`.
     pub huge_pages: Option<String>,
-    /// The file system that the bench's files were on.
+    /// The file system of the work directory.
     pub file_system: String,
-    /// What the kernel does about each processor's fault, by the fault's name.
+    /// The kernel's mitigations by CPU vulnerability.
     pub mitigations: BTreeMap<String, String>,
-    /// The load average of the last minute, before anything was run.
+    /// The one-minute load average before the first round.
     pub load: f64,
 }
 
-/// How steady the host was: the same work, done by the bench itself before each round.
+/// The noise of the host: a fixed amount of reference work, done before each round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Noise {
-    /// What it took each time.
+    /// The duration of the reference work, by round.
     pub samples_ms: Vec<f64>,
-    /// The middle half's width as a share of the median.
+    /// The interquartile range as a fraction of the median.
     pub spread: f64,
-    /// The time that a hypervisor kept from this host, as a share of all processors' time meanwhile.
+    /// The fraction of CPU time that a hypervisor took from this host (steal time).
     pub stolen: f64,
-    /// What that means.
+    /// The conclusion.
     pub verdict: NoiseLevel,
 }
 
-/// Whether numbers of such a host can be believed.
+/// How noisy a host was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum NoiseLevel {
     /// Differences beyond the intervals are real.
     Quiet,
-    /// Small differences may be the host's.
+    /// Small differences may be noise.
     Noisy,
-    /// Nothing can be concluded.
+    /// No conclusions are possible.
     TooNoisy,
 }
 
-/// How numbers were taken.
+/// How the samples were taken.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Method {
-    /// Uncounted rounds before the others.
+    /// Warm-up rounds, which are not counted.
     pub warm_up_rounds: u32,
-    /// Rounds at least and at most.
+    /// The minimum and maximum number of rounds.
     pub rounds: (u32, u32),
-    /// The half width of an interval, as a share of the median, at which no more rounds are needed.
+    /// The relative half-width of the interval at which sampling stops.
     pub precision: f64,
-    /// The share of cases in which an interval holds the true median.
+    /// The confidence level of intervals.
     pub confidence: f64,
-    /// What ratios are to: a contender's name.
+    /// The contender that ratios refer to.
     pub baseline: String,
-    /// How much work each run of the work program did, by the measure's name.
+    /// The calibrated amount of work per sample, by metric name.
     pub amounts: BTreeMap<String, u64>,
 }
 
-/// What separates an instance from its host.
+/// How an instance is isolated from its host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Isolation {
-    /// Nothing.
+    /// Not isolated.
     None,
-    /// Namespaces and control groups, on the host's kernel.
+    /// Namespaces and control groups on the host's kernel.
     Container,
-    /// A kernel of its own.
+    /// A virtual machine with its own kernel.
     Machine,
 }
 
-/// One of those that are compared.
+/// A contender.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ContenderInfo {
-    /// As `--against` names it.
+    /// The name used by `--contenders`.
     pub name: String,
-    /// What separates its instances from the host.
+    /// How its instances are isolated from the host.
     pub isolation: Isolation,
-    /// Its version, where it is present.
+    /// The version, if available.
     pub version: Option<String>,
-    /// The kernel that its instances run on, where it is not the host's.
+    /// The kernel of its instances, if it is not the host's.
     pub kernel: Option<String>,
-    /// Why it took no part, where it did not.
+    /// Why it is unavailable, if so.
     pub unavailable: Option<Unavailable>,
-    /// The command line of an instance of it, word by word.
+    /// An example command line of an instance.
     pub command_line: Vec<String>,
-    /// What a reader has to know to judge its numbers; a limit that it could not be given, first of all.
+    /// Remarks on its results, above all limits that are not enforced.
     pub notes: Vec<String>,
 }
 
-/// Why a contender took no part.
+/// Why a contender is unavailable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Unavailable {
-    /// What is missing.
+    /// The reason.
     pub reason: String,
-    /// What to type to have it.
+    /// How to make it available.
     pub install: Option<String>,
 }
 
-/// One number, of everyone.
+/// The results of all contenders for one metric.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct MetricResults {
     /// The name in [`METRICS`](super::scenario::METRICS).
     pub name: String,
-    /// As a person reads it.
+    /// The title shown to users.
     pub title: String,
-    /// The group that it belongs to.
+    /// The scenario that the metric belongs to.
     pub scenario: Scenario,
-    /// What it counts.
+    /// The unit of the values.
     pub unit: Unit,
-    /// Which of two is better.
+    /// Whether lower or higher values are better.
     pub better: Better,
-    /// Each contender's, in the order of the runs.
+    /// One outcome per contender, in execution order.
     pub results: Vec<Outcome>,
 }
 
-/// What one contender came to in one measure.
+/// The outcome of one contender for one metric.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Outcome {
-    /// The contender's name.
+    /// The name of the contender.
     pub contender: String,
-    /// Every value, in the order of the rounds; a round that failed has none.
+    /// The values by round; failed rounds have none.
     pub samples: Vec<Option<f64>>,
-    /// What failed, a line each, with the round.
+    /// The failures, each with its round.
     pub failures: Vec<String>,
-    /// Why it was not measured at all, where it was not.
+    /// Why the metric was skipped, if so.
     pub skipped: Option<String>,
-    /// What the samples say; none where too few succeeded.
+    /// Summary statistics; none if too few rounds succeeded.
     pub summary: Option<Summary>,
-    /// The same in proportion to the baseline's, of the same rounds.
+    /// The ratio to the baseline, paired by round.
     pub ratio: Option<Estimate>,
 }
 
-/// What samples say.
+/// Summary statistics of the samples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Summary {
-    /// The median, and where it may truly be.
+    /// The median with its confidence interval.
     pub median: Estimate,
-    /// The least of them.
+    /// The minimum.
     pub min: f64,
-    /// The greatest.
+    /// The maximum.
     pub max: f64,
-    /// The rounds whose value stands apart from the others: beyond one and a half widths of the middle half.
+    /// The rounds of outliers, which are more than 1.5 interquartile ranges outside of the quartiles.
     pub outliers: Vec<u32>,
 }
 
-/// A value, and the interval in which it may truly be.
+/// An estimate with its confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Estimate {
-    /// The best guess.
+    /// The point estimate.
     pub value: f64,
-    /// The interval's lower end.
+    /// The lower end of the interval.
     pub low: f64,
-    /// The interval's upper end.
+    /// The upper end of the interval.
     pub high: f64,
 }
 
@@ -272,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_report_has_the_published_schema() {
-        // Debian's python3-jsonschema, a validator that shares no code with what made the schema.
+        // Debian's python3-jsonschema, a validator independent of the generator.
         let check = "import json, sys, jsonschema
 schema = json.load(open(sys.argv[1]))
 jsonschema.validators.validator_for(schema).check_schema(schema)

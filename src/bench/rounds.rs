@@ -1,4 +1,4 @@
-//! The rounds: every benchmark with every contender in turn, A B C A B C, until the numbers are as precise as was asked for.
+//! Runs every benchmark with every contender in turn, A B C A B C, until the results are precise enough.
 
 use std::time::Instant;
 
@@ -14,22 +14,22 @@ use super::scenario::Metric;
 use super::statistics;
 use crate::foreign::one_line;
 
-/// Rounds of a benchmark that takes long.
+/// The maximum number of rounds of a slow benchmark.
 const SLOW_ROUNDS: u32 = 6;
-/// A contender that fails so often from the start is not tried any more.
+/// After this many consecutive failures, a contender is excluded from the benchmark.
 const MAX_CONSECUTIVE_FAILURES: usize = 2;
 
-/// One who takes part in a benchmark.
+/// A contender's results in a benchmark.
 struct Participant<'a> {
     contender: &'a dyn Contender,
     metrics: &'a [&'static Metric],
-    /// One a measure, in their order.
+    /// One outcome per metric, in the same order.
     outcomes: Vec<Outcome>,
     consecutive_failures: usize,
     excluded: bool,
 }
 
-/// Makes all benchmarks of the plan. Returns what was measured, in the order of the benchmarks.
+/// Runs all benchmarks of the plan and returns their results in execution order.
 pub fn measure(
     session: &Session,
     contenders: &[&dyn Contender],
@@ -87,10 +87,10 @@ fn run_benchmark(
     Ok(by_metric(&metrics, participants))
 }
 
-/// Warm-up rounds, and counted rounds at least and at most.
+/// Returns the number of warm-up rounds, and the minimum and maximum number of counted rounds.
 fn rounds(benchmark: Benchmark, sampling: &Sampling) -> (u32, u32, u32) {
     let max = if benchmark.is_slow() { sampling.max_rounds.min(SLOW_ROUNDS) } else { sampling.max_rounds };
-    // Caches that are emptied each time cannot be warmed.
+    // Dropped caches cannot be warmed up.
     let warm_up =
         if benchmark == (Benchmark::Start { cold: true }) || benchmark.is_slow() { 0 } else { sampling.warm_up_rounds };
     (warm_up, sampling.min_rounds.min(max), max)
@@ -121,7 +121,7 @@ impl<'a> Participant<'a> {
         }
     }
 
-    /// Keeps what a round found. `round` is none in a warm-up, of which only a failure counts.
+    /// Records the results of a round. `round` is `None` for a warm-up round, of which only failures are kept.
     fn take(&mut self, measurements: Result<Measurements>, round: Option<u32>) {
         let when = round.map_or("warm-up".to_owned(), |round| format!("round {}", round + 1));
         match measurements {
@@ -159,7 +159,7 @@ impl<'a> Participant<'a> {
                 continue;
             }
             let value = measurements.values.iter().find(|(name, _)| *name == metric.name).map(|(_, value)| *value);
-            // A clock that stood still, or a division by it, is no number.
+            // A task that took no time yields no number.
             let value = value.filter(|value| value.is_finite());
             if value.is_none() {
                 let reason = measurements.failures.iter().find(|(name, _)| *name == metric.name);
@@ -171,7 +171,7 @@ impl<'a> Participant<'a> {
         }
     }
 
-    /// Whether more rounds would tell nothing more that was asked for.
+    /// Whether the precision is reached, so that no more rounds are needed.
     fn is_precise(&self, precision: f64) -> bool {
         let precise =
             |outcome: &Outcome| outcome.skipped.is_some() || statistics::is_enough(&outcome.samples, precision);

@@ -1,8 +1,8 @@
-//! What `husk bench` can measure: every number by its name, its unit and the way it is got. The one list of them.
+//! The scenarios and metrics of `husk bench`.
 
 use serde::{Deserialize, Serialize};
 
-/// A group of numbers that one kind of run gives; what `--scenario` names.
+/// A group of related metrics, selected by `--scenario`.
 #[derive(
     Debug,
     Clone,
@@ -19,56 +19,56 @@ use serde::{Deserialize, Serialize};
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Scenario {
-    /// To the first output and to the exit, caches cold and warm.
+    /// Time to the first output and to the exit, with cold and warm caches.
     Start,
-    /// What one more idle instance costs the host, before and after work.
+    /// Memory of one more idle instance, before and after work.
     Memory,
-    /// How many instances fit a budget of memory, and how many start in a second.
+    /// Idle instances that fit into a memory budget, and starts per second.
     Density,
-    /// Integer and floating-point work, on one processor and on all.
+    /// Integer and floating-point operations, on one CPU and on all.
     Cpu,
-    /// Copying memory, and pages touched for the first time.
+    /// Memory copies and first-touch page faults.
     MemoryBandwidth,
     /// A system call that does nothing.
     Syscall,
-    /// A process that ends at once.
+    /// Creation of a process that exits at once.
     Fork,
-    /// A program that ends at once.
+    /// Execution of a program that exits at once.
     Exec,
-    /// Two processes that wake each other in turn.
+    /// Switches between two processes that wake each other in turn.
     ContextSwitch,
-    /// Reads and writes, in order and not, on the root and on a scratch disk.
+    /// Sequential and random reads and writes, on the root and on a scratch disk.
     Disk,
-    /// What comes through a published port.
+    /// Throughput and latency through a published port.
     Network,
-    /// What a crash does to a neighbor.
+    /// The effect of a crash on a neighbor.
     Isolation,
-    /// A command of the user's, in place of all others.
+    /// A command of the user, instead of all other scenarios.
     Command,
 }
 
-/// What a number counts.
+/// The unit of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Unit {
-    /// Seconds from outside, shown in milliseconds.
+    /// Wall-clock time of a run.
     Milliseconds,
-    /// Time of one operation.
+    /// Time per operation.
     Nanoseconds,
-    /// Time of one operation.
+    /// Time per operation.
     Microseconds,
-    /// Bytes of a second, in units of 2^20.
+    /// Throughput in units of 2^20 bytes.
     MibPerSecond,
-    /// Operations of a second.
+    /// Operations per second.
     PerSecond,
-    /// Bytes, in units of 2^20.
+    /// Size in units of 2^20 bytes.
     Mib,
-    /// Instances.
+    /// A number of instances.
     Count,
 }
 
 impl Unit {
-    /// As it stands behind a number.
+    /// Returns the unit symbol.
     pub const fn symbol(self) -> &'static str {
         match self {
             Unit::Milliseconds => "ms",
@@ -82,7 +82,7 @@ impl Unit {
     }
 }
 
-/// Which of two numbers a user would rather have.
+/// Whether lower or higher values are better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Better {
@@ -102,23 +102,23 @@ impl Better {
     }
 }
 
-/// One number.
+/// A metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Metric {
-    /// As JSON, the work program and `--compare` know it.
+    /// The name in reports and for the workload program.
     pub name: &'static str,
-    /// As a person reads it.
+    /// The title shown to users.
     pub title: &'static str,
     /// The scenario that it belongs to.
     pub scenario: Scenario,
-    /// What it counts.
+    /// The unit.
     pub unit: Unit,
-    /// Whether the work program does it between two marks, whose times are taken outside (`bench::workload`).
+    /// Whether it is the duration of a task of the workload program.
     pub is_workload: bool,
 }
 
 impl Metric {
-    /// Which of two is better follows from the unit.
+    /// Whether lower or higher values are better; follows from the unit.
     pub const fn better(&self) -> Better {
         match self.unit {
             Unit::MibPerSecond | Unit::PerSecond | Unit::Count => Better::Higher,
@@ -126,7 +126,8 @@ impl Metric {
         }
     }
 
-    /// The value of `amount` units of work that took `seconds`. Work is counted in operations, or in bytes for `MibPerSecond`.
+    /// Returns the value for `amount` of work that took `seconds`. Work is counted in operations, or in bytes for
+    /// `MibPerSecond`.
     pub fn from_workload(&self, amount: u64, seconds: f64) -> f64 {
         #[allow(clippy::cast_precision_loss, reason = "a count of work done has far fewer digits than that")]
         let amount = amount as f64;
@@ -140,7 +141,7 @@ impl Metric {
         }
     }
 
-    /// The measure of this name.
+    /// Returns the metric with this name.
     pub fn by_name(name: &str) -> Option<&'static Metric> {
         METRICS.iter().find(|metric| metric.name == name)
     }
@@ -154,7 +155,7 @@ const fn external(name: &'static str, title: &'static str, scenario: Scenario, u
     Metric { name, title, scenario, unit, is_workload: false }
 }
 
-/// All of them, in the order in which they are shown.
+/// All metrics, in display order.
 pub const METRICS: &[Metric] = &[
     external("start-output-warm", "Start to first output, caches warm", Scenario::Start, Unit::Milliseconds),
     external("start-exit-warm", "Start to exit, caches warm", Scenario::Start, Unit::Milliseconds),

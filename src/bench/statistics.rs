@@ -1,30 +1,29 @@
-//! From samples to what they say: medians, the intervals in which those may truly be, and ratios to the baseline's.
+//! Medians, confidence intervals, and ratios to the baseline.
 //!
-//! Nothing is assumed of a distribution: times have long tails, and often two humps. Intervals are percentile bootstraps (Efron
-//! 1979): samples are drawn anew from the samples, with replacement, and the middle 95% of the medians are kept. Of few samples
-//! that is too narrow (of seven, it holds the median in 88% of cases), and so a wider share is kept, by which an interval of a
-//! mean would become Student's (Hesterberg 2015, "expanded percentile"). The draws come from a fixed seed, so the same samples
-//! always give the same interval.
+//! No distribution is assumed: times have long tails and are often bimodal. Intervals are percentile bootstraps (Efron
+//! 1979). These are too narrow for few samples (with seven, they cover the median in 88% of cases), so the percentiles
+//! are widened in the same way as Student's t widens an interval of the mean (Hesterberg 2015, "expanded percentile").
+//! The random seed is fixed, so the same samples always yield the same interval.
 
 use super::report::{Estimate, NoiseLevel, Report, Summary};
 
-/// The share of cases in which an interval holds the true median.
+/// The confidence level of intervals.
 pub const CONFIDENCE: f64 = 0.95;
-/// How often samples are drawn anew: the interval's ends are then steady to a few percent of its width.
+/// The number of bootstrap samples. The ends of an interval then vary by a few percent of its width.
 const RESAMPLES: usize = 1_000;
-/// With fewer samples than this, resampling claims too much: the interval is all of them, from the least to the greatest, which
-/// holds the median in 94% of cases with five samples, 88% with four, 75% with three, 50% with two.
+/// With fewer samples, bootstrap intervals are too narrow and the range is used instead. It covers the median in 94% of
+/// cases with five samples, 88% with four, 75% with three, and 50% with two.
 const MIN_RESAMPLED: usize = 6;
-/// Fewer samples say nothing of where the median is.
+/// The minimum number of samples for an estimate.
 const MIN_SAMPLES: usize = 2;
-/// Any will do; it only must not change.
+/// An arbitrary constant.
 const SEED: u64 = 0x6875_736b;
 
-/// How many widths of the middle half a sample stands beyond it to be an outlier (Tukey 1977).
+/// Outliers are this many interquartile ranges outside of the quartiles (Tukey 1977).
 const FENCE: f64 = 1.5;
 
-/// The value below which the share `at` (0 to 1) of the samples lies, between two of them in proportion (Hyndman and Fan 1996,
-/// definition 7). `sorted` is in ascending order; of none it is 0.
+/// Returns the `at` quantile (0 to 1) of ascending samples, with linear interpolation (Hyndman and Fan 1996, definition
+/// 7); 0 if there are none.
 pub fn quantile(sorted: &[f64], at: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
     let position = at.clamp(0.0, 1.0) * as_f64(last);
@@ -35,13 +34,12 @@ pub fn quantile(sorted: &[f64], at: f64) -> f64 {
     low + (high - low) * (position - position.floor())
 }
 
-/// The middle value, or the middle between the two middle ones.
+/// Returns the median.
 pub fn median(samples: &[f64]) -> f64 {
     quantile(&sorted(samples), 0.5)
 }
 
-/// The middle half's width as a share of the median: how much the same thing differs from one time to another. It is 0 of
-/// fewer than two samples, or where the median is 0.
+/// Returns the interquartile range as a fraction of the median; 0 with fewer than two samples or a median of 0.
 pub fn spread(samples: &[f64]) -> f64 {
     let sorted = sorted(samples);
     let middle = quantile(&sorted, 0.5);
@@ -51,7 +49,7 @@ pub fn spread(samples: &[f64]) -> f64 {
     (quantile(&sorted, 0.75) - quantile(&sorted, 0.25)) / middle.abs()
 }
 
-/// The median and its interval; none of fewer than two samples.
+/// Returns the median with its interval; `None` with fewer than two samples.
 pub fn estimate(samples: &[f64]) -> Option<Estimate> {
     let samples = sorted(samples);
     let (Some(&min), Some(&max)) = (samples.first(), samples.last()) else { return None };
@@ -66,8 +64,8 @@ pub fn estimate(samples: &[f64]) -> Option<Estimate> {
     Some(interval(value, tail(CONFIDENCE, samples.len()), || drawn_median(&samples, &mut random)))
 }
 
-/// What `samples` are in proportion to `baseline`: the median of the ratios of those of the same round, so that what slows a
-/// whole round down, as the host's other work does, cancels out. None with fewer than two rounds in which both succeeded.
+/// Returns the ratio of `samples` to `baseline`: the median of the ratios of each round, so that what slows down a
+/// whole round cancels out. `None` if fewer than two rounds succeeded in both.
 pub fn paired_ratio(samples: &[Option<f64>], baseline: &[Option<f64>]) -> Option<Estimate> {
     let ratios: Vec<f64> = samples
         .iter()
@@ -80,9 +78,8 @@ pub fn paired_ratio(samples: &[Option<f64>], baseline: &[Option<f64>]) -> Option
     estimate(&ratios)
 }
 
-/// The median of `samples` in proportion to that of `others`, taken at another time, so that no two belong together. The
-/// interval holds the true ratio in the share `confidence` of cases. None where either has fewer than two samples, or where
-/// the others' may be 0.
+/// Returns the ratio of the medians of two independent sets of samples, with an interval at level `confidence`. `None`
+/// if either has fewer than two samples, or if the denominator may be 0.
 pub fn unpaired_ratio(samples: &[f64], others: &[f64], confidence: f64) -> Option<Estimate> {
     let (samples, others) = (sorted(samples), sorted(others));
     let smaller = samples.len().min(others.len());
@@ -100,15 +97,15 @@ pub fn unpaired_ratio(samples: &[f64], others: &[f64], confidence: f64) -> Optio
     Some(interval(value, tail(confidence, smaller), draw))
 }
 
-/// Whether the interval is narrow enough that no more rounds are needed: its half width is at most the share `precision` of
-/// the value. Fewer samples than can be resampled are never enough, whatever they agree on.
+/// Whether the half-width of the interval is at most the fraction `precision` of the median. Too few samples for a
+/// bootstrap are never enough, even if they are equal.
 pub fn is_enough(samples: &[Option<f64>], precision: f64) -> bool {
     let samples = finite(samples);
     samples.len() >= MIN_RESAMPLED
         && estimate(&samples).is_some_and(|median| (median.high - median.low) / 2.0 <= precision * median.value.abs())
 }
 
-/// What a host's spread at the same work (a share of the median), and the time stolen from it (a share of all), allow.
+/// Classifies the noise of a host, by the spread of its reference work and the fraction of stolen CPU time.
 pub fn noise_level(spread: f64, stolen: f64) -> NoiseLevel {
     match (spread, stolen) {
         (spread, stolen) if spread <= 0.05 && stolen <= 0.01 => NoiseLevel::Quiet,
@@ -117,7 +114,7 @@ pub fn noise_level(spread: f64, stolen: f64) -> NoiseLevel {
     }
 }
 
-/// Fills in every outcome's summary and its ratio to the baseline. What is no finite number is taken out of the samples first.
+/// Fills in the summary and the ratio of every outcome. Samples that are not finite are dropped first.
 pub fn summarize(report: &mut Report) {
     for metric in &mut report.metrics {
         for outcome in &mut metric.results {
@@ -137,7 +134,7 @@ pub fn summarize(report: &mut Report) {
     }
 }
 
-/// What the samples say; none of fewer than two.
+/// Returns summary statistics; `None` with fewer than two samples.
 pub fn summary(samples: &[Option<f64>]) -> Option<Summary> {
     let values = sorted(&finite(samples));
     Some(Summary {
@@ -148,8 +145,7 @@ pub fn summary(samples: &[Option<f64>]) -> Option<Summary> {
     })
 }
 
-/// The rounds, from 0, whose value lies further from the middle half than one and a half of its widths. Below six samples there
-/// is no saying.
+/// Returns the rounds, from 0, of outliers; none with fewer than six samples.
 pub fn outliers(samples: &[Option<f64>]) -> Vec<u32> {
     let values = sorted(&finite(samples));
     if values.len() < MIN_RESAMPLED {
@@ -164,21 +160,21 @@ pub fn outliers(samples: &[Option<f64>]) -> Vec<u32> {
         .collect()
 }
 
-/// The values of those rounds that succeeded.
+/// Returns the values of successful rounds.
 pub fn finite(samples: &[Option<f64>]) -> Vec<f64> {
     samples.iter().flatten().copied().filter(|sample| sample.is_finite()).collect()
 }
 
-/// Those that are numbers, in ascending order.
+/// Returns the finite samples in ascending order.
 fn sorted(samples: &[f64]) -> Vec<f64> {
     let mut sorted: Vec<f64> = samples.iter().copied().filter(|sample| sample.is_finite()).collect();
     sorted.sort_unstable_by(f64::total_cmp);
     sorted
 }
 
-/// The median of as many samples as there are, drawn from them with replacement.
+/// Returns the median of a bootstrap sample.
 fn drawn_median(sorted: &[f64], random: &mut fastrand::Rng) -> f64 {
-    // Ranks stand for the samples: they are counted, which is quicker than to sort.
+    // Counting ranks is faster than sorting.
     let mut times = vec![0_usize; sorted.len()];
     for _ in 0..sorted.len() {
         if let Some(count) = times.get_mut(random.usize(0..sorted.len())) {
@@ -197,18 +193,18 @@ fn drawn_median(sorted: &[f64], random: &mut fastrand::Rng) -> f64 {
     if sorted.len().is_multiple_of(2) { f64::midpoint(nth(half - 1), nth(half)) } else { nth(half) }
 }
 
-/// Many draws without the share `tail` at either end, around `value`.
+/// Returns the percentile interval of many draws, around `value`.
 fn interval(value: f64, tail: f64, mut draw: impl FnMut() -> f64) -> Estimate {
     let mut draws: Vec<f64> = (0..RESAMPLES).map(|_| draw()).collect();
     draws.sort_unstable_by(f64::total_cmp);
     Estimate { value, low: quantile(&draws, tail).min(value), high: quantile(&draws, 1.0 - tail).max(value) }
 }
 
-/// The share of draws left out at either end, for an interval of this confidence from so many samples.
+/// Returns the fraction of draws beyond either end of an interval.
 fn tail(confidence: f64, samples: usize) -> f64 {
     let tail = (1.0 - confidence) / 2.0;
     let freedom = as_f64(samples) - 1.0;
-    // The normal distribution's point with that share beyond it, by halving; then Student's (Abramowitz and Stegun 26.7.5).
+    // The normal quantile, by bisection, then Student's t (Abramowitz and Stegun 26.7.5).
     let (mut low, mut high) = (0.0, 8.0);
     for _ in 0..50 {
         let middle = f64::midpoint(low, high);
@@ -222,7 +218,7 @@ fn tail(confidence: f64, samples: usize) -> f64 {
     beyond(student * ((freedom + 1.0) / freedom).sqrt())
 }
 
-/// The share of a normal distribution beyond `z` deviations, `z` not negative (Abramowitz and Stegun 26.2.17).
+/// Returns the upper tail of the standard normal distribution, for nonnegative `z` (Abramowitz and Stegun 26.2.17).
 fn beyond(z: f64) -> f64 {
     let t = 1.0 / (1.0 + 0.231_641_9 * z);
     let polynomial = [1.330_274_429, -1.821_255_978, 1.781_477_937, -0.356_563_782, 0.319_381_530]

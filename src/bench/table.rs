@@ -1,16 +1,17 @@
-//! A report on a terminal: contenders side by side, in blocks where the line is too short for all, and below them what is missing.
+//! Formats a report for a terminal: contenders side by side, in several blocks if the terminal is narrow, then missing
+//! results.
 
 use super::format;
 use super::report::{ContenderInfo, MetricResults, NoiseLevel, Outcome, Report};
 
-/// The widest line.
+/// The default width.
 pub const WIDTH: usize = 100;
-/// The words before a line's numbers.
+/// The width of row labels.
 const LABEL: usize = 16;
-/// A contender's column, with the gap before it.
+/// The width of a contender's column.
 const COLUMN: usize = 14;
 
-/// The table, its lines at most `width` columns wide (and at least as wide as one contender needs).
+/// Formats the table with at most `width` columns, and at least one contender per block.
 pub fn table(report: &Report, width: usize) -> String {
     let present = format::present(report);
     let columns = (width.saturating_sub(LABEL) / COLUMN).max(1);
@@ -33,7 +34,7 @@ pub fn table(report: &Report, width: usize) -> String {
     lines.iter().fold(String::new(), |text, line| text + line.trim_end() + "\n")
 }
 
-/// The contenders' names, each broken at the end of its column.
+/// Formats the contenders' names, wrapped to the width of a column.
 fn heading(block: &[&str]) -> Vec<String> {
     let names: Vec<Vec<String>> = block.iter().map(|name| broken(name, COLUMN - 2)).collect();
     let deepest = names.iter().map(Vec::len).max().unwrap_or_default();
@@ -47,7 +48,7 @@ fn heading(block: &[&str]) -> Vec<String> {
     (0..deepest).map(line).collect()
 }
 
-/// A measure's title, its medians, and its ratios.
+/// Formats a metric: title, medians and ratios.
 fn rows(metric: &MetricResults, block: &[&str], baseline: &str) -> [String; 3] {
     let better = metric.better.phrase();
     let unit = match metric.unit.symbol() {
@@ -63,7 +64,7 @@ fn rows(metric: &MetricResults, block: &[&str], baseline: &str) -> [String; 3] {
     ]
 }
 
-/// The median with how far it may be off, `!` where runs failed; a single sample by itself; or why there is none.
+/// Formats the median with its uncertainty, `!` if rounds failed; a single sample; or why there is none.
 fn median_cell(outcome: Option<&Outcome>) -> String {
     let Some(outcome) = outcome else { return "-".to_owned() };
     if outcome.skipped.is_some() {
@@ -89,7 +90,7 @@ fn ratio_cell(outcome: Option<&Outcome>) -> String {
     }
 }
 
-/// An interval in the room that is left of a column.
+/// Formats an interval in the remaining width of a column.
 fn brief(ratio: &super::report::Estimate) -> String {
     let interval = format::ratio_interval(ratio);
     if format::ratio(ratio.value).chars().count() + 1 + interval.chars().count() < COLUMN {
@@ -98,7 +99,7 @@ fn brief(ratio: &super::report::Estimate) -> String {
     format!("±{}", shorter(&format::ratio(format::plus_minus(ratio))))
 }
 
-/// How far a number is off is known to a digit or two: `0.05` instead of `0.051`, `1.2` instead of `1.23`.
+/// Shortens an uncertainty to one or two digits: `0.05` instead of `0.051`, `1.2` instead of `1.23`.
 fn shorter(number: &str) -> String {
     match number.split_once('.') {
         Some((whole, part)) if part.chars().all(|c| c.is_ascii_digit()) => {
@@ -132,7 +133,7 @@ fn legend(report: &Report) -> String {
     )
 }
 
-/// Failures, what was skipped, and who is absent, each with the reason.
+/// Lists failed, skipped and unavailable contenders with reasons.
 fn missing(report: &Report, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for metric in &report.metrics {
@@ -154,14 +155,14 @@ fn missing(report: &Report, width: usize) -> Vec<String> {
     lines
 }
 
-/// Why a contender is absent, and what installs it; nothing of one that is there.
+/// Formats why a contender is unavailable and how to install it; empty if it is available.
 fn unavailable(contender: &ContenderInfo, width: usize) -> Vec<String> {
     let Some(unavailable) = &contender.unavailable else { return Vec::new() };
     let install = unavailable.install.as_ref().map(|install| format!("; to have it: {install}")).unwrap_or_default();
     format::wrapped("absent   ", &format!("{}: {}{install}", contender.name, unavailable.reason), width)
 }
 
-/// Everyone who is looked for: who is there, in which version and with which notes, then who is absent.
+/// Lists all known contenders: available ones with version and notes, then unavailable ones.
 pub fn contenders(all: &[ContenderInfo], width: usize) -> String {
     let mut lines = Vec::new();
     for contender in all.iter().filter(|contender| contender.unavailable.is_none()) {
@@ -173,7 +174,7 @@ pub fn contenders(all: &[ContenderInfo], width: usize) -> String {
     lines.join("\n") + "\n"
 }
 
-/// A name in pieces of at most `width` characters, between words where that fits.
+/// Splits a name into pieces of at most `width` characters, preferably between words.
 fn broken(name: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in format::wrapped("", name, width) {
@@ -209,7 +210,7 @@ mod tests {
             let table = table(&report, width);
             assert_eq!(table.matches("PROCESSOR").count(), blocks, "{width}: {table}");
         }
-        // No title is longer than 60 columns with its unit, and no word of a sentence is.
+        // No title with its unit, and no word, is longer than 60 columns.
         let narrow = table(&report, 75);
         assert!(widest(&narrow) <= 75, "{narrow}");
     }

@@ -1,32 +1,32 @@
-//! What a report says, in sentences: what failed, whether the host allows a conclusion, and what wins and loses.
+//! Draws conclusions from a report, in sentences: failures, the noise of the host, and what is better or worse.
 //!
-//! A difference is claimed only where its whole interval lies beyond [`margin`]. Each interval holds the truth in 95% of cases,
-//! so among a hundred of them five do not: the margin keeps those, which are hardly off, from being claimed.
+//! A difference is claimed only if its whole interval exceeds the [`margin`]. Five out of a hundred 95% intervals miss
+//! the true value, though not by much; the margin keeps these from being claimed.
 
 use super::format;
 use super::report::{Estimate, MetricResults, NoiseLevel, Report};
 use super::scenario::Better;
 use super::statistics::paired_ratio;
 
-/// The least difference worth a word: the same binary, laid out otherwise by its linker, differs by as much.
+/// The smallest difference that is claimed. Changes of code layout alone cause differences of this size.
 const MIN_DIFFERENCE: f64 = 0.02;
-/// On a noisy host.
+/// The same for a noisy host.
 const MIN_DIFFERENCE_NOISY: f64 = 0.05;
-/// What a sentence lists before it only counts.
+/// How many items a sentence lists.
 const MAX_LISTED: usize = 3;
 
-/// What a ratio says of the first of two.
+/// The assessment of a ratio.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Judgment {
-    /// It is better, whatever is true within the interval.
+    /// Better across the whole interval.
     Better,
-    /// It is worse, whatever is true within the interval.
+    /// Worse across the whole interval.
     Worse,
     /// No difference beyond the noise.
     Inconclusive,
 }
 
-/// How far a ratio's interval must lie from 1 on such a host, as a share; none where nothing can be concluded.
+/// Returns how far the interval of a ratio must be from 1, or `None` if no conclusions are possible.
 pub fn margin(level: NoiseLevel, spread: f64) -> Option<f64> {
     match level {
         NoiseLevel::Quiet => Some(MIN_DIFFERENCE),
@@ -35,7 +35,7 @@ pub fn margin(level: NoiseLevel, spread: f64) -> Option<f64> {
     }
 }
 
-/// What this ratio says of whoever it is the ratio of.
+/// Assesses a ratio.
 pub fn judge(ratio: &Estimate, better: Better, margin: Option<f64>) -> Judgment {
     let Some(margin) = margin else { return Judgment::Inconclusive };
     match better {
@@ -46,7 +46,7 @@ pub fn judge(ratio: &Estimate, better: Better, margin: Option<f64>) -> Judgment 
     }
 }
 
-/// The report's verdict; the first sentence is the most important.
+/// Returns the conclusions; the most important one comes first.
 pub fn sentences(report: &Report) -> Vec<String> {
     let mut sentences = failures(report);
     sentences.extend(noise_sentence(report));
@@ -61,7 +61,7 @@ pub fn sentences(report: &Report) -> Vec<String> {
     sentences
 }
 
-/// Who failed, and in what: a failure is no fast run, and a median without it is that of the lucky.
+/// Lists failures first, because a median without the failed rounds is biased.
 fn failures(report: &Report) -> Vec<String> {
     let of = |name: &str| {
         let outcomes = report.metrics.iter().filter_map(|metric| Some((metric, format::outcome_of(metric, name)?)));
@@ -103,7 +103,7 @@ fn unavailable(report: &Report) -> Option<String> {
     (!names.is_empty()).then(|| format!("Not compared, because not installed or not usable: {}.", format::list(&names)))
 }
 
-/// husk against the one that ratios are to, and against all others.
+/// Compares husk with the baseline, and with all others.
 struct HeadToHead<'a> {
     report: &'a Report,
     husk: &'a str,
@@ -112,7 +112,7 @@ struct HeadToHead<'a> {
 }
 
 impl<'a> HeadToHead<'a> {
-    /// None where there is no husk, or nobody else.
+    /// Returns `None` without husk or without other contenders.
     fn of(report: &'a Report) -> Option<Self> {
         let present = format::present(report);
         let husk = *present.iter().find(|name| name.split(' ').next() == Some("husk"))?;
@@ -122,12 +122,12 @@ impl<'a> HeadToHead<'a> {
         Some(Self { report, husk, other, margin: margin(report.noise.verdict, report.noise.spread) })
     }
 
-    /// husk's numbers in proportion to another's, of the same rounds.
+    /// Returns the ratio of husk to another contender.
     fn ratio(&self, metric: &MetricResults, other: &str) -> Option<Estimate> {
         paired_ratio(&format::outcome_of(metric, self.husk)?.samples, &format::outcome_of(metric, other)?.samples)
     }
 
-    /// The measures by which a user would choose, in one sentence.
+    /// Summarizes the most important metrics in one sentence.
     fn headline(&self) -> String {
         let clause = |metric: &MetricResults| {
             let (does, of_what) = headline_words(&metric.name)?;
@@ -150,7 +150,7 @@ impl<'a> HeadToHead<'a> {
         format!("{} {}.", self.husk, format::list(&clauses))
     }
 
-    /// What wins and loses, a sentence for each group of measures.
+    /// Summarizes each scenario in one sentence.
     fn groups(&self) -> Vec<String> {
         let sentence = |(scenario, metrics): (_, Vec<&MetricResults>)| {
             let (mut better, mut worse, mut open) = (Vec::new(), Vec::new(), Vec::new());
@@ -179,7 +179,7 @@ impl<'a> HeadToHead<'a> {
         format::groups(self.report).into_iter().filter_map(sentence).collect()
     }
 
-    /// How often husk is better and worse than each of the others.
+    /// Counts how often husk is better and worse than each other contender.
     fn tallies(&self) -> Vec<String> {
         let tally = |other: &str| {
             let judge = |metric| Some(judge(&self.ratio(metric, other)?, metric.better, self.margin));
@@ -200,7 +200,7 @@ impl<'a> HeadToHead<'a> {
     }
 }
 
-/// The words around a ratio of a measure that belongs in the first sentence.
+/// Returns the words around the ratio of a metric in the headline.
 fn headline_words(metric: &str) -> Option<(&'static str, &'static str)> {
     Some(match metric {
         "command" => ("runs the command in", "time"),
@@ -217,7 +217,7 @@ fn range(ratio: &Estimate) -> String {
     format!("{} to {}", format::ratio(ratio.low), format::ratio(ratio.high))
 }
 
-/// The first of them, and how many more there are.
+/// Lists the first items and counts the rest.
 fn abbreviated(claims: &[String]) -> String {
     match claims.split_at_checked(MAX_LISTED) {
         Some((first, more @ [_, _, ..])) => format!("{} and {} more", first.join(", "), more.len()),
@@ -248,7 +248,7 @@ mod tests {
         Estimate { value, low, high }
     }
 
-    /// A report in which husk has these samples of one measure, and crun those.
+    /// Returns a report with samples of husk and crun for one metric.
     fn report_with(name: &str, husk: &[f64], crun: &[f64]) -> Report {
         let mut report = example::report();
         report.metrics.retain(|metric| metric.name == name);

@@ -1,4 +1,4 @@
-//! The work program (firmware/work), which husk carries.
+//! The workload program (`firmware/work`), embedded in husk.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// The file: static, so that it runs in any root and as any kernel's first process.
+/// The executable. It is static, so that it runs in any root and as init.
 pub const PROGRAM: &[u8] = include_bytes!(env!("HUSK_WORK"));
 
-/// Writes the program into a directory, as `work`, for all to run.
+/// Writes the executable into a directory, as `work`.
 pub fn write(dir: &Path) -> Result<PathBuf> {
     let path = dir.join("work");
     fs::write(&path, PROGRAM)
@@ -18,16 +18,15 @@ pub fn write(dir: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A word as it may stand on a kernel's command line, which the program reads as the word: a space becomes `%20`.
-///
-/// To be used for the words of `guest`'s command, and for no others.
+/// Escapes an argument for the kernel command line, in percent-encoding. Decoded by the workload program's `guest`
+/// command only.
 pub fn escape(word: &str) -> String {
     let escaped = word.bytes().map(|byte| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => char::from(byte).to_string(),
         b'-' | b'_' | b'.' | b'/' | b'=' | b':' | b',' | b'+' | b'@' => char::from(byte).to_string(),
         other => format!("%{other:02x}"),
     });
-    // A lone `--` would end what a kernel passes on, and an empty word would be none.
+    // The kernel stops passing arguments at a lone `--`, and drops empty ones.
     match word {
         "" => "%00".into(),
         "--" => "%2d%2d".into(),
@@ -49,7 +48,7 @@ mod tests {
 
     #[test]
     fn the_program_is_static_and_loads_where_it_was_linked() {
-        // ELF: e_type ET_EXEC, and no interpreter's path.
+        // ELF: e_type is ET_EXEC, and there is no interpreter.
         assert_eq!((&PROGRAM[..4], &PROGRAM[16..18]), (&b"\x7fELF"[..], &[2, 0][..]));
         assert!(!PROGRAM.windows(8).any(|bytes| bytes == b"/ld-linu"));
     }

@@ -1,4 +1,4 @@
-//! `husk bench`: from flags to a plan, and from what was found to a table and two files.
+//! `husk bench`: turns flags into a plan, and a report into a table and two files.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ Examples:
 docs/benchmark.md says what each number means, and what it cannot tell. Exit codes: 0 all was measured, 1 something failed
 or, with --compare, became slower; 2 the command line is wrong.";
 
-/// A list of processors, as it was typed and as numbers.
+/// A CPU list, as typed and as numbers.
 #[derive(Debug, Clone)]
 struct Pinned {
     text: String,
@@ -48,39 +48,39 @@ struct Pinned {
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, override_usage = "husk bench [OPTIONS] IMAGE [-- COMMAND [ARG]...]")]
 pub struct Bench {
-    /// The image that everyone runs: whatever `husk run` takes, a file as ./FILE, but for a disk
+    /// The image that all contenders run; anything that `husk run` accepts except a disk image
     #[arg(value_name = "IMAGE", required_unless_present_any = ["from", "list", "schema"])]
     image: Option<String>,
 
-    /// A command in the image to measure, in place of the scenarios
+    /// A command in the image to measure, instead of the scenarios
     #[arg(last = true, value_name = "COMMAND", conflicts_with = "scenario")]
     command: Vec<String>,
 
-    /// What to measure [default: all but what --quick leaves out]
+    /// Scenarios to run [default: all, or a subset with --quick]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST")]
     scenario: Vec<Scenario>,
 
-    /// Who is compared, by their names in `husk bench --list` [default: all that are installed]
+    /// Contenders to compare, see --list [default: all that are available]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     contenders: Vec<String>,
 
-    /// Whom ratios are to [default: crun, or the first that is installed of runc, podman, docker, bubblewrap and the host]
+    /// Baseline for ratios [default: crun, or the first available of runc, podman, docker, bubblewrap and the host]
     #[arg(long, value_name = "NAME")]
     baseline: Option<String>,
 
-    /// Three rounds of the most telling scenarios, with less work in each
+    /// Run three rounds of the most important scenarios, with less work in each
     #[arg(long)]
     quick: bool,
 
-    /// Exactly so many rounds, instead of as many as the precision takes
+    /// Run exactly N rounds instead of sampling until the results are precise
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
 
-    /// Half the width of a 95% interval, in percent of the median, that ends the rounds
+    /// Stop sampling when half the width of the 95% interval is below this percentage of the median
     #[arg(long, value_name = "PERCENT", default_value_t = 5.0, value_parser = percent)]
     precision: f64,
 
-    /// Processors of each instance: a fraction is time
+    /// CPUs of each instance; a fraction limits CPU time
     #[arg(long, value_name = "N", value_parser = cpus::cpus, default_value = "1")]
     cpus: Cpus,
 
@@ -88,49 +88,49 @@ pub struct Bench {
     #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
     memory: u64,
 
-    /// The host's CPUs to pin everything to: 0-2,4
+    /// CPUs of the host to pin everything to, such as 0-2,4
     #[arg(long, value_name = "LIST", value_parser = cpuset)]
     cpuset: Option<Pinned>,
 
-    /// The memory that `density` fills with instances [default: a quarter of what is available, 4 GiB at most]
+    /// Memory budget of the density scenario [default: a quarter of the available memory, 4 GiB at most]
     #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
     budget: Option<u64>,
 
-    /// How long one instance may take
+    /// Timeout of each instance
     #[arg(long, value_name = "TIME", value_parser = when::duration, default_value = "120")]
     timeout: Duration,
 
-    /// Where the bench makes its files, on the disk that is to be measured [default: beside the image store]
+    /// Directory for temporary files, on the disk to measure [default: next to the image store]
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
 
-    /// The files to write are NAME.json and NAME.html [default: husk-bench- and the time]
+    /// Write NAME.json and NAME.html [default: husk-bench- and the time]
     #[arg(long, value_name = "NAME")]
     output: Option<PathBuf>,
 
-    /// Print JSON in place of the table
+    /// Print JSON instead of the table
     #[arg(long)]
     json: bool,
 
-    /// Tell what has changed since an earlier run
+    /// Report changes since an earlier run
     #[arg(long, value_name = "OLD.json")]
     compare: Option<PathBuf>,
 
-    /// Metric nothing: show what an earlier run found
+    /// Do not run anything; show the results of an earlier run
     #[arg(long, value_name = "FILE.json", conflicts_with_all = ["image", "command"])]
     from: Option<PathBuf>,
 
-    /// Metric nothing: list who can be compared here, and what installs the others
+    /// Do not run anything; list contenders, and how to install those that are unavailable
     #[arg(long)]
     list: bool,
 
-    /// Metric nothing: print the JSON schema of what is found
+    /// Do not run anything; print the JSON schema of reports
     #[arg(long)]
     schema: bool,
 }
 
 impl Bench {
-    /// Measures, prints and writes; progress goes to standard error.
+    /// Runs the benchmarks, prints the table and writes the files; progress goes to standard error.
     pub fn run(self) -> Result<Exit> {
         if self.schema {
             super::print(&report::schema())?;
@@ -140,7 +140,7 @@ impl Bench {
             super::print(&table::contenders(&bench::contenders(), width()))?;
             return Ok(Exit::Success);
         }
-        // Before minutes of work, what is wrong with the earlier file.
+        // Report an unreadable file before minutes of work.
         let old = self.compare.as_deref().map(read).transpose()?;
         let report = match &self.from {
             Some(path) => read(path)?,
@@ -213,7 +213,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Prints what has changed; returns whether anything became worse.
+    /// Prints the changes and returns whether anything became worse.
     fn tell_changes(&self, old: &Report, new: &Report) -> Result<bool> {
         let comparison = compare::compare(old, new)?;
         super::print(&comparison.table(width()))?;
@@ -226,7 +226,7 @@ fn read(path: &Path) -> Result<Report> {
     compare::parse(&text).with_context(|| format!("read {}", path.display()))
 }
 
-/// Columns of the terminal; as many as a page has where there is none.
+/// Returns the width of the terminal, or a default without one.
 fn width() -> usize {
     const PAGE: usize = 100;
     if !std::io::stdout().is_terminal() {
@@ -235,7 +235,7 @@ fn width() -> usize {
     rustix::termios::tcgetwinsize(std::io::stdout()).map_or(PAGE, |size| usize::from(size.ws_col).max(60))
 }
 
-/// `husk-bench-2026-01-31T12-00-00Z`: a name that any file system takes.
+/// Returns a name such as `husk-bench-2026-01-31T12-00-00Z`, valid on any file system.
 fn default_output(now: SystemTime) -> PathBuf {
     format!("husk-bench-{}", humantime::format_rfc3339_seconds(now).to_string().replace(':', "-")).into()
 }

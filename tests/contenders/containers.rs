@@ -1,4 +1,4 @@
-//! What shares the host's kernel: everyone runs in the same root, within the same limits.
+//! Contenders without a kernel of their own: same root, same limits.
 
 use std::fs;
 use std::process::Command;
@@ -87,7 +87,7 @@ fn is_held(contender: &dyn Contender, fixture: &Fixture) {
     assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
 }
 
-/// Of which killing the front process is only the beginning.
+/// Killing the process in the foreground must not leave the rest of the instance behind.
 fn leaves_nothing_when_killed(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
     for instance in 4..6 {
@@ -102,7 +102,7 @@ fn leaves_nothing_when_killed(contender: &dyn Contender, fixture: &Fixture) {
     }
 }
 
-/// The limit of memory that a process is held to.
+/// Returns the memory limit of a process.
 fn memory_limit(process: u32) -> String {
     let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
     let group = |kind: &str| {

@@ -1,4 +1,4 @@
-//! What a bench that was killed has left behind, and the next one clears.
+//! Leftovers of a killed run, removed by the next one.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -12,7 +12,7 @@ use husk::bench::fixture::WorkDir;
 
 use crate::{ALONE, LONG, is_no_root, job, lay, present, sleeper, start, wait_for};
 
-/// What Docker keeps for its containers, with a name or without; nothing where it does not answer.
+/// Lists Docker's images, tagged or not; empty if the daemon does not answer.
 fn images() -> String {
     let list = Command::new("docker").args(["images", "--all", "--quiet"]).output();
     list.map_or(String::new(), |list| String::from_utf8(list.stdout).unwrap())
@@ -20,7 +20,7 @@ fn images() -> String {
 
 const VICTIM: &str = "HUSK_TEST_VICTIM";
 
-/// Starts all containers, and waits to be killed.
+/// Starts all containers and waits to be killed.
 fn be_killed() {
     let lab = lay();
     let mut launches = Vec::new();
@@ -31,7 +31,7 @@ fn be_killed() {
     }
     wait_for("the processes", sleeper);
     thread::sleep(Duration::from_secs(2));
-    // On one processor the harness has begun a line.
+    // With a single test thread, the harness has started a line.
     println!("\nfolder: {}", lab.fixture.dir.display());
     thread::sleep(Duration::from_secs(600));
 }
@@ -59,7 +59,7 @@ fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
     let work_dir = WorkDir::claim(Some(base)).unwrap();
     assert_eq!(fs::read_dir(base).unwrap().count(), 1, "only the new one is there");
     assert!(work_dir.dir != dir && work_dir.dir.exists());
-    // Those of an engine end when it has seen that they are to.
+    // Engines stop containers asynchronously.
     wait_for("the end of what was left", || sleeper().is_none().then_some(()));
     let id = dir.file_name().unwrap().to_str().unwrap();
     let places = ["/sys/fs/cgroup", "/run", "-maxdepth", "2", "-name", &format!("{id}*")];

@@ -1,4 +1,4 @@
-//! What has a kernel of its own.
+//! Contenders with a kernel of their own.
 
 use std::fs;
 use std::thread;
@@ -46,7 +46,7 @@ fn machines_run_the_same_and_leave_nothing() {
     assert_eq!(disks, 0);
 }
 
-/// What a machine says, and the exit code of its command, whichever way it comes.
+/// Returns the output of a machine and the exit code of its command.
 fn machine(contender: &dyn Contender, fixture: &Fixture, job: &Job) -> (String, Option<i32>) {
     let mut launch = contender.launch(fixture, job).unwrap();
     let started = Instant::now();

@@ -1,4 +1,4 @@
-//! Everyone that `husk bench` compares and that this host has: started in one root, held to its limits, and gone without a trace.
+//! All contenders available on this host: they run in the same root, within their limits, and leave nothing behind.
 
 mod containers;
 mod killed;
@@ -24,10 +24,10 @@ use tempfile::TempDir;
 
 const MEMORY_MIB: u64 = 96;
 const DATA_BYTES: u64 = 3 << 20;
-/// What no other process here waits for.
+/// A duration that no other process here sleeps for.
 const LONG: &str = "7654321";
 
-/// A bench's fixture, laid from an image of busybox.
+/// A fixture made from an image of busybox.
 struct Lab {
     dir: TempDir,
     work_dir: Option<WorkDir>,
@@ -36,11 +36,11 @@ struct Lab {
 }
 
 fn say(words: &str) {
-    // Written past the harness, which keeps what a test prints.
+    // Bypasses the harness, which captures the output of tests.
     let _ = writeln!(std::io::stderr(), "{words}");
 }
 
-/// Whether this is not root, who alone makes control groups and overlays; loudly if so.
+/// Returns whether this process is not root, which control groups and overlays need; prints a message if so.
 fn is_no_root() -> bool {
     let is_root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
     if !is_root {
@@ -49,7 +49,7 @@ fn is_no_root() -> bool {
     !is_root
 }
 
-/// Whether this machine's KVM runs no Linux guest; loudly if so.
+/// Returns whether this host cannot run Linux guests; prints a message if so.
 fn runs_no_machine() -> bool {
     let none = husk::resources::host::runs_only_pvm_guests() || husk::resources::open_kvm().is_err();
     if none {
@@ -58,7 +58,7 @@ fn runs_no_machine() -> bool {
     none
 }
 
-/// On a disk that is one: an overlay cannot be on some others, and a test's directory may be in memory.
+/// On a real disk: overlays are not supported everywhere, and the default may be in memory.
 fn temp_dir() -> TempDir {
     TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap()
 }
@@ -71,7 +71,7 @@ fn lay() -> Lab {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists()).unwrap();
     fs::copy(busybox, files.join("bin/busybox")).unwrap();
     symlink("busybox", files.join("bin/sh")).unwrap();
-    // What would lead out of the root if it were followed.
+    // A symbolic link that leads out of the root.
     symlink(dir.path(), files.join("scratch")).unwrap();
     let store = Store::open(&dir.path().join("images")).unwrap();
     let prepared = store.prepare(&Source::Path { path: files, image: None }, &Progress::hidden()).unwrap();
@@ -90,7 +90,7 @@ fn link_bytes(dir: &TempDir) -> u64 {
     dir.path().as_os_str().len() as u64
 }
 
-/// A job that a shell does in the instance.
+/// A job that runs a shell script.
 fn job(instance: u32, script: &str) -> Job {
     let command = ["/bin/busybox", "sh", "-c", script].map(str::to_owned).to_vec();
     Job { command, scratch_mib: None, port: None, instance }
@@ -112,7 +112,7 @@ fn start(launch: &mut Launch) -> Child {
     launch.command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
 }
 
-/// The process of an instance that waits for long.
+/// Returns the process of an instance that sleeps.
 fn sleeper() -> Option<u32> {
     let is_it = |path: &Path| {
         let line = fs::read(path.join("cmdline")).unwrap_or_default();
@@ -136,13 +136,13 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// What is on this host that has the bench's name.
+/// Returns everything on this host that belongs to the run.
 fn traces(fixture: &Fixture) -> Vec<String> {
     let id = fixture.dir.file_name().unwrap().to_str().unwrap();
     let mut traces = Vec::new();
     let groups =
         Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &format!("{id}*")]).output().unwrap();
-    // An engine's own group is that of all of its containers.
+    // The engine's parent group is shared by all of its containers.
     let groups = String::from_utf8(groups.stdout).unwrap();
     traces.extend(groups.lines().filter(|path| !path.ends_with("-podman")).map(str::to_owned));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -161,7 +161,7 @@ fn traces(fixture: &Fixture) -> Vec<String> {
     traces
 }
 
-/// Those that are here, with a kernel of their own or without.
+/// Returns the available contenders, with or without a kernel of their own.
 fn present(fixture: &Fixture, machines: bool) -> Vec<Box<dyn Contender>> {
     let mut found = Vec::new();
     for contender in contender::find() {
@@ -171,7 +171,7 @@ fn present(fixture: &Fixture, machines: bool) -> Vec<Box<dyn Contender>> {
             Some(unavailable) => say(&format!("SKIPPED: {}: {}", info.name, unavailable.reason)),
             None if (info.isolation == Isolation::Machine) != machines => {}
             None => {
-                // For root there is always a way.
+                // Limits must be enforceable for root.
                 assert!(!info.notes.iter().any(|note| note.contains("not applied")), "{:?}", info.notes);
                 assert!(info.version.is_some_and(|version| !version.is_empty()), "{}", info.name);
                 assert!(!info.command_line.is_empty());
@@ -182,5 +182,5 @@ fn present(fixture: &Fixture, machines: bool) -> Vec<Box<dyn Contender>> {
     found
 }
 
-/// Tests look for what is left on the whole host, so that they run one by one.
+/// Tests check the whole host for leftovers, so they run one at a time.
 static ALONE: Mutex<()> = Mutex::new(());

@@ -1,4 +1,4 @@
-//! The port of an instance, reached from the host.
+//! Ports of instances, reached from the host.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -26,7 +26,7 @@ fn what_listens_in_a_container_is_reached() {
     }
 }
 
-/// The host's.
+/// Lists the host's network interfaces.
 fn interfaces() -> BTreeSet<OsString> {
     fs::read_dir("/sys/class/net").unwrap().flatten().map(|entry| entry.file_name()).collect()
 }
@@ -56,7 +56,7 @@ fn is_reached(contender: &dyn Contender, fixture: &Fixture) {
     };
     let address = launch.address.unwrap();
     let mut child = start(&mut launch);
-    // The bench's own server echoes what follows an `e`. A way that leads on takes connections before there is anybody.
+    // The workload program's server echoes what follows an `e`. Forwarded ports accept connections before it listens.
     let echoes = || {
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();

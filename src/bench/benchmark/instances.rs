@@ -1,4 +1,4 @@
-//! Several instances at once: what each costs the host in memory, how many fit, and how many start in a second.
+//! Several instances at once: memory per instance, how many fit into a budget, and how many start per second.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,23 +12,23 @@ use crate::bench::run::{self, Expected, RunOptions, Running};
 use crate::bench::statistics;
 use crate::sandbox;
 
-/// Instances beyond the first, whose mean is what one more costs; and for a quick look.
+/// Instances started after the first; their mean is the memory of one more instance.
 const EXTRA_INSTANCES: usize = 3;
 const EXTRA_INSTANCES_QUICK: usize = 1;
-/// What an instance touches and frees before its memory is looked at again, in MiB.
+/// How much an instance allocates and frees before its memory is measured again, in MiB.
 const TOUCHED_MIB: u64 = 64;
-/// Time for an instance to give back what it has freed: free page reporting waits two seconds in Linux.
+/// Time for an instance to return freed memory; free page reporting in Linux waits two seconds.
 const SETTLE: Duration = Duration::from_secs(3);
-/// More instances than this tell nothing new.
+/// An upper bound on the instances started.
 const MAX_INSTANCES: usize = 200;
 const MAX_INSTANCES_QUICK: usize = 10;
-/// A share of what is available, where the user names no budget, and its bound.
+/// The default budget: a fraction of the available memory, up to a limit.
 const BUDGET_SHARE: u64 = 4;
 const MAX_BUDGET_MIB: u64 = 4096;
-/// What the host keeps whatever the budget is.
+/// Memory that the host keeps regardless of the budget.
 const RESERVE_MIB: u64 = 256;
 
-/// Idle instances; all are ended when it is dropped.
+/// Idle instances, stopped on drop.
 struct IdleInstances {
     running: Vec<(Running, Vec<u32>)>,
 }
@@ -41,14 +41,14 @@ impl IdleInstances {
     }
 
     fn end(self) -> Result<()> {
-        // All of them, whatever the first ones say.
+        // Stop all of them before reporting the first failure.
         let ended: Vec<_> = self.running.into_iter().map(|(running, _)| running.end()).collect();
         ended.iter().try_for_each(check_cleanup)
     }
 }
 
 impl Session<'_> {
-    /// Starts one more idle instance and waits until it says that it is ready.
+    /// Starts one more idle instance and waits until it is ready.
     fn start_idle(&self, contender: &dyn Contender, idle_instances: &mut IdleInstances, words: &[&str]) -> Result<()> {
         let command = [WORKLOAD, "idle"].iter().chain(words).map(|&word| word.to_owned()).collect();
         let job = Job { command, scratch_mib: None, port: None, instance: self.instance() };
@@ -58,7 +58,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// The mean of some instances beyond the first, which pays for what all of them share.
+    /// Averages over the instances after the first, because the first also pays for shared pages.
     pub(super) fn memory(&self, contender: &dyn Contender) -> Result<Measurements> {
         let mut idle_instances = IdleInstances { running: Vec::new() };
         self.start_idle(contender, &mut idle_instances, &[])?;
@@ -67,7 +67,7 @@ impl Session<'_> {
         let more = if self.plan.sampling.quick { EXTRA_INSTANCES_QUICK } else { EXTRA_INSTANCES };
         let mut page_cache_kib = Vec::new();
         for _ in 0..more {
-            // Only as long as a start takes: the host reads and forgets for others, too.
+            // Sampled only around the start, since other programs also change the page cache.
             let before = memory_usage::page_cache_kib();
             self.start_idle(contender, &mut idle_instances, &[])?;
             page_cache_kib.push(memory_usage::page_cache_kib() as f64 - before as f64);
@@ -91,7 +91,7 @@ impl Session<'_> {
         Ok(Measurements { values, ..Measurements::default() })
     }
 
-    /// Instances until the budget is spent, then as many at once as there are processors, again and again.
+    /// Starts instances until the budget is spent, then measures concurrent starts.
     pub(super) fn density(&self, contender: &dyn Contender) -> Result<Measurements> {
         let most = if self.plan.sampling.quick { MAX_INSTANCES_QUICK } else { MAX_INSTANCES };
         let before = memory_usage::available_mib();
@@ -109,7 +109,7 @@ impl Session<'_> {
             Measurements { values: vec![("density-starts", self.starts(contender)?)], ..Measurements::default() };
         match spent {
             true => measurements.values.push(("density-instances", instances as f64)),
-            // How many more would fit is not known, and no number of anybody's may be held against it.
+            // The budget was not reached, so the number of instances is only a lower bound.
             false => measurements.skipped.push((
                 "density-instances",
                 format!("{most} instances, which is all that are started, fit into the budget of {budget} MiB"),
@@ -118,7 +118,7 @@ impl Session<'_> {
         Ok(measurements)
     }
 
-    /// Starts a second, with as many under way at any time as there are processors.
+    /// Returns the number of starts per second, with one start in progress per processor.
     fn starts(&self, contender: &dyn Contender) -> Result<f64> {
         let at_once = std::thread::available_parallelism().map_or(1, usize::from);
         let times = if self.plan.sampling.quick { 2 } else { 10 };
@@ -134,7 +134,7 @@ impl Session<'_> {
                 sandbox::spawn("starter", move || start_each(&queue, &options))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        // All of them, whatever the first ones say.
+        // Join all threads before reporting the first failure.
         let ended: Vec<Result<()>> =
             starters.into_iter().map(|starter| starter.join().unwrap_or_else(|_| bail!("a starter failed"))).collect();
         ended.into_iter().collect::<Result<()>>()?;
@@ -142,7 +142,7 @@ impl Session<'_> {
     }
 }
 
-/// Starts one after the other until none is left.
+/// Starts instances one after the other until the queue is empty.
 fn start_each(queue: &Mutex<Vec<Launch>>, options: &RunOptions) -> Result<()> {
     while let Some(launch) = queue.lock().map_or(None, |mut queue| queue.pop()) {
         ensure_success(run::run(launch, &Expected::default(), options))?;

@@ -1,4 +1,4 @@
-//! An instance that says something every few milliseconds, beside one that crashes: how long is it silent?
+//! How long a neighbor that prints a line every few milliseconds stalls while another instance crashes.
 
 use std::time::Duration;
 
@@ -8,18 +8,18 @@ use super::{Crash, Measurements, Session, check_cleanup};
 use crate::bench::contender::Contender;
 use crate::bench::run::{self, Expected, Run, Running, Termination};
 
-/// Between two ticks of the neighbor.
+/// The interval between two ticks of the neighbor.
 const TICK_MS: &str = "10";
-/// The neighbor is watched before the crash, so that it ticks, and after it, so that what comes late is seen.
+/// The neighbor is observed before the crash to establish its rhythm, and afterwards to catch delayed effects.
 const WATCH: Duration = Duration::from_secs(1);
 
 impl Session<'_> {
-    /// The longest silence of a neighbor, from the start of the victim's crash to a while after its end.
+    /// Measures the longest stall of a neighbor, from the start of the victim until shortly after its end.
     pub(super) fn isolation(&self, contender: &dyn Contender, crash: Crash) -> Result<Measurements> {
         let neighbour = Running::start(self.launch(contender, &["tick", TICK_MS])?, &self.long_running_options())?;
         neighbour.wait_ready(self.timeout())?;
         std::thread::sleep(WATCH);
-        // Twice what the instance may have: where nothing stops it there, it stops by itself and the host lives on.
+        // Twice the memory limit: without an enforced limit, the victim stops by itself and the host survives.
         let most = (self.plan.limits.memory_mib * 2).to_string();
         let (metric, words): (_, &[&str]) = match crash {
             Crash::Kernel => ("isolation-kernel", &["crash", "kernel", "--this-is-a-machine"]),
@@ -40,7 +40,7 @@ impl Session<'_> {
     }
 }
 
-/// Whether the victim did what it was started for, and was over in time.
+/// Checks that the victim crashed as intended and in time.
 fn has_crashed(victim: &Run) -> Result<()> {
     ensure!(victim.ready.is_some(), "the one that had to crash did not start: {}", victim.failures.join("; "));
     ensure!(victim.end != Termination::TimedOut, "the one that crashed was not over in time");

@@ -1,4 +1,4 @@
-//! bubblewrap: namespaces alone.
+//! bubblewrap: namespaces only.
 
 use anyhow::{Context, Result};
 
@@ -14,7 +14,7 @@ pub struct Bwrap(Program);
 const NAME: &str = "bwrap";
 
 impl Bwrap {
-    /// Looks for it.
+    /// Detects it.
     pub fn find() -> Bwrap {
         Bwrap(Program::find(NAME, &["--version"], "sudo apt-get install bubblewrap"))
     }

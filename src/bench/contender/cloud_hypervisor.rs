@@ -12,10 +12,11 @@ use super::{Contender, Fixture, Job, Launch, strings};
 pub struct CloudHypervisor(Program);
 
 const NAME: &str = "cloud-hypervisor";
-/// It has no package in Debian.
+/// There is no Debian package.
 const INSTALL: &str = "it is in no package of Debian's: put the binary of a release on the path as `cloud-hypervisor`";
 
-/// Since this version a disk whose kind is not said keeps its first sector from being written (release notes of 51.0).
+/// Since this version, a disk without an explicit image type has a write-protected first sector (release notes of
+/// 51.0).
 const IMAGE_TYPE_SINCE: u32 = 51;
 
 impl CloudHypervisor {
@@ -23,13 +24,13 @@ impl CloudHypervisor {
         self.0.version.as_deref().unwrap_or_default()
     }
 
-    /// Looks for it, and for a kernel to boot.
+    /// Detects it, and a kernel to boot.
     pub fn find() -> CloudHypervisor {
         CloudHypervisor(guest::require_kernel(Program::find(NAME, &["--version"], INSTALL)))
     }
 }
 
-/// Its devices are on PCI, and whichever way a guest resets starts it anew: the work program powers it off.
+/// Builds the command line. The guest powers off, because Cloud Hypervisor reboots the machine on every kind of reset.
 fn command_line(
     version: &str,
     fixture: &Fixture,

@@ -1,4 +1,4 @@
-//! Docker: an engine with a daemon, where one answers.
+//! Docker, if its daemon is running.
 
 use std::fs;
 use std::path::Path;
@@ -16,11 +16,11 @@ use crate::resources::programs;
 pub struct Docker(Program);
 
 const NAME: &str = "docker";
-/// How long the daemon may take to remove containers that were killed.
+/// How long the daemon may take to remove killed containers.
 const CONTAINERS_END: Duration = Duration::from_secs(10);
 
 impl Docker {
-    /// Asks the daemon.
+    /// Detects the daemon.
     pub fn find() -> Docker {
         let install = "sudo apt-get install docker.io && sudo systemctl start docker";
         Docker(Program::find(NAME, &["version", "--format", "{{.Server.Version}}"], install))
@@ -48,7 +48,7 @@ impl Contender for Docker {
         self.0.describe(NAME, Isolation::Container, command_line(fixture, None, &example_job()), Vec::new())
     }
 
-    /// Hands the root to the daemon as an image; for a user the daemon may be another host's, and has not these files.
+    /// Imports the root as an image. A bind mount would not work for users whose daemon runs on another host.
     fn prepare(&mut self, fixture: &Fixture) -> Result<()> {
         let mut tar = Command::new("tar");
         tar.args(["--create", "--numeric-owner", "--xattrs", "--directory"]).arg(&fixture.root).arg(".");
@@ -74,7 +74,7 @@ impl Contender for Docker {
         engine::launch(fixture, NAME, job, |scratch| command_line(fixture, scratch, job), remove)
     }
 
-    /// The container and its shim are the daemon's.
+    /// The container and its shim are children of the daemon.
     fn extra_processes(&self, fixture: &Fixture, job: &Job) -> Vec<u32> {
         let id = fixture.instance(NAME, job);
         let text = programs::output(NAME, &["inspect", "--format", "{{.State.Pid}}", &id]).unwrap_or_default();
@@ -90,7 +90,7 @@ impl Contender for Docker {
     }
 }
 
-/// Removes an image, once the daemon is done with the containers that were made of it: by force it would only lose its name.
+/// Removes an image once the daemon has removed its containers; `--force` would only untag it.
 fn remove_image(image: &str) -> Result<()> {
     let started = Instant::now();
     loop {
@@ -101,13 +101,13 @@ fn remove_image(image: &str) -> Result<()> {
     }
 }
 
-/// The process that started this one (proc(5): the second field behind the name in parentheses).
+/// Returns the parent process ID (proc_pid_stat(5): the second field after the name in parentheses).
 fn parent(process: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok().filter(|&parent| parent > 1)
 }
 
-/// Ends the containers of a killed bench, and removes its image.
+/// Stops the containers of a killed run and removes its image.
 pub fn remove_leftovers(dir: &Path) {
     let id = bench_id(dir);
     if !succeeds(NAME, &["image", "inspect", &id]) {
@@ -116,7 +116,7 @@ pub fn remove_leftovers(dir: &Path) {
     let filter = format!("name={id}-");
     let left = programs::output(NAME, &["ps", "--all", "--quiet", "--filter", &filter]).unwrap_or_default();
     for container in left.split_whitespace() {
-        // The daemon may be removing it already (--rm), which is an error here.
+        // The daemon may already be removing it (--rm), which makes this fail.
         if let Err(error) = programs::run(NAME, &["rm", "--force", container]) {
             log::info!("{error:#}");
         }

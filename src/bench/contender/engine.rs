@@ -1,4 +1,4 @@
-//! What Docker and Podman have in common: the flags of `run`, and an instance that the engine removes.
+//! What Docker and Podman have in common: the flags of `run`, and containers that the engine removes.
 
 use std::path::Path;
 
@@ -6,12 +6,12 @@ use anyhow::Result;
 
 use super::{ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, fixture, network, setup, strings};
 
-/// The flags of `run` that say what an instance is and may, by one name in both.
+/// Returns the flags of `run` that both engines share.
 pub fn flags(fixture: &Fixture, contender: &str, scratch: Option<&Path>, job: &Job) -> Vec<String> {
     let (id, cpus) = (fixture.instance(contender, job), fixture.limits.cpus.to_string());
     let memory = format!("{}m", fixture.limits.memory_mib);
     let mut flags = strings(&["--rm", "--name", &id, "--cpus", &cpus, "--memory", &memory]);
-    // Its own log would write everything to a disk once more.
+    // The engine's log driver would write all output to disk a second time.
     flags.extend(strings(&["--log-driver", "none"]));
     match job.port {
         Some(port) => flags.extend(strings(&["--publish", &format!("127.0.0.1:{port}:{port}")])),
@@ -24,7 +24,7 @@ pub fn flags(fixture: &Fixture, contender: &str, scratch: Option<&Path>, job: &J
     flags
 }
 
-/// An instance that `line` starts, given its scratch directory, and that `remove` has the engine forget.
+/// Prepares an instance. `line` builds the command line from the scratch directory, `remove` removes the container.
 pub fn launch(
     fixture: &Fixture,
     contender: &str,

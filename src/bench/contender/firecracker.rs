@@ -1,4 +1,4 @@
-//! Firecracker, without its API: a configuration file, and the serial port on standard output.
+//! Firecracker, with a configuration file instead of its API, and the serial port on standard output.
 
 use std::fs;
 use std::path::Path;
@@ -16,18 +16,18 @@ use super::{Contender, Fixture, Job, Launch, fixture, strings};
 pub struct Firecracker(Program);
 
 const NAME: &str = "firecracker";
-/// It has no package in Debian.
+/// There is no Debian package.
 const INSTALL: &str = "it is in no package of Debian's: put the binary of a release on the path as `firecracker`";
 
 impl Firecracker {
-    /// Looks for it, and for a kernel to boot.
+    /// Detects it, and a kernel to boot.
     pub fn find() -> Firecracker {
         Firecracker(guest::require_kernel(Program::find(NAME, &["--version"], INSTALL)))
     }
 }
 
-/// The configuration, as its API has it (Firecracker, docs/getting-started.md). It ends when the guest resets by the keyboard's
-/// controller.
+/// Builds the configuration file (Firecracker, docs/getting-started.md). Firecracker exits when the guest resets
+/// through the keyboard controller.
 fn config(fixture: &Fixture, files: &GuestFiles, tap: Option<&Tap>, job: &Job) -> Result<Value> {
     let GuestFiles { kernel, root, scratch } = files;
     let network = tap.map(Tap::network);
@@ -50,8 +50,8 @@ fn config(fixture: &Fixture, files: &GuestFiles, tap: Option<&Tap>, job: &Job) -
     Ok(config)
 }
 
-/// The root's place on the command line is ours: it would put its own behind. Unless told so, a disk of its takes no flushes, and a
-/// guest's fdatasync would do nothing (docs/api_requests/block-caching.md).
+/// The kernel command line names the root device, because Firecracker would append its own. Without `Writeback`, the
+/// device ignores flushes and a guest's fdatasync would do nothing (docs/api_requests/block-caching.md).
 fn drive(id: &str, path: &Path, is_read_only: bool) -> Value {
     json!({
         "drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": is_read_only,

@@ -1,4 +1,4 @@
-//! What monitors other than husk boot: husk's kernel, the root as a disk, and the work program as the first process.
+//! The guest that all VMMs other than husk boot: husk's kernel, the root as a disk, and the workload program as init.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,23 +15,23 @@ use crate::image::Store;
 use crate::resources::guest_kernel::Choice;
 use crate::sys;
 
-/// x86's longest command line, with its NUL (COMMAND_LINE_SIZE).
+/// The longest x86 command line, including its NUL (COMMAND_LINE_SIZE).
 const CMDLINE_MAX_BYTES: usize = 2048;
-/// The one that has all drivers within.
+/// The kernel with all drivers built in.
 const KERNEL: &str = "micro";
 
-/// The files that a guest is made of.
+/// The files of a guest.
 #[derive(Debug, Clone, Copy)]
 pub struct GuestFiles<'a> {
     /// The kernel, an ELF image.
     pub kernel: &'a Path,
-    /// The root's disk.
+    /// The disk with the root file system.
     pub root: &'a Path,
-    /// A disk to write to.
+    /// A writable scratch disk.
     pub scratch: Option<&'a Path>,
 }
 
-/// A monitor is of no use without KVM and a kernel.
+/// Marks a VMM as unavailable without KVM or a guest kernel.
 pub fn require_kernel(program: Program) -> Program {
     let needed = || -> Result<(), Unavailable> {
         let missing = |install: Option<&str>| {
@@ -48,7 +48,7 @@ fn kernel() -> Result<PathBuf> {
     Choice::Made(KERNEL).find().map(|kernel| kernel.path)
 }
 
-/// What the results say of a monitor whose command lines `line` makes.
+/// Describes a VMM whose command lines `line` builds.
 pub fn describe(
     program: &Program,
     name: &str,
@@ -64,7 +64,7 @@ pub fn describe(
     info
 }
 
-/// An instance of a monitor whose command lines `line` makes.
+/// Prepares an instance of a VMM whose command lines `line` builds.
 pub fn launch(
     name: &str,
     fixture: &Fixture,
@@ -86,7 +86,7 @@ pub fn launch(
     Ok(Launch { command, passes_exit_code: false, address, clean_up: Some(Box::new(clean_up)) })
 }
 
-/// The same for a monitor whose only network is a tap device, which is given to `line` if the job has a port.
+/// Like [`launch`], for a VMM that supports only tap devices. `line` receives one if the job has a port.
 pub fn launch_with_tap(
     name: &str,
     fixture: &Fixture,
@@ -99,20 +99,21 @@ pub fn launch_with_tap(
     Ok(launch.then_clean_up(move || tap.map_or(Ok(()), |tap| tap.remove())))
 }
 
-/// What a guest has besides its root.
+/// Guest settings that become part of the kernel command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuestOptions<'a> {
-    /// How the work program ends the machine so that its monitor ends: `reset` or `power-off`.
+    /// How the workload program stops the machine so that the VMM exits: `reset` or `power-off`.
     pub end: &'a str,
-    /// Words of the monitor's own for the kernel.
+    /// Kernel parameters specific to the VMM.
     pub platform: &'a str,
-    /// Whether there is a second disk.
+    /// Whether there is a scratch disk.
     pub scratch: bool,
-    /// The guest's address and its way out, where it has a network: `10.0.0.2/24,10.0.0.1`.
+    /// The guest's address and gateway, if it has a network: `10.0.0.2/24,10.0.0.1`.
     pub network: Option<&'a str>,
 }
 
-/// The kernel's command line: behind `--` stands what its first process is told, the work program's own `guest` (`firmware/work`).
+/// Builds the kernel command line. Everything after `--` is passed to init, the workload program's `guest` command
+/// (`firmware/work`).
 pub fn cmdline(options: GuestOptions, job: &Job) -> Result<String> {
     let mut line = format!("console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce {}", options.platform);
     line.push_str(&format!(" root=/dev/vda rootfstype=erofs ro init={WORKLOAD} -- guest --end {}", options.end));
@@ -132,7 +133,7 @@ pub fn cmdline(options: GuestOptions, job: &Job) -> Result<String> {
     Ok(line)
 }
 
-/// A disk for an instance that wants one, in the bench's store; [`Scratch::remove`] takes it away.
+/// A scratch disk in the run's store.
 #[derive(Debug)]
 struct Scratch {
     store: Store,
@@ -141,7 +142,7 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// Makes an empty file system on a disk of the size that the job wants.
+    /// Creates a disk with an empty file system of the size that the job requests.
     fn create(fixture: &Fixture, contender: &str, job: &Job) -> Result<Option<Scratch>> {
         let Some(size_mib) = job.scratch_mib else { return Ok(None) };
         let store = Store::open(&fixture.store)?;
@@ -152,7 +153,7 @@ impl Scratch {
         Ok(Some(Scratch { store, name, path }))
     }
 
-    /// Takes the disk away.
+    /// Removes the disk.
     fn remove(self) -> Result<()> {
         self.store.remove_kept_disk(&self.name)
     }

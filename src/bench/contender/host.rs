@@ -1,4 +1,4 @@
-//! The bare host: the work in a copy of the root, with nothing around it.
+//! The bare host: a copy of the root, without isolation or limits of a machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::sys;
 pub struct Host;
 
 const NAME: &str = "host";
-/// Device nodes that programs expect, by their numbers (Linux, devices.txt).
+/// Device nodes that programs expect, with major and minor numbers (Linux, devices.txt).
 const DEVICES: [(&str, u32, u32); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
@@ -26,7 +26,7 @@ fn root(fixture: &Fixture) -> PathBuf {
     fixture.dir.join(NAME)
 }
 
-/// Root changes its root directory; another user needs a user namespace for that.
+/// Builds the command line. Users other than root need a user namespace for chroot.
 fn command_line(fixture: &Fixture, job: &Job) -> Vec<String> {
     let root = root(fixture).display().to_string();
     let mut line = if is_root() { strings(&["chroot", &root]) } else { strings(&["unshare", "-r", "chroot", &root]) };
@@ -58,7 +58,7 @@ impl Contender for Host {
         program.describe(NAME, Isolation::None, command_line(fixture, &example_job()), notes)
     }
 
-    /// A copy, so that what is written there is nobody else's; and what programs expect to be mounted.
+    /// Copies the root so that writes do not affect other contenders, and mounts what programs expect.
     fn prepare(&mut self, fixture: &Fixture) -> Result<()> {
         let root = root(fixture);
         let (from, to) = (fixture.root.display().to_string(), root.display().to_string());
@@ -66,7 +66,7 @@ impl Contender for Host {
         if !is_root() {
             return Ok(());
         }
-        // None of these is the host's own tree: should one ever be left, removing it removes nothing of the host's.
+        // No bind mounts of the host's own trees, so that a leftover mount can be removed safely.
         for (kind, at) in [("proc", "proc"), ("sysfs", "sys"), ("tmpfs", "dev"), ("tmpfs", "tmp")] {
             let flags = if at == "sys" { MountFlags::RDONLY } else { MountFlags::empty() };
             mount(kind, root.join(at), kind, flags, None).with_context(|| format!("mount {kind} in {to}"))?;
@@ -98,7 +98,7 @@ impl Contender for Host {
     }
 }
 
-/// The program itself, without another one that changes its root directory for it.
+/// Starts the program directly, without a chroot program in between.
 fn bare(job: &Job, root: &Path, doors: Vec<fs::File>) -> Result<Command> {
     let mut command = command(&job.command)?;
     sys::process::begin_in(&mut command, doors, Some(root)).context("change the root directory")?;

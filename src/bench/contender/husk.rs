@@ -1,4 +1,4 @@
-//! husk itself, with each kernel that there is.
+//! husk itself, with each of its kernels.
 
 use anyhow::Result;
 
@@ -12,17 +12,17 @@ use crate::resources::programs;
 /// husk with one of its kernels.
 pub struct Husk {
     name: &'static str,
-    /// What `--kernel` calls it.
+    /// The value of `--kernel`.
     kernel: &'static str,
     program: Program,
 }
 
-/// The names of the two, and those of their kernels, the usual one first.
+/// The contender names and their kernels, the default kernel first.
 const KERNELS: [(&str, &str, Choice); 2] =
     [("husk", "micro", Choice::Made("micro")), ("husk-stock", "stock", Choice::Made("stock"))];
 
 impl Husk {
-    /// Looks for kernels, and for KVM.
+    /// Detects the kernels and KVM.
     pub fn find() -> Vec<Husk> {
         KERNELS.iter().map(|(name, kernel, choice)| Husk { name, kernel, program: program(kernel, choice) }).collect()
     }
@@ -82,7 +82,7 @@ impl Contender for Husk {
         Ok(Launch { command, passes_exit_code: true, address: job.port.map(network::loopback), clean_up: None })
     }
 
-    /// A machine that was killed is forgotten when machines are listed.
+    /// `husk ps` removes the state of killed machines.
     fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
         let husk = fixture.husk.to_string_lossy();
         programs::run(&husk, &["ps", "--quiet"])

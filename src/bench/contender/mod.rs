@@ -1,4 +1,4 @@
-//! Those that are compared: each knows how to find itself on the host and how to start an instance.
+//! The contenders. Each can detect whether it is available and start an instance.
 
 mod bwrap;
 mod cloud_hypervisor;
@@ -24,54 +24,54 @@ use anyhow::{Context, Result};
 use super::fixture;
 use super::report::{self, Isolation, Limits};
 
-/// Where the work program stands in every contender's root.
+/// The path of the workload program in every contender's root.
 pub const WORKLOAD: &str = "/.husk-bench/work";
-/// Where an instance finds its scratch disk, when its job wants one.
+/// The mount point of an instance's scratch disk.
 pub const SCRATCH: &str = "/scratch";
 
-/// What was prepared once, for all contenders and all jobs.
+/// The files prepared once for all contenders and jobs.
 #[derive(Debug, Default)]
 pub struct Fixture {
-    /// The bench's own directory, on a real disk; removed at the end.
+    /// The run's work directory, on a real disk; removed at the end.
     pub dir: PathBuf,
-    /// The image's root as files, with the work program in it.
+    /// The image's root file system as a directory, including the workload program.
     pub root: PathBuf,
-    /// The same root as an EROFS disk, from `store`.
+    /// The same root file system as an EROFS disk, from `store`.
     pub disk: PathBuf,
-    /// A store of husk's own (`HUSK_DATA`), in which the same root has the name `husk-bench`.
+    /// A separate image store (`HUSK_DATA`) that has the same root as `husk-bench`.
     pub store: PathBuf,
-    /// husk itself.
+    /// The husk executable.
     pub husk: PathBuf,
-    /// What every instance may use.
+    /// The resource limits of every instance.
     pub limits: Limits,
 }
 
 impl Fixture {
-    /// A name for an instance of a contender, that nothing else on this host has.
+    /// Returns a name for an instance that is unique on this host.
     fn instance(&self, contender: &str, job: &Job) -> String {
         format!("{}-{contender}-{}", self.id(), job.instance)
     }
 
-    /// The bench's own name, that of its directory.
+    /// Returns the ID of this run.
     fn id(&self) -> String {
         bench_id(&self.dir)
     }
 
-    /// A directory for what an instance needs of its own.
+    /// Creates a directory for the files of one instance.
     fn instance_dir(&self, contender: &str, job: &Job) -> Result<PathBuf> {
         let dir = self.dir.join("instances").join(format!("{contender}-{}", job.instance));
         fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
         Ok(dir)
     }
 
-    /// As many processors as can use all of the time that an instance may have.
+    /// Returns the number of virtual CPUs needed to use the whole CPU limit.
     fn vcpus(&self) -> u32 {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
         let vcpus = self.limits.cpus.ceil().clamp(1.0, 255.0) as u32;
         vcpus
     }
 
-    /// Processor time in thousandths of a processor.
+    /// Returns the CPU limit in thousandths of a CPU.
     fn millicpus(&self) -> u32 {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
         let millicpus = (self.limits.cpus * 1000.0).round().clamp(1.0, 255_000.0) as u32;
@@ -79,33 +79,33 @@ impl Fixture {
     }
 }
 
-/// What an instance is to do.
+/// What an instance runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Job {
-    /// Program and arguments, in the root.
+    /// The program and its arguments, in the root.
     pub command: Vec<String>,
-    /// Whether it wants a disk of its own at [`SCRATCH`], and how large.
+    /// The size of the scratch disk at [`SCRATCH`], if the job needs one.
     pub scratch_mib: Option<u64>,
-    /// Whether it listens on this TCP port, which has to be reached from here.
+    /// The TCP port that must be reachable from the host, if the job listens on one.
     pub port: Option<u16>,
-    /// A number that no other instance of this bench has: for names and files.
+    /// A number that is unique among the instances of this run; used in names.
     pub instance: u32,
 }
 
-/// An instance that is ready to be started.
+/// An instance that is ready to start.
 pub struct Launch {
-    /// Starts it, in the foreground, with its output on standard output. The instance is over when this process is.
+    /// Runs the instance in the foreground with its output on standard output. The instance ends with this process.
     pub command: Command,
-    /// Whether the process's exit code is the command's own. If not, the work program says its own on the console.
+    /// Whether the process exits with the command's exit code. Otherwise, the workload program prints it.
     pub passes_exit_code: bool,
-    /// Where its port is reached, if its job has one.
+    /// The address of the job's port, if it has one.
     pub address: Option<std::net::SocketAddr>,
-    /// Removes what the start and the run leave behind; to be called when the process is over, or did not start.
+    /// Removes what the instance leaves behind. To be called after the process has ended or failed to start.
     pub clean_up: Option<Box<dyn FnOnce() -> Result<()> + Send>>,
 }
 
 impl Launch {
-    /// Has `more` removed too, whether or not the rest could be.
+    /// Adds a cleanup step that runs even if the previous ones fail.
     fn then_clean_up(mut self, more: impl FnOnce() -> Result<()> + Send + 'static) -> Launch {
         let rest = self.clean_up.take();
         self.clean_up = Some(Box::new(move || {
@@ -116,42 +116,44 @@ impl Launch {
     }
 }
 
-/// A job that a contender cannot do on this host: a reason to leave it out, and no failure.
+/// The contender does not support a job on this host. The job is skipped and does not count as failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Unsupported(pub String);
 
-/// One of those that are compared.
+/// A contender.
 pub trait Contender: Send {
-    /// As `--against` and the results name it.
+    /// The name used by `--contenders` and in the report.
     fn name(&self) -> &str;
-    /// What separates its instances from the host.
+    /// How its instances are isolated from the host.
     fn isolation(&self) -> Isolation;
-    /// What the results say about it: version, kernel, notes, or why it is absent. Asked once, before the first run.
+    /// Returns the version, kernel and notes for the report, or why it is unavailable. Called once, before the first
+    /// round.
     fn describe(&self, fixture: &Fixture) -> report::ContenderInfo;
-    /// Whether an instance is over when its kernel crashes. Some monitors start a machine anew that resets, and it would crash without end.
+    /// Whether an instance exits when its kernel crashes. Some VMMs reboot the machine instead, which would then crash
+    /// forever.
     fn exits_on_kernel_crash(&self) -> bool {
         true
     }
-    /// Makes what its instances share, once: a bundle, an image in an engine's store. `clean_up` takes it away again.
+    /// Creates what its instances share, such as an image in an engine's store. Undone by `clean_up`.
     fn prepare(&mut self, fixture: &Fixture) -> Result<()>;
-    /// An instance for the job. Quick: what takes long belongs to `prepare`; where an instance needs files of its own (a
-    /// scratch disk), they are made here, which no measure counts. What it cannot do at all is an error of the type [`Unsupported`].
+    /// Prepares an instance for the job. This must be quick; slow steps belong in `prepare`. Files of the instance are
+    /// created here and are not part of any metric. Returns [`Unsupported`] if the contender cannot run the job at all.
     fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch>;
-    /// Every process of an instance whose [`Launch::command`] has this process ID, for what it uses of memory: descendants are
-    /// found by the caller; this adds those that are no descendants (of an engine's daemon).
+    /// Returns the processes of an instance that are not descendants of [`Launch::command`], such as children of an
+    /// engine's daemon. Their memory is added to that of the descendants.
     fn extra_processes(&self, _fixture: &Fixture, _job: &Job) -> Vec<u32> {
         Vec::new()
     }
-    /// What the results say where its instances are not held to the memory that they may have, by their walls or by this host.
+    /// Returns a note for the report if memory limits are not enforced, either by design or on this host.
     fn unenforced_limits(&self, _fixture: &Fixture) -> Option<String> {
         None
     }
-    /// Removes what `prepare` made. To be called at the end, whatever happened.
+    /// Removes what `prepare` created. Always called at the end.
     fn clean_up(&mut self, fixture: &Fixture) -> Result<()>;
 }
 
-/// Everyone who is looked for on this host, in the order of the results; [`Contender::about`] says who is absent.
+/// Returns all contenders in report order; [`Contender::describe`] tells which are unavailable.
 pub fn find() -> Vec<Box<dyn Contender>> {
     let mut contenders: Vec<Box<dyn Contender>> = vec![
         Box::new(host::Host),
@@ -169,13 +171,13 @@ pub fn find() -> Vec<Box<dyn Contender>> {
     contenders
 }
 
-/// The own name of the bench that has this directory.
+/// Returns the ID of a run from its work directory.
 pub fn bench_id(dir: &Path) -> String {
     dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Ends the instances that a killed bench has left in its directory, as far as their own programs have to do it. The directory itself, control
-/// groups and mounts are the caller's.
+/// Stops the instances that a killed run left behind, as far as this needs the contenders' own programs. The caller
+/// removes the directory, control groups and mounts.
 pub fn remove_leftovers(dir: &Path) {
     oci::remove_leftovers(dir);
     podman::remove_leftovers(dir);
@@ -183,31 +185,31 @@ pub fn remove_leftovers(dir: &Path) {
     network::remove_leftovers(dir);
 }
 
-/// Takes away what a bench made for instances that then could not be started.
+/// Removes networks of instances that could not be started.
 pub fn remove_networks(dir: &Path) {
     network::remove_leftovers(dir);
 }
 
-/// Whether this process is root's.
+/// Whether this process runs as root.
 fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// The environment of every command, as OCI engines have it.
+/// The environment of every command, as OCI engines set it.
 const ENVIRONMENT: [(&str, &str); 2] =
     [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
 
-/// What [`Contender::about`] shows of a command line in place of the work's own.
+/// A placeholder job for the command line shown by [`Contender::describe`].
 fn example_job() -> Job {
     Job { command: vec!["COMMAND".to_owned()], scratch_mib: None, port: None, instance: 0 }
 }
 
-/// A command line, word by word.
+/// Converts a list of arguments to owned strings.
 fn strings(words: &[&str]) -> Vec<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
 
-/// The command of a command line.
+/// Builds a command from a program and its arguments.
 fn command(words: &[String]) -> Result<Command> {
     let (program, arguments) = words.split_first().context("an empty command line")?;
     let mut command = Command::new(program);

@@ -1,4 +1,4 @@
-//! How the bench reaches what listens in an instance.
+//! How the host reaches ports of instances.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -9,16 +9,16 @@ use super::{Fixture, Job, Unsupported, bench_id, is_root, program};
 use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 
-/// Two addresses of a network of four.
+/// The prefix length of a point-to-point network: four addresses, two of them usable.
 const PREFIX: u8 = 30;
 
-/// A port that is the host's own, or leads on from it.
+/// The address of a port that is on the host or forwarded from it.
 pub fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// The host's address and an instance's: of those that are set aside for benchmarks (RFC 2544), four for each instance, so that
-/// instances that run at the same time share none.
+/// The addresses of the host and the instance. Every instance has its own /30 from the range reserved for benchmarks
+/// (RFC 2544).
 type Addresses = (Ipv4Addr, Ipv4Addr);
 
 fn addresses(instance: u32) -> Addresses {
@@ -26,18 +26,18 @@ fn addresses(instance: u32) -> Addresses {
     (Ipv4Addr::from(first | 1), Ipv4Addr::from(first | 2))
 }
 
-/// What every interface of a bench begins with on the host.
+/// The name prefix of a run's interfaces on the host.
 fn interface_prefix(bench_id: &str) -> String {
     format!("hb{}-", bench_id.rsplit('-').next().unwrap_or_default())
 }
 
-/// The host's end of an instance's network.
+/// The name of the interface on the host.
 fn interface(bench_id: &str, instance: u32) -> String {
-    // The kernel takes 15 bytes.
+    // Interface names have at most 15 bytes.
     format!("{}{:x}", interface_prefix(bench_id), instance & 0xfffff)
 }
 
-/// Whether interfaces can be made here; `only_root` says what else stands in the way.
+/// Checks that interfaces can be created. `only_root` is the error message for other users.
 fn check_privileges(only_root: &str) -> Result<(), Unsupported> {
     if !is_root() {
         return Err(Unsupported(only_root.to_owned()));
@@ -52,12 +52,12 @@ fn remove_interface(name: &str) -> Result<()> {
     programs::run("ip", &["link", "delete", name])
 }
 
-/// A network namespace for one instance, and its link to the host.
+/// A network namespace for one instance, and a veth pair that connects it to the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VethPair {
     /// The namespace.
     name: String,
-    /// The host's end.
+    /// The interface on the host.
     interface: String,
     addresses: Addresses,
 }
@@ -71,7 +71,7 @@ impl VethPair {
         }
     }
 
-    /// Makes the link for a job with a port. Only root may.
+    /// Creates a veth pair for a job with a port. Requires root.
     pub fn create(fixture: &Fixture, job: &Job) -> Result<Option<VethPair>> {
         if job.port.is_none() {
             return Ok(None);
@@ -99,25 +99,25 @@ impl VethPair {
         Ok(())
     }
 
-    /// The namespace's file.
+    /// The path of the namespace.
     pub fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.name)
     }
 
-    /// Where the instance's port is.
+    /// The address of the instance's port.
     pub fn address(&self, port: u16) -> SocketAddr {
         SocketAddr::from((self.addresses.1, port))
     }
 
-    /// Takes it away, both ends.
+    /// Removes the namespace and the veth pair.
     pub fn remove(&self) -> Result<()> {
-        // The namespace lives on as long as there is a process in it; its end of the link goes with ours.
+        // The namespace stays while it has processes, but deleting one end of the veth pair deletes both.
         let _ = remove_interface(&self.interface);
         programs::run("ip", &["netns", "delete", &self.name])
     }
 }
 
-/// A tap device: what a machine's network card sends comes out of an interface of the host's.
+/// A tap device on the host, connected to a machine's network device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tap {
     interface: String,
@@ -125,12 +125,12 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// What an instance's is called, and its addresses.
+    /// The tap device of an instance, not yet created.
     pub fn of(bench_id: &str, instance: u32) -> Tap {
         Tap { interface: interface(bench_id, instance), addresses: addresses(instance) }
     }
 
-    /// Makes the device for a job with a port. Only root may.
+    /// Creates a tap device for a job with a port. Requires root.
     pub fn create(fixture: &Fixture, job: &Job) -> Result<Option<Tap>> {
         if job.port.is_none() {
             return Ok(None);
@@ -157,29 +157,30 @@ impl Tap {
         Ok(())
     }
 
-    /// The interface's name.
+    /// The name of the interface.
     pub fn interface(&self) -> &str {
         &self.interface
     }
 
-    /// The instance's address and its way out, as [`GuestOptions::network`](super::guest::GuestOptions::network) has them.
+    /// The instance's address and gateway, in the format of
+    /// [`GuestOptions::network`](super::guest::GuestOptions::network).
     pub fn network(&self) -> String {
         let (ours, its) = self.addresses;
         format!("{its}/{PREFIX},{ours}")
     }
 
-    /// Where the instance's port is.
+    /// The address of the instance's port.
     pub fn address(&self, port: u16) -> SocketAddr {
         SocketAddr::from((self.addresses.1, port))
     }
 
-    /// Takes it away.
+    /// Removes the device.
     pub fn remove(&self) -> Result<()> {
         remove_interface(&self.interface)
     }
 }
 
-/// Removes the links and tap devices of a bench that was killed, or could not go on between making one and starting its instance.
+/// Removes the interfaces of a run that was killed, or that failed before it started the instance.
 pub fn remove_leftovers(dir: &Path) {
     let id = bench_id(dir);
     for name in names("/run/netns") {
@@ -197,7 +198,7 @@ pub fn remove_leftovers(dir: &Path) {
     }
 }
 
-/// What is in a directory; nothing if it is not there.
+/// Lists the entries of a directory, or nothing if it does not exist.
 fn names(dir: &str) -> Vec<String> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
@@ -232,7 +233,7 @@ mod tests {
             eprintln!("SKIPPED: tap devices are made by root, with {TUN_PATH} and ip");
             return;
         }
-        // No bench has such a name: those have hexadecimal digits.
+        // No real run has such a name: run IDs are hexadecimal.
         let [dead, alive] = ["x", "y"].map(|kind| format!("husk-bench-{kind}{:05}", std::process::id() % 100_000));
         let taps = [Tap::of(&dead, 1), Tap::of(&dead, u32::MAX), Tap::of(&alive, 2)];
         for tap in &taps {

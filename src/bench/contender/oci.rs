@@ -1,4 +1,4 @@
-//! OCI runtimes by themselves, crun and runc: a container without an engine.
+//! OCI runtimes without an engine: crun and runc.
 
 use std::fs;
 use std::path::Path;
@@ -13,12 +13,12 @@ use super::setup;
 use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, example_job, fixture, is_root, strings};
 use crate::resources::programs;
 
-/// What runtimes are called, and the package that has each.
+/// The name of crun, also that of its package.
 pub const CRUN: &str = "crun";
-/// The same.
+/// The name of runc, also that of its package.
 pub const RUNC: &str = "runc";
 
-/// What Docker and Podman leave to a container's root (capabilities(7)).
+/// The default capabilities of Docker and Podman (capabilities(7)).
 const CAPABILITIES: [&str; 11] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -32,22 +32,22 @@ const CAPABILITIES: [&str; 11] = [
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 ];
-/// Processor time is given out once in so long.
+/// The period of the CPU quota.
 const PERIOD_US: u64 = 100_000;
 
-/// Why a runtime does not run here, and what would help.
+/// Why a runtime cannot be used on this host.
 pub const UNSUPPORTED: &str = "runs on no host that uses both versions of control groups";
-/// The same.
+/// How to make it usable.
 pub const UNIFIED_HIERARCHY: &str = "boot the host with systemd.unified_cgroup_hierarchy=1";
 
-/// A runtime.
+/// An OCI runtime.
 pub struct Runtime {
     name: &'static str,
     program: Program,
 }
 
 impl Runtime {
-    /// Looks for it.
+    /// Detects it.
     pub fn find(name: &'static str) -> Runtime {
         let program = Program::find(name, &["--version"], &format!("sudo apt-get install {name}"));
         if program.version.is_ok() && is_unsupported_here(name) {
@@ -56,7 +56,7 @@ impl Runtime {
         Runtime { name, program }
     }
 
-    /// The runtime with the directory in which it remembers its containers.
+    /// Builds a command line of the runtime with its state directory.
     fn line(&self, fixture: &Fixture, arguments: &[&str]) -> Vec<String> {
         let state = fixture.dir.join(self.name).display().to_string();
         let mut line = strings(&[self.name, "--root", &state]);
@@ -109,7 +109,7 @@ impl Contender for Runtime {
         let delete = self.line(fixture, &["delete", "--force", &id]);
         let state = fixture.dir.join(self.name).join(&id);
         let clean_up = move || {
-            // One that ran to its end is gone already.
+            // Containers that have ended are already deleted.
             if state.exists() {
                 run(&delete)?;
             }
@@ -128,8 +128,8 @@ impl Contender for Runtime {
     }
 }
 
-/// Whether there are control groups of the second version beside those of the first, with something of their own to give out.
-/// Whether the runtime of this name runs no container on this host.
+/// Whether the runtime cannot run containers on this host: crun does not support hybrid cgroup hierarchies with
+/// controllers in v2.
 pub fn is_unsupported_here(name: &str) -> bool {
     name == CRUN && is_hybrid()
 }
@@ -143,7 +143,7 @@ fn run(line: &[String]) -> Result<()> {
     programs::run(program, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-/// Ends the containers of a killed bench.
+/// Deletes the containers of a killed run.
 pub fn remove_leftovers(dir: &Path) {
     for runtime in [CRUN, RUNC] {
         let state = dir.join(runtime);
@@ -160,13 +160,13 @@ fn user() -> (u32, u32) {
     (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
 }
 
-/// What a container's configuration (OCI runtime specification 1.0.2, config.md) depends on.
+/// The variable parts of a container configuration (OCI runtime specification 1.0.2, config.md).
 struct Bundle<'a> {
     id: &'a str,
     root: &'a Path,
     scratch: Option<&'a Path>,
     network: Option<&'a Path>,
-    /// The user and the group that its root is, where that is not the host's.
+    /// The host's user and group that root is mapped to, in a user namespace.
     user: Option<(u32, u32)>,
 }
 
@@ -191,7 +191,7 @@ impl Bundle<'_> {
         })
     }
 
-    /// As `runc spec` has them, without control groups.
+    /// The mounts of `runc spec`, without cgroups.
     fn mounts(&self) -> Vec<Value> {
         let mount = |kind: &str, at: &str, options: &[&str]| json!({ "destination": at, "type": kind, "source": kind, "options": options });
         let mut mounts = vec![

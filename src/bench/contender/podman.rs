@@ -1,4 +1,4 @@
-//! Podman: an engine without a daemon, run by root or by a user.
+//! Podman: a daemonless engine, rootful or rootless.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -15,27 +15,27 @@ use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 use crate::sandbox::cgroup::pen;
 
-/// Whose engine it is.
+/// The mode of Podman.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Root's.
+    /// Run by root.
     Rootful,
-    /// A user's.
+    /// Run by another user.
     Rootless,
 }
 
-/// Podman, as whoever runs the bench.
+/// Podman in one mode.
 pub struct Podman {
     mode: Mode,
     program: Program,
 }
 
 const SUBDIR: &str = "podman";
-/// What Podman limits itself to, of processes.
+/// Podman's own default limit of processes.
 const LIMIT_MAX: u64 = 1 << 15;
 
 impl Podman {
-    /// Looks for it. In the mode that is not this user's it is absent.
+    /// Detects it. The mode of other users is reported as unavailable.
     pub fn find(mode: Mode) -> Podman {
         let program = match (mode, is_root()) {
             (Mode::Rootful, false) => Program::missing("husk bench is not run by root", Some("sudo husk bench ...")),
@@ -54,13 +54,13 @@ impl Podman {
     }
 }
 
-/// Podman, unless the runtime that it uses refuses this host.
+/// Marks Podman as unavailable if its runtime does not support this host.
 fn with_its_runtime(
     program: Program,
     is_unsupported: impl Fn(&str) -> bool,
     runtime: impl Fn() -> Option<String>,
 ) -> Program {
-    // Only crun is known to, so that elsewhere nobody waits for the answer.
+    // `podman info` is slow, and only crun has such a restriction.
     if program.version.is_err() || !is_unsupported(oci::CRUN) {
         return program;
     }
@@ -73,21 +73,21 @@ fn with_its_runtime(
     }
 }
 
-/// What podman runs containers with, by its own word.
+/// Returns the name of the configured OCI runtime.
 fn runtime() -> Option<String> {
     let ask = ["10", "podman", "info", "--format", "{{.Host.OCIRuntime.Name}}"];
     let said = programs::output("timeout", &ask).inspect_err(|error| log::info!("{error:#}"));
     Some(said.ok()?.trim().to_owned())
 }
 
-/// Where it keeps what is gone with the next boot. It takes no path of more than 50 bytes.
+/// Returns the runtime directory. Podman rejects paths longer than 50 bytes.
 fn run_dir(dir: &Path) -> PathBuf {
     let session = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
     let base = if is_root() { "/run".into() } else { session.unwrap_or("/tmp".into()) };
     base.join(dir.file_name().unwrap_or_default())
 }
 
-/// Podman with a storage of the bench's own, so that nothing of the user's is touched.
+/// Builds a podman command line with its own storage, so that the user's storage is not touched.
 fn line(dir: &Path, arguments: &[&str]) -> Vec<String> {
     let at = |name: &str| dir.join(SUBDIR).join(name).display().to_string();
     let run = run_dir(dir).display().to_string();
@@ -100,8 +100,8 @@ fn line(dir: &Path, arguments: &[&str]) -> Vec<String> {
     line
 }
 
-/// The bench's own limits, as far as Podman has them itself: it would want higher ones, and a root that lacks CAP_SYS_RESOURCE
-/// cannot raise any.
+/// Limits that are not above those of this process. Podman's defaults may be higher, and without CAP_SYS_RESOURCE
+/// limits cannot be raised.
 fn limits() -> Vec<String> {
     let kinds = [("nofile", Resource::Nofile), ("nproc", Resource::Nproc)];
     let limit = |(name, kind)| {
@@ -135,7 +135,8 @@ impl Podman {
         line
     }
 
-    /// Why a user's container has no network here: podman has slirp4netns make one of a tap device, and from 5 on passt's pasta.
+    /// Returns why rootless containers have no network here. Podman uses slirp4netns, and pasta since version 5; both
+    /// need a tap device.
     fn network_problem(&self) -> Option<String> {
         if self.mode == Mode::Rootful {
             return None;
@@ -149,7 +150,7 @@ impl Podman {
     }
 }
 
-/// What makes a user's network for this version of podman, and the package that has it.
+/// Returns the program that sets up rootless networks in this version of Podman, and its package.
 fn network_program(version: &str) -> (&'static str, &'static str) {
     if major(version) < 5 { ("slirp4netns", "slirp4netns") } else { ("pasta", "passt") }
 }
@@ -179,7 +180,7 @@ impl Contender for Podman {
     }
 
     fn prepare(&mut self, fixture: &Fixture) -> Result<()> {
-        // The storage is made by whoever uses it first.
+        // The first command initializes the storage.
         output(&line(&fixture.dir, &["ps", "--quiet"])).map(drop)
     }
 
@@ -188,16 +189,16 @@ impl Contender for Podman {
             return Err(Unsupported(problem).into());
         }
         if self.mode == Mode::Rootful && job.port.is_some() && !has_network(&fixture.dir) {
-            // Like its usual one, whose bridge would stay for ever.
+            // Equivalent to Podman's default network, whose bridge would persist after the run.
             output(&line(&fixture.dir, &["network", "create", "--disable-dns", &fixture.id()]))?;
         }
         let (id, bench) = (fixture.instance(self.name(), job), fixture.dir.clone());
-        // One that ran to its end is gone already.
+        // Containers that have ended are already removed.
         let remove = move || output(&line(&bench, &["rm", "--force", "--ignore", "--time", "0", &id])).map(drop);
         engine::launch(fixture, self.name(), job, |scratch| self.command_line(fixture, scratch, job), remove)
     }
 
-    /// Its monitor is nobody's child, and the container is the monitor's.
+    /// The monitor (conmon) is detached, and the container is a child of the monitor.
     fn extra_processes(&self, fixture: &Fixture, job: &Job) -> Vec<u32> {
         let id = fixture.instance(self.name(), job);
         let format = "{{.State.Pid}} {{.State.ConmonPid}}";
@@ -215,7 +216,7 @@ impl Contender for Podman {
     }
 }
 
-/// Whether the bench's own network has been made.
+/// Whether the run's network exists.
 fn has_network(dir: &Path) -> bool {
     let id = bench_id(dir);
     output(&line(dir, &["network", "exists", &id])).is_ok()
@@ -232,7 +233,8 @@ fn remove_all(dir: &Path) -> Result<()> {
         output(&line(dir, &["network", "rm", &id]))?;
     }
     if !is_root() {
-        // A container's users own what it wrote; and a process that holds the user's namespaces goes with `migrate`.
+        // Files in the storage belong to subordinate users; `system migrate` stops the process that holds the user
+        // namespace.
         let (run, storage) = (run_dir(dir).display().to_string(), dir.join(SUBDIR).join("root").display().to_string());
         output(&line(
             dir,
@@ -244,7 +246,7 @@ fn remove_all(dir: &Path) -> Result<()> {
     fixture::clear(&dir.join(SUBDIR))
 }
 
-/// Ends the containers of a killed bench.
+/// Removes the containers of a killed run.
 pub fn remove_leftovers(dir: &Path) {
     if which("podman")
         && let Err(error) = remove_all(dir)

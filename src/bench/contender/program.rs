@@ -1,4 +1,4 @@
-//! The program of a contender: whether this host has it, and in which version.
+//! Detection of a contender's program and its version.
 
 use std::process::Command;
 
@@ -6,10 +6,10 @@ use super::super::report::{self, Isolation, Unavailable};
 use crate::foreign::one_line;
 use crate::resources::{self, host, programs};
 
-/// Some engines wait for ever for a daemon that hangs.
+/// A timeout, because some clients wait forever for a hung daemon.
 const ANSWERS_WITHIN_S: &str = "10";
 
-/// Whether this host runs kernels as they are, and what to type if not.
+/// Checks that this host can run ordinary guest kernels, and how to enable that if not.
 pub fn kvm() -> Result<(), Unavailable> {
     let missing = |reason: String| Unavailable { reason, install: Some("husk doctor".to_owned()) };
     if host::runs_only_pvm_guests() {
@@ -18,15 +18,15 @@ pub fn kvm() -> Result<(), Unavailable> {
     resources::open_kvm().map(drop).map_err(|error| missing(format!("{error:#}")))
 }
 
-/// A program, or why there is none.
+/// A program, or why it is unavailable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
-    /// Its version, if it is there.
+    /// The version.
     pub version: Result<String, Unavailable>,
 }
 
 impl Program {
-    /// Asks a program for its version. `install` is what to type, or to do, where there is none.
+    /// Queries the version of a program. `install` is the hint shown if that fails.
     pub fn find(name: &str, arguments: &[&str], install: &str) -> Program {
         let mut words = vec![ANSWERS_WITHIN_S, name];
         words.extend(arguments);
@@ -40,12 +40,12 @@ impl Program {
         Program { version: version.map_err(|reason| Unavailable { reason, install: Some(install.to_owned()) }) }
     }
 
-    /// One that is not used here.
+    /// A program that cannot be used.
     pub fn missing(reason: &str, install: Option<&str>) -> Program {
         Program { version: Err(Unavailable { reason: reason.to_owned(), install: install.map(str::to_owned) }) }
     }
 
-    /// What the results say of its contender.
+    /// Describes the contender for the report.
     pub fn describe(
         &self,
         name: &str,
@@ -67,23 +67,23 @@ impl Program {
     }
 }
 
-/// The first number of a version; 0 where it does not begin with one.
+/// Returns the major number of a version, or 0 if it does not start with a number.
 pub fn major(version: &str) -> u32 {
     version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or_default()
 }
 
-/// Whether there is such a program on the path.
+/// Whether a program is on the path.
 pub fn which(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }
 
-/// Whether a helper's exit was a good one, for what may be absent.
+/// Whether a command succeeds. A missing program counts as failure.
 pub fn succeeds(name: &str, arguments: &[&str]) -> bool {
     Command::new(name).args(arguments).output().is_ok_and(|output| output.status.success())
 }
 
-/// The first word that begins like a version, with a `v` or without.
+/// Returns the first word that looks like a version, without a leading `v`.
 fn version(text: &str) -> Option<String> {
     let line = text.lines().find(|line| !line.trim().is_empty())?;
     let is_version = |word: &&str| word.trim_start_matches('v').starts_with(|first: char| first.is_ascii_digit());

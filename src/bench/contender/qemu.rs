@@ -1,4 +1,4 @@
-//! QEMU's microvm machine.
+//! QEMU's microvm machine type.
 
 use anyhow::Result;
 
@@ -12,14 +12,14 @@ pub struct Qemu(Program);
 
 const NAME: &str = "qemu-microvm";
 const PROGRAM: &str = "qemu-system-x86_64";
-/// As lean as its documentation has it (QEMU, system/i386/microvm.rst).
+/// The minimal configuration from its documentation (QEMU, system/i386/microvm.rst).
 const MACHINE: &str = "microvm,x-option-roms=off,isa-serial=on,rtc=off,pit=off,pic=off,auto-kernel-cmdline=off";
-/// A guest's address on QEMU's user-mode network, and its way out.
+/// The guest's address and gateway on QEMU's user-mode network.
 const ADDRESS: &str = "10.0.2.15";
 const NETWORK: &str = "10.0.2.15/24,10.0.2.2";
 
 impl Qemu {
-    /// Looks for it, and for a kernel to boot.
+    /// Detects it, and a kernel to boot.
     pub fn find() -> Qemu {
         let program = Program::find(PROGRAM, &["--version"], "sudo apt-get install qemu-system-x86");
         Qemu(guest::require_kernel(program))

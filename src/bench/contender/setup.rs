@@ -1,4 +1,4 @@
-//! What contenders without an engine get made by the bench: their share of the host, and a root that forgets what is changed in it.
+//! Resource limits and a disposable root for contenders that have no engine to provide them.
 
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -12,12 +12,12 @@ use crate::foreign::one_line;
 use crate::sandbox::cgroup::Limits;
 use crate::sandbox::cgroup::pen::Pen;
 
-/// Which limits are kept by control groups.
+/// Which limits are enforced by control groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitScope {
-    /// Processor time and memory.
+    /// CPU time and memory.
     Container,
-    /// Processor time, where it is less than that of all virtual processors: the rest is the machine's own.
+    /// CPU time, if it is less than that of all virtual CPUs. The VMM limits the rest itself.
     Machine,
 }
 
@@ -36,12 +36,13 @@ impl LimitScope {
         }
     }
 
-    /// Groups for an instance; `None` where they cannot be had, which [`LimitScope::note`] has said.
+    /// Creates the control groups of an instance. Returns `None` if that is impossible, which [`LimitScope::note`]
+    /// reports.
     pub fn pen(self, fixture: &Fixture, contender: &str, job: &Job) -> Option<Pen> {
         Pen::new(&fixture.instance(contender, job), &self.limits(fixture)).ok()
     }
 
-    /// What the results have to say of limits that cannot be kept.
+    /// Returns a note for the report if limits cannot be enforced.
     pub fn note(self, fixture: &Fixture) -> Option<String> {
         let limits = self.limits(fixture);
         if limits == Limits::default() {
@@ -53,12 +54,13 @@ impl LimitScope {
     }
 }
 
-/// The doors of a pen, if there is one.
+/// Opens the control groups for a new process to join.
 pub fn doors(pen: Option<&Pen>) -> Result<Vec<File>> {
     pen.map_or(Ok(Vec::new()), Pen::doors)
 }
 
-/// The root for an instance whose directory is given: with changes that go with the directory for root, as it is for others.
+/// Returns the root of an instance. For root, it is an overlay whose changes are in the instance's directory;
+/// otherwise, it is shared and read-only.
 pub fn root(fixture: &Fixture, dir: &Path) -> Result<PathBuf> {
     if !is_root() {
         return Ok(fixture.root.clone());
@@ -76,13 +78,13 @@ pub fn root(fixture: &Fixture, dir: &Path) -> Result<PathBuf> {
     Ok(root)
 }
 
-/// What the results have to say of a root that cannot be changed.
+/// Returns a note for the report if the root is read-only.
 pub fn root_note() -> Option<String> {
     (!is_root())
         .then(|| "its root is read-only, since only root may mount an overlay here; /tmp is in memory".to_owned())
 }
 
-/// A directory on the bench's disk for who has no disk of its own, if the job wants one.
+/// Creates a scratch directory on the host's disk, for contenders without disks of their own.
 pub fn scratch(job: &Job, dir: &Path) -> Result<Option<PathBuf>> {
     if job.scratch_mib.is_none() {
         return Ok(None);

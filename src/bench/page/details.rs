@@ -1,4 +1,4 @@
-//! How to repeat a run: its command line, who took part, where, and by which method.
+//! How to reproduce a run: command line, contenders, host and method.
 
 use maud::{Markup, html};
 
@@ -6,7 +6,7 @@ use super::super::format;
 use super::super::report::{ContenderInfo, Isolation, NoiseLevel, Report};
 use super::badge;
 
-/// What every instance was given, in words.
+/// Describes the limits of an instance.
 pub fn limits(report: &Report) -> String {
     let limits = &report.limits;
     let pinned = limits.cpuset.as_ref().map(|cpuset| format!(", pinned to {cpuset}")).unwrap_or_default();
@@ -14,7 +14,7 @@ pub fn limits(report: &Report) -> String {
     format!("{} {processors}{pinned} and {} MiB of memory each", limits.cpus, limits.memory_mib)
 }
 
-/// How steady the host was, in words.
+/// Describes the noise of the host.
 pub fn noise(report: &Report) -> String {
     let noise = &report.noise;
     let verdict = match noise.verdict {
@@ -30,7 +30,7 @@ pub fn noise(report: &Report) -> String {
     )
 }
 
-/// The section.
+/// Renders the section.
 pub fn repeat(report: &Report) -> Markup {
     html! {
         section #repeat aria-labelledby="repeat-title" {

@@ -1,7 +1,7 @@
-//! A report as one HTML page that needs nothing else: no script, no font, no picture from anywhere, and no network to read it.
+//! A report as a single self-contained HTML page, without scripts, fonts or external resources.
 //!
-//! Verdict first, then what is missing, ratios, every sample, the numbers, and how to repeat it. All text is escaped by the
-//! template language (maud); the page's own policy (CSP) forbids whatever would slip through to run or to load.
+//! The verdict comes first, then missing results, ratios, samples, numbers, and how to reproduce the run. The template
+//! language (maud) escapes all text; the content security policy is a second line of defense.
 
 mod details;
 mod plot;
@@ -14,12 +14,12 @@ use super::format;
 use super::report::Report;
 
 const STYLE: &str = include_str!("style.css");
-/// Nothing is loaded, nothing runs; the style stands in the page.
+/// Forbids scripts and external resources; only the inline style is allowed.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
-/// What may not stand in a `data:` URL as it is (RFC 3986 §2).
+/// Characters to escape in a `data:` URL (RFC 3986 §2).
 const URL: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b':').remove(b',');
 
-/// The page.
+/// Renders the page.
 pub fn page(report: &Report) -> String {
     let page = html! {
         (DOCTYPE)
@@ -110,7 +110,7 @@ fn distributions(report: &Report) -> Markup {
     }
 }
 
-/// The report itself, as a link that needs no server.
+/// Renders a download link with the report as a `data:` URL.
 fn download(report: &Report) -> Markup {
     let json = serde_json::to_string(report).unwrap_or_default();
     html! {
@@ -123,8 +123,8 @@ fn download(report: &Report) -> Markup {
     }
 }
 
-/// The shape and colour that stand for a contender everywhere: shapes alone tell eight apart, and their colours are those that
-/// colour-blind people do (Okabe and Ito 2008).
+/// Renders the marker of a contender. The eight shapes are distinguishable without color, and the colors are suitable
+/// for color-blind readers (Okabe and Ito 2008).
 fn badge(report: &Report, contender: &str) -> Markup {
     let index = index_of(report, contender);
     html! {
@@ -138,7 +138,7 @@ fn index_of(report: &Report, contender: &str) -> usize {
     format::present(report).iter().position(|name| *name == contender).unwrap_or_default()
 }
 
-/// The class of the style sheet.
+/// Returns the CSS class of a contender's color.
 fn color_class(index: usize) -> &'static str {
     const CLASSES: [&str; 8] = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"];
     CLASSES.get(index % CLASSES.len()).copied().unwrap_or("c0")

@@ -1,6 +1,6 @@
-//! A measure's samples as a picture: a strip of marks for each contender on one axis, with the median and its interval.
+//! A strip plot of a metric's samples: one row per contender on a common axis, with the median and its interval.
 //!
-//! A picture is 360 units wide whatever it shows: about a phone's width, so that its letters are as large as the page's.
+//! A plot is always 360 units wide, about the width of a phone, so that its text has the same size as the page's.
 
 use std::fmt::Write;
 
@@ -11,28 +11,28 @@ use super::super::report::{MetricResults, Outcome, Report, Summary};
 use super::{color_class, index_of};
 
 const WIDTH: f64 = 360.0;
-/// Where the axis begins and ends.
+/// The ends of the axis.
 const LEFT: f64 = 10.0;
 const RIGHT: f64 = WIDTH - 10.0;
-/// Where a logarithmic one ends, and where the one beside it begins, on which every contender is seen from near.
+/// The right end of a logarithmic axis, and the left end of the zoomed axis next to it.
 const SPLIT: (f64, f64) = (205.0, 225.0);
-/// What that shows at most of the distance from a contender's own median, as shares of it; what is beyond stands at its end.
+/// The range of the zoomed axis, as deviation from a contender's own median. Values outside are clamped.
 const NEAR: (f64, f64) = (-0.5, 1.0);
-/// A contender's strip, with its name above.
+/// The height of a contender's row, including its name.
 const ROW: f64 = 44.0;
-/// From a strip's top to its marks' middle.
+/// The vertical center of the samples in a row.
 const MIDDLE: f64 = 26.0;
-/// Room for the axis's numbers and its unit.
+/// The height of the tick labels and the unit.
 const FOOT: f64 = 36.0;
-/// The longest name that leaves room for its median.
+/// The longest name that leaves room for the median.
 const NAME_CHARS: usize = 26;
-/// From this ratio of the greatest to the least on, an axis is logarithmic: on a linear one the least would be one mark.
+/// The ratio of the maximum to the minimum from which an axis is logarithmic.
 const LOGARITHMIC_FROM: f64 = 6.0;
 
-/// The largest number on an axis.
+/// The largest value on an axis.
 const LARGEST: f64 = 1e300;
 
-/// Where values stand on the axis.
+/// Maps values to horizontal positions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Axis {
     min: f64,
@@ -43,11 +43,11 @@ struct Axis {
 }
 
 impl Axis {
-    /// An axis on which all these stand.
+    /// Returns an axis that covers all values.
     fn of(values: &[f64]) -> Self {
         let min = values.iter().copied().fold(f64::INFINITY, f64::min);
         let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        // What is beyond stands at an end: the differences of larger ones may be no numbers.
+        // Clamped, because differences of larger numbers may overflow.
         let [min, max] = [min, max].map(|end| if end.is_finite() { end.clamp(-LARGEST, LARGEST) } else { end });
         if !min.is_finite() || !max.is_finite() {
             return Self { min: 0.0, max: 1.0, logarithmic: false, left: LEFT, right: RIGHT };
@@ -55,13 +55,13 @@ impl Axis {
         if min > 0.0 && max / min >= LOGARITHMIC_FROM {
             return Self { min: min / 1.1, max: max * 1.1, logarithmic: true, left: LEFT, right: SPLIT.0 };
         }
-        // A linear one begins at 0 where that leaves the samples most of the room.
+        // A linear axis starts at 0 if the samples still get most of the width.
         let room = if max > min { (max - min) * 0.05 } else { max.abs() * 0.05 + f64::MIN_POSITIVE };
         let min = if min >= 0.0 && min < max / 2.0 { 0.0 } else { min - room };
         Self { min, max: max + room, logarithmic: false, left: LEFT, right: RIGHT }
     }
 
-    /// Beside a logarithmic one: the distance of each contender's samples from its own median, as a share of that.
+    /// Returns the zoomed axis: deviations of samples from the contender's own median, as a fraction of it.
     fn near(outcomes: &[&Outcome]) -> Self {
         let distances = outcomes.iter().flat_map(|outcome| {
             let median = outcome.summary.as_ref().map(|summary| summary.median.value);
@@ -79,7 +79,7 @@ impl Axis {
         self.left + share.clamp(0.0, 1.0) * (self.right - self.left)
     }
 
-    /// Round values along it: from two to seven.
+    /// Returns two to seven round values along the axis.
     fn ticks(&self) -> Vec<f64> {
         let between = |ticks: Vec<f64>| -> Vec<f64> {
             ticks.into_iter().filter(|tick| (self.min..=self.max).contains(tick)).collect()
@@ -113,7 +113,7 @@ impl Axis {
     }
 }
 
-/// The picture, with its title as the caption.
+/// Renders the plot, with its title as the caption.
 pub fn figure(report: &Report, metric: &MetricResults) -> Markup {
     let names = format::present(report);
     let rows: Vec<(&str, Option<&Outcome>)> =
@@ -144,7 +144,7 @@ pub fn figure(report: &Report, metric: &MetricResults) -> Markup {
     }
 }
 
-/// An axis with its numbers and a line up from each.
+/// Renders an axis with tick labels and grid lines.
 fn scale(axis: Axis, bottom: f64, label: &str, number: fn(f64) -> String) -> Markup {
     html! {
         @for tick in axis.ticks() {
@@ -156,7 +156,7 @@ fn scale(axis: Axis, bottom: f64, label: &str, number: fn(f64) -> String) -> Mar
     }
 }
 
-/// One contender's row.
+/// Renders one contender's row.
 fn strip(
     index: usize,
     row: usize,
@@ -184,7 +184,7 @@ fn strip(
     }
 }
 
-/// The marks of all rounds, hollow where they are outliers.
+/// Renders the samples of all rounds; outliers are hollow.
 fn samples(index: usize, outcome: &Outcome, middle: f64, x: impl Fn(f64) -> f64) -> Markup {
     let outliers = outcome.summary.as_ref().map_or(&[][..], |summary| &summary.outliers);
     html! {
@@ -195,7 +195,7 @@ fn samples(index: usize, outcome: &Outcome, middle: f64, x: impl Fn(f64) -> f64)
     }
 }
 
-/// The bar of the median's interval, below the marks, and the median as a triangle below that.
+/// Renders the interval of the median as a bar below the samples, and the median as a triangle.
 fn interval(summary: &Summary, middle: f64, x: impl Fn(f64) -> f64) -> Markup {
     let [low, value, high] = [summary.median.low, summary.median.value, summary.median.high].map(x);
     html! {
@@ -204,7 +204,7 @@ fn interval(summary: &Summary, middle: f64, x: impl Fn(f64) -> f64) -> Markup {
     }
 }
 
-/// A round number without the zeros that say how exact a measured one is.
+/// Formats a tick label without trailing zeros.
 fn tick_label(value: f64) -> String {
     let text = format::number(value);
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -213,7 +213,7 @@ fn tick_label(value: f64) -> String {
     format!("{short}{unit}")
 }
 
-/// All marks of the rounds chosen, as one path. They stand a little above and below each other, so that equal ones are seen.
+/// Returns the selected samples as one path, with vertical jitter so that equal samples are visible.
 fn marks(
     index: usize,
     outcome: &Outcome,
@@ -231,13 +231,13 @@ fn marks(
     path
 }
 
-/// A distance from the median: `+20%`.
+/// Formats a deviation from the median: `+20%`.
 fn share_label(share: f64) -> String {
     let percent = (share * 100.0).round();
     if percent == 0.0 { "0".to_owned() } else { format!("{percent:+}%") }
 }
 
-/// A contender's mark, as the data of a path, around a point.
+/// Returns a contender's marker at a point, as path data.
 pub fn shape(index: usize, x: f64, y: f64) -> String {
     const SHAPES: [(f64, f64, &str); 8] = [
         (-2.4, 0.0, "a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0z"),
@@ -253,7 +253,7 @@ pub fn shape(index: usize, x: f64, y: f64) -> String {
     format!("M{} {}{path}", at(x + dx), at(y + dy))
 }
 
-/// What stands at the end of a contender's line.
+/// Formats the value at the end of a contender's row.
 fn value(outcome: Option<&Outcome>, unit: &str) -> String {
     let Some(outcome) = outcome else { return "not measured".to_owned() };
     let failed =
@@ -267,7 +267,7 @@ fn value(outcome: Option<&Outcome>, unit: &str) -> String {
     }
 }
 
-/// The picture in words.
+/// Describes the plot in words, for screen readers.
 fn description(rows: &[(&str, Option<&Outcome>)], unit: &str) -> String {
     let mut words = String::new();
     for (name, outcome) in rows {
@@ -282,7 +282,7 @@ fn description(rows: &[(&str, Option<&Outcome>)], unit: &str) -> String {
     words
 }
 
-/// A coordinate: a tenth of a unit is finer than any screen.
+/// Formats a coordinate. A tenth of a unit is below the resolution of a screen.
 fn at(coordinate: f64) -> String {
     let text = format!("{coordinate:.1}");
     text.strip_suffix(".0").map_or_else(|| text.clone(), str::to_owned)
@@ -338,7 +338,7 @@ mod tests {
             let of_samples = drawn.split("class=\"dots").skip(1).map(|path| path.split("></path>").next().unwrap());
             of_samples.map(|path| path.matches('M').count()).sum()
         };
-        // Once among the others', once from near.
+        // Once on the main axis, once on the zoomed one.
         assert_eq!(marks(&drawn), 2 * samples, "{drawn}");
     }
 

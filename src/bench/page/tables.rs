@@ -1,4 +1,4 @@
-//! The page's tables: what is missing, ratios, and all numbers.
+//! The tables of the page: missing results, ratios, and all numbers.
 
 use maud::{Markup, html};
 
@@ -7,12 +7,12 @@ use super::super::report::{MetricResults, Outcome, Report};
 use super::super::verdict::{Judgment, judge, margin};
 use super::{badge, download};
 
-/// A table in a box of its own, which scrolls where the page is too narrow; also by keys.
+/// Wraps a wide table in a box that scrolls, also by keyboard.
 fn scrolled(label: &str, table: &Markup) -> Markup {
     html! { div.scroll role="region" aria-label=(label) tabindex="0" { (table) } }
 }
 
-/// What failed, what was skipped, who is absent.
+/// Renders failed, skipped and unavailable contenders.
 pub fn missing(report: &Report) -> Markup {
     let with_failures = |outcome: &&Outcome| !outcome.failures.is_empty();
     let failures: Vec<(&MetricResults, &Outcome)> = report
@@ -61,7 +61,7 @@ pub fn missing(report: &Report) -> Markup {
     }
 }
 
-/// Everyone in proportion to the baseline.
+/// Renders the ratios to the baseline.
 pub fn ratios(report: &Report) -> Markup {
     let names = format::present(report);
     let table = html! {
@@ -133,7 +133,7 @@ fn ratio_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
     }
 }
 
-/// All that was measured, as numbers.
+/// Renders all results as numbers.
 pub fn numbers(report: &Report) -> Markup {
     let table = html! {
         table.numbers {

@@ -1,12 +1,12 @@
-//! One instance from its start to its end: when it spoke, when its work began and ended, and whether it did what was asked.
+//! Runs one instance: when it printed what, how long its tasks took, and whether it did what was expected.
 //!
 //! ```text
-//! Launch ─ watch (a thread): start, read, deadline, end ─> OutputParser: what was heard, and when ─> judge ─> Run
-//!                                                            └ meanwhile, for who waits: ready, ticks
+//! Launch ─ supervisor (a thread): start, read, timeout, stop ─> OutputParser: messages and timestamps ─> judge ─> Run
+//!                                                                └ meanwhile, for callers that wait: ready, ticks
 //! ```
 //!
-//! All times are this process's. A result that failed is a failure, not a fast run: [`Run::failures`] says so, and whoever
-//! takes a number from a run asks it first.
+//! All timestamps are taken by this process. A failed run has no valid timings: callers must check [`Run::failures`]
+//! before they use them.
 
 pub mod output;
 mod supervisor;
@@ -24,70 +24,70 @@ use crate::sandbox;
 use output::OutputParser;
 use supervisor::Supervisor;
 
-/// A piece of work that was done.
+/// The duration of a completed task.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TaskTiming {
-    /// The measure's name.
+    /// The metric of the task.
     pub name: String,
-    /// How much was done.
+    /// The amount of work done.
     pub amount: u64,
-    /// How long it took; 0 where it was too little work to be timed.
+    /// The duration, or 0 if the task was too short to be timed.
     pub seconds: f64,
 }
 
-/// How an instance ended.
+/// How an instance terminated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Termination {
-    /// Its process's exit code.
+    /// It exited with this code.
     Exited(i32),
-    /// The signal that its process died of.
+    /// It was killed by this signal.
     Signaled(i32),
-    /// It was not over in time, and was ended.
+    /// It was stopped because of the timeout.
     TimedOut,
-    /// It did not start, for this reason.
+    /// It failed to start, for this reason.
     FailedToStart(String),
 }
 
-/// What became of an instance.
+/// The result of running an instance.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Run {
     /// When it was started.
     pub started: Instant,
-    /// From there to its first byte, whoever wrote that.
+    /// The time until its first byte of output.
     pub first_output: Option<Duration>,
-    /// From there to the work program's `ready`.
+    /// The time until the workload program's `ready` message.
     pub ready: Option<Duration>,
-    /// From there to the end of its process.
+    /// The time until the process exited.
     pub exited: Duration,
-    /// The work that was done, in its order.
+    /// The completed tasks, in order.
     pub timings: Vec<TaskTiming>,
-    /// Why none of this may count: empty if all was as it was asked for.
+    /// Reasons why the run does not count; empty on success.
     pub failures: Vec<String>,
-    /// How it ended.
+    /// How the instance terminated.
     pub end: Termination,
-    /// The last that it printed, for a person, with nothing in it that a terminal would obey.
+    /// The end of the output, without terminal control characters.
     pub tail: String,
 }
 
-/// What has to have happened for a run to count.
+/// What a successful run looks like.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Expected {
     /// The command's exit code.
     pub code: i32,
-    /// The work, and how much of each.
+    /// The tasks and their amounts of work.
     pub work: Vec<(String, u64)>,
 }
 
-/// Under which conditions an instance runs.
+/// Options of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunOptions {
-    /// The host's processors that it is kept to, if to any; `Limits::cpuset` as numbers.
+    /// The host's CPUs that the instance is pinned to; `Limits::cpuset` as numbers.
     pub cpus: Option<Vec<u32>>,
-    /// After so long it is ended, and has failed.
+    /// The instance is stopped and counts as failed after this time.
     pub timeout: Duration,
 }
 
-/// What the watching thread shares with whoever waits for an instance.
+/// State shared by the supervisor thread and callers.
 struct Shared {
     output: Mutex<OutputParser>,
     changed: Condvar,
@@ -100,7 +100,7 @@ impl Shared {
     }
 }
 
-/// Runs an instance to its end, and cleans up after it, whatever happens.
+/// Runs an instance to completion and cleans up.
 pub fn run(launch: Launch, expected: &Expected, options: &RunOptions) -> Run {
     let (started, passes_exit_code) = (Instant::now(), launch.passes_exit_code);
     match Running::start(launch, options) {
@@ -121,10 +121,10 @@ pub fn run(launch: Launch, expected: &Expected, options: &RunOptions) -> Run {
     }
 }
 
-/// How the watching thread found it to end, and what went wrong on the way out.
+/// The result of the supervisor thread, with a cleanup error if any.
 type Ended = (Termination, Instant, Option<anyhow::Error>);
 
-/// An instance that was started and goes on beside us. Dropped, it is ended.
+/// A running instance, stopped on drop.
 pub struct Running {
     pid: u32,
     started: Instant,
@@ -133,7 +133,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts an instance. If it does not start, it has been cleaned up after.
+    /// Starts an instance. Cleans up if that fails.
     pub fn start(mut launch: Launch, options: &RunOptions) -> Result<Running> {
         let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).context("make an event")?;
         let shared = Arc::new(Shared { output: Mutex::default(), changed: Condvar::new(), stop });
@@ -154,7 +154,7 @@ impl Running {
                     None
                 }
             };
-            // Who waits for it to be ready need not go on.
+            // Wake up callers that wait for `ready`.
             of_thread.changed.notify_all();
             let cleaned = launch.clean_up.take().map_or(Ok(()), |clean_up| clean_up());
             let (end, at) = ended.unwrap_or((Termination::FailedToStart(String::new()), Instant::now()));
@@ -171,17 +171,17 @@ impl Running {
         }
     }
 
-    /// The process ID of what was started.
+    /// The process ID of [`Launch::command`].
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Whether its process has not ended yet.
+    /// Whether the process has not exited yet.
     pub fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Waits until the work program in it says `ready`, and returns how long that took from the start on.
+    /// Waits for the workload program's `ready` message, and returns the time since the start.
     pub fn wait_ready(&self, timeout: Duration) -> Result<Duration> {
         let deadline = Instant::now() + timeout;
         let mut output = self.shared.lock();
@@ -199,34 +199,35 @@ impl Running {
             if !self.is_running() {
                 bail!("it ended before it was ready: {}", last_line(&output.tail()));
             }
-            // Not all of the time at once: the thread's end may have been missed.
+            // Wait in slices, since the notification may come before the thread has finished.
             let part = left.min(Duration::from_millis(50));
             output = self.shared.changed.wait_timeout(output, part).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Starts to look for the longest silence anew; what began with the last tick counts.
+    /// Resets the longest stall. A stall that is still going on is counted from the last tick.
     pub fn reset_stall(&self) {
         self.shared.lock().reset_stall();
     }
 
-    /// The longest time without a tick since [`Running::reset_stall`], up to now.
+    /// Returns the longest time without a tick since [`Running::reset_stall`].
     pub fn longest_stall(&self) -> Duration {
         self.shared.lock().longest_stall(Instant::now())
     }
 
-    /// How many times it ticked.
+    /// Returns the number of ticks.
     pub fn ticks(&self) -> u64 {
         self.shared.lock().ticks
     }
 
-    /// Has it end (SIGTERM, then SIGKILL), and cleans up. An exit code of its own is not expected.
+    /// Stops the instance (SIGTERM, then SIGKILL) and cleans up. Its exit code is ignored.
     pub fn end(self) -> Run {
         let _ = self.shared.stop.write(1);
         self.wait(None)
     }
 
-    /// Waits for its end, and cleans up. With something expected (and whether the exit code is the command's), it is judged.
+    /// Waits for the instance and cleans up. `expected` has the expectations, and whether the exit code is the
+    /// command's.
     fn wait(mut self, expected: Option<(&Expected, bool)>) -> Run {
         let ended = self.thread.take().map(JoinHandle::join);
         let output = self.shared.lock();
@@ -267,7 +268,7 @@ impl Drop for Running {
     }
 }
 
-/// What of a run is not as it was asked for.
+/// Returns the expectations that a run did not meet.
 fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output: &OutputParser) -> Vec<String> {
     let mut failures = Vec::new();
     let said = last_line(&output.tail());
@@ -311,7 +312,7 @@ fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output:
     failures
 }
 
-/// The last words of a text.
+/// Returns the last nonempty line of a text.
 fn last_line(text: &str) -> String {
     const SHOWN_MAX: usize = 200;
     let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty());

@@ -1,22 +1,22 @@
-//! What an instance's output says, and when: lines of the work program's between those of a kernel and of anybody else.
+//! Parses an instance's output: messages of the workload program, interleaved with those of the kernel and others.
 //!
-//! All of it may be a hostile guest's: what is kept is bounded, whatever comes.
+//! A guest is untrusted, so everything kept here is bounded.
 
 use std::time::{Duration, Instant};
 
 use super::TaskTiming;
 
-/// What begins each of the work program's lines, wherever in a line that is: a kernel's words may stand before it.
+/// The prefix of the workload program's messages. Kernel messages may precede it on the same line.
 const MARKER: &[u8] = b"work: ";
-/// None of its lines is longer. Of longer ones the rest is looked at.
+/// Longer lines are truncated at the front.
 const LINE_MAX: usize = 4096;
-/// As much of the output is kept for who asks what went wrong.
+/// How much output is kept for error messages.
 const TAIL_MAX: usize = 64 << 10;
-/// There are no more kinds of work by far.
+/// Far more than there are tasks.
 const TIMINGS_MAX: usize = 256;
 const FAILURES_MAX: usize = 64;
 
-/// A line of the work program's.
+/// A message of the workload program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Message {
     Ready,
@@ -28,7 +28,7 @@ enum Message {
 }
 
 impl Message {
-    /// The first that stands in the line.
+    /// Returns the first message in a line.
     fn find(line: &[u8]) -> Option<Message> {
         let places = line.windows(MARKER.len()).enumerate().filter(|(_, window)| *window == MARKER);
         let mut behind = places.filter_map(|(at, _)| std::str::from_utf8(line.get(at + MARKER.len()..)?).ok());
@@ -57,34 +57,34 @@ fn is_name(word: &str) -> bool {
     !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }
 
-/// What was heard of an instance so far.
+/// Collects the messages of an instance.
 #[derive(Debug, Default)]
 pub struct OutputParser {
-    /// When its first byte came.
+    /// When the first byte arrived.
     pub first_output: Option<Instant>,
-    /// When it said that it is ready.
+    /// When the `ready` message arrived.
     pub ready: Option<Instant>,
-    /// The pieces of work that ended.
+    /// The completed tasks.
     pub timings: Vec<TaskTiming>,
-    /// What it said to have failed, and what of its words makes no sense.
+    /// Reported failures and protocol errors.
     pub failures: Vec<String>,
-    /// The exit code that it told.
+    /// The reported exit code.
     pub exit: Option<i32>,
-    /// How many times it ticked.
+    /// The number of ticks.
     pub ticks: u64,
-    /// The time from one tick to the next, at most.
+    /// The longest time between two ticks.
     longest_gap: Duration,
     last_tick: Option<Instant>,
-    /// What has begun: its name, and when the whole line had come.
+    /// The task in progress, and when its message was complete.
     current: Option<(String, Instant)>,
     line: Vec<u8>,
-    /// When the sign in the line came.
+    /// When the marker of the current line arrived.
     marker_at: Option<Instant>,
     tail: Vec<u8>,
 }
 
 impl OutputParser {
-    /// Takes what was read at a moment.
+    /// Processes bytes that were read at a given time.
     pub fn feed(&mut self, bytes: &[u8], at: Instant) {
         if bytes.is_empty() {
             return;
@@ -104,17 +104,17 @@ impl OutputParser {
         }
     }
 
-    /// Keeps bytes for who asks what went wrong, of the other output too.
+    /// Keeps output for error messages.
     pub fn keep_tail(&mut self, bytes: &[u8]) {
         self.tail.extend_from_slice(bytes);
-        // Twice as much may be kept, so that it is not moved each time.
+        // Trimmed only at twice the limit, to avoid moving the data on every call.
         if self.tail.len() > 2 * TAIL_MAX {
             self.tail.drain(..self.tail.len() - TAIL_MAX);
         }
     }
 
     fn grow_line(&mut self, part: &[u8], at: Instant) {
-        // A sign that is cut in two is looked for from before the cut.
+        // The marker may span two reads.
         let from = self.line.len().saturating_sub(MARKER.len());
         self.line.extend_from_slice(part);
         if self.marker_at.is_none()
@@ -127,8 +127,8 @@ impl OutputParser {
         }
     }
 
-    /// Hears a line whose sign came at one moment and whose end at another. A slow console takes time for a line: work begins when
-    /// its line has come whole, and has ended when the other one starts to come.
+    /// Handles a message. Slow consoles need time to transmit a line, so a task starts when its line is complete, and
+    /// ends when the marker of its end message arrives.
     fn handle(&mut self, word: Message, marker_at: Instant, whole_at: Instant) {
         match word {
             Message::Ready => self.ready = self.ready.or(Some(marker_at)),
@@ -166,30 +166,30 @@ impl OutputParser {
         }
     }
 
-    /// Notes a failure.
+    /// Records a failure.
     pub fn add_failure(&mut self, failure: String) {
         if self.failures.len() < FAILURES_MAX {
             self.failures.push(failure);
         }
     }
 
-    /// What has begun and not ended.
+    /// Returns the task in progress.
     pub fn unfinished(&self) -> Option<&str> {
         self.current.as_ref().map(|(name, _)| name.as_str())
     }
 
-    /// Starts to look for the longest silence anew: from the last tick on.
+    /// Resets the longest stall; the current one counts from the last tick.
     pub fn reset_stall(&mut self) {
         self.longest_gap = Duration::ZERO;
     }
 
-    /// The longest time without a tick, up to now.
+    /// Returns the longest time without a tick.
     pub fn longest_stall(&self, now: Instant) -> Duration {
         let open = self.last_tick.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
         self.longest_gap.max(open)
     }
 
-    /// The end of the output, as a terminal may print it.
+    /// Returns the end of the output, safe to print on a terminal.
     pub fn tail(&self) -> String {
         let tail = self.tail.get(self.tail.len().saturating_sub(TAIL_MAX)..).unwrap_or_default();
         String::from_utf8_lossy(tail)
@@ -202,7 +202,7 @@ impl OutputParser {
 mod tests {
     use super::*;
 
-    /// A console to which each piece came a second after the one before.
+    /// Feeds pieces of output that arrive one second apart.
     fn handle(pieces: &[&[u8]]) -> OutputParser {
         let (mut output, start) = (OutputParser::default(), Instant::now());
         for (second, piece) in (0..).zip(pieces) {

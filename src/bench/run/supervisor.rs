@@ -1,4 +1,4 @@
-//! The thread beside an instance: starts it, reads it, and sees to its end, whichever way it takes.
+//! The supervisor thread of an instance: starts the process, reads its output, and stops it on timeout.
 
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -15,13 +15,13 @@ use super::super::interrupt;
 use super::{Shared, Termination};
 use crate::sys::affinity::{self, CpuMask};
 
-/// How long an instance that is asked to end may take to.
+/// How long an instance may take to exit after SIGTERM.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long one that was killed may: it may have to give back much memory.
+/// How long it may take after SIGKILL; freeing much memory takes time.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long output is waited for whose writer outlives the instance.
+/// How long output is read after the exit, if another process still holds the pipe.
 const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
-/// As much is read at a time as a pipe holds.
+/// The capacity of a pipe.
 const CHUNK_BYTES: usize = 64 << 10;
 
 const STDOUT: u64 = 0;
@@ -30,10 +30,10 @@ const PROCESS: u64 = 2;
 const STOP: u64 = 3;
 const INTERRUPT: u64 = 4;
 
-/// Starts a command with its output to us and nothing on its input, in a process group of its own, on these processors.
+/// Starts a command in its own process group, pinned to `cpus`, with its output captured and empty input.
 pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Instant)> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    // A process inherits the mask of the thread that starts it, which this one has for as long as that takes.
+    // A child inherits the CPU affinity of the thread that starts it, so it is set temporarily.
     let before = match cpus {
         Some(cpus) => {
             let before = affinity::get(0).context("ask for a thread's processors")?;
@@ -51,11 +51,11 @@ pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Inst
     Ok((child, started))
 }
 
-/// An instance that runs.
+/// A running process.
 pub struct Supervisor {
     pub child: Child,
     pub shared: Arc<Shared>,
-    /// When it has to be over.
+    /// When it is stopped.
     pub deadline: Instant,
     epoll: Epoll,
     stdout: Option<ChildStdout>,
@@ -63,7 +63,7 @@ pub struct Supervisor {
     process: OwnedFd,
 }
 
-/// How far the end has come that it does not take by itself.
+/// How far stopping has escalated.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pressure {
     None,
@@ -103,7 +103,7 @@ impl Supervisor {
         let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
     }
 
-    /// Sees to the end of it, and returns how and when that came.
+    /// Supervises the process until it exits. Returns how and when it did.
     pub fn run(mut self) -> (Termination, Instant) {
         let (mut pressure, mut next, mut late) = (Pressure::None, self.deadline, false);
         let exited = loop {
@@ -116,7 +116,7 @@ impl Supervisor {
                         self.remove(self.shared.stop.as_raw_fd());
                         asked = true;
                     }
-                    // It is left to be read, so that all who watch see it.
+                    // Not read here, so that all supervisors see it.
                     INTERRUPT => {
                         interrupt::fd().iter().for_each(|fd| self.remove(*fd));
                         asked = true;
@@ -143,7 +143,7 @@ impl Supervisor {
                 Pressure::Killed => break None,
             }
         };
-        // While nobody has waited for it, its number is nobody else's, nor is its group's.
+        // The process ID and group cannot be reused before the process is waited for.
         kill(&self.child, Signal::KILL);
         let Some(exited) = exited else {
             self.shared.lock().add_failure("it was killed and does not end".into());
@@ -165,11 +165,11 @@ impl Supervisor {
         (end, exited)
     }
 
-    /// Waits until there is something, or for so long.
+    /// Waits for events until a point in time.
     fn wait(&self, until: Instant) -> [Option<u64>; 5] {
         let mut events = [EpollEvent::default(); 5];
         let left = until.saturating_duration_since(Instant::now());
-        // Rounded up, since what has not quite passed would be waited for again and again.
+        // Rounded up, to avoid busy waiting for the last fraction.
         let timeout_ms = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
         let count = self.epoll.wait(timeout_ms, &mut events).unwrap_or(0);
         let mut tokens = [None; 5];
@@ -177,7 +177,7 @@ impl Supervisor {
         tokens
     }
 
-    /// Reads what is there of an output, or sees that it has ended.
+    /// Reads available output, or notes that it has ended.
     fn read(&mut self, token: u64) {
         let mut chunk = [0; CHUNK_BYTES];
         let stream = match token {
@@ -208,7 +208,7 @@ impl Supervisor {
         }
     }
 
-    /// Reads what is left. Who left its process group may go on for ever.
+    /// Reads the remaining output. A process outside the group may keep the pipe open forever, hence the limit.
     fn drain(&mut self, until: Instant) {
         self.remove(self.process.as_raw_fd());
         while (self.stdout.is_some() || self.stderr.is_some()) && Instant::now() < until {
@@ -222,7 +222,7 @@ impl Supervisor {
     }
 }
 
-/// Signals the instance and what it started. Nobody is left to hear it, or they do.
+/// Signals the process group. Errors mean that it has already exited.
 fn kill(child: &Child, signal: Signal) {
     let _ = kill_process_group(Pid::from_child(child), signal);
 }

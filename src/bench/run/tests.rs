@@ -1,4 +1,4 @@
-//! Contenders that are shell scripts, and do what contenders must not.
+//! Shell scripts that misbehave in the ways that contenders may.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,7 +27,7 @@ fn expect(code: i32, work: &[(&str, u64)]) -> Expected {
     Expected { code, work: work.iter().map(|(name, amount)| ((*name).to_owned(), *amount)).collect() }
 }
 
-/// Processes that have this word on their command line.
+/// Returns processes with this argument.
 fn processes_with(word: &str) -> Vec<String> {
     let lines = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
         let line = std::fs::read(entry.path().join("cmdline")).ok()?;
@@ -52,7 +52,7 @@ fn work_is_timed_from_outside() {
 
 #[test]
 fn what_hangs_is_ended_with_all_that_it_started() {
-    // It does not mind SIGTERM, and neither does its child.
+    // It ignores SIGTERM, and so does its child.
     let text = "trap '' TERM; echo work: begin fork; sh -c 'trap \"\" TERM; sleep 71234; true' & sleep 71234; true";
     let run = run(script(text), &expect(0, &[("fork", 1)]), &within(200));
     assert_eq!(run.end, Termination::TimedOut);
@@ -109,7 +109,7 @@ fn an_instance_lives_on_without_its_output() {
 
 #[test]
 fn who_holds_the_output_does_not_hold_up_the_end() {
-    // One is of its group, and goes with it; the other has left it, and is not ours to end.
+    // The first is in the process group and is killed; the second has left it and is not.
     for (text, number) in [("sleep 71235 & echo work: ready", "71235"), ("setsid sleep 7.1236 & sleep 0.2", "7.1236")] {
         let run = run(script(text), &Expected::default(), &within(6_000));
         assert_eq!((&run.end, &run.failures[..]), (&Termination::Exited(0), &[][..]), "{text}");
@@ -192,7 +192,7 @@ fn who_waits_is_told_that_it_will_not_be_ready() {
         let running = Running::start(script(text), &within(60_000)).unwrap();
         let error = running.wait_ready(Duration::from_millis(300)).unwrap_err().to_string();
         assert_eq!(error, expected);
-        // Dropped, it is ended.
+        // Dropping it stops the instance.
     }
     assert!(start.elapsed() < Duration::from_secs(30));
 }

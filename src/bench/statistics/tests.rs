@@ -1,9 +1,9 @@
-//! Intervals, ratios and outliers against distributions that are known.
+//! Intervals, ratios and outliers for known distributions.
 
 use super::*;
 use crate::bench::example::{self, normal};
 
-/// Of many sets of samples of a distribution, the share whose interval holds its true median.
+/// Returns the fraction of intervals that cover the true median.
 fn coverage(size: usize, truth: f64, mut draw: impl FnMut(&mut fastrand::Rng) -> f64) -> f64 {
     const SETS: u32 = 200;
     let held = (0..SETS)
@@ -20,8 +20,8 @@ fn coverage(size: usize, truth: f64, mut draw: impl FnMut(&mut fastrand::Rng) ->
 #[test]
 fn an_interval_holds_the_true_median_as_often_as_it_says() {
     let lognormal = |random: &mut fastrand::Rng| (1.0 + 0.8 * normal(random)).exp();
-    // A third of the samples come from a second hump, at three times the first, which is uniform from 9 to 11: half
-    // of all samples lie below 10.5.
+    // A third of the samples come from a second mode at three times the first, which is uniform from 9 to 11, so the
+    // median is 10.5.
     let bimodal = |random: &mut fastrand::Rng| {
         if random.f64() < 1.0 / 3.0 { 30.0 + normal(random) } else { 9.0 + 2.0 * random.f64() }
     };
@@ -31,7 +31,7 @@ fn an_interval_holds_the_true_median_as_often_as_it_says() {
             ("lognormal", coverage(size, 1_f64.exp(), lognormal)),
             ("bimodal", coverage(size, 10.5, bimodal)),
         ] {
-            // With 200 sets, what is 0.95 is seen within 0.045; of few samples, an interval ends at one of them, and holds more.
+            // With 200 sets, the standard error allows 0.045; intervals of few samples end at samples and cover more.
             assert!((0.905..=0.995).contains(&share), "{name}, {size} samples: {share}");
         }
     }
