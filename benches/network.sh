@@ -1,6 +1,7 @@
 #!/bin/sh
-# What scripts/network measures, where guests run: one server in a network namespace, in a machine on a tap device that the
-# kernel serves (vhost-net) or husk, and in a machine on passt, each asked from here, in turn. It wants HUSK, KERNEL, ROOT (with iperf3 in it), IP and SECONDS_EACH.
+# The measurements of scripts/network, run where guests can run. Compares a server in a network namespace, in machines with a tap
+# device (served by vhost-net or by husk), and in a machine with passt, in turn. Requires HUSK, KERNEL and ROOT (with iperf3);
+# IP, SECONDS_EACH and RUNS are optional.
 set -eu
 IP=${IP:-ip} SECONDS_EACH=${SECONDS_EACH:-3} RUNS=${RUNS:-3}
 work=$(mktemp -d)
@@ -19,7 +20,7 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# passt wants a way out, and its user a name.
+# passt requires a default route, and its user must have a name.
 if ! $IP route | grep -q '^default'; then
     $IP link add uplink type veth peer name uplink-out
     $IP addr add 198.51.100.2/24 dev uplink
@@ -29,8 +30,8 @@ if ! $IP route | grep -q '^default'; then
 fi
 grep -q '^nobody:' /etc/passwd || echo 'nobody:x:65534:65534:nobody:/:/bin/false' >>/etc/passwd
 
-# Waits for the word in a log.
-await() {
+# Waits until a server has logged that it is ready.
+wait_ready() {
     for _ in $(seq 1200); do
         ! grep -q ready "$1" || return 0
         sleep 0.1
@@ -39,7 +40,7 @@ await() {
     return 1
 }
 
-# shellcheck disable=SC2016 # the inner shell's own
+# shellcheck disable=SC2016 # expanded by the inner shell
 unshare -n sh -c 'echo $$ >"$1/pid"; exec sleep 100000' - "$work" &
 started="$started $!"
 until [ -s "$work/pid" ]; do sleep 0.1; done
@@ -55,13 +56,13 @@ mkdir -p "$ROOT/dev"
 mount --bind /dev "$ROOT/dev"
 in_space chroot "$ROOT" /bin/busybox sh -c "$server" >"$work/container" 2>&1 &
 started="$started $!"
-await "$work/container"
+wait_ready "$work/container"
 
-# A machine named $1 on the tap device husk-bench$2, with the options $3.
+# Starts a machine named $1 with the tap device husk-bench$2 and options $3.
 on_tap() {
     "$HUSK" run --kernel "$KERNEL" --network "tap=husk-bench$2,ip=198.18.$2.2/24$3" "$ROOT" sh -c "$server" >"$work/$1" 2>&1 &
     started="$started $!"
-    await "$work/$1"
+    wait_ready "$work/$1"
     $IP addr add "198.18.$2.1/24" dev "husk-bench$2"
     $IP link set "husk-bench$2" up
 }
@@ -73,30 +74,30 @@ if [ -e /dev/vhost-net ]; then
 fi
 "$HUSK" run --kernel "$KERNEL" -p 18080:80 -p 15201:5201 "$ROOT" sh -c "$server" >"$work/passt" 2>&1 &
 started="$started $!"
-await "$work/passt"
+wait_ready "$work/passt"
 
-# Megabits a second, to the server or with -R from it.
+# Prints the throughput in Mbit/s, to the server or, with -R, from it.
 rate() {
     iperf3 -c "$1" -p "$2" -t "$SECONDS_EACH" -f m ${3:+"$3"} | awk '/receiver/ { print $(NF - 2) }'
 }
 
-# Milliseconds that a small page takes, the median of twenty.
+# Prints the median of twenty requests for a small page, in milliseconds.
 page() {
     for _ in $(seq 20); do
         curl -s -o /dev/null -w '%{time_total}\n' "http://$1:$2/"
     done | sort -n | awk '{ all[NR] = $1 } END { printf "%.2f\n", all[int(NR / 2) + 1] * 1000 }'
 }
 
-echo "what, run, to the server (Mbit/s), from the server (Mbit/s), a small page (ms)"
+echo "network, run, to the server (Mbit/s), from the server (Mbit/s), a small page (ms)"
 for run in $(seq "$RUNS"); do
     for contender in $contenders; do
-        # shellcheck disable=SC2046 # four words
+        # shellcheck disable=SC2046 # split into four words
         set -- $(echo "$contender" | tr : ' ')
         echo "$1, $run, $(rate "$2" "$3"), $(rate "$2" "$3" -R), $(page "$2" "$4")"
     done
 done | tee "$work/lines"
 
-# Medians, since now and then a run is ten times slower than the others.
+# Medians, because some runs are ten times slower than others.
 median() {
     awk -F ', ' -v name="$1" -v column="$2" '$1 == name { print $column }' "$work/lines" | sort -n |
         awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'
@@ -107,6 +108,6 @@ for contender in $contenders; do
     for column in 3 4 5; do
         echo "$(median "$name" "$column") $(median container "$column")"
     done | awk -v name="$name" '{ ratio[NR] = $1 / $2 } END {
-        printf "%s: %.2f of the container'\''s rate to the server, %.2f from it; a page takes %.2f times as long\n", name,
+        printf "%s: %.2f of the container'\''s throughput to the server, %.2f from it; a page takes %.2f times as long\n", name,
             ratio[1], ratio[2], ratio[3] }'
 done

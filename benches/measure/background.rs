@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{Aim, median, report};
+use crate::{Target, median, report};
 
 const MACHINES: usize = 20;
 
 /// Starts machines one after the other, lists them, and removes them at once.
-pub fn twenty_machines() -> Result<()> {
-    let runtime = tempfile::tempdir().context("make a folder")?;
+pub fn machines() -> Result<()> {
+    let runtime = tempfile::tempdir().context("create a temporary directory")?;
     let husk = |words: &[&str]| -> Result<Duration> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
         command.args(words).env("XDG_RUNTIME_DIR", runtime.path()).stdin(Stdio::null()).stderr(Stdio::null());
@@ -29,11 +29,11 @@ pub fn twenty_machines() -> Result<()> {
     }
     let all: Vec<&str> = names.iter().map(String::as_str).collect();
     let lists = (0..MACHINES).map(|_| husk(&["ps"])).collect::<Result<Vec<_>>>()?;
-    let looks = all.iter().map(|name| husk(&["pause", name])).collect::<Result<Vec<_>>>()?;
+    let pauses = all.iter().map(|name| husk(&["pause", name])).collect::<Result<Vec<_>>>()?;
     let end = husk(&[&["rm", "--force"], &all[..]].concat())?;
-    report("husk boot -d, from start to exit", millis(starts), "ms", Aim::None);
-    report("husk ps of 20 machines", millis(lists), "ms", Aim::None);
-    report("husk pause of one", millis(looks), "ms", Aim::None);
-    report("husk rm --force, each of 20", end.as_secs_f64() * 1e3 / MACHINES as f64, "ms", Aim::None);
+    report("husk boot -d, from start to exit", millis(starts), "ms", Target::None);
+    report("husk ps with 20 machines", millis(lists), "ms", Target::None);
+    report("husk pause", millis(pauses), "ms", Target::None);
+    report("husk rm --force, per machine", end.as_secs_f64() * 1e3 / MACHINES as f64, "ms", Target::None);
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::{Aim, boot, median, output_of, report};
+use crate::{Target, boot, median, output_of, report};
 
 const BLOCK: usize = 4096;
 const FILE_BLOCKS: u64 = 16 << 10;
@@ -17,9 +17,9 @@ const REQUESTS: u64 = 40_000;
 const RUNS: usize = 5;
 
 /// 4 KiB reads and writes, random and sequential, at queue depth 1 and 32.
-pub fn through_the_device() -> Result<()> {
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let path = folder.path().join("disk.img");
+pub fn block_device() -> Result<()> {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let path = dir.path().join("disk.img");
     let mut file = File::options().read(true).write(true).create_new(true).open(&path)?;
     for _ in 0..FILE_BLOCKS {
         file.write_all(&[0x5a; BLOCK])?;
@@ -40,10 +40,10 @@ fn measure(file: &File, path: &Path, kind: &str, order: &str) -> Result<()> {
         single.push(device_rate(path, kind, order, 1)?);
     }
     let (plain, deep, single) = (median(plain), median(deep), median(single));
-    report(&format!("4 KiB {order} {kind}s, plain system calls"), plain, "kIOPS", Aim::None);
-    for (depth, rate, aim) in [(32, deep, Aim::Above(70.0)), (1, single, Aim::None)] {
-        report(&format!("4 KiB {order} {kind}s, queue depth {depth}"), rate, "kIOPS", Aim::None);
-        report("  share of plain system calls", rate / plain * 100.0, "%", aim);
+    report(&format!("4 KiB {order} {kind}s, plain system calls"), plain, "kIOPS", Target::None);
+    for (depth, rate, target) in [(32, deep, Target::Above(70.0)), (1, single, Target::None)] {
+        report(&format!("4 KiB {order} {kind}s, queue depth {depth}"), rate, "kIOPS", Target::None);
+        report("  share of plain system calls", rate / plain * 100.0, "%", target);
     }
     Ok(())
 }

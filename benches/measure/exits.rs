@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use crate::{Aim, boot, median, output_of, report};
+use crate::{Target, boot, median, output_of, report};
 
 const RUNS: usize = 5;
 
@@ -19,7 +19,7 @@ pub fn round_trips() -> Result<()> {
             let line = format!("{kind} {ring} ");
             let of_run = |text: &String| text.lines().find_map(|l| l.strip_prefix(&line)?.parse::<f64>().ok());
             let times_ns = runs.iter().map(of_run).collect::<Option<Vec<f64>>>().context("the guest gave no time")?;
-            report(&format!("{name}, from {ring}"), median(times_ns) / 1e3, "us", Aim::None);
+            report(&format!("{name}, from {ring}"), median(times_ns) / 1e3, "us", Target::None);
         }
     }
     Ok(())

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use husk::image::{Form, Progress, Source, Store};
 
-use crate::{Aim, median, report};
+use crate::{Target, median, report};
 
 const RUNS: usize = 3;
 /// A mix of programs, libraries and texts that every Linux host has, similar to an image.
@@ -18,11 +18,11 @@ const CONTENT: &str = "find /usr/bin /usr/share/doc /usr/share/perl* -type f -si
 
 /// Plain and gzip-compressed archives, to plain and LZ4-compressed roots.
 pub fn prepare() -> Result<()> {
-    let folder = tempfile::tempdir().context("make a folder")?;
-    let made = Command::new("bash").args(["-ec", CONTENT]).current_dir(folder.path()).status()?;
-    ensure!(made.success(), "tar makes no archive");
-    let megabytes = fs::metadata(folder.path().join("content.tar"))?.len() as f64 / 1e6;
-    report("the archive that is prepared", megabytes, "MB", Aim::None);
+    let dir = tempfile::tempdir().context("create a temporary directory")?;
+    let made = Command::new("bash").args(["-ec", CONTENT]).current_dir(dir.path()).status()?;
+    ensure!(made.success(), "tar failed");
+    let megabytes = fs::metadata(dir.path().join("content.tar"))?.len() as f64 / 1e6;
+    report("size of the archive", megabytes, "MB", Target::None);
     for (name, file, form) in [
         ("archive to LZ4 root", "content.tar", Form::Lz4),
         ("gzip archive to LZ4 root", "content.tar.gz", Form::Lz4),
@@ -32,19 +32,19 @@ pub fn prepare() -> Result<()> {
         let mut speeds = Vec::new();
         let mut root_bytes = 0;
         for run in 0..RUNS {
-            let store = folder.path().join(format!("store-{file}-{form:?}-{run}"));
-            let (seconds, bytes) = once(&folder.path().join(file), &store, form)?;
+            let store = dir.path().join(format!("store-{file}-{form:?}-{run}"));
+            let (seconds, bytes) = once(&dir.path().join(file), &store, form)?;
             speeds.push(megabytes / seconds);
             root_bytes = bytes;
             fs::remove_dir_all(&store)?;
         }
-        report(name, median(speeds), "MB/s", Aim::None);
-        report(&format!("{name}: its size, as a share"), root_bytes as f64 / 1e4 / megabytes, "%", Aim::None);
+        report(name, median(speeds), "MB/s", Target::None);
+        report(&format!("{name}: relative size"), root_bytes as f64 / 1e4 / megabytes, "%", Target::None);
     }
-    let store = folder.path().join("store");
-    once(&folder.path().join("content.tar"), &store, Form::Lz4)?;
-    let (seconds, _) = once(&folder.path().join("content.tar"), &store, Form::Lz4)?;
-    report("the same archive again", seconds * 1e3, "ms", Aim::Below(10.0));
+    let store = dir.path().join("store");
+    once(&dir.path().join("content.tar"), &store, Form::Lz4)?;
+    let (seconds, _) = once(&dir.path().join("content.tar"), &store, Form::Lz4)?;
+    report("same archive again", seconds * 1e3, "ms", Target::Below(10.0));
     Ok(())
 }
 

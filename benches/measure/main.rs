@@ -17,22 +17,22 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, ensure};
 
 /// The target of a value.
-enum Aim {
+enum Target {
     Below(f64),
     Above(f64),
     None,
 }
 
 /// Prints one line of the table.
-fn report(name: &str, value: f64, unit: &str, aim: Aim) {
+fn report(name: &str, value: f64, unit: &str, target: Target) {
     let mut line = format!("{name:<52}{value:>12.3} {unit:<6}");
     let verdict = |met| if met { "met" } else { "MISSED" };
-    let aim = match aim {
-        Aim::Below(limit) => write!(line, " below {limit:<8}{}", verdict(value < limit)),
-        Aim::Above(limit) => write!(line, " above {limit:<8}{}", verdict(value > limit)),
-        Aim::None => Ok(()),
+    let target = match target {
+        Target::Below(limit) => write!(line, " below {limit:<8}{}", verdict(value < limit)),
+        Target::Above(limit) => write!(line, " above {limit:<8}{}", verdict(value > limit)),
+        Target::None => Ok(()),
     };
-    aim.expect("a string takes all that is written to it");
+    target.expect("a string takes all that is written to it");
     println!("{}", line.trim_end());
 }
 
@@ -66,16 +66,16 @@ fn main() -> ExitCode {
         ("kernel", startup::kernel_load),
         ("exits", exits::round_trips),
         ("parse", parse::block_requests),
-        ("disk", disk::through_the_device),
-        ("memory", memory::beyond_the_guest),
+        ("disk", disk::block_device),
+        ("memory", memory::overhead),
         ("idle", memory::idle),
-        ("background", background::twenty_machines),
+        ("background", background::machines),
         ("image", image::prepare),
     ];
     // Cargo passes `--bench`.
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
-    println!("{:<52}{:>12} {:<6} aim", "measurement", "value", "unit");
+    println!("{:<52}{:>12} {:<6} target", "measurement", "value", "unit");
     let mut code = ExitCode::SUCCESS;
     for (name, measure) in measurements.into_iter().filter(|(name, _)| chosen(name)) {
         if let Err(error) = measure() {

@@ -12,27 +12,27 @@ use husk::machine::Machine;
 use husk::resources;
 use husk::timings::Timings;
 
-use crate::{Aim, boot, report};
+use crate::{Target, boot, report};
 
 /// The default memory of a machine.
 const GUEST_MIB: u64 = 512;
 
 /// How long an idle guest is observed. The scheduler counts nanoseconds.
-const WATCHED: Duration = Duration::from_secs(10);
+const OBSERVATION: Duration = Duration::from_secs(10);
 
 /// The proportional set size of all mappings that are not guest memory, while the guest halts.
-pub fn beyond_the_guest() -> Result<()> {
-    let maps = with_an_idle_guest(|husk| Ok(std::fs::read_to_string(format!("/proc/{}/smaps", husk.id()))?))?;
+pub fn overhead() -> Result<()> {
+    let maps = with_idle_guest(|husk| Ok(std::fs::read_to_string(format!("/proc/{}/smaps", husk.id()))?))?;
     let (guest_kib, other_kib) = split(&maps);
     ensure!(guest_kib > 0, "no mapping is as large as the guest's memory");
-    report("memory beyond the guest's own", other_kib as f64 / 1024.0, "MiB", Aim::Below(5.0));
+    report("memory beyond the guest's own", other_kib as f64 / 1024.0, "MiB", Target::Below(5.0));
     Ok(())
 }
 
 /// CPU time of all threads of a machine, while its guest halts, and while it is paused with a guest that would spin.
 pub fn idle() -> Result<()> {
-    let halts = with_an_idle_guest(|husk| processor_share(husk.id()))?;
-    report("processor time of a guest that halts", halts * 100.0, "%", Aim::Below(0.1));
+    let halts = with_idle_guest(|husk| processor_share(husk.id()))?;
+    report("processor time of a guest that halts", halts * 100.0, "%", Target::Below(0.1));
     let config = MachineConfig {
         kernel: husk_guests::POWER.into(),
         cmdline: "do=spin".into(),
@@ -44,30 +44,30 @@ pub fn idle() -> Result<()> {
     machine.resume();
     thread::sleep(Duration::from_millis(100));
     machine.pause();
-    report("processor time of a paused machine", processor_share(std::process::id())? * 100.0, "%", Aim::Below(0.1));
+    report("processor time of a paused machine", processor_share(std::process::id())? * 100.0, "%", Target::Below(0.1));
     Ok(())
 }
 
 /// Returns the fraction of a CPU that a process uses.
 fn processor_share(process: u32) -> Result<f64> {
     let (started, before_ns) = (Instant::now(), processor_ns(process)?);
-    thread::sleep(WATCHED);
+    thread::sleep(OBSERVATION);
     Ok((processor_ns(process)? - before_ns) as f64 / 1e9 / started.elapsed().as_secs_f64())
 }
 
-/// Calls `look` with a machine whose guest has halted.
-fn with_an_idle_guest<T>(look: impl FnOnce(&Child) -> Result<T>) -> Result<T> {
+/// Calls `observe` with a machine whose guest has halted.
+fn with_idle_guest<T>(observe: impl FnOnce(&Child) -> Result<T>) -> Result<T> {
     let mut command = boot(husk_guests::POWER, "do=halt");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut husk = command.spawn()?;
     let mut line = String::new();
     let said = BufReader::new(husk.stdout.take().context("no standard output")?).read_line(&mut line);
-    let seen = look(&husk);
+    let observed = observe(&husk);
     husk.kill()?;
     husk.wait()?;
     said?;
     ensure!(line == "ready\n", "the guest said {line:?}");
-    seen
+    observed
 }
 
 /// Returns the CPU time of all threads (proc(5), schedstat: the first number).

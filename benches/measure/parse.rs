@@ -12,7 +12,7 @@ use husk::virtio::queue::QueueRegisters;
 use husk::virtio::{Chain, Virtqueue};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::{Aim, median, report};
+use crate::{Target, median, report};
 
 const QUEUE_SIZE: u16 = 256;
 const REQUESTS: u32 = 1_000_000;
@@ -41,7 +41,7 @@ pub fn block_requests() -> Result<()> {
         }
         runs_ns.push(start.elapsed().as_nanos() as f64 / f64::from(REQUESTS));
     }
-    report("block request parse", median(runs_ns), "ns", Aim::None);
+    report("block request parse", median(runs_ns), "ns", Target::None);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use husk::machine::Machine;
 use husk::timings::{Step, Timings};
 use husk::{memory, resources};
 
-use crate::{Aim, median, report};
+use crate::{Target, median, report};
 
 const RUNS: usize = 100;
 const KERNEL_MIB: usize = 64;
@@ -29,7 +29,7 @@ pub fn first_run() -> Result<()> {
         let reached = timings.reached(Step::FirstInstruction).context("the machine did not start")?;
         to_first_run_ms.push(reached.as_secs_f64() * 1e3);
     }
-    report("open of /dev/kvm to first KVM_RUN, median", median(to_first_run_ms), "ms", Aim::Below(1.5));
+    report("open of /dev/kvm to first KVM_RUN, median", median(to_first_run_ms), "ms", Target::Below(1.5));
     Ok(())
 }
 
@@ -43,12 +43,12 @@ pub fn kernel_load() -> Result<()> {
         let memory = memory::reserve(256)?;
         let start = Instant::now();
         boot::load(&memory, &kernel, None, "", 1, 1)?;
-        loads.push(megabytes_a_second(start));
+        loads.push(megabytes_per_second(start));
         reads.push(plain_read(&file)?);
     }
     let (load, read) = (median(loads), median(reads));
-    report("kernel load", load, "MB/s", Aim::None);
-    report("kernel load, share of a plain read", load / read * 100.0, "%", Aim::None);
+    report("kernel load", load, "MB/s", Target::None);
+    report("kernel load, share of a plain read", load / read * 100.0, "%", Target::None);
     Ok(())
 }
 
@@ -58,10 +58,10 @@ fn plain_read(mut file: &File) -> Result<f64> {
     let start = Instant::now();
     let mut bytes = Vec::with_capacity(KERNEL_MIB << 20);
     file.take(KERNEL_MIB as u64 * (1 << 20)).read_to_end(&mut bytes)?;
-    Ok(megabytes_a_second(start))
+    Ok(megabytes_per_second(start))
 }
 
-fn megabytes_a_second(start: Instant) -> f64 {
+fn megabytes_per_second(start: Instant) -> f64 {
     (KERNEL_MIB << 20) as f64 / 1e6 / start.elapsed().as_secs_f64()
 }
 

@@ -36,12 +36,12 @@ fn get(name: &str) -> Result<String, String> {
 /// Compares how long a guest takes to read two roots that differ only in compression, in turn: `PLAIN:COMPRESSED`.
 fn measure_reads(roots: &str) -> Result<bool, String> {
     let (husk, kernel, memory) = (get("OVERHEAD_HUSK")?, get("OVERHEAD_KERNEL")?, get("OVERHEAD_MEMORY")?);
-    let runs: usize = get("OVERHEAD_RUNS")?.parse().map_err(|_| "OVERHEAD_RUNS is no number")?;
-    let (plain, compressed) = roots.split_once(':').ok_or("OVERHEAD_ROOTS names no two roots")?;
+    let runs: usize = get("OVERHEAD_RUNS")?.parse().map_err(|_| "OVERHEAD_RUNS is not a number")?;
+    let (plain, compressed) = roots.split_once(':').ok_or("OVERHEAD_ROOTS must name two roots")?;
     let read = |root: &str| -> Result<f64, String> {
         let words = ["run", "--kernel", &kernel, "--memory", &memory, root, "sh", "-c", READ_ALL];
         let nanoseconds = output(&husk, &words)?;
-        nanoseconds.trim().parse::<f64>().map(|nanos| nanos / 1e6).map_err(|_| format!("no time: {nanoseconds}"))
+        nanoseconds.trim().parse::<f64>().map(|nanos| nanos / 1e6).map_err(|_| format!("not a duration: {nanoseconds}"))
     };
     println!("{:<8}{:>14}{:>14}{:>8}", "round", "plain (ms)", "LZ4 (ms)", "ratio");
     let mut ratios = Vec::new();
@@ -59,7 +59,7 @@ fn measure_reads(roots: &str) -> Result<bool, String> {
 fn measure() -> Result<bool, String> {
     let (husk, kernel) = (get("OVERHEAD_HUSK")?, get("OVERHEAD_KERNEL")?);
     let (initrd, image, memory) = (get("OVERHEAD_INITRD")?, get("OVERHEAD_IMAGE")?, get("OVERHEAD_MEMORY")?);
-    let runs: usize = get("OVERHEAD_RUNS")?.parse().map_err(|_| "OVERHEAD_RUNS is no number")?;
+    let runs: usize = get("OVERHEAD_RUNS")?.parse().map_err(|_| "OVERHEAD_RUNS is not a number")?;
     let bare = ["boot", "--kernel", &kernel, "--memory", &memory, "--initrd", &initrd];
     let image = ["run", "--kernel", &kernel, "--memory", &memory, &image, "true"];
     let mut times: [Vec<f64>; 2] = Default::default();
@@ -76,15 +76,15 @@ fn measure() -> Result<bool, String> {
     // Ratios of adjacent runs, because most of the noise affects both.
     let ratio = median(times[0].iter().zip(&times[1]).map(|(boot, run)| run / boot).collect());
     let [boot, run] = times.map(median);
-    println!("median: boot {boot:.1} ms, run {run:.1} ms, run/boot {ratio:.2} (aim: below {RATIO_MAX})");
+    println!("median: boot {boot:.1} ms, run {run:.1} ms, run/boot {ratio:.2} (target: below {RATIO_MAX})");
     let [image @ .., _] = image;
-    let exec = enter(&husk, &image, runs)?;
-    println!("median: exec of `true` in a machine that runs {exec:.1} ms, exec/run {:.2}", exec / run);
+    let exec = exec_time(&husk, &image, runs)?;
+    println!("median: exec of `true` in a running machine {exec:.1} ms, exec/run {:.2}", exec / run);
     Ok(ratio < RATIO_MAX)
 }
 
 /// Returns the milliseconds of `husk exec` in a running machine.
-fn enter(husk: &str, image: &[&str], runs: usize) -> Result<f64, String> {
+fn exec_time(husk: &str, image: &[&str], runs: usize) -> Result<f64, String> {
     let name = format!("overhead-{}", std::process::id());
     let mut start = image.to_vec();
     start.splice(1..1, ["-d", "--rm", "--name", &name]);

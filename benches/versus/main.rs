@@ -41,12 +41,12 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let contenders = [("husk", husk(&parts)), ("qemu microvm", qemu(&parts))];
+    let vmms = [("husk", husk(&parts)), ("qemu microvm", qemu(&parts))];
     let mut runs: [Vec<Run>; 2] = Default::default();
-    println!("{:<16}{:>6}{:>16}{:>16}", "monitor", "run", "to PID 1 (ms)", "to exit (ms)");
+    println!("{:<16}{:>6}{:>16}{:>16}", "VMM", "run", "to PID 1 (ms)", "to exit (ms)");
     // The first round warms the page cache for both. It is not counted.
     for round in 0..=parts.runs {
-        for ((name, command), runs) in contenders.iter().zip(&mut runs) {
+        for ((name, command), runs) in vmms.iter().zip(&mut runs) {
             let run = match measure(command) {
                 Ok(run) => run,
                 Err(error) => {
@@ -161,7 +161,7 @@ fn measure(command: &[String]) -> Result<Run, String> {
     let to_exit = start.elapsed();
     match to_pid1 {
         Some(to_pid1) if status.success() => Ok(Run { to_pid1, to_exit }),
-        _ => Err(format!("ended with {status} and said:\n{said}")),
+        _ => Err(format!("exited with {status} and printed:\n{said}")),
     }
 }
 
