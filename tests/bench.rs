@@ -70,7 +70,7 @@ fn text(bytes: &[u8]) -> String {
 fn container(bench: &Bench, test: &str) -> Option<&'static str> {
     let is_root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
     let listed = text(&bench.run(&["--list"]).stdout);
-    let is_present = |name: &&str| listed.contains(&format!("present  {name}: "));
+    let is_present = |name: &&str| listed.contains(&format!("available    {name}: "));
     let found = ["crun", "runc", "bwrap"].into_iter().find(is_present).filter(|_| is_root);
     if found.is_none() {
         eprintln!("SKIPPED: {test} wants root, and one of crun, runc and bwrap");
@@ -94,7 +94,7 @@ fn what_is_wrong_is_said_in_one_line() {
     assert_eq!(refused(&["--runs", "0", "image"]).0, 2);
     let (code, said) = refused(&["--against", "crum", "image"]);
     assert_eq!(code, 2);
-    assert!(said.contains("nobody is called \"crum\", type one of host, bwrap, crun"), "{said}");
+    assert!(said.contains("unknown contender \"crum\": type one of host, bwrap, crun"), "{said}");
     let (code, said) = refused(&["--from", "/nowhere.json"]);
     assert_eq!((code, said.as_str()), (1, "husk: read /nowhere.json: No such file or directory"));
     let (code, said) = refused(&["--from", "/proc/self/status"]);
@@ -105,7 +105,7 @@ fn what_is_wrong_is_said_in_one_line() {
     assert!(said.contains("/nowhere.tar"), "{said}");
     let (code, said) = refused(&["--scenario", "command", "image"]);
     assert_eq!(code, 2);
-    assert!(said.contains("type it behind the image, after --"), "{said}");
+    assert!(said.contains("type it after the image and --"), "{said}");
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn everyone_is_listed_with_what_installs_the_absent() {
     let said = text(&output.stdout);
     assert!(output.status.success(), "{}", text(&output.stderr));
     for name in ["bwrap", "crun", "runc", "podman", "docker", "qemu-microvm", "firecracker", "cloud-hypervisor"] {
-        assert!(said.contains(&format!("absent   {name}: ")), "{name}: {said}");
+        assert!(said.contains(&format!("unavailable  {name}: ")), "{name}: {said}");
     }
     assert!(said.contains("sudo apt-get install crun"), "{said}");
 }
@@ -124,12 +124,24 @@ fn everyone_is_listed_with_what_installs_the_absent() {
 fn a_command_is_measured_compared_and_shown_again() {
     let bench = Bench::new();
     let Some(container) = container(&bench, "a_command_is_measured_compared_and_shown_again") else { return };
-    let (image, against) = (bench.image(), format!("host,{container}"));
-    let words =
-        ["--quick", "--runs", "2", "--against", &against, "--output", "first", &image, "--", "/bin/sh", "-c", "exit 0"];
+    let (image, contenders) = (bench.image(), format!("host,{container}"));
+    let words = [
+        "--quick",
+        "--runs",
+        "2",
+        "--contenders",
+        &contenders,
+        "--output",
+        "first",
+        &image,
+        "--",
+        "/bin/sh",
+        "-c",
+        "exit 0",
+    ];
     let output = bench.run(&words);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(text(&output.stdout).contains("The command, from start to exit"), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains("Command, from start to exit"), "{}", text(&output.stdout));
     let report = bench.report("first.json");
     let [metric] = &*report.metrics else { panic!("{:?}", report.metrics) };
     assert_eq!((metric.scenario, report.method.baseline.as_str()), (Scenario::Command, container));
@@ -137,7 +149,7 @@ fn a_command_is_measured_compared_and_shown_again() {
         assert!(outcome.samples.iter().all(|sample| sample.is_some_and(|sample| sample > 0.0)), "{outcome:?}");
     }
     let page = fs::read_to_string(bench.path("first.html")).unwrap();
-    assert!(page.contains("The command, from start to exit"));
+    assert!(page.contains("Command, from start to exit"));
     bench.expect_nothing_left();
 
     let again = bench.run(&["--from", "first.json", "--compare", "first.json"]);
@@ -149,14 +161,15 @@ fn a_command_is_measured_compared_and_shown_again() {
 fn a_command_that_fails_is_a_failure_and_no_fast_run() {
     let bench = Bench::new();
     let Some(container) = container(&bench, "a_command_that_fails_is_a_failure_and_no_fast_run") else { return };
-    let (image, against) = (bench.image(), format!("host,{container}"));
-    let words = ["--runs", "2", "--against", &against, "--output", "failed", &image, "--", "/bin/sh", "-c", "exit 3"];
+    let (image, contenders) = (bench.image(), format!("host,{container}"));
+    let words =
+        ["--runs", "2", "--contenders", &contenders, "--output", "failed", &image, "--", "/bin/sh", "-c", "exit 3"];
     let output = bench.run(&words);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     let report = bench.report("failed.json");
     for outcome in &report.metrics[0].results {
         assert!(outcome.samples.iter().all(Option::is_none), "{outcome:?}");
-        assert!(outcome.failures[0].contains("its exit code was 3 and had to be 0"), "{outcome:?}");
+        assert!(outcome.failures[0].contains("exit code 3 instead of 0"), "{outcome:?}");
     }
     assert!(report.verdict[0].contains("failed in"), "{:?}", report.verdict);
     bench.expect_nothing_left();
@@ -166,10 +179,10 @@ fn a_command_that_fails_is_a_failure_and_no_fast_run() {
 fn an_interrupted_bench_leaves_nothing() {
     let bench = Bench::new();
     let Some(container) = container(&bench, "an_interrupted_bench_leaves_nothing") else { return };
-    let (image, against) = (bench.image(), format!("host,{container}"));
+    let (image, contenders) = (bench.image(), format!("host,{container}"));
     // No other process here sleeps for so long.
     const LONG: &str = "7654327";
-    let words = ["--runs", "1", "--against", &against, &image, "--", "/bin/busybox", "sleep", LONG];
+    let words = ["--runs", "1", "--contenders", &contenders, &image, "--", "/bin/busybox", "sleep", LONG];
     let mut child = bench.husk(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     wait_for("an instance", || sleeps(LONG));
     Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
@@ -208,7 +221,8 @@ fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
 fn a_budget_that_nobody_can_spend_counts_nobody() {
     let bench = Bench::new();
     let image = bench.image();
-    let words = ["--quick", "--runs", "1", "--scenario", "density", "--against", "host", "--output", "density", &image];
+    let words =
+        ["--quick", "--runs", "1", "--scenario", "density", "--contenders", "host", "--output", "density", &image];
     let output = bench.run(&words);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let report = bench.report("density.json");
@@ -229,9 +243,10 @@ fn who_is_held_by_nothing_does_not_run_out_of_memory() {
     let image = bench.image();
     let husk = bench.husk(&[]).get_program().to_owned();
     fs::copy(husk, bench.path("husk")).unwrap();
-    let whose = Command::new("chown").args(["-R", "65534:65534"]).arg(bench.dir.path()).status().unwrap();
-    assert!(whose.success());
-    let words = ["--quick", "--runs", "1", "--scenario", "isolation", "--against", "runc", "--output", "held", &image];
+    let chown = Command::new("chown").args(["-R", "65534:65534"]).arg(bench.dir.path()).status().unwrap();
+    assert!(chown.success());
+    let words =
+        ["--quick", "--runs", "1", "--scenario", "isolation", "--contenders", "runc", "--output", "held", &image];
     let mut husk = Command::new(bench.path("husk"));
     husk.current_dir(bench.dir.path())
         .env("HUSK_DATA", bench.path("store"))
@@ -241,7 +256,7 @@ fn who_is_held_by_nothing_does_not_run_out_of_memory() {
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
     let report = bench.report("held.json");
     let memory = report.metrics.iter().find(|metric| metric.name == "isolation-memory").unwrap();
-    assert!(memory.results[0].skipped.as_ref().unwrap().contains("were not applied"), "{memory:?}");
+    assert!(memory.results[0].skipped.as_ref().unwrap().contains("are not enforced"), "{memory:?}");
     bench.expect_nothing_left();
 }
 
@@ -258,11 +273,21 @@ fn a_whole_quick_run_measures_machines_and_containers() {
         eprintln!("SKIPPED: a_whole_quick_run_measures_machines_and_containers wants a KVM that runs any kernel");
         return;
     }
-    let against = ["crun", "runc", "qemu-microvm", "husk"];
+    let contenders = ["crun", "runc", "qemu-microvm", "husk"];
     let image = bench.image();
     // On an emulated host, every start of a machine takes seconds.
-    let words =
-        ["--quick", "--runs", "1", "--memory", "256M", "--against", &against.join(","), "--output", "quick", &image];
+    let words = [
+        "--quick",
+        "--runs",
+        "1",
+        "--memory",
+        "256M",
+        "--contenders",
+        &contenders.join(","),
+        "--output",
+        "quick",
+        &image,
+    ];
     let output = bench.run(&words);
     let said = format!("{}{}", text(&output.stdout), text(&output.stderr));
     assert!(output.status.success(), "{said}");
@@ -270,7 +295,7 @@ fn a_whole_quick_run_measures_machines_and_containers() {
     assert!(report.contenders.iter().all(|contender| contender.unavailable.is_none()), "{:?}", report.contenders);
     for metric in &report.metrics {
         let names: Vec<&str> = metric.results.iter().map(|outcome| outcome.contender.as_str()).collect();
-        assert_eq!(names, against, "{}", metric.name);
+        assert_eq!(names, contenders, "{}", metric.name);
         for outcome in &metric.results {
             assert_eq!((outcome.samples.len(), &outcome.skipped), (1, &None), "{}: {outcome:?}", metric.name);
             assert!(outcome.samples[0].is_some(), "{}: {outcome:?}", metric.name);

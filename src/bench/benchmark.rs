@@ -10,7 +10,8 @@ use std::{fmt, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::contender::{Contender, Fixture, Job, Launch, WORKLOAD};
+use super::contender::{Contender, Job, Launch, WORKLOAD};
+use super::fixture::Fixture;
 use super::network_client;
 use super::plan::Plan;
 use super::report::Isolation;
@@ -66,8 +67,8 @@ impl fmt::Display for Benchmark {
             Benchmark::Memory => "memory",
             Benchmark::Density => "density",
             Benchmark::Network => "network",
-            Benchmark::Isolation(Crash::Kernel) => "a kernel's crash",
-            Benchmark::Isolation(Crash::OutOfMemory) => "memory that runs out",
+            Benchmark::Isolation(Crash::Kernel) => "kernel crash",
+            Benchmark::Isolation(Crash::OutOfMemory) => "out of memory",
             Benchmark::Command => "command",
         })
     }
@@ -99,7 +100,7 @@ pub struct Measurements {
 
 impl Benchmark {
     /// Returns the benchmarks selected by the plan, in execution order.
-    pub fn of(plan: &Plan) -> Vec<Benchmark> {
+    pub fn selected(plan: &Plan) -> Vec<Benchmark> {
         let all = [
             Benchmark::Start { cold: false },
             Benchmark::Start { cold: true },
@@ -117,11 +118,11 @@ impl Benchmark {
 
     /// Returns the metrics that this benchmark produces, in order.
     pub fn metrics(self, plan: &Plan) -> Vec<&'static Metric> {
-        let asked = |metric: &&Metric| plan.scenarios.contains(&metric.scenario) && self.gives(metric);
+        let asked = |metric: &&Metric| plan.scenarios.contains(&metric.scenario) && self.produces(metric);
         METRICS.iter().filter(asked).collect()
     }
 
-    fn gives(self, metric: &Metric) -> bool {
+    fn produces(self, metric: &Metric) -> bool {
         let name = metric.name;
         match (self, metric.scenario) {
             (Benchmark::Start { cold }, Scenario::Start) => name.ends_with("-cold") == cold,
@@ -146,14 +147,12 @@ impl Benchmark {
     pub fn skip_reason(self, contender: &dyn Contender, fixture: &Fixture) -> Option<String> {
         match (self, contender.isolation()) {
             (Benchmark::Isolation(Crash::Kernel), Isolation::None | Isolation::Container) => {
-                Some("its kernel is the host's: a crash would take the host and all neighbours with it".to_owned())
+                Some("it shares the host's kernel: a crash would take down the host".to_owned())
             }
             (Benchmark::Isolation(Crash::Kernel), Isolation::Machine) if !contender.exits_on_kernel_crash() => {
-                Some("it starts a machine anew whose kernel has crashed, which would crash without end".to_owned())
+                Some("it reboots a machine whose kernel has crashed, which would then crash forever".to_owned())
             }
-            (Benchmark::Isolation(Crash::OutOfMemory), Isolation::None) => {
-                Some("nothing stands between it and the host's memory".to_owned())
-            }
+            (Benchmark::Isolation(Crash::OutOfMemory), Isolation::None) => Some("it has no memory limit".to_owned()),
             (Benchmark::Isolation(Crash::OutOfMemory), _) => contender.unenforced_limits(fixture),
             (Benchmark::Start { cold: true }, _) => drop_caches().err().map(|error| one_line(&format!("{error:#}"))),
             _ => None,
@@ -215,7 +214,7 @@ impl Session<'_> {
             drop_caches()?;
         }
         let run = ensure_success(run::run(launch, &Expected { code, work: Vec::new() }, &self.options()))?;
-        let first = run.ready.context("it ended without a word")?;
+        let first = run.ready.context("it exited without output")?;
         let [output, exit] =
             if cold { ["start-output-cold", "start-exit-cold"] } else { ["start-output-warm", "start-exit-warm"] };
         let millis = |time: Duration| time.as_secs_f64() * 1e3;
@@ -236,7 +235,7 @@ impl Session<'_> {
             amount.map(|amount| (metric.name.to_owned(), *amount))
         };
         let work: Vec<(String, u64)> = metrics.iter().filter_map(amount).collect();
-        ensure!(!work.is_empty(), "none of it could be done on the bare host");
+        ensure!(!work.is_empty(), "no task could be calibrated on the host");
         let tasks: Vec<String> = work.iter().map(|(name, amount)| format!("{name}={amount}")).collect();
         let cpus = self.plan.threads().to_string();
         let mut words = vec!["do", "--cpus", &cpus];
@@ -268,7 +267,7 @@ impl Session<'_> {
         };
         let port = PORT.to_string();
         let launch = self.launch_with(contender, &["serve", &port], |job| job.port = Some(PORT))?;
-        let address = launch.address.context("its port cannot be reached from here")?;
+        let address = launch.address.context("its port is unreachable from the host")?;
         let server = Running::start(launch, &self.options())?;
         server.wait_ready(self.timeout())?;
         let results = network_client::measure(address, workload, self.timeout());
@@ -307,16 +306,16 @@ fn check_cleanup(run: &Run) -> Result<()> {
 /// Returns why a metric has no value: its own failure, or else the first failure of the run.
 fn reason(run: &Run, name: &str) -> String {
     if run.timings.iter().any(|timing| timing.name == name) {
-        return "its two marks came at the same moment, or for another amount: too little work to be timed".to_owned();
+        return "too short to be timed, or a different amount of work".to_owned();
     }
     let own = run.failures.iter().find(|failure| failure.contains(name));
-    own.or(run.failures.first()).map_or_else(|| "it was not done".to_owned(), String::clone)
+    own.or(run.failures.first()).map_or_else(|| "did not run".to_owned(), String::clone)
 }
 
 /// Writes back dirty pages and drops the host's page cache (proc_sys_vm(5), drop_caches).
 fn drop_caches() -> Result<()> {
     rustix::fs::sync();
-    fs::write("/proc/sys/vm/drop_caches", "3").context("have the host forget what it has read, which only root may")
+    fs::write("/proc/sys/vm/drop_caches", "3").context("drop the page cache, which requires root")
 }
 
 #[cfg(test)]
@@ -332,8 +331,8 @@ mod tests {
             let contender = contenders.iter().find(|contender| contender.name() == name).unwrap();
             Benchmark::Isolation(Crash::Kernel).skip_reason(&**contender, &fixture())
         };
-        assert!(skip_reason("crun").unwrap().starts_with("its kernel is the host's"));
-        assert!(skip_reason("cloud-hypervisor").unwrap().starts_with("it starts a machine anew"));
+        assert!(skip_reason("crun").unwrap().starts_with("it shares the host's kernel"));
+        assert!(skip_reason("cloud-hypervisor").unwrap().starts_with("it reboots a machine"));
         assert_eq!([skip_reason("qemu-microvm"), skip_reason("firecracker")], [None, None]);
     }
 }

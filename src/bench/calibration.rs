@@ -74,7 +74,7 @@ impl Calibrator<'_> {
         let run = run(launch, &Expected::default(), &options);
         match (&run.failures[..], &run.timings[..]) {
             ([], [timing]) => Ok(timing.seconds),
-            ([], _) => bail!("{name}: it was not done"),
+            ([], _) => bail!("{name}: did not run"),
             ([failure, ..], _) => bail!("{failure}"),
         }
     }
@@ -84,7 +84,7 @@ impl Calibrator<'_> {
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "it is about two digits, and a cast to an integer stays in its bounds"
+    reason = "two digits are enough, and a cast to an integer saturates"
 )]
 fn scale(amount: u64, factor: f64) -> u64 {
     ((amount as f64 * factor) as u64).clamp(1, AMOUNT_MAX)
@@ -116,17 +116,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let program = workload::write(dir.path()).unwrap();
         let data = dir.path().join("there-is-none");
-        let bare = Calibrator { program: &program, data: &data, dir: dir.path(), cpus: 2, cpuset: None };
+        let calibrator = Calibrator { program: &program, data: &data, dir: dir.path(), cpus: 2, cpuset: None };
         let named = |name| Metric::by_name(name).unwrap();
         let metrics = ["cpu-integer", "syscall", "memory-copy", "root-read", "start-exit-warm"].map(named);
         let target = Duration::from_millis(60);
-        let (amounts, failures) = bare.calibrate(&metrics, target);
+        let (amounts, failures) = calibrator.calibrate(&metrics, target);
         assert_eq!(amounts.keys().collect::<Vec<_>>(), ["cpu-integer", "memory-copy", "syscall"]);
         let [failure] = &failures[..] else { panic!("{failures:?}") };
         assert!(failure.starts_with("root-read read ") && failure.contains("there-is-none"), "{failure}");
         for (name, amount) in amounts {
             assert_eq!(round(amount), amount);
-            let seconds = bare.seconds(&name, amount).unwrap();
+            let seconds = calibrator.seconds(&name, amount).unwrap();
             // Other processes may be using the host.
             assert!((0.01..3.0).contains(&seconds), "{name}={amount}: {seconds}");
         }

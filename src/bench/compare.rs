@@ -72,15 +72,15 @@ pub fn parse(text: &str) -> Result<Report> {
     struct Versioned {
         version: u32,
     }
-    ensure!(text.len() as u64 <= MAX_BYTES, "longer than {} MiB", MAX_BYTES >> 20);
-    let not_ours = "not a report of husk bench (its --output FILE.json writes one)";
+    ensure!(text.len() as u64 <= MAX_BYTES, "larger than {} MiB", MAX_BYTES >> 20);
+    let not_ours = "not a report of husk bench (--output NAME writes one)";
     let Versioned { version } = serde_json::from_str(text).context(not_ours)?;
-    ensure!(version == VERSION, "a report of version {version}; this husk reads version {VERSION}");
+    ensure!(version == VERSION, "report version {version} is not supported; this husk reads version {VERSION}");
     let report: Report = serde_json::from_str(text).context(not_ours)?;
     let mut outcomes = report.metrics.iter().flat_map(|metric| &metric.results);
     let is_short =
         outcomes.all(|outcome| outcome.samples.len() <= MAX_ROUNDS) && report.noise.samples_ms.len() <= MAX_ROUNDS;
-    ensure!(is_short, "a report of more than {MAX_ROUNDS} rounds");
+    ensure!(is_short, "a report with more than {MAX_ROUNDS} rounds");
     Ok(report)
 }
 
@@ -92,7 +92,7 @@ pub fn compare(old: &Report, new: &Report) -> Result<Comparison> {
             let cpuset = limits.cpuset.as_ref().map(|cpuset| format!(" --cpuset {cpuset}")).unwrap_or_default();
             format!("--cpus {} --memory {}M{cpuset}", limits.cpus, limits.memory_mib)
         };
-        bail!("the old run had other limits: {}, this one has {}", limits(before), limits(now));
+        bail!("the old run had different limits: {}; this one has {}", limits(before), limits(now));
     }
     let mut comparison = Comparison { warnings: warnings(old, new), changes: Vec::new(), unmatched: Vec::new() };
     let margin = margin(old, new);
@@ -103,20 +103,20 @@ pub fn compare(old: &Report, new: &Report) -> Result<Comparison> {
         };
         if before.unit != metric.unit || before.better != metric.better {
             bail!(
-                "the old run's “{}” is in {:?}, this one's in {:?}: they cannot be compared",
+                "“{}” is in {:?} in the old run and in {:?} in this one: not comparable",
                 metric.name,
                 before.unit,
                 metric.unit
             );
         }
         comparison.changes.extend(metric.results.iter().filter_map(|outcome| {
-            let before = format::outcome_of(before, &outcome.contender)?;
+            let before = before.outcome_of(&outcome.contender)?;
             change(metric, before, outcome, margin)
         }));
-        let unknown = |outcome: &&Outcome| format::outcome_of(before, &outcome.contender).is_none();
+        let unknown = |outcome: &&Outcome| before.outcome_of(&outcome.contender).is_none();
         let names = metric.results.iter().filter(unknown).map(|outcome| outcome.contender.as_str());
         comparison.unmatched.extend(names.map(|name| format!("{}, {name}, only in the new run", metric.title)));
-        let gone = before.results.iter().filter(|before| format::outcome_of(metric, &before.contender).is_none());
+        let gone = before.results.iter().filter(|before| metric.outcome_of(&before.contender).is_none());
         comparison
             .unmatched
             .extend(gone.map(|gone| format!("{}, {}, only in the old run", metric.title, gone.contender)));
@@ -171,15 +171,15 @@ fn warnings(old: &Report, new: &Report) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut differs = |what: &str, before: &str, now: &str| {
         if before != now {
-            warnings.push(format!("another {what}: {before} before, {now} now"));
+            warnings.push(format!("different {what}: {before} before, {now} now"));
         }
     };
     let none = || "none".to_owned();
     differs("processor", &old.host.processor, &new.host.processor);
-    differs("kernel of the host", &old.host.kernel, &new.host.kernel);
+    differs("host kernel", &old.host.kernel, &new.host.kernel);
     differs("KVM", &old.host.kvm, &new.host.kvm);
     let hypervisor = |report: &Report| report.host.hypervisor.clone().unwrap_or_else(none);
-    differs("hypervisor below", &hypervisor(old), &hypervisor(new));
+    differs("hypervisor of the host", &hypervisor(old), &hypervisor(new));
     let governor = |report: &Report| report.host.governor.clone().unwrap_or_else(none);
     differs("governor", &governor(old), &governor(new));
     differs("image", &old.image.id, &new.image.id);
@@ -193,11 +193,11 @@ fn warnings(old: &Report, new: &Report) -> Vec<String> {
         }
     }
     if old.method.amounts != new.method.amounts {
-        warnings.push("other amounts of work in a run".to_owned());
+        warnings.push("different amounts of work per sample".to_owned());
     }
     let host = unpaired_ratio(&new.noise.samples_ms, &old.noise.samples_ms, statistics::CONFIDENCE);
     if let Some(host) = host.filter(|host| (host.value - 1.0).abs() > MIN_DRIFT) {
-        warnings.push(format!("the host itself took {} times as long for the same work", format::ratio(host.value)));
+        warnings.push(format!("the host took {} times as long for the reference work", format::ratio(host.value)));
     }
     warnings
 }
@@ -213,7 +213,7 @@ impl Comparison {
         let mut lines: Vec<String> =
             self.warnings.iter().flat_map(|warning| wrapped("warning: ", warning, width)).collect();
         for (class, heading) in [
-            (Class::MoreFailures, "FAILS MORE OFTEN"),
+            (Class::MoreFailures, "MORE FAILURES"),
             (Class::Regression, "REGRESSIONS"),
             (Class::Improvement, "IMPROVEMENTS"),
         ] {
@@ -230,7 +230,7 @@ impl Comparison {
 
     fn summary(&self) -> String {
         format!(
-            "{} compared: {}, {}, {} without a difference beyond the noise, {} not to be judged (too few runs, or too noisy), \
+            "{} compared: {}, {}, {} without a difference beyond the noise, {} inconclusive (too few samples, or too noisy), \
              {} with more failures.",
             format::count(self.changes.len(), "number"),
             format::count(self.count(Class::Regression), "regression"),
@@ -321,13 +321,13 @@ mod tests {
         let error = format!("{:#}", compare(&old, &other).unwrap_err());
         assert_eq!(
             error,
-            "the old run had other limits: --cpus 2 --memory 512M --cpuset 2-3, this one has --cpus 2 --memory 1024M --cpuset 2-3"
+            "the old run had different limits: --cpus 2 --memory 512M --cpuset 2-3; this one has --cpus 2 --memory 1024M --cpuset 2-3"
         );
         let mut other = old.clone();
         other.metrics[0].unit = crate::bench::scenario::Unit::Microseconds;
         let error = format!("{:#}", compare(&old, &other).unwrap_err());
         assert!(
-            error.starts_with("the old run's “start-output-warm” is in Milliseconds, this one's in Microseconds"),
+            error.starts_with("“start-output-warm” is in Milliseconds in the old run and in Microseconds in this one"),
             "{error}"
         );
     }
@@ -348,9 +348,9 @@ mod tests {
         assert_eq!(
             comparison.warnings,
             [
-                "another kernel of the host: 6.12.8-amd64 before, 6.1.0 now",
-                "another kernel in husk: 6.12.8-husk before, 7.0 now",
-                "the host itself took 1.50 times as long for the same work",
+                "different host kernel: 6.12.8-amd64 before, 6.1.0 now",
+                "different kernel in husk: 6.12.8-husk before, 7.0 now",
+                "the host took 1.50 times as long for the reference work",
             ]
         );
         assert_eq!(
@@ -383,14 +383,14 @@ mod tests {
         let refusal = |text: &str| format!("{:#}", parse(text).unwrap_err());
         for text in ["", "{}", "[1, 2]", "{\"version\": 2}", "{\"version\": -1}", "\u{0}", &"[".repeat(1 << 20)] {
             let error = refusal(text);
-            assert!(error.starts_with("not a report of husk bench (its --output FILE.json writes one): "), "{error}");
+            assert!(error.starts_with("not a report of husk bench (--output NAME writes one): "), "{error}");
             assert!(!error.contains('\n') && error.len() < 200, "{error}");
         }
-        assert_eq!(refusal("{\"version\": 3}"), "a report of version 3; this husk reads version 2");
-        assert_eq!(refusal(&" ".repeat((16 << 20) + 1)), "longer than 16 MiB");
+        assert_eq!(refusal("{\"version\": 3}"), "report version 3 is not supported; this husk reads version 2");
+        assert_eq!(refusal(&" ".repeat((16 << 20) + 1)), "larger than 16 MiB");
         let mut long = report();
         long.metrics[3].results[2].samples = vec![Some(1.0); MAX_ROUNDS + 1];
-        assert_eq!(refusal(&serde_json::to_string(&long).unwrap()), "a report of more than 1000 rounds");
+        assert_eq!(refusal(&serde_json::to_string(&long).unwrap()), "a report with more than 1000 rounds");
         let too_large = serde_json::to_string(&report()).unwrap().replacen("1234.5", "1e999", 1);
         assert!(refusal(&too_large).contains("number out of range"));
     }

@@ -14,136 +14,76 @@
 //! symbolic links are never followed.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::mount::{UnmountFlags, unmount};
 
-use super::contender::{Fixture, WORKLOAD};
+use super::contender::{Job, WORKLOAD};
 use super::report::{self, Limits};
+use super::work_dir::{self, WorkDir};
 use super::workload;
 use crate::image::{Progress, Source, Store, on_demand};
 use crate::resources::programs;
 use crate::resources::root_file::Kind;
-use crate::sandbox::cgroup::pen;
 use crate::sys;
 
 /// The name of the root in the run's store.
 pub const IMAGE: &str = "husk-bench";
 /// The file for read benchmarks. It is incompressible, so that all contenders read the same number of bytes.
 pub const DATA: &str = "/.husk-bench/data";
-/// The size of that file: larger than CPU caches, smaller than the memory of a small machine.
-pub const DATA_BYTES: u64 = 64 << 20;
-/// The size with `--quick`.
-pub const QUICK_DATA_BYTES: u64 = 16 << 20;
-
-/// The directory of all runs in the image store.
-const SUBDIR: &str = "bench";
 /// Directories that must exist in every root, because they are mount points.
 const MOUNT_POINTS: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "scratch"];
-const ID_BYTES: usize = 3;
-const ATTEMPTS: usize = 8;
 
-/// A locked work directory. Dropping it unmounts and removes everything in it.
-#[derive(Debug)]
-pub struct WorkDir {
-    /// The path.
+/// The files prepared once for all contenders and jobs.
+#[derive(Debug, Default)]
+pub struct Fixture {
+    /// The run's work directory, on a real disk; removed at the end.
     pub dir: PathBuf,
-    _lock: File,
+    /// The image's root file system as a directory, including the workload program.
+    pub root: PathBuf,
+    /// The same root file system as an EROFS disk, from `store`.
+    pub disk: PathBuf,
+    /// A separate image store (`HUSK_DATA`) that has the same root as `husk-bench`.
+    pub store: PathBuf,
+    /// The husk executable.
+    pub husk: PathBuf,
+    /// The resource limits of every instance.
+    pub limits: Limits,
 }
 
-impl WorkDir {
-    /// Creates a work directory in `base`, or next to the image store, and removes those that killed runs left behind.
-    pub fn claim(base: Option<&Path>) -> Result<WorkDir> {
-        let base = match base {
-            Some(base) => fs::canonicalize(base).with_context(|| format!("open {}", base.display()))?,
-            None => Store::open_default()?.folder().join(SUBDIR),
-        };
-        // Overlays and QEMU use these characters as separators.
-        let odd = |character: char| matches!(character, ',' | ':' | '\\' | '"' | '\'') || character.is_whitespace();
-        let path = base.to_str().filter(|path| !path.contains(odd));
-        ensure!(path.is_some(), "{}: a comma, colon, quote or space is in the way, type --folder PATH", base.display());
-        let make = DirBuilder::new().recursive(true).mode(0o700).create(&base);
-        make.with_context(|| format!("make {} (--folder PATH is another)", base.display()))?;
-        sweep(&base)?;
-        WorkDir::create(&base)
+impl Fixture {
+    /// Returns a name for an instance that is unique on this host.
+    pub(super) fn instance_name(&self, contender: &str, job: &Job) -> String {
+        format!("{}-{contender}-{}", self.id(), job.instance)
     }
 
-    fn create(base: &Path) -> Result<WorkDir> {
-        for _ in 0..ATTEMPTS {
-            let mut random = [0; ID_BYTES];
-            sys::getrandom(&mut random).context("choose a name")?;
-            let dir = base.join(format!("{IMAGE}-{}", random.map(|byte| format!("{byte:02x}")).concat()));
-            match DirBuilder::new().mode(0o700).create(&dir) {
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
-                made => made.with_context(|| format!("make {}", dir.display()))?,
-            }
-            // Another run may have removed the directory before it was locked.
-            let Ok(lock) = open(&dir) else { continue };
-            if lock.try_lock().is_ok() && dir.exists() {
-                return Ok(WorkDir { dir, _lock: lock });
-            }
-        }
-        bail!("every name in {} is taken", base.display())
+    /// Returns the ID of this run.
+    pub(super) fn id(&self) -> String {
+        work_dir::id_of(&self.dir)
     }
-}
 
-impl Drop for WorkDir {
-    fn drop(&mut self) {
-        super::contender::remove_networks(&self.dir);
-        let id = super::contender::bench_id(&self.dir);
-        for result in [pen::remove_left_behind(&format!("{id}-")), clear(&self.dir)] {
-            if let Err(error) = result {
-                log::warn!("{error:#}");
-            }
-        }
+    /// Creates a directory for the files of one instance.
+    pub(super) fn instance_dir(&self, contender: &str, job: &Job) -> Result<PathBuf> {
+        let dir = self.dir.join("instances").join(format!("{contender}-{}", job.instance));
+        fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
+        Ok(dir)
     }
-}
 
-/// Removes work directories in `base` that killed runs left behind.
-fn sweep(base: &Path) -> Result<()> {
-    for entry in fs::read_dir(base).with_context(|| format!("list {}", base.display()))? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.starts_with(&format!("{IMAGE}-")) || !entry.file_type()?.is_dir() {
-            continue;
-        }
-        let Ok(lock) = open(&entry.path()) else { continue };
-        if lock.try_lock().is_ok() {
-            log::info!("{} was left by a bench that was killed", entry.path().display());
-            super::contender::remove_leftovers(&entry.path());
-            pen::remove_left_behind(&format!("{name}-"))?;
-            clear(&entry.path())?;
-        }
+    /// Returns the number of virtual CPUs needed to use the whole CPU limit.
+    pub(super) fn vcpus(&self) -> u32 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
+        let vcpus = self.limits.cpus.ceil().clamp(1.0, 255.0) as u32;
+        vcpus
     }
-    Ok(())
-}
 
-fn open(dir: &Path) -> io::Result<File> {
-    File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(dir)
-}
-
-/// Removes a directory of a run, after unmounting everything below it.
-pub fn clear(dir: &Path) -> Result<()> {
-    for mount in mounts_below(dir)?.iter().rev() {
-        unmount(mount, UnmountFlags::DETACH).with_context(|| format!("unmount {}", mount.display()))?;
+    /// Returns the CPU limit in thousandths of a CPU.
+    pub(super) fn millicpus(&self) -> u32 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
+        let millicpus = (self.limits.cpus * 1000.0).round().clamp(1.0, 255_000.0) as u32;
+        millicpus
     }
-    let mounted = mounts_below(dir)?;
-    ensure!(mounted.is_empty(), "{} is still mounted", mounted.first().unwrap_or(&PathBuf::new()).display());
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context(format!("remove {}", dir.display())),
-        _ => Ok(()),
-    }
-}
-
-/// Returns the mount points below a directory, in mount order.
-fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
-    // proc_pid_mountinfo(5): the fifth field. Paths of work directories need no unescaping.
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    Ok(points.filter(|point| point.starts_with(dir)).collect())
 }
 
 /// An image in the store.
@@ -162,7 +102,7 @@ pub struct Image {
 pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
     let path = Path::new(word);
     let (id, root, in_use) = match on_demand::identify(path)? {
-        Kind::Disk => bail!("{word} is a disk with a system of its own: containers have no use for it, type an image"),
+        Kind::Disk => bail!("{word} is a disk image, which containers cannot use: type a container image"),
         Kind::Root { uuid } => (uuid.map(|byte| format!("{byte:02x}")).concat(), path.to_owned(), None),
         Kind::Other => match on_demand::find_or_prepare(word, max_bytes)? {
             Some(prepared) => (prepared.id.hex(), prepared.root, Some(prepared.in_use)),
@@ -177,14 +117,14 @@ pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
 pub fn prepare(work_dir: &WorkDir, image: &mut Image, data_bytes: u64, limits: Limits) -> Result<Fixture> {
     let root = work_dir.dir.join("root");
     extract(&image.root, work_dir)?;
-    image.info.bytes = file_bytes(&root).with_context(|| format!("look at {}", root.display()))?;
-    add(&root, data_bytes).with_context(|| format!("add the work program to {}", root.display()))?;
+    image.info.bytes = file_bytes(&root).with_context(|| format!("read {}", root.display()))?;
+    add(&root, data_bytes).with_context(|| format!("add the workload program to {}", root.display()))?;
     let store = Store::open(&work_dir.dir.join("store"))?;
     let source = Source::Path { path: root.clone(), image: None };
     let (prepared, _) = store.load(&source, Some(&IMAGE.parse()?), &Progress::hidden())?;
     let dir = work_dir.dir.clone();
-    fs::create_dir(dir.join("instances")).context("make a folder for instances")?;
-    let husk = std::env::current_exe().context("find husk itself")?;
+    fs::create_dir(dir.join("instances")).context("create a directory for instances")?;
+    let husk = std::env::current_exe().context("find the husk executable")?;
     Ok(Fixture { dir, root, disk: prepared.root, store: store.folder().to_owned(), husk, limits })
 }
 
@@ -192,32 +132,35 @@ pub fn prepare(work_dir: &WorkDir, image: &mut Image, data_bytes: u64, limits: L
 /// only contents and modes.
 fn extract(image: &Path, work_dir: &WorkDir) -> Result<()> {
     let (root, view) = (work_dir.dir.join("root"), work_dir.dir.join("view"));
-    let image = image.to_str().context("the image's path is no text")?;
+    let image = image.to_str().context("the image's path is not UTF-8")?;
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    fs::create_dir(&view).with_context(|| format!("make {}", view.display()))?;
+    fs::create_dir(&view).with_context(|| format!("create {}", view.display()))?;
     let mounted = programs::run("mount", &["-t", "erofs", "-o", "ro,loop,nodev,nosuid", image, &text(&view)]);
-    let extracted =
-        match mounted {
-            Ok(()) => programs::run("cp", &["-aT", &text(&view), &text(&root)]),
-            Err(refused) => {
-                log::info!("{refused:#}: taking its files out by fsck.erofs");
-                let extracted = programs::run("fsck.erofs", &[&format!("--extract={}", root.display()), image]);
-                match extracted {
-                    Err(error) if programs::is_missing(&error) => Err(error
-                        .context("take the image's files out (be root, or type `sudo apt-get install erofs-utils`)")),
-                    extracted => extracted,
+    let extracted = match mounted {
+        Ok(()) => programs::run("cp", &["-aT", &text(&view), &text(&root)]),
+        Err(refused) => {
+            log::info!("{refused:#}: extracting with fsck.erofs");
+            let extracted = programs::run("fsck.erofs", &[&format!("--extract={}", root.display()), image]);
+            match extracted {
+                Err(error) if programs::is_missing(&error) => {
+                    Err(error.context("extract the image (run as root, or type `sudo apt-get install erofs-utils`)"))
                 }
+                extracted => extracted,
             }
-        };
-    clear(&view)?;
-    extracted.with_context(|| format!("take the files out of {image}"))
+        }
+    };
+    work_dir::remove(&view)?;
+    extracted.with_context(|| format!("extract {image}"))
 }
 
 /// Adds the workload program, the data file and mount points to a root.
 fn add(root: &Path, data_bytes: u64) -> Result<()> {
-    let own = Path::new(WORKLOAD).parent().and_then(|own| own.strip_prefix("/").ok()).context("it has no folder")?;
+    let own = Path::new(WORKLOAD)
+        .parent()
+        .and_then(|own| own.strip_prefix("/").ok())
+        .context("the workload program has no parent directory")?;
     let own = root.join(own);
-    ensure!(fs::symlink_metadata(&own).is_err(), "the image has a {} of its own", own.display());
+    ensure!(fs::symlink_metadata(&own).is_err(), "the image already contains {}", own.display());
     for name in MOUNT_POINTS {
         let path = root.join(name);
         match fs::symlink_metadata(&path) {

@@ -1,6 +1,6 @@
 //! Formats numbers for people, with three significant digits.
 
-use super::report::{Estimate, MetricResults, Outcome, Report};
+use super::report::Estimate;
 use super::scenario::Scenario;
 
 /// Formats a number in at most six characters, from a thousandth to a trillion.
@@ -90,51 +90,12 @@ pub const fn scenario(scenario: Scenario) -> &'static str {
         Scenario::Syscall => "System calls",
         Scenario::Fork => "Processes",
         Scenario::Exec => "Programs",
-        Scenario::ContextSwitch => "Switches",
+        Scenario::ContextSwitch => "Context switches",
         Scenario::Disk => "Disks",
         Scenario::Network => "Network",
         Scenario::Isolation => "Isolation",
         Scenario::Command => "Command",
     }
-}
-
-/// Returns the metrics grouped by scenario.
-pub fn groups(report: &Report) -> Vec<(Scenario, Vec<&MetricResults>)> {
-    let mut groups: Vec<(Scenario, Vec<&MetricResults>)> = Vec::new();
-    for metric in &report.metrics {
-        match groups.iter_mut().find(|(scenario, _)| *scenario == metric.scenario) {
-            Some((_, metrics)) => metrics.push(metric),
-            None => groups.push((metric.scenario, vec![metric])),
-        }
-    }
-    groups
-}
-
-/// Returns the outcome of one contender.
-pub fn outcome_of<'a>(metric: &'a MetricResults, contender: &str) -> Option<&'a Outcome> {
-    metric.results.iter().find(|outcome| outcome.contender == contender)
-}
-
-/// Returns the names of the available contenders, in order.
-pub fn present(report: &Report) -> Vec<&str> {
-    let present = report.contenders.iter().filter(|contender| contender.unavailable.is_none());
-    present.map(|contender| contender.name.as_str()).collect()
-}
-
-/// Returns skipped contenders and reasons, with the titles of the affected metrics.
-pub fn skipped(report: &Report) -> Vec<(String, Vec<&str>)> {
-    let mut skipped: Vec<(String, Vec<&str>)> = Vec::new();
-    for metric in &report.metrics {
-        for outcome in &metric.results {
-            let Some(reason) = &outcome.skipped else { continue };
-            let who = format!("{}: {reason}", outcome.contender);
-            match skipped.iter_mut().find(|(same, _)| *same == who) {
-                Some((_, titles)) => titles.push(&metric.title),
-                None => skipped.push((who, vec![&metric.title])),
-            }
-        }
-    }
-    skipped
 }
 
 /// Wraps text, with a label on the first line and matching indentation on the others. Control characters are dropped,

@@ -52,7 +52,7 @@ fn hypervisor(root: &Path, cpuinfo: &str) -> Option<String> {
     field(cpuinfo, "flags")?.split_whitespace().find(|&flag| flag == "hypervisor")?;
     let vendor = fs::read_to_string(root.join("sys/class/dmi/id/sys_vendor")).unwrap_or_default();
     let vendor = vendor.trim();
-    Some(if vendor.is_empty() { "yes, of unknown name" } else { vendor }.to_owned())
+    Some(if vendor.is_empty() { "unknown hypervisor" } else { vendor }.to_owned())
 }
 
 /// Returns the word in brackets.

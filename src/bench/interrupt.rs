@@ -17,7 +17,7 @@ static RECEIVED: AtomicI32 = AtomicI32::new(0);
 
 /// Blocks the signals until [`check`] reads them. Must be called before other threads start.
 pub fn install() -> Result<()> {
-    let signals = SignalFd::block(&END_SIGNALS).context("have signals wait")?;
+    let signals = SignalFd::block(&END_SIGNALS).context("block signals")?;
     let _ = SIGNALS.set(signals);
     Ok(())
 }

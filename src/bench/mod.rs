@@ -32,6 +32,7 @@ pub mod scenario;
 pub mod statistics;
 pub mod table;
 pub mod verdict;
+pub mod work_dir;
 pub mod workload;
 
 use std::cell::Cell;
@@ -43,11 +44,12 @@ use anyhow::{Context as _, Result, ensure};
 
 use self::benchmark::{Benchmark, Session};
 use self::calibration::{Calibration, Calibrator};
-use self::contender::{Contender, Fixture};
-use self::fixture::{DATA, WorkDir};
+use self::contender::Contender;
+use self::fixture::{DATA, Fixture};
 use self::noise::NoiseMonitor;
 use self::plan::{Plan, UsageError};
 use self::report::{Limits, Method, MetricResults, Noise, Report, Unavailable};
+use self::work_dir::WorkDir;
 use crate::foreign::one_line;
 
 /// The confidence level of intervals.
@@ -60,13 +62,13 @@ const BASELINES: [&str; 6] = ["crun", "runc", "podman", "docker", "bwrap", "host
 /// start, because it blocks signals to handle interruption.
 pub fn run(word: &str, plan: &Plan) -> Result<Option<Report>> {
     let (started, began) = (SystemTime::now(), Instant::now());
-    let chosen = choose(contender::find(), &plan.contenders)?;
+    let selected = select(contender::find(), &plan.contenders)?;
     let Some(mut image) = fixture::find(word, None)? else { return Ok(None) };
     interrupt::install()?;
     let work_dir = WorkDir::claim(plan.work_dir.as_deref())?;
     let host = host_info::collect(Path::new("/"), &work_dir.dir);
     let fixture = fixture::prepare(&work_dir, &mut image, plan.sampling.data_mib() << 20, plan.limits.clone())?;
-    let found = measure(&fixture, plan, chosen)?;
+    let found = measure(&fixture, plan, selected)?;
     drop(work_dir);
     let mut report = Report {
         version: report::VERSION,
@@ -91,15 +93,15 @@ pub fn run(word: &str, plan: &Plan) -> Result<Option<Report>> {
 /// Describes all known contenders before anything is prepared; for `--list`.
 pub fn contenders() -> Vec<report::ContenderInfo> {
     let limits = Limits { cpus: 1.0, memory_mib: 512, cpuset: None };
-    let nowhere = Fixture { limits, ..Fixture::default() };
-    contender::find().iter().map(|contender| contender.describe(&nowhere)).collect()
+    let fixture = Fixture { limits, ..Fixture::default() };
+    contender::find().iter().map(|contender| contender.describe(&fixture)).collect()
 }
 
 /// Returns the contenders with these names, or all of them.
-fn choose(all: Vec<Box<dyn Contender>>, names: &[String]) -> Result<Vec<Box<dyn Contender>>> {
+fn select(all: Vec<Box<dyn Contender>>, names: &[String]) -> Result<Vec<Box<dyn Contender>>> {
     let known: Vec<&str> = all.iter().map(|contender| contender.name()).collect();
     if let Some(name) = names.iter().find(|name| !known.contains(&name.as_str())) {
-        return Err(UsageError(format!("nobody is called {name:?}, type one of {}", known.join(", "))).into());
+        return Err(UsageError(format!("unknown contender {name:?}: type one of {}", known.join(", "))).into());
     }
     Ok(all.into_iter().filter(|one| names.is_empty() || names.iter().any(|name| name == one.name())).collect())
 }
@@ -147,7 +149,7 @@ fn measure_present(
         all.iter().map(AsRef::as_ref).zip(info).filter(is_present).map(|(one, _)| one).collect();
     let names: Vec<&str> = present.iter().map(|contender| contender.name()).collect();
     let baseline = baseline(&names, plan.baseline.as_deref())?;
-    let (amounts, failures) = amounts(fixture, plan)?;
+    let (amounts, failures) = calibrate(fixture, plan)?;
     for failure in failures {
         log::warn!("on the bare host: {failure}");
     }
@@ -172,25 +174,29 @@ fn baseline(present: &[&str], wanted: Option<&str>) -> Result<String> {
         None => BASELINES.iter().find(|name| present.contains(name)).or(present.first()),
     };
     if let Some(wanted) = wanted {
-        ensure!(found.is_some(), "{wanted} takes no part: --baseline has to be one of {}", present.join(", "));
+        ensure!(
+            found.is_some(),
+            "{wanted} is not among the contenders: --baseline must be one of {}",
+            present.join(", ")
+        );
     }
-    Ok((*found.context("nobody is here to be measured: `husk bench --list` says what installs them")?).to_owned())
+    Ok((*found.context("no contender is available: `husk bench --list` tells how to install them")?).to_owned())
 }
 
 /// Calibrates the workload on the bare host.
-fn amounts(fixture: &Fixture, plan: &Plan) -> Result<Calibration> {
-    let metrics: Vec<_> = Benchmark::of(plan).into_iter().flat_map(|benchmark| benchmark.metrics(plan)).collect();
+fn calibrate(fixture: &Fixture, plan: &Plan) -> Result<Calibration> {
+    let metrics: Vec<_> = Benchmark::selected(plan).into_iter().flat_map(|benchmark| benchmark.metrics(plan)).collect();
     let dir = fixture.dir.join("bare");
-    fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let in_root = |path: &str| fixture.root.join(path.trim_start_matches('/'));
-    let bare = Calibrator {
+    let calibrator = Calibrator {
         program: &in_root(contender::WORKLOAD),
         data: &in_root(DATA),
         dir: &dir,
         cpus: plan.threads(),
         cpuset: plan.cpus.clone(),
     };
-    Ok(bare.calibrate(&metrics, plan.sampling.target_time()))
+    Ok(calibrator.calibrate(&metrics, plan.sampling.target_time()))
 }
 
 #[cfg(test)]
@@ -211,9 +217,9 @@ mod tests {
     #[test]
     fn nobody_is_left_out_for_a_name_that_is_wrong() {
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
-        let chosen = choose(contender::find(), &names(&["crun", "husk"])).unwrap();
-        assert_eq!(chosen.iter().map(|one| one.name()).collect::<Vec<_>>(), ["crun", "husk"]);
-        let error = choose(contender::find(), &names(&["crum"])).err().unwrap();
+        let selected = select(contender::find(), &names(&["crun", "husk"])).unwrap();
+        assert_eq!(selected.iter().map(|one| one.name()).collect::<Vec<_>>(), ["crun", "husk"]);
+        let error = select(contender::find(), &names(&["crum"])).err().unwrap();
         assert!(error.to_string().contains("crun"), "{error}");
     }
 }

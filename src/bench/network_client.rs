@@ -40,7 +40,7 @@ const BLOCK: usize = 128 << 10;
 
 /// Measures the server at `address`. `timeout` applies to every response.
 pub fn measure(address: SocketAddr, workload: Workload, timeout: Duration) -> Result<NetworkResults> {
-    wait_for_server(address, timeout).with_context(|| format!("reach the instance's server at {address}"))?;
+    wait_for_server(address, timeout).with_context(|| format!("connect to the instance's server at {address}"))?;
     Ok(NetworkResults {
         to_mib_per_s: mib_per_s(
             workload.bytes,
@@ -51,11 +51,11 @@ pub fn measure(address: SocketAddr, workload: Workload, timeout: Duration) -> Re
             receive(address, workload.bytes, timeout).context("receive from the instance")?,
         ),
         round_trip_us: round_trip(address, workload.round_trips, timeout)
-            .context("wait for one byte back")?
+            .context("measure the round trip")?
             .as_secs_f64()
             * 1e6,
         requests_per_s: workload.requests as f64
-            / requests(address, workload.requests, timeout).context("make requests")?.as_secs_f64(),
+            / requests(address, workload.requests, timeout).context("send requests")?.as_secs_f64(),
     })
 }
 
@@ -127,7 +127,7 @@ fn round_trip(address: SocketAddr, times: usize, timeout: Duration) -> Result<Du
         stream.read_exact(&mut byte)?;
         all.push(started.elapsed());
     }
-    ensure!(!all.is_empty(), "nothing was asked");
+    ensure!(!all.is_empty(), "no round trips were requested");
     all.sort_unstable();
     Ok(all[all.len() / 2])
 }

@@ -53,7 +53,7 @@ pub struct Report {
 impl Report {
     /// Returns the report as JSON.
     pub fn to_json(&self) -> Result<String> {
-        let mut text = serde_json::to_string_pretty(self).context("write what was found as JSON")?;
+        let mut text = serde_json::to_string_pretty(self).context("serialize the report")?;
         text.push('\n');
         Ok(text)
     }
@@ -61,6 +61,40 @@ impl Report {
     /// Whether any round of any contender failed.
     pub fn has_failures(&self) -> bool {
         self.metrics.iter().flat_map(|metric| &metric.results).any(|outcome| !outcome.failures.is_empty())
+    }
+
+    /// Returns the names of the available contenders, in order.
+    pub fn available(&self) -> Vec<&str> {
+        let available = self.contenders.iter().filter(|contender| contender.unavailable.is_none());
+        available.map(|contender| contender.name.as_str()).collect()
+    }
+
+    /// Returns the metrics grouped by scenario.
+    pub fn groups(&self) -> Vec<(Scenario, Vec<&MetricResults>)> {
+        let mut groups: Vec<(Scenario, Vec<&MetricResults>)> = Vec::new();
+        for metric in &self.metrics {
+            match groups.iter_mut().find(|(scenario, _)| *scenario == metric.scenario) {
+                Some((_, metrics)) => metrics.push(metric),
+                None => groups.push((metric.scenario, vec![metric])),
+            }
+        }
+        groups
+    }
+
+    /// Returns skipped contenders and reasons, with the titles of the affected metrics.
+    pub fn skipped(&self) -> Vec<(String, Vec<&str>)> {
+        let mut skipped: Vec<(String, Vec<&str>)> = Vec::new();
+        for metric in &self.metrics {
+            for outcome in &metric.results {
+                let Some(reason) = &outcome.skipped else { continue };
+                let contender = format!("{}: {reason}", outcome.contender);
+                match skipped.iter_mut().find(|(same, _)| *same == contender) {
+                    Some((_, titles)) => titles.push(&metric.title),
+                    None => skipped.push((contender, vec![&metric.title])),
+                }
+            }
+        }
+        skipped
     }
 }
 
@@ -212,6 +246,13 @@ pub struct MetricResults {
     pub better: Better,
     /// One outcome per contender, in execution order.
     pub results: Vec<Outcome>,
+}
+
+impl MetricResults {
+    /// Returns the outcome of one contender.
+    pub fn outcome_of(&self, contender: &str) -> Option<&Outcome> {
+        self.results.iter().find(|outcome| outcome.contender == contender)
+    }
 }
 
 /// The outcome of one contender for one metric.

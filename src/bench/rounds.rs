@@ -35,7 +35,7 @@ pub fn measure(
     contenders: &[&dyn Contender],
     monitor: &mut NoiseMonitor,
 ) -> Result<Vec<MetricResults>> {
-    let benchmarks = Benchmark::of(session.plan);
+    let benchmarks = Benchmark::selected(session.plan);
     let bar = progress(benchmarks.len() as u64);
     let mut measured = Vec::new();
     for benchmark in benchmarks {
@@ -65,7 +65,7 @@ fn run_benchmark(
     let metrics = benchmark.metrics(session.plan);
     let mut participants: Vec<Participant> =
         contenders.iter().map(|contender| Participant::new(benchmark, session, *contender, &metrics)).collect();
-    let (warm_up, min, max) = rounds(benchmark, &session.plan.sampling);
+    let (warm_up, min, max) = round_limits(benchmark, &session.plan.sampling);
     for round in 0..warm_up + max {
         monitor.sample();
         let counted = round.checked_sub(warm_up);
@@ -76,7 +76,7 @@ fn run_benchmark(
             let measurements = benchmark.run(session, participant.contender);
             log::debug!("{benchmark} with {name} took {:?}", started.elapsed());
             super::interrupt::check()?;
-            participant.take(measurements, counted);
+            participant.record(measurements, counted);
         }
         let done = counted.map_or(0, |round| round + 1);
         if done >= min && participants.iter().all(|participant| participant.is_precise(session.plan.sampling.precision))
@@ -88,7 +88,7 @@ fn run_benchmark(
 }
 
 /// Returns the number of warm-up rounds, and the minimum and maximum number of counted rounds.
-fn rounds(benchmark: Benchmark, sampling: &Sampling) -> (u32, u32, u32) {
+fn round_limits(benchmark: Benchmark, sampling: &Sampling) -> (u32, u32, u32) {
     let max = if benchmark.is_slow() { sampling.max_rounds.min(SLOW_ROUNDS) } else { sampling.max_rounds };
     // Dropped caches cannot be warmed up.
     let warm_up =
@@ -122,12 +122,12 @@ impl<'a> Participant<'a> {
     }
 
     /// Records the results of a round. `round` is `None` for a warm-up round, of which only failures are kept.
-    fn take(&mut self, measurements: Result<Measurements>, round: Option<u32>) {
+    fn record(&mut self, measurements: Result<Measurements>, round: Option<u32>) {
         let when = round.map_or("warm-up".to_owned(), |round| format!("round {}", round + 1));
         match measurements {
             Ok(measurements) => {
                 self.consecutive_failures = 0;
-                self.keep(&measurements, &when, round.is_some());
+                self.record_values(&measurements, &when, round.is_some());
             }
             Err(error) if error.is::<Unsupported>() => {
                 self.excluded = true;
@@ -149,7 +149,7 @@ impl<'a> Participant<'a> {
         self.excluded = self.consecutive_failures >= MAX_CONSECUTIVE_FAILURES;
     }
 
-    fn keep(&mut self, measurements: &Measurements, when: &str, counted: bool) {
+    fn record_values(&mut self, measurements: &Measurements, when: &str, counted: bool) {
         for (metric, outcome) in self.metrics.iter().zip(&mut self.outcomes) {
             if let Some((_, reason)) = measurements.skipped.iter().find(|(name, _)| *name == metric.name) {
                 outcome.skipped = Some(reason.clone());
@@ -163,7 +163,7 @@ impl<'a> Participant<'a> {
             let value = value.filter(|value| value.is_finite());
             if value.is_none() {
                 let reason = measurements.failures.iter().find(|(name, _)| *name == metric.name);
-                outcome.failures.push(format!("{when}: {}", reason.map_or("it gave no number", |(_, reason)| reason)));
+                outcome.failures.push(format!("{when}: {}", reason.map_or("no result", |(_, reason)| reason)));
             }
             if counted {
                 outcome.samples.push(value);
@@ -174,7 +174,7 @@ impl<'a> Participant<'a> {
     /// Whether the precision is reached, so that no more rounds are needed.
     fn is_precise(&self, precision: f64) -> bool {
         let precise =
-            |outcome: &Outcome| outcome.skipped.is_some() || statistics::is_enough(&outcome.samples, precision);
+            |outcome: &Outcome| outcome.skipped.is_some() || statistics::is_precise_enough(&outcome.samples, precision);
         self.excluded || self.outcomes.iter().all(precise)
     }
 }

@@ -61,7 +61,7 @@ pub fn estimate(samples: &[f64]) -> Option<Estimate> {
         return Some(Estimate { value, low: min, high: max });
     }
     let mut random = fastrand::Rng::with_seed(SEED);
-    Some(interval(value, tail(CONFIDENCE, samples.len()), || drawn_median(&samples, &mut random)))
+    Some(interval(value, tail(CONFIDENCE, samples.len()), || resampled_median(&samples, &mut random)))
 }
 
 /// Returns the ratio of `samples` to `baseline`: the median of the ratios of each round, so that what slows down a
@@ -93,13 +93,13 @@ pub fn unpaired_ratio(samples: &[f64], others: &[f64], confidence: f64) -> Optio
         return Some(Estimate { value, low: min / others_max, high: max / others_min });
     }
     let mut random = fastrand::Rng::with_seed(SEED);
-    let draw = || drawn_median(&samples, &mut random) / drawn_median(&others, &mut random);
+    let draw = || resampled_median(&samples, &mut random) / resampled_median(&others, &mut random);
     Some(interval(value, tail(confidence, smaller), draw))
 }
 
 /// Whether the half-width of the interval is at most the fraction `precision` of the median. Too few samples for a
 /// bootstrap are never enough, even if they are equal.
-pub fn is_enough(samples: &[Option<f64>], precision: f64) -> bool {
+pub fn is_precise_enough(samples: &[Option<f64>], precision: f64) -> bool {
     let samples = finite(samples);
     samples.len() >= MIN_RESAMPLED
         && estimate(&samples).is_some_and(|median| (median.high - median.low) / 2.0 <= precision * median.value.abs())
@@ -173,7 +173,7 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
 }
 
 /// Returns the median of a bootstrap sample.
-fn drawn_median(sorted: &[f64], random: &mut fastrand::Rng) -> f64 {
+fn resampled_median(sorted: &[f64], random: &mut fastrand::Rng) -> f64 {
     // Counting ranks is faster than sorting.
     let mut times = vec![0_usize; sorted.len()];
     for _ in 0..sorted.len() {
@@ -208,18 +208,18 @@ fn tail(confidence: f64, samples: usize) -> f64 {
     let (mut low, mut high) = (0.0, 8.0);
     for _ in 0..50 {
         let middle = f64::midpoint(low, high);
-        if beyond(middle) > tail { low = middle } else { high = middle }
+        if normal_tail(middle) > tail { low = middle } else { high = middle }
     }
     let (z, z3, z5, z7) = (low, low.powi(3), low.powi(5), low.powi(7));
     let student = z
         + (z3 + z) / (4.0 * freedom)
         + (5.0 * z5 + 16.0 * z3 + 3.0 * z) / (96.0 * freedom.powi(2))
         + (3.0 * z7 + 19.0 * z5 + 17.0 * z3 - 15.0 * z) / (384.0 * freedom.powi(3));
-    beyond(student * ((freedom + 1.0) / freedom).sqrt())
+    normal_tail(student * ((freedom + 1.0) / freedom).sqrt())
 }
 
 /// Returns the upper tail of the standard normal distribution, for nonnegative `z` (Abramowitz and Stegun 26.2.17).
-fn beyond(z: f64) -> f64 {
+fn normal_tail(z: f64) -> f64 {
     let t = 1.0 / (1.0 + 0.231_641_9 * z);
     let polynomial = [1.330_274_429, -1.821_255_978, 1.781_477_937, -0.356_563_782, 0.319_381_530]
         .iter()

@@ -13,12 +13,12 @@ const COLUMN: usize = 14;
 
 /// Formats the table with at most `width` columns, and at least one contender per block.
 pub fn table(report: &Report, width: usize) -> String {
-    let present = format::present(report);
+    let present = report.available();
     let columns = (width.saturating_sub(LABEL) / COLUMN).max(1);
     let mut lines = Vec::new();
     for block in present.chunks(columns) {
         lines.extend(heading(block));
-        for (scenario, metrics) in format::groups(report) {
+        for (scenario, metrics) in report.groups() {
             lines.push(String::new());
             lines.push(format::scenario(scenario).to_uppercase());
             lines.extend(metrics.iter().flat_map(|metric| rows(metric, block, &report.method.baseline)));
@@ -55,7 +55,7 @@ fn rows(metric: &MetricResults, block: &[&str], baseline: &str) -> [String; 3] {
         "" => better.to_owned(),
         symbol => format!("{symbol}, {better}"),
     };
-    let outcomes: Vec<Option<&Outcome>> = block.iter().map(|name| format::outcome_of(metric, name)).collect();
+    let outcomes: Vec<Option<&Outcome>> = block.iter().map(|name| metric.outcome_of(name)).collect();
     let ratio_label = format!("  × {}", format::shortened(baseline, LABEL - 5));
     [
         format!("{} ({unit})", metric.title),
@@ -121,11 +121,11 @@ fn legend(report: &Report) -> String {
     let steady = match noise.verdict {
         NoiseLevel::Quiet => "quiet",
         NoiseLevel::Noisy => "noisy",
-        NoiseLevel::TooNoisy => "too noisy to conclude",
+        NoiseLevel::TooNoisy => "too noisy for conclusions",
     };
     format!(
-        "Medians, and how far the true ones may be off in {} of cases; × {}: ratios of the same rounds, with their intervals. \
-         !: some runs failed. The host was {steady}: the same work differed by {}, {} of the processors' time was stolen.",
+        "Medians with {} confidence intervals; × {}: ratios to the baseline, paired by round. !: some rounds failed. \
+         The host was {steady}: the reference work varied by {}, and steal time was {}.",
         format::percent(method.confidence),
         method.baseline,
         format::percent(noise.spread),
@@ -139,14 +139,14 @@ fn missing(report: &Report, width: usize) -> Vec<String> {
     for metric in &report.metrics {
         for outcome in &metric.results {
             if let Some(first) = outcome.failures.first() {
-                let runs = format::count(outcome.failures.len(), "failed run");
-                let line = format!("{}, “{}”: {runs}; the first: {first}", outcome.contender, metric.title);
-                lines.extend(format::wrapped("failed   ", &line, width));
+                let runs = format::count(outcome.failures.len(), "failed round");
+                let line = format!("{}, “{}”: {runs}; first: {first}", outcome.contender, metric.title);
+                lines.extend(format::wrapped("failed       ", &line, width));
             }
         }
     }
-    for (who, titles) in format::skipped(report) {
-        lines.extend(format::wrapped("skipped  ", &format!("{who} (“{}”)", titles.join("”, “")), width));
+    for (contender, titles) in report.skipped() {
+        lines.extend(format::wrapped("skipped      ", &format!("{contender} (“{}”)", titles.join("”, “")), width));
     }
     lines.extend(report.contenders.iter().flat_map(|contender| unavailable(contender, width)));
     if !lines.is_empty() {
@@ -158,8 +158,8 @@ fn missing(report: &Report, width: usize) -> Vec<String> {
 /// Formats why a contender is unavailable and how to install it; empty if it is available.
 fn unavailable(contender: &ContenderInfo, width: usize) -> Vec<String> {
     let Some(unavailable) = &contender.unavailable else { return Vec::new() };
-    let install = unavailable.install.as_ref().map(|install| format!("; to have it: {install}")).unwrap_or_default();
-    format::wrapped("absent   ", &format!("{}: {}{install}", contender.name, unavailable.reason), width)
+    let install = unavailable.install.as_ref().map(|install| format!("; to install: {install}")).unwrap_or_default();
+    format::wrapped("unavailable  ", &format!("{}: {}{install}", contender.name, unavailable.reason), width)
 }
 
 /// Lists all known contenders: available ones with version and notes, then unavailable ones.
@@ -167,8 +167,8 @@ pub fn contenders(all: &[ContenderInfo], width: usize) -> String {
     let mut lines = Vec::new();
     for contender in all.iter().filter(|contender| contender.unavailable.is_none()) {
         let version = contender.version.as_deref().unwrap_or_default();
-        lines.extend(format::wrapped("present  ", &format!("{}: {version}", contender.name), width));
-        lines.extend(contender.notes.iter().flat_map(|note| format::wrapped("           ", note, width)));
+        lines.extend(format::wrapped("available    ", &format!("{}: {version}", contender.name), width));
+        lines.extend(contender.notes.iter().flat_map(|note| format::wrapped("               ", note, width)));
     }
     lines.extend(all.iter().flat_map(|contender| unavailable(contender, width)));
     lines.join("\n") + "\n"
@@ -243,18 +243,18 @@ mod tests {
     fn what_is_missing_is_named_with_its_reason() {
         let table = table(&example::report(), 400);
         for line in [
-            "failed   qemu-microvm, “A process, from fork to exit”: 20 failed runs; the first: round 0: exit code 137 <killed> & no mark came",
-            "absent   bubblewrap: there is no bwrap on the path; to have it: apt-get install bubblewrap",
-            "absent   firecracker: there is no firecracker on the path",
+            "failed       qemu-microvm, “Process, from fork to exit”: 20 failed rounds; first: round 0: exit code 137 <killed> & no mark came",
+            "unavailable  bubblewrap: there is no bwrap on the path; to install: apt-get install bubblewrap",
+            "unavailable  firecracker: there is no firecracker on the path",
         ] {
             assert!(table.lines().any(|is| is == line), "{line}: {table}");
         }
         assert!(
-            table.contains("skipped  host: the host has no instances (“Idle instances in the budget”, “"),
+            table.contains("skipped      host: the host has no instances (“Idle instances in the budget”, “"),
             "{table}"
         );
         assert!(table.contains("FAILED"));
-        assert!(table.contains("The host was quiet: the same work differed by"));
+        assert!(table.contains("The host was quiet: the reference work varied by"));
         assert!(table.contains(&example::report().verdict[1]));
     }
 

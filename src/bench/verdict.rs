@@ -64,7 +64,7 @@ pub fn sentences(report: &Report) -> Vec<String> {
 /// Lists failures first, because a median without the failed rounds is biased.
 fn failures(report: &Report) -> Vec<String> {
     let of = |name: &str| {
-        let outcomes = report.metrics.iter().filter_map(|metric| Some((metric, format::outcome_of(metric, name)?)));
+        let outcomes = report.metrics.iter().filter_map(|metric| Some((metric, metric.outcome_of(name)?)));
         let (mut failed, mut runs, mut titles) = (0, 0, Vec::new());
         for (metric, outcome) in outcomes {
             if !outcome.failures.is_empty() {
@@ -74,33 +74,33 @@ fn failures(report: &Report) -> Vec<String> {
             }
         }
         (failed > 0).then(|| {
-            format!("{name} failed in {failed} of {} of {}.", format::count(runs, "run"), abbreviated(&titles))
+            format!("{name} failed in {failed} of {} of {}.", format::count(runs, "round"), abbreviated(&titles))
         })
     };
-    format::present(report).into_iter().filter_map(of).collect()
+    report.available().into_iter().filter_map(of).collect()
 }
 
 fn noise_sentence(report: &Report) -> Option<String> {
     let noise = &report.noise;
     let measured = format!(
-        "the same work differed by {} from one time to another, and {} of the processors' time was stolen",
+        "the reference work varied by {}, and steal time was {}",
         format::percent(noise.spread),
         format::percent(noise.stolen)
     );
     match noise.verdict {
         NoiseLevel::Quiet => None,
         NoiseLevel::Noisy => Some(format!(
-            "The host was noisy ({measured}): differences below {} are not told from noise.",
+            "The host was noisy ({measured}): differences below {} are indistinguishable from noise.",
             format::percent(margin(noise.verdict, noise.spread).unwrap_or_default())
         )),
-        NoiseLevel::TooNoisy => Some(format!("The host was too noisy to conclude: {measured}.")),
+        NoiseLevel::TooNoisy => Some(format!("The host was too noisy for conclusions: {measured}.")),
     }
 }
 
 fn unavailable(report: &Report) -> Option<String> {
     let unavailable = report.contenders.iter().filter(|contender| contender.unavailable.is_some());
     let names: Vec<String> = unavailable.map(|contender| contender.name.clone()).collect();
-    (!names.is_empty()).then(|| format!("Not compared, because not installed or not usable: {}.", format::list(&names)))
+    (!names.is_empty()).then(|| format!("Not compared because unavailable: {}.", format::list(&names)))
 }
 
 /// Compares husk with the baseline, and with all others.
@@ -114,7 +114,7 @@ struct HeadToHead<'a> {
 impl<'a> HeadToHead<'a> {
     /// Returns `None` without husk or without other contenders.
     fn of(report: &'a Report) -> Option<Self> {
-        let present = format::present(report);
+        let present = report.available();
         let husk = *present.iter().find(|name| name.split(' ').next() == Some("husk"))?;
         let baseline = report.method.baseline.as_str();
         let rival = present.iter().find(|name| **name == baseline && baseline != husk);
@@ -124,7 +124,7 @@ impl<'a> HeadToHead<'a> {
 
     /// Returns the ratio of husk to another contender.
     fn ratio(&self, metric: &MetricResults, other: &str) -> Option<Estimate> {
-        paired_ratio(&format::outcome_of(metric, self.husk)?.samples, &format::outcome_of(metric, other)?.samples)
+        paired_ratio(&metric.outcome_of(self.husk)?.samples, &metric.outcome_of(other)?.samples)
     }
 
     /// Summarizes the most important metrics in one sentence.
@@ -132,20 +132,17 @@ impl<'a> HeadToHead<'a> {
         let clause = |metric: &MetricResults| {
             let (does, of_what) = headline_words(&metric.name)?;
             let ratio = self.ratio(metric, self.other)?;
-            let told = judge(&ratio, metric.better, self.margin) != Judgment::Inconclusive;
-            told.then(|| {
+            let is_conclusive = judge(&ratio, metric.better, self.margin) != Judgment::Inconclusive;
+            is_conclusive.then(|| {
                 format!("{does} {} times {}’s {of_what} ({})", format::ratio(ratio.value), self.other, range(&ratio))
             })
         };
         if self.report.metrics.iter().all(|metric| self.ratio(metric, self.other).is_none()) {
-            return format!(
-                "There is no measure of {} and {} in enough rounds to compare them.",
-                self.husk, self.other
-            );
+            return format!("{} and {} have too few rounds in common to compare.", self.husk, self.other);
         }
         let clauses: Vec<String> = self.report.metrics.iter().filter_map(clause).collect();
         if clauses.is_empty() {
-            return format!("{} and {}: no difference beyond the noise in what matters most.", self.husk, self.other);
+            return format!("{} and {}: no difference beyond the noise in the main metrics.", self.husk, self.other);
         }
         format!("{} {}.", self.husk, format::list(&clauses))
     }
@@ -176,7 +173,7 @@ impl<'a> HeadToHead<'a> {
                 .collect();
             (!parts.is_empty()).then(|| format!("{}: {}.", format::scenario(scenario), parts.join("; ")))
         };
-        format::groups(self.report).into_iter().filter_map(sentence).collect()
+        self.report.groups().into_iter().filter_map(sentence).collect()
     }
 
     /// Counts how often husk is better and worse than each other contender.
@@ -187,8 +184,8 @@ impl<'a> HeadToHead<'a> {
             let of = |judgment| judged.iter().filter(|judged| **judged == judgment).count();
             (!judged.is_empty()).then(|| {
                 format!(
-                    "Against {other}, in {}: {} is better in {}, worse in {}, no different beyond the noise in {}.",
-                    format::count(judged.len(), "measure"),
+                    "Against {other}, in {}: {} is better in {}, worse in {}, without a difference beyond the noise in {}.",
+                    format::count(judged.len(), "metric"),
                     self.husk,
                     of(Judgment::Better),
                     of(Judgment::Worse),
@@ -196,7 +193,7 @@ impl<'a> HeadToHead<'a> {
                 )
             })
         };
-        format::present(self.report).into_iter().filter(|other| *other != self.husk).filter_map(tally).collect()
+        self.report.available().into_iter().filter(|other| *other != self.husk).filter_map(tally).collect()
     }
 }
 
@@ -205,7 +202,7 @@ fn headline_words(metric: &str) -> Option<(&'static str, &'static str)> {
     Some(match metric {
         "command" => ("runs the command in", "time"),
         "start-output-warm" => ("starts in", "time"),
-        "memory-idle" => ("takes", "memory when idle"),
+        "memory-idle" => ("uses", "memory when idle"),
         "cpu-integer" => ("computes in", "time"),
         "root-read-random" => ("reads its root at", "rate"),
         "network-to" => ("receives at", "rate"),
@@ -241,7 +238,7 @@ mod tests {
             .for_each(|outcome| outcome.samples.truncate(1));
         summarize(&mut report);
         let said = sentences(&report).join("\n");
-        assert!(said.contains("in enough rounds to compare") && !said.contains("no difference"), "{said}");
+        assert!(said.contains("too few rounds in common") && !said.contains("no difference"), "{said}");
     }
 
     fn ratio(low: f64, value: f64, high: f64) -> Estimate {
@@ -297,7 +294,7 @@ mod tests {
         );
         assert_eq!(
             said[2],
-            "Against crun, in 1 measure: husk is better in 0, worse in 1, no different beyond the noise in 0."
+            "Against crun, in 1 metric: husk is better in 0, worse in 1, without a difference beyond the noise in 0."
         );
     }
 
@@ -313,7 +310,7 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(1);
         let mut draw = || (0..20).map(|_| 10.0 + example::normal(&mut random)).collect::<Vec<f64>>();
         let said = sentences(&report_with("start-output-warm", &draw(), &draw()));
-        assert_eq!(said[0], "husk and crun: no difference beyond the noise in what matters most.");
+        assert_eq!(said[0], "husk and crun: no difference beyond the noise in the main metrics.");
     }
 
     #[test]
@@ -321,8 +318,8 @@ mod tests {
         let report = example::report();
         assert_eq!(
             sentences(&report)[0],
-            "qemu-microvm failed in 23 of 40 runs of “A process, from fork to exit” and \
-             “A program, from fork and exec to exit”."
+            "qemu-microvm failed in 23 of 40 rounds of “Process, from fork to exit” and \
+             “Program, from fork and exec to exit”."
         );
     }
 
@@ -333,10 +330,7 @@ mod tests {
         report.noise.spread = 0.4;
         assert_eq!(
             sentences(&report),
-            [
-                "The host was too noisy to conclude: the same work differed by 40% from one time to another, and 0.2% of the \
-              processors' time was stolen."
-            ]
+            ["The host was too noisy for conclusions: the reference work varied by 40%, and steal time was 0.2%."]
         );
     }
 
@@ -352,6 +346,6 @@ mod tests {
     #[test]
     fn who_is_absent_is_named() {
         let last = sentences(&example::report()).pop().unwrap();
-        assert_eq!(last, "Not compared, because not installed or not usable: bubblewrap and firecracker.");
+        assert_eq!(last, "Not compared because unavailable: bubblewrap and firecracker.");
     }
 }

@@ -19,23 +19,23 @@ use crate::resources::text;
 
 const EXAMPLES: &str = "\
 Examples:
-  A first look, in some minutes:
+  Get a first impression in a few minutes:
     husk bench --quick debian:12
 
-  What it costs to start, of husk and two container runtimes, to within 2%:
-    sudo husk bench --scenario start --against husk,crun,runc --precision 2 debian:12
+  Compare the start of husk and two container runtimes to within 2%:
+    sudo husk bench --scenario start --contenders husk,crun,runc --precision 2 debian:12
 
-  A command of the image's own as the work:
+  Benchmark a command in the image:
     husk bench debian:12 -- sha256sum /usr/bin/perl
 
-  Whether a change made anything slower:
+  Check for regressions:
     husk bench --output before debian:12; ...; husk bench --compare before.json --output after debian:12
 
-  The table and the page again, of an earlier run:
+  Show the results of an earlier run:
     husk bench --from before.json
 
-docs/benchmark.md says what each number means, and what it cannot tell. Exit codes: 0 all was measured, 1 something failed
-or, with --compare, became slower; 2 the command line is wrong.";
+docs/benchmark.md explains the metrics and their limits. Exit codes: 0 success, 1 something failed or, with --compare, became
+slower; 2 usage error.";
 
 /// A CPU list, as typed and as numbers.
 #[derive(Debug, Clone)]
@@ -61,7 +61,7 @@ pub struct Bench {
     scenario: Vec<Scenario>,
 
     /// Contenders to compare, see --list [default: all that are available]
-    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    #[arg(long, alias = "against", value_delimiter = ',', value_name = "LIST")]
     contenders: Vec<String>,
 
     /// Baseline for ratios [default: crun, or the first available of runc, podman, docker, bubblewrap and the host]
@@ -97,11 +97,11 @@ pub struct Bench {
     budget: Option<u64>,
 
     /// Timeout of each instance
-    #[arg(long, value_name = "TIME", value_parser = when::duration, default_value = "120")]
+    #[arg(long, alias = "deadline", value_name = "TIME", value_parser = when::duration, default_value = "120")]
     timeout: Duration,
 
     /// Directory for temporary files, on the disk to measure [default: next to the image store]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "folder", value_name = "DIR")]
     work_dir: Option<PathBuf>,
 
     /// Write NAME.json and NAME.html [default: husk-bench- and the time]
@@ -154,12 +154,12 @@ impl Bench {
         if self.from.is_none() || self.output.is_some() {
             self.write(&report)?;
         }
-        let worse = old.map(|old| self.tell_changes(&old, &report)).transpose()?.unwrap_or(false);
-        Ok(if worse || report.has_failures() { Exit::Failure } else { Exit::Success })
+        let is_worse = old.map(|old| self.print_changes(&old, &report)).transpose()?.unwrap_or(false);
+        Ok(if is_worse || report.has_failures() { Exit::Failure } else { Exit::Success })
     }
 
     fn measure(&self) -> Result<Option<Report>> {
-        let image = self.image.as_deref().context("there is no image to measure")?;
+        let image = self.image.as_deref().context("no image was given")?;
         bench::run(image, &self.plan()?)
     }
 
@@ -175,9 +175,7 @@ impl Bench {
             _ => vec![Scenario::Command],
         };
         if self.command.is_empty() && scenarios.contains(&Scenario::Command) {
-            return Err(
-                UsageError("--scenario command needs a command: type it behind the image, after --".into()).into()
-            );
+            return Err(UsageError("--scenario command needs a command: type it after the image and --".into()).into());
         }
         let cpus = self.cpus.limit_millicpus.map_or(f64::from(self.cpus.vcpus), |millis| f64::from(millis) / 1000.0);
         Ok(Plan {
@@ -214,7 +212,7 @@ impl Bench {
     }
 
     /// Prints the changes and returns whether anything became worse.
-    fn tell_changes(&self, old: &Report, new: &Report) -> Result<bool> {
+    fn print_changes(&self, old: &Report, new: &Report) -> Result<bool> {
         let comparison = compare::compare(old, new)?;
         super::print(&comparison.table(width()))?;
         Ok(comparison.count(Class::Regression) > 0)
@@ -246,7 +244,7 @@ fn cpuset(text: &str) -> Result<Pinned, String> {
 
 fn percent(text: &str) -> Result<f64, String> {
     let number = text.trim_end_matches('%').parse::<f64>().ok().filter(|number| (0.1..=50.0).contains(number));
-    number.ok_or_else(|| format!("{text:?} is no precision: type a percentage from 0.1 to 50"))
+    number.ok_or_else(|| format!("{text:?} is not a precision: type a percentage from 0.1 to 50"))
 }
 
 #[cfg(test)]

@@ -3,29 +3,30 @@
 use std::fs;
 use std::process::Command;
 
-use husk::bench::contender::{Contender, Fixture, Job};
+use husk::bench::contender::{Contender, Job};
+use husk::bench::fixture::Fixture;
 
 use crate::{
-    DATA_BYTES, LONG, MEMORY_MIB, clean_up, is_no_root, job, lay, output, present, say, sleeper, start, traces,
-    wait_for,
+    DATA_BYTES, LONG, MEMORY_MIB, clean_up, is_not_root, job, leftovers, log, output, prepare_lab, present, sleeper,
+    start, wait_for,
 };
 
 #[test]
 fn everyone_here_runs_the_same_within_limits_and_leaves_nothing() {
-    if is_no_root() {
+    if is_not_root() {
         return;
     }
-    let mut lab = lay();
+    let mut lab = prepare_lab();
     let fixture = &lab.fixture;
     assert!(!fs::symlink_metadata(fixture.root.join("scratch")).unwrap().is_symlink());
     assert_eq!(fs::metadata(fixture.root.join(".husk-bench/data")).unwrap().len(), DATA_BYTES);
     for mut contender in present(fixture, false) {
         let name = contender.name().to_owned();
-        say(&name);
+        log(&name);
         contender.prepare(fixture).unwrap();
         runs_in_the_root(&*contender, fixture);
         forgets_changes(&*contender, fixture);
-        is_held(&*contender, fixture);
+        enforces_limits(&*contender, fixture);
         leaves_nothing_when_killed(&*contender, fixture);
         contender.clean_up(fixture).unwrap();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -53,9 +54,9 @@ fn runs_in_the_root(contender: &dyn Contender, fixture: &Fixture) {
     clean_up(&mut launch);
     assert_eq!(code, Some(7), "{name}: {said}");
     for line in ["work: ready", "data", "work", "0", "proc", "HOME=/root"] {
-        assert!(said.lines().any(|said| said == line), "{name} did not say {line}: {said}");
+        assert!(said.lines().any(|said| said == line), "{name} did not log {line}: {said}");
     }
-    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
+    assert_eq!(leftovers(fixture), Vec::<String>::new(), "{name}");
 }
 
 fn forgets_changes(contender: &dyn Contender, fixture: &Fixture) {
@@ -67,10 +68,10 @@ fn forgets_changes(contender: &dyn Contender, fixture: &Fixture) {
     assert_eq!((said.trim(), code), ("done", Some(0)), "{name}");
     assert!(!fixture.root.join("changed").exists(), "{name}");
     assert!(!fixture.root.join("scratch/file").exists(), "{name}");
-    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
+    assert_eq!(leftovers(fixture), Vec::<String>::new(), "{name}");
 }
 
-fn is_held(contender: &dyn Contender, fixture: &Fixture) {
+fn enforces_limits(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
     let mut launch = contender.launch(fixture, &job(3, &format!("exec /bin/busybox sleep {LONG}"))).unwrap();
     let mut child = start(&mut launch);
@@ -84,7 +85,7 @@ fn is_held(contender: &dyn Contender, fixture: &Fixture) {
     child.kill().unwrap();
     child.wait().unwrap();
     clean_up(&mut launch);
-    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
+    assert_eq!(leftovers(fixture), Vec::<String>::new(), "{name}");
 }
 
 /// Killing the process in the foreground must not leave the rest of the instance behind.
@@ -98,7 +99,7 @@ fn leaves_nothing_when_killed(contender: &dyn Contender, fixture: &Fixture) {
         child.kill().unwrap();
         child.wait().unwrap();
         clean_up(&mut launch);
-        wait_for(&format!("{name}'s end"), || traces(fixture).is_empty().then_some(()));
+        wait_for(&format!("{name}'s end"), || leftovers(fixture).is_empty().then_some(()));
     }
 }
 

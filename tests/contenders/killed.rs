@@ -8,9 +8,9 @@ use std::sync::PoisonError;
 use std::thread;
 use std::time::Duration;
 
-use husk::bench::fixture::WorkDir;
+use husk::bench::work_dir::WorkDir;
 
-use crate::{ALONE, LONG, is_no_root, job, lay, present, sleeper, start, wait_for};
+use crate::{LONG, SERIAL, is_not_root, job, prepare_lab, present, sleeper, start, wait_for};
 
 /// Lists Docker's images, tagged or not; empty if the daemon does not answer.
 fn images() -> String {
@@ -21,8 +21,8 @@ fn images() -> String {
 const VICTIM: &str = "HUSK_TEST_VICTIM";
 
 /// Starts all containers and waits to be killed.
-fn be_killed() {
-    let lab = lay();
+fn run_victim() {
+    let lab = prepare_lab();
     let mut launches = Vec::new();
     for mut contender in present(&lab.fixture, false) {
         contender.prepare(&lab.fixture).unwrap();
@@ -39,13 +39,13 @@ fn be_killed() {
 #[test]
 fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
     const NAME: &str = "killed::what_a_killed_bench_leaves_is_cleared_by_the_next";
-    if is_no_root() {
+    if is_not_root() {
         return;
     }
     if std::env::var_os(VICTIM).is_some() {
-        return be_killed();
+        return run_victim();
     }
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _serial = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
     let before = images();
     let mut victim = Command::new(std::env::current_exe().unwrap());
     victim.args(["--exact", NAME, "--nocapture"]).env(VICTIM, "1").stdout(Stdio::piped());

@@ -4,16 +4,17 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk::bench::contender::{Contender, Fixture, Job};
+use husk::bench::contender::{Contender, Job};
+use husk::bench::fixture::Fixture;
 
-use crate::{LONG, clean_up, job, lay, output, present, runs_no_machine, say, start, traces};
+use crate::{LONG, cannot_run_machines, clean_up, job, leftovers, log, output, prepare_lab, present, start};
 
 #[test]
 fn machines_run_the_same_and_leave_nothing() {
-    if runs_no_machine() {
+    if cannot_run_machines() {
         return;
     }
-    let lab = lay();
+    let lab = prepare_lab();
     let fixture = &lab.fixture;
     for mut contender in present(fixture, true) {
         let name = contender.name().to_owned();
@@ -22,7 +23,7 @@ fn machines_run_the_same_and_leave_nothing() {
         let (said, code) = machine(&*contender, fixture, &job(1, script));
         assert_eq!(code, Some(7), "{name}: {said}");
         for line in ["work: ready", "data", "work", "0"] {
-            assert!(said.lines().any(|said| said.trim() == line), "{name} did not say {line}: {said}");
+            assert!(said.lines().any(|said| said.trim() == line), "{name} did not log {line}: {said}");
         }
         let script = "/bin/busybox df /scratch; echo x > /scratch/x && echo done; /bin/busybox free -m";
         let (said, code) = machine(&*contender, fixture, &Job { scratch_mib: Some(64), ..job(2, script) });
@@ -39,7 +40,7 @@ fn machines_run_the_same_and_leave_nothing() {
         child.kill().unwrap();
         child.wait().unwrap();
         clean_up(&mut launch);
-        assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
+        assert_eq!(leftovers(fixture), Vec::<String>::new(), "{name}");
         contender.clean_up(fixture).unwrap();
     }
     let disks = fs::read_dir(fixture.store.join("disks")).unwrap().count();
@@ -51,9 +52,9 @@ fn machine(contender: &dyn Contender, fixture: &Fixture, job: &Job) -> (String, 
     let mut launch = contender.launch(fixture, job).unwrap();
     let started = Instant::now();
     let (said, code) = output(&mut launch);
-    say(&format!("{}: {:.1} s", contender.name(), started.elapsed().as_secs_f64()));
+    log(&format!("{}: {:.1} s", contender.name(), started.elapsed().as_secs_f64()));
     clean_up(&mut launch);
-    assert_eq!(traces(fixture), Vec::<String>::new(), "{}", contender.name());
-    let told = said.lines().find_map(|line| line.trim().strip_prefix("work: exit ")?.parse().ok());
-    (said, if launch.passes_exit_code { code } else { told })
+    assert_eq!(leftovers(fixture), Vec::<String>::new(), "{}", contender.name());
+    let reported = said.lines().find_map(|line| line.trim().strip_prefix("work: exit ")?.parse().ok());
+    (said, if launch.passes_exit_code { code } else { reported })
 }

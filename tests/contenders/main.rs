@@ -16,9 +16,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk::bench::contender::{self, Contender, Fixture, Job, Launch};
-use husk::bench::fixture::{self, WorkDir};
+use husk::bench::contender::{self, Contender, Job, Launch};
+use husk::bench::fixture::{self, Fixture};
 use husk::bench::report::{Isolation, Limits};
+use husk::bench::work_dir::WorkDir;
 use husk::image::{Progress, Source, Store};
 use tempfile::TempDir;
 
@@ -32,28 +33,28 @@ struct Lab {
     dir: TempDir,
     work_dir: Option<WorkDir>,
     fixture: Fixture,
-    _alone: MutexGuard<'static, ()>,
+    _serial: MutexGuard<'static, ()>,
 }
 
-fn say(words: &str) {
+fn log(words: &str) {
     // Bypasses the harness, which captures the output of tests.
     let _ = writeln!(std::io::stderr(), "{words}");
 }
 
 /// Returns whether this process is not root, which control groups and overlays need; prints a message if so.
-fn is_no_root() -> bool {
+fn is_not_root() -> bool {
     let is_root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
     if !is_root {
-        say("SKIPPED: control groups and overlays are tested by root");
+        log("SKIPPED: control groups and overlays are tested by root");
     }
     !is_root
 }
 
 /// Returns whether this host cannot run Linux guests; prints a message if so.
-fn runs_no_machine() -> bool {
+fn cannot_run_machines() -> bool {
     let none = husk::resources::host::runs_only_pvm_guests() || husk::resources::open_kvm().is_err();
     if none {
-        say("SKIPPED: this machine's KVM runs no Linux guest");
+        log("SKIPPED: this machine's KVM runs no Linux guest");
     }
     none
 }
@@ -63,8 +64,8 @@ fn temp_dir() -> TempDir {
     TempDir::new_in(std::env::var_os("HUSK_TEST_DISK").unwrap_or("/var/tmp".into())).unwrap()
 }
 
-fn lay() -> Lab {
-    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+fn prepare_lab() -> Lab {
+    let serial = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = temp_dir();
     let files = dir.path().join("files");
     fs::create_dir_all(files.join("bin")).unwrap();
@@ -83,7 +84,7 @@ fn lay() -> Lab {
     let mut fixture = fixture::prepare(&work_dir, &mut image, DATA_BYTES, limits).unwrap();
     fixture.husk = std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()).into();
     assert_eq!(image.info.bytes, fs::metadata(busybox).unwrap().len() + "busybox".len() as u64 + link_bytes(&dir));
-    Lab { dir, work_dir: Some(work_dir), fixture, _alone: alone }
+    Lab { dir, work_dir: Some(work_dir), fixture, _serial: serial }
 }
 
 fn link_bytes(dir: &TempDir) -> u64 {
@@ -137,28 +138,28 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// Returns everything on this host that belongs to the run.
-fn traces(fixture: &Fixture) -> Vec<String> {
+fn leftovers(fixture: &Fixture) -> Vec<String> {
     let id = fixture.dir.file_name().unwrap().to_str().unwrap();
-    let mut traces = Vec::new();
+    let mut leftovers = Vec::new();
     let groups =
         Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &format!("{id}*")]).output().unwrap();
     // The engine's parent group is shared by all of its containers.
     let groups = String::from_utf8(groups.stdout).unwrap();
-    traces.extend(groups.lines().filter(|path| !path.ends_with("-podman")).map(str::to_owned));
+    leftovers.extend(groups.lines().filter(|path| !path.ends_with("-podman")).map(str::to_owned));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    traces.extend(mounts.lines().filter(|line| line.contains(&format!("{id}/instances"))).map(str::to_owned));
+    leftovers.extend(mounts.lines().filter(|line| line.contains(&format!("{id}/instances"))).map(str::to_owned));
     let entries = |path: PathBuf| {
         fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path().display().to_string())
     };
-    traces.extend(entries("/run/netns".into()).filter(|path| path.contains(id)));
+    leftovers.extend(entries("/run/netns".into()).filter(|path| path.contains(id)));
     let interface = format!("/hb{}-", id.rsplit('-').next().unwrap());
-    traces.extend(entries("/sys/class/net".into()).filter(|path| path.contains(&interface)));
-    traces.extend(entries(fixture.dir.join("instances")));
+    leftovers.extend(entries("/sys/class/net".into()).filter(|path| path.contains(&interface)));
+    leftovers.extend(entries(fixture.dir.join("instances")));
     for runtime in ["crun", "runc"] {
-        traces.extend(entries(fixture.dir.join(runtime)));
+        leftovers.extend(entries(fixture.dir.join(runtime)));
     }
-    traces.extend(sleeper().map(|process| format!("process {process}")));
-    traces
+    leftovers.extend(sleeper().map(|process| format!("process {process}")));
+    leftovers
 }
 
 /// Returns the available contenders, with or without a kernel of their own.
@@ -168,11 +169,11 @@ fn present(fixture: &Fixture, machines: bool) -> Vec<Box<dyn Contender>> {
         let info = contender.describe(fixture);
         assert_eq!(info.name, contender.name());
         match info.unavailable {
-            Some(unavailable) => say(&format!("SKIPPED: {}: {}", info.name, unavailable.reason)),
+            Some(unavailable) => log(&format!("SKIPPED: {}: {}", info.name, unavailable.reason)),
             None if (info.isolation == Isolation::Machine) != machines => {}
             None => {
                 // Limits must be enforceable for root.
-                assert!(!info.notes.iter().any(|note| note.contains("not applied")), "{:?}", info.notes);
+                assert!(!info.notes.iter().any(|note| note.contains("not enforced")), "{:?}", info.notes);
                 assert!(info.version.is_some_and(|version| !version.is_empty()), "{}", info.name);
                 assert!(!info.command_line.is_empty());
                 found.push(contender);
@@ -183,4 +184,4 @@ fn present(fixture: &Fixture, machines: bool) -> Vec<Box<dyn Contender>> {
 }
 
 /// Tests check the whole host for leftovers, so they run one at a time.
-static ALONE: Mutex<()> = Mutex::new(());
+static SERIAL: Mutex<()> = Mutex::new(());

@@ -7,16 +7,19 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use husk::bench::contender::{Contender, Fixture, Job, Unsupported};
+use husk::bench::contender::{Contender, Job, Unsupported};
+use husk::bench::fixture::Fixture;
 
-use crate::{clean_up, is_no_root, lay, present, runs_no_machine, say, start, traces, uplink, wait_for};
+use crate::{
+    cannot_run_machines, clean_up, is_not_root, leftovers, log, prepare_lab, present, start, uplink, wait_for,
+};
 
 #[test]
 fn what_listens_in_a_container_is_reached() {
-    if is_no_root() {
+    if is_not_root() {
         return;
     }
-    let lab = lay();
+    let lab = prepare_lab();
     for mut contender in present(&lab.fixture, false) {
         let before = interfaces();
         contender.prepare(&lab.fixture).unwrap();
@@ -33,13 +36,13 @@ fn interfaces() -> BTreeSet<OsString> {
 
 #[test]
 fn what_listens_in_a_machine_is_reached() {
-    if runs_no_machine() {
+    if cannot_run_machines() {
         return;
     }
     if uplink::host().is_none() {
         return;
     }
-    let lab = lay();
+    let lab = prepare_lab();
     for contender in present(&lab.fixture, true) {
         is_reached(&*contender, &lab.fixture);
     }
@@ -51,7 +54,7 @@ fn is_reached(contender: &dyn Contender, fixture: &Fixture) {
     let command = ["/.husk-bench/work", "serve", &port.to_string()].map(str::to_owned).to_vec();
     let job = Job { command, scratch_mib: None, port: Some(port), instance: 9 };
     let mut launch = match contender.launch(fixture, &job) {
-        Err(error) if error.is::<Unsupported>() => return say(&format!("SKIPPED: {name}: {error}")),
+        Err(error) if error.is::<Unsupported>() => return log(&format!("SKIPPED: {name}: {error}")),
         launch => launch.unwrap(),
     };
     let address = launch.address.unwrap();
@@ -69,9 +72,9 @@ fn is_reached(contender: &dyn Contender, fixture: &Fixture) {
         assert!(ended.is_none(), "{name}: {ended:?}");
         echoes()
     });
-    say(&format!("{name} is reached at {address}"));
+    log(&format!("{name} is reached at {address}"));
     child.kill().unwrap();
     child.wait().unwrap();
     clean_up(&mut launch);
-    assert_eq!(traces(fixture), Vec::<String>::new(), "{name}");
+    assert_eq!(leftovers(fixture), Vec::<String>::new(), "{name}");
 }

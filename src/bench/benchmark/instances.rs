@@ -75,7 +75,7 @@ impl Session<'_> {
         std::thread::sleep(SETTLE);
         let all_kib = idle_instances.pss_kib();
         idle_instances.end()?;
-        ensure!(first_kib > 0, "its processes cannot be looked into");
+        ensure!(first_kib > 0, "the memory of its processes cannot be read");
 
         let mut worked = IdleInstances { running: Vec::new() };
         self.start_idle(contender, &mut worked, &["--touch", &TOUCHED_MIB.to_string()])?;
@@ -93,17 +93,20 @@ impl Session<'_> {
 
     /// Starts instances until the budget is spent, then measures concurrent starts.
     pub(super) fn density(&self, contender: &dyn Contender) -> Result<Measurements> {
-        let most = if self.plan.sampling.quick { MAX_INSTANCES_QUICK } else { MAX_INSTANCES };
+        let max = if self.plan.sampling.quick { MAX_INSTANCES_QUICK } else { MAX_INSTANCES };
         let before = memory_usage::available_mib();
         let budget = self.plan.budget_mib.unwrap_or((before / BUDGET_SHARE).min(MAX_BUDGET_MIB));
-        ensure!(before > budget + RESERVE_MIB, "{before} MiB are available, of which {budget} MiB cannot be spent");
+        ensure!(
+            before > budget + RESERVE_MIB,
+            "only {before} MiB are available, too little for a budget of {budget} MiB"
+        );
         let mut idle_instances = IdleInstances { running: Vec::new() };
         let is_spent = || before.saturating_sub(memory_usage::available_mib()) >= budget;
-        while idle_instances.running.len() < most && !is_spent() {
+        while idle_instances.running.len() < max && !is_spent() {
             self.start_idle(contender, &mut idle_instances, &[])?;
         }
         let instances = idle_instances.running.len();
-        let spent = instances < most || is_spent();
+        let spent = instances < max || is_spent();
         idle_instances.end()?;
         let mut measurements =
             Measurements { values: vec![("density-starts", self.starts(contender)?)], ..Measurements::default() };
@@ -112,7 +115,7 @@ impl Session<'_> {
             // The budget was not reached, so the number of instances is only a lower bound.
             false => measurements.skipped.push((
                 "density-instances",
-                format!("{most} instances, which is all that are started, fit into the budget of {budget} MiB"),
+                format!("{max} instances, the maximum, fit into the budget of {budget} MiB"),
             )),
         }
         Ok(measurements)
@@ -135,8 +138,10 @@ impl Session<'_> {
             })
             .collect::<Result<Vec<_>, _>>()?;
         // Join all threads before reporting the first failure.
-        let ended: Vec<Result<()>> =
-            starters.into_iter().map(|starter| starter.join().unwrap_or_else(|_| bail!("a starter failed"))).collect();
+        let ended: Vec<Result<()>> = starters
+            .into_iter()
+            .map(|starter| starter.join().unwrap_or_else(|_| bail!("a starter thread panicked")))
+            .collect();
         ended.into_iter().collect::<Result<()>>()?;
         Ok(all as f64 / started.elapsed().as_secs_f64())
     }

@@ -16,8 +16,8 @@ const WATCH: Duration = Duration::from_secs(1);
 impl Session<'_> {
     /// Measures the longest stall of a neighbor, from the start of the victim until shortly after its end.
     pub(super) fn isolation(&self, contender: &dyn Contender, crash: Crash) -> Result<Measurements> {
-        let neighbour = Running::start(self.launch(contender, &["tick", TICK_MS])?, &self.long_running_options())?;
-        neighbour.wait_ready(self.timeout())?;
+        let neighbor = Running::start(self.launch(contender, &["tick", TICK_MS])?, &self.long_running_options())?;
+        neighbor.wait_ready(self.timeout())?;
         std::thread::sleep(WATCH);
         // Twice the memory limit: without an enforced limit, the victim stops by itself and the host survives.
         let most = (self.plan.limits.memory_mib * 2).to_string();
@@ -26,15 +26,15 @@ impl Session<'_> {
             Crash::OutOfMemory => ("isolation-memory", &["crash", "memory", "--at-most", &most]),
         };
         let launch = self.launch(contender, words)?;
-        let before = neighbour.ticks();
-        neighbour.reset_stall();
+        let before = neighbor.ticks();
+        neighbor.reset_stall();
         let victim = run::run(launch, &Expected::default(), &self.options());
         std::thread::sleep(WATCH);
-        let (stall, after) = (neighbour.longest_stall(), neighbour.ticks());
-        let alive = neighbour.is_running();
-        check_cleanup(&neighbour.end())?;
-        ensure!(alive, "the neighbour ended with it");
-        ensure!(after > before, "the neighbour is silent since");
+        let (stall, after) = (neighbor.longest_stall(), neighbor.ticks());
+        let alive = neighbor.is_running();
+        check_cleanup(&neighbor.end())?;
+        ensure!(alive, "the neighbor exited, too");
+        ensure!(after > before, "the neighbor has stalled since");
         has_crashed(&victim)?;
         Ok(Measurements { values: vec![(metric, stall.as_secs_f64() * 1e3)], ..Measurements::default() })
     }
@@ -42,8 +42,8 @@ impl Session<'_> {
 
 /// Checks that the victim crashed as intended and in time.
 fn has_crashed(victim: &Run) -> Result<()> {
-    ensure!(victim.ready.is_some(), "the one that had to crash did not start: {}", victim.failures.join("; "));
-    ensure!(victim.end != Termination::TimedOut, "the one that crashed was not over in time");
+    ensure!(victim.ready.is_some(), "the victim did not start: {}", victim.failures.join("; "));
+    ensure!(victim.end != Termination::TimedOut, "the victim did not exit in time");
     let survived = victim.failures.iter().find(|failure| failure.starts_with("crash"));
-    survived.map_or(Ok(()), |failure| bail!("nothing stopped the one that had to crash: {failure}"))
+    survived.map_or(Ok(()), |failure| bail!("the victim did not crash: {failure}"))
 }

@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use super::super::report::{self, Isolation};
 use super::program::Program;
 use super::setup::{self, LimitScope};
-use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, example_job, fixture, network, strings};
+use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, example_job, network, strings, work_dir};
 use crate::sys;
 
 /// bubblewrap.
@@ -61,8 +61,8 @@ impl Contender for Bwrap {
         let pen = LimitScope::Container.pen(fixture, NAME, job);
         let mut command = command(&command_line(&root, super::is_root(), scratch.as_deref(), job))?;
         let doors = setup::doors(pen.as_ref())?;
-        sys::process::begin_in(&mut command, doors, None).context("enter its control groups")?;
-        let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove()).and_then(|()| fixture::clear(&dir));
+        sys::process::begin_in(&mut command, doors, None).context("join the control groups")?;
+        let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove()).and_then(|()| work_dir::remove(&dir));
         Ok(Launch {
             command,
             passes_exit_code: true,

@@ -13,7 +13,7 @@ pub struct CloudHypervisor(Program);
 
 const NAME: &str = "cloud-hypervisor";
 /// There is no Debian package.
-const INSTALL: &str = "it is in no package of Debian's: put the binary of a release on the path as `cloud-hypervisor`";
+const INSTALL: &str = "not packaged in Debian: put the binary of a release on the path as `cloud-hypervisor`";
 
 /// Since this version, a disk without an explicit image type has a write-protected first sector (release notes of
 /// 51.0).

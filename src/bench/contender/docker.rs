@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::super::report::{self, Isolation};
 use super::program::{Program, succeeds};
-use super::{Contender, Fixture, Job, Launch, Unsupported, bench_id, engine, example_job, strings};
+use super::{Contender, Fixture, Job, Launch, Unsupported, engine, example_job, strings, work_dir};
 use crate::resources::programs;
 
 /// Docker.
@@ -64,9 +64,9 @@ impl Contender for Docker {
 
     fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
         if job.port.is_some() && !succeeds(NAME, &["network", "inspect", "bridge"]) {
-            return Err(Unsupported("its daemon was started without a network (--bridge=none)".into()).into());
+            return Err(Unsupported("its daemon runs without a network (--bridge=none)".into()).into());
         }
-        let id = fixture.instance(NAME, job);
+        let id = fixture.instance_name(NAME, job);
         let remove = move || match succeeds(NAME, &["inspect", "--type", "container", &id]) {
             true => programs::run(NAME, &["rm", "--force", &id]),
             false => Ok(()),
@@ -76,7 +76,7 @@ impl Contender for Docker {
 
     /// The container and its shim are children of the daemon.
     fn extra_processes(&self, fixture: &Fixture, job: &Job) -> Vec<u32> {
-        let id = fixture.instance(NAME, job);
+        let id = fixture.instance_name(NAME, job);
         let text = programs::output(NAME, &["inspect", "--format", "{{.State.Pid}}", &id]).unwrap_or_default();
         let Some(process) = text.trim().parse().ok().filter(|&process| process > 0) else { return Vec::new() };
         std::iter::once(process).chain(parent(process)).collect()
@@ -109,7 +109,7 @@ fn parent(process: u32) -> Option<u32> {
 
 /// Stops the containers of a killed run and removes its image.
 pub fn remove_leftovers(dir: &Path) {
-    let id = bench_id(dir);
+    let id = work_dir::id_of(dir);
     if !succeeds(NAME, &["image", "inspect", &id]) {
         return;
     }

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::{ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, fixture, network, setup, strings};
+use super::{ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, network, setup, strings, work_dir};
 
 /// Returns the flags of `run` that both engines share.
 pub fn flags(fixture: &Fixture, contender: &str, scratch: Option<&Path>, job: &Job) -> Vec<String> {
-    let (id, cpus) = (fixture.instance(contender, job), fixture.limits.cpus.to_string());
+    let (id, cpus) = (fixture.instance_name(contender, job), fixture.limits.cpus.to_string());
     let memory = format!("{}m", fixture.limits.memory_mib);
     let mut flags = strings(&["--rm", "--name", &id, "--cpus", &cpus, "--memory", &memory]);
     // The engine's log driver would write all output to disk a second time.
@@ -37,7 +37,7 @@ pub fn launch(
     let command = command(&line(scratch.as_deref()))?;
     let clean_up = move || {
         remove()?;
-        fixture::clear(&dir)
+        work_dir::remove(&dir)
     };
     Ok(Launch {
         command,

@@ -10,14 +10,14 @@ use super::super::report::{self, Isolation};
 use super::guest::{self, GuestFiles, GuestOptions};
 use super::network::Tap;
 use super::program::Program;
-use super::{Contender, Fixture, Job, Launch, fixture, strings};
+use super::{Contender, Fixture, Job, Launch, strings, work_dir};
 
 /// Firecracker.
 pub struct Firecracker(Program);
 
 const NAME: &str = "firecracker";
 /// There is no Debian package.
-const INSTALL: &str = "it is in no package of Debian's: put the binary of a release on the path as `firecracker`";
+const INSTALL: &str = "not packaged in Debian: put the binary of a release on the path as `firecracker`";
 
 impl Firecracker {
     /// Detects it, and a kernel to boot.
@@ -88,7 +88,7 @@ impl Contender for Firecracker {
             fs::write(&path, config).with_context(|| format!("write {}", path.display()))?;
             Ok(command_line(&path.display().to_string()))
         })?;
-        Ok(launch.then_clean_up(move || fixture::clear(&dir)))
+        Ok(launch.then_clean_up(move || work_dir::remove(&dir)))
     }
 
     fn clean_up(&mut self, _fixture: &Fixture) -> Result<()> {

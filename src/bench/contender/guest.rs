@@ -78,7 +78,7 @@ pub fn launch(
     let files = GuestFiles { kernel: &kernel, root: &fixture.disk, scratch: scratch_path.as_deref() };
     let mut command = command(&line(&files, job)?)?;
     let pen = LimitScope::Machine.pen(fixture, name, job);
-    sys::process::begin_in(&mut command, setup::doors(pen.as_ref())?, None).context("enter its control groups")?;
+    sys::process::begin_in(&mut command, setup::doors(pen.as_ref())?, None).context("join the control groups")?;
     let clean_up = move || {
         pen.map_or(Ok(()), |pen| pen.remove())?;
         scratch.map_or(Ok(()), Scratch::remove)
@@ -128,7 +128,9 @@ pub fn cmdline(options: GuestOptions, job: &Job) -> Result<String> {
         line.push_str(&workload::escape(word));
     }
     if line.len() >= CMDLINE_MAX_BYTES {
-        return Err(Unsupported(format!("a kernel's command line has no room for {} bytes", line.len())).into());
+        return Err(
+            Unsupported(format!("the kernel command line would have {} bytes, which is too long", line.len())).into()
+        );
     }
     Ok(line)
 }
@@ -148,7 +150,7 @@ impl Scratch {
         let store = Store::open(&fixture.store)?;
         let name = format!("{contender}-{}", job.instance);
         let mut identity = [0; 16];
-        sys::getrandom(&mut identity).context("ask for randomness")?;
+        sys::getrandom(&mut identity).context("get random bytes")?;
         let path = store.kept_disk(&name, size_mib << 20, identity)?.path;
         Ok(Some(Scratch { store, name, path }))
     }

@@ -10,7 +10,7 @@ use rustix::mount::{MountFlags, mount};
 use super::super::report::{self, Isolation};
 use super::program::Program;
 use super::setup::{self, LimitScope};
-use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, command, example_job, fixture, is_root, network, strings};
+use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, command, example_job, is_root, network, strings, work_dir};
 use crate::resources::programs;
 use crate::sys;
 
@@ -45,13 +45,9 @@ impl Contender for Host {
 
     fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
         let mut notes: Vec<String> = LimitScope::Container.note(fixture).into_iter().collect();
-        notes.push(
-            "its root is a copy of the image's files, and what is written there goes right to the host's disk".into(),
-        );
+        notes.push("its root is a copy of the image's files; writes go directly to the host's disk".into());
         if !is_root() {
-            notes.push(
-                "its root directory is changed in a user namespace (unshare), which is in its start's time".into(),
-            );
+            notes.push("its start includes creating a user namespace for chroot (unshare)".into());
         }
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let program = Program { version: Ok(format!("Linux {}", release.trim())) };
@@ -94,7 +90,7 @@ impl Contender for Host {
     }
 
     fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
-        fixture::clear(&root(fixture))
+        work_dir::remove(&root(fixture))
     }
 }
 

@@ -65,7 +65,10 @@ impl Contender for Husk {
     }
 
     fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
-        let notes = vec!["its root's files are compressed, and what is written there goes to the guest's memory, or to its scratch disk where it has one".to_owned()];
+        let notes = vec![
+            "its root is compressed; writes to it go to guest memory, or to the scratch disk if there is one"
+                .to_owned(),
+        ];
         let mut info =
             self.program.describe(self.name, Isolation::Machine, self.command_line(fixture, &example_job()), notes);
         info.kernel = info.unavailable.is_none().then(|| self.kernel.to_owned());

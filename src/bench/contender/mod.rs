@@ -15,69 +15,19 @@ mod program;
 mod qemu;
 mod setup;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::fixture;
-use super::report::{self, Isolation, Limits};
+use super::fixture::Fixture;
+use super::report::{self, Isolation};
+use super::work_dir;
 
 /// The path of the workload program in every contender's root.
 pub const WORKLOAD: &str = "/.husk-bench/work";
 /// The mount point of an instance's scratch disk.
 pub const SCRATCH: &str = "/scratch";
-
-/// The files prepared once for all contenders and jobs.
-#[derive(Debug, Default)]
-pub struct Fixture {
-    /// The run's work directory, on a real disk; removed at the end.
-    pub dir: PathBuf,
-    /// The image's root file system as a directory, including the workload program.
-    pub root: PathBuf,
-    /// The same root file system as an EROFS disk, from `store`.
-    pub disk: PathBuf,
-    /// A separate image store (`HUSK_DATA`) that has the same root as `husk-bench`.
-    pub store: PathBuf,
-    /// The husk executable.
-    pub husk: PathBuf,
-    /// The resource limits of every instance.
-    pub limits: Limits,
-}
-
-impl Fixture {
-    /// Returns a name for an instance that is unique on this host.
-    fn instance(&self, contender: &str, job: &Job) -> String {
-        format!("{}-{contender}-{}", self.id(), job.instance)
-    }
-
-    /// Returns the ID of this run.
-    fn id(&self) -> String {
-        bench_id(&self.dir)
-    }
-
-    /// Creates a directory for the files of one instance.
-    fn instance_dir(&self, contender: &str, job: &Job) -> Result<PathBuf> {
-        let dir = self.dir.join("instances").join(format!("{contender}-{}", job.instance));
-        fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
-        Ok(dir)
-    }
-
-    /// Returns the number of virtual CPUs needed to use the whole CPU limit.
-    fn vcpus(&self) -> u32 {
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
-        let vcpus = self.limits.cpus.ceil().clamp(1.0, 255.0) as u32;
-        vcpus
-    }
-
-    /// Returns the CPU limit in thousandths of a CPU.
-    fn millicpus(&self) -> u32 {
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "husk has 32 at most")]
-        let millicpus = (self.limits.cpus * 1000.0).round().clamp(1.0, 255_000.0) as u32;
-        millicpus
-    }
-}
 
 /// What an instance runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,11 +121,6 @@ pub fn find() -> Vec<Box<dyn Contender>> {
     contenders
 }
 
-/// Returns the ID of a run from its work directory.
-pub fn bench_id(dir: &Path) -> String {
-    dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
 /// Stops the instances that a killed run left behind, as far as this needs the contenders' own programs. The caller
 /// removes the directory, control groups and mounts.
 pub fn remove_leftovers(dir: &Path) {
@@ -220,6 +165,9 @@ fn command(words: &[String]) -> Result<Command> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::guest::GuestFiles;
+    use std::path::PathBuf;
+
+    use super::super::report::Limits;
     use super::network::Tap;
     use super::*;
 
@@ -261,11 +209,11 @@ pub(super) mod tests {
         for (rest, said) in
             [((|| Ok(())) as fn() -> Result<()>, None), (|| anyhow::bail!("it is held"), Some("it is held"))]
         {
-            let (tell, told) = std::sync::mpsc::channel();
-            let launch = launch(rest).then_clean_up(move || Ok(tell.send(())?));
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let launch = launch(rest).then_clean_up(move || Ok(sender.send(())?));
             let cleaned = launch.clean_up.unwrap()();
             assert_eq!(cleaned.err().map(|error| error.to_string()).as_deref(), said);
-            assert_eq!(told.recv(), Ok(()));
+            assert_eq!(receiver.recv(), Ok(()));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::{Fixture, Job, Unsupported, bench_id, is_root, program};
+use super::{Fixture, Job, Unsupported, is_root, program, work_dir};
 use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 
@@ -43,7 +43,7 @@ fn check_privileges(only_root: &str) -> Result<(), Unsupported> {
         return Err(Unsupported(only_root.to_owned()));
     }
     if !program::which("ip") {
-        return Err(Unsupported("there is no program ip: type `sudo apt-get install iproute2`".into()));
+        return Err(Unsupported("ip is not installed: type `sudo apt-get install iproute2`".into()));
     }
     Ok(())
 }
@@ -76,9 +76,9 @@ impl VethPair {
         if job.port.is_none() {
             return Ok(None);
         }
-        check_privileges("only root can link a container's network to the host's")?;
+        check_privileges("only root can connect a container's network to the host")?;
         let veth = VethPair::of(&fixture.id(), job.instance);
-        veth.set_up().inspect_err(|_| drop(veth.remove())).context("link a container's network to the host's")?;
+        veth.set_up().inspect_err(|_| drop(veth.remove())).context("connect a container's network to the host")?;
         Ok(Some(veth))
     }
 
@@ -135,12 +135,12 @@ impl Tap {
         if job.port.is_none() {
             return Ok(None);
         }
-        check_privileges("its only network is a tap device, which only root can make")?;
+        check_privileges("it supports only tap devices, which require root")?;
         if !Path::new(TUN_PATH).exists() {
-            return Err(Unsupported(format!("there is no {TUN_PATH}: type `sudo modprobe tun`")).into());
+            return Err(Unsupported(format!("{TUN_PATH} does not exist: type `sudo modprobe tun`")).into());
         }
         let tap = Tap::of(&fixture.id(), job.instance);
-        tap.set_up().inspect_err(|_| drop(tap.remove())).context("make a tap device")?;
+        tap.set_up().inspect_err(|_| drop(tap.remove())).context("create a tap device")?;
         Ok(Some(tap))
     }
 
@@ -182,7 +182,7 @@ impl Tap {
 
 /// Removes the interfaces of a run that was killed, or that failed before it started the instance.
 pub fn remove_leftovers(dir: &Path) {
-    let id = bench_id(dir);
+    let id = work_dir::id_of(dir);
     for name in names("/run/netns") {
         let instance = name.strip_prefix(&id).and_then(|rest| rest.strip_prefix('-')?.parse().ok());
         if let Some(instance) = instance

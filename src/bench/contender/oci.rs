@@ -10,7 +10,7 @@ use super::super::report::{self, Isolation};
 use super::network::VethPair;
 use super::program::Program;
 use super::setup;
-use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, example_job, fixture, is_root, strings};
+use super::{Contender, ENVIRONMENT, Fixture, Job, Launch, SCRATCH, command, example_job, is_root, strings, work_dir};
 use crate::resources::programs;
 
 /// The name of crun, also that of its package.
@@ -36,7 +36,7 @@ const CAPABILITIES: [&str; 11] = [
 const PERIOD_US: u64 = 100_000;
 
 /// Why a runtime cannot be used on this host.
-pub const UNSUPPORTED: &str = "runs on no host that uses both versions of control groups";
+pub const UNSUPPORTED: &str = "does not support hosts with hybrid control groups (v1 and v2)";
 /// How to make it usable.
 pub const UNIFIED_HIERARCHY: &str = "boot the host with systemd.unified_cgroup_hierarchy=1";
 
@@ -77,11 +77,14 @@ impl Contender for Runtime {
     fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
         let mut notes: Vec<String> = setup::root_note().into_iter().collect();
         if is_root() {
-            notes.push("its root is an overlay that is mounted before the clock starts, and there is no seccomp filter: an engine does both".into());
+            notes.push(
+                "its root overlay is mounted before the measurement, and there is no seccomp filter; engines do both"
+                    .into(),
+            );
         }
         notes.extend(self.unenforced_limits(fixture));
         let job = example_job();
-        let line = self.line(fixture, &["run", "--bundle", "BUNDLE", &fixture.instance(self.name, &job)]);
+        let line = self.line(fixture, &["run", "--bundle", "BUNDLE", &fixture.instance_name(self.name, &job)]);
         self.program.describe(self.name, Isolation::Container, line, notes)
     }
 
@@ -93,7 +96,7 @@ impl Contender for Runtime {
         let veth = VethPair::create(fixture, job)?;
         let dir = fixture.instance_dir(self.name, job)?;
         let bundle = Bundle {
-            id: &fixture.instance(self.name, job),
+            id: &fixture.instance_name(self.name, job),
             root: &setup::root(fixture, &dir)?,
             scratch: setup::scratch(job, &dir)?.as_deref(),
             network: veth.as_ref().map(VethPair::path).as_deref(),
@@ -102,7 +105,7 @@ impl Contender for Runtime {
         .config(fixture, job);
         let path = dir.join("config.json");
         fs::write(&path, serde_json::to_vec(&bundle)?).with_context(|| format!("write {}", path.display()))?;
-        let id = fixture.instance(self.name, job);
+        let id = fixture.instance_name(self.name, job);
         let bundle = dir.display().to_string();
         let command = command(&self.line(fixture, &["run", "--bundle", &bundle, &id]))?;
         let address = job.port.zip(veth.as_ref()).map(|(port, veth)| veth.address(port));
@@ -114,17 +117,17 @@ impl Contender for Runtime {
                 run(&delete)?;
             }
             veth.map_or(Ok(()), |veth| veth.remove())?;
-            fixture::clear(&dir)
+            work_dir::remove(&dir)
         };
         Ok(Launch { command, passes_exit_code: true, address, clean_up: Some(Box::new(clean_up)) })
     }
 
     fn unenforced_limits(&self, _fixture: &Fixture) -> Option<String> {
-        (!is_root()).then(|| "its limits of processor time and memory were not applied: it is not root's".to_owned())
+        (!is_root()).then(|| "CPU and memory limits are not enforced: not running as root".to_owned())
     }
 
     fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
-        fixture::clear(&fixture.dir.join(self.name))
+        work_dir::remove(&fixture.dir.join(self.name))
     }
 }
 

@@ -8,9 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::super::report::{self, Isolation};
 use super::program::{Program, major, which};
-use super::{
-    Contender, Fixture, Job, Launch, Unsupported, bench_id, engine, example_job, fixture, is_root, oci, strings,
-};
+use super::{Contender, Fixture, Job, Launch, Unsupported, engine, example_job, is_root, oci, strings, work_dir};
 use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
 use crate::sandbox::cgroup::pen;
@@ -38,10 +36,14 @@ impl Podman {
     /// Detects it. The mode of other users is reported as unavailable.
     pub fn find(mode: Mode) -> Podman {
         let program = match (mode, is_root()) {
-            (Mode::Rootful, false) => Program::missing("husk bench is not run by root", Some("sudo husk bench ...")),
-            (Mode::Rootless, true) => Program::missing("husk bench is run by root", Some("husk bench ..., as a user")),
+            (Mode::Rootful, false) => {
+                Program::missing("husk bench is not running as root", Some("sudo husk bench ..."))
+            }
+            (Mode::Rootless, true) => {
+                Program::missing("husk bench is running as root", Some("husk bench ..., as a user"))
+            }
             (Mode::Rootless, false) if !which("newuidmap") => Program::missing(
-                "there is no newuidmap, by which a user has a container's users",
+                "newuidmap is not installed, which rootless containers need",
                 Some("sudo apt-get install uidmap"),
             ),
             _ => with_its_runtime(
@@ -143,7 +145,7 @@ impl Podman {
         }
         let (program, package) = network_program(self.program.version.as_deref().unwrap_or_default());
         if !which(program) {
-            return Some(format!("there is no program {program}: type `sudo apt-get install {package}`"));
+            return Some(format!("{program} is not installed: type `sudo apt-get install {package}`"));
         }
         let tap = File::options().read(true).write(true).open(TUN_PATH).err();
         tap.map(|error| format!("{program} cannot open {TUN_PATH} ({error}): type `sudo chmod 666 {TUN_PATH}`"))
@@ -168,8 +170,7 @@ impl Contender for Podman {
     }
 
     fn describe(&self, fixture: &Fixture) -> report::ContenderInfo {
-        let mut notes =
-            vec!["its root is an overlay over the image's files (--rootfs), in a storage of its own".to_owned()];
+        let mut notes = vec!["its root is an overlay on the image's files (--rootfs), in separate storage".to_owned()];
         notes.extend(self.unenforced_limits(fixture));
         self.program.describe(
             self.name(),
@@ -192,7 +193,7 @@ impl Contender for Podman {
             // Equivalent to Podman's default network, whose bridge would persist after the run.
             output(&line(&fixture.dir, &["network", "create", "--disable-dns", &fixture.id()]))?;
         }
-        let (id, bench) = (fixture.instance(self.name(), job), fixture.dir.clone());
+        let (id, bench) = (fixture.instance_name(self.name(), job), fixture.dir.clone());
         // Containers that have ended are already removed.
         let remove = move || output(&line(&bench, &["rm", "--force", "--ignore", "--time", "0", &id])).map(drop);
         engine::launch(fixture, self.name(), job, |scratch| self.command_line(fixture, scratch, job), remove)
@@ -200,7 +201,7 @@ impl Contender for Podman {
 
     /// The monitor (conmon) is detached, and the container is a child of the monitor.
     fn extra_processes(&self, fixture: &Fixture, job: &Job) -> Vec<u32> {
-        let id = fixture.instance(self.name(), job);
+        let id = fixture.instance_name(self.name(), job);
         let format = "{{.State.Pid}} {{.State.ConmonPid}}";
         let text = output(&line(&fixture.dir, &["inspect", "--format", format, &id])).unwrap_or_default();
         text.split_whitespace().filter_map(|word| word.parse().ok()).filter(|&process| process > 0).collect()
@@ -208,7 +209,7 @@ impl Contender for Podman {
 
     fn unenforced_limits(&self, _fixture: &Fixture) -> Option<String> {
         let has_none = self.mode == Mode::Rootless && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-        has_none.then(|| "its limits of processor time and memory were not applied: this host has the first version of control groups".to_owned())
+        has_none.then(|| "CPU and memory limits are not enforced: this host uses control groups v1".to_owned())
     }
 
     fn clean_up(&mut self, fixture: &Fixture) -> Result<()> {
@@ -218,7 +219,7 @@ impl Contender for Podman {
 
 /// Whether the run's network exists.
 fn has_network(dir: &Path) -> bool {
-    let id = bench_id(dir);
+    let id = work_dir::id_of(dir);
     output(&line(dir, &["network", "exists", &id])).is_ok()
 }
 
@@ -227,7 +228,7 @@ fn remove_all(dir: &Path) -> Result<()> {
         return Ok(());
     }
     output(&line(dir, &["rm", "--all", "--force", "--time", "0"]))?;
-    let id = bench_id(dir);
+    let id = work_dir::id_of(dir);
     pen::remove_left_behind(&format!("{id}-podman"))?;
     if has_network(dir) {
         output(&line(dir, &["network", "rm", &id]))?;
@@ -242,8 +243,8 @@ fn remove_all(dir: &Path) -> Result<()> {
         ))?;
         output(&line(dir, &["system", "migrate"]))?;
     }
-    fixture::clear(&run_dir(dir))?;
-    fixture::clear(&dir.join(SUBDIR))
+    work_dir::remove(&run_dir(dir))?;
+    work_dir::remove(&dir.join(SUBDIR))
 }
 
 /// Removes the containers of a killed run.
@@ -269,10 +270,10 @@ mod tests {
         };
         assert_eq!(reason(Some("crun")).unwrap_err(), format!("its runtime is crun, which {}", oci::UNSUPPORTED));
         assert!(reason(Some("runc")).is_ok() && reason(None).is_ok());
-        let elsewhere = with_its_runtime(podman(), |_| false, || panic!("nobody asks"));
+        let elsewhere = with_its_runtime(podman(), |_| false, || panic!("not queried"));
         assert_eq!(elsewhere, podman());
         let missing = Program::missing("there is none", None);
-        assert_eq!(with_its_runtime(missing.clone(), on_hybrid, || panic!("nobody asks")), missing);
+        assert_eq!(with_its_runtime(missing.clone(), on_hybrid, || panic!("not queried")), missing);
     }
 
     #[test]

@@ -13,7 +13,7 @@ const ANSWERS_WITHIN_S: &str = "10";
 pub fn kvm() -> Result<(), Unavailable> {
     let missing = |reason: String| Unavailable { reason, install: Some("husk doctor".to_owned()) };
     if host::runs_only_pvm_guests() {
-        return Err(missing("this host's KVM is PVM, which runs only kernels that know of it".to_owned()));
+        return Err(missing("this host's KVM is PVM, which runs only kernels with PVM support".to_owned()));
     }
     resources::open_kvm().map(drop).map_err(|error| missing(format!("{error:#}")))
 }
@@ -31,9 +31,9 @@ impl Program {
         let mut words = vec![ANSWERS_WITHIN_S, name];
         words.extend(arguments);
         let version = match which(name) {
-            false => Err(format!("there is no program {name}")),
+            false => Err(format!("{name} is not installed")),
             true => match programs::output("timeout", &words) {
-                Ok(text) => version(&text).ok_or_else(|| format!("{name} does not say its version")),
+                Ok(text) => version(&text).ok_or_else(|| format!("{name} does not report its version")),
                 Err(error) => Err(one_line(format!("{error:#}").trim_start_matches("timeout 10 "))),
             },
         };
@@ -119,14 +119,14 @@ mod tests {
         let program = Program::find("husk-no-such-program", &["--version"], "sudo apt-get install it");
         let info = program.describe("it", Isolation::Container, words(), vec!["a note".into()]);
         let unavailable = info.unavailable.unwrap();
-        assert_eq!(unavailable.reason, "there is no program husk-no-such-program");
+        assert_eq!(unavailable.reason, "husk-no-such-program is not installed");
         assert_eq!(unavailable.install.as_deref(), Some("sudo apt-get install it"));
         assert!(info.version.is_none() && info.command_line.is_empty() && info.notes.is_empty());
     }
 
     #[test]
     fn what_fails_to_answer_is_absent_with_its_own_words() {
-        let program = Program::find("ls", &["/husk-no-such-folder"], "mend it");
+        let program = Program::find("ls", &["/husk-no-such-dir"], "fix it");
         let reason = program.version.unwrap_err().reason;
         assert!(reason.contains("No such file") && !reason.contains('\n'), "{reason}");
     }

@@ -39,7 +39,7 @@ impl LimitScope {
     /// Creates the control groups of an instance. Returns `None` if that is impossible, which [`LimitScope::note`]
     /// reports.
     pub fn pen(self, fixture: &Fixture, contender: &str, job: &Job) -> Option<Pen> {
-        Pen::new(&fixture.instance(contender, job), &self.limits(fixture)).ok()
+        Pen::new(&fixture.instance_name(contender, job), &self.limits(fixture)).ok()
     }
 
     /// Returns a note for the report if limits cannot be enforced.
@@ -50,7 +50,7 @@ impl LimitScope {
         }
         let refused = Pen::new(&format!("{}-probe", fixture.id()), &limits).and_then(Pen::remove).err()?;
         let refused = one_line(&format!("{refused:#}"));
-        Some(format!("its limits of processor time and memory were not applied: {refused}"))
+        Some(format!("CPU and memory limits are not enforced: {refused}"))
     }
 }
 
@@ -68,11 +68,11 @@ pub fn root(fixture: &Fixture, dir: &Path) -> Result<PathBuf> {
     let root = dir.join("root");
     let (upper, work) = (dir.join("upper"), dir.join("work"));
     for path in [&root, &upper, &work] {
-        DirBuilder::new().mode(0o755).create(path).with_context(|| format!("make {}", path.display()))?;
+        DirBuilder::new().mode(0o755).create(path).with_context(|| format!("create {}", path.display()))?;
     }
     let options =
         format!("lowerdir={},upperdir={},workdir={}", fixture.root.display(), upper.display(), work.display());
-    let options = std::ffi::CString::new(options).context("the folder's path has a NUL")?;
+    let options = std::ffi::CString::new(options).context("the path contains a NUL byte")?;
     mount("overlay", &root, "overlay", MountFlags::empty(), &*options)
         .with_context(|| format!("mount an overlay at {}", root.display()))?;
     Ok(root)
@@ -80,8 +80,7 @@ pub fn root(fixture: &Fixture, dir: &Path) -> Result<PathBuf> {
 
 /// Returns a note for the report if the root is read-only.
 pub fn root_note() -> Option<String> {
-    (!is_root())
-        .then(|| "its root is read-only, since only root may mount an overlay here; /tmp is in memory".to_owned())
+    (!is_root()).then(|| "its root is read-only, because overlays require root; /tmp is in memory".to_owned())
 }
 
 /// Creates a scratch directory on the host's disk, for contenders without disks of their own.
@@ -90,6 +89,6 @@ pub fn scratch(job: &Job, dir: &Path) -> Result<Option<PathBuf>> {
         return Ok(None);
     }
     let scratch = dir.join("scratch");
-    fs::create_dir(&scratch).with_context(|| format!("make {}", scratch.display()))?;
+    fs::create_dir(&scratch).with_context(|| format!("create {}", scratch.display()))?;
     Ok(Some(scratch))
 }

@@ -20,24 +20,23 @@ pub fn noise(report: &Report) -> String {
     let verdict = match noise.verdict {
         NoiseLevel::Quiet => "The host was quiet",
         NoiseLevel::Noisy => "The host was noisy",
-        NoiseLevel::TooNoisy => "The host was too noisy to conclude",
+        NoiseLevel::TooNoisy => "The host was too noisy for conclusions",
     };
     format!(
-        "{verdict}: the same work, done before each round, differed by {} (the middle half’s width), and a hypervisor kept {} \
-         of the processors’ time.",
+        "{verdict}: the reference work before each round varied by {} (interquartile range), and steal time was {}.",
         format::percent(noise.spread),
         format::percent(noise.stolen)
     )
 }
 
 /// Renders the section.
-pub fn repeat(report: &Report) -> Markup {
+pub fn reproduce(report: &Report) -> Markup {
     html! {
-        section #repeat aria-labelledby="repeat-title" {
-            h2 #repeat-title { "How to repeat it" }
+        section #reproduce aria-labelledby="reproduce-title" {
+            h2 #reproduce-title { "How to reproduce it" }
             pre tabindex="0" { code { (format::command_line(&report.command_line)) } }
             p {
-                "It took " (format::number(report.duration_s / 60.0)) " minutes. The image " code { (report.image.name) } " was "
+                "The run took " (format::number(report.duration_s / 60.0)) " minutes. The image " code { (report.image.name) } " was "
                 code { (report.image.id) } ", " (mebibytes(report.image.bytes)) " MiB of files."
             }
             h3 { "Contenders" }
@@ -54,9 +53,9 @@ pub fn repeat(report: &Report) -> Markup {
 
 fn about(report: &Report, contender: &ContenderInfo) -> Markup {
     let isolation = match contender.isolation {
-        Isolation::None => "nothing between it and the host",
+        Isolation::None => "not isolated from the host",
         Isolation::Container => "a container: namespaces and control groups on the host’s kernel",
-        Isolation::Machine => "a machine: a kernel of its own",
+        Isolation::Machine => "a virtual machine with its own kernel",
     };
     html! {
         div.contender {
@@ -79,16 +78,16 @@ fn host(report: &Report) -> Markup {
     let host = &report.host;
     let none = || "none".to_owned();
     let facts = [
-        ("Processor", format!("{}, {} of them", host.processor, host.cpus)),
+        ("Processor", format!("{}, {} CPUs", host.processor, host.cpus)),
         ("Memory", format!("{} MiB", host.memory_mib)),
         ("Kernel", host.kernel.clone()),
         ("KVM", host.kvm.clone()),
-        ("Itself a guest of", host.hypervisor.clone().unwrap_or_else(|| "nobody that can be seen".to_owned())),
-        ("Governor", host.governor.clone().unwrap_or_else(none)),
-        ("Clock", host.clocksource.clone()),
+        ("Hypervisor", host.hypervisor.clone().unwrap_or_else(|| "none detected".to_owned())),
+        ("CPU governor", host.governor.clone().unwrap_or_else(none)),
+        ("Clock source", host.clocksource.clone()),
         ("Huge pages", host.huge_pages.clone().unwrap_or_else(none)),
         ("File system", host.file_system.clone()),
-        ("Load before", format!("{:.2}", host.load)),
+        ("Load before the run", format!("{:.2}", host.load)),
     ];
     html! {
         table.facts {
@@ -105,19 +104,19 @@ fn method(report: &Report) -> Markup {
     let (min, max) = method.rounds;
     html! {
         p {
-            "Contenders take turns, round by round, so that what disturbs the host disturbs all of them. After "
-            (format::count(usize::try_from(method.warm_up_rounds).unwrap_or_default(), "round")) " that is not counted there are "
-            (min) " to " (max) " rounds: no more once every interval’s half width is at most " (format::percent(method.precision))
-            " of its median. All clocks are read on the host; a guest’s clock is never asked."
+            "Contenders take turns within a round, so that disturbances of the host affect all of them. After "
+            (format::count(usize::try_from(method.warm_up_rounds).unwrap_or_default(), "warm-up round")) " there are " (min) " to "
+            (max) " rounds; sampling stops once the half-width of every interval is at most " (format::percent(method.precision))
+            " of its median. All times are measured on the host; the clock of a guest is never used."
         }
         p {
-            "An interval holds the true median in " (format::percent(method.confidence)) " of cases. It is a bootstrap: the samples are "
-            "drawn anew from themselves, a thousand times, and the outer draws left out. Of fewer than six samples it is all of "
-            "them. A ratio is the median of the ratios of the same rounds, with an interval made in the same way. An outlier lies "
-            "further from the middle half than one and a half times its width; it is shown, and stays in. A failed run gives no number."
+            "Intervals are " (format::percent(method.confidence)) " confidence intervals of the median, by bootstrapping with a "
+            "thousand resamples; with fewer than six samples, they are the range of the samples. A ratio is the median of the "
+            "ratios of each round, with an interval computed in the same way. Outliers are more than 1.5 interquartile ranges "
+            "outside of the quartiles; they are marked, but not removed. A failed round yields no sample."
         }
         @if !method.amounts.is_empty() {
-            p { "How much work a run did:" }
+            p { "Amount of work per sample:" }
             ul.amounts { @for (metric, amount) in &method.amounts { li { code { (metric) } " " (amount) } } }
         }
     }

@@ -17,7 +17,7 @@ const RIGHT: f64 = WIDTH - 10.0;
 /// The right end of a logarithmic axis, and the left end of the zoomed axis next to it.
 const SPLIT: (f64, f64) = (205.0, 225.0);
 /// The range of the zoomed axis, as deviation from a contender's own median. Values outside are clamped.
-const NEAR: (f64, f64) = (-0.5, 1.0);
+const ZOOM: (f64, f64) = (-0.5, 1.0);
 /// The height of a contender's row, including its name.
 const ROW: f64 = 44.0;
 /// The vertical center of the samples in a row.
@@ -62,14 +62,14 @@ impl Axis {
     }
 
     /// Returns the zoomed axis: deviations of samples from the contender's own median, as a fraction of it.
-    fn near(outcomes: &[&Outcome]) -> Self {
+    fn zoom(outcomes: &[&Outcome]) -> Self {
         let distances = outcomes.iter().flat_map(|outcome| {
             let median = outcome.summary.as_ref().map(|summary| summary.median.value);
             outcome.samples.iter().flatten().filter_map(move |sample| Some(sample / median? - 1.0))
         });
         let (min, max) =
             distances.fold((-0.05_f64, 0.05_f64), |(min, max), distance| (min.min(distance), max.max(distance)));
-        let (min, max) = (min.max(NEAR.0) * 1.1, max.min(NEAR.1) * 1.1);
+        let (min, max) = (min.max(ZOOM.0) * 1.1, max.min(ZOOM.1) * 1.1);
         Self { min, max, logarithmic: false, left: SPLIT.1, right: RIGHT }
     }
 
@@ -115,13 +115,12 @@ impl Axis {
 
 /// Renders the plot, with its title as the caption.
 pub fn figure(report: &Report, metric: &MetricResults) -> Markup {
-    let names = format::present(report);
-    let rows: Vec<(&str, Option<&Outcome>)> =
-        names.iter().map(|name| (*name, format::outcome_of(metric, name))).collect();
+    let names = report.available();
+    let rows: Vec<(&str, Option<&Outcome>)> = names.iter().map(|name| (*name, metric.outcome_of(name))).collect();
     let shown: Vec<&Outcome> = rows.iter().filter_map(|(_, outcome)| *outcome).collect();
     let values: Vec<f64> = shown.iter().flat_map(|outcome| outcome.samples.iter().flatten().copied()).collect();
     let axis = Axis::of(&values);
-    let near = axis.logarithmic.then(|| Axis::near(&shown));
+    let zoom = axis.logarithmic.then(|| Axis::zoom(&shown));
     #[allow(clippy::cast_precision_loss, reason = "a handful")]
     let bottom = ROW * rows.len() as f64;
     let height = bottom + FOOT;
@@ -135,9 +134,9 @@ pub fn figure(report: &Report, metric: &MetricResults) -> Markup {
                 title { (metric.title) " (" (label) ")" }
                 desc { (description(&rows, unit)) }
                 (scale(axis, bottom, &label, tick_label))
-                @if let Some(near) = near { (scale(near, bottom, "from its own median", share_label)) }
+                @if let Some(zoom) = zoom { (scale(zoom, bottom, "deviation from own median", share_label)) }
                 @for (row, (name, outcome)) in rows.iter().enumerate() {
-                    (strip(index_of(report, name), row, name, *outcome, (axis, near), unit))
+                    (strip(index_of(report, name), row, name, *outcome, (axis, zoom), unit))
                 }
             }
         }
@@ -162,7 +161,7 @@ fn strip(
     row: usize,
     name: &str,
     outcome: Option<&Outcome>,
-    (axis, near): (Axis, Option<Axis>),
+    (axis, zoom): (Axis, Option<Axis>),
     unit: &str,
 ) -> Markup {
     #[allow(clippy::cast_precision_loss, reason = "a handful")]
@@ -176,8 +175,8 @@ fn strip(
         text.value x=(RIGHT) y=(at(top + 14.0)) { (value(outcome, unit)) }
         @if let Some(outcome) = outcome { (samples(index, outcome, middle, |value| axis.x(value))) }
         @if let Some(summary) = summary { (interval(summary, middle, |value| axis.x(value))) }
-        @if let (Some(near), Some(outcome), Some(summary)) = (near, outcome, summary) {
-            @let x = |value: f64| near.x(value / summary.median.value - 1.0);
+        @if let (Some(zoom), Some(outcome), Some(summary)) = (zoom, outcome, summary) {
+            @let x = |value: f64| zoom.x(value / summary.median.value - 1.0);
             (samples(index, outcome, middle, x))
             (interval(summary, middle, x))
         }
@@ -261,7 +260,7 @@ fn value(outcome: Option<&Outcome>, unit: &str) -> String {
     match (&outcome.skipped, &outcome.summary, outcome.samples.iter().flatten().next()) {
         (Some(_), ..) => "skipped".to_owned(),
         (_, Some(summary), _) => format!("{failed}{} {unit}", format::number(summary.median.value)),
-        (_, _, Some(only)) => format!("{failed}{} {unit}, one run", format::number(*only)),
+        (_, _, Some(only)) => format!("{failed}{} {unit}, one sample", format::number(*only)),
         _ if outcome.failures.is_empty() => "not measured".to_owned(),
         _ => "failed".to_owned(),
     }
@@ -275,7 +274,7 @@ fn description(rows: &[(&str, Option<&Outcome>)], unit: &str) -> String {
         if let Some(summary) = outcome.and_then(|outcome| outcome.summary.as_ref()) {
             let Summary { median, min, max, .. } = summary;
             let [low, high, min, max] = [median.low, median.high, *min, *max].map(format::number);
-            let _ = write!(words, " ({low} to {high}), all from {min} to {max}");
+            let _ = write!(words, " ({low} to {high}), range {min} to {max}");
         }
         words += ". ";
     }
@@ -299,9 +298,9 @@ mod tests {
         assert!(wide.logarithmic);
         assert_eq!(wide.ticks(), [3.0, 10.0, 30.0, 100.0]);
         assert_eq!(wide.right, SPLIT.0);
-        let near = Axis::of(&[95.0, 100.0, 105.0]);
-        assert!(!near.logarithmic && near.min > 90.0, "{near:?}");
-        assert_eq!(near.ticks(), [95.0, 100.0, 105.0]);
+        let zoom = Axis::of(&[95.0, 100.0, 105.0]);
+        assert!(!zoom.logarithmic && zoom.min > 90.0, "{zoom:?}");
+        assert_eq!(zoom.ticks(), [95.0, 100.0, 105.0]);
         let from_zero = Axis::of(&[10.0, 40.0]);
         assert_eq!((from_zero.min, from_zero.logarithmic), (0.0, false));
         for values in [
@@ -348,7 +347,7 @@ mod tests {
         let fork = report.metrics.iter().find(|metric| metric.name == "fork").unwrap();
         let drawn = figure(&report, fork).into_string();
         assert!(drawn.contains("qemu-microvm: failed. "), "{drawn}");
-        assert!(drawn.contains("<title>A process, from fork to exit (µs, lower is better)</title>"), "{drawn}");
+        assert!(drawn.contains("<title>Process, from fork to exit (µs, lower is better)</title>"), "{drawn}");
         assert!(drawn.contains("<desc>host: 6"), "{drawn}");
     }
 }

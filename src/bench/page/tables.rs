@@ -25,34 +25,34 @@ pub fn missing(report: &Report) -> Markup {
         .iter()
         .filter_map(|contender| Some((&contender.name, contender.unavailable.as_ref()?)))
         .collect();
-    let skipped = format::skipped(report);
+    let skipped = report.skipped();
     html! {
         section #missing aria-labelledby="missing-title" {
-            h2 #missing-title { "What is missing" }
+            h2 #missing-title { "Missing results" }
             @if failures.is_empty() && unavailable.is_empty() && skipped.is_empty() {
-                p { "Nothing: everyone who was looked for took part, and no run failed." }
+                p { "Nothing: all contenders took part, and no round failed." }
             }
             @if !failures.is_empty() {
-                h3 { "Failed runs" }
-                p { "A failed run gives no number." }
+                h3 { "Failed rounds" }
+                p { "A failed round yields no sample." }
                 @for (metric, outcome) in failures {
                     details {
-                        summary { (outcome.contender) ", " (metric.title) ": " (format::count(outcome.failures.len(), "failed run")) }
+                        summary { (outcome.contender) ", " (metric.title) ": " (format::count(outcome.failures.len(), "failed round")) }
                         ul { @for failure in &outcome.failures { li { code { (failure) } } } }
                     }
                 }
             }
             @if !skipped.is_empty() {
-                h3 { "Not measured" }
-                ul { @for (who, titles) in skipped { li { (who) ": " (titles.join("; ")) } } }
+                h3 { "Skipped" }
+                ul { @for (contender, titles) in skipped { li { (contender) ": " (titles.join("; ")) } } }
             }
             @if !unavailable.is_empty() {
-                h3 { "Absent" }
+                h3 { "Unavailable" }
                 ul {
                     @for (name, unavailable) in unavailable {
                         li {
                             (name) ": " (unavailable.reason)
-                            @if let Some(install) = &unavailable.install { "; to have it: " code { (install) } }
+                            @if let Some(install) = &unavailable.install { "; to install: " code { (install) } }
                         }
                     }
                 }
@@ -63,17 +63,17 @@ pub fn missing(report: &Report) -> Markup {
 
 /// Renders the ratios to the baseline.
 pub fn ratios(report: &Report) -> Markup {
-    let names = format::present(report);
+    let names = report.available();
     let table = html! {
         table.ratios {
-            caption { "Ratios to " (report.method.baseline) ", with their intervals" }
+            caption { "Ratios to " (report.method.baseline) " with confidence intervals" }
             thead {
                 tr {
                     th scope="col" { "Measure" }
                     @for name in &names { th scope="col" { (badge(report, name)) " " (name) } }
                 }
             }
-            @for (scenario, metrics) in format::groups(report) {
+            @for (scenario, metrics) in report.groups() {
                 tbody {
                     tr.group { th scope="rowgroup" colspan=(names.len() + 1) { span { (format::scenario(scenario)) } } }
                     @for metric in metrics {
@@ -90,7 +90,7 @@ pub fn ratios(report: &Report) -> Markup {
         section #ratios aria-labelledby="ratios-title" {
             h2 #ratios-title { "Ratios" }
             p {
-                "Each number is a contender’s value in proportion to " strong { (report.method.baseline) } "’s, round by round. "
+                "Ratio of each contender’s value to " strong { (report.method.baseline) } "’s, paired by round. "
                 span.key.b2 { "▲ better" } " " span.key.w2 { "▼ worse" } " " span.key { "≈ no difference beyond the noise" }
             }
             (scrolled("Ratios", &table))
@@ -99,7 +99,7 @@ pub fn ratios(report: &Report) -> Markup {
 }
 
 fn ratio_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
-    let outcome = format::outcome_of(metric, name);
+    let outcome = metric.outcome_of(name);
     let Some(ratio) = outcome.and_then(|outcome| outcome.ratio) else {
         let reason = match outcome {
             Some(Outcome { skipped: Some(_), .. }) => "skipped",
@@ -137,11 +137,11 @@ fn ratio_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
 pub fn numbers(report: &Report) -> Markup {
     let table = html! {
         table.numbers {
-            caption { "Medians with their intervals, extremes, and runs" }
+            caption { "Medians with confidence intervals, ranges and numbers of rounds" }
             thead {
                 tr {
                     @for title in ["Measure", "Contender"] { th scope="col" { (title) } }
-                    @for title in ["Median", "From", "To", "Least", "Greatest", "Runs", "Failed", "Outliers"] {
+                    @for title in ["Median", "Low", "High", "Min", "Max", "Rounds", "Failed", "Outliers"] {
                         th.number scope="col" { (title) }
                     }
                     th scope="col" { "Unit" }
@@ -177,7 +177,7 @@ fn number_row(metric: &MetricResults, outcome: &Outcome, is_first: bool) -> Mark
                 }
             } @else if let Some(only) = only {
                 td { (format::number(only)) }
-                td.none colspan="4" { "one run has no interval" }
+                td.none colspan="4" { "no interval of one sample" }
             } @else {
                 td.none colspan="5" { @if outcome.skipped.is_some() { "skipped" } @else { "failed" } }
             }

@@ -135,9 +135,9 @@ pub struct Running {
 impl Running {
     /// Starts an instance. Cleans up if that fails.
     pub fn start(mut launch: Launch, options: &RunOptions) -> Result<Running> {
-        let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).context("make an event")?;
+        let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).context("create an eventfd")?;
         let shared = Arc::new(Shared { output: Mutex::default(), changed: Condvar::new(), stop });
-        let (tell, told) = mpsc::sync_channel(1);
+        let (sender, receiver) = mpsc::sync_channel(1);
         let (of_thread, options) = (shared.clone(), options.clone());
         let thread = sandbox::spawn("bench-run", move || {
             let begun = supervisor::spawn(&mut launch.command, options.cpus.as_deref()).and_then(|(child, started)| {
@@ -146,11 +146,11 @@ impl Running {
             });
             let ended = match begun {
                 Ok((supervisor, started, pid)) => {
-                    let _ = tell.send(Ok((started, pid)));
+                    let _ = sender.send(Ok((started, pid)));
                     Some(supervisor.run())
                 }
                 Err(error) => {
-                    let _ = tell.send(Err(error));
+                    let _ = sender.send(Err(error));
                     None
                 }
             };
@@ -161,13 +161,13 @@ impl Running {
             (end, at, cleaned.err())
         })
         .context("start a thread")?;
-        match told.recv() {
+        match receiver.recv() {
             Ok(Ok((started, pid))) => Ok(Running { pid, started, shared, thread: Some(thread) }),
             Ok(Err(error)) => {
                 let _ = thread.join();
                 Err(error)
             }
-            Err(_) => Err(anyhow!("the thread beside an instance ended before it")),
+            Err(_) => Err(anyhow!("the supervisor thread of an instance panicked")),
         }
     }
 
@@ -190,14 +190,14 @@ impl Running {
                 return Ok(ready.saturating_duration_since(self.started));
             }
             if let Some(failure) = output.failures.first() {
-                bail!("it failed before it was ready: {failure}");
+                bail!("failed before it was ready: {failure}");
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("it was not ready after {} ms: {}", timeout.as_millis(), last_line(&output.tail()));
+                bail!("not ready after {} ms: {}", timeout.as_millis(), last_line(&output.tail()));
             }
             if !self.is_running() {
-                bail!("it ended before it was ready: {}", last_line(&output.tail()));
+                bail!("exited before it was ready: {}", last_line(&output.tail()));
             }
             // Wait in slices, since the notification may come before the thread has finished.
             let part = left.min(Duration::from_millis(50));
@@ -238,7 +238,7 @@ impl Running {
                 (end, exited)
             }
             _ => {
-                failures.push("the thread beside it ended in the middle".into());
+                failures.push("the supervisor thread panicked".into());
                 (Termination::TimedOut, Instant::now())
             }
         };
@@ -274,11 +274,11 @@ fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output:
     let said = last_line(&output.tail());
     let code = match (end, passes_exit_code) {
         (Termination::TimedOut, _) => {
-            failures.push(format!("it was not over in time: {said}"));
+            failures.push(format!("timed out: {said}"));
             None
         }
         (Termination::Signaled(number), _) => {
-            failures.push(format!("it was killed by signal {number}: {said}"));
+            failures.push(format!("killed by signal {number}: {said}"));
             None
         }
         (Termination::FailedToStart(reason), _) => {
@@ -288,25 +288,23 @@ fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output:
         (Termination::Exited(code), true) => Some(*code),
         (Termination::Exited(code), false) => {
             if output.exit.is_none() {
-                failures.push(format!("it ended with code {code} and did not tell its command's: {said}"));
+                failures.push(format!("exited with code {code} without reporting the command's exit code: {said}"));
             }
             output.exit
         }
     };
     if let Some(code) = code.filter(|code| *code != expected.code) {
-        failures.push(format!("its exit code was {code} and had to be {}: {said}", expected.code));
+        failures.push(format!("exit code {code} instead of {}: {said}", expected.code));
     }
     if let Some(name) = output.unfinished() {
-        failures.push(format!("{name}: it began and did not end"));
+        failures.push(format!("{name}: did not finish"));
     }
     for (name, amount) in &expected.work {
         match output.timings.iter().find(|timing| timing.name == *name) {
-            Some(timing) if timing.seconds <= 0.0 => {
-                failures.push(format!("{name}: it is too little work to be timed"))
-            }
+            Some(timing) if timing.seconds <= 0.0 => failures.push(format!("{name}: too short to be timed")),
             Some(timing) if timing.amount == *amount => {}
-            Some(timing) => failures.push(format!("{name}: {} was done of {amount}", timing.amount)),
-            None => failures.push(format!("{name}: it was not done")),
+            Some(timing) => failures.push(format!("{name}: did {} of {amount}", timing.amount)),
+            None => failures.push(format!("{name}: did not run")),
         }
     }
     failures
@@ -316,7 +314,7 @@ fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output:
 fn last_line(text: &str) -> String {
     const SHOWN_MAX: usize = 200;
     let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty());
-    line.map_or("it printed nothing".into(), |line| line.chars().take(SHOWN_MAX).collect())
+    line.map_or("no output".into(), |line| line.chars().take(SHOWN_MAX).collect())
 }
 
 #[cfg(test)]

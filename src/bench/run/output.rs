@@ -140,7 +140,7 @@ impl OutputParser {
             }
             Message::Begin(name) => {
                 if let Some((before, _)) = self.current.replace((name, whole_at)) {
-                    self.add_failure(format!("{before}: it began and did not end"));
+                    self.add_failure(format!("{before}: did not finish"));
                 }
             }
             Message::End(name, amount) => self.end(name, amount, marker_at),
@@ -157,12 +157,12 @@ impl OutputParser {
             Some((current, began)) if current == name => {
                 let seconds = at.saturating_duration_since(began).as_secs_f64();
                 if self.timings.iter().any(|timing| timing.name == name) || self.timings.len() >= TIMINGS_MAX {
-                    self.add_failure(format!("{name}: it was done more than once"));
+                    self.add_failure(format!("{name}: ran more than once"));
                 } else {
                     self.timings.push(TaskTiming { name, amount, seconds });
                 }
             }
-            _ => self.add_failure(format!("{name}: it ended and had not begun")),
+            _ => self.add_failure(format!("{name}: finished without having started")),
         }
     }
 
@@ -250,12 +250,12 @@ mod tests {
             assert_eq!(output.timings, []);
             output.failures
         };
-        assert_eq!(failures(&[b"work: end fork 1\n"]), ["fork: it ended and had not begun"]);
-        let words = "fork: it began and did not end";
+        assert_eq!(failures(&[b"work: end fork 1\n"]), ["fork: finished without having started"]);
+        let words = "fork: did not finish";
         assert_eq!(failures(&[b"work: begin fork\n", b"work: begin exec\n"]), [words]);
         assert_eq!(failures(&[b"work: begin fork\n", b"work: fail fork no \x1b[31mmemory\n"]), ["fork no  [31mmemory"]);
         let twice: &[&[u8]] = &[b"work: begin fork\n", b"work: end fork 1\nwork: begin fork\n", b"work: end fork 1\n"];
-        assert_eq!(handle(twice).failures, ["fork: it was done more than once"]);
+        assert_eq!(handle(twice).failures, ["fork: ran more than once"]);
     }
 
     #[test]

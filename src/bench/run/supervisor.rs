@@ -36,8 +36,8 @@ pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Inst
     // A child inherits the CPU affinity of the thread that starts it, so it is set temporarily.
     let before = match cpus {
         Some(cpus) => {
-            let before = affinity::get(0).context("ask for a thread's processors")?;
-            affinity::set(0, &CpuMask::of(cpus)).context("keep an instance to processors")?;
+            let before = affinity::get(0).context("get the CPU affinity of a thread")?;
+            affinity::set(0, &CpuMask::of(cpus)).context("pin an instance to CPUs")?;
             Some(before)
         }
         None => None,
@@ -45,7 +45,7 @@ pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Inst
     let started = Instant::now();
     let child = command.spawn();
     if let Some(before) = before {
-        affinity::set(0, &before).context("let a thread run anywhere again")?;
+        affinity::set(0, &before).context("restore the CPU affinity of a thread")?;
     }
     let child = child.with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
     Ok((child, started))
@@ -74,8 +74,8 @@ enum Pressure {
 impl Supervisor {
     pub fn new(mut child: Child, shared: Arc<Shared>, deadline: Instant) -> Result<Supervisor> {
         let prepare = |child: &mut Child| -> Result<_> {
-            let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).context("watch a process")?;
-            Ok((Epoll::new().context("wait for a process")?, process))
+            let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).context("open a pidfd")?;
+            Ok((Epoll::new().context("create an epoll instance")?, process))
         };
         let prepared = prepare(&mut child);
         let (epoll, process) = prepared.inspect_err(|_| {
@@ -95,7 +95,7 @@ impl Supervisor {
     fn add(&self, fd: i32, token: u64) {
         let event = EpollEvent::new(EventSet::IN, token);
         if let Err(error) = self.epoll.ctl(ControlOperation::Add, fd, event) {
-            self.shared.lock().add_failure(format!("watch an instance: {error}"));
+            self.shared.lock().add_failure(format!("poll an instance: {error}"));
         }
     }
 
@@ -146,7 +146,7 @@ impl Supervisor {
         // The process ID and group cannot be reused before the process is waited for.
         kill(&self.child, Signal::KILL);
         let Some(exited) = exited else {
-            self.shared.lock().add_failure("it was killed and does not end".into());
+            self.shared.lock().add_failure("still running after SIGKILL".into());
             return (Termination::TimedOut, Instant::now());
         };
         self.drain(exited + DRAIN_TIMEOUT);

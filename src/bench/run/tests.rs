@@ -56,8 +56,8 @@ fn what_hangs_is_ended_with_all_that_it_started() {
     let text = "trap '' TERM; echo work: begin fork; sh -c 'trap \"\" TERM; sleep 71234; true' & sleep 71234; true";
     let run = run(script(text), &expect(0, &[("fork", 1)]), &within(200));
     assert_eq!(run.end, Termination::TimedOut);
-    assert!(run.failures.iter().any(|failure| failure.starts_with("it was not over in time")), "{:?}", run.failures);
-    assert!(run.failures.contains(&"fork: it was not done".to_owned()), "{:?}", run.failures);
+    assert!(run.failures.iter().any(|failure| failure.starts_with("timed out")), "{:?}", run.failures);
+    assert!(run.failures.contains(&"fork: did not run".to_owned()), "{:?}", run.failures);
     assert!(run.exited < Duration::from_secs(30));
     assert_eq!(processes_with("71234"), [""; 0]);
 }
@@ -66,28 +66,28 @@ fn what_hangs_is_ended_with_all_that_it_started() {
 fn a_code_other_than_the_commands_is_a_failure() {
     let failures = |launch, code| run(launch, &expect(code, &[]), &within(10_000)).failures;
     assert_eq!(failures(script("exit 7"), 7), [""; 0]);
-    assert_eq!(failures(script("echo why; exit 3"), 0), ["its exit code was 3 and had to be 0: why"]);
-    assert_eq!(failures(script("exit 0"), 7), ["its exit code was 0 and had to be 7: it printed nothing"]);
-    assert_eq!(failures(script("kill -9 $$"), 0), ["it was killed by signal 9: it printed nothing"]);
+    assert_eq!(failures(script("echo why; exit 3"), 0), ["exit code 3 instead of 0: why"]);
+    assert_eq!(failures(script("exit 0"), 7), ["exit code 0 instead of 7: no output"]);
+    assert_eq!(failures(script("kill -9 $$"), 0), ["killed by signal 9: no output"]);
     let machine = |text: &str| Launch { passes_exit_code: false, ..script(text) };
     assert_eq!(failures(machine("printf 'work: exit 7\\r\\n'; exit 0"), 7), [""; 0]);
     let silent = failures(machine("exit 7"), 7);
-    assert_eq!(silent, ["it ended with code 7 and did not tell its command's: it printed nothing"]);
+    assert_eq!(silent, ["exited with code 7 without reporting the command's exit code: no output"]);
     assert_eq!(failures(machine("echo work: exit 0"), 7).len(), 1);
 }
 
 #[test]
 fn work_that_was_not_done_is_a_failure() {
     let failures = |text: &str| run(script(text), &expect(0, &[("fork", 2)]), &within(10_000)).failures;
-    assert_eq!(failures("true"), ["fork: it was not done"]);
+    assert_eq!(failures("true"), ["fork: did not run"]);
     let said = failures("echo work: fail fork there is no memory");
-    assert_eq!(said, ["fork there is no memory", "fork: it was not done"]);
+    assert_eq!(said, ["fork there is no memory", "fork: did not run"]);
     let less = failures("echo work: begin fork; sleep 0.05; echo work: end fork 1");
-    assert_eq!(less, ["fork: 1 was done of 2"]);
+    assert_eq!(less, ["fork: did 1 of 2"]);
     let fast = failures("printf 'work: begin fork\\nwork: end fork 2\\n'");
-    assert_eq!(fast, ["fork: it is too little work to be timed"]);
+    assert_eq!(fast, ["fork: too short to be timed"]);
     let half = failures("echo work: begin fork");
-    assert_eq!(half, ["fork: it began and did not end", "fork: it was not done"]);
+    assert_eq!(half, ["fork: did not finish", "fork: did not run"]);
 }
 
 #[test]
@@ -126,15 +126,15 @@ fn an_instance_has_nothing_on_its_input() {
 
 #[test]
 fn what_cannot_be_started_is_cleaned_up_after() {
-    let (tell, told) = std::sync::mpsc::channel();
+    let (sender, receiver) = std::sync::mpsc::channel();
     let clean_up: Box<dyn FnOnce() -> Result<()> + Send> = Box::new(move || {
-        tell.send(()).unwrap();
+        sender.send(()).unwrap();
         bail!("it is still there")
     });
     let mut launch = script("");
     (launch.command, launch.clean_up) = (Command::new("/nonexistent/contender"), Some(clean_up));
     let run = run(launch, &Expected::default(), &within(1000));
-    told.try_recv().expect("it was cleaned up");
+    receiver.try_recv().expect("it was cleaned up");
     assert!(
         matches!(&run.end, Termination::FailedToStart(reason) if reason.contains("start /nonexistent/contender")),
         "{run:?}"
@@ -145,8 +145,8 @@ fn what_cannot_be_started_is_cleaned_up_after() {
 #[test]
 fn what_is_left_behind_is_a_failure() {
     let mut launch = script("true");
-    launch.clean_up = Some(Box::new(|| bail!("the folder is busy")));
-    assert_eq!(run(launch, &Expected::default(), &within(10_000)).failures, ["clean up: the folder is busy"]);
+    launch.clean_up = Some(Box::new(|| bail!("the directory is busy")));
+    assert_eq!(run(launch, &Expected::default(), &within(10_000)).failures, ["clean up: the directory is busy"]);
 }
 
 #[test]
@@ -185,9 +185,9 @@ fn a_long_lived_instance_is_waited_for_heard_and_ended() {
 fn who_waits_is_told_that_it_will_not_be_ready() {
     let start = Instant::now();
     for (text, expected) in [
-        ("echo oh no", "it ended before it was ready: oh no"),
-        ("echo work: fail idle no memory; sleep 60", "it failed before it was ready: idle no memory"),
-        ("sleep 60", "it was not ready after 300 ms: it printed nothing"),
+        ("echo oh no", "exited before it was ready: oh no"),
+        ("echo work: fail idle no memory; sleep 60", "failed before it was ready: idle no memory"),
+        ("sleep 60", "not ready after 300 ms: no output"),
     ] {
         let running = Running::start(script(text), &within(60_000)).unwrap();
         let error = running.wait_ready(Duration::from_millis(300)).unwrap_err().to_string();

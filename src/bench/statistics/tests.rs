@@ -41,12 +41,12 @@ fn an_interval_holds_the_true_median_as_often_as_it_says() {
 fn fewer_samples_keep_more_of_the_draws() {
     // From tables: z(0.975) = 1.960, t(0.975; 6) = 2.447, t(0.975; 19) = 2.093, t(0.995; 9) = 3.250.
     for (confidence, samples, z) in [(0.95, 7, 2.447), (0.95, 20, 2.093), (0.99, 10, 3.250), (0.95, 1_000_000, 1.960)] {
-        let expected = beyond(z * (as_f64(samples) / (as_f64(samples) - 1.0)).sqrt());
+        let expected = normal_tail(z * (as_f64(samples) / (as_f64(samples) - 1.0)).sqrt());
         let tail = tail(confidence, samples);
         assert!((tail / expected - 1.0).abs() < 0.01, "{samples}: {tail} {expected}");
     }
-    assert!((beyond(1.959_964) - 0.025).abs() < 1e-6);
-    assert!((beyond(0.0) - 0.5).abs() < 1e-6);
+    assert!((normal_tail(1.959_964) - 0.025).abs() < 1e-6);
+    assert!((normal_tail(0.0) - 0.5).abs() < 1e-6);
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn equal_samples_give_an_interval_of_no_width() {
     assert_eq!(summary.median, Estimate { value: 4.0, low: 4.0, high: 4.0 });
     assert!(summary.outliers.is_empty());
     assert_eq!(spread(&finite(&same)), 0.0);
-    assert!(is_enough(&same, 0.01));
+    assert!(is_precise_enough(&same, 0.01));
 }
 
 #[test]
@@ -126,9 +126,9 @@ fn what_stands_apart_is_an_outlier_of_its_round() {
 fn precision_is_reached_by_more_runs() {
     let mut random = fastrand::Rng::with_seed(3);
     let samples: Vec<_> = (0..200).map(|_| Some(100.0 + 10.0 * normal(&mut random))).collect();
-    assert!(!is_enough(&samples[..3], 0.5), "too few, whatever they say");
-    assert!(!is_enough(&samples[..8], 0.03));
-    assert!(is_enough(&samples, 0.03));
+    assert!(!is_precise_enough(&samples[..3], 0.5), "too few, whatever they say");
+    assert!(!is_precise_enough(&samples[..8], 0.03));
+    assert!(is_precise_enough(&samples, 0.03));
 }
 
 #[test]
