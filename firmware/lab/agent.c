@@ -1,5 +1,7 @@
 // The lab's PID 1 once the job's disk is the root (started by firmware/lab/init): runs the one command in /lab,
 // carries its output to the host, reports how it ended and switches the machine off. Static; nothing but libc.
+// The AMD machine (QEMU) has a virtio port for the output; in the Intel one (Bochs) a byte goes to an I/O port. `agent keep`
+// there is the word by which the machine is kept as it is (firmware/lab/bochs.c).
 //
 // Output goes through a pipe and not straight to the port, because a port cannot be opened a second time, which
 // /dev/stdout and /dev/stderr come down to; and a process that the command leaves behind must not keep us waiting.
@@ -16,14 +18,36 @@
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <unistd.h>
 
 enum {
     HOST_OUTPUT = 3, // the port that is the host's standard output (both: opened by init)
     HOST_STATUS = 4,
     EXIT_PORT = 0xf4, // QEMU's isa-debug-exit
+    OUTPUT_PORT = 0xe9, // Bochs' ports
+    SHUTDOWN_PORT = 0x8900,
     ARGUMENTS_BYTES = 1 << 20,
 };
+
+// Whether this is the Intel machine: the kernel's command line says so, and hands it to its first process.
+static int in_bochs(void)
+{
+    const char *processor = getenv("lab");
+    return processor && strcmp(processor, "intel") == 0;
+}
+
+static void switch_off(void)
+{
+    if (iopl(3) != 0)
+        return;
+    if (in_bochs()) {
+        for (const char *letter = "Shutdown"; *letter; letter++)
+            outb(*letter, SHUTDOWN_PORT);
+    } else {
+        outb(0, EXIT_PORT);
+    }
+}
 
 static void leave(const char *format, ...)
 {
@@ -36,8 +60,9 @@ static void leave(const char *format, ...)
     sync();
     if (write(HOST_STATUS, line, length) < 0)
         perror("lab agent: status");
-    if (iopl(3) == 0)
-        outb(0, EXIT_PORT);
+    // A serial line, if it is one, sends it by and by.
+    tcdrain(HOST_STATUS);
+    switch_off();
     for (;;)
         pause();
 }
@@ -57,6 +82,18 @@ static char **read_strings(const char *path)
     return strings;
 }
 
+static ssize_t send(const char *bytes, size_t count)
+{
+    if (!in_bochs())
+        return write(HOST_OUTPUT, bytes, count);
+    // Not for the command, which would inherit the right.
+    if (iopl(3) != 0)
+        return -1;
+    outsb(OUTPUT_PORT, bytes, count);
+    iopl(0);
+    return count;
+}
+
 // Moves what there is to the host; false at the end of the output.
 static int carry(int from)
 {
@@ -65,7 +102,7 @@ static int carry(int from)
     if (length < 0)
         return errno == EINTR;
     for (ssize_t done = 0; done < length;) {
-        ssize_t written = write(HOST_OUTPUT, bytes + done, length - done);
+        ssize_t written = send(bytes + done, length - done);
         if (written < 0 && errno != EINTR)
             leave("failed cannot write to the host: %s\n", strerror(errno));
         done += written > 0 ? written : 0;
@@ -79,6 +116,7 @@ static void run(char **arguments, const char *terminal, int output)
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     setsid();
+    unsetenv("lab");
     int input = open(terminal ? terminal : "/dev/null", O_RDWR);
     if (terminal) {
         ioctl(input, TIOCSCTTY, 1);
@@ -96,8 +134,10 @@ static void run(char **arguments, const char *terminal, int output)
     _exit(error == ENOENT ? 127 : 126);
 }
 
-int main(void)
+int main(int count, char **words)
 {
+    if (count > 1 && strcmp(words[1], "keep") == 0)
+        return send("", 1) != 1;
     // The working folder, then the command.
     char **arguments = read_strings("/lab/command");
     const char *terminal = access("/lab/terminal", F_OK) == 0 ? "/dev/ttyS0" : NULL;
