@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use husk::cli::{self, Cli, words};
+use husk::cli::{self, Cli, argv};
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let exit = match words::read().map(parse) {
+    let exit = match argv::read().map(parse) {
         Ok(Ok(cli)) => cli.run(started).unwrap_or_else(|error| cli::report(&error)),
         Ok(Err(error)) => cli::report_usage(&error),
         Err(error) => cli::report(&error),

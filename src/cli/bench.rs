@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
-use super::{limits, size, when};
+use super::{limits, size, time};
 use crate::bench::compare::{self, Class};
 use crate::bench::plan::{Plan, Sampling, UsageError};
 use crate::bench::report::{self, Limits, Report};
@@ -97,7 +97,7 @@ pub struct Bench {
     budget: Option<u64>,
 
     /// Timeout of each instance
-    #[arg(long, alias = "deadline", value_name = "TIME", value_parser = when::duration, default_value = "120")]
+    #[arg(long, alias = "deadline", value_name = "TIME", value_parser = time::duration, default_value = "120")]
     timeout: Duration,
 
     /// Directory for temporary files, on the disk to measure [default: next to the image store]

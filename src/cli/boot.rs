@@ -11,7 +11,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
-use super::life::{self, Called, Life};
+use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::Limits;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
@@ -25,7 +25,7 @@ use crate::supervisor::{self, Stdio};
 use crate::timings::Timings;
 
 /// How long who reads what went wrong may take, when somebody waits for the end.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+const REPORT_TIMEOUT: Duration = Duration::from_millis(500);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -105,7 +105,7 @@ pub struct Boot {
     vsock: Option<VsockConfig>,
 
     #[command(flatten)]
-    life: Life,
+    lifecycle: LifecycleArgs,
 
     #[command(flatten)]
     network: NetworkFlags,
@@ -134,28 +134,28 @@ impl Boot {
             super::print_json(&config, "the configuration")?;
             return Ok(Exit::Success);
         }
-        if self.life.hands_on() {
-            return life::hand_on();
+        if self.lifecycle.spawns_detached() {
+            return lifecycle::spawn_detached();
         }
         resources::host::warn_of_pvm();
         let timings = Arc::new(Timings::new(started));
-        let called = Called {
+        let info = RecordInfo {
             image: config.kernel.display().to_string(),
             command: Vec::new(),
             process: None,
             stop_signal: libc::SIGTERM as u8,
         };
-        let folder = self.life.folder()?;
-        let name = self.life.name.clone().unwrap_or_else(|| folder.id());
+        let folder = self.lifecycle.folder()?;
+        let name = self.lifecycle.name.clone().unwrap_or_else(|| folder.id());
         let _leases = join_shared(&mut config.networks, &name)?;
-        let endpoint = self.life.endpoint(folder, called, &config)?;
-        let exit = self.life.lead(endpoint, false, |endpoint, signals| {
+        let endpoint = self.lifecycle.endpoint(folder, info, &config)?;
+        let exit = self.lifecycle.run_with_restarts(endpoint, false, |endpoint, signals| {
             let resources = resources::open(&config)?;
             let machine = Machine::build(&config, resources, timings.clone())?;
             Ok(report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?))
         })?;
         if self.timings {
-            super::say(&timings.to_string());
+            super::print_stderr(&timings.to_string());
         }
         Ok(exit)
     }
@@ -202,7 +202,7 @@ pub fn report(reason: &ExitReason) -> Exit {
     match exit {
         Exit::Success | Exit::Reported(_) => {}
         // Whoever ended it need not wait for a reader that sleeps.
-        Exit::Signal(_) => drop(terminal::say(&format!("husk: {reason}\n"), LAST_WORDS)),
+        Exit::Signal(_) => drop(terminal::say(&format!("husk: {reason}\n"), REPORT_TIMEOUT)),
         _ => super::print_error(&reason.to_string()),
     }
     exit

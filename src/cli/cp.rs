@@ -59,10 +59,10 @@ pub struct Cp {
 impl Cp {
     /// Copies, and prints how much it was where somebody looks on.
     pub fn run(self) -> Result<Exit> {
-        let copied = match (machine(&self.from), machine(&self.to)) {
-            (Some((name, path)), None) if self.to == "-" => self.fetch_as_tar(name, path)?,
-            (Some((name, path)), None) => self.fetch(name, path)?,
-            (None, Some((name, path))) => self.bring(name, path)?,
+        let copied = match (split_machine(&self.from), split_machine(&self.to)) {
+            (Some((name, path)), None) if self.to == "-" => self.copy_from_as_tar(name, path)?,
+            (Some((name, path)), None) => self.copy_from(name, path)?,
+            (None, Some((name, path))) => self.copy_to(name, path)?,
             (None, None) => bail!("neither path is in a machine: use MACHINE:PATH for one of them"),
             (Some(_), Some(_)) => bail!("copying between machines is not supported: copy to a local directory first"),
         };
@@ -73,9 +73,9 @@ impl Cp {
         Ok(Exit::Success)
     }
 
-    fn fetch(&self, name: &str, path: &str) -> Result<Copied> {
+    fn copy_from(&self, name: &str, path: &str) -> Result<Copied> {
         let bar = Progress::on_terminal().count("copy");
-        let (called, must_be_folder) = asked(path);
+        let (called, must_be_folder) = base_name(path);
         let terms = Terms { name: Some(called), must_be_folder, owners: self.archive, trusted: false };
         let copied = self.receive(name, path, |stream| {
             Ok(tree::receive(stream, Path::new(&self.to), terms, &mut |bytes| bar.set(bytes))?)
@@ -88,13 +88,13 @@ impl Cp {
     }
 
     /// Prints what is at `path` as an archive.
-    fn fetch_as_tar(&self, name: &str, path: &str) -> Result<Copied> {
+    fn copy_from_as_tar(&self, name: &str, path: &str) -> Result<Copied> {
         ensure!(
             !io::stdout().is_terminal(),
             "refusing to write a tar archive to a terminal: redirect standard output to a file or a pipe"
         );
         let mut out = BufWriter::new(io::stdout().lock());
-        let (called, _) = asked(path);
+        let (called, _) = base_name(path);
         let copied = self.receive(name, path, |stream| tar_write::receive(stream, called.as_bytes(), &mut out));
         // Whoever reads no further has had enough.
         let is_enough = |error: &anyhow::Error| {
@@ -116,16 +116,16 @@ impl Cp {
         take: impl FnOnce(&mut BufReader<UnixStream>) -> Result<Copied>,
     ) -> Result<Copied> {
         let word = if self.follow_link { COPY_FROM_BEHIND_LINK } else { COPY_FROM };
-        let mut process = start(name, word, path, false)?;
+        let mut process = start_copy(name, word, path, false)?;
         let stream = process.take(Role::Stdout)?;
-        let errors = collect(&mut process)?;
+        let errors = collect_stderr(&mut process)?;
         let what = || format!("copy {path} from {name}");
         let copied = take(&mut BufReader::new(stream)).with_context(what)?;
-        conclude(process, errors).with_context(what)?;
+        finish(process, errors).with_context(what)?;
         Ok(copied)
     }
 
-    fn bring(&self, name: &str, path: &str) -> Result<Copied> {
+    fn copy_to(&self, name: &str, path: &str) -> Result<Copied> {
         let from = PathBuf::from(&self.from);
         let as_tar = self.from == "-";
         ensure!(
@@ -134,11 +134,11 @@ impl Cp {
         );
         ensure!(as_tar || from.symlink_metadata().is_ok(), "{}: No such file or directory", from.display());
         let word = if self.archive { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
-        let mut process = start(name, word, path, true)?;
+        let mut process = start_copy(name, word, path, true)?;
         let stream = process.take(Role::Stdin)?;
         // What it says otherwise is for nobody.
         let _output = process.take(Role::Stdout)?;
-        let errors = collect(&mut process)?;
+        let errors = collect_stderr(&mut process)?;
         let bar = Progress::on_terminal().count("copy");
         let mut out = BufWriter::new(&stream);
         let sent = match as_tar {
@@ -151,14 +151,14 @@ impl Cp {
         let _ = stream.shutdown(Shutdown::Write);
         drop(bar);
         // Where the other side has given up, it knows why.
-        let ended = conclude(process, errors).with_context(|| format!("copy to {path} in {name}"));
+        let ended = finish(process, errors).with_context(|| format!("copy to {path} in {name}"));
         ended.and_then(|()| sent.with_context(|| format!("copy {}", from.display())))
     }
 }
 
 /// What the user calls that which is at `path` in a machine, `.` for what is in a folder, and whether it has to be one. The guest
 /// is not asked: it could answer with the name of another file.
-fn asked(path: &str) -> (OsString, bool) {
+fn base_name(path: &str) -> (OsString, bool) {
     let is_contents = path == "." || path.ends_with("/.");
     let mut names: Vec<&str> = Vec::new();
     for name in path.split('/').filter(|name| !matches!(*name, "" | ".")) {
@@ -172,12 +172,12 @@ fn asked(path: &str) -> (OsString, bool) {
 }
 
 /// The machine and the path in `MACHINE:PATH`. What begins with a path's signs is one of this host's.
-fn machine(text: &str) -> Option<(&str, &str)> {
+fn split_machine(text: &str) -> Option<(&str, &str)> {
     let (name, path) = text.split_once(':')?;
     roster::names::check(name).is_ok().then_some((name, path))
 }
 
-fn start(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::Connections> {
+fn start_copy(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::Connections> {
     let entry = Roster::open()?.find(name)?;
     exec::inherited(&entry)?;
     ensure!(!path.is_empty(), "no path given after {name}:");
@@ -189,7 +189,7 @@ fn start(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::Conne
 type Errors = std::thread::JoinHandle<String>;
 
 /// Collects what the other side says of its troubles, which are few.
-fn collect(process: &mut guest::Connections) -> Result<Errors> {
+fn collect_stderr(process: &mut guest::Connections) -> Result<Errors> {
     const MAX_BYTES: u64 = 64 << 10;
     let stream = process.take(Role::Stderr)?;
     let read = move || {
@@ -201,7 +201,7 @@ fn collect(process: &mut guest::Connections) -> Result<Errors> {
 }
 
 /// Waits for the other side's end, and fails where that was not a good one.
-fn conclude(process: guest::Connections, errors: Errors) -> Result<()> {
+fn finish(process: guest::Connections, errors: Errors) -> Result<()> {
     let end = process.end()?;
     let said = errors.join().unwrap_or_default();
     match end {
@@ -234,16 +234,16 @@ mod tests {
             ("/srv/..a", "..a", false),
             ("/srv/a..", "a..", false),
         ] {
-            assert_eq!(asked(path), (name.into(), must_be_folder), "{path}");
+            assert_eq!(base_name(path), (name.into(), must_be_folder), "{path}");
         }
     }
 
     #[test]
     fn a_machine_stands_before_a_colon() {
-        assert_eq!(machine("web:/etc"), Some(("web", "/etc")));
-        assert_eq!(machine("web:a:b"), Some(("web", "a:b")));
+        assert_eq!(split_machine("web:/etc"), Some(("web", "/etc")));
+        assert_eq!(split_machine("web:a:b"), Some(("web", "a:b")));
         for text in ["/etc", "./a:b", "../a:b", "/a:b", ":x", "file"] {
-            assert_eq!(machine(text), None, "{text}");
+            assert_eq!(split_machine(text), None, "{text}");
         }
     }
 }

@@ -59,7 +59,7 @@ impl Exec {
     }
 
     fn try_run(mut self) -> Result<Exit> {
-        self.process.cover_values();
+        self.process.mask_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
         let machine = words.next().unwrap_or_default();
         let machine =
@@ -98,8 +98,8 @@ impl Exec {
     }
 
     fn process(&mut self, from: Inherited, command: Vec<OsString>) -> Result<Process> {
-        let wishes = self.process.wishes(command)?;
-        let mut process = wishes.apply_with(&Defaults::default(), from.env.into_iter().map(Vec::from).collect());
+        let overrides = self.process.overrides(command)?;
+        let mut process = overrides.apply_with(&Defaults::default(), from.env.into_iter().map(Vec::from).collect());
         if process.working_dir.is_empty() {
             process.working_dir = from.working_dir.into();
         }

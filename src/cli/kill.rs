@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::exit::Exit;
-use super::{ask, signal};
+use super::{machines, signal};
 use crate::request::Request;
 
 const EXAMPLES: &str = "\
@@ -28,6 +28,6 @@ pub struct Kill {
 impl Kill {
     /// Signals one after the other.
     pub fn run(self) -> Result<Exit> {
-        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Kill { signal: self.signal }))
+        machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Kill { signal: self.signal }))
     }
 }

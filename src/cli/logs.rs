@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use super::exit::Exit;
-use super::when;
+use super::time;
 use crate::console::stream_log::{Head, LogReader};
 use crate::request::attach;
 use crate::roster::{self, Entry, Roster};
@@ -24,7 +24,7 @@ Examples:
 The standard output and standard error of the machine are printed to standard output and standard error.";
 
 /// How often one who follows looks for more.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The flags of `husk logs`.
 #[derive(Debug, Args)]
@@ -43,7 +43,7 @@ pub struct Logs {
     tail: Option<usize>,
 
     /// Show logs since a timestamp (2026-01-31T12:00:00Z) or relative time (10m)
-    #[arg(long, value_name = "TIME", value_parser = when::moment_ns)]
+    #[arg(long, value_name = "TIME", value_parser = time::timestamp_ns)]
     since: Option<u64>,
 
     /// Show timestamps
@@ -81,7 +81,7 @@ impl Logs {
             while let Some((head, content)) = next(&mut last, &mut reader)? {
                 if self.is_wanted(&head) && !content.is_empty() {
                     let is_read = match self.timestamps {
-                        true => attach::write(head.stream, &stamped(&head, &content, &mut at_line_start))?,
+                        true => attach::write(head.stream, &with_timestamps(&head, &content, &mut at_line_start))?,
                         false => attach::write(head.stream, &content)?,
                     };
                     if !is_read {
@@ -94,7 +94,7 @@ impl Logs {
                 ensure!(damaged_bytes == 0, "{damaged_bytes} bytes of the log are corrupted and were skipped");
                 return Ok(Exit::Success);
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -153,8 +153,8 @@ fn skip_lines<'a>(content: &'a [u8], skip: &mut usize) -> &'a [u8] {
 }
 
 /// `content` with its time before each line that begins in it.
-fn stamped(head: &Head, content: &[u8], at_line_start: &mut bool) -> Vec<u8> {
-    let stamp = when::stamp(head.time_ns);
+fn with_timestamps(head: &Head, content: &[u8], at_line_start: &mut bool) -> Vec<u8> {
+    let stamp = time::rfc3339(head.time_ns);
     let mut text = Vec::with_capacity(content.len() + stamp.len());
     for line in content.split_inclusive(|byte| *byte == b'\n') {
         if std::mem::replace(at_line_start, line.ends_with(b"\n")) {
@@ -222,7 +222,8 @@ mod tests {
     fn each_line_has_its_time_once() {
         let head = Head { time_ns: 0, len_bytes: 0, stream: Stream::Output, continues: false };
         let mut at_start = true;
-        let text = [b"a\nb".as_slice(), b"c\n", b"d"].map(|content| stamped(&head, content, &mut at_start)).concat();
+        let text =
+            [b"a\nb".as_slice(), b"c\n", b"d"].map(|content| with_timestamps(&head, content, &mut at_start)).concat();
         let stamp = "1970-01-01T00:00:00.000000000Z";
         assert_eq!(String::from_utf8(text).unwrap(), format!("{stamp} a\n{stamp} bc\n{stamp} d"));
     }

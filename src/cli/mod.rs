@@ -1,6 +1,6 @@
 //! From arguments to a command, one file each: flags become plain data here and nothing is opened.
 
-mod ask;
+pub mod argv;
 pub mod attach;
 pub mod bench;
 pub mod boot;
@@ -14,11 +14,12 @@ pub mod exit;
 pub mod images;
 pub mod inspect;
 pub mod kill;
-pub mod life;
+pub mod lifecycle;
 pub mod limits;
 pub mod load;
 pub mod logger;
 pub mod logs;
+mod machines;
 pub mod man;
 mod network;
 pub mod networks;
@@ -37,10 +38,9 @@ mod size;
 pub mod start;
 pub mod stats;
 pub mod stop;
+mod time;
 pub mod update;
 pub mod wait;
-mod when;
-pub mod words;
 
 use std::io::Write;
 use std::time::Instant;
@@ -94,9 +94,9 @@ enum Command {
     /// Attach this terminal to a machine running in the background
     Attach(attach::Attach),
     /// Display resource usage statistics
-    Stats(stats::StatsOf),
+    Stats(stats::StatsArgs),
     /// Change the resource limits of running machines
-    Update(update::UpdateOf),
+    Update(update::UpdateArgs),
     /// Stop running machines
     Stop(stop::Stop),
     /// Start stopped machines
@@ -149,7 +149,7 @@ impl Cli {
     /// `started` is when the process began.
     pub fn run(self, started: Instant) -> Result<Exit> {
         logger::init(self.verbose);
-        report_faults();
+        set_panic_hook();
         match self.command {
             Command::Boot(boot) => boot.run(started),
             Command::Run(run) => Ok(run.run(started)),
@@ -187,7 +187,7 @@ impl Cli {
 }
 
 /// Has a fault of husk's own end it with one line and exit code 1, on whatever thread it shows.
-fn report_faults() {
+fn set_panic_hook() {
     std::panic::set_hook(Box::new(|fault| {
         print_error(&format!("internal error, please report it: {fault}"));
         std::process::exit(i32::from(Exit::Failure.code()));
@@ -222,24 +222,24 @@ pub fn report_usage(error: &clap::Error) -> Exit {
     }
     match error.exit_code() {
         0 => Exit::Success,
-        _ if runs_a_command() => Exit::NotRun,
+        _ if is_run_or_exec() => Exit::NotRun,
         _ => Exit::Usage,
     }
 }
 
 /// Whether this is `husk run` or `husk exec`, whose command may have any code but one for itself.
-fn runs_a_command() -> bool {
-    let words = words::all();
-    let command = words::command(words).ok().and_then(|place| words.get(place));
+fn is_run_or_exec() -> bool {
+    let words = argv::all();
+    let command = argv::command_index(words).ok().and_then(|place| words.get(place));
     command.is_some_and(|word| word == "run" || word == "exec")
 }
 
 fn print_error(text: &str) {
-    say(&format!("husk: {}\n", foreign::line(&foreign::one_line(text))));
+    print_stderr(&format!("husk: {}\n", foreign::line(&foreign::one_line(text))));
 }
 
 /// Says something on standard error, which does nothing to a terminal but to be shown.
-fn say(text: &str) {
+fn print_stderr(text: &str) {
     let text = foreign::lines(text);
     // There is no other place to say that it is closed, or on a full disk.
     let _ = std::io::stderr().write_all(text.as_bytes());
@@ -248,18 +248,18 @@ fn say(text: &str) {
 
 /// Prints to standard output what does nothing to a terminal but to be shown.
 fn print(text: &str) -> Result<()> {
-    print_as_it_is(&foreign::lines(text)).map(drop)
+    print_raw(&foreign::lines(text)).map(drop)
 }
 
 /// Prints `value` as JSON, in which there is `what`.
 fn print_json(value: &impl Serialize, what: &str) -> Result<()> {
     let json = foreign::json(value).with_context(|| format!("print {what}"))?;
-    print_as_it_is(&(json + "\n")).map(drop)
+    print_raw(&(json + "\n")).map(drop)
 }
 
 /// Prints to standard output, where whoever calls has put commands for a terminal into the text, and cleaned the rest of it. Returns
 /// whether anybody reads on: a reader that has gone away has read what it wanted.
-fn print_as_it_is(text: &str) -> Result<bool> {
+fn print_raw(text: &str) -> Result<bool> {
     crate::request::attach::write(Stream::Output, text.as_bytes())
 }
 

@@ -24,8 +24,8 @@ pub struct NetworkFlags {
     /// /dev/vhost-net exists and no rate limit is set; `vhost=off` disables it, and `vhost=on` requires it. `mac=ADDRESS`
     /// sets the MAC address; `bps=10M` and `pps=1000` limit the bytes and packets per second in each direction. `none`
     /// disables networking. The default is `none` for `husk boot` and `user` for `husk run`.
-    #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = wish)]
-    networks: Vec<Wish>,
+    #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = network_arg)]
+    networks: Vec<NetworkArg>,
 
     /// Publish a machine's port to the host, with --network user; can be repeated
     ///
@@ -49,8 +49,8 @@ pub struct NetworkFlags {
 
 /// One `--network`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Wish {
-    to: To,
+struct NetworkArg {
+    to: Target,
     mac: Option<MacAddress>,
     rate: Rate,
     vhost: Option<bool>,
@@ -58,47 +58,47 @@ struct Wish {
     gateways: Vec<IpAddr>,
 }
 
-/// What it names.
+/// What it connects to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum To {
+enum Target {
     Nothing,
     Attachment(Attachment),
-    /// One that husk made for several machines.
+    /// A network of `husk network create`.
     Network(String),
 }
 
 /// Parses `user|NAME|tap=NAME|none[,mac=ADDRESS][,vhost=on|off][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]...`.
-fn wish(text: &str) -> Result<Wish, String> {
+fn network_arg(text: &str) -> Result<NetworkArg, String> {
     let mut parts = text.split(',');
     let to = match parts.next().unwrap_or_default() {
-        "none" => To::Nothing,
-        "user" => To::Attachment(Attachment::User(UserNetwork::default())),
+        "none" => Target::Nothing,
+        "user" => Target::Attachment(Attachment::User(UserNetwork::default())),
         other => match other.strip_prefix("tap=") {
-            Some(name) => To::Attachment(Attachment::Tap { name: name.to_owned() }),
-            None if bridge::is_name(other) => To::Network(other.to_owned()),
+            Some(name) => Target::Attachment(Attachment::Tap { name: name.to_owned() }),
+            None if bridge::is_name(other) => Target::Network(other.to_owned()),
             None => {
                 return Err(format!("{other:?} is not a network: use user, tap=NAME, none or the name of a network"));
             }
         },
     };
-    let mut wish =
-        Wish { to, mac: None, rate: Rate::default(), vhost: None, addresses: Vec::new(), gateways: Vec::new() };
-    let on_tap = matches!(wish.to, To::Attachment(Attachment::Tap { .. }));
+    let mut arg =
+        NetworkArg { to, mac: None, rate: Rate::default(), vhost: None, addresses: Vec::new(), gateways: Vec::new() };
+    let on_tap = matches!(arg.to, Target::Attachment(Attachment::Tap { .. }));
     for option in parts {
         match option.split_once('=') {
-            Some((_, _)) if wish.to == To::Nothing => return Err("--network none takes no options".into()),
-            Some(("mac", mac)) => wish.mac = Some(mac.parse()?),
-            Some(("bps", bytes)) => wish.rate.bytes_per_second = Some(size::bytes(bytes)?),
+            Some((_, _)) if arg.to == Target::Nothing => return Err("--network none takes no options".into()),
+            Some(("mac", mac)) => arg.mac = Some(mac.parse()?),
+            Some(("bps", bytes)) => arg.rate.bytes_per_second = Some(size::bytes(bytes)?),
             Some(("pps", packets)) => {
                 let packets = packets.parse().map_err(|_| format!("{packets:?} is not a number of packets"))?;
-                wish.rate.ops_per_second = Some(packets);
+                arg.rate.ops_per_second = Some(packets);
             }
-            Some(("vhost", "on")) => wish.vhost = Some(true),
-            Some(("vhost", "off")) => wish.vhost = Some(false),
-            Some(("ip", address)) if on_tap => wish.addresses.push(address.parse()?),
+            Some(("vhost", "on")) => arg.vhost = Some(true),
+            Some(("vhost", "off")) => arg.vhost = Some(false),
+            Some(("ip", address)) if on_tap => arg.addresses.push(address.parse()?),
             Some(("gateway", address)) if on_tap => {
                 let gateway = address.parse().map_err(|_| format!("{address:?} is not a gateway address"))?;
-                wish.gateways.push(gateway);
+                arg.gateways.push(gateway);
             }
             _ => {
                 return Err(format!(
@@ -107,7 +107,7 @@ fn wish(text: &str) -> Result<Wish, String> {
             }
         }
     }
-    Ok(wish)
+    Ok(arg)
 }
 
 impl NetworkFlags {
@@ -135,20 +135,20 @@ impl NetworkFlags {
         self.networks.is_empty() && self.ports.is_empty() && self.dns.is_empty()
     }
 
-    /// The interfaces that are wished for, for a guest that sets them up itself.
+    /// The interfaces that the flags ask for, for a guest that sets them up itself.
     pub fn configs(&self) -> Result<Vec<NetworkConfig>> {
-        let told = |wish: &Wish| !wish.addresses.is_empty() || !wish.gateways.is_empty();
+        let is_configured = |arg: &NetworkArg| !arg.addresses.is_empty() || !arg.gateways.is_empty();
         ensure!(
-            !self.networks.iter().any(told),
+            !self.networks.iter().any(is_configured),
             "ip= and gateway= are only supported by `husk run`: a guest of `husk boot` configures its network itself"
         );
-        Ok(self.wished(None)?.into_iter().map(|wired| wired.config).collect())
+        Ok(self.interfaces(None)?.into_iter().map(|wired| wired.config).collect())
     }
 
-    /// The interfaces of the machine `name`, set up by husk's init: as wished for, or what a machine has if nothing was
+    /// The interfaces of the machine `name`, set up by husk's init: as the flags ask for, or what a machine has if nothing was
     /// said, which may be nothing.
     pub fn wiring(&self, name: &str) -> Result<Wiring> {
-        let mut wired = self.wished(Some(name))?;
+        let mut wired = self.interfaces(Some(name))?;
         if self.is_empty() {
             match passt::check() {
                 Ok(()) => wired.push(Addressed::from(user())),
@@ -163,12 +163,12 @@ impl NetworkFlags {
     }
 
     /// What was asked for, with an address for `machine`, if it is known, on each network that has some to give.
-    fn wished(&self, machine: Option<&str>) -> Result<Vec<Addressed>> {
-        let none = self.networks.iter().any(|wish| wish.to == To::Nothing);
+    fn interfaces(&self, machine: Option<&str>) -> Result<Vec<Addressed>> {
+        let none = self.networks.iter().any(|arg| arg.to == Target::Nothing);
         ensure!(!none || self.networks.len() == 1, "--network none cannot be combined with other networks");
         let mut wired = Vec::new();
-        for (index, wish) in self.networks.iter().enumerate() {
-            wired.extend(wish.addressed(machine, index)?);
+        for (index, arg) in self.networks.iter().enumerate() {
+            wired.extend(arg.addressed(machine, index)?);
         }
         // Who publishes a port has a network in mind.
         if self.networks.is_empty() && !self.is_empty() {
@@ -209,12 +209,12 @@ fn user() -> NetworkConfig {
     NetworkConfig::of(Attachment::User(UserNetwork::default()))
 }
 
-impl Wish {
+impl NetworkArg {
     fn addressed(&self, machine: Option<&str>, index: usize) -> Result<Option<Addressed>> {
         let (to, mac) = match &self.to {
-            To::Nothing => return Ok(None),
-            To::Attachment(to) => (to.clone(), self.mac),
-            To::Network(name) => {
+            Target::Nothing => return Ok(None),
+            Target::Attachment(to) => (to.clone(), self.mac),
+            Target::Network(name) => {
                 let Some(machine) = machine else {
                     let to = Attachment::Bridge { name: bridge::interface_of(name) };
                     return Ok(Some(Addressed::from(self.config(to, self.mac))));
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn wishes_that_do_not_go_together_are_refused() {
+    fn networks_that_cannot_be_combined_are_refused() {
         for (words, wanted) in [
             (&["--network=none", "--network=user"][..], "cannot be combined"),
             (&["--network=none", "-p80:80"], "-p requires --network user"),
@@ -317,14 +317,14 @@ mod tests {
             "tap=t,ip=10.0.0.2",
             "user,",
         ] {
-            assert!(wish(text).is_err(), "{text}");
+            assert!(network_arg(text).is_err(), "{text}");
         }
     }
 
     #[test]
     fn addresses_on_a_tap_device_are_for_the_guest() {
-        let wish = wish("tap=t,ip=10.0.0.2/24,ip=fd00::2/64,gateway=10.0.0.1").unwrap();
-        assert_eq!(wish.addresses, ["10.0.0.2/24".parse().unwrap(), "fd00::2/64".parse().unwrap()]);
-        assert_eq!(wish.gateways, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+        let arg = network_arg("tap=t,ip=10.0.0.2/24,ip=fd00::2/64,gateway=10.0.0.1").unwrap();
+        assert_eq!(arg.addresses, ["10.0.0.2/24".parse().unwrap(), "fd00::2/64".parse().unwrap()]);
+        assert_eq!(arg.gateways, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
     }
 }

@@ -3,8 +3,8 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::ask;
 use super::exit::Exit;
+use super::machines;
 use crate::request::Request;
 
 const EXAMPLES: &str = "\
@@ -26,11 +26,11 @@ pub struct Pause {
 impl Pause {
     /// Holds one after the other.
     pub fn pause(self) -> Result<Exit> {
-        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Pause))
+        machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Pause))
     }
 
     /// Lets one after the other go on.
     pub fn unpause(self) -> Result<Exit> {
-        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Unpause))
+        machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Unpause))
     }
 }

@@ -38,12 +38,12 @@ impl Prepare {
         }
         let source = self.image.parse()?;
         if matches!(source, Source::Name { path: None, .. }) && Path::new(&self.image).exists() {
-            super::say(&format!("husk: {0} is taken as an image name; use ./{0} for the file\n", self.image));
+            super::print_stderr(&format!("husk: {0} is taken as an image name; use ./{0} for the file\n", self.image));
         }
         let prepared = store.prepare(&source, &Progress::on_terminal())?;
         if prepared.is_bare_root {
             let list = "manifest.json or index.json";
-            super::say(&format!("husk: {} has no {list}: taken as a root filesystem\n", self.image));
+            super::print_stderr(&format!("husk: {} has no {list}: taken as a root filesystem\n", self.image));
         }
         super::print(&prepared.id.hex())?;
         Ok(Exit::Success)

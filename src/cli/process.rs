@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::words;
-use crate::guest::process::{self, Wishes};
+use super::argv;
+use crate::guest::process::{self, Overrides};
 use crate::resources::text;
 
 /// Streams, variables, place and user.
@@ -40,20 +40,20 @@ pub struct ProcessFlags {
 }
 
 impl ProcessFlags {
-    /// What is wished for, to run `command`. Files with variables are read here; the flags are used up.
-    pub fn wishes(&mut self, command: Vec<OsString>) -> Result<Wishes> {
+    /// The overrides of the flags, to run `command`. Files with variables are read here; the flags are used up.
+    pub fn overrides(&mut self, command: Vec<OsString>) -> Result<Overrides> {
         let mut env = Vec::new();
         for file in &self.env_file {
             env.extend(process::env_file(&text::read(file)?));
         }
         env.append(&mut self.env);
         let (working_dir, user) = (self.workdir.take(), self.user.take());
-        Ok(Wishes { command, env, working_dir, user, ..Wishes::default() })
+        Ok(Overrides { command, env, working_dir, user, ..Overrides::default() })
     }
 
     /// Covers what variables are set to where everybody sees this process's arguments. To be called before it has other threads.
-    pub fn cover_values(&self) {
-        words::cover_values(&self.env);
+    pub fn mask_values(&self) {
+        argv::mask_values(&self.env);
     }
 
     /// Refuses a terminal that is to be typed at and is none here.

@@ -5,7 +5,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::Exit;
-use super::when::ago;
+use super::time::ago;
 use crate::config::{Attachment, PortForward};
 use crate::roster::record::{Record, State, now_ms};
 use crate::roster::{Entry, Roster};

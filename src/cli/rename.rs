@@ -3,8 +3,8 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::ask;
 use super::exit::Exit;
+use super::machines;
 use crate::request::Request;
 use crate::roster::{Roster, names};
 
@@ -28,7 +28,7 @@ impl Rename {
         let roster = Roster::open()?;
         let entry = roster.find(&self.machine)?;
         if entry.alive {
-            ask::done(&entry, &Request::Rename { name: self.name })?;
+            machines::request(&entry, &Request::Rename { name: self.name })?;
         } else {
             roster.rename(&entry, &self.name)?;
         }

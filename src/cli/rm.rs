@@ -3,8 +3,8 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::ask;
 use super::exit::Exit;
+use super::machines;
 use crate::request::Request;
 
 const EXAMPLES: &str = "\
@@ -29,12 +29,12 @@ pub struct Rm {
 impl Rm {
     /// Removes one after the other, with what it has logged.
     pub fn run(self) -> Result<Exit> {
-        ask::each(&self.machines, |roster, entry| {
+        machines::for_each(&self.machines, |roster, entry| {
             if entry.alive && self.force {
-                let end = ask::end(entry);
+                let end = machines::watch_exit(entry);
                 // It may be at its end by itself.
-                let _ = ask::done(entry, &Request::Kill { signal: libc::SIGKILL as u8 });
-                ask::code(entry, end)?;
+                let _ = machines::request(entry, &Request::Kill { signal: libc::SIGKILL as u8 });
+                machines::exit_code(entry, end)?;
                 return match entry.await_end()? {
                     Some(ended) => roster.remove(&ended),
                     None => Ok(()),

@@ -12,7 +12,7 @@ use log::Level;
 
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
-use super::life::{self, Called, Life};
+use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::Limits;
 use super::network::NetworkFlags;
 use super::process::ProcessFlags;
@@ -24,7 +24,7 @@ use crate::console::log::{Log, Tail};
 use crate::exit_latch::ExitReason;
 use crate::guest::process::{self, Defaults};
 use crate::guest::session::{Ends, Session};
-use crate::guest::{Base, Changes, Inside};
+use crate::guest::{Base, Changes, GuestSpec};
 use crate::image::ext4::Journal;
 use crate::image::{ImageProcess, Store, on_demand};
 use crate::machine::Machine;
@@ -67,7 +67,7 @@ Exit codes:
 const TAIL_LINES: usize = 20;
 
 /// The size of a disk that is kept where none is said; it takes what is written to it.
-const KEPT_DISK_BYTES: u64 = 10 << 30;
+const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 
 /// The flags of `husk run`.
 #[derive(Debug, Args)]
@@ -95,7 +95,7 @@ pub struct Run {
     hostname: Option<String>,
 
     #[command(flatten)]
-    life: Life,
+    lifecycle: LifecycleArgs,
 
     /// Signal to stop the command [default: from the image, or TERM]
     #[arg(long, value_name = "SIGNAL", value_parser = signal::signal)]
@@ -189,27 +189,27 @@ impl Run {
 
     fn try_run(mut self, started: Instant) -> Result<Exit> {
         let timings = Arc::new(Timings::new(started));
-        self.process.cover_values();
+        self.process.mask_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = words.next().unwrap_or_default();
-        refuse_as_image(&image)?;
+        reject_option_as_image(&image)?;
         let mut command: Vec<OsString> = words.collect();
         // As where options may follow: what stands behind is the command.
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
         let Some(base) = self.find_base(Path::new(&image))? else { return Ok(Exit::NotRun) };
-        if self.life.hands_on() {
-            return life::hand_on();
+        if self.lifecycle.spawns_detached() {
+            return lifecycle::spawn_detached();
         }
-        let folder = self.life.folder()?;
-        let name = self.life.name.clone().unwrap_or_else(|| folder.id());
-        let mut inside = self.inside(base, command, &folder)?;
-        inside.connect(self.network.wiring(&name)?);
+        let folder = self.lifecycle.folder()?;
+        let name = self.lifecycle.name.clone().unwrap_or_else(|| folder.id());
+        let mut spec = self.guest_spec(base, command, &folder)?;
+        spec.connect(self.network.wiring(&name)?);
         let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
         let verbose = log::log_enabled!(Level::Info);
         let mut config =
-            inside.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(roster::VSOCK), verbose);
+            spec.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(roster::VSOCK), verbose);
         config.cpu_limit_millicpus = self.cpus.limit_millicpus;
         self.limits.apply(Some(self.memory), &mut config);
         config.nested = self.nested;
@@ -217,19 +217,19 @@ impl Run {
             disk.rate = Rate { bytes_per_second: self.disk_bps, ops_per_second: self.disk_iops, ..Rate::default() };
         }
         config.validate()?;
-        let stop_signal = self.stop_signal.unwrap_or(inside.stop_signal());
-        let called = Called {
+        let stop_signal = self.stop_signal.unwrap_or(spec.stop_signal());
+        let info = RecordInfo {
             image: image.to_string_lossy().into_owned(),
-            command: inside.command(),
-            process: inside.process().map(Inherited::from),
+            command: spec.command(),
+            process: spec.process().map(Inherited::from),
             stop_signal,
         };
-        let endpoint = self.life.endpoint(folder, called, &config)?;
-        let exit = self.life.lead(endpoint, inside.has_session(), |endpoint, signals| {
-            self.run_machine(&inside, &kernel, &config, endpoint, signals, &timings)
+        let endpoint = self.lifecycle.endpoint(folder, info, &config)?;
+        let exit = self.lifecycle.run_with_restarts(endpoint, spec.has_session(), |endpoint, signals| {
+            self.run_machine(&spec, &kernel, &config, endpoint, signals, &timings)
         })?;
         if self.timings {
-            super::say(&timings.to_string());
+            super::print_stderr(&timings.to_string());
         }
         Ok(exit)
     }
@@ -257,12 +257,12 @@ impl Run {
 
     /// Where the command's changes to the root of the image `identity` go.
     fn changes(&self, identity: [u8; 16]) -> Result<Changes> {
-        let size_bytes = self.scratch.unwrap_or(KEPT_DISK_BYTES);
+        let size_bytes = self.scratch.unwrap_or(DEFAULT_DISK_BYTES);
         Ok(match &self.keep {
             Some(name) => Changes::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
             None if self.scratch.is_some() => {
                 // A guest that is started again finds what the one before it left.
-                let journal = if self.life.may_restart() { Journal::Yes } else { Journal::No };
+                let journal = if self.lifecycle.may_restart() { Journal::Yes } else { Journal::No };
                 Changes::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
             }
             None if self.read_only => Changes::Forbidden,
@@ -270,9 +270,9 @@ impl Run {
         })
     }
 
-    /// What is to be in the machine, all wishes and defaults considered.
-    fn inside(&mut self, base: Base, command: Vec<OsString>, folder: &MachineFolder) -> Result<Inside> {
-        let hostname = self.hostname.take().or_else(|| self.life.name.clone()).unwrap_or_else(|| folder.id());
+    /// What is to be in the machine, all overrides and defaults considered.
+    fn guest_spec(&mut self, base: Base, command: Vec<OsString>, folder: &MachineFolder) -> Result<GuestSpec> {
+        let hostname = self.hostname.take().or_else(|| self.lifecycle.name.clone()).unwrap_or_else(|| folder.id());
         let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(base, Base::Disk { .. }));
         if own_init.is_some() || matches!(base, Base::Disk { .. }) {
             let program = own_init.filter(|path| !path.is_empty());
@@ -280,35 +280,35 @@ impl Run {
                 bail!("a disk image runs its own init: use --init=PATH to pass arguments to it");
             }
             let args = program.into_iter().chain(command).collect();
-            return Ok(Inside::with_own_init(base, args, hostname, std::mem::take(&mut self.tmpfs)));
+            return Ok(GuestSpec::with_own_init(base, args, hostname, std::mem::take(&mut self.tmpfs)));
         }
-        let mut wishes = self.process.wishes(command)?;
-        (wishes.entrypoint, wishes.limits) = (self.entrypoint.take(), std::mem::take(&mut self.ulimit));
-        if !self.life.is_detached() {
+        let mut overrides = self.process.overrides(command)?;
+        (overrides.entrypoint, overrides.limits) = (self.entrypoint.take(), std::mem::take(&mut self.ulimit));
+        if !self.lifecycle.is_detached() {
             self.process.check_terminal()?;
         }
         let ProcessFlags { tty, interactive, .. } = self.process;
-        Inside::with_process(base, wishes, tty, interactive, hostname, std::mem::take(&mut self.tmpfs))
+        GuestSpec::with_process(base, overrides, tty, interactive, hostname, std::mem::take(&mut self.tmpfs))
     }
 
     /// Runs the machine once.
     fn run_machine(
         &self,
-        inside: &Inside,
+        spec: &GuestSpec,
         kernel: &GuestKernel,
         config: &MachineConfig,
         endpoint: &mut ControlEndpoint,
         signals: &SignalFd,
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
-        let initramfs = inside.initramfs(kernel)?;
+        let initramfs = spec.initramfs(kernel)?;
         resources::host::warn_of_pvm();
         timings.mark(Step::Prepared);
         let mut resources = resources::open(config)?;
         // Those of a unified kernel image are for what it would boot by itself.
         resources.initrd = Some(Part::whole(initramfs).context("read the initrd")?);
         resources.kernel_words.clear();
-        if !inside.has_session() {
+        if !spec.has_session() {
             let machine = Machine::build(config, resources, timings.clone())?;
             return Ok(boot::report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?));
         }
@@ -316,11 +316,11 @@ impl Run {
         // One that failed before left it.
         let _ = std::fs::remove_file(&service);
         let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
-        let on_terminal = inside.on_terminal();
+        let on_terminal = spec.on_terminal();
         let ends = endpoint.hub().map_or(Ends::Ours, |hub| Ends::Hub(hub.clone()));
-        let mut session = Session::new(listener, inside.wants_stdin(), on_terminal, ends, timings.clone())?;
+        let mut session = Session::new(listener, spec.wants_stdin(), on_terminal, ends, timings.clone())?;
         // Without input Ctrl-C is a signal of ours, and handed on like any other.
-        let takes_keys = on_terminal && inside.wants_stdin();
+        let takes_keys = on_terminal && spec.wants_stdin();
         let machine = Machine::build(config, resources, timings.clone())?;
         // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its messages.
         let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
@@ -328,13 +328,13 @@ impl Run {
         let tail = log.tail();
         let reason =
             supervisor::run(machine, signals, Stdio::Session { session: &mut session, takes_keys, log }, endpoint)?;
-        Ok(verdict(session.end(), &reason, &tail, verbose))
+        Ok(exit_status(session.end(), &reason, &tail, verbose))
     }
 }
 
 /// Refuses a word that stands where the image does and is certain to be none: an option, or what Docker's `-v` takes, which is
 /// husk's `--verbose` and takes nothing.
-fn refuse_as_image(word: &OsStr) -> Result<()> {
+fn reject_option_as_image(word: &OsStr) -> Result<()> {
     let text = word.to_string_lossy();
     let is_share = |flag: &str| text == flag || text.starts_with(&format!("{flag}="));
     let is_volume = log::log_enabled!(Level::Info) && text.contains(":/") && !Path::new(word).exists();
@@ -350,7 +350,7 @@ fn refuse_as_image(word: &OsStr) -> Result<()> {
 }
 
 /// The command's own end where it is known, else the machine's, and for a bad one the reason.
-fn verdict(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_already: bool) -> Exit {
+fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_already: bool) -> Exit {
     match end {
         Some(ToHost::Exited(code)) => return Exit::Reported(*code),
         Some(ToHost::Signaled(number)) => return Exit::Signal(*number),
@@ -366,7 +366,7 @@ fn verdict(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_already:
     };
     if !matches!(exit, Exit::Success | Exit::Signal(_)) && !told_already {
         for line in tail.lines(TAIL_LINES) {
-            super::say(&format!("guest: {line}\n"));
+            super::print_stderr(&format!("guest: {line}\n"));
         }
     }
     exit

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
-use super::{ask, life, when};
+use super::{lifecycle, machines, time};
 use crate::request::Request;
 use crate::roster::{Entry, Roster};
 
@@ -41,14 +41,14 @@ pub struct Restart {
     machines: Vec<String>,
 
     /// Time to wait before killing the machine, in seconds or with a unit
-    #[arg(short, long, value_name = "TIME", value_parser = when::duration, default_value = "10")]
+    #[arg(short, long, value_name = "TIME", value_parser = time::duration, default_value = "10")]
     time: Duration,
 }
 
 impl Start {
     /// Starts one after the other.
     pub fn run(self) -> Result<Exit> {
-        each(&self.machines, |_, entry| if entry.alive { Ok(Exit::Success) } else { life::start_again(entry) })
+        each(&self.machines, |_, entry| if entry.alive { Ok(Exit::Success) } else { lifecycle::start_stopped(entry) })
     }
 }
 
@@ -57,13 +57,13 @@ impl Restart {
     pub fn run(self) -> Result<Exit> {
         let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
         each(&self.machines, |roster, entry| {
-            life::check_kept(entry)?;
+            lifecycle::check_restartable(entry)?;
             if entry.alive {
-                let end = ask::end(entry);
-                ask::done(entry, &request)?;
-                ask::code(entry, end)?;
+                let end = machines::watch_exit(entry);
+                machines::request(entry, &request)?;
+                machines::exit_code(entry, end)?;
             }
-            life::start_again(&roster.find(&entry.id)?)
+            lifecycle::start_stopped(&roster.find(&entry.id)?)
         })
     }
 }

@@ -34,7 +34,7 @@ const CLEAR: &str = "\x1b[H\x1b[J";
 /// The flags of `husk stats`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct StatsOf {
+pub struct StatsArgs {
     /// Names or IDs of machines [default: all running machines]
     #[arg(value_name = "MACHINE")]
     machines: Vec<String>,
@@ -49,9 +49,9 @@ pub struct StatsOf {
 }
 
 /// A machine and what it used when it was looked at; nothing where it does not run.
-type Seen = (Entry, Option<Stats>);
+type Sample = (Entry, Option<Stats>);
 
-impl StatsOf {
+impl StatsArgs {
     /// Prints a table, again and again on a terminal.
     pub fn run(self) -> Result<Exit> {
         let roster = Roster::open()?;
@@ -60,47 +60,47 @@ impl StatsOf {
         let in_place = !once && std::io::stdout().is_terminal();
         if once {
             // What is used now is the difference of two looks.
-            before = by_id(&self.look(&roster)?);
+            before = by_id(&self.sample(&roster)?);
             std::thread::sleep(INTERVAL / 2);
         }
         loop {
-            let seen = self.look(&roster)?;
-            let text = if self.json { as_json(&seen, &before)? } else { as_table(&seen, &before) };
-            let is_read = super::print_as_it_is(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
+            let samples = self.sample(&roster)?;
+            let text = if self.json { as_json(&samples, &before)? } else { as_table(&samples, &before) };
+            let is_read = super::print_raw(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
             if once || !is_read {
                 return Ok(Exit::Success);
             }
-            before = by_id(&seen);
+            before = by_id(&samples);
             std::thread::sleep(INTERVAL);
         }
     }
 
-    fn look(&self, roster: &Roster) -> Result<Vec<Seen>> {
+    fn sample(&self, roster: &Roster) -> Result<Vec<Sample>> {
         if self.machines.is_empty() {
             // One that has just ended is no mistake.
             let running = roster.list()?.into_iter().filter(|entry| entry.alive);
-            return Ok(running.filter_map(|entry| ask(&entry).ok().map(|stats| (entry, Some(stats)))).collect());
+            return Ok(running.filter_map(|entry| fetch(&entry).ok().map(|stats| (entry, Some(stats)))).collect());
         }
-        let look = |word: &String| {
+        let sample = |word: &String| {
             let entry = roster.find(word)?;
-            match ask(&entry) {
+            match fetch(&entry) {
                 Ok(stats) => Ok((entry, Some(stats))),
                 // It may have ended just now.
                 Err(error) => match roster.find(word)? {
-                    entry if !runs(&entry) => Ok((entry, None)),
+                    entry if !is_running(&entry) => Ok((entry, None)),
                     _ => Err(error.context(word.clone())),
                 },
             }
         };
-        self.machines.iter().map(look).collect()
+        self.machines.iter().map(sample).collect()
     }
 }
 
-fn runs(entry: &Entry) -> bool {
+fn is_running(entry: &Entry) -> bool {
     entry.alive && matches!(entry.state(), State::Running { .. } | State::Paused { .. })
 }
 
-fn ask(entry: &Entry) -> Result<Stats> {
+fn fetch(entry: &Entry) -> Result<Stats> {
     match client::ask(&entry.file(roster::CONTROL), &Request::Stats)? {
         Reply::Stats(stats) => Ok(stats),
         Reply::Refused(why) => bail!(why),
@@ -108,8 +108,8 @@ fn ask(entry: &Entry) -> Result<Stats> {
     }
 }
 
-fn by_id(seen: &[Seen]) -> HashMap<String, Stats> {
-    seen.iter().filter_map(|(entry, stats)| stats.map(|stats| (entry.id.clone(), stats))).collect()
+fn by_id(samples: &[Sample]) -> HashMap<String, Stats> {
+    samples.iter().filter_map(|(entry, stats)| stats.map(|stats| (entry.id.clone(), stats))).collect()
 }
 
 /// Hundredths of a processor, since `before` or else since the machine's start.
@@ -120,8 +120,8 @@ fn cpu_percent(stats: &Stats, before: Option<&Stats>) -> f64 {
     100.0 * stats.cpu_us.saturating_sub(before.cpu_us) as f64 / elapsed_us as f64
 }
 
-fn as_json(seen: &[Seen], before: &HashMap<String, Stats>) -> Result<String> {
-    let one = |(entry, stats): &Seen| {
+fn as_json(samples: &[Sample], before: &HashMap<String, Stats>) -> Result<String> {
+    let one = |(entry, stats): &Sample| {
         let mut value = stats.map_or_else(|| json!({}), |stats| json!(stats));
         value["id"] = json!(entry.id);
         value["name"] = json!(entry.name());
@@ -131,14 +131,14 @@ fn as_json(seen: &[Seen], before: &HashMap<String, Stats>) -> Result<String> {
         }
         value
     };
-    let list: Vec<_> = seen.iter().map(one).collect();
+    let list: Vec<_> = samples.iter().map(one).collect();
     Ok(foreign::json(&list).context("print the statistics")? + "\n")
 }
 
-fn as_table(seen: &[Seen], before: &HashMap<String, Stats>) -> String {
+fn as_table(samples: &[Sample], before: &HashMap<String, Stats>) -> String {
     let mut rows =
         vec![["ID", "NAME", "CPU", "MEM USAGE / LIMIT", "OVERHEAD", "BLOCK I/O", "NET I/O"].map(str::to_owned)];
-    rows.extend(seen.iter().map(|(entry, stats)| {
+    rows.extend(samples.iter().map(|(entry, stats)| {
         let pair = |a, b| format!("{} / {}", BinaryBytes(a), BinaryBytes(b));
         let [cpu, memory, own, disk, net] = match stats {
             None => ["-"; 5].map(str::to_owned),

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::exit::Exit;
-use super::{ask, when};
+use super::{machines, time};
 use crate::request::Request;
 
 const EXAMPLES: &str = "\
@@ -27,7 +27,7 @@ pub struct Stop {
     machines: Vec<String>,
 
     /// Time to wait before killing the machine, in seconds or with a unit
-    #[arg(short, long, value_name = "TIME", value_parser = when::duration, default_value = "10")]
+    #[arg(short, long, value_name = "TIME", value_parser = time::duration, default_value = "10")]
     time: Duration,
 }
 
@@ -40,8 +40,8 @@ impl Stop {
         let mut exit = Exit::Success;
         for word in self.machines {
             let stopped = roster.find(&word).and_then(|entry| {
-                let end = ask::end(&entry);
-                if entry.alive { ask::done(&entry, &request).map(|()| (entry, end)) } else { Ok((entry, end)) }
+                let end = machines::watch_exit(&entry);
+                if entry.alive { machines::request(&entry, &request).map(|()| (entry, end)) } else { Ok((entry, end)) }
             });
             match stopped {
                 Ok((entry, end)) => asked.push((word, entry, end)),
@@ -49,7 +49,7 @@ impl Stop {
             }
         }
         for (word, entry, end) in asked {
-            ask::code(&entry, end)?;
+            machines::exit_code(&entry, end)?;
             super::print(&format!("{word}\n"))?;
         }
         Ok(exit)

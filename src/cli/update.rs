@@ -5,7 +5,7 @@ use clap::Args;
 
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
-use super::{ask, size};
+use super::{machines, size};
 use crate::request::{Limit, Request, Update};
 
 const EXAMPLES: &str = "\
@@ -21,7 +21,7 @@ releases and takes memory gradually: `husk stats` shows the current amount.";
 /// The flags of `husk update`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct UpdateOf {
+pub struct UpdateArgs {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
@@ -79,7 +79,7 @@ fn link(text: &str) -> Result<bool, String> {
     }
 }
 
-impl UpdateOf {
+impl UpdateArgs {
     /// Changes one after the other.
     pub fn run(self) -> Result<Exit> {
         let whole = |Cpus { vcpus, limit_millicpus }| limit_millicpus.unwrap_or(vcpus.saturating_mul(1000));
@@ -95,6 +95,6 @@ impl UpdateOf {
         };
         ensure!(update != Update::default(), "nothing to update: use --memory, --cpus or another limit");
         ensure!(update.millicpus != Some(0), "a machine needs CPUs: use --cpus 0.01 or more");
-        ask::each(&self.machines, |_, entry| ask::done(entry, &Request::Update(update)))
+        machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Update(update)))
     }
 }

@@ -3,8 +3,8 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::ask;
 use super::exit::Exit;
+use super::machines;
 use crate::roster::Roster;
 
 const EXAMPLES: &str = "\
@@ -26,9 +26,9 @@ impl Wait {
     pub fn run(self) -> Result<Exit> {
         let roster = Roster::open()?;
         let entries = self.machines.iter().map(|word| roster.find(word)).collect::<Result<Vec<_>>>()?;
-        let asked: Vec<_> = entries.iter().map(ask::end).collect();
+        let asked: Vec<_> = entries.iter().map(machines::watch_exit).collect();
         for (entry, end) in entries.iter().zip(asked) {
-            super::print(&format!("{}\n", ask::code(entry, end)?))?;
+            super::print(&format!("{}\n", machines::exit_code(entry, end)?))?;
         }
         Ok(Exit::Success)
     }

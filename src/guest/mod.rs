@@ -10,7 +10,7 @@ use anyhow::{Result, bail, ensure};
 use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::Wiring;
-use self::process::{Defaults, Wishes};
+use self::process::{Defaults, Overrides};
 use crate::config::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
@@ -65,7 +65,7 @@ pub enum Changes {
 
 /// What is in the machine: the root, and what runs.
 #[derive(Debug)]
-pub struct Inside {
+pub struct GuestSpec {
     base: Base,
     hostname: String,
     tmpfs: Vec<Tmpfs>,
@@ -78,33 +78,33 @@ const ROOT_DEVICE: &str = "/dev/vda";
 /// Where it finds the disk for changes; the second.
 const CHANGES_DEVICE: &str = "/dev/vdb";
 
-impl Inside {
-    /// A machine for one process: the image's, unless the user wishes otherwise.
+impl GuestSpec {
+    /// A machine for one process: the image's, unless the user overrides otherwise.
     pub fn with_process(
         base: Base,
-        wishes: Wishes,
+        overrides: Overrides,
         terminal: bool,
         stdin: bool,
         hostname: String,
         tmpfs: Vec<Tmpfs>,
-    ) -> Result<Inside> {
+    ) -> Result<GuestSpec> {
         let Base::Image { defaults, .. } = &base else { bail!("a disk image runs its own init") };
-        let mut process = wishes.apply(defaults);
+        let mut process = overrides.apply(defaults);
         ensure!(!process.args.is_empty(), "no command specified, and the image has none: add one after the image");
         // The size that terminals have where nobody says one.
         let size = || terminal::window_size().unwrap_or(WindowSize { rows: 24, columns: 80 });
         process.terminal = terminal.then(size);
         process.stdin = stdin;
         check_hostname(&hostname)?;
-        Ok(Inside { base, hostname, tmpfs, start: Start::Process(process), wiring: Wiring::default() })
+        Ok(GuestSpec { base, hostname, tmpfs, start: Start::Process(process), wiring: Wiring::default() })
     }
 
     /// A machine whose root has an init of its own, `args`, or where there are none the one that it has.
-    pub fn with_own_init(base: Base, args: Vec<OsString>, hostname: String, tmpfs: Vec<Tmpfs>) -> Inside {
+    pub fn with_own_init(base: Base, args: Vec<OsString>, hostname: String, tmpfs: Vec<Tmpfs>) -> GuestSpec {
         // A disk has a name of its own.
         let hostname = if matches!(base, Base::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
-        Inside { base, hostname, tmpfs, start: Start::Init(args), wiring: Wiring::default() }
+        GuestSpec { base, hostname, tmpfs, start: Start::Init(args), wiring: Wiring::default() }
     }
 
     /// Gives the machine network interfaces; without this it has none.

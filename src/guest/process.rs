@@ -1,11 +1,11 @@
-//! From what an image says of its process and what a user types to the process that init is to start, by Docker's rules.
+//! Merges an image's process configuration with the user's flags, by Docker's rules, into the process that init starts.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use husk_protocol::{Limit, Process, Tmpfs};
 
-/// What an image says.
+/// The process configuration of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Defaults {
     /// The program, and its first arguments.
@@ -22,9 +22,9 @@ pub struct Defaults {
     pub stop_signal: Option<String>,
 }
 
-/// What a user wants otherwise.
+/// The user's overrides of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wishes {
+pub struct Overrides {
     /// In place of the image's entry point and of its command; empty is none at all.
     pub entrypoint: Option<OsString>,
     /// In place of the image's command.
@@ -42,8 +42,8 @@ pub struct Wishes {
 /// As many open files as a process may have, and as it may raise that to, where the user says nothing: what systemd gives.
 const OPEN_FILES: Limit = Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 524_288 };
 
-impl Wishes {
-    /// The process: the wishes, and for the rest what the image says. Streams and terminal are the caller's to add.
+impl Overrides {
+    /// The image's configuration with the overrides applied. Streams and terminal are left to the caller.
     pub fn apply(self, image: &Defaults) -> Process {
         let env = image.env.iter().map(|variable| variable.as_bytes().to_vec()).collect();
         self.apply_with(image, env)
@@ -203,8 +203,8 @@ mod tests {
         }
     }
 
-    fn args(wishes: Wishes) -> Vec<String> {
-        texts(&wishes.apply(&image()).args)
+    fn args(overrides: Overrides) -> Vec<String> {
+        texts(&overrides.apply(&image()).args)
     }
 
     fn texts(list: &[Vec<u8>]) -> Vec<String> {
@@ -215,21 +215,24 @@ mod tests {
     fn a_command_replaces_the_images_and_an_entry_point_replaces_both() {
         let command = || vec!["a".into(), "b".into()];
         let entry = |text: &str| Some(text.into());
-        assert_eq!(args(Wishes::default()), ["/entry", "-x", "serve"]);
-        assert_eq!(args(Wishes { command: command(), ..Wishes::default() }), ["/entry", "-x", "a", "b"]);
-        assert_eq!(args(Wishes { entrypoint: entry("sh"), ..Wishes::default() }), ["sh"]);
-        assert_eq!(args(Wishes { entrypoint: entry("sh"), command: command(), ..Wishes::default() }), ["sh", "a", "b"]);
-        assert_eq!(args(Wishes { entrypoint: entry(""), command: command(), ..Wishes::default() }), ["a", "b"]);
+        assert_eq!(args(Overrides::default()), ["/entry", "-x", "serve"]);
+        assert_eq!(args(Overrides { command: command(), ..Overrides::default() }), ["/entry", "-x", "a", "b"]);
+        assert_eq!(args(Overrides { entrypoint: entry("sh"), ..Overrides::default() }), ["sh"]);
+        assert_eq!(
+            args(Overrides { entrypoint: entry("sh"), command: command(), ..Overrides::default() }),
+            ["sh", "a", "b"]
+        );
+        assert_eq!(args(Overrides { entrypoint: entry(""), command: command(), ..Overrides::default() }), ["a", "b"]);
     }
 
     #[test]
     fn a_variable_is_set_in_its_place_and_the_last_word_counts() {
         let env =
             ["A=2", "B=x=y", "HUSK_TEST_IS_NOT_SET", "A=3", "PATH=", "CARGO_PKG_NAME"].map(OsString::from).to_vec();
-        let process = Wishes { env, ..Wishes::default() }.apply(&image());
+        let process = Overrides { env, ..Overrides::default() }.apply(&image());
         assert_eq!(texts(&process.env), ["A=3", "PATH=", "B=x=y", "CARGO_PKG_NAME=husk"]);
         let env = vec!["A".into()];
-        let process = Wishes { env, ..Wishes::default() }.apply(&image());
+        let process = Overrides { env, ..Overrides::default() }.apply(&image());
         assert_eq!(texts(&process.env), ["PATH=/p"], "a name that husk has not is taken away");
     }
 
@@ -239,11 +242,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_wished_is_the_images() {
-        let process = Wishes::default().apply(&image());
+    fn what_is_not_overridden_is_the_images() {
+        let process = Overrides::default().apply(&image());
         assert_eq!((process.working_dir.as_slice(), process.user.as_str()), (&b"/srv"[..], "web"));
-        let wishes = Wishes { working_dir: Some("/x".into()), user: Some("0".into()), ..Wishes::default() };
-        let process = wishes.apply(&image());
+        let overrides = Overrides { working_dir: Some("/x".into()), user: Some("0".into()), ..Overrides::default() };
+        let process = overrides.apply(&image());
         assert_eq!((process.working_dir.as_slice(), process.user.as_str()), (&b"/x"[..], "0"));
     }
 

@@ -67,7 +67,7 @@ impl Doctor {
             let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
             report.text(colour)
         };
-        super::print_as_it_is(&text)?;
+        super::print_raw(&text)?;
         Ok(if report.stock_guests { Exit::Success } else { Exit::Failure })
     }
 }

@@ -1,4 +1,4 @@
-//! What `run` and `boot` have in common: a machine's name, whether it runs in the background, and what happens at its end.
+//! Lifecycle flags of `run` and `boot`: the machine's name, running in the background, restarting and removal.
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
+use super::argv::{self, IN_BACKGROUND};
 use super::exit::Exit;
 use super::size;
-use super::words::{self, IN_BACKGROUND};
 use crate::config::MachineConfig;
 use crate::console::stream_log;
 use crate::roster::origin::Origin;
@@ -20,18 +20,17 @@ use crate::roster::{Entry, MachineFolder, Roster, names};
 use crate::supervisor::{self, ControlEndpoint};
 use crate::sys::SignalFd;
 
-/// How long to wait before a machine that failed is started again: so long at first, then twice as long each time, and no
-/// longer than that.
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
-/// A machine that ran so long was well: the next wait is the first again.
-const RAN_WELL: Duration = Duration::from_secs(10);
-/// Tells it which machine it is once more.
-const AGAIN: &str = "--again";
+/// Exponential backoff before a machine that failed is restarted.
+const INITIAL_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(60);
+/// After a run of this length the backoff starts over.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
+/// Hidden flag: the ID of the machine to start again.
+const AGAIN_FLAG: &str = "--again";
 
 /// The flags.
 #[derive(Debug, Args)]
-pub struct Life {
+pub struct LifecycleArgs {
     /// Run the machine in the background and print its ID
     #[arg(short, long)]
     detach: bool,
@@ -44,10 +43,10 @@ pub struct Life {
     #[arg(long)]
     rm: bool,
 
-    /// Restart policy to apply when the machine fails: no or on-failure[:MAX_RETRIES]
-    #[arg(long, value_name = "POLICY", value_parser = restart, default_value = "no", hide_default_value = true)]
+    /// RestartPolicy policy to apply when the machine fails: no or on-failure[:MAX_RETRIES]
+    #[arg(long, value_name = "POLICY", value_parser = restart_policy, default_value = "no", hide_default_value = true)]
     #[arg(requires = "detach", conflicts_with = "rm")]
-    restart: Restart,
+    restart: RestartPolicy,
 
     /// Maximum size of the output kept for `husk logs` [default: 16M]
     #[arg(long, value_name = "SIZE", value_parser = log_max, requires = "detach")]
@@ -56,32 +55,32 @@ pub struct Life {
     #[arg(long, hide = true)]
     in_background: bool,
 
-    /// The ID of a machine that has ended and is to be this one
+    /// The ID of the stopped machine to start again
     #[arg(long, hide = true)]
     again: Option<String>,
 }
 
-/// How often a machine that fails is started again.
+/// The value of `--restart`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Restart {
-    times_max: u32,
+pub struct RestartPolicy {
+    max_retries: u32,
 }
 
-/// What a machine is called in the list of machines, beside its name.
-pub struct Called {
-    /// What it was made from, as it was typed.
+/// What a machine's record says of it, beside its name and its configuration.
+pub struct RecordInfo {
+    /// The image or the kernel, as it was typed.
     pub image: String,
-    /// What runs in it, as far as that is known.
+    /// The command, if it is known.
     pub command: Vec<String>,
-    /// What a further process inherits.
+    /// What the processes of `husk exec` inherit.
     pub process: Option<Inherited>,
-    /// The signal that asks its process for its end.
+    /// The signal that stops its process.
     pub stop_signal: u8,
 }
 
-impl Life {
-    /// Whether this process is to start another one that runs the machine.
-    pub fn hands_on(&self) -> bool {
+impl LifecycleArgs {
+    /// Whether this process only starts the one that runs the machine in the background.
+    pub fn spawns_detached(&self) -> bool {
         self.detach && !self.in_background
     }
 
@@ -92,7 +91,7 @@ impl Life {
 
     /// Whether one guest may come after another in the same machine.
     pub fn may_restart(&self) -> bool {
-        self.restart.times_max > 0
+        self.restart.max_retries > 0
     }
 
     /// Makes the machine's folder, with its name. In the background this is where the session of the terminal is left.
@@ -109,13 +108,13 @@ impl Life {
     }
 
     /// Opens the machine's endpoint.
-    pub fn endpoint(&self, folder: MachineFolder, called: Called, config: &MachineConfig) -> Result<ControlEndpoint> {
-        let Called { image, command, process, stop_signal } = called;
+    pub fn endpoint(&self, folder: MachineFolder, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
+        let RecordInfo { image, command, process, stop_signal } = info;
         let earlier = if self.again.is_some() { Some(folder.record()?) } else { None };
         let keep = self.detach && !self.rm;
         if keep && earlier.is_none() {
             let ours = |word: &OsString| word == IN_BACKGROUND;
-            let mut words = words::all().to_vec();
+            let mut words = argv::all().to_vec();
             if let Some(place) = words.iter().position(ours) {
                 words.remove(place);
             }
@@ -139,23 +138,23 @@ impl Life {
         ControlEndpoint::open(folder, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
     }
 
-    /// Runs the machine by `run`, again and again as the policy has it, and notes its end. To be called before any thread
-    /// exists, so that all of them leave the signals to the one that waits for them, until the machine's end is noted.
-    pub fn lead(
+    /// Runs the machine with `run`, restarts it by the restart policy, and records its exit. To be called before any other
+    /// thread exists, so that signals stay blocked in all of them until the exit is recorded.
+    pub fn run_with_restarts(
         &self,
         mut endpoint: ControlEndpoint,
         has_session: bool,
         run: impl Fn(&mut ControlEndpoint, &SignalFd) -> Result<Exit>,
     ) -> Result<Exit> {
         let signals = supervisor::block_signals(has_session)?;
-        let mut wait = FIRST_WAIT;
+        let mut wait = INITIAL_BACKOFF;
         loop {
             let started = Instant::now();
             let ended = run(&mut endpoint, &signals);
             let code = ended.as_ref().map_or(Exit::NotRun.code(), |exit| exit.code());
-            let again = code != 0 && endpoint.restarts() < self.restart.times_max && endpoint.is_announced();
-            if started.elapsed() > RAN_WELL {
-                wait = FIRST_WAIT;
+            let again = code != 0 && endpoint.restarts() < self.restart.max_retries && endpoint.is_announced();
+            if started.elapsed() > STABLE_AFTER {
+                wait = INITIAL_BACKOFF;
             }
             if !again || !endpoint.wait_to_restart(wait, &signals)? {
                 let reason = ended.as_ref().err().map(|error| format!("{error:#}"));
@@ -167,22 +166,22 @@ impl Life {
             if let Err(error) = ended {
                 super::report(&error);
             }
-            wait = (2 * wait).min(LONGEST_WAIT);
+            wait = (2 * wait).min(MAX_BACKOFF);
         }
     }
 }
 
-/// Starts this very command again, in the background, and waits until its machine runs or has failed to.
-pub fn hand_on() -> Result<Exit> {
-    match launch(Command::new("/proc/self/exe"), words::all(), None)? {
+/// Starts this command again in the background, and waits until its machine is running or has failed to start.
+pub fn spawn_detached() -> Result<Exit> {
+    match launch(Command::new("/proc/self/exe"), argv::all(), None)? {
         Launched::Running(id) => super::print(&id).map(|()| Exit::Success),
         Launched::Failed(exit) => Ok(exit),
     }
 }
 
-/// Starts a machine in the background that has ended, as it was started before. Whatever is wrong with it, it says itself.
-pub fn start_again(entry: &Entry) -> Result<Exit> {
-    check_kept(entry)?;
+/// Starts a stopped machine in the background, as it was started before. That process prints its own errors.
+pub fn start_stopped(entry: &Entry) -> Result<Exit> {
+    check_restartable(entry)?;
     let (command, words) = Origin::read(entry)?.command()?;
     Ok(match launch(command, &words, Some(&entry.id))? {
         Launched::Running(_) => Exit::Success,
@@ -190,8 +189,8 @@ pub fn start_again(entry: &Entry) -> Result<Exit> {
     })
 }
 
-/// Refuses a machine of which nothing is left when it has ended.
-pub fn check_kept(entry: &Entry) -> Result<()> {
+/// Fails if the machine is removed when it exits.
+pub fn check_restartable(entry: &Entry) -> Result<()> {
     ensure!(
         entry.record()?.keep,
         "only a machine that was started with --detach and without --rm can be started again"
@@ -199,7 +198,7 @@ pub fn check_kept(entry: &Entry) -> Result<()> {
     Ok(())
 }
 
-/// What became of a machine that was to be started.
+/// The result of starting a machine in the background.
 enum Launched {
     /// It runs, and has this ID, in a line.
     Running(String),
@@ -212,13 +211,13 @@ enum Launched {
 ///
 /// The words go by a pipe: everybody may read a process's arguments, and there may be secrets among them.
 fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Result<Launched> {
-    let place = words::command(words)?;
+    let place = argv::command_index(words)?;
     command.arg0("husk").args(words.get(place)).arg(IN_BACKGROUND);
-    command.args(again.map(|id| format!("{AGAIN}={id}"))).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.args(again.map(|id| format!("{AGAIN_FLAG}={id}"))).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().context("start husk in the background")?;
     if let Some(pipe) = child.stdin.take() {
         // One that has ended hears nothing; its exit status tells why.
-        let _ = words::hand_over(words, pipe);
+        let _ = argv::send(words, pipe);
     }
     let mut id = String::new();
     if let Some(stdout) = &mut child.stdout {
@@ -248,15 +247,15 @@ fn log_max(text: &str) -> Result<u64, String> {
 }
 
 /// Parses `no`, `on-failure` and `on-failure:TIMES`.
-fn restart(text: &str) -> Result<Restart, String> {
-    let times_max = match text.split_once(':') {
+fn restart_policy(text: &str) -> Result<RestartPolicy, String> {
+    let max_retries = match text.split_once(':') {
         None if text == "no" => Some(0),
         None if text == "on-failure" => Some(u32::MAX),
         Some(("on-failure", times)) => times.parse().ok(),
         _ => None,
     };
-    times_max
-        .map(|times_max| Restart { times_max })
+    max_retries
+        .map(|max_retries| RestartPolicy { max_retries })
         .ok_or_else(|| "not a restart policy: use no, on-failure or on-failure:MAX_RETRIES".to_owned())
 }
 
@@ -266,10 +265,10 @@ mod tests {
 
     #[test]
     fn a_policy_is_how_often() {
-        let times = |text| restart(text).map(|policy| policy.times_max);
+        let times = |text| restart_policy(text).map(|policy| policy.max_retries);
         assert_eq!((times("no"), times("on-failure"), times("on-failure:3")), (Ok(0), Ok(u32::MAX), Ok(3)));
         for text in ["", "always", "on-failure:", "on-failure:-1", "no:1"] {
-            assert!(restart(text).unwrap_err().contains("on-failure:MAX_RETRIES"), "{text}");
+            assert!(restart_policy(text).unwrap_err().contains("on-failure:MAX_RETRIES"), "{text}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Times as a person types and reads them.
+//! Parsing and formatting of timestamps and durations.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,7 +10,7 @@ pub fn ago(now_ms: u64, then_ms: u64) -> String {
 }
 
 /// A moment: how long ago it was (`10m`, `1h30m`), or its date and time (`2026-01-31T12:00:00Z`). Returns nanoseconds since 1970.
-pub fn moment_ns(text: &str) -> Result<u64, String> {
+pub fn timestamp_ns(text: &str) -> Result<u64, String> {
     let time = match humantime::parse_duration(text) {
         Ok(duration) => SystemTime::now().checked_sub(duration),
         Err(_) => humantime::parse_rfc3339_weak(text).ok(),
@@ -30,7 +30,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A moment in nanoseconds since 1970, as RFC 3339 has it.
-pub fn stamp(time_ns: u64) -> String {
+pub fn rfc3339(time_ns: u64) -> String {
     humantime::format_rfc3339_nanos(SystemTime::UNIX_EPOCH + Duration::from_nanos(time_ns)).to_string()
 }
 
@@ -40,12 +40,12 @@ mod tests {
 
     #[test]
     fn a_moment_is_a_date_or_so_long_ago() {
-        assert_eq!(moment_ns("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
+        assert_eq!(timestamp_ns("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
-        let hour = now - moment_ns("1h").unwrap();
+        let hour = now - timestamp_ns("1h").unwrap();
         assert!((3_590_000_000_000..=3_600_000_000_000).contains(&hour), "{hour}");
         for text in ["", "yesterday", "1x", "99999999999999999999y"] {
-            assert!(moment_ns(text).unwrap_err().contains("is not a time"), "{text}");
+            assert!(timestamp_ns(text).unwrap_err().contains("is not a time"), "{text}");
         }
     }
 
@@ -61,6 +61,6 @@ mod tests {
 
     #[test]
     fn a_stamp_is_read_back() {
-        assert_eq!(stamp(1_000_000_001), "1970-01-01T00:00:01.000000001Z");
+        assert_eq!(rfc3339(1_000_000_001), "1970-01-01T00:00:01.000000001Z");
     }
 }

@@ -1,4 +1,4 @@
-//! From the names that a command is given to requests to those machines, and from their answers to an exit code.
+//! Requests to the machines that a command line names, and their exit codes.
 
 use anyhow::{Context, Result, bail};
 
@@ -8,8 +8,8 @@ use crate::request::{Reply, Request, attach};
 use crate::roster::record::State;
 use crate::roster::{self, Entry, Roster};
 
-/// Does `act` to each machine and prints its word; goes on where one fails, and tells so in the end.
-pub fn each(words: &[String], act: impl Fn(&Roster, &Entry) -> Result<()>) -> Result<Exit> {
+/// Calls `act` for each machine and prints its name as it was typed. Continues after a failure, which the exit code reports.
+pub fn for_each(words: &[String], act: impl Fn(&Roster, &Entry) -> Result<()>) -> Result<Exit> {
     let roster = Roster::open()?;
     let mut exit = Exit::Success;
     for word in words {
@@ -21,8 +21,8 @@ pub fn each(words: &[String], act: impl Fn(&Roster, &Entry) -> Result<()>) -> Re
     Ok(exit)
 }
 
-/// Asks a machine for something that it does or does not do.
-pub fn done(entry: &Entry, request: &Request) -> Result<()> {
+/// Sends a request that is answered with success or a refusal.
+pub fn request(entry: &Entry, request: &Request) -> Result<()> {
     match client::ask(&entry.file(roster::CONTROL), request)? {
         Reply::Done => Ok(()),
         Reply::Refused(why) => bail!(why),
@@ -30,17 +30,17 @@ pub fn done(entry: &Entry, request: &Request) -> Result<()> {
     }
 }
 
-/// A word from a machine when it will have ended; nothing where it has ended already.
-pub fn end(entry: &Entry) -> Option<Asked> {
+/// Subscribes to a machine's exit; `None` if it is not running.
+pub fn watch_exit(entry: &Entry) -> Option<Asked> {
     if !entry.alive {
         return None;
     }
     client::begin(&entry.file(roster::CONTROL), &Request::Wait).ok()
 }
 
-/// Waits for the end that `asked` is to tell of, and for the machine's husk, so that its name is free; returns the exit code. A
-/// machine whose husk is killed ends as if its own process had been.
-pub fn code(entry: &Entry, asked: Option<Asked>) -> Result<u8> {
+/// Waits for the exit that `asked` subscribed to, and for the machine's husk process, so that its name is free, and returns the
+/// exit code. If husk was killed, that is the code of a process that was.
+pub fn exit_code(entry: &Entry, asked: Option<Asked>) -> Result<u8> {
     const KILLED: u8 = 137;
     let told = asked.map(attach::code);
     let left = entry.await_end()?.map(|entry| entry.state());

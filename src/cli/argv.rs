@@ -1,4 +1,4 @@
-//! The words of this command line: as they were typed or, of a machine in the background, as who started it hands them over.
+//! The arguments of this process or, for a machine in the background, those that its parent sends it.
 //!
 //! Everybody on the host may read /proc/PID/cmdline, and values of `-e` may be secrets. So a machine in the background has its
 //! words from a pipe, its standard input; and who stays in the foreground covers those values, as curl does with passwords.
@@ -18,7 +18,7 @@ pub const IN_BACKGROUND: &str = "--in-background";
 /// More than execve(2) takes of arguments and variables together.
 const MAX_BYTES: u64 = 8 << 20;
 
-static WORDS: OnceLock<Vec<OsString>> = OnceLock::new();
+static ARGV: OnceLock<Vec<OsString>> = OnceLock::new();
 
 /// Finds the words out, without the program's name. To be called once, before standard input is read and before there is
 /// another thread. Fails where words were to be handed over and did not come whole.
@@ -35,24 +35,24 @@ pub fn read() -> Result<&'static [OsString]> {
         let typed = read().context("read the command line from the parent process")?;
         let added = words.split_off(1);
         words = typed;
-        let place = command(&words)? + 1;
+        let place = command_index(&words)? + 1;
         words.splice(place..place, added);
     }
-    Ok(WORDS.get_or_init(|| words))
+    Ok(ARGV.get_or_init(|| words))
 }
 
 /// The words that [`read`] found.
 pub fn all() -> &'static [OsString] {
-    WORDS.get().map_or(&[], Vec::as_slice)
+    ARGV.get().map_or(&[], Vec::as_slice)
 }
 
 /// Where the command stands among `words`: husk's own options may come before it.
-pub fn command(words: &[OsString]) -> Result<usize> {
+pub fn command_index(words: &[OsString]) -> Result<usize> {
     words.iter().position(|word| !word.as_encoded_bytes().starts_with(b"-")).context("find the command")
 }
 
 /// Hands `words` over to a process that has [`IN_BACKGROUND`].
-pub fn hand_over(words: &[OsString], mut pipe: impl Write) -> std::io::Result<()> {
+pub fn send(words: &[OsString], mut pipe: impl Write) -> std::io::Result<()> {
     pipe.write_all(&pack(words))
 }
 
@@ -77,7 +77,7 @@ fn unpack(packed: &[u8]) -> Result<Vec<OsString>> {
 }
 
 /// Covers the values of `variables`, `NAME=VALUE` each, where others see this process's arguments. What [`all`] returns stays.
-pub fn cover_values(variables: &[OsString]) {
+pub fn mask_values(variables: &[OsString]) {
     let arguments = || std::env::args_os().enumerate().map(|(at, word)| (at, word.into_vec()));
     let mut covered = Vec::new();
     for (at, word) in arguments() {
