@@ -221,7 +221,7 @@ mod tests {
             assert_eq!(chosen(&images, level).unwrap(), Digest::of(expected.as_bytes()), "{level}");
         }
         let error = chosen(&images, 1).unwrap_err().to_string();
-        assert!(error.contains("no image for linux/amd64 that this processor can run"), "{error}");
+        assert!(error.contains("no image for linux/amd64 that this CPU can run"), "{error}");
         assert!(error.contains("linux/amd64/v2, linux/amd64/x, windows/amd64"), "{error}");
         for plain in ["linux/amd64", "linux/amd64/v1"] {
             images.push(image(plain, Some(plain)));

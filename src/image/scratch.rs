@@ -161,7 +161,7 @@ mod tests {
         drop(file);
         store.remove_kept_disk("data").unwrap();
         assert!(store.kept_disks().unwrap().is_empty());
-        assert_eq!(store.remove_kept_disk("data").unwrap_err().to_string(), "there is no disk data");
+        assert_eq!(store.remove_kept_disk("data").unwrap_err().to_string(), "no such disk: data");
     }
 
     #[test]

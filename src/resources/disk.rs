@@ -204,7 +204,7 @@ mod tests {
         // Root may write to any file, but not to this one.
         let root = File::options().write(true).open(image.path()).is_ok();
         let path = if root { Path::new("/sys/kernel/uevent_seqnum") } else { image.path() };
-        assert!(refusal(path, false).contains("(add `,ro` to only read it): "), "{}", refusal(path, false));
+        assert!(refusal(path, false).contains("(add `,ro` to open it read-only): "), "{}", refusal(path, false));
         assert!(open(&config(image.path(), true)).is_ok());
     }
 

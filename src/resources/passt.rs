@@ -453,7 +453,7 @@ mod tests {
             let refused: Vec<String> =
                 started.iter().filter_map(|one| one.as_ref().err()).map(ToString::to_string).collect();
             assert_eq!(refused.len(), 3, "{refused:?}");
-            assert!(refused.iter().all(|error| error.contains("is in use")), "{refused:?}");
+            assert!(refused.iter().all(|error| error.contains("already in use")), "{refused:?}");
             if kind.is_empty() {
                 TcpStream::connect_timeout(&SocketAddr::from(([127, 0, 0, 1], port)), Duration::from_secs(5)).unwrap();
             }
