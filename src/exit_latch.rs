@@ -1,4 +1,4 @@
-//! How a machine's life ended, and the one place where that is declared.
+//! Why a machine exits, and the latch that keeps the first reason declared.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// How a machine ended.
+/// Why a machine exited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitReason {
     /// The guest entered sleep state S5.
@@ -65,19 +65,20 @@ struct Declared {
     panicked_at: Option<Instant>,
 }
 
-/// Where vCPUs and devices say that the machine is to end. The first word counts; `event` wakes who waits for it.
+/// Where vCPUs and devices declare that the machine is to exit. The first reason counts; [`ExitLatch::event`] wakes the thread
+/// that waits for it.
 pub struct ExitLatch {
     declared: Mutex<Declared>,
     event: EventFd,
 }
 
 impl ExitLatch {
-    /// A latch that nobody has declared yet.
+    /// A latch without a reason yet.
     pub fn new() -> io::Result<ExitLatch> {
         Ok(ExitLatch { declared: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
     }
 
-    /// Says that the machine is to end so. Only the first call of all counts. Any thread.
+    /// Declares that the machine is to exit for `reason`. Only the first call counts. Any thread.
     ///
     /// A reset or a triple fault that follows a kernel panic is that panic's last act, and is told as such.
     pub fn declare(&self, reason: ExitReason) {

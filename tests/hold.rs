@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk::sandbox::cgroup::{Hold, Limits};
+use husk::sandbox::cgroup::{CgroupLimits, Limits};
 
 /// What this process uses of processors in the next seconds, while threads of its spin.
 fn share() -> f64 {
@@ -69,7 +69,7 @@ fn limits_change_while_the_process_runs_and_go_with_the_hold() {
 }
 
 fn change_limits() {
-    let mut hold = Hold::new(&Limits::default()).unwrap();
+    let mut hold = CgroupLimits::new(&Limits::default()).unwrap();
     assert!(groups().is_empty(), "nothing was asked for");
     // Before all others, so that on a busy host too it is the limit that decides.
     hold.set_cpu(Some(500), Some(262_144)).unwrap();
@@ -91,7 +91,7 @@ fn change_limits() {
 
     // Both kinds, in one group or in two.
     let limits = Limits { cpu_millicpus: Some(1500), memory_bytes: Some(1 << 30), ..Limits::default() };
-    let mut hold = Hold::new(&limits).unwrap();
+    let mut hold = CgroupLimits::new(&limits).unwrap();
     assert_eq!(hold.limits(), limits);
     hold.set_memory(Some(2 << 30)).unwrap();
     let files = ["memory.max", "memory.limit_in_bytes"];

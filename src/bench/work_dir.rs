@@ -10,7 +10,7 @@ use rustix::mount::{UnmountFlags, unmount};
 
 use super::contender;
 use crate::image::Store;
-use crate::sandbox::cgroup::pen;
+use crate::sandbox::cgroup::child;
 use crate::sys;
 
 /// The directory of all runs, next to the image store.
@@ -78,7 +78,7 @@ impl Drop for WorkDir {
     fn drop(&mut self) {
         contender::remove_networks(&self.dir);
         let id = id_of(&self.dir);
-        for result in [pen::remove_left_behind(&format!("{id}-")), remove(&self.dir)] {
+        for result in [child::remove_left_behind(&format!("{id}-")), remove(&self.dir)] {
             if let Err(error) = result {
                 log::warn!("{error:#}");
             }
@@ -98,7 +98,7 @@ fn remove_stale(base: &Path) -> Result<()> {
         if lock.try_lock().is_ok() {
             log::info!("{} was left behind by a killed run", entry.path().display());
             contender::remove_leftovers(&entry.path());
-            pen::remove_left_behind(&format!("{name}-"))?;
+            child::remove_left_behind(&format!("{name}-"))?;
             remove(&entry.path())?;
         }
     }

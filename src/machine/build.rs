@@ -32,7 +32,7 @@ impl Machine {
     /// the rest of KVM's set-up; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on
     /// the bus before the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
-        let Resources { kvm, kernel, kernel_words, initrd, disks, hold, vsock, networks } = resources;
+        let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
         let supported = ask_for_cpuid(kvm.clone())?;
         let memory = memory::reserve(config.memory_mib)?;
@@ -92,7 +92,7 @@ impl Machine {
         );
         let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
         let vcpus = start_vcpus(&vm, buses, &exit_latch, &supported, processor, entry)?;
-        Ok(Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm, hold })
+        Ok(Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm, cgroup_limits })
     }
 }
 

@@ -14,7 +14,7 @@ use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
 use crate::resources::memory_use::MemoryUse;
-use crate::sandbox::cgroup::Hold;
+use crate::sandbox::cgroup::CgroupLimits;
 use crate::timings::{Step, Timings};
 use crate::vcpu::VcpuThread;
 use crate::virtio::net::NetLink;
@@ -31,7 +31,7 @@ pub struct Machine {
     timings: Arc<Timings>,
     // So late that it outlives all that its memory and its descriptors were lent to.
     vm: Vm,
-    hold: Hold,
+    cgroup_limits: CgroupLimits,
 }
 
 /// The host's hands on a machine's devices: what they did, and the limits that they keep. Cloning shares them, and they may
@@ -96,8 +96,8 @@ impl Machine {
     }
 
     /// What holds the machine's process to its share of the host, to be changed while it runs.
-    pub fn hold(&mut self) -> &mut Hold {
-        &mut self.hold
+    pub fn cgroup_limits(&mut self) -> &mut CgroupLimits {
+        &mut self.cgroup_limits
     }
 
     /// The steps that the machine has reached, and the clock that they are told by.

@@ -33,7 +33,7 @@ use kvm_ioctls::Kvm;
 use crate::boot::{Image, Kernel, Part};
 use crate::config::MachineConfig;
 use crate::sandbox::affinity;
-use crate::sandbox::cgroup::{Hold, Limits};
+use crate::sandbox::cgroup::{CgroupLimits, Limits};
 use host::KVM_API_VERSION;
 
 /// KVM's device node.
@@ -52,7 +52,7 @@ pub struct Resources {
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
     /// What holds this process to its share of the host's processors and memory.
-    pub hold: Hold,
+    pub cgroup_limits: CgroupLimits,
     /// The host's side of the guest's sockets.
     pub vsock: Option<vsock::VsockSocket>,
     /// The host's sides of the guest's network interfaces.
@@ -66,7 +66,7 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
     let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
     let kvm = open_kvm()?;
     // Last, since these are the only ones that make something.
-    let hold = Hold::new(&Limits {
+    let cgroup_limits = CgroupLimits::new(&Limits {
         cpu_millicpus: config.cpu_limit_millicpus,
         cpu_shares: config.cpu_shares,
         memory_bytes: config.host_memory_mib.map(|mib| mib << 20),
@@ -76,7 +76,7 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
     }
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
     let networks = config.networks.iter().map(|network| net::open(network, config)).collect::<Result<Vec<_>>>()?;
-    Ok(Resources { kvm, kernel, kernel_words, initrd, disks, hold, vsock, networks })
+    Ok(Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks })
 }
 
 fn open_initrd(path: &Path) -> Result<Part> {

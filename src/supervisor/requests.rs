@@ -234,8 +234,8 @@ impl Supervisor<'_> {
         }
         if update.millicpus.is_some() || update.cpu_shares.is_some() {
             let all = config.cpus.saturating_mul(1000);
-            let hold = self.machine.hold();
-            let before = hold.limits();
+            let cgroup_limits = self.machine.cgroup_limits();
+            let before = cgroup_limits.limits();
             let millicpus = match update.millicpus {
                 None => before.cpu_millicpus,
                 Some(millicpus) if millicpus > all => {
@@ -243,7 +243,7 @@ impl Supervisor<'_> {
                 }
                 Some(millicpus) => Some(millicpus).filter(|millicpus| *millicpus < all),
             };
-            hold.set_cpu(millicpus, update.cpu_shares.or(before.cpu_shares))?;
+            cgroup_limits.set_cpu(millicpus, update.cpu_shares.or(before.cpu_shares))?;
             (config.cpu_limit_millicpus, config.cpu_shares) = (millicpus, update.cpu_shares.or(config.cpu_shares));
         }
         for (disk, control) in config.disks.iter_mut().zip(&self.machine.controls().disks) {

@@ -58,11 +58,11 @@ impl Contender for Bwrap {
         let dir = fixture.instance_dir(NAME, job)?;
         let root = setup::root(fixture, &dir)?.display().to_string();
         let scratch = setup::scratch(job, &dir)?.map(|scratch| scratch.display().to_string());
-        let pen = LimitScope::Container.pen(fixture, NAME, job);
+        let cgroup = LimitScope::Container.cgroup(fixture, NAME, job);
         let mut command = command(&command_line(&root, super::is_root(), scratch.as_deref(), job))?;
-        let doors = setup::doors(pen.as_ref())?;
-        sys::process::begin_in(&mut command, doors, None).context("join the control groups")?;
-        let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove()).and_then(|()| work_dir::remove(&dir));
+        let procs_files = setup::procs_files(cgroup.as_ref())?;
+        sys::process::begin_in(&mut command, procs_files, None).context("join the control groups")?;
+        let clean_up = move || cgroup.map_or(Ok(()), |cgroup| cgroup.remove()).and_then(|()| work_dir::remove(&dir));
         Ok(Launch {
             command,
             passes_exit_code: true,

@@ -77,10 +77,11 @@ pub fn launch(
     let scratch_path = scratch.as_ref().map(|scratch| scratch.path.clone());
     let files = GuestFiles { kernel: &kernel, root: &fixture.disk, scratch: scratch_path.as_deref() };
     let mut command = command(&line(&files, job)?)?;
-    let pen = LimitScope::Machine.pen(fixture, name, job);
-    sys::process::begin_in(&mut command, setup::doors(pen.as_ref())?, None).context("join the control groups")?;
+    let cgroup = LimitScope::Machine.cgroup(fixture, name, job);
+    sys::process::begin_in(&mut command, setup::procs_files(cgroup.as_ref())?, None)
+        .context("join the control groups")?;
     let clean_up = move || {
-        pen.map_or(Ok(()), |pen| pen.remove())?;
+        cgroup.map_or(Ok(()), |cgroup| cgroup.remove())?;
         scratch.map_or(Ok(()), Scratch::remove)
     };
     Ok(Launch { command, passes_exit_code: false, address, clean_up: Some(Box::new(clean_up)) })

@@ -75,12 +75,13 @@ impl Contender for Host {
     }
 
     fn launch(&self, fixture: &Fixture, job: &Job) -> Result<Launch> {
-        let pen = LimitScope::Container.pen(fixture, NAME, job);
+        let cgroup = LimitScope::Container.cgroup(fixture, NAME, job);
         let root = root(fixture);
-        let doors = setup::doors(pen.as_ref())?;
-        let mut command = if is_root() { bare(job, &root, doors)? } else { command(&command_line(fixture, job))? };
+        let procs_files = setup::procs_files(cgroup.as_ref())?;
+        let mut command =
+            if is_root() { bare(job, &root, procs_files)? } else { command(&command_line(fixture, job))? };
         command.env_clear().envs(ENVIRONMENT);
-        let clean_up = move || pen.map_or(Ok(()), |pen| pen.remove());
+        let clean_up = move || cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
         Ok(Launch {
             command,
             passes_exit_code: true,
@@ -95,8 +96,8 @@ impl Contender for Host {
 }
 
 /// Starts the program directly, without a chroot program in between.
-fn bare(job: &Job, root: &Path, doors: Vec<fs::File>) -> Result<Command> {
+fn bare(job: &Job, root: &Path, procs_files: Vec<fs::File>) -> Result<Command> {
     let mut command = command(&job.command)?;
-    sys::process::begin_in(&mut command, doors, Some(root)).context("change the root directory")?;
+    sys::process::begin_in(&mut command, procs_files, Some(root)).context("change the root directory")?;
     Ok(command)
 }

@@ -11,7 +11,7 @@ use super::program::{Program, major, which};
 use super::{Contender, Fixture, Job, Launch, Unsupported, engine, example_job, is_root, oci, strings, work_dir};
 use crate::resources::net::TUN_PATH;
 use crate::resources::programs;
-use crate::sandbox::cgroup::pen;
+use crate::sandbox::cgroup::child;
 
 /// The mode of Podman.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,7 +229,7 @@ fn remove_all(dir: &Path) -> Result<()> {
     }
     output(&line(dir, &["rm", "--all", "--force", "--time", "0"]))?;
     let id = work_dir::id_of(dir);
-    pen::remove_left_behind(&format!("{id}-podman"))?;
+    child::remove_left_behind(&format!("{id}-podman"))?;
     if has_network(dir) {
         output(&line(dir, &["network", "rm", &id]))?;
     }

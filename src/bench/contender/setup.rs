@@ -10,7 +10,7 @@ use rustix::mount::{MountFlags, mount};
 use super::{Fixture, Job, is_root};
 use crate::foreign::one_line;
 use crate::sandbox::cgroup::Limits;
-use crate::sandbox::cgroup::pen::Pen;
+use crate::sandbox::cgroup::child::ChildCgroup;
 
 /// Which limits are enforced by control groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +38,8 @@ impl LimitScope {
 
     /// Creates the control groups of an instance. Returns `None` if that is impossible, which [`LimitScope::note`]
     /// reports.
-    pub fn pen(self, fixture: &Fixture, contender: &str, job: &Job) -> Option<Pen> {
-        Pen::new(&fixture.instance_name(contender, job), &self.limits(fixture)).ok()
+    pub fn cgroup(self, fixture: &Fixture, contender: &str, job: &Job) -> Option<ChildCgroup> {
+        ChildCgroup::new(&fixture.instance_name(contender, job), &self.limits(fixture)).ok()
     }
 
     /// Returns a note for the report if limits cannot be enforced.
@@ -48,15 +48,16 @@ impl LimitScope {
         if limits == Limits::default() {
             return None;
         }
-        let refused = Pen::new(&format!("{}-probe", fixture.id()), &limits).and_then(Pen::remove).err()?;
+        let refused =
+            ChildCgroup::new(&format!("{}-probe", fixture.id()), &limits).and_then(ChildCgroup::remove).err()?;
         let refused = one_line(&format!("{refused:#}"));
         Some(format!("CPU and memory limits are not enforced: {refused}"))
     }
 }
 
 /// Opens the control groups for a new process to join.
-pub fn doors(pen: Option<&Pen>) -> Result<Vec<File>> {
-    pen.map_or(Ok(Vec::new()), Pen::doors)
+pub fn procs_files(cgroup: Option<&ChildCgroup>) -> Result<Vec<File>> {
+    cgroup.map_or(Ok(Vec::new()), ChildCgroup::procs_files)
 }
 
 /// Returns the root of an instance. For root, it is an overlay whose changes are in the instance's directory;

@@ -40,7 +40,7 @@ impl Controller {
 
 /// Where something is given out to us.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct CgroupPath {
     /// Which kind of groups there are.
     pub version: Version,
     /// The root of all groups, as far as we see.
@@ -49,16 +49,16 @@ pub struct Place {
     pub home: PathBuf,
 }
 
-impl Place {
+impl CgroupPath {
     /// Where `controller` has us now. `None` on a host without it.
-    pub fn of_this_process(controller: Controller) -> Result<Option<Place>> {
+    pub fn of_this_process(controller: Controller) -> Result<Option<CgroupPath>> {
         let read = |path| fs::read_to_string(path).with_context(|| format!("read {path}"));
-        Ok(Place::find(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?, controller))
+        Ok(CgroupPath::find(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?, controller))
     }
 
     /// Looks for it in /proc/self/cgroup and /proc/self/mountinfo. On a host with both versions, only one of them has the
     /// controller: the first if it is there.
-    fn find(groups: &str, mounts: &str, controller: Controller) -> Option<Place> {
+    fn find(groups: &str, mounts: &str, controller: Controller) -> Option<CgroupPath> {
         let group = |wanted: &dyn Fn(&str) -> bool| {
             groups.lines().find_map(|line| {
                 let (_, rest) = line.split_once(':')?;
@@ -83,7 +83,7 @@ impl Place {
             // In a container the mount may begin further down.
             let below = Path::new(path).strip_prefix(root).ok()?;
             // Without the slash behind it that joining nothing leaves.
-            Some(Place { version, home: mount.join(below).components().collect(), mount })
+            Some(CgroupPath { version, home: mount.join(below).components().collect(), mount })
         })
     }
 
@@ -113,7 +113,7 @@ impl Place {
             made => made.with_context(|| format!("create the cgroup {}", folder.display()))?,
         }
         // From here on dropping it cleans up.
-        let Place { version, mount, home } = self.clone();
+        let CgroupPath { version, mount, home } = self.clone();
         let mut group = Group { version, parent_is_root: *parent == mount, folder, home, switched_on: Vec::new() };
         group.write("cgroup.procs", "0")?;
         group.give_out(controller)?;
@@ -217,7 +217,8 @@ mod tests {
 
     fn find(groups: &str, mounts: &str) -> Option<(Version, String, String)> {
         let text = |path: PathBuf| path.to_str().unwrap().to_owned();
-        Place::find(groups, mounts, Controller::Cpu).map(|place| (place.version, text(place.mount), text(place.home)))
+        CgroupPath::find(groups, mounts, Controller::Cpu)
+            .map(|place| (place.version, text(place.mount), text(place.home)))
     }
 
     #[test]
@@ -239,7 +240,7 @@ mod tests {
     fn each_controller_of_the_first_version_has_a_place_of_its_own() {
         let mounts = "25 30 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                       26 30 0:24 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
-        let home = |controller| Place::find("4:memory:/a\n3:cpu:/b\n0::/\n", mounts, controller).unwrap().home;
+        let home = |controller| CgroupPath::find("4:memory:/a\n3:cpu:/b\n0::/\n", mounts, controller).unwrap().home;
         assert_eq!(home(Controller::Memory), Path::new("/sys/fs/cgroup/memory/a"));
         assert_eq!(home(Controller::Cpu), Path::new("/sys/fs/cgroup/cpu/b"));
     }
@@ -284,7 +285,7 @@ mod tests {
     fn what_is_no_control_group_holds_nothing() {
         let folder = tempfile::tempdir().unwrap();
         for version in [Version::V1, Version::V2] {
-            let place = Place { version, mount: folder.path().to_owned(), home: folder.path().to_owned() };
+            let place = CgroupPath { version, mount: folder.path().to_owned(), home: folder.path().to_owned() };
             let error = format!("{:#}", place.enter_in(folder.path(), Controller::Cpu).unwrap_err());
             assert!(error.contains("cgroup.procs") && !error.contains('\n'), "{error}");
             assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "it left something behind");

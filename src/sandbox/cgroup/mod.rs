@@ -8,10 +8,10 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, bail};
 
+pub mod child;
 mod group;
-pub mod pen;
 
-use group::{Controller, Group, Place, Version};
+use group::{CgroupPath, Controller, Group, Version};
 
 /// Time is given out once in so long, as other tools do it.
 const PERIOD_US: u64 = 100_000;
@@ -31,29 +31,31 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
 }
 
-/// Holds this process, all of its threads, for as long as it exists; dropping it lets go. It holds nothing unless told.
+/// The limits of this process and all of its threads, kept by control groups that exist as long as this does. There are none
+/// unless a limit is set.
 #[derive(Debug, Default)]
-pub struct Hold {
+pub struct CgroupLimits {
     // More than one where each controller has a tree of its own.
     groups: Vec<(Controller, Group)>,
     limits: Limits,
 }
 
-impl Hold {
-    /// Holds this process to `limits`. To be called before there is a guest's memory: what is there already counts where it
-    /// came from.
+impl CgroupLimits {
+    /// Puts this process under `limits`. To be called before guest memory is allocated: memory that is charged to another group
+    /// stays charged to it.
     ///
-    /// Groups that processes left behind which were killed are removed on the way.
-    pub fn new(limits: &Limits) -> Result<Hold> {
-        let mut hold = Hold::default();
-        hold.set_cpu(limits.cpu_millicpus, limits.cpu_shares)?;
+    /// Removes stale groups of processes that were killed.
+    pub fn new(limits: &Limits) -> Result<CgroupLimits> {
+        let mut cgroup_limits = CgroupLimits::default();
+        cgroup_limits.set_cpu(limits.cpu_millicpus, limits.cpu_shares)?;
         if limits.memory_bytes.is_some() {
-            hold.group_for(Controller::Memory)
+            cgroup_limits
+                .group_for(Controller::Memory)
                 .map(drop)
-                .and_then(|()| hold.write_memory(limits.memory_bytes))
+                .and_then(|()| cgroup_limits.write_memory(limits.memory_bytes))
                 .with_context(|| memory_advice(limits.memory_bytes))?;
         }
-        Ok(hold)
+        Ok(cgroup_limits)
     }
 
     /// The limits in force.
@@ -87,7 +89,7 @@ impl Hold {
         let index = match self.groups.iter().position(|(other, _)| *other == controller) {
             Some(index) => index,
             None => {
-                let place = Place::of_this_process(controller)?;
+                let place = CgroupPath::of_this_process(controller)?;
                 let place =
                     place.with_context(|| format!("this host has no cgroup controller for {}", controller.name()))?;
                 // In version 2 one group does for all.
@@ -172,7 +174,7 @@ fn memory_advice(bytes: Option<u64>) -> String {
 
 /// How a program is started in a group that systemd makes. It divides users' own groups in the second version only.
 fn scope() -> &'static str {
-    let version = Place::of_this_process(Controller::Cpu).ok().flatten().map(|place| place.version);
+    let version = CgroupPath::of_this_process(Controller::Cpu).ok().flatten().map(|place| place.version);
     match version {
         _ if is_root() => "systemd-run --scope",
         Some(Version::V1) => "sudo systemd-run --scope",
@@ -197,7 +199,7 @@ mod tests {
     #[test]
     fn who_asks_for_nothing_is_not_moved() {
         let before = fs::read_to_string("/proc/self/cgroup").unwrap();
-        let hold = Hold::new(&Limits::default()).unwrap();
+        let hold = CgroupLimits::new(&Limits::default()).unwrap();
         assert_eq!(fs::read_to_string("/proc/self/cgroup").unwrap(), before);
         assert!(hold.groups.is_empty());
     }

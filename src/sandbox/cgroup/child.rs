@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::group::{self, Controller, Place, Version};
+use super::group::{self, CgroupPath, Controller, Version};
 use super::{Limits, PERIOD_US};
 
 /// A killed process has gone after so long, or waits for a device.
@@ -17,17 +17,17 @@ const GONE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Groups with one name, one for each tree of them.
 #[derive(Debug)]
-pub struct Pen {
+pub struct ChildCgroup {
     folders: Vec<PathBuf>,
 }
 
-impl Pen {
+impl ChildCgroup {
     /// Makes groups of this name that keep `limits`: processor time and memory.
-    pub fn new(name: &str, limits: &Limits) -> Result<Pen> {
+    pub fn new(name: &str, limits: &Limits) -> Result<ChildCgroup> {
         // From here on dropping it cleans up.
-        let mut pen = Pen { folders: Vec::new() };
+        let mut cgroup = ChildCgroup { folders: Vec::new() };
         if let Some(millicpus) = limits.cpu_millicpus {
-            let (version, folder) = pen.place(name, Controller::Cpu)?;
+            let (version, folder) = cgroup.place(name, Controller::Cpu)?;
             let quota_us = u64::from(millicpus) * PERIOD_US / 1000;
             match version {
                 Version::V1 => {
@@ -38,15 +38,15 @@ impl Pen {
             }
         }
         if let Some(bytes) = limits.memory_bytes {
-            let (version, folder) = pen.place(name, Controller::Memory)?;
+            let (version, folder) = cgroup.place(name, Controller::Memory)?;
             let file = if version == Version::V1 { "memory.limit_in_bytes" } else { "memory.max" };
             group::write(&folder, file, &bytes.to_string())?;
         }
-        Ok(pen)
+        Ok(cgroup)
     }
 
     /// What a process writes `0` to in order to enter.
-    pub fn doors(&self) -> Result<Vec<File>> {
+    pub fn procs_files(&self) -> Result<Vec<File>> {
         let open = |folder: &PathBuf| {
             let path = folder.join("cgroup.procs");
             File::options().write(true).open(&path).with_context(|| format!("open {}", path.display()))
@@ -61,7 +61,7 @@ impl Pen {
 
     /// A group that `controller` is given out to, made if need be.
     fn place(&mut self, name: &str, controller: Controller) -> Result<(Version, PathBuf)> {
-        let place = Place::of_this_process(controller)?;
+        let place = CgroupPath::of_this_process(controller)?;
         let place = place.with_context(|| format!("this host has no cgroup controller for {}", controller.name()))?;
         let mut refused = None;
         // In version 2 one group does for all: a process is in one only.
@@ -76,7 +76,7 @@ impl Pen {
         Err(refused.context("there is no place for it")?).with_context(|| format!("create the cgroup {name}"))
     }
 
-    fn make(&mut self, place: &Place, parent: &Path, folder: &PathBuf, controller: Controller) -> Result<()> {
+    fn make(&mut self, place: &CgroupPath, parent: &Path, folder: &PathBuf, controller: Controller) -> Result<()> {
         if place.version == Version::V2 && !group::gives_out(parent, controller) {
             // What others share is changed at the root only, where it is everybody's.
             ensure!(
@@ -95,7 +95,7 @@ impl Pen {
     }
 }
 
-impl Drop for Pen {
+impl Drop for ChildCgroup {
     fn drop(&mut self) {
         for folder in &self.folders {
             let _ = remove(folder);
@@ -108,7 +108,7 @@ impl Drop for Pen {
 pub fn remove_left_behind(prefix: &str) -> Result<()> {
     let mut folders = group::mounts()?;
     for controller in [Controller::Cpu, Controller::Memory] {
-        folders.extend(Place::of_this_process(controller)?.iter().flat_map(parents));
+        folders.extend(CgroupPath::of_this_process(controller)?.iter().flat_map(parents));
     }
     for entry in folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(prefix) && entry.file_type().is_ok_and(|kind| kind.is_dir())
@@ -121,7 +121,7 @@ pub fn remove_left_behind(prefix: &str) -> Result<()> {
 
 /// Where a group of ours may stand, best first: in ours, or in version 2, where that is not divided while we are in it, at the root or
 /// beside ours.
-fn parents(place: &Place) -> Vec<PathBuf> {
+fn parents(place: &CgroupPath) -> Vec<PathBuf> {
     match (place.version, place.home.parent()) {
         (Version::V1, _) => vec![place.home.clone()],
         (Version::V2, Some(beside)) if place.home != place.mount && beside != place.mount => {
