@@ -1,4 +1,4 @@
-//! The work program of `husk bench` as husk carries it: every measure that it is named for, and what it is beside its work.
+//! The workload program of `husk bench`: every task, and its other commands.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

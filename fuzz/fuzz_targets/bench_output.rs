@@ -1,4 +1,4 @@
-//! What an instance of `husk bench` prints: a hostile guest's, in pieces as they are read.
+//! Parses the output of a `husk bench` instance, which comes from an untrusted guest, in pieces as they are read.
 #![no_main]
 
 use std::time::{Duration, Instant};

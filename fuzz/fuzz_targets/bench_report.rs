@@ -1,7 +1,7 @@
-//! A report of `husk bench` that was written elsewhere, from its text to everything that is made of one.
+//! Parses an untrusted report of `husk bench` and renders everything that is made from one.
 #![no_main]
 
-use husk::bench::{compare, page, report::Report, example, statistics, table, verdict};
+use husk::bench::{compare, example, page, report::Report, statistics, table, verdict};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
