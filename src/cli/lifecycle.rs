@@ -43,7 +43,7 @@ pub struct LifecycleArgs {
     #[arg(long)]
     rm: bool,
 
-    /// RestartPolicy policy to apply when the machine fails: no or on-failure[:MAX_RETRIES]
+    /// Restart policy to apply when the machine fails: no, on-failure or on-failure:MAX_RETRIES
     #[arg(long, value_name = "POLICY", value_parser = restart_policy, default_value = "no", hide_default_value = true)]
     #[arg(requires = "detach", conflicts_with = "rm")]
     restart: RestartPolicy,
