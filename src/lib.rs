@@ -19,8 +19,8 @@ pub mod machine;
 pub mod memory;
 pub mod request;
 pub mod resources;
-pub mod roster;
 pub mod sandbox;
+pub mod state_dir;
 pub mod supervisor;
 pub mod sys;
 #[cfg(test)]

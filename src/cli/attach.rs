@@ -5,7 +5,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use crate::request::attach::{self, End};
-use crate::roster::{self, Roster};
+use crate::state_dir::{self, StateDir};
 use crate::supervisor;
 
 const EXAMPLES: &str = "\
@@ -31,13 +31,13 @@ pub struct Attach {
 impl Attach {
     /// Stays until the machine has ended, whose code is the exit code then, or its user leaves.
     pub fn run(self) -> Result<Exit> {
-        let entry = Roster::open()?.find(&self.machine)?;
+        let entry = StateDir::open()?.find(&self.machine)?;
         let record = entry.record()?;
         // A machine of parts has a console, which is a terminal and reads.
         let (stdin, terminal) =
             record.process.as_ref().map_or((true, true), |process| (process.stdin, process.terminal));
         let signals = supervisor::block_signals(true)?;
-        let end = attach::attach(&entry.file(roster::CONTROL), &signals, stdin && !self.no_stdin, terminal);
+        let end = attach::attach(&entry.file(state_dir::CONTROL), &signals, stdin && !self.no_stdin, terminal);
         match end.with_context(|| format!("attach to {}", entry.name()))? {
             End::Ended(code) => Ok(Exit::Reported(code)),
             End::Left => Ok(Exit::Success),

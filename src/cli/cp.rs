@@ -19,8 +19,8 @@ use super::exec;
 use super::exit::Exit;
 use crate::guest::exec as guest;
 use crate::image::{Progress, tar_copy, tar_write};
-use crate::roster::{self, Roster};
 use crate::sandbox;
+use crate::state_dir::{self, StateDir};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -174,16 +174,16 @@ fn base_name(path: &str) -> (OsString, bool) {
 /// The machine and the path in `MACHINE:PATH`. What begins with a path's signs is one of this host's.
 fn split_machine(text: &str) -> Option<(&str, &str)> {
     let (name, path) = text.split_once(':')?;
-    roster::names::check(name).is_ok().then_some((name, path))
+    state_dir::names::check(name).is_ok().then_some((name, path))
 }
 
 fn start_copy(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::Connections> {
-    let entry = Roster::open()?.find(name)?;
+    let entry = StateDir::open()?.find(name)?;
     exec::inherited(&entry)?;
     ensure!(!path.is_empty(), "no path given after {name}:");
     let args = [INIT_PROGRAM, word, path].map(|word| word.as_bytes().to_vec()).to_vec();
     let process = Process { args, user: "0:0".into(), stdin, ..Process::default() };
-    guest::ask(&entry.file(roster::VSOCK), &process)?.connect()
+    guest::ask(&entry.file(state_dir::VSOCK), &process)?.connect()
 }
 
 type Errors = std::thread::JoinHandle<String>;

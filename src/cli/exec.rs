@@ -11,8 +11,8 @@ use super::process::ProcessFlags;
 use crate::console::terminal;
 use crate::guest::exec::{self, End};
 use crate::guest::process::Defaults;
-use crate::roster::record::{Inherited, State};
-use crate::roster::{self, Entry, Roster};
+use crate::state_dir::record::{Inherited, State};
+use crate::state_dir::{self, MachineEntry, StateDir};
 use crate::supervisor;
 
 const EXAMPLES: &str = "\
@@ -71,9 +71,9 @@ impl Exec {
         }
         ensure!(!command.is_empty(), "no command given: add one after the machine");
         self.process.check_terminal()?;
-        let entry = Roster::open()?.find(machine)?;
+        let entry = StateDir::open()?.find(machine)?;
         let process = self.process(inherited(&entry)?, command)?;
-        let vsock = entry.file(roster::VSOCK);
+        let vsock = entry.file(state_dir::VSOCK);
         let admitted = exec::ask(&vsock, &process)?;
         let end = if self.detach {
             End::Told(admitted.connect()?.started()?)
@@ -115,7 +115,7 @@ impl Exec {
 }
 
 /// What processes of the machine inherit. Fails where it cannot take one more.
-pub fn inherited(entry: &Entry) -> Result<Inherited> {
+pub fn inherited(entry: &MachineEntry) -> Result<Inherited> {
     let name = entry.name();
     match entry.state() {
         State::Running { .. } => {}

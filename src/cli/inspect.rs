@@ -6,7 +6,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::ps;
 use crate::image::Store;
-use crate::roster::Roster;
+use crate::state_dir::StateDir;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -26,8 +26,8 @@ pub struct Inspect {
 impl Inspect {
     /// Prints a list with an object for each. A name that a machine has is the machine's.
     pub fn run(self) -> Result<Exit> {
-        let roster = Roster::open()?;
-        let find = |name: &String| match roster.find(name) {
+        let state_dir = StateDir::open()?;
+        let find = |name: &String| match state_dir.find(name) {
             Ok(entry) => Ok(ps::to_json(&entry)),
             Err(_) => image(name).with_context(|| format!("no such machine or image: {name}")),
         };

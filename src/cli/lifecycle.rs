@@ -14,9 +14,9 @@ use super::exit::Exit;
 use super::size;
 use crate::config::MachineConfig;
 use crate::console::stream_log;
-use crate::roster::origin::Origin;
-use crate::roster::record::{Inherited, Record, State, now_ms};
-use crate::roster::{Entry, MachineFolder, Roster, names};
+use crate::state_dir::origin::Origin;
+use crate::state_dir::record::{Inherited, Record, State, now_ms};
+use crate::state_dir::{MachineDir, MachineEntry, StateDir, names};
 use crate::supervisor::{self, ControlEndpoint};
 use crate::sys::SignalFd;
 
@@ -95,20 +95,20 @@ impl LifecycleArgs {
     }
 
     /// Makes the machine's folder, with its name. In the background this is where the session of the terminal is left.
-    pub fn folder(&mut self) -> Result<MachineFolder> {
+    pub fn folder(&mut self) -> Result<MachineDir> {
         if self.in_background {
             rustix::process::setsid().context("leave the terminal")?;
         }
-        let roster = Roster::open()?;
-        let Some(id) = &self.again else { return roster.create(self.name.as_deref()) };
-        let folder = roster.reopen(id)?;
+        let state_dir = StateDir::open()?;
+        let Some(id) = &self.again else { return state_dir.create(self.name.as_deref()) };
+        let folder = state_dir.reopen(id)?;
         // It may have been renamed.
         self.name = folder.record()?.name;
         Ok(folder)
     }
 
     /// Opens the machine's endpoint.
-    pub fn endpoint(&self, folder: MachineFolder, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
+    pub fn endpoint(&self, folder: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
         let RecordInfo { image, command, process, stop_signal } = info;
         let earlier = if self.again.is_some() { Some(folder.record()?) } else { None };
         let keep = self.detach && !self.rm;
@@ -180,7 +180,7 @@ pub fn spawn_detached() -> Result<Exit> {
 }
 
 /// Starts a stopped machine in the background, as it was started before. That process prints its own errors.
-pub fn start_stopped(entry: &Entry) -> Result<Exit> {
+pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
     check_restartable(entry)?;
     let (command, words) = Origin::read(entry)?.command()?;
     Ok(match launch(command, &words, Some(&entry.id))? {
@@ -190,7 +190,7 @@ pub fn start_stopped(entry: &Entry) -> Result<Exit> {
 }
 
 /// Fails if the machine is removed when it exits.
-pub fn check_restartable(entry: &Entry) -> Result<()> {
+pub fn check_restartable(entry: &MachineEntry) -> Result<()> {
     ensure!(
         entry.record()?.keep,
         "only a machine that was started with --detach and without --rm can be started again"

@@ -8,7 +8,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::console::terminal;
 use crate::foreign;
-use crate::roster::husk_log;
+use crate::state_dir::husk_log;
 
 /// Lines that are written in each second; the rest are counted.
 const LINES_PER_SECOND: u32 = 50;

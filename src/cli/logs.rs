@@ -12,7 +12,7 @@ use super::exit::Exit;
 use super::time;
 use crate::console::stream_log::{Head, LogReader};
 use crate::request::attach;
-use crate::roster::{self, Entry, Roster};
+use crate::state_dir::{self, MachineEntry, StateDir};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -58,7 +58,7 @@ pub struct Logs {
 impl Logs {
     /// Prints what there is, and with `--follow` what comes.
     pub fn run(self) -> Result<Exit> {
-        let entry = Roster::open()?.find(&self.machine)?;
+        let entry = StateDir::open()?.find(&self.machine)?;
         if self.kernel {
             return print_kernel(&entry);
         }
@@ -68,7 +68,7 @@ impl Logs {
             "machine {} runs in the foreground and has no logs: its output is on the terminal it was started from",
             entry.name()
         );
-        let path = entry.file(roster::STREAMS_LOG);
+        let path = entry.file(state_dir::STREAMS_LOG);
         let mut reader = LogReader::open(&path);
         let mut last = match self.tail {
             Some(count) => last_lines(&mut reader, count)?,
@@ -77,7 +77,7 @@ impl Logs {
         let mut at_line_start = true;
         loop {
             // Before the log is read to its end: what was written before the machine's end is printed.
-            let alive = self.follow && Roster::open()?.find(&entry.id).is_ok_and(|entry| entry.alive);
+            let alive = self.follow && StateDir::open()?.find(&entry.id).is_ok_and(|entry| entry.alive);
             while let Some((head, content)) = next(&mut last, &mut reader)? {
                 if self.is_wanted(&head) && !content.is_empty() {
                     let is_read = match self.timestamps {
@@ -166,8 +166,8 @@ fn with_timestamps(head: &Head, content: &[u8], at_line_start: &mut bool) -> Vec
     text
 }
 
-fn print_kernel(entry: &Entry) -> Result<Exit> {
-    for name in ["console.old", roster::CONSOLE_LOG, "husk.old", roster::HUSK_LOG] {
+fn print_kernel(entry: &MachineEntry) -> Result<Exit> {
+    for name in ["console.old", state_dir::CONSOLE_LOG, "husk.old", state_dir::HUSK_LOG] {
         let Ok(mut file) = File::open(entry.file(name)) else { continue };
         match io::copy(&mut file, &mut io::stdout().lock()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,

@@ -5,15 +5,15 @@ use anyhow::{Context, Result, bail};
 use super::exit::Exit;
 use crate::request::client::{self, Asked};
 use crate::request::{Reply, Request, attach};
-use crate::roster::record::State;
-use crate::roster::{self, Entry, Roster};
+use crate::state_dir::record::State;
+use crate::state_dir::{self, MachineEntry, StateDir};
 
 /// Calls `act` for each machine and prints its name as it was typed. Continues after a failure, which the exit code reports.
-pub fn for_each(words: &[String], act: impl Fn(&Roster, &Entry) -> Result<()>) -> Result<Exit> {
-    let roster = Roster::open()?;
+pub fn for_each(words: &[String], act: impl Fn(&StateDir, &MachineEntry) -> Result<()>) -> Result<Exit> {
+    let state_dir = StateDir::open()?;
     let mut exit = Exit::Success;
     for word in words {
-        match roster.find(word).and_then(|entry| act(&roster, &entry).with_context(|| entry.name().to_owned())) {
+        match state_dir.find(word).and_then(|entry| act(&state_dir, &entry).with_context(|| entry.name().to_owned())) {
             Ok(()) => super::print(&format!("{word}\n"))?,
             Err(error) => exit = super::report(&error),
         }
@@ -22,8 +22,8 @@ pub fn for_each(words: &[String], act: impl Fn(&Roster, &Entry) -> Result<()>) -
 }
 
 /// Sends a request that is answered with success or a refusal.
-pub fn request(entry: &Entry, request: &Request) -> Result<()> {
-    match client::ask(&entry.file(roster::CONTROL), request)? {
+pub fn request(entry: &MachineEntry, request: &Request) -> Result<()> {
+    match client::ask(&entry.file(state_dir::CONTROL), request)? {
         Reply::Done => Ok(()),
         Reply::Refused(why) => bail!(why),
         other => bail!("unexpected response from the machine: {other:?}"),
@@ -31,16 +31,16 @@ pub fn request(entry: &Entry, request: &Request) -> Result<()> {
 }
 
 /// Subscribes to a machine's exit; `None` if it is not running.
-pub fn watch_exit(entry: &Entry) -> Option<Asked> {
+pub fn watch_exit(entry: &MachineEntry) -> Option<Asked> {
     if !entry.alive {
         return None;
     }
-    client::begin(&entry.file(roster::CONTROL), &Request::Wait).ok()
+    client::begin(&entry.file(state_dir::CONTROL), &Request::Wait).ok()
 }
 
 /// Waits for the exit that `asked` subscribed to, and for the machine's husk process, so that its name is free, and returns the
 /// exit code. If husk was killed, that is the code of a process that was.
-pub fn exit_code(entry: &Entry, asked: Option<Asked>) -> Result<u8> {
+pub fn exit_code(entry: &MachineEntry, asked: Option<Asked>) -> Result<u8> {
     const KILLED: u8 = 137;
     let told = asked.map(attach::code);
     let left = entry.await_end()?.map(|entry| entry.state());

@@ -54,7 +54,7 @@ use crate::bench::plan::UsageError;
 use crate::config::Invalid;
 use crate::console::stream_log::Stream;
 use crate::foreign;
-use crate::roster::husk_log;
+use crate::state_dir::husk_log;
 
 const EXAMPLES: &str = "\
 Examples:

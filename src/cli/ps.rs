@@ -7,8 +7,8 @@ use serde_json::json;
 use super::exit::Exit;
 use super::time::ago;
 use crate::config::{Attachment, PortForward};
-use crate::roster::record::{Record, State, now_ms};
-use crate::roster::{Entry, Roster};
+use crate::state_dir::record::{Record, State, now_ms};
+use crate::state_dir::{MachineEntry, StateDir};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -40,9 +40,9 @@ pub struct Ps {
 impl Ps {
     /// Prints the list, the newest first.
     pub fn run(self) -> Result<Exit> {
-        let roster = Roster::open()?;
-        roster.sweep()?;
-        let mut entries = roster.list()?;
+        let state_dir = StateDir::open()?;
+        state_dir.remove_stale()?;
+        let mut entries = state_dir.list()?;
         entries.retain(|entry| self.all || entry.alive);
         if self.json {
             let list: Vec<_> = entries.iter().map(to_json).collect();
@@ -60,7 +60,7 @@ impl Ps {
 }
 
 /// All that is known of a machine, its state as it is now.
-pub fn to_json(entry: &Entry) -> serde_json::Value {
+pub fn to_json(entry: &MachineEntry) -> serde_json::Value {
     let mut value = match &entry.record {
         Some(record) => json!(record),
         None => json!({ "id": entry.id }),
@@ -70,7 +70,7 @@ pub fn to_json(entry: &Entry) -> serde_json::Value {
     value
 }
 
-fn row(entry: &Entry) -> [String; 8] {
+fn row(entry: &MachineEntry) -> [String; 8] {
     let unknown = || "-".to_owned();
     let of = |what: fn(&Record) -> String| entry.record.as_ref().map_or_else(unknown, what);
     [
@@ -106,7 +106,7 @@ fn shortened(text: &str) -> String {
 }
 
 /// What a machine does, in words, and since when.
-fn status(entry: &Entry) -> String {
+fn status(entry: &MachineEntry) -> String {
     let restarts = entry.record.as_ref().map_or(0, |record| record.restarts);
     let now = now_ms();
     let words = match entry.state() {

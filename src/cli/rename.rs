@@ -6,7 +6,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::machines;
 use crate::request::Request;
-use crate::roster::{Roster, names};
+use crate::state_dir::{StateDir, names};
 
 /// The flags of `husk rename`.
 #[derive(Debug, Args)]
@@ -25,12 +25,12 @@ impl Rename {
     /// Renames it, running or not. Its host name, which its guest knows, stays.
     pub fn run(self) -> Result<Exit> {
         names::check(&self.name)?;
-        let roster = Roster::open()?;
-        let entry = roster.find(&self.machine)?;
+        let state_dir = StateDir::open()?;
+        let entry = state_dir.find(&self.machine)?;
         if entry.alive {
             machines::request(&entry, &Request::Rename { name: self.name })?;
         } else {
-            roster.rename(&entry, &self.name)?;
+            state_dir.rename(&entry, &self.name)?;
         }
         Ok(Exit::Success)
     }

@@ -29,18 +29,18 @@ pub struct Rm {
 impl Rm {
     /// Removes one after the other, with what it has logged.
     pub fn run(self) -> Result<Exit> {
-        machines::for_each(&self.machines, |roster, entry| {
+        machines::for_each(&self.machines, |state_dir, entry| {
             if entry.alive && self.force {
                 let end = machines::watch_exit(entry);
                 // It may be at its end by itself.
                 let _ = machines::request(entry, &Request::Kill { signal: libc::SIGKILL as u8 });
                 machines::exit_code(entry, end)?;
                 return match entry.await_end()? {
-                    Some(ended) => roster.remove(&ended),
+                    Some(ended) => state_dir.remove(&ended),
                     None => Ok(()),
                 };
             }
-            roster.remove(entry)
+            state_dir.remove(entry)
         })
     }
 }

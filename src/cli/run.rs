@@ -31,8 +31,8 @@ use crate::machine::Machine;
 use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::Kind;
-use crate::roster::record::Inherited;
-use crate::roster::{self, MachineFolder};
+use crate::state_dir::record::Inherited;
+use crate::state_dir::{self, MachineDir};
 use crate::supervisor::{self, ControlEndpoint, Stdio};
 use crate::sys::{SignalFd, socket};
 use crate::timings::{Step, Timings};
@@ -209,7 +209,7 @@ impl Run {
         let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
         let verbose = log::log_enabled!(Level::Info);
         let mut config =
-            spec.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(roster::VSOCK), verbose);
+            spec.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(state_dir::VSOCK), verbose);
         config.cpu_limit_millicpus = self.cpus.limit_millicpus;
         self.limits.apply(Some(self.memory), &mut config);
         config.nested = self.nested;
@@ -271,7 +271,7 @@ impl Run {
     }
 
     /// What is to be in the machine, all overrides and defaults considered.
-    fn guest_spec(&mut self, base: Base, command: Vec<OsString>, folder: &MachineFolder) -> Result<GuestSpec> {
+    fn guest_spec(&mut self, base: Base, command: Vec<OsString>, folder: &MachineDir) -> Result<GuestSpec> {
         let hostname = self.hostname.take().or_else(|| self.lifecycle.name.clone()).unwrap_or_else(|| folder.id());
         let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(base, Base::Disk { .. }));
         if own_init.is_some() || matches!(base, Base::Disk { .. }) {
@@ -312,7 +312,7 @@ impl Run {
             let machine = Machine::build(config, resources, timings.clone())?;
             return Ok(boot::report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?));
         }
-        let service = endpoint.file(&format!("{}_{}", roster::VSOCK, husk_protocol::PORT));
+        let service = endpoint.file(&format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT));
         // One that failed before left it.
         let _ = std::fs::remove_file(&service);
         let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
@@ -324,7 +324,7 @@ impl Run {
         let machine = Machine::build(config, resources, timings.clone())?;
         // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its messages.
         let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
-        let log = Log::create(endpoint.file(roster::CONSOLE_LOG), verbose).context("create the machine's log")?;
+        let log = Log::create(endpoint.file(state_dir::CONSOLE_LOG), verbose).context("create the machine's log")?;
         let tail = log.tail();
         let reason =
             supervisor::run(machine, signals, Stdio::Session { session: &mut session, takes_keys, log }, endpoint)?;

@@ -8,7 +8,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::{lifecycle, machines, time};
 use crate::request::Request;
-use crate::roster::{Entry, Roster};
+use crate::state_dir::{MachineEntry, StateDir};
 
 const START_EXAMPLES: &str = "\
 Examples:
@@ -56,24 +56,25 @@ impl Restart {
     /// Ends each that runs, and starts it.
     pub fn run(self) -> Result<Exit> {
         let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
-        each(&self.machines, |roster, entry| {
+        each(&self.machines, |state_dir, entry| {
             lifecycle::check_restartable(entry)?;
             if entry.alive {
                 let end = machines::watch_exit(entry);
                 machines::request(entry, &request)?;
                 machines::exit_code(entry, end)?;
             }
-            lifecycle::start_stopped(&roster.find(&entry.id)?)
+            lifecycle::start_stopped(&state_dir.find(&entry.id)?)
         })
     }
 }
 
 /// Starts each, and prints its word; goes on where one fails.
-fn each(words: &[String], start: impl Fn(&Roster, &Entry) -> Result<Exit>) -> Result<Exit> {
-    let roster = Roster::open()?;
+fn each(words: &[String], start: impl Fn(&StateDir, &MachineEntry) -> Result<Exit>) -> Result<Exit> {
+    let state_dir = StateDir::open()?;
     let mut exit = Exit::Success;
     for word in words {
-        match roster.find(word).and_then(|entry| start(&roster, &entry).with_context(|| entry.name().to_owned())) {
+        match state_dir.find(word).and_then(|entry| start(&state_dir, &entry).with_context(|| entry.name().to_owned()))
+        {
             Ok(Exit::Success) => super::print(&format!("{word}\n"))?,
             // It has said why.
             Ok(_) => exit = Exit::Failure,

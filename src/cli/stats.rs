@@ -12,8 +12,8 @@ use serde_json::json;
 use super::exit::Exit;
 use crate::foreign;
 use crate::request::{Reply, Request, Stats, client};
-use crate::roster::record::State;
-use crate::roster::{self, Entry, Roster};
+use crate::state_dir::record::State;
+use crate::state_dir::{self, MachineEntry, StateDir};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -49,22 +49,22 @@ pub struct StatsArgs {
 }
 
 /// A machine and what it used when it was looked at; nothing where it does not run.
-type Sample = (Entry, Option<Stats>);
+type Sample = (MachineEntry, Option<Stats>);
 
 impl StatsArgs {
     /// Prints a table, again and again on a terminal.
     pub fn run(self) -> Result<Exit> {
-        let roster = Roster::open()?;
+        let state_dir = StateDir::open()?;
         let mut before: HashMap<String, Stats> = HashMap::new();
         let once = self.no_stream || self.json;
         let in_place = !once && std::io::stdout().is_terminal();
         if once {
             // What is used now is the difference of two looks.
-            before = by_id(&self.sample(&roster)?);
+            before = by_id(&self.sample(&state_dir)?);
             std::thread::sleep(INTERVAL / 2);
         }
         loop {
-            let samples = self.sample(&roster)?;
+            let samples = self.sample(&state_dir)?;
             let text = if self.json { as_json(&samples, &before)? } else { as_table(&samples, &before) };
             let is_read = super::print_raw(&format!("{}{text}", if in_place { CLEAR } else { "" }))?;
             if once || !is_read {
@@ -75,18 +75,18 @@ impl StatsArgs {
         }
     }
 
-    fn sample(&self, roster: &Roster) -> Result<Vec<Sample>> {
+    fn sample(&self, state_dir: &StateDir) -> Result<Vec<Sample>> {
         if self.machines.is_empty() {
             // One that has just ended is no mistake.
-            let running = roster.list()?.into_iter().filter(|entry| entry.alive);
+            let running = state_dir.list()?.into_iter().filter(|entry| entry.alive);
             return Ok(running.filter_map(|entry| fetch(&entry).ok().map(|stats| (entry, Some(stats)))).collect());
         }
         let sample = |word: &String| {
-            let entry = roster.find(word)?;
+            let entry = state_dir.find(word)?;
             match fetch(&entry) {
                 Ok(stats) => Ok((entry, Some(stats))),
                 // It may have ended just now.
-                Err(error) => match roster.find(word)? {
+                Err(error) => match state_dir.find(word)? {
                     entry if !is_running(&entry) => Ok((entry, None)),
                     _ => Err(error.context(word.clone())),
                 },
@@ -96,12 +96,12 @@ impl StatsArgs {
     }
 }
 
-fn is_running(entry: &Entry) -> bool {
+fn is_running(entry: &MachineEntry) -> bool {
     entry.alive && matches!(entry.state(), State::Running { .. } | State::Paused { .. })
 }
 
-fn fetch(entry: &Entry) -> Result<Stats> {
-    match client::ask(&entry.file(roster::CONTROL), &Request::Stats)? {
+fn fetch(entry: &MachineEntry) -> Result<Stats> {
+    match client::ask(&entry.file(state_dir::CONTROL), &Request::Stats)? {
         Reply::Stats(stats) => Ok(stats),
         Reply::Refused(why) => bail!(why),
         other => bail!("unexpected response from the machine: {other:?}"),

@@ -35,11 +35,11 @@ impl Stop {
     /// Asks all of them, and waits for each.
     pub fn run(self) -> Result<Exit> {
         let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
-        let roster = crate::roster::Roster::open()?;
+        let state_dir = crate::state_dir::StateDir::open()?;
         let mut asked = Vec::new();
         let mut exit = Exit::Success;
         for word in self.machines {
-            let stopped = roster.find(&word).and_then(|entry| {
+            let stopped = state_dir.find(&word).and_then(|entry| {
                 let end = machines::watch_exit(&entry);
                 if entry.alive { machines::request(&entry, &request).map(|()| (entry, end)) } else { Ok((entry, end)) }
             });

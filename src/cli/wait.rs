@@ -5,7 +5,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::machines;
-use crate::roster::Roster;
+use crate::state_dir::StateDir;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -24,8 +24,8 @@ pub struct Wait {
 impl Wait {
     /// Prints a line for each machine, in order. One whose husk was killed has 137.
     pub fn run(self) -> Result<Exit> {
-        let roster = Roster::open()?;
-        let entries = self.machines.iter().map(|word| roster.find(word)).collect::<Result<Vec<_>>>()?;
+        let state_dir = StateDir::open()?;
+        let entries = self.machines.iter().map(|word| state_dir.find(word)).collect::<Result<Vec<_>>>()?;
         let asked: Vec<_> = entries.iter().map(machines::watch_exit).collect();
         for (entry, end) in entries.iter().zip(asked) {
             super::print(&format!("{}\n", machines::exit_code(entry, end)?))?;

@@ -189,7 +189,7 @@ pub(super) fn remove_in(base: &Path, name: &str) -> Result<()> {
     let _lock = lock(&base.join(".lock"))?;
     let folder = bridge.folder(base);
     let _joining = lock(&folder.join("lock"))?;
-    sweep(&folder);
+    remove_stale(&folder);
     let users: Vec<String> = leases(&folder).map(|(_, path)| fs::read_to_string(path).unwrap_or_default()).collect();
     ensure!(users.is_empty(), "network {name} is in use by {}", users.join(", "));
     take_down(&bridge, &folder);
@@ -211,7 +211,7 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     let bridge = find_in(base, name)?;
     let folder = bridge.folder(base);
     let _joining = lock(&folder.join("lock"))?;
-    sweep(&folder);
+    remove_stale(&folder);
     let taken: Vec<(Ipv4Addr, String)> =
         leases(&folder).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
     ensure!(taken.iter().all(|(_, name)| name != machine), "network {name} already has a machine named {machine}");
@@ -288,7 +288,7 @@ fn leases(folder: &Path) -> impl Iterator<Item = (Ipv4Addr, PathBuf)> {
 }
 
 /// Forgets machines that are no more.
-fn sweep(folder: &Path) {
+fn remove_stale(folder: &Path) {
     for (address, path) in leases(folder) {
         if lock::file().create(false).open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
             forget(folder, address);

@@ -150,7 +150,7 @@ impl<'a> Supervisor<'a> {
     fn run(mut self) -> Result<ExitReason> {
         self.feed()?;
         self.machine.resume();
-        self.endpoint.sweep();
+        self.endpoint.remove_stale();
         loop {
             self.note_start()?;
             if let Some(reason) = self.machine.exit_latch().reason() {

@@ -17,8 +17,8 @@ use crate::console::stream_log::StreamLog;
 use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
 use crate::request::server::Server;
-use crate::roster::record::{Record, State, now_ms};
-use crate::roster::{self, MachineFolder, husk_log};
+use crate::state_dir::record::{Record, State, now_ms};
+use crate::state_dir::{self, MachineDir, husk_log};
 use crate::sys::SignalFd;
 
 /// A machine's place among its user's machines.
@@ -35,16 +35,16 @@ pub struct ControlEndpoint {
     pub(super) stop_by: Option<Instant>,
     started: Instant,
     // So late that what is in it goes first.
-    pub(super) folder: MachineFolder,
+    pub(super) folder: MachineDir,
 }
 
 impl ControlEndpoint {
     /// Opens for requests, writes `record` down, and for a machine in the background starts its log of at most
     /// `log_max_bytes`.
-    pub fn open(folder: MachineFolder, record: Record, log_max_bytes: u64) -> Result<ControlEndpoint> {
-        let server = Server::listen(&folder.file(roster::CONTROL))?;
+    pub fn open(folder: MachineDir, record: Record, log_max_bytes: u64) -> Result<ControlEndpoint> {
+        let server = Server::listen(&folder.file(state_dir::CONTROL))?;
         let hub = if record.detached {
-            let path = folder.file(roster::STREAMS_LOG);
+            let path = folder.file(state_dir::STREAMS_LOG);
             let log = StreamLog::open(path, log_max_bytes).context("open the machine's log")?;
             Some(Arc::new(Hub::new(log)))
         } else {
@@ -81,8 +81,8 @@ impl ControlEndpoint {
     }
 
     /// Removes what killed machines left behind. To be called while the guest has something to do.
-    pub(super) fn sweep(&self) {
-        if let Err(error) = self.folder.roster().sweep() {
+    pub(super) fn remove_stale(&self) {
+        if let Err(error) = self.folder.state_dir().remove_stale() {
             log::info!("clean up after killed machines: {error:#}");
         }
     }
@@ -119,7 +119,7 @@ impl ControlEndpoint {
             writeln!(std::io::stdout(), "{}", self.folder.id()).context("report that the machine is running")?;
             let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
             rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
-            husk_log::begin(self.file(roster::HUSK_LOG)).context("start husk's log")?;
+            husk_log::begin(self.file(state_dir::HUSK_LOG)).context("start husk's log")?;
             self.folder.keep();
         }
         Ok(())
@@ -191,7 +191,7 @@ impl ControlEndpoint {
             self.folder.forget();
         }
         self.server.tell_end(code);
-        for socket in [roster::CONTROL, &format!("{}_{}", roster::VSOCK, husk_protocol::PORT)] {
+        for socket in [state_dir::CONTROL, &format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT)] {
             let _ = fs::remove_file(self.file(socket));
         }
         written

@@ -16,7 +16,7 @@ use crate::exit_latch::ExitReason;
 use crate::guest::signal;
 use crate::request::server::Caller;
 use crate::request::{Limit, Reply, Request, Stats, Update};
-use crate::roster::record::{State, now_ms};
+use crate::state_dir::record::{State, now_ms};
 use crate::virtio::block;
 
 /// `rate` with other limits where something is said of them, and their bursts the usual ones; `None` where nothing is.

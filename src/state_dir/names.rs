@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::record::Record;
-use super::{MachineFolder, Roster};
+use super::{MachineDir, StateDir};
 
 /// Longest name: it is the guest's host name too.
 const MAX_BYTES: usize = 63;
@@ -23,7 +23,7 @@ pub fn check(name: &str) -> Result<()> {
     Ok(())
 }
 
-impl Roster {
+impl StateDir {
     fn names(&self) -> PathBuf {
         self.base.join("names")
     }
@@ -32,7 +32,7 @@ impl Roster {
     pub(super) fn named(&self, name: &str) -> Option<String> {
         check(name).ok()?;
         let target = fs::read_link(self.names().join(name)).ok()?;
-        Some(target.to_str()?.to_owned()).filter(|id| super::folder::is_id(id))
+        Some(target.to_str()?.to_owned()).filter(|id| super::machine_dir::is_id(id))
     }
 
     /// Gives the machine `id` this name, if no other machine has it. What a killed one left of its name is no machine.
@@ -73,8 +73,8 @@ impl Roster {
         }
     }
 
-    /// Gives a machine that has ended another name. For one that runs its own husk does it: see [`MachineFolder::rename`].
-    pub fn rename(&self, entry: &super::Entry, name: &str) -> Result<()> {
+    /// Gives a machine that has ended another name. For one that runs its own husk does it: see [`MachineDir::rename`].
+    pub fn rename(&self, entry: &super::MachineEntry, name: &str) -> Result<()> {
         check(name)?;
         let _lock = super::lock(&self.base)?;
         let record = entry.record()?;
@@ -89,7 +89,7 @@ impl Roster {
     }
 
     /// Removes names that lead nowhere.
-    pub(super) fn sweep_names(&self) {
+    pub(super) fn remove_stale_names(&self) {
         if !self.names().exists() {
             return;
         }
@@ -106,18 +106,18 @@ impl Roster {
     }
 }
 
-impl MachineFolder {
+impl MachineDir {
     /// Gives this machine another name, in place of the one that `record` has.
     pub fn rename(&self, record: &mut Record, name: &str) -> Result<()> {
-        let roster = self.roster();
-        roster.claim(name, &self.id())?;
+        let state_dir = self.state_dir();
+        state_dir.claim(name, &self.id())?;
         let mut unused = record.name.replace(name.to_owned());
         let written = self.write(record);
         if written.is_err() {
             std::mem::swap(&mut unused, &mut record.name);
         }
         let released = match unused.filter(|unused| record.name.as_ref() != Some(unused)) {
-            Some(unused) => roster.release(&unused, &self.id()),
+            Some(unused) => state_dir.release(&unused, &self.id()),
             None => Ok(()),
         };
         written.and(released)
@@ -127,25 +127,25 @@ impl MachineFolder {
 #[cfg(test)]
 mod tests {
     use super::super::record::tests::record;
-    use super::super::tests::roster;
+    use super::super::tests::state_dir;
     use super::*;
 
     #[test]
     fn a_name_is_one_machines_only() {
-        let (_temporary, roster) = roster();
-        let first = roster.create(Some("web")).unwrap();
-        let error = roster.create(Some("web")).unwrap_err().to_string();
+        let (_temporary, state_dir) = state_dir();
+        let first = state_dir.create(Some("web")).unwrap();
+        let error = state_dir.create(Some("web")).unwrap_err().to_string();
         assert!(error.contains(&first.id()) && error.contains("choose another name"), "{error}");
-        assert_eq!(roster.list().unwrap().len(), 1, "the second left something behind");
+        assert_eq!(state_dir.list().unwrap().len(), 1, "the second left something behind");
         drop(first);
-        roster.create(Some("web")).unwrap();
+        state_dir.create(Some("web")).unwrap();
     }
 
     #[test]
     fn many_at_once_get_one_name_once() {
-        let (_temporary, roster) = roster();
+        let (_temporary, state_dir) = state_dir();
         let claims = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| roster.create(Some("one")))).collect();
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| state_dir.create(Some("one")))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });
         assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1);
@@ -153,40 +153,40 @@ mod tests {
 
     #[test]
     fn a_renamed_machine_is_found_by_its_new_name_only() {
-        let (_temporary, roster) = roster();
-        let (folder, other) = (roster.create(Some("old")).unwrap(), roster.create(Some("other")).unwrap());
+        let (_temporary, state_dir) = state_dir();
+        let (folder, other) = (state_dir.create(Some("old")).unwrap(), state_dir.create(Some("other")).unwrap());
         let mut record = Record { name: Some("old".into()), ..record() };
         folder.write(&record).unwrap();
         assert!(folder.rename(&mut record, "other").is_err());
         folder.rename(&mut record, "new").unwrap();
-        assert_eq!(roster.find("new").unwrap().id, folder.id());
-        assert!(roster.find("old").is_err());
+        assert_eq!(state_dir.find("new").unwrap().id, folder.id());
+        assert!(state_dir.find("old").is_err());
         // To the name that it has.
-        assert!(folder.rename(&mut record, "new").is_err() || roster.find("new").is_ok());
+        assert!(folder.rename(&mut record, "new").is_err() || state_dir.find("new").is_ok());
         drop(other);
     }
 
     #[test]
     fn a_machine_whose_new_name_cannot_be_written_down_keeps_its_old_one() {
-        let (_temporary, roster) = roster();
-        let folder = roster.create(Some("old")).unwrap();
+        let (_temporary, state_dir) = state_dir();
+        let folder = state_dir.create(Some("old")).unwrap();
         let mut record = Record { name: Some("old".into()), ..record() };
         folder.write(&record).unwrap();
         // In the place where the next record is written.
         fs::create_dir(folder.file("record.new")).unwrap();
         assert!(folder.rename(&mut record, "new").is_err());
         assert_eq!(record.name.as_deref(), Some("old"));
-        let entry = roster.find("old").unwrap();
-        assert!(roster.rename(&entry, "new").is_err() && roster.find("new").is_err());
-        assert_eq!(roster.find("old").unwrap().id, folder.id());
+        let entry = state_dir.find("old").unwrap();
+        assert!(state_dir.rename(&entry, "new").is_err() && state_dir.find("new").is_err());
+        assert_eq!(state_dir.find("old").unwrap().id, folder.id());
         folder.abandon();
     }
 
     #[test]
     fn a_name_that_was_never_written_down_goes_with_its_machine() {
-        let (_temporary, roster) = roster();
-        drop(roster.create(Some("web")).unwrap());
-        assert!(fs::symlink_metadata(roster.names().join("web")).is_err());
+        let (_temporary, state_dir) = state_dir();
+        drop(state_dir.create(Some("web")).unwrap());
+        assert!(fs::symlink_metadata(state_dir.names().join("web")).is_err());
     }
 
     #[test]

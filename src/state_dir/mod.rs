@@ -1,8 +1,8 @@
-//! This user's machines, as commands find them: a folder each, under one base, with the names that lead to them.
+//! The state directory: a directory for each of this user's machines, and the names that lead to them.
 //!
 //! ```text
-//! BASE/ID/           locked for as long as its husk lives: whoever can lock it knows that there is none any more
-//!   record.json      what there is to know of the machine, written whole or not at all
+//! BASE/ID/           locked for as long as its husk lives; a lock that can be taken means that it is gone
+//!   record.json      the machine's configuration and state, replaced atomically
 //!   record.reserve   room for the next one when the disk is full
 //!   origin.json      how it was started, if it runs in the background and is kept
 //!   control          the socket that takes requests
@@ -10,12 +10,12 @@
 //!   streams.log      what the process wrote, if it runs in the background
 //!   console.log      what the guest's kernel wrote
 //!   husk.log         what husk itself had to say, if it runs in the background; husk.old is what it said before
-//! BASE/names/NAME    a link to the folder
+//! BASE/names/NAME    a link to the machine's directory
 //! BASE/lock          held while names change
 //! ```
 
-mod folder;
 pub mod husk_log;
+mod machine_dir;
 pub mod names;
 pub mod origin;
 pub mod record;
@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-pub use folder::MachineFolder;
+pub use machine_dir::MachineDir;
 use record::{Record, State};
 
 use crate::resources::lock;
@@ -43,13 +43,13 @@ pub const HUSK_LOG: &str = "husk.log";
 
 /// All machines of one user.
 #[derive(Debug, Clone)]
-pub struct Roster {
+pub struct StateDir {
     base: PathBuf,
 }
 
 /// One machine, as it was when it was looked at.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct MachineEntry {
     /// Its folder's name.
     pub id: String,
     /// What its husk wrote down last, if it came so far.
@@ -59,17 +59,17 @@ pub struct Entry {
     path: PathBuf,
 }
 
-impl Roster {
+impl StateDir {
     /// This user's, in `$XDG_RUNTIME_DIR/husk`, or where that is not set in `/run/user/UID/husk` or `/tmp/husk-UID`.
-    pub fn open() -> Result<Roster> {
-        let base = folder::base()?;
-        folder::own(&base).with_context(|| format!("use the directory {}", base.display()))?;
-        Ok(Roster { base })
+    pub fn open() -> Result<StateDir> {
+        let base = machine_dir::base()?;
+        machine_dir::own(&base).with_context(|| format!("use the directory {}", base.display()))?;
+        Ok(StateDir { base })
     }
 
     /// Makes the folder of a new machine and, where it is to have a name, gives it that. Fails where another has the name.
-    pub fn create(&self, name: Option<&str>) -> Result<MachineFolder> {
-        let folder = folder::create_in(&self.base)
+    pub fn create(&self, name: Option<&str>) -> Result<MachineDir> {
+        let folder = machine_dir::create_in(&self.base)
             .with_context(|| format!("create a directory for the machine in {}", self.base.display()))?;
         if let Some(name) = name {
             self.claim(name, &folder.id())?;
@@ -78,19 +78,19 @@ impl Roster {
     }
 
     /// The folder of a machine that has ended, for it to run once more. It stays as it is until that writes to it.
-    pub fn reopen(&self, id: &str) -> Result<MachineFolder> {
+    pub fn reopen(&self, id: &str) -> Result<MachineDir> {
         let folder =
-            folder::reopen(&self.base.join(id)).with_context(|| format!("use the directory of machine {id}"))?;
+            machine_dir::reopen(&self.base.join(id)).with_context(|| format!("use the directory of machine {id}"))?;
         remove_sockets(|name| folder.file(name));
         Ok(folder)
     }
 
     /// Every machine, those that came last first; also those that have ended, as long as they are kept.
-    pub fn list(&self) -> Result<Vec<Entry>> {
+    pub fn list(&self) -> Result<Vec<MachineEntry>> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.base).with_context(|| format!("read {}", self.base.display()))? {
             let name = entry?.file_name();
-            if let Some(id) = name.to_str().filter(|name| folder::is_id(name)) {
+            if let Some(id) = name.to_str().filter(|name| machine_dir::is_id(name)) {
                 entries.extend(self.entry(id));
             }
         }
@@ -99,7 +99,7 @@ impl Roster {
     }
 
     /// The machine that `word` means: a name, an ID, or the start of one that no other ID has.
-    pub fn find(&self, word: &str) -> Result<Entry> {
+    pub fn find(&self, word: &str) -> Result<MachineEntry> {
         if let Some(entry) = self.named(word).and_then(|id| self.entry(&id)) {
             return Ok(entry);
         }
@@ -112,35 +112,35 @@ impl Roster {
         }
     }
 
-    fn entry(&self, id: &str) -> Option<Entry> {
+    fn entry(&self, id: &str) -> Option<MachineEntry> {
         let path = self.base.join(id);
-        let folder = folder::open(&path).ok()?;
+        let folder = machine_dir::open(&path).ok()?;
         // The lock first: what is written down after that was known before the machine's husk ended.
         let alive = folder.try_lock_shared().is_err();
         let record = Record::read(&path).ok();
         drop(folder);
-        path.exists().then_some(Entry { id: id.to_owned(), record, alive, path })
+        path.exists().then_some(MachineEntry { id: id.to_owned(), record, alive, path })
     }
 
     /// Removes a machine that has ended, and its name. Fails for one that has not.
-    pub fn remove(&self, entry: &Entry) -> Result<()> {
-        let Ok(held) = folder::open(&entry.path) else { return Ok(()) };
-        ensure!(folder::lock(&held), "machine {} is running: stop it first, or use --force", entry.id);
+    pub fn remove(&self, entry: &MachineEntry) -> Result<()> {
+        let Ok(held) = machine_dir::open(&entry.path) else { return Ok(()) };
+        ensure!(machine_dir::lock(&held), "machine {} is running: stop it first, or use --force", entry.id);
         self.remove_held(entry)
     }
 
-    fn remove_held(&self, entry: &Entry) -> Result<()> {
+    fn remove_held(&self, entry: &MachineEntry) -> Result<()> {
         if let Some(name) = entry.record.as_ref().and_then(|record| record.name.as_deref()) {
             self.release(name, &entry.id)?;
         }
-        folder::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
+        machine_dir::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
     }
 
     /// Removes what machines left behind whose husk was killed, unless they ran in the background and are to be kept: of
     /// those only what is of no more use. To be called where nobody waits.
-    pub fn sweep(&self) -> Result<()> {
+    pub fn remove_stale(&self) -> Result<()> {
         for entry in self.list()?.into_iter().filter(|entry| !entry.alive) {
-            let Ok(held) = folder::open(&entry.path) else { continue };
+            let Ok(held) = machine_dir::open(&entry.path) else { continue };
             if entry.record.as_ref().is_some_and(|record| record.keep) {
                 // Shared, so that others who look meanwhile see it as what it is; it does not start again as long as this has it.
                 if held.try_lock_shared().is_ok() {
@@ -151,13 +151,13 @@ impl Roster {
                 let _ = self.remove_held(&entry);
             }
         }
-        folder::sweep_gone(&self.base);
-        self.sweep_names();
+        machine_dir::remove_leftovers(&self.base);
+        self.remove_stale_names();
         Ok(())
     }
 }
 
-impl Entry {
+impl MachineEntry {
     /// The path of a file in the machine's folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
@@ -183,11 +183,11 @@ impl Entry {
     }
 
     /// Waits for the end of the machine's husk, however that comes, and looks at it again. `None` where nothing is left.
-    pub fn await_end(&self) -> Result<Option<Entry>> {
-        let Ok(folder) = folder::open(&self.path) else { return Ok(None) };
+    pub fn await_end(&self) -> Result<Option<MachineEntry>> {
+        let Ok(folder) = machine_dir::open(&self.path) else { return Ok(None) };
         folder.lock_shared().with_context(|| format!("wait for machine {}", self.id))?;
         let record = Record::read(&self.path).ok();
-        Ok(self.path.exists().then(|| Entry { record, alive: false, ..self.clone() }))
+        Ok(self.path.exists().then(|| MachineEntry { record, alive: false, ..self.clone() }))
     }
 }
 
@@ -208,38 +208,38 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::roster::record::tests::record;
+    use crate::state_dir::record::tests::record;
 
-    pub(super) fn roster() -> (tempfile::TempDir, Roster) {
+    pub(super) fn state_dir() -> (tempfile::TempDir, StateDir) {
         let folder = tempfile::tempdir().unwrap();
         let base = folder.path().join("husk");
-        folder::own(&base).unwrap();
-        (folder, Roster { base })
+        machine_dir::own(&base).unwrap();
+        (folder, StateDir { base })
     }
 
     #[test]
     fn a_machine_is_found_by_name_by_id_and_by_the_start_of_it() {
-        let (_temporary, roster) = roster();
-        let folder = roster.create(Some("web")).unwrap();
+        let (_temporary, state_dir) = state_dir();
+        let folder = state_dir.create(Some("web")).unwrap();
         let mut record = record();
         record.name = Some("web".into());
         folder.write(&record).unwrap();
         let id = folder.id();
         for word in ["web", &id, &id[..11]] {
-            let entry = roster.find(word).unwrap();
+            let entry = state_dir.find(word).unwrap();
             assert_eq!((entry.id.as_str(), entry.alive, entry.name()), (id.as_str(), true, "web"));
         }
-        assert!(roster.find("w").unwrap_err().to_string().contains("husk ps -a"));
-        assert!(roster.find("").is_err());
-        let other = roster.create(None).unwrap();
-        assert_eq!(roster.list().unwrap().len(), 2);
-        assert_eq!(roster.find(&other.id()).unwrap().state(), State::Starting);
+        assert!(state_dir.find("w").unwrap_err().to_string().contains("husk ps -a"));
+        assert!(state_dir.find("").is_err());
+        let other = state_dir.create(None).unwrap();
+        assert_eq!(state_dir.list().unwrap().len(), 2);
+        assert_eq!(state_dir.find(&other.id()).unwrap().state(), State::Starting);
     }
 
     #[test]
     fn a_killed_husk_is_seen_as_gone_at_once_and_its_leftovers_are_swept() {
-        let (_temporary, roster) = roster();
-        let (kept, forgotten) = (roster.create(Some("a")).unwrap(), roster.create(Some("b")).unwrap());
+        let (_temporary, state_dir) = state_dir();
+        let (kept, forgotten) = (state_dir.create(Some("a")).unwrap(), state_dir.create(Some("b")).unwrap());
         for (folder, keep) in [(&kept, true), (&forgotten, false)] {
             let name = if keep { "a" } else { "b" };
             folder
@@ -247,27 +247,27 @@ mod tests {
                 .unwrap();
             fs::write(folder.file(VSOCK), "").unwrap();
         }
-        roster.sweep().unwrap();
+        state_dir.remove_stale().unwrap();
         assert!(kept.file(VSOCK).exists() && forgotten.file(VSOCK).exists(), "they are alive");
         let ids = [kept.id(), forgotten.id()];
         kept.abandon();
         forgotten.abandon();
-        assert_eq!(roster.find("a").unwrap().state(), State::Lost);
-        roster.sweep().unwrap();
-        let entry = roster.find(&ids[0]).unwrap();
+        assert_eq!(state_dir.find("a").unwrap().state(), State::Lost);
+        state_dir.remove_stale().unwrap();
+        let entry = state_dir.find(&ids[0]).unwrap();
         assert!(!entry.file(VSOCK).exists());
-        assert!(roster.find(&ids[1]).is_err() && roster.find("b").is_err());
-        assert!(roster.create(Some("a")).is_err(), "it is kept, and its name with it");
-        roster.remove(&entry).unwrap();
-        roster.create(Some("a")).unwrap();
-        roster.create(Some("b")).unwrap();
+        assert!(state_dir.find(&ids[1]).is_err() && state_dir.find("b").is_err());
+        assert!(state_dir.create(Some("a")).is_err(), "it is kept, and its name with it");
+        state_dir.remove(&entry).unwrap();
+        state_dir.create(Some("a")).unwrap();
+        state_dir.create(Some("b")).unwrap();
     }
 
     #[test]
     fn who_looks_while_machines_end_sees_none_that_starts_or_runs() {
-        let (_temporary, roster) = roster();
+        let (_temporary, state_dir) = state_dir();
         let running = Record { state: State::Running { since_ms: 1 }, ..record() };
-        let killed = roster.create(None).unwrap();
+        let killed = state_dir.create(None).unwrap();
         killed.write(&running).unwrap();
         let id = killed.id();
         killed.abandon();
@@ -275,66 +275,66 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for _ in 0..300 {
-                    let folder = roster.create(None).unwrap();
+                    let folder = state_dir.create(None).unwrap();
                     // As soon as it is seen it has a record.
                     folder.write(&Record { keep: false, ..running.clone() }).unwrap();
                     (0..20).for_each(|n| fs::write(folder.file(&format!("file{n}")), "").unwrap());
                     drop(folder);
-                    roster.sweep().unwrap();
+                    state_dir.remove_stale().unwrap();
                 }
                 is_over.store(true, std::sync::atomic::Ordering::Relaxed);
             });
             let mut looks = 0;
             while !is_over.load(std::sync::atomic::Ordering::Relaxed) || looks == 0 {
-                let seen = roster.find(&id).unwrap();
+                let seen = state_dir.find(&id).unwrap();
                 assert_eq!((seen.alive, seen.state()), (false, State::Lost), "after {looks} looks");
                 looks += 1;
             }
         });
-        assert_eq!(fs::read_dir(&roster.base).unwrap().count(), 1, "something is left");
+        assert_eq!(fs::read_dir(&state_dir.base).unwrap().count(), 1, "something is left");
     }
 
     #[test]
     fn a_machine_that_was_removed_meanwhile_is_removed() {
-        let (_temporary, roster) = roster();
-        let folder = roster.create(None).unwrap();
-        let entry = roster.find(&folder.id()).unwrap();
+        let (_temporary, state_dir) = state_dir();
+        let folder = state_dir.create(None).unwrap();
+        let entry = state_dir.find(&folder.id()).unwrap();
         folder.abandon();
-        roster.remove_held(&entry).unwrap();
-        roster.remove_held(&entry).unwrap();
+        state_dir.remove_held(&entry).unwrap();
+        state_dir.remove_held(&entry).unwrap();
     }
 
     #[test]
     fn a_machine_that_runs_is_not_removed() {
-        let (_temporary, roster) = roster();
-        let folder = roster.create(None).unwrap();
-        let entry = roster.find(&folder.id()).unwrap();
-        assert!(roster.remove(&entry).unwrap_err().to_string().contains("is running"));
+        let (_temporary, state_dir) = state_dir();
+        let folder = state_dir.create(None).unwrap();
+        let entry = state_dir.find(&folder.id()).unwrap();
+        assert!(state_dir.remove(&entry).unwrap_err().to_string().contains("is running"));
         drop(folder);
-        roster.remove(&entry).unwrap();
+        state_dir.remove(&entry).unwrap();
     }
 
     #[test]
     fn a_folder_is_used_again_by_one_at_a_time_and_stays() {
-        let (_temporary, roster) = roster();
-        let folder = roster.create(None).unwrap();
+        let (_temporary, state_dir) = state_dir();
+        let folder = state_dir.create(None).unwrap();
         let id = folder.id();
         folder.write(&record()).unwrap();
-        assert!(format!("{:#}", roster.reopen(&id).unwrap_err()).contains("is running"));
+        assert!(format!("{:#}", state_dir.reopen(&id).unwrap_err()).contains("is running"));
         fs::write(folder.file(VSOCK), "").unwrap();
         folder.abandon();
-        let again = roster.reopen(&id).unwrap();
-        assert!(roster.find(&id).unwrap().alive && !again.file(VSOCK).exists());
+        let again = state_dir.reopen(&id).unwrap();
+        assert!(state_dir.find(&id).unwrap().alive && !again.file(VSOCK).exists());
         drop(again);
-        assert_eq!(roster.find(&id).unwrap().state(), State::Lost);
-        assert!(roster.reopen("0123456789ab").is_err());
+        assert_eq!(state_dir.find(&id).unwrap().state(), State::Lost);
+        assert!(state_dir.reopen("0123456789ab").is_err());
     }
 
     #[test]
     fn who_waits_for_a_machine_hears_of_any_end() {
-        let (_temporary, roster) = roster();
-        let (told, gone) = (roster.create(None).unwrap(), roster.create(None).unwrap());
-        let entries = [&told, &gone].map(|folder| roster.find(&folder.id()).unwrap());
+        let (_temporary, state_dir) = state_dir();
+        let (told, gone) = (state_dir.create(None).unwrap(), state_dir.create(None).unwrap());
+        let entries = [&told, &gone].map(|folder| state_dir.find(&folder.id()).unwrap());
         let [told_wait, gone_wait] = entries.map(|entry| std::thread::spawn(move || entry.await_end().unwrap()));
         std::thread::sleep(Duration::from_millis(50));
         assert!(!told_wait.is_finished());

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::record::{Text, write_private};
-use super::{Entry, MachineFolder};
+use super::{MachineDir, MachineEntry};
 
 const FILE: &str = "origin.json";
 /// Longer than words and variables may be together (execve(2): a quarter of the stack's limit), as JSON writes bytes that are
@@ -47,14 +47,14 @@ impl Origin {
     }
 
     /// Writes it down in a machine's folder.
-    pub fn write(&self, folder: &MachineFolder) -> Result<()> {
+    pub fn write(&self, folder: &MachineDir) -> Result<()> {
         let path = folder.file(FILE);
         let json = serde_json::to_vec(self).context("record how the machine was started")?;
         write_private(&path, &json).with_context(|| format!("write {}", path.display()))
     }
 
     /// How `entry` was started.
-    pub fn read(entry: &Entry) -> Result<Origin> {
+    pub fn read(entry: &MachineEntry) -> Result<Origin> {
         let path = entry.file(FILE);
         let read = || -> Result<Origin> {
             let mut json = Vec::new();
@@ -86,16 +86,16 @@ mod tests {
     use std::ffi::OsStr;
     use std::os::unix::ffi::OsStrExt;
 
-    use super::super::tests::roster;
+    use super::super::tests::state_dir;
     use super::*;
 
     #[test]
     fn what_was_typed_is_read_as_it_was() {
-        let (_temporary, roster) = roster();
-        let folder = roster.create(None).unwrap();
+        let (_temporary, state_dir) = state_dir();
+        let folder = state_dir.create(None).unwrap();
         let words = vec!["run".into(), OsStr::from_bytes(b"\xff\n").to_owned()];
         Origin::here(words.clone()).unwrap().write(&folder).unwrap();
-        let (command, read) = Origin::read(&roster.find(&folder.id()).unwrap()).unwrap().command().unwrap();
+        let (command, read) = Origin::read(&state_dir.find(&folder.id()).unwrap()).unwrap().command().unwrap();
         assert_eq!(read, words);
         assert_eq!(command.get_current_dir(), std::env::current_dir().ok().as_deref());
         let path = command.get_envs().find(|(name, _)| *name == "PATH").unwrap().1;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::Roster;
+use super::StateDir;
 use super::record::Record;
 use crate::resources::lock::{self, Kind};
 use crate::sys;
@@ -29,13 +29,13 @@ const GONE: &str = "gone-";
 
 /// The folder. It goes when this is dropped, unless it is to be kept.
 #[derive(Debug)]
-pub struct MachineFolder {
+pub struct MachineDir {
     path: PathBuf,
     keep: bool,
     _lock: File,
 }
 
-impl MachineFolder {
+impl MachineDir {
     /// Its own name: random, and no other machine's.
     pub fn id(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
@@ -72,8 +72,8 @@ impl MachineFolder {
     }
 
     /// The machines that this one is one of.
-    pub fn roster(&self) -> Roster {
-        Roster { base: self.path.parent().unwrap_or(Path::new("/")).to_owned() }
+    pub fn state_dir(&self) -> StateDir {
+        StateDir { base: self.path.parent().unwrap_or(Path::new("/")).to_owned() }
     }
 
     /// Leaves it as a killed husk does.
@@ -85,19 +85,19 @@ impl MachineFolder {
     }
 }
 
-impl Drop for MachineFolder {
+impl Drop for MachineDir {
     fn drop(&mut self) {
         if self.keep {
             return;
         }
-        // What cannot be removed now, the next sweep tries to.
+        // What cannot be removed now, the next removal of stale directories tries to.
         let record = Record::read(&self.path);
         let _ = remove(&self.path);
         match record {
-            Ok(Record { name: Some(name), .. }) => drop(self.roster().release(&name, &self.id())),
+            Ok(Record { name: Some(name), .. }) => drop(self.state_dir().release(&name, &self.id())),
             Ok(_) => {}
             // It may have a name that was never written down.
-            Err(_) => self.roster().sweep_names(),
+            Err(_) => self.state_dir().remove_stale_names(),
         }
     }
 }
@@ -115,7 +115,7 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Removes what is left of machines' folders by husks that were killed while they removed them.
-pub(super) fn sweep_gone(base: &Path) {
+pub(super) fn remove_leftovers(base: &Path) {
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(GONE) {
             let _ = fs::remove_dir_all(entry.path());
@@ -157,7 +157,7 @@ pub(super) fn own(base: &Path) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
+pub(super) fn create_in(base: &Path) -> Result<MachineDir> {
     for _ in 0..ATTEMPTS {
         let mut random = [0; ID_BYTES];
         sys::getrandom(&mut random).context("generate an ID")?;
@@ -169,18 +169,18 @@ pub(super) fn create_in(base: &Path) -> Result<MachineFolder> {
         // In between another husk may have looked at it, or taken it for abandoned: both are soon done.
         let Ok(lock) = open(&path) else { continue };
         if lock::wait(&lock, &path, Kind::Exclusive, lock::SOON).is_ok() && path.exists() {
-            return Ok(MachineFolder { path, keep: false, _lock: lock });
+            return Ok(MachineDir { path, keep: false, _lock: lock });
         }
     }
     bail!("every ID is taken")
 }
 
 /// The folder at `path`, which stays. Fails where somebody has it.
-pub(super) fn reopen(path: &Path) -> Result<MachineFolder> {
+pub(super) fn reopen(path: &Path) -> Result<MachineDir> {
     let lock = open(path)?;
     ensure!(self::lock(&lock), "the machine is running");
     ensure!(path.exists(), "it was removed");
-    Ok(MachineFolder { path: path.to_owned(), keep: true, _lock: lock })
+    Ok(MachineDir { path: path.to_owned(), keep: true, _lock: lock })
 }
 
 /// Locks a folder for as long as `folder` is open. False where a husk has it.
@@ -218,11 +218,11 @@ mod tests {
 
     #[test]
     fn machines_that_start_at_once_leave_each_other_alone() {
-        let (_temporary, roster) = super::super::tests::roster();
+        let (_temporary, state_dir) = super::super::tests::state_dir();
         let start = || {
             for _ in 0..500 {
-                roster.sweep().unwrap();
-                let folder = roster.create(None).unwrap();
+                state_dir.remove_stale().unwrap();
+                let folder = state_dir.create(None).unwrap();
                 std::thread::yield_now();
                 fs::write(folder.file("vsock"), "").unwrap();
             }
