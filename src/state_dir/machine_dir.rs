@@ -106,11 +106,15 @@ impl Drop for MachineDir {
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     let id = path.file_name().unwrap_or_default().to_string_lossy();
     let gone = path.with_file_name(format!("{GONE}{id}"));
-    match fs::rename(path, &gone) {
-        // Somebody else has removed it.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(_) => fs::remove_dir_all(path),
+    let removed = match fs::rename(path, &gone) {
         Ok(()) => fs::remove_dir_all(gone),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(error),
+        Err(_) => fs::remove_dir_all(path),
+    };
+    match removed {
+        // Another process has removed it, or the leftovers of what was being removed here.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -214,6 +218,28 @@ mod tests {
         let path = folder.path.clone();
         drop(folder);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_removed_may_be_taken_for_leftovers_meanwhile() {
+        let base = tempfile::tempdir().unwrap();
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    remove_leftovers(base.path());
+                }
+            });
+            let removed = (0..3000).map(|n| {
+                let path = base.path().join(format!("{n:012x}"));
+                fs::create_dir(&path)?;
+                fs::write(path.join("record.json"), "")?;
+                remove(&path)
+            });
+            let failed: Vec<io::Error> = removed.filter_map(Result::err).collect();
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(failed.is_empty(), "{} of 3000: {:?}", failed.len(), failed.first());
+        });
     }
 
     #[test]

@@ -118,7 +118,8 @@ impl StateDir {
         // The lock first: what is written down after that was known before the machine's husk ended.
         let alive = folder.try_lock_shared().is_err();
         let record = Record::read(&path).ok();
-        drop(folder);
+        // Closing it is not enough: a process that another thread has just forked would keep the lock until it executes.
+        let _ = folder.unlock();
         path.exists().then_some(MachineEntry { id: id.to_owned(), record, alive, path })
     }
 
@@ -145,6 +146,7 @@ impl StateDir {
                 // Shared, so that others who look meanwhile see it as what it is; it does not start again as long as this has it.
                 if held.try_lock_shared().is_ok() {
                     remove_sockets(|name| entry.file(name));
+                    let _ = held.unlock();
                 }
             } else if held.try_lock().is_ok() {
                 // Held until it is gone: whoever has just made it and locks it later sees that.
@@ -239,9 +241,10 @@ mod tests {
     #[test]
     fn a_killed_husk_is_seen_as_gone_at_once_and_its_leftovers_are_swept() {
         let (_temporary, state_dir) = state_dir();
-        let (kept, forgotten) = (state_dir.create(Some("a")).unwrap(), state_dir.create(Some("b")).unwrap());
+        // No names that an ID can begin with.
+        let (kept, forgotten) = (state_dir.create(Some("kept")).unwrap(), state_dir.create(Some("lost")).unwrap());
         for (folder, keep) in [(&kept, true), (&forgotten, false)] {
-            let name = if keep { "a" } else { "b" };
+            let name = if keep { "kept" } else { "lost" };
             folder
                 .write(&Record { keep, name: Some(name.into()), state: State::Running { since_ms: 1 }, ..record() })
                 .unwrap();
@@ -252,15 +255,15 @@ mod tests {
         let ids = [kept.id(), forgotten.id()];
         kept.abandon();
         forgotten.abandon();
-        assert_eq!(state_dir.find("a").unwrap().state(), State::Lost);
+        assert_eq!(state_dir.find("kept").unwrap().state(), State::Lost);
         state_dir.remove_stale().unwrap();
         let entry = state_dir.find(&ids[0]).unwrap();
         assert!(!entry.file(VSOCK).exists());
-        assert!(state_dir.find(&ids[1]).is_err() && state_dir.find("b").is_err());
-        assert!(state_dir.create(Some("a")).is_err(), "it is kept, and its name with it");
+        assert!(state_dir.find(&ids[1]).is_err() && state_dir.find("lost").is_err());
+        assert!(state_dir.create(Some("kept")).is_err(), "it is kept, and its name with it");
         state_dir.remove(&entry).unwrap();
-        state_dir.create(Some("a")).unwrap();
-        state_dir.create(Some("b")).unwrap();
+        state_dir.create(Some("kept")).unwrap();
+        state_dir.create(Some("lost")).unwrap();
     }
 
     #[test]
