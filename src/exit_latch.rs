@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -69,13 +70,19 @@ struct Declared {
 /// that waits for it.
 pub struct ExitLatch {
     declared: Mutex<Declared>,
+    /// Whether `declared` has a reason, for those who look before each entry to the guest.
+    is_declared: AtomicBool,
     event: EventFd,
 }
 
 impl ExitLatch {
     /// A latch without a reason yet.
     pub fn new() -> io::Result<ExitLatch> {
-        Ok(ExitLatch { declared: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
+        Ok(ExitLatch {
+            declared: Mutex::default(),
+            is_declared: AtomicBool::new(false),
+            event: EventFd::new(EFD_NONBLOCK)?,
+        })
     }
 
     /// Declares that the machine is to exit for `reason`. Only the first call counts. Any thread.
@@ -94,6 +101,7 @@ impl ExitLatch {
             other => other,
         });
         drop(declared);
+        self.is_declared.store(true, Ordering::Release);
         self.wake();
     }
 
@@ -106,6 +114,11 @@ impl ExitLatch {
     /// Notes the words of a panic seen on the console. They count only if the machine then resets. Any thread.
     pub fn note_panic_words(&self, words: String) {
         self.lock().panic_words.get_or_insert(words);
+    }
+
+    /// Whether a reason is declared.
+    pub fn is_declared(&self) -> bool {
+        self.is_declared.load(Ordering::Acquire)
     }
 
     /// The reason, once one is declared.

@@ -166,7 +166,8 @@ impl Vcpu {
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    /// Runs the guest until told to pause (true) or to stop, or until it can run no more (false).
+    /// Runs the guest until told to pause (true), or until told to stop, the machine has ended, or the guest can run no more
+    /// (false).
     fn run(&mut self) -> bool {
         loop {
             let end = match self.next_command() {
@@ -182,6 +183,8 @@ impl Vcpu {
                     self.wait_for_console();
                     None
                 }
+                // A machine that reset or powered off executes nothing more, not even until the main thread stops it.
+                Some(Command::Resume) | None if self.exit_latch.is_declared() => return false,
                 Some(Command::Resume) | None => self.step(),
             };
             if let Some(why) = end {
