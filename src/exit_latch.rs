@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -59,49 +58,44 @@ impl fmt::Display for ExitReason {
     }
 }
 
+/// What is known of a panic of the guest's kernel.
 #[derive(Default)]
-struct Declared {
-    reason: Option<ExitReason>,
-    panic_words: Option<String>,
+struct Panic {
+    words: Option<String>,
     panicked_at: Option<Instant>,
 }
 
 /// Where vCPUs and devices declare that the machine is to exit. The first reason counts; [`ExitLatch::event`] wakes the thread
 /// that waits for it.
 pub struct ExitLatch {
-    declared: Mutex<Declared>,
-    /// Whether `declared` has a reason, for those who look before each entry to the guest.
-    is_declared: AtomicBool,
+    /// Without a lock: vCPUs look before each entry to the guest.
+    reason: OnceLock<ExitReason>,
+    panic: Mutex<Panic>,
     event: EventFd,
 }
 
 impl ExitLatch {
     /// A latch without a reason yet.
     pub fn new() -> io::Result<ExitLatch> {
-        Ok(ExitLatch {
-            declared: Mutex::default(),
-            is_declared: AtomicBool::new(false),
-            event: EventFd::new(EFD_NONBLOCK)?,
-        })
+        Ok(ExitLatch { reason: OnceLock::new(), panic: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
     }
 
     /// Declares that the machine is to exit for `reason`. Only the first call counts. Any thread.
     ///
     /// A reset or a triple fault that follows a kernel panic is that panic's last act, and is told as such.
     pub fn declare(&self, reason: ExitReason) {
-        let mut declared = self.lock();
-        if declared.reason.is_some() {
+        let mut panic = self.lock();
+        if self.is_declared() {
             return;
         }
-        let panicked = declared.panicked_at.is_some() || declared.panic_words.is_some();
-        declared.reason = Some(match reason {
-            ExitReason::Reset | ExitReason::TripleFault { .. } if panicked => {
-                ExitReason::Panicked(declared.panic_words.take())
-            }
+        let panicked = panic.panicked_at.is_some() || panic.words.is_some();
+        let reason = match reason {
+            ExitReason::Reset | ExitReason::TripleFault { .. } if panicked => ExitReason::Panicked(panic.words.take()),
             other => other,
-        });
-        drop(declared);
-        self.is_declared.store(true, Ordering::Release);
+        };
+        // With the lock, so that it is the first.
+        let _ = self.reason.set(reason);
+        drop(panic);
         self.wake();
     }
 
@@ -113,17 +107,17 @@ impl ExitLatch {
 
     /// Notes the words of a panic seen on the console. They count only if the machine then resets. Any thread.
     pub fn note_panic_words(&self, words: String) {
-        self.lock().panic_words.get_or_insert(words);
+        self.lock().words.get_or_insert(words);
     }
 
     /// Whether a reason is declared.
     pub fn is_declared(&self) -> bool {
-        self.is_declared.load(Ordering::Acquire)
+        self.reason.get().is_some()
     }
 
     /// The reason, once one is declared.
     pub fn reason(&self) -> Option<ExitReason> {
-        self.lock().reason.clone()
+        self.reason.get().cloned()
     }
 
     /// When the guest's kernel said that it panicked, if it did.
@@ -133,7 +127,7 @@ impl ExitLatch {
 
     /// Ends a machine whose kernel panicked but did not reset.
     pub fn give_up_on_panic(&self) {
-        let words = self.lock().panic_words.take();
+        let words = self.lock().words.take();
         self.declare(ExitReason::Panicked(words));
     }
 
@@ -147,8 +141,8 @@ impl ExitLatch {
         let _ = self.event.write(1);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Declared> {
-        self.declared.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Panic> {
+        self.panic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

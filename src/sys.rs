@@ -22,13 +22,16 @@ use std::ptr;
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
 
+/// The most parts that one vectored system call takes (linux/uio.h).
+pub const IOV_MAX: usize = 1024;
+
 /// Buffers as vectored system calls take them.
 ///
 /// # Safety
 /// Each part that [`IoVecs::iovecs`] returns is mapped, readable and writable, for as long as `self` is borrowed, and Rust has no
 /// references into it.
 pub unsafe trait IoVecs {
-    /// The parts, in order, no more than one call takes (IOV_MAX).
+    /// The parts, in order, no more than [`IOV_MAX`].
     fn iovecs(&self) -> &[libc::iovec];
 }
 

@@ -117,24 +117,23 @@ fn next(last: &mut VecDeque<Record>, reader: &mut LogReader) -> Result<Option<Re
 /// Reads to the end of the log, and returns its last `count` lines. In one go: the log goes on meanwhile, and a second reader
 /// would begin later than the first.
 fn last_lines(reader: &mut LogReader, count: usize) -> Result<VecDeque<Record>> {
-    let ends_in = |content: &[u8]| content.iter().filter(|byte| **byte == b'\n').count();
-    let (mut last, mut ends) = (VecDeque::<Record>::new(), 0);
+    // Each with the number of lines that end in it.
+    let (mut last, mut ends) = (VecDeque::<(Record, usize)>::new(), 0);
     while let Some((head, content)) = reader.read().context("read the log")? {
-        ends += ends_in(&content);
-        last.push_back((head, content));
+        let ends_here = content.iter().filter(|byte| **byte == b'\n').count();
+        ends += ends_here;
+        last.push_back(((head, content), ends_here));
         while let Some((_, first)) = last.front()
-            && ends - ends_in(first) > count
+            && ends - first > count
         {
-            ends -= ends_in(first);
+            ends -= first;
             last.pop_front();
         }
     }
-    let is_ended = last.back().is_none_or(|(_, content)| content.ends_with(b"\n"));
+    let is_ended = last.back().is_none_or(|((_, content), _)| content.ends_with(b"\n"));
     let mut skip = (ends + usize::from(!is_ended)).saturating_sub(count);
-    for (_, content) in &mut last {
-        *content = skip_lines(content, &mut skip).to_vec();
-    }
-    Ok(last)
+    let rest = |((head, content), _): (Record, usize)| (head, skip_lines(&content, &mut skip).to_vec());
+    Ok(last.into_iter().map(rest).collect())
 }
 
 /// What is left of `content` behind as many lines as are to be skipped still.

@@ -6,10 +6,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
 
 use super::GuestMemory;
-use crate::sys::IoVecs;
-
-/// The most parts that one system call takes (IOV_MAX, linux/uio.h).
-const PARTS_PER_CALL: usize = 1024;
+use crate::sys::{IOV_MAX, IoVecs};
 
 /// Pieces of guest memory, in order, to be read into or written from. They are used up from the front.
 #[derive(Debug)]
@@ -29,7 +26,7 @@ unsafe impl IoVecs for GuestBuffers {
     /// What is not used up, or as much of it as one call takes.
     fn iovecs(&self) -> &[libc::iovec] {
         let rest = &self.iovecs[self.first..];
-        &rest[..rest.len().min(PARTS_PER_CALL)]
+        &rest[..rest.len().min(IOV_MAX)]
     }
 }
 

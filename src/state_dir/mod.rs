@@ -146,7 +146,6 @@ impl StateDir {
                 // Shared, so that others who look meanwhile see it as what it is; it does not start again as long as this has it.
                 if held.try_lock_shared().is_ok() {
                     remove_sockets(|name| entry.file(name));
-                    let _ = held.unlock();
                 }
             } else if held.try_lock().is_ok() {
                 // Held until it is gone: whoever has just made it and locks it later sees that.

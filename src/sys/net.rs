@@ -9,12 +9,10 @@ use std::os::unix::net::UnixStream;
 
 use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 
-use super::IoVecs;
+use super::{IOV_MAX, IoVecs};
 
 /// As many parts of a frame are passed without taking memory for the list.
 const PARTS_ON_STACK: usize = 32;
-/// The most parts that one system call takes (IOV_MAX, linux/uio.h).
-const PARTS_MAX: usize = 1024;
 
 // linux/if_tun.h
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -159,7 +157,7 @@ fn with_parts(prefix: &[u8], frame: &impl IoVecs, call: impl Fn(&[libc::iovec]) 
             on_stack.get(..=rest.len()).unwrap_or_default()
         }
         None => {
-            all = [&[first], rest.get(..rest.len().min(PARTS_MAX - 1)).unwrap_or_default()].concat();
+            all = [&[first], rest.get(..rest.len().min(IOV_MAX - 1)).unwrap_or_default()].concat();
             &all[..]
         }
     };

@@ -43,12 +43,6 @@ impl<D: BlockingDisk> DiskBackend for Blocking<D> {
     fn drain(&mut self) {}
 }
 
-impl<D: BlockingDisk + ?Sized> BlockingDisk for Box<D> {
-    fn execute(&mut self, request: &mut Request) -> io::Result<()> {
-        (**self).execute(request)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;

@@ -101,7 +101,7 @@ pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, Control)> {
     let shape = DiskShape { capacity_bytes, readonly, block_bytes };
     let backend: Box<dyn DiskBackend> = match image {
         Image::Raw { file, block_device } => Box::new(Blocking::new(PlainDisk::new(file, block_device))),
-        Image::Qcow2(disk) => Box::new(Blocking::new(disk)),
+        Image::Qcow2(disk) => Box::new(Blocking::new(*disk)),
     };
     device_on(backend, shape, &name, id.as_deref().unwrap_or_default(), rate)
 }

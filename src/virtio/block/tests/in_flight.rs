@@ -1,0 +1,175 @@
+//! Requests that take their time: what is under way at a reset or a pause, and what a limit holds up.
+
+use super::*;
+
+#[test]
+fn the_status_is_written_last_and_only_once_the_disk_is_done() {
+    let mut bench = bench();
+    bench.seen.lock().unwrap().hold = true;
+    bench.prepare(0, 0);
+    let head = bench.driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    bench.driver.offer(0, head);
+    bench.driver.notify(0);
+    wait_for(|| !bench.seen.lock().unwrap().requests.is_empty());
+    // The driver may now write over the header as it likes: it has been read.
+    bench.prepare(77, u64::MAX);
+    assert_eq!((bench.status(), bench.driver.used_index(0)), (0xee, 0));
+    bench.seen.lock().unwrap().hold = false;
+    bench.done.write_all(&[1]).unwrap();
+    assert_eq!(bench.driver.used(0), (head, 513));
+    assert_eq!(bench.status(), 0);
+}
+
+#[test]
+fn nothing_is_completed_after_a_reset() {
+    let mut bench = bench();
+    bench.fill_data(0x33, 512);
+    assert_eq!(bench.request(1, 0, (512, 0)).0, 0);
+    bench.seen.lock().unwrap().hold = true;
+    bench.prepare(0, 0);
+    let head = bench.driver.chain(0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS_BYTE, 1, WRITE)]);
+    bench.driver.offer(0, head);
+    bench.driver.notify(0);
+    wait_for(|| bench.seen.lock().unwrap().requests.len() == 2);
+    bench.driver.write(STATUS, 0);
+    assert_eq!((bench.status(), bench.driver.used_index(0)), (0, 2), "drained before the reset was complete");
+    bench.fill_data(0, 512);
+    bench.prepare(0, 0);
+    bench.seen.lock().unwrap().hold = false;
+    bench.driver.start();
+    bench.done.write_all(&[1]).unwrap();
+    bench.driver.transport.pause();
+    assert_eq!((bench.status(), bench.data(512), bench.driver.used_index(0)), (0xee, vec![0; 512], 0));
+}
+
+#[test]
+fn a_full_house_waits_and_goes_on() {
+    let mut bench = bench();
+    bench.seen.lock().unwrap().hold = true;
+    bench.prepare(0, 0);
+    bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
+    bench.driver.descriptor(0, 1, STATUS_BYTE, 1, WRITE, 0);
+    // The same chain is made available again and again, more often than requests can be in flight.
+    for _ in 0..256 {
+        bench.driver.offer(0, 0);
+    }
+    bench.driver.notify(0);
+    wait_for(|| bench.seen.lock().unwrap().requests.len() == 256);
+    for _ in 0..100 {
+        bench.driver.offer(0, 0);
+    }
+    bench.driver.notify(0);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(bench.driver.used_index(0), 0);
+    bench.seen.lock().unwrap().hold = false;
+    bench.done.write_all(&[1]).unwrap();
+    wait_for(|| bench.driver.used_index(0) == 356);
+    assert_eq!(bench.driver.read(STATUS), 15);
+}
+
+#[test]
+fn what_was_done_is_counted_and_what_was_refused_is_not() {
+    let mut bench = bench();
+    bench.request(0, 0, (1024, WRITE));
+    bench.request(1, 0, (512, 0));
+    bench.request(1, 0, (512, 0));
+    bench.request(4, 0, (0, 0));
+    bench.range(11, 8, 8, 0);
+    bench.range(13, 8, 8, 0);
+    bench.request(8, 0, (20, WRITE));
+    bench.request(0, u64::MAX, (512, WRITE));
+    bench.seen.lock().unwrap().fail = true;
+    bench.request(0, 0, (512, WRITE));
+    let Counters { reads, read_bytes, writes, written_bytes, flushes, discards } = &*bench.control.counters;
+    let counted = [reads, read_bytes, writes, written_bytes, flushes, discards];
+    assert_eq!(counted.map(|counter| counter.load(Ordering::Relaxed)), [1, 1024, 2, 1024, 1, 2]);
+}
+
+/// Makes the same request available so many times.
+fn offer_many(bench: &mut Bench, kind: u32, data: (u32, u16), count: u16) {
+    bench.prepare(kind, 0);
+    bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
+    bench.driver.descriptor(0, 1, DATA, data.0, NEXT | data.1, 2);
+    bench.driver.descriptor(0, 2, STATUS_BYTE, 1, WRITE, 0);
+    (0..count).for_each(|_| bench.driver.offer(0, 0));
+    bench.driver.notify(0);
+}
+
+/// Makes so many reads of a sector available.
+fn offer_reads(bench: &mut Bench, count: u16) {
+    offer_many(bench, 0, (512, WRITE), count);
+}
+
+#[test]
+fn a_limited_disk_does_so_many_requests_a_second_and_loses_none() {
+    for rate in [
+        Rate { ops_per_second: Some(200), burst_ops: Some(1), ..Rate::default() },
+        Rate { bytes_per_second: Some(200 * 512), burst_bytes: Some(512), ..Rate::default() },
+    ] {
+        let mut bench = bench();
+        bench.control.rate.set(rate);
+        let started = std::time::Instant::now();
+        offer_reads(&mut bench, 100);
+        wait_for(|| bench.driver.used_index(0) == 100);
+        let took_s = started.elapsed().as_secs_f64();
+        // Of half a second; a busy host may wake us late.
+        assert!((0.47..1.0).contains(&took_s), "{took_s} s");
+        assert_eq!(bench.driver.read(STATUS), 15);
+    }
+}
+
+#[test]
+fn what_is_discarded_counts_as_what_is_written_does() {
+    let mut bench = bench();
+    bench.control.rate.set(Rate { bytes_per_second: Some(1 << 20), burst_bytes: Some(512), ..Rate::default() });
+    bench.driver.memory.write_obj([0, 0, (CAPACITY_BYTES / SECTOR_BYTES) as u32, 0], GuestAddress(DATA)).unwrap();
+    offer_many(&mut bench, 11, (16, 0), 2);
+    wait_for(|| bench.driver.used_index(0) == 1);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert_eq!(bench.driver.used_index(0), 1, "a second's worth was discarded");
+    bench.control.rate.set(Rate::default());
+    wait_for(|| bench.driver.used_index(0) == 2);
+}
+
+#[test]
+fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
+    // Discards, zeroes, flushes, and writes that are made durable.
+    for (kind, data_bytes, features) in [(11, 16, !0), (13, 16, !0), (4, 0, !0), (1, 512, !F_FLUSH)] {
+        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+        let mut bench = bench_with(shape, "disk", features);
+        bench.seen.lock().unwrap().takes = std::time::Duration::from_millis(30);
+        bench.driver.memory.write_obj([0, 0, 8, 0], GuestAddress(DATA)).unwrap();
+        offer_many(&mut bench, kind, (data_bytes, 0), 80);
+        wait_for(|| !bench.seen.lock().unwrap().requests.is_empty());
+        let before = bench.seen.lock().unwrap().requests.len();
+        bench.driver.write(STATUS, 0);
+        let after = bench.seen.lock().unwrap().requests.len();
+        // The one that was under way, one that began meanwhile, and their flushes.
+        assert!(after - before <= 4, "type {kind}: {before} requests before the reset, {after} after it");
+    }
+}
+
+#[test]
+fn requests_that_wait_for_their_time_outlive_a_pause_and_a_reset_forgets_them() {
+    let never = Rate { ops_per_second: Some(1), burst_ops: Some(1), ..Rate::default() };
+    let mut bench = bench();
+    bench.control.rate.set(never);
+    offer_reads(&mut bench, 20);
+    wait_for(|| bench.driver.used_index(0) > 0);
+    let started = std::time::Instant::now();
+    bench.driver.transport.pause();
+    assert!(started.elapsed() < std::time::Duration::from_millis(500), "a pause waits for no limit");
+    assert!(bench.driver.used_index(0) < 5);
+    bench.driver.transport.resume();
+    bench.control.rate.set(Rate::default());
+    wait_for(|| bench.driver.used_index(0) == 20);
+
+    bench.control.rate.set(never);
+    offer_reads(&mut bench, 20);
+    wait_for(|| bench.driver.used_index(0) > 20);
+    // It forgets the requests; the limit it does not.
+    bench.driver.start();
+    offer_reads(&mut bench, 20);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert!(bench.driver.used_index(0) < 5);
+}
