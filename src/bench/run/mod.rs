@@ -1,15 +1,15 @@
 //! Runs one instance: when it printed what, how long its tasks took, and whether it did what was expected.
 //!
 //! ```text
-//! Launch ─ supervisor (a thread): start, read, timeout, stop ─> OutputParser: messages and timestamps ─> judge ─> Run
+//! Launch ─ monitor (a thread): start, read, timeout, stop ─> OutputParser: messages and timestamps ─> judge ─> Run
 //!                                                                └ meanwhile, for callers that wait: ready, ticks
 //! ```
 //!
 //! All timestamps are taken by this process. A failed run has no valid timings: callers must check [`Run::failures`]
 //! before they use them.
 
+mod monitor;
 pub mod output;
-mod supervisor;
 
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,8 +21,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::contender::Launch;
 use crate::sandbox;
+use monitor::InstanceMonitor;
 use output::OutputParser;
-use supervisor::Supervisor;
 
 /// The duration of a completed task.
 #[derive(Debug, Clone, PartialEq)]
@@ -87,7 +87,7 @@ pub struct RunOptions {
     pub timeout: Duration,
 }
 
-/// State shared by the supervisor thread and callers.
+/// State shared by the monitor thread and callers.
 struct Shared {
     output: Mutex<OutputParser>,
     changed: Condvar,
@@ -121,7 +121,7 @@ pub fn run(launch: Launch, expected: &Expected, options: &RunOptions) -> Run {
     }
 }
 
-/// The result of the supervisor thread, with a cleanup error if any.
+/// The result of the monitor thread, with a cleanup error if any.
 type Ended = (Termination, Instant, Option<anyhow::Error>);
 
 /// A running instance, stopped on drop.
@@ -140,14 +140,14 @@ impl Running {
         let (sender, receiver) = mpsc::sync_channel(1);
         let (of_thread, options) = (shared.clone(), options.clone());
         let thread = sandbox::spawn("bench-run", move || {
-            let begun = supervisor::spawn(&mut launch.command, options.cpus.as_deref()).and_then(|(child, started)| {
+            let begun = monitor::spawn(&mut launch.command, options.cpus.as_deref()).and_then(|(child, started)| {
                 let pid = child.id();
-                Ok((Supervisor::new(child, of_thread.clone(), started + options.timeout)?, started, pid))
+                Ok((InstanceMonitor::new(child, of_thread.clone(), started + options.timeout)?, started, pid))
             });
             let ended = match begun {
-                Ok((supervisor, started, pid)) => {
+                Ok((monitor, started, pid)) => {
                     let _ = sender.send(Ok((started, pid)));
-                    Some(supervisor.run())
+                    Some(monitor.run())
                 }
                 Err(error) => {
                     let _ = sender.send(Err(error));
@@ -167,7 +167,7 @@ impl Running {
                 let _ = thread.join();
                 Err(error)
             }
-            Err(_) => Err(anyhow!("the supervisor thread of an instance panicked")),
+            Err(_) => Err(anyhow!("the monitor thread of an instance panicked")),
         }
     }
 
@@ -238,7 +238,7 @@ impl Running {
                 (end, exited)
             }
             _ => {
-                failures.push("the supervisor thread panicked".into());
+                failures.push("the monitor thread panicked".into());
                 (Termination::TimedOut, Instant::now())
             }
         };

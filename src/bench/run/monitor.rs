@@ -1,4 +1,4 @@
-//! The supervisor thread of an instance: starts the process, reads its output, and stops it on timeout.
+//! The monitor thread of an instance: starts the process, reads its output, and stops it on timeout.
 
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -52,7 +52,7 @@ pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Inst
 }
 
 /// A running process.
-pub struct Supervisor {
+pub struct InstanceMonitor {
     pub child: Child,
     pub shared: Arc<Shared>,
     /// When it is stopped.
@@ -71,8 +71,8 @@ enum Pressure {
     Killed,
 }
 
-impl Supervisor {
-    pub fn new(mut child: Child, shared: Arc<Shared>, deadline: Instant) -> Result<Supervisor> {
+impl InstanceMonitor {
+    pub fn new(mut child: Child, shared: Arc<Shared>, deadline: Instant) -> Result<InstanceMonitor> {
         let prepare = |child: &mut Child| -> Result<_> {
             let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).context("open a pidfd")?;
             Ok((Epoll::new().context("create an epoll instance")?, process))
@@ -83,13 +83,13 @@ impl Supervisor {
             let _ = child.wait();
         })?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let supervisor = Supervisor { child, shared, deadline, epoll, stdout, stderr, process };
-        supervisor.add(supervisor.process.as_raw_fd(), PROCESS);
-        supervisor.add(supervisor.shared.stop.as_raw_fd(), STOP);
-        interrupt::fd().iter().for_each(|fd| supervisor.add(*fd, INTERRUPT));
-        supervisor.stdout.iter().for_each(|stdout| supervisor.add(stdout.as_fd().as_raw_fd(), STDOUT));
-        supervisor.stderr.iter().for_each(|stderr| supervisor.add(stderr.as_fd().as_raw_fd(), STDERR));
-        Ok(supervisor)
+        let monitor = InstanceMonitor { child, shared, deadline, epoll, stdout, stderr, process };
+        monitor.add(monitor.process.as_raw_fd(), PROCESS);
+        monitor.add(monitor.shared.stop.as_raw_fd(), STOP);
+        interrupt::fd().iter().for_each(|fd| monitor.add(*fd, INTERRUPT));
+        monitor.stdout.iter().for_each(|stdout| monitor.add(stdout.as_fd().as_raw_fd(), STDOUT));
+        monitor.stderr.iter().for_each(|stderr| monitor.add(stderr.as_fd().as_raw_fd(), STDERR));
+        Ok(monitor)
     }
 
     fn add(&self, fd: i32, token: u64) {
