@@ -37,13 +37,10 @@ pub unsafe trait IoVecs {
 
 /// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
 ///
-/// The signals are blocked in the calling thread, and in the threads it then starts, until this is dropped by it. One that
-/// nobody has read by then is dropped with it: delivered so late it would end a process that is about to end by itself.
+/// The signals are blocked in the calling thread, and in the threads it then starts, for the rest of their lives: one that
+/// comes after this was dropped would end a process that is about to exit, and take the place of its exit code.
 #[derive(Debug)]
-pub struct SignalFd {
-    fd: OwnedFd,
-    set: libc::sigset_t,
-}
+pub struct SignalFd(OwnedFd);
 
 impl SignalFd {
     /// Blocks `signals` and starts to listen for them.
@@ -58,7 +55,7 @@ impl SignalFd {
             }
             OwnedFd::from_raw_fd(fd)
         };
-        Ok(SignalFd { fd, set })
+        Ok(SignalFd(fd))
     }
 
     /// The next signal that has come, if one has.
@@ -68,7 +65,7 @@ impl SignalFd {
         // SAFETY: the kernel writes at most `size` bytes to `info`, which has that size, and writes it whole or not
         // at all; it is read only if it was written.
         let info = unsafe {
-            if libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) != size as isize {
+            if libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) != size as isize {
                 let error = io::Error::last_os_error();
                 return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
             }
@@ -80,15 +77,7 @@ impl SignalFd {
 
 impl AsRawFd for SignalFd {
     fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-}
-
-impl Drop for SignalFd {
-    fn drop(&mut self) {
-        while matches!(self.read(), Ok(Some(_))) {}
-        // Blocking them worked, so unblocking does.
-        let _ = mask(libc::SIG_UNBLOCK, &self.set);
+        self.0.as_raw_fd()
     }
 }
 
@@ -176,11 +165,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signal_that_nobody_read_is_not_delivered_afterwards() {
-        // It ends a process that takes no interest in it.
+    fn a_signal_is_not_delivered_after_the_last_read() {
+        // By default it ends the process.
         let signals = SignalFd::block(&[libc::SIGUSR2]).unwrap();
         // SAFETY: raise touches no memory.
-        assert_eq!(unsafe { libc::raise(libc::SIGUSR2) }, 0);
+        let raise = || assert_eq!(unsafe { libc::raise(libc::SIGUSR2) }, 0);
+        raise();
         drop(signals);
+        raise();
     }
 }

@@ -215,7 +215,16 @@ mod tests {
         let writer = open(&config(image.path(), false)).unwrap();
         assert_eq!([refusal(image.path(), false), refusal(image.path(), true)], [in_use.clone(), in_use.clone()]);
         drop(writer);
-        let _readers = [open(&config(image.path(), true)).unwrap(), open(&config(image.path(), true)).unwrap()];
+        // A process that another test has just forked holds the lock until it executes its program.
+        let reader = || {
+            let mut opened = open(&config(image.path(), true));
+            while opened.as_ref().is_err_and(|error| error.to_string() == in_use) {
+                std::thread::yield_now();
+                opened = open(&config(image.path(), true));
+            }
+            opened.unwrap()
+        };
+        let _readers = [reader(), reader()];
         assert_eq!(refusal(image.path(), false), in_use);
     }
 

@@ -163,11 +163,11 @@ fn a_user_who_is_not_root_has_a_network_and_a_tap_device_made_for_him() {
     }
     // Busybox's makes none that is somebody's.
     run(Command::new("/opt/ip").args(["tuntap", "add", "husk-own", "mode", "tap", "user", "65534", "vnet_hdr"]));
-    ip("addr add 198.18.9.1/24 dev husk-own");
+    ip("addr add 198.18.10.1/24 dev husk-own");
     ip("link set husk-own up");
     let (web, other) = (free_port(), free_port());
     let (published, others) = (format!("{web}:80"), format!("{other}:80"));
-    let flags = ["--name", "own", "-p", &published, "--network", "user", "--network", "tap=husk-own,ip=198.18.9.2/24"];
+    let flags = ["--name", "own", "-p", &published, "--network", "user", "--network", "tap=husk-own,ip=198.18.10.2/24"];
     let script = |word: &str| {
         format!(
             "mkdir /www; echo {word} >/www/word; httpd -p 80 -h /www; echo ready
@@ -182,12 +182,12 @@ fn a_user_who_is_not_root_has_a_network_and_a_tap_device_made_for_him() {
     let (second, _output) = start(&guests, &["--name", "other", "-p", &others], &script("other"));
     assert_eq!(get(&format!("http://127.0.0.1:{web}/word")), "own\n");
     assert_eq!(get(&format!("http://127.0.0.1:{other}/word")), "other\n");
-    assert_eq!(get("http://198.18.9.2/word"), "own\n");
+    assert_eq!(get("http://198.18.10.2/word"), "own\n");
     let [passt, others_passt] = [&machine, &second].map(|machine| passt_of(machine.id()).expect("it has a passt"));
     // A machine outlives its passt, and leaves nothing of it.
     run(Command::new("kill").args(["-KILL", &passt.to_string()]));
     wait_until("the port is free", || TcpListener::bind(("::", web)).is_ok());
-    wait_until("the guest sees its link go", || get("http://198.18.9.2/word") == "cut off\n");
+    wait_until("the guest sees its link go", || get("http://198.18.10.2/word") == "cut off\n");
     wait_until("passt is waited for", || !Path::new(&format!("/proc/{passt}")).exists());
     // And passt no machine.
     for machine in [machine, second] {
