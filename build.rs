@@ -1,8 +1,8 @@
-//! The programs that husk carries inside, built small and static: the guest's init as the file `$HUSK_INIT`, what `husk bench`
-//! works with as `$HUSK_WORK`.
+//! The programs that husk carries inside, built small and static: the guest's init as the file `$HUSK_INIT`, what `husk
+//! bench` works with as `$HUSK_WORK`.
 //!
-//! A cargo of its own builds them, since another profile and other flags count for them than for husk. It works in a folder
-//! of its own, so that neither waits for the other, and starts only when something that it reads has changed.
+//! A cargo of its own builds them, since another profile and other flags count for them than for husk. It works in a
+//! directory of its own, so that neither waits for the other, and starts only when something that it reads has changed.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -23,7 +23,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let built = build(&out.join("target"));
     for (package, variable) in CARRIED {
-        // The path stays though the folder's layout is cargo's.
+        // The path stays though the directory's layout is cargo's.
         let program = out.join(package);
         let from = built.join(package);
         fs::copy(&from, &program).unwrap_or_else(|error| panic!("copy {}: {error}", from.display()));
@@ -31,14 +31,14 @@ fn main() {
     }
 }
 
-/// Returns the folder in which the programs are.
-fn build(folder: &std::path::Path) -> PathBuf {
+/// Returns the directory in which the programs are.
+fn build(dir: &std::path::Path) -> PathBuf {
     let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"));
     cargo.args(["build", "--quiet", "--locked", "--bins", "--profile", "carried", "--target", TARGET]);
     for (package, _) in CARRIED {
         cargo.args(["--package", package]);
     }
-    cargo.arg("--target-dir").arg(folder);
+    cargo.arg("--target-dir").arg(dir);
     // What clippy, a fuzzer or a user asks of husk's own compilation is not meant for theirs.
     for variable in ["RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS"] {
         cargo.env_remove(variable);
@@ -46,5 +46,5 @@ fn build(folder: &std::path::Path) -> PathBuf {
     cargo.env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\u{1f}"));
     let status = cargo.status().unwrap_or_else(|error| panic!("start {cargo:?}: {error}"));
     assert!(status.success(), "{cargo:?}: {status}");
-    folder.join(TARGET).join("carried")
+    dir.join(TARGET).join("carried")
 }

@@ -28,8 +28,8 @@ pub const IOV_MAX: usize = 1024;
 /// Buffers as vectored system calls take them.
 ///
 /// # Safety
-/// Each part that [`IoVecs::iovecs`] returns is mapped, readable and writable, for as long as `self` is borrowed, and Rust has no
-/// references into it.
+/// Each part that [`IoVecs::iovecs`] returns is mapped, readable and writable, for as long as `self` is borrowed, and
+/// Rust has no references into it.
 pub unsafe trait IoVecs {
     /// The parts, in order, no more than [`IOV_MAX`].
     fn iovecs(&self) -> &[libc::iovec];
@@ -37,8 +37,8 @@ pub unsafe trait IoVecs {
 
 /// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
 ///
-/// The signals are blocked in the calling thread, and in the threads it then starts, for the rest of their lives: one that
-/// comes after this was dropped would end a process that is about to exit, and take the place of its exit code.
+/// The signals are blocked in the calling thread, and in the threads it then starts, for the rest of their lives: one
+/// that comes after this was dropped would end a process that is about to exit, and take the place of its exit code.
 #[derive(Debug)]
 pub struct SignalFd(OwnedFd);
 
@@ -127,8 +127,8 @@ pub fn getrandom(buffer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// How a file in a machine's folder is made: for its owner alone, whatever others may do with the user's files. What variables
-/// are set to stands there, and what programs write.
+/// How a file in a machine's directory is made: for its owner alone, whatever others may do with the user's files. What
+/// variables are set to stands there, and what programs write.
 pub fn private_file() -> OpenOptions {
     let mut options = File::options();
     options.mode(0o600);

@@ -31,7 +31,7 @@ struct Guest {
     machine: Machine,
     name: String,
     socket: PathBuf,
-    _folder: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 impl Guest {
@@ -41,8 +41,8 @@ impl Guest {
     }
 
     fn start_with(guests: &Path, kernel: &str, change: impl FnOnce(&mut MachineConfig)) -> Guest {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("v.sock");
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("v.sock");
         let mut config = MachineConfig {
             kernel: guests.join(kernel).join("vmlinux"),
             initrd: Some(guests.join(kernel).join("initrd")),
@@ -56,7 +56,7 @@ impl Guest {
         let resources = resources::open(&config).unwrap();
         let mut machine = Machine::build(&config, resources, Arc::new(Timings::new(Instant::now()))).unwrap();
         machine.resume();
-        let guest = Guest { machine, name: kernel.to_owned(), socket, _folder: folder };
+        let guest = Guest { machine, name: kernel.to_owned(), socket, _dir: dir };
         guest.wait_for("its programs run", || guest.call().is_some());
         guest
     }
@@ -100,7 +100,8 @@ impl Guest {
         line(&mut stream)?.starts_with("OK ").then_some(stream)
     }
 
-    /// Has a program in the guest use so much memory, for as long as the connection lasts. `None` where the guest ended it.
+    /// Has a program in the guest use so much memory, for as long as the connection lasts. `None` where the guest ended
+    /// it.
     fn take(&self, mib: u64) -> Option<UnixStream> {
         let mut stream = self.call().expect("it serves");
         writeln!(stream, "{mib}").unwrap();

@@ -7,26 +7,26 @@ use std::process::{Command, Output};
 
 const LOCKED: &str = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (unattended-upgr)";
 
-fn program(folder: &Path, name: &str, script: &str) {
-    let path = folder.join(name);
+fn program(dir: &Path, name: &str, script: &str) {
+    let path = dir.join(name);
     fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// Runs `scripts/deps fuzz` where no package is installed and apt's lock is held the first `times` that it is wanted; returns what it
-/// said, and how often packages were asked for.
+/// Runs `scripts/deps fuzz` where no package is installed and apt's lock is held the first `times` that it is wanted;
+/// returns what it said, and how often packages were asked for.
 fn deps_while_locked(times: u32) -> (Output, String) {
-    let folder = tempfile::tempdir().unwrap();
-    let calls = folder.path().join("calls");
-    program(folder.path(), "dpkg-query", "exit 1");
-    program(folder.path(), "sleep", "exit 0");
-    program(folder.path(), "sudo", "exec \"$@\"");
+    let dir = tempfile::tempdir().unwrap();
+    let calls = dir.path().join("calls");
+    program(dir.path(), "dpkg-query", "exit 1");
+    program(dir.path(), "sleep", "exit 0");
+    program(dir.path(), "sudo", "exec \"$@\"");
     let apt = format!(
         "echo \"$2\" >>{calls}; [ $(wc -l <{calls}) -gt {times} ] || {{ echo '{LOCKED}' >&2; exit 100; }}",
         calls = calls.display()
     );
-    program(folder.path(), "apt-get", &apt);
-    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+    program(dir.path(), "apt-get", &apt);
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/deps");
     let output = Command::new(script).arg("fuzz").env("PATH", path).output().unwrap();
     (output, fs::read_to_string(calls).unwrap())

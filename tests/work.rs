@@ -11,22 +11,21 @@ use husk::bench::workload;
 
 /// The program in a directory of its own, with something to read.
 struct Place {
-    folder: tempfile::TempDir,
+    dir: tempfile::TempDir,
     program: PathBuf,
 }
 
 impl Place {
     fn new() -> Place {
         // Not in /tmp, which may be a tmpfs without direct I/O.
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let program = workload::write(folder.path()).unwrap();
-        fs::write(folder.path().join("data"), (0..300_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
-            .unwrap();
-        Place { folder, program }
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let program = workload::write(dir.path()).unwrap();
+        fs::write(dir.path().join("data"), (0..300_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+        Place { dir, program }
     }
 
     fn path(&self) -> &Path {
-        self.folder.path()
+        self.dir.path()
     }
 
     fn command(&self, words: &[&str]) -> Command {
@@ -188,7 +187,8 @@ fn memory_is_used_until_there_is_no_more() {
     assert!(matches!(lines(&output)[..], ["work: ready", end] if end.starts_with("work: fail crash map memory")));
 }
 
-/// The first process of a namespace stands for a machine's: it has the same rights, and its reboot(2) ends the namespace.
+/// The first process of a namespace stands for a machine's: it has the same rights, and its reboot(2) ends the
+/// namespace.
 fn guest(place: &Place, words: &[&str]) -> Option<Output> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: this test mounts file systems, and so needs root");
@@ -196,8 +196,8 @@ fn guest(place: &Place, words: &[&str]) -> Option<Output> {
     }
     let root = place.path().join("root");
     if !root.exists() {
-        for folder in ["dev", "proc", "sys", "tmp", "run", "scratch", ".husk-bench"] {
-            fs::create_dir_all(root.join(folder)).unwrap();
+        for dir in ["dev", "proc", "sys", "tmp", "run", "scratch", ".husk-bench"] {
+            fs::create_dir_all(root.join(dir)).unwrap();
         }
         workload::write(&root.join(".husk-bench")).unwrap();
     }

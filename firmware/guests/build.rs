@@ -25,8 +25,8 @@ const LINK_FLAGS: &[&str] =
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    for folder in ["lib", "guests"] {
-        println!("cargo:rerun-if-changed={folder}");
+    for dir in ["lib", "guests"] {
+        println!("cargo:rerun-if-changed={dir}");
     }
     println!("cargo:rerun-if-env-changed=CC");
     let library: Vec<PathBuf> = sources("lib").iter().map(|source| compile(source, &out)).collect();
@@ -40,11 +40,11 @@ fn main() {
     }
 }
 
-/// The C and assembly files of `folder`, in a stable order.
-fn sources(folder: &str) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("read {folder}: {error}"));
+/// The C and assembly files of `dir`, in a stable order.
+fn sources(dir: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|error| panic!("read {dir}: {error}"));
     let mut files: Vec<PathBuf> = entries
-        .map(|entry| entry.unwrap_or_else(|error| panic!("read {folder}: {error}")).path())
+        .map(|entry| entry.unwrap_or_else(|error| panic!("read {dir}: {error}")).path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "c" || extension == "S"))
         .collect();
     files.sort();
@@ -53,7 +53,7 @@ fn sources(folder: &str) -> Vec<PathBuf> {
 
 fn compile(source: &Path, out: &Path) -> PathBuf {
     let object = out.join(format!("{}.o", source.display()));
-    fs::create_dir_all(object.parent().expect("an object has a folder")).expect("make the objects' folder");
+    fs::create_dir_all(object.parent().expect("an object has a directory")).expect("make the objects' directory");
     run(compiler().args(FLAGS).args(["-I", "lib", "-c", "-o"]).arg(&object).arg(source));
     object
 }

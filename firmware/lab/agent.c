@@ -1,7 +1,7 @@
-// The lab's PID 1 once the job's disk is the root (started by firmware/lab/init): runs the one command in /lab,
-// carries its output to the host, reports how it ended and switches the machine off. Static; nothing but libc.
-// The AMD machine (QEMU) has a virtio port for the output; in the Intel one (Bochs) a byte goes to an I/O port. `agent keep`
-// there is the word by which the machine is kept as it is (firmware/lab/bochs.c).
+// The lab's PID 1 once the job's disk is the root (started by firmware/lab/init): runs the one command in /lab, carries
+// its output to the host, reports how it ended and switches the machine off. Static; nothing but libc. The AMD machine
+// (QEMU) has a virtio port for the output; in the Intel one (Bochs) a byte goes to an I/O port. `agent keep` there is
+// the word by which the machine is kept as it is (firmware/lab/bochs.c).
 //
 // Output goes through a pipe and not straight to the port, because a port cannot be opened a second time, which
 // /dev/stdout and /dev/stderr come down to; and a process that the command leaves behind must not keep us waiting.
@@ -138,7 +138,7 @@ int main(int count, char **words)
 {
     if (count > 1 && strcmp(words[1], "keep") == 0)
         return send("", 1) != 1;
-    // The working folder, then the command.
+    // The working directory, then the command.
     char **arguments = read_strings("/lab/command");
     const char *terminal = access("/lab/terminal", F_OK) == 0 ? "/dev/ttyS0" : NULL;
 

@@ -1,8 +1,8 @@
 // Loaded into Debian's Bochs (firmware/lab/intel): its guest's port 0xe9 gets a meaning.
 //
 // Bochs can save its state, but offers that by a window's button only. Its port 0xe9 prints bytes by putc, and its
-// functions are exported for its plugins: so a guest that writes to the port while HUSK_LAB_KEEP names a folder is saved
-// there, and otherwise what it writes is the job's output.
+// functions are exported for its plugins: so a guest that writes to the port while HUSK_LAB_KEEP names a directory is
+// saved there, and otherwise what it writes is the job's output.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdbool.h>
@@ -24,12 +24,12 @@ static bool is_port(void *caller)
     return caller == known;
 }
 
-static void keep(const char *folder)
+static void keep(const char *dir)
 {
     void **simulator = dlsym(RTLD_DEFAULT, "SIM");
     // bx_real_sim_c::save_state(const char *)
     bool (*save)(void *, const char *) = dlsym(RTLD_DEFAULT, "_ZN13bx_real_sim_c10save_stateEPKc");
-    _exit(simulator && save && save(*simulator, folder) ? 0 : 1);
+    _exit(simulator && save && save(*simulator, dir) ? 0 : 1);
 }
 
 #undef putc
@@ -37,9 +37,9 @@ int putc(int byte, FILE *stream)
 {
     if (!is_port(__builtin_return_address(0)))
         return fputc(byte, stream);
-    const char *folder = getenv("HUSK_LAB_KEEP");
-    if (folder)
-        keep(folder);
+    const char *dir = getenv("HUSK_LAB_KEEP");
+    if (dir)
+        keep(dir);
     char written = byte;
     return write(OUTPUT, &written, 1) == 1 ? byte : EOF;
 }

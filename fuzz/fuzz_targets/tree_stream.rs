@@ -1,5 +1,5 @@
-//! From arbitrary bytes as what a guest sends when files are copied from it: nothing is made, changed or followed outside of the
-//! name that was asked for, nor is what was there before.
+//! From arbitrary bytes as what a guest sends when files are copied from it: nothing is made, changed or followed
+//! outside of the name that was asked for, nor is what was there before.
 #![no_main]
 
 use std::fs;
@@ -14,30 +14,30 @@ use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 
 const PRECIOUS: &[u8] = b"precious";
-const FOLDER_MODE: u32 = 0o711;
+const DIR_MODE: u32 = 0o711;
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     static PLACE: OnceLock<TempDir> = OnceLock::new();
     // In memory: it is about names, and not about a disk.
-    let place = PLACE.get_or_init(|| tempfile::tempdir_in("/dev/shm").expect("a folder can be made")).path();
+    let place = PLACE.get_or_init(|| tempfile::tempdir_in("/dev/shm").expect("a directory can be made")).path();
     let precious = place.join("precious");
     for name in ["asked", "."] {
         let to = place.join("to");
-        fs::create_dir_all(to.join("there")).expect("a folder can be made");
-        for folder in [&to, &to.join("there")] {
-            fs::set_permissions(folder, mode(FOLDER_MODE)).expect("it is ours");
+        fs::create_dir_all(to.join("there")).expect("a directory can be made");
+        for dir in [&to, &to.join("there")] {
+            fs::set_permissions(dir, mode(DIR_MODE)).expect("it is ours");
         }
         symlink("../../precious", to.join("there/link")).expect("a link can be made");
         symlink("..", to.join("up")).expect("a link can be made");
         fs::write(&precious, PRECIOUS).expect("a file can be written");
-        let terms = Terms { name: Some(name.into()), must_be_folder: name == ".", ..Terms::default() };
+        let terms = Terms { name: Some(name.into()), must_be_dir: name == ".", ..Terms::default() };
         let _ = tree::receive(&mut &bytes[..], &to, terms, &mut |_| {});
         assert_eq!(names(place, &["to", "precious"]), [""; 0], "made outside");
         if name == "asked" {
             assert_eq!(names(&to, &["asked", "there", "up"]), [""; 0], "made beside it");
         }
         assert_eq!(fs::read(&precious).expect("it is there"), PRECIOUS);
-        assert_eq!([&to, &to.join("there")].map(|folder| fs::metadata(folder).unwrap().mode() & 0o7777), [FOLDER_MODE; 2]);
+        assert_eq!([&to, &to.join("there")].map(|dir| fs::metadata(dir).unwrap().mode() & 0o7777), [DIR_MODE; 2]);
         remove(&to);
         let mut archive = Vec::new();
         if tar_write::receive(bytes, name.as_bytes(), &mut archive).is_ok() && !bytes.is_empty() && archive.len() > 1024 {
@@ -51,14 +51,14 @@ fn mode(mode: u32) -> fs::Permissions {
     fs::Permissions::from_mode(mode)
 }
 
-/// What is in a folder, but for what may be there.
-fn names(folder: &Path, expected: &[&str]) -> Vec<String> {
-    let entries = fs::read_dir(folder).expect("the folder is there");
+/// What is in a directory, but for what may be there.
+fn names(dir: &Path, expected: &[&str]) -> Vec<String> {
+    let entries = fs::read_dir(dir).expect("the directory is there");
     let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
     names.filter(|name| !expected.contains(&name.as_str())).collect()
 }
 
-/// Removes what was made, folders that may not be entered too.
+/// Removes what was made, directories that may not be entered too.
 fn remove(path: &Path) {
     let Ok(metadata) = path.symlink_metadata() else { return };
     if metadata.is_dir() {
@@ -76,8 +76,8 @@ fn remove(path: &Path) {
 fn write_seeds() {
     let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/tree_stream"));
     fs::create_dir_all(corpus).expect("the corpus can be made");
-    let from = tempfile::tempdir().expect("a folder can be made");
-    fs::create_dir_all(from.path().join("a/b")).expect("a folder can be made");
+    let from = tempfile::tempdir().expect("a directory can be made");
+    fs::create_dir_all(from.path().join("a/b")).expect("a directory can be made");
     fs::write(from.path().join("a/file"), "content").expect("a file can be written");
     symlink("../../precious", from.path().join("a/link")).expect("a link can be made");
     for (name, path) in

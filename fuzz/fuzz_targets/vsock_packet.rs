@@ -1,5 +1,5 @@
-//! From arbitrary bytes as a guest's packets and as programs of the host's to the socket device: what it sends to the guest
-//! is well-formed and within what the guest has room for.
+//! From arbitrary bytes as a guest's packets and as programs of the host's to the socket device: what it sends to the
+//! guest is well-formed and within what the guest has room for.
 #![no_main]
 
 #[path = "../rings.rs"]
@@ -37,7 +37,7 @@ thread_local! {
 
 /// What is the same for all inputs.
 struct Host {
-    folder: tempfile::TempDir,
+    dir: tempfile::TempDir,
     listener: UnixListener,
     memory: Arc<GuestMemory>,
     handler: Box<dyn QueueHandler>,
@@ -45,17 +45,17 @@ struct Host {
 
 impl Host {
     fn new() -> Host {
-        let folder = tempfile::tempdir().expect("a folder can be had");
-        let config = VsockConfig { socket: folder.path().join("v"), cid: CID as u32 };
+        let dir = tempfile::tempdir().expect("a directory can be had");
+        let config = VsockConfig { socket: dir.path().join("v"), cid: CID as u32 };
         let socket = resources::vsock::open(&config).expect("a socket can be had");
-        let listener = UnixListener::bind(folder.path().join("v_1")).expect("a socket can be had");
+        let listener = UnixListener::bind(dir.path().join("v_1")).expect("a socket can be had");
         listener.set_nonblocking(true).expect("it is a socket");
         let memory = Arc::new(memory::reserve(1).expect("1 MiB can be had"));
-        Host { folder, listener, memory, handler: vsock::device(socket).expect("a device can be made").handler }
+        Host { dir, listener, memory, handler: vsock::device(socket).expect("a device can be made").handler }
     }
 
     fn socket(&self) -> PathBuf {
-        self.folder.path().join("v")
+        self.dir.path().join("v")
     }
 }
 

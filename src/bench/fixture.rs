@@ -125,7 +125,7 @@ pub fn prepare(work_dir: &WorkDir, image: &mut Image, data_bytes: u64, limits: L
     let dir = work_dir.dir.clone();
     fs::create_dir(dir.join("instances")).context("create a directory for instances")?;
     let husk = std::env::current_exe().context("find the husk executable")?;
-    Ok(Fixture { dir, root, disk: prepared.root, store: store.folder().to_owned(), husk, limits })
+    Ok(Fixture { dir, root, disk: prepared.root, store: store.dir().to_owned(), husk, limits })
 }
 
 /// Extracts an EROFS image. Mounting preserves all file attributes; without the right to mount, erofs-utils preserves

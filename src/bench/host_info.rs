@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_deepest_mount_above_a_folder_is_its_file_system() {
+    fn the_deepest_mount_above_a_directory_is_its_file_system() {
         let mounts = "22 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n30 22 0:25 / /tmp rw shared:5 - tmpfs tmpfs rw\n";
         assert_eq!(file_system(mounts, Path::new("/tmp/bench")).unwrap(), "tmpfs");
         assert_eq!(file_system(mounts, Path::new("/tmpfiles")).unwrap(), "ext4");

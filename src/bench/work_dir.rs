@@ -38,7 +38,7 @@ impl WorkDir {
     pub fn claim(base: Option<&Path>) -> Result<WorkDir> {
         let base = match base {
             Some(base) => fs::canonicalize(base).with_context(|| format!("open {}", base.display()))?,
-            None => Store::open_default()?.folder().join(SUBDIR),
+            None => Store::open_default()?.dir().join(SUBDIR),
         };
         // Overlays and QEMU use these characters as separators.
         let is_separator =

@@ -48,8 +48,8 @@ Examples:
 pub struct Boot {
     /// Guest kernel: an ELF vmlinux, a bzImage or a unified kernel image (UKI)
     ///
-    /// A UKI provides the kernel, the initrd and the kernel command line; --initrd replaces its initrd, and --cmdline is
-    /// appended to its command line, so that your parameters take precedence.
+    /// A UKI provides the kernel, the initrd and the kernel command line; --initrd replaces its initrd, and --cmdline
+    /// is appended to its command line, so that your parameters take precedence.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
 
@@ -67,8 +67,8 @@ pub struct Boot {
 
     /// Number of CPUs, 0.01 to 32 [default: 1]
     ///
-    /// A fraction limits the host CPU time of the whole machine with a cgroup: 1.5 is 2 vCPUs that share the time of one and
-    /// a half host CPUs.
+    /// A fraction limits the host CPU time of the whole machine with a cgroup: 1.5 is 2 vCPUs that share the time of
+    /// one and a half host CPUs.
     #[arg(long, value_name = "N", value_parser = cpus::cpus)]
     cpus: Option<Cpus>,
 
@@ -87,20 +87,20 @@ pub struct Boot {
 
     /// Disk image or block device; can be repeated, the first one is /dev/vda
     ///
-    /// `ro` makes the disk read-only. `id=NAME` sets its serial number (/dev/disk/by-id/virtio-NAME in the guest). The format
-    /// is qcow2 if the name ends in .qcow2, and raw otherwise; `format=` overrides this. `block_size=` sets the logical block
-    /// size; the default is that of the block device, or 512 for a file. `bps=10M` and `iops=500` limit the bytes and the
-    /// requests per second, reads and writes together; after an idle period, the disk can burst to a tenth of a second's
-    /// worth at once, or to `bps-burst=` and `iops-burst=`. The path ends at the first comma: use a configuration file for a
-    /// path that contains one.
+    /// `ro` makes the disk read-only. `id=NAME` sets its serial number (/dev/disk/by-id/virtio-NAME in the guest). The
+    /// format is qcow2 if the name ends in .qcow2, and raw otherwise; `format=` overrides this. `block_size=` sets the
+    /// logical block size; the default is that of the block device, or 512 for a file. `bps=10M` and `iops=500` limit
+    /// the bytes and the requests per second, reads and writes together; after an idle period, the disk can burst to a
+    /// tenth of a second's worth at once, or to `bps-burst=` and `iops-burst=`. The path ends at the first comma: use a
+    /// configuration file for a path that contains one.
     #[arg(long = "disk", value_name = "PATH[,OPTION...]", value_parser = PathBufValueParser::new().try_map(disk))]
     disks: Vec<DiskConfig>,
 
     /// Add a vsock device, which the host connects to at the Unix socket PATH
     ///
-    /// To connect to the guest, connect to PATH, write `CONNECT <port>` and a newline, and read `OK <port>` and a newline
-    /// once the guest has accepted (the same protocol as Firecracker's). Connections from the guest to port P of the host
-    /// (CID 2) are forwarded to the Unix socket PATH_P. `cid=N` sets the guest's CID; the default is 3.
+    /// To connect to the guest, connect to PATH, write `CONNECT <port>` and a newline, and read `OK <port>` and a
+    /// newline once the guest has accepted (the same protocol as Firecracker's). Connections from the guest to port P
+    /// of the host (CID 2) are forwarded to the Unix socket PATH_P. `cid=N` sets the guest's CID; the default is 3.
     #[arg(long, value_name = "PATH[,cid=N]", value_parser = PathBufValueParser::new().try_map(vsock))]
     vsock: Option<VsockConfig>,
 
@@ -145,10 +145,10 @@ impl Boot {
             process: None,
             stop_signal: libc::SIGTERM as u8,
         };
-        let folder = self.lifecycle.folder()?;
-        let name = self.lifecycle.name.clone().unwrap_or_else(|| folder.id());
+        let dir = self.lifecycle.dir()?;
+        let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
         let _leases = join_shared(&mut config.networks, &name)?;
-        let endpoint = self.lifecycle.endpoint(folder, info, &config)?;
+        let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, false, |endpoint, signals| {
             let resources = resources::open(&config)?;
             let machine = Machine::build(&config, resources, timings.clone())?;
@@ -160,7 +160,8 @@ impl Boot {
         Ok(exit)
     }
 
-    /// The file's machine, or the default one, changed by the flags. A list of disks, or of networks, replaces the file's.
+    /// The file's machine, or the default one, changed by the flags. A list of disks, or of networks, replaces the
+    /// file's.
     fn machine_config(&self) -> Result<MachineConfig> {
         let mut config = match &self.config {
             Some(path) => MachineConfig::from_json(&resources::text::read(path)?)

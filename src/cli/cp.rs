@@ -1,4 +1,4 @@
-//! `husk cp`: files and folders into a machine that runs, and out of it.
+//! `husk cp`: files and directories into a machine that runs, and out of it.
 
 use std::ffi::OsString;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read};
@@ -75,8 +75,8 @@ impl Cp {
 
     fn copy_from(&self, name: &str, path: &str) -> Result<Copied> {
         let bar = Progress::on_terminal().count("copy");
-        let (called, must_be_folder) = base_name(path);
-        let terms = Terms { name: Some(called), must_be_folder, owners: self.archive, trusted: false };
+        let (called, must_be_dir) = base_name(path);
+        let terms = Terms { name: Some(called), must_be_dir, owners: self.archive, trusted: false };
         let copied = self.receive(name, path, |stream| {
             Ok(tree::receive(stream, Path::new(&self.to), terms, &mut |bytes| bar.set(bytes))?)
         })?;
@@ -156,8 +156,8 @@ impl Cp {
     }
 }
 
-/// What the user calls that which is at `path` in a machine, `.` for what is in a folder, and whether it has to be one. The guest
-/// is not asked: it could answer with the name of another file.
+/// What the user calls that which is at `path` in a machine, `.` for what is in a directory, and whether it has to be
+/// one. The guest is not asked: it could answer with the name of another file.
 fn base_name(path: &str) -> (OsString, bool) {
     let is_contents = path == "." || path.ends_with("/.");
     let mut names: Vec<&str> = Vec::new();
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn what_is_copied_is_called_what_the_user_calls_it() {
-        for (path, name, must_be_folder) in [
+        for (path, name, must_be_dir) in [
             ("/var/log/app.log", "app.log", false),
             ("app.log", "app.log", false),
             ("/srv/", "srv", true),
@@ -234,7 +234,7 @@ mod tests {
             ("/srv/..a", "..a", false),
             ("/srv/a..", "a..", false),
         ] {
-            assert_eq!(base_name(path), (name.into(), must_be_folder), "{path}");
+            assert_eq!(base_name(path), (name.into(), must_be_dir), "{path}");
         }
     }
 

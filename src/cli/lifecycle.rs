@@ -94,23 +94,24 @@ impl LifecycleArgs {
         self.restart.max_retries > 0
     }
 
-    /// Makes the machine's folder, with its name. In the background this is where the session of the terminal is left.
-    pub fn folder(&mut self) -> Result<MachineDir> {
+    /// Makes the machine's directory, with its name. In the background this is where the session of the terminal is
+    /// left.
+    pub fn dir(&mut self) -> Result<MachineDir> {
         if self.in_background {
             rustix::process::setsid().context("leave the terminal")?;
         }
         let state_dir = StateDir::open()?;
         let Some(id) = &self.again else { return state_dir.create(self.name.as_deref()) };
-        let folder = state_dir.reopen(id)?;
+        let dir = state_dir.reopen(id)?;
         // It may have been renamed.
-        self.name = folder.record()?.name;
-        Ok(folder)
+        self.name = dir.record()?.name;
+        Ok(dir)
     }
 
     /// Opens the machine's endpoint.
-    pub fn endpoint(&self, folder: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
+    pub fn endpoint(&self, dir: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
         let RecordInfo { image, command, process, stop_signal } = info;
-        let earlier = if self.again.is_some() { Some(folder.record()?) } else { None };
+        let earlier = if self.again.is_some() { Some(dir.record()?) } else { None };
         let keep = self.detach && !self.rm;
         if keep && earlier.is_none() {
             let ours = |word: &OsString| word == IN_BACKGROUND;
@@ -118,10 +119,10 @@ impl LifecycleArgs {
             if let Some(place) = words.iter().position(ours) {
                 words.remove(place);
             }
-            Origin::here(words)?.write(&folder)?;
+            Origin::here(words)?.write(&dir)?;
         }
         let record = Record {
-            id: folder.id(),
+            id: dir.id(),
             name: self.name.clone(),
             pid: std::process::id(),
             image,
@@ -135,11 +136,11 @@ impl LifecycleArgs {
             process,
             config: config.clone(),
         };
-        ControlEndpoint::open(folder, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
+        ControlEndpoint::open(dir, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
     }
 
-    /// Runs the machine with `run`, restarts it by the restart policy, and records its exit. To be called before any other
-    /// thread exists, so that signals stay blocked in all of them until the exit is recorded.
+    /// Runs the machine with `run`, restarts it by the restart policy, and records its exit. To be called before any
+    /// other thread exists, so that signals stay blocked in all of them until the exit is recorded.
     pub fn run_with_restarts(
         &self,
         mut endpoint: ControlEndpoint,
@@ -206,8 +207,8 @@ enum Launched {
     Failed(Exit),
 }
 
-/// Runs `command` with `words`, to be the machine in the background: a new one, or the one that has ended. Returns when it runs or
-/// has failed to.
+/// Runs `command` with `words`, to be the machine in the background: a new one, or the one that has ended. Returns when
+/// it runs or has failed to.
 ///
 /// The words go by a pipe: everybody may read a process's arguments, and there may be secrets among them.
 fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Result<Launched> {

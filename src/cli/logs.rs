@@ -114,8 +114,8 @@ fn next(last: &mut VecDeque<Record>, reader: &mut LogReader) -> Result<Option<Re
     }
 }
 
-/// Reads to the end of the log, and returns its last `count` lines. In one go: the log goes on meanwhile, and a second reader
-/// would begin later than the first.
+/// Reads to the end of the log, and returns its last `count` lines. In one go: the log goes on meanwhile, and a second
+/// reader would begin later than the first.
 fn last_lines(reader: &mut LogReader, count: usize) -> Result<VecDeque<Record>> {
     // Each with the number of lines that end in it.
     let (mut last, mut ends) = (VecDeque::<(Record, usize)>::new(), 0);
@@ -195,8 +195,8 @@ mod tests {
 
     #[test]
     fn the_last_lines_are_as_many_as_asked_for_though_the_log_goes_on() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("streams.log");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("streams.log");
         let mut log = StreamLog::open(path.clone(), 8 << 10).unwrap();
         let mut write = |range: std::ops::Range<u32>| {
             range.for_each(|n| log.append(&stream_log::records(Stream::Output, format!("{n}\n").as_bytes())));

@@ -76,9 +76,9 @@ const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 pub struct Run {
     /// Image to run, optionally followed by a command and its arguments
     ///
-    /// IMAGE is an image name (pulled if it is not in local storage), an archive saved by docker, podman or skopeo, an OCI
-    /// layout, a root filesystem (a tar archive or a directory), or a disk image. Write ./FILE for a file in the working
-    /// directory: anything that is a valid image name is taken as a name.
+    /// IMAGE is an image name (pulled if it is not in local storage), an archive saved by docker, podman or skopeo, an
+    /// OCI layout, a root filesystem (a tar archive or a directory), or a disk image. Write ./FILE for a file in the
+    /// working directory: anything that is a valid image name is taken as a name.
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
@@ -111,8 +111,8 @@ pub struct Run {
 
     /// Store changes to the root filesystem on a persistent disk, for later runs of the same image
     ///
-    /// The disk is created on first use, with the size given by --scratch or 10G. `husk disks` lists and removes persistent
-    /// disks.
+    /// The disk is created on first use, with the size given by --scratch or 10G. `husk disks` lists and removes
+    /// persistent disks.
     #[arg(long, value_name = "NAME", conflicts_with = "read_only")]
     keep: Option<String>,
 
@@ -161,8 +161,8 @@ pub struct Run {
 
     /// Run an init of the image as PID 1, with its console on this terminal
     ///
-    /// A disk image always runs its own init, and PATH selects which one. For a container image, --init without PATH has no
-    /// effect: husk's init already reaps processes and forwards signals.
+    /// A disk image always runs its own init, and PATH selects which one. For a container image, --init without PATH
+    /// has no effect: husk's init already reaps processes and forwards signals.
     #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     init: Option<OsString>,
 
@@ -202,14 +202,14 @@ impl Run {
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
-        let folder = self.lifecycle.folder()?;
-        let name = self.lifecycle.name.clone().unwrap_or_else(|| folder.id());
-        let mut spec = self.guest_spec(base, command, &folder)?;
+        let dir = self.lifecycle.dir()?;
+        let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
+        let mut spec = self.guest_spec(base, command, &dir)?;
         spec.connect(self.network.wiring(&name)?);
         let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
         let verbose = log::log_enabled!(Level::Info);
         let mut config =
-            spec.machine_config(&kernel, self.cpus.vcpus, self.memory, &folder.file(state_dir::VSOCK), verbose);
+            spec.machine_config(&kernel, self.cpus.vcpus, self.memory, &dir.file(state_dir::VSOCK), verbose);
         config.cpu_limit_millicpus = self.cpus.limit_millicpus;
         self.limits.apply(Some(self.memory), &mut config);
         config.nested = self.nested;
@@ -224,7 +224,7 @@ impl Run {
             process: spec.process().map(Inherited::from),
             stop_signal,
         };
-        let endpoint = self.lifecycle.endpoint(folder, info, &config)?;
+        let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, spec.has_session(), |endpoint, signals| {
             self.run_machine(&spec, &kernel, &config, endpoint, signals, &timings)
         })?;
@@ -234,8 +234,8 @@ impl Run {
         Ok(exit)
     }
 
-    /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be prepared,
-    /// and that has been said.
+    /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be
+    /// prepared, and that has been said.
     fn find_base(&self, image: &Path) -> Result<Option<Base>> {
         let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
@@ -271,8 +271,8 @@ impl Run {
     }
 
     /// What is to be in the machine, all overrides and defaults considered.
-    fn guest_spec(&mut self, base: Base, command: Vec<OsString>, folder: &MachineDir) -> Result<GuestSpec> {
-        let hostname = self.hostname.take().or_else(|| self.lifecycle.name.clone()).unwrap_or_else(|| folder.id());
+    fn guest_spec(&mut self, base: Base, command: Vec<OsString>, dir: &MachineDir) -> Result<GuestSpec> {
+        let hostname = self.hostname.take().or_else(|| self.lifecycle.name.clone()).unwrap_or_else(|| dir.id());
         let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(base, Base::Disk { .. }));
         if own_init.is_some() || matches!(base, Base::Disk { .. }) {
             let program = own_init.filter(|path| !path.is_empty());
@@ -322,7 +322,8 @@ impl Run {
         // Without input Ctrl-C is a signal of ours, and handed on like any other.
         let takes_keys = on_terminal && spec.wants_stdin();
         let machine = Machine::build(config, resources, timings.clone())?;
-        // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its messages.
+        // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its
+        // messages.
         let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
         let log = Log::create(endpoint.file(state_dir::CONSOLE_LOG), verbose).context("create the machine's log")?;
         let tail = log.tail();
@@ -332,8 +333,8 @@ impl Run {
     }
 }
 
-/// Refuses a word that stands where the image does and is certain to be none: an option, or what Docker's `-v` takes, which is
-/// husk's `--verbose` and takes nothing.
+/// Refuses a word that stands where the image does and is certain to be none: an option, or what Docker's `-v` takes,
+/// which is husk's `--verbose` and takes nothing.
 fn reject_option_as_image(word: &OsStr) -> Result<()> {
     let text = word.to_string_lossy();
     let is_share = |flag: &str| text == flag || text.starts_with(&format!("{flag}="));

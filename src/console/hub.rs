@@ -1,5 +1,5 @@
-//! From what a machine in the background writes to its log, and to those who are attached to it now: a bounded backlog and a
-//! thread each, so that none waits for another, and nobody at all while the hub is locked.
+//! From what a machine in the background writes to its log, and to those who are attached to it now: a bounded backlog
+//! and a thread each, so that none waits for another, and nobody at all while the hub is locked.
 
 use std::io::{self, Write};
 use std::net::Shutdown;
@@ -63,8 +63,8 @@ impl Hub {
         Hub { inner: Mutex::new(Inner { log, watchers: Vec::new() }) }
     }
 
-    /// Writes `bytes` to the log and to each watcher, as records. It waits for watchers whose backlog is full, as long as it
-    /// takes to lose patience; other threads do not wait for that.
+    /// Writes `bytes` to the log and to each watcher, as records. It waits for watchers whose backlog is full, as long
+    /// as it takes to lose patience; other threads do not wait for that.
     pub fn write(&self, stream: Stream, bytes: &[u8]) {
         let records = stream_log::records(stream, bytes);
         let mut inner = self.lock();
@@ -125,8 +125,8 @@ mod tests {
 
     #[test]
     fn a_watcher_has_what_comes_and_the_log_has_all() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("streams.log");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("streams.log");
         let hub = Arc::new(Hub::new(StreamLog::open(path.clone(), DEFAULT_MAX_BYTES).unwrap()));
         hub.write(Stream::Output, b"before");
         let (mut ours, theirs) = UnixStream::pair().unwrap();
@@ -149,14 +149,14 @@ mod tests {
     }
 
     fn hub() -> (tempfile::TempDir, Arc<Hub>) {
-        let folder = tempfile::tempdir().unwrap();
-        let log = StreamLog::open(folder.path().join("streams.log"), DEFAULT_MAX_BYTES).unwrap();
-        (folder, Arc::new(Hub::new(log)))
+        let dir = tempfile::tempdir().unwrap();
+        let log = StreamLog::open(dir.path().join("streams.log"), DEFAULT_MAX_BYTES).unwrap();
+        (dir, Arc::new(Hub::new(log)))
     }
 
     #[test]
     fn one_who_does_not_read_keeps_nobody_from_attaching_and_is_let_go() {
-        let (_folder, hub) = hub();
+        let (_dir, hub) = hub();
         let (mut asleep, theirs) = UnixStream::pair().unwrap();
         hub.attach(theirs).unwrap();
         let writer = {
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn who_reads_has_all_of_it_before_the_end() {
-        let (_folder, hub) = hub();
+        let (_dir, hub) = hub();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         hub.attach(theirs).unwrap();
         let reader = thread::spawn(move || {

@@ -16,8 +16,8 @@ const TAIL_MAX_BYTES: usize = 16 << 10;
 /// When the file is this long it becomes the old one, and a new one starts.
 const FILE_MAX_BYTES: usize = 1 << 20;
 
-/// Where a guest's messages go when its console is nobody's terminal. When the disk is full, what comes is not kept until there
-/// is room again.
+/// Where a guest's messages go when its console is nobody's terminal. When the disk is full, what comes is not kept
+/// until there is room again.
 pub struct Log {
     path: PathBuf,
     file: File,
@@ -107,13 +107,13 @@ mod tests {
 
     #[test]
     fn a_flood_leaves_two_small_files_and_its_last_lines() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = Log::create(folder.path().join("console.log"), false).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = Log::create(dir.path().join("console.log"), false).unwrap();
         let tail = log.tail();
         for n in 0..400_000 {
             log.write_all(format!("line {n}\r\n").as_bytes()).unwrap();
         }
-        let sizes: Vec<u64> = fs::read_dir(&folder).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).collect();
+        let sizes: Vec<u64> = fs::read_dir(&dir).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).collect();
         assert_eq!(sizes.len(), 2);
         assert!(sizes.iter().sum::<u64>() < 3 << 20, "{sizes:?}");
         assert_eq!(tail.lines(2), ["line 399998", "line 399999"]);

@@ -1,9 +1,9 @@
-//! What a machine's process writes, kept byte by byte for `husk logs`: two files of records, the older of which goes when
-//! the newer one is full.
+//! What a machine's process writes, kept byte by byte for `husk logs`: two files of records, the older of which goes
+//! when the newer one is full.
 //!
-//! A record is a head of 16 bytes, little-endian (nanoseconds since 1970: 8, length: 4, stream and flag: 1, check: 3), and the bytes.
-//! By the check a reader finds the next head where a part of the file is damaged. Who follows a machine's streams over its
-//! control socket gets the same records.
+//! A record is a head of 16 bytes, little-endian (nanoseconds since 1970: 8, length: 4, stream and flag: 1, check: 3),
+//! and the bytes. By the check a reader finds the next head where a part of the file is damaged. Who follows a
+//! machine's streams over its control socket gets the same records.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
@@ -75,7 +75,8 @@ impl Head {
     }
 }
 
-/// FNV-1a, folded to 24 bits as its authors recommend (RFC 9923): other bytes than a head's pass once in 16 million times.
+/// FNV-1a, folded to 24 bits as its authors recommend (RFC 9923): other bytes than a head's pass once in 16 million
+/// times.
 fn check_of(bytes: &[u8]) -> [u8; 3] {
     let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
     let [low, middle, high, _] = ((hash >> 24) ^ (hash & 0x00ff_ffff)).to_le_bytes();
@@ -283,7 +284,8 @@ impl LogReader {
 
     /// Reads on, in the next file where this one has come to its end. False if there is nothing to be read.
     fn fill(&mut self) -> io::Result<bool> {
-        // Asked before this one is read to its end: to one that is not the current one any more nothing is added afterwards.
+        // Asked before this one is read to its end: to one that is not the current one any more nothing is added
+        // afterwards.
         let (current, previous) = (inode_of(&self.path), inode_of(&old(&self.path)));
         self.bytes.drain(..self.taken_bytes);
         self.taken_bytes = 0;
@@ -318,10 +320,10 @@ mod tests {
     use super::*;
 
     fn log(max_bytes: u64) -> (tempfile::TempDir, PathBuf, StreamLog) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("streams.log");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("streams.log");
         let log = StreamLog::open(path.clone(), max_bytes).unwrap();
-        (folder, path, log)
+        (dir, path, log)
     }
 
     fn rest(reader: &mut LogReader) -> Vec<(Stream, Vec<u8>)> {
@@ -330,7 +332,7 @@ mod tests {
 
     #[test]
     fn bytes_come_back_as_they_were_and_from_the_stream_that_they_were_of() {
-        let (_folder, path, mut log) = log(DEFAULT_MAX_BYTES);
+        let (_dir, path, mut log) = log(DEFAULT_MAX_BYTES);
         let mut reader = LogReader::open(&path);
         assert_eq!(rest(&mut reader), []);
         log.append(&records(Stream::Output, b"a\0\xff\n"));
@@ -355,7 +357,7 @@ mod tests {
     #[test]
     fn a_log_stays_within_its_size_and_a_reader_that_keeps_up_loses_nothing() {
         let max_bytes = 256 << 10;
-        let (folder, path, mut log) = log(max_bytes);
+        let (dir, path, mut log) = log(max_bytes);
         let mut reader = LogReader::open(&path);
         let mut read = Vec::new();
         for n in 0..20_000_u32 {
@@ -368,7 +370,7 @@ mod tests {
         let text = String::from_utf8(read).unwrap();
         assert!(text.lines().enumerate().all(|(n, line)| line.starts_with(&format!("line {n} "))));
         assert_eq!(text.lines().count(), 20_000);
-        let sizes: u64 = fs::read_dir(&folder).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+        let sizes: u64 = fs::read_dir(&dir).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
         assert!(sizes <= max_bytes, "{sizes}");
         let late = rest(&mut LogReader::open(&path)).concat_contents();
         assert!(late.len() as u64 > max_bytes / 4 && text.as_bytes().ends_with(&late));
@@ -377,7 +379,7 @@ mod tests {
 
     #[test]
     fn a_log_goes_on_where_it_was() {
-        let (_folder, path, mut first) = log(DEFAULT_MAX_BYTES);
+        let (_dir, path, mut first) = log(DEFAULT_MAX_BYTES);
         first.append(&records(Stream::Output, b"one"));
         drop(first);
         StreamLog::open(path.clone(), DEFAULT_MAX_BYTES).unwrap().append(&records(Stream::Output, b"two"));
@@ -389,12 +391,11 @@ mod tests {
         let text: String = (1..=50_000).map(|n| format!("{n}\n")).collect();
         for max_bytes in [MIN_BYTES, 10_000, 64 << 10, 1 << 20] {
             for write_bytes in [1_000, 4_096, 65_536, text.len()] {
-                let (folder, path, mut log) = log(max_bytes);
+                let (dir, path, mut log) = log(max_bytes);
                 for bytes in text.as_bytes().chunks(write_bytes) {
                     log.append(&records(Stream::Output, bytes));
                 }
-                let sizes: u64 =
-                    fs::read_dir(&folder).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+                let sizes: u64 = fs::read_dir(&dir).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
                 assert!(sizes <= max_bytes, "{sizes} of {max_bytes}");
                 let kept = String::from_utf8(rest(&mut LogReader::open(&path)).concat_contents()).unwrap();
                 assert!(
@@ -410,13 +411,13 @@ mod tests {
 
     #[test]
     fn a_line_without_end_begins_anywhere_and_streams_have_lines_of_their_own() {
-        let (_folder, path, mut log) = log(MIN_BYTES);
+        let (_dir, path, mut log) = log(MIN_BYTES);
         (0..100).for_each(|_| log.append(&records(Stream::Output, &[b'x'; 500])));
         (0..3).for_each(|_| log.append(&records(Stream::Errors, b"whole\n")));
         let kept = rest(&mut LogReader::open(&path));
         assert!(kept.iter().any(|(stream, _)| *stream == Stream::Errors));
         assert!(kept.iter().any(|(stream, _)| *stream == Stream::Output), "half a line is worth more than none");
-        let (_folder, path, mut log) = self::log(1 << 20);
+        let (_dir, path, mut log) = self::log(1 << 20);
         (0..10_000).for_each(|_| log.append(&records(Stream::Output, &[b'x'; 500])));
         assert!(rest(&mut LogReader::open(&path)).concat_contents().len() > 400_000);
     }
@@ -424,7 +425,7 @@ mod tests {
     #[test]
     fn what_is_damaged_is_left_out_and_the_rest_is_read() {
         for damage in [vec![0; 40], vec![0xff; 40], vec![b'1'; 40]] {
-            let (_folder, path, mut log) = log(DEFAULT_MAX_BYTES);
+            let (_dir, path, mut log) = log(DEFAULT_MAX_BYTES);
             (1..=9).for_each(|n| log.append(&records(Stream::Output, format!("line {n}\n").as_bytes())));
             let mut bytes = fs::read(&path).unwrap();
             bytes[33..73].copy_from_slice(&damage);
@@ -434,7 +435,7 @@ mod tests {
             assert_eq!(kept, "line 1\nline 5\nline 6\nline 7\nline 8\nline 9\n");
             assert_eq!(reader.damaged_bytes(), 3 * 23);
         }
-        let (_folder, path, mut log) = log(DEFAULT_MAX_BYTES);
+        let (_dir, path, mut log) = log(DEFAULT_MAX_BYTES);
         log.append(&records(Stream::Output, b"good"));
         fs::write(&path, [fs::read(&path).unwrap(), vec![0xff; 40]].concat()).unwrap();
         let mut reader = LogReader::open(&path);
@@ -447,7 +448,7 @@ mod tests {
 
     #[test]
     fn half_a_record_that_is_taken_back_is_not_missed() {
-        let (_folder, path, mut log) = log(DEFAULT_MAX_BYTES);
+        let (_dir, path, mut log) = log(DEFAULT_MAX_BYTES);
         log.append(&records(Stream::Output, b"one"));
         let half = &records(Stream::Output, &[0xff; 500])[..300];
         fs::write(&path, [fs::read(&path).unwrap(), half.to_vec()].concat()).unwrap();
@@ -461,11 +462,11 @@ mod tests {
 
     #[test]
     fn a_file_that_could_not_be_started_is_started_when_there_is_room() {
-        let (folder, path, mut log) = log(256 << 10);
+        let (dir, path, mut log) = log(256 << 10);
         let content = vec![7; 64 << 10];
         (0..2).for_each(|_| log.append(&records(Stream::Output, &content)));
         // As it is when there was room for the name and none for the file.
-        fs::rename(&path, folder.path().join("streams.old")).unwrap();
+        fs::rename(&path, dir.path().join("streams.old")).unwrap();
         log.append(&records(Stream::Output, b"later"));
         assert!(rest(&mut LogReader::open(&path)).concat_contents().ends_with(b"later"));
     }

@@ -1,4 +1,5 @@
-//! One more process in a machine that runs: from its description to connections through the machine's socket, and to its end.
+//! One more process in a machine that runs: from its description to connections through the machine's socket, and to
+//! its end.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
@@ -58,8 +59,8 @@ pub struct Connections {
     on_terminal: bool,
 }
 
-/// Describes `process` to the guest whose sockets are at `vsock`, and waits for its turn: a guest runs so many at a time, and a
-/// socket device has so many connections.
+/// Describes `process` to the guest whose sockets are at `vsock`, and waits for its turn: a guest runs so many at a
+/// time, and a socket device has so many connections.
 pub fn ask<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
     let deadline = Instant::now() + PATIENCE;
     let mut id = [0; 8];
@@ -180,7 +181,8 @@ fn connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> 
     }
 }
 
-/// How it looks when a connection is closed before it is one. That the machine's socket itself is not there is another error.
+/// How it looks when a connection is closed before it is one. That the machine's socket itself is not there is another
+/// error.
 const REFUSED: io::ErrorKind = io::ErrorKind::UnexpectedEof;
 
 fn try_connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> {
@@ -218,8 +220,8 @@ fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
-/// Stays with the process to its end, with this process's streams and `signals`. With `takes_keys` all keys of this terminal
-/// are the process's.
+/// Stays with the process to its end, with this process's streams and `signals`. With `takes_keys` all keys of this
+/// terminal are the process's.
 pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> Result<End> {
     let Connections { id, control, reader: _, streams, on_terminal } = connections;
     // Before the streams have threads.
@@ -265,8 +267,8 @@ mod tests {
     use super::*;
 
     fn guest(answer: &'static str) -> (tempfile::TempDir, std::path::PathBuf, thread::JoinHandle<Vec<u8>>) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vsock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let guest = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
@@ -276,7 +278,7 @@ mod tests {
             stream.read_to_end(&mut said).unwrap();
             said
         });
-        (folder, path, guest)
+        (dir, path, guest)
     }
 
     fn soon() -> Instant {
@@ -286,7 +288,7 @@ mod tests {
     #[test]
     fn a_connection_is_asked_for_and_says_what_for() {
         let hello = Hello { session: 77, role: Role::Stdout };
-        let (_folder, path, guest) = guest("OK 1073741824\n");
+        let (_dir, path, guest) = guest("OK 1073741824\n");
         drop(connect(&path, hello, soon()).unwrap());
         assert_eq!(guest.join().unwrap(), [b"CONNECT 1024\n", &hello.to_bytes()[..]].concat());
     }
@@ -296,7 +298,7 @@ mod tests {
         let hello = Hello { session: 77, role: Role::Stdout };
         for answer in ["", "NO\n", "OK", &"O".repeat(64)] {
             let answer: &'static str = String::from(answer).leak();
-            let (_folder, path, guest) = guest(answer);
+            let (_dir, path, guest) = guest(answer);
             let error =
                 format!("{:#}", connect(&path, hello, Instant::now() + Duration::from_millis(200)).unwrap_err());
             assert!(error.starts_with("connect to the guest: ") && !error.contains('\n'), "{error}");
@@ -307,8 +309,8 @@ mod tests {
     #[test]
     fn what_is_refused_is_tried_again_and_not_for_ever() {
         let hello = Hello { session: 77, role: Role::Control };
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vsock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let guest = thread::spawn(move || {
             // Closed at once, closed when it has spoken, and then taken.
@@ -333,8 +335,8 @@ mod tests {
 
     #[test]
     fn a_process_has_its_streams_connected_when_it_has_its_turn() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vsock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let accept = move || {
             let (mut stream, _) = listener.accept().unwrap();

@@ -26,11 +26,11 @@ pub fn module_path(module: &Module) -> String {
 pub fn make(spec: &Spec, modules: &[Module]) -> Result<File> {
     let spec = spec.to_bytes().context("encode the configuration of init")?;
     let mut archive = Archive::default();
-    archive.folder("dev");
+    archive.dir("dev");
     archive.file("init", INIT, 0o755);
     archive.file(SPEC_PATH.trim_start_matches('/'), &spec, 0o600);
     if !modules.is_empty() {
-        archive.folder("modules");
+        archive.dir("modules");
     }
     for module in modules {
         archive.file(module_path(module).trim_start_matches('/'), &module.content, 0o600);
@@ -48,7 +48,7 @@ struct Archive {
 }
 
 impl Archive {
-    fn folder(&mut self, name: &str) {
+    fn dir(&mut self, name: &str) {
         self.entry(name, &[], S_IFDIR | 0o755);
     }
 
@@ -124,13 +124,13 @@ mod tests {
         file.read_exact_at(&mut bytes, 0).unwrap();
         assert!(bytes.len() < 1536 << 10, "{} bytes without modules are too many", bytes.len());
 
-        let folder = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let mut cpio = Command::new("cpio");
-        cpio.args(["--extract", "--quiet"]).current_dir(&folder).stdin(Stdio::piped());
+        cpio.args(["--extract", "--quiet"]).current_dir(&dir).stdin(Stdio::piped());
         let mut child = cpio.spawn().expect("scripts/deps test installs cpio");
         child.stdin.take().unwrap().write_all(&bytes).unwrap();
         assert!(child.wait().unwrap().success());
-        let at = |name: &str| folder.path().join(name);
+        let at = |name: &str| dir.path().join(name);
         assert_eq!(Spec::from_bytes(&std::fs::read(at("spec")).unwrap()), Ok(spec));
         assert_eq!(std::fs::read(at("modules/a.ko")).unwrap(), b"\x7fELF?");
         assert!(std::fs::read(at("init")).unwrap() == INIT);

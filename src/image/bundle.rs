@@ -95,8 +95,8 @@ impl List {
 }
 
 impl Bundle {
-    /// The bundle's list of images; `None` if it is none of images, and so a root file system. What its parts are called does not
-    /// matter where the list has the right shape: each tool has names of its own.
+    /// The bundle's list of images; `None` if it is none of images, and so a root file system. What its parts are
+    /// called does not matter where the list has the right shape: each tool has names of its own.
     pub fn list(&self) -> Option<List> {
         let is_docker = |json: Vec<u8>| docker_archive::is_list(&json);
         // Docker's own list comes first: since docker 25, archives have both.
@@ -113,7 +113,7 @@ impl Bundle {
 
     fn has_only_known_names(&self) -> bool {
         match self {
-            Bundle::Directory(folder) => fs::read_dir(folder).is_ok_and(|mut entries| {
+            Bundle::Directory(dir) => fs::read_dir(dir).is_ok_and(|mut entries| {
                 entries.all(|entry| entry.is_ok_and(|entry| is_of_an_image(entry.file_name().as_bytes())))
             }),
             Bundle::Archive(members) => members.are_of_an_image(),
@@ -128,7 +128,7 @@ impl Bundle {
     /// The part of this name.
     pub fn part(&self, path: &str) -> Result<Part> {
         let part = match self {
-            Bundle::Directory(folder) => part_in(folder, path),
+            Bundle::Directory(dir) => part_in(dir, path),
             Bundle::Archive(members) => members.part(path.as_bytes()),
         };
         part.with_context(|| format!("open {}", if path.is_empty() { "\"\"".into() } else { shown(path.as_bytes()) }))
@@ -141,12 +141,12 @@ impl Bundle {
     }
 }
 
-/// A file in a directory of parts. The directory is the user's as a root directory would be: links are followed, and what they lead
-/// to has to have the digest that is asked for.
-fn part_in(folder: &Path, path: &str) -> Result<Part> {
+/// A file in a directory of parts. The directory is the user's as a root directory would be: links are followed, and
+/// what they lead to has to have the digest that is asked for.
+fn part_in(dir: &Path, path: &str) -> Result<Part> {
     let names = components(path.as_bytes())?;
     ensure!(!names.is_empty(), "it does not exist");
-    let full = folder.join(OsStr::from_bytes(&names.join(&b'/')));
+    let full = dir.join(OsStr::from_bytes(&names.join(&b'/')));
     // A pipe that nobody writes to would else be waited for.
     let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&full) {
         Err(error) => match fs::read_link(&full) {
@@ -172,8 +172,8 @@ pub fn is_list(name: &[u8]) -> bool {
     [docker_archive::MANIFEST, oci_layout::INDEX, oci_layout::MARK].iter().any(|list| list.as_bytes() == name)
 }
 
-/// What stands at the top of an image's archive: of docker's, old or new, of podman's, buildah's and skopeo's, or of what uses
-/// go-containerregistry.
+/// What stands at the top of an image's archive: of docker's, old or new, of podman's, buildah's and skopeo's, or of
+/// what uses go-containerregistry.
 pub fn is_of_an_image(name: &[u8]) -> bool {
     let name = name.strip_prefix(b"sha256:").unwrap_or(name);
     let stem = [&b".json"[..], b".tar", b".tar.gz"].iter().find_map(|&end| name.strip_suffix(end)).unwrap_or(name);

@@ -147,7 +147,7 @@ impl Store {
         }
         // By what the index on the disk says now: had husk been killed before, nothing that it names would be gone.
         self.update(|index| {
-            self.prune_files(index, held, &mut pruned).with_context(|| format!("clean up {}", self.folder().display()))
+            self.prune_files(index, held, &mut pruned).with_context(|| format!("clean up {}", self.dir().display()))
         })?;
         Ok(pruned)
     }
@@ -157,7 +157,7 @@ impl Store {
         let root_of = |name: &str| Digest::from_hex(name.strip_suffix(".erofs")?);
         self.remove_unlocked("roots", &|name| root_of(name).is_none_or(|key| !roots.contains(&key)), pruned)?;
         self.remove_unlocked("tmp", &|_| true, pruned)?;
-        let blobs = lock::file().open(self.folder().join("blobs.lock"))?;
+        let blobs = lock::file().open(self.dir().join("blobs.lock"))?;
         // Someone may be about to use them.
         if blobs.try_lock().is_ok() {
             let layers = index.images.values().flat_map(|record| &record.layers);
@@ -168,9 +168,9 @@ impl Store {
         Ok(())
     }
 
-    /// Removes those files of a folder that nobody has locked.
-    fn remove_unlocked(&self, folder: &str, is_unwanted: &dyn Fn(&str) -> bool, pruned: &mut Pruned) -> Result<()> {
-        for entry in fs::read_dir(self.folder().join(folder))? {
+    /// Removes those files of a directory that nobody has locked.
+    fn remove_unlocked(&self, dir: &str, is_unwanted: &dyn Fn(&str) -> bool, pruned: &mut Pruned) -> Result<()> {
+        for entry in fs::read_dir(self.dir().join(dir))? {
             let entry = entry?;
             let path = entry.path();
             if !entry.file_type()?.is_file() || !is_unwanted(&entry.file_name().to_string_lossy()) {

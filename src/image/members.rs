@@ -1,4 +1,5 @@
-//! From a tar archive to its members by their names, each read where it is: links among them are followed inside the archive.
+//! From a tar archive to its members by their names, each read where it is: links among them are followed inside the
+//! archive.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -12,8 +13,9 @@ use super::tree::components;
 
 /// An image has a few files a layer.
 const MAX_MEMBERS: usize = 1 << 14;
-/// What an archive may have of members whose names are none that docker, podman or skopeo give: whoever names them as they like has
-/// a folder and a file a layer at the most. An archive with more of them is a root file system, which need not be read to its end.
+/// What an archive may have of members whose names are none that docker, podman or skopeo give: whoever names them as
+/// they like has a directory and a file a layer at the most. An archive with more of them is a root file system, which
+/// need not be read to its end.
 const MAX_FOREIGN: usize = 2 * MAX_LAYERS;
 /// What names and links may take of memory.
 const NAMES_MAX_BYTES: usize = 16 << 20;
@@ -35,7 +37,7 @@ pub struct Members {
 enum Member {
     /// Its bytes.
     File(Part),
-    /// Where a link leads: a symbolic one from its folder, a hard one, whose target begins with `/`, from the top.
+    /// Where a link leads: a symbolic one from its directory, a hard one, whose target begins with `/`, from the top.
     Link(Vec<u8>),
 }
 
@@ -112,8 +114,9 @@ impl Members {
     }
 }
 
-/// Whether an archive that can only be read from its start may hold an image: it begins as one does, or has a list of images before
-/// it has shown itself a root file system. What cannot be read is none; who reads it for what it is then says why.
+/// Whether an archive that can only be read from its start may hold an image: it begins as one does, or has a list of
+/// images before it has shown itself a root file system. What cannot be read is none; who reads it for what it is then
+/// says why.
 pub fn may_hold_an_image(archive: impl Read) -> bool {
     let mut tar = Archive::new(Stream(archive));
     let mut foreign = 0;

@@ -134,9 +134,9 @@ impl Store {
                 let root = self.root_of_archive(&archive, work, progress)?;
                 (root.key, ImageConfig::of_root(), Vec::new(), root)
             }
-            Found::RootDirectory(folder) => {
-                let (state, bytes) = seen.state.map_or_else(|| directory::fingerprint(&folder), Ok)?;
-                let root = self.root_of_directory(&folder, state, bytes, progress)?;
+            Found::RootDirectory(dir) => {
+                let (state, bytes) = seen.state.map_or_else(|| directory::fingerprint(&dir), Ok)?;
+                let root = self.root_of_directory(&dir, state, bytes, progress)?;
                 (root.key, ImageConfig::of_root(), Vec::new(), root)
             }
         };
@@ -195,7 +195,7 @@ impl Seen {
                 let (state, bytes) = directory::fingerprint(path)?;
                 return Ok(Seen { key: format!("directory {state}"), settled: true, state: Some((state, bytes)) });
             };
-            // An image that is added to a folder of them changes its list.
+            // An image that is added to a directory of them changes its list.
             return Ok(Seen::of_file(&fs::metadata(path.join(list.name()))?, image, CLOCK_TICK));
         }
         Ok(Seen::of_file(&m, image, CLOCK_TICK))

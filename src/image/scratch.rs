@@ -51,8 +51,8 @@ impl Store {
         Ok(Scratch { path, _file: Some(file) })
     }
 
-    /// The disk of this name, made with this size if there is none. Who opens it locks it. It is of the image `identity`: changes
-    /// to the root of one make no sense over another's.
+    /// The disk of this name, made with this size if there is none. Who opens it locks it. It is of the image
+    /// `identity`: changes to the root of one make no sense over another's.
     pub fn kept_disk(&self, name: &str, size_bytes: u64, identity: [u8; 16]) -> Result<Scratch> {
         let path = self.kept_path(name)?;
         let found = |path: PathBuf| -> Result<Scratch> {
@@ -85,7 +85,7 @@ impl Store {
     /// The disks that are kept, in the order of their names.
     pub fn kept_disks(&self) -> Result<Vec<Kept>> {
         let mut disks = Vec::new();
-        for entry in fs::read_dir(self.folder().join("disks")).context("list the disks")? {
+        for entry in fs::read_dir(self.dir().join("disks")).context("list the disks")? {
             let entry = entry?;
             let file_name = entry.file_name();
             let Some(name) = file_name.to_str().and_then(|name| name.strip_suffix(".ext4")) else { continue };
@@ -116,7 +116,7 @@ impl Store {
             && name.bytes().all(is_inner)
             && name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
         ensure!(is_name, "invalid disk name {name:?}: use letters and digits, with . _ - in between");
-        Ok(self.folder().join("disks").join(format!("{name}.ext4")))
+        Ok(self.dir().join("disks").join(format!("{name}.ext4")))
     }
 }
 
@@ -130,24 +130,24 @@ mod tests {
     use super::*;
 
     fn store() -> (tempfile::TempDir, Store) {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).unwrap();
-        (folder, store)
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        (dir, store)
     }
 
     #[test]
     fn a_scratch_disk_has_no_name_and_goes() {
-        let (folder, store) = store();
+        let (dir, store) = store();
         let scratch = store.scratch(64 << 20, Journal::No).unwrap();
         let disk = File::options().read(true).write(true).open(&scratch.path).unwrap();
         disk.try_lock().unwrap();
         assert_eq!(disk.metadata().unwrap().len(), 64 << 20);
-        assert_eq!(fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
     }
 
     #[test]
     fn a_kept_disk_is_the_same_the_next_time() {
-        let (_folder, store) = store();
+        let (_dir, store) = store();
         let disk = store.kept_disk("data", 64 << 20, [1; 16]).unwrap();
         let inode = fs::metadata(&disk.path).unwrap().ino();
         let again = store.kept_disk("data", 128 << 20, [1; 16]).unwrap();
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn who_waited_for_a_kept_disk_does_not_wait_for_the_machine_that_has_it() {
-        let (_folder, store) = store();
+        let (_dir, store) = store();
         let mut work = store.work_file("disk-data").unwrap();
         let (sender, receiver) = std::sync::mpsc::channel();
         let other = store.clone();
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_disks_name_is_no_path() {
-        let (_folder, store) = store();
+        let (_dir, store) = store();
         for name in ["", "../x", "a/b", ".x", "-x", "é", &"x".repeat(65)] {
             assert!(store.kept_disk(name, 64 << 20, [1; 16]).is_err(), "{name:?}");
         }

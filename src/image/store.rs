@@ -1,4 +1,5 @@
-//! The store's folder: what stands where, and how several husks use it at once, each of which may be killed at any time.
+//! The store's directory: what stands where, and how several husks use it at once, each of which may be killed at any
+//! time.
 //!
 //! ```text
 //! index.json         names and images; replaced as a whole, by who has locked `lock`
@@ -23,14 +24,14 @@ use super::index::Index;
 use crate::resources::lock::{self, Kind};
 use crate::sys;
 
-const FOLDERS: [&str; 4] = ["roots", "blobs", "disks", "tmp"];
+const DIRS: [&str; 4] = ["roots", "blobs", "disks", "tmp"];
 /// An index of some ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 
 /// The image store.
 #[derive(Debug, Clone)]
 pub struct Store {
-    folder: PathBuf,
+    dir: PathBuf,
     /// The most bytes that an image may unpack to; without it, what is free on the disk.
     pub unpack_limit_bytes: Option<u64>,
     /// How roots are made.
@@ -38,34 +39,34 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in a folder, and makes it if need be.
-    pub fn open(folder: &Path) -> Result<Store> {
+    /// Opens the store in a directory, and makes it if need be.
+    pub fn open(dir: &Path) -> Result<Store> {
         let open = || -> Result<()> {
-            for name in FOLDERS {
-                fs::DirBuilder::new().recursive(true).mode(0o700).create(folder.join(name))?;
+            for name in DIRS {
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(dir.join(name))?;
             }
             Ok(())
         };
-        open().with_context(|| format!("open the image store {} (set $HUSK_DATA to move it)", folder.display()))?;
-        Ok(Store { folder: folder.to_owned(), unpack_limit_bytes: None, form: Form::Lz4 })
+        open().with_context(|| format!("open the image store {} (set $HUSK_DATA to move it)", dir.display()))?;
+        Ok(Store { dir: dir.to_owned(), unpack_limit_bytes: None, form: Form::Lz4 })
     }
 
     /// Opens the user's store: `$HUSK_DATA`, or `husk` in `$XDG_DATA_HOME` or `~/.local/share`.
     pub fn open_default() -> Result<Store> {
-        Store::open(&default_folder().context("cannot locate the image store: neither $HUSK_DATA nor $HOME is set")?)
+        Store::open(&default_dir().context("cannot locate the image store: neither $HUSK_DATA nor $HOME is set")?)
     }
 
     /// Where the store is.
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub(super) fn root_path(&self, key: Digest) -> PathBuf {
-        self.folder.join("roots").join(format!("{}.erofs", key.hex()))
+        self.dir.join("roots").join(format!("{}.erofs", key.hex()))
     }
 
     pub(super) fn blob_path(&self, blob: Digest) -> PathBuf {
-        self.folder.join("blobs").join(blob.hex())
+        self.dir.join("blobs").join(blob.hex())
     }
 
     /// Whether a layer is there. It was verified before it got its name.
@@ -75,7 +76,7 @@ impl Store {
 
     /// Keeps layers that no image has yet, as long as the file is open.
     pub(super) fn use_blobs(&self) -> Result<File> {
-        let path = self.folder.join("blobs.lock");
+        let path = self.dir.join("blobs.lock");
         let file = lock::file().open(&path).with_context(|| format!("open {}", path.display()))?;
         lock::wait(&file, &path, Kind::Shared, lock::SOON)?;
         Ok(file)
@@ -99,7 +100,7 @@ impl Store {
 
     /// The index as it is now.
     pub fn index(&self) -> Result<Index> {
-        let path = self.folder.join("index.json");
+        let path = self.dir.join("index.json");
         let read = || -> Result<Index> {
             let size_bytes = match fs::metadata(&path) {
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Index::default()),
@@ -113,13 +114,13 @@ impl Store {
 
     /// Changes the index. What `change` does to the store's files no other husk does at the same time.
     pub fn update<T>(&self, change: impl FnOnce(&mut Index) -> Result<T>) -> Result<T> {
-        let lock = self.folder.join("lock");
+        let lock = self.dir.join("lock");
         let _locked = lock::alone(&lock)?;
         let old = self.index()?;
         let mut index = old.clone();
         let result = change(&mut index)?;
         if index != old {
-            self.replace_index(&index).with_context(|| format!("write the index of {}", self.folder.display()))?;
+            self.replace_index(&index).with_context(|| format!("write the index of {}", self.dir.display()))?;
         }
         Ok(result)
     }
@@ -133,22 +134,22 @@ impl Store {
             INDEX_MAX_BYTES >> 20
         );
         // Only who has the lock writes it, so that it may have the same name for all.
-        let part = self.folder.join("index.part");
+        let part = self.dir.join("index.part");
         let mut file = File::create(&part)?;
         file.write_all(&json)?;
         file.sync_all()?;
-        fs::rename(&part, self.folder.join("index.json"))?;
+        fs::rename(&part, self.dir.join("index.json"))?;
         self.sync("")
     }
 
-    /// Makes sure that names in a folder survive a power cut.
-    pub(super) fn sync(&self, folder: &str) -> Result<()> {
-        Ok(File::open(self.folder.join(folder))?.sync_all()?)
+    /// Makes sure that names in a directory survive a power cut.
+    pub(super) fn sync(&self, dir: &str) -> Result<()> {
+        Ok(File::open(self.dir.join(dir))?.sync_all()?)
     }
 
     /// Opens a file to write what will be `name`, and waits for another husk that does the same.
     pub(super) fn work_file(&self, name: &str) -> Result<Work> {
-        let path = self.folder.join("tmp").join(format!("{name}.part"));
+        let path = self.dir.join("tmp").join(format!("{name}.part"));
         let lock_path = path.with_extension("lock");
         let lock = lock_alone(&lock_path).with_context(|| format!("lock {}", lock_path.display()))?;
         // Only who has the lock writes it. Its own lock is for who cleans up, and may take it for a moment.
@@ -158,7 +159,7 @@ impl Store {
 
     /// A file without a name, for what need not outlive this husk.
     pub(super) fn nameless_file(&self) -> Result<File> {
-        let tmp = self.folder.join("tmp");
+        let tmp = self.dir.join("tmp");
         let mut options = File::options();
         options.read(true).write(true).mode(0o600);
         match options.clone().custom_flags(libc::O_TMPFILE).open(&tmp) {
@@ -176,17 +177,17 @@ impl Store {
 
     /// How much an image may unpack to.
     pub(super) fn unpack_limit(&self) -> Result<u64> {
-        let free = || -> Result<u64> { Ok(sys::disk::free_bytes(&File::open(&self.folder)?)?) };
+        let free = || -> Result<u64> { Ok(sys::disk::free_bytes(&File::open(&self.dir)?)?) };
         match self.unpack_limit_bytes {
             Some(limit) => Ok(limit),
-            None => free().with_context(|| format!("get the free disk space in {}", self.folder.display())),
+            None => free().with_context(|| format!("get the free disk space in {}", self.dir.display())),
         }
     }
 }
 
-fn default_folder() -> Option<PathBuf> {
-    if let Some(folder) = std::env::var_os("HUSK_DATA").filter(|folder| !folder.is_empty()) {
-        return std::path::absolute(folder).ok();
+fn default_dir() -> Option<PathBuf> {
+    if let Some(dir) = std::env::var_os("HUSK_DATA").filter(|dir| !dir.is_empty()) {
+        return std::path::absolute(dir).ok();
     }
     // A relative path is to be ignored (XDG base directory specification).
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
@@ -214,8 +215,8 @@ pub(super) fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// A file that is being written, and locked. It goes when it is dropped, unless it was given a name. Who waits for the same one
-/// waits at a lock of its own: the file becomes what machines hold for all their lives.
+/// A file that is being written, and locked. It goes when it is dropped, unless it was given a name. Who waits for the
+/// same one waits at a lock of its own: the file becomes what machines hold for all their lives.
 pub(super) struct Work {
     pub file: File,
     path: PathBuf,
@@ -242,9 +243,9 @@ impl Work {
             self.file.lock_shared()?;
             self.file.sync_all()?;
             fs::rename(&self.path, path)?;
-            let folder = path.parent().context("no folder")?;
-            ensure!(folder.starts_with(store.folder()), "it is outside the store");
-            Ok(File::open(folder)?.sync_all()?)
+            let dir = path.parent().context("no directory")?;
+            ensure!(dir.starts_with(store.dir()), "it is outside the store");
+            Ok(File::open(dir)?.sync_all()?)
         };
         keep().with_context(|| format!("write {}", path.display()))?;
         self.kept = true;
@@ -269,18 +270,18 @@ mod tests {
 
     #[test]
     fn an_index_of_the_future_is_left_alone() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).unwrap();
-        fs::write(folder.path().join("index.json"), r#"{"version": 2, "pictures": []}"#).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        fs::write(dir.path().join("index.json"), r#"{"version": 2, "pictures": []}"#).unwrap();
         let error = format!("{:#}", store.update(|_| Ok(())).unwrap_err());
         assert!(error.ends_with("it has format version 2, and this husk supports version 1"), "{error}");
-        assert!(fs::read_to_string(folder.path().join("index.json")).unwrap().contains("pictures"));
+        assert!(fs::read_to_string(dir.path().join("index.json")).unwrap().contains("pictures"));
     }
 
     #[test]
     fn updates_of_several_husks_are_all_kept() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
         let threads: Vec<_> = (0..4)
             .map(|thread| {
                 let store = store.clone();
@@ -299,8 +300,8 @@ mod tests {
 
     #[test]
     fn what_machines_hold_keeps_nobody_waiting() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
         let mut work = store.work_file("x").unwrap();
         let (sender, receiver) = std::sync::mpsc::channel();
         let other = store.clone();
@@ -315,13 +316,13 @@ mod tests {
         drop(work);
         receiver.recv_timeout(std::time::Duration::from_secs(60)).unwrap().unwrap();
         waits.join().unwrap().unwrap();
-        assert_eq!(fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
     }
 
     #[test]
     fn an_index_that_could_not_be_read_is_not_written() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
         let grow = |name: String| store.update(|index| Ok(index.names.insert(name, Digest::of(b""))));
         grow("small".into()).unwrap();
         let error = format!("{:#}", grow("x".repeat(INDEX_MAX_BYTES as usize)).unwrap_err());
@@ -331,9 +332,9 @@ mod tests {
 
     #[test]
     fn what_is_not_finished_leaves_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
         drop(store.work_file("x").unwrap());
-        assert_eq!(fs::read_dir(folder.path().join("tmp")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
     }
 }

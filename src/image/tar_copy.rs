@@ -14,8 +14,8 @@ const PIECE_BYTES: usize = 256 << 10;
 /// As much as follows the end of an archive: a block of tar's, which users make larger than its usual 10 KiB.
 const BLOCK_MAX_BYTES: u64 = 1 << 20;
 
-/// Sends what is in `archive` to a receiver that puts it into a folder. Folders that the archive only passes through stay as they
-/// are where they are there. `progress` is told how many bytes were sent.
+/// Sends what is in `archive` to a receiver that puts it into a directory. Directories that the archive only passes
+/// through stay as they are where they are there. `progress` is told how many bytes were sent.
 pub fn send(archive: impl Read, out: impl Write, progress: &mut impl FnMut(u64)) -> Result<Copied> {
     let mut sender = Sender { out: Writer::new(out), open: Vec::new(), copied: Copied::default(), progress };
     let sent = sender.send_all(Archive::new(Stream(archive)));
@@ -31,7 +31,7 @@ pub fn send(archive: impl Read, out: impl Write, progress: &mut impl FnMut(u64))
 
 struct Sender<'a, W, P> {
     out: Writer<W>,
-    /// The names of the folders that are entered, below the first.
+    /// The names of the directories that are entered, below the first.
     open: Vec<Vec<u8>>,
     copied: Copied,
     progress: &'a mut P,
@@ -42,7 +42,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         self.out.say(&Entry::Enter(b".".to_vec()))?;
         while let Some(entry) = archive.next_entry().context("read the archive")? {
             let mut names = names(&entry.path)?;
-            // The folder that all goes to is the user's own.
+            // The directory that all goes to is the user's own.
             let Some(name) = names.pop() else { continue };
             self.go_to(&names)?;
             let about = about(&entry.attributes);
@@ -50,7 +50,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             let said = match &entry.kind {
                 Kind::Directory => {
                     self.open.push(name.clone());
-                    Entry::Folder(name, about)
+                    Entry::Directory(name, about)
                 }
                 Kind::Symlink(target) => Entry::Link(name, target.clone(), about),
                 Kind::Hardlink(target) => Entry::Same(name, self::names(target)?),
@@ -85,7 +85,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         Ok(())
     }
 
-    /// Leaves and enters folders until `names` lead to where the sender is.
+    /// Leaves and enters directories until `names` lead to where the sender is.
     fn go_to(&mut self, names: &[Vec<u8>]) -> Result<()> {
         let common = self.open.iter().zip(names).take_while(|(open, name)| open == name).count();
         for _ in self.open.drain(common..) {
@@ -140,9 +140,8 @@ mod tests {
 
     use super::*;
 
-    fn tar(folder: &Path, words: &[&str]) -> Vec<u8> {
-        let output =
-            Command::new("tar").arg("-C").arg(folder).args(["-c", "--format=pax"]).args(words).output().unwrap();
+    fn tar(dir: &Path, words: &[&str]) -> Vec<u8> {
+        let output = Command::new("tar").arg("-C").arg(dir).args(["-c", "--format=pax"]).args(words).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         output.stdout
     }
@@ -181,19 +180,19 @@ mod tests {
     }
 
     #[test]
-    fn folders_on_the_way_stay_as_they_are() {
+    fn directories_on_the_way_stay_as_they_are() {
         let place = tempfile::tempdir().unwrap();
         let (from, to) = (place.path().join("from"), place.path().join("to"));
         fs::create_dir_all(from.join("etc/new")).unwrap();
         fs::write(from.join("etc/new/hosts"), "x").unwrap();
         fs::create_dir_all(to.join("etc")).unwrap();
-        for folder in [&to, &to.join("etc")] {
-            fs::set_permissions(folder, fs::Permissions::from_mode(0o711)).unwrap();
+        for dir in [&to, &to.join("etc")] {
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o711)).unwrap();
         }
         let copied = unpack(&tar(&from, &["etc/new/hosts"]), &to).unwrap();
         assert_eq!(copied.entries, 1);
-        for folder in [&to, &to.join("etc")] {
-            assert_eq!(fs::metadata(folder).unwrap().mode() & 0o777, 0o711);
+        for dir in [&to, &to.join("etc")] {
+            assert_eq!(fs::metadata(dir).unwrap().mode() & 0o777, 0o711);
         }
         assert!(to.join("etc/new/hosts").exists());
     }

@@ -1,5 +1,5 @@
-//! From what `husk cp` is sent to a tar archive, for who copies to a pipe: ustar, and where that has no room for a name or a number
-//! an extended header before it (POSIX.1-2017, pax, "pax Interchange Format").
+//! From what `husk cp` is sent to a tar archive, for who copies to a pipe: ustar, and where that has no room for a name
+//! or a number an extended header before it (POSIX.1-2017, pax, "pax Interchange Format").
 //!
 //! It is made here and not in the guest, so that whoever unpacks it finds the name that was asked for, and no other.
 
@@ -18,11 +18,12 @@ const NAME_MAX_BYTES: usize = 100;
 const OWNER_MAX: u64 = 0o7_777_777;
 const NUMBER_MAX: u64 = 0o77_777_777_777;
 
-/// Writes what a guest sends to `out`, under the name `name`; `.` is what is in a folder.
+/// Writes what a guest sends to `out`, under the name `name`; `.` is what is in a directory.
 pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Copied> {
     let mut entries = Entries::new(input, false);
     let mut copied = Copied::default();
-    // The path of the folder that is written, with a slash behind it, and how long it was before each folder in it.
+    // The path of the directory that is written, with a slash behind it, and how long it was before each directory in
+    // it.
     let (mut path, mut outer) = (Vec::new(), Vec::new());
     while let Some(entry) = entries.next_entry()? {
         let Some(own) = entry.name() else {
@@ -31,9 +32,9 @@ pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Co
         };
         let outside_bytes = path.len();
         path.extend_from_slice(if outer.is_empty() { name } else { own });
-        ensure!(name != b"." || entry.is_folder() || !outer.is_empty(), "the guest did not send a directory");
+        ensure!(name != b"." || entry.is_dir() || !outer.is_empty(), "the guest did not send a directory");
         match &entry {
-            Entry::Folder(_, about) => {
+            Entry::Directory(_, about) => {
                 path.push(b'/');
                 head(b'5', &path, b"", 0, about, out)?;
                 outer.push(outside_bytes);
@@ -58,8 +59,8 @@ pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Co
     Ok(copied)
 }
 
-/// A file as it was when it was opened: of one that has grown since, no more than that. One that has shrunk is an error: what is
-/// missing could be without end.
+/// A file as it was when it was opened: of one that has grown since, no more than that. One that has shrunk is an
+/// error: what is missing could be without end.
 fn content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Write) -> Result<()> {
     let mut missing_bytes = size_bytes;
     entries.content(|piece| {
@@ -160,7 +161,7 @@ mod tests {
 
     use super::*;
 
-    /// What the system's tar makes of an archive, in a folder of the test's own.
+    /// What the system's tar makes of an archive, in a directory of the test's own.
     fn unpacked(archive: &[u8], to: &Path) {
         fs::create_dir_all(to).unwrap();
         let mut tar = Command::new("tar").args(["-x", "-p", "-C"]).arg(to).stdin(Stdio::piped()).spawn().unwrap();
@@ -217,19 +218,19 @@ mod tests {
         for name in [&b".ssh/authorized_keys"[..], b"..", b"/etc/passwd"] {
             let archive = archived(&stream(&[file(name, 0), vec![Entry::End]].concat()), "app.log").unwrap();
             assert!(archive.starts_with(b"app.log\0"));
-            let inside = [vec![Entry::Folder(name.to_vec(), about)], file(name, 0)].concat();
+            let inside = [vec![Entry::Directory(name.to_vec(), about)], file(name, 0)].concat();
             assert!(archived(&stream(&inside), "logs").is_err());
         }
-        let folder = || Entry::Folder(b"d".to_vec(), about);
+        let dir = || Entry::Directory(b"d".to_vec(), about);
         let link = || Entry::Link(b"x".to_vec(), b"/etc".to_vec(), about);
         for (entries, name) in [
-            (vec![folder(), link(), Entry::Folder(b"x".to_vec(), about)], "d"),
+            (vec![dir(), link(), Entry::Directory(b"x".to_vec(), about)], "d"),
             (file(b".", 0), "."),
             (vec![link(), Entry::End], "."),
             (file(b"f", u64::MAX), "f"),
             (vec![Entry::Enter(b"d".to_vec())], "d"),
-            (vec![folder(), Entry::Same(b"a".to_vec(), vec![b"x".to_vec()])], "d"),
-            (vec![folder()], "d"),
+            (vec![dir(), Entry::Same(b"a".to_vec(), vec![b"x".to_vec()])], "d"),
+            (vec![dir()], "d"),
         ] {
             assert!(archived(&stream(&entries), name).is_err(), "{entries:?}");
         }

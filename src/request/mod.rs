@@ -1,5 +1,5 @@
 //! What commands ask of a machine that runs, and what its husk answers: one request a connection, over the `control`
-//! socket in the machine's folder.
+//! socket in the machine's directory.
 //!
 //! Who may open the socket may ask anything: it is its owner's alone. Messages are frames as they are with the guest's
 //! init, the first of which begins with [`VERSION`].

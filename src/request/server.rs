@@ -205,10 +205,10 @@ mod tests {
     use super::*;
 
     fn server() -> (tempfile::TempDir, std::path::PathBuf, Server) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("control");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control");
         let server = Server::listen(&path).unwrap();
-        (folder, path, server)
+        (dir, path, server)
     }
 
     fn next(server: &mut Server) -> (Caller, Request) {
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_request_is_answered_on_its_own_connection() {
-        let (_folder, path, mut server) = server();
+        let (_dir, path, mut server) = server();
         let asking = thread::spawn(move || {
             [Request::Stats, Request::Pause].map(|request| client::ask(&path, &request).unwrap())
         });
@@ -241,7 +241,7 @@ mod tests {
 
     #[test]
     fn who_waits_is_told_of_the_end_and_who_went_away_is_forgotten() {
-        let (_folder, path, mut server) = server();
+        let (_dir, path, mut server) = server();
         let waiting: Vec<_> = (0..3)
             .map(|_| {
                 let path = path.clone();
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn what_is_no_request_or_of_another_version_is_refused() {
-        let (_folder, path, mut server) = server();
+        let (_dir, path, mut server) = server();
         let mut other = Vec::new();
         frame::write(&Versioned { version: 9, request: Request::Wait }, &mut other).unwrap();
         for bytes in [&other[..], &[0xff; 64], &[1, 0, 0, 0, 99]] {
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn a_crowd_waits_for_its_turn() {
-        let (_folder, path, mut server) = server();
+        let (_dir, path, mut server) = server();
         let idle: Vec<_> = (0..CONNECTIONS_MAX).map(|_| UnixStream::connect(&path).unwrap()).collect();
         server.requests();
         assert_eq!(server.connections.len(), CONNECTIONS_MAX);

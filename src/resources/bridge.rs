@@ -1,8 +1,8 @@
 //! Networks that machines share: a bridge of the host's with a subnet, a way out by NAT, and names by dnsmasq.
 //!
-//! One has a folder under /run/husk/networks, which goes when the host restarts, as its bridge does. A machine's part in it is a
-//! [`Lease`]: a file named like its address, locked for as long as the machine exists, so that one whose husk was killed is known
-//! and given to the next.
+//! One has a directory under /run/husk/networks, which goes when the host restarts, as its bridge does. A machine's
+//! part in it is a [`Lease`]: a file named like its address, locked for as long as the machine exists, so that one
+//! whose husk was killed is known and given to the next.
 
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{self, ErrorKind, Write};
@@ -19,7 +19,7 @@ use super::lock::{self, Kind};
 use super::programs::{is_missing, run};
 use crate::config::MacAddress;
 
-const FOLDER: &str = "/run/husk/networks";
+const DIR: &str = "/run/husk/networks";
 /// A bridge's name begins so, and leaves ten bytes of an interface's fifteen.
 const BRIDGE_PREFIX: &str = "husk-";
 /// Longest name of a network.
@@ -30,8 +30,8 @@ const TAKEN_NAMES: [&str; 2] = ["user", "none"];
 const MAX_MACHINE_BYTES: usize = 63;
 /// Every network has a /24: the gateway is its first address, machines have the others.
 pub const PREFIX: u8 = 24;
-/// Where subnets are looked for when none is asked for: 10.86.0.0/24 and on, which is nobody else's default (podman has 10.88.0.0/16
-/// and what follows, Kubernetes' distributions 10.42, 10.96 and 10.244).
+/// Where subnets are looked for when none is asked for: 10.86.0.0/24 and on, which is nobody else's default (podman has
+/// 10.88.0.0/16 and what follows, Kubernetes' distributions 10.42, 10.96 and 10.244).
 const SUBNETS_FROM: [u8; 2] = [10, 86];
 /// A machine's last byte of an address.
 const MACHINES: std::ops::RangeInclusive<u8> = 2..=254;
@@ -54,7 +54,7 @@ pub struct Lease {
     pub bridge: Bridge,
     /// The machine's address.
     pub address: Ipv4Addr,
-    folder: PathBuf,
+    dir: PathBuf,
     _lock: File,
 }
 
@@ -74,7 +74,7 @@ impl Bridge {
         Ipv4Addr::new(a, b, c, last)
     }
 
-    fn folder(&self, base: &Path) -> PathBuf {
+    fn dir(&self, base: &Path) -> PathBuf {
         base.join(&self.name)
     }
 }
@@ -100,7 +100,7 @@ pub fn name_of(interface: &str) -> Option<&str> {
 
 /// Makes a network with its bridge, names and, unless it is `internal`, its way out. Nothing stays of one that fails.
 pub fn create(name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
-    create_in(Path::new(FOLDER), name, subnet, internal)
+    create_in(Path::new(DIR), name, subnet, internal)
 }
 
 pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
@@ -121,26 +121,26 @@ pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, inter
         }
     };
     let bridge = Bridge { name: name.to_owned(), subnet, internal };
-    let folder = bridge.folder(base);
+    let dir = bridge.dir(base);
     let set_up = || -> Result<()> {
         for part in ["leases", "hosts", "dhcp"] {
-            let part = folder.join(part);
+            let part = dir.join(part);
             make_shown(&part).with_context(|| format!("create {}", part.display()))?;
         }
         raise(&bridge)?;
         firewall::open(&bridge)?;
-        serve_names(&bridge, &folder)?;
+        serve_names(&bridge, &dir)?;
         let json = serde_json::to_vec_pretty(&bridge)?;
-        let record = folder.join("network.json");
+        let record = dir.join("network.json");
         fs::write(&record, json).and_then(|()| show(&record)).with_context(|| format!("write {}", record.display()))
     };
-    set_up().inspect_err(|_| take_down(&bridge, &folder))?;
+    set_up().inspect_err(|_| take_down(&bridge, &dir))?;
     Ok(bridge)
 }
 
 /// All networks, by name.
 pub fn list() -> Result<Vec<Bridge>> {
-    list_in(Path::new(FOLDER))
+    list_in(Path::new(DIR))
 }
 
 fn list_in(base: &Path) -> Result<Vec<Bridge>> {
@@ -157,19 +157,19 @@ fn list_in(base: &Path) -> Result<Vec<Bridge>> {
 
 /// Machines that are on a network now, with their addresses.
 pub fn machines(bridge: &Bridge) -> Vec<(Ipv4Addr, String)> {
-    machines_in(&bridge.folder(Path::new(FOLDER)))
+    machines_in(&bridge.dir(Path::new(DIR)))
 }
 
-fn machines_in(folder: &Path) -> Vec<(Ipv4Addr, String)> {
+fn machines_in(dir: &Path) -> Vec<(Ipv4Addr, String)> {
     let mut found = Vec::new();
-    for (address, path) in leases(folder) {
+    for (address, path) in leases(dir) {
         match File::open(&path) {
             Ok(file) if matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) => {
                 found.push((address, fs::read_to_string(&path).unwrap_or_default()));
             }
             // It is root's alone: whether the machine is still there nobody else sees, but what the others call it.
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                let hosts = fs::read_to_string(folder.join("hosts").join(address.to_string())).unwrap_or_default();
+                let hosts = fs::read_to_string(dir.join("hosts").join(address.to_string())).unwrap_or_default();
                 found.push((address, hosts.split_whitespace().nth(1).unwrap_or_default().to_owned()));
             }
             _ => {}
@@ -181,24 +181,24 @@ fn machines_in(folder: &Path) -> Vec<(Ipv4Addr, String)> {
 
 /// Removes a network and all that was made for it. Fails while machines are on it.
 pub fn remove(name: &str) -> Result<()> {
-    remove_in(Path::new(FOLDER), name)
+    remove_in(Path::new(DIR), name)
 }
 
 pub(super) fn remove_in(base: &Path, name: &str) -> Result<()> {
     let bridge = find_in(base, name)?;
     let _lock = lock(&base.join(".lock"))?;
-    let folder = bridge.folder(base);
-    let _joining = lock(&folder.join("lock"))?;
-    remove_stale(&folder);
-    let users: Vec<String> = leases(&folder).map(|(_, path)| fs::read_to_string(path).unwrap_or_default()).collect();
+    let dir = bridge.dir(base);
+    let _joining = lock(&dir.join("lock"))?;
+    remove_stale(&dir);
+    let users: Vec<String> = leases(&dir).map(|(_, path)| fs::read_to_string(path).unwrap_or_default()).collect();
     ensure!(users.is_empty(), "network {name} is in use by {}", users.join(", "));
-    take_down(&bridge, &folder);
+    take_down(&bridge, &dir);
     Ok(())
 }
 
 /// Gives the machine `machine` an address on network `name`, and its name to the others.
 pub fn join(name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
-    join_in(Path::new(FOLDER), name, machine, mac)
+    join_in(Path::new(DIR), name, machine, mac)
 }
 
 fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
@@ -209,11 +209,11 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
         "invalid machine name {machine:?}: on a network, use 1 to {MAX_MACHINE_BYTES} letters, digits, `-`, `.` or `_`"
     );
     let bridge = find_in(base, name)?;
-    let folder = bridge.folder(base);
-    let _joining = lock(&folder.join("lock"))?;
-    remove_stale(&folder);
+    let dir = bridge.dir(base);
+    let _joining = lock(&dir.join("lock"))?;
+    remove_stale(&dir);
     let taken: Vec<(Ipv4Addr, String)> =
-        leases(&folder).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
+        leases(&dir).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
     ensure!(taken.iter().all(|(_, name)| name != machine), "network {name} already has a machine named {machine}");
     // The same machine gets the same address, where that is free.
     let size = MACHINES.len() as u64;
@@ -221,7 +221,7 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     let candidates = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
     let address = candidates.into_iter().find(|address| taken.iter().all(|(other, _)| other != address));
     let address = address.with_context(|| format!("network {name} has no free addresses"))?;
-    let path = folder.join("leases").join(address.to_string());
+    let path = dir.join("leases").join(address.to_string());
     let write = || -> Result<File> {
         // One that somebody else has made is not this machine's alone to lock.
         let _ = fs::remove_file(&path);
@@ -229,19 +229,19 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
         lock::wait(&lock, &path, Kind::Exclusive, lock::SOON)?;
         lock.write_all(machine.as_bytes())?;
         // Read whole or not at all by dnsmasq, which looks as soon as there is a file.
-        publish(&folder.join("hosts").join(address.to_string()), &format!("{address} {machine}\n"))?;
-        publish(&folder.join("dhcp").join(address.to_string()), &format!("{mac},{address},{machine},infinite\n"))?;
+        publish(&dir.join("hosts").join(address.to_string()), &format!("{address} {machine}\n"))?;
+        publish(&dir.join("dhcp").join(address.to_string()), &format!("{mac},{address},{machine},infinite\n"))?;
         Ok(lock)
     };
     let lock = write().with_context(|| format!("write {}", path.display()))?;
-    Ok(Lease { bridge, address, folder, _lock: lock })
+    Ok(Lease { bridge, address, dir, _lock: lock })
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        forget(&self.folder, self.address);
+        forget(&self.dir, self.address);
         // It hears of files that come by itself, but not of those that go.
-        if let Some(pid) = names_server(&self.folder) {
+        if let Some(pid) = names_server(&self.dir) {
             let _ = Command::new("kill").args(["-HUP", &pid.to_string()]).output();
         }
     }
@@ -264,47 +264,47 @@ fn lock(path: &Path) -> Result<File> {
     open().context("change networks (as root)")
 }
 
-/// Makes a folder, and those above it that are missing, for everybody to look at. What is there stays as it is.
-fn make_shown(folder: &Path) -> io::Result<()> {
-    if folder.is_dir() {
+/// Makes a directory, and those above it that are missing, for everybody to look at. What is there stays as it is.
+fn make_shown(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
         return Ok(());
     }
-    folder.parent().map_or(Ok(()), make_shown)?;
-    match fs::create_dir(folder) {
+    dir.parent().map_or(Ok(()), make_shown)?;
+    match fs::create_dir(dir) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-        made => made.and_then(|()| show(folder)),
+        made => made.and_then(|()| show(dir)),
     }
 }
 
-/// Lets everybody look at a folder or a file, dnsmasq for one, whatever the mask of who made it.
+/// Lets everybody look at a directory or a file, dnsmasq for one, whatever the mask of who made it.
 fn show(path: &Path) -> io::Result<()> {
     let mode = if path.is_dir() { 0o755 } else { 0o644 };
     fs::set_permissions(path, Permissions::from_mode(mode))
 }
 
-fn leases(folder: &Path) -> impl Iterator<Item = (Ipv4Addr, PathBuf)> {
-    let entries = fs::read_dir(folder.join("leases")).into_iter().flatten().flatten();
+fn leases(dir: &Path) -> impl Iterator<Item = (Ipv4Addr, PathBuf)> {
+    let entries = fs::read_dir(dir.join("leases")).into_iter().flatten().flatten();
     entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
 }
 
 /// Forgets machines that are no more.
-fn remove_stale(folder: &Path) {
-    for (address, path) in leases(folder) {
+fn remove_stale(dir: &Path) {
+    for (address, path) in leases(dir) {
         if lock::file().create(false).open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
-            forget(folder, address);
+            forget(dir, address);
         }
     }
 }
 
-fn forget(folder: &Path, address: Ipv4Addr) {
+fn forget(dir: &Path, address: Ipv4Addr) {
     for part in ["hosts", "dhcp", "leases"] {
-        let _ = fs::remove_file(folder.join(part).join(address.to_string()));
+        let _ = fs::remove_file(dir.join(part).join(address.to_string()));
     }
 }
 
 fn publish(path: &Path, content: &str) -> Result<()> {
-    let folder = path.parent().and_then(Path::parent).context("no folder")?;
-    let unfinished = folder.join("unfinished");
+    let dir = path.parent().and_then(Path::parent).context("no directory")?;
+    let unfinished = dir.join("unfinished");
     fs::write(&unfinished, content)?;
     show(&unfinished)?;
     Ok(fs::rename(&unfinished, path)?)
@@ -330,10 +330,10 @@ fn raise(bridge: &Bridge) -> Result<()> {
     run("ip", &["link", "set", &interface, "up"])
 }
 
-/// Starts dnsmasq, which stays when husk goes: it answers for the machines' names and passes on other questions, and gives
-/// addresses to those that ask.
-fn serve_names(bridge: &Bridge, folder: &Path) -> Result<()> {
-    let at = |name: &str| folder.join(name).display().to_string();
+/// Starts dnsmasq, which stays when husk goes: it answers for the machines' names and passes on other questions, and
+/// gives addresses to those that ask.
+fn serve_names(bridge: &Bridge, dir: &Path) -> Result<()> {
+    let at = |name: &str| dir.join(name).display().to_string();
     let mut arguments = vec![
         "--conf-file=/dev/null".to_owned(),
         // There on every host, as a user of dnsmasq's own is not.
@@ -360,20 +360,20 @@ fn serve_names(bridge: &Bridge, folder: &Path) -> Result<()> {
 }
 
 /// The process that serves a network's names, if it does.
-fn names_server(folder: &Path) -> Option<u32> {
-    let pid = fs::read_to_string(folder.join("dnsmasq.pid")).ok()?.trim().parse().ok()?;
+fn names_server(dir: &Path) -> Option<u32> {
+    let pid = fs::read_to_string(dir.join("dnsmasq.pid")).ok()?.trim().parse().ok()?;
     let comm = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
     (comm.trim() == "dnsmasq").then_some(pid)
 }
 
 /// Removes what there is of a network; what is not there is not missed.
-fn take_down(bridge: &Bridge, folder: &Path) {
-    if let Some(pid) = names_server(folder) {
+fn take_down(bridge: &Bridge, dir: &Path) {
+    if let Some(pid) = names_server(dir) {
         let _ = run("kill", &[&pid.to_string()]);
     }
     firewall::close(bridge);
     let _ = run("ip", &["link", "del", &bridge.interface()]);
-    let _ = fs::remove_dir_all(folder);
+    let _ = fs::remove_dir_all(dir);
 }
 
 /// Makes the tap device `tap` a part of the network whose interface is `bridge`, in service.
@@ -394,7 +394,7 @@ pub(super) mod tests {
 
     const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
 
-    /// Runs `test` in a network of its own, with a folder for its networks; skips loudly where that may not be made.
+    /// Runs `test` in a network of its own, with a directory for its networks; skips loudly where that may not be made.
     pub(crate) fn alone(test: impl FnOnce(&Path) + Send) {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -460,10 +460,10 @@ pub(super) mod tests {
             eventually("a name goes", || ask(gateway, "db").is_none());
             assert_eq!(join_in(base, "web", "db", MAC).unwrap().address, address, "a machine keeps its address");
             drop(app);
-            let folder = bridge.folder(base);
-            let server = names_server(&folder).unwrap();
+            let dir = bridge.dir(base);
+            let server = names_server(&dir).unwrap();
             remove_in(base, "web").unwrap();
-            assert!(!exists("husk-web") && !folder.exists());
+            assert!(!exists("husk-web") && !dir.exists());
             let ended =
                 || fs::read_to_string(format!("/proc/{server}/stat")).map_or(true, |stat| stat.contains(") Z "));
             eventually("dnsmasq ends", ended);
@@ -480,23 +480,19 @@ pub(super) mod tests {
             let base = &base.join("run/networks");
             let bridge = create_in(base, "m", None, true).unwrap();
             let lease = join_in(base, "m", "db", MAC).unwrap();
-            let folder = bridge.folder(base);
+            let dir = bridge.dir(base);
             let mode = |path: PathBuf| fs::metadata(path).unwrap().mode() & 0o777;
             let address = lease.address.to_string();
-            for lock in [base.join(".lock"), folder.join("lock"), folder.join("leases").join(&address)] {
+            for lock in [base.join(".lock"), dir.join("lock"), dir.join("leases").join(&address)] {
                 assert_eq!(mode(lock.clone()), 0o600, "{}", lock.display());
             }
             for shown in ["hosts", "dhcp"] {
-                assert_eq!(
-                    (mode(folder.join(shown)), mode(folder.join(shown).join(&address))),
-                    (0o755, 0o644),
-                    "{shown}"
-                );
+                assert_eq!((mode(dir.join(shown)), mode(dir.join(shown).join(&address))), (0o755, 0o644), "{shown}");
             }
-            assert_eq!((mode(folder.clone()), mode(folder.join("network.json"))), (0o755, 0o644));
+            assert_eq!((mode(dir.clone()), mode(dir.join("network.json"))), (0o755, 0o644));
             assert_eq!(fs::metadata(base.ancestors().nth(2).unwrap()).unwrap().mode(), above, "what was there stays");
             eventually("a name comes", || ask(bridge.gateway(), "db") == Some(lease.address));
-            assert_eq!(machines_in(&folder), [(lease.address, "db".to_owned())]);
+            assert_eq!(machines_in(&dir), [(lease.address, "db".to_owned())]);
             drop(lease);
             remove_in(base, "m").unwrap();
         });
@@ -506,12 +502,12 @@ pub(super) mod tests {
     fn what_a_killed_machine_leaves_is_swept_away() {
         alone(|base| {
             let bridge = create_in(base, "a", None, true).unwrap();
-            let folder = bridge.folder(base);
+            let dir = bridge.dir(base);
             for part in ["leases", "hosts", "dhcp"] {
-                fs::write(folder.join(part).join("10.86.0.7"), "db").unwrap();
+                fs::write(dir.join(part).join("10.86.0.7"), "db").unwrap();
             }
             let lease = join_in(base, "a", "db", MAC).unwrap();
-            assert!(!folder.join("hosts/10.86.0.7").exists() || lease.address == Ipv4Addr::new(10, 86, 0, 7));
+            assert!(!dir.join("hosts/10.86.0.7").exists() || lease.address == Ipv4Addr::new(10, 86, 0, 7));
             drop(lease);
             remove_in(base, "a").unwrap();
         });

@@ -1,7 +1,7 @@
-//! What is unpacked once and found again: a folder in the user's cache, `${XDG_CACHE_HOME:-~/.cache}/husk/NAME/`.
+//! What is unpacked once and found again: a directory in the user's cache, `${XDG_CACHE_HOME:-~/.cache}/husk/NAME/`.
 //!
-//! A file there is whole from the moment it has its name: it is written under another one, and renamed. Any number of husks may do
-//! so at once, and each of them may be killed. What was not used for longest goes.
+//! A file there is whole from the moment it has its name: it is written under another one, and renamed. Any number of
+//! husks may do so at once, and each of them may be killed. What was not used for longest goes.
 
 use std::cmp::Reverse;
 use std::fs::{self, File};
@@ -11,10 +11,10 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 
-/// A folder of unpacked files.
+/// A directory of unpacked files.
 #[derive(Debug, Clone)]
 pub struct Cache {
-    folder: PathBuf,
+    dir: PathBuf,
     names_kept: usize,
 }
 
@@ -24,18 +24,18 @@ impl Cache {
         // A relative path is to be ignored (XDG base directory specification).
         let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
-        Some(Cache { folder: base.join("husk").join(name), names_kept })
+        Some(Cache { dir: base.join("husk").join(name), names_kept })
     }
 
-    /// One in this folder, which is made when it is needed.
+    /// One in this directory, which is made when it is needed.
     #[cfg(test)]
-    pub fn at(folder: &std::path::Path, names_kept: usize) -> Cache {
-        Cache { folder: folder.to_owned(), names_kept }
+    pub fn at(dir: &std::path::Path, names_kept: usize) -> Cache {
+        Cache { dir: dir.to_owned(), names_kept }
     }
 
     /// Where the entry of this name is, if there is one.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
+        self.dir.join(name)
     }
 
     /// Opens an entry. It is used now, and so the last to go.
@@ -45,12 +45,13 @@ impl Cache {
         Some(file)
     }
 
-    /// Makes an entry of what `fill` writes to an empty file, and returns what that returns. Fails at once if another husk is
-    /// making the same.
+    /// Makes an entry of what `fill` writes to an empty file, and returns what that returns. Fails at once if another
+    /// husk is making the same.
     pub fn fill<T>(&self, name: &str, fill: impl FnOnce(&File) -> Result<T>) -> Result<T> {
         let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(&self.folder).context("create the cache")?;
-        // The same name for everyone, so that a husk that was killed leaves nothing that piles up: the next one takes it over.
+        builder.recursive(true).mode(0o700).create(&self.dir).context("create the cache")?;
+        // The same name for everyone, so that a husk that was killed leaves nothing that piles up: the next one takes
+        // it over.
         let (entry, part) = (self.path(name), self.path(name).with_extension("part"));
         let file = File::options().read(true).write(true).create(true).truncate(false).open(&part)?;
         file.try_lock().context("another husk is unpacking it")?;
@@ -68,7 +69,7 @@ impl Cache {
             let _ = fs::remove_file(&part);
         })?;
         if let Err(error) = self.forget_oldest() {
-            log::info!("clean up {}: {error:#}", self.folder.display());
+            log::info!("clean up {}: {error:#}", self.dir.display());
         }
         Ok(made)
     }
@@ -76,7 +77,7 @@ impl Cache {
     /// Removes what was not used for longest. A husk that has it open keeps it.
     fn forget_oldest(&self) -> Result<()> {
         let mut files = Vec::new();
-        for entry in fs::read_dir(&self.folder)? {
+        for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
             files.push((Reverse(entry.metadata()?.modified()?), entry.path()));
         }
@@ -88,7 +89,8 @@ impl Cache {
     }
 }
 
-/// What tells a file's content without reading it: short of setting the clock, nobody changes a file and keeps its ctime.
+/// What tells a file's content without reading it: short of setting the clock, nobody changes a file and keeps its
+/// ctime.
 pub struct Identity {
     /// A file's name.
     pub name: String,

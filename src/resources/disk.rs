@@ -106,8 +106,8 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate })
 }
 
-/// Says what a file looks like that is used as raw without anybody having said so. That is all: a guest may have written
-/// those bytes.
+/// Says what a file looks like that is used as raw without anybody having said so. That is all: a guest may have
+/// written those bytes.
 fn warn_of_format(file: &File, path: &Path) {
     let name = path.display();
     match format_by_contents(file) {
@@ -180,14 +180,14 @@ mod tests {
 
     #[test]
     fn bad_disks_are_refused_in_one_line() {
-        let folder = tempfile::tempdir().unwrap();
-        let missing = folder.path().join("none.img");
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("none.img");
         assert_eq!(
             refusal(&missing, false),
             format!("open disk {}: No such file or directory (os error 2)", missing.display())
         );
         for readonly in [false, true] {
-            assert_eq!(refusal(folder.path(), readonly), format!("disk {} is a directory", folder.path().display()));
+            assert_eq!(refusal(dir.path(), readonly), format!("disk {} is a directory", dir.path().display()));
             assert_eq!(
                 refusal(Path::new("/dev/null"), readonly),
                 "disk /dev/null is neither a file nor a block device"
@@ -242,7 +242,7 @@ mod tests {
     /// Only what QEMU makes of these formats, where there is a `qemu-img`; some have no mark but their last bytes.
     #[test]
     fn a_disk_that_looks_like_another_format_is_raw_and_is_told_of() {
-        let folder = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let formats = [
             ("qcow2", "", "looks like a qcow2 image but is used as raw: add `,format=qcow2`"),
             ("vmdk", "", "looks like VMDK"),
@@ -253,7 +253,7 @@ mod tests {
             ("raw", "", ""),
         ];
         for (index, (format, options, told)) in formats.into_iter().enumerate() {
-            let path = folder.path().join(format!("{index}.img"));
+            let path = dir.path().join(format!("{index}.img"));
             let name = path.to_str().unwrap();
             let mut words = vec!["create", "-q", "-f", format, name, "4M"];
             if !options.is_empty() {

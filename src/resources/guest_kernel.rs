@@ -48,8 +48,8 @@ impl Choice {
         match self {
             Choice::Any => any(),
             Choice::Made(name) => made(name).with_context(|| {
-                let folder = kernels_folder().unwrap_or_default();
-                format!("no {name} kernel in {}: build it with `scripts/kernel {name}`", folder.display())
+                let dir = kernels_dir().unwrap_or_default();
+                format!("no {name} kernel in {}: build it with `scripts/kernel {name}`", dir.display())
             }),
             Choice::Host => host(),
             Choice::Path(path) => Ok(GuestKernel { modules: modules_beside(path), path: path.clone() }),
@@ -66,7 +66,7 @@ fn any() -> Result<GuestKernel> {
     })
 }
 
-fn kernels_folder() -> Option<PathBuf> {
+fn kernels_dir() -> Option<PathBuf> {
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = absolute("HUSK_CACHE")
         .or_else(|| absolute("XDG_CACHE_HOME").map(|cache| cache.join("husk")))
@@ -75,9 +75,9 @@ fn kernels_folder() -> Option<PathBuf> {
 }
 
 fn made(name: &str) -> Option<GuestKernel> {
-    let folder = kernels_folder()?.join(name);
+    let dir = kernels_dir()?.join(name);
     // An ELF image needs no unpacking.
-    let path = ["vmlinux", "bzImage"].iter().map(|file| folder.join(file)).find(|path| path.exists())?;
+    let path = ["vmlinux", "bzImage"].iter().map(|file| dir.join(file)).find(|path| path.exists())?;
     Some(GuestKernel { modules: modules_beside(&path), path })
 }
 
@@ -93,11 +93,11 @@ fn host() -> Result<GuestKernel> {
     Ok(GuestKernel { path, modules })
 }
 
-/// A folder `modules` beside the kernel, as scripts/kernel makes it; or what is installed for its release.
+/// A directory `modules` beside the kernel, as scripts/kernel makes it; or what is installed for its release.
 fn modules_beside(path: &Path) -> Modules {
-    let folder = path.with_file_name("modules");
-    if folder.join("load").exists() {
-        return Modules::Folder(folder);
+    let dir = path.with_file_name("modules");
+    if dir.join("load").exists() {
+        return Modules::Directory(dir);
     }
     let tree = release(path).map(|release| Path::new("/lib/modules").join(release));
     match tree.filter(|tree| tree.join("modules.dep").exists()) {
@@ -106,8 +106,8 @@ fn modules_beside(path: &Path) -> Modules {
     }
 }
 
-/// The release that a bzImage says it is (boot.rst: `kernel_version`), or the one in a unified kernel image, if it is one that
-/// can name a folder.
+/// The release that a bzImage says it is (boot.rst: `kernel_version`), or the one in a unified kernel image, if it is
+/// one that can name a directory.
 fn release(path: &Path) -> Option<String> {
     const MAGIC_AT: u64 = 0x202;
     const POINTER_AT: u64 = 0x20e;
@@ -147,19 +147,19 @@ mod tests {
 
     #[test]
     fn modules_beside_a_kernel_are_its_own() {
-        let folder = tempfile::tempdir().unwrap();
-        let kernel = folder.path().join("vmlinux");
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("vmlinux");
         let find = || Choice::Path(kernel.clone()).find().unwrap().modules;
         assert_eq!(find(), Modules::BuiltIn);
-        fs::create_dir(folder.path().join("modules")).unwrap();
-        fs::write(folder.path().join("modules/load"), "").unwrap();
-        assert_eq!(find(), Modules::Folder(folder.path().join("modules")));
+        fs::create_dir(dir.path().join("modules")).unwrap();
+        fs::write(dir.path().join("modules/load"), "").unwrap();
+        assert_eq!(find(), Modules::Directory(dir.path().join("modules")));
     }
 
     #[test]
     fn a_bzimage_says_its_release() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("bzImage");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bzImage");
         let image = |version: &[u8]| {
             let mut bytes = vec![0; 0x400];
             bytes[0x202..0x206].copy_from_slice(b"HdrS");

@@ -1,6 +1,8 @@
-//! From a kernel's path to an opened kernel that is quick to load: a bzImage is unpacked once, and found again by its content.
+//! From a kernel's path to an opened kernel that is quick to load: a bzImage is unpacked once, and found again by its
+//! content.
 //!
-//! The cache has a file `SHA256.elf` for each bzImage, and a second name for it that tells the bzImage without reading it.
+//! The cache has a file `SHA256.elf` for each bzImage, and a second name for it that tells the bzImage without reading
+//! it.
 
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write};
@@ -21,9 +23,11 @@ const NAMES_KEPT: usize = 16;
 /// What takes less is over before a person would look.
 const PROGRESS_AFTER: Duration = Duration::from_millis(200);
 
-/// Opens the kernel at `path`: a vmlinux as it is, a bzImage by what it unpacks to, a unified kernel image by its parts.
+/// Opens the kernel at `path`: a vmlinux as it is, a bzImage by what it unpacks to, a unified kernel image by its
+/// parts.
 ///
-/// A bzImage that only it can unpack comes back as [`Kernel::BzImage`]. A cache that cannot be used costs time, and no more.
+/// A bzImage that only it can unpack comes back as [`Kernel::BzImage`]. A cache that cannot be used costs time, and no
+/// more.
 pub fn open(path: &Path) -> Result<Image> {
     let cache = Cache::of_user("unpacked", NAMES_KEPT);
     open_with_cache(path, cache.as_ref()).with_context(|| format!("open kernel {}", path.display()))
@@ -58,7 +62,8 @@ fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Cache>) -> Resu
         match kernel {
             Ok(kernel) => {
                 if identity.settled && Identity::of(image.file())?.name == identity.name {
-                    // In place of one to a file that was damaged. Without it, the next boot takes some milliseconds longer.
+                    // In place of one to a file that was damaged. Without it, the next boot takes some milliseconds
+                    // longer.
                     let _ = fs::remove_file(cache.path(&shortcut));
                     let _ = fs::hard_link(cache.path(&entry), cache.path(&shortcut));
                 }
@@ -158,18 +163,18 @@ mod tests {
     use super::*;
     use crate::boot::sample;
 
-    fn open_in(path: &Path, folder: Option<&Path>) -> Result<Kernel> {
-        Ok(open_with_cache(path, folder.map(|folder| Cache::at(folder, NAMES_KEPT)).as_ref())?.kernel)
+    fn open_in(path: &Path, dir: Option<&Path>) -> Result<Kernel> {
+        Ok(open_with_cache(path, dir.map(|dir| Cache::at(dir, NAMES_KEPT)).as_ref())?.kernel)
     }
 
-    /// A folder with a bzImage in it, and what it unpacks to.
+    /// A directory with a bzImage in it, and what it unpacks to.
     fn bzimage() -> (TempDir, PathBuf, Vec<u8>) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("bzImage");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bzImage");
         let kernel = sample::kernel(64 << 10);
         let payload = sample::packed(&kernel, "gzip -n -9").expect("gzip is part of every Debian");
         fs::write(&path, sample::bzimage(&payload)).unwrap();
-        (folder, path, kernel)
+        (dir, path, kernel)
     }
 
     fn read(kernel: &Kernel) -> Vec<u8> {
@@ -193,11 +198,11 @@ mod tests {
 
     #[test]
     fn a_bzimage_is_unpacked_once() {
-        let (folder, path, kernel) = bzimage();
-        let cache = folder.path().join("a/b");
+        let (dir, path, kernel) = bzimage();
+        let cache = dir.path().join("a/b");
         assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         let first = fs::metadata(only_entry(&cache)).unwrap().ino();
-        let copy = folder.path().join("copy");
+        let copy = dir.path().join("copy");
         fs::copy(&path, &copy).unwrap();
         assert!(read(&open_in(&copy, Some(&cache)).unwrap()) == kernel);
         assert_eq!(fs::metadata(only_entry(&cache)).unwrap().ino(), first);
@@ -205,8 +210,8 @@ mod tests {
 
     #[test]
     fn a_bzimage_that_did_not_change_is_not_read_again() {
-        let (folder, path, kernel) = bzimage();
-        let cache = folder.path().join("cache");
+        let (dir, path, kernel) = bzimage();
+        let cache = dir.path().join("cache");
         std::thread::sleep(Duration::from_millis(1100));
         open_in(&path, Some(&cache)).unwrap();
         let (shortcuts, entries): (Vec<_>, Vec<_>) =
@@ -230,8 +235,8 @@ mod tests {
 
     #[test]
     fn what_was_not_used_for_longest_goes() {
-        let (folder, path, _) = bzimage();
-        let cache = folder.path().join("cache");
+        let (dir, path, _) = bzimage();
+        let cache = dir.path().join("cache");
         fs::create_dir(&cache).unwrap();
         for age in 1..=20 {
             let file = File::create(cache.join(format!("{age}.elf"))).unwrap();
@@ -261,8 +266,8 @@ mod tests {
 
     #[test]
     fn a_damaged_entry_is_rewritten() {
-        let (folder, path, kernel) = bzimage();
-        let cache = folder.path().join("cache");
+        let (dir, path, kernel) = bzimage();
+        let cache = dir.path().join("cache");
         open_in(&path, Some(&cache)).unwrap();
         let entry = only_entry(&cache);
         for damaged in [kernel[..kernel.len() - 1].to_vec(), vec![0; kernel.len()], vec![]] {
@@ -274,8 +279,8 @@ mod tests {
 
     #[test]
     fn without_a_cache_it_is_unpacked_to_memory() {
-        let (_folder, path, kernel) = bzimage();
-        // No folder can be made below a file, whoever asks.
+        let (_dir, path, kernel) = bzimage();
+        // No directory can be made below a file, whoever asks.
         for cache in [None, Some(path.join("cache"))] {
             assert!(read(&open_in(&path, cache.as_deref()).unwrap()) == kernel);
         }
@@ -283,8 +288,8 @@ mod tests {
 
     #[test]
     fn what_a_killed_husk_left_is_taken_over() {
-        let (folder, path, kernel) = bzimage();
-        let cache = folder.path().join("cache");
+        let (dir, path, kernel) = bzimage();
+        let cache = dir.path().join("cache");
         open_in(&path, Some(&cache)).unwrap();
         let entry = only_entry(&cache);
         let part = entry.with_extension("part");
@@ -303,8 +308,8 @@ mod tests {
 
     #[test]
     fn many_at_once_all_get_the_kernel() {
-        let (folder, path, kernel) = bzimage();
-        let cache = folder.path().join("cache");
+        let (dir, path, kernel) = bzimage();
+        let cache = dir.path().join("cache");
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel));
@@ -315,8 +320,8 @@ mod tests {
 
     #[test]
     fn a_damaged_bzimage_leaves_nothing_in_the_cache() {
-        let (folder, path, _) = bzimage();
-        let cache = folder.path().join("cache");
+        let (dir, path, _) = bzimage();
+        let cache = dir.path().join("cache");
         let mut bytes = fs::read(&path).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 0xff;
@@ -328,8 +333,8 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused_in_one_line() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
         fs::write(at("text"), "#!/bin/sh\n").unwrap();
         let error = |path: &Path| format!("{:#}", open(path).unwrap_err());
         let expected = [

@@ -26,16 +26,16 @@ pub enum Kind {
     Exclusive,
 }
 
-/// How a file is opened that is there to be locked: for its owner alone, since whoever can open it can hold the lock; and for both
-/// reading and writing, as NFS wants it for a lock of either kind.
+/// How a file is opened that is there to be locked: for its owner alone, since whoever can open it can hold the lock;
+/// and for both reading and writing, as NFS wants it for a lock of either kind.
 pub fn file() -> OpenOptions {
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     options
 }
 
-/// Locks `file`, which is the one at `path`, for as long as it is open. Says after a second that it waits, on the calling thread, and
-/// fails where somebody else has it for longer than `patience`.
+/// Locks `file`, which is the one at `path`, for as long as it is open. Says after a second that it waits, on the
+/// calling thread, and fails where somebody else has it for longer than `patience`.
 pub fn wait(file: &File, path: &Path, kind: Kind, patience: Duration) -> Result<()> {
     let started = Instant::now();
     let mut has_told = false;
@@ -78,8 +78,8 @@ mod tests {
 
     #[test]
     fn a_lock_is_waited_for_and_not_for_ever() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("lock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
         let held = alone(&path).unwrap();
         assert_eq!(held.metadata().unwrap().mode() & 0o777, 0o600, "whoever opens it can hold it");
         let other = File::open(&path).unwrap();

@@ -1,8 +1,8 @@
 //! From the drivers that a machine needs to the kernel modules that have them, each behind those it depends on.
 //!
-//! Modules are found by name, in a folder with a file `load` (scripts/kernel makes such) or in a distribution's tree with
-//! its `modules.dep`. What a module depends on it says itself, so that one way serves both. Those that a distribution has packed
-//! are unpacked once, and kept in the user's cache.
+//! Modules are found by name, in a directory with a file `load` (scripts/kernel makes such) or in a distribution's tree
+//! with its `modules.dep`. What a module depends on it says itself, so that one way serves both. Those that a
+//! distribution has packed are unpacked once, and kept in the user's cache.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -25,8 +25,8 @@ const CACHED_MODULES: usize = 256;
 pub enum Modules {
     /// It has none: all of its drivers are part of it.
     BuiltIn,
-    /// A folder of files; a driver that is not there is taken to be part of the kernel.
-    Folder(PathBuf),
+    /// A directory of files; a driver that is not there is taken to be part of the kernel.
+    Directory(PathBuf),
     /// `/lib/modules/RELEASE`.
     Tree(PathBuf),
 }
@@ -49,7 +49,7 @@ pub fn find(modules: &Modules, drivers: &[&str]) -> Result<Vec<Module>> {
 fn find_with_cache(modules: &Modules, drivers: &[&str], cache: Option<Cache>) -> Result<Vec<Module>> {
     let index = match modules {
         Modules::BuiltIn => return Ok(Vec::new()),
-        Modules::Folder(folder) => Index::of_folder(folder),
+        Modules::Directory(dir) => Index::of_dir(dir),
         Modules::Tree(tree) => Index::of_tree(tree),
     }?;
     let mut search = Search { index, cache, under_way: Vec::new(), found: Vec::new() };
@@ -69,11 +69,11 @@ struct Index {
 }
 
 impl Index {
-    fn of_folder(folder: &Path) -> Result<Index> {
-        let list = folder.join("load");
+    fn of_dir(dir: &Path) -> Result<Index> {
+        let list = dir.join("load");
         let text = fs::read_to_string(&list).with_context(|| format!("read {}", list.display()))?;
-        let files = text.lines().map(|line| (name_of(line), folder.join(line))).collect();
-        Ok(Index { files, built_in: None, place: folder.to_owned() })
+        let files = text.lines().map(|line| (name_of(line), dir.join(line))).collect();
+        Ok(Index { files, built_in: None, place: dir.to_owned() })
     }
 
     fn of_tree(tree: &Path) -> Result<Index> {
@@ -182,7 +182,8 @@ fn unpack(file: &File) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Whether an ELF file has its section headers, which stand behind all else (System V ABI: `e_shoff`, `e_shentsize`, `e_shnum`).
+/// Whether an ELF file has its section headers, which stand behind all else (System V ABI: `e_shoff`, `e_shentsize`,
+/// `e_shnum`).
 fn is_whole(content: &[u8]) -> bool {
     const TABLE_AT: usize = 0x28;
     const ENTRY_BYTES_AT: usize = 0x3a;
@@ -212,8 +213,8 @@ mod tests {
 
     /// A tree in which `c` is packed and depends on `a-b`, which depends on `d`.
     fn tree() -> (TempDir, Modules) {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
         let list = "kernel/c.ko.gz: kernel/a-b.ko\nkernel/a-b.ko:\nkernel/d.ko:\nkernel/loop1.ko:\nkernel/loop2.ko:\n";
         fs::create_dir(at("kernel")).unwrap();
         fs::write(at("modules.dep"), list).unwrap();
@@ -224,8 +225,8 @@ mod tests {
         fs::write(at("kernel/d.ko"), module(&["depends="])).unwrap();
         fs::write(at("kernel/loop1.ko"), module(&["depends=loop2"])).unwrap();
         fs::write(at("kernel/loop2.ko"), module(&["depends=loop1"])).unwrap();
-        let modules = Modules::Tree(folder.path().to_owned());
-        (folder, modules)
+        let modules = Modules::Tree(dir.path().to_owned());
+        (dir, modules)
     }
 
     fn names(modules: &Modules, drivers: &[&str]) -> Result<Vec<String>> {
@@ -234,14 +235,14 @@ mod tests {
 
     #[test]
     fn a_module_comes_behind_what_it_depends_on_and_once() {
-        let (_folder, modules) = tree();
+        let (_dir, modules) = tree();
         assert_eq!(names(&modules, &["c", "a_b", "d"]).unwrap(), ["d", "a_b", "c"]);
         assert_eq!(names(&modules, &["loop1"]).unwrap(), ["loop2", "loop1"]);
     }
 
     #[test]
     fn a_packed_module_is_handed_on_unpacked() {
-        let (_folder, modules) = tree();
+        let (_dir, modules) = tree();
         assert!(
             find_with_cache(&modules, &["c"], None)
                 .unwrap()
@@ -252,8 +253,8 @@ mod tests {
 
     #[test]
     fn a_packed_module_is_unpacked_once() {
-        let (folder, modules) = tree();
-        let cache = folder.path().join("cache");
+        let (dir, modules) = tree();
+        let cache = dir.path().join("cache");
         let entries = || -> Vec<PathBuf> { fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path()).collect() };
         let find = || {
             let found = find_with_cache(&modules, &["c"], Some(Cache::at(&cache, CACHED_MODULES))).unwrap();
@@ -273,31 +274,31 @@ mod tests {
             assert_eq!(find(), content);
         }
         // Another one in its place.
-        fs::write(folder.path().join("kernel/c.ko.gz"), sample::packed(&other, "gzip -n").unwrap()).unwrap();
+        fs::write(dir.path().join("kernel/c.ko.gz"), sample::packed(&other, "gzip -n").unwrap()).unwrap();
         assert_eq!(find(), other);
         assert_eq!(entries().len(), 1);
     }
 
     #[test]
     fn what_the_kernel_has_needs_no_module_and_what_it_has_not_is_named() {
-        let (_folder, modules) = tree();
+        let (_dir, modules) = tree();
         assert_eq!(names(&modules, &["ext4", "xfs?"]).unwrap(), [""; 0]);
         assert!(names(&modules, &["xfs"]).unwrap_err().to_string().ends_with("has no driver xfs"));
         assert_eq!(names(&Modules::BuiltIn, &["xfs"]).unwrap(), [""; 0]);
     }
 
     #[test]
-    fn a_folder_says_what_is_in_it() {
-        let (folder, _) = tree();
-        let kernel = folder.path().join("kernel");
+    fn a_directory_says_what_is_in_it() {
+        let (dir, _) = tree();
+        let kernel = dir.path().join("kernel");
         fs::write(kernel.join("load"), "d.ko\na-b.ko\n").unwrap();
-        assert_eq!(names(&Modules::Folder(kernel), &["a-b", "erofs"]).unwrap(), ["d", "a_b"]);
+        assert_eq!(names(&Modules::Directory(kernel), &["a-b", "erofs"]).unwrap(), ["d", "a_b"]);
     }
 
     #[test]
     fn a_file_that_is_no_module_is_refused() {
-        let (folder, modules) = tree();
-        fs::write(folder.path().join("kernel/d.ko"), "text").unwrap();
+        let (dir, modules) = tree();
+        fs::write(dir.path().join("kernel/d.ko"), "text").unwrap();
         assert!(format!("{:#}", names(&modules, &["d"]).unwrap_err()).ends_with("d.ko: not a kernel module"));
     }
 }

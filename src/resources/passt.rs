@@ -1,7 +1,7 @@
 //! User-mode networking: passt, a process of its own beside the machine, and the socket between them.
 //!
-//! It makes the guest's connections its own, so that no privilege and no interface of the host's are needed. It ends when
-//! the socket does, however husk ends.
+//! It makes the guest's connections its own, so that no privilege and no interface of the host's are needed. It ends
+//! when the socket does, however husk ends.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -46,8 +46,8 @@ const DNS_MAX: usize = 3;
 
 /// What waits in the socket, in each direction: passt drops what finds no room.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
-/// What one passt takes of the host's memory at most, in bytes: itself (31 MiB, `ps -o rss`), and what waits in its socket,
-/// which the kernel counts twice, in each direction.
+/// What one passt takes of the host's memory at most, in bytes: itself (31 MiB, `ps -o rss`), and what waits in its
+/// socket, which the kernel counts twice, in each direction.
 pub const BUDGET_BYTES: u64 = (32 << 20) + 2 * 2 * SOCKET_BUFFER_BYTES as u64;
 /// How long a passt has to open ports, on a host that is busy.
 const SERVICE_PATIENCE: Duration = Duration::from_secs(10);
@@ -92,7 +92,7 @@ fn is_installed() -> bool {
     let is_program = |path: std::path::PathBuf| {
         fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
     };
-    env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|folder| is_program(folder.join("passt")))
+    env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|dir| is_program(dir.join("passt")))
 }
 
 /// Whether the host reaches others by IPv6, which passt then has the guest do too.
@@ -115,8 +115,8 @@ fn has_default_route(table: &str) -> bool {
     })
 }
 
-/// Starts passt for one machine, whose address is `mac`. It takes some milliseconds to come up, in which frames wait in the
-/// socket; where ports are published, it is waited for until they are served.
+/// Starts passt for one machine, whose address is `mac`. It takes some milliseconds to come up, in which frames wait in
+/// the socket; where ports are published, it is waited for until they are served.
 pub fn start(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
     ensure!(is_installed(), Missing::Passt);
     let _turn = Turn::take(&network.ports);
@@ -158,8 +158,8 @@ pub fn start(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
     Ok(passt)
 }
 
-/// The guest's question who has the gateway's address (RFC 826), as it goes through the socket. passt answers when it has opened
-/// all ports that it is going to.
+/// The guest's question who has the gateway's address (RFC 826), as it goes through the socket. passt answers when it
+/// has opened all ports that it is going to.
 fn question(mac: MacAddress) -> Vec<u8> {
     const BROADCAST: [u8; 6] = [0xff; 6];
     // Ethernet and IPv4, whose addresses have 6 and 4 bytes; a request.

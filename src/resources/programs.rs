@@ -6,11 +6,11 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 /// Where tools are that are root's, and where a user who is not root may not look.
-const MORE_FOLDERS: &str = ":/usr/sbin:/sbin";
+const MORE_DIRS: &str = ":/usr/sbin:/sbin";
 
 /// Runs a program that has to succeed, and returns what it printed.
 pub fn output(program: &str, arguments: &[&str]) -> Result<String> {
-    let path = std::env::var("PATH").unwrap_or_default() + MORE_FOLDERS;
+    let path = std::env::var("PATH").unwrap_or_default() + MORE_DIRS;
     let output = Command::new(program).args(arguments).env("PATH", path).output();
     let output = output.with_context(|| format!("run {program}"))?;
     let words = String::from_utf8_lossy(&output.stderr);

@@ -29,7 +29,8 @@ const DISKS: [(u64, &[u8]); 4] = [
 const EROFS: (u64, &[u8]) = (0x400, b"\xe2\xe1\xf5\xe0");
 const EROFS_UUID_AT: u64 = 0x430;
 
-/// Looks at the file at `path`. A qcow2 disk is known by its name only, since a guest may write anything into a raw one.
+/// Looks at the file at `path`. A qcow2 disk is known by its name only, since a guest may write anything into a raw
+/// one.
 pub fn identify(path: &Path) -> Kind {
     let Ok(file) = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path) else { return Kind::Other };
     let Ok(kind) = file.metadata().map(|metadata| metadata.file_type()) else { return Kind::Other };
@@ -60,8 +61,8 @@ mod tests {
 
     #[test]
     fn a_file_is_known_by_its_first_blocks() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("image");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
         let of = |at: usize, magic: &[u8]| {
             let mut bytes = vec![0; 128 << 10];
             bytes[at..at + magic.len()].copy_from_slice(magic);
@@ -75,7 +76,7 @@ mod tests {
         assert_eq!(of(257, b"ustar"), Kind::Other);
         std::fs::write(&path, "short").unwrap();
         assert_eq!(identify(&path), Kind::Other);
-        assert_eq!(identify(folder.path()), Kind::Other);
-        assert_eq!(identify(&folder.path().join("none")), Kind::Other);
+        assert_eq!(identify(dir.path()), Kind::Other);
+        assert_eq!(identify(&dir.path().join("none")), Kind::Other);
     }
 }

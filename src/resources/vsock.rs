@@ -69,8 +69,8 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl VsockSocket {
-    /// Connects to who serves the guest's connections to `port`: the socket named like ours, with `_` and the port behind
-    /// it. Fails, and never waits, where nobody does or too many are waiting. The stream never waits either.
+    /// Connects to who serves the guest's connections to `port`: the socket named like ours, with `_` and the port
+    /// behind it. Fails, and never waits, where nobody does or too many are waiting. The stream never waits either.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let mut name = OsString::from(&self.path);
         name.push(format!("_{port}"));
@@ -103,8 +103,8 @@ mod tests {
 
     #[test]
     fn a_socket_is_its_owners_alone_and_goes_with_the_machine() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("v.sock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
         let socket = open(&config(&path)).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         UnixStream::connect(&path).unwrap();
@@ -114,8 +114,8 @@ mod tests {
 
     #[test]
     fn a_socket_in_use_is_refused_and_a_dead_one_is_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("v.sock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
         let first = open(&config(&path)).unwrap();
         assert_eq!(refusal(&path), format!("the vsock socket {} is in use by another process", path.display()));
         drop(first);
@@ -127,19 +127,19 @@ mod tests {
 
     #[test]
     fn what_is_no_socket_stays() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("v.sock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
         fs::write(&path, "precious").unwrap();
         assert!(refusal(&path).contains("the path already exists"), "{}", refusal(&path));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
-        let missing = folder.path().join("none/v.sock");
+        let missing = dir.path().join("none/v.sock");
         assert!(refusal(&missing).starts_with(&format!("listen on the vsock socket {}: ", missing.display())));
     }
 
     #[test]
     fn anothers_socket_is_not_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("v.sock");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
         let first = open(&config(&path)).unwrap();
         fs::remove_file(&path).unwrap();
         let _second = open(&config(&path)).unwrap();
@@ -149,10 +149,10 @@ mod tests {
 
     #[test]
     fn connecting_never_waits() {
-        let folder = tempfile::tempdir().unwrap();
-        let ours = open(&config(&folder.path().join("v.sock"))).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let ours = open(&config(&dir.path().join("v.sock"))).unwrap();
         assert_eq!(ours.connect(7).unwrap_err().kind(), ErrorKind::NotFound);
-        let _service = socket::listen(&folder.path().join("v.sock_7"), MODE).unwrap();
+        let _service = socket::listen(&dir.path().join("v.sock_7"), MODE).unwrap();
         let mut waiting = Vec::new();
         let full = loop {
             match ours.connect(7) {

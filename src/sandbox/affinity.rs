@@ -1,7 +1,7 @@
 //! From a list of processors to threads that run on no others.
 //!
-//! By each thread's own mask (sched_setaffinity(2)) and not by a control group: it needs no rights on any host, costs a system
-//! call, and a machine that was put into a cpuset by others can be kept to a part of that.
+//! By each thread's own mask (sched_setaffinity(2)) and not by a control group: it needs no rights on any host, costs a
+//! system call, and a machine that was put into a cpuset by others can be kept to a part of that.
 
 use std::fs;
 
@@ -53,8 +53,8 @@ fn set(thread: i32, before: &CpuMask, wanted: &CpuMask, cpus: &[u32]) -> Result<
 
 /// The threads of this process.
 fn threads() -> Result<Vec<i32>> {
-    let folder = "/proc/self/task";
-    let entries = fs::read_dir(folder).with_context(|| format!("read {folder}"))?;
+    let dir = "/proc/self/task";
+    let entries = fs::read_dir(dir).with_context(|| format!("read {dir}"))?;
     Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }
 

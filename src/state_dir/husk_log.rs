@@ -1,5 +1,5 @@
-//! From what husk itself has to say in the background to a file that stays small, whatever a guest provokes: standard error
-//! is the file, and begins anew when it is full.
+//! From what husk itself has to say in the background to a file that stays small, whatever a guest provokes: standard
+//! error is the file, and begins anew when it is full.
 
 use std::fs::File;
 use std::io;
@@ -50,15 +50,15 @@ mod tests {
     #[test]
     fn a_flood_leaves_two_small_files_and_its_last_lines() {
         const MAX_BYTES: u64 = 10_000;
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("husk.log");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("husk.log");
         let mut file = File::create(&path).unwrap();
         for n in 0..100_000 {
             writeln!(file, "line {n}").unwrap();
             file = anew(&path, MAX_BYTES).unwrap_or(file);
         }
-        let texts = ["husk.old", "husk.log"].map(|name| fs::read_to_string(folder.path().join(name)).unwrap());
-        assert_eq!(fs::read_dir(&folder).unwrap().count(), 2);
+        let texts = ["husk.old", "husk.log"].map(|name| fs::read_to_string(dir.path().join(name)).unwrap());
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
         assert!(texts.iter().all(|text| text.len() < MAX_BYTES as usize + 20), "{:?}", texts.map(|text| text.len()));
         assert!(texts.concat().ends_with("line 99998\nline 99999\n"));
     }

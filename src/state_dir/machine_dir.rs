@@ -1,4 +1,4 @@
-//! A running machine's own folder: where its record, its sockets and its logs are, for its owner alone.
+//! A running machine's own directory: where its record, its sockets and its logs are, for its owner alone.
 //!
 //! It is locked by who runs the machine, so that one that a killed husk left behind is known.
 
@@ -18,16 +18,16 @@ use crate::sys;
 /// A name that is taken already is a matter of chance, as small as can be.
 const ATTEMPTS: usize = 8;
 
-/// How long a folder that nobody uses may be held by those who look whether it is used.
+/// How long a directory that nobody uses may be held by those who look whether it is used.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long an ID is, in bytes; it is written in hexadecimal digits.
 const ID_BYTES: usize = 6;
 
-/// What a folder's name begins with while it is removed.
+/// What a directory's name begins with while it is removed.
 const GONE: &str = "gone-";
 
-/// The folder. It goes when this is dropped, unless it is to be kept.
+/// The directory. It goes when this is dropped, unless it is to be kept.
 #[derive(Debug)]
 pub struct MachineDir {
     path: PathBuf,
@@ -61,7 +61,7 @@ impl MachineDir {
         self.keep
     }
 
-    /// Leaves the folder where it is when this is dropped, for who wants to know how the machine ended.
+    /// Leaves the directory where it is when this is dropped, for who wants to know how the machine ended.
     pub fn keep(&mut self) {
         self.keep = true;
     }
@@ -102,7 +102,7 @@ impl Drop for MachineDir {
     }
 }
 
-/// Removes a machine's folder at once for all who look, and then what is in it.
+/// Removes a machine's directory at once for all who look, and then what is in it.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     let id = path.file_name().unwrap_or_default().to_string_lossy();
     let gone = path.with_file_name(format!("{GONE}{id}"));
@@ -118,7 +118,7 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes what is left of machines' folders by husks that were killed while they removed them.
+/// Removes what is left of machines' directories by husks that were killed while they removed them.
 pub(super) fn remove_leftovers(base: &Path) {
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(GONE) {
@@ -127,17 +127,18 @@ pub(super) fn remove_leftovers(base: &Path) {
     }
 }
 
-/// Whether a folder of this name is a machine's.
+/// Whether a directory of this name is a machine's.
 pub(super) fn is_id(name: &str) -> bool {
     name.len() == 2 * ID_BYTES && name.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
-/// Where this user's machines are. The folder that a login makes is theirs, whether the variable says so or not: a
+/// Where this user's machines are. The directory that a login makes is theirs, whether the variable says so or not: a
 /// machine started in one shell is to be seen in all others.
 pub(super) fn base() -> Result<PathBuf> {
     let user = fs::metadata("/proc/self").context("look at /proc/self")?.uid();
     let said = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
-    // Root has another user's in its environment after `sudo -E` or `su`. What root made there would be in that user's way.
+    // Root has another user's in its environment after `sudo -E` or `su`. What root made there would be in that user's
+    // way.
     let said = said.filter(|path| fs::metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user));
     let usual = || Some(PathBuf::from(format!("/run/user/{user}"))).filter(|path| is_private(path, user));
     Ok(match said.or_else(usual) {
@@ -150,7 +151,8 @@ fn is_private(path: &Path, user: u32) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user && found.mode() & 0o077 == 0)
 }
 
-/// Makes the folder of all machines, if it is not there. It may be that somebody else made it first, to see what is in it.
+/// Makes the directory of all machines, if it is not there. It may be that somebody else made it first, to see what is
+/// in it.
 pub(super) fn own(base: &Path) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(base) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
@@ -179,7 +181,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineDir> {
     bail!("every ID is taken")
 }
 
-/// The folder at `path`, which stays. Fails where somebody has it.
+/// The directory at `path`, which stays. Fails where somebody has it.
 pub(super) fn reopen(path: &Path) -> Result<MachineDir> {
     let lock = open(path)?;
     ensure!(self::lock(&lock), "the machine is running");
@@ -187,10 +189,10 @@ pub(super) fn reopen(path: &Path) -> Result<MachineDir> {
     Ok(MachineDir { path: path.to_owned(), keep: true, _lock: lock })
 }
 
-/// Locks a folder for as long as `folder` is open. False where a husk has it.
-pub(super) fn lock(folder: &File) -> bool {
+/// Locks a directory for as long as `dir` is open. False where a husk has it.
+pub(super) fn lock(dir: &File) -> bool {
     let deadline = Instant::now() + LOCK_PATIENCE;
-    while folder.try_lock().is_err() {
+    while dir.try_lock().is_err() {
         if Instant::now() > deadline {
             return false;
         }
@@ -199,8 +201,8 @@ pub(super) fn lock(folder: &File) -> bool {
     true
 }
 
-pub(super) fn open(folder: &Path) -> io::Result<File> {
-    File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder)
+pub(super) fn open(dir: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(dir)
 }
 
 #[cfg(test)]
@@ -210,13 +212,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_goes_with_its_machine() {
+    fn a_directory_goes_with_its_machine() {
         let base = tempfile::tempdir().unwrap();
-        let folder = create_in(base.path()).unwrap();
-        fs::write(folder.file("log"), "x").unwrap();
-        assert_eq!(fs::metadata(&folder.path).unwrap().permissions().mode() & 0o777, 0o700);
-        let path = folder.path.clone();
-        drop(folder);
+        let dir = create_in(base.path()).unwrap();
+        fs::write(dir.file("log"), "x").unwrap();
+        assert_eq!(fs::metadata(&dir.path).unwrap().permissions().mode() & 0o777, 0o700);
+        let path = dir.path.clone();
+        drop(dir);
         assert!(!path.exists());
     }
 
@@ -248,16 +250,16 @@ mod tests {
         let start = || {
             for _ in 0..500 {
                 state_dir.remove_stale().unwrap();
-                let folder = state_dir.create(None).unwrap();
+                let dir = state_dir.create(None).unwrap();
                 std::thread::yield_now();
-                fs::write(folder.file("vsock"), "").unwrap();
+                fs::write(dir.file("vsock"), "").unwrap();
             }
         };
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(start))));
     }
 
     #[test]
-    fn a_folder_that_others_may_enter_is_not_used() {
+    fn a_directory_that_others_may_enter_is_not_used() {
         let base = tempfile::tempdir().unwrap();
         let husk = base.path().join("husk");
         own(&husk).unwrap();

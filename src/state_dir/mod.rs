@@ -30,9 +30,9 @@ use record::{Record, State};
 
 use crate::resources::lock;
 
-/// The socket that takes requests, in a machine's folder.
+/// The socket that takes requests, in a machine's directory.
 pub const CONTROL: &str = "control";
-/// The guest's sockets, in a machine's folder.
+/// The guest's sockets, in a machine's directory.
 pub const VSOCK: &str = "vsock";
 /// What the guest's kernel wrote.
 pub const CONSOLE_LOG: &str = "console.log";
@@ -50,7 +50,7 @@ pub struct StateDir {
 /// One machine, as it was when it was looked at.
 #[derive(Debug, Clone)]
 pub struct MachineEntry {
-    /// Its folder's name.
+    /// Its directory's name.
     pub id: String,
     /// What its husk wrote down last, if it came so far.
     pub record: Option<Record>,
@@ -67,22 +67,23 @@ impl StateDir {
         Ok(StateDir { base })
     }
 
-    /// Makes the folder of a new machine and, where it is to have a name, gives it that. Fails where another has the name.
+    /// Makes the directory of a new machine and, where it is to have a name, gives it that. Fails where another has the
+    /// name.
     pub fn create(&self, name: Option<&str>) -> Result<MachineDir> {
-        let folder = machine_dir::create_in(&self.base)
+        let dir = machine_dir::create_in(&self.base)
             .with_context(|| format!("create a directory for the machine in {}", self.base.display()))?;
         if let Some(name) = name {
-            self.claim(name, &folder.id())?;
+            self.claim(name, &dir.id())?;
         }
-        Ok(folder)
+        Ok(dir)
     }
 
-    /// The folder of a machine that has ended, for it to run once more. It stays as it is until that writes to it.
+    /// The directory of a machine that has ended, for it to run once more. It stays as it is until that writes to it.
     pub fn reopen(&self, id: &str) -> Result<MachineDir> {
-        let folder =
+        let dir =
             machine_dir::reopen(&self.base.join(id)).with_context(|| format!("use the directory of machine {id}"))?;
-        remove_sockets(|name| folder.file(name));
-        Ok(folder)
+        remove_sockets(|name| dir.file(name));
+        Ok(dir)
     }
 
     /// Every machine, those that came last first; also those that have ended, as long as they are kept.
@@ -114,12 +115,13 @@ impl StateDir {
 
     fn entry(&self, id: &str) -> Option<MachineEntry> {
         let path = self.base.join(id);
-        let folder = machine_dir::open(&path).ok()?;
+        let dir = machine_dir::open(&path).ok()?;
         // The lock first: what is written down after that was known before the machine's husk ended.
-        let alive = folder.try_lock_shared().is_err();
+        let alive = dir.try_lock_shared().is_err();
         let record = Record::read(&path).ok();
-        // Closing it is not enough: a process that another thread has just forked would keep the lock until it executes.
-        let _ = folder.unlock();
+        // Closing it is not enough: a process that another thread has just forked would keep the lock until it
+        // executes.
+        let _ = dir.unlock();
         path.exists().then_some(MachineEntry { id: id.to_owned(), record, alive, path })
     }
 
@@ -137,13 +139,14 @@ impl StateDir {
         machine_dir::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
     }
 
-    /// Removes what machines left behind whose husk was killed, unless they ran in the background and are to be kept: of
-    /// those only what is of no more use. To be called where nobody waits.
+    /// Removes what machines left behind whose husk was killed, unless they ran in the background and are to be kept:
+    /// of those only what is of no more use. To be called where nobody waits.
     pub fn remove_stale(&self) -> Result<()> {
         for entry in self.list()?.into_iter().filter(|entry| !entry.alive) {
             let Ok(held) = machine_dir::open(&entry.path) else { continue };
             if entry.record.as_ref().is_some_and(|record| record.keep) {
-                // Shared, so that others who look meanwhile see it as what it is; it does not start again as long as this has it.
+                // Shared, so that others who look meanwhile see it as what it is; it does not start again as long as
+                // this has it.
                 if held.try_lock_shared().is_ok() {
                     remove_sockets(|name| entry.file(name));
                 }
@@ -159,7 +162,7 @@ impl StateDir {
 }
 
 impl MachineEntry {
-    /// The path of a file in the machine's folder.
+    /// The path of a file in the machine's directory.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
@@ -183,10 +186,11 @@ impl MachineEntry {
         self.record.as_ref().with_context(|| format!("machine {} is still starting: try again", self.id))
     }
 
-    /// Waits for the end of the machine's husk, however that comes, and looks at it again. `None` where nothing is left.
+    /// Waits for the end of the machine's husk, however that comes, and looks at it again. `None` where nothing is
+    /// left.
     pub fn await_end(&self) -> Result<Option<MachineEntry>> {
-        let Ok(folder) = machine_dir::open(&self.path) else { return Ok(None) };
-        folder.lock_shared().with_context(|| format!("wait for machine {}", self.id))?;
+        let Ok(dir) = machine_dir::open(&self.path) else { return Ok(None) };
+        dir.lock_shared().with_context(|| format!("wait for machine {}", self.id))?;
         let record = Record::read(&self.path).ok();
         Ok(self.path.exists().then(|| MachineEntry { record, alive: false, ..self.clone() }))
     }
@@ -212,20 +216,20 @@ mod tests {
     use crate::state_dir::record::tests::record;
 
     pub(super) fn state_dir() -> (tempfile::TempDir, StateDir) {
-        let folder = tempfile::tempdir().unwrap();
-        let base = folder.path().join("husk");
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("husk");
         machine_dir::own(&base).unwrap();
-        (folder, StateDir { base })
+        (dir, StateDir { base })
     }
 
     #[test]
     fn a_machine_is_found_by_name_by_id_and_by_the_start_of_it() {
         let (_temporary, state_dir) = state_dir();
-        let folder = state_dir.create(Some("web")).unwrap();
+        let dir = state_dir.create(Some("web")).unwrap();
         let mut record = record();
         record.name = Some("web".into());
-        folder.write(&record).unwrap();
-        let id = folder.id();
+        dir.write(&record).unwrap();
+        let id = dir.id();
         for word in ["web", &id, &id[..11]] {
             let entry = state_dir.find(word).unwrap();
             assert_eq!((entry.id.as_str(), entry.alive, entry.name()), (id.as_str(), true, "web"));
@@ -242,12 +246,11 @@ mod tests {
         let (_temporary, state_dir) = state_dir();
         // No names that an ID can begin with.
         let (kept, forgotten) = (state_dir.create(Some("kept")).unwrap(), state_dir.create(Some("lost")).unwrap());
-        for (folder, keep) in [(&kept, true), (&forgotten, false)] {
+        for (dir, keep) in [(&kept, true), (&forgotten, false)] {
             let name = if keep { "kept" } else { "lost" };
-            folder
-                .write(&Record { keep, name: Some(name.into()), state: State::Running { since_ms: 1 }, ..record() })
+            dir.write(&Record { keep, name: Some(name.into()), state: State::Running { since_ms: 1 }, ..record() })
                 .unwrap();
-            fs::write(folder.file(VSOCK), "").unwrap();
+            fs::write(dir.file(VSOCK), "").unwrap();
         }
         state_dir.remove_stale().unwrap();
         assert!(kept.file(VSOCK).exists() && forgotten.file(VSOCK).exists(), "they are alive");
@@ -277,11 +280,11 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for _ in 0..300 {
-                    let folder = state_dir.create(None).unwrap();
+                    let dir = state_dir.create(None).unwrap();
                     // As soon as it is seen it has a record.
-                    folder.write(&Record { keep: false, ..running.clone() }).unwrap();
-                    (0..20).for_each(|n| fs::write(folder.file(&format!("file{n}")), "").unwrap());
-                    drop(folder);
+                    dir.write(&Record { keep: false, ..running.clone() }).unwrap();
+                    (0..20).for_each(|n| fs::write(dir.file(&format!("file{n}")), "").unwrap());
+                    drop(dir);
                     state_dir.remove_stale().unwrap();
                 }
                 is_over.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -299,9 +302,9 @@ mod tests {
     #[test]
     fn a_machine_that_was_removed_meanwhile_is_removed() {
         let (_temporary, state_dir) = state_dir();
-        let folder = state_dir.create(None).unwrap();
-        let entry = state_dir.find(&folder.id()).unwrap();
-        folder.abandon();
+        let dir = state_dir.create(None).unwrap();
+        let entry = state_dir.find(&dir.id()).unwrap();
+        dir.abandon();
         state_dir.remove_held(&entry).unwrap();
         state_dir.remove_held(&entry).unwrap();
     }
@@ -309,22 +312,22 @@ mod tests {
     #[test]
     fn a_machine_that_runs_is_not_removed() {
         let (_temporary, state_dir) = state_dir();
-        let folder = state_dir.create(None).unwrap();
-        let entry = state_dir.find(&folder.id()).unwrap();
+        let dir = state_dir.create(None).unwrap();
+        let entry = state_dir.find(&dir.id()).unwrap();
         assert!(state_dir.remove(&entry).unwrap_err().to_string().contains("is running"));
-        drop(folder);
+        drop(dir);
         state_dir.remove(&entry).unwrap();
     }
 
     #[test]
-    fn a_folder_is_used_again_by_one_at_a_time_and_stays() {
+    fn a_directory_is_used_again_by_one_at_a_time_and_stays() {
         let (_temporary, state_dir) = state_dir();
-        let folder = state_dir.create(None).unwrap();
-        let id = folder.id();
-        folder.write(&record()).unwrap();
+        let dir = state_dir.create(None).unwrap();
+        let id = dir.id();
+        dir.write(&record()).unwrap();
         assert!(format!("{:#}", state_dir.reopen(&id).unwrap_err()).contains("is running"));
-        fs::write(folder.file(VSOCK), "").unwrap();
-        folder.abandon();
+        fs::write(dir.file(VSOCK), "").unwrap();
+        dir.abandon();
         let again = state_dir.reopen(&id).unwrap();
         assert!(state_dir.find(&id).unwrap().alive && !again.file(VSOCK).exists());
         drop(again);
@@ -336,7 +339,7 @@ mod tests {
     fn who_waits_for_a_machine_hears_of_any_end() {
         let (_temporary, state_dir) = state_dir();
         let (told, gone) = (state_dir.create(None).unwrap(), state_dir.create(None).unwrap());
-        let entries = [&told, &gone].map(|folder| state_dir.find(&folder.id()).unwrap());
+        let entries = [&told, &gone].map(|dir| state_dir.find(&dir.id()).unwrap());
         let [told_wait, gone_wait] = entries.map(|entry| std::thread::spawn(move || entry.await_end().unwrap()));
         std::thread::sleep(Duration::from_millis(50));
         assert!(!told_wait.is_finished());

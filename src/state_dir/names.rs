@@ -13,7 +13,8 @@ use super::{MachineDir, StateDir};
 /// Longest name: it is the guest's host name too.
 const MAX_BYTES: usize = 63;
 
-/// Refuses what is no name for a machine. A name begins with a letter or a digit, so that it is no flag and no hidden file.
+/// Refuses what is no name for a machine. A name begins with a letter or a digit, so that it is no flag and no hidden
+/// file.
 pub fn check(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     ensure!(
@@ -96,7 +97,7 @@ impl StateDir {
         let Ok(_lock) = super::lock(&self.base) else { return };
         for link in fs::read_dir(self.names()).into_iter().flatten().flatten() {
             if !link.path().exists() && link.path().is_symlink() {
-                // The link leads to a sibling of its folder.
+                // The link leads to a sibling of its directory.
                 let target = fs::read_link(link.path()).unwrap_or_default();
                 if !self.base.join(target).exists() {
                     let _ = fs::remove_file(link.path());
@@ -154,32 +155,32 @@ mod tests {
     #[test]
     fn a_renamed_machine_is_found_by_its_new_name_only() {
         let (_temporary, state_dir) = state_dir();
-        let (folder, other) = (state_dir.create(Some("old")).unwrap(), state_dir.create(Some("other")).unwrap());
+        let (dir, other) = (state_dir.create(Some("old")).unwrap(), state_dir.create(Some("other")).unwrap());
         let mut record = Record { name: Some("old".into()), ..record() };
-        folder.write(&record).unwrap();
-        assert!(folder.rename(&mut record, "other").is_err());
-        folder.rename(&mut record, "new").unwrap();
-        assert_eq!(state_dir.find("new").unwrap().id, folder.id());
+        dir.write(&record).unwrap();
+        assert!(dir.rename(&mut record, "other").is_err());
+        dir.rename(&mut record, "new").unwrap();
+        assert_eq!(state_dir.find("new").unwrap().id, dir.id());
         assert!(state_dir.find("old").is_err());
         // To the name that it has.
-        assert!(folder.rename(&mut record, "new").is_err() || state_dir.find("new").is_ok());
+        assert!(dir.rename(&mut record, "new").is_err() || state_dir.find("new").is_ok());
         drop(other);
     }
 
     #[test]
     fn a_machine_whose_new_name_cannot_be_written_down_keeps_its_old_one() {
         let (_temporary, state_dir) = state_dir();
-        let folder = state_dir.create(Some("old")).unwrap();
+        let dir = state_dir.create(Some("old")).unwrap();
         let mut record = Record { name: Some("old".into()), ..record() };
-        folder.write(&record).unwrap();
+        dir.write(&record).unwrap();
         // In the place where the next record is written.
-        fs::create_dir(folder.file("record.new")).unwrap();
-        assert!(folder.rename(&mut record, "new").is_err());
+        fs::create_dir(dir.file("record.new")).unwrap();
+        assert!(dir.rename(&mut record, "new").is_err());
         assert_eq!(record.name.as_deref(), Some("old"));
         let entry = state_dir.find("old").unwrap();
         assert!(state_dir.rename(&entry, "new").is_err() && state_dir.find("new").is_err());
-        assert_eq!(state_dir.find("old").unwrap().id, folder.id());
-        folder.abandon();
+        assert_eq!(state_dir.find("old").unwrap().id, dir.id());
+        dir.abandon();
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! How a machine in the background was started, for `husk start`: the words, the folder and the variables of the command that did.
-//! It stands beside the record and is not printed with it, since variables may be secrets.
+//! How a machine in the background was started, for `husk start`: the words, the directory and the variables of the
+//! command that did. It stands beside the record and is not printed with it, since variables may be secrets.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,8 +16,8 @@ use super::record::{Text, write_private};
 use super::{MachineDir, MachineEntry};
 
 const FILE: &str = "origin.json";
-/// Longer than words and variables may be together (execve(2): a quarter of the stack's limit), as JSON writes bytes that are
-/// no text.
+/// Longer than words and variables may be together (execve(2): a quarter of the stack's limit), as JSON writes bytes
+/// that are no text.
 const MAX_BYTES: u64 = 64 << 20;
 /// Whoever starts the machine again has found it where they are.
 const RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
@@ -26,7 +26,7 @@ const RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     words: Vec<Text>,
-    folder: Text,
+    dir: Text,
     variables: Vec<(Text, Text)>,
 }
 
@@ -41,14 +41,14 @@ fn bytes(text: Text) -> OsString {
 impl Origin {
     /// `words`, typed where this process is.
     pub fn here(words: Vec<OsString>) -> Result<Origin> {
-        let folder = std::env::current_dir().context("get the working directory")?.into_os_string();
+        let dir = std::env::current_dir().context("get the working directory")?.into_os_string();
         let variables = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
-        Ok(Origin { words: words.into_iter().map(text).collect(), folder: text(folder), variables })
+        Ok(Origin { words: words.into_iter().map(text).collect(), dir: text(dir), variables })
     }
 
-    /// Writes it down in a machine's folder.
-    pub fn write(&self, folder: &MachineDir) -> Result<()> {
-        let path = folder.file(FILE);
+    /// Writes it down in a machine's directory.
+    pub fn write(&self, dir: &MachineDir) -> Result<()> {
+        let path = dir.file(FILE);
         let json = serde_json::to_vec(self).context("record how the machine was started")?;
         write_private(&path, &json).with_context(|| format!("write {}", path.display()))
     }
@@ -67,12 +67,12 @@ impl Origin {
 
     /// This very program, in the same place with the same variables, and the words.
     pub fn command(self) -> Result<(Command, Vec<OsString>)> {
-        let folder = PathBuf::from(bytes(self.folder));
-        ensure!(folder.is_dir(), "it was started in {}, which no longer exists", folder.display());
+        let dir = PathBuf::from(bytes(self.dir));
+        ensure!(dir.is_dir(), "it was started in {}, which no longer exists", dir.display());
         let variables: BTreeMap<OsString, OsString> =
             self.variables.into_iter().map(|(name, value)| (bytes(name), bytes(value))).collect();
         let mut command = Command::new("/proc/self/exe");
-        command.current_dir(folder).env_clear().envs(variables);
+        command.current_dir(dir).env_clear().envs(variables);
         match std::env::var_os(RUNTIME_DIR) {
             Some(place) => command.env(RUNTIME_DIR, place),
             None => command.env_remove(RUNTIME_DIR),
@@ -92,10 +92,10 @@ mod tests {
     #[test]
     fn what_was_typed_is_read_as_it_was() {
         let (_temporary, state_dir) = state_dir();
-        let folder = state_dir.create(None).unwrap();
+        let dir = state_dir.create(None).unwrap();
         let words = vec!["run".into(), OsStr::from_bytes(b"\xff\n").to_owned()];
-        Origin::here(words.clone()).unwrap().write(&folder).unwrap();
-        let (command, read) = Origin::read(&state_dir.find(&folder.id()).unwrap()).unwrap().command().unwrap();
+        Origin::here(words.clone()).unwrap().write(&dir).unwrap();
+        let (command, read) = Origin::read(&state_dir.find(&dir.id()).unwrap()).unwrap().command().unwrap();
         assert_eq!(read, words);
         assert_eq!(command.get_current_dir(), std::env::current_dir().ok().as_deref());
         let path = command.get_envs().find(|(name, _)| *name == "PATH").unwrap().1;
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn a_place_that_is_gone_is_told() {
         let mut origin = Origin::here(Vec::new()).unwrap();
-        origin.folder = text("/nowhere".into());
+        origin.dir = text("/nowhere".into());
         assert!(origin.command().unwrap_err().to_string().contains("/nowhere, which no longer exists"));
     }
 }

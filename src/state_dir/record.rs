@@ -21,7 +21,7 @@ const MAX_BYTES: u64 = 16 << 20;
 /// A machine, as its husk describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Its folder's name.
+    /// Its directory's name.
     pub id: String,
     /// What it is called, if it has a name.
     pub name: Option<String>,
@@ -142,9 +142,9 @@ impl From<&Process> for Inherited {
 }
 
 impl Record {
-    /// Reads the record in a machine's folder.
-    pub fn read(folder: &Path) -> Result<Record> {
-        let path = folder.join(FILE);
+    /// Reads the record in a machine's directory.
+    pub fn read(dir: &Path) -> Result<Record> {
+        let path = dir.join(FILE);
         let read = || -> Result<Record> {
             let mut text = String::new();
             let read_bytes = File::open(&path)?.take(MAX_BYTES + 1).read_to_string(&mut text)?;
@@ -154,9 +154,10 @@ impl Record {
         read().with_context(|| format!("read {}", path.display()))
     }
 
-    /// Puts it in place of the one in `folder`: a reader sees the one or the other, also where this fails. One writer at a time.
-    pub fn write(&self, folder: &Path) -> Result<()> {
-        let (path, new, reserve) = (folder.join(FILE), folder.join("record.new"), folder.join(RESERVE));
+    /// Puts it in place of the one in `dir`: a reader sees the one or the other, also where this fails. One writer at a
+    /// time.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let (path, new, reserve) = (dir.join(FILE), dir.join("record.new"), dir.join(RESERVE));
         let text = serde_json::to_vec_pretty(self).context("write the machine's record")?;
         let put = || write_private(&new, &text).and_then(|()| fs::rename(&new, &path));
         let mut written = put();
@@ -208,7 +209,7 @@ pub(crate) mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let folder = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let process = Process { env: vec![b"A=\xff".to_vec(), b"B=c".to_vec()], ..Process::default() };
         for state in [
             State::Starting,
@@ -216,18 +217,18 @@ pub(crate) mod tests {
             State::Exited { code: 137, at_ms: u64::MAX, reason: Some("terminated by signal 9".into()) },
         ] {
             let record = Record { state, process: Some(Inherited::from(&process)), ..record() };
-            record.write(folder.path()).unwrap();
-            assert_eq!(Record::read(folder.path()).unwrap(), record);
+            record.write(dir.path()).unwrap();
+            assert_eq!(Record::read(dir.path()).unwrap(), record);
         }
-        let text = fs::read_to_string(folder.path().join(FILE)).unwrap();
+        let text = fs::read_to_string(dir.path().join(FILE)).unwrap();
         assert!(text.contains(r#""status": "exited""#) && text.contains(r#""B=c""#), "{text}");
     }
 
     #[test]
     fn a_record_that_is_none_is_an_error_with_its_name() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(format!("{:#}", Record::read(folder.path()).unwrap_err()).contains("record.json"));
-        fs::write(folder.path().join(FILE), "{").unwrap();
-        assert!(Record::read(folder.path()).is_err());
+        let dir = tempfile::tempdir().unwrap();
+        assert!(format!("{:#}", Record::read(dir.path()).unwrap_err()).contains("record.json"));
+        fs::write(dir.path().join(FILE), "{").unwrap();
+        assert!(Record::read(dir.path()).is_err());
     }
 }

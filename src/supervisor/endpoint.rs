@@ -1,5 +1,5 @@
-//! Where a running machine is known to others: its folder, its record, and the requests that come to it. One for all the
-//! machines that follow each other under one name when they are started again.
+//! Where a running machine is known to others: its directory, its record, and the requests that come to it. One for all
+//! the machines that follow each other under one name when they are started again.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -35,29 +35,29 @@ pub struct ControlEndpoint {
     pub(super) stop_by: Option<Instant>,
     started: Instant,
     // So late that what is in it goes first.
-    pub(super) folder: MachineDir,
+    pub(super) dir: MachineDir,
 }
 
 impl ControlEndpoint {
     /// Opens for requests, writes `record` down, and for a machine in the background starts its log of at most
     /// `log_max_bytes`.
-    pub fn open(folder: MachineDir, record: Record, log_max_bytes: u64) -> Result<ControlEndpoint> {
-        let server = Server::listen(&folder.file(state_dir::CONTROL))?;
+    pub fn open(dir: MachineDir, record: Record, log_max_bytes: u64) -> Result<ControlEndpoint> {
+        let server = Server::listen(&dir.file(state_dir::CONTROL))?;
         let hub = if record.detached {
-            let path = folder.file(state_dir::STREAMS_LOG);
+            let path = dir.file(state_dir::STREAMS_LOG);
             let log = StreamLog::open(path, log_max_bytes).context("open the machine's log")?;
             Some(Arc::new(Hub::new(log)))
         } else {
             None
         };
-        folder.write(&record)?;
+        dir.write(&record)?;
         let (unannounced, started) = (record.detached, Instant::now());
-        Ok(ControlEndpoint { server, record, hub, unannounced, end_wanted: false, stop_by: None, started, folder })
+        Ok(ControlEndpoint { server, record, hub, unannounced, end_wanted: false, stop_by: None, started, dir })
     }
 
-    /// The path of a file in the machine's folder.
+    /// The path of a file in the machine's directory.
     pub fn file(&self, name: &str) -> PathBuf {
-        self.folder.file(name)
+        self.dir.file(name)
     }
 
     /// Where the machine's streams go, if it runs in the background.
@@ -82,7 +82,7 @@ impl ControlEndpoint {
 
     /// Removes what killed machines left behind. To be called while the guest has something to do.
     pub(super) fn remove_stale(&self) {
-        if let Err(error) = self.folder.state_dir().remove_stale() {
+        if let Err(error) = self.dir.state_dir().remove_stale() {
             log::info!("clean up after killed machines: {error:#}");
         }
     }
@@ -105,27 +105,28 @@ impl ControlEndpoint {
 
     /// Writes down what is known of the machine now.
     pub(super) fn write_down(&self) -> Result<()> {
-        self.folder.write(&self.record)
+        self.dir.write(&self.record)
     }
 
-    /// Notes that the machine runs. Whoever started it in the background is told its ID, and then left alone. Harmless when
-    /// repeated.
+    /// Notes that the machine runs. Whoever started it in the background is told its ID, and then left alone. Harmless
+    /// when repeated.
     pub(super) fn note_running(&mut self) -> Result<()> {
         if self.record.state == State::Starting {
             self.enter(State::Running { since_ms: now_ms() })?;
         }
         if std::mem::take(&mut self.unannounced) {
             // If they are gone already, nobody would ever know of this machine.
-            writeln!(std::io::stdout(), "{}", self.folder.id()).context("report that the machine is running")?;
+            writeln!(std::io::stdout(), "{}", self.dir.id()).context("report that the machine is running")?;
             let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
             rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
             husk_log::begin(self.file(state_dir::HUSK_LOG)).context("start husk's log")?;
-            self.folder.keep();
+            self.dir.keep();
         }
         Ok(())
     }
 
-    /// How long to wait at most for an end that was asked for, in milliseconds; -1 is for ever. Makes it when time is up.
+    /// How long to wait at most for an end that was asked for, in milliseconds; -1 is for ever. Makes it when time is
+    /// up.
     pub(super) fn timeout_ms(&self, exit_latch: &ExitLatch) -> i32 {
         let Some(stop_by) = self.stop_by else { return -1 };
         let left = stop_by.saturating_duration_since(Instant::now());
@@ -135,8 +136,8 @@ impl ControlEndpoint {
         i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
     }
 
-    /// Waits `wait` before the machine is started again, and says so to who asks; false if its end is asked for by then, by a
-    /// request or by one of `signals`.
+    /// Waits `wait` before the machine is started again, and says so to who asks; false if its end is asked for by
+    /// then, by a request or by one of `signals`.
     pub fn wait_to_restart(&mut self, wait: Duration, signals: &SignalFd) -> Result<bool> {
         self.enter(State::Restarting { since_ms: now_ms() })?;
         self.stop_by = None;
@@ -172,23 +173,24 @@ impl ControlEndpoint {
         };
     }
 
-    /// Answers those who ask while there is no guest: its end is all that can be had, anything else is refused for the reason
-    /// `why`. Returns whether it is wanted at once.
+    /// Answers those who ask while there is no guest: its end is all that can be had, anything else is refused for the
+    /// reason `why`. Returns whether it is wanted at once.
     pub(super) fn answer_without_guest(&mut self, why: &str) -> bool {
         let mut recipient = NotRunning { endpoint: self, why, at_once: false };
         requests::answer(&mut recipient);
         recipient.at_once
     }
 
-    /// Notes that the machine has ended for good, and tells who waits for it. `reason` is what was not the guest's own doing.
+    /// Notes that the machine has ended for good, and tells who waits for it. `reason` is what was not the guest's own
+    /// doing.
     pub fn close(mut self, code: u8, reason: Option<String>) -> Result<()> {
         if let Some(hub) = &self.hub {
             hub.close(self.end_wanted);
         }
-        let keep = self.record.keep && self.folder.is_kept();
+        let keep = self.record.keep && self.dir.is_kept();
         let written = if keep { self.enter(State::Exited { code, at_ms: now_ms(), reason }) } else { Ok(()) };
         if !keep {
-            self.folder.forget();
+            self.dir.forget();
         }
         self.server.tell_end(code);
         for socket in [state_dir::CONTROL, &format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT)] {

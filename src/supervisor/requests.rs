@@ -167,7 +167,7 @@ impl Recipient for Supervisor<'_> {
                     session.resize_to(WindowSize { rows, columns });
                 }
             }
-            Request::Rename { name } => self.endpoint.folder.rename(&mut self.endpoint.record, &name)?,
+            Request::Rename { name } => self.endpoint.dir.rename(&mut self.endpoint.record, &name)?,
             Request::Stop { .. } | Request::Kill { .. } | Request::Wait => unreachable!("answered before"),
         }
         Ok(Some(Reply::Done))
@@ -215,8 +215,8 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Changes the machine's limits, and the record of them. Of what cannot be had the first ends it; what stood before that
-    /// in the list is changed then.
+    /// Changes the machine's limits, and the record of them. Of what cannot be had the first ends it; what stood before
+    /// that in the list is changed then.
     fn update(&mut self, update: Update) -> Result<()> {
         let changed = self.change(update);
         let written = self.endpoint.write_down();

@@ -183,9 +183,9 @@ fn the_block_device_keeps_the_contract() {
 
 #[test]
 fn the_socket_device_keeps_the_contract() {
-    let folder = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
     contract(|| {
-        let socket = folder.path().join("v.sock");
+        let socket = dir.path().join("v.sock");
         // The one before may be there still: the contract moves a driver from one to another.
         let _ = std::fs::remove_file(&socket);
         vsock::device(resources::vsock::open(&VsockConfig { socket, cid: 3 }).unwrap()).unwrap()

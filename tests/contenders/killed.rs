@@ -32,7 +32,7 @@ fn run_victim() {
     wait_for("the processes", sleeper);
     thread::sleep(Duration::from_secs(2));
     // With a single test thread, the harness has started a line.
-    println!("\nfolder: {}", lab.fixture.dir.display());
+    println!("\ndirectory: {}", lab.fixture.dir.display());
     thread::sleep(Duration::from_secs(600));
 }
 
@@ -51,7 +51,7 @@ fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
     victim.args(["--exact", NAME, "--nocapture"]).env(VICTIM, "1").stdout(Stdio::piped());
     let mut victim = victim.spawn().unwrap();
     let mut lines = BufReader::new(victim.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let dir = lines.find_map(|line| Some(PathBuf::from(line.strip_prefix("folder: ")?))).unwrap();
+    let dir = lines.find_map(|line| Some(PathBuf::from(line.strip_prefix("directory: ")?))).unwrap();
     victim.kill().unwrap();
     victim.wait().unwrap();
     assert!(sleeper().is_some() && dir.exists());

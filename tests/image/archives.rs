@@ -127,7 +127,7 @@ fn layers_merge_as_umoci_unpacks_them() {
     let output = house.husk(&["load", "-i", "docker.tar"]);
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("Loaded team/app:1 ("), "{output:?}");
     house.sh("mkdir -p old; tar -C old -xf docker.tar");
-    // What docker save wrote before it was 25: a folder a layer, a layer that is there already as a link to it.
+    // What docker save wrote before it was 25: a directory a layer, a layer that is there already as a link to it.
     house.sh("cd old; rm -r */; rm -f repositories; a=$(tar xOf ../docker.tar manifest.json | grep -o '[0-9a-f]*\\.tar' | head -1); \
         mkdir 0a 0b; mv $a 0a/layer.tar; ln -s ../0a/layer.tar 0b/layer.tar; chmod u+w manifest.json; sed -i s,$a,0b/layer.tar, manifest.json; \
         for d in 0a 0b; do n=$(echo $d | sha256sum | cut -c1-64); mv $d $n; sed -i s,$d/,$n/, manifest.json; done; \

@@ -92,7 +92,7 @@ pub fn index(manifests: &[Value]) -> Vec<u8> {
     json!({"schemaVersion": 2, "manifests": manifests}).to_string().into_bytes()
 }
 
-/// Writes a layout as an archive, `NAME.tar`, and as a folder, `NAME`.
+/// Writes a layout as an archive, `NAME.tar`, and as a directory, `NAME`.
 pub fn write_layout(house: &House, name: &str, index: &[u8], blobs: &[&[u8]]) {
     let names: Vec<String> = blobs.iter().map(|blob| format!("blobs/sha256/{}", hex(blob))).collect();
     let mut files: Vec<(&str, &[u8])> =

@@ -42,8 +42,8 @@ fn a_registry_with_tls_is_believed_if_its_authority_is() {
     expect_pulled(&pull("SSL_CERT_FILE", "ca/ca.crt"));
     // As Docker and podman have an authority for one registry.
     for place in ["docker", "containers"] {
-        let folder = format!("{place}-config/{place}/certs.d/127.0.0.1:{}", registry.port);
-        house.sh(&format!("mkdir -p {folder}; cp ca/ca.crt {folder}"));
+        let dir = format!("{place}-config/{place}/certs.d/127.0.0.1:{}", registry.port);
+        house.sh(&format!("mkdir -p {dir}; cp ca/ca.crt {dir}"));
         expect_pulled(&pull("XDG_CONFIG_HOME", &format!("{place}-config")));
     }
     // Another's is of no use.

@@ -58,7 +58,7 @@ impl Registry {
         std::fs::write(house.path("htpasswd"), HTPASSWD).unwrap();
         std::fs::write(house.path("registry.yml"), config).unwrap();
         let mut command = Command::new("docker-registry");
-        command.args(["serve", "registry.yml"]).current_dir(house.folder.path());
+        command.args(["serve", "registry.yml"]).current_dir(house.dir.path());
         children.push(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
         await_port(port);
         Registry { children, port }
@@ -84,7 +84,7 @@ fn start_issuer(house: &House, tls: bool) -> (Child, u16) {
     house.sh("openssl req -x509 -newkey rsa:2048 -nodes -keyout issuer.key -out issuer.crt -days 2 -subj /CN=issuer");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/image/token_server.py");
     let mut command = Command::new("/usr/bin/python3");
-    command.arg(script).arg(house.folder.path()).arg(port.to_string()).args(tls.then_some("tls"));
+    command.arg(script).arg(house.dir.path()).arg(port.to_string()).args(tls.then_some("tls"));
     let child = command.stdout(Stdio::null()).spawn().unwrap();
     await_port(port);
     (child, port)

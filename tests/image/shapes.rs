@@ -41,7 +41,12 @@ fn an_archive_with_dockers_list_is_an_image_whatever_its_parts_are_called() {
         ("old", &docker_config, &old.0, vec![(&old.0, &layer), (&docker_config, &config)]),
         ("dots", "./x/../c.json", "./l.tar", vec![("c.json", &config), (".//l.tar", &layer)]),
         ("link", &docker_config, &old.1, vec![(&docker_config, &config), (&old.0, &layer), (&old.1, up.as_bytes())]),
-        ("folder-link", "c", "d/e/l", vec![("c", &config), ("x/y/l", &layer), ("d", b"->./x"), ("x/e", b"->/x/y/.")]),
+        (
+            "directory-link",
+            "c",
+            "d/e/l",
+            vec![("c", &config), ("x/y/l", &layer), ("d", b"->./x"), ("x/e", b"->/x/y/.")],
+        ),
     ];
     let mut roots = Vec::new();
     for (name, config_name, layer_name, mut files) in cases {
@@ -54,7 +59,7 @@ fn an_archive_with_dockers_list_is_an_image_whatever_its_parts_are_called() {
             house.sh("gzip -kf x.tar; rm -rf x; mkdir x; tar -C x -xf x.tar");
             for path in ["x.tar", "x.tar.gz", "x"] {
                 // A link that leads to the top is the archive's alone.
-                if (name, path) != ("folder-link", "x") {
+                if (name, path) != ("directory-link", "x") {
                     roots.push(load_image(&house, path));
                 }
             }

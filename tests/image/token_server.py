@@ -1,7 +1,7 @@
-"""Gives tokens for a registry as its issuer does: token_server.py FOLDER PORT [tls]
+"""Gives tokens for a registry as its issuer does: token_server.py DIR PORT [tls]
 
-FOLDER has the key and the certificate (issuer.key, issuer.crt) that the registry trusts, with `tls` server.key and server.crt
-too. Each request is noted in FOLDER/asked, a line each.
+DIR has the key and the certificate (issuer.key, issuer.crt) that the registry trusts, with `tls` server.key and server.crt
+too. Each request is noted in DIR/asked, a line each.
 """
 
 import base64
@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.parse
 
-folder, port = sys.argv[1], int(sys.argv[2])
+dir, port = sys.argv[1], int(sys.argv[2])
 PASSWORD = "Basic " + base64.b64encode(b"user:secret").decode()
 IDENTITY = "the-identity"
 
@@ -23,7 +23,7 @@ def packed(content):
 
 
 def token(service, scope, is_known):
-    certificate = subprocess.check_output(["openssl", "x509", "-in", f"{folder}/issuer.crt", "-outform", "DER"])
+    certificate = subprocess.check_output(["openssl", "x509", "-in", f"{dir}/issuer.crt", "-outform", "DER"])
     header = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(certificate).decode()]}
     access = []
     if is_known and scope:
@@ -34,7 +34,7 @@ def token(service, scope, is_known):
     claims = {"iss": "issuer", "sub": "user", "aud": service, "access": access, "jti": str(time.time_ns()),
               "nbf": now - 10, "iat": now - 10, "exp": now + 300}
     text = packed(json.dumps(header).encode()) + "." + packed(json.dumps(claims).encode())
-    signature = subprocess.run(["openssl", "dgst", "-sha256", "-sign", f"{folder}/issuer.key"], input=text.encode(),
+    signature = subprocess.run(["openssl", "dgst", "-sha256", "-sign", f"{dir}/issuer.key"], input=text.encode(),
                                stdout=subprocess.PIPE, check=True).stdout
     return text + "." + packed(signature)
 
@@ -48,7 +48,7 @@ class Issuer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def note(self, who, scope):
-        with open(f"{folder}/asked", "a") as file:
+        with open(f"{dir}/asked", "a") as file:
             file.write(f"{self.command} {who} {scope}\n")
 
     def do_GET(self):
@@ -77,6 +77,6 @@ class Issuer(http.server.BaseHTTPRequestHandler):
 server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Issuer)
 if "tls" in sys.argv:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(f"{folder}/server.crt", f"{folder}/server.key")
+    context.load_cert_chain(f"{dir}/server.crt", f"{dir}/server.key")
     server.socket = context.wrap_socket(server.socket, server_side=True)
 server.serve_forever()

@@ -10,21 +10,21 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
-/// A store and a folder to make images in.
+/// A store and a directory to make images in.
 pub struct House {
-    pub folder: TempDir,
+    pub dir: TempDir,
 }
 
 impl House {
     pub fn new() -> House {
-        House { folder: tempfile::tempdir().unwrap() }
+        House { dir: tempfile::tempdir().unwrap() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.dir.path().join(name)
     }
 
-    /// A husk whose store is in the folder.
+    /// A husk whose store is in the directory.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
         command.args(arguments);
@@ -32,9 +32,9 @@ impl House {
         command
     }
 
-    /// Has a command find the folder's own in place of the user's.
+    /// Has a command find the directory's own in place of the user's.
     pub fn surround(&self, command: &mut Command) {
-        command.current_dir(self.folder.path()).stdin(Stdio::null());
+        command.current_dir(self.dir.path()).stdin(Stdio::null());
         command.env("HUSK_DATA", self.path("data")).env("DOCKER_CONFIG", self.path("docker"));
         command.env("HOME", self.path("home")).env("XDG_RUNTIME_DIR", self.path("no-session"));
         for variable in ["REGISTRY_AUTH_FILE", "XDG_CONFIG_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR"] {
@@ -75,14 +75,14 @@ impl House {
         assert_eq!(self.files("roots") + self.files("tmp"), 0, "{arguments:?} left something");
     }
 
-    /// How many files there are in a folder of the store.
-    pub fn files(&self, folder: &str) -> usize {
-        fs::read_dir(self.path("data").join(folder)).map_or(0, Iterator::count)
+    /// How many files there are in a directory of the store.
+    pub fn files(&self, dir: &str) -> usize {
+        fs::read_dir(self.path("data").join(dir)).map_or(0, Iterator::count)
     }
 
-    /// Runs a line of shell in the folder.
+    /// Runs a line of shell in the directory.
     pub fn sh(&self, line: &str) {
-        let output = Command::new("bash").args(["-euc", line]).current_dir(self.folder.path()).output().unwrap();
+        let output = Command::new("bash").args(["-euc", line]).current_dir(self.dir.path()).output().unwrap();
         assert!(output.status.success(), "{line}: {output:?}");
     }
 }
@@ -103,8 +103,8 @@ type Tree = BTreeMap<PathBuf, String>;
 pub fn assert_same(expected: &Path, root: &Path) {
     let check = Command::new("fsck.erofs").arg(root).output().unwrap();
     assert!(check.status.success() && check.stderr.is_empty(), "{check:?}");
-    let folder = tempfile::tempdir().unwrap();
-    let target = folder.path().join("root");
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("root");
     fs::create_dir(&target).unwrap();
     let mount = Command::new("mount").args(["-t", "erofs", "-o", "loop,ro"]).arg(root).arg(&target).output().unwrap();
     let (found, wanted) = if mount.status.success() {

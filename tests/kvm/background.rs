@@ -98,8 +98,8 @@ impl Machines {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    /// Machines' folders, and whatever else is beside them.
-    pub fn folders(&self) -> Vec<String> {
+    /// Machines' directories, and whatever else is beside them.
+    pub fn dirs(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.runtime.path().join("husk")).into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().into_string().unwrap());
         names.filter(|name| !["lock", "names"].contains(&name.as_str())).collect()
@@ -145,7 +145,7 @@ fn a_machine_in_the_background_is_listed_watched_and_stopped() {
     assert_eq!(machines.ok(&["wait", "web"]), "0\n");
     assert_eq!(machines.ok(&["rm", &id[..6]]), format!("{}\n", &id[..6]));
     assert!(machines.fails(&["logs", "web"], 1).contains("husk ps -a"));
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn a_machine_that_does_not_start_says_why_and_leaves_nothing() {
     assert!(line.contains("/nowhere: No such file"), "{line}");
     let line = machines.fails(&["boot", "-d", "--name", "x/y", "--kernel", guests::EXIT], 2);
     assert!(line.contains("invalid machine name"), "{line}");
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
     let id = machines.start(guests::EXIT, "", &["--name", "x"]);
     assert_eq!(machines.ok(&["wait", &id]), "42\n");
     let line = machines.fails(&["boot", "-d", "--name", "x", "--kernel", guests::EXIT], 1);
@@ -177,7 +177,7 @@ fn names_are_unique_among_many_starts_at_once() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert_eq!(started.iter().filter(|started| **started).count(), 1);
-    assert_eq!(machines.folders().len(), 1);
+    assert_eq!(machines.dirs().len(), 1);
 }
 
 #[test]
@@ -243,7 +243,7 @@ fn a_killed_husk_is_known_at_once_and_its_name_is_free_when_it_is_removed() {
     }
     machines.start(guests::POWER, "do=halt", &["--name", "a", "--rm"]);
     assert_eq!(machines.ok(&["ps", "-aq"]).lines().count(), 1);
-    assert_eq!(machines.folders().len(), 1);
+    assert_eq!(machines.dirs().len(), 1);
 }
 
 /// Starts `words` and kills the husk that is to be the machine, after this time.
@@ -276,17 +276,17 @@ fn a_husk_killed_at_any_stage_leaves_a_name_that_can_be_used_again() {
             let killed = start_and_kill(&machines, &[how, &words].concat(), Duration::from_micros(step * step_us));
             let errors = own_lines(&killed.stderr);
             assert!(errors.lines().count() <= 1, "{errors}");
-            // What is left of it: nothing, a folder, its record, or a machine that is to be removed.
-            stages.insert((how.len(), machines.folders().len(), machines.ok(&["ps", "-aq"]).lines().count()));
+            // What is left of it: nothing, a directory, its record, or a machine that is to be removed.
+            stages.insert((how.len(), machines.dirs().len(), machines.ok(&["ps", "-aq"]).lines().count()));
             let removed = machines.run(&["rm", "-f", "a"]);
             assert!(removed.status.success() || own_lines(&removed.stderr).contains("no such machine"), "{removed:?}");
             let id = machines.start(guests::POWER, "do=halt", &["--name", "a"]);
             assert_eq!(machines.ok(&["ps", "-aq"]).trim_end(), id, "{step}");
-            assert_eq!(machines.folders(), [id], "{step}");
+            assert_eq!(machines.dirs(), [id], "{step}");
             machines.ok(&["rm", "-f", "a"]);
         }
     }
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
     // Killed too early to leave anything, and late enough to leave something.
     assert!(stages.len() >= 4, "{stages:?}");
 }
@@ -308,7 +308,7 @@ fn a_machine_in_the_foreground_is_listed_and_forgotten() {
     machines.ok(&["stop", "-t", "0.1", "fore"]);
     assert_eq!(end_of(&mut child).unwrap().code(), Some(137));
     assert_eq!(machines.ok(&["ps", "-aq"]), "");
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
 }
 
 #[test]
@@ -356,17 +356,17 @@ fn what_husk_says_of_a_machine_that_fails_for_ever_stays_small() {
     const FULL_BYTES: usize = 2 << 20;
     let machines = Machines::new();
     machines.start(guests::POWER, "do=reset", &["--name", "e", "--restart", "on-failure"]);
-    let folder = machines.runtime.path().join("husk").join(&machines.folders()[0]);
-    let mut log = std::fs::File::options().append(true).create(true).open(folder.join("husk.log")).unwrap();
+    let dir = machines.runtime.path().join("husk").join(&machines.dirs()[0]);
+    let mut log = std::fs::File::options().append(true).create(true).open(dir.join("husk.log")).unwrap();
     log.write_all(&vec![b'.'; FULL_BYTES]).unwrap();
     let started = Instant::now();
-    while !folder.join("husk.old").exists() {
+    while !dir.join("husk.old").exists() {
         assert!(started.elapsed() < PATIENCE, "the log is never put aside");
         thread::sleep(Duration::from_millis(10));
     }
     machines.ok(&["stop", "e"]);
     // What was said after that is in the new one.
-    let sizes = ["husk.old", "husk.log"].map(|name| folder.join(name).metadata().unwrap().len() as usize);
+    let sizes = ["husk.old", "husk.log"].map(|name| dir.join(name).metadata().unwrap().len() as usize);
     assert!(sizes[0] > FULL_BYTES && sizes[1] < FULL_BYTES / 2, "{sizes:?}");
     assert!(machines.ok(&["logs", "--kernel", "e"]).contains("....husk: "), "{sizes:?}");
 }
@@ -375,7 +375,7 @@ fn what_husk_says_of_a_machine_that_fails_for_ever_stays_small() {
 fn a_machine_that_has_ended_is_started_again_as_it_was() {
     needs_kvm!();
     let machines = Machines::new();
-    // From a folder of its own, and by a path in it.
+    // From a directory of its own, and by a path in it.
     let place = tempfile::tempdir().unwrap();
     std::fs::copy(guests::POWER, place.path().join("kernel")).unwrap();
     let words = ["boot", "-d", "--name=old", "--kernel=kernel", "--cmdline=do=wait-for-button", "--memory=64M"];
@@ -400,7 +400,7 @@ fn a_machine_that_has_ended_is_started_again_as_it_was() {
     let pid = machines.inspect("new", "pid");
     assert_eq!(machines.ok(&["restart", "--time", "30", "new"]), "new\n");
     assert_ne!(machines.inspect("new", "pid"), pid);
-    assert_eq!((machines.status("new"), machines.folders(), machines.names()), ("running".into(), vec![id], 1));
+    assert_eq!((machines.status("new"), machines.dirs(), machines.names()), ("running".into(), vec![id], 1));
     // What it was made of is gone: it stays as it was.
     std::fs::remove_file(place.path().join("kernel")).unwrap();
     machines.ok(&["stop", "new"]);
@@ -410,7 +410,7 @@ fn a_machine_that_has_ended_is_started_again_as_it_was() {
     assert!(machines.fails(&["start", "new"], 1).contains("which no longer exists"));
     assert_eq!(machines.status("new"), "exited");
     machines.ok(&["rm", "new"]);
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
     machines.start(guests::POWER, "do=halt", &["--name", "brief", "--rm"]);
     assert!(machines.fails(&["restart", "brief"], 1).contains("without --rm"));
     assert_eq!(machines.status("brief"), "running");
@@ -431,7 +431,7 @@ fn a_machine_that_many_start_again_at_once_runs_once() {
         assert!(outputs.iter().any(|output| output.status.success()), "{outputs:?}");
         let refused = outputs.iter().filter(|output| !output.status.success());
         refused.for_each(|output| assert!(own_lines(&output.stderr).contains("is running"), "{output:?}"));
-        assert_eq!((machines.status("one"), machines.folders()), ("running".into(), vec![id.clone()]));
+        assert_eq!((machines.status("one"), machines.dirs()), ("running".into(), vec![id.clone()]));
         assert_eq!(processes_with(&format!("--again={id}")).len(), 1);
     }
 }
@@ -552,15 +552,15 @@ fn logs_are_followed_to_the_end_and_stay_within_their_size() {
     let tail = machines.ok(&["logs", "--tail", "3", "loud"]);
     assert_eq!(tail.lines().count(), 3);
     assert!(kept.ends_with(&tail));
-    let folder = machines.runtime.path().join("husk").join(&machines.folders()[0]);
-    assert!(size_of(&folder) < 1_200_000, "{}", size_of(&folder));
+    let dir = machines.runtime.path().join("husk").join(&machines.dirs()[0]);
+    assert!(size_of(&dir) < 1_200_000, "{}", size_of(&dir));
     let stamped = machines.ok(&["logs", "--timestamps", "-n", "1", "loud"]);
     assert!(stamped.starts_with("20") && stamped.contains("Z !"), "{stamped}");
     assert_eq!(machines.ok(&["logs", "--since", "2040-01-01T00:00:00Z", "loud"]), "");
 }
 
-fn size_of(folder: &Path) -> u64 {
-    std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+fn size_of(dir: &Path) -> u64 {
+    std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
 }
 
 #[test]
@@ -583,7 +583,7 @@ fn twenty_shells_at_once_start_list_and_stop_without_harm() {
             });
         }
     });
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
     assert!(processes_of(machines.place()).is_empty());
 }
 
@@ -612,7 +612,7 @@ fn a_hundred_machines_are_started_listed_and_stopped() {
     assert_eq!(machines.ok(&words(&["stop", "--time", "120"])).lines().count(), count);
     assert_eq!(machines.ok(&words(&["wait"])), "0\n".repeat(count));
     machines.ok(&words(&["rm"]));
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
     assert!(processes_of(machines.place()).is_empty());
 }
 
@@ -627,7 +627,7 @@ fn what_variables_are_set_to_is_for_the_owners_eyes_alone() {
     needs_kvm!();
     use std::os::unix::fs::PermissionsExt;
     let machines = Machines::new();
-    let (_folder, disk) = disk_image(1 << 20);
+    let (_dir, disk) = disk_image(1 << 20);
     // A partition table: it is a disk, which takes no process of husk's.
     std::fs::File::options().write(true).open(&disk).unwrap().write_all_at(b"\x55\xaa", 0x1fe).unwrap();
     let disk = disk.to_str().unwrap();
@@ -646,8 +646,8 @@ fn what_variables_are_set_to_is_for_the_owners_eyes_alone() {
     machines.await_log("web", "busy");
     let pid = machines.inspect("web", "pid");
     assert_eq!(arguments_of(&pid), "husk run --in-background ");
-    let folder = machines.runtime.path().join("husk").join(&id);
-    for entry in std::fs::read_dir(&folder).unwrap().flatten() {
+    let dir = machines.runtime.path().join("husk").join(&id);
+    for entry in std::fs::read_dir(&dir).unwrap().flatten() {
         let mode = entry.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o177, 0, "{}: {mode:o}", entry.path().display());
     }
@@ -656,7 +656,7 @@ fn what_variables_are_set_to_is_for_the_owners_eyes_alone() {
     machines.ok(&["wait", "web"]);
     machines.ok(&["start", "web"]);
     assert_eq!(arguments_of(&machines.inspect("web", "pid")), format!("husk run --in-background --again={id} "));
-    let origin = std::fs::read_to_string(folder.join("origin.json")).unwrap();
+    let origin = std::fs::read_to_string(dir.join("origin.json")).unwrap();
     assert!(is_told(&origin), "{origin}");
     machines.ok(&["rm", "-f", "web"]);
 

@@ -41,7 +41,8 @@ fn held_to_half() -> Running {
     machine.start().wait_for("busy")
 }
 
-/// Ends a machine that heeds nothing: the first signal presses a button, the second ends it. Two of one kind might become one.
+/// Ends a machine that heeds nothing: the first signal presses a button, the second ends it. Two of one kind might
+/// become one.
 fn end(running: Running) {
     running.signal("TERM");
     running.signal("INT");
@@ -146,7 +147,7 @@ fn a_machine_is_held_to_what_it_needs_of_the_hosts_memory_and_works_with_it() {
     needs_kvm!();
     needs_root!();
     const MIB: u64 = 1 << 20;
-    let (_folder, disk) = disk_image(256 * MIB);
+    let (_dir, disk) = disk_image(256 * MIB);
     // More than the page cache may have of it.
     let machine = boot(guests::DRIVE, "type=write order=sequential depth=8 count=30000").disk(&disk, "");
     let machine = machine.flag("--host-memory", "auto");
@@ -172,7 +173,7 @@ fn a_limit_that_cannot_be_had_is_an_error_that_says_how() {
         ("--host-memory", "1G", "MemoryMax=1024M"),
     ] {
         let husk = boot(guests::EXIT, "").flag(flag, value).command();
-        // Where control groups were is an empty folder.
+        // Where control groups were is an empty directory.
         let script = "mount -t tmpfs none /sys/fs/cgroup && exec \"$0\" \"$@\"";
         let mut without = Command::new("unshare");
         without.args(["--mount", "sh", "-c", script]).arg(husk.get_program()).args(husk.get_args());

@@ -12,7 +12,7 @@ const MIB: u64 = 1 << 20;
 /// Runs the disk guest on an image of 1 MiB, and returns what it printed.
 #[track_caller]
 fn block(what: &str, options: &str) -> String {
-    let (_folder, disk) = disk_image(MIB);
+    let (_dir, disk) = disk_image(MIB);
     boot(guests::BLOCK, &format!("do={what}")).disk(&disk, options).run().expect(0)
 }
 
@@ -44,7 +44,7 @@ fn the_disks_id_is_the_users() {
 #[test]
 fn nothing_is_read_or_written_past_the_end() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(MIB);
+    let (_dir, disk) = disk_image(MIB);
     boot(guests::BLOCK, "do=past-the-end").disk(&disk, "").run().expect(0);
     assert_eq!(fs::metadata(&disk).unwrap().len(), MIB);
 }
@@ -90,7 +90,7 @@ impl Drop for LoopDevice {
 #[test]
 fn a_block_device_is_a_disk_that_discards_and_zeroes() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(MIB);
+    let (_dir, disk) = disk_image(MIB);
     let Some(device) = LoopDevice::of(&disk) else { return };
     for what in ["round-trip", "discard", "write-zeroes", "past-the-end"] {
         boot(guests::BLOCK, &format!("do={what}")).disk(Path::new(&device.0), "").run().expect(0);
@@ -100,7 +100,7 @@ fn a_block_device_is_a_disk_that_discards_and_zeroes() {
 #[test]
 fn a_read_only_disk_is_only_read() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(MIB);
+    let (_dir, disk) = disk_image(MIB);
     let before = fs::metadata(&disk).unwrap().modified().unwrap();
     boot(guests::BLOCK, "do=read-only").disk(&disk, ",ro").run().expect(0);
     assert_eq!(fs::metadata(&disk).unwrap().modified().unwrap(), before);
@@ -109,7 +109,7 @@ fn a_read_only_disk_is_only_read() {
 #[test]
 fn a_read_only_file_will_do_for_a_read_only_disk() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(MIB);
+    let (_dir, disk) = disk_image(MIB);
     let mut permissions = fs::metadata(&disk).unwrap().permissions();
     permissions.set_readonly(true);
     fs::set_permissions(&disk, permissions).unwrap();
@@ -126,7 +126,7 @@ fn a_driver_that_sleeps_is_woken_for_each_request() {
 #[test]
 fn what_the_guest_was_told_is_written_is_in_the_file() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(MIB);
+    let (_dir, disk) = disk_image(MIB);
     boot(guests::BLOCK, "do=stamp sectors=64").disk(&disk, "").run().expect(0);
     let image = fs::read(&disk).unwrap();
     for (number, sector) in image.chunks(512).enumerate().take(64) {
@@ -147,7 +147,7 @@ fn rate_of(disk: &Path, options: &str, words: &str, burst: u64) -> f64 {
 #[test]
 fn a_limit_on_a_disk_holds() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(16 * MIB);
+    let (_dir, disk) = disk_image(16 * MIB);
     // Of 4 KiB each: 200 a second either way. A tenth of a second's may pass at once unless something else is said.
     for (options, burst, words) in [
         (",iops=200", 20, "type=read depth=1"),
@@ -167,7 +167,7 @@ fn a_limit_on_a_disk_holds() {
 #[test]
 fn a_second_disk_is_the_second() {
     needs_kvm!();
-    let ((_first_folder, first), (_second_folder, second)) = (disk_image(MIB), disk_image(2 * MIB));
+    let ((_first_dir, first), (_second_dir, second)) = (disk_image(MIB), disk_image(2 * MIB));
     let ran = boot(guests::BLOCK, "do=stamp disk=1").disk(&first, "").disk(&second, "").run();
     assert!(ran.expect(0).contains("capacity 4096\n"));
     assert!(fs::read(&first).unwrap().iter().all(|byte| *byte == 0));
@@ -177,7 +177,7 @@ fn a_second_disk_is_the_second() {
 #[test]
 fn a_disk_beyond_two_tib_has_its_last_sector() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(3 << 40);
+    let (_dir, disk) = disk_image(3 << 40);
     let text = boot(guests::BLOCK, "do=round-trip").disk(&disk, "").run().expect(0);
     assert!(text.contains(&format!("capacity {}\n", (3u64 << 40) / 512)), "{text}");
 }
@@ -185,7 +185,7 @@ fn a_disk_beyond_two_tib_has_its_last_sector() {
 /// A driver that breaks the rules gets an answer or DEVICE_NEEDS_RESET, and after a reset a working disk.
 #[track_caller]
 fn survives(what: &str) -> husk::Ran {
-    let (_folder, disk) = disk_image(MIB);
+    let (_dir, disk) = disk_image(MIB);
     let ran = boot(guests::HOSTILE, &format!("do={what}")).disk(&disk, "").run();
     ran.expect(0);
     assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);

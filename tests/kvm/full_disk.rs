@@ -1,4 +1,4 @@
-//! Machines whose folder is on a full disk: logs are lost there, and no machine.
+//! Machines whose directory is on a full disk: logs are lost there, and no machine.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -75,7 +75,7 @@ fn a_machine_on_a_full_disk_loses_output_and_nothing_else() {
     assert!(machines.ok(&["logs", "console"]).starts_with("ready\n"));
     fs::remove_file(ballast).unwrap();
     machines.ok(&["rm", "console"]);
-    assert_eq!((machines.folders().len(), machines.names()), (0, 0));
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
 }
 
 #[test]

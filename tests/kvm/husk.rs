@@ -88,8 +88,8 @@ impl Boot {
 
     /// Starts it and waits for its end.
     ///
-    /// On an emulated processor guests were seen to triple-fault, of unproven cause: there such an end is told loudly and
-    /// the guest is booted once more. On a real one it counts.
+    /// On an emulated processor guests were seen to triple-fault, of unproven cause: there such an end is told loudly
+    /// and the guest is booted once more. On a real one it counts.
     pub fn run(self) -> Ran {
         const TRIPLE_FAULT: i32 = 82;
         let again = self.clone();
@@ -211,8 +211,8 @@ impl Running {
     }
 }
 
-/// Whether each instruction here takes as long as a hundred do elsewhere, and an exit half a millisecond. Said by who knows:
-/// a stopwatch takes an idle machine for a fast one.
+/// Whether each instruction here takes as long as a hundred do elsewhere, and an exit half a millisecond. Said by who
+/// knows: a stopwatch takes an idle machine for a fast one.
 pub fn is_emulated() -> bool {
     std::env::var_os("HUSK_TEST_EMULATED").is_some()
 }
@@ -285,10 +285,10 @@ fn text(bytes: &[u8]) -> String {
 
 /// A place for a test's files, and an image of this many bytes in it.
 pub fn disk_image(bytes: u64) -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.img");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
     File::create(&path).unwrap().set_len(bytes).unwrap();
-    (folder, path)
+    (dir, path)
 }
 
 /// Processes with `word` in their arguments.

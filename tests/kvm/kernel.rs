@@ -8,10 +8,10 @@ use crate::sample;
 use husk_guests as guests;
 
 /// A unified kernel image of a guest that prints what it was given; `None`, said aloud, where gzip is missing.
-fn unified(folder: &Path, sections: &[(&str, &[u8])]) -> Option<PathBuf> {
+fn unified(dir: &Path, sections: &[(&str, &[u8])]) -> Option<PathBuf> {
     let payload = sample::packed(&fs::read(guests::LOADED).unwrap(), "gzip -n -9")?;
     let bzimage = sample::bzimage(&payload);
-    let path = folder.join("guest.efi");
+    let path = dir.join("guest.efi");
     fs::write(&path, sample::unified(&[sections, &[(".linux", &bzimage)]].concat())).unwrap();
     Some(path)
 }
@@ -26,9 +26,9 @@ fn given(ran: &Ran) -> (String, String) {
 #[test]
 fn a_unified_image_boots_with_its_own_initrd_and_words() {
     needs_kvm!();
-    let folder = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
     let sections: [(&str, &[u8]); 2] = [(".cmdline", b"root=UUID=1 ro\n"), (".initrd", b"of the image")];
-    let Some(image) = unified(folder.path(), &sections) else { return };
+    let Some(image) = unified(dir.path(), &sections) else { return };
     let (cmdline, initrd) = given(&boot(image.to_str().unwrap(), "rw").run());
     assert!(cmdline.starts_with("console=ttyS0 ") && cmdline.ends_with(" root=UUID=1 ro rw"), "{cmdline}");
     assert!(!cmdline.contains("/dev/vda"), "{cmdline}");
@@ -38,9 +38,9 @@ fn a_unified_image_boots_with_its_own_initrd_and_words() {
 #[test]
 fn the_users_initrd_stands_in_place_of_the_images() {
     needs_kvm!();
-    let folder = tempfile::tempdir().unwrap();
-    let Some(image) = unified(folder.path(), &[(".initrd", b"of the image")]) else { return };
-    let initrd = folder.path().join("initrd");
+    let dir = tempfile::tempdir().unwrap();
+    let Some(image) = unified(dir.path(), &[(".initrd", b"of the image")]) else { return };
+    let initrd = dir.path().join("initrd");
     fs::write(&initrd, "of the user").unwrap();
     let (_, given) = given(&boot(image.to_str().unwrap(), "").flag("--initrd", &initrd).run());
     assert_eq!(given, "of the user");
@@ -49,8 +49,8 @@ fn the_users_initrd_stands_in_place_of_the_images() {
 #[test]
 fn an_image_that_is_cut_short_is_told_in_one_line() {
     needs_kvm!();
-    let folder = tempfile::tempdir().unwrap();
-    let Some(image) = unified(folder.path(), &[(".initrd", b"of the image")]) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let Some(image) = unified(dir.path(), &[(".initrd", b"of the image")]) else { return };
     let bytes = fs::read(&image).unwrap();
     fs::write(&image, &bytes[..bytes.len() - 1024]).unwrap();
     let ran = boot(image.to_str().unwrap(), "").run();

@@ -20,14 +20,14 @@ fn two_hundred_machines_in_a_row_all_end() {
 #[test]
 fn a_machine_that_is_killed_leaves_nothing_behind() {
     needs_kvm!();
-    let (folder, disk) = disk_image(1 << 20);
-    let place = folder.path().to_str().unwrap();
+    let (dir, disk) = disk_image(1 << 20);
+    let place = dir.path().to_str().unwrap();
     let running = boot(guests::BLOCK, "do=hold").disk(&disk, "").start().wait_for("ready");
     assert_eq!(processes_with(place), [running.pid()]);
     running.signal("KILL");
     assert_eq!(running.wait().signal, Some(libc::SIGKILL));
     assert!(processes_with(place).is_empty());
-    let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let files: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(files, ["disk.img"]);
     boot(guests::BLOCK, "do=round-trip").disk(&disk, "").run().expect(0);
 }
@@ -35,7 +35,7 @@ fn a_machine_that_is_killed_leaves_nothing_behind() {
 #[test]
 fn a_disk_in_use_is_refused_and_readers_share() {
     needs_kvm!();
-    let (_folder, disk) = disk_image(1 << 20);
+    let (_dir, disk) = disk_image(1 << 20);
     let writer = boot(guests::BLOCK, "do=hold").disk(&disk, "").start().wait_for("ready");
     for options in ["", ",ro"] {
         let ran = boot(guests::EXIT, "").disk(&disk, options).run();
@@ -113,19 +113,18 @@ fn a_machine_the_host_cannot_hold_is_refused() {
 #[test]
 fn an_initrd_larger_than_memory_is_refused() {
     needs_kvm!();
-    let (_folder, initrd) = disk_image(65 << 20);
+    let (_dir, initrd) = disk_image(65 << 20);
     refused(&[("--initrd", initrd.to_str().unwrap())], 1, "initrd");
 }
 
 #[test]
 fn a_bad_disk_is_refused() {
     needs_kvm!();
-    let (folder, odd) = disk_image(1000);
-    let empty = folder.path().join("empty.img");
+    let (dir, odd) = disk_image(1000);
+    let empty = dir.path().join("empty.img");
     fs::write(&empty, "").unwrap();
-    let missing = folder.path().join("missing.img");
-    for (path, words) in [(&*odd, "512"), (&*empty, "empty"), (&*missing, "no such file"), (folder.path(), "director")]
-    {
+    let missing = dir.path().join("missing.img");
+    for (path, words) in [(&*odd, "512"), (&*empty, "empty"), (&*missing, "no such file"), (dir.path(), "director")] {
         refused(&[("--disk", path.to_str().unwrap())], 1, words);
     }
 }
@@ -133,12 +132,12 @@ fn a_bad_disk_is_refused() {
 #[test]
 fn a_kernel_that_is_none_is_refused() {
     needs_kvm!();
-    let (folder, zeroes) = disk_image(1 << 20);
-    let words = folder.path().join("kernel.txt");
+    let (dir, zeroes) = disk_image(1 << 20);
+    let words = dir.path().join("kernel.txt");
     fs::write(&words, "not a kernel\n".repeat(1000)).unwrap();
-    let cut = folder.path().join("cut.elf");
+    let cut = dir.path().join("cut.elf");
     fs::write(&cut, &fs::read(guests::POWER).unwrap()[..4500]).unwrap();
-    for path in [&zeroes, &words, &cut, &folder.path().join("missing")] {
+    for path in [&zeroes, &words, &cut, &dir.path().join("missing")] {
         refused(&[("--kernel", path.to_str().unwrap())], 1, "kernel");
     }
 }

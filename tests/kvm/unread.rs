@@ -104,7 +104,7 @@ fn a_machine_that_nobody_reads_ends_when_it_is_told_to() {
     let mut child = child;
     let code = end_of(&mut child).expect("husk ends").code();
     assert!(matches!(code, Some(130 | 143)) && started.elapsed() < SOON, "{code:?} after {:?}", started.elapsed());
-    assert_eq!(machines.folders().len(), 0);
+    assert_eq!(machines.dirs().len(), 0);
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn a_machine_that_has_ended_is_waited_for_no_longer_than_somebody_wants() {
     child.stdout.take().unwrap().read_to_end(&mut printed).unwrap();
     assert_eq!(printed.len(), LESS_THAN_IS_HELD);
     ends_soon(child, Instant::now(), 0);
-    assert_eq!(machines.folders().len(), 0);
+    assert_eq!(machines.dirs().len(), 0);
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::path::Path;
 use crate::{Ended, boot, guests, husk, run, start_and_wait};
 
 /// A disk image of `bytes`, with an ext4 file system if wanted.
-fn disk(folder: &Path, bytes: u64, file_system: bool) -> String {
-    let path = folder.join("disk.img");
+fn disk(dir: &Path, bytes: u64, file_system: bool) -> String {
+    let path = dir.join("disk.img");
     File::create(&path).unwrap().set_len(bytes).unwrap();
     let path = path.to_str().unwrap().to_owned();
     if file_system {
@@ -32,8 +32,8 @@ fn holds_what_was_written(image: &str, ended: &Ended, what: &str) {
 fn what_a_guest_syncs_is_on_the_disk() {
     let guests = guests!();
     for kernel in ["stock", "micro"] {
-        let folder = tempfile::tempdir().unwrap();
-        let image = disk(folder.path(), 64 << 20, true);
+        let dir = tempfile::tempdir().unwrap();
+        let image = disk(dir.path(), 64 << 20, true);
         let ended = boot(&guests.join(kernel), "vmlinux", "write", &["--disk", &image, "--cpus", "2"]);
         holds_what_was_written(&image, &ended, kernel);
     }
@@ -42,8 +42,8 @@ fn what_a_guest_syncs_is_on_the_disk() {
 #[test]
 fn what_a_guest_syncs_is_in_the_qcow2_image() {
     let guests = guests!();
-    let folder = tempfile::tempdir().unwrap();
-    let raw = disk(folder.path(), 64 << 20, true);
+    let dir = tempfile::tempdir().unwrap();
+    let raw = disk(dir.path(), 64 << 20, true);
     let image = raw.replace(".img", ".qcow2");
     // Compressed, so that what is there has to be unpacked, and moved to be written to.
     run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", &raw, &image]);
@@ -56,8 +56,8 @@ fn what_a_guest_syncs_is_in_the_qcow2_image() {
 #[test]
 fn a_read_only_disk_stays_as_it_is() {
     let guests = guests!();
-    let folder = tempfile::tempdir().unwrap();
-    let image = disk(folder.path(), 32 << 20, true);
+    let dir = tempfile::tempdir().unwrap();
+    let image = disk(dir.path(), 32 << 20, true);
     let before = fs::read(&image).unwrap();
     let ended = boot(&guests.join("micro"), "vmlinux", "read_only", &["--disk", &format!("{image},ro")]);
     let values = ended.expect(0, "read-only disk").values();
@@ -70,8 +70,8 @@ fn a_disk_goes_on_beyond_two_tebibytes() {
     const MIB: u64 = 1 << 20;
     const SIZE_MIB: u64 = 3 << 20;
     let guests = guests!();
-    let folder = tempfile::tempdir().unwrap();
-    let image = disk(folder.path(), MIB, false);
+    let dir = tempfile::tempdir().unwrap();
+    let image = disk(dir.path(), MIB, false);
     // Grown as a user grows one: sparse, after it was made.
     File::options().write(true).open(&image).unwrap().set_len(SIZE_MIB * MIB).unwrap();
     let at_mib = SIZE_MIB - 1;
@@ -88,8 +88,8 @@ fn a_disk_goes_on_beyond_two_tebibytes() {
 #[test]
 fn kill_9_leaves_nothing_behind() {
     let guests = guests!();
-    let folder = tempfile::tempdir().unwrap();
-    let image = disk(folder.path(), 32 << 20, true);
+    let dir = tempfile::tempdir().unwrap();
+    let image = disk(dir.path(), 32 << 20, true);
     let guest = guests.join("micro");
     let flags = ["--disk", &*image];
     let (mut child, _) = start_and_wait(&mut husk(&guest, "vmlinux", "hold", &flags), "holding=yes");
@@ -98,6 +98,6 @@ fn kill_9_leaves_nothing_behind() {
     child.wait().unwrap();
     let ended = boot(&guest, "vmlinux", "write", &flags);
     assert_eq!(ended.expect(0, "the disk is free again").values()["unmounted"], "yes");
-    let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let files: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(files, ["disk.img"]);
 }

@@ -1,8 +1,8 @@
 //! Real Linux guests, booted as a user boots them: stock and purpose-built kernels, disks, buttons and panics.
 //!
-//! They need a KVM that runs unmodified kernels, and guests: `HUSK_TEST_GUESTS` names a folder with `stock/` and
-//! `micro/`, each with `vmlinux`, `bzImage` and `initrd` (scripts/test makes it, and runs this in the lab where the host's
-//! KVM will not do). Without it every test says that it was skipped; with it none is.
+//! They need a KVM that runs unmodified kernels, and guests: `HUSK_TEST_GUESTS` names a directory with `stock/` and
+//! `micro/`, each with `vmlinux`, `bzImage` and `initrd` (scripts/test makes it, and runs this in the lab where the
+//! host's KVM will not do). Without it every test says that it was skipped; with it none is.
 
 mod disk;
 mod ends;
@@ -56,8 +56,8 @@ fn husk(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Command {
     command
 }
 
-/// Boots a guest to its end. On an emulated processor a triple fault was seen once in about a hundred boots, of unproven
-/// cause: there it is told loudly and the guest is booted once more. On a real one it counts.
+/// Boots a guest to its end. On an emulated processor a triple fault was seen once in about a hundred boots, of
+/// unproven cause: there it is told loudly and the guest is booted once more. On a real one it counts.
 fn boot(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Ended {
     const TRIPLE_FAULT: i32 = 82;
     let run = || finish(husk(guest, image, job, flags).spawn().unwrap());

@@ -16,7 +16,8 @@ fn stream_mib() -> usize {
     if is_lab() { 16 } else { 64 }
 }
 
-/// The pieces that are sent through a socket, as firmware/guests/linux/vsock.c makes them: they differ in their first word.
+/// The pieces that are sent through a socket, as firmware/guests/linux/vsock.c makes them: they differ in their first
+/// word.
 struct Piece(Vec<u8>);
 
 impl Piece {
@@ -67,8 +68,8 @@ fn call(socket: &Path, port: u32) -> Option<UnixStream> {
     None
 }
 
-/// What the host asks of a guest that serves its ports 1000 (it sends back what it gets) and 1001 (it takes all and then says
-/// how much it was).
+/// What the host asks of a guest that serves its ports 1000 (it sends back what it gets) and 1001 (it takes all and
+/// then says how much it was).
 fn talk_to_guest(socket: &Path) {
     let mut echo = call(socket, 1000).unwrap();
     let sender = echo.try_clone().unwrap();
@@ -103,9 +104,9 @@ fn talk_to_guest(socket: &Path) {
 fn guest_and_host_talk_through_sockets() {
     let guests = guests!();
     for kernel in ["micro", "stock"] {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("v.sock");
-        let listener = UnixListener::bind(folder.path().join("v.sock_52")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("v.sock");
+        let listener = UnixListener::bind(dir.path().join("v.sock_52")).unwrap();
         thread::spawn(move || serve_echo(listener));
         let flags = ["--vsock", socket.to_str().unwrap()];
         let job = format!("sockets {}", stream_mib());

@@ -202,8 +202,8 @@ fn machines_at_once_are_each_entered_alone() {
 fn files_go_in_and_come_out_as_they_were() {
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     fs::create_dir_all(at("tree/sub/empty")).unwrap();
     fs::write(at("tree/sub/data"), vec![0xa5; 1_000_000]).unwrap();
     fs::write(at("tree/run.sh"), "#!/bin/sh\n").unwrap();

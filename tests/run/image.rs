@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use tempfile::TempDir;
 
 struct Image {
-    folder: TempDir,
+    dir: TempDir,
     archive: String,
 }
 
@@ -22,20 +22,20 @@ pub fn archive() -> &'static str {
 
 /// The store that husk keeps images in; the tests share it, as users do.
 pub fn store() -> PathBuf {
-    image().folder.path().join("store")
+    image().dir.path().join("store")
 }
 
 /// The root file system that the archive was made from.
 pub fn root() -> PathBuf {
-    image().folder.path().join("root")
+    image().dir.path().join("root")
 }
 
 fn image() -> &'static Image {
     IMAGE.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        make_root(&folder.path().join("root"));
-        let archive = pack(folder.path());
-        Image { folder, archive }
+        let dir = tempfile::tempdir().unwrap();
+        make_root(&dir.path().join("root"));
+        let archive = pack(dir.path());
+        Image { dir, archive }
     })
 }
 
@@ -56,8 +56,8 @@ fn make_root(root: &Path) {
 }
 
 /// Layer, configuration and manifest into one archive.
-fn pack(folder: &Path) -> String {
-    let at = |name: &str| folder.join(name);
+fn pack(dir: &Path) -> String {
+    let at = |name: &str| dir.join(name);
     let tar = |archive: &str, of: &str, names: &[&str]| {
         let mut command = Command::new(at("root/bin/busybox"));
         run(command.arg("tar").arg("-c").arg("-f").arg(at(archive)).arg("-C").arg(at(of)).args(names));

@@ -157,24 +157,24 @@ fn what_a_killed_machine_leaves_behind_the_next_one_removes() {
         command.env("XDG_RUNTIME_DIR", runtime.path());
         command
     };
-    let folders = || fs::read_dir(runtime.path().join("husk")).unwrap().count();
+    let dirs = || fs::read_dir(runtime.path().join("husk")).unwrap().count();
     let (mut child, _output) = start(husk("echo ready; sleep 1000"));
-    assert_eq!(folders(), 1);
+    assert_eq!(dirs(), 1);
     child.kill().unwrap();
     child.wait().unwrap();
-    assert_eq!(folders(), 1, "nobody could have removed it");
+    assert_eq!(dirs(), 1, "nobody could have removed it");
     let (other, _output) = start(husk("echo ready; read x; sleep 1000"));
-    assert_eq!(folders(), 1, "the other's own");
+    assert_eq!(dirs(), 1, "the other's own");
     finish(husk("true"), Vec::new()).expect(0);
-    assert_eq!(folders(), 1, "the one that still runs");
+    assert_eq!(dirs(), 1, "the one that still runs");
     signal(&other, "TERM");
     wait(other).expect(143);
-    assert_eq!(folders(), 0);
+    assert_eq!(dirs(), 0);
 }
 
 /// A disk with the test image's root and an init, without a partition table.
-fn disk(folder: &Path, init: &str) -> String {
-    let (tree, path) = (folder.join("tree"), folder.join("disk.img"));
+fn disk(dir: &Path, init: &str) -> String {
+    let (tree, path) = (dir.join("tree"), dir.join("disk.img"));
     run(Command::new("cp").arg("-a").arg(root()).arg(&tree));
     fs::create_dir(tree.join("sbin")).unwrap();
     let init_path = tree.join("sbin/init");
@@ -192,11 +192,9 @@ fn run_disk(guests: &Path, words: &[&str]) -> Ended {
 #[test]
 fn a_disk_runs_its_own_init_and_keeps_what_it_wrote() {
     let guests = guests!();
-    let folder = tempfile::tempdir().unwrap();
-    let disk = disk(
-        folder.path(),
-        "#!/bin/sh\necho pid=$$; echo kept >/srv/new && sync && mount -o remount,ro /\npoweroff -f\n",
-    );
+    let dir = tempfile::tempdir().unwrap();
+    let disk =
+        disk(dir.path(), "#!/bin/sh\necho pid=$$; echo kept >/srv/new && sync && mount -o remount,ro /\npoweroff -f\n");
     let text = run_disk(&guests, &[&disk]).expect(0).text();
     assert!(text.contains("pid=1"), "{text}");
     run(Command::new("e2fsck").args(["-f", "-n", &disk]));
@@ -208,13 +206,14 @@ fn a_disk_runs_its_own_init_and_keeps_what_it_wrote() {
 }
 
 /// The file system of `disk` as the second partition of a qcow2 disk, behind one that holds nothing.
-fn partitioned(folder: &Path, disk: &str) -> String {
+fn partitioned(dir: &Path, disk: &str) -> String {
     const SECTOR_BYTES: u64 = 512;
     const STARTS: [u32; 2] = [2048, 4096];
-    let (raw, qcow2) = (folder.join("table.img"), folder.join("table.qcow2"));
+    let (raw, qcow2) = (dir.join("table.img"), dir.join("table.qcow2"));
     let system = fs::read(disk).unwrap();
     let sectors = [STARTS[1] - STARTS[0], (system.len() as u64 / SECTOR_BYTES) as u32];
-    // A master boot record: its four entries begin at byte 446, each with a type (Linux) and where it is; then a signature.
+    // A master boot record: its four entries begin at byte 446, each with a type (Linux) and where it is; then a
+    // signature.
     let mut image = vec![0; SECTOR_BYTES as usize * STARTS[1] as usize];
     for (entry, (start, sectors)) in STARTS.iter().zip(sectors).enumerate() {
         let at = 446 + 16 * entry;
@@ -232,9 +231,9 @@ fn partitioned(folder: &Path, disk: &str) -> String {
 #[test]
 fn the_partition_of_a_qcow2_disk_that_has_an_init_is_the_root() {
     let guests = guests!();
-    let folder = tempfile::tempdir().unwrap();
-    let disk = disk(folder.path(), "#!/bin/sh\nmount -t proc proc /proc\ngrep ' / ' /proc/mounts\npoweroff -f\n");
-    let text = run_disk(&guests, &[&partitioned(folder.path(), &disk)]).expect(0).text();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = disk(dir.path(), "#!/bin/sh\nmount -t proc proc /proc\ngrep ' / ' /proc/mounts\npoweroff -f\n");
+    let text = run_disk(&guests, &[&partitioned(dir.path(), &disk)]).expect(0).text();
     assert!(text.contains("/dev/vda2 / ext4"), "{text}");
 }
 

@@ -66,8 +66,8 @@ fn a_process_is_who_and_where_the_user_says() {
 #[test]
 fn variables_come_from_files_and_from_here_and_a_name_is_the_machines() {
     let guests = guests!();
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("env");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("env");
     std::fs::write(&file, "# none\nA=from file\n\nHERE\nNOT_HERE\nFROM_IMAGE=file\n").unwrap();
     let file = file.to_str().unwrap();
     let words = ["--env-file", file, "-e", "FROM_IMAGE=flag", "-e", "HERE_TOO", "--name", "box", "--rm", archive()];

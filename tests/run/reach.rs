@@ -1,5 +1,5 @@
-//! The ways to a guest and out of it: by IPv6, through ranges of ports, for a user who is not root, and to what lies beyond
-//! the host; and that nothing stays of them.
+//! The ways to a guest and out of it: by IPv6, through ranges of ports, for a user who is not root, and to what lies
+//! beyond the host; and that nothing stays of them.
 
 use std::fs;
 use std::io::Write;
@@ -140,14 +140,14 @@ fn the_first_connection_by_ipv6_finds_a_guest_that_has_just_begun() {
     end(machine);
 }
 
-/// A folder of `NOBODY`'s.
-fn folder_of_nobody() -> PathBuf {
-    let folder = image::store().with_file_name("nobodys");
-    fs::create_dir_all(&folder).unwrap();
+/// A directory of `NOBODY`'s.
+fn dir_of_nobody() -> PathBuf {
+    let dir = image::store().with_file_name("nobodys");
+    fs::create_dir_all(&dir).unwrap();
     // The way to it, and to the root file system beside it.
-    fs::set_permissions(folder.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
-    chown(&folder, Some(NOBODY), Some(NOBODY)).unwrap();
-    folder
+    fs::set_permissions(dir.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
+    dir
 }
 
 #[test]
@@ -174,9 +174,9 @@ fn a_user_who_is_not_root_has_a_network_and_a_tap_device_made_for_him() {
              while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.2; done; echo cut off >/www/word; exec sleep 1000"
         )
     };
-    let folder = folder_of_nobody();
+    let dir = dir_of_nobody();
     let mut command = shell(&guests, &flags, &script("own"));
-    command.uid(NOBODY).gid(NOBODY).env("HUSK_DATA", &folder).env("HOME", &folder);
+    command.uid(NOBODY).gid(NOBODY).env("HUSK_DATA", &dir).env("HOME", &dir);
     let (machine, output) = ready(&mut command);
     // Another one of another user's, at the same time.
     let (second, _output) = start(&guests, &["--name", "other", "-p", &others], &script("other"));

@@ -7,19 +7,19 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 
 use crate::boot::INITS;
 use crate::errors::{Context, Failure};
-use crate::root::{NEW_ROOT, make_folder, mount_at, mount_device};
+use crate::root::{NEW_ROOT, make_dir, mount_at, mount_device};
 
 /// Mounts the root in `device` on the new root: the whole device, or the largest of its partitions that has an init, or
 /// `program` where that is wanted.
 pub fn mount_root(device: &str, readonly: bool, program: Option<&[u8]>) -> Result<(), Failure> {
-    for (kind, folder) in [("proc", "/proc"), ("sysfs", "/sys")] {
-        make_folder(folder)?;
-        mount_at(kind, folder, MsFlags::empty(), "")?;
+    for (kind, dir) in [("proc", "/proc"), ("sysfs", "/sys")] {
+        make_dir(dir)?;
+        mount_at(kind, dir, MsFlags::empty(), "")?;
     }
     let kinds = kinds(&fs::read_to_string("/proc/filesystems").context("read /proc/filesystems")?);
     let found = candidates(device).iter().any(|candidate| try_mount(candidate, &kinds, readonly, program));
-    for folder in ["/proc", "/sys"] {
-        let _ = umount2(folder, MntFlags::MNT_DETACH);
+    for dir in ["/proc", "/sys"] {
+        let _ = umount2(dir, MntFlags::MNT_DETACH);
     }
     if found {
         return Ok(());

@@ -12,7 +12,7 @@ pub struct Identity {
     pub gid: u32,
     /// All groups, the first of which is `gid`.
     pub groups: Vec<u32>,
-    /// The home folder; `/` for a user who is not listed.
+    /// The home directory; `/` for a user who is not listed.
     pub home: Vec<u8>,
 }
 

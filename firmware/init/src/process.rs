@@ -48,16 +48,16 @@ enum Stage {
     Session,
     Streams,
     Limits,
-    Folder,
+    Directory,
     Identity,
     Program,
 }
 
 const STAGES: [Stage; 6] =
-    [Stage::Session, Stage::Streams, Stage::Limits, Stage::Folder, Stage::Identity, Stage::Program];
+    [Stage::Session, Stage::Streams, Stage::Limits, Stage::Directory, Stage::Identity, Stage::Program];
 
 /// The working directory, which is not relative to anything.
-pub fn folder(process: &Process) -> PathBuf {
+pub fn working_dir(process: &Process) -> PathBuf {
     PathBuf::from("/").join(OsStr::from_bytes(&process.working_dir))
 }
 
@@ -152,8 +152,8 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
     for limit in &process.limits {
         sys::set_limit(limit).map_err(io).map_err(at(Stage::Limits))?;
     }
-    // As root, who may enter a folder that the user may not.
-    chdir(&folder(process)).map_err(at(Stage::Folder))?;
+    // As root, who may enter a directory that the user may not.
+    chdir(&working_dir(process)).map_err(at(Stage::Directory))?;
     let groups: Vec<Gid> = identity.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     setgroups(&groups)
         .and_then(|()| setgid(Gid::from_raw(identity.gid)))
@@ -169,7 +169,7 @@ fn exec(programs: &[CString], args: &[CString], env: &[CString]) -> Errno {
     for program in programs {
         match execve(program, args, env).unwrap_err() {
             Errno::ENOENT | Errno::ENOTDIR => {}
-            // Another folder of the path may have one that runs.
+            // Another directory of the path may have one that runs.
             Errno::EACCES => error = Errno::EACCES,
             other => return other,
         }
@@ -177,7 +177,7 @@ fn exec(programs: &[CString], args: &[CString], env: &[CString]) -> Errno {
     error
 }
 
-/// What the program's name may mean: itself where it is a path, else a file in each folder of PATH.
+/// What the program's name may mean: itself where it is a path, else a file in each directory of PATH.
 fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> {
     let name = args.first().map(|name| name.to_bytes());
     let name = name.ok_or_else(|| Failure::new("no command specified, and the image has none"))?;
@@ -190,8 +190,8 @@ fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> 
     }
     let path = env.iter().rev().find_map(|variable| variable.strip_prefix(b"PATH=")).unwrap_or_default();
     path.split(|&byte| byte == b':')
-        .map(|folder| if folder.is_empty() { &b"."[..] } else { folder })
-        .map(|folder| text([folder, b"/", name].concat()))
+        .map(|dir| if dir.is_empty() { &b"."[..] } else { dir })
+        .map(|dir| text([dir, b"/", name].concat()))
         .collect()
 }
 
@@ -217,7 +217,7 @@ fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
 /// What a person is told about a child that did not come as far as its program.
 fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
     let name = process.args.first().map_or("".into(), |name| String::from_utf8_lossy(name));
-    let folder = folder(process);
+    let dir = working_dir(process);
     let why = error.desc();
     let message = match stage {
         Some(Stage::Program) => match error {
@@ -226,14 +226,14 @@ fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
             Errno::ENOEXEC => format!("{name}: exec format error"),
             _ => format!("{name}: {why}"),
         },
-        Some(Stage::Folder) => format!("enter the working directory {}: {why}", folder.display()),
+        Some(Stage::Directory) => format!("enter the working directory {}: {why}", dir.display()),
         Some(Stage::Limits) => format!("set the resource limits: {why}"),
         Some(Stage::Identity) => format!("switch to user {:?}: {why}", process.user),
         _ => format!("start {name}: {why}"),
     };
     let code = match (stage, error) {
         (Some(Stage::Program), Errno::ENOENT | Errno::ENOTDIR) => CODE_NOT_FOUND,
-        (Some(Stage::Program | Stage::Folder), _) => CODE_NOT_EXECUTABLE,
+        (Some(Stage::Program | Stage::Directory), _) => CODE_NOT_EXECUTABLE,
         _ => crate::errors::CODE_OWN,
     };
     Failure { message, code }
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_relative_working_directory_starts_at_the_root() {
-        let at = |dir: &str| folder(&Process { working_dir: dir.as_bytes().to_vec(), ..Process::default() });
+        let at = |dir: &str| working_dir(&Process { working_dir: dir.as_bytes().to_vec(), ..Process::default() });
         assert_eq!((at(""), at("srv"), at("/srv")), ("/".into(), "/srv".into(), "/srv".into()));
     }
 }

@@ -38,20 +38,20 @@ impl Kept {
     }
 }
 
-/// Mounts a file system of type `kind` on a folder.
-pub fn mount_at(kind: &str, folder: &str, flags: MsFlags, options: &str) -> Result<(), Failure> {
-    mount_device(kind, folder, kind, flags, options).context(format_args!("mount {kind} on {folder}"))
+/// Mounts a file system of type `kind` on a directory.
+pub fn mount_at(kind: &str, dir: &str, flags: MsFlags, options: &str) -> Result<(), Failure> {
+    mount_device(kind, dir, kind, flags, options).context(format_args!("mount {kind} on {dir}"))
 }
 
-/// Mounts `device` on a folder.
-pub fn mount_device(device: &str, folder: &str, kind: &str, flags: MsFlags, options: &str) -> nix::Result<()> {
+/// Mounts `device` on a directory.
+pub fn mount_device(device: &str, dir: &str, kind: &str, flags: MsFlags, options: &str) -> nix::Result<()> {
     let options = Some(options).filter(|options| !options.is_empty());
-    mount_call(Some(device), folder, Some(kind), flags, options)
+    mount_call(Some(device), dir, Some(kind), flags, options)
 }
 
 /// Mounts the root that `spec` names, and returns what of it is to be kept.
 pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
-    make_folder(NEW_ROOT)?;
+    make_dir(NEW_ROOT)?;
     match &spec.root {
         Root::Image { device, overlay } => mount_image(device, overlay),
         Root::Disk { device, readonly } => {
@@ -67,8 +67,8 @@ pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
 }
 
 fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure> {
-    for folder in [IMAGE, OVERLAY] {
-        make_folder(folder)?;
+    for dir in [IMAGE, OVERLAY] {
+        make_dir(dir)?;
     }
     await_device(device)?;
     mount_device(device, IMAGE, "erofs", MsFlags::MS_RDONLY, "")
@@ -92,21 +92,21 @@ fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure>
     Ok(kept)
 }
 
-/// The upper folder is what the root folder looks like: as the image has it.
+/// The upper directory is what the root directory looks like: as the image has it.
 fn make_upper() -> Result<(), Failure> {
     let (upper, work) = (format!("{OVERLAY}/upper"), format!("{OVERLAY}/work"));
     if !Path::new(&upper).exists() {
-        make_folder(&upper)?;
+        make_dir(&upper)?;
         let image = fs::metadata(IMAGE).context("read the root of the image")?;
         chown(&upper, Some(image.uid()), Some(image.gid())).context("change the owner of the root")?;
         fs::set_permissions(&upper, Permissions::from_mode(image.mode() & 0o7777))
             .context("change the mode of the root")?;
     }
-    make_folder(&work)
+    make_dir(&work)
 }
 
-fn keep(folder: &str) -> Result<Kept, Failure> {
-    Ok(Kept(File::open(folder).context(format_args!("open {folder}"))?.into()))
+fn keep(dir: &str) -> Result<Kept, Failure> {
+    Ok(Kept(File::open(dir).context(format_args!("open {dir}"))?.into()))
 }
 
 fn await_device(device: &str) -> Result<(), Failure> {
@@ -123,7 +123,7 @@ fn await_device(device: &str) -> Result<(), Failure> {
 /// Makes the mounted root this process's, and furnishes it.
 pub fn enter(spec: &Spec) -> Result<(), Failure> {
     let dev = format!("{NEW_ROOT}/dev");
-    make_folder(&dev)?;
+    make_dir(&dev)?;
     mount_call(Some("/dev"), dev.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move /dev")?;
     chdir(NEW_ROOT).context("enter the root")?;
     mount_call(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move the root")?;
@@ -137,10 +137,10 @@ pub fn enter(spec: &Spec) -> Result<(), Failure> {
     write_files(spec);
     for tmpfs in &spec.tmpfs {
         let path = String::from_utf8_lossy(&tmpfs.path).into_owned();
-        make_folder(&path)?;
+        make_dir(&path)?;
         mount_at("tmpfs", &path, MsFlags::from_bits_truncate(tmpfs.flags), &tmpfs.options)?;
     }
-    make_folder(crate::process::folder(process))?;
+    make_dir(crate::process::working_dir(process))?;
     match spec.root {
         Root::Image { overlay: Overlay::ReadOnly, .. } => forbid_changes(),
         _ => Ok(()),
@@ -149,7 +149,7 @@ pub fn enter(spec: &Spec) -> Result<(), Failure> {
 
 /// What every program counts on. A kernel may lack some of it, and then so do its programs.
 fn mount_system() {
-    for (kind, folder, flags, options) in [
+    for (kind, dir, flags, options) in [
         ("proc", "/proc", QUIET, ""),
         ("sysfs", "/sys", QUIET, ""),
         ("devpts", "/dev/pts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "gid=5,mode=620,ptmxmode=666"),
@@ -157,7 +157,7 @@ fn mount_system() {
         ("mqueue", "/dev/mqueue", QUIET, ""),
         ("cgroup2", "/sys/fs/cgroup", QUIET, ""),
     ] {
-        if let Err(failure) = make_folder(folder).and_then(|()| mount_at(kind, folder, flags, options)) {
+        if let Err(failure) = make_dir(dir).and_then(|()| mount_at(kind, dir, flags, options)) {
             report::say(&failure.message);
         }
     }
@@ -169,8 +169,8 @@ fn mount_system() {
     }
 }
 
-/// Makes a folder and those above it, for all to enter.
-pub fn make_folder(path: impl AsRef<Path>) -> Result<(), Failure> {
+/// Makes a directory and those above it, for all to enter.
+pub fn make_dir(path: impl AsRef<Path>) -> Result<(), Failure> {
     let path = path.as_ref();
     DirBuilder::new()
         .recursive(true)
@@ -200,7 +200,7 @@ fn write_files(spec: &Spec) {
     {
         let Some(content) = content else { continue };
         let path = PathBuf::from("/etc").join(name);
-        if let Err(failure) = make_folder("/etc").and_then(|()| replace(&path, content)) {
+        if let Err(failure) = make_dir("/etc").and_then(|()| replace(&path, content)) {
             report::say(&failure.message);
         }
     }

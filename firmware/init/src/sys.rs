@@ -125,12 +125,12 @@ pub fn accept(listener: BorrowedFd) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Brings the file system that `folder` is on to rest: all of it is on its disk, and its journal is empty.
-pub fn freeze(folder: BorrowedFd) -> io::Result<()> {
+/// Brings the file system that `dir` is on to rest: all of it is on its disk, and its journal is empty.
+pub fn freeze(dir: BorrowedFd) -> io::Result<()> {
     // FIFREEZE, _IOWR('X', 119, int)
     const FIFREEZE: libc::c_ulong = 0xc004_5877;
     // SAFETY: the request takes no argument and touches no memory, its number notwithstanding.
-    check(unsafe { libc::ioctl(folder.as_raw_fd(), FIFREEZE, 0) })
+    check(unsafe { libc::ioctl(dir.as_raw_fd(), FIFREEZE, 0) })
 }
 
 #[cfg(test)]

@@ -13,8 +13,8 @@ The work program of husk bench.
 do NAME=AMOUNT...     does so much of each, in turn: operations, or bytes where a rate of bytes is measured
    --cpus N           threads of the measures that end in -all (default: as many as there are processors)
    --root-data FILE   what root-read reads (default: /.husk-bench/data)
-   --root FOLDER      where root-write writes (default: /, or /tmp where / is read-only)
-   --scratch FOLDER   where the scratch measures are done (default: /scratch)
+   --root DIR         where root-write writes (default: /, or /tmp where / is read-only)
+   --scratch DIR      where the scratch measures are done (default: /scratch)
 hello [--exit CODE]   says `work: ready` and ends
 idle [--touch MIB]    says so and sleeps until SIGTERM, having used and given back so much memory
 tick MS               says `work: tick` so often, until SIGTERM
@@ -115,8 +115,8 @@ fn parse_do(words: &mut Words) -> Result<Command, String> {
         match word.as_str() {
             "--cpus" => place.cpus = words.value("a number of threads")?,
             "--root-data" => place.root_data = words.next("a file")?.into(),
-            "--root" => place.root = Some(words.next("a folder")?.into()),
-            "--scratch" => place.scratch = words.next("a folder")?.into(),
+            "--root" => place.root = Some(words.next("a directory")?.into()),
+            "--scratch" => place.scratch = words.next("a directory")?.into(),
             word => tasks.push(parse_task(word)?),
         }
     }

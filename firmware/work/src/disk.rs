@@ -51,9 +51,9 @@ pub fn read_root_anywhere(amount: u64, path: &Path) -> Result<Task, Failure> {
 }
 
 /// Writes so many bytes in order into a file of the root, each pass over it followed by fsync(2).
-pub fn write_root(amount: u64, folder: Option<&Path>) -> Result<Task, Failure> {
-    let file = match folder {
-        Some(folder) => Temporary::make(folder, 0)?,
+pub fn write_root(amount: u64, dir: Option<&Path>) -> Result<Task, Failure> {
+    let file = match dir {
+        Some(dir) => Temporary::make(dir, 0)?,
         // A container's root may be read-only, and its /tmp is not.
         None => Temporary::make(Path::new("/"), 0).or_else(|_| Temporary::make(Path::new("/tmp"), 0))?,
     };
@@ -61,8 +61,8 @@ pub fn write_root(amount: u64, folder: Option<&Path>) -> Result<Task, Failure> {
 }
 
 /// The same on the scratch disk.
-pub fn write(amount: u64, folder: &Path) -> Result<Task, Failure> {
-    write_in_order(Temporary::make(folder, 0)?, amount, SCRATCH_BYTES)
+pub fn write(amount: u64, dir: &Path) -> Result<Task, Failure> {
+    write_in_order(Temporary::make(dir, 0)?, amount, SCRATCH_BYTES)
 }
 
 fn write_in_order(file: Temporary, amount: u64, bytes: u64) -> Result<Task, Failure> {
@@ -79,8 +79,8 @@ fn write_in_order(file: Temporary, amount: u64, bytes: u64) -> Result<Task, Fail
 }
 
 /// Reads so many bytes of a scratch file in order, past the kernel's cache; the last part is rounded up to 4 KiB.
-pub fn read_direct(amount: u64, folder: &Path) -> Result<Task, Failure> {
-    let file = Temporary::filled(folder)?;
+pub fn read_direct(amount: u64, dir: &Path) -> Result<Task, Failure> {
+    let file = Temporary::filled(dir)?;
     let mut block = Pages::map(BLOCK_BYTES).context("map a buffer")?;
     Ok(Box::new(move || {
         pieces(amount, SCRATCH_BYTES, BLOCK_BYTES).try_for_each(|Piece { at, len, .. }| {
@@ -91,8 +91,8 @@ pub fn read_direct(amount: u64, folder: &Path) -> Result<Task, Failure> {
 }
 
 /// Writes so many times 4 KiB into a scratch file, past the kernel's cache.
-pub fn write_anywhere(amount: u64, folder: &Path) -> Result<Task, Failure> {
-    let file = Temporary::filled(folder)?;
+pub fn write_anywhere(amount: u64, dir: &Path) -> Result<Task, Failure> {
+    let file = Temporary::filled(dir)?;
     let mut block = Incompressible::block(SMALL_BYTES)?;
     let mut anywhere = Anywhere::of(SCRATCH_BYTES / SMALL_BYTES as u64);
     Ok(Box::new(move || {
@@ -104,8 +104,8 @@ pub fn write_anywhere(amount: u64, folder: &Path) -> Result<Task, Failure> {
 }
 
 /// Reads so many times 4 KiB of a scratch file, past the kernel's cache.
-pub fn read_anywhere(amount: u64, folder: &Path) -> Result<Task, Failure> {
-    let file = Temporary::filled(folder)?;
+pub fn read_anywhere(amount: u64, dir: &Path) -> Result<Task, Failure> {
+    let file = Temporary::filled(dir)?;
     let mut part = Pages::map(SMALL_BYTES).context("map a buffer")?;
     let mut anywhere = Anywhere::of(SCRATCH_BYTES / SMALL_BYTES as u64);
     Ok(Box::new(move || {
@@ -116,8 +116,8 @@ pub fn read_anywhere(amount: u64, folder: &Path) -> Result<Task, Failure> {
 }
 
 /// Appends so many times 4 KiB to a scratch file, each followed by fdatasync(2).
-pub fn append(amount: u64, folder: &Path) -> Result<Task, Failure> {
-    let file = Temporary::make(folder, 0)?;
+pub fn append(amount: u64, dir: &Path) -> Result<Task, Failure> {
+    let file = Temporary::make(dir, 0)?;
     let mut block = Incompressible::block(SMALL_BYTES)?;
     Ok(Box::new(move || {
         for Piece { at, len, begins_pass } in pieces(amount * SMALL_BYTES as u64, SCRATCH_BYTES, SMALL_BYTES) {
@@ -211,29 +211,29 @@ struct Temporary {
 }
 
 impl Temporary {
-    fn make(folder: &Path, flags: i32) -> Result<Temporary, Failure> {
-        let path = folder.join(NAME);
+    fn make(dir: &Path, flags: i32) -> Result<Temporary, Failure> {
+        let path = dir.join(NAME);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(flags == 0).custom_flags(flags);
         match options.open(&path) {
             Ok(handle) => Ok(Temporary { handle, path }),
             Err(error) if flags & libc::O_DIRECT != 0 && error.kind() == ErrorKind::InvalidInput => {
-                Err(Failure::new(format_args!("the file system of {} has no direct I/O", folder.display())))
+                Err(Failure::new(format_args!("the file system of {} has no direct I/O", dir.display())))
             }
             Err(error) => Err(error).context(format_args!("make {}", path.display())),
         }
     }
 
     /// One that is all on the disk, and is read and written past the kernel's cache.
-    fn filled(folder: &Path) -> Result<Temporary, Failure> {
-        let cached = Temporary::make(folder, 0)?;
+    fn filled(dir: &Path) -> Result<Temporary, Failure> {
+        let cached = Temporary::make(dir, 0)?;
         let mut block = Incompressible::block(BLOCK_BYTES)?;
         for Piece { at, len, .. } in pieces(SCRATCH_BYTES, SCRATCH_BYTES, BLOCK_BYTES) {
             cached.handle.write_all_at(block.next(len), at).context("fill the file")?;
         }
         cached.handle.sync_all().context("fsync")?;
         forget(&cached.handle);
-        let direct = Temporary::make(folder, libc::O_DIRECT)?;
+        let direct = Temporary::make(dir, libc::O_DIRECT)?;
         // The path is the other's now.
         let Temporary { path, .. } = &cached;
         debug_assert_eq!(*path, direct.path);
@@ -306,20 +306,20 @@ mod tests {
 
     #[test]
     fn what_was_made_is_removed() {
-        let folder = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
         for prepare in [write, append] {
-            let mut task = prepare(10, folder.path()).unwrap();
+            let mut task = prepare(10, dir.path()).unwrap();
             task().unwrap();
-            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
             drop(task);
-            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         }
     }
 
     #[test]
     fn a_file_that_is_missing_or_too_short_is_a_failure() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("data");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
         assert!(read_root(1, &path).is_err());
         std::fs::write(&path, [0; SMALL_BYTES]).unwrap();
         assert!(read_root(1, &path).is_err());

@@ -54,14 +54,14 @@ pub fn run(guest: &Guest) -> u8 {
 
 fn set_up(guest: &Guest) -> Result<(), Failure> {
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    for (kind, folder, flags, options) in [
+    for (kind, dir, flags, options) in [
         ("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=755"),
         ("proc", "/proc", quiet | MsFlags::MS_NOEXEC, ""),
         ("sysfs", "/sys", quiet | MsFlags::MS_NOEXEC, ""),
         ("tmpfs", "/tmp", quiet, "mode=1777"),
         ("tmpfs", "/run", quiet, "mode=755"),
     ] {
-        match mount_at(kind, folder, flags, options) {
+        match mount_at(kind, dir, flags, options) {
             // The kernel has mounted it.
             Err(_) if kind == "devtmpfs" && Path::new("/dev/null").exists() => {}
             other => other?,
@@ -78,7 +78,8 @@ fn set_up(guest: &Guest) -> Result<(), Failure> {
     set_up_network(guest.net.as_ref())
 }
 
-/// A kernel whose initial root has no console gives none to its first process, which Rust's library then gives /dev/null.
+/// A kernel whose initial root has no console gives none to its first process, which Rust's library then gives
+/// /dev/null.
 fn open_console() {
     if fs::metadata("/dev/stdout")
         .or_else(|_| fs::metadata("/proc/self/fd/1"))

@@ -17,8 +17,9 @@ const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 /// Those of some thousand registries.
 const FILE_MAX_BYTES: u64 = 4 << 20;
 
-/// What a registry is told of its user: the first that is found of `$REGISTRY_AUTH_FILE`, Docker's `config.json`, and podman's
-/// `auth.json` (containers-auth.json(5)). What cannot be read is told in the log, and is as if it were not there.
+/// What a registry is told of its user: the first that is found of `$REGISTRY_AUTH_FILE`, Docker's `config.json`, and
+/// podman's `auth.json` (containers-auth.json(5)). What cannot be read is told in the log, and is as if it were not
+/// there.
 pub fn find(reference: &Reference) -> Option<DockerCredential> {
     files(&|name| std::env::var_os(name).filter(|value| !value.is_empty())).iter().find_map(|path| {
         let found = in_file(path, reference).with_context(|| format!("use the credentials in {}", path.display()));
@@ -30,20 +31,20 @@ pub fn find(reference: &Reference) -> Option<DockerCredential> {
 }
 
 fn files(variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
-    let folder = |name: &str| variable(name).map(PathBuf::from);
-    let home = folder("HOME");
+    let dir = |name: &str| variable(name).map(PathBuf::from);
+    let home = dir("HOME");
     let in_home = |name: &str| home.as_ref().map(|home| home.join(name));
     // Where there is no session, podman keeps them by user.
     let of_user = || Some(format!("/run/containers/{}", fs::metadata("/proc/self").ok()?.uid()).into());
-    let runtime = folder("XDG_RUNTIME_DIR").map(|folder| folder.join("containers")).or_else(of_user);
-    let config = folder("XDG_CONFIG_HOME").or_else(|| in_home(".config")).map(|folder| folder.join("containers"));
-    let docker = folder("DOCKER_CONFIG").or_else(|| in_home(".docker"));
-    let in_folder = |folder: Option<PathBuf>, name: &str| folder.map(|folder| folder.join(name));
+    let runtime = dir("XDG_RUNTIME_DIR").map(|dir| dir.join("containers")).or_else(of_user);
+    let config = dir("XDG_CONFIG_HOME").or_else(|| in_home(".config")).map(|dir| dir.join("containers"));
+    let docker = dir("DOCKER_CONFIG").or_else(|| in_home(".docker"));
+    let in_dir = |dir: Option<PathBuf>, name: &str| dir.map(|dir| dir.join(name));
     [
-        folder("REGISTRY_AUTH_FILE"),
-        in_folder(docker, "config.json"),
-        in_folder(runtime, "auth.json"),
-        in_folder(config, "auth.json"),
+        dir("REGISTRY_AUTH_FILE"),
+        in_dir(docker, "config.json"),
+        in_dir(runtime, "auth.json"),
+        in_dir(config, "auth.json"),
     ]
     .into_iter()
     .flatten()

@@ -56,8 +56,8 @@ impl CgroupPath {
         Ok(CgroupPath::find(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?, controller))
     }
 
-    /// Looks for it in /proc/self/cgroup and /proc/self/mountinfo. On a host with both versions, only one of them has the
-    /// controller: the first if it is there.
+    /// Looks for it in /proc/self/cgroup and /proc/self/mountinfo. On a host with both versions, only one of them has
+    /// the controller: the first if it is there.
     fn find(groups: &str, mounts: &str, controller: Controller) -> Option<CgroupPath> {
         let group = |wanted: &dyn Fn(&str) -> bool| {
             groups.lines().find_map(|line| {
@@ -87,8 +87,8 @@ impl CgroupPath {
         })
     }
 
-    /// Makes a group that gives out `controller`, with this process in it, all of its threads: in ours, or where that may not
-    /// be divided beside it.
+    /// Makes a group that gives out `controller`, with this process in it, all of its threads: in ours, or where that
+    /// may not be divided beside it.
     pub fn enter(&self, controller: Controller) -> Result<Group> {
         let group = self.enter_in(&self.home, controller);
         match (group, self.home.parent()) {
@@ -106,15 +106,15 @@ impl CgroupPath {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         remove_left_behind(parent);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let folder = parent.join(format!("{PREFIX}{}-{count}", std::process::id()));
-        match fs::create_dir(&folder) {
+        let dir = parent.join(format!("{PREFIX}{}-{count}", std::process::id()));
+        match fs::create_dir(&dir) {
             // A process of our number that was killed.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => made.with_context(|| format!("create the cgroup {}", folder.display()))?,
+            made => made.with_context(|| format!("create the cgroup {}", dir.display()))?,
         }
         // From here on dropping it cleans up.
         let CgroupPath { version, mount, home } = self.clone();
-        let mut group = Group { version, parent_is_root: *parent == mount, folder, home, switched_on: Vec::new() };
+        let mut group = Group { version, parent_is_root: *parent == mount, dir, home, switched_on: Vec::new() };
         group.write("cgroup.procs", "0")?;
         group.give_out(controller)?;
         Ok(group)
@@ -138,7 +138,7 @@ pub struct Group {
     /// Which kind it is.
     pub version: Version,
     /// Where it stands.
-    pub folder: PathBuf,
+    pub dir: PathBuf,
     home: PathBuf,
     parent_is_root: bool,
     /// What the group above gives out for its sake, to be switched off again.
@@ -146,10 +146,10 @@ pub struct Group {
 }
 
 impl Group {
-    /// Has the group above give out `controller` to this one. To be called once nobody is left in that: a group of version 2
-    /// has either processes or groups that it gives to.
+    /// Has the group above give out `controller` to this one. To be called once nobody is left in that: a group of
+    /// version 2 has either processes or groups that it gives to.
     pub fn give_out(&mut self, controller: Controller) -> Result<()> {
-        let Some(parent) = self.folder.parent().filter(|_| self.version == Version::V2) else { return Ok(()) };
+        let Some(parent) = self.dir.parent().filter(|_| self.version == Version::V2) else { return Ok(()) };
         if !gives_out(parent, controller) {
             write(parent, "cgroup.subtree_control", &format!("+{}", controller.name()))?;
             // At the root it is everybody's.
@@ -162,20 +162,20 @@ impl Group {
 
     /// Writes to one of its files.
     pub fn write(&self, file: &str, value: &str) -> Result<()> {
-        write(&self.folder, file, value)
+        write(&self.dir, file, value)
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
         // Whatever fails here is mended by the process's end, and by the next one that looks for what is left behind.
-        if let Some(parent) = self.folder.parent() {
+        if let Some(parent) = self.dir.parent() {
             for controller in &self.switched_on {
                 let _ = write(parent, "cgroup.subtree_control", &format!("-{}", controller.name()));
             }
         }
         let _ = write(&self.home, "cgroup.procs", "0");
-        let _ = fs::remove_dir(&self.folder);
+        let _ = fs::remove_dir(&self.dir);
     }
 }
 
@@ -188,7 +188,7 @@ pub(super) fn gives_out(parent: &Path, controller: Controller) -> bool {
 /// Writes to a file of a group's.
 pub(super) fn write(group: &Path, file: &str, value: &str) -> Result<()> {
     let path = group.join(file);
-    // Written in one piece, and never made: in a folder that is no group this is an error.
+    // Written in one piece, and never made: in a directory that is no group this is an error.
     let written =
         fs::File::options().write(true).open(&path).and_then(|mut file| io::Write::write(&mut file, value.as_bytes()));
     match written {
@@ -264,17 +264,15 @@ mod tests {
 
     #[test]
     fn groups_of_dead_processes_are_removed_and_others_stay() {
-        let folder = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let ours = format!("husk-{}-0", std::process::id());
         // Numbers of processes end at 4194304.
         for name in ["husk-4294967295-0", "husk-4294967295-7", &ours, "husk-x-0", "user.slice", "husk-5000000"] {
-            fs::create_dir(folder.path().join(name)).unwrap();
+            fs::create_dir(dir.path().join(name)).unwrap();
         }
-        remove_left_behind(folder.path());
-        let mut left: Vec<_> = fs::read_dir(folder.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+        remove_left_behind(dir.path());
+        let mut left: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         left.sort();
         let mut expected = [ours.as_str(), "husk-5000000", "husk-x-0", "user.slice"];
         expected.sort_unstable();
@@ -283,12 +281,12 @@ mod tests {
 
     #[test]
     fn what_is_no_control_group_holds_nothing() {
-        let folder = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
         for version in [Version::V1, Version::V2] {
-            let place = CgroupPath { version, mount: folder.path().to_owned(), home: folder.path().to_owned() };
-            let error = format!("{:#}", place.enter_in(folder.path(), Controller::Cpu).unwrap_err());
+            let place = CgroupPath { version, mount: dir.path().to_owned(), home: dir.path().to_owned() };
+            let error = format!("{:#}", place.enter_in(dir.path(), Controller::Cpu).unwrap_err());
             assert!(error.contains("cgroup.procs") && !error.contains('\n'), "{error}");
-            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "it left something behind");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "it left something behind");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! From limits to control groups of our own that keep them: processor time and memory of the whole process.
 //!
-//! The whole process is held, so that a guest cannot earn time by making its devices work. A limit that cannot be had is an
-//! error, never a word in a log; what is not asked for costs nothing.
+//! The whole process is held, so that a guest cannot earn time by making its devices work. A limit that cannot be had
+//! is an error, never a word in a log; what is not asked for costs nothing.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -31,8 +31,8 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
 }
 
-/// The limits of this process and all of its threads, kept by control groups that exist as long as this does. There are none
-/// unless a limit is set.
+/// The limits of this process and all of its threads, kept by control groups that exist as long as this does. There are
+/// none unless a limit is set.
 #[derive(Debug, Default)]
 pub struct CgroupLimits {
     // More than one where each controller has a tree of its own.
@@ -41,8 +41,8 @@ pub struct CgroupLimits {
 }
 
 impl CgroupLimits {
-    /// Puts this process under `limits`. To be called before guest memory is allocated: memory that is charged to another group
-    /// stays charged to it.
+    /// Puts this process under `limits`. To be called before guest memory is allocated: memory that is charged to
+    /// another group stays charged to it.
     ///
     /// Removes stale groups of processes that were killed.
     pub fn new(limits: &Limits) -> Result<CgroupLimits> {
@@ -93,7 +93,7 @@ impl CgroupLimits {
                 let place =
                     place.with_context(|| format!("this host has no cgroup controller for {}", controller.name()))?;
                 // In version 2 one group does for all.
-                match self.groups.iter().position(|(_, group)| group.folder == place.home) {
+                match self.groups.iter().position(|(_, group)| group.dir == place.home) {
                     Some(index) => {
                         self.groups[index].1.give_out(controller)?;
                         index
@@ -144,8 +144,8 @@ impl CgroupLimits {
     }
 }
 
-/// Shares as a weight: in proportion, so that machines' shares relate to each other, and to those of everybody else, as in
-/// version 1. Docker's own conversion keeps neither.
+/// Shares as a weight: in proportion, so that machines' shares relate to each other, and to those of everybody else, as
+/// in version 1. Docker's own conversion keeps neither.
 fn weight(shares: u32) -> u32 {
     let weight = u64::from(shares) * u64::from(DEFAULT_WEIGHT) / u64::from(DEFAULT_SHARES);
     u32::try_from(weight).unwrap_or(WEIGHT_MAX).clamp(1, WEIGHT_MAX)

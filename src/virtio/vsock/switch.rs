@@ -126,8 +126,8 @@ impl Switch {
         !self.resets.is_empty() || !self.due.is_empty()
     }
 
-    /// The next packet for the guest, its data already behind the place of the header in `chain`. `None` if there is none
-    /// after all. Fails where the chain is no room for a packet.
+    /// The next packet for the guest, its data already behind the place of the header in `chain`. `None` if there is
+    /// none after all. Fails where the chain is no room for a packet.
     pub fn next(&mut self, chain: &[GuestRange], buffers: &mut GuestBuffers) -> Result<Option<Header>, RingError> {
         if queue::len_bytes(chain) <= HEADER_BYTES as u64 {
             return Err(RingError::Chain("a receive buffer with no room for data"));
@@ -215,7 +215,8 @@ impl Switch {
         }
     }
 
-    /// Takes a connection away, and its turn: a guest that takes no packets could otherwise leave any number of turns behind.
+    /// Takes a connection away, and its turn: a guest that takes no packets could otherwise leave any number of turns
+    /// behind.
     fn remove(&mut self, id: StreamId) -> Option<Connection> {
         let connection = self.connections.remove(&id)?;
         if connection.queued {
@@ -264,9 +265,9 @@ mod tests {
 
     #[test]
     fn a_guest_that_comes_and_goes_and_takes_nothing_leaves_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("v.sock");
-        let listener = UnixListener::bind(folder.path().join("v.sock_52")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("v.sock");
+        let listener = UnixListener::bind(dir.path().join("v.sock_52")).unwrap();
         let mut switch =
             Switch::new(Host::new(resources::vsock::open(&VsockConfig { socket, cid: 3 }).unwrap()).unwrap());
         let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));

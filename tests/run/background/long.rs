@@ -36,8 +36,8 @@ impl Held {
     }
 }
 
-/// What is resident of a husk, without its guest's memory, which is the one large mapping; and without huge pages, which the
-/// kernel makes of a few small ones whenever it likes.
+/// What is resident of a husk, without its guest's memory, which is the one large mapping; and without huge pages,
+/// which the kernel makes of a few small ones whenever it likes.
 fn own_memory_kib(pid: &str) -> u64 {
     const GUEST_KIB: u64 = 64 << 10;
     let (mut sum_kib, mut is_guest) = (0, false);
@@ -90,7 +90,7 @@ fn a_thousand_processes_one_after_another_leave_nothing_behind() {
     }
 }
 
-/// Bytes of the files in a machine's folder that are its logs.
+/// Bytes of the files in a machine's directory that are its logs.
 fn log_bytes(machines: &Machines, id: &str) -> u64 {
     let files = fs::read_dir(machines.runtime.path().join("husk").join(id)).unwrap().flatten();
     // One may be renamed while it is looked at.

@@ -114,8 +114,8 @@ fn wait_until_kernel_serves(interfaces: u64, machine: &str) {
     }
 }
 
-/// How many threads of vhost's work for process `pid`: the kernel's own, or since Linux 6.4 the process's. They are named for
-/// the thread that they were made by.
+/// How many threads of vhost's work for process `pid`: the kernel's own, or since Linux 6.4 the process's. They are
+/// named for the thread that they were made by.
 fn vhost_threads(pid: u32) -> usize {
     let own = format!("/proc/{pid}/task");
     let maker = |comm: &str| comm.strip_prefix("vhost-").map(|tid| Path::new(&own).join(tid.trim()));
@@ -123,7 +123,7 @@ fn vhost_threads(pid: u32) -> usize {
         let comm = fs::read_to_string(task.join("comm")).unwrap_or_default();
         maker(&comm).is_some_and(|thread| thread.exists())
     };
-    let tasks = ["/proc", &own].map(|folder| fs::read_dir(folder).into_iter().flatten().flatten());
+    let tasks = ["/proc", &own].map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
     tasks.into_iter().flatten().filter(|task| works(&task.path())).count()
 }
 

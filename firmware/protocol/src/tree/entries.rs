@@ -1,5 +1,5 @@
-//! A stream, read entry by entry. Nothing of the sender's is trusted: what comes has a place where it comes, a name is one name,
-//! and of a guest no name comes twice.
+//! A stream, read entry by entry. Nothing of the sender's is trusted: what comes has a place where it comes, a name is
+//! one name, and of a guest no name comes twice.
 
 use std::io::{self, Read};
 
@@ -12,19 +12,19 @@ pub struct Entries<R> {
     reader: Reader,
     is_trusted: bool,
     has_begun: bool,
-    /// Of each folder that is open, the name that came last.
+    /// Of each directory that is open, the name that came last.
     open: Vec<Vec<u8>>,
 }
 
 impl<R: Read> Entries<R> {
-    /// Reads from `input`, which is best buffered. One that is not trusted sends the names of a folder in ascending order: so what
-    /// it has made is never what it goes through, or writes to, afterwards.
+    /// Reads from `input`, which is best buffered. One that is not trusted sends the names of a directory in ascending
+    /// order: so what it has made is never what it goes through, or writes to, afterwards.
     pub fn new(input: R, is_trusted: bool) -> Entries<R> {
         Entries { input, reader: Reader::default(), is_trusted, has_begun: false, open: Vec::new() }
     }
 
-    /// The next entry; none at the end. The first one's name is unchecked, and is best ignored. A file's content is to be
-    /// taken, by [`Entries::content`], before what follows it.
+    /// The next entry; none at the end. The first one's name is unchecked, and is best ignored. A file's content is to
+    /// be taken, by [`Entries::content`], before what follows it.
     pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         let entry = self.read()?;
         match (entry.name(), self.open.last_mut()) {
@@ -42,7 +42,7 @@ impl<R: Read> Entries<R> {
             }
             _ => return Err(nonsense()),
         }
-        if entry.is_folder() {
+        if entry.is_dir() {
             if self.open.len() >= DEPTH_MAX {
                 return Err(failure("the sender sent too many nested directories"));
             }
@@ -82,7 +82,7 @@ impl<R: Read> Entries<R> {
     }
 }
 
-/// Whether a name leads nowhere but to an entry of its folder.
+/// Whether a name leads nowhere but to an entry of its directory.
 pub(super) fn check_name(name: &[u8]) -> io::Result<()> {
     let has_length = (1..=NAME_MAX_BYTES).contains(&name.len());
     let leads_on = name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0);

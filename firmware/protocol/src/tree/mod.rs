@@ -1,10 +1,11 @@
-//! Files and folders as a stream of bytes: what `husk cp` sends into a machine, and has sent out of it.
+//! Files and directories as a stream of bytes: what `husk cp` sends into a machine, and has sent out of it.
 //!
-//! Entries are frames in the order of a walk; a folder's are between its own and a `Leave`, and a file's content follows it in
-//! pieces. [`send()`] walks and says them, [`Entries`] reads and checks them, and [`receive()`] makes files of them.
+//! Entries are frames in the order of a walk; a directory's are between its own and a `Leave`, and a file's content
+//! follows it in pieces. [`send()`] walks and says them, [`Entries`] reads and checks them, and [`receive()`] makes
+//! files of them.
 
+mod directory;
 mod entries;
-mod folder;
 mod receive;
 mod send;
 #[cfg(test)]
@@ -25,7 +26,7 @@ use crate::frame::{self, Message};
 
 /// As much of a file as one piece has.
 const PIECE_BYTES: usize = 256 << 10;
-/// Folders in each other, at most. Each is a descriptor of the receiver's, which has 1024 as a rule.
+/// Directories in each other, at most. Each is a descriptor of the receiver's, which has 1024 as a rule.
 const DEPTH_MAX: usize = 512;
 /// Longest name of a file (Linux' NAME_MAX).
 const NAME_MAX_BYTES: usize = 255;
@@ -33,20 +34,22 @@ const NAME_MAX_BYTES: usize = 255;
 /// What a stream is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {
-    /// A folder; what is in it follows, up to its `Leave`.
-    Folder(Vec<u8>, About),
-    /// A file, and how many bytes it had when it was opened; its `Piece`s follow, the last of which is empty. One that changes
-    /// meanwhile has more of them, or less.
+    /// A directory; what is in it follows, up to its `Leave`.
+    Directory(Vec<u8>, About),
+    /// A file, and how many bytes it had when it was opened; its `Piece`s follow, the last of which is empty. One that
+    /// changes meanwhile has more of them, or less.
     File(Vec<u8>, About, u64),
     /// So many bytes of a file follow, as they are.
     Piece(u32),
     /// A symbolic link, and where it leads.
     Link(Vec<u8>, Vec<u8>, About),
-    /// A folder that is made where it is missing, and else stays as it is; what is to be in it follows, up to its `Leave`.
+    /// A directory that is made where it is missing, and else stays as it is; what is to be in it follows, up to its
+    /// `Leave`.
     Enter(Vec<u8>),
-    /// Another name for a file that the stream has made, by its path below the first folder. Only for a machine, from its host.
+    /// Another name for a file that the stream has made, by its path below the first directory. Only for a machine,
+    /// from its host.
     Same(Vec<u8>, Vec<Vec<u8>>),
-    /// The folder is complete.
+    /// The directory is complete.
     Leave,
     /// The sender cannot go on, for this reason.
     Failed(String),
@@ -62,15 +65,15 @@ impl Entry {
     /// What it is called, if it is something with a name.
     pub fn name(&self) -> Option<&[u8]> {
         match self {
-            Entry::Folder(name, _) | Entry::File(name, ..) | Entry::Link(name, ..) => Some(name),
+            Entry::Directory(name, _) | Entry::File(name, ..) | Entry::Link(name, ..) => Some(name),
             Entry::Enter(name) | Entry::Same(name, _) => Some(name),
             _ => None,
         }
     }
 
     /// Whether others follow that are in it.
-    pub fn is_folder(&self) -> bool {
-        matches!(self, Entry::Folder(..) | Entry::Enter(_))
+    pub fn is_dir(&self) -> bool {
+        matches!(self, Entry::Directory(..) | Entry::Enter(_))
     }
 }
 
@@ -101,7 +104,7 @@ impl From<&Metadata> for About {
     }
 }
 
-/// Writes a stream, entry by entry, for who has other entries than a folder's of this machine.
+/// Writes a stream, entry by entry, for who has other entries than a directory's of this machine.
 pub struct Writer<W> {
     out: W,
 }
@@ -142,11 +145,11 @@ impl<W: Write> Writer<W> {
 /// What was copied.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Copied {
-    /// Files, links and folders.
+    /// Files, links and directories.
     pub entries: u64,
     /// Of their contents.
     pub bytes: u64,
-    /// What was left out of folders: devices, pipes, sockets, and what was gone before its turn.
+    /// What was left out of directories: devices, pipes, sockets, and what was gone before its turn.
     pub skipped: Vec<PathBuf>,
     /// Where it leads, if all that was copied is a symbolic link.
     pub link: Option<PathBuf>,

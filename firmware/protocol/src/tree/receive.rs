@@ -1,4 +1,5 @@
-//! From a stream to files and folders: below the place and under the name that the receiver says, whatever the sender does.
+//! From a stream to files and directories: below the place and under the name that the receiver says, whatever the
+//! sender does.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileTimes, Permissions};
@@ -8,24 +9,24 @@ use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use super::directory::{Directory, take_after, through_links};
 use super::entries::check_name;
-use super::folder::{Folder, take_after, through_links};
 use super::{About, Copied, Entries, Entry, about, failure};
 
 /// What a receiver takes from its sender.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Terms {
-    /// What that is called which is sent; `.` is what is in a folder. Without one it is the sender's to say.
+    /// What that is called which is sent; `.` is what is in a directory. Without one it is the sender's to say.
     pub name: Option<OsString>,
-    /// Nothing but a folder was asked for.
-    pub must_be_folder: bool,
+    /// Nothing but a directory was asked for.
+    pub must_be_dir: bool,
     /// Gives what is new the owners that it had; otherwise it is this process's, and runs as nobody else.
     pub owners: bool,
     /// The sender may also change modes and owners of what is there, and make further names for files.
     pub trusted: bool,
 }
 
-/// Makes what a stream describes: in `to` where that is a folder, or else under that name.
+/// Makes what a stream describes: in `to` where that is a directory, or else under that name.
 pub fn receive(input: &mut impl Read, to: &Path, terms: Terms, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
     let entries = Entries::new(input, terms.trusted);
     let mut receiver = Receiver { entries, open: Vec::new(), copied: Copied::default(), terms, progress };
@@ -41,36 +42,36 @@ struct Receiver<'a, R, P> {
     progress: &'a mut P,
 }
 
-/// A folder that is not complete, and what it becomes when it is.
+/// A directory that is not complete, and what it becomes when it is.
 struct Open {
-    folder: Folder,
+    dir: Directory,
     becomes: Option<About>,
 }
 
 /// Where the first entry goes.
 enum Place {
-    /// It is this folder, which is there.
-    Itself(Folder),
-    /// In this folder, under this name.
-    In(Folder, OsString),
+    /// It is this directory, which is there.
+    Itself(Directory),
+    /// In this directory, under this name.
+    In(Directory, OsString),
 }
 
 impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
     fn receive(&mut self, to: &Path) -> io::Result<()> {
         let Some(first) = self.entries.next_entry()? else { return Ok(()) };
-        if self.terms.must_be_folder && !first.is_folder() {
+        if self.terms.must_be_dir && !first.is_dir() {
             return Err(failure("the sender did not send a directory"));
         }
         if let Entry::Link(_, target, _) = &first {
             self.copied.link = Some(PathBuf::from(OsString::from_vec(target.clone())));
         }
         match self.place(to, &first)? {
-            Place::Itself(folder) => {
-                self.copied.entries += u64::from(matches!(first, Entry::Folder(..)));
-                self.open.push(Open { folder, becomes: None });
+            Place::Itself(dir) => {
+                self.copied.entries += u64::from(matches!(first, Entry::Directory(..)));
+                self.open.push(Open { dir, becomes: None });
             }
-            Place::In(folder, name) => {
-                let made = self.make(&folder, &name, first)?;
+            Place::In(dir, name) => {
+                let made = self.make(&dir, &name, first)?;
                 self.open.extend(made);
             }
         }
@@ -83,8 +84,8 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             }
             let name = OsStr::from_bytes(entry.name().unwrap_or_default()).to_owned();
             let inner = match &entry {
-                Entry::Same(_, names) => self.make_same(&outer.folder, &name, names).map(|()| None),
-                _ => self.make(&outer.folder, &name, entry),
+                Entry::Same(_, names) => self.make_same(&outer.dir, &name, names).map(|()| None),
+                _ => self.make(&outer.dir, &name, entry),
             }?;
             self.open.push(outer);
             self.open.extend(inner);
@@ -92,47 +93,48 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         Ok(())
     }
 
-    /// Where the first entry goes: `to` may be the folder that it is put in, or its own name, or a link of the user's to either.
+    /// Where the first entry goes: `to` may be the directory that it is put in, or its own name, or a link of the
+    /// user's to either.
     fn place(&self, to: &Path, first: &Entry) -> io::Result<Place> {
         let name = self.terms.name.as_ref().map_or(first.name().unwrap_or_default(), |name| name.as_bytes());
         let is_contents = name == b".";
-        if is_contents && !first.is_folder() {
+        if is_contents && !first.is_dir() {
             return Err(failure("the sender did not send a directory"));
         }
         if fs::metadata(to).is_ok_and(|found| found.is_dir()) {
-            let folder = Folder::open(to)?;
+            let dir = Directory::open(to)?;
             if is_contents {
-                return Ok(Place::Itself(folder));
+                return Ok(Place::Itself(dir));
             }
             check_name(name)?;
-            return Ok(Place::In(folder, OsStr::from_bytes(name).to_owned()));
+            return Ok(Place::In(dir, OsStr::from_bytes(name).to_owned()));
         }
-        if first.is_folder() && fs::symlink_metadata(to).is_ok() {
+        if first.is_dir() && fs::symlink_metadata(to).is_ok() {
             return Err(failure(format!("{}: a file exists, which cannot be replaced with a directory", to.display())));
         }
-        if to.as_os_str().as_bytes().ends_with(b"/") && !first.is_folder() {
+        if to.as_os_str().as_bytes().ends_with(b"/") && !first.is_dir() {
             return Err(failure(format!("{}: no such directory", to.display())));
         }
         let to = if matches!(first, Entry::File(..)) { through_links(to)? } else { to.to_owned() };
         let missing = || failure(format!("{}: no such directory", to.display()));
         let name = to.file_name().ok_or_else(missing)?.to_owned();
-        Ok(Place::In(Folder::open(to.parent().unwrap_or(Path::new("")))?, name))
+        Ok(Place::In(Directory::open(to.parent().unwrap_or(Path::new("")))?, name))
     }
 
-    /// Makes an entry called `name` in `folder`. Returns it where others follow that are in it.
-    fn make(&mut self, folder: &Folder, name: &OsStr, entry: Entry) -> io::Result<Option<Open>> {
+    /// Makes an entry called `name` in `dir`. Returns it where others follow that are in it.
+    fn make(&mut self, dir: &Directory, name: &OsStr, entry: Entry) -> io::Result<Option<Open>> {
         self.copied.entries += u64::from(!matches!(entry, Entry::Enter(_)));
         match entry {
-            Entry::Folder(_, about) => {
-                let (folder, is_new) = folder.make_folder(name, 0o700)?;
-                Ok(Some(Open { folder, becomes: (is_new || self.terms.trusted).then_some(about) }))
+            Entry::Directory(_, about) => {
+                let (dir, is_new) = dir.make_dir(name, 0o700)?;
+                Ok(Some(Open { dir, becomes: (is_new || self.terms.trusted).then_some(about) }))
             }
-            Entry::Enter(_) => Ok(Some(Open { folder: folder.make_folder(name, 0o755)?.0, becomes: None })),
-            Entry::File(_, about, _) => self.make_file(folder, name, about).map(|()| None),
+            Entry::Enter(_) => Ok(Some(Open { dir: dir.make_dir(name, 0o755)?.0, becomes: None })),
+            Entry::File(_, about, _) => self.make_file(dir, name, about).map(|()| None),
             Entry::Link(_, target, about) => {
-                folder.make_link(name, &target)?;
+                dir.make_link(name, &target)?;
                 if self.terms.owners {
-                    folder.own(name, about.uid, about.gid)?;
+                    dir.own(name, about.uid, about.gid)?;
                 }
                 Ok(None)
             }
@@ -140,20 +142,20 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         }
     }
 
-    fn make_same(&mut self, folder: &Folder, name: &OsStr, names: &[Vec<u8>]) -> io::Result<()> {
+    fn make_same(&mut self, dir: &Directory, name: &OsStr, names: &[Vec<u8>]) -> io::Result<()> {
         if !self.terms.trusted {
             return Err(failure("the sender sent a hard link, which it must not"));
         }
         names.iter().try_for_each(|name| check_name(name))?;
         self.copied.entries += 1;
-        let root = self.open.first().map_or(folder, |root| &root.folder);
-        folder.make_same(name, root, names)
+        let root = self.open.first().map_or(dir, |root| &root.dir);
+        dir.make_same(name, root, names)
     }
 
-    fn make_file(&mut self, folder: &Folder, name: &OsStr, about: About) -> io::Result<()> {
-        let (mut file, previous) = folder.make_file(name)?;
+    fn make_file(&mut self, dir: &Directory, name: &OsStr, about: About) -> io::Result<()> {
+        let (mut file, previous) = dir.make_file(name)?;
         let (copied, progress) = (&mut self.copied, &mut *self.progress);
-        let path = folder.path_of(name);
+        let path = dir.path_of(name);
         self.entries.content(|piece| {
             file.write_all(piece).map_err(|error| self::about("write", &path, &error))?;
             copied.bytes += piece.len() as u64;
@@ -172,11 +174,11 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
 
     fn complete(&self, open: &Open) -> io::Result<()> {
         let Some(becomes) = open.becomes else { return Ok(()) };
-        let finished = self.finish(&open.folder.as_file()?, becomes);
-        finished.map_err(|error| about("change", open.folder.path(), &error))
+        let finished = self.finish(&open.dir.as_file()?, becomes);
+        finished.map_err(|error| about("change", open.dir.path(), &error))
     }
 
-    /// Gives a file or a folder that is complete its owner, mode and time.
+    /// Gives a file or a directory that is complete its owner, mode and time.
     fn finish(&self, file: &File, about: About) -> io::Result<()> {
         if self.terms.owners {
             fchown(file, Some(about.uid), Some(about.gid))?;

@@ -1,4 +1,4 @@
-//! From files and folders to the stream that describes them.
+//! From files and directories to the stream that describes them.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -11,8 +11,8 @@ use rustix::fs::OFlags;
 
 use super::{About, Copied, DEPTH_MAX, Entry, PIECE_BYTES, Writer, about, failure};
 
-/// Sends what is at `path`, and what is in it; with `follow`, what a link at `path` leads to. A path that ends in `/.` is what is
-/// in the folder, and not the folder. What goes wrong is told to the reader, too.
+/// Sends what is at `path`, and what is in it; with `follow`, what a link at `path` leads to. A path that ends in `/.`
+/// is what is in the directory, and not the directory. What goes wrong is told to the reader, too.
 pub fn send(path: &Path, follow: bool, out: &mut impl Write, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
     let mut sender = Sender { out: Writer::new(out), copied: Copied::default(), progress };
     let sent = top_name(path).and_then(|name| {
@@ -75,7 +75,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             return Err(failure(format!("{}: too many nested directories", path.display())));
         }
         self.copied.entries += 1;
-        self.out.say(&Entry::Folder(name, About::from(&metadata)))?;
+        self.out.say(&Entry::Directory(name, About::from(&metadata)))?;
         let names = fs::read_dir(path).and_then(|entries| {
             entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<Vec<_>>>()
         });
@@ -91,7 +91,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         self.out.say(&Entry::Leave)
     }
 
-    /// Leaves something out that was found in a folder. What the user asked for is not left out without an error.
+    /// Leaves something out that was found in a directory. What the user asked for is not left out without an error.
     fn skip(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         if depth == 0 {
             return Err(failure(format!("{}: not a file, directory or symbolic link", path.display())));
@@ -136,12 +136,13 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     }
 }
 
-/// Whether something is not there any more that was listed: others go on working in a folder while it is copied.
+/// Whether something is not there any more that was listed: others go on working in a directory while it is copied.
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
 }
 
-/// Opens a file, and nothing that has come in its place meanwhile: no link, and no pipe that would have to be waited for.
+/// Opens a file, and nothing that has come in its place meanwhile: no link, and no pipe that would have to be waited
+/// for.
 fn open(path: &Path, follow: bool) -> io::Result<File> {
     let flags = if follow { OFlags::NONBLOCK } else { OFlags::NONBLOCK | OFlags::NOFOLLOW };
     OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)

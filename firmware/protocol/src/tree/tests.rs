@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use super::*;
 
-/// A folder of this test's own, gone with it.
+/// A directory of this test's own, gone with it.
 struct Place(PathBuf);
 
 impl Place {
@@ -87,7 +87,7 @@ fn a_tree_arrives_as_it_was() {
     assert_eq!(fs::metadata(to.join("none")).unwrap().mode() & 0o7777, 0o640, "it would run as its owner");
     let times = [&from, &to].map(|root| fs::metadata(root.join("sub")).unwrap().modified().unwrap());
     assert_eq!(times[0], times[1]);
-    // Once more, over what is there: into the folder, and then its contents only.
+    // Once more, over what is there: into the directory, and then its contents only.
     received(&sent(&from), &to).unwrap();
     assert!(to.join("from/sub/big").exists());
     received(&sent(&from.join(".")), &to).unwrap();
@@ -95,20 +95,17 @@ fn a_tree_arrives_as_it_was() {
 }
 
 #[test]
-fn a_file_goes_to_a_folder_or_to_a_name() {
+fn a_file_goes_to_a_directory_or_to_a_name() {
     let place = Place::new("file");
-    let (file, folder) = (place.0.join("a"), place.0.join("d"));
+    let (file, dir) = (place.0.join("a"), place.0.join("d"));
     fs::write(&file, "x").unwrap();
-    fs::create_dir(&folder).unwrap();
-    received(&sent(&file), &folder).unwrap();
-    received(&sent(&file), &folder.join("b")).unwrap();
-    assert_eq!(
-        (fs::read(folder.join("a")).unwrap(), fs::read(folder.join("b")).unwrap()),
-        (b"x".to_vec(), b"x".to_vec())
-    );
+    fs::create_dir(&dir).unwrap();
+    received(&sent(&file), &dir).unwrap();
+    received(&sent(&file), &dir.join("b")).unwrap();
+    assert_eq!((fs::read(dir.join("a")).unwrap(), fs::read(dir.join("b")).unwrap()), (b"x".to_vec(), b"x".to_vec()));
     let missing = format!("{}/none/", place.0.display());
     assert!(received(&sent(&file), Path::new(&missing)).unwrap_err().to_string().contains("no such directory"));
-    assert!(received(&sent(&folder), &file).unwrap_err().to_string().contains("cannot be replaced with a directory"));
+    assert!(received(&sent(&dir), &file).unwrap_err().to_string().contains("cannot be replaced with a directory"));
 }
 
 #[test]
@@ -118,16 +115,16 @@ fn nothing_is_written_outside_or_through_a_link() {
     fs::create_dir(&outside).unwrap();
     fs::write(outside.join("file"), "precious").unwrap();
     let file = |name: &[u8]| [Entry::File(name.to_vec(), ABOUT, 0), Entry::Piece(0)];
-    let folder = |name: &[u8]| Entry::Folder(name.to_vec(), ABOUT);
+    let dir = |name: &[u8]| Entry::Directory(name.to_vec(), ABOUT);
     let link = Entry::Link(b"link".to_vec(), outside.clone().into_os_string().into_vec(), ABOUT);
     for name in [&b"../outside/file"[..], b"..", b".", b"", b"a/b", b"/etc/x", b"a\0b"] {
-        let entries = [vec![folder(b"x")], file(name).to_vec(), vec![Entry::Leave, Entry::End]].concat();
+        let entries = [vec![dir(b"x")], file(name).to_vec(), vec![Entry::Leave, Entry::End]].concat();
         assert!(received(&stream(&entries), &inside).unwrap_err().to_string().contains("an invalid name"));
     }
-    // A folder where the stream has made a link, and a file where it leads.
-    let entries = [vec![folder(b"x"), link.clone(), folder(b"link")], file(b"file").to_vec()].concat();
+    // A directory where the stream has made a link, and a file where it leads.
+    let entries = [vec![dir(b"x"), link.clone(), dir(b"link")], file(b"file").to_vec()].concat();
     assert!(received(&stream(&entries), &inside).is_err());
-    let over = [vec![folder(b"x"), link], file(b"link").to_vec(), vec![Entry::Leave, Entry::End]].concat();
+    let over = [vec![dir(b"x"), link], file(b"link").to_vec(), vec![Entry::Leave, Entry::End]].concat();
     assert!(received(&stream(&over), &inside).unwrap_err().to_string().contains("out of order"));
     received_by(trusting(), &stream(&over), &inside).unwrap();
     assert!(fs::symlink_metadata(inside.join("x/link")).unwrap().is_file(), "in place of the link");
@@ -136,7 +133,7 @@ fn nothing_is_written_outside_or_through_a_link() {
 }
 
 #[test]
-fn a_folder_that_is_entered_stays_as_it_is() {
+fn a_directory_that_is_entered_stays_as_it_is() {
     let place = Place::new("enter");
     let to = place.0.join("to");
     fs::create_dir_all(to.join("there")).unwrap();
@@ -183,14 +180,14 @@ fn another_name_for_a_file_is_made_for_who_is_trusted_and_through_no_link() {
 fn a_sender_that_lies_stops_or_fails_is_an_error() {
     let place = Place::new("lies");
     let to = place.0.join("to");
-    let folder = || Entry::Folder(b"d".to_vec(), ABOUT);
+    let dir = || Entry::Directory(b"d".to_vec(), ABOUT);
     for entries in [
         vec![],
         vec![Entry::Leave],
-        vec![folder()],
-        vec![folder(), Entry::End],
-        vec![folder(), Entry::Piece(1)],
-        vec![folder(), Entry::Leave, Entry::Leave],
+        vec![dir()],
+        vec![dir(), Entry::End],
+        vec![dir(), Entry::Piece(1)],
+        vec![dir(), Entry::Leave, Entry::Leave],
         vec![Entry::File(b"f".to_vec(), ABOUT, 0), Entry::Piece(u32::MAX)],
         vec![Entry::File(b"f".to_vec(), ABOUT, 0), Entry::Piece(100)],
         vec![Entry::Failed("it is gone".into())],
@@ -199,7 +196,7 @@ fn a_sender_that_lies_stops_or_fails_is_an_error() {
         let _ = fs::remove_dir_all(&to);
         let _ = fs::remove_file(&to);
     }
-    let deep: Vec<Entry> = (0..=DEPTH_MAX).map(|_| folder()).collect();
+    let deep: Vec<Entry> = (0..=DEPTH_MAX).map(|_| dir()).collect();
     assert!(received(&stream(&deep), &to).is_err());
     let mut told = Vec::new();
     assert!(send(&place.0.join("missing"), false, &mut told, &mut |_| {}).is_err());
@@ -217,11 +214,11 @@ fn the_name_and_the_kind_are_the_receivers() {
         received_by(called("app.log"), &sent, &to).unwrap();
         assert_eq!(fs::read(to.join("app.log")).unwrap(), b"x");
         fs::remove_file(to.join("app.log")).unwrap();
-        let folder = [Entry::Folder(name.to_vec(), ABOUT), Entry::Leave, Entry::End];
-        received_by(called("logs"), &stream(&folder), &to).unwrap();
+        let dir = [Entry::Directory(name.to_vec(), ABOUT), Entry::Leave, Entry::End];
+        received_by(called("logs"), &stream(&dir), &to).unwrap();
         fs::remove_dir(to.join("logs")).unwrap();
     }
-    // What is in a folder, and it is no folder.
+    // What is in a directory, and it is no directory.
     let own = place.0.join("own");
     fs::write(&own, "mine").unwrap();
     for sent in
@@ -229,7 +226,7 @@ fn the_name_and_the_kind_are_the_receivers() {
     {
         for to in [&to, &own] {
             assert!(received_by(called("."), &sent, to).unwrap_err().to_string().contains("not send a directory"));
-            let terms = Terms { must_be_folder: true, ..called("logs") };
+            let terms = Terms { must_be_dir: true, ..called("logs") };
             assert!(received_by(terms, &sent, to).unwrap_err().to_string().contains("not send a directory"));
         }
     }
@@ -254,7 +251,7 @@ fn what_was_there_keeps_its_mode_its_owner_and_its_kind() {
     }
     let open = About { mode: 0o7777, uid: 1234, gid: 1234, mtime_s: 1, mtime_ns: 0 };
     let sent = [
-        stream(&[Entry::Folder(b".".into(), open), Entry::Folder(b"sub".into(), open)]),
+        stream(&[Entry::Directory(b".".into(), open), Entry::Directory(b"sub".into(), open)]),
         file(b"new", open, b"new"),
         file(b"secret", open, b"new"),
         stream(&[Entry::Leave, Entry::Leave, Entry::End]),
@@ -271,14 +268,14 @@ fn what_was_there_keeps_its_mode_its_owner_and_its_kind() {
         assert_eq!((mode(&to), fs::metadata(&to).unwrap().uid()), (0o711, 0));
         assert_eq!(fs::metadata(to.join("sub/secret")).unwrap().uid(), 7);
     }
-    // No file of a guest's comes in place of a folder or of a pipe, and no folder in place of a file.
+    // No file of a guest's comes in place of a directory or of a pipe, and no directory in place of a file.
     let pipe = to.join("pipe");
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     for name in ["sub", "pipe"] {
         assert!(received_by(called(name), &[file(b"x", open, b"x"), stream(&[Entry::End])].concat(), &to).is_err());
     }
     assert!(received_by(called("pipe"), &stream(&[Entry::Link(b"x".into(), b"y".into(), open)]), &to).is_err());
-    assert!(received_by(called("pipe"), &stream(&[Entry::Folder(b"x".into(), open)]), &to).is_err());
+    assert!(received_by(called("pipe"), &stream(&[Entry::Directory(b"x".into(), open)]), &to).is_err());
     assert!(to.join("sub/secret").exists() && fs::symlink_metadata(&pipe).unwrap().mode() & 0o170000 == 0o010000);
 }
 
@@ -296,23 +293,23 @@ fn a_link_that_a_user_names_is_written_through_and_one_that_is_found_is_not() {
     assert_eq!((fs::read(at("real")).unwrap(), fs::read(at("nope")).unwrap()), (b"new".to_vec(), b"new".to_vec()));
     assert!(["link", "again", "dangling"].iter().all(|link| fs::symlink_metadata(at(link)).unwrap().is_symlink()));
     assert!(received_by(called("x"), &sent, &at("loop")).is_err());
-    // The folder is what the user named, and the link in it may be of a guest's making.
+    // The directory is what the user named, and the link in it may be of a guest's making.
     fs::write(at("real"), "old").unwrap();
     received_by(called("link"), &sent, &place.0).unwrap();
     assert_eq!(fs::read(at("real")).unwrap(), b"old");
     assert!(fs::symlink_metadata(at("link")).unwrap().is_file());
     fs::create_dir(at("home")).unwrap();
     symlink("home", at("logs")).unwrap();
-    let folder = [stream(&[Entry::Folder(b"x".into(), ABOUT)]), file(b"keys", ABOUT, b"x")].concat();
-    assert!(received_by(called("logs"), &folder, &place.0).is_err());
+    let dir = [stream(&[Entry::Directory(b"x".into(), ABOUT)]), file(b"keys", ABOUT, b"x")].concat();
+    assert!(received_by(called("logs"), &dir, &place.0).is_err());
     assert_eq!(fs::read_dir(at("home")).unwrap().count(), 0);
-    // A folder that is a link of the user's is their folder.
+    // A directory that is a link of the user's is their directory.
     received_by(called("x"), &sent, &at("logs")).unwrap();
     assert_eq!(fs::read(at("home/x")).unwrap(), b"new");
 }
 
 #[test]
-fn a_link_of_anothers_in_a_folder_of_everybodys_is_not_written_through() {
+fn a_link_of_anothers_in_a_directory_of_everybodys_is_not_written_through() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: only root has links of others");
         return;
@@ -342,8 +339,8 @@ fn a_link_is_sent_as_itself_or_as_what_it_leads_to() {
     assert_eq!(link.link, Some("real".into()));
     let mut bytes = Vec::new();
     send(&place.0.join("link"), true, &mut bytes, &mut |_| {}).unwrap();
-    assert_eq!(received(&bytes, &place.0.join("as-folder")).unwrap().link, None);
-    assert_eq!(fs::read(place.0.join("as-folder/file")).unwrap(), b"x");
+    assert_eq!(received(&bytes, &place.0.join("as-directory")).unwrap().link, None);
+    assert_eq!(fs::read(place.0.join("as-directory/file")).unwrap(), b"x");
 }
 
 #[test]
@@ -368,7 +365,7 @@ fn files_of_proc_and_sys_have_their_content_and_say_how_long_it_is() {
 }
 
 #[test]
-fn what_is_gone_meanwhile_is_left_out_of_a_folder() {
+fn what_is_gone_meanwhile_is_left_out_of_a_directory() {
     let place = Place::new("gone");
     let from = place.0.join("from");
     fs::create_dir(&from).unwrap();

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use super::super::Operation;
 use super::medium::Medium;
-use super::tests::{Disk, folder, pattern, qemu_img};
+use super::tests::{Disk, dir, pattern, qemu_img};
 use super::*;
 
 const SECTOR: usize = 512;
@@ -191,8 +191,8 @@ impl Run {
 }
 
 fn survives(options: &str, seed: u64, steps: u64) {
-    let Some(folder) = folder() else { return };
-    let path = folder.path().join("disk.qcow2");
+    let Some(dir) = dir() else { return };
+    let path = dir.path().join("disk.qcow2");
     let size = (SECTORS * 512).to_string();
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &size]);
     Run::record(&path, seed, steps).cut_everywhere(50);
@@ -216,8 +216,8 @@ fn an_image_of_the_old_version_survives_it() {
 /// The table of blocks of counts becomes too small meanwhile.
 #[test]
 fn an_image_whose_table_of_counts_moves_survives_it() {
-    let Some(folder) = folder() else { return };
-    let path = folder.path().join("disk.qcow2");
+    let Some(dir) = dir() else { return };
+    let path = dir.path().join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
     let mut disk =
         Disk::new(Qcow2Disk::open(File::options().read(true).write(true).open(&path).unwrap(), false).unwrap());
@@ -234,9 +234,9 @@ fn an_image_whose_table_of_counts_moves_survives_it() {
 /// Clusters that two entries have a part in, compressed ones and those of a snapshot.
 #[test]
 fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
-    let Some(folder) = folder() else { return };
+    let Some(dir) = dir() else { return };
     for snapshot in [false, true] {
-        let (raw, path) = (folder.path().join("plain"), folder.path().join("disk.qcow2"));
+        let (raw, path) = (dir.path().join("plain"), dir.path().join("disk.qcow2"));
         fs::write(&raw, vec![0; SECTORS as usize * SECTOR]).unwrap();
         let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
         // Zeroes are not compressed but left out: what is to be found is written over them.
@@ -256,8 +256,8 @@ fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
 /// As a writer that leaves counts for later leaves an image that it did not close.
 #[test]
 fn counts_are_made_good_in_few_syncs_and_an_image_survives_a_loss_of_power_meanwhile() {
-    let Some(folder) = folder() else { return };
-    let path = folder.path().join("disk.qcow2");
+    let Some(dir) = dir() else { return };
+    let path = dir.path().join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
     let open = || File::options().read(true).write(true).open(&path).unwrap();
     let mut disk = Disk::new(Qcow2Disk::open(open(), false).unwrap());

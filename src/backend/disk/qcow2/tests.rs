@@ -14,8 +14,8 @@ use crate::memory::{self, GuestMemory};
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 64 * MIB;
 
-/// A folder for images, or `None` and a loud word where there is no `qemu-img`.
-pub(super) fn folder() -> Option<tempfile::TempDir> {
+/// A directory for images, or `None` and a loud word where there is no `qemu-img`.
+pub(super) fn dir() -> Option<tempfile::TempDir> {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         eprintln!("SKIPPED: tests of qcow2 need qemu-img (Debian package qemu-utils)");
         return None;
@@ -30,8 +30,8 @@ pub(super) fn qemu_img(words: &[&str]) -> String {
     text
 }
 
-fn create(folder: &Path, options: &str) -> PathBuf {
-    let path = folder.join("disk.qcow2");
+fn create(dir: &Path, options: &str) -> PathBuf {
+    let path = dir.join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), &SIZE.to_string()]);
     path
 }
@@ -94,8 +94,8 @@ fn bytes(seed: u64, len: usize) -> Vec<u8> {
 
 /// Does the same to an image and to a plain vector, which then have to be the same.
 fn same_as_a_raw_disk(options: &str) {
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), options);
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), options);
     let mut disk = Disk::new(open(&path, false).unwrap());
     assert_eq!(disk.disk.capacity_bytes(), SIZE);
     let mut expected = vec![0; SIZE as usize];
@@ -149,8 +149,8 @@ fn an_image_of_the_old_version_is_what_a_raw_disk_would_be() {
 
 #[test]
 fn a_flush_reaches_the_image() {
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), "lazy_refcounts=off");
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "lazy_refcounts=off");
     let mut disk = Disk::new(open(&path, false).unwrap());
     disk.write(MIB, &bytes(1, 4096));
     disk.run(Operation::Flush, 0, &[]).unwrap();
@@ -163,8 +163,8 @@ fn a_flush_reaches_the_image() {
 
 #[test]
 fn what_is_discarded_makes_room_for_other_data_and_zeroes_take_none() {
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), "cluster_size=65536");
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "cluster_size=65536");
     let mut disk = Disk::new(open(&path, false).unwrap());
     let fill = |disk: &mut Disk, from_mib: u64| {
         (from_mib..from_mib + 16).for_each(|mib| disk.write(mib * MIB, &bytes(mib, MIB as usize)));
@@ -181,9 +181,9 @@ fn what_is_discarded_makes_room_for_other_data_and_zeroes_take_none() {
 
 #[test]
 fn compressed_clusters_are_read_and_may_be_written_over() {
-    let Some(folder) = folder() else { return };
+    let Some(dir) = dir() else { return };
     for options in ["compression_type=zlib", "compression_type=zstd", "compression_type=zstd,cluster_size=2M"] {
-        let (raw, path) = (folder.path().join("plain"), folder.path().join("disk.qcow2"));
+        let (raw, path) = (dir.path().join("plain"), dir.path().join("disk.qcow2"));
         // As text would be: it shrinks, but not to nothing.
         let mut expected: Vec<u8> = bytes(5, 4 * MIB as usize).iter().map(|byte| byte & 0x1f).collect();
         std::fs::write(&raw, &expected).unwrap();
@@ -218,8 +218,8 @@ fn a_compressed_cluster_that_holds_no_cluster_is_an_error() {
 
 #[test]
 fn a_snapshot_in_the_image_stays_as_it_was() {
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), "cluster_size=65536");
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "cluster_size=65536");
     let mut disk = Disk::new(open(&path, false).unwrap());
     disk.write(0, &bytes(1, MIB as usize));
     drop(disk);
@@ -234,20 +234,20 @@ fn a_snapshot_in_the_image_stays_as_it_was() {
 
 #[test]
 fn an_image_that_names_other_files_is_refused() {
-    let Some(folder) = folder() else { return };
-    let base = create(folder.path(), "cluster_size=65536");
-    let path = folder.path().join("top.qcow2");
+    let Some(dir) = dir() else { return };
+    let base = create(dir.path(), "cluster_size=65536");
+    let path = dir.path().join("top.qcow2");
     let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base.to_str().unwrap(), path.to_str().unwrap()];
     qemu_img(&words);
     assert!(matches!(open(&path, false), Err(Refusal::BackingFile)));
-    create(folder.path(), &format!("data_file={}", folder.path().join("data.raw").display()));
+    create(dir.path(), &format!("data_file={}", dir.path().join("data.raw").display()));
     assert!(matches!(open(&base, false), Err(Refusal::ExternalData)));
 }
 
 #[test]
 fn a_bad_image_is_refused_in_one_line() {
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), "cluster_size=65536");
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "cluster_size=65536");
     let good = std::fs::read(&path).unwrap();
     let refusal = |change: fn(&mut Vec<u8>)| {
         let mut bytes = good.clone();
@@ -288,8 +288,8 @@ fn a_bad_image_is_refused_in_one_line() {
 
 #[test]
 fn a_read_only_image_stays_as_it_is() {
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), "cluster_size=65536");
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "cluster_size=65536");
     let before = std::fs::read(&path).unwrap();
     let mut disk = Disk::new(open(&path, true).unwrap());
     assert!(disk.read(0, 4096).iter().all(|byte| *byte == 0));
@@ -300,11 +300,11 @@ fn a_read_only_image_stays_as_it_is() {
 
 #[test]
 fn extended_l2_entries_are_named_with_the_command_that_converts_them() {
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), "extended_l2=on,cluster_size=128k");
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "extended_l2=on,cluster_size=128k");
     let line = open(&path, false).unwrap_err().to_string();
     assert!(line.contains("qemu-img convert -O qcow2 -o extended_l2=off OLD NEW"), "{line}");
-    let new = folder.path().join("new.qcow2");
+    let new = dir.path().join("new.qcow2");
     let words = ["convert", "-O", "qcow2", "-o", "extended_l2=off", path.to_str().unwrap(), new.to_str().unwrap()];
     qemu_img(&words);
     open(&new, false).unwrap();
@@ -313,9 +313,9 @@ fn extended_l2_entries_are_named_with_the_command_that_converts_them() {
 /// As a library's order, refcount before pointer with nothing between them, leaves an image after a loss of power.
 #[test]
 fn counts_that_were_lost_are_made_good_and_what_was_written_is_there() {
-    let Some(folder) = folder() else { return };
+    let Some(dir) = dir() else { return };
     for (options, dirty) in [("cluster_size=4096", false), ("cluster_size=512,lazy_refcounts=on", true)] {
-        let path = create(folder.path(), options);
+        let path = create(dir.path(), options);
         let mut disk = Disk::new(open(&path, false).unwrap());
         disk.write(MIB, &bytes(1, MIB as usize));
         drop(disk);
@@ -346,8 +346,8 @@ fn counts_that_were_lost_are_made_good_and_what_was_written_is_there() {
 #[test]
 fn what_is_discarded_is_given_back_to_the_host() {
     use std::os::unix::fs::MetadataExt;
-    let Some(folder) = folder() else { return };
-    let path = create(folder.path(), "cluster_size=65536");
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "cluster_size=65536");
     let used_bytes = || std::fs::metadata(&path).unwrap().blocks() * 512;
     let mut disk = Disk::new(open(&path, false).unwrap());
     let fill = |disk: &mut Disk| (0..16).for_each(|mib| disk.write(mib * MIB, &bytes(mib, MIB as usize)));
@@ -370,9 +370,9 @@ fn what_is_discarded_is_given_back_to_the_host() {
 
 #[test]
 fn a_discard_and_zeroes_make_no_tables() {
-    let Some(folder) = folder() else { return };
+    let Some(dir) = dir() else { return };
     for options in ["cluster_size=512", "cluster_size=65536", "cluster_size=2M", "compat=0.10"] {
-        let path = create(folder.path(), options);
+        let path = create(dir.path(), options);
         let before = std::fs::read(&path).unwrap();
         let mut disk = Disk::new(open(&path, false).unwrap());
         for unmap in [false, true] {
@@ -387,12 +387,12 @@ fn a_discard_and_zeroes_make_no_tables() {
 
 #[test]
 fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
-    let Some(folder) = folder() else { return };
+    let Some(dir) = dir() else { return };
     // Each of these steps is in a piece of the second level of its own.
     for (options, size, step_bytes, steps) in
         [("cluster_size=2M", "4T", 1 << 30, 1500), ("cluster_size=512", "12G", MIB, 9000)]
     {
-        let path = folder.path().join("large.qcow2");
+        let path = dir.path().join("large.qcow2");
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path.to_str().unwrap(), size]);
         let mut disk = Disk::new(open(&path, false).unwrap());
         for step in 0..steps {
@@ -418,12 +418,12 @@ fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
 /// Whatever bytes are changed in an image: it is refused, or it is a disk, and is one as well when it is opened again.
 #[test]
 fn an_image_with_changed_bytes_is_refused_or_stays_an_image() {
-    let Some(folder) = folder() else { return };
+    let Some(dir) = dir() else { return };
     let mut numbers = pattern(11);
     let mut number = |limit: usize| numbers.next().unwrap() as usize % limit;
     let mut opened = 0;
     for options in ["cluster_size=512", "cluster_size=1024,refcount_bits=1", "cluster_size=512,refcount_bits=64"] {
-        let (raw, path) = (folder.path().join("plain"), folder.path().join("disk.qcow2"));
+        let (raw, path) = (dir.path().join("plain"), dir.path().join("disk.qcow2"));
         std::fs::write(&raw, [&[1; 8192][..], &bytes(1, 8192), &[0; 200 << 10]].concat()).unwrap();
         let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
         qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, from, to]);

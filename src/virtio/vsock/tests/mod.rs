@@ -33,7 +33,7 @@ const PLENTY: u32 = u32::MAX;
 /// A guest that speaks to the device packet by packet.
 struct Guest {
     driver: Driver,
-    folder: tempfile::TempDir,
+    dir: tempfile::TempDir,
     /// Room for data in each receive buffer.
     room: u32,
     /// Where the buffer of each descriptor is.
@@ -47,10 +47,10 @@ fn range(at: u64, len_bytes: u32) -> [GuestRange; 1] {
 impl Guest {
     /// A guest with `count` receive buffers that hold `room` bytes of data each.
     fn new(count: u16, room: u32) -> Guest {
-        let folder = tempfile::tempdir().unwrap();
-        let config = VsockConfig { socket: folder.path().join("v.sock"), cid: CID as u32 };
+        let dir = tempfile::tempdir().unwrap();
+        let config = VsockConfig { socket: dir.path().join("v.sock"), cid: CID as u32 };
         let driver = Driver::new(device(resources::vsock::open(&config).unwrap()).unwrap());
-        let mut guest = Guest { driver, folder, room, at: vec![0; 256] };
+        let mut guest = Guest { driver, dir, room, at: vec![0; 256] };
         guest.driver.start();
         guest.offer(count);
         guest
@@ -72,7 +72,7 @@ impl Guest {
     }
 
     fn path(&self, suffix: &str) -> PathBuf {
-        self.folder.path().join(format!("v.sock{suffix}"))
+        self.dir.path().join(format!("v.sock{suffix}"))
     }
 
     /// A program of the host's that serves `port`.

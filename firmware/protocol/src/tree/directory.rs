@@ -1,5 +1,5 @@
-//! A folder that is open. What is done in it is done by a single name, and through no link: whatever others make of the folders
-//! above meanwhile, it goes nowhere else.
+//! A directory that is open. What is done in it is done by a single name, and through no link: whatever others make of
+//! the directories above meanwhile, it goes nowhere else.
 
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
@@ -15,8 +15,8 @@ use rustix::process::geteuid;
 
 use super::{about, failure};
 
-/// The folder, and its path for who reads of what went wrong.
-pub struct Folder {
+/// The directory, and its path for who reads of what went wrong.
+pub struct Directory {
     fd: OwnedFd,
     path: PathBuf,
 }
@@ -24,12 +24,12 @@ pub struct Folder {
 /// Nothing of it is read; so its owner may forbid that.
 const FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-impl Folder {
-    /// Opens a folder of the user's own, links and all.
-    pub fn open(path: &Path) -> io::Result<Folder> {
+impl Directory {
+    /// Opens a directory of the user's own, links and all.
+    pub fn open(path: &Path) -> io::Result<Directory> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let fd = fs::openat(CWD, path, FLAGS, Mode::empty()).map_err(|error| about("open", path, &error.into()))?;
-        Ok(Folder { fd, path: path.to_owned() })
+        Ok(Directory { fd, path: path.to_owned() })
     }
 
     /// The path of what is called `name` in it.
@@ -41,8 +41,8 @@ impl Folder {
         done.map_err(|error| about(action, &self.path_of(name), &error.into()))
     }
 
-    /// Makes a folder in it, or takes one that is there. Returns it, and whether it is new.
-    pub fn make_folder(&self, name: &OsStr, mode: u32) -> io::Result<(Folder, bool)> {
+    /// Makes a directory in it, or takes one that is there. Returns it, and whether it is new.
+    pub fn make_dir(&self, name: &OsStr, mode: u32) -> io::Result<(Directory, bool)> {
         let made = fs::mkdirat(&self.fd, name, Mode::from_raw_mode(mode));
         let is_new = made.is_ok();
         if made != Err(Errno::EXIST) {
@@ -54,9 +54,9 @@ impl Folder {
         }
     }
 
-    fn enter(&self, name: &OsStr) -> Result<Folder, Errno> {
+    fn enter(&self, name: &OsStr) -> Result<Directory, Errno> {
         let fd = fs::openat(&self.fd, name, FLAGS | OFlags::NOFOLLOW, Mode::empty())?;
-        Ok(Folder { fd, path: self.path_of(name) })
+        Ok(Directory { fd, path: self.path_of(name) })
     }
 
     /// Makes a file in it, in place of a file or a link. Returns it, and what was there if that was a file.
@@ -74,16 +74,17 @@ impl Folder {
         self.told("make", name, fs::symlinkat(OsStr::from_bytes(target), &self.fd, name))
     }
 
-    /// Gives the file that `names` lead to, from `root`, a further name in this folder, in place of a file or a link.
-    pub fn make_same(&self, name: &OsStr, root: &Folder, names: &[Vec<u8>]) -> io::Result<()> {
-        let Some((file, folders)) = names.split_last() else {
+    /// Gives the file that `names` lead to, from `root`, a further name in this directory, in place of a file or a
+    /// link.
+    pub fn make_same(&self, name: &OsStr, root: &Directory, names: &[Vec<u8>]) -> io::Result<()> {
+        let Some((file, dirs)) = names.split_last() else {
             return Err(failure("the sender sent a hard link to nothing"));
         };
         let mut inner = None;
-        for folder in folders {
-            let from: &Folder = inner.as_ref().unwrap_or(root);
-            let folder = OsStr::from_bytes(folder);
-            inner = Some(from.told("link to", folder, from.enter(folder))?);
+        for dir in dirs {
+            let from: &Directory = inner.as_ref().unwrap_or(root);
+            let dir = OsStr::from_bytes(dir);
+            inner = Some(from.told("link to", dir, from.enter(dir))?);
         }
         let (from, file) = (inner.as_ref().unwrap_or(root), OsStr::from_bytes(file));
         let found = from.told("link to", file, fs::statat(&from.fd, file, AtFlags::SYMLINK_NOFOLLOW))?;
@@ -101,7 +102,7 @@ impl Folder {
         self.told("change the owner of", name, done)
     }
 
-    /// The folder as a file, whose owner, mode and times can be changed.
+    /// The directory as a file, whose owner, mode and times can be changed.
     pub fn as_file(&self) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = fs::openat(&self.fd, ".", flags, Mode::empty());
@@ -147,8 +148,8 @@ pub fn take_after(file: &File, previous: &Stat) -> io::Result<()> {
 /// Links that lead to each other, at most (as the kernel, path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
-/// Where the links of the user's lead that begin at `path`: to a file, or to the name of one. One that another user has put
-/// into a folder of everybody's is refused, as by the kernel (proc(5), protected_symlinks).
+/// Where the links of the user's lead that begin at `path`: to a file, or to the name of one. One that another user has
+/// put into a directory of everybody's is refused, as by the kernel (proc(5), protected_symlinks).
 pub fn through_links(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..LINKS_MAX {
