@@ -1,5 +1,5 @@
 //! The programs that husk carries inside, built small and static: the guest's init as the file `$HUSK_INIT`, what `husk
-//! bench` works with as `$HUSK_WORK`.
+//! bench` works with as `$HUSK_WORKLOAD`.
 //!
 //! A cargo of its own builds them, since another profile and other flags count for them than for husk. It works in a
 //! directory of its own, so that neither waits for the other, and starts only when something that it reads has changed.
@@ -10,9 +10,9 @@ use std::{env, fs};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The package, and the variable that names its program when husk is compiled.
-const CARRIED: [(&str, &str); 2] = [("husk-init", "HUSK_INIT"), ("husk-work", "HUSK_WORK")];
+const CARRIED: [(&str, &str); 2] = [("husk-init", "HUSK_INIT"), ("husk-workload", "HUSK_WORKLOAD")];
 /// What they are made of, and of which versions.
-const SOURCES: [&str; 5] = ["firmware/init", "firmware/protocol", "firmware/work", "Cargo.lock", "Cargo.toml"];
+const SOURCES: [&str; 5] = ["firmware/init", "firmware/protocol", "firmware/workload", "Cargo.lock", "Cargo.toml"];
 /// They are loaded where they were linked, so that they start without relocating themselves.
 const FLAGS: [&str; 4] = ["-C", "target-feature=+crt-static", "-C", "relocation-model=static"];
 

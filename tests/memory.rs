@@ -88,7 +88,7 @@ impl Guest {
         self.machine.memory_use().unwrap().guest.rss_bytes >> 20
     }
 
-    fn balloon(&self) -> &husk::virtio::balloon::Control {
+    fn balloon(&self) -> &husk::virtio::balloon::BalloonHandle {
         self.machine.controls().balloon.as_ref().unwrap()
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use husk::boot::{self, Image};
+use husk::boot::{self, KernelImage};
 use husk::config::MachineConfig;
 use husk::machine::Machine;
 use husk::timings::{Step, Timings};
@@ -39,7 +39,7 @@ pub fn kernel_load() -> Result<()> {
     file.write_all(&elf_of(KERNEL_MIB << 20))?;
     let (mut loads, mut reads) = (Vec::new(), Vec::new());
     for _ in 0..10 {
-        let kernel = Image::identify(file.try_clone()?)?.kernel;
+        let kernel = KernelImage::identify(file.try_clone()?)?.kernel;
         let memory = memory::reserve(256)?;
         let start = Instant::now();
         boot::load(&memory, &kernel, None, "", 1, 1)?;

@@ -21,7 +21,7 @@ thread_local! {
 }
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
-    let Ok(Image { kernel, initrd, cmdline }) = Image::identify(file(bytes)) else { return };
+    let Ok(Image { kernel, initrd, cmdline }) = KernelImage::identify(file(bytes)) else { return };
     let initrd = initrd.unwrap_or_else(|| Part::whole(file(&[0x5a; 5000])).expect("it was just made"));
     load(&kernel, &initrd, &cmdline);
     if let Kernel::BzImage(image) = kernel

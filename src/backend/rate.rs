@@ -72,7 +72,7 @@ fn time_for(amount: u64, per_second: u64) -> Duration {
 /// What a device asks before it does what a guest wants. Used on one thread at a time.
 #[derive(Debug)]
 pub struct Limiter {
-    shared: Arc<Shared>,
+    shared: Arc<LimiterState>,
     /// Which of the limits that were set it goes by.
     generation: u64,
     bytes: Option<Bucket>,
@@ -80,14 +80,14 @@ pub struct Limiter {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct LimiterState {
     rate: Mutex<Rate>,
     /// Counts changes of the rate.
     generation: AtomicU64,
     alarm: Timer,
 }
 
-impl Shared {
+impl LimiterState {
     fn rate(&self) -> MutexGuard<'_, Rate> {
         self.rate.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -96,7 +96,7 @@ impl Shared {
 /// The host's hand on a device's limits, to be used from any thread.
 #[derive(Debug, Clone)]
 pub struct RateControl {
-    shared: Arc<Shared>,
+    shared: Arc<LimiterState>,
 }
 
 impl RateControl {
@@ -116,7 +116,8 @@ impl RateControl {
 impl Limiter {
     /// A limiter to these limits, and the hand that changes them.
     pub fn new(rate: Rate) -> io::Result<(Limiter, RateControl)> {
-        let shared = Arc::new(Shared { rate: Mutex::new(rate), generation: AtomicU64::new(0), alarm: Timer::new()? });
+        let shared =
+            Arc::new(LimiterState { rate: Mutex::new(rate), generation: AtomicU64::new(0), alarm: Timer::new()? });
         let mut limiter = Limiter { shared: shared.clone(), generation: 0, bytes: None, ops: None };
         limiter.fill();
         Ok((limiter, RateControl { shared }))

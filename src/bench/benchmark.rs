@@ -76,7 +76,7 @@ impl fmt::Display for Benchmark {
 
 /// State shared by all benchmarks of a run.
 #[derive(Debug)]
-pub struct Session<'a> {
+pub struct BenchmarkContext<'a> {
     /// The files prepared for the contenders.
     pub fixture: &'a Fixture,
     /// The user's choices.
@@ -160,21 +160,21 @@ impl Benchmark {
     }
 
     /// Runs the benchmark once.
-    pub fn run(self, session: &Session, contender: &dyn Contender) -> Result<Measurements> {
+    pub fn run(self, context: &BenchmarkContext, contender: &dyn Contender) -> Result<Measurements> {
         match self {
-            Benchmark::Start { cold } => session.start(contender, cold),
-            Benchmark::Work => session.work(contender, self.metrics(session.plan), None),
-            Benchmark::Disk => session.work(contender, self.metrics(session.plan), Some(SCRATCH_MIB)),
-            Benchmark::Memory => session.memory(contender),
-            Benchmark::Density => session.density(contender),
-            Benchmark::Network => session.network(contender),
-            Benchmark::Isolation(crash) => session.isolation(contender, crash),
-            Benchmark::Command => session.command(contender),
+            Benchmark::Start { cold } => context.start(contender, cold),
+            Benchmark::Work => context.work(contender, self.metrics(context.plan), None),
+            Benchmark::Disk => context.work(contender, self.metrics(context.plan), Some(SCRATCH_MIB)),
+            Benchmark::Memory => context.memory(contender),
+            Benchmark::Density => context.density(contender),
+            Benchmark::Network => context.network(contender),
+            Benchmark::Isolation(crash) => context.isolation(contender, crash),
+            Benchmark::Command => context.command(contender),
         }
     }
 }
 
-impl Session<'_> {
+impl BenchmarkContext<'_> {
     /// Prepares an instance that runs the workload program.
     fn launch(&self, contender: &dyn Contender, words: &[&str]) -> Result<Launch> {
         self.launch_with(contender, words, |_| ())

@@ -88,7 +88,7 @@ impl Fixture {
 
 /// An image in the store.
 #[derive(Debug)]
-pub struct Image {
+pub struct PreparedImage {
     /// The image's entry in the report.
     pub info: report::Image,
     /// The root, an EROFS image.
@@ -99,7 +99,7 @@ pub struct Image {
 
 /// Finds the image that `word` refers to, as for `husk run`, and prepares it if necessary. Returns `None` if a child
 /// process has reported why that failed.
-pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
+pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<PreparedImage>> {
     let path = Path::new(word);
     let (id, root, in_use) = match on_demand::identify(path)? {
         Kind::Disk => bail!("{word} is a disk image, which containers cannot use: type a container image"),
@@ -110,11 +110,11 @@ pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<Image>> {
         },
     };
     let info = report::Image { name: word.to_owned(), id: format!("sha256:{id}"), bytes: 0 };
-    Ok(Some(Image { info, root, _in_use: in_use }))
+    Ok(Some(PreparedImage { info, root, _in_use: in_use }))
 }
 
 /// Prepares the image: extracts its files, adds the workload program and `data_bytes` of data, and builds the disk.
-pub fn prepare(work_dir: &WorkDir, image: &mut Image, data_bytes: u64, limits: Limits) -> Result<Fixture> {
+pub fn prepare(work_dir: &WorkDir, image: &mut PreparedImage, data_bytes: u64, limits: Limits) -> Result<Fixture> {
     let root = work_dir.dir.join("root");
     extract(&image.root, work_dir)?;
     image.info.bytes = file_bytes(&root).with_context(|| format!("read {}", root.display()))?;

@@ -6,10 +6,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use anyhow::{Context, Result, bail};
 
+use crate::guest::signal;
 use crate::sys::SignalFd;
-
-/// Signals that interrupt a run.
-const END_SIGNALS: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
 static SIGNALS: OnceLock<SignalFd> = OnceLock::new();
 /// The first signal received, or 0.
@@ -17,7 +15,9 @@ static RECEIVED: AtomicI32 = AtomicI32::new(0);
 
 /// Blocks the signals until [`check`] reads them. Must be called before other threads start.
 pub fn install() -> Result<()> {
-    let signals = SignalFd::block(&END_SIGNALS).context("block signals")?;
+    // SIGQUIT keeps its default action, so that a stuck run can still be aborted.
+    let signals: Vec<i32> = signal::TERMINATION.into_iter().filter(|&number| number != libc::SIGQUIT).collect();
+    let signals = SignalFd::block(&signals).context("block signals")?;
     let _ = SIGNALS.set(signals);
     Ok(())
 }

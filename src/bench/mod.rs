@@ -7,7 +7,7 @@
 //! samples ─ statistics ─> report::Report ─> table, JSON, page, compare
 //! ```
 //!
-//! The workload program (`firmware/work`) reads no clock. It prints a line when a task begins and ends, and husk
+//! The workload program (`firmware/workload`) reads no clock. It prints a line when a task begins and ends, and husk
 //! timestamps these lines on the host. All contenders get the same files, arguments and limits.
 
 mod benchmark;
@@ -42,7 +42,7 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 
-use self::benchmark::{Benchmark, Session};
+use self::benchmark::{Benchmark, BenchmarkContext};
 use self::calibration::{Calibration, Calibrator};
 use self::contender::Contender;
 use self::fixture::{DATA, Fixture};
@@ -153,9 +153,9 @@ fn measure_present(
     for failure in failures {
         log::warn!("on the bare host: {failure}");
     }
-    let session = Session { fixture, plan, amounts: &amounts, next_instance: Cell::new(0) };
+    let context = BenchmarkContext { fixture, plan, amounts: &amounts, next_instance: Cell::new(0) };
     let mut monitor = NoiseMonitor::new();
-    let metrics = rounds::measure(&session, &present, &mut monitor)?;
+    let metrics = rounds::measure(&context, &present, &mut monitor)?;
     let sampling = &plan.sampling;
     let method = Method {
         warm_up_rounds: sampling.warm_up_rounds,

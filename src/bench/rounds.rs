@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::benchmark::{Benchmark, Measurements, Session};
+use super::benchmark::{Benchmark, BenchmarkContext, Measurements};
 use super::contender::{Contender, Unsupported};
 use super::noise::NoiseMonitor;
 use super::plan::Sampling;
@@ -31,15 +31,15 @@ struct Participant<'a> {
 
 /// Runs all benchmarks of the plan and returns their results in execution order.
 pub fn measure(
-    session: &Session,
+    context: &BenchmarkContext,
     contenders: &[&dyn Contender],
     monitor: &mut NoiseMonitor,
 ) -> Result<Vec<MetricResults>> {
-    let benchmarks = Benchmark::selected(session.plan);
+    let benchmarks = Benchmark::selected(context.plan);
     let bar = progress(benchmarks.len() as u64);
     let mut measured = Vec::new();
     for benchmark in benchmarks {
-        measured.extend(run_benchmark(benchmark, session, contenders, monitor, &bar)?);
+        measured.extend(run_benchmark(benchmark, context, contenders, monitor, &bar)?);
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -57,15 +57,15 @@ fn progress(benchmarks: u64) -> ProgressBar {
 
 fn run_benchmark(
     benchmark: Benchmark,
-    session: &Session,
+    context: &BenchmarkContext,
     contenders: &[&dyn Contender],
     monitor: &mut NoiseMonitor,
     bar: &ProgressBar,
 ) -> Result<Vec<MetricResults>> {
-    let metrics = benchmark.metrics(session.plan);
+    let metrics = benchmark.metrics(context.plan);
     let mut participants: Vec<Participant> =
-        contenders.iter().map(|contender| Participant::new(benchmark, session, *contender, &metrics)).collect();
-    let (warm_up, min, max) = round_limits(benchmark, &session.plan.sampling);
+        contenders.iter().map(|contender| Participant::new(benchmark, context, *contender, &metrics)).collect();
+    let (warm_up, min, max) = round_limits(benchmark, &context.plan.sampling);
     for round in 0..warm_up + max {
         monitor.sample();
         let counted = round.checked_sub(warm_up);
@@ -73,13 +73,13 @@ fn run_benchmark(
             let name = participant.contender.name();
             bar.set_message(format!("{benchmark}, round {}: {name}", counted.map_or(0, |round| round + 1)));
             let started = Instant::now();
-            let measurements = benchmark.run(session, participant.contender);
+            let measurements = benchmark.run(context, participant.contender);
             log::debug!("{benchmark} with {name} took {:?}", started.elapsed());
             super::interrupt::check()?;
             participant.record(measurements, counted);
         }
         let done = counted.map_or(0, |round| round + 1);
-        if done >= min && participants.iter().all(|participant| participant.is_precise(session.plan.sampling.precision))
+        if done >= min && participants.iter().all(|participant| participant.is_precise(context.plan.sampling.precision))
         {
             break;
         }
@@ -99,11 +99,11 @@ fn round_limits(benchmark: Benchmark, sampling: &Sampling) -> (u32, u32, u32) {
 impl<'a> Participant<'a> {
     fn new(
         benchmark: Benchmark,
-        session: &Session,
+        context: &BenchmarkContext,
         contender: &'a dyn Contender,
         metrics: &'a [&'static Metric],
     ) -> Participant<'a> {
-        let skipped = benchmark.skip_reason(contender, session.fixture);
+        let skipped = benchmark.skip_reason(contender, context.fixture);
         let outcome = |_: &&Metric| Outcome {
             contender: contender.name().to_owned(),
             samples: Vec::new(),

@@ -1,4 +1,4 @@
-//! The workload program (`firmware/work`), embedded in husk.
+//! The workload program (`firmware/workload`), embedded in husk.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 /// The executable. It is static, so that it runs in any root and as init.
-pub const PROGRAM: &[u8] = include_bytes!(env!("HUSK_WORK"));
+pub const PROGRAM: &[u8] = include_bytes!(env!("HUSK_WORKLOAD"));
 
 /// Writes the executable into a directory, as `work`.
 pub fn write(dir: &Path) -> Result<PathBuf> {

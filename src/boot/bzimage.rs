@@ -193,14 +193,14 @@ mod tests {
 
     use super::*;
     use crate::boot::sample::{self, LZO};
-    use crate::boot::{Image, Kernel};
+    use crate::boot::{Kernel, KernelImage};
     use crate::memory;
 
     const MIB: u64 = 1 << 20;
     const KERNEL_BYTES: u32 = 256 << 10;
 
     fn open(bytes: &[u8]) -> Result<BzImage> {
-        match Image::identify(sample::file(bytes))?.kernel {
+        match KernelImage::identify(sample::file(bytes))?.kernel {
             Kernel::BzImage(image) => Ok(image),
             Kernel::Elf(_) => panic!("an ELF image"),
         }

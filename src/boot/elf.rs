@@ -39,7 +39,7 @@ const INITRD_ADDRESS_MAX: u64 = 0x7fff_ffff;
 
 /// What an ELF image asks for.
 #[derive(Debug)]
-pub struct Image {
+pub struct ElfImage {
     entry: u64,
     pvh_entry: Option<u32>,
     segments: Vec<Segment>,
@@ -53,7 +53,7 @@ struct Segment {
 }
 
 /// Reads the headers of `file`. Fails where it is not a whole x86-64 ELF image that could be a kernel.
-pub fn parse(file: &File) -> Result<Image> {
+pub fn parse(file: &File) -> Result<ElfImage> {
     let file_bytes = file.metadata()?.len();
     let mut header = Elf64_Ehdr::default();
     file.read_exact_at(header.as_mut_slice(), 0).context("read ELF header")?;
@@ -84,7 +84,7 @@ pub fn parse(file: &File) -> Result<Image> {
         file.read_exact_at(program_header.as_mut_slice(), offset).context("read ELF program headers")?;
     }
 
-    let mut image = Image { entry: header.e_entry, pvh_entry: None, segments: Vec::new() };
+    let mut image = ElfImage { entry: header.e_entry, pvh_entry: None, segments: Vec::new() };
     for program_header in &program_headers {
         match program_header.p_type {
             PT_LOAD if program_header.p_memsz != 0 => image.segments.push(segment(program_header, file_bytes)?),
@@ -162,7 +162,7 @@ impl<'a> Note<'a> {
     }
 }
 
-impl Image {
+impl ElfImage {
     /// Where the kernel is entered.
     fn entry(&self) -> (Protocol, u64) {
         match self.pvh_entry {

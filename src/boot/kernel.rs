@@ -11,7 +11,7 @@ use super::unified::Unified;
 
 /// What a kernel's file holds.
 #[derive(Debug)]
-pub struct Image {
+pub struct KernelImage {
     /// The kernel.
     pub kernel: Kernel,
     /// The initial RAM disk that a unified kernel image has in it.
@@ -29,11 +29,11 @@ pub enum Kernel {
     BzImage(BzImage),
 }
 
-impl Image {
+impl KernelImage {
     /// Looks at `file`'s first bytes, and at all of a bzImage's header and of a unified kernel image's sections.
-    pub fn identify(file: File) -> Result<Image> {
+    pub fn identify(file: File) -> Result<KernelImage> {
         let part = Part::whole(file)?;
-        let alone = |kernel| Image { kernel, initrd: None, cmdline: String::new() };
+        let alone = |kernel| KernelImage { kernel, initrd: None, cmdline: String::new() };
         let mut magic = [0; 4];
         match part.read_at(&mut magic, 0).context("read kernel")? {
             4 if magic == *b"\x7fELF" => return Ok(alone(Kernel::Elf(part.into_file()))),
@@ -46,7 +46,7 @@ impl Image {
             bail!("not a kernel: expected an ELF vmlinux, a bzImage or a unified kernel image")
         };
         ensure!(bzimage::is_bzimage(&linux)?, "the .linux of the unified kernel image is not a bzImage");
-        Ok(Image { kernel: Kernel::BzImage(BzImage::open(linux)?), initrd, cmdline })
+        Ok(KernelImage { kernel: Kernel::BzImage(BzImage::open(linux)?), initrd, cmdline })
     }
 }
 
@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_kernel_is_called_so() {
-        let error = |bytes: &[u8]| Image::identify(sample::file(bytes)).unwrap_err().to_string();
+        let error = |bytes: &[u8]| KernelImage::identify(sample::file(bytes)).unwrap_err().to_string();
         assert_eq!(error(b""), "the kernel file is empty");
         for bytes in [b"#!/bin/sh\n".as_slice(), b"\x7fEL", &[0; 4096]] {
             assert_eq!(error(bytes), "not a kernel: expected an ELF vmlinux, a bzImage or a unified kernel image");
@@ -76,10 +76,10 @@ mod tests {
     fn a_unified_image_is_its_parts() {
         let bzimage = sample::bzimage(sample::LZO);
         let sections: [(&str, &[u8]); 3] = [(".cmdline", b"quiet"), (".initrd", b"070701"), (".linux", &bzimage)];
-        let image = Image::identify(sample::file(&sample::unified(&sections))).unwrap();
+        let image = KernelImage::identify(sample::file(&sample::unified(&sections))).unwrap();
         assert!(matches!(image.kernel, Kernel::BzImage(_)));
         assert_eq!((image.initrd.unwrap().len_bytes(), image.cmdline.as_str()), (6, "quiet"));
-        let error = Image::identify(sample::file(&sample::unified(&[(".linux", b"kernel")]))).unwrap_err();
+        let error = KernelImage::identify(sample::file(&sample::unified(&[(".linux", b"kernel")]))).unwrap_err();
         assert_eq!(error.to_string(), "the .linux of the unified kernel image is not a bzImage");
     }
 }

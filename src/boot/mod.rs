@@ -1,4 +1,4 @@
-//! From an opened kernel, initrd and command line to guest memory and the first vCPU's [`Entry`].
+//! From an opened kernel, initrd and command line to guest memory and the first vCPU's [`EntryPoint`].
 //!
 //! What stands here is x86: it is called once, before any vCPU runs, on the thread that builds the machine. Kernel
 //! and initrd are foreign files: each is read once, straight to where the guest finds it, and nothing that they say is
@@ -25,7 +25,7 @@ use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use bzimage::BzImage;
-pub use kernel::{Image, Kernel};
+pub use kernel::{Kernel, KernelImage};
 pub use part::Part;
 pub use unified::Unified;
 
@@ -43,7 +43,7 @@ pub enum Protocol {
 
 /// Where the first vCPU starts, and what it is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
+pub struct EntryPoint {
     /// The state that the vCPU is to be in.
     pub protocol: Protocol,
     /// Guest physical address of the first instruction.
@@ -91,7 +91,7 @@ pub fn load(
     cmdline: &str,
     cpus: u32,
     virtio_count: usize,
-) -> Result<Entry> {
+) -> Result<EntryPoint> {
     let loaded = match kernel {
         Kernel::Elf(file) => elf::load(memory, file),
         Kernel::BzImage(image) => bzimage::load(memory, image),
@@ -109,7 +109,7 @@ pub fn load(
         Protocol::Pvh => pvh::write(memory, initrd)?,
         Protocol::Linux64 => zero_page::write(memory, loaded.header, cmdline.len(), initrd)?,
     };
-    Ok(Entry { protocol: loaded.protocol, instruction: loaded.instruction, info })
+    Ok(EntryPoint { protocol: loaded.protocol, instruction: loaded.instruction, info })
 }
 
 /// Writes `bytes` at guest physical address `address`.
@@ -128,7 +128,7 @@ mod tests {
 
     fn kernel(note: Option<&[u8]>) -> Kernel {
         let text = sample::Segment { address: MIB, bytes: b"text", memory_bytes: 0x1000 };
-        Image::identify(sample::file(&sample::elf(MIB, &[text], note))).unwrap().kernel
+        KernelImage::identify(sample::file(&sample::elf(MIB, &[text], note))).unwrap().kernel
     }
 
     #[test]
@@ -137,7 +137,7 @@ mod tests {
         let initrd = Part::whole(sample::file(&[7; 10])).unwrap();
         let entry = load(&memory, &kernel(None), Some(&initrd), "quiet", 2, 1).unwrap();
         let info = layout::ZERO_PAGE_ADDRESS;
-        assert_eq!(entry, Entry { protocol: Protocol::Linux64, instruction: MIB, info });
+        assert_eq!(entry, EntryPoint { protocol: Protocol::Linux64, instruction: MIB, info });
         let read = |address: u64| memory.read_obj::<u64>(GuestAddress(address)).unwrap();
         assert_eq!(read(0xf_fff0).to_le_bytes(), [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4, 0xeb], "out 0x602, 1");
         assert_eq!(read(layout::ACPI_ADDRESS).to_le_bytes(), *b"RSD PTR ");
@@ -151,7 +151,7 @@ mod tests {
         let note = sample::note(b"Xen\0", 18, &(MIB as u32 + 1).to_le_bytes());
         let entry = load(&memory, &kernel(Some(&note)), None, "", 1, 0).unwrap();
         let info = layout::PVH_INFO_ADDRESS;
-        assert_eq!(entry, Entry { protocol: Protocol::Pvh, instruction: MIB + 1, info });
+        assert_eq!(entry, EntryPoint { protocol: Protocol::Pvh, instruction: MIB + 1, info });
     }
 
     #[test]

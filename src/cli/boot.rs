@@ -12,7 +12,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use super::cpus::{self, Cpus};
 use super::exit::{EXIT_CODES, Exit};
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
-use super::limits::Limits;
+use super::limits::LimitFlags;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
 use crate::config::Rate;
@@ -79,7 +79,7 @@ pub struct Boot {
     memory: Option<u64>,
 
     #[command(flatten)]
-    limits: Limits,
+    limits: LimitFlags,
 
     /// Enable nested virtualization, if the host's KVM supports it
     #[arg(long)]

@@ -183,7 +183,7 @@ fn start_copy(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::
     ensure!(!path.is_empty(), "no path given after {name}:");
     let args = [INIT_PROGRAM, word, path].map(|word| word.as_bytes().to_vec()).to_vec();
     let process = Process { args, user: "0:0".into(), stdin, ..Process::default() };
-    guest::ask(&entry.file(state_dir::VSOCK), &process)?.connect()
+    guest::request_start(&entry.file(state_dir::VSOCK), &process)?.connect()
 }
 
 type Errors = std::thread::JoinHandle<String>;

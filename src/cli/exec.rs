@@ -74,26 +74,26 @@ impl Exec {
         let entry = StateDir::open()?.find(machine)?;
         let process = self.process(inherited(&entry)?, command)?;
         let vsock = entry.file(state_dir::VSOCK);
-        let admitted = exec::ask(&vsock, &process)?;
+        let admitted = exec::request_start(&vsock, &process)?;
         let end = if self.detach {
-            End::Told(admitted.connect()?.started()?)
+            End::Reported(admitted.connect()?.started()?)
         } else {
             // Whoever waits for a turn ends by a signal as ever: there is no process yet that it could be meant for.
             let signals = supervisor::block_signals(true)?;
-            exec::stay(admitted.connect()?, &signals, self.process.tty && self.process.interactive)?
+            exec::run_session(admitted.connect()?, &signals, self.process.tty && self.process.interactive)?
         };
         match end {
-            End::Told(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
-            End::Told(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
-            End::Told(ToHost::Failed { message, code }) => {
+            End::Reported(ToHost::Exited(code)) => Ok(Exit::Reported(code)),
+            End::Reported(ToHost::Signaled(number)) => Ok(Exit::Signal(number)),
+            End::Reported(ToHost::Failed { message, code }) => {
                 super::print_error(&message);
                 Ok(Exit::Reported(code))
             }
-            End::Told(ToHost::Started(_)) if self.detach => Ok(Exit::Success),
-            End::Told(ToHost::Started(_) | ToHost::Admitted | ToHost::AskTime) => {
+            End::Reported(ToHost::Started(_)) if self.detach => Ok(Exit::Success),
+            End::Reported(ToHost::Started(_) | ToHost::Admitted | ToHost::AskTime) => {
                 bail!("the guest did not say how the process ended")
             }
-            End::Left(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
+            End::Interrupted(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
         }
     }
 

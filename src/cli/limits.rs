@@ -5,9 +5,9 @@ use clap::Args;
 use super::size;
 use crate::config::MachineConfig;
 
-/// Limits beside `--cpus` and `--memory`.
+/// LimitFlags beside `--cpus` and `--memory`.
 #[derive(Debug, Clone, Default, Args)]
-pub struct Limits {
+pub struct LimitFlags {
     /// Host CPUs in which to allow execution (0-2,4)
     #[arg(long, value_name = "LIST", value_parser = cpuset)]
     cpuset: Option<Cpuset>,
@@ -41,7 +41,7 @@ enum HostMemory {
     Mib(u64),
 }
 
-impl Limits {
+impl LimitFlags {
     /// Changes `config`, which has all of its devices, as the flags say. `memory_mib` is that of `--memory`, if it was given.
     pub fn apply(&self, memory_mib: Option<u64>, config: &mut MachineConfig) {
         if let Some(Cpuset(cpus)) = &self.cpuset {
@@ -106,7 +106,7 @@ mod tests {
     #[derive(Parser)]
     struct Cli {
         #[command(flatten)]
-        limits: Limits,
+        limits: LimitFlags,
     }
 
     fn applied(words: &[&str], memory_mib: Option<u64>, mut config: MachineConfig) -> MachineConfig {

@@ -8,7 +8,7 @@ use clap::Args;
 use super::size;
 use crate::config::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
-use crate::guest::network::{Address, Addressed, Wiring};
+use crate::guest::network::{Address, InterfaceSetup, NetworkSetup};
 use crate::resources::bridge::{self, Lease};
 use crate::resources::{net, passt};
 
@@ -142,39 +142,39 @@ impl NetworkFlags {
             !self.networks.iter().any(is_configured),
             "ip= and gateway= are only supported by `husk run`: a guest of `husk boot` configures its network itself"
         );
-        Ok(self.interfaces(None)?.into_iter().map(|wired| wired.config).collect())
+        Ok(self.interfaces(None)?.into_iter().map(|interfaces| interfaces.config).collect())
     }
 
     /// The interfaces of the machine `name`, set up by husk's init: as the flags ask for, or what a machine has if nothing was
     /// said, which may be nothing.
-    pub fn wiring(&self, name: &str) -> Result<Wiring> {
-        let mut wired = self.interfaces(Some(name))?;
+    pub fn setup(&self, name: &str) -> Result<NetworkSetup> {
+        let mut interfaces = self.interfaces(Some(name))?;
         if self.is_empty() {
             match passt::check() {
-                Ok(()) => wired.push(Addressed::from(user())),
+                Ok(()) => interfaces.push(InterfaceSetup::from(user())),
                 Err(error) => log::warn!("the machine has no network: {error}"),
             }
         }
-        self.limit(wired.iter_mut().map(|wired| &mut wired.config.rate))?;
-        for (index, wired) in wired.iter_mut().enumerate() {
-            wired.config.mac.get_or_insert_with(|| net::mac_of(name, index));
+        self.limit(interfaces.iter_mut().map(|interfaces| &mut interfaces.config.rate))?;
+        for (index, interfaces) in interfaces.iter_mut().enumerate() {
+            interfaces.config.mac.get_or_insert_with(|| net::mac_of(name, index));
         }
-        Ok(Wiring::new(wired, &self.dns))
+        Ok(NetworkSetup::new(interfaces, &self.dns))
     }
 
     /// What was asked for, with an address for `machine`, if it is known, on each network that has some to give.
-    fn interfaces(&self, machine: Option<&str>) -> Result<Vec<Addressed>> {
+    fn interfaces(&self, machine: Option<&str>) -> Result<Vec<InterfaceSetup>> {
         let none = self.networks.iter().any(|arg| arg.to == Target::Nothing);
         ensure!(!none || self.networks.len() == 1, "--network none cannot be combined with other networks");
-        let mut wired = Vec::new();
+        let mut interfaces = Vec::new();
         for (index, arg) in self.networks.iter().enumerate() {
-            wired.extend(arg.addressed(machine, index)?);
+            interfaces.extend(arg.interface_setup(machine, index)?);
         }
         // Who publishes a port has a network in mind.
         if self.networks.is_empty() && !self.is_empty() {
-            wired.push(Addressed::from(user()));
+            interfaces.push(InterfaceSetup::from(user()));
         }
-        let first_user = wired.iter_mut().find_map(|wired| match &mut wired.config.to {
+        let first_user = interfaces.iter_mut().find_map(|interfaces| match &mut interfaces.config.to {
             Attachment::User(user) => Some(user),
             Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
         });
@@ -188,7 +188,7 @@ impl NetworkFlags {
             }
             None => {}
         }
-        Ok(wired)
+        Ok(interfaces)
     }
 }
 
@@ -210,25 +210,25 @@ fn user() -> NetworkConfig {
 }
 
 impl NetworkArg {
-    fn addressed(&self, machine: Option<&str>, index: usize) -> Result<Option<Addressed>> {
+    fn interface_setup(&self, machine: Option<&str>, index: usize) -> Result<Option<InterfaceSetup>> {
         let (to, mac) = match &self.to {
             Target::Nothing => return Ok(None),
             Target::Attachment(to) => (to.clone(), self.mac),
             Target::Network(name) => {
                 let Some(machine) = machine else {
                     let to = Attachment::Bridge { name: bridge::interface_of(name) };
-                    return Ok(Some(Addressed::from(self.config(to, self.mac))));
+                    return Ok(Some(InterfaceSetup::from(self.config(to, self.mac))));
                 };
                 let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
                 let lease = bridge::join(name, machine, mac)?;
-                let mut leased = Addressed::leased(lease, mac);
+                let mut leased = InterfaceSetup::leased(lease, mac);
                 leased.config = self.config(leased.config.to, leased.config.mac);
                 return Ok(Some(leased));
             }
         };
         let config = self.config(to, mac);
         let (addresses, gateways) = (self.addresses.clone(), self.gateways.clone());
-        Ok(Some(Addressed { config, addresses, gateways, lease: None }))
+        Ok(Some(InterfaceSetup { config, addresses, gateways, lease: None }))
     }
 
     fn config(&self, to: Attachment, mac: Option<MacAddress>) -> NetworkConfig {
@@ -282,8 +282,12 @@ mod tests {
     #[test]
     fn limits_are_each_interfaces_unless_it_has_its_own() {
         let rates = |words: &[&str]| -> Result<Vec<_>, String> {
-            let wired = flags(words).wiring("web").map_err(|error| error.to_string())?;
-            Ok(wired.configs.iter().map(|config| (config.rate.bytes_per_second, config.rate.ops_per_second)).collect())
+            let interfaces = flags(words).setup("web").map_err(|error| error.to_string())?;
+            Ok(interfaces
+                .configs
+                .iter()
+                .map(|config| (config.rate.bytes_per_second, config.rate.ops_per_second))
+                .collect())
         };
         let both = ["--network=tap=a,bps=1k", "--network=user", "--network-bps=2M", "--network-pps=7"];
         assert_eq!(rates(&both), Ok(vec![(Some(1024), Some(7)), (Some(2 << 20), Some(7))]));

@@ -5,7 +5,7 @@ use clap::Args;
 use indicatif::HumanBytes;
 
 use super::exit::Exit;
-use crate::image::{Held, Store};
+use crate::image::{PruneOptions, Store};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,7 +28,7 @@ pub struct Prune {
 impl Prune {
     /// Removes, and says how much it was. What a running machine uses stays.
     pub fn run(self) -> Result<Exit> {
-        let pruned = Store::open_default()?.prune(Held { nameless: false, layers: !self.layers })?;
+        let pruned = Store::open_default()?.prune(PruneOptions { keep_unnamed: false, keep_layers: !self.layers })?;
         let text = if self.json {
             serde_json::to_string(&pruned).context("print what was removed")?
         } else {

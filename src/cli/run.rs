@@ -13,7 +13,7 @@ use log::Level;
 use super::cpus::{self, Cpus};
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
-use super::limits::Limits;
+use super::limits::LimitFlags;
 use super::network::NetworkFlags;
 use super::process::ProcessFlags;
 use super::{boot, signal, size};
@@ -23,8 +23,8 @@ use crate::config::Rate;
 use crate::console::log::{Log, Tail};
 use crate::exit_latch::ExitReason;
 use crate::guest::process::{self, Defaults};
-use crate::guest::session::{Ends, Session};
-use crate::guest::{Base, Changes, GuestSpec};
+use crate::guest::session::{Endpoints, Session};
+use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::ext4::Journal;
 use crate::image::{ImageProcess, Store, on_demand};
 use crate::machine::Machine;
@@ -138,7 +138,7 @@ pub struct Run {
     memory: u64,
 
     #[command(flatten)]
-    limits: Limits,
+    limits: LimitFlags,
 
     /// Enable nested virtualization, if the host's KVM supports it
     #[arg(long)]
@@ -198,14 +198,14 @@ impl Run {
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
-        let Some(base) = self.find_base(Path::new(&image))? else { return Ok(Exit::NotRun) };
+        let Some(root_fs) = self.find_root_fs(Path::new(&image))? else { return Ok(Exit::NotRun) };
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
         let dir = self.lifecycle.dir()?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
-        let mut spec = self.guest_spec(base, command, &dir)?;
-        spec.connect(self.network.wiring(&name)?);
+        let mut spec = self.guest_spec(root_fs, command, &dir)?;
+        spec.connect(self.network.setup(&name)?);
         let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
         let verbose = log::log_enabled!(Level::Info);
         let mut config =
@@ -236,12 +236,12 @@ impl Run {
 
     /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be
     /// prepared, and that has been said.
-    fn find_base(&self, image: &Path) -> Result<Option<Base>> {
+    fn find_root_fs(&self, image: &Path) -> Result<Option<RootFs>> {
         let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
                 bail!("a disk image is modified in place: remove --scratch and --keep")
             }
-            Kind::Disk => return Ok(Some(Base::Disk { path: image.to_owned(), readonly: self.read_only })),
+            Kind::Disk => return Ok(Some(RootFs::Disk { path: image.to_owned(), readonly: self.read_only })),
             Kind::Root { uuid } => (image.to_owned(), Defaults::default(), None, uuid),
             Kind::Other => {
                 let word =
@@ -252,35 +252,35 @@ impl Run {
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
             }
         };
-        Ok(Some(Base::Image { root, defaults, changes: self.changes(identity)?, in_use }))
+        Ok(Some(RootFs::Image { root, defaults, writable: self.writable_layer(identity)?, in_use }))
     }
 
     /// Where the command's changes to the root of the image `identity` go.
-    fn changes(&self, identity: [u8; 16]) -> Result<Changes> {
+    fn writable_layer(&self, identity: [u8; 16]) -> Result<WritableLayer> {
         let size_bytes = self.scratch.unwrap_or(DEFAULT_DISK_BYTES);
         Ok(match &self.keep {
-            Some(name) => Changes::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
+            Some(name) => WritableLayer::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
             None if self.scratch.is_some() => {
                 // A guest that is started again finds what the one before it left.
                 let journal = if self.lifecycle.may_restart() { Journal::Yes } else { Journal::No };
-                Changes::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
+                WritableLayer::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
             }
-            None if self.read_only => Changes::Forbidden,
-            None => Changes::Memory,
+            None if self.read_only => WritableLayer::None,
+            None => WritableLayer::Memory,
         })
     }
 
     /// What is to be in the machine, all overrides and defaults considered.
-    fn guest_spec(&mut self, base: Base, command: Vec<OsString>, dir: &MachineDir) -> Result<GuestSpec> {
+    fn guest_spec(&mut self, root_fs: RootFs, command: Vec<OsString>, dir: &MachineDir) -> Result<GuestSpec> {
         let hostname = self.hostname.take().or_else(|| self.lifecycle.name.clone()).unwrap_or_else(|| dir.id());
-        let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(base, Base::Disk { .. }));
-        if own_init.is_some() || matches!(base, Base::Disk { .. }) {
+        let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(root_fs, RootFs::Disk { .. }));
+        if own_init.is_some() || matches!(root_fs, RootFs::Disk { .. }) {
             let program = own_init.filter(|path| !path.is_empty());
             if program.is_none() && !command.is_empty() {
                 bail!("a disk image runs its own init: use --init=PATH to pass arguments to it");
             }
             let args = program.into_iter().chain(command).collect();
-            return Ok(GuestSpec::with_own_init(base, args, hostname, std::mem::take(&mut self.tmpfs)));
+            return Ok(GuestSpec::with_own_init(root_fs, args, hostname, std::mem::take(&mut self.tmpfs)));
         }
         let mut overrides = self.process.overrides(command)?;
         (overrides.entrypoint, overrides.limits) = (self.entrypoint.take(), std::mem::take(&mut self.ulimit));
@@ -288,7 +288,7 @@ impl Run {
             self.process.check_terminal()?;
         }
         let ProcessFlags { tty, interactive, .. } = self.process;
-        GuestSpec::with_process(base, overrides, tty, interactive, hostname, std::mem::take(&mut self.tmpfs))
+        GuestSpec::with_process(root_fs, overrides, tty, interactive, hostname, std::mem::take(&mut self.tmpfs))
     }
 
     /// Runs the machine once.
@@ -317,8 +317,8 @@ impl Run {
         let _ = std::fs::remove_file(&service);
         let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
         let on_terminal = spec.on_terminal();
-        let ends = endpoint.hub().map_or(Ends::Ours, |hub| Ends::Hub(hub.clone()));
-        let mut session = Session::new(listener, spec.wants_stdin(), on_terminal, ends, timings.clone())?;
+        let endpoints = endpoint.hub().map_or(Endpoints::Stdio, |hub| Endpoints::Hub(hub.clone()));
+        let mut session = Session::new(listener, spec.wants_stdin(), on_terminal, endpoints, timings.clone())?;
         // Without input Ctrl-C is a signal of ours, and handed on like any other.
         let takes_keys = on_terminal && spec.wants_stdin();
         let machine = Machine::build(config, resources, timings.clone())?;

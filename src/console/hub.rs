@@ -13,9 +13,9 @@ use super::stream_log::{self, Stream, StreamLog};
 use crate::sandbox;
 
 /// How long one who is attached may hold the machine up by not reading before they are let go.
-const WATCHER_PATIENCE: Duration = Duration::from_secs(5);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long they have for the rest when somebody waits for the machine's end.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+const FORCED_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The log and the watchers. Each stream of the machine writes from its own thread.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl Hub {
         inner.watchers.iter().for_each(|watcher| watcher.backlog.push(&records));
         let slow: Vec<_> = inner.watchers.iter().filter(|watcher| watcher.backlog.is_full()).cloned().collect();
         drop(inner);
-        let deadline = Instant::now() + WATCHER_PATIENCE;
+        let deadline = Instant::now() + WRITE_TIMEOUT;
         slow.iter().filter(|watcher| !watcher.backlog.has_room_by(deadline)).for_each(|watcher| watcher.let_go());
     }
 
@@ -89,7 +89,7 @@ impl Hub {
     pub fn close(&self, in_a_hurry: bool) {
         let watchers = std::mem::take(&mut self.lock().watchers);
         watchers.iter().for_each(|watcher| watcher.backlog.close());
-        let deadline = Instant::now() + if in_a_hurry { LAST_WORDS } else { WATCHER_PATIENCE };
+        let deadline = Instant::now() + if in_a_hurry { FORCED_DRAIN_TIMEOUT } else { WRITE_TIMEOUT };
         while watchers.iter().any(|watcher| !watcher.thread.is_finished()) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
@@ -170,9 +170,9 @@ mod tests {
         let started = Instant::now();
         let (_awake, theirs) = UnixStream::pair().unwrap();
         hub.attach(theirs).unwrap();
-        assert!(started.elapsed() < WATCHER_PATIENCE / 2, "{:?}", started.elapsed());
+        assert!(started.elapsed() < WRITE_TIMEOUT / 2, "{:?}", started.elapsed());
         asleep.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        thread::sleep(WATCHER_PATIENCE + Duration::from_secs(1));
+        thread::sleep(WRITE_TIMEOUT + Duration::from_secs(1));
         let mut rest = Vec::new();
         asleep.read_to_end(&mut rest).expect("it is told that it was let go");
         assert!(rest.len() < 40 * (64 << 10));

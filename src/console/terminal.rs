@@ -59,13 +59,13 @@ pub fn restore() {
     }
 }
 
-/// Says `text`, which is whole lines, on standard error, unless there is no room for it within `patience`: who says something
+/// Says `text`, which is whole lines, on standard error, unless there is no room for it within `timeout`: who says something
 /// from where others wait for them is not to wait for a reader that sleeps. Returns whether it was said.
-pub fn say(text: &str, patience: Duration) -> bool {
+pub fn say(text: &str, timeout: Duration) -> bool {
     let mut poll = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-    let patience_ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+    let timeout_ms = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
     // SAFETY: the call reads and writes the one structure that it is given.
-    let has_room = unsafe { libc::poll(&raw mut poll, 1, patience_ms) } > 0;
+    let has_room = unsafe { libc::poll(&raw mut poll, 1, timeout_ms) } > 0;
     if has_room {
         // There is no other place to say that it is closed, or on a full disk.
         let _ = io::stderr().write_all(on_screen(text).as_bytes());

@@ -1,5 +1,5 @@
-//! One more process in a machine that runs: from its description to connections through the machine's socket, and to
-//! its end.
+//! Runs an additional process in a running machine: sends its description, connects its streams through the machine's
+//! vsock socket and waits for its exit.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
@@ -19,26 +19,26 @@ use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::sys::{self, SignalFd};
 use crate::timings::Timings;
 
-/// How long a guest may take to take a connection; it may be busy, and it may be gone.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How long it may take to have room for one more process: others have to end for that.
-const TURN_PATIENCE: Duration = Duration::from_secs(120);
-/// Before a connection that was refused is tried again; doubled each time, up to the other.
+/// How long the guest may take to accept a connection. It may be busy or gone.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the guest may take to admit another process, which may require others to exit first.
+const ADMISSION_TIMEOUT: Duration = Duration::from_secs(120);
+/// The delay before the first retry of a refused connection. It doubles up to the maximum.
 const RETRY_FIRST: Duration = Duration::from_millis(5);
 const RETRY_LAST: Duration = Duration::from_millis(320);
-/// No answer to a request for a connection is longer.
+/// The maximum length of the reply to a connection request.
 const ANSWER_MAX_BYTES: usize = 32;
 
-/// How a process that was added to a machine ended.
+/// How a session with an additional process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
-    /// As its guest says.
-    Told(ToHost),
-    /// A signal to husk ended the session; the process may go on.
-    Left(i32),
+    /// The guest reported this result.
+    Reported(ToHost),
+    /// A signal to husk ended the session; the process may still be running.
+    Interrupted(i32),
 }
 
-/// A process that is to start, for which the guest has room. One with streams starts when they are connected.
+/// A process that the guest has admitted. A process with streams starts once they are connected.
 #[derive(Debug)]
 pub struct Admitted<'a> {
     vsock: &'a Path,
@@ -49,7 +49,7 @@ pub struct Admitted<'a> {
     on_terminal: bool,
 }
 
-/// The connections of a process that is to start: one for each of its streams, and one to talk about it.
+/// The connections of a process: one per stream and a control connection.
 #[derive(Debug)]
 pub struct Connections {
     id: u64,
@@ -59,19 +59,19 @@ pub struct Connections {
     on_terminal: bool,
 }
 
-/// Describes `process` to the guest whose sockets are at `vsock`, and waits for its turn: a guest runs so many at a
-/// time, and a socket device has so many connections.
-pub fn ask<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
-    let deadline = Instant::now() + PATIENCE;
+/// Sends the description of `process` to the guest whose vsock socket is at `vsock`, and waits for admission: the guest
+/// limits the number of processes, and the vsock device the number of connections.
+pub fn request_start<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
     let mut id = [0; 8];
     sys::getrandom(&mut id).context("generate a session ID")?;
-    // Never the machine's own.
+    // Never the ID of the machine's main session.
     let id = u64::from_le_bytes(id) | 1;
     let mut control = connect(vsock, Hello { session: id, role: Role::Control }, deadline)?;
     let mut start = Vec::new();
     frame::write(&ToGuest::Start(process.clone()), &mut start).context("describe the process")?;
     control.write_all(&start).context("send the process to the guest")?;
-    let reader = await_turn(&mut control, Instant::now() + TURN_PATIENCE)?;
+    let reader = await_admission(&mut control, Instant::now() + ADMISSION_TIMEOUT)?;
     let mut roles = Vec::new();
     if !process.detached {
         roles.push(Role::Stdout);
@@ -82,10 +82,10 @@ pub fn ask<'a>(vsock: &'a Path, process: &Process) -> Result<Admitted<'a>> {
 }
 
 impl Admitted<'_> {
-    /// Connects the streams, which has the process start.
+    /// Connects the streams, which starts the process.
     pub fn connect(self) -> Result<Connections> {
         let Admitted { vsock, id, control, reader, roles, on_terminal } = self;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
         let connected = |role| Ok((role, connect(vsock, Hello { session: id, role }, deadline)?));
         let streams = roles.into_iter().map(connected).collect::<Result<Vec<_>>>()?;
         Ok(Connections { id, control, reader, streams, on_terminal })
@@ -93,34 +93,34 @@ impl Admitted<'_> {
 }
 
 impl Connections {
-    /// The connection of a stream, to be used instead of a stream of this process.
+    /// Removes the connection of a stream so that the caller can use it in place of this process's own stream.
     pub fn take(&mut self, role: Role) -> Result<UnixStream> {
         let place =
             self.streams.iter().position(|(other, _)| *other == role).context("the process has no such stream")?;
         Ok(self.streams.swap_remove(place).1)
     }
 
-    /// Waits for the end of a process whose streams were all taken.
+    /// Waits for the exit of a process whose streams have all been taken.
     pub fn end(self) -> Result<ToHost> {
-        self.hear(|said| !matches!(said, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime))
+        self.await_message(|said| !matches!(said, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime))
     }
 
-    /// Waits until a process without streams runs, or has failed to.
+    /// Waits until a process without streams has started or failed to start.
     pub fn started(self) -> Result<ToHost> {
-        self.hear(|said| !matches!(said, ToHost::Admitted | ToHost::AskTime))
+        self.await_message(|said| !matches!(said, ToHost::Admitted | ToHost::AskTime))
     }
 
-    fn hear(mut self, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
-        hear(&mut self.control, &mut self.reader, is_it)
+    fn await_message(mut self, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
+        await_message(&mut self.control, &mut self.reader, is_it)
     }
 }
 
-/// Waits until the guest says what is waited for. Returns what it has said beyond that.
-fn await_turn(control: &mut UnixStream, deadline: Instant) -> Result<Reader> {
+/// Waits for the guest to admit the process. Returns the reader with any bytes received after that message.
+fn await_admission(control: &mut UnixStream, deadline: Instant) -> Result<Reader> {
     let mut reader = Reader::default();
-    let heard = set_timeouts(control, Some(deadline)).map_err(anyhow::Error::from);
-    let heard = heard.and_then(|()| hear(control, &mut reader, |said| *said == ToHost::Admitted));
-    heard.map_err(|error| {
+    let message = set_timeouts(control, Some(deadline)).map_err(anyhow::Error::from);
+    let message = message.and_then(|()| await_message(control, &mut reader, |said| *said == ToHost::Admitted));
+    message.map_err(|error| {
         if is_timeout(&error) {
             anyhow::anyhow!(
                 "start a process in the guest: it is not responding, or is running too many processes: try again later"
@@ -133,7 +133,7 @@ fn await_turn(control: &mut UnixStream, deadline: Instant) -> Result<Reader> {
     Ok(reader)
 }
 
-fn hear(control: &mut UnixStream, reader: &mut Reader, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
+fn await_message(control: &mut UnixStream, reader: &mut Reader, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
     let mut buffer = [0; 4096];
     loop {
         match reader.take::<ToHost>()? {
@@ -150,9 +150,9 @@ fn hear(control: &mut UnixStream, reader: &mut Reader, is_it: impl Fn(&ToHost) -
     }
 }
 
-/// Has reads and writes fail when `deadline` has passed; without one they wait for ever.
+/// Makes reads and writes fail after `deadline`. Without a deadline they block indefinitely.
 fn set_timeouts(stream: &UnixStream, deadline: Option<Instant>) -> io::Result<()> {
-    // None at all would be no limit.
+    // A zero timeout would mean no timeout.
     let left = deadline.map(|by| by.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
     stream.set_read_timeout(left)?;
     stream.set_write_timeout(left)
@@ -162,8 +162,8 @@ fn is_timeout(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
-/// Connects to the guest's init as Firecracker's clients do, and says what for. What is refused is tried again until
-/// `deadline`: it may be that all connections are in use.
+/// Connects to the guest's init with Firecracker's vsock handshake and sends `hello`. Refused connections are retried
+/// until `deadline`, because all connections may be in use.
 fn connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> {
     let mut wait = RETRY_FIRST;
     loop {
@@ -181,8 +181,7 @@ fn connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> 
     }
 }
 
-/// How it looks when a connection is closed before it is one. That the machine's socket itself is not there is another
-/// error.
+/// The error for a connection that is closed before it is established. A missing vsock socket is a different error.
 const REFUSED: io::ErrorKind = io::ErrorKind::UnexpectedEof;
 
 fn try_connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStream> {
@@ -197,7 +196,7 @@ fn try_connect(vsock: &Path, hello: Hello, deadline: Instant) -> Result<UnixStre
     Ok(stream)
 }
 
-/// A connection that was closed at once may have been so before it was written to, or before all was read.
+/// A connection that is closed immediately may fail while it is written to or before everything is read.
 fn as_refused(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => REFUSED.into(),
@@ -205,7 +204,7 @@ fn as_refused(error: io::Error) -> io::Error {
     }
 }
 
-/// A line, byte by byte: what follows it is the guest's.
+/// Reads a line byte by byte, because the bytes after it belong to the guest's stream.
 fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') && line.len() < ANSWER_MAX_BYTES {
@@ -220,9 +219,9 @@ fn read_line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
-/// Stays with the process to its end, with this process's streams and `signals`. With `takes_keys` all keys of this
-/// terminal are the process's.
-pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> Result<End> {
+/// Runs the session until the process exits, with this process's streams and `signals`. With `takes_keys`, all keys
+/// typed on this terminal go to the process.
+pub fn run_session(connections: Connections, signals: &SignalFd, takes_keys: bool) -> Result<End> {
     let Connections { id, control, reader: _, streams, on_terminal } = connections;
     // Before the streams have threads.
     let terminal = if takes_keys { RawTerminal::enter().context("set up the terminal")? } else { None };
@@ -231,15 +230,15 @@ pub fn stay(connections: Connections, signals: &SignalFd, takes_keys: bool) -> R
     for fd in [session.as_raw_fd(), signals.as_raw_fd()] {
         epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0)).context("watch the session")?;
     }
-    // There is no machine of ours that it could end.
+    // There is no machine in this process to end.
     let exit_latch = ExitLatch::new()?;
     let end = loop {
         session.on_ready(&exit_latch)?;
         if let Some(end) = session.end().filter(|_| session.is_over()) {
-            break Ok(End::Told(end.clone()));
+            break Ok(End::Reported(end.clone()));
         }
         match exit_latch.reason() {
-            Some(ExitReason::Killed(signal)) => break Ok(End::Left(signal)),
+            Some(ExitReason::Killed(signal)) => break Ok(End::Interrupted(signal)),
             Some(reason) => break Err(anyhow::anyhow!("{reason}")),
             None if session.is_lost() && session.outputs_are_closed() => {
                 break Err(anyhow::anyhow!("the machine has exited, and the process with it"));
@@ -282,7 +281,7 @@ mod tests {
     }
 
     fn soon() -> Instant {
-        Instant::now() + PATIENCE
+        Instant::now() + CONNECT_TIMEOUT
     }
 
     #[test]
@@ -313,7 +312,7 @@ mod tests {
         let path = dir.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let guest = thread::spawn(move || {
-            // Closed at once, closed when it has spoken, and then taken.
+            // Closed immediately, closed after its reply, and then accepted.
             drop(listener.accept().unwrap());
             listener.accept().unwrap().0.read_exact(&mut [0; 13]).unwrap();
             let (mut stream, _) = listener.accept().unwrap();
@@ -328,7 +327,7 @@ mod tests {
         });
         let error = connect(&path, hello, Instant::now() + Duration::from_millis(100)).unwrap_err();
         assert!(format!("{error:#}").starts_with("connect to the guest: "), "{error:#}");
-        // Its last visitor says nothing.
+        // The last connection receives no reply.
         drop(UnixStream::connect(&path).unwrap());
         guest.join().unwrap();
     }
@@ -364,7 +363,7 @@ mod tests {
             (first.role, roles)
         });
         let process = Process { stdin: true, ..Process::default() };
-        let connections = ask(&path, &process).unwrap().connect().unwrap();
+        let connections = request_start(&path, &process).unwrap().connect().unwrap();
         assert_eq!(guest.join().unwrap(), (Role::Control, vec![Role::Stdout, Role::Stdin, Role::Stderr]));
         assert_eq!(connections.end().unwrap(), ToHost::Signaled(34));
     }

@@ -1,4 +1,4 @@
-//! From init, what it is told, and the kernel's modules to the initial RAM disk: a cpio archive in memory.
+//! Builds the initramfs from init, its configuration and the kernel modules: a cpio archive in memory.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,17 +12,17 @@ use crate::sys;
 
 const S_IFREG: u32 = 0o100_000;
 const S_IFDIR: u32 = 0o040_000;
-/// Names and contents start at multiples of this.
+/// Names and contents are aligned to this many bytes.
 const ALIGNMENT: usize = 4;
-/// What the kernel unpacks last (buffer-format.rst).
+/// The name of the last entry (buffer-format.rst).
 const TRAILER: &str = "TRAILER!!!";
 
-/// Where a module lies for init.
+/// The path of a module in the initramfs.
 pub fn module_path(module: &Module) -> String {
     format!("/modules/{}.ko", module.name)
 }
 
-/// Makes the archive, in a file that has no name.
+/// Writes the archive to an unnamed file.
 pub fn make(spec: &Spec, modules: &[Module]) -> Result<File> {
     let spec = spec.to_bytes().context("encode the configuration of init")?;
     let mut archive = Archive::default();
@@ -40,7 +40,7 @@ pub fn make(spec: &Spec, modules: &[Module]) -> Result<File> {
     Ok(file)
 }
 
-/// An archive in cpio's `newc` format, as the kernel unpacks it (buffer-format.rst).
+/// A cpio archive in the `newc` format, which the kernel unpacks (buffer-format.rst).
 #[derive(Default)]
 struct Archive {
     bytes: Vec<u8>,
@@ -65,7 +65,7 @@ impl Archive {
         self.entries += 1;
         let links = if mode & S_IFDIR == S_IFDIR { 2 } else { 1 };
         let (owner, time, device, checksum) = (0, 0, 0, 0);
-        // A file of a guest's initial RAM disk is far below 4 GiB, or the machine would not have the memory for it.
+        // Files in an initramfs are far smaller than 4 GiB, or the machine would not have enough memory for it.
         let (content_len, name_len) = (content.len() as u32, name.len() as u32 + 1);
         self.bytes.extend_from_slice(b"070701");
         for field in [

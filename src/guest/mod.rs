@@ -1,4 +1,4 @@
-//! The host's side of a guest with husk's own init: what it is booted with, and the session about its process.
+//! The host side of a guest that runs husk's init: what it boots with, and the session with its process.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail, ensure};
 use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
 
-use self::network::Wiring;
+use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
 use crate::config::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
@@ -26,93 +26,94 @@ pub mod session;
 pub mod signal;
 pub mod streams;
 
-/// The guest's first process, a static program (firmware/init).
+/// The guest's first process, a statically linked program (firmware/init).
 pub const INIT: &[u8] = include_bytes!(env!("HUSK_INIT"));
 
-/// What a machine's root is made of.
+/// The source of a machine's root file system.
 #[derive(Debug)]
-pub enum Base {
-    /// A read-only root that machines share, and what lies over it.
+pub enum RootFs {
+    /// A read-only root file system shared between machines, with a writable layer on top.
     Image {
         /// An EROFS image.
         root: PathBuf,
-        /// What it says of its process.
+        /// The image's process configuration.
         defaults: Defaults,
-        /// Where changes go.
-        changes: Changes,
-        /// What keeps the image store from removing it.
+        /// The writable layer.
+        writable: WritableLayer,
+        /// Keeps the image store from removing the image.
         in_use: Option<File>,
     },
-    /// A disk with an operating system of its own.
+    /// A disk with its own operating system.
     Disk {
         /// A disk image or a block device.
         path: PathBuf,
-        /// Whether nothing may be changed.
+        /// Whether the disk is read-only.
         readonly: bool,
     },
 }
 
-/// Where changes to an image's root go.
+/// Where changes to an image's root file system are stored.
 #[derive(Debug)]
-pub enum Changes {
-    /// There are none.
-    Forbidden,
-    /// Into the guest's memory, and away with it.
+pub enum WritableLayer {
+    /// The root file system is read-only.
+    None,
+    /// In guest memory; changes are lost when the machine exits.
     Memory,
-    /// To a disk of their own.
+    /// On a separate disk.
     Disk(Scratch),
 }
 
-/// What is in the machine: the root, and what runs.
+/// The contents of a machine: its root file system and what it runs.
 #[derive(Debug)]
 pub struct GuestSpec {
-    base: Base,
+    root_fs: RootFs,
     hostname: String,
     tmpfs: Vec<Tmpfs>,
     start: Start,
-    wiring: Wiring,
+    network: NetworkSetup,
 }
 
-/// Where the guest finds its root; the first disk of every machine.
+/// The guest's device with the root file system, the first disk of every machine.
 const ROOT_DEVICE: &str = "/dev/vda";
-/// Where it finds the disk for changes; the second.
-const CHANGES_DEVICE: &str = "/dev/vdb";
+/// The guest's device with the writable layer, the second disk.
+const WRITABLE_DEVICE: &str = "/dev/vdb";
 
 impl GuestSpec {
-    /// A machine for one process: the image's, unless the user overrides otherwise.
+    /// A machine that runs one process: the image's, with the user's overrides.
     pub fn with_process(
-        base: Base,
+        root_fs: RootFs,
         overrides: Overrides,
         terminal: bool,
         stdin: bool,
         hostname: String,
         tmpfs: Vec<Tmpfs>,
     ) -> Result<GuestSpec> {
-        let Base::Image { defaults, .. } = &base else { bail!("a disk image runs its own init") };
+        let RootFs::Image { defaults, .. } = &root_fs else { bail!("a disk image runs its own init") };
         let mut process = overrides.apply(defaults);
         ensure!(!process.args.is_empty(), "no command specified, and the image has none: add one after the image");
-        // The size that terminals have where nobody says one.
+        // The conventional terminal size, used when the host's is unknown.
         let size = || terminal::window_size().unwrap_or(WindowSize { rows: 24, columns: 80 });
         process.terminal = terminal.then(size);
         process.stdin = stdin;
         check_hostname(&hostname)?;
-        Ok(GuestSpec { base, hostname, tmpfs, start: Start::Process(process), wiring: Wiring::default() })
+        Ok(GuestSpec { root_fs, hostname, tmpfs, start: Start::Process(process), network: NetworkSetup::default() })
     }
 
-    /// A machine whose root has an init of its own, `args`, or where there are none the one that it has.
-    pub fn with_own_init(base: Base, args: Vec<OsString>, hostname: String, tmpfs: Vec<Tmpfs>) -> GuestSpec {
-        // A disk has a name of its own.
-        let hostname = if matches!(base, Base::Disk { .. }) { String::new() } else { hostname };
+    /// A machine that runs the root file system's own init. `args` are the init program and its arguments; if empty,
+    /// the default init is used.
+    pub fn with_own_init(root_fs: RootFs, args: Vec<OsString>, hostname: String, tmpfs: Vec<Tmpfs>) -> GuestSpec {
+        // A disk image sets its own host name.
+        let hostname = if matches!(root_fs, RootFs::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
-        GuestSpec { base, hostname, tmpfs, start: Start::Init(args), wiring: Wiring::default() }
+        GuestSpec { root_fs, hostname, tmpfs, start: Start::Init(args), network: NetworkSetup::default() }
     }
 
-    /// Gives the machine network interfaces; without this it has none.
-    pub fn connect(&mut self, wiring: Wiring) {
-        self.wiring = wiring;
+    /// Sets the machine's network interfaces. Without this call it has none.
+    pub fn connect(&mut self, network: NetworkSetup) {
+        self.network = network;
     }
 
-    /// The process that runs, where husk's init runs one.
+    /// The process that husk's init starts, if there is one.
     pub fn process(&self) -> Option<&Process> {
         match &self.start {
             Start::Process(process) => Some(process),
@@ -120,28 +121,28 @@ impl GuestSpec {
         }
     }
 
-    /// What runs, to be read.
+    /// The command line, for display.
     pub fn command(&self) -> Vec<String> {
         let (Start::Process(Process { args, .. }) | Start::Init(args)) = &self.start;
         args.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()
     }
 
-    /// The signal that the image wants its process to be asked for its end by.
+    /// The signal that stops the process, as configured by the image.
     pub fn stop_signal(&self) -> u8 {
-        let named = match &self.base {
-            Base::Image { defaults, .. } => defaults.stop_signal.as_deref(),
-            Base::Disk { .. } => None,
+        let named = match &self.root_fs {
+            RootFs::Image { defaults, .. } => defaults.stop_signal.as_deref(),
+            RootFs::Disk { .. } => None,
         };
-        // What an image has wrong is not its user's mistake.
+        // An invalid value in the image is not the user's mistake.
         named.and_then(signal::number).unwrap_or(libc::SIGTERM as u8)
     }
 
-    /// Whether there is a process that a session is about; else the root's init has the console.
+    /// Whether there is a session with a process. If not, the machine's own init uses the console.
     pub fn has_session(&self) -> bool {
         matches!(self.start, Start::Process(_))
     }
 
-    /// Whether the process reads our standard input.
+    /// Whether the process reads this process's standard input.
     pub fn wants_stdin(&self) -> bool {
         matches!(&self.start, Start::Process(process) if process.stdin)
     }
@@ -151,24 +152,24 @@ impl GuestSpec {
         matches!(&self.start, Start::Process(process) if process.terminal.is_some())
     }
 
-    /// The initial RAM disk, with the modules that `kernel` needs for this.
+    /// Builds the initramfs with the modules that `kernel` needs for this guest.
     pub fn initramfs(&self, kernel: &GuestKernel) -> Result<File> {
-        // A machine does without a balloon; what takes it in is needed by others at any rate.
+        // A machine works without a balloon; the transport's driver is required by other devices anyway.
         let mut drivers = vec!["virtio_mmio", "virtio_blk", "virtio_balloon?"];
-        match &self.base {
-            // EROFS wants the checksum, and says so in no way that is found.
-            Base::Image { changes, .. } => {
+        match &self.root_fs {
+            // EROFS needs the checksum driver but does not declare the dependency.
+            RootFs::Image { writable, .. } => {
                 drivers.extend(["crc32c_generic?", "erofs", "overlay"]);
-                if matches!(changes, Changes::Disk(_)) {
+                if matches!(writable, WritableLayer::Disk(_)) {
                     drivers.push("ext4");
                 }
             }
-            Base::Disk { .. } => drivers.extend(["crc32c_generic?", "ext4?", "xfs?", "btrfs?", "vfat?"]),
+            RootFs::Disk { .. } => drivers.extend(["crc32c_generic?", "ext4?", "xfs?", "btrfs?", "vfat?"]),
         }
         if self.has_session() {
             drivers.push("vmw_vsock_virtio_transport");
         }
-        if !self.wiring.is_empty() {
+        if !self.network.is_empty() {
             drivers.push("virtio_net");
         }
         let modules = modules::find(&kernel.modules, &drivers)?;
@@ -177,11 +178,11 @@ impl GuestSpec {
 
     fn spec(&self, modules: &[Module]) -> Spec {
         let device = ROOT_DEVICE.to_owned();
-        let root = match &self.base {
-            Base::Image { changes, .. } => Root::Image { device, overlay: overlay(changes) },
-            Base::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
+        let root = match &self.root_fs {
+            RootFs::Image { writable, .. } => Root::Image { device, overlay: overlay(writable) },
+            RootFs::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
         };
-        let own_address = self.wiring.own_address().unwrap_or(IpAddr::from([127, 0, 1, 1]));
+        let own_address = self.network.own_address().unwrap_or(IpAddr::from([127, 0, 1, 1]));
         let hosts = format!(
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own_address}\t{}\n",
             self.hostname
@@ -191,14 +192,15 @@ impl GuestSpec {
             root,
             hostname: self.hostname.clone(),
             hosts: Some(hosts.into_bytes()),
-            resolv_conf: self.wiring.resolv_conf(),
-            interfaces: self.wiring.interfaces.clone(),
+            resolv_conf: self.network.resolv_conf(),
+            interfaces: self.network.interfaces.clone(),
             tmpfs: self.tmpfs.clone(),
             start: self.start.clone(),
         }
     }
 
-    /// The machine around it. `socket` is where its sessions are; `verbose` has its kernel say more than its troubles.
+    /// The configuration of the machine for this guest. `socket` is the vsock socket for its sessions; with `verbose`
+    /// the kernel logs more than warnings.
     pub fn machine_config(
         &self,
         kernel: &GuestKernel,
@@ -215,14 +217,14 @@ impl GuestSpec {
             block_bytes: None,
             rate: Rate::default(),
         };
-        // What husk made is raw, whatever a guest has written to it.
+        // Disks created by husk are raw, whatever a guest has written to them.
         let raw = Some(Format::Raw);
-        let disks = match &self.base {
-            Base::Image { root, changes: Changes::Disk(scratch), .. } => {
+        let disks = match &self.root_fs {
+            RootFs::Image { root, writable: WritableLayer::Disk(scratch), .. } => {
                 vec![disk(root, true, raw), disk(&scratch.path, false, raw)]
             }
-            Base::Image { root, .. } => vec![disk(root, true, raw)],
-            Base::Disk { path, readonly } => vec![disk(path, *readonly, None)],
+            RootFs::Image { root, .. } => vec![disk(root, true, raw)],
+            RootFs::Disk { path, readonly } => vec![disk(path, *readonly, None)],
         };
         let vsock = VsockConfig { socket: socket.to_owned(), cid: DEFAULT_CID };
         MachineConfig {
@@ -232,21 +234,21 @@ impl GuestSpec {
             memory_mib,
             disks,
             vsock: self.has_session().then_some(vsock),
-            networks: self.wiring.configs.clone(),
+            networks: self.network.configs.clone(),
             ..MachineConfig::default()
         }
     }
 }
 
-fn overlay(changes: &Changes) -> Overlay {
-    match changes {
-        Changes::Forbidden => Overlay::ReadOnly,
-        Changes::Memory => Overlay::Memory,
-        Changes::Disk(_) => Overlay::Disk(CHANGES_DEVICE.to_owned()),
+fn overlay(writable: &WritableLayer) -> Overlay {
+    match writable {
+        WritableLayer::None => Overlay::ReadOnly,
+        WritableLayer::Memory => Overlay::Memory,
+        WritableLayer::Disk(_) => Overlay::Disk(WRITABLE_DEVICE.to_owned()),
     }
 }
 
-/// What Linux takes as a host name, of the characters that a name in a network has.
+/// Checks a host name: Linux's length limit and the characters of DNS names.
 fn check_hostname(name: &str) -> Result<()> {
     const MAX_BYTES: usize = 63;
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
@@ -264,7 +266,7 @@ mod tests {
     #[test]
     fn the_init_inside_needs_no_linker_of_the_guests() {
         assert!(INIT.starts_with(b"\x7fELF"));
-        // ET_EXEC, since it is loaded where it was linked; a dynamic one would name its linker.
+        // ET_EXEC: it is loaded at its link address. A dynamic executable would name an interpreter.
         assert_eq!(INIT[16..18], [2, 0]);
         assert!(!INIT.windows(8).any(|bytes| bytes == b"/ld-linu"));
     }

@@ -1,4 +1,4 @@
-//! From a machine's networks to what the guest's init is told of them: addresses, gateways, and where to ask for names.
+//! Translates a machine's networks into the guest's network configuration: addresses, gateways and DNS servers.
 
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -10,50 +10,50 @@ use crate::resources::bridge::{self, Lease};
 use crate::resources::passt;
 use crate::resources::resolver::{self, Resolver};
 
-/// An address of the guest's, and how much of it is the network's.
+/// A guest address and the length of its network prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Address {
     /// The address.
     pub ip: IpAddr,
-    /// Length of the network's prefix in bits.
+    /// Prefix length in bits.
     pub prefix: u8,
 }
 
-/// An interface, and what its guest is to make of it.
+/// An interface and its configuration in the guest.
 #[derive(Debug)]
-pub struct Addressed {
+pub struct InterfaceSetup {
     /// The interface.
     pub config: NetworkConfig,
-    /// Its addresses, where they are not the network's own to give.
+    /// The addresses, unless the network assigns them.
     pub addresses: Vec<Address>,
-    /// Where everything else is reached through.
+    /// The default gateways.
     pub gateways: Vec<IpAddr>,
-    /// What keeps the address the machine's.
+    /// Reserves the address for this machine.
     pub lease: Option<Lease>,
 }
 
-/// All of a machine's interfaces.
+/// The network setup of a machine: all of its interfaces.
 #[derive(Debug, Default)]
-pub struct Wiring {
-    /// What the machine is made with.
+pub struct NetworkSetup {
+    /// The devices that the machine is built with.
     pub configs: Vec<NetworkConfig>,
-    /// What its init is told.
+    /// The configuration passed to init.
     pub interfaces: Vec<Interface>,
     resolver: Resolver,
     _leases: Vec<Lease>,
 }
 
-impl From<NetworkConfig> for Addressed {
-    fn from(config: NetworkConfig) -> Addressed {
-        Addressed { config, addresses: Vec::new(), gateways: Vec::new(), lease: None }
+impl From<NetworkConfig> for InterfaceSetup {
+    fn from(config: NetworkConfig) -> InterfaceSetup {
+        InterfaceSetup { config, addresses: Vec::new(), gateways: Vec::new(), lease: None }
     }
 }
 
-impl Addressed {
-    /// An interface on a network that gave the machine an address.
-    pub fn leased(lease: Lease, mac: MacAddress) -> Addressed {
+impl InterfaceSetup {
+    /// An interface on a network that has assigned the machine an address.
+    pub fn leased(lease: Lease, mac: MacAddress) -> InterfaceSetup {
         let to = Attachment::Bridge { name: lease.bridge.interface() };
-        Addressed {
+        InterfaceSetup {
             config: NetworkConfig { mac: Some(mac), ..NetworkConfig::of(to) },
             addresses: vec![Address { ip: lease.address.into(), prefix: bridge::PREFIX }],
             gateways: if lease.bridge.internal { Vec::new() } else { vec![lease.bridge.gateway().into()] },
@@ -76,9 +76,9 @@ impl FromStr for Address {
     }
 }
 
-impl Wiring {
-    /// The wiring of a machine whose interfaces are `wired` and which asks `dns`, or if there are none the host's servers.
-    pub fn new(wired: Vec<Addressed>, dns: &[IpAddr]) -> Wiring {
+impl NetworkSetup {
+    /// The setup of a machine with these interfaces and the DNS servers `dns`, or the host's servers if `dns` is empty.
+    pub fn new(wired: Vec<InterfaceSetup>, dns: &[IpAddr]) -> NetworkSetup {
         let mut resolver = resolver::of_host();
         let user = wired.iter().find_map(|wired| match &wired.config.to {
             Attachment::User(user) => Some(user),
@@ -89,7 +89,7 @@ impl Wiring {
         if !dns.is_empty() {
             resolver.servers = dns.to_vec();
         } else if !named.is_empty() {
-            // It knows the machines' names, and asks others for the rest.
+            // It resolves machine names and forwards other queries.
             resolver.servers = named;
         } else if let Some(user) = user {
             resolver.servers = passt::dns_servers(user, &resolver);
@@ -100,27 +100,27 @@ impl Wiring {
             configs.push(wired.config);
             leases.extend(wired.lease);
         }
-        Wiring { configs, interfaces, resolver, _leases: leases }
+        NetworkSetup { configs, interfaces, resolver, _leases: leases }
     }
 
-    /// Whether there is no interface at all.
+    /// Whether there are no interfaces.
     pub fn is_empty(&self) -> bool {
         self.configs.is_empty()
     }
 
-    /// The content of the guest's /etc/resolv.conf, where it has whom to ask.
+    /// The content of the guest's /etc/resolv.conf, if it has a network.
     pub fn resolv_conf(&self) -> Option<Vec<u8>> {
         (!self.is_empty()).then(|| self.resolver.resolv_conf())
     }
 
-    /// The address by which the guest knows itself, if it has one.
+    /// The guest's own address for /etc/hosts, if there is one.
     pub fn own_address(&self) -> Option<IpAddr> {
         self.interfaces.iter().flat_map(|interface| &interface.addresses).map(|address| address.ip).next()
     }
 }
 
-fn interface(wired: &Addressed) -> Option<Interface> {
-    // Without one nobody could tell in the guest which interface it is.
+fn interface(wired: &InterfaceSetup) -> Option<Interface> {
+    // Without a MAC address the guest could not identify the interface.
     let mac = wired.config.mac?.0;
     let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
     Some(match &wired.config.to {
@@ -146,9 +146,9 @@ mod tests {
     use super::*;
     use crate::config::{MacAddress, UserNetwork};
 
-    fn wired(to: Attachment) -> Addressed {
+    fn wired(to: Attachment) -> InterfaceSetup {
         let config = NetworkConfig { mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), ..NetworkConfig::of(to) };
-        Addressed { config, lease: None, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
+        InterfaceSetup { config, lease: None, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
     }
 
     #[test]
@@ -161,15 +161,15 @@ mod tests {
 
     #[test]
     fn the_guest_is_told_what_its_network_expects() {
-        let user = Wiring::new(vec![wired(Attachment::User(UserNetwork::default()))], &[]);
+        let user = NetworkSetup::new(vec![wired(Attachment::User(UserNetwork::default()))], &[]);
         assert_eq!(user.own_address(), Some(passt::GUEST.into()));
         assert_eq!(user.interfaces[0].gateways[0], IpAddr::from(passt::GATEWAY));
         assert!(String::from_utf8(user.resolv_conf().unwrap()).unwrap().contains("nameserver "));
         let dns = ["192.0.2.53".parse().unwrap()];
-        let tap = Wiring::new(vec![wired(Attachment::Tap { name: "t".into() })], &dns);
+        let tap = NetworkSetup::new(vec![wired(Attachment::Tap { name: "t".into() })], &dns);
         assert_eq!(tap.own_address(), Some("192.0.2.2".parse().unwrap()));
         assert!(tap.resolv_conf().unwrap().ends_with(b"nameserver 192.0.2.53\n"));
-        let none = Wiring::new(Vec::new(), &dns);
+        let none = NetworkSetup::new(Vec::new(), &dns);
         assert_eq!((none.is_empty(), none.own_address(), none.resolv_conf()), (true, None, None));
     }
 }

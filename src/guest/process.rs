@@ -8,48 +8,48 @@ use husk_protocol::{Limit, Process, Tmpfs};
 /// The process configuration of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Defaults {
-    /// The program, and its first arguments.
+    /// The program and its first arguments.
     pub entrypoint: Vec<String>,
-    /// What follows the entry point, or runs where there is none.
+    /// The arguments after the entrypoint, or the command if there is no entrypoint.
     pub cmd: Vec<String>,
     /// `NAME=VALUE` each.
     pub env: Vec<String>,
-    /// Where it starts.
+    /// The working directory.
     pub working_dir: String,
-    /// Who it is.
+    /// The user, as in Docker's `--user`.
     pub user: String,
-    /// The signal that asks it for its end, by name or by number.
+    /// The stop signal, by name or number.
     pub stop_signal: Option<String>,
 }
 
-/// The user's overrides of it.
+/// The user's overrides.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Overrides {
-    /// In place of the image's entry point and of its command; empty is none at all.
+    /// Replaces the image's entrypoint and discards its command. An empty value removes the entrypoint.
     pub entrypoint: Option<OsString>,
-    /// In place of the image's command.
+    /// Replaces the image's command.
     pub command: Vec<OsString>,
-    /// `NAME=VALUE` each, or `NAME` alone for the value that husk itself has, if it has one. Later ones win.
+    /// `NAME=VALUE` each, or `NAME` for the value in husk's own environment, if it is set there. Later entries win.
     pub env: Vec<OsString>,
-    /// In place of the image's.
+    /// Replaces the image's working directory.
     pub working_dir: Option<OsString>,
-    /// In place of the image's.
+    /// Replaces the image's user.
     pub user: Option<String>,
-    /// As `--ulimit` has them.
+    /// Resource limits, as in `--ulimit`.
     pub limits: Vec<Limit>,
 }
 
-/// As many open files as a process may have, and as it may raise that to, where the user says nothing: what systemd gives.
+/// The default soft and hard limits of open files, the same as systemd's.
 const OPEN_FILES: Limit = Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 524_288 };
 
 impl Overrides {
-    /// The image's configuration with the overrides applied. Streams and terminal are left to the caller.
+    /// Applies the overrides to the image's configuration. Streams and terminal are set by the caller.
     pub fn apply(self, image: &Defaults) -> Process {
         let env = image.env.iter().map(|variable| variable.as_bytes().to_vec()).collect();
         self.apply_with(image, env)
     }
 
-    /// The same, with other variables than the image's.
+    /// The same, with `env` in place of the image's variables.
     pub fn apply_with(self, image: &Defaults, mut env: Vec<Vec<u8>>) -> Process {
         let bytes = |text: &String| text.as_bytes().to_vec();
         let mut args: Vec<Vec<u8>> = match &self.entrypoint {
@@ -57,7 +57,7 @@ impl Overrides {
             Some(program) if program.is_empty() => Vec::new(),
             Some(program) => vec![program.as_bytes().to_vec()],
         };
-        // The image's command is made for the image's entry point.
+        // The image's command is meant for the image's entrypoint.
         if self.command.is_empty() && self.entrypoint.is_none() {
             args.extend(image.cmd.iter().map(bytes));
         }
@@ -78,7 +78,7 @@ impl Overrides {
     }
 }
 
-/// Sets a variable in the place that it has, or behind the others. A name without a value that husk has not either is none.
+/// Sets a variable in place, or appends it. A name without a value that is not set in husk's environment is ignored.
 fn set(env: &mut Vec<Vec<u8>>, variable: OsString) {
     let mut bytes = variable.into_vec();
     let name_len = bytes.iter().position(|&byte| byte == b'=').unwrap_or(bytes.len());
@@ -100,13 +100,13 @@ fn set(env: &mut Vec<Vec<u8>>, variable: OsString) {
     }
 }
 
-/// The variables in the content of a file as `--env-file` takes it: a line each, but for empty ones and those with `#`.
+/// Parses the content of an `--env-file`: one variable per line; empty lines and lines that start with `#` are ignored.
 pub fn env_file(content: &str) -> Vec<OsString> {
     let lines = content.lines().map(str::trim_start);
     lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(OsString::from).collect()
 }
 
-/// What setrlimit(2) has, by the names that `--ulimit` has for it.
+/// The resources of setrlimit(2), by their `--ulimit` names.
 const LIMITS: [(&str, u32); 15] = [
     ("core", libc::RLIMIT_CORE),
     ("cpu", libc::RLIMIT_CPU),
@@ -125,7 +125,7 @@ const LIMITS: [(&str, u32); 15] = [
     ("stack", libc::RLIMIT_STACK),
 ];
 
-/// Parses `NAME=SOFT[:HARD]`; -1 is no limit.
+/// Parses `NAME=SOFT[:HARD]`; -1 means unlimited.
 pub fn limit(text: &str) -> Result<Limit, String> {
     let wrong = || format!("{text:?} is not a resource limit: use NAME=SOFT[:HARD], such as nofile=1024:4096");
     let (name, values) = text.split_once('=').ok_or_else(wrong)?;
@@ -143,7 +143,7 @@ pub fn limit(text: &str) -> Result<Limit, String> {
     Ok(limit)
 }
 
-/// The options of a mount that are flags of mount(2): the bit, and whether the word sets it.
+/// Mount options that are flags of mount(2): the bit, and whether the option sets or clears it.
 const MOUNT_FLAGS: [(&str, u64, bool); 12] = [
     ("rw", libc::MS_RDONLY, false),
     ("ro", libc::MS_RDONLY, true),

@@ -1,9 +1,9 @@
-//! A session: from the guest's connections to this process's streams, signals and exit code.
+//! A session: connects the guest's process to this process's streams, signals and exit code.
 //!
-//! The main one is the machine's, and its guest connects. Every other is a process that somebody adds to a running machine,
-//! and connects to the guest: see [`super::exec`]. Whoever drives it never waits in it: the streams have threads of their own
-//! (`streams`). What comes from the guest is foreign: connections are counted, messages bounded, and what makes no sense
-//! ends the machine.
+//! The guest connects to the main session, which belongs to the machine. All other sessions belong to processes added
+//! to a running machine, and connect to the guest: see [`super::exec`]. The thread that drives a session never blocks
+//! in it; each stream has its own thread (`streams`). Data from the guest is untrusted: connections are limited in
+//! number, messages in size, and a protocol violation ends the machine.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,68 +16,68 @@ use husk_protocol::frame::{self, Reader};
 use husk_protocol::{HELLO_BYTES, Hello, MAIN_SESSION, Role, ToGuest, ToHost, WindowSize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-pub use super::streams::Ends;
+pub use super::streams::Endpoints;
 use super::streams::Streams;
 use crate::console::terminal;
 use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
 use crate::timings::{Step, Timings};
 
-/// Connections that may be open before they have said what for.
-const GREETINGS_MAX: usize = 8;
-/// How long a guest that was told to end may take; it may have a disk to write to.
-const FINISH_PATIENCE: Duration = Duration::from_secs(30);
-/// This many signals that ask for the end, within this time, end the machine whatever the process does.
-const URGES: usize = 3;
-const URGES_WITHIN: Duration = Duration::from_secs(2);
-/// What a guest that does not listen may have us hold of messages.
+/// The maximum number of connections that have not sent their hello yet.
+const PENDING_MAX: usize = 8;
+/// How long a guest that was asked to exit may take; it may have to write to a disk.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
+/// This many termination signals within [`KILL_WINDOW`] end the machine, whatever the process does.
+const KILL_SIGNALS: usize = 3;
+const KILL_WINDOW: Duration = Duration::from_secs(2);
+/// The maximum size of messages queued for a guest that does not read them.
 const UNSENT_MAX_BYTES: usize = 16 << 10;
 
-/// The session. Its descriptor is readable when there is something to be done.
+/// A session. Its file descriptor is readable when there are events to handle.
 pub struct Session {
     epoll: Epoll,
     id: u64,
-    /// Where the guest connects to, if this is the main one.
+    /// Where the guest connects, if this is the main session.
     listener: Option<UnixListener>,
-    greetings: Vec<(UnixStream, Vec<u8>)>,
-    control: Option<Control>,
+    pending: Vec<(UnixStream, Vec<u8>)>,
+    control: Option<ControlConnection>,
     streams: Streams,
-    /// Which streams the process has, and those that have come.
+    /// The streams that the process has, and those connected so far.
     expected: Vec<Role>,
     arrived: Vec<Role>,
     on_terminal: bool,
     started: bool,
     end: Option<ToHost>,
     finish_by: Option<Instant>,
-    urged_at: Vec<Instant>,
+    signaled_at: Vec<Instant>,
     timings: Arc<Timings>,
 }
 
-struct Control {
+struct ControlConnection {
     stream: UnixStream,
     reader: Reader,
     unsent: Vec<u8>,
 }
 
 impl Session {
-    /// A session whose guest connects to `listener`. `stdin` says whether the process reads ours, `on_terminal` whether it
-    /// has a terminal.
+    /// Creates a session whose guest connects to `listener`. `stdin` says whether the process reads this process's
+    /// standard input, `on_terminal` whether it has a terminal.
     pub fn new(
         listener: UnixListener,
         stdin: bool,
         on_terminal: bool,
-        ends: Ends,
+        endpoints: Endpoints,
         timings: Arc<Timings>,
     ) -> Result<Session> {
         listener.set_nonblocking(true).context("set up the session")?;
-        let mut session = Session::without_connections(MAIN_SESSION, stdin, on_terminal, ends, timings)?;
+        let mut session = Session::without_connections(MAIN_SESSION, stdin, on_terminal, endpoints, timings)?;
         session.watch(listener.as_raw_fd(), EventSet::IN)?;
         session.listener = Some(listener);
         Ok(session)
     }
 
-    /// A session about one more process, over connections that the guest has taken: one for each of its streams, and
-    /// `control`, over which it was told what to start.
+    /// Creates a session for an additional process over established connections: one per stream, and `control`, on
+    /// which the process was described.
     pub fn over(
         id: u64,
         control: UnixStream,
@@ -86,10 +86,10 @@ impl Session {
         timings: Arc<Timings>,
     ) -> Result<Session> {
         let stdin = streams.iter().any(|(role, _)| *role == Role::Stdin);
-        let mut session = Session::without_connections(id, stdin, on_terminal, Ends::Ours, timings)?;
+        let mut session = Session::without_connections(id, stdin, on_terminal, Endpoints::Stdio, timings)?;
         control.set_nonblocking(true).context("set up the session")?;
         session.watch(control.as_raw_fd(), EventSet::IN)?;
-        session.control = Some(Control { stream: control, reader: Reader::default(), unsent: Vec::new() });
+        session.control = Some(ControlConnection { stream: control, reader: Reader::default(), unsent: Vec::new() });
         for (role, stream) in streams {
             session.arrived.push(role);
             session.streams.start(role, stream)?;
@@ -101,7 +101,7 @@ impl Session {
         id: u64,
         stdin: bool,
         on_terminal: bool,
-        ends: Ends,
+        endpoints: Endpoints,
         timings: Arc<Timings>,
     ) -> Result<Session> {
         let epoll = Epoll::new().context("epoll")?;
@@ -112,16 +112,16 @@ impl Session {
             epoll,
             id,
             listener: None,
-            greetings: Vec::new(),
+            pending: Vec::new(),
             control: None,
-            streams: Streams::new(ends).context("set up the streams")?,
+            streams: Streams::new(endpoints).context("set up the streams")?,
             expected,
             arrived: Vec::new(),
             on_terminal,
             started: false,
             end: None,
             finish_by: None,
-            urged_at: Vec::new(),
+            signaled_at: Vec::new(),
             timings,
         };
         session.watch(session.streams.closed().as_raw_fd(), EventSet::IN)?;
@@ -132,51 +132,52 @@ impl Session {
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0)).context("watch the session")
     }
 
-    /// Whether the process runs, or has run.
+    /// Whether the process is running or has run.
     pub fn has_started(&self) -> bool {
         self.started
     }
 
-    /// Whether all is said: how the process ended, and all that it wrote.
+    /// Whether the session is complete: the process has exited and all of its output has arrived.
     pub fn is_over(&self) -> bool {
         self.finish_by.is_some()
     }
 
-    /// Whether the guest has gone before it said how the process ended.
+    /// Whether the guest disconnected before it reported how the process exited.
     pub fn is_lost(&self) -> bool {
         self.control.is_none() && self.end.is_none()
     }
 
-    /// How the process ended, once that is known.
+    /// How the process exited, once known.
     pub fn end(&self) -> Option<&ToHost> {
         self.end.as_ref()
     }
 
-    /// Does what there is to do: takes connections and messages, and ends the machine when all is said.
+    /// Handles pending events: accepts connections, processes messages and ends the machine when the session is
+    /// complete.
     pub fn on_ready(&mut self, exit_latch: &ExitLatch) -> Result<()> {
         self.streams.clear();
         self.accept()?;
-        self.greet()?;
-        if let Err(error) = self.listen_to_control() {
+        self.read_hellos()?;
+        if let Err(error) = self.read_control() {
             exit_latch.declare(ExitReason::SessionLost(error.to_string()));
         }
         self.finish_when_done();
         Ok(())
     }
 
-    /// Hands a signal of ours on to the process; before there is one, and when it has ended but nobody takes what it wrote, one
-    /// that asks for an end ends the machine.
+    /// Forwards a signal to the process. Before the process has started, and after it has exited while its output is
+    /// still unread, a termination signal ends the machine.
     pub fn on_signal(&mut self, signal: i32, exit_latch: &ExitLatch) {
         if signal == libc::SIGWINCH && self.on_terminal {
             return self.resize();
         }
-        let asks_for_end = signal::asks_for_end(signal);
+        let terminates = signal::is_termination(signal);
         let now = Instant::now();
-        if asks_for_end {
-            self.urged_at.retain(|at| now - *at < URGES_WITHIN);
-            self.urged_at.push(now);
+        if terminates {
+            self.signaled_at.retain(|at| now - *at < KILL_WINDOW);
+            self.signaled_at.push(now);
         }
-        if asks_for_end && (!self.started || self.end.is_some() || self.urged_at.len() >= URGES) {
+        if terminates && (!self.started || self.end.is_some() || self.signaled_at.len() >= KILL_SIGNALS) {
             return exit_latch.declare(ExitReason::Killed(signal));
         }
         if let Ok(number) = u8::try_from(signal) {
@@ -184,27 +185,27 @@ impl Session {
         }
     }
 
-    /// Sends the process a signal. Nothing happens where there is none.
+    /// Sends the process a signal. Does nothing if there is no process.
     pub fn send_signal(&mut self, number: u8) {
-        self.say(&ToGuest::Signal(number));
+        self.send(&ToGuest::Signal(number));
     }
 
-    /// Tells the process how large its terminal is.
+    /// Notifies the process of its terminal's size.
     pub fn resize_to(&mut self, size: WindowSize) {
-        self.say(&ToGuest::Resize(size));
+        self.send(&ToGuest::Resize(size));
     }
 
-    /// Has the guest set its wall clock by ours: it did not run for a while, or ours was set.
+    /// Makes the guest set its wall clock to the host's, after the guest was stopped or the host's clock was set.
     pub fn check_clock(&mut self) {
-        self.say(&ToGuest::CheckClock);
+        self.send(&ToGuest::CheckClock);
     }
 
-    /// Feeds the process what `from` says, if it has an input.
+    /// Forwards input from `from` to the process, if it has an input.
     pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
         self.streams.attach_input(from)
     }
 
-    /// How long to wait at most for the guest's end, in milliseconds; -1 is for ever.
+    /// The maximum time to wait for the guest to exit, in milliseconds; -1 is unlimited.
     pub fn timeout_ms(&self, exit_latch: &ExitLatch) -> i32 {
         let Some(finish_by) = self.finish_by else { return -1 };
         let left = finish_by.saturating_duration_since(Instant::now());
@@ -214,16 +215,16 @@ impl Session {
         left.as_millis() as i32
     }
 
-    /// Whether all that the process wrote has been written by us, or is not wanted any more.
+    /// Whether all of the process's output has been written or discarded.
     pub fn outputs_are_closed(&self) -> bool {
         self.streams.clear();
         self.streams.outputs_are_closed()
     }
 
-    /// Hears no more of the guest, and gives it no more to read. What it wrote is still written.
+    /// Stops reading from and writing to the guest. Output received so far is still written.
     pub fn disconnect(&mut self) {
         (self.listener, self.control) = (None, None);
-        self.greetings.clear();
+        self.pending.clear();
         self.streams.end_input();
     }
 
@@ -237,12 +238,12 @@ impl Session {
         let Some(listener) = &self.listener else { return Ok(()) };
         loop {
             match listener.accept() {
-                Ok((stream, _)) if self.greetings.len() < GREETINGS_MAX && self.arrived.len() < self.expected.len() => {
+                Ok((stream, _)) if self.pending.len() < PENDING_MAX && self.arrived.len() < self.expected.len() => {
                     stream.set_nonblocking(true).context("accept a connection")?;
                     self.watch(stream.as_raw_fd(), EventSet::IN)?;
-                    self.greetings.push((stream, Vec::new()));
+                    self.pending.push((stream, Vec::new()));
                 }
-                // One that nobody needs is closed.
+                // Unneeded connections are closed.
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -251,25 +252,25 @@ impl Session {
         }
     }
 
-    fn greet(&mut self) -> Result<()> {
-        for (mut stream, mut said) in std::mem::take(&mut self.greetings) {
+    fn read_hellos(&mut self) -> Result<()> {
+        for (mut stream, mut said) in std::mem::take(&mut self.pending) {
             match read_hello(&mut stream, &mut said) {
                 Some(Some(hello)) => self.join(hello, stream)?,
-                Some(None) => self.greetings.push((stream, said)),
+                Some(None) => self.pending.push((stream, said)),
                 None => {}
             }
         }
         Ok(())
     }
 
-    /// Gives a connection its place, if there is one for it that nobody has.
+    /// Assigns a connection to its role, if the role is expected and not taken.
     fn join(&mut self, hello: Hello, stream: UnixStream) -> Result<()> {
         if hello.session != self.id {
             return Ok(());
         }
         match hello.role {
             Role::Control if self.control.is_none() && !self.started => {
-                self.control = Some(Control { stream, reader: Reader::default(), unsent: Vec::new() });
+                self.control = Some(ControlConnection { stream, reader: Reader::default(), unsent: Vec::new() });
             }
             role if self.expected.contains(&role) && !self.arrived.contains(&role) => {
                 self.epoll
@@ -283,12 +284,12 @@ impl Session {
         Ok(())
     }
 
-    fn listen_to_control(&mut self) -> Result<()> {
+    fn read_control(&mut self) -> Result<()> {
         let Some(control) = &mut self.control else { return Ok(()) };
         let mut messages = Vec::new();
         let mut buffer = [0; 4096];
-        // One read in a turn, so that a guest that never stops talking has neither our memory nor all our time. The descriptor
-        // stays readable while there is more.
+        // One read per turn bounds the memory and time that a guest that keeps sending can use. The descriptor stays
+        // readable while there is more.
         let ended = match control.stream.read(&mut buffer) {
             Ok(0) => true,
             Ok(count) => {
@@ -301,7 +302,7 @@ impl Session {
             Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
         };
         if ended {
-            // Its end follows: the guest's init has gone, or the guest.
+            // The end of the guest's init or of the guest follows.
             self.control = None;
         }
         messages.into_iter().for_each(|message| self.hear(message));
@@ -314,13 +315,13 @@ impl Session {
             ToHost::Started(_) => {
                 self.timings.mark(Step::Process);
                 self.started = true;
-                // It may have changed since the process was described.
+                // The size may have changed since the process was described.
                 if self.on_terminal {
                     self.resize();
                 }
             }
-            ToHost::AskTime => self.say(&ToGuest::Time(wall_clock_ns())),
-            // Who opened the session has heard it, or the guest makes it up.
+            ToHost::AskTime => self.send(&ToGuest::Time(wall_clock_ns())),
+            // Already handled by the code that opened the session, or made up by the guest.
             ToHost::Admitted => {}
             end @ (ToHost::Failed { .. } | ToHost::Exited(_) | ToHost::Signaled(_)) => {
                 self.timings.mark(Step::ProcessEnd);
@@ -329,20 +330,20 @@ impl Session {
         }
     }
 
-    /// Everything that the process wrote has been written by us: so the guest may go.
+    /// All of the process's output has been written, so the guest may exit.
     fn finish_when_done(&mut self) {
         let all_here = self.arrived.len() == self.expected.len() && self.streams.outputs_are_closed();
         if self.end.is_some() && all_here && self.finish_by.is_none() {
-            self.finish_by = Some(Instant::now() + FINISH_PATIENCE);
-            self.say(&ToGuest::Finish);
+            self.finish_by = Some(Instant::now() + SHUTDOWN_TIMEOUT);
+            self.send(&ToGuest::Finish);
         }
     }
 
-    fn say(&mut self, message: &ToGuest) {
+    fn send(&mut self, message: &ToGuest) {
         let Some(control) = self.control.as_mut().filter(|control| control.unsent.len() < UNSENT_MAX_BYTES) else {
             return;
         };
-        // Messages of ours are short.
+        // Messages to the guest are short.
         let _ = frame::write(message, &mut control.unsent);
         self.flush();
     }
@@ -353,7 +354,7 @@ impl Session {
             match control.stream.write(&control.unsent) {
                 Ok(count) => drop(control.unsent.drain(..count)),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Either it goes on when there is room, or reading tells that nobody is there.
+                // Writing continues when there is room; a disconnect is detected by reading.
                 Err(_) => break,
             }
         }
@@ -369,13 +370,13 @@ impl AsRawFd for Session {
     }
 }
 
-/// Our wall clock, in nanoseconds since 1970.
+/// The host's wall clock, in nanoseconds since 1970.
 fn wall_clock_ns() -> u64 {
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// The hello, once it is whole; `None` for a connection that is of no use.
+/// Returns the hello once it is complete, or `None` for a connection that is invalid.
 fn read_hello(stream: &mut impl Read, said: &mut Vec<u8>) -> Option<Option<Hello>> {
     let mut buffer = [0; HELLO_BYTES];
     loop {

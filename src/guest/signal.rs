@@ -1,12 +1,12 @@
-//! Signals by their names, as `kill`, images and users have them.
+//! Signal names, as used by `kill`, users and images.
 
-/// Those that have a name on x86-64, in the order of their numbers.
+/// The named signals of x86-64, in numerical order.
 const NAMES: [&str; 31] = [
     "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM",
     "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO",
     "PWR", "SYS",
 ];
-/// The last of the signals, which are numbered from 1.
+/// The highest signal number. Numbers start at 1.
 const LAST: u8 = 64;
 
 /// The number of a signal: `TERM`, `SIGTERM`, `term`, `15`, `RTMIN+3`.
@@ -19,7 +19,7 @@ pub fn number(text: &str) -> Option<u8> {
     if let Some(place) = NAMES.iter().position(|known| *known == name) {
         return u8::try_from(place + 1).ok();
     }
-    // 32 and 33 are the C library's own.
+    // glibc reserves 32 and 33.
     const RT_MIN: u8 = 34;
     let relative = name.strip_prefix("RTMIN").map(|offset| (RT_MIN, offset));
     let (base, offset) = relative.or_else(|| name.strip_prefix("RTMAX").map(|offset| (LAST, offset)))?;
@@ -27,13 +27,16 @@ pub fn number(text: &str) -> Option<u8> {
     base.checked_add_signed(offset).filter(|number| (RT_MIN..=LAST).contains(number))
 }
 
-/// Whether it asks a process for its end, as people and shells do.
-pub fn asks_for_end(number: i32) -> bool {
-    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&number)
+/// The signals with which users and shells ask a process to terminate.
+pub const TERMINATION: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// Whether the signal is one of [`TERMINATION`].
+pub fn is_termination(number: i32) -> bool {
+    TERMINATION.contains(&number)
 }
 
-/// Those that end a process which does not care for them, but for faults, limits and what no process can have: by these a
-/// process that husk stands for is spoken to. The first real-time signal is husk's own: it kicks vCPUs.
+/// Signals whose default action terminates a process, except faults, resource limits and SIGKILL. They are forwarded to
+/// the process that husk stands in for. The first real-time signal is used by husk to kick vCPUs.
 pub fn that_end_a_process() -> Vec<i32> {
     let named = [
         libc::SIGTERM,
@@ -62,7 +65,7 @@ mod tests {
             assert_eq!(number(text), Some(15), "{text}");
         }
         assert_eq!((number("KILL"), number("SYS"), number("64"), number("1")), (Some(9), Some(31), Some(64), Some(1)));
-        // systemd's own.
+        // As systemd uses.
         assert_eq!((number("SIGRTMIN+3"), number("RTMIN"), number("RTMAX-1")), (Some(37), Some(34), Some(63)));
         for text in ["", "SIG", "0", "65", "-1", "FOO", "RTMIN+99", "RTMIN-1", "RTMAX+1"] {
             assert_eq!(number(text), None, "{text}");

@@ -1,5 +1,5 @@
-//! From this process's standard streams to the guest's and back: a thread each, so that none waits for another. In the
-//! background the outputs go to a hub, and input comes from whoever is attached.
+//! Copies between this process's standard streams and the guest's, with one thread per stream so that none blocks
+//! another. In the background, output goes to a hub and input comes from attached clients.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -22,31 +22,31 @@ const BUFFER_BYTES: usize = 64 << 10;
 const STDIN: u64 = 0;
 const STOP: u64 = 1;
 
-/// What the guest's streams are joined with.
+/// What the guest's streams are connected to.
 #[derive(Debug, Clone)]
-pub enum Ends {
+pub enum Endpoints {
     /// This process's standard streams.
-    Ours,
-    /// A hub's, and input from whoever is attached.
+    Stdio,
+    /// A hub for output, and attached clients for input.
     Hub(Arc<Hub>),
 }
 
-/// What the threads say, and what stops them.
+/// The threads' shared state and the event that stops them.
 pub struct Streams {
-    ends: Ends,
+    endpoints: Endpoints,
     open_outputs: Arc<AtomicUsize>,
-    /// Written to when an output has come to its end.
+    /// Signaled when an output has ended.
     closed: Arc<EventFd>,
-    /// Written to when no more input is wanted.
+    /// Signaled when input is no longer wanted.
     stop: Arc<EventFd>,
     input: Option<UnixStream>,
 }
 
 impl Streams {
-    /// No streams yet.
-    pub fn new(ends: Ends) -> io::Result<Streams> {
+    /// Creates an instance without streams.
+    pub fn new(endpoints: Endpoints) -> io::Result<Streams> {
         Ok(Streams {
-            ends,
+            endpoints,
             open_outputs: Arc::default(),
             closed: Arc::new(EventFd::new(EFD_NONBLOCK)?),
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
@@ -54,28 +54,28 @@ impl Streams {
         })
     }
 
-    /// Readable since an output came to its end, until [`Streams::clear`].
+    /// Readable after an output has ended, until [`Streams::clear`].
     pub fn closed(&self) -> &EventFd {
         &self.closed
     }
 
-    /// Takes note of what [`Streams::closed`] says.
+    /// Clears [`Streams::closed`].
     pub fn clear(&self) {
         let _ = self.closed.read();
     }
 
-    /// Whether all that the outputs of the guest held has been written.
+    /// Whether all output of the guest has been written.
     pub fn outputs_are_closed(&self) -> bool {
         self.open_outputs.load(Ordering::Acquire) == 0
     }
 
-    /// Joins a connection with the stream that it is for.
+    /// Connects a stream according to its role.
     pub fn start(&mut self, role: Role, socket: UnixStream) -> Result<()> {
         socket.set_nonblocking(false).context("set up a stream")?;
         match role {
             Role::Stdin => {
                 self.input = Some(socket.try_clone().context("set up a stream")?);
-                if let Ends::Ours = self.ends {
+                if let Endpoints::Stdio = self.endpoints {
                     let stdin = io::stdin().as_fd().try_clone_to_owned().context("use standard input")?;
                     self.start_input(File::from(stdin), socket, true)?;
                 }
@@ -86,7 +86,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Feeds the process what `from` says, until that has nothing more to say; others may say more then.
+    /// Forwards input from `from` until it ends. Other clients may provide input after that.
     pub fn attach_input(&mut self, from: UnixStream) -> Result<()> {
         let Some(input) = &self.input else { return Ok(()) };
         let socket = input.try_clone().context("set up a stream")?;
@@ -101,10 +101,10 @@ impl Streams {
     }
 
     fn output(&self, stream: Stream) -> io::Result<Box<dyn Write + Send>> {
-        Ok(match (&self.ends, stream) {
-            (Ends::Hub(hub), stream) => Box::new(HubStream(hub.clone(), stream)),
-            (Ends::Ours, Stream::Output) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            (Ends::Ours, Stream::Errors) => Box::new(File::from(io::stderr().as_fd().try_clone_to_owned()?)),
+        Ok(match (&self.endpoints, stream) {
+            (Endpoints::Hub(hub), stream) => Box::new(HubStream(hub.clone(), stream)),
+            (Endpoints::Stdio, Stream::Output) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+            (Endpoints::Stdio, Stream::Errors) => Box::new(File::from(io::stderr().as_fd().try_clone_to_owned()?)),
         })
     }
 
@@ -121,7 +121,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Stops reading input. Nobody waits for the threads: one may be writing to who never reads.
+    /// Stops reading input. The threads are not joined: one may be writing to a process that never reads.
     pub fn end_input(&mut self) {
         let _ = self.stop.write(1);
         if let Some(input) = self.input.take() {
@@ -136,10 +136,10 @@ impl Drop for Streams {
     }
 }
 
-/// Writes all that comes from the guest. When nobody takes it any more, the guest's process is told so.
+/// Writes all output of the guest. If the output can no longer be written, the guest's process is notified.
 fn print(mut socket: UnixStream, mut output: impl Write) {
-    // Not by splice, which `io::copy` would use: while that waits for the guest it holds the pipe, and who reads the pipe
-    // does not even get what is in it.
+    // Not splice, which `io::copy` would use: while splice waits for the guest it holds the pipe lock, so the pipe's
+    // reader cannot even get the data that is already in it.
     let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         match socket.read(&mut buffer) {
@@ -156,7 +156,8 @@ fn print(mut socket: UnixStream, mut output: impl Write) {
     }
 }
 
-/// Reads input to its end, or until nobody wants it. If it `is_only` input that there will be, its end is the process's too.
+/// Reads input to its end, or until it is no longer wanted. If it `is_only` input, its end is also the end of the
+/// process's input.
 fn feed(mut stdin: File, mut socket: &UnixStream, stop: &EventFd, is_only: bool) {
     let mut buffer = vec![0; BUFFER_BYTES];
     let Ok(epoll) = watch(&stdin, stop) else { return };
@@ -180,7 +181,7 @@ fn feed(mut stdin: File, mut socket: &UnixStream, stop: &EventFd, is_only: bool)
     }
 }
 
-/// What tells of input and of the end of it; nothing for a file, which makes no reader wait and which epoll refuses.
+/// Watches for input and for `stop`. Returns `None` for a regular file, which never blocks and which epoll rejects.
 pub fn watch(stdin: &File, stop: &EventFd) -> io::Result<Option<Epoll>> {
     let epoll = Epoll::new()?;
     epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
@@ -190,7 +191,7 @@ pub fn watch(stdin: &File, stop: &EventFd) -> io::Result<Option<Epoll>> {
     }
 }
 
-/// Waits for input; false when no more is wanted.
+/// Waits for input. Returns false when input is no longer wanted.
 pub fn wait(epoll: &Option<Epoll>) -> bool {
     let Some(epoll) = epoll else { return true };
     let mut events = [EpollEvent::default(); 2];
@@ -215,7 +216,7 @@ mod tests {
         let ((mut reader, writer), (mut guest, ours)) = (io::pipe().unwrap(), UnixStream::pair().unwrap());
         let printer = thread::spawn(move || print(ours, File::from(std::os::fd::OwnedFd::from(writer))));
         guest.write_all(b"ready").unwrap();
-        // Long enough for it to wait for more.
+        // Long enough for it to block.
         thread::sleep(Duration::from_millis(50));
         let (said, heard) = std::sync::mpsc::channel();
         thread::spawn(move || {

@@ -14,7 +14,7 @@ pub const MANIFEST: &str = "manifest.json";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Entry {
+struct ManifestEntry {
     config: String,
     repo_tags: Option<Vec<String>>,
     /// Go writes `null` for none.
@@ -23,12 +23,12 @@ struct Entry {
 
 /// Whether JSON is a list of images of Docker's shape.
 pub fn is_list(json: &[u8]) -> bool {
-    serde_json::from_slice::<Vec<Entry>>(json).is_ok_and(|entries| !entries.is_empty())
+    serde_json::from_slice::<Vec<ManifestEntry>>(json).is_ok_and(|entries| !entries.is_empty())
 }
 
 /// The image that has the name `wanted`, or the only one.
 pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
-    let entries: Vec<Entry> = bundle.json(MANIFEST)?;
+    let entries: Vec<ManifestEntry> = bundle.json(MANIFEST)?;
     let entry = choose(&entries, wanted)?;
     let json = bundle.part(&entry.config).and_then(read_json)?;
     let config = ImageConfig::parse(&json)?;
@@ -46,11 +46,11 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
     Ok(Image { id: Digest::of(&json), layers: layers.collect::<Result<_>>()?, config, names: names_of(entry) })
 }
 
-fn names_of(entry: &Entry) -> Vec<String> {
+fn names_of(entry: &ManifestEntry) -> Vec<String> {
     entry.repo_tags.clone().unwrap_or_default()
 }
 
-fn choose<'a>(entries: &'a [Entry], wanted: Option<&str>) -> Result<&'a Entry> {
+fn choose<'a>(entries: &'a [ManifestEntry], wanted: Option<&str>) -> Result<&'a ManifestEntry> {
     let Some(wanted) = wanted else {
         if let [only] = entries {
             return Ok(only);
@@ -58,6 +58,6 @@ fn choose<'a>(entries: &'a [Entry], wanted: Option<&str>) -> Result<&'a Entry> {
         let all: Vec<String> = entries.iter().flat_map(names_of).take(20).collect();
         bail!("it has {} images: choose one with docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
     };
-    let is_wanted = |entry: &&Entry| names_of(entry).iter().any(|name| same_name(name, wanted));
+    let is_wanted = |entry: &&ManifestEntry| names_of(entry).iter().any(|name| same_name(name, wanted));
     entries.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))
 }

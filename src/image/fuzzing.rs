@@ -10,13 +10,13 @@ use super::layer::{self, Whiteouts};
 use super::manifest::{self, Manifest, Platform};
 use super::registry::Challenge;
 use super::tar::Stream;
-use super::tree::{Limits, Tree};
+use super::tree::{Tree, TreeLimits};
 use super::unpack;
 use crate::sys;
 
 /// Merges two layers and makes an image of them, in memory. Returns its size.
 pub fn layers(lower: &[u8], upper: &[u8], form: Form) -> Result<u64> {
-    let mut tree = Tree::new(Limits { entries: 10_000, memory_bytes: 16 << 20 });
+    let mut tree = Tree::new(TreeLimits { entries: 10_000, memory_bytes: 16 << 20 });
     let mut writer = Writer::new(sys::memory_file(c"image")?, sys::memory_file(c"spill")?, form);
     for bytes in [lower, upper] {
         let unpacked = unpack::unpacked(std::io::Cursor::new(bytes.to_vec()))?;

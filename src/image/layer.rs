@@ -53,8 +53,8 @@ fn whiteout(parent: &[u8], name: &[u8], tree: &mut Tree) -> Result<()> {
     tree.whiteout(&[parent, b"/", hidden].concat())
 }
 
-fn put<R: Skip>(entry: tar::Entry, archive: &mut Archive<R>, tree: &mut Tree, writer: &mut Writer) -> Result<()> {
-    let tar::Entry { path, kind, attributes, content_bytes } = entry;
+fn put<R: Skip>(entry: tar::TarEntry, archive: &mut Archive<R>, tree: &mut Tree, writer: &mut Writer) -> Result<()> {
+    let tar::TarEntry { path, kind, attributes, content_bytes } = entry;
     let body = match kind {
         Kind::Hardlink(target) => return tree.link(&path, &target),
         Kind::File => Body::File(writer.content(&mut archive.content(), content_bytes, &attributes)?),

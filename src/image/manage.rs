@@ -35,11 +35,11 @@ pub struct Listed {
 
 /// What is to stay when the store is cleaned up.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Held {
+pub struct PruneOptions {
     /// Images without a name, which were run from a path.
-    pub nameless: bool,
+    pub keep_unnamed: bool,
     /// Layers as they came: the root is made, and only a pull of another version would want them.
-    pub layers: bool,
+    pub keep_layers: bool,
 }
 
 /// What was cleaned up.
@@ -123,15 +123,15 @@ impl Store {
             Ok(true)
         })?;
         if gone {
-            self.prune(Held { nameless: true, layers: true })?;
+            self.prune(PruneOptions { keep_unnamed: true, keep_layers: true })?;
         }
         Ok(gone)
     }
 
-    /// Removes what no image has, and what is not held. What a running machine uses stays.
-    pub fn prune(&self, held: Held) -> Result<Pruned> {
+    /// Removes what no image has, and what is not options. What a running machine uses stays.
+    pub fn prune(&self, options: PruneOptions) -> Result<Pruned> {
         let mut pruned = Pruned::default();
-        if !held.nameless {
+        if !options.keep_unnamed {
             pruned.images = self.update(|index| {
                 let nameless = index.images.iter().filter(|&(&id, _)| index.names_of(id).is_empty());
                 let nameless: Vec<(Digest, Digest)> = nameless.map(|(&id, record)| (id, record.root)).collect();
@@ -147,12 +147,12 @@ impl Store {
         }
         // By what the index on the disk says now: had husk been killed before, nothing that it names would be gone.
         self.update(|index| {
-            self.prune_files(index, held, &mut pruned).with_context(|| format!("clean up {}", self.dir().display()))
+            self.prune_files(index, options, &mut pruned).with_context(|| format!("clean up {}", self.dir().display()))
         })?;
         Ok(pruned)
     }
 
-    fn prune_files(&self, index: &Index, held: Held, pruned: &mut Pruned) -> Result<()> {
+    fn prune_files(&self, index: &Index, options: PruneOptions, pruned: &mut Pruned) -> Result<()> {
         let roots: BTreeSet<Digest> = index.images.values().map(|record| record.root).collect();
         let root_of = |name: &str| Digest::from_hex(name.strip_suffix(".erofs")?);
         self.remove_unlocked("roots", &|name| root_of(name).is_none_or(|key| !roots.contains(&key)), pruned)?;
@@ -161,7 +161,8 @@ impl Store {
         // Someone may be about to use them.
         if blobs.try_lock().is_ok() {
             let layers = index.images.values().flat_map(|record| &record.layers);
-            let kept: BTreeSet<Digest> = layers.filter_map(|layer| layer.blob.filter(|_| held.layers)).collect();
+            let kept: BTreeSet<Digest> =
+                layers.filter_map(|layer| layer.blob.filter(|_| options.keep_layers)).collect();
             let is_kept = |name: &str| Digest::from_hex(name).is_some_and(|blob| kept.contains(&blob));
             self.remove_unlocked("blobs", &|name| !is_kept(name), pruned)?;
         }

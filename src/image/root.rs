@@ -16,7 +16,7 @@ use super::layer::{self, Whiteouts};
 use super::progress::{Bar, Progress};
 use super::store::Store;
 use super::tar::Stream;
-use super::tree::{Limits, Tree};
+use super::tree::{Tree, TreeLimits};
 use super::{Layer, unpack};
 
 /// A root, which stays as long as this does.
@@ -99,7 +99,7 @@ impl Store {
         }
         work.file.set_len(0)?;
         let mut maker = Maker {
-            tree: Tree::new(Limits::default()),
+            tree: Tree::new(TreeLimits::default()),
             writer: Writer::new(work.file.try_clone()?, self.nameless_file()?, self.form),
             limit_bytes: self.unpack_limit()?,
         };

@@ -72,15 +72,15 @@ pub struct Node {
 
 /// The bounds of a tree: what stands in memory for it is not to grow with a hostile archive.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct TreeLimits {
     pub entries: u64,
     pub memory_bytes: u64,
 }
 
-impl Default for Limits {
-    fn default() -> Limits {
+impl Default for TreeLimits {
+    fn default() -> TreeLimits {
         // A full desktop distribution has a tenth of it.
-        Limits { entries: 4_000_000, memory_bytes: 1 << 30 }
+        TreeLimits { entries: 4_000_000, memory_bytes: 1 << 30 }
     }
 }
 
@@ -104,7 +104,7 @@ impl Way<'_> {
 /// The merged tree.
 pub struct Tree {
     nodes: Vec<Node>,
-    limits: Limits,
+    limits: TreeLimits,
     memory_bytes: u64,
     /// Contents that no name leads to any more.
     forgotten: Vec<Content>,
@@ -118,7 +118,7 @@ pub struct Tree {
 
 impl Tree {
     /// A tree with an empty root directory.
-    pub fn new(limits: Limits) -> Tree {
+    pub fn new(limits: TreeLimits) -> Tree {
         let attributes = Attributes { mode: 0o755, ..Attributes::default() };
         let root = Node { attributes, body: Body::empty_directory(), names: 1 };
         Tree {
@@ -410,7 +410,7 @@ mod tests {
     use super::*;
 
     fn tree() -> Tree {
-        let mut tree = Tree::new(Limits::default());
+        let mut tree = Tree::new(TreeLimits::default());
         tree.begin_layer();
         tree
     }
@@ -549,10 +549,10 @@ mod tests {
 
     #[test]
     fn a_tree_has_bounds() {
-        let mut tree = Tree::new(Limits { entries: 100, memory_bytes: 1 << 20 });
+        let mut tree = Tree::new(TreeLimits { entries: 100, memory_bytes: 1 << 20 });
         let deep = "x/".repeat(101);
         assert!(tree.insert(deep.as_bytes(), Attributes::default(), Body::empty_directory()).is_err());
-        let mut tree = Tree::new(Limits { entries: 1 << 30, memory_bytes: 100_000 });
+        let mut tree = Tree::new(TreeLimits { entries: 1 << 30, memory_bytes: 100_000 });
         assert!((0..1000).any(|i| tree.insert(format!("{i}").as_bytes(), Attributes::default(), Body::Fifo).is_err()));
     }
 }

@@ -8,7 +8,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 
 use super::{Console, Controls, Machine};
-use crate::boot::{self, Entry};
+use crate::boot::{self, EntryPoint};
 use crate::config::{self, MachineConfig};
 use crate::device::{PciPorts, Power, Serial};
 use crate::exit_latch::ExitLatch;
@@ -138,7 +138,7 @@ fn start_vcpus(
     exit_latch: &Arc<ExitLatch>,
     supported: &CpuId,
     processor: Processor,
-    entry: Entry,
+    entry: EntryPoint,
 ) -> Result<Vec<VcpuThread>> {
     vcpu::prepare_kicks().context("set up the signal that interrupts vCPUs")?;
     let buses = Arc::new(buses);

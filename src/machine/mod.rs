@@ -39,11 +39,11 @@ pub struct Machine {
 #[derive(Clone, Default)]
 pub struct Controls {
     /// The disks, in the order of the configuration.
-    pub disks: Vec<block::Control>,
+    pub disks: Vec<block::DiskHandle>,
     /// The links of the network interfaces, in the order of the configuration: to be cut, restored and counted.
     pub links: Vec<NetLink>,
     /// The balloon, if there is one.
-    pub balloon: Option<balloon::Control>,
+    pub balloon: Option<balloon::BalloonHandle>,
 }
 
 /// The serial port's far side: what the guest prints, and what it is told.

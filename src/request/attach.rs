@@ -26,7 +26,7 @@ use crate::sys::SignalFd;
 const LEAVE: [u8; 2] = [0x10, 0x11];
 
 /// How soon behind the end of its streams the machine's own is told.
-const END_PATIENCE: Duration = Duration::from_secs(10);
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is waited for.
 const SHOWN: u64 = 0;
@@ -123,7 +123,7 @@ impl Stay<'_> {
         watch(self.left.as_raw_fd(), LEFT)?;
         let mut shower = Some(self.shower);
         loop {
-            let timeout_ms = if shower.is_some() { -1 } else { END_PATIENCE.as_millis() as i32 };
+            let timeout_ms = if shower.is_some() { -1 } else { END_TIMEOUT.as_millis() as i32 };
             let mut events = [EpollEvent::default(); 3];
             let count = match epoll.wait(timeout_ms, &mut events) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -158,7 +158,7 @@ fn hand_on(control: &Path, signals: &SignalFd, on_terminal: bool) -> Result<bool
         match u8::try_from(number) {
             Ok(_) if number == libc::SIGWINCH && on_terminal => tell_size(control),
             Ok(signal) => {
-                if client::ask(control, &Request::Kill { signal }).is_err() && signal::asks_for_end(number) {
+                if client::ask(control, &Request::Kill { signal }).is_err() && signal::is_termination(number) {
                     return Ok(false);
                 }
             }

@@ -16,7 +16,7 @@ use crate::sys;
 #[derive(Debug)]
 pub struct DiskFile {
     /// What requests are made of. The lock lasts as long as it does.
-    pub image: Image,
+    pub image: DiskImage,
     /// Where it was found, for messages.
     pub path: PathBuf,
     /// Its size, a multiple of 512 and not 0.
@@ -33,7 +33,7 @@ pub struct DiskFile {
 
 /// An image, by its format.
 #[derive(Debug)]
-pub enum Image {
+pub enum DiskImage {
     /// The disk's bytes as they are.
     Raw {
         /// The file that has them.
@@ -88,13 +88,13 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         Format::Raw => {
             // A block device's metadata have no size.
             let capacity_bytes = (&file).seek(SeekFrom::End(0)).with_context(|| format!("size of disk {name}"))?;
-            (Image::Raw { file, block_device }, capacity_bytes)
+            (DiskImage::Raw { file, block_device }, capacity_bytes)
         }
         Format::Qcow2 => {
             ensure!(!block_device, "disk {name} is a block device, and qcow2 needs a file that can grow");
             let image = Qcow2Disk::open(file, *readonly).map_err(|refusal| anyhow!("disk {name} {refusal}"))?;
             let capacity_bytes = image.capacity_bytes();
-            (Image::Qcow2(Box::new(image)), capacity_bytes)
+            (DiskImage::Qcow2(Box::new(image)), capacity_bytes)
         }
     };
     ensure!(capacity_bytes > 0, "disk {name} is empty");
@@ -174,7 +174,7 @@ mod tests {
         let image = image((3 << 40) + 512);
         let disk = open(&config(image.path(), false)).unwrap();
         assert_eq!((disk.capacity_bytes, disk.readonly), ((3 << 40) + 512, false));
-        assert!(matches!(disk.image, Image::Raw { block_device: false, .. }));
+        assert!(matches!(disk.image, DiskImage::Raw { block_device: false, .. }));
         assert_eq!(disk.id.as_deref(), Some("blue"));
     }
 
@@ -267,7 +267,7 @@ mod tests {
             file.set_len(file.metadata().unwrap().len().next_multiple_of(512)).unwrap();
             let said = |format| {
                 let disk = open(&DiskConfig { format, ..config(&path, false) }).unwrap();
-                assert!(matches!(disk.image, Image::Raw { .. }));
+                assert!(matches!(disk.image, DiskImage::Raw { .. }));
                 logged(&format!("disk {name} "))
             };
             assert_eq!(said(Some(Format::Raw)), [""; 0], "it was said what it is");

@@ -288,7 +288,7 @@ mod tests {
     const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
     const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), 80);
     const MACHINE: &str = "10.86.7.9";
-    const PATIENCE: Duration = Duration::from_secs(3);
+    const TIMEOUT: Duration = Duration::from_secs(3);
 
     fn shell(script: &str) {
         run("sh", &["-ec", script]).unwrap();
@@ -333,7 +333,7 @@ mod tests {
                 loop {
                     match listener.accept() {
                         Ok((_, from)) => return Some(from.ip()),
-                        Err(_) if started.elapsed() > PATIENCE => return None,
+                        Err(_) if started.elapsed() > TIMEOUT => return None,
                         Err(_) => thread::sleep(Duration::from_millis(5)),
                     }
                 }
@@ -342,7 +342,7 @@ mod tests {
             is_listening.recv().unwrap();
             let gateway = bridge.gateway();
             let set_up = format!("ip addr add {MACHINE}/24 dev eth0; ip route add default via {gateway}");
-            let machine = elsewhere(scope, "port", set_up, || TcpStream::connect_timeout(&SERVER, PATIENCE).is_ok());
+            let machine = elsewhere(scope, "port", set_up, || TcpStream::connect_timeout(&SERVER, TIMEOUT).is_ok());
             shell(&format!("ip link set port master {} up", bridge.interface()));
             let (reached, seen) = (machine.join().unwrap(), server.join().unwrap());
             assert_eq!(reached, seen.is_some());
@@ -446,9 +446,9 @@ mod tests {
     const BEYOND: Someone = Someone { bridge: None, gateway: "203.0.113.1", address: v4(203, 0, 113, 9) };
 
     /// Long enough for a question that is asked again after a second.
-    const REFUSAL_PATIENCE: Duration = Duration::from_millis(1500);
+    const REFUSAL_TIMEOUT: Duration = Duration::from_millis(1500);
     /// And for one that is asked once more after its neighbours were looked for, which IPv6 does not begin while a link comes up.
-    const IPV6_PATIENCE: Duration = Duration::from_secs(15);
+    const IPV6_TIMEOUT: Duration = Duration::from_secs(15);
 
     /// An address for `ip addr add`, in a network of 24 bits, and at once its owner's.
     fn of_24(address: IpAddr) -> String {
@@ -480,9 +480,9 @@ mod tests {
             connect("server", to);
             is_listening.recv().unwrap();
             let at = SocketAddr::from((to.address, 80));
-            let patience = if at.is_ipv6() { IPV6_PATIENCE } else { REFUSAL_PATIENCE };
+            let timeout = if at.is_ipv6() { IPV6_TIMEOUT } else { REFUSAL_TIMEOUT };
             let client =
-                elsewhere(scope, "client", set_up(from), move || TcpStream::connect_timeout(&at, patience).is_ok());
+                elsewhere(scope, "client", set_up(from), move || TcpStream::connect_timeout(&at, timeout).is_ok());
             connect("client", from);
             let reached = client.join().unwrap();
             drop(ended);

@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 
 use super::cache::{Cache, Identity};
-use crate::boot::{BzImage, Image, Kernel};
+use crate::boot::{BzImage, Kernel, KernelImage};
 use crate::sys;
 
 /// Who builds kernels all day has two names a kernel here, and 30 MiB for every two of them.
@@ -28,12 +28,12 @@ const PROGRESS_AFTER: Duration = Duration::from_millis(200);
 ///
 /// A bzImage that only it can unpack comes back as [`Kernel::BzImage`]. A cache that cannot be used costs time, and no
 /// more.
-pub fn open(path: &Path) -> Result<Image> {
+pub fn open(path: &Path) -> Result<KernelImage> {
     let cache = Cache::of_user("unpacked", NAMES_KEPT);
     open_with_cache(path, cache.as_ref()).with_context(|| format!("open kernel {}", path.display()))
 }
 
-fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<Image> {
+fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<KernelImage> {
     // A pipe that nobody writes to would else be waited for.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -42,12 +42,12 @@ fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<Image> {
     }
     ensure!(kind.is_file(), "not a regular file");
     let identity = Identity::of(&file)?;
-    let Image { kernel, initrd, cmdline } = Image::identify(file)?;
+    let KernelImage { kernel, initrd, cmdline } = KernelImage::identify(file)?;
     let kernel = match kernel {
         Kernel::BzImage(image) if image.can_be_unpacked() => unpacked(&image, &identity, cache)?,
         kernel => kernel,
     };
-    Ok(Image { kernel, initrd, cmdline })
+    Ok(KernelImage { kernel, initrd, cmdline })
 }
 
 /// The kernel in `image`: from the cache, or unpacked to it, or to memory.

@@ -35,8 +35,8 @@ pub fn file() -> OpenOptions {
 }
 
 /// Locks `file`, which is the one at `path`, for as long as it is open. Says after a second that it waits, on the
-/// calling thread, and fails where somebody else has it for longer than `patience`.
-pub fn wait(file: &File, path: &Path, kind: Kind, patience: Duration) -> Result<()> {
+/// calling thread, and fails where somebody else has it for longer than `timeout`.
+pub fn wait(file: &File, path: &Path, kind: Kind, timeout: Duration) -> Result<()> {
     let started = Instant::now();
     let mut has_told = false;
     loop {
@@ -52,8 +52,8 @@ pub fn wait(file: &File, path: &Path, kind: Kind, patience: Duration) -> Result<
             Err(_) => {}
         }
         let waited = started.elapsed();
-        if waited > patience {
-            let (path, seconds) = (path.display(), patience.as_secs());
+        if waited > timeout {
+            let (path, seconds) = (path.display(), timeout.as_secs());
             bail!("{path} was locked by another program for {seconds} s: run `fuser -v {path}` to find it");
         }
         if waited > SILENT && !std::mem::replace(&mut has_told, true) {

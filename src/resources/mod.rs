@@ -30,10 +30,10 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use kvm_ioctls::Kvm;
 
-use crate::boot::{Image, Kernel, Part};
+use crate::boot::{Kernel, KernelImage, Part};
 use crate::config::MachineConfig;
 use crate::sandbox::affinity;
-use crate::sandbox::cgroup::{CgroupLimits, Limits};
+use crate::sandbox::cgroup::{CgroupLimits, ResourceLimits};
 use host::KVM_API_VERSION;
 
 /// KVM's device node.
@@ -61,12 +61,12 @@ pub struct Resources {
 
 /// Opens all that `config` names. The first that fails ends it, with the path and the reason.
 pub fn open(config: &MachineConfig) -> Result<Resources> {
-    let Image { kernel, initrd, cmdline: kernel_words } = kernel::open(&config.kernel)?;
+    let KernelImage { kernel, initrd, cmdline: kernel_words } = kernel::open(&config.kernel)?;
     let initrd = config.initrd.as_deref().map_or(Ok(initrd), |path| open_initrd(path).map(Some))?;
     let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
     let kvm = open_kvm()?;
     // Last, since these are the only ones that make something.
-    let cgroup_limits = CgroupLimits::new(&Limits {
+    let cgroup_limits = CgroupLimits::new(&ResourceLimits {
         cpu_millicpus: config.cpu_limit_millicpus,
         cpu_shares: config.cpu_shares,
         memory_bytes: config.host_memory_mib.map(|mib| mib << 20),

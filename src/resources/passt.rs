@@ -50,11 +50,11 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// socket, which the kernel counts twice, in each direction.
 pub const BUDGET_BYTES: u64 = (32 << 20) + 2 * 2 * SOCKET_BUFFER_BYTES as u64;
 /// How long a passt has to open ports, on a host that is busy.
-const SERVICE_PATIENCE: Duration = Duration::from_secs(10);
+const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a frame says that asks for an address, or tells it.
 const ETHERTYPE_ARP: [u8; 2] = [8, 6];
 /// How long a passt that is likely to fail has for it.
-const VERDICT_PATIENCE: Duration = Duration::from_millis(500);
+const STARTUP_ERROR_TIMEOUT: Duration = Duration::from_millis(500);
 /// passt's last words are no longer than this.
 const WORDS_MAX_BYTES: u64 = 16 << 10;
 
@@ -224,11 +224,11 @@ impl Passt {
             match self.net.receive() {
                 Err(_) => bail!("passt did not start: {}", self.ending_words()),
                 Ok(true) => break true,
-                Ok(false) if started.elapsed() > SERVICE_PATIENCE => break false,
+                Ok(false) if started.elapsed() > SERVICE_TIMEOUT => break false,
                 Ok(false) => thread::sleep(Duration::from_millis(1)),
             }
             // Without IPv4 on this host it has no answer.
-            if started.elapsed() > VERDICT_PATIENCE && ports.iter().all(|port| ports::unopened(port).is_none()) {
+            if started.elapsed() > STARTUP_ERROR_TIMEOUT && ports.iter().all(|port| ports::unopened(port).is_none()) {
                 break true;
             }
         };
@@ -253,7 +253,7 @@ impl Passt {
     /// Waits a while for passt to fail, and says why if it does.
     fn await_verdict(&mut self) -> Result<()> {
         let started = Instant::now();
-        while started.elapsed() < VERDICT_PATIENCE {
+        while started.elapsed() < STARTUP_ERROR_TIMEOUT {
             if self.child.try_wait().context("wait for passt")?.is_some() {
                 bail!("passt did not start: {}", self.last_words());
             }

@@ -14,7 +14,7 @@ use crate::config::{PortForward, Protocol};
 /// Ports of the same remainder are asked for by one start at a time: few enough for a lock each, and ports in a row are apart.
 const TURNS: u16 = 64;
 /// How long another start may take. Whoever takes longer is no start of husk's, and is not waited for.
-const TURN_PATIENCE: Duration = Duration::from_secs(10);
+const BIND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The right to look for ports and open them, which no other husk on this network has meanwhile. passt is of no help: where one
 /// of a port's two families is taken, it serves the other and says nothing.
@@ -40,7 +40,7 @@ fn lock(turn: u16, started: Instant) -> Option<UnixListener> {
     loop {
         match UnixListener::bind_addr(&name) {
             Ok(lock) => return Some(lock),
-            Err(error) if error.kind() != ErrorKind::AddrInUse || started.elapsed() > TURN_PATIENCE => return None,
+            Err(error) if error.kind() != ErrorKind::AddrInUse || started.elapsed() > BIND_TIMEOUT => return None,
             Err(_) => thread::sleep(Duration::from_millis(2)),
         }
     }
@@ -133,6 +133,6 @@ mod tests {
         assert!(!second.is_finished());
         drop(turn);
         second.join().unwrap();
-        assert!(started.elapsed() < TURN_PATIENCE);
+        assert!(started.elapsed() < BIND_TIMEOUT);
     }
 }

@@ -19,7 +19,7 @@ use crate::sys;
 const ATTEMPTS: usize = 8;
 
 /// How long a directory that nobody uses may be held by those who look whether it is used.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long an ID is, in bytes; it is written in hexadecimal digits.
 const ID_BYTES: usize = 6;
@@ -191,7 +191,7 @@ pub(super) fn reopen(path: &Path) -> Result<MachineDir> {
 
 /// Locks a directory for as long as `dir` is open. False where a husk has it.
 pub(super) fn lock(dir: &File) -> bool {
-    let deadline = Instant::now() + LOCK_PATIENCE;
+    let deadline = Instant::now() + LOCK_TIMEOUT;
     while dir.try_lock().is_err() {
         if Instant::now() > deadline {
             return false;

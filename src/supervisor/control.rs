@@ -1,4 +1,5 @@
-//! The machine's own thread: waits for its end, for signals and for keys, and acts on the first that comes.
+//! The machine's main thread: waits for the machine's end, signals, keys and requests, and handles them in the order
+//! they occur.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -22,10 +23,10 @@ use crate::sys::SignalFd;
 use crate::sys::timer::ClockJumps;
 use crate::timings::Step;
 
-/// How long a panicked kernel may go on printing before the machine is ended for it.
+/// How long a kernel may keep printing after a panic before the machine is ended.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
 
-/// What the thread waits for.
+/// The event sources of the thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Token {
     Exit,
@@ -47,30 +48,31 @@ const TOKENS: [Token; 7] = [
     Token::ClockJump,
 ];
 
-/// Who has this process's standard streams and its signals.
+/// What this process's standard streams and signals are connected to.
 pub enum Stdio<'a> {
-    /// The serial port. The first of the signals that ask for an end presses the power button, the second ends the machine;
-    /// any other by which a process ends does that at once.
+    /// The serial port. The first termination signal presses the power button, the second ends the machine. Any other
+    /// signal that terminates a process ends the machine immediately.
     Console,
-    /// The guest's process, on a terminal or not; signals are its own. The serial port prints to the log.
+    /// The guest's process, with or without a terminal. Signals are forwarded to it. The serial port prints to the log.
     Session {
-        /// The process's session; it outlives the machine, so that its end can be asked for.
+        /// The process's session. It outlives the machine so that the exit status can be read afterwards.
         session: &'a mut Session,
-        /// Whether the keys typed here are the process's, all of them.
+        /// Whether all keys typed on the terminal go to the process.
         takes_keys: bool,
-        /// Where the kernel's messages go.
+        /// The destination of kernel messages.
         log: Log,
     },
 }
 
-/// Blocks the signals that [`run`] listens to, and for a session those too that mean nothing to husk and something to a
-/// process. To be called on the first thread before others are started.
+/// Blocks the signals that [`run`] handles and, for a session, also those that are only forwarded to the process. Must
+/// be called on the first thread before others are started.
 pub fn block_signals(for_session: bool) -> Result<SignalFd> {
     let session = if for_session { &[libc::SIGWINCH, libc::SIGCONT][..] } else { &[] };
     SignalFd::block(&[&signal::that_end_a_process(), session].concat()).context("block signals")
 }
 
-/// Runs `machine` until it ends, with this process's streams where `stdio` says, and with what others ask of it at `endpoint`.
+/// Runs `machine` until it ends, with this process's streams connected as `stdio` says, and serves requests at
+/// `endpoint`.
 pub fn run(
     mut machine: Machine,
     signals: &SignalFd,
@@ -96,14 +98,14 @@ pub(super) struct Supervisor<'a> {
     pub(super) machine: &'a mut Machine,
     pub(super) epoll: Epoll,
     signals: &'a SignalFd,
-    /// Who has the standard streams and the signals, if it is not the serial port.
+    /// The session that the standard streams and signals belong to, if they do not belong to the serial port.
     pub(super) session: Option<&'a mut Session>,
-    /// What others ask of the machine.
+    /// Where requests from other commands arrive.
     pub(super) endpoint: &'a mut ControlEndpoint,
     pub(super) input: Option<Input>,
-    /// Those that have the console again, the last one first, when the input after them has ended.
+    /// Inputs that resume when the current one ends, most recent last.
     pub(super) earlier_inputs: Vec<Input>,
-    /// When the host's wall clock is set, or the host has slept.
+    /// Detects that the host's wall clock was set or that the host was suspended.
     clock_jumps: ClockJumps,
     button_pressed: bool,
     on_terminal: bool,
@@ -184,21 +186,21 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// Has the guest set its wall clock by the host's, where husk's init is there to do it.
+    /// Makes the guest set its wall clock to the host's, if husk's init is running.
     pub(super) fn check_guest_clock(&mut self) {
         if let Some(session) = &mut self.session {
             session.check_clock();
         }
     }
 
-    /// Has it known that the machine runs, once it does: with its process, where it has one.
+    /// Reports that the machine is running, once it is, including its process if it has one.
     fn note_start(&mut self) -> Result<()> {
         let started = self.session.as_ref().is_none_or(|session| session.has_started());
         if started { self.endpoint.note_running() } else { Ok(()) }
     }
 
-    /// How long to wait at most: for ever, unless the guest's kernel has panicked and may not reset by itself, a session is
-    /// over and the guest may not end by itself, or somebody wants the machine to end by then.
+    /// The maximum time to wait, in milliseconds: unlimited, unless the guest's kernel has panicked and may not reset
+    /// by itself, a session is over and the guest may not exit by itself, or a stop request has a timeout.
     fn timeout_ms(&self) -> i32 {
         let timeouts = [self.guest_timeout_ms(), self.endpoint.timeout_ms(self.machine.exit_latch())];
         timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
@@ -219,7 +221,7 @@ impl<'a> Supervisor<'a> {
         let Some(signal) = self.signals.read().context("read a signal")? else { return Ok(()) };
         if let Some(session) = &mut self.session {
             session.on_signal(signal, self.machine.exit_latch());
-        } else if self.button_pressed || !signal::asks_for_end(signal) {
+        } else if self.button_pressed || !signal::is_termination(signal) {
             self.machine.exit_latch().declare(ExitReason::Killed(signal));
         } else {
             self.press_power_button();
@@ -245,15 +247,15 @@ impl<'a> Supervisor<'a> {
         self.feed()
     }
 
-    /// Moves input to the guest as far as it takes it, and watches for more only while there is room for more: input
-    /// that is not wanted, or at its end, wakes nobody.
+    /// Forwards as much input to the guest as it accepts, and watches for more only while there is room. Input that is
+    /// unwanted or has ended causes no wakeups.
     pub(super) fn feed(&mut self) -> Result<()> {
         while let Some(input) = &mut self.input {
             while input.feed(|bytes| self.machine.offer_input(bytes)) {
                 if input.watch(&self.epoll, Token::Keys as u64).context("watch standard input")? {
                     return Ok(());
                 }
-                // A file that cannot be watched has no terminal's commands in it.
+                // A file that cannot be watched contains no terminal escape sequences.
                 input.read();
             }
             input.unwatch(&self.epoll).context("stop watching standard input")?;
@@ -265,7 +267,7 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    /// Says something to the person at the terminal, if there is one.
+    /// Prints a message to the user's terminal, if there is one.
     fn say(&self, words: &str) {
         if self.on_terminal || io::IsTerminal::is_terminal(&io::stderr()) {
             terminal::say(words, Duration::ZERO);

@@ -1,5 +1,5 @@
-//! From a machine's end to the end of its output: what it printed is still printed, to a reader who may be slow, or asleep.
-//! Signals and requests are served meanwhile, so that nobody is waited for longer than somebody wants.
+//! Drains the output after the machine has ended: buffered output is still written even if its reader is slow or
+//! stopped. Signals and requests are handled meanwhile, so that the wait can be cut short.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -24,18 +24,19 @@ use crate::machine::Machine;
 use crate::sandbox;
 use crate::sys::SignalFd;
 
-/// How long a reader has for what is left, when a machine was ended by force: long for who reads, short for who waits.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// How long the remaining output may take after a forced end: enough for an active reader, and short for a waiting
+/// user.
+const FORCED_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The console thread, and a word from it when it has printed all.
+/// The console thread, and an event signaled when everything is printed.
 pub(super) struct Printer {
     thread: JoinHandle<()>,
     done: Arc<EventFd>,
 }
 
 impl Printer {
-    /// Starts the thread. What the serial port prints goes to the log where there is one; else, in the background, to the hub,
-    /// and to standard output where not.
+    /// Starts the thread. Output of the serial port goes to the log if there is one, otherwise to the hub in the
+    /// background, or to standard output.
     pub(super) fn start(machine: &Machine, log: Option<Log>, endpoint: &ControlEndpoint) -> Result<Printer> {
         let (output, exit_latch) = (machine.console_output().clone(), machine.exit_latch().clone());
         let stdout = || io::stdout().as_fd().try_clone_to_owned().context("use standard output");
@@ -55,7 +56,8 @@ impl Printer {
     }
 }
 
-/// Waits until all that the machine printed has been taken, but no longer than a signal, a request or `reason` lets it.
+/// Waits until all of the machine's output has been taken, or until a signal, a request or `reason` cuts the wait
+/// short.
 pub(super) fn print(
     printer: Printer,
     mut session: Option<&mut Session>,
@@ -72,7 +74,7 @@ pub(super) fn print(
         control::watch(&epoll, session.as_raw_fd(), Token::Session)?;
     }
     let forced = matches!(reason, ExitReason::Killed(_) | ExitReason::Quit);
-    let last_words_by = Instant::now() + LAST_WORDS;
+    let forced_drain_by = Instant::now() + FORCED_DRAIN_TIMEOUT;
     let mut is_cut = false;
     loop {
         let console_is_printed = printer.thread.is_finished() || printer.done.read().is_ok();
@@ -80,7 +82,7 @@ pub(super) fn print(
         if console_is_printed && streams_are_printed {
             return Ok(());
         }
-        let stop_by = if forced { Some(last_words_by) } else { endpoint.stop_by.map(|by| by.max(last_words_by)) };
+        let stop_by = if forced { Some(forced_drain_by) } else { endpoint.stop_by.map(|by| by.max(forced_drain_by)) };
         let left = stop_by.map(|by| by.saturating_duration_since(Instant::now()));
         if is_cut || left.is_some_and(|left| left.is_zero()) {
             log::warn!("the last output of the machine is lost: it was not read");
@@ -92,7 +94,7 @@ pub(super) fn print(
             _ => {}
         }
         while let Some(number) = signals.read().context("read a signal")? {
-            is_cut |= signal::asks_for_end(number);
+            is_cut |= signal::is_termination(number);
         }
         is_cut |= endpoint.answer_without_guest("the machine has exited, but its output has not been read yet");
     }

@@ -1,5 +1,5 @@
-//! Where a running machine is known to others: its directory, its record, and the requests that come to it. One for all
-//! the machines that follow each other under one name when they are started again.
+//! A running machine's presence on the host: its directory, its record and its control socket. One endpoint serves all
+//! restarts of a machine under the same name.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -21,25 +21,25 @@ use crate::state_dir::record::{Record, State, now_ms};
 use crate::state_dir::{self, MachineDir, husk_log};
 use crate::sys::SignalFd;
 
-/// A machine's place among its user's machines.
+/// A machine's entry among the user's machines.
 #[derive(Debug)]
 pub struct ControlEndpoint {
     pub(super) server: Server,
     pub(super) record: Record,
     hub: Option<Arc<Hub>>,
-    /// Whether whoever started the machine in the background is still to be told that it runs.
+    /// Whether the process that started the machine in the background has not been notified yet that it is running.
     unannounced: bool,
-    /// Whether somebody asked for the machine's end, so that it is not started again.
-    pub(super) end_wanted: bool,
-    /// When an end that was asked for in order is made.
+    /// Whether a stop was requested, so that the machine is not restarted.
+    pub(super) end_requested: bool,
+    /// When a requested stop becomes a forced one.
     pub(super) stop_by: Option<Instant>,
     started: Instant,
-    // So late that what is in it goes first.
+    // Declared last, so that the files in it are dropped first.
     pub(super) dir: MachineDir,
 }
 
 impl ControlEndpoint {
-    /// Opens for requests, writes `record` down, and for a machine in the background starts its log of at most
+    /// Opens the control socket, writes `record`, and for a machine in the background starts its log of at most
     /// `log_max_bytes`.
     pub fn open(dir: MachineDir, record: Record, log_max_bytes: u64) -> Result<ControlEndpoint> {
         let server = Server::listen(&dir.file(state_dir::CONTROL))?;
@@ -52,7 +52,7 @@ impl ControlEndpoint {
         };
         dir.write(&record)?;
         let (unannounced, started) = (record.detached, Instant::now());
-        Ok(ControlEndpoint { server, record, hub, unannounced, end_wanted: false, stop_by: None, started, dir })
+        Ok(ControlEndpoint { server, record, hub, unannounced, end_requested: false, stop_by: None, started, dir })
     }
 
     /// The path of a file in the machine's directory.
@@ -60,62 +60,62 @@ impl ControlEndpoint {
         self.dir.file(name)
     }
 
-    /// Where the machine's streams go, if it runs in the background.
+    /// The destination of the machine's streams, if it runs in the background.
     pub fn hub(&self) -> Option<&Arc<Hub>> {
         self.hub.as_ref()
     }
 
-    /// Whether the machine runs in the background, where no terminal and no input of ours is its own.
+    /// Whether the machine runs in the background, without this process's terminal and input.
     pub fn is_detached(&self) -> bool {
         self.hub.is_some()
     }
 
-    /// Whether the machine has run, and whoever started it knows.
+    /// Whether the machine has run and the process that started it was notified.
     pub fn is_announced(&self) -> bool {
         !self.unannounced
     }
 
-    /// The signal that asks the machine's process for its end.
+    /// The signal that asks the machine's process to terminate.
     pub(super) fn stop_signal(&self) -> u8 {
         self.record.stop_signal
     }
 
-    /// Removes what killed machines left behind. To be called while the guest has something to do.
+    /// Removes what killed machines left behind. Best called while the guest is busy booting.
     pub(super) fn remove_stale(&self) {
         if let Err(error) = self.dir.state_dir().remove_stale() {
             log::info!("clean up after killed machines: {error:#}");
         }
     }
 
-    /// How often it was started again.
+    /// How many times the machine was restarted.
     pub fn restarts(&self) -> u32 {
         self.record.restarts
     }
 
-    /// How long the machine has been there.
+    /// The time since the machine was created.
     pub(super) fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// Writes down what the machine does now.
+    /// Records the machine's new state.
     pub(super) fn enter(&mut self, state: State) -> Result<()> {
         self.record.state = state;
-        self.write_down()
+        self.write_record()
     }
 
-    /// Writes down what is known of the machine now.
-    pub(super) fn write_down(&self) -> Result<()> {
+    /// Writes the current record.
+    pub(super) fn write_record(&self) -> Result<()> {
         self.dir.write(&self.record)
     }
 
-    /// Notes that the machine runs. Whoever started it in the background is told its ID, and then left alone. Harmless
-    /// when repeated.
+    /// Records that the machine is running. The process that started it in the background receives its ID and is then
+    /// detached. Does nothing when repeated.
     pub(super) fn note_running(&mut self) -> Result<()> {
         if self.record.state == State::Starting {
             self.enter(State::Running { since_ms: now_ms() })?;
         }
         if std::mem::take(&mut self.unannounced) {
-            // If they are gone already, nobody would ever know of this machine.
+            // If that process is gone, the machine would go unnoticed.
             writeln!(std::io::stdout(), "{}", self.dir.id()).context("report that the machine is running")?;
             let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
             rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
@@ -125,8 +125,8 @@ impl ControlEndpoint {
         Ok(())
     }
 
-    /// How long to wait at most for an end that was asked for, in milliseconds; -1 is for ever. Makes it when time is
-    /// up.
+    /// The time until a requested stop is forced, in milliseconds; -1 if there is none. Forces the stop when the time
+    /// is up.
     pub(super) fn timeout_ms(&self, exit_latch: &ExitLatch) -> i32 {
         let Some(stop_by) = self.stop_by else { return -1 };
         let left = stop_by.saturating_duration_since(Instant::now());
@@ -136,8 +136,8 @@ impl ControlEndpoint {
         i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
     }
 
-    /// Waits `wait` before the machine is started again, and says so to who asks; false if its end is asked for by
-    /// then, by a request or by one of `signals`.
+    /// Waits `wait` before a restart, and reports that state to clients. Returns false if a stop is requested
+    /// meanwhile, by a request or by one of `signals`.
     pub fn wait_to_restart(&mut self, wait: Duration, signals: &SignalFd) -> Result<bool> {
         self.enter(State::Restarting { since_ms: now_ms() })?;
         self.stop_by = None;
@@ -146,26 +146,26 @@ impl ControlEndpoint {
         for fd in [self.as_raw_fd(), signals.as_raw_fd()] {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0)).context("watch requests")?;
         }
-        while !self.end_wanted {
+        while !self.end_requested {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 self.record.restarts += 1;
                 self.enter(State::Starting)?;
                 return Ok(true);
             }
-            // An interrupted wait is a short one.
+            // An interrupted wait only makes this one shorter.
             let _ = epoll.wait(left.as_millis() as i32 + 1, &mut [EpollEvent::default()]);
             while let Some(number) = signals.read().context("read a signal")? {
-                self.end_wanted |= signal::asks_for_end(number);
+                self.end_requested |= signal::is_termination(number);
             }
             self.answer_without_guest("the machine has failed and is being restarted: try again");
         }
         Ok(false)
     }
 
-    /// Wants the end of the machine, and makes it when `timeout` has passed, or when it was to be made before.
-    pub(super) fn want_end_within(&mut self, timeout: Duration) {
-        self.end_wanted = true;
+    /// Requests the end of the machine and forces it after `timeout`, or at an earlier deadline that was already set.
+    pub(super) fn request_end_within(&mut self, timeout: Duration) {
+        self.end_requested = true;
         let stop_by = Instant::now().checked_add(timeout);
         self.stop_by = match (self.stop_by, stop_by) {
             (Some(earlier), Some(later)) => Some(earlier.min(later)),
@@ -173,19 +173,19 @@ impl ControlEndpoint {
         };
     }
 
-    /// Answers those who ask while there is no guest: its end is all that can be had, anything else is refused for the
-    /// reason `why`. Returns whether it is wanted at once.
+    /// Answers requests while there is no guest: only a stop is possible, anything else is refused with the reason
+    /// `why`. Returns whether an immediate end was requested.
     pub(super) fn answer_without_guest(&mut self, why: &str) -> bool {
         let mut recipient = NotRunning { endpoint: self, why, at_once: false };
         requests::answer(&mut recipient);
         recipient.at_once
     }
 
-    /// Notes that the machine has ended for good, and tells who waits for it. `reason` is what was not the guest's own
-    /// doing.
+    /// Records that the machine has ended for good, and notifies waiting clients. `reason` is a cause other than the
+    /// guest's own exit.
     pub fn close(mut self, code: u8, reason: Option<String>) -> Result<()> {
         if let Some(hub) = &self.hub {
-            hub.close(self.end_wanted);
+            hub.close(self.end_requested);
         }
         let keep = self.record.keep && self.dir.is_kept();
         let written = if keep { self.enter(State::Exited { code, at_ms: now_ms(), reason }) } else { Ok(()) };

@@ -1,5 +1,5 @@
-//! What supervises a machine while it runs, on the process's first thread: its end, signals, keys, and what other commands ask of it
-//! over its control socket.
+//! Supervises a running machine on the process's first thread: handles its end, signals, keys and the requests of other
+//! commands on its control socket.
 
 mod control;
 mod drain;

@@ -1,4 +1,4 @@
-//! From a request to what the machine does about it. On the machine's own thread, between two events.
+//! Handles requests to a machine, on its main thread, between events.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +19,8 @@ use crate::request::{Limit, Reply, Request, Stats, Update};
 use crate::state_dir::record::{State, now_ms};
 use crate::virtio::block;
 
-/// `rate` with other limits where something is said of them, and their bursts the usual ones; `None` where nothing is.
+/// Returns `rate` with the specified limits replaced and their bursts reset to the defaults, or `None` if none is
+/// specified.
 fn changed(rate: Rate, bytes: Option<Limit>, ops: Option<Limit>) -> Result<Option<Rate>> {
     if bytes.or(ops).is_none() {
         return Ok(None);
@@ -39,22 +40,22 @@ fn changed(rate: Rate, bytes: Option<Limit>, ops: Option<Limit>) -> Result<Optio
     Ok(Some(changed))
 }
 
-/// What requests are made to: a running machine, or the place of one that is not running.
+/// The recipient of requests: a running machine, or one that is not running.
 pub(super) trait Recipient {
-    /// Where the requests come in.
+    /// The endpoint that receives the requests.
     fn endpoint(&mut self) -> &mut ControlEndpoint;
 
-    /// Asks the guest to end. That it is to end, and by when, is noted already.
+    /// Asks the guest to stop. The request and its deadline have already been recorded.
     fn stop(&mut self) -> Result<()>;
 
     /// Sends the guest's process a signal.
     fn kill(&mut self, signal: u8) -> Result<()>;
 
-    /// Does what else may be asked for. Returns the reply, unless the connection has another use now.
+    /// Handles any other request. Returns the reply, unless the connection was put to another use.
     fn serve(&mut self, caller: Caller, request: Request) -> Result<Option<Reply>>;
 }
 
-/// Answers the requests that have come in.
+/// Answers the pending requests.
 pub(super) fn answer(recipient: &mut impl Recipient) {
     for (caller, request) in recipient.endpoint().server.requests() {
         let reply = match request {
@@ -63,7 +64,7 @@ pub(super) fn answer(recipient: &mut impl Recipient) {
                 continue;
             }
             Request::Stop { timeout_ms } => {
-                recipient.endpoint().want_end_within(Duration::from_millis(timeout_ms));
+                recipient.endpoint().request_end_within(Duration::from_millis(timeout_ms));
                 recipient.stop().map(|()| Some(Reply::Done))
             }
             Request::Kill { signal } => recipient.kill(signal).map(|()| Some(Reply::Done)),
@@ -78,12 +79,12 @@ pub(super) fn answer(recipient: &mut impl Recipient) {
     }
 }
 
-/// A machine that has ended, or has not been started again yet: its end is all that can be asked for.
+/// A machine that has ended or has not been restarted yet. Only a stop can be requested.
 pub(super) struct NotRunning<'a> {
     pub endpoint: &'a mut ControlEndpoint,
-    /// Why anything else is refused.
+    /// Why other requests are refused.
     pub why: &'a str,
-    /// Whether the end is wanted at once.
+    /// Whether an immediate end was requested.
     pub at_once: bool,
 }
 
@@ -97,7 +98,7 @@ impl Recipient for NotRunning<'_> {
     }
 
     fn kill(&mut self, _signal: u8) -> Result<()> {
-        (self.endpoint.end_wanted, self.at_once) = (true, true);
+        (self.endpoint.end_requested, self.at_once) = (true, true);
         Ok(())
     }
 
@@ -117,7 +118,7 @@ impl Recipient for Supervisor<'_> {
         }
         match &mut self.session {
             Some(session) if session.has_started() => session.send_signal(self.endpoint.stop_signal()),
-            // There is nobody in the guest to be asked.
+            // There is no process in the guest to send a signal to.
             Some(_) => self.machine.exit_latch().declare(ExitReason::Killed(libc::SIGTERM)),
             None => self.press_power_button(),
         }
@@ -125,9 +126,9 @@ impl Recipient for Supervisor<'_> {
     }
 
     fn kill(&mut self, signal: u8) -> Result<()> {
-        let asks_for_end = signal::asks_for_end(i32::from(signal));
+        let terminates = signal::is_termination(i32::from(signal));
         if i32::from(signal) == libc::SIGKILL {
-            self.endpoint.end_wanted = true;
+            self.endpoint.end_requested = true;
             self.machine.exit_latch().declare(ExitReason::Killed(libc::SIGKILL));
             return Ok(());
         }
@@ -137,12 +138,12 @@ impl Recipient for Supervisor<'_> {
         );
         match &mut self.session {
             Some(session) if session.has_started() => {
-                self.endpoint.end_wanted |= asks_for_end;
+                self.endpoint.end_requested |= terminates;
                 session.send_signal(signal);
             }
             Some(_) => bail!("the machine's process has not started yet: try again"),
-            None if asks_for_end => {
-                self.endpoint.end_wanted = true;
+            None if terminates => {
+                self.endpoint.end_requested = true;
                 self.press_power_button();
             }
             None => {
@@ -192,7 +193,7 @@ impl Supervisor<'_> {
         self.endpoint.enter(State::Running { since_ms: now_ms() })
     }
 
-    /// Gives the connection the machine's streams.
+    /// Connects the machine's streams to the caller.
     fn attach(&mut self, caller: Caller) -> Result<()> {
         let Some(hub) = self.endpoint.hub().cloned() else {
             bail!("the machine runs in the foreground: its streams are on the terminal it was started from");
@@ -215,11 +216,11 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Changes the machine's limits, and the record of them. Of what cannot be had the first ends it; what stood before
-    /// that in the list is changed then.
+    /// Changes the machine's limits and its record. The first limit that cannot be set stops the update; those before
+    /// it in the list remain changed.
     fn update(&mut self, update: Update) -> Result<()> {
         let changed = self.change(update);
-        let written = self.endpoint.write_down();
+        let written = self.endpoint.write_record();
         changed.and(written)
     }
 
@@ -267,7 +268,7 @@ impl Supervisor<'_> {
         Ok(())
     }
 
-    /// What the machine uses of the host.
+    /// The machine's resource usage on the host.
     fn stats(&self) -> Result<Stats> {
         let used = clock_gettime(ClockId::ProcessCPUTime);
         let cpu = Duration::new(used.tv_sec.unsigned_abs(), u32::try_from(used.tv_nsec).unwrap_or(0));

@@ -92,8 +92,8 @@ impl VcpuThread {
 
     /// Whether the vCPU leaves the guest by itself after it was asked to.
     #[cfg(test)]
-    pub fn has_paused_within(&self, patience: Duration) -> bool {
-        self.answers.recv_timeout(patience).is_ok()
+    pub fn has_paused_within(&self, timeout: Duration) -> bool {
+        self.answers.recv_timeout(timeout).is_ok()
     }
 
     /// Asks the thread to end; [`VcpuThread::join`] says when it has.

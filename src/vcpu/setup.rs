@@ -6,7 +6,7 @@ use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::cpuid::{self, Vendor};
-use crate::boot::{Entry, Protocol};
+use crate::boot::{EntryPoint, Protocol};
 use crate::layout;
 use crate::memory::GuestMemory;
 
@@ -48,7 +48,7 @@ pub fn write_boot_tables(memory: &GuestMemory, protocol: Protocol) -> Result<()>
 }
 
 /// Makes `vcpu` ready to run: the first one at `entry`; the others, given no entry, wait for the first to start them.
-pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId, entry: Option<Entry>) -> Result<()> {
+pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId, entry: Option<EntryPoint>) -> Result<()> {
     vcpu.set_cpuid2(cpuid).context("KVM_SET_CPUID2")?;
     set_msrs(vcpu, cpuid::vendor(cpuid))?;
     if let Some(entry) = entry {
@@ -60,7 +60,7 @@ pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId, entry: Option<Entry>) -> Result<()>
     Ok(())
 }
 
-fn registers(entry: Entry) -> kvm_regs {
+fn registers(entry: EntryPoint) -> kvm_regs {
     let regs = kvm_regs { rip: entry.instruction, rflags: 1 << 1, ..Default::default() };
     match entry.protocol {
         Protocol::Linux64 => kvm_regs { rsi: entry.info, ..regs },

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::session::{Session, SessionState};
+use super::session::{DeviceSession, SessionState};
 use super::{ConfigSpace, Interrupt, VirtioDevice};
 use crate::bus::Device;
 use crate::irq::IrqLine;
@@ -124,7 +124,7 @@ pub struct MmioTransport {
 
 struct Registers {
     selectors: Selectors,
-    session: Session,
+    session: DeviceSession,
 }
 
 /// The interrupt's part that vCPU and worker threads share, with no lock.
@@ -179,7 +179,7 @@ impl MmioTransport {
             device.queue_sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
         let doorbells = Arc::new(doorbells);
         let config = device.config.clone();
-        let session = Session::new(device, Arc::new(memory), doorbells.clone(), interrupt.clone())?;
+        let session = DeviceSession::new(device, Arc::new(memory), doorbells.clone(), interrupt.clone())?;
         let registers = Mutex::new(Registers { selectors: Selectors::default(), session });
         Ok(MmioTransport { interrupt, config, doorbells, registers })
     }

@@ -48,7 +48,7 @@ pub struct SessionState {
 }
 
 /// A device and its driver. A transport guards it with a lock and turns accesses into calls.
-pub struct Session {
+pub struct DeviceSession {
     device_type: u32,
     features: u64,
     feature_needs: &'static [FeatureNeed],
@@ -65,16 +65,16 @@ pub struct Session {
     paused: bool,
 }
 
-impl Session {
+impl DeviceSession {
     /// A device after power-on, not paused. Makes its worker thread.
     pub fn new(
         device: VirtioDevice,
         memory: Arc<GuestMemory>,
         doorbells: Arc<Vec<EventFd>>,
         interrupt: Arc<dyn Interrupt>,
-    ) -> io::Result<Session> {
+    ) -> io::Result<DeviceSession> {
         let reports = Arc::new(Reports::new(&device.name, interrupt));
-        Ok(Session {
+        Ok(DeviceSession {
             device_type: device.device_type,
             features: device.features | COMMON_FEATURES,
             feature_needs: device.feature_needs,
@@ -184,7 +184,7 @@ impl Session {
         }
     }
 
-    /// Stops the device until [`Session::resume`]. Completes what is in flight first.
+    /// Stops the device until [`DeviceSession::resume`]. Completes what is in flight first.
     pub fn pause(&mut self) {
         self.paused = true;
         self.stop();

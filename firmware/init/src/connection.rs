@@ -106,15 +106,15 @@ impl Greeting {
 }
 
 /// A control connection.
-pub struct Control {
+pub struct ControlConnection {
     socket: Option<OwnedFd>,
     reader: Reader,
     out: Vec<u8>,
 }
 
-impl Control {
-    pub fn new(socket: OwnedFd) -> Control {
-        Control { socket: Some(socket), reader: Reader::default(), out: Vec::new() }
+impl ControlConnection {
+    pub fn new(socket: OwnedFd) -> ControlConnection {
+        ControlConnection { socket: Some(socket), reader: Reader::default(), out: Vec::new() }
     }
 
     /// Waits until the host has answered, where the connection is in the making.

@@ -7,7 +7,7 @@ use nix::poll::PollFlags;
 use nix::unistd::Pid;
 
 use crate::clock::Clock;
-use crate::connection::{self, Control, shortened};
+use crate::connection::{self, ControlConnection, shortened};
 use crate::errors::Failure;
 use crate::process::{self, Started};
 use crate::pump::Pump;
@@ -16,7 +16,7 @@ use crate::sys::{self, Ended};
 /// A session. Its process starts when its streams are there, and it is over when the host says so, or is gone.
 pub struct Session {
     pub id: u64,
-    control: Control,
+    control: ControlConnection,
     /// Whether it has its turn.
     admitted: bool,
     /// What runs when its streams have come.
@@ -39,7 +39,7 @@ impl Session {
     fn new(id: u64, control: OwnedFd) -> Session {
         Session {
             id,
-            control: Control::new(control),
+            control: ControlConnection::new(control),
             admitted: false,
             wanted: None,
             stdin: None,

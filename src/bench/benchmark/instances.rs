@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::{Measurements, Session, check_cleanup, ensure_success};
+use super::{BenchmarkContext, Measurements, check_cleanup, ensure_success};
 use crate::bench::contender::{Contender, Job, Launch, WORKLOAD};
 use crate::bench::memory_usage;
 use crate::bench::run::{self, Expected, RunOptions, Running};
@@ -47,7 +47,7 @@ impl IdleInstances {
     }
 }
 
-impl Session<'_> {
+impl BenchmarkContext<'_> {
     /// Starts one more idle instance and waits until it is ready.
     fn start_idle(&self, contender: &dyn Contender, idle_instances: &mut IdleInstances, words: &[&str]) -> Result<()> {
         let command = [WORKLOAD, "idle"].iter().chain(words).map(|&word| word.to_owned()).collect();

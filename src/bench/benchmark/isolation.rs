@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
-use super::{Crash, Measurements, Session, check_cleanup};
+use super::{BenchmarkContext, Crash, Measurements, check_cleanup};
 use crate::bench::contender::Contender;
 use crate::bench::run::{self, Expected, Run, Running, Termination};
 
@@ -13,7 +13,7 @@ const TICK_MS: &str = "10";
 /// The neighbor is observed before the crash to establish its rhythm, and afterwards to catch delayed effects.
 const WATCH: Duration = Duration::from_secs(1);
 
-impl Session<'_> {
+impl BenchmarkContext<'_> {
     /// Measures the longest stall of a neighbor, from the start of the victim until shortly after its end.
     pub(super) fn isolation(&self, contender: &dyn Contender, crash: Crash) -> Result<Measurements> {
         let neighbor = Running::start(self.launch(contender, &["tick", TICK_MS])?, &self.long_running_options())?;

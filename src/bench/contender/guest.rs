@@ -114,7 +114,7 @@ pub struct GuestOptions<'a> {
 }
 
 /// Builds the kernel command line. Everything after `--` is passed to init, the workload program's `guest` command
-/// (`firmware/work`).
+/// (`firmware/workload`).
 pub fn cmdline(options: GuestOptions, job: &Job) -> Result<String> {
     let mut line = format!("console=ttyS0 quiet panic=-1 cryptomgr.notests swiotlb=noforce {}", options.platform);
     line.push_str(&format!(" root=/dev/vda rootfstype=erofs ro init={WORKLOAD} -- guest --end {}", options.end));

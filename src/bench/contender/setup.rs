@@ -9,7 +9,7 @@ use rustix::mount::{MountFlags, mount};
 
 use super::{Fixture, Job, is_root};
 use crate::foreign::one_line;
-use crate::sandbox::cgroup::Limits;
+use crate::sandbox::cgroup::ResourceLimits;
 use crate::sandbox::cgroup::child::ChildCgroup;
 
 /// Which limits are enforced by control groups.
@@ -22,17 +22,18 @@ pub enum LimitScope {
 }
 
 impl LimitScope {
-    fn limits(self, fixture: &Fixture) -> Limits {
+    fn limits(self, fixture: &Fixture) -> ResourceLimits {
         let whole = fixture.millicpus().is_multiple_of(1000);
         match self {
-            LimitScope::Container => Limits {
+            LimitScope::Container => ResourceLimits {
                 cpu_millicpus: Some(fixture.millicpus()),
                 memory_bytes: Some(fixture.limits.memory_mib << 20),
                 cpu_shares: None,
             },
-            LimitScope::Machine => {
-                Limits { cpu_millicpus: Some(fixture.millicpus()).filter(|_| !whole), ..Limits::default() }
-            }
+            LimitScope::Machine => ResourceLimits {
+                cpu_millicpus: Some(fixture.millicpus()).filter(|_| !whole),
+                ..ResourceLimits::default()
+            },
         }
     }
 
@@ -45,7 +46,7 @@ impl LimitScope {
     /// Returns a note for the report if limits cannot be enforced.
     pub fn note(self, fixture: &Fixture) -> Option<String> {
         let limits = self.limits(fixture);
-        if limits == Limits::default() {
+        if limits == ResourceLimits::default() {
             return None;
         }
         let refused =

@@ -88,13 +88,13 @@ pub struct RunOptions {
 }
 
 /// State shared by the monitor thread and callers.
-struct Shared {
+struct MonitorState {
     output: Mutex<OutputParser>,
     changed: Condvar,
     stop: EventFd,
 }
 
-impl Shared {
+impl MonitorState {
     fn lock(&self) -> MutexGuard<'_, OutputParser> {
         self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -128,7 +128,7 @@ type Ended = (Termination, Instant, Option<anyhow::Error>);
 pub struct Running {
     pid: u32,
     started: Instant,
-    shared: Arc<Shared>,
+    shared: Arc<MonitorState>,
     thread: Option<JoinHandle<Ended>>,
 }
 
@@ -136,7 +136,7 @@ impl Running {
     /// Starts an instance. Cleans up if that fails.
     pub fn start(mut launch: Launch, options: &RunOptions) -> Result<Running> {
         let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).context("create an eventfd")?;
-        let shared = Arc::new(Shared { output: Mutex::default(), changed: Condvar::new(), stop });
+        let shared = Arc::new(MonitorState { output: Mutex::default(), changed: Condvar::new(), stop });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (of_thread, options) = (shared.clone(), options.clone());
         let thread = sandbox::spawn("bench-run", move || {

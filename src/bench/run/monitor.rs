@@ -12,7 +12,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::super::interrupt;
-use super::{Shared, Termination};
+use super::{MonitorState, Termination};
 use crate::sys::affinity::{self, CpuMask};
 
 /// How long an instance may take to exit after SIGTERM.
@@ -54,7 +54,7 @@ pub fn spawn(command: &mut Command, cpus: Option<&[u32]>) -> Result<(Child, Inst
 /// A running process.
 pub struct InstanceMonitor {
     pub child: Child,
-    pub shared: Arc<Shared>,
+    pub shared: Arc<MonitorState>,
     /// When it is stopped.
     pub deadline: Instant,
     epoll: Epoll,
@@ -72,7 +72,7 @@ enum Pressure {
 }
 
 impl InstanceMonitor {
-    pub fn new(mut child: Child, shared: Arc<Shared>, deadline: Instant) -> Result<InstanceMonitor> {
+    pub fn new(mut child: Child, shared: Arc<MonitorState>, deadline: Instant) -> Result<InstanceMonitor> {
         let prepare = |child: &mut Child| -> Result<_> {
             let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).context("open a pidfd")?;
             Ok((Epoll::new().context("create an epoll instance")?, process))

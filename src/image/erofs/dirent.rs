@@ -8,7 +8,7 @@ use super::BLOCK_BYTES;
 const RECORD_BYTES: usize = 12;
 
 /// A name, where its inode is, and of what kind that is.
-pub struct Entry<'a> {
+pub struct Dirent<'a> {
     pub name: &'a [u8],
     pub nid: u64,
     pub kind: u8,
@@ -52,7 +52,7 @@ pub fn sorted<'a, T>(items: impl Iterator<Item = T>, name: impl Fn(&T) -> &'a [u
 }
 
 /// Writes the directory: each block but the last is padded to its full size.
-pub fn encode(entries: &[Entry], output: &mut Vec<u8>) {
+pub fn encode(entries: &[Dirent], output: &mut Vec<u8>) {
     let mut rest = entries;
     while !rest.is_empty() {
         let mut bytes = 0;
@@ -69,7 +69,7 @@ pub fn encode(entries: &[Entry], output: &mut Vec<u8>) {
     }
 }
 
-fn encode_block(entries: &[Entry], output: &mut Vec<u8>) {
+fn encode_block(entries: &[Dirent], output: &mut Vec<u8>) {
     let mut name_offset = RECORD_BYTES * entries.len();
     for entry in entries {
         output.extend(entry.nid.to_le_bytes());
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     fn encoded(names: &[Vec<u8>]) -> Vec<u8> {
-        let entry = |name| Entry { name, nid: 1, kind: 2 };
+        let entry = |name| Dirent { name, nid: 1, kind: 2 };
         let entries = sorted(names.iter().map(|name| entry(name)), |entry| entry.name, entry(b"."), entry(b".."));
         let mut bytes = Vec::new();
         encode(&entries, &mut bytes);

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result};
 
 use super::content::{Content, Data, Place};
-use super::dirent::{self, Entry};
+use super::dirent::{self, Dirent};
 use super::inode::{self, DataLayout};
 use super::{BLOCK_BYTES, compress};
 use crate::image::tree::{Body, Node, NodeId, ROOT, Tree};
@@ -63,9 +63,9 @@ fn encode(data: &mut Data, tree: &Tree, plan: &Plan, id: NodeId, output: &mut Ve
     match &node.body {
         Body::Directory(children) => {
             links = 2;
-            let entry = |name, id| -> Result<Entry> {
+            let entry = |name, id| -> Result<Dirent> {
                 let kind = inode::kind(&plan.node(tree, id)?.body);
-                Ok(Entry { name, nid: plan.spot(id)?.at / SLOT_BYTES, kind })
+                Ok(Dirent { name, nid: plan.spot(id)?.at / SLOT_BYTES, kind })
             };
             let mut entries = Vec::with_capacity(children.len());
             for (name, &child) in children {

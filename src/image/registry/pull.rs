@@ -96,7 +96,7 @@ impl Store {
             limit_bytes >> 20
         );
         let bar = progress.bar("downloading", total_bytes);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(Downloads {
             store: self.clone(),
             registry,
             next: AtomicUsize::new(0),
@@ -123,7 +123,7 @@ impl Store {
 }
 
 /// What the downloading threads have in common.
-struct Shared {
+struct Downloads {
     store: Store,
     registry: Registry,
     blobs: Vec<Descriptor>,
@@ -132,7 +132,7 @@ struct Shared {
     error: Mutex<Option<anyhow::Error>>,
 }
 
-impl Shared {
+impl Downloads {
     /// Fetches blobs until there are no more, or one failed.
     fn work(&self) {
         while let Some(blob) = self.blobs.get(self.next.fetch_add(1, Ordering::Relaxed)) {

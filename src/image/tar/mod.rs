@@ -45,7 +45,7 @@ pub enum Kind {
 
 /// A file in an archive.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct TarEntry {
     pub path: Vec<u8>,
     pub kind: Kind,
     pub attributes: Attributes,
@@ -90,7 +90,7 @@ impl<R: Skip> Archive<R> {
     }
 
     /// The next entry; `None` at the end.
-    pub fn next_entry(&mut self) -> Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> Result<Option<TarEntry>> {
         let mut extended = Extended::default();
         loop {
             self.skip_content()?;
@@ -130,7 +130,7 @@ impl<R: Skip> Archive<R> {
         self.reader
     }
 
-    fn entry(&mut self, header: &Header, mut extended: Extended) -> Result<Entry> {
+    fn entry(&mut self, header: &Header, mut extended: Extended) -> Result<TarEntry> {
         let path = extended.take_path().unwrap_or_else(|| header.path());
         let attributes = extended.attributes(header).with_context(|| shown(&path))?;
         let link = extended.take_link().unwrap_or_else(|| header.link());
@@ -162,7 +162,7 @@ impl<R: Skip> Archive<R> {
                 kind
             }
         };
-        Ok(Entry { path, kind, attributes, content_bytes: self.unread_bytes })
+        Ok(TarEntry { path, kind, attributes, content_bytes: self.unread_bytes })
     }
 
     /// Finds out whether a file is sparse, which its header, extended header, or content tells.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::group::{self, CgroupPath, Controller, Version};
-use super::{Limits, PERIOD_US};
+use super::{PERIOD_US, ResourceLimits};
 
 /// A killed process has gone after so long, or waits for a device.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
@@ -24,7 +24,7 @@ pub struct ChildCgroup {
 
 impl ChildCgroup {
     /// Makes groups of this name that keep `limits`: processor time and memory.
-    pub fn new(name: &str, limits: &Limits) -> Result<ChildCgroup> {
+    pub fn new(name: &str, limits: &ResourceLimits) -> Result<ChildCgroup> {
         // From here on dropping it cleans up.
         let mut cgroup = ChildCgroup { dirs: Vec::new() };
         if let Some(millicpus) = limits.cpu_millicpus {

@@ -22,7 +22,7 @@ const WEIGHT_MAX: u32 = 10_000;
 
 /// What a machine's process may have of the host's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Limits {
+pub struct ResourceLimits {
     /// Thousandths of a processor's time.
     pub cpu_millicpus: Option<u32>,
     /// The part of processors that others want too, 1024 being everybody's.
@@ -37,7 +37,7 @@ pub struct Limits {
 pub struct CgroupLimits {
     // More than one where each controller has a tree of its own.
     groups: Vec<(Controller, Group)>,
-    limits: Limits,
+    limits: ResourceLimits,
 }
 
 impl CgroupLimits {
@@ -45,7 +45,7 @@ impl CgroupLimits {
     /// another group stays charged to it.
     ///
     /// Removes stale groups of processes that were killed.
-    pub fn new(limits: &Limits) -> Result<CgroupLimits> {
+    pub fn new(limits: &ResourceLimits) -> Result<CgroupLimits> {
         let mut cgroup_limits = CgroupLimits::default();
         cgroup_limits.set_cpu(limits.cpu_millicpus, limits.cpu_shares)?;
         if limits.memory_bytes.is_some() {
@@ -59,7 +59,7 @@ impl CgroupLimits {
     }
 
     /// The limits in force.
-    pub fn limits(&self) -> Limits {
+    pub fn limits(&self) -> ResourceLimits {
         self.limits
     }
 
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn who_asks_for_nothing_is_not_moved() {
         let before = fs::read_to_string("/proc/self/cgroup").unwrap();
-        let hold = CgroupLimits::new(&Limits::default()).unwrap();
+        let hold = CgroupLimits::new(&ResourceLimits::default()).unwrap();
         assert_eq!(fs::read_to_string("/proc/self/cgroup").unwrap(), before);
         assert!(hold.groups.is_empty());
     }

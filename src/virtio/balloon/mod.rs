@@ -58,15 +58,15 @@ const PAGE_COST_BYTES: u64 = TURN_BYTES / REQUEST_PAGES_MAX;
 ///
 /// With `deflates_on_oom` the guest takes pages back when it would have to end a process for lack of memory. Without it the
 /// target is a limit, within which the guest sees all of its memory.
-pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Result<(VirtioDevice, Control)> {
+pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Result<(VirtioDevice, BalloonHandle)> {
     let config = Arc::new(ConfigSpace::new(vec![0; CONFIG_BYTES], ACTUAL..CONFIG_BYTES));
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(BalloonState {
         board: Board::default(),
         wanted: AtomicBool::new(false),
         wake: Timer::new()?,
         returned_bytes: AtomicU64::new(0),
     });
-    let control = Control { memory_mib, config: config.clone(), shared: shared.clone() };
+    let control = BalloonHandle { memory_mib, config: config.clone(), shared: shared.clone() };
     control.write_target(target_mib.min(memory_mib));
     let oom = if deflates_on_oom { F_DEFLATE_ON_OOM } else { 0 };
     let device = VirtioDevice {
@@ -83,7 +83,7 @@ pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Re
 
 /// What the device and the host's hand have in common.
 #[derive(Debug)]
-struct Shared {
+struct BalloonState {
     board: Board,
     /// Whether somebody waits for statistics newer than those on the board.
     wanted: AtomicBool,
@@ -93,10 +93,10 @@ struct Shared {
 
 /// The host's hand on a guest's balloon, to be used from any thread, whether the machine runs or not.
 #[derive(Clone)]
-pub struct Control {
+pub struct BalloonHandle {
     memory_mib: u64,
     config: Arc<ConfigSpace>,
-    shared: Arc<Shared>,
+    shared: Arc<BalloonState>,
 }
 
 /// A size that the machine cannot have.
@@ -109,9 +109,9 @@ pub struct BadTarget {
     pub memory_mib: u64,
 }
 
-impl Control {
+impl BalloonHandle {
     /// Has the guest give memory up, or take it back, until it has `memory_mib`. It does so in its own time, and not below
-    /// what it cannot do without; [`Control::present_mib`] tells how far it is.
+    /// what it cannot do without; [`BalloonHandle::present_mib`] tells how far it is.
     pub fn set_target_mib(&self, memory_mib: u64) -> Result<(), BadTarget> {
         if !(MIN_MEMORY_MIB..=self.memory_mib).contains(&memory_mib) {
             return Err(BadTarget { wanted_mib: memory_mib, memory_mib: self.memory_mib });
@@ -172,7 +172,7 @@ enum Role {
 /// The device's side of its queues. It keeps no chain: what a driver has offered and not got back is still available when
 /// the device is saved.
 struct Handler {
-    shared: Arc<Shared>,
+    shared: Arc<BalloonState>,
     features: u64,
     chain: Chain,
     bytes: Vec<u8>,
@@ -181,7 +181,7 @@ struct Handler {
 }
 
 impl Handler {
-    fn new(shared: Arc<Shared>) -> Handler {
+    fn new(shared: Arc<BalloonState>) -> Handler {
         let log_rate = LogRate::default();
         Handler { shared, features: 0, chain: Chain::default(), bytes: Vec::new(), pages: Vec::new(), log_rate }
     }
@@ -249,7 +249,7 @@ impl Handler {
     }
 }
 
-impl Shared {
+impl BalloonState {
     fn give_back(&self, queue: &Virtqueue, address: u64, len_bytes: u64, log_rate: &mut LogRate) {
         match memory::give_back(queue.memory(), GuestAddress(address), len_bytes) {
             Ok(()) => drop(self.returned_bytes.fetch_add(len_bytes, Ordering::Relaxed)),

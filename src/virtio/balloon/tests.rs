@@ -20,10 +20,10 @@ const PAGES: u64 = 2 << 20;
 
 struct Bench {
     driver: Driver,
-    control: Control,
+    control: BalloonHandle,
 }
 
-fn made(target_mib: u64) -> (VirtioDevice, Control) {
+fn made(target_mib: u64) -> (VirtioDevice, BalloonHandle) {
     device(MEMORY_MIB, target_mib, false).unwrap()
 }
 

@@ -18,7 +18,7 @@ use crate::backend::disk::{Blocking, Completion, DiskBackend, Operation, PlainDi
 use crate::backend::rate::{Limiter, RateControl};
 use crate::config::Rate;
 use crate::memory::GuestBuffers;
-use crate::resources::disk::{DiskFile, Image};
+use crate::resources::disk::{DiskFile, DiskImage};
 
 use request::{
     Action, BlockRequest, DISCARD_SECTORS_MAX, DiskShape, SEGMENT_BYTES_MAX, SEGMENTS_MAX, Status,
@@ -55,7 +55,7 @@ const REQUEST_COST_BYTES: u64 = 16 << 10;
 
 /// The host's hand on a disk, to be used from any thread, whether the machine runs or not.
 #[derive(Debug, Clone)]
-pub struct Control {
+pub struct DiskHandle {
     /// What the guest did so far.
     pub counters: Arc<Counters>,
     /// What it may do in a second.
@@ -95,13 +95,13 @@ impl Counters {
 }
 
 /// A block device on the disk that was opened as `disk`, and the host's hand on it.
-pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, Control)> {
+pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, DiskHandle)> {
     let DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate } = disk;
     let name = format!("disk {}", path.display());
     let shape = DiskShape { capacity_bytes, readonly, block_bytes };
     let backend: Box<dyn DiskBackend> = match image {
-        Image::Raw { file, block_device } => Box::new(Blocking::new(PlainDisk::new(file, block_device))),
-        Image::Qcow2(disk) => Box::new(Blocking::new(*disk)),
+        DiskImage::Raw { file, block_device } => Box::new(Blocking::new(PlainDisk::new(file, block_device))),
+        DiskImage::Qcow2(disk) => Box::new(Blocking::new(*disk)),
     };
     device_on(backend, shape, &name, id.as_deref().unwrap_or_default(), rate)
 }
@@ -113,7 +113,7 @@ pub fn device_on(
     name: &str,
     id: &str,
     rate: Rate,
-) -> io::Result<(VirtioDevice, Control)> {
+) -> io::Result<(VirtioDevice, DiskHandle)> {
     let (limiter, rate) = Limiter::new(rate)?;
     let counters = Arc::<Counters>::default();
     let writable = if shape.readonly { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
@@ -126,7 +126,7 @@ pub fn device_on(
         config: Arc::new(ConfigSpace::new(config(&shape), 0..0)),
         handler: Box::new(Block::new(disk, shape, name, id, limiter, counters.clone())),
     };
-    Ok((device, Control { counters, rate }))
+    Ok((device, DiskHandle { counters, rate }))
 }
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4), in its order.

@@ -82,7 +82,7 @@ struct Bench {
     file: File,
     seen: Arc<Mutex<Seen>>,
     done: UnixStream,
-    control: Control,
+    control: DiskHandle,
 }
 
 fn bench_with(shape: DiskShape, name: &str, features: u64) -> Bench {

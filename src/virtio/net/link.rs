@@ -19,9 +19,9 @@ const STATUS_OFFSET: usize = 6;
 
 /// A handle on a device's link. All of its copies are of the same one, and may be used from any thread.
 #[derive(Clone)]
-pub struct NetLink(Arc<Shared>);
+pub struct NetLink(Arc<LinkState>);
 
-struct Shared {
+struct LinkState {
     /// In the order of the queues.
     rates: [RateControl; 2],
     config: Arc<ConfigSpace>,
@@ -78,7 +78,7 @@ pub struct NetCounts {
 
 impl NetLink {
     pub(super) fn new(config: Arc<ConfigSpace>, rates: [RateControl; 2]) -> io::Result<NetLink> {
-        Ok(NetLink(Arc::new(Shared {
+        Ok(NetLink(Arc::new(LinkState {
             rates,
             config,
             is_cut: AtomicBool::new(false),

@@ -3,14 +3,14 @@
 use std::io::{self, ErrorKind};
 
 use super::super::{Operation, Request};
-use super::image::{Image, Mapping};
+use super::image::{Mapping, Qcow2Image};
 use super::medium::fill_with_zeroes;
 use crate::memory::GuestBuffers;
 
 /// Clusters that are looked up before the data of any is moved.
 const RUN_CLUSTERS_MAX: u64 = 1024;
 
-impl Image {
+impl Qcow2Image {
     /// Does what `request` asks.
     pub fn execute(&mut self, request: &mut Request) -> io::Result<()> {
         let offset_bytes = request.offset_bytes;

@@ -39,7 +39,7 @@ pub enum Mapping {
 
 /// An open image.
 #[derive(Debug)]
-pub struct Image {
+pub struct Qcow2Image {
     pub header: Header,
     pub tables: Tables,
     pub counts: Counts,
@@ -51,12 +51,12 @@ pub struct Image {
     pub unpacked: Option<(u64, Vec<u8>)>,
 }
 
-impl Image {
+impl Qcow2Image {
     /// The image on `medium`, checked; what its counts lack is added to them if it may be written to.
-    pub fn open(medium: Medium, readonly: bool) -> Result<Image, Refusal> {
+    pub fn open(medium: Medium, readonly: bool) -> Result<Qcow2Image, Refusal> {
         let header = Header::read(medium.file())?;
         let survey = check::survey(medium.file(), &header)?;
-        let mut image = Image {
+        let mut image = Qcow2Image {
             header,
             tables: Tables::new(medium, &header),
             counts: Counts::new(&header),

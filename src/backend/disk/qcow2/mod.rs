@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 
 use super::{BlockingDisk, Request};
-use image::Image;
+use image::Qcow2Image;
 use medium::Medium;
 
 mod access;
@@ -70,7 +70,7 @@ pub enum Refusal {
 /// A qcow2 image. Dropping it writes what it holds back.
 #[derive(Debug)]
 pub struct Qcow2Disk {
-    image: Image,
+    image: Qcow2Image,
 }
 
 impl Qcow2Disk {
@@ -84,7 +84,7 @@ impl Qcow2Disk {
     }
 
     fn on(medium: Medium, readonly: bool) -> Result<Qcow2Disk, Refusal> {
-        Ok(Qcow2Disk { image: Image::open(medium, readonly)? })
+        Ok(Qcow2Disk { image: Qcow2Image::open(medium, readonly)? })
     }
 
     /// Size of the disk that the image describes.

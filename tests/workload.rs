@@ -120,7 +120,7 @@ fn words_that_it_does_not_know_are_refused_in_a_line() {
         assert_eq!((output.status.code(), &output.stdout[..]), (Some(2), &b""[..]), "{words:?}");
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(
-            stderr.starts_with("husk-work: ") && stderr.contains("type") && stderr.lines().count() == 1,
+            stderr.starts_with("husk-workload: ") && stderr.contains("type") && stderr.lines().count() == 1,
             "{stderr}"
         );
     }

@@ -31,7 +31,7 @@ const NULL_DEVICE: u64 = libc::makedev(1, 3);
 /// Carries the machine from the kernel's hand-over to its end. Returns only where this is no machine's first process.
 pub fn run(guest: &Guest) -> u8 {
     if std::process::id() != 1 {
-        eprintln!("husk-work: guest is for the first process of a machine: type the command without it");
+        eprintln!("husk-workload: guest is for the first process of a machine: type the command without it");
         return 2;
     }
     let code = set_up(guest).and_then(|()| run_child(&guest.command)).unwrap_or_else(|failure| {

@@ -2,5 +2,5 @@
 
 fn main() {
     let words: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    std::process::exit(husk_work::run(&words).into());
+    std::process::exit(husk_workload::run(&words).into());
 }

@@ -42,7 +42,7 @@ pub fn run(words: &[String]) -> u8 {
         Ok(Command::CrashKernel) => crash::kernel(),
         Ok(Command::Guest(guest)) => guest::run(&guest),
         Err(why) => {
-            eprintln!("husk-work: {why}");
+            eprintln!("husk-workload: {why}");
             2
         }
     }

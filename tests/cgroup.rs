@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk::sandbox::cgroup::{CgroupLimits, Limits};
+use husk::sandbox::cgroup::{CgroupLimits, ResourceLimits};
 
 /// What this process uses of processors in the next seconds, while threads of its spin.
 fn share() -> f64 {
@@ -46,7 +46,7 @@ fn says(group: &Path, files: [&str; 2]) -> String {
 }
 
 #[test]
-fn limits_change_while_the_process_runs_and_go_with_the_hold() {
+fn limits_change_while_the_process_runs_and_go_with_the_cgroup() {
     if Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout != b"0\n") {
         // Written past the harness, which keeps what a test prints.
         let _ = writeln!(std::io::stderr(), "SKIPPED: limits of processor time are tested by root");
@@ -65,38 +65,38 @@ fn limits_change_while_the_process_runs_and_go_with_the_hold() {
         ended.store(true, Ordering::Relaxed);
         result.unwrap();
     });
-    assert_eq!(groups(), [""; 0].map(PathBuf::from), "they go with the hold");
+    assert_eq!(groups(), [""; 0].map(PathBuf::from), "they are removed with it");
 }
 
 fn change_limits() {
-    let mut hold = CgroupLimits::new(&Limits::default()).unwrap();
+    let mut cgroup = CgroupLimits::new(&ResourceLimits::default()).unwrap();
     assert!(groups().is_empty(), "nothing was asked for");
     // Before all others, so that on a busy host too it is the limit that decides.
-    hold.set_cpu(Some(500), Some(262_144)).unwrap();
+    cgroup.set_cpu(Some(500), Some(262_144)).unwrap();
     comes_within_a_tenth_of(0.5);
-    hold.set_cpu(Some(250), Some(262_144)).unwrap();
+    cgroup.set_cpu(Some(250), Some(262_144)).unwrap();
     comes_within_a_tenth_of(0.25);
     let all = groups();
     let [group] = &*all else { panic!("one group does for both: {all:?}") };
     assert!(["262144", "10000"].contains(&&*says(group, ["cpu.shares", "cpu.weight"])));
-    hold.set_cpu(None, Some(512)).unwrap();
+    cgroup.set_cpu(None, Some(512)).unwrap();
     assert!(["-1", "max 100000"].contains(&&*says(group, ["cpu.cfs_quota_us", "cpu.max"])));
     assert!(["512", "50"].contains(&&*says(group, ["cpu.shares", "cpu.weight"])));
-    hold.set_cpu(None, None).unwrap();
+    cgroup.set_cpu(None, None).unwrap();
     assert!(["1024", "100"].contains(&&*says(group, ["cpu.shares", "cpu.weight"])));
-    assert_eq!(hold.limits(), Limits::default());
-    let error = hold.set_memory(Some(1 << 30)).unwrap_err().to_string();
+    assert_eq!(cgroup.limits(), ResourceLimits::default());
+    let error = cgroup.set_memory(Some(1 << 30)).unwrap_err().to_string();
     assert!(error.contains("--host-memory"), "{error}");
-    drop(hold);
+    drop(cgroup);
 
     // Both kinds, in one group or in two.
-    let limits = Limits { cpu_millicpus: Some(1500), memory_bytes: Some(1 << 30), ..Limits::default() };
-    let mut hold = CgroupLimits::new(&limits).unwrap();
-    assert_eq!(hold.limits(), limits);
-    hold.set_memory(Some(2 << 30)).unwrap();
+    let limits = ResourceLimits { cpu_millicpus: Some(1500), memory_bytes: Some(1 << 30), ..ResourceLimits::default() };
+    let mut cgroup = CgroupLimits::new(&limits).unwrap();
+    assert_eq!(cgroup.limits(), limits);
+    cgroup.set_memory(Some(2 << 30)).unwrap();
     let files = ["memory.max", "memory.limit_in_bytes"];
     let memory = groups().into_iter().find(|group| files.iter().any(|file| group.join(file).exists())).unwrap();
     assert_eq!(says(&memory, files), (2_u64 << 30).to_string());
-    hold.set_memory(None).unwrap();
+    cgroup.set_memory(None).unwrap();
     assert!(says(&memory, files).parse::<u64>().is_ok_and(|bytes| bytes > 1 << 60) || says(&memory, files) == "max");
 }
