@@ -44,7 +44,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
 });
 
 fn serve(memory: &Arc<GuestMemory>, index: usize, features: u64) {
-    let (mut device, control) = balloon::device(MEMORY_MIB, MEMORY_MIB / 2, false).expect("a descriptor can be had");
+    let (device, control) = balloon::device(MEMORY_MIB, MEMORY_MIB / 2, false).expect("a descriptor can be had");
     let queue = |queue: u64| {
         let registers = QueueRegisters {
             ready: true,
@@ -55,10 +55,11 @@ fn serve(memory: &Arc<GuestMemory>, index: usize, features: u64) {
         Virtqueue::new(&registers, memory, false).expect("the rings are good")
     };
     let mut queues: Vec<Virtqueue> = (0..QUEUES as u64).map(queue).collect();
-    device.handler.start(FEATURES | features << 1);
+    let mut handler = device.into_handler().expect("it has queues");
+    handler.start(FEATURES | features << 1);
     for turn in 0..8 {
         let before = control.returned_bytes();
-        let left = device.handler.process(index, &mut queues);
+        let left = handler.process(index, &mut queues);
         assert!(control.returned_bytes() - before <= TURN_BYTES_MAX);
         match left {
             Ok(Progress::More) => {}

@@ -140,8 +140,9 @@ fuzz_target!(|bytes: &[u8]| {
         let backend = |socket| -> Box<dyn NetBackend> { Box::new(StreamNet::new(socket).expect("it is a socket")) };
         let (device, link) =
             net::device_on([ours, second].map(backend).into(), "net", [2, 0, 0, 0, 0, 1], None).unwrap();
-        let mut handler = device.handler;
-        handler.start(device.features | 1 << 32);
+        let features = device.features;
+        let mut handler = device.into_handler().expect("it has queues");
+        handler.start(features | 1 << 32);
         let (mut guest, mut received) = (Guest::new(memory), Vec::new());
         for step in bytes.chunks_exact(STEP_BYTES).take(STEPS_MAX) {
             let [what, a, b, c, rest @ ..] = step else { continue };

@@ -51,7 +51,8 @@ impl Host {
         let listener = UnixListener::bind(dir.path().join("v_1")).expect("a socket can be had");
         listener.set_nonblocking(true).expect("it is a socket");
         let memory = Arc::new(memory::reserve(1).expect("1 MiB can be had"));
-        Host { dir, listener, memory, handler: vsock::device(socket).expect("a device can be made").handler }
+        let device = vsock::device(socket).expect("a device can be made");
+        Host { dir, listener, memory, handler: device.into_handler().expect("it has queues") }
     }
 
     fn socket(&self) -> PathBuf {

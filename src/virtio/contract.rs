@@ -12,8 +12,8 @@ use super::block::request::DiskShape;
 use super::mmio::register::*;
 use super::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
 use super::{
-    Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Progress, QueueHandler, RingError, TransportState, VirtioDevice,
-    Virtqueue, balloon, block, net, rng, vsock,
+    Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Progress, QueueGroup, QueueHandler, RingError, TransportState,
+    VirtioDevice, Virtqueue, balloon, block, net, rng, vsock,
 };
 use crate::backend::disk::{Blocking, PlainDisk};
 use crate::backend::net::{NetBackend, StreamNet};
@@ -260,9 +260,8 @@ fn device_around(handler: impl QueueHandler + 'static) -> VirtioDevice {
         name: "test".to_owned(),
         features: 0,
         feature_needs: &[],
-        queue_sizes: vec![8],
         config: Arc::new(ConfigSpace::new(vec![1, 2, 3, 4], 2..4)),
-        handler: Box::new(handler),
+        queue_groups: vec![QueueGroup { sizes: vec![8], handler: Box::new(handler) }],
     }
 }
 

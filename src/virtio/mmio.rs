@@ -176,7 +176,7 @@ impl MmioTransport {
         let interrupt =
             Arc::new(MmioInterrupt { status: AtomicU32::new(0), shared: AtomicBool::new(false), line: irq });
         let doorbells =
-            device.queue_sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
+            (0..device.queue_count()).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
         let doorbells = Arc::new(doorbells);
         let config = device.config.clone();
         let session = DeviceSession::new(device, Arc::new(memory), doorbells.clone(), interrupt.clone())?;

@@ -3,6 +3,7 @@
 //! A device is plain data and one [`QueueHandler`]. A driver's negotiation is kept by [`session`], the thread that runs
 //! the handler by [`worker`], the rings by [`queue`]; [`mmio`] is the way a guest reaches all of it.
 
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -66,11 +67,29 @@ pub struct VirtioDevice {
     /// Which of them mean nothing without others. A driver that accepts one without is refused FEATURES_OK. Of what disks,
     /// sockets, the balloon and the entropy device offer, nothing does.
     pub feature_needs: &'static [FeatureNeed],
-    /// The largest size of each queue, a power of two up to 32768.
-    pub queue_sizes: Vec<u16>,
     /// Device-specific configuration.
     pub config: Arc<ConfigSpace>,
-    /// Serves the queues while the device runs.
+    /// Its queues and what serves them, in the order of the queues.
+    pub queue_groups: Vec<QueueGroup>,
+}
+
+impl VirtioDevice {
+    /// How many queues the device has.
+    pub fn queue_count(&self) -> usize {
+        self.queue_groups.iter().map(|group| group.sizes.len()).sum()
+    }
+
+    /// What serves the first group, for a caller that does without a worker.
+    pub fn into_handler(self) -> Option<Box<dyn QueueHandler>> {
+        self.queue_groups.into_iter().next().map(|group| group.handler)
+    }
+}
+
+/// Queues of a device that one worker thread serves. Their driver may take one out of use without stopping other groups.
+pub struct QueueGroup {
+    /// The largest size of each queue, a power of two up to 32768.
+    pub sizes: Vec<u16>,
+    /// Serves the queues while the device runs, and counts them from the group's first.
     pub handler: Box<dyn QueueHandler>,
 }
 
@@ -92,8 +111,8 @@ pub struct StateMismatch;
 
 /// The device's side of its queues.
 ///
-/// It is called on the device's worker thread only, between [`QueueHandler::start`] and [`QueueHandler::drain`]; in
-/// between runs it lies with the transport. An error from it is a broken ring: the device then needs a reset.
+/// Once the device has its transport, it is called on its worker thread only, and dropped there. A run lasts from
+/// [`QueueHandler::start`] to [`QueueHandler::drain`]. An error from it is a broken ring: the device then needs a reset.
 pub trait QueueHandler: Send {
     /// A run begins, with the features that the driver accepted. Runs may follow each other with no reset in between.
     fn start(&mut self, features: u64);
@@ -142,13 +161,37 @@ pub trait QueueHandler: Send {
     }
 }
 
-/// What notifies of work in queues, and of their used buffers: for whatever serves them in the worker's place.
+/// What notifies of work in the queues of a group, and of their used buffers, by the queue's index in the group: for the
+/// worker, and for whatever serves queues in its place.
 #[derive(Clone)]
 pub struct Notifiers {
-    /// One a queue, in order: written when the driver rings.
-    pub doorbells: Arc<Vec<EventFd>>,
-    /// The way to the driver.
-    pub interrupt: Arc<dyn Interrupt>,
+    /// One for each of the device's queues, in order: written when the driver rings.
+    all_doorbells: Arc<Vec<EventFd>>,
+    /// The group's queues among them.
+    queues: Range<usize>,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl Notifiers {
+    /// One for each queue of the group, in order.
+    pub fn doorbells(&self) -> &[EventFd] {
+        self.all_doorbells.get(self.queues.clone()).unwrap_or_default()
+    }
+
+    /// [`Interrupt::queue_used`].
+    pub fn queue_used(&self, index: usize) {
+        self.interrupt.queue_used(self.queues.start + index);
+    }
+
+    /// [`Interrupt::used_event`].
+    pub fn used_event(&self, index: usize) -> &EventFd {
+        self.interrupt.used_event(self.queues.start + index)
+    }
+
+    /// [`Interrupt::share`].
+    pub fn share(&self, shared: bool) {
+        self.interrupt.share(shared);
+    }
 }
 
 /// How a device gets the driver's attention: the transport's part of an interrupt. Called from any thread.

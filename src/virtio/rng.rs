@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vm_memory::Bytes;
 
 use super::queue::{self, Chain, Virtqueue};
-use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
+use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, VirtioDevice};
 use crate::sys;
 
 /// Device ID (virtio 1.2 §5).
@@ -23,9 +23,8 @@ pub fn device() -> VirtioDevice {
         name: "virtio-rng".to_owned(),
         features: 0,
         feature_needs: &[],
-        queue_sizes: vec![QUEUE_SIZE],
         config: Arc::new(ConfigSpace::new(Vec::new(), 0..0)),
-        handler: Box::new(Entropy::default()),
+        queue_groups: vec![QueueGroup { sizes: vec![QUEUE_SIZE], handler: Box::new(Entropy::default()) }],
     }
 }
 

@@ -12,10 +12,10 @@ use virtio_bindings::virtio_config::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::QueueRegisters;
-use super::worker::{ActiveQueues, Reports, Worker};
+use super::worker::{Reports, Worker};
 use super::{
-    COMMON_FEATURES, ConfigSpace, F_EVENT_IDX, F_VERSION_1, FeatureNeed, Interrupt, QueueHandler, VirtioDevice,
-    Virtqueue,
+    COMMON_FEATURES, ConfigSpace, F_EVENT_IDX, F_VERSION_1, FeatureNeed, Interrupt, Notifiers, QueueGroup,
+    StateMismatch, VirtioDevice, Virtqueue,
 };
 use crate::memory::GuestMemory;
 
@@ -42,9 +42,8 @@ pub struct SessionState {
     pub config: Vec<u8>,
     /// The configuration's generation.
     pub config_generation: u32,
-    /// What it said through its queues: see [`QueueHandler::save`].
-    #[serde(default)]
-    pub handler: Vec<u8>,
+    /// What it said through the queues of each group: see [`QueueHandler::save`](super::QueueHandler::save).
+    pub handlers: Vec<Vec<u8>>,
 }
 
 /// A device and its driver. A transport guards it with a lock and turns accesses into calls.
@@ -55,9 +54,8 @@ pub struct DeviceSession {
     config: Arc<ConfigSpace>,
     memory: Arc<GuestMemory>,
     reports: Arc<Reports>,
-    worker: Worker,
-    /// `None` while it is lent to the worker.
-    handler: Option<Box<dyn QueueHandler>>,
+    /// One for each group of queues, in order.
+    workers: Vec<Worker>,
     status: u32,
     driver_features: u64,
     driver_features_beyond: bool,
@@ -66,7 +64,7 @@ pub struct DeviceSession {
 }
 
 impl DeviceSession {
-    /// A device after power-on, not paused. Makes its worker thread.
+    /// A device after power-on, not paused. Makes its worker threads.
     pub fn new(
         device: VirtioDevice,
         memory: Arc<GuestMemory>,
@@ -74,19 +72,20 @@ impl DeviceSession {
         interrupt: Arc<dyn Interrupt>,
     ) -> io::Result<DeviceSession> {
         let reports = Arc::new(Reports::new(&device.name, interrupt));
+        let sizes: Vec<u16> = device.queue_groups.iter().flat_map(|group| group.sizes.clone()).collect();
+        let workers = workers(&device.name, device.queue_groups, &doorbells, &reports)?;
         Ok(DeviceSession {
             device_type: device.device_type,
             features: device.features | COMMON_FEATURES,
             feature_needs: device.feature_needs,
             config: device.config,
             memory,
-            worker: Worker::new(&device.name, doorbells, reports.clone())?,
+            workers,
             reports,
-            handler: Some(device.handler),
             status: 0,
             driver_features: 0,
             driver_features_beyond: false,
-            queues: device.queue_sizes.iter().map(|size| QueueRegisters::new(*size)).collect(),
+            queues: sizes.iter().map(|size| QueueRegisters::new(*size)).collect(),
             paused: false,
         })
     }
@@ -178,7 +177,7 @@ impl DeviceSession {
                 queue.ready = true;
             }
         } else if self.queue(index).is_some_and(|queue| queue.ready) {
-            self.stop();
+            self.stop_serving(index as usize);
             self.queues.iter_mut().skip(index as usize).take(1).for_each(|queue| queue.ready = false);
             self.start();
         }
@@ -206,7 +205,7 @@ impl DeviceSession {
             queues: self.queues.clone(),
             config: self.config.driver_bytes(),
             config_generation: self.config.generation(),
-            handler: self.handler.as_ref().map(|handler| handler.save()).unwrap_or_default(),
+            handlers: self.workers.iter().map(Worker::save).collect(),
         };
         self.start();
         state
@@ -226,9 +225,9 @@ impl DeviceSession {
         );
         ensure!(state.config.len() == self.config.driver_bytes().len(), "the saved device has another configuration");
         self.stop();
-        if let Some(Err(unfit)) = self.handler.as_mut().map(|handler| handler.restore(&state.handler)) {
+        if let Err(mismatch) = self.restore_handlers(&state.handlers) {
             self.start();
-            return Err(unfit.into());
+            return Err(mismatch.into());
         }
         self.pause();
         self.status = state.status & !NEEDS_RESET;
@@ -251,36 +250,66 @@ impl DeviceSession {
         self.driver_features_beyond = false;
         self.queues.iter_mut().for_each(|queue| *queue = QueueRegisters::new(queue.size_max));
         self.config.reset();
-        if let Some(handler) = &mut self.handler {
-            handler.reset();
-        }
+        self.workers.iter_mut().for_each(Worker::reset);
     }
 
-    /// Lends the handler to the worker if the driver is ready for it.
+    /// Restores every handler, or none.
+    fn restore_handlers(&mut self, states: &[Vec<u8>]) -> Result<(), StateMismatch> {
+        if states.len() != self.workers.len() {
+            return Err(StateMismatch);
+        }
+        let before: Vec<_> = self.workers.iter().map(Worker::save).collect();
+        let restored = self.workers.iter_mut().zip(states).try_for_each(|(worker, state)| worker.restore(state));
+        if restored.is_err() {
+            // Each takes back what it has just returned.
+            self.workers.iter_mut().zip(&before).for_each(|(worker, state)| drop(worker.restore(state)));
+        }
+        restored
+    }
+
+    /// Starts every worker that does not run, if the driver is ready for it.
     fn start(&mut self) {
         if self.paused || self.status() & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
             return;
         }
-        let Some(mut handler) = self.handler.take() else { return };
         let event_idx = self.driver_features & F_EVENT_IDX != 0;
-        let queues = self.queues.iter().map(|queue| Virtqueue::new(queue, &self.memory, event_idx));
-        match queues.collect() {
-            Ok(queues) => {
-                handler.start(self.driver_features);
-                self.worker.start(ActiveQueues { handler, queues });
-            }
-            Err(error) => {
-                self.handler = Some(handler);
-                self.reports.fail(&error);
+        for worker in self.workers.iter_mut().filter(|worker| !worker.is_running()) {
+            let registers = self.queues.get(worker.queues()).unwrap_or_default();
+            let queues = registers.iter().map(|queue| Virtqueue::new(queue, &self.memory, event_idx));
+            match queues.collect() {
+                Ok(queues) => worker.start(queues, self.driver_features),
+                Err(error) => return self.reports.fail(&error),
             }
         }
     }
 
-    /// Takes the handler back from the worker if it has it.
+    /// Stops all workers.
     fn stop(&mut self) {
-        if let Some(ActiveQueues { handler, queues }) = self.worker.stop() {
-            queues.iter().zip(&mut self.queues).for_each(|(queue, registers)| queue.leave(registers));
-            self.handler = Some(handler);
-        }
+        self.workers.iter().for_each(Worker::ask_to_stop);
+        (0..self.queues.len()).for_each(|index| self.stop_serving(index));
     }
+
+    /// Stops the worker that serves queue `index`, if it runs.
+    fn stop_serving(&mut self, index: usize) {
+        let Some(worker) = self.workers.iter_mut().find(|worker| worker.queues().contains(&index)) else { return };
+        let registers = self.queues.get_mut(worker.queues()).unwrap_or_default();
+        worker.stop().iter().flatten().zip(registers).for_each(|(queue, registers)| queue.leave(registers));
+    }
+}
+
+/// A worker for each group of a device's queues.
+fn workers(
+    name: &str,
+    groups: Vec<QueueGroup>,
+    doorbells: &Arc<Vec<EventFd>>,
+    reports: &Arc<Reports>,
+) -> io::Result<Vec<Worker>> {
+    let mut first = 0;
+    let make = |group: QueueGroup| {
+        let queues = first..first + group.sizes.len();
+        first = queues.end;
+        let notifiers = Notifiers { all_doorbells: doorbells.clone(), queues, interrupt: reports.interrupt().clone() };
+        Worker::new(name, group.handler, notifiers, reports.clone())
+    };
+    groups.into_iter().map(make).collect()
 }

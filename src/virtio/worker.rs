@@ -1,11 +1,12 @@
-//! From a doorbell to the handler: the thread that serves a device's queues.
+//! From a doorbell to the handler: the thread that serves queues of a device.
 //!
-//! The thread lives as long as the device, but works only while it is lent the handler and the queues: it gives them back
-//! when it is told to stop, or when a ring is broken. What the handler gives away meanwhile is not listened to. The thread
-//! is made with the device and not at its first use, because a thread inherits the system calls left to the thread that
-//! makes it, and a driver starts its device from a vCPU thread.
+//! The thread owns the handler, and every call of it is made there: the others send commands. It lives as long as the
+//! device, and serves queues only from a start to the next stop, or until a ring is broken. What the handler gives away
+//! meanwhile is not listened to. The thread is made with the device and not at its first use, because a thread inherits the
+//! system calls left to the thread that makes it, and a driver starts its device from a vCPU thread.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -16,16 +17,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::log_rate::LogRate;
-use super::{Interrupt, Notifiers, Progress, QueueHandler, Virtqueue};
+use super::{Interrupt, Notifiers, Progress, QueueHandler, StateMismatch, Virtqueue};
 use crate::sandbox;
 
-/// The handler and the queues of a device that runs: what its worker owns for the length of a run.
-pub struct ActiveQueues {
-    /// The device's code.
-    pub handler: Box<dyn QueueHandler>,
-    /// All of the device's queues, in order.
-    pub queues: Vec<Virtqueue>,
-}
+#[cfg(test)]
+mod tests;
 
 /// Marks of epoll events that are no doorbell's index.
 const STOP: u64 = u64::MAX;
@@ -70,61 +66,141 @@ impl Reports {
     }
 }
 
-/// A device's thread. Dropping it stops and joins it.
+/// What the thread is asked to do with its handler, one after the other.
+enum Command {
+    /// Serve these queues for a driver that accepted these features, until the stop event.
+    Start(Vec<Virtqueue>, u64),
+    /// [`QueueHandler::reset`].
+    Reset(Sender<()>),
+    /// [`QueueHandler::save`].
+    Save(Sender<Vec<u8>>),
+    /// [`QueueHandler::restore`].
+    Restore(Vec<u8>, Sender<Result<(), StateMismatch>>),
+}
+
+/// A thread of a device's, which owns a handler and serves some of the device's queues. Dropping it stops and joins it.
 pub struct Worker {
+    queues: Range<usize>,
     stop: EventFd,
-    lend: Option<Sender<ActiveQueues>>,
-    back: Receiver<ActiveQueues>,
-    running: bool,
+    /// `None` once it is being dropped.
+    commands: Option<Sender<Command>>,
+    stopped: Receiver<Vec<Virtqueue>>,
+    is_running: bool,
+    /// Whether the handler may know something that a reset has it forget.
+    has_driver: bool,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
-    /// Makes the thread, which then waits to be lent something. Doorbell `i` is queue `i`'s.
-    pub fn new(name: &str, doorbells: Arc<Vec<EventFd>>, reports: Arc<Reports>) -> io::Result<Worker> {
+    /// Makes the thread, which then waits for commands, to serve those of the device's queues that `notifiers` is about.
+    pub fn new(
+        name: &str,
+        mut handler: Box<dyn QueueHandler>,
+        notifiers: Notifiers,
+        reports: Arc<Reports>,
+    ) -> io::Result<Worker> {
+        let queues = notifiers.queues.clone();
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let epoll = Epoll::new()?;
         watch(&epoll, stop.as_raw_fd(), STOP, EventSet::IN)?;
-        for (index, doorbell) in (0..).zip(doorbells.iter()) {
+        for (index, doorbell) in (0..).zip(notifiers.doorbells()) {
             watch_doorbell(&epoll, doorbell, index)?;
         }
-        let notifiers = Notifiers { doorbells, interrupt: reports.interrupt.clone() };
-        let (lend, active) = channel::<ActiveQueues>();
-        let (give_back, back) = channel();
+        let (commands, inbox) = channel();
+        let (give_back, stopped) = channel();
         let thread = sandbox::spawn(name, move || {
-            for mut active in active {
-                run(&epoll, &notifiers, &mut active, &reports);
-                if give_back.send(active).is_err() {
-                    return;
-                }
+            for command in inbox {
+                // An answer that is no longer waited for is no loss.
+                let _ = match command {
+                    Command::Start(mut queues, features) => {
+                        handler.start(features);
+                        run(&epoll, &notifiers, &mut *handler, &mut queues, &reports);
+                        give_back.send(queues).ok()
+                    }
+                    Command::Reset(answer) => {
+                        handler.reset();
+                        answer.send(()).ok()
+                    }
+                    Command::Save(answer) => answer.send(handler.save()).ok(),
+                    Command::Restore(state, answer) => answer.send(handler.restore(&state)).ok(),
+                };
             }
         })?;
-        Ok(Worker { stop, lend: Some(lend), back, running: false, thread: Some(thread) })
+        let commands = Some(commands);
+        Ok(Worker { queues, stop, commands, stopped, is_running: false, has_driver: false, thread: Some(thread) })
     }
 
-    /// Lends the handler and the queues to the thread, which looks at every queue once. Not to be called while it runs.
-    pub fn start(&mut self, active: ActiveQueues) {
-        debug_assert!(!self.running);
-        self.running = self.lend.as_ref().is_some_and(|lend| lend.send(active).is_ok());
+    /// Which of the device's queues it serves.
+    pub fn queues(&self) -> Range<usize> {
+        self.queues.clone()
     }
 
-    /// Waits until everything in flight is completed and takes back what was lent. `None` when nothing was.
-    pub fn stop(&mut self) -> Option<ActiveQueues> {
-        if !std::mem::take(&mut self.running) {
+    /// Whether it was started and not stopped since.
+    pub fn is_running(&self) -> bool {
+        self.is_running
+    }
+
+    /// Has the thread serve `queues`, which are those of [`Worker::queues`], for a driver that accepted `features`. It looks
+    /// at every queue once. Returns at once. Not to be called while it runs.
+    pub fn start(&mut self, queues: Vec<Virtqueue>, features: u64) {
+        debug_assert!(!self.is_running);
+        self.is_running = self.send(Command::Start(queues, features));
+        self.has_driver = true;
+    }
+
+    /// Has the thread stop, if it runs, without waiting for it as [`Worker::stop`] does.
+    pub fn ask_to_stop(&self) {
+        if self.is_running {
+            // The counter is far from its limit, so that it cannot block or fail.
+            let _ = self.stop.write(1);
+        }
+    }
+
+    /// Waits until everything in flight is completed, and takes back the queues. `None` where it does not run.
+    pub fn stop(&mut self) -> Option<Vec<Virtqueue>> {
+        self.ask_to_stop();
+        if !std::mem::take(&mut self.is_running) {
             return None;
         }
-        // The counter was 0, so that neither call can block or fail.
-        let _ = self.stop.write(1);
-        let active = self.back.recv().ok();
+        let queues = self.stopped.recv().ok();
         let _ = self.stop.read();
-        active
+        queues
+    }
+
+    /// Has the handler forget its driver. Not to be called while the thread runs.
+    pub fn reset(&mut self) {
+        if std::mem::take(&mut self.has_driver) {
+            self.ask(Command::Reset);
+        }
+    }
+
+    /// What the handler keeps between two runs. Not to be called while the thread runs.
+    pub fn save(&self) -> Vec<u8> {
+        self.ask(Command::Save).unwrap_or_default()
+    }
+
+    /// Puts back what [`Worker::save`] returned. Fails, with nothing changed, where it does not fit the handler. Not to be
+    /// called while the thread runs.
+    pub fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
+        self.has_driver = true;
+        self.ask(|answer| Command::Restore(state.to_vec(), answer)).unwrap_or(Err(StateMismatch))
+    }
+
+    /// Whether the thread is there to take it.
+    fn send(&self, command: Command) -> bool {
+        self.commands.as_ref().is_some_and(|commands| commands.send(command).is_ok())
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
+        let (to, answer) = channel();
+        self.send(command(to)).then(|| answer.recv().ok()).flatten()
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         self.stop();
-        self.lend = None;
+        self.commands = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -132,16 +208,22 @@ impl Drop for Worker {
 }
 
 /// One run: until the stop event or a broken ring, and then until nothing is in flight.
-fn run(epoll: &Epoll, notifiers: &Notifiers, active: &mut ActiveQueues, reports: &Reports) {
+fn run(
+    epoll: &Epoll,
+    notifiers: &Notifiers,
+    handler: &mut dyn QueueHandler,
+    queues: &mut [Virtqueue],
+    reports: &Reports,
+) {
     let served = loop {
-        match serve_until_change(epoll, notifiers, active) {
+        match serve_until_change(epoll, notifiers, handler, queues) {
             Ok(Until::Stopped) => break Ok(()),
             Ok(Until::OffloadChanged) => {}
             Err(error) => break Err(error),
         }
     };
-    let drained = active.handler.drain(&mut active.queues).map_err(anyhow::Error::from);
-    let signalled = signal(&mut active.queues, &*reports.interrupt);
+    let drained = handler.drain(queues).map_err(anyhow::Error::from);
+    let signalled = signal(queues, notifiers);
     if let Err(error) = served.and(drained).and(signalled) {
         reports.fail(&error);
     }
@@ -156,14 +238,18 @@ enum Until {
 }
 
 /// The part of a run in which no queue is offloaded or taken back.
-fn serve_until_change(epoll: &Epoll, notifiers: &Notifiers, active: &mut ActiveQueues) -> anyhow::Result<Until> {
-    let ActiveQueues { handler, queues } = active;
+fn serve_until_change(
+    epoll: &Epoll,
+    notifiers: &Notifiers,
+    handler: &mut dyn QueueHandler,
+    queues: &mut [Virtqueue],
+) -> anyhow::Result<Until> {
     handler.update_offload(queues, notifiers)?;
     let wake_fds: Vec<RawFd> = handler.wake_fds().iter().map(|fd| fd.as_raw_fd()).collect();
     let is_offloaded: Vec<bool> = queues.iter().map(Virtqueue::is_offloaded).collect();
     let offloaded = || {
         (0..)
-            .zip(notifiers.doorbells.iter())
+            .zip(notifiers.doorbells())
             .zip(&is_offloaded)
             .filter(|(_, is_offloaded)| **is_offloaded)
             .map(|(bell, _)| bell)
@@ -174,22 +260,27 @@ fn serve_until_change(epoll: &Epoll, notifiers: &Notifiers, active: &mut ActiveQ
         .iter()
         .try_for_each(|fd| watch(epoll, *fd, WAKE, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED))
         .map_err(anyhow::Error::from)
-        .and_then(|()| serve(epoll, active, &*notifiers.interrupt));
+        .and_then(|()| serve(epoll, notifiers, handler, queues));
     wake_fds.iter().for_each(|fd| unwatch(epoll, *fd));
     offloaded().try_for_each(|(index, doorbell)| watch_doorbell(epoll, doorbell, index))?;
     served
 }
 
 /// Gives every queue that has something to do its turn, until the stop event, or until a queue is to be offloaded or taken back.
-fn serve(epoll: &Epoll, active: &mut ActiveQueues, interrupt: &dyn Interrupt) -> anyhow::Result<Until> {
+fn serve(
+    epoll: &Epoll,
+    notifiers: &Notifiers,
+    handler: &mut dyn QueueHandler,
+    queues: &mut [Virtqueue],
+) -> anyhow::Result<Until> {
     let mut events = [EpollEvent::default(); 16];
     // Doorbells that rang before this run are not remembered, so each queue is looked at once.
-    let mut due = vec![true; active.queues.len()];
+    let mut due = vec![true; queues.len()];
     loop {
         for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
-            *due = turn(index, active, interrupt)?;
+            *due = turn(index, handler, queues, notifiers)?;
         }
-        if !active.handler.offload_is_current()? {
+        if !handler.offload_is_current()? {
             return Ok(Until::OffloadChanged);
         }
         let timeout_ms = if due.contains(&true) { 0 } else { -1 };
@@ -208,14 +299,18 @@ fn serve(epoll: &Epoll, active: &mut ActiveQueues, interrupt: &dyn Interrupt) ->
 }
 
 /// One queue's turn: returns whether it is due another one.
-fn turn(index: usize, active: &mut ActiveQueues, interrupt: &dyn Interrupt) -> anyhow::Result<bool> {
-    let ActiveQueues { handler, queues } = active;
+fn turn(
+    index: usize,
+    handler: &mut dyn QueueHandler,
+    queues: &mut [Virtqueue],
+    notifiers: &Notifiers,
+) -> anyhow::Result<bool> {
     if queues[index].is_offloaded() {
         return Ok(false);
     }
     queues[index].disable_notification()?;
     let left = handler.process(index, queues)?;
-    signal(queues, interrupt)?;
+    signal(queues, notifiers)?;
     match left {
         Progress::Drained => Ok(queues[index].enable_notification()?),
         Progress::More => Ok(true),
@@ -224,10 +319,10 @@ fn turn(index: usize, active: &mut ActiveQueues, interrupt: &dyn Interrupt) -> a
 }
 
 /// One interrupt for all that was pushed since the last time, where the driver wants it.
-fn signal(queues: &mut [Virtqueue], interrupt: &dyn Interrupt) -> anyhow::Result<()> {
+fn signal(queues: &mut [Virtqueue], notifiers: &Notifiers) -> anyhow::Result<()> {
     for (index, queue) in queues.iter_mut().enumerate() {
         if queue.needs_interrupt()? {
-            interrupt.queue_used(index);
+            notifiers.queue_used(index);
         }
     }
     Ok(())

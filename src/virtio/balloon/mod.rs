@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::log_rate::LogRate;
 use super::queue::{self, Chain, Virtqueue};
-use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
+use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, VirtioDevice};
 use crate::config::MIN_MEMORY_MIB;
 use crate::memory;
 use crate::sys::timer::Timer;
@@ -74,9 +74,8 @@ pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Re
         name: "virtio-balloon".to_owned(),
         features: F_STATS_VQ | F_REPORTING | oom,
         feature_needs: &[],
-        queue_sizes: QUEUE_SIZES.to_vec(),
         config,
-        handler: Box::new(Handler::new(shared)),
+        queue_groups: vec![QueueGroup { sizes: QUEUE_SIZES.to_vec(), handler: Box::new(Handler::new(shared)) }],
     };
     Ok((device, control))
 }

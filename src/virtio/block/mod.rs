@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::log_rate::LogRate;
 use super::queue::{Chain, Virtqueue};
-use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
+use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, VirtioDevice};
 use crate::backend::disk::{Blocking, Completion, DiskBackend, Operation, PlainDisk, Request, SECTOR_BYTES};
 use crate::backend::rate::{Limiter, RateControl};
 use crate::config::Rate;
@@ -122,9 +122,11 @@ pub fn device_on(
         name: name.to_owned(),
         features: F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | writable,
         feature_needs: &[],
-        queue_sizes: vec![QUEUE_SIZE],
         config: Arc::new(ConfigSpace::new(config(&shape), 0..0)),
-        handler: Box::new(Block::new(disk, shape, name, id, limiter, counters.clone())),
+        queue_groups: vec![QueueGroup {
+            sizes: vec![QUEUE_SIZE],
+            handler: Box::new(Block::new(disk, shape, name, id, limiter, counters.clone())),
+        }],
     };
     Ok((device, DiskHandle { counters, rate }))
 }

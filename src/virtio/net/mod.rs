@@ -31,7 +31,7 @@ use self::pair::{Common, Pair, Place};
 use self::vhost::Vhost;
 use super::log_rate::LogRate;
 use super::queue::{Chain, GuestRange, Virtqueue};
-use super::{ConfigSpace, Notifiers, Progress, QueueHandler, RingError, StateMismatch, VirtioDevice};
+use super::{ConfigSpace, Notifiers, Progress, QueueGroup, QueueHandler, RingError, StateMismatch, VirtioDevice};
 use crate::backend::net::{self as backend, NetBackend};
 use crate::backend::rate::Limiter;
 use crate::config::Rate;
@@ -98,9 +98,11 @@ pub fn device_on(
         name: name.to_owned(),
         features,
         feature_needs: features::NEEDS,
-        queue_sizes,
         config,
-        handler: Box::new(Net::new(backends, Common::new(name, link.clone(), [rx, tx]))?),
+        queue_groups: vec![QueueGroup {
+            sizes: queue_sizes,
+            handler: Box::new(Net::new(backends, Common::new(name, link.clone(), [rx, tx]))?),
+        }],
     };
     Ok((device, link))
 }
@@ -183,7 +185,7 @@ impl Net {
     /// Gives the kernel the queues of all pairs in use. Where it cannot have them, it is not asked again.
     fn offload(&mut self, queues: &mut [Virtqueue], notifiers: &Notifiers) -> Result<(), RingError> {
         // First, since the kernel may raise an interrupt at once.
-        notifiers.interrupt.share(true);
+        notifiers.share(true);
         self.offloaded = Some(notifiers.clone());
         self.lines.iter_mut().for_each(VecDeque::clear);
         self.common.link.set_served_by_kernel(true);
@@ -204,8 +206,8 @@ impl Net {
         let pairs = self.pairs.iter_mut().zip(queues.chunks_exact_mut(2));
         let outcomes: Vec<_> = pairs.map(|(pair, queues)| pair.take_back(queues)).collect();
         self.common.link.set_served_by_kernel(false);
-        (0..2 * self.in_use).for_each(|index| notifiers.interrupt.queue_used(index));
-        notifiers.interrupt.share(false);
+        (0..2 * self.in_use).for_each(|index| notifiers.queue_used(index));
+        notifiers.share(false);
         outcomes.into_iter().collect()
     }
 

@@ -189,14 +189,14 @@ impl Pair {
         let (Some(vhost), Some([rx, tx])) = (&mut self.vhost, queues.get_mut(first..first + 2)) else {
             anyhow::bail!("there is no such pair");
         };
-        let Some([rx_bell, tx_bell]) = notifiers.doorbells.get(first..first + 2) else {
+        let Some([rx_bell, tx_bell]) = notifiers.doorbells().get(first..first + 2) else {
             anyhow::bail!("the pair has no doorbells");
         };
         let memory = rx.memory().clone();
         let rings = [(rx, rx_bell, first + RX), (tx, tx_bell, first + TX)].map(|(queue, doorbell, index)| Ring {
             registers: queue.offload(),
             doorbell,
-            used_event: notifiers.interrupt.used_event(index),
+            used_event: notifiers.used_event(index),
         });
         vhost.start(self.backend.fd(), features, &memory, &rings)
     }

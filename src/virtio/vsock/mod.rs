@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::queue::{Chain, Virtqueue};
-use super::{ConfigSpace, Progress, QueueHandler, RingError, VirtioDevice};
+use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, VirtioDevice};
 use crate::memory::GuestBuffers;
 use crate::resources::vsock::VsockSocket;
 
@@ -51,10 +51,12 @@ pub fn device(socket: VsockSocket) -> io::Result<VirtioDevice> {
         name: "virtio-vsock".to_owned(),
         features: F_STREAM,
         feature_needs: &[],
-        queue_sizes: QUEUE_SIZES.to_vec(),
         // `struct virtio_vsock_config` (virtio 1.2 §5.10.4).
         config: Arc::new(ConfigSpace::new(cid.to_le_bytes().to_vec(), 0..0)),
-        handler: Box::new(Vsock { switch, chain: Chain::default(), held_up: false }),
+        queue_groups: vec![QueueGroup {
+            sizes: QUEUE_SIZES.to_vec(),
+            handler: Box::new(Vsock { switch, chain: Chain::default(), held_up: false }),
+        }],
     })
 }
 

@@ -221,7 +221,7 @@ fn how_many_are_in_use_is_saved_and_ends_with_a_reset() {
     assert_eq!(use_pairs(&mut driver, 2), OK);
     driver.transport.pause();
     let two = driver.transport.save();
-    assert_ne!(one.session.handler, two.session.handler);
+    assert_ne!(one.session.handlers, two.session.handlers);
     let (device, _link, mut peers) = device_of_two();
     let mut driver = driver.moved_to(device);
     driver.transport.resume();
@@ -233,11 +233,11 @@ fn how_many_are_in_use_is_saved_and_ends_with_a_reset() {
     let single = Driver::new(single);
     let mut foreign = single.transport.save();
     for state in [vec![], vec![0, 0], vec![2, 0], vec![1], vec![1, 0, 0]] {
-        foreign.session.handler = state;
+        foreign.session.handlers = vec![state];
         assert!(single.transport.restore(&foreign).is_err(), "{foreign:?}");
     }
     driver.start();
-    assert_eq!(driver.transport.save().session.handler, one.session.handler);
+    assert_eq!(driver.transport.save().session.handlers, one.session.handlers);
     send(&mut driver, TX_2, &frame(91));
     settle(&driver);
     assert_eq!(driver.used_index(TX_2), 0);
