@@ -1,6 +1,6 @@
-//! From a bzImage's packed payload to the kernel inside: one reader for each way that Linux's build packs it.
+//! Unpacks a bzImage's payload: one decoder for each compression that Linux's build supports.
 //!
-//! The payload is a foreign file's: its window and its output are bounded before they are believed.
+//! The payload is untrusted: window and output sizes are limited.
 
 use std::fmt;
 use std::io::{self, BufReader, Read, Write};
@@ -11,16 +11,16 @@ use ruzstd::decoding::StreamingDecoder;
 
 /// The longest window that a decoder may keep: `zstd -22 --ultra` takes 128 MiB.
 const WINDOW_MAX_BYTES: u32 = 128 << 20;
-/// What a decoder needs beside its window.
+/// The memory of a decoder in addition to its window.
 const STATE_BYTES: u32 = 1 << 20;
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// `lz4 -l`: the magic number before the blocks.
+/// `lz4 -l`: the magic number at the start.
 const LZ4_LEGACY_MAGIC: [u8; 4] = [0x02, 0x21, 0x4c, 0x18];
-/// `lz4 -l`: what a block unpacks to at most.
+/// `lz4 -l`: the maximum unpacked size of a block.
 const LZ4_BLOCK_MAX_BYTES: usize = 8 << 20;
 
-/// How a payload is packed.
+/// The compression of a payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
     /// gzip (RFC 1952).
@@ -38,7 +38,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// By the payload's first bytes; `None` for what cannot be unpacked here (LZO).
+    /// Identifies the compression by the first bytes; `None` if it is not supported (LZO).
     pub fn identify(payload: &[u8]) -> Option<Compression> {
         match payload {
             [0x1f, 0x8b, ..] => Some(Compression::Gzip),
@@ -65,9 +65,10 @@ impl fmt::Display for Compression {
     }
 }
 
-/// Unpacks `packed` to exactly `unpacked_bytes` of `output`; `progress` hears of the bytes written so far.
+/// Unpacks exactly `unpacked_bytes` from `packed` to `output`; `progress` is called with the number of bytes written so
+/// far.
 ///
-/// Every write but the last starts and ends at a multiple of 256 KiB.
+/// Every write except the last starts and ends at a multiple of 256 KiB.
 pub fn unpack(
     compression: Compression,
     packed: impl Read,
@@ -78,7 +79,7 @@ pub fn unpack(
     let mut unpacked = reader(compression, packed)?;
     let mut buffer = vec![0; BUFFER_BYTES];
     let mut done: u64 = 0;
-    // Up to the end and not just to the last byte: checksums stand there.
+    // Reads to the end of the stream, where the checksums are.
     loop {
         let len = fill(&mut unpacked, &mut buffer)?;
         done += len as u64;
@@ -93,7 +94,7 @@ pub fn unpack(
     Ok(())
 }
 
-/// What is unpacked from `packed`, if it is packed. Its length is not known beforehand: who reads it bounds it.
+/// A decoder for `packed`, if it is compressed. The unpacked size is unknown, so the caller must limit it.
 pub fn unpacking_reader(packed: &[u8]) -> Result<Option<Box<dyn Read + '_>>> {
     Compression::identify(packed).map(|compression| reader(compression, packed)).transpose()
 }
@@ -111,7 +112,7 @@ fn reader<'a>(compression: Compression, packed: impl Read + 'a) -> Result<Box<dy
     })
 }
 
-/// Reads until `buffer` is full or the end is reached.
+/// Reads until `buffer` is full or the input ends.
 fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut len = 0;
     while len < buffer.len() {
@@ -123,7 +124,7 @@ fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(len)
 }
 
-/// What `lz4 -l` writes: after the magic number, blocks with their packed size before them, up to the end.
+/// The output of `lz4 -l`: blocks after the magic number, each preceded by its packed size.
 struct Lz4Legacy<R> {
     packed: R,
     packed_block: Vec<u8>,
@@ -146,7 +147,7 @@ impl<R: Read> Lz4Legacy<R> {
                 return Ok(false);
             }
             self.packed.read_exact(&mut word[1..])?;
-            // Files that are put one behind the other are one file.
+            // Concatenated files are one file.
             if word != LZ4_LEGACY_MAGIC {
                 break;
             }

@@ -16,27 +16,27 @@ pub enum ExitReason {
     Reset,
     /// The guest wrote this status to the exit port.
     Reported(u8),
-    /// The guest's kernel panicked; its words, where they were seen.
+    /// The guest's kernel panicked; its message, if seen on the console.
     Panicked(Option<String>),
-    /// A vCPU met an exception that its guest could not even fault on.
+    /// A vCPU took an exception that the guest could not handle.
     TripleFault {
         /// Which vCPU.
         vcpu: u32,
-        /// Its instruction pointer, where the processor keeps it.
+        /// The instruction pointer, if the processor preserves it.
         rip: Option<u64>,
     },
-    /// KVM cannot go on with a vCPU.
+    /// KVM cannot continue a vCPU.
     KvmError {
         /// Which vCPU.
         vcpu: u32,
-        /// What KVM said, and where.
+        /// KVM's error and its location.
         reason: String,
     },
-    /// The guest's init did not keep to what was agreed.
+    /// The guest's init violated the protocol.
     SessionLost(String),
     /// A signal to husk ended it.
     Killed(i32),
-    /// The person at the terminal ended it.
+    /// The user ended it on the terminal.
     Quit,
 }
 
@@ -58,7 +58,7 @@ impl fmt::Display for ExitReason {
     }
 }
 
-/// What is known of a panic of the guest's kernel.
+/// What is known about a kernel panic in the guest.
 #[derive(Default)]
 struct Panic {
     words: Option<String>,
@@ -68,21 +68,21 @@ struct Panic {
 /// Where vCPUs and devices declare that the machine is to exit. The first reason counts; [`ExitLatch::event`] wakes the thread
 /// that waits for it.
 pub struct ExitLatch {
-    /// Without a lock: vCPUs look before each entry to the guest.
+    /// Lock-free: vCPUs check it before each entry to the guest.
     reason: OnceLock<ExitReason>,
     panic: Mutex<Panic>,
     event: EventFd,
 }
 
 impl ExitLatch {
-    /// A latch without a reason yet.
+    /// Creates a latch without a reason.
     pub fn new() -> io::Result<ExitLatch> {
         Ok(ExitLatch { reason: OnceLock::new(), panic: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
     }
 
-    /// Declares that the machine is to exit for `reason`. Only the first call counts. Any thread.
+    /// Declares that the machine must exit for `reason`. Only the first call counts. May be called on any thread.
     ///
-    /// A reset or a triple fault that follows a kernel panic is that panic's last act, and is told as such.
+    /// A reset or a triple fault after a kernel panic is a consequence of the panic and is reported as such.
     pub fn declare(&self, reason: ExitReason) {
         let mut panic = self.lock();
         if self.is_declared() {
@@ -93,24 +93,24 @@ impl ExitLatch {
             ExitReason::Reset | ExitReason::TripleFault { .. } if panicked => ExitReason::Panicked(panic.words.take()),
             other => other,
         };
-        // With the lock, so that it is the first.
+        // Under the lock, so that it is the first.
         let _ = self.reason.set(reason);
         drop(panic);
         self.wake();
     }
 
-    /// Notes that the guest's kernel says it panicked (pvpanic). It may still print and reset by itself. Any thread.
+    /// Notes that the guest's kernel reported a panic (pvpanic). It may still print and reset by itself. Any thread.
     pub fn note_panic(&self) {
         self.lock().panicked_at.get_or_insert_with(Instant::now);
         self.wake();
     }
 
-    /// Notes the words of a panic seen on the console. They count only if the machine then resets. Any thread.
+    /// Notes a panic message seen on the console. It counts only if the machine then resets. Any thread.
     pub fn note_panic_words(&self, words: String) {
         self.lock().words.get_or_insert(words);
     }
 
-    /// Whether a reason is declared.
+    /// Whether a reason was declared.
     pub fn is_declared(&self) -> bool {
         self.reason.get().is_some()
     }
@@ -120,7 +120,7 @@ impl ExitLatch {
         self.reason.get().cloned()
     }
 
-    /// When the guest's kernel said that it panicked, if it did.
+    /// When the guest's kernel reported a panic, if it did.
     pub fn panicked_at(&self) -> Option<Instant> {
         self.lock().panicked_at
     }
@@ -131,13 +131,13 @@ impl ExitLatch {
         self.declare(ExitReason::Panicked(words));
     }
 
-    /// Readable after every word said here; to be read before looking.
+    /// Readable after every notification; read it before checking the state.
     pub fn event(&self) -> &EventFd {
         &self.event
     }
 
     fn wake(&self) {
-        // A full counter has woken the reader already.
+        // A full counter has already woken the reader.
         let _ = self.event.write(1);
     }
 

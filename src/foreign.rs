@@ -1,28 +1,28 @@
-//! Words that are not husk's own, on their way to a terminal: a registry's, an image's, a guest's, another program's. The one place
-//! that says what of them may do something to a terminal. Whatever prints goes through it; a guest's own streams do not, whose
-//! terminal it is.
+//! Sanitizes text from outside husk (a registry, an image, a guest, another program) before it is printed. All such
+//! text passes through this module, which alone decides what could affect a terminal. A guest's own streams do not,
+//! because the terminal is theirs.
 
 use std::borrow::Cow;
 
 use serde::Serialize;
 
-/// What stands for a character that is not shown.
+/// Replaces a character that must not be printed.
 const COVER: char = '\u{fffd}';
 
-/// Whether a terminal may take a character for a command, or show other characters in another order for it: control characters
-/// (Unicode's Cc: those of ASCII, and C1, one of which begins an escape sequence by itself), line separators, and what changes the
-/// direction of writing (Unicode Standard Annex #9).
+/// Whether a terminal may interpret a character as a command or reorder text because of it: control characters
+/// (Unicode's Cc: those of ASCII, and C1, one of which starts an escape sequence), line separators, and bidirectional
+/// formatting characters (Unicode Standard Annex #9).
 pub fn is_command(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// `text` as one line that does nothing to a terminal.
+/// `text` as a single line that is safe to print.
 pub fn line(text: &str) -> Cow<'_, str> {
     clean(text, is_command)
 }
 
-/// `text` with its lines and tabs, and without anything else that does something to a terminal.
+/// `text` with its line breaks and tabs, and nothing else that affects a terminal.
 pub fn lines(text: &str) -> Cow<'_, str> {
     clean(text, |c| is_command(c) && c != '\n' && c != '\t')
 }
@@ -34,15 +34,16 @@ fn clean(text: &str, is_covered: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(|c| if is_covered(c) { COVER } else { c }).collect())
 }
 
-/// `value` as JSON in lines, which a terminal only shows: whatever it would act on is escaped, and is read back as it was.
+/// `value` as multi-line JSON that is safe to print: affected characters are escaped, so that the JSON still parses to
+/// the same value.
 pub fn json(value: &impl Serialize) -> serde_json::Result<String> {
     let text = serde_json::to_string_pretty(value)?;
-    // All of them stand in strings, where control characters of ASCII are escaped already.
+    // All of them are within strings, where ASCII control characters are already escaped.
     let escape = |c: char| if is_command(c) && c != '\n' { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
     Ok(if text.contains(|c| is_command(c) && c != '\n') { text.chars().map(escape).collect() } else { text })
 }
 
-/// `text` joined into one line, without the error numbers that the standard library appends to the text of a system error.
+/// `text` joined into one line, without the error numbers that the standard library appends to system errors.
 pub fn one_line(text: &str) -> String {
     let line = text.lines().map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
     let mut pieces = line.split(" (os error ");

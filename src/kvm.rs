@@ -1,4 +1,4 @@
-//! From guest memory to a virtual machine: the KVM calls that make one, in the order that makes it fast.
+//! Creates virtual machines: the KVM calls, in the order that makes them fast.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::irq::IrqLine;
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// What husk asks of KVM and cannot do without, and the name a person knows it by.
+/// The KVM capabilities that husk requires, with their names for messages.
 pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "in-kernel interrupt controller"),
@@ -27,9 +27,9 @@ pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
     (Cap::MpState, "multiprocessor state"),
 ];
 
-/// A virtual machine with its memory and interrupt controller, and no vCPU yet.
+/// A virtual machine with memory and an interrupt controller, but no vCPUs yet.
 ///
-/// The memory stays mapped for as long as the machine exists: KVM writes to it by address.
+/// The memory stays mapped as long as the machine exists: KVM accesses it by address.
 pub struct Vm {
     fd: VmFd,
     kvm: Arc<Kvm>,
@@ -37,10 +37,11 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes a virtual machine of `memory`.
+    /// Creates a virtual machine with `memory`.
     ///
-    /// The memory slots go in before the interrupt controller: after it each of them waits for an SRCU grace period
-    /// that the controller's own bus registrations began, ten times the cost of all the rest.
+    /// The memory slots are set before the interrupt controller is created: afterwards each of them would wait for an
+    /// SRCU grace period started by the controller's bus registrations, which costs ten times as much as everything
+    /// else.
     pub fn new(kvm: Arc<Kvm>, memory: &GuestMemory) -> Result<Vm> {
         for (capability, name) in REQUIRED_CAPABILITIES {
             ensure!(kvm.check_extension(capability), "KVM on this host lacks {name} (see `husk doctor`)");
@@ -64,35 +65,35 @@ impl Vm {
         &self.memory
     }
 
-    /// Lets a write to `line` raise its interrupt in the guest.
+    /// Makes writes to `line` raise its interrupt in the guest.
     pub fn connect_irq(&self, line: &IrqLine) -> Result<()> {
         self.fd.register_irqfd(line.event(), line.gsi()).with_context(|| format!("KVM_IRQFD for line {}", line.gsi()))
     }
 
-    /// Lets a guest's 32-bit write of `value` to `address` write `doorbell`, without leaving the kernel.
+    /// Makes a guest's 32-bit write of `value` to `address` signal `doorbell` without leaving the kernel.
     pub fn connect_doorbell(&self, address: u64, value: u32, doorbell: &EventFd) -> Result<()> {
         self.fd
             .register_ioevent(doorbell, &IoEventAddress::Mmio(address), value)
             .with_context(|| format!("KVM_IOEVENTFD at {address:#x}"))
     }
 
-    /// Adds vCPU number `index`, which is its local APIC's id too.
+    /// Adds vCPU `index`, which is also its local APIC ID.
     pub fn create_vcpu(&self, index: u32) -> Result<VcpuFd> {
         self.fd.create_vcpu(u64::from(index)).with_context(|| format!("KVM_CREATE_VCPU {index}"))
     }
 
-    /// Whether KVM has the local APIC timer's TSC deadline mode.
+    /// Whether KVM supports the local APIC timer's TSC deadline mode.
     pub fn has_tsc_deadline(&self) -> bool {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 }
 
-/// The CPUID leaves that KVM can show to a guest on this host. Takes 0.3 ms: call it while something else is done.
+/// The CPUID leaves that KVM supports on this host. Takes 0.3 ms; call it in parallel with other work.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")
 }
 
-/// KVM_CREATE_VM answers EINTR when a signal is under way: that is no failure.
+/// KVM_CREATE_VM returns EINTR when a signal is pending, which is not a failure.
 fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     loop {
         match kvm.create_vm() {
@@ -102,11 +103,11 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     }
 }
 
-/// Takes the in-kernel PIC out of the machine, which the ACPI tables say is not there.
+/// Disables the in-kernel PIC, which does not exist according to the ACPI tables.
 ///
-/// KVM creates it all the same, unmasked and with vectors from 0 on, connects lines 0 to 15 to it, and opens the first
-/// vCPU's LINT0 to what it says: a line raised before the guest's kernel has set up its APIC would arrive as an
-/// exception. This comes before any irqfd, each of which would be routed anew, and before any vCPU, which takes LINT0's
+/// KVM creates it anyway, unmasked and with vectors starting at 0, connects lines 0 to 15 to it, and lets the first
+/// vCPU's LINT0 accept its interrupts: a line raised before the guest's kernel has set up its APIC would arrive as an
+/// exception. This must precede any irqfd, each of which would have to be rerouted, and any vCPU, which takes LINT0's
 /// reset value (masked, Intel SDM volume 3, §11.4.7.1) when it is created.
 fn retire_pic(fd: &VmFd) -> Result<()> {
     fd.set_gsi_routing(&routes()?).context("KVM_SET_GSI_ROUTING")?;
@@ -115,8 +116,8 @@ fn retire_pic(fd: &VmFd) -> Result<()> {
     fd.enable_cap(&cap).context("KVM_CAP_DISABLE_QUIRKS (LINT0)")
 }
 
-/// Where each interrupt line of the machine leads, all of it: line `n` to pin `n` of the I/O APIC, and nowhere else. A
-/// message-signalled interrupt is one more entry, with a number above [`layout::GSI_COUNT`].
+/// The complete interrupt routing: line `n` to pin `n` of the I/O APIC. A message-signaled interrupt is an additional
+/// entry with a number above [`layout::GSI_COUNT`].
 fn routes() -> Result<KvmIrqRouting> {
     let to_ioapic = |gsi| kvm_irq_routing_entry {
         gsi,
@@ -139,7 +140,7 @@ fn set_memory_slot(fd: &VmFd, slot: u32, guest_address: u64, len_bytes: u64, hos
         memory_size: len_bytes,
         userspace_addr: host_address,
     };
-    // SAFETY: `host_address` is the start of a mapping of `len_bytes`, which `Vm` keeps until the VM is gone; the
+    // SAFETY: `host_address` is the start of a mapping of `len_bytes` that `Vm` keeps until the VM is destroyed; the
     // regions of one `GuestMemory` do not overlap, so no other slot has these addresses.
     unsafe { fd.set_user_memory_region(region) }.context("KVM_SET_USER_MEMORY_REGION")
 }

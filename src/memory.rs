@@ -1,4 +1,4 @@
-//! The guest's memory: reserved when the machine is built, backed by the host page by page as the guest touches it.
+//! Guest memory: reserved when the machine is built, and populated page by page as the guest touches it.
 
 mod buffers;
 
@@ -18,14 +18,14 @@ pub use buffers::GuestBuffers;
 use crate::layout;
 use crate::sys::mapping::Mapping;
 
-/// All of a guest's memory. Cloning shares it.
+/// All of a guest's memory. Clones share it.
 pub type GuestMemory = GuestRegionCollection<Region>;
 
-/// A contiguous part of a guest's memory, at a host address that is a multiple of 2 MiB, as the guest's is.
+/// A contiguous region of guest memory. Its host address is a multiple of 2 MiB, like its guest address.
 #[derive(Debug)]
 pub struct Region {
     view: GuestRegionMmap<()>,
-    // Last, so that it goes after what has its address.
+    // Last, so that it is unmapped after everything that uses its address.
     mapping: Mapping,
 }
 
@@ -35,7 +35,8 @@ impl Region {
         let len_bytes = usize::try_from(len_bytes)?;
         let mapping = Mapping::new(len_bytes)?;
         let builder = MmapRegionBuilder::new(len_bytes).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-        // SAFETY: the address is that of a mapping of this length, which `Region` keeps for as long as the view exists.
+        // SAFETY: the address is the start of a mapping of this length, which `Region` keeps as long as the view
+        // exists.
         let view = unsafe { builder.with_raw_mmap_pointer(mapping.start()) }.build()?;
         let view = GuestRegionMmap::new(view, GuestAddress(base)).context("guest memory wraps")?;
         Ok(Region { view, mapping })
@@ -72,9 +73,10 @@ impl GuestMemoryRegion for Region {
 
 impl GuestMemoryRegionBytes for Region {}
 
-/// Reserves `memory_mib` MiB of private, anonymous guest memory around the hole for devices.
+/// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole.
 ///
-/// Nothing is touched: the host gives a page when the guest first uses it. Fails where the address space cannot be had.
+/// No page is touched: the host allocates a page when the guest first uses it. Fails if the address space is
+/// unavailable.
 pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
     let memory_bytes = memory_mib.checked_mul(1 << 20).context("memory size overflows")?;
     let regions = layout::memory_ranges(memory_bytes)
@@ -85,15 +87,15 @@ pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
     Ok(GuestMemory::from_regions(regions)?)
 }
 
-/// Gives the host back what backs `len_bytes` of guest memory from `address` on, by whole pages; the guest finds zeroes there
-/// when it next looks. What is not memory is left out, so that any range of a guest's may be passed.
+/// Returns the whole pages within `len_bytes` of guest memory from `address` to the host; the guest reads zeroes
+/// afterwards. Parts that are not memory are skipped, so any range from a guest may be passed.
 pub fn give_back(memory: &GuestMemory, address: GuestAddress, len_bytes: u64) -> io::Result<()> {
     let end = address.0.saturating_add(len_bytes);
     for region in memory.iter() {
         let base = region.start_addr().0;
         let (first, last) = (address.0.max(base), end.min(base.saturating_add(region.len())));
         if first < last {
-            // Both fit: the region is mapped.
+            // Both casts are lossless, since the region is mapped.
             region.mapping.give_back((first - base) as usize, (last - first) as usize)?;
         }
     }
@@ -109,7 +111,7 @@ mod tests {
     #[test]
     fn huge_pages_of_guest_and_host_coincide() {
         const HUGE_PAGE_BYTES: u64 = 2 << 20;
-        // Whatever stands beside them: a mapping of an odd size moves the next one.
+        // With odd sizes in between, which shift the following mapping.
         let memories = [33, 1, 6 << 10, 35].map(|memory_mib| reserve(memory_mib).unwrap());
         for region in memories.iter().flat_map(|memory| memory.iter()) {
             let host = region.get_host_address(MemoryRegionAddress(0)).unwrap() as u64;
@@ -125,10 +127,10 @@ mod tests {
         assert!(memory.read_obj::<u8>(GuestAddress(33 << 20)).is_err());
     }
 
-    /// How many of the host's pages back the first `pages` of guest memory.
+    /// Counts the host pages that back the first `pages` of guest memory.
     fn backed(memory: &GuestMemory, pages: u64) -> usize {
         let is_backed = |page: &u64| {
-            // Only a page that was given back reads as zeroes.
+            // Only a page that was returned reads as zeroes.
             memory.read_obj::<u8>(GuestAddress(page * 4096)).unwrap() != 0
         };
         (0..pages).filter(is_backed).count()
@@ -142,7 +144,7 @@ mod tests {
         }
         give_back(&memory, GuestAddress(4096), 2 * 4096).unwrap();
         assert_eq!(backed(&memory, 16), 14);
-        // Parts of pages stay.
+        // Partial pages stay.
         give_back(&memory, GuestAddress(4 * 4096 + 1), 4095).unwrap();
         give_back(&memory, GuestAddress(4 * 4096), 4095).unwrap();
         give_back(&memory, GuestAddress(4 * 4096 + 1), 2 * 4096 - 2).unwrap();

@@ -1,33 +1,33 @@
-//! When a machine reached each step from process start to exit, against one clock: what `--timings` prints.
+//! Timestamps of a machine's startup and exit steps on one clock, printed by `--timings`.
 
 use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// A step in the life of a machine, in the order they come.
+/// A step in the life of a machine, in chronological order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// Image, kernel and initial RAM disk are there.
+    /// Image, kernel and initramfs are available.
     Prepared,
     /// The virtual machine exists, with memory and interrupt controller.
     KvmReady,
-    /// Kernel, initial RAM disk and tables are in guest memory.
+    /// Kernel, initramfs and tables are in guest memory.
     KernelLoaded,
     /// The first vCPU is about to execute its first instruction.
     FirstInstruction,
     /// The guest wrote its first byte to the console.
     FirstOutput,
-    /// The guest wrote a marker: its PID 1 runs.
+    /// The guest wrote a marker: its PID 1 is running.
     Pid1,
-    /// The process that the machine is for runs.
+    /// The machine's process is running.
     Process,
-    /// It has ended, and what it wrote has left the guest.
+    /// The process has exited and all of its output has left the guest.
     ProcessEnd,
-    /// The machine ended.
+    /// The machine has ended.
     End,
 }
 
-/// Steps that a machine which was not made from an image does not have at all.
+/// Steps that exist only for machines created from an image.
 const STEPS_OF_RUN: [Step; 3] = [Step::Prepared, Step::Process, Step::ProcessEnd];
 
 const STEPS: [(Step, &str); 9] = [
@@ -42,24 +42,24 @@ const STEPS: [(Step, &str); 9] = [
     (Step::End, "exit"),
 ];
 
-/// The clock and the marks. Marks are set once, from any thread, without a lock.
+/// The clock and the timestamps. Each is set once, from any thread, without a lock.
 pub struct Timings {
     start: Instant,
     marks: [OnceLock<Duration>; STEPS.len()],
 }
 
 impl Timings {
-    /// Starts the clock at `start`, the earliest moment of the process that is known.
+    /// Starts the clock at `start`, the earliest known time of the process.
     pub fn new(start: Instant) -> Timings {
         Timings { start, marks: Default::default() }
     }
 
-    /// Marks `step` as reached now; only the first time counts.
+    /// Marks `step` as reached now; only the first call counts.
     pub fn mark(&self, step: Step) {
         self.marks[step as usize].get_or_init(|| self.start.elapsed());
     }
 
-    /// When `step` was reached, counted from the start.
+    /// When `step` was reached, relative to the start.
     pub fn reached(&self, step: Step) -> Option<Duration> {
         self.marks[step as usize].get().copied()
     }

@@ -40,7 +40,7 @@ impl Attach {
         let end = attach::attach(&entry.file(state_dir::CONTROL), &signals, stdin && !self.no_stdin, terminal);
         match end.with_context(|| format!("attach to {}", entry.name()))? {
             End::Ended(code) => Ok(Exit::Reported(code)),
-            End::Left => Ok(Exit::Success),
+            End::Detached => Ok(Exit::Success),
         }
     }
 }

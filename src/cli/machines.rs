@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 
 use super::exit::Exit;
-use crate::request::client::{self, Asked};
+use crate::request::client::{self, PendingRequest};
 use crate::request::{Reply, Request, attach};
 use crate::state_dir::record::State;
 use crate::state_dir::{self, MachineEntry, StateDir};
@@ -23,7 +23,7 @@ pub fn for_each(words: &[String], act: impl Fn(&StateDir, &MachineEntry) -> Resu
 
 /// Sends a request that is answered with success or a refusal.
 pub fn request(entry: &MachineEntry, request: &Request) -> Result<()> {
-    match client::ask(&entry.file(state_dir::CONTROL), request)? {
+    match client::send(&entry.file(state_dir::CONTROL), request)? {
         Reply::Done => Ok(()),
         Reply::Refused(why) => bail!(why),
         other => bail!("unexpected response from the machine: {other:?}"),
@@ -31,7 +31,7 @@ pub fn request(entry: &MachineEntry, request: &Request) -> Result<()> {
 }
 
 /// Subscribes to a machine's exit; `None` if it is not running.
-pub fn watch_exit(entry: &MachineEntry) -> Option<Asked> {
+pub fn watch_exit(entry: &MachineEntry) -> Option<PendingRequest> {
     if !entry.alive {
         return None;
     }
@@ -40,7 +40,7 @@ pub fn watch_exit(entry: &MachineEntry) -> Option<Asked> {
 
 /// Waits for the exit that `asked` subscribed to, and for the machine's husk process, so that its name is free, and returns the
 /// exit code. If husk was killed, that is the code of a process that was.
-pub fn exit_code(entry: &MachineEntry, asked: Option<Asked>) -> Result<u8> {
+pub fn exit_code(entry: &MachineEntry, asked: Option<PendingRequest>) -> Result<u8> {
     const KILLED: u8 = 137;
     let told = asked.map(attach::code);
     let left = entry.await_end()?.map(|entry| entry.state());

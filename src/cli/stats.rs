@@ -101,7 +101,7 @@ fn is_running(entry: &MachineEntry) -> bool {
 }
 
 fn fetch(entry: &MachineEntry) -> Result<Stats> {
-    match client::ask(&entry.file(state_dir::CONTROL), &Request::Stats)? {
+    match client::send(&entry.file(state_dir::CONTROL), &Request::Stats)? {
         Reply::Stats(stats) => Ok(stats),
         Reply::Refused(why) => bail!(why),
         other => bail!("unexpected response from the machine: {other:?}"),

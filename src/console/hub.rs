@@ -1,5 +1,5 @@
-//! From what a machine in the background writes to its log, and to those who are attached to it now: a bounded backlog
-//! and a thread each, so that none waits for another, and nobody at all while the hub is locked.
+//! Distributes the output of a machine in the background to its log and to attached clients. Each client has a bounded
+//! backlog and its own thread, so that clients do not block each other and the hub's lock is never held while waiting.
 
 use std::io::{self, Write};
 use std::net::Shutdown;
@@ -12,12 +12,12 @@ use super::output::Output;
 use super::stream_log::{self, Stream, StreamLog};
 use crate::sandbox;
 
-/// How long one who is attached may hold the machine up by not reading before they are let go.
+/// How long an attached client that does not read may block the machine before it is disconnected.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long they have for the rest when somebody waits for the machine's end.
+/// How long clients have to read the rest if another process is waiting for the machine's end.
 const FORCED_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The log and the watchers. Each stream of the machine writes from its own thread.
+/// The log and the clients. Each stream of the machine is written from its own thread.
 #[derive(Debug)]
 pub struct Hub {
     inner: Mutex<Inner>,
@@ -29,7 +29,7 @@ struct Inner {
     watchers: Vec<Arc<Watcher>>,
 }
 
-/// One who is attached.
+/// An attached client.
 #[derive(Debug)]
 struct Watcher {
     backlog: Arc<Output>,
@@ -50,7 +50,7 @@ impl Watcher {
         Ok(Watcher { backlog, stream, thread })
     }
 
-    /// Ends the connection, at whatever its thread is.
+    /// Disconnects the client, even while its thread is writing.
     fn let_go(&self) {
         self.backlog.close();
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -58,13 +58,13 @@ impl Watcher {
 }
 
 impl Hub {
-    /// A hub that writes to `log`.
+    /// Creates a hub that writes to `log`.
     pub fn new(log: StreamLog) -> Hub {
         Hub { inner: Mutex::new(Inner { log, watchers: Vec::new() }) }
     }
 
-    /// Writes `bytes` to the log and to each watcher, as records. It waits for watchers whose backlog is full, as long
-    /// as it takes to lose patience; other threads do not wait for that.
+    /// Writes `bytes` as records to the log and to each client. Waits for clients whose backlog is full, up to the
+    /// timeout; other threads are not blocked by that.
     pub fn write(&self, stream: Stream, bytes: &[u8]) {
         let records = stream_log::records(stream, bytes);
         let mut inner = self.lock();
@@ -77,15 +77,15 @@ impl Hub {
         slow.iter().filter(|watcher| !watcher.backlog.has_room_by(deadline)).for_each(|watcher| watcher.let_go());
     }
 
-    /// Adds a watcher, who is sent what comes from now on. Waits for nobody.
+    /// Adds a client, which receives output from now on. Does not block.
     pub fn attach(&self, watcher: UnixStream) -> io::Result<()> {
         let watcher = Arc::new(Watcher::start(watcher)?);
         self.lock().watchers.push(watcher);
         Ok(())
     }
 
-    /// Waits until the watchers have had all that was written, for no longer than patience lasts, which is short
-    /// `in_a_hurry`, and lets them go.
+    /// Waits until the clients have received all output, up to the timeout, which is short if `in_a_hurry`, and
+    /// disconnects them.
     pub fn close(&self, in_a_hurry: bool) {
         let watchers = std::mem::take(&mut self.lock().watchers);
         watchers.iter().for_each(|watcher| watcher.backlog.close());
@@ -101,7 +101,7 @@ impl Hub {
     }
 }
 
-/// One stream of a hub, as something to write to.
+/// One stream of a hub, as a writer.
 #[derive(Debug)]
 pub struct HubStream(pub Arc<Hub>, pub Stream);
 
@@ -136,7 +136,7 @@ mod tests {
         ours.read_exact(&mut record).unwrap();
         assert_eq!(&record[HEAD_BYTES..], b"after");
         drop(ours);
-        // Nobody reads any more: once it is noticed, they are gone.
+        // The client has closed its end: it is dropped once that is noticed.
         hub.write(Stream::Output, b"x");
         while !hub.lock().watchers.iter().all(|watcher| watcher.thread.is_finished()) {
             thread::sleep(Duration::from_millis(1));
@@ -163,7 +163,7 @@ mod tests {
             let hub = hub.clone();
             thread::spawn(move || (0..40).for_each(|_| hub.write(Stream::Output, &[b'x'; 64 << 10])))
         };
-        // The writer waits for the one who sleeps, soon and for seconds.
+        // The writer waits for the stopped client for seconds.
         while !hub.lock().watchers.iter().any(|watcher| watcher.backlog.is_full()) {
             thread::yield_now();
         }

@@ -1,4 +1,4 @@
-//! From standard input to the serial port, no faster than the guest takes it.
+//! Forwards standard input to the serial port, no faster than the guest reads it.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,13 +8,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::keys::{Command, Keys};
 
-/// As much as is held for a guest that does not listen.
+/// The maximum amount buffered for a guest that does not read.
 const PENDING_MAX_BYTES: usize = 4096;
 
-/// Standard input, and what was read of it but not yet taken by the guest.
+/// Standard input, with data that was read but not yet accepted by the guest.
 pub struct Input {
     file: File,
-    /// On a terminal: tells commands to husk from keys for the guest.
+    /// On a terminal: separates husk's commands from keys for the guest.
     keys: Option<Keys>,
     pending: Vec<u8>,
     ended: bool,
@@ -22,7 +22,7 @@ pub struct Input {
 }
 
 impl Input {
-    /// Standard input as it is; `None` where it is closed, or a terminal that another process is in front of.
+    /// This process's standard input; `None` if it is closed, or a terminal on which this process is in the background.
     pub fn from_stdin(on_terminal: bool) -> Option<Input> {
         let stdin = io::stdin();
         if !on_terminal && io::IsTerminal::is_terminal(&stdin) {
@@ -32,7 +32,7 @@ impl Input {
         Some(Input::new(file, on_terminal.then(Keys::default)))
     }
 
-    /// What somebody says who is attached to a machine in the background.
+    /// Input from a client attached to a machine in the background.
     pub fn from_file(file: File) -> Input {
         Input::new(file, None)
     }
@@ -41,8 +41,8 @@ impl Input {
         Input { file, keys, pending: Vec::new(), ended: false, watched: false }
     }
 
-    /// Has `epoll` tell by `token` when there is something to read; false for a file that never makes a reader wait,
-    /// which epoll refuses. Harmless when repeated.
+    /// Makes `epoll` report `token` when there is input. Returns false for a regular file, which never blocks and which
+    /// epoll rejects. Does nothing if it is already watched.
     pub fn watch(&mut self, epoll: &Epoll, token: u64) -> io::Result<bool> {
         if !self.watched {
             let event = EpollEvent::new(EventSet::IN, token);
@@ -55,7 +55,7 @@ impl Input {
         Ok(true)
     }
 
-    /// Has `epoll` tell no more. Harmless when repeated.
+    /// Stops watching. Does nothing if it is not watched.
     pub fn unwatch(&mut self, epoll: &Epoll) -> io::Result<()> {
         if std::mem::take(&mut self.watched) {
             epoll.ctl(ControlOperation::Delete, self.file.as_raw_fd(), EpollEvent::default())?;
@@ -63,13 +63,13 @@ impl Input {
         Ok(())
     }
 
-    /// Reads what is there, once, and returns the commands to husk in it.
+    /// Reads available input once and returns the commands in it.
     pub fn read(&mut self) -> Vec<Command> {
         let mut buffer = [0; 512];
         let count = match self.file.read(&mut buffer) {
             Ok(count) => count,
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => return Vec::new(),
-            // A terminal that hung up reads as an error; there is no more to come from it either way.
+            // A terminal that hung up reads as an error; there is no more input either way.
             Err(_) => 0,
         };
         self.ended |= count == 0;
@@ -81,14 +81,14 @@ impl Input {
             }
             Some(keys) => {
                 let commands = keys.sort(read, &mut self.pending);
-                // Keys are read even when the guest is deaf, so that commands are heard; too many of them are lost.
+                // Keys are read even if the guest does not accept them, so that commands work; excess keys are dropped.
                 self.pending.truncate(PENDING_MAX_BYTES);
                 commands
             }
         }
     }
 
-    /// Offers what is pending to `guest`, which returns how much it took, and returns whether more is to be read.
+    /// Offers pending input to `guest`, which returns how much it accepted. Returns whether more should be read.
     pub fn feed(&mut self, guest: impl FnOnce(&[u8]) -> usize) -> bool {
         if !self.pending.is_empty() {
             let taken = guest(&self.pending).min(self.pending.len());
@@ -97,7 +97,7 @@ impl Input {
         !self.ended && (self.pending.is_empty() || self.keys.is_some())
     }
 
-    /// Whether it has come to its end and the guest has all of it.
+    /// Whether input has ended and the guest has accepted all of it.
     pub fn is_over(&self) -> bool {
         self.ended && self.pending.is_empty()
     }

@@ -1,9 +1,9 @@
-//! From keys typed at a terminal to bytes for the guest: all of them, but for what follows Ctrl-A.
+//! Separates commands to husk, which start with Ctrl-A, from keys for the guest.
 
-/// Ctrl-A, which begins a command to husk.
+/// Ctrl-A, the prefix of a command to husk.
 const ESCAPE: u8 = 0x01;
 
-/// What `Ctrl-A h` prints.
+/// The text printed by `Ctrl-A h`.
 pub const HELP: &str = "
 Ctrl-A x   quit (terminate the machine)
 Ctrl-A p   press the power button
@@ -14,22 +14,22 @@ Ctrl-A h   show this help
 /// A command to husk itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
-    /// End the machine now.
+    /// End the machine immediately.
     Quit,
     /// Press the power button.
     PowerButton,
-    /// Show what there is.
+    /// Print the available commands.
     Help,
 }
 
-/// Tells commands from keys; remembers a Ctrl-A from one read to the next.
+/// The parser's state; remembers a Ctrl-A between reads.
 #[derive(Debug, Default)]
 pub struct Keys {
     escaped: bool,
 }
 
 impl Keys {
-    /// Appends the guest's share of `typed` to `guest` and returns the commands in it, in order.
+    /// Appends the bytes of `typed` that are meant for the guest to `guest`, and returns the commands in order.
     pub fn sort(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> Vec<Command> {
         let mut commands = Vec::new();
         for &key in typed {

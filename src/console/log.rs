@@ -1,4 +1,4 @@
-//! From the serial port to a file that stays small, and to the last lines of it, which say why a machine failed.
+//! A size-limited log of the serial port, and its last lines, which explain why a machine failed.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -11,13 +11,12 @@ use super::terminal;
 use crate::foreign;
 use crate::sys::private_file;
 
-/// What is kept for who asks why.
+/// The size of the tail kept for error messages.
 const TAIL_MAX_BYTES: usize = 16 << 10;
-/// When the file is this long it becomes the old one, and a new one starts.
+/// At this size the file becomes the old log and a new one is started.
 const FILE_MAX_BYTES: usize = 1 << 20;
 
-/// Where a guest's messages go when its console is nobody's terminal. When the disk is full, what comes is not kept
-/// until there is room again.
+/// The log of a guest whose console is not connected to a terminal. While the disk is full, output is dropped.
 pub struct Log {
     path: PathBuf,
     file: File,
@@ -27,12 +26,12 @@ pub struct Log {
     told_of_failure: bool,
 }
 
-/// The end of what was logged.
+/// The end of the log.
 #[derive(Clone, Default)]
 pub struct Tail(Arc<Mutex<VecDeque<u8>>>);
 
 impl Tail {
-    /// The last `count` lines, of printable characters only.
+    /// The last `count` lines, reduced to printable characters.
     pub fn lines(&self, count: usize) -> Vec<String> {
         let bytes: Vec<u8> = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
         let text = String::from_utf8_lossy(&bytes);
@@ -48,19 +47,19 @@ impl Tail {
     }
 }
 
-/// A guest's bytes do nothing to a terminal.
+/// Prevents a guest's output from affecting the terminal.
 fn printable(text: &str) -> String {
     text.replace(|c| foreign::is_command(c) && c != '\t', "")
 }
 
 impl Log {
-    /// Starts a log in a new file at `path`; with `echo` it is on standard error as well.
+    /// Starts a log in a new file at `path`; with `echo` it is copied to standard error.
     pub fn create(path: PathBuf, echo: bool) -> io::Result<Log> {
         let file = private_file().write(true).create(true).truncate(true).open(&path)?;
         Ok(Log { path, file, file_bytes: 0, tail: Tail::default(), echo, told_of_failure: false })
     }
 
-    /// The end of it, at any time.
+    /// A handle to the log's end.
     pub fn tail(&self) -> Tail {
         self.tail.clone()
     }
@@ -88,7 +87,7 @@ impl Write for Log {
         if self.echo {
             let text = String::from_utf8_lossy(bytes);
             let lines: Vec<String> = text.split('\n').map(printable).collect();
-            // A log that nobody can read must not end a machine.
+            // An unreadable log must not end a machine.
             let _ = io::stderr().write_all(terminal::on_screen(&lines.join("\n")).as_bytes());
         }
         Ok(bytes.len())

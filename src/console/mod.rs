@@ -1,4 +1,4 @@
-//! The person's side of the serial port: bytes to standard output, keys from standard input, and the terminal between.
+//! The host side of the serial port: standard output, standard input and the terminal.
 
 pub mod hub;
 pub mod input;

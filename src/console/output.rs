@@ -1,19 +1,19 @@
-//! From the serial port to standard output: a bounded buffer, and the thread that empties it.
+//! Copies serial output to standard output through a bounded buffer and a thread.
 //!
-//! A vCPU prints a byte at a time; the thread writes a line at a time. When who reads the output is slow the buffer
-//! fills, and the vCPU that prints waits outside of the device, until there is room or it is called away: nothing is lost,
-//! and a machine that nobody reads is paused and ended like any other.
+//! A vCPU prints one byte at a time; the thread writes one line at a time. If the output is read slowly the buffer
+//! fills up, and the vCPU waits outside of the device until there is room or it is interrupted. Nothing is lost, and a
+//! machine whose output is not read can be paused and ended as usual.
 
 use std::io::Write;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// As much as is held for a slow reader, beside what each writer adds in one call.
+/// The maximum amount buffered, in addition to what each writer adds in one call.
 const BUFFER_MAX_BYTES: usize = 64 << 10;
-/// How long the rest of a line is waited for: too short to be seen, long enough to save a system call a byte.
+/// How long to wait for the rest of a line: not noticeable, but it saves a system call per byte.
 const LINE_WAIT: Duration = Duration::from_millis(1);
 
-/// The buffer between who prints and the thread that writes it out.
+/// The buffer between the devices that print and the thread that writes.
 #[derive(Debug, Default)]
 pub struct Output {
     state: Mutex<State>,
@@ -33,7 +33,7 @@ impl State {
 }
 
 impl Output {
-    /// Adds `bytes`, even to a full buffer, and never waits: who adds more while [`Output::is_full`] has to wait first. After
+    /// Adds `bytes`, even to a full buffer, without blocking: the caller must wait while [`Output::is_full`]. After
     /// [`Output::close`] they are dropped.
     pub fn push(&self, bytes: &[u8]) {
         let mut state = self.lock();
@@ -49,13 +49,12 @@ impl Output {
         }
     }
 
-    /// Whether who prints has to wait before it prints more.
+    /// Whether the caller must wait before it adds more.
     pub fn is_full(&self) -> bool {
         self.lock().is_full()
     }
 
-    /// Waits for room, or until `is_called` says that there is something else to do; it is asked again after each
-    /// [`Output::wake`].
+    /// Waits for room, or until `is_called` returns true; it is checked again after each [`Output::wake`].
     pub fn wait_for_room(&self, mut is_called: impl FnMut() -> bool) {
         let mut state = self.lock();
         while state.is_full() && !is_called() {
@@ -63,14 +62,14 @@ impl Output {
         }
     }
 
-    /// Has who waits for room look whether it is called. What calls it is to be there before.
+    /// Makes waiting threads check `is_called`, whose condition must already be set.
     pub fn wake(&self) {
-        // With the lock, lest it be between its look and its sleep.
+        // Takes the lock, so that a thread cannot be between its check and its wait.
         drop(self.lock());
         self.changed.notify_all();
     }
 
-    /// Waits for room until `deadline`, and says whether there is some.
+    /// Waits for room until `deadline` and returns whether there is some.
     pub fn has_room_by(&self, deadline: Instant) -> bool {
         let state = self.lock();
         let left = deadline.saturating_duration_since(Instant::now());
@@ -78,13 +77,13 @@ impl Output {
         !waited.unwrap_or_else(PoisonError::into_inner).0.is_full()
     }
 
-    /// No more is to come: who waits to add or to take is released. What was added before is still taken.
+    /// Ends the output and releases all waiting threads. Buffered bytes can still be taken.
     pub fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();
     }
 
-    /// The next bytes to print, waiting for some; `None` when closed and empty.
+    /// Waits for the next bytes to print; `None` when closed and empty.
     pub fn take(&self) -> Option<Vec<u8>> {
         let mut state = self.lock();
         while state.bytes.is_empty() {
@@ -104,8 +103,8 @@ impl Output {
         Some(bytes)
     }
 
-    /// The console thread: prints all that is added, until closed. When `sink` breaks, `broken` is called once and
-    /// the rest is dropped.
+    /// The console thread: prints everything until closed. If `sink` fails, `broken` is called once and the rest is
+    /// dropped.
     pub fn print_to(&self, mut sink: impl Write, broken: impl FnOnce()) {
         while let Some(bytes) = self.take() {
             if sink.write_all(&bytes).and_then(|()| sink.flush()).is_err() {
@@ -116,7 +115,7 @@ impl Output {
         }
     }
 
-    /// What is there to print at this moment.
+    /// Takes what is buffered, without waiting.
     #[cfg(test)]
     pub fn take_now(&self) -> Vec<u8> {
         let bytes = std::mem::take(&mut self.lock().bytes);

@@ -1,9 +1,9 @@
-//! What a machine's process writes, kept byte by byte for `husk logs`: two files of records, the older of which goes
-//! when the newer one is full.
+//! The log of a process's output for `husk logs`, kept byte by byte: two files of records, the older of which is
+//! removed when the newer one is full.
 //!
-//! A record is a head of 16 bytes, little-endian (nanoseconds since 1970: 8, length: 4, stream and flag: 1, check: 3),
-//! and the bytes. By the check a reader finds the next head where a part of the file is damaged. Who follows a
-//! machine's streams over its control socket gets the same records.
+//! A record is a 16-byte header, little-endian (nanoseconds since 1970: 8, length: 4, stream and flag: 1, check: 3),
+//! and the bytes. The check lets a reader find the next header after a damaged part. Clients attached to a machine's
+//! control socket receive the same records.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
@@ -13,23 +13,23 @@ use std::time::SystemTime;
 
 use crate::sys::private_file;
 
-/// Length of a record's head.
+/// The size of a record's header.
 pub const HEAD_BYTES: usize = 16;
-/// Longest content of a record. Longer writes are several records.
+/// The maximum content of a record. Longer writes are split.
 pub const CONTENT_MAX_BYTES: usize = 64 << 10;
-/// As much of a machine's output as is kept where nobody says how much.
+/// The default size limit of a log.
 pub const DEFAULT_MAX_BYTES: u64 = 16 << 20;
-/// Less than this is no log: there is room for two heads and some lines in each of its files.
+/// The minimum size limit: each file has room for two headers and a few lines.
 pub const MIN_BYTES: u64 = 4 << 10;
-/// A line that is longer begins anywhere, where its beginning is not kept.
+/// If the start of a longer line is lost, reading resumes in the middle of it.
 const LINE_MAX_BYTES: usize = 16 << 10;
-/// Beside the stream: the content goes on with a line of its stream's that an earlier record began.
+/// A flag next to the stream: the content continues a line of the same stream from an earlier record.
 const CONTINUES: u8 = 1 << 1;
 
-/// Which of the process's streams a record is of.
+/// The stream of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
-    /// Standard output; of a process with a terminal all that it shows; of a machine of parts its console.
+    /// Standard output; with a terminal, all of its output; for `husk boot`, the console.
     Output,
     /// Standard error.
     Errors,
@@ -37,21 +37,21 @@ pub enum Stream {
 
 const STREAMS: [Stream; 2] = [Stream::Output, Stream::Errors];
 
-/// A record's head.
+/// A record's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Head {
     /// Nanoseconds since 1970.
     pub time_ns: u64,
-    /// Length of what follows, in bytes.
+    /// The length of the content in bytes.
     pub len_bytes: u32,
-    /// Whose it is.
+    /// The stream of the content.
     pub stream: Stream,
-    /// Whether the content goes on with a line that an earlier record began.
+    /// Whether the content continues a line from an earlier record.
     pub continues: bool,
 }
 
 impl Head {
-    /// The head as it is written.
+    /// Serializes the header.
     pub fn to_bytes(self) -> [u8; HEAD_BYTES] {
         let mut bytes = [0; HEAD_BYTES];
         bytes[..8].copy_from_slice(&self.time_ns.to_le_bytes());
@@ -62,7 +62,7 @@ impl Head {
         bytes
     }
 
-    /// The head that `bytes` are, if they are one.
+    /// Parses a header; `None` if it is invalid.
     pub fn from_bytes(bytes: [u8; HEAD_BYTES]) -> Option<Head> {
         let [t0, t1, t2, t3, t4, t5, t6, t7, l0, l1, l2, l3, stream, check @ ..] = bytes;
         let len_bytes = u32::from_le_bytes([l0, l1, l2, l3]);
@@ -75,15 +75,14 @@ impl Head {
     }
 }
 
-/// FNV-1a, folded to 24 bits as its authors recommend (RFC 9923): other bytes than a head's pass once in 16 million
-/// times.
+/// FNV-1a, folded to 24 bits as its authors recommend (RFC 9923): a false header passes once in 16 million.
 fn check_of(bytes: &[u8]) -> [u8; 3] {
     let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
     let [low, middle, high, _] = ((hash >> 24) ^ (hash & 0x00ff_ffff)).to_le_bytes();
     [low, middle, high]
 }
 
-/// `bytes`, written now, as records.
+/// Splits `bytes`, written now, into records.
 pub fn records(stream: Stream, bytes: &[u8]) -> Vec<u8> {
     let time_ns = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos() as u64);
     let mut records = Vec::with_capacity(bytes.len() + HEAD_BYTES);
@@ -95,20 +94,20 @@ pub fn records(stream: Stream, bytes: &[u8]) -> Vec<u8> {
     records
 }
 
-/// The writing side. When the disk is full, what comes is not kept until there is room again.
+/// The writer. While the disk is full, output is dropped.
 #[derive(Debug)]
 pub struct StreamLog {
     path: PathBuf,
     file: File,
     file_bytes: u64,
     file_max_bytes: u64,
-    /// Of each stream, whether what came last ended a line.
+    /// For each stream, whether the last record ended a line.
     is_at_line_start: [bool; STREAMS.len()],
     told_of_failure: bool,
 }
 
 impl StreamLog {
-    /// Starts a log at `path` that takes at most `max_bytes` on the disk, or goes on with the one that is there.
+    /// Starts a log at `path` with a limit of `max_bytes` on the disk, or continues an existing one.
     pub fn open(path: PathBuf, max_bytes: u64) -> io::Result<StreamLog> {
         let file = private_file().append(true).create(true).open(&path)?;
         let file_bytes = file.metadata()?.len();
@@ -117,11 +116,11 @@ impl StreamLog {
         Ok(StreamLog { path, file, file_bytes, file_max_bytes, is_at_line_start, told_of_failure: false })
     }
 
-    /// Adds records, as [`records`] makes them.
+    /// Adds records created by [`records`].
     pub fn append(&mut self, records: &[u8]) {
         for record in self.fitted(records) {
             if let Err(error) = self.try_append(&record) {
-                // Half a record would garble all that follows.
+                // A partial record would corrupt everything after it.
                 let _ = self.file.set_len(self.file_bytes);
                 if !std::mem::replace(&mut self.told_of_failure, true) {
                     log::warn!(
@@ -133,7 +132,7 @@ impl StreamLog {
         }
     }
 
-    /// The same content in records that fit into a file, each of which says whether it continues a line.
+    /// Splits the content into records that fit into a file, marking those that continue a line.
     fn fitted(&mut self, mut records: &[u8]) -> Vec<Vec<u8>> {
         let content_max_bytes = CONTENT_MAX_BYTES.min(self.file_max_bytes as usize - HEAD_BYTES);
         let mut fitted = Vec::new();
@@ -163,10 +162,10 @@ impl StreamLog {
     }
 }
 
-/// Makes the file at `path` the old one, in place of the one before, and starts it anew.
+/// Renames the file at `path` to the old log, replacing that, and starts a new one.
 pub fn rotate(path: &Path) -> io::Result<File> {
     match fs::rename(path, old(path)) {
-        // That was done before, and there was no room for the next.
+        // Already renamed when there was no room for the new file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         renamed => renamed?,
     }
@@ -177,22 +176,22 @@ fn old(path: &Path) -> PathBuf {
     path.with_extension("old")
 }
 
-/// The reading side: all records that there are, and those that come.
+/// The reader, which returns existing records and then new ones.
 #[derive(Debug)]
 pub struct LogReader {
     path: PathBuf,
     file: Option<File>,
     inode: Option<u64>,
-    /// What was read, and how much of it was taken.
+    /// Data that was read, and how much of it was consumed.
     bytes: Vec<u8>,
     taken_bytes: usize,
     damaged_bytes: u64,
-    /// Of each stream, how much is left out at most until a line begins.
+    /// For each stream, the maximum number of bytes still to skip until a line starts.
     to_line_start_bytes: [usize; STREAMS.len()],
 }
 
 impl LogReader {
-    /// Begins with the oldest line that is whole in the log at `path`.
+    /// Starts with the oldest complete line in the log at `path`.
     pub fn open(path: &Path) -> LogReader {
         let mut reader = LogReader {
             path: path.to_owned(),
@@ -209,7 +208,7 @@ impl LogReader {
         reader
     }
 
-    /// How much of what was read so far is no record, and was left out.
+    /// The number of bytes skipped so far because they were not valid records.
     pub fn damaged_bytes(&self) -> u64 {
         self.damaged_bytes
     }
@@ -222,16 +221,16 @@ impl LogReader {
         self.file.is_some()
     }
 
-    /// Turns to a file before which there was another.
+    /// Switches to the oldest file.
     fn turn_to_oldest(&mut self, path: &Path) -> bool {
         let is_there = self.turn_to(path);
-        // Where lines are as long as files, half of one is worth more than none.
+        // If lines are as long as files, a partial line is better than none.
         let file_bytes = self.file.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len());
         self.to_line_start_bytes = [LINE_MAX_BYTES.min(file_bytes as usize / 2); STREAMS.len()];
         is_there
     }
 
-    /// The next record, if there is one by now.
+    /// The next record, if there is one yet.
     pub fn read(&mut self) -> io::Result<Option<(Head, Vec<u8>)>> {
         loop {
             match self.take() {
@@ -247,7 +246,7 @@ impl LogReader {
         }
     }
 
-    /// The next whole record of what was read. What is no head is passed over, up to one.
+    /// The next complete record of the data that was read. Skips bytes that are not a valid header.
     fn take(&mut self) -> Option<(Head, Vec<u8>)> {
         loop {
             let (head, rest) = self.bytes.get(self.taken_bytes..)?.split_first_chunk::<HEAD_BYTES>()?;
@@ -262,7 +261,7 @@ impl LogReader {
         }
     }
 
-    /// Leaves the rest of a line out whose beginning is in no file any more.
+    /// Removes the rest of a line whose start is no longer in any file.
     fn without_line_rest(&mut self, head: &Head, content: Vec<u8>) -> Vec<u8> {
         let Some(left_bytes) = self.to_line_start_bytes.get_mut(head.stream as usize) else { return content };
         if *left_bytes == 0 || !head.continues {
@@ -282,9 +281,9 @@ impl LogReader {
         }
     }
 
-    /// Reads on, in the next file where this one has come to its end. False if there is nothing to be read.
+    /// Reads more, from the next file if this one has ended. Returns false if there is nothing to read.
     fn fill(&mut self) -> io::Result<bool> {
-        // Asked before this one is read to its end: to one that is not the current one any more nothing is added
+        // Checked before this file is read to its end: a file that is no longer the current one does not grow
         // afterwards.
         let (current, previous) = (inode_of(&self.path), inode_of(&old(&self.path)));
         self.bytes.drain(..self.taken_bytes);
@@ -296,7 +295,7 @@ impl LogReader {
             if count > 0 {
                 return Ok(true);
             }
-            // Half a record is read again: on a full disk it is taken back, and another may come in its place.
+            // A partial record is read again: on a full disk it is removed, and another one may take its place.
             file.seek_relative(-(self.bytes.len() as i64))?;
             self.bytes.clear();
         }
@@ -306,7 +305,7 @@ impl LogReader {
         if previous.is_none() || previous == self.inode {
             return Ok(self.turn_to(&self.path.clone()));
         }
-        // Whoever is slower than two files are filled begins again with the older one that is left.
+        // A reader slower than the time to fill two files continues with the older remaining file.
         Ok(self.turn_to_oldest(&old(&self.path)))
     }
 }
@@ -465,7 +464,7 @@ mod tests {
         let (dir, path, mut log) = log(256 << 10);
         let content = vec![7; 64 << 10];
         (0..2).for_each(|_| log.append(&records(Stream::Output, &content)));
-        // As it is when there was room for the name and none for the file.
+        // The state if there was room for the name but not for the file.
         fs::rename(&path, dir.path().join("streams.old")).unwrap();
         log.append(&records(Stream::Output, b"later"));
         assert!(rest(&mut LogReader::open(&path)).concat_contents().ends_with(b"later"));

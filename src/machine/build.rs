@@ -1,4 +1,4 @@
-//! From a configuration and open files to a machine that is paused at its first instruction. The one recipe.
+//! Builds a machine from its configuration and opened resources, paused before its first instruction.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,12 +25,12 @@ use crate::virtio::mmio::register;
 use crate::virtio::{MmioTransport, VirtioDevice, balloon, block, net, rng, vsock};
 
 impl Machine {
-    /// Builds the machine that `config` describes of `resources`, which it uses up. No path is opened, and no guest
+    /// Builds the machine described by `config` from `resources`, which it consumes. No path is opened, and no guest
     /// instruction runs before [`Machine::resume`].
     ///
-    /// The order is that of what waits for what: CPUID is asked for on a thread of its own, since it takes as long as
-    /// the rest of KVM's set-up; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on
-    /// the bus before the first vCPU exists.
+    /// The order follows dependencies: CPUID is queried on a separate thread, since it takes as long as the rest of
+    /// KVM's setup; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus before
+    /// the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
         let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
@@ -54,7 +54,7 @@ impl Machine {
             controls.disks.push(control);
         }
         devices.push(rng::device());
-        // Behind the others, whose names in the guest come of their places.
+        // Last, because the names of devices in the guest depend on their order.
         if let Some(vsock) = vsock {
             devices.push(vsock::device(vsock).context("create the vsock device")?);
         }
@@ -111,7 +111,7 @@ fn attach_console(vm: &Vm, buses: &mut Buses, exit_latch: &Arc<ExitLatch>, timin
     Ok(Console { serial, output, input_wanted })
 }
 
-/// Gives each of `devices`, in order, a place in memory, an interrupt line and its doorbells.
+/// Assigns each of `devices`, in order, an address range, an interrupt line and its doorbells.
 fn attach_virtio(
     vm: &Vm,
     buses: &mut Buses,

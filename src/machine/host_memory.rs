@@ -1,25 +1,25 @@
-//! From a configuration to the host's memory that its machine needs: the guest's own, and beside it what each part can be
-//! brought to hold, whatever the guest does. Each device states its own budget; here they are added up.
+//! Computes the host memory that a machine needs: the guest's memory plus the maximum that a guest can make each
+//! component use. Each device states its own budget; they are added up here.
 
 use crate::backend::disk::Qcow2Disk;
 use crate::config::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
 use crate::resources::{net as interface, passt};
 use crate::virtio::{block, net, vsock};
 
-/// Room for husk itself (3 MiB), the kernel's part of it (1 MiB), and the page cache that a working disk needs.
+/// Memory for husk itself (3 MiB), the kernel memory it uses (1 MiB) and the page cache that an active disk needs.
 const ITSELF_BYTES: u64 = 32 << 20;
 const MIB: u64 = 1 << 20;
 
 impl MachineConfig {
-    /// The host's memory in MiB with which the machine can do: the guest's, the host's and KVM's page tables for it (up to
-    /// a 512th each), room for husk itself, and the budgets of its devices.
+    /// The host memory in MiB that is sufficient for the machine: the guest's memory, the host's and KVM's page tables
+    /// for it (up to 1/512 each), husk itself and the budgets of its devices.
     pub fn host_memory_needed_mib(&self) -> u64 {
         let beside_bytes = ITSELF_BYTES + self.device_budgets_bytes();
         self.memory_mib + self.memory_mib.div_ceil(128) + beside_bytes.div_ceil(MIB)
     }
 
-    /// The budgets of the machine's devices together, in bytes: what a guest can make them hold at most, in this process
-    /// and in the kernel, less what every machine has.
+    /// The sum of the devices' budgets in bytes: the most that a guest can make them use, in this process and in the
+    /// kernel, beyond what every machine uses.
     pub fn device_budgets_bytes(&self) -> u64 {
         let disks: u64 = self.disks.iter().map(disk_bytes).sum();
         let networks: u64 = self.networks.iter().map(|network| network_bytes(network, self.cpus)).sum();

@@ -1,4 +1,5 @@
-//! The machine: vCPUs, devices and memory, built paused, and the orders in which they start and stop.
+//! The machine: vCPUs, devices and memory. It is built paused; this module defines the order in which its parts start
+//! and stop.
 
 mod build;
 mod host_memory;
@@ -20,7 +21,7 @@ use crate::vcpu::VcpuThread;
 use crate::virtio::net::NetLink;
 use crate::virtio::{MmioTransport, balloon, block};
 
-/// A machine, paused when built. One thread holds it; vCPUs, workers and the console have threads of their own.
+/// A machine, paused when built. It is owned by one thread; vCPUs, workers and the console have their own threads.
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
     transports: Vec<Arc<MmioTransport>>,
@@ -29,24 +30,24 @@ pub struct Machine {
     power_button: IrqLine,
     exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
-    // So late that it outlives all that its memory and its descriptors were lent to.
+    // Declared last, so that it outlives everything that uses its memory and descriptors.
     vm: Vm,
     cgroup_limits: CgroupLimits,
 }
 
-/// The host's hands on a machine's devices: what they did, and the limits that they keep. Cloning shares them, and they may
-/// be used from any thread, for longer than the machine exists.
+/// Handles to a machine's devices: their statistics and rate limits. Clones share state, can be used from any thread
+/// and may outlive the machine.
 #[derive(Clone, Default)]
 pub struct Controls {
-    /// The disks, in the order of the configuration.
+    /// The disks, in configuration order.
     pub disks: Vec<block::DiskHandle>,
-    /// The links of the network interfaces, in the order of the configuration: to be cut, restored and counted.
+    /// The links of the network interfaces, in configuration order.
     pub links: Vec<NetLink>,
     /// The balloon, if there is one.
     pub balloon: Option<balloon::BalloonHandle>,
 }
 
-/// The serial port's far side: what the guest prints, and what it is told.
+/// The host side of the serial port: its output and input.
 struct Console {
     serial: Arc<Serial>,
     output: Arc<Output>,
@@ -54,8 +55,8 @@ struct Console {
 }
 
 impl Machine {
-    /// Lets the guest run: workers first, each of which looks at every queue once, since doorbells rung before are not
-    /// state; then the vCPUs. Harmless when repeated.
+    /// Resumes the guest: first the workers, each of which checks every queue once because earlier doorbells are not
+    /// part of the state; then the vCPUs. Does nothing if the machine is running.
     pub fn resume(&mut self) {
         for transport in &self.transports {
             transport.resume();
@@ -66,11 +67,12 @@ impl Machine {
         }
     }
 
-    /// Holds the guest: vCPUs first, so that nothing new is asked for; then the workers, which finish what was asked.
-    /// When it returns no guest instruction runs and no request is in flight. Harmless when repeated.
+    /// Pauses the guest: first the vCPUs, so that no new requests are made; then the workers, which complete pending
+    /// requests. On return no guest instruction runs and no request is in flight. Does nothing if the machine is
+    /// paused.
     pub fn pause(&mut self) {
         for vcpu in &self.vcpus {
-            vcpu.ask_to_pause();
+            vcpu.request_pause();
         }
         for vcpu in &self.vcpus {
             vcpu.wait_paused();
@@ -80,57 +82,57 @@ impl Machine {
         }
     }
 
-    /// Presses the power button. What comes of it is the guest's affair.
+    /// Presses the power button. The guest decides how to react.
     pub fn press_power_button(&self) {
         self.power_button.raise();
     }
 
-    /// The host's hands on the machine's devices.
+    /// Handles to the machine's devices.
     pub fn controls(&self) -> &Controls {
         &self.controls
     }
 
-    /// What the machine takes of the host's memory now.
+    /// The machine's current use of host memory.
     pub fn memory_use(&self) -> io::Result<MemoryUse> {
         MemoryUse::of_this_process(self.vm.memory())
     }
 
-    /// What holds the machine's process to its share of the host, to be changed while it runs.
+    /// The cgroup limits of the machine's process, which can be changed while it runs.
     pub fn cgroup_limits(&mut self) -> &mut CgroupLimits {
         &mut self.cgroup_limits
     }
 
-    /// The steps that the machine has reached, and the clock that they are told by.
+    /// The startup steps reached so far, and the clock that timestamps them.
     pub fn timings(&self) -> &Timings {
         &self.timings
     }
 
-    /// What the serial port prints, to be taken by one thread.
+    /// The serial port's output, to be read by one thread.
     pub fn console_output(&self) -> &Arc<Output> {
         &self.console.output
     }
 
-    /// Gives the serial port as much of `bytes` as the guest takes now, and returns how much that is.
+    /// Offers `bytes` to the serial port and returns how many it accepted.
     pub fn offer_input(&self, bytes: &[u8]) -> usize {
         self.console.serial.offer_input(bytes)
     }
 
-    /// Readable when the guest may take input again; to be read before it is offered some.
+    /// Readable when the guest may accept input again. Read it before offering input.
     pub fn input_wanted(&self) -> &EventFd {
         &self.console.input_wanted
     }
 
-    /// Where the machine's end is declared.
+    /// The latch in which the machine's end is declared.
     pub fn exit_latch(&self) -> &Arc<ExitLatch> {
         &self.exit_latch
     }
 
-    /// Ends the vCPUs, then drains and ends the workers: what the guest was told is written has been written.
+    /// Stops the vCPUs, then drains and stops the workers, so that every completed write has been performed.
     fn stop(&mut self) {
-        // What is printed from here on nobody has asked for.
+        // Later output is discarded.
         self.console.output.close();
         for vcpu in &self.vcpus {
-            vcpu.ask_to_stop();
+            vcpu.request_stop();
         }
         for vcpu in self.vcpus.drain(..) {
             vcpu.join();
@@ -156,7 +158,7 @@ mod tests {
     use crate::config::MachineConfig;
     use crate::resources;
 
-    /// A machine that prints without end, or `None` and a loud word where there is no KVM.
+    /// Returns a machine that prints endlessly, or `None` with a visible message if KVM is unavailable.
     fn talker() -> Option<(Machine, Arc<Output>)> {
         machine(husk_guests::SERIAL, "do=flood bytes=1000000000")
     }
@@ -179,7 +181,7 @@ mod tests {
         Some((machine, output))
     }
 
-    /// What is printed within `wait`, in bytes.
+    /// Counts the bytes printed within `wait`.
     fn printed(output: &Output, wait: Duration) -> usize {
         thread::sleep(wait);
         output.take_now().len()
@@ -193,7 +195,7 @@ mod tests {
         for _ in 0..5 {
             machine.resume();
             machine.resume();
-            // However busy the host is.
+            // Retries, because the host may be busy.
             assert!((0..200).any(|_| printed(&output, WAIT) > 0), "resumed");
             machine.pause();
             machine.pause();
@@ -202,7 +204,7 @@ mod tests {
         }
     }
 
-    /// Waits until the console has no more room.
+    /// Waits until the console buffer is full.
     #[track_caller]
     fn await_full(output: &Output) {
         let deadline = Instant::now() + Duration::from_secs(120);
@@ -225,7 +227,7 @@ mod tests {
             assert!(output.is_full(), "nobody has taken any of it");
             printed.extend(output.take_now());
         }
-        // Wherever in an instruction that prints many bytes it is held.
+        // Pauses at arbitrary points of an instruction that prints many bytes.
         for _ in 0..50 {
             machine.resume();
             thread::sleep(Duration::from_micros(300));
@@ -242,13 +244,13 @@ mod tests {
         for _ in 0..300 {
             machine.resume();
             thread::sleep(Duration::from_micros(100));
-            machine.vcpus[0].ask_to_pause();
+            machine.vcpus[0].request_pause();
             assert!(machine.vcpus[0].has_paused_within(Duration::from_secs(20)), "the kick was lost");
             output.take_now();
         }
         machine.resume();
         await_full(&output);
-        machine.vcpus[0].ask_to_pause();
+        machine.vcpus[0].request_pause();
         assert!(machine.vcpus[0].has_paused_within(Duration::from_secs(20)), "it waits for room");
     }
 
@@ -271,7 +273,7 @@ mod tests {
         for pauses in 1..4 {
             machine.pause();
             machine.resume();
-            // A resume of what runs is no pause.
+            // Resuming a running machine is not a pause.
             machine.resume();
             wait_for(&format!("watching\n{}", "paused\n".repeat(pauses)));
         }
@@ -281,7 +283,7 @@ mod tests {
     fn stopping_twice_is_stopping_once_and_frees_a_vcpu_that_waits_for_room() {
         let Some((mut machine, output)) = talker() else { return };
         machine.resume();
-        // Nobody takes the output, so that the vCPU comes to wait for room in it.
+        // The output is not read, so the vCPU blocks until there is room.
         await_full(&output);
         machine.stop();
         machine.stop();

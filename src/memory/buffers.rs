@@ -1,4 +1,4 @@
-//! From guest addresses to what the host's vectored calls take, with nothing copied.
+//! Translates guest buffers to the arguments of vectored system calls, without copying.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -8,22 +8,23 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, Volat
 use super::GuestMemory;
 use crate::sys::{IOV_MAX, IoVecs};
 
-/// Pieces of guest memory, in order, to be read into or written from. They are used up from the front.
+/// An ordered list of guest memory ranges to be read or written, consumed from the front.
 #[derive(Debug)]
 pub struct GuestBuffers {
     memory: Arc<GuestMemory>,
     iovecs: Vec<libc::iovec>,
-    /// Those before it are used up.
+    /// Ranges before this index are consumed.
     first: usize,
     len_bytes: u64,
 }
 
-// SAFETY: the pointers are into the mapping that `memory` keeps alive, which may be accessed from any thread.
+// SAFETY: the pointers refer to the mapping that `memory` keeps alive, which may be accessed from any thread.
 unsafe impl Send for GuestBuffers {}
 
-// SAFETY: every part is of the mapping that `memory` keeps alive, to which Rust has no references: it is the guest's.
+// SAFETY: all parts belong to the mapping that `memory` keeps alive. Rust holds no references to it, since it is guest
+// memory.
 unsafe impl IoVecs for GuestBuffers {
-    /// What is not used up, or as much of it as one call takes.
+    /// The remaining ranges, up to the limit of one call.
     fn iovecs(&self) -> &[libc::iovec] {
         let rest = &self.iovecs[self.first..];
         &rest[..rest.len().min(IOV_MAX)]
@@ -31,7 +32,7 @@ unsafe impl IoVecs for GuestBuffers {
 }
 
 impl GuestBuffers {
-    /// No buffers yet, in `memory`.
+    /// Creates an empty list for ranges in `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> GuestBuffers {
         GuestBuffers { memory, iovecs: Vec::new(), first: 0, len_bytes: 0 }
     }
@@ -41,15 +42,16 @@ impl GuestBuffers {
         &self.memory
     }
 
-    /// Forgets all buffers and keeps the space for others.
+    /// Removes all buffers and keeps the allocation.
     pub fn clear(&mut self) {
         self.iovecs.clear();
         (self.first, self.len_bytes) = (0, 0);
     }
 
-    /// Adds `len_bytes` of guest memory from `address` on. Fails where not all of it is memory; then forget the rest too.
+    /// Adds `len_bytes` of guest memory from `address`. If that is not all memory it fails, and the list must be
+    /// discarded.
     pub fn push(&mut self, address: GuestAddress, len_bytes: u32) -> Result<(), GuestMemoryError> {
-        // It may begin in one region and end in the next.
+        // It may cross from one region into the next.
         for slice in GuestMemoryBackend::get_slices(&*self.memory, address, len_bytes as usize) {
             let slice = slice?;
             self.iovecs.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
@@ -58,19 +60,19 @@ impl GuestBuffers {
         Ok(())
     }
 
-    /// Bytes that are not used up.
+    /// The number of remaining bytes.
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
 
-    /// What is not used up, for who does not take system calls' own kind.
+    /// The remaining ranges as volatile slices.
     pub fn slices(&self) -> Vec<VolatileSlice<'_>> {
         let rest = self.iovecs[self.first..].iter();
-        // SAFETY: each part is mapped guest memory, which `self` keeps alive for as long as it is borrowed.
+        // SAFETY: each part is mapped guest memory, kept alive by `self` while it is borrowed.
         rest.map(|iovec| unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) }).collect()
     }
 
-    /// Takes the first `len_bytes` away, or as many as there are, as buffers of their own.
+    /// Removes the first `len_bytes`, or as many as there are, and returns them as a separate list.
     pub fn split_front(&mut self, len_bytes: u64) -> GuestBuffers {
         let mut front = GuestBuffers::new(self.memory.clone());
         while front.len_bytes < len_bytes
@@ -84,13 +86,13 @@ impl GuestBuffers {
         front
     }
 
-    /// Writes `bytes` into the buffers from their front on, and uses up what was written.
+    /// Writes `bytes` to the front of the buffers and consumes what was written.
     pub fn fill(&mut self, bytes: &[u8]) {
         let mut done = 0;
         for slice in self.slices() {
             let rest = &bytes[done..];
             let step = rest.len().min(slice.len());
-            // It lies in the slice.
+            // Always within the slice.
             let _ = slice.write_slice(&rest[..step], 0);
             done += step;
             if done == bytes.len() {
@@ -100,7 +102,7 @@ impl GuestBuffers {
         self.advance(done);
     }
 
-    /// Uses up the first `count` bytes, of those that there are.
+    /// Consumes the first `count` bytes, or as many as there are.
     pub fn advance(&mut self, mut count: usize) {
         while let Some(iovec) = self.iovecs.get_mut(self.first) {
             let step = count.min(iovec.iov_len);

@@ -1,4 +1,4 @@
-//! From a machine in the background to this terminal and back, for as long as somebody wants to look.
+//! Attaches this terminal to a machine in the background.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::client::{self, Asked};
+use super::client::{self, PendingRequest};
 use super::{Reply, Request};
 use crate::console::stream_log::{HEAD_BYTES, Head, Stream};
 use crate::console::terminal::{self, RawTerminal};
@@ -22,29 +22,29 @@ use crate::guest::{signal, streams};
 use crate::sandbox;
 use crate::sys::SignalFd;
 
-/// Ctrl-P Ctrl-Q leaves the machine to itself, as in Docker.
-const LEAVE: [u8; 2] = [0x10, 0x11];
+/// The detach keys, Ctrl-P Ctrl-Q, the same as Docker's.
+const DETACH_KEYS: [u8; 2] = [0x10, 0x11];
 
-/// How soon behind the end of its streams the machine's own is told.
+/// How soon after the end of its streams the machine's end must be reported.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is waited for.
-const SHOWN: u64 = 0;
+/// Event sources.
+const PRINTED: u64 = 0;
 const SIGNAL: u64 = 1;
-const LEFT: u64 = 2;
+const DETACHED: u64 = 2;
 const END: u64 = 3;
 
-/// How it ended.
+/// How the session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// The machine did, with this code.
+    /// The machine exited with this code.
     Ended(u8),
-    /// Whoever looked on has left.
-    Left,
+    /// The user detached.
+    Detached,
 }
 
-/// Joins this process's streams with those of the machine whose requests go to `control`, until either has enough. With
-/// `input` the process is told what is typed here; with `terminal` every key of it.
+/// Connects this process's streams to those of the machine with the control socket `control`, until the machine ends or
+/// the user detaches. With `input`, standard input is forwarded to the process; with `terminal`, every key.
 pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -> Result<End> {
     let end = client::begin(control, &Request::Wait)?;
     let stream = match client::begin(control, &Request::Attach)?.reply()? {
@@ -54,33 +54,41 @@ pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -
     };
     let raw = if input && terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
     let stop = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
-    let left = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
-    let fed = input.then(|| -> Result<_> {
+    let detached = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
+    let feeder = input.then(|| -> Result<_> {
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().context("use standard input")?);
         let socket = stream.try_clone().context("use the connection")?;
-        let (stop, left, on_terminal) = (stop.clone(), left.clone(), raw.is_some());
-        sandbox::spawn("stdin", move || feed(stdin, socket, &stop, &left, on_terminal)).context("start a thread")
+        let (stop, detached, on_terminal) = (stop.clone(), detached.clone(), raw.is_some());
+        sandbox::spawn("stdin", move || feed(stdin, socket, &stop, &detached, on_terminal)).context("start a thread")
     });
-    fed.transpose()?;
-    tell_size(control);
-    let shown = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch the machine")?);
-    let (from, told) = (stream.try_clone().context("use the connection")?, shown.clone());
-    let shower = sandbox::spawn("stdout", move || {
-        let heard = show(&from);
-        let _ = told.write(1);
-        heard
+    feeder.transpose()?;
+    send_size(control);
+    let printed = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch the machine")?);
+    let (from, event) = (stream.try_clone().context("use the connection")?, printed.clone());
+    let printer = sandbox::spawn("stdout", move || {
+        let outcome = print_all(&from);
+        let _ = event.write(1);
+        outcome
     });
-    let shower = shower.context("start a thread")?;
-    let stay = Stay { shower, shown: &shown, end: &end, control, signals, on_terminal: terminal, left: &left };
-    let result = stay.run();
-    // Neither thread is waited for: one may be writing to who never reads.
+    let printer = printer.context("start a thread")?;
+    let session = AttachedSession {
+        printer,
+        printed: &printed,
+        end: &end,
+        control,
+        signals,
+        on_terminal: terminal,
+        detached: &detached,
+    };
+    let result = session.run();
+    // Neither thread is joined: one may be writing to a process that never reads.
     let _ = (stop.write(1), stream.shutdown(Shutdown::Both));
     drop(raw);
-    if result? { Ok(End::Left) } else { code(end).map(End::Ended) }
+    if result? { Ok(End::Detached) } else { code(end).map(End::Ended) }
 }
 
-/// The code that a machine ends with, once it has.
-pub fn code(end: Asked) -> Result<u8> {
+/// Waits for the machine's exit code.
+pub fn code(end: PendingRequest) -> Result<u8> {
     match end.reply()? {
         (Reply::Ended(code), _) => Ok(code),
         (Reply::Refused(why), _) => bail!(why),
@@ -88,42 +96,42 @@ pub fn code(end: Asked) -> Result<u8> {
     }
 }
 
-fn tell_size(control: &Path) {
+fn send_size(control: &Path) {
     if let Some(size) = terminal::window_size() {
-        // A machine that does not listen any more has no use for it.
-        let _ = client::ask(control, &Request::resize(size));
+        // A machine that is ending has no use for the size.
+        let _ = client::send(control, &Request::resize(size));
     }
 }
 
-/// Stays with a machine whose streams are shown by a thread, which may have to wait for who reads them.
-struct Stay<'a> {
-    /// The thread that shows them, and what is readable when it has shown all.
-    shower: JoinHandle<Result<Heard>>,
-    shown: &'a EventFd,
+/// An attached session. A separate thread prints the machine's streams, because it may have to wait for their reader.
+struct AttachedSession<'a> {
+    /// The thread that prints the streams, and an event that is readable when it has printed everything.
+    printer: JoinHandle<Result<ReadOutcome>>,
+    printed: &'a EventFd,
     /// Readable when the machine has ended.
-    end: &'a Asked,
+    end: &'a PendingRequest,
     control: &'a Path,
     signals: &'a SignalFd,
-    /// Whether the machine has a terminal, which this one's size is told.
+    /// Whether the machine has a terminal, which is resized along with this one.
     on_terminal: bool,
-    /// Readable when whoever looks on has left.
-    left: &'a EventFd,
+    /// Readable when the user has detached.
+    detached: &'a EventFd,
 }
 
-impl Stay<'_> {
-    /// Hands signals on until the machine has ended; true if whoever looked on has left before, or reads no more.
+impl AttachedSession<'_> {
+    /// Forwards signals until the machine has ended. Returns true if the user detached or stopped reading before that.
     fn run(self) -> Result<bool> {
         let epoll = Epoll::new().context("epoll")?;
         let watch = |fd, mark| {
             let event = EpollEvent::new(EventSet::IN, mark);
             epoll.ctl(ControlOperation::Add, fd, event).context("watch the machine")
         };
-        watch(self.shown.as_raw_fd(), SHOWN)?;
+        watch(self.printed.as_raw_fd(), PRINTED)?;
         watch(self.signals.as_raw_fd(), SIGNAL)?;
-        watch(self.left.as_raw_fd(), LEFT)?;
-        let mut shower = Some(self.shower);
+        watch(self.detached.as_raw_fd(), DETACHED)?;
+        let mut printer = Some(self.printer);
         loop {
-            let timeout_ms = if shower.is_some() { -1 } else { END_TIMEOUT.as_millis() as i32 };
+            let timeout_ms = if printer.is_some() { -1 } else { END_TIMEOUT.as_millis() as i32 };
             let mut events = [EpollEvent::default(); 3];
             let count = match epoll.wait(timeout_ms, &mut events) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -134,16 +142,16 @@ impl Stay<'_> {
             }
             for event in events.iter().take(count) {
                 match event.data() {
-                    SHOWN => {
-                        let _ = self.shown.read();
-                        if let Some(Ok(heard)) = shower.take().map(JoinHandle::join)
-                            && matches!(heard?, Heard::NobodyReads)
+                    PRINTED => {
+                        let _ = self.printed.read();
+                        if let Some(Ok(outcome)) = printer.take().map(JoinHandle::join)
+                            && matches!(outcome?, ReadOutcome::OutputClosed)
                         {
                             return Ok(true);
                         }
                         watch(self.end.as_raw_fd(), END)?;
                     }
-                    SIGNAL if hand_on(self.control, self.signals, self.on_terminal)? => {}
+                    SIGNAL if forward_signals(self.control, self.signals, self.on_terminal)? => {}
                     END => return Ok(false),
                     _ => return Ok(true),
                 }
@@ -152,13 +160,14 @@ impl Stay<'_> {
     }
 }
 
-/// Hands signals on to the machine. False if one asks for an end and there is no machine any more, so that it is our own.
-fn hand_on(control: &Path, signals: &SignalFd, on_terminal: bool) -> Result<bool> {
+/// Forwards signals to the machine. Returns false for a termination signal if the machine no longer exists, so that the
+/// signal applies to this process.
+fn forward_signals(control: &Path, signals: &SignalFd, on_terminal: bool) -> Result<bool> {
     while let Some(number) = signals.read().context("read a signal")? {
         match u8::try_from(number) {
-            Ok(_) if number == libc::SIGWINCH && on_terminal => tell_size(control),
+            Ok(_) if number == libc::SIGWINCH && on_terminal => send_size(control),
             Ok(signal) => {
-                if client::ask(control, &Request::Kill { signal }).is_err() && signal::is_termination(number) {
+                if client::send(control, &Request::Kill { signal }).is_err() && signal::is_termination(number) {
                     return Ok(false);
                 }
             }
@@ -168,40 +177,39 @@ fn hand_on(control: &Path, signals: &SignalFd, on_terminal: bool) -> Result<bool
     Ok(true)
 }
 
-/// Shows all that the machine says.
-fn show(stream: &UnixStream) -> Result<Heard> {
+/// Prints everything that the machine writes.
+fn print_all(stream: &UnixStream) -> Result<ReadOutcome> {
     loop {
         match print(stream)? {
-            Heard::More => {}
-            heard => return Ok(heard),
+            ReadOutcome::More => {}
+            outcome => return Ok(outcome),
         }
     }
 }
 
-/// What came of looking for a record.
+/// The result of reading a record.
 #[derive(Debug)]
-enum Heard {
+enum ReadOutcome {
     More,
     End,
-    NobodyReads,
+    OutputClosed,
 }
 
 /// Prints one record.
-fn print(mut stream: &UnixStream) -> Result<Heard> {
+fn print(mut stream: &UnixStream) -> Result<ReadOutcome> {
     let mut head = [0; HEAD_BYTES];
     if stream.read_exact(&mut head).is_err() {
-        return Ok(Heard::End);
+        return Ok(ReadOutcome::End);
     }
     let head = Head::from_bytes(head).context("the machine sent invalid data")?;
     let mut content = vec![0; head.len_bytes as usize];
     if stream.read_exact(&mut content).is_err() {
-        return Ok(Heard::End);
+        return Ok(ReadOutcome::End);
     }
-    Ok(if write(head.stream, &content)? { Heard::More } else { Heard::NobodyReads })
+    Ok(if write(head.stream, &content)? { ReadOutcome::More } else { ReadOutcome::OutputClosed })
 }
 
-/// Writes to the stream of ours that is like the machine's; false where nobody reads it any more, who has read what they
-/// wanted.
+/// Writes to the local stream that corresponds to the machine's stream. Returns false if the reader has closed it.
 pub fn write(stream: Stream, content: &[u8]) -> Result<bool> {
     let (written, name) = match stream {
         Stream::Output => {
@@ -216,7 +224,7 @@ pub fn write(stream: Stream, content: &[u8]) -> Result<bool> {
     }
 }
 
-fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd, left: &EventFd, on_terminal: bool) {
+fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd, detached: &EventFd, on_terminal: bool) {
     let mut buffer = vec![0; 64 << 10];
     let Ok(epoll) = streams::watch(&stdin, stop) else { return };
     let mut last = None;
@@ -228,21 +236,21 @@ fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd, left: &EventFd,
             Err(_) => break,
         };
         let bytes = buffer.get(..count).unwrap_or_default();
-        if on_terminal && leaves(&mut last, bytes) {
-            let _ = left.write(1);
+        if on_terminal && has_detach_keys(&mut last, bytes) {
+            let _ = detached.write(1);
             return;
         }
         if socket.write_all(bytes).is_err() {
             return;
         }
     }
-    // Nothing more will be said; what the machine says is still wanted.
+    // There is no more input; output is still wanted.
     let _ = socket.shutdown(Shutdown::Write);
 }
 
-/// Whether the keys to leave by are among `bytes`, one behind the other, the first perhaps the `last` of those before.
-fn leaves(last: &mut Option<u8>, bytes: &[u8]) -> bool {
-    bytes.iter().any(|&byte| last.replace(byte) == Some(LEAVE[0]) && byte == LEAVE[1])
+/// Whether `bytes` contains the detach keys in sequence, the first of which may be `last`, from the previous read.
+fn has_detach_keys(last: &mut Option<u8>, bytes: &[u8]) -> bool {
+    bytes.iter().any(|&byte| last.replace(byte) == Some(DETACH_KEYS[0]) && byte == DETACH_KEYS[1])
 }
 
 #[cfg(test)]
@@ -250,12 +258,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_keys_in_a_row_leave_the_machine() {
+    fn the_detach_keys_are_recognized_in_sequence() {
         for pieces in [&[&b"ab\x10\x11c"[..]][..], &[b"\x10", b"\x11"], &[b"\x10\x10\x11"]] {
             let mut last = None;
-            assert!(pieces.iter().any(|piece| leaves(&mut last, piece)), "{pieces:?}");
+            assert!(pieces.iter().any(|piece| has_detach_keys(&mut last, piece)), "{pieces:?}");
         }
         let mut last = None;
-        assert!(![&b"\x10a\x11"[..], b"\x11\x10"].iter().any(|piece| leaves(&mut last, piece)));
+        assert!(![&b"\x10a\x11"[..], b"\x11\x10"].iter().any(|piece| has_detach_keys(&mut last, piece)));
     }
 }

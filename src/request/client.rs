@@ -1,4 +1,4 @@
-//! A command's side of the control socket: one request, and the answer or the connection.
+//! The client side of the control socket: sends one request and receives the reply or takes over the connection.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,42 +10,42 @@ use husk_protocol::frame::{self, Reader};
 
 use super::{Reply, Request, VERSION, Versioned};
 
-/// A request that was made.
+/// A request that was sent and not answered yet.
 #[derive(Debug)]
-pub struct Asked {
+pub struct PendingRequest {
     stream: UnixStream,
 }
 
-/// Asks, and waits for the answer.
-pub fn ask(path: &Path, request: &Request) -> Result<Reply> {
+/// Sends a request and waits for the reply.
+pub fn send(path: &Path, request: &Request) -> Result<Reply> {
     begin(path, request)?.reply().map(|(reply, _)| reply)
 }
 
-/// Asks, and leaves the answer for later.
-pub fn begin(path: &Path, request: &Request) -> Result<Asked> {
+/// Sends a request without waiting for the reply.
+pub fn begin(path: &Path, request: &Request) -> Result<PendingRequest> {
     let mut stream = connect(path)?;
     let mut bytes = Vec::new();
     frame::write(&Versioned { version: VERSION, request: request.clone() }, &mut bytes)?;
     stream.write_all(&bytes).context("send a request to the machine")?;
-    Ok(Asked { stream })
+    Ok(PendingRequest { stream })
 }
 
-impl AsRawFd for Asked {
-    /// Readable when there is an answer.
+impl AsRawFd for PendingRequest {
+    /// Readable when the reply has arrived.
     fn as_raw_fd(&self) -> RawFd {
         self.stream.as_raw_fd()
     }
 }
 
-impl Asked {
-    /// The answer, and the connection, to which some requests give a meaning when they are granted.
+impl PendingRequest {
+    /// The reply, and the connection, which some requests take over.
     pub fn reply(mut self) -> Result<(Reply, UnixStream)> {
         let mut reader = Reader::default();
         loop {
             if let Some(reply) = reader.take::<Reply>()? {
                 return Ok((reply, self.stream));
             }
-            // A byte at a time: what follows an answer is not to be read here.
+            // Byte by byte, because anything after the reply belongs to the caller.
             let mut byte = [0];
             match self.stream.read(&mut byte) {
                 Ok(0) => bail!("the machine has exited"),

@@ -1,8 +1,8 @@
-//! What commands ask of a machine that runs, and what its husk answers: one request a connection, over the `control`
-//! socket in the machine's directory.
+//! The control protocol between commands and a running machine: one request per connection, over the `control` socket
+//! in the machine's directory.
 //!
-//! Who may open the socket may ask anything: it is its owner's alone. Messages are frames as they are with the guest's
-//! init, the first of which begins with [`VERSION`].
+//! Any process that can open the socket may send any request, so only the owner can open it. Messages use the same
+//! framing as those to the guest's init, and a request starts with [`VERSION`].
 
 pub mod attach;
 pub mod client;
@@ -12,89 +12,91 @@ use husk_protocol::WindowSize;
 use husk_protocol::frame::Message;
 use serde::{Deserialize, Serialize};
 
-/// What a change of any message here changes.
+/// The protocol version. Any change of a message increments it.
 pub const VERSION: u16 = 2;
 
-/// A request with the version that it is of.
+/// A request with its protocol version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versioned {
-    /// [`VERSION`] of who asks.
+    /// The client's [`VERSION`].
     pub version: u16,
-    /// What is asked.
+    /// The request.
     pub request: Request,
 }
 
-/// What is asked of a machine.
+/// A request to a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// End in order, and by force after this time. Answered at once; the end is [`Request::Wait`]'s.
+    /// Stop gracefully, and by force after the timeout. Acknowledged immediately; use [`Request::Wait`] to wait for the
+    /// end.
     Stop {
-        /// How long the guest has.
+        /// The guest's grace period.
         timeout_ms: u64,
     },
-    /// Send the process this signal; SIGKILL ends the machine at once.
+    /// Send this signal to the process; SIGKILL ends the machine at once.
     Kill {
-        /// Its number.
+        /// The signal number.
         signal: u8,
     },
     /// Answered when the machine has ended for good.
     Wait,
-    /// Hold the vCPUs.
+    /// Pause the vCPUs.
     Pause,
-    /// Let them go on.
+    /// Resume the vCPUs.
     Unpause,
-    /// How much the machine uses of the host.
+    /// Report the machine's resource usage.
     Stats,
-    /// From here on the connection carries the streams: to the client records as the log has them, from it input.
+    /// Turn the connection into the machine's streams: output records to the client, in the format of the log, and
+    /// input from it.
     Attach,
-    /// The terminal that is attached has this size.
+    /// Set the size of the attached terminal.
     Resize {
-        /// Lines.
+        /// Rows.
         rows: u16,
-        /// Characters in a line.
+        /// Columns.
         columns: u16,
     },
-    /// Keep other limits from now on.
+    /// Change the limits.
     Update(Update),
-    /// Have another name.
+    /// Rename the machine.
     Rename {
-        /// Which.
+        /// The new name.
         name: String,
     },
 }
 
-/// What a limit is to be.
+/// A new value of a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Limit {
-    /// There is to be none.
+    /// Remove the limit.
     Lifted,
-    /// This much in a second.
+    /// Limit to this amount per second.
     PerSecond(u64),
 }
 
-/// Limits to be changed; those of which nothing is said stay.
+/// New limits. Limits that are not specified remain unchanged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
-    /// What the guest is to have, in MiB.
+    /// Memory of the guest, in MiB.
     pub memory_mib: Option<u64>,
-    /// Thousandths of a processor that the whole machine may use.
+    /// CPU time of the whole machine, in thousandths of a CPU.
     pub millicpus: Option<u32>,
-    /// The machine's part of processors that others want too.
+    /// The machine's CPU weight relative to other processes.
     pub cpu_shares: Option<u32>,
-    /// Bytes a second of each disk.
+    /// Bytes per second of each disk.
     pub disk_bytes_per_second: Option<Limit>,
-    /// Requests a second of each disk.
+    /// Requests per second of each disk.
     pub disk_ops_per_second: Option<Limit>,
-    /// Bytes a second of each network interface, in each direction.
+    /// Bytes per second of each network interface, in each direction.
     pub network_bytes_per_second: Option<Limit>,
-    /// Packets a second of each network interface, in each direction.
+    /// Packets per second of each network interface, in each direction.
     pub network_packets_per_second: Option<Limit>,
-    /// Whether the cables of all network interfaces are in.
+    /// Whether the links of all network interfaces are up.
     pub link_up: Option<bool>,
 }
 
 impl Request {
-    /// The request that tells of a terminal's size.
+    /// The request that reports a terminal's size.
     pub fn resize(WindowSize { rows, columns }: WindowSize) -> Request {
         Request::Resize { rows, columns }
     }
@@ -104,16 +106,16 @@ impl Message for Versioned {
     const MAX_BYTES: usize = 4 << 10;
 }
 
-/// What a machine's husk answers.
+/// A machine's reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
-    /// It is done, or begun.
+    /// The request was performed or started.
     Done,
-    /// It cannot be done, for this reason: one line.
+    /// The request was refused, for this reason: one line.
     Refused(String),
     /// The machine has ended with this exit code.
     Ended(u8),
-    /// What it uses.
+    /// Resource usage.
     Stats(Stats),
 }
 
@@ -121,27 +123,27 @@ impl Message for Reply {
     const MAX_BYTES: usize = 64 << 10;
 }
 
-/// What a machine has used of the host since it was started, or uses now.
+/// The host resources that a machine has used since it started, or currently uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
-    /// Processor time of the whole machine.
+    /// CPU time of the whole machine.
     pub cpu_us: u64,
-    /// Since when that counts: how long the machine's husk has lived.
+    /// The time over which CPU time accumulated: the lifetime of the machine's husk process.
     pub elapsed_us: u64,
-    /// Memory that the guest has touched and not given back.
+    /// Memory that the guest has touched and not returned.
     pub guest_memory_bytes: u64,
-    /// Memory that husk itself takes for the machine.
+    /// Memory that husk itself uses for the machine.
     pub own_memory_bytes: u64,
     /// Memory that the guest may use.
     pub memory_limit_bytes: u64,
-    /// Read from disks.
+    /// Bytes read from disks.
     pub block_read_bytes: u64,
-    /// Written to disks.
+    /// Bytes written to disks.
     pub block_written_bytes: u64,
-    /// Received by the guest.
+    /// Bytes received by the guest.
     pub net_received_bytes: u64,
-    /// Sent by the guest.
+    /// Bytes sent by the guest.
     pub net_sent_bytes: u64,
-    /// How many network interfaces the host's kernel serves now, by vhost-net.
+    /// The number of network interfaces that vhost-net currently serves.
     pub net_vhost_interfaces: u32,
 }

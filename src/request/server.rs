@@ -1,4 +1,4 @@
-//! The machine's side of the control socket: requests as they come, answers when there are some. It never waits.
+//! The server side of the control socket. It never blocks.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,17 +12,17 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::{Reply, Request, VERSION, Versioned};
 use crate::sys::socket;
 
-/// Only who runs the machine asks it for anything.
+/// Only the owner of the machine can connect.
 const MODE: u32 = 0o600;
-/// Connections that are served at a time; the rest wait to be taken.
+/// The maximum number of open connections; further ones wait in the backlog.
 const CONNECTIONS_MAX: usize = 128;
 const LISTENER: u64 = u64::MAX;
 
-/// Which connection a request came on.
+/// Identifies the connection of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caller(u64);
 
-/// The socket and its connections. Its descriptor is readable when there is something to be done.
+/// The socket and its connections. Its descriptor is readable when there are events to handle.
 #[derive(Debug)]
 pub struct Server {
     epoll: Epoll,
@@ -37,9 +37,9 @@ struct Connection {
     caller: Caller,
     stream: UnixStream,
     reader: Reader,
-    /// Whether its request has come.
+    /// Whether the request was received.
     asked: bool,
-    /// Whether it is answered when the machine has ended.
+    /// Whether the reply is sent when the machine has ended.
     waits: bool,
 }
 
@@ -56,7 +56,7 @@ impl Server {
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::READ_HANG_UP, mark))
     }
 
-    /// The requests that have come. Each is to be answered, by one of the other calls.
+    /// Returns the received requests. Each must be answered with one of the other methods.
     pub fn requests(&mut self) -> Vec<(Caller, Request)> {
         self.accept();
         let mut requests = Vec::new();
@@ -64,7 +64,7 @@ impl Server {
         while let Some(connection) = self.connections.get_mut(index) {
             match connection.advance() {
                 Progress::Nothing => index += 1,
-                Progress::Asked(request) => {
+                Progress::PendingRequest(request) => {
                     requests.push((connection.caller, request));
                     index += 1;
                 }
@@ -94,7 +94,7 @@ impl Server {
                 Err(_) => return,
             }
         }
-        // Whoever comes now waits, and is not to wake this thread in the meantime.
+        // New connections wait in the backlog and must not wake this thread in the meantime.
         if self.listening {
             let _ = self.epoll.ctl(ControlOperation::Delete, self.listener.as_raw_fd(), EpollEvent::default());
             self.listening = false;
@@ -107,28 +107,28 @@ impl Server {
         }
     }
 
-    /// Answers a request, and closes its connection.
+    /// Sends the reply and closes the connection.
     pub fn answer(&mut self, caller: Caller, reply: &Reply) {
         if let Some(stream) = self.take(caller) {
             say(&stream, reply);
         }
     }
 
-    /// Answers this one when the machine has ended.
+    /// Defers the reply until the machine has ended.
     pub fn answer_at_end(&mut self, caller: Caller) {
         let asked = self.connections.iter_mut().filter(|connection| connection.caller == caller);
         asked.for_each(|connection| connection.waits = true);
     }
 
-    /// Gives the connection away, after a word that its request is granted.
+    /// Confirms the request and hands the connection to the caller of this method.
     pub fn hand_over(&mut self, caller: Caller) -> Option<UnixStream> {
         let stream = self.take(caller)?;
         say(&stream, &Reply::Done);
         Some(stream)
     }
 
-    /// Tells who waits for it that the machine has ended with `code`.
-    pub fn tell_end(&mut self, code: u8) {
+    /// Notifies all waiting clients that the machine has ended with `code`.
+    pub fn notify_end(&mut self, code: u8) {
         self.requests().into_iter().for_each(|(caller, request)| match request {
             Request::Wait => self.answer_at_end(caller),
             _ => self.answer(caller, &Reply::Refused("the machine has just exited".into())),
@@ -154,7 +154,7 @@ impl AsRawFd for Server {
 
 enum Progress {
     Nothing,
-    Asked(Request),
+    PendingRequest(Request),
     Gone,
     Wrong(String),
 }
@@ -165,7 +165,7 @@ impl Connection {
         loop {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Progress::Gone,
-                // One request is all there is; what follows is nobody's.
+                // A connection carries one request; further data is ignored.
                 Ok(_) if self.asked => continue,
                 Ok(count) => self.reader.push(buffer.get(..count).unwrap_or_default()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Progress::Nothing,
@@ -176,7 +176,7 @@ impl Connection {
                 Ok(None) => {}
                 Ok(Some(Versioned { version: VERSION, request })) => {
                     self.asked = true;
-                    return Progress::Asked(request);
+                    return Progress::PendingRequest(request);
                 }
                 Ok(Some(_)) | Err(_) => {
                     return Progress::Wrong(
@@ -188,7 +188,7 @@ impl Connection {
     }
 }
 
-/// Answers are shorter than any socket's buffer: who does not even take that much is not told.
+/// Replies fit into any socket buffer; a client that leaves no room for one does not get it.
 fn say(mut stream: &UnixStream, reply: &Reply) {
     let mut bytes = Vec::new();
     if frame::write(reply, &mut bytes).is_ok() {
@@ -227,7 +227,7 @@ mod tests {
     fn a_request_is_answered_on_its_own_connection() {
         let (_dir, path, mut server) = server();
         let asking = thread::spawn(move || {
-            [Request::Stats, Request::Pause].map(|request| client::ask(&path, &request).unwrap())
+            [Request::Stats, Request::Pause].map(|request| client::send(&path, &request).unwrap())
         });
         let (caller, request) = next(&mut server);
         assert_eq!(request, Request::Stats);
@@ -245,7 +245,7 @@ mod tests {
         let waiting: Vec<_> = (0..3)
             .map(|_| {
                 let path = path.clone();
-                thread::spawn(move || client::ask(&path, &Request::Wait).unwrap())
+                thread::spawn(move || client::send(&path, &Request::Wait).unwrap())
             })
             .collect();
         drop(UnixStream::connect(&path).unwrap());
@@ -257,7 +257,7 @@ mod tests {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        server.tell_end(7);
+        server.notify_end(7);
         waiting.into_iter().for_each(|waiter| assert_eq!(waiter.join().unwrap(), Reply::Ended(7)));
         assert!(server.connections.is_empty());
     }
@@ -284,7 +284,7 @@ mod tests {
         let idle: Vec<_> = (0..CONNECTIONS_MAX).map(|_| UnixStream::connect(&path).unwrap()).collect();
         server.requests();
         assert_eq!(server.connections.len(), CONNECTIONS_MAX);
-        let late = thread::spawn(move || client::ask(&path, &Request::Pause).unwrap());
+        let late = thread::spawn(move || client::send(&path, &Request::Pause).unwrap());
         thread::sleep(Duration::from_millis(20));
         assert!(server.requests().is_empty());
         drop(idle);

@@ -72,7 +72,7 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
         memory_bytes: config.host_memory_mib.map(|mib| mib << 20),
     })?;
     if !config.cpuset.is_empty() {
-        affinity::keep_to(&config.cpuset)?;
+        affinity::pin_to(&config.cpuset)?;
     }
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
     let networks = config.networks.iter().map(|network| net::open(network, config)).collect::<Result<Vec<_>>>()?;

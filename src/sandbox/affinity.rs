@@ -1,7 +1,7 @@
-//! From a list of processors to threads that run on no others.
+//! Pins a process's threads to a set of CPUs.
 //!
-//! By each thread's own mask (sched_setaffinity(2)) and not by a control group: it needs no rights on any host, costs a
-//! system call, and a machine that was put into a cpuset by others can be kept to a part of that.
+//! This uses each thread's affinity mask (sched_setaffinity(2)) instead of a cgroup: it needs no privileges, costs one
+//! system call, and works within a cpuset that the process was already placed in.
 
 use std::fs;
 
@@ -9,17 +9,18 @@ use anyhow::{Context, Result, bail};
 
 use crate::sys::affinity::{self, CpuMask};
 
-/// Keeps this process, all of its threads and those they start, to `cpus` of the host's.
+/// Pins this process, including all of its threads and those they start, to the host's CPUs `cpus`.
 ///
-/// Fails, with nothing changed where there is one thread, if one of them is not there or not ours to use.
-pub fn keep_to(cpus: &[u32]) -> Result<()> {
+/// Fails if a CPU does not exist or is not available to this process. If there is only one thread, nothing has changed
+/// then.
+pub fn pin_to(cpus: &[u32]) -> Result<()> {
     let wanted = CpuMask::of(cpus);
-    // A thread that starts meanwhile has the mask of the one that starts it, which may be the old one.
+    // A thread created meanwhile inherits the mask of its creator, which may be the old one.
     loop {
         let mut changed = false;
         for thread in threads()? {
             match affinity::get(thread) {
-                // It has ended.
+                // The thread has exited.
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
                 Err(error) => return Err(error).context("get the CPU affinity of a thread"),
                 Ok(mask) if mask == wanted => continue,
@@ -33,7 +34,7 @@ pub fn keep_to(cpus: &[u32]) -> Result<()> {
     }
 }
 
-/// Keeps one thread to the processors; the host silently leaves out those that it cannot have, so they are looked for.
+/// Pins one thread. The kernel silently ignores unavailable CPUs, so the result is checked.
 fn set(thread: i32, before: &CpuMask, wanted: &CpuMask, cpus: &[u32]) -> Result<()> {
     let set = affinity::set(thread, wanted).and_then(|()| affinity::get(thread));
     match set {
@@ -64,13 +65,13 @@ mod tests {
 
     use super::*;
 
-    /// What a program may use that tests run in.
+    /// The CPUs available to the tests.
     fn ours() -> Vec<u32> {
         let mask = affinity::get(0).unwrap();
         (0..1024).filter(|cpu| mask.has(*cpu)).collect()
     }
 
-    // The masks are of the whole process, and so of the other tests: one test has all that changes them.
+    // The mask applies to the whole process and therefore to other tests, so all changes are made in a single test.
     #[test]
     fn all_threads_are_kept_to_what_was_asked_for_and_a_processor_that_is_not_there_is_named() {
         let all = ours();
@@ -83,19 +84,19 @@ mod tests {
                 ours()
             });
             barrier.wait();
-            keep_to(one).unwrap();
+            pin_to(one).unwrap();
             barrier.wait();
             assert_eq!(thread.join().unwrap(), one);
         });
         assert_eq!(ours(), one);
         assert_eq!(std::thread::spawn(ours).join().unwrap(), one, "those that start later too");
         for wrong in [vec![8000], vec![one[0], 8000], vec![u32::MAX]] {
-            let error = keep_to(&wrong).unwrap_err().to_string();
+            let error = pin_to(&wrong).unwrap_err().to_string();
             let named = wrong[wrong.len() - 1];
             assert!(error.starts_with(&format!("CPU {named} does not exist or is not available")), "{error}");
             assert_eq!(ours(), one, "nothing was changed");
         }
-        keep_to(&all).unwrap();
+        pin_to(&all).unwrap();
         assert_eq!(ours(), all);
     }
 }

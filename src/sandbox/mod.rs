@@ -1,4 +1,5 @@
-//! What a machine's process may do and use. The only creator of threads: every thread of a machine has a name, a signal mask and a purpose before its first line runs.
+//! Restrictions on a machine's process. This is the only module that creates threads: every thread of a machine has a
+//! name, a signal mask and a purpose before it runs any code.
 
 pub mod affinity;
 pub mod cgroup;
@@ -6,10 +7,10 @@ pub mod cgroup;
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-/// Starts a thread of the machine, named `name` (15 bytes are kept by the kernel).
+/// Starts a thread of the machine, named `name` (the kernel keeps 15 bytes).
 ///
-/// The thread inherits the caller's signal mask. The caller joins it, unless it writes to or reads from somebody who may never
-/// answer: such a thread is asked to end, and goes with the process at the latest.
+/// The thread inherits the caller's signal mask. The caller joins it, unless it reads from or writes to a process that
+/// may never respond; such a thread is asked to end, and ends with the process at the latest.
 pub fn spawn<T, F>(name: &str, body: F) -> io::Result<JoinHandle<T>>
 where
     F: FnOnce() -> T + Send + 'static,

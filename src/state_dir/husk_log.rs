@@ -1,5 +1,5 @@
-//! From what husk itself has to say in the background to a file that stays small, whatever a guest provokes: standard
-//! error is the file, and begins anew when it is full.
+//! The log of a husk process in the background. Standard error is redirected to a file that is replaced when it is
+//! full, so that it stays small whatever a guest provokes.
 
 use std::fs::File;
 use std::io;
@@ -9,13 +9,13 @@ use std::sync::{Mutex, PoisonError};
 use crate::console::stream_log;
 use crate::sys::private_file;
 
-/// When the file is this long it becomes the old one, and a new one starts.
+/// At this size the file becomes the old log and a new one is started.
 const FILE_MAX_BYTES: u64 = 1 << 20;
 
-/// Where standard error goes, if that is such a file.
+/// The path of the log, if standard error is redirected to one.
 static PATH: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// Has standard error go to the file at `path`, behind what is there, from now on.
+/// Redirects standard error to the end of the file at `path`.
 pub fn begin(path: PathBuf) -> io::Result<()> {
     let mut place = PATH.lock().unwrap_or_else(PoisonError::into_inner);
     let file = private_file().append(true).create(true).open(&path)?;
@@ -24,17 +24,17 @@ pub fn begin(path: PathBuf) -> io::Result<()> {
     Ok(())
 }
 
-/// Begins the file anew if it is full. To be called when something was said; on a full disk it stays as it is.
+/// Rotates the file if it is full. Call this after writing to it. On a full disk the file stays as it is.
 pub fn keep_small() {
     let place = PATH.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(path) = &*place else { return };
     if let Some(file) = anew(path, FILE_MAX_BYTES) {
-        // What is said goes to the old one if this fails, which it does for nothing that passes.
+        // If this fails, messages go to the old log. There is no transient reason for that.
         let _ = rustix::stdio::dup2_stderr(&file);
     }
 }
 
-/// A new file at `path`, if the one there has reached `max_bytes` and can be put aside.
+/// Creates a new file at `path` if the existing one has reached `max_bytes` and can be renamed.
 fn anew(path: &Path, max_bytes: u64) -> Option<File> {
     let is_full = path.metadata().is_ok_and(|file| file.len() >= max_bytes);
     if is_full { stream_log::rotate(path).ok() } else { None }

@@ -1,6 +1,7 @@
-//! A running machine's own directory: where its record, its sockets and its logs are, for its owner alone.
+//! The directory of a running machine with its record, sockets and logs, accessible only to its owner.
 //!
-//! It is locked by who runs the machine, so that one that a killed husk left behind is known.
+//! The process that runs the machine holds a lock on it, so that directories left behind by killed processes can be
+//! detected.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -15,19 +16,19 @@ use super::record::Record;
 use crate::resources::lock::{self, Kind};
 use crate::sys;
 
-/// A name that is taken already is a matter of chance, as small as can be.
+/// A collision of random IDs is extremely unlikely.
 const ATTEMPTS: usize = 8;
 
-/// How long a directory that nobody uses may be held by those who look whether it is used.
+/// How long an unused directory may be locked by processes that check whether it is in use.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long an ID is, in bytes; it is written in hexadecimal digits.
+/// The length of an ID in bytes; it is written in hexadecimal.
 const ID_BYTES: usize = 6;
 
-/// What a directory's name begins with while it is removed.
+/// The prefix of a directory that is being removed.
 const GONE: &str = "gone-";
 
-/// The directory. It goes when this is dropped, unless it is to be kept.
+/// A machine's directory. Dropping this removes it, unless it is kept.
 #[derive(Debug)]
 pub struct MachineDir {
     path: PathBuf,
@@ -36,51 +37,51 @@ pub struct MachineDir {
 }
 
 impl MachineDir {
-    /// Its own name: random, and no other machine's.
+    /// The machine's ID: the directory's random, unique name.
     pub fn id(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// The path of a file in it.
+    /// The path of a file in the directory.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// Writes down what there is to know of the machine. To be called by one thread at a time.
+    /// Writes the machine's record. Must be called by one thread at a time.
     pub fn write(&self, record: &Record) -> Result<()> {
         record.write(&self.path)
     }
 
-    /// What was written down of the machine last, before this one where it runs again.
+    /// The last record that was written, possibly by the previous run of the machine.
     pub fn record(&self) -> Result<Record> {
         Record::read(&self.path)
     }
 
-    /// Whether it stays when this is dropped.
+    /// Whether the directory is kept when this is dropped.
     pub fn is_kept(&self) -> bool {
         self.keep
     }
 
-    /// Leaves the directory where it is when this is dropped, for who wants to know how the machine ended.
+    /// Keeps the directory when this is dropped, so that the machine's exit can be inspected.
     pub fn keep(&mut self) {
         self.keep = true;
     }
 
-    /// Has it go when this is dropped, after all.
+    /// Reverts [`MachineDir::keep`].
     pub fn forget(&mut self) {
         self.keep = false;
     }
 
-    /// The machines that this one is one of.
+    /// The state directory that contains this machine.
     pub fn state_dir(&self) -> StateDir {
         StateDir { base: self.path.parent().unwrap_or(Path::new("/")).to_owned() }
     }
 
-    /// Leaves it as a killed husk does.
+    /// Leaves the directory as a killed process would.
     #[cfg(test)]
     pub(super) fn abandon(mut self) {
         self.keep();
-        // What another test starts in this process shares the lock for a moment, as no killed husk's child does.
+        // A child started by another test shares the lock for a moment, which a killed process's child does not.
         self._lock.unlock().unwrap();
     }
 }
@@ -90,19 +91,19 @@ impl Drop for MachineDir {
         if self.keep {
             return;
         }
-        // What cannot be removed now, the next removal of stale directories tries to.
+        // Anything that cannot be removed now is removed with the next stale directories.
         let record = Record::read(&self.path);
         let _ = remove(&self.path);
         match record {
             Ok(Record { name: Some(name), .. }) => drop(self.state_dir().release(&name, &self.id())),
             Ok(_) => {}
-            // It may have a name that was never written down.
+            // There may be a name that was never recorded.
             Err(_) => self.state_dir().remove_stale_names(),
         }
     }
 }
 
-/// Removes a machine's directory at once for all who look, and then what is in it.
+/// Removes a machine's directory: atomically for other processes, then its content.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     let id = path.file_name().unwrap_or_default().to_string_lossy();
     let gone = path.with_file_name(format!("{GONE}{id}"));
@@ -112,13 +113,13 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
         Err(_) => fs::remove_dir_all(path),
     };
     match removed {
-        // Another process has removed it, or the leftovers of what was being removed here.
+        // Another process has removed it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
     }
 }
 
-/// Removes what is left of machines' directories by husks that were killed while they removed them.
+/// Removes directories whose removal was interrupted because the process was killed.
 pub(super) fn remove_leftovers(base: &Path) {
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(GONE) {
@@ -127,18 +128,18 @@ pub(super) fn remove_leftovers(base: &Path) {
     }
 }
 
-/// Whether a directory of this name is a machine's.
+/// Whether a directory of this name belongs to a machine.
 pub(super) fn is_id(name: &str) -> bool {
     name.len() == 2 * ID_BYTES && name.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
-/// Where this user's machines are. The directory that a login makes is theirs, whether the variable says so or not: a
-/// machine started in one shell is to be seen in all others.
+/// The location of this user's machines. The directory created at login is used even if the variable is not set, so
+/// that machines are visible in all of the user's shells.
 pub(super) fn base() -> Result<PathBuf> {
     let user = fs::metadata("/proc/self").context("look at /proc/self")?.uid();
     let said = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
-    // Root has another user's in its environment after `sudo -E` or `su`. What root made there would be in that user's
-    // way.
+    // After `sudo -E` or `su`, root has another user's directory in its environment. Files created there by root would
+    // be in that user's way.
     let said = said.filter(|path| fs::metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user));
     let usual = || Some(PathBuf::from(format!("/run/user/{user}"))).filter(|path| is_private(path, user));
     Ok(match said.or_else(usual) {
@@ -151,8 +152,7 @@ fn is_private(path: &Path, user: u32) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user && found.mode() & 0o077 == 0)
 }
 
-/// Makes the directory of all machines, if it is not there. It may be that somebody else made it first, to see what is
-/// in it.
+/// Creates the directory of all machines, unless it exists. Another process may have created it first.
 pub(super) fn own(base: &Path) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(base) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
@@ -172,7 +172,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineDir> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             created => created?,
         }
-        // In between another husk may have looked at it, or taken it for abandoned: both are soon done.
+        // In the meantime another process may have checked it or considered it abandoned; both are short.
         let Ok(lock) = open(&path) else { continue };
         if lock::wait(&lock, &path, Kind::Exclusive, lock::SOON).is_ok() && path.exists() {
             return Ok(MachineDir { path, keep: false, _lock: lock });
@@ -181,7 +181,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineDir> {
     bail!("every ID is taken")
 }
 
-/// The directory at `path`, which stays. Fails where somebody has it.
+/// Opens the existing directory at `path`. Fails if it is in use.
 pub(super) fn reopen(path: &Path) -> Result<MachineDir> {
     let lock = open(path)?;
     ensure!(self::lock(&lock), "the machine is running");
@@ -189,7 +189,7 @@ pub(super) fn reopen(path: &Path) -> Result<MachineDir> {
     Ok(MachineDir { path: path.to_owned(), keep: true, _lock: lock })
 }
 
-/// Locks a directory for as long as `dir` is open. False where a husk has it.
+/// Locks a directory for as long as `dir` is open. Returns false if it is in use.
 pub(super) fn lock(dir: &File) -> bool {
     let deadline = Instant::now() + LOCK_TIMEOUT;
     while dir.try_lock().is_err() {

@@ -1,15 +1,8 @@
 //! The state directory: a directory for each of this user's machines, and the names that lead to them.
 //!
 //! ```text
-//! BASE/ID/           locked for as long as its husk lives; a lock that can be taken means that it is gone
-//!   record.json      the machine's configuration and state, replaced atomically
-//!   record.reserve   room for the next one when the disk is full
-//!   origin.json      how it was started, if it runs in the background and is kept
-//!   control          the socket that takes requests
-//!   vsock            the guest's sockets
-//!   streams.log      what the process wrote, if it runs in the background
-//!   console.log      what the guest's kernel wrote
-//!   husk.log         what husk itself had to say, if it runs in the background; husk.old is what it said before
+//! BASE/ID/           locked for as long as its husk lives; if the lock is free, the process is gone
+//!   record.json      the machine's configuration and state, replaced atomically record.reserve   room for the next one when the disk is full origin.json      how it was started, if it runs in the background and is kept control          the socket that takes requests vsock            the guest's sockets streams.log      what the process wrote, if it runs in the background console.log      what the guest's kernel wrote husk.log         what husk itself had to say, if it runs in the background; husk.old is what it said before
 //! BASE/names/NAME    a link to the machine's directory
 //! BASE/lock          held while names change
 //! ```
@@ -30,45 +23,45 @@ use record::{Record, State};
 
 use crate::resources::lock;
 
-/// The socket that takes requests, in a machine's directory.
+/// The control socket in a machine's directory.
 pub const CONTROL: &str = "control";
-/// The guest's sockets, in a machine's directory.
+/// The vsock socket in a machine's directory.
 pub const VSOCK: &str = "vsock";
-/// What the guest's kernel wrote.
+/// The log of the guest kernel's console.
 pub const CONSOLE_LOG: &str = "console.log";
-/// What the machine's process wrote.
+/// The log of the process's output.
 pub const STREAMS_LOG: &str = "streams.log";
-/// What husk itself had to say, once nobody else listened.
+/// The log of husk's own messages while it runs in the background.
 pub const HUSK_LOG: &str = "husk.log";
 
-/// All machines of one user.
+/// The state directory of one user, with all of the user's machines.
 #[derive(Debug, Clone)]
 pub struct StateDir {
     base: PathBuf,
 }
 
-/// One machine, as it was when it was looked at.
+/// A snapshot of a machine's state.
 #[derive(Debug, Clone)]
 pub struct MachineEntry {
-    /// Its directory's name.
+    /// The machine's ID.
     pub id: String,
-    /// What its husk wrote down last, if it came so far.
+    /// The last record, if one was written.
     pub record: Option<Record>,
-    /// Whether its husk lives.
+    /// Whether the machine's husk process is alive.
     pub alive: bool,
     path: PathBuf,
 }
 
 impl StateDir {
-    /// This user's, in `$XDG_RUNTIME_DIR/husk`, or where that is not set in `/run/user/UID/husk` or `/tmp/husk-UID`.
+    /// Opens this user's state directory: `$XDG_RUNTIME_DIR/husk`, or if that is not set `/run/user/UID/husk` or
+    /// `/tmp/husk-UID`.
     pub fn open() -> Result<StateDir> {
         let base = machine_dir::base()?;
         machine_dir::own(&base).with_context(|| format!("use the directory {}", base.display()))?;
         Ok(StateDir { base })
     }
 
-    /// Makes the directory of a new machine and, where it is to have a name, gives it that. Fails where another has the
-    /// name.
+    /// Creates the directory of a new machine and assigns it `name`, if given. Fails if the name is in use.
     pub fn create(&self, name: Option<&str>) -> Result<MachineDir> {
         let dir = machine_dir::create_in(&self.base)
             .with_context(|| format!("create a directory for the machine in {}", self.base.display()))?;
@@ -78,7 +71,7 @@ impl StateDir {
         Ok(dir)
     }
 
-    /// The directory of a machine that has ended, for it to run once more. It stays as it is until that writes to it.
+    /// Opens the directory of a machine that has ended, to run it again. It is not modified yet.
     pub fn reopen(&self, id: &str) -> Result<MachineDir> {
         let dir =
             machine_dir::reopen(&self.base.join(id)).with_context(|| format!("use the directory of machine {id}"))?;
@@ -86,7 +79,7 @@ impl StateDir {
         Ok(dir)
     }
 
-    /// Every machine, those that came last first; also those that have ended, as long as they are kept.
+    /// All machines, most recent first, including those that have ended and are kept.
     pub fn list(&self) -> Result<Vec<MachineEntry>> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.base).with_context(|| format!("read {}", self.base.display()))? {
@@ -99,7 +92,7 @@ impl StateDir {
         Ok(entries)
     }
 
-    /// The machine that `word` means: a name, an ID, or the start of one that no other ID has.
+    /// Finds the machine with this name, ID or unique ID prefix.
     pub fn find(&self, word: &str) -> Result<MachineEntry> {
         if let Some(entry) = self.named(word).and_then(|id| self.entry(&id)) {
             return Ok(entry);
@@ -116,16 +109,15 @@ impl StateDir {
     fn entry(&self, id: &str) -> Option<MachineEntry> {
         let path = self.base.join(id);
         let dir = machine_dir::open(&path).ok()?;
-        // The lock first: what is written down after that was known before the machine's husk ended.
+        // The lock is checked first: a record that is read afterwards was complete before the process exited.
         let alive = dir.try_lock_shared().is_err();
         let record = Record::read(&path).ok();
-        // Closing it is not enough: a process that another thread has just forked would keep the lock until it
-        // executes.
+        // Closing it is not enough: a process just forked by another thread would hold the lock until it calls exec.
         let _ = dir.unlock();
         path.exists().then_some(MachineEntry { id: id.to_owned(), record, alive, path })
     }
 
-    /// Removes a machine that has ended, and its name. Fails for one that has not.
+    /// Removes a machine that has ended, including its name. Fails if it is running.
     pub fn remove(&self, entry: &MachineEntry) -> Result<()> {
         let Ok(held) = machine_dir::open(&entry.path) else { return Ok(()) };
         ensure!(machine_dir::lock(&held), "machine {} is running: stop it first, or use --force", entry.id);
@@ -139,19 +131,19 @@ impl StateDir {
         machine_dir::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
     }
 
-    /// Removes what machines left behind whose husk was killed, unless they ran in the background and are to be kept:
-    /// of those only what is of no more use. To be called where nobody waits.
+    /// Removes what killed machines have left behind. Of machines that ran in the background and are kept, only
+    /// unneeded files are removed. Must not be called on a latency-sensitive path.
     pub fn remove_stale(&self) -> Result<()> {
         for entry in self.list()?.into_iter().filter(|entry| !entry.alive) {
             let Ok(held) = machine_dir::open(&entry.path) else { continue };
             if entry.record.as_ref().is_some_and(|record| record.keep) {
-                // Shared, so that others who look meanwhile see it as what it is; it does not start again as long as
-                // this has it.
+                // A shared lock, so that other processes see its actual state. The machine cannot start while it is
+                // held.
                 if held.try_lock_shared().is_ok() {
                     remove_sockets(|name| entry.file(name));
                 }
             } else if held.try_lock().is_ok() {
-                // Held until it is gone: whoever has just made it and locks it later sees that.
+                // Held until the directory is gone: a process that has just created it and locks it later notices that.
                 let _ = self.remove_held(&entry);
             }
         }
@@ -167,12 +159,12 @@ impl MachineEntry {
         self.path.join(name)
     }
 
-    /// What a person calls it.
+    /// The name, or the ID if there is no name.
     pub fn name(&self) -> &str {
         self.record.as_ref().and_then(|record| record.name.as_deref()).unwrap_or(&self.id)
     }
 
-    /// What it does. One whose husk was killed has ended, whatever that wrote down last.
+    /// The machine's state. If its husk process was killed, the recorded state is overridden.
     pub fn state(&self) -> State {
         match self.record.as_ref().map(|record| &record.state) {
             None if self.alive => State::Starting,
@@ -181,13 +173,13 @@ impl MachineEntry {
         }
     }
 
-    /// The machine's record. Fails where its husk has not written one yet.
+    /// The machine's record. Fails if none has been written yet.
     pub fn record(&self) -> Result<&Record> {
         self.record.as_ref().with_context(|| format!("machine {} is still starting: try again", self.id))
     }
 
-    /// Waits for the end of the machine's husk, however that comes, and looks at it again. `None` where nothing is
-    /// left.
+    /// Waits until the machine's husk process has exited, for whatever reason, and returns the new state. `None` if the
+    /// machine was removed.
     pub fn await_end(&self) -> Result<Option<MachineEntry>> {
         let Ok(dir) = machine_dir::open(&self.path) else { return Ok(None) };
         dir.lock_shared().with_context(|| format!("wait for machine {}", self.id))?;
@@ -196,14 +188,14 @@ impl MachineEntry {
     }
 }
 
-/// Removes what nobody listens to any more, at the paths of these names.
+/// Removes the sockets with these names, which no process listens on any more.
 fn remove_sockets(path: impl Fn(&str) -> PathBuf) {
     for socket in [CONTROL, VSOCK, &format!("{VSOCK}_{}", husk_protocol::PORT)] {
         let _ = fs::remove_file(path(socket));
     }
 }
 
-/// The lock on names, held while this lives.
+/// Acquires the lock on names, held while the file is open.
 fn lock(base: &Path) -> Result<File> {
     lock::alone(&base.join("lock"))
 }
@@ -244,7 +236,7 @@ mod tests {
     #[test]
     fn a_killed_husk_is_seen_as_gone_at_once_and_its_leftovers_are_swept() {
         let (_temporary, state_dir) = state_dir();
-        // No names that an ID can begin with.
+        // Names that cannot be prefixes of an ID.
         let (kept, forgotten) = (state_dir.create(Some("kept")).unwrap(), state_dir.create(Some("lost")).unwrap());
         for (dir, keep) in [(&kept, true), (&forgotten, false)] {
             let name = if keep { "kept" } else { "lost" };
@@ -281,7 +273,7 @@ mod tests {
             scope.spawn(|| {
                 for _ in 0..300 {
                     let dir = state_dir.create(None).unwrap();
-                    // As soon as it is seen it has a record.
+                    // A machine that is visible always has a record.
                     dir.write(&Record { keep: false, ..running.clone() }).unwrap();
                     (0..20).for_each(|n| fs::write(dir.file(&format!("file{n}")), "").unwrap());
                     drop(dir);

@@ -1,4 +1,4 @@
-//! From a name to a machine: links, made and removed under one lock, so that no two machines ever have the same name.
+//! Machine names: links to machines' directories, created and removed under one lock so that names are unique.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -10,10 +10,10 @@ use anyhow::{Context, Result, bail, ensure};
 use super::record::Record;
 use super::{MachineDir, StateDir};
 
-/// Longest name: it is the guest's host name too.
+/// The maximum length; the name is also used as the guest's host name.
 const MAX_BYTES: usize = 63;
 
-/// Refuses what is no name for a machine. A name begins with a letter or a digit, so that it is no flag and no hidden
+/// Validates a machine name. It starts with a letter or a digit, so that it cannot be mistaken for a flag or a hidden
 /// file.
 pub fn check(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
@@ -29,14 +29,15 @@ impl StateDir {
         self.base.join("names")
     }
 
-    /// The ID of the machine that has this name, if one has.
+    /// The ID of the machine with this name, if there is one.
     pub(super) fn named(&self, name: &str) -> Option<String> {
         check(name).ok()?;
         let target = fs::read_link(self.names().join(name)).ok()?;
         Some(target.to_str()?.to_owned()).filter(|id| super::machine_dir::is_id(id))
     }
 
-    /// Gives the machine `id` this name, if no other machine has it. What a killed one left of its name is no machine.
+    /// Assigns this name to the machine `id`, unless another machine has it. A name left behind by a killed machine is
+    /// free.
     pub(super) fn claim(&self, name: &str, id: &str) -> Result<()> {
         check(name)?;
         let _lock = super::lock(&self.base)?;
@@ -61,7 +62,7 @@ impl StateDir {
         fs::remove_file(&link).and_then(|()| symlink(id, &link)).with_context(|| format!("create {}", link.display()))
     }
 
-    /// Takes the name from the machine `id`, if it has it.
+    /// Removes the name of the machine `id`, if it has this name.
     pub(super) fn release(&self, name: &str, id: &str) -> Result<()> {
         let _lock = super::lock(&self.base)?;
         self.release_locked(name, id);
@@ -74,7 +75,7 @@ impl StateDir {
         }
     }
 
-    /// Gives a machine that has ended another name. For one that runs its own husk does it: see [`MachineDir::rename`].
+    /// Renames a machine that has ended. A running machine is renamed by its own process: see [`MachineDir::rename`].
     pub fn rename(&self, entry: &super::MachineEntry, name: &str) -> Result<()> {
         check(name)?;
         let _lock = super::lock(&self.base)?;
@@ -89,7 +90,7 @@ impl StateDir {
         written
     }
 
-    /// Removes names that lead nowhere.
+    /// Removes dangling names.
     pub(super) fn remove_stale_names(&self) {
         if !self.names().exists() {
             return;
@@ -97,7 +98,7 @@ impl StateDir {
         let Ok(_lock) = super::lock(&self.base) else { return };
         for link in fs::read_dir(self.names()).into_iter().flatten().flatten() {
             if !link.path().exists() && link.path().is_symlink() {
-                // The link leads to a sibling of its directory.
+                // The link points to a sibling of its directory.
                 let target = fs::read_link(link.path()).unwrap_or_default();
                 if !self.base.join(target).exists() {
                     let _ = fs::remove_file(link.path());
@@ -108,7 +109,7 @@ impl StateDir {
 }
 
 impl MachineDir {
-    /// Gives this machine another name, in place of the one that `record` has.
+    /// Renames this machine, replacing the name in `record`.
     pub fn rename(&self, record: &mut Record, name: &str) -> Result<()> {
         let state_dir = self.state_dir();
         state_dir.claim(name, &self.id())?;
@@ -162,7 +163,7 @@ mod tests {
         dir.rename(&mut record, "new").unwrap();
         assert_eq!(state_dir.find("new").unwrap().id, dir.id());
         assert!(state_dir.find("old").is_err());
-        // To the name that it has.
+        // To its current name.
         assert!(dir.rename(&mut record, "new").is_err() || state_dir.find("new").is_ok());
         drop(other);
     }
@@ -173,7 +174,7 @@ mod tests {
         let dir = state_dir.create(Some("old")).unwrap();
         let mut record = Record { name: Some("old".into()), ..record() };
         dir.write(&record).unwrap();
-        // In the place where the next record is written.
+        // Occupies the path of the next record.
         fs::create_dir(dir.file("record.new")).unwrap();
         assert!(dir.rename(&mut record, "new").is_err());
         assert_eq!(record.name.as_deref(), Some("old"));

@@ -1,5 +1,6 @@
-//! How a machine in the background was started, for `husk start`: the words, the directory and the variables of the
-//! command that did. It stands beside the record and is not printed with it, since variables may be secrets.
+//! How a machine in the background was started, for `husk start`: the arguments, working directory and environment of
+//! the command. They are stored separately from the record and not printed with it, because the environment may contain
+//! secrets.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,10 +17,10 @@ use super::record::{Text, write_private};
 use super::{MachineDir, MachineEntry};
 
 const FILE: &str = "origin.json";
-/// Longer than words and variables may be together (execve(2): a quarter of the stack's limit), as JSON writes bytes
-/// that are no text.
+/// More than arguments and environment may take (execve(2): a quarter of the stack limit), allowing for the JSON
+/// encoding of bytes that are not text.
 const MAX_BYTES: u64 = 64 << 20;
-/// Whoever starts the machine again has found it where they are.
+/// Already resolved by the process that restarts the machine.
 const RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
 
 /// A command that started a machine.
@@ -39,21 +40,21 @@ fn bytes(text: Text) -> OsString {
 }
 
 impl Origin {
-    /// `words`, typed where this process is.
+    /// The origin with these arguments and this process's working directory and environment.
     pub fn here(words: Vec<OsString>) -> Result<Origin> {
         let dir = std::env::current_dir().context("get the working directory")?.into_os_string();
         let variables = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
         Ok(Origin { words: words.into_iter().map(text).collect(), dir: text(dir), variables })
     }
 
-    /// Writes it down in a machine's directory.
+    /// Writes it to a machine's directory.
     pub fn write(&self, dir: &MachineDir) -> Result<()> {
         let path = dir.file(FILE);
         let json = serde_json::to_vec(self).context("record how the machine was started")?;
         write_private(&path, &json).with_context(|| format!("write {}", path.display()))
     }
 
-    /// How `entry` was started.
+    /// Reads how `entry` was started.
     pub fn read(entry: &MachineEntry) -> Result<Origin> {
         let path = entry.file(FILE);
         let read = || -> Result<Origin> {
@@ -65,7 +66,7 @@ impl Origin {
         read().with_context(|| format!("read {}", path.display()))
     }
 
-    /// This very program, in the same place with the same variables, and the words.
+    /// This program with the same working directory, environment and arguments.
     pub fn command(self) -> Result<(Command, Vec<OsString>)> {
         let dir = PathBuf::from(bytes(self.dir));
         ensure!(dir.is_dir(), "it was started in {}, which no longer exists", dir.display());

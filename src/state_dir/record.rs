@@ -1,4 +1,4 @@
-//! What there is to know of a machine: written by its husk, read by every command, printed by `husk inspect`.
+//! A machine's record: written by its husk process, read by other commands, and printed by `husk inspect`.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -13,84 +13,84 @@ use crate::config::MachineConfig;
 use crate::sys::private_file;
 
 const FILE: &str = "record.json";
-/// Room for the next record when the disk is full, so that how a machine ended is known all the same.
+/// Disk space reserved for the next record, so that a machine's exit is recorded even on a full disk.
 const RESERVE: &str = "record.reserve";
-/// No record is longer: the longest part of it is a process's arguments and variables.
+/// The maximum size of a record. Most of it are the process's arguments and environment.
 const MAX_BYTES: u64 = 16 << 20;
 
-/// A machine, as its husk describes it.
+/// A machine's description and state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Its directory's name.
+    /// The machine's ID.
     pub id: String,
-    /// What it is called, if it has a name.
+    /// The machine's name, if it has one.
     pub name: Option<String>,
-    /// Its husk's process.
+    /// The PID of its husk process.
     pub pid: u32,
-    /// The image or, for a machine of parts, the kernel, as it was typed.
+    /// The image as specified by the user, or the kernel for `husk boot`.
     pub image: String,
-    /// What runs in it, as far as husk knows.
+    /// The command line that it runs, as far as known.
     pub command: Vec<String>,
-    /// When it was made, in milliseconds since 1970.
+    /// The creation time, in milliseconds since 1970.
     pub created_ms: u64,
-    /// What it does.
+    /// The current state.
     pub state: State,
-    /// How often it was started again.
+    /// The number of restarts.
     pub restarts: u32,
     /// Whether it runs in the background.
     pub detached: bool,
-    /// Whether it is listed, and its logs are there, when it has ended.
+    /// Whether the machine is listed and its logs remain available after it has ended.
     pub keep: bool,
-    /// The signal that asks its process for its end.
+    /// The signal that asks its process to terminate.
     pub stop_signal: u8,
-    /// What a further process of the machine inherits, if it has husk's init.
+    /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
-    /// The parts of the machine.
+    /// The configuration of the machine.
     pub config: MachineConfig,
 }
 
-/// What a machine does.
+/// The state of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "status", rename_all = "lowercase")]
 pub enum State {
-    /// It is being made, or its guest boots.
+    /// It is being created, or its guest is booting.
     Starting,
-    /// It runs, and with husk's init its process does.
+    /// The guest is running, and under husk's init its process as well.
     Running {
-        /// Since when, in milliseconds since 1970.
+        /// The start time, in milliseconds since 1970.
         since_ms: u64,
     },
-    /// Its vCPUs are held.
+    /// Its vCPUs are paused.
     Paused {
-        /// Since when.
+        /// The time it was paused.
         since_ms: u64,
     },
-    /// It failed, and is to be started again after a while.
+    /// It failed and will be restarted after a delay.
     Restarting {
-        /// When it failed.
+        /// The time of the failure.
         since_ms: u64,
     },
     /// It has ended.
     Exited {
         /// The exit code.
         code: u8,
-        /// When.
+        /// The exit time.
         at_ms: u64,
-        /// Why, if it was not the process's own end.
+        /// The reason, if it was not the exit of the process itself.
         reason: Option<String>,
     },
-    /// Its husk was killed, and could say nothing.
+    /// Its husk process was killed, so the exit status is unknown.
     Lost,
 }
 
-/// What a process that is added to a machine has from the first one.
+/// What additional processes inherit from a machine's first process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inherited {
     /// `NAME=VALUE` each.
     pub env: Vec<Text>,
-    /// Where it starts.
+    /// The working directory.
     pub working_dir: Text,
-    /// Who it is.
+    /// The user.
     pub user: String,
     /// Whether the first process has a terminal.
     pub terminal: bool,
@@ -98,13 +98,13 @@ pub struct Inherited {
     pub stdin: bool,
 }
 
-/// Bytes that are text nearly always, and are written as text then.
+/// Bytes that are serialized as text if they are valid UTF-8, as is usually the case.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Text {
-    /// They are.
+    /// Valid UTF-8.
     Text(String),
-    /// They are not.
+    /// Other bytes.
     Bytes(Vec<u8>),
 }
 
@@ -142,7 +142,7 @@ impl From<&Process> for Inherited {
 }
 
 impl Record {
-    /// Reads the record in a machine's directory.
+    /// Reads the record from a machine's directory.
     pub fn read(dir: &Path) -> Result<Record> {
         let path = dir.join(FILE);
         let read = || -> Result<Record> {
@@ -154,8 +154,7 @@ impl Record {
         read().with_context(|| format!("read {}", path.display()))
     }
 
-    /// Puts it in place of the one in `dir`: a reader sees the one or the other, also where this fails. One writer at a
-    /// time.
+    /// Atomically replaces the record in `dir`, which stays unchanged on failure. There must be a single writer.
     pub fn write(&self, dir: &Path) -> Result<()> {
         let (path, new, reserve) = (dir.join(FILE), dir.join("record.new"), dir.join(RESERVE));
         let text = serde_json::to_vec_pretty(self).context("write the machine's record")?;
@@ -167,19 +166,19 @@ impl Record {
         if written.is_err() {
             let _ = fs::remove_file(&new);
         } else if !fs::metadata(&reserve).is_ok_and(|reserve| reserve.len() >= text.len() as u64) {
-            // Without it the next record needs room of its own.
+            // Without the reserve, the next record depends on free disk space.
             let _ = write_private(&reserve, &text);
         }
         written.with_context(|| format!("write {}", path.display()))
     }
 }
 
-/// Makes the file at `path` anew, for its owner alone.
+/// Creates or replaces the file at `path`, accessible only to its owner.
 pub(super) fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     private_file().write(true).create(true).truncate(true).open(path)?.write_all(content)
 }
 
-/// The time now, in milliseconds since 1970.
+/// The current time, in milliseconds since 1970.
 pub fn now_ms() -> u64 {
     let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or(Duration::ZERO);
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)

@@ -192,7 +192,7 @@ impl ControlEndpoint {
         if !keep {
             self.dir.forget();
         }
-        self.server.tell_end(code);
+        self.server.notify_end(code);
         for socket in [state_dir::CONTROL, &format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT)] {
             let _ = fs::remove_file(self.file(socket));
         }

@@ -1,9 +1,9 @@
-//! What a vCPU says it is: KVM's supported CPUID leaves, made to tell one socket of single-threaded cores.
+//! CPUID leaves of a vCPU: KVM's supported leaves, changed to describe one socket of single-threaded cores.
 //!
 //! Leaves are changed where KVM's answer describes the host's processor instead of the guest's (KVM API,
-//! KVM_GET_SUPPORTED_CPUID: topology and APIC ids are the caller's to fill in), and where KVM offers what this machine does
-//! not have. What KVM leaves out stays out. Each change says why; what the others do was read from QEMU's `-cpu host` and from
-//! Firecracker, with its templates T2 and T2A.
+//! KVM_GET_SUPPORTED_CPUID: the caller must fill in topology and APIC IDs), and where KVM offers features that this
+//! machine does not have. Leaves that KVM omits stay omitted. Each change states its reason; the behavior of QEMU's
+//! `-cpu host` and of Firecracker with its T2 and T2A templates is cited from their sources.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -30,30 +30,30 @@ const SVM: u32 = 1 << 2;
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// Whose design a processor is, as far as its leaves differ.
+/// The designer of a processor, as far as leaves differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Vendor {
     /// Intel.
     Intel,
-    /// AMD, and Hygon, whose processors are of AMD's design.
+    /// AMD, and Hygon, whose processors are based on AMD's design.
     Amd,
-    /// Somebody else, whose processors follow Intel's leaves.
+    /// Another vendor, whose processors follow Intel's leaves.
     Other,
 }
 
-/// A guest's processor: how many there are, and what they can do beside what the leaves say.
+/// The guest's processor: the number of vCPUs, and features that the leaves do not describe.
 #[derive(Debug, Clone, Copy)]
 pub struct Processor {
-    /// vCPUs in the machine.
+    /// The number of vCPUs.
     pub cpus: u32,
-    /// Whether KVM has TSC deadline mode, which its CPUID leaves do not say.
+    /// Whether KVM supports TSC deadline mode, which its CPUID leaves do not report.
     pub tsc_deadline: bool,
-    /// Whether the guest may run virtual machines of its own.
+    /// Whether the guest may run nested virtual machines.
     pub nested: bool,
 }
 
 impl Processor {
-    /// Bits of an APIC id that tell the cores of the package apart.
+    /// The number of APIC ID bits that distinguish the cores of the package.
     fn core_bits(self) -> u32 {
         self.cpus.next_power_of_two().trailing_zeros()
     }
@@ -70,7 +70,7 @@ pub fn vendor(cpuid: &CpuId) -> Vendor {
     }
 }
 
-/// Whether KVM lets a guest run virtual machines, going by the leaves that it supports.
+/// Whether KVM allows nested virtual machines, according to its supported leaves.
 pub fn can_nest(supported: &CpuId) -> bool {
     let amd = vendor(supported) == Vendor::Amd;
     supported.as_slice().iter().any(|leaf| match leaf.function {
@@ -80,26 +80,26 @@ pub fn can_nest(supported: &CpuId) -> bool {
     })
 }
 
-/// The leaves of vCPU `index`, made from those that KVM supports.
+/// Returns the leaves of vCPU `index`, based on those that KVM supports.
 pub fn for_vcpu(supported: &CpuId, processor: Processor, index: u32) -> CpuId {
     let vendor = vendor(supported);
     let mut cpuid = supported.clone();
     cpuid.retain(|leaf| {
         !matches!(
             leaf.function,
-            // Extended topology, Intel's and AMD's (0x80000026): the host's. The guest's is added below.
+            // Extended topology of the host, Intel's and AMD's (0x80000026). The guest's is added below.
             0xb | 0x1f | 0x8000_0026
-        // SGX's sizes: see below.
+        // SGX sizes, see below.
         | 0x12
         )
     });
     let max_leaf = cpuid.as_slice().iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.eax);
     for leaf in cpuid.as_mut_slice() {
-        tell_topology(leaf, vendor, processor, index);
+        set_topology(leaf, vendor, processor, index);
         withhold(leaf, vendor, processor);
     }
-    // Extended topology: the cores, and a last level that says there is no further one. Pushing fails only beyond
-    // KVM_MAX_CPUID_ENTRIES, and two to six leaves were taken out above or never there.
+    // Extended topology: the cores, followed by an invalid level that ends the list. Pushing fails only beyond
+    // KVM_MAX_CPUID_ENTRIES, and two to six leaves were removed above or never present.
     if max_leaf >= 0xb {
         for level in extended_topology(0xb, processor, index) {
             let _ = cpuid.push(level);
@@ -113,36 +113,38 @@ pub fn for_vcpu(supported: &CpuId, processor: Processor, index: u32) -> CpuId {
     cpuid
 }
 
-/// Has `leaf` tell of the guest's processors, where it would tell of the host's.
-fn tell_topology(leaf: &mut kvm_cpuid_entry2, vendor: Vendor, processor: Processor, index: u32) {
+/// Makes `leaf` describe the guest's processors instead of the host's.
+fn set_topology(leaf: &mut kvm_cpuid_entry2, vendor: Vendor, processor: Processor, index: u32) {
     let cpus = processor.cpus;
     let amd = vendor == Vendor::Amd;
     match leaf.function {
         0x1 => {
             // EBX: APIC id, logical processors in the package, CLFLUSH size, brand.
             leaf.ebx = (leaf.ebx & 0xffff) | (cpus << 16) | (index << 24);
-            // Not every KVM says it of itself; kernels look for kvm-clock only where it is set.
+            // Not every KVM sets it; kernels look for kvm-clock only if it is set.
             leaf.ecx |= HYPERVISOR;
-            // KVM has the mode and leaves the bit out, since it needs the in-kernel local APIC.
+            // KVM supports the mode but leaves the bit clear, because it depends on the in-kernel local APIC.
             leaf.ecx = if processor.tsc_deadline { leaf.ecx | TSC_DEADLINE } else { leaf.ecx & !TSC_DEADLINE };
             leaf.edx = if cpus > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
         }
-        // Deterministic cache parameters (Intel), cache topology (AMD): EAX bits 14 to 25 count who shares a cache.
+        // Deterministic cache parameters (Intel), cache topology (AMD): EAX bits 14 to 25 count the processors that
+        // share a cache.
         0x4 | 0x8000_001d if leaf.eax & 0x1f != 0 => {
             let level = (leaf.eax >> 5) & 0x7;
             let sharing = if level >= 3 { cpus } else { 1 };
             leaf.eax = (leaf.eax & !(0xfff << 14)) | ((sharing - 1) << 14);
             if leaf.function == 0x4 {
-                // EAX bits 26 to 31: addressable cores in the package, less one.
+                // EAX bits 26 to 31: addressable cores in the package, minus one.
                 leaf.eax = (leaf.eax & !(0x3f << 26)) | (((1 << processor.core_bits()) - 1) << 26);
             }
         }
-        // Reserved on others: Linux before 6.9 takes the bit as the word that there are no threads, whoever's processor it is,
-        // and counts no cores then.
+        // Reserved on other vendors: Linux before 6.9 interprets the bit as the absence of threads, regardless of the
+        // vendor, and then does not count cores.
         0x8000_0001 if amd => leaf.ecx = if cpus > 1 { leaf.ecx | CMP_LEGACY } else { leaf.ecx & !CMP_LEGACY },
-        // ECX: cores in the package less one, and the width of the APIC id's part that tells them apart. Reserved on others.
+        // ECX: cores in the package minus one, and the width of the APIC ID part that distinguishes them. Reserved on
+        // other vendors.
         0x8000_0008 if amd => leaf.ecx = (leaf.ecx & !0xf0ff) | (processor.core_bits() << 12) | (cpus - 1),
-        // Extended APIC id; one thread a core; one node. There is no such leaf on others.
+        // Extended APIC ID; one thread per core; one node. Other vendors have no such leaf.
         0x8000_001e if amd => {
             leaf.eax = index;
             leaf.ebx = index & 0xff;
@@ -152,27 +154,29 @@ fn tell_topology(leaf: &mut kvm_cpuid_entry2, vendor: Vendor, processor: Process
     }
 }
 
-/// Takes from `leaf` what KVM offers and this machine does not have.
+/// Removes features from `leaf` that KVM offers but this machine does not have.
 fn withhold(leaf: &mut kvm_cpuid_entry2, vendor: Vendor, processor: Processor) {
     match (leaf.function, leaf.index) {
-        // Virtual machines in the guest, on Intel and on AMD: much of KVM that a guest would else reach unasked. T2 and T2A
-        // clear VMX, QEMU wants them asked for by machines that are to be moved.
+        // Nested virtualization, on Intel and on AMD: it would expose a large part of KVM to guests that did not ask
+        // for it. T2 and T2A clear VMX; QEMU requires an explicit option for machines that can be migrated.
         (0x1, _) if !processor.nested => leaf.ecx &= !VMX,
         (0x8000_0001, _) if !processor.nested => leaf.ecx &= !SVM,
         (0x8000_000a, _) if !processor.nested => clear(leaf),
         (0x7, 0) => {
-            // There is no enclave memory: a kernel would look for it, and complain. T2 clears it, QEMU without a size for it.
+            // There is no enclave memory, and a kernel would complain about that. T2 clears the bit, QEMU does so
+            // without a configured size.
             leaf.ebx &= !SGX;
             leaf.ecx &= !SGX_LC;
-            // By these a program in the guest puts the host's processor to sleep. Firecracker and QEMU (`cpu-pm=off`) clear it.
+            // These instructions put the host's processor to sleep. Firecracker and QEMU (`cpu-pm=off`) clear the bit.
             leaf.ecx &= !WAITPKG;
-            // KVM makes it up for every processor. AMD's have no such MSR: kernels believe what it says of Intel's faults, and
-            // Windows stops. Firecracker clears it, and so did QEMU 10.1.
+            // KVM emulates it for every processor. AMD processors have no such MSR: kernels would believe what it says
+            // about Intel's vulnerabilities, and Windows fails to boot. Firecracker clears it, and so did QEMU 10.1.
             if vendor == Vendor::Amd {
                 leaf.edx &= !ARCH_CAPABILITIES;
             }
         }
-        // Memory encryption (AMD's SME and SEV): the host's, and not this guest's. QEMU clears it for machines without SEV.
+        // Memory encryption (AMD's SME and SEV) belongs to the host and is not available to the guest. QEMU clears it
+        // for machines without SEV.
         (0x8000_001f, _) => clear(leaf),
         _ => {}
     }

@@ -1,4 +1,4 @@
-//! From KVM_RUN to a device, or to the machine's end: the only place that looks at a vCPU's exit.
+//! Handles VM exits: dispatches them to devices or ends the machine. No other module inspects a vCPU's exit.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -11,32 +11,32 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::Buses;
 use crate::exit_latch::ExitReason;
 
-/// What is to be done after a KVM_RUN.
+/// The next action after a KVM_RUN.
 pub enum Step {
-    /// Run on.
+    /// Run the guest again.
     Continue,
-    /// Run on when the console has room again.
+    /// Run the guest again once the console has room.
     WaitForConsole,
-    /// A signal came: see what is wanted, then run on.
+    /// A signal arrived: check for commands, then run the guest again.
     Interrupted,
-    /// The guest can run no more on this vCPU.
+    /// This vCPU cannot run any further.
     End(End),
 }
 
-/// Why a guest can run no more.
+/// Why a vCPU cannot run any further.
 pub enum End {
-    /// It shut the processor down.
+    /// The guest shut the processor down.
     TripleFault { rip: Option<u64> },
-    /// It switched the machine off by a firmware call.
+    /// The guest powered the machine off by a firmware call.
     PoweredOff,
-    /// It reset the machine by a firmware call.
+    /// The guest reset the machine by a firmware call.
     Reset,
-    /// KVM gave up.
+    /// KVM returned an error.
     KvmError(String),
 }
 
 impl End {
-    /// The machine's reason when vCPU `vcpu` ends so.
+    /// The machine's exit reason for this end of vCPU `vcpu`.
     pub fn reason(self, vcpu: u32) -> ExitReason {
         match self {
             End::TripleFault { rip } => ExitReason::TripleFault { vcpu, rip },
@@ -47,7 +47,7 @@ impl End {
     }
 }
 
-/// Runs the guest up to its next exit, and serves it.
+/// Runs the guest until its next exit and handles it.
 pub fn step(fd: &mut VcpuFd, buses: &Buses) -> Step {
     match fd.run() {
         Ok(VcpuExit::IoOut(port, data)) => {
@@ -91,15 +91,15 @@ pub fn step(fd: &mut VcpuFd, buses: &Buses) -> Step {
     }
 }
 
-/// Takes note of a kick. From here on the next one counts, so that what it is about is to be looked for after this.
+/// Acknowledges a kick. Later kicks count again, so commands must be checked after this call.
 fn interrupted(fd: &mut VcpuFd) -> Step {
     fd.set_kvm_immediate_exit(0);
     Step::Interrupted
 }
 
-/// Completes the vCPU's last exit without running the guest, so that its registers are those of an instruction's
-/// boundary (KVM API, KVM_RUN: an exit for I/O is complete only after the next KVM_RUN). An instruction that makes several
-/// accesses, as `rep outsb` does, has its next exits served here. Returns why the guest can run no more, if so.
+/// Completes the vCPU's last exit without running the guest, so that its registers are at an instruction boundary (KVM
+/// API, KVM_RUN: an I/O exit is complete only after the next KVM_RUN). Further exits of an instruction with several
+/// accesses, such as `rep outsb`, are handled here. Returns the reason if the vCPU cannot run any further.
 pub fn finish(fd: &mut VcpuFd, buses: &Buses) -> Option<End> {
     loop {
         fd.set_kvm_immediate_exit(1);
@@ -111,15 +111,15 @@ pub fn finish(fd: &mut VcpuFd, buses: &Buses) -> Option<End> {
     }
 }
 
-/// Has a kick of the calling thread reach KVM_RUN of `fd` wherever it comes: inside it interrupts the guest, outside it has
-/// the next KVM_RUN return at once (KVM API, `immediate_exit`). To be called on the vCPU's thread, which drops the aim before
-/// it closes `fd`.
+/// Makes kicks of the calling thread reach KVM_RUN of `fd` at any time: within KVM_RUN a kick interrupts the guest,
+/// otherwise it makes the next KVM_RUN return immediately (KVM API, `immediate_exit`). Must be called on the vCPU's
+/// thread, which drops the returned guard before it closes `fd`.
 pub fn aim_kicks_at(fd: &mut VcpuFd) -> Aim {
     KICKED.set(&raw mut fd.get_kvm_run().immediate_exit);
     Aim(PhantomData)
 }
 
-/// Where kicks of this thread go. Without it they do nothing: a thread may be kicked until it is gone.
+/// Directs this thread's kicks to a vCPU. Without it kicks do nothing: a thread may be kicked until it has exited.
 pub struct Aim(PhantomData<*const ()>);
 
 impl Drop for Aim {
@@ -128,49 +128,50 @@ impl Drop for Aim {
     }
 }
 
-/// What the signal of a kick does. Async-signal-safe.
+/// The signal handler of a kick. Async-signal-safe.
 pub extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let flag = KICKED.get();
     if !flag.is_null() {
-        // SAFETY: the flag is this thread's own and lies in the mapping of its `kvm_run`, which stays for as long as kicks are
-        // aimed at it (see `aim_kicks_at`); the kernel alone reads it, at the start of KVM_RUN. The thread is here, so that it
-        // does nothing else with it.
+        // SAFETY: the flag belongs to this thread and lies in the mapping of its `kvm_run`, which exists as long as
+        // kicks are directed at it (see `aim_kicks_at`). Only the kernel reads it, at the start of KVM_RUN, and this
+        // thread is in the handler, so it does not access the flag otherwise.
         unsafe { flag.write_volatile(1) };
     }
 }
 
 thread_local! {
-    /// The flag that has this thread's KVM_RUN return at once; null where the thread runs no vCPU.
+    /// The flag that makes this thread's KVM_RUN return immediately; null if the thread runs no vCPU.
     static KICKED: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
-/// An exit's data apart from the borrow of the vCPU it came with.
+/// Detaches an exit's data from the borrow of its vCPU.
 fn detached<'a>(data: &mut [u8]) -> &'a mut [u8] {
-    // SAFETY: `data` lies in the vCPU's `kvm_run` mapping, which stays until the `VcpuFd` is dropped; `step`, the only
-    // caller, holds that `VcpuFd` for as long as it uses the slice and lets nobody else at the data meanwhile.
+    // SAFETY: `data` lies in the vCPU's `kvm_run` mapping, which exists until the `VcpuFd` is dropped. `step`, the only
+    // caller, holds that `VcpuFd` for as long as it uses the slice, and no other code accesses the data in the
+    // meantime.
     unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len()) }
 }
 
-/// The width in bytes of one access of the port I/O exit that was just taken: a string instruction makes many at once.
+/// The width in bytes of one access of the current port I/O exit: a string instruction makes many accesses at once.
 fn port_width(fd: &mut VcpuFd) -> usize {
     // SAFETY: the exit was KVM_EXIT_IO, for which KVM fills this member of the union.
     let width = unsafe { fd.get_kvm_run().__bindgen_anon_1.io.size };
     usize::from(width).max(1)
 }
 
-/// Where the vCPU stands, for a message; 0 if KVM does not say.
+/// The vCPU's instruction pointer for a message; 0 if KVM does not provide it.
 fn rip(fd: &VcpuFd) -> u64 {
     fd.get_regs().map_or(0, |regs| regs.rip)
 }
 
-/// Where the vCPU stood when it shut down; `None` where that is lost: on AMD the processor leaves its state undefined,
-/// so that KVM puts the vCPU to the reset vector (AMD APM volume 2, §15.14.3).
+/// The instruction pointer at shutdown. `None` if it is lost: on AMD the processor leaves its state undefined, so KVM
+/// resets the vCPU to the reset vector (AMD APM volume 2, §15.14.3).
 fn rip_before_shutdown(fd: &VcpuFd) -> Option<u64> {
     const RESET_VECTOR: u64 = 0xfff0;
     Some(rip(fd)).filter(|rip| *rip != RESET_VECTOR)
 }
 
-/// KVM's words on an internal error: which, where, and the bytes of the instruction where it gives them.
+/// Describes a KVM internal error: its kind, its address, and the instruction bytes if available.
 fn internal_error(fd: &mut VcpuFd) -> String {
     let at = rip(fd);
     let run: &kvm_run = fd.get_kvm_run();

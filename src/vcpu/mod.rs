@@ -1,6 +1,6 @@
-//! A vCPU's thread and its states: paused, running, ended.
+//! A vCPU thread and its states: paused, running, ended.
 //!
-//! A thread starts paused and does what it is told by [`VcpuThread`]: the guest runs between `resume` and `pause`.
+//! A thread starts paused and follows the commands of [`VcpuThread`]: the guest runs between `resume` and `pause`.
 
 pub mod cpuid;
 mod exit;
@@ -22,31 +22,31 @@ use crate::sandbox;
 
 use exit::{End, Step};
 
-/// How long a vCPU may take to answer a kick before it is kicked again.
+/// The time after which an unanswered kick is repeated.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
 
-/// What a vCPU thread is told.
+/// Commands to a vCPU thread.
 enum Command {
     Resume,
     Pause,
     Stop,
 }
 
-/// A vCPU paused at the boundary of an instruction has nothing left to do for its last exit.
+/// Sent by a vCPU that is paused at an instruction boundary, with its last exit completed.
 struct Paused;
 
-/// The guest's two address spaces, as its vCPUs see them. Frozen when the machine is built.
+/// The guest's address spaces as seen by its vCPUs. Immutable once the machine is built.
 #[derive(Default)]
 pub struct Buses {
     /// Port I/O.
     pub ports: Bus,
     /// Memory-mapped I/O.
     pub memory: Bus,
-    /// What the serial port prints to: a vCPU that has filled it waits for room outside of the device.
+    /// The serial port's output: a vCPU that has filled it waits for room outside of the device.
     pub console: Arc<Output>,
 }
 
-/// A vCPU's thread, as the machine holds it. Its methods are called on the machine's thread.
+/// The machine's handle to a vCPU thread. Its methods are called on the machine's thread.
 pub struct VcpuThread {
     commands: Sender<Command>,
     answers: Receiver<Paused>,
@@ -54,7 +54,7 @@ pub struct VcpuThread {
     buses: Arc<Buses>,
 }
 
-/// Makes the kick known to this process; to be called before the first [`VcpuThread::start`].
+/// Installs the signal handler for kicks. Must be called before the first [`VcpuThread::start`].
 pub fn prepare_kicks() -> io::Result<()> {
     Ok(register_signal_handler(SIGRTMIN(), exit::on_kick)?)
 }
@@ -71,33 +71,33 @@ impl VcpuThread {
         Ok(VcpuThread { commands, answers, thread, buses })
     }
 
-    /// Lets the guest run on this vCPU. Returns at once.
+    /// Resumes the guest on this vCPU. Returns immediately.
     pub fn resume(&self) {
-        // A thread that has ended said so through `ExitLatch`.
+        // A thread that has ended has reported it through `ExitLatch`.
         let _ = self.commands.send(Command::Resume);
     }
 
-    /// Asks the vCPU to leave the guest; [`VcpuThread::wait_paused`] says when it has.
-    pub fn ask_to_pause(&self) {
+    /// Asks the vCPU to leave the guest; [`VcpuThread::wait_paused`] waits for it.
+    pub fn request_pause(&self) {
         let _ = self.commands.send(Command::Pause);
         self.kick();
     }
 
-    /// Waits until the vCPU has left the guest, or its thread has ended.
+    /// Waits until the vCPU has left the guest or its thread has ended.
     pub fn wait_paused(&self) {
         while let Err(RecvTimeoutError::Timeout) = self.answers.recv_timeout(KICK_AGAIN) {
             self.kick();
         }
     }
 
-    /// Whether the vCPU leaves the guest by itself after it was asked to.
+    /// Whether the vCPU leaves the guest within `timeout` after the request, without another kick.
     #[cfg(test)]
     pub fn has_paused_within(&self, timeout: Duration) -> bool {
         self.answers.recv_timeout(timeout).is_ok()
     }
 
-    /// Asks the thread to end; [`VcpuThread::join`] says when it has.
-    pub fn ask_to_stop(&self) {
+    /// Asks the thread to end; [`VcpuThread::join`] waits for it.
+    pub fn request_stop(&self) {
         let _ = self.commands.send(Command::Stop);
         self.kick();
     }
@@ -111,19 +111,19 @@ impl VcpuThread {
                 Ok(Paused) => {}
             }
         }
-        // A panic on the thread has ended the process or been printed; there is nothing to add.
+        // A panic on the thread has already been reported or has aborted the process.
         let _ = self.thread.join();
     }
 
-    /// Has the thread look at what it was told, wherever it is: in the guest, in a device, or waiting for the console. It is
-    /// repeated until it is answered, since a real-time signal may fail to be queued.
+    /// Makes the thread check its commands, whether it is in the guest, in a device or waiting for the console. Kicks
+    /// are repeated until answered, since a real-time signal may fail to be queued.
     fn kick(&self) {
         let _ = self.thread.kill(SIGRTMIN());
         self.buses.console.wake();
     }
 }
 
-/// What the thread itself holds.
+/// The state owned by the thread.
 struct Vcpu {
     index: u32,
     fd: VcpuFd,
@@ -131,26 +131,26 @@ struct Vcpu {
     exit_latch: Arc<ExitLatch>,
     inbox: Receiver<Command>,
     outbox: Sender<Paused>,
-    /// Whether a pause has something to come after.
+    /// Whether the vCPU has run since it was last paused.
     has_run: bool,
-    /// What was found in the inbox while the vCPU waited.
+    /// A command received while the vCPU was waiting for the console.
     called: Option<Command>,
-    /// Whether the guest runs on only when the console has room.
+    /// Whether the guest must not run before the console has room.
     waits_for_console: bool,
 }
 
 impl Vcpu {
     fn live(mut self) {
-        // Goes before the descriptor does: who waits for the thread's end kicks it to the last.
+        // Dropped before the descriptor: the thread may be kicked until the very end.
         let _aim = exit::aim_kicks_at(&mut self.fd);
-        // Paused: waits for a word.
+        // Paused: waits for a command.
         while let Ok(command) = self.inbox.recv() {
             match command {
                 Command::Stop => return,
                 Command::Pause => self.say_paused(),
                 Command::Resume => {
                     if std::mem::replace(&mut self.has_run, true) {
-                        self.tell_guest_of_pause();
+                        self.notify_guest_of_pause();
                     }
                     if !self.run() {
                         return;
@@ -160,14 +160,14 @@ impl Vcpu {
         }
     }
 
-    /// Has the guest's watchdogs know that this vCPU did not run, which they would take for a processor that hangs
-    /// (KVM_KVMCLOCK_CTRL). A guest that does not use KVM's clock cannot be told.
-    fn tell_guest_of_pause(&self) {
+    /// Notifies the guest's watchdogs that this vCPU was stopped, so that they do not report a hung processor
+    /// (KVM_KVMCLOCK_CTRL). Has no effect on a guest that does not use kvm-clock.
+    fn notify_guest_of_pause(&self) {
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    /// Runs the guest until told to pause (true), or until told to stop, the machine has ended, or the guest can run no more
-    /// (false).
+    /// Runs the guest until a pause command (true), or until a stop command, the machine's end or an exit after which
+    /// the vCPU cannot run (false).
     fn run(&mut self) -> bool {
         loop {
             let end = match self.next_command() {
@@ -183,7 +183,7 @@ impl Vcpu {
                     self.wait_for_console();
                     None
                 }
-                // A machine that reset or powered off executes nothing more, not even until the main thread stops it.
+                // After a reset or power-off no instruction may run, even before the main thread stops this thread.
                 Some(Command::Resume) | None if self.exit_latch.is_declared() => return false,
                 Some(Command::Resume) | None => self.step(),
             };
@@ -194,7 +194,7 @@ impl Vcpu {
         }
     }
 
-    /// What the thread is told, if it is told something. That who tells it has gone is a word to stop.
+    /// The pending command, if any. A disconnected sender means stop.
     fn next_command(&mut self) -> Option<Command> {
         self.called.take().or_else(|| match self.inbox.try_recv() {
             Ok(command) => Some(command),
@@ -203,7 +203,7 @@ impl Vcpu {
         })
     }
 
-    /// Runs the guest up to its next exit. Returns why it can run no more, if so.
+    /// Runs the guest until its next exit. Returns the reason if the vCPU cannot run any further.
     fn step(&mut self) -> Option<End> {
         match exit::step(&mut self.fd, &self.buses) {
             Step::Continue | Step::Interrupted => {}
@@ -213,7 +213,7 @@ impl Vcpu {
         None
     }
 
-    /// Waits until the console has room, or until the thread is told something.
+    /// Waits until the console has room or a command arrives.
     fn wait_for_console(&mut self) {
         let buses = self.buses.clone();
         buses.console.wait_for_room(|| {
@@ -224,7 +224,7 @@ impl Vcpu {
     }
 
     fn say_paused(&self) {
-        // Who asked may have gone; then nobody waits.
+        // The requester may be gone, in which case the answer is not needed.
         let _ = self.outbox.send(Paused);
     }
 }

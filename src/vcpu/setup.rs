@@ -1,4 +1,4 @@
-//! From a kernel's entry point to a vCPU that stands there: CPUID first, then special registers, MSRs and registers.
+//! Initializes a vCPU for the kernel's entry point: first CPUID, then special registers, MSRs and general registers.
 
 use anyhow::{Context, Result, ensure};
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
@@ -19,7 +19,7 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
-/// Page table entry: present, writable; in a page directory also: a 2 MiB page (Intel SDM volume 3, §4.5).
+/// Page table entries: present, writable; in a page directory also: a 2 MiB page (Intel SDM volume 3, §4.5).
 const PAGE_TABLE: u64 = 0b11;
 const LARGE_PAGE: u64 = PAGE_TABLE | 1 << 7;
 
@@ -35,8 +35,8 @@ const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
 
-/// Puts into guest memory what the first vCPU's registers will point at: a descriptor table and, for a kernel
-/// entered in long mode, page tables that map the first 4 GiB one to one. Called once, after the kernel is loaded.
+/// Writes the tables that the first vCPU's registers refer to: a descriptor table and, for a kernel entered in long
+/// mode, page tables that identity-map the first 4 GiB. Called once, after the kernel is loaded.
 pub fn write_boot_tables(memory: &GuestMemory, protocol: Protocol) -> Result<()> {
     let unused = Descriptor::default();
     let table = [unused, unused, code(protocol), DATA, TASK].map(|d| descriptor_bytes(d).to_le_bytes()).concat();
@@ -47,7 +47,7 @@ pub fn write_boot_tables(memory: &GuestMemory, protocol: Protocol) -> Result<()>
     Ok(())
 }
 
-/// Makes `vcpu` ready to run: the first one at `entry`; the others, given no entry, wait for the first to start them.
+/// Prepares `vcpu` to run: the first one starts at `entry`; the others have no entry and wait for a startup IPI.
 pub fn prepare(vcpu: &VcpuFd, cpuid: &CpuId, entry: Option<EntryPoint>) -> Result<()> {
     vcpu.set_cpuid2(cpuid).context("KVM_SET_CPUID2")?;
     set_msrs(vcpu, cpuid::vendor(cpuid))?;
@@ -86,7 +86,8 @@ fn enter_protected_mode(sregs: &mut kvm_sregs, protocol: Protocol) {
     }
 }
 
-/// A segment descriptor by its access byte and flags; base 0, limit 4 GiB but for the task's (Intel SDM volume 3, §3.4.5).
+/// A segment descriptor with its access byte and flags; base 0, limit 4 GiB except for the task segment (Intel SDM
+/// volume 3, §3.4.5).
 #[derive(Debug, Clone, Copy, Default)]
 struct Descriptor {
     access: u8,
@@ -94,12 +95,12 @@ struct Descriptor {
     limit: u32,
 }
 
-/// Readable, writable, accessed data.
+/// A data segment: readable, writable, accessed.
 const DATA: Descriptor = Descriptor { access: 0x93, flags: 0xc, limit: 0xf_ffff };
-/// Busy task state segment of the least size.
+/// A busy task state segment of minimum size.
 const TASK: Descriptor = Descriptor { access: 0x8b, flags: 0x0, limit: 0x67 };
 
-/// Readable, executable, accessed code: 64-bit, or 32-bit for PVH.
+/// A code segment: readable, executable, accessed; 64-bit, or 32-bit for PVH.
 fn code(protocol: Protocol) -> Descriptor {
     let flags = match protocol {
         Protocol::Linux64 => 0xa,
@@ -113,7 +114,7 @@ fn segment(descriptor: Descriptor, selector: u16) -> kvm_segment {
     let granular = flags >> 3 & 1;
     kvm_segment {
         base: 0,
-        // KVM wants the limit in bytes.
+        // KVM expects the limit in bytes.
         limit: if granular == 1 { limit << 12 | 0xfff } else { limit },
         selector,
         type_: access & 0xf,
@@ -143,15 +144,16 @@ fn write_page_tables(memory: &GuestMemory) -> Result<()> {
     Ok(())
 }
 
-/// Sets the MSRs whose reset values would have a kernel take this processor for another. Comes after CPUID, by which KVM
-/// knows which MSRs there are.
+/// Sets the MSRs whose reset values would mislead a kernel. Must follow CPUID, which determines the MSRs that KVM
+/// accepts.
 fn set_msrs(vcpu: &VcpuFd, vendor: Vendor) -> Result<()> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    // All of memory is write-back: without this Linux takes it for uncached, and is slow.
+    // All memory is write-back. Without this Linux treats it as uncached and is slow.
     let mut msrs = vec![entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK)];
     if vendor == Vendor::Intel {
-        // Firmware sets the bit: without it Linux takes Intel's fast string instructions for switched off. The others are
-        // KVM's word, among them that there is no BTS and no PEBS, which a guest's perf would else use, and fault.
+        // Firmware sets this bit; without it Linux considers Intel's fast string instructions disabled. The other bits
+        // come from KVM, which reports that BTS and PEBS are unavailable; otherwise a guest's perf would use them and
+        // fault.
         let misc_enable = get_msr(vcpu, MSR_IA32_MISC_ENABLE)?;
         msrs.push(entry(MSR_IA32_MISC_ENABLE, misc_enable | MISC_ENABLE_FAST_STRING));
     }
@@ -209,7 +211,7 @@ mod tests {
                 (leaf.ebx, leaf.edx, leaf.ecx) = (ebx, edx, ecx);
             }
             let vcpu = vm.create_vcpu(index).unwrap();
-            // KVM says so by itself, but for that of PVM.
+            // KVM sets these bits itself, except with PVM.
             let unavailable =
                 kvm_msr_entry { index: MSR_IA32_MISC_ENABLE, data: BTS_AND_PEBS_UNAVAILABLE, ..Default::default() };
             assert_eq!(vcpu.set_msrs(&Msrs::from_entries(&[unavailable]).unwrap()).unwrap(), 1);

@@ -1,11 +1,11 @@
-//! From a device's settings to the bytes a driver reads: the configuration space (virtio 1.2 §2.5).
+//! The device configuration space (virtio 1.2 §2.5).
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Interrupt;
 
-/// A device's configuration bytes. Shared by the device, which may change them, and the transport, which shows them.
+/// A device's configuration bytes. Shared by the device, which may change them, and the transport, which exposes them.
 pub struct ConfigSpace {
     writable: Range<usize>,
     fresh: Vec<u8>,
@@ -15,26 +15,26 @@ pub struct ConfigSpace {
 struct Contents {
     bytes: Vec<u8>,
     generation: u32,
-    /// Tells the driver of changes, while there is one.
+    /// Notifies the driver of changes, while one is attached.
     listener: Option<Arc<dyn Interrupt>>,
 }
 
 impl ConfigSpace {
-    /// A space that starts as `bytes`; the driver may write those in `writable`, which is cut to the space.
+    /// Creates a space with the content `bytes`; the driver may write the range `writable`, clipped to the space.
     pub fn new(bytes: Vec<u8>, writable: Range<usize>) -> ConfigSpace {
         let writable = writable.start.min(bytes.len())..writable.end.min(bytes.len());
         let fresh = bytes.clone();
         ConfigSpace { writable, fresh, now: Mutex::new(Contents { bytes, generation: 0, listener: None }) }
     }
 
-    /// Fills `data` from `offset` on. What lies beyond the end is left as it is.
+    /// Fills `data` from `offset`. Bytes beyond the end are left unchanged.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let contents = self.lock();
         let rest = usize::try_from(offset).ok().and_then(|at| contents.bytes.get(at..)).unwrap_or_default();
         data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
     }
 
-    /// The driver writes `data` at `offset`: what it may not write is dropped.
+    /// Writes `data` from the driver at `offset`; read-only bytes are ignored.
     pub fn write(&self, offset: u64, data: &[u8]) {
         let Ok(offset) = usize::try_from(offset) else { return };
         for ((at, byte), value) in self.lock().bytes.iter_mut().enumerate().skip(offset).zip(data) {
@@ -44,7 +44,7 @@ impl ConfigSpace {
         }
     }
 
-    /// The device changes its configuration, from whatever thread: a driver that has said DRIVER_OK is told of it.
+    /// Changes the configuration from the device side, on any thread. A driver that has set DRIVER_OK is notified.
     pub fn update(&self, offset: usize, data: &[u8]) {
         let mut contents = self.lock();
         contents.bytes.iter_mut().skip(offset).zip(data).for_each(|(to, from)| *to = *from);
@@ -56,32 +56,32 @@ impl ConfigSpace {
         }
     }
 
-    /// Whom to tell of the device's changes from now on (virtio 1.2 §3.1.1: nobody before DRIVER_OK).
+    /// Sets the receiver of change notifications (virtio 1.2 §3.1.1: none before DRIVER_OK).
     pub fn listen(&self, listener: Option<Arc<dyn Interrupt>>) {
         self.lock().listener = listener;
     }
 
-    /// Counts the device's changes, so that a driver can tell whether two reads belong together.
+    /// The number of changes by the device, so that a driver can detect inconsistent reads.
     pub fn generation(&self) -> u32 {
         self.lock().generation
     }
 
-    /// The driver reset the device: what it wrote goes.
+    /// Resets the bytes written by the driver.
     pub fn reset(&self) {
         self.set_driver_bytes(&self.fresh[self.writable.clone()]);
     }
 
-    /// The bytes that the driver may write, as they are now.
+    /// The current content of the writable bytes.
     pub fn driver_bytes(&self) -> Vec<u8> {
         self.lock().bytes[self.writable.clone()].to_vec()
     }
 
-    /// Puts back what [`ConfigSpace::driver_bytes`] returned.
+    /// Restores the bytes returned by [`ConfigSpace::driver_bytes`].
     pub fn set_driver_bytes(&self, bytes: &[u8]) {
         self.lock().bytes[self.writable.clone()].iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     }
 
-    /// Puts back a generation, so that a restored driver sees none twice.
+    /// Restores the generation, so that a restored driver never sees one twice.
     pub fn set_generation(&self, generation: u32) {
         self.lock().generation = generation;
     }

@@ -1,4 +1,4 @@
-//! What every device keeps, whatever it does: run on each of them through [`contract`].
+//! The contract of all virtio devices, tested on each of them through [`contract`].
 
 use std::cell::RefCell;
 use std::io::Write;
@@ -23,7 +23,7 @@ use crate::config::VsockConfig;
 use crate::resources;
 use crate::test_log::logged;
 
-/// Runs every rule on the devices that `make_device` makes.
+/// Tests every rule on the devices created by `make_device`.
 pub fn contract(make_device: impl Fn() -> VirtioDevice) {
     stopping_twice_is_stopping_once(&make_device);
     save_then_restore_is_identity(&make_device);
@@ -145,7 +145,7 @@ fn garbage_on_rings_never_panics(make_device: &impl Fn() -> VirtioDevice) {
     }
 }
 
-/// xorshift64: the same numbers in every run.
+/// xorshift64, with the same sequence in every run.
 struct Random(u64);
 
 impl Random {
@@ -186,7 +186,7 @@ fn the_socket_device_keeps_the_contract() {
     let dir = tempfile::tempdir().unwrap();
     contract(|| {
         let socket = dir.path().join("v.sock");
-        // The one before may be there still: the contract moves a driver from one to another.
+        // The previous socket may still exist: the contract moves a driver between devices.
         let _ = std::fs::remove_file(&socket);
         vsock::device(resources::vsock::open(&VsockConfig { socket, cid: 3 }).unwrap()).unwrap()
     });
@@ -207,7 +207,7 @@ fn the_network_device_keeps_the_contract() {
         }
         let device =
             net::device_on(vec![Box::new(StreamNet::new(ours).unwrap())], "net", [2, 0, 0, 0, 0, 1], None).unwrap().0;
-        // A guest may send it anything, as fast as it can, and it stays.
+        // The guest may send anything at any rate without losing the peer.
         peer.set_nonblocking(true).unwrap();
         peers.borrow_mut().push(peer);
         device
@@ -228,7 +228,7 @@ fn the_network_device_with_several_pairs_keeps_the_contract() {
     });
 }
 
-/// A device that holds on to what it is given until it is drained, or until it is told by a turn with `release` set.
+/// A device that holds its requests until it is drained, or until a turn with `release` set.
 #[derive(Default)]
 struct Held {
     chains: Arc<Mutex<Vec<u16>>>,
@@ -270,7 +270,7 @@ fn a_device_that_holds_requests_keeps_the_contract() {
     contract(|| device_around(Held::default()));
 }
 
-/// A driver with three requests that the device has taken and not completed.
+/// Returns a driver with three requests that the device has taken but not completed.
 fn three_in_flight() -> Driver {
     let held = Held::default();
     let chains = held.chains.clone();
@@ -310,7 +310,7 @@ fn a_reset_completes_what_is_in_flight_and_nothing_after() {
 fn a_restored_device_starts_where_the_saved_one_left() {
     let mut driver = three_in_flight();
     driver.transport.pause();
-    // Made available while nobody looks, and with no doorbell afterwards.
+    // Made available while the device is stopped, with no later doorbell.
     for _ in 0..2 {
         let head = driver.chain(0, &[(BUFFERS, 1, WRITE)]);
         driver.offer(0, head);
@@ -386,7 +386,7 @@ fn broken_rings_need_a_reset_and_a_reset_mends_them() {
         driver.wait_for_needs_reset();
         wait_for(|| driver.read(INTERRUPT_STATUS) == 2);
         assert_eq!(driver.read(STATUS), 0x4f, "{name}");
-        // Nothing is served any more, over a pause too.
+        // Nothing is served, even across a pause.
         driver.transport.pause();
         assert_eq!(logged(&format!("{name}: device needs a reset: ")).len(), 1, "{name}");
         driver.transport.resume();

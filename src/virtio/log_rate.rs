@@ -1,17 +1,17 @@
-//! From what a guest can make happen again and again to a log that stays readable.
+//! Rate-limits log messages that a guest can trigger.
 
 use std::time::{Duration, Instant};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Lets one line into the log in a second.
+/// Allows one log line per second.
 #[derive(Debug, Default)]
 pub struct LogRate {
     last: Option<Instant>,
 }
 
 impl LogRate {
-    /// Whether a line may be written now; it then counts as written.
+    /// Whether a line may be logged now. If so, it counts as logged.
     pub fn allows(&mut self) -> bool {
         let allowed = self.last.is_none_or(|last| last.elapsed() >= INTERVAL);
         if allowed {

@@ -1,4 +1,4 @@
-//! From a vCPU's load or store to a virtio device: virtio over MMIO, version 2 (virtio 1.2 §4.2.2).
+//! The virtio MMIO transport, version 2 (virtio 1.2 §4.2.2).
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -22,25 +22,25 @@ pub mod register {
     pub const VERSION: u64 = 0x004;
     /// The device's type.
     pub const DEVICE_ID: u64 = 0x008;
-    /// Who made the device.
+    /// The device's vendor.
     pub const VENDOR_ID: u64 = 0x00c;
-    /// 32 of the features offered.
+    /// 32 bits of the offered features.
     pub const DEVICE_FEATURES: u64 = 0x010;
-    /// Which 32 those are.
+    /// Selects which 32 bits.
     pub const DEVICE_FEATURES_SEL: u64 = 0x014;
-    /// 32 of the features accepted.
+    /// 32 bits of the accepted features.
     pub const DRIVER_FEATURES: u64 = 0x020;
-    /// Which 32 those are.
+    /// Selects which 32 bits.
     pub const DRIVER_FEATURES_SEL: u64 = 0x024;
-    /// Which queue the queue registers are about.
+    /// Selects the queue that the queue registers refer to.
     pub const QUEUE_SEL: u64 = 0x030;
-    /// The largest size of the queue; 0 where there is none.
+    /// The maximum size of the queue; 0 if it does not exist.
     pub const QUEUE_NUM_MAX: u64 = 0x034;
     /// The queue's size.
     pub const QUEUE_NUM: u64 = 0x038;
     /// Whether the queue is in use.
     pub const QUEUE_READY: u64 = 0x044;
-    /// The doorbell. ioeventfds stand on it, matched by queue index.
+    /// The doorbell, handled by ioeventfds that match the queue index.
     pub const QUEUE_NOTIFY: u64 = 0x050;
     /// Why the interrupt was raised.
     pub const INTERRUPT_STATUS: u64 = 0x060;
@@ -83,10 +83,10 @@ const USED_BUFFER: u32 = 1 << 0;
 /// InterruptStatus: the configuration or the device status changed.
 const CONFIGURATION_CHANGE: u32 = 1 << 1;
 
-/// The version of [`TransportState`] that this code writes, and the only one that it reads.
+/// The version of [`TransportState`] that this code reads and writes.
 const STATE_VERSION: u32 = 1;
 
-/// A transport as it is saved: see [`MmioTransport::save`].
+/// The saved state of a transport: see [`MmioTransport::save`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TransportState {
@@ -94,15 +94,15 @@ pub struct TransportState {
     pub version: u32,
     /// Device ID of the device behind the transport.
     pub device_type: u32,
-    /// The registers that only this transport has.
+    /// The transport's selector registers.
     pub selectors: Selectors,
     /// InterruptStatus.
     pub interrupt_status: u32,
-    /// What the driver told the device.
+    /// The state of the device and its driver.
     pub session: SessionState,
 }
 
-/// Registers that say which part of another one is meant.
+/// Registers that select a part of another register.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Selectors {
@@ -127,18 +127,18 @@ struct Registers {
     session: DeviceSession,
 }
 
-/// The interrupt's part that vCPU and worker threads share, with no lock.
+/// The part of the interrupt that is shared by vCPU and worker threads, without locks.
 struct MmioInterrupt {
     status: AtomicU32,
-    /// Whether somebody raises the line who cannot set the status.
+    /// Whether the line is also raised by an agent that cannot set the status, such as vhost.
     shared: AtomicBool,
     line: IrqLine,
 }
 
 impl MmioInterrupt {
-    /// InterruptStatus. While the line is shared it always tells of used buffers, which is true whenever it matters, and
-    /// otherwise one of the spurious notifications that drivers must handle (virtio 1.2 §2.7.7.1): they look, find nothing
-    /// used, and go on.
+    /// InterruptStatus. While the line is shared it always reports used buffers. That is correct whenever it matters,
+    /// and otherwise one of the spurious notifications that drivers must handle (virtio 1.2 §2.7.7.1): they check the
+    /// ring, find nothing used and continue.
     fn status(&self) -> u32 {
         let used = if self.shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
         self.status.load(Ordering::SeqCst) | used
@@ -169,9 +169,9 @@ impl Interrupt for MmioInterrupt {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers. Its buffers lie in `memory`, its interrupts go out on `irq`.
+    /// Creates the transport for `device`, whose buffers are in `memory` and whose interrupts are raised on `irq`.
     ///
-    /// Fails where the host has no more file descriptors or threads.
+    /// Fails if the host has run out of file descriptors or threads.
     pub fn new(device: VirtioDevice, memory: GuestMemory, irq: IrqLine) -> io::Result<MmioTransport> {
         let interrupt =
             Arc::new(MmioInterrupt { status: AtomicU32::new(0), shared: AtomicBool::new(false), line: irq });
@@ -184,42 +184,43 @@ impl MmioTransport {
         Ok(MmioTransport { interrupt, config, doorbells, registers })
     }
 
-    /// One eventfd a queue, to be given to KVM_IOEVENTFD on [`register::QUEUE_NOTIFY`] with the queue's index as datamatch, 4 bytes.
+    /// One eventfd per queue, to be registered with KVM_IOEVENTFD at [`register::QUEUE_NOTIFY`] with the queue's index
+    /// as datamatch, 4 bytes.
     pub fn doorbells(&self) -> &[EventFd] {
         &self.doorbells
     }
 
-    /// Stops the device, after what is in flight is completed. The vCPUs are to be stopped before.
+    /// Pauses the device after completing requests in flight. The vCPUs must be stopped first.
     pub fn pause(&self) {
         self.lock().session.pause();
     }
 
-    /// Lets the device go on. The vCPUs are to be started after.
+    /// Resumes the device. The vCPUs must be started afterwards.
     pub fn resume(&self) {
         self.lock().session.resume();
-        // An edge may have been lost with the machine that this one was restored from.
+        // The edge may have been lost when the machine was saved.
         if self.interrupt.status.load(Ordering::SeqCst) != 0 {
             self.interrupt.line.raise();
         }
     }
 
-    /// The device as its driver knows it. A running device stops for as long as it takes; to be of use together with the
-    /// guest's memory, it is paused before and both are saved.
+    /// Saves the state visible to the driver. A running device is stopped temporarily; for a state consistent with
+    /// guest memory, pause the device before saving both.
     pub fn save(&self) -> TransportState {
         let mut registers = self.lock();
         TransportState {
             version: STATE_VERSION,
             device_type: registers.session.device_type(),
             selectors: registers.selectors.clone(),
-            // Draining raises interrupts, so the session comes first.
+            // Draining raises interrupts, so the session is saved first.
             session: registers.session.save(),
             interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
         }
     }
 
-    /// Makes this the device that was saved, and leaves it paused.
+    /// Restores a saved state and leaves the device paused.
     ///
-    /// Fails, with nothing changed, on a state of another version or device.
+    /// Fails without any change if the state belongs to another version or device.
     pub fn restore(&self, state: &TransportState) -> Result<()> {
         let mut registers = self.lock();
         ensure!(state.version == STATE_VERSION, "device state has version {}, not {STATE_VERSION}", state.version);
@@ -258,7 +259,7 @@ impl Device for MmioTransport {
 
 impl MmioTransport {
     fn read_register(&self, offset: u64) -> Option<u32> {
-        // The one register that is read at every interrupt takes no lock.
+        // The register that is read at every interrupt takes no lock.
         if offset == INTERRUPT_STATUS {
             return Some(self.interrupt.status());
         }
@@ -273,7 +274,7 @@ impl MmioTransport {
             QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.size_max.into()),
             QUEUE_READY => queue.is_some_and(|queue| queue.ready).into(),
             STATUS => session.status(),
-            // No device has shared memory: length -1 says so.
+            // No device has shared memory, which a length of -1 indicates.
             SHM_LEN_LOW | SHM_LEN_HIGH | SHM_BASE_LOW | SHM_BASE_HIGH => u32::MAX,
             CONFIG_GENERATION => self.config.generation(),
             _ => return None,
@@ -282,7 +283,7 @@ impl MmioTransport {
 
     fn write_register(&self, offset: u64, value: u32) {
         match offset {
-            // Where KVM was given the doorbell, this is not reached.
+            // Not reached if KVM handles the doorbell.
             QUEUE_NOTIFY => {
                 if let Some(doorbell) = self.doorbells.get(value as usize) {
                     let _ = doorbell.write(1);
@@ -312,7 +313,7 @@ impl MmioTransport {
             _ => {
                 if let Some(queue) = session.queue_to_set_up(selectors.queue) {
                     match offset {
-                        // No size of a queue has more bits: 0 is refused when the queue is taken up.
+                        // Queue sizes have at most 16 bits; 0 is rejected when the queue is activated.
                         QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
                         QUEUE_DESC_LOW => set_low(&mut queue.descriptor_table, value),
                         QUEUE_DESC_HIGH => set_high(&mut queue.descriptor_table, value),

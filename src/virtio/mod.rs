@@ -1,7 +1,7 @@
-//! From a doorbell to the used ring: virtio devices (virtio 1.2) that know no transport.
+//! Virtio devices (virtio 1.2), independent of the transport.
 //!
-//! A device is plain data and one [`QueueHandler`]. A driver's negotiation is kept by [`session`], the thread that runs
-//! the handler by [`worker`], the rings by [`queue`]; [`mmio`] is the way a guest reaches all of it.
+//! A device is plain data and one [`QueueHandler`]. [`session`] keeps the driver's negotiation, [`worker`] is the
+//! thread that runs the handler, [`queue`] implements the rings, and [`mmio`] is the transport.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -30,42 +30,42 @@ pub use config_space::ConfigSpace;
 pub use mmio::{MmioTransport, TransportState};
 pub use queue::{Chain, RingError, Virtqueue};
 
-/// VIRTIO_F_INDIRECT_DESC (virtio 1.2 §6): a descriptor may point to a table of descriptors.
+/// VIRTIO_F_INDIRECT_DESC (virtio 1.2 §6): a descriptor may refer to a table of descriptors.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
-/// VIRTIO_F_EVENT_IDX (virtio 1.2 §6): each side says at which index it wants to hear from the other.
+/// VIRTIO_F_EVENT_IDX (virtio 1.2 §6): each side specifies the index at which it wants to be notified.
 pub const F_EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_F_VERSION_1 (virtio 1.2 §6): every device offers it and every driver must accept it.
 pub const F_VERSION_1: u64 = 1 << 32;
 
-/// What every device here offers, whatever it does.
+/// The features that every device offers.
 const COMMON_FEATURES: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1;
 
-/// A feature that means something only beside another one (the "feature bit requirements" of virtio 1.2 §5).
+/// A feature that depends on another one (the "feature bit requirements" of virtio 1.2 §5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FeatureNeed {
     /// The feature, as a mask.
     pub feature: u64,
-    /// Of these it needs one at least.
+    /// At least one of these features is required.
     pub any_of: u64,
 }
 
 impl FeatureNeed {
-    /// Whether somebody who accepted `features` keeps to it.
+    /// Whether the requirement is met by `features`.
     pub fn is_met_by(&self, features: u64) -> bool {
         features & self.feature == 0 || features & self.any_of != 0
     }
 }
 
-/// A device as a transport takes it: what a driver can read about it, and the code that serves its queues.
+/// A device as used by a transport: the properties visible to a driver, and the handler of its queues.
 pub struct VirtioDevice {
     /// Device ID (virtio 1.2 §5).
     pub device_type: u32,
-    /// Begins log lines, and names the worker thread as far as 15 bytes go.
+    /// The prefix of log lines, and the name of the worker thread (truncated to 15 bytes).
     pub name: String,
     /// Features offered.
     pub features: u64,
-    /// Which of them mean nothing without others. A driver that accepts one without is refused FEATURES_OK. Of what disks,
-    /// sockets, the balloon and the entropy device offer, nothing does.
+    /// Dependencies between features. A driver that violates them is denied FEATURES_OK. Disks, sockets, the balloon
+    /// and the entropy device have none.
     pub feature_needs: &'static [FeatureNeed],
     /// Device-specific configuration.
     pub config: Arc<ConfigSpace>,
@@ -93,69 +93,70 @@ pub struct QueueGroup {
     pub handler: Box<dyn QueueHandler>,
 }
 
-/// How far a handler got with a queue.
+/// The result of processing a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// The queue is empty. The driver's next doorbell is wanted.
+    /// The queue is empty and needs the driver's next doorbell.
     Drained,
-    /// There is more in it than one turn may take. It has another turn after the other queues had theirs.
+    /// There is more work than fits into a turn. The queue has another turn after the other queues.
     More,
-    /// What is next in it cannot be taken now. One of [`QueueHandler::wake_fds`] tells when; no doorbell is wanted until then.
+    /// The next request cannot be handled yet. One of [`QueueHandler::wake_fds`] signals when it can; no doorbell is
+    /// needed until then.
     Blocked,
 }
 
-/// A saved state that does not fit the device.
+/// A saved state that does not match the device.
 #[derive(Debug, thiserror::Error)]
 #[error("the saved device has another state than this one can have")]
 pub struct StateMismatch;
 
-/// The device's side of its queues.
+/// The device side of the queues.
 ///
 /// Once the device has its transport, it is called on its worker thread only, and dropped there. A run lasts from
 /// [`QueueHandler::start`] to [`QueueHandler::drain`]. An error from it is a broken ring: the device then needs a reset.
 pub trait QueueHandler: Send {
-    /// A run begins, with the features that the driver accepted. Runs may follow each other with no reset in between.
+    /// Starts a run with the features accepted by the driver. There may be several runs without a reset in between.
     fn start(&mut self, features: u64);
 
-    /// Offloads queues to the host's kernel, or takes them back, whichever is due. Called at the beginning of a run, and again
+    /// Offloads queues to the host's kernel or takes them back, as required. Called at the beginning of a run and
     /// whenever [`QueueHandler::offload_is_current`] returns false.
     fn update_offload(&mut self, _queues: &mut [Virtqueue], _notifiers: &Notifiers) -> Result<(), RingError> {
         Ok(())
     }
 
-    /// Whether each queue is offloaded, or not, as it should be. Asked between turns, after everything that may change it.
+    /// Whether the queues that should be offloaded are. Checked between turns, after anything that may change it.
     fn offload_is_current(&mut self) -> Result<bool, RingError> {
         Ok(true)
     }
 
-    /// Takes what is available in queue `index` and completes what can be completed, in any queue.
+    /// Processes the available buffers of queue `index` and completes any requests, in any queue, that are done.
     ///
-    /// Called when the queue's doorbell rang, when one of [`QueueHandler::wake_fds`] had something to tell, and once at each
-    /// start. A call does a bounded amount of work, so that a stop is never far away.
+    /// Called when the queue's doorbell rang, when one of [`QueueHandler::wake_fds`] was signaled, and once at each
+    /// start. A call does a bounded amount of work, so that a stop request is noticed soon.
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError>;
 
-    /// File descriptors that become readable or writable when the host side has something to tell. They are watched
-    /// edge-triggered, until the next [`QueueHandler::update_offload`] or the end of the run.
+    /// File descriptors that become readable or writable on events of the host side. They are watched edge-triggered
+    /// until the next [`QueueHandler::update_offload`] or the end of the run.
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }
 
-    /// A run ends: takes back all queues, waits for everything in flight and completes it. When this returns, with an error too, nothing touches
-    /// guest memory any more.
+    /// Ends a run: takes back all queues and completes all requests in flight. After it returns, even with an error,
+    /// guest memory is no longer accessed.
     fn drain(&mut self, _queues: &mut [Virtqueue]) -> Result<(), RingError> {
         Ok(())
     }
 
-    /// The driver reset the device: forgets all that it said.
+    /// Discards all state set by the driver, after a reset.
     fn reset(&mut self) {}
 
-    /// What the driver said through its queues and the device keeps, between two runs.
+    /// Saves the state that the driver set through the queues. Called between runs.
     fn save(&self) -> Vec<u8> {
         Vec::new()
     }
 
-    /// Puts back what [`QueueHandler::save`] returned, between two runs. Fails, with nothing changed, on what it would not
-    /// have returned for any driver.
+    /// Restores the state returned by [`QueueHandler::save`]. Called between runs. Fails without any change on a state
+    /// that `save` cannot have returned.
     fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
         if state.is_empty() { Ok(()) } else { Err(StateMismatch) }
     }
@@ -194,15 +195,16 @@ impl Notifiers {
     }
 }
 
-/// How a device gets the driver's attention: the transport's part of an interrupt. Called from any thread.
+/// The transport's interrupt, which notifies the driver. Called from any thread.
 pub trait Interrupt: Send + Sync {
-    /// Queue `index` has used buffers that the driver wants to hear of.
+    /// Queue `index` has used buffers for which the driver wants a notification.
     fn queue_used(&self, index: usize);
-    /// The configuration, or the device's status, changed.
+    /// The configuration or the device's status has changed.
     fn config_changed(&self);
-    /// Writing this is as good as [`Interrupt::queue_used`] for queue `index`, while the interrupt is shared.
+    /// Writing to this eventfd is equivalent to [`Interrupt::queue_used`] for queue `index`, while the interrupt is
+    /// shared.
     fn used_event(&self, index: usize) -> &EventFd;
-    /// Shares the interrupt with somebody who writes [`Interrupt::used_event`], or no longer. Whoever ends it says
-    /// [`Interrupt::queue_used`] before, since what was written last may not have been seen.
+    /// Starts or stops sharing the interrupt with an agent that writes to [`Interrupt::used_event`]. Before sharing
+    /// stops, [`Interrupt::queue_used`] must be called, since the last write may have been missed.
     fn share(&self, shared: bool);
 }

@@ -1,7 +1,7 @@
-//! From the available ring to a chain of guest buffers, and from a finished chain to the used ring (virtio 1.2 §2.7).
+//! Split virtqueues (virtio 1.2 §2.7): takes descriptor chains from the available ring and returns them in the used
+//! ring.
 //!
-//! Everything here is read from memory that the driver may change at any time: each descriptor is read once, and what it
-//! says is checked before it is passed on.
+//! The driver may change this memory at any time: each descriptor is read once and checked before it is passed on.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -15,22 +15,22 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::memory::GuestMemory;
 
-/// Where the available ring's entries begin, behind flags and index (virtio 1.2 §2.7.6).
+/// The offset of the available ring's entries, after flags and index (virtio 1.2 §2.7.6).
 const AVAILABLE_ENTRIES_AT: u64 = 4;
-/// Where the used ring's entries begin, and how long one is (virtio 1.2 §2.7.8).
+/// The offset and the size of the used ring's entries (virtio 1.2 §2.7.8).
 const USED_ENTRIES_AT: u64 = 4;
 const USED_ENTRY_BYTES: u64 = 8;
 
-/// The driver broke a rule of the ring, so that the device can no longer tell what is asked of it.
+/// The driver violated the ring's rules, so the device can no longer determine the requests.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
-    /// The rings lie outside of memory or are misaligned, or an index makes no sense.
+    /// The rings are outside of memory or misaligned, or an index is invalid.
     #[error("{0}")]
     Ring(QueueError),
-    /// A descriptor chain breaks a rule of virtio 1.2 §2.7.5.
+    /// A descriptor chain violates virtio 1.2 §2.7.5.
     #[error("invalid descriptor chain: {0}")]
     Chain(&'static str),
-    /// The host's kernel, which served the queue, does not go on with it.
+    /// The host's kernel, which served the queue, failed.
     #[error("the host's kernel (vhost) {0}")]
     Kernel(String),
 }
@@ -45,12 +45,12 @@ fn unreachable_ring(error: GuestMemoryError) -> RingError {
     RingError::Ring(QueueError::GuestMemory(error))
 }
 
-/// What a transport keeps of a queue while it does not run: the driver's settings and how far the device has come.
+/// The state of a queue that is not running: the driver's settings and the device's progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueRegisters {
-    /// The largest size the device takes.
+    /// The maximum size.
     pub size_max: u16,
-    /// The size that the driver chose.
+    /// The size set by the driver.
     pub size: u16,
     /// Whether the driver has enabled the queue.
     pub ready: bool,
@@ -67,7 +67,7 @@ pub struct QueueRegisters {
 }
 
 impl QueueRegisters {
-    /// A queue as it is after a reset.
+    /// The state after a reset.
     pub fn new(size_max: u16) -> QueueRegisters {
         QueueRegisters {
             size_max,
@@ -82,7 +82,7 @@ impl QueueRegisters {
     }
 }
 
-/// Part of a chain: `len_bytes` bytes of guest memory from `address`, not known to exist.
+/// A part of a chain: `len_bytes` bytes of guest memory from `address`, not validated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuestRange {
     /// Guest physical address.
@@ -91,7 +91,7 @@ pub struct GuestRange {
     pub len_bytes: u32,
 }
 
-/// A descriptor chain, read once. It is filled again and again, so that taking a chain costs no allocation.
+/// A descriptor chain, read once. It is reused, so that taking a chain does not allocate.
 #[derive(Debug, Default)]
 pub struct Chain {
     head: u16,
@@ -100,7 +100,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// A chain made by hand, for what parses chains to be tried on.
+    /// Creates a chain from its parts, for tests of code that parses chains.
     pub fn from_parts(head: u16, readable: Vec<GuestRange>, writable: Vec<GuestRange>) -> Chain {
         Chain { head, readable, writable }
     }
@@ -110,23 +110,23 @@ impl Chain {
         self.head
     }
 
-    /// What the device reads, in order.
+    /// The device-readable part, in order.
     pub fn readable(&self) -> &[GuestRange] {
         &self.readable
     }
 
-    /// What the device writes, in order.
+    /// The device-writable part, in order.
     pub fn writable(&self) -> &[GuestRange] {
         &self.writable
     }
 }
 
-/// Length of all `ranges` together, in bytes.
+/// The total length of `ranges` in bytes.
 pub fn len_bytes(ranges: &[GuestRange]) -> u64 {
     ranges.iter().map(|range| u64::from(range.len_bytes)).sum()
 }
 
-/// The part of `ranges` that begins `skip_bytes` into them and is `len_bytes` long, or as long as there is.
+/// The part of `ranges` that starts at offset `skip_bytes` and has `len_bytes`, or as many as there are.
 pub fn part(ranges: &[GuestRange], skip_bytes: u64, len_bytes: u64) -> impl Iterator<Item = GuestRange> {
     let end = skip_bytes.saturating_add(len_bytes);
     let mut at = 0;
@@ -134,7 +134,8 @@ pub fn part(ranges: &[GuestRange], skip_bytes: u64, len_bytes: u64) -> impl Iter
         let first = skip_bytes.clamp(at, at + u64::from(range.len_bytes)) - at;
         let last = end.clamp(at, at + u64::from(range.len_bytes)) - at;
         at += u64::from(range.len_bytes);
-        // Both fit: neither is beyond the range's own length. An address at the very top stays there and is refused later.
+        // Both casts are lossless: the values are within the range's length. An address at the very top saturates and
+        // is rejected later.
         let address = GuestAddress(range.address.0.saturating_add(first));
         (first < last).then_some(GuestRange { address, len_bytes: (last - first) as u32 })
     })
@@ -145,13 +146,14 @@ pub fn read_bytes<const N: usize>(memory: &GuestMemory, address: GuestAddress) -
     let mut bytes = [0; N];
     match memory.get_slice(address, N) {
         Ok(slice) => drop(slice.copy_to(&mut bytes)),
-        // It may begin in one region and end in the next.
+        // It may cross from one region into the next.
         Err(_) => memory.read_slice(&mut bytes, address)?,
     }
     Ok(bytes)
 }
 
-/// Reads the first `N` bytes of `ranges`, wherever the driver splits them. `None` where there are fewer, or not in memory.
+/// Reads the first `N` bytes of `ranges`, however they are split. `None` if there are fewer or they are outside of
+/// memory.
 pub fn read_front<const N: usize>(memory: &GuestMemory, ranges: &[GuestRange]) -> Option<[u8; N]> {
     if let Some(first) = ranges.first().filter(|first| first.len_bytes as usize >= N) {
         return read_bytes(memory, first.address).ok();
@@ -166,7 +168,7 @@ pub fn read_front<const N: usize>(memory: &GuestMemory, ranges: &[GuestRange]) -
     rest.is_empty().then_some(bytes)
 }
 
-/// A descriptor as it was when it was read (virtio 1.2 §2.7.5).
+/// A descriptor as read (virtio 1.2 §2.7.5).
 struct Descriptor {
     address: u64,
     len_bytes: u32,
@@ -192,21 +194,21 @@ impl Descriptor {
     }
 }
 
-/// A queue while it runs, with the memory it lies in. A queue that the driver has not enabled is empty.
+/// A running queue with the memory it is in. A queue that the driver has not enabled is empty.
 pub struct Virtqueue {
     queue: Queue,
     memory: Arc<GuestMemory>,
-    /// Somebody else serves it, and nothing here touches it.
+    /// Whether the queue is served elsewhere and must not be touched here.
     is_offloaded: bool,
-    /// Chains pushed since the driver's wish for interrupts was last looked at; the most that there are stands for more.
+    /// The number of chains pushed since the driver's notification setting was last checked, saturating.
     added: u16,
 }
 
 impl Virtqueue {
-    /// Takes up the work of a queue where `registers` say that it was left.
+    /// Activates a queue at the state in `registers`.
     ///
-    /// Fails where the driver's settings are no queue: a size that is no power of two or too large, or rings that are
-    /// misaligned or not in memory (virtio 1.2 §2.7).
+    /// Fails on invalid settings: a size that is too large or not a power of two, or rings that are misaligned or
+    /// outside of memory (virtio 1.2 §2.7).
     pub fn new(registers: &QueueRegisters, memory: &Arc<GuestMemory>, event_idx: bool) -> Result<Virtqueue, RingError> {
         let mut queue = Queue::new(registers.size_max)?;
         if registers.ready {
@@ -214,7 +216,7 @@ impl Virtqueue {
             queue.try_set_desc_table_address(GuestAddress(registers.descriptor_table))?;
             queue.try_set_avail_ring_address(GuestAddress(registers.available_ring))?;
             queue.try_set_used_ring_address(GuestAddress(registers.used_ring))?;
-            // As `Queue::is_valid` does, but that writes a line to the log each time, and a driver may do this all day.
+            // The same checks as `Queue::is_valid`, which logs each failure; a driver could repeat that endlessly.
             let size = usize::from(registers.size);
             for (address, len_bytes) in [
                 (registers.descriptor_table, 16 * size),
@@ -233,7 +235,7 @@ impl Virtqueue {
         Ok(Virtqueue { queue, memory: memory.clone(), is_offloaded: false, added: 0 })
     }
 
-    /// Writes down how far the queue has come.
+    /// Saves the queue's progress.
     pub fn leave(&self, registers: &mut QueueRegisters) {
         if self.queue.ready() {
             registers.next_available = self.queue.next_avail();
@@ -246,13 +248,13 @@ impl Virtqueue {
         self.queue.ready()
     }
 
-    /// Whether somebody else serves the queue.
+    /// Whether the queue is offloaded.
     pub fn is_offloaded(&self) -> bool {
         self.is_offloaded
     }
 
-    /// Gives the queue to somebody else, who finds it as it was checked by [`Virtqueue::new`]. Until it is taken back, all
-    /// that is called here is about a queue that is empty.
+    /// Offloads the queue and returns its state, as validated by [`Virtqueue::new`]. Until it is taken back, the queue
+    /// appears empty.
     pub fn offload(&mut self) -> QueueRegisters {
         self.is_offloaded = true;
         QueueRegisters {
@@ -267,8 +269,8 @@ impl Virtqueue {
         }
     }
 
-    /// Takes the queue back from where it was left: `next` is the index of the next entry of either ring, as many chains
-    /// having been used as were taken. Without it nothing was done.
+    /// Takes the queue back. `next` is the index of the next entry of both rings, since as many chains were used as
+    /// were taken. `None` means that nothing was processed.
     pub fn take_back(&mut self, next: Option<u16>) {
         self.is_offloaded = false;
         if let Some(next) = next {
@@ -282,33 +284,34 @@ impl Virtqueue {
         &self.memory
     }
 
-    /// How many chains the driver can have made available at most.
+    /// The maximum number of available chains.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
     /// Takes the next available chain into `chain`. Returns whether there was one.
     ///
-    /// Fails on an available index out of reach, and on a chain with an index outside of its table, longer than the queue
-    /// (as is one without an end), with a bad table of indirect descriptors, or with a readable part behind a writable one.
+    /// Fails on an invalid available index, and on a chain with an index outside of its table, longer than the queue
+    /// (which includes loops), with an invalid table of indirect descriptors, or with a readable part after a writable
+    /// one.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if !self.is_served() {
             return Ok(false);
         }
         let Some(descriptors) = self.queue.iter(&*self.memory)?.next() else { return Ok(false) };
         chain.head = descriptors.head_index();
-        // Walked here, because the iterator would just end where it meets something bad.
+        // Walked here, because the iterator of virtio-queue ends silently at an invalid descriptor.
         self.walk(chain)?;
         Ok(true)
     }
 
-    /// Leaves the chain that was popped last to be popped again: nothing was done with it. Not to be called more often
-    /// than chains were popped and not pushed.
+    /// Returns the chain that was popped last to the available ring. It must not have been processed. May not be called
+    /// more often than there are chains that were popped and not pushed.
     pub fn put_back(&mut self) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
-    /// Reads the descriptors of `chain` from its head on.
+    /// Reads the descriptors of `chain` starting at its head.
     fn walk(&self, chain: &mut Chain) -> Result<(), RingError> {
         chain.readable.clear();
         chain.writable.clear();
@@ -345,37 +348,37 @@ impl Virtqueue {
         }
     }
 
-    /// Gives chain `head` back, `written_bytes` of its writable part filled.
+    /// Returns chain `head` to the driver with `written_bytes` written.
     pub fn push(&mut self, head: u16, written_bytes: u32) -> Result<(), RingError> {
         self.queue.add_used(&*self.memory, head, written_bytes)?;
         self.added = self.added.saturating_add(1);
         Ok(())
     }
 
-    /// Gives several chains back, `(head, written_bytes)` each, which the driver sees at once or not at all.
+    /// Returns several chains, `(head, written_bytes)` each, which become visible to the driver together.
     pub fn push_together(&mut self, chains: &[(u16, u32)]) -> Result<(), RingError> {
         let Some((last, before)) = chains.split_last() else { return Ok(()) };
         let first_slot = self.queue.next_used();
         for (step, (head, written_bytes)) in (0..self.queue.size()).zip(before) {
-            // Sizes are powers of two, so that slots go on where the index wraps.
+            // Sizes are powers of two, so slots continue correctly when the index wraps.
             let slot = u64::from(first_slot.wrapping_add(step) % self.queue.size());
             let entry = [u32::from(*head).to_le(), written_bytes.to_le()];
             let at = self.queue.used_ring().saturating_add(USED_ENTRIES_AT + USED_ENTRY_BYTES * slot);
             self.memory.write_obj(entry, GuestAddress(at)).map_err(unreachable_ring)?;
         }
-        // The index is written once, for the last one.
+        // The index is written once, after the last chain.
         self.queue.set_next_used(first_slot.wrapping_add(before.len() as u16));
         self.added = self.added.saturating_add(before.len() as u16);
         self.push(last.0, last.1)
     }
 
-    /// Whether the driver wants an interrupt for what was pushed since the last call (virtio 1.2 §2.7.7).
+    /// Whether the driver wants an interrupt for the chains pushed since the last call (virtio 1.2 §2.7.7).
     pub fn needs_interrupt(&mut self) -> Result<bool, RingError> {
         let added = std::mem::take(&mut self.added);
         if added == 0 {
             return Ok(false);
         }
-        // What was pushed is seen before it is asked what the driver wants.
+        // Pushed chains must be visible before the driver's setting is read.
         fence(Ordering::SeqCst);
         let available = self.queue.avail_ring();
         let load = |offset| -> Result<u16, RingError> {
@@ -384,13 +387,13 @@ impl Virtqueue {
         };
         if self.queue.event_idx_enabled() {
             let used_event = load(AVAILABLE_ENTRIES_AT + 2 * u64::from(self.queue.size()))?;
-            // Whether that index is among those that were passed.
+            // Whether that index is among those just passed.
             return Ok(self.queue.next_used().wrapping_sub(used_event).wrapping_sub(1) < added);
         }
         Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
-    /// Tells the driver that its doorbell is not wanted while the queue is being looked at anyway.
+    /// Tells the driver that notifications are not needed while the queue is being processed.
     pub fn disable_notification(&mut self) -> Result<(), RingError> {
         if self.is_served() {
             self.queue.disable_notification(&*self.memory)?;
@@ -398,7 +401,8 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// Asks for the driver's doorbell. Returns whether chains became available before the driver could know of it.
+    /// Requests notifications from the driver. Returns whether chains became available before the driver could see
+    /// that.
     pub fn enable_notification(&mut self) -> Result<bool, RingError> {
         if self.is_served() { Ok(self.queue.enable_notification(&*self.memory)?) } else { Ok(false) }
     }
@@ -415,7 +419,7 @@ mod tests {
 
     const SIZE: u16 = 4;
 
-    /// A queue of four whose used index is about to wrap, and whose driver has offered all of it.
+    /// A queue of size four whose used index is about to wrap and whose chains are all available.
     fn queue(event_idx: bool) -> Virtqueue {
         let memory = Arc::new(memory::reserve(1).unwrap());
         for slot in 0..SIZE {

@@ -1,4 +1,4 @@
-//! From the host's entropy to the guest's: the entropy device (virtio 1.2 §5.4).
+//! The entropy device (virtio 1.2 §5.4), backed by getrandom(2).
 
 use std::sync::Arc;
 
@@ -11,12 +11,12 @@ use crate::sys;
 /// Device ID (virtio 1.2 §5).
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZE: u16 = 64;
-/// As much as one request gets. A driver takes what it is given and asks again.
+/// The maximum size of one request. A driver asks again for the rest.
 const REQUEST_BYTES_MAX: u64 = 64 << 10;
-/// Requests that are served before the worker looks at its stop event.
+/// The number of requests served before the worker checks its stop event.
 const REQUESTS_PER_TURN: usize = 16;
 
-/// An entropy device, which hands out what getrandom(2) returns.
+/// Creates an entropy device, which returns data from getrandom(2).
 pub fn device() -> VirtioDevice {
     VirtioDevice {
         device_type: DEVICE_TYPE,
@@ -49,7 +49,7 @@ impl QueueHandler for Entropy {
     }
 }
 
-/// Fills the writable part of `chain` as far as its address is good and the limit allows. Returns how far that is.
+/// Fills the writable part of `chain` up to the limit or the first bad address. Returns the number of bytes written.
 fn fill(chain: &Chain, queue: &Virtqueue) -> u32 {
     let mut bytes = [0; 4096];
     let mut written_bytes = 0;
@@ -103,7 +103,7 @@ mod tests {
         assert_eq!(driver.transact(0, &[(BUFFERS, 1 << 20, WRITE)]), 64 << 10);
         let beyond: u64 = driver.memory.read_obj(GuestAddress(BUFFERS + (64 << 10))).unwrap();
         assert_eq!(beyond, 0);
-        // The same buffer named many times does not help.
+        // Repeating the same buffer does not exceed the limit.
         assert_eq!(driver.transact(0, &[(BUFFERS, u32::MAX / 64, WRITE); 60]), 64 << 10);
     }
 

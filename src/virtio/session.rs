@@ -1,4 +1,4 @@
-//! From a driver's first write to a running device, and back: the life of a device (virtio 1.2 §3.1), for any transport.
+//! A device's lifecycle (virtio 1.2 §3.1), from negotiation to running and reset, for any transport.
 
 use std::io;
 use std::sync::Arc;
@@ -26,15 +26,15 @@ const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
-/// All that a driver has told a device, and how far the device has come.
+/// The saved state of a device: everything the driver has set, and the device's progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SessionState {
     /// Device status (virtio 1.2 §2.1).
     pub status: u32,
-    /// Features that the driver wrote; they count from FEATURES_OK on.
+    /// Features written by the driver; they take effect with FEATURES_OK.
     pub driver_features: u64,
-    /// Whether it wrote a feature bit above 63, which none of our devices offers.
+    /// Whether the driver wrote a feature bit above 63, which no device offers.
     pub driver_features_beyond: bool,
     /// Every queue, in order.
     pub queues: Vec<QueueRegisters>,
@@ -46,7 +46,7 @@ pub struct SessionState {
     pub handlers: Vec<Vec<u8>>,
 }
 
-/// A device and its driver. A transport guards it with a lock and turns accesses into calls.
+/// A device and its driver. The transport guards it with a lock and translates register accesses into calls.
 pub struct DeviceSession {
     device_type: u32,
     features: u64,
@@ -104,7 +104,7 @@ impl DeviceSession {
         }
     }
 
-    /// The driver accepts features. Ignored once it has said FEATURES_OK.
+    /// Sets the accepted features. Ignored after FEATURES_OK.
     pub fn set_driver_features(&mut self, select: u32, value: u32) {
         if self.status & FEATURES_OK != 0 {
             return;
@@ -122,9 +122,9 @@ impl DeviceSession {
         self.status | if self.reports.needs_reset() { NEEDS_RESET } else { 0 }
     }
 
-    /// The driver writes the device status: 0 resets, anything else can only go on, one step after the other.
+    /// Sets the device status: 0 resets, other values may only add bits, in the specified order.
     ///
-    /// Returns after a reset is complete: then nothing of the device touches guest memory any more.
+    /// Returns after a reset is complete: the device no longer accesses guest memory then.
     pub fn set_status(&mut self, value: u32) {
         if value == 0 {
             return self.reset();
@@ -147,30 +147,31 @@ impl DeviceSession {
         self.start();
     }
 
-    /// Has the driver told of changes of the configuration, if it runs the device.
+    /// Subscribes the driver to configuration changes, if it runs the device.
     fn listen(&self) {
         let runs = self.status & DRIVER_OK != 0;
         self.config.listen(runs.then(|| self.reports.interrupt().clone()));
     }
 
-    /// Whether a driver may accept `features`: all are offered, none lacks another one that it needs, and VERSION_1 is there.
+    /// Whether `features` are acceptable: all of them offered, all dependencies met, and VERSION_1 included.
     fn are_acceptable(&self, features: u64) -> bool {
         let unknown = features & !self.features;
         unknown == 0 && features & F_VERSION_1 != 0 && self.feature_needs.iter().all(|need| need.is_met_by(features))
     }
 
-    /// Queue `index`, to be read.
+    /// Queue `index`, read-only.
     pub fn queue(&self, index: u32) -> Option<&QueueRegisters> {
         self.queues.get(index as usize)
     }
 
-    /// Queue `index`, to be set up: only while the driver has not enabled it, and not once the device runs.
+    /// Queue `index` for configuration, which is allowed only before the driver has enabled it and while the device is
+    /// not running.
     pub fn queue_to_set_up(&mut self, index: u32) -> Option<&mut QueueRegisters> {
         let locked = self.status & DRIVER_OK != 0;
         self.queues.get_mut(index as usize).filter(|queue| !locked && !queue.ready)
     }
 
-    /// The driver enables queue `index`, or takes it out of use, which it may do while the device runs.
+    /// Enables or disables queue `index`. Disabling is allowed while the device is running.
     pub fn set_queue_ready(&mut self, index: u32, ready: bool) {
         if ready {
             if let Some(queue) = self.queue_to_set_up(index) {
@@ -183,19 +184,19 @@ impl DeviceSession {
         }
     }
 
-    /// Stops the device until [`DeviceSession::resume`]. Completes what is in flight first.
+    /// Pauses the device until [`DeviceSession::resume`], after completing requests in flight.
     pub fn pause(&mut self) {
         self.paused = true;
         self.stop();
     }
 
-    /// Lets the device go on. It looks at every queue once.
+    /// Resumes the device. It checks every queue once.
     pub fn resume(&mut self) {
         self.paused = false;
         self.start();
     }
 
-    /// All that a driver told the device. A running device stops for as long as it takes.
+    /// Saves the device's state. A running device is stopped temporarily.
     pub fn save(&mut self) -> SessionState {
         self.stop();
         let state = SessionState {
@@ -211,9 +212,9 @@ impl DeviceSession {
         state
     }
 
-    /// Makes the device one that was told `state`, and leaves it paused.
+    /// Restores `state` and leaves the device paused.
     ///
-    /// Fails, with nothing changed, where the state is another device's. Rings are checked when the device goes on.
+    /// Fails without any change if the state belongs to another device. Rings are validated when the device resumes.
     pub fn restore(&mut self, state: &SessionState) -> Result<()> {
         let sizes = |queues: &[QueueRegisters]| queues.iter().map(|queue| queue.size_max).collect::<Vec<_>>();
         ensure!(sizes(&state.queues) == sizes(&self.queues), "the saved device has other queues");

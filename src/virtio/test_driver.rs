@@ -1,4 +1,5 @@
-//! A driver for tests: sets a device up through its MMIO registers and puts requests on its rings, as a guest would.
+//! A driver for tests: configures a device through its MMIO registers and submits requests to its rings, as a guest
+//! does.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -11,14 +12,14 @@ use crate::bus::Device;
 use crate::irq::IrqLine;
 use crate::memory::{self, GuestMemory};
 
-/// Where buffers for requests may stand.
+/// The address of request buffers.
 pub const BUFFERS: u64 = 0x10_0000;
 /// Descriptor flags (virtio 1.2 §2.7.5).
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
-/// Where queue `index`'s descriptor table, available ring and used ring stand.
+/// The addresses of queue `index`'s descriptor table, available ring and used ring.
 fn rings(index: u32) -> (u64, u64, u64) {
     let base = 0x1_0000 * (u64::from(index) + 1);
     (base, base + 0x4000, base + 0x8000)
@@ -36,7 +37,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// A device that no driver has spoken to yet, and 4 MiB of memory.
+    /// Creates a driver for an uninitialized device, with 4 MiB of memory.
     pub fn new(device: VirtioDevice) -> Driver {
         Driver::with_memory(device, memory::reserve(4).unwrap())
     }
@@ -59,7 +60,7 @@ impl Driver {
         }
     }
 
-    /// The same driver, in front of another device that is in the same state.
+    /// Moves the driver to another device in the same state.
     pub fn moved_to(self, device: VirtioDevice) -> Driver {
         let irq = IrqLine::new(6).unwrap();
         let transport = MmioTransport::new(device, self.memory.clone(), irq.try_clone().unwrap()).unwrap();
@@ -77,12 +78,12 @@ impl Driver {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
-    /// The whole of virtio 1.2 §3.1.1, accepting all that is offered.
+    /// Performs all of virtio 1.2 §3.1.1, accepting all offered features.
     pub fn start(&mut self) {
         self.start_with(!0);
     }
 
-    /// The same, accepting of what is offered only what is in `mask`, and VERSION_1.
+    /// The same, accepting only the offered features in `mask`, and VERSION_1.
     pub fn start_with(&mut self, mask: u64) {
         let features = self.offered() & (mask | F_VERSION_1);
         self.negotiate(features);
@@ -103,7 +104,7 @@ impl Driver {
         offered
     }
 
-    /// Up to FEATURES_OK. Returns the status that is then read.
+    /// Initializes the device up to FEATURES_OK. Returns the resulting status.
     pub fn negotiate(&self, features: u64) -> u32 {
         self.write(STATUS, 0);
         self.write(STATUS, 1);
@@ -116,7 +117,7 @@ impl Driver {
         self.read(STATUS)
     }
 
-    /// Makes queue `index` as large as it can be, but not larger than `size_max`, with empty rings.
+    /// Sets up queue `index` with the maximum size, limited by `size_max`, and empty rings.
     pub fn set_up_queue(&mut self, index: u32, size_max: u16) {
         let (table, available, used) = rings(index);
         self.memory.write_slice(&[0; 0x1_0000], GuestAddress(table)).unwrap();
@@ -136,12 +137,12 @@ impl Driver {
         self.sizes[queue as usize]
     }
 
-    /// Writes one descriptor, as it is.
+    /// Writes one descriptor.
     pub fn descriptor(&self, queue: u32, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         self.descriptor_at(rings(queue).0 + 16 * u64::from(index), address, len, flags, next);
     }
 
-    /// Writes one descriptor of a table that begins elsewhere.
+    /// Writes one descriptor of a table at another address.
     pub fn descriptor_at(&self, at: u64, address: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&address.to_le_bytes());
@@ -151,7 +152,7 @@ impl Driver {
         self.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
     }
 
-    /// Puts a chain of `(address, len, WRITE or 0)` into the table, to be made available. Returns its head.
+    /// Writes a chain of `(address, len, WRITE or 0)` to the table, without making it available. Returns its head.
     pub fn chain(&mut self, queue: u32, parts: &[(u64, u32, u16)]) -> u16 {
         let size = self.sizes[queue as usize];
         let head = self.next_descriptor[queue as usize];
@@ -165,7 +166,7 @@ impl Driver {
         head
     }
 
-    /// Makes the chain at `head` available, without a word to the device.
+    /// Makes the chain at `head` available without notifying the device.
     pub fn offer(&mut self, queue: u32, head: u16) {
         let at = queue as usize;
         let (_, available, _) = rings(queue);
@@ -187,7 +188,7 @@ impl Driver {
         self.memory.load(GuestAddress(rings(queue).2 + 2), Ordering::Acquire).unwrap()
     }
 
-    /// Where the driver says from which used entry on it wants an interrupt.
+    /// Sets the used entry from which the driver wants an interrupt.
     pub fn set_used_event(&self, queue: u32, index: u16) {
         let size = u64::from(self.sizes[queue as usize]);
         self.memory.store(index, GuestAddress(rings(queue).1 + 4 + 2 * size), Ordering::SeqCst).unwrap();
@@ -198,7 +199,7 @@ impl Driver {
         self.memory.store(flags, GuestAddress(rings(queue).1), Ordering::SeqCst).unwrap();
     }
 
-    /// The next used entry, waited for: its head and length.
+    /// Waits for the next used entry and returns its head and length.
     pub fn used(&mut self, queue: u32) -> (u16, u32) {
         let at = queue as usize;
         wait_for(|| self.used_index(queue) != self.next_used[at]);
@@ -208,7 +209,7 @@ impl Driver {
         (entry[0] as u16, entry[1])
     }
 
-    /// One chain there and back: returns the length in its used entry.
+    /// Submits one chain and returns the length in its used entry.
     pub fn transact(&mut self, queue: u32, parts: &[(u64, u32, u16)]) -> u32 {
         let head = self.chain(queue, parts);
         self.offer(queue, head);
@@ -224,7 +225,7 @@ impl Driver {
     }
 }
 
-/// Waits for something that is to happen soon.
+/// Waits for a condition that is expected soon.
 pub fn wait_for(happened: impl Fn() -> bool) {
     let begin = Instant::now();
     while !happened() {

@@ -23,11 +23,11 @@ use crate::sandbox;
 #[cfg(test)]
 mod tests;
 
-/// Marks of epoll events that are no doorbell's index.
+/// Epoll tokens other than doorbell indexes.
 const STOP: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
 
-/// What the worker has to say to the driver, and to the person who reads the log.
+/// Reports device failures to the driver and the log.
 pub struct Reports {
     name: String,
     needs_reset: AtomicBool,
@@ -36,27 +36,27 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// Reports of the device called `name`.
+    /// Creates the reports of the device `name`.
     pub fn new(name: &str, interrupt: Arc<dyn Interrupt>) -> Reports {
         Reports { name: name.to_owned(), needs_reset: AtomicBool::new(false), interrupt, log_rate: Mutex::default() }
     }
 
-    /// The way to the driver.
+    /// The interrupt that notifies the driver.
     pub fn interrupt(&self) -> &Arc<dyn Interrupt> {
         &self.interrupt
     }
 
-    /// Whether the device gave up until its driver resets it (DEVICE_NEEDS_RESET, virtio 1.2 §2.1.2).
+    /// Whether the device has failed and needs a reset (DEVICE_NEEDS_RESET, virtio 1.2 §2.1.2).
     pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
     }
 
-    /// Sets or clears that, without a word to the driver.
+    /// Sets or clears that state without notifying the driver.
     pub fn set_needs_reset(&self, needs_reset: bool) {
         self.needs_reset.store(needs_reset, Ordering::Release);
     }
 
-    /// The device cannot go on until its driver resets it: says so to both.
+    /// Marks the device as failed until its driver resets it. Notifies the driver and logs the reason.
     pub fn fail(&self, why: &dyn std::fmt::Display) {
         self.set_needs_reset(true);
         self.interrupt.config_changed();
@@ -229,9 +229,9 @@ fn run(
     }
 }
 
-/// Why serving came to an end.
+/// Why the queues are no longer served.
 enum Until {
-    /// The stop event.
+    /// The stop event was signaled.
     Stopped,
     /// A queue is to be offloaded, or taken back.
     OffloadChanged,
@@ -254,7 +254,7 @@ fn serve_until_change(
             .filter(|(_, is_offloaded)| **is_offloaded)
             .map(|(bell, _)| bell)
     };
-    // Their doorbells are the kernel's to hear.
+    // Their doorbells are handled by the kernel.
     offloaded().for_each(|(_, doorbell)| unwatch(epoll, doorbell.as_raw_fd()));
     let served = wake_fds
         .iter()
@@ -328,13 +328,13 @@ fn signal(queues: &mut [Virtqueue], notifiers: &Notifiers) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Edge-triggered, so that the counter need not be read: every write is an event, whatever the counter says.
+/// Edge-triggered, so the counter need not be read: every write is an event, whatever its value.
 fn watch_doorbell(epoll: &Epoll, doorbell: &EventFd, index: u64) -> io::Result<()> {
     watch(epoll, doorbell.as_raw_fd(), index, EventSet::IN | EventSet::EDGE_TRIGGERED)
 }
 
 fn unwatch(epoll: &Epoll, fd: RawFd) {
-    // It fails where it is not watched, which is as good.
+    // Fails if it is not watched, which is fine.
     let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
 

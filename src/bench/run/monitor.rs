@@ -67,7 +67,7 @@ pub struct InstanceMonitor {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pressure {
     None,
-    Asked,
+    PendingRequest,
     Killed,
 }
 
@@ -134,9 +134,9 @@ impl InstanceMonitor {
                 Pressure::None => {
                     late = !asked;
                     kill(&self.child, Signal::TERM);
-                    (pressure, next) = (Pressure::Asked, Instant::now() + END_TIMEOUT);
+                    (pressure, next) = (Pressure::PendingRequest, Instant::now() + END_TIMEOUT);
                 }
-                Pressure::Asked => {
+                Pressure::PendingRequest => {
                     kill(&self.child, Signal::KILL);
                     (pressure, next) = (Pressure::Killed, Instant::now() + KILL_TIMEOUT);
                 }

@@ -1,5 +1,5 @@
-//! Control groups around a process that somebody else is: made before it starts, entered by it, and removed with what
-//! is left in it.
+//! Cgroups for another process: created before it starts, entered by that process, and removed together with all
+//! processes left in them.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -13,19 +13,19 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::group::{self, CgroupPath, Controller, Version};
 use super::{PERIOD_US, ResourceLimits};
 
-/// A killed process has gone after so long, or waits for a device.
+/// The time within which a killed process exits, unless it is blocked on a device.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
 
-/// Groups with one name, one for each tree of them.
+/// Cgroups with a common name, one per hierarchy.
 #[derive(Debug)]
 pub struct ChildCgroup {
     dirs: Vec<PathBuf>,
 }
 
 impl ChildCgroup {
-    /// Makes groups of this name that keep `limits`: processor time and memory.
+    /// Creates cgroups with this name and with CPU and memory `limits`.
     pub fn new(name: &str, limits: &ResourceLimits) -> Result<ChildCgroup> {
-        // From here on dropping it cleans up.
+        // From here on, dropping it cleans up.
         let mut cgroup = ChildCgroup { dirs: Vec::new() };
         if let Some(millicpus) = limits.cpu_millicpus {
             let (version, dir) = cgroup.place(name, Controller::Cpu)?;
@@ -46,7 +46,7 @@ impl ChildCgroup {
         Ok(cgroup)
     }
 
-    /// What a process writes `0` to in order to enter.
+    /// The files to which a process writes `0` to enter the cgroups.
     pub fn procs_files(&self) -> Result<Vec<File>> {
         let open = |dir: &PathBuf| {
             let path = dir.join("cgroup.procs");
@@ -55,17 +55,17 @@ impl ChildCgroup {
         self.dirs.iter().map(open).collect()
     }
 
-    /// Kills who is still in it, and takes it away.
+    /// Kills all remaining processes and removes the cgroups.
     pub fn remove(mut self) -> Result<()> {
         std::mem::take(&mut self.dirs).iter().try_for_each(|dir| remove(dir))
     }
 
-    /// A group that `controller` is given out to, made if need be.
+    /// Returns a cgroup in which `controller` is enabled, creating it if necessary.
     fn place(&mut self, name: &str, controller: Controller) -> Result<(Version, PathBuf)> {
         let place = CgroupPath::of_this_process(controller)?;
         let place = place.with_context(|| format!("this host has no cgroup controller for {}", controller.name()))?;
         let mut refused = None;
-        // In version 2 one group does for all: a process is in one only.
+        // In cgroup v2 a single cgroup serves all controllers, because a process is a member of only one.
         let made = self.dirs.first().filter(|_| place.version == Version::V2).and_then(|dir| dir.parent());
         for parent in made.map_or_else(|| parents(&place), |parent| vec![parent.to_owned()]) {
             let dir = parent.join(name);
@@ -78,8 +78,8 @@ impl ChildCgroup {
     }
 
     fn make(&mut self, place: &CgroupPath, parent: &Path, dir: &PathBuf, controller: Controller) -> Result<()> {
-        if place.version == Version::V2 && !group::gives_out(parent, controller) {
-            // What others share is changed at the root only, where it is everybody's.
+        if place.version == Version::V2 && !group::enables(parent, controller) {
+            // Shared configuration is changed only at the root, where it affects everyone.
             ensure!(
                 parent == place.mount,
                 "{} does not delegate the {} controller",
@@ -104,8 +104,8 @@ impl Drop for ChildCgroup {
     }
 }
 
-/// Removes all groups whose names begin so, with who is in them, of all controllers and whoever made them there: what
-/// an engine or a killed process has left.
+/// Removes all cgroups whose names start with `prefix`, in all hierarchies, and kills the processes in them: remains of
+/// an engine or of a killed process.
 pub fn remove_left_behind(prefix: &str) -> Result<()> {
     let mut dirs = group::mounts()?;
     for controller in [Controller::Cpu, Controller::Memory] {
@@ -120,8 +120,8 @@ pub fn remove_left_behind(prefix: &str) -> Result<()> {
     Ok(())
 }
 
-/// Where a group of ours may stand, best first: in ours, or in version 2, where that is not divided while we are in it,
-/// at the root or beside ours.
+/// Possible parents of our cgroup, best first: the current cgroup or, in v2, which does not allow a populated cgroup to
+/// distribute resources, the root or the current cgroup's parent.
 fn parents(place: &CgroupPath) -> Vec<PathBuf> {
     match (place.version, place.home.parent()) {
         (Version::V1, _) => vec![place.home.clone()],
@@ -132,7 +132,7 @@ fn parents(place: &CgroupPath) -> Vec<PathBuf> {
     }
 }
 
-/// Removes a group and those in it.
+/// Removes a cgroup and its descendants.
 fn remove(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -151,7 +151,7 @@ fn remove(dir: &Path) -> Result<()> {
         }
         let processes = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
         for process in processes.lines().filter_map(|line| line.parse().ok().and_then(Pid::from_raw)) {
-            // It may have ended by itself.
+            // The process may already have exited.
             let _ = kill_process(process, Signal::KILL);
         }
         thread::sleep(Duration::from_millis(1));

@@ -1,4 +1,4 @@
-//! One control group: where it may stand, and how it is made, entered and removed.
+//! A single cgroup: where it may be created, and how it is created, entered and removed.
 
 use std::fs;
 use std::io;
@@ -7,29 +7,29 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-/// Groups are named for the process that made them.
+/// Cgroups are named after the process that created them.
 const PREFIX: &str = "husk-";
 
-/// The two kinds of control groups (cgroups(7)).
+/// The cgroup versions (cgroups(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// A tree for each controller.
+    /// One hierarchy per controller.
     V1,
-    /// One tree for all.
+    /// A single unified hierarchy.
     V2,
 }
 
-/// What a group gives out to the processes in it.
+/// The controllers in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Controller {
-    /// Processor time.
+    /// CPU time.
     Cpu,
     /// Memory.
     Memory,
 }
 
 impl Controller {
-    /// Its name, the same in both versions.
+    /// The name, which is the same in both versions.
     pub fn name(self) -> &'static str {
         match self {
             Controller::Cpu => "cpu",
@@ -38,26 +38,26 @@ impl Controller {
     }
 }
 
-/// Where something is given out to us.
+/// The location of this process in a hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CgroupPath {
-    /// Which kind of groups there are.
+    /// The cgroup version.
     pub version: Version,
-    /// The root of all groups, as far as we see.
+    /// The mount point of the hierarchy.
     pub mount: PathBuf,
-    /// The group that we are in.
+    /// The current cgroup.
     pub home: PathBuf,
 }
 
 impl CgroupPath {
-    /// Where `controller` has us now. `None` on a host without it.
+    /// The current cgroup for `controller`. `None` if the host does not have the controller.
     pub fn of_this_process(controller: Controller) -> Result<Option<CgroupPath>> {
         let read = |path| fs::read_to_string(path).with_context(|| format!("read {path}"));
         Ok(CgroupPath::find(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?, controller))
     }
 
-    /// Looks for it in /proc/self/cgroup and /proc/self/mountinfo. On a host with both versions, only one of them has
-    /// the controller: the first if it is there.
+    /// Parses /proc/self/cgroup and /proc/self/mountinfo. On a hybrid host only one of the versions has the controller;
+    /// v1 takes precedence.
     fn find(groups: &str, mounts: &str, controller: Controller) -> Option<CgroupPath> {
         let group = |wanted: &dyn Fn(&str) -> bool| {
             groups.lines().find_map(|line| {
@@ -80,26 +80,27 @@ impl CgroupPath {
             if !right_kind || version == Version::V1 && !has_it(file_system.nth(1)?) {
                 return None;
             }
-            // In a container the mount may begin further down.
+            // In a container the mount may start below the root of the hierarchy.
             let below = Path::new(path).strip_prefix(root).ok()?;
-            // Without the slash behind it that joining nothing leaves.
+            // Without the trailing slash that joining an empty path leaves.
             Some(CgroupPath { version, home: mount.join(below).components().collect(), mount })
         })
     }
 
-    /// Makes a group that gives out `controller`, with this process in it, all of its threads: in ours, or where that
-    /// may not be divided beside it.
+    /// Creates a cgroup with `controller` enabled and moves this process with all of its threads into it. It is created
+    /// in the current cgroup or, if that cannot have child cgroups, next to it.
     pub fn enter(&self, controller: Controller) -> Result<Group> {
         let group = self.enter_in(&self.home, controller);
         match (group, self.home.parent()) {
-            (Err(_), Some(parent)) if self.may_stand_in(parent, controller) => self.enter_in(parent, controller),
+            (Err(_), Some(parent)) if self.may_create_in(parent, controller) => self.enter_in(parent, controller),
             (group, _) => group,
         }
     }
 
-    /// Whether a group may be made beside ours, in `parent`: if that already gives out what is wanted.
-    fn may_stand_in(&self, parent: &Path, controller: Controller) -> bool {
-        self.home != self.mount && self.version == Version::V2 && gives_out(parent, controller)
+    /// Whether a cgroup may be created next to the current one, in `parent`: only if `parent` already enables the
+    /// controller.
+    fn may_create_in(&self, parent: &Path, controller: Controller) -> bool {
+        self.home != self.mount && self.version == Version::V2 && enables(parent, controller)
     }
 
     fn enter_in(&self, parent: &Path, controller: Controller) -> Result<Group> {
@@ -108,20 +109,20 @@ impl CgroupPath {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = parent.join(format!("{PREFIX}{}-{count}", std::process::id()));
         match fs::create_dir(&dir) {
-            // A process of our number that was killed.
+            // Left behind by a killed process with the same PID.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made.with_context(|| format!("create the cgroup {}", dir.display()))?,
         }
-        // From here on dropping it cleans up.
+        // From here on, dropping it cleans up.
         let CgroupPath { version, mount, home } = self.clone();
-        let mut group = Group { version, parent_is_root: *parent == mount, dir, home, switched_on: Vec::new() };
+        let mut group = Group { version, parent_is_root: *parent == mount, dir, home, enabled: Vec::new() };
         group.write("cgroup.procs", "0")?;
-        group.give_out(controller)?;
+        group.enable(controller)?;
         Ok(group)
     }
 }
 
-/// Where the trees of groups begin, of all controllers that are mounted.
+/// The mount points of all cgroup hierarchies.
 pub(super) fn mounts() -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
     let mount = |line: &str| {
@@ -132,35 +133,36 @@ pub(super) fn mounts() -> Result<Vec<PathBuf>> {
     Ok(mounts.lines().filter_map(mount).collect())
 }
 
-/// A control group of our own with this process in it. Dropping it puts the process back where it came from.
+/// A cgroup created by this process, with this process in it. Dropping it moves the process back to its previous
+/// cgroup.
 #[derive(Debug)]
 pub struct Group {
     /// Which kind it is.
     pub version: Version,
-    /// Where it stands.
+    /// Its directory.
     pub dir: PathBuf,
     home: PathBuf,
     parent_is_root: bool,
-    /// What the group above gives out for its sake, to be switched off again.
-    switched_on: Vec<Controller>,
+    /// The controllers that were enabled in the parent for this cgroup, to be disabled again.
+    enabled: Vec<Controller>,
 }
 
 impl Group {
-    /// Has the group above give out `controller` to this one. To be called once nobody is left in that: a group of
-    /// version 2 has either processes or groups that it gives to.
-    pub fn give_out(&mut self, controller: Controller) -> Result<()> {
+    /// Enables `controller` in the parent. Must be called when no process is left in the parent: a v2 cgroup has either
+    /// processes or children with controllers.
+    pub fn enable(&mut self, controller: Controller) -> Result<()> {
         let Some(parent) = self.dir.parent().filter(|_| self.version == Version::V2) else { return Ok(()) };
-        if !gives_out(parent, controller) {
+        if !enables(parent, controller) {
             write(parent, "cgroup.subtree_control", &format!("+{}", controller.name()))?;
-            // At the root it is everybody's.
+            // The root's configuration is shared by all.
             if !self.parent_is_root {
-                self.switched_on.push(controller);
+                self.enabled.push(controller);
             }
         }
         Ok(())
     }
 
-    /// Writes to one of its files.
+    /// Writes to one of the cgroup's files.
     pub fn write(&self, file: &str, value: &str) -> Result<()> {
         write(&self.dir, file, value)
     }
@@ -168,9 +170,9 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Whatever fails here is mended by the process's end, and by the next one that looks for what is left behind.
+        // Errors here are repaired when the process exits and when the next process removes stale cgroups.
         if let Some(parent) = self.dir.parent() {
-            for controller in &self.switched_on {
+            for controller in &self.enabled {
                 let _ = write(parent, "cgroup.subtree_control", &format!("-{}", controller.name()));
             }
         }
@@ -179,16 +181,16 @@ impl Drop for Group {
     }
 }
 
-/// Whether the groups in this one of version 2 are given what `controller` has.
-pub(super) fn gives_out(parent: &Path, controller: Controller) -> bool {
+/// Whether `parent`, a v2 cgroup, enables `controller` for its children.
+pub(super) fn enables(parent: &Path, controller: Controller) -> bool {
     let controllers = fs::read_to_string(parent.join("cgroup.subtree_control")).unwrap_or_default();
     controllers.split_whitespace().any(|name| name == controller.name())
 }
 
-/// Writes to a file of a group's.
+/// Writes to a file of a cgroup.
 pub(super) fn write(group: &Path, file: &str, value: &str) -> Result<()> {
     let path = group.join(file);
-    // Written in one piece, and never made: in a directory that is no group this is an error.
+    // Written in one call and never created: in a directory that is not a cgroup this fails.
     let written =
         fs::File::options().write(true).open(&path).and_then(|mut file| io::Write::write(&mut file, value.as_bytes()));
     match written {
@@ -198,7 +200,7 @@ pub(super) fn write(group: &Path, file: &str, value: &str) -> Result<()> {
     }
 }
 
-/// Removes groups in `parent` whose process does not exist any more. The kernel refuses where one is in use.
+/// Removes cgroups in `parent` whose process no longer exists. The kernel refuses to remove populated ones.
 fn remove_left_behind(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
@@ -250,7 +252,7 @@ mod tests {
         let mounts = "26 25 0:23 /docker/ab /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
         let home = "/sys/fs/cgroup/x".to_owned();
         assert_eq!(find("0::/docker/ab/x\n", mounts), Some((Version::V2, "/sys/fs/cgroup".to_owned(), home)));
-        // What is not under the mount is out of reach.
+        // A path outside of the mount is inaccessible.
         assert_eq!(find("0::/docker/cd\n", mounts), None);
         assert_eq!(find("0::/../x\n", "26 25 0:23 /a /sys/fs/cgroup rw - cgroup2 cgroup rw\n"), None);
     }
@@ -266,7 +268,7 @@ mod tests {
     fn groups_of_dead_processes_are_removed_and_others_stay() {
         let dir = tempfile::tempdir().unwrap();
         let ours = format!("husk-{}-0", std::process::id());
-        // Numbers of processes end at 4194304.
+        // The largest PID is 4194304.
         for name in ["husk-4294967295-0", "husk-4294967295-7", &ours, "husk-x-0", "user.slice", "husk-5000000"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }

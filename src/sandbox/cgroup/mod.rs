@@ -1,7 +1,7 @@
-//! From limits to control groups of our own that keep them: processor time and memory of the whole process.
+//! Enforces CPU and memory limits on this process with cgroups.
 //!
-//! The whole process is held, so that a guest cannot earn time by making its devices work. A limit that cannot be had
-//! is an error, never a word in a log; what is not asked for costs nothing.
+//! The limits apply to the whole process, so that a guest cannot gain CPU time by making its devices work. A limit that
+//! cannot be enforced is an error, never just a warning. Without limits no cgroup is created.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,38 +13,38 @@ mod group;
 
 use group::{CgroupPath, Controller, Group, Version};
 
-/// Time is given out once in so long, as other tools do it.
+/// The CFS period, the same as in other tools.
 const PERIOD_US: u64 = 100_000;
-/// What everybody has who asked for nothing: cpu.shares in version 1, and cpu.weight in version 2 (cgroup-v2.rst).
+/// The defaults: cpu.shares in v1, and cpu.weight in v2 (cgroup-v2.rst).
 const DEFAULT_SHARES: u32 = 1024;
 const DEFAULT_WEIGHT: u32 = 100;
 const WEIGHT_MAX: u32 = 10_000;
 
-/// What a machine's process may have of the host's.
+/// Resource limits of a machine's process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ResourceLimits {
-    /// Thousandths of a processor's time.
+    /// CPU time in thousandths of a CPU.
     pub cpu_millicpus: Option<u32>,
-    /// The part of processors that others want too, 1024 being everybody's.
+    /// The CPU weight relative to other processes, where 1024 is the default.
     pub cpu_shares: Option<u32>,
-    /// Memory, the guest's and our own and what is kept of files for us, in bytes.
+    /// Memory in bytes: guest memory, husk's own memory and the page cache charged to it.
     pub memory_bytes: Option<u64>,
 }
 
-/// The limits of this process and all of its threads, kept by control groups that exist as long as this does. There are
+/// The limits of this process and all of its threads, enforced by cgroups that exist as long as this value. There are
 /// none unless a limit is set.
 #[derive(Debug, Default)]
 pub struct CgroupLimits {
-    // More than one where each controller has a tree of its own.
+    // More than one if each controller has its own hierarchy.
     groups: Vec<(Controller, Group)>,
     limits: ResourceLimits,
 }
 
 impl CgroupLimits {
-    /// Puts this process under `limits`. To be called before guest memory is allocated: memory that is charged to
-    /// another group stays charged to it.
+    /// Applies `limits` to this process. Must be called before guest memory is allocated: memory charged to another
+    /// cgroup stays charged to it.
     ///
-    /// Removes stale groups of processes that were killed.
+    /// Removes stale cgroups of killed processes.
     pub fn new(limits: &ResourceLimits) -> Result<CgroupLimits> {
         let mut cgroup_limits = CgroupLimits::default();
         cgroup_limits.set_cpu(limits.cpu_millicpus, limits.cpu_shares)?;
@@ -63,7 +63,7 @@ impl CgroupLimits {
         self.limits
     }
 
-    /// Changes what is held of processors, from now on. Of what fails nothing is changed, or the first of the two.
+    /// Changes the CPU limits. On an error neither of the two has changed, or only the first.
     pub fn set_cpu(&mut self, millicpus: Option<u32>, shares: Option<u32>) -> Result<()> {
         if millicpus != self.limits.cpu_millicpus {
             self.write_quota(millicpus).with_context(|| quota_advice(millicpus))?;
@@ -76,7 +76,7 @@ impl CgroupLimits {
         Ok(())
     }
 
-    /// Changes the limit of memory, of a machine that was started with one.
+    /// Changes the memory limit of a machine that was started with one.
     pub fn set_memory(&mut self, bytes: Option<u64>) -> Result<()> {
         if self.limits.memory_bytes.is_none() && bytes.is_some() {
             bail!("the machine was started without a host memory limit (--host-memory), and cannot get one now");
@@ -84,7 +84,7 @@ impl CgroupLimits {
         self.write_memory(bytes).context("change the host memory limit of the machine")
     }
 
-    /// The group that gives out `controller`, made if need be.
+    /// Returns the cgroup with `controller` enabled, creating it if necessary.
     fn group_for(&mut self, controller: Controller) -> Result<&Group> {
         let index = match self.groups.iter().position(|(other, _)| *other == controller) {
             Some(index) => index,
@@ -92,10 +92,10 @@ impl CgroupLimits {
                 let place = CgroupPath::of_this_process(controller)?;
                 let place =
                     place.with_context(|| format!("this host has no cgroup controller for {}", controller.name()))?;
-                // In version 2 one group does for all.
+                // In cgroup v2 a single cgroup serves all controllers.
                 match self.groups.iter().position(|(_, group)| group.dir == place.home) {
                     Some(index) => {
-                        self.groups[index].1.give_out(controller)?;
+                        self.groups[index].1.enable(controller)?;
                         index
                     }
                     None => {
@@ -144,8 +144,8 @@ impl CgroupLimits {
     }
 }
 
-/// Shares as a weight: in proportion, so that machines' shares relate to each other, and to those of everybody else, as
-/// in version 1. Docker's own conversion keeps neither.
+/// Converts shares to a weight proportionally, so that the shares of machines relate to each other and to other cgroups
+/// as they do in v1. Docker's own conversion preserves neither.
 fn weight(shares: u32) -> u32 {
     let weight = u64::from(shares) * u64::from(DEFAULT_WEIGHT) / u64::from(DEFAULT_SHARES);
     u32::try_from(weight).unwrap_or(WEIGHT_MAX).clamp(1, WEIGHT_MAX)
@@ -172,7 +172,7 @@ fn memory_advice(bytes: Option<u64>) -> String {
     )
 }
 
-/// How a program is started in a group that systemd makes. It divides users' own groups in the second version only.
+/// The prefix that starts a command in a cgroup created by systemd. User cgroups are delegated in v2 only.
 fn scope() -> &'static str {
     let version = CgroupPath::of_this_process(Controller::Cpu).ok().flatten().map(|place| place.version);
     match version {

@@ -1,4 +1,4 @@
-//! CPUID leaves of real processors, as KVM supports them on such hosts, and what a guest is to read of them.
+//! CPUID leaves of real processors, as KVM reports them on such hosts, and the expected leaves of a guest.
 
 use super::*;
 
@@ -12,7 +12,7 @@ fn name(max: u32, vendor: &[u8; 12]) -> kvm_cpuid_entry2 {
     leaf(0, 0, [max, ebx, ecx, edx])
 }
 
-/// A Xeon of the Ice Lake generation: family 6 model 106, SGX, VMX, WAITPKG (of the one after it), leaf 0x1f.
+/// A Xeon of the Ice Lake generation: family 6 model 106, SGX, VMX, WAITPKG (from its successor), leaf 0x1f.
 fn xeon() -> CpuId {
     CpuId::from_entries(&[
         name(0x1f, b"GenuineIntel"),
@@ -31,7 +31,7 @@ fn xeon() -> CpuId {
     .unwrap()
 }
 
-/// An EPYC of the Milan generation: family 25 model 1, SVM, SEV, and the Intel MSR that KVM makes up.
+/// An EPYC of the Milan generation: family 25 model 1, SVM, SEV, and the Intel MSR that KVM emulates.
 fn epyc(vendor: &[u8; 12]) -> CpuId {
     CpuId::from_entries(&[
         name(0x10, vendor),
@@ -75,7 +75,7 @@ fn read(cpuid: &CpuId, (function, index, register): (u32, u32, Register)) -> u32
     }
 }
 
-/// Where a bit is, whether KVM supports it, whether a guest is to have it, and who else does so.
+/// The position of a bit, whether KVM supports it, whether the guest should see it, and which other VMMs agree.
 type Row = ((u32, u32, Register), u32, bool, bool, &'static str);
 
 #[track_caller]

@@ -116,7 +116,7 @@ struct Limit {
 }
 
 impl Limit {
-    /// Whether the next frame may pass. Asked again it counts once, and by what it has grown: a guest may put a longer one in
+    /// Whether the next frame may pass. PendingRequest again it counts once, and by what it has grown: a guest may put a longer one in
     /// its place while it waits.
     fn admits(&mut self, limiter: &mut Limiter, frame_bytes: usize) -> bool {
         let admits = match self.admitted_bytes {
@@ -352,7 +352,7 @@ fn place(
             taken.push(Chain::default());
         }
         if !rx.pop(&mut taken[count])? {
-            // Asked for before what is here is left again, so that it rings for one more.
+            // PendingRequest for before what is here is left again, so that it rings for one more.
             if rx.enable_notification()? {
                 rx.disable_notification()?;
                 continue;
