@@ -1,29 +1,29 @@
-//! From a vCPU's exit to the device that answers it: the two address spaces, frozen before the first vCPU runs.
+//! The port I/O and MMIO address spaces, which dispatch accesses to devices.
 //!
-//! A [`Bus`] is built once and never changes, so finding a device takes a binary search and no lock.
+//! A [`Bus`] is built before the first vCPU runs and never changes, so a lookup takes a binary search and no lock.
 
 use std::sync::Arc;
 
-/// What a guest reaches through port I/O or memory-mapped I/O.
+/// A device accessed through port I/O or MMIO.
 ///
-/// Called on vCPU threads, several at a time: a device that has state guards it itself. Every access that a guest can
-/// make arrives here, of any width from 1 to 8 bytes and at any offset inside the device's range: an access that makes no sense
-/// is to be ignored (writes) or answered with all-ones, never with a panic.
+/// Called on vCPU threads, concurrently: a device guards its own state. Every access that a guest can make is passed
+/// on, with any width from 1 to 8 bytes and at any offset in the device's range. An invalid access must be ignored
+/// (writes) or return all-ones, and must never panic.
 pub trait Device: Send + Sync {
-    /// Fills `data` from the registers at `offset` bytes into the device's range. `data` holds all-ones on entry.
+    /// Fills `data` from the registers at `offset` in the device's range. On entry `data` contains all-ones.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// Writes `data` to the registers at `offset` bytes into the device's range.
+    /// Writes `data` to the registers at `offset` in the device's range.
     fn write(&self, offset: u64, data: &[u8]);
-    /// Whether who has just written is to wait until the device has caught up, before the guest runs on.
+    /// Whether the vCPU that has just written must wait for the device to catch up before the guest continues.
     fn is_behind(&self) -> bool {
         false
     }
 }
 
-/// An address range cannot be given to a device.
+/// An address range that cannot be assigned to a device.
 #[derive(Debug, thiserror::Error)]
 pub enum BusError {
-    /// Another device answers at some of these addresses, or the range is empty or wraps.
+    /// It overlaps with another device, is empty or wraps around.
     #[error("addresses {base:#x}+{len:#x} are empty, wrap or overlap another device's")]
     BadRange {
         /// First address.
@@ -39,14 +39,14 @@ struct Range {
     device: Arc<dyn Device>,
 }
 
-/// One address space (ports or memory) and the devices in it.
+/// An address space (ports or memory) with its devices.
 #[derive(Default)]
 pub struct Bus {
     ranges: Vec<Range>,
 }
 
 impl Bus {
-    /// Gives `len` bytes of address space from `base` to `device`.
+    /// Assigns `len` bytes of address space starting at `base` to `device`.
     pub fn insert(&mut self, base: u64, len: u64, device: Arc<dyn Device>) -> Result<(), BusError> {
         let bad = BusError::BadRange { base, len };
         let Some(last) = len.checked_sub(1).and_then(|n| base.checked_add(n)) else {
@@ -62,7 +62,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads at `address`. Where no device answers, `data` is left all-ones, as on a bus that nobody drives.
+    /// Reads at `address`. Without a device there, `data` keeps its all-ones, as on a floating bus.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((device, offset)) = self.find(address, data.len()) {
@@ -70,7 +70,7 @@ impl Bus {
         }
     }
 
-    /// Writes at `address`, and returns whether the device is behind; a write that no device takes is dropped.
+    /// Writes at `address`. Returns whether the device is behind. Writes to unassigned addresses are dropped.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         self.find(address, data.len()).is_some_and(|(device, offset)| {
             device.write(offset, data);
@@ -78,7 +78,7 @@ impl Bus {
         })
     }
 
-    /// The device that owns all of `len` bytes at `address`, and the offset in it.
+    /// The device whose range includes all of `len` bytes at `address`, and the offset in it.
     fn find(&self, address: u64, len: usize) -> Option<(&dyn Device, u64)> {
         let last = address.checked_add((len as u64).checked_sub(1)?)?;
         let at = self.ranges.partition_point(|r| r.base <= address);

@@ -1,4 +1,4 @@
-//! What a machine is asked to be: plain data, from flags or from a file, checked once by [`MachineConfig::validate`].
+//! A machine's configuration: plain data from flags or a file, validated by [`MachineConfig::validate`].
 
 mod cmdline;
 mod network;
@@ -17,77 +17,75 @@ pub use network::{
 };
 pub use rate::Rate;
 
-/// The smallest guest memory that a Linux kernel unpacks itself into.
+/// The least memory in which a Linux kernel can unpack itself.
 pub const MIN_MEMORY_MIB: u64 = 32;
-/// Largest guest memory, 4 TiB: one memory slot of KVM takes fewer than 2^31 pages (8 TiB).
+/// The maximum guest memory, 4 TiB: one memory slot of KVM takes fewer than 2^31 pages (8 TiB).
 pub const MAX_MEMORY_MIB: u64 = 4 << 20;
-/// Largest number of vCPUs.
+/// The maximum number of vCPUs.
 pub const MAX_CPUS: u32 = 32;
-/// The smallest share of a processor: the host gives out time in milliseconds, ten times a second.
+/// The minimum CPU limit: CPU time is granted in milliseconds, ten times per second.
 pub const MIN_CPU_LIMIT_MILLICPUS: u32 = 10;
-/// Docker's limits on shares of processors, which are those of cpu.shares.
+/// Docker's range of CPU shares, which is that of cpu.shares.
 pub const MIN_CPU_SHARES: u32 = 2;
-/// The most of them.
+/// The maximum CPU shares.
 pub const MAX_CPU_SHARES: u32 = 262_144;
-/// Largest number of virtio devices beside the random-number device: its disks, its networks, and its sockets and its balloon
-/// if it has them.
+/// The maximum number of virtio devices in addition to the entropy device: disks, networks, vsock and the balloon.
 pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
-/// The guest's address where none is given (virtio 1.2 §5.10.4: 0 to 2 have meanings of their own).
+/// The default guest CID (virtio 1.2 §5.10.4: 0 to 2 are reserved).
 pub const DEFAULT_CID: u32 = 3;
-/// Longest path of a vsock socket: its neighbours' names have `_` and a port behind it.
+/// The maximum length of a vsock socket's path: `_` and a port are appended for guest connections.
 pub const MAX_VSOCK_PATH_BYTES: usize = socket::PATH_BYTES_MAX - "_4294967295".len();
 /// Length of a disk's serial number (virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID).
 pub const MAX_DISK_ID_BYTES: usize = 20;
-/// Longest command line, husk's own words included and the final NUL not.
+/// The maximum length of a command line, including husk's parameters but not the final NUL.
 pub const MAX_CMDLINE_BYTES: usize = layout::CMDLINE_MAX_BYTES - 1;
 
-/// A machine as its user describes it. Nothing here is opened or looked up on the host.
+/// A machine as configured by the user. Paths are not opened, and nothing is looked up on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MachineConfig {
     /// The guest kernel: an ELF `vmlinux`, a bzImage or a unified kernel image.
     pub kernel: PathBuf,
-    /// Initial RAM disk, handed to the kernel as it is.
+    /// The initramfs, passed to the kernel unchanged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
-    /// The user's words of the kernel command line; they follow the default ones, so that they win.
+    /// The user's kernel parameters. They follow the default ones, so that they take precedence.
     pub cmdline: String,
-    /// Whether husk's own words precede the user's.
+    /// Whether husk's default parameters are included.
     pub default_cmdline: bool,
-    /// Number of vCPUs.
+    /// The number of vCPUs.
     pub cpus: u32,
-    /// Thousandths of a processor of the host's that the whole machine may use; all that it can get if not given.
+    /// The CPU time of the whole machine, in thousandths of a CPU; unlimited if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_limit_millicpus: Option<u32>,
-    /// The host's processors that the whole machine may run on, by their numbers; all of them if empty.
+    /// The host CPUs that the whole machine may run on; all of them if empty.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub cpuset: Vec<u32>,
-    /// The machine's part of processors that others want too, where 1024 is everybody's.
+    /// The CPU weight of the machine relative to other processes, where 1024 is the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_shares: Option<u32>,
-    /// The host's memory in MiB that the whole machine may use: the guest's, husk's own, and what the host keeps of its disks.
+    /// The host memory in MiB that the whole machine may use: the guest's, husk's own, and the page cache of its disks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_memory_mib: Option<u64>,
-    /// Guest memory in MiB, as much as it can ever have.
+    /// The maximum guest memory in MiB.
     pub memory_mib: u64,
-    /// What the guest is to have of it, in MiB; all of it if not given. It needs the balloon.
+    /// The current guest memory in MiB; the maximum if not given. Requires the balloon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_target_mib: Option<u64>,
-    /// Whether there is a balloon: the guest gives back memory that it does not use, and its memory can be changed while
-    /// it runs.
+    /// Whether there is a balloon: the guest returns unused memory, and its memory can be changed at run time.
     pub balloon: bool,
-    /// Whether the guest takes memory back from the balloon when it runs out, so that the target is a wish and no limit.
+    /// Whether the guest may deflate the balloon when it runs out of memory, so that the target is not a hard limit.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub balloon_deflates_on_oom: bool,
-    /// Whether the guest may run virtual machines of its own.
+    /// Whether the guest may run nested virtual machines.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
-    /// Sockets between the guest and the host, if it is to have them.
+    /// The vsock device, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
-    /// Network interfaces in the order the guest sees them; none means no device.
+    /// Network interfaces in the order the guest sees them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<NetworkConfig>,
 }
@@ -122,41 +120,41 @@ impl Default for MachineConfig {
 pub struct DiskConfig {
     /// Image file or block device.
     pub path: PathBuf,
-    /// Whether the guest may only read.
+    /// Whether it is read-only.
     #[serde(default)]
     pub readonly: bool,
-    /// What the guest reads as the disk's serial number (at most 20 bytes).
+    /// The serial number (at most 20 bytes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// What is in the file, where its name does not say it: see [`DiskConfig::format`].
+    /// The format, unless it follows from the name: see [`DiskConfig::format`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// The least that the guest reads and writes at once, 512 to 4096 bytes; a block device's own, or 512, if not given.
+    /// The logical block size, 512 to 4096 bytes; by default 512 or that of the block device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_bytes: Option<u32>,
-    /// What the guest may read and write in a second.
+    /// The guest's rate limits.
     #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
     pub rate: Rate,
 }
 
-/// Sizes that a disk's blocks may have, powers of two: what all drivers take.
+/// The allowed block sizes, powers of two: those that all drivers support.
 pub const DISK_BLOCK_BYTES: std::ops::RangeInclusive<u32> = 512..=4096;
 
-/// What is in a disk's file.
+/// The format of a disk image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// The disk's bytes, one after the other.
+    /// The plain content of the disk.
     Raw,
-    /// QEMU's copy-on-write format: what is not used takes no space, and clusters may be compressed.
+    /// QEMU's copy-on-write format: unused clusters take no space, and clusters may be compressed.
     Qcow2,
 }
 
 impl DiskConfig {
-    /// The format that was given, or else qcow2 for a name that ends in `.qcow2` and raw for all others.
+    /// The configured format; by default qcow2 if the name ends in `.qcow2`, and raw otherwise.
     ///
-    /// The contents are never asked: a guest may write whatever it likes to the front of its raw disk, and could so make
-    /// of it, for the next start, an image of its own design.
+    /// The content is never probed: a guest could write the header of a crafted image to its raw disk, which would then
+    /// be used at the next start.
     pub fn format(&self) -> Format {
         let by_name = || match self.path.extension() {
             Some(extension) if extension == "qcow2" => Format::Qcow2,
@@ -166,17 +164,17 @@ impl DiskConfig {
     }
 }
 
-/// Sockets between the guest (AF_VSOCK) and the host (AF_UNIX).
+/// The vsock device, which connects the guest (AF_VSOCK) with the host (AF_UNIX).
 ///
-/// A program of the host's that connects to `socket` and writes `CONNECT <port>` and a newline is connected to that port of
-/// the guest's, and reads `OK <port>` and a newline first. The guest's connection to port P of the host (CID 2) arrives at
-/// the socket named like `socket` with `_P` behind it.
+/// A host program connects to `socket`, writes `CONNECT <port>` and a newline, and is connected to that port of the
+/// guest after reading `OK <port>` and a newline. The guest's connections to port P of the host (CID 2) arrive at the
+/// socket whose path is `socket` with `_P` appended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
-    /// Where husk listens for as long as the machine exists.
+    /// The path on which husk listens as long as the machine exists.
     pub socket: PathBuf,
-    /// The guest's own address. It means nothing outside of the machine, so that several may have the same.
+    /// The guest's CID. It has no meaning outside of the machine, so several machines may use the same one.
     #[serde(default = "default_cid")]
     pub cid: u32,
 }
@@ -185,39 +183,39 @@ fn default_cid() -> u32 {
     DEFAULT_CID
 }
 
-/// A configuration that no host can carry out: what is wrong with it, and what to type instead.
+/// An invalid configuration. The message says what is wrong and how to correct it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
-    /// Neither flag nor file names a kernel.
+    /// No kernel was specified.
     #[error("no kernel given: use --kernel PATH (an ELF vmlinux, a bzImage or a unified kernel image)")]
     NoKernel,
-    /// The initial RAM disk's path is empty.
+    /// The initramfs path is empty.
     #[error("the initrd path is empty: use --initrd PATH, or omit it")]
     NoInitrd,
     /// Too few or too many vCPUs.
     #[error("{0} vCPUs: a machine can have 1 to {MAX_CPUS}, use --cpus N")]
     Cpus(u32),
-    /// So little that nothing would come to pass, or more than the vCPUs can use.
+    /// The limit is too small to be useful, or larger than the vCPUs can use.
     #[error(
         "a limit of {0} thousandths of a CPU: the range is {MIN_CPU_LIMIT_MILLICPUS} to 1000 per vCPU, use --cpus N such as 1.5"
     )]
     CpuLimit(u32),
-    /// Shares that no control group takes.
+    /// CPU shares out of range.
     #[error("{0} CPU shares: use --cpu-shares with {MIN_CPU_SHARES} to {MAX_CPU_SHARES}, the default weight is 1024")]
     CpuShares(u32),
-    /// So little of the host's memory that the guest's would not fit.
+    /// The host memory is too small for the guest's memory.
     #[error("{0} MiB of host memory: this machine needs {1} MiB, use --host-memory auto, or less --memory")]
     HostMemory(u64, u64),
-    /// Less memory than any kernel boots in.
+    /// Less memory than any kernel needs to boot.
     #[error("{0} MiB of memory: a guest needs at least {MIN_MEMORY_MIB} MiB, use --memory {MIN_MEMORY_MIB}M or more")]
     TooLittleMemory(u64),
-    /// More memory than a machine can have.
+    /// More memory than a machine supports.
     #[error("{0} MiB of memory: a guest can have at most {MAX_MEMORY_MIB} MiB, use --memory 4T or less")]
     TooMuchMemory(u64),
-    /// A part of the guest's memory that it cannot do with, or that is no part of it.
+    /// A target that is too small or larger than the guest's memory.
     #[error("{0} MiB of memory, with a maximum of {1} MiB: use --memory between {MIN_MEMORY_MIB}M and --memory-max")]
     MemoryTarget(u64, u64),
-    /// A part of memory, and nothing by which the rest could be kept from the guest.
+    /// A target without a balloon to enforce it.
     #[error("--memory-max needs the memory balloon: remove --no-balloon, or --memory-max")]
     NoBalloon,
     /// Too many disks.
@@ -226,66 +224,66 @@ pub enum Invalid {
     /// A disk without a path.
     #[error("disk {0} has no path: use --disk PATH[,ro][,id=NAME][,format=raw|qcow2]")]
     NoDiskPath(usize),
-    /// A limit of nothing, or a burst without a limit.
+    /// A limit of zero, or a burst without a limit.
     #[error(
         "disk {0}: limits and bursts must be 1 or more, and a burst needs its limit: bps, bps-burst, iops, iops-burst"
     )]
     DiskRate(usize),
-    /// Blocks that a driver would not take.
+    /// An unsupported block size.
     #[error("disk {0} has an invalid block size of {1} bytes: use block_size=512, 1024, 2048 or 4096")]
     DiskBlocks(usize, u32),
-    /// A serial number that does not fit its field, or would not be read back as it was given.
+    /// A serial number that is too long or would not be read back unchanged.
     #[error("invalid disk id {0:?}: use 1 to {MAX_DISK_ID_BYTES} letters, digits or punctuation marks, without spaces")]
     DiskId(String),
-    /// Two disks of one name.
+    /// Two disks with the same serial number.
     #[error("disk id {0:?} is used twice: every disk needs its own")]
     SameDiskId(String),
-    /// A character that would end the command line or garble it.
+    /// A character that would end or corrupt the command line.
     #[error("the kernel command line contains {0:?}: use only printable ASCII characters and spaces")]
     CmdlineCharacter(char),
-    /// More than the kernel reads.
+    /// Longer than the kernel supports.
     #[error(
         "the kernel command line is {0} bytes long, including husk's parameters: Linux reads at most {MAX_CMDLINE_BYTES}"
     )]
     CmdlineTooLong(usize),
-    /// An address that has a meaning of its own.
+    /// A reserved CID.
     #[error("vsock CID {0}: a guest's CID is 3 to 4294967294, use --vsock PATH,cid=N or omit it")]
     VsockCid(u32),
-    /// No path, or one that no socket can have.
+    /// No path, or one that is too long for a socket.
     #[error("vsock path of {0} bytes: use --vsock with a path of 1 to {MAX_VSOCK_PATH_BYTES} bytes")]
     VsockPath(usize),
-    /// A limit of nothing, or a burst without a limit.
+    /// A limit of zero, or a burst without a limit.
     #[error("network limits must be 1 or more, and a burst needs its limit: use --network user,bps=10M,pps=1000")]
     NetworkRate,
-    /// A limit on frames that nobody counts.
+    /// A limit on frames that husk does not process.
     #[error("vhost=on cannot be combined with rate limits: remove vhost=on, or bps= and pps=")]
     LimitedVhost,
-    /// vhost-net with no tap device.
+    /// vhost-net without a tap device.
     #[error("vhost= needs a tap device: use --network tap=NAME,vhost=on, or a network of `husk network create`")]
     UserVhost,
-    /// More interfaces than there is room for.
+    /// More interfaces than supported.
     #[error("{0} networks: this machine can have at most {1}")]
     TooManyNetworks(usize, usize),
-    /// A name that no interface of the host's can have.
+    /// An invalid interface name.
     #[error(
         "invalid interface name {0:?}: use --network tap=NAME with 1 to {MAX_INTERFACE_NAME_BYTES} letters or digits"
     )]
     InterfaceName(String),
-    /// Ports that there are not.
+    /// Invalid ports.
     #[error("{1} ports starting at {0}: ports are 1 to 65535")]
     Ports(u16, u16),
-    /// A configuration file that is no `MachineConfig`.
+    /// A configuration file with invalid content.
     #[error("{0}")]
     File(String),
 }
 
 impl MachineConfig {
-    /// Reads a machine from JSON. A key that is left out keeps its default, an unknown one is refused by name.
+    /// Parses a configuration from JSON. Missing keys keep their defaults, unknown keys are rejected by name.
     pub fn from_json(text: &str) -> Result<MachineConfig, Invalid> {
         serde_json::from_str(text).map_err(|error| Invalid::File(error.to_string()))
     }
 
-    /// Checks everything that can be checked without a look at the host, and stops at the first fault.
+    /// Validates everything that does not depend on the host, and stops at the first error.
     pub fn validate(&self) -> Result<(), Invalid> {
         if self.kernel.as_os_str().is_empty() {
             return Err(Invalid::NoKernel);
@@ -318,8 +316,8 @@ impl MachineConfig {
         self.validate_networks()
     }
 
-    /// The kernel's whole command line: husk's own words, where they are wanted, then those that the kernel's image brings
-    /// along, then the user's, so that who comes later wins. `has_initrd` counts one that is in the image.
+    /// The complete kernel command line: husk's parameters, if included, then those in the kernel's image, then the
+    /// user's, so that later ones take precedence. `has_initrd` includes an initramfs in the image.
     pub fn full_cmdline(&self, kernel_words: &str, has_initrd: bool) -> String {
         let own = || default_cmdline(has_initrd, self.disks.first().map(|disk| disk.readonly));
         let own = if self.default_cmdline { own() } else { String::new() };

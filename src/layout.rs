@@ -1,34 +1,35 @@
-//! Where everything stands in the guest's physical address space, its port space and on its interrupt lines.
+//! The layout of the guest's physical address space, I/O ports and interrupt lines.
 //!
-//! Memory fills 0 to 3 GiB and goes on at 4 GiB: the last GiB below 4 GiB is left to devices, the I/O APIC and the local APICs.
+//! Memory occupies 0 to 3 GiB and continues at 4 GiB: the last GiB below 4 GiB is used by devices, the I/O APIC and the
+//! local APICs.
 
-/// First address of the hole for devices; memory goes up to here first.
+/// The start of the device hole.
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
-/// First address above the hole; the rest of memory starts here.
+/// The end of the device hole, where memory continues.
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
 
-/// Global descriptor table for the first instructions (PVH and 64-bit entry).
+/// The initial global descriptor table (PVH and 64-bit entry).
 pub const GDT_ADDRESS: u64 = 0x500;
 /// PVH `hvm_start_info`, its module list and its memory map.
 pub const PVH_INFO_ADDRESS: u64 = 0x6000;
 /// `struct boot_params`, the zero page (boot.rst, 64-bit boot protocol).
 pub const ZERO_PAGE_ADDRESS: u64 = 0x7000;
-/// Page tables that map the first 4 GiB one to one: PML4, PDPT and four page directories.
+/// Page tables that identity-map the first 4 GiB: PML4, PDPT and four page directories.
 pub const PAGE_TABLE_ADDRESS: u64 = 0x9000;
 /// The kernel's command line.
 pub const CMDLINE_ADDRESS: u64 = 0x2_0000;
-/// The longest command line that x86 Linux takes, with its final NUL (COMMAND_LINE_SIZE).
+/// The maximum length of a command line in x86 Linux, including the final NUL (COMMAND_LINE_SIZE).
 pub const CMDLINE_MAX_BYTES: usize = 2048;
-/// First address that a BIOS would keep to itself: usable memory ends here, to go on at 1 MiB.
+/// The start of the area reserved for a BIOS, up to 1 MiB.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
-/// The root system description pointer and, behind it, the ACPI tables (ACPI 6.5 §5.2.5.1 looks from here on).
+/// The root system description pointer, followed by the ACPI tables (ACPI 6.5 §5.2.5.1 starts the search here).
 pub const ACPI_ADDRESS: u64 = 0xe_0000;
-/// Where a PC's BIOS starts, F000:FFF0 in real mode: a guest that jumps there resets.
+/// The start address of a PC's BIOS, F000:FFF0 in real mode: a guest that jumps there resets.
 pub const RESET_VECTOR_ADDRESS: u64 = 0xf_fff0;
-/// End of the ACPI tables' area, and the start of usable memory above it.
+/// The end of the ACPI area, where usable memory continues.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 
-/// First virtio-mmio device; device `n` stands at `VIRTIO_MMIO_BASE + n * VIRTIO_MMIO_STRIDE`.
+/// The first virtio-mmio device; device `n` is at `VIRTIO_MMIO_BASE + n * VIRTIO_MMIO_STRIDE`.
 pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
 /// Distance between two virtio-mmio devices, in bytes.
 pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
@@ -45,25 +46,25 @@ pub const TSS_ADDRESS: u64 = 0xfffb_d000;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// COM1's interrupt.
 pub const SERIAL_GSI: u32 = 4;
-/// The keyboard controller's command port: only its reset line is there.
+/// The keyboard controller's command port, which implements only the reset line.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
-/// PCI's configuration ports: an address of four bytes, and as many of data.
+/// PCI configuration ports: four bytes of address and four bytes of data.
 pub const PCI_PORTS: u16 = 0xcf8;
-/// How many of them.
+/// The number of these ports.
 pub const PCI_PORTS_LEN: u64 = 8;
-/// pvpanic: the guest says that its kernel panicked.
+/// pvpanic: the guest reports a kernel panic.
 pub const PVPANIC_PORT: u16 = 0x505;
 /// ACPI sleep control register (ACPI 6.5 §4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register.
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
-/// The sleep type that `\_S5` names.
+/// The sleep type in `\_S5`.
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// ACPI reset register: writing [`RESET_VALUE`] resets the machine.
 pub const RESET_PORT: u16 = 0x602;
 /// The value that resets.
 pub const RESET_VALUE: u8 = 1;
-/// Boot progress, written by the guest for `--timings`: see `device::power`.
+/// Boot progress markers, written by the guest for `--timings`: see `device::power`.
 pub const MARKER_PORT: u16 = 0x603;
 /// Exit status, written by the guest: ends the machine with that exit code.
 pub const EXIT_PORT: u16 = 0x604;
@@ -73,7 +74,7 @@ pub const EVENT_GSI: u32 = 5;
 pub const VIRTIO_FIRST_GSI: u32 = 6;
 /// The I/O APIC has pins 0 to 23.
 pub const GSI_COUNT: u32 = 24;
-/// As many virtio-mmio devices as there are interrupt lines left for them.
+/// The maximum number of virtio-mmio devices, limited by the available interrupt lines.
 pub const VIRTIO_MMIO_MAX: usize = (GSI_COUNT - VIRTIO_FIRST_GSI) as usize;
 
 /// Address and interrupt line of virtio-mmio device `index`.
@@ -82,7 +83,7 @@ pub fn virtio_mmio_slot(index: usize) -> (u64, u32) {
     (VIRTIO_MMIO_BASE + index as u64 * VIRTIO_MMIO_STRIDE, VIRTIO_FIRST_GSI + index as u32)
 }
 
-/// Where `memory_bytes` of guest memory stand: one range, or two around the hole.
+/// The address ranges of `memory_bytes` of guest memory: one range, or two around the hole.
 pub fn memory_ranges(memory_bytes: u64) -> Vec<(u64, u64)> {
     if memory_bytes <= MMIO_HOLE_START {
         vec![(0, memory_bytes)]

@@ -1,29 +1,31 @@
-//! The words of a kernel's command line that husk knows: those that it puts before the user's, and those that hide its devices.
+//! Kernel parameters known to husk: the default ones, and those that would hide its devices.
 
-/// The words that precede the user's: what boots a stock kernel, and a purpose-built one, to a result or a shell fast.
+/// The default parameters, with which both a stock and a purpose-built kernel boot quickly to a result or a shell.
 ///
-/// `first_disk_readonly` is `None` where there is no disk. A later word wins over an earlier one, so the user's do.
+/// `first_disk_readonly` is `None` if there is no disk. Later parameters take precedence, so the user's do.
 pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> String {
     let mut words = vec![
-        // The serial port is the terminal.
+        // The serial port is the console.
         "console=ttyS0",
-        // Every byte on it is an exit: a stock kernel's 20 KiB of messages cost more than most of its work.
-        // Warnings and panics still come; `loglevel=7` brings the rest back.
+        // Every byte on it causes an exit: a stock kernel's 20 KiB of messages would take longer than most of its other
+        // work. Warnings and panics are still printed; `loglevel=7` restores the rest.
         "quiet",
-        // A panic resets at once, and husk reports it. Without this the kernel stops in a loop for ever.
+        // Resets immediately after a panic, which husk reports. Otherwise the kernel would loop forever.
         "panic=-1",
-        // By the reset register. Linux would else ask EFI first, because the platform is hardware-reduced, and then the BIOS.
+        // Uses the ACPI reset register. Otherwise Linux tries EFI first, because the platform is hardware-reduced, and
+        // then the BIOS.
         "reboot=acpi",
-        // Crypto drivers are tested by who builds the kernel, not at each boot.
+        // Crypto drivers are tested when a kernel is built, not at each boot.
         "cryptomgr.notests",
-        // The PCI bus is empty. A look at its ports is all of the search: `pci=off` leaves that out, and has every kernel with
-        // PCI complain of it as an error.
+        // The PCI bus is empty. Probing its ports is the whole search: `pci=off` would skip it, but makes every kernel
+        // with PCI log an error.
         "pci=conf1,noearly",
-        // Nothing here does DMA that a 64-bit device address cannot reach. Above 4 GiB of memory Linux would clear
+        // No device has DMA restrictions below 64 bits. With more than 4 GiB of memory Linux would allocate and clear
         // 64 MiB for bounce buffers.
         "swiotlb=noforce",
     ];
-    // What is *not* here is told by ACPI: no i8042, CMOS clock, VGA, PIT or PIC to probe and wait for.
+    // Other parameters are unnecessary because of ACPI: there is no i8042, CMOS clock, VGA, PIT or PIC to probe and
+    // wait for.
     if !has_initrd && let Some(readonly) = first_disk_readonly {
         words.push("root=/dev/vda");
         words.push(if readonly { "ro" } else { "rw" });
@@ -31,15 +33,15 @@ pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> S
     words.join(" ")
 }
 
-/// The word of `cmdline`, if there is one, that has the kernel find no disk, no network and no more than one processor:
-/// ACPI is what tells of them, and their interrupts arrive by I/O APIC and local APIC.
+/// Returns the parameter in `cmdline`, if any, that hides disks, networks and all but one processor: they are described
+/// by ACPI, and their interrupts go through the I/O APIC and local APIC.
 pub fn hides_devices(cmdline: &str) -> Option<&str> {
-    // Behind `--` are init's words.
+    // Arguments after `--` are passed to init.
     let words = cmdline.split(' ').take_while(|word| *word != "--");
     let mut acpi = None;
     for word in words {
         match word.split_once('=').unwrap_or((word, "")) {
-            // The last two leave the I/O APIC out, too.
+            // The last two disable the I/O APIC as well.
             ("noapic" | "nolapic" | "disableapic" | "nosmp", "") | ("maxcpus", "0") => return Some(word),
             ("pci", options) if options.split(',').any(|option| option == "noacpi") => return Some(word),
             ("acpi", _) => acpi = Some(word),

@@ -1,4 +1,4 @@
-//! What a machine's network is asked to be.
+//! Network configuration.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -8,22 +8,22 @@ use serde::{Deserialize, Serialize};
 
 use super::{Invalid, Rate};
 
-/// Longest name of an interface of the host's (IFNAMSIZ, linux/if.h, less the NUL).
+/// The maximum length of a host interface's name (IFNAMSIZ, linux/if.h, minus the NUL).
 pub const MAX_INTERFACE_NAME_BYTES: usize = 15;
 
-/// A network interface of the guest's.
+/// A network interface of the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkConfig {
     /// What it is connected to.
     pub to: Attachment,
-    /// The guest's own address; a random one if not given.
+    /// The guest's MAC address; random if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
-    /// What the guest may send in a second, and what it may receive; a packet is an operation.
+    /// Rate limits per direction; a packet counts as an operation.
     #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
     pub rate: Rate,
-    /// Whether the host's kernel moves the frames of a tap device (vhost-net); if nothing is said, where it can.
+    /// Whether the host's kernel processes the frames of a tap device (vhost-net); if not given, where possible.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost: Option<bool>,
 }
@@ -32,47 +32,48 @@ pub struct NetworkConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Attachment {
-    /// The host's own connections, through the program passt: no privileges, and no interface on the host.
+    /// User-mode networking through passt: no privileges, and no interface on the host.
     User(UserNetwork),
-    /// A tap device of the host's.
+    /// A tap device of the host.
     Tap {
-        /// The interface's name. It is made, and goes with the machine, where it does not exist and husk may.
+        /// The interface's name. It is created and removed with the machine if it does not exist and husk has the
+        /// privileges.
         name: String,
     },
-    /// A bridge of the host's, on which it gets a tap device of its own.
+    /// A bridge of the host, to which a new tap device is added.
     Bridge {
         /// The bridge's interface.
         name: String,
     },
 }
 
-/// How far a guest on [`Attachment::User`] is reachable, and what it reaches.
+/// Options of user-mode networking.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct UserNetwork {
-    /// Ports of the host's that lead to the guest.
+    /// Published ports.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PortForward>,
-    /// DNS servers told to the guest in place of the host's own.
+    /// DNS servers for the guest in place of the host's.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub dns: Vec<IpAddr>,
 }
 
-/// Ports of the host's that lead to as many of the guest's.
+/// A range of host ports forwarded to the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PortForward {
-    /// The host's address that they are open on; all of them if not given.
+    /// The host address to listen on; all addresses if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_ip: Option<IpAddr>,
     /// The first port on the host.
     pub host_port: u16,
     /// The first port in the guest.
     pub guest_port: u16,
-    /// How many ports follow each other, on both sides.
+    /// The number of consecutive ports.
     #[serde(default = "one")]
     pub count: u16,
-    /// What is forwarded.
+    /// The protocol.
     #[serde(default)]
     pub protocol: Protocol,
 }
@@ -81,24 +82,24 @@ fn one() -> u16 {
     1
 }
 
-/// What a port is a port of.
+/// A transport protocol.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// Connections.
+    /// TCP.
     #[default]
     Tcp,
-    /// Datagrams.
+    /// UDP.
     Udp,
 }
 
-/// An Ethernet address of one interface.
+/// A MAC address.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
-    /// The address that six bytes make when they are marked as one interface's (no group's) and as given out by nobody.
+    /// Makes an address of six bytes by marking it as unicast and locally administered.
     pub fn local(mut bytes: [u8; 6]) -> MacAddress {
         bytes[0] = bytes[0] & 0xfc | 0x02;
         MacAddress(bytes)
@@ -154,7 +155,7 @@ impl fmt::Debug for MacAddress {
     }
 }
 
-/// Writes ports as `docker ps` does: `8080->80/tcp`, with the host's address before it where there is one.
+/// Formats ports like `docker ps`: `8080->80/tcp`, preceded by the host's address if there is one.
 impl fmt::Display for PortForward {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let PortForward { host_ip, host_port, guest_port, count, protocol } = self;
@@ -175,7 +176,7 @@ impl fmt::Display for PortForward {
     }
 }
 
-/// Reads ports as Docker writes them: `[IP:]HOST:GUEST[/tcp|/udp]`, each side a port or a range `FIRST-LAST`.
+/// Parses Docker's port syntax: `[IP:]HOST:GUEST[/tcp|/udp]`, each side a port or a range `FIRST-LAST`.
 impl FromStr for PortForward {
     type Err = String;
 
@@ -204,12 +205,12 @@ impl FromStr for PortForward {
         if host.1 - host.0 != guest.1 - guest.0 {
             return Err(wrong("the port ranges have different lengths"));
         }
-        // It is 65535 at most, since port 0 is none.
+        // At most 65535, since port 0 is invalid.
         Ok(PortForward { host_ip, host_port: host.0, guest_port: guest.0, count: host.1 - host.0 + 1, protocol })
     }
 }
 
-/// A port, or the first and the last of several.
+/// Parses a port or a range.
 fn range(text: &str) -> Option<(u16, u16)> {
     let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
     match text.split_once('-') {
@@ -219,12 +220,12 @@ fn range(text: &str) -> Option<(u16, u16)> {
 }
 
 impl NetworkConfig {
-    /// An interface that is connected to this, with nothing else asked of it.
+    /// An interface connected to `to`, with default options.
     pub fn of(to: Attachment) -> NetworkConfig {
         NetworkConfig { to, mac: None, rate: Rate::default(), vhost: None }
     }
 
-    /// Checks what can be checked without a look at the host.
+    /// Validates everything that does not depend on the host.
     pub fn validate(&self) -> Result<(), Invalid> {
         if !self.rate.makes_sense() {
             return Err(Invalid::NetworkRate);

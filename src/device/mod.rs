@@ -1,4 +1,4 @@
-//! Devices that are not virtio: what a kernel needs before it has drivers, and to end.
+//! Platform devices other than virtio: those needed before a kernel has loaded drivers, and to end the machine.
 
 mod pci;
 mod power;

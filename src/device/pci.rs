@@ -1,34 +1,34 @@
-//! From a look at PCI's configuration ports to an answer: there is a bus, and nothing on it but the bridge to it.
+//! PCI configuration ports for an empty bus: a host bridge and no other device.
 //!
-//! The machine has no PCI device. The ports are for kernels that know of PCI: one that finds no way to a bus says so as an
-//! error, at every boot. This is configuration mechanism 1 (PCI Local Bus Specification 3.0, §3.2.2.3.2).
+//! The machine has no PCI devices. The ports exist for kernels with PCI support, which would otherwise log an error at
+//! every boot. They implement configuration mechanism 1 (PCI Local Bus Specification 3.0, §3.2.2.3.2).
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::bus::Device;
 
-/// The configuration address, and behind it the data, from the first port on.
+/// The offset of the configuration address, followed by that of the data.
 const ADDRESS: u64 = 0;
 const DATA: u64 = 4;
-/// Bit 31 of the address: what follows is a configuration access.
+/// Bit 31 of the address: enables configuration accesses.
 const ENABLE: u32 = 1 << 31;
-/// Bits of the address that can be written: enable, bus, device and function, register.
+/// The writable bits of the address: enable, bus, device and function, register.
 const WRITABLE: u32 = ENABLE | 0x00ff_fffc;
 /// Bits 8 to 23: bus, device and function. The bridge's are 0.
 const FUNCTION: u32 = 0x00ff_ff00;
-/// The bridge's registers: vendor 0x1b36 and device 0x0008, which is no chip's that a kernel would have to work around
-/// faults of; at 8 revision 0 of class 6, subclass 0, a host bridge.
+/// The bridge's registers: vendor 0x1b36 and device 0x0008, for which no kernel applies quirks; at 8 revision 0 of
+/// class 6, subclass 0, a host bridge.
 const BRIDGE_ID: u32 = 0x0008_1b36;
 const BRIDGE_CLASS: u32 = 0x0600_0000;
 
-/// The eight ports. Their only state is the address; accesses of several vCPUs at once are each whole.
+/// The eight ports. Their only state is the address; concurrent accesses of several vCPUs are atomic.
 #[derive(Debug, Default)]
 pub struct PciPorts {
     address: AtomicU32,
 }
 
 impl PciPorts {
-    /// The register at the address, if anything is there.
+    /// The register at the address, if a device exists there.
     fn register(&self) -> Option<u32> {
         let address = self.address.load(Ordering::Relaxed);
         if address & ENABLE == 0 || address & FUNCTION != 0 {
@@ -53,13 +53,13 @@ impl Device for PciPorts {
                     data.copy_from_slice(bytes);
                 }
             }
-            // No port of the address's alone: 0xcf9 and 0xcfb are other devices on a PC.
+            // Not a port of the address by itself: on a PC, 0xcf9 and 0xcfb belong to other devices.
             _ => {}
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        // Nothing that the bridge has can be written.
+        // All of the bridge's registers are read-only.
         if let (ADDRESS, Ok(bytes)) = (offset, data.try_into()) {
             self.address.store(u32::from_le_bytes(bytes) & WRITABLE, Ordering::Relaxed);
         }
@@ -76,7 +76,7 @@ mod tests {
         data
     }
 
-    /// What a kernel does to find out whether there is a bus: arch/x86/pci/direct.c in Linux.
+    /// The check for a bus in Linux, arch/x86/pci/direct.c.
     #[test]
     fn a_kernel_finds_a_way_to_the_bus() {
         let ports = PciPorts::default();

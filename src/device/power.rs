@@ -1,4 +1,4 @@
-//! From a guest's port write to the machine's end: sleep, reset, panic and exit ports, and the boot marker.
+//! Ports that end the machine: sleep, reset, panic and exit, and the boot marker.
 
 use std::sync::Arc;
 
@@ -9,34 +9,34 @@ use crate::timings::{Step, Timings};
 
 /// SLP_EN, bit 5 of the sleep control register (ACPI 6.5 §4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
-/// SLP_TYPx, bits 2 to 4 of it.
+/// SLP_TYPx, bits 2 to 4 of the same register.
 const SLEEP_TYPE_MASK: u8 = 0b111 << 2;
 /// The keyboard controller's command that pulses the processor's reset line.
 const I8042_RESET: u8 = 0xfe;
-/// pvpanic: "the guest panicked", bit 0 of what is written (QEMU's pvpanic specification).
+/// pvpanic: "the guest panicked", bit 0 (QEMU's pvpanic specification).
 const PVPANIC_PANICKED: u8 = 1 << 0;
-/// pvpanic: "the guest panicked, and takes care of itself", bit 1.
+/// pvpanic: "the guest panicked and handles the crash itself", bit 1.
 const PVPANIC_CRASH_LOADED: u8 = 1 << 1;
 
-/// Every port by which a guest ends, each one byte wide. Stateless but for what it tells [`ExitLatch`] and [`Timings`].
+/// The ports, each one byte wide. Stateless except for what they report to [`ExitLatch`] and [`Timings`].
 pub struct Power {
     exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
 }
 
-/// One of [`Power`]'s ports, as the bus sees it.
+/// One of the ports of [`Power`], as a device on the bus.
 struct Port {
     number: u16,
     power: Arc<Power>,
 }
 
 impl Power {
-    /// A device that declares to `exit_latch` and marks in `timings`.
+    /// Creates a device that reports to `exit_latch` and `timings`.
     pub fn new(exit_latch: Arc<ExitLatch>, timings: Arc<Timings>) -> Power {
         Power { exit_latch, timings }
     }
 
-    /// Puts all the ports on the bus.
+    /// Adds all the ports to the bus.
     pub fn attach(self, ports: &mut Bus) -> Result<(), BusError> {
         let power = Arc::new(self);
         let numbers = [
@@ -71,7 +71,8 @@ impl Power {
         }
     }
 
-    /// What the port answers: no keyboard controller is busy, pvpanic's two events are offered, nothing else is set.
+    /// The value read from a port: the keyboard controller is not busy, both pvpanic events are supported, and
+    /// everything else is 0.
     fn read(port: u16) -> u8 {
         match port {
             layout::PVPANIC_PORT => PVPANIC_PANICKED | PVPANIC_CRASH_LOADED,

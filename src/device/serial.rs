@@ -1,4 +1,4 @@
-//! From the guest's 16550 to the console and back: COM1, where a kernel's messages and a person's shell are.
+//! The 16550 UART at COM1: kernel messages and the console's input.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,23 +13,23 @@ use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::timings::{Step, Timings};
 
-/// Interrupt enable register, and in it "received data available" (16550 data sheet).
+/// The interrupt enable register and its bit "received data available" (16550 data sheet).
 const IER_OFFSET: u8 = 1;
 const IER_RECEIVED_DATA: u8 = 1 << 0;
-/// Line control register: its bit 7 puts the divisor in the place of the first two registers.
+/// The line control register: bit 7 maps the divisor in place of the first two registers.
 const LCR_OFFSET: u8 = 3;
 const LCR_DLAB: u8 = 1 << 7;
-/// Modem control register: OUT2 lets interrupts out, LOOP feeds the output back.
+/// The modem control register: OUT2 enables interrupts, LOOP loops the output back.
 const MCR_OFFSET: u8 = 4;
 const MCR_OUT2: u8 = 1 << 3;
 const MCR_LOOP: u8 = 1 << 4;
 
-/// What Linux begins the words of a panic with.
+/// The prefix of Linux's panic messages.
 const PANIC_MARK: &[u8] = b"Kernel panic - not syncing: ";
-/// Longest line looked at for it.
+/// The maximum length of a line that is searched for it.
 const LINE_MAX_BYTES: usize = 512;
 
-/// The serial port. Registers on vCPU threads; input from the thread that reads the terminal.
+/// The serial port. Registers are accessed on vCPU threads, input by the thread that reads the terminal.
 pub struct Serial {
     port: Mutex<Port>,
     output: Arc<Output>,
@@ -56,7 +56,7 @@ impl Trigger for Interrupt {
     }
 }
 
-/// Tells who has input waiting that the guest can take more.
+/// Notifies the input thread that the guest can accept more.
 struct InputSide {
     starved: AtomicBool,
     wanted: Arc<EventFd>,
@@ -65,7 +65,7 @@ struct InputSide {
 impl InputSide {
     fn call(&self) {
         if self.starved.swap(false, Ordering::Relaxed) {
-            // A full counter has woken the reader already.
+            // A full counter has already woken the reader.
             let _ = self.wanted.write(1);
         }
     }
@@ -81,8 +81,8 @@ impl SerialEvents for InputSide {
 }
 
 impl Serial {
-    /// A port that interrupts by `irq` and prints to `output`. The second value is readable when the guest can take input
-    /// that [`Serial::offer_input`] had to refuse.
+    /// Creates a port that interrupts through `irq` and prints to `output`. The returned event is readable when the
+    /// guest can accept input that [`Serial::offer_input`] had to refuse.
     pub fn new(
         irq: IrqLine,
         output: Arc<Output>,
@@ -101,7 +101,8 @@ impl Serial {
         Ok((Serial { port: Mutex::new(port), output, exit_latch, timings }, wanted))
     }
 
-    /// Hands `bytes` to the guest and returns how many it took: none while no driver listens, which would lose them.
+    /// Passes `bytes` to the guest and returns how many were accepted: none while no driver has opened the port, since
+    /// they would be lost.
     pub fn offer_input(&self, bytes: &[u8]) -> usize {
         let mut port = self.lock();
         let taken = if port.listens() { port.uart.enqueue_raw_bytes(bytes).unwrap_or(0) } else { 0 };
@@ -132,7 +133,7 @@ impl Serial {
 
 impl Port {
     fn write(&mut self, offset: u8, value: u8) {
-        // The error is a console's or an interrupt's, and neither can fail here.
+        // Only the console or an interrupt could fail, and neither can here.
         let _ = self.uart.write(offset, value);
         match offset {
             IER_OFFSET if self.line_control & LCR_DLAB == 0 => self.interrupt_enable = value,
@@ -145,12 +146,12 @@ impl Port {
         }
     }
 
-    /// Whether a driver has opened the port: bytes sent before would be thrown away by its initialization.
+    /// Whether a driver has opened the port. Earlier bytes would be discarded by its initialization.
     fn listens(&self) -> bool {
         self.interrupt_enable & IER_RECEIVED_DATA != 0 && self.modem_control & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2
     }
 
-    /// Follows what is printed, a line at a time, and returns the words of a kernel panic.
+    /// Tracks the output line by line, and returns the message of a kernel panic.
     fn watch(&mut self, byte: u8) -> Option<String> {
         if byte != b'\n' {
             if self.line.len() < LINE_MAX_BYTES {

@@ -78,7 +78,7 @@ impl Store {
     pub(super) fn use_blobs(&self) -> Result<File> {
         let path = self.dir.join("blobs.lock");
         let file = lock::file().open(&path).with_context(|| format!("open {}", path.display()))?;
-        lock::wait(&file, &path, Kind::Shared, lock::SOON)?;
+        lock::wait(&file, &path, Kind::Shared, lock::SHORT_TIMEOUT)?;
         Ok(file)
     }
 
@@ -90,7 +90,7 @@ impl Store {
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
                 file => file.with_context(|| format!("open {}", path.display()))?,
             };
-            lock::wait(&file, &path, Kind::Shared, lock::LATER)?;
+            lock::wait(&file, &path, Kind::Shared, lock::LONG_TIMEOUT)?;
             // It may have been removed in between.
             if is_at(&file, &path) {
                 return Ok(Some(file));
@@ -199,7 +199,7 @@ fn default_dir() -> Option<PathBuf> {
 fn lock_alone(path: &Path) -> Result<File> {
     loop {
         let file = lock::file().open(path)?;
-        lock::wait(&file, path, Kind::Exclusive, lock::LATER)?;
+        lock::wait(&file, path, Kind::Exclusive, lock::LONG_TIMEOUT)?;
         // Who had it may have removed it.
         if is_at(&file, path) {
             return Ok(file);

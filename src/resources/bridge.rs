@@ -1,8 +1,8 @@
-//! Networks that machines share: a bridge of the host's with a subnet, a way out by NAT, and names by dnsmasq.
+//! Networks shared by machines: a bridge on the host with a subnet, NAT, and DNS and DHCP by dnsmasq.
 //!
-//! One has a directory under /run/husk/networks, which goes when the host restarts, as its bridge does. A machine's
-//! part in it is a [`Lease`]: a file named like its address, locked for as long as the machine exists, so that one
-//! whose husk was killed is known and given to the next.
+//! A network has a directory under /run/husk/networks, which disappears when the host restarts, as does the bridge. A
+//! machine's membership is a [`Lease`]: a file named after its address, locked for as long as the machine exists, so
+//! that the address of a killed machine can be reused.
 
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{self, ErrorKind, Write};
@@ -20,34 +20,34 @@ use super::programs::{is_missing, run};
 use crate::config::MacAddress;
 
 const DIR: &str = "/run/husk/networks";
-/// A bridge's name begins so, and leaves ten bytes of an interface's fifteen.
+/// The prefix of bridge names. It leaves ten of the fifteen bytes of an interface name.
 const BRIDGE_PREFIX: &str = "husk-";
-/// Longest name of a network.
+/// The maximum length of a network's name.
 pub const MAX_NAME_BYTES: usize = 10;
-/// What `--network` takes for something else.
+/// Names with another meaning for `--network`.
 const TAKEN_NAMES: [&str; 2] = ["user", "none"];
-/// Longest name of a machine: one label of DNS (RFC 1035).
+/// The maximum length of a machine's name: one DNS label (RFC 1035).
 const MAX_MACHINE_BYTES: usize = 63;
-/// Every network has a /24: the gateway is its first address, machines have the others.
+/// Every network is a /24: the gateway has the first address, machines the others.
 pub const PREFIX: u8 = 24;
-/// Where subnets are looked for when none is asked for: 10.86.0.0/24 and on, which is nobody else's default (podman has
-/// 10.88.0.0/16 and what follows, Kubernetes' distributions 10.42, 10.96 and 10.244).
+/// Where the search for a free subnet starts: 10.86.0.0/24, which no other software uses by default (podman starts at
+/// 10.88.0.0/16, Kubernetes distributions use 10.42, 10.96 and 10.244).
 const SUBNETS_FROM: [u8; 2] = [10, 86];
-/// A machine's last byte of an address.
+/// The last byte of a machine's address.
 const MACHINES: std::ops::RangeInclusive<u8> = 2..=254;
 
-/// A network, as it is written down.
+/// A network, as stored on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bridge {
-    /// What users call it.
+    /// The name.
     pub name: String,
-    /// The first address, which is nobody's.
+    /// The network address.
     pub subnet: Ipv4Addr,
-    /// Whether there is no way out of it.
+    /// Whether it has no external access.
     pub internal: bool,
 }
 
-/// A machine's part in a network. Dropping it gives the address back.
+/// A machine's membership in a network. Dropping it releases the address.
 #[derive(Debug)]
 pub struct Lease {
     /// The network.
@@ -59,12 +59,12 @@ pub struct Lease {
 }
 
 impl Bridge {
-    /// The interface of the host's that it is.
+    /// The name of the bridge interface.
     pub fn interface(&self) -> String {
         interface_of(&self.name)
     }
 
-    /// The host's address on it, where names are asked for, too.
+    /// The host's address in the network, which is also the DNS server.
     pub fn gateway(&self) -> Ipv4Addr {
         self.host(1)
     }
@@ -79,7 +79,7 @@ impl Bridge {
     }
 }
 
-/// Whether a network can have this name.
+/// Whether this is a valid network name.
 pub fn is_name(name: &str) -> bool {
     let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     (1..=MAX_NAME_BYTES).contains(&name.len())
@@ -88,17 +88,18 @@ pub fn is_name(name: &str) -> bool {
         && !TAKEN_NAMES.contains(&name)
 }
 
-/// The interface of the host's that the network `name` is.
+/// The bridge interface of the network `name`.
 pub fn interface_of(name: &str) -> String {
     format!("{BRIDGE_PREFIX}{name}")
 }
 
-/// The name of the network that the host's interface `interface` is, if it can be one.
+/// The network that the interface `interface` belongs to, if the name matches.
 pub fn name_of(interface: &str) -> Option<&str> {
     interface.strip_prefix(BRIDGE_PREFIX).filter(|name| is_name(name))
 }
 
-/// Makes a network with its bridge, names and, unless it is `internal`, its way out. Nothing stays of one that fails.
+/// Creates a network with its bridge, DNS server and, unless it is `internal`, NAT. Everything is removed if a step
+/// fails.
 pub fn create(name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
     create_in(Path::new(DIR), name, subnet, internal)
 }
@@ -138,7 +139,7 @@ pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, inter
     Ok(bridge)
 }
 
-/// All networks, by name.
+/// All networks, sorted by name.
 pub fn list() -> Result<Vec<Bridge>> {
     list_in(Path::new(DIR))
 }
@@ -155,7 +156,7 @@ fn list_in(base: &Path) -> Result<Vec<Bridge>> {
     Ok(all)
 }
 
-/// Machines that are on a network now, with their addresses.
+/// The machines currently on a network, with their addresses.
 pub fn machines(bridge: &Bridge) -> Vec<(Ipv4Addr, String)> {
     machines_in(&bridge.dir(Path::new(DIR)))
 }
@@ -167,7 +168,8 @@ fn machines_in(dir: &Path) -> Vec<(Ipv4Addr, String)> {
             Ok(file) if matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) => {
                 found.push((address, fs::read_to_string(&path).unwrap_or_default()));
             }
-            // It is root's alone: whether the machine is still there nobody else sees, but what the others call it.
+            // Only root can open the lock: other users cannot see whether the machine still exists, but they can read
+            // its name.
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                 let hosts = fs::read_to_string(dir.join("hosts").join(address.to_string())).unwrap_or_default();
                 found.push((address, hosts.split_whitespace().nth(1).unwrap_or_default().to_owned()));
@@ -179,7 +181,7 @@ fn machines_in(dir: &Path) -> Vec<(Ipv4Addr, String)> {
     found
 }
 
-/// Removes a network and all that was made for it. Fails while machines are on it.
+/// Removes a network and everything created for it. Fails while machines are connected.
 pub fn remove(name: &str) -> Result<()> {
     remove_in(Path::new(DIR), name)
 }
@@ -196,13 +198,13 @@ pub(super) fn remove_in(base: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Gives the machine `machine` an address on network `name`, and its name to the others.
+/// Assigns the machine `machine` an address in network `name`, and publishes its name.
 pub fn join(name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
     join_in(Path::new(DIR), name, machine, mac)
 }
 
 fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
-    // It stands in files of dnsmasq's, a line each.
+    // The name is written to line-based files of dnsmasq.
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     ensure!(
         (1..=MAX_MACHINE_BYTES).contains(&machine.len()) && machine.chars().all(good),
@@ -215,7 +217,7 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     let taken: Vec<(Ipv4Addr, String)> =
         leases(&dir).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
     ensure!(taken.iter().all(|(_, name)| name != machine), "network {name} already has a machine named {machine}");
-    // The same machine gets the same address, where that is free.
+    // A machine gets the same address each time, if it is free.
     let size = MACHINES.len() as u64;
     let first = u64::from_le_bytes([mac.0[2], mac.0[3], mac.0[4], mac.0[5], 0, 0, 0, 0]) % size;
     let candidates = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
@@ -223,12 +225,12 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     let address = address.with_context(|| format!("network {name} has no free addresses"))?;
     let path = dir.join("leases").join(address.to_string());
     let write = || -> Result<File> {
-        // One that somebody else has made is not this machine's alone to lock.
+        // A file created by another user could be locked by that user.
         let _ = fs::remove_file(&path);
         let mut lock = lock::file().create_new(true).open(&path)?;
-        lock::wait(&lock, &path, Kind::Exclusive, lock::SOON)?;
+        lock::wait(&lock, &path, Kind::Exclusive, lock::SHORT_TIMEOUT)?;
         lock.write_all(machine.as_bytes())?;
-        // Read whole or not at all by dnsmasq, which looks as soon as there is a file.
+        // Written atomically, since dnsmasq reads the file as soon as it exists.
         publish(&dir.join("hosts").join(address.to_string()), &format!("{address} {machine}\n"))?;
         publish(&dir.join("dhcp").join(address.to_string()), &format!("{mac},{address},{machine},infinite\n"))?;
         Ok(lock)
@@ -240,7 +242,7 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
 impl Drop for Lease {
     fn drop(&mut self) {
         forget(&self.dir, self.address);
-        // It hears of files that come by itself, but not of those that go.
+        // dnsmasq detects new files, but not removed ones.
         if let Some(pid) = names_server(&self.dir) {
             let _ = Command::new("kill").args(["-HUP", &pid.to_string()]).output();
         }
@@ -254,7 +256,7 @@ fn find_in(base: &Path, name: &str) -> Result<Bridge> {
     })
 }
 
-/// Locks what only root may open, also where an earlier version made it for everybody's eyes.
+/// Locks a file that only root can open, even if an earlier version created it with wider permissions.
 fn lock(path: &Path) -> Result<File> {
     let open = || -> Result<File> {
         let file = lock::alone(path)?;
@@ -264,7 +266,7 @@ fn lock(path: &Path) -> Result<File> {
     open().context("change networks (as root)")
 }
 
-/// Makes a directory, and those above it that are missing, for everybody to look at. What is there stays as it is.
+/// Creates a directory and missing parents, readable by everyone. Existing directories are not changed.
 fn make_shown(dir: &Path) -> io::Result<()> {
     if dir.is_dir() {
         return Ok(());
@@ -276,7 +278,7 @@ fn make_shown(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Lets everybody look at a directory or a file, dnsmasq for one, whatever the mask of who made it.
+/// Makes a directory or a file readable by everyone, in particular dnsmasq, regardless of the umask.
 fn show(path: &Path) -> io::Result<()> {
     let mode = if path.is_dir() { 0o755 } else { 0o644 };
     fs::set_permissions(path, Permissions::from_mode(mode))
@@ -287,7 +289,7 @@ fn leases(dir: &Path) -> impl Iterator<Item = (Ipv4Addr, PathBuf)> {
     entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
 }
 
-/// Forgets machines that are no more.
+/// Removes machines that no longer exist.
 fn remove_stale(dir: &Path) {
     for (address, path) in leases(dir) {
         if lock::file().create(false).open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
@@ -310,7 +312,7 @@ fn publish(path: &Path, content: &str) -> Result<()> {
     Ok(fs::rename(&unfinished, path)?)
 }
 
-/// Whether the host has a route into the subnet, or one that it lies in, but for the default one.
+/// Whether the host has a route, other than the default route, to the subnet or one that contains it.
 fn is_routed(subnet: Ipv4Addr) -> bool {
     let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
     routes.lines().skip(1).any(|line| {
@@ -330,13 +332,13 @@ fn raise(bridge: &Bridge) -> Result<()> {
     run("ip", &["link", "set", &interface, "up"])
 }
 
-/// Starts dnsmasq, which stays when husk goes: it answers for the machines' names and passes on other questions, and
-/// gives addresses to those that ask.
+/// Starts dnsmasq, which keeps running after husk exits: it resolves machine names, forwards other queries, and serves
+/// DHCP.
 fn serve_names(bridge: &Bridge, dir: &Path) -> Result<()> {
     let at = |name: &str| dir.join(name).display().to_string();
     let mut arguments = vec![
         "--conf-file=/dev/null".to_owned(),
-        // There on every host, as a user of dnsmasq's own is not.
+        // Exists on every host, unlike a dedicated user for dnsmasq.
         "--user=nobody".to_owned(),
         "--bind-interfaces".to_owned(),
         "--except-interface=lo".to_owned(),
@@ -349,7 +351,7 @@ fn serve_names(bridge: &Bridge, dir: &Path) -> Result<()> {
         format!("--pid-file={}", at("dnsmasq.pid")),
     ];
     if bridge.internal {
-        // It would name itself as the way to everything else.
+        // It would announce itself as the default router.
         arguments.push("--dhcp-option=option:router".to_owned());
     }
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -359,14 +361,14 @@ fn serve_names(bridge: &Bridge, dir: &Path) -> Result<()> {
     })
 }
 
-/// The process that serves a network's names, if it does.
+/// The PID of the network's dnsmasq, if it is running.
 fn names_server(dir: &Path) -> Option<u32> {
     let pid = fs::read_to_string(dir.join("dnsmasq.pid")).ok()?.trim().parse().ok()?;
     let comm = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
     (comm.trim() == "dnsmasq").then_some(pid)
 }
 
-/// Removes what there is of a network; what is not there is not missed.
+/// Removes all parts of a network; missing parts are ignored.
 fn take_down(bridge: &Bridge, dir: &Path) {
     if let Some(pid) = names_server(dir) {
         let _ = run("kill", &[&pid.to_string()]);
@@ -376,7 +378,7 @@ fn take_down(bridge: &Bridge, dir: &Path) {
     let _ = fs::remove_dir_all(dir);
 }
 
-/// Makes the tap device `tap` a part of the network whose interface is `bridge`, in service.
+/// Adds the tap device `tap` to the bridge `bridge` and brings it up.
 pub fn attach(tap: &str, bridge: &str) -> Result<()> {
     run("ip", &["link", "set", tap, "master", bridge, "up"])
 }
@@ -394,7 +396,8 @@ pub(super) mod tests {
 
     const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
 
-    /// Runs `test` in a network of its own, with a directory for its networks; skips loudly where that may not be made.
+    /// Runs `test` in a new network namespace with a separate directory for networks. Skips it with a visible message
+    /// if that is not permitted.
     pub(crate) fn alone(test: impl FnOnce(&Path) + Send) {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -402,7 +405,7 @@ pub(super) mod tests {
                     eprintln!("SKIPPED: only root makes networks: {error}");
                     return;
                 }
-                // Whoever dnsmasq becomes is to read it.
+                // Must be readable by the user that dnsmasq switches to.
                 let base = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir().unwrap();
                 run("ip", &["link", "set", "lo", "up"]).unwrap();
                 test(base.path());
@@ -411,7 +414,7 @@ pub(super) mod tests {
         });
     }
 
-    /// Asks a server for a name's address.
+    /// Queries a server for a name's address.
     fn ask(server: Ipv4Addr, name: &str) -> Option<Ipv4Addr> {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
@@ -421,7 +424,7 @@ pub(super) mod tests {
         socket.send_to(&question, (server, 53)).unwrap();
         let mut answer = [0; 512];
         let count = socket.recv(&mut answer).ok()?;
-        // One answer, whose address is its last four bytes.
+        // A single answer, which ends with the address.
         let address: [u8; 4] = answer[..count].last_chunk().copied()?;
         (answer[7] > 0).then(|| address.into())
     }

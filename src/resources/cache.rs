@@ -1,7 +1,8 @@
-//! What is unpacked once and found again: a directory in the user's cache, `${XDG_CACHE_HOME:-~/.cache}/husk/NAME/`.
+//! A cache of unpacked files in the user's cache directory, `${XDG_CACHE_HOME:-~/.cache}/husk/NAME/`.
 //!
-//! A file there is whole from the moment it has its name: it is written under another one, and renamed. Any number of
-//! husks may do so at once, and each of them may be killed. What was not used for longest goes.
+//! Entries are complete from the moment they exist: they are written under a temporary name and renamed. Any number of
+//! processes may use the cache concurrently, and may be killed at any time. The least recently used entries are
+//! evicted.
 
 use std::cmp::Reverse;
 use std::fs::{self, File};
@@ -19,39 +20,38 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// The one of this name for the user, where there is a place for it. As many names are kept as `names_kept`.
+    /// Opens the user's cache with this name, if there is a location for it. At most `names_kept` entries are kept.
     pub fn of_user(name: &str, names_kept: usize) -> Option<Cache> {
-        // A relative path is to be ignored (XDG base directory specification).
+        // Relative paths must be ignored (XDG base directory specification).
         let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
         Some(Cache { dir: base.join("husk").join(name), names_kept })
     }
 
-    /// One in this directory, which is made when it is needed.
+    /// Opens a cache in this directory, which is created when needed.
     #[cfg(test)]
     pub fn at(dir: &std::path::Path, names_kept: usize) -> Cache {
         Cache { dir: dir.to_owned(), names_kept }
     }
 
-    /// Where the entry of this name is, if there is one.
+    /// The path of the entry with this name, if it exists.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
-    /// Opens an entry. It is used now, and so the last to go.
+    /// Opens an entry and marks it as recently used.
     pub fn open(&self, name: &str) -> Option<File> {
         let file = File::open(self.path(name)).ok()?;
         let _ = file.set_modified(SystemTime::now());
         Some(file)
     }
 
-    /// Makes an entry of what `fill` writes to an empty file, and returns what that returns. Fails at once if another
-    /// husk is making the same.
+    /// Creates an entry with the content that `fill` writes to an empty file, and returns the result of `fill`. Fails
+    /// immediately if another process is creating the same entry.
     pub fn fill<T>(&self, name: &str, fill: impl FnOnce(&File) -> Result<T>) -> Result<T> {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(&self.dir).context("create the cache")?;
-        // The same name for everyone, so that a husk that was killed leaves nothing that piles up: the next one takes
-        // it over.
+        // The name is deterministic, so that files of killed processes do not accumulate: the next process reuses them.
         let (entry, part) = (self.path(name), self.path(name).with_extension("part"));
         let file = File::options().read(true).write(true).create(true).truncate(false).open(&part)?;
         file.try_lock().context("another husk is unpacking it")?;
@@ -60,7 +60,7 @@ impl Cache {
         let make = || -> Result<T> {
             file.set_len(0)?;
             let made = fill(&file)?;
-            // Else a power cut could leave the name without the content.
+            // Otherwise a power failure could leave the name without the content.
             file.sync_data()?;
             fs::rename(&part, entry)?;
             Ok(made)
@@ -74,7 +74,7 @@ impl Cache {
         Ok(made)
     }
 
-    /// Removes what was not used for longest. A husk that has it open keeps it.
+    /// Evicts the least recently used entries. A process that has one open can continue to use it.
     fn forget_oldest(&self) -> Result<()> {
         let mut files = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
@@ -89,17 +89,17 @@ impl Cache {
     }
 }
 
-/// What tells a file's content without reading it: short of setting the clock, nobody changes a file and keeps its
+/// Identifies a file's content without reading it: short of setting the clock, a file cannot be changed without a new
 /// ctime.
 pub struct Identity {
-    /// A file's name.
+    /// The name of a cache entry for the file.
     pub name: String,
-    /// Whether the last change is long enough ago that another one would have another time.
+    /// Whether the last change was long enough ago for another change to have a different timestamp.
     pub settled: bool,
 }
 
 impl Identity {
-    /// That of a file as it is now.
+    /// The identity of an open file.
     pub fn of(file: &File) -> Result<Identity> {
         const CLOCK_TICK: Duration = Duration::from_secs(1);
         let m = file.metadata()?;

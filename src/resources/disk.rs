@@ -1,4 +1,4 @@
-//! From a disk's path to an open, locked image: raw files, qcow2 files and block devices.
+//! Opens and locks disks: raw files, qcow2 files and block devices.
 
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Seek, SeekFrom};
@@ -12,36 +12,36 @@ use crate::config::Rate;
 use crate::config::{DISK_BLOCK_BYTES, DiskConfig, Format};
 use crate::sys;
 
-/// A disk that is open, and ours alone: nobody else writes to it, and nobody else reads it while we write.
+/// An open, locked disk: no other process writes to it, and none reads it while it is open for writing.
 #[derive(Debug)]
 pub struct DiskFile {
-    /// What requests are made of. The lock lasts as long as it does.
+    /// The image that requests operate on. It holds the lock.
     pub image: DiskImage,
-    /// Where it was found, for messages.
+    /// The path, for messages.
     pub path: PathBuf,
-    /// Its size, a multiple of 512 and not 0.
+    /// The size, a nonzero multiple of 512.
     pub capacity_bytes: u64,
-    /// Whether it is open for reading only.
+    /// Whether it is read-only.
     pub readonly: bool,
-    /// The least that the guest reads and writes at once; the size is a multiple of it.
+    /// The logical block size; the capacity is a multiple of it.
     pub block_bytes: u32,
-    /// What the guest reads as its serial number.
+    /// The serial number.
     pub id: Option<String>,
-    /// What the guest may read and write in a second.
+    /// The guest's rate limits.
     pub rate: Rate,
 }
 
-/// An image, by its format.
+/// A disk image, by format.
 #[derive(Debug)]
 pub enum DiskImage {
-    /// The disk's bytes as they are.
+    /// The content of the disk.
     Raw {
-        /// The file that has them.
+        /// The file.
         file: File,
         /// Whether it is a block device.
         block_device: bool,
     },
-    /// A qcow2 image, its tables found to be in order as far as they were read.
+    /// A qcow2 image. The tables read so far are valid.
     Qcow2(Box<Qcow2Disk>),
 }
 
@@ -51,7 +51,7 @@ pub enum DiskImage {
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     let DiskConfig { path, readonly, id, format: _, block_bytes, rate } = config;
     let name = path.display();
-    // Without O_NONBLOCK, opening a named pipe waits for its other end. It makes no difference to disks.
+    // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened. It has no effect on disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
     let file = match opened {
         Err(error) if error.kind() == ErrorKind::IsADirectory => bail!("disk {name} is a directory"),
@@ -74,7 +74,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     }
     let block_bytes = match block_bytes {
         Some(bytes) => *bytes,
-        // The guest is not to ask for less than the device can do, nor for larger blocks than drivers know.
+        // The guest must not use smaller blocks than the device, nor larger ones than drivers support.
         None if block_device => {
             let bytes = sys::disk::block_bytes(&file).with_context(|| format!("block size of disk {name}"))?;
             bytes.clamp(*DISK_BLOCK_BYTES.start(), *DISK_BLOCK_BYTES.end())
@@ -86,7 +86,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     }
     let (image, capacity_bytes) = match config.format() {
         Format::Raw => {
-            // A block device's metadata have no size.
+            // The metadata of a block device does not contain its size.
             let capacity_bytes = (&file).seek(SeekFrom::End(0)).with_context(|| format!("size of disk {name}"))?;
             (DiskImage::Raw { file, block_device }, capacity_bytes)
         }
@@ -106,7 +106,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate })
 }
 
-/// Says what a file looks like that is used as raw without anybody having said so. That is all: a guest may have
+/// Warns if a file that is used as raw by default looks like another format. It is only a warning: a guest may have
 /// written those bytes.
 fn warn_of_format(file: &File, path: &Path) {
     let name = path.display();
@@ -122,13 +122,13 @@ fn warn_of_format(file: &File, path: &Path) {
     }
 }
 
-/// The format of disk images whose marks are in `file`, none for a raw one. What cannot be read has none.
+/// The image format detected by signature in `file`; `None` for raw or unreadable files.
 fn format_by_contents(file: &File) -> Option<&'static str> {
     let mut start = [0; 512];
     let len = file.read_at(&mut start, 0).unwrap_or(0);
     let start = &start[..len];
     let begins = |mark: &[u8], at: usize| start.get(at..).is_some_and(|bytes| bytes.starts_with(mark));
-    // The one that VHD has at the end is all that one of fixed size has.
+    // A fixed-size VHD has its only signature at the end.
     let ends_as_vhd = || {
         let mut end = [0; 8];
         let at = file.metadata().ok()?.len().checked_sub(512)?;
@@ -201,7 +201,7 @@ mod tests {
     fn a_disk_that_is_only_readable_suggests_ro() {
         let image = image(512);
         image.as_file().set_permissions(PermissionsExt::from_mode(0o400)).unwrap();
-        // Root may write to any file, but not to this one.
+        // Root bypasses file permissions, but not for this file.
         let root = File::options().write(true).open(image.path()).is_ok();
         let path = if root { Path::new("/sys/kernel/uevent_seqnum") } else { image.path() };
         assert!(refusal(path, false).contains("(add `,ro` to open it read-only): "), "{}", refusal(path, false));
@@ -215,7 +215,7 @@ mod tests {
         let writer = open(&config(image.path(), false)).unwrap();
         assert_eq!([refusal(image.path(), false), refusal(image.path(), true)], [in_use.clone(), in_use.clone()]);
         drop(writer);
-        // A process that another test has just forked holds the lock until it executes its program.
+        // A process just forked by another test holds the lock until it calls exec.
         let reader = || {
             let mut opened = open(&config(image.path(), true));
             while opened.as_ref().is_err_and(|error| error.to_string() == in_use) {
@@ -239,7 +239,7 @@ mod tests {
         assert!(line.ends_with(" has 1049088 bytes, which is not a multiple of 4096"), "{line}");
     }
 
-    /// Only what QEMU makes of these formats, where there is a `qemu-img`; some have no mark but their last bytes.
+    /// Requires `qemu-img` to create these formats, some of which have a signature only at the end.
     #[test]
     fn a_disk_that_looks_like_another_format_is_raw_and_is_told_of() {
         let dir = tempfile::tempdir().unwrap();

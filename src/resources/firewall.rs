@@ -1,9 +1,9 @@
-//! The host's firewall, for networks that machines share: a way out under the host's own address, or none at all, and leave to
-//! pass where the host forwards only what it was told of, as it does beside Docker.
+//! The host's firewall rules for shared networks: masquerading for networks with external access, isolation for all,
+//! and exceptions where the host drops forwarded packets by default, as it does with Docker.
 //!
-//! A packet goes through every chain of its hook: what one accepts, another may still drop. So the network's own table says
-//! where its packets go, and each chain of others' that refuses by default is told of them. They are written and taken
-//! back by nft and by iptables, each where the host has it.
+//! A packet traverses every chain of its hook: if one accepts it, another may still drop it. Therefore the network's
+//! own table defines the policy, and rules are also added to each foreign chain that drops by default. Rules are added
+//! and removed with nft and iptables, whichever the host has.
 
 use std::fs;
 
@@ -14,24 +14,26 @@ use super::bridge::{Bridge, PREFIX};
 use super::programs::{is_missing, output, run};
 
 const FORWARD_PATH: &str = "/proc/sys/net/ipv4/ip_forward";
-/// Docker leaves this chain to others, and asks it first.
+/// The chain that Docker reserves for users and evaluates first.
 const DOCKER_USER: &str = "DOCKER-USER";
 
-/// Packets of a network that are to pass: at which hook, and which, as each program says it.
+/// Packets of a network that must be accepted: the hook, and the match in the syntax of each program.
 struct Passage {
     hook: &'static str,
     nft: String,
     iptables: String,
 }
 
-/// Bridges of others' that containers and machines are on, as iptables knows them: by their names alone.
+/// Bridges of other container and virtual machine managers, as interface patterns for iptables.
 const OTHERS_BRIDGES: [&str; 6] = ["docker0", "br-+", "podman+", "cni+", "virbr+", "lxcbr+"];
-/// What passes between networks all the same: answers, and what somebody has published.
+/// Packets accepted even between networks: replies, and connections to published ports.
 const IS_ANSWER_OR_PUBLISHED: &str = "--ctstate RELATED,ESTABLISHED,DNAT";
-/// A table that keeps a host which forwards for networks of husk's alone from doing so for its neighbours: IPv4, as theirs is.
+/// A table that keeps a host on which husk enabled forwarding from routing for its neighbors. IPv4 only, as is
+/// forwarding.
 const GUARD: &str = "husk-guard";
 
-/// Opens the firewall for a network, and closes it towards all others, and around one that is internal.
+/// Installs a network's rules: they accept its own packets, and isolate it from other networks and, if it is internal,
+/// from everything else.
 pub fn open(bridge: &Bridge) -> Result<()> {
     if !bridge.internal {
         forward()?;
@@ -42,13 +44,14 @@ pub fn open(bridge: &Bridge) -> Result<()> {
     };
     let by_iptables = pass_by_iptables(bridge)?;
     if !by_nft {
-        // Before what passes, and so written after it.
+        // These rules precede the accept rules, so they are inserted after them.
         write_own_by_iptables(bridge).context("networks need nft or iptables: run `sudo apt-get install nftables`")?;
     }
     pass_by_nft(bridge, by_iptables)
 }
 
-/// Has the host forward; one that did not before goes on refusing it to its neighbours, as Docker has it.
+/// Enables IPv4 forwarding. If it was disabled, forwarding for the host's neighbors remains blocked, the same as Docker
+/// does.
 fn forward() -> Result<()> {
     let did = fs::read_to_string(FORWARD_PATH).is_ok_and(|now| now.trim() == "1");
     if did {
@@ -68,7 +71,7 @@ fn forward() -> Result<()> {
     fs::write(FORWARD_PATH, "1").with_context(|| format!("write {FORWARD_PATH}"))
 }
 
-/// Takes [`forward`] back with the last bridge there is, if it was husk's. Where there are others, they may rely on it.
+/// Disables forwarding again when the last bridge is removed, if husk enabled it. Other bridges may depend on it.
 fn stop_forwarding(bridge: &Bridge) {
     let Ok(bridges) = output("ip", &["-brief", "link", "show", "type", "bridge"]) else { return };
     let is_own = |line: &str| line.split_whitespace().next() == Some(&bridge.interface());
@@ -78,7 +81,7 @@ fn stop_forwarding(bridge: &Bridge) {
     }
 }
 
-/// Takes back what [`open`] did; what is not there is not missed.
+/// Removes what [`open`] installed; missing rules are ignored.
 pub fn close(bridge: &Bridge) {
     stop_forwarding(bridge);
     for family in ["ip", "inet"] {
@@ -100,7 +103,7 @@ pub fn close(bridge: &Bridge) {
     }
 }
 
-/// The network's own table, for nft.
+/// The network's own table for nft.
 fn own_table(bridge: &Bridge) -> String {
     let interface = bridge.interface();
     if bridge.internal {
@@ -123,7 +126,7 @@ fn own_table(bridge: &Bridge) -> String {
     )
 }
 
-/// The same for iptables, each as `TABLE CHAIN WORD...`, with `chain` for what is forwarded.
+/// The same rules for iptables, each as `TABLE CHAIN WORD...`, with `chain` for forwarded packets.
 fn own_rules(bridge: &Bridge, chain: &str) -> Vec<String> {
     let interface = bridge.interface();
     if bridge.internal {
@@ -147,7 +150,7 @@ fn own_rules(bridge: &Bridge, chain: &str) -> Vec<String> {
     rules
 }
 
-/// The interfaces behind which everything else is: a bridge, too, on hosts of virtual machines.
+/// The host's uplink interfaces, which may be bridges on virtualization hosts.
 fn uplinks() -> Vec<String> {
     let routes = fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
     let of_default = |line: &str| {
@@ -171,8 +174,8 @@ fn subnet(bridge: &Bridge) -> String {
     format!("{}/{PREFIX}", bridge.subnet)
 }
 
-/// What is to pass: questions for addresses and names; between machines, which is forwarding too where bridges ask the
-/// firewall (br_netfilter); and, where there is a way out, what goes it and its answers.
+/// The packets to accept: DHCP and DNS requests; packets between machines, which are forwarded if bridges use the
+/// firewall (br_netfilter); and, with external access, outgoing packets and their replies.
 fn passages(bridge: &Bridge) -> Vec<Passage> {
     let interface = bridge.interface();
     let input = |(protocol, port)| Passage {
@@ -194,8 +197,8 @@ fn passages(bridge: &Bridge) -> Vec<Passage> {
     all
 }
 
-/// Returns whether the host has a firewall of iptables', which then lets the network's packets pass whatever it drops by
-/// default, now or later.
+/// Adds accept rules with iptables. Returns whether the host has an iptables firewall; if so, the network's packets are
+/// accepted regardless of its default policy, now and later.
 fn pass_by_iptables(bridge: &Bridge) -> Result<bool> {
     if output("iptables", &["-w", "-S", "FORWARD"]).is_err() {
         return Ok(false);
@@ -219,7 +222,7 @@ fn iptables(what: &str, rule: &str) -> Result<()> {
     run("iptables", &arguments)
 }
 
-/// Has chains pass the network's packets that drop others, but for those of iptables' if that was done.
+/// Adds accept rules to nft chains that drop by default, except those of iptables if they were already handled.
 fn pass_by_nft(bridge: &Bridge, by_iptables: bool) -> Result<()> {
     let passages = passages(bridge);
     let comment = format!("\"{}\"", bridge.interface());
@@ -240,7 +243,7 @@ fn pass_by_nft(bridge: &Bridge, by_iptables: bool) -> Result<()> {
     Ok(())
 }
 
-/// Whether the last rule of `chain` refuses all that came so far, as those of firewalld's chains do, which accept by default.
+/// Whether the last rule of `chain` rejects everything else, as in firewalld's chains, whose policy is accept.
 fn ends_in_refusal(ruleset: &[Value], chain: &Value) -> bool {
     let mut rules = ruleset.iter().filter_map(|object| object.get("rule"));
     let is_of_chain = |rule: &&Value| {
@@ -252,7 +255,7 @@ fn ends_in_refusal(ruleset: &[Value], chain: &Value) -> bool {
     is_any(verdict, ["reject", "drop"]) && before.iter().all(|expression| is_any(expression, ["counter", "log"]))
 }
 
-/// Rules in chains of others' that were put there for the network: family, table, chain and handle.
+/// Rules added to foreign chains for the network: family, table, chain and handle.
 fn own_passages(bridge: &Bridge) -> Vec<(String, String, String, String)> {
     let of_rule = |object: Value| {
         let rule = &object["rule"];
@@ -263,7 +266,7 @@ fn own_passages(bridge: &Bridge) -> Vec<(String, String, String, String)> {
     listed("ruleset").into_iter().filter_map(of_rule).collect()
 }
 
-/// What nft has, nothing where there is no nft.
+/// The output of `nft list`; empty without nft.
 fn listed(what: &str) -> Vec<Value> {
     let listed = output("nft", &["-j", "list", what]).ok().and_then(|json| serde_json::from_str::<Value>(&json).ok());
     match listed.map(|mut listed| listed["nftables"].take()) {
@@ -294,7 +297,8 @@ mod tests {
         run("sh", &["-ec", script]).unwrap();
     }
 
-    /// Runs `job` in a network of its own, which has one end of a cable called `near` here, after `script` there.
+    /// Runs `job` in a new network namespace connected through a veth pair, whose end here is called `near`, after
+    /// running `script` there.
     fn elsewhere<'scope, T: Send + 'scope>(
         scope: &'scope thread::Scope<'scope, '_>,
         near: &str,
@@ -319,12 +323,12 @@ mod tests {
         thread
     }
 
-    /// Whom a server beyond the host's uplink sees when a machine of the network connects to it.
+    /// The source address that a server beyond the host's uplink sees when a machine of the network connects to it.
     fn seen_by_the_server(bridge: &Bridge) -> Option<IpAddr> {
         thread::scope(|scope| {
             let (listening, is_listening) = mpsc::channel();
             let server = elsewhere(scope, "uplink", format!("ip addr add {}/24 dev eth0", SERVER.ip()), move || {
-                // The way back that a host's routers do not have.
+                // The return route, which real routers do not have.
                 shell(&format!("ip route add 10.86.7.0/24 via {HOST}"));
                 let listener = TcpListener::bind(SERVER).unwrap();
                 listener.set_nonblocking(true).unwrap();
@@ -362,7 +366,7 @@ mod tests {
         chain in { type filter hook input priority 0; policy drop; }
         chain through { type filter hook forward priority 0; policy drop; }
         }'";
-    /// As firewalld has it: later than others, and by a rule, which log and counter stand before.
+    /// The same as firewalld: a later hook priority, and a reject rule preceded by a log and a counter.
     const REJECT_BY_NFT: &str = "nft 'table inet guard {
         chain in { type filter hook input priority 10; policy accept;
             ct state established,related accept; log counter reject with icmpx admin-prohibited; }
@@ -381,7 +385,7 @@ mod tests {
                     eprintln!("SKIPPED: no iptables");
                     return;
                 }
-                // The chains that iptables makes once stay, with nothing in them.
+                // Chains created by iptables remain, but must be empty.
                 for chain in ["INPUT", "FORWARD"] {
                     let _ = run("iptables", &["-P", chain, "ACCEPT"]);
                 }
@@ -428,7 +432,7 @@ mod tests {
         });
     }
 
-    /// Somebody on a network of the host's: on a bridge, or behind an interface of its own.
+    /// A peer on one of the host's networks: on a bridge, or behind a separate interface.
     struct Someone {
         bridge: Option<&'static str>,
         gateway: &'static str,
@@ -445,17 +449,17 @@ mod tests {
     const NEIGHBOUR: Someone = Someone { bridge: None, gateway: "198.51.100.1", address: v4(198, 51, 100, 9) };
     const BEYOND: Someone = Someone { bridge: None, gateway: "203.0.113.1", address: v4(203, 0, 113, 9) };
 
-    /// Long enough for a question that is asked again after a second.
+    /// Long enough for a retransmission after one second.
     const REFUSAL_TIMEOUT: Duration = Duration::from_millis(1500);
-    /// And for one that is asked once more after its neighbours were looked for, which IPv6 does not begin while a link comes up.
+    /// Long enough for a retransmission after neighbor discovery, which IPv6 does not start while a link is coming up.
     const IPV6_TIMEOUT: Duration = Duration::from_secs(15);
 
-    /// An address for `ip addr add`, in a network of 24 bits, and at once its owner's.
+    /// An argument for `ip addr add` in a /24 network, usable immediately.
     fn of_24(address: IpAddr) -> String {
         format!("{address}/24{}", if address.is_ipv6() { " nodad" } else { "" })
     }
 
-    /// Whether `from` can open a connection to `to`, both in networks of their own.
+    /// Whether `from`, in its own network namespace, can connect to `to`.
     fn reaches(from: &Someone, to: &Someone) -> bool {
         let set_up = |who: &Someone| {
             format!("ip addr add {} dev eth0; ip route add default via {}", of_24(who.address), who.gateway)
@@ -512,7 +516,7 @@ mod tests {
         });
     }
 
-    /// As Docker has its first network, whose containers publish nothing.
+    /// Rules of Docker's default network without published ports.
     const CONTAINERS: &str = "iptables -A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
         iptables -A FORWARD -i docker0 -j ACCEPT";
 

@@ -1,4 +1,4 @@
-//! From the kernel that a user names, or names none, to its file and its modules.
+//! Resolves the kernel specified by the user, or the default kernel, to a file and its modules.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,33 +8,33 @@ use anyhow::{Context, Result, bail};
 use super::modules::Modules;
 use crate::boot::{Part, Unified};
 
-/// Which kernel a guest runs.
+/// The choice of the guest's kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Choice {
-    /// The first that there is: micro, stock, the host's.
+    /// The first available of micro, stock and the host's.
     Any,
-    /// One that scripts/kernel made, by its name.
+    /// A kernel built by scripts/kernel, by name.
     Made(&'static str),
-    /// The one that the host was booted with.
+    /// The kernel that the host was booted with.
     Host,
-    /// A file.
+    /// A kernel file.
     Path(PathBuf),
 }
 
-/// As scripts/kernel calls them, best first.
+/// Names of kernels built by scripts/kernel, best first.
 const MADE: [&str; 2] = ["micro", "stock"];
 
-/// A kernel's file, and where its modules are.
+/// A kernel file and the location of its modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestKernel {
-    /// vmlinux or bzImage.
+    /// A vmlinux or bzImage.
     pub path: PathBuf,
-    /// What belongs to it.
+    /// Its modules.
     pub modules: Modules,
 }
 
 impl Choice {
-    /// What a user's word means: a name, or with a `/` or a file of that name, a path.
+    /// Interprets the user's argument: a name, or a path if it contains `/` or exists as a file.
     pub fn from_word(word: &Path) -> Choice {
         match MADE.iter().find(|name| word == Path::new(name)) {
             Some(name) => Choice::Made(name),
@@ -43,7 +43,7 @@ impl Choice {
         }
     }
 
-    /// The kernel that is meant, if it is there.
+    /// Locates the kernel.
     pub fn find(&self) -> Result<GuestKernel> {
         match self {
             Choice::Any => any(),
@@ -76,7 +76,7 @@ fn kernels_dir() -> Option<PathBuf> {
 
 fn made(name: &str) -> Option<GuestKernel> {
     let dir = kernels_dir()?.join(name);
-    // An ELF image needs no unpacking.
+    // An ELF image needs no unpacking, so it comes first.
     let path = ["vmlinux", "bzImage"].iter().map(|file| dir.join(file)).find(|path| path.exists())?;
     Some(GuestKernel { modules: modules_beside(&path), path })
 }
@@ -93,7 +93,8 @@ fn host() -> Result<GuestKernel> {
     Ok(GuestKernel { path, modules })
 }
 
-/// A directory `modules` beside the kernel, as scripts/kernel makes it; or what is installed for its release.
+/// The modules of the kernel at `path`: a directory `modules` next to it, as created by scripts/kernel, or the
+/// installed modules of its release.
 fn modules_beside(path: &Path) -> Modules {
     let dir = path.with_file_name("modules");
     if dir.join("load").exists() {
@@ -106,8 +107,8 @@ fn modules_beside(path: &Path) -> Modules {
     }
 }
 
-/// The release that a bzImage says it is (boot.rst: `kernel_version`), or the one in a unified kernel image, if it is
-/// one that can name a directory.
+/// The release of a bzImage (boot.rst: `kernel_version`), also within a unified kernel image, if it is valid as a
+/// directory name.
 fn release(path: &Path) -> Option<String> {
     const MAGIC_AT: u64 = 0x202;
     const POINTER_AT: u64 = 0x20e;

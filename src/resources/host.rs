@@ -1,4 +1,4 @@
-//! From the host to facts about it: what `husk doctor` judges. Looking changes nothing on the host.
+//! Collects facts about the host for `husk doctor`. It changes nothing on the host.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -9,10 +9,10 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::passt;
 
-/// The only version of KVM's interface there is (Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION).
+/// The only version of the KVM API (Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION).
 pub const KVM_API_VERSION: i32 = 12;
 
-/// Capabilities without which no machine can be built.
+/// Required capabilities.
 const NEEDED: &[(Cap, &str)] = &[
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "irqchip"),
@@ -25,7 +25,7 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::MpState, "MP state"),
 ];
 
-/// Capabilities that a guest is given where they are there.
+/// Optional capabilities that a guest benefits from.
 const WANTED: &[(Cap, &str)] = &[
     (Cap::TscDeadlineTimer, "TSC deadline timer"),
     (Cap::AdjustClock, "clock adjustment"),
@@ -38,87 +38,87 @@ const WANTED: &[(Cap, &str)] = &[
 /// CPUID leaf 1, ECX: x2APIC (Intel SDM, CPUID).
 const CPUID_1_ECX_X2APIC: u32 = 1 << 21;
 
-/// What was found on a host.
+/// The facts about a host.
 #[derive(Debug, Clone)]
 pub struct Host {
-    /// The processor, as /proc/cpuinfo has it.
+    /// The processor, from /proc/cpuinfo.
     pub processor: Processor,
-    /// The module that runs guests; only one can be loaded.
+    /// The loaded KVM module; there can be only one.
     pub module: Option<KvmModule>,
     /// /dev/kvm.
     pub kvm_device: Access,
-    /// KVM's answers, where its device could be opened.
+    /// KVM's properties, if its device could be opened.
     pub kvm: Option<KvmAnswers>,
     /// Whether this user may create user namespaces.
     pub user_namespaces: bool,
-    /// The control groups' hierarchy.
+    /// The cgroup hierarchy.
     pub cgroups: Cgroups,
     /// /dev/net/tun.
     pub tap: Access,
     /// /dev/vhost-net.
     pub vhost: Access,
-    /// What user-mode networking lacks.
+    /// What is missing for user-mode networking.
     pub user_network: Option<passt::Missing>,
-    /// Memory that can be given to guests without swapping.
+    /// The memory available for guests without swapping.
     pub memory_available_mib: Option<u64>,
 }
 
-/// A processor's name and what it says of virtualisation.
+/// A processor's name and virtualization features.
 #[derive(Debug, Clone, Default)]
 pub struct Processor {
     /// Marketing name.
     pub model: String,
-    /// Long mode: it is an x86-64 processor.
+    /// Long mode, i.e. an x86-64 processor.
     pub long_mode: bool,
-    /// Intel's virtualisation is there and shown to this kernel.
+    /// VMX is supported and visible to this kernel.
     pub vmx: bool,
-    /// AMD's virtualisation is there and shown to this kernel.
+    /// SVM is supported and visible to this kernel.
     pub svm: bool,
-    /// Intel made it.
+    /// Whether it is an Intel processor.
     pub intel: bool,
-    /// This kernel runs inside a virtual machine.
+    /// Whether this kernel runs in a virtual machine.
     pub hypervisor: bool,
 }
 
-/// Which part of KVM runs guests.
+/// The KVM implementation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KvmModule {
     /// VMX.
     Intel,
     /// SVM.
     Amd,
-    /// Pagetable Virtual Machine: no hardware virtualisation, so only kernels that know of it.
+    /// Pagetable Virtual Machine: without hardware virtualization, so only kernels that support it can run.
     Pvm,
 }
 
 /// Whether a device can be opened for reading and writing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Access {
-    /// It can.
+    /// It can be opened.
     Open,
-    /// There is no such device.
+    /// The device does not exist.
     Missing,
-    /// This user may not.
+    /// The user lacks permission.
     Denied {
         /// Whether this user may read.
         readable: bool,
         /// Whether this user may write.
         writable: bool,
-        /// Whether members of a group other than root's may do both.
+        /// Whether members of a group other than root have both permissions.
         group_may: bool,
     },
-    /// Opening it failed otherwise.
+    /// Opening it failed with another error.
     Failed(String),
 }
 
-/// What KVM says of itself.
+/// KVM's properties.
 #[derive(Debug, Clone)]
 pub struct KvmAnswers {
     /// KVM_GET_API_VERSION.
     pub api_version: i32,
-    /// Needed capabilities that are missing.
+    /// Required capabilities that are missing.
     pub missing: Vec<&'static str>,
-    /// Useful capabilities that are missing.
+    /// Optional capabilities that are missing.
     pub unavailable: Vec<&'static str>,
     /// KVM_CAP_NR_VCPUS.
     pub recommended_vcpus: usize,
@@ -128,40 +128,41 @@ pub struct KvmAnswers {
     pub create_error: Option<String>,
 }
 
-/// How processes are grouped and limited.
+/// The cgroup setup of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cgroups {
-    /// Version 2 alone.
+    /// cgroup v2 only.
     V2 {
-        /// Whether this user may make groups below its own.
+        /// Whether this user may create child cgroups.
         delegated: bool,
     },
-    /// Version 1 for limits, version 2 beside it.
+    /// v1 for limits, with v2 mounted as well.
     Hybrid,
-    /// Version 1 alone.
+    /// v1 only.
     V1,
     /// Not mounted.
     None,
 }
 
-/// Warns of a host on which most kernels hang.
+/// Warns about a host on which most kernels hang.
 pub fn warn_of_pvm() {
     if runs_only_pvm_guests() {
         log::warn!("KVM on this host is the PVM module: only PVM-aware kernels boot, others hang (see `husk doctor`)");
     }
 }
 
-/// Whether the host's KVM runs only kernels that know of PVM. One look at a path: cheap enough for every boot.
+/// Whether the host's KVM runs only kernels that support PVM. Checks a single path, which is cheap enough for every
+/// boot.
 pub fn runs_only_pvm_guests() -> bool {
     Path::new("/sys/module/kvm_pvm").exists()
 }
 
-/// Looks at everything on this host. Takes some 20 ms, most of it for the machine that is created and closed.
+/// Collects all facts about this host. Takes about 20 ms, mostly for creating and closing a virtual machine.
 pub fn probe() -> Host {
     Host { kvm: Kvm::new().ok().as_ref().map(ask_kvm), ..probe_files(Path::new("/")) }
 }
 
-/// Looks at what files say, below `root`.
+/// Collects facts from files below `root`.
 fn probe_files(root: &Path) -> Host {
     Host {
         processor: processor(&read(root, "proc/cpuinfo")),
@@ -177,12 +178,12 @@ fn probe_files(root: &Path) -> Host {
     }
 }
 
-/// A file's text; none where it cannot be read, which is as good as a file that says nothing.
+/// The content of a file; empty if it cannot be read, which has the same meaning.
 fn read(root: &Path, path: &str) -> String {
     fs::read_to_string(root.join(path)).unwrap_or_default()
 }
 
-/// The value behind `key`, spaces and a colon in /proc/cpuinfo and /proc/meminfo.
+/// The value of `key`, followed by spaces and a colon, in /proc/cpuinfo and /proc/meminfo.
 fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| name.trim() == key).map(|(_, v)| v.trim())
 }
@@ -242,7 +243,7 @@ fn offers_x2apic(kvm: &Kvm) -> bool {
 
 fn user_namespaces(root: &Path) -> bool {
     let number = |path| read(root, path).trim().parse::<u64>().ok();
-    // The first is every kernel's; Debian's and Ubuntu's kernels have switches of their own besides.
+    // The first one exists in every kernel; Debian's and Ubuntu's kernels have additional switches.
     number("proc/sys/user/max_user_namespaces").is_some_and(|most| most > 0)
         && number("proc/sys/kernel/unprivileged_userns_clone") != Some(0)
         && number("proc/sys/kernel/apparmor_restrict_unprivileged_userns").is_none_or(|restricted| restricted == 0)
@@ -253,7 +254,7 @@ fn cgroups(root: &Path) -> Cgroups {
     if mount.join("cgroup.controllers").exists() {
         let own = read(root, "proc/self/cgroup");
         let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-        // Being allowed to open it for writing is the delegation; nothing is written.
+        // Write permission is what delegation means; nothing is written.
         let control = mount.join(own).join("cgroup.subtree_control");
         return Cgroups::V2 { delegated: OpenOptions::new().write(true).open(control).is_ok() };
     }

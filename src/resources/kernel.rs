@@ -1,8 +1,7 @@
-//! From a kernel's path to an opened kernel that is quick to load: a bzImage is unpacked once, and found again by its
-//! content.
+//! Opens kernels such that they load fast: a bzImage is unpacked once and then found in a cache by its content.
 //!
-//! The cache has a file `SHA256.elf` for each bzImage, and a second name for it that tells the bzImage without reading
-//! it.
+//! The cache has a file `SHA256.elf` for each bzImage, and a second name for it that identifies the bzImage without
+//! reading it.
 
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write};
@@ -18,23 +17,23 @@ use super::cache::{Cache, Identity};
 use crate::boot::{BzImage, Kernel, KernelImage};
 use crate::sys;
 
-/// Who builds kernels all day has two names a kernel here, and 30 MiB for every two of them.
+/// Enough for a developer who builds kernels all day: two names per kernel, and 30 MiB per pair.
 const NAMES_KEPT: usize = 16;
-/// What takes less is over before a person would look.
+/// Shorter operations need no progress bar.
 const PROGRESS_AFTER: Duration = Duration::from_millis(200);
 
-/// Opens the kernel at `path`: a vmlinux as it is, a bzImage by what it unpacks to, a unified kernel image by its
-/// parts.
+/// Opens the kernel at `path`: a vmlinux directly, a bzImage as the kernel that it contains, a unified kernel image by
+/// its parts.
 ///
-/// A bzImage that only it can unpack comes back as [`Kernel::BzImage`]. A cache that cannot be used costs time, and no
-/// more.
+/// A bzImage with unsupported compression is returned as [`Kernel::BzImage`] and unpacks itself. An unusable cache only
+/// costs time.
 pub fn open(path: &Path) -> Result<KernelImage> {
     let cache = Cache::of_user("unpacked", NAMES_KEPT);
     open_with_cache(path, cache.as_ref()).with_context(|| format!("open kernel {}", path.display()))
 }
 
 fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<KernelImage> {
-    // A pipe that nobody writes to would else be waited for.
+    // Otherwise opening a FIFO without a writer would block.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
     if kind.is_dir() {
@@ -50,7 +49,7 @@ fn open_with_cache(path: &Path, cache: Option<&Cache>) -> Result<KernelImage> {
     Ok(KernelImage { kernel, initrd, cmdline })
 }
 
-/// The kernel in `image`: from the cache, or unpacked to it, or to memory.
+/// Unpacks the kernel in `image`, from or into the cache, or to memory.
 fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Cache>) -> Result<Kernel> {
     if let Some(cache) = cache {
         let shortcut = format!("{}.elf", identity.name);
@@ -62,8 +61,8 @@ fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Cache>) -> Resu
         match kernel {
             Ok(kernel) => {
                 if identity.settled && Identity::of(image.file())?.name == identity.name {
-                    // In place of one to a file that was damaged. Without it, the next boot takes some milliseconds
-                    // longer.
+                    // Replaces a link to a damaged file. If it cannot be created, the next boot takes a few
+                    // milliseconds longer.
                     let _ = fs::remove_file(cache.path(&shortcut));
                     let _ = fs::hard_link(cache.path(&entry), cache.path(&shortcut));
                 }
@@ -77,7 +76,7 @@ fn unpacked(image: &BzImage, identity: &Identity, cache: Option<&Cache>) -> Resu
     Kernel::elf(file)
 }
 
-/// The name that a bzImage's content has in the cache: its SHA-256.
+/// The cache name of a bzImage: its SHA-256.
 fn content_name(image: &BzImage) -> Result<String> {
     let mut hash = Sha256::new();
     let mut reader = image.reader();
@@ -91,7 +90,7 @@ fn content_name(image: &BzImage) -> Result<String> {
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).chain([".elf".to_owned()]).collect())
 }
 
-/// What the cache has, if it is whole.
+/// The entry in the cache, if it is intact.
 fn cached(cache: &Cache, name: &str, image: &BzImage) -> Option<Kernel> {
     let file = cache.open(name)?;
     let whole = file.metadata().ok()?.len() == image.unpacked_bytes();
@@ -124,7 +123,7 @@ fn unpack_to(image: &BzImage, file: &File) -> Result<()> {
     Ok(file.set_len(image.unpacked_bytes())?)
 }
 
-/// Writes an empty file from its start, and leaves a hole for each block of zeroes, which are a third of a kernel.
+/// Writes a file sequentially, with a hole for each block of zeroes, which make up a third of a kernel.
 struct SparseWriter<'a> {
     file: &'a File,
     at: u64,
@@ -167,7 +166,7 @@ mod tests {
         Ok(open_with_cache(path, dir.map(|dir| Cache::at(dir, NAMES_KEPT)).as_ref())?.kernel)
     }
 
-    /// A directory with a bzImage in it, and what it unpacks to.
+    /// A directory with a bzImage, and the content that it unpacks to.
     fn bzimage() -> (TempDir, PathBuf, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("bzImage");
@@ -223,7 +222,7 @@ mod tests {
         assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         assert_eq!(only_entry(&cache), *shortcut, "found by it");
 
-        // Another kernel in the same file, as long and as old.
+        // Another kernel in the same file, with the same size and time.
         let modified = fs::metadata(&path).unwrap().modified().unwrap();
         let mut other = kernel.clone();
         *other.last_mut().unwrap() ^= 1;
@@ -280,7 +279,7 @@ mod tests {
     #[test]
     fn without_a_cache_it_is_unpacked_to_memory() {
         let (_dir, path, kernel) = bzimage();
-        // No directory can be made below a file, whoever asks.
+        // No directory can be created below a file, even by root.
         for cache in [None, Some(path.join("cache"))] {
             assert!(read(&open_in(&path, cache.as_deref()).unwrap()) == kernel);
         }
@@ -300,7 +299,7 @@ mod tests {
         other.lock().unwrap();
         assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         assert!(!entry.exists(), "another husk is at it");
-        // Closing it is not enough: what another test starts in this process shares the lock for a moment.
+        // Closing it is not enough: a child started by another test shares the lock for a moment.
         other.unlock().unwrap();
         assert!(read(&open_in(&path, Some(&cache)).unwrap()) == kernel);
         assert!(fs::read(only_entry(&cache)).unwrap() == kernel);
@@ -345,7 +344,7 @@ mod tests {
         for (name, why) in expected {
             assert_eq!(error(&at(name)), format!("open kernel {}: {why}", at(name).display()));
         }
-        // Nobody will ever write to this one.
+        // This FIFO never has a writer.
         let made = std::process::Command::new("mkfifo").arg(at("fifo")).status().unwrap();
         assert!(made.success() && error(&at("fifo")).ends_with(": not a regular file"));
     }

@@ -1,4 +1,4 @@
-//! Locks of files (flock(2)) that are waited for: with a word after a second, and not for ever.
+//! File locks (flock(2)) with a timeout, and a warning after one second.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Error, ErrorKind};
@@ -8,37 +8,37 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// How long what is soon done may be waited for: another command's look or change.
-pub const SOON: Duration = Duration::from_secs(60);
-/// How long another command may fetch or unpack an image that this one wants, too.
-pub const LATER: Duration = Duration::from_secs(60 * 60);
-/// Nobody wonders so early.
-const SILENT: Duration = Duration::from_secs(1);
-/// How often a lock is looked at. Nobody is told that it is free.
+/// The timeout for short operations of other commands.
+pub const SHORT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The timeout for another command that fetches or unpacks an image that is also needed here.
+pub const LONG_TIMEOUT: Duration = Duration::from_secs(60 * 60);
+/// The time before the warning.
+const WARN_AFTER: Duration = Duration::from_secs(1);
+/// The polling intervals, since there is no notification when a lock is released.
 const PAUSES: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
-/// Whether others may have a lock, too.
+/// The kind of lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Others that share it.
+    /// Shared with other shared locks.
     Shared,
-    /// Nobody.
+    /// Exclusive.
     Exclusive,
 }
 
-/// How a file is opened that is there to be locked: for its owner alone, since whoever can open it can hold the lock;
-/// and for both reading and writing, as NFS wants it for a lock of either kind.
+/// Options to open a lock file: accessible only to its owner, because any process that can open it can hold the lock,
+/// and open for reading and writing, which NFS requires for the two kinds of lock.
 pub fn file() -> OpenOptions {
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     options
 }
 
-/// Locks `file`, which is the one at `path`, for as long as it is open. Says after a second that it waits, on the
-/// calling thread, and fails where somebody else has it for longer than `timeout`.
+/// Locks `file`, opened from `path`, for as long as it is open. Logs a warning after one second, on the calling thread,
+/// and fails if the lock is not available within `timeout`.
 pub fn wait(file: &File, path: &Path, kind: Kind, timeout: Duration) -> Result<()> {
     let started = Instant::now();
-    let mut has_told = false;
+    let mut has_warned = false;
     loop {
         let locked = match kind {
             Kind::Shared => file.try_lock_shared(),
@@ -56,17 +56,18 @@ pub fn wait(file: &File, path: &Path, kind: Kind, timeout: Duration) -> Result<(
             let (path, seconds) = (path.display(), timeout.as_secs());
             bail!("{path} was locked by another program for {seconds} s: run `fuser -v {path}` to find it");
         }
-        if waited > SILENT && !std::mem::replace(&mut has_told, true) {
+        if waited > WARN_AFTER && !std::mem::replace(&mut has_warned, true) {
             log::warn!("waiting for another program that has locked {}", path.display());
         }
         std::thread::sleep(PAUSES[usize::from(waited > PAUSES[1])]);
     }
 }
 
-/// Opens the file at `path`, makes it if need be, and locks it alone, for as long as what is returned is open.
+/// Opens the file at `path`, creating it if necessary, and locks it exclusively for as long as the returned file is
+/// open.
 pub fn alone(path: &Path) -> Result<File> {
     let file = file().open(path).with_context(|| format!("open {}", path.display()))?;
-    wait(&file, path, Kind::Exclusive, SOON)?;
+    wait(&file, path, Kind::Exclusive, SHORT_TIMEOUT)?;
     Ok(file)
 }
 
@@ -88,7 +89,7 @@ mod tests {
             assert!(error.contains("was locked by another program") && error.contains("fuser -v"), "{error}");
         }
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| wait(&other, &path, Kind::Shared, SOON));
+            let waiting = scope.spawn(|| wait(&other, &path, Kind::Shared, SHORT_TIMEOUT));
             std::thread::sleep(Duration::from_millis(100));
             assert!(!waiting.is_finished());
             drop(held);

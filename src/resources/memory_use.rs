@@ -1,4 +1,4 @@
-//! From a machine to the memory that it really takes of its host: the guest's, and what this process has beside it.
+//! Measures a machine's actual use of host memory: the guest's memory, and the rest of this process.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -8,29 +8,29 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::memory::{GuestMemory, Region};
 
-/// What is resident (proc(5), smaps: Rss), and the part of it that is not shared with others (Pss), in bytes.
+/// Resident memory (proc(5), smaps: Rss) and the proportional share of it (Pss), in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Resident {
-    /// All of it, shared or not.
+    /// All resident memory, shared or not.
     pub rss_bytes: u64,
-    /// Each page divided by how many processes have it.
+    /// Each page divided by the number of processes that share it.
     pub pss_bytes: u64,
 }
 
-/// What a machine takes of its host's memory.
+/// A machine's use of host memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// What backs the guest's memory.
+    /// Memory that backs the guest's.
     pub guest: Resident,
-    /// The rest of its process.
+    /// The rest of the process.
     pub husk: Resident,
 }
 
 impl MemoryUse {
-    /// What this process takes now, told apart by where `memory` is mapped.
+    /// The current usage of this process, split by where `memory` is mapped.
     ///
-    /// The kernel looks at every page for it, which was seen to take 17 ms for a GiB in small pages: to be asked for a person,
-    /// not by a loop.
+    /// The kernel inspects every page for this, which was measured to take 17 ms per GiB in small pages. Use it on
+    /// request of a user, not in a loop.
     pub fn of_this_process(memory: &GuestMemory) -> io::Result<MemoryUse> {
         let range = |region: &Region| -> io::Result<Range<u64>> {
             let start = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)? as u64;
@@ -41,8 +41,8 @@ impl MemoryUse {
     }
 }
 
-/// Sums up a text in the form of /proc/PID/smaps. A mapping that has any of `guest` in it counts as the guest's: the kernel
-/// may have made one of it and its neighbour.
+/// Sums up a file in the format of /proc/PID/smaps. A mapping that overlaps `guest` counts as the guest's, since the
+/// kernel may have merged it with an adjacent mapping.
 fn parse(smaps: impl BufRead, guest: &[Range<u64>]) -> io::Result<MemoryUse> {
     let (mut sum, mut is_guest) = (MemoryUse::default(), false);
     for line in smaps.lines() {
@@ -64,7 +64,7 @@ fn parse(smaps: impl BufRead, guest: &[Range<u64>]) -> io::Result<MemoryUse> {
     Ok(sum)
 }
 
-/// Where a mapping is, if the line is the first about one: `START-END PERMISSIONS ...`.
+/// The address range of a mapping, if the line starts one: `START-END PERMISSIONS ...`.
 fn addresses(line: &str) -> Option<Range<u64>> {
     let (start, end) = line.split(' ').next()?.split_once('-')?;
     let address = |text| u64::from_str_radix(text, 16).ok();
@@ -100,7 +100,7 @@ mod tests {
         }
         let after = MemoryUse::of_this_process(&guest).unwrap();
         let more_bytes = after.guest.rss_bytes - before.guest.rss_bytes;
-        // What stands next to it may be counted with it, and others' tests touch that.
+        // Adjacent mappings may be counted as well, and other tests use those.
         assert!((PAGES * 4096..PAGES * 4096 + (16 << 20)).contains(&more_bytes), "{more_bytes}");
         assert!(after.husk.rss_bytes > 0 && after.husk.pss_bytes <= after.husk.rss_bytes);
     }

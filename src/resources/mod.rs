@@ -1,7 +1,7 @@
-//! From paths to open files: the only place that opens what a configuration names.
+//! Opens everything that a configuration refers to. No other module opens these paths.
 //!
-//! Everything is opened before the first part of a machine is built, so that bad input costs nothing and leaves nothing
-//! behind, and so that what is built later needs no access to the file system.
+//! Everything is opened before the first part of a machine is built, so that invalid input is rejected early without
+//! side effects, and later stages need no access to the file system.
 
 pub mod bridge;
 mod cache;
@@ -39,33 +39,33 @@ use host::KVM_API_VERSION;
 /// KVM's device node.
 const KVM_PATH: &str = "/dev/kvm";
 
-/// What a machine is built of: open files, and its share of the host, in the order of the configuration.
+/// The resources of a machine: open files in configuration order, and its cgroups.
 pub struct Resources {
     /// /dev/kvm.
     pub kvm: Kvm,
-    /// The kernel, identified.
+    /// The kernel, with its format identified.
     pub kernel: Kernel,
-    /// What the kernel's own image has for its command line.
+    /// The command line in the kernel's image.
     pub kernel_words: String,
-    /// The initial RAM disk: the one that was named, or else the one in the kernel's image.
+    /// The initramfs: the one specified, or else the one in the kernel's image.
     pub initrd: Option<Part>,
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
-    /// What holds this process to its share of the host's processors and memory.
+    /// The cgroups that limit this process's CPU time and memory.
     pub cgroup_limits: CgroupLimits,
-    /// The host's side of the guest's sockets.
+    /// The host side of the vsock device.
     pub vsock: Option<vsock::VsockSocket>,
-    /// The host's sides of the guest's network interfaces.
+    /// The host side of the network interfaces.
     pub networks: Vec<net::Network>,
 }
 
-/// Opens all that `config` names. The first that fails ends it, with the path and the reason.
+/// Opens all resources that `config` refers to. Stops at the first failure, with the path and the reason.
 pub fn open(config: &MachineConfig) -> Result<Resources> {
     let KernelImage { kernel, initrd, cmdline: kernel_words } = kernel::open(&config.kernel)?;
     let initrd = config.initrd.as_deref().map_or(Ok(initrd), |path| open_initrd(path).map(Some))?;
     let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
     let kvm = open_kvm()?;
-    // Last, since these are the only ones that make something.
+    // Last, since only these have side effects.
     let cgroup_limits = CgroupLimits::new(&ResourceLimits {
         cpu_millicpus: config.cpu_limit_millicpus,
         cpu_shares: config.cpu_shares,
@@ -86,7 +86,7 @@ fn open_initrd(path: &Path) -> Result<Part> {
     Part::whole(file).with_context(context)
 }
 
-/// Opens /dev/kvm, or says what to type so that it opens the next time.
+/// Opens /dev/kvm. The error tells the user how to get access.
 #[allow(unsafe_code)]
 pub fn open_kvm() -> Result<Kvm> {
     use std::os::fd::FromRawFd;
@@ -99,7 +99,7 @@ pub fn open_kvm() -> Result<Kvm> {
         };
         anyhow::Error::new(e).context(format!("open {KVM_PATH} ({advice})"))
     })?;
-    // SAFETY: the descriptor was just opened, and is given away here by its only owner.
+    // SAFETY: the descriptor was just opened and its only owner gives it up here.
     let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
     let version = kvm.get_api_version();
     ensure!(version == KVM_API_VERSION, "{KVM_PATH} has KVM API version {version}, not {KVM_API_VERSION}");

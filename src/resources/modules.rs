@@ -1,8 +1,8 @@
-//! From the drivers that a machine needs to the kernel modules that have them, each behind those it depends on.
+//! Finds the kernel modules of the drivers that a machine needs, in dependency order.
 //!
-//! Modules are found by name, in a directory with a file `load` (scripts/kernel makes such) or in a distribution's tree
-//! with its `modules.dep`. What a module depends on it says itself, so that one way serves both. Those that a
-//! distribution has packed are unpacked once, and kept in the user's cache.
+//! Modules are looked up by name, in a directory with a file `load` (created by scripts/kernel) or in a distribution's
+//! tree with `modules.dep`. Dependencies are read from the modules themselves, which works for both. Compressed modules
+//! are unpacked once and kept in the user's cache.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -14,34 +14,34 @@ use anyhow::{Context, Result, bail, ensure};
 use super::cache::{Cache, Identity};
 use crate::decompress::unpacking_reader;
 
-/// Far beyond the largest driver.
+/// Far larger than any driver.
 const MODULE_MAX_BYTES: u64 = 64 << 20;
 const MAGIC: &[u8] = b"\x7fELF";
-/// Those that machines need of some ten kernels, most of which are far below a MiB.
+/// Enough for the modules of about ten kernels, most of which are far smaller than 1 MiB.
 const CACHED_MODULES: usize = 256;
 
-/// Where a kernel's modules are.
+/// The location of a kernel's modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Modules {
-    /// It has none: all of its drivers are part of it.
+    /// All drivers are built in.
     BuiltIn,
-    /// A directory of files; a driver that is not there is taken to be part of the kernel.
+    /// A directory of files; drivers that are not there are assumed to be built in.
     Directory(PathBuf),
     /// `/lib/modules/RELEASE`.
     Tree(PathBuf),
 }
 
-/// A module, unpacked.
+/// An uncompressed module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Module {
-    /// Its name, with `_` for `-`.
+    /// The name, with `_` instead of `-`.
     pub name: String,
-    /// Its ELF file.
+    /// The ELF file.
     pub content: Vec<u8>,
 }
 
-/// Finds the modules for `drivers`, in the order in which a kernel takes them. A driver that is part of the kernel has
-/// none; one that the kernel has not at all is an error, unless its name ends in `?`.
+/// Finds the modules for `drivers`, in load order. Built-in drivers are skipped. A driver that the kernel does not have
+/// at all is an error, unless its name ends in `?`.
 pub fn find(modules: &Modules, drivers: &[&str]) -> Result<Vec<Module>> {
     find_with_cache(modules, drivers, Cache::of_user("modules", CACHED_MODULES))
 }
@@ -60,10 +60,10 @@ fn find_with_cache(modules: &Modules, drivers: &[&str], cache: Option<Cache>) ->
     Ok(search.found)
 }
 
-/// Which file is which module.
+/// The files of all modules.
 struct Index {
     files: HashMap<String, PathBuf>,
-    /// What is part of the kernel, where that is known.
+    /// Built-in modules, if known.
     built_in: Option<Vec<String>>,
     place: PathBuf,
 }
@@ -89,7 +89,7 @@ impl Index {
     }
 }
 
-/// `kernel/fs/erofs/erofs.ko.xz` is `erofs`.
+/// The module name of a path: `kernel/fs/erofs/erofs.ko.xz` is `erofs`.
 fn name_of(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or_default();
     file.split(".ko").next().unwrap_or_default().replace('-', "_")
@@ -103,7 +103,7 @@ struct Search {
 }
 
 impl Search {
-    /// Adds a module behind all that it depends on.
+    /// Adds a module after its dependencies.
     fn add(&mut self, driver: &str, needed: bool) -> Result<()> {
         let name = driver.replace('-', "_");
         if self.found.iter().any(|module| module.name == name) || self.under_way.contains(&name) {
@@ -121,7 +121,7 @@ impl Search {
                 self.add(dependency, true)?;
             }
         }
-        // Wanted beside it, where it is a module at all.
+        // A soft dependency, loaded if it is a module.
         for list in values(&content, b"softdep=").filter_map(|list| list.strip_prefix("pre:")) {
             for name in list.split_whitespace().take_while(|name| !name.ends_with(':')) {
                 self.add(name, false)?;
@@ -133,7 +133,7 @@ impl Search {
     }
 }
 
-/// What the module says of itself under a key: NUL-ended texts in its section `.modinfo`.
+/// The values of a key in a module's `.modinfo` section, which consists of NUL-terminated strings.
 fn values<'a>(content: &'a [u8], key: &'a [u8]) -> impl Iterator<Item = &'a str> {
     content
         .split(|&byte| byte == 0)
@@ -142,7 +142,7 @@ fn values<'a>(content: &'a [u8], key: &'a [u8]) -> impl Iterator<Item = &'a str>
         .filter(|value| !value.is_empty())
 }
 
-/// A module's file, unpacked. Modules are signed as they are unpacked, so that nothing else changes.
+/// The uncompressed content of a module's file. Signatures cover the uncompressed module, so nothing else changes.
 fn read(path: &Path, cache: Option<&Cache>) -> Result<Vec<u8>> {
     let file = File::open(path)?;
     let is_packed = path.extension().is_some_and(|extension| extension != "ko");
@@ -159,7 +159,7 @@ fn read(path: &Path, cache: Option<&Cache>) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// What the cache has, if it is whole.
+/// The entry in the cache, if it is intact.
 fn cached(cache: &Cache, name: &str) -> Option<Vec<u8>> {
     let mut content = Vec::new();
     cache.open(name)?.take(MODULE_MAX_BYTES).read_to_end(&mut content).ok()?;
@@ -182,7 +182,7 @@ fn unpack(file: &File) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Whether an ELF file has its section headers, which stand behind all else (System V ABI: `e_shoff`, `e_shentsize`,
+/// Whether an ELF file includes its section headers, which are at the end (System V ABI: `e_shoff`, `e_shentsize`,
 /// `e_shnum`).
 fn is_whole(content: &[u8]) -> bool {
     const TABLE_AT: usize = 0x28;
@@ -203,7 +203,7 @@ mod tests {
     use super::*;
     use crate::boot::sample;
 
-    /// An ELF header, behind it what a module says of itself, and behind that a table of no sections.
+    /// A minimal module: an ELF header, the content of `.modinfo`, and an empty section table.
     fn module(info: &[&str]) -> Vec<u8> {
         let mut content = [b"\x7fELF".to_vec(), vec![0; 60], info.join("\0").into_bytes(), vec![0]].concat();
         let end = content.len() as u64;
@@ -211,7 +211,7 @@ mod tests {
         content
     }
 
-    /// A tree in which `c` is packed and depends on `a-b`, which depends on `d`.
+    /// A module tree in which `c` is compressed and depends on `a-b`, which depends on `d`.
     fn tree() -> (TempDir, Modules) {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
@@ -268,12 +268,12 @@ mod tests {
         let other = module(&["depends="]);
         fs::write(&entry, &other).unwrap();
         assert_eq!(find(), other, "it is the one that is kept");
-        // A damaged one is of no use, and does no harm.
+        // A damaged entry is ignored.
         for damaged in [&content[..content.len() - 1], b"\x7fELF", b""] {
             fs::write(&entry, damaged).unwrap();
             assert_eq!(find(), content);
         }
-        // Another one in its place.
+        // Replaces the module.
         fs::write(dir.path().join("kernel/c.ko.gz"), sample::packed(&other, "gzip -n").unwrap()).unwrap();
         assert_eq!(find(), other);
         assert_eq!(entries().len(), 1);

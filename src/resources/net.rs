@@ -1,4 +1,4 @@
-//! From a network's configuration to the host's side of an interface: a tap device, or passt and a socket to it.
+//! Opens the host side of network interfaces: a tap device, or passt with a socket.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -15,56 +15,56 @@ use crate::config::Rate;
 use crate::config::{Attachment, MacAddress, MachineConfig, NetworkConfig};
 use crate::sys;
 
-/// Where tap devices come from (Documentation/networking/tuntap.rst).
+/// The device from which tap devices are created (Documentation/networking/tuntap.rst).
 pub const TUN_PATH: &str = "/dev/net/tun";
-/// The kernel's own way from a tap device to a guest's queues.
+/// The kernel's direct path between a tap device and a guest's queues.
 pub const VHOST_PATH: &str = "/dev/vhost-net";
-/// The version of Linux from which on the thread that this takes is one of the process, and keeps to its processors.
+/// The Linux version since which vhost's thread belongs to the process and follows its CPU affinity.
 const OWN_THREAD_SINCE: (u32, u32) = (6, 4);
-/// What the kernel counts of each interface of this network.
+/// The kernel's counters of each interface in this network namespace.
 const COUNTS_PATH: &str = "/proc/thread-self/net/dev";
-/// The interfaces of this network, by name.
+/// The interfaces in this network namespace, by name.
 const INTERFACES: &str = "/sys/class/net";
-/// Names of tap devices on bridges; the kernel counts.
+/// The name pattern of tap devices on bridges; the kernel assigns the number.
 const TAP_NAMES: &str = "husktap%d";
-/// The most pairs of queues that a machine with many vCPUs has.
+/// The maximum number of queue pairs of an interface.
 const PAIRS_MAX: u32 = 8;
-/// The largest packet that a tap device may be set to carry, and virtio's driver too.
+/// The maximum MTU of a tap device and of virtio.
 const MTU_BYTES_MAX: u32 = 65535;
 
-/// An interface's host side, open.
+/// The open host side of an interface.
 pub struct Network {
-    /// Take and have the frames, one for each pair of queues.
+    /// One back end per queue pair, which transmits and receives the frames.
     pub backends: Vec<Box<dyn NetBackend>>,
-    /// For the log.
+    /// The name for log messages.
     pub name: String,
-    /// The guest's address.
+    /// The guest's MAC address.
     pub mac: [u8; 6],
-    /// The largest packet that the other side carries, if it says so.
+    /// The MTU, if the host side specifies it.
     pub mtu_bytes: Option<u16>,
-    /// What may go through in a second, in each direction.
+    /// Rate limits per direction.
     pub rate: Rate,
-    /// What is counted by others than this process.
+    /// Counters of frames that are not handled in this process.
     pub counts: Option<TapCounts>,
 }
 
-/// How many pairs of queues a tap device has in a machine of so many vCPUs.
+/// The number of queue pairs of a tap device in a machine with this many vCPUs.
 pub fn pairs(cpus: u32) -> u32 {
     cpus.min(PAIRS_MAX)
 }
 
-/// Opens what the configuration `network` of `machine` says. For a user's network this starts passt, which is not waited for.
+/// Opens the interface `network` of `machine`. For user-mode networking this starts passt without waiting for it.
 pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<Network> {
     let pairs = pairs(machine.cpus) as usize;
     let vhost = Vhost { wish: network.vhost, keeps_to_cpus: !machine.cpuset.is_empty() };
     open_any(network, pairs, vhost).map(|opened| Network { rate: network.rate, ..opened })
 }
 
-/// What is asked of vhost-net.
+/// The requirements for vhost-net.
 #[derive(Clone, Copy)]
 struct Vhost {
     wish: Option<bool>,
-    /// Whether its thread is to stay on some of the host's processors.
+    /// Whether its thread must be pinned to some of the host's CPUs.
     keeps_to_cpus: bool,
 }
 
@@ -113,7 +113,7 @@ fn on_tap(taps: Vec<File>, name: &str, mac: MacAddress, vhost: Vhost) -> Result<
 }
 
 impl Vhost {
-    /// Opens it once for each of `pairs` of queues, or not at all where it is not to be had and nobody insists.
+    /// Opens it once per queue pair. Returns none if it is unavailable and not explicitly requested.
     fn open(self, pairs: usize) -> Result<Vec<File>> {
         if self.wish == Some(false) {
             return Ok(Vec::new());
@@ -137,7 +137,7 @@ impl Vhost {
         (0..pairs).map(open).collect::<io::Result<_>>().map_err(|error| {
             let advice = match error.kind() {
                 ErrorKind::PermissionDenied => "see `husk doctor`",
-                // A name may be there without the module.
+                // The device node may exist without the module.
                 _ => "load it with `sudo modprobe vhost_net`",
             };
             anyhow!(error).context(format!("open {VHOST_PATH} ({advice})"))
@@ -145,19 +145,19 @@ impl Vhost {
     }
 }
 
-/// The host's version of Linux, as far as two numbers go.
+/// The host's Linux version: major and minor number.
 fn kernel_version() -> Option<(u32, u32)> {
     let uname = rustix::system::uname();
     let mut numbers = uname.release().to_str().ok()?.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Returns `queues` of the device, or as many as it has, and its name.
+/// Opens `queues` queues of the device, or as many as it has. Returns them and the device's name.
 fn open_tap(name: &str, queues: usize) -> Result<(Vec<File>, String)> {
     let tun = open_tun()?;
     let mut multiqueue = queues > 1;
     let mut attached = sys::net::attach_tap(&tun, name, HEADER_BYTES, multiqueue);
-    // One that was there before is of one kind or the other.
+    // An existing device is either single- or multiqueue.
     if matches!(&attached, Err(error) if error.raw_os_error() == Some(libc::EINVAL)) {
         multiqueue = !multiqueue;
         attached = sys::net::attach_tap(&tun, name, HEADER_BYTES, multiqueue);
@@ -175,7 +175,7 @@ fn open_tap(name: &str, queues: usize) -> Result<(Vec<File>, String)> {
         sys::net::attach_tap(&tun, &name, HEADER_BYTES, true).map_err(|error| with_advice(error, &name, queues))?;
         taps.push(tun);
     }
-    // The kernel would give each of two machines a part of the frames.
+    // The kernel would distribute the frames between the two machines.
     if attached_queues(&name) > taps.len() {
         return Err(with_advice(io::Error::from_raw_os_error(libc::EBUSY), &name, queues));
     }
@@ -206,16 +206,16 @@ fn with_advice(error: io::Error, name: &str, queues: usize) -> anyhow::Error {
     anyhow!(error).context(advice)
 }
 
-/// How many queues of the multiqueue device `name` somebody has attached, whoever it is.
+/// The number of attached queues of the multiqueue device `name`, including those of other processes.
 fn attached_queues(name: &str) -> usize {
     let queues = fs::read_dir(Path::new(INTERFACES).join(name).join("queues"));
     queues.into_iter().flatten().flatten().filter(|queue| queue.file_name().as_bytes().starts_with(b"tx-")).count()
 }
 
-/// The address of interface `index` of the machine `name`: the same whenever it is asked for on this host, another on
-/// another host, and another for another name, as far as 46 bits tell them apart.
+/// The MAC address of interface `index` of the machine `name`: stable on this host, and different for other hosts and
+/// names, to the extent that 46 bits allow.
 pub fn mac_of(name: &str, index: usize) -> MacAddress {
-    // A host without an identity has machines like those of any such host.
+    // Hosts without a machine ID share their addresses with other such hosts.
     let host = fs::read("/etc/machine-id").unwrap_or_default();
     let digest = Sha256::new().chain_update(b"husk mac\0").chain_update(&host).chain_update([0]).chain_update(name);
     let digest: [u8; 32] = digest.chain_update([0]).chain_update(index.to_le_bytes()).finalize().into();

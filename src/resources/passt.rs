@@ -1,7 +1,7 @@
-//! User-mode networking: passt, a process of its own beside the machine, and the socket between them.
+//! User-mode networking: passt, a separate process for each machine, connected by a socket.
 //!
-//! It makes the guest's connections its own, so that no privilege and no interface of the host's are needed. It ends
-//! when the socket does, however husk ends.
+//! It translates the guest's connections to its own, so that no privileges and no host interface are required. It exits
+//! when the socket is closed, however husk ends.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -23,61 +23,61 @@ use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
 use crate::memory::GuestBuffers;
 use crate::sys;
 
-/// The guest's address, where it is told to have it (`husk run`) or asks (DHCP).
+/// The guest's address, configured by `husk run` or requested by DHCP.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-/// Length of the network's prefix.
+/// The prefix length of the network.
 pub const PREFIX: u8 = 24;
-/// Where everything else is reached through.
+/// The default gateway.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-/// Leads to the host's own DNS server, where that is one that only the host reaches.
+/// Mapped to the host's own DNS server, if that is accessible only from the host.
 pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-/// The guest's IPv6 address, of a network that is nobody else's.
+/// The guest's IPv6 address, in a unique local network.
 pub const GUEST_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x6875, 0x736b, 0, 0, 0, 0, 0x15);
-/// Length of its prefix: passt knows no other.
+/// Its prefix length; passt supports no other.
 pub const PREFIX_V6: u8 = 64;
-/// Where everything else is reached through.
+/// The default gateway for IPv6.
 pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
-/// Locally administered, and the same for all, since each machine has a network of its own.
+/// Locally administered, and the same for all machines, since each has a separate network.
 const GATEWAY_MAC: &str = "02:68:75:73:6b:01";
-/// The largest packet whose frame passt takes.
+/// The maximum MTU supported by passt.
 pub const MTU_BYTES: u16 = 65520;
-/// passt takes no more servers of one kind than these.
+/// The maximum number of DNS servers per address family in passt.
 const DNS_MAX: usize = 3;
 
-/// What waits in the socket, in each direction: passt drops what finds no room.
+/// The socket buffer size in each direction: passt drops frames that do not fit.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
-/// What one passt takes of the host's memory at most, in bytes: itself (31 MiB, `ps -o rss`), and what waits in its
-/// socket, which the kernel counts twice, in each direction.
+/// The maximum host memory used by one passt process, in bytes: the process (31 MiB, `ps -o rss`), and its socket
+/// buffers, which the kernel counts twice, in each direction.
 pub const BUDGET_BYTES: u64 = (32 << 20) + 2 * 2 * SOCKET_BUFFER_BYTES as u64;
-/// How long a passt has to open ports, on a host that is busy.
+/// How long passt may take to open its ports, on a busy host.
 const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
-/// What a frame says that asks for an address, or tells it.
+/// The EtherType of ARP frames.
 const ETHERTYPE_ARP: [u8; 2] = [8, 6];
-/// How long a passt that is likely to fail has for it.
+/// How long to wait for the error of a passt process that is likely to fail.
 const STARTUP_ERROR_TIMEOUT: Duration = Duration::from_millis(500);
-/// passt's last words are no longer than this.
+/// The maximum length of passt's error output.
 const WORDS_MAX_BYTES: u64 = 16 << 10;
 
-/// passt, and the machine's end of the socket. Dropping it ends passt.
+/// A passt process and the machine's end of the socket. Dropping it terminates passt.
 pub struct Passt {
     net: StreamNet,
     child: Child,
-    /// What it says on standard error.
+    /// passt's standard error.
     words: UnixStream,
 }
 
-/// Why machines can have no user's network here.
+/// Why user-mode networking is unavailable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Missing {
-    /// The program.
+    /// passt is not installed.
     #[error("user-mode networking needs passt: run `sudo apt-get install passt`, or use --network none")]
     Passt,
-    /// A way out of this host, without which passt does not start.
+    /// The host has no default route, without which passt does not start.
     #[error("user-mode networking needs a network on this host, and there is no default route")]
     Route,
 }
 
-/// Looks whether machines can have a user's network here.
+/// Checks whether user-mode networking is available.
 pub fn check() -> Result<(), Missing> {
     if !is_installed() {
         return Err(Missing::Passt);
@@ -95,9 +95,9 @@ fn is_installed() -> bool {
     env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|dir| is_program(dir.join("passt")))
 }
 
-/// Whether the host reaches others by IPv6, which passt then has the guest do too.
+/// Whether the host has IPv6 connectivity, which passt then provides to the guest as well.
 pub fn has_ipv6() -> bool {
-    // Destination, its prefix's length, …, and the interface; a default that leads nowhere stands at `lo`.
+    // Destination, prefix length, …, interface; an unreachable default route is on `lo`.
     let routes = fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default();
     routes.lines().any(|line| {
         let mut words = line.split_whitespace();
@@ -107,7 +107,7 @@ pub fn has_ipv6() -> bool {
 }
 
 fn has_default_route(table: &str) -> bool {
-    // Interface, destination, gateway, flags, …, and the mask as the eighth.
+    // Interface, destination, gateway, flags, …, and the mask in the eighth column.
     let routes = fs::read_to_string(table).unwrap_or_default();
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     routes.lines().map(words).any(|words| {
@@ -115,8 +115,8 @@ fn has_default_route(table: &str) -> bool {
     })
 }
 
-/// Starts passt for one machine, whose address is `mac`. It takes some milliseconds to come up, in which frames wait in
-/// the socket; where ports are published, it is waited for until they are served.
+/// Starts passt for one machine with the address `mac`. It takes a few milliseconds to start, during which frames wait
+/// in the socket. If ports are published, this waits until they are open.
 pub fn start(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
     ensure!(is_installed(), Missing::Passt);
     let _turn = Turn::take(&network.ports);
@@ -124,29 +124,30 @@ pub fn start(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
     let is_local =
         |port: &&PortForward| port.protocol == Protocol::Udp && port.host_ip.is_some_and(|ip| ip.is_loopback());
     if let Some(port) = network.ports.iter().find(is_local) {
-        // It maps them to the gateway, whose way back is closed: it would lead to all of the host's own services.
+        // passt maps the source address to the gateway, which is not mapped back because that would expose all of the
+        // host's local services.
         log::warn!("replies from UDP port {} may not arrive: passt loses those to loopback addresses", port.host_port);
     }
     let (mut ours, theirs) = UnixStream::pair().context("create a socket for passt")?;
     for end in [&ours, &theirs] {
-        // As much as the host allows is good, too.
+        // If the host's limit is lower, that is sufficient.
         let _ = sys::net::set_send_buffer(end, SOCKET_BUFFER_BYTES);
     }
     let (words, says) = UnixStream::pair().context("create a socket for passt")?;
     for end in [&words, &says] {
-        // What nobody reads is lost, and passt does not wait for it.
+        // Unread output is lost; passt does not block on it.
         end.set_nonblocking(true).context("create a socket for passt")?;
     }
     let mut command = Command::new("passt");
     command.args(arguments(network, &resolver::of_host()));
     command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(OwnedFd::from(says));
-    // A terminal's signals are for the machine.
+    // The terminal's signals are meant for the machine.
     command.process_group(0);
     let child = command.spawn().context("start passt")?;
-    // Closes our copies of its ends, so that we see it end.
+    // Closes our copies of passt's ends, so that its exit is noticed.
     drop(command);
     if !network.ports.is_empty() {
-        // It has ended already where this fails, as is seen below.
+        // If this fails, passt has already exited, which is noticed below.
         let _ = ours.write_all(&question(mac));
     }
     let mut passt = Passt { net: StreamNet::new(ours).context("set up passt's socket")?, child, words };
@@ -158,11 +159,11 @@ pub fn start(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
     Ok(passt)
 }
 
-/// The guest's question who has the gateway's address (RFC 826), as it goes through the socket. passt answers when it
-/// has opened all ports that it is going to.
+/// An ARP request for the gateway's address (RFC 826), in the socket's framing. passt replies after it has opened all
+/// ports that it can.
 fn question(mac: MacAddress) -> Vec<u8> {
     const BROADCAST: [u8; 6] = [0xff; 6];
-    // Ethernet and IPv4, whose addresses have 6 and 4 bytes; a request.
+    // Ethernet and IPv4, with addresses of 6 and 4 bytes; a request.
     const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
     let frame = [&BROADCAST[..], &mac.0, &ETHERTYPE_ARP, &REQUEST, &mac.0, &GUEST.octets(), &[0; 6], &GATEWAY.octets()];
     let frame = frame.concat();
@@ -208,7 +209,7 @@ fn forwarded(port: &PortForward) -> String {
     format!("{address}{}:{}", range(port.host_port), range(port.guest_port))
 }
 
-/// The DNS servers that a guest is told of, where they are told and not asked for.
+/// The DNS servers for a guest that is configured without DHCP.
 pub fn dns_servers(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<IpAddr> {
     let servers = if network.dns.is_empty() { &resolver.servers } else { &network.dns };
     let reached = |server: &&IpAddr| server.is_ipv4() || has_ipv6();
@@ -217,7 +218,7 @@ pub fn dns_servers(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<
 }
 
 impl Passt {
-    /// Waits until passt serves `ports`, and fails where it ends before, or does not open one of them.
+    /// Waits until passt has opened `ports`. Fails if it exits first or cannot open one of them.
     fn await_service(&mut self, ports: &[PortForward]) -> Result<()> {
         let started = Instant::now();
         let is_served = loop {
@@ -227,13 +228,13 @@ impl Passt {
                 Ok(false) if started.elapsed() > SERVICE_TIMEOUT => break false,
                 Ok(false) => thread::sleep(Duration::from_millis(1)),
             }
-            // Without IPv4 on this host it has no answer.
+            // Without IPv4 on the host it does not reply.
             if started.elapsed() > STARTUP_ERROR_TIMEOUT && ports.iter().all(|port| ports::unopened(port).is_none()) {
                 break true;
             }
         };
         if self.net.frame().is_some_and(|(_, frame)| frame.get(12..14) == Some(&ETHERTYPE_ARP)) {
-            // The guest did not ask.
+            // The guest did not send this request.
             self.net.consume();
         }
         let unopened = ports.iter().find_map(ports::unopened);
@@ -244,13 +245,13 @@ impl Passt {
         }
     }
 
-    /// The last words of one that has hung up.
+    /// The error output of a passt process that has closed its socket.
     fn ending_words(&mut self) -> String {
         self.end();
         self.last_words()
     }
 
-    /// Waits a while for passt to fail, and says why if it does.
+    /// Waits a while for passt to fail, and returns its error if it does.
     fn await_verdict(&mut self) -> Result<()> {
         let started = Instant::now();
         while started.elapsed() < STARTUP_ERROR_TIMEOUT {
@@ -262,23 +263,23 @@ impl Passt {
         Ok(())
     }
 
-    /// The last line that means something.
+    /// The last non-empty line of the error output.
     fn last_words(&mut self) -> String {
         let mut bytes = Vec::new();
-        // It ends with an error where passt still runs.
+        // Ends with an error if passt is still running.
         let _ = (&mut self.words).take(WORDS_MAX_BYTES).read_to_end(&mut bytes);
         let text = String::from_utf8_lossy(&bytes);
         let line = text.lines().rfind(|line| !line.trim().is_empty() && !line.contains("syslog"));
         line.unwrap_or("it printed no error").trim().to_owned()
     }
 
-    /// Nothing of it stays, whether it ended by itself or not.
+    /// Terminates and reaps the process, if it is still running.
     fn end(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// An error with what passt said of it, if it is the end.
+    /// Adds passt's error output if the error means that it has exited.
     fn explain(&mut self, error: io::Error) -> io::Error {
         if !is_end(&error) {
             return error;
@@ -324,7 +325,7 @@ impl NetBackend for Passt {
 
 impl Drop for Passt {
     fn drop(&mut self) {
-        // It would end by itself, and be waited for by nobody.
+        // It would exit by itself, but would not be reaped.
         self.end();
     }
 }
@@ -368,7 +369,7 @@ mod tests {
 
     const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 2]);
 
-    /// Sends a frame as the guest; the socket takes it whole.
+    /// Sends a frame as the guest; the socket accepts it as a whole.
     fn send(passt: &mut Passt, frame: &[u8]) {
         let memory = Arc::new(memory::reserve(1).unwrap());
         memory.write_slice(frame, GuestAddress(0)).unwrap();
@@ -397,7 +398,7 @@ mod tests {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let ports = vec![format!("127.0.0.1:{port}:80").parse().unwrap()];
         let mut passt = start(&UserNetwork { ports, ..Default::default() }, MAC).unwrap();
-        // Who has the gateway's address? (RFC 826)
+        // An ARP request for the gateway (RFC 826).
         let guest_mac = [2, 0, 0, 0, 0, 2];
         let mut question = [&[0xff; 6][..], &guest_mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &guest_mac].concat();
         question.extend([&GUEST.octets()[..], &[0; 6], &GATEWAY.octets()].concat());
@@ -410,7 +411,7 @@ mod tests {
             assert_eq!((&answer[28..32], &answer[6..12]), (&GATEWAY.octets()[..], &[2, 0x68, 0x75, 0x73, 0x6b, 1][..]));
             Some(())
         });
-        // A connection from here is one to the guest, whose first packet comes now.
+        // A local connection is forwarded to the guest, whose first packet arrives now.
         let _stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
         wait_for("a connection", || {
             let found = passt.receive().unwrap();
@@ -468,11 +469,11 @@ mod tests {
         }
         let first = free_port();
         let asked: PortForward = format!("127.0.0.1:{first}:80").parse().unwrap();
-        // It is told of no port, and so opens none.
+        // It has no ports to open.
         let mut passt = start(&UserNetwork::default(), MAC).unwrap();
         passt.net = {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
-            // As if it had answered.
+            // Simulates a reply.
             theirs.write_all(&question(MAC)).unwrap();
             StreamNet::new(ours).unwrap()
         };
@@ -494,7 +495,7 @@ mod tests {
         passt.child.kill().unwrap();
         let error = wait_for("an end", || passt.receive().err());
         assert!(is_end(&error) && error.to_string().starts_with("passt exited: "), "{error}");
-        // Not even as a process that nobody has waited for, though its machine goes on.
+        // It is not even left as a zombie, although its machine is still running.
         assert!(!std::path::PathBuf::from(format!("/proc/{}", passt.child.id())).exists());
     }
 }

@@ -1,4 +1,4 @@
-//! Ports of this host's that are published for a machine: whether they are to be had, and that one start at a time asks.
+//! Published ports: checks that they are available, and serializes concurrent starts that want the same ones.
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
@@ -11,22 +11,23 @@ use anyhow::{Context, Result, bail};
 
 use crate::config::{PortForward, Protocol};
 
-/// Ports of the same remainder are asked for by one start at a time: few enough for a lock each, and ports in a row are apart.
-const TURNS: u16 = 64;
-/// How long another start may take. Whoever takes longer is no start of husk's, and is not waited for.
+/// Ports are locked by their remainder modulo this number: few enough for a lock each, while consecutive ports use
+/// different locks.
+const LOCKS: u16 = 64;
+/// How long another start may take. Longer waits mean that the lock is not held by a start of husk, and it is ignored.
 const BIND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The right to look for ports and open them, which no other husk on this network has meanwhile. passt is of no help: where one
-/// of a port's two families is taken, it serves the other and says nothing.
+/// The exclusive right of this process to check and open ports in this network namespace. passt itself does not detect
+/// conflicts: if a port is taken in one address family, it silently serves only the other.
 pub struct Turn {
     _locks: Vec<UnixListener>,
 }
 
 impl Turn {
-    /// Waits for the turn of `ports`. It ends with what is returned, or with this process.
+    /// Waits for exclusive access to `ports`, until the returned value is dropped or the process exits.
     pub fn take(ports: &[PortForward]) -> Turn {
-        let mut turns: Vec<u16> = ports.iter().flat_map(numbers).map(|number| number % TURNS).collect();
-        // In one order for all, so that nobody waits for who waits for them.
+        let mut turns: Vec<u16> = ports.iter().flat_map(numbers).map(|number| number % LOCKS).collect();
+        // All processes lock in the same order, so that they cannot deadlock.
         turns.sort_unstable();
         turns.dedup();
         let started = Instant::now();
@@ -34,7 +35,8 @@ impl Turn {
     }
 }
 
-/// A name of the network's, as ports are, that goes with who has it (unix(7), abstract sockets).
+/// An abstract socket (unix(7)), which has the scope of the network namespace, like ports, and disappears with its
+/// process.
 fn lock(turn: u16, started: Instant) -> Option<UnixListener> {
     let name = UnixAddr::from_abstract_name(format!("husk-ports-{turn}")).ok()?;
     loop {
@@ -46,7 +48,7 @@ fn lock(turn: u16, started: Instant) -> Option<UnixListener> {
     }
 }
 
-/// Fails where `port` is not to be had, and says why.
+/// Fails with the reason if `port` is not available.
 pub fn check_free(port: &PortForward) -> Result<()> {
     for number in numbers(port) {
         let Err(error) = bind_all(port, number) else { continue };
@@ -66,7 +68,7 @@ pub fn check_free(port: &PortForward) -> Result<()> {
     Ok(())
 }
 
-/// The first of the numbers of `port` that nobody has opened.
+/// The first port number of `port` that is not open.
 pub fn unopened(port: &PortForward) -> Option<u16> {
     let is_open = |number| bind_all(port, number).is_err_and(|error| error.kind() == ErrorKind::AddrInUse);
     numbers(port).find(|number| !is_open(*number))
@@ -76,14 +78,15 @@ fn numbers(port: &PortForward) -> impl Iterator<Item = u16> {
     (port.host_port..=u16::MAX).take(port.count.into())
 }
 
-/// Opens a port for a moment as it would be published: without an address on every one, of both families.
+/// Opens a port for a moment in the way that it will be published: without an address, on all addresses of both
+/// families.
 fn bind_all(port: &PortForward, number: u16) -> io::Result<()> {
     if let Some(ip) = port.host_ip {
         return bind(SocketAddr::new(ip, number), port.protocol);
     }
     let unspecified = |ip: IpAddr| bind(SocketAddr::new(ip, number), port.protocol);
     match unspecified(Ipv6Addr::UNSPECIFIED.into()) {
-        // A host without IPv6.
+        // The host does not support IPv6.
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => unspecified(Ipv4Addr::UNSPECIFIED.into()),
         bound => bound,
     }
@@ -127,7 +130,7 @@ mod tests {
         let turn = Turn::take(&ports("28101-28105:80-84"));
         let started = Instant::now();
         let second = thread::spawn(move || drop(Turn::take(&ports("28105:80"))));
-        // Another port is nobody's to wait for.
+        // There is no need to wait for a different port.
         drop(Turn::take(&[("28106:80").parse().unwrap()]));
         thread::sleep(Duration::from_millis(50));
         assert!(!second.is_finished());

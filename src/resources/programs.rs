@@ -1,14 +1,14 @@
-//! The host's own tools, run for what they do or for what they print.
+//! Runs the host's administration tools.
 
 use std::io::{self, ErrorKind};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// Where tools are that are root's, and where a user who is not root may not look.
+/// Directories of administration tools that are not in the search path of unprivileged users.
 const MORE_DIRS: &str = ":/usr/sbin:/sbin";
 
-/// Runs a program that has to succeed, and returns what it printed.
+/// Runs a program that must succeed, and returns its output.
 pub fn output(program: &str, arguments: &[&str]) -> Result<String> {
     let path = std::env::var("PATH").unwrap_or_default() + MORE_DIRS;
     let output = Command::new(program).args(arguments).env("PATH", path).output();
@@ -18,12 +18,12 @@ pub fn output(program: &str, arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The same, for what it does.
+/// Runs a program that must succeed.
 pub fn run(program: &str, arguments: &[&str]) -> Result<()> {
     output(program, arguments).map(drop)
 }
 
-/// Whether the host does not have the program that failed so.
+/// Whether the error means that the program is not installed.
 pub fn is_missing(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == ErrorKind::NotFound)
 }

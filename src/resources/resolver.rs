@@ -1,36 +1,36 @@
-//! The host's way to ask for names, as far as a guest can go it too.
+//! The host's DNS configuration, as far as a guest can use it.
 
 use std::fs;
 use std::net::IpAddr;
 
 /// What resolvers are told to read.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
-/// The servers behind systemd's own, which only the host reaches.
+/// The upstream servers of systemd-resolved, which itself can be reached only from the host.
 const BEHIND_SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";
-/// A resolver reads no more of a line's domains.
+/// Resolvers ignore further search domains.
 const SEARCH_MAX: usize = 32;
-/// There are fewer that have a meaning.
+/// More than there are defined options.
 const OPTIONS_MAX: usize = 32;
 
-/// Servers, best first, and the domains that short names are looked for in.
+/// DNS servers, best first, and search domains.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Resolver {
-    /// None of them is the host itself.
+    /// The servers, none of which is the host itself.
     pub servers: Vec<IpAddr>,
-    /// Domains.
+    /// Search domains.
     pub search: Vec<String>,
-    /// How it is asked, such as `ndots:5`.
+    /// Options, such as `ndots:5`.
     pub options: Vec<String>,
 }
 
-/// The host's, at this moment.
+/// The current configuration of the host.
 pub fn of_host() -> Resolver {
     let read = |path| parse(&fs::read_to_string(path).unwrap_or_default());
     let first = read(RESOLV_CONF);
     if first.servers.is_empty() { Resolver { servers: read(BEHIND_SYSTEMD).servers, ..first } } else { first }
 }
 
-/// Reads resolv.conf(5). Servers on the host itself, or reached through one interface only, are left out.
+/// Parses resolv.conf(5). Servers on the host itself or with an interface scope are omitted.
 fn parse(text: &str) -> Resolver {
     let mut found = Resolver::default();
     for line in text.lines() {
@@ -41,7 +41,7 @@ fn parse(text: &str) -> Resolver {
                 found.servers.extend(server.filter(|ip| !ip.is_loopback() && !ip.is_unspecified()));
             }
             Some("search" | "domain") => found.search = words.take(SEARCH_MAX).map(str::to_owned).collect(),
-            // Those of several lines are all in force.
+            // Options accumulate over several lines.
             Some("options") => found.options.extend(words.map(str::to_owned)),
             _ => {}
         }

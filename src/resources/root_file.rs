@@ -1,25 +1,25 @@
-//! From a file that a user names as an image to what it is: a disk with a system of its own, a root that is ready, or
-//! something that the image store knows what to do with.
+//! Identifies a file given as an image: a disk with an operating system, a prepared root file system, or an archive for
+//! the image store.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What a file is, as far as its first blocks tell.
+/// The kind of a file, according to its first blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A disk: partitions, or a file system that an operating system may write to.
+    /// A disk: a partition table, or a file system that an operating system can write to.
     Disk,
-    /// An EROFS image: a root, without a word of what to run.
+    /// An EROFS image: a root file system without a process configuration.
     Root {
-        /// What it says of which one it is.
+        /// The file system's UUID.
         uuid: [u8; 16],
     },
-    /// Anything else, or nothing at all.
+    /// Anything else, or no file at all.
     Other,
 }
 
-/// Where a kind of disk can be told by which bytes.
+/// The signatures of disks, and their offsets.
 const DISKS: [(u64, &[u8]); 4] = [
     (0x1fe, b"\x55\xaa"),    // a partition table, the protective one of a GPT too
     (0x438, b"\x53\xef"),    // ext2, ext3, ext4
@@ -29,8 +29,8 @@ const DISKS: [(u64, &[u8]); 4] = [
 const EROFS: (u64, &[u8]) = (0x400, b"\xe2\xe1\xf5\xe0");
 const EROFS_UUID_AT: u64 = 0x430;
 
-/// Looks at the file at `path`. A qcow2 disk is known by its name only, since a guest may write anything into a raw
-/// one.
+/// Identifies the file at `path`. A qcow2 disk is recognized only by its name, since a guest may write anything to a
+/// raw one.
 pub fn identify(path: &Path) -> Kind {
     let Ok(file) = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path) else { return Kind::Other };
     let Ok(kind) = file.metadata().map(|metadata| metadata.file_type()) else { return Kind::Other };

@@ -1,4 +1,4 @@
-//! Small text files that a command reads or writes for its user: never a guest's.
+//! Reads and writes small text files for the user. The content never comes from a guest.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -6,15 +6,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-/// No configuration is longer.
+/// The maximum size of a configuration.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// Reads a text file, a pipe too, of at most 1 MiB.
+/// Reads a text file or a pipe of at most 1 MiB.
 pub fn read(path: &Path) -> Result<String> {
     read_at_most(MAX_BYTES, path)
 }
 
-/// Reads a text file, a pipe too, of at most so many bytes, a number of whole MiB.
+/// Reads a text file or a pipe of at most `max_bytes`, which must be whole MiB.
 pub fn read_at_most(max_bytes: u64, path: &Path) -> Result<String> {
     let read = || -> Result<String> {
         let mut text = String::new();
@@ -25,7 +25,7 @@ pub fn read_at_most(max_bytes: u64, path: &Path) -> Result<String> {
     read().with_context(|| format!("read {}", path.display()))
 }
 
-/// Writes a text file, in place of one that is there already.
+/// Writes a text file, replacing an existing one.
 pub fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("write {}", path.display()))
 }

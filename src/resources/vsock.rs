@@ -1,4 +1,4 @@
-//! From a path to the host's side of a machine's sockets: a listener at the path, and connections to its neighbours.
+//! The host side of a vsock device: a listening socket at a path, and connections to sockets next to it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -12,24 +12,24 @@ use anyhow::{Context, Result, bail};
 use crate::config::VsockConfig;
 use crate::sys::socket;
 
-/// Only who runs the machine talks to it.
+/// Accessible only to the owner.
 const MODE: u32 = 0o600;
 
-/// A listening socket and its place in the file system, which goes with it.
+/// A listening socket and its path, which is removed along with it.
 #[derive(Debug)]
 pub struct VsockSocket {
-    /// Where programs of the host connect to reach the guest. It never waits.
+    /// Accepts connections from host programs to the guest. Non-blocking.
     pub listener: UnixListener,
-    /// The guest's address.
+    /// The guest's CID.
     pub cid: u32,
     path: PathBuf,
-    /// Device and inode of what stands at `path`, so that nothing else is removed.
+    /// Device and inode of the socket at `path`, so that no other file is removed.
     identity: (u64, u64),
 }
 
-/// Binds the socket that `config` names. A dead one, to which nobody listens any more, is replaced.
+/// Binds the socket that `config` names. A stale one, on which no process listens, is replaced.
 ///
-/// Fails where somebody listens, and where something that is no socket has the name.
+/// Fails if a process is listening on it, or if the path is not a socket.
 pub fn open(config: &VsockConfig) -> Result<VsockSocket> {
     let path = &config.socket;
     let name = path.display();
@@ -41,7 +41,7 @@ pub fn open(config: &VsockConfig) -> Result<VsockSocket> {
     Ok(VsockSocket { listener, cid: config.cid, path: path.clone(), identity })
 }
 
-/// Whether a socket stands at `path` to which nobody listens.
+/// Whether the socket at `path` exists without a listening process.
 fn is_dead(path: &Path) -> Result<bool> {
     let name = path.display();
     match fs::symlink_metadata(path) {
@@ -56,7 +56,7 @@ fn is_dead(path: &Path) -> Result<bool> {
     }
     match socket::connect(path) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(true),
-        // A full backlog is somebody's too.
+        // A full backlog also means that a process is listening.
         Err(error) if error.kind() != ErrorKind::WouldBlock => {
             Err(error).with_context(|| format!("check who listens on the vsock socket {name}"))
         }
@@ -69,8 +69,9 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl VsockSocket {
-    /// Connects to who serves the guest's connections to `port`: the socket named like ours, with `_` and the port
-    /// behind it. Fails, and never waits, where nobody does or too many are waiting. The stream never waits either.
+    /// Connects to the program that handles the guest's connections to `port`: its socket has the path of ours with `_`
+    /// and the port appended. Fails if there is none or its backlog is full. Neither this call nor the returned stream
+    /// blocks.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let mut name = OsString::from(&self.path);
         name.push(format!("_{port}"));
@@ -81,7 +82,7 @@ impl VsockSocket {
 impl Drop for VsockSocket {
     fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
-            // Whoever comes next finds a dead socket, and replaces it.
+            // The next process finds a stale socket and replaces it.
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -174,7 +174,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineDir> {
         }
         // In the meantime another process may have checked it or considered it abandoned; both are short.
         let Ok(lock) = open(&path) else { continue };
-        if lock::wait(&lock, &path, Kind::Exclusive, lock::SOON).is_ok() && path.exists() {
+        if lock::wait(&lock, &path, Kind::Exclusive, lock::SHORT_TIMEOUT).is_ok() && path.exists() {
             return Ok(MachineDir { path, keep: false, _lock: lock });
         }
     }

@@ -69,7 +69,7 @@ pub struct VirtioDevice {
     pub feature_needs: &'static [FeatureNeed],
     /// Device-specific configuration.
     pub config: Arc<ConfigSpace>,
-    /// Its queues and what serves them, in the order of the queues.
+    /// Its queues with their handlers, in queue order.
     pub queue_groups: Vec<QueueGroup>,
 }
 
@@ -79,17 +79,17 @@ impl VirtioDevice {
         self.queue_groups.iter().map(|group| group.sizes.len()).sum()
     }
 
-    /// What serves the first group, for a caller that does without a worker.
+    /// The handler of the first group, for a caller that does not use a worker.
     pub fn into_handler(self) -> Option<Box<dyn QueueHandler>> {
         self.queue_groups.into_iter().next().map(|group| group.handler)
     }
 }
 
-/// Queues of a device that one worker thread serves. Their driver may take one out of use without stopping other groups.
+/// Queues served by one worker thread. The driver may disable one without stopping other groups.
 pub struct QueueGroup {
     /// The largest size of each queue, a power of two up to 32768.
     pub sizes: Vec<u16>,
-    /// Serves the queues while the device runs, and counts them from the group's first.
+    /// Serves the queues while the device is running; it counts them from the group's first.
     pub handler: Box<dyn QueueHandler>,
 }
 
@@ -112,8 +112,9 @@ pub struct StateMismatch;
 
 /// The device side of the queues.
 ///
-/// Once the device has its transport, it is called on its worker thread only, and dropped there. A run lasts from
-/// [`QueueHandler::start`] to [`QueueHandler::drain`]. An error from it is a broken ring: the device then needs a reset.
+/// Once the device has a transport, it is called and dropped only on its worker thread. A run lasts from
+/// [`QueueHandler::start`] to [`QueueHandler::drain`]. An error means that a ring is broken, and the device then needs
+/// a reset.
 pub trait QueueHandler: Send {
     /// Starts a run with the features accepted by the driver. There may be several runs without a reset in between.
     fn start(&mut self, features: u64);
@@ -162,19 +163,19 @@ pub trait QueueHandler: Send {
     }
 }
 
-/// What notifies of work in the queues of a group, and of their used buffers, by the queue's index in the group: for the
-/// worker, and for whatever serves queues in its place.
+/// The notifications of a queue group, by the queue's index in the group, for the worker and for code that serves
+/// queues in its place.
 #[derive(Clone)]
 pub struct Notifiers {
     /// One for each of the device's queues, in order: written when the driver rings.
     all_doorbells: Arc<Vec<EventFd>>,
-    /// The group's queues among them.
+    /// The group's range within them.
     queues: Range<usize>,
     interrupt: Arc<dyn Interrupt>,
 }
 
 impl Notifiers {
-    /// One for each queue of the group, in order.
+    /// One per queue of the group, in order.
     pub fn doorbells(&self) -> &[EventFd] {
         self.all_doorbells.get(self.queues.clone()).unwrap_or_default()
     }

@@ -42,7 +42,7 @@ pub struct SessionState {
     pub config: Vec<u8>,
     /// The configuration's generation.
     pub config_generation: u32,
-    /// What it said through the queues of each group: see [`QueueHandler::save`](super::QueueHandler::save).
+    /// The state of each queue group's handler: see [`QueueHandler::save`](super::QueueHandler::save).
     pub handlers: Vec<Vec<u8>>,
 }
 
@@ -54,7 +54,7 @@ pub struct DeviceSession {
     config: Arc<ConfigSpace>,
     memory: Arc<GuestMemory>,
     reports: Arc<Reports>,
-    /// One for each group of queues, in order.
+    /// One per queue group, in order.
     workers: Vec<Worker>,
     status: u32,
     driver_features: u64,
@@ -64,7 +64,7 @@ pub struct DeviceSession {
 }
 
 impl DeviceSession {
-    /// A device after power-on, not paused. Makes its worker threads.
+    /// Creates a device in its power-on state, not paused, with its worker threads.
     pub fn new(
         device: VirtioDevice,
         memory: Arc<GuestMemory>,
@@ -286,11 +286,11 @@ impl DeviceSession {
 
     /// Stops all workers.
     fn stop(&mut self) {
-        self.workers.iter().for_each(Worker::ask_to_stop);
+        self.workers.iter().for_each(Worker::request_stop);
         (0..self.queues.len()).for_each(|index| self.stop_serving(index));
     }
 
-    /// Stops the worker that serves queue `index`, if it runs.
+    /// Stops the worker that serves queue `index`, if it is running.
     fn stop_serving(&mut self, index: usize) {
         let Some(worker) = self.workers.iter_mut().find(|worker| worker.queues().contains(&index)) else { return };
         let registers = self.queues.get_mut(worker.queues()).unwrap_or_default();
@@ -298,7 +298,7 @@ impl DeviceSession {
     }
 }
 
-/// A worker for each group of a device's queues.
+/// Creates a worker for each queue group of a device.
 fn workers(
     name: &str,
     groups: Vec<QueueGroup>,

@@ -1,9 +1,9 @@
-//! From a doorbell to the handler: the thread that serves queues of a device.
+//! The thread that serves queues of a device.
 //!
-//! The thread owns the handler, and every call of it is made there: the others send commands. It lives as long as the
-//! device, and serves queues only from a start to the next stop, or until a ring is broken. What the handler gives away
-//! meanwhile is not listened to. The thread is made with the device and not at its first use, because a thread inherits the
-//! system calls left to the thread that makes it, and a driver starts its device from a vCPU thread.
+//! The thread owns the handler, and is the only one to call it; other threads send commands. It lives as long as the
+//! device, and serves queues only from a start to the next stop, or until a ring is broken.  The thread is made with
+//! the device and not at its first use, because a thread inherits the system call filter of its creator, and a driver
+//! starts its device from a vCPU thread.
 
 use std::io;
 use std::ops::Range;
@@ -78,7 +78,7 @@ enum Command {
     Restore(Vec<u8>, Sender<Result<(), StateMismatch>>),
 }
 
-/// A thread of a device's, which owns a handler and serves some of the device's queues. Dropping it stops and joins it.
+/// A thread that owns a handler and serves some of a device's queues. Dropping it stops and joins it.
 pub struct Worker {
     queues: Range<usize>,
     stop: EventFd,
@@ -92,7 +92,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Makes the thread, which then waits for commands, to serve those of the device's queues that `notifiers` is about.
+    /// Creates the thread, which waits for commands, for the queues that `notifiers` refers to.
     pub fn new(
         name: &str,
         mut handler: Box<dyn QueueHandler>,
@@ -130,7 +130,7 @@ impl Worker {
         Ok(Worker { queues, stop, commands, stopped, is_running: false, has_driver: false, thread: Some(thread) })
     }
 
-    /// Which of the device's queues it serves.
+    /// The range of the device's queues that it serves.
     pub fn queues(&self) -> Range<usize> {
         self.queues.clone()
     }
@@ -140,8 +140,8 @@ impl Worker {
         self.is_running
     }
 
-    /// Has the thread serve `queues`, which are those of [`Worker::queues`], for a driver that accepted `features`. It looks
-    /// at every queue once. Returns at once. Not to be called while it runs.
+    /// Starts serving `queues`, which must be those of [`Worker::queues`], with the `features` accepted by the driver.
+    /// The thread checks every queue once. Returns immediately. Must not be called while it is running.
     pub fn start(&mut self, queues: Vec<Virtqueue>, features: u64) {
         debug_assert!(!self.is_running);
         self.is_running = self.send(Command::Start(queues, features));
@@ -149,7 +149,7 @@ impl Worker {
     }
 
     /// Has the thread stop, if it runs, without waiting for it as [`Worker::stop`] does.
-    pub fn ask_to_stop(&self) {
+    pub fn request_stop(&self) {
         if self.is_running {
             // The counter is far from its limit, so that it cannot block or fail.
             let _ = self.stop.write(1);
@@ -158,7 +158,7 @@ impl Worker {
 
     /// Waits until everything in flight is completed, and takes back the queues. `None` where it does not run.
     pub fn stop(&mut self) -> Option<Vec<Virtqueue>> {
-        self.ask_to_stop();
+        self.request_stop();
         if !std::mem::take(&mut self.is_running) {
             return None;
         }
@@ -237,7 +237,7 @@ enum Until {
     OffloadChanged,
 }
 
-/// The part of a run in which no queue is offloaded or taken back.
+/// Serves the queues while their offload state stays the same.
 fn serve_until_change(
     epoll: &Epoll,
     notifiers: &Notifiers,
@@ -266,7 +266,8 @@ fn serve_until_change(
     served
 }
 
-/// Gives every queue that has something to do its turn, until the stop event, or until a queue is to be offloaded or taken back.
+/// Serves all queues with pending work in turns, until the stop event or until a queue is to be offloaded or taken
+/// back.
 fn serve(
     epoll: &Epoll,
     notifiers: &Notifiers,
@@ -274,7 +275,7 @@ fn serve(
     queues: &mut [Virtqueue],
 ) -> anyhow::Result<Until> {
     let mut events = [EpollEvent::default(); 16];
-    // Doorbells that rang before this run are not remembered, so each queue is looked at once.
+    // Doorbells from before this run are unknown, so each queue is checked once.
     let mut due = vec![true; queues.len()];
     loop {
         for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
