@@ -1,7 +1,8 @@
-//! From bytes and operations a second to when the next request may pass: token buckets, for any device.
+//! Rate limits in bytes and operations per second: token buckets for any device.
 //!
-//! A device asks its [`Limiter`] for each request, on its worker's thread. What may not pass stays in the guest's queue, and
-//! the limiter's descriptor becomes readable when it may. A [`RateControl`] changes the limits meanwhile.
+//! A device asks its [`Limiter`] for each request, on its worker's thread. A refused request stays in the guest's
+//! queue, and the limiter's descriptor becomes readable when it may pass. A [`RateControl`] changes the limits
+//! concurrently.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,48 +13,48 @@ use std::time::{Duration, Instant};
 use crate::config::Rate;
 use crate::sys::timer::Timer;
 
-/// The burst where none is said is what comes in so long.
+/// The default burst is the amount of this duration.
 const DEFAULT_BURST: Duration = Duration::from_millis(100);
-/// Nobody is woken for less than comes in so long: many requests a second then pass some at a time.
+/// The minimum delay before a wakeup: at high rates, several requests pass per wakeup.
 const INTERVAL: Duration = Duration::from_millis(1);
 
-/// A bucket that fills with so many tokens a second, up to its burst.
+/// A token bucket that fills at a constant rate up to its burst.
 ///
-/// Whoever finds a token in it may take as many as he needs: what is too much is a debt that the next one waits for, so that
+/// If there is at least one token, any number may be taken: the excess is a debt that delays the next request, so that
 /// the rate holds however large requests are.
 #[derive(Debug, Clone)]
 pub struct Bucket {
     per_second: u64,
-    /// The time in which it fills.
+    /// The time to fill it.
     fills_in: Duration,
-    /// When the bucket was empty, or will be when its debt is paid.
+    /// When the bucket was empty, or when its debt will be paid.
     empty_at: Instant,
 }
 
 impl Bucket {
-    /// A full bucket. Without `burst` it holds a tenth of a second's.
+    /// Creates a full bucket. Without `burst` its capacity is a tenth of a second's amount.
     pub fn new(per_second: u64, burst: Option<u64>, now: Instant) -> Bucket {
         let per_second = per_second.max(1);
         let fills_in = burst.map_or(DEFAULT_BURST, |burst| time_for(burst, per_second));
         Bucket { per_second, fills_in, empty_at: now.checked_sub(fills_in).unwrap_or(now) }
     }
 
-    /// Takes `amount`, or says how long to wait before asking again.
+    /// Takes `amount`, or returns how long to wait before asking again.
     pub fn take(&mut self, amount: u64, now: Instant) -> Result<(), Duration> {
         self.has_any(now)?;
         self.owe(amount, now);
         Ok(())
     }
 
-    /// Takes `amount`, whatever there is.
+    /// Takes `amount` unconditionally.
     fn owe(&mut self, amount: u64, now: Instant) {
         let full_since = now.checked_sub(self.fills_in).unwrap_or(now);
         let empty_at = self.empty_at.max(full_since).checked_add(time_for(amount, self.per_second));
-        // Beyond the end of time is never, which is a long debt indeed.
+        // An overflow is replaced by a very long debt.
         self.empty_at = empty_at.unwrap_or(now + Duration::from_secs(u32::MAX.into()));
     }
 
-    /// Whether something could be taken; if not, how long to wait.
+    /// Whether there are tokens; if not, how long to wait.
     pub fn has_any(&self, now: Instant) -> Result<(), Duration> {
         match self.empty_at.saturating_duration_since(now) {
             Duration::ZERO => Ok(()),
@@ -62,18 +63,18 @@ impl Bucket {
     }
 }
 
-/// How long `amount` takes to come, rounded up.
+/// The time in which `amount` accumulates, rounded up.
 fn time_for(amount: u64, per_second: u64) -> Duration {
     const NANOS: u128 = 1_000_000_000;
     let nanos = (u128::from(amount) * NANOS).div_ceil(per_second.into());
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
-/// What a device asks before it does what a guest wants. Used on one thread at a time.
+/// Decides whether a device's requests may proceed. Used by one thread at a time.
 #[derive(Debug)]
 pub struct Limiter {
     shared: Arc<LimiterState>,
-    /// Which of the limits that were set it goes by.
+    /// The generation of the limits in use.
     generation: u64,
     bytes: Option<Bucket>,
     ops: Option<Bucket>,
@@ -93,19 +94,19 @@ impl LimiterState {
     }
 }
 
-/// The host's hand on a device's limits, to be used from any thread.
+/// Changes a device's limits, from any thread.
 #[derive(Debug, Clone)]
 pub struct RateControl {
     shared: Arc<LimiterState>,
 }
 
 impl RateControl {
-    /// The limits in force.
+    /// The current limits.
     pub fn rate(&self) -> Rate {
         *self.shared.rate()
     }
 
-    /// Sets all limits anew, from the next request on; what waits is looked at again. Debts are forgiven.
+    /// Replaces all limits, effective for the next request; waiting requests are retried. Debts are forgiven.
     pub fn set(&self, rate: Rate) {
         *self.shared.rate() = rate;
         self.shared.generation.fetch_add(1, Ordering::Release);
@@ -114,7 +115,7 @@ impl RateControl {
 }
 
 impl Limiter {
-    /// A limiter to these limits, and the hand that changes them.
+    /// Creates a limiter with these limits, and its control.
     pub fn new(rate: Rate) -> io::Result<(Limiter, RateControl)> {
         let shared =
             Arc::new(LimiterState { rate: Mutex::new(rate), generation: AtomicU64::new(0), alarm: Timer::new()? });
@@ -123,12 +124,13 @@ impl Limiter {
         Ok((limiter, RateControl { shared }))
     }
 
-    /// Becomes readable, as an edge, when what was not admitted is to be asked about again.
+    /// Becomes readable (edge) when a refused request should be retried.
     pub fn wake_fd(&self) -> BorrowedFd<'_> {
         self.shared.alarm.as_fd()
     }
 
-    /// Whether one operation on `bytes` may pass; it then counts. If not, the descriptor tells when to ask again.
+    /// Whether one operation on `bytes` may proceed; if so, it counts. If not, the descriptor signals when to ask
+    /// again.
     pub fn admit(&mut self, bytes: u64) -> bool {
         let generation = self.shared.generation.load(Ordering::Acquire);
         if generation != self.generation {
@@ -142,7 +144,7 @@ impl Limiter {
             Ok(()) => true,
             Err(wait) => {
                 self.shared.alarm.set(wait);
-                // Limits that were set meanwhile rang an alarm that is now silent.
+                // If limits were set in the meantime, the alarm signaled for them has just been overwritten.
                 if self.shared.generation.load(Ordering::Acquire) != generation {
                     self.shared.alarm.ring();
                 }
@@ -151,7 +153,7 @@ impl Limiter {
         }
     }
 
-    /// Counts `bytes` more of an operation that was admitted before. What is too much is the next one's to wait for.
+    /// Adds `bytes` to an operation that was already admitted. The excess delays the next one.
     pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
             bucket.owe(bytes, Instant::now());
@@ -160,7 +162,7 @@ impl Limiter {
 
     /// Takes from both buckets or from neither.
     fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        // What moves no bytes need not wait for any.
+        // An operation without data need not wait for the byte limit.
         let buckets = || self.bytes.iter().filter(|_| bytes > 0).chain(&self.ops);
         if let Some(wait) = buckets().filter_map(|bucket| bucket.has_any(now).err()).max() {
             return Err(wait);
@@ -173,7 +175,7 @@ impl Limiter {
         Ok(())
     }
 
-    /// Makes full buckets by the limits as they are.
+    /// Creates full buckets for the current limits.
     fn fill(&mut self) {
         let rate = *self.shared.rate();
         let now = Instant::now();
@@ -189,7 +191,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// What passes in `time` when somebody asks for `amount` again and again, waiting as long as he is told.
+    /// The amount that passes in `time` when `amount` is requested repeatedly, waiting as instructed.
     fn passed(bucket: &mut Bucket, amount: u64, start: Instant, time: Duration) -> u64 {
         let (mut now, mut passed) = (start, 0);
         while now < start + time {
@@ -206,13 +208,13 @@ mod tests {
         let now = Instant::now();
         for per_second in [1, 100, 3_000, 1_000_000, 5_000_000_000] {
             for amount in [1, 7, per_second / 10 + 1, per_second * 3] {
-                // Asking for each of so many would take all day.
+                // Requesting each of them would take too long.
                 if per_second / amount > 1_000_000 {
                     continue;
                 }
                 let mut bucket = Bucket::new(per_second, None, now);
                 let passed = passed(&mut bucket, amount, now, 100 * SECOND) as f64 / per_second as f64;
-                // Of the burst a tenth of a second is more, and one request may run ahead.
+                // Plus a tenth of a second for the burst, and one request that may run ahead.
                 let most = 100.1 + amount as f64 / per_second as f64 * 2.0 + 0.1;
                 assert!((99.9..most).contains(&passed), "{per_second} by {amount}: {passed} s worth in 100 s");
             }
@@ -226,7 +228,7 @@ mod tests {
         let mut at_once = |now| (0..1000).take_while(|_| bucket.take(1, now).is_ok()).count();
         assert_eq!(at_once(now), 51, "the last one is a debt");
         assert_eq!(at_once(now), 0);
-        // 10 come in the time, of which one pays the debt.
+        // Ten accumulate in that time, of which one pays the debt.
         assert!((10..=11).contains(&at_once(now + SECOND / 10)));
         assert_eq!(at_once(now + 1000 * SECOND), 51, "however long the pause was");
     }

@@ -1,4 +1,4 @@
-//! From a disk whose system calls wait to a back end: requests are done when `submit` returns.
+//! A back end for disks with blocking system calls: requests are complete when `submit` returns.
 
 use std::collections::VecDeque;
 use std::io;
@@ -6,13 +6,13 @@ use std::os::fd::BorrowedFd;
 
 use super::{Completion, DiskBackend, Request};
 
-/// A disk that does one request after the other, each on the calling thread.
+/// A disk that executes requests one by one on the calling thread.
 pub trait BlockingDisk: Send {
-    /// Does `request`. After an error any part of it may have been done.
+    /// Executes `request`. After an error it may have been executed in part.
     fn execute(&mut self, request: &mut Request) -> io::Result<()>;
 }
 
-/// The back end that such a disk makes.
+/// The back end for such a disk.
 #[derive(Debug)]
 pub struct Blocking<D> {
     disk: D,
@@ -20,7 +20,7 @@ pub struct Blocking<D> {
 }
 
 impl<D: BlockingDisk> Blocking<D> {
-    /// A back end on `disk`.
+    /// Creates a back end for `disk`.
     pub fn new(disk: D) -> Blocking<D> {
         Blocking { disk, done: VecDeque::new() }
     }

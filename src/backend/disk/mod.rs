@@ -1,4 +1,4 @@
-//! From a device's request to the host's disk: back ends that are shaped by their completions.
+//! Disk back ends on the host. The interface is asynchronous: requests are submitted and completions reaped.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -13,11 +13,10 @@ pub use blocking::{Blocking, BlockingDisk};
 pub use plain::PlainDisk;
 pub use qcow2::{Qcow2Disk, Refusal};
 
-/// The unit in which the size of a disk, and each position and length on it, is told to a guest, whatever the disk's own blocks
-/// are (virtio 1.2 §5.2.4).
+/// The unit of a disk's capacity, positions and lengths in virtio, regardless of its block size (virtio 1.2 §5.2.4).
 pub const SECTOR_BYTES: u64 = 512;
 
-/// What a request asks of a disk.
+/// A disk operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// Fill all of the buffers from the disk.
@@ -26,46 +25,46 @@ pub enum Operation {
     Write,
     /// Make everything that was completed before durable.
     Flush,
-    /// These bytes are not needed any more.
+    /// Discard this range, whose content is no longer needed.
     Discard {
-        /// How many they are.
+        /// The length.
         len_bytes: u64,
     },
-    /// These bytes are to read as zeroes.
+    /// Make this range read as zeroes.
     WriteZeroes {
-        /// How many they are.
+        /// The length.
         len_bytes: u64,
-        /// Whether their space may be given back.
+        /// Whether its space may be deallocated.
         unmap: bool,
     },
 }
 
-/// One request. It owns its buffers, so that guest memory stays mapped for as long as the request is in flight.
+/// A request. It owns its buffers, so that guest memory stays mapped while it is in flight.
 #[derive(Debug)]
 pub struct Request {
-    /// The submitter's own name for it, which a back end only hands back.
+    /// Identifies the request to its submitter; the back end only returns it.
     pub token: usize,
-    /// What to do.
+    /// The operation.
     pub operation: Operation,
-    /// Where on the disk. The submitter has checked that all of it lies on the disk.
+    /// The position. The submitter has validated that the range is within the disk.
     pub offset_bytes: u64,
-    /// The guest's memory to read into or to write from.
+    /// The guest's buffers.
     pub buffers: GuestBuffers,
 }
 
-/// A request that is done, with its buffers to be used again.
+/// A completed request, whose buffers can be reused.
 #[derive(Debug)]
 pub struct Completion {
-    /// The request as it was submitted; its buffers may be used up.
+    /// The request as submitted; its buffers may have been consumed.
     pub request: Request,
-    /// Whether all of it was done. After an error any part of it may have been.
+    /// The result. After an error the request may have been executed in part.
     pub result: io::Result<()>,
 }
 
-/// Zeroes to write where nothing better is to be had.
+/// Zeroes to be written where the host has no better method.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Has `write` write zeroes, given with the place that they go to, over `len_bytes` from `offset_bytes` on.
+/// Calls `write` with zeroes and their offset, until `len_bytes` from `offset_bytes` are covered.
 fn write_zeroes_out(
     offset_bytes: u64,
     len_bytes: u64,
@@ -80,18 +79,18 @@ fn write_zeroes_out(
     Ok(())
 }
 
-/// A disk of the host, used from one thread at a time.
+/// A disk of the host, used by one thread at a time.
 pub trait DiskBackend: Send {
-    /// Takes a request. It is under way, or done, when [`DiskBackend::reap`] is next called at the latest.
+    /// Submits a request, which is started at the latest by the next call of [`DiskBackend::reap`].
     fn submit(&mut self, request: Request);
 
-    /// One request that is done, in any order; `None` when there is none for now.
+    /// Returns a completed request, in any order; `None` if there is none now.
     fn reap(&mut self) -> Option<Completion>;
 
-    /// What becomes readable when a request is done, for a back end where that happens later than in `submit`. It is
-    /// watched edge-triggered: [`DiskBackend::reap`] is called until it returns `None`.
+    /// Becomes readable when a request completes, for back ends where that is not within `submit`. Watched
+    /// edge-triggered: [`DiskBackend::reap`] must be called until it returns `None`.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Waits until every submitted request can be reaped.
+    /// Waits until all submitted requests can be reaped.
     fn drain(&mut self);
 }

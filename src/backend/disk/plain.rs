@@ -1,4 +1,4 @@
-//! From a request to plain system calls on a raw image or a block device: done when `submit` returns.
+//! A raw image or block device, accessed with plain system calls within `submit`.
 
 use std::fs::File;
 use std::io;
@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use super::{BlockingDisk, Operation, Request, write_zeroes_out};
 use crate::sys;
 
-/// A raw image or a block device, used through the host's page cache.
+/// A raw image or a block device, accessed through the host's page cache.
 #[derive(Debug)]
 pub struct PlainDisk {
     file: File,
@@ -15,12 +15,12 @@ pub struct PlainDisk {
 }
 
 impl PlainDisk {
-    /// A disk in `file`, which is a block device or a regular file.
+    /// Creates a disk from `file`, a block device or a regular file.
     pub fn new(file: File, block_device: bool) -> PlainDisk {
         PlainDisk { file, block_device }
     }
 
-    /// Repeats `call` until all of the buffers are used up: it may do less than was asked.
+    /// Repeats `call`, which may process less than requested, until all buffers are consumed.
     fn transfer(
         &self,
         request: &mut Request,
@@ -29,7 +29,7 @@ impl PlainDisk {
         let mut at = request.offset_bytes;
         while request.buffers.len_bytes() > 0 {
             match call(&self.file, request, at)? {
-                // The image was cut short behind our back.
+                // The image was truncated by another process.
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 count => {
                     request.buffers.advance(count);
@@ -40,7 +40,7 @@ impl PlainDisk {
         Ok(())
     }
 
-    /// A discard is a hint: where the host cannot, nothing is to be done.
+    /// A discard is a hint: if the host does not support it, there is nothing to do.
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         let call = if self.block_device { sys::disk::discard_blocks } else { sys::disk::punch_hole };
         match call(&self.file, offset_bytes, len_bytes) {
@@ -76,7 +76,7 @@ impl BlockingDisk for PlainDisk {
             Operation::Write => {
                 self.transfer(request, |file, request, at| sys::disk::write_at(file, &request.buffers, at))
             }
-            // `File::flush` would do nothing at all.
+            // `File::flush` would do nothing.
             Operation::Flush => self.file.sync_data(),
             Operation::Discard { len_bytes: 0 } | Operation::WriteZeroes { len_bytes: 0, .. } => Ok(()),
             Operation::Discard { len_bytes } => self.discard(offset_bytes, len_bytes),
@@ -85,7 +85,7 @@ impl BlockingDisk for PlainDisk {
     }
 }
 
-/// Whether the file system or device does not know the operation, or not for such a range.
+/// Whether the file system or device does not support the operation, or not for this range.
 fn cannot(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENOTTY))
 }
@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn scattered_memory_is_written_and_read_back_in_order() {
         let (memory, file) = (memory(), image(1 << 20));
-        // More parts than one call takes.
+        // More parts than one call accepts.
         let parts = 3000;
         let mut buffers = [GuestBuffers::new(memory.clone()), GuestBuffers::new(memory.clone())];
         for part in 0..parts {
@@ -142,7 +142,7 @@ mod tests {
         assert_eq!(contents(&file, 510, 6), [0, 0, 0, 0, 1, 0]);
     }
 
-    /// What a caller got that took less than it was offered, one to three parts of 16 bytes at a time.
+    /// Simulates short transfers, of one to three parts of 16 bytes at a time.
     #[test]
     fn a_short_transfer_goes_on_where_it_ended() {
         let (memory, file) = (memory(), image(4096));
@@ -180,7 +180,7 @@ mod tests {
     fn flush_reaches_the_disk() {
         let nothing = || GuestBuffers::new(memory());
         run(&image(512), Operation::Flush, 0, nothing()).unwrap();
-        // The null device has nothing to flush and says so: whoever gets no error did not ask it.
+        // The null device rejects fsync: without an error, it was not called.
         let null = File::options().write(true).open("/dev/null").unwrap();
         let error = run(&null, Operation::Flush, 0, nothing()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
@@ -218,7 +218,7 @@ mod tests {
         let freed = before - file.metadata().unwrap().blocks();
         assert!(freed >= 1024, "{freed} blocks of 512 bytes were freed");
         assert_eq!(contents(&file, 512 << 10, 1), [0xaa]);
-        // No block device: the host cannot, which for a hint is no error.
+        // Not a block device: the discard is unsupported, which is no error for a hint.
         let mut disk = PlainDisk::new(file, true);
         let buffers = GuestBuffers::new(memory());
         let discard = Operation::Discard { len_bytes: 512 };

@@ -1,6 +1,6 @@
-//! What stands before a frame and says what of it is left to do (virtio 1.2 §5.1.6): read once, checked, passed on.
+//! The header before each frame, with offloaded work (virtio 1.2 §5.1.6): read once and validated.
 //!
-//! Drivers and tap devices speak of the same structure, so that one type serves both.
+//! Drivers and tap devices use the same structure.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
@@ -8,7 +8,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
 };
 
-/// Length of `struct virtio_net_hdr_v1`.
+/// The size of `struct virtio_net_hdr_v1`.
 pub const HEADER_BYTES: usize = 12;
 /// The receiver need not check the packet's checksum.
 pub const FLAG_DATA_VALID: u8 = VIRTIO_NET_HDR_F_DATA_VALID as u8;
@@ -16,30 +16,30 @@ pub const FLAG_DATA_VALID: u8 = VIRTIO_NET_HDR_F_DATA_VALID as u8;
 const FLAG_NEEDS_CHECKSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 const SEGMENTS_NONE: u8 = VIRTIO_NET_HDR_GSO_NONE as u8;
 const SEGMENTS_ECN: u8 = VIRTIO_NET_HDR_GSO_ECN as u8;
-/// Where a checksum stands takes this much.
+/// The size of a checksum.
 const CHECKSUM_BYTES: usize = 2;
 
-/// A frame's header, owned: the guest can no longer change it.
+/// A frame's header, copied from guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Header {
-    /// Whether a checksum is to be filled in, or is known to be right.
+    /// Whether a checksum must be filled in, or is known to be valid.
     pub flags: u8,
-    /// How the frame is to be cut into segments.
+    /// The type of segmentation.
     pub segments: u8,
-    /// Length of all headers in the frame, a hint.
+    /// The length of all headers in the frame, as a hint.
     pub headers_bytes: u16,
-    /// Payload of each segment.
+    /// The payload size of each segment.
     pub segment_bytes: u16,
-    /// From where on the checksum is computed.
+    /// The offset where the checksum computation starts.
     pub checksum_start: u16,
-    /// Where it stands, counted from there.
+    /// The position of the checksum relative to that.
     pub checksum_offset: u16,
-    /// How many of the driver's buffers the frame takes; 0 towards the host.
+    /// The number of the driver's buffers that the frame takes; 0 towards the host.
     pub buffers: u16,
 }
 
 impl Header {
-    /// Reads the structure's bytes, which are little-endian.
+    /// Parses the structure, which is little-endian.
     pub fn decode(bytes: [u8; HEADER_BYTES]) -> Header {
         let [flags, segments, a, b, c, d, e, f, g, h, i, j] = bytes;
         Header {
@@ -53,7 +53,7 @@ impl Header {
         }
     }
 
-    /// The structure's bytes.
+    /// Serializes the structure.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut bytes = [self.flags, self.segments, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let words = [self.headers_bytes, self.segment_bytes, self.checksum_start, self.checksum_offset, self.buffers];
@@ -63,8 +63,8 @@ impl Header {
         bytes
     }
 
-    /// What a driver that accepted `features` may ask for a frame of `frame_bytes`: the header with nothing in it beyond
-    /// that, or `None` where it asks for something else or points outside of the frame.
+    /// Validates the header of a frame of `frame_bytes` from a driver that accepted `features`. Returns it without any
+    /// other fields, or `None` if it requests something else or refers to positions outside of the frame.
     pub fn checked(self, features: u64, frame_bytes: usize) -> Option<Header> {
         let accepted = |bit: u32| features >> bit & 1 != 0;
         let needs_checksum = self.flags & FLAG_NEEDS_CHECKSUM != 0;
@@ -78,7 +78,7 @@ impl Header {
         if !cut_allowed || ecn && !accepted(VIRTIO_NET_F_HOST_ECN) || needs_checksum && !accepted(VIRTIO_NET_F_CSUM) {
             return None;
         }
-        // A segment has a checksum of its own, which is to be computed by who makes it.
+        // Each segment has its own checksum, which must be computed during segmentation.
         if cut != SEGMENTS_NONE && (!needs_checksum || self.segment_bytes == 0) {
             return None;
         }

@@ -1,4 +1,5 @@
-//! Frames over a Unix stream socket, as passt and QEMU's `-netdev stream` speak: each behind its length in four bytes.
+//! Frames over a Unix stream socket, in the protocol of passt and QEMU's `-netdev stream`: each is preceded by its
+//! length in four bytes.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,26 +11,26 @@ use super::{FLAG_DATA_VALID, FRAME_BYTES_MIN, Header, NetBackend};
 use crate::memory::GuestBuffers;
 use crate::sys;
 
-/// A frame's length stands before it, big-endian.
+/// The size of the length, which is big-endian.
 const LENGTH_BYTES: usize = 4;
-/// The longest frame that passt takes (ETH_MAX_MTU, linux/if_ether.h); after a longer one it hangs up.
+/// The longest frame that passt accepts (ETH_MAX_MTU, linux/if_ether.h); it disconnects after a longer one.
 const FRAME_BYTES_MAX: usize = 0xffff;
-/// Room for several frames, so that many small ones take one call.
+/// Room for several frames, so that many small ones take one system call.
 pub const BUFFER_BYTES: usize = 256 << 10;
 
-/// A peer on the other end of a socket, which neither leaves checksums to the guest nor takes them off it.
+/// A peer connected by a socket, without checksum offloads in either direction.
 pub struct StreamNet {
     socket: UnixStream,
-    /// The rest of a frame of which the peer has a part.
+    /// The rest of a partially sent frame.
     unsent: Vec<u8>,
-    /// What has come: frames in order, the last of which may not be whole.
+    /// Received data: frames in order, the last of which may be incomplete.
     buffer: Vec<u8>,
     start: usize,
     end: usize,
 }
 
 impl StreamNet {
-    /// A back end that speaks to who has the other end of `socket`.
+    /// Creates a back end for the peer of `socket`.
     pub fn new(socket: UnixStream) -> io::Result<StreamNet> {
         socket.set_nonblocking(true)?;
         Ok(StreamNet { socket, unsent: Vec::new(), buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 })
@@ -39,7 +40,7 @@ impl StreamNet {
         self.buffer.get(self.start..self.end).unwrap_or_default()
     }
 
-    /// The next frame, if all of it is here. An impossible length is the end: nobody could tell where the next one begins.
+    /// The next frame, if it is complete. An invalid length is fatal, since the start of the next frame is unknown.
     fn whole_frame(&self) -> io::Result<Option<&[u8]>> {
         let Some((length, rest)) = self.received().split_first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
         let len = u32::from_be_bytes(*length) as usize;
@@ -49,7 +50,7 @@ impl StreamNet {
         Ok(rest.get(..len))
     }
 
-    /// Keeps what is left of a frame, `sent_bytes` of which, its length included, are sent.
+    /// Keeps the rest of a frame of which `sent_bytes`, including the length, have been sent.
     fn keep(&mut self, length: [u8; LENGTH_BYTES], frame: &mut GuestBuffers, sent_bytes: usize) {
         self.unsent.extend_from_slice(length.get(sent_bytes..).unwrap_or_default());
         frame.advance(sent_bytes.saturating_sub(LENGTH_BYTES));
@@ -62,7 +63,7 @@ impl StreamNet {
 }
 
 impl NetBackend for StreamNet {
-    /// The way here damages nothing, so that the guest need not look whether it did.
+    /// Frames cannot be corrupted on the way, so the guest need not verify checksums.
     fn features(&self) -> u64 {
         1 << VIRTIO_NET_F_GUEST_CSUM
     }
@@ -85,7 +86,7 @@ impl NetBackend for StreamNet {
         Ok(())
     }
 
-    /// The peer may wait in the middle of a frame until the rest of it has come.
+    /// The peer may block in the middle of a frame until the rest arrives.
     fn flush(&mut self) -> io::Result<()> {
         while !self.unsent.is_empty() {
             match self.socket.write(&self.unsent) {
@@ -103,7 +104,7 @@ impl NetBackend for StreamNet {
                 self.buffer.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             }
-            // There is room: what is there is less than a frame.
+            // There is room: the buffered data is less than a frame.
             let room = self.buffer.get_mut(self.end..).unwrap_or_default();
             match self.socket.read(room) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
@@ -212,7 +213,7 @@ mod tests {
         let mut got = vec![0; sent.len()];
         let (head, tail) = got.split_at_mut(sent.len() - net.unsent.len());
         peer.read_exact(head).unwrap();
-        // Its rest goes when there is room, and the next one behind it.
+        // The rest is sent when there is room, followed by the next frame.
         net.flush().unwrap();
         peer.read_exact(tail).unwrap();
         let last = vec![9; 100];

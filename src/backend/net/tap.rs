@@ -1,5 +1,4 @@
-//! Frames through a tap device: the host's kernel takes them as from a network card, and leaves checksums and segments to
-//! whom the features say.
+//! Frames through a tap device, with the checksum and segmentation offloads that were negotiated.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -16,56 +15,56 @@ use crate::memory::GuestBuffers;
 use crate::sys;
 use crate::sys::net::TapOffloads;
 
-/// One queue of a tap device that speaks virtio's headers.
+/// A queue of a tap device, with virtio headers.
 pub struct TapNet {
     tap: File,
     /// A header and a frame.
     buffer: Vec<u8>,
-    /// How much of it counts; nothing when there is no frame.
+    /// The length of its content; 0 without a frame.
     filled: usize,
     enabled: bool,
-    /// What it was last told that frames may leave to their reader.
+    /// The offloads last set for frames to the guest.
     offloads: Option<TapOffloads>,
     vhost: Option<File>,
 }
 
 impl TapNet {
-    /// A back end on `tap`, a queue that is attached, which never waits and whose frames stand behind a header of [`HEADER_BYTES`].
-    /// With `vhost`, an open /dev/vhost-net, the kernel may serve a guest's queues with it.
+    /// Creates a back end for `tap`, an attached, nonblocking queue whose frames have headers of [`HEADER_BYTES`]. With
+    /// `vhost`, an open /dev/vhost-net, the kernel may serve a guest's queues with it.
     pub fn new(tap: File, vhost: Option<File>) -> TapNet {
         let buffer = vec![0; HEADER_BYTES + FRAME_BYTES_MAX];
         TapNet { tap, buffer, filled: 0, enabled: true, offloads: None, vhost }
     }
 }
 
-/// What the kernel counts of a tap device, whoever its frames go to.
+/// The kernel's counters of a tap device, independent of where its frames go.
 #[derive(Debug)]
 pub struct TapCounts {
-    /// /proc/net/dev of the device's network.
+    /// /proc/net/dev of the device's network namespace.
     devices: File,
     name: String,
 }
 
-/// Frames that went through a device, and their bytes.
+/// Traffic through a device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Passed {
-    /// Bytes from the host's network to who has the device.
+    /// Bytes from the host's network to the device's user.
     pub out_bytes: u64,
-    /// Frames that these were.
+    /// The corresponding number of frames.
     pub out_packets: u64,
-    /// Bytes from there to the host's network.
+    /// Bytes from the device's user to the host's network.
     pub in_bytes: u64,
-    /// Frames that these were.
+    /// The corresponding number of frames.
     pub in_packets: u64,
 }
 
 impl TapCounts {
-    /// Counts of the device `name`, read of `devices`: the file /proc/net/dev, open.
+    /// The counters of the device `name` in `devices`, the open file /proc/net/dev.
     pub fn new(devices: File, name: &str) -> TapCounts {
         TapCounts { devices, name: name.to_owned() }
     }
 
-    /// What went through since the device was made. `None` where there is no such device any more.
+    /// The traffic since the device was created. `None` if it no longer exists.
     pub fn read(&self) -> Option<Passed> {
         let mut text = Vec::new();
         let mut chunk = [0; 4096];
@@ -81,7 +80,8 @@ impl TapCounts {
     }
 }
 
-/// The line of the device `name` in /proc/net/dev (proc(5)): bytes, packets and six others received, then the same sent.
+/// Parses the line of the device `name` in /proc/net/dev (proc(5)): bytes, packets and six others received, then the
+/// same sent.
 fn passed(text: &str, name: &str) -> Option<Passed> {
     let line = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
     let numbers: Vec<u64> = line.split_whitespace().map_while(|number| number.parse().ok()).collect();
@@ -107,13 +107,13 @@ impl NetBackend for TapNet {
 
     fn accept(&mut self, features: u64) -> io::Result<()> {
         let accepted = |bit: u32| features >> bit & 1 != 0;
-        // None without what it needs (virtio 1.2 §5.1.3.1), whatever is accepted: the kernel refuses the rest.
+        // No feature without its dependencies (virtio 1.2 §5.1.3.1): the kernel would reject it.
         let checksum = accepted(VIRTIO_NET_F_GUEST_CSUM);
         let tso4 = checksum && accepted(VIRTIO_NET_F_GUEST_TSO4);
         let tso6 = checksum && accepted(VIRTIO_NET_F_GUEST_TSO6);
         let ecn = (tso4 || tso6) && accepted(VIRTIO_NET_F_GUEST_ECN);
         let offloads = TapOffloads { checksum, tso4, tso6, ecn };
-        // The kernel tells all of the host's network of a change, under its one lock.
+        // The kernel announces a change to the whole network namespace, under a global lock.
         if self.offloads != Some(offloads) {
             self.offloads = None;
             sys::net::set_tap_offloads(&self.tap, offloads)?;
@@ -135,7 +135,7 @@ impl NetBackend for TapNet {
         if !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&frame_bytes) {
             return Err(ErrorKind::InvalidInput.into());
         }
-        // Whole or not at all.
+        // The frame is written completely or not at all.
         sys::net::write(&self.tap, &header.encode(), frame).map(drop)
     }
 
@@ -190,17 +190,17 @@ mod tests {
         assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// Runs `test` on a tap device in a network of its own, whose host is 10.9.0.1 and whose guest 10.9.0.2; skips loudly
-    /// where that may not be made.
+    /// Runs `test` on a tap device in a new network namespace, with 10.9.0.1 as the host and 10.9.0.2 as the guest;
+    /// skips it with a visible message if that is not permitted.
     fn on_tap(test: impl FnOnce(TapNet) + Send) {
         on_taps(1, |mut taps| test(taps.remove(0)));
     }
 
-    /// The same, with as many of its queues.
+    /// The same, with `queues` queues.
     fn on_taps(queues: usize, test: impl FnOnce(Vec<TapNet>) + Send) {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                // A device belongs to the network in which its descriptor was opened.
+                // A device belongs to the network namespace in which its descriptor was opened.
                 let left = sys::net::leave_network();
                 let open =
                     || File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
@@ -221,7 +221,7 @@ mod tests {
         });
     }
 
-    /// The next UDP packet for the guest, among what else a kernel says to a new interface.
+    /// The next UDP packet for the guest, ignoring other traffic that a kernel sends on a new interface.
     fn next_udp(net: &mut TapNet) -> (Header, Vec<u8>) {
         let started = Instant::now();
         loop {
@@ -256,12 +256,13 @@ mod tests {
     #[test]
     fn the_kernel_is_told_what_it_takes_and_only_what_is_new() {
         on_tap(|mut net| {
-            // Marks without segments, and these without checksums: a driver cannot get so far, but the kernel would refuse.
+            // ECN without segmentation, and segmentation without checksums: a driver cannot negotiate that, and the
+            // kernel would reject it.
             let bits = |bits: &[u32]| bits.iter().fold(0, |features, bit| features | 1 << bit);
             net.accept(bits(&[VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN])).unwrap();
             net.accept(bits(&[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_ECN])).unwrap();
             net.accept(net.features()).unwrap();
-            // Who asks it now is told that there is no such device.
+            // From now on the kernel reports that the device does not exist.
             ip("link del t0");
             net.accept(net.features()).unwrap();
             assert!(crate::backend::net::is_end(&net.accept(0).unwrap_err()));
@@ -275,7 +276,7 @@ mod tests {
             let socket = UdpSocket::bind("10.9.0.1:7").unwrap();
             socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             let out = UdpSocket::bind("10.9.0.1:0").unwrap();
-            // The host's own packet, turned round.
+            // The host's own packet, reversed.
             out.send_to(b"there and back", "10.9.0.2:7").unwrap();
             let (header, mut frame) = next_udp(&mut net);
             assert_eq!((header.flags, header.checksum_start, header.checksum_offset), (1, 34, 6));
@@ -293,7 +294,7 @@ mod tests {
                 buffers.push(GuestAddress(0x1014), frame.len() as u32 - 20).unwrap();
                 buffers
             };
-            // What stands there is only the sum of the pseudo header, so that whoever believes it throws the packet away.
+            // The field contains only the sum of the pseudo header, so it would be discarded as invalid.
             net.send(&Header::default(), &mut frame_in_memory()).unwrap();
             net.send(&header.checked(net.features(), frame.len()).unwrap(), &mut frame_in_memory()).unwrap();
             let mut packet = [0; 100];
@@ -307,7 +308,7 @@ mod tests {
     #[test]
     fn frames_come_to_the_queues_that_are_enabled() {
         on_taps(2, |mut nets| {
-            // Each of many flows to one of the queues, which the kernel chooses.
+            // Each of many flows goes to one of the queues, selected by the kernel.
             let flows = |nets: &mut [TapNet]| -> [usize; 2] {
                 for _ in 0..40 {
                     UdpSocket::bind("10.9.0.1:0").unwrap().send_to(&[7; 100], "10.9.0.2:7").unwrap();

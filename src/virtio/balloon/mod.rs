@@ -1,9 +1,9 @@
-//! From pages that a guest does not need to memory that the host has back: the balloon device (virtio 1.2 §5.5).
+//! The balloon device (virtio 1.2 §5.5), which returns unused guest memory to the host.
 //!
-//! Memory goes back in two ways. The guest reports what is free, of itself and again and again (free page reporting), and
-//! uses it when it likes. And the host has a target: the guest fills its balloon with pages until it has no more than that.
-//! In both the host takes the pages away, and gives zeroed ones when they are next touched, so that the guest need not say
-//! when it takes pages back (VIRTIO_BALLOON_F_MUST_TELL_HOST is not offered).
+//! Memory is returned in two ways. The guest repeatedly reports free pages (free page reporting), and may use them
+//! again at any time. And the host sets a target: the guest inflates its balloon until it has no more memory than that.
+//! In both cases the host discards the pages and provides zeroed ones on the next access, so that the guest need not
+//! say when it takes pages back (VIRTIO_BALLOON_F_MUST_TELL_HOST is not offered).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -34,30 +34,30 @@ const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 const F_REPORTING: u64 = 1 << 5;
 
-/// Inflate, deflate, statistics, free page hints (which are not offered), reporting (virtio 1.2 §5.5.2). Linux does without
-/// reporting where it has fewer than 32 descriptors.
+/// Inflate, deflate, statistics, free page hints (not offered), reporting (virtio 1.2 §5.5.2). Linux does not use
+/// reporting with fewer than 32 descriptors.
 const QUEUE_SIZES: [u16; 5] = [64, 64, 16, 64, 64];
 
-/// Page frame numbers count in these, whatever the guest's pages are (virtio 1.2 §5.5.6).
+/// The unit of page frame numbers, regardless of the guest's page size (virtio 1.2 §5.5.6).
 const PAGE_BYTES: u64 = 4096;
 const PAGES_PER_MIB: u64 = (1 << 20) / PAGE_BYTES;
-/// Offset of `actual` in `struct virtio_balloon_config` (virtio 1.2 §5.5.4); `num_pages` is before it.
+/// The offset of `actual` in `struct virtio_balloon_config` (virtio 1.2 §5.5.4); `num_pages` is before it.
 const ACTUAL: usize = 4;
 const CONFIG_BYTES: usize = 8;
 
-/// As many page numbers as are read of one request; Linux sends 256. What is beyond stays with the guest, to no harm.
+/// The maximum number of page numbers read from one request; Linux sends 256. The rest are ignored, which is harmless.
 const REQUEST_PAGES_MAX: u64 = 4096;
-/// As much as is taken of one report; Linux sends 128 MiB.
+/// The maximum size of one report; Linux sends 128 MiB.
 const REPORT_BYTES_MAX: u64 = 1 << 30;
-/// What one turn of the worker gives back at most, before it looks at its stop event again.
+/// The maximum amount returned in one turn of the worker, before it checks its stop event again.
 const TURN_BYTES: u64 = 1 << 30;
-/// What a page of its own counts in a turn: giving it back costs as much as a large range does.
+/// The cost of a single page in a turn: returning it takes as long as returning a large range.
 const PAGE_COST_BYTES: u64 = TURN_BYTES / REQUEST_PAGES_MAX;
 
-/// A balloon device in a machine of `memory_mib` MiB, and the host's hand on it. The guest is to have `target_mib` of them.
+/// Creates a balloon device in a machine of `memory_mib` MiB with a target of `target_mib`, and its handle.
 ///
-/// With `deflates_on_oom` the guest takes pages back when it would have to end a process for lack of memory. Without it the
-/// target is a limit, within which the guest sees all of its memory.
+/// With `deflates_on_oom` the guest deflates the balloon before it would kill a process for lack of memory. Without it
+/// the target is a hard limit, while the guest still sees all of its memory.
 pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Result<(VirtioDevice, BalloonHandle)> {
     let config = Arc::new(ConfigSpace::new(vec![0; CONFIG_BYTES], ACTUAL..CONFIG_BYTES));
     let shared = Arc::new(BalloonState {
@@ -80,17 +80,17 @@ pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Re
     Ok((device, control))
 }
 
-/// What the device and the host's hand have in common.
+/// State shared by the device and its handle.
 #[derive(Debug)]
 struct BalloonState {
     board: Board,
-    /// Whether somebody waits for statistics newer than those on the board.
+    /// Whether statistics newer than those on the board were requested.
     wanted: AtomicBool,
     wake: Timer,
     returned_bytes: AtomicU64,
 }
 
-/// The host's hand on a guest's balloon, to be used from any thread, whether the machine runs or not.
+/// A handle to a guest's balloon, usable on any thread, whether the machine is running or not.
 #[derive(Clone)]
 pub struct BalloonHandle {
     memory_mib: u64,
@@ -98,19 +98,19 @@ pub struct BalloonHandle {
     shared: Arc<BalloonState>,
 }
 
-/// A size that the machine cannot have.
+/// A target that is out of range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{wanted_mib} MiB of memory: this machine can have {MIN_MEMORY_MIB} to {memory_mib} MiB")]
 pub struct BadTarget {
-    /// What was asked for.
+    /// The requested target.
     pub wanted_mib: u64,
-    /// What the machine was started with.
+    /// The memory that the machine was started with.
     pub memory_mib: u64,
 }
 
 impl BalloonHandle {
-    /// Has the guest give memory up, or take it back, until it has `memory_mib`. It does so in its own time, and not below
-    /// what it cannot do without; [`BalloonHandle::present_mib`] tells how far it is.
+    /// Makes the guest give up or take back memory until it has `memory_mib`. It does so at its own pace, and not below
+    /// what it needs; [`BalloonHandle::present_mib`] reports the progress.
     pub fn set_target_mib(&self, memory_mib: u64) -> Result<(), BadTarget> {
         if !(MIN_MEMORY_MIB..=self.memory_mib).contains(&memory_mib) {
             return Err(BadTarget { wanted_mib: memory_mib, memory_mib: self.memory_mib });
@@ -125,41 +125,41 @@ impl BalloonHandle {
         self.config.update(0, &u32::try_from(pages).unwrap_or(u32::MAX).to_le_bytes());
     }
 
-    /// What the guest is to have, in MiB.
+    /// The target, in MiB.
     pub fn target_mib(&self) -> u64 {
         self.memory_mib - self.read_mib(0)
     }
 
-    /// What the guest has, in MiB: the machine's memory less what it says to be in its balloon.
+    /// The guest's current memory, in MiB: the machine's memory minus the reported size of the balloon.
     pub fn present_mib(&self) -> u64 {
         self.memory_mib - self.read_mib(ACTUAL)
     }
 
-    /// A count of pages in the configuration, in MiB of the machine's memory.
+    /// A page count in the configuration, converted to MiB of the machine's memory.
     fn read_mib(&self, offset: usize) -> u64 {
         let mut pages = [0; 4];
         self.config.read(offset as u64, &mut pages);
         (u64::from(u32::from_le_bytes(pages)) / PAGES_PER_MIB).min(self.memory_mib)
     }
 
-    /// Asks the guest for new statistics. It answers in its own time, if it does.
+    /// Requests new statistics from the guest, which answers asynchronously, if at all.
     pub fn ask_for_statistics(&self) {
         self.shared.wanted.store(true, Ordering::Release);
         self.shared.wake.ring();
     }
 
-    /// The last statistics that the guest sent; none before its driver runs.
+    /// The latest statistics; `None` before the guest's driver is running.
     pub fn statistics(&self) -> Option<Statistics> {
         self.shared.board.read()
     }
 
-    /// How much memory the guest has given back since the machine started. What it gave twice counts twice.
+    /// The amount of memory that the guest has returned since the machine started. Memory returned twice counts twice.
     pub fn returned_bytes(&self) -> u64 {
         self.shared.returned_bytes.load(Ordering::Relaxed)
     }
 }
 
-/// What a queue is for.
+/// The purpose of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Inflate,
@@ -168,8 +168,8 @@ enum Role {
     Reporting,
 }
 
-/// The device's side of its queues. It keeps no chain: what a driver has offered and not got back is still available when
-/// the device is saved.
+/// The device side of the queues. It does not hold chains: those not yet returned to the driver are still available
+/// when the device is saved.
 struct Handler {
     shared: Arc<BalloonState>,
     features: u64,
@@ -185,9 +185,9 @@ impl Handler {
         Handler { shared, features: 0, chain: Chain::default(), bytes: Vec::new(), pages: Vec::new(), log_rate }
     }
 
-    /// What queue `index` is for. A queue whose feature was not accepted is not there, and Linux then gives its number to the
-    /// next one where others leave a gap (virtio 1.2 §5.5.2): what follows the statistics is for reports in either case,
-    /// since free page hints are not offered.
+    /// The role of queue `index`. Queues of features that were not accepted do not exist, and Linux then assigns their
+    /// number to the next queue while others leave a gap (virtio 1.2 §5.5.2): the queue after statistics is for reports
+    /// in either case, since free page hints are not offered.
     fn role(&self, index: usize) -> Option<Role> {
         match index {
             0 => Some(Role::Inflate),
@@ -198,13 +198,13 @@ impl Handler {
         }
     }
 
-    /// Gives back the pages whose numbers are in `self.chain`. Returns what that counts in a turn.
+    /// Returns the pages whose numbers are in `self.chain` to the host. Returns the cost in this turn.
     fn inflate(&mut self, queue: &Virtqueue) -> u64 {
         read_chain(&self.chain, queue, REQUEST_PAGES_MAX * 4, &mut self.bytes);
         let (numbers, _) = self.bytes.as_chunks();
         self.pages.clear();
         self.pages.extend(numbers.iter().map(|number| u32::from_le_bytes(*number)));
-        // A driver takes pages as they come, and puts the last one first: in order, many make one range.
+        // A driver takes pages as they come, with the last one first: sorted, many of them form one range.
         self.pages.sort_unstable();
         self.pages.dedup();
         let mut cost_bytes = 0;
@@ -217,7 +217,7 @@ impl Handler {
         cost_bytes
     }
 
-    /// Gives back the ranges in `self.chain`, which the driver lends for as long.
+    /// Returns the ranges in `self.chain` to the host. The driver does not use them until the chain is returned.
     fn report(&mut self, queue: &Virtqueue) -> u64 {
         let mut cost_bytes = 0;
         for range in queue::part(self.chain.writable(), 0, REPORT_BYTES_MAX) {
@@ -228,8 +228,8 @@ impl Handler {
         cost_bytes
     }
 
-    /// Reads the guest's statistics, and leaves the buffer that they came in available until new ones are wanted: giving
-    /// it back is how they are asked for (virtio 1.2 §5.5.6.3).
+    /// Reads the guest's statistics, and keeps their buffer available until new ones are requested by returning it
+    /// (virtio 1.2 §5.5.6.3).
     fn take_statistics(&mut self, queue: &mut Virtqueue) -> Result<Progress, RingError> {
         if !queue.pop(&mut self.chain)? {
             return Ok(Progress::Drained);
@@ -260,7 +260,7 @@ impl BalloonState {
     }
 }
 
-/// Reads the readable part of `chain` into `bytes`, up to `len_bytes_max`, as far as its addresses are good.
+/// Reads the readable part of `chain` into `bytes`, up to `len_bytes_max` or the first bad address.
 fn read_chain(chain: &Chain, queue: &Virtqueue, len_bytes_max: u64, bytes: &mut Vec<u8>) {
     bytes.clear();
     for range in queue::part(chain.readable(), 0, len_bytes_max) {
@@ -292,7 +292,7 @@ impl QueueHandler for Handler {
             turn_bytes += match role {
                 Role::Inflate => self.inflate(queue),
                 Role::Reporting => self.report(queue),
-                // The guest finds new pages where it took some back.
+                // The guest gets new pages in place of those it took back.
                 Role::Deflate | Role::Statistics => 0,
             };
             queue.push(self.chain.head(), 0)?;

@@ -1,33 +1,33 @@
-//! From the buffer that a guest fills about its memory to what can be shown of it (virtio 1.2 §5.5.6.3).
+//! Memory statistics provided by the guest (virtio 1.2 §5.5.6.3).
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// An entry: a tag of 16 bits and a value of 64, without a gap.
+/// An entry: a 16-bit tag and a 64-bit value, packed.
 const ENTRY_BYTES: usize = 10;
-/// Far more than there are tags.
+/// Far larger than all defined tags together.
 pub const BYTES_MAX: u64 = 64 * ENTRY_BYTES as u64;
 
-/// What a guest says of its memory. It may say anything: to be shown, not to be reckoned with.
+/// A guest's memory statistics. They are untrusted: for display only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Statistics {
-    /// When it came.
+    /// When they arrived.
     pub at: Instant,
-    /// Memory that is not used at all, in bytes.
+    /// Unused memory, in bytes.
     pub free_bytes: Option<u64>,
-    /// All of its memory, less what is in the balloon, in bytes.
+    /// All of its memory excluding the balloon, in bytes.
     pub total_bytes: Option<u64>,
-    /// What programs could yet have without swapping, in bytes.
+    /// Memory available to applications without swapping, in bytes.
     pub available_bytes: Option<u64>,
-    /// What can be given up at once, such as copies of files, in bytes.
+    /// Memory that can be reclaimed quickly, such as the page cache, in bytes.
     pub caches_bytes: Option<u64>,
-    /// Swapped in so far, in bytes.
+    /// Memory swapped in so far, in bytes.
     pub swapped_in_bytes: Option<u64>,
-    /// Swapped out so far, in bytes.
+    /// Memory swapped out so far, in bytes.
     pub swapped_out_bytes: Option<u64>,
-    /// Page faults so far that waited for a disk.
+    /// Major page faults so far.
     pub major_faults: Option<u64>,
-    /// Page faults so far that did not.
+    /// Minor page faults so far.
     pub minor_faults: Option<u64>,
 }
 
@@ -46,7 +46,7 @@ impl Statistics {
         }
     }
 
-    /// Parses a whole buffer. `None` where that is no row of entries; a tag that is not known is passed over.
+    /// Parses a buffer. `None` if it does not consist of whole entries; unknown tags are skipped.
     fn parse(bytes: &[u8], at: Instant) -> Option<Statistics> {
         let (entries, rest) = bytes.as_chunks::<ENTRY_BYTES>();
         if !rest.is_empty() {
@@ -72,12 +72,12 @@ impl Statistics {
     }
 }
 
-/// Where the last statistics are left by the device's thread, for others to read.
+/// The latest statistics, written by the device's thread.
 #[derive(Debug, Default)]
 pub struct Board(Mutex<Option<Statistics>>);
 
 impl Board {
-    /// Puts up what is in a guest's buffer. Returns whether that made sense; if not, what was there before stays.
+    /// Stores the statistics in a guest's buffer. Returns whether they are valid; if not, the previous ones are kept.
     pub fn write(&self, bytes: &[u8]) -> bool {
         let statistics = Statistics::parse(bytes, Instant::now());
         let in_order = statistics.is_some();
@@ -87,12 +87,12 @@ impl Board {
         in_order
     }
 
-    /// What was put up last.
+    /// The latest statistics.
     pub fn read(&self) -> Option<Statistics> {
         *self.lock()
     }
 
-    /// Takes it down.
+    /// Discards the statistics.
     pub fn clear(&self) {
         *self.lock() = None;
     }

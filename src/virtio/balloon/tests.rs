@@ -1,4 +1,4 @@
-//! The balloon as a guest and its host see it.
+//! Tests of the balloon from the guest's and the host's side.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -11,11 +11,11 @@ use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, wait_for};
 const INFLATE: u32 = 0;
 const DEFLATE: u32 = 1;
 const STATISTICS: u32 = 2;
-/// As the specification counts; Linux up to 6.10 takes the one before.
+/// The index according to the specification; Linux up to 6.10 uses the previous one.
 const REPORTING: u32 = 4;
-/// A machine of more memory than the driver's, which has 4 MiB, so that there is something to give up.
+/// More memory than the driver's 4 MiB, so that there is something to give up.
 const MEMORY_MIB: u64 = 512;
-/// Where there is nothing but pages to give back: the third MiB.
+/// An area used only for pages to return: the third MiB.
 const PAGES: u64 = 2 << 20;
 
 struct Bench {
@@ -46,19 +46,19 @@ impl Bench {
         assert_eq!(self.driver.transact(queue, &[(BUFFERS, bytes.len() as u32, 0)]), 0);
     }
 
-    /// Puts something into each of the pages from [`PAGES`] on.
+    /// Writes to each of the first pages from [`PAGES`].
     fn touch(&self, count: u64) {
         (0..count)
             .for_each(|page| self.driver.memory.write_obj(1_u8, GuestAddress(PAGES + page * PAGE_BYTES)).unwrap());
     }
 
-    /// Which of these pages still have what was put there.
+    /// The pages that still have that content.
     fn kept(&self, count: u64) -> Vec<u64> {
         let has = |page: &u64| self.driver.memory.read_obj::<u8>(GuestAddress(PAGES + page * PAGE_BYTES)).unwrap() != 0;
         (0..count).filter(has).collect()
     }
 
-    /// Offers a buffer with statistics, as long as this says.
+    /// Makes a buffer with statistics of this length available.
     fn offer_statistics(&mut self, entries: &[(u16, u64)], len: u32) -> u16 {
         let bytes: Vec<u8> =
             entries.iter().flat_map(|(tag, value)| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()).collect();
@@ -74,7 +74,7 @@ impl Bench {
     }
 }
 
-/// The page number of the one that is `index` pages from [`PAGES`] on.
+/// The number of the page with this index from [`PAGES`].
 fn number(index: u32) -> u32 {
     (PAGES / PAGE_BYTES) as u32 + index
 }
@@ -86,7 +86,7 @@ fn pages_in_the_balloon_go_back_to_the_host_and_others_stay() {
     bench.send(INFLATE, &[number(5), number(1), number(2), number(1)]);
     assert_eq!(bench.kept(8), [0, 3, 4, 6, 7]);
     assert_eq!(bench.control.returned_bytes(), 3 * PAGE_BYTES);
-    // Taken back: the guest finds zeroes there and may use them.
+    // After deflating, the guest reads zeroes and may use the pages.
     bench.send(DEFLATE, &[number(1)]);
     bench.touch(2);
     assert_eq!(bench.kept(3), [0, 1]);
@@ -98,7 +98,7 @@ fn page_numbers_of_no_page_are_passed_over() {
     bench.touch(4);
     bench.send(INFLATE, &[u32::MAX, u32::MAX - 1, number(1), (4 << 20) / PAGE_BYTES as u32]);
     assert_eq!(bench.kept(4), [0, 2, 3]);
-    // A request that is no memory, or ends amid a number.
+    // Requests outside of memory or ending within a number.
     for parts in [&[(1 << 40, 8, 0)][..], &[(u64::MAX - 3, 8, 0)], &[(BUFFERS, 3, 0)], &[(BUFFERS, 8, WRITE)], &[]] {
         if !parts.is_empty() {
             bench.driver.transact(INFLATE, parts);
@@ -120,7 +120,7 @@ fn a_number_may_be_split_between_buffers() {
 #[test]
 fn a_request_for_more_pages_than_one_may_have_is_cut() {
     let mut bench = bench();
-    // All of memory, many times over: it ends, and the stop event is seen soon.
+    // All of memory, many times over: processing ends, and the stop event is noticed soon.
     for _ in 0..20 {
         let head = bench.driver.chain(INFLATE, &[(0, u32::MAX, 0); 3]);
         bench.driver.offer(INFLATE, head);
@@ -139,7 +139,7 @@ fn reported_memory_goes_back_by_whole_pages_on_whichever_queue_a_driver_has_for_
             [(PAGES + PAGE_BYTES, 8192, WRITE), (PAGES + 4 * PAGE_BYTES + 1, 4096, WRITE), (1 << 40, 4096, WRITE)];
         assert_eq!(bench.driver.transact(queue, &parts), 0);
         assert_eq!(bench.kept(8), [0, 3, 4, 5, 6, 7]);
-        // What a driver lends to be read it wants to keep.
+        // Device-readable parts are not given up by the driver.
         bench.driver.transact(queue, &[(PAGES, 8192, 0)]);
         assert_eq!(bench.kept(1), [0]);
     }
@@ -178,7 +178,7 @@ fn a_target_is_pages_in_the_configuration_and_an_interrupt() {
     let (device, control) = made(MEMORY_MIB - 128);
     let mut driver = Driver::new(device);
     assert_eq!((driver.read(CONFIG), control.target_mib(), control.present_mib()), (128 * 256, 384, MEMORY_MIB));
-    // Nobody is told before there is a driver.
+    // Without a driver there is no notification.
     control.set_target_mib(MEMORY_MIB).unwrap();
     assert_eq!((driver.read(INTERRUPT_STATUS), driver.read(CONFIG)), (0, 0));
     driver.start();
@@ -187,7 +187,7 @@ fn a_target_is_pages_in_the_configuration_and_an_interrupt() {
     assert_eq!((driver.read(INTERRUPT_STATUS), driver.read(CONFIG)), (2, 256 * 256));
     assert_ne!(driver.read(CONFIG_GENERATION), generation);
     driver.write(INTERRUPT_ACK, 2);
-    // The driver says how far it is; what it says beyond all memory is all memory.
+    // The driver reports its progress; values beyond all memory are clipped.
     driver.write(CONFIG + 4, 100 * 256);
     assert_eq!((control.present_mib(), control.target_mib()), (MEMORY_MIB - 100, 256));
     driver.write(CONFIG + 4, u32::MAX);
@@ -197,7 +197,7 @@ fn a_target_is_pages_in_the_configuration_and_an_interrupt() {
         assert_eq!(error, format!("{wrong} MiB of memory: this machine can have 32 to 512 MiB"));
     }
     assert_eq!((driver.read(INTERRUPT_STATUS), control.target_mib()), (0, 256));
-    // A reset empties the balloon, and leaves the target.
+    // A reset empties the balloon and keeps the target.
     driver.write(STATUS, 0);
     control.set_target_mib(300).unwrap();
     assert_eq!((control.present_mib(), driver.read(CONFIG), driver.read(INTERRUPT_STATUS)), (512, 212 * 256, 0));
@@ -207,7 +207,7 @@ fn a_target_is_pages_in_the_configuration_and_an_interrupt() {
 fn statistics_come_when_they_are_asked_for() {
     let mut bench = bench();
     assert_eq!(bench.control.statistics(), None);
-    // The first come by themselves.
+    // The first statistics arrive without a request.
     let head = bench.offer_statistics(&[(4, 100), (5, 1000), (77, 1)], 30);
     wait_for(|| bench.free_bytes() == Some(100));
     assert_eq!(bench.control.statistics().unwrap().total_bytes, Some(1000));
@@ -245,19 +245,19 @@ fn a_saved_balloon_is_as_full_as_before_and_goes_on() {
     let head = bench.offer_statistics(&[(4, 100)], 10);
     wait_for(|| bench.free_bytes() == Some(100));
     bench.driver.transport.pause();
-    // As a machine that was started anew for it, with a target of its own.
+    // Simulates a new machine with a different target.
     let (device, control) = made(MEMORY_MIB);
     let mut bench = Bench { driver: bench.driver.moved_to(device), control };
     bench.driver.transport.resume();
     assert_eq!(bench.driver.read(CONFIG + 4), 1);
-    // The buffer that was lent before is still known.
+    // The buffer from before the save is still known.
     wait_for(|| bench.free_bytes() == Some(100));
     bench.control.ask_for_statistics();
     assert_eq!(bench.driver.used(STATISTICS), (head, 0));
     bench.send(INFLATE, &[number(2)]);
     bench.send(DEFLATE, &[number(1), number(2)]);
     assert_eq!(bench.kept(4), [0, 3]);
-    // The driver is there, and is told.
+    // The driver is running and is notified.
     bench.driver.write(INTERRUPT_ACK, 3);
     bench.control.set_target_mib(64).unwrap();
     assert_eq!(bench.driver.read(INTERRUPT_STATUS) & 2, 2);
@@ -273,13 +273,13 @@ fn what_is_given_back_takes_no_memory_of_the_hosts() {
         let start = region.get_host_address(MemoryRegionAddress(PAGES)).unwrap() as u64;
         resident_pages(start, 256)
     };
-    // Huge pages may have come with it.
+    // Huge pages may have added more.
     assert!(resident(&bench.driver.memory) >= 256);
     bench.driver.transact(REPORTING, &[(PAGES, 1 << 20, WRITE)]);
     assert_eq!(resident(&bench.driver.memory), 0);
 }
 
-/// How many of the pages at `start` are backed by memory (/proc/self/pagemap, bit 63 of each entry).
+/// Counts the pages at `start` that are backed by memory (/proc/self/pagemap, bit 63 of each entry).
 fn resident_pages(start: u64, count: u64) -> usize {
     use std::os::unix::fs::FileExt;
     let mut entries = vec![0; 8 * count as usize];

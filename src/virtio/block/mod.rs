@@ -1,4 +1,4 @@
-//! From a block device's queue to a disk of the host, and back (virtio 1.2 §5.2).
+//! The block device (virtio 1.2 §5.2).
 
 pub mod request;
 #[cfg(test)]
@@ -39,39 +39,40 @@ const F_TOPOLOGY: u64 = 1 << 10;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// Length of the answer to VIRTIO_BLK_T_GET_ID (virtio 1.2 §5.2.6).
+/// The size of the response to VIRTIO_BLK_T_GET_ID (virtio 1.2 §5.2.6).
 const ID_BYTES: usize = 20;
-/// Physical blocks: page cache and most disks work in these.
+/// The physical block size, which is that of the page cache and of most disks.
 const PHYSICAL_BLOCK_BYTES: u32 = 4096;
-/// What a guest can make a disk hold beside its memory, in bytes: for every request that it can have in flight as many parts
-/// as a chain has, each of which may lie in two regions of memory. What the back end keeps is the back end's to say.
+/// The maximum memory that a guest can make a disk use, in bytes: for every request in flight, the buffers of a full
+/// chain, each of which may span two memory regions. The back end has its own budget.
 pub const BUDGET_BYTES: u64 = QUEUE_SIZE as u64 * 2 * QUEUE_SIZE as u64 * size_of::<libc::iovec>() as u64;
-/// What one turn of the worker moves at most, before it looks at its stop event again.
+/// The maximum amount transferred in one turn of the worker, before it checks its stop event again.
 const TURN_BYTES: u64 = 4 << 20;
-/// Requests begun before those that are done are completed, so that a driver that watches the used ring can go on.
+/// The number of requests started before completed ones are reaped, so that a driver that polls the used ring makes
+/// progress.
 const REAP_INTERVAL: u32 = 8;
-/// What a request counts in a turn beside its data, so that a turn has an end in any case.
+/// The cost of a request in a turn in addition to its data, so that every turn ends.
 const REQUEST_COST_BYTES: u64 = 16 << 10;
 
-/// The host's hand on a disk, to be used from any thread, whether the machine runs or not.
+/// A handle to a disk, usable on any thread, whether the machine is running or not.
 #[derive(Debug, Clone)]
 pub struct DiskHandle {
-    /// What the guest did so far.
+    /// The guest's I/O statistics.
     pub counters: Arc<Counters>,
-    /// What it may do in a second.
+    /// The rate limits.
     pub rate: RateControl,
 }
 
-/// What a guest did with a disk since the machine started, counted when it is done.
+/// I/O statistics of a disk since the machine started, counted at completion.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Read requests.
     pub reads: AtomicU64,
-    /// Bytes that they read.
+    /// Bytes read.
     pub read_bytes: AtomicU64,
     /// Write requests.
     pub writes: AtomicU64,
-    /// Bytes that they wrote.
+    /// Bytes written.
     pub written_bytes: AtomicU64,
     /// Flush requests.
     pub flushes: AtomicU64,
@@ -94,7 +95,7 @@ impl Counters {
     }
 }
 
-/// A block device on the disk that was opened as `disk`, and the host's hand on it.
+/// Creates a block device for an opened disk, and its handle.
 pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, DiskHandle)> {
     let DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate } = disk;
     let name = format!("disk {}", path.display());
@@ -106,7 +107,7 @@ pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, DiskHandle)> {
     device_on(backend, shape, &name, id.as_deref().unwrap_or_default(), rate)
 }
 
-/// A block device on any back end, whose disk has `shape`. `name` is for the log, `id` is the guest's serial number.
+/// Creates a block device for any back end, whose disk has `shape`. `name` is used in logs, `id` is the serial number.
 pub fn device_on(
     disk: Box<dyn DiskBackend>,
     shape: DiskShape,
@@ -131,7 +132,7 @@ pub fn device_on(
     Ok((device, DiskHandle { counters, rate }))
 }
 
-/// `struct virtio_blk_config` (virtio 1.2 §5.2.4), in its order.
+/// `struct virtio_blk_config` (virtio 1.2 §5.2.4), field by field.
 fn config(shape: &DiskShape) -> Vec<u8> {
     let physical_block_exp = (PHYSICAL_BLOCK_BYTES / shape.block_bytes).max(1).ilog2() as u8;
     let mut bytes = Vec::new();
@@ -154,7 +155,7 @@ fn config(shape: &DiskShape) -> Vec<u8> {
     bytes
 }
 
-/// The device's side: its one queue and what it has in flight.
+/// The device side: its queue and the requests in flight.
 struct Block {
     disk: Box<dyn DiskBackend>,
     shape: DiskShape,
@@ -162,26 +163,26 @@ struct Block {
     id: [u8; ID_BYTES],
     limiter: Limiter,
     counters: Arc<Counters>,
-    /// The driver knows no flush: a write is durable before it is completed (virtio 1.2 §5.2.6.2).
+    /// The driver does not support flush: writes must be durable before completion (virtio 1.2 §5.2.6.2).
     write_through: bool,
     chain: Chain,
-    /// A request's token is its index here.
+    /// Indexed by the request's token.
     in_flight: Vec<Option<InFlight>>,
     free_tokens: Vec<usize>,
     spare_buffers: Vec<GuestBuffers>,
     log_rate: LogRate,
 }
 
-/// What is to be done when the disk's part of a request is.
+/// The completion of a request once the disk is done.
 struct InFlight {
     head: u16,
     status: GuestAddress,
-    /// What was asked for, and for how many bytes.
+    /// The operation, and its size in bytes.
     operation: Operation,
     len_bytes: u64,
-    /// Bytes that the driver finds in its buffers if all goes well, the status not counted.
+    /// The bytes written to the driver's buffers on success, excluding the status.
     filled_bytes: u32,
-    /// A flush follows before it is completed.
+    /// Whether it must be followed by a flush before completion.
     then_flush: bool,
 }
 
@@ -212,7 +213,7 @@ impl Block {
         }
     }
 
-    /// Takes chains until there are none, or this turn's work is done, or no more can be in flight.
+    /// Takes chains until there are none, the turn's budget is used up, or the maximum is in flight.
     fn take(&mut self, queue: &mut Virtqueue) -> Result<Progress, RingError> {
         let mut turn_bytes = 0;
         for taken in 1.. {
@@ -232,13 +233,13 @@ impl Block {
         Ok(Progress::More)
     }
 
-    /// Begins the request in `self.chain`, with `token` if the disk has a part in it. Returns what it counts in a turn, or
-    /// nothing where its time has not come: then it is available still, to be read anew.
+    /// Starts the request in `self.chain`, with `token` if it involves the disk. Returns its cost in the turn, or
+    /// `None` if the rate limit delays it: it then stays available and is read again later.
     fn begin(&mut self, token: usize, queue: &mut Virtqueue) -> Result<Option<u64>, RingError> {
         let mut buffers = self.spare_buffers.pop().unwrap_or_else(|| GuestBuffers::new(queue.memory().clone()));
         let BlockRequest { status, action } = BlockRequest::parse(&self.chain, &self.shape, &mut buffers)?;
         let counted_bytes = match action {
-            // The host may have to write zeroes as it writes anything else, and what it gives back is found in tables.
+            // The host may have to write zeroes like any data, and discards update metadata.
             Ok(Action::Disk {
                 operation: Operation::WriteZeroes { len_bytes, .. } | Operation::Discard { len_bytes },
                 ..
@@ -264,7 +265,7 @@ impl Block {
                     filled_bytes: if operation == Operation::Read { len_bytes as u32 } else { 0 },
                     then_flush: self.write_through && !matches!(operation, Operation::Read | Operation::Flush),
                 });
-                // What may take the host long ends the turn: whoever wants the worker to stop waits for one of these at most.
+                // A request that may take long ends the turn, so that a stop waits for at most one of them.
                 let is_short = operation == Operation::Read || operation == Operation::Write && !self.write_through;
                 self.disk.submit(Request { token, operation, offset_bytes, buffers });
                 Ok(Some(if is_short { len_bytes } else { TURN_BYTES }))
@@ -295,7 +296,7 @@ impl Block {
         (Status::Ok, (ID_BYTES - rest.len()) as u32)
     }
 
-    /// Completes what the disk has done.
+    /// Completes requests that the disk has finished.
     fn reap(&mut self, queue: &mut Virtqueue) -> Result<(), RingError> {
         while let Some(completion) = self.disk.reap() {
             self.complete(completion, queue)?;
@@ -329,7 +330,7 @@ impl Block {
     }
 }
 
-/// The status byte is the last thing written before the chain goes back.
+/// The status byte is written last, before the chain is returned.
 fn finish(
     queue: &mut Virtqueue,
     head: u16,
@@ -362,7 +363,7 @@ impl QueueHandler for Block {
     fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
         let Some(queue) = queues.first_mut() else { return Ok(()) };
         let mut result = Ok(());
-        // A completed write may ask for a flush, which is in flight in its turn.
+        // A completed write may require a flush, which is then in flight itself.
         while self.free_tokens.len() < self.in_flight.len() {
             self.disk.drain();
             result = result.and(self.reap(queue));

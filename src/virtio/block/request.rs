@@ -1,7 +1,7 @@
-//! From a descriptor chain to a block request as plain data, checked (virtio 1.2 §5.2.6).
+//! Parses and validates block requests (virtio 1.2 §5.2.6).
 //!
-//! The chain's layout is free: its readable bytes are the header and what is to be written, its writable bytes are what is
-//! to be read and, last, the status. Each of them is read from guest memory once.
+//! The chain's layout is arbitrary: its readable bytes are the header and the data to write, its writable bytes are the
+//! data to read and finally the status. Each is read from guest memory only once.
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -10,16 +10,16 @@ use crate::backend::disk::{Operation, SECTOR_BYTES};
 use crate::memory::{GuestBuffers, GuestMemory};
 use crate::virtio::queue::{self, Chain, GuestRange};
 
-/// As much data as one request may carry: what the segments that are offered can hold, 254 of 256 KiB.
+/// The maximum data size of a request: what the offered segments can hold, 254 of 256 KiB.
 pub const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
-/// `seg_max`: a chain has the queue's 256 descriptors at most, less one for the header and one for the status.
+/// `seg_max`: a chain has at most the queue's 256 descriptors, minus one each for the header and the status.
 pub const SEGMENTS_MAX: u32 = 254;
-/// `size_max`, bytes of one segment.
+/// `size_max`, the maximum size of a segment.
 pub const SEGMENT_BYTES_MAX: u32 = 256 << 10;
-/// `max_discard_sectors`: 64 MiB, so that nobody who waits for a request's end waits for long: a file system may give back as
-/// many pieces as it is made of.
+/// `max_discard_sectors`: 64 MiB, so that no request takes long: a file system may have to free as many extents as it
+/// consists of.
 pub const DISCARD_SECTORS_MAX: u32 = 128 << 10;
-/// `max_write_zeroes_sectors`: 64 MiB, which the host may have to write out one by one.
+/// `max_write_zeroes_sectors`: 64 MiB, which the host may have to write out.
 pub const WRITE_ZEROES_SECTORS_MAX: u32 = 128 << 10;
 
 // Request types, virtio 1.2 §5.2.6.
@@ -31,19 +31,19 @@ const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
 
 const HEADER_BYTES: usize = 16;
-/// One segment of a discard or write zeroes request. We offer no more than one a request.
+/// The size of a segment of a discard or write zeroes request. Only one per request is offered.
 const RANGE_BYTES: usize = 16;
-/// `flags` of such a segment: the space may be given back.
+/// In a segment's `flags`: the space may be deallocated.
 const FLAG_UNMAP: u32 = 1 << 0;
 
-/// What of a disk decides whether a request is good.
+/// The properties of a disk against which requests are validated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskShape {
-    /// Size, a multiple of [`SECTOR_BYTES`].
+    /// The capacity, a multiple of [`SECTOR_BYTES`].
     pub capacity_bytes: u64,
-    /// Whether writes of any kind are refused.
+    /// Whether the disk is read-only.
     pub readonly: bool,
-    /// The least that is read or written, a power of two and of [`SECTOR_BYTES`] at least; the size is a multiple of it.
+    /// The logical block size, a power of two of at least [`SECTOR_BYTES`]; the capacity is a multiple of it.
     pub block_bytes: u32,
 }
 
@@ -59,34 +59,34 @@ pub enum Status {
     Unsupported = 2,
 }
 
-/// What is to be done for a request.
+/// The action for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// The disk's part, with the buffers that were filled in along with it.
+    /// A disk operation on the buffers that were filled in.
     Disk {
-        /// What.
+        /// The operation.
         operation: Operation,
-        /// Where.
+        /// The position.
         offset_bytes: u64,
     },
-    /// The driver asks for the disk's serial number.
+    /// Return the disk's serial number.
     GetId,
 }
 
 /// A request, read once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockRequest {
-    /// Where its status byte goes, when all else is written.
+    /// The address of the status byte, which is written last.
     pub status: GuestAddress,
-    /// What to do, or the status that refuses it.
+    /// The action, or the status with which the request is rejected.
     pub action: Result<Action, Status>,
 }
 
 impl BlockRequest {
-    /// Reads the request in `chain` for a disk of `shape`, and puts its data's place in memory into `buffers`, which are
-    /// to be empty.
+    /// Reads the request in `chain` for a disk of `shape`, and appends its data buffers to `buffers`, which must be
+    /// empty.
     ///
-    /// Fails only where the chain has no byte for a status, so that the driver cannot be told anything.
+    /// Fails only if the chain has no byte for a status, so that the error cannot be reported to the driver.
     pub fn parse(chain: &Chain, shape: &DiskShape, buffers: &mut GuestBuffers) -> Result<BlockRequest, RingError> {
         let last = chain.writable().last().ok_or(RingError::Chain("no room for a status byte"))?;
         let status = GuestAddress(last.address.0.saturating_add(u64::from(last.len_bytes).saturating_sub(1)));
@@ -97,7 +97,7 @@ impl BlockRequest {
         Ok(BlockRequest { status, action })
     }
 
-    /// The writable bytes of `chain` less the status.
+    /// The writable part of `chain` without the status.
     pub fn data_to_fill(chain: &Chain) -> impl Iterator<Item = GuestRange> {
         queue::part(chain.writable(), 0, queue::len_bytes(chain.writable()).saturating_sub(1))
     }
@@ -137,7 +137,7 @@ fn transfer(
     Ok(Action::Disk { operation, offset_bytes })
 }
 
-/// A discard or write zeroes request: its data is the one segment that is to be discarded or zeroed.
+/// A discard or write zeroes request: its data is the segment to discard or zero.
 fn range(kind: u32, chain: &Chain, shape: &DiskShape, memory: &GuestMemory) -> Result<Action, Status> {
     if queue::len_bytes(chain.readable()) != (HEADER_BYTES + RANGE_BYTES) as u64 || shape.readonly {
         return Err(Status::IoError);
@@ -163,7 +163,7 @@ fn range(kind: u32, chain: &Chain, shape: &DiskShape, memory: &GuestMemory) -> R
     Ok(Action::Disk { operation, offset_bytes })
 }
 
-/// Where on the disk `len_bytes` bytes from `sector` on begin, if they are whole blocks and all of them are on it.
+/// The offset of `len_bytes` bytes starting at `sector`, if they are whole blocks within the disk.
 fn place(sector: u64, len_bytes: u64, shape: &DiskShape) -> Result<u64, Status> {
     let offset_bytes = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
     let end = offset_bytes.checked_add(len_bytes).ok_or(Status::IoError)?;
@@ -171,9 +171,9 @@ fn place(sector: u64, len_bytes: u64, shape: &DiskShape) -> Result<u64, Status> 
     if good { Ok(offset_bytes) } else { Err(Status::IoError) }
 }
 
-/// Reads `N` bytes that begin `skip_bytes` into `ranges`, however they are split.
+/// Reads `N` bytes at offset `skip_bytes` of `ranges`, however they are split.
 fn read<const N: usize>(ranges: &[GuestRange], skip_bytes: u64, memory: &GuestMemory) -> Result<[u8; N], Status> {
-    // Most often they stand in one range alone.
+    // They are usually within a single range.
     if let [range, ..] = ranges
         && u64::from(range.len_bytes) >= skip_bytes + N as u64
     {
@@ -238,8 +238,8 @@ mod tests {
         }
     }
 
-    /// A driver that changes a header while it is read gets one of the two requests, or a mixture that is checked as such;
-    /// what was checked is what is done.
+    /// A driver that changes a header while it is read gets one of the two requests, or a mixture that is validated as
+    /// such; what was validated is what is executed.
     #[test]
     fn a_header_that_changes_while_it_is_read_is_read_once() {
         let memory = Arc::new(memory::reserve(1).unwrap());

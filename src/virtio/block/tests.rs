@@ -1,4 +1,4 @@
-//! The device behind a driver, its disk a file or one that the test holds up.
+//! Tests of the device with a driver, on a file or on a disk that the test controls.
 
 mod in_flight;
 
@@ -19,17 +19,17 @@ const HEADER: u64 = BUFFERS;
 const DATA: u64 = BUFFERS + 0x1000;
 const STATUS_BYTE: u64 = BUFFERS + 0xf000;
 
-/// What a spied-on disk was asked, and whether it may do it yet.
+/// The operations that a spied-on disk received, and whether it may execute them.
 #[derive(Default)]
 struct Seen {
     requests: Vec<(Operation, u64)>,
     hold: bool,
     fail: bool,
-    /// How long each takes.
+    /// How long each operation takes.
     takes: std::time::Duration,
 }
 
-/// A real disk that can be watched. While held it is as late as a disk can be: until it must.
+/// A real disk that records operations. While held, it delays them as long as the interface allows.
 struct Spy {
     disk: Blocking<PlainDisk>,
     seen: Arc<Mutex<Seen>>,
@@ -103,7 +103,7 @@ fn bench() -> Bench {
 }
 
 impl Bench {
-    /// Writes a header, and a status byte that no device writes.
+    /// Writes a header, and a status that no device writes.
     fn prepare(&self, kind: u32, sector: u64) {
         let memory = &self.driver.memory;
         memory.write_obj([kind, 0xffff_ffff, sector as u32, (sector >> 32) as u32], GuestAddress(HEADER)).unwrap();
@@ -114,7 +114,7 @@ impl Bench {
         self.driver.memory.read_obj(GuestAddress(STATUS_BYTE)).unwrap()
     }
 
-    /// A request in the layout that Linux uses. Returns its status byte and the length in its used entry.
+    /// Submits a request in the layout used by Linux. Returns its status and the length in its used entry.
     fn request(&mut self, kind: u32, sector: u64, data: (u32, u16)) -> (u8, u32) {
         self.prepare(kind, sector);
         let parts = [(HEADER, 16, 0), (DATA, data.0, data.1), (STATUS_BYTE, 1, WRITE)];
@@ -170,7 +170,7 @@ fn what_is_written_is_on_the_disk_and_read_back() {
     bench.fill_data(0, 4096);
     assert_eq!(bench.request(0, 3, (4096, WRITE)), (0, 4097));
     assert_eq!(bench.data(4096), [0x5a; 4096]);
-    // The last sector, and nothing at all, are on the disk.
+    // The last sector and an empty range are valid.
     assert_eq!(bench.request(0, 2047, (512, WRITE)), (0, 513));
     assert_eq!(bench.request(0, 2048, (0, WRITE)), (0, 1));
 }
@@ -235,7 +235,7 @@ fn a_disk_of_larger_blocks_says_so_and_takes_whole_ones_only() {
         assert_eq!((block_bytes << bytes[24], block_bytes * min_io_blocks), (4096, 4096));
         let mut bench = bench_with(shape, "disk", !0);
         let sectors = u64::from(block_bytes / 512);
-        // Places and lengths in sectors, whatever the blocks are.
+        // Positions and lengths are in sectors, regardless of the block size.
         assert_eq!(bench.request(1, 3 * sectors, (2 * block_bytes, 0)).0, 0);
         assert_eq!(bench.request(0, 3 * sectors, (block_bytes, WRITE)).0, 0);
         assert_eq!([bench.range(11, sectors, sectors as u32, 0), bench.range(13, 0, sectors as u32, 1)], [0, 0]);
@@ -271,7 +271,7 @@ fn buffers_that_are_no_memory_are_refused() {
 fn more_data_than_was_promised_is_refused() {
     let mut bench = bench();
     bench.prepare(0, 0);
-    // The same 3 MiB, over and over.
+    // The same 3 MiB, repeatedly.
     let mut parts = vec![(HEADER, 16, 0)];
     parts.extend([(BUFFERS, 3 << 20 >> 1, WRITE); 100]);
     parts.push((STATUS_BYTE, 1, WRITE));
@@ -358,7 +358,7 @@ fn ranges_are_discarded_and_zeroed_as_asked_and_not_otherwise() {
     assert_eq!([bytes[511], bytes[512], bytes[1535], bytes[1536]], [0x11, 0, 0, 0x11]);
     assert_eq!([bench.range(11, 8, 8, 0), bench.range(13, 8, 0, 0)], [0, 0]);
     assert_eq!(bench.seen()[1].0, Operation::Discard { len_bytes: 4096 });
-    // Flags that are not for this, or for nothing; more sectors than promised; two segments, and half a one.
+    // Invalid or unknown flags; too many sectors; two segments, and half a segment.
     assert_eq!([bench.range(11, 0, 1, 1), bench.range(13, 0, 1, 2), bench.range(11, 0, 1, 4)], [2, 2, 2]);
     assert_eq!([bench.range(11, 0, u32::MAX, 0), bench.range(13, 0, WRITE_ZEROES_SECTORS_MAX + 1, 0)], [1, 1]);
     bench.fill_data(0, 32);

@@ -1,4 +1,4 @@
-//! From a driver's command to its answer: the messages of the control queue (virtio 1.2 §5.1.6.5).
+//! Commands of the control queue (virtio 1.2 §5.1.6.5).
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK};
 use vm_memory::Bytes;
@@ -7,10 +7,10 @@ use crate::memory::GuestMemory;
 use crate::virtio::RingError;
 use crate::virtio::queue::{self, Chain};
 
-/// Class and command, and how many pairs of queues: `struct virtio_net_ctrl_hdr`, `struct virtio_net_ctrl_mq`.
+/// Class, command, and the number of queue pairs: `struct virtio_net_ctrl_hdr`, `struct virtio_net_ctrl_mq`.
 const PAIRS_SET_BYTES: usize = 4;
 
-/// How many pairs of queues `command` asks for; `None` where it asks for anything else, or has another length.
+/// The number of queue pairs that `command` requests; `None` for other commands or lengths.
 pub fn pairs_asked_for(memory: &GuestMemory, command: &Chain) -> Option<usize> {
     if queue::len_bytes(command.readable()) != PAIRS_SET_BYTES as u64 {
         return None;
@@ -20,8 +20,8 @@ pub fn pairs_asked_for(memory: &GuestMemory, command: &Chain) -> Option<usize> {
     is_known.then_some(u16::from_le_bytes(pairs).into())
 }
 
-/// Writes whether the command was done to its first writable byte. Returns how many bytes that is: a driver that left no
-/// room gets no answer.
+/// Writes the command's status to its first writable byte. Returns the number of bytes written, which is 0 if the
+/// driver left no room.
 pub fn answer(memory: &GuestMemory, command: &Chain, done: bool) -> Result<u32, RingError> {
     let Some(place) = command.writable().first() else { return Ok(0) };
     let answer = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR } as u8;

@@ -1,4 +1,4 @@
-//! Which of the network device's features need which others (virtio 1.2 §5.1.3.1), those that are offered.
+//! Dependencies between the network device's offered features (virtio 1.2 §5.1.3.1).
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -10,7 +10,7 @@ use crate::virtio::FeatureNeed;
 const GUEST_TSO: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
 const HOST_TSO: u64 = 1 << VIRTIO_NET_F_HOST_TSO4 | 1 << VIRTIO_NET_F_HOST_TSO6;
 
-/// The table.
+/// The table of dependencies.
 pub const NEEDS: &[FeatureNeed] = &[
     FeatureNeed { feature: 1 << VIRTIO_NET_F_GUEST_TSO4, any_of: 1 << VIRTIO_NET_F_GUEST_CSUM },
     FeatureNeed { feature: 1 << VIRTIO_NET_F_GUEST_TSO6, any_of: 1 << VIRTIO_NET_F_GUEST_CSUM },

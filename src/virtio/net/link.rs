@@ -1,4 +1,4 @@
-//! What the rest of husk has of a network device that runs on a thread of its own: its link and its counts.
+//! The interface of a network device to other threads: its link state, limits and counters.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,40 +14,40 @@ use crate::config::Rate;
 use crate::sys::timer::Timer;
 use crate::virtio::ConfigSpace;
 
-/// Where `status` stands in `struct virtio_net_config` (virtio 1.2 §5.1.4).
+/// The offset of `status` in `struct virtio_net_config` (virtio 1.2 §5.1.4).
 const STATUS_OFFSET: usize = 6;
 
-/// A handle on a device's link. All of its copies are of the same one, and may be used from any thread.
+/// A handle to a device's link. Clones share state and may be used on any thread.
 #[derive(Clone)]
 pub struct NetLink(Arc<LinkState>);
 
 struct LinkState {
-    /// In the order of the queues.
+    /// In queue order.
     rates: [RateControl; 2],
     config: Arc<ConfigSpace>,
-    /// Whether somebody wants it down.
+    /// Whether the link was set down by the user.
     is_cut: AtomicBool,
-    /// Whether the host's side does not go on.
+    /// Whether the back end has failed.
     is_lost: AtomicBool,
-    /// Held while the driver is shown what the two come to, so that it is shown the latest last.
+    /// Held while the resulting state is shown to the driver, so that the latest state is shown last.
     showing: Mutex<()>,
-    /// Rings when somebody has changed it.
+    /// Signaled when another thread has changed it.
     news: Timer,
     counters: Counters,
     by_kernel: Mutex<ByKernel>,
 }
 
-/// What went through while the host's kernel served the queues, by its own count of the tap device.
+/// Traffic while the host's kernel served the queues, according to its counters of the tap device.
 #[derive(Default)]
 struct ByKernel {
     counts: Option<TapCounts>,
     passed: Passed,
-    /// The device's own count when `passed` was last brought up to it, while the kernel serves the queues.
+    /// The tap device's counters at the last update of `passed`, while the kernel serves the queues.
     seen: Option<Passed>,
 }
 
 impl ByKernel {
-    /// Brings `passed` up to now. It stays as it is once the device is gone.
+    /// Updates `passed`. It stays unchanged once the device is gone.
     fn look(&mut self) {
         let (Some(seen), Some(now)) = (self.seen, self.counts.as_ref().and_then(TapCounts::read)) else { return };
         let Passed { out_bytes, out_packets, in_bytes, in_packets } = &mut self.passed;
@@ -59,20 +59,20 @@ impl ByKernel {
     }
 }
 
-/// What went through a device since it was made, seen from the guest as `ip -s link` there shows it.
+/// A device's traffic since it was created, from the guest's perspective, as shown by `ip -s link` there.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetCounts {
-    /// Bytes of frames that the guest was given.
+    /// Bytes of frames received by the guest.
     pub rx_bytes: u64,
-    /// Frames that the guest was given.
+    /// Frames received by the guest.
     pub rx_packets: u64,
-    /// Frames for the guest that were lost here.
+    /// Frames to the guest dropped here.
     pub rx_dropped: u64,
-    /// Bytes of frames that the guest sent.
+    /// Bytes of frames sent by the guest.
     pub tx_bytes: u64,
-    /// Frames that the guest sent.
+    /// Frames sent by the guest.
     pub tx_packets: u64,
-    /// Frames of the guest's that were lost here.
+    /// Frames from the guest dropped here.
     pub tx_dropped: u64,
 }
 
@@ -90,35 +90,35 @@ impl NetLink {
         })))
     }
 
-    /// Pulls the cable out, or puts it back. The driver is told; frames meanwhile are lost, as on a cable.
+    /// Sets the link up or down. The driver is notified; while the link is down frames are dropped.
     pub fn set_up(&self, up: bool) {
         self.0.is_cut.store(!up, Ordering::SeqCst);
         self.show();
         self.0.news.ring();
     }
 
-    /// Whether frames go through.
+    /// Whether the link is up.
     pub fn is_up(&self) -> bool {
         !self.0.is_cut.load(Ordering::Relaxed) && !self.0.is_lost.load(Ordering::Relaxed)
     }
 
-    /// What may go through in a second, in each direction; frames count as operations.
+    /// The rate limits per direction; frames count as operations.
     pub fn rate(&self) -> Rate {
         let [rate, _] = &self.0.rates;
         rate.rate()
     }
 
-    /// Sets that anew. What is too much waits, on either side.
+    /// Sets the rate limits. Frames beyond them wait, in both directions.
     pub fn set_rate(&self, rate: Rate) {
         self.0.rates.iter().for_each(|control| control.set(rate));
     }
 
-    /// Whether the host's kernel moves the frames (vhost-net), and not this process.
+    /// Whether the host's kernel processes the frames (vhost-net) instead of this process.
     pub fn is_served_by_kernel(&self) -> bool {
         self.by_kernel().seen.is_some()
     }
 
-    /// What went through so far. Of what the kernel moves its drops are not known.
+    /// The counters so far. Drops are unknown for frames that the kernel processes.
     pub fn counts(&self) -> NetCounts {
         let Counters { rx_bytes, rx_packets, rx_dropped, tx_bytes, tx_packets, tx_dropped } = &self.0.counters;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -135,19 +135,19 @@ impl NetLink {
         }
     }
 
-    /// What counts while the kernel moves the frames.
+    /// Sets the counters to use while the kernel processes the frames.
     pub(super) fn count_by(&self, counts: TapCounts) {
         self.by_kernel().counts = Some(counts);
     }
 
-    /// From now on the kernel moves the frames, or no longer.
+    /// Records whether the kernel processes the frames from now on.
     pub(super) fn set_served_by_kernel(&self, served: bool) {
         let mut by_kernel = self.by_kernel();
         by_kernel.look();
         by_kernel.seen = served.then(|| by_kernel.counts.as_ref().and_then(TapCounts::read).unwrap_or_default());
     }
 
-    /// Becomes readable when somebody cuts the link or mends it.
+    /// Readable when the link was set up or down.
     pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.0.news.as_fd()
     }
@@ -156,13 +156,13 @@ impl NetLink {
         self.0.by_kernel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The host's side does not go on, and with it the link, whatever is wanted of it.
+    /// Marks the back end as failed, which takes the link down regardless of the user's setting.
     pub(super) fn lose(&self) {
         self.0.is_lost.store(true, Ordering::SeqCst);
         self.show();
     }
 
-    /// The host's side is there again.
+    /// Marks the back end as working again.
     pub(super) fn find(&self) {
         self.0.is_lost.store(false, Ordering::SeqCst);
         self.show();
@@ -179,7 +179,7 @@ impl NetLink {
     }
 }
 
-/// Written by the device's thread alone.
+/// Written only by the device's thread.
 #[derive(Default)]
 pub(super) struct Counters {
     rx_bytes: AtomicU64,
@@ -210,7 +210,7 @@ impl Counters {
     }
 }
 
-/// With one writer there is nothing to be lost between the load and the store, which cost less than one locked addition.
+/// With a single writer there is no race between the load and the store, which are cheaper than a locked addition.
 fn add(counter: &AtomicU64, amount: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
 }

@@ -1,12 +1,12 @@
-//! From the guest's network interface to the host's, and back: the network device (virtio 1.2 §5.1).
+//! The network device (virtio 1.2 §5.1).
 //!
 //! ```text
 //! guest's tx ring ─ header, frame ─> checked ─> backend: passt's socket or a tap device
 //! guest's rx ring <─ header, frame ── as many of its buffers as that takes ── backend
 //! ```
 //!
-//! There may be several pairs of such rings, each with a back end of its own; the control queue says how many are in use.
-//! Where nothing is asked of this device that the host's kernel cannot do, it is given the rings (`vhost.rs`).
+//! There may be several queue pairs, each with its own back end; the control queue sets how many are in use. If the
+//! kernel supports everything that is configured, the rings are offloaded to it (`vhost.rs`).
 
 mod control;
 mod features;
@@ -45,22 +45,22 @@ const DEVICE_TYPE: u32 = 1;
 /// The sizes of a pair's queues, and of the control queue.
 const PAIR_SIZES: [u16; 2] = [256, 256];
 const CONTROL_SIZE: u16 = 64;
-/// Commands that one turn of the worker answers at most.
+/// The maximum number of commands processed in a turn.
 const COMMANDS_PER_TURN: usize = 32;
-/// How often a driver may use other pairs than before: each time the host's kernel waits for all of its processors, under
-/// the lock of all its networks.
+/// How often a driver may change the number of pairs: each change makes the host's kernel wait for all of its CPUs,
+/// under its global network lock.
 const CHANGES_PER_SECOND: u64 = 20;
-/// Ethernet's, for a back end that says nothing of it.
+/// The default MTU, Ethernet's.
 const MTU_BYTES: u16 = 1500;
 
-/// What a guest can make an interface of so many pairs of queues hold beside its memory, in bytes: the chains that a frame is
-/// put into, each of which may be as long as the queue, to be read or to be written, and what the back ends hold.
+/// The maximum memory that a guest can make an interface with this many queue pairs use, in bytes: the chains for a
+/// frame, each of which may be as long as the queue, both for reading and writing, and the back ends' buffers.
 pub fn budget_bytes(pairs: u32) -> u64 {
     let [queue_size, _] = PAIR_SIZES.map(u64::from);
     queue_size * 2 * queue_size * size_of::<GuestRange>() as u64 + u64::from(pairs) * backend::BUDGET_BYTES
 }
 
-/// A network device on what was opened as `network`, and what the rest of husk has of it.
+/// Creates a network device for an opened network, and a handle to its link.
 pub fn device(network: Network) -> io::Result<(VirtioDevice, NetLink)> {
     let Network { backends, name, mac, mtu_bytes, rate, counts } = network;
     let (device, link) = device_on(backends, &name, mac, mtu_bytes)?;
@@ -73,8 +73,8 @@ pub fn device(network: Network) -> io::Result<(VirtioDevice, NetLink)> {
     Ok((device, link))
 }
 
-/// A network device with a pair of queues for each of `backends`, all of which lead to the same network. `name` is for the
-/// log; without an MTU there is Ethernet's. Fails where there is no back end, or 256 and more.
+/// Creates a network device with a queue pair for each of `backends`, which must all be connected to the same network.
+/// `name` is used in logs; without an MTU, Ethernet's is used. Fails with no back ends or with 256 or more.
 pub fn device_on(
     backends: Vec<Box<dyn NetBackend>>,
     name: &str,
@@ -107,7 +107,7 @@ pub fn device_on(
     Ok((device, link))
 }
 
-/// `struct virtio_net_config` (virtio 1.2 §5.1.4), in its order, as far as its features go.
+/// `struct virtio_net_config` (virtio 1.2 §5.1.4), up to the fields of the offered features.
 fn config(mac: [u8; 6], pairs: u16, mtu_bytes: u16) -> Vec<u8> {
     let mut bytes = mac.to_vec();
     bytes.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
@@ -116,22 +116,22 @@ fn config(mac: [u8; 6], pairs: u16, mtu_bytes: u16) -> Vec<u8> {
     bytes
 }
 
-/// The device's side of its queues.
+/// The device side of the queues.
 struct Net {
-    /// In the order of their queues; there is one at least.
+    /// In queue order; at least one.
     pairs: Vec<Pair>,
-    /// How many of them the driver uses, from the first on. Of the others nothing is taken, and they are given nothing.
+    /// The number of pairs that the driver uses, starting with the first. The others are idle.
     in_use: usize,
-    /// While the host's kernel serves the pairs in use, what connects them with the driver.
+    /// The notifications of the pairs in use while the host's kernel serves them.
     offloaded: Option<Notifiers>,
     /// Whether the driver has enabled all queues of the pairs in use.
     is_complete: bool,
     common: Common,
-    /// By direction, the pairs that its limiter refused, so that each has its turn where little may pass.
+    /// For each direction, the pairs delayed by the limiter, so that they take turns.
     lines: [VecDeque<usize>; 2],
     command: Chain,
     changes: Limiter,
-    /// Rings so that all queues are looked at.
+    /// Signaled to make all queues be checked.
     news: Timer,
     log_rate: LogRate,
 }
@@ -155,19 +155,19 @@ impl Net {
         Ok(net)
     }
 
-    /// Whether the driver knows of more pairs than one, and has a way to say how many it uses.
+    /// Whether the driver supports multiple pairs and the control queue.
     fn is_multiqueue(&self) -> bool {
         self.common.has(VIRTIO_NET_F_MQ) && self.common.has(VIRTIO_NET_F_CTRL_VQ)
     }
 
-    /// The control queue stands behind all pairs that the driver knows of (virtio 1.2 §5.1.2).
+    /// The index of the control queue, after all pairs that the driver supports (virtio 1.2 §5.1.2).
     fn control_index(&self) -> Option<usize> {
         let pairs = if self.common.has(VIRTIO_NET_F_MQ) { self.pairs.len() } else { 1 };
         self.common.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
     }
 
-    /// Whether the host's kernel is to serve the queues. It neither limits nor counts, knows of no link, and passes on what
-    /// the tap device says of checksums, whether the driver knows of that or not.
+    /// Whether the host's kernel should serve the queues. It does not enforce limits, count frames or know about links,
+    /// and it passes on the tap device's checksum state even if the driver does not support that.
     fn is_for_kernel(&self) -> bool {
         let mut in_use = self.pairs.iter().take(self.in_use);
         let link = &self.common.link;
@@ -182,9 +182,9 @@ impl Net {
         self.is_complete = queues.iter().take(2 * self.in_use).all(Virtqueue::is_ready);
     }
 
-    /// Gives the kernel the queues of all pairs in use. Where it cannot have them, it is not asked again.
+    /// Offloads the queues of all pairs in use to the kernel. If that fails, it is not tried again.
     fn offload(&mut self, queues: &mut [Virtqueue], notifiers: &Notifiers) -> Result<(), RingError> {
-        // First, since the kernel may raise an interrupt at once.
+        // First, since the kernel may raise an interrupt immediately.
         notifiers.share(true);
         self.offloaded = Some(notifiers.clone());
         self.lines.iter_mut().for_each(VecDeque::clear);
@@ -199,8 +199,8 @@ impl Net {
         Ok(())
     }
 
-    /// Takes back what the kernel was given. The driver is told to look at all of it: what the kernel said last may not
-    /// have been seen.
+    /// Takes the queues back from the kernel. The driver is notified to check all of them, because the kernel's last
+    /// notification may have been missed.
     fn take_back(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
         let Some(notifiers) = self.offloaded.take() else { return Ok(()) };
         let pairs = self.pairs.iter_mut().zip(queues.chunks_exact_mut(2));
@@ -211,7 +211,7 @@ impl Net {
         outcomes.into_iter().collect()
     }
 
-    /// Does what the driver asks for in its control queue, and answers.
+    /// Executes the commands in the control queue.
     fn obey(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         for _ in 0..COMMANDS_PER_TURN {
             let Some(control) = queues.get_mut(index) else { return Ok(Progress::Drained) };
@@ -220,7 +220,7 @@ impl Net {
             }
             let pairs = control::pairs_asked_for(control.memory(), &self.command);
             let pairs = pairs.filter(|pairs| self.is_multiqueue() && (1..=self.pairs.len()).contains(pairs));
-            // What asks for nothing new costs the host nothing.
+            // A request without an effect is not rate-limited.
             if pairs.is_some_and(|pairs| pairs != self.in_use) && !self.changes.admit(0) {
                 control.put_back();
                 return Ok(Progress::Blocked);
@@ -237,7 +237,7 @@ impl Net {
         Ok(Progress::More)
     }
 
-    /// A turn of `pair`, which is in use, in `direction`.
+    /// Processes a turn of `pair`, which is in use, in `direction`.
     fn turn(&mut self, pair: usize, direction: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         let (Some(served), Some(queue)) = (self.pairs.get_mut(pair), queues.get_mut(2 * pair + direction)) else {
             return Ok(Progress::Drained);
@@ -263,7 +263,7 @@ impl Net {
         used.is_ok()
     }
 
-    /// Uses the first `count` pairs, or after an error those that were used before.
+    /// Switches to the first `count` pairs. On an error the previous ones stay in use.
     fn use_pairs(&mut self, count: usize) -> io::Result<()> {
         let mut enable =
             |count| (0..).zip(&mut self.pairs).try_for_each(|(index, pair)| pair.set_enabled(index < count));
@@ -321,7 +321,7 @@ impl QueueHandler for Net {
         }
         let longest = self.lines[direction].front().copied();
         if let Some(other) = longest.filter(|other| *other != pair) {
-            // It has a turn of its own as well, which says what it needs to be told.
+            // It also has a regular turn, which determines the notifications that it needs.
             if self.turn(other, direction, queues)? != Progress::Blocked {
                 self.news.ring();
             }
@@ -332,7 +332,7 @@ impl QueueHandler for Net {
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
         let own = [self.news.as_fd(), self.common.link.wake_fd()];
         let limiters = self.common.limiters.iter().chain([&self.changes]).map(Limiter::wake_fd);
-        // Each frame would be heard of here, too.
+        // Otherwise each frame would be signaled here as well.
         let (ours, kernels) = if self.offloaded.is_some() { (0, self.in_use) } else { (self.pairs.len(), 0) };
         let backends = self.pairs.iter().take(ours).map(|pair| pair.backend.fd());
         let vhosts = self.pairs.iter().take(kernels).flat_map(|pair| &pair.vhost).map(Vhost::wake_fd);

@@ -1,4 +1,4 @@
-//! From a pair's rings to its back end, and back: one receive and one transmit queue of a network device.
+//! A queue pair of a network device: one receive and one transmit queue with a back end.
 
 use std::io::{self, ErrorKind};
 
@@ -14,29 +14,29 @@ use crate::virtio::log_rate::LogRate;
 use crate::virtio::queue::{self, Chain, Virtqueue};
 use crate::virtio::{Notifiers, Progress, RingError};
 
-/// The directions, as a pair's queues stand (virtio 1.2 §5.1.2): to the guest, from the guest.
+/// The directions, in the order of a pair's queues (virtio 1.2 §5.1.2): to the guest, from the guest.
 pub const RX: usize = 0;
 pub const TX: usize = 1;
-/// What one turn of the worker moves at most in one direction, before it looks at its stop event again.
+/// The maximum amount transferred in one direction in a turn of the worker, before it checks its stop event again.
 const TURN_BYTES: usize = 4 << 20;
-/// What a frame counts in a turn beside its data, so that a turn has an end in any case.
+/// The cost of a frame in a turn in addition to its data, so that every turn ends.
 const FRAME_COST_BYTES: usize = 16 << 10;
 
-/// What all pairs of a device have together.
+/// State shared by all pairs of a device.
 pub struct Common {
     pub name: String,
     pub link: NetLink,
-    /// What may pass in each direction, through whichever pair.
+    /// The rate limits per direction, across all pairs.
     pub limiters: [Limiter; 2],
-    /// Accepted by the driver.
+    /// Features accepted by the driver.
     pub features: u64,
-    /// Nothing goes through any more, until the driver resets the device.
+    /// No frames pass until the driver resets the device.
     is_over: bool,
-    /// The back end's other side is gone, so that a reset is of no use.
+    /// The other side of the back end is gone, so a reset does not help.
     is_gone: bool,
     log_rate: LogRate,
     chain: Chain,
-    /// The buffers that one frame takes; kept, so that it costs no allocation.
+    /// The buffers of one frame; reused to avoid allocations.
     taken: Vec<Chain>,
     used: Vec<(u16, u32)>,
 }
@@ -61,7 +61,7 @@ impl Common {
         self.features >> feature & 1 != 0
     }
 
-    /// The host does not go on: the guest sees its link go down, for good where the other side is gone.
+    /// Handles a failure of the host side: the guest's link goes down, permanently if the other side is gone.
     pub fn end(&mut self, error: &io::Error) {
         self.is_over = true;
         self.is_gone |= net::is_end(error);
@@ -72,19 +72,19 @@ impl Common {
         }
     }
 
-    /// The driver begins anew: so does the host, if there is anybody left.
+    /// Recovers from a failure when the driver resets the device, unless the other side is gone.
     pub fn forget_end(&mut self) {
         if std::mem::replace(&mut self.is_over, self.is_gone) && !self.is_gone {
             self.link.find();
         }
     }
 
-    /// Whether nothing goes through any more.
+    /// Whether frames no longer pass.
     pub fn is_over(&self) -> bool {
         self.is_over
     }
 
-    /// The header and the frame in `self.chain`; no header where it asks for what was not negotiated, or not all of it is
+    /// The header and the frame in `self.chain`. `None` if the header was not negotiated or if parts are outside of
     /// memory.
     fn read(&self, tx: &Virtqueue, frame: &mut GuestBuffers) -> Option<Header> {
         let header = queue::read_front(tx.memory(), self.chain.readable()).map(Header::decode)?;
@@ -95,29 +95,29 @@ impl Common {
     }
 }
 
-/// The device's side of a receive and a transmit queue. A pause finds no frame half done: what the back end has for the
-/// guest stays there.
+/// The device side of a receive and a transmit queue. Every frame is processed completely before a pause: frames for
+/// the guest stay in the back end.
 pub struct Pair {
     pub backend: Box<dyn NetBackend>,
-    /// The host's kernel, where it may serve the queues.
+    /// The vhost back end, if the host's kernel may serve the queues.
     pub vhost: Option<Vhost>,
     /// By direction.
     limits: [Limit; 2],
 }
 
-/// How a direction of a pair stands with its limiter.
+/// A direction's state with respect to its limiter.
 #[derive(Default)]
 struct Limit {
-    /// The next frame, which could not go on for another reason, has been counted with so many bytes.
+    /// The size with which the next frame was admitted, if it was then delayed for another reason.
     admitted_bytes: Option<usize>,
-    /// In the last turn a frame was admitted, or the last one was refused.
+    /// Whether a frame was admitted in the last turn, and whether the last one was refused.
     admitted_any: bool,
     refused: bool,
 }
 
 impl Limit {
-    /// Whether the next frame may pass. PendingRequest again it counts once, and by what it has grown: a guest may put a longer one in
-    /// its place while it waits.
+    /// Whether the next frame may pass. When checked again it counts only once, and by its growth: a guest may replace
+    /// it with a longer one while it waits.
     fn admits(&mut self, limiter: &mut Limiter, frame_bytes: usize) -> bool {
         let admits = match self.admitted_bytes {
             Some(before) => {
@@ -132,33 +132,33 @@ impl Limit {
         admits
     }
 
-    /// The next frame is another one.
+    /// Moves on to the next frame.
     fn pass(&mut self) {
         self.admitted_bytes = None;
     }
 }
 
-/// Where a pair stands in the line of those that a limiter refused.
+/// A pair's position in the queue of those delayed by a limiter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// It waits for nothing there.
+    /// It is not delayed.
     None,
-    /// Where it was, or behind the others: it got nothing.
+    /// At its previous position or the end: nothing passed.
     AsBefore,
-    /// Behind the others: it had its share.
+    /// At the end: it has used its share.
     Last,
 }
 
-/// What became of a frame for the guest.
+/// The result of delivering a frame to the guest.
 enum Placed {
     Whole,
-    /// The driver has to make more buffers available, and rings when it does.
+    /// The driver must make more buffers available, and will ring the doorbell.
     NoBuffers,
-    /// The driver's buffer is shorter than it promised, and the frame lost.
+    /// The driver's buffer is too short, and the frame is dropped.
     TooShort,
 }
 
-/// What became of a frame of the guest's.
+/// The result of sending a guest's frame.
 enum Sent {
     Whole,
     Dropped,
@@ -172,13 +172,13 @@ impl Pair {
         Ok(Pair { backend, vhost, limits: Default::default() })
     }
 
-    /// Whether the kernel can take over: it may, and nothing is held here that it would not know of.
+    /// Whether the kernel may take over: it is allowed to, and there is no state here that it would miss.
     pub fn is_for_kernel(&self) -> bool {
         self.vhost.is_some() && self.backend.frame().is_none()
     }
 
-    /// Gives the pair's queues, the first of which is number `first` of the device's, to the kernel. After an error they are
-    /// to be taken back.
+    /// Offloads the pair's queues, the first of which has the index `first` in the device, to the kernel. After an
+    /// error they must be taken back.
     pub fn offload(
         &mut self,
         first: usize,
@@ -201,13 +201,13 @@ impl Pair {
         vhost.start(self.backend.fd(), features, &memory, &rings)
     }
 
-    /// Takes them back from where the kernel left them. After an error the kernel serves the pair no more.
+    /// Takes the queues back at the kernel's position. After an error the pair is not offloaded again.
     pub fn take_back(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
         let mut outcome = Ok(());
         for (direction, queue) in queues.iter_mut().enumerate().filter(|(_, queue)| queue.is_offloaded()) {
             let stopped = self.vhost.as_mut().map_or(Ok(None), |vhost| vhost.stop(direction, queue.memory()));
             if let Err(error) = &stopped {
-                // With its descriptor closed it has stopped in any case.
+                // Closing its descriptor stops the kernel in any case.
                 self.vhost = None;
                 outcome = Err(RingError::Kernel(format!("does not say how far it came: {error:#}")));
             }
@@ -216,12 +216,13 @@ impl Pair {
         outcome
     }
 
-    /// What waited in the guest's queue may be another frame by now.
+    /// The frame waiting in the guest's queue may have been replaced.
     pub fn forget_waiting(&mut self) {
         self.limits[TX].pass();
     }
 
-    /// A turn in `direction`. Returns its outcome for `queue`, and its place among those that wait for the limiter.
+    /// Processes a turn in `direction`. Returns its outcome for `queue`, and its position among the pairs that wait for
+    /// the limiter.
     pub fn turn(
         &mut self,
         direction: usize,
@@ -239,7 +240,7 @@ impl Pair {
         Ok((left, place))
     }
 
-    /// Lets frames for the guest come to this pair, or to the others only: then what waits here is lost.
+    /// Enables or disables frames for the guest on this pair. When disabled, waiting frames are dropped.
     pub fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
         self.backend.set_enabled(enabled)?;
         if !enabled {
@@ -249,9 +250,9 @@ impl Pair {
         Ok(())
     }
 
-    /// Takes the guest's frames until there are none, or this turn's work is done, or the host has to take some first.
+    /// Sends the guest's frames until there are none, the turn's budget is used up, or the host must accept some first.
     fn take(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<Progress, RingError> {
-        // Also when the guest has nothing more to send: the host waits for the rest of what it has.
+        // Also if the guest has nothing more to send: the rest of the last frame may be pending.
         if matches!(self.backend.flush(), Err(error) if error.kind() == ErrorKind::WouldBlock) {
             return Ok(Progress::Blocked);
         }
@@ -297,7 +298,7 @@ impl Pair {
         }
     }
 
-    /// Gives the guest frames until there are none, or it has too few buffers left, or this turn's work is done.
+    /// Delivers frames to the guest until there are none, there are too few buffers, or the turn's budget is used up.
     fn deliver(&mut self, common: &mut Common, rx: &mut Virtqueue) -> Result<Progress, RingError> {
         let (merge, trusting) = (common.has(VIRTIO_NET_F_MRG_RXBUF), common.has(VIRTIO_NET_F_GUEST_CSUM));
         let mut turn_bytes = 0;
@@ -336,7 +337,7 @@ impl Pair {
     }
 }
 
-/// Puts a frame into as many of the driver's buffers as it takes, or with no merging into one.
+/// Writes a frame to as many of the driver's buffers as it needs, or without merging to one.
 fn place(
     rx: &mut Virtqueue,
     taken: &mut Vec<Chain>,
@@ -352,7 +353,7 @@ fn place(
             taken.push(Chain::default());
         }
         if !rx.pop(&mut taken[count])? {
-            // PendingRequest for before what is here is left again, so that it rings for one more.
+            // Enabled before the buffers here are given up again, so that the driver rings for one more.
             if rx.enable_notification()? {
                 rx.disable_notification()?;
                 continue;
@@ -360,7 +361,7 @@ fn place(
             (0..count).for_each(|_| rx.put_back());
             return Ok(Placed::NoBuffers);
         }
-        // One that a driver offers again and again while it is looked at has no end.
+        // A driver could make the same buffer available repeatedly while it is processed, without end.
         if count == usize::from(rx.size()) {
             return Err(RingError::Chain("more receive buffers than the queue has"));
         }
@@ -371,7 +372,7 @@ fn place(
         rx.put_back();
         return Ok(Placed::TooShort);
     }
-    // No more than the queue has.
+    // Limited by the queue size.
     let header = Header { buffers: count as u16, ..header }.encode();
     let mut pieces = [&header[..], frame];
     used.clear();
@@ -382,7 +383,7 @@ fn place(
     Ok(Placed::Whole)
 }
 
-/// Writes what is left of `pieces` to a chain's writable part, as far as both go. Returns how many bytes that is.
+/// Writes the rest of `pieces` to a chain's writable part, as far as it fits. Returns the number of bytes.
 fn fill(rx: &Virtqueue, chain: &Chain, pieces: &mut [&[u8]; 2]) -> Result<u32, RingError> {
     let mut filled_bytes = 0;
     for range in chain.writable() {

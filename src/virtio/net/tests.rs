@@ -1,4 +1,4 @@
-//! The device in front of a driver, its other side a socket that the test holds.
+//! Tests of the device with a driver, and a socket as its other side.
 
 mod pairs;
 mod vhost;
@@ -28,7 +28,7 @@ use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, wait_for};
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const RX_QUEUE: u32 = RX as u32;
 const TX_QUEUE: u32 = TX as u32;
-/// Where frames of the guest's stand.
+/// The address of the guest's frames.
 const FRAME: u64 = BUFFERS + 0x10_0000;
 
 struct Bench {
@@ -52,7 +52,8 @@ fn bench() -> Bench {
 }
 
 impl Bench {
-    /// Sends a frame as the guest, its header in a descriptor of its own as Linux had it, or in front of the frame.
+    /// Sends a frame as the guest, with its header in a separate descriptor, like older Linux versions, or directly
+    /// before the frame.
     fn send(&mut self, header: [u8; HEADER_BYTES], frame: &[u8], apart: bool) {
         let bytes = [&header[..], frame].concat();
         self.driver.memory.write_slice(&bytes, GuestAddress(FRAME)).unwrap();
@@ -115,7 +116,7 @@ fn the_guest_knows_its_address_its_link_and_the_largest_packet() {
     let offered = bench.driver.offered();
     let wanted = [VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_MRG_RXBUF];
     assert!(wanted.iter().all(|bit| offered >> bit & 1 == 1), "{offered:#x}");
-    // Nobody behind a stream takes checksums or segments off the guest.
+    // Checksums and segmentation cannot be offloaded to a stream.
     assert_eq!(offered & (1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4), 0, "{offered:#x}");
 }
 
@@ -190,7 +191,7 @@ fn frames_wait_for_buffers_and_in_order() {
     }
     let first = bench.offer(&[(BUFFERS, 1000), (BUFFERS + 0x1000, 1000)]);
     assert_eq!(bench.driver.used(RX_QUEUE), (first[0], 72));
-    // One buffer is not enough for the second frame, and stays free for it.
+    // One buffer is not enough for the second frame, and stays unused.
     bench.driver.transport.pause();
     assert_eq!(bench.driver.used_index(RX_QUEUE), 1);
     bench.driver.transport.resume();
@@ -205,7 +206,7 @@ fn a_host_that_is_slow_loses_nothing_and_is_waited_for_without_a_doorbell() {
     let mut bench = bench();
     let (len, count) = (30_000, 100_u8);
     let mut sent = 0_u8;
-    // Until the device takes no more.
+    // Until the device accepts no more.
     for number in 0..count {
         let slot = FRAME + 0x8000 * u64::from(number % 16);
         bench.driver.memory.write_slice(&vec![number; HEADER_BYTES + len], GuestAddress(slot)).unwrap();
@@ -235,7 +236,7 @@ fn a_link_is_cut_and_restored_and_the_driver_told() {
     bench.link.set_up(false);
     assert_eq!((bench.status(), bench.driver.read(INTERRUPT_STATUS)), (0, 2));
     assert_eq!(bench.driver.read(CONFIG_GENERATION), 1);
-    // What is sent meanwhile is lost, in both directions.
+    // Frames in both directions are dropped meanwhile.
     bench.send([0; HEADER_BYTES], &frame(60), true);
     bench.offer(&[(BUFFERS, 2000)]);
     bench.arrive(&frame(61));
@@ -252,7 +253,7 @@ fn a_link_is_cut_and_restored_and_the_driver_told() {
 #[test]
 fn a_limit_holds_in_each_direction_and_loses_nothing() {
     let mut bench = bench();
-    // Five at once, and one every 20 ms after that.
+    // Five at once, and then one every 20 ms.
     bench.link.set_rate(Rate { ops_per_second: Some(50), ..Rate::default() });
     let started = Instant::now();
     for _ in 0..16 {
@@ -268,7 +269,7 @@ fn a_limit_holds_in_each_direction_and_loses_nothing() {
     assert!((Duration::from_millis(195)..Duration::from_secs(2)).contains(&took), "{took:?}");
     let counts = bench.link.counts();
     assert_eq!((counts.rx_packets, counts.tx_packets, counts.rx_dropped + counts.tx_dropped), (16, 16, 0));
-    // What waits goes on when the limit is lifted.
+    // Waiting frames pass when the limit is removed.
     bench.link.set_rate(Rate { bytes_per_second: Some(1), ..Rate::default() });
     bench.send([0; HEADER_BYTES], &frame(100), true);
     let link = bench.link.clone();
@@ -306,12 +307,12 @@ fn a_host_that_fails_is_tried_again_at_a_reset_and_does_not_fill_the_log() {
     let mut driver = Driver::new(device);
     for _ in 0..100 {
         driver.start();
-        // Only then it is certain that the worker has begun.
+        // Ensures that the worker has started.
         driver.transport.pause();
         assert!(!link.is_up());
         driver.transport.resume();
     }
-    // As many as there are seconds in it.
+    // One per second.
     let lines = logged(&format!("{name}: the network fails: ")).len();
     assert!((1..10).contains(&lines), "{lines} lines");
     witness.refuses_features.store(false, Ordering::SeqCst);
@@ -368,18 +369,18 @@ fn bad_receive_buffers_need_a_reset() {
     bench.driver.notify(RX_QUEUE);
     bench.arrive(&frame(60));
     bench.driver.wait_for_needs_reset();
-    // The frame is not lost by it.
+    // The frame is not lost.
     bench.driver.start();
     bench.offer(&[(BUFFERS, 2000)]);
     assert_eq!(bench.driver.used(RX_QUEUE).1, 12 + 60);
 }
 
-/// What the thread `name` has used.
+/// The CPU time of the thread `name`.
 fn processor_time_ms(name: &str) -> u64 {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
     let read = |task: &std::fs::DirEntry, file| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
     let thread = tasks.into_iter().find(|task| read(task, "comm").trim() == name).unwrap();
-    // Ticks of 10 ms, the 12th and 13th behind the name.
+    // Ticks of 10 ms, in the 12th and 13th field after the name.
     let stat = read(&thread, "stat");
     let ticks = stat.rsplit(") ").next().unwrap().split(' ').skip(11).take(2);
     ticks.map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum()

@@ -1,11 +1,11 @@
-//! From a pair's queues to the host's kernel, which serves them in the worker's place: vhost-net.
+//! vhost-net: offloads a queue pair to the host's kernel, which serves it in place of the worker.
 //!
 //! ```text
 //! guest's doorbell ─ ioeventfd ─> the kernel's thread ─ rings in guest memory, frames of the tap device ─ irqfd ─> guest
 //! ```
 //!
-//! No thread of ours has a part in it. What the kernel cannot do, it is not asked for: it keeps no limits and counts nothing,
-//! and it does not know of links. For those the worker takes the queues back, and goes on where the kernel left them.
+//! No thread of husk is involved. The kernel does not support rate limits, counters and link state: when they are
+//! needed the worker takes the queues back and continues where the kernel stopped.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -23,41 +23,41 @@ use crate::sys;
 use crate::virtio::queue::QueueRegisters;
 use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 
-/// The features that are about rings and the header's length, and so are the kernel's affair; checksums and segments are
-/// the tap device's.
+/// Features that concern rings and the header's length, and therefore the kernel; checksums and segmentation concern
+/// the tap device.
 const RING_FEATURES: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF | F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1;
 
-/// The kernel's hands for one pair of queues.
+/// The vhost-net instance of a queue pair.
 pub struct Vhost {
     file: File,
-    /// Written by the kernel when a ring makes no sense.
+    /// Signaled by the kernel on an invalid ring.
     errors: EventFd,
-    /// Stands for a doorbell while the kernel is not to hear one.
+    /// Stands in for a doorbell while the kernel must not receive one.
     silence: EventFd,
     has_memory: bool,
-    /// By direction, whether the kernel serves the queue.
+    /// For each direction, whether the kernel serves the queue.
     serves: [bool; 2],
 }
 
-/// A queue to be served, and what connects it with its driver.
+/// A queue to be offloaded, with its notifications.
 pub struct Ring<'a> {
-    /// Where it stands, as [`crate::virtio::Virtqueue::offload`] returned it.
+    /// Its state, as returned by [`crate::virtio::Virtqueue::offload`].
     pub registers: QueueRegisters,
     /// Written when the driver rings.
     pub doorbell: &'a EventFd,
-    /// To be written for used buffers.
+    /// Written to when there are used buffers.
     pub used_event: &'a EventFd,
 }
 
 impl Vhost {
-    /// On `file`, an open /dev/vhost-net that was used for nothing yet.
+    /// Creates an instance from `file`, an unused open /dev/vhost-net.
     pub fn new(file: File) -> std::io::Result<Vhost> {
         let (errors, silence) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
         Ok(Vhost { file, errors, silence, has_memory: false, serves: [false; 2] })
     }
 
-    /// Has the kernel serve `rings`, in the order of the directions, with frames of `tap`, for a driver that accepted
-    /// `features`. After an error it may serve one of them: [`Vhost::stop`] tells.
+    /// Makes the kernel serve `rings`, in the order of the directions, with the frames of `tap`, for a driver that
+    /// accepted `features`. After an error it may serve one of them; [`Vhost::stop`] handles that.
     pub fn start(
         &mut self,
         tap: BorrowedFd<'_>,
@@ -69,13 +69,13 @@ impl Vhost {
         let (offered, wanted) = (device.get_features().context("VHOST_GET_FEATURES")?, features & RING_FEATURES);
         ensure!(wanted & !offered == 0, "the kernel lacks features: {:#x}", wanted & !offered);
         if !self.has_memory {
-            // Only now: a machine that is never up costs no thread of the kernel's.
+            // Deferred until here, so that a machine without network traffic does not cost a kernel thread.
             device.set_owner().context("VHOST_SET_OWNER")?;
             device.set_mem_table(&regions(memory)?).context("VHOST_SET_MEM_TABLE")?;
             self.has_memory = true;
         }
         device.set_features(wanted).context("VHOST_SET_FEATURES")?;
-        // Of an earlier driver, or of what it will find again.
+        // Left over from an earlier driver, or detected again.
         let _ = self.errors.read();
         for (direction, Ring { registers, doorbell, used_event }) in rings.iter().enumerate() {
             device.set_vring_num(direction, registers.size).context("VHOST_SET_VRING_NUM")?;
@@ -88,15 +88,15 @@ impl Vhost {
         for (direction, Ring { doorbell, .. }) in rings.iter().enumerate() {
             sys::net::set_vhost_backend(&self.file, direction, Some(tap)).context("VHOST_NET_SET_BACKEND")?;
             self.serves[direction] = true;
-            // One that rang before is not remembered.
+            // Earlier doorbells are unknown.
             let _ = doorbell.write(1);
         }
         Ok(())
     }
 
-    /// Has the kernel serve the queue of `direction` no more. When this returns the kernel no longer touches it, and as many
-    /// of its chains were used as were taken. Returns the index of the next available one; `None` where the kernel did not
-    /// serve the queue. After an error it may still do so, until this is dropped.
+    /// Stops serving the queue of `direction`. On return the kernel no longer accesses it, and all chains taken from it
+    /// are used. Returns the index of the next available one; `None` if the kernel did not serve the queue. After an
+    /// error it may still do so, until this is dropped.
     pub fn stop(&mut self, direction: usize, memory: &Arc<GuestMemory>) -> Result<Option<u16>> {
         if !std::mem::take(&mut self.serves[direction]) {
             return Ok(None);
@@ -108,12 +108,12 @@ impl Vhost {
         Ok(Some(u16::try_from(next)?))
     }
 
-    /// Whether the kernel found a ring to make no sense since this was last asked.
+    /// Whether the kernel reported an invalid ring since the last call.
     pub fn has_refused(&self) -> bool {
         self.errors.read().is_ok()
     }
 
-    /// Becomes readable when the kernel finds that.
+    /// Readable when the kernel reports an invalid ring.
     pub fn wake_fd(&self) -> BorrowedFd<'_> {
         sys::event_fd(&self.errors)
     }
@@ -142,7 +142,7 @@ fn addresses(registers: &QueueRegisters) -> VringConfigData {
     }
 }
 
-/// What the library's calls are made on.
+/// The implementation of the vhost crate's traits.
 struct Device<'a> {
     file: &'a File,
     memory: &'a Arc<GuestMemory>,
@@ -161,7 +161,8 @@ impl VhostKernBackend for Device<'_> {
         self.memory
     }
 
-    /// They were checked when the queue was taken up, and the library's own check refuses a ring that ends where memory does.
+    /// The rings were validated when the queue was activated, and the crate's own check rejects a ring that ends at the
+    /// end of memory.
     fn is_valid(&self, _rings: &VringConfigData) -> bool {
         true
     }

@@ -1,8 +1,8 @@
-//! One connection: from a guest's packets to a stream of the host's, and from the stream to packets.
+//! A connection between the guest and a stream on the host.
 //!
-//! What the guest sends goes straight from its memory to the stream; what the stream does not take waits here, as much as
-//! the guest was given credit for. What the stream has is read straight into the guest's buffers, as much as it has room
-//! for: the rest stays in the stream, where it holds up its writer.
+//! The guest's data is written from its memory directly to the stream; what the stream does not accept is buffered
+//! here, up to the guest's credit. Data from the stream is read directly into the guest's buffers, up to the guest's
+//! credit: the rest stays in the stream and throttles its writer.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
@@ -19,16 +19,16 @@ use crate::memory::GuestBuffers;
 use crate::sys::{self, socket};
 use crate::virtio::queue::{self, GuestRange};
 
-/// What tells connections of one guest apart.
+/// Identifies a connection of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ports {
-    /// The guest's end.
+    /// The guest's port.
     pub guest: u32,
-    /// The host's end.
+    /// The host's port.
     pub host: u32,
 }
 
-/// The connection cannot go on, because of the guest or of the host: the guest is to be sent a RST.
+/// The connection failed, on either side: a RST must be sent to the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ConnectionError;
 
@@ -38,47 +38,47 @@ impl From<CreditViolation> for ConnectionError {
     }
 }
 
-/// What a packet leaves of a connection.
+/// The state of a connection after a packet.
 #[derive(Debug, PartialEq, Eq)]
 pub enum After {
-    /// It goes on.
+    /// It remains open.
     Goes,
-    /// The guest has ended both directions.
+    /// The guest has shut down both directions.
     Ended,
 }
 
-/// A connection and all that is known of it.
+/// A connection's state.
 #[derive(Debug)]
 pub struct Connection {
-    /// Whether it waits for its turn to send to the guest. Kept by its owner.
+    /// Whether it is scheduled to send to the guest. Managed by its owner.
     pub queued: bool,
     ports: Ports,
     stream: UnixStream,
     share: Share,
     credit: Credit,
     backlog: VecDeque<u8>,
-    /// The packet that comes before all others.
+    /// The packet to send before all others.
     opening: Option<u16>,
-    /// Whether both sides agreed to it.
+    /// Whether it is established.
     open: bool,
     update_owed: bool,
-    /// Whether the guest was asked for room since it last had some.
+    /// Whether a credit request was sent since the guest last had space.
     asked: bool,
-    /// Whether the stream may have data, or room: until it says that it has not.
+    /// Whether the stream may be readable or writable: true until it reports otherwise.
     readable: bool,
     writable: bool,
-    /// Whether the stream's writer is through, and whether its reader is.
+    /// Whether the stream's writer has finished, and whether its reader has.
     writer_ended: bool,
     reader_ended: bool,
-    /// What the guest said that it has ended, and what it was told that the host has.
+    /// The directions that the guest has shut down, and those whose shutdown by the host it was notified of.
     guest_ended: u32,
     told_ended: u32,
-    /// The guest is through with it: only the backlog is left to be written.
+    /// Whether the guest has closed it, and only the backlog is left to be written.
     lingering: bool,
 }
 
 impl Connection {
-    /// A connection that the guest asked for with `request`, to whoever is at the other end of `stream`.
+    /// Creates a connection for the guest's `request`, to the peer of `stream`.
     pub fn from_guest(
         stream: UnixStream,
         ports: Ports,
@@ -91,7 +91,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// A connection that whoever is at the other end of `stream` asks for.
+    /// Creates a connection requested by the peer of `stream`.
     pub fn from_host(stream: UnixStream, ports: Ports, share: Share) -> Result<Connection, ConnectionError> {
         Connection::new(stream, ports, share, op::REQUEST)
     }
@@ -119,17 +119,17 @@ impl Connection {
         })
     }
 
-    /// What it may hold.
+    /// Its share of the budget.
     pub fn share(&self) -> Share {
         self.share
     }
 
-    /// Its two ends.
+    /// Its ports.
     pub fn ports(&self) -> Ports {
         self.ports
     }
 
-    /// Something became of the stream. Fails where it ended before the guest has answered.
+    /// Handles events of the stream. Fails if it was closed before the guest responded.
     pub fn on_event(&mut self, events: EventSet) -> Result<(), ConnectionError> {
         self.readable |= events.intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
         self.writable |= events.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR);
@@ -142,24 +142,24 @@ impl Connection {
         self.flush()
     }
 
-    /// Whether the guest has heard of this connection.
+    /// Whether the guest knows this connection.
     pub fn is_known_to_guest(&self) -> bool {
         self.opening != Some(op::REQUEST)
     }
 
-    /// Whether there is something to send to the guest, as far as can be told without trying.
+    /// Whether there may be something to send to the guest.
     pub fn is_due(&self) -> bool {
         let data = self.wants_to_read() && (self.credit.room_bytes() > 0 || !self.asked);
         let open = self.open && (data || self.untold_ended() != 0 || self.update_owed || self.credit.is_update_due());
         !self.lingering && (self.opening.is_some() || open)
     }
 
-    /// How many bytes of data the next packet to the guest may hold.
+    /// The maximum data size of the next packet to the guest.
     pub fn room_bytes(&self) -> u32 {
         self.credit.room_bytes()
     }
 
-    /// The next packet to the guest, its data already in `room`, which is empty only where there is no credit.
+    /// The next packet to the guest, with its data already in `room`, which is empty only without credit.
     pub fn next(&mut self, room: &mut GuestBuffers) -> Result<Option<Header>, ConnectionError> {
         if let Some(op) = self.opening.take() {
             return Ok(Some(self.packet(op)));
@@ -184,7 +184,8 @@ impl Connection {
         Ok(None)
     }
 
-    /// A packet of the guest's, but no REQUEST and no RST. Its data lie behind the header in `chain`, and are all there.
+    /// Processes a packet of the guest other than REQUEST and RST. Its data follows the header in `chain`, and is
+    /// complete.
     pub fn on_packet(
         &mut self,
         header: &Header,
@@ -208,14 +209,14 @@ impl Connection {
         Ok(After::Goes)
     }
 
-    /// The guest is through with the connection. Returns whether there is something left to write, of what it sent before
-    /// it said that this was all.
+    /// Handles the close by the guest. Returns whether there is data left to write, which the guest sent before it shut
+    /// down that direction.
     pub fn linger(&mut self) -> bool {
         self.lingering = true;
         self.guest_ended & SHUTDOWN_SEND != 0 && !self.backlog.is_empty()
     }
 
-    /// Whether nothing of it is left.
+    /// Whether nothing is left to do.
     pub fn is_over(&self) -> bool {
         self.lingering && self.backlog.is_empty()
     }
@@ -224,12 +225,12 @@ impl Connection {
         self.open && self.readable && !self.writer_ended
     }
 
-    /// Reads as much as there is into `room`; 0 where there is nothing now, or nothing more.
+    /// Reads available data into `room`; returns 0 if there is none now, or if the stream has ended.
     fn read(&mut self, room: &mut GuestBuffers) -> Result<u32, ConnectionError> {
         match socket::receive(&self.stream, room) {
             Ok(0) => self.writer_ended = true,
             Ok(count) => {
-                // No more than the room, which is not more than a `u32` of credit.
+                // Limited by the room, which is at most a `u32` of credit.
                 let count = count as u32;
                 self.credit.send(count);
                 return Ok(count);
@@ -246,17 +247,17 @@ impl Connection {
         Header { op, buf_alloc: self.credit.buffer_bytes(), fwd_cnt: self.credit.tell(), ..Header::default() }
     }
 
-    /// What the host has ended and the guest has not been told.
+    /// The directions shut down by the host that the guest was not notified of.
     fn untold_ended(&self) -> u32 {
         let send = if self.writer_ended { SHUTDOWN_SEND } else { 0 };
         let receive = if self.reader_ended { SHUTDOWN_RECEIVE } else { 0 };
         (send | receive) & !self.told_ended
     }
 
-    /// Tells the program that asked for the connection that it has it.
+    /// Confirms the connection to the program that requested it.
     fn handshake(&mut self) -> Result<(), ConnectionError> {
         let words = format!("OK {}\n", self.ports.host);
-        // The first words on a new stream have room.
+        // A new stream always has room for this.
         let written = (&self.stream).write(words.as_bytes()).map_err(|_| ConnectionError)?;
         if written == words.len() { Ok(()) } else { Err(ConnectionError) }
     }
@@ -279,7 +280,7 @@ impl Connection {
         }
         let rest_bytes = len_bytes.saturating_sub(sent_bytes);
         if self.reader_ended {
-            // Nobody will ever read it.
+            // It will never be read.
             self.credit.forward(rest_bytes);
             return Ok(());
         }
@@ -288,10 +289,10 @@ impl Connection {
         self.flush()
     }
 
-    /// Copies `range`, which the guest had credit for, to the backlog.
+    /// Copies `range`, which is within the guest's credit, to the backlog.
     fn keep(&mut self, range: GuestRange, buffers: &GuestBuffers) -> Result<(), ConnectionError> {
         if self.backlog.is_empty() {
-            // All of it at once, since one that grows takes up to twice as much.
+            // Allocated at once, since growing takes up to twice as much memory.
             self.backlog = VecDeque::with_capacity(self.share.backlog_bytes as usize);
         }
         let mut bytes = [0; 4096];
@@ -307,7 +308,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Writes as much of the backlog as the stream takes.
+    /// Writes as much of the backlog as the stream accepts.
     fn flush(&mut self) -> Result<(), ConnectionError> {
         if self.backlog.is_empty() {
             return Ok(());
@@ -322,7 +323,7 @@ impl Connection {
             self.backlog = backlog;
         }
         if self.backlog.is_empty() {
-            // Its memory goes with it: most connections never need any.
+            // Frees its memory: most connections never need a backlog.
             self.backlog = VecDeque::new();
             if self.guest_ended & SHUTDOWN_SEND != 0 {
                 // It may be closed already.
@@ -332,7 +333,7 @@ impl Connection {
         Ok(())
     }
 
-    /// One attempt to write `len_bytes`. Returns how many of them were written.
+    /// Tries once to write `len_bytes`. Returns the number of bytes written.
     fn write(
         &mut self,
         len_bytes: usize,
@@ -354,7 +355,7 @@ impl Connection {
         Ok(count)
     }
 
-    /// The host reads no more: what waits for it is dropped.
+    /// The host no longer reads: pending data is dropped.
     fn end_reader(&mut self) {
         self.reader_ended = true;
         self.credit.forward(self.backlog.len() as u32);

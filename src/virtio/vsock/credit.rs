@@ -1,43 +1,43 @@
-//! How much data each side of a connection may send (virtio 1.2 §5.10.6.3). All counts are modulo 2^32.
+//! Flow control of a connection by credit (virtio 1.2 §5.10.6.3). All counts are modulo 2^32.
 
-/// The most room for data from the guest that its reader has not taken yet.
+/// The maximum buffer space for data from the guest that its reader has not taken yet.
 pub const BUFFER_BYTES: u32 = 256 << 10;
-/// The guest is told of room when so large a part of all is free that it does not know of.
+/// The guest is updated when this fraction of the buffer is free without its knowledge.
 const UPDATE_PART: u32 = 4;
-/// Counts that are further apart than this are the wrong way round.
+/// Counts that differ by more than this are in the wrong order.
 const SPAN_MAX: u32 = i32::MAX as u32;
 
-/// The guest's word against its deeds.
+/// The guest exceeded its credit or sent invalid counts.
 #[derive(Debug, PartialEq, Eq)]
 pub struct CreditViolation;
 
-/// Both directions of one connection.
+/// The state of both directions of a connection.
 #[derive(Debug, Default)]
 pub struct Credit {
-    /// Room for data from the guest. It is told of it and keeps to it.
+    /// The buffer space for data from the guest, as advertised to it.
     buffer_bytes: u32,
-    /// From the guest: taken, passed on to the reader, and passed on as far as the guest knows.
+    /// From the guest: received, forwarded to the reader, and forwarded as known to the guest.
     received: u32,
     forwarded: u32,
     told: u32,
-    /// To the guest: sent, and what the guest says of what it took and of its room.
+    /// To the guest: sent, and the guest's counts of forwarded bytes and buffer space.
     sent: u32,
     peer_forwarded: u32,
     peer_room: u32,
 }
 
 impl Credit {
-    /// Nothing is sent yet; the guest may send `buffer_bytes`.
+    /// The initial state; the guest may send `buffer_bytes`.
     pub fn new(buffer_bytes: u32) -> Credit {
         Credit { buffer_bytes, ..Credit::default() }
     }
 
-    /// How much room the guest is told that there is.
+    /// The advertised buffer space.
     pub fn buffer_bytes(&self) -> u32 {
         self.buffer_bytes
     }
 
-    /// The guest sends `len_bytes`: a lie where that is more than it was told that there is room for.
+    /// Records `len_bytes` sent by the guest. Fails if they exceed its credit.
     pub fn receive(&mut self, len_bytes: u32) -> Result<(), CreditViolation> {
         let room = self.buffer_bytes.saturating_sub(self.received.wrapping_sub(self.told));
         if len_bytes > room {
@@ -47,25 +47,25 @@ impl Credit {
         Ok(())
     }
 
-    /// Of what was received, `len_bytes` more have left our buffer.
+    /// Records that `len_bytes` more of the received data have left the buffer.
     pub fn forward(&mut self, len_bytes: u32) {
         self.forwarded = self.forwarded.wrapping_add(len_bytes);
     }
 
-    /// What the next packet tells the guest: how much has left our buffer so far.
+    /// The forwarded count for the next packet to the guest, which is then known to it.
     pub fn tell(&mut self) -> u32 {
         self.told = self.forwarded;
         self.told
     }
 
-    /// Whether there is so much room that the guest does not know of that it is to be told without being asked.
+    /// Whether enough space is free without the guest's knowledge to send an unsolicited update.
     pub fn is_update_due(&self) -> bool {
         self.forwarded.wrapping_sub(self.told) >= self.buffer_bytes / UPDATE_PART
     }
 
-    /// The guest tells of its room: a lie where it says to have taken what was never sent.
+    /// Processes the guest's counts. Fails if it claims to have forwarded data that was never sent.
     ///
-    /// Packets that overtook each other in the guest tell old counts, which change nothing.
+    /// Counts of packets that were reordered in the guest are outdated and have no effect.
     pub fn hear(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<(), CreditViolation> {
         if self.sent.wrapping_sub(fwd_cnt) > SPAN_MAX {
             return Err(CreditViolation);
@@ -77,13 +77,13 @@ impl Credit {
         Ok(())
     }
 
-    /// How many bytes may be sent to the guest.
+    /// The number of bytes that may be sent to the guest.
     pub fn room_bytes(&self) -> u32 {
-        // A guest may take back room that it had given.
+        // A guest may reduce its buffer space.
         self.peer_room.saturating_sub(self.sent.wrapping_sub(self.peer_forwarded))
     }
 
-    /// Counts `len_bytes` as sent; not more than [`Credit::room_bytes`].
+    /// Records `len_bytes` as sent; at most [`Credit::room_bytes`].
     pub fn send(&mut self, len_bytes: u32) {
         self.sent = self.sent.wrapping_add(len_bytes);
     }

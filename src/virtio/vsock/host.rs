@@ -1,7 +1,7 @@
-//! The host's side of a guest's sockets: who connects to it, and what became of their streams.
+//! The host side of the vsock device: connections from host programs, and events of their streams.
 //!
-//! A program connects to the machine's socket and writes `CONNECT <port>` and a newline; from then on it is a connection's.
-//! All streams are watched by one epoll, which the device's worker watches in its turn.
+//! A program connects to the machine's socket and writes `CONNECT <port>` and a newline; after that its stream belongs
+//! to a connection. All streams are watched by one epoll, which the device's worker watches in turn.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, Read};
@@ -15,31 +15,31 @@ use crate::resources::vsock::VsockSocket;
 use crate::sys;
 use crate::virtio::log_rate::LogRate;
 
-/// Names a stream for as long as it lives; never used twice.
+/// Identifies a stream; never reused.
 pub type StreamId = u64;
 
-/// Marks of events that are no stream's.
+/// Epoll tokens other than stream IDs.
 const LISTENER: u64 = u64::MAX;
 const BELL: u64 = u64::MAX - 1;
-/// Programs that are let in before others have their turn.
+/// The maximum number of programs accepted in a turn.
 const ACCEPTS_PER_TURN: usize = 32;
-/// Longer than any first line, `CONNECT PORT`.
+/// Longer than any valid first line, `CONNECT PORT`.
 const HANDSHAKE_BYTES_MAX: usize = 32;
 
-/// What happened on the host's side.
+/// An event of the host side.
 #[derive(Debug)]
 pub enum HostEvent {
-    /// A program wants to be connected to this port of the guest's.
+    /// A program requests a connection to this port of the guest.
     Connect(StreamId, UnixStream, u32),
     /// A connection's stream is readable or writable, or was closed.
     Ready(StreamId, EventSet),
 }
 
-/// The listener, the streams' events, and the programs that have not said yet what they want.
+/// The listener, the streams' events, and the programs in their handshake.
 pub struct Host {
     socket: VsockSocket,
     epoll: Epoll,
-    /// Wakes the worker.
+    /// Wakes up the worker.
     bell: EventFd,
     handshakes: HashMap<StreamId, Handshake>,
     next_id: StreamId,
@@ -47,14 +47,14 @@ pub struct Host {
     log_rate: LogRate,
 }
 
-/// A program that has connected, and what it has written of its first line.
+/// A connected program and the part of its first line received so far.
 struct Handshake {
     stream: UnixStream,
     line: Vec<u8>,
 }
 
 impl Host {
-    /// Nobody has connected yet.
+    /// Creates an instance without connections.
     pub fn new(socket: VsockSocket) -> io::Result<Host> {
         let (epoll, bell) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
         watch(&epoll, socket.listener.as_raw_fd(), LISTENER, EventSet::IN)?;
@@ -63,43 +63,43 @@ impl Host {
         Ok(Host { socket, epoll, bell, handshakes, next_id: 0, accept_again: false, log_rate })
     }
 
-    /// The guest's address.
+    /// The guest's CID.
     pub fn guest_cid(&self) -> u64 {
         self.socket.cid.into()
     }
 
-    /// Becomes readable when [`Host::poll`] has something to say.
+    /// Readable when [`Host::poll`] has events.
     pub fn wake_fd(&self) -> BorrowedFd<'_> {
         sys::epoll_fd(&self.epoll)
     }
 
     /// Makes [`Host::wake_fd`] readable.
     pub fn ring(&self) {
-        // Its counter is never read and would take centuries to fill.
+        // The counter is never read and would take centuries to overflow.
         let _ = self.bell.write(1);
     }
 
-    /// How many programs have connected and not said yet what they want.
+    /// The number of programs in their handshake.
     pub fn handshakes(&self) -> usize {
         self.handshakes.len()
     }
 
-    /// Forgets everybody who has not said yet what they want.
+    /// Drops all programs in their handshake.
     pub fn clear(&mut self) {
         self.handshakes.clear();
     }
 
-    /// Connects to who serves the guest's connections to `port`.
+    /// Connects to the program that handles the guest's connections to `port`.
     pub fn connect(&mut self, port: u32) -> io::Result<(StreamId, UnixStream)> {
         let stream = self.socket.connect(port)?;
         Ok((self.adopt(&stream)?, stream))
     }
 
-    /// Appends what happened since the last call to `host_events`; it lets at most `room` programs in and turns the others away.
+    /// Appends the events since the last call to `host_events`; accepts at most `room` programs and rejects the rest.
     /// Returns whether there is more.
     pub fn poll(&mut self, room: usize, host_events: &mut Vec<HostEvent>) -> bool {
         let mut events = [EpollEvent::default(); 64];
-        // Only a signal can be in the way, and then there is a next time.
+        // It can only be interrupted by a signal, and is called again then.
         let Ok(count) = self.epoll.wait(0, &mut events) else { return true };
         let mut accept = std::mem::take(&mut self.accept_again);
         for event in events.iter().take(count) {
@@ -116,7 +116,7 @@ impl Host {
         count == events.len() || self.accept_again
     }
 
-    /// Lets in who is waiting. Returns whether more may be.
+    /// Accepts waiting programs. Returns whether there may be more.
     fn accept(&mut self, mut room: usize) -> bool {
         for _ in 0..ACCEPTS_PER_TURN {
             let accepted = self.socket.listener.accept().and_then(|(stream, _)| {
@@ -145,7 +145,7 @@ impl Host {
         true
     }
 
-    /// Reads on in what a program says. What it says is wanted, or it is turned away.
+    /// Continues a program's handshake. A program with invalid data is disconnected.
     fn handshake(&mut self, id: StreamId, host_events: &mut Vec<HostEvent>) {
         let Some(mut handshake) = self.handshakes.remove(&id) else { return };
         match handshake.read() {
@@ -165,7 +165,7 @@ impl Host {
 }
 
 impl Handshake {
-    /// The port that is wanted, once the line is whole. Nothing behind it is read: that is for the guest.
+    /// The requested port, once the line is complete. Data after the line is not read, since it is meant for the guest.
     fn read(&mut self) -> io::Result<Option<u32>> {
         let mut byte = [0];
         while self.line.len() < HANDSHAKE_BYTES_MAX {
@@ -186,7 +186,7 @@ fn port(line: &[u8]) -> Option<u32> {
     std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?.trim().parse().ok()
 }
 
-/// Edge-triggered: each change is told once.
+/// Edge-triggered: each change is reported once.
 fn watch(epoll: &Epoll, fd: RawFd, mark: u64, events: EventSet) -> io::Result<()> {
     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events | EventSet::EDGE_TRIGGERED, mark))
 }

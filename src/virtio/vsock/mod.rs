@@ -1,4 +1,4 @@
-//! From the guest's sockets to the host's: the socket device (virtio 1.2 §5.10), streams only.
+//! The vsock device (virtio 1.2 §5.10), streams only.
 //!
 //! ```text
 //! guest's tx ring ─ packet ─> switch ─> connection ─ sendmsg ─> Unix socket PATH_<port>, or whoever connected to PATH
@@ -33,16 +33,16 @@ use switch::Switch;
 const DEVICE_TYPE: u32 = 19;
 /// VIRTIO_VSOCK_F_STREAM (virtio 1.2 §5.10.3).
 const F_STREAM: u64 = 1;
-/// The device's queues, by index (virtio 1.2 §5.10.2): to the guest, from the guest, events.
+/// The queue indexes (virtio 1.2 §5.10.2): to the guest, from the guest, events.
 const RX: usize = 0;
 const TX: usize = 1;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
-/// What one turn of the worker moves at most in each direction, before it looks at its stop event again.
+/// The maximum amount transferred in each direction in one turn of the worker, before it checks its stop event again.
 const TURN_BYTES: u64 = 4 << 20;
-/// What a packet counts in a turn beside its data, so that a turn has an end in any case.
+/// The cost of a packet in a turn in addition to its data, so that every turn ends.
 const PACKET_COST_BYTES: u64 = 16 << 10;
 
-/// A socket device whose host side is `socket`.
+/// Creates a vsock device with the host side `socket`.
 pub fn device(socket: VsockSocket) -> io::Result<VirtioDevice> {
     let cid = u64::from(socket.cid);
     let switch = Switch::new(Host::new(socket)?);
@@ -60,16 +60,17 @@ pub fn device(socket: VsockSocket) -> io::Result<VirtioDevice> {
     })
 }
 
-/// The device's side of its queues. Connections outlive runs: a pause finds no packet half done, and changes nothing.
+/// The device side of the queues. Connections outlive runs: every packet is processed completely before a pause.
 struct Vsock {
     switch: Switch,
     chain: Chain,
-    /// Packets of the guest's wait until it has taken some of ours.
+    /// Whether the guest's packets wait until it has taken some from the device.
     held_up: bool,
 }
 
 impl Vsock {
-    /// Takes the guest's packets until there are none, or this turn's work is done, or the guest has to take some first.
+    /// Processes the guest's packets until there are none, the turn's budget is used up, or the guest must take some
+    /// first.
     fn take(&mut self, tx: &mut Virtqueue) -> Result<Progress, RingError> {
         let mut buffers = GuestBuffers::new(tx.memory().clone());
         let mut turn_bytes = 0;
@@ -91,8 +92,8 @@ impl Vsock {
         Ok(Progress::More)
     }
 
-    /// Gives the guest packets until there are none (`Waiting`: for the host), or it has no buffers left (`Nothing`), or
-    /// this turn's work is done.
+    /// Delivers packets to the guest until there are none (`Waiting`: for the host), there are no more buffers
+    /// (`Nothing`), or the turn's budget is used up.
     fn deliver(&mut self, rx: &mut Virtqueue) -> Result<Progress, RingError> {
         let mut buffers = GuestBuffers::new(rx.memory().clone());
         let mut turn_bytes = 0;
@@ -135,15 +136,15 @@ impl QueueHandler for Vsock {
             }
             TX => {
                 let left = self.take(tx)?;
-                // Answers go at once. Where the guest has no buffers for them its doorbell is wanted, which is the other
-                // queue's.
+                // Responses are delivered at once. If there are no buffers for them, the doorbell of the other queue is
+                // needed.
                 Ok(match self.deliver(rx)? {
                     Progress::More => Progress::More,
                     Progress::Drained if rx.enable_notification()? => Progress::More,
                     _ => left,
                 })
             }
-            // Events are for a guest that was moved: its buffers for them are kept.
+            // Events are for migrated guests: their buffers are kept.
             _ => Ok(Progress::Blocked),
         }
     }

@@ -1,4 +1,4 @@
-//! From bytes in a guest's buffers to a packet's header, and back (virtio 1.2 §5.10.6).
+//! Packet headers (virtio 1.2 §5.10.6).
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -7,68 +7,69 @@ use crate::virtio::queue::{self, GuestRange};
 
 /// Length of `struct virtio_vsock_hdr`.
 pub const HEADER_BYTES: usize = 44;
-/// The host's address (virtio 1.2 §5.10.4).
+/// The host's CID (virtio 1.2 §5.10.4).
 pub const HOST_CID: u64 = 2;
-/// The only type of socket here (VIRTIO_VSOCK_TYPE_STREAM).
+/// The only supported socket type (VIRTIO_VSOCK_TYPE_STREAM).
 pub const TYPE_STREAM: u16 = 1;
 
 /// VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE: the sender of the packet will receive no more data.
 pub const SHUTDOWN_RECEIVE: u32 = 1;
 /// VIRTIO_VSOCK_SHUTDOWN_F_SEND: the sender of the packet will send no more data.
 pub const SHUTDOWN_SEND: u32 = 2;
-/// Both: the connection is to end.
+/// Both: the connection ends.
 pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
-/// What a packet is for (virtio 1.2 §5.10.6).
+/// Packet operations (virtio 1.2 §5.10.6).
 pub mod op {
-    /// Asks for a connection.
+    /// Requests a connection.
     pub const REQUEST: u16 = 1;
-    /// Accepts it.
+    /// Accepts a connection.
     pub const RESPONSE: u16 = 2;
-    /// Refuses or ends it.
+    /// Refuses or resets a connection.
     pub const RST: u16 = 3;
-    /// Says that one side of it, or both, end.
+    /// Shuts down one or both directions.
     pub const SHUTDOWN: u16 = 4;
     /// Carries data.
     pub const RW: u16 = 5;
-    /// Says how much data may be sent.
+    /// Updates the sender's credit information.
     pub const CREDIT_UPDATE: u16 = 6;
-    /// Asks for that.
+    /// Requests a credit update.
     pub const CREDIT_REQUEST: u16 = 7;
 }
 
-/// A packet's header, owned: the guest can no longer change it.
+/// A packet header, copied from guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Header {
-    /// Sender's address.
+    /// The sender's CID.
     pub src_cid: u64,
-    /// Receiver's address.
+    /// The receiver's CID.
     pub dst_cid: u64,
-    /// Sender's port.
+    /// The sender's port.
     pub src_port: u32,
-    /// Receiver's port.
+    /// The receiver's port.
     pub dst_port: u32,
-    /// Length of the data behind the header.
+    /// The length of the data after the header.
     pub len_bytes: u32,
-    /// Type of socket.
+    /// The socket type.
     pub kind: u16,
-    /// What the packet is for, see [`op`].
+    /// The operation, see [`op`].
     pub op: u16,
-    /// What ends, in a SHUTDOWN.
+    /// The directions to shut down, in a SHUTDOWN packet.
     pub flags: u32,
-    /// Room for data that the sender has for this connection, in all.
+    /// The sender's total buffer space for this connection.
     pub buf_alloc: u32,
-    /// Data that the sender has passed on, counted from the connection's start, modulo 2^32.
+    /// The number of bytes that the sender has forwarded since the start of the connection, modulo 2^32.
     pub fwd_cnt: u32,
 }
 
 impl Header {
-    /// The header at the front of `ranges`, wherever the driver splits it. `None` where it is not whole or not in memory.
+    /// Reads the header at the front of `ranges`, however they are split. `None` if it is incomplete or outside of
+    /// memory.
     pub fn read(memory: &GuestMemory, ranges: &[GuestRange]) -> Option<Header> {
         queue::read_front(memory, ranges).map(|bytes| Header::decode(&bytes))
     }
 
-    /// Writes the header to the front of `ranges`. Returns whether they have the room, and are memory.
+    /// Writes the header to the front of `ranges`. Returns whether they are large enough and within memory.
     #[must_use]
     pub fn write(&self, memory: &GuestMemory, ranges: &[GuestRange]) -> bool {
         let bytes = self.encode();
@@ -115,7 +116,7 @@ impl Header {
     }
 }
 
-/// Bytes that are taken in order. Beyond the end they are zeroes.
+/// Reads fields in order. Fields beyond the end are zero.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {

@@ -1,4 +1,4 @@
-//! Between the rings and the streams: which packet is whose, who is next, and who is told that there is nobody.
+//! Routes packets between the rings and the connections, and schedules the connections.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
@@ -12,27 +12,27 @@ use crate::memory::GuestBuffers;
 use crate::virtio::RingError;
 use crate::virtio::queue::{self, GuestRange};
 
-/// With so many RSTs that the guest has not taken, no more packets are taken from it (virtio 1.2 §5.10.6.1).
+/// With this many RSTs pending, no more packets are taken from the guest (virtio 1.2 §5.10.6.1).
 const RESETS_MAX: usize = 256;
-/// The first port of ours that is given to a program that connects to the guest.
+/// The first host port assigned to programs that connect to the guest.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
 /// All connections of a guest.
 pub struct Switch {
     host: Host,
     connections: HashMap<StreamId, Connection>,
-    /// Those that the guest may name.
+    /// Connections by their ports, excluding those that the guest has closed.
     by_ports: HashMap<Ports, StreamId>,
-    /// Those with something for the guest, each once, in the order in which they have their turns.
+    /// Connections with data for the guest, each at most once, in scheduling order.
     due: VecDeque<StreamId>,
-    /// RSTs that the guest has not taken yet: its ports, and those it called.
+    /// Pending RSTs: the guest's ports and the ports that it addressed.
     resets: VecDeque<Ports>,
     next_host_port: u32,
     events: Vec<HostEvent>,
 }
 
 impl Switch {
-    /// No connections yet.
+    /// Creates a switch without connections.
     pub fn new(host: Host) -> Switch {
         Switch {
             host,
@@ -45,7 +45,7 @@ impl Switch {
         }
     }
 
-    /// Becomes readable when [`Switch::poll`] has something to do.
+    /// Readable when [`Switch::poll`] has events.
     pub fn wake_fd(&self) -> BorrowedFd<'_> {
         self.host.wake_fd()
     }
@@ -55,7 +55,7 @@ impl Switch {
         self.host.ring();
     }
 
-    /// Closes all connections, without a word to the guest.
+    /// Closes all connections without notifying the guest.
     pub fn clear(&mut self) {
         self.host.clear();
         self.connections.clear();
@@ -64,7 +64,7 @@ impl Switch {
         self.resets.clear();
     }
 
-    /// Does what the host's side asks for. Returns whether there is more of it.
+    /// Handles events of the host side. Returns whether there are more.
     pub fn poll(&mut self) -> bool {
         let mut events = std::mem::take(&mut self.events);
         let more = self.host.poll(self.room(), &mut events);
@@ -85,15 +85,15 @@ impl Switch {
         more
     }
 
-    /// Whether the guest has to take something before more is taken from it.
+    /// Whether the guest must take packets before more are accepted from it.
     pub fn is_full(&self) -> bool {
         self.resets.len() >= RESETS_MAX
     }
 
-    /// A packet of the guest's in `chain`. What it breaks is a connection, never the switch.
+    /// Processes a packet from the guest in `chain`. An invalid packet affects only its connection.
     pub fn receive(&mut self, header: &Header, chain: &[GuestRange], buffers: &mut GuestBuffers) {
         if header.src_cid != self.host.guest_cid() {
-            // There is nobody to tell.
+            // There is no peer to notify.
             return;
         }
         let ports = Ports { guest: header.src_port, host: header.dst_port };
@@ -121,13 +121,13 @@ impl Switch {
         }
     }
 
-    /// Whether there is something for the guest, as far as can be told without trying.
+    /// Whether there may be packets for the guest.
     pub fn has_packets(&self) -> bool {
         !self.resets.is_empty() || !self.due.is_empty()
     }
 
-    /// The next packet for the guest, its data already behind the place of the header in `chain`. `None` if there is
-    /// none after all. Fails where the chain is no room for a packet.
+    /// The next packet for the guest, with its data already written after the space for the header in `chain`. `None`
+    /// if there is none. Fails if the chain is too small for a packet.
     pub fn next(&mut self, chain: &[GuestRange], buffers: &mut GuestBuffers) -> Result<Option<Header>, RingError> {
         if queue::len_bytes(chain) <= HEADER_BYTES as u64 {
             return Err(RingError::Chain("a receive buffer with no room for data"));
@@ -163,17 +163,17 @@ impl Switch {
         }
     }
 
-    /// How many more connections there may be.
+    /// The number of additional connections allowed.
     fn room(&self) -> usize {
         CONNECTIONS_MAX.saturating_sub(self.connections.len() + self.host.handshakes())
     }
 
-    /// What the next connection may hold.
+    /// The share of the budget for the next connection.
     fn share(&self) -> Share {
         Share::beside(self.connections.values().map(Connection::share))
     }
 
-    /// The guest asks for a connection.
+    /// Handles a connection request of the guest.
     fn accept(&mut self, ports: Ports, request: &Header) {
         let connection = match self.room() {
             0 => None,
@@ -187,7 +187,7 @@ impl Switch {
         }
     }
 
-    /// A program of the host's asks for a connection to the guest's `port`.
+    /// Handles a connection request of a host program to the guest's `port`.
     fn request(&mut self, id: StreamId, stream: UnixStream, port: u32) {
         let mut ports = Ports { guest: port, host: self.next_host_port };
         // There are far more ports than connections.
@@ -206,7 +206,7 @@ impl Switch {
         self.queue(id);
     }
 
-    /// Gives a connection a turn if it has something for the guest.
+    /// Schedules a connection if it has data for the guest.
     fn queue(&mut self, id: StreamId) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         if !connection.queued && connection.is_due() {
@@ -215,8 +215,8 @@ impl Switch {
         }
     }
 
-    /// Takes a connection away, and its turn: a guest that takes no packets could otherwise leave any number of turns
-    /// behind.
+    /// Removes a connection and its queue entry: otherwise a guest that takes no packets could accumulate entries
+    /// without limit.
     fn remove(&mut self, id: StreamId) -> Option<Connection> {
         let connection = self.connections.remove(&id)?;
         if connection.queued {
@@ -225,11 +225,11 @@ impl Switch {
         Some(connection)
     }
 
-    /// Ends a connection that cannot go on, and tells the guest if it knows of it.
+    /// Resets a failed connection and notifies the guest if it knows the connection.
     fn reset(&mut self, id: StreamId) {
         let Some(connection) = self.remove(id) else { return };
         let ports = connection.ports();
-        // If the guest has ended it before, another one may have its ports by now.
+        // If the guest closed it earlier, its ports may already be reused.
         if self.by_ports.get(&ports) == Some(&id) {
             self.by_ports.remove(&ports);
             if connection.is_known_to_guest() {
@@ -238,7 +238,7 @@ impl Switch {
         }
     }
 
-    /// The guest has ended a connection: its ports are free for another one, but what it wrote is still delivered.
+    /// Handles the end of a connection by the guest: its ports can be reused, but data it sent is still delivered.
     fn end(&mut self, id: StreamId) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         self.by_ports.remove(&connection.ports());

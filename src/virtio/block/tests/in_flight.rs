@@ -1,4 +1,4 @@
-//! Requests that take their time: what is under way at a reset or a pause, and what a limit holds up.
+//! Requests that take time: those in flight at a reset or a pause, and those delayed by a limit.
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn the_status_is_written_last_and_only_once_the_disk_is_done() {
     bench.driver.offer(0, head);
     bench.driver.notify(0);
     wait_for(|| !bench.seen.lock().unwrap().requests.is_empty());
-    // The driver may now write over the header as it likes: it has been read.
+    // The header has been read, so the driver may overwrite it.
     bench.prepare(77, u64::MAX);
     assert_eq!((bench.status(), bench.driver.used_index(0)), (0xee, 0));
     bench.seen.lock().unwrap().hold = false;
@@ -49,7 +49,7 @@ fn a_full_house_waits_and_goes_on() {
     bench.prepare(0, 0);
     bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
     bench.driver.descriptor(0, 1, STATUS_BYTE, 1, WRITE, 0);
-    // The same chain is made available again and again, more often than requests can be in flight.
+    // The same chain is made available more often than requests can be in flight.
     for _ in 0..256 {
         bench.driver.offer(0, 0);
     }
@@ -85,7 +85,7 @@ fn what_was_done_is_counted_and_what_was_refused_is_not() {
     assert_eq!(counted.map(|counter| counter.load(Ordering::Relaxed)), [1, 1024, 2, 1024, 1, 2]);
 }
 
-/// Makes the same request available so many times.
+/// Makes the same request available `count` times.
 fn offer_many(bench: &mut Bench, kind: u32, data: (u32, u16), count: u16) {
     bench.prepare(kind, 0);
     bench.driver.descriptor(0, 0, HEADER, 16, NEXT, 1);
@@ -95,7 +95,7 @@ fn offer_many(bench: &mut Bench, kind: u32, data: (u32, u16), count: u16) {
     bench.driver.notify(0);
 }
 
-/// Makes so many reads of a sector available.
+/// Makes `count` reads of a sector available.
 fn offer_reads(bench: &mut Bench, count: u16) {
     offer_many(bench, 0, (512, WRITE), count);
 }
@@ -112,7 +112,7 @@ fn a_limited_disk_does_so_many_requests_a_second_and_loses_none() {
         offer_reads(&mut bench, 100);
         wait_for(|| bench.driver.used_index(0) == 100);
         let took_s = started.elapsed().as_secs_f64();
-        // Of half a second; a busy host may wake us late.
+        // Half a second expected; a busy host may be late.
         assert!((0.47..1.0).contains(&took_s), "{took_s} s");
         assert_eq!(bench.driver.read(STATUS), 15);
     }
@@ -133,7 +133,7 @@ fn what_is_discarded_counts_as_what_is_written_does() {
 
 #[test]
 fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
-    // Discards, zeroes, flushes, and writes that are made durable.
+    // Discards, zeroes, flushes, and writes with write-through.
     for (kind, data_bytes, features) in [(11, 16, !0), (13, 16, !0), (4, 0, !0), (1, 512, !F_FLUSH)] {
         let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
         let mut bench = bench_with(shape, "disk", features);
@@ -144,7 +144,7 @@ fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
         let before = bench.seen.lock().unwrap().requests.len();
         bench.driver.write(STATUS, 0);
         let after = bench.seen.lock().unwrap().requests.len();
-        // The one that was under way, one that began meanwhile, and their flushes.
+        // The one in flight, one that started in the meantime, and their flushes.
         assert!(after - before <= 4, "type {kind}: {before} requests before the reset, {after} after it");
     }
 }
@@ -167,7 +167,7 @@ fn requests_that_wait_for_their_time_outlive_a_pause_and_a_reset_forgets_them() 
     bench.control.rate.set(never);
     offer_reads(&mut bench, 20);
     wait_for(|| bench.driver.used_index(0) > 20);
-    // It forgets the requests; the limit it does not.
+    // A reset drops requests but keeps the limit.
     bench.driver.start();
     offer_reads(&mut bench, 20);
     std::thread::sleep(std::time::Duration::from_millis(20));

@@ -1,4 +1,4 @@
-//! Several pairs of queues, and the control queue that says how many are in use.
+//! Tests of multiple queue pairs and the control queue.
 
 use std::sync::atomic::Ordering;
 
@@ -8,7 +8,7 @@ use super::*;
 const RX_2: u32 = 2;
 const TX_2: u32 = 3;
 const CONTROL: u32 = 4;
-/// Where commands and their answers stand.
+/// The address of commands and their status.
 const COMMAND: u64 = BUFFERS + 0x20_0000;
 const ANSWER: u64 = COMMAND + 0x1000;
 const OK: u8 = 0;
@@ -36,7 +36,7 @@ fn pairs() -> Pairs {
     Pairs { driver, link, peers }
 }
 
-/// Sends `command` in pieces as long as `pieces` says. Returns the answer's length, and what stands there.
+/// Sends `command` in pieces of the lengths `pieces`. Returns the response's length and the status.
 fn ask_in(driver: &mut Driver, control: u32, command: &[u8], pieces: &[u32]) -> (u32, u8) {
     driver.memory.write_slice(command, GuestAddress(COMMAND)).unwrap();
     driver.memory.write_obj(0xee_u8, GuestAddress(ANSWER)).unwrap();
@@ -73,7 +73,7 @@ fn read_frame(peer: &mut UnixStream) -> Vec<u8> {
     frame
 }
 
-/// Offers a frame in queue `queue`, and returns at once.
+/// Makes a frame available in queue `queue`, and returns immediately.
 fn send(driver: &mut Driver, queue: u32, frame: &[u8]) {
     driver.memory.write_slice(&[&[0; HEADER_BYTES], frame].concat(), GuestAddress(FRAME)).unwrap();
     let head = driver.chain(queue, &[(FRAME, (HEADER_BYTES + frame.len()) as u32, 0)]);
@@ -89,7 +89,7 @@ fn offer(driver: &mut Driver, queue: u32, count: u64) {
     driver.notify(queue);
 }
 
-/// Lets the device look at all it has, and stop.
+/// Lets the device process everything, and stops it.
 fn settle(driver: &Driver) {
     driver.transport.pause();
     driver.transport.resume();
@@ -104,13 +104,13 @@ fn a_driver_uses_as_many_pairs_as_it_asks_for() {
     let mut most = [0xff; 2];
     driver.transport.read(CONFIG + 8, &mut most);
     assert_eq!((u16::from_le_bytes(most), driver.transport.doorbells().len()), (2, 5));
-    // One at first.
+    // One pair at first.
     offer(&mut driver, RX_2, 4);
     arrive(&mut peers[1], &frame(61));
     send(&mut driver, TX_2, &frame(62));
     settle(&driver);
     assert_eq!((driver.used_index(RX_2), driver.used_index(TX_2)), (0, 0));
-    // What waits is found without another doorbell.
+    // Waiting frames are found without another doorbell.
     assert_eq!(use_pairs(&mut driver, 2), OK);
     assert_eq!((driver.used(RX_2).1, driver.used(TX_2).1), (12 + 61, 0));
     assert_eq!(read_frame(&mut peers[1]), frame(62));
@@ -140,7 +140,7 @@ fn other_commands_are_refused_and_change_nothing() {
         assert_eq!(ask(&mut driver, command), ERR, "{command:?}");
     }
     assert_eq!(ask_in(&mut driver, CONTROL, &[4, 0, 2, 0], &[2, 1, 1]), (1, OK), "however it is split");
-    // No room for an answer, and nothing but that.
+    // No room for a status, and nothing but that.
     assert_eq!(driver.transact(CONTROL, &[(COMMAND, 4, 0)]), 0);
     assert_eq!(driver.transact(CONTROL, &[(1 << 50, 4, 0), (ANSWER, 1, WRITE)]), 1);
     assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(ANSWER)).unwrap(), ERR);
@@ -158,7 +158,7 @@ fn the_control_queue_is_the_third_of_a_driver_of_one_pair() {
     driver.start_with(!(1 << VIRTIO_NET_F_MQ));
     assert_eq!(ask_in(&mut driver, 2, &[4, 0, 1, 0], &[4]), (1, ERR));
     assert_eq!(ask_in(&mut driver, 2, &[4, 0, 2, 0], &[4]), (1, ERR));
-    // And one that accepted no control queue has none, nor several pairs.
+    // A driver that did not accept the control queue has none, and only one pair.
     driver.start_with(!(1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ));
     for queue in [2, CONTROL] {
         let head = driver.chain(queue, &[(COMMAND, 4, 0), (ANSWER, 1, WRITE)]);
@@ -180,7 +180,7 @@ fn a_device_of_one_pair_has_no_control_queue() {
 fn a_limit_holds_over_all_pairs_and_each_has_its_share() {
     let Pairs { mut driver, link, mut peers } = pairs();
     assert_eq!(use_pairs(&mut driver, 2), OK);
-    // Five at once, and one every 20 ms after that.
+    // Five at once, and then one every 20 ms.
     link.set_rate(Rate { ops_per_second: Some(50), ..Rate::default() });
     let started = Instant::now();
     for _ in 0..30 {
@@ -205,7 +205,7 @@ fn a_driver_that_changes_its_mind_all_day_is_slowed_down() {
     for count in [2, 1, 2, 1, 2, 1] {
         assert_eq!(use_pairs(&mut driver, count), OK);
     }
-    // Three at once, and one every 50 ms after that.
+    // Three at once, and then one every 50 ms.
     assert!(started.elapsed() >= Duration::from_millis(140), "{:?}", started.elapsed());
     let started = Instant::now();
     for _ in 0..100 {
@@ -227,7 +227,7 @@ fn how_many_are_in_use_is_saved_and_ends_with_a_reset() {
     driver.transport.resume();
     send(&mut driver, TX_2, &frame(90));
     assert_eq!(read_frame(&mut peers[1]), frame(90));
-    // No other device takes it.
+    // No other device accepts it.
     let (ours, _peer) = UnixStream::pair().unwrap();
     let single = device_on(vec![Box::new(StreamNet::new(ours).unwrap())], "net", MAC, None).unwrap().0;
     let single = Driver::new(single);

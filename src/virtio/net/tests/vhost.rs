@@ -1,4 +1,4 @@
-//! Queues that the host's kernel serves, on a tap device in a network of its own.
+//! Tests of offloaded queues, with a tap device in a separate network namespace.
 
 use std::fs::File;
 use std::net::UdpSocket;
@@ -16,7 +16,7 @@ use crate::virtio::contract::contract;
 
 const GUEST: ([u8; 6], [u8; 4]) = ([2, 0, 0, 0, 0, 2], [10, 9, 0, 2]);
 const HOST: [u8; 4] = [10, 9, 0, 1];
-/// Where receive buffer 0 stands, and how long each is.
+/// The address of receive buffer 0, and the size of each.
 const ROOM: u64 = BUFFERS;
 const ROOM_BYTES: u32 = 2048;
 const ROOMS: u32 = 64;
@@ -37,11 +37,11 @@ fn taps(queues: usize, name: &str) -> io::Result<(Vec<Box<dyn NetBackend>>, Stri
     Ok((backends, own_name))
 }
 
-/// Runs `test` in a network of its own; skips loudly where that or vhost-net is not to be had.
+/// Runs `test` in a new network namespace; skips it with a visible message if that or vhost-net is unavailable.
 fn in_network(test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            // A device belongs to the network in which its descriptor was opened.
+            // A device belongs to the network namespace in which its descriptor was opened.
             if let Err(error) = sys::net::leave_network().and_then(|()| taps(1, "husk%d")) {
                 assert!(std::env::var_os("HUSK_TEST_REQUIRE_VHOST").is_none(), "{error}");
                 eprintln!("SKIPPED: this test needs root and {VHOST_PATH}: {error}");
@@ -58,7 +58,7 @@ fn ip(words: &str) {
     assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A driver, and a socket of the host's on the other side.
+/// A driver, and a host socket on the other side.
 struct Wire {
     driver: Driver,
     link: NetLink,
@@ -66,7 +66,7 @@ struct Wire {
     frames: u16,
 }
 
-/// A device of `queues` pairs called `name`, whose driver has accepted `features`.
+/// Creates a device of `queues` pairs called `name`, whose driver has accepted `features`.
 fn wire(queues: usize, name: &str, features: u64) -> Wire {
     let (backends, tap) = taps(queues, "t0").unwrap();
     ip("addr add 10.9.0.1/24 dev t0");
@@ -84,7 +84,7 @@ fn wire(queues: usize, name: &str, features: u64) -> Wire {
     wire
 }
 
-/// A packet from the guest to the host's `port`, to everybody on the link.
+/// A packet from the guest to the host's `port`, sent as a broadcast.
 fn packet(port: u16, payload: &[u8]) -> Vec<u8> {
     let udp_bytes = 8 + payload.len() as u16;
     let mut ip =
@@ -101,7 +101,7 @@ impl Wire {
         wait_for(|| self.link.is_served_by_kernel() == serves);
     }
 
-    /// Offers receive buffers that the driver's ring has never had.
+    /// Makes new receive buffers available.
     fn offer_all(&mut self) {
         for room in 0..ROOMS {
             let at = ROOM + u64::from(room * ROOM_BYTES);
@@ -112,7 +112,7 @@ impl Wire {
         self.driver.notify(RX_QUEUE);
     }
 
-    /// A frame from the guest in queue `tx`, which arrives once and is the next to arrive.
+    /// Sends a frame from the guest in queue `tx`, and checks that it is the next to arrive, exactly once.
     fn reaches_host_by(&mut self, tx: u32) {
         self.send(tx);
         self.arrives();
@@ -137,7 +137,7 @@ impl Wire {
         assert_eq!(payload[..count], self.frames.to_be_bytes());
     }
 
-    /// A frame to the guest, which is the next that it finds beside the host's own chatter.
+    /// Sends a frame to the guest, and checks that it is the next to arrive, apart from the host's own traffic.
     fn reaches_guest(&mut self) {
         self.frames += 1;
         self.socket.send_to(&self.frames.to_be_bytes(), "10.9.0.2:7").unwrap();
@@ -245,7 +245,7 @@ fn what_came_before_the_driver_had_room_is_not_lost() {
         let mut wire = wire(1, "vhost-room", !0);
         wire.link.set_rate(Rate { bytes_per_second: Some(100 << 20), ..Rate::default() });
         wire.wait_for_kernel(false);
-        // The worker finds a frame and no buffer for it, and keeps the queues until there is one.
+        // The worker finds a frame without a buffer for it, and keeps the queues until there is one.
         let features = wire.driver.offered();
         wire.driver.start_with(features);
         wire.frames += 1;
@@ -265,7 +265,7 @@ fn what_came_before_the_driver_had_room_is_not_lost() {
 #[test]
 fn a_driver_that_knows_no_checksums_is_served_by_the_worker() {
     in_network(|| {
-        // Nor anything that needs them.
+        // Nor any feature that depends on them.
         let without =
             [VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN];
         let mut wire = wire(1, "vhost-plain", without.iter().fold(!0, |features, bit| features & !(1 << bit)));
@@ -285,7 +285,7 @@ fn a_ring_that_the_kernel_refuses_needs_a_reset_and_a_reset_mends_it() {
                 1 => wire.driver.chain(TX_QUEUE, &[(1 << 50, 100, 0)]),
                 2 => wire.driver.size(TX_QUEUE) + 7,
                 _ => {
-                    // Writable, where it is read.
+                    // Writable, where readable is expected.
                     wire.driver.chain(TX_QUEUE, &[(FRAME, 100, WRITE)])
                 }
             };
@@ -297,7 +297,7 @@ fn a_ring_that_the_kernel_refuses_needs_a_reset_and_a_reset_mends_it() {
             wire.driver.start();
             wire.offer_all();
         }
-        // Whether it is found before a pause or not, the next driver is not blamed for it.
+        // Whether it is detected before a pause or not, the next driver is not affected.
         for _ in 0..20 {
             wire.wait_for_kernel(true);
             let head = wire.driver.chain(TX_QUEUE, &[(1 << 50, 100, 0)]);

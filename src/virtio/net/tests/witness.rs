@@ -1,4 +1,4 @@
-//! The other side of a device that no frame comes from.
+//! A back end that never receives a frame.
 
 use std::os::fd::AsFd;
 use std::sync::Mutex;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::*;
 use crate::memory::GuestBuffers;
 
-/// A back end that gives nothing, and notes what it is told. All copies are one.
+/// A back end that records its calls and returns no frames. Clones share state.
 #[derive(Clone)]
 pub(super) struct Witness {
     socket: Arc<UnixStream>,
@@ -15,14 +15,14 @@ pub(super) struct Witness {
     pub(super) sent: Arc<Mutex<Vec<(Header, u64)>>>,
     pub(super) accepted: Arc<Mutex<Vec<u64>>>,
     pub(super) enabled: Arc<AtomicBool>,
-    /// Whether its host will not enable it.
+    /// Whether enabling it fails.
     pub(super) refuses: Arc<AtomicBool>,
-    /// Whether its host wants nothing of the features that the driver accepted.
+    /// Whether it rejects the features that the driver accepted.
     pub(super) refuses_features: Arc<AtomicBool>,
 }
 
 impl Witness {
-    /// One that takes this off the guest.
+    /// Creates one that offers these offloads.
     pub(super) fn new(features: u64) -> Witness {
         let socket = Arc::new(UnixStream::pair().unwrap().0);
         let (sent, accepted, enabled, refuses, refuses_features) = Default::default();

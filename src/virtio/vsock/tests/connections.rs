@@ -1,4 +1,4 @@
-//! How connections come to be, carry bytes, and end: by half, by both, by whom.
+//! How connections are established, transfer data, and are closed in one or both directions.
 
 use super::*;
 
@@ -16,7 +16,7 @@ fn a_guest_reaches_a_program_and_both_talk() {
 fn a_program_reaches_the_guest_and_both_talk() {
     let mut guest = Guest::new(16, 4096);
     let mut client = guest.call(7);
-    // It does not wait for the answer.
+    // It does not wait for the response.
     client.write_all(b"early").unwrap();
     let (request, _) = guest.receive();
     let ports = (7, request.src_port);
@@ -61,7 +61,7 @@ fn a_program_that_goes_before_the_guest_answers_leaves_nothing() {
     guest.expect(ports, op::RST);
     guest.send(ports, op::RESPONSE);
     guest.expect(ports, op::RST);
-    // One that goes while it says what it wants.
+    // A program that disconnects during its handshake.
     drop(guest.call(8));
     let (request, _) = guest.receive();
     guest.send((8, request.src_port), op::RESPONSE);
@@ -73,7 +73,7 @@ fn a_port_that_nobody_serves_is_refused() {
     let mut guest = Guest::new(16, 4096);
     guest.send(PORTS, op::REQUEST);
     guest.expect(PORTS, op::RST);
-    // Nor one whose program is gone and left its socket.
+    // Nor a stale socket, whose program has exited.
     drop(guest.serve(PORTS.1));
     guest.send(PORTS, op::REQUEST);
     guest.expect(PORTS, op::RST);
@@ -105,7 +105,7 @@ fn only_streams_between_this_guest_and_the_host_are_known() {
     }
     guest.send_raw(Header { src_cid: CID + 1, ..data(1) }, b"x");
     guest.expect_nothing();
-    // None of that was this connection's.
+    // None of these belonged to this connection.
     guest.send_raw(data(2), b"ok");
     assert_eq!(read(&mut stream, 2), b"ok");
 }

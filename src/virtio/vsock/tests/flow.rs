@@ -1,9 +1,9 @@
-//! How much is on its way at most, whose turn it is, and what a guest that lies gets.
+//! Limits on data in flight, scheduling, and misbehaving guests.
 
 use super::*;
 
-/// Fills a connection whose reader reads nothing, as far as its credit goes. Returns what was sent, and what of it has
-/// left the device.
+/// Fills a connection whose reader does not read, up to its credit. Returns what was sent, and how much of it has left
+/// the device.
 fn fill(guest: &mut Guest, ports: (u32, u32)) -> (Vec<u8>, u32) {
     const CHUNK: usize = 32 << 10;
     let mut sent = Vec::new();
@@ -21,7 +21,7 @@ fn fill(guest: &mut Guest, ports: (u32, u32)) -> (Vec<u8>, u32) {
     }
 }
 
-/// Memory of this process that no file stands behind, in bytes (proc(5), status: RssAnon).
+/// This process's anonymous memory, in bytes (proc(5), status: RssAnon).
 fn anonymous_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
@@ -32,7 +32,7 @@ fn anonymous_bytes() -> u64 {
 fn a_guest_that_fills_every_connection_stays_within_the_budget() {
     const NAME: &str = "virtio::vsock::tests::flow::a_guest_that_fills_every_connection_stays_within_the_budget";
     const ALONE: &str = "HUSK_TEST_ALONE";
-    // In a process of its own, since others' tests take memory too.
+    // In a separate process, since other tests allocate memory too.
     if std::env::var_os(ALONE).is_none() {
         let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
         let output = alone.args([NAME, "--exact", "--nocapture"]).env(ALONE, "1").output().unwrap();
@@ -51,12 +51,12 @@ fn a_guest_that_fills_every_connection_stays_within_the_budget() {
         kept_bytes += sent.len() as u64 - u64::from(forwarded);
     }
     let taken_bytes = anonymous_bytes().saturating_sub(before);
-    // In the kernel are at least as many bytes as were passed on.
+    // The kernel holds at least as many bytes as were forwarded.
     let held_bytes = taken_bytes + sent_bytes - kept_bytes;
     println!("{kept_bytes} bytes kept, {taken_bytes} taken; {sent_bytes} sent; the budget is {BUDGET_BYTES}");
     assert!(kept_bytes > BUDGET_BYTES / 4, "{kept_bytes}: the guest did not fill them");
     assert!(held_bytes <= BUDGET_BYTES, "{held_bytes} of {BUDGET_BYTES}");
-    // And all of it arrives.
+    // All of it arrives.
     for stream in &mut streams {
         stream.set_nonblocking(true).unwrap();
     }
@@ -76,7 +76,7 @@ fn a_program_that_does_not_read_stops_the_guest_and_one_that_reads_lets_it_go_on
     let (mut sent, forwarded) = fill(&mut guest, PORTS);
     assert_eq!(sent.len() as u32 - forwarded, BUFFER_BYTES);
     assert!(read(&mut stream, sent.len()) == sent);
-    // Unasked, in steps that are worth a packet.
+    // Unsolicited, in steps large enough for a packet.
     let mut told = forwarded;
     while sent.len() as u32 - told >= BUFFER_BYTES / 4 {
         let (update, _) = guest.expect(PORTS, op::CREDIT_UPDATE);
@@ -100,7 +100,7 @@ fn what_a_guest_sent_before_it_ended_is_delivered_late_readers_or_not() {
         if end.op == op::SHUTDOWN {
             guest.expect(PORTS, op::RST);
         }
-        // Its ports are free while the old data still wait.
+        // Its ports can be reused while the old data is still pending.
         let next = guest.serve(77);
         drop(guest.connect((PORTS.0, 77), &next));
         let mut all = Vec::new();
@@ -298,7 +298,7 @@ fn a_pause_keeps_connections_and_a_reset_of_the_device_ends_them() {
     guest.offer(16);
     guest.send_raw(data(1), b"x");
     guest.expect(PORTS, op::RST);
-    // Who had not said what it wants may have been let in before the reset or after it.
+    // A handshake may have been accepted before the reset or after it.
     let _ = early.write_all(
         b"CONNECT 7
 ",
@@ -357,9 +357,9 @@ fn megabytes_arrive_as_they_were_sent_both_ways_at_once() {
     }
 }
 
-/// Sends `out` within the credit that the device gives, and receives until the host has sent all.
+/// Sends `out` within the device's credit, and receives until the host has sent everything.
 fn exchange(guest: &mut Guest, out: &[u8]) -> Vec<u8> {
-    // Room for a few packets, taken back into account as they are read.
+    // Space for a few packets, credited as they are read.
     const ROOM: u32 = 40_000;
     let (mut received, mut sent, mut forwarded, mut told, mut ended) = (Vec::new(), 0, 0, 0, false);
     let mut sizes = pattern(5).map(|x| 1 + x as u32 % 60_000);

@@ -1,4 +1,4 @@
-//! The socket device as a guest and the host's programs see it.
+//! Tests of the vsock device from the guest's and the host's side.
 
 mod connections;
 mod flow;
@@ -23,20 +23,20 @@ use crate::virtio::queue::GuestRange;
 use crate::virtio::test_driver::{BUFFERS, Driver, WRITE};
 
 const CID: u64 = 5;
-/// Where the guest's packets to the host are written; below it are the buffers for those to the guest.
+/// The buffers of packets to the host; those of packets to the guest are below.
 const OUTBOX: u64 = BUFFERS + (2 << 20);
-/// The guest's port, and the host's, where nothing depends on them.
+/// The guest's and the host's port, where they do not matter.
 const PORTS: (u32, u32) = (1000, 52);
-/// As much room as a guest can say that it has.
+/// The maximum buffer space that a guest can advertise.
 const PLENTY: u32 = u32::MAX;
 
-/// A guest that speaks to the device packet by packet.
+/// A guest that communicates with the device packet by packet.
 struct Guest {
     driver: Driver,
     dir: tempfile::TempDir,
-    /// Room for data in each receive buffer.
+    /// The data size of each receive buffer.
     room: u32,
-    /// Where the buffer of each descriptor is.
+    /// The address of each descriptor's buffer.
     at: Vec<u64>,
 }
 
@@ -45,7 +45,7 @@ fn range(at: u64, len_bytes: u32) -> [GuestRange; 1] {
 }
 
 impl Guest {
-    /// A guest with `count` receive buffers that hold `room` bytes of data each.
+    /// Creates a guest with `count` receive buffers for `room` bytes of data each.
     fn new(count: u16, room: u32) -> Guest {
         let dir = tempfile::tempdir().unwrap();
         let config = VsockConfig { socket: dir.path().join("v.sock"), cid: CID as u32 };
@@ -75,19 +75,19 @@ impl Guest {
         self.dir.path().join(format!("v.sock{suffix}"))
     }
 
-    /// A program of the host's that serves `port`.
+    /// Starts a host program that listens on `port`.
     fn serve(&self, port: u32) -> UnixListener {
         UnixListener::bind(self.path(&format!("_{port}"))).unwrap()
     }
 
-    /// A program of the host's that asks for the guest's `port`.
+    /// Connects a host program to the guest's `port`.
     fn call(&self, port: u32) -> UnixStream {
         let mut client = patient(UnixStream::connect(self.path("")).unwrap());
         client.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
         client
     }
 
-    /// Puts a packet on the ring as it is, `len` bytes long behind its header.
+    /// Puts a packet with `len` bytes of data on the ring.
     fn post(&mut self, header: Header, len: u32) -> u16 {
         assert!(header.write(&self.driver.memory, &range(OUTBOX, HEADER_BYTES as u32)));
         let head = self.driver.chain(TX as u32, &[(OUTBOX, HEADER_BYTES as u32, 0), (OUTBOX + 64, len, 0)]);
@@ -106,7 +106,7 @@ impl Guest {
         self.send_raw(packet(ports, op), &[]);
     }
 
-    /// The next packet, waited for. Its buffer is offered again.
+    /// Waits for the next packet. Its buffer is made available again.
     fn receive(&mut self) -> (Header, Vec<u8>) {
         let received = self.take();
         self.offer_at(received.2);
@@ -114,7 +114,7 @@ impl Guest {
         (received.0, received.1)
     }
 
-    /// The next packet, waited for, and where its buffer is.
+    /// Waits for the next packet; also returns its buffer.
     fn take(&mut self) -> (Header, Vec<u8>, u64) {
         let (head, len) = self.driver.used(RX as u32);
         let at = self.at[usize::from(head)];
@@ -126,7 +126,7 @@ impl Guest {
         (header, data, at)
     }
 
-    /// The next packet: it has to be of this kind, on these ports.
+    /// Waits for the next packet, which must have this operation and these ports.
     #[track_caller]
     fn expect(&mut self, ports: (u32, u32), op: u16) -> (Header, Vec<u8>) {
         let (header, data) = self.receive();
@@ -134,11 +134,11 @@ impl Guest {
         (header, data)
     }
 
-    /// All that the device has to say by now.
+    /// All packets that the device has sent by now.
     fn settle(&mut self) -> Vec<(Header, Vec<u8>)> {
         const NOBODY: (u32, u32) = (u32::MAX, u32::MAX);
         let mut said = Vec::new();
-        // The first answer may overtake what was due before it was asked for; the second one cannot.
+        // The first response may overtake earlier packets; the second one cannot.
         for _ in 0..2 {
             self.send(NOBODY, op::RW);
             loop {
@@ -157,7 +157,7 @@ impl Guest {
         assert_eq!(self.settle(), []);
     }
 
-    /// Connects to a program of the host's. Returns its end.
+    /// Connects to a host program. Returns the program's stream.
     fn connect(&mut self, ports: (u32, u32), listener: &UnixListener) -> UnixStream {
         self.send(ports, op::REQUEST);
         let (header, _) = self.expect(ports, op::RESPONSE);
@@ -174,7 +174,7 @@ impl Guest {
     }
 }
 
-/// A stream on which a test fails sooner than it hangs.
+/// Sets timeouts so that a test fails instead of hanging.
 fn patient(stream: UnixStream) -> UnixStream {
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     stream
@@ -193,7 +193,7 @@ fn shutdown(flags: u32) -> Header {
     Header { flags, ..packet(PORTS, op::SHUTDOWN) }
 }
 
-/// The same numbers in every run.
+/// A deterministic sequence.
 fn pattern(seed: u64) -> impl Iterator<Item = u64> {
     std::iter::successors(Some(seed), |x| Some(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1)))
         .map(|x| x >> 33)
