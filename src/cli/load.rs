@@ -1,6 +1,9 @@
 //! `husk load`: from an archive, a layout or a directory to an image in the store, with a name.
 
-use anyhow::{Context, Result};
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use super::exit::Exit;
@@ -10,6 +13,7 @@ use crate::image::{Progress, Source, Store};
 
 const EXAMPLES: &str = "\
 Examples:
+  docker save debian:12 | husk load
   docker save debian:12 -o debian.tar && husk load debian.tar
   husk load docker-archive:images.tar:debian:12     (one image of several)
   husk load oci:layout-directory:latest --name app
@@ -23,13 +27,14 @@ archive or a directory without manifest.json or index.json is taken as a root fi
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Load {
-    /// Archive written by `docker save`, OCI layout, or root filesystem (a tar archive or a directory)
-    #[arg(value_name = "PATH", value_parser = path, required_unless_present = "input")]
-    path: Option<Source>,
+    /// Archive written by `docker save`, OCI layout, or root filesystem (a tar archive or a directory) [default: an archive
+    /// from standard input]
+    #[arg(value_name = "PATH", value_parser = path)]
+    path: Option<Input>,
 
     /// Same as PATH, for compatibility with `docker load`
     #[arg(short, long, value_name = "PATH", value_parser = path, conflicts_with = "path")]
-    input: Option<Source>,
+    input: Option<Input>,
 
     /// Name for the image, instead of the names in the archive
     #[arg(short, long, value_parser = super::pull::reference)]
@@ -45,8 +50,19 @@ impl Load {
     pub fn run(self) -> Result<Exit> {
         let mut store = Store::open_default()?;
         store.unpack_limit_bytes = self.max_size;
-        let source = self.path.or(self.input).context("no path given")?;
-        let (prepared, names) = store.load(&source, self.name.as_ref(), &Progress::on_terminal())?;
+        let (name, progress) = (self.name.as_ref(), Progress::on_terminal());
+        let (prepared, names) = match self.path.or(self.input).unwrap_or(Input::Stdin) {
+            Input::Source(source) => store.load(&source, name, &progress)?,
+            Input::Stdin => {
+                let stdin = std::io::stdin();
+                ensure!(
+                    !stdin.is_terminal(),
+                    "no image given: use `husk load PATH` or `docker save IMAGE | husk load`"
+                );
+                let input = stdin.as_fd().try_clone_to_owned().context("read standard input")?;
+                store.load_stream(input.into(), name, &progress)?
+            }
+        };
         let id = prepared.id.short();
         let names = if names.is_empty() { vec![id.clone()] } else { names };
         // Nothing tells a root file system but that it is no image.
@@ -57,12 +73,20 @@ impl Load {
     }
 }
 
+/// What `husk load` reads.
+#[derive(Debug, Clone)]
+enum Input {
+    Source(Source),
+    Stdin,
+}
+
 /// Parses the path of what an image is made from: a word that could be a name is a file's here.
-fn path(text: &str) -> Result<Source, String> {
-    if text.is_empty() {
-        return Err("the path is empty".into());
+fn path(text: &str) -> Result<Input, String> {
+    match text {
+        "" => Err("the path is empty".into()),
+        "-" => Ok(Input::Stdin),
+        text => Source::at_path(text).map(Input::Source).map_err(|error| format!("{error:#}")),
     }
-    Source::at_path(text).map_err(|error| format!("{error:#}"))
 }
 
 /// Parses what an image is made from.

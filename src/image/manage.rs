@@ -1,7 +1,7 @@
 //! What a person does with the store: name images, look at them, take them out, and have the disk back.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -94,6 +94,22 @@ impl Store {
         progress: &Progress,
     ) -> Result<(Prepared, Vec<String>)> {
         let prepared = self.prepare(source, progress)?;
+        self.name(prepared, name)
+    }
+
+    /// Prepares what comes through `input`, and names it, as [`Store::load`] does.
+    pub fn load_stream(
+        &self,
+        input: File,
+        name: Option<&Reference>,
+        progress: &Progress,
+    ) -> Result<(Prepared, Vec<String>)> {
+        let prepared = self.prepare_stream(input, progress).context("load the image from standard input")?;
+        self.name(prepared, name)
+    }
+
+    /// Gives an image a name, or those that it says it has, and returns them.
+    fn name(&self, prepared: Prepared, name: Option<&Reference>) -> Result<(Prepared, Vec<String>)> {
         let own_names =
             self.index()?.images.get(&prepared.id).map(|record| record.own_names.clone()).unwrap_or_default();
         let names: Vec<Reference> = match name {

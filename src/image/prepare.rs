@@ -121,6 +121,21 @@ impl Store {
     fn import(&self, path: &Path, image: Option<&str>, seen: Seen, progress: &Progress) -> Result<Prepared> {
         let max_bytes = self.unpack_limit()?;
         let found = source::look(path, image, &Platform::default(), max_bytes, &|| self.nameless_file())?;
+        self.import_found(found, Some(std::path::absolute(path)?.display().to_string()), seen, progress)
+    }
+
+    /// The image of an archive that comes through `input`, such as standard input.
+    pub(super) fn prepare_stream(&self, input: File, progress: &Progress) -> Result<Prepared> {
+        let max_bytes = self.unpack_limit()?;
+        let new_file = || self.nameless_file();
+        let file = source::seekable(input, max_bytes, &new_file)?;
+        // Nothing is at a path that could be recognized the next time.
+        let seen = Seen { settled: false, ..Seen::of_file(&file.metadata()?, None, Duration::ZERO) };
+        let found = source::look_into(file, None, &Platform::default(), max_bytes, &new_file)?;
+        self.import_found(found, None, seen, progress)
+    }
+
+    fn import_found(&self, found: Found, source: Option<String>, seen: Seen, progress: &Progress) -> Result<Prepared> {
         let (id, config, own_names, root) = match found {
             Found::Image(image) => {
                 image.config.check_platform()?;
@@ -147,7 +162,7 @@ impl Store {
             architecture,
             created,
             added_seconds: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
-            source: Some(std::path::absolute(path)?.display().to_string()),
+            source,
             own_names,
             layers: diff_ids.into_iter().map(|diff_id| LayerRecord { diff_id, blob: None }).collect(),
             unpacked_bytes: root.unpacked_bytes,

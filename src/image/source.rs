@@ -1,7 +1,7 @@
 //! From the word that a person types to what an image is made from, and from a path to what is found there.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -105,6 +105,17 @@ pub(super) fn look(
         return find(Bundle::Directory(path.to_owned()), image, platform, root);
     }
     ensure!(kind.is_file(), "it is neither a file nor a directory");
+    look_into(file, image, platform, max_bytes, new_file)
+}
+
+/// Looks at what is in a file, as [`look`] does.
+pub(super) fn look_into(
+    file: File,
+    image: Option<&str>,
+    platform: &Platform,
+    max_bytes: u64,
+    new_file: &dyn Fn() -> Result<File>,
+) -> Result<Found> {
     let whole = Part::whole(file)?;
     ensure!(whole.size_bytes > 0, "it is empty");
     let mut start = Vec::new();
@@ -143,6 +154,19 @@ fn spool(file: File, unpacked: &mut dyn Read, max_bytes: u64) -> Result<File> {
     if copied == max_bytes {
         bail!("it unpacks to more than the {} MiB of free disk space", max_bytes >> 20);
     }
+    Ok(file)
+}
+
+/// `input` as a file in which archives can be read from anywhere: itself where it is one, or else a copy of all that comes.
+pub(super) fn seekable(mut input: File, max_bytes: u64, new_file: &dyn Fn() -> Result<File>) -> Result<File> {
+    let kind = input.metadata()?.file_type();
+    ensure!(!kind.is_dir(), "it is a directory");
+    if kind.is_file() && input.stream_position()? == 0 {
+        return Ok(input);
+    }
+    let file = new_file()?;
+    let copied = io::copy(&mut (&mut input).take(max_bytes), &mut &file).context("copy it to the image store")?;
+    ensure!(copied < max_bytes, "it is larger than the {} MiB of free disk space", max_bytes >> 20);
     Ok(file)
 }
 

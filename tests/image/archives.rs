@@ -126,6 +126,15 @@ fn layers_merge_as_umoci_unpacks_them() {
     }
     let output = house.husk(&["load", "-i", "docker.tar"]);
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("Loaded team/app:1 ("), "{output:?}");
+    // From a pipe, from a file, and nothing.
+    let husk = env!("CARGO_BIN_EXE_husk");
+    house.sh(&format!("export HUSK_DATA=$PWD/data; cat docker.tgz | {husk} load --name piped; {husk} load --name read <oci.tar; cat oci.tar | {husk} load -n dash -"));
+    for name in ["piped", "read", "dash"] {
+        assert_eq!(house.root(name), root, "{name}");
+    }
+    let output = house.husk(&["load"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("standard input: it is empty"), "{output:?}");
+    assert_eq!(house.files("tmp"), 0);
     house.sh("mkdir -p old; tar -C old -xf docker.tar");
     // What docker save wrote before it was 25: a directory a layer, a layer that is there already as a link to it.
     house.sh("cd old; rm -r */; rm -f repositories; a=$(tar xOf ../docker.tar manifest.json | grep -o '[0-9a-f]*\\.tar' | head -1); \
