@@ -32,8 +32,9 @@ Examples:
   husk cp web:/var/log - | tar t    (write a tar archive)
   tar c . | husk cp - web:/srv      (extract a tar archive)
 
-Exactly one of the two paths must be in a machine. Devices, pipes and sockets in a directory are skipped. Files copied from a
-machine are named after the requested path, and modes and owners of existing directories are not changed.";
+Exactly one of the two paths must be in a machine. In a directory, devices, pipes, sockets and what cannot be read are
+skipped with a warning. Files copied from a machine are named after the requested path, and modes and owners of existing
+directories are not changed.";
 
 /// The flags of `husk cp`.
 #[derive(Debug, Args)]
@@ -66,9 +67,7 @@ impl Cp {
             (None, None) => bail!("neither path is in a machine: use MACHINE:PATH for one of them"),
             (Some(_), Some(_)) => bail!("copying between machines is not supported: copy to a local directory first"),
         };
-        copied.skipped.iter().for_each(|path| {
-            log::warn!("skipped {}: not a file, directory or symbolic link", path.display());
-        });
+        copied.skipped.iter().for_each(|what| log::warn!("skipped {what}"));
         log::info!("copied {} files, links and directories, {}", copied.entries, HumanBytes(copied.bytes));
         Ok(Exit::Success)
     }

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 
 use anyhow::{Context, Result, ensure};
-use husk_protocol::tree::{About, Copied, Entry, Writer};
+use husk_protocol::tree::{About, Copied, Entry, NOT_COPIED, Writer};
 
 use super::tar::{Archive, Kind, Stream, shown};
 use super::tree::{Attributes, components};
@@ -58,7 +58,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
                 Kind::Sparse { size_bytes, .. } => Entry::File(name, about, *size_bytes),
                 Kind::Character { .. } | Kind::Block { .. } | Kind::Fifo => {
                     self.copied.entries -= 1;
-                    self.copied.skipped.push(shown(&entry.path).into());
+                    self.copied.skipped.push(format!("{}: {NOT_COPIED}", shown(&entry.path)));
                     continue;
                 }
             };
@@ -170,7 +170,7 @@ mod tests {
         fs::set_permissions(from.join("sub"), fs::Permissions::from_mode(0o751)).unwrap();
         assert!(Command::new("mkfifo").arg(from.join("pipe")).status().unwrap().success());
         let copied = unpack(&tar(&from, &["--sparse", "."]), &to).unwrap();
-        assert_eq!(copied.skipped, [Path::new("./pipe")]);
+        assert_eq!(copied.skipped, ["./pipe: not a file, directory or symbolic link"]);
         assert_eq!(fs::read(to.join("sub/file")).unwrap(), vec![7; 1_000_000]);
         assert_eq!(fs::metadata(to.join(&long).join("same")).unwrap().nlink(), 2);
         assert_eq!(fs::read_link(to.join("link")).unwrap(), Path::new("sub/file"));

@@ -28,9 +28,7 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
     };
     match copied {
         Ok(Copied { skipped, .. }) => {
-            skipped
-                .iter()
-                .for_each(|path| eprintln!("skipped {}: not a file, directory or symbolic link", path.display()));
+            skipped.iter().for_each(|what| eprintln!("skipped {what}"));
             0
         }
         // Who is sent to hears it from the stream.

@@ -28,6 +28,8 @@ use crate::frame::{self, Message};
 const PIECE_BYTES: usize = 256 << 10;
 /// Directories in each other, at most. Each is a descriptor of the receiver's, which has 1024 as a rule.
 const DEPTH_MAX: usize = 512;
+/// Why devices, pipes and sockets are left out.
+pub const NOT_COPIED: &str = "not a file, directory or symbolic link";
 /// Longest name of a file (Linux' NAME_MAX).
 const NAME_MAX_BYTES: usize = 255;
 
@@ -149,8 +151,8 @@ pub struct Copied {
     pub entries: u64,
     /// Of their contents.
     pub bytes: u64,
-    /// What was left out of directories: devices, pipes, sockets, and what was gone before its turn.
-    pub skipped: Vec<PathBuf>,
+    /// What was left out of directories, and why: devices, pipes, sockets, what could not be read or was gone before its turn.
+    pub skipped: Vec<String>,
     /// Where it leads, if all that was copied is a symbolic link.
     pub link: Option<PathBuf>,
 }
@@ -161,8 +163,11 @@ fn failure(words: impl Into<String>) -> io::Error {
 
 /// What `error` says, about what was done with `path`.
 fn about(action: &str, path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{action} {}: {}", path.display(), words(error)))
+}
+
+/// An error without the number that stands behind its words.
+fn words(error: &io::Error) -> String {
     let text = error.to_string();
-    // Without the number that stands behind the words.
-    let words = text.split(" (os error").next().unwrap_or_default();
-    io::Error::new(error.kind(), format!("{action} {}: {words}", path.display()))
+    text.split(" (os error").next().unwrap_or_default().to_owned()
 }

@@ -9,7 +9,10 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use super::{About, Copied, DEPTH_MAX, Entry, PIECE_BYTES, Writer, about, failure};
+use super::{About, Copied, DEPTH_MAX, Entry, NOT_COPIED, PIECE_BYTES, Writer, about, failure, words};
+
+/// As much is read of a file that does not say how long it is.
+const UNTOLD_MAX_BYTES: u64 = 64 << 20;
 
 /// Sends what is at `path`, and what is in it; with `follow`, what a link at `path` leads to. A path that ends in `/.`
 /// is what is in the directory, and not the directory. What goes wrong is told to the reader, too.
@@ -52,18 +55,18 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         // What a user names may be a link to what they mean; what is found in it is what it is.
         let metadata = if follow { fs::metadata(path) } else { fs::symlink_metadata(path) };
         let metadata = match metadata {
-            Err(error) if is_gone(&error) && depth > 0 => return self.skip(path, depth),
-            found => found.map_err(|error| about("read", path, &error))?,
+            Err(error) => return self.skip(path, depth, "read", &error),
+            Ok(metadata) => metadata,
         };
         let kind = metadata.file_type();
         let name = name.to_vec();
         if !kind.is_dir() && !kind.is_file() && !kind.is_symlink() {
-            return self.skip(path, depth);
+            return self.skip_special(path, depth);
         }
         if kind.is_symlink() {
             let target = match fs::read_link(path) {
-                Err(error) if is_gone(&error) && depth > 0 => return self.skip(path, depth),
-                target => target.map_err(|error| about("read", path, &error))?,
+                Err(error) => return self.skip(path, depth, "read", &error),
+                Ok(target) => target,
             };
             self.copied.entries += 1;
             return self.out.say(&Entry::Link(name, target.into_os_string().into_vec(), About::from(&metadata)));
@@ -80,8 +83,11 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<Vec<_>>>()
         });
         let mut names = match names {
-            Err(error) if is_gone(&error) && depth > 0 => Vec::new(),
-            names => names.map_err(|error| about("read", path, &error))?,
+            Err(error) => {
+                self.skip(path, depth, "read", &error)?;
+                Vec::new()
+            }
+            Ok(names) => names,
         };
         // The order that a reader insists on.
         names.sort();
@@ -91,35 +97,49 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         self.out.say(&Entry::Leave)
     }
 
-    /// Leaves something out that was found in a directory. What the user asked for is not left out without an error.
-    fn skip(&mut self, path: &Path, depth: usize) -> io::Result<()> {
+    /// Leaves something out that was found in a directory and cannot be read, as Docker does: it may be gone by now, or not for this
+    /// user, or be one of /proc's that give nothing. What the user asked for is not left out without an error.
+    fn skip(&mut self, path: &Path, depth: usize, action: &str, error: &io::Error) -> io::Result<()> {
         if depth == 0 {
-            return Err(failure(format!("{}: not a file, directory or symbolic link", path.display())));
+            return Err(about(action, path, error));
         }
-        self.copied.skipped.push(path.to_owned());
+        self.copied.skipped.push(format!("{}: {}", path.display(), words(error)));
+        Ok(())
+    }
+
+    /// Leaves out what is no file, directory or link.
+    fn skip_special(&mut self, path: &Path, depth: usize) -> io::Result<()> {
+        let text = format!("{}: {NOT_COPIED}", path.display());
+        if depth == 0 {
+            return Err(failure(text));
+        }
+        self.copied.skipped.push(text);
         Ok(())
     }
 
     fn file(&mut self, path: &Path, name: Vec<u8>, follow: bool, depth: usize) -> io::Result<()> {
         let told = |error: &io::Error| about("read", path, error);
-        let mut file = match open(path, follow) {
-            Err(error) if is_gone(&error) && depth > 0 => return self.skip(path, depth),
-            opened => opened.map_err(|error| about("open", path, &error))?,
+        let opened = open(path, follow).and_then(|file| file.metadata().map(|metadata| (file, metadata)));
+        let (mut file, metadata) = match opened {
+            Err(error) => return self.skip(path, depth, "open", &error),
+            Ok(opened) => opened,
         };
-        let metadata = file.metadata().map_err(|error| told(&error))?;
         if !metadata.is_file() {
             // It was another a moment ago.
-            return self.skip(path, depth);
+            return self.skip_special(path, depth);
         }
         let mut piece = Vec::with_capacity(PIECE_BYTES);
-        (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).map_err(|error| told(&error))?;
-        let size_bytes = match piece.len() as u64 {
-            // Files of /proc and /sys have other sizes than they say: none, or a page.
-            all if all < PIECE_BYTES as u64 => all,
-            some if metadata.len() > some => metadata.len(),
-            _ => {
-                open(path, follow).and_then(|mut again| io::copy(&mut again, &mut io::sink())).map_err(|e| told(&e))?
-            }
+        let begun = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).and_then(|_| {
+            Ok(match piece.len() as u64 {
+                // Files of /proc and /sys have other sizes than they say: none, or a page.
+                all if all < PIECE_BYTES as u64 => all,
+                some if metadata.len() > some => metadata.len(),
+                _ => counted_bytes(path, follow)?,
+            })
+        });
+        let size_bytes = match begun {
+            Err(error) => return self.skip(path, depth, "read", &error),
+            Ok(size_bytes) => size_bytes,
         };
         self.copied.entries += 1;
         self.out.say(&Entry::File(name, About::from(&metadata), size_bytes))?;
@@ -136,9 +156,14 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     }
 }
 
-/// Whether something is not there any more that was listed: others go on working in a directory while it is copied.
-fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound
+/// How many bytes a file has that says nothing of it. Those of a process's `pagemap` would take hours.
+fn counted_bytes(path: &Path, follow: bool) -> io::Result<u64> {
+    let file = open(path, follow)?;
+    let bytes = io::copy(&mut file.take(UNTOLD_MAX_BYTES), &mut io::sink())?;
+    if bytes == UNTOLD_MAX_BYTES {
+        return Err(failure(format!("it gives no size, and has {} MiB or more", UNTOLD_MAX_BYTES >> 20)));
+    }
+    Ok(bytes)
 }
 
 /// Opens a file, and nothing that has come in its place meanwhile: no link, and no pipe that would have to be waited
@@ -146,4 +171,23 @@ fn is_gone(error: &io::Error) -> bool {
 fn open(path: &Path, follow: bool) -> io::Result<File> {
     let flags = if follow { OFlags::NONBLOCK } else { OFlags::NONBLOCK | OFlags::NOFOLLOW };
     OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_read_is_left_out_of_a_directory_with_the_reason() {
+        let mut bytes = Vec::new();
+        let copied = send(Path::new("/proc/self"), true, &mut bytes, &mut |_| {}).unwrap();
+        assert!(copied.entries > 100, "{copied:?}");
+        // Only to be written, not mapped at 0, and of the size of all addresses.
+        for (name, why) in [("clear_refs", "Invalid argument"), ("mem", "Input/output error"), ("pagemap", "64 MiB")] {
+            let is_told = |text: &String| text.starts_with(&format!("/proc/self/{name}: ")) && text.contains(why);
+            assert!(copied.skipped.iter().any(is_told), "{name}: {:?}", copied.skipped);
+        }
+        let error = send(Path::new("/proc/self/mem"), false, &mut Vec::new(), &mut |_| {}).unwrap_err().to_string();
+        assert_eq!(error, "read /proc/self/mem: Input/output error");
+    }
 }
