@@ -221,6 +221,54 @@ fn wrong_flags_are_refused_in_one_line_that_says_what_to_type() {
 }
 
 #[test]
+fn short_options_stand_together_and_have_their_values_as_docker_takes_them() {
+    for words in [
+        &["run", "-itm512M", "-eA=b", "-e=A", "-uroot", "/nowhere/x", "-x"][..],
+        &["run", "-ite", "A=b", "-p80:80", "--net", "none", "/nowhere/x", "--help"],
+        &["run", "--cpuset-cpus=0", "/nowhere/x", "--", "-h"],
+    ] {
+        let line = refusal(words, 125);
+        assert!(line.contains("/nowhere/x: No such file"), "{words:?}: {line}");
+    }
+    for words in [&["exec", "-iuroot", "-eA=b", "nobody", "sh", "-c", "x"][..], &["exec", "nobody", "ls", "-l"]] {
+        let line = refusal(words, 125);
+        assert!(line.contains("no such machine: \"nobody\""), "{words:?}: {line}");
+    }
+    for (words, named) in [(["run", "-ieX", "-q", "image"], "-q"), (["run", "-it", "--memroy=1", "image"], "--memory")]
+    {
+        let line = refusal(&words, 125);
+        assert!(line.contains(named), "{words:?}: {line}");
+    }
+}
+
+#[test]
+fn what_does_not_exist_is_told_once_and_the_rest_is_done() {
+    for command in ["stop", "kill", "pause", "rm", "start", "wait", "restart"] {
+        let output = husk(&[command, "nobody", "noone"]);
+        assert_eq!(output.status.code(), Some(1), "{command}: {output:?}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{command}: {text}");
+        assert!(lines.iter().all(|line| line.matches("no").count() == 2), "{command}: {text}");
+    }
+    for words in [["rm", "-f", "nobody"], ["rmi", "-f", "nobody"]] {
+        let output = husk(&words);
+        assert!(output.status.success() && !output.stderr.is_empty(), "{words:?}: {output:?}");
+    }
+    let data = tempfile::tempdir().unwrap();
+    let run = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+        command.args(words).env("HUSK_DATA", data.path()).stdin(Stdio::null()).output().unwrap()
+    };
+    fs::create_dir_all(data.path().join("root/bin")).unwrap();
+    assert!(run(&["load", data.path().join("root").to_str().unwrap(), "-n", "there"]).status.success());
+    let output = run(&["inspect", "nothing", "there"]);
+    assert!(output.status.code() == Some(1) && String::from_utf8_lossy(&output.stdout).contains("there"), "{output:?}");
+    let output = run(&["rmi", "nothing", "there"]);
+    assert!(output.status.code() == Some(1) && output.stdout.starts_with(b"Removed "), "{output:?}");
+}
+
+#[test]
 fn a_run_that_comes_to_no_process_has_a_code_that_no_command_has() {
     let cases: &[(&[&str], &str)] = &[
         (&["run"], "IMAGE"),

@@ -34,8 +34,7 @@ Exit codes:
 #[command(after_help = EXAMPLES, override_usage = "husk exec [OPTIONS] MACHINE COMMAND [ARG]...")]
 pub struct Exec {
     /// Name or ID of the machine, followed by the command and its arguments
-    #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
-    #[arg(value_names = ["MACHINE", "COMMAND"])]
+    #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["MACHINE", "COMMAND"])]
     words: Vec<OsString>,
 
     /// Run the command in the background and discard its output
@@ -64,7 +63,6 @@ impl Exec {
         let machine = words.next().unwrap_or_default();
         let machine =
             machine.to_str().with_context(|| format!("the machine name {} is not valid UTF-8", machine.display()))?;
-        ensure!(!machine.starts_with('-'), "unknown option {machine}: options go before the machine");
         let mut command: Vec<OsString> = words.collect();
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);

@@ -28,17 +28,22 @@ pub struct Images {
     /// Only display IDs
     #[arg(short, long, conflicts_with = "json")]
     quiet: bool,
+
+    /// Show all images: always on, for compatibility with `docker images`
+    #[arg(short, long, hide = true)]
+    all: bool,
 }
 
 impl Images {
     /// Prints the list.
     pub fn run(self) -> Result<Exit> {
+        let Images { json, quiet, all: _ } = self;
         let images = Store::open_default()?.list()?;
-        if self.json {
+        if json {
             super::print_json(&images, "the images")?;
             return Ok(Exit::Success);
         }
-        if self.quiet {
+        if quiet {
             super::print(&images.iter().map(|image| image.id.short() + "\n").collect::<String>())?;
             return Ok(Exit::Success);
         }

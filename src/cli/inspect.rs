@@ -24,16 +24,23 @@ pub struct Inspect {
 }
 
 impl Inspect {
-    /// Prints a list with an object for each. A name that a machine has is the machine's.
+    /// Prints a list with an object for each that there is. A name that a machine has is the machine's.
     pub fn run(self) -> Result<Exit> {
         let state_dir = StateDir::open()?;
         let find = |name: &String| match state_dir.find(name) {
             Ok(entry) => Ok(ps::to_json(&entry)),
             Err(_) => image(name).with_context(|| format!("no such machine or image: {name}")),
         };
-        let found = self.names.iter().map(find).collect::<Result<Vec<_>>>()?;
-        super::print_json(&found, "the details")?;
-        Ok(Exit::Success)
+        let (found, failed): (Vec<_>, Vec<_>) = self.names.iter().map(find).partition(Result::is_ok);
+        let found: Vec<_> = found.into_iter().flatten().collect();
+        if !found.is_empty() {
+            super::print_json(&found, "the details")?;
+        }
+        let mut exit = Exit::Success;
+        for error in failed.iter().filter_map(|failed| failed.as_ref().err()) {
+            exit = super::report(error);
+        }
+        Ok(exit)
     }
 }
 

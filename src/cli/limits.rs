@@ -9,7 +9,7 @@ use crate::config::MachineConfig;
 #[derive(Debug, Clone, Default, Args)]
 pub struct LimitFlags {
     /// Host CPUs in which to allow execution (0-2,4)
-    #[arg(long, value_name = "LIST", value_parser = cpuset)]
+    #[arg(long, alias = "cpuset-cpus", value_name = "LIST", value_parser = cpuset)]
     cpuset: Option<Cpuset>,
 
     /// CPU shares (relative weight); the default weight is 1024

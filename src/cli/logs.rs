@@ -39,7 +39,7 @@ pub struct Logs {
     follow: bool,
 
     /// Number of lines to show from the end of the logs
-    #[arg(short = 'n', long, value_name = "LINES")]
+    #[arg(short = 'n', long, value_name = "LINES|all", value_parser = tail)]
     tail: Option<usize>,
 
     /// Show logs since a timestamp (2026-01-31T12:00:00Z) or relative time (10m)
@@ -100,6 +100,14 @@ impl Logs {
 
     fn is_wanted(&self, head: &Head) -> bool {
         self.since.is_none_or(|since| head.time_ns >= since)
+    }
+}
+
+/// Parses how many lines are to be printed.
+fn tail(text: &str) -> Result<usize, String> {
+    match text {
+        "all" => Ok(usize::MAX),
+        text => text.parse().map_err(|_| format!("{text:?} is not a number of lines: use one such as 100, or all")),
     }
 }
 

@@ -40,6 +40,7 @@ pub mod stats;
 pub mod stop;
 mod time;
 pub mod update;
+mod usage;
 pub mod wait;
 
 use std::io::Write;
@@ -50,6 +51,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use serde::Serialize;
 
 use self::exit::{EXIT_CODES, Exit};
+pub use self::usage::report_usage;
 use crate::bench::plan::UsageError;
 use crate::config::Invalid;
 use crate::console::stream_log::Stream;
@@ -206,32 +208,6 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     } else {
         Exit::Failure
     }
-}
-
-/// Answers `--help` and `--version`, and prints what is wrong with a command line as one line.
-pub fn report_usage(error: &clap::Error) -> Exit {
-    let text = error.render().to_string();
-    match text.strip_prefix("error: ") {
-        Some(text) => {
-            let text = text.split("\n\nUsage:").next().unwrap_or(text);
-            let text = text.split("\n\nFor more information").next().unwrap_or(text);
-            print_error(&text.replace("\n\n  tip:", "; tip:"));
-        }
-        // What is no error is help: asked for, or shown because no command was given.
-        None => drop(error.print()),
-    }
-    match error.exit_code() {
-        0 => Exit::Success,
-        _ if is_run_or_exec() => Exit::NotRun,
-        _ => Exit::Usage,
-    }
-}
-
-/// Whether this is `husk run` or `husk exec`, whose command may have any code but one for itself.
-fn is_run_or_exec() -> bool {
-    let words = argv::all();
-    let command = argv::command_index(words).ok().and_then(|place| words.get(place));
-    command.is_some_and(|word| word == "run" || word == "exec")
 }
 
 fn print_error(text: &str) {

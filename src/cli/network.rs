@@ -24,7 +24,7 @@ pub struct NetworkFlags {
     /// /dev/vhost-net exists and no rate limit is set; `vhost=off` disables it, and `vhost=on` requires it. `mac=ADDRESS`
     /// sets the MAC address; `bps=10M` and `pps=1000` limit the bytes and packets per second in each direction. `none`
     /// disables networking. The default is `none` for `husk boot` and `user` for `husk run`.
-    #[arg(long = "network", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = network_arg)]
+    #[arg(long = "network", alias = "net", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = network_arg)]
     networks: Vec<NetworkArg>,
 
     /// Publish a machine's port to the host, with --network user; can be repeated

@@ -28,6 +28,18 @@ pub struct Ps {
     #[arg(short, long)]
     all: bool,
 
+    /// Show the N machines that were created last, stopped ones included
+    #[arg(short = 'n', long, value_name = "N")]
+    last: Option<usize>,
+
+    /// Show the machine that was created last, even if it is stopped
+    #[arg(short, long, conflicts_with = "last")]
+    latest: bool,
+
+    /// Do not truncate commands
+    #[arg(long)]
+    no_trunc: bool,
+
     /// Only display IDs
     #[arg(short, long, conflicts_with = "json")]
     quiet: bool,
@@ -43,7 +55,10 @@ impl Ps {
         let state_dir = StateDir::open()?;
         state_dir.remove_stale()?;
         let mut entries = state_dir.list()?;
-        entries.retain(|entry| self.all || entry.alive);
+        match self.last.or(self.latest.then_some(1)) {
+            Some(count) => entries.truncate(count),
+            None => entries.retain(|entry| self.all || entry.alive),
+        }
         if self.json {
             let list: Vec<_> = entries.iter().map(to_json).collect();
             super::print_json(&list, "the machines")?;
@@ -52,7 +67,7 @@ impl Ps {
         } else {
             let mut rows =
                 vec![["ID", "NAME", "IMAGE", "COMMAND", "CPUS", "MEMORY", "PORTS", "STATUS"].map(str::to_owned)];
-            rows.extend(entries.iter().map(row));
+            rows.extend(entries.iter().map(|entry| row(entry, if self.no_trunc { usize::MAX } else { COMMAND_CHARS })));
             super::print(&super::images::table(&rows))?;
         }
         Ok(Exit::Success)
@@ -70,20 +85,20 @@ pub fn to_json(entry: &MachineEntry) -> serde_json::Value {
     value
 }
 
-fn row(entry: &MachineEntry) -> [String; 8] {
+fn row(entry: &MachineEntry, command_chars: usize) -> [String; 8] {
     let unknown = || "-".to_owned();
-    let of = |what: fn(&Record) -> String| entry.record.as_ref().map_or_else(unknown, what);
+    let of = |what: &dyn Fn(&Record) -> String| entry.record.as_ref().map_or_else(unknown, what);
     [
         entry.id.clone(),
         entry.record.as_ref().and_then(|record| record.name.clone()).unwrap_or_else(unknown),
-        of(|record| record.image.clone()),
-        of(|record| shortened(&record.command.join(" "))),
-        of(|record| match record.config.cpu_limit_millicpus {
+        of(&|record| record.image.clone()),
+        of(&|record| shortened(&record.command.join(" "), command_chars)),
+        of(&|record| match record.config.cpu_limit_millicpus {
             Some(limit) => (f64::from(limit) / 1000.0).to_string(),
             None => record.config.cpus.to_string(),
         }),
-        of(|record| super::size::mib(record.config.memory_target_mib.unwrap_or(record.config.memory_mib))),
-        of(ports),
+        of(&|record| super::size::mib(record.config.memory_target_mib.unwrap_or(record.config.memory_mib))),
+        of(&ports),
         status(entry),
     ]
 }
@@ -98,11 +113,11 @@ fn ports(record: &Record) -> String {
     if ports.is_empty() { "-".to_owned() } else { ports.join(", ") }
 }
 
-fn shortened(text: &str) -> String {
-    if text.chars().count() <= COMMAND_CHARS {
+fn shortened(text: &str, max_chars: usize) -> String {
+    if text.chars().count() <= max_chars {
         return text.to_owned();
     }
-    text.chars().take(COMMAND_CHARS - 1).chain(['…']).collect()
+    text.chars().take(max_chars.saturating_sub(1)).chain(['…']).collect()
 }
 
 /// What a machine does, in words, and since when.
@@ -126,8 +141,8 @@ mod tests {
 
     #[test]
     fn a_long_command_is_shortened() {
-        assert_eq!(shortened("sh -c true"), "sh -c true");
-        let short = shortened(&"x".repeat(100));
+        assert_eq!(shortened("sh -c true", COMMAND_CHARS), "sh -c true");
+        let short = shortened(&"x".repeat(100), COMMAND_CHARS);
         assert_eq!(short.chars().count(), COMMAND_CHARS);
     }
 }

@@ -6,6 +6,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::machines;
 use crate::request::Request;
+use crate::state_dir::{NoSuchMachine, StateDir};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -21,7 +22,7 @@ pub struct Rm {
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// Force the removal of running machines (uses SIGKILL)
+    /// Force the removal of running machines (uses SIGKILL), and do not fail if a machine does not exist
     #[arg(short, long)]
     force: bool,
 }
@@ -29,7 +30,19 @@ pub struct Rm {
 impl Rm {
     /// Removes one after the other, with what it has logged.
     pub fn run(self) -> Result<Exit> {
-        machines::for_each(&self.machines, |state_dir, entry| {
+        let mut words = self.machines;
+        if self.force {
+            // As Docker does: it is gone, and that was asked for.
+            let state_dir = StateDir::open()?;
+            words.retain(|word| match state_dir.find(word) {
+                Err(error) if error.is::<NoSuchMachine>() => {
+                    super::report(&error);
+                    false
+                }
+                _ => true,
+            });
+        }
+        machines::for_each(&words, |state_dir, entry| {
             if entry.alive && self.force {
                 let end = machines::watch_exit(entry);
                 // It may be at its end by itself.

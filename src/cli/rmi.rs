@@ -19,17 +19,29 @@ pub struct Rmi {
     /// Names, IDs or source paths of images; a name is untagged, and its image removed with its last name
     #[arg(value_name = "IMAGE", required = true, value_parser = super::load::source)]
     images: Vec<Source>,
+
+    /// Do not fail if an image does not exist
+    #[arg(short, long)]
+    force: bool,
 }
 
 impl Rmi {
-    /// Removes one after the other. The first that cannot be removed ends it.
+    /// Removes one after the other. Continues after a failure, which the exit code reports.
     pub fn run(self) -> Result<Exit> {
         let store = Store::open_default()?;
+        let mut exit = Exit::Success;
         for source in &self.images {
-            let id = store.find(source)?.id;
-            let word = if store.remove(source)? { "Removed" } else { "Untagged (other names remain):" };
-            super::print(&format!("{word} {}\n", id.short()))?;
+            let found = store.find(source).inspect_err(|error| {
+                let failed = super::report(error);
+                exit = if self.force { exit } else { failed };
+            });
+            let Ok(image) = found else { continue };
+            match store.remove(source) {
+                Ok(true) => super::print(&format!("Removed {}\n", image.id.short()))?,
+                Ok(false) => super::print(&format!("Untagged (other names remain): {}\n", image.id.short()))?,
+                Err(error) => exit = super::report(&error),
+            }
         }
-        Ok(Exit::Success)
+        Ok(exit)
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{ArgAction, Args};
 use husk_protocol::{Limit, Tmpfs, ToHost};
 use log::Level;
@@ -16,6 +16,7 @@ use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::LimitFlags;
 use super::network::NetworkFlags;
 use super::process::ProcessFlags;
+use super::usage::NO_VOLUMES;
 use super::{boot, signal, size};
 use crate::boot::Part;
 use crate::config::MachineConfig;
@@ -79,8 +80,7 @@ pub struct Run {
     /// IMAGE is an image name (pulled if it is not in local storage), an archive saved by docker, podman or skopeo, an
     /// OCI layout, a root filesystem (a tar archive or a directory), or a disk image. Write ./FILE for a file in the
     /// working directory: anything that is a valid image name is taken as a name.
-    #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
-    #[arg(value_names = ["IMAGE", "COMMAND"])]
+    #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
 
     #[command(flatten)]
@@ -192,7 +192,7 @@ impl Run {
         self.process.mask_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = words.next().unwrap_or_default();
-        reject_option_as_image(&image)?;
+        reject_volume_as_image(&image)?;
         let mut command: Vec<OsString> = words.collect();
         // As where options may follow: what stands behind is the command.
         if command.first().is_some_and(|word| word == "--") {
@@ -333,20 +333,11 @@ impl Run {
     }
 }
 
-/// Refuses a word that stands where the image does and is certain to be none: an option, or what Docker's `-v` takes,
-/// which is husk's `--verbose` and takes nothing.
-fn reject_option_as_image(word: &OsStr) -> Result<()> {
+/// Refuses what Docker's `-v` takes, where the image stands: husk's `-v` is `--verbose` and takes nothing.
+fn reject_volume_as_image(word: &OsStr) -> Result<()> {
     let text = word.to_string_lossy();
-    let is_share = |flag: &str| text == flag || text.starts_with(&format!("{flag}="));
     let is_volume = log::log_enabled!(Level::Info) && text.contains(":/") && !Path::new(word).exists();
-    if is_volume || text.starts_with("-v") || ["--volume", "--mount", "--volumes-from"].into_iter().any(is_share) {
-        bail!(
-            "{text}: -v, --volume and --mount are not supported yet: use `husk cp` to copy files between the host and a machine"
-        );
-    }
-    if text.starts_with('-') {
-        bail!("unknown option {text}: options go before the image");
-    }
+    ensure!(!is_volume, "{text}: {NO_VOLUMES}");
     Ok(())
 }
 

@@ -41,7 +41,7 @@ pub struct Restart {
     machines: Vec<String>,
 
     /// Time to wait before killing the machine, in seconds or with a unit
-    #[arg(short, long, value_name = "TIME", value_parser = time::duration, default_value = "10")]
+    #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration, default_value = "10")]
     time: Duration,
 }
 

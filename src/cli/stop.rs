@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
@@ -27,7 +27,7 @@ pub struct Stop {
     machines: Vec<String>,
 
     /// Time to wait before killing the machine, in seconds or with a unit
-    #[arg(short, long, value_name = "TIME", value_parser = time::duration, default_value = "10")]
+    #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration, default_value = "10")]
     time: Duration,
 }
 
@@ -41,11 +41,14 @@ impl Stop {
         for word in self.machines {
             let stopped = state_dir.find(&word).and_then(|entry| {
                 let end = machines::watch_exit(&entry);
-                if entry.alive { machines::request(&entry, &request).map(|()| (entry, end)) } else { Ok((entry, end)) }
+                if entry.alive {
+                    machines::request(&entry, &request).with_context(|| word.clone())?;
+                }
+                Ok((entry, end))
             });
             match stopped {
                 Ok((entry, end)) => asked.push((word, entry, end)),
-                Err(error) => exit = super::report(&error.context(word)),
+                Err(error) => exit = super::report(&error),
             }
         }
         for (word, entry, end) in asked {

@@ -25,11 +25,13 @@ impl Wait {
     /// Prints a line for each machine, in order. One whose husk was killed has 137.
     pub fn run(self) -> Result<Exit> {
         let state_dir = StateDir::open()?;
-        let entries = self.machines.iter().map(|word| state_dir.find(word)).collect::<Result<Vec<_>>>()?;
+        let mut exit = Exit::Success;
+        let find = |word: &String| state_dir.find(word).map_err(|error| exit = super::report(&error)).ok();
+        let entries: Vec<_> = self.machines.iter().filter_map(find).collect();
         let asked: Vec<_> = entries.iter().map(machines::watch_exit).collect();
         for (entry, end) in entries.iter().zip(asked) {
             super::print(&format!("{}\n", machines::exit_code(entry, end)?))?;
         }
-        Ok(Exit::Success)
+        Ok(exit)
     }
 }

@@ -52,6 +52,11 @@ pub struct MachineEntry {
     path: PathBuf,
 }
 
+/// There is no machine with this name or ID.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no such machine: {0:?} (see `husk ps -a`)")]
+pub struct NoSuchMachine(pub String);
+
 impl StateDir {
     /// Opens this user's state directory: `$XDG_RUNTIME_DIR/husk`, or if that is not set `/run/user/UID/husk` or
     /// `/tmp/husk-UID`.
@@ -100,7 +105,7 @@ impl StateDir {
         let mut found = self.list()?;
         found.retain(|entry| !word.is_empty() && entry.id.starts_with(word));
         match found.len() {
-            0 => bail!("no such machine: {word:?} (see `husk ps -a`)"),
+            0 => bail!(NoSuchMachine(word.to_owned())),
             1 => found.pop().context("a machine went"),
             count => bail!("the IDs of {count} machines start with {word:?}: use a longer prefix"),
         }

@@ -1,0 +1,140 @@
+//! What is wrong with a command line, as one line; and what to type in place of what Docker has and husk does not.
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+use super::argv;
+use super::exit::Exit;
+use super::print_error;
+
+/// What to do without directories of the host.
+pub const NO_VOLUMES: &str =
+    "-v, --volume and --mount are not supported yet: use `husk cp` to copy files between the host and a machine";
+
+/// Answers `--help` and `--version`, and prints what is wrong with a command line as one line.
+pub fn report_usage(error: &clap::Error) -> Exit {
+    let text = error.render().to_string();
+    match text.strip_prefix("error: ") {
+        Some(text) => print_error(&line(error, text, &words())),
+        // What is no error is help: asked for, or shown because no command was given.
+        None => drop(error.print()),
+    }
+    match error.exit_code() {
+        0 => Exit::Success,
+        _ if matches!(words().first().map(String::as_str), Some("run" | "exec")) => Exit::NotRun,
+        _ => Exit::Usage,
+    }
+}
+
+/// The command and all behind it.
+fn words() -> Vec<String> {
+    let words = argv::all();
+    let command = argv::command_index(words).unwrap_or(words.len());
+    words.iter().skip(command).map(|word| word.to_string_lossy().into_owned()).collect()
+}
+
+/// The first sentence of clap's `text`, and a hint: ours if there is one, or else clap's, if that can help.
+fn line(error: &clap::Error, text: &str, words: &[String]) -> String {
+    let what = text.split("\n\n").next().unwrap_or(text);
+    // Hardly anybody means a word that begins with a dash.
+    let can_help = |tip: &&str| !tip.contains("as a value");
+    let tip = text.lines().filter_map(|line| line.trim_start().strip_prefix("tip: ")).find(can_help);
+    let of = |kind| match error.get(kind) {
+        Some(ContextValue::String(word)) => Some(word.as_str()),
+        _ => None,
+    };
+    let ours = match error.kind() {
+        ErrorKind::InvalidSubcommand => of(ContextKind::InvalidSubcommand).and_then(|word| command_hint(words, word)),
+        ErrorKind::UnknownArgument => of(ContextKind::InvalidArg).and_then(|word| option_hint(words, word)),
+        _ => None,
+    };
+    match (ours, tip) {
+        (Some(hint), _) => format!("{what}: {hint}"),
+        (None, Some(tip)) => format!("{what}; tip: {tip}"),
+        (None, None) => what.to_owned(),
+    }
+}
+
+/// What there is in place of a command of Docker's.
+fn command_hint(words: &[String], command: &str) -> Option<&'static str> {
+    if words.first()? != command {
+        return None;
+    }
+    Some(match command {
+        "version" => "use `husk --version`",
+        "info" => "use `husk doctor`",
+        "create" => "use `husk run -d`",
+        "container" => "use `husk ps`, `husk rm` and so on, without `container`",
+        "image" => "use `husk images`, `husk rmi` and so on, without `image`",
+        "volume" => "use `husk run --keep NAME` and `husk disks`",
+        "system" => "use `husk prune`",
+        "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
+        "build" | "commit" | "history" | "push" | "save" | "tag" => {
+            "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them"
+        }
+        "top" => "use `husk exec MACHINE ps`, or `husk stats`",
+        "port" => "use `husk ps`",
+        "export" => "use `husk cp MACHINE:/ -`",
+        _ => return None,
+    })
+}
+
+/// What there is in place of an option of Docker's.
+fn option_hint(words: &[String], option: &str) -> Option<&'static str> {
+    let command = words.first()?.as_str();
+    let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
+    match command {
+        "run" => {
+            let is_volume = |word: &String| word.starts_with("-v") && word.contains(":/");
+            let is_short = !option.starts_with("--");
+            let is_share = ["--volume", "--mount", "--volumes-from"].into_iter().any(is);
+            (is_share || is_short && words.iter().any(is_volume)).then_some(NO_VOLUMES)
+        }
+        "inspect" if is("-f") || is("--format") => Some("the output is JSON: select fields with `jq`"),
+        "ps" | "images" | "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
+            Some("use --json, and select with `jq`")
+        }
+        "start" if ["-a", "--attach", "-i", "--interactive"].into_iter().any(is) => {
+            Some("use `husk attach MACHINE` after it")
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::super::Cli;
+    use super::*;
+
+    fn said(words: &[&str]) -> String {
+        let error = Cli::try_parse_from([&["husk"], words].concat()).err().unwrap_or_else(|| panic!("{words:?}"));
+        let text = error.render().to_string();
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        line(&error, text.strip_prefix("error: ").unwrap(), &words)
+    }
+
+    #[test]
+    fn who_types_what_docker_has_is_told_what_husk_has() {
+        for (words, hint) in [
+            (&["version"][..], "husk --version"),
+            (&["container", "ls"], "husk ps"),
+            (&["image", "ls"], "husk images"),
+            (&["login"], "podman login"),
+            (&["run", "-v/a:/b", "x"], "husk cp"),
+            (&["run", "-vdata:/b", "x"], "husk cp"),
+            (&["run", "--volume", "/a:/b", "x"], "husk cp"),
+            (&["run", "--mount=type=bind,src=/a,dst=/b", "x"], "husk cp"),
+            (&["run", "--memroy", "1G", "x"], "--memory"),
+            (&["ps", "--filter", "name=x"], "--json"),
+            (&["ps", "-f", "name=x"], "--json"),
+            (&["inspect", "-f", "{{.Id}}", "x"], "jq"),
+            (&["start", "-a", "x"], "husk attach"),
+            (&["histroy"], "unrecognized subcommand 'histroy'"),
+        ] {
+            let line = said(words);
+            assert!(line.contains(hint), "{words:?}: {line}");
+            assert!(!line.contains('\n') && !line.contains("as a value"), "{words:?}: {line}");
+        }
+    }
+}
