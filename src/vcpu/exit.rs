@@ -50,17 +50,15 @@ impl End {
 /// Runs the guest until its next exit and handles it.
 pub fn step(fd: &mut VcpuFd, buses: &Buses) -> Step {
     match fd.run() {
-        Ok(VcpuExit::IoOut(port, data)) => {
-            let data = data.to_vec();
+        Ok(VcpuExit::IoOut(port, _)) => {
             let mut is_behind = false;
-            for unit in data.chunks(port_width(fd)) {
+            for unit in port_accesses(fd) {
                 is_behind = buses.ports.write(u64::from(port), unit);
             }
             if is_behind { Step::WaitForConsole } else { Step::Continue }
         }
-        Ok(VcpuExit::IoIn(port, data)) => {
-            let data = detached(data);
-            for unit in data.chunks_mut(port_width(fd)) {
+        Ok(VcpuExit::IoIn(port, _)) => {
+            for unit in port_accesses(fd) {
                 buses.ports.read(u64::from(port), unit);
             }
             Step::Continue
@@ -100,7 +98,7 @@ fn interrupted(fd: &mut VcpuFd) -> Step {
 /// Completes the vCPU's last exit without running the guest, so that its registers are at an instruction boundary (KVM
 /// API, KVM_RUN: an I/O exit is complete only after the next KVM_RUN). Further exits of an instruction with several
 /// accesses, such as `rep outsb`, are handled here. Returns the reason if the vCPU cannot run any further.
-pub fn finish(fd: &mut VcpuFd, buses: &Buses) -> Option<End> {
+pub fn complete_last(fd: &mut VcpuFd, buses: &Buses) -> Option<End> {
     loop {
         fd.set_kvm_immediate_exit(1);
         match step(fd, buses) {
@@ -144,19 +142,20 @@ thread_local! {
     static KICKED: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
-/// Detaches an exit's data from the borrow of its vCPU.
-fn detached<'a>(data: &mut [u8]) -> &'a mut [u8] {
-    // SAFETY: `data` lies in the vCPU's `kvm_run` mapping, which exists until the `VcpuFd` is dropped. `step`, the only
-    // caller, holds that `VcpuFd` for as long as it uses the slice, and no other code accesses the data in the
-    // meantime.
-    unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len()) }
-}
-
-/// The width in bytes of one access of the current port I/O exit: a string instruction makes many accesses at once.
-fn port_width(fd: &mut VcpuFd) -> usize {
+/// The data of the current port I/O exit, access by access: a string instruction makes many accesses at once, which
+/// `VcpuExit` returns as one slice without their width.
+fn port_accesses(fd: &mut VcpuFd) -> impl Iterator<Item = &mut [u8]> {
+    let run = fd.get_kvm_run();
     // SAFETY: the exit was KVM_EXIT_IO, for which KVM fills this member of the union.
-    let width = unsafe { fd.get_kvm_run().__bindgen_anon_1.io.size };
-    usize::from(width).max(1)
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let width = usize::from(io.size);
+    // SAFETY: KVM puts `count` accesses of `size` bytes at that offset in the mapping of `kvm_run` (KVM API, KVM_EXIT_IO),
+    // and reads and writes it in KVM_RUN alone. The mapping stays for as long as `fd`, which is borrowed meanwhile.
+    let data = unsafe {
+        let at = ptr::from_mut(run).cast::<u8>().add(io.data_offset as usize);
+        std::slice::from_raw_parts_mut(at, width * io.count as usize)
+    };
+    data.chunks_mut(width.max(1))
 }
 
 /// The vCPU's instruction pointer for a message; 0 if KVM does not provide it.

@@ -172,7 +172,7 @@ impl Vcpu {
         loop {
             let end = match self.next_command() {
                 Some(Command::Stop) => return false,
-                Some(Command::Pause) => match exit::finish(&mut self.fd, &self.buses) {
+                Some(Command::Pause) => match exit::complete_last(&mut self.fd, &self.buses) {
                     None => {
                         self.say_paused();
                         return true;
