@@ -1,5 +1,6 @@
 //! Creates virtual machines: the KVM calls, in the order that makes them fast.
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -34,6 +35,12 @@ pub struct Vm {
     fd: VmFd,
     kvm: Arc<Kvm>,
     memory: GuestMemory,
+}
+
+impl AsRawFd for Vm {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
 }
 
 impl Vm {

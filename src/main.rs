@@ -1,13 +1,12 @@
 //! From arguments to an exit code: parse, dispatch, print the error once.
 
 use std::ffi::OsString;
-use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
 use husk::cli::{self, Cli, argv};
 
-fn main() -> ExitCode {
+fn main() -> ! {
     let started = Instant::now();
     let exit = match argv::read().map(parse) {
         Ok(Ok(cli)) => cli.run(started).unwrap_or_else(|error| cli::report(&error)),
@@ -15,7 +14,7 @@ fn main() -> ExitCode {
         Err(error) => cli::report(&error),
     };
     log::logger().flush();
-    exit.into()
+    exit.leave()
 }
 
 fn parse(words: &[OsString]) -> Result<Cli, clap::Error> {

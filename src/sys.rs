@@ -4,6 +4,7 @@
 pub mod affinity;
 pub mod arguments;
 pub mod disk;
+pub mod exit;
 pub mod mapping;
 pub mod net;
 pub mod process;

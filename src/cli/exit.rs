@@ -1,8 +1,7 @@
 //! From the end of a command to its exit code: the only list of them.
 
-use std::process::ExitCode;
-
 use crate::exit_latch::ExitReason;
+use crate::machine::release;
 
 /// How a command ended, as its caller is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +45,11 @@ impl Exit {
             Exit::Reported(code) => code,
         }
     }
+
+    /// Exits with this code; what the kernel has left to release of a machine is released after that.
+    pub fn leave(self) -> ! {
+        release::exit(self.code())
+    }
 }
 
 impl From<&ExitReason> for Exit {
@@ -60,12 +64,6 @@ impl From<&ExitReason> for Exit {
             ExitReason::SessionLost(_) => Exit::Failure,
             ExitReason::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
         }
-    }
-}
-
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> ExitCode {
-        ExitCode::from(exit.code())
     }
 }
 

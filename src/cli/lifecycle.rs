@@ -14,6 +14,7 @@ use super::exit::Exit;
 use super::size;
 use crate::config::MachineConfig;
 use crate::console::stream_log;
+use crate::machine::release;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::record::{Inherited, Record, State, now_ms};
 use crate::state_dir::{MachineDir, MachineEntry, StateDir, names};
@@ -156,6 +157,9 @@ impl LifecycleArgs {
             let again = code != 0 && endpoint.restarts() < self.restart.max_retries && endpoint.is_announced();
             if started.elapsed() > STABLE_AFTER {
                 wait = INITIAL_BACKOFF;
+            }
+            if again {
+                release::release();
             }
             if !again || !endpoint.wait_to_restart(wait, &signals)? {
                 let reason = ended.as_ref().err().map(|error| format!("{error:#}"));

@@ -92,7 +92,17 @@ impl Machine {
         );
         let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
         let vcpus = start_vcpus(&vm, buses, &exit_latch, &supported, processor, entry)?;
-        Ok(Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm, cgroup_limits })
+        Ok(Machine {
+            vcpus,
+            transports,
+            controls,
+            console,
+            power_button,
+            exit_latch,
+            timings,
+            vm: Arc::new(vm),
+            cgroup_limits,
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod build;
 mod host_memory;
+pub mod release;
 
 use std::io;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ pub struct Machine {
     exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
     // Declared last, so that it outlives everything that uses its memory and descriptors.
-    vm: Vm,
+    vm: Arc<Vm>,
     cgroup_limits: CgroupLimits,
 }
 
@@ -140,6 +141,13 @@ impl Machine {
         for transport in self.transports.drain(..) {
             transport.pause();
         }
+    }
+}
+
+impl Machine {
+    /// Ends the machine, and keeps from being released what the kernel takes longest to release: see [`release`].
+    pub fn end(self) {
+        release::postpone(self.vm.clone());
     }
 }
 

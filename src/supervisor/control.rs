@@ -88,7 +88,7 @@ pub fn run(
     let printer = Printer::start(&machine, log, endpoint)?;
     let reason = Supervisor::new(&mut machine, signals, session.as_deref_mut(), endpoint, terminal.is_some())?.run()?;
     machine.timings().mark(Step::End);
-    drop(machine);
+    machine.end();
     let printed = drain::print(printer, session, signals, endpoint, &reason);
     drop(terminal);
     printed.map(|()| reason)

@@ -17,4 +17,5 @@ mod full_disk;
 mod kernel;
 mod life;
 mod machine;
+mod release;
 mod unread;
