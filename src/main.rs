@@ -1,4 +1,4 @@
-//! From arguments to an exit code: parse, dispatch, print the error once.
+//! The entry point: parses arguments, dispatches the command and prints its error.
 
 use std::ffi::OsString;
 use std::time::Instant;

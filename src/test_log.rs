@@ -1,18 +1,18 @@
-//! What tests' code has written to the log, for tests of log lines.
+//! Captures the log, for tests of log messages.
 
 use std::sync::{Mutex, Once};
 
-/// Lines written to the log so far that begin with `prefix`.
+/// The lines logged so far that start with `prefix`.
 pub fn logged(prefix: &str) -> Vec<String> {
     Lines::get().0.lock().unwrap().iter().filter(|line| line.starts_with(prefix)).cloned().collect()
 }
 
-/// Has what is written from here on kept. Harmless when repeated.
+/// Starts capturing. Idempotent.
 pub fn start() {
     Lines::get();
 }
 
-/// A log that can be read, for all tests at once.
+/// The captured lines, shared by all tests.
 struct Lines(Mutex<Vec<String>>);
 
 impl Lines {

@@ -1,7 +1,7 @@
-//! From the machine's shape to its ACPI tables: RSDP, XSDT, FADT, MADT and DSDT, one behind the other.
+//! Builds the ACPI tables: RSDP, XSDT, FADT, MADT and DSDT.
 //!
 //! The platform is hardware-reduced (ACPI 6.5 §4.1): no PM timer, no SCI, no fixed events. With that and the boot
-//! architecture flags Linux leaves PIC, PIT, CMOS clock, keyboard controller and VGA alone, which it would else probe.
+//! architecture flags Linux does not probe for PIC, PIT, CMOS clock, keyboard controller and VGA.
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -18,19 +18,19 @@ pub(super) const OEM_ID: [u8; 6] = *b"HUSK  ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"HUSKVM  ";
 pub(super) const OEM_REVISION: u32 = 1;
 
-/// IAPC_BOOT_ARCH (ACPI 6.5 §5.2.9.3). The clear bits say: no legacy devices to probe for (0), no 8042 (1).
+/// IAPC_BOOT_ARCH (ACPI 6.5 §5.2.9.3). Cleared bits mean: no legacy devices (0), no 8042 (1).
 const VGA_NOT_PRESENT: u16 = 1 << 2;
-/// Same place: no clock at ports 0x70 and 0x71.
+/// In the same field: no clock at ports 0x70 and 0x71.
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 
-/// KVM's I/O APIC says that its id is 0.
+/// The ID that KVM's I/O APIC reports.
 const IOAPIC_ID: u8 = 0;
-/// The broadcast id: processors with a higher local APIC id need x2APIC entries, which this machine never reaches.
+/// The broadcast ID: processors with a higher local APIC ID would need x2APIC entries, but this machine has fewer.
 const XAPIC_BROADCAST_ID: u32 = 255;
 
-/// All tables, to be written at [`layout::ACPI_ADDRESS`]: the RSDP comes first.
+/// All tables, to be written at [`layout::ACPI_ADDRESS`], starting with the RSDP.
 ///
-/// Processors have the local APIC ids `0..cpus`; there are `virtio_count` virtio-mmio devices.
+/// Processors have the local APIC IDs `0..cpus`; there are `virtio_count` virtio-mmio devices.
 pub fn tables(cpus: u32, virtio_count: usize) -> Result<Vec<u8>> {
     ensure!(cpus <= XAPIC_BROADCAST_ID, "{cpus} vCPUs are more than xAPIC ids");
     ensure!(
@@ -57,7 +57,7 @@ struct Tables {
 }
 
 impl Tables {
-    /// Puts `table` behind the others, aligned to 8 bytes; returns the address where the guest will find it.
+    /// Appends `table`, aligned to 8 bytes; returns its guest address.
     fn append(&mut self, table: &[u8]) -> u64 {
         self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
         let address = layout::ACPI_ADDRESS + self.bytes.len() as u64;
@@ -76,7 +76,7 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        // Both buttons are devices in the DSDT, or absent: never fixed hardware.
+        // Both buttons are devices in the DSDT or do not exist; they are not fixed hardware.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Wbinvd)
@@ -94,8 +94,8 @@ fn byte_port(port: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into())
 }
 
-/// MADT (ACPI 6.5 §5.2.12) with its flags clear: no PC/AT PIC to mask. Interrupt lines are ISA's one to one, so there
-/// are no overrides.
+/// The MADT (ACPI 6.5 §5.2.12) with all flags clear: no PC/AT PIC to mask. ISA interrupt lines are mapped one to one,
+/// so there are no overrides.
 fn madt(cpus: u32) -> Result<Vec<u8>> {
     let local_apic = LocalInterruptController::Address(layout::LAPIC_ADDRESS);
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local_apic);
@@ -119,7 +119,7 @@ mod tests {
         u64::from_le_bytes(value)
     }
 
-    /// The table whose address stands at `at`, 8 bytes wide, by its own length.
+    /// The table whose 8-byte address is at `at`.
     fn follow(tables: &[u8], from: &[u8], at: usize) -> Vec<u8> {
         let start = (le::<8>(from, at) - layout::ACPI_ADDRESS) as usize;
         let len = le::<4>(tables, start + 4) as usize;
@@ -130,7 +130,7 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    /// RSDP, XSDT, FADT, MADT and DSDT, as a guest finds them.
+    /// The tables RSDP, XSDT, FADT, MADT and DSDT, located as a guest would.
     fn walk(cpus: u32, virtio_count: usize) -> [Vec<u8>; 5] {
         let tables = tables(cpus, virtio_count).unwrap();
         let rsdp = tables[..36].to_vec();
@@ -184,7 +184,7 @@ mod tests {
         assert!(tables(256, 0).is_err());
     }
 
-    /// ACPICA's own view of every table: it disassembles them, and its interpreter runs the DSDT.
+    /// Verified by ACPICA: it disassembles all tables, and its interpreter runs the DSDT.
     #[test]
     fn acpica_reads_every_table() {
         let missing = |program: &str| Command::new(program).arg("-v").output().is_err();

@@ -1,5 +1,5 @@
-//! From a bzImage's setup header to where its packed kernel lies, or, where that cannot be unpacked here, to guest memory
-//! with the kernel's own decompressor (boot.rst).
+//! Parses bzImages (boot.rst): locates the packed kernel or, if it cannot be unpacked here, loads the image to unpack
+//! itself.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,38 +15,39 @@ use crate::decompress::{self, Compression};
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// Where the setup header starts in a bzImage, and in the zero page.
+/// The offset of the setup header in a bzImage and in the zero page.
 const HEADER_OFFSET: u64 = 0x1f1;
-/// Where [`HEADER_MAGIC`] stands: the byte before says how far the header goes on from here.
+/// The offset of [`HEADER_MAGIC`]: the byte before it is the length of the rest of the header.
 const MAGIC_OFFSET: usize = 0x202;
 const SECTOR_BYTES: u64 = 512;
-/// `setup_sects` where the header says 0.
+/// The meaning of `setup_sects` 0.
 const SETUP_SECTORS_DEFAULT: u8 = 4;
-/// Protocol 2.08: the first with `payload_offset` and `payload_length`.
+/// Protocol 2.08, the first with `payload_offset` and `payload_length`.
 const VERSION_WITH_PAYLOAD: u16 = 0x0208;
-/// Protocol 2.12: the first with `xloadflags`.
+/// Protocol 2.12, the first with `xloadflags`.
 const VERSION_WITH_XLOADFLAGS: u16 = 0x020c;
-/// The 64-bit entry point's distance from the start of the protected-mode code.
+/// The offset of the 64-bit entry point in the protected-mode code.
 const ENTRY_64_OFFSET: u64 = 0x200;
-/// The unpacked size, at the payload's end.
+/// The size of the unpacked size field at the end of the payload.
 const SIZE_BYTES: u64 = 4;
-/// No kernel is larger when unpacked.
+/// Larger than any unpacked kernel.
 const UNPACKED_MAX_BYTES: u64 = 1 << 30;
-/// No kernel packs better; what claims to would have the host write zeroes for a long time.
+/// Better than any kernel's compression ratio; otherwise a crafted image could make the host write zeroes for a long
+/// time.
 const RATIO_MAX: u64 = 64;
 
-/// An opened bzImage with a header that makes sense.
+/// An opened bzImage with a valid header.
 #[derive(Debug)]
 pub struct BzImage {
     image: Part,
     header: setup_header,
-    /// Where the protected-mode code starts in it.
+    /// The offset of the protected-mode code.
     code_offset: u64,
     code_bytes: u64,
     payload: Option<Payload>,
 }
 
-/// The packed kernel: an ELF image, and what its relocation takes.
+/// The packed kernel: an ELF image and its relocations.
 #[derive(Debug)]
 struct Payload {
     offset: u64,
@@ -63,7 +64,7 @@ pub fn is_bzimage(image: &Part) -> Result<bool> {
 }
 
 impl BzImage {
-    /// Reads and checks the setup header.
+    /// Reads and validates the setup header.
     pub fn open(image: Part) -> Result<BzImage> {
         let header = read_header(&image)?;
         ensure!(
@@ -80,28 +81,28 @@ impl BzImage {
         Ok(image)
     }
 
-    /// Whether husk can unpack the kernel in it.
+    /// Whether husk can unpack the kernel.
     pub fn can_be_unpacked(&self) -> bool {
         self.payload.is_some()
     }
 
-    /// Size of the unpacked kernel, 0 where it cannot be unpacked.
+    /// The size of the unpacked kernel; 0 if it cannot be unpacked.
     pub fn unpacked_bytes(&self) -> u64 {
         self.payload.as_ref().map_or(0, |payload| payload.unpacked_bytes)
     }
 
-    /// The file that it is, or that it is a part of.
+    /// The file that contains the image.
     pub fn file(&self) -> &File {
         self.image.file()
     }
 
-    /// All of it, from its start.
+    /// Reads the whole image.
     pub fn reader(&self) -> impl Read {
         self.image.reader(0, u64::MAX)
     }
 
-    /// Unpacks the kernel to `output`: [`unpacked_bytes`](BzImage::unpacked_bytes) of it, or an error. `progress` is called
-    /// with the bytes written so far, a few times a second at least.
+    /// Unpacks [`unpacked_bytes`](BzImage::unpacked_bytes) to `output`, or fails. `progress` is called with the number
+    /// of bytes written so far, at least a few times per second.
     pub fn unpack(&self, output: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let Some(payload) = &self.payload else { bail!("the bzImage uses an unknown compression format") };
         let packed = self.image.reader(payload.offset, payload.len);
@@ -123,7 +124,7 @@ impl BzImage {
         }
         self.image.read_exact_at(&mut magic, offset)?;
         let Some(compression) = Compression::identify(&magic) else { return Ok(None) };
-        // Linux's build puts the unpacked size behind every payload; gzip's own end is that size.
+        // Linux's build appends the unpacked size to every payload; gzip's trailer already is that size.
         self.image.read_exact_at(&mut size, offset + len - SIZE_BYTES)?;
         let unpacked_bytes = u64::from(u32::from_le_bytes(size));
         ensure!(
@@ -138,22 +139,22 @@ impl BzImage {
 fn read_header(image: &Part) -> Result<setup_header> {
     let mut header = setup_header::default();
     let bytes = header.as_mut_slice();
-    // The shortest kernel is longer than the header at its longest.
+    // The smallest kernel is longer than the longest header.
     image.read_exact_at(bytes, HEADER_OFFSET).context("the bzImage is truncated: its header is incomplete")?;
     let magic_at = MAGIC_OFFSET - HEADER_OFFSET as usize;
     let end = bytes.get(magic_at - 1).map_or(0, |jump| magic_at + usize::from(*jump));
-    // Behind its end is code, which is no header field.
+    // The header is followed by code.
     bytes.iter_mut().skip(end).for_each(|byte| *byte = 0);
     Ok(header)
 }
 
-/// Loads the protected-mode code of `image`, which unpacks the kernel by itself.
+/// Loads the protected-mode code of `image`, which unpacks the kernel itself.
 pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
     let header = image.header;
     if header.version < VERSION_WITH_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
         bail!("the bzImage uses an unknown compression format, and has no 64-bit entry point to decompress itself");
     }
-    // What the decompressor and the kernel take before they have read their memory map.
+    // The memory used before the kernel has read its memory map.
     let needed = u64::from(header.init_size).max(image.code_bytes);
     let address = runtime_start(&header)?;
     let end = address.checked_add(needed).context("the bzImage is corrupted: it wraps around the address space")?;
@@ -175,8 +176,8 @@ pub fn load(memory: &GuestMemory, image: &BzImage) -> Result<Loaded> {
     })
 }
 
-/// Where the kernel is to run (boot.rst, `init_size`). It moves there by itself when it is loaded lower, so that less memory
-/// is of no use to it, and it has no need of another place when it is loaded right there.
+/// The address where the kernel runs (boot.rst, `init_size`). A kernel loaded below moves there, so a lower load
+/// address saves no memory; a kernel loaded there stays.
 fn runtime_start(header: &setup_header) -> Result<u64> {
     let (preferred, alignment) = (header.pref_address, u64::from(header.kernel_alignment));
     ensure!(alignment.is_power_of_two(), "the bzImage is corrupted: invalid alignment of {alignment} bytes");
@@ -248,7 +249,8 @@ mod tests {
         for packer in sample::PACKERS {
             let Some(payload) = sample::packed(&kernel, packer) else { continue };
             let mut bytes = sample::bzimage(&payload);
-            // The middle of the payload: each format's checksum or structure tells, but for lz4's, which has neither.
+            // The middle of the payload: detected by each format's checksum or structure, except lz4's, which has
+            // neither.
             let at = 1024 + sample::PAYLOAD_OFFSET as usize + payload.len() / 2;
             bytes[at] ^= 0x10;
             let result = unpack(&open(&bytes).unwrap());

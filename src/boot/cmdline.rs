@@ -1,11 +1,11 @@
-//! From the user's words to the kernel's command line.
+//! Validates and writes the kernel's command line.
 
 use anyhow::{Result, ensure};
 
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// Checks `cmdline`: printable ASCII that the kernel has room for, `max_bytes` with its final NUL.
+/// Validates `cmdline`: printable ASCII that fits into `max_bytes` with its final NUL.
 pub fn check(cmdline: &str, max_bytes: usize) -> Result<()> {
     let longest = max_bytes.saturating_sub(1);
     ensure!(

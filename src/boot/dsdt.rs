@@ -1,7 +1,7 @@
-//! From the machine's shape to the DSDT: the devices that a guest cannot find by itself.
+//! Builds the DSDT: the devices that a guest cannot enumerate.
 //!
-//! Processors are not here: Linux takes them from the MADT, and looks for processor devices only for power states
-//! and hot-plug.
+//! Processors are omitted: Linux takes them from the MADT, and uses processor devices only for power states and
+//! hotplug.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -16,12 +16,12 @@ use crate::layout;
 
 /// DSDT revision 2: integers are 64 bits wide.
 const REVISION: u8 = 2;
-/// Length of a table's header.
+/// The size of a table's header.
 const HEADER_BYTES: u32 = 36;
 /// The notification of a button press (ACPI 6.5 §5.6.6, table 5.137).
 const BUTTON_PRESSED: u8 = 0x80;
 
-/// The whole table.
+/// Builds the table.
 pub fn table(virtio_count: usize) -> Result<Vec<u8>> {
     let mut body = vec![com1(), pvpanic(), power_button(), event_device()];
     for index in 0..virtio_count {
@@ -33,7 +33,7 @@ pub fn table(virtio_count: usize) -> Result<Vec<u8>> {
     Ok(dsdt.as_slice().to_vec())
 }
 
-/// `\_S5`: only the first element counts on a hardware-reduced platform (ACPI 6.5 §7.4.2.6).
+/// `\_S5`: only the first element is used on a hardware-reduced platform (ACPI 6.5 §7.4.2.6).
 fn sleep_state_5() -> impl Aml {
     Name::new(Path::new("_S5_"), &Package::new(vec![&layout::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
 }
@@ -43,7 +43,7 @@ fn com1() -> Vec<u8> {
     device("COM1", &EISAName::new("PNP0501"), 0, &[&ports, &interrupt(layout::SERIAL_GSI)], &[])
 }
 
-/// pvpanic, by the name that QEMU gave it.
+/// pvpanic, with the same hardware ID as in QEMU.
 fn pvpanic() -> Vec<u8> {
     let port = IO::new(layout::PVPANIC_PORT, layout::PVPANIC_PORT, 1, 1);
     device("PVPN", &"QEMU0001", 0, &[&port], &[])
@@ -53,8 +53,8 @@ fn power_button() -> Vec<u8> {
     device("PWRB", &EISAName::new("PNP0C0C"), 0, &[], &[])
 }
 
-/// The generic event device (ACPI 6.5 §5.6.9): an edge on its interrupt *is* a press of the power button, so that there
-/// is no register for the guest to read.
+/// The generic event device (ACPI 6.5 §5.6.9): an edge on its interrupt is a power button press, so there is no status
+/// register.
 fn event_device() -> Vec<u8> {
     let button = Path::new("PWRB");
     let press = Notify::new(&button, &BUTTON_PRESSED);
@@ -71,7 +71,7 @@ fn virtio_mmio(index: usize) -> Result<Vec<u8>> {
     Ok(device(&name, &"LNRO0005", u32::try_from(index)?, &[&registers, &interrupt(gsi)], &[]))
 }
 
-/// A device with its hardware id, unique id, resources and methods.
+/// A device with its hardware ID, unique ID, resources and methods.
 fn device(name: &str, hid: &dyn Aml, uid: u32, resources: &[&dyn Aml], methods: &[&dyn Aml]) -> Vec<u8> {
     let hid = Name::new(Path::new("_HID"), hid);
     let uid = Name::new(Path::new("_UID"), &uid);
@@ -84,7 +84,7 @@ fn device(name: &str, hid: &dyn Aml, uid: u32, resources: &[&dyn Aml], methods: 
     serialized(&Device::new(Path::new(name), children))
 }
 
-/// An interrupt that the device consumes: edge-triggered, active high, its own.
+/// An interrupt consumed by the device: edge-triggered, active high, exclusive.
 fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }

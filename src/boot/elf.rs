@@ -1,6 +1,6 @@
-//! From an ELF `vmlinux` to guest memory: PVH entry where the image has the note, the 64-bit boot protocol where not.
+//! Loads an ELF `vmlinux`, with the PVH entry point if it has the note, and the 64-bit boot protocol otherwise.
 //!
-//! The few headers are parsed here, and checked against guest memory before the first byte is loaded.
+//! The headers are validated against guest memory before anything is loaded.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -16,7 +16,7 @@ use super::{Extent, Loaded, Protocol};
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// A section's header, and where in it the section's place and its size in the file are (gABI, section header).
+/// The size of a section header, and the positions of the section's offset and size in it (gABI, section header).
 const SECTION_HEADER_BYTES: usize = 64;
 const SH_OFFSET: usize = 24;
 const SH_SIZE: usize = 32;
@@ -30,14 +30,14 @@ const PROGRAM_HEADERS_MAX: usize = 128;
 const NOTES_MAX_BYTES: u64 = 64 << 10;
 /// The names of an image's sections take about 2 KiB.
 const SECTION_NAMES_MAX_BYTES: u64 = 64 << 10;
-/// The section that a bzImage's own program has its packed kernel in (arch/x86/boot/compressed in Linux).
+/// The section with the packed kernel in a bzImage's decompressor (arch/x86/boot/compressed in Linux).
 const PACKED_KERNEL_SECTION: &[u8] = b"\0.rodata..compressed\0";
-/// Xen's note that holds the PVH entry point (Xen's `public/elfnote.h`).
+/// The type of the Xen note with the PVH entry point (Xen's `public/elfnote.h`).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
-/// The highest initrd address that kernels have stated in their `initrd_addr_max`, which an ELF image has lost.
+/// The highest initrd address that kernels state in `initrd_addr_max`, which is not in an ELF image.
 const INITRD_ADDRESS_MAX: u64 = 0x7fff_ffff;
 
-/// What an ELF image asks for.
+/// The contents of the ELF headers.
 #[derive(Debug)]
 pub struct ElfImage {
     entry: u64,
@@ -52,7 +52,7 @@ struct Segment {
     memory: Extent,
 }
 
-/// Reads the headers of `file`. Fails where it is not a whole x86-64 ELF image that could be a kernel.
+/// Parses the headers of `file`. Fails if it is not a complete x86-64 ELF image that could be a kernel.
 pub fn parse(file: &File) -> Result<ElfImage> {
     let file_bytes = file.metadata()?.len();
     let mut header = Elf64_Ehdr::default();
@@ -96,7 +96,7 @@ pub fn parse(file: &File) -> Result<ElfImage> {
     Ok(image)
 }
 
-/// The names of the sections, each between NULs, if the image has kept them. They say nothing of how it is loaded.
+/// The names of the sections, each between NULs, if the image has them. They do not affect loading.
 fn section_names(file: &File, header: &Elf64_Ehdr) -> Option<Vec<u8>> {
     let mut section = [0; SECTION_HEADER_BYTES];
     let at = u64::from(header.e_shstrndx) * SECTION_HEADER_BYTES as u64;
@@ -124,7 +124,7 @@ fn segment(header: &Elf64_Phdr, file_bytes: u64) -> Result<Segment> {
     Ok(Segment { file_offset: header.p_offset, file_bytes: header.p_filesz, memory: Extent { start, end } })
 }
 
-/// The PVH entry point among a note segment's notes.
+/// The PVH entry point in a note segment.
 fn pvh_note(file: &File, header: &Elf64_Phdr) -> Result<Option<u32>> {
     let mut notes = vec![0; usize::try_from(header.p_filesz.min(NOTES_MAX_BYTES))?];
     file.read_exact_at(&mut notes, header.p_offset).context("read ELF notes")?;
@@ -133,7 +133,7 @@ fn pvh_note(file: &File, header: &Elf64_Phdr) -> Result<Option<u32>> {
     let mut rest = notes.as_slice();
     while let Some((note, after)) = Note::split(rest, align) {
         if note.name == b"Xen\0" && note.kind == XEN_ELFNOTE_PHYS32_ENTRY {
-            // Linux writes the 32-bit address as a quad word.
+            // Linux writes the 32-bit address as a 64-bit value.
             let entry = note.value.first_chunk().context("a PVH note without an address")?;
             return Ok(Some(u32::from_le_bytes(*entry)));
         }
@@ -149,7 +149,7 @@ struct Note<'a> {
 }
 
 impl<'a> Note<'a> {
-    /// The first note in `bytes`, and what follows it; `None` where there is no whole one.
+    /// Splits the first note off `bytes`; `None` if there is no complete one.
     fn split(bytes: &'a [u8], align: usize) -> Option<(Note<'a>, &'a [u8])> {
         let word = |n: usize| Some(u32::from_le_bytes(*bytes.get(n * 4..)?.first_chunk()?));
         let (name_bytes, value_bytes, kind) = (word(0)? as usize, word(1)? as usize, word(2)?);
@@ -163,7 +163,7 @@ impl<'a> Note<'a> {
 }
 
 impl ElfImage {
-    /// Where the kernel is entered.
+    /// The entry point and protocol.
     fn entry(&self) -> (Protocol, u64) {
         match self.pvh_entry {
             Some(entry) => (Protocol::Pvh, entry.into()),
@@ -174,7 +174,7 @@ impl ElfImage {
     fn check(&mut self) -> Result<()> {
         self.segments.sort_by_key(|segment| segment.memory.start);
         let Some(first) = self.segments.first() else { bail!("an ELF image without loadable segments") };
-        // Below are the command line, the tables and the first page tables.
+        // Below are the command line, the tables and the initial page tables.
         ensure!(
             first.memory.start >= layout::HIGH_MEMORY_START,
             "an ELF image that loads at {:#x}, below 1 MiB, is not a kernel",
@@ -193,7 +193,7 @@ impl ElfImage {
     }
 }
 
-/// Loads `file` to the physical addresses that it was linked for.
+/// Loads `file` to its physical addresses.
 pub fn load(memory: &GuestMemory, file: &File) -> Result<Loaded> {
     let image = parse(file)?;
     let mut file = file.try_clone()?;
@@ -215,8 +215,8 @@ pub fn load(memory: &GuestMemory, file: &File) -> Result<Loaded> {
     })
 }
 
-/// Reads a segment's bytes. Holes in the file, and what lies between its bytes there and its end, are all-zero already:
-/// memory is fresh. A third of an unpacked kernel is holes, which cost neither time nor memory this way.
+/// Reads a segment. Holes in the file and the part beyond its data are skipped, since the memory is already zero. A
+/// third of an unpacked kernel consists of holes, which then cost neither time nor memory.
 fn read(memory: &GuestMemory, file: &mut File, segment: &Segment) -> Result<()> {
     let file_end = segment.file_offset + segment.file_bytes;
     let mut at = segment.file_offset;
@@ -275,7 +275,7 @@ mod tests {
         bytes[64 << 10..200 << 10].fill(0);
         let part = Part { address: MIB, bytes: &bytes, memory_bytes: MIB };
         let image = sample::elf(MIB, &[part], None);
-        // The headers move everything out of step with pages: what is all-zero in the file are these.
+        // The headers shift everything relative to page boundaries: these are the zeroes in the file.
         let (start, end) = (68 << 10, 196 << 10);
         let file = sample::file(&image[..start]);
         file.write_all_at(&image[end..], end as u64).unwrap();
@@ -287,7 +287,7 @@ mod tests {
         assert!(loaded == bytes);
     }
 
-    /// `image` with a table of section names behind it.
+    /// Appends a table of section names to `image`.
     fn with_section_names(image: &[u8], names: &[u8]) -> Vec<u8> {
         let mut image = image.to_vec();
         let names_at = image.len() as u64;
@@ -309,7 +309,7 @@ mod tests {
         let mut object = kernel(None);
         object[16] = 1;
         assert!(error(&object).starts_with("an unlinked object file"));
-        // Lies about names are no reason to refuse a kernel.
+        // Invalid names are no reason to reject a kernel.
         for (at, value) in [(SH_OFFSET, u64::MAX), (SH_SIZE, u64::MAX)] {
             let mut lying = with_section_names(&kernel(None), b"\0.text\0");
             let header_at = lying.len() - SECTION_HEADER_BYTES;

@@ -1,4 +1,4 @@
-//! From an initrd file to guest memory, as high as the kernel may find it.
+//! Loads the initrd to the highest address that the kernel supports.
 
 use anyhow::{Context, Result, bail};
 use vm_memory::GuestMemoryBackend;
@@ -10,7 +10,7 @@ use crate::memory::GuestMemory;
 
 const PAGE_BYTES: u64 = 4096;
 
-/// Reads `initrd` once, into the highest pages between `kernel_end` and `address_max` (inclusive), below the hole.
+/// Reads `initrd` once, to the highest pages between `kernel_end` and `address_max` (inclusive), below the hole.
 pub fn load(memory: &GuestMemory, initrd: &Part, kernel_end: u64, address_max: u64) -> Result<Extent> {
     let len = initrd.len_bytes();
     if len == 0 {
@@ -32,7 +32,7 @@ pub fn load(memory: &GuestMemory, initrd: &Part, kernel_end: u64, address_max: u
     Ok(Extent { start, end: start + len })
 }
 
-/// `bytes` in MiB, rounded up, for people.
+/// Formats `bytes` in MiB, rounded up.
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }

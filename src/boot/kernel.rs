@@ -1,4 +1,4 @@
-//! From an opened file to what kind of kernel it is, and to what it brings along.
+//! Identifies a kernel file and what it contains.
 
 use std::fs::File;
 
@@ -9,35 +9,35 @@ use super::elf;
 use super::part::Part;
 use super::unified::Unified;
 
-/// What a kernel's file holds.
+/// The contents of a kernel file.
 #[derive(Debug)]
 pub struct KernelImage {
     /// The kernel.
     pub kernel: Kernel,
-    /// The initial RAM disk that a unified kernel image has in it.
+    /// The initramfs in a unified kernel image.
     pub initrd: Option<Part>,
-    /// The words that it has for its kernel; empty if none.
+    /// The command line in a unified kernel image; may be empty.
     pub cmdline: String,
 }
 
-/// An opened kernel image, by what its first bytes say. That all of it is well-formed shows when it is loaded.
+/// An opened kernel image, identified by its first bytes. It is fully validated when it is loaded.
 #[derive(Debug)]
 pub enum Kernel {
     /// An ELF image, `vmlinux`.
     Elf(File),
-    /// A bzImage: an ELF image that is packed, behind a program that unpacks it.
+    /// A bzImage: a packed ELF image after a decompressor.
     BzImage(BzImage),
 }
 
 impl KernelImage {
-    /// Looks at `file`'s first bytes, and at all of a bzImage's header and of a unified kernel image's sections.
+    /// Reads the start of `file`, the complete header of a bzImage, and the sections of a unified kernel image.
     pub fn identify(file: File) -> Result<KernelImage> {
         let part = Part::whole(file)?;
         let alone = |kernel| KernelImage { kernel, initrd: None, cmdline: String::new() };
         let mut magic = [0; 4];
         match part.read_at(&mut magic, 0).context("read kernel")? {
             4 if magic == *b"\x7fELF" => return Ok(alone(Kernel::Elf(part.into_file()))),
-            // With a program for UEFI in front it is a PE file too.
+            // With an EFI stub it is also a PE file.
             _ if bzimage::is_bzimage(&part)? => return Ok(alone(Kernel::BzImage(BzImage::open(part)?))),
             0 => bail!("the kernel file is empty"),
             _ => {}
@@ -51,7 +51,7 @@ impl KernelImage {
 }
 
 impl Kernel {
-    /// An ELF image whose headers are checked here and now.
+    /// An ELF image, whose headers are validated here.
     pub fn elf(file: File) -> Result<Kernel> {
         elf::parse(&file)?;
         Ok(Kernel::Elf(file))

@@ -1,4 +1,4 @@
-//! From the layout to what the guest is told is memory: the ranges behind the e820 table and PVH's memory map.
+//! The guest's memory map, for the e820 table and PVH.
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -6,17 +6,17 @@ use super::Extent;
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// What a range of addresses is for. The numbers are those of ACPI 6.5 §15, table 15.14; the e820 table and PVH share them.
+/// The type of a range. The numbers of ACPI 6.5 §15, table 15.14, are shared by e820 and PVH.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Kind {
-    /// The guest's to use.
+    /// Usable memory.
     Ram = 1,
-    /// Memory that holds ACPI tables.
+    /// ACPI tables.
     AcpiReclaimable = 3,
 }
 
-/// What stands at each address, in ascending order. What is left out holds nothing, or devices.
+/// The ranges in ascending order. Other addresses are unused, or devices.
 pub fn memory_map(memory: &GuestMemory) -> Vec<(Extent, Kind)> {
     let mut map = vec![
         (Extent { start: 0, end: layout::LOW_MEMORY_END }, Kind::Ram),
@@ -54,7 +54,7 @@ mod tests {
                 (0x1_0000_0000, 0x1_c000_0000, Kind::Ram),
             ]
         );
-        // All but the 385 KiB that a PC keeps below 1 MiB.
+        // Everything except the 385 KiB that a PC reserves below 1 MiB.
         assert_eq!(ram_mib(&map), (6 << 10) - 1);
     }
 

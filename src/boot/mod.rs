@@ -1,8 +1,8 @@
-//! From an opened kernel, initrd and command line to guest memory and the first vCPU's [`EntryPoint`].
+//! Loads the kernel, initrd and command line into guest memory, and determines the first vCPU's [`EntryPoint`].
 //!
-//! What stands here is x86: it is called once, before any vCPU runs, on the thread that builds the machine. Kernel
-//! and initrd are foreign files: each is read once, straight to where the guest finds it, and nothing that they say is
-//! believed before it is checked against guest memory.
+//! This is specific to x86. It is called once, before any vCPU runs, on the thread that builds the machine. Kernel and
+//! initrd are untrusted: each is read once, directly to its location in guest memory, and everything in them is
+//! validated against guest memory before use.
 
 mod acpi;
 mod bzimage;
@@ -32,19 +32,20 @@ pub use unified::Unified;
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// How the first vCPU enters the kernel.
+/// The boot protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
-    /// The 64-bit boot protocol (boot.rst): long mode, first 4 GiB mapped one to one, RSI holds the zero page's address.
+    /// The 64-bit boot protocol (boot.rst): long mode, the first 4 GiB identity-mapped, RSI holds the zero page's
+    /// address.
     Linux64,
     /// PVH: 32-bit protected mode without paging, EBX holds the `hvm_start_info`'s address.
     Pvh,
 }
 
-/// Where the first vCPU starts, and what it is told.
+/// The entry point of the first vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryPoint {
-    /// The state that the vCPU is to be in.
+    /// The protocol, which determines the vCPU's initial state.
     pub protocol: Protocol,
     /// Guest physical address of the first instruction.
     pub instruction: u64,
@@ -52,7 +53,7 @@ pub struct EntryPoint {
     pub info: u64,
 }
 
-/// A range of guest physical addresses, `start` included and `end` not.
+/// A range of guest physical addresses from `start` to `end` (exclusive).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Extent {
     start: u64,
@@ -65,17 +66,17 @@ impl Extent {
     }
 }
 
-/// What a loader leaves behind: where to enter, and what the initrd has to stay clear of.
+/// The result of a loader.
 struct Loaded {
     protocol: Protocol,
     instruction: u64,
-    /// The end of what the kernel occupies before it has read its memory map.
+    /// The end of the memory used by the kernel before it has read its memory map.
     kernel_end: u64,
-    /// The highest address that the initrd's last byte may have.
+    /// The highest address of the initrd's last byte.
     initrd_address_max: u64,
-    /// The longest command line that the kernel takes, with its final NUL.
+    /// The maximum length of the command line, including the final NUL.
     cmdline_max_bytes: usize,
-    /// What the zero page starts from.
+    /// The initial setup header.
     header: setup_header,
 }
 

@@ -1,4 +1,4 @@
-//! From an opened file to a part of it that stands for a file of its own: all of it, or a section of a unified kernel image.
+//! A part of an open file: all of it, or a section of a unified kernel image.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
@@ -9,8 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::GuestMemory;
 
-/// A range of a file's bytes, which is never read beyond. Where it is read from is its callers' word; the file's own
-/// position means nothing.
+/// A range of a file, which limits all reads. Positions are passed explicitly; the file's own position is not used.
 #[derive(Debug)]
 pub struct Part {
     file: File,
@@ -19,13 +18,13 @@ pub struct Part {
 }
 
 impl Part {
-    /// All of `file`, as long as it is now.
+    /// All of `file`, with its current length.
     pub fn whole(file: File) -> io::Result<Part> {
         let len_bytes = file.metadata()?.len();
         Ok(Part { file, start: 0, len_bytes })
     }
 
-    /// `len_bytes` of `file` from `start` on. Fails where the file ends before.
+    /// `len_bytes` of `file` from `start`. Fails if the file is shorter.
     pub fn of(file: &File, start: u64, len_bytes: u64) -> io::Result<Part> {
         let end = start.checked_add(len_bytes).ok_or(ErrorKind::UnexpectedEof)?;
         if end > file.metadata()?.len() {
@@ -34,17 +33,17 @@ impl Part {
         Ok(Part { file: file.try_clone()?, start, len_bytes })
     }
 
-    /// The file that it is a part of.
+    /// The underlying file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// The file alone.
+    /// Returns the underlying file.
     pub fn into_file(self) -> File {
         self.file
     }
 
-    /// Where it starts in its file.
+    /// The offset in the file.
     pub fn start(&self) -> u64 {
         self.start
     }
@@ -54,15 +53,15 @@ impl Part {
         self.len_bytes
     }
 
-    /// Reads at `offset` from its start, up to its end.
+    /// Reads at `offset` of the part, up to its end.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let left = usize::try_from(self.len_bytes.saturating_sub(offset)).unwrap_or(usize::MAX);
         let len = buffer.len().min(left);
-        // No overflow: the part's end is a place in the file, and `offset` is before it where there is anything to read.
+        // Cannot overflow: the end of the part is a valid offset, and `offset` is less if there is anything to read.
         if len == 0 { Ok(0) } else { self.file.read_at(&mut buffer[..len], self.start + offset) }
     }
 
-    /// Reads all of `buffer` at `offset` from its start, or fails.
+    /// Reads exactly `buffer` at `offset` of the part.
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < buffer.len() {
@@ -76,12 +75,12 @@ impl Part {
         Ok(())
     }
 
-    /// `len_bytes` from `offset` on, in order, or what there is of them.
+    /// Reads `len_bytes` from `offset` sequentially, or up to the end.
     pub fn reader(&self, offset: u64, len_bytes: u64) -> impl Read {
         Reader { part: self, at: offset, end: offset.saturating_add(len_bytes).min(self.len_bytes) }
     }
 
-    /// Reads `len_bytes` at `offset` straight to guest memory.
+    /// Reads `len_bytes` at `offset` directly to guest memory.
     pub fn copy_to(&self, memory: &GuestMemory, address: u64, offset: u64, len_bytes: u64) -> Result<()> {
         let inside = offset.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes);
         ensure!(inside, "{len_bytes} bytes at offset {offset} are incomplete");

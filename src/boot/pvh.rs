@@ -1,5 +1,5 @@
-//! From the memory map, initrd and command line to the `hvm_start_info` that a PVH kernel finds in EBX
-//! (Xen's `public/arch-x86/hvm/start_info.h`).
+//! Writes the `hvm_start_info` of a PVH kernel, with its memory map, initrd and command line (Xen's
+//! `public/arch-x86/hvm/start_info.h`).
 
 use anyhow::Result;
 use linux_loader::start_info::{XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
@@ -9,7 +9,7 @@ use super::{Extent, memory_map::memory_map};
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// The first version with a memory map: older ones have the kernel ask a hypervisor that is not there.
+/// The first version with a memory map: with older ones the kernel would ask a hypervisor that does not exist.
 const VERSION_WITH_MEMORY_MAP: u32 = 1;
 
 /// Writes the start info, its module list and its memory map; returns the start info's address.

@@ -1,14 +1,14 @@
-//! From a jump to the BIOS to the reset register: what a kernel that restarts by the BIOS finds at the reset vector.
+//! Code at the reset vector that resets the machine, for kernels that reboot through the BIOS.
 //!
-//! Linux does that on a hardware-reduced platform, which it takes for one with EFI, when no `reboot=` says otherwise. It
-//! arrives in real mode, at F000:FFF0. Without this it would run through zeroes for ever.
+//! Without a `reboot=` parameter, Linux does that on a hardware-reduced platform, after trying EFI. It arrives in real
+//! mode, at F000:FFF0. Without this code it would execute zeroes forever.
 
 use anyhow::Result;
 
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// Writes the few instructions that reset the machine.
+/// Writes the instructions that reset the machine.
 pub fn write(memory: &GuestMemory) -> Result<()> {
     super::write(memory, layout::RESET_VECTOR_ADDRESS, &instructions())
 }

@@ -1,10 +1,10 @@
-//! Kernel images for tests, made byte by byte.
+//! Kernel images for tests.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
-/// A segment of an ELF image: where it goes, its bytes, and how much memory it takes.
+/// A segment of an ELF image: its address, content and size in memory.
 pub struct Segment<'a> {
     pub address: u64,
     pub bytes: &'a [u8],
@@ -53,17 +53,17 @@ pub fn note(name: &[u8], kind: u32, value: &[u8]) -> Vec<u8> {
     note
 }
 
-/// A file with `bytes` in it, that no path leads to.
+/// An unnamed file with the content `bytes`.
 pub fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     file
 }
 
-/// Where [`bzimage`] puts the payload, from the start of the protected-mode code.
+/// The offset of [`bzimage`]'s payload in the protected-mode code.
 pub const PAYLOAD_OFFSET: u32 = 0x300;
 
-/// A bzImage of protocol 2.15 around `payload`: it runs at 16 MiB, and takes 4 MiB there.
+/// A bzImage of protocol 2.15 with `payload`: it runs at 16 MiB, and takes 4 MiB there.
 pub fn bzimage(payload: &[u8]) -> Vec<u8> {
     let mut code = b"code".to_vec();
     code.resize(PAYLOAD_OFFSET as usize, 0xcc);
@@ -98,7 +98,7 @@ pub fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
     image[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-/// What Linux's build packs a kernel with, and the size that it puts behind; gzip's is its own.
+/// The commands with which Linux's build packs a kernel, before the size is appended; gzip's trailer already has it.
 pub const PACKERS: [&str; 6] = [
     "gzip -n -9",
     "bzip2 -9",
@@ -108,8 +108,8 @@ pub const PACKERS: [&str; 6] = [
     "zstd -22 --ultra",
 ];
 
-/// `kernel` as a bzImage's payload, packed by the first word of `packer` with the other words; `None` where there is no such
-/// program, which is said aloud.
+/// Packs `kernel` as a bzImage's payload with the command `packer`; `None` with a visible message if it is not
+/// installed.
 pub fn packed(kernel: &[u8], packer: &str) -> Option<Vec<u8>> {
     let mut words = packer.split(' ');
     let program = words.next().unwrap();
@@ -128,28 +128,28 @@ pub fn packed(kernel: &[u8], packer: &str) -> Option<Vec<u8>> {
     Some(output)
 }
 
-/// A payload that nobody can unpack: LZO's magic number.
+/// An unsupported payload: LZO's magic number.
 pub const LZO: &[u8] = b"\x89LZO\0\x0d\x0a\x1a\x0a..............";
 
-/// An ELF kernel of `len` bytes, and its headers, that packs neither well nor badly.
+/// A moderately compressible ELF kernel of `len` bytes and headers.
 pub fn kernel(len: u32) -> Vec<u8> {
     let mut state = 1u32;
     let bytes: Vec<u8> = (0..len)
         .map(|n| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            // Relative calls among it give xz's x86 filter something to do.
+            // Relative calls, for xz's x86 filter.
             if n.is_multiple_of(5) { 0xe8 } else { (state >> 30) as u8 }
         })
         .collect();
     elf(1 << 20, &[Segment { address: 1 << 20, bytes: &bytes, memory_bytes: 2 << 20 }], None)
 }
 
-/// Where [`unified`] puts the PE header; the section table is right behind it.
+/// The offset of [`unified`]'s PE header, followed by the section table.
 pub const PE_AT: usize = 0x80;
-/// To what sections are rounded up in the file.
+/// The alignment of sections in the file.
 pub const PE_ALIGNMENT: usize = 512;
 
-/// A PE file for x86-64 of these sections, in this order, each name at most 8 bytes long.
+/// A PE file for x86-64 with these sections, in this order; names have at most 8 bytes.
 pub fn unified(sections: &[(&str, &[u8])]) -> Vec<u8> {
     let mut image = vec![0; PE_AT];
     put(&mut image, 0, b"MZ");

@@ -1,8 +1,8 @@
-//! From a unified kernel image (UKI) to the kernel, the initial RAM disk and the command line in it.
+//! Extracts the kernel, the initramfs and the command line from a unified kernel image (UKI).
 //!
-//! It is a PE file for UEFI whose sections are what it is made of (UAPI Group, Unified Kernel Image; Microsoft, PE format).
-//! Here its program is not run: the parts are taken from it. They are foreign: each is checked to lie in the file, and there
-//! are as many as a table of bounded length holds.
+//! A UKI is a PE file for UEFI with its parts in sections (UAPI Group, Unified Kernel Image; Microsoft, PE format). Its
+//! program is not run. The file is untrusted: each section is validated to be within the file, and the section table is
+//! limited.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::part::Part;
 
-/// Where a DOS header says where the PE header is.
+/// The offset of the PE header's offset in a DOS header.
 const PE_OFFSET_AT: usize = 0x3c;
 const DOS_HEADER_BYTES: usize = 0x40;
 /// Signature and COFF file header.
@@ -21,21 +21,21 @@ const SECTION_HEADER_BYTES: usize = 40;
 const MACHINE_X86_64: u16 = 0x8664;
 /// An image has about ten sections, and a few more for each profile.
 const SECTIONS_MAX: usize = 512;
-/// More than any kernel reads; what is too much for this one is said when it is loaded.
+/// Longer than any kernel's limit, which is checked when it is loaded.
 const CMDLINE_MAX_BYTES: u64 = 16 << 10;
 
-/// What a unified kernel image is made of, as far as a machine needs it.
+/// The parts of a unified kernel image that a machine uses.
 #[derive(Debug)]
 pub struct Unified {
     /// `.linux`: a bzImage.
     pub linux: Part,
     /// `.initrd`.
     pub initrd: Option<Part>,
-    /// `.cmdline`, on one line; empty if there is none.
+    /// `.cmdline`, joined to one line; may be empty.
     pub cmdline: String,
 }
 
-/// A section's header, as far as it matters here.
+/// The relevant fields of a section header.
 struct Section {
     name: [u8; 8],
     offset: u64,
@@ -43,12 +43,12 @@ struct Section {
 }
 
 impl Unified {
-    /// The parts of `file`, or `None` where it is no unified kernel image. Where it has several profiles, those of the
-    /// first one, which is what it boots by itself.
+    /// The parts of `file`, or `None` if it is not a unified kernel image. With several profiles, the first one is
+    /// used, as is the default at boot.
     pub fn parse(file: &File) -> Result<Option<Unified>> {
         let Some(sections) = sections(file)? else { return Ok(None) };
         let find = |name: &[u8]| {
-            // A profile's sections stand behind those that all profiles have, and in their place.
+            // A profile's sections follow the common ones, and override them.
             let profiles = sections.iter().enumerate().filter(|(_, section)| section.is(b".profile"));
             let end = profiles.map(|(index, _)| index).nth(1).unwrap_or(sections.len());
             sections.iter().take(end).rfind(|section| section.is(name))
@@ -75,7 +75,7 @@ impl Section {
         };
         let mut name = [0; 8];
         name.copy_from_slice(&header[..8]);
-        // The size in memory is the content's; the size in the file is that, rounded up.
+        // The virtual size is the content's size; the raw size is rounded up.
         let (in_memory, in_file) = (word(8), word(16));
         let len = if in_memory == 0 { in_file } else { in_memory.min(in_file) };
         Section { name, offset: word(20).into(), len_bytes: len.into() }
@@ -86,7 +86,7 @@ impl Section {
     }
 }
 
-/// The sections of a PE file for this kind of processor, in their order; `None` where it is none.
+/// The sections of a PE file for x86-64, in order; `None` for other files.
 fn sections(file: &File) -> Result<Option<Vec<Section>>> {
     let mut dos = [0; DOS_HEADER_BYTES];
     let Some(()) = read_whole(file, &mut dos, 0)? else { return Ok(None) };
@@ -113,7 +113,7 @@ fn sections(file: &File) -> Result<Option<Vec<Section>>> {
     Ok(Some(sections))
 }
 
-/// Reads all of `buffer` at `offset`, or says that the file ends before.
+/// Reads exactly `buffer` at `offset`. `None` if the file is shorter.
 fn read_whole(file: &File, buffer: &mut [u8], offset: u64) -> Result<Option<()>> {
     match file.read_exact_at(buffer, offset) {
         Ok(()) => Ok(Some(())),
@@ -122,7 +122,7 @@ fn read_whole(file: &File, buffer: &mut [u8], offset: u64) -> Result<Option<()>>
     }
 }
 
-/// A `.cmdline` as words on one line: it is text that ends with its section or at a NUL, and often has a newline.
+/// The text of a `.cmdline` section as a single line: it ends with the section or a NUL, and often contains a newline.
 fn cmdline(part: &Part) -> Result<String> {
     ensure!(
         part.len_bytes() <= CMDLINE_MAX_BYTES,
@@ -201,7 +201,7 @@ mod tests {
     fn every_truncation_is_refused_or_none() {
         let whole = sample::unified(&[(".initrd", b"070701"), (".cmdline", b"quiet"), (".linux", b"kernel")]);
         parse(&whole).unwrap().unwrap();
-        // Behind the last section's content there is only what rounds it up.
+        // The last section's content is followed only by padding.
         let content_end = whole.len() - sample::PE_ALIGNMENT + b"kernel".len();
         for len in 0..content_end {
             assert!(!matches!(parse(&whole[..len]), Ok(Some(_))), "{len} bytes");

@@ -1,4 +1,4 @@
-//! From the memory map, initrd and command line to `struct boot_params`, the zero page (boot.rst, zero-page.rst).
+//! Writes `struct boot_params`, the zero page, with the memory map, initrd and command line (boot.rst, zero-page.rst).
 
 use anyhow::Result;
 use linux_loader::bootparam::{LOADED_HIGH, boot_e820_entry, boot_params, setup_header};
@@ -12,12 +12,12 @@ use crate::memory::GuestMemory;
 const BOOT_FLAG: u16 = 0xaa55;
 /// `header`: "HdrS".
 pub const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-/// `type_of_loader` of a boot loader without a number of its own.
+/// `type_of_loader` of a boot loader without an assigned number.
 const LOADER_UNREGISTERED: u8 = 0xff;
-/// Protocol version 2.12: the first with `xloadflags`, and so with a 64-bit entry.
+/// Protocol version 2.12, the first with `xloadflags` and therefore a 64-bit entry point.
 const VERSION_WITH_64_BIT_ENTRY: u16 = 0x020c;
 
-/// The setup header for a kernel that brings none: an ELF image.
+/// The setup header for an ELF image, which has none.
 pub fn header_for_elf() -> setup_header {
     setup_header {
         boot_flag: BOOT_FLAG,
@@ -28,13 +28,13 @@ pub fn header_for_elf() -> setup_header {
     }
 }
 
-/// Writes the zero page: `header` with what a boot loader fills in, and the memory map. Returns its address.
+/// Writes the zero page: `header` completed with the fields of a boot loader, and the memory map. Returns its address.
 ///
 /// `initrd` ends below 4 GiB.
 pub fn write(memory: &GuestMemory, header: setup_header, cmdline_bytes: usize, initrd: Option<Extent>) -> Result<u64> {
     let mut page = boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI_ADDRESS, ..Default::default() };
     page.hdr.type_of_loader = LOADER_UNREGISTERED;
-    // A chain of setup_data that a file claims to have is not in guest memory.
+    // The file's setup_data list is not in guest memory.
     page.hdr.setup_data = 0;
     page.hdr.cmd_line_ptr = u32::try_from(layout::CMDLINE_ADDRESS)?;
     page.hdr.cmdline_size = u32::try_from(cmdline_bytes)?;
@@ -66,7 +66,7 @@ mod tests {
         let initrd = Extent { start: 0x7000_0000, end: 0x7000_1234 };
         let address = write(&memory, header_for_elf(), 11, Some(initrd)).unwrap();
 
-        // Offsets as zero-page.rst and boot.rst have them.
+        // Offsets from zero-page.rst and boot.rst.
         let at = |offset: u64| memory.read_obj::<u32>(GuestAddress(address + offset)).unwrap();
         assert_eq!(at(0x070), 0xe_0000, "acpi_rsdp_addr");
         assert_eq!(at(0x1e8) & 0xff, 4, "e820_entries");

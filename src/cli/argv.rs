@@ -1,7 +1,8 @@
-//! The arguments of this process or, for a machine in the background, those that its parent sends it.
+//! The command line of this process or, for a machine in the background, the one received from its parent.
 //!
-//! Everybody on the host may read /proc/PID/cmdline, and values of `-e` may be secrets. So a machine in the background has its
-//! words from a pipe, its standard input; and who stays in the foreground covers those values, as curl does with passwords.
+//! /proc/PID/cmdline is readable by everyone, and values of `-e` may be secrets. Therefore a process in the background
+//! receives its arguments through a pipe on standard input, and one in the foreground overwrites these values, as curl
+//! does with passwords.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -13,22 +14,22 @@ use anyhow::{Context, Result, ensure};
 
 use crate::sys;
 
-/// Tells a process that it is the one in the background: the second of its arguments, behind the command.
+/// The marker of a process in the background: its second argument, after the command.
 pub const IN_BACKGROUND: &str = "--in-background";
-/// More than execve(2) takes of arguments and variables together.
+/// More than the limit of execve(2) for arguments and environment together.
 const MAX_BYTES: u64 = 8 << 20;
 
 static ARGV: OnceLock<Vec<OsString>> = OnceLock::new();
 
-/// Finds the words out, without the program's name. To be called once, before standard input is read and before there is
-/// another thread. Fails where words were to be handed over and did not come whole.
+/// Determines the arguments, without the program's name. Must be called once, before standard input is read and before
+/// other threads are started. Fails if arguments from the pipe are incomplete.
 pub fn read() -> Result<&'static [OsString]> {
     let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
     if words.get(1).is_some_and(|word| word == IN_BACKGROUND) {
         let read = || -> Result<Vec<OsString>> {
             let mut handed = Vec::new();
             stdin().lock().take(MAX_BYTES + 1).read_to_end(&mut handed)?;
-            // The pipe has served; whoever this process starts is not to have it either.
+            // The pipe has served its purpose, and must not be inherited.
             rustix::stdio::dup2_stdin(&File::open("/dev/null")?)?;
             unpack(&handed)
         };
@@ -41,22 +42,22 @@ pub fn read() -> Result<&'static [OsString]> {
     Ok(ARGV.get_or_init(|| words))
 }
 
-/// The words that [`read`] found.
+/// The arguments found by [`read`].
 pub fn all() -> &'static [OsString] {
     ARGV.get().map_or(&[], Vec::as_slice)
 }
 
-/// Where the command stands among `words`: husk's own options may come before it.
+/// The index of the command in `words`, after husk's global options.
 pub fn command_index(words: &[OsString]) -> Result<usize> {
     words.iter().position(|word| !word.as_encoded_bytes().starts_with(b"-")).context("find the command")
 }
 
-/// Hands `words` over to a process that has [`IN_BACKGROUND`].
+/// Sends `words` to a process started with [`IN_BACKGROUND`].
 pub fn send(words: &[OsString], mut pipe: impl Write) -> std::io::Result<()> {
     pipe.write_all(&pack(words))
 }
 
-/// The number of words, so that half of them are not taken for all, and each of them, all with a NUL behind.
+/// The number of words, so that truncation is detected, followed by each word; all NUL-terminated.
 fn pack(words: &[OsString]) -> Vec<u8> {
     let mut packed = format!("{}\0", words.len()).into_bytes();
     for word in words {
@@ -76,12 +77,13 @@ fn unpack(packed: &[u8]) -> Result<Vec<OsString>> {
     Ok(words)
 }
 
-/// Covers the values of `variables`, `NAME=VALUE` each, where others see this process's arguments. What [`all`] returns stays.
+/// Overwrites the values of `variables`, `NAME=VALUE` each, in this process's visible arguments. The result of [`all`]
+/// is not affected.
 pub fn mask_values(variables: &[OsString]) {
     let arguments = || std::env::args_os().enumerate().map(|(at, word)| (at, word.into_vec()));
     let mut covered = Vec::new();
     for (at, word) in arguments() {
-        // However the option before it is written: `-e NAME=VALUE`, `-eNAME=VALUE`, `--env=NAME=VALUE`.
+        // For all spellings of the option: `-e NAME=VALUE`, `-eNAME=VALUE`, `--env=NAME=VALUE`.
         let value = variables.iter().filter(|variable| word.ends_with(variable.as_bytes())).filter_map(value_of);
         if let Some(len) = value.map(OsStr::len).max().filter(|&len| len > 0) {
             covered.push((at, word.len() - len));

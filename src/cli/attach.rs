@@ -1,4 +1,4 @@
-//! `husk attach`: joins this terminal with a machine in the background.
+//! `husk attach`: attaches this terminal to a machine in the background.
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -29,11 +29,11 @@ pub struct Attach {
 }
 
 impl Attach {
-    /// Stays until the machine has ended, whose code is the exit code then, or its user leaves.
+    /// Attaches until the machine has ended, and returns its exit code, or until the user detaches.
     pub fn run(self) -> Result<Exit> {
         let entry = StateDir::open()?.find(&self.machine)?;
         let record = entry.record()?;
-        // A machine of parts has a console, which is a terminal and reads.
+        // A machine started by `husk boot` has a console, which is a terminal with input.
         let (stdin, terminal) =
             record.process.as_ref().map_or((true, true), |process| (process.stdin, process.terminal));
         let signals = supervisor::block_signals(true)?;

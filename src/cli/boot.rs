@@ -1,4 +1,4 @@
-//! `husk boot`: from flags and a configuration file to a machine, and from its end to an exit code.
+//! `husk boot`: runs a machine configured by flags and a configuration file.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ use crate::resources;
 use crate::supervisor::{self, Stdio};
 use crate::timings::Timings;
 
-/// How long who reads what went wrong may take, when somebody waits for the end.
+/// How long the reader of the error message may take, when another process waits for the exit.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(500);
 
 const EXAMPLES: &str = "\
@@ -124,9 +124,9 @@ pub struct Boot {
 }
 
 impl Boot {
-    /// Boots the machine and stays until it has ended.
+    /// Boots the machine and waits until it has ended.
     ///
-    /// `started` is when the process began, as near as it knows.
+    /// `started` is when the process started, as precisely as known.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
         let mut config = self.machine_config()?;
         config.validate()?;
@@ -160,8 +160,8 @@ impl Boot {
         Ok(exit)
     }
 
-    /// The file's machine, or the default one, changed by the flags. A list of disks, or of networks, replaces the
-    /// file's.
+    /// The configuration from the file, or the default one, modified by the flags. Lists of disks and networks replace
+    /// the file's.
     fn machine_config(&self) -> Result<MachineConfig> {
         let mut config = match &self.config {
             Some(path) => MachineConfig::from_json(&resources::text::read(path)?)
@@ -197,19 +197,19 @@ impl Boot {
     }
 }
 
-/// Says what ended the machine, unless it ended as it was meant to.
+/// Reports why the machine ended, unless it ended normally.
 pub fn report(reason: &ExitReason) -> Exit {
     let exit = Exit::from(reason);
     match exit {
         Exit::Success | Exit::Reported(_) => {}
-        // Whoever ended it need not wait for a reader that sleeps.
+        // The process that ended it must not be delayed by a stopped reader.
         Exit::Signal(_) => drop(terminal::say(&format!("husk: {reason}\n"), REPORT_TIMEOUT)),
         _ => super::print_error(&reason.to_string()),
     }
     exit
 }
 
-/// Parses `PATH[,OPTION]...`; the path may be any bytes but a comma.
+/// Parses `PATH[,OPTION]...`; the path may contain any bytes except a comma.
 fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
     let mut parts = argument.as_os_str().as_bytes().split(|&byte| byte == b',');
     let path = parts.next().unwrap_or_default().to_vec();
@@ -240,7 +240,7 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
     Ok(disk)
 }
 
-/// Parses `PATH[,cid=N]`; the path may be any bytes but a comma.
+/// Parses `PATH[,cid=N]`; the path may contain any bytes except a comma.
 fn vsock(argument: PathBuf) -> Result<VsockConfig, String> {
     let mut parts = argument.as_os_str().as_bytes().split(|&byte| byte == b',');
     let socket = std::ffi::OsString::from_vec(parts.next().unwrap_or_default().to_vec()).into();

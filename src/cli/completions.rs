@@ -1,4 +1,4 @@
-//! `husk completions`: from the flags' definitions to a shell's completion script.
+//! `husk completions`: generates a shell's completion script.
 
 use anyhow::Result;
 use clap::{Args, CommandFactory};

@@ -1,4 +1,4 @@
-//! `husk cp`: files and directories into a machine that runs, and out of it.
+//! `husk cp`: copies files into and out of a running machine.
 
 use std::ffi::OsString;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read};
@@ -58,7 +58,7 @@ pub struct Cp {
 }
 
 impl Cp {
-    /// Copies, and prints how much it was where somebody looks on.
+    /// Copies, and prints a summary if standard error is a terminal.
     pub fn run(self) -> Result<Exit> {
         let copied = match (split_machine(&self.from), split_machine(&self.to)) {
             (Some((name, path)), None) if self.to == "-" => self.copy_from_as_tar(name, path)?,
@@ -86,7 +86,7 @@ impl Cp {
         Ok(copied)
     }
 
-    /// Prints what is at `path` as an archive.
+    /// Writes `path` to standard output as an archive.
     fn copy_from_as_tar(&self, name: &str, path: &str) -> Result<Copied> {
         ensure!(
             !io::stdout().is_terminal(),
@@ -95,19 +95,19 @@ impl Cp {
         let mut out = BufWriter::new(io::stdout().lock());
         let (called, _) = base_name(path);
         let copied = self.receive(name, path, |stream| tar_write::receive(stream, called.as_bytes(), &mut out));
-        // Whoever reads no further has had enough.
+        // The reader has closed the pipe because it needs no more.
         let is_enough = |error: &anyhow::Error| {
             error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
         };
         if copied.as_ref().is_err_and(is_enough) {
-            // Nor is what is left in the buffer for anybody.
+            // The same applies to buffered data.
             let _ = out.into_parts();
             return Ok(Copied::default());
         }
         copied
     }
 
-    /// Has `take` read what the guest sends of `path`.
+    /// Calls `take` with the data that the guest sends for `path`.
     fn receive(
         &self,
         name: &str,
@@ -135,7 +135,7 @@ impl Cp {
         let word = if self.archive { COPY_TO_KEEPING_OWNERS } else { COPY_TO };
         let mut process = start_copy(name, word, path, true)?;
         let stream = process.take(Role::Stdin)?;
-        // What it says otherwise is for nobody.
+        // Other output is discarded.
         let _output = process.take(Role::Stdout)?;
         let errors = collect_stderr(&mut process)?;
         let bar = Progress::on_terminal().count("copy");
@@ -149,14 +149,14 @@ impl Cp {
         drop(out);
         let _ = stream.shutdown(Shutdown::Write);
         drop(bar);
-        // Where the other side has given up, it knows why.
+        // If the other side has failed, it reports the reason.
         let ended = finish(process, errors).with_context(|| format!("copy to {path} in {name}"));
         ended.and_then(|()| sent.with_context(|| format!("copy {}", from.display())))
     }
 }
 
-/// What the user calls that which is at `path` in a machine, `.` for what is in a directory, and whether it has to be
-/// one. The guest is not asked: it could answer with the name of another file.
+/// The user's name for `path` in a machine, `.` for the contents of a directory, and whether it must be a directory.
+/// The guest is not asked, because it could return another file's name.
 fn base_name(path: &str) -> (OsString, bool) {
     let is_contents = path == "." || path.ends_with("/.");
     let mut names: Vec<&str> = Vec::new();
@@ -170,7 +170,7 @@ fn base_name(path: &str) -> (OsString, bool) {
     (name.into(), is_contents || *name == "." || matches!(path.rsplit('/').next(), Some("" | "..")))
 }
 
-/// The machine and the path in `MACHINE:PATH`. What begins with a path's signs is one of this host's.
+/// Splits `MACHINE:PATH`. An argument that starts like a path is a local one.
 fn split_machine(text: &str) -> Option<(&str, &str)> {
     let (name, path) = text.split_once(':')?;
     state_dir::names::check(name).is_ok().then_some((name, path))
@@ -187,7 +187,7 @@ fn start_copy(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::
 
 type Errors = std::thread::JoinHandle<String>;
 
-/// Collects what the other side says of its troubles, which are few.
+/// Collects the error messages of the other side.
 fn collect_stderr(process: &mut guest::Connections) -> Result<Errors> {
     const MAX_BYTES: u64 = 64 << 10;
     let stream = process.take(Role::Stderr)?;
@@ -199,7 +199,7 @@ fn collect_stderr(process: &mut guest::Connections) -> Result<Errors> {
     sandbox::spawn("stderr", read).context("start a thread")
 }
 
-/// Waits for the other side's end, and fails where that was not a good one.
+/// Waits for the other side's exit, and fails if it was not successful.
 fn finish(process: guest::Connections, errors: Errors) -> Result<()> {
     let end = process.end()?;
     let said = errors.join().unwrap_or_default();

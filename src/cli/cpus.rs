@@ -1,15 +1,15 @@
-//! From `--cpus 1.5` to vCPUs and to what they may use of the host's.
+//! Parses `--cpus 1.5` into vCPUs and a limit of host CPU time.
 
-/// A machine's processors, as its user counts them.
+/// The CPUs of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cpus {
-    /// As many vCPUs as can use all of it.
+    /// The number of vCPUs, rounded up.
     pub vcpus: u32,
-    /// Thousandths of a processor that they may use together, where that is less than all they could.
+    /// The limit of their CPU time together in thousandths of a CPU, if it is lower.
     pub limit_millicpus: Option<u32>,
 }
 
-/// Parses a number of processors, with up to three digits behind the point.
+/// Parses a number of CPUs with up to three decimals.
 pub fn cpus(text: &str) -> Result<Cpus, String> {
     parse(text).ok_or_else(|| format!("{text:?} is not a number of CPUs: use 0.01 to 32, such as 2 or 1.5"))
 }
@@ -43,7 +43,7 @@ mod tests {
         assert_eq!(super::cpus("0.5"), cpus(1, Some(500)));
         assert_eq!(super::cpus("0.05"), cpus(1, Some(50)));
         assert_eq!(super::cpus("31.125"), cpus(32, Some(31125)));
-        // Whether a machine can have so many is told later.
+        // The range is validated later.
         assert_eq!(super::cpus("0"), cpus(0, None));
     }
 

@@ -1,4 +1,4 @@
-//! `husk disks`: the disks that machines have left under a name.
+//! `husk disks`: manages persistent disks.
 
 use anyhow::Result;
 use clap::Args;
@@ -26,7 +26,7 @@ pub struct Disks {
 }
 
 impl Disks {
-    /// Prints the list, or removes what is named.
+    /// Prints the list, or removes the given disks.
     pub fn run(self) -> Result<Exit> {
         let store = Store::open_default()?;
         for name in &self.remove {

@@ -1,4 +1,4 @@
-//! `husk exec`: one more process in a machine that runs.
+//! `husk exec`: runs an additional process in a running machine.
 
 use std::ffi::OsString;
 
@@ -46,7 +46,7 @@ pub struct Exec {
 }
 
 impl Exec {
-    /// Runs the command, and stays until it has ended.
+    /// Runs the command and waits until it has exited.
     pub fn run(self) -> Exit {
         match self.try_run() {
             Ok(exit) => exit,
@@ -76,7 +76,8 @@ impl Exec {
         let end = if self.detach {
             End::Reported(admitted.connect()?.started()?)
         } else {
-            // Whoever waits for a turn ends by a signal as ever: there is no process yet that it could be meant for.
+            // While waiting for admission, signals keep their default action: there is no process yet to forward them
+            // to.
             let signals = supervisor::block_signals(true)?;
             exec::run_session(admitted.connect()?, &signals, self.process.tty && self.process.interactive)?
         };
@@ -112,7 +113,7 @@ impl Exec {
     }
 }
 
-/// What processes of the machine inherit. Fails where it cannot take one more.
+/// The environment inherited by the machine's processes. Fails if the machine cannot run another process.
 pub fn inherited(entry: &MachineEntry) -> Result<Inherited> {
     let name = entry.name();
     match entry.state() {

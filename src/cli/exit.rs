@@ -1,36 +1,36 @@
-//! From the end of a command to its exit code: the only list of them.
+//! The exit codes of all commands.
 
 use crate::exit_latch::ExitReason;
 use crate::machine::release;
 
-/// How a command ended, as its caller is told.
+/// The result of a command, for its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// The command did its work; of a machine: it powered off, or its user left it.
+    /// Success. For a machine: it was powered off, or the user detached.
     Success,
-    /// husk or the host failed.
+    /// A failure of husk or the host.
     Failure,
-    /// The command line or the configuration is wrong on any host.
+    /// An invalid command line or configuration.
     Usage,
-    /// `husk run` came to no process: husk, the host or the image failed. As Docker has it, so that the command's own codes
-    /// stay its own.
+    /// `husk run` did not start the process: husk, the host or the image failed. The code is Docker's, so that it is
+    /// distinct from the command's.
     NotRun,
-    /// The guest asked for a reset.
+    /// The guest requested a reset.
     Reset,
     /// The guest's kernel panicked.
     Panicked,
-    /// A vCPU met a fault while it was handling a double fault.
+    /// A triple fault.
     TripleFault,
-    /// KVM could not run the guest any further.
+    /// KVM could not continue the guest.
     KvmError,
-    /// A signal of this number ended the machine.
+    /// The machine was ended by this signal.
     Signal(u8),
-    /// The guest wrote this to its exit port.
+    /// The status that the guest wrote to its exit port.
     Reported(u8),
 }
 
 impl Exit {
-    /// The code that the process exits with.
+    /// The process's exit code.
     pub const fn code(self) -> u8 {
         match self {
             Exit::Success => 0,

@@ -1,4 +1,4 @@
-//! `husk images`: what is in the store.
+//! `husk images`: lists images.
 
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
@@ -69,7 +69,7 @@ impl Images {
     }
 }
 
-/// Rows with their columns below each other, a line each, whatever is in them.
+/// Formats rows as aligned columns, one line each, with safe cell contents.
 pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| foreign::line(cell))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

@@ -1,4 +1,4 @@
-//! `husk inspect`: all that is known of machines and images, as JSON.
+//! `husk inspect`: prints everything known about machines and images as JSON.
 
 use anyhow::{Context, Result};
 use clap::Args;

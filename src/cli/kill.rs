@@ -26,7 +26,7 @@ pub struct Kill {
 }
 
 impl Kill {
-    /// Signals one after the other.
+    /// Sends the signal to each machine in turn.
     pub fn run(self) -> Result<Exit> {
         machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Kill { signal: self.signal }))
     }

@@ -67,11 +67,11 @@ pub struct RestartPolicy {
     max_retries: u32,
 }
 
-/// What a machine's record says of it, beside its name and its configuration.
+/// The contents of a machine's record, apart from its name and configuration.
 pub struct RecordInfo {
-    /// The image or the kernel, as it was typed.
+    /// The image or kernel, as specified by the user.
     pub image: String,
-    /// The command, if it is known.
+    /// The command, if known.
     pub command: Vec<String>,
     /// What the processes of `husk exec` inherit.
     pub process: Option<Inherited>,
@@ -85,18 +85,17 @@ impl LifecycleArgs {
         self.detach && !self.in_background
     }
 
-    /// Whether the machine has no terminal and no input of ours.
+    /// Whether the machine runs without this process's terminal and input.
     pub fn is_detached(&self) -> bool {
         self.detach
     }
 
-    /// Whether one guest may come after another in the same machine.
+    /// Whether the machine may be restarted within this process.
     pub fn may_restart(&self) -> bool {
         self.restart.max_retries > 0
     }
 
-    /// Makes the machine's directory, with its name. In the background this is where the session of the terminal is
-    /// left.
+    /// Creates the machine's directory, with its name. In the background this also leaves the terminal's session.
     pub fn dir(&mut self) -> Result<MachineDir> {
         if self.in_background {
             rustix::process::setsid().context("leave the terminal")?;
@@ -140,8 +139,8 @@ impl LifecycleArgs {
         ControlEndpoint::open(dir, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
     }
 
-    /// Runs the machine with `run`, restarts it by the restart policy, and records its exit. To be called before any
-    /// other thread exists, so that signals stay blocked in all of them until the exit is recorded.
+    /// Runs the machine with `run`, restarts it by the restart policy, and records its exit. Must be called before
+    /// other threads exist, so that signals stay blocked in all of them until the exit is recorded.
     pub fn run_with_restarts(
         &self,
         mut endpoint: ControlEndpoint,
@@ -164,7 +163,7 @@ impl LifecycleArgs {
             if !again || !endpoint.wait_to_restart(wait, &signals)? {
                 let reason = ended.as_ref().err().map(|error| format!("{error:#}"));
                 let noted = endpoint.close(code, reason);
-                // Those that have come by now have nothing to end any more.
+                // Signals received by now have nothing left to end.
                 while signals.read().is_ok_and(|signal| signal.is_some()) {}
                 return ended.and_then(|exit| noted.map(|()| exit));
             }
@@ -205,23 +204,23 @@ pub fn check_restartable(entry: &MachineEntry) -> Result<()> {
 
 /// The result of starting a machine in the background.
 enum Launched {
-    /// It runs, and has this ID, in a line.
+    /// The machine is running; its ID, with a newline.
     Running(String),
-    /// It does not, and has said why.
+    /// It failed, and has reported why.
     Failed(Exit),
 }
 
-/// Runs `command` with `words`, to be the machine in the background: a new one, or the one that has ended. Returns when
-/// it runs or has failed to.
+/// Runs `command` with `words` in the background, for a new machine or a stopped one. Returns when it is running or has
+/// failed.
 ///
-/// The words go by a pipe: everybody may read a process's arguments, and there may be secrets among them.
+/// The arguments are sent through a pipe: a process's arguments are readable by everyone, and may contain secrets.
 fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Result<Launched> {
     let place = argv::command_index(words)?;
     command.arg0("husk").args(words.get(place)).arg(IN_BACKGROUND);
     command.args(again.map(|id| format!("{AGAIN_FLAG}={id}"))).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().context("start husk in the background")?;
     if let Some(pipe) = child.stdin.take() {
-        // One that has ended hears nothing; its exit status tells why.
+        // If it has already exited, its exit status tells why.
         let _ = argv::send(words, pipe);
     }
     let mut id = String::new();
@@ -233,7 +232,7 @@ fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Resu
         if let Some(signal) = status.signal() {
             bail!("the machine's husk process was killed by signal {signal}");
         }
-        // It has said why.
+        // It has reported why.
         let code = status.code().and_then(|code| u8::try_from(code).ok());
         return Ok(Launched::Failed(code.map_or(Exit::NotRun, Exit::Reported)));
     }
@@ -244,7 +243,7 @@ fn name(text: &str) -> Result<String, String> {
     names::check(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
 }
 
-/// Parses a size that a log can have.
+/// Parses the maximum size of a log.
 fn log_max(text: &str) -> Result<u64, String> {
     let bytes = size::bytes(text)?;
     let least_kib = stream_log::MIN_BYTES >> 10;

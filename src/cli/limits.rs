@@ -1,11 +1,11 @@
-//! The flags that limit what a machine has of its host, the same for every command that starts one.
+//! Flags that limit a machine's use of the host, shared by all commands that start one.
 
 use clap::Args;
 
 use super::size;
 use crate::config::MachineConfig;
 
-/// LimitFlags beside `--cpus` and `--memory`.
+/// Limits in addition to `--cpus` and `--memory`.
 #[derive(Debug, Clone, Default, Args)]
 pub struct LimitFlags {
     /// Host CPUs in which to allow execution (0-2,4)
@@ -29,20 +29,21 @@ pub struct LimitFlags {
     host_memory: Option<HostMemory>,
 }
 
-/// Numbers of processors.
+/// CPU numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Cpuset(pub(super) Vec<u32>);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum HostMemory {
-    /// What the machine needs.
+    /// The amount that the machine needs.
     Auto,
-    /// So many MiB.
+    /// This amount in MiB.
     Mib(u64),
 }
 
 impl LimitFlags {
-    /// Changes `config`, which has all of its devices, as the flags say. `memory_mib` is that of `--memory`, if it was given.
+    /// Applies the flags to `config`, which already has all of its devices. `memory_mib` is the value of `--memory`, if
+    /// given.
     pub fn apply(&self, memory_mib: Option<u64>, config: &mut MachineConfig) {
         if let Some(Cpuset(cpus)) = &self.cpuset {
             config.cpuset.clone_from(cpus);
@@ -66,7 +67,7 @@ impl LimitFlags {
     }
 }
 
-/// Parses a list of processors, as taskset and Docker write it.
+/// Parses a CPU list in the syntax of taskset and Docker.
 pub(super) fn cpuset(text: &str) -> Result<Cpuset, String> {
     // More than any host has, and few enough to list.
     const CPU_MAX: u32 = 8191;
@@ -83,7 +84,7 @@ pub(super) fn cpuset(text: &str) -> Result<Cpuset, String> {
             return Err(malformed());
         }
         cpus.extend(first..=last);
-        // However often a range is named.
+        // Ranges may overlap.
         cpus.sort_unstable();
         cpus.dedup();
     }
@@ -128,7 +129,7 @@ mod tests {
         assert_eq!(memory(&[], Some(256), (512, None)), (256, None));
         assert_eq!(memory(max, None, (512, None)), (2048, Some(512)));
         assert_eq!(memory(max, Some(256), (512, None)), (2048, Some(256)));
-        // A file that has both.
+        // A file with both values.
         assert_eq!(memory(&[], None, (1024, Some(512))), (1024, Some(512)));
         assert_eq!(memory(&[], Some(256), (1024, Some(512))), (1024, Some(256)));
         assert_eq!(memory(max, None, (1024, Some(512))), (2048, Some(512)));

@@ -1,4 +1,4 @@
-//! `husk load`: from an archive, a layout or a directory to an image in the store, with a name.
+//! `husk load`: loads an archive, an OCI layout or a directory into the store as an image.
 
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
@@ -46,7 +46,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Puts the image into the store, and prints what it is called.
+    /// Adds the image to the store and prints its name.
     pub fn run(self) -> Result<Exit> {
         let mut store = Store::open_default()?;
         store.unpack_limit_bytes = self.max_size;
@@ -65,7 +65,7 @@ impl Load {
         };
         let id = prepared.id.short();
         let names = if names.is_empty() { vec![id.clone()] } else { names };
-        // Nothing tells a root file system but that it is no image.
+        // Any archive that is not an image is taken as a root file system.
         let taken = if prepared.is_bare_root { ", taken as a root filesystem" } else { "" };
         let lines: String = names.iter().map(|name| format!("Loaded {name} ({id}){taken}\n")).collect();
         super::print(&lines)?;
@@ -89,7 +89,7 @@ fn path(text: &str) -> Result<Input, String> {
     }
 }
 
-/// Parses what an image is made from.
+/// Parses an image source.
 pub fn source(text: &str) -> Result<Source, String> {
     text.parse().map_err(|error: anyhow::Error| format!("{error:#}"))
 }

@@ -1,4 +1,4 @@
-//! From `log` records to lines on standard error, so many a second: what a guest provokes cannot flood a terminal.
+//! Rate-limited logging to standard error, so that a guest cannot flood the terminal.
 
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
@@ -10,13 +10,13 @@ use crate::console::terminal;
 use crate::foreign;
 use crate::state_dir::husk_log;
 
-/// Lines that are written in each second; the rest are counted.
+/// The maximum number of lines per second; the rest are only counted.
 const LINES_PER_SECOND: u32 = 50;
 
 static LOGGER: Logger = Logger { rate: Mutex::new(Rate { started: None, lines: 0, suppressed: 0 }) };
 
-/// Sends the program's log to standard error: warnings and errors, and with each step of `verbosity` (the number of `-v`
-/// flags) one level more. To be called once, before the first thread starts.
+/// Sends the log to standard error: warnings and errors, and one more level for each step of `verbosity` (the number of
+/// `-v` flags). Must be called once, before other threads are started.
 pub fn init(verbosity: u8) {
     let level = match verbosity {
         0 => LevelFilter::Warn,
@@ -39,14 +39,14 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record) {
-        // The lock is held while writing, so that lines of several threads do not mix.
+        // The lock is held while writing, so that lines of different threads do not mix.
         let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
         let Admission { admitted, suppressed_before } = rate.admit(Instant::now());
         let mut text = suppressed_line(suppressed_before);
         if admitted {
             text.push_str(&line(record));
         }
-        // Whoever logs, a vCPU perhaps, waits for no reader.
+        // Threads that log, such as vCPUs, must not block on a reader.
         if !text.is_empty() && !terminal::say(&text, Duration::ZERO) {
             rate.suppressed += suppressed_before + u64::from(admitted);
         }
@@ -76,13 +76,13 @@ fn line(record: &Record) -> String {
     };
     let mut line = format!("husk: {level}: ");
     let _ = write!(line, "{}", record.args());
-    // A guest's bytes may be in here: no escape sequence and no second line gets through.
+    // It may contain a guest's bytes: no escape sequences or line breaks are passed on.
     let mut line = foreign::line(&line).into_owned();
     line.push('\n');
     line
 }
 
-/// Counts lines in windows of a second.
+/// Counts lines per second.
 struct Rate {
     started: Option<Instant>,
     lines: u32,
@@ -91,7 +91,7 @@ struct Rate {
 
 struct Admission {
     admitted: bool,
-    /// Lines held back in windows that are over, to be reported now.
+    /// Lines suppressed in earlier seconds, to be reported now.
     suppressed_before: u64,
 }
 

@@ -1,4 +1,4 @@
-//! `husk logs`: what a machine in the background has written.
+//! `husk logs`: prints the output of a machine in the background.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -23,7 +23,7 @@ Examples:
 
 The standard output and standard error of the machine are printed to standard output and standard error.";
 
-/// How often one who follows looks for more.
+/// The polling interval of `--follow`.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The flags of `husk logs`.
@@ -56,7 +56,7 @@ pub struct Logs {
 }
 
 impl Logs {
-    /// Prints what there is, and with `--follow` what comes.
+    /// Prints existing output and, with `--follow`, new output.
     pub fn run(self) -> Result<Exit> {
         let entry = StateDir::open()?.find(&self.machine)?;
         if self.kernel {
@@ -76,7 +76,7 @@ impl Logs {
         };
         let mut at_line_start = true;
         loop {
-            // Before the log is read to its end: what was written before the machine's end is printed.
+            // Checked before the log is read to its end, so that nothing written before the machine's end is missed.
             let alive = self.follow && StateDir::open()?.find(&entry.id).is_ok_and(|entry| entry.alive);
             while let Some((head, content)) = next(&mut last, &mut reader)? {
                 if self.is_wanted(&head) && !content.is_empty() {
@@ -114,7 +114,7 @@ fn tail(text: &str) -> Result<usize, String> {
 /// A record: its head, and its content.
 type Record = (Head, Vec<u8>);
 
-/// The next record: of `last`, and then of those that come.
+/// The next record: first those in `last`, then new ones.
 fn next(last: &mut VecDeque<Record>, reader: &mut LogReader) -> Result<Option<Record>> {
     match last.pop_front() {
         Some(record) => Ok(Some(record)),
@@ -122,8 +122,8 @@ fn next(last: &mut VecDeque<Record>, reader: &mut LogReader) -> Result<Option<Re
     }
 }
 
-/// Reads to the end of the log, and returns its last `count` lines. In one go: the log goes on meanwhile, and a second
-/// reader would begin later than the first.
+/// Reads to the end of the log, and returns its last `count` lines. The same reader continues afterwards, since a
+/// second one could miss records written in between.
 fn last_lines(reader: &mut LogReader, count: usize) -> Result<VecDeque<Record>> {
     // Each with the number of lines that end in it.
     let (mut last, mut ends) = (VecDeque::<(Record, usize)>::new(), 0);
@@ -144,7 +144,7 @@ fn last_lines(reader: &mut LogReader, count: usize) -> Result<VecDeque<Record>> 
     Ok(last.into_iter().map(rest).collect())
 }
 
-/// What is left of `content` behind as many lines as are to be skipped still.
+/// The rest of `content` after the lines still to be skipped.
 fn skip_lines<'a>(content: &'a [u8], skip: &mut usize) -> &'a [u8] {
     let mut rest = content;
     while *skip > 0 && !rest.is_empty() {
@@ -159,7 +159,7 @@ fn skip_lines<'a>(content: &'a [u8], skip: &mut usize) -> &'a [u8] {
     rest
 }
 
-/// `content` with its time before each line that begins in it.
+/// Adds a timestamp before each line that starts in `content`.
 fn with_timestamps(head: &Head, content: &[u8], at_line_start: &mut bool) -> Vec<u8> {
     let stamp = time::rfc3339(head.time_ns);
     let mut text = Vec::with_capacity(content.len() + stamp.len());
@@ -215,7 +215,7 @@ mod tests {
         write(0..300);
         let mut reader = LogReader::open(&path);
         let mut last = last_lines(&mut reader, 3).unwrap();
-        // The older file goes, and what was counted in it is not left out of what comes.
+        // The older file is removed; what was read of it does not reduce what is shown.
         write(300..450);
         let printed: VecDeque<Record> = std::iter::from_fn(|| next(&mut last, &mut reader).unwrap()).collect();
         assert_eq!(text(printed), (297..450).map(|n| format!("{n}\n")).collect::<String>());

@@ -1,4 +1,4 @@
-//! Requests to the machines that a command line names, and their exit codes.
+//! Helpers for commands that operate on machines given by name.
 
 use anyhow::{Context, Result, bail};
 
@@ -8,7 +8,7 @@ use crate::request::{Reply, Request, attach};
 use crate::state_dir::record::State;
 use crate::state_dir::{self, MachineEntry, StateDir};
 
-/// Calls `act` for each machine and prints its name as it was typed. Continues after a failure, which the exit code reports.
+/// Calls `act` for each machine and prints its name as given. Continues after a failure, which the exit code reports.
 pub fn for_each(words: &[String], act: impl Fn(&StateDir, &MachineEntry) -> Result<()>) -> Result<Exit> {
     let state_dir = StateDir::open()?;
     let mut exit = Exit::Success;
@@ -38,11 +38,11 @@ pub fn watch_exit(entry: &MachineEntry) -> Option<PendingRequest> {
     client::begin(&entry.file(state_dir::CONTROL), &Request::Wait).ok()
 }
 
-/// Waits for the exit that `asked` subscribed to, and for the machine's husk process, so that its name is free, and returns the
-/// exit code. If husk was killed, that is the code of a process that was.
-pub fn exit_code(entry: &MachineEntry, asked: Option<PendingRequest>) -> Result<u8> {
+/// Waits for the exit that `pending` subscribed to, and for the machine's husk process, so that its name is free, and
+/// returns the exit code. If husk was killed, that is 137.
+pub fn exit_code(entry: &MachineEntry, pending: Option<PendingRequest>) -> Result<u8> {
     const KILLED: u8 = 137;
-    let told = asked.map(attach::code);
+    let told = pending.map(attach::code);
     let left = entry.await_end()?.map(|entry| entry.state());
     Ok(match (told, left) {
         (Some(Ok(code)), _) | (_, Some(State::Exited { code, .. })) => code,

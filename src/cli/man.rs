@@ -1,4 +1,4 @@
-//! `husk man`: from the flags' definitions to manual pages.
+//! `husk man`: generates manual pages.
 
 use std::path::PathBuf;
 
@@ -22,7 +22,7 @@ pub struct Man {
 }
 
 impl Man {
-    /// Prints the first page, or writes all of them.
+    /// Prints the main page, or writes all of them.
     pub fn run(self) -> Result<Exit> {
         let mut husk = super::Cli::command().disable_help_subcommand(true);
         husk.build();

@@ -1,4 +1,4 @@
-//! From arguments to a command, one file each: flags become plain data here and nothing is opened.
+//! Command-line parsing, with one module per command. Flags become plain data here; nothing is opened.
 
 pub mod argv;
 pub mod attach;
@@ -147,8 +147,8 @@ enum Command {
 }
 
 impl Cli {
-    /// Carries the command out, on the calling thread. To be called once in a process: it sets up the log.
-    /// `started` is when the process began.
+    /// Executes the command on the calling thread. Must be called once per process, since it sets up the log. `started`
+    /// is when the process started.
     pub fn run(self, started: Instant) -> Result<Exit> {
         logger::init(self.verbose);
         set_panic_hook();
@@ -188,7 +188,7 @@ impl Cli {
     }
 }
 
-/// Has a fault of husk's own end it with one line and exit code 1, on whatever thread it shows.
+/// Makes a panic, on any thread, end the process with a one-line message and exit code 1.
 fn set_panic_hook() {
     std::panic::set_hook(Box::new(|fault| {
         print_error(&format!("internal error, please report it: {fault}"));
@@ -196,7 +196,7 @@ fn set_panic_hook() {
     }));
 }
 
-/// Prints an error and its causes as one line, and tells wrong usage from failure.
+/// Prints an error and its causes on one line. Distinguishes usage errors from failures.
 pub fn report(error: &anyhow::Error) -> Exit {
     print_error(&format!("{error:#}"));
     exit_of(error)
@@ -214,27 +214,27 @@ fn print_error(text: &str) {
     print_stderr(&format!("husk: {}\n", foreign::line(&foreign::one_line(text))));
 }
 
-/// Says something on standard error, which does nothing to a terminal but to be shown.
+/// Prints sanitized text to standard error.
 fn print_stderr(text: &str) {
     let text = foreign::lines(text);
-    // There is no other place to say that it is closed, or on a full disk.
+    // There is nowhere else to report that it is closed or on a full disk.
     let _ = std::io::stderr().write_all(text.as_bytes());
     husk_log::keep_small();
 }
 
-/// Prints to standard output what does nothing to a terminal but to be shown.
+/// Prints sanitized text to standard output.
 fn print(text: &str) -> Result<()> {
     print_raw(&foreign::lines(text)).map(drop)
 }
 
-/// Prints `value` as JSON, in which there is `what`.
+/// Prints `value`, which contains `what`, as JSON.
 fn print_json(value: &impl Serialize, what: &str) -> Result<()> {
     let json = foreign::json(value).with_context(|| format!("print {what}"))?;
     print_raw(&(json + "\n")).map(drop)
 }
 
-/// Prints to standard output, where whoever calls has put commands for a terminal into the text, and cleaned the rest of it. Returns
-/// whether anybody reads on: a reader that has gone away has read what it wanted.
+/// Prints text that may contain terminal control sequences, which the caller has otherwise sanitized, to standard
+/// output. Returns false if the reader has closed it.
 fn print_raw(text: &str) -> Result<bool> {
     crate::request::attach::write(Stream::Output, text.as_bytes())
 }

@@ -1,4 +1,4 @@
-//! Flags about networks, the same for `husk boot` and `husk run`.
+//! Network flags, shared by `husk boot` and `husk run`.
 
 use std::net::IpAddr;
 
@@ -63,7 +63,7 @@ struct NetworkArg {
 enum Target {
     Nothing,
     Attachment(Attachment),
-    /// A network of `husk network create`.
+    /// A network created by `husk network create`.
     Network(String),
 }
 
@@ -111,12 +111,12 @@ fn network_arg(text: &str) -> Result<NetworkArg, String> {
 }
 
 impl NetworkFlags {
-    /// Limits each of a machine's interfaces, as far as it has no limits of its own among the flags. Fails where there is none.
+    /// Applies the default rate limits to interfaces without their own. Fails if there are none.
     pub fn limit<'a>(&self, rates: impl IntoIterator<Item = &'a mut Rate>) -> Result<()> {
         let (bytes, packets) = (self.network_bps, self.network_pps);
         let mut limited = bytes.or(packets).is_none();
         for rate in rates {
-            // Those of a file have no flags, and flags win over a file.
+            // Interfaces from a file have no flags, and flags override the file.
             let wins = self.networks.is_empty();
             if let Some(bytes) = bytes.filter(|_| wins || rate.bytes_per_second.is_none()) {
                 (rate.bytes_per_second, rate.burst_bytes) = (Some(bytes), None);
@@ -130,12 +130,12 @@ impl NetworkFlags {
         Ok(())
     }
 
-    /// Whether anything was said about networks.
+    /// Whether there are no network flags.
     pub fn is_empty(&self) -> bool {
         self.networks.is_empty() && self.ports.is_empty() && self.dns.is_empty()
     }
 
-    /// The interfaces that the flags ask for, for a guest that sets them up itself.
+    /// The interfaces requested by the flags, for a guest that configures them itself.
     pub fn configs(&self) -> Result<Vec<NetworkConfig>> {
         let is_configured = |arg: &NetworkArg| !arg.addresses.is_empty() || !arg.gateways.is_empty();
         ensure!(
@@ -145,8 +145,8 @@ impl NetworkFlags {
         Ok(self.interfaces(None)?.into_iter().map(|interfaces| interfaces.config).collect())
     }
 
-    /// The interfaces of the machine `name`, set up by husk's init: as the flags ask for, or what a machine has if nothing was
-    /// said, which may be nothing.
+    /// The interfaces of the machine `name`, to be configured by husk's init: those requested by the flags, or the
+    /// default, which may be none.
     pub fn setup(&self, name: &str) -> Result<NetworkSetup> {
         let mut interfaces = self.interfaces(Some(name))?;
         if self.is_empty() {
@@ -162,7 +162,7 @@ impl NetworkFlags {
         Ok(NetworkSetup::new(interfaces, &self.dns))
     }
 
-    /// What was asked for, with an address for `machine`, if it is known, on each network that has some to give.
+    /// The requested interfaces, with an address for `machine`, if given, in each network that assigns addresses.
     fn interfaces(&self, machine: Option<&str>) -> Result<Vec<InterfaceSetup>> {
         let none = self.networks.iter().any(|arg| arg.to == Target::Nothing);
         ensure!(!none || self.networks.len() == 1, "--network none cannot be combined with other networks");
@@ -170,7 +170,7 @@ impl NetworkFlags {
         for (index, arg) in self.networks.iter().enumerate() {
             interfaces.extend(arg.interface_setup(machine, index)?);
         }
-        // Who publishes a port has a network in mind.
+        // Publishing a port implies a network.
         if self.networks.is_empty() && !self.is_empty() {
             interfaces.push(InterfaceSetup::from(user()));
         }
@@ -192,8 +192,8 @@ impl NetworkFlags {
     }
 }
 
-/// Gives the machine `name` an address on each network of `husk network` that `networks` connect it to. Their DHCP tells
-/// it for as long as the leases are kept.
+/// Assigns the machine `name` an address in each shared network among `networks`. DHCP announces it as long as the
+/// leases are held.
 pub fn join_shared(networks: &mut [NetworkConfig], name: &str) -> Result<Vec<Lease>> {
     let mut leases = Vec::new();
     for (index, network) in networks.iter_mut().enumerate() {
@@ -292,7 +292,7 @@ mod tests {
         let both = ["--network=tap=a,bps=1k", "--network=user", "--network-bps=2M", "--network-pps=7"];
         assert_eq!(rates(&both), Ok(vec![(Some(1024), Some(7)), (Some(2 << 20), Some(7))]));
         assert!(rates(&["--network=none", "--network-bps=1M"]).unwrap_err().contains("the machine has none"));
-        // A file's.
+        // From a file.
         let mut rate = Rate { bytes_per_second: Some(1), burst_bytes: Some(9), ..Rate::default() };
         flags(&["--network-bps=1M"]).limit([&mut rate]).unwrap();
         assert_eq!(rate, Rate { bytes_per_second: Some(1 << 20), ..Rate::default() });

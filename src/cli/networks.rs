@@ -1,4 +1,4 @@
-//! `husk network`: networks that machines share, made, listed and removed.
+//! `husk network`: manages shared networks.
 
 use std::net::Ipv4Addr;
 
@@ -46,7 +46,7 @@ enum Command {
     },
 }
 
-/// Parses `ADDRESS[/24]`, the first address of a network.
+/// Parses `ADDRESS[/24]`, a network address.
 fn subnet(text: &str) -> Result<Ipv4Addr, String> {
     let address = text.strip_suffix("/24").unwrap_or(text).parse::<Ipv4Addr>().ok();
     let first = address.filter(|address| address.octets()[3] == 0 && address.is_private());
@@ -54,7 +54,7 @@ fn subnet(text: &str) -> Result<Ipv4Addr, String> {
 }
 
 impl Networks {
-    /// Carries it out.
+    /// Executes the subcommand.
     pub fn run(self) -> Result<Exit> {
         match self.command {
             Command::Create { name, subnet, internal } => {

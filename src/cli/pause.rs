@@ -1,4 +1,4 @@
-//! `husk pause` and `husk unpause`: hold machines, and let them go on.
+//! `husk pause` and `husk unpause`: pause and resume machines.
 
 use anyhow::Result;
 use clap::Args;
@@ -24,12 +24,12 @@ pub struct Pause {
 }
 
 impl Pause {
-    /// Holds one after the other.
+    /// Pauses each machine in turn.
     pub fn pause(self) -> Result<Exit> {
         machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Pause))
     }
 
-    /// Lets one after the other go on.
+    /// Resumes each machine in turn.
     pub fn unpause(self) -> Result<Exit> {
         machines::for_each(&self.machines, |_, entry| machines::request(entry, &Request::Unpause))
     }

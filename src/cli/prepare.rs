@@ -1,5 +1,5 @@
-//! `husk prepare`, which `husk run` starts for an image that is not ready: what comes from registries and archives is fetched and
-//! unpacked by a process that ends with that, and never by one that is a machine's monitor.
+//! `husk prepare`, which `husk run` starts for an image that is not prepared: data from registries and archives is
+//! processed in a separate, short-lived process, and never in one that runs a machine.
 
 use std::path::Path;
 
@@ -28,7 +28,7 @@ pub struct Prepare {
 }
 
 impl Prepare {
-    /// Makes the image ready, its progress on standard error, and prints its ID.
+    /// Prepares the image with its progress on standard error, and prints its ID.
     pub fn run(self) -> Result<Exit> {
         sys::end_with_parent().context("tie this process to the lifetime of its parent")?;
         let mut store = Store::open_default()?;

@@ -1,4 +1,4 @@
-//! The flags about a process in a machine, the same for its first one and for one more.
+//! Flags of a process in a machine, shared by `husk run` and `husk exec`.
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, stdin};
@@ -40,7 +40,7 @@ pub struct ProcessFlags {
 }
 
 impl ProcessFlags {
-    /// The overrides of the flags, to run `command`. Files with variables are read here; the flags are used up.
+    /// The overrides from the flags, to run `command`. Reads environment files; consumes the flags.
     pub fn overrides(&mut self, command: Vec<OsString>) -> Result<Overrides> {
         let mut env = Vec::new();
         for file in &self.env_file {
@@ -51,12 +51,13 @@ impl ProcessFlags {
         Ok(Overrides { command, env, working_dir, user, ..Overrides::default() })
     }
 
-    /// Covers what variables are set to where everybody sees this process's arguments. To be called before it has other threads.
+    /// Overwrites the values of environment variables in this process's visible arguments. Must be called before other
+    /// threads are started.
     pub fn mask_values(&self) {
         argv::mask_values(&self.env);
     }
 
-    /// Refuses a terminal that is to be typed at and is none here.
+    /// Fails if an interactive terminal is requested and standard input is not a terminal.
     pub fn check_terminal(&self) -> Result<()> {
         if self.tty && self.interactive && !stdin().is_terminal() {
             bail!("standard input is not a terminal: remove -t");

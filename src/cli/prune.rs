@@ -1,4 +1,4 @@
-//! `husk prune`: gives the disk back that nobody uses.
+//! `husk prune`: frees disk space that is not in use.
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -26,7 +26,7 @@ pub struct Prune {
 }
 
 impl Prune {
-    /// Removes, and says how much it was. What a running machine uses stays.
+    /// Removes unused data and prints the amount. Data used by running machines is kept.
     pub fn run(self) -> Result<Exit> {
         let pruned = Store::open_default()?.prune(PruneOptions { keep_unnamed: false, keep_layers: !self.layers })?;
         let text = if self.json {

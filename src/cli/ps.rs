@@ -1,4 +1,4 @@
-//! `husk ps`: this user's machines.
+//! `husk ps`: lists this user's machines.
 
 use anyhow::Result;
 use clap::Args;
@@ -17,7 +17,7 @@ Examples:
   husk ps -q | xargs husk stop
   husk ps --json | jq -r '.[].name'";
 
-/// As much of a command as a line has room for.
+/// The maximum width of a command.
 const COMMAND_CHARS: usize = 30;
 
 /// The flags of `husk ps`.
@@ -50,7 +50,7 @@ pub struct Ps {
 }
 
 impl Ps {
-    /// Prints the list, the newest first.
+    /// Prints the list, most recent first.
     pub fn run(self) -> Result<Exit> {
         let state_dir = StateDir::open()?;
         state_dir.remove_stale()?;
@@ -74,7 +74,7 @@ impl Ps {
     }
 }
 
-/// All that is known of a machine, its state as it is now.
+/// A machine's record with its current state.
 pub fn to_json(entry: &MachineEntry) -> serde_json::Value {
     let mut value = match &entry.record {
         Some(record) => json!(record),
@@ -103,7 +103,7 @@ fn row(entry: &MachineEntry, command_chars: usize) -> [String; 8] {
     ]
 }
 
-/// The host's ports that lead to the machine.
+/// The published ports.
 fn ports(record: &Record) -> String {
     let forwarded = record.config.networks.iter().filter_map(|network| match &network.to {
         Attachment::User(network) => Some(&network.ports),
@@ -120,7 +120,7 @@ fn shortened(text: &str, max_chars: usize) -> String {
     text.chars().take(max_chars.saturating_sub(1)).chain(['…']).collect()
 }
 
-/// What a machine does, in words, and since when.
+/// A description of a machine's state and its duration.
 fn status(entry: &MachineEntry) -> String {
     let restarts = entry.record.as_ref().map_or(0, |record| record.restarts);
     let now = now_ms();

@@ -1,4 +1,4 @@
-//! `husk pull`: from a registry's image to one in the store.
+//! `husk pull`: downloads an image from a registry.
 
 use anyhow::Result;
 use clap::Args;
@@ -42,7 +42,7 @@ pub struct Pull {
 }
 
 impl Pull {
-    /// Fetches the image, and prints its name with its digest.
+    /// Downloads the image, and prints its name and digest.
     pub fn run(self) -> Result<Exit> {
         let mut store = Store::open_default()?;
         store.unpack_limit_bytes = self.max_size;
@@ -58,7 +58,7 @@ impl Pull {
     }
 }
 
-/// Parses an image's full name.
+/// Parses an image name.
 pub fn reference(text: &str) -> Result<Reference, String> {
     text.parse().map_err(|error: anyhow::Error| format!("{error:#}"))
 }

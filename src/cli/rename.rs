@@ -1,4 +1,4 @@
-//! `husk rename`: gives a machine another name.
+//! `husk rename`: renames a machine.
 
 use anyhow::Result;
 use clap::Args;
@@ -22,7 +22,7 @@ pub struct Rename {
 }
 
 impl Rename {
-    /// Renames it, running or not. Its host name, which its guest knows, stays.
+    /// Renames the machine, running or not. Its host name in the guest does not change.
     pub fn run(self) -> Result<Exit> {
         names::check(&self.name)?;
         let state_dir = StateDir::open()?;

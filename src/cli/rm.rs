@@ -1,4 +1,4 @@
-//! `husk rm`: forgets machines that have ended.
+//! `husk rm`: removes machines that have ended.
 
 use anyhow::Result;
 use clap::Args;
@@ -28,7 +28,7 @@ pub struct Rm {
 }
 
 impl Rm {
-    /// Removes one after the other, with what it has logged.
+    /// Removes each machine in turn, including its logs.
     pub fn run(self) -> Result<Exit> {
         let mut words = self.machines;
         if self.force {
@@ -45,7 +45,7 @@ impl Rm {
         machines::for_each(&words, |state_dir, entry| {
             if entry.alive && self.force {
                 let end = machines::watch_exit(entry);
-                // It may be at its end by itself.
+                // It may have just ended by itself.
                 let _ = machines::request(entry, &Request::Kill { signal: libc::SIGKILL as u8 });
                 machines::exit_code(entry, end)?;
                 return match entry.await_end()? {

@@ -1,4 +1,4 @@
-//! `husk rmi`: takes images out of the store.
+//! `husk rmi`: removes images from the store.
 
 use anyhow::Result;
 use clap::Args;

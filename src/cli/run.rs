@@ -1,4 +1,4 @@
-//! `husk run`: from an image and a command to a machine, and from the command's end to an exit code.
+//! `husk run`: runs a command from an image in a new machine.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -64,10 +64,10 @@ Exit codes:
   80-83  the machine failed: reset, kernel panic, triple fault, KVM error (see `husk boot --help`)
   Any other code is the exit code of the command.";
 
-/// How many of the guest's messages explain a failure.
+/// The number of kernel messages shown to explain a failure.
 const TAIL_LINES: usize = 20;
 
-/// The size of a disk that is kept where none is said; it takes what is written to it.
+/// The default size of a persistent disk, which is sparse.
 const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 
 /// The flags of `husk run`.
@@ -176,7 +176,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Runs the command, and stays until it has ended. `started` is when this process began.
+    /// Runs the command and waits until it has exited. `started` is when this process started.
     pub fn run(self, started: Instant) -> Exit {
         match self.try_run(started) {
             Ok(exit) => exit,
@@ -194,7 +194,7 @@ impl Run {
         let image = words.next().unwrap_or_default();
         reject_volume_as_image(&image)?;
         let mut command: Vec<OsString> = words.collect();
-        // As where options may follow: what stands behind is the command.
+        // After `--`, everything is the command.
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
@@ -234,8 +234,8 @@ impl Run {
         Ok(exit)
     }
 
-    /// What the image is: a file that is told by its content, or something for the image store. `None` if it cannot be
-    /// prepared, and that has been said.
+    /// Identifies the image: a file recognized by its content, or a source for the image store. `None` if it cannot be
+    /// prepared, which has been reported.
     fn find_root_fs(&self, image: &Path) -> Result<Option<RootFs>> {
         let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
             Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
@@ -255,13 +255,13 @@ impl Run {
         Ok(Some(RootFs::Image { root, defaults, writable: self.writable_layer(identity)?, in_use }))
     }
 
-    /// Where the command's changes to the root of the image `identity` go.
+    /// The writable layer for the image `identity`.
     fn writable_layer(&self, identity: [u8; 16]) -> Result<WritableLayer> {
         let size_bytes = self.scratch.unwrap_or(DEFAULT_DISK_BYTES);
         Ok(match &self.keep {
             Some(name) => WritableLayer::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
             None if self.scratch.is_some() => {
-                // A guest that is started again finds what the one before it left.
+                // A restarted guest finds the data that its predecessor left.
                 let journal = if self.lifecycle.may_restart() { Journal::Yes } else { Journal::No };
                 WritableLayer::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
             }
@@ -270,7 +270,7 @@ impl Run {
         })
     }
 
-    /// What is to be in the machine, all overrides and defaults considered.
+    /// The contents of the machine, with all overrides and defaults applied.
     fn guest_spec(&mut self, root_fs: RootFs, command: Vec<OsString>, dir: &MachineDir) -> Result<GuestSpec> {
         let hostname = self.hostname.take().or_else(|| self.lifecycle.name.clone()).unwrap_or_else(|| dir.id());
         let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(root_fs, RootFs::Disk { .. }));
@@ -305,7 +305,7 @@ impl Run {
         resources::host::warn_of_pvm();
         timings.mark(Step::Prepared);
         let mut resources = resources::open(config)?;
-        // Those of a unified kernel image are for what it would boot by itself.
+        // The initramfs in a unified kernel image belongs to another system.
         resources.initrd = Some(Part::whole(initramfs).context("read the initrd")?);
         resources.kernel_words.clear();
         if !spec.has_session() {
@@ -313,16 +313,16 @@ impl Run {
             return Ok(boot::report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?));
         }
         let service = endpoint.file(&format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT));
-        // One that failed before left it.
+        // Left behind by a failed run.
         let _ = std::fs::remove_file(&service);
         let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
         let on_terminal = spec.on_terminal();
         let endpoints = endpoint.hub().map_or(Endpoints::Stdio, |hub| Endpoints::Hub(hub.clone()));
         let mut session = Session::new(listener, spec.wants_stdin(), on_terminal, endpoints, timings.clone())?;
-        // Without input Ctrl-C is a signal of ours, and handed on like any other.
+        // Without input, Ctrl-C raises a signal in this process, which is forwarded like any other.
         let takes_keys = on_terminal && spec.wants_stdin();
         let machine = Machine::build(config, resources, timings.clone())?;
-        // In the background standard error is a file, which a guest is not to fill: `husk logs --kernel` has its
+        // In the background standard error is a file, which a guest must not fill: `husk logs --kernel` shows its
         // messages.
         let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
         let log = Log::create(endpoint.file(state_dir::CONSOLE_LOG), verbose).context("create the machine's log")?;
@@ -341,7 +341,7 @@ fn reject_volume_as_image(word: &OsStr) -> Result<()> {
     Ok(())
 }
 
-/// The command's own end where it is known, else the machine's, and for a bad one the reason.
+/// The command's exit status if known, otherwise the machine's. Reports the reason of a failure.
 fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_already: bool) -> Exit {
     match end {
         Some(ToHost::Exited(code)) => return Exit::Reported(*code),

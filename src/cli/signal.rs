@@ -1,4 +1,4 @@
-//! From the name of a signal, as it is typed, to its number.
+//! Parses signal names.
 
 use crate::guest::signal;
 

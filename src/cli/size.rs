@@ -1,4 +1,4 @@
-//! From a size as Docker writes it (`512M`, `1.5g`, `2GiB`) to bytes and MiB.
+//! Parses sizes in Docker's syntax (`512M`, `1.5g`, `2GiB`).
 
 const MIB: u64 = 1 << 20;
 
@@ -16,12 +16,12 @@ pub fn memory_mib(text: &str) -> Result<u64, String> {
     Ok(size_bytes.div_ceil(MIB))
 }
 
-/// Parses a size with Docker's suffixes, and gives it in bytes.
+/// Parses a size with Docker's suffixes, in bytes.
 pub fn bytes(text: &str) -> Result<u64, String> {
     size_bytes(text)
 }
 
-/// A memory size as it is typed: in GiB where that is a whole number.
+/// Formats a memory size: in GiB if that is a whole number.
 pub fn mib(memory_mib: u64) -> String {
     if memory_mib.is_multiple_of(1 << 10) { format!("{}G", memory_mib >> 10) } else { format!("{memory_mib}M") }
 }
@@ -45,7 +45,8 @@ fn is_digits(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// `0.fraction` of a unit, rounded down to a byte. Twelve digits tell every byte of a TiB apart from its neighbour.
+/// The value of `0.fraction` units, rounded down to a byte. Twelve digits are sufficient to distinguish every byte of a
+/// TiB.
 fn fraction_bytes(fraction: &str, unit_bytes: u64) -> u64 {
     let (sum, scale) = fraction
         .bytes()

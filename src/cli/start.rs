@@ -1,4 +1,4 @@
-//! `husk start` and `husk restart`: machines in the background that have ended, or are to end, run again as they were started.
+//! `husk start` and `husk restart`: start machines in the background again, in the same way as before.
 
 use std::time::Duration;
 
@@ -46,14 +46,14 @@ pub struct Restart {
 }
 
 impl Start {
-    /// Starts one after the other.
+    /// Starts each machine in turn.
     pub fn run(self) -> Result<Exit> {
         each(&self.machines, |_, entry| if entry.alive { Ok(Exit::Success) } else { lifecycle::start_stopped(entry) })
     }
 }
 
 impl Restart {
-    /// Ends each that runs, and starts it.
+    /// Stops each machine that is running, and starts it again.
     pub fn run(self) -> Result<Exit> {
         let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
         each(&self.machines, |state_dir, entry| {
@@ -68,7 +68,7 @@ impl Restart {
     }
 }
 
-/// Starts each, and prints its word; goes on where one fails.
+/// Starts each machine and prints its name. Continues after a failure.
 fn each(words: &[String], start: impl Fn(&StateDir, &MachineEntry) -> Result<Exit>) -> Result<Exit> {
     let state_dir = StateDir::open()?;
     let mut exit = Exit::Success;
@@ -76,7 +76,7 @@ fn each(words: &[String], start: impl Fn(&StateDir, &MachineEntry) -> Result<Exi
         match state_dir.find(word).and_then(|entry| start(&state_dir, &entry).with_context(|| entry.name().to_owned()))
         {
             Ok(Exit::Success) => super::print(&format!("{word}\n"))?,
-            // It has said why.
+            // It has reported why.
             Ok(_) => exit = Exit::Failure,
             Err(error) => exit = super::report(&error),
         }

@@ -1,4 +1,4 @@
-//! `husk stats`: what machines use of the host, as it is now.
+//! `husk stats`: shows the machines' current resource usage.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -26,9 +26,9 @@ can use; OVERHEAD is the memory used by husk itself. BLOCK I/O is bytes read and
 since the machine started. CPU includes the time of vhost-net on Linux 6.4 and later. A stopped machine is shown without
 values.";
 
-/// Between two looks.
+/// The interval between samples.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Puts the cursor where the screen begins, and clears what follows.
+/// Moves the cursor to the top and clears the screen.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
 /// The flags of `husk stats`.
@@ -48,18 +48,18 @@ pub struct StatsArgs {
     json: bool,
 }
 
-/// A machine and what it used when it was looked at; nothing where it does not run.
+/// A machine and its usage; `None` if it is not running.
 type Sample = (MachineEntry, Option<Stats>);
 
 impl StatsArgs {
-    /// Prints a table, again and again on a terminal.
+    /// Prints a table, repeatedly on a terminal.
     pub fn run(self) -> Result<Exit> {
         let state_dir = StateDir::open()?;
         let mut before: HashMap<String, Stats> = HashMap::new();
         let once = self.no_stream || self.json;
         let in_place = !once && std::io::stdout().is_terminal();
         if once {
-            // What is used now is the difference of two looks.
+            // Current usage is the difference between two samples.
             before = by_id(&self.sample(&state_dir)?);
             std::thread::sleep(INTERVAL / 2);
         }
@@ -77,7 +77,7 @@ impl StatsArgs {
 
     fn sample(&self, state_dir: &StateDir) -> Result<Vec<Sample>> {
         if self.machines.is_empty() {
-            // One that has just ended is no mistake.
+            // A machine that has just ended is no error.
             let running = state_dir.list()?.into_iter().filter(|entry| entry.alive);
             return Ok(running.filter_map(|entry| fetch(&entry).ok().map(|stats| (entry, Some(stats)))).collect());
         }
@@ -85,7 +85,7 @@ impl StatsArgs {
             let entry = state_dir.find(word)?;
             match fetch(&entry) {
                 Ok(stats) => Ok((entry, Some(stats))),
-                // It may have ended just now.
+                // It may have just ended.
                 Err(error) => match state_dir.find(word)? {
                     entry if !is_running(&entry) => Ok((entry, None)),
                     _ => Err(error.context(word.clone())),
@@ -112,7 +112,7 @@ fn by_id(samples: &[Sample]) -> HashMap<String, Stats> {
     samples.iter().filter_map(|(entry, stats)| stats.map(|stats| (entry.id.clone(), stats))).collect()
 }
 
-/// Hundredths of a processor, since `before` or else since the machine's start.
+/// CPU usage in percent since `before`, or else since the machine's start.
 fn cpu_percent(stats: &Stats, before: Option<&Stats>) -> f64 {
     let zero = Stats::default();
     let before = before.unwrap_or(&zero);

@@ -1,4 +1,4 @@
-//! `husk stop`: ends machines in order, and by force when that takes too long.
+//! `husk stop`: stops machines gracefully, or by force after a timeout.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Asks all of them, and waits for each.
+    /// Requests a stop of all machines, and waits for each.
     pub fn run(self) -> Result<Exit> {
         let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
         let state_dir = crate::state_dir::StateDir::open()?;

@@ -4,12 +4,12 @@ use std::time::{Duration, SystemTime};
 
 use indicatif::HumanDuration;
 
-/// How long before `now_ms` something was, in words.
+/// The time between `then_ms` and `now_ms`, in words.
 pub fn ago(now_ms: u64, then_ms: u64) -> String {
     HumanDuration(Duration::from_millis(now_ms.saturating_sub(then_ms))).to_string()
 }
 
-/// A moment: how long ago it was (`10m`, `1h30m`), or its date and time (`2026-01-31T12:00:00Z`). Returns nanoseconds since 1970.
+/// Parses a relative time (`10m`, `1h30m`) or a timestamp (`2026-01-31T12:00:00Z`). Returns nanoseconds since 1970.
 pub fn timestamp_ns(text: &str) -> Result<u64, String> {
     let time = match humantime::parse_duration(text) {
         Ok(duration) => SystemTime::now().checked_sub(duration),
@@ -21,7 +21,7 @@ pub fn timestamp_ns(text: &str) -> Result<u64, String> {
     })
 }
 
-/// A number of seconds, or a length of time with its unit: `10`, `1.5`, `2m`.
+/// Parses a duration in seconds or with a unit: `10`, `1.5`, `2m`.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds
@@ -29,7 +29,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is not a duration: use seconds, or a unit such as 500ms or 2m"))
 }
 
-/// A moment in nanoseconds since 1970, as RFC 3339 has it.
+/// Formats nanoseconds since 1970 in RFC 3339.
 pub fn rfc3339(time_ns: u64) -> String {
     humantime::format_rfc3339_nanos(SystemTime::UNIX_EPOCH + Duration::from_nanos(time_ns)).to_string()
 }

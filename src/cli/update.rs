@@ -1,4 +1,4 @@
-//! `husk update`: other limits for machines that run.
+//! `husk update`: changes the limits of running machines.
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -80,7 +80,7 @@ fn link(text: &str) -> Result<bool, String> {
 }
 
 impl UpdateArgs {
-    /// Changes one after the other.
+    /// Updates each machine in turn.
     pub fn run(self) -> Result<Exit> {
         let whole = |Cpus { vcpus, limit_millicpus }| limit_millicpus.unwrap_or(vcpus.saturating_mul(1000));
         let update = Update {

@@ -1,4 +1,4 @@
-//! `husk wait`: stays until machines have ended, and prints their exit codes.
+//! `husk wait`: waits until machines have ended, and prints their exit codes.
 
 use anyhow::Result;
 use clap::Args;
@@ -22,7 +22,7 @@ pub struct Wait {
 }
 
 impl Wait {
-    /// Prints a line for each machine, in order. One whose husk was killed has 137.
+    /// Prints a line for each machine, in order. If its husk process was killed, the code is 137.
     pub fn run(self) -> Result<Exit> {
         let state_dir = StateDir::open()?;
         let mut exit = Exit::Success;

@@ -1,14 +1,15 @@
-//! From a host's facts to verdicts: what each fact means for a guest, and what to type.
+//! Evaluates a host's facts: what they mean for guests, and how to fix problems.
 
 use super::{Check, Status};
 use crate::config::MAX_CPUS;
 use crate::resources::host::{Access, Cgroups, Host, KVM_API_VERSION, KvmAnswers, KvmModule, Processor};
 use crate::resources::passt;
 
-/// What the default machine has, and the host needs beside it.
+/// The default machine's memory, plus what the host needs.
 const COMFORTABLE_MEMORY_MIB: u64 = 1024;
 
-/// All checks, from the processor upwards. A check whose ground is missing is left out: its cause is reported already.
+/// All checks, from the processor upwards. A check that depends on a failed one is omitted, since the cause is already
+/// reported.
 pub fn all(host: &Host) -> Vec<Check> {
     let mut checks = vec![processor(&host.processor), nesting(&host.processor), module(host), kvm_device(host)];
     if let Some(kvm) = &host.kvm {
@@ -48,7 +49,7 @@ fn nesting(processor: &Processor) -> Check {
     ok("nesting", detail)
 }
 
-/// How to get hardware virtualisation here.
+/// How to enable hardware virtualization.
 fn load_module(processor: &Processor) -> &'static str {
     match (processor.vmx, processor.svm, processor.hypervisor) {
         (true, _, _) => "sudo modprobe kvm_intel",
@@ -70,7 +71,7 @@ fn module(host: &Host) -> Check {
             let detail = "kvm_pvm: only runs PVM-aware guest kernels, a stock kernel would hang";
             fail(NAME, detail, format!("{unload}{load}"))
         }
-        // Built into the kernel, KVM shows no module of a vendor; its device is what counts.
+        // If KVM is built in, there is no vendor module; the device is what matters.
         None if host.kvm.is_some() => ok(NAME, "built into the kernel"),
         None => fail(NAME, "neither kvm_intel nor kvm_amd is loaded", load_module(&host.processor)),
     }
@@ -196,7 +197,7 @@ fn vhost(access: &Access) -> Check {
     }
 }
 
-/// How to be let in at a device that members of a group may open, or are to be allowed to.
+/// How to get access to a device that group members can open, or could open after a change.
 fn join_group(device: &str, group_may: bool) -> String {
     let open = format!("sudo chgrp kvm {device} && sudo chmod 660 {device} && ");
     format!("{}sudo usermod -aG kvm $USER, then log in again", if group_may { "" } else { &open })

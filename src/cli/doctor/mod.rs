@@ -1,4 +1,4 @@
-//! `husk doctor`: from facts about the host to a verdict a line, and what to type where one is bad.
+//! `husk doctor`: checks the host, with one line per check and a remedy for each failure.
 
 mod checks;
 
@@ -28,24 +28,24 @@ pub struct Doctor {
     json: bool,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Status {
     Ok,
     /// Guests run, but something is slower or missing.
     Warn,
-    /// No stock guest runs.
+    /// Unmodified guests do not run.
     Fail,
 }
 
-/// One line of the report.
+/// A line of the report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Check {
     name: &'static str,
     status: Status,
     detail: String,
-    /// What mends it, to be typed or done; every check that failed has one.
+    /// How to fix it; required for every failed check.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<String>,
 }
@@ -57,7 +57,7 @@ struct Report {
 }
 
 impl Doctor {
-    /// Looks at the host and prints the report.
+    /// Examines the host and prints the report.
     pub fn run(self) -> Result<Exit> {
         let checks = checks::all(&resources::host::probe());
         let report = Report { stock_guests: checks.iter().all(|check| check.status != Status::Fail), checks };

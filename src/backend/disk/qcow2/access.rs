@@ -1,4 +1,4 @@
-//! From a request to what it does to an image: runs of clusters are read and written at once.
+//! Executes requests on an image, in runs of contiguous clusters.
 
 use std::io::{self, ErrorKind};
 
@@ -7,11 +7,11 @@ use super::image::{Mapping, Qcow2Image};
 use super::medium::fill_with_zeroes;
 use crate::memory::GuestBuffers;
 
-/// Clusters that are looked up before the data of any is moved.
+/// The maximum number of clusters looked up before data is transferred.
 const RUN_CLUSTERS_MAX: u64 = 1024;
 
 impl Qcow2Image {
-    /// Does what `request` asks.
+    /// Executes `request`.
     pub fn execute(&mut self, request: &mut Request) -> io::Result<()> {
         let offset_bytes = request.offset_bytes;
         if self.readonly && !matches!(request.operation, Operation::Read | Operation::Flush) {
@@ -21,7 +21,7 @@ impl Qcow2Image {
             Operation::Read => self.read(&mut request.buffers, offset_bytes),
             Operation::Write => self.write(&mut request.buffers, offset_bytes),
             Operation::Flush => self.flush(),
-            // A hint: what of it fills no cluster is left alone.
+            // A hint: partial clusters are not discarded.
             Operation::Discard { len_bytes } => self.discard(offset_bytes, len_bytes),
             Operation::WriteZeroes { len_bytes, unmap } => self.write_zeroes(offset_bytes, len_bytes, unmap),
         }
@@ -46,7 +46,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// How the disk is mapped at `offset_bytes`, and for how many of `len_bytes` bytes it goes on like that.
+    /// The mapping at `offset_bytes`, and how many of `len_bytes` it covers contiguously.
     fn run_to_read(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<(Mapping, u64)> {
         let cluster_bytes = self.header.cluster_bytes();
         let (cluster, skip) = self.cluster_of(offset_bytes);
@@ -82,7 +82,7 @@ impl Qcow2Image {
         if self.has_much_to_free() { self.flush() } else { Ok(()) }
     }
 
-    /// Where in the file a write at `offset_bytes` goes if it needs no new cluster, and how many of its bytes.
+    /// The file offset of a write at `offset_bytes` that needs no new cluster, and how many bytes it covers.
     fn run_in_place(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<Option<(u64, u64)>> {
         let (Mapping::Data { at, own: true }, mut run_bytes) = self.run_to_read(offset_bytes, len_bytes)? else {
             return Ok(None);
@@ -98,7 +98,7 @@ impl Qcow2Image {
         Ok(Some((at + skip, run_bytes)))
     }
 
-    /// Writes the first of `buffers` to new clusters that lie one behind the other. Returns how many bytes it was.
+    /// Writes the first of `buffers` to new contiguous clusters. Returns the number of bytes.
     fn write_anew(&mut self, buffers: &mut GuestBuffers, offset_bytes: u64) -> io::Result<u64> {
         let cluster_bytes = self.header.cluster_bytes();
         let (cluster, skip) = self.cluster_of(offset_bytes);
@@ -111,7 +111,7 @@ impl Qcow2Image {
                 break;
             }
             let at = match self.allocate() {
-                // What there was room for is written.
+                // Writes what there was space for.
                 Err(_) if !old.is_empty() => break,
                 at => at?,
             };
@@ -141,13 +141,13 @@ impl Qcow2Image {
         Ok(len_bytes)
     }
 
-    /// Takes new clusters back that nothing points to.
+    /// Frees new clusters that are not referenced.
     fn give_back(&mut self, at: u64, clusters: u64) -> io::Result<()> {
         let first = at >> self.header.cluster_bits;
         (first..first + clusters).try_for_each(|cluster| self.counts.release(&mut self.tables, cluster).map(drop))
     }
 
-    /// Writes what the new clusters from `start` on, in place of `old`, hold beside the bytes `from..to` of them.
+    /// Fills the new clusters starting at `start`, which replace `old`, outside of the bytes `from..to`.
     fn fill_edges(&mut self, old: &[Mapping], start: u64, from: u64, to: u64) -> io::Result<()> {
         let cluster_bytes = self.header.cluster_bytes();
         let end = old.len() as u64 * cluster_bytes;
@@ -161,7 +161,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Has `len_bytes` from `skip` on of the new cluster at `at` be what they were in `old`.
+    /// Copies `len_bytes` at offset `skip` from `old` to the new cluster at `at`.
     fn fill_edge(&mut self, old: Mapping, at: u64, skip: u64, len_bytes: u64) -> io::Result<()> {
         let bytes = match old {
             Mapping::Zero | Mapping::Kept(_) => return self.tables.medium.zero(at + skip, len_bytes),
@@ -177,10 +177,10 @@ impl Qcow2Image {
         self.tables.medium.write(&bytes, at + skip)
     }
 
-    /// The cluster that is compressed at `at`. The last one is kept: it is seldom read at once.
+    /// Decompresses the cluster at `at`. The last one is cached, since a cluster is seldom read at once.
     fn unpack(&mut self, at: u64, len_bytes: u64) -> io::Result<&[u8]> {
         if self.unpacked.as_ref().is_none_or(|(last, _)| *last != at) {
-            // Twice a cluster at most.
+            // At most twice the cluster size.
             let mut packed = vec![0; len_bytes as usize];
             self.tables.medium.read(&mut packed, at)?;
             let cluster = self.header.compression.unpack(&packed, self.header.cluster_bytes() as usize)?;
@@ -203,7 +203,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// The clusters that lie in the range as a whole. Behind the disk's end there is nothing to be kept.
+    /// The clusters entirely within the range. Beyond the end of the disk there is nothing to preserve.
     fn whole_clusters(&self, offset_bytes: u64, len_bytes: u64) -> (u64, u64) {
         let end_bytes = offset_bytes + len_bytes;
         let first = offset_bytes.div_ceil(self.header.cluster_bytes());
@@ -225,7 +225,7 @@ impl Qcow2Image {
             let (_, whole_end) = self.whole_clusters(offset_bytes, run_bytes);
             let run_bytes = match mapping {
                 Mapping::Zero | Mapping::Kept(_) => run_bytes,
-                // What of it is a snapshot's too is not to be touched.
+                // Data shared with a snapshot must not be modified.
                 Mapping::Data { own: true, .. } => {
                     let (at, run_bytes) = self.run_in_place(offset_bytes, run_bytes)?.ok_or(ErrorKind::NotFound)?;
                     self.tables.medium.zero(at, run_bytes)?;
@@ -246,7 +246,7 @@ impl Qcow2Image {
         if self.has_much_to_free() { self.flush() } else { Ok(()) }
     }
 
-    /// Makes `len_bytes` from `skip` on of `cluster` zeroes in a copy of it.
+    /// Zeroes `len_bytes` at offset `skip` of `cluster` in a copy of it.
     fn zero_anew(&mut self, cluster: u64, old: Mapping, skip: u64, len_bytes: u64) -> io::Result<()> {
         let at = self.allocate()?;
         let end = skip + len_bytes;

@@ -1,8 +1,8 @@
-//! From a qcow2 file to the certainty that its tables agree with each other, before anything is done by them.
+//! Verifies that all tables of a qcow2 file are consistent before they are used.
 //!
-//! Whoever made the image may have meant harm: a table that is also a guest's data could be rewritten by that guest. So every
-//! cluster that the tables name lies in the file and is one thing only. Whether each is counted as well is told, since that
-//! can be made good (docs/interop/qcow2 in QEMU's sources).
+//! The image may be crafted: a table that is also a guest's data could be rewritten by that guest. Therefore every
+//! referenced cluster must be within the file and have a single use. Refcounts that are too low are reported, since
+//! they can be repaired (docs/interop/qcow2 in QEMU's sources).
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -13,33 +13,33 @@ use super::counts;
 use super::header::{CLUSTERS_MAX, Header};
 use super::image::{COMPRESSED, OFFSET_MASK, packed_place};
 
-/// Tables of the second level for 32 TiB of the usual clusters. More may stand in a file that is mostly holes.
+/// L2 tables for 32 TiB with the default cluster size. A sparse file could contain more.
 const SECOND_LEVEL_BYTES_MAX: u64 = 4 << 30;
-/// A cluster that is one thing and nothing else. Smaller numbers count pieces of compressed data.
+/// A cluster with a single use. Smaller numbers count pieces of compressed data.
 const WHOLE: u16 = u16::MAX;
-/// What is wrong with an image whose counts cannot be made good.
+/// The error for refcounts that cannot be repaired.
 pub const UNCOUNTED: &str = "a cluster in use is counted as free";
 
-/// What was found.
+/// The result of the check.
 pub struct Survey {
-    /// By cluster of the file: what the tables make of it, to be read by [`needed`].
+    /// The use of each cluster of the file, to be interpreted by [`needed`].
     pub uses: Vec<u16>,
-    /// Whether one of them is counted less often than it is used.
+    /// Whether a refcount is too low.
     pub uncounted: bool,
 }
 
-/// How often a cluster that is used so is to be counted.
+/// The minimum refcount of a cluster with this use.
 pub fn needed(uses: u16) -> u64 {
     if uses == WHOLE { 1 } else { u64::from(uses) }
 }
 
-/// Looks at all of `file`, in time and memory that its size bounds.
+/// Checks all of `file`, in time and memory bounded by its size.
 pub fn survey(file: &File, header: &Header) -> Result<Survey, Refusal> {
     let clusters = file.metadata()?.len().div_ceil(header.cluster_bytes());
     if clusters > CLUSTERS_MAX {
         return Err(Refusal::TooLarge);
     }
-    // Two bytes a cluster: 128 MiB at most, and while it is looked at only.
+    // Two bytes per cluster: at most 128 MiB, only during the check.
     let uses = vec![0; usize::try_from(clusters).map_err(|_| Refusal::TooLarge)?];
     Tables { file, header, uses }.survey()
 }
@@ -47,7 +47,7 @@ pub fn survey(file: &File, header: &Header) -> Result<Survey, Refusal> {
 struct Tables<'a> {
     file: &'a File,
     header: &'a Header,
-    /// By cluster: what the tables make of it.
+    /// The use of each cluster.
     uses: Vec<u16>,
 }
 
@@ -87,7 +87,7 @@ impl Tables<'_> {
         Ok(())
     }
 
-    /// Whether every cluster that is used is counted at least as often.
+    /// Whether all refcounts are high enough.
     fn are_counted(&self, count_blocks: &[u8]) -> Result<bool, Refusal> {
         let order = self.header.refcount_order;
         let mut blocks = entries(count_blocks);
@@ -111,7 +111,7 @@ impl Tables<'_> {
         Ok(true)
     }
 
-    /// What is at `offset` is this and nothing else.
+    /// Marks the range as exclusively used.
     fn claim(&mut self, offset: u64, len_bytes: u64) -> Result<(), Refusal> {
         if !offset.is_multiple_of(self.header.cluster_bytes()) {
             return Err(Refusal::Damaged("a table entry is not aligned to a cluster"));
@@ -124,7 +124,7 @@ impl Tables<'_> {
         Ok(())
     }
 
-    /// Compressed data, which may begin and end anywhere and share clusters with others.
+    /// Marks compressed data, which may start and end anywhere and share clusters.
     fn count_compressed(&mut self, entry: u64) -> Result<(), Refusal> {
         let (offset, len_bytes) = packed_place(entry, self.header.cluster_bits);
         for uses in self.clusters(offset, len_bytes)? {
@@ -145,12 +145,12 @@ impl Tables<'_> {
     }
 
     fn read(&self, (offset, len_bytes): (u64, u64)) -> Result<Vec<u8>, Refusal> {
-        // No more than 32 MiB: a table, or a cluster.
+        // At most 32 MiB: a table or a cluster.
         let mut bytes = vec![0; len_bytes as usize];
         let mut done = 0;
         while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
             match self.file.read_at(rest, offset + done as u64) {
-                // The file may end in the middle of its last cluster: what follows reads as zeroes.
+                // The file may end within its last cluster; the rest reads as zeroes.
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

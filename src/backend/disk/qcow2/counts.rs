@@ -1,7 +1,7 @@
-//! From "a cluster is needed" to one that nothing uses, and back: how often each cluster of the file is used.
+//! Allocates and frees clusters using the image's refcounts.
 //!
-//! A count is raised before anything points to its cluster, and lowered when nothing does any more, durably (`image.rs`,
-//! `flush`). So what a loss of power leaves is a cluster counted too often, which takes space and does no harm.
+//! A refcount is increased before its cluster is referenced, and decreased durably after the last reference is gone
+//! (`image.rs`, `flush`). A power failure therefore only leaves leaked clusters, which take space but do no harm.
 
 use std::io::{self, ErrorKind};
 use std::ops::Range;
@@ -9,24 +9,24 @@ use std::ops::Range;
 use super::header::{CLUSTERS_MAX, COUNTS_AT, Header, TABLE_BYTES_MAX};
 use super::tables::{Kind, Tables};
 
-/// Ranges of free clusters that are remembered. Others are found again by looking at the counts.
+/// The maximum number of free ranges kept in memory. Others are found again through the refcounts.
 const FREE_RANGES_MAX: usize = 32 << 10;
 
-/// The counts of an image, and where to look for free clusters.
+/// The refcounts of an image, and where to look for free clusters.
 #[derive(Debug)]
 pub struct Counts {
     cluster_bits: u32,
     order: u32,
     per_block: u64,
-    /// Offset and entries of the table of blocks.
+    /// The offset of the refcount table, and its number of entries.
     table: (u64, u64),
-    /// Clusters in front of it are in use, or in `free`, or forgotten.
+    /// Clusters below are in use, in `free`, or no longer tracked.
     next: u64,
     free: Vec<Range<u64>>,
 }
 
 impl Counts {
-    /// The counts where `header` says.
+    /// The refcounts described by `header`.
     pub fn new(header: &Header) -> Counts {
         Counts {
             cluster_bits: header.cluster_bits,
@@ -38,7 +38,7 @@ impl Counts {
         }
     }
 
-    /// A cluster that nothing uses, now counted as used once.
+    /// Allocates a cluster with a refcount of one.
     pub fn allocate(&mut self, tables: &mut Tables) -> io::Result<u64> {
         while let Some(range) = self.free.last_mut() {
             let Some(cluster) = range.next() else {
@@ -62,7 +62,7 @@ impl Counts {
             if range >= self.table.1 {
                 self.grow_table(tables)?;
             } else if self.block(tables, range)?.is_none() {
-                // Nothing in all of the range is used.
+                // The whole range is unused.
                 self.add_block(tables, range, cluster)?;
             } else if self.get(tables, cluster)? == 0 {
                 self.set(tables, cluster, 1)?;
@@ -73,10 +73,10 @@ impl Counts {
         }
     }
 
-    /// Counts one use less of `cluster`, and says whether it is free now.
+    /// Decreases the refcount of `cluster`, and returns whether it is free now.
     pub fn release(&mut self, tables: &mut Tables, cluster: u64) -> io::Result<bool> {
         let count = self.get(tables, cluster)?;
-        // A free cluster stays free, whatever a bad image makes of it.
+        // In an inconsistent image the refcount may already be zero.
         if count == 0 {
             return Ok(false);
         }
@@ -94,14 +94,14 @@ impl Counts {
         Ok(true)
     }
 
-    /// How often `cluster` is used.
+    /// The refcount of `cluster`.
     pub fn get(&self, tables: &mut Tables, cluster: u64) -> io::Result<u64> {
         let Some(block) = self.block(tables, cluster / self.per_block)? else { return Ok(0) };
         let (at, bit) = self.place(block, cluster);
         Ok(read(tables.bytes(Kind::Counts, at)?, bit, self.order))
     }
 
-    /// Says how often `cluster` is used, where there is a block that counts it.
+    /// Sets the refcount of `cluster`, if its refcount block exists.
     pub fn set(&self, tables: &mut Tables, cluster: u64, count: u64) -> io::Result<()> {
         let block = self.block(tables, cluster / self.per_block)?.ok_or(ErrorKind::NotFound)?;
         let (at, bit) = self.place(block, cluster);
@@ -109,7 +109,7 @@ impl Counts {
         Ok(())
     }
 
-    /// Where the block is that counts the clusters of `range`.
+    /// The offset of the refcount block for the clusters of `range`.
     pub fn block(&self, tables: &mut Tables, range: u64) -> io::Result<Option<u64>> {
         if range >= self.table.1 {
             return Ok(None);
@@ -118,16 +118,16 @@ impl Counts {
         Ok((offset != 0).then_some(offset))
     }
 
-    /// Has the clusters of `range`, an entry of the table, counted by a new block at `cluster`, which lies in it itself.
+    /// Adds a refcount block for `range`, a table entry, at `cluster`, which lies within that range.
     pub fn add_block(&mut self, tables: &mut Tables, range: u64, cluster: u64) -> io::Result<()> {
         self.make_block(tables, cluster)?;
-        // What counts is to be there before it is found.
+        // The block must be written before it is referenced.
         tables.write(Kind::Counts)?;
         tables.sync()?;
         self.enter_block(tables, range, cluster)
     }
 
-    /// Makes a block at `cluster` that counts itself. It is to be durable before it is entered.
+    /// Creates a block at `cluster` that counts itself. It must be durable before it is entered in the table.
     pub fn make_block(&self, tables: &mut Tables, cluster: u64) -> io::Result<()> {
         let block = cluster << self.cluster_bits;
         tables.clear(block, 1 << self.cluster_bits)?;
@@ -136,13 +136,13 @@ impl Counts {
         Ok(())
     }
 
-    /// Has the clusters of `range` be counted by the block at `cluster` from now on.
+    /// Enters the block at `cluster` in the table entry of `range`.
     pub fn enter_block(&self, tables: &mut Tables, range: u64, cluster: u64) -> io::Result<()> {
         tables.set(Kind::Counts, self.table.0 + 8 * range, cluster << self.cluster_bits)
     }
 
-    /// Moves the table to behind all that it counts, with room for twice as much. The blocks that count the place where
-    /// it goes go in front of it.
+    /// Moves the table to the end of the file with twice the capacity. The blocks that cover its new location precede
+    /// it.
     fn grow_table(&mut self, tables: &mut Tables) -> io::Result<()> {
         let full =
             || io::Error::new(ErrorKind::StorageFull, "the refcount table of the image has reached its maximum size");
@@ -178,7 +178,7 @@ impl Counts {
         tables.sync()?;
         let pointer = [&new.to_be_bytes()[..], &(table_clusters as u32).to_be_bytes()].concat();
         tables.medium.write(&pointer, COUNTS_AT)?;
-        // From here on the one or the other is the table, and what is counted next stands in the new one only.
+        // From here on either may be the table, and further refcounts are entered only in the new one.
         tables.sync()?;
         self.table = (new, table_clusters * per_cluster);
         self.next = first + blocks + table_clusters;
@@ -188,14 +188,14 @@ impl Counts {
         Ok(())
     }
 
-    /// The byte that the count of `cluster` begins in, in its block, and the bit of that byte.
+    /// The byte within its block where the refcount of `cluster` starts, and the bit in that byte.
     fn place(&self, block: u64, cluster: u64) -> (u64, u32) {
         let bits = (cluster % self.per_block) << self.order;
         (block + bits / 8, (bits % 8) as u32)
     }
 }
 
-/// How many blocks count themselves and `table_clusters` behind them.
+/// The number of blocks that cover themselves and `table_clusters` after them.
 fn blocks_for(table_clusters: u64, per_block: u64) -> u64 {
     let mut blocks = 1;
     while blocks * per_block < blocks + table_clusters {
@@ -204,7 +204,7 @@ fn blocks_for(table_clusters: u64, per_block: u64) -> u64 {
     blocks
 }
 
-/// The count of `1 << order` bits that begins with `bit` of the first of `bytes`.
+/// Reads the refcount of `1 << order` bits that starts at `bit` of the first of `bytes`.
 pub fn read(bytes: &[u8], bit: u32, order: u32) -> u64 {
     match order {
         0..3 => u64::from(bytes.first().copied().unwrap_or(0)) >> bit & ((1 << (1 << order)) - 1),

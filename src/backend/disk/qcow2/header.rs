@@ -1,5 +1,4 @@
-//! From a qcow2 file's first bytes to its layout as plain numbers, checked to be one that can be used at all
-//! (docs/interop/qcow2 in QEMU's sources).
+//! Parses and validates a qcow2 header (docs/interop/qcow2 in QEMU's sources).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,55 +7,55 @@ use super::Refusal;
 use super::packed::Compression;
 
 const HEADER_BYTES: usize = 112;
-/// The header of version 2, which ends sooner; what then follows has these values.
+/// The header size of version 2; later fields have these default values.
 const VERSION_2_BYTES: usize = 72;
 const VERSION_2_REFCOUNT_ORDER: u32 = 4;
 const MAGIC: u32 = 0x5146_49fb;
 
-/// Where the place of the table of counts stands: its offset, 8 bytes, and its clusters, 4.
+/// The offset of the refcount table's position: its offset, 8 bytes, and its clusters, 4.
 pub const COUNTS_AT: u64 = 48;
-/// Where `incompatible_features` stands.
+/// The offset of `incompatible_features`.
 pub const FEATURES_AT: u64 = 72;
-/// Where `autoclear_features` stands.
+/// The offset of `autoclear_features`.
 pub const AUTOCLEAR_AT: u64 = 88;
 
-// Bits of `incompatible_features`: an image that has one of them is not what it seems to who does not know it.
+// Bits of `incompatible_features`: software that does not support one must not open the image.
 pub const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 
-/// As large as QEMU makes them (32 MiB).
+/// The same limit as QEMU's (32 MiB).
 pub const TABLE_BYTES_MAX: u64 = 32 << 20;
-/// The file is at most 4 TiB of the usual 64 KiB clusters.
+/// The file is at most 4 TiB with the default cluster size of 64 KiB.
 pub const CLUSTERS_MAX: u64 = 1 << 26;
 
-/// What the header says.
+/// The header's content.
 #[derive(Debug, Clone, Copy)]
 pub struct Header {
-    /// A cluster has `1 << cluster_bits` bytes.
+    /// The cluster size is `1 << cluster_bits`.
     pub cluster_bits: u32,
-    /// Size of the disk.
+    /// The disk's capacity.
     pub size_bytes: u64,
-    /// Offset and bytes of the first level's table.
+    /// The offset and size of the L1 table.
     pub first_level: (u64, u64),
-    /// Offset and bytes of the table of blocks of counts.
+    /// The offset and size of the refcount table.
     pub counts: (u64, u64),
-    /// A count has `1 << refcount_order` bits.
+    /// A refcount has `1 << refcount_order` bits.
     pub refcount_order: u32,
-    /// How compressed clusters are.
+    /// The compression type.
     pub compression: Compression,
     /// `incompatible_features`.
     pub features: u64,
-    /// Whether snapshots hold clusters as well, which nobody here counts.
+    /// Whether there are snapshots, which also use clusters and are not checked.
     pub snapshots: bool,
-    /// Whether it has what a writer that does not know it is to take away.
+    /// Whether there are autoclear features, which a writer without support for them must clear.
     pub autoclear: bool,
 }
 
 impl Header {
-    /// Reads it.
+    /// Reads the header.
     pub fn read(file: &File) -> Result<Header, Refusal> {
         let mut bytes = [0; HEADER_BYTES];
         // A small image of version 2 may be shorter.
@@ -112,12 +111,12 @@ impl Header {
         Ok(())
     }
 
-    /// Bytes of a cluster.
+    /// The cluster size.
     pub fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits
     }
 
-    /// How many clusters one block of counts counts.
+    /// The number of refcounts per block.
     pub fn counts_per_block(&self) -> u64 {
         self.cluster_bytes() << 3 >> self.refcount_order
     }

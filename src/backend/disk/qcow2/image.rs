@@ -1,5 +1,4 @@
-//! From a place on the disk to one in the file: the two levels of tables, what of them is changed, and the order in which
-//! all of it becomes durable.
+//! Maps disk offsets to file offsets through the L1 and L2 tables, updates them, and orders writes for durability.
 
 use std::io;
 use std::ops::Range;
@@ -11,29 +10,29 @@ use super::medium::Medium;
 use super::tables::{Kind, Tables};
 use super::{Refusal, check};
 
-/// Where an entry of the first and of the second level points to.
+/// The offset in an L1 or L2 entry.
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-/// In an entry of the second level: compressed data.
+/// L2 entry: compressed data.
 pub const COMPRESSED: u64 = 1 << 62;
-/// What an entry points to is used by it alone, and may be written to.
+/// The referenced cluster has a refcount of one and may be written.
 const COPIED: u64 = 1 << 63;
-/// In an entry of the second level: reads as zeroes, whatever it points to.
+/// L2 entry: reads as zeroes, with or without an allocated cluster.
 const ZERO: u64 = 1 << 0;
-/// Ranges that may wait to be counted as free.
+/// The maximum number of ranges waiting to be freed.
 const FREED_RANGES_MAX: usize = 16 << 10;
-/// Bytes that may wait to be given back to the host.
+/// The maximum number of bytes waiting to be deallocated on the host.
 const FREED_BYTES_MAX: u64 = 8 << 20;
 
-/// Where a cluster of the disk is.
+/// The mapping of a disk cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
-    /// Nowhere: it reads as zeroes.
+    /// Unallocated: reads as zeroes.
     Zero,
-    /// Nowhere, but this cluster is kept for it.
+    /// Reads as zeroes, with this cluster preallocated.
     Kept(u64),
-    /// At this offset. `own`: nothing else uses it, and it may be written to.
+    /// Allocated at this offset. With `own` it is not shared and may be written.
     Data { at: u64, own: bool },
-    /// Compressed, in this many bytes from this offset on.
+    /// Compressed data of this size at this offset.
     Packed { at: u64, len_bytes: u64 },
 }
 
@@ -44,15 +43,15 @@ pub struct Qcow2Image {
     pub tables: Tables,
     pub counts: Counts,
     pub readonly: bool,
-    /// Clusters that nothing points to any more, which the file does not know durably.
+    /// Clusters that are no longer referenced, but whose references may still be in the file.
     freed: Vec<Range<u64>>,
     freed_clusters: u64,
-    /// What was last unpacked: where it was, and the cluster.
+    /// The last decompressed cluster and its offset.
     pub unpacked: Option<(u64, Vec<u8>)>,
 }
 
 impl Qcow2Image {
-    /// The image on `medium`, checked; what its counts lack is added to them if it may be written to.
+    /// Opens and checks the image on `medium`, and repairs refcounts if it is writable.
     pub fn open(medium: Medium, readonly: bool) -> Result<Qcow2Image, Refusal> {
         let header = Header::read(medium.file())?;
         let survey = check::survey(medium.file(), &header)?;
@@ -71,11 +70,11 @@ impl Qcow2Image {
         Ok(image)
     }
 
-    /// Raises the counts that a loss of power left too low, and takes the marks away that say so.
+    /// Increases refcounts that a power failure left too low, and clears the dirty marks.
     fn make_good(&mut self, survey: &Survey) -> Result<(), Refusal> {
         let dirty = self.header.features & DIRTY != 0;
         if dirty || survey.uncounted {
-            // What they hold is not looked at, so that nobody knows how often it is used.
+            // The clusters of snapshots are not examined, so their refcounts are unknown.
             if self.header.snapshots {
                 return Err(if dirty { Refusal::Dirty } else { Refusal::Damaged(check::UNCOUNTED) });
             }
@@ -92,7 +91,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Has every cluster counted at least as often as `uses` says.
+    /// Raises all refcounts to at least those required by `uses`.
     fn recount(&mut self, uses: &[u16]) -> Result<(), Refusal> {
         self.add_missing_blocks(uses)?;
         let per_block = self.header.counts_per_block();
@@ -111,8 +110,8 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Has every cluster in use be in the range of a block of counts. There may be many to make: the disk is waited for once,
-    /// when all of them are there and none is found yet.
+    /// Adds missing refcount blocks for clusters in use. There may be many: they are synced once, before any of them is
+    /// referenced.
     fn add_missing_blocks(&mut self, uses: &[u16]) -> Result<(), Refusal> {
         let per_block = self.header.counts_per_block();
         let mut made = Vec::new();
@@ -120,7 +119,7 @@ impl Qcow2Image {
             if uses.iter().all(|uses| *uses == 0) || self.counts.block(&mut self.tables, range)?.is_some() {
                 continue;
             }
-            // Behind the last one that is used, all are free.
+            // All clusters after the last one in use are free.
             let free = uses.iter().position(|uses| *uses == 0).unwrap_or(uses.len()) as u64;
             if free == per_block || range >= self.header.counts.1 / 8 {
                 return Err(Refusal::Damaged(check::UNCOUNTED));
@@ -141,17 +140,17 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// The cluster of the disk that `offset_bytes` is in, and how far into it.
+    /// The disk cluster that contains `offset_bytes`, and the offset in it.
     pub fn cluster_of(&self, offset_bytes: u64) -> (u64, u64) {
         (offset_bytes >> self.header.cluster_bits, offset_bytes & (self.header.cluster_bytes() - 1))
     }
 
-    /// How many clusters one table of the second level maps.
+    /// The number of clusters mapped by an L2 table.
     fn per_table(&self) -> u64 {
         self.header.cluster_bytes() / 8
     }
 
-    /// Where `cluster` of the disk is.
+    /// The mapping of `cluster`.
     pub fn mapping(&mut self, cluster: u64) -> io::Result<Mapping> {
         let Some((table, _)) = self.table(cluster)? else { return Ok(Mapping::Zero) };
         let entry = self.tables.get(Kind::Pointers, self.entry_at(table, cluster))?;
@@ -171,7 +170,7 @@ impl Qcow2Image {
         }
     }
 
-    /// The table of the second level for `cluster`, and whether it may be written to.
+    /// The L2 table for `cluster`, and whether it may be written.
     fn table(&mut self, cluster: u64) -> io::Result<Option<(u64, bool)>> {
         let entry = self.tables.get(Kind::Pointers, self.first_level_at(cluster))?;
         let table = entry & OFFSET_MASK;
@@ -186,7 +185,7 @@ impl Qcow2Image {
         table + 8 * (cluster % self.per_table())
     }
 
-    /// The same table, which is made if there is none, and copied if a snapshot uses it as well.
+    /// The L2 table for writing: created if it does not exist, and copied if it is shared with a snapshot.
     fn own_table(&mut self, cluster: u64) -> io::Result<u64> {
         let old = match self.table(cluster)? {
             Some((table, true)) => return Ok(table),
@@ -204,14 +203,14 @@ impl Qcow2Image {
         Ok(new)
     }
 
-    /// Copies a table of the second level to the file, so that it is there before anything points to it.
+    /// Copies an L2 table to a new location before it is referenced.
     fn copy_table(&mut self, old: u64, new: u64) -> io::Result<()> {
         let mut entries = vec![0; self.header.cluster_bytes() as usize];
-        // Nobody has written to it, since it is not ours alone: in the file it is as it is.
+        // A shared table has no unwritten changes, so its content in the file is current.
         self.tables.medium.read(&mut entries, old)?;
         for bytes in entries.as_chunks_mut().0 {
             let entry = u64::from_be_bytes(*bytes);
-            // What the snapshot uses too is not for one of them to write to.
+            // Data shared with the snapshot must not be written through either table.
             if entry & COMPRESSED == 0 {
                 *bytes = (entry & !COPIED).to_be_bytes();
             }
@@ -219,17 +218,17 @@ impl Qcow2Image {
         self.tables.medium.write(&entries, new)
     }
 
-    /// Has `cluster` of the disk be the file's cluster at `at` from now on, and that alone.
+    /// Maps `cluster` of the disk to the exclusively used file offset `at`.
     pub fn map(&mut self, cluster: u64, at: u64) -> io::Result<()> {
         self.change(cluster, at | COPIED, at)
     }
 
-    /// Has `cluster` of the disk be nowhere.
+    /// Unmaps `cluster`.
     pub fn unmap(&mut self, cluster: u64) -> io::Result<()> {
         self.change(cluster, 0, 0)
     }
 
-    /// Changes the entry of `cluster`, and frees what it pointed to unless it stays in use at `kept`.
+    /// Changes the entry of `cluster`, and frees what it referenced, except at `kept`.
     fn change(&mut self, cluster: u64, entry: u64, kept: u64) -> io::Result<()> {
         let table = self.own_table(cluster)?;
         let at = self.entry_at(table, cluster);
@@ -243,7 +242,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// The next cluster of the disk at or behind `cluster` whose entry is not 0, and in front of `end`.
+    /// The next cluster from `cluster` to `end` whose entry is not 0.
     pub fn next_mapped(&mut self, mut cluster: u64, end: u64) -> io::Result<Option<u64>> {
         while cluster < end {
             let Some((table, _)) = self.table(cluster)? else {
@@ -258,12 +257,12 @@ impl Qcow2Image {
         Ok(None)
     }
 
-    /// A cluster of the file that nothing uses: its offset.
+    /// Allocates a cluster and returns its offset.
     pub fn allocate(&mut self) -> io::Result<u64> {
         Ok(self.counts.allocate(&mut self.tables)? << self.header.cluster_bits)
     }
 
-    /// Takes one use from each cluster of the range, when nothing points to it durably.
+    /// Releases the clusters of the range once they are no longer referenced durably.
     fn free(&mut self, at: u64, len_bytes: u64) {
         self.unpacked = None;
         let clusters = at >> self.header.cluster_bits..(at + len_bytes).div_ceil(self.header.cluster_bytes());
@@ -274,12 +273,12 @@ impl Qcow2Image {
         }
     }
 
-    /// Whether so much waits to be given back that it is time for it.
+    /// Whether a significant amount is waiting to be freed.
     pub fn has_much_to_free(&self) -> bool {
         self.freed.len() >= FREED_RANGES_MAX || self.freed_clusters << self.header.cluster_bits >= FREED_BYTES_MAX
     }
 
-    /// Keeps the tables within their bound.
+    /// Keeps the cached tables within their limit.
     pub fn make_room(&mut self) -> io::Result<()> {
         if self.tables.are_full() {
             self.tables.drop_unused();
@@ -291,7 +290,7 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Makes durable whatever was done: data and counts first, then what points to them, then what is free.
+    /// Makes all changes durable: first data and refcounts, then references to them, then freed clusters.
     pub fn flush(&mut self) -> io::Result<()> {
         if self.readonly {
             return Ok(());
@@ -305,7 +304,7 @@ impl Qcow2Image {
         self.release_freed()
     }
 
-    /// Nothing points to these any more: they may be used for other things.
+    /// These clusters are no longer referenced and may be reused.
     fn release_freed(&mut self) -> io::Result<()> {
         if self.freed.is_empty() {
             return Ok(());
@@ -323,7 +322,7 @@ impl Qcow2Image {
             }
             self.punch(&hole);
         }
-        // If this is lost, the clusters are counted too often.
+        // If this is lost, the refcounts are only too high.
         self.tables.write(Kind::Counts)
     }
 
@@ -333,7 +332,7 @@ impl Qcow2Image {
     }
 }
 
-/// Offset and bytes of compressed data, which may begin and end anywhere.
+/// The offset and size of compressed data, which may start and end anywhere.
 pub fn packed_place(entry: u64, cluster_bits: u32) -> (u64, u64) {
     let offset_bits = 62 - (cluster_bits - 8);
     let at = entry & ((1 << offset_bits) - 1);

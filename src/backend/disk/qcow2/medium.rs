@@ -1,4 +1,4 @@
-//! From what is to be read and written to the image's file: all of its system calls, and how long it is by now.
+//! The image file: all system calls on it, and its current length.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -8,19 +8,19 @@ use super::super::{ZEROES, write_zeroes_out};
 use crate::memory::GuestBuffers;
 use crate::sys;
 
-/// The file of an image.
+/// An image file.
 #[derive(Debug)]
 pub struct Medium {
     file: File,
-    /// Behind it there is nothing but zeroes.
+    /// The file's length; it reads as zeroes beyond.
     len_bytes: u64,
-    /// What was done to the file, for tests that cut the power.
+    /// Records operations on the file, for power failure tests.
     #[cfg(test)]
     pub log: Option<super::power_cut::Log>,
 }
 
 impl Medium {
-    /// The medium that is `file`.
+    /// Creates a medium from `file`.
     pub fn new(file: File) -> io::Result<Medium> {
         let len_bytes = file.metadata()?.len();
         Ok(Medium {
@@ -31,12 +31,12 @@ impl Medium {
         })
     }
 
-    /// The file itself.
+    /// The file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Fills `bytes` from the file; behind its end it reads as zeroes.
+    /// Reads `bytes` from the file, with zeroes beyond its end.
     pub fn read(&self, bytes: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         let mut done = 0;
         while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
@@ -53,7 +53,7 @@ impl Medium {
         Ok(())
     }
 
-    /// Fills all of `buffers` from the file; behind its end it reads as zeroes.
+    /// Fills `buffers` from the file, with zeroes beyond its end.
     pub fn read_into(&self, buffers: &mut GuestBuffers, mut offset_bytes: u64) -> io::Result<()> {
         while buffers.len_bytes() > 0 {
             match sys::disk::read_at(&self.file, buffers, offset_bytes)? {
@@ -89,14 +89,14 @@ impl Medium {
         self.was_written(offset_bytes, len_bytes)
     }
 
-    /// Makes the range read as zeroes, whatever stood there. It need not take space where it did not.
+    /// Makes the range read as zeroes, without allocating space where there is none.
     pub fn zero(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
-        // Behind the end there are zeroes, and the file is not to grow for them.
+        // It already reads as zeroes beyond the end, and the file must not grow.
         let len_bytes = len_bytes.min(self.len_bytes.saturating_sub(offset_bytes));
         if len_bytes == 0 {
             return Ok(());
         }
-        // A few bytes are written in less time than the host's file system takes to note that they are zeroes.
+        // Writing a few bytes is faster than updating the host file system's extents.
         let few = len_bytes <= ZEROES.len() as u64;
         if few || sys::disk::zero_range(&self.file, offset_bytes, len_bytes).is_err() {
             write_zeroes_out(offset_bytes, len_bytes, |zeroes, at| self.file.write_all_at(zeroes, at))?;
@@ -104,9 +104,9 @@ impl Medium {
         self.was_written(offset_bytes, len_bytes)
     }
 
-    /// Gives the range's space back to the file system. Nobody reads it as it was, so that a host that cannot may say so.
+    /// Deallocates the range's space. Its content is no longer needed, so errors of the host are ignored.
     pub fn punch(&mut self, offset_bytes: u64, len_bytes: u64) {
-        // Behind its end the file has no blocks.
+        // Nothing is allocated beyond its end.
         let len_bytes = len_bytes.min(self.len_bytes.saturating_sub(offset_bytes));
         if len_bytes > 0 && sys::disk::punch_hole(&self.file, offset_bytes, len_bytes).is_ok() {
             #[cfg(test)]
@@ -114,7 +114,7 @@ impl Medium {
         }
     }
 
-    /// Makes the file `len_bytes` long, if it is shorter.
+    /// Extends the file to `len_bytes`, if it is shorter.
     pub fn extend(&mut self, len_bytes: u64) -> io::Result<()> {
         if len_bytes > self.len_bytes {
             self.file.set_len(len_bytes)?;
@@ -125,7 +125,7 @@ impl Medium {
         Ok(())
     }
 
-    /// Makes all of it durable.
+    /// Makes all writes durable.
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_data()?;
         #[cfg(test)]
@@ -152,7 +152,7 @@ impl Medium {
     }
 }
 
-/// Fills what is left of `buffers` with zeroes.
+/// Fills the rest of `buffers` with zeroes.
 pub fn fill_with_zeroes(buffers: &mut GuestBuffers) {
     while buffers.len_bytes() > 0 {
         buffers.fill(&ZEROES[..buffers.len_bytes().min(ZEROES.len() as u64) as usize]);

@@ -1,14 +1,14 @@
-//! From the bytes of a compressed cluster to the cluster.
+//! Decompresses clusters.
 
 use std::io::{self, ErrorKind, Read};
 
 use flate2::read::DeflateDecoder;
 use ruzstd::decoding::StreamingDecoder;
 
-/// What a decoder may keep of its output: the least that every one has to be able to (RFC 8878 §3.1.1.1.2).
+/// The window size that every decoder must support (RFC 8878 §3.1.1.1.2).
 const WINDOW_MAX_BYTES: u64 = 8 << 20;
 
-/// How an image's compressed clusters are.
+/// The compression type of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
     /// A raw deflate stream, RFC 1951.
@@ -18,8 +18,8 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// The cluster of `cluster_bytes` bytes that `packed` begins with; behind it may stand anything. Fails where it does
-    /// not hold a whole cluster.
+    /// Decompresses the cluster of `cluster_bytes` bytes at the start of `packed`, which may be followed by anything.
+    /// Fails if it is shorter than a cluster.
     pub fn unpack(self, packed: &[u8], cluster_bytes: usize) -> io::Result<Vec<u8>> {
         let mut cluster = vec![0; cluster_bytes];
         let result = match self {

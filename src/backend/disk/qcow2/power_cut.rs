@@ -1,6 +1,6 @@
-//! What a loss of power may leave of an image, at every write of it, and whether it still is one.
+//! Simulates a power failure at every write, and tests that the image stays valid.
 //!
-//! What was written before the last sync is there. Of what was written since, any sectors may be, and others not.
+//! Everything written before the last sync is preserved. Of later writes, any subset of sectors may be.
 
 use std::fs::{self, File};
 use std::ops::Range;
@@ -16,7 +16,7 @@ use super::*;
 const SECTOR: usize = 512;
 const SECTORS: u64 = 1024;
 
-/// What was done to a file, in order.
+/// The operations on a file, in order.
 #[derive(Clone, Default)]
 pub struct Log(Arc<Mutex<Vec<Event>>>);
 
@@ -46,11 +46,11 @@ impl std::fmt::Debug for Log {
     }
 }
 
-/// A change of the disk, and the events that it took.
+/// A change of the disk, and the range of its events.
 struct Step {
     events: Range<usize>,
     sectors: Range<u64>,
-    /// What the sectors hold afterwards; `None` where they may hold zeroes or what they held.
+    /// The content of the sectors afterwards; `None` if they may contain zeroes or the previous content.
     tag: Option<u64>,
     flush: bool,
 }
@@ -62,13 +62,13 @@ struct Run {
     scratch: PathBuf,
 }
 
-/// A sector is its tag, over and over.
+/// Sectors filled with a tag.
 fn sectors(tag: u64, count: u64) -> Vec<u8> {
     tag.to_le_bytes().repeat(SECTOR / 8 * count as usize)
 }
 
 impl Run {
-    /// Does `count` things, chosen by `seed`, to the image at `path`, which reads as zeroes.
+    /// Executes `count` random operations, chosen by `seed`, on the image at `path`, which reads as zeroes.
     fn record(path: &Path, seed: u64, count: u64) -> Run {
         let base = fs::read(path).unwrap();
         let log = Log::default();
@@ -81,7 +81,7 @@ impl Run {
         for tag in 1..=count {
             let start = log.len();
             let len = 1 + number(if tag % 5 == 0 { 200 } else { 20 });
-            // Most of it in few places, so that clusters are freed and used again.
+            // Mostly in a small area, so that clusters are freed and reused.
             let first = number(if tag % 3 == 0 { SECTORS - len } else { 300 });
             let (len_bytes, at) = (len * 512, first * 512);
             let (operation, tag, flush) = match number(10) {
@@ -102,12 +102,12 @@ impl Run {
         Run { base, events, steps, scratch: path.with_extension("cut") }
     }
 
-    /// What each sector may hold when the power is lost behind `cut` events.
+    /// The possible contents of each sector after a power failure after `cut` events.
     fn allowed(&self, cut: usize) -> Vec<Vec<u64>> {
         let mut allowed = vec![vec![0]; SECTORS as usize];
         for step in self.steps.iter().take_while(|step| step.events.start < cut || step.events.is_empty()) {
             if step.flush && step.events.end <= cut {
-                // Only what was last written. A sector that was discarded since may hold either.
+                // Only the last write is possible, unless the sector was discarded since.
                 continue;
             }
             for sector in step.sectors.clone() {
@@ -122,14 +122,13 @@ impl Run {
         allowed
     }
 
-    /// Whether a flush that began behind `step` was done in front of `cut`.
+    /// Whether a flush that started after `step` was completed before `cut`.
     fn flushed_behind(&self, step: &Step, cut: usize) -> bool {
         let mut flushes = self.steps.iter().filter(|flush| flush.flush && flush.events.end <= cut);
         flushes.next_back().is_some_and(|flush| flush.events.start >= step.events.end)
     }
 
-    /// The file as it is found when the power is lost behind `cut` events, and of those since the last sync only the
-    /// sectors are there that `keep` chooses.
+    /// The file after a power failure after `cut` events, with the sectors since the last sync that `keep` selects.
     fn file(&self, cut: usize, mut keep: impl FnMut() -> bool) -> Vec<u8> {
         let events = &self.events[..cut];
         let synced = events.iter().rposition(|event| matches!(event, Event::Sync)).unwrap_or(0);
@@ -153,7 +152,7 @@ impl Run {
         file
     }
 
-    /// Opens what was left, and finds all of it that has to be there.
+    /// Opens the resulting image, and checks that all durable data is there.
     fn check(&self, cut: usize, file: &[u8], with_qemu: bool) {
         fs::write(&self.scratch, file).unwrap();
         let open = || File::options().read(true).write(true).open(&self.scratch).unwrap();
@@ -166,23 +165,23 @@ impl Run {
             assert!(allowed.contains(&tag), "behind event {cut}: sector {sector} is {tag}, not of {allowed:?}");
         }
         if with_qemu {
-            // Somebody goes on with it.
+            // Continues to use it.
             (0..4).for_each(|step| disk.write(step * 90 * 512, &sectors(1 << 40, 50)));
             drop(disk);
             let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&self.scratch).output().unwrap();
             let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-            // 3: nothing but clusters that are counted and not used.
+            // 3: only leaked clusters.
             assert!(matches!(output.status.code(), Some(0 | 3)), "behind event {cut}: {text}");
         }
     }
 
-    /// Cuts the power behind every event.
+    /// Simulates a power failure after every event.
     fn cut_everywhere(&self, qemu_every: usize) {
         let mut numbers = pattern(77);
         for cut in 0..=self.events.len() {
             let with_qemu = cut % qemu_every == 0;
             self.check(cut, &self.file(cut, || true), with_qemu);
-            // More and less of what was not synced.
+            // With different fractions of unsynced sectors.
             for odds in [2, 5] {
                 self.check(cut, &self.file(cut, || numbers.next().unwrap().is_multiple_of(odds)), with_qemu);
             }
@@ -213,7 +212,7 @@ fn an_image_of_the_old_version_survives_it() {
     survives("cluster_size=65536,compat=0.10", 3, 40);
 }
 
-/// The table of blocks of counts becomes too small meanwhile.
+/// The refcount table becomes too small in the process.
 #[test]
 fn an_image_whose_table_of_counts_moves_survives_it() {
     let Some(dir) = dir() else { return };
@@ -221,7 +220,7 @@ fn an_image_whose_table_of_counts_moves_survives_it() {
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
     let mut disk =
         Disk::new(Qcow2Disk::open(File::options().read(true).write(true).open(&path).unwrap(), false).unwrap());
-    // A cluster of the table counts 4096 clusters, of which these and what they take beside themselves leave some.
+    // A refcount table cluster covers 4096 clusters, most of which are used by this and its metadata.
     disk.write(1 << 20, &vec![7; 3900 * 512 / 2]);
     disk.write(2 << 20, &vec![7; 3650 * 512 / 2]);
     drop(disk);
@@ -231,7 +230,7 @@ fn an_image_whose_table_of_counts_moves_survives_it() {
     run.cut_everywhere(60);
 }
 
-/// Clusters that two entries have a part in, compressed ones and those of a snapshot.
+/// Clusters with several references: compressed ones and those of a snapshot.
 #[test]
 fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
     let Some(dir) = dir() else { return };
@@ -239,7 +238,7 @@ fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
         let (raw, path) = (dir.path().join("plain"), dir.path().join("disk.qcow2"));
         fs::write(&raw, vec![0; SECTORS as usize * SECTOR]).unwrap();
         let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
-        // Zeroes are not compressed but left out: what is to be found is written over them.
+        // Zeroes are omitted instead of compressed, so other data is used.
         fs::write(&raw, sectors(0x0101_0000, SECTORS)).unwrap();
         qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096", from, to]);
         if snapshot {
@@ -253,7 +252,7 @@ fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
     }
 }
 
-/// As a writer that leaves counts for later leaves an image that it did not close.
+/// The state left by a writer with lazy refcounts that did not close the image.
 #[test]
 fn counts_are_made_good_in_few_syncs_and_an_image_survives_a_loss_of_power_meanwhile() {
     let Some(dir) = dir() else { return };
@@ -263,7 +262,7 @@ fn counts_are_made_good_in_few_syncs_and_an_image_survives_a_loss_of_power_meanw
     let mut disk = Disk::new(Qcow2Disk::open(open(), false).unwrap());
     disk.write(0, &sectors(1, SECTORS));
     drop(disk);
-    // All blocks of counts but the first are gone.
+    // Removes all refcount blocks except the first.
     let mut base = fs::read(&path).unwrap();
     let table = u64::from_be_bytes(*base[48..].first_chunk().unwrap()) as usize;
     let entries = base[table..][..SECTOR].iter_mut().skip(8);

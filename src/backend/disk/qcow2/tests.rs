@@ -1,4 +1,4 @@
-//! Images of QEMU's, and what becomes of them here.
+//! Tests with images created and checked by QEMU.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,7 @@ use crate::memory::{self, GuestMemory};
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 64 * MIB;
 
-/// A directory for images, or `None` and a loud word where there is no `qemu-img`.
+/// A directory for images, or `None` with a visible message without `qemu-img`.
 pub(super) fn dir() -> Option<tempfile::TempDir> {
     if Command::new("qemu-img").arg("--version").output().is_err() {
         eprintln!("SKIPPED: tests of qcow2 need qemu-img (Debian package qemu-utils)");
@@ -40,7 +40,7 @@ fn open(path: &Path, readonly: bool) -> Result<Qcow2Disk, Refusal> {
     Qcow2Disk::open(File::options().read(true).write(!readonly).open(path).unwrap(), readonly)
 }
 
-/// What QEMU finds in the image, which it has to find in order first.
+/// The content as read by QEMU, after it has checked the image.
 pub(super) fn contents(path: &Path) -> Vec<u8> {
     let (from, to) = (path.to_str().unwrap(), path.with_extension("raw"));
     qemu_img(&["check", "-q", from]);
@@ -64,7 +64,7 @@ impl Disk {
         self.disk.execute(&mut Request { token: 7, operation, offset_bytes, buffers })
     }
 
-    /// Writes from two places of guest memory.
+    /// Writes from two separate ranges of guest memory.
     pub(super) fn write(&mut self, at: u64, bytes: &[u8]) {
         let (first, second) = bytes.split_at(bytes.len() / 2);
         self.memory.write_slice(first, GuestAddress(0x1000)).unwrap();
@@ -92,7 +92,7 @@ fn bytes(seed: u64, len: usize) -> Vec<u8> {
     pattern(seed).map(|x| x as u8 | 1).take(len).collect()
 }
 
-/// Does the same to an image and to a plain vector, which then have to be the same.
+/// Performs the same operations on an image and on a vector, which must stay identical.
 fn same_as_a_raw_disk(options: &str) {
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), options);
@@ -113,7 +113,7 @@ fn same_as_a_raw_disk(options: &str) {
             }
             1 => {
                 disk.run(Operation::Discard { len_bytes: len }, at, &[]).unwrap();
-                // What it reads as afterwards is the format's choice.
+                // The content after a discard depends on the format.
                 let now = disk.read(at, range.len());
                 expected[range].copy_from_slice(&now);
             }
@@ -154,7 +154,7 @@ fn a_flush_reaches_the_image() {
     let mut disk = Disk::new(open(&path, false).unwrap());
     disk.write(MIB, &bytes(1, 4096));
     disk.run(Operation::Flush, 0, &[]).unwrap();
-    // As it would be found if we were killed now.
+    // The state if the process were killed now.
     assert!(contents(&path)[MIB as usize..][..4096] == bytes(1, 4096));
     disk.write(2 * MIB, &bytes(2, 4096));
     drop(disk);
@@ -184,7 +184,7 @@ fn compressed_clusters_are_read_and_may_be_written_over() {
     let Some(dir) = dir() else { return };
     for options in ["compression_type=zlib", "compression_type=zstd", "compression_type=zstd,cluster_size=2M"] {
         let (raw, path) = (dir.path().join("plain"), dir.path().join("disk.qcow2"));
-        // As text would be: it shrinks, but not to nothing.
+        // Compressible like text.
         let mut expected: Vec<u8> = bytes(5, 4 * MIB as usize).iter().map(|byte| byte & 0x1f).collect();
         std::fs::write(&raw, &expected).unwrap();
         let (from, to) = (raw.to_str().unwrap(), path.to_str().unwrap());
@@ -271,12 +271,12 @@ fn a_bad_image_is_refused_in_one_line() {
         ("too many clusters", |bytes| bytes[36..40].fill(0xff)),
         ("not aligned to a cluster", |bytes| bytes[47] = 1),
         ("outside the file", |bytes| bytes[44] = 1),
-        // The first level, then its first table, onto the header; a table of the second level that is the first level.
+        // The L1 table, then its first L2 table, over the header; an L2 table that is the L1 table.
         ("used twice", |bytes| bytes[40..48].fill(0)),
         ("used twice", |bytes| bytes[0x3_0005] = 1),
         ("used twice", |bytes| bytes[0x3_0005] = 3),
         ("outside the file", |bytes| bytes[0x3_0000..0x3_0008].copy_from_slice(&(1_u64 << 40).to_be_bytes())),
-        // A count in the only block of counts, where a snapshot may use what it counts.
+        // A refcount in the only block, for a cluster that a snapshot may use.
         ("counted as free", |bytes| (bytes[0x2_0001], bytes[63]) = (0, 1)),
     ] {
         let line = refusal(change);
@@ -310,7 +310,7 @@ fn extended_l2_entries_are_named_with_the_command_that_converts_them() {
     open(&new, false).unwrap();
 }
 
-/// As a library's order, refcount before pointer with nothing between them, leaves an image after a loss of power.
+/// The state after a power failure if a writer orders refcounts before references without a sync in between.
 #[test]
 fn counts_that_were_lost_are_made_good_and_what_was_written_is_there() {
     let Some(dir) = dir() else { return };
@@ -323,7 +323,7 @@ fn counts_that_were_lost_are_made_good_and_what_was_written_is_there() {
         let expected = contents(&path);
         let u64_at = |image: &[u8], at: usize| u64::from_be_bytes(*image[at..].first_chunk().unwrap()) as usize;
         let (table, cluster) = (u64_at(&image, 48), 1 << image[23]);
-        // The second block of counts is not even in the table; of the first, all counts are gone.
+        // The second refcount block is missing in the table; the first is zeroed.
         image[table + 8..table + 16].fill(0);
         let block = u64_at(&image, table);
         image[block..block + cluster].fill(0);
@@ -359,7 +359,7 @@ fn what_is_discarded_is_given_back_to_the_host() {
         fill(&mut disk);
         disk.run(Operation::Flush, 0, &[]).unwrap();
         assert!(used_bytes() > 16 * MIB);
-        // A driver need not flush after it.
+        // A driver need not flush afterwards.
         disk.run(operation, 0, &[]).unwrap();
         assert!(used_bytes() < MIB, "{} bytes are used after {operation:?}", used_bytes());
         assert!(disk.read(0, MIB as usize).iter().all(|byte| *byte == 0));
@@ -388,7 +388,7 @@ fn a_discard_and_zeroes_make_no_tables() {
 #[test]
 fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
     let Some(dir) = dir() else { return };
-    // Each of these steps is in a piece of the second level of its own.
+    // Each of these steps uses a different page of the L2 tables.
     for (options, size, step_bytes, steps) in
         [("cluster_size=2M", "4T", 1 << 30, 1500), ("cluster_size=512", "12G", MIB, 9000)]
     {
@@ -403,7 +403,7 @@ fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
         for step in (0..steps).step_by(61) {
             assert_eq!(disk.read(step * step_bytes, 512), [step as u8; 512], "{options}");
         }
-        // The second time there is nothing left in all of these tables.
+        // The second time these tables are empty.
         for _ in 0..2 {
             disk.run(Operation::Discard { len_bytes: steps * step_bytes }, 0, &[]).unwrap();
             let kept = disk.disk.image.tables.kept_bytes();
@@ -415,7 +415,7 @@ fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
     }
 }
 
-/// Whatever bytes are changed in an image: it is refused, or it is a disk, and is one as well when it is opened again.
+/// With any bytes changed, an image is either rejected, or is a valid disk, also when opened again.
 #[test]
 fn an_image_with_changed_bytes_is_refused_or_stays_an_image() {
     let Some(dir) = dir() else { return };
