@@ -1,6 +1,6 @@
-//! From a directory or a tar archive of an image's parts to each of the parts, by its name in there.
+//! A directory or tar archive with an image's parts, which are accessed by name.
 //!
-//! Parts of an archive are read where they are: nothing is extracted.
+//! Parts of an archive are read in place: nothing is extracted.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -19,17 +19,17 @@ use super::tar::{Skip, shown};
 use super::tree::components;
 use super::{docker_archive, oci_layout};
 
-/// A part: some bytes of a file.
+/// A part: a range of a file.
 #[derive(Debug, Clone)]
 pub struct Part {
     file: Arc<File>,
     at: u64,
-    /// How many bytes it has.
+    /// Its size.
     pub size_bytes: u64,
 }
 
 impl Part {
-    /// Nothing.
+    /// An empty part.
     pub fn empty(file: File) -> Part {
         Part { file: Arc::new(file), at: 0, size_bytes: 0 }
     }
@@ -40,14 +40,14 @@ impl Part {
         Ok(Part { file: Arc::new(file), at: 0, size_bytes })
     }
 
-    /// The next `size_bytes` of where `here`, a reader of the same file, has come to.
+    /// The next `size_bytes` from the current position of `here`, a reader of the same file.
     pub fn part(&self, here: &Part, size_bytes: u64) -> Result<Part> {
         ensure!(size_bytes <= here.size_bytes, "it ends in the middle of a file");
         Ok(Part { file: self.file.clone(), at: here.at, size_bytes })
     }
 }
 
-/// Skipping costs nothing.
+/// Skipping is free.
 impl Skip for Part {
     fn skip(&mut self, bytes: u64) -> io::Result<u64> {
         let bytes = bytes.min(self.size_bytes);
@@ -67,15 +67,15 @@ impl Read for Part {
     }
 }
 
-/// Where an image's parts are.
+/// The container of an image's parts.
 pub enum Bundle {
-    /// In files of their own.
+    /// Separate files.
     Directory(PathBuf),
-    /// In a tar archive that is not packed.
+    /// An uncompressed tar archive.
     Archive(Members),
 }
 
-/// Which list of images a bundle has.
+/// The kind of image list in a bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum List {
     /// Docker's `manifest.json`.
@@ -85,7 +85,7 @@ pub enum List {
 }
 
 impl List {
-    /// The list's name.
+    /// The list's file name.
     pub fn name(self) -> &'static str {
         match self {
             List::Docker => docker_archive::MANIFEST,
@@ -95,11 +95,11 @@ impl List {
 }
 
 impl Bundle {
-    /// The bundle's list of images; `None` if it is none of images, and so a root file system. What its parts are
-    /// called does not matter where the list has the right shape: each tool has names of its own.
+    /// The bundle's image list; `None` if there is none, so that it is a root file system. The names of other parts do
+    /// not matter if the list is valid: each tool uses different names.
     pub fn list(&self) -> Option<List> {
         let is_docker = |json: Vec<u8>| docker_archive::is_list(&json);
-        // Docker's own list comes first: since docker 25, archives have both.
+        // Docker's list takes precedence: since Docker 25, archives have both.
         if self.part(docker_archive::MANIFEST).and_then(read_json).is_ok_and(is_docker) {
             return Some(List::Docker);
         }
@@ -107,7 +107,7 @@ impl Bundle {
         if self.has(oci_layout::INDEX) && (has_only_known || self.has(oci_layout::MARK)) {
             return Some(List::Oci);
         }
-        // Damaged, and certainly no root.
+        // A damaged image, certainly not a root file system.
         (has_only_known && self.has(docker_archive::MANIFEST)).then_some(List::Docker)
     }
 
@@ -134,20 +134,20 @@ impl Bundle {
         part.with_context(|| format!("open {}", if path.is_empty() { "\"\"".into() } else { shown(path.as_bytes()) }))
     }
 
-    /// What a JSON part of this name says.
+    /// Parses the JSON part of this name.
     pub fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         serde_json::from_slice(&read_json(self.part(path)?).with_context(|| format!("read {path}"))?)
             .with_context(|| format!("read {path}"))
     }
 }
 
-/// A file in a directory of parts. The directory is the user's as a root directory would be: links are followed, and
-/// what they lead to has to have the digest that is asked for.
+/// Opens a file in a directory of parts. The directory is trusted like a root directory: links are followed, and the
+/// content must match the requested digest.
 fn part_in(dir: &Path, path: &str) -> Result<Part> {
     let names = components(path.as_bytes())?;
     ensure!(!names.is_empty(), "it does not exist");
     let full = dir.join(OsStr::from_bytes(&names.join(&b'/')));
-    // A pipe that nobody writes to would else be waited for.
+    // Otherwise a FIFO without a writer would block.
     let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&full) {
         Err(error) => match fs::read_link(&full) {
             Ok(target) => bail!("the link {} points to {}: {error}", full.display(), target.display()),
@@ -159,7 +159,7 @@ fn part_in(dir: &Path, path: &str) -> Result<Part> {
     Part::whole(file)
 }
 
-/// The bytes of a manifest, an index or a configuration.
+/// Reads a manifest, an index or a configuration.
 pub fn read_json(mut part: Part) -> Result<Vec<u8>> {
     ensure!(part.size_bytes <= JSON_MAX_BYTES, "it is too large: {} bytes", part.size_bytes);
     let mut bytes = vec![0; part.size_bytes as usize];
@@ -167,13 +167,13 @@ pub fn read_json(mut part: Part) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Whether a file of this name at the top may be a list of images, or goes with one.
+/// Whether a file of this name at the top level may be an image list or accompany one.
 pub fn is_list(name: &[u8]) -> bool {
     [docker_archive::MANIFEST, oci_layout::INDEX, oci_layout::MARK].iter().any(|list| list.as_bytes() == name)
 }
 
-/// What stands at the top of an image's archive: of docker's, old or new, of podman's, buildah's and skopeo's, or of
-/// what uses go-containerregistry.
+/// Whether this is a top-level name in image archives of Docker (old or new), podman, buildah, skopeo, or tools based
+/// on go-containerregistry.
 pub fn is_of_an_image(name: &[u8]) -> bool {
     let name = name.strip_prefix(b"sha256:").unwrap_or(name);
     let stem = [&b".json"[..], b".tar", b".tar.gz"].iter().find_map(|&end| name.strip_suffix(end)).unwrap_or(name);

@@ -1,4 +1,4 @@
-//! From an image's configuration (OCI image specification, config.md) to what a machine is to run.
+//! Parses image configurations (OCI image specification, config.md).
 
 use std::collections::BTreeMap;
 
@@ -7,58 +7,58 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 
-/// The longest configuration or manifest that is read: real ones have some tens of KiB.
+/// The maximum size of a configuration or manifest; typically they have tens of KiB.
 pub const JSON_MAX_BYTES: u64 = 4 << 20;
-/// The most that the store keeps of one, so that its index has room for many.
+/// The maximum size of a configuration in the store's index.
 const KEPT_MAX_BYTES: usize = 1 << 20;
-/// Docker has 127 as its limit.
+/// Docker's limit is 127.
 pub const MAX_LAYERS: usize = 512;
 
-/// What an image says of the process it is made for.
+/// The process configuration of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageProcess {
     /// The program, and its first arguments.
     pub entrypoint: Vec<String>,
-    /// The arguments behind them, or the program where there is no entry point.
+    /// The arguments after the entrypoint, or the command if there is no entrypoint.
     pub cmd: Vec<String>,
     /// `NAME=VALUE`.
     pub env: Vec<String>,
-    /// Where the program starts; empty for `/`.
+    /// The working directory; empty for `/`.
     pub working_dir: String,
-    /// Name or number of a user, maybe with `:` and a group; empty for root.
+    /// The user name or ID, optionally with `:` and a group; empty for root.
     pub user: String,
-    /// What asks the program to end, such as `SIGTERM` or `15`.
+    /// The stop signal, such as `SIGTERM` or `15`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<String>,
-    /// Directories whose content is to outlive the machine.
+    /// Directories whose content should outlive the machine.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<String>,
     /// `PORT/tcp` or `PORT/udp`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exposed_ports: Vec<String>,
-    /// What its maker says of it.
+    /// Labels set by the image's author.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
 }
 
-/// An image's configuration, as far as it matters here.
+/// The relevant parts of an image's configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ImageConfig {
-    /// What it is to run.
+    /// The process configuration.
     pub process: ImageProcess,
-    /// The processor it is for, in Go's words (`amd64`).
+    /// The architecture in Go's terms (`amd64`).
     pub architecture: String,
-    /// The kernel it is for (`linux`).
+    /// The operating system (`linux`).
     pub os: String,
-    /// When it was made, in the words of RFC 3339.
+    /// The creation time in RFC 3339 format.
     pub created: Option<String>,
-    /// The digest of each layer when unpacked, the lowest first.
+    /// The digests of the uncompressed layers, lowest first.
     pub diff_ids: Vec<Digest>,
 }
 
 impl ImageConfig {
-    /// Reads a configuration's JSON.
+    /// Parses a configuration.
     pub fn parse(json: &[u8]) -> Result<ImageConfig> {
         let file: File = serde_json::from_slice(json).context("read the image's configuration")?;
         let kind = file.rootfs.kind.unwrap_or_else(|| "layers".into());
@@ -78,12 +78,12 @@ impl ImageConfig {
         Ok(ImageConfig { process, architecture, os, created, diff_ids })
     }
 
-    /// That of a root file system without one.
+    /// The configuration of a root file system that has none.
     pub fn of_root() -> ImageConfig {
         ImageConfig { architecture: "amd64".into(), os: "linux".into(), ..ImageConfig::default() }
     }
 
-    /// Refuses what the machine's processor or kernel cannot run.
+    /// Rejects images for another architecture or operating system.
     pub fn check_platform(&self) -> Result<()> {
         let (os, architecture) = (self.os.as_str(), self.architecture.as_str());
         let is_ours = matches!(os, "" | "linux") && matches!(architecture, "" | "amd64" | "386");
@@ -108,7 +108,7 @@ struct RootFs {
     diff_ids: Option<Vec<Digest>>,
 }
 
-/// Go writes `null` for what is empty.
+/// Go writes `null` for empty values.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Process {

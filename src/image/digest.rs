@@ -1,4 +1,4 @@
-//! From bytes to the name of their content, and from such a name in a foreign file to one that can be trusted as a file's name.
+//! SHA-256 digests of content, and their validation in untrusted input, so that they can be used as file names.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -21,20 +21,20 @@ impl Digest {
         Digest(Sha256::digest(bytes).into())
     }
 
-    /// The hexadecimal digits alone: a file's name.
+    /// The hexadecimal digits, used as a file name.
     pub fn hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The first digits, as a person is shown them.
+    /// The first digits, for display.
     pub fn short(&self) -> String {
         self.0.iter().take(6).map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The digest whose digits these are.
+    /// The digest with these digits.
     pub fn from_hex(hex: &str) -> Option<Digest> {
         let digits = hex.as_bytes();
-        // As the specification has it: no capital letters, so that a content has one name.
+        // According to the specification there are no capital letters, so that a digest has a unique name.
         let is_digit = |byte: &u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
         if digits.len() != 64 || !digits.iter().all(is_digit) {
             return None;
@@ -46,7 +46,7 @@ impl Digest {
         Some(Digest(bytes))
     }
 
-    /// Half of it, for what has room for sixteen bytes.
+    /// The first half, for fields of sixteen bytes.
     pub fn first_half(&self) -> [u8; 16] {
         std::array::from_fn(|at| self.0[at])
     }
@@ -88,7 +88,7 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// A hash of what was written to it.
+/// A hash computation.
 #[derive(Clone, Default)]
 pub struct Hasher {
     hash: Sha256,
@@ -102,18 +102,18 @@ impl Hasher {
         self.len_bytes += bytes.len() as u64;
     }
 
-    /// How many bytes were hashed.
+    /// The number of bytes hashed.
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
 
-    /// The digest of what was hashed.
+    /// The digest of the data.
     pub fn digest(self) -> Digest {
         Digest(self.hash.finalize().into())
     }
 }
 
-/// A reader that hashes what is read through it.
+/// A reader that hashes everything read through it.
 pub struct Hashing<R> {
     reader: R,
     hasher: Hasher,
@@ -130,7 +130,7 @@ impl<R: Read> Hashing<R> {
         self.hasher
     }
 
-    /// Fails unless what was read, to its end, is this content.
+    /// Fails unless all data read has this digest.
     pub fn verify(self, digest: Digest) -> Result<()> {
         let found = self.hasher.digest();
         ensure!(found == digest, "its digest is {found}, not {digest}");

@@ -1,6 +1,6 @@
-//! From a root directory of the host to the tree: owners, modes and attributes as they are there.
+//! Adds a root directory of the host to the tree, with its owners, modes and attributes.
 //!
-//! Links are never followed and other file systems that are mounted in it are not entered, so nothing outside is read.
+//! Links are never followed and mounts of other file systems are not entered, so nothing outside is read.
 
 use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
@@ -17,10 +17,11 @@ use super::erofs::{self, Content, Writer};
 use super::tree::{Attributes, Body, Tree, Xattr};
 use crate::sys;
 
-/// So many parts of a sparse file are told apart; one with more is read as if it were not sparse.
+/// The maximum number of data ranges of a sparse file; one with more is read as if it were not sparse.
 const MAX_PARTS: usize = 1 << 16;
 
-/// What tells a tree's state without reading its files, and how many bytes those have: short of setting the clock, nobody changes a file and keeps its ctime.
+/// Identifies a tree's state without reading file contents, and returns their total size: short of setting the clock, a
+/// file cannot be changed without a new ctime.
 pub fn fingerprint(root: &Path) -> Result<(Digest, u64)> {
     let (mut hasher, mut total_bytes) = (Hasher::default(), 0);
     walk(root, &mut |path, m| {
@@ -38,7 +39,7 @@ pub fn fingerprint(root: &Path) -> Result<(Digest, u64)> {
     Ok((hasher.digest(), total_bytes))
 }
 
-/// Adds everything below `root` to the tree, and tells how many bytes of files it was. `progress` hears of them.
+/// Adds everything below `root` to the tree, and returns the total size of files, which `progress` also receives.
 pub fn add(root: &Path, tree: &mut Tree, writer: &mut Writer, progress: &mut dyn FnMut(u64)) -> Result<u64> {
     let mut linked: HashMap<(u64, u64), PathBuf> = HashMap::new();
     let (mut done_bytes, mut denied) = (0, Vec::new());
@@ -74,14 +75,14 @@ fn is_denied(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 
-/// Calls `visit` with each path below `root`, directories first and names in order, the root itself among them.
+/// Calls `visit` for each path below `root`, including the root: parents first, names in order.
 fn walk(root: &Path, visit: &mut dyn FnMut(&Path, &Metadata) -> Result<()>) -> Result<()> {
     let device = fs::metadata(root)?.dev();
     let mut paths = vec![PathBuf::new()];
     while let Some(path) = paths.pop() {
         let here = root.join(&path);
         let shown = || format!("read {}", here.display());
-        // The root may be given by a link.
+        // The root itself may be a link.
         let metadata = if path.as_os_str().is_empty() { fs::metadata(root) } else { fs::symlink_metadata(&here) };
         let metadata = metadata.with_context(shown)?;
         visit(&path, &metadata)?;
@@ -145,7 +146,7 @@ fn xattrs(path: &Path) -> Result<Vec<Xattr>> {
 fn content(path: &Path, metadata: &Metadata, attributes: &Attributes, writer: &mut Writer) -> Result<Content> {
     let mut file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
     let size_bytes = metadata.size();
-    // The host's blocks are of 512 bytes here whatever the file system's are.
+    // st_blocks counts 512-byte units, regardless of the file system.
     if metadata.blocks().saturating_mul(512) < size_bytes
         && let Some(parts) = parts(&file, size_bytes)?
     {
@@ -156,11 +157,11 @@ fn content(path: &Path, metadata: &Metadata, attributes: &Attributes, writer: &m
         );
     }
     file.seek(SeekFrom::Start(0))?;
-    // A file that grows meanwhile is cut, one that shrinks is an error.
+    // A file that grows in the meantime is truncated, one that shrinks is an error.
     writer.content(&mut file, size_bytes, attributes)
 }
 
-/// The parts of a file that are no holes.
+/// The data ranges of a file.
 fn parts(file: &File, size_bytes: u64) -> io::Result<Option<Vec<Range<u64>>>> {
     let (mut parts, mut at) = (Vec::new(), 0);
     while at < size_bytes
@@ -176,7 +177,7 @@ fn parts(file: &File, size_bytes: u64) -> io::Result<Option<Vec<Range<u64>>>> {
     Ok(Some(parts))
 }
 
-/// The parts of a file, one behind the other.
+/// Reads the data ranges of a file in sequence.
 struct Parts {
     file: File,
     parts: std::vec::IntoIter<Range<u64>>,

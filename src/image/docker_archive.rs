@@ -1,4 +1,4 @@
-//! From what `docker save` writes to an image: `manifest.json` names a configuration and the layers' archives.
+//! Archives of `docker save`: `manifest.json` refers to a configuration and the layers' archives.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -9,7 +9,7 @@ use super::digest::Digest;
 use super::reference::same_name;
 use super::{Image, Layer};
 
-/// The list of an archive's images.
+/// The list of images in an archive.
 pub const MANIFEST: &str = "manifest.json";
 
 #[derive(Deserialize)]
@@ -21,12 +21,12 @@ struct ManifestEntry {
     layers: Option<Vec<String>>,
 }
 
-/// Whether JSON is a list of images of Docker's shape.
+/// Whether JSON is an image list in Docker's format.
 pub fn is_list(json: &[u8]) -> bool {
     serde_json::from_slice::<Vec<ManifestEntry>>(json).is_ok_and(|entries| !entries.is_empty())
 }
 
-/// The image that has the name `wanted`, or the only one.
+/// The image named `wanted`, or the only one.
 pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
     let entries: Vec<ManifestEntry> = bundle.json(MANIFEST)?;
     let entry = choose(&entries, wanted)?;
@@ -40,7 +40,7 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
         paths.len()
     );
     let layers = paths.iter().zip(&config.diff_ids).map(|(path, &diff_id)| {
-        // No digest of the blob as it is: what it unpacks to is verified.
+        // The compressed layer has no digest: its uncompressed content is verified.
         Ok(Layer { part: bundle.part(path)?, blob: None, diff_id: Some(diff_id) })
     });
     Ok(Image { id: Digest::of(&json), layers: layers.collect::<Result<_>>()?, config, names: names_of(entry) })

@@ -1,8 +1,8 @@
-//! From a size to an empty ext4 file system: the few blocks that are not zeroes, written to a file that is all holes.
+//! Creates empty ext4 file systems by writing the few nonzero blocks to a sparse file.
 //!
-//! The format is described in the kernel's Documentation/filesystems/ext4/. Each group has its own bitmaps and inodes; all but
-//! the first and the last one are marked as not in use yet, so that neither husk nor the guest writes anything there until a file needs
-//! it. There are no copies of the superblock, and a journal only for who asks for one.
+//! The format is described in the kernel's Documentation/filesystems/ext4/. Each group has its own bitmaps and inodes;
+//! all but the first and the last one are marked as not in use yet, so that neither husk nor the guest writes anything
+//! there until a file needs it. There are no copies of the superblock, and a journal only for who asks for one.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -15,20 +15,20 @@ const GROUP_INODES: u32 = 8192;
 const INODE_BYTES: u64 = 256;
 const DESCRIPTOR_BYTES: u64 = 64;
 const TABLE_BLOCKS: u64 = GROUP_INODES as u64 * INODE_BYTES / BLOCK_BYTES;
-/// Two bitmaps and the inodes.
+/// Two bitmaps and the inode table.
 const GROUP_OVERHEAD: u64 = 2 + TABLE_BLOCKS;
 
-/// The smallest disk that has room for something.
+/// The minimum size with room for data.
 pub const MIN_BYTES: u64 = 16 << 20;
-/// The largest: files of most file systems end below 16 TiB, and 32-bit block numbers too.
+/// The maximum size: most host file systems limit files to 16 TiB, as do 32-bit block numbers.
 pub const MAX_BYTES: u64 = 8 << 40;
 
 const ROOT_INODE: u32 = 2;
 const JOURNAL_INODE: u32 = 8;
-/// `lost+found`, the first that is not reserved.
+/// `lost+found`, the first inode that is not reserved.
 const LAST_INODE: u32 = 11;
 
-/// `ext_attr`, `dir_index`, `sparse_super2` (which means: copies of the superblock where it says, here nowhere).
+/// `ext_attr`, `dir_index`, `sparse_super2` (superblock copies only where specified, which is nowhere).
 const COMPAT: u32 = 0x8 | 0x20 | 0x200;
 const COMPAT_HAS_JOURNAL: u32 = 0x4;
 /// `filetype`, `extents`, `64bit`.
@@ -38,15 +38,15 @@ const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x40;
 
 const INODES_UNUSED: u16 = 0x1;
 const BLOCKS_UNUSED: u16 = 0x2;
-/// The inodes are zeroes already: the guest's kernel is not to write them.
+/// The inode table is already zeroed, so the guest's kernel need not do that.
 const INODES_ZEROED: u16 = 0x4;
 
 /// Whether a file system has a journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Journal {
-    /// A guest may find what an earlier one left that was killed or crashed.
+    /// For file systems that may be used again after a crash.
     Yes,
-    /// It goes with its guest, which then has fewer writes to wait for when it makes something durable.
+    /// For file systems discarded with their guest, which then needs fewer writes for durability.
     No,
 }
 
@@ -58,7 +58,8 @@ pub fn uuid(file: &File) -> Result<[u8; 16]> {
     Ok(uuid)
 }
 
-/// Makes an empty file system of about `size_bytes` in the empty `file`. `uuid` is its own, `seconds` the time in its inodes.
+/// Creates an empty file system of about `size_bytes` in the empty `file`, with the UUID `uuid` and the timestamp
+/// `seconds` in its inodes.
 pub fn make(file: &File, size_bytes: u64, journal: Journal, uuid: [u8; 16], seconds: u32) -> Result<()> {
     ensure!((MIN_BYTES..=MAX_BYTES).contains(&size_bytes), "the disk size must be 16 MiB to 8 TiB");
     let shape = Shape::of(size_bytes, journal);
@@ -89,8 +90,8 @@ pub fn make(file: &File, size_bytes: u64, journal: Journal, uuid: [u8; 16], seco
     Ok(())
 }
 
-/// What is where. The first group has, in this order: the superblock, the descriptors, its bitmaps and inodes, two directories, and the
-/// journal, if there is one.
+/// The layout. The first group contains, in this order: superblock, descriptors, bitmaps, inode table, two directories,
+/// and the journal, if any.
 struct Shape {
     blocks: u64,
     groups: u64,
@@ -101,7 +102,7 @@ struct Shape {
 impl Shape {
     fn of(size_bytes: u64, journal: Journal) -> Shape {
         let mut blocks = size_bytes / BLOCK_BYTES;
-        // A last group without room for more than what it says of itself is left out.
+        // A last group that has no room beyond its metadata is omitted.
         if blocks > GROUP_BLOCKS && blocks % GROUP_BLOCKS < GROUP_OVERHEAD + 64 {
             blocks -= blocks % GROUP_BLOCKS;
         }
@@ -116,7 +117,7 @@ impl Shape {
         Shape { blocks, groups, descriptor_blocks, journal_blocks }
     }
 
-    /// Where a group's own blocks begin.
+    /// The first block of a group's own metadata.
     fn start(&self, group: u64) -> u64 {
         group * GROUP_BLOCKS + if group == 0 { 1 + self.descriptor_blocks } else { 0 }
     }
@@ -149,7 +150,7 @@ impl Shape {
         GROUP_BLOCKS.min(self.blocks - group * GROUP_BLOCKS)
     }
 
-    /// Blocks in use, which are the first ones of each group.
+    /// The number of blocks in use, which are the first ones of each group.
     fn used_blocks(&self, group: u64) -> u64 {
         if group == 0 { self.journal_block() + self.journal_blocks } else { GROUP_OVERHEAD }
     }
@@ -193,14 +194,14 @@ impl Shape {
         word(0x4, self.blocks as u32);
         word(0xc, (self.blocks - used) as u32);
         word(0x10, inodes - LAST_INODE);
-        // Blocks of 2^(10+2) bytes, and clusters of one block.
+        // A block size of 2^(10+2) bytes, and clusters of one block.
         word(0x18, 2);
         word(0x1c, 2);
         word(0x20, GROUP_BLOCKS as u32);
         word(0x24, GROUP_BLOCKS as u32);
         word(0x28, GROUP_INODES);
         word(0x30, seconds);
-        // Never checked for having been mounted often; the magic number; clean, and going on after errors.
+        // No maximum mount count; the magic number; clean, and continue on errors.
         word(0x34, 0xffff_0000);
         word(0x38, 0x0001_ef53);
         word(0x3c, 1);
@@ -212,10 +213,10 @@ impl Shape {
         word(0x60, INCOMPAT);
         word(0x64, RO_COMPAT);
         word(0xe0, if self.has_journal() { JOURNAL_INODE } else { 0 });
-        // Directories are indexed by half MD4 of signed bytes; descriptors have 64 bytes.
+        // Directories are hashed with half MD4 and signed characters; descriptors have 64 bytes.
         word(0xfc, 1 | (DESCRIPTOR_BYTES as u32) << 16);
         word(0x160, 1);
-        // Extended attributes of users, and access lists.
+        // Default mount options: user extended attributes and ACLs.
         word(0x100, 0xc);
         word(0x108, seconds);
         word(0x15c, 32 | 32 << 16);
@@ -227,7 +228,7 @@ impl Shape {
     }
 }
 
-/// The first `used` bits of a block, and those that stand for nothing.
+/// A bitmap with the first `used` bits set, and the padding after `total`.
 fn bitmap(used: u64, total: u64) -> Vec<u8> {
     let is_set = |bit: u64| bit < used || bit >= total;
     let byte = |at: u64| (0..8).fold(0, |byte, bit| byte | u8::from(is_set(at * 8 + bit)) << bit);
@@ -246,17 +247,17 @@ fn encode_inode(mode: u16, links: u16, block: u64, blocks: u64, seconds: u32) ->
     put(0x1a, &links.to_le_bytes());
     put(0x1c, &((blocks * BLOCK_BYTES / 512) as u32).to_le_bytes());
     put(0x20, &EXTENTS.to_le_bytes());
-    // A tree of no depth, with one of its four extents in use.
+    // An extent tree of depth zero, with one of four entries in use.
     put(0x28, &0x0001_f30a_u32.to_le_bytes());
     put(0x2c, &4u32.to_le_bytes());
     put(0x38, &(blocks as u32).to_le_bytes());
     put(0x3c, &(block as u32).to_le_bytes());
-    // Fields behind the first 128 bytes.
+    // Fields after the first 128 bytes.
     put(0x80, &32u16.to_le_bytes());
     bytes
 }
 
-/// A directory's only block. Those here are below the root.
+/// The single block of a directory below the root.
 fn directory(own: u32, others: &[(u32, &[u8])]) -> [u8; BLOCK_BYTES as usize] {
     const DIRECTORY: u8 = 2;
     let mut block = [0; BLOCK_BYTES as usize];
@@ -265,7 +266,7 @@ fn directory(own: u32, others: &[(u32, &[u8])]) -> [u8; BLOCK_BYTES as usize] {
     let count = 2 + others.len();
     for (index, (inode, name)) in dots.iter().chain(others).enumerate() {
         let len = (8 + name.len()).next_multiple_of(4);
-        // The last one has the rest.
+        // The last entry spans the rest.
         let len = if index + 1 == count { block.len() - at } else { len };
         block[at..at + 4].copy_from_slice(&inode.to_le_bytes());
         block[at + 4..at + 6].copy_from_slice(&(len as u16).to_le_bytes());
@@ -276,10 +277,10 @@ fn directory(own: u32, others: &[(u32, &[u8])]) -> [u8; BLOCK_BYTES as usize] {
     block
 }
 
-/// The journal's superblock, which has its numbers the other way round: an empty journal.
+/// The superblock of an empty journal, which is big-endian.
 fn empty_journal(blocks: u32, uuid: &[u8; 16]) -> [u8; 1024] {
     let mut bytes = [0; 1024];
-    // Magic number, superblock of version 2, no transaction; block size, length, first block, first transaction.
+    // Magic number, superblock version 2, no transaction; block size, length, first block, first transaction.
     let words = [0xc03b_3998, 4, 0, BLOCK_BYTES as u32, blocks, 1, 1];
     for (at, word) in (0..).step_by(4).zip(words) {
         bytes[at..at + 4].copy_from_slice(&u32::to_be_bytes(word));
@@ -314,7 +315,7 @@ mod tests {
             MIN_BYTES,
             64 * MIB,
             128 * MIB,
-            // A last group of nearly nothing, of nearly its overhead, and of a little more.
+            // The last group is tiny, about its overhead, or slightly larger.
             128 * MIB + 4096,
             130 * MIB,
             131 * MIB,

@@ -1,4 +1,4 @@
-//! From any bytes through each reader of foreign input, without a store: for `fuzz/`.
+//! Entry points for fuzzing each parser of untrusted input, without a store: for `fuzz/`.
 
 use std::io::{Seek, SeekFrom};
 
@@ -14,7 +14,7 @@ use super::tree::{Tree, TreeLimits};
 use super::unpack;
 use crate::sys;
 
-/// Merges two layers and makes an image of them, in memory. Returns its size.
+/// Merges two layers and creates an image of them in memory. Returns its size.
 pub fn layers(lower: &[u8], upper: &[u8], form: Form) -> Result<u64> {
     let mut tree = Tree::new(TreeLimits { entries: 10_000, memory_bytes: 16 << 20 });
     let mut writer = Writer::new(sys::memory_file(c"image")?, sys::memory_file(c"spill")?, form);
@@ -27,13 +27,13 @@ pub fn layers(lower: &[u8], upper: &[u8], form: Form) -> Result<u64> {
     Ok(image.seek(SeekFrom::End(0))?)
 }
 
-/// Reads a manifest or index, and chooses from it; reads a configuration; reads what a registry wants to hear.
+/// Parses a manifest or index and selects an image; parses a configuration and a registry's challenge.
 pub fn json(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
         let _ = Challenge::parse(text);
     }
     if let Ok(Manifest::Index(manifests)) = Manifest::parse(bytes) {
-        // The first one that fits, or a reason.
+        // The first suitable one, or an error.
         let _ = manifest::choose(&manifests, &Platform::default()).map(|chosen| chosen.size);
     }
     if let Ok(config) = ImageConfig::parse(bytes) {

@@ -1,4 +1,4 @@
-//! From names to images: what the store remembers, in one file that is replaced as a whole.
+//! The store's index of images and names: a single file that is replaced atomically.
 
 use std::collections::BTreeMap;
 
@@ -8,59 +8,60 @@ use serde::{Deserialize, Serialize};
 use super::config::ImageProcess;
 use super::digest::Digest;
 
-/// Changes when an older husk could not read it.
+/// Incremented when older versions of husk cannot read it.
 const VERSION: u32 = 1;
 
-/// Everything the store knows.
+/// The content of the index.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Index {
     version: u32,
-    /// By their own digests.
+    /// By digest.
     pub images: BTreeMap<Digest, Record>,
-    /// Full names, and the images that have them.
+    /// By full name.
     pub names: BTreeMap<String, Digest>,
-    /// Files and directories that did not change since, and the images made from them.
+    /// Images by the identity of the files and directories that they were made from.
     pub files: BTreeMap<String, Digest>,
 }
 
-/// What the store knows of an image.
+/// The record of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// The key of its root.
+    /// The key of its root file system.
     pub root: Digest,
-    /// What it is to run.
+    /// Its process configuration.
     pub process: ImageProcess,
-    /// The processor it is for.
+    /// Its architecture.
     pub architecture: String,
-    /// When it was made, if it says so.
+    /// Its creation time, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created: Option<String>,
-    /// When it came here, in seconds since 1970.
+    /// When it was added, in seconds since 1970.
     pub added_seconds: u64,
-    /// The path it came from.
+    /// The path that it was loaded from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
-    /// The names that the archive gives it.
+    /// The names in its archive.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub own_names: Vec<String>,
-    /// Its layers, the lowest first.
+    /// Its layers, lowest first.
     pub layers: Vec<LayerRecord>,
-    /// The bytes in its layers before they were packed.
+    /// The uncompressed size of its layers.
     pub unpacked_bytes: u64,
 }
 
-/// What the store knows of a layer.
+/// The record of a layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
-    /// The digest of what it unpacks to.
+    /// The digest of its uncompressed content.
     pub diff_id: Digest,
-    /// The digest of it as it came.
+    /// The digest of its compressed blob.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blob: Option<Digest>,
 }
 
 impl Record {
-    /// The same image, come another way: its layers may be here from before, and its size is the same.
+    /// Merges the record of the same image from another source: its layers may already be here, and its size is the
+    /// same.
     fn keep_what_is_known(&mut self, known: &Record) {
         if self.layers.len() == known.layers.len() {
             for (layer, known) in self.layers.iter_mut().zip(&known.layers) {
@@ -79,7 +80,7 @@ impl Default for Index {
 }
 
 impl Index {
-    /// Reads the index's file.
+    /// Parses the index file.
     pub fn parse(json: &[u8]) -> Result<Index> {
         #[derive(Deserialize)]
         struct Version {
@@ -90,12 +91,12 @@ impl Index {
         serde_json::from_slice(json).context("it is corrupted")
     }
 
-    /// The bytes of the index's file.
+    /// Serializes the index file.
     pub fn to_json(&self) -> Result<Vec<u8>> {
         Ok(serde_json::to_vec_pretty(self)?)
     }
 
-    /// The only image whose digest begins so.
+    /// The only image whose digest has this prefix.
     pub fn by_prefix(&self, hex: &str) -> Option<Digest> {
         let mut found = self.images.keys().filter(|id| id.hex().starts_with(hex));
         found.next().copied().filter(|_| found.next().is_none())
@@ -106,7 +107,7 @@ impl Index {
         self.names.iter().filter(|&(_, &named)| named == id).map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Puts an image in. What was made from an older state of the same path goes, unless it has a name.
+    /// Adds an image. An unnamed image of an older state of the same path is removed.
     pub fn add(&mut self, id: Digest, mut record: Record, file: Option<String>) {
         if let Some(known) = self.images.get(&id) {
             record.keep_what_is_known(known);
@@ -126,7 +127,7 @@ impl Index {
         }
     }
 
-    /// Takes an image out, with all that leads to it.
+    /// Removes an image and all references to it.
     pub fn remove(&mut self, id: Digest) {
         self.images.remove(&id);
         self.names.retain(|_, named| *named != id);

@@ -1,4 +1,4 @@
-//! From a layer's tar stream to the merged tree: entries put in, whiteouts take out (OCI image specification, layer.md).
+//! Applies a layer's tar stream to the merged tree, including whiteouts (OCI image specification, layer.md).
 
 use anyhow::{Context, Result, ensure};
 
@@ -8,19 +8,20 @@ use super::tree::{Body, Tree, components};
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// What aufs kept for itself, and old archives still have.
+/// The prefix of aufs's internal files, which still exist in old archives.
 const AUFS_PREFIX: &[u8] = b".wh..wh.";
 
-/// Whether names that begin with `.wh.` mean something.
+/// The meaning of names that start with `.wh.`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whiteouts {
-    /// They take files of lower layers out.
+    /// They remove files of lower layers.
     Apply,
-    /// They are files: the archive is a root file system and no layer.
+    /// They are regular files: the archive is a root file system, not a layer.
     Keep,
 }
 
-/// Puts a layer over those that are in `tree`. Reads the stream to the end of the archive, which need not be its own.
+/// Applies a layer on top of `tree`. Reads the stream up to the end-of-archive marker, which may be followed by more
+/// data.
 pub fn apply<R: Skip>(layer: R, whiteouts: Whiteouts, tree: &mut Tree, writer: &mut Writer) -> Result<R> {
     tree.begin_layer();
     let mut archive = Archive::new(layer);

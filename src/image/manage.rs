@@ -1,4 +1,4 @@
-//! What a person does with the store: name images, look at them, take them out, and have the disk back.
+//! Store management: tags, lists, removes and prunes images.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,44 +17,44 @@ use super::source::Source;
 use super::store::{Store, is_at};
 use crate::resources::lock;
 
-/// An image as it is listed.
+/// A listed image.
 #[derive(Debug, Clone, Serialize)]
 pub struct Listed {
     /// Its digest.
     pub id: Digest,
-    /// As short as they can be typed; none if it was only run from a path.
+    /// Its shortest names; empty if it was only run from a path.
     pub names: Vec<String>,
-    /// What the root takes on the disk.
+    /// The disk usage of its root file system.
     pub root_bytes: u64,
-    /// What the layers take that a registry gave. Images share them.
+    /// The disk usage of its downloaded layers, which images share.
     pub layer_bytes: u64,
-    /// What else is known.
+    /// Other properties.
     #[serde(flatten)]
     pub record: Record,
 }
 
-/// What is to stay when the store is cleaned up.
+/// What to keep when pruning.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PruneOptions {
-    /// Images without a name, which were run from a path.
+    /// Unnamed images, which were run from a path.
     pub keep_unnamed: bool,
-    /// Layers as they came: the root is made, and only a pull of another version would want them.
+    /// Compressed layers: the root file system exists, and only pulls of other versions could use them.
     pub keep_layers: bool,
 }
 
-/// What was cleaned up.
+/// What was removed.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Pruned {
-    /// Images.
+    /// The number of images.
     pub images: usize,
-    /// Files, of images and of husks that were killed.
+    /// The number of files, including those left by killed processes.
     pub files: usize,
-    /// What they took on the disk.
+    /// Their disk usage.
     pub bytes: u64,
 }
 
 impl Store {
-    /// All images, those that came last first.
+    /// All images, most recently added first.
     pub fn list(&self) -> Result<Vec<Listed>> {
         let index = self.index()?;
         let mut images: Vec<Listed> = index.images.keys().filter_map(|&id| self.listed(&index, id)).collect();
@@ -62,7 +62,7 @@ impl Store {
         Ok(images)
     }
 
-    /// One image: by its name, digest, or the path it was made from.
+    /// Finds an image by name, digest, or the path it was made from.
     pub fn find(&self, source: &Source) -> Result<Listed> {
         let index = self.index()?;
         let id = find(&index, source)?;
@@ -77,7 +77,7 @@ impl Store {
         Some(Listed { id, names, root_bytes: disk_bytes(&self.root_path(record.root)), layer_bytes, record })
     }
 
-    /// Gives an image more names.
+    /// Adds names to an image.
     pub fn tag(&self, id: Digest, names: &[Reference]) -> Result<()> {
         self.update(|index| {
             ensure!(index.images.contains_key(&id), "no such image: {}", id.short());
@@ -86,7 +86,7 @@ impl Store {
         })
     }
 
-    /// Prepares what is at a path, and gives it a name, or those that it says it has.
+    /// Prepares the image at a path, and tags it with a given name or those in the archive.
     pub fn load(
         &self,
         source: &Source,
@@ -114,14 +114,14 @@ impl Store {
             self.index()?.images.get(&prepared.id).map(|record| record.own_names.clone()).unwrap_or_default();
         let names: Vec<Reference> = match name {
             Some(name) => vec![name.clone()],
-            // A layout's name for its image may be anything.
+            // A layout may use arbitrary strings as names.
             None => own_names.iter().filter_map(|name| name.parse().ok()).collect(),
         };
         self.tag(prepared.id, &names)?;
         Ok((prepared, names.iter().map(Reference::familiar).collect()))
     }
 
-    /// Takes a name away, and the image with its last one. Tells whether the image went.
+    /// Removes a name, and the image with its last name. Returns whether the image was removed.
     pub fn remove(&self, source: &Source) -> Result<bool> {
         let gone = self.update(|index| {
             let id = find(index, source)?;
@@ -144,7 +144,7 @@ impl Store {
         Ok(gone)
     }
 
-    /// Removes what no image has, and what is not options. What a running machine uses stays.
+    /// Removes data that no image uses, as selected by `options`. Data used by running machines is kept.
     pub fn prune(&self, options: PruneOptions) -> Result<Pruned> {
         let mut pruned = Pruned::default();
         if !options.keep_unnamed {
@@ -161,7 +161,7 @@ impl Store {
                 Ok(count)
             })?;
         }
-        // By what the index on the disk says now: had husk been killed before, nothing that it names would be gone.
+        // Uses the index on disk, so that nothing it refers to is lost if a previous process was killed.
         self.update(|index| {
             self.prune_files(index, options, &mut pruned).with_context(|| format!("clean up {}", self.dir().display()))
         })?;
@@ -174,7 +174,7 @@ impl Store {
         self.remove_unlocked("roots", &|name| root_of(name).is_none_or(|key| !roots.contains(&key)), pruned)?;
         self.remove_unlocked("tmp", &|_| true, pruned)?;
         let blobs = lock::file().open(self.dir().join("blobs.lock"))?;
-        // Someone may be about to use them.
+        // Another process may be about to use them.
         if blobs.try_lock().is_ok() {
             let layers = index.images.values().flat_map(|record| &record.layers);
             let kept: BTreeSet<Digest> =
@@ -185,7 +185,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes those files of a directory that nobody has locked.
+    /// Removes the files in a directory that are not locked.
     fn remove_unlocked(&self, dir: &str, is_unwanted: &dyn Fn(&str) -> bool, pruned: &mut Pruned) -> Result<()> {
         for entry in fs::read_dir(self.dir().join(dir))? {
             let entry = entry?;
@@ -193,7 +193,7 @@ impl Store {
             if !entry.file_type()?.is_file() || !is_unwanted(&entry.file_name().to_string_lossy()) {
                 continue;
             }
-            // To be locked alone it is opened for writing, which NFS wants.
+            // NFS requires write access for an exclusive lock.
             let Ok(file) = lock::file().create(false).open(&path) else { continue };
             if file.try_lock().is_ok() && is_at(&file, &path) {
                 let bytes = disk_bytes(&path);
@@ -239,7 +239,7 @@ fn familiar(name: &str) -> String {
     name.parse::<Reference>().map_or_else(|_| name.to_owned(), |reference| reference.familiar())
 }
 
-/// What a file takes on the disk.
+/// The disk usage of a file.
 fn disk_bytes(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |found| found.blocks().saturating_mul(512))
 }

@@ -1,4 +1,4 @@
-//! From the JSON of an OCI index or manifest (and Docker's, which differ in their media types only) to what they name.
+//! Parses OCI manifests and indexes, and Docker's, which differ only in media types.
 
 use std::fmt;
 
@@ -8,39 +8,39 @@ use serde::Deserialize;
 use super::config::MAX_LAYERS;
 use super::digest::Digest;
 
-/// Indexes of indexes are allowed, and nobody nests them deeper.
+/// Nested indexes are allowed, but deeper nesting does not occur in practice.
 pub const MAX_INDEX_DEPTH: usize = 4;
 /// One for each platform, and as many attestations.
 const MAX_MANIFESTS: usize = 4096;
 
-/// A content by its digest and size.
+/// A descriptor of content: digest and size.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What it is.
+    /// The media type.
     #[serde(default)]
     pub media_type: String,
-    /// Its content's name.
+    /// The digest.
     pub digest: Digest,
-    /// How many bytes it has.
+    /// The size in bytes.
     pub size: u64,
-    /// What it runs on, if it is an image in an index.
+    /// The platform, for an image in an index.
     pub platform: Option<DescribedPlatform>,
-    /// Names, among other things.
+    /// Annotations, such as names.
     #[serde(default)]
     pub annotations: Option<std::collections::BTreeMap<String, String>>,
 }
 
-/// What an image in an index runs on.
+/// The platform of an image in an index.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct DescribedPlatform {
-    /// Go's word for the processor.
+    /// The architecture in Go's terms.
     #[serde(default)]
     pub architecture: String,
-    /// Go's word for the kernel.
+    /// The operating system in Go's terms.
     #[serde(default)]
     pub os: String,
-    /// What the processor has to have beyond the least of its kind.
+    /// The required variant of the architecture.
     pub variant: Option<String>,
 }
 
@@ -51,14 +51,14 @@ impl fmt::Display for DescribedPlatform {
     }
 }
 
-/// The processor and the kernel of an image that is wanted.
+/// The platform of the wanted image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform {
-    /// Go's word for the processor.
+    /// The architecture in Go's terms.
     pub architecture: String,
-    /// Go's word for the kernel.
+    /// The operating system in Go's terms.
     pub os: String,
-    /// The highest level of x86-64 that the processor has, 1 to 4, as the psABI counts them.
+    /// The highest supported x86-64 level of the psABI, 1 to 4.
     pub level: u8,
 }
 
@@ -68,7 +68,7 @@ impl Default for Platform {
     }
 }
 
-/// The level of this processor, of which a machine's has no more.
+/// The level of this host's processor, which limits that of machines.
 fn this_level() -> u8 {
     macro_rules! has {
         ($($feature:tt)*) => { $(std::arch::is_x86_feature_detected!($feature))&&* };
@@ -82,8 +82,8 @@ fn this_level() -> u8 {
 }
 
 impl Platform {
-    /// How well an image suits: the lower, the better. As for Docker, what every processor runs comes before what takes a newer
-    /// one, which comes here where this one is new enough. `None` if it cannot run.
+    /// How well an image is suited: lower is better. As in Docker, images for any processor are preferred to those for
+    /// a newer one, which are allowed if the processor supports them. `None` if it cannot run.
     fn rank(&self, found: &DescribedPlatform) -> Option<u8> {
         if found.architecture != self.architecture || found.os != self.os {
             return None;
@@ -98,17 +98,17 @@ impl Platform {
     }
 }
 
-/// What a manifest's bytes say.
+/// A parsed manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Manifest {
-    /// One image: its configuration and its layers, the lowest first.
+    /// An image: its configuration and layers, lowest first.
     Image {
-        /// Its configuration.
+        /// The configuration.
         config: Descriptor,
-        /// Its layers.
+        /// The layers.
         layers: Vec<Descriptor>,
     },
-    /// Several images, of which one is to be chosen.
+    /// An index of several images.
     Index(Vec<Descriptor>),
 }
 
@@ -120,11 +120,11 @@ struct File {
 }
 
 impl Manifest {
-    /// Reads the JSON of either.
+    /// Parses a manifest or an index.
     pub fn parse(json: &[u8]) -> Result<Manifest> {
         let file: File = serde_json::from_slice(json).context("read the image's manifest")?;
         if let Some(manifests) = file.manifests {
-            // Else a client that believes one, and a client that believes the other, would see different images.
+            // Otherwise different clients could interpret the same file as different images.
             ensure!(file.config.is_none() && file.layers.is_none(), "the manifest is also an index");
             ensure!(manifests.len() <= MAX_MANIFESTS, "the index has too many images: {}", manifests.len());
             return Ok(Manifest::Index(manifests));
@@ -136,20 +136,20 @@ impl Manifest {
     }
 }
 
-/// What an image's manifest and an index are called, by OCI and by Docker.
+/// The media types of image manifests and indexes, by OCI and Docker.
 const IMAGE_TYPES: [&str; 4] = [
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 ];
-/// What Docker's builder says of a manifest that speaks of another one.
+/// The annotation of attestations by Docker's builder.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
-/// So many platforms stand in a message.
+/// The maximum number of platforms in an error message.
 const MAX_SHOWN: usize = 20;
 
 impl Descriptor {
-    /// Whether it may be an image. What attests to one is none, nor is what has a media type of its own (image-index.md).
+    /// Whether it may be an image: not an attestation, and not of a custom media type (image-index.md).
     pub fn may_be_an_image(&self) -> bool {
         let is_attestation = self.annotations.as_ref().is_some_and(|found| found.contains_key(REFERENCE_TYPE));
         let is_unknown =
@@ -159,8 +159,7 @@ impl Descriptor {
     }
 }
 
-/// The images for a platform, those that suit it equally well; those that say so, or the only one that does not say. There is one
-/// at least.
+/// The images that suit a platform equally well; those with a platform, or else the only one without. At least one.
 pub fn suited<'a>(images: &[&'a Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
     let images: Vec<&Descriptor> = images.iter().copied().filter(|found| found.may_be_an_image()).collect();
     let rank = |found: &Descriptor| found.platform.as_ref().and_then(|found| platform.rank(found));
@@ -182,7 +181,7 @@ pub fn suited<'a>(images: &[&'a Descriptor], platform: &Platform) -> Result<Vec<
     }
 }
 
-/// The image for a platform, of all in an index.
+/// Selects the image for a platform from an index.
 pub fn choose<'a>(manifests: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
     let all: Vec<&Descriptor> = manifests.iter().collect();
     suited(&all, platform)?.first().copied().context("the index contains no images")
@@ -192,7 +191,7 @@ pub fn choose<'a>(manifests: &'a [Descriptor], platform: &Platform) -> Result<&'
 mod tests {
     use super::*;
 
-    /// A descriptor whose digest is that of its name, for a platform such as `linux/amd64/v3`.
+    /// A descriptor with a digest derived from `name`, for a platform such as `linux/amd64/v3`.
     fn image(name: &str, platform: Option<&str>) -> Descriptor {
         let platform = platform.map(|platform| {
             let mut words = platform.split('/').map(str::to_owned);

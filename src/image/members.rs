@@ -1,5 +1,4 @@
-//! From a tar archive to its members by their names, each read where it is: links among them are followed inside the
-//! archive.
+//! The members of a tar archive by name, read in place. Links between them are resolved within the archive.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -11,38 +10,37 @@ use super::config::MAX_LAYERS;
 use super::tar::{Archive, Kind, Stream, shown};
 use super::tree::components;
 
-/// An image has a few files a layer.
+/// An image has a few files per layer.
 const MAX_MEMBERS: usize = 1 << 14;
-/// What an archive may have of members whose names are none that docker, podman or skopeo give: whoever names them as
-/// they like has a directory and a file a layer at the most. An archive with more of them is a root file system, which
-/// need not be read to its end.
+/// The maximum number of members with names unknown from docker, podman or skopeo: tools with custom names have at most
+/// a directory and a file per layer. An archive with more is a root file system, and need not be read to its end.
 const MAX_FOREIGN: usize = 2 * MAX_LAYERS;
-/// What names and links may take of memory.
+/// The maximum memory for names and links.
 const NAMES_MAX_BYTES: usize = 16 << 20;
-/// Old archives link a layer to another image's: once.
+/// Old archives link a layer to another image's, once.
 const MAX_LINKS: usize = 8;
-/// As many names as a path may lead through, those of the links in it included.
+/// The maximum number of path components, including those of links.
 const MAX_STEPS: usize = 4096;
 
 /// The files of an archive.
 #[derive(Default)]
 pub struct Members {
     by_path: BTreeMap<Vec<u8>, Member>,
-    /// How many of them have names that no tool is known to give.
+    /// The number of members with unknown names.
     foreign: usize,
     names_bytes: usize,
 }
 
 /// A file in an archive.
 enum Member {
-    /// Its bytes.
+    /// Its content.
     File(Part),
-    /// Where a link leads: a symbolic one from its directory, a hard one, whose target begins with `/`, from the top.
+    /// A link target: relative to the directory of a symbolic link; a hard link's target starts with `/`.
     Link(Vec<u8>),
 }
 
 impl Members {
-    /// Looks through an archive. `None` if it has so much of what no image has that it is a root file system.
+    /// Scans an archive. `None` if it has so many unknown members that it is a root file system.
     pub fn of(archive: Part) -> Result<Option<Members>> {
         let mut members = Members::default();
         let mut tar = Archive::new(archive.clone());
@@ -73,12 +71,12 @@ impl Members {
         Ok(())
     }
 
-    /// Whether all members have names that docker, podman or skopeo give.
+    /// Whether all members have names used by docker, podman or skopeo.
     pub fn are_of_an_image(&self) -> bool {
         self.foreign == 0
     }
 
-    /// The part of this name. As for Docker, links lead nowhere outside: above the top is the top.
+    /// The part with this name. As in Docker, links cannot leave the archive: `..` at the top stays there.
     pub fn part(&self, path: &[u8]) -> Result<Part> {
         let mut left: Vec<Vec<u8>> = components(path)?.into_iter().rev().map(<[u8]>::to_vec).collect();
         let (mut here, mut last_link): (Vec<Vec<u8>>, _) = (Vec::new(), None);
@@ -114,9 +112,8 @@ impl Members {
     }
 }
 
-/// Whether an archive that can only be read from its start may hold an image: it begins as one does, or has a list of
-/// images before it has shown itself a root file system. What cannot be read is none; who reads it for what it is then
-/// says why.
+/// Whether an archive that can only be read sequentially may hold an image: it starts like one, or an image list occurs
+/// before it is recognized as a root file system. Returns false on read errors, which are reported later.
 pub fn may_hold_an_image(archive: impl Read) -> bool {
     let mut tar = Archive::new(Stream(archive));
     let mut foreign = 0;

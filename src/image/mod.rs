@@ -1,13 +1,13 @@
-//! From the word that names an image to a read-only root file system that machines share.
+//! Container images: from a name or path to a read-only root file system shared by machines.
 //!
 //! ```text
 //! word ─ source ─> file, directory or registry ─ bundle, members, docker_archive, oci_layout ─> Image: configuration and layers
 //!      ─ unpack ─> tar ─ layer ─> Tree (names in memory) and erofs::Writer (bytes on disk) ─ store ─> Prepared
 //! ```
 //!
-//! Everything that comes in is hostile: archives, manifests, names. Nothing of an archive is ever extracted to the host's file
-//! system, so a name cannot lead anywhere; what goes into memory and onto the disk is bounded; and what a digest names is
-//! believed only when it has that digest.
+//! All input is untrusted: archives, manifests, names. Archives are never extracted to the host's file system, so names
+//! cannot refer to host files; memory and disk usage is bounded; and content is used only after its digest was
+//! verified.
 
 mod bundle;
 pub mod config;
@@ -54,22 +54,23 @@ pub use self::scratch::{Kept, Scratch};
 pub use self::source::Source;
 pub use self::store::Store;
 
-/// An image that a machine can be started from.
+/// An image that a machine can run.
 #[derive(Debug)]
 pub struct Prepared {
-    /// The image's own digest: that of its configuration, or of what it was made from.
+    /// The digest of the image's configuration, or of the source that it was made from.
     pub id: Digest,
-    /// The root file system: an EROFS image that any number of machines may have as a read-only disk.
+    /// The root file system: an EROFS image, which any number of machines may use as a read-only disk.
     pub root: PathBuf,
-    /// What is to run in it.
+    /// The process configuration.
     pub process: ImageProcess,
-    /// Whether it is a root file system without a word of what to run: what is no image is taken for one.
+    /// Whether it is a bare root file system without a configuration, as archives without an image list are assumed to
+    /// be.
     pub is_bare_root: bool,
-    /// The root, with a shared lock: as long as this, or another one, is open, nobody removes it.
+    /// The root file system's file with a shared lock, which prevents its removal.
     pub in_use: File,
 }
 
-/// An image as it is found in an archive: not yet verified, but for its manifests.
+/// An image found in an archive, not verified yet except for its manifests.
 struct Image {
     id: Digest,
     config: ImageConfig,
@@ -77,11 +78,11 @@ struct Image {
     names: Vec<String>,
 }
 
-/// A layer's archive, and what it has to be.
+/// A layer's archive, and its expected digests.
 struct Layer {
     part: bundle::Part,
-    /// The digest of it as it is.
+    /// The digest of the compressed blob.
     blob: Option<Digest>,
-    /// The digest of what it unpacks to.
+    /// The digest of the uncompressed content.
     diff_id: Option<Digest>,
 }

@@ -1,4 +1,4 @@
-//! From an OCI image layout (image-layout.md), a directory or an archive of one, to an image.
+//! OCI image layouts (image-layout.md), as directories or archives.
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -9,16 +9,16 @@ use super::manifest::{self, Descriptor, MAX_INDEX_DEPTH, Manifest, Platform};
 use super::reference::same_name;
 use super::{Image, Layer};
 
-/// The list of a layout's images.
+/// The list of images in a layout.
 pub const INDEX: &str = "index.json";
-/// The file that every layout has.
+/// The marker file of a layout.
 pub const MARK: &str = "oci-layout";
-/// The name of an image in it.
+/// The annotation with an image's name.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
-/// The whole name, where the other one is a tag alone (containerd, and docker since 25).
+/// The annotation with the full name, if the other one is only a tag (containerd, and Docker since 25).
 const FULL_NAME: &str = "io.containerd.image.name";
 
-/// The image that has the name `wanted`, or the only one.
+/// The image named `wanted`, or the only one.
 pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Result<Image> {
     let Manifest::Index(manifests) = Manifest::parse(&read_json(bundle.part(INDEX)?)?)? else {
         bail!("{INDEX} is not an index");
@@ -30,12 +30,12 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Resu
     }
     let is_several = || format!("it has {} images{}", named.len(), listed(&manifests));
     let images = match &named[..] {
-        // Its configuration says what it is for.
+        // Its configuration specifies the platform.
         [only] => vec![*only],
         _ => suited(bundle, &named, platform).with_context(is_several)?,
     };
     let mut found = images.first().copied().context("it contains no image")?.clone();
-    // Two that suit equally are two images where they have names.
+    // Two equally suited images are distinct if they have names.
     let is_it = |other: &&Descriptor| other.digest == found.digest || names_of(other).is_empty();
     ensure!(wanted.is_some() || images.iter().all(is_it), is_several());
     let names = names_of(&found);
@@ -51,7 +51,7 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Resu
     bail!("indexes are nested more than {MAX_INDEX_DEPTH} levels deep")
 }
 
-/// The images for a platform of those that are here: an index may tell of more than was put beside it.
+/// The suitable images for a platform that are present: an index may refer to more.
 fn suited<'a>(bundle: &Bundle, images: &[&'a Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
     let is_here = |found: &&&Descriptor| bundle.has(&path_of(found));
     let here: Vec<&Descriptor> = images.iter().filter(is_here).copied().collect();
@@ -74,7 +74,7 @@ fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], name
     Ok(Image { id, layers: layers.collect::<Result<_>>()?, config, names })
 }
 
-/// The part that a descriptor names, if it has the size that it says.
+/// The part of a descriptor, if it has the correct size.
 fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
     let part = bundle.part(&path_of(descriptor))?;
     let (found, said) = (part.size_bytes, descriptor.size);
@@ -82,7 +82,7 @@ fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
     Ok(part)
 }
 
-/// The bytes of a manifest or a configuration.
+/// The verified content of a manifest or a configuration.
 fn verified(bundle: &Bundle, descriptor: &Descriptor) -> Result<Vec<u8>> {
     let bytes = read_json(blob(bundle, descriptor)?)?;
     let found = Digest::of(&bytes);
@@ -99,13 +99,13 @@ fn names_of(found: &Descriptor) -> Vec<String> {
     [FULL_NAME, REF_NAME].into_iter().find_map(name).cloned().into_iter().collect()
 }
 
-/// Whether it has this name, a tag alone or an image's: `app` is `docker.io/library/app:latest`.
+/// Whether it has this name, as a tag or as an image name: `app` is `docker.io/library/app:latest`.
 fn is_named(found: &Descriptor, wanted: &str) -> bool {
     let name = |key| found.annotations.as_ref()?.get(key);
     [FULL_NAME, REF_NAME].into_iter().filter_map(name).any(|name| same_name(name, wanted))
 }
 
-/// The names in a layout, for who may type one of them.
+/// The names in a layout, for an error message.
 fn listed(manifests: &[Descriptor]) -> String {
     let names: Vec<String> = manifests.iter().flat_map(names_of).take(20).collect();
     if names.is_empty() { String::new() } else { format!(": choose one with oci:PATH:NAME ({})", names.join(", ")) }

@@ -1,4 +1,4 @@
-//! From a source to a prepared image: found in the store, or made and put there.
+//! Prepares images: finds them in the store, or adds them.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -18,11 +18,11 @@ use super::source::{self, Found, Source};
 use super::store::Store;
 use super::{Layer, Prepared, directory};
 
-/// All of an image's names stand in the store's index.
+/// All of an image's names are stored in the index.
 const NAMES_MAX_BYTES: usize = 64 << 10;
 
 impl Store {
-    /// The image of a source, if it is ready for a machine: it is in the store, and its file did not change.
+    /// The image of a source, if it is in the store and the source has not changed.
     pub fn prepared(&self, source: &Source) -> Result<Option<Prepared>> {
         let index = self.index()?;
         match source {
@@ -36,7 +36,7 @@ impl Store {
         }
     }
 
-    /// The file or directory that a source is, if it is one and not a name or ID.
+    /// The path of a source, if it is a path and not a name or ID.
     pub fn path_of<'a>(&self, source: &'a Source) -> Result<Option<&'a Path>> {
         Ok(match source {
             Source::Path { path, .. } => Some(path),
@@ -57,7 +57,7 @@ impl Store {
         self.index()?.files.get(&seen.key).map_or(Ok(None), |&id| self.stored(id))
     }
 
-    /// The image of a source, ready for a machine; made so if need be.
+    /// The image of a source, prepared if necessary.
     pub fn prepare(&self, source: &Source, progress: &Progress) -> Result<Prepared> {
         match source {
             Source::Path { path, image } => self.prepare_path(path, image.as_deref(), progress),
@@ -80,7 +80,7 @@ impl Store {
         }
     }
 
-    /// An image of the store, if its root is there.
+    /// An image of the store, if its root file system exists.
     pub(super) fn stored(&self, id: Digest) -> Result<Option<Prepared>> {
         let index = self.index()?;
         let Some(record) = index.images.get(&id) else { return Ok(None) };
@@ -89,7 +89,7 @@ impl Store {
         Ok(Some(Prepared { id, root, process: record.process.clone(), is_bare_root: id == record.root, in_use }))
     }
 
-    /// An image of the store, if its root is there, or can be made of the layers that are.
+    /// An image of the store, if its root file system exists or can be made from stored layers.
     fn stored_or_made(&self, id: Digest, progress: &Progress) -> Result<Option<Prepared>> {
         if let Some(prepared) = self.stored(id)? {
             return Ok(Some(prepared));
@@ -170,7 +170,7 @@ impl Store {
         self.record(id, record, root, seen.settled.then_some(seen.key), Vec::new())
     }
 
-    /// Puts an image into the index, and gives it names.
+    /// Adds an image to the index, with names.
     pub(super) fn record(
         &self,
         id: Digest,
@@ -185,16 +185,16 @@ impl Store {
             index.names.extend(names.into_iter().map(|name| (name, id)));
             Ok(())
         })?;
-        // A root that is no image's has no other name than its key.
+        // A bare root file system is identified only by its key.
         let is_bare_root = id == root.key;
         Ok(Prepared { id, root: self.root_path(root.key), process, is_bare_root, in_use: root.file })
     }
 }
 
-/// What tells the state of a file or a directory.
+/// The observed state of a file or a directory.
 struct Seen {
     key: String,
-    /// Whether the last change is long enough ago that another one would have another time.
+    /// Whether the last change was long enough ago for another change to have a different timestamp.
     settled: bool,
     /// The fingerprint of a root directory, and its size.
     state: Option<(Digest, u64)>,
@@ -206,11 +206,11 @@ impl Seen {
         let m = fs::metadata(path)?;
         if m.is_dir() {
             let Some(list) = Bundle::Directory(path.to_owned()).list() else {
-                // A file that changes from now on changes the state.
+                // Any later change of a file changes the fingerprint.
                 let (state, bytes) = directory::fingerprint(path)?;
                 return Ok(Seen { key: format!("directory {state}"), settled: true, state: Some((state, bytes)) });
             };
-            // An image that is added to a directory of them changes its list.
+            // Adding an image to the directory changes its list.
             return Ok(Seen::of_file(&fs::metadata(path.join(list.name()))?, image, CLOCK_TICK));
         }
         Ok(Seen::of_file(&m, image, CLOCK_TICK))

@@ -1,4 +1,4 @@
-//! From bytes done to a bar on a person's terminal: none where standard error is no terminal, or work is over at once.
+//! Progress bars on standard error, if it is a terminal and the operation takes long enough.
 
 use std::borrow::Cow;
 use std::io::IsTerminal;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::foreign;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// What takes less is over before a person would look.
+/// Shorter operations show no progress.
 const SHOWN_AFTER: Duration = Duration::from_millis(200);
 
 /// Whether and where progress is shown.
@@ -27,12 +27,12 @@ impl Progress {
         Progress { shown: false }
     }
 
-    /// A bar for `total_bytes` of work.
+    /// A bar for an operation of `total_bytes`.
     pub(super) fn bar(&self, what: impl Into<Cow<'static, str>>, total_bytes: u64) -> Bar {
         self.shaped(what, Some(total_bytes), "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}")
     }
 
-    /// A count of bytes for work whose end is not known.
+    /// A byte counter for an operation of unknown size.
     pub fn count(&self, what: impl Into<Cow<'static, str>>) -> Bar {
         self.shaped(what, None, "{msg} {spinner} {bytes} {bytes_per_sec}")
     }
@@ -47,7 +47,7 @@ impl Progress {
     }
 }
 
-/// A bar; it goes when it is dropped.
+/// A progress bar, removed when dropped.
 pub struct Bar {
     bar: ProgressBar,
     shown: bool,
@@ -55,7 +55,7 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// So much is done.
+    /// Sets the progress.
     pub fn set(&self, done_bytes: u64) {
         if self.shown && self.bar.is_hidden() && self.started.elapsed() > SHOWN_AFTER {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());

@@ -1,4 +1,4 @@
-//! From the name of an image as a person types it to a registry, a repository, and a tag or digest there.
+//! Parses image names into registry, repository, and tag or digest.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,10 +8,10 @@ use anyhow::{Context, Error, Result, ensure};
 use super::digest::Digest;
 
 const DEFAULT_REGISTRY: &str = "docker.io";
-/// Where that registry keeps images whose name has no `/`.
+/// The prefix of names without a `/` in that registry.
 const OFFICIAL: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
-/// Of the full name, without a tag or digest.
+/// The maximum length of the full name without tag or digest.
 const MAX_BYTES: usize = 255;
 const MAX_TAG_BYTES: usize = 128;
 /// `@sha256:` and its digits.
@@ -22,23 +22,23 @@ const DIGEST_BYTES: usize = 72;
 pub struct Reference {
     /// `HOST[:PORT]`.
     pub registry: String,
-    /// Names with `/` between them.
+    /// Path components separated by `/`.
     pub repository: String,
-    /// What is wanted of it.
+    /// The tag or digest.
     pub version: Version,
 }
 
-/// Which image of a repository.
+/// Selects an image in a repository.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Version {
-    /// The one that has this tag now.
+    /// The current image with this tag.
     Tag(String),
-    /// This one for ever.
+    /// The image with this digest.
     Digest(Digest),
 }
 
 impl Reference {
-    /// What a registry is asked for.
+    /// The reference for requests to the registry.
     pub fn version(&self) -> String {
         match &self.version {
             Version::Tag(tag) => tag.clone(),
@@ -46,7 +46,7 @@ impl Reference {
         }
     }
 
-    /// The name as short as it can be typed.
+    /// The shortest form of the name.
     pub fn familiar(&self) -> String {
         let full = self.to_string();
         let short = full.strip_prefix("docker.io/").unwrap_or(&full);
@@ -67,14 +67,14 @@ impl fmt::Display for Reference {
 impl FromStr for Reference {
     type Err = Error;
 
-    /// Parses `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`. As for Docker, a first part is a host if it has a `.` or a `:`, or is
-    /// `localhost`; and a digest wins over a tag.
+    /// Parses `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`. As in Docker, the first component is a host if it contains a `.` or
+    /// a `:`, or is `localhost`; and a digest takes precedence over a tag.
     fn from_str(text: &str) -> Result<Reference> {
         parse(text).with_context(|| format!("invalid image name {:?}", text.chars().take(100).collect::<String>()))
     }
 }
 
-/// Whether two words are the same name of an image, or simply the same.
+/// Whether two words are the same image name, or equal.
 pub fn same_name(a: &str, b: &str) -> bool {
     match (a.parse::<Reference>(), b.parse::<Reference>()) {
         (Ok(a), Ok(b)) => a == b,
@@ -127,7 +127,7 @@ fn is_registry(text: &str) -> bool {
     host.split('.').all(is_label) && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
-/// Small letters and digits, and between them one `.`, one or two `_`, or any number of `-`.
+/// Lowercase letters and digits, separated by one `.`, one or two `_`, or any number of `-`.
 fn is_path_component(text: &str) -> bool {
     let is_alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let mut bytes = text.bytes();

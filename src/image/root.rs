@@ -1,4 +1,4 @@
-//! From layers, or a directory, to a root in the store: made once, by one husk, and then shared.
+//! Builds root file systems in the store from layers or directories. Each is built once and then shared.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,23 +19,23 @@ use super::tar::Stream;
 use super::tree::{Tree, TreeLimits};
 use super::{Layer, unpack};
 
-/// A root, which stays as long as this does.
+/// A root file system, protected from removal.
 pub struct Root {
     pub key: Digest,
     pub file: File,
-    /// The bytes that went into it; zero if it was there.
+    /// The uncompressed size of its source; zero if it already existed.
     pub unpacked_bytes: u64,
 }
 
-/// What was found out of layers while they were read.
+/// Properties of the layers determined while reading them.
 struct Made {
-    /// Their bytes before they were packed.
+    /// Their total uncompressed size.
     unpacked_bytes: u64,
-    /// The digest of each one's bytes.
+    /// The digest of each uncompressed layer.
     diff_ids: Vec<Digest>,
 }
 
-/// The name of a root: other ways to make it would give another file.
+/// The key of a root file system: any difference in how it is built changes the key.
 fn key(kind: &str, form: Form, parts: &[Digest]) -> Digest {
     let mut text = format!("erofs {FORMAT_VERSION} {form:?} {kind}\n");
     parts.iter().for_each(|part| text.push_str(&format!("{part}\n")));
@@ -43,12 +43,12 @@ fn key(kind: &str, form: Form, parts: &[Digest]) -> Digest {
 }
 
 impl Store {
-    /// The key of the root of layers that unpack to these.
+    /// The key of the root file system with these uncompressed layers.
     pub(super) fn key_of_layers(&self, diff_ids: &[Digest]) -> Digest {
         key("layers", self.form, diff_ids)
     }
 
-    /// The root of these layers.
+    /// Builds the root file system of these layers.
     pub(super) fn root_of_layers(&self, layers: &[Layer], progress: &Progress) -> Result<Root> {
         let diff_ids: Vec<Digest> = layers.iter().filter_map(|layer| layer.diff_id).collect();
         let key = self.key_of_layers(&diff_ids);
@@ -58,7 +58,7 @@ impl Store {
         })
     }
 
-    /// The root in a tar archive of one; `work` names the archive before its digest is known.
+    /// Builds the root file system in a tar archive; `work` identifies the archive before its digest is known.
     pub(super) fn root_of_archive(&self, archive: &Part, work: Digest, progress: &Progress) -> Result<Root> {
         self.root(&work.hex(), None, |maker| {
             let layer = Layer { part: archive.clone(), blob: None, diff_id: None };
@@ -67,7 +67,7 @@ impl Store {
         })
     }
 
-    /// The root in a directory of the host, whose state has this fingerprint.
+    /// Builds the root file system from a host directory with this fingerprint.
     pub(super) fn root_of_directory(
         &self,
         path: &Path,
@@ -83,8 +83,8 @@ impl Store {
         })
     }
 
-    /// The root that is there, or that `make` makes, which tells its key and how many bytes it unpacked. Two husks that want
-    /// the same one make it once.
+    /// Returns the existing root file system, or the one built by `make`, which returns its key and uncompressed size.
+    /// Concurrent processes build it only once.
     fn root<F>(&self, work: &str, key: Option<Digest>, make: F) -> Result<Root>
     where
         F: FnOnce(&mut Maker) -> Result<(Digest, u64)>,
@@ -93,7 +93,7 @@ impl Store {
             return Ok(root);
         }
         let mut work = self.work_file(work)?;
-        // Another husk may have made it while this one waited.
+        // Another process may have built it while this one was waiting.
         if let Some(root) = self.existing_root(key, 0)? {
             return Ok(root);
         }
@@ -104,7 +104,7 @@ impl Store {
             limit_bytes: self.unpack_limit()?,
         };
         let (key, unpacked_bytes) = make(&mut maker)?;
-        // The same root may have been made from another file; machines may be using it.
+        // The same root file system may have been built from another source, and machines may be using it.
         if let Some(root) = self.existing_root(Some(key), unpacked_bytes)? {
             return Ok(root);
         }
@@ -120,7 +120,7 @@ impl Store {
     }
 }
 
-/// A root that is being made.
+/// A root file system being built.
 struct Maker {
     tree: Tree,
     writer: Writer,
@@ -146,7 +146,8 @@ impl Maker {
         Ok(made)
     }
 
-    /// Adds a layer, and verifies it. What was unpacked before it, and how many bytes of layers were read, come along.
+    /// Applies and verifies a layer. Also takes the uncompressed size before it, and the number of bytes of layers read
+    /// so far.
     fn add_layer(&mut self, layer: &Layer, whiteouts: Whiteouts, before: u64, bar: &Bar, done: u64) -> Result<Hasher> {
         let verified = Arc::new(AtomicBool::new(layer.blob.is_none()));
         let read_bytes = Arc::new(AtomicU64::new(done));
@@ -161,7 +162,7 @@ impl Maker {
         let limited = Limited { reader: unpacked, left_bytes: self.limit_bytes.saturating_sub(before) };
         let hashing = Hashing::new(Shown { reader: limited, bar, read_bytes });
         let mut rest = layer::apply(Stream(hashing), whiteouts, &mut self.tree, &mut self.writer)?.0;
-        // Archives are filled up with zeroes, which the digest is of, too.
+        // Archives are padded with zeroes, which are part of the digest.
         io::copy(&mut rest, &mut io::sink())?;
         ensure!(verified.load(Ordering::Relaxed), "it has data after its end");
         let hasher = rest.into_hasher();
@@ -173,7 +174,7 @@ impl Maker {
     }
 }
 
-/// A blob that has to be what its digest says when its end is reached.
+/// Verifies a blob's digest when its end is reached.
 struct Verifying<R> {
     reader: Option<Hashing<R>>,
     digest: Digest,
@@ -194,7 +195,7 @@ impl<R: Read> Read for Verifying<R> {
     }
 }
 
-/// A stream that tells how many bytes of it were read.
+/// Counts the bytes read from a stream.
 struct Counted<R> {
     reader: R,
     read_bytes: Arc<AtomicU64>,
@@ -208,7 +209,7 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
-/// A stream that may have so many bytes.
+/// Limits the number of bytes of a stream.
 struct Limited<R> {
     reader: R,
     left_bytes: u64,
@@ -225,7 +226,7 @@ impl<R: Read> Read for Limited<R> {
     }
 }
 
-/// A stream whose progress is shown: how much was read of what it is unpacked from.
+/// Shows progress by the number of compressed bytes read.
 struct Shown<'a, R> {
     reader: R,
     bar: &'a Bar,

@@ -1,6 +1,6 @@
-//! From a size or a name to a disk that a machine writes to: gone with the machine, or kept under the name.
+//! Writable disks for machines: temporary ones, and persistent ones with a name.
 //!
-//! Both are sparse files with an empty ext4 in them: what a machine has not written takes no room.
+//! Both are sparse files with an empty ext4 file system: unwritten blocks take no space.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -17,42 +17,42 @@ use super::store::Store;
 use crate::resources::lock;
 use crate::sys;
 
-/// A disk for one machine.
+/// A writable disk.
 #[derive(Debug)]
 pub struct Scratch {
-    /// Where to open it. Only good as long as this is there, if the disk has no name.
+    /// The path to open it. Without a name, it is valid only as long as this value.
     pub path: PathBuf,
-    /// Keeps a disk without a name.
+    /// Keeps an unnamed disk open.
     _file: Option<File>,
 }
 
-/// A disk that is kept.
+/// A persistent disk.
 #[derive(Debug, Clone, Serialize)]
 pub struct Kept {
     /// Its name.
     pub name: String,
-    /// The size that a machine sees.
+    /// Its capacity.
     pub size_bytes: u64,
-    /// What it takes.
+    /// Its disk usage.
     pub disk_bytes: u64,
-    /// Whether a machine has it now.
+    /// Whether a machine is using it.
     pub in_use: bool,
 }
 
 impl Store {
-    /// A disk of this size that goes when the last one who has it open is gone, however that ends.
+    /// Creates a disk that is removed when its last user closes it, even if killed.
     pub fn scratch(&self, size_bytes: u64, journal: Journal) -> Result<Scratch> {
         let file = self.nameless_file()?;
         let mut uuid = [0; 16];
         sys::getrandom(&mut uuid).context("get random bytes")?;
         make(&file, size_bytes, journal, uuid)?;
-        // A file without a name can be opened this way, and then be locked as any disk is.
+        // Allows an unnamed file to be opened, and locked like any disk.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
         Ok(Scratch { path, _file: Some(file) })
     }
 
-    /// The disk of this name, made with this size if there is none. Who opens it locks it. It is of the image
-    /// `identity`: changes to the root of one make no sense over another's.
+    /// The disk with this name, created with this size if it does not exist. It must be locked by its user. It belongs
+    /// to the image `identity`: a writable layer cannot be used on another image.
     pub fn kept_disk(&self, name: &str, size_bytes: u64, identity: [u8; 16]) -> Result<Scratch> {
         let path = self.kept_path(name)?;
         let found = |path: PathBuf| -> Result<Scratch> {
@@ -72,7 +72,7 @@ impl Store {
             return found(path);
         }
         let mut work = self.work_file(&format!("disk-{name}"))?;
-        // Another husk may have made it while this one waited.
+        // Another process may have created it while this one was waiting.
         if path.exists() {
             return found(path);
         }
@@ -82,7 +82,7 @@ impl Store {
         Ok(Scratch { path, _file: None })
     }
 
-    /// The disks that are kept, in the order of their names.
+    /// All persistent disks, sorted by name.
     pub fn kept_disks(&self) -> Result<Vec<Kept>> {
         let mut disks = Vec::new();
         for entry in fs::read_dir(self.dir().join("disks")).context("list the disks")? {
@@ -99,7 +99,7 @@ impl Store {
         Ok(disks)
     }
 
-    /// Removes a disk and all that is on it, unless a machine has it.
+    /// Removes a disk and its data, unless it is in use.
     pub fn remove_kept_disk(&self, name: &str) -> Result<()> {
         let path = self.kept_path(name)?;
         let file = match lock::file().create(false).open(&path) {

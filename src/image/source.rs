@@ -1,4 +1,4 @@
-//! From the word that a person types to what an image is made from, and from a path to what is found there.
+//! Parses image sources given by the user, and identifies the contents of paths.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
@@ -14,29 +14,29 @@ use super::members::{self, Members};
 use super::reference::Reference;
 use super::{Image, docker_archive, oci_layout, unpack};
 
-/// What an image is made from.
+/// The source of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A file or a directory: an archive or layout of images, of which one may be named, a root file system's archive, or a
+    /// A file or a directory: image archive or layout, optionally with a name within it, root file system archive, or
     /// root directory.
     Path {
-        /// Where it is.
+        /// The path.
         path: PathBuf,
-        /// Which of its images.
+        /// The name of one of its images.
         image: Option<String>,
     },
-    /// An image of the store, or of a registry.
+    /// An image in the store or a registry.
     Name {
         /// The full name.
         reference: Reference,
-        /// What the word may mean before a registry's image, as it has a slash: a file.
+        /// For words with a slash: the file that takes precedence over a registry's image.
         path: Option<PathBuf>,
     },
-    /// An image of the store, by the first digits of its digest, of which there are at least twelve.
+    /// An image in the store, by at least twelve digits of its digest.
     Id(String),
 }
 
-/// As skopeo and podman have them.
+/// The prefixes used by skopeo and podman.
 const PREFIXES: [&str; 3] = ["docker-archive:", "oci-archive:", "oci:"];
 
 impl FromStr for Source {
@@ -64,7 +64,7 @@ impl FromStr for Source {
 }
 
 impl Source {
-    /// What is at a path, where a word is certain to be one; as it is, or with a prefix.
+    /// Parses a word that must be a path, optionally with a prefix.
     pub fn at_path(word: &str) -> Result<Source> {
         let Some((prefix, rest)) = PREFIXES.iter().find_map(|prefix| Some((prefix, word.strip_prefix(prefix)?))) else {
             return Ok(Source::Path { path: word.into(), image: None });
@@ -78,17 +78,17 @@ impl Source {
     }
 }
 
-/// What a path turned out to be.
+/// The contents of a path.
 pub(super) enum Found {
-    /// Layers and a configuration.
+    /// An image.
     Image(Box<Image>),
-    /// A root file system's tar archive, maybe packed.
+    /// A root file system's tar archive, possibly compressed.
     RootArchive(Part),
     /// A root directory.
     RootDirectory(PathBuf),
 }
 
-/// Looks at what is at `path`. An image's archive that is packed is unpacked to a file that `new_file` makes, and may unpack to
+/// Identifies the contents of `path`. A compressed image archive is decompressed to a file created by `new_file`, up to
 /// `max_bytes`.
 pub(super) fn look(
     path: &Path,
@@ -97,7 +97,7 @@ pub(super) fn look(
     max_bytes: u64,
     new_file: &dyn Fn() -> Result<File>,
 ) -> Result<Found> {
-    // A pipe that nobody writes to would else be waited for.
+    // Otherwise a FIFO without a writer would block.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
     if kind.is_dir() {
@@ -133,7 +133,7 @@ pub(super) fn look_into(
     }
 }
 
-/// The image in a bundle; `root` if it is none.
+/// The image in a bundle, or `root` if there is none.
 fn find(bundle: Bundle, image: Option<&str>, platform: &Platform, root: Found) -> Result<Found> {
     let found = match bundle.list() {
         Some(List::Docker) => docker_archive::image(&bundle, image)?,
@@ -148,7 +148,7 @@ fn find_root(root: Found, image: Option<&str>) -> Result<Found> {
     Ok(root)
 }
 
-/// Copies what is unpacked to `file`, which is not to be longer than `max_bytes`.
+/// Copies decompressed data to `file`, up to `max_bytes`.
 fn spool(file: File, unpacked: &mut dyn Read, max_bytes: u64) -> Result<File> {
     let copied = io::copy(&mut unpacked.take(max_bytes), &mut &file).context("unpack it")?;
     if copied == max_bytes {

@@ -1,14 +1,13 @@
-//! The store's directory: what stands where, and how several husks use it at once, each of which may be killed at any
-//! time.
+//! The store's directory layout, and its concurrent use by several processes, each of which may be killed at any time.
 //!
 //! ```text
-//! index.json         names and images; replaced as a whole, by who has locked `lock`
-//! roots/KEY.erofs    root file systems; whole from the moment they have their names; locked (shared) while in use
-//! blobs/HEX          layers as a registry gave them, for as long as an image has them: the next version shares most of them
-//! blobs.lock         locked (shared) by who fetches layers that no image has yet
-//! disks/NAME.ext4    disks that machines have left under a name; locked while in use
-//! tmp/NAME.part      what is being written, locked by who writes it; what is not locked is left from a husk that was killed
-//! tmp/NAME.lock      locked by who writes NAME.part, for who wants the same to wait at
+//! index.json         names and images; replaced atomically while holding `lock`
+//! roots/KEY.erofs    root file systems; complete once they have their names; locked (shared) while in use
+//! blobs/HEX          compressed layers, as long as an image has them: the next version shares most of them
+//! blobs.lock         locked (shared) while fetching layers that no image has yet
+//! disks/NAME.ext4    persistent disks; locked while in use
+//! tmp/NAME.part      files being written, locked by the writer; without a lock, left by a killed process
+//! tmp/NAME.lock      locked by the writer of NAME.part, for others to wait
 //! ```
 
 use std::fs::{self, File};
@@ -25,21 +24,21 @@ use crate::resources::lock::{self, Kind};
 use crate::sys;
 
 const DIRS: [&str; 4] = ["roots", "blobs", "disks", "tmp"];
-/// An index of some ten thousand images.
+/// Enough for about ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 
 /// The image store.
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: PathBuf,
-    /// The most bytes that an image may unpack to; without it, what is free on the disk.
+    /// The maximum uncompressed size of an image; by default the free disk space.
     pub unpack_limit_bytes: Option<u64>,
-    /// How roots are made.
+    /// The format of root file systems.
     pub form: Form,
 }
 
 impl Store {
-    /// Opens the store in a directory, and makes it if need be.
+    /// Opens the store in a directory, creating it if necessary.
     pub fn open(dir: &Path) -> Result<Store> {
         let open = || -> Result<()> {
             for name in DIRS {
@@ -56,7 +55,7 @@ impl Store {
         Store::open(&default_dir().context("cannot locate the image store: neither $HUSK_DATA nor $HOME is set")?)
     }
 
-    /// Where the store is.
+    /// The store's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -69,12 +68,12 @@ impl Store {
         self.dir.join("blobs").join(blob.hex())
     }
 
-    /// Whether a layer is there. It was verified before it got its name.
+    /// Whether a layer is in the store. It was verified before it was named.
     pub(super) fn has_blob(&self, blob: Digest, size_bytes: u64) -> bool {
         fs::metadata(self.blob_path(blob)).is_ok_and(|found| found.is_file() && found.len() == size_bytes)
     }
 
-    /// Keeps layers that no image has yet, as long as the file is open.
+    /// Protects layers that no image has yet, as long as the file is open.
     pub(super) fn use_blobs(&self) -> Result<File> {
         let path = self.dir.join("blobs.lock");
         let file = lock::file().open(&path).with_context(|| format!("open {}", path.display()))?;
@@ -82,7 +81,7 @@ impl Store {
         Ok(file)
     }
 
-    /// A root that nobody can remove as long as the file is open; `None` if there is none.
+    /// Opens a root file system and protects it from removal; `None` if it does not exist.
     pub(super) fn use_root(&self, key: Digest) -> Result<Option<File>> {
         let path = self.root_path(key);
         loop {
@@ -98,7 +97,7 @@ impl Store {
         }
     }
 
-    /// The index as it is now.
+    /// The current index.
     pub fn index(&self) -> Result<Index> {
         let path = self.dir.join("index.json");
         let read = || -> Result<Index> {
@@ -112,7 +111,7 @@ impl Store {
         read().with_context(|| format!("read {}", path.display()))
     }
 
-    /// Changes the index. What `change` does to the store's files no other husk does at the same time.
+    /// Changes the index. No other process changes the store's files during `change`.
     pub fn update<T>(&self, change: impl FnOnce(&mut Index) -> Result<T>) -> Result<T> {
         let lock = self.dir.join("lock");
         let _locked = lock::alone(&lock)?;
@@ -133,7 +132,7 @@ impl Store {
             json.len() >> 20,
             INDEX_MAX_BYTES >> 20
         );
-        // Only who has the lock writes it, so that it may have the same name for all.
+        // Only the holder of the lock writes it, so a fixed name is sufficient.
         let part = self.dir.join("index.part");
         let mut file = File::create(&part)?;
         file.write_all(&json)?;
@@ -142,22 +141,22 @@ impl Store {
         self.sync("")
     }
 
-    /// Makes sure that names in a directory survive a power cut.
+    /// Makes the names in a directory durable.
     pub(super) fn sync(&self, dir: &str) -> Result<()> {
         Ok(File::open(self.dir.join(dir))?.sync_all()?)
     }
 
-    /// Opens a file to write what will be `name`, and waits for another husk that does the same.
+    /// Opens a file that will become `name`, after waiting for other processes that write the same file.
     pub(super) fn work_file(&self, name: &str) -> Result<Work> {
         let path = self.dir.join("tmp").join(format!("{name}.part"));
         let lock_path = path.with_extension("lock");
         let lock = lock_alone(&lock_path).with_context(|| format!("lock {}", lock_path.display()))?;
-        // Only who has the lock writes it. Its own lock is for who cleans up, and may take it for a moment.
+        // Only the holder of the lock writes it. Its own lock is for cleanup, which may hold it briefly.
         let file = lock_alone(&path).with_context(|| format!("open {}", path.display()))?;
         Ok(Work { file, path, kept: false, lock_path, _lock: lock })
     }
 
-    /// A file without a name, for what need not outlive this husk.
+    /// An unnamed temporary file.
     pub(super) fn nameless_file(&self) -> Result<File> {
         let tmp = self.dir.join("tmp");
         let mut options = File::options();
@@ -165,7 +164,7 @@ impl Store {
         match options.clone().custom_flags(libc::O_TMPFILE).open(&tmp) {
             Ok(file) => Ok(file),
             Err(_) => {
-                // A file system without that.
+                // The file system does not support O_TMPFILE.
                 let path = tmp.join(format!("{}.nameless", std::process::id()));
                 let file = options.create(true).truncate(true).open(&path);
                 let file = file.with_context(|| format!("create {}", path.display()))?;
@@ -175,7 +174,7 @@ impl Store {
         }
     }
 
-    /// How much an image may unpack to.
+    /// The maximum uncompressed size of an image.
     pub(super) fn unpack_limit(&self) -> Result<u64> {
         let free = || -> Result<u64> { Ok(sys::disk::free_bytes(&File::open(&self.dir)?)?) };
         match self.unpack_limit_bytes {
@@ -189,25 +188,25 @@ fn default_dir() -> Option<PathBuf> {
     if let Some(dir) = std::env::var_os("HUSK_DATA").filter(|dir| !dir.is_empty()) {
         return std::path::absolute(dir).ok();
     }
-    // A relative path is to be ignored (XDG base directory specification).
+    // Relative paths must be ignored (XDG base directory specification).
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))?;
     Some(base.join("husk"))
 }
 
-/// The file of this name, made if need be, and locked by nobody else. Says so where it takes long.
+/// Opens the file with this name, creating it if necessary, with an exclusive lock. Logs a warning if that takes long.
 fn lock_alone(path: &Path) -> Result<File> {
     loop {
         let file = lock::file().open(path)?;
         lock::wait(&file, path, Kind::Exclusive, lock::LONG_TIMEOUT)?;
-        // Who had it may have removed it.
+        // The previous holder may have removed it.
         if is_at(&file, path) {
             return Ok(file);
         }
     }
 }
 
-/// Whether the file is the one that has this name now.
+/// Whether the file is the one that currently has this name.
 pub(super) fn is_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), fs::metadata(path)) {
         (Ok(own), Ok(found)) => own.ino() == found.ino() && own.dev() == found.dev(),
@@ -215,8 +214,8 @@ pub(super) fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// A file that is being written, and locked. It goes when it is dropped, unless it was given a name. Who waits for the
-/// same one waits at a lock of its own: the file becomes what machines hold for all their lives.
+/// A locked file that is being written. It is removed when dropped, unless it was named. Waiting processes use a
+/// separate lock, because the file itself stays locked as long as machines use it.
 pub(super) struct Work {
     pub file: File,
     path: PathBuf,
@@ -226,20 +225,20 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// What was written stays under its unfinished name for who takes it up again.
+    /// Keeps the incomplete file so that it can be resumed.
     pub fn keep_unfinished(&mut self) {
         self.kept = true;
     }
 
-    /// It goes after all.
+    /// Reverts [`Work::keep_unfinished`].
     pub fn remove(&mut self) {
         self.kept = false;
     }
 
-    /// Gives it its name, when its bytes are on the disk. It is in use as long as this is there.
+    /// Names the file, after making its content durable. It is in use as long as this value exists.
     pub fn keep_as(&mut self, store: &Store, path: &Path) -> Result<()> {
         let keep = || -> Result<()> {
-            // In place of the exclusive lock, so that others may use it too.
+            // Replaces the exclusive lock, so that others may use it too.
             self.file.lock_shared()?;
             self.file.sync_all()?;
             fs::rename(&self.path, path)?;
@@ -258,7 +257,7 @@ impl Drop for Work {
         if !self.kept {
             let _ = fs::remove_file(&self.path);
         }
-        // It is locked until this is gone, so that nobody else removes another's.
+        // Locked until it is removed, so that no other process's lock file is removed.
         let _ = fs::remove_file(&self.lock_path);
     }
 }

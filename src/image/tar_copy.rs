@@ -1,4 +1,4 @@
-//! From a tar archive to what `husk cp` sends into a machine.
+//! Converts a tar archive to the stream with which `husk cp` copies files into a machine.
 
 use std::io::{self, Read, Write};
 
@@ -8,14 +8,15 @@ use husk_protocol::tree::{About, Copied, Entry, NOT_COPIED, Writer};
 use super::tar::{Archive, Kind, Stream, shown};
 use super::tree::{Attributes, components};
 
-/// As much of a file as is read at a time.
+/// The chunk size for file contents.
 const PIECE_BYTES: usize = 256 << 10;
 
-/// As much as follows the end of an archive: a block of tar's, which users make larger than its usual 10 KiB.
+/// The maximum size of padding after the end of an archive: a block of tar, which may be larger than the default of 10
+/// KiB.
 const BLOCK_MAX_BYTES: u64 = 1 << 20;
 
-/// Sends what is in `archive` to a receiver that puts it into a directory. Directories that the archive only passes
-/// through stay as they are where they are there. `progress` is told how many bytes were sent.
+/// Sends the contents of `archive` to a receiver that writes them to a directory. Existing directories that are only
+/// parents of entries are not changed. `progress` receives the number of bytes sent.
 pub fn send(archive: impl Read, out: impl Write, progress: &mut impl FnMut(u64)) -> Result<Copied> {
     let mut sender = Sender { out: Writer::new(out), open: Vec::new(), copied: Copied::default(), progress };
     let sent = sender.send_all(Archive::new(Stream(archive)));
@@ -31,7 +32,7 @@ pub fn send(archive: impl Read, out: impl Write, progress: &mut impl FnMut(u64))
 
 struct Sender<'a, W, P> {
     out: Writer<W>,
-    /// The names of the directories that are entered, below the first.
+    /// The directories currently open, below the first.
     open: Vec<Vec<u8>>,
     copied: Copied,
     progress: &'a mut P,
@@ -42,7 +43,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         self.out.say(&Entry::Enter(b".".to_vec()))?;
         while let Some(entry) = archive.next_entry().context("read the archive")? {
             let mut names = names(&entry.path)?;
-            // The directory that all goes to is the user's own.
+            // The destination directory itself belongs to the user.
             let Some(name) = names.pop() else { continue };
             self.go_to(&names)?;
             let about = about(&entry.attributes);
@@ -78,14 +79,14 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             }
             self.out.piece(&[])?;
         }
-        // What fills the last block up is read, so that who writes it is not told that nobody listens.
+        // The padding is read as well, so that the archive's writer does not get SIGPIPE.
         io::copy(&mut archive.into_inner().take(BLOCK_MAX_BYTES), &mut io::sink()).context("read the archive")?;
         self.go_to(&[])?;
         self.out.say(&Entry::Leave)?;
         Ok(())
     }
 
-    /// Leaves and enters directories until `names` lead to where the sender is.
+    /// Leaves and enters directories until the position is `names`.
     fn go_to(&mut self, names: &[Vec<u8>]) -> Result<()> {
         let common = self.open.iter().zip(names).take_while(|(open, name)| open == name).count();
         for _ in self.open.drain(common..) {
@@ -113,7 +114,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     }
 }
 
-/// The names that a path is made of. One that leads out of where it starts is refused.
+/// Splits a path into names. Paths that leave the starting directory are rejected.
 fn names(path: &[u8]) -> Result<Vec<Vec<u8>>> {
     let names = components(path).with_context(|| shown(path))?;
     Ok(names.into_iter().map(<[u8]>::to_vec).collect())
@@ -202,7 +203,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         fs::write(place.path().join("file"), "x").unwrap();
         let outward = tar(place.path(), &["--transform=s,file,../../file,", "-P", "file"]);
-        // In the middle of the first header's times, whose last zeroes tar leaves out.
+        // Within the timestamps of the first header, whose trailing zeroes tar omits.
         let (cut, noise) = (&tar(place.path(), &["file"])[..540], vec![7; 4096]);
         for (archive, why) in [(&outward[..], "leads out"), (cut, "the middle of"), (&noise, "read the archive")] {
             let mut sent = Vec::new();

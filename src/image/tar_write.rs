@@ -1,7 +1,7 @@
-//! From what `husk cp` is sent to a tar archive, for who copies to a pipe: ustar, and where that has no room for a name
-//! or a number an extended header before it (POSIX.1-2017, pax, "pax Interchange Format").
+//! Converts a stream from `husk cp` to a tar archive in ustar format, with pax extended headers for names and numbers
+//! that do not fit (POSIX.1-2017, pax, "pax Interchange Format").
 //!
-//! It is made here and not in the guest, so that whoever unpacks it finds the name that was asked for, and no other.
+//! The archive is created on the host and not in the guest, so that it contains only the requested name.
 
 use std::io::{self, Read, Write};
 
@@ -10,20 +10,19 @@ use husk_protocol::tree::{About, Copied, Entries, Entry};
 
 use super::tar::shown;
 
-/// Headers are as long, and contents are filled up to a multiple of it.
+/// The size of a header, to which contents are padded.
 const RECORD_BYTES: usize = 512;
-/// Longest name, and target of a link, in a header.
+/// The maximum length of a name and a link target in a header.
 const NAME_MAX_BYTES: usize = 100;
-/// Largest owner's number, of seven octal digits; and largest size and time, of eleven.
+/// The maximum user or group ID (seven octal digits), size and time (eleven).
 const OWNER_MAX: u64 = 0o7_777_777;
 const NUMBER_MAX: u64 = 0o77_777_777_777;
 
-/// Writes what a guest sends to `out`, under the name `name`; `.` is what is in a directory.
+/// Writes an archive of the guest's stream to `out` under the name `name`; `.` stands for a directory's contents.
 pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Copied> {
     let mut entries = Entries::new(input, false);
     let mut copied = Copied::default();
-    // The path of the directory that is written, with a slash behind it, and how long it was before each directory in
-    // it.
+    // The path of the current directory with a trailing slash, and its length before each nested directory.
     let (mut path, mut outer) = (Vec::new(), Vec::new());
     while let Some(entry) = entries.next_entry()? {
         let Some(own) = entry.name() else {
@@ -53,14 +52,14 @@ pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Co
         }
         copied.entries += 1;
     }
-    // The end of an archive.
+    // The end-of-archive marker.
     out.write_all(&[0; 2 * RECORD_BYTES])?;
     out.flush()?;
     Ok(copied)
 }
 
-/// A file as it was when it was opened: of one that has grown since, no more than that. One that has shrunk is an
-/// error: what is missing could be without end.
+/// Writes a file's content with its initial size: data appended since is omitted. A truncated file is an error, because
+/// the missing part could be arbitrarily large.
 fn content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Write) -> Result<()> {
     let mut missing_bytes = size_bytes;
     entries.content(|piece| {
@@ -74,7 +73,7 @@ fn content(entries: &mut Entries<impl Read>, size_bytes: u64, out: &mut impl Wri
     Ok(())
 }
 
-/// The headers of an entry.
+/// Writes the headers of an entry.
 fn head(kind: u8, name: &[u8], link: &[u8], size_bytes: u64, of: &About, out: &mut impl Write) -> io::Result<()> {
     let mut extended = Vec::new();
     for (keyword, value) in [("path", name), ("linkpath", link)] {
@@ -100,7 +99,8 @@ fn head(kind: u8, name: &[u8], link: &[u8], size_bytes: u64, of: &About, out: &m
     out.write_all(&header(kind, name, link, size_bytes, of.mode & 0o7777, [uid, gid], mtime_s))
 }
 
-/// A line of an extended header: its own length in decimal digits, which count too, a keyword and a value.
+/// Appends a record of an extended header: its own length in decimal (including the length field), a keyword and a
+/// value.
 fn extend(extended: &mut Vec<u8>, keyword: &str, value: &[u8]) {
     let rest = keyword.len() + value.len() + " =\n".len();
     let mut len = rest + 1;
@@ -112,7 +112,7 @@ fn extend(extended: &mut Vec<u8>, keyword: &str, value: &[u8]) {
     extended.push(b'\n');
 }
 
-/// A header, with as much of names and numbers as it has room for.
+/// A ustar header, with names and numbers truncated if necessary.
 fn header(
     kind: u8,
     name: &[u8],
@@ -126,7 +126,8 @@ fn header(
     let [uid, gid] = owners;
     let mtime_s = u64::try_from(mtime_s).unwrap_or(0);
     let mut header = [0; RECORD_BYTES];
-    // Where each field begins (POSIX.1-2017, pax, "ustar Interchange Format"). The sum counts as if it were spaces.
+    // The offset of each field (POSIX.1-2017, pax, "ustar Interchange Format"). The checksum is computed with spaces in
+    // its place.
     for (at, field) in [
         (0, name.get(..NAME_MAX_BYTES).unwrap_or(name).to_vec()),
         (100, octal(mode.into(), OWNER_MAX, 7)),
@@ -161,7 +162,7 @@ mod tests {
 
     use super::*;
 
-    /// What the system's tar makes of an archive, in a directory of the test's own.
+    /// Unpacks an archive with the system's tar.
     fn unpacked(archive: &[u8], to: &Path) {
         fs::create_dir_all(to).unwrap();
         let mut tar = Command::new("tar").args(["-x", "-p", "-C"]).arg(to).stdin(Stdio::piped()).spawn().unwrap();
@@ -201,7 +202,7 @@ mod tests {
         assert_eq!(fs::read_link(at("link")).unwrap(), Path::new(&"t".repeat(300)));
         let none = fs::metadata(at("none")).unwrap();
         assert_eq!((none.mode() & 0o7777, none.mtime(), none.len()), (0o2751, 1_000_000_000, 0));
-        // What is in it, and not itself.
+        // Its contents, without the directory itself.
         unpacked(&archived(&sent(&from.join(".")), ".").unwrap(), &place.path().join("contents"));
         assert!(place.path().join("contents/none").exists());
     }

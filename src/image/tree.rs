@@ -1,6 +1,6 @@
-//! From the entries of layers, in their order, to one merged tree in memory: names, attributes, and where contents are.
+//! Merges the entries of layers, in order, into a tree in memory: names, attributes, and the location of contents.
 //!
-//! The tree is of names only: nothing here is a path of the host's, so neither a name nor a symbolic link can lead out of it.
+//! The tree contains only names and never refers to host paths, so neither names nor symbolic links can escape it.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
@@ -9,18 +9,18 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::erofs::{self, Content};
 
-/// The longest name of a file (EROFS, and every file system of Linux).
+/// The maximum length of a file name (EROFS, and Linux file systems in general).
 const MAX_NAME_BYTES: usize = 255;
-/// The longest path and the longest target of a symbolic link that Linux knows, without its NUL.
+/// The maximum length of a path and of a symbolic link's target in Linux, without the NUL.
 const MAX_PATH_BYTES: usize = 4095;
-/// As many names as a path may lead through, those of the links in it included: far more than the kernel follows.
+/// The maximum number of path components, including those of links: far more than the kernel follows.
 const MAX_STEPS: usize = 4096;
-/// Twelve bits of major number and twenty of minor number: what the kernel has on its disks (`new_encode_dev`).
+/// Twelve bits of major number and twenty of minor number, the kernel's on-disk format (`new_encode_dev`).
 const DEVICE_BITS: (u32, u32) = (12, 20);
 
-/// An entry's place in the tree's memory.
+/// An index of a node in the tree.
 pub type NodeId = usize;
-/// The root directory's.
+/// The root directory.
 pub const ROOT: NodeId = 0;
 
 /// An extended attribute.
@@ -30,10 +30,10 @@ pub struct Xattr {
     pub value: Box<[u8]>,
 }
 
-/// What every kind of file has.
+/// The attributes of any file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attributes {
-    /// Permissions, with setuid, setgid and the sticky bit.
+    /// Permissions, including setuid, setgid and the sticky bit.
     pub mode: u16,
     pub uid: u32,
     pub gid: u32,
@@ -42,7 +42,7 @@ pub struct Attributes {
     pub xattrs: Vec<Xattr>,
 }
 
-/// What a file is.
+/// The type of a file and its data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     Directory(BTreeMap<Box<[u8]>, NodeId>),
@@ -61,16 +61,16 @@ impl Body {
     }
 }
 
-/// A file of any kind.
+/// A file of any type.
 #[derive(Debug, Clone)]
 pub struct Node {
     pub attributes: Attributes,
     pub body: Body,
-    /// How many names it has.
+    /// The number of hard links.
     pub names: u32,
 }
 
-/// The bounds of a tree: what stands in memory for it is not to grow with a hostile archive.
+/// Limits of a tree's memory usage, which a crafted archive must not exceed.
 #[derive(Debug, Clone, Copy)]
 pub struct TreeLimits {
     pub entries: u64,
@@ -79,21 +79,21 @@ pub struct TreeLimits {
 
 impl Default for TreeLimits {
     fn default() -> TreeLimits {
-        // A full desktop distribution has a tenth of it.
+        // Ten times a full desktop distribution.
         TreeLimits { entries: 4_000_000, memory_bytes: 1 << 30 }
     }
 }
 
-/// How far a path leads that goes through directories and links.
+/// The result of resolving a path.
 struct Way<'a> {
-    /// Those on the way, the root first.
+    /// The directories along the path, the root first.
     directories: Vec<NodeId>,
-    /// What is not there, or no directory, and what follows it.
+    /// The first component that is missing or not a directory, and the rest.
     missing: Vec<Cow<'a, [u8]>>,
 }
 
 impl Way<'_> {
-    /// Goes one back. Above the root is the root.
+    /// Goes to the parent directory. The root's parent is the root.
     fn leave(&mut self) {
         if self.missing.pop().is_none() && self.directories.len() > 1 {
             self.directories.pop();
@@ -106,18 +106,18 @@ pub struct Tree {
     nodes: Vec<Node>,
     limits: TreeLimits,
     memory_bytes: u64,
-    /// Contents that no name leads to any more.
+    /// Contents that are no longer linked.
     forgotten: Vec<Content>,
-    /// Which layer an entry came with: whiteouts hide what lower layers brought.
+    /// The layer of each entry: whiteouts hide entries of lower layers.
     layers: Vec<u32>,
     layer: u32,
-    /// Directories in which this layer has hidden all that was below it: looking again would find nothing, however often an
-    /// archive asks for it.
+    /// Directories in which the current layer has already hidden all lower entries, so that repeated whiteouts are
+    /// cheap.
     hidden: HashSet<NodeId>,
 }
 
 impl Tree {
-    /// A tree with an empty root directory.
+    /// Creates a tree with an empty root directory.
     pub fn new(limits: TreeLimits) -> Tree {
         let attributes = Attributes { mode: 0o755, ..Attributes::default() };
         let root = Node { attributes, body: Body::empty_directory(), names: 1 };
@@ -132,28 +132,28 @@ impl Tree {
         }
     }
 
-    /// What comes from now on is the next layer's.
+    /// Starts the next layer.
     pub fn begin_layer(&mut self) {
         self.layer += 1;
         self.hidden.clear();
     }
 
-    /// A file by its place. Places come from this tree.
+    /// The node with this index, which must be from this tree.
     pub fn node(&self, id: NodeId) -> Option<&Node> {
         self.nodes.get(id)
     }
 
-    /// How many places there are, those of files that are no more included.
+    /// The number of indexes, including those of removed files.
     pub fn places(&self) -> usize {
         self.nodes.len()
     }
 
-    /// Contents that are no part of the tree any more, each told once.
+    /// Returns contents that are no longer part of the tree, each once.
     pub fn take_forgotten(&mut self) -> Vec<Content> {
         std::mem::take(&mut self.forgotten)
     }
 
-    /// Puts a file at `path`, in place of what is there. A directory over a directory changes its attributes only.
+    /// Inserts a file at `path`, replacing an existing one. A directory over a directory only changes its attributes.
     pub fn insert(&mut self, path: &[u8], attributes: Attributes, body: Body) -> Result<()> {
         if let Body::Symlink(target) = &body {
             ensure!(!target.is_empty() && !target.contains(&0), "a symbolic link has an empty target");
@@ -182,14 +182,14 @@ impl Tree {
         self.enter(parent, name, id)
     }
 
-    /// Gives the file at `target` another name.
+    /// Creates a hard link to the file at `target`.
     pub fn link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
         let (names, target_names) = (components(path)?, components(target)?);
         let id = self.find(&target_names)?.context("a hard link to a file that does not exist")?;
         ensure!(!self.is_directory(id), "a hard link to a directory");
         let (name, parents) = names.split_last().context("the root is a hard link")?;
         let parent = self.directory(parents)?;
-        // A parent may have replaced the target.
+        // Creating the parents may have replaced the target.
         ensure!(self.find(&target_names)? == Some(id), "a hard link to the file that it replaces");
         if self.child(parent, name) == Some(id) {
             return Ok(());
@@ -198,7 +198,7 @@ impl Tree {
         self.enter(parent, name, id)
     }
 
-    /// Removes what lower layers have at `path`; what this layer has brought there stays.
+    /// Removes entries of lower layers at `path`; those of the current layer stay.
     pub fn whiteout(&mut self, path: &[u8]) -> Result<()> {
         let names = components(path)?;
         let (name, parents) = names.split_last().context("a whiteout of the root")?;
@@ -210,7 +210,7 @@ impl Tree {
         }
     }
 
-    /// Removes what lower layers have in the directory at `path`.
+    /// Removes the lower layers' contents of the directory at `path`.
     pub fn whiteout_content(&mut self, path: &[u8]) -> Result<()> {
         match self.find_directory(&components(path)?)? {
             Some(id) => self.remove_lower(id),
@@ -222,7 +222,7 @@ impl Tree {
         self.layers.get(id) == Some(&self.layer)
     }
 
-    /// Removes what lower layers brought below a directory, and keeps this layer's.
+    /// Removes entries of lower layers below a directory, and keeps the current layer's.
     fn remove_lower(&mut self, id: NodeId) -> Result<()> {
         let mut directories = vec![id];
         while let Some(id) = directories.pop() {
@@ -248,7 +248,7 @@ impl Tree {
         self.nodes.len() - 1
     }
 
-    /// Counts an entry against the limits: also one that is replaced later, since its work was done.
+    /// Charges an entry to the limits, even if it is replaced later, since it took work.
     fn charge(&mut self, attributes: &Attributes, body: &Body) -> Result<()> {
         const NODE_BYTES: usize = 2 * size_of::<Node>();
         let xattrs: usize = attributes.xattrs.iter().map(|xattr| xattr.name.len() + xattr.value.len() + 64).sum();
@@ -284,7 +284,7 @@ impl Tree {
         }
     }
 
-    /// The directory at `names`, if it is there.
+    /// The directory at `names`, if it exists.
     fn find_directory(&self, names: &[&[u8]]) -> Result<Option<NodeId>> {
         let Way { directories, missing } = self.way(names)?;
         Ok(directories.last().copied().filter(|_| missing.is_empty()))
@@ -295,11 +295,11 @@ impl Tree {
         Ok(self.find_directory(parents)?.and_then(|parent| self.child(parent, name)))
     }
 
-    /// The directory at `names`; what is missing of it is made, what is in the way of it is replaced.
+    /// The directory at `names`: missing components are created, and others replaced.
     fn directory(&mut self, names: &[&[u8]]) -> Result<NodeId> {
         let Way { directories, missing } = self.way(names)?;
         for &id in directories.iter().skip(1) {
-            // It has something of this layer in it, so a whiteout of this layer does not mean it.
+            // It contains an entry of this layer, so a whiteout of this layer does not apply to it.
             *self.layers.get_mut(id).context("no such file")? = self.layer;
         }
         let mut id = directories.last().copied().unwrap_or(ROOT);
@@ -313,8 +313,8 @@ impl Tree {
         Ok(id)
     }
 
-    /// Goes to the directory at `names` as far as it is there. As for who unpacks into a root that is already in use, and as
-    /// the kernel goes, links on the way are followed; they lead nowhere outside of this root.
+    /// Resolves the directory `names` as far as it exists. Links along the way are followed, as when unpacking into a
+    /// root file system and as in the kernel; they cannot leave the root.
     fn way<'a>(&self, names: &[&'a [u8]]) -> Result<Way<'a>> {
         let mut way = Way { directories: vec![ROOT], missing: Vec::new() };
         let mut left: Vec<Cow<[u8]>> = names.iter().rev().map(|&name| Cow::Borrowed(name)).collect();
@@ -343,7 +343,7 @@ impl Tree {
         Ok(way)
     }
 
-    /// Puts a name into a directory, in place of the one that is there.
+    /// Adds a name to a directory, replacing an existing one.
     fn enter(&mut self, parent: NodeId, name: &[u8], id: NodeId) -> Result<()> {
         self.nodes.get_mut(id).context("no such file")?.names += 1;
         let Some(Body::Directory(entries)) = self.nodes.get_mut(parent).map(|node| &mut node.body) else {
@@ -355,7 +355,7 @@ impl Tree {
         }
     }
 
-    /// Takes a name out of a directory.
+    /// Removes a name from a directory.
     fn leave(&mut self, parent: NodeId, name: &[u8]) -> Result<()> {
         let Some(Body::Directory(entries)) = self.nodes.get_mut(parent).map(|node| &mut node.body) else {
             return Ok(());
@@ -366,7 +366,7 @@ impl Tree {
         }
     }
 
-    /// A name less leads to a file; with the last one it goes, and what is below it too.
+    /// Removes a link to a file; with the last one, the file and everything below it is removed.
     fn release(&mut self, id: NodeId) -> Result<()> {
         let mut released = vec![id];
         while let Some(id) = released.pop() {
@@ -385,8 +385,8 @@ impl Tree {
     }
 }
 
-/// The names on the way to a file. As for tar, a leading `/` and `.` mean nothing. As for Docker, a `..` takes the name before it
-/// away, whatever that is; one that leads out is refused.
+/// Splits a path into components. As in tar, a leading `/` and `.` are ignored. As in Docker, `..` removes the
+/// preceding component lexically; a path that leaves the root is rejected.
 pub fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
     ensure!(path.len() <= MAX_PATH_BYTES, "a path of {} bytes is too long", path.len());
     let mut names = Vec::new();
@@ -420,7 +420,7 @@ mod tests {
         tree.insert(path.as_bytes(), Attributes::default(), body).unwrap();
     }
 
-    /// All paths, in order.
+    /// All paths, sorted.
     fn paths(tree: &Tree) -> Vec<String> {
         let (mut found, mut left) = (Vec::new(), vec![(String::new(), ROOT)]);
         while let Some((path, id)) = left.pop() {
@@ -476,7 +476,7 @@ mod tests {
             tree.whiteout(b"lib/old").unwrap();
             let expected = ["/d", "/lib", "/other", "/usr", "/usr/lib", "/usr/lib/hard", "/usr/lib/new"];
             assert_eq!(paths(&tree), expected, "{target}");
-            // The link itself is what an entry of its name replaces.
+            // The entry replaces the link itself.
             put(&mut tree, "lib/");
             put(&mut tree, "lib/x");
             assert!(paths(&tree).contains(&"/lib/x".to_owned()), "{target}");
@@ -503,7 +503,7 @@ mod tests {
         let insert = |tree: &mut Tree, path: &[u8]| tree.insert(path, Attributes::default(), Body::Fifo);
         assert!(insert(&mut tree, b"a/y").unwrap_err().to_string().contains("too many symbolic links"));
         assert!(tree.link(b"z", b"a/y").is_err() && tree.whiteout(b"a/y").is_err());
-        // Each doubles what is to be gone.
+        // Each doubles the number of entries to remove.
         for n in 0..40 {
             link(&mut tree, &format!("l{}", n + 1), &format!("l{n}/../l{n}"));
         }

@@ -1,7 +1,6 @@
-//! From a blob as it came to the bytes that were packed in it: gzip, zstd, xz, bzip2, or none, by the first bytes.
+//! Decompresses blobs: gzip, zstd, xz, bzip2, or none, detected by the first bytes.
 //!
-//! What a media type says is not asked: registries and archives have it wrong often enough, and the digest of what comes out
-//! is verified.
+//! Media types are ignored: registries and archives often have them wrong, and the digest of the result is verified.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -14,13 +13,13 @@ use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use crate::decompress::Compression;
 use crate::sandbox;
 
-/// What a decoder may keep of its output: the most that `zstd --ultra` and `xz -9` take.
+/// The maximum window of a decoder: that of `zstd --ultra` and `xz -9`.
 const WINDOW_MAX_BYTES: u32 = 128 << 20;
 const BUFFER_BYTES: usize = 256 << 10;
-/// How many buffers may wait for their reader.
+/// The number of buffers read ahead.
 const BUFFERS_AHEAD: usize = 4;
 
-/// The unpacked bytes of `packed`.
+/// A reader of the decompressed content of `packed`.
 pub fn unpacked<R: Read + Send + 'static>(packed: R) -> Result<Box<dyn Read + Send>> {
     let mut packed = BufReader::with_capacity(BUFFER_BYTES, packed);
     let memory_max_kib = (WINDOW_MAX_BYTES >> 10) + 1024;
@@ -34,7 +33,7 @@ pub fn unpacked<R: Read + Send + 'static>(packed: R) -> Result<Box<dyn Read + Se
     })
 }
 
-/// How a blob is packed. A tar archive whose first name looks like one of these begins is none of them.
+/// The compression of a blob. A tar archive whose first name looks like a magic number is not misdetected.
 pub fn compression(start: &[u8]) -> Option<Compression> {
     match Compression::identify(start) {
         Some(Compression::Lzma) | None => None,
@@ -45,9 +44,9 @@ pub fn compression(start: &[u8]) -> Option<Compression> {
 
 type Frame<R> = StreamingDecoder<io::Chain<io::Cursor<[u8; 4]>, R>, FrameDecoder>;
 
-/// Zstandard's frames one behind the other, those that are to be skipped among them, as tools that pack in parallel write.
+/// Concatenated Zstandard frames, including skippable ones, as written by parallel compressors.
 struct ZstdFrames<R: Read> {
-    /// Where the next frame begins, unless a frame has it.
+    /// The input at the start of the next frame, unless a frame owns it.
     packed: Option<R>,
     frame: Option<Frame<R>>,
 }
@@ -88,7 +87,7 @@ impl<R: BufRead> Read for ZstdFrames<R> {
     }
 }
 
-/// What another thread reads ahead, so that unpacking and packing anew go on at once.
+/// Reads ahead in another thread, so that decompression and compression run in parallel.
 pub struct ReadAhead {
     buffers: Option<Receiver<io::Result<Vec<u8>>>>,
     buffer: Vec<u8>,
@@ -97,7 +96,7 @@ pub struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// Starts to read from what `open` gives.
+    /// Starts reading from the reader returned by `open`.
     pub fn start<F>(open: F) -> Result<ReadAhead>
     where
         F: FnOnce() -> Result<Box<dyn Read + Send>> + Send + 'static,
@@ -105,7 +104,7 @@ impl ReadAhead {
         let (sender, buffers) = sync_channel(BUFFERS_AHEAD);
         let read = move || match open() {
             Ok(mut reader) => read_all(&mut *reader, &sender),
-            // The receiver may be gone, and then nobody wants to know.
+            // If the receiver is gone, the error is not needed.
             Err(error) => drop(sender.send(Err(io::Error::other(format!("{error:#}"))))),
         };
         let thread = sandbox::spawn("unpack", read).context("start a thread")?;

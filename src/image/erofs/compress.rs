@@ -1,27 +1,27 @@
-//! From 64 KiB of a file to the blocks of a cluster, and from clusters to the table behind the inode (linux,
-//! fs/erofs/erofs_fs.h: `z_erofs_map_header`, `z_erofs_lcluster_index`).
+//! Compresses files in clusters of 64 KiB, and writes the cluster table after an inode (linux, fs/erofs/erofs_fs.h:
+//! `z_erofs_map_header`, `z_erofs_lcluster_index`).
 //!
-//! Clusters have a fixed input: each begins at a multiple of 64 KiB, so that none depends on what came before. 64 KiB is what
-//! a guest reads at once anyway, and LZ4's window.
+//! Clusters have a fixed input size: each starts at a multiple of 64 KiB and is independent of the previous ones. 64
+//! KiB is also the guest's readahead size and LZ4's window.
 
 use super::BLOCK_BYTES;
 use super::content::{Cluster, Content};
 
-/// What is compressed at once.
+/// The input size of a cluster.
 pub const CLUSTER_BYTES: usize = 64 << 10;
-/// The most blocks of a compressed cluster.
+/// The maximum number of blocks of a compressed cluster.
 pub const MAX_CLUSTER_BLOCKS: u16 = (CLUSTER_BYTES / BLOCK_BYTES) as u16;
 
-/// `di_advise`: a block that is not compressed; the first block of a cluster; another one.
+/// `di_advise`: an uncompressed block; the first block of a cluster; a further block.
 const PLAIN: u16 = 0;
 const HEAD: u16 = 1;
 const NONHEAD: u16 = 2;
-/// In place of the distance to the first block: how many blocks the compressed cluster has.
+/// In place of the distance to the first block: the number of compressed blocks.
 const BLOCK_COUNT: u16 = 1 << 11;
 /// `h_advise`: a cluster may have more than one block.
 const BIG_CLUSTERS: u16 = 0x2;
 
-/// Buffers to compress in.
+/// Buffers for compression.
 pub struct Compressor {
     input: Vec<u8>,
     packed: Vec<u8>,
@@ -40,19 +40,20 @@ impl Default for Compressor {
 }
 
 impl Compressor {
-    /// Where to put the bytes of the next cluster.
+    /// The buffer for the next cluster's input.
     pub fn input(&mut self) -> &mut [u8] {
         &mut self.input
     }
 
-    /// The blocks for the first `len` bytes of the input, and whether they are compressed: where that saves no block, they are not.
+    /// The blocks for the first `len` bytes of the input, and whether they are compressed, which they are only if that
+    /// saves a block.
     pub fn pack(&mut self, len: usize) -> (&[u8], bool) {
         let plain_blocks = len.div_ceil(BLOCK_BYTES);
         let packed_len = lz4_flex::block::compress_into(&self.input[..len], &mut self.packed).unwrap_or(usize::MAX);
         let packed = packed_len.div_ceil(BLOCK_BYTES) < plain_blocks;
         self.padded.clear();
         if packed {
-            // Zeroes come first: no LZ4 block begins with one.
+            // Padding precedes the data: no LZ4 block starts with a zero.
             self.padded.resize(packed_len.next_multiple_of(BLOCK_BYTES) - packed_len, 0);
             self.padded.extend_from_slice(&self.packed[..packed_len]);
         } else {
@@ -63,21 +64,21 @@ impl Compressor {
     }
 }
 
-/// How many bytes of table follow an inode that ends at a multiple of eight.
+/// The size of the table after an inode that ends at a multiple of eight.
 pub fn table_bytes(size_bytes: u64) -> u64 {
     16 + 8 * size_bytes.div_ceil(BLOCK_BYTES as u64)
 }
 
-/// How many blocks the clusters take.
+/// The total number of blocks.
 pub fn blocks(clusters: &[Cluster]) -> u32 {
     clusters.iter().map(|cluster| u32::from(cluster.blocks)).sum()
 }
 
-/// Appends the table: a header, eight bytes that mean nothing, and a record for each block of the file.
+/// Appends the table: a header, eight reserved bytes, and a record for each block of the file.
 pub fn encode_table(content: &Content, clusters: &[Cluster], output: &mut Vec<u8>) {
     output.extend([0; 4]);
     output.extend(BIG_CLUSTERS.to_le_bytes());
-    // LZ4, and records for as much as a block.
+    // LZ4, with lclusters of one block.
     output.extend([0, 0]);
     output.extend([0; 8]);
     let mut rest = content.size_bytes;
@@ -90,7 +91,7 @@ pub fn encode_table(content: &Content, clusters: &[Cluster], output: &mut Vec<u8
             let record = match index {
                 _ if !cluster.packed => head(PLAIN, 0, cluster.block + u32::from(index)),
                 0 => head(HEAD, 0, cluster.block),
-                // The file ends within this block: another cluster begins there, of no bytes.
+                // The file ends within this block, where an empty cluster starts.
                 _ if index + 1 == count && last_bytes != 0 => head(PLAIN, last_bytes, 0),
                 1 => nonhead(BLOCK_COUNT | u16::from(cluster.blocks), count - 1),
                 _ => nonhead(index, count - index),

@@ -1,7 +1,7 @@
-//! From a stream of bytes to a file's blocks: what is written while layers are read, and what is remembered of it.
+//! Writes file contents to blocks while layers are read, and keeps track of their location.
 //!
-//! However long a file is, only its block numbers stay in memory. What is too short for a block of its own goes to a spill
-//! file, and from there behind its inode.
+//! Only block numbers are kept in memory, however long a file is. Data shorter than a block goes to a spill file, and
+//! from there behind its inode.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,20 +15,20 @@ use super::{BLOCK_BYTES, Form};
 use crate::sys;
 
 const BUFFER_BYTES: usize = 1 << 20;
-/// No block stands there: it reads as zeroes.
+/// An unallocated block, which reads as zeroes.
 pub const HOLE: u32 = u32::MAX;
 
-/// A file's bytes in the image.
+/// The location of a file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Content {
     pub size_bytes: u64,
     pub place: Place,
 }
 
-/// Where a file's bytes are.
+/// The layout of a file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
-    /// Whole blocks from this one on, and the rest of less than a block in the spill file, if it is there.
+    /// Contiguous blocks, with a partial last block in the spill file, if any.
     Flat { block: u32, tail: Option<u64> },
     /// A cluster for each 64 KiB.
     Packed(Box<[Cluster]>),
@@ -36,34 +36,34 @@ pub enum Place {
     Sparse(Box<[u32]>),
 }
 
-/// 64 KiB of a file, or its last bytes.
+/// 64 KiB of a file, or the rest of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cluster {
     pub block: u32,
-    /// How many blocks it takes: fewer than its bytes would if it is packed.
+    /// The number of blocks, which is smaller than its size if it is compressed.
     pub blocks: u8,
     pub packed: bool,
 }
 
-/// The part of the image that holds files' bytes, which grows.
+/// The growing part of the image with file contents.
 pub struct Data {
     file: File,
     buffer: Vec<u8>,
-    /// Where the buffer's first byte belongs.
+    /// The file offset of the buffer's first byte.
     buffer_at: u64,
     spill: Spill,
     compressor: Option<Compressor>,
 }
 
 impl Data {
-    /// Data in `file` behind the superblock's block.
+    /// Starts after the superblock's block in `file`.
     pub fn new(file: File, spill: File, form: Form) -> Data {
         let compressor = (form == Form::Lz4).then(Compressor::default);
         let buffer = Vec::with_capacity(BUFFER_BYTES + CLUSTER_BYTES);
         Data { file, buffer, buffer_at: BLOCK_BYTES as u64, spill: Spill::new(spill), compressor }
     }
 
-    /// Takes the `size_bytes` of a file from `reader`. `head_bytes` stand before them where they are put behind the inode.
+    /// Writes the `size_bytes` of a file from `reader`. `head_bytes` precede them if they are inlined after the inode.
     pub fn take(&mut self, reader: &mut dyn Read, size_bytes: u64, head_bytes: usize) -> Result<Content> {
         let small = head_bytes as u64 + size_bytes <= BLOCK_BYTES as u64;
         let place = if self.compressor.is_some() && !small {
@@ -110,7 +110,7 @@ impl Data {
             rest -= part as u64;
         }
         self.compressor = Some(compressor);
-        // What could not be compressed at all needs no table.
+        // Without any compressed cluster no table is needed.
         if !clusters.iter().any(|cluster| cluster.packed) {
             return Ok(Place::Flat { block: first, tail: None });
         }
@@ -122,7 +122,7 @@ impl Data {
     /// The parts are in order and do not overlap, which their source has checked.
     pub fn take_sparse(&mut self, reader: &mut dyn Read, size_bytes: u64, parts: &[Range<u64>]) -> Result<Content> {
         let blocks = size_bytes.div_ceil(BLOCK_BYTES as u64);
-        // Four bytes of memory for each block.
+        // Four bytes of memory per block.
         ensure!(blocks <= 1 << 26, "a sparse file of {size_bytes} bytes is too large (the maximum is 256 GiB)");
         let mut map = vec![HOLE; blocks as usize];
         let mut block = [0; BLOCK_BYTES];
@@ -145,7 +145,7 @@ impl Data {
         Ok(Content { size_bytes, place: Place::Sparse(map.into()) })
     }
 
-    /// Writes a sparse file's block, unless it is zeroes, and clears it for the next one.
+    /// Writes a sparse file's block, unless it is all zeroes, and clears it for the next one.
     fn put_sparse(&mut self, index: Option<u64>, block: &mut [u8; BLOCK_BYTES], map: &mut [u32]) -> Result<()> {
         let Some(entry) = index.and_then(|index| map.get_mut(index as usize)) else { return Ok(()) };
         if block.iter().any(|&byte| byte != 0) {
@@ -156,7 +156,7 @@ impl Data {
         Ok(())
     }
 
-    /// Gives the blocks of a file that is not part of the image any more back to the host.
+    /// Deallocates the blocks of a file that is no longer part of the image.
     pub fn forget(&mut self, content: &Content) -> Result<()> {
         match &content.place {
             Place::Flat { block, tail } => {
@@ -191,32 +191,32 @@ impl Data {
             self.flush()?;
         }
         match sys::disk::punch_hole(&self.file, at, blocks * BLOCK_BYTES as u64) {
-            // The image is longer there, and as good.
+            // The image then takes more space, but is valid.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             punched => punched.context("free blocks of the image"),
         }
     }
 
-    /// The next block that will be written.
+    /// The number of the next block to write.
     pub fn next_block(&self) -> Result<u32> {
         let block = (self.buffer_at + self.buffer.len() as u64).div_ceil(BLOCK_BYTES as u64);
         u32::try_from(block).ok().filter(|&block| block < HOLE).context("the image is larger than 16 TiB")
     }
 
-    /// Appends bytes as they are.
+    /// Appends raw bytes.
     pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.buffer.extend_from_slice(bytes);
         if self.buffer.len() >= BUFFER_BYTES { self.flush() } else { Ok(()) }
     }
 
-    /// Fills the last block up with zeroes.
+    /// Pads the last block with zeroes.
     pub fn pad(&mut self) -> io::Result<()> {
         let len = self.buffer.len().next_multiple_of(BLOCK_BYTES);
         self.buffer.resize(len, 0);
         Ok(())
     }
 
-    /// Writes what is buffered. What is buffered is padded, except in the middle of a file's bytes.
+    /// Writes the buffer, which is block-aligned except in the middle of a file.
     pub fn flush(&mut self) -> io::Result<()> {
         self.file.write_all_at(&self.buffer, self.buffer_at)?;
         self.buffer_at += self.buffer.len() as u64;
@@ -224,23 +224,23 @@ impl Data {
         Ok(())
     }
 
-    /// Reads back what was spilled.
+    /// Reads from the spill file.
     pub fn read_spilled(&mut self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.spill.read(at, bytes)
     }
 
-    /// The image itself.
+    /// The image file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// The blocks of the longest cluster that may have been written, if any may be compressed.
+    /// The maximum number of blocks of a cluster written so far, if compression is enabled.
     pub fn cluster_blocks(&self) -> Option<u16> {
         self.compressor.as_ref().map(|_| compress::MAX_CLUSTER_BLOCKS)
     }
 }
 
-/// Short files, and the last bytes of longer ones, one behind the other.
+/// Stores short files, and the partial last blocks of longer ones.
 struct Spill {
     file: File,
     buffer: Vec<u8>,

@@ -1,36 +1,36 @@
-//! From a directory's entries to its blocks (linux, fs/erofs/erofs_fs.h: `erofs_dirent`).
+//! Encodes directories (linux, fs/erofs/erofs_fs.h: `erofs_dirent`).
 //!
-//! In a block, the records come first and then the names; names are in the order of their bytes through the whole directory,
-//! `.` and `..` among them.
+//! Each block has records followed by names; names are sorted bytewise across the whole directory, including `.` and
+//! `..`.
 
 use super::BLOCK_BYTES;
 
 const RECORD_BYTES: usize = 12;
 
-/// A name, where its inode is, and of what kind that is.
+/// A name, its inode's location and its type.
 pub struct Dirent<'a> {
     pub name: &'a [u8],
     pub nid: u64,
     pub kind: u8,
 }
 
-/// How a directory's bytes fall into blocks.
+/// The division of a directory into blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// Blocks before the last one.
+    /// The number of blocks before the last one.
     pub full_blocks: u32,
-    /// Bytes in the last one: never zero, at most a whole block.
+    /// The size of the last one: at least one byte, at most a block.
     pub last_bytes: usize,
 }
 
 impl Shape {
-    /// The size that the directory's inode says.
+    /// The size in the directory's inode.
     pub fn size_bytes(self) -> u64 {
         u64::from(self.full_blocks) * BLOCK_BYTES as u64 + self.last_bytes as u64
     }
 }
 
-/// The shape of a directory with these names beside `.` and `..`, which come in any order that [`sorted`] gives.
+/// The shape of a directory with these names plus `.` and `..`, sorted by [`sorted`].
 pub fn shape<'a>(names: impl Iterator<Item = &'a [u8]>) -> Shape {
     let mut shape = Shape { full_blocks: 0, last_bytes: 0 };
     for name in sorted(names, |name| name, b".", b"..") {
@@ -44,14 +44,14 @@ pub fn shape<'a>(names: impl Iterator<Item = &'a [u8]>) -> Shape {
     shape
 }
 
-/// Sorted items, with two more where they belong.
+/// Sorted items, with the two dot entries inserted.
 pub fn sorted<'a, T>(items: impl Iterator<Item = T>, name: impl Fn(&T) -> &'a [u8], dot: T, dots: T) -> Vec<T> {
     let mut all: Vec<T> = [dot, dots].into_iter().chain(items).collect();
     all.sort_by(|a, b| name(a).cmp(name(b)));
     all
 }
 
-/// Writes the directory: each block but the last is padded to its full size.
+/// Encodes the directory: each block except the last is padded.
 pub fn encode(entries: &[Dirent], output: &mut Vec<u8>) {
     let mut rest = entries;
     while !rest.is_empty() {
@@ -73,7 +73,7 @@ fn encode_block(entries: &[Dirent], output: &mut Vec<u8>) {
     let mut name_offset = RECORD_BYTES * entries.len();
     for entry in entries {
         output.extend(entry.nid.to_le_bytes());
-        // A block has fewer bytes than sixteen bits can tell.
+        // Offsets in a block fit into sixteen bits.
         output.extend((name_offset as u16).to_le_bytes());
         output.extend([entry.kind, 0]);
         name_offset += entry.name.len();

@@ -1,33 +1,33 @@
-//! From a file to its inode, the extended one of 64 bytes (linux, fs/erofs/erofs_fs.h: `erofs_inode_extended`).
+//! Encodes extended inodes of 64 bytes (linux, fs/erofs/erofs_fs.h: `erofs_inode_extended`).
 
 use super::xattr;
 use crate::image::tree::{Attributes, Body, Node};
 
-/// An inode's own bytes; extended attributes and the data that is put behind it follow.
+/// The size of an inode; it is followed by extended attributes and inline data.
 pub const BYTES: usize = 64;
 
-/// How a file's data is found (`EROFS_INODE_FLAT_PLAIN` and its sisters).
+/// The data layouts (`EROFS_INODE_FLAT_PLAIN` and others).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DataLayout {
     Plain = 0,
-    /// Compressed, with a record of eight bytes for each block.
+    /// Compressed, with an eight-byte record for each block.
     Compressed = 1,
-    /// The last bytes, of less than a block, stand behind the inode.
+    /// The last partial block is stored after the inode.
     Inline = 2,
     Chunks = 4,
 }
 
-/// What the tree does not know of an inode.
+/// The properties of an inode that are not in the tree.
 pub struct Place {
     pub layout: DataLayout,
     pub size_bytes: u64,
-    /// `i_u`: a block number, a device number, how many blocks are compressed, or the size of chunks.
+    /// `i_u`: a block number, a device number, the number of compressed blocks, or the chunk format.
     pub union: u32,
     pub number: u32,
     pub links: u32,
 }
 
-/// How many bytes stand before the data that is put behind an inode.
+/// The number of bytes before inline data.
 pub fn head_bytes(attributes: &Attributes) -> usize {
     BYTES + xattr::encoded_bytes(&attributes.xattrs)
 }
@@ -64,7 +64,7 @@ fn file_type_bits(body: &Body) -> u16 {
     }) as u16
 }
 
-/// What a directory's entry says of a file's kind (`EROFS_FT_REG_FILE` and its sisters).
+/// The type in a directory entry (`EROFS_FT_REG_FILE` and others).
 pub fn kind(body: &Body) -> u8 {
     match body {
         Body::File(_) => 1,
@@ -77,7 +77,7 @@ pub fn kind(body: &Body) -> u8 {
     }
 }
 
-/// Twelve bits of major number and twenty of minor number, as the kernel keeps them on disk (`new_encode_dev`).
+/// Twelve bits of major number and twenty of minor number, the kernel's on-disk format (`new_encode_dev`).
 pub fn device_number(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major & 0xfff) << 8 | (minor & 0xf_ff00) << 12
 }

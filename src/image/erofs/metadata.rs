@@ -1,7 +1,7 @@
-//! From the complete tree to inodes and directories: first each inode gets its place, since directories tell places; then
-//! directories' full blocks are written, and the inodes with what stands behind each.
+//! Writes inodes and directories of the complete tree: each inode is first assigned its location, to which directories
+//! refer; then full directory blocks are written, and the inodes with their inline data.
 //!
-//! Only places are kept in memory, however many files there are; bytes go to the image as they are made.
+//! Only locations are kept in memory, regardless of the number of files; data is written as it is generated.
 
 use std::fs::File;
 use std::io;
@@ -15,21 +15,21 @@ use super::inode::{self, DataLayout};
 use super::{BLOCK_BYTES, compress};
 use crate::image::tree::{Body, Node, NodeId, ROOT, Tree};
 
-/// Inodes are found by their distance from the metadata's start in these units.
+/// The unit of inode numbers, relative to the start of the metadata.
 const SLOT_BYTES: u64 = 32;
-/// So many unfilled blocks are looked at for an inode.
+/// The number of partially filled blocks considered for an inode.
 const OPEN_BLOCKS: usize = 8;
 
-/// Where the parts of the metadata are.
+/// The locations of the parts of the metadata.
 pub struct Metadata {
     pub root_nid: u16,
     pub inodes: u64,
     pub meta_block: u32,
-    /// The first block behind everything.
+    /// The first block after everything.
     pub end_block: u32,
 }
 
-/// Writes everything that is not files' bytes.
+/// Writes everything except file contents.
 pub fn write(data: &mut Data, tree: &Tree) -> Result<Metadata> {
     data.pad()?;
     let plan = Plan::of(tree)?;
@@ -55,7 +55,7 @@ pub fn write(data: &mut Data, tree: &Tree) -> Result<Metadata> {
     Ok(Metadata { root_nid, inodes: plan.order.len() as u64, meta_block, end_block })
 }
 
-/// Appends an inode and what stands behind it; a directory's full blocks go to `data`.
+/// Appends an inode and its inline data; full directory blocks go to `data`.
 fn encode(data: &mut Data, tree: &Tree, plan: &Plan, id: NodeId, output: &mut Vec<u8>) -> Result<()> {
     let (node, spot) = (plan.node(tree, id)?, plan.spot(id)?);
     let shape = Shape::of(node);
@@ -96,7 +96,7 @@ fn encode(data: &mut Data, tree: &Tree, plan: &Plan, id: NodeId, output: &mut Ve
     Ok(())
 }
 
-/// Moves the blocks that do not stand behind the inode to `data`, and tells the first one.
+/// Moves all full blocks to `data`, and returns the number of the first.
 fn put_blocks(data: &mut Data, shape: &Shape, bytes: &mut Vec<u8>) -> Result<u32> {
     let block = data.next_block()?;
     let len = (shape.blocks as usize * BLOCK_BYTES).min(bytes.len());
@@ -106,7 +106,7 @@ fn put_blocks(data: &mut Data, shape: &Shape, bytes: &mut Vec<u8>) -> Result<u32
     Ok(block)
 }
 
-/// What stands behind a file's inode, and its `i_u`.
+/// Appends the data after a file's inode, and returns its `i_u`.
 fn content_behind(data: &mut Data, content: &Content, shape: &Shape, output: &mut Vec<u8>) -> Result<u32> {
     match &content.place {
         Place::Flat { block, tail } => {
@@ -122,21 +122,21 @@ fn content_behind(data: &mut Data, content: &Content, shape: &Shape, output: &mu
         }
         Place::Sparse(map) => {
             output.extend(map.iter().flat_map(|block| block.to_le_bytes()));
-            // Chunks of one block, found by their number alone.
+            // Chunks of one block, addressed by a 32-bit number.
             Ok(0)
         }
     }
 }
 
-/// How a file's data is told, before it is known where anything is.
+/// The layout of a file's data, before locations are assigned.
 struct Shape {
     layout: DataLayout,
     size_bytes: u64,
-    /// What stands behind the inode and its attributes.
+    /// The size of the data after the inode and its attributes.
     behind_bytes: u64,
-    /// It is a table, which begins at a multiple of eight and may cross blocks.
+    /// Whether that is a table, which is 8-byte aligned and may cross blocks.
     is_table: bool,
-    /// Blocks that are written before the inodes.
+    /// The number of blocks written before the inodes.
     blocks: u32,
 }
 
@@ -180,23 +180,23 @@ impl Shape {
         }
     }
 
-    /// What the inode takes with everything behind it.
+    /// The total size of the inode with everything after it.
     fn total_bytes(&self, node: &Node) -> u64 {
         let head_bytes = inode::head_bytes(&node.attributes) as u64;
         (if self.is_table { head_bytes.next_multiple_of(8) } else { head_bytes }) + self.behind_bytes
     }
 }
 
-/// An inode's place.
+/// The location of an inode.
 #[derive(Debug, Clone, Copy)]
 struct Spot {
-    /// From the start of the metadata.
+    /// The offset from the start of the metadata.
     at: u64,
     number: u32,
     parent: NodeId,
 }
 
-/// Where every inode goes, in the order in which they are written: a directory's files together.
+/// The location of every inode, in the order they are written: files grouped by directory.
 struct Plan {
     spots: Vec<Option<Spot>>,
     order: Vec<NodeId>,
@@ -242,20 +242,20 @@ impl Plan {
     }
 }
 
-/// The metadata's blocks while they are handed out.
+/// The allocator of metadata blocks.
 struct Room {
     blocks: u64,
-    /// What is left of blocks: where it begins.
+    /// The offsets of free space in partially filled blocks.
     open: Vec<u64>,
 }
 
 impl Room {
     fn new() -> Room {
-        // Nothing is at zero: some programs take inode 0 for a file that was removed.
+        // Offset zero is unused: some programs treat inode 0 as a removed file.
         Room { blocks: 1, open: vec![SLOT_BYTES] }
     }
 
-    /// A place for so many bytes, which crosses no block if they fit one.
+    /// Allocates space that does not cross a block boundary if it fits into a block.
     fn take(&mut self, bytes: u64) -> u64 {
         const BLOCK: u64 = BLOCK_BYTES as u64;
         let fits = |at: u64| at % BLOCK + bytes <= BLOCK;
@@ -271,7 +271,7 @@ impl Room {
         if !rest.is_multiple_of(BLOCK) {
             self.open.push(rest);
             if self.open.len() > OPEN_BLOCKS {
-                // The oldest one: it is nearly full.
+                // The oldest one, which is nearly full.
                 self.open.remove(0);
             }
         }
@@ -279,7 +279,7 @@ impl Room {
     }
 }
 
-/// The end of the image while it is written in nearly ascending order.
+/// The last part of the image, written in nearly ascending order.
 struct Window {
     file: File,
     start: u64,
@@ -288,7 +288,7 @@ struct Window {
 
 impl Window {
     const MAX_BYTES: usize = 1 << 20;
-    /// What is kept when the rest is written: most of the blocks that still have room.
+    /// The amount kept when the rest is written: most of the blocks that still have room.
     const KEPT_BYTES: usize = 128 << 10;
 
     fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
@@ -301,7 +301,7 @@ impl Window {
         if self.bytes.len() > Self::MAX_BYTES { self.flush(Self::KEPT_BYTES) } else { Ok(()) }
     }
 
-    /// Writes all but the last `kept_bytes`.
+    /// Writes everything except the last `kept_bytes`.
     fn flush(&mut self, kept_bytes: usize) -> io::Result<()> {
         let len = self.bytes.len() - kept_bytes;
         self.file.write_all_at(&self.bytes[..len], self.start)?;

@@ -1,9 +1,9 @@
-//! From a merged tree to a read-only root file system: an EROFS image that any Linux from 5.15 on mounts.
+//! Creates a read-only root file system from a merged tree: an EROFS image, supported since Linux 5.15.
 //!
 //! Files' bytes are written while they come ([`Writer::content`]), inodes and directories when the tree is complete
-//! ([`Writer::finish`]). The format is described in the kernel's Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h.
-//! No library writes what a container's image holds (extended attributes, hard links, device nodes, names of any bytes)
-//! without having all of it in memory.
+//! ([`Writer::finish`]). The format is described in the kernel's Documentation/filesystems/erofs.rst and
+//! fs/erofs/erofs_fs.h. No library writes what a container's image holds (extended attributes, hard links, device
+//! nodes, names of any bytes) without having all of it in memory.
 //!
 //! ```text
 //! | superblock | files' blocks as they came | directories' full blocks | inodes, with what stands behind each |
@@ -29,33 +29,33 @@ use self::content::{Data, Place};
 use super::tree::{Attributes, Tree, Xattr};
 use superblock::Superblock;
 
-/// The file system's block, a page of x86.
+/// The block size, a page on x86.
 pub const BLOCK_BYTES: usize = 4096;
-/// Changes when the same tree would give another image.
+/// Incremented when the same tree would result in a different image.
 pub const FORMAT_VERSION: u32 = 2;
 
-/// How files' bytes are kept.
+/// The storage of file contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// As they are.
+    /// Uncompressed.
     Plain,
-    /// Compressed with LZ4, which every kernel that has EROFS can read.
+    /// Compressed with LZ4, which every kernel with EROFS supports.
     Lz4,
 }
 
-/// An image that is being written.
+/// An image being written.
 pub struct Writer {
     data: Data,
     sparse: bool,
 }
 
 impl Writer {
-    /// An image in the empty file `image`, with `spill` for short contents meanwhile.
+    /// Starts an image in the empty file `image`, with `spill` as temporary storage for short contents.
     pub fn new(image: File, spill: File, form: Form) -> Writer {
         Writer { data: Data::new(image, spill, form), sparse: false }
     }
 
-    /// Writes the `size_bytes` of a file with these attributes.
+    /// Writes the content of a file with these attributes.
     pub fn content(&mut self, reader: &mut dyn Read, size_bytes: u64, attributes: &Attributes) -> Result<Content> {
         self.data.take(reader, size_bytes, inode::head_bytes(attributes))
     }
@@ -66,12 +66,12 @@ impl Writer {
         self.data.take_sparse(reader, size_bytes, parts)
     }
 
-    /// Gives the blocks of a content that is no part of the tree any more back to the host.
+    /// Deallocates a content that is no longer part of the tree.
     pub fn forget(&mut self, content: &Content) -> Result<()> {
         self.data.forget(content)
     }
 
-    /// Writes the rest of the image. `uuid` is the file system's.
+    /// Completes the image. `uuid` is the file system's.
     pub fn finish(mut self, tree: &Tree, uuid: [u8; 16]) -> Result<File> {
         let metadata = metadata::write(&mut self.data, tree).context("write inodes and directories")?;
         let superblock = Superblock {
@@ -91,13 +91,13 @@ impl Writer {
 }
 
 impl Content {
-    /// That of an empty file.
+    /// The content of an empty file.
     #[cfg(test)]
     pub fn nothing() -> Content {
         Content { size_bytes: 0, place: Place::Flat { block: 0, tail: None } }
     }
 
-    /// What stands in memory for it.
+    /// Its memory usage.
     pub fn memory_bytes(&self) -> usize {
         match &self.place {
             Place::Flat { .. } => 0,
@@ -107,12 +107,12 @@ impl Content {
     }
 }
 
-/// Whether an inode has room for these extended attributes.
+/// Whether an inode can hold these extended attributes.
 pub fn xattrs_fit(xattrs: &[Xattr]) -> bool {
     xattr::fit(xattrs)
 }
 
-/// Whether EROFS keeps an extended attribute of this name.
+/// Whether EROFS supports an extended attribute of this name.
 pub fn keeps_xattr(name: &[u8]) -> bool {
     xattr::is_supported(name)
 }

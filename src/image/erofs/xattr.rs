@@ -1,13 +1,13 @@
-//! From a file's extended attributes to the bytes behind its inode (linux, fs/erofs/erofs_fs.h:
-//! `erofs_xattr_ibody_header`, `erofs_xattr_entry`).
+//! Encodes extended attributes after an inode (linux, fs/erofs/erofs_fs.h: `erofs_xattr_ibody_header`,
+//! `erofs_xattr_entry`).
 
 use crate::image::tree::Xattr;
 
 const HEADER_BYTES: usize = 12;
-/// The inode counts them in units of four bytes, in sixteen bits.
+/// The size field has sixteen bits and counts units of four bytes.
 const MAX_BYTES: usize = HEADER_BYTES + 4 * (u16::MAX as usize - 1);
 
-/// Names are kept as a number for what they begin with, and the rest. Of the two whole names, the rest is empty.
+/// A name is stored as a prefix number and the rest, which is empty for the two complete names.
 const PREFIXES: [(u8, &[u8]); 5] = [
     (2, b"system.posix_acl_access"),
     (3, b"system.posix_acl_default"),
@@ -16,7 +16,7 @@ const PREFIXES: [(u8, &[u8]); 5] = [
     (6, b"security."),
 ];
 
-/// Whether a name can be kept: EROFS knows these namespaces.
+/// Whether a name is supported: EROFS knows these namespaces.
 pub fn is_supported(name: &[u8]) -> bool {
     split(name).is_some()
 }
@@ -24,24 +24,24 @@ pub fn is_supported(name: &[u8]) -> bool {
 fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     PREFIXES.iter().find_map(|&(index, prefix)| {
         let rest = name.strip_prefix(prefix)?;
-        // A namespace needs a name behind it, a whole name must have nothing behind it.
+        // A namespace must be followed by a name, a complete name by nothing.
         (rest.is_empty() != prefix.ends_with(b".")).then_some((index, rest))
     })
 }
 
-/// How many bytes stand behind the inode; zero without attributes.
+/// The encoded size; zero without attributes.
 pub fn encoded_bytes(xattrs: &[Xattr]) -> usize {
     let entries: usize = xattrs.iter().filter_map(entry_bytes).sum();
     if entries == 0 { 0 } else { HEADER_BYTES + entries }
 }
 
-/// Whether an inode has room for all of them.
+/// Whether an inode can hold all of them.
 pub fn fit(xattrs: &[Xattr]) -> bool {
     encoded_bytes(xattrs) <= MAX_BYTES
         && xattrs.iter().all(|xattr| xattr.value.len() <= u16::MAX.into() && xattr.name.len() <= u8::MAX.into())
 }
 
-/// What the inode says of their size (`i_xattr_icount`).
+/// The size field of the inode (`i_xattr_icount`).
 pub fn count(xattrs: &[Xattr]) -> u16 {
     match encoded_bytes(xattrs) {
         0 => 0,
@@ -54,7 +54,7 @@ fn entry_bytes(xattr: &Xattr) -> Option<usize> {
     Some((4 + rest.len() + xattr.value.len()).next_multiple_of(4))
 }
 
-/// Appends what stands behind the inode.
+/// Appends the encoded attributes.
 pub fn encode(xattrs: &[Xattr], output: &mut Vec<u8>) {
     if encoded_bytes(xattrs) == 0 {
         return;
