@@ -24,7 +24,7 @@ pub struct Inspect {
 }
 
 impl Inspect {
-    /// Prints a list with an object for each that there is. A name that a machine has is the machine's.
+    /// Prints a list with one object for each that exists. Machines take precedence over images of the same name.
     pub fn run(self) -> Result<Exit> {
         let state_dir = StateDir::open()?;
         let find = |name: &String| match state_dir.find(name) {

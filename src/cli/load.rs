@@ -73,14 +73,14 @@ impl Load {
     }
 }
 
-/// What `husk load` reads.
+/// The input of `husk load`.
 #[derive(Debug, Clone)]
 enum Input {
     Source(Source),
     Stdin,
 }
 
-/// Parses the path of what an image is made from: a word that could be a name is a file's here.
+/// Parses the path of an image source: here, a word that could be an image name is a file.
 fn path(text: &str) -> Result<Input, String> {
     match text {
         "" => Err("the path is empty".into()),

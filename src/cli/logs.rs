@@ -103,7 +103,7 @@ impl Logs {
     }
 }
 
-/// Parses how many lines are to be printed.
+/// Parses the number of lines to print.
 fn tail(text: &str) -> Result<usize, String> {
     match text {
         "all" => Ok(usize::MAX),
@@ -111,7 +111,7 @@ fn tail(text: &str) -> Result<usize, String> {
     }
 }
 
-/// A record: its head, and its content.
+/// A record: header and content.
 type Record = (Head, Vec<u8>);
 
 /// The next record: first those in `last`, then new ones.

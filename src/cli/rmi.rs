@@ -26,7 +26,7 @@ pub struct Rmi {
 }
 
 impl Rmi {
-    /// Removes one after the other. Continues after a failure, which the exit code reports.
+    /// Removes each image in turn. Continues after a failure, which the exit code reports.
     pub fn run(self) -> Result<Exit> {
         let store = Store::open_default()?;
         let mut exit = Exit::Success;

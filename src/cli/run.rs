@@ -333,7 +333,7 @@ impl Run {
     }
 }
 
-/// Refuses what Docker's `-v` takes, where the image stands: husk's `-v` is `--verbose` and takes nothing.
+/// Rejects the value of Docker's `-v` in the place of the image: husk's `-v` is `--verbose` and takes no value.
 fn reject_volume_as_image(word: &OsStr) -> Result<()> {
     let text = word.to_string_lossy();
     let is_volume = log::log_enabled!(Level::Info) && text.contains(":/") && !Path::new(word).exists();

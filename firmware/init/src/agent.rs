@@ -1,4 +1,5 @@
-//! The one place where init waits: for children, for the host, and for the streams between them; and the machine's end.
+//! The event loop: init waits only here, for children, the host and the streams between them, and finally ends the
+//! machine.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -16,31 +17,32 @@ use crate::root::Kept;
 use crate::session::Session;
 use crate::sys;
 
-/// More sessions that the host opened do not run at a time; others wait for their turn. With four connections each, they leave
-/// to those that wait a fifth of the 512 that the host's side of the socket device has.
+/// The maximum number of concurrent sessions opened by the host; further ones wait for admission. With four connections
+/// each, a fifth of the host device's 512 connections remains for those that wait.
 const SESSIONS_MAX: usize = 100;
-/// How long killed processes are waited for; one may hang in a driver.
+/// How long to wait for killed processes; one may hang in a driver.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 struct Agent<'a> {
     children: Option<SignalFd>,
     listener: Option<OwnedFd>,
-    /// Connections of the host's that have not said yet what they are for; the host's side bounds their number.
+    /// Connections of the host that have not sent their hello; their number is limited by the host side.
     greetings: Vec<Greeting>,
     /// The main session is the first.
     main: Session,
     others: Vec<Session>,
     hostname: &'a str,
-    /// When all processes were killed, the main one having ended.
+    /// When all processes were killed, after the main one exited.
     killed_at: Option<Instant>,
 }
 
-/// Where the host opens more sessions. To be made before the main process starts: the host may come as soon as it knows of that.
+/// Listens for sessions opened by the host. Must be called before the main process starts, since the host may connect
+/// as soon as it knows of that.
 pub fn listen() -> Option<OwnedFd> {
     connection::listen().inspect_err(|failure| report::say(&failure.message)).ok()
 }
 
-/// Serves the main session, and those that the host opens at `listener`, to the end of the machine.
+/// Serves the main session, and those that the host opens through `listener`, until the machine ends.
 pub fn run(main: Session, hostname: &str, kept: Option<Kept>, listener: Option<OwnedFd>) -> ! {
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);
@@ -67,14 +69,14 @@ impl Agent<'_> {
             if self.main.is_over() {
                 return;
             }
-            // Then it is another's turn.
+            // Continue with the next session.
             if !one_has_ended {
                 self.wait();
             }
         }
     }
 
-    /// Does what can be done without waiting for the sessions that the host opens. Returns whether one is over.
+    /// Makes progress on the sessions opened by the host, without blocking. Returns whether one has ended.
     fn serve_others(&mut self) -> bool {
         self.greet();
         self.admit();
@@ -86,7 +88,7 @@ impl Agent<'_> {
         self.others.len() < before
     }
 
-    /// Takes note of processes that have ended, orphans among them. With the main one all others end.
+    /// Reaps exited processes, including orphans. When the main one exits, all others are killed.
     fn bury(&mut self) {
         let all_gone = loop {
             match sys::reap() {
@@ -94,7 +96,7 @@ impl Agent<'_> {
                     self.main.note_end(pid, ended);
                     for session in &mut self.others {
                         if session.note_end(pid, ended) {
-                            // What it left running may go on, and hold its pipes.
+                            // Processes that it left behind may continue and hold its pipes open.
                             session.expect_no_more_output();
                         }
                     }
@@ -107,7 +109,7 @@ impl Agent<'_> {
             return;
         }
         let killed_at = *self.killed_at.get_or_insert_with(|| {
-            // All but this process itself, and none of them can start another in between.
+            // All processes except this one; none of them can fork in between.
             let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
             Instant::now()
         });
@@ -116,7 +118,7 @@ impl Agent<'_> {
         }
     }
 
-    /// Hears what new connections are for.
+    /// Reads the hellos of new connections.
     fn greet(&mut self) {
         if let Some(listener) = &self.listener {
             while let Some(socket) = connection::accept(listener) {
@@ -132,7 +134,7 @@ impl Agent<'_> {
         }
     }
 
-    /// Gives a connection its place. A stream comes once its session is admitted: if there is none, it has ended.
+    /// Assigns a connection to its session. Streams arrive after admission: without a session, it has ended.
     fn join(&mut self, hello: Hello, greeting: Greeting) {
         let session = self.others.iter_mut().find(|session| session.id == hello.session);
         match (hello.role, session) {
@@ -144,7 +146,7 @@ impl Agent<'_> {
         }
     }
 
-    /// Gives sessions their turns, in the order in which they came.
+    /// Admits sessions in order of arrival.
     fn admit(&mut self) {
         let admitted = self.others.iter().filter(|session| session.is_admitted()).count();
         let waiting = self.others.iter_mut().filter(|session| !session.is_admitted());
@@ -161,12 +163,12 @@ impl Agent<'_> {
             fds.extend(session.awaits().map(|(fd, events)| PollFd::new(fd, events)));
         }
         let timeout = match self.killed_at {
-            // Until a while after `bury` will have given up.
+            // Until some time after `bury` gives up.
             Some(killed_at) if killed_at.elapsed() < 2 * KILL_PATIENCE => PollTimeout::from(100u8),
             _ => PollTimeout::NONE,
         };
         let _ = poll(&mut fds, timeout);
-        // What it says is only that there is something; `bury` asks what.
+        // The descriptor only signals that children have exited; `bury` reaps them.
         if let Some(children) = &self.children {
             while let Ok(Some(_)) = children.read_signal() {}
         }
@@ -183,7 +185,7 @@ mod tests {
 
     use super::*;
 
-    /// The host's end of a connection that has said what it is for.
+    /// The host's end of a connection that has sent its hello.
     fn connect(agent: &mut Agent, session: u64, role: Role) -> UnixStream {
         let (mut host, guest) = UnixStream::pair().unwrap();
         guest.set_nonblocking(true).unwrap();
@@ -200,7 +202,7 @@ mod tests {
         reader.take::<ToHost>().unwrap() == Some(ToHost::Admitted)
     }
 
-    /// No process is started, nor waited for: `bury` would take other tests'.
+    /// No process is started or reaped: `bury` would reap those of other tests.
     fn agent() -> (Agent<'static>, UnixStream) {
         let (host, guest) = UnixStream::pair().unwrap();
         guest.set_nonblocking(true).unwrap();

@@ -1,4 +1,4 @@
-//! From the kernel's hand-over to what init was told, with the drivers that the rest needs; or on to another init.
+//! Early boot: mounts, drivers and the configuration; or passes control to another init.
 
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
@@ -12,10 +12,10 @@ use nix::sys::stat::{Mode, umask};
 use crate::errors::{Context, Failure};
 use crate::root::mount_at;
 
-/// What distributions call their init, in the order in which Linux tries them, with systemd's own name behind.
+/// The paths of init in the order in which Linux tries them, followed by systemd's.
 pub const INITS: [&str; 4] = ["/sbin/init", "/etc/init", "/bin/init", "/usr/lib/systemd/systemd"];
 
-/// Sets up what the initial RAM disk has not: device nodes and drivers. Returns what init is told to do.
+/// Sets up device nodes and drivers, which the initramfs lacks. Returns the configuration.
 pub fn prepare() -> Result<Spec, Failure> {
     umask(Mode::from_bits_truncate(0o022));
     mount_at("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=755")?;
@@ -24,7 +24,7 @@ pub fn prepare() -> Result<Spec, Failure> {
     for module in &spec.modules {
         load(module)?;
     }
-    // The memory that they lie in is the machine's.
+    // Frees their memory.
     let _ = (fs::remove_file(SPEC_PATH), fs::remove_dir_all("/modules"));
     Ok(spec)
 }
@@ -33,13 +33,13 @@ fn load(module: &str) -> Result<(), Failure> {
     let what = || format!("load kernel module {module}");
     let file = File::open(module).context(what())?;
     match finit_module(&file, c"", ModuleInitFlags::empty()) {
-        // It is part of the kernel, or its device is not here: who needs it says so.
+        // The driver is built in, or its device does not exist; a dependent step reports that if necessary.
         Ok(()) | Err(nix::Error::EEXIST | nix::Error::ENODEV) => Ok(()),
         Err(error) => Err(error).context(what()),
     }
 }
 
-/// Gives this process to the root's own init. Returns only why that failed.
+/// Executes the root file system's own init in this process. Returns only on failure.
 pub fn become_init(args: &[Vec<u8>]) -> Failure {
     let args: Vec<CString> = args.iter().filter_map(|arg| CString::new(arg.as_slice()).ok()).collect();
     let env = [c"HOME=/", c"TERM=linux", c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"];

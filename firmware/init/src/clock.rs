@@ -1,4 +1,4 @@
-//! From the host's word that time has passed unseen to the right wall clock: a question, its answer, and one setting.
+//! Sets the wall clock from the host's after the guest was stopped: a request, its response, and a single correction.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -7,37 +7,37 @@ use nix::time::{ClockId, clock_settime};
 
 use crate::report;
 
-/// An answer that took longer says too little: it is asked anew, so often at most.
+/// A response that took longer is too imprecise: the request is repeated, a limited number of times.
 const ROUND_TRIP_MAX: Duration = Duration::from_secs(1);
 const QUESTIONS_MAX: u32 = 5;
-/// A clock that is wrong by less is left to who in the guest may keep it right, and to programs that count on it.
+/// Smaller deviations are left to time synchronization in the guest, and to programs that depend on a steady clock.
 const TOLERANCE: Duration = Duration::from_millis(100);
 
-/// What is known of the host's clock.
+/// The state of a clock request.
 #[derive(Debug, Default)]
 pub struct Clock {
     asked_at: Option<Instant>,
     questions: u32,
 }
 
-/// What is to be done about an answer.
+/// What to do with a response.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
-    /// Nobody asked.
+    /// There was no request.
     Ignore,
-    /// It came too late: it is to be asked once more.
+    /// It arrived too late: repeat the request.
     AskAgain,
-    /// This is the time, as exactly as can be known.
+    /// The time, as precisely as possible.
     Now(Duration),
 }
 
 impl Clock {
-    /// Notes that the host is asked now.
+    /// Records that the host is asked now.
     pub fn ask(&mut self) {
         (self.asked_at, self.questions) = (Some(Instant::now()), 1);
     }
 
-    /// Sets the wall clock by the host's answer. Returns whether the host is to be asked once more.
+    /// Sets the wall clock from the host's response. Returns whether the request must be repeated.
     pub fn hear(&mut self, since_1970_ns: u64) -> bool {
         match self.judge(Duration::from_nanos(since_1970_ns), Instant::now()) {
             Verdict::Ignore => false,
@@ -60,7 +60,7 @@ impl Clock {
             (self.asked_at, self.questions) = (Some(now), self.questions + 1);
             return Verdict::AskAgain;
         }
-        // The host looked at its clock somewhere in between.
+        // The host read its clock sometime in between.
         Verdict::Now(host + round_trip.min(ROUND_TRIP_MAX) / 2)
     }
 }

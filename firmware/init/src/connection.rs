@@ -1,4 +1,4 @@
-//! Connections to the host: in the making, as streams of messages, and those that the host opens.
+//! Connections to and from the host, and messages on them.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -16,13 +16,13 @@ use nix::unistd::{read, write};
 use crate::errors::{Context, Failure};
 use crate::sys;
 
-/// The host's address.
+/// The host's CID.
 const HOST_CID: u32 = 2;
-/// This machine's, whichever it is.
+/// This machine's own CID.
 const ANY_CID: u32 = u32::MAX;
-/// As long as a host on a busy machine may take to answer.
+/// How long a busy host may take to respond.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
-/// As many connections may wait to be taken as the host's side has at all: the kernel resets those beyond.
+/// As many as the host side supports: the kernel resets connections beyond the backlog.
 const BACKLOG: i32 = 512;
 
 fn vsock() -> Result<OwnedFd, Failure> {
@@ -30,7 +30,7 @@ fn vsock() -> Result<OwnedFd, Failure> {
     socket(AddressFamily::Vsock, SockType::Stream, flags, None).context("create a vsock socket")
 }
 
-/// Starts to connect to the host, and does not wait for it.
+/// Starts a nonblocking connection to the host.
 pub fn connect() -> Result<OwnedFd, Failure> {
     let socket = vsock()?;
     sys::set_connect_timeout(socket.as_fd(), CONNECT_PATIENCE).context("set up a vsock socket")?;
@@ -40,7 +40,7 @@ pub fn connect() -> Result<OwnedFd, Failure> {
     }
 }
 
-/// Waits until the host has answered, and says whose connection it is and what for.
+/// Waits until the connection is established, and sends its hello.
 pub fn complete(socket: &OwnedFd, hello: Hello) -> Result<(), Failure> {
     let timeout = PollTimeout::try_from(CONNECT_PATIENCE).unwrap_or(PollTimeout::MAX);
     let answers = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], timeout).context("wait for the host")?;
@@ -55,7 +55,7 @@ pub fn complete(socket: &OwnedFd, hello: Hello) -> Result<(), Failure> {
     }
 }
 
-/// Listens for the host.
+/// Listens for connections from the host.
 pub fn listen() -> Result<OwnedFd, Failure> {
     let socket = vsock()?;
     bind(socket.as_raw_fd(), &VsockAddr::new(ANY_CID, PORT)).context("bind to the vsock port")?;
@@ -63,7 +63,7 @@ pub fn listen() -> Result<OwnedFd, Failure> {
     Ok(socket)
 }
 
-/// Takes a connection, if one waits: the host's. Those of this machine's own programs are refused, whoever runs them.
+/// Accepts a pending connection of the host. Connections from programs in this machine are rejected.
 pub fn accept(listener: &OwnedFd) -> Option<OwnedFd> {
     loop {
         match sys::accept(listener.as_fd()) {
@@ -79,7 +79,7 @@ pub fn accept(listener: &OwnedFd) -> Option<OwnedFd> {
     }
 }
 
-/// A connection that the host has opened and not yet said what for.
+/// A connection from the host that has not sent its complete hello.
 pub struct Greeting {
     pub socket: OwnedFd,
     bytes: [u8; HELLO_BYTES],
@@ -91,7 +91,7 @@ impl Greeting {
         Greeting { socket, bytes: [0; HELLO_BYTES], have: 0 }
     }
 
-    /// What it is for, when that has come; `Err` when it is of no use.
+    /// Returns the hello once it is complete; `Err` for an invalid connection.
     pub fn advance(&mut self) -> Result<Option<Hello>, ()> {
         while let Some(rest) = self.bytes.get_mut(self.have..).filter(|rest| !rest.is_empty()) {
             match read(&self.socket, rest) {
@@ -117,30 +117,30 @@ impl ControlConnection {
         ControlConnection { socket: Some(socket), reader: Reader::default(), out: Vec::new() }
     }
 
-    /// Waits until the host has answered, where the connection is in the making.
+    /// Waits until the connection is established, if it is not yet.
     pub fn complete(&self, hello: Hello) -> Result<(), Failure> {
         self.socket.as_ref().map_or(Ok(()), |socket| complete(socket, hello))
     }
 
-    /// Whether the host is still there.
+    /// Whether the host is still connected.
     pub fn is_open(&self) -> bool {
         self.socket.is_some()
     }
 
-    /// What to wait for before the next [`Control::advance`].
+    /// The events to wait for before the next [`ControlConnection::advance`].
     pub fn awaits(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let events = if self.out.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };
         self.socket.as_ref().map(|socket| (socket.as_fd(), events))
     }
 
-    /// Says something to the host, now or as soon as it listens.
+    /// Sends a message to the host, or queues it.
     pub fn say(&mut self, message: &ToHost) {
-        // Only a text can be too long, and texts are cut where they are made.
+        // Only texts can be too long, and those are truncated where they are created.
         let _ = frame::write(message, &mut self.out);
         self.flush();
     }
 
-    /// Hands on what could not be said before, and returns what the host says.
+    /// Sends queued messages, and returns the messages received.
     pub fn advance(&mut self) -> Vec<ToGuest> {
         self.flush();
         let mut messages = Vec::new();
@@ -178,7 +178,7 @@ impl ControlConnection {
     }
 }
 
-/// `text` without what would make it longer than a message may be.
+/// Truncates `text` to fit into a message.
 pub fn shortened(text: &str) -> String {
     text.chars().take(ToHost::MAX_BYTES / 8).collect()
 }

@@ -1,5 +1,5 @@
-//! From `husk cp` to the machine's files and back. Init's own program does it, as a process of a session: every machine has
-//! that, and nothing else is sure to be there.
+//! The guest side of `husk cp`. It is part of init's own program, run as the process of a session, because every
+//! machine has that and possibly nothing else.
 
 use std::ffi::OsString;
 use std::io::{self, BufReader, BufWriter};
@@ -10,7 +10,7 @@ use husk_protocol::{COPY_FROM, COPY_FROM_BEHIND_LINK, COPY_TO, COPY_TO_KEEPING_O
 
 const CODE_USAGE: i32 = 2;
 
-/// Does what the words say, with standard input or to standard output. Returns the exit code.
+/// Executes the command in `words` with standard input or output. Returns the exit code.
 pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
     let (Some(what), Some(path)) = (words.next(), words.next().map(PathBuf::from)) else { return refuse() };
     let is_sent = matches!(what.to_str(), Some(COPY_FROM | COPY_FROM_BEHIND_LINK));
@@ -20,7 +20,7 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
             tree::send(&path, follow, &mut BufWriter::new(io::stdout().lock()), &mut |_| {})
         }
         Some(word @ (COPY_TO | COPY_TO_KEEPING_OWNERS)) => {
-            // Who sends is the host.
+            // The sender is the host.
             let terms = Terms { owners: word == COPY_TO_KEEPING_OWNERS, trusted: true, ..Terms::default() };
             tree::receive(&mut BufReader::new(io::stdin().lock()), &path, terms, &mut |_| {})
         }
@@ -31,7 +31,7 @@ pub fn run(mut words: impl Iterator<Item = OsString>) -> i32 {
             skipped.iter().for_each(|what| eprintln!("skipped {what}"));
             0
         }
-        // Who is sent to hears it from the stream.
+        // The receiver is notified through the stream.
         Err(_) if is_sent => 1,
         Err(error) => {
             eprintln!("{error}");

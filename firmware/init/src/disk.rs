@@ -1,4 +1,4 @@
-//! From a disk with an operating system of its own to the file system in it that is its root.
+//! Finds the root file system on a disk with its own operating system.
 
 use std::fs;
 use std::path::Path;
@@ -9,8 +9,8 @@ use crate::boot::INITS;
 use crate::errors::{Context, Failure};
 use crate::root::{NEW_ROOT, make_dir, mount_at, mount_device};
 
-/// Mounts the root in `device` on the new root: the whole device, or the largest of its partitions that has an init, or
-/// `program` where that is wanted.
+/// Mounts the root file system of `device`: the whole device, or the largest of its partitions that has an init, or
+/// `program` if given.
 pub fn mount_root(device: &str, readonly: bool, program: Option<&[u8]>) -> Result<(), Failure> {
     for (kind, dir) in [("proc", "/proc"), ("sysfs", "/sys")] {
         make_dir(dir)?;
@@ -47,7 +47,7 @@ fn try_mount(device: &str, kinds: &[String], readonly: bool, program: Option<&[u
     has_init
 }
 
-/// The kinds of file systems that lie on a block device, of the content of /proc/filesystems.
+/// The file system types for block devices, from the content of /proc/filesystems.
 fn kinds(filesystems: &str) -> Vec<String> {
     filesystems
         .lines()
@@ -57,7 +57,7 @@ fn kinds(filesystems: &str) -> Vec<String> {
         .collect()
 }
 
-/// The device itself, then its partitions, largest first.
+/// The device itself, followed by its partitions, largest first.
 fn candidates(device: &str) -> Vec<String> {
     let name = device.trim_start_matches("/dev/");
     let mut partitions = Vec::new();

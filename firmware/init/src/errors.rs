@@ -1,31 +1,31 @@
-//! What goes wrong, as a person is told it and as an exit code.
+//! Errors, with a message and an exit code.
 
 use std::fmt::Display;
 
-/// husk, or what it was asked for, is at fault.
+/// A failure of husk, or an invalid request.
 pub const CODE_OWN: u8 = 125;
-/// The program is there and cannot be run.
+/// The program cannot be executed.
 pub const CODE_NOT_EXECUTABLE: u8 = 126;
-/// There is no such program.
+/// The program does not exist.
 pub const CODE_NOT_FOUND: u8 = 127;
 
 /// Why there is no process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// One line: what was tried, on what, and why it failed.
+    /// One line: the operation, its object, and the reason.
     pub message: String,
-    /// What the machine ends with.
+    /// The machine's exit code.
     pub code: u8,
 }
 
 impl Failure {
-    /// A failure that is not the program's.
+    /// A failure that was not caused by the program.
     pub fn new(message: impl Display) -> Failure {
         Failure { message: message.to_string(), code: CODE_OWN }
     }
 }
 
-/// Says what was tried.
+/// Adds the failed operation to an error.
 pub trait Context<T> {
     /// Turns an error into `what: error`.
     fn context(self, what: impl Display) -> Result<T, Failure>;

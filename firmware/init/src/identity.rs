@@ -1,22 +1,22 @@
-//! From a user as typed, and the root's own /etc/passwd and /etc/group, to the numbers that a process runs under.
+//! Resolves the user of a process with the root file system's /etc/passwd and /etc/group.
 //!
-//! The rules are those that images are written for: a name counts before a number, a number need not be listed, and a
-//! group that is named stands in for all that the user is a member of.
+//! The rules are those that images expect: names take precedence over numbers, a number need not be listed, and an
+//! explicit group replaces all of the user's groups.
 
-/// Who a process is.
+/// The identity of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// User.
+    /// The user ID.
     pub uid: u32,
-    /// Group.
+    /// The group ID.
     pub gid: u32,
-    /// All groups, the first of which is `gid`.
+    /// All groups, starting with `gid`.
     pub groups: Vec<u32>,
-    /// The home directory; `/` for a user who is not listed.
+    /// The home directory; `/` for an unlisted user.
     pub home: Vec<u8>,
 }
 
-/// One line of /etc/passwd.
+/// A line of /etc/passwd.
 struct User<'a> {
     name: &'a [u8],
     uid: u32,
@@ -24,17 +24,17 @@ struct User<'a> {
     home: &'a [u8],
 }
 
-/// One line of /etc/group.
+/// A line of /etc/group.
 struct Group<'a> {
     name: &'a [u8],
     gid: u32,
     members: &'a [u8],
 }
 
-/// More groups than this no process can have (NGROUPS_MAX).
+/// The maximum number of groups of a process (NGROUPS_MAX).
 const GROUPS_MAX: usize = 65536;
 
-/// Finds `wanted` (`USER[:GROUP]`, empty is root) in the two files' contents. An error is one line.
+/// Resolves `wanted` (`USER[:GROUP]`, empty is root) with the contents of the two files. Errors are one line.
 pub fn find(wanted: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, String> {
     let (user, wanted_group) = match wanted.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
@@ -76,7 +76,7 @@ fn find_group(wanted: &str, group: &[u8]) -> Result<u32, String> {
         .ok_or_else(|| format!("no group {wanted:?} in the image's /etc/group"))
 }
 
-/// An id: digits, up to 2^31 as Linux hands them to programs that know no more.
+/// Parses an ID: digits, less than 2^31, the limit of programs with 32-bit signed IDs.
 fn number(text: &[u8]) -> Option<u32> {
     let digits = text.iter().all(u8::is_ascii_digit);
     std::str::from_utf8(text).ok().filter(|_| digits)?.parse().ok().filter(|id| *id < 1 << 31)

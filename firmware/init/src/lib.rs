@@ -1,10 +1,10 @@
-//! The guest's PID 1: from the kernel's hand-over to a running process, its streams, and the machine's end.
+//! The guest's PID 1: starts the process, transfers its streams, and ends the machine.
 //!
 //! [`Spec`] ─ devices, modules ─ connections to the host ─ root file system ─ process ─ `agent`.
 //!
-//! There is one thread. It waits in one place (`agent`) for children, connections and pipes, never blocks on any one
-//! of them, and holds no more of a stream than one buffer. Inside the machine the process may do as it likes, so nothing
-//! is hidden from it as in a container: the wall is around the machine.
+//! It has a single thread, which waits in one place (`agent`) for children, connections and pipes, never blocks on any
+//! one of them, and buffers a limited amount of each stream. Nothing is hidden from the process as in a container,
+//! because the machine itself is the security boundary.
 
 mod agent;
 mod boot;
@@ -26,7 +26,7 @@ use errors::Failure;
 use husk_protocol::{Process, Spec, Start};
 use session::Session;
 
-/// Carries the machine from here to its end.
+/// Runs the machine until its end.
 pub fn run() -> ! {
     report::running();
     let failure = match boot::prepare() {
@@ -37,7 +37,7 @@ pub fn run() -> ! {
     report::end(failure.code)
 }
 
-/// Mounts the root and runs what is to run in it. Returns only what went wrong before the host could be told.
+/// Mounts the root file system and runs the process. Returns only errors from before the host could be notified.
 fn serve(spec: &Spec) -> Failure {
     match &spec.start {
         Start::Init(args) => match root::mount(spec).and_then(|_| root::enter(spec)) {
@@ -51,7 +51,7 @@ fn serve(spec: &Spec) -> Failure {
     }
 }
 
-/// The connections are in the making while the root is mounted.
+/// The connections are established while the root file system is mounted.
 fn run_process(spec: &Spec, process: &Process, mut session: Session) -> Failure {
     let root = root::mount(spec).and_then(|kept| root::enter(spec).map(|()| kept));
     if let Err(failure) = session.complete_connections() {

@@ -1,4 +1,4 @@
-//! The guest's first process. What it does stands in the library, where it can be tested.
+//! The guest's first process. The implementation is in the library, where it can be tested.
 
 fn main() {
     if std::process::id() != 1 {

@@ -1,4 +1,4 @@
-//! From what husk says of the machine's networks to interfaces that are in service, by the kernel's own messages (netlink).
+//! Configures network interfaces through netlink.
 
 use std::fs;
 use std::net::IpAddr;
@@ -12,9 +12,9 @@ use nix::unistd::{read, write};
 
 use crate::errors::{Context, Failure};
 
-/// A driver may still be looking at its device.
+/// How long to wait for a driver to probe its device.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
-/// The loopback interface is the first of every network namespace.
+/// The loopback interface is the first in every network namespace.
 const LOOPBACK_INDEX: u32 = 1;
 
 // linux/netlink.h
@@ -22,7 +22,7 @@ const NLM_F_REQUEST: u16 = 0x01;
 const NLM_F_ACK: u16 = 0x04;
 const NLM_F_REPLACE: u16 = 0x100;
 const NLM_F_CREATE: u16 = 0x400;
-/// Length of `struct nlmsghdr`.
+/// The size of `struct nlmsghdr`.
 const HEADER_BYTES: usize = 16;
 // linux/rtnetlink.h, linux/if_addr.h
 const RTM_NEWLINK: u16 = 16;
@@ -30,7 +30,7 @@ const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
-/// The address is nobody else's, and of use at once.
+/// The address is unique, and usable immediately.
 const IFA_F_NODAD: u8 = 0x02;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
@@ -40,28 +40,28 @@ const RT_SCOPE_UNIVERSE: u8 = 0;
 const RTN_UNICAST: u8 = 1;
 const IFF_UP: u32 = 1;
 
-/// A connection to the kernel about its networks.
+/// A netlink connection.
 pub struct Network(OwnedFd);
 
 impl Network {
-    /// Connects.
+    /// Opens the connection.
     pub fn open() -> Result<Network, Failure> {
         let kind = (AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
         socket(kind.0, kind.1, kind.2, kind.3).map(Network).context("open a netlink socket")
     }
 
-    /// Puts the loopback interface in service.
+    /// Brings the loopback interface up.
     pub fn bring_loopback_up(&self) -> Result<(), Failure> {
         self.bring_up(LOOPBACK_INDEX).context("bring up the loopback interface")
     }
 
-    /// Gives an interface what it is to have, and puts it in service.
+    /// Configures an interface and brings it up.
     pub fn set_up(&self, interface: &Interface) -> Result<(), Failure> {
         let (name, index) = find(interface.mac, DEVICE_PATIENCE)?;
         if !interface.addresses.is_empty() {
-            // Routers of the network have nothing to add. And nobody is asked for a second who else might have the link-local
-            // address, which comes from our MAC: passt sends what comes from the host itself to that one, and resets it
-            // when the guest was not yet heard under it.
+            // Router advertisements are not needed. And duplicate address detection would delay the link-local address,
+            // which is derived from our MAC, by a second: passt sends traffic of the host itself to that address, and
+            // resets connections if the guest has not yet used it.
             for setting in ["accept_ra", "accept_dad"] {
                 let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0");
             }
@@ -87,7 +87,7 @@ impl Network {
         self.ask(&message)
     }
 
-    /// Sends a request and waits for the kernel's answer, which is there when the call returns.
+    /// Sends a request and receives the kernel's response, which is available immediately.
     fn ask(&self, message: &Message) -> nix::Result<()> {
         write(&self.0, &message.finish())?;
         let mut answer = [0; 4096];
@@ -102,7 +102,7 @@ impl Network {
     }
 }
 
-/// A request in the making: a header and what stands behind it.
+/// A request under construction: a header and its payload.
 struct Message {
     kind: u16,
     flags: u16,
@@ -118,7 +118,7 @@ impl Message {
         self.body.extend_from_slice(bytes);
     }
 
-    /// An attribute: its length, its type, and its value, of which ours need no padding.
+    /// Appends an attribute: length, type and value, which must not need padding.
     fn attribute(&mut self, kind: u16, value: &[u8]) {
         self.put(&(value.len() as u16 + 4).to_ne_bytes());
         self.put(&kind.to_ne_bytes());
@@ -130,7 +130,7 @@ impl Message {
         let mut bytes = len.to_ne_bytes().to_vec();
         bytes.extend(self.kind.to_ne_bytes());
         bytes.extend(self.flags.to_ne_bytes());
-        // Neither a sequence number nor a port: there is one question at a time.
+        // No sequence number or port is needed: there is one request at a time.
         bytes.extend([0; 8]);
         bytes.extend_from_slice(&self.body);
         bytes
@@ -147,7 +147,7 @@ fn new_address(index: u32, ip: IpAddr, prefix: u8) -> Message {
     message
 }
 
-/// A route to everything else.
+/// A default route.
 fn new_route(index: u32, gateway: IpAddr) -> Message {
     let mut message = Message::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE);
     let (family, bytes) = family(gateway);
@@ -165,7 +165,7 @@ fn family(ip: IpAddr) -> (u8, Vec<u8>) {
     }
 }
 
-/// The name and the index of the interface with this Ethernet address, waited for.
+/// Waits for the interface with this MAC address, and returns its name and index.
 fn find(mac: [u8; 6], patience: Duration) -> Result<(String, u32), Failure> {
     let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
     let started = Instant::now();
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn the_kernel_answers_what_it_is_asked() {
         let network = Network::open().unwrap();
-        // Whoever asks, there is no such interface; a stranger is told that it may not ask.
+        // For root the interface does not exist; other users lack permission.
         let answer = network.bring_up(0x7fff_fff0);
         assert!(matches!(answer, Err(Errno::ENODEV | Errno::EPERM)), "{answer:?}");
         let refusal = find([2, 0xff, 0xff, 0xff, 0xff, 0xff], Duration::ZERO).unwrap_err();

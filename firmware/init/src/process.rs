@@ -1,4 +1,4 @@
-//! From a process as it is described to one that runs: who it is, where, with which limits, streams and variables.
+//! Starts a process with its identity, working directory, limits, streams and environment.
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
@@ -22,27 +22,27 @@ use crate::errors::{CODE_NOT_EXECUTABLE, CODE_NOT_FOUND, Context, Failure};
 use crate::identity::{self, Identity};
 use crate::sys;
 
-/// The group that owns terminals, on every distribution.
+/// The group of terminals, on all distributions.
 const TTY_GID: u32 = 5;
 
-/// A process that runs, and our ends of its streams.
+/// A running process, and our ends of its streams.
 pub struct Started {
     pub pid: Pid,
     pub stdin: Option<OwnedFd>,
     pub stdout: Option<OwnedFd>,
     pub stderr: Option<OwnedFd>,
-    /// The terminal that it runs on; its streams are this one.
+    /// Its terminal, which replaces the streams.
     pub terminal: Option<OwnedFd>,
 }
 
-/// The process's own ends.
+/// The process's ends of the streams.
 struct Streams {
     stdin: OwnedFd,
     stdout: OwnedFd,
     stderr: OwnedFd,
 }
 
-/// How far the child came before it failed.
+/// The step at which the child failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Session,
@@ -56,12 +56,12 @@ enum Stage {
 const STAGES: [Stage; 6] =
     [Stage::Session, Stage::Streams, Stage::Limits, Stage::Directory, Stage::Identity, Stage::Program];
 
-/// The working directory, which is not relative to anything.
+/// The absolute working directory.
 pub fn working_dir(process: &Process) -> PathBuf {
     PathBuf::from("/").join(OsStr::from_bytes(&process.working_dir))
 }
 
-/// Starts `process`. When it returns the program runs, or it is said why not.
+/// Starts `process`. Returns when the program is running or has failed to start.
 pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
     let passwd = fs::read("/etc/passwd").unwrap_or_default();
     let group = fs::read("/etc/group").unwrap_or_default();
@@ -87,14 +87,14 @@ pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
     }
     drop((streams, failing));
     let mut report = [0; 2];
-    // The pipe closes without a word when the program has taken the child's place.
+    // The pipe closes without data when the program is executed.
     match File::from(failed).read_exact(&mut report) {
         Err(_) => Ok(started),
         Ok(()) => Err(explain(process, STAGES.get(usize::from(report[0])), Errno::from_raw(report[1].into()))),
     }
 }
 
-/// Without a terminal a pipe a stream, so that outputs stay apart and ends of streams arrive.
+/// Without a terminal, one pipe per stream, so that outputs stay separate and can be closed individually.
 fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Streams), Failure> {
     let mut started = Started { pid: Pid::from_raw(0), stdin: None, stdout: None, stderr: None, terminal: None };
     let owner = |fd: &OwnedFd, gid| fchown(fd, Some(identity.uid), Some(gid));
@@ -118,7 +118,7 @@ fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Stre
     }
     let pipe = || -> Result<_, Failure> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).context("create a pipe")?;
-        // A program may open its own streams anew, by /dev/stdout.
+        // A program may reopen its streams through /dev/stdout.
         for end in [&read, &write] {
             owner(end, identity.gid).context("change the owner of a pipe")?;
         }
@@ -138,7 +138,7 @@ fn open_streams(process: &Process, identity: &Identity) -> Result<(Started, Stre
     Ok((started, Streams { stdin, stdout, stderr }))
 }
 
-/// The child's way to its program.
+/// Turns the child into the program.
 fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> Result<(), (Stage, Errno)> {
     let at = |stage| move |error| (stage, error);
     let io = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
@@ -152,7 +152,7 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
     for limit in &process.limits {
         sys::set_limit(limit).map_err(io).map_err(at(Stage::Limits))?;
     }
-    // As root, who may enter a directory that the user may not.
+    // As root, which can enter directories that the user cannot.
     chdir(&working_dir(process)).map_err(at(Stage::Directory))?;
     let groups: Vec<Gid> = identity.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     setgroups(&groups)
@@ -163,13 +163,13 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
     SigSet::empty().thread_set_mask().map_err(at(Stage::Session))
 }
 
-/// Tries each path in order, and returns the error that says most.
+/// Tries each path in order, and returns the most significant error.
 fn exec(programs: &[CString], args: &[CString], env: &[CString]) -> Errno {
     let mut error = Errno::ENOENT;
     for program in programs {
         match execve(program, args, env).unwrap_err() {
             Errno::ENOENT | Errno::ENOTDIR => {}
-            // Another directory of the path may have one that runs.
+            // A later directory of PATH may have an executable one.
             Errno::EACCES => error = Errno::EACCES,
             other => return other,
         }
@@ -177,7 +177,7 @@ fn exec(programs: &[CString], args: &[CString], env: &[CString]) -> Errno {
     error
 }
 
-/// What the program's name may mean: itself where it is a path, else a file in each directory of PATH.
+/// The candidates for a program: the name itself if it is a path, or a file in each directory of PATH.
 fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> {
     let name = args.first().map(|name| name.to_bytes());
     let name = name.ok_or_else(|| Failure::new("no command specified, and the image has none"))?;
@@ -195,7 +195,7 @@ fn programs(args: &[CString], env: &[Vec<u8>]) -> Result<Vec<CString>, Failure> 
         .collect()
 }
 
-/// The variables as given, and before them those that every program counts on and that are not given.
+/// The given variables, preceded by standard ones that are missing.
 fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
     let mut env = Vec::new();
     let mut provide = |name: &str, value: &[u8]| {
@@ -214,7 +214,7 @@ fn environment(process: &Process, hostname: &str, home: &[u8]) -> Vec<Vec<u8>> {
     env
 }
 
-/// What a person is told about a child that did not come as far as its program.
+/// The message for a child that failed before executing its program.
 fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
     let name = process.args.first().map_or("".into(), |name| String::from_utf8_lossy(name));
     let dir = working_dir(process);

@@ -1,4 +1,4 @@
-//! From one descriptor to another, byte for byte, through one buffer: a stream between the process and the host.
+//! Copies a stream between two descriptors through a buffer.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -8,25 +8,25 @@ use nix::poll::PollFlags;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::{read, write};
 
-/// What a pipe holds, and a vsock packet.
+/// The size of a pipe's buffer and of a vsock packet.
 const BUFFER_BYTES: usize = 64 << 10;
-/// Reads in a row, so that one busy stream does not hold up the rest.
+/// The maximum number of consecutive reads, so that a busy stream does not starve others.
 const READS_IN_A_ROW: usize = 8;
 
-/// A stream. It reads when its buffer is empty and writes when it is not, so that a slow reader slows the writer.
+/// A stream. It reads only when its buffer is empty, so that a slow reader throttles the writer.
 pub struct Pump {
     from: Option<OwnedFd>,
     to: Option<OwnedFd>,
     buffer: Vec<u8>,
-    /// Where in the buffer what is to be written starts and ends.
+    /// The range of the buffer to be written.
     start: usize,
     end: usize,
-    /// Whether what is there now is all there will be.
+    /// Whether the data available now is all there will be.
     last: bool,
 }
 
 impl Pump {
-    /// A stream between two descriptors, which from now on make nobody wait.
+    /// Creates a stream between two descriptors, which become nonblocking.
     pub fn new(from: OwnedFd, to: OwnedFd) -> nix::Result<Pump> {
         for fd in [&from, &to] {
             let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
@@ -35,24 +35,25 @@ impl Pump {
         Ok(Pump { from: Some(from), to: Some(to), buffer: vec![0; BUFFER_BYTES], start: 0, end: 0, last: false })
     }
 
-    /// What to wait for before the next [`Pump::advance`].
+    /// The events to wait for before the next [`Pump::advance`].
     pub fn awaits(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let (fd, events) =
             if self.is_empty() { (&self.from, PollFlags::POLLIN) } else { (&self.to, PollFlags::POLLOUT) };
         fd.as_ref().map(|fd| (fd.as_fd(), events))
     }
 
-    /// Says that who writes is gone, though others may hold what it wrote to: what is there is the rest.
+    /// Marks the writer as gone, although other processes may hold its end open: only data that is already there is
+    /// copied.
     pub fn expect_no_more(&mut self) {
         self.last = true;
     }
 
-    /// Whether all has been handed on, or nobody takes it any more.
+    /// Whether everything was copied, or the reader has closed its end.
     pub fn is_done(&self) -> bool {
         self.from.is_none() && self.is_empty()
     }
 
-    /// Moves what can be moved without waiting.
+    /// Copies what is possible without blocking.
     pub fn advance(&mut self) {
         for _ in 0..READS_IN_A_ROW {
             if self.is_empty() && !self.fill() || !self.empty() {
@@ -65,7 +66,7 @@ impl Pump {
         self.start == self.end
     }
 
-    /// Reads once; false where there is nothing, now or for ever.
+    /// Reads once; returns false if there is no data, now or permanently.
     fn fill(&mut self) -> bool {
         let Some(from) = &self.from else { return false };
         match read(from, &mut self.buffer) {
@@ -75,17 +76,17 @@ impl Pump {
             }
             Err(Errno::EINTR) => return false,
             Err(Errno::EAGAIN) if !self.last => return false,
-            // The end, said by nothing to read, by a terminal that nobody has open any more, or by who is gone.
+            // End of stream: EOF, a terminal without users, or a disconnected peer.
             _ => self.from = None,
         }
-        // The socket stays open as long as the session, so that its far side may take its time.
+        // The socket stays open for the duration of the session, so that its peer can take its time.
         if let Some(to) = self.to.take_if(|to| shutdown(to.as_raw_fd(), Shutdown::Write).is_err()) {
             drop(to);
         }
         false
     }
 
-    /// Writes what there is; false where it has to wait.
+    /// Writes the buffer; returns false if it would block.
     fn empty(&mut self) -> bool {
         while !self.is_empty() {
             let (Some(to), Some(bytes)) = (&self.to, self.buffer.get(self.start..self.end)) else { break };
@@ -93,7 +94,7 @@ impl Pump {
                 Ok(count) => self.start += count,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return false,
-                // Nobody reads. Who writes is told so in turn.
+                // The reader is gone. Closing the input notifies the writer.
                 Err(_) => (self.from, self.to, self.end) = (None, None, self.start),
             }
         }

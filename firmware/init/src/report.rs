@@ -1,4 +1,4 @@
-//! From init to whoever watches the machine from outside: ports for marks and the end, the console for words.
+//! Reports to the host outside of sessions: I/O ports for boot progress and exit, and the console for messages.
 
 use std::io::Write;
 
@@ -6,31 +6,31 @@ use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::sys;
 
-/// A write marks that the first process runs.
+/// The port for the marker that the first process is running.
 const MARKER_PORT: u16 = 0x603;
-/// A write ends the machine with that exit code.
+/// The port that ends the machine with an exit code.
 const EXIT_PORT: u16 = 0x604;
 const RUNNING: u8 = 1;
 
-/// Marks that the first process runs.
+/// Marks that the first process is running.
 pub fn running() {
     if sys::allow_ports(MARKER_PORT, 2).is_ok() {
         sys::write_port(MARKER_PORT, RUNNING);
     }
 }
 
-/// Prints a line on the console: the machine's log.
+/// Prints a line to the console, which is the machine's log.
 pub fn say(words: &str) {
-    // There is nobody else to tell.
+    // There is nowhere else to report it.
     let _ = writeln!(std::io::stderr(), "husk-init: {words}");
 }
 
-/// Ends the machine at once. What is to be kept has been written.
+/// Ends the machine immediately. Data must have been written before.
 pub fn end(code: u8) -> ! {
     if sys::allow_ports(MARKER_PORT, 2).is_ok() {
         sys::write_port(EXIT_PORT, code);
     }
-    // The port is not there, or the monitor needs a moment.
+    // The port does not exist, or the VMM needs a moment.
     loop {
         let _ = reboot(RebootMode::RB_POWER_OFF);
         std::thread::sleep(std::time::Duration::from_secs(1));

@@ -1,4 +1,4 @@
-//! From a block device to the root that processes see: mounted, furnished, and entered.
+//! Mounts and sets up the root file system.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::Write;
@@ -16,19 +16,19 @@ use crate::errors::{Context, Failure};
 use crate::network::Network;
 use crate::{report, sys};
 
-/// Where the root is put together, in the initial RAM disk.
+/// The mount point in the initramfs.
 pub const NEW_ROOT: &str = "/root";
 const IMAGE: &str = "/image";
 const OVERLAY: &str = "/overlay";
-/// A driver may still be looking at its device.
+/// How long to wait for a driver to probe its device.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 const QUIET: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
-/// The file system that is to be whole when the machine has ended.
+/// A file system to be synced when the machine ends.
 pub struct Kept(OwnedFd);
 
 impl Kept {
-    /// Has all of it on its disk, so that the machine may end at any moment.
+    /// Writes everything to the disk, so that the machine may end at any moment.
     pub fn settle(&self) {
         use std::os::fd::AsFd;
         let _ = nix::unistd::syncfs(&self.0);
@@ -38,7 +38,7 @@ impl Kept {
     }
 }
 
-/// Mounts a file system of type `kind` on a directory.
+/// Mounts a file system without a device.
 pub fn mount_at(kind: &str, dir: &str, flags: MsFlags, options: &str) -> Result<(), Failure> {
     mount_device(kind, dir, kind, flags, options).context(format_args!("mount {kind} on {dir}"))
 }
@@ -49,7 +49,7 @@ pub fn mount_device(device: &str, dir: &str, kind: &str, flags: MsFlags, options
     mount_call(Some(device), dir, Some(kind), flags, options)
 }
 
-/// Mounts the root that `spec` names, and returns what of it is to be kept.
+/// Mounts the root file system described by `spec`, and returns the file system to sync, if any.
 pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
     make_dir(NEW_ROOT)?;
     match &spec.root {
@@ -81,7 +81,7 @@ fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure>
             Some(keep(OVERLAY)?)
         }
         Overlay::Memory | Overlay::ReadOnly => {
-            // By default a small machine has few files: as many as half of its pages.
+            // The default limit on the number of files is low on small machines: half the number of pages.
             mount_at("tmpfs", OVERLAY, MsFlags::empty(), "mode=755,nr_inodes=0")?;
             None
         }
@@ -92,7 +92,7 @@ fn mount_image(device: &str, overlay: &Overlay) -> Result<Option<Kept>, Failure>
     Ok(kept)
 }
 
-/// The upper directory is what the root directory looks like: as the image has it.
+/// The upper directory determines the attributes of the root directory, so they are copied from the image.
 fn make_upper() -> Result<(), Failure> {
     let (upper, work) = (format!("{OVERLAY}/upper"), format!("{OVERLAY}/work"));
     if !Path::new(&upper).exists() {
@@ -120,7 +120,7 @@ fn await_device(device: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes the mounted root this process's, and furnishes it.
+/// Enters the mounted root file system, and sets it up.
 pub fn enter(spec: &Spec) -> Result<(), Failure> {
     let dev = format!("{NEW_ROOT}/dev");
     make_dir(&dev)?;
@@ -147,7 +147,7 @@ pub fn enter(spec: &Spec) -> Result<(), Failure> {
     }
 }
 
-/// What every program counts on. A kernel may lack some of it, and then so do its programs.
+/// Mounts what every program expects. Some of it may not be supported by the kernel.
 fn mount_system() {
     for (kind, dir, flags, options) in [
         ("proc", "/proc", QUIET, ""),
@@ -164,12 +164,12 @@ fn mount_system() {
     for (name, target) in
         [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"), ("core", "/proc/kcore")]
     {
-        // A device node of that name is as good.
+        // An existing device node with that name is fine.
         let _ = symlink(target, format!("/dev/{name}"));
     }
 }
 
-/// Makes a directory and those above it, for all to enter.
+/// Creates a directory and its parents, accessible to all.
 pub fn make_dir(path: impl AsRef<Path>) -> Result<(), Failure> {
     let path = path.as_ref();
     DirBuilder::new()
@@ -179,12 +179,12 @@ pub fn make_dir(path: impl AsRef<Path>) -> Result<(), Failure> {
         .context(format_args!("create directory {}", path.display()))
 }
 
-/// As containers have it: a loopback interface, those that husk knows of, and ports and pings for everybody.
+/// The network setup of a container: the loopback interface, configured interfaces, and unprivileged ports and pings.
 fn set_up_network(spec: &Spec) -> Result<(), Failure> {
     let network = Network::open().and_then(|network| network.bring_loopback_up().map(|()| network));
     match network {
         Ok(network) => spec.interfaces.iter().try_for_each(|interface| network.set_up(interface))?,
-        // A kernel may have no networks at all, which nobody misses who asked for none.
+        // Without any interface to configure, a kernel without networking is no error.
         Err(failure) if spec.interfaces.is_empty() => report::say(&failure.message),
         Err(failure) => return Err(failure),
     }
@@ -206,7 +206,7 @@ fn write_files(spec: &Spec) {
     }
 }
 
-/// A link that leads to what another program would write there gives way to a file.
+/// A link, which would lead to another program's file, is replaced by a file.
 fn replace(path: &Path, content: &[u8]) -> Result<(), Failure> {
     if path.is_symlink() {
         let _ = fs::remove_file(path);

@@ -1,4 +1,4 @@
-//! A process and its connections to the host: the same for the machine's own process and for one more.
+//! A process and its connections to the host, for the main session and additional ones.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -13,13 +13,13 @@ use crate::process::{self, Started};
 use crate::pump::Pump;
 use crate::sys::{self, Ended};
 
-/// A session. Its process starts when its streams are there, and it is over when the host says so, or is gone.
+/// A session. Its process starts when its streams are connected, and it ends when the host says so or disconnects.
 pub struct Session {
     pub id: u64,
     control: ControlConnection,
-    /// Whether it has its turn.
+    /// Whether it was admitted.
     admitted: bool,
-    /// What runs when its streams have come.
+    /// The process to start when its streams are connected.
     wanted: Option<Process>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
@@ -29,7 +29,7 @@ pub struct Session {
     terminal: Option<OwnedFd>,
     pid: Option<Pid>,
     clock: Clock,
-    /// How the process ended, and whether the host knows.
+    /// How the process ended, and whether that was reported to the host.
     end: Option<ToHost>,
     told: bool,
     finished: bool,
@@ -56,7 +56,7 @@ impl Session {
         }
     }
 
-    /// The main session, its connections in the making.
+    /// Creates the main session and starts its connections.
     pub fn connect(process: &Process) -> Result<Session, Failure> {
         let mut session = Session::new(MAIN_SESSION, connection::connect()?);
         for role in streams_of(process) {
@@ -65,7 +65,7 @@ impl Session {
         Ok(session)
     }
 
-    /// Waits until the host has answered each of [`Session::connect`]'s.
+    /// Waits until the connections of [`Session::connect`] are established.
     pub fn complete_connections(&mut self) -> Result<(), Failure> {
         let hello = |role| Hello { session: MAIN_SESSION, role };
         self.control.complete(hello(Role::Control))?;
@@ -77,23 +77,23 @@ impl Session {
         Ok(())
     }
 
-    /// One that the host has opened. Its process does not start before it is [admitted](Session::admit).
+    /// Creates a session opened by the host. Its process is not started before it is [admitted](Session::admit).
     pub fn accepted(id: u64, control: OwnedFd) -> Session {
         Session::new(id, control)
     }
 
-    /// Whether it has its turn.
+    /// Whether it was admitted.
     pub fn is_admitted(&self) -> bool {
         self.admitted
     }
 
-    /// Gives it its turn, which it keeps to its end.
+    /// Admits the session.
     pub fn admit(&mut self) {
         self.admitted = true;
         self.control.say(&ToHost::Admitted);
     }
 
-    /// Takes a stream that the host has opened; one that is there already stays.
+    /// Adds a stream opened by the host; a duplicate is dropped.
     pub fn offer(&mut self, role: Role, socket: OwnedFd) {
         if role != Role::Control && self.pid.is_none() {
             self.slot(role).get_or_insert(socket);
@@ -108,7 +108,7 @@ impl Session {
         }
     }
 
-    /// Starts the process, or tells the host why it does not start.
+    /// Starts the process, or reports why it cannot start.
     pub fn start(&mut self, process: &Process, hostname: &str) {
         let started = process::start(process, hostname).and_then(|started| self.join_streams(started));
         match started {
@@ -120,7 +120,7 @@ impl Session {
         }
     }
 
-    /// Has the host told why there is no process.
+    /// Reports why there is no process.
     pub fn fail(&mut self, failure: Failure) {
         (self.stdin, self.stdout, self.stderr) = (None, None, None);
         self.end = Some(ToHost::Failed { message: shortened(&failure.message), code: failure.code });
@@ -140,7 +140,7 @@ impl Session {
         Ok(started.pid)
     }
 
-    /// Notes how process `pid` ended; true if it was this one's.
+    /// Records how process `pid` ended; returns whether it belongs to this session.
     pub fn note_end(&mut self, pid: Pid, ended: Ended) -> bool {
         if self.pid != Some(pid) {
             return false;
@@ -153,17 +153,17 @@ impl Session {
         true
     }
 
-    /// Whether the process has ended, or there never was one.
+    /// Whether the process has ended or failed to start.
     pub fn has_ended(&self) -> bool {
         self.end.is_some()
     }
 
-    /// Whether there is nothing more to do.
+    /// Whether nothing is left to do.
     pub fn is_over(&self) -> bool {
         self.finished || !self.control.is_open()
     }
 
-    /// What the machine ends with if this is its main session.
+    /// The machine's exit code if this is the main session.
     pub fn exit_code(&self) -> u8 {
         match self.end {
             Some(ToHost::Exited(code) | ToHost::Failed { code, .. }) => code,
@@ -172,12 +172,12 @@ impl Session {
         }
     }
 
-    /// Says that what the process's pipes hold is all that will come.
+    /// Marks the data in the process's pipes as the last.
     pub fn expect_no_more_output(&mut self) {
         self.outputs.iter_mut().for_each(Pump::expect_no_more);
     }
 
-    /// Moves what can be moved without waiting, and does what the host says.
+    /// Transfers what is possible without blocking, and handles messages of the host.
     pub fn advance(&mut self, hostname: &str) {
         for pump in self.input.iter_mut().chain(&mut self.outputs) {
             pump.advance();
@@ -203,7 +203,7 @@ impl Session {
             }
             ToGuest::Signal(number) => {
                 if let Some(pid) = self.pid {
-                    // It may have ended just now.
+                    // It may have just exited.
                     let _ = sys::send_signal(pid, number);
                 }
             }
@@ -239,13 +239,13 @@ impl Session {
         }
     }
 
-    /// What to wait for before the next [`Session::advance`].
+    /// The events to wait for before the next [`Session::advance`].
     pub fn awaits(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         self.control.awaits().into_iter().chain(self.input.iter().chain(&self.outputs).filter_map(Pump::awaits))
     }
 }
 
-/// The streams that a process has. On a terminal both outputs are one.
+/// The streams of a process. With a terminal both outputs are one.
 fn streams_of(process: &Process) -> impl Iterator<Item = Role> {
     let some = !process.detached;
     let (stdin, stderr) = (process.stdin, process.terminal.is_none());

@@ -1,19 +1,19 @@
-//! Messages on a stream of bytes: each is its length, four bytes little-endian, and then itself.
+//! Framing of messages on a byte stream: each is preceded by its length, four bytes little-endian.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::Malformed;
 
-/// A message that one side sends, and how long it may be at most.
+/// A message with a maximum size.
 pub trait Message: Serialize + DeserializeOwned {
-    /// The longest such message, its length not counted.
+    /// The maximum size, excluding the length field.
     const MAX_BYTES: usize;
 }
 
 const LENGTH_BYTES: usize = 4;
 
-/// Appends `message` to `out`. Fails, with `out` as it was, where it is longer than a reader would take.
+/// Appends `message` to `out`. Fails without any change if it is too long.
 pub fn write<M: Message>(message: &M, out: &mut Vec<u8>) -> Result<(), Malformed> {
     let bytes = postcard::to_allocvec(message).map_err(|_| Malformed::Content)?;
     let len = u32::try_from(bytes.len()).ok().filter(|_| bytes.len() <= M::MAX_BYTES);
@@ -23,19 +23,19 @@ pub fn write<M: Message>(message: &M, out: &mut Vec<u8>) -> Result<(), Malformed
     Ok(())
 }
 
-/// What has arrived of a stream of messages. It holds no more than one message of the greatest length and one read.
+/// Buffers received data. It holds at most one message of maximum length and one read.
 #[derive(Debug, Default)]
 pub struct Reader {
     bytes: Vec<u8>,
 }
 
 impl Reader {
-    /// Adds what was read. To be followed by [`Reader::take`] until that has nothing more.
+    /// Adds received data. Afterwards [`Reader::take`] must be called until it returns `None`.
     pub fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The next whole message, if one is there. After an error the stream is of no more use.
+    /// The next complete message, if there is one. After an error the stream is unusable.
     pub fn take<M: Message>(&mut self) -> Result<Option<M>, Malformed> {
         let Some((length, rest)) = self.bytes.split_first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
         let len = u32::from_le_bytes(*length) as usize;
@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn a_length_within_a_message_takes_no_more_than_the_message() {
-        // Failed, with a message that claims to be 2^28 bytes long.
+        // Found by fuzzing: a message that claims to be 2^28 bytes long.
         let mut reader = Reader::default();
         reader.push(&[7, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0x7f, b'a', 0]);
         assert_eq!(reader.take::<ToHost>(), Err(Malformed::Content));

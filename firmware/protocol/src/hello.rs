@@ -1,37 +1,37 @@
-//! The first bytes of every connection: whose it is and what it is for.
+//! The hello at the start of every connection, which identifies its session and role.
 
 use crate::{Malformed, VERSION};
 
-/// The length of every hello.
+/// The size of a hello.
 pub const HELLO_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"husk";
 
-/// What a connection of a session is for.
+/// The role of a connection in its session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Frames in both directions.
+    /// Control messages in both directions.
     Control,
-    /// Bytes to the process's standard input.
+    /// Data for the process's standard input.
     Stdin,
-    /// Bytes of its standard output; of both outputs where it has a terminal.
+    /// Data of its standard output; with a terminal, of both outputs.
     Stdout,
-    /// Bytes of its standard error.
+    /// Data of its standard error.
     Stderr,
 }
 
 const ROLES: [Role; 4] = [Role::Control, Role::Stdin, Role::Stdout, Role::Stderr];
 
-/// What who connects says first.
+/// The first message of the connecting side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hello {
-    /// Which session the connection belongs to.
+    /// The session's ID.
     pub session: u64,
-    /// What it is for.
+    /// The role.
     pub role: Role,
 }
 
 impl Hello {
-    /// The hello as it is sent: magic, version, role, a zero, session; little-endian.
+    /// Serializes the hello: magic, version, role, zero, session; little-endian.
     pub fn to_bytes(self) -> [u8; HELLO_BYTES] {
         let mut bytes = [0; HELLO_BYTES];
         bytes[..4].copy_from_slice(&MAGIC);
@@ -41,7 +41,7 @@ impl Hello {
         bytes
     }
 
-    /// The hello that `bytes` are.
+    /// Parses a hello.
     pub fn from_bytes(bytes: [u8; HELLO_BYTES]) -> Result<Hello, Malformed> {
         let [m0, m1, m2, m3, v0, v1, role, _, session @ ..] = bytes;
         if [m0, m1, m2, m3] != MAGIC {

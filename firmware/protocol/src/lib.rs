@@ -1,12 +1,13 @@
-//! What husk and the init in its guests say to each other: a [`Spec`] in the initial RAM disk, then sessions over vsock.
+//! The protocol between husk and the init of its guests: a [`Spec`] in the initial RAM disk, then sessions over vsock.
 //!
 //! A session is one process: a control connection, and a connection for each of its streams. Each connection begins
 //! with a [`Hello`]; on the control connection [frames](frame) follow, on the others the stream's bytes as they are.
-//! For the machine's own process the guest connects to the host; for one more process the host connects to the guest: first
-//! for control, and for the streams once the guest has [admitted](ToHost::Admitted) the session. Both use port [`PORT`].
+//! For the machine's own process the guest connects to the host; for one more process the host connects to the guest:
+//! first for control, and for the streams once the guest has [admitted](ToHost::Admitted) the session. Both use port
+//! [`PORT`].
 //!
-//! Either side takes what the other says as foreign: sizes are bounded before memory is taken, and what is not understood
-//! ends the session, never the reader.
+//! Both sides treat received data as untrusted: sizes are checked before memory is allocated, and invalid data ends the
+//! session, never the process.
 
 pub mod frame;
 mod hello;
@@ -20,34 +21,35 @@ pub use spec::{FIXED_PATH, Interface, InterfaceAddress, Limit, Overlay, Root, SP
 
 /// The vsock port that either side listens on.
 pub const PORT: u32 = 1024;
-/// Where init's own program is for a process of the guest, which it serves `husk cp` with: the first argument is one of
-/// those below, the second a path.
+/// The path of init's own program within the guest, which implements `husk cp`: the first argument is one of those
+/// below, the second a path.
 pub const INIT_PROGRAM: &str = "/proc/1/exe";
-/// Sends what is at the path to standard output, as [`tree::send`] does.
+/// Sends the file at the path to standard output with [`tree::send`].
 pub const COPY_FROM: &str = "copy-from";
-/// The same, and a link at the path is what it leads to.
+/// The same, following a link at the path.
 pub const COPY_FROM_BEHIND_LINK: &str = "copy-from-behind-link";
-/// Puts what comes on standard input to the path, as [`tree::receive`] does.
+/// Writes a stream from standard input to the path with [`tree::receive`].
 pub const COPY_TO: &str = "copy-to";
-/// The same, and files keep their owners.
+/// The same, preserving the files' owners.
 pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
-/// The session of the machine's own process.
+/// The session of the machine's main process.
 pub const MAIN_SESSION: u64 = 0;
-/// What a change of any message here changes. husk carries the init that it speaks to, so that they differ only by mistake.
+/// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
+/// mismatch is always an error.
 pub const VERSION: u16 = 4;
 
-/// Why a message is none.
+/// Why a message is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Malformed {
-    /// It is not this protocol at all.
+    /// It belongs to another protocol.
     Magic,
-    /// It is another version of it.
+    /// It has another version of the protocol.
     Version(u16),
-    /// A number in it names nothing.
+    /// An unknown value.
     Role(u8),
-    /// It claims to be longer than such a message may be.
+    /// It exceeds the maximum size of such a message.
     TooLong(usize),
-    /// Its bytes are no message of the type expected.
+    /// It is not a message of the expected type.
     Content,
 }
 

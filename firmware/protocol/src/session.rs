@@ -1,83 +1,83 @@
-//! The control connection's messages, in both directions, and the process that they are about.
+//! Messages of the control connection, in both directions.
 
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Message;
 use crate::spec::Limit;
 
-/// A process to be started in the guest. What it leaves open, the guest's files decide: user names, the path searched.
+/// A process to be started in the guest. User names and PATH are resolved with the guest's files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
-    /// The program, by path or by name, and its arguments. The same string is argument 0.
+    /// The program, by path or by name, and its arguments. It is also argument 0.
     pub args: Vec<Vec<u8>>,
-    /// `NAME=VALUE` each. PATH, HOSTNAME, HOME and, with a terminal, TERM are added where they are missing.
+    /// `NAME=VALUE` each. PATH, HOSTNAME, HOME and, with a terminal, TERM are added if missing.
     pub env: Vec<Vec<u8>>,
-    /// The working directory; empty is `/`. The machine's own process has it made where it is missing.
+    /// The working directory; empty means `/`. It is created for the main process if it does not exist.
     pub working_dir: Vec<u8>,
-    /// As a user types it: `NAME`, `UID`, and either with `:GROUP` or `:GID`; empty is root.
+    /// The user as given: `NAME` or `UID`, optionally with `:GROUP` or `:GID`; empty is root.
     pub user: String,
-    /// The terminal that it gets, if it gets one.
+    /// The size of its terminal, if it has one.
     pub terminal: Option<WindowSize>,
-    /// Whether standard input is a stream of the session; without it there is nothing to read.
+    /// Whether standard input is a stream of the session; otherwise it is empty.
     pub stdin: bool,
-    /// Whether it has no streams at all: what it writes goes nowhere, and its session may end before it.
+    /// Whether it has no streams: its output is discarded, and its session may end before the process.
     pub detached: bool,
-    /// Resource limits, in the order in which they are set.
+    /// Resource limits, in the order they are set.
     pub limits: Vec<Limit>,
 }
 
 /// The size of a terminal in characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowSize {
-    /// Lines.
+    /// Rows.
     pub rows: u16,
-    /// Characters in a line.
+    /// Columns.
     pub columns: u16,
 }
 
-/// What the host says.
+/// Messages from the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToGuest {
-    /// Start this process; once in a session that the host opened, and there only. It starts when the session is
-    /// [admitted](ToHost::Admitted) and its streams have come.
+    /// Start this process; sent once, and only in a session opened by the host. It starts when the session is
+    /// [admitted](ToHost::Admitted) and its streams are connected.
     Start(Process),
     /// Send the process this signal.
     Signal(u8),
-    /// The person's terminal has another size now.
+    /// The size of the user's terminal has changed.
     Resize(WindowSize),
-    /// All that the process wrote has arrived: the session is over, and with the main one the machine.
+    /// All output of the process has arrived: ends the session, and with the main session the machine.
     Finish,
-    /// The guest did not run for a while, or the host's wall clock was set: [ask](ToHost::AskTime) for the time. In the main
-    /// session only.
+    /// The guest was stopped, or the host's wall clock was set: [ask](ToHost::AskTime) for the time. Only in the main
+    /// session.
     CheckClock,
-    /// The host's wall clock: nanoseconds since 1970, when it answered.
+    /// The host's wall clock at the time of the response, in nanoseconds since 1970.
     Time(u64),
 }
 
 impl Message for ToGuest {
-    // What Linux takes as arguments and environment of one program by default, and some.
+    // Linux's default limit for arguments and environment together, with some margin.
     const MAX_BYTES: usize = 2 << 20;
 }
 
-/// What the guest says.
+/// Messages from the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToHost {
-    /// The session that the host opened has its turn: there is room for its process, and its streams may come.
+    /// The session opened by the host is admitted: its streams may be connected.
     Admitted,
-    /// The process runs under this number.
+    /// The process is running with this PID.
     Started(u32),
-    /// There is no process, for this reason; the code is what a shell would give.
+    /// The process did not start, for this reason; the code is the same as a shell's.
     Failed {
         /// One line.
         message: String,
         /// 125 to 127.
         code: u8,
     },
-    /// The process ended by itself.
+    /// The process exited with this code.
     Exited(u8),
-    /// A signal of this number ended the process.
+    /// The process was killed by this signal.
     Signaled(u8),
-    /// Say what time it is: the answer is a [`ToGuest::Time`].
+    /// Request the time, which is answered by [`ToGuest::Time`].
     AskTime,
 }
 

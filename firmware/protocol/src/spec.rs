@@ -1,4 +1,4 @@
-//! What init finds beside itself in the initial RAM disk: the machine's inside, as husk wants it.
+//! The configuration of init, which husk stores in the initramfs.
 
 use core::net::IpAddr;
 
@@ -6,70 +6,70 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Malformed, Process, VERSION};
 
-/// Where init finds its [`Spec`].
+/// The path of the [`Spec`].
 pub const SPEC_PATH: &str = "/spec";
-/// The path of programs where neither image nor user says another.
+/// The default PATH.
 pub const FIXED_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// All that init is told before it can talk to anybody.
+/// The configuration of a machine for init.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
-    /// Kernel modules by their paths in the initial RAM disk, each behind those it needs.
+    /// The paths of kernel modules in the initramfs, in load order.
     pub modules: Vec<String>,
     /// The root file system.
     pub root: Root,
-    /// The machine's name.
+    /// The host name.
     pub hostname: String,
-    /// The content of /etc/hosts, where it is not the root's own.
+    /// The content of /etc/hosts, unless the root file system's own is kept.
     pub hosts: Option<Vec<u8>>,
-    /// The content of /etc/resolv.conf, where it is not the root's own.
+    /// The content of /etc/resolv.conf, unless the root file system's own is kept.
     pub resolv_conf: Option<Vec<u8>>,
-    /// Network interfaces that are to be set up; the others are the root's own affair.
+    /// Network interfaces to configure; others are left alone.
     pub interfaces: Vec<Interface>,
-    /// File systems in memory, in the order in which they are mounted.
+    /// tmpfs mounts, in order.
     pub tmpfs: Vec<Tmpfs>,
-    /// What runs.
+    /// What to run.
     pub start: Start,
 }
 
-/// Where the root file system is.
+/// The source of the root file system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Root {
-    /// A read-only image on this block device, and what lies over it.
+    /// A read-only image on this block device, with a writable layer.
     Image {
         /// `/dev/vda`
         device: String,
-        /// Where changes go.
+        /// The writable layer.
         overlay: Overlay,
     },
-    /// A disk with an operating system of its own: the whole device is a file system, or one of its partitions.
+    /// A disk with its own operating system: a file system on the whole device, or on one of its partitions.
     Disk {
         /// `/dev/vda`
         device: String,
-        /// Whether nothing may be changed.
+        /// Whether it is mounted read-only.
         readonly: bool,
     },
 }
 
-/// Where changes to an image go.
+/// The writable layer of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Overlay {
-    /// There are none.
+    /// None.
     ReadOnly,
-    /// Into the guest's memory; they end with the machine.
+    /// In guest memory; lost when the machine ends.
     Memory,
-    /// To an ext4 file system on this block device.
+    /// On an ext4 file system on this block device.
     Disk(String),
 }
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
-    /// Its Ethernet address, by which it is found.
+    /// The MAC address, by which it is found.
     pub mac: [u8; 6],
-    /// Its addresses. Without any it is put in service and left to find its own.
+    /// Its addresses. Without any, the interface is only brought up.
     pub addresses: Vec<InterfaceAddress>,
-    /// Where everything else is reached through.
+    /// The default gateways.
     pub gateways: Vec<IpAddr>,
 }
 
@@ -78,49 +78,49 @@ pub struct Interface {
 pub struct InterfaceAddress {
     /// The address.
     pub ip: IpAddr,
-    /// How many of its bits are the network's.
+    /// The prefix length.
     pub prefix: u8,
 }
 
-/// A file system in memory.
+/// A tmpfs mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tmpfs {
-    /// Where it is mounted; made where it is missing.
+    /// The mount point, created if it does not exist.
     pub path: Vec<u8>,
     /// The flags of mount(2).
     pub flags: u64,
-    /// tmpfs's own options: `size=64m,mode=1777`.
+    /// Options of tmpfs, such as `size=64m,mode=1777`.
     pub options: String,
 }
 
-/// A limit of setrlimit(2).
+/// A resource limit, see setrlimit(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
     /// RLIMIT_…
     pub resource: u32,
-    /// What counts.
+    /// The soft limit.
     pub soft: u64,
-    /// How far the process may raise it.
+    /// The hard limit.
     pub hard: u64,
 }
 
 /// What runs in the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Start {
-    /// A process beside init, which stays; the main session is about it.
+    /// A process next to init, controlled by the main session.
     Process(Process),
-    /// The root's own init, in init's place: this program with these arguments, or where there is none, what a
-    /// distribution calls it. There are no sessions.
+    /// The root file system's own init in place of husk's: this program with these arguments, or if empty, the default
+    /// one. There are no sessions.
     Init(Vec<Vec<u8>>),
 }
 
 impl Spec {
-    /// The content of the file: the version, then the rest.
+    /// Serializes the spec: the version, followed by the rest.
     pub fn to_bytes(&self) -> Result<Vec<u8>, Malformed> {
         postcard::to_allocvec(&(VERSION, self)).map_err(|_| Malformed::Content)
     }
 
-    /// The spec that the file's content is.
+    /// Parses the file's content.
     pub fn from_bytes(bytes: &[u8]) -> Result<Spec, Malformed> {
         let (version, rest): (u16, _) = postcard::take_from_bytes(bytes).map_err(|_| Malformed::Content)?;
         if version != VERSION {

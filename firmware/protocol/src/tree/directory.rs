@@ -1,5 +1,5 @@
-//! A directory that is open. What is done in it is done by a single name, and through no link: whatever others make of
-//! the directories above meanwhile, it goes nowhere else.
+//! An open directory. All operations in it take a single name and follow no links, so they cannot be redirected by
+//! concurrent changes of its parents.
 
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
@@ -15,24 +15,24 @@ use rustix::process::geteuid;
 
 use super::{about, failure};
 
-/// The directory, and its path for who reads of what went wrong.
+/// The directory, and its path for messages.
 pub struct Directory {
     fd: OwnedFd,
     path: PathBuf,
 }
 
-/// Nothing of it is read; so its owner may forbid that.
+/// It need not be readable.
 const FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 impl Directory {
-    /// Opens a directory of the user's own, links and all.
+    /// Opens a directory given by the user, following links.
     pub fn open(path: &Path) -> io::Result<Directory> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let fd = fs::openat(CWD, path, FLAGS, Mode::empty()).map_err(|error| about("open", path, &error.into()))?;
         Ok(Directory { fd, path: path.to_owned() })
     }
 
-    /// The path of what is called `name` in it.
+    /// The path of `name` in it.
     pub fn path_of(&self, name: &OsStr) -> PathBuf {
         self.path.join(name)
     }
@@ -41,7 +41,7 @@ impl Directory {
         done.map_err(|error| about(action, &self.path_of(name), &error.into()))
     }
 
-    /// Makes a directory in it, or takes one that is there. Returns it, and whether it is new.
+    /// Creates a directory, or opens an existing one. Returns it, and whether it is new.
     pub fn make_dir(&self, name: &OsStr, mode: u32) -> io::Result<(Directory, bool)> {
         let made = fs::mkdirat(&self.fd, name, Mode::from_raw_mode(mode));
         let is_new = made.is_ok();
@@ -59,7 +59,7 @@ impl Directory {
         Ok(Directory { fd, path: self.path_of(name) })
     }
 
-    /// Makes a file in it, in place of a file or a link. Returns it, and what was there if that was a file.
+    /// Creates a file, replacing a file or a link. Returns it, and the status of a replaced file.
     pub fn make_file(&self, name: &OsStr) -> io::Result<(File, Option<Stat>)> {
         let previous = self.clear(name)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -68,14 +68,13 @@ impl Directory {
         Ok((file, previous.filter(|found| FileType::from_raw_mode(found.st_mode).is_file())))
     }
 
-    /// Makes a symbolic link in it, in place of a file or a link.
+    /// Creates a symbolic link, replacing a file or a link.
     pub fn make_link(&self, name: &OsStr, target: &[u8]) -> io::Result<()> {
         self.clear(name)?;
         self.told("make", name, fs::symlinkat(OsStr::from_bytes(target), &self.fd, name))
     }
 
-    /// Gives the file that `names` lead to, from `root`, a further name in this directory, in place of a file or a
-    /// link.
+    /// Creates a hard link to the file at `names`, relative to `root`, replacing a file or a link.
     pub fn make_same(&self, name: &OsStr, root: &Directory, names: &[Vec<u8>]) -> io::Result<()> {
         let Some((file, dirs)) = names.split_last() else {
             return Err(failure("the sender sent a hard link to nothing"));
@@ -95,7 +94,7 @@ impl Directory {
         self.told("make", name, fs::linkat(&from.fd, file, &self.fd, name, AtFlags::empty()))
     }
 
-    /// Gives what is called `name` in it another owner, a link too.
+    /// Changes the owner of `name`, which may be a link.
     pub fn own(&self, name: &OsStr, uid: u32, gid: u32) -> io::Result<()> {
         let (uid, gid) = (fs::Uid::from_raw(uid), fs::Gid::from_raw(gid));
         let done = fs::chownat(&self.fd, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
@@ -109,12 +108,12 @@ impl Directory {
         opened.map(File::from).map_err(|error| about("open", &self.path, &error.into()))
     }
 
-    /// Its path, for messages.
+    /// The path, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Removes a file or a link that is in the way, and nothing else. Returns what it was.
+    /// Removes an existing file or link, but nothing else. Returns its status.
     fn clear(&self, name: &OsStr) -> io::Result<Option<Stat>> {
         let found = match fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(None),
@@ -135,21 +134,21 @@ impl Directory {
     }
 }
 
-/// Gives a file the owner and the permissions of the one that it has come in place of, as far as this process may.
+/// Copies owner and permissions of the replaced file, as far as permitted.
 pub fn take_after(file: &File, previous: &Stat) -> io::Result<()> {
     let now = fs::fstat(file)?;
     if (now.st_uid, now.st_gid) != (previous.st_uid, previous.st_gid) {
         let _ = fchown(file, Some(previous.st_uid), Some(previous.st_gid));
     }
-    // Bits that make it run as its owner were given to another content.
+    // Setuid and setgid were meant for other content.
     file.set_permissions(Permissions::from_mode(previous.st_mode & 0o777))
 }
 
-/// Links that lead to each other, at most (as the kernel, path_resolution(7)).
+/// The maximum number of nested links (the kernel's, path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
-/// Where the links of the user's lead that begin at `path`: to a file, or to the name of one. One that another user has
-/// put into a directory of everybody's is refused, as by the kernel (proc(5), protected_symlinks).
+/// Resolves the user's links at `path` to a file, or to the name of a new one. Links of other users in world-writable
+/// directories are rejected, as by the kernel (proc(5), protected_symlinks).
 pub fn through_links(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..LINKS_MAX {

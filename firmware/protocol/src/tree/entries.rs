@@ -1,5 +1,5 @@
-//! A stream, read entry by entry. Nothing of the sender's is trusted: what comes has a place where it comes, a name is
-//! one name, and of a guest no name comes twice.
+//! Reads and validates a stream, entry by entry. The sender is not trusted: entries must be in a valid order, names are
+//! single components, and a guest cannot send a name twice.
 
 use std::io::{self, Read};
 
@@ -12,19 +12,19 @@ pub struct Entries<R> {
     reader: Reader,
     is_trusted: bool,
     has_begun: bool,
-    /// Of each directory that is open, the name that came last.
+    /// The last name in each open directory.
     open: Vec<Vec<u8>>,
 }
 
 impl<R: Read> Entries<R> {
-    /// Reads from `input`, which is best buffered. One that is not trusted sends the names of a directory in ascending
-    /// order: so what it has made is never what it goes through, or writes to, afterwards.
+    /// Reads from `input`, which should be buffered. An untrusted sender must sort the names of a directory: thus it
+    /// cannot traverse or overwrite what it has created before.
     pub fn new(input: R, is_trusted: bool) -> Entries<R> {
         Entries { input, reader: Reader::default(), is_trusted, has_begun: false, open: Vec::new() }
     }
 
-    /// The next entry; none at the end. The first one's name is unchecked, and is best ignored. A file's content is to
-    /// be taken, by [`Entries::content`], before what follows it.
+    /// The next entry; `None` at the end. The first one's name is not validated, and should be ignored. A file's
+    /// content must be read with [`Entries::content`] before the next entry.
     pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         let entry = self.read()?;
         match (entry.name(), self.open.last_mut()) {
@@ -51,7 +51,7 @@ impl<R: Read> Entries<R> {
         Ok(Some(entry))
     }
 
-    /// Hands the content of the file that came last to `take`, piece by piece.
+    /// Passes the content of the last file to `take`, in pieces.
     pub fn content(&mut self, mut take: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
         let mut piece = Vec::new();
         loop {
@@ -66,7 +66,7 @@ impl<R: Read> Entries<R> {
         }
     }
 
-    /// Frames are short, and are read byte by byte no further than they go: a piece's bytes follow.
+    /// Frames are short, and are read byte by byte because a piece's data may follow.
     fn read(&mut self) -> io::Result<Entry> {
         loop {
             match self.reader.take::<Entry>() {
@@ -82,7 +82,7 @@ impl<R: Read> Entries<R> {
     }
 }
 
-/// Whether a name leads nowhere but to an entry of its directory.
+/// Checks that a name is a single path component.
 pub(super) fn check_name(name: &[u8]) -> io::Result<()> {
     let has_length = (1..=NAME_MAX_BYTES).contains(&name.len());
     let leads_on = name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0);

@@ -1,8 +1,8 @@
-//! Files and directories as a stream of bytes: what `husk cp` sends into a machine, and has sent out of it.
+//! The stream format of `husk cp` for files and directories.
 //!
-//! Entries are frames in the order of a walk; a directory's are between its own and a `Leave`, and a file's content
-//! follows it in pieces. [`send()`] walks and says them, [`Entries`] reads and checks them, and [`receive()`] makes
-//! files of them.
+//! Entries are frames in traversal order; those within a directory are between its own entry and a `Leave`, and a
+//! file's content follows it in pieces. [`send()`] generates them, [`Entries`] reads and validates them, and
+//! [`receive()`] creates the files.
 
 mod directory;
 mod entries;
@@ -24,38 +24,36 @@ pub use send::send;
 
 use crate::frame::{self, Message};
 
-/// As much of a file as one piece has.
+/// The maximum size of a piece.
 const PIECE_BYTES: usize = 256 << 10;
-/// Directories in each other, at most. Each is a descriptor of the receiver's, which has 1024 as a rule.
+/// The maximum depth. Each level uses a descriptor of the receiver, whose limit is usually 1024.
 const DEPTH_MAX: usize = 512;
-/// Why devices, pipes and sockets are left out.
+/// The reason for omitting devices, pipes and sockets.
 pub const NOT_COPIED: &str = "not a file, directory or symbolic link";
-/// Longest name of a file (Linux' NAME_MAX).
+/// The maximum length of a file name (NAME_MAX in Linux).
 const NAME_MAX_BYTES: usize = 255;
 
-/// What a stream is made of.
+/// An element of the stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {
-    /// A directory; what is in it follows, up to its `Leave`.
+    /// A directory, followed by its contents up to a `Leave`.
     Directory(Vec<u8>, About),
-    /// A file, and how many bytes it had when it was opened; its `Piece`s follow, the last of which is empty. One that
-    /// changes meanwhile has more of them, or less.
+    /// A file, and its size when it was opened, followed by its `Piece`s, the last of which is empty. If it changes in
+    /// the meantime, their total differs.
     File(Vec<u8>, About, u64),
-    /// So many bytes of a file follow, as they are.
+    /// A piece of a file, followed by this many bytes.
     Piece(u32),
-    /// A symbolic link, and where it leads.
+    /// A symbolic link, and its target.
     Link(Vec<u8>, Vec<u8>, About),
-    /// A directory that is made where it is missing, and else stays as it is; what is to be in it follows, up to its
-    /// `Leave`.
+    /// A directory that is created if missing and otherwise left unchanged, followed by its contents up to a `Leave`.
     Enter(Vec<u8>),
-    /// Another name for a file that the stream has made, by its path below the first directory. Only for a machine,
-    /// from its host.
+    /// A hard link to a file in the stream, by its path below the first directory. Only from the host to a machine.
     Same(Vec<u8>, Vec<Vec<u8>>),
-    /// The directory is complete.
+    /// The end of a directory.
     Leave,
-    /// The sender cannot go on, for this reason.
+    /// The sender failed, for this reason.
     Failed(String),
-    /// This was all.
+    /// The end of the stream.
     End,
 }
 
@@ -64,7 +62,7 @@ impl Message for Entry {
 }
 
 impl Entry {
-    /// What it is called, if it is something with a name.
+    /// The name, for elements that have one.
     pub fn name(&self) -> Option<&[u8]> {
         match self {
             Entry::Directory(name, _) | Entry::File(name, ..) | Entry::Link(name, ..) => Some(name),
@@ -73,24 +71,24 @@ impl Entry {
         }
     }
 
-    /// Whether others follow that are in it.
+    /// Whether contents follow.
     pub fn is_dir(&self) -> bool {
         matches!(self, Entry::Directory(..) | Entry::Enter(_))
     }
 }
 
-/// What there is to know of a file beside its content.
+/// The metadata of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
-    /// Permissions, with the bits above them.
+    /// Permissions, including setuid, setgid and the sticky bit.
     pub mode: u32,
-    /// Its owner.
+    /// The owner.
     pub uid: u32,
-    /// Its group.
+    /// The group.
     pub gid: u32,
-    /// When it was changed, in seconds since 1970.
+    /// The modification time, in seconds since 1970.
     pub mtime_s: i64,
-    /// And nanoseconds.
+    /// Its nanoseconds.
     pub mtime_ns: u32,
 }
 
@@ -106,25 +104,25 @@ impl From<&Metadata> for About {
     }
 }
 
-/// Writes a stream, entry by entry, for who has other entries than a directory's of this machine.
+/// Writes a stream, for sources other than a local directory.
 pub struct Writer<W> {
     out: W,
 }
 
 impl<W: Write> Writer<W> {
-    /// Writes to `out`, which is best buffered.
+    /// Writes to `out`, which should be buffered.
     pub fn new(out: W) -> Writer<W> {
         Writer { out }
     }
 
-    /// Says what comes next.
+    /// Writes the next entry.
     pub fn say(&mut self, entry: &Entry) -> io::Result<()> {
         let mut bytes = Vec::new();
         frame::write(entry, &mut bytes).map_err(|error| failure(error.to_string()))?;
         self.out.write_all(&bytes)
     }
 
-    /// The next bytes of the file that was said last, or its end.
+    /// Writes the next piece of the current file; empty at its end.
     pub fn piece(&mut self, bytes: &[u8]) -> io::Result<()> {
         for bytes in bytes.chunks(PIECE_BYTES).filter(|_| !bytes.is_empty()) {
             self.say(&Entry::Piece(bytes.len() as u32))?;
@@ -133,27 +131,28 @@ impl<W: Write> Writer<W> {
         if bytes.is_empty() { self.say(&Entry::Piece(0)) } else { Ok(()) }
     }
 
-    /// What it writes to.
+    /// Returns the output.
     pub fn into_inner(self) -> W {
         self.out
     }
 
-    /// Writes out what is held back.
+    /// Flushes buffered data.
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
 }
 
-/// What was copied.
+/// A summary of what was copied.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Copied {
-    /// Files, links and directories.
+    /// The number of files, links and directories.
     pub entries: u64,
-    /// Of their contents.
+    /// The size of their contents.
     pub bytes: u64,
-    /// What was left out of directories, and why: devices, pipes, sockets, what could not be read or was gone before its turn.
+    /// Omitted entries with the reason: devices, pipes, sockets, and files that could not be read or were removed in
+    /// the meantime.
     pub skipped: Vec<String>,
-    /// Where it leads, if all that was copied is a symbolic link.
+    /// The target, if only a symbolic link was copied.
     pub link: Option<PathBuf>,
 }
 
@@ -161,12 +160,12 @@ fn failure(words: impl Into<String>) -> io::Error {
     io::Error::other(words.into())
 }
 
-/// What `error` says, about what was done with `path`.
+/// Adds the operation and its path to an error.
 fn about(action: &str, path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{action} {}: {}", path.display(), words(error)))
 }
 
-/// An error without the number that stands behind its words.
+/// An error message without the error number.
 fn words(error: &io::Error) -> String {
     let text = error.to_string();
     text.split(" (os error").next().unwrap_or_default().to_owned()

@@ -1,5 +1,4 @@
-//! From a stream to files and directories: below the place and under the name that the receiver says, whatever the
-//! sender does.
+//! Creates files and directories from a stream, only in the location and under the name chosen by the receiver.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileTimes, Permissions};
@@ -13,20 +12,20 @@ use super::directory::{Directory, take_after, through_links};
 use super::entries::check_name;
 use super::{About, Copied, Entries, Entry, about, failure};
 
-/// What a receiver takes from its sender.
+/// What a receiver accepts from its sender.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Terms {
-    /// What that is called which is sent; `.` is what is in a directory. Without one it is the sender's to say.
+    /// The name of the copied file; `.` for the contents of a directory. If absent, the sender chooses.
     pub name: Option<OsString>,
-    /// Nothing but a directory was asked for.
+    /// Whether it must be a directory.
     pub must_be_dir: bool,
-    /// Gives what is new the owners that it had; otherwise it is this process's, and runs as nobody else.
+    /// Whether new files get the original owners; otherwise they belong to this process's user, without setuid.
     pub owners: bool,
-    /// The sender may also change modes and owners of what is there, and make further names for files.
+    /// Whether the sender may also change modes and owners of existing files, and create hard links.
     pub trusted: bool,
 }
 
-/// Makes what a stream describes: in `to` where that is a directory, or else under that name.
+/// Creates what a stream describes: within `to` if that is a directory, or else under that name.
 pub fn receive(input: &mut impl Read, to: &Path, terms: Terms, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
     let entries = Entries::new(input, terms.trusted);
     let mut receiver = Receiver { entries, open: Vec::new(), copied: Copied::default(), terms, progress };
@@ -42,17 +41,17 @@ struct Receiver<'a, R, P> {
     progress: &'a mut P,
 }
 
-/// A directory that is not complete, and what it becomes when it is.
+/// An incomplete directory, and its final metadata.
 struct Open {
     dir: Directory,
     becomes: Option<About>,
 }
 
-/// Where the first entry goes.
+/// The destination of the first entry.
 enum Place {
-    /// It is this directory, which is there.
+    /// This existing directory.
     Itself(Directory),
-    /// In this directory, under this name.
+    /// A name in this directory.
     In(Directory, OsString),
 }
 
@@ -76,7 +75,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
             }
         }
         while let Some(entry) = self.entries.next_entry()? {
-            // They are counted where they are read.
+            // Depth was validated when the entry was read.
             let Some(outer) = self.open.pop() else { return Err(failure("the sender sent invalid data")) };
             if entry == Entry::Leave {
                 self.complete(&outer)?;
@@ -93,8 +92,8 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         Ok(())
     }
 
-    /// Where the first entry goes: `to` may be the directory that it is put in, or its own name, or a link of the
-    /// user's to either.
+    /// The destination of the first entry: `to` may be the directory to create it in, its name, or a link of the user
+    /// to either.
     fn place(&self, to: &Path, first: &Entry) -> io::Result<Place> {
         let name = self.terms.name.as_ref().map_or(first.name().unwrap_or_default(), |name| name.as_bytes());
         let is_contents = name == b".";
@@ -121,7 +120,7 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         Ok(Place::In(Directory::open(to.parent().unwrap_or(Path::new("")))?, name))
     }
 
-    /// Makes an entry called `name` in `dir`. Returns it where others follow that are in it.
+    /// Creates the entry `name` in `dir`. Returns it if contents follow.
     fn make(&mut self, dir: &Directory, name: &OsStr, entry: Entry) -> io::Result<Option<Open>> {
         self.copied.entries += u64::from(!matches!(entry, Entry::Enter(_)));
         match entry {
@@ -178,19 +177,19 @@ impl<R: Read, P: FnMut(u64)> Receiver<'_, R, P> {
         finished.map_err(|error| about("change", open.dir.path(), &error))
     }
 
-    /// Gives a file or a directory that is complete its owner, mode and time.
+    /// Sets the owner, mode and time of a complete file or directory.
     fn finish(&self, file: &File, about: About) -> io::Result<()> {
         if self.terms.owners {
             fchown(file, Some(about.uid), Some(about.gid))?;
         }
         set_time(file, about);
-        // Who gets a file of another's has no use for bits that make it run as its owner.
+        // Setuid and setgid make no sense with another owner.
         let mode = if self.terms.owners { about.mode & 0o7777 } else { about.mode & 0o777 };
         file.set_permissions(Permissions::from_mode(mode))
     }
 }
 
-/// File systems that keep no such times, or not all of them, keep the file.
+/// Ignores file systems that do not support these timestamps.
 fn set_time(file: &File, about: About) {
     let since = Duration::new(about.mtime_s.max(0).unsigned_abs(), about.mtime_ns.min(999_999_999));
     let time = SystemTime::UNIX_EPOCH.checked_add(since).unwrap_or(SystemTime::UNIX_EPOCH);

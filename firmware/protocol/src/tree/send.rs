@@ -1,4 +1,4 @@
-//! From files and directories to the stream that describes them.
+//! Generates the stream for files and directories.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -11,11 +11,11 @@ use rustix::fs::OFlags;
 
 use super::{About, Copied, DEPTH_MAX, Entry, NOT_COPIED, PIECE_BYTES, Writer, about, failure, words};
 
-/// As much is read of a file that does not say how long it is.
+/// The maximum size of a file that does not report its size.
 const UNTOLD_MAX_BYTES: u64 = 64 << 20;
 
-/// Sends what is at `path`, and what is in it; with `follow`, what a link at `path` leads to. A path that ends in `/.`
-/// is what is in the directory, and not the directory. What goes wrong is told to the reader, too.
+/// Sends the file or directory at `path`; with `follow`, a link at `path` is followed. A path that ends in `/.` means
+/// the contents of the directory. Errors are also reported to the receiver.
 pub fn send(path: &Path, follow: bool, out: &mut impl Write, progress: &mut impl FnMut(u64)) -> io::Result<Copied> {
     let mut sender = Sender { out: Writer::new(out), copied: Copied::default(), progress };
     let sent = top_name(path).and_then(|name| {
@@ -36,7 +36,7 @@ fn top_name(path: &Path) -> io::Result<OsString> {
     match path.file_name() {
         _ if contents => Ok(OsString::from(".")),
         Some(name) => Ok(name.to_owned()),
-        // A path like `..` has a name all the same.
+        // A path such as `..` must be resolved to get a name.
         None => {
             let real = path.canonicalize().map_err(|error| about("read", path, &error))?;
             Ok(real.file_name().unwrap_or(OsStr::new(".")).to_owned())
@@ -52,7 +52,7 @@ struct Sender<'a, W, P> {
 
 impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     fn walk(&mut self, path: &Path, name: &[u8], follow: bool, depth: usize) -> io::Result<()> {
-        // What a user names may be a link to what they mean; what is found in it is what it is.
+        // Links are followed only in the path given by the user.
         let metadata = if follow { fs::metadata(path) } else { fs::symlink_metadata(path) };
         let metadata = match metadata {
             Err(error) => return self.skip(path, depth, "read", &error),
@@ -89,7 +89,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             }
             Ok(names) => names,
         };
-        // The order that a reader insists on.
+        // Required by the receiver.
         names.sort();
         for name in names {
             self.walk(&path.join(&name), name.as_bytes(), false, depth + 1)?;
@@ -97,8 +97,8 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         self.out.say(&Entry::Leave)
     }
 
-    /// Leaves something out that was found in a directory and cannot be read, as Docker does: it may be gone by now, or not for this
-    /// user, or be one of /proc's that give nothing. What the user asked for is not left out without an error.
+    /// Skips an unreadable entry of a directory, like Docker: it may be gone, not be accessible to this user, or be one
+    /// of the files in /proc that cannot be read. For the path given by the user this is an error.
     fn skip(&mut self, path: &Path, depth: usize, action: &str, error: &io::Error) -> io::Result<()> {
         if depth == 0 {
             return Err(about(action, path, error));
@@ -107,7 +107,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
         Ok(())
     }
 
-    /// Leaves out what is no file, directory or link.
+    /// Skips special files.
     fn skip_special(&mut self, path: &Path, depth: usize) -> io::Result<()> {
         let text = format!("{}: {NOT_COPIED}", path.display());
         if depth == 0 {
@@ -125,13 +125,13 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             Ok(opened) => opened,
         };
         if !metadata.is_file() {
-            // It was another a moment ago.
+            // It was replaced in the meantime.
             return self.skip_special(path, depth);
         }
         let mut piece = Vec::with_capacity(PIECE_BYTES);
         let begun = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece).and_then(|_| {
             Ok(match piece.len() as u64 {
-                // Files of /proc and /sys have other sizes than they say: none, or a page.
+                // Files in /proc and /sys report a size of zero or a page.
                 all if all < PIECE_BYTES as u64 => all,
                 some if metadata.len() > some => metadata.len(),
                 _ => counted_bytes(path, follow)?,
@@ -156,7 +156,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
     }
 }
 
-/// How many bytes a file has that says nothing of it. Those of a process's `pagemap` would take hours.
+/// Counts the bytes of a file that does not report its size, up to the limit: a process's `pagemap` would take hours.
 fn counted_bytes(path: &Path, follow: bool) -> io::Result<u64> {
     let file = open(path, follow)?;
     let bytes = io::copy(&mut file.take(UNTOLD_MAX_BYTES), &mut io::sink())?;
@@ -166,8 +166,7 @@ fn counted_bytes(path: &Path, follow: bool) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// Opens a file, and nothing that has come in its place meanwhile: no link, and no pipe that would have to be waited
-/// for.
+/// Opens a file, but not a link or a FIFO, which would block, that has replaced it in the meantime.
 fn open(path: &Path, follow: bool) -> io::Result<File> {
     let flags = if follow { OFlags::NONBLOCK } else { OFlags::NONBLOCK | OFlags::NOFOLLOW };
     OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)
@@ -182,7 +181,7 @@ mod tests {
         let mut bytes = Vec::new();
         let copied = send(Path::new("/proc/self"), true, &mut bytes, &mut |_| {}).unwrap();
         assert!(copied.entries > 100, "{copied:?}");
-        // Only to be written, not mapped at 0, and of the size of all addresses.
+        // Write-only, not mapped at 0, and as large as the address space.
         for (name, why) in [("clear_refs", "Invalid argument"), ("mem", "Input/output error"), ("pagemap", "64 MiB")] {
             let is_told = |text: &String| text.starts_with(&format!("/proc/self/{name}: ")) && text.contains(why);
             assert!(copied.skipped.iter().any(is_told), "{name}: {:?}", copied.skipped);

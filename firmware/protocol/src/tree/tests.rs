@@ -1,4 +1,4 @@
-//! Trees that are sent, and streams that no honest sender sends.
+//! Tests of valid streams, and of invalid ones from malicious senders.
 
 use std::fs::{self, Permissions};
 use std::os::unix::ffi::OsStringExt;
@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use super::*;
 
-/// A directory of this test's own, gone with it.
+/// A temporary directory of a test.
 struct Place(PathBuf);
 
 impl Place {
@@ -87,7 +87,7 @@ fn a_tree_arrives_as_it_was() {
     assert_eq!(fs::metadata(to.join("none")).unwrap().mode() & 0o7777, 0o640, "it would run as its owner");
     let times = [&from, &to].map(|root| fs::metadata(root.join("sub")).unwrap().modified().unwrap());
     assert_eq!(times[0], times[1]);
-    // Once more, over what is there: into the directory, and then its contents only.
+    // Again, over existing files: into the directory, and then only its contents.
     received(&sent(&from), &to).unwrap();
     assert!(to.join("from/sub/big").exists());
     received(&sent(&from.join(".")), &to).unwrap();
@@ -121,7 +121,7 @@ fn nothing_is_written_outside_or_through_a_link() {
         let entries = [vec![dir(b"x")], file(name).to_vec(), vec![Entry::Leave, Entry::End]].concat();
         assert!(received(&stream(&entries), &inside).unwrap_err().to_string().contains("an invalid name"));
     }
-    // A directory where the stream has made a link, and a file where it leads.
+    // A directory in place of a link from the stream, and a file at its target.
     let entries = [vec![dir(b"x"), link.clone(), dir(b"link")], file(b"file").to_vec()].concat();
     assert!(received(&stream(&entries), &inside).is_err());
     let over = [vec![dir(b"x"), link], file(b"link").to_vec(), vec![Entry::Leave, Entry::End]].concat();
@@ -218,7 +218,7 @@ fn the_name_and_the_kind_are_the_receivers() {
         received_by(called("logs"), &stream(&dir), &to).unwrap();
         fs::remove_dir(to.join("logs")).unwrap();
     }
-    // What is in a directory, and it is no directory.
+    // The contents of a path that is not a directory.
     let own = place.0.join("own");
     fs::write(&own, "mine").unwrap();
     for sent in
@@ -268,7 +268,7 @@ fn what_was_there_keeps_its_mode_its_owner_and_its_kind() {
         assert_eq!((mode(&to), fs::metadata(&to).unwrap().uid()), (0o711, 0));
         assert_eq!(fs::metadata(to.join("sub/secret")).unwrap().uid(), 7);
     }
-    // No file of a guest's comes in place of a directory or of a pipe, and no directory in place of a file.
+    // A guest's file does not replace a directory or a FIFO, and a directory does not replace a file.
     let pipe = to.join("pipe");
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     for name in ["sub", "pipe"] {
@@ -293,7 +293,7 @@ fn a_link_that_a_user_names_is_written_through_and_one_that_is_found_is_not() {
     assert_eq!((fs::read(at("real")).unwrap(), fs::read(at("nope")).unwrap()), (b"new".to_vec(), b"new".to_vec()));
     assert!(["link", "again", "dangling"].iter().all(|link| fs::symlink_metadata(at(link)).unwrap().is_symlink()));
     assert!(received_by(called("x"), &sent, &at("loop")).is_err());
-    // The directory is what the user named, and the link in it may be of a guest's making.
+    // The directory was given by the user, while the link in it may have been created by a guest.
     fs::write(at("real"), "old").unwrap();
     received_by(called("link"), &sent, &place.0).unwrap();
     assert_eq!(fs::read(at("real")).unwrap(), b"old");
@@ -303,7 +303,7 @@ fn a_link_that_a_user_names_is_written_through_and_one_that_is_found_is_not() {
     let dir = [stream(&[Entry::Directory(b"x".into(), ABOUT)]), file(b"keys", ABOUT, b"x")].concat();
     assert!(received_by(called("logs"), &dir, &place.0).is_err());
     assert_eq!(fs::read_dir(at("home")).unwrap().count(), 0);
-    // A directory that is a link of the user's is their directory.
+    // A link of the user to a directory is followed.
     received_by(called("x"), &sent, &at("logs")).unwrap();
     assert_eq!(fs::read(at("home/x")).unwrap(), b"new");
 }
@@ -375,7 +375,7 @@ fn what_is_gone_meanwhile_is_left_out_of_a_directory() {
     symlink("a", from.join("c")).unwrap();
     fs::create_dir(from.join("d")).unwrap();
     let mut bytes = Vec::new();
-    // Somebody else works in it: by the time that the first file is read, others of the list are gone.
+    // Another process changes it: when the first file is read, others in the listing have been removed.
     let mut work = |_| {
         let _ = (fs::remove_file(from.join("b")), fs::remove_file(from.join("c")), fs::remove_dir(from.join("d")));
     };
