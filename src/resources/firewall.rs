@@ -31,6 +31,8 @@ const IS_ANSWER_OR_PUBLISHED: &str = "--ctstate RELATED,ESTABLISHED,DNAT";
 /// A table that keeps a host on which husk enabled forwarding from routing for its neighbors. IPv4 only, as is
 /// forwarding.
 const GUARD: &str = "husk-guard";
+/// Kinds of interfaces that exist to be forwarded to, whoever created them; neighbours are on other kinds.
+const FORWARDING_KINDS: [&str; 3] = ["bridge", "tun", "wireguard"];
 
 /// Installs a network's rules: they accept its own packets, and isolate it from other networks and, if it is internal,
 /// from everything else.
@@ -57,11 +59,12 @@ fn forward() -> Result<()> {
     if did {
         return Ok(());
     }
+    let kinds = FORWARDING_KINDS.map(|kind| format!("\"{kind}\"")).join(", ");
     let guard = format!(
         "table ip {GUARD} {{\nchain routed {{\ntype filter hook forward priority filter\n\
          ct state established,related accept\nct status dnat accept\n\
          iifname \"husk-*\" accept\noifname \"husk-*\" accept\n\
-         meta iifkind \"bridge\" accept\nmeta oifkind \"bridge\" accept\ndrop\n}}\n}}"
+         meta iifkind {{ {kinds} }} accept\nmeta oifkind {{ {kinds} }} accept\ndrop\n}}\n}}"
     );
     match run("nft", &[&guard]) {
         Err(error) if is_missing(&error) => iptables("-P", "filter FORWARD DROP")
@@ -71,12 +74,15 @@ fn forward() -> Result<()> {
     fs::write(FORWARD_PATH, "1").with_context(|| format!("write {FORWARD_PATH}"))
 }
 
-/// Disables forwarding again when the last bridge is removed, if husk enabled it. Other bridges may depend on it.
+/// Disables forwarding again when the last network is removed, if husk enabled it. Other bridges and tunnels may depend
+/// on it by now.
 fn stop_forwarding(bridge: &Bridge) {
-    let Ok(bridges) = output("ip", &["-brief", "link", "show", "type", "bridge"]) else { return };
     let is_own = |line: &str| line.split_whitespace().next() == Some(&bridge.interface());
+    let is_unused = |kind: &&str| {
+        output("ip", &["-brief", "link", "show", "type", kind]).is_ok_and(|links| links.lines().all(is_own))
+    };
     let is_guarded = run("nft", &["list", "table", "ip", GUARD]).is_ok();
-    if is_guarded && bridges.lines().all(is_own) && fs::write(FORWARD_PATH, "0").is_ok() {
+    if is_guarded && FORWARDING_KINDS.iter().all(is_unused) && fs::write(FORWARD_PATH, "0").is_ok() {
         let _ = run("nft", &["delete", "table", "ip", GUARD]);
     }
 }
@@ -496,6 +502,19 @@ mod tests {
             }
             reached
         })
+    }
+
+    #[test]
+    fn a_tunnel_that_came_meanwhile_is_forwarded_when_the_last_network_is_gone() {
+        alone(|base| {
+            fs::write(FORWARD_PATH, "0").unwrap();
+            create(base, false);
+            assert!(ruleset().contains("wireguard"), "{}", ruleset());
+            shell("ip tuntap add vpn0 mode tun");
+            remove_in(base, "web").unwrap();
+            assert_eq!(fs::read_to_string(FORWARD_PATH).unwrap().trim(), "1");
+            assert!(ruleset().contains(GUARD), "neighbours are not forwarded: {}", ruleset());
+        });
     }
 
     #[test]
