@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -55,6 +55,8 @@ const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
 const ETHERTYPE_ARP: [u8; 2] = [8, 6];
 /// How long to wait for the error of a passt process that is likely to fail.
 const STARTUP_ERROR_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a passt that has closed its socket has to exit.
+const REAP_TIMEOUT: Duration = Duration::from_millis(100);
 /// The maximum length of passt's error output.
 const WORDS_MAX_BYTES: u64 = 16 << 10;
 
@@ -279,13 +281,31 @@ impl Passt {
         let _ = self.child.wait();
     }
 
+    /// The signal that terminated passt, if one did. Its socket is closed slightly earlier than it can be reaped.
+    fn await_signal(&mut self) -> Option<i32> {
+        let started = Instant::now();
+        while started.elapsed() < REAP_TIMEOUT {
+            match self.child.try_wait() {
+                Ok(None) => thread::sleep(Duration::from_millis(1)),
+                Ok(Some(status)) => return status.signal(),
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+
     /// Adds passt's error output if the error means that it has exited.
     fn explain(&mut self, error: io::Error) -> io::Error {
         if !is_end(&error) {
             return error;
         }
+        let signal = self.await_signal();
         self.end();
-        io::Error::new(error.kind(), format!("passt exited: {}", self.last_words()))
+        let reason = match signal {
+            Some(signal) => format!("passt was terminated by signal {signal}"),
+            None => format!("passt exited: {}", self.last_words()),
+        };
+        io::Error::new(error.kind(), reason)
     }
 }
 
@@ -494,7 +514,7 @@ mod tests {
         let mut passt = start(&UserNetwork::default(), MAC).unwrap();
         passt.child.kill().unwrap();
         let error = wait_for("an end", || passt.receive().err());
-        assert!(is_end(&error) && error.to_string().starts_with("passt exited: "), "{error}");
+        assert!(is_end(&error) && error.to_string() == "passt was terminated by signal 9", "{error}");
         // It is not even left as a zombie, although its machine is still running.
         assert!(!std::path::PathBuf::from(format!("/proc/{}", passt.child.id())).exists());
     }
