@@ -60,6 +60,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn signals_that_end_a_process_are_forwarded_but_for_its_faults() {
+        let forwarded = that_end_a_process();
+        let is_forwarded = |name: &str| forwarded.contains(&number(name).unwrap().into());
+        for name in ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR", "40", "64"] {
+            assert!(is_forwarded(name), "{name}");
+        }
+        for name in ["KILL", "STOP", "TSTP", "CHLD", "SEGV", "ILL", "PIPE", "ABRT", "XCPU", "SYS"] {
+            assert!(!is_forwarded(name), "{name}");
+        }
+    }
+
+    #[test]
     fn a_signal_has_many_names() {
         for text in ["TERM", "SIGTERM", "sigterm", "15"] {
             assert_eq!(number(text), Some(15), "{text}");

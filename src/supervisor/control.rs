@@ -280,3 +280,28 @@ pub(super) fn watch(epoll: &Epoll, fd: RawFd, token: Token) -> Result<()> {
         .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token as u64))
         .with_context(|| format!("watch {token:?}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_signals_of_a_session_are_blocked_until_they_are_read() {
+        let blocked = |for_session| {
+            // Of its own, since another test may run on this thread.
+            let of_thread = move || {
+                let _signals = block_signals(for_session).unwrap();
+                std::fs::read_to_string("/proc/thread-self/status").unwrap()
+            };
+            let status = std::thread::spawn(of_thread).join().unwrap();
+            let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+            u64::from_str_radix(mask.trim(), 16).unwrap()
+        };
+        let has = |mask: u64, signal: i32| mask >> (signal - 1) & 1 == 1;
+        for (for_session, mask) in [(true, blocked(true)), (false, blocked(false))] {
+            assert!(has(mask, libc::SIGTERM) && has(mask, libc::SIGALRM) && has(mask, 40), "{mask:x}");
+            assert!(has(mask, libc::SIGWINCH) == for_session && has(mask, libc::SIGCONT) == for_session, "{mask:x}");
+            assert!(!has(mask, libc::SIGSEGV) && !has(mask, libc::SIGTSTP), "{mask:x}");
+        }
+    }
+}
