@@ -279,6 +279,7 @@ fn a_run_that_comes_to_no_process_has_a_code_that_no_command_has() {
         (&["run", "--read-only", "--scratch=1G", "image"], "--scratch"),
         (&["run", "--ulimit=files=1", "image"], "nofile"),
         (&["run", "/nowhere/image.tar", "sh"], "/nowhere/image.tar"),
+        (&["run", "-h"], "--help"),
     ];
     for (arguments, named) in cases {
         let line = refusal(arguments, 125);

@@ -62,7 +62,16 @@ impl Networks {
                 super::print(&format!("{} {}/{}\n", made.name, made.subnet, bridge::PREFIX))?;
             }
             Command::Ls => super::print(&list()?)?,
-            Command::Rm { names } => names.iter().try_for_each(|name| bridge::remove(name))?,
+            Command::Rm { names } => {
+                let mut exit = Exit::Success;
+                for name in names {
+                    match bridge::remove(&name) {
+                        Ok(()) => super::print(&format!("{name}\n"))?,
+                        Err(error) => exit = super::report(&error),
+                    }
+                }
+                return Ok(exit);
+            }
         }
         Ok(Exit::Success)
     }

@@ -47,6 +47,9 @@ impl ProcessFlags {
             env.extend(process::env_file(&text::read(file)?));
         }
         env.append(&mut self.env);
+        if let Some(nameless) = env.iter().find(|variable| matches!(variable.as_encoded_bytes(), [] | [b'=', ..])) {
+            bail!("invalid environment variable {nameless:?}: use NAME=VALUE or NAME");
+        }
         let (working_dir, user) = (self.workdir.take(), self.user.take());
         Ok(Overrides { command, env, working_dir, user, ..Overrides::default() })
     }

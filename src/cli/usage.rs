@@ -44,6 +44,7 @@ fn line(error: &clap::Error, text: &str, words: &[String]) -> String {
     };
     let ours = match error.kind() {
         ErrorKind::InvalidSubcommand => of(ContextKind::InvalidSubcommand).and_then(|word| command_hint(words, word)),
+        ErrorKind::InvalidValue if words.last().is_some_and(|word| word == "-h") => Some("use --help for help"),
         ErrorKind::UnknownArgument => of(ContextKind::InvalidArg).and_then(|word| option_hint(words, word)),
         _ => None,
     };
@@ -87,6 +88,9 @@ fn option_hint(words: &[String], option: &str) -> Option<&'static str> {
             let is_volume = |word: &String| word.starts_with("-v") && word.contains(":/");
             let is_short = !option.starts_with("--");
             let is_share = ["--volume", "--mount", "--volumes-from"].into_iter().any(is);
+            if is("--pull") {
+                return Some("a missing image is pulled; use `husk pull` for a newer one");
+            }
             (is_share || is_short && words.iter().any(is_volume)).then_some(NO_VOLUMES)
         }
         "inspect" if is("-f") || is("--format") => Some("the output is JSON: select fields with `jq`"),
@@ -126,6 +130,8 @@ mod tests {
             (&["run", "--volume", "/a:/b", "x"], "husk cp"),
             (&["run", "--mount=type=bind,src=/a,dst=/b", "x"], "husk cp"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
+            (&["run", "--pull", "always", "x"], "husk pull"),
+            (&["run", "-h"], "--help"),
             (&["ps", "--filter", "name=x"], "--json"),
             (&["ps", "-f", "name=x"], "--json"),
             (&["inspect", "-f", "{{.Id}}", "x"], "jq"),

@@ -210,7 +210,7 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
         (1..=MAX_MACHINE_BYTES).contains(&machine.len()) && machine.chars().all(good),
         "invalid machine name {machine:?}: on a network, use 1 to {MAX_MACHINE_BYTES} letters, digits, `-`, `.` or `_`"
     );
-    let bridge = find_in(base, name)?;
+    let bridge = find_in(base, name).map_err(|error| anyhow!("{error}: {}", hint(name)))?;
     let dir = bridge.dir(base);
     let _joining = lock(&dir.join("lock"))?;
     remove_stale(&dir);
@@ -251,9 +251,15 @@ impl Drop for Lease {
 
 fn find_in(base: &Path, name: &str) -> Result<Bridge> {
     let found = list_in(base)?.into_iter().find(|bridge| bridge.name == name);
-    found.ok_or_else(|| {
-        anyhow!("network {name} not found: run `sudo husk network create {name}`, or use user, tap=NAME or none")
-    })
+    found.with_context(|| format!("network {name} not found (see `husk network ls`)"))
+}
+
+/// What to type in place of a network that does not exist. Docker has some of its own.
+fn hint(name: &str) -> String {
+    match name {
+        "host" | "bridge" | "default" => "use --network user, the default, which shares the host's connections".into(),
+        name => format!("run `sudo husk network create {name}`, or use user, tap=NAME or none"),
+    }
 }
 
 /// Locks a file that only root can open, even if an earlier version created it with wider permissions.
@@ -529,7 +535,17 @@ pub(super) mod tests {
         ] {
             assert_eq!(is_name(name), good, "{name}");
         }
-        let missing = find_in(Path::new("/nonexistent"), "web").unwrap_err().to_string();
-        assert!(missing.contains("sudo husk network create web"), "{missing}");
+    }
+
+    #[test]
+    fn a_network_that_is_missing_is_told_with_what_to_type() {
+        let nowhere = Path::new("/nonexistent");
+        let join = |name| join_in(nowhere, name, "machine", MacAddress([2; 6])).unwrap_err().to_string();
+        assert!(join("web").contains("sudo husk network create web"), "{}", join("web"));
+        for name in ["host", "bridge", "default"] {
+            assert!(join(name).contains("use --network user") && !join(name).contains("create"), "{}", join(name));
+        }
+        let missing = remove_in(nowhere, "web").unwrap_err().to_string();
+        assert!(missing.contains("husk network ls") && !missing.contains("create"), "{missing}");
     }
 }

@@ -113,6 +113,23 @@ fn a_share_is_not_taken_for_an_image() {
 }
 
 #[test]
+fn what_docker_refuses_or_has_and_husk_does_not_is_told_before_a_machine_starts() {
+    let house = House::new();
+    house.sh("mkdir one; echo 1 >one/1; echo '=x' >names");
+    for (flags, words) in [
+        (["-e", "=x"], "NAME=VALUE"),
+        (["-e", ""], "NAME=VALUE"),
+        (["--env-file", "names"], "NAME=VALUE"),
+        (["--network", "host"], "use --network user"),
+    ] {
+        let output = house.command(&run(&[&flags[..], &["./one", "x"]].concat())).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{flags:?}: {error}");
+        assert!(error.lines().last().is_some_and(|line| line.contains(words)), "{flags:?}: {error}");
+    }
+}
+
+#[test]
 fn a_disk_that_is_kept_is_one_images() {
     let house = House::new();
     house.sh("mkdir one two; echo 1 >one/1; echo 2 >two/2");
