@@ -20,6 +20,10 @@ pub struct Prune {
     #[arg(long)]
     layers: bool,
 
+    /// Do not prompt for confirmation: always on, for compatibility with `docker system prune`
+    #[arg(short, long, hide = true)]
+    force: bool,
+
     /// Format the output as JSON
     #[arg(long)]
     json: bool,
@@ -28,8 +32,9 @@ pub struct Prune {
 impl Prune {
     /// Removes unused data and prints the amount. Data used by running machines is kept.
     pub fn run(self) -> Result<Exit> {
-        let pruned = Store::open_default()?.prune(PruneOptions { keep_unnamed: false, keep_layers: !self.layers })?;
-        let text = if self.json {
+        let Prune { layers, json, force: _ } = self;
+        let pruned = Store::open_default()?.prune(PruneOptions { keep_unnamed: false, keep_layers: !layers })?;
+        let text = if json {
             serde_json::to_string(&pruned).context("print what was removed")?
         } else {
             format!(

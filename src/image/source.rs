@@ -152,7 +152,7 @@ fn find_root(root: Found, image: Option<&str>) -> Result<Found> {
 fn spool(file: File, unpacked: &mut dyn Read, max_bytes: u64) -> Result<File> {
     let copied = io::copy(&mut unpacked.take(max_bytes), &mut &file).context("unpack it")?;
     if copied == max_bytes {
-        bail!("it unpacks to more than the {} MiB of free disk space", max_bytes >> 20);
+        bail!("it unpacks to more than the {} MiB of free or allowed disk space", max_bytes >> 20);
     }
     Ok(file)
 }
@@ -166,7 +166,7 @@ pub(super) fn seekable(mut input: File, max_bytes: u64, new_file: &dyn Fn() -> R
     }
     let file = new_file()?;
     let copied = io::copy(&mut (&mut input).take(max_bytes), &mut &file).context("copy it to the image store")?;
-    ensure!(copied < max_bytes, "it is larger than the {} MiB of free disk space", max_bytes >> 20);
+    ensure!(copied < max_bytes, "it is larger than the {} MiB of free or allowed disk space", max_bytes >> 20);
     Ok(file)
 }
 

@@ -134,6 +134,9 @@ fn layers_merge_as_umoci_unpacks_them() {
     }
     let output = house.husk(&["load"]);
     assert!(String::from_utf8_lossy(&output.stderr).contains("standard input: it is empty"), "{output:?}");
+    house.sh(&format!(
+        "export HUSK_DATA=$PWD/data; ! yes | {husk} load --max-size 1M 2>errors; grep -q 'larger than the 1 MiB' errors"
+    ));
     assert_eq!(house.files("tmp"), 0);
     house.sh("mkdir -p old; tar -C old -xf docker.tar");
     // What docker save wrote before it was 25: a directory a layer, a layer that is there already as a link to it.

@@ -14,7 +14,7 @@ impl Header {
     /// Takes a record for a header, if it is one.
     pub fn parse(record: [u8; RECORD_BYTES]) -> Result<Header> {
         let header = Header { record };
-        let said = octal(header.field::<148, 8>()).context("it is not a tar archive")?;
+        let said = octal(header.field::<148, 8>()).ok().context("it is not a tar archive")?;
         let counted = |is_signed: bool| -> i64 {
             let bytes = record.iter().enumerate();
             let value = |byte: u8| if is_signed { i64::from(byte as i8) } else { i64::from(byte) };
