@@ -414,13 +414,13 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_and_a_kernel_make_a_machine() {
+    fn defaults_and_a_kernel_are_a_valid_machine() {
         assert_eq!(config().validate(), Ok(()));
         assert_eq!(MachineConfig::from_json(r#"{"kernel": "vmlinux"}"#), Ok(config()));
     }
 
     #[test]
-    fn limits_are_inclusive_and_one_beyond_is_refused() {
+    fn limits_are_inclusive() {
         let with = |change: fn(&mut MachineConfig)| {
             let mut config = config();
             change(&mut config);
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_is_a_part_of_memory_and_needs_a_balloon() {
+    fn a_memory_target_is_within_memory_and_needs_a_balloon() {
         let with = |target, balloon| MachineConfig { memory_target_mib: Some(target), balloon, ..config() }.validate();
         assert_eq!((with(32, true), with(512, true)), (Ok(()), Ok(())));
         assert_eq!(with(31, true), Err(Invalid::MemoryTarget(31, 512)));
@@ -461,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_limited_to_something() {
+    fn a_disk_limit_is_not_zero() {
         let with = |bytes_per_second, burst_bytes| {
             let rate = Rate { bytes_per_second, burst_bytes, ..Rate::default() };
             MachineConfig { disks: vec![disk(None), DiskConfig { rate, ..disk(None) }], ..config() }.validate()
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disks_blocks_are_such_as_drivers_take() {
+    fn block_sizes_are_supported_by_drivers() {
         let with = |bytes| {
             let large = DiskConfig { block_bytes: Some(bytes), ..disk(None) };
             MachineConfig { disks: vec![disk(None), large], ..config() }.validate()
@@ -483,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_fits_with_husks_own_words() {
+    fn the_command_line_limit_includes_the_default_parameters() {
         let own_bytes = config().full_cmdline("", false).len();
         let with = |cmdline: String, default_cmdline| MachineConfig { cmdline, default_cmdline, ..config() }.validate();
         assert_eq!(with("x".repeat(2047), false), Ok(()));
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn the_users_words_follow_husks_own() {
+    fn the_users_parameters_follow_the_default_ones() {
         let disk = DiskConfig { readonly: true, ..disk(None) };
         let config = MachineConfig { cmdline: "root=/dev/vdb".into(), disks: vec![disk], ..config() };
         assert!(config.full_cmdline("", false).ends_with("root=/dev/vda ro root=/dev/vdb"));
@@ -507,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn disk_ids_fit_their_field_and_differ() {
+    fn disk_ids_fit_their_field_and_are_unique() {
         let with = |ids: &[&str]| {
             let disks = ids.iter().map(|id| disk(Some(id))).collect();
             MachineConfig { disks, ..config() }.validate()
@@ -520,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_says_the_format_unless_it_is_given() {
+    fn the_format_follows_from_the_name_by_default() {
         let format = |path: &str, format| DiskConfig { path: path.into(), format, ..disk(None) }.format();
         for name in ["disk.img", "qcow2", "a.qcow2.bak", "/dev/vda"] {
             assert_eq!(format(name, None), Format::Raw, "{name}");
@@ -531,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_have_a_path_with_room_for_a_port_and_an_address_of_their_own() {
+    fn a_vsock_path_has_room_for_a_port_and_the_cid_is_valid() {
         let with = |path: &str, cid| {
             let vsock = Some(VsockConfig { socket: path.into(), cid });
             MachineConfig { vsock, ..config() }.validate()
@@ -552,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn json_gives_back_the_machine_it_was_made_from() {
+    fn a_machine_survives_a_json_round_trip() {
         let rate = Rate { bytes_per_second: Some(1 << 20), burst_bytes: Some(1), ..Rate::default() };
         let full = MachineConfig {
             initrd: Some("initrd.cpio".into()),
@@ -580,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_refused_by_name() {
+    fn an_unknown_key_is_rejected_by_name() {
         for text in [r#"{"kernal": "x"}"#, r#"{"disks": [{"path": "x", "read_only": true}]}"#] {
             let Err(Invalid::File(line)) = MachineConfig::from_json(text) else { panic!("{text} was taken") };
             assert!(line.contains("kernal") || line.contains("read_only"), "{line}");

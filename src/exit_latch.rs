@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_word_counts() {
+    fn the_first_reason_counts() {
         let exit_latch = ExitLatch::new().unwrap();
         exit_latch.declare(ExitReason::Reported(3));
         exit_latch.declare(ExitReason::PoweredOff);
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_after_a_panic_is_told_as_the_panic() {
+    fn a_reset_after_a_panic_is_reported_as_the_panic() {
         let exit_latch = ExitLatch::new().unwrap();
         exit_latch.note_panic_words("VFS: no root".into());
         exit_latch.declare(ExitReason::Reset);
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_power_off_is_no_panic_whatever_the_console_said() {
+    fn a_power_off_is_not_a_panic_whatever_is_on_the_console() {
         let exit_latch = ExitLatch::new().unwrap();
         exit_latch.note_panic_words("quoted by a program".into());
         exit_latch.declare(ExitReason::PoweredOff);

@@ -58,7 +58,7 @@ mod tests {
     const NASTY: &str = "a\x1b]0;owned\x07\u{9b}2J\u{202e}b\r\nc\td\u{7f}\u{2028}é…";
 
     #[test]
-    fn nothing_but_words_is_left() {
+    fn control_characters_are_removed() {
         assert_eq!(
             line(NASTY),
             "a\u{fffd}]0;owned\u{fffd}\u{fffd}2J\u{fffd}b\u{fffd}\u{fffd}c\u{fffd}d\u{fffd}\u{fffd}é…"
@@ -68,14 +68,14 @@ mod tests {
     }
 
     #[test]
-    fn json_is_read_back_as_it_was() {
+    fn sanitized_json_parses_to_the_same_value() {
         let text = json(&vec![NASTY]).unwrap();
         assert!(!text.contains(|c| is_command(c) && c != '\n'), "{text:?}");
         assert_eq!(serde_json::from_str::<Vec<String>>(&text).unwrap(), [NASTY]);
     }
 
     #[test]
-    fn an_error_is_one_line_of_words() {
+    fn an_error_is_one_line() {
         let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
         let error = anyhow::Error::from(missing).context("open disk /x.img");
         assert_eq!(one_line(&format!("{error:#}\n")), "open disk /x.img: No such file or directory");

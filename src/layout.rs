@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_beyond_three_gib_goes_on_at_four() {
+    fn memory_beyond_three_gib_continues_at_four() {
         const GIB: u64 = 1 << 30;
         assert_eq!(memory_ranges(512 << 20), [(0, 512 << 20)]);
         assert_eq!(memory_ranges(3 * GIB), [(0, 3 * GIB)]);

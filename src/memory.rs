@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_it_can_be_used_and_nothing_beyond() {
+    fn all_memory_is_usable_and_nothing_beyond() {
         let memory = reserve(33).unwrap();
         memory.write_obj(7_u8, GuestAddress((33 << 20) - 1)).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress((33 << 20) - 1)).unwrap(), 7);
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_is_whole_pages_and_reads_as_zeroes() {
+    fn returned_memory_is_whole_pages_and_reads_as_zeroes() {
         let memory = reserve(1).unwrap();
         for page in 0..16 {
             memory.write_obj(1_u8, GuestAddress(page * 4096)).unwrap();
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_memory_is_not_given_back() {
+    fn addresses_outside_of_memory_are_not_returned() {
         let memory = reserve(1).unwrap();
         memory.write_obj(1_u8, GuestAddress((1 << 20) - 4096)).unwrap();
         for (address, len_bytes) in
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_across_the_hole_is_given_back_on_both_sides() {
+    fn a_range_across_the_hole_is_returned_on_both_sides() {
         const HOLE: (u64, u64) = (layout::MMIO_HOLE_START, layout::MMIO_HOLE_END);
         let memory = reserve(3073).unwrap();
         let places = [HOLE.0 - 8192, HOLE.0 - 4096, HOLE.1, HOLE.1 + 4096].map(GuestAddress);

@@ -1,4 +1,4 @@
-//! The few raw system calls that no library wraps, each behind a safe function.
+//! Raw system calls without a library wrapper, each as a safe function.
 #![allow(unsafe_code)]
 
 pub mod affinity;
@@ -23,7 +23,7 @@ use std::ptr;
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
 
-/// The most parts that one vectored system call takes (linux/uio.h).
+/// The maximum number of parts of a vectored system call (linux/uio.h).
 pub const IOV_MAX: usize = 1024;
 
 /// Buffers as vectored system calls take them.
@@ -32,7 +32,7 @@ pub const IOV_MAX: usize = 1024;
 /// Each part that [`IoVecs::iovecs`] returns is mapped, readable and writable, for as long as `self` is borrowed, and
 /// Rust has no references into it.
 pub unsafe trait IoVecs {
-    /// The parts, in order, no more than [`IOV_MAX`].
+    /// The parts, in order, at most [`IOV_MAX`].
     fn iovecs(&self) -> &[libc::iovec];
 }
 
@@ -44,11 +44,11 @@ pub unsafe trait IoVecs {
 pub struct SignalFd(OwnedFd);
 
 impl SignalFd {
-    /// Blocks `signals` and starts to listen for them.
+    /// Blocks `signals` and receives them through the descriptor.
     pub fn block(signals: &[i32]) -> io::Result<SignalFd> {
         let set = vmm_sys_util::signal::create_sigset(signals)?;
         mask(libc::SIG_BLOCK, &set)?;
-        // SAFETY: signalfd only reads the set; the descriptor it returns is new and owned by nobody else.
+        // SAFETY: signalfd only reads the set; the descriptor it returns is new and has no other owner.
         let fd = unsafe {
             let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
             if fd < 0 {
@@ -59,12 +59,12 @@ impl SignalFd {
         Ok(SignalFd(fd))
     }
 
-    /// The next signal that has come, if one has.
+    /// The next pending signal, if there is one.
     pub fn read(&self) -> io::Result<Option<i32>> {
         let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
         let size = size_of::<libc::signalfd_siginfo>();
-        // SAFETY: the kernel writes at most `size` bytes to `info`, which has that size, and writes it whole or not
-        // at all; it is read only if it was written.
+        // SAFETY: the kernel writes at most `size` bytes to `info`, which has that size, and writes it completely or
+        // not at all; it is read only if it was written.
         let info = unsafe {
             if libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) != size as isize {
                 let error = io::Error::last_os_error();
@@ -82,9 +82,9 @@ impl AsRawFd for SignalFd {
     }
 }
 
-/// Has this process killed when the one that started it ends.
+/// Makes the kernel kill this process when its parent exits.
 pub fn end_with_parent() -> io::Result<()> {
-    // SAFETY: the call sets a number of this process's, and touches no memory.
+    // SAFETY: the call sets a property of this process, and accesses no memory.
     match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -99,23 +99,23 @@ fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
     }
 }
 
-/// The descriptor of `epoll`, to be watched by another one.
+/// A borrowed descriptor of `epoll`, to be watched by another one.
 pub fn epoll_fd(epoll: &Epoll) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is `epoll`'s own, and stays open for as long as that is borrowed.
+    // SAFETY: the descriptor belongs to `epoll`, and stays open while that is borrowed.
     unsafe { BorrowedFd::borrow_raw(epoll.as_raw_fd()) }
 }
 
-/// The descriptor of `event`, to be watched.
+/// A borrowed descriptor of `event`.
 pub fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is `event`'s own, and stays open for as long as that is borrowed.
+    // SAFETY: the descriptor belongs to `event`, and stays open while that is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-/// Fills `buffer` with random bytes from the host's kernel (getrandom(2)); blocks only in the host's first moments.
+/// Fills `buffer` with random bytes (getrandom(2)); blocks only early after the host has booted.
 pub fn getrandom(buffer: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        // SAFETY: pointer and length are those of a slice that we hold exclusively.
+        // SAFETY: pointer and length are those of an exclusively borrowed slice.
         let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
         match usize::try_from(count) {
             Ok(count) => done += count,
@@ -128,17 +128,17 @@ pub fn getrandom(buffer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// How a file in a machine's directory is made: for its owner alone, whatever others may do with the user's files. What
-/// variables are set to stands there, and what programs write.
+/// Options for files in a machine's directory: accessible only to the owner, regardless of the umask, since they
+/// contain environment variables and output.
 pub fn private_file() -> OpenOptions {
     let mut options = File::options();
     options.mode(0o600);
     options
 }
 
-/// An empty file that exists only in memory, and only as long as it is open (memfd_create(2)).
+/// Creates an unnamed file in memory (memfd_create(2)).
 pub fn memory_file(name: &CStr) -> io::Result<File> {
-    // SAFETY: memfd_create only reads the name; the descriptor it returns is new and owned by nobody else.
+    // SAFETY: memfd_create only reads the name; the descriptor it returns is new and has no other owner.
     unsafe {
         let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
         if fd < 0 {
@@ -148,11 +148,11 @@ pub fn memory_file(name: &CStr) -> io::Result<File> {
     }
 }
 
-/// Lets this process have as many files open as it may (setrlimit(2)): a test is both ends of its connections.
+/// Raises the limit of open files to the maximum (setrlimit(2)): a test holds both ends of its connections.
 #[cfg(test)]
 pub fn allow_many_files() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the calls read and write the one structure that they are given.
+    // SAFETY: the calls access only the structure passed to them.
     let results = unsafe {
         let read = libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
         limit.rlim_cur = limit.rlim_max;
@@ -167,9 +167,9 @@ mod tests {
 
     #[test]
     fn a_signal_is_not_delivered_after_the_last_read() {
-        // By default it ends the process.
+        // By default it kills the process.
         let signals = SignalFd::block(&[libc::SIGUSR2]).unwrap();
-        // SAFETY: raise touches no memory.
+        // SAFETY: raise accesses no memory.
         let raise = || assert_eq!(unsafe { libc::raise(libc::SIGUSR2) }, 0);
         raise();
         drop(signals);

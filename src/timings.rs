@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_is_set_once_and_a_step_not_reached_is_shown_as_such() {
+    fn a_mark_is_set_once_and_unreached_steps_are_shown() {
         let timings = Timings::new(Instant::now());
         timings.mark(Step::KvmReady);
         let first = timings.reached(Step::KvmReady);

@@ -87,7 +87,7 @@ fn refused(words: &[&str]) -> (i32, String) {
 }
 
 #[test]
-fn what_is_wrong_is_said_in_one_line() {
+fn errors_are_one_line() {
     assert_eq!(refused(&[]).0, 2);
     assert_eq!(refused(&["--precision", "0", "image"]).0, 2);
     assert_eq!(refused(&["--scenario", "dance", "image"]).0, 2);
@@ -109,7 +109,7 @@ fn what_is_wrong_is_said_in_one_line() {
 }
 
 #[test]
-fn everyone_is_listed_with_what_installs_the_absent() {
+fn contenders_are_listed_with_installation_instructions() {
     let bench = Bench::new();
     let output = bench.husk(&["--list"]).env("PATH", "/nowhere").output().unwrap();
     let said = text(&output.stdout);
@@ -158,9 +158,9 @@ fn a_command_is_measured_compared_and_shown_again() {
 }
 
 #[test]
-fn a_command_that_fails_is_a_failure_and_no_fast_run() {
+fn a_failing_command_is_not_a_fast_run() {
     let bench = Bench::new();
-    let Some(container) = container(&bench, "a_command_that_fails_is_a_failure_and_no_fast_run") else { return };
+    let Some(container) = container(&bench, "a_failing_command_is_not_a_fast_run") else { return };
     let (image, contenders) = (bench.image(), format!("host,{container}"));
     let words =
         ["--runs", "2", "--contenders", &contenders, "--output", "failed", &image, "--", "/bin/sh", "-c", "exit 3"];
@@ -176,9 +176,9 @@ fn a_command_that_fails_is_a_failure_and_no_fast_run() {
 }
 
 #[test]
-fn an_interrupted_bench_leaves_nothing() {
+fn an_interrupted_bench_leaves_nothing_behind() {
     let bench = Bench::new();
-    let Some(container) = container(&bench, "an_interrupted_bench_leaves_nothing") else { return };
+    let Some(container) = container(&bench, "an_interrupted_bench_leaves_nothing_behind") else { return };
     let (image, contenders) = (bench.image(), format!("host,{container}"));
     // No other process here sleeps for so long.
     const LONG: &str = "7654327";
@@ -218,7 +218,7 @@ fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 #[test]
-fn a_budget_that_nobody_can_spend_counts_nobody() {
+fn an_insufficient_budget_counts_no_instances() {
     let bench = Bench::new();
     let image = bench.image();
     let words =
@@ -233,9 +233,9 @@ fn a_budget_that_nobody_can_spend_counts_nobody() {
 }
 
 #[test]
-fn who_is_held_by_nothing_does_not_run_out_of_memory() {
+fn unlimited_contenders_skip_the_out_of_memory_test() {
     let bench = Bench::new();
-    let test = "who_is_held_by_nothing_does_not_run_out_of_memory";
+    let test = "unlimited_contenders_skip_the_out_of_memory_test";
     // Without root, runc cannot enforce limits.
     if container(&bench, test).is_none() || !text(&bench.run(&["--list"]).stdout).contains("present  runc: ") {
         return eprintln!("SKIPPED: {test} wants root, and runc");

@@ -46,7 +46,7 @@ fn says(group: &Path, files: [&str; 2]) -> String {
 }
 
 #[test]
-fn limits_change_while_the_process_runs_and_go_with_the_cgroup() {
+fn limits_change_at_run_time_and_are_removed_with_the_cgroup() {
     if Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout != b"0\n") {
         // Written past the harness, which keeps what a test prints.
         let _ = writeln!(std::io::stderr(), "SKIPPED: limits of processor time are tested by root");

@@ -42,7 +42,7 @@ fn help_of_every_command_has_examples() {
 }
 
 #[test]
-fn words_that_are_not_husks_own_do_nothing_to_a_terminal() {
+fn foreign_text_is_sanitized_for_the_terminal() {
     // A title of the window, a sequence begun by one character, and text from right to left.
     let word = "x\u{1b}]0;owned\u{7}\u{9b}2J\u{202e}y";
     let no_json = std::env::temp_dir().join(word);
@@ -64,14 +64,14 @@ fn words_that_are_not_husks_own_do_nothing_to_a_terminal() {
 }
 
 #[test]
-fn no_command_shows_help_and_is_wrong_usage() {
+fn no_command_shows_help_and_is_a_usage_error() {
     let output = husk(&[]);
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("Usage: husk"), "{output:?}");
 }
 
 #[test]
-fn flags_make_the_machine_that_is_printed() {
+fn flags_are_printed_as_a_configuration() {
     let json = stdout(&[
         "boot",
         "--kernel",
@@ -100,7 +100,7 @@ fn flags_make_the_machine_that_is_printed() {
 }
 
 #[test]
-fn limits_are_part_of_the_machine_that_is_printed() {
+fn limits_are_part_of_the_printed_configuration() {
     let flags = ["--cpus=1.5", "--cpuset=3,0-1", "--cpu-shares=512", "--memory=256M", "--memory-max=1G"];
     let more = ["--host-memory=auto", "--disk=/a.img,bps=10M,iops=500,iops-burst=50", "--print-config"];
     let json = stdout(&[&["boot", "--kernel", "k"], &flags[..], &more].concat());
@@ -127,7 +127,7 @@ fn defaults_are_one_vcpu_and_512_mib() {
 }
 
 #[test]
-fn a_printed_configuration_is_taken_back_as_it_is() {
+fn a_printed_configuration_is_accepted() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("machine.json");
     let printed = stdout(&["boot", "--kernel", "/k", "--disk", "/a.img,id=a", "--memory=2g", "--print-config"]);
@@ -140,7 +140,7 @@ fn a_printed_configuration_is_taken_back_as_it_is() {
 }
 
 #[test]
-fn a_wrong_configuration_file_is_refused_by_its_key() {
+fn an_invalid_configuration_file_is_rejected_by_its_key() {
     let dir = tempfile::tempdir().unwrap();
     let write = |text: &str| -> PathBuf {
         let file = dir.path().join("machine.json");
@@ -167,7 +167,7 @@ fn a_wrong_configuration_file_is_refused_by_its_key() {
 }
 
 #[test]
-fn wrong_flags_are_refused_in_one_line_that_says_what_to_type() {
+fn invalid_flags_are_rejected_in_one_line_with_a_remedy() {
     let long_cmdline = "x".repeat(2048);
     let many_disks: Vec<_> = (0..18).map(|n| format!("--disk=/d{n}")).collect();
     let mut many_disks: Vec<_> = many_disks.iter().map(String::as_str).collect();
@@ -269,7 +269,7 @@ fn what_does_not_exist_is_told_once_and_the_rest_is_done() {
 }
 
 #[test]
-fn a_run_that_comes_to_no_process_has_a_code_that_no_command_has() {
+fn a_run_without_a_process_has_a_distinct_exit_code() {
     let cases: &[(&[&str], &str)] = &[
         (&["run"], "IMAGE"),
         (&["run", "--cpuss=2", "image"], "--cpuss"),
@@ -288,7 +288,7 @@ fn a_run_that_comes_to_no_process_has_a_code_that_no_command_has() {
 }
 
 #[test]
-fn completions_come_for_every_shell() {
+fn completions_exist_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let script = stdout(&["completions", shell]);
         assert!(script.contains("husk") && script.contains("print-config"), "{shell}");
@@ -296,7 +296,7 @@ fn completions_come_for_every_shell() {
 }
 
 #[test]
-fn a_manual_page_comes_for_every_command() {
+fn a_manual_page_exists_for_every_command() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(stdout(&["man", dir.path().to_str().unwrap()]), "");
     for page in ["husk", "husk-boot", "husk-run", "husk-doctor", "husk-completions", "husk-man"] {
@@ -308,7 +308,7 @@ fn a_manual_page_comes_for_every_command() {
 }
 
 #[test]
-fn doctors_exit_code_is_zero_exactly_where_no_check_fails() {
+fn doctors_exit_code_is_zero_if_no_check_fails() {
     let output = husk(&["doctor", "--json"]);
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let checks = report["checks"].as_array().unwrap();
@@ -326,7 +326,7 @@ fn doctors_exit_code_is_zero_exactly_where_no_check_fails() {
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_error() {
+fn a_closed_pipe_is_not_an_error() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_husk"))
         .args(["completions", "bash"])
         .stdout(Stdio::piped())

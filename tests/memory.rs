@@ -142,7 +142,7 @@ fn idle_memory_goes_back(kernel: &str) {
 }
 
 #[test]
-fn a_guest_has_as_much_memory_as_the_target_says() {
+fn a_guest_has_the_target_amount_of_memory() {
     const LOW_MIB: u64 = 192;
     let guests = guests!();
     // The stock kernel clears each page that it puts into its balloon: here that takes minutes.
@@ -170,17 +170,17 @@ fn a_guest_has_as_much_memory_as_the_target_says() {
 }
 
 #[test]
-fn memory_that_a_micro_guest_frees_goes_back_by_itself() {
+fn memory_freed_by_a_micro_guest_is_returned() {
     idle_memory_goes_back("micro");
 }
 
 #[test]
-fn memory_that_a_stock_guest_frees_goes_back_by_itself() {
+fn memory_freed_by_a_stock_guest_is_returned() {
     idle_memory_goes_back("stock");
 }
 
 #[test]
-fn a_machine_works_within_the_hosts_memory_that_it_is_said_to_need() {
+fn a_machine_works_within_its_needed_host_memory() {
     const SMALL_MIB: u64 = 256;
     let guests = guests!();
     if run("id", &["-u"]) != "0\n" {

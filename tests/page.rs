@@ -89,7 +89,7 @@ fn look(report: &Report, width: u32, dark: bool) -> Option<Value> {
 }
 
 #[test]
-fn nothing_sticks_out_of_a_phone() {
+fn the_page_fits_a_phone() {
     let report = example::report();
     for width in [320, 390, 768] {
         let Some(seen) = look(&report, width, false) else { return };
@@ -110,7 +110,7 @@ fn the_page_loads_nothing_and_runs_nothing() {
 }
 
 #[test]
-fn the_dark_is_dark_and_all_text_can_be_read_in_it_and_in_the_light() {
+fn text_is_legible_in_dark_and_light_mode() {
     let report = example::report();
     let (Some(light), Some(dark)) = (look(&report, 1280, false), look(&report, 1280, true)) else { return };
     assert_eq!(light["paper"], "rgb(255, 255, 255)");
@@ -122,7 +122,7 @@ fn the_dark_is_dark_and_all_text_can_be_read_in_it_and_in_the_light() {
 }
 
 #[test]
-fn what_a_report_says_is_on_the_page() {
+fn the_page_shows_the_report() {
     let report = example::report();
     let Some(seen) = look(&report, 1280, false) else { return };
     let text = seen["text"].as_str().unwrap();
@@ -139,7 +139,7 @@ fn what_a_report_says_is_on_the_page() {
 }
 
 #[test]
-fn a_printer_gets_all_of_it() {
+fn the_page_prints_completely() {
     let dir = tempfile::tempdir().unwrap();
     let (file, pdf) = (dir.path().join("page.html"), dir.path().join("page.pdf"));
     std::fs::write(&file, page::page(&example::report())).unwrap();

@@ -33,7 +33,7 @@ fn deps_while_locked(times: u32) -> (Output, String) {
 }
 
 #[test]
-fn another_program_that_has_apts_lock_is_waited_for_with_a_word() {
+fn waiting_for_apts_lock_is_announced() {
     let (output, calls) = deps_while_locked(3);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
@@ -42,7 +42,7 @@ fn another_program_that_has_apts_lock_is_waited_for_with_a_word() {
 }
 
 #[test]
-fn a_lock_that_stays_ends_the_wait_with_apts_own_words() {
+fn waiting_for_apts_lock_times_out_with_its_error() {
     let (output, calls) = deps_while_locked(u32::MAX);
     assert_eq!(output.status.code(), Some(100));
     assert!(String::from_utf8_lossy(&output.stderr).ends_with(&format!("{LOCKED}\n")), "{output:?}");

@@ -95,7 +95,7 @@ fn every_measure_begins_and_ends_once_in_turn_and_leaves_nothing() {
 }
 
 #[test]
-fn work_that_fails_is_told_and_the_rest_is_done() {
+fn failures_are_reported_and_the_rest_is_done() {
     let place = Place::new();
     let missing = place.path().join("missing");
     let tasks = ["do", "root-read=1000", "syscall=5", "scratch-fsync=1", "--root-data", "/nonexistent", "--scratch"];
@@ -112,7 +112,7 @@ fn work_that_fails_is_told_and_the_rest_is_done() {
 }
 
 #[test]
-fn words_that_it_does_not_know_are_refused_in_a_line() {
+fn unknown_arguments_are_rejected_in_one_line() {
     let place = Place::new();
     for words in [&["do", "dance=1"][..], &[], &["crash", "kernel"], &["guest", "hello"], &["hello", "--exit", "many"]]
     {
@@ -127,7 +127,7 @@ fn words_that_it_does_not_know_are_refused_in_a_line() {
 }
 
 #[test]
-fn hello_ends_with_the_code_it_was_given() {
+fn hello_exits_with_the_given_code() {
     let place = Place::new();
     let output = place.command(&["hello", "--exit", "42"]).output().unwrap();
     assert_eq!((output.status.code(), lines(&output)), (Some(42), vec!["work: ready"]));
@@ -135,7 +135,7 @@ fn hello_ends_with_the_code_it_was_given() {
 }
 
 #[test]
-fn idle_gives_its_memory_back_and_sleeps_until_it_is_ended() {
+fn idle_returns_its_memory_and_sleeps_until_terminated() {
     let place = Place::new();
     let (mut running, mut stdout) = Running::start(&mut place.command(&["idle", "--touch", "64"]));
     assert_eq!(line(&mut stdout), "work: ready\n");
@@ -149,7 +149,7 @@ fn idle_gives_its_memory_back_and_sleeps_until_it_is_ended() {
 }
 
 #[test]
-fn ticks_come_until_it_is_ended() {
+fn ticks_continue_until_terminated() {
     let place = Place::new();
     let (mut running, mut stdout) = Running::start(&mut place.command(&["tick", "20"]));
     let heard: Vec<_> = (0..4).map(|_| line(&mut stdout)).collect();
@@ -158,7 +158,7 @@ fn ticks_come_until_it_is_ended() {
 }
 
 #[test]
-fn connections_are_served_until_it_is_ended() {
+fn connections_are_served_until_terminated() {
     let place = Place::new();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let (mut running, mut stdout) = Running::start(&mut place.command(&["serve", &port.to_string()]));
@@ -178,7 +178,7 @@ fn connections_are_served_until_it_is_ended() {
 }
 
 #[test]
-fn memory_is_used_until_there_is_no_more() {
+fn memory_is_allocated_until_exhausted() {
     let place = Place::new();
     // Where a limit refuses instead of killing it is told.
     let script = format!("ulimit -v 200000; exec {} crash memory", place.program.display());
@@ -224,7 +224,7 @@ fn the_first_process_of_a_machine_runs_its_command_and_ends_the_machine() {
 }
 
 #[test]
-fn a_machine_that_cannot_be_set_up_says_why_and_ends() {
+fn a_failed_setup_is_reported_and_ends_the_machine() {
     let place = Place::new();
     let program = "/.husk-bench/work";
     let Some(output) = guest(&place, &["/nonexistent"]) else { return };

@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_holds_whatever_the_requests_sizes() {
+    fn the_rate_holds_for_any_request_size() {
         let now = Instant::now();
         for per_second in [1, 100, 3_000, 1_000_000, 5_000_000_000] {
             for amount in [1, 7, per_second / 10 + 1, per_second * 3] {
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_passes_at_once_and_comes_back_with_time() {
+    fn a_burst_passes_at_once_and_refills_over_time() {
         let now = Instant::now();
         let mut bucket = Bucket::new(100, Some(50), now);
         let mut at_once = |now| (0..1000).take_while(|_| bucket.take(1, now).is_ok()).count();
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_debt_beyond_all_time_and_a_clock_that_stands_are_survived() {
+    fn a_huge_debt_and_a_stopped_clock_are_handled() {
         let now = Instant::now();
         let mut bucket = Bucket::new(1, Some(u64::MAX), now);
         assert_eq!(bucket.take(u64::MAX, now), Ok(()));
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn both_limits_hold_and_the_descriptor_tells_when_to_ask_again() {
+    fn both_limits_hold_and_the_descriptor_signals_when_to_retry() {
         let (mut limiter, _control) = limiter(Some(1 << 30), Some(20));
         let admitted = (0..100).take_while(|_| limiter.admit(512)).count();
         assert_eq!(admitted, 3, "two of the burst, and one ahead");
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_change_while_somebody_waits_for_them() {
+    fn limits_change_while_a_request_waits() {
         let (mut limiter, control) = limiter(None, None);
         assert!((0..100_000).all(|_| limiter.admit(1 << 40)), "nothing is limited");
         let slow = Rate { bytes_per_second: Some(1), ..Rate::default() };
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_nothing_and_a_burst_of_no_limit_make_no_sense() {
+    fn a_zero_limit_and_a_burst_without_a_limit_are_invalid() {
         let rate = |bytes_per_second, burst_bytes, ops_per_second, burst_ops| {
             Rate { bytes_per_second, burst_bytes, ops_per_second, burst_ops }.makes_sense()
         };

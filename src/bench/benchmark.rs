@@ -325,7 +325,7 @@ mod tests {
     use crate::bench::contender::tests::fixture;
 
     #[test]
-    fn a_kernel_crashes_where_nobody_else_has_it_and_the_machine_ends() {
+    fn kernel_crashes_are_limited_to_dedicated_kernels_that_exit() {
         let contenders = contender::find();
         let skip_reason = |name| {
             let contender = contenders.iter().find(|contender| contender.name() == name).unwrap();

@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn so_much_takes_about_as_long_and_what_cannot_be_done_is_told() {
+    fn calibration_meets_the_target_duration_and_reports_failures() {
         let dir = tempfile::tempdir().unwrap();
         let program = workload::write(dir.path()).unwrap();
         let data = dir.path().join("there-is-none");

@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifth_more_is_found_and_a_fifth_less_too() {
+    fn a_change_of_a_fifth_is_detected_in_both_directions() {
         let (old, slower) = (report(), report_of(2, 1.2));
         let worse = compare(&old, &slower).unwrap();
         let better = compare(&slower, &old).unwrap();
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_not_changed_gives_hardly_a_false_alarm() {
+    fn unchanged_results_rarely_give_a_false_alarm() {
         let old = report();
         let (mut alarms, mut compared) = (0, 0);
         for seed in 2..6 {
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn few_runs_are_not_judged_and_failures_are_no_change_of_speed() {
+    fn few_runs_are_not_judged_and_failures_are_not_slowdowns() {
         let (old, mut new) = (report(), report_of(2, 2.0));
         for metric in &mut new.metrics {
             let husk = metric.results.iter_mut().find(|outcome| outcome.contender == "husk").unwrap();
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_comparable_is_refused_in_a_line() {
+    fn incomparable_reports_are_rejected_in_one_line() {
         let old = report();
         let mut other = old.clone();
         other.limits.memory_mib = 1024;
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn another_host_is_warned_of() {
+    fn a_different_host_causes_a_warning() {
         let old = report();
         let mut new = old.clone();
         assert_eq!(compare(&old, &new).unwrap().warnings, Vec::<String>::new());
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_says_what_has_changed_first() {
+    fn a_table_lists_changes_first() {
         let table = compare(&report(), &report_of(2, 1.2)).unwrap().table(100);
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!(lines[0], "REGRESSIONS");
@@ -373,13 +373,13 @@ mod tests {
     }
 
     #[test]
-    fn a_report_that_was_written_is_read_again() {
+    fn a_report_survives_a_round_trip() {
         let report = report();
         assert_eq!(parse(&serde_json::to_string(&report).unwrap()).unwrap(), report);
     }
 
     #[test]
-    fn what_is_no_report_is_refused_in_a_line() {
+    fn an_invalid_report_is_rejected_in_one_line() {
         let refusal = |text: &str| format!("{:#}", parse(text).unwrap_err());
         for text in ["", "{}", "[1, 2]", "{\"version\": 2}", "{\"version\": -1}", "\u{0}", &"[".repeat(1 << 20)] {
             let error = refusal(text);

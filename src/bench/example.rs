@@ -194,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_has_all_that_a_report_can_have() {
+    fn the_example_covers_all_parts_of_a_report() {
         let report = report();
         let outcomes: Vec<&Outcome> = report.metrics.iter().flat_map(|metric| &metric.results).collect();
         assert!(outcomes.iter().any(|outcome| outcome.skipped.is_some()));

@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shell_reads_the_words_again() {
+    fn quoted_words_are_parsed_back_by_a_shell() {
         let words = ["husk", "bench", "", "a b", "it's", "--runs=3", "$HOME"].map(str::to_owned);
         assert_eq!(command_line(&words), "husk bench '' 'a b' 'it'\\''s' --runs=3 '$HOME'");
     }

@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_says_nothing_is_unknown() {
+    fn missing_host_information_is_unknown() {
         let dir = tempfile::tempdir().unwrap();
         let host = collect(dir.path(), Path::new("/"));
         assert_eq!((host.kernel.as_str(), host.kvm.as_str(), host.cpus), ("unknown", "none", 0));

@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_with_parentheses_hides_no_parent() {
+    fn a_process_name_with_parentheses_is_parsed() {
         assert_eq!(parent("12 (a) S 3) S 7 1 1"), Some(7));
     }
 

@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_left_out_for_a_name_that_is_wrong() {
+    fn an_unknown_contender_is_an_error() {
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let selected = select(contender::find(), &names(&["crun", "husk"])).unwrap();
         assert_eq!(selected.iter().map(|one| one.name()).collect::<Vec<_>>(), ["crun", "husk"]);

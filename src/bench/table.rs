@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn more_contenders_or_a_shorter_line_make_more_blocks() {
+    fn more_contenders_or_narrower_lines_need_more_blocks() {
         let report = example::report();
         for (width, blocks) in [(WIDTH, 2), (60, 3), (30, 7), (1, 7)] {
             let table = table(&report, width);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn medians_stand_with_their_intervals_and_ratios() {
+    fn medians_are_shown_with_intervals_and_ratios() {
         let mut report = example::report();
         report.contenders.retain(|contender| ["crun", "husk"].contains(&contender.name.as_str()));
         for (name, times) in [("crun", [10.0, 10.5, 11.0]), ("husk", [20.0, 21.0, 22.0])] {
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named_with_its_reason() {
+    fn missing_results_are_listed_with_a_reason() {
         let table = table(&example::report(), 400);
         for line in [
             "failed       qemu-microvm, “Process, from fork to exit”: 20 failed rounds; first: round 0: exit code 137 <killed> & no mark came",
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_name_reaches_the_terminal_but_its_letters() {
+    fn names_are_sanitized_for_the_terminal() {
         let mut report = example::report();
         report.contenders[1].name = "\u{1b}[2Jcrun\r\n".to_owned();
         assert!(!table(&report, WIDTH).chars().any(|c| c.is_control() && c != '\n'));

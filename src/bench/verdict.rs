@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_sentence_says_what_husk_costs() {
+    fn the_first_sentence_summarizes_husks_cost() {
         let husk: Vec<f64> = (0..20).map(|round| 13.0 + f64::from(round % 5) * 0.1).collect();
         let crun: Vec<f64> = (0..20).map(|round| 10.0 + f64::from(round % 5) * 0.1).collect();
         let said = sentences(&report_with("start-output-warm", &husk, &crun));
@@ -299,14 +299,14 @@ mod tests {
     }
 
     #[test]
-    fn more_of_a_rate_is_better() {
+    fn higher_rates_are_better() {
         let said = sentences(&report_with("root-read-random", &[300.0; 8], &[200.0; 8]));
         assert_eq!(said[0], "husk reads its root at 1.50 times crun’s rate (1.50 to 1.50).");
         assert!(said[1].starts_with("Disks: husk is better than crun in"), "{said:?}");
     }
 
     #[test]
-    fn what_does_not_differ_is_not_told_apart() {
+    fn equal_results_are_not_distinguished() {
         let mut random = fastrand::Rng::with_seed(1);
         let mut draw = || (0..20).map(|_| 10.0 + example::normal(&mut random)).collect::<Vec<f64>>();
         let said = sentences(&report_with("start-output-warm", &draw(), &draw()));
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_concluded_on_a_host_that_is_too_noisy() {
+    fn a_noisy_host_allows_no_conclusions() {
         let mut report = report_with("start-output-warm", &[30.0; 8], &[10.0; 8]);
         report.noise.verdict = NoiseLevel::TooNoisy;
         report.noise.spread = 0.4;
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_absent_is_named() {
+    fn absent_contenders_are_listed() {
         let last = sentences(&example::report()).pop().unwrap();
         assert_eq!(last, "Not compared because unavailable: bubblewrap and firecracker.");
     }

@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_pass_a_kernels_command_line() {
+    fn arguments_survive_a_kernel_command_line() {
         assert_eq!(escape("/bin/sh"), "/bin/sh");
         assert_eq!(escape("cpu-integer=100"), "cpu-integer=100");
         assert_eq!(escape("echo \"a b\" 5%"), "echo%20%22a%20b%22%205%25");

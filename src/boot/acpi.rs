@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn more_devices_than_lines_are_refused() {
+    fn more_devices_than_interrupt_lines_are_rejected() {
         assert!(tables(1, layout::VIRTIO_MMIO_MAX + 1).is_err());
         assert!(tables(256, 0).is_err());
     }

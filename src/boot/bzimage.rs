@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn every_packed_kernel_comes_out_as_it_went_in() {
+    fn every_compression_is_unpacked() {
         let kernel = sample::kernel(KERNEL_BYTES);
         for packer in sample::PACKERS {
             let Some(payload) = sample::packed(&kernel, packer) else { continue };
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn one_in_a_unified_image_is_the_same() {
+    fn a_bzimage_in_a_unified_image_is_unpacked() {
         let kernel = sample::kernel(KERNEL_BYTES);
         let payload = sample::packed(&kernel, sample::PACKERS[0]).expect("gzip is part of every Debian");
         for bzimage in [sample::bzimage(&payload), sample::bzimage(LZO)] {
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_payload_is_noticed() {
+    fn a_damaged_payload_is_detected() {
         let kernel = sample::kernel(KERNEL_BYTES);
         for packer in sample::PACKERS {
             let Some(payload) = sample::packed(&kernel, packer) else { continue };
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_claims_another_size_is_refused() {
+    fn a_payload_with_the_wrong_size_is_rejected() {
         let kernel = sample::kernel(KERNEL_BYTES);
         for packer in sample::PACKERS {
             let Some(mut payload) = sample::packed(&kernel, packer) else { continue };
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_cannot_be_is_refused() {
+    fn an_invalid_header_is_rejected() {
         let whole = sample::bzimage(LZO);
         let error = |at: usize, field: &[u8]| {
             let mut bytes = whole.clone();
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn what_husk_cannot_unpack_unpacks_itself() {
+    fn an_unsupported_compression_unpacks_itself() {
         let (memory, loaded) = load_into(64, &sample::bzimage(LZO)).unwrap();
         assert_eq!((loaded.protocol, loaded.instruction), (Protocol::Linux64, 16 * MIB + 0x200));
         assert_eq!(loaded.kernel_end, 20 * MIB, "init_size counts");
@@ -324,14 +324,14 @@ mod tests {
     }
 
     #[test]
-    fn what_it_takes_to_unpack_itself_has_to_be_there() {
+    fn a_self_unpacking_kernel_needs_enough_memory() {
         load_into(20, &sample::bzimage(LZO)).unwrap();
         let Err(error) = load_into(19, &sample::bzimage(LZO)) else { panic!("loaded") };
         assert!(error.to_string().starts_with("the kernel needs memory up to 20 MiB to decompress itself"), "{error}");
     }
 
     #[test]
-    fn a_place_that_cannot_be_is_refused() {
+    fn an_invalid_load_address_is_rejected() {
         for place in [0, 1, 0xf_0000, 0x10_0000, (16 << 20) + 4096, u64::MAX, 3 << 30, !0x1f_ffff] {
             let mut bytes = sample::bzimage(LZO);
             sample::put(&mut bytes, 0x258, &place.to_le_bytes());
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn an_alignment_that_is_none_is_refused() {
+    fn an_invalid_alignment_is_rejected() {
         for alignment in [0u32, 3, 0x30_0000] {
             let mut bytes = sample::bzimage(LZO);
             sample::put(&mut bytes, 0x230, &alignment.to_le_bytes());
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_32_bit_kernel_is_refused() {
+    fn a_32_bit_kernel_is_rejected() {
         let mut bytes = sample::bzimage(LZO);
         bytes[0x236] = 0;
         let Err(error) = load_into(64, &bytes) else { panic!("loaded") };
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_behind_a_short_header_are_no_fields() {
+    fn bytes_after_a_short_header_are_ignored() {
         let mut bytes = sample::bzimage(LZO);
         // Up to xloadflags and cmdline_size.
         bytes[0x201] = 0x3c - 2;

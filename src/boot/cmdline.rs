@@ -31,14 +31,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_as_long_as_the_kernel_takes_is_the_longest() {
+    fn the_maximum_length_is_the_kernels() {
         check(&"a".repeat(2047), layout::CMDLINE_MAX_BYTES).unwrap();
         let error = check(&"a".repeat(2048), layout::CMDLINE_MAX_BYTES).unwrap_err().to_string();
         assert_eq!(error, "the kernel command line of 2048 bytes is too long: the kernel accepts 2047");
     }
 
     #[test]
-    fn what_the_kernel_would_cut_or_garble_is_refused() {
+    fn unsupported_characters_and_lengths_are_rejected() {
         for bad in ["a\nb", "a\0b", "a\tb", "naïve"] {
             assert!(check(bad, 2048).unwrap_err().to_string().contains("printable ASCII"), "{bad:?}");
         }

@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_stand_at_their_physical_addresses() {
+    fn segments_are_loaded_at_their_physical_addresses() {
         let (memory, loaded) = load_bytes(&kernel(None), 32).unwrap();
         let mut text = [0; 5];
         memory.read_slice(&mut text, GuestAddress(MIB)).unwrap();
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_kernels_build_leaves_beside_it_is_told_apart() {
+    fn other_files_of_a_kernel_build_are_identified() {
         let decompressor = with_section_names(&kernel(None), b"\0.head.text\0.rodata..compressed\0.text\0");
         assert!(error(&decompressor).contains("arch/x86/boot/compressed/vmlinux"));
         load_bytes(&with_section_names(&kernel(None), b"\0.text\0.rodata\0.init.rodata..compressed\0"), 32).unwrap();
@@ -319,14 +319,14 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_may_stand_above_the_hole() {
+    fn a_segment_may_be_above_the_hole() {
         let part = Part { address: 4 << 30, bytes: b"high", memory_bytes: 4 };
         let (memory, _) = load_bytes(&sample::elf(4 << 30, &[part], None), 6 << 10).unwrap();
         assert_eq!(memory.read_obj::<u32>(GuestAddress(4 << 30)).unwrap(), u32::from_le_bytes(*b"high"));
     }
 
     #[test]
-    fn the_pvh_note_is_found_behind_others() {
+    fn the_pvh_note_is_found_after_others() {
         let entry = (MIB + 1) as u32;
         for value in [entry.to_le_bytes().to_vec(), u64::from(entry).to_le_bytes().to_vec()] {
             let notes = [
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn notes_that_lie_about_their_length_end_the_search() {
+    fn notes_with_an_invalid_length_end_the_search() {
         let mut note = sample::note(b"Xen\0", 18, &[0; 4]);
         for (at, len) in [(0, u32::MAX), (4, u32::MAX), (0, 0x7fff_fffd), (4, 9)] {
             let mut lying = note.clone();
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_is_refused() {
+    fn every_truncation_is_rejected() {
         let whole = kernel(Some(&sample::note(b"Xen\0", 18, &(MIB as u32).to_le_bytes())));
         load_bytes(&whole, 32).unwrap();
         for len in 0..whole.len() {
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_where_they_do_not_belong_are_refused() {
+    fn segments_at_invalid_addresses_are_rejected() {
         let one = |address, memory_bytes| sample::elf(address, &[Part { address, bytes: b"text", memory_bytes }], None);
         assert!(error(&one(0x7000, 4)).contains("below 1 MiB"));
         assert!(error(&one(MIB, 3)).contains("larger in the file than in memory"));
@@ -376,13 +376,13 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_across_the_hole_is_refused() {
+    fn a_segment_across_the_hole_is_rejected() {
         let part = Part { address: MIB, bytes: b"text", memory_bytes: 4 << 30 };
         assert!(load_bytes(&sample::elf(MIB, &[part], None), 6 << 10).is_err());
     }
 
     #[test]
-    fn other_machines_images_are_refused() {
+    fn images_for_other_architectures_are_rejected() {
         for (at, value) in [(4, 1), (5, 2), (18, 40)] {
             let mut image = kernel(None);
             image[at] = value;

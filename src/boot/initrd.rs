@@ -50,7 +50,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_file_is_all_that_is_read() {
+    fn only_the_given_part_of_a_file_is_read() {
         let memory = memory::reserve(32).unwrap();
         let part = Part::of(&sample::file(b"before070701after"), 6, 6).unwrap();
         let extent = load(&memory, &part, 0x20_0000, u64::MAX).unwrap();
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_in_the_last_page_of_memory() {
+    fn the_initrd_ends_in_the_last_page_of_memory() {
         let memory = memory::reserve(32).unwrap();
         let extent = load(&memory, &file(5000), 0x20_0000, u64::MAX).unwrap();
         assert_eq!(extent, Extent { start: (32 << 20) - 8192, end: (32 << 20) - 8192 + 5000 });
@@ -70,14 +70,14 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_below_the_hole_and_below_what_the_kernel_reaches() {
+    fn the_initrd_is_below_the_hole_and_the_kernels_limit() {
         let memory = memory::reserve(6 << 10).unwrap();
         assert_eq!(load(&memory, &file(4096), 0x20_0000, u64::MAX).unwrap().end, 0xc000_0000);
         assert_eq!(load(&memory, &file(4096), 0x20_0000, 0x7fff_ffff).unwrap().end, 0x8000_0000);
     }
 
     #[test]
-    fn it_does_not_reach_into_the_kernel() {
+    fn the_initrd_does_not_overlap_the_kernel() {
         let memory = memory::reserve(32).unwrap();
         let kernel_end = (32 << 20) - 4096;
         load(&memory, &file(4096), kernel_end, u64::MAX).unwrap();
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_one_is_refused() {
+    fn an_empty_initrd_is_rejected() {
         let memory = memory::reserve(32).unwrap();
         assert_eq!(load(&memory, &file(0), 0, u64::MAX).unwrap_err().to_string(), "the initrd is empty");
     }

@@ -64,7 +64,7 @@ mod tests {
     use crate::boot::sample;
 
     #[test]
-    fn a_file_that_is_no_kernel_is_called_so() {
+    fn a_file_that_is_not_a_kernel_is_rejected() {
         let error = |bytes: &[u8]| KernelImage::identify(sample::file(bytes)).unwrap_err().to_string();
         assert_eq!(error(b""), "the kernel file is empty");
         for bytes in [b"#!/bin/sh\n".as_slice(), b"\x7fEL", &[0; 4096]] {

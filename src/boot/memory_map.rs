@@ -42,7 +42,7 @@ mod tests {
     }
 
     #[test]
-    fn six_gib_are_told_around_the_hole() {
+    fn the_map_of_six_gib_excludes_the_hole() {
         let map = memory_map(&memory::reserve(6 << 10).unwrap());
         let ranges: Vec<_> = map.iter().map(|(e, kind)| (e.start, e.end, *kind)).collect();
         assert_eq!(
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn small_memory_ends_where_it_ends() {
+    fn the_map_of_small_memory_ends_with_it() {
         let map = memory_map(&memory::reserve(32).unwrap());
         assert_eq!(map.last(), Some(&(Extent { start: 0x10_0000, end: 32 << 20 }, Kind::Ram)));
         assert_eq!(ram_mib(&map), 31);

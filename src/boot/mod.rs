@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_chain_of_an_error_says_which_file() {
+    fn an_error_names_the_file() {
         let memory = memory::reserve(32).unwrap();
         let empty = Part::whole(sample::file(b"")).unwrap();
         let error = load(&memory, &kernel(None), Some(&empty), "", 1, 0).unwrap_err();

@@ -114,7 +114,7 @@ mod tests {
     use crate::boot::sample;
 
     #[test]
-    fn nothing_is_read_beyond_its_end() {
+    fn nothing_is_read_beyond_the_end_of_a_part() {
         let file = sample::file(b"0123456789");
         let part = Part::of(&file, 3, 4).unwrap();
         let mut text = String::new();
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_beyond_its_file_is_refused() {
+    fn a_part_beyond_its_file_is_rejected() {
         let file = sample::file(b"0123456789");
         Part::of(&file, 3, 7).unwrap();
         for (start, len) in [(3, 8), (11, 0), (u64::MAX, 2), (0, u64::MAX)] {

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn kernel_initrd_and_words_come_out_as_they_went_in() {
+    fn kernel_initrd_and_command_line_are_extracted() {
         let image = sample::unified(&[
             (".osrel", b"ID=x"),
             (".cmdline", b"root=/dev/vda  quiet\n\0"),
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn other_files_are_none() {
+    fn other_files_are_not_unified_images() {
         let image = sample::unified(&[(".linux", b"kernel")]);
         let mut arm = image.clone();
         sample::put(&mut arm, sample::PE_AT + 4, &0xaa64u16.to_le_bytes());
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_is_refused_or_none() {
+    fn every_truncation_is_rejected_or_not_recognized() {
         let whole = sample::unified(&[(".initrd", b"070701"), (".cmdline", b"quiet"), (".linux", b"kernel")]);
         parse(&whole).unwrap().unwrap();
         // The last section's content is followed only by padding.
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn sections_that_lie_are_refused() {
+    fn invalid_sections_are_rejected() {
         let header_at = sample::PE_AT + PE_HEADER_BYTES;
         let lying = |at: usize, value: u32| {
             let mut image = sample::unified(&[(".linux", b"kernel")]);

@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_handed_over_as_they_are_or_not_at_all() {
+    fn arguments_are_received_unchanged_or_rejected() {
         let words: Vec<OsString> = ["run", "", "-e", "A=\n b"]
             .into_iter()
             .map(OsString::from)
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_is_what_stands_behind_the_first_equals_sign() {
+    fn a_value_follows_the_first_equals_sign() {
         assert_eq!(value_of(&"A=b=c".into()), Some(OsStr::new("b=c")));
         assert_eq!(value_of(&"A=".into()), Some(OsStr::new("")));
         assert_eq!(value_of(&"A".into()), None);

@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_files_name_has_no_colon() {
+    fn the_default_file_name_has_no_colon() {
         let name = default_output(SystemTime::UNIX_EPOCH);
         assert_eq!(name, Path::new("husk-bench-1970-01-01T00-00-00Z"));
     }

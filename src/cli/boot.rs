@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_win_over_the_file() {
+    fn flags_override_the_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let json = r#"{"kernel": "a", "cmdline": "quiet", "cpus": 2, "cpu_limit_millicpus": 1500, "memory_mib": 64, "disks": [{"path": "a.img"}]}"#;
         std::fs::write(&file, json).unwrap();

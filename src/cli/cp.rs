@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_copied_is_called_what_the_user_calls_it() {
+    fn a_copy_is_named_after_the_requested_path() {
         for (path, name, must_be_dir) in [
             ("/var/log/app.log", "app.log", false),
             ("app.log", "app.log", false),
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_stands_before_a_colon() {
+    fn a_machine_precedes_a_colon() {
         assert_eq!(split_machine("web:/etc"), Some(("web", "/etc")));
         assert_eq!(split_machine("web:a:b"), Some(("web", "a:b")));
         for text in ["/etc", "./a:b", "../a:b", "/a:b", ":x", "file"] {

@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_of_a_processor_are_a_limit_on_whole_ones() {
+    fn a_fraction_of_cpus_is_a_limit_on_whole_ones() {
         let cpus = |vcpus, limit_millicpus| Ok(Cpus { vcpus, limit_millicpus });
         assert_eq!(super::cpus("2"), cpus(2, None));
         assert_eq!(super::cpus("2.0"), cpus(2, None));
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_of_processors_is_refused() {
+    fn an_invalid_number_of_cpus_is_rejected() {
         for text in
             ["", ".", ".5", "1.", "-1", "+1", "1.5.0", "1,5", "1e3", "two", "1.0005", "4294967296", "4294967295.5"]
         {

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_code_of_husk_is_in_the_help() {
+    fn every_exit_code_is_in_the_help() {
         use Exit::*;
         for exit in [Success, Failure, Usage, NotRun, Reset, Panicked, TripleFault, KvmError] {
             let code = format!("{:>5}    ", exit.code());

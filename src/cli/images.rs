@@ -86,13 +86,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_stand_below_each_other() {
+    fn columns_are_aligned() {
         let rows = [["a".to_owned(), "b".into()], ["long".into(), "".into()], ["é".into(), "x".into()]];
         assert_eq!(table(&rows), "a     b\nlong\né     x\n");
     }
 
     #[test]
-    fn what_is_in_a_cell_is_no_row_of_its_own_and_no_command_to_a_terminal() {
+    fn cells_are_sanitized() {
         let rows = [["a\nb".to_owned(), "\x1b[2J".into()], ["x".into(), "y".into()]];
         assert_eq!(table(&rows), "a\u{fffd}b  \u{fffd}[2J\nx    y\n");
     }

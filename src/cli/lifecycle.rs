@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_policy_is_how_often() {
+    fn a_restart_policy_is_parsed() {
         let times = |text| restart_policy(text).map(|policy| policy.max_retries);
         assert_eq!((times("no"), times("on-failure"), times("on-failure:3")), (Ok(0), Ok(u32::MAX), Ok(3)));
         for text in ["", "always", "on-failure:", "on-failure:-1", "no:1"] {

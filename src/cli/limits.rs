@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_what_the_guest_has_and_the_maximum_what_it_can_have() {
+    fn memory_is_the_initial_size_and_the_maximum_is_separate() {
         let max = &["--memory-max", "2G"][..];
         assert_eq!(memory(&[], None, (512, None)), (512, None));
         assert_eq!(memory(&[], Some(256), (512, None)), (256, None));
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_memory_is_a_size_or_what_is_needed() {
+    fn host_memory_is_a_size_or_automatic() {
         let config = || MachineConfig { memory_mib: 1024, ..MachineConfig::default() };
         let auto = applied(&["--host-memory", "auto", "--memory-max", "2G"], None, config());
         assert_eq!(auto.host_memory_mib, Some(2048 + 16 + 32));
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_of_processors_are_numbers_and_ranges() {
+    fn cpu_lists_are_numbers_and_ranges() {
         let list = |text| cpuset(text).map(|cpus| cpus.0);
         assert_eq!(list("0"), Ok(vec![0]));
         assert_eq!(list("4,0-2,1"), Ok(vec![0, 1, 2, 4]));
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_win_and_what_is_not_said_stays() {
+    fn flags_override_and_unspecified_limits_are_kept() {
         let file = MachineConfig { cpuset: vec![1], cpu_shares: Some(10), balloon: false, ..MachineConfig::default() };
         let kept = applied(&[], None, file.clone());
         assert_eq!(kept, file);

@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_is_cut_and_its_rest_counted_once() {
+    fn a_flood_is_limited_and_the_rest_counted_once() {
         let mut rate = Rate { started: None, lines: 0, suppressed: 0 };
         let start = Instant::now();
         let admitted = (0..1000).filter(|_| rate.admit(start).admitted).count();

@@ -194,7 +194,7 @@ mod tests {
     use crate::console::stream_log::{self, Stream, StreamLog};
 
     #[test]
-    fn the_last_lines_begin_where_a_line_does() {
+    fn the_tail_starts_at_a_line() {
         let mut skip = 2;
         assert_eq!(skip_lines(b"one\ntw", &mut skip), b"");
         assert_eq!(skip_lines(b"o\nthree\nfour", &mut skip), b"three\nfour");
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_lines_are_as_many_as_asked_for_though_the_log_goes_on() {
+    fn the_tail_has_the_requested_length_while_the_log_grows() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("streams.log");
         let mut log = StreamLog::open(path.clone(), 8 << 10).unwrap();

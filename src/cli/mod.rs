@@ -246,12 +246,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_definition_of_the_command_line_is_sound() {
+    fn the_command_definition_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn a_wrong_configuration_is_wrong_usage_behind_any_context() {
+    fn an_invalid_configuration_is_a_usage_error_in_any_context() {
         let wrong = anyhow::Error::from(Invalid::NoKernel).context("read machine.json");
         assert_eq!(exit_of(&wrong), Exit::Usage);
         assert_eq!(exit_of(&anyhow::anyhow!("no such file").context("open disk x")), Exit::Failure);

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_are_what_was_asked_for() {
+    fn network_flags_are_parsed() {
         assert_eq!(configs(&[]), Ok(Vec::new()));
         assert_eq!(configs(&["--network", "none"]), Ok(Vec::new()));
         let to_tap = NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_each_interfaces_unless_it_has_its_own() {
+    fn an_interfaces_own_limits_override_the_default() {
         let rates = |words: &[&str]| -> Result<Vec<_>, String> {
             let interfaces = flags(words).setup("web").map_err(|error| error.to_string())?;
             Ok(interfaces
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_that_cannot_be_combined_are_refused() {
+    fn invalid_combinations_of_networks_are_rejected() {
         for (words, wanted) in [
             (&["--network=none", "--network=user"][..], "cannot be combined"),
             (&["--network=none", "-p80:80"], "-p requires --network user"),

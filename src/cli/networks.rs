@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_subnet_is_a_private_one_of_256() {
+    fn a_subnet_is_private_with_256_addresses() {
         assert_eq!(subnet("10.86.7.0/24"), Ok(Ipv4Addr::new(10, 86, 7, 0)));
         assert_eq!(subnet("192.168.1.0"), Ok(Ipv4Addr::new(192, 168, 1, 0)));
         for wrong in ["10.86.7.1", "8.8.8.0/24", "10.86.0.0/16", "x", "127.0.0.0"] {

@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dockers_suffixes_count_in_steps_of_1024() {
+    fn dockers_suffixes_are_powers_of_1024() {
         for (text, mib) in [
             ("512M", 512),
             ("512m", 512),
@@ -94,13 +94,13 @@ mod tests {
     }
 
     #[test]
-    fn part_of_a_mib_counts_as_a_whole_one() {
+    fn sizes_are_rounded_up_to_a_mib() {
         assert_eq!(memory_mib("33554433"), Ok(33));
         assert_eq!(memory_mib("32769k"), Ok(33));
     }
 
     #[test]
-    fn what_is_no_size_is_refused() {
+    fn an_invalid_size_is_rejected() {
         for text in
             ["", "M", "-1", "-1M", "512X", "512MM", "1.2.3G", ".5G", "5.G", "1e3", "0x10", "５G", "G5", "1,5G", " 5G"]
         {
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_plain_number_asks_for_its_unit() {
+    fn a_small_number_without_a_unit_is_rejected() {
         let error = memory_mib("512").unwrap_err();
         assert!(error.contains("512M"), "{error}");
     }

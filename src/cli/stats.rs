@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn processor_time_is_of_the_time_between_two_looks() {
+    fn cpu_usage_is_relative_to_the_sampling_interval() {
         let at = |cpu_us, elapsed_us| Stats { cpu_us, elapsed_us, ..Stats::default() };
         assert_eq!(cpu_percent(&at(1_500_000, 2_000_000), Some(&at(0, 1_000_000))), 150.0);
         assert_eq!(cpu_percent(&at(1_000_000, 4_000_000), None), 25.0);

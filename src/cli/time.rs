@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_is_a_date_or_so_long_ago() {
+    fn a_timestamp_is_absolute_or_relative() {
         assert_eq!(timestamp_ns("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
         let hour = now - timestamp_ns("1h").unwrap();
@@ -50,7 +50,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_of_time_is_seconds_where_nothing_else_is_said() {
+    fn a_duration_without_a_unit_is_in_seconds() {
         assert_eq!(duration("10"), Ok(Duration::from_secs(10)));
         assert_eq!(duration("0.5"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stamp_is_read_back() {
+    fn a_timestamp_survives_a_round_trip() {
         assert_eq!(rfc3339(1_000_000_001), "1970-01-01T00:00:01.000000001Z");
     }
 }

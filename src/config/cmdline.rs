@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_that_hides_the_devices_is_found_and_a_later_one_wins() {
+    fn a_parameter_that_hides_devices_is_found_unless_overridden() {
         for (cmdline, word) in [
             ("quiet acpi=off", Some("acpi=off")),
             ("acpi=noirq quiet", Some("acpi=noirq")),

@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_read_as_docker_writes_them() {
+    fn ports_have_dockers_syntax() {
         use Protocol::{Tcp, Udp};
         for (text, wanted) in [
             ("8080:80", ports(None, 8080, 80, 1, Tcp)),
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mac_address_is_one_interfaces() {
+    fn a_mac_address_is_unicast() {
         assert_eq!("02:00:5e:Aa:00:ff".parse::<MacAddress>().unwrap().to_string(), "02:00:5e:aa:00:ff");
         for wrong in
             ["", "02:00:00:00:00", "02:00:00:00:00:01:02", "2:0:0:0:0:1", "01:00:00:00:00:01", "00:00:00:00:00:00"]
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_is_the_same_after_a_trip_through_json() {
+    fn a_network_survives_a_json_round_trip() {
         let user = UserNetwork {
             ports: vec![ports(None, 8080, 80, 1, Protocol::Udp)],
             dns: vec!["192.0.2.53".parse().unwrap()],
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_is_limited_to_something() {
+    fn a_network_limit_is_not_zero() {
         let with = |bytes_per_second, burst_bytes| {
             let rate = Rate { bytes_per_second, burst_bytes, ..Rate::default() };
             NetworkConfig { rate, ..NetworkConfig::of(Attachment::User(UserNetwork::default())) }.validate()
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_moves_frames_of_tap_devices_that_are_not_limited() {
+    fn vhost_requires_a_tap_device_without_limits() {
         let tap = || NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
         let user = || NetworkConfig::of(Attachment::User(UserNetwork::default()));
         let rate = Rate { ops_per_second: Some(1), ..Rate::default() };
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_ports_that_cannot_be_are_refused() {
+    fn invalid_names_and_ports_are_rejected() {
         for name in ["", "..", "a/b", "a b", "tap:1", "sixteen-letters-", "naïve"] {
             let network = NetworkConfig::of(Attachment::Tap { name: name.into() });
             assert_eq!(network.validate(), Err(Invalid::InterfaceName(name.into())));

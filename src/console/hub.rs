@@ -124,7 +124,7 @@ mod tests {
     use crate::console::stream_log::{DEFAULT_MAX_BYTES, HEAD_BYTES, LogReader};
 
     #[test]
-    fn a_watcher_has_what_comes_and_the_log_has_all() {
+    fn a_client_receives_new_output_and_the_log_has_all() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("streams.log");
         let hub = Arc::new(Hub::new(StreamLog::open(path.clone(), DEFAULT_MAX_BYTES).unwrap()));
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn one_who_does_not_read_keeps_nobody_from_attaching_and_is_let_go() {
+    fn a_client_that_does_not_read_is_disconnected_without_blocking_others() {
         let (_dir, hub) = hub();
         let (mut asleep, theirs) = UnixStream::pair().unwrap();
         hub.attach(theirs).unwrap();
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn who_reads_has_all_of_it_before_the_end() {
+    fn a_reading_client_receives_everything_before_the_end() {
         let (_dir, hub) = hub();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         hub.attach(theirs).unwrap();

@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_the_input_arrives_whatever_the_guest_takes_at_a_time() {
+    fn all_input_arrives_in_pieces_of_any_size() {
         let content: Vec<u8> = (0..2000u32).map(|n| n as u8).collect();
         let (mut input, mut got) = (input(&content, None), Vec::new());
         loop {
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_ahead_of_a_guest_that_does_not_listen() {
+    fn nothing_is_read_ahead_of_a_guest_that_does_not_read() {
         let mut input = input(&[7; 2000], None);
         input.read();
         assert!(!input.feed(|_| 0));
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_are_heard_though_the_guest_is_deaf() {
+    fn commands_work_although_the_guest_does_not_read() {
         let mut content = vec![b'k'; 3 * PENDING_MAX_BYTES];
         content.extend(b"\x01x");
         let (mut input, mut commands) = (input(&content, Some(Keys::default())), Vec::new());

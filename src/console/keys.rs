@@ -65,12 +65,12 @@ mod tests {
     }
 
     #[test]
-    fn keys_reach_the_guest_as_typed() {
+    fn keys_reach_the_guest_unchanged() {
         assert_eq!(sort(&[b"ls\r", b"\x03\x1b[A"]), (b"ls\r\x03\x1b[A".to_vec(), vec![]));
     }
 
     #[test]
-    fn ctrl_a_begins_a_command_even_across_reads() {
+    fn ctrl_a_starts_a_command_even_across_reads() {
         assert_eq!(sort(&[b"ab\x01", b"xc"]), (b"abc".to_vec(), vec![Command::Quit]));
         assert_eq!(sort(&[b"\x01h\x01p"]), (vec![], vec![Command::Help, Command::PowerButton]));
     }

@@ -119,14 +119,14 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_costs_the_log_and_not_its_last_lines() {
+    fn a_full_disk_loses_log_output_but_not_the_tail() {
         let mut log = Log::create("/dev/full".into(), false).unwrap();
         log.write_all(b"lost\n").unwrap();
         assert_eq!(log.tail().lines(1), ["lost"]);
     }
 
     #[test]
-    fn what_is_told_of_it_does_nothing_to_a_terminal() {
+    fn the_tail_of_the_log_is_safe_to_print() {
         let tail = Tail::default();
         tail.push(b"\x1b[2Jone\x07\n\n\xfftwo\tx");
         assert_eq!(tail.lines(9), ["[2Jone", "\u{fffd}two\tx"]);

@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn closing_releases_a_writer_that_waits_for_room() {
+    fn closing_releases_a_waiting_writer() {
         let output = Arc::new(Output::default());
         output.push(&vec![0; BUFFER_MAX_BYTES]);
         let writer = {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_room_can_be_called_away_and_what_it_wrote_is_kept() {
+    fn a_waiting_writer_can_be_interrupted_without_data_loss() {
         let (output, called) = (Arc::new(Output::default()), Arc::new(AtomicBool::new(false)));
         output.push(&vec![b'x'; BUFFER_MAX_BYTES + 1]);
         let writer = {

@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_come_back_as_they_were_and_from_the_stream_that_they_were_of() {
+    fn bytes_are_read_back_with_their_stream() {
         let (_dir, path, mut log) = log(DEFAULT_MAX_BYTES);
         let mut reader = LogReader::open(&path);
         assert_eq!(rest(&mut reader), []);
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_goes_on_where_it_was() {
+    fn a_reopened_log_is_continued() {
         let (_dir, path, mut first) = log(DEFAULT_MAX_BYTES);
         first.append(&records(Stream::Output, b"one"));
         drop(first);
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_keeps_what_was_asked_and_begins_with_a_line_however_it_was_written() {
+    fn a_log_keeps_its_size_and_starts_with_a_line() {
         let text: String = (1..=50_000).map(|n| format!("{n}\n")).collect();
         for max_bytes in [MIN_BYTES, 10_000, 64 << 10, 1 << 20] {
             for write_bytes in [1_000, 4_096, 65_536, text.len()] {
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_end_begins_anywhere_and_streams_have_lines_of_their_own() {
+    fn an_endless_line_starts_anywhere_and_streams_have_separate_lines() {
         let (_dir, path, mut log) = log(MIN_BYTES);
         (0..100).for_each(|_| log.append(&records(Stream::Output, &[b'x'; 500])));
         (0..3).for_each(|_| log.append(&records(Stream::Errors, b"whole\n")));
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_left_out_and_the_rest_is_read() {
+    fn damaged_parts_are_skipped() {
         for damage in [vec![0; 40], vec![0xff; 40], vec![b'1'; 40]] {
             let (_dir, path, mut log) = log(DEFAULT_MAX_BYTES);
             (1..=9).for_each(|n| log.append(&records(Stream::Output, format!("line {n}\n").as_bytes())));
@@ -446,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_record_that_is_taken_back_is_not_missed() {
+    fn a_partial_record_may_be_replaced() {
         let (_dir, path, mut log) = log(DEFAULT_MAX_BYTES);
         log.append(&records(Stream::Output, b"one"));
         let half = &records(Stream::Output, &[0xff; 500])[..300];
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_could_not_be_started_is_started_when_there_is_room() {
+    fn a_file_that_could_not_be_created_is_created_later() {
         let (dir, path, mut log) = log(256 << 10);
         let content = vec![7; 64 << 10];
         (0..2).for_each(|_| log.append(&records(Stream::Output, &content)));
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_costs_the_log_and_nothing_else() {
+    fn a_full_disk_loses_only_log_output() {
         let mut log = StreamLog::open("/dev/full".into(), DEFAULT_MAX_BYTES).unwrap();
         log.append(&records(Stream::Output, b"lost"));
         assert!(log.told_of_failure);

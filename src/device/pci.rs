@@ -78,7 +78,7 @@ mod tests {
 
     /// The check for a bus in Linux, arch/x86/pci/direct.c.
     #[test]
-    fn a_kernel_finds_a_way_to_the_bus() {
+    fn a_kernel_detects_the_bus() {
         let ports = PciPorts::default();
         ports.write(3, &[1]);
         ports.write(ADDRESS, &ENABLE.to_le_bytes());
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_nothing_on_the_bus_but_its_bridge() {
+    fn the_bus_has_only_a_host_bridge() {
         let ports = PciPorts::default();
         for function in (1 << 8..1 << 24).step_by(1 << 8) {
             ports.write(ADDRESS, &(ENABLE | function).to_le_bytes());
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn accesses_that_make_no_sense_change_nothing() {
+    fn invalid_accesses_are_ignored() {
         let ports = PciPorts::default();
         ports.write(ADDRESS, &u32::MAX.to_le_bytes());
         assert_eq!(read(&ports, ADDRESS), WRITABLE.to_le_bytes());

@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn each_port_ends_the_machine_its_own_way() {
+    fn each_port_ends_the_machine_with_its_reason() {
         assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x34]), Some(ExitReason::PoweredOff));
         assert_eq!(outcome_of(layout::RESET_PORT, &[1]), Some(ExitReason::Reset));
         assert_eq!(outcome_of(layout::I8042_COMMAND_PORT, &[0xfe]), Some(ExitReason::Reset));
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn other_values_and_widths_end_nothing() {
+    fn other_values_and_widths_are_ignored() {
         assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x14]), None, "sleep not enabled");
         assert_eq!(outcome_of(layout::SLEEP_CONTROL_PORT, &[0x24]), None, "another sleep state");
         assert_eq!(outcome_of(layout::RESET_PORT, &[2]), None);

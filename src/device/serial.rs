@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn input_waits_until_a_driver_listens() {
+    fn input_waits_for_a_driver() {
         let (serial, wanted, ..) = serial();
         assert_eq!(serial.offer_input(b"hello"), 0);
         assert!(wanted.read().is_err(), "nobody listens yet");
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn input_goes_on_when_the_fifo_is_drained() {
+    fn input_continues_when_the_fifo_is_drained() {
         let (serial, wanted, ..) = serial();
         open(&serial);
         let taken = serial.offer_input(&[b'x'; 1000]);
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn the_divisor_latch_does_not_count_as_listening() {
+    fn the_divisor_latch_does_not_enable_input() {
         let (serial, ..) = serial();
         serial.write(u64::from(MCR_OFFSET), &[MCR_OUT2]);
         serial.write(u64::from(LCR_OFFSET), &[LCR_DLAB]);
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_words_of_a_panic_are_kept() {
+    fn a_panic_message_is_recorded() {
         let (serial, _, exit_latch, _) = serial();
         for byte in b"[    0.5] Kernel panic - not syncing: VFS: no root\r\n" {
             serial.write(0, &[*byte]);

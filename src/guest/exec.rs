@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_asked_for_and_says_what_for() {
+    fn a_connection_is_requested_and_sends_its_hello() {
         let hello = Hello { session: 77, role: Role::Stdout };
         let (_dir, path, guest) = guest("OK 1073741824\n");
         drop(connect(&path, hello, soon()).unwrap());
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_refuses_or_is_gone_is_one_line() {
+    fn a_guest_that_refuses_or_is_gone_is_reported_in_one_line() {
         let hello = Hello { session: 77, role: Role::Stdout };
         for answer in ["", "NO\n", "OK", &"O".repeat(64)] {
             let answer: &'static str = String::from(answer).leak();
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_is_tried_again_and_not_for_ever() {
+    fn a_refused_connection_is_retried_until_the_deadline() {
         let hello = Hello { session: 77, role: Role::Control };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock");
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_has_its_streams_connected_when_it_has_its_turn() {
+    fn streams_are_connected_after_admission() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();

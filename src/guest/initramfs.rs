@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpio_finds_in_it_what_was_put_in() {
+    fn cpio_extracts_the_archive() {
         let spec = Spec {
             modules: Vec::new(),
             root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Memory },

@@ -264,7 +264,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_init_inside_needs_no_linker_of_the_guests() {
+    fn init_is_statically_linked() {
         assert!(INIT.starts_with(b"\x7fELF"));
         // ET_EXEC: it is loaded at its link address. A dynamic executable would name an interpreter.
         assert_eq!(INIT[16..18], [2, 0]);

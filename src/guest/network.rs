@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_has_a_prefix_that_its_kind_can_have() {
+    fn an_address_has_a_valid_prefix() {
         assert!("10.0.0.1/32".parse::<Address>().is_ok() && "fd00::1/128".parse::<Address>().is_ok());
         for wrong in ["", "10.0.0.1", "10.0.0.1/33", "fd00::1/129", "10.0.0.1/-1", "a/24"] {
             assert!(wrong.parse::<Address>().unwrap_err().contains("ADDRESS/PREFIX"), "{wrong}");
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guest_is_told_what_its_network_expects() {
+    fn the_guests_configuration_matches_its_network() {
         let user = NetworkSetup::new(vec![wired(Attachment::User(UserNetwork::default()))], &[]);
         assert_eq!(user.own_address(), Some(passt::GUEST.into()));
         assert_eq!(user.interfaces[0].gateways[0], IpAddr::from(passt::GATEWAY));

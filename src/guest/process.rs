@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_replaces_the_images_and_an_entry_point_replaces_both() {
+    fn a_command_replaces_the_images_and_an_entrypoint_replaces_both() {
         let command = || vec!["a".into(), "b".into()];
         let entry = |text: &str| Some(text.into());
         assert_eq!(args(Overrides::default()), ["/entry", "-x", "serve"]);
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_variable_is_set_in_its_place_and_the_last_word_counts() {
+    fn a_variable_is_set_in_place_and_the_last_value_counts() {
         let env =
             ["A=2", "B=x=y", "HUSK_TEST_IS_NOT_SET", "A=3", "PATH=", "CARGO_PKG_NAME"].map(OsString::from).to_vec();
         let process = Overrides { env, ..Overrides::default() }.apply(&image());
@@ -237,12 +237,12 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_variables_may_have_remarks() {
+    fn an_env_file_may_have_comments() {
         assert_eq!(env_file("# words\nA=1 # 2\n\n  B=x\r\nC\n"), ["A=1 # 2", "B=x", "C"]);
     }
 
     #[test]
-    fn what_is_not_overridden_is_the_images() {
+    fn defaults_come_from_the_image() {
         let process = Overrides::default().apply(&image());
         assert_eq!((process.working_dir.as_slice(), process.user.as_str()), (&b"/srv"[..], "web"));
         let overrides = Overrides { working_dir: Some("/x".into()), user: Some("0".into()), ..Overrides::default() };
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_have_names_and_one_value_counts_twice() {
+    fn limits_have_names_and_a_single_value_sets_both() {
         let of = |resource, soft, hard| Ok(Limit { resource, soft, hard });
         assert_eq!(limit("nofile=64"), of(libc::RLIMIT_NOFILE, 64, 64));
         assert_eq!(limit("core=0:-1"), of(libc::RLIMIT_CORE, 0, u64::MAX));
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tmpfs_is_harmless_unless_it_is_asked_not_to_be() {
+    fn a_tmpfs_has_safe_default_options() {
         let plain = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
         let made = |flags, options: &str| Ok(Tmpfs { path: b"/run".to_vec(), flags, options: options.into() });
         assert_eq!(tmpfs("/run"), made(plain, ""));

@@ -212,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_reads_our_output_has_it_while_the_guest_is_silent() {
+    fn output_is_available_to_its_reader_while_the_guest_is_silent() {
         let ((mut reader, writer), (mut guest, ours)) = (io::pipe().unwrap(), UnixStream::pair().unwrap());
         let printer = thread::spawn(move || print(ours, File::from(std::os::fd::OwnedFd::from(writer))));
         guest.write_all(b"ready").unwrap();

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_configurations_are_refused() {
+    fn malicious_configurations_are_rejected() {
         let many = vec![format!("\"{DIGEST}\""); MAX_LAYERS + 1].join(",");
         for json in [
             "".to_owned(),
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_for_another_processor_is_refused() {
+    fn an_image_for_another_architecture_is_rejected() {
         let config = ImageConfig { architecture: "arm64".into(), os: "linux".into(), ..ImageConfig::default() };
         let error = config.check_platform().unwrap_err().to_string();
         assert_eq!(error, "the image is for linux/arm64, but machines are linux/amd64");

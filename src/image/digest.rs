@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_digest_is_refused() {
+    fn an_invalid_digest_is_rejected() {
         let digest = Digest::of(b"");
         assert_eq!(digest.hex(), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
         assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_verified() {
+    fn content_is_verified_while_reading() {
         let mut reader = Hashing::new(&b"abc"[..]);
         io::copy(&mut reader, &mut io::sink()).unwrap();
         assert_eq!(reader.hasher.len_bytes(), 3);

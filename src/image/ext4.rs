@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_one_is_noticed() {
+    fn e2fsck_detects_damage() {
         let file = tempfile::NamedTempFile::new().unwrap();
         make(file.as_file(), MIN_BYTES, Journal::Yes, [7; 16], 1_700_000_000).unwrap();
         file.as_file().write_all_at(&[1], BLOCK_BYTES + 0xc).unwrap();
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_cannot_be_are_refused() {
+    fn invalid_sizes_are_rejected() {
         let file = tempfile::tempfile().unwrap();
         for size in [0, MIN_BYTES - 1, MAX_BYTES + 1, u64::MAX] {
             assert!(make(&file, size, Journal::Yes, [0; 16], 0).is_err(), "{size}");

@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_variant_is_chosen_where_the_processor_has_it() {
+    fn a_variant_is_chosen_if_the_processor_supports_it() {
         let all =
             ["linux/arm64", "linux/amd64/v4", "linux/amd64/v3", "linux/amd64/v2", "linux/amd64/x", "windows/amd64"];
         let mut images: Vec<Descriptor> = all.iter().map(|platform| image(platform, Some(platform))).collect();
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_say_what_it_is_for_is_chosen_if_it_is_the_only_one() {
+    fn an_image_without_a_platform_is_chosen_only_without_alternatives() {
         assert_eq!(chosen(&[image("arm", Some("linux/arm64")), image("x", None)], 1).unwrap(), Digest::of(b"x"));
         assert_eq!(chosen(&[image("x", None), image("x", None)], 1).unwrap(), Digest::of(b"x"));
         assert!(chosen(&[image("x", None), image("y", None)], 1).is_err());

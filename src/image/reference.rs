@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_completed_as_docker_does() {
+    fn a_name_is_completed_like_dockers() {
         for (typed, full, familiar) in [
             ("debian", "docker.io/library/debian:latest", "debian:latest"),
             ("debian:12", "docker.io/library/debian:12", "debian:12"),
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_is_refused() {
+    fn an_invalid_name_is_rejected() {
         for text in [
             "",
             "/",

@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scratch_disk_has_no_name_and_goes() {
+    fn a_scratch_disk_is_unnamed_and_temporary() {
         let (dir, store) = store();
         let scratch = store.scratch(64 << 20, Journal::No).unwrap();
         let disk = File::options().read(true).write(true).open(&scratch.path).unwrap();
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kept_disk_is_the_same_the_next_time() {
+    fn a_persistent_disk_is_reused() {
         let (_dir, store) = store();
         let disk = store.kept_disk("data", 64 << 20, [1; 16]).unwrap();
         let inode = fs::metadata(&disk.path).unwrap().ino();
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waited_for_a_kept_disk_does_not_wait_for_the_machine_that_has_it() {
+    fn creating_a_persistent_disk_does_not_wait_for_its_user() {
         let (_dir, store) = store();
         let mut work = store.work_file("disk-data").unwrap();
         let (sender, receiver) = std::sync::mpsc::channel();
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disks_name_is_no_path() {
+    fn a_disk_name_is_not_a_path() {
         let (_dir, store) = store();
         for name in ["", "../x", "a/b", ".x", "-x", "é", &"x".repeat(65)] {
             assert!(store.kept_disk(name, 64 << 20, [1; 16]).is_err(), "{name:?}");

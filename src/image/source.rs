@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_is_a_path_or_a_name() {
+    fn a_source_is_a_path_or_a_name() {
         let path = |word: &str| Source::Path { path: word.into(), image: None };
         for word in ["/x", "./debian", "../x", ".", "..", "./", ".x", "Debian.tar", "x/", "a b", "~/x"] {
             assert_eq!(word.parse::<Source>().unwrap(), path(word));

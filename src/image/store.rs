@@ -268,7 +268,7 @@ mod tests {
     use crate::sandbox;
 
     #[test]
-    fn an_index_of_the_future_is_left_alone() {
+    fn a_newer_index_is_not_modified() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         fs::write(dir.path().join("index.json"), r#"{"version": 2, "pictures": []}"#).unwrap();
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn updates_of_several_husks_are_all_kept() {
+    fn concurrent_updates_are_all_kept() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let threads: Vec<_> = (0..4)
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_machines_hold_keeps_nobody_waiting() {
+    fn files_in_use_by_machines_do_not_block_others() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let mut work = store.work_file("x").unwrap();
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_that_could_not_be_read_is_not_written() {
+    fn an_unreadable_index_is_not_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let grow = |name: String| store.update(|index| Ok(index.names.insert(name, Digest::of(b""))));
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finished_leaves_nothing() {
+    fn incomplete_files_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         drop(store.work_file("x").unwrap());

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn an_archive_arrives_as_it_was_packed() {
+    fn an_archive_arrives_unchanged() {
         let place = tempfile::tempdir().unwrap();
         let (from, to) = (place.path().join("from"), place.path().join("to"));
         let long = "n".repeat(200);
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_on_the_way_stay_as_they_are() {
+    fn existing_parent_directories_are_not_changed() {
         let place = tempfile::tempdir().unwrap();
         let (from, to) = (place.path().join("from"), place.path().join("to"));
         fs::create_dir_all(from.join("etc/new")).unwrap();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_archive_or_leads_out_is_an_error_on_both_sides() {
+    fn an_invalid_archive_or_path_is_an_error_on_both_sides() {
         let place = tempfile::tempdir().unwrap();
         fs::write(place.path().join("file"), "x").unwrap();
         let outward = tar(place.path(), &["--transform=s,file,../../file,", "-P", "file"]);

@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn tar_unpacks_what_was_sent_under_the_name_that_was_asked_for() {
+    fn tar_unpacks_the_stream_under_the_requested_name() {
         let place = tempfile::tempdir().unwrap();
         let (from, to) = (place.path().join("from"), place.path().join("to"));
         let long = "n".repeat(200);
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_chooses_no_name_writes_through_no_link_and_pads_nothing_without_end() {
+    fn a_guest_controls_neither_names_nor_links_nor_padding() {
         let about = About { mode: 0o644, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 };
         let stream = |entries: &[Entry]| {
             let mut out = Writer::new(Vec::new());
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_proc_or_sys_has_its_content_and_nothing_behind_it() {
+    fn files_of_proc_and_sys_have_their_actual_content() {
         for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"] {
             let Ok(content) = fs::read(path) else { continue };
             let place = tempfile::tempdir().unwrap();
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_counts_its_own_length() {
+    fn a_record_includes_its_own_length() {
         for (len, start) in [(1, "10 path=".len()), (90, 100), (91, 102), (989, 999)] {
             let mut line = Vec::new();
             extend(&mut line, "path", &vec![b'x'; len]);
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_too_large_stand_in_an_extended_header() {
+    fn large_numbers_use_an_extended_header() {
         let mut out = Vec::new();
         let of = About::from(&fs::metadata("/proc/self/exe").unwrap());
         head(b'0', b"big", b"", NUMBER_MAX + 1, &of, &mut out).unwrap();

@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whiteout_hides_what_is_below_its_layer_whatever_the_order() {
+    fn a_whiteout_hides_lower_layers_in_any_order() {
         for whiteout_first in [true, false] {
             let mut tree = tree();
             for path in ["a/", "a/old", "a/sub/old", "b"] {
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn links_on_the_way_are_followed_and_lead_nowhere_outside() {
+    fn links_in_a_path_are_followed_within_the_root() {
         for target in ["usr/lib", "/usr/lib", "/../usr/./lib", "../../usr/lib", "d/../usr/lib", "other"] {
             let mut tree = tree();
             put(&mut tree, "usr/lib/old");
@@ -484,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_to_what_is_not_there_has_it_made() {
+    fn the_target_of_a_dangling_link_is_created() {
         let mut tree = tree();
         link(&mut tree, "a/run", "../var/run");
         put(&mut tree, "a/run/x/y");
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn links_in_a_circle_are_refused() {
+    fn link_loops_are_rejected() {
         let mut tree = tree();
         link(&mut tree, "a", "b");
         link(&mut tree, "b", "a/x");
@@ -511,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn a_content_is_forgotten_with_its_last_name() {
+    fn a_content_is_released_with_its_last_link() {
         let mut tree = tree();
         let content = erofs::Content::nothing();
         tree.insert(b"d/a", Attributes::default(), Body::File(content.clone())).unwrap();
@@ -524,14 +524,14 @@ mod tests {
     }
 
     #[test]
-    fn a_hard_link_that_would_replace_its_own_target_is_refused() {
+    fn a_hard_link_that_would_replace_its_own_target_is_rejected() {
         let mut tree = tree();
         put(&mut tree, "a");
         assert!(tree.link(b"a/b", b"a").is_err());
     }
 
     #[test]
-    fn names_are_cleaned_as_docker_does() {
+    fn paths_are_normalized_like_dockers() {
         for (path, expected) in [
             ("a/../b", "b"),
             ("./a//b/./../c/", "a/c"),
@@ -548,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_has_bounds() {
+    fn a_tree_has_limits() {
         let mut tree = Tree::new(TreeLimits { entries: 100, memory_bytes: 1 << 20 });
         let deep = "x/".repeat(101);
         assert!(tree.insert(deep.as_bytes(), Attributes::default(), Body::empty_directory()).is_err());

@@ -50,7 +50,7 @@ mod tests {
     use crate::config::{UserNetwork, VsockConfig};
 
     #[test]
-    fn what_a_guest_can_make_devices_hold_is_part_of_what_its_machine_needs() {
+    fn device_budgets_are_part_of_the_needed_host_memory() {
         let bare = MachineConfig { memory_mib: 512, ..MachineConfig::default() };
         assert_eq!(bare.host_memory_needed_mib(), 512 + 4 + 32);
         let rate = Rate::default();

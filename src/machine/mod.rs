@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_paused_machine_does_nothing_and_a_resumed_one_goes_on() {
+    fn a_paused_machine_stops_and_a_resumed_one_continues() {
         const WAIT: Duration = Duration::from_millis(50);
         let Some((mut machine, output)) = talker() else { return };
         assert_eq!(printed(&output, WAIT), 0, "a machine is built paused");
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn one_kick_is_enough_wherever_it_comes() {
+    fn one_kick_is_enough_at_any_point() {
         let Some((mut machine, output)) = talker() else { return };
         for _ in 0..300 {
             machine.resume();
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_is_told_of_each_pause_and_of_nothing_else() {
+    fn a_guest_is_notified_only_of_pauses() {
         let Some((mut machine, output)) = machine(husk_guests::CLOCK, "do=pauses") else { return };
         let mut said = Vec::new();
         let mut wait_for = |words: &str| {
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn stopping_twice_is_stopping_once_and_frees_a_vcpu_that_waits_for_room() {
+    fn stopping_is_idempotent_and_releases_a_waiting_vcpu() {
         let Some((mut machine, output)) = talker() else { return };
         machine.resume();
         // The output is not read, so the vCPU blocks until there is room.

@@ -124,7 +124,7 @@ mod tests {
     use crate::memory;
 
     #[test]
-    fn what_is_used_up_is_not_seen_again() {
+    fn consumed_ranges_are_not_returned_again() {
         let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));
         for (address, len) in [(0x1000, 10), (0x3000, 20), (0x5000, 30)] {
             buffers.push(GuestAddress(address), len).unwrap();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_front_that_was_taken_away_is_what_it_was_and_the_rest_follows_it() {
+    fn a_split_front_and_the_rest_are_complete() {
         let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));
         for (address, len) in [(0x1000, 10), (0x3000, 20)] {
             buffers.push(GuestAddress(address), len).unwrap();
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn one_call_gets_no_more_parts_than_it_takes() {
+    fn one_call_gets_at_most_iov_max_parts() {
         let mut buffers = GuestBuffers::new(Arc::new(memory::reserve(1).unwrap()));
         for _ in 0..1500 {
             buffers.push(GuestAddress(0), 2).unwrap();

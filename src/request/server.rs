@@ -240,7 +240,7 @@ mod tests {
     use super::super::Stats;
 
     #[test]
-    fn who_waits_is_told_of_the_end_and_who_went_away_is_forgotten() {
+    fn waiting_clients_are_notified_of_the_end_and_disconnected_ones_dropped() {
         let (_dir, path, mut server) = server();
         let waiting: Vec<_> = (0..3)
             .map(|_| {
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_request_or_of_another_version_is_refused() {
+    fn invalid_requests_and_other_versions_are_rejected() {
         let (_dir, path, mut server) = server();
         let mut other = Vec::new();
         frame::write(&Versioned { version: 9, request: Request::Wait }, &mut other).unwrap();
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crowd_waits_for_its_turn() {
+    fn connections_beyond_the_limit_wait() {
         let (_dir, path, mut server) = server();
         let idle: Vec<_> = (0..CONNECTIONS_MAX).map(|_| UnixStream::connect(&path).unwrap()).collect();
         server.requests();

@@ -448,7 +448,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn machines_of_a_network_are_known_by_name_for_as_long_as_they_are_on_it() {
+    fn connected_machines_are_resolved_by_name() {
         alone(|base| {
             let bridge = create_in(base, "web", None, false).unwrap();
             assert!(exists("husk-web"));
@@ -482,7 +482,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn locks_are_roots_alone_and_names_are_dnsmasqs_to_read_whatever_the_mask() {
+    fn file_permissions_do_not_depend_on_the_umask() {
         alone(|base| {
             rustix::process::umask(Mode::from_raw_mode(0o077));
             let above = fs::metadata(base).unwrap().mode();
@@ -508,7 +508,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_a_killed_machine_leaves_is_swept_away() {
+    fn leases_of_killed_machines_are_removed() {
         alone(|base| {
             let bridge = create_in(base, "a", None, true).unwrap();
             let dir = bridge.dir(base);

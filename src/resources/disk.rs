@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_disks_are_refused_in_one_line() {
+    fn bad_disks_are_rejected_in_one_line() {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("none.img");
         assert_eq!(
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_in_use_is_refused_unless_both_only_read() {
+    fn a_disk_in_use_is_rejected_unless_both_are_read_only() {
         let image = image(512);
         let in_use = format!("disk {} is in use by another process", image.path().display());
         let writer = open(&config(image.path(), false)).unwrap();
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_as_large_as_was_asked_and_the_size_is_a_multiple_of_them() {
+    fn the_block_size_is_configurable_and_divides_the_capacity() {
         let image = image(1 << 20);
         let with = |block_bytes| open(&DiskConfig { block_bytes, ..config(image.path(), false) });
         assert_eq!(with(None).unwrap().block_bytes, 512);
@@ -241,7 +241,7 @@ mod tests {
 
     /// Requires `qemu-img` to create these formats, some of which have a signature only at the end.
     #[test]
-    fn a_disk_that_looks_like_another_format_is_raw_and_is_told_of() {
+    fn a_disk_that_looks_like_another_format_is_raw_with_a_warning() {
         let dir = tempfile::tempdir().unwrap();
         let formats = [
             ("qcow2", "", "looks like a qcow2 image but is used as raw: add `,format=qcow2`"),

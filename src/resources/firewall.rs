@@ -384,7 +384,7 @@ mod tests {
         iptables -A FORWARD -j DOCKER-USER";
 
     #[test]
-    fn machines_get_out_under_the_hosts_address_whatever_it_drops_and_nothing_stays_of_it() {
+    fn masquerading_works_with_any_firewall_and_leaves_nothing_behind() {
         for firewall in ["true", DROP_BY_NFT, REJECT_BY_NFT, DROP_BY_IPTABLES, DOCKER] {
             alone(|base| {
                 if run("iptables", &["-S"]).is_err() && firewall.contains("iptables") {
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn iptables_alone_will_do() {
+    fn iptables_alone_is_sufficient() {
         alone(|base| {
             if run("iptables", &["-P", "FORWARD", "DROP"]).is_err() {
                 eprintln!("SKIPPED: no iptables");
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn an_internal_network_has_no_way_out_even_where_the_host_forwards() {
+    fn an_internal_network_is_isolated_even_if_the_host_forwards() {
         alone(|base| {
             fs::write(FORWARD_PATH, "1").unwrap();
             let bridge = create(base, true);
@@ -540,7 +540,7 @@ mod tests {
         iptables -A FORWARD -i docker0 -j ACCEPT";
 
     #[test]
-    fn networks_containers_and_neighbours_do_not_reach_each_other() {
+    fn networks_containers_and_neighbors_are_isolated() {
         for (docker, with_nft) in [(false, true), (true, true), (true, false)] {
             alone(|base| {
                 if docker && run("iptables", &["-S"]).is_err() {

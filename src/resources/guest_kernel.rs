@@ -139,7 +139,7 @@ mod tests {
     use crate::boot::sample;
 
     #[test]
-    fn a_word_is_a_name_or_a_path() {
+    fn a_kernel_is_a_name_or_a_path() {
         assert_eq!(Choice::from_word(Path::new("micro")), Choice::Made("micro"));
         assert_eq!(Choice::from_word(Path::new("host")), Choice::Host);
         assert_eq!(Choice::from_word(Path::new("./micro")), Choice::Path("./micro".into()));
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_beside_a_kernel_are_its_own() {
+    fn modules_next_to_a_kernel_belong_to_it() {
         let dir = tempfile::tempdir().unwrap();
         let kernel = dir.path().join("vmlinux");
         let find = || Choice::Path(kernel.clone()).find().unwrap().modules;
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bzimage_says_its_release() {
+    fn a_bzimage_has_a_release() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("bzImage");
         let image = |version: &[u8]| {

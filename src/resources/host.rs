@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_host_has_nothing() {
+    fn an_empty_host_has_no_features() {
         let host = host(&[]);
         assert_eq!((host.module, host.kvm_device, host.tap), (None, Access::Missing, Access::Missing));
         assert_eq!((host.cgroups, host.memory_available_mib), (Cgroups::None, None));
@@ -304,14 +304,14 @@ mod tests {
     }
 
     #[test]
-    fn the_pvm_module_is_told_from_the_hardware_ones() {
+    fn the_pvm_module_is_distinguished_from_hardware_kvm() {
         assert_eq!(host(&[("sys/module/kvm_pvm/x", "")]).module, Some(KvmModule::Pvm));
         assert_eq!(host(&[("sys/module/kvm_amd/x", "")]).module, Some(KvmModule::Amd));
         assert_eq!(host(&[("sys/module/kvm/x", "")]).module, None);
     }
 
     #[test]
-    fn cgroup_hierarchies_are_told_apart() {
+    fn cgroup_hierarchies_are_distinguished() {
         let v2 = [("sys/fs/cgroup/cgroup.controllers", "cpu memory"), ("proc/self/cgroup", "0::/user\n")];
         assert_eq!(host(&v2).cgroups, Cgroups::V2 { delegated: false });
         let delegated = [&v2[..], &[("sys/fs/cgroup/user/cgroup.subtree_control", "")]].concat();
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn any_switch_can_forbid_user_namespaces() {
+    fn any_setting_can_forbid_user_namespaces() {
         let most = ("proc/sys/user/max_user_namespaces", "95000\n");
         assert!(host(&[most]).user_namespaces);
         assert!(!host(&[("proc/sys/user/max_user_namespaces", "0\n")]).user_namespaces);

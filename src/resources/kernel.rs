@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bzimage_that_did_not_change_is_not_read_again() {
+    fn an_unchanged_bzimage_is_not_read_again() {
         let (dir, path, kernel) = bzimage();
         let cache = dir.path().join("cache");
         std::thread::sleep(Duration::from_millis(1100));
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_used_for_longest_goes() {
+    fn the_least_recently_used_entry_is_evicted() {
         let (dir, path, _) = bzimage();
         let cache = dir.path().join("cache");
         fs::create_dir(&cache).unwrap();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_husk_left_is_taken_over() {
+    fn files_of_killed_processes_are_reused() {
         let (dir, path, kernel) = bzimage();
         let cache = dir.path().join("cache");
         open_in(&path, Some(&cache)).unwrap();
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn many_at_once_all_get_the_kernel() {
+    fn concurrent_processes_all_get_the_kernel() {
         let (dir, path, kernel) = bzimage();
         let cache = dir.path().join("cache");
         std::thread::scope(|scope| {
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_kernel_is_refused_in_one_line() {
+    fn an_invalid_kernel_is_rejected_in_one_line() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         fs::write(at("text"), "#!/bin/sh\n").unwrap();

@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_is_waited_for_and_not_for_ever() {
+    fn a_lock_is_waited_for_until_the_timeout() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         let held = alone(&path).unwrap();

@@ -79,7 +79,7 @@ mod tests {
     use crate::memory;
 
     #[test]
-    fn mappings_are_told_apart_by_where_they_are() {
+    fn mappings_are_distinguished_by_address() {
         let text = "55d0-55e0 r-xp 00000000 fe:00 123  /usr/bin/husk\n\
                     Size: 64 kB\nRss:                   8 kB\nPss:    4 kB\nPss_Dirty: 1000 kB\nVmFlags: rd ex\n\
                     7f00-7f80 rw-p 00000000 00:00 0 \nRss: 100 kB\nPss: 100 kB\n\
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_guest_touches_is_the_guests() {
+    fn touched_guest_memory_counts_as_the_guests() {
         const PAGES: u64 = 4096;
         let guest = memory::reserve(64).unwrap();
         let before = MemoryUse::of_this_process(&guest).unwrap();

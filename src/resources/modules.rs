@@ -234,14 +234,14 @@ mod tests {
     }
 
     #[test]
-    fn a_module_comes_behind_what_it_depends_on_and_once() {
+    fn a_module_follows_its_dependencies_once() {
         let (_dir, modules) = tree();
         assert_eq!(names(&modules, &["c", "a_b", "d"]).unwrap(), ["d", "a_b", "c"]);
         assert_eq!(names(&modules, &["loop1"]).unwrap(), ["loop2", "loop1"]);
     }
 
     #[test]
-    fn a_packed_module_is_handed_on_unpacked() {
+    fn a_compressed_module_is_unpacked() {
         let (_dir, modules) = tree();
         assert!(
             find_with_cache(&modules, &["c"], None)
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packed_module_is_unpacked_once() {
+    fn a_compressed_module_is_cached() {
         let (dir, modules) = tree();
         let cache = dir.path().join("cache");
         let entries = || -> Vec<PathBuf> { fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path()).collect() };
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_has_needs_no_module_and_what_it_has_not_is_named() {
+    fn built_in_drivers_are_skipped_and_missing_ones_reported() {
         let (_dir, modules) = tree();
         assert_eq!(names(&modules, &["ext4", "xfs?"]).unwrap(), [""; 0]);
         assert!(names(&modules, &["xfs"]).unwrap_err().to_string().ends_with("has no driver xfs"));
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_says_what_is_in_it() {
+    fn a_module_directory_is_indexed() {
         let (dir, _) = tree();
         let kernel = dir.path().join("kernel");
         fs::write(kernel.join("load"), "d.ko\na-b.ko\n").unwrap();
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_module_is_refused() {
+    fn an_invalid_module_is_rejected() {
         let (dir, modules) = tree();
         fs::write(dir.path().join("kernel/d.ko"), "text").unwrap();
         assert!(format!("{:#}", names(&modules, &["d"]).unwrap_err()).ends_with("d.ko: not a kernel module"));

@@ -233,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_insists_on_vhost_is_told_what_to_type() {
+    fn missing_vhost_is_an_error_with_a_remedy_if_required() {
         let open = |wish, keeps_to_cpus| Vhost { wish, keeps_to_cpus }.open(2);
         assert_eq!(open(Some(false), false).unwrap().len(), 0);
         let is_there = File::options().read(true).write(true).open(VHOST_PATH).is_ok();
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machines_address_is_its_names() {
+    fn a_mac_address_depends_on_the_machines_name() {
         let web = mac_of("web", 0);
         assert_eq!(web, mac_of("web", 0));
         assert!(web != mac_of("db", 0) && web != mac_of("web", 1));

@@ -361,7 +361,7 @@ mod tests {
     use crate::memory;
 
     #[test]
-    fn ports_are_written_as_passt_reads_them() {
+    fn ports_are_formatted_for_passt() {
         for (text, wanted) in [
             ("8080:80", "8080:80"),
             ("127.0.0.1:8080:80", "127.0.0.1/8080:80"),
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guest_asks_servers_that_it_reaches() {
+    fn dns_servers_are_reachable_from_the_guest() {
         let server = |text: &str| text.parse::<IpAddr>().unwrap();
         let none = resolver::Resolver::default();
         let some = resolver::Resolver { servers: vec![server("192.0.2.53")], ..none.clone() };
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn passt_answers_for_the_gateway_forwards_a_port_and_ends_with_its_machine() {
+    fn passt_forwards_a_port_and_exits_with_its_machine() {
         if let Err(error) = check() {
             eprintln!("SKIPPED: {error:#}");
             return;
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_starts_that_race_for_a_port_one_has_it_and_serves_it_when_it_returns() {
+    fn concurrent_starts_for_a_port_have_one_winner() {
         if let Err(error) = check() {
             eprintln!("SKIPPED: {error:#}");
             return;
@@ -482,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_passt_that_ends_or_opens_only_some_of_its_ports_is_an_error() {
+    fn a_passt_that_exits_or_cannot_open_a_port_is_an_error() {
         if let Err(error) = check() {
             eprintln!("SKIPPED: {error:#}");
             return;
@@ -506,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn a_passt_that_is_killed_is_the_end_of_the_network() {
+    fn a_killed_passt_ends_the_network() {
         if let Err(error) = check() {
             eprintln!("SKIPPED: {error:#}");
             return;

@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_that_is_taken_is_told_before_anything_starts() {
+    fn a_port_in_use_is_reported_before_the_start() {
         for (protocol, suffix) in [(Protocol::Tcp, ""), (Protocol::Udp, "/udp")] {
             let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
             let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn starts_that_want_the_same_port_come_one_after_the_other() {
+    fn starts_for_the_same_port_are_serialized() {
         let ports = |text: &str| vec![text.parse::<PortForward>().unwrap()];
         let turn = Turn::take(&ports("28101-28105:80-84"));
         let started = Instant::now();

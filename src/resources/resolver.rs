@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn servers_that_a_guest_does_not_reach_are_left_out_and_options_are_kept() {
+    fn unreachable_servers_are_omitted_and_options_kept() {
         let text = "# a word\nnameserver 127.0.0.53\nnameserver 192.0.2.1\nnameserver ::1\nnameserver fe80::1%eth0\n\
             nameserver\t2001:db8::53\nsearch one.example\nsearch a.example b.example\nnameserver x\n\
             options edns0\noptions ndots:5 timeout:1\n";

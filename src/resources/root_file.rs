@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_known_by_its_first_blocks() {
+    fn a_file_is_identified_by_its_first_blocks() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let of = |at: usize, magic: &[u8]| {

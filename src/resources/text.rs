@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_endless_file_is_refused() {
+    fn an_endless_file_is_rejected() {
         let error = format!("{:#}", read(Path::new("/dev/zero")).unwrap_err());
         assert_eq!(error, "read /dev/zero: longer than 1 MiB");
         let error = format!("{:#}", read_at_most(3 << 20, Path::new("/dev/zero")).unwrap_err());
@@ -43,7 +43,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read() {
+    fn written_text_is_read_back() {
         let file = tempfile::NamedTempFile::new().unwrap();
         write(file.path(), "text\n").unwrap();
         assert_eq!(read(file.path()).unwrap(), "text\n");

@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_its_owners_alone_and_goes_with_the_machine() {
+    fn a_socket_is_private_and_removed_with_the_machine() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let socket = open(&config(&path)).unwrap();
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_in_use_is_refused_and_a_dead_one_is_replaced() {
+    fn a_socket_in_use_is_rejected_and_a_stale_one_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let first = open(&config(&path)).unwrap();
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_stays() {
+    fn other_files_are_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         fs::write(&path, "precious").unwrap();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn anothers_socket_is_not_removed() {
+    fn the_socket_of_another_process_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let first = open(&config(&path)).unwrap();
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn connecting_never_waits() {
+    fn connecting_never_blocks() {
         let dir = tempfile::tempdir().unwrap();
         let ours = open(&config(&dir.path().join("v.sock"))).unwrap();
         assert_eq!(ours.connect(7).unwrap_err().kind(), ErrorKind::NotFound);

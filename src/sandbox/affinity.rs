@@ -73,7 +73,7 @@ mod tests {
 
     // The mask applies to the whole process and therefore to other tests, so all changes are made in a single test.
     #[test]
-    fn all_threads_are_kept_to_what_was_asked_for_and_a_processor_that_is_not_there_is_named() {
+    fn all_threads_are_pinned_and_an_unavailable_cpu_is_reported() {
         let all = ours();
         let one = &all[all.len() - 1..];
         let barrier = Barrier::new(2);

@@ -212,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_goes_with_its_machine() {
+    fn a_directory_is_removed_with_its_machine() {
         let base = tempfile::tempdir().unwrap();
         let dir = create_in(base.path()).unwrap();
         fs::write(dir.file("log"), "x").unwrap();
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_removed_may_be_taken_for_leftovers_meanwhile() {
+    fn concurrent_removal_of_leftovers_is_handled() {
         let base = tempfile::tempdir().unwrap();
         let is_over = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn machines_that_start_at_once_leave_each_other_alone() {
+    fn concurrent_starts_do_not_interfere() {
         let (_temporary, state_dir) = super::super::tests::state_dir();
         let start = || {
             for _ in 0..500 {
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_others_may_enter_is_not_used() {
+    fn a_directory_accessible_to_others_is_rejected() {
         let base = tempfile::tempdir().unwrap();
         let husk = base.path().join("husk");
         own(&husk).unwrap();

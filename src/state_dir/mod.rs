@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_is_found_by_name_by_id_and_by_the_start_of_it() {
+    fn a_machine_is_found_by_name_id_or_id_prefix() {
         let (_temporary, state_dir) = state_dir();
         let dir = state_dir.create(Some("web")).unwrap();
         let mut record = record();
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_killed_husk_is_seen_as_gone_at_once_and_its_leftovers_are_swept() {
+    fn a_killed_process_is_detected_at_once_and_cleaned_up() {
         let (_temporary, state_dir) = state_dir();
         // Names that cannot be prefixes of an ID.
         let (kept, forgotten) = (state_dir.create(Some("kept")).unwrap(), state_dir.create(Some("lost")).unwrap());
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn who_looks_while_machines_end_sees_none_that_starts_or_runs() {
+    fn a_machine_that_is_ending_is_not_listed_as_running() {
         let (_temporary, state_dir) = state_dir();
         let running = Record { state: State::Running { since_ms: 1 }, ..record() };
         let killed = state_dir.create(None).unwrap();
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_was_removed_meanwhile_is_removed() {
+    fn removing_a_removed_machine_succeeds() {
         let (_temporary, state_dir) = state_dir();
         let dir = state_dir.create(None).unwrap();
         let entry = state_dir.find(&dir.id()).unwrap();
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_runs_is_not_removed() {
+    fn a_running_machine_is_not_removed() {
         let (_temporary, state_dir) = state_dir();
         let dir = state_dir.create(None).unwrap();
         let entry = state_dir.find(&dir.id()).unwrap();
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_used_again_by_one_at_a_time_and_stays() {
+    fn a_directory_is_reopened_by_one_process_at_a_time() {
         let (_temporary, state_dir) = state_dir();
         let dir = state_dir.create(None).unwrap();
         let id = dir.id();
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_machine_hears_of_any_end() {
+    fn waiting_detects_any_kind_of_end() {
         let (_temporary, state_dir) = state_dir();
         let (told, gone) = (state_dir.create(None).unwrap(), state_dir.create(None).unwrap());
         let entries = [&told, &gone].map(|dir| state_dir.find(&dir.id()).unwrap());

@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_one_machines_only() {
+    fn a_name_is_unique() {
         let (_temporary, state_dir) = state_dir();
         let first = state_dir.create(Some("web")).unwrap();
         let error = state_dir.create(Some("web")).unwrap_err().to_string();
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn many_at_once_get_one_name_once() {
+    fn concurrent_claims_of_a_name_have_one_winner() {
         let (_temporary, state_dir) = state_dir();
         let claims = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| state_dir.create(Some("one")))).collect();
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_whose_new_name_cannot_be_written_down_keeps_its_old_one() {
+    fn a_failed_rename_keeps_the_old_name() {
         let (_temporary, state_dir) = state_dir();
         let dir = state_dir.create(Some("old")).unwrap();
         let mut record = Record { name: Some("old".into()), ..record() };
@@ -185,14 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_was_never_written_down_goes_with_its_machine() {
+    fn an_unrecorded_name_is_removed_with_its_machine() {
         let (_temporary, state_dir) = state_dir();
         drop(state_dir.create(Some("web")).unwrap());
         assert!(fs::symlink_metadata(state_dir.names().join("web")).is_err());
     }
 
     #[test]
-    fn what_is_no_name_is_refused() {
+    fn an_invalid_name_is_rejected() {
         for name in ["", "-x", ".x", "a/b", "../x", "a b", "é", &"x".repeat(64)] {
             assert!(check(name).unwrap_err().to_string().contains("invalid machine name"), "{name:?}");
         }

@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_typed_is_read_as_it_was() {
+    fn an_origin_survives_a_round_trip() {
         let (_temporary, state_dir) = state_dir();
         let dir = state_dir.create(None).unwrap();
         let words = vec!["run".into(), OsStr::from_bytes(b"\xff\n").to_owned()];
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_that_is_gone_is_told() {
+    fn a_missing_working_directory_is_reported() {
         let mut origin = Origin::here(Vec::new()).unwrap();
         origin.dir = text("/nowhere".into());
         assert!(origin.command().unwrap_err().to_string().contains("/nowhere, which no longer exists"));

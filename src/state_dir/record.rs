@@ -207,7 +207,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_record_survives_a_round_trip() {
         let dir = tempfile::tempdir().unwrap();
         let process = Process { env: vec![b"A=\xff".to_vec(), b"B=c".to_vec()], ..Process::default() };
         for state in [
@@ -224,7 +224,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_record_that_is_none_is_an_error_with_its_name() {
+    fn an_invalid_record_is_an_error_with_its_path() {
         let dir = tempfile::tempdir().unwrap();
         assert!(format!("{:#}", Record::read(dir.path()).unwrap_err()).contains("record.json"));
         fs::write(dir.path().join(FILE), "{").unwrap();

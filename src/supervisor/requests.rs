@@ -301,7 +301,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_is_set_lifted_or_left_as_it_is() {
+    fn a_limit_is_set_removed_or_kept() {
         let rate = Rate { bytes_per_second: Some(7), burst_bytes: Some(9), ops_per_second: Some(5), burst_ops: None };
         assert_eq!(changed(rate, None, None).unwrap(), None);
         let lifted = Rate { bytes_per_second: None, burst_bytes: None, ..rate };

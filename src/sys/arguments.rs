@@ -1,12 +1,13 @@
-//! This process's own arguments, where others see them: /proc/PID/cmdline.
+//! Overwrites this process's visible arguments, /proc/PID/cmdline.
 #![allow(unsafe_code)]
 
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::ptr;
 
-/// Writes `*` over the end of some arguments, each given by its number, the program's name being 0, and the byte that it is covered
-/// from. To be called while the process has one thread. Fails, with none covered, where the kernel does not say where they are.
+/// Overwrites the ends of arguments with `*`. Each is given by its index, where 0 is the program's name, and a byte
+/// offset. Must be called while there is only one thread. Fails without any change if the kernel does not provide their
+/// addresses.
 pub fn cover(from: &[(usize, usize)]) -> io::Result<()> {
     if from.is_empty() {
         return Ok(());
@@ -29,7 +30,7 @@ pub fn cover(from: &[(usize, usize)]) -> io::Result<()> {
 
 /// The address of the first argument (proc_pid_stat(5), `arg_start`).
 fn start() -> io::Result<usize> {
-    /// Its place behind the program's name, which may have blanks and is in brackets.
+    /// The index after the program's name, which is in parentheses and may contain spaces.
     const FIELD: usize = 48 - 3;
     let stat = fs::read_to_string("/proc/self/stat")?;
     let fields = stat.rsplit_once(')').map(|(_, fields)| fields).unwrap_or_default();

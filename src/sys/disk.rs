@@ -9,31 +9,32 @@ use std::os::fd::AsRawFd;
 
 use super::IoVecs;
 
-/// _IO(0x12, 104), linux/fs.h: the size of a block device's logical blocks.
+/// _IO(0x12, 104), linux/fs.h: the logical block size.
 const BLKSSZGET: libc::c_ulong = 0x1268;
-/// _IO(0x12, 119), linux/fs.h: forget a range of a block device's contents.
+/// _IO(0x12, 119), linux/fs.h: discard a range.
 const BLKDISCARD: libc::c_ulong = 0x1277;
-/// _IO(0x12, 127), linux/fs.h: make a range of a block device read as zeroes.
+/// _IO(0x12, 127), linux/fs.h: zero a range.
 const BLKZEROOUT: libc::c_ulong = 0x127f;
 
-/// Reads from `offset_bytes` on into as many of `buffers` as one call takes (pread(2), preadv(2)). Returns how many bytes
-/// it was.
+/// Reads from `offset_bytes` into as many of `buffers` as one call accepts (pread(2), preadv(2)). Returns the number of
+/// bytes.
 pub fn read_at(file: &File, buffers: &mut impl IoVecs, offset_bytes: u64) -> io::Result<usize> {
     let (fd, offset) = (file.as_raw_fd(), offset(offset_bytes)?);
-    // SAFETY: each iovec is mapped, as `IoVecs` promises, and of which Rust has no references.
+    // SAFETY: `IoVecs` guarantees that each iovec is mapped and not referenced by Rust.
     retry(|| unsafe {
         match buffers.iovecs() {
-            // The kernel handles a single part faster this way.
+            // A single part has less overhead this way.
             [one] => libc::pread64(fd, one.iov_base, one.iov_len, offset) as i64,
             all => libc::preadv64(fd, all.as_ptr(), all.len() as i32, offset) as i64,
         }
     })
 }
 
-/// Writes as many of `buffers` as one call takes at `offset_bytes` (pwrite(2), pwritev(2)). Returns how many bytes it was.
+/// Writes as many of `buffers` as one call accepts at `offset_bytes` (pwrite(2), pwritev(2)). Returns the number of
+/// bytes.
 pub fn write_at(file: &File, buffers: &impl IoVecs, offset_bytes: u64) -> io::Result<usize> {
     let (fd, offset) = (file.as_raw_fd(), offset(offset_bytes)?);
-    // SAFETY: each iovec is mapped, as `IoVecs` promises; it is only read.
+    // SAFETY: `IoVecs` guarantees that each iovec is mapped; it is only read.
     retry(|| unsafe {
         match buffers.iovecs() {
             [one] => libc::pwrite64(fd, one.iov_base, one.iov_len, offset) as i64,
@@ -42,38 +43,38 @@ pub fn write_at(file: &File, buffers: &impl IoVecs, offset_bytes: u64) -> io::Re
     })
 }
 
-/// Gives the range's blocks back to the file system; it reads as zeroes afterwards (FALLOC_FL_PUNCH_HOLE).
+/// Deallocates the range, which then reads as zeroes (FALLOC_FL_PUNCH_HOLE).
 pub fn punch_hole(file: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
 }
 
-/// Makes the range read as zeroes and keeps its blocks (FALLOC_FL_ZERO_RANGE).
+/// Zeroes the range, keeping it allocated (FALLOC_FL_ZERO_RANGE).
 pub fn zero_range(file: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
 }
 
-/// Tells a block device to forget the range (BLKDISCARD).
+/// Discards a range of a block device (BLKDISCARD).
 pub fn discard_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     block_range(device, BLKDISCARD, offset_bytes, len_bytes)
 }
 
-/// Makes a range of a block device read as zeroes (BLKZEROOUT).
+/// Zeroes a range of a block device (BLKZEROOUT).
 pub fn zero_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     block_range(device, BLKZEROOUT, offset_bytes, len_bytes)
 }
 
-/// The least that a block device reads and writes at once, in bytes (BLKSSZGET).
+/// The logical block size of a block device (BLKSSZGET).
 pub fn block_bytes(device: &File) -> io::Result<u32> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the request writes one `int`, which is what it is given.
+    // SAFETY: the request writes one `int`, to which the pointer refers.
     retry(|| i64::from(unsafe { libc::ioctl(device.as_raw_fd(), BLKSSZGET as _, &mut bytes) }))?;
     u32::try_from(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// How many bytes may yet be written to the file system that the file is on (fstatvfs(3)).
+/// The free space of the file's file system (fstatvfs(3)).
 pub fn free_bytes(file: &File) -> io::Result<u64> {
     let mut found = MaybeUninit::<libc::statvfs64>::uninit();
-    // SAFETY: the structure is written whole when the call succeeds, and read only then.
+    // SAFETY: the structure is written completely if the call succeeds, and read only then.
     let found = unsafe {
         if libc::fstatvfs64(file.as_raw_fd(), found.as_mut_ptr()) != 0 {
             return Err(io::Error::last_os_error());
@@ -83,7 +84,7 @@ pub fn free_bytes(file: &File) -> io::Result<u64> {
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
-/// The next range at or behind `offset_bytes` that is no hole (SEEK_DATA, SEEK_HOLE); `None` if only holes follow.
+/// The next data range at or after `offset_bytes` (SEEK_DATA, SEEK_HOLE); `None` if only a hole follows.
 pub fn next_data(file: &File, offset_bytes: u64) -> io::Result<Option<Range<u64>>> {
     let seek = |from: u64, whence| -> io::Result<u64> {
         // SAFETY: no pointer is passed.
@@ -105,7 +106,7 @@ fn fallocate(file: &File, mode: i32, offset_bytes: u64, len_bytes: u64) -> io::R
 
 fn block_range(device: &File, request: libc::c_ulong, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     let range = [offset_bytes, len_bytes];
-    // SAFETY: both requests read two 64-bit numbers, which is what `range` points to.
+    // SAFETY: both requests read two 64-bit numbers, to which the pointer refers.
     retry(|| i64::from(unsafe { libc::ioctl(device.as_raw_fd(), request as _, &range) })).map(drop)
 }
 
@@ -114,7 +115,7 @@ fn offset(bytes: u64) -> io::Result<i64> {
     i64::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// Calls until no signal is in the way.
+/// Retries a call that is interrupted by signals.
 fn retry(mut call: impl FnMut() -> i64) -> io::Result<usize> {
     loop {
         match usize::try_from(call()) {

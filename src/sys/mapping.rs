@@ -1,22 +1,23 @@
-//! System calls that map a guest's memory.
+//! Mappings of guest memory.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::ptr::{self, NonNull};
 
-/// What the processor maps with one entry of a page directory; the size of the host's transparent huge pages.
+/// The size of a transparent huge page, which a page directory entry maps.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Zeroed private memory of this process at a multiple of 2 MiB. Unmapped when dropped.
+/// Zeroed private memory, aligned to 2 MiB. Unmapped when dropped.
 #[derive(Debug)]
 pub struct Mapping {
     start: NonNull<u8>,
     len_bytes: usize,
 }
 
-// SAFETY: it is an address and a length; who uses the memory there has to synchronize, whatever thread holds this.
+// SAFETY: it consists of an address and a length; accesses to the memory must be synchronized by its users on any
+// thread.
 unsafe impl Send for Mapping {}
-// SAFETY: as above, nothing can be changed through a shared reference.
+// SAFETY: as above; a shared reference allows no changes.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -28,7 +29,7 @@ impl Mapping {
         let all_bytes = len_bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
         let (protection, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        // SAFETY: a new mapping at an address of the kernel's choice changes none that exists.
+        // SAFETY: a new mapping at an address chosen by the kernel affects no existing one.
         let all = unsafe { libc::mmap(ptr::null_mut(), all_bytes, protection, flags, -1, 0) };
         if all == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -51,15 +52,15 @@ impl Mapping {
             return Ok(());
         };
         let at = self.start().wrapping_byte_add(start);
-        // SAFETY: the range lies in this mapping. It is memory of a guest's, which changes it at any time: Rust has no
-        // references to it, and who reads there has to bear whatever is found.
+        // SAFETY: the range is within this mapping. It is guest memory that changes at any time: Rust holds no
+        // references to it, and readers must handle any content.
         match unsafe { libc::madvise(at.cast(), end - start, libc::MADV_DONTNEED) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Its first byte. Whoever uses it keeps the mapping for as long.
+    /// The first byte. Users of the pointer must keep the mapping alive.
     pub fn start(&self) -> *mut u8 {
         self.start.as_ptr()
     }
@@ -71,15 +72,15 @@ impl Drop for Mapping {
     }
 }
 
-/// The size of the host's pages.
+/// The host's page size.
 fn page_bytes() -> usize {
-    // SAFETY: sysconf reads and writes no memory of ours.
+    // SAFETY: sysconf accesses no memory.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    // It is part of POSIX, so that it is always known.
+    // Required by POSIX, so it is always available.
     usize::try_from(size).ok().filter(|size| *size > 0).unwrap_or(4096)
 }
 
-/// Unmaps a part of a mapping that this file made and that nobody uses any more.
+/// Unmaps an unused part of a mapping created in this file.
 fn unmap(start: *mut libc::c_void, len_bytes: usize) {
     if len_bytes > 0 {
         // SAFETY: `Mapping` gives parts of its own mapping only: those whose addresses nobody ever had, and the rest when

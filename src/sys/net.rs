@@ -1,4 +1,4 @@
-//! System calls on tap devices and on sockets that carry frames out of a guest's memory.
+//! System calls for tap devices, and for sockets that transmit frames from guest memory.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,7 +11,7 @@ use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 
 use super::{IOV_MAX, IoVecs};
 
-/// As many parts of a frame are passed without taking memory for the list.
+/// Up to this many parts of a frame are passed without allocating.
 const PARTS_ON_STACK: usize = 32;
 
 // linux/if_tun.h
@@ -31,16 +31,16 @@ const TUN_F_TSO4: libc::c_ulong = 0x02;
 const TUN_F_TSO6: libc::c_ulong = 0x04;
 const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
 
-/// What frames from a tap device may leave to who reads them.
+/// The offloads for frames read from a tap device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TapOffloads {
-    /// Checksums.
+    /// Checksum offload.
     pub checksum: bool,
-    /// Cutting TCP over IPv4 into segments.
+    /// TCP segmentation over IPv4.
     pub tso4: bool,
-    /// Cutting TCP over IPv6 into segments.
+    /// TCP segmentation over IPv6.
     pub tso6: bool,
-    /// Segments with congestion marks.
+    /// Segmentation with ECN.
     pub ecn: bool,
 }
 
@@ -53,7 +53,7 @@ pub fn attach_tap(tun: &File, name: &str, header_bytes: usize, multiqueue: bool)
     let queues = if multiqueue { IFF_MULTI_QUEUE } else { 0 };
     request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | queues;
     let (size, yes) = (header_bytes as libc::c_int, 1 as libc::c_int);
-    // SAFETY: TUNSETIFF reads and writes one `ifreq`, the others read one int each, all of which outlive the calls.
+    // SAFETY: TUNSETIFF accesses one `ifreq`, the others read one int each, all of which outlive the calls.
     unsafe {
         check(libc::ioctl(tun.as_raw_fd(), TUNSETIFF as _, &mut request))?;
         check(libc::ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ as _, &size))?;
@@ -63,7 +63,7 @@ pub fn attach_tap(tun: &File, name: &str, header_bytes: usize, multiqueue: bool)
     String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// Lets the kernel put frames into the queue `tap` of a multiqueue device, or not: then what waits in it is lost.
+/// Attaches or detaches the queue `tap` of a multiqueue device. Frames waiting in a detached queue are dropped.
 pub fn set_tap_queue(tap: &File, attached: bool) -> io::Result<()> {
     let mut request = interface_request("")?;
     request.ifr_ifru.ifru_flags = if attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
@@ -71,28 +71,28 @@ pub fn set_tap_queue(tap: &File, attached: bool) -> io::Result<()> {
     check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETQUEUE as _, &mut request) })
 }
 
-/// Says what frames from `tap` may leave to their reader.
+/// Sets the offloads for frames read from `tap`.
 pub fn set_tap_offloads(tap: &File, offloads: TapOffloads) -> io::Result<()> {
     let TapOffloads { checksum, tso4, tso6, ecn } = offloads;
     let flags = [(checksum, TUN_F_CSUM), (tso4, TUN_F_TSO4), (tso6, TUN_F_TSO6), (ecn, TUN_F_TSO_ECN)];
     let flags = flags.iter().filter(|(wanted, _)| *wanted).fold(0, |all, (_, flag)| all | flag);
-    // SAFETY: the request's argument is a number, no pointer.
+    // SAFETY: the argument of the request is a number, not a pointer.
     check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD as _, flags) })
 }
 
-/// Gives vhost-net, `device`, the tap device `tap` as the other end of its queue of `direction`, or with none takes it away
-/// again; then its work on the queue has ended when this returns.
+/// Sets the tap device `tap` as the back end of vhost-net's queue of `direction`, or removes it if `None`; on return
+/// vhost-net has stopped processing the queue.
 pub fn set_vhost_backend(device: &File, direction: usize, tap: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let backend = vhost_vring_file { index: direction as u32, fd: tap.map_or(-1, |tap| tap.as_raw_fd()) };
     // SAFETY: the request reads one `vhost_vring_file`, which outlives the call.
     check(unsafe { libc::ioctl(device.as_raw_fd(), VHOST_NET_SET_BACKEND() as _, &backend) })
 }
 
-/// The largest packet that the interface `name` carries, in bytes.
+/// The MTU of the interface `name`, in bytes.
 pub fn interface_mtu(name: &str) -> io::Result<u32> {
     let mut request = interface_request(name)?;
-    // SAFETY: the socket is new and owned by nobody else; the request reads and writes one `ifreq`, whose number is
-    // written when the call succeeds and read only then.
+    // SAFETY: the socket is new and has no other owner; the request accesses one `ifreq`, whose number is written if
+    // the call succeeds and read only then.
     unsafe {
         let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
         check(fd)?;
@@ -102,9 +102,9 @@ pub fn interface_mtu(name: &str) -> io::Result<u32> {
     }
 }
 
-/// A request about the interface `name`, which is at most 15 bytes long.
+/// A request for the interface `name`, of at most 15 bytes.
 fn interface_request(name: &str) -> io::Result<libc::ifreq> {
-    // SAFETY: all zeroes are a valid value of this structure of plain numbers.
+    // SAFETY: all zeroes is a valid value of this plain structure.
     let mut request: libc::ifreq = unsafe { zeroed() };
     if name.len() >= request.ifr_name.len() {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -113,29 +113,29 @@ fn interface_request(name: &str) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-/// Has as much as `bytes` wait in `socket` until the other end reads it, or as much as the host allows.
+/// Sets the send buffer size of `socket`, up to the host's limit.
 pub fn set_send_buffer(socket: &UnixStream, bytes: usize) -> io::Result<()> {
     let (value, len) = (libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX), size_of::<libc::c_int>() as u32);
-    // SAFETY: the call reads `len` bytes from the pointer, the size of the number behind it.
+    // SAFETY: the call reads `len` bytes, the size of the number that the pointer refers to.
     check(unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, (&raw const value).cast(), len)
     })
 }
 
-/// Writes `prefix` and then `frame` by one call (writev(2)). Returns how many bytes it was.
+/// Writes `prefix` and `frame` in one call (writev(2)). Returns the number of bytes.
 pub fn write(file: &File, prefix: &[u8], frame: &impl IoVecs) -> io::Result<usize> {
     with_parts(prefix, frame, |parts| {
-        // SAFETY: the first part is `prefix`, the others are mapped, as `IoVecs` promises; all are read only.
+        // SAFETY: the first part is `prefix`, and `IoVecs` guarantees that the others are mapped; all are only read.
         unsafe { libc::writev(file.as_raw_fd(), parts.as_ptr(), parts.len() as i32) }
     })
 }
 
-/// Sends `prefix` and then `frame` by one call (sendmsg(2)), which never waits and brings no signal where nobody reads.
-/// Returns how many bytes it was.
+/// Sends `prefix` and `frame` in one call (sendmsg(2)), without blocking and without SIGPIPE. Returns the number of
+/// bytes.
 pub fn send(socket: &UnixStream, prefix: &[u8], frame: &impl IoVecs) -> io::Result<usize> {
     with_parts(prefix, frame, |parts| {
-        // SAFETY: all zeroes are a message without address, data and control messages; its parts are `prefix` and mapped
-        // guest memory that `frame` keeps alive, and are read only.
+        // SAFETY: all zeroes is a valid message header without address, data and control messages; its parts are
+        // `prefix` and mapped guest memory kept alive by `frame`, and are only read.
         unsafe {
             let mut message: libc::msghdr = zeroed();
             message.msg_iov = parts.as_ptr().cast_mut();
@@ -145,7 +145,7 @@ pub fn send(socket: &UnixStream, prefix: &[u8], frame: &impl IoVecs) -> io::Resu
     })
 }
 
-/// Calls with `prefix` and what `frame` has, as parts, until no signal is in the way.
+/// Calls `call` with `prefix` and the parts of `frame`, retrying if it is interrupted by signals.
 fn with_parts(prefix: &[u8], frame: &impl IoVecs, call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
     let first = libc::iovec { iov_base: prefix.as_ptr().cast_mut().cast(), iov_len: prefix.len() };
     let rest = frame.iovecs();
@@ -172,7 +172,8 @@ fn with_parts(prefix: &[u8], frame: &impl IoVecs, call: impl Fn(&[libc::iovec]) 
     }
 }
 
-/// Gives the calling thread, and what it starts from now on, a network of its own, and a mask of modes (unshare(2)).
+/// Moves the calling thread, and threads that it starts later, to a new network namespace with a separate umask
+/// (unshare(2)).
 #[cfg(test)]
 pub fn leave_network() -> io::Result<()> {
     // SAFETY: no pointer is passed.

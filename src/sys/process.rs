@@ -1,4 +1,4 @@
-//! What a process does to itself between its start and its program's.
+//! Setup of a child process before it executes its program.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -10,23 +10,25 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-/// Has the process enter control groups, by the open `cgroup.procs` of each, and then take `root` as its root directory.
+/// Makes the process enter cgroups through their open `cgroup.procs` files, and then change its root directory to
+/// `root`.
 pub fn begin_in(command: &mut Command, groups: Vec<File>, root: Option<&Path>) -> io::Result<()> {
     let root = root.map(|root| CString::new(root.as_os_str().as_bytes())).transpose()?;
     let begin = move || {
         for group in &groups {
-            // SAFETY: the descriptor is open as long as its file is, and the one byte is a constant's.
+            // SAFETY: the descriptor is open as long as its file, and the byte is a constant.
             check(unsafe { libc::write(group.as_raw_fd(), b"0".as_ptr().cast(), 1) })?;
         }
         if let Some(root) = &root {
-            // SAFETY: both paths end with a NUL and are only read.
+            // SAFETY: both paths are NUL-terminated and only read.
             check(unsafe { libc::chroot(root.as_ptr()) } as isize)?;
             // SAFETY: as above.
             check(unsafe { libc::chdir(c"/".as_ptr()) } as isize)?;
         }
         Ok(())
     };
-    // SAFETY: it runs in the child of a fork that may have other threads' locks in it: it takes none and allocates nothing.
+    // SAFETY: it runs in the child of a fork, which may have inherited locks of other threads: it takes none and does
+    // not allocate.
     unsafe { command.pre_exec(begin) };
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! System calls on Unix sockets: those that must not wait, and those that move a guest's memory.
+//! System calls for Unix sockets: nonblocking ones, and those that transfer guest memory.
 #![allow(unsafe_code)]
 
 use std::fs::{File, Permissions};
@@ -12,20 +12,20 @@ use std::path::Path;
 
 use super::IoVecs;
 
-/// Longest path of a Unix socket: its field ends with a NUL (unix(7)).
+/// The maximum path length of a Unix socket, excluding the NUL (unix(7)).
 pub const PATH_BYTES_MAX: usize = size_of::<libc::sockaddr_un>() - offset_of!(libc::sockaddr_un, sun_path) - 1;
 
-/// Connections that may wait to be accepted.
+/// The backlog of a listener.
 const BACKLOG: i32 = 128;
 
-/// Binds a socket to `path` that has `mode` from its first moment on, and listens. It never waits.
+/// Binds a nonblocking socket to `path`, created with `mode`, and listens.
 pub fn listen(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let socket = File::from(stream_socket()?);
-    // A socket's own mode is what its name in the file system is made with.
+    // A socket's mode applies to its file when it is bound.
     socket.set_permissions(Permissions::from_mode(mode))?;
     let (address, len) = address(path)?;
     let fd = socket.as_raw_fd();
-    // SAFETY: both calls only read; `address` is a whole `sockaddr_un`, of which `len` bytes count.
+    // SAFETY: both calls only read; `address` is a complete `sockaddr_un` with `len` valid bytes.
     let result = unsafe {
         match libc::bind(fd, (&raw const address).cast(), len) {
             0 => libc::listen(fd, BACKLOG),
@@ -35,38 +35,37 @@ pub fn listen(path: &Path, mode: u32) -> io::Result<UnixListener> {
     if result == 0 { Ok(UnixListener::from(OwnedFd::from(socket))) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Connects to the socket at `path`, at once or not at all: where its listener's backlog is full, this is `WouldBlock`.
-/// The stream never waits either.
+/// Connects to the socket at `path` without blocking: fails with `WouldBlock` if the listener's backlog is full. The
+/// stream is nonblocking.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = stream_socket()?;
     let (address, len) = address(path)?;
-    // SAFETY: the call only reads `address`, a whole `sockaddr_un`, of which `len` bytes count.
+    // SAFETY: the call only reads `address`, a complete `sockaddr_un` with `len` valid bytes.
     match unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) } {
         0 => Ok(UnixStream::from(socket)),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Sends from as many of `buffers` as one call takes (sendmsg(2)), without a signal where nobody reads. Returns how many
-/// bytes it was.
+/// Sends as many of `buffers` as one call accepts (sendmsg(2)), without SIGPIPE. Returns the number of bytes.
 pub fn send(stream: &UnixStream, buffers: &impl IoVecs) -> io::Result<usize> {
     let message = message(buffers);
-    // SAFETY: each iovec is mapped, as `IoVecs` promises; it is only read.
+    // SAFETY: `IoVecs` guarantees that each iovec is mapped; it is only read.
     let count = unsafe { libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-/// Receives into as many of `buffers` as one call takes (recvmsg(2)). Returns how many bytes it was: none at the end.
+/// Receives into as many of `buffers` as one call accepts (recvmsg(2)). Returns the number of bytes: 0 at the end.
 pub fn receive(stream: &UnixStream, buffers: &mut impl IoVecs) -> io::Result<usize> {
     let mut message = message(buffers);
-    // SAFETY: each iovec is mapped, as `IoVecs` promises, and of which Rust has no references.
-    // There is no room for control messages, so that descriptors sent along are closed by the kernel.
+    // SAFETY: `IoVecs` guarantees that each iovec is mapped and not referenced by Rust. There is no space for control
+    // messages, so the kernel closes any descriptors that were sent.
     let count = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
 fn message(buffers: &impl IoVecs) -> libc::msghdr {
-    // SAFETY: all zeroes are a message without address, data and control messages.
+    // SAFETY: all zeroes is a valid message header without address, data and control messages.
     let mut message: libc::msghdr = unsafe { zeroed() };
     message.msg_iov = buffers.iovecs().as_ptr().cast_mut();
     message.msg_iovlen = buffers.iovecs().len();
@@ -74,7 +73,7 @@ fn message(buffers: &impl IoVecs) -> libc::msghdr {
 }
 
 fn stream_socket() -> io::Result<OwnedFd> {
-    // SAFETY: no pointer is passed; the descriptor that is returned is new and owned by nobody else.
+    // SAFETY: no pointer is passed; the returned descriptor is new and has no other owner.
     unsafe {
         let fd = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0);
         if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
@@ -83,11 +82,11 @@ fn stream_socket() -> io::Result<OwnedFd> {
 
 fn address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
     let bytes = path.as_os_str().as_bytes();
-    // An empty name, or one that begins with a NUL, is not in the file system.
+    // An empty name, or one that starts with a NUL, is not a file.
     if bytes.is_empty() || bytes.contains(&0) || bytes.len() > PATH_BYTES_MAX {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    // SAFETY: all zeroes are a valid value of this structure of plain numbers.
+    // SAFETY: all zeroes is a valid value of this plain structure.
     let mut address: libc::sockaddr_un = unsafe { zeroed() };
     address.sun_family = libc::AF_UNIX as libc::sa_family_t;
     address.sun_path.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from as libc::c_char);

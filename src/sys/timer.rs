@@ -1,4 +1,4 @@
-//! A clock's alarm as a file descriptor, and its jumps.
+//! Timers as file descriptors, and detection of clock changes.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -19,10 +19,10 @@ pub struct Timer {
 }
 
 impl Timer {
-    /// A timer that is not set.
+    /// Creates a disarmed timer.
     pub fn new() -> io::Result<Timer> {
         let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
-        // SAFETY: no pointer is passed; the descriptor that is returned is new and owned by nobody else.
+        // SAFETY: no pointer is passed; the returned descriptor is new and has no other owner.
         unsafe {
             let fd = libc::timerfd_create(libc::CLOCK_MONOTONIC, flags);
             if fd < 0 {
@@ -32,21 +32,21 @@ impl Timer {
         }
     }
 
-    /// Goes off once after `wait`, and no more at the time that was set before.
+    /// Expires once after `wait`, replacing an earlier setting.
     pub fn set(&self, wait: Duration) {
-        // Zero would mean never.
+        // Zero would disarm it.
         let wait = wait.max(Duration::from_nanos(1));
         let value = libc::timespec {
             tv_sec: libc::time_t::try_from(wait.as_secs()).unwrap_or(libc::time_t::MAX),
             tv_nsec: wait.subsec_nanos().into(),
         };
         let once = libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        // SAFETY: the call reads the structure, and is told not to return the old one. The descriptor is a timer's and the
-        // time is in its range, so that it cannot fail.
+        // SAFETY: the call reads the structure and does not return the old setting. The descriptor is a timer and the
+        // time is in range, so it cannot fail.
         unsafe { libc::timerfd_settime(self.fd.as_raw_fd(), 0, &once, ptr::null_mut()) };
     }
 
-    /// Goes off at once.
+    /// Expires immediately.
     pub fn ring(&self) {
         self.set(Duration::ZERO);
     }
@@ -58,23 +58,23 @@ impl AsFd for Timer {
     }
 }
 
-/// Becomes readable when the wall clock has jumped: somebody set it, or the host has slept (timerfd_create(2),
-/// TFD_TIMER_CANCEL_ON_SET; the kernel sets its clock anew when it wakes).
+/// Becomes readable when the wall clock was set or the host was suspended (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET;
+/// the kernel sets its clock on resume).
 #[derive(Debug)]
 pub struct ClockJumps(OwnedFd);
 
 impl ClockJumps {
-    /// Watches from now on.
+    /// Starts watching.
     pub fn new() -> io::Result<ClockJumps> {
         let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        // An alarm is not what it is for: none comes before the year 36000.
+        // The expiration time is irrelevant, and lies after the year 36000.
         let never = Timespec { tv_sec: 1 << 40, tv_nsec: 0 };
         let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: never };
         timerfd_settime(&timer, TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET, &once)?;
         Ok(ClockJumps(timer))
     }
 
-    /// Whether the clock has jumped since the last time.
+    /// Whether the clock has changed since the last call.
     pub fn take(&self) -> bool {
         rustix::io::read(&self.0, &mut [0; 8]) == Err(rustix::io::Errno::CANCELED)
     }
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_alarm_is_an_event_and_comes_when_it_was_set_for() {
+    fn every_alarm_is_an_event_at_its_time() {
         let (timer, epoll) = (Timer::new().unwrap(), Epoll::new().unwrap());
         let edges = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 1);
         epoll.ctl(ControlOperation::Add, timer.as_fd().as_raw_fd(), edges).unwrap();
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_goes_on_has_not_jumped() {
+    fn a_running_clock_has_not_jumped() {
         let jumps = ClockJumps::new().unwrap();
         let epoll = Epoll::new().unwrap();
         epoll.ctl(ControlOperation::Add, jumps.as_fd().as_raw_fd(), EpollEvent::new(EventSet::IN, 1)).unwrap();

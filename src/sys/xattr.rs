@@ -1,4 +1,4 @@
-//! System calls on extended attributes, of the file itself and not of what it links to.
+//! Extended attributes of a file itself, without following links.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString};
@@ -6,10 +6,10 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// The names of a file's extended attributes (llistxattr(2)); none where the file system has no such thing.
+/// The names of a file's extended attributes (llistxattr(2)); empty if the file system does not support them.
 pub fn list(path: &Path) -> io::Result<Vec<CString>> {
     let path = c_path(path)?;
-    // SAFETY: the path ends with a NUL, and the buffer is as long as is said.
+    // SAFETY: the path is NUL-terminated, and the buffer has the given length.
     let call = |buffer: &mut [u8]| unsafe { libc::llistxattr(path.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
     match read(call) {
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(Vec::new()),
@@ -21,10 +21,10 @@ pub fn list(path: &Path) -> io::Result<Vec<CString>> {
     }
 }
 
-/// An extended attribute's value (lgetxattr(2)).
+/// The value of an extended attribute (lgetxattr(2)).
 pub fn get(path: &Path, name: &CStr) -> io::Result<Vec<u8>> {
     let path = c_path(path)?;
-    // SAFETY: path and name end with a NUL, and the buffer is as long as is said.
+    // SAFETY: path and name are NUL-terminated, and the buffer has the given length.
     read(|buffer| unsafe { libc::lgetxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) })
 }
 
@@ -32,7 +32,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// Asks for the length, and then for the bytes. Linux has neither longer than 64 KiB.
+/// Queries the length and then reads the data. Linux limits both to 64 KiB.
 fn read(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>> {
     const MAX_BYTES: usize = 64 << 10;
     let checked = |count: isize| usize::try_from(count).map_err(|_| io::Error::last_os_error());

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_processor_of_intels_has_fast_strings_and_what_kvm_says_of_bts_and_pebs() {
+    fn an_intel_processor_has_fast_strings_but_neither_bts_nor_pebs() {
         const BTS_AND_PEBS_UNAVAILABLE: u64 = 1 << 11 | 1 << 12;
         let kvm = match resources::open_kvm() {
             Ok(kvm) => std::sync::Arc::new(kvm),
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_four_gib_are_mapped_one_to_one() {
+    fn the_first_four_gib_are_identity_mapped() {
         let memory = memory::reserve(32).unwrap();
         write_boot_tables(&memory, Protocol::Linux64).unwrap();
         let entry = |table: u64, n: u64| memory.read_obj::<u64>(GuestAddress((table & !0xfff) + 8 * n)).unwrap();

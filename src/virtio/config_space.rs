@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_writes_only_what_it_may() {
+    fn a_driver_writes_only_writable_bytes() {
         let space = ConfigSpace::new(vec![1, 2, 3, 4], 1..3);
         space.write(0, &[9; 8]);
         space.write(u64::MAX, &[9; 8]);

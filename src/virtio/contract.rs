@@ -358,7 +358,7 @@ fn interrupts_that_the_driver_does_not_want_are_not_raised() {
 }
 
 #[test]
-fn broken_rings_need_a_reset_and_a_reset_mends_them() {
+fn broken_rings_are_repaired_by_a_reset() {
     type Break = (&'static str, fn(&mut Driver));
     let breaks: [Break; 8] = [
         ("index beyond the ring", |driver| driver.set_available_index(0, 9)),
@@ -410,7 +410,7 @@ fn a_table_of_descriptors_is_followed() {
 }
 
 #[test]
-fn a_driver_that_never_stops_does_not_keep_the_device_from_stopping() {
+fn a_busy_driver_does_not_prevent_a_stop() {
     let mut driver = Driver::new(rng::device());
     driver.start();
     let size = driver.size(0);

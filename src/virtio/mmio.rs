@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn registers_say_what_stands_behind_them() {
+    fn registers_describe_the_device() {
         let driver = driver();
         let expected =
             [(0x000, 0x7472_6976), (0x004, 2), (0x008, 4), (0x034, 64), (0x0fc, 0), (0x0b0, !0), (0x0b4, !0)];
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn the_status_goes_step_by_step() {
+    fn the_status_follows_the_specified_order() {
         let driver = driver();
         for (value, status) in [(2, 0), (8, 0), (4, 0), (0x40, 0), (0x30, 0), (1, 1), (2, 1), (9, 1), (3, 3), (7, 3)] {
             driver.write(STATUS, value);
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn features_that_are_not_offered_or_too_few_are_refused() {
+    fn invalid_sets_of_features_are_rejected() {
         let driver = driver();
         assert_eq!(driver.negotiate(0), 3, "without VERSION_1");
         assert_eq!(driver.negotiate(F_VERSION_1 | 1), 3, "not offered");
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn features_and_queues_are_locked_once_they_are_settled() {
+    fn features_and_queues_are_immutable_once_negotiated() {
         let mut driver = driver();
         driver.start();
         let before = driver.transport.save().session;
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_taken_out_of_use_is_left_alone() {
+    fn a_disabled_queue_is_not_touched() {
         let mut driver = driver();
         driver.start();
         driver.write(QUEUE_READY, 0);
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn doorbells_of_queues_that_are_not_there_are_ignored() {
+    fn doorbells_of_missing_queues_are_ignored() {
         let mut driver = driver();
         driver.start();
         for queue in [1, 0x1_0000, u32::MAX] {
@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn rings_that_are_no_rings_need_a_reset_and_a_reset_mends_them() {
+    fn invalid_rings_are_repaired_by_a_reset() {
         for (offset, value) in [
             (QUEUE_NUM, 0),
             (QUEUE_NUM, 63),
@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_another_device_or_version_is_refused() {
+    fn a_state_of_another_device_or_version_is_rejected() {
         let driver = driver();
         let good = driver.transport.save();
         let change = |change: fn(&mut TransportState)| {

@@ -443,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_given_back_together_go_on_where_the_index_wraps() {
+    fn chains_pushed_together_wrap_around() {
         let mut queue = queue(false);
         queue.push_together(&[]).unwrap();
         assert!(!queue.needs_interrupt().unwrap());
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn the_index_that_a_driver_waits_for_is_not_missed_among_several() {
+    fn the_used_event_is_detected_within_a_batch() {
         for (used_event, wanted) in [(0xfffd_u16, false), (0xfffe, true), (0xffff, true), (0, true), (1, false)] {
             let mut queue = queue(true);
             queue.memory.write_obj(used_event, GuestAddress(0x1004 + 2 * u64::from(SIZE))).unwrap();

@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_asks_for_nothing_or_points_nowhere_gets_nothing() {
+    fn empty_and_invalid_requests_get_nothing() {
         let mut driver = started();
         assert_eq!(driver.transact(0, &[(BUFFERS, 16, 0)]), 0);
         assert_eq!(driver.transact(0, &[(1 << 40, 16, WRITE)]), 0);

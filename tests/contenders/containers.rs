@@ -12,7 +12,7 @@ use crate::{
 };
 
 #[test]
-fn everyone_here_runs_the_same_within_limits_and_leaves_nothing() {
+fn containers_run_the_workload_within_limits_and_leave_nothing_behind() {
     if is_not_root() {
         return;
     }

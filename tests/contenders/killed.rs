@@ -37,8 +37,8 @@ fn run_victim() {
 }
 
 #[test]
-fn what_a_killed_bench_leaves_is_cleared_by_the_next() {
-    const NAME: &str = "killed::what_a_killed_bench_leaves_is_cleared_by_the_next";
+fn leftovers_of_a_killed_bench_are_removed_by_the_next() {
+    const NAME: &str = "killed::leftovers_of_a_killed_bench_are_removed_by_the_next";
     if is_not_root() {
         return;
     }

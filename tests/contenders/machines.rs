@@ -10,7 +10,7 @@ use husk::bench::fixture::Fixture;
 use crate::{LONG, cannot_run_machines, clean_up, job, leftovers, log, output, prepare_lab, present, start};
 
 #[test]
-fn machines_run_the_same_and_leave_nothing() {
+fn machines_run_the_workload_and_leave_nothing_behind() {
     if cannot_run_machines() {
         return;
     }

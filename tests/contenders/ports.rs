@@ -15,7 +15,7 @@ use crate::{
 };
 
 #[test]
-fn what_listens_in_a_container_is_reached() {
+fn a_server_in_a_container_is_reachable() {
     if is_not_root() {
         return;
     }
@@ -35,7 +35,7 @@ fn interfaces() -> BTreeSet<OsString> {
 }
 
 #[test]
-fn what_listens_in_a_machine_is_reached() {
+fn a_server_in_a_machine_is_reachable() {
     if cannot_run_machines() {
         return;
     }

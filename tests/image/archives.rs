@@ -5,7 +5,7 @@ use std::fs;
 use crate::tools::{House, assert_same, is_root, odd_tree};
 
 #[test]
-fn an_archive_becomes_its_files_however_it_is_packed() {
+fn archives_of_all_compressions_are_unpacked() {
     if !is_root() {
         return;
     }
@@ -25,7 +25,7 @@ fn an_archive_becomes_its_files_however_it_is_packed() {
 }
 
 #[test]
-fn every_format_of_sparse_files_and_long_names_is_read() {
+fn all_formats_of_sparse_files_and_long_names_are_supported() {
     if !is_root() {
         return;
     }
@@ -148,7 +148,7 @@ fn layers_merge_as_umoci_unpacks_them() {
 }
 
 #[test]
-fn ten_thousand_files_are_all_there() {
+fn ten_thousand_files_are_preserved() {
     if !is_root() {
         return;
     }
@@ -163,7 +163,7 @@ fn ten_thousand_files_are_all_there() {
 }
 
 #[test]
-fn a_whole_distribution_is_as_tar_unpacks_it() {
+fn a_distribution_matches_tars_result() {
     let Some(archive) = std::env::var_os("HUSK_TEST_DEBIAN") else {
         println!("SKIPPED: HUSK_TEST_DEBIAN names no archive of a Debian root; `scripts/test cargo` does");
         return;

@@ -6,7 +6,7 @@ use crate::parts::{entry, header};
 use crate::tools::{House, assert_same, is_root};
 
 #[test]
-fn archives_that_cannot_be_are_refused() {
+fn invalid_archives_are_rejected() {
     let house = House::new();
     let file = || entry("etc/x", b'0', b"x", "");
     let long = "b".repeat(300);
@@ -49,7 +49,7 @@ fn archives_that_cannot_be_are_refused() {
 }
 
 #[test]
-fn links_that_lead_out_lead_to_the_images_own_root() {
+fn links_cannot_leave_the_images_root() {
     if !is_root() {
         return;
     }
@@ -78,7 +78,7 @@ fn links_that_lead_out_lead_to_the_images_own_root() {
 
 /// Twenty thousand devices, one of which is the disk of most hosts: they cost what names cost, and are no one's.
 #[test]
-fn a_crowd_of_devices_is_a_crowd_of_names() {
+fn device_nodes_are_only_names() {
     let house = House::new();
     let devices = (0..20_000).map(|n| entry(&format!("dev/{n}"), b'4', b"", "0000010\x000000000\0"));
     let parts: Vec<Vec<u8>> = [entry("etc/x", b'0', b"x", "")].into_iter().chain(devices).collect();
@@ -98,7 +98,7 @@ fn a_bomb_is_not_unpacked() {
 }
 
 #[test]
-fn many_files_are_too_many_at_some_point() {
+fn the_number_of_files_is_limited() {
     let house = House::new();
     // Forty thousand names of 30 KiB of attributes each, which cost nothing when packed.
     let value = "v".repeat(60_000);
@@ -132,7 +132,7 @@ fn layout(house: &House, change: &str) {
 }
 
 #[test]
-fn layouts_that_lie_are_refused() {
+fn invalid_layouts_are_rejected() {
     let house = House::new();
     for (change, words) in [
         ("layer_size=7", "bytes, expected 7"),
@@ -164,7 +164,7 @@ fn layouts_that_lie_are_refused() {
 }
 
 #[test]
-fn the_image_for_this_processor_is_chosen() {
+fn the_image_for_this_architecture_is_chosen() {
     let house = House::new();
     layout(&house, "AFTER cp blobs/sha256/$h ../good; echo $h $s >../names");
     house.sh(r#"cd l; read h s <../names; other=$(echo '{}' | tee o | sha256sum | cut -c1-64); mv o blobs/sha256/$other
@@ -176,7 +176,7 @@ fn the_image_for_this_processor_is_chosen() {
 }
 
 #[test]
-fn a_docker_archive_that_points_elsewhere_is_refused() {
+fn a_docker_archive_that_refers_to_other_files_is_rejected() {
     let house = House::new();
     for (manifest, words) in [
         (r#"[{"Config":"/etc/passwd","Layers":[]}]"#, "it does not exist"),

@@ -14,7 +14,7 @@ fn archive(house: &House) {
 }
 
 #[test]
-fn a_husk_that_is_killed_leaves_a_store_that_works() {
+fn a_killed_process_leaves_a_usable_store() {
     let house = House::new();
     archive(&house);
     for delay_ms in [1, 5, 20, 50, 80, 120, 180, 250, 350, 500] {
@@ -34,7 +34,7 @@ fn a_husk_that_is_killed_leaves_a_store_that_works() {
 }
 
 #[test]
-fn husks_that_want_the_same_make_it_once() {
+fn concurrent_processes_build_an_image_once() {
     let house = House::new();
     archive(&house);
     let name = |i: usize| format!("name-{i}");
@@ -50,7 +50,7 @@ fn husks_that_want_the_same_make_it_once() {
 }
 
 #[test]
-fn an_image_in_use_stays_and_goes_with_its_last_name() {
+fn an_image_in_use_is_kept_until_its_last_name_is_removed() {
     let house = House::new();
     house.sh("mkdir d; echo 1 >d/1; tar -C d -cf d.tar .");
     let root = house.load("d.tar");
@@ -71,7 +71,7 @@ fn an_image_in_use_stays_and_goes_with_its_last_name() {
 }
 
 #[test]
-fn an_archive_that_was_loaded_is_not_read_again() {
+fn a_loaded_archive_is_not_read_again() {
     let house = House::new();
     archive(&house);
     std::thread::sleep(Duration::from_millis(1100));
@@ -84,7 +84,7 @@ fn an_archive_that_was_loaded_is_not_read_again() {
 }
 
 #[test]
-fn a_tree_with_everything_survives_two_trips() {
+fn a_tree_with_all_file_types_survives_two_round_trips() {
     if !is_root() {
         return;
     }
@@ -95,7 +95,7 @@ fn a_tree_with_everything_survives_two_trips() {
 }
 
 #[test]
-fn images_are_listed_with_their_sizes_and_pruned_with_what_they_took() {
+fn images_are_listed_and_pruned_with_their_sizes() {
     let house = House::new();
     house.sh("mkdir d; head -c 3M /dev/urandom >d/1; tar -C d -cf d.tar .; cp d.tar nameless.tar; head -c 1M /dev/urandom >d/2; tar -C d -cf d.tar .");
     house.load("d.tar");
@@ -120,7 +120,7 @@ fn images_are_listed_with_their_sizes_and_pruned_with_what_they_took() {
 }
 
 #[test]
-fn long_work_has_a_bar_on_a_terminal_and_nowhere_else() {
+fn progress_is_shown_only_on_a_terminal() {
     let house = House::new();
     // So much that no processor is done with it before the bar comes.
     house.sh("mkdir d; head -c 200M /dev/urandom >d/1; tar -C d -cf d.tar .");

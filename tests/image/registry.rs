@@ -45,7 +45,7 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
 }
 
 #[test]
-fn of_an_index_the_image_for_this_processor_is_pulled() {
+fn the_image_for_this_architecture_is_pulled_from_an_index() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, Asks::Nothing, false);
@@ -94,7 +94,7 @@ fn of_an_index_the_image_for_this_processor_is_pulled() {
 }
 
 #[test]
-fn a_password_is_taken_from_dockers_configuration() {
+fn credentials_are_read_from_dockers_configuration() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, Asks::Password, false);
@@ -122,7 +122,7 @@ fn a_password_is_taken_from_dockers_configuration() {
 }
 
 #[test]
-fn a_pull_that_broke_off_goes_on_where_it_was() {
+fn an_interrupted_pull_is_resumed() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, Asks::Nothing, false);
@@ -138,7 +138,7 @@ fn a_pull_that_broke_off_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_pull_that_was_killed_goes_on_where_it_was() {
+fn a_killed_pull_is_resumed() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, Asks::Nothing, false);

@@ -16,7 +16,7 @@ fn run<'a>(words: &[&'a str]) -> Vec<&'a str> {
 }
 
 #[test]
-fn an_image_is_pulled_or_unpacked_before_its_machine_is_made() {
+fn an_image_is_prepared_before_its_machine_is_created() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, Asks::Nothing, false);
@@ -33,7 +33,7 @@ fn an_image_is_pulled_or_unpacked_before_its_machine_is_made() {
 }
 
 #[test]
-fn an_image_that_cannot_be_prepared_is_told_once() {
+fn an_image_that_cannot_be_prepared_is_reported_once() {
     let house = House::new();
     house.sh("mkdir d; truncate -s 300M d/zeroes; tar -C d -c . | gzip -9 >bomb.tgz");
     let refused = |words: &[&str], why: &str| {
@@ -50,7 +50,7 @@ fn an_image_that_cannot_be_prepared_is_told_once() {
 }
 
 #[test]
-fn no_file_stands_in_for_the_image_that_it_is_called_like() {
+fn a_file_does_not_shadow_an_image_name() {
     let house = House::new();
     house.sh("mkdir d; echo 1 >d/1; tar -C d -cf d.tar .");
     for name in ["debian:12", "team/app"] {
@@ -84,7 +84,7 @@ fn no_file_stands_in_for_the_image_that_it_is_called_like() {
 }
 
 #[test]
-fn a_share_is_not_taken_for_an_image() {
+fn a_volume_is_not_mistaken_for_an_image() {
     let house = House::new();
     let words = "-v, --volume and --mount are not supported yet";
     for arguments in [
@@ -168,7 +168,7 @@ fn child_of(parent: &Child) -> u32 {
 }
 
 #[test]
-fn a_pull_for_a_run_is_another_process_and_ends_with_it() {
+fn a_pull_by_run_is_a_child_process_that_ends_with_it() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, Asks::Nothing, false);

@@ -27,7 +27,7 @@ fn expect_pulled(output: &Output) {
 }
 
 #[test]
-fn a_registry_with_tls_is_believed_if_its_authority_is() {
+fn a_registry_with_tls_requires_a_trusted_ca() {
     let house = House::new();
     image(&house);
     certificates(&house);
@@ -53,7 +53,7 @@ fn a_registry_with_tls_is_believed_if_its_authority_is() {
 }
 
 #[test]
-fn an_issuer_gives_a_token_for_a_password_or_for_an_identity() {
+fn tokens_are_issued_for_passwords_and_identity_tokens() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, ISSUER_HERE, false);
@@ -80,7 +80,7 @@ fn an_issuer_gives_a_token_for_a_password_or_for_an_identity() {
 }
 
 #[test]
-fn what_podman_and_skopeo_have_kept_is_used() {
+fn credentials_of_podman_and_skopeo_are_used() {
     let house = House::new();
     image(&house);
     let registry = Registry::start(&house, Asks::Password, false);
@@ -112,7 +112,7 @@ fn what_podman_and_skopeo_have_kept_is_used() {
 }
 
 #[test]
-fn another_hosts_registry_is_spoken_to_by_tls_alone_and_so_is_its_issuer() {
+fn remote_registries_and_issuers_require_tls() {
     if !is_root() {
         return;
     }

@@ -26,7 +26,7 @@ fn load_image(house: &House, path: &str) -> PathBuf {
 }
 
 #[test]
-fn an_archive_with_dockers_list_is_an_image_whatever_its_parts_are_called() {
+fn an_archive_with_dockers_manifest_is_an_image_with_any_part_names() {
     let house = House::new();
     let layer = layer();
     let config = config(&[&layer]);
@@ -69,7 +69,7 @@ fn an_archive_with_dockers_list_is_an_image_whatever_its_parts_are_called() {
 }
 
 #[test]
-fn what_is_taken_for_a_root_file_system_is_said() {
+fn assuming_a_root_file_system_is_announced() {
     let house = House::new();
     let list = br#"{"manifest_version": 3, "name": "an extension of a browser"}"#;
     fs::write(house.path("x.tar"), tar(&[("bin/sh", b"x"), ("manifest.json", list), ("index.json", b"{}")])).unwrap();
@@ -92,7 +92,7 @@ fn what_is_taken_for_a_root_file_system_is_said() {
 }
 
 #[test]
-fn a_link_to_what_is_not_in_the_archive_is_told_with_its_target() {
+fn a_dangling_link_is_reported_with_its_target() {
     let house = House::new();
     let layer = layer();
     let config = config(&[&layer]);
@@ -115,7 +115,7 @@ fn a_link_to_what_is_not_in_the_archive_is_told_with_its_target() {
 }
 
 #[test]
-fn pax_headers_and_long_names_are_read_as_docker_reads_them() {
+fn pax_headers_and_long_names_are_parsed_like_dockers() {
     if !is_root() {
         return;
     }
@@ -169,7 +169,7 @@ impl Parts {
 }
 
 #[test]
-fn attestations_are_no_images() {
+fn attestations_are_not_images() {
     let house = House::new();
     let parts = Parts::new();
     let attestation = b"an attestation, which is never to be read";
@@ -210,7 +210,7 @@ fn images_that_are_not_in_a_layout_are_skipped() {
 }
 
 #[test]
-fn a_layouts_names_are_compared_as_names() {
+fn names_in_a_layout_are_normalized() {
     let house = House::new();
     let parts = Parts::new();
     let named = |key: &str, name: &str, content: &[u8]| with(descriptor(content), "annotations", json!({key: name}));
@@ -244,7 +244,7 @@ fn a_layouts_names_are_compared_as_names() {
 }
 
 #[test]
-fn a_configuration_that_would_fill_the_store_is_refused() {
+fn an_oversized_configuration_is_rejected() {
     let house = House::new();
     let layer = layer();
     let mut config: serde_json::Value = serde_json::from_slice(&config(&[&layer])).unwrap();

@@ -81,7 +81,7 @@ fn named(port: u16) -> String {
 }
 
 #[test]
-fn a_registry_that_is_busy_is_asked_again() {
+fn a_busy_registry_is_retried() {
     let house = House::new();
     image(&house);
     let (layout, counts) = (house.path("layout"), Counts::default());
@@ -103,7 +103,7 @@ fn a_registry_that_is_busy_is_asked_again() {
 }
 
 #[test]
-fn a_registry_that_stays_busy_is_given_up() {
+fn a_permanently_busy_registry_is_an_error() {
     let house = House::new();
     let asked_for = Arc::new(Counts::default());
     let busy = |status: &'static str, after: &'static str| {
@@ -139,7 +139,7 @@ fn a_registry_that_stays_busy_is_given_up() {
 }
 
 #[test]
-fn a_password_is_for_the_registry_alone_and_not_for_where_it_sends_one() {
+fn a_password_is_not_sent_to_redirect_targets() {
     let house = House::new();
     image(&house);
     let asks = || vec!["WWW-Authenticate: Basic realm=\"r\"".to_owned()];

@@ -127,7 +127,7 @@ impl Drop for Machines {
 }
 
 #[test]
-fn a_machine_in_the_background_is_listed_watched_and_stopped() {
+fn a_background_machine_is_listed_attached_and_stopped() {
     needs_kvm!();
     let machines = Machines::new();
     let id = machines.start(guests::POWER, "do=wait-for-button", &["--name", "web"]);
@@ -149,7 +149,7 @@ fn a_machine_in_the_background_is_listed_watched_and_stopped() {
 }
 
 #[test]
-fn a_machine_that_does_not_start_says_why_and_leaves_nothing() {
+fn a_failed_start_is_reported_and_leaves_nothing_behind() {
     needs_kvm!();
     let machines = Machines::new();
     let line = machines.fails(&["boot", "-d", "--name", "x", "--kernel", "/nowhere"], 1);
@@ -164,7 +164,7 @@ fn a_machine_that_does_not_start_says_why_and_leaves_nothing() {
 }
 
 #[test]
-fn names_are_unique_among_many_starts_at_once() {
+fn names_are_unique_among_concurrent_starts() {
     needs_kvm!();
     let machines = Machines::new();
     let start = || {
@@ -181,7 +181,7 @@ fn names_are_unique_among_many_starts_at_once() {
 }
 
 #[test]
-fn a_paused_machine_uses_no_processor_and_goes_on_where_it_was() {
+fn a_paused_machine_uses_no_cpu_and_continues() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::POWER, "do=spin", &["--name", "busy"]);
@@ -203,7 +203,7 @@ fn a_paused_machine_uses_no_processor_and_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_guest_that_does_not_stop_is_ended_when_time_is_up() {
+fn a_guest_that_does_not_stop_is_killed_after_the_timeout() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::POWER, "do=halt", &["--name", "deaf"]);
@@ -219,7 +219,7 @@ fn a_guest_that_does_not_stop_is_ended_when_time_is_up() {
 }
 
 #[test]
-fn a_killed_husk_is_known_at_once_and_its_name_is_free_when_it_is_removed() {
+fn a_killed_machine_is_detected_and_its_name_freed() {
     needs_kvm!();
     let machines = Machines::new();
     let id = machines.start(guests::POWER, "do=halt", &["--name", "a"]);
@@ -264,7 +264,7 @@ fn start_and_kill(machines: &Machines, words: &[&str], after: Duration) -> Outpu
 }
 
 #[test]
-fn a_husk_killed_at_any_stage_leaves_a_name_that_can_be_used_again() {
+fn a_machine_killed_at_any_stage_leaves_a_reusable_name() {
     needs_kvm!();
     let machines = Machines::new();
     // A start takes 7 ms, of a debug build perhaps 20, and more where a processor is emulated.
@@ -292,7 +292,7 @@ fn a_husk_killed_at_any_stage_leaves_a_name_that_can_be_used_again() {
 }
 
 #[test]
-fn a_machine_in_the_foreground_is_listed_and_forgotten() {
+fn a_foreground_machine_is_listed_only_while_running() {
     needs_kvm!();
     let machines = Machines::new();
     let words = ["boot", "--name", "fore", "--kernel", guests::POWER, "--cmdline", "do=halt", "--memory", "64M"];
@@ -312,7 +312,7 @@ fn a_machine_in_the_foreground_is_listed_and_forgotten() {
 }
 
 #[test]
-fn a_renamed_machine_has_its_new_name_only() {
+fn a_renamed_machine_has_only_its_new_name() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::POWER, "do=halt", &["--name", "one"]);
@@ -329,7 +329,7 @@ fn a_renamed_machine_has_its_new_name_only() {
 }
 
 #[test]
-fn a_machine_that_fails_is_started_again_as_often_as_was_said() {
+fn a_failing_machine_is_restarted_up_to_the_limit() {
     needs_kvm!();
     let machines = Machines::new();
     let exits = |code, policy, name| {
@@ -351,7 +351,7 @@ fn a_machine_that_fails_is_started_again_as_often_as_was_said() {
 }
 
 #[test]
-fn what_husk_says_of_a_machine_that_fails_for_ever_stays_small() {
+fn the_log_of_a_repeatedly_failing_machine_stays_small() {
     needs_kvm!();
     const FULL_BYTES: usize = 2 << 20;
     let machines = Machines::new();
@@ -372,7 +372,7 @@ fn what_husk_says_of_a_machine_that_fails_for_ever_stays_small() {
 }
 
 #[test]
-fn a_machine_that_has_ended_is_started_again_as_it_was() {
+fn a_stopped_machine_is_started_again() {
     needs_kvm!();
     let machines = Machines::new();
     // From a directory of its own, and by a path in it.
@@ -417,7 +417,7 @@ fn a_machine_that_has_ended_is_started_again_as_it_was() {
 }
 
 #[test]
-fn a_machine_that_many_start_again_at_once_runs_once() {
+fn concurrent_starts_run_a_machine_once() {
     needs_kvm!();
     let machines = Machines::new();
     let id = machines.start(guests::POWER, "do=halt", &["--name", "one"]);
@@ -437,7 +437,7 @@ fn a_machine_that_many_start_again_at_once_runs_once() {
 }
 
 #[test]
-fn a_machine_that_has_ended_has_a_line_beside_those_that_run() {
+fn stopped_machines_are_listed_with_running_ones() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::POWER, "do=halt", &["--name", "gone"]);
@@ -455,7 +455,7 @@ fn a_machine_that_has_ended_has_a_line_beside_those_that_run() {
 }
 
 #[test]
-fn limits_of_a_running_machine_are_changed_and_what_cannot_be_had_is_refused() {
+fn limits_of_a_running_machine_can_be_changed() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::POWER, "do=spin", &["--name", "busy", "--cpus", "1"]);
@@ -494,7 +494,7 @@ fn limits_of_a_running_machine_are_changed_and_what_cannot_be_had_is_refused() {
 }
 
 #[test]
-fn a_console_in_the_background_is_typed_at_from_anywhere() {
+fn a_background_console_accepts_input_from_attached_clients() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);
@@ -518,7 +518,7 @@ fn a_console_in_the_background_is_typed_at_from_anywhere() {
 }
 
 #[test]
-fn who_was_attached_before_has_the_console_again_when_the_next_has_ended() {
+fn the_previous_client_regains_the_console() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);
@@ -564,7 +564,7 @@ fn size_of(dir: &Path) -> u64 {
 }
 
 #[test]
-fn twenty_shells_at_once_start_list_and_stop_without_harm() {
+fn concurrent_commands_do_not_interfere() {
     needs_kvm!();
     let machines = Machines::new();
     // A command takes a second where a processor is emulated.
@@ -623,7 +623,7 @@ fn arguments_of(pid: &str) -> String {
 }
 
 #[test]
-fn what_variables_are_set_to_is_for_the_owners_eyes_alone() {
+fn environment_variables_are_hidden_from_other_users() {
     needs_kvm!();
     use std::os::unix::fs::PermissionsExt;
     let machines = Machines::new();
@@ -671,7 +671,7 @@ fn what_variables_are_set_to_is_for_the_owners_eyes_alone() {
 }
 
 #[test]
-fn nobody_else_may_talk_to_a_machine() {
+fn other_users_cannot_control_a_machine() {
     needs_kvm!();
     use std::os::unix::fs::PermissionsExt;
     let machines = Machines::new();

@@ -71,7 +71,7 @@ fn no_interrupt_arrives_before_the_guest_has_set_up_its_controller() {
 }
 
 #[test]
-fn the_end_of_input_costs_nothing() {
+fn the_end_of_input_uses_no_cpu() {
     needs_kvm!();
     let running = boot(guests::POWER, "do=halt").start().wait_for("ready");
     thread::sleep(Duration::from_millis(300));
@@ -86,7 +86,7 @@ fn the_end_of_input_costs_nothing() {
 }
 
 #[test]
-fn nobody_to_read_the_output_ends_the_machine() {
+fn closing_the_output_ends_the_machine() {
     needs_kvm!();
     let mut command = boot(guests::SERIAL, "do=flood bytes=4000000").command();
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -96,7 +96,7 @@ fn nobody_to_read_the_output_ends_the_machine() {
 }
 
 #[test]
-fn the_terminal_is_raw_while_the_machine_has_it_and_restored_after() {
+fn the_terminal_is_raw_while_the_machine_runs() {
     needs_kvm!();
     let mut terminal = Terminal::start(boot(guests::SERIAL, "do=echo wait=interrupt").command());
     terminal.wait_for("ready");
@@ -167,7 +167,7 @@ fn the_terminal_is_restored_after_signals() {
 }
 
 #[test]
-fn the_terminal_is_restored_after_a_fault_of_husks_own() {
+fn the_terminal_is_restored_after_a_crash_of_husk() {
     needs_kvm!();
     let untouched = Terminal::start(std::process::Command::new("true")).modes();
     let mut terminal = Terminal::start(boot(guests::POWER, "do=halt").command());

@@ -76,7 +76,7 @@ fn comes_within_a_tenth_of(wanted: f64, mut measure: impl FnMut() -> f64) {
 }
 
 #[test]
-fn a_machine_held_to_half_a_processor_gets_that_and_no_more() {
+fn a_cpu_limit_is_enforced() {
     needs_kvm!();
     needs_root!();
     let running = held_to_half();
@@ -108,7 +108,7 @@ fn last_processor() -> String {
 }
 
 #[test]
-fn machines_share_a_processor_by_their_shares() {
+fn machines_share_a_cpu_by_their_shares() {
     needs_kvm!();
     needs_root!();
     let cpu = last_processor();
@@ -126,7 +126,7 @@ fn machines_share_a_processor_by_their_shares() {
 }
 
 #[test]
-fn a_cpuset_is_kept_by_every_thread_and_needs_no_rights() {
+fn a_cpuset_applies_to_every_thread_without_privileges() {
     needs_kvm!();
     let cpu = last_processor();
     let running = boot(guests::BUSY, "cpus=2").flag("--cpus", "2").flag("--cpuset", &*cpu).start().wait_for("busy");
@@ -143,7 +143,7 @@ fn a_cpuset_is_kept_by_every_thread_and_needs_no_rights() {
 }
 
 #[test]
-fn a_machine_is_held_to_what_it_needs_of_the_hosts_memory_and_works_with_it() {
+fn a_machine_works_within_its_automatic_host_memory_limit() {
     needs_kvm!();
     needs_root!();
     const MIB: u64 = 1 << 20;
@@ -164,7 +164,7 @@ fn a_machine_is_held_to_what_it_needs_of_the_hosts_memory_and_works_with_it() {
 }
 
 #[test]
-fn a_limit_that_cannot_be_had_is_an_error_that_says_how() {
+fn an_unavailable_limit_is_reported_with_a_remedy() {
     needs_kvm!();
     needs_root!();
     for (flag, value, way) in [
@@ -185,7 +185,7 @@ fn a_limit_that_cannot_be_had_is_an_error_that_says_how() {
 }
 
 #[test]
-fn a_group_left_by_a_killed_machine_goes_with_the_next_one() {
+fn the_cgroup_of_a_killed_machine_is_removed_by_the_next() {
     needs_kvm!();
     needs_root!();
     let running = held_to_half();

@@ -50,7 +50,7 @@ fn nothing_is_read_or_written_past_the_end() {
 }
 
 #[test]
-fn a_request_without_sense_is_refused_and_the_disk_goes_on() {
+fn an_invalid_request_is_rejected_without_stopping_the_disk() {
     needs_kvm!();
     block("refused", "");
 }
@@ -98,7 +98,7 @@ fn a_block_device_is_a_disk_that_discards_and_zeroes() {
 }
 
 #[test]
-fn a_read_only_disk_is_only_read() {
+fn a_read_only_disk_is_not_written() {
     needs_kvm!();
     let (_dir, disk) = disk_image(MIB);
     let before = fs::metadata(&disk).unwrap().modified().unwrap();
@@ -107,7 +107,7 @@ fn a_read_only_disk_is_only_read() {
 }
 
 #[test]
-fn a_read_only_file_will_do_for_a_read_only_disk() {
+fn a_read_only_file_is_sufficient_for_a_read_only_disk() {
     needs_kvm!();
     let (_dir, disk) = disk_image(MIB);
     let mut permissions = fs::metadata(&disk).unwrap().permissions();
@@ -124,7 +124,7 @@ fn a_driver_that_sleeps_is_woken_for_each_request() {
 }
 
 #[test]
-fn what_the_guest_was_told_is_written_is_in_the_file() {
+fn completed_writes_are_in_the_file() {
     needs_kvm!();
     let (_dir, disk) = disk_image(MIB);
     boot(guests::BLOCK, "do=stamp sectors=64").disk(&disk, "").run().expect(0);

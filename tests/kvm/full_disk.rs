@@ -34,7 +34,7 @@ fn fill(machines: &Machines) -> PathBuf {
 }
 
 #[test]
-fn a_machine_that_finds_no_room_says_so_and_leaves_nothing() {
+fn a_start_on_a_full_disk_fails_and_leaves_nothing_behind() {
     needs_kvm!();
     let Some(machines) = machines_on_a_small_disk() else { return };
     let ballast = fill(&machines);
@@ -52,7 +52,7 @@ fn a_machine_that_finds_no_room_says_so_and_leaves_nothing() {
 }
 
 #[test]
-fn a_machine_on_a_full_disk_loses_output_and_nothing_else() {
+fn a_machine_on_a_full_disk_loses_only_output() {
     needs_kvm!();
     let Some(machines) = machines_on_a_small_disk() else { return };
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);

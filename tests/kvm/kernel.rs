@@ -24,7 +24,7 @@ fn given(ran: &Ran) -> (String, String) {
 }
 
 #[test]
-fn a_unified_image_boots_with_its_own_initrd_and_words() {
+fn a_unified_image_boots_with_its_own_initrd_and_command_line() {
     needs_kvm!();
     let dir = tempfile::tempdir().unwrap();
     let sections: [(&str, &[u8]); 2] = [(".cmdline", b"root=UUID=1 ro\n"), (".initrd", b"of the image")];
@@ -36,7 +36,7 @@ fn a_unified_image_boots_with_its_own_initrd_and_words() {
 }
 
 #[test]
-fn the_users_initrd_stands_in_place_of_the_images() {
+fn the_users_initrd_replaces_the_images() {
     needs_kvm!();
     let dir = tempfile::tempdir().unwrap();
     let Some(image) = unified(dir.path(), &[(".initrd", b"of the image")]) else { return };
@@ -47,7 +47,7 @@ fn the_users_initrd_stands_in_place_of_the_images() {
 }
 
 #[test]
-fn an_image_that_is_cut_short_is_told_in_one_line() {
+fn a_truncated_image_is_reported_in_one_line() {
     needs_kvm!();
     let dir = tempfile::tempdir().unwrap();
     let Some(image) = unified(dir.path(), &[(".initrd", b"of the image")]) else { return };
@@ -58,7 +58,7 @@ fn an_image_that_is_cut_short_is_told_in_one_line() {
 }
 
 #[test]
-fn a_word_that_hides_every_device_is_warned_of() {
+fn a_parameter_that_hides_devices_causes_a_warning() {
     needs_kvm!();
     for word in ["acpi=off", "noapic"] {
         let line = boot(guests::LOADED, word).run();
@@ -69,7 +69,7 @@ fn a_word_that_hides_every_device_is_warned_of() {
 }
 
 #[test]
-fn nesting_is_there_or_is_refused_in_one_line() {
+fn nesting_is_available_or_rejected_in_one_line() {
     needs_kvm!();
     let machine = tempfile::NamedTempFile::new().unwrap();
     fs::write(&machine, r#"{"nested": true}"#).unwrap();

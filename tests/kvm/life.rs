@@ -74,7 +74,7 @@ fn a_second_signal_ends_a_guest_that_ignores_the_first() {
 }
 
 #[test]
-fn every_processor_is_ended_wherever_it_is() {
+fn every_vcpu_is_stopped_wherever_it_is() {
     needs_kvm!();
     let running = boot(guests::POWER, "do=spin").flag("--cpus", "4").start().wait_for("ready");
     running.signal("INT");
@@ -97,7 +97,7 @@ fn refused(flags: &[(&'static str, &str)], code: i32, words: &str) {
 }
 
 #[test]
-fn a_machine_the_host_cannot_hold_is_refused() {
+fn a_machine_too_large_for_the_host_is_rejected() {
     needs_kvm!();
     refused(&[("--memory", "1000T")], 2, "memory");
     // A host with less room than the machine asks for: the shell's limit is on address space, in KiB.
@@ -111,14 +111,14 @@ fn a_machine_the_host_cannot_hold_is_refused() {
 }
 
 #[test]
-fn an_initrd_larger_than_memory_is_refused() {
+fn an_initrd_larger_than_memory_is_rejected() {
     needs_kvm!();
     let (_dir, initrd) = disk_image(65 << 20);
     refused(&[("--initrd", initrd.to_str().unwrap())], 1, "initrd");
 }
 
 #[test]
-fn a_bad_disk_is_refused() {
+fn a_bad_disk_is_rejected() {
     needs_kvm!();
     let (dir, odd) = disk_image(1000);
     let empty = dir.path().join("empty.img");
@@ -130,7 +130,7 @@ fn a_bad_disk_is_refused() {
 }
 
 #[test]
-fn a_kernel_that_is_none_is_refused() {
+fn an_invalid_kernel_is_rejected() {
     needs_kvm!();
     let (dir, zeroes) = disk_image(1 << 20);
     let words = dir.path().join("kernel.txt");

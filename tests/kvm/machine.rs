@@ -20,7 +20,7 @@ fn the_guests_exit_code_is_husks() {
 }
 
 #[test]
-fn power_off_ends_with_0_and_without_a_word() {
+fn power_off_exits_with_0_silently() {
     needs_kvm!();
     let ran = boot(guests::POWER, "do=poweroff").run();
     assert_eq!(ran.expect(0), "ready\n");
@@ -28,7 +28,7 @@ fn power_off_ends_with_0_and_without_a_word() {
 }
 
 #[test]
-fn a_reset_is_told_whichever_port_asks_for_it() {
+fn a_reset_is_reported_for_each_port() {
     needs_kvm!();
     for way in ["reset", "keyboard-reset"] {
         let ran = boot(guests::POWER, &format!("do={way}")).run();
@@ -37,14 +37,14 @@ fn a_reset_is_told_whichever_port_asks_for_it() {
 }
 
 #[test]
-fn a_panic_is_told() {
+fn a_panic_is_reported() {
     needs_kvm!();
     let ran = boot(guests::POWER, "do=panic").run();
     assert!(ran.expect_line(PANICKED).contains("panic"), "{}", ran.stderr);
 }
 
 #[test]
-fn a_triple_fault_is_told_with_its_place_where_the_processor_keeps_it() {
+fn a_triple_fault_is_reported_with_its_address_if_available() {
     needs_kvm!();
     let ran = boot(guests::POWER, "do=triple-fault").run();
     let line = ran.expect_line(TRIPLE_FAULT);
@@ -53,7 +53,7 @@ fn a_triple_fault_is_told_with_its_place_where_the_processor_keeps_it() {
 }
 
 #[test]
-fn what_kvm_cannot_run_is_told_with_its_place() {
+fn a_kvm_error_is_reported_with_its_address() {
     needs_kvm!();
     let ran = boot(guests::POWER, "do=wild-jump").run();
     let line = ran.expect_line(KVM_ERROR);
@@ -73,7 +73,7 @@ fn memory_holes_of_every_width_read_all_ones() {
 }
 
 #[test]
-fn device_registers_bear_every_width_offset_and_value() {
+fn device_registers_handle_every_width_offset_and_value() {
     needs_kvm!();
     boot(guests::IO, "do=registers").run().expect(0);
 }

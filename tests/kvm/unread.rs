@@ -61,7 +61,7 @@ fn ends_soon(mut child: Child, since: Instant, code: i32) {
 }
 
 #[test]
-fn a_machine_that_nobody_reads_is_paused_and_loses_nothing() {
+fn a_machine_with_unread_output_is_paused_without_loss() {
     needs_kvm!();
     let machines = Machines::new();
     let mut child = unread(&machines, MORE_THAN_IS_HELD);
@@ -78,7 +78,7 @@ fn a_machine_that_nobody_reads_is_paused_and_loses_nothing() {
 }
 
 #[test]
-fn a_machine_that_nobody_reads_ends_when_it_is_told_to() {
+fn a_machine_with_unread_output_can_be_stopped() {
     needs_kvm!();
     let machines = Machines::new();
     let child = unread(&machines, MORE_THAN_IS_HELD);
@@ -108,7 +108,7 @@ fn a_machine_that_nobody_reads_ends_when_it_is_told_to() {
 }
 
 #[test]
-fn a_machine_that_has_ended_is_waited_for_no_longer_than_somebody_wants() {
+fn draining_the_output_can_be_cut_short() {
     needs_kvm!();
     let machines = Machines::new();
     let child = ended_unread(&machines);
@@ -136,7 +136,7 @@ fn a_machine_that_has_ended_is_waited_for_no_longer_than_somebody_wants() {
 }
 
 #[test]
-fn one_who_looks_on_and_does_not_read_holds_nobody_up() {
+fn a_client_that_does_not_read_does_not_block_the_machine() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::SERIAL, "do=flood bytes=100000000", &["--name", "web"]);
@@ -165,7 +165,7 @@ fn read_a_little(machines: &Machines, words: &[&str]) -> std::process::Output {
 }
 
 #[test]
-fn a_reader_who_has_had_enough_is_no_error() {
+fn a_reader_that_closes_early_is_not_an_error() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::SERIAL, "do=flood bytes=100000000", &["--name", "web"]);

@@ -29,7 +29,7 @@ fn holds_what_was_written(image: &str, ended: &Ended, what: &str) {
 }
 
 #[test]
-fn what_a_guest_syncs_is_on_the_disk() {
+fn synced_data_is_on_the_disk() {
     let guests = guests!();
     for kernel in ["stock", "micro"] {
         let dir = tempfile::tempdir().unwrap();
@@ -40,7 +40,7 @@ fn what_a_guest_syncs_is_on_the_disk() {
 }
 
 #[test]
-fn what_a_guest_syncs_is_in_the_qcow2_image() {
+fn synced_data_is_in_the_qcow2_image() {
     let guests = guests!();
     let dir = tempfile::tempdir().unwrap();
     let raw = disk(dir.path(), 64 << 20, true);
@@ -54,7 +54,7 @@ fn what_a_guest_syncs_is_in_the_qcow2_image() {
 }
 
 #[test]
-fn a_read_only_disk_stays_as_it_is() {
+fn a_read_only_disk_is_not_modified() {
     let guests = guests!();
     let dir = tempfile::tempdir().unwrap();
     let image = disk(dir.path(), 32 << 20, true);
@@ -66,7 +66,7 @@ fn a_read_only_disk_stays_as_it_is() {
 }
 
 #[test]
-fn a_disk_goes_on_beyond_two_tebibytes() {
+fn a_disk_may_exceed_two_tebibytes() {
     const MIB: u64 = 1 << 20;
     const SIZE_MIB: u64 = 3 << 20;
     let guests = guests!();

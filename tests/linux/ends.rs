@@ -20,7 +20,7 @@ fn a_reboot_ends_with_its_own_code() {
 }
 
 #[test]
-fn a_panic_is_told_in_the_kernels_words_and_ends_passt_too() {
+fn a_panic_is_reported_with_its_message_and_stops_passt() {
     let guests = guests!();
     let port = TcpListener::bind(("0.0.0.0", 0)).unwrap().local_addr().unwrap().port();
     let published = format!("{port}:80");
@@ -62,7 +62,7 @@ fn piped_commands_reach_a_shell() {
 }
 
 #[test]
-fn a_shell_of_the_demo_ends_the_machine_by_poweroff_and_by_the_power_button() {
+fn the_demo_shell_exits_by_poweroff_and_by_the_power_button() {
     let guest = guests!().join("micro");
     let start = || {
         let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));

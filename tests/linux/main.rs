@@ -130,7 +130,7 @@ fn signal(child: &Child, name: &str) {
 }
 
 #[test]
-fn timings_tell_of_every_step() {
+fn timings_cover_every_step() {
     let ended = boot(&guests!().join("micro"), "vmlinux", "mark", &["--timings"]);
     ended.expect(0, "timings");
     let at = |step: &str| {

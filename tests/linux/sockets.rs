@@ -101,7 +101,7 @@ fn talk_to_guest(socket: &Path) {
 }
 
 #[test]
-fn guest_and_host_talk_through_sockets() {
+fn guest_and_host_communicate_through_vsock() {
     let guests = guests!();
     for kernel in ["micro", "stock"] {
         let dir = tempfile::tempdir().unwrap();

@@ -62,7 +62,7 @@ impl Drop for Machines {
 }
 
 #[test]
-fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
+fn a_machine_is_entered_by_processes_with_separate_streams_and_exit_codes() {
     let machines = Machines::new(guests!());
     machines.start("box", &["-e", "MINE=1", "-w", "/tmp"], "echo main; sleep 1000").expect(0);
     let exec = |words: &[&str]| machines.husk(&[&["exec"], words].concat());
@@ -105,7 +105,7 @@ fn a_machine_is_entered_by_processes_with_streams_and_codes_of_their_own() {
 }
 
 #[test]
-fn as_many_processes_as_anybody_starts_at_once_all_run() {
+fn any_number_of_concurrent_processes_run() {
     // Seven hung before a guest listened to so many at a time.
     const COUNT: usize = 100;
     let machines = Machines::new(guests!());
@@ -147,7 +147,7 @@ fn a_guest_has_the_hosts_time_after_a_pause_and_when_that_is_set() {
 }
 
 #[test]
-fn a_process_is_asked_for_its_end_by_any_signal() {
+fn a_process_can_be_stopped_by_any_signal() {
     let machines = Machines::new(guests!());
     let script = "trap 'echo sixty' 60; trap 'exit 5' 37; echo ready; while :; do sleep 0.1; done";
     machines.start("job", &["--stop-signal", "SIGRTMIN+3"], script).expect(0);
@@ -160,7 +160,7 @@ fn a_process_is_asked_for_its_end_by_any_signal() {
 }
 
 #[test]
-fn a_process_is_left_to_itself_in_a_machine() {
+fn a_process_can_be_detached_in_a_machine() {
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
     let exec = |words: &[&str]| machines.husk(&[&["exec", "-d", "box"], words].concat());
@@ -181,7 +181,7 @@ fn a_process_is_left_to_itself_in_a_machine() {
 }
 
 #[test]
-fn machines_at_once_are_each_entered_alone() {
+fn exec_enters_the_right_machine() {
     let machines = Machines::new(guests!());
     let names: Vec<String> = (0..8).map(|n| format!("box-{n}")).collect();
     for name in &names {
@@ -199,7 +199,7 @@ fn machines_at_once_are_each_entered_alone() {
 }
 
 #[test]
-fn files_go_in_and_come_out_as_they_were() {
+fn files_are_copied_in_and_out_unchanged() {
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
     let dir = tempfile::tempdir().unwrap();
@@ -267,7 +267,7 @@ fn files_go_in_and_come_out_as_they_were() {
 }
 
 #[test]
-fn archives_go_in_and_come_out() {
+fn archives_are_copied_in_and_out() {
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
     let script = "mkdir -p /tmp/in/sub && cd /tmp/in && head -c 300000 /dev/urandom >sub/data && ln sub/data same
@@ -293,7 +293,7 @@ fn archives_go_in_and_come_out() {
 }
 
 #[test]
-fn a_machine_of_an_image_is_started_again() {
+fn a_machine_from_an_image_is_restarted() {
     let machines = Machines::new(guests!());
     let script = "echo $MINE $(hostname); trap 'exit 3' TERM; while :; do sleep 0.1; done";
     machines.start("box", &["-e", "MINE=1"], script).expect(0);
@@ -311,7 +311,7 @@ fn a_machine_of_an_image_is_started_again() {
 }
 
 #[test]
-fn a_process_in_the_background_is_asked_for_its_end_and_its_words_are_kept_apart() {
+fn a_background_process_is_stopped_and_its_streams_are_logged_separately() {
     let machines = Machines::new(guests!());
     // What does not run is told where it is typed, and leaves nothing.
     let words = ["-d", "--name", "bad", archive(), "no-such-thing"];

@@ -74,7 +74,7 @@ fn a_compiler_makes_programs_that_run() {
 }
 
 #[test]
-fn a_program_has_the_capabilities_that_its_file_has() {
+fn file_capabilities_are_applied() {
     let (guests, store) = debian!();
     let script = "grep CapEff /proc/self/status; capable /proc/self/status | grep CapEff";
     let mut command = husk_with(&guests, "micro", "384M", &["-u", "1000", "debian", "sh", "-c", script]);

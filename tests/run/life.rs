@@ -27,7 +27,7 @@ fn signal(child: &Child, name: &str) {
 }
 
 #[test]
-fn signals_are_the_processes_own() {
+fn signals_are_forwarded_to_the_process() {
     let guests = guests!();
     let usual = [("TERM", 10), ("INT", 11), ("HUP", 12), ("QUIT", 13), ("USR1", 14), ("USR2", 15)];
     // Those that end husk itself, or that nobody would notice, if they were not forwarded.
@@ -43,7 +43,7 @@ fn signals_are_the_processes_own() {
 }
 
 #[test]
-fn a_process_that_will_not_end_is_ended_by_the_third_signal() {
+fn the_third_signal_ends_a_process_that_ignores_them() {
     let script = "trap '' INT QUIT TERM; echo ready; while :; do sleep 0.1; done";
     let (child, _output) = start(husk_run(&guests!(), &[archive(), "sh", "-c", script]));
     // At once, however slow this machine is; two of the same would be one.
@@ -65,7 +65,7 @@ fn unread(guests: &Path, runtime: &Path) -> (Child, BufReader<std::process::Chil
 }
 
 #[test]
-fn a_process_whose_output_nobody_reads_ends_when_it_is_told_to() {
+fn a_process_with_unread_output_can_be_stopped() {
     // More than what is asked for takes anywhere, and much less than for ever.
     const SOON: Duration = Duration::from_secs(20);
     let guests = guests!();
@@ -94,7 +94,7 @@ fn a_process_whose_output_nobody_reads_ends_when_it_is_told_to() {
 }
 
 #[test]
-fn before_there_is_a_process_a_signal_ends_the_machine() {
+fn a_signal_before_the_process_starts_ends_the_machine() {
     let child = husk_run(&guests!(), &[archive(), "sleep", "1000"]).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(300));
     let started = Instant::now();
@@ -104,7 +104,7 @@ fn before_there_is_a_process_a_signal_ends_the_machine() {
 }
 
 #[test]
-fn orphans_are_reaped_and_end_with_the_process() {
+fn orphans_are_reaped_and_killed_with_the_process() {
     let script = "for n in 1 2 3 4 5; do (sh -c 'sleep 0.1 & exit' &); done; sleep 1
         grep -l '^State:.Z' /proc/[0-9]*/status | wc -l
         (trap '' TERM HUP; sleep 1000 >/dev/null &); (sleep 1000 &); exit 6";
@@ -112,7 +112,7 @@ fn orphans_are_reaped_and_end_with_the_process() {
 }
 
 #[test]
-fn a_panic_is_told_with_the_kernels_last_words() {
+fn a_panic_is_reported_with_the_kernels_last_messages() {
     let ended = shell(&guests!(), &[], "echo c >/proc/sysrq-trigger");
     ended.expect(81);
     let words = "husk: the guest kernel panicked: sysrq triggered crash\n";
@@ -120,14 +120,14 @@ fn a_panic_is_told_with_the_kernels_last_words() {
 }
 
 #[test]
-fn the_kernels_messages_are_shown_to_who_asks() {
+fn kernel_messages_are_shown_on_request() {
     let ended = shell(&guests!(), &["-v"], "echo clean");
     assert_eq!(ended.expect(0).text(), "clean\n");
     assert!(ended.errors.contains("Run /init as init process"), "{}", ended.errors);
 }
 
 #[test]
-fn timings_tell_of_every_step() {
+fn timings_cover_every_step() {
     let ended = shell(&guests!(), &["--timings"], "true");
     for step in
         ["image and kernel ready", "first guest instruction", "PID 1", "process started", "process exited", "exit"]
@@ -151,7 +151,7 @@ fn ten_machines_share_an_image() {
 }
 
 #[test]
-fn what_a_killed_machine_leaves_behind_the_next_one_removes() {
+fn leftovers_of_a_killed_machine_are_removed_by_the_next() {
     let guests = guests!();
     let runtime = tempfile::tempdir().unwrap();
     let husk = |script: &str| {
@@ -192,7 +192,7 @@ fn run_disk(guests: &Path, words: &[&str]) -> Ended {
 }
 
 #[test]
-fn a_disk_runs_its_own_init_and_keeps_what_it_wrote() {
+fn a_disk_runs_its_own_init_and_keeps_its_data() {
     let guests = guests!();
     let dir = tempfile::tempdir().unwrap();
     let disk =
@@ -240,7 +240,7 @@ fn the_partition_of_a_qcow2_disk_that_has_an_init_is_the_root() {
 }
 
 #[test]
-fn an_image_runs_an_init_of_its_own_when_told_to() {
+fn an_image_can_run_its_own_init() {
     let words = ["--init=/bin/sh", archive(), "-c", "echo pid=$$ > /dev/console; touch /srv/x && poweroff -f"];
     let text = run_disk(&guests!(), &words).expect(0).text();
     assert!(text.contains("pid=1"), "{text}");

@@ -131,7 +131,7 @@ fn serve_names(host: IpAddr) -> Option<()> {
 }
 
 #[test]
-fn a_guest_reaches_the_host_and_its_names_without_asking_for_a_network() {
+fn a_guest_has_a_network_and_dns_by_default() {
     let guests = guests!();
     let Some(host) = host() else { return };
     let (server, names) = (serve(host), serve_names(host));
@@ -155,7 +155,7 @@ fn a_guest_reaches_the_host_and_its_names_without_asking_for_a_network() {
 }
 
 #[test]
-fn a_guest_is_reached_through_published_ports_and_they_close_with_it() {
+fn published_ports_reach_the_guest_and_close_with_it() {
     let guests = guests!();
     let Some(host) = host() else { return };
     let (web, perf) = (free_port(), free_port());
@@ -193,7 +193,7 @@ fn a_guest_is_reached_through_published_ports_and_they_close_with_it() {
 }
 
 #[test]
-fn a_machine_that_floods_its_network_is_ended_like_any_other() {
+fn a_machine_that_floods_its_network_can_be_stopped() {
     let guests = guests!();
     let Some(host) = host() else { return };
     let (port, host) = (free_port().to_string(), host.to_string());
@@ -218,7 +218,7 @@ fn a_machine_that_floods_its_network_is_ended_like_any_other() {
 }
 
 #[test]
-fn no_network_is_really_none() {
+fn network_none_has_no_network() {
     let guests = guests!();
     let ended =
         networked(&guests, "micro", &["--network", "none"], "ls /sys/class/net | grep -v dummy; ls /etc/resolv.conf");

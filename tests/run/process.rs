@@ -17,14 +17,14 @@ fn the_exit_code_is_the_commands() {
 }
 
 #[test]
-fn a_real_time_signal_is_an_end_like_another() {
+fn a_real_time_signal_is_reported() {
     let guests = guests!();
     shell(&guests, &[], "kill -34 $$").expect(162);
     shell(&guests, &[], "sleep 1000 & kill -64 $!; wait $!; echo $?; kill -32 $$").expect(160);
 }
 
 #[test]
-fn a_command_that_is_missing_or_no_program_has_a_code_and_a_word() {
+fn missing_and_non_executable_commands_have_codes_and_messages() {
     let guests = guests!();
     for (command, code, word) in [
         ("frobnicate", 127, "husk: frobnicate: not found in PATH\n"),
@@ -41,7 +41,7 @@ fn a_command_that_is_missing_or_no_program_has_a_code_and_a_word() {
 }
 
 #[test]
-fn an_image_says_what_runs_and_a_user_may_say_otherwise() {
+fn the_image_defines_the_command_unless_overridden() {
     let guests = guests!();
     assert_eq!(run(&guests, &[archive()]).expect(0).text(), "the image says so\n");
     assert_eq!(run(&guests, &[archive(), "--", "echo", "-n", "a b"]).expect(0).text(), "a b");
@@ -54,7 +54,7 @@ fn an_image_says_what_runs_and_a_user_may_say_otherwise() {
 }
 
 #[test]
-fn a_process_is_who_and_where_the_user_says() {
+fn user_and_working_directory_are_applied() {
     let flags = ["-u", "user", "-w", "/not/there/yet", "-e", "A=b c", "-e", "FROM_IMAGE=no", "-h", "box"];
     let script = "id; pwd; echo \"$A $FROM_IMAGE $HOME\"; hostname; cat /etc/hosts; echo stdout >/dev/stdout";
     let text = shell(&guests!(), &flags, script).expect(0).text();
@@ -64,7 +64,7 @@ fn a_process_is_who_and_where_the_user_says() {
 }
 
 #[test]
-fn variables_come_from_files_and_from_here_and_a_name_is_the_machines() {
+fn environment_files_and_host_variables_are_passed_on() {
     let guests = guests!();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("env");
@@ -78,7 +78,7 @@ fn variables_come_from_files_and_from_here_and_a_name_is_the_machines() {
 }
 
 #[test]
-fn a_machine_is_furnished_as_a_container_is() {
+fn a_machine_has_the_environment_of_a_container() {
     let script = "for place in / /proc /sys /dev /dev/pts /dev/shm /dev/mqueue /sys/fs/cgroup; do
             grep \" $place \" /proc/mounts | cut -d ' ' -f 2,3; done
         mkdir /sys/fs/cgroup/x && sh -c 'echo $$ >/sys/fs/cgroup/x/cgroup.procs && cat /proc/self/cgroup'
@@ -94,7 +94,7 @@ fn a_machine_is_furnished_as_a_container_is() {
 }
 
 #[test]
-fn limits_and_file_systems_in_memory_are_as_asked_for() {
+fn ulimits_and_tmpfs_mounts_are_applied() {
     let flags = ["--ulimit", "nofile=64:128", "--tmpfs", "/cache:size=1m,mode=1750", "--tmpfs", "/opt/x"];
     let script = "ulimit -n; ulimit -Hn; stat -c %a /cache; df -k /cache | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2
         dd if=/dev/zero of=/cache/big bs=64k count=32 2>/dev/null || echo full; touch /opt/x/y && echo made";
@@ -102,7 +102,7 @@ fn limits_and_file_systems_in_memory_are_as_asked_for() {
 }
 
 #[test]
-fn changes_are_forgotten_and_a_read_only_root_has_none() {
+fn changes_are_discarded_and_a_read_only_root_rejects_them() {
     let guests = guests!();
     let script = "for n in $(seq 10000); do : >/srv/$n || exit 9; done; ls /srv | wc -l; rm /bin/vi; ls /bin/vi";
     let ended = shell(&guests, &[], script);
@@ -114,7 +114,7 @@ fn changes_are_forgotten_and_a_read_only_root_has_none() {
 }
 
 #[test]
-fn changes_go_to_a_disk_where_they_are_to_be_many_or_kept() {
+fn changes_are_stored_on_scratch_and_persistent_disks() {
     let guests = guests!();
     let script = "dd if=/dev/zero of=/srv/big bs=1M count=96 2>/dev/null && rm /srv/not-a-program && ls /srv";
     assert_eq!(shell(&guests, &["--scratch", "256M"], script).expect(0).text(), "big\n");
@@ -130,7 +130,7 @@ fn changes_go_to_a_disk_where_they_are_to_be_many_or_kept() {
 }
 
 #[test]
-fn a_full_disk_is_the_commands_to_know_and_stays_whole() {
+fn a_full_disk_is_reported_to_the_command_and_stays_intact() {
     let guests = guests!();
     let script =
         "dd if=/dev/zero of=/srv/big bs=1M; rm /srv/big && echo more >/srv/log && sync && cat /srv/log; exit 5";

@@ -78,7 +78,7 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 #[test]
-fn ranges_of_ports_and_datagrams_reach_a_guest_by_ipv4_and_ipv6() {
+fn port_ranges_and_udp_reach_a_guest_by_ipv4_and_ipv6() {
     let guests = guests!();
     let (Some(host), Some(host_v6)) = (host(), host_v6()) else { return };
     let (first, perf) = (free_ports(), free_port());
@@ -130,7 +130,7 @@ fn ranges_of_ports_and_datagrams_reach_a_guest_by_ipv4_and_ipv6() {
 }
 
 #[test]
-fn the_first_connection_by_ipv6_finds_a_guest_that_has_just_begun() {
+fn the_first_ipv6_connection_reaches_a_new_guest() {
     let guests = guests!();
     let (Some(_), Some(_)) = (host(), host_v6()) else { return };
     let port = free_port();
@@ -151,7 +151,7 @@ fn dir_of_nobody() -> PathBuf {
 }
 
 #[test]
-fn a_user_who_is_not_root_has_a_network_and_a_tap_device_made_for_him() {
+fn an_unprivileged_user_gets_a_network_and_a_preconfigured_tap() {
     let guests = guests!();
     let Some(_) = host() else { return };
     if !is_lab() {
@@ -241,7 +241,7 @@ impl Drop for Beyond {
 }
 
 #[test]
-fn a_guest_of_a_network_finds_its_address_by_dhcp_and_its_way_beyond_the_host() {
+fn a_guest_of_a_network_uses_dhcp_and_nat() {
     let guests = guests!();
     if !is_root() {
         return;

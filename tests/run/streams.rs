@@ -89,14 +89,14 @@ fn megabytes_pass_a_stock_kernel_both_ways_unchanged() {
 }
 
 #[test]
-fn outputs_stay_apart() {
+fn outputs_are_separate() {
     let ended = shell(&guests!(), &[], "echo one; echo two >&2; echo three");
     assert_eq!(ended.expect(0).text(), "one\nthree\n");
     assert!(ended.errors.ends_with("two\n") && !ended.errors.contains("one"), "{}", ended.errors);
 }
 
 #[test]
-fn input_is_the_commands_only_if_it_is_asked_for() {
+fn input_is_forwarded_only_on_request() {
     let guests = guests!();
     let without = finish(husk_run(&guests, &[archive(), "wc", "-c"]), b"12345".to_vec());
     assert_eq!(without.expect(0).text(), "0\n");
@@ -105,13 +105,13 @@ fn input_is_the_commands_only_if_it_is_asked_for() {
 }
 
 #[test]
-fn a_command_that_reads_no_further_ends_though_there_is_more() {
+fn a_command_may_exit_with_unread_input() {
     let ended = finish(husk_run(&guests!(), &["-i", archive(), "head", "-c", "3"]), vec![b'x'; 8 << 20]);
     assert_eq!(ended.expect(0).text(), "xxx");
 }
 
 #[test]
-fn a_stream_that_ends_leaves_the_others_open() {
+fn closing_a_stream_leaves_the_others_open() {
     let guests = guests!();
     // Standard output ends first, and what is read goes on to standard error; then input ends, and words follow.
     let words = ["-i", archive(), "sh", "-c", "echo first; exec >&-; cat >&2; sleep 1; echo last >&2"];
@@ -122,7 +122,7 @@ fn a_stream_that_ends_leaves_the_others_open() {
 }
 
 #[test]
-fn who_writes_to_a_reader_that_left_is_told() {
+fn a_writer_is_notified_when_its_reader_is_gone() {
     let mut child = husk_run(&guests!(), &[archive(), "yes"]).spawn().unwrap();
     drop(child.stdout.take());
     // SIGPIPE's number is 13.
@@ -159,7 +159,7 @@ fn a_terminal_has_a_size_and_is_edited_by_the_guest() {
 }
 
 #[test]
-fn a_terminal_without_input_is_one_all_the_same() {
+fn a_terminal_works_without_input() {
     let text = shell(&guests!(), &["-t"], "tty; stty size; test -t 2 && echo both").expect(0).text();
     assert_eq!(text.replace('\r', ""), "/dev/pts/0\n24 80\nboth\n");
 }

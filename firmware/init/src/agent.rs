@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn sessions_beyond_as_many_as_run_have_their_turn_when_others_end() {
+    fn sessions_beyond_the_limit_are_admitted_when_others_end() {
         let (mut agent, _main) = agent();
         let mut hosts: Vec<UnixStream> =
             (1..=SESSIONS_MAX as u64 + 3).map(|id| connect(&mut agent, id, Role::Control)).collect();
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_has_its_place_or_is_closed() {
+    fn a_stream_without_a_session_is_closed() {
         let (mut agent, _main) = agent();
         let _control = connect(&mut agent, 7, Role::Control);
         agent.serve_others();

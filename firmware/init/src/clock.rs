@@ -72,7 +72,7 @@ mod tests {
     const HOST: Duration = Duration::from_secs(1_800_000_000);
 
     #[test]
-    fn an_answer_is_taken_for_the_middle_of_the_way() {
+    fn a_response_is_assumed_at_half_the_round_trip() {
         let mut clock = Clock::default();
         assert_eq!(clock.judge(HOST, Instant::now()), Verdict::Ignore, "nobody asked");
         clock.ask();
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn a_late_answer_is_asked_for_anew_and_not_for_ever() {
+    fn a_late_response_is_requested_again_a_limited_number_of_times() {
         let mut clock = Clock::default();
         clock.ask();
         let mut now = clock.asked_at.unwrap();

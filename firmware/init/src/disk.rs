@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_without_a_device_are_no_candidates() {
+    fn file_systems_without_a_device_are_skipped() {
         assert_eq!(kinds("nodev\tsysfs\n\text4\nnodev\ttmpfs\n\tvfat\n"), ["ext4", "vfat"]);
     }
 }

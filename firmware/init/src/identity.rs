@@ -127,13 +127,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_counts_before_a_number() {
+    fn names_take_precedence_over_numbers() {
         assert_eq!(who("1000"), (7, 7, vec![7], "/seven".into()));
         assert_eq!(who("root:55"), (0, 56, vec![56], "/root".into()));
     }
 
     #[test]
-    fn a_group_that_is_named_stands_in_for_all_others() {
+    fn an_explicit_group_replaces_all_others() {
         assert_eq!(who("user:wheel"), (1000, 10, vec![10], "/home/user".into()));
         assert_eq!(who("user:4242"), (1000, 4242, vec![4242], "/home/user".into()));
         assert_eq!(who(":audio"), (0, 63, vec![63], "/root".into()));
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_need_not_be_listed_and_a_name_must() {
+    fn only_names_must_be_listed() {
         assert_eq!(who("4242"), (4242, 0, vec![0], "/".into()));
         assert_eq!(who("4242:43"), (4242, 43, vec![43], "/".into()));
         assert!(find("nobody", PASSWD, GROUP).unwrap_err().contains("\"nobody\""));
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_without_these_files_has_numbers_only() {
+    fn an_image_without_user_files_supports_only_numbers() {
         assert_eq!(find("5:6", b"", b"").unwrap().groups, [6]);
         assert_eq!(find("", b"", b"").unwrap().home, b"/");
         assert!(find("root", b"", b"").is_err());

@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_are_as_long_as_they_say() {
+    fn messages_have_their_stated_length() {
         let v6: IpAddr = "fd00::15".parse().unwrap();
         for message in [new_address(2, v6, 64), new_address(2, "10.0.2.15".parse().unwrap(), 24), new_route(2, v6)] {
             let bytes = message.finish();
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_answers_what_it_is_asked() {
+    fn the_kernel_responds_to_requests() {
         let network = Network::open().unwrap();
         // For root the interface does not exist; other users lack permission.
         let answer = network.bring_up(0x7fff_fff0);

@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_stands_and_what_is_missing_is_added() {
+    fn missing_variables_are_added() {
         let env = environment(&process(&["A=b", "HOME=/x"]), "box", b"/root");
         assert_eq!(texts(env), [&format!("PATH={FIXED_PATH}"), "HOSTNAME=box", "A=b", "HOME=/x"]);
         let with_terminal = Process { terminal: Some(Default::default()), ..process(&["PATH=/p", "TERM=vt100"]) };
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_looked_for_and_a_path_is_not() {
+    fn only_names_are_searched_in_path() {
         let find = |name: &str, path: &str| {
             let args = [CString::new(name).unwrap()];
             programs(&args, &[format!("PATH={path}").into_bytes()])
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_program_and_one_that_does_not_run_differ_in_code() {
+    fn missing_and_non_executable_programs_have_different_codes() {
         let process = Process { args: vec![b"frob".to_vec()], ..Process::default() };
         let told = |error| explain(&process, Some(&Stage::Program), error);
         assert_eq!((told(Errno::ENOENT).code, told(Errno::EACCES).code), (127, 126));

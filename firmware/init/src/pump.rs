@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_reader_holds_up_who_writes() {
+    fn a_slow_reader_throttles_the_writer() {
         let ((read, write), (ours, _theirs)) = (pipe().unwrap(), UnixStream::pair().unwrap());
         let mut pump = Pump::new(read, ours.into()).unwrap();
         fcntl(&write, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn who_writes_to_nobody_is_told() {
+    fn a_writer_without_a_reader_is_notified() {
         let ((read, write), (ours, theirs)) = (pipe().unwrap(), UnixStream::pair().unwrap());
         let mut pump = Pump::new(read, ours.into()).unwrap();
         drop(theirs);
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_others_hold_open_ends_when_no_more_is_expected() {
+    fn a_pipe_held_open_by_others_can_be_ended() {
         let ((read, write), (ours, mut theirs)) = (pipe().unwrap(), UnixStream::pair().unwrap());
         let mut pump = Pump::new(read, ours.into()).unwrap();
         let mut write = File::from(write);

@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_signal_is_sent_and_told_as_the_end_of_a_process() {
+    fn any_signal_is_sent_and_reported() {
         // Excluding signals that the C library ignores in children here, that stop, and that are harmless.
         const OTHERS: [i32; 10] = [
             32,

@@ -58,7 +58,7 @@ mod tests {
     use crate::{ToGuest, ToHost, WindowSize};
 
     #[test]
-    fn messages_arrive_whole_and_in_order_however_they_are_cut() {
+    fn messages_arrive_in_order_however_they_are_split() {
         let sent = [ToGuest::Signal(15), ToGuest::Resize(WindowSize { rows: 24, columns: 80 }), ToGuest::Finish];
         let mut bytes = Vec::new();
         sent.iter().for_each(|message| write(message, &mut bytes).unwrap());
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_beyond_the_bound_is_refused_before_its_bytes_come() {
+    fn an_excessive_length_is_rejected_early() {
         let mut reader = Reader::default();
         reader.push(&u32::MAX.to_le_bytes());
         assert_eq!(reader.take::<ToHost>(), Err(Malformed::TooLong(u32::MAX as usize)));
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_refused() {
+    fn an_invalid_message_is_rejected() {
         for bytes in [&[1, 0, 0, 0, 99][..], &[3, 0, 0, 0, 3, 0, 0], &[0, 0, 0, 0]] {
             let mut reader = Reader::default();
             reader.push(bytes);
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_within_a_message_takes_no_more_than_the_message() {
+    fn a_length_within_a_message_does_not_allocate_beyond_it() {
         // Found by fuzzing: a message that claims to be 2^28 bytes long.
         let mut reader = Reader::default();
         reader.push(&[7, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0x7f, b'a', 0]);

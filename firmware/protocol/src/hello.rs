@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_said_is_understood() {
+    fn a_hello_survives_a_round_trip() {
         for role in ROLES {
             let hello = Hello { session: 0x0102_0304_0506_0708, role };
             assert_eq!(Hello::from_bytes(hello.to_bytes()), Ok(hello));
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn another_protocol_version_or_role_is_refused() {
+    fn another_protocol_version_or_role_is_rejected() {
         let with = |at: usize, value: u8| {
             let mut bytes = Hello { session: 1, role: Role::Stdin }.to_bytes();
             bytes[at] = value;

@@ -139,7 +139,7 @@ mod tests {
     use crate::WindowSize;
 
     #[test]
-    fn init_reads_what_husk_wrote() {
+    fn a_spec_survives_a_round_trip() {
         let process = Process {
             args: vec![b"sh".to_vec(), b"\xff".to_vec()],
             terminal: Some(WindowSize { rows: 1, columns: 2 }),

@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_what_to_type() {
+    fn errors_say_what_to_type() {
         for (line, expected) in [
             ("", "a command is missing"),
             ("dance", "--help"),
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_is_told_how_to_end_and_what_to_run() {
+    fn guest_arguments_are_parsed() {
         let net = "10.0.2.15/24,10.0.2.2";
         let expected = Guest {
             scratch: true,

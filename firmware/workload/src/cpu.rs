@@ -86,7 +86,7 @@ mod tests {
     static DONE: AtomicU64 = AtomicU64::new(0);
 
     #[test]
-    fn threads_do_all_of_the_work_once_and_not_before_it_begins() {
+    fn threads_do_all_work_once_and_not_early() {
         for (amount, cpus) in [(1, 3), (1_000_003, 2), (1000, 1)] {
             DONE.store(0, Ordering::SeqCst);
             let mut task = all(|share| _ = DONE.fetch_add(share, Ordering::SeqCst), amount, cpus).unwrap();
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn the_value_that_floats_begin_with_stays_where_all_take_as_long() {
+    fn floating_point_values_stay_in_a_stable_range() {
         let mut x = 1.5_f64;
         for _ in 0..1000 {
             let polynomial = ((0.1 * x + 0.2) * x + 0.3) * x + 0.4;

@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn anywhere_is_everywhere_once() {
+    fn random_access_covers_everything_once() {
         for count in [1, 2, 3, 1000, 1024, 16384] {
             let mut anywhere = Anywhere::of(count);
             for _ in 0..3 {
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_made_is_removed() {
+    fn created_files_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         for prepare in [write, append] {
             let mut task = prepare(10, dir.path()).unwrap();

@@ -113,14 +113,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_that_fails_is_no_work_done() {
+    fn a_failed_process_is_an_error() {
         assert!(bury(sys::fork(|| 3).unwrap()).is_err());
         assert!(bury(sys::fork(|| sys::exec(c"/nonexistent", &[c"nonexistent"])).unwrap()).is_err());
         bury(sys::fork(|| 0).unwrap()).unwrap();
     }
 
     #[test]
-    fn the_other_process_is_gone_afterwards_and_the_processors_are_back() {
+    fn the_other_process_exits_and_affinity_is_restored() {
         let before = sched_getaffinity(Pid::from_raw(0)).unwrap();
         let pair = Pair::start().unwrap();
         let child = pair.child;

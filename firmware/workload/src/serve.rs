@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_byte_says_what_a_connection_is_for() {
+    fn the_first_byte_selects_the_mode() {
         assert_eq!(exchange(&[b"k".as_slice(), &[7; 300_000]].concat()), b"k");
         assert_eq!(exchange(&[b"r".as_slice(), &300_001_u64.to_le_bytes()].concat()).len(), 300_001);
         assert_eq!(exchange(b"eabc"), b"abc");

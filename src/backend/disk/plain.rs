@@ -144,7 +144,7 @@ mod tests {
 
     /// Simulates short transfers, of one to three parts of 16 bytes at a time.
     #[test]
-    fn a_short_transfer_goes_on_where_it_ended() {
+    fn a_short_transfer_is_continued() {
         let (memory, file) = (memory(), image(4096));
         let disk = PlainDisk::new(file, false);
         let mut buffers = GuestBuffers::new(memory.clone());
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_cut_short_is_an_error_and_no_endless_loop() {
+    fn a_truncated_image_is_an_error() {
         let (memory, file) = (memory(), image(512));
         let mut buffers = GuestBuffers::new(memory);
         buffers.push(GuestAddress(0), 1024).unwrap();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_are_written_with_and_without_unmap_and_where_the_host_has_no_call_for_it() {
+    fn write_zeroes_works_with_and_without_unmap_and_without_host_support() {
         let nothing = || GuestBuffers::new(memory());
         for unmap in [true, false] {
             let file = image(1 << 20);
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_discarded_range_gives_its_space_back() {
+    fn a_discarded_range_is_deallocated() {
         use std::os::unix::fs::MetadataExt;
         let file = image(1 << 20);
         file.write_all_at(&[0xaa; 1 << 20], 0).unwrap();

@@ -122,14 +122,14 @@ mod tests {
     }
 
     #[test]
-    fn a_header_is_written_as_it_is_read() {
+    fn a_header_survives_a_round_trip() {
         let bytes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
         assert_eq!(Header::decode(bytes).encode(), bytes);
         assert_eq!(Header::decode(bytes).checksum_start, 0x0807);
     }
 
     #[test]
-    fn what_was_negotiated_may_be_asked_for_and_nothing_else() {
+    fn only_negotiated_offloads_are_accepted() {
         assert_eq!(segments().checked(ALL, 4000), Some(segments()));
         let ecn = Header { segments: segments().segments | SEGMENTS_ECN, ..segments() };
         assert_eq!(ecn.checked(ALL, 4000), Some(ecn));
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_points_outside_of_its_frame_is_refused() {
+    fn a_header_that_points_outside_of_its_frame_is_rejected() {
         let checksum = Header { checksum_start: 34, checksum_offset: 16, flags: 1, ..Header::default() };
         assert_eq!((checksum.checked(ALL, 52), checksum.checked(ALL, 51)), (Some(checksum), None));
         assert_eq!(Header { checksum_offset: 0xffff, ..checksum }.checked(ALL, 65000), None);

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_arrive_whole_however_the_stream_is_cut() {
+    fn frames_arrive_whole_however_the_stream_is_split() {
         let frames = [vec![1; 60], vec![2; 65535], Vec::new(), vec![3; 1514]];
         let bytes: Vec<u8> = frames.iter().flat_map(|content| frame(content)).collect();
         for size in [1, 3, 5, 61, 70_000, bytes.len()] {
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_hangs_up_or_loses_count_is_the_end() {
+    fn a_disconnect_or_an_invalid_length_is_permanent() {
         let (mut net, peer) = pair();
         drop(peer);
         assert!(is_end(&net.receive().unwrap_err()));
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_slow_gets_every_frame_that_was_taken() {
+    fn a_slow_peer_receives_every_accepted_frame() {
         let (mut net, mut peer) = pair();
         let memory = Arc::new(memory::reserve(1).unwrap());
         let mut sent = Vec::new();
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_the_peer_would_not_survive_is_refused() {
+    fn a_frame_that_is_too_long_for_the_peer_is_rejected() {
         let (mut net, _peer) = pair();
         let memory = Arc::new(memory::reserve(1).unwrap());
         for len in [0, 13, 65536] {

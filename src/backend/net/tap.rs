@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn checksums_are_left_to_a_guest_only_where_it_takes_them() {
+    fn checksums_are_offloaded_to_a_guest_only_if_it_accepts_that() {
         on_tap(|mut net| {
             let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
             for accepted in [true, false] {
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_is_told_what_it_takes_and_only_what_is_new() {
+    fn offloads_are_set_only_if_supported_and_changed() {
         on_tap(|mut net| {
             // ECN without segmentation, and segmentation without checksums: a driver cannot negotiate that, and the
             // kernel would reject it.
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checksum_that_a_guest_leaves_open_is_filled_in_and_a_wrong_one_found() {
+    fn an_offloaded_checksum_is_filled_in_and_a_wrong_one_detected() {
         on_tap(|mut net| {
             net.accept(net.features()).unwrap();
             let socket = UdpSocket::bind("10.9.0.1:7").unwrap();
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_come_to_the_queues_that_are_enabled() {
+    fn frames_arrive_in_enabled_queues() {
         on_taps(2, |mut nets| {
             // Each of many flows goes to one of the queues, selected by the kernel.
             let flows = |nets: &mut [TapNet]| -> [usize; 2] {
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_down_or_gone_is_told_apart() {
+    fn a_device_that_is_down_is_distinguished_from_a_removed_one() {
         on_tap(|mut net| {
             let memory = Arc::new(memory::reserve(1).unwrap());
             let send = |net: &mut TapNet| {

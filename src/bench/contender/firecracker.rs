@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_guest_has_written_durably_is_on_the_disk() {
+    fn durable_writes_of_a_guest_reach_the_disk() {
         assert_eq!(drive("scratch", Path::new("/g/scratch"), false)["cache_type"], "Writeback");
     }
 

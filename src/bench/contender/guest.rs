@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_stands_behind_everything_else() {
+    fn the_command_comes_last() {
         let network = Some("10.0.2.15/24,10.0.2.2");
         let options = GuestOptions { end: "reset", platform: "reboot=t", scratch: true, network };
         assert_eq!(
@@ -186,13 +186,13 @@ mod tests {
     }
 
     #[test]
-    fn words_that_a_kernel_would_part_are_encoded() {
+    fn words_with_special_characters_are_encoded() {
         let line = cmdline(PLAIN, &job(&["sh", "-c", "echo 'a \"b\"' 100%"])).unwrap();
         assert!(line.ends_with(" sh -c echo%20%27a%20%22b%22%27%20100%25"), "{line}");
     }
 
     #[test]
-    fn a_command_for_which_there_is_no_room_is_no_job() {
+    fn a_command_that_is_too_long_is_rejected() {
         assert!(cmdline(PLAIN, &job(&["x".repeat(CMDLINE_MAX_BYTES).as_str()])).unwrap_err().is::<Unsupported>());
     }
 }

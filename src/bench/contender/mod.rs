@@ -200,7 +200,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn everything_is_cleaned_up_whatever_could_not_be() {
+    fn cleanup_continues_after_a_failure() {
         let launch = |rest: fn() -> Result<()>| {
             let clean_up: Box<dyn FnOnce() -> Result<()> + Send> = Box::new(rest);
             let command = Command::new("true");

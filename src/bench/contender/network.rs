@@ -209,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_of_instances_are_apart() {
+    fn links_of_instances_do_not_overlap() {
         let veth = |instance| VethPair::of("husk-bench-0a1b2c", instance);
         assert_eq!(veth(0).addresses, (Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 0, 2)));
         assert_eq!(veth(64).addresses, (Ipv4Addr::new(198, 18, 1, 1), Ipv4Addr::new(198, 18, 1, 2)));
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn tap_devices_of_a_killed_bench_are_removed_and_no_others() {
+    fn only_tap_devices_of_a_killed_bench_are_removed() {
         if !is_root() || !Path::new(TUN_PATH).exists() || !program::which("ip") {
             eprintln!("SKIPPED: tap devices are made by root, with {TUN_PATH} and ip");
             return;

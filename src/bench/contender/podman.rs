@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_s_network_is_made_by_what_the_version_uses() {
+    fn the_rootless_network_helper_depends_on_the_version() {
         for (version, program) in [("4.3.1", "slirp4netns"), ("5.4.2", "pasta"), ("10.0.0-dev", "pasta")] {
             assert_eq!(network_program(version).0, program, "{version}");
         }

@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_read_from_what_programs_say() {
+    fn versions_are_parsed_from_program_output() {
         for (said, expected) in [
             ("crun version 1.8.1\ncommit: f8a096be060b22ccd3d5f3ebe44108517fbf6c30\nrundir: /run/crun\n", "1.8.1"),
             ("runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1+deb12u1\nspec: 1.0.2-dev\n", "1.1.5+ds1"),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_says_how_to_have_it() {
+    fn a_missing_program_comes_with_installation_instructions() {
         let program = Program::find("husk-no-such-program", &["--version"], "sudo apt-get install it");
         let info = program.describe("it", Isolation::Container, words(), vec!["a note".into()]);
         let unavailable = info.unavailable.unwrap();
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_to_answer_is_absent_with_its_own_words() {
+    fn a_failing_program_is_unavailable_with_its_error() {
         let program = Program::find("ls", &["/husk-no-such-dir"], "fix it");
         let reason = program.version.unwrap_err().reason;
         assert!(reason.contains("No such file") && !reason.contains('\n'), "{reason}");

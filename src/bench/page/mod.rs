@@ -150,7 +150,7 @@ mod tests {
     use crate::bench::example;
 
     #[test]
-    fn text_of_a_report_is_text_on_the_page() {
+    fn text_in_a_report_is_escaped_on_the_page() {
         let mut report = example::report();
         for contender in &mut report.contenders {
             contender.notes.push("</p><script>alert(1)</script>".to_owned());
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_carries_the_report() {
+    fn the_page_embeds_the_report() {
         let report = example::report();
         let page = page(&report);
         let (_, link) = page.split_once("href=\"data:application/json,").unwrap();
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_of_a_size_to_send() {
+    fn a_page_is_small() {
         let bytes = page(&example::report()).len();
         assert!(bytes < 1 << 20, "{bytes}");
     }

@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_says_in_words_what_it_shows() {
+    fn a_chart_has_a_text_alternative() {
         let report = example::report();
         let fork = report.metrics.iter().find(|metric| metric.name == "fork").unwrap();
         let drawn = figure(&report, fork).into_string();

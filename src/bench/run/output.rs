@@ -219,14 +219,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_found_behind_a_kernels_words() {
+    fn markers_are_found_after_kernel_messages() {
         let output = handle(&[b"[    0.5] clocksource: work: never mind work: ready\r\n[ 1.0] reboot: work: exit 7\n"]);
         assert!(output.ready.is_some());
         assert_eq!(output.exit, Some(7));
     }
 
     #[test]
-    fn what_is_no_line_of_the_program_is_nothing() {
+    fn other_lines_are_ignored() {
         for line in [
             "work: end fork",
             "work: end fork 1 2",
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn work_that_makes_no_sense_is_a_failure() {
+    fn invalid_markers_are_a_failure() {
         let failures = |text: &[&[u8]]| {
             let output = handle(text);
             assert_eq!(output.timings, []);
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn endless_output_is_kept_in_bounds() {
+    fn endless_output_is_bounded() {
         let mut output = OutputParser::default();
         let now = Instant::now();
         for _ in 0..1000 {
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tail_does_nothing_to_a_terminal() {
+    fn the_tail_is_safe_to_print() {
         assert_eq!(handle(&[b"a\x1b[2J\r\nb\t\xff\n"]).tail(), "a\u{fffd}[2J\nb\t\u{fffd}\n");
     }
 }

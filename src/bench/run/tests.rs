@@ -51,7 +51,7 @@ fn work_is_timed_from_outside() {
 }
 
 #[test]
-fn what_hangs_is_ended_with_all_that_it_started() {
+fn a_hanging_instance_is_killed_with_its_children() {
     // It ignores SIGTERM, and so does its child.
     let text = "trap '' TERM; echo work: begin fork; sh -c 'trap \"\" TERM; sleep 71234; true' & sleep 71234; true";
     let run = run(script(text), &expect(0, &[("fork", 1)]), &within(200));
@@ -63,7 +63,7 @@ fn what_hangs_is_ended_with_all_that_it_started() {
 }
 
 #[test]
-fn a_code_other_than_the_commands_is_a_failure() {
+fn an_unexpected_exit_code_is_a_failure() {
     let failures = |launch, code| run(launch, &expect(code, &[]), &within(10_000)).failures;
     assert_eq!(failures(script("exit 7"), 7), [""; 0]);
     assert_eq!(failures(script("echo why; exit 3"), 0), ["exit code 3 instead of 0: why"]);
@@ -77,7 +77,7 @@ fn a_code_other_than_the_commands_is_a_failure() {
 }
 
 #[test]
-fn work_that_was_not_done_is_a_failure() {
+fn missing_work_is_a_failure() {
     let failures = |text: &str| run(script(text), &expect(0, &[("fork", 2)]), &within(10_000)).failures;
     assert_eq!(failures("true"), ["fork: did not run"]);
     let said = failures("echo work: fail fork there is no memory");
@@ -101,14 +101,14 @@ fn endless_output_without_a_line_ends_at_the_deadline() {
 }
 
 #[test]
-fn an_instance_lives_on_without_its_output() {
+fn an_instance_continues_after_closing_its_output() {
     let run = run(script("exec >&- 2>&-; sleep 0.4; exit 5"), &expect(5, &[]), &within(10_000));
     assert_eq!(run.failures, [""; 0]);
     assert!(run.exited >= Duration::from_millis(400), "{:?}", run.exited);
 }
 
 #[test]
-fn who_holds_the_output_does_not_hold_up_the_end() {
+fn a_process_that_keeps_the_output_open_does_not_delay_the_end() {
     // The first is in the process group and is killed; the second has left it and is not.
     for (text, number) in [("sleep 71235 & echo work: ready", "71235"), ("setsid sleep 7.1236 & sleep 0.2", "7.1236")] {
         let run = run(script(text), &Expected::default(), &within(6_000));
@@ -119,13 +119,13 @@ fn who_holds_the_output_does_not_hold_up_the_end() {
 }
 
 #[test]
-fn an_instance_has_nothing_on_its_input() {
+fn an_instance_has_empty_input() {
     let run = run(script("cat; exit 4"), &expect(4, &[]), &within(10_000));
     assert_eq!(run.failures, [""; 0]);
 }
 
 #[test]
-fn what_cannot_be_started_is_cleaned_up_after() {
+fn a_failed_start_is_cleaned_up() {
     let (sender, receiver) = std::sync::mpsc::channel();
     let clean_up: Box<dyn FnOnce() -> Result<()> + Send> = Box::new(move || {
         sender.send(()).unwrap();
@@ -143,14 +143,14 @@ fn what_cannot_be_started_is_cleaned_up_after() {
 }
 
 #[test]
-fn what_is_left_behind_is_a_failure() {
+fn leftovers_are_a_failure() {
     let mut launch = script("true");
     launch.clean_up = Some(Box::new(|| bail!("the directory is busy")));
     assert_eq!(run(launch, &Expected::default(), &within(10_000)).failures, ["clean up: the directory is busy"]);
 }
 
 #[test]
-fn an_instance_runs_on_its_processors_and_nobody_else_is_kept_to_them() {
+fn only_the_instance_is_pinned() {
     let mask = |text: &str| text.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t").map(str::to_owned));
     let ours = || mask(&std::fs::read_to_string("/proc/thread-self/status").unwrap()).unwrap();
     let before = ours();
@@ -162,7 +162,7 @@ fn an_instance_runs_on_its_processors_and_nobody_else_is_kept_to_them() {
 }
 
 #[test]
-fn a_long_lived_instance_is_waited_for_heard_and_ended() {
+fn a_service_is_started_monitored_and_stopped() {
     let text = "sleep 0.1; echo work: ready; while true; do echo work: tick; sleep 0.05; done";
     let before = CLEANED.load(Ordering::SeqCst);
     let running = Running::start(script(text), &within(60_000)).unwrap();
@@ -182,7 +182,7 @@ fn a_long_lived_instance_is_waited_for_heard_and_ended() {
 }
 
 #[test]
-fn who_waits_is_told_that_it_will_not_be_ready() {
+fn waiting_for_a_failed_service_is_an_error() {
     let start = Instant::now();
     for (text, expected) in [
         ("echo oh no", "exited before it was ready: oh no"),

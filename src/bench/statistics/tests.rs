@@ -18,7 +18,7 @@ fn coverage(size: usize, truth: f64, mut draw: impl FnMut(&mut fastrand::Rng) ->
 }
 
 #[test]
-fn an_interval_holds_the_true_median_as_often_as_it_says() {
+fn an_interval_covers_the_true_median_at_its_level() {
     let lognormal = |random: &mut fastrand::Rng| (1.0 + 0.8 * normal(random)).exp();
     // A third of the samples come from a second mode at three times the first, which is uniform from 9 to 11, so the
     // median is 10.5.
@@ -92,7 +92,7 @@ fn a_ratio_is_that_of_the_distributions() {
 }
 
 #[test]
-fn pairs_take_out_what_slows_a_whole_round_down() {
+fn pairing_removes_the_noise_of_whole_rounds() {
     let mut random = fastrand::Rng::with_seed(7);
     let drift: Vec<f64> = (0..30).map(|round| 1.0 + f64::from(round) / 30.0).collect();
     let mut draw =
@@ -114,7 +114,7 @@ fn only_rounds_in_which_both_succeeded_are_paired() {
 }
 
 #[test]
-fn what_stands_apart_is_an_outlier_of_its_round() {
+fn outliers_are_relative_to_their_round() {
     let mut samples: Vec<_> = (0..12).map(|round| Some(10.0 + f64::from(round % 3))).collect();
     samples[2] = None;
     samples[5] = Some(40.0);
@@ -132,7 +132,7 @@ fn precision_is_reached_by_more_runs() {
 }
 
 #[test]
-fn no_sample_that_is_no_number_comes_through() {
+fn non_finite_samples_are_rejected() {
     let mut report = example::report();
     let odd = [Some(f64::NAN), Some(f64::INFINITY), Some(1.0), Some(2.0), None, Some(f64::NEG_INFINITY)];
     for outcome in report.metrics.iter_mut().flat_map(|metric| &mut metric.results) {
@@ -147,7 +147,7 @@ fn no_sample_that_is_no_number_comes_through() {
 }
 
 #[test]
-fn the_baseline_is_once_itself() {
+fn the_ratio_of_the_baseline_is_one() {
     let mut report = example::report();
     summarize(&mut report);
     let baseline = &report.method.baseline;

@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_later_parts_use_never_fails() {
+    fn optional_features_never_fail() {
         let host = Host {
             user_namespaces: false,
             cgroups: Cgroups::None,
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn each_lack_of_kvm_fails_with_a_remedy() {
+    fn each_missing_kvm_feature_fails_with_a_remedy() {
         let lacks: [fn(&mut KvmAnswers); 3] =
             [|kvm| kvm.api_version = 11, |kvm| kvm.missing.push("irqfd"), |kvm| kvm.create_error = Some("busy".into())];
         for lack in lacks {

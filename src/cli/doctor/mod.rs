@@ -110,14 +110,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_aligned_and_a_remedy_stands_below_its_check() {
+    fn lines_are_aligned_and_a_remedy_follows_its_check() {
         let expected = "ok    KVM     found\nfail  memory  found\n              > buy some\n\nStock guest kernels cannot run on this host.\n";
         assert_eq!(report().text(false), expected);
         assert!(report().text(true).contains("\x1b[31;1mfail\x1b[0m  memory"));
     }
 
     #[test]
-    fn json_leaves_out_a_remedy_that_is_not_needed() {
+    fn json_omits_unneeded_remedies() {
         let json = serde_json::to_value(report()).unwrap();
         assert_eq!(json["checks"][0], serde_json::json!({"name": "KVM", "status": "ok", "detail": "found"}));
         assert_eq!(json["checks"][1]["remedy"], "buy some");

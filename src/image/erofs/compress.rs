@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cluster_is_compressed_where_that_saves_a_block() {
+    fn a_cluster_is_compressed_if_that_saves_a_block() {
         let mut compressor = Compressor::default();
         compressor.input().fill(7);
         for (len, expected) in [(1, false), (BLOCK_BYTES, false), (BLOCK_BYTES + 1, true), (CLUSTER_BYTES, true)] {
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packed_cluster_unpacks_behind_its_zeroes() {
+    fn a_compressed_cluster_follows_its_padding() {
         let mut compressor = Compressor::default();
         let text: Vec<u8> = (0..CLUSTER_BYTES as u32).flat_map(|i| (i / 7).to_le_bytes()).take(50_000).collect();
         compressor.input()[..text.len()].copy_from_slice(&text);

@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn dots_stand_where_their_bytes_belong() {
+    fn dot_entries_are_sorted_bytewise() {
         let bytes = encoded(&[b"-a".to_vec(), b"a".to_vec()]);
         assert_eq!(&bytes[4 * RECORD_BYTES..], b"-a...a");
     }

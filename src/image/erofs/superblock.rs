@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_checksum_is_castagnolis_without_the_last_inversion() {
+    fn the_checksum_is_crc32c_without_the_final_inversion() {
         // The check value of CRC-32C, for these nine digits.
         assert_eq!(!crc32c(b"123456789"), 0xe306_9283);
     }

@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_an_inode_is_told() {
+    fn attributes_that_do_not_fit_are_reported() {
         assert!(fit(&[xattr("user.a", &[0; 65535])]));
         assert!(!fit(&[xattr("user.a", &[0; 65536])]));
         assert!(!fit(&vec![xattr("user.a", &[0; 65535]); 5]));

@@ -1,4 +1,4 @@
-//! From a registry's refusal to what it wants to hear: a name and password, or a token for them (Docker's token
+//! Authenticates to registries: with a user name and password, or with a token obtained for them (Docker's token
 //! authentication, which registries have in common).
 
 use std::sync::Mutex;
@@ -14,7 +14,7 @@ use crate::image::reference::Reference;
 
 const TOKEN_MAX_BYTES: u64 = 256 << 10;
 
-/// Who asks a registry.
+/// The credentials for a registry.
 pub struct Auth {
     reference: Reference,
     scope: String,
@@ -22,18 +22,18 @@ pub struct Auth {
 }
 
 impl Auth {
-    /// Nobody, until the registry asks.
+    /// No credentials are sent until the registry requests them.
     pub fn new(reference: &Reference) -> Auth {
         let scope = format!("repository:{}:pull", reference.repository);
         Auth { reference: reference.clone(), scope, header: Mutex::new(None) }
     }
 
-    /// What is sent along.
+    /// The value of the `Authorization` header.
     pub fn header(&self) -> Option<String> {
         self.header.lock().ok()?.clone()
     }
 
-    /// Finds out what to send along, from the answer that something is missing.
+    /// Determines the credentials from a response with status 401.
     pub fn answer(&self, agent: &Agent, response: &Body) -> Result<()> {
         let challenges: Vec<Challenge> = response
             .headers()
@@ -56,7 +56,7 @@ impl Auth {
         Ok(())
     }
 
-    /// Asks the issuer that a registry names for a token.
+    /// Requests a token from the issuer specified by a registry.
     fn token(&self, agent: &Agent, challenge: &Challenge, credential: Option<DockerCredential>) -> Result<String> {
         #[derive(Deserialize)]
         struct Answer {
@@ -100,7 +100,7 @@ impl Auth {
     }
 }
 
-/// A password is not sent in the clear to where a registry says, unless both are on this host.
+/// A password is not sent unencrypted to an issuer, unless both the issuer and the registry are on this host.
 fn may_ask(realm: &str, registry: &str) -> bool {
     let Ok(uri) = realm.parse::<Uri>() else { return false };
     match uri.scheme_str() {
@@ -133,14 +133,14 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
-/// What a registry wants, in the words of RFC 9110: `Bearer realm="...",service="..."`.
+/// A registry's challenge, as in RFC 9110: `Bearer realm="...",service="..."`.
 pub struct Challenge {
     scheme: String,
     parameters: Vec<(String, String)>,
 }
 
 impl Challenge {
-    /// Reads the value of `WWW-Authenticate`.
+    /// Parses the value of `WWW-Authenticate`.
     pub fn parse(text: &str) -> Option<Challenge> {
         let (scheme, mut rest) = text.trim().split_once(' ')?;
         let mut parameters = Vec::new();

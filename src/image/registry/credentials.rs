@@ -1,4 +1,4 @@
-//! From an image's name to who its user is at the registry: what `docker login` and `podman login` have kept.
+//! Finds the user's credentials for a registry, as stored by `docker login` and `podman login`.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -12,14 +12,13 @@ use serde_json::Value;
 
 use crate::image::reference::Reference;
 
-/// The name under which Docker keeps the default registry's credentials.
+/// Docker's name for the credentials of the default registry.
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
-/// Those of some thousand registries.
+/// Enough for about a thousand registries.
 const FILE_MAX_BYTES: u64 = 4 << 20;
 
-/// What a registry is told of its user: the first that is found of `$REGISTRY_AUTH_FILE`, Docker's `config.json`, and
-/// podman's `auth.json` (containers-auth.json(5)). What cannot be read is told in the log, and is as if it were not
-/// there.
+/// Returns the user's credentials from the first file that has any: `$REGISTRY_AUTH_FILE`, Docker's `config.json`, and
+/// podman's `auth.json` (containers-auth.json(5)). Unreadable files are logged and ignored.
 pub fn find(reference: &Reference) -> Option<DockerCredential> {
     files(&|name| std::env::var_os(name).filter(|value| !value.is_empty())).iter().find_map(|path| {
         let found = in_file(path, reference).with_context(|| format!("use the credentials in {}", path.display()));
@@ -34,7 +33,7 @@ fn files(variable: &dyn Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     let dir = |name: &str| variable(name).map(PathBuf::from);
     let home = dir("HOME");
     let in_home = |name: &str| home.as_ref().map(|home| home.join(name));
-    // Where there is no session, podman keeps them by user.
+    // Without a session, podman stores them per user.
     let of_user = || Some(format!("/run/containers/{}", fs::metadata("/proc/self").ok()?.uid()).into());
     let runtime = dir("XDG_RUNTIME_DIR").map(|dir| dir.join("containers")).or_else(of_user);
     let config = dir("XDG_CONFIG_HOME").or_else(|| in_home(".config")).map(|dir| dir.join("containers"));
@@ -65,19 +64,19 @@ fn in_file(path: &Path, reference: &Reference) -> Result<Option<DockerCredential
 fn in_json(json: &[u8], reference: &Reference) -> Result<Option<DockerCredential>> {
     let mut config: Value = serde_json::from_slice(json)?;
     let Some(key) = key(&config, reference) else { return Ok(None) };
-    // Its reader takes another repository's for those of the whole registry, if they stand there too.
+    // The parser would mistake another repository's credentials for those of the whole registry.
     if let Some(Value::Object(auths)) = config.get_mut("auths") {
         auths.retain(|name, _| *name == key);
     }
     match get_credential_from_reader(config.to_string().as_bytes(), &key) {
         Ok(credential) => Ok(Some(credential)),
         Err(CredentialRetrievalError::NoCredentialConfigured) => Ok(None),
-        // A helper says by failing that it has none, too.
+        // A helper also fails if it has no credentials.
         Err(error) => Err(error.into()),
     }
 }
 
-/// The name that a file has the credentials under, or by which a helper is asked for them.
+/// The key of the credentials in a file, or for a helper.
 fn key(config: &Value, reference: &Reference) -> Option<String> {
     let registry = reference.registry.as_str();
     let is_hub = registry == "docker.io";
@@ -89,7 +88,7 @@ fn key(config: &Value, reference: &Reference) -> Option<String> {
         return Some(name.to_owned());
     }
     if let Some(auths) = section("auths") {
-        // Podman's may be those of a repository, or of all below a part of its name.
+        // Podman's may apply to a repository or a namespace.
         let mut name = format!("{registry}/{}", reference.repository);
         loop {
             if auths.contains_key(&name) {
@@ -98,7 +97,7 @@ fn key(config: &Value, reference: &Reference) -> Option<String> {
             let Some((shorter, _)) = name.rsplit_once('/') else { break };
             name.truncate(shorter.len());
         }
-        // As old versions of Docker wrote it.
+        // As written by old versions of Docker.
         let host = if is_hub { "index.docker.io" } else { registry };
         let is_url_of_it = |key: &&String| {
             let rest = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://"));
@@ -124,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_part_of_a_name_counts() {
+    fn the_most_specific_credentials_are_used() {
         // `a:1`, `b:2`, `c:3`
         let json = r#"{"auths": {"host:5000": {"auth": "YToxCg=="}, "host:5000/team": {"auth": "YjoyCg=="},
             "host:5000/team/app": {"auth": "YzozCg=="}, "only.here/team": {"auth": "YToxCg=="}}}"#;
@@ -149,13 +148,13 @@ mod tests {
     }
 
     #[test]
-    fn a_token_stands_in_for_a_password() {
+    fn a_token_replaces_a_password() {
         let json = r#"{"auths": {"host.io": {"auth": "MDAwOg==", "identitytoken": "abc"}}}"#;
         assert_eq!(find_in(json, "host.io/x").as_deref(), Some("token abc"));
     }
 
     #[test]
-    fn a_file_without_it_is_as_none() {
+    fn a_file_without_credentials_is_skipped() {
         assert_eq!(find_in("{}", "host.io/x"), None);
         assert_eq!(find_in(r#"{"auths": {"host.io": {}}}"#, "host.io/x"), None);
         assert!(in_json(b"[", &"x".parse().unwrap()).is_err());
@@ -163,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_looked_for_where_the_programs_keep_them() {
+    fn credential_files_are_found_in_standard_locations() {
         let none = files(&|name| (name == "XDG_RUNTIME_DIR").then(|| "/run/user/1".into()));
         assert_eq!(none, [PathBuf::from("/run/user/1/containers/auth.json")]);
         let all = files(&|name| Some(format!("/{name}").into()));

@@ -1,4 +1,4 @@
-//! From a descriptor to a blob in the store: verified while it comes, and taken up again where it broke off.
+//! Downloads blobs to the store: verified while they arrive, and resumed after an interruption.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -14,12 +14,12 @@ use crate::image::manifest::Descriptor;
 use crate::image::store::Store;
 
 const BUFFER_BYTES: usize = 256 << 10;
-/// So often in a row a registry may break off without having sent anything.
+/// The maximum number of consecutive interruptions without any data.
 const ATTEMPTS: u32 = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
 impl Registry {
-    /// Gets a blob into the store, unless it is there. `done_bytes` grows with what comes.
+    /// Downloads a blob to the store, unless it is there. `done_bytes` is increased as data arrives.
     pub fn download(&self, store: &Store, blob: &Descriptor, done_bytes: &AtomicU64) -> Result<()> {
         let download = || -> Result<()> {
             if store.has_blob(blob.digest, blob.size) {
@@ -27,12 +27,12 @@ impl Registry {
                 return Ok(());
             }
             let mut work = store.work_file(&format!("blob-{}", blob.digest.hex()))?;
-            // Another husk may have got it while this one waited.
+            // Another process may have downloaded it while this one was waiting.
             if store.has_blob(blob.digest, blob.size) {
                 done_bytes.fetch_add(blob.size, Ordering::Relaxed);
                 return Ok(());
             }
-            // What is here is worth keeping if the rest does not come.
+            // Partial data is kept for a later attempt.
             work.keep_unfinished();
             let hasher = self.fill(&work.file, blob, done_bytes)?;
             let found = hasher.digest();
@@ -45,7 +45,7 @@ impl Registry {
         download().with_context(|| format!("get {}", blob.digest))
     }
 
-    /// Gets what is missing of a file, and hashes all of it.
+    /// Downloads the missing part of a file, and hashes all of it.
     fn fill(&self, file: &File, blob: &Descriptor, done_bytes: &AtomicU64) -> Result<Hasher> {
         let mut hasher = Hasher::default();
         if file.metadata()?.len() > blob.size {
@@ -77,7 +77,7 @@ impl Registry {
             && content_start(response.headers().get("content-range").and_then(|value| value.to_str().ok()))
                 == Some(from_byte);
         if from_byte > 0 && !starts_there {
-            // It knows of no parts: all of it comes again.
+            // The registry does not support ranges and sends everything again.
             file.set_len(0)?;
             done_bytes.fetch_sub(from_byte, Ordering::Relaxed);
             *hasher = Hasher::default();
@@ -101,12 +101,12 @@ impl Registry {
     }
 }
 
-/// A body that ended too early.
+/// A body that ended early.
 #[derive(Debug, thiserror::Error)]
 #[error("it ends after {0} bytes")]
 struct Broken(u64);
 
-/// Whether asking again may help: the connection broke, or nothing came.
+/// Whether a retry may help: the connection failed or stalled.
 fn is_passing(error: &anyhow::Error) -> bool {
     error.is::<Broken>()
         || error.is::<ureq::Error>()
@@ -115,7 +115,7 @@ fn is_passing(error: &anyhow::Error) -> bool {
         })
 }
 
-/// The first byte in `bytes FIRST-LAST/SIZE`.
+/// The start offset in `bytes FIRST-LAST/SIZE`.
 fn content_start(header: Option<&str>) -> Option<u64> {
     header?.strip_prefix("bytes ")?.split_once('-')?.0.parse().ok()
 }

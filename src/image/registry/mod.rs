@@ -1,7 +1,7 @@
-//! From an image's name to its manifest and blobs, as a registry gives them (OCI distribution specification).
+//! A registry client for manifests and blobs (OCI distribution specification).
 //!
-//! Nothing that comes from a registry is believed: manifests that are asked for by digest, configurations and blobs have to have
-//! their digests and sizes, and a redirection or a token's issuer gets no more than it needs.
+//! Nothing from a registry is trusted: manifests requested by digest, configurations and blobs must match their digests
+//! and sizes, and redirect targets and token issuers receive no more than they need.
 
 mod auth;
 mod credentials;
@@ -31,16 +31,17 @@ use super::reference::Reference;
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
-/// A registry that says nothing for so long is asked again, or given up. What goes on coming may take as long as it takes.
+/// The timeout of a stalled response, after which the request is retried or fails. A response that makes progress may
+/// take any time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Its pages are the registry's own, and no browser's.
+/// Registries redirect blobs to storage, with few hops.
 const REDIRECTIONS_MAX: u32 = 5;
-/// What is read into memory comes sooner even by the slowest of lines.
+/// The timeout for content read into memory, sufficient for the slowest connections.
 const SMALL_TIMEOUT: Duration = Duration::from_secs(300);
 
 type Body = Response<ureq::Body>;
 
-/// A repository of a registry.
+/// A repository in a registry.
 pub struct Registry {
     agent: Agent,
     reference: Reference,
@@ -48,19 +49,20 @@ pub struct Registry {
     auth: Auth,
 }
 
-/// What a registry says of an image, verified.
+/// The verified description of an image in a registry.
 pub struct RemoteImage {
     /// The digest of its configuration.
     pub id: Digest,
     /// The configuration.
     pub config: ImageConfig,
-    /// The layers, the lowest first.
+    /// The layers, lowest first.
     pub layers: Vec<Descriptor>,
-    /// The digest of its manifest, or of the index that has it.
+    /// The digest of its manifest or index.
     pub digest: Digest,
 }
 
-/// How any registry is spoken to, of which nothing comes for `stall` at most. Nobody it sends one on to is told who asks.
+/// The client configuration, with `stall` as the timeout without any data. Credentials are not sent to redirect
+/// targets.
 fn config(stall: Duration) -> ConfigBuilder<AgentScope> {
     Agent::config_builder()
         .http_status_as_error(false)
@@ -74,7 +76,7 @@ fn config(stall: Duration) -> ConfigBuilder<AgentScope> {
 }
 
 impl Registry {
-    /// The repository that a name is of. Only a registry on this host is spoken to without encryption, if it has none.
+    /// The repository of an image. Only a registry on this host is accessed without TLS, if it does not support it.
     pub fn new(reference: &Reference) -> Result<Registry> {
         let registry = reference.registry.as_str();
         let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
@@ -145,7 +147,7 @@ impl Registry {
         body.with_context(|| format!("read {}/{path}", self.base))
     }
 
-    /// Asks for a path of the repository, from a byte on, and as who may have it: all of it within `timeout`, if there is one.
+    /// Requests a path of the repository, starting at a byte offset, with credentials; limited to `timeout` if given.
     fn get(&self, path: &str, accept: &str, from_byte: u64, timeout: Option<Duration>) -> Result<Body> {
         let url = format!("{}/{path}", self.base);
         let ask = |url: &str| -> Result<Body> {
@@ -163,8 +165,8 @@ impl Registry {
         self.check(response, path)
     }
 
-    /// Asks, and tells the registry who does where it wants to know. Where it has sent on to itself, it is told there, too; anybody
-    /// else it has sent on to is not.
+    /// Sends a request, with credentials if the registry requires them. They are also sent to redirect targets within
+    /// the same origin, but to no others.
     fn ask_as_user(&self, mut url: String, ask: impl Fn(&str) -> Result<Body>) -> Result<Body> {
         let mut has_answered = false;
         let mut response = ask(&url)?;
@@ -222,7 +224,7 @@ impl Registry {
     }
 }
 
-/// Who is spoken to at an address, and how: what has to be the same for the same to be told.
+/// The origin of an address: credentials are valid only for the same origin.
 fn origin(uri: &Uri) -> [&str; 3] {
     let scheme = uri.scheme_str().unwrap_or_default();
     [scheme, "://", uri.authority().map_or("", |authority| authority.as_str())]
@@ -234,7 +236,7 @@ fn is_loopback(registry: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Whether a registry on this host wants encryption, which it says by not understanding what is asked in the clear.
+/// Whether a registry on this host requires TLS, which shows when it does not understand a plain request.
 fn speaks_tls(host: &str) -> bool {
     let agent: Agent = config(ANSWER_TIMEOUT).proxy(None).build().into();
     match agent.get(format!("http://{host}/v2/")).call() {
@@ -250,7 +252,7 @@ mod tests {
 
     use super::*;
 
-    /// Sends ten bytes, one after each pause.
+    /// Sends ten bytes with a pause before each.
     fn drip(mut stream: TcpStream, pause: Duration) -> io::Result<()> {
         let _request_bytes = stream.read(&mut [0; 4096])?;
         stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")?;
@@ -262,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_may_take_its_time_and_not_stand_still() {
+    fn a_slow_body_is_accepted_but_not_a_stalled_one() {
         const STALL: Duration = Duration::from_secs(1);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/", listener.local_addr().unwrap());
@@ -279,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn only_this_host_is_spoken_to_in_the_clear() {
+    fn only_localhost_is_accessed_without_tls() {
         for (registry, expected) in [
             ("localhost:5000", true),
             ("localhost", true),

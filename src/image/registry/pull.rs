@@ -1,4 +1,4 @@
-//! From a name to an image in the store: what is missing of it is fetched, three blobs at a time.
+//! Pulls images: downloads missing blobs in parallel, and adds the image to the store.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,30 +19,30 @@ use crate::image::store::Store;
 use crate::image::{Layer, Prepared};
 use crate::sandbox;
 
-/// As Docker does.
+/// The same as Docker's limit.
 const DOWNLOADS_AT_ONCE: usize = 3;
-/// How often a person is told how far it is.
+/// The refresh interval of the progress bar.
 const TICK: Duration = Duration::from_millis(50);
 
-/// What a pull did.
+/// The result of a pull.
 #[derive(Debug)]
 pub struct Pulled {
     /// The image.
     pub prepared: Prepared,
-    /// The digest to ask the registry for to get the same image again.
+    /// The digest with which the same image can be pulled again.
     pub digest: Digest,
-    /// Whether the name was this image's before.
+    /// Whether the name already referred to this image.
     pub is_known: bool,
 }
 
 impl Store {
-    /// Fetches an image, makes its root, and gives it the name it was asked for by.
+    /// Downloads an image, builds its root file system, and tags it with the requested name.
     pub fn pull(&self, reference: &Reference, platform: &Platform, progress: &Progress) -> Result<Pulled> {
         self.pull_image(reference, platform, progress).with_context(|| format!("pull {}", reference.familiar()))
     }
 
     fn pull_image(&self, reference: &Reference, platform: &Platform, progress: &Progress) -> Result<Pulled> {
-        // Layers that no image has yet stay while this is held.
+        // Protects layers that no image has yet.
         let _blobs = self.use_blobs()?;
         let registry = Registry::new(reference)?;
         let image = registry.image(platform)?;
@@ -60,7 +60,7 @@ impl Store {
         let parts = layers.clone().map(|(layer, &diff_id)| {
             let part = match File::open(self.blob_path(layer.digest)) {
                 Ok(file) => Part::whole(file)?,
-                // The root is there, so nobody will read it.
+                // The root file system exists, so the layer will not be read.
                 Err(_) => Part::empty(self.nameless_file()?),
             };
             Ok(Layer { part, blob: Some(layer.digest), diff_id: Some(diff_id) })
@@ -82,7 +82,7 @@ impl Store {
     }
 
     fn download_all(&self, registry: Registry, image: &RemoteImage, progress: &Progress) -> Result<()> {
-        // A layer that an image has twice is fetched once.
+        // A layer that occurs twice is downloaded once.
         let blobs: BTreeMap<Digest, Descriptor> =
             image.layers.iter().map(|layer| (layer.digest, layer.clone())).collect();
         let blobs: Vec<Descriptor> = blobs.into_values().collect();
@@ -122,7 +122,7 @@ impl Store {
     }
 }
 
-/// What the downloading threads have in common.
+/// The shared state of download threads.
 struct Downloads {
     store: Store,
     registry: Registry,
@@ -133,7 +133,7 @@ struct Downloads {
 }
 
 impl Downloads {
-    /// Fetches blobs until there are no more, or one failed.
+    /// Downloads blobs until there are no more or one has failed.
     fn work(&self) {
         while let Some(blob) = self.blobs.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             if let Err(error) = self.registry.download(&self.store, blob, &self.done_bytes) {

@@ -1,4 +1,4 @@
-//! From an answer that says "not now" to the time when a registry is asked again.
+//! Retries requests to busy registries.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,14 +7,14 @@ use ureq::http::{HeaderMap, StatusCode};
 
 use super::Body;
 
-/// So often something is asked for, the first time included.
+/// The maximum number of attempts, including the first.
 const ATTEMPTS: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// Nobody waits longer for one answer: a registry that wants that is given up.
+/// The maximum delay: a registry that requests more is an error.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Asks until there is an answer that another try would not change, or patience ends; returns the last answer. Each pause is as
-/// long as `who` says (RFC 9110 §10.2.3) or twice the one before, and is told in the log.
+/// Sends a request until the response is final or the attempts are exhausted; returns the last response. Each delay is
+/// that requested by `who` (RFC 9110 §10.2.3) or twice the previous one, and is logged.
 pub fn patiently(who: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<Body> {
     let mut pause = FIRST_PAUSE;
     for _ in 1..ATTEMPTS {
@@ -22,7 +22,7 @@ pub fn patiently(who: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<Bod
         if !is_passing(response.status()) {
             return Ok(response);
         }
-        // Not all that came at once are to come back at once.
+        // Jitter, so that simultaneous clients do not retry simultaneously.
         let wanted = after(response.headers()).unwrap_or(pause + pause.mul_f64(fastrand::f64() / 4.0));
         if wanted > LONGEST_PAUSE {
             return Ok(response);
@@ -38,7 +38,7 @@ fn is_passing(status: StatusCode) -> bool {
     matches!(status.as_u16(), 429 | 500 | 502 | 503 | 504)
 }
 
-/// How long the sender of these headers wants to be left alone, by a number of seconds or by a date.
+/// The delay requested in these headers, as seconds or a date.
 pub fn after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get("retry-after")?.to_str().ok()?.trim();
     if let Ok(seconds) = value.parse() {
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registry_says_in_seconds_or_by_a_date_when_to_come_again() {
+    fn retry_after_is_seconds_or_a_date() {
         assert_eq!(after_of("7"), Some(Duration::from_secs(7)));
         assert_eq!(after_of("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
         let later = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(100));

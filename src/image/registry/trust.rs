@@ -1,19 +1,17 @@
-//! Whom husk believes to be a registry: the certificates of this host, and those that Docker and podman have for one
-//! registry.
+//! Trusted certificates: those of this host, and those configured in Docker and podman for a registry.
 
 use std::fs;
 use std::path::PathBuf;
 
 use ureq::tls::{Certificate, RootCerts};
 
-/// Where a directory of a registry's name holds its authorities, `*.crt` each (containers-certs.d(5), and Docker's
-/// own).
+/// Directories with CA certificates for a registry, `*.crt` each (containers-certs.d(5), and Docker's own).
 const DIRS: [&str; 2] = ["/etc/containers/certs.d", "/etc/docker/certs.d"];
-/// The same, in a user's directory of configuration.
+/// The same within a user's configuration directory.
 const USER_DIRS: [&str; 2] = ["containers/certs.d", "docker/certs.d"];
 
-/// Those of this host (`$SSL_CERT_FILE` and `$SSL_CERT_DIR` say others), so that its owner's own registry is trusted;
-/// where there are none, Mozilla's. Those of the registry come beside them.
+/// The host's CA certificates (`$SSL_CERT_FILE` and `$SSL_CERT_DIR` override them), so that private registries work;
+/// without any, Mozilla's. Those configured for the registry are added.
 pub fn roots(registry: &str) -> RootCerts {
     let found = rustls_native_certs::load_native_certs();
     for error in &found.errors {
@@ -32,7 +30,7 @@ fn files(registry: &str) -> Vec<PathBuf> {
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let config = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
     let of_user = USER_DIRS.iter().filter_map(|dir| Some(config.as_ref()?.join(dir)));
-    // A name has no `/` in it, and is not `..`.
+    // A host name contains no `/` and is not `..`.
     let dirs = of_user.chain(DIRS.iter().map(PathBuf::from)).map(|dir| dir.join(registry));
     let entries = dirs.filter_map(|dir| fs::read_dir(dir).ok()).flatten().flatten();
     let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();

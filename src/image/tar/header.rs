@@ -1,17 +1,17 @@
-//! From a record of 512 bytes to what it says of a file: POSIX ustar, and GNU's and star's larger numbers.
+//! Parses tar headers: POSIX ustar, and the number extensions of GNU and star.
 
 use anyhow::{Context, Result, ensure};
 
-/// Everything in an archive is a multiple of it.
+/// The size of a record, the unit of an archive.
 pub const RECORD_BYTES: usize = 512;
 
-/// A header whose checksum is right.
+/// A header with a valid checksum.
 pub struct Header {
     record: [u8; RECORD_BYTES],
 }
 
 impl Header {
-    /// Takes a record for a header, if it is one.
+    /// Parses a record as a header.
     pub fn parse(record: [u8; RECORD_BYTES]) -> Result<Header> {
         let header = Header { record };
         let said = octal(header.field::<148, 8>()).ok().context("it is not a tar archive")?;
@@ -20,7 +20,7 @@ impl Header {
             let value = |byte: u8| if is_signed { i64::from(byte as i8) } else { i64::from(byte) };
             bytes.map(|(at, &byte)| value(if (148..156).contains(&at) { b' ' } else { byte })).sum()
         };
-        // Old programs have counted with signs.
+        // Some old programs summed signed bytes.
         ensure!([counted(false), counted(true)].contains(&(said as i64)), "a header has a wrong checksum");
         Ok(header)
     }
@@ -34,11 +34,11 @@ impl Header {
         self.record[156]
     }
 
-    /// The name, with the prefix that POSIX has for long ones.
+    /// The path, including the ustar prefix.
     pub fn path(&self) -> Vec<u8> {
         let name = text(self.field::<0, 100>());
         let prefix = text(self.field::<345, 155>());
-        // GNU's magic has another end, and its headers other fields there.
+        // GNU's magic differs, and its headers use that field otherwise.
         if self.field::<257, 6>() == b"ustar\0" && !prefix.is_empty() {
             [prefix, b"/", name].concat()
         } else {
@@ -78,7 +78,7 @@ impl Header {
         u32::try_from(number(self.field::<337, 8>())?).context("its device number")
     }
 
-    /// GNU's four parts of a sparse file, whether more follow, and the file's size.
+    /// GNU's sparse map: four parts, whether more follow, and the file's size.
     pub fn gnu_sparse(&self) -> (&[u8], bool, &[u8]) {
         (self.field::<386, 96>(), self.record[482] != 0, self.field::<483, 12>())
     }
@@ -88,7 +88,7 @@ fn text(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// A number in octal digits, or, with the first bit set, in binary of two's complement.
+/// Parses a number in octal or, with the first bit set, in two's complement binary.
 pub fn number(field: &[u8]) -> Result<i64> {
     match field {
         [first, rest @ ..] if first & 0x80 != 0 => {
@@ -110,7 +110,7 @@ fn octal(field: &[u8]) -> Result<u64> {
     let digits = field[start..].split(is_space).next().unwrap_or_default();
     digits.iter().try_fold(0u64, |value, &digit| {
         ensure!(matches!(digit, b'0'..=b'7'), "not a number");
-        // Twelve digits of three bits each cannot overflow.
+        // Twelve octal digits cannot overflow.
         Ok(value << 3 | u64::from(digit - b'0'))
     })
 }
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_no_archive_is_refused() {
+    fn text_is_not_an_archive() {
         assert!(Header::parse([b'a'; RECORD_BYTES]).is_err());
         let mut record = [0; RECORD_BYTES];
         record[148..156].copy_from_slice(b"0000401\0");

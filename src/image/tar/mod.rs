@@ -1,7 +1,7 @@
-//! From a tar stream to its entries, as POSIX (ustar, pax) and GNU tar write them, sparse files and long names included.
+//! Parses tar streams in POSIX (ustar, pax) and GNU formats, including sparse files and long names.
 //!
-//! Our own, since the stream is hostile and endless: the libraries read extended headers of any length into memory, and do not
-//! tell where a sparse file's holes are.
+//! A custom parser, since the stream is untrusted and of unknown size: existing libraries read extended headers of any
+//! length into memory, and do not report holes.
 
 mod header;
 mod pax;
@@ -16,15 +16,15 @@ use self::header::{Header, RECORD_BYTES};
 use self::pax::Extended;
 use super::tree::Attributes;
 
-/// The longest extended header: names of 4 KiB, and attributes of 64 KiB each.
+/// The maximum size of an extended header: names of 4 KiB, and attributes of 64 KiB each.
 const EXTENDED_MAX_BYTES: u64 = 1 << 20;
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// A file; its bytes are read with [`Archive::content`].
+    /// A file; its content is read with [`Archive::content`].
     File,
-    /// A file of `size_bytes`: only these parts of it are in the archive, the rest is holes.
+    /// A sparse file of `size_bytes`: only these parts are in the archive.
     Sparse {
         size_bytes: u64,
         parts: Vec<Range<u64>>,
@@ -43,23 +43,23 @@ pub enum Kind {
     Fifo,
 }
 
-/// A file in an archive.
+/// An entry of an archive.
 #[derive(Debug, Clone)]
 pub struct TarEntry {
     pub path: Vec<u8>,
     pub kind: Kind,
     pub attributes: Attributes,
-    /// How many bytes of content follow in the archive.
+    /// The size of the content in the archive.
     pub content_bytes: u64,
 }
 
-/// A stream whose bytes can be passed over.
+/// A stream that supports skipping.
 pub trait Skip: Read {
-    /// Passes over so many bytes; fewer only at the end. Tells how many it was.
+    /// Skips `bytes`, or fewer at the end. Returns the number skipped.
     fn skip(&mut self, bytes: u64) -> io::Result<u64>;
 }
 
-/// A stream that has to be read to be passed over.
+/// A stream that is skipped by reading.
 pub struct Stream<R>(pub R);
 
 impl<R: Read> Read for Stream<R> {
@@ -77,14 +77,14 @@ impl<R: Read> Skip for Stream<R> {
 /// A tar stream.
 pub struct Archive<R> {
     reader: R,
-    /// Of the entry's content, what was not read.
+    /// The unread part of the entry's content.
     unread_bytes: u64,
-    /// What fills its last record up.
+    /// The padding of its last record.
     padding_bytes: u64,
 }
 
 impl<R: Skip> Archive<R> {
-    /// The archive that `reader` gives.
+    /// Creates an archive from `reader`.
     pub fn new(reader: R) -> Archive<R> {
         Archive { reader, unread_bytes: 0, padding_bytes: 0 }
     }
@@ -100,32 +100,32 @@ impl<R: Skip> Archive<R> {
             };
             match header.kind() {
                 b'x' | b'X' => extended.read_pax(&self.read_extended(&header)?)?,
-                // Nothing that is kept of a file is the same for all files. What came before it is forgotten: Go's reader, and so
-                // Docker, has it for an entry of its own.
+                // Global headers do not affect files. Like in Go, and so in Docker, extended headers before one are
+                // dropped.
                 b'g' => {
                     self.read_extended(&header)?;
                     extended = Extended::default();
                 }
                 b'L' => extended.set_path(&self.read_extended(&header)?),
                 b'K' => extended.set_link(&self.read_extended(&header)?),
-                // A volume's label.
+                // A volume label.
                 b'V' => self.begin_content(header.size_bytes()?)?,
                 _ => return self.entry(&header, extended).map(Some),
             }
         }
     }
 
-    /// The content of the entry that came last: as much of it as was not read.
+    /// The unread content of the last entry.
     pub fn content(&mut self) -> Content<'_, R> {
         Content { archive: self }
     }
 
-    /// The stream, where the archive was read to.
+    /// The underlying reader, at its current position.
     pub fn reader(&self) -> &R {
         &self.reader
     }
 
-    /// The stream behind the end of the archive.
+    /// The underlying reader, after the end of the archive.
     pub fn into_inner(self) -> R {
         self.reader
     }
@@ -140,7 +140,7 @@ impl<R: Skip> Archive<R> {
         };
         let device = || -> Result<(u32, u32)> { Ok((header.major()?, header.minor()?)) };
         let kind = match header.kind() {
-            // Before POSIX, a directory was a file whose name ends so.
+            // Before POSIX, a trailing slash indicated a directory.
             0 if path.ends_with(b"/") => Kind::Directory,
             0 | b'0' | b'7' => Kind::File,
             b'S' => Kind::File,
@@ -152,7 +152,7 @@ impl<R: Skip> Archive<R> {
             b'6' => Kind::Fifo,
             other => bail!("{}: unknown entry type {:?}", shown(&path), char::from(other)),
         };
-        // Only files have content: what the others say of their size is that of what they are linked to, or nothing.
+        // Only files have content: the size of other entries is that of a link's target, or zero.
         let has_content = matches!(kind, Kind::File) || header.kind() == b'D';
         self.begin_content(0)?;
         let kind = match kind {
@@ -165,7 +165,7 @@ impl<R: Skip> Archive<R> {
         Ok(TarEntry { path, kind, attributes, content_bytes: self.unread_bytes })
     }
 
-    /// Finds out whether a file is sparse, which its header, extended header, or content tells.
+    /// Determines whether a file is sparse, from its header, extended header, or content.
     fn file(&mut self, header: &Header, extended: &Extended, stored_bytes: u64) -> Result<Kind> {
         let map = if header.kind() == b'S' {
             let map = sparse::read_gnu(header, &mut self.reader)?;
@@ -196,7 +196,7 @@ impl<R: Skip> Archive<R> {
         let (unread_bytes, padding_bytes) = (self.unread_bytes, self.padding_bytes);
         (self.unread_bytes, self.padding_bytes) = (0, 0);
         let skipped = self.reader.skip(unread_bytes + padding_bytes)?;
-        // Layers whose last file is not filled up are about: Go's library does not mind, so Docker runs them.
+        // Layers with an unpadded last file exist: Go's library accepts them, so Docker runs them.
         ensure!(skipped >= unread_bytes, "it ends in the middle of a file");
         Ok(())
     }
@@ -206,7 +206,7 @@ impl<R: Skip> Archive<R> {
         let mut len = 0;
         while len < record.len() {
             match self.reader.read(&mut record[len..])? {
-                // Archives without the two records of zeroes at their end are about.
+                // Archives without the end-of-archive marker exist.
                 0 if len == 0 => return Ok(None),
                 0 => bail!("it ends in the middle of a header"),
                 read => len += read,
@@ -225,14 +225,14 @@ impl<R: Skip> Archive<R> {
     }
 }
 
-/// An entry's name in a message.
+/// An entry's path for a message.
 pub fn shown(path: &[u8]) -> String {
     const MAX_BYTES: usize = 200;
     let (start, more) = if path.len() > MAX_BYTES { (&path[..MAX_BYTES], "...") } else { (path, "") };
     format!("{}{more}", start.escape_ascii())
 }
 
-/// What is left of an entry's content.
+/// The unread content of an entry.
 pub struct Content<'a, R> {
     archive: &'a mut Archive<R>,
 }

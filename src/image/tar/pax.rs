@@ -1,4 +1,4 @@
-//! From extended headers, POSIX's and GNU's, to what they say in place of the next entry's header.
+//! Parses extended headers, POSIX's and GNU's, which override fields of the next entry's header.
 
 use std::collections::BTreeMap;
 
@@ -9,11 +9,11 @@ use super::sparse::Map;
 use crate::image::erofs;
 use crate::image::tree::{Attributes, Xattr};
 
-/// What stands before a name of an extended attribute.
+/// The prefix of extended attributes.
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 
-/// What extended headers said of the next entry. As for Docker, whose reader is Go's, the last header of POSIX's counts alone, and
-/// GNU's long names count before its names, whichever came first.
+/// The extended headers of the next entry. Like in Go, and so in Docker, only the last POSIX header applies, and GNU's
+/// long names override its names in either order.
 #[derive(Default)]
 pub struct Extended {
     pax: Pax,
@@ -22,7 +22,7 @@ pub struct Extended {
     seen: bool,
 }
 
-/// What one header of POSIX's says. An empty value takes away what an earlier record said: the entry's own header counts.
+/// The content of a POSIX header. An empty value removes an earlier one, so that the entry's own header applies.
 #[derive(Default)]
 struct Pax {
     path: Option<Vec<u8>>,
@@ -35,13 +35,13 @@ struct Pax {
     sparse: Sparse,
 }
 
-/// What the three formats of sparse files in pax headers say.
+/// The three formats of sparse files in pax headers.
 #[derive(Default)]
 struct Sparse {
     major: Option<u64>,
     name: Option<Vec<u8>>,
     size_bytes: Option<u64>,
-    /// Offsets and lengths in turn.
+    /// Alternating offsets and lengths.
     numbers: Vec<u64>,
 }
 
@@ -51,22 +51,22 @@ impl Extended {
         !self.seen
     }
 
-    /// Takes GNU's long name.
+    /// Sets GNU's long name.
     pub fn set_path(&mut self, bytes: &[u8]) {
         self.seen = true;
         self.long_path = text(until_nul(bytes));
     }
 
-    /// Takes GNU's long name of what is linked to.
+    /// Sets GNU's long link target.
     pub fn set_link(&mut self, bytes: &[u8]) {
         self.seen = true;
         self.long_link = text(until_nul(bytes));
     }
 
-    /// Takes records of `LENGTH KEYWORD=VALUE\n`, where the length is that of the whole record.
+    /// Parses records of `LENGTH KEYWORD=VALUE\n`, where the length includes the whole record.
     pub fn read_pax(&mut self, bytes: &[u8]) -> Result<()> {
         self.seen = true;
-        // What another header said is forgotten: thousands of them before an entry take no more memory than one.
+        // Replaces an earlier header: thousands of them do not take more memory than one.
         self.pax = Pax::default();
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -77,23 +77,23 @@ impl Extended {
         Ok(())
     }
 
-    /// The path, if it does not stand in the header.
+    /// The path, if it is overridden.
     pub fn take_path(&mut self) -> Option<Vec<u8>> {
         let Pax { path, sparse, .. } = &mut self.pax;
         sparse.name.take().or_else(|| self.long_path.take()).or_else(|| path.take())
     }
 
-    /// What is linked to, if it does not stand in the header.
+    /// The link target, if it is overridden.
     pub fn take_link(&mut self) -> Option<Vec<u8>> {
         self.long_link.take().or_else(|| self.pax.link.take())
     }
 
-    /// How many bytes there are of it in the archive, if the header does not say.
+    /// The content size, if it is overridden.
     pub fn size_bytes(&self) -> Option<u64> {
         self.pax.size_bytes
     }
 
-    /// The header's attributes, where nothing was said in their place.
+    /// The attributes, with overrides applied to the header.
     pub fn attributes(&mut self, header: &Header) -> Result<Attributes> {
         let (mtime_seconds, mtime_nanoseconds) = match self.pax.mtime {
             Some(mtime) => mtime,
@@ -106,12 +106,12 @@ impl Extended {
         Ok(Attributes { mode: header.mode()?, uid, gid, mtime_seconds, mtime_nanoseconds, xattrs })
     }
 
-    /// The size of a sparse file whose map stands in its content.
+    /// The size of a sparse file whose map is at the start of its content.
     pub fn sparse_map_in_content(&self) -> Option<u64> {
         self.pax.sparse.size_bytes.filter(|_| self.pax.sparse.major() >= 1)
     }
 
-    /// The map of a sparse file, if it stands here.
+    /// The map of a sparse file, if it is in the header.
     pub fn sparse_map(&self) -> Result<Option<Map>> {
         let sparse = &self.pax.sparse;
         let Some(size_bytes) = sparse.size_bytes.filter(|_| sparse.major() == 0) else { return Ok(None) };
@@ -145,7 +145,7 @@ impl Pax {
         Ok(())
     }
 
-    /// Of an attribute, nothing is a value.
+    /// For attributes, an empty value is valid.
     fn take_xattr(&mut self, name: &[u8], value: &[u8]) {
         if erofs::keeps_xattr(name) {
             self.xattrs.insert(name.into(), value.into());
@@ -161,7 +161,7 @@ impl Sparse {
     }
 }
 
-/// The first record's keyword and value, and what follows it.
+/// The first record's keyword and value, and the rest.
 fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = bytes.iter().take(20).position(|&byte| byte == b' ')?;
     let len = usize::try_from(decimal(bytes.get(..space)?).ok()?).ok()?;
@@ -182,14 +182,14 @@ fn number(value: &[u8]) -> Result<Option<u64>> {
     if value.is_empty() { Ok(None) } else { decimal(value).map(Some) }
 }
 
-/// A decimal number without a sign.
+/// Parses an unsigned decimal number.
 pub fn decimal(digits: &[u8]) -> Result<u64> {
     let text = std::str::from_utf8(digits).context("not a number")?;
     ensure!(text.bytes().all(|byte| byte.is_ascii_digit()), "not a number");
     text.parse().context("not a number")
 }
 
-/// Seconds since 1970, with a fraction, maybe before it; as seconds and the nanoseconds after them.
+/// Parses seconds since 1970, possibly negative and with a fraction, into seconds and nanoseconds.
 fn time(value: &[u8]) -> Result<(i64, u32)> {
     let (is_negative, digits) = match value.strip_prefix(b"-") {
         Some(digits) => (true, digits),
@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_as_long_as_it_says() {
+    fn a_record_has_its_stated_length() {
         let (keyword, value, rest) = record(b"15 path=a=b\nc/\n12 x=12345\n").unwrap();
         assert_eq!((keyword, value, rest), (&b"path"[..], &b"a=b\nc/"[..], &b"12 x=12345\n"[..]));
         for wrong in [
@@ -240,7 +240,7 @@ mod tests {
         records.collect::<String>().into_bytes()
     }
 
-    /// The header of a file with an owner, a size and a time.
+    /// A file's header with owner, size and time.
     fn header() -> Header {
         let mut record = [0; 512];
         for (at, field) in
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_value_leaves_the_headers_own() {
+    fn an_empty_value_reverts_to_the_header() {
         let own = Attributes { uid: 7, gid: 8, mtime_seconds: 9, ..Attributes::default() };
         let full = [
             ("path", "p"),
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn long_names_count_before_pax_in_either_order() {
+    fn gnu_long_names_override_pax_in_either_order() {
         let both = pax(&[("path", "pax"), ("linkpath", "pax-link")]);
         for pax_first in [true, false] {
             let mut extended = Extended::default();
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_before_an_entry_take_no_more_memory_than_one() {
+    fn repeated_extended_headers_do_not_accumulate() {
         let mut extended = Extended::default();
         for n in 0..1000 {
             let name = format!("SCHILY.xattr.user.{n}");

@@ -1,4 +1,4 @@
-//! From the ways in which tar tells of holes to the parts of a file that are not holes.
+//! Parses the formats of sparse files in tar.
 
 use std::io::Read;
 use std::ops::Range;
@@ -8,17 +8,17 @@ use anyhow::{Context, Result, bail, ensure};
 use super::header::{self, Header, RECORD_BYTES};
 use super::pax;
 
-/// Sixteen bytes of memory each.
+/// Each takes sixteen bytes of memory.
 const MAX_PARTS: usize = 1 << 20;
 
-/// A sparse file: its size, and the parts of it that are in the archive.
+/// A sparse file's size, and its parts in the archive.
 pub struct Map {
     pub size_bytes: u64,
     pub parts: Vec<Range<u64>>,
 }
 
 impl Map {
-    /// The map from offsets and lengths in turn.
+    /// Creates the map from alternating offsets and lengths.
     pub fn from_numbers(size_bytes: u64, numbers: &[u64]) -> Result<Map> {
         let (pairs, odd) = numbers.as_chunks();
         ensure!(odd.is_empty(), "a sparse file has a region without a length");
@@ -26,14 +26,14 @@ impl Map {
         Ok(Map { size_bytes, parts })
     }
 
-    /// Refuses parts out of order, beyond the end, or of another length than what is in the archive.
+    /// Rejects parts out of order or beyond the end, or with a total that differs from the content's size.
     pub fn check(&self, content_bytes: u64) -> Result<()> {
         let mut end = 0;
         let mut total_bytes: u64 = 0;
         for part in &self.parts {
             ensure!(part.start >= end && part.end <= self.size_bytes, "a sparse file has an invalid map");
             end = part.end;
-            // The parts do not overlap, so this is no more than the size.
+            // The parts do not overlap, so the total does not exceed the size.
             total_bytes += part.end - part.start;
         }
         ensure!(total_bytes == content_bytes, "a sparse file has an invalid map");
@@ -45,14 +45,14 @@ fn part(offset: u64, len: u64) -> Result<Range<u64>> {
     Ok(offset..offset.checked_add(len).context("a sparse file has a region that is too large")?)
 }
 
-/// GNU's oldest format: four parts in the header, and more in records behind it.
+/// GNU's oldest format: four parts in the header, and more in the records after it.
 pub fn read_gnu(header: &Header, reader: &mut impl Read) -> Result<Map> {
     let (in_header, mut more, size) = header.gnu_sparse();
     let size_bytes = u64::try_from(header::number(size)?)?;
     let mut parts = Vec::new();
     let mut take = |field: &[u8]| -> Result<()> {
         for pair in field.chunks_exact(24) {
-            // Unused ones are empty.
+            // Unused entries are empty.
             if pair[0] == 0 || pair[12] == 0 {
                 break;
             }
@@ -72,7 +72,7 @@ pub fn read_gnu(header: &Header, reader: &mut impl Read) -> Result<Map> {
     Ok(Map { size_bytes, parts })
 }
 
-/// GNU's newest format: decimal numbers on lines of their own at the start of the content, filled up to a record.
+/// GNU's newest format: decimal numbers, one per line, at the start of the content, padded to a record.
 pub fn read_content(content: &mut impl Read, size_bytes: u64) -> Result<Map> {
     let mut lines = Lines { content, record: [0; RECORD_BYTES], at: RECORD_BYTES };
     let count = usize::try_from(lines.number()?)?;

@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_place_is_found_in_either_version() {
+    fn the_current_cgroup_is_found_in_both_versions() {
         let (v1, v2) = ("/sys/fs/cgroup/cpu,cpuacct".to_owned(), "/sys/fs/cgroup".to_owned());
         let mounts_v1 = "25 30 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                          26 30 0:24 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn each_controller_of_the_first_version_has_a_place_of_its_own() {
+    fn v1_controllers_have_separate_hierarchies() {
         let mounts = "25 30 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                       26 30 0:24 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
         let home = |controller| CgroupPath::find("4:memory:/a\n3:cpu:/b\n0::/\n", mounts, controller).unwrap().home;
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_that_begins_further_down_is_reckoned_with() {
+    fn a_mount_below_the_root_is_supported() {
         let mounts = "26 25 0:23 /docker/ab /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
         let home = "/sys/fs/cgroup/x".to_owned();
         assert_eq!(find("0::/docker/ab/x\n", mounts), Some((Version::V2, "/sys/fs/cgroup".to_owned(), home)));
@@ -258,14 +258,14 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_groups_has_no_place() {
+    fn a_host_without_cgroups_is_supported() {
         assert_eq!(find("", ""), None);
         assert_eq!(find("3:cpu:/\n", "26 25 0:23 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"), None);
         assert_eq!(find("garbage\n:\n::\n0::\n", "garbage - \n - cgroup2\n1 2 3 / - cgroup2 x y\n"), None);
     }
 
     #[test]
-    fn groups_of_dead_processes_are_removed_and_others_stay() {
+    fn only_cgroups_of_dead_processes_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let ours = format!("husk-{}-0", std::process::id());
         // The largest PID is 4194304.
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_control_group_holds_nothing() {
+    fn a_directory_that_is_not_a_cgroup_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         for version in [Version::V1, Version::V2] {
             let place = CgroupPath { version, mount: dir.path().to_owned(), home: dir.path().to_owned() };

@@ -191,13 +191,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_become_weights_in_proportion() {
+    fn shares_are_converted_to_weights_proportionally() {
         assert_eq!([2, 512, 1024, 3072, 262_144].map(weight), [1, 50, 100, 300, 10_000]);
         assert_eq!([0, u32::MAX].map(weight), [1, 10_000]);
     }
 
     #[test]
-    fn who_asks_for_nothing_is_not_moved() {
+    fn without_limits_no_cgroup_is_created() {
         let before = fs::read_to_string("/proc/self/cgroup").unwrap();
         let hold = CgroupLimits::new(&ResourceLimits::default()).unwrap();
         assert_eq!(fs::read_to_string("/proc/self/cgroup").unwrap(), before);
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_had_says_how_it_can() {
+    fn an_unavailable_limit_is_an_error_with_a_remedy() {
         assert!(quota_advice(Some(1500)).contains("-p CPUQuota=150% husk"));
         assert!(shares_advice(Some(2048)).contains("-p CPUWeight=200 husk"));
         assert!(memory_advice(Some(96 << 20)).contains("-p MemoryMax=96M husk"));

@@ -88,7 +88,7 @@ fn check(supported: &CpuId, processor: Processor, rows: &[Row]) {
 }
 
 #[test]
-fn a_guest_on_intel_has_what_others_give_it() {
+fn a_guest_on_intel_has_the_same_features_as_under_other_vmms() {
     let rows: &[Row] = &[
         ((0x1, 0, Ecx), 5, true, false, "VMX: T2 clears it; QEMU gives it where it is asked for"),
         ((0x1, 0, Ecx), 15, false, false, "PDCM: KVM's word"),
@@ -111,7 +111,7 @@ fn a_guest_on_intel_has_what_others_give_it() {
 }
 
 #[test]
-fn a_guest_on_amd_has_what_others_give_it() {
+fn a_guest_on_amd_has_the_same_features_as_under_other_vmms() {
     let rows: &[Row] = &[
         (
             (0x7, 0, Edx),
@@ -141,7 +141,7 @@ fn a_guest_on_amd_has_what_others_give_it() {
 }
 
 #[test]
-fn nesting_is_given_to_who_asks_for_it_where_kvm_has_it() {
+fn nesting_is_available_on_request_if_kvm_supports_it() {
     let asked = Processor { nested: true, ..ONE };
     assert_eq!(read(&for_vcpu(&xeon(), asked, 0), (0x1, 0, Ecx)) & VMX, VMX);
     let amd = epyc(b"AuthenticAMD");
@@ -155,7 +155,7 @@ fn nesting_is_given_to_who_asks_for_it_where_kvm_has_it() {
 }
 
 #[test]
-fn topology_is_told_in_the_leaves_of_the_processors_own_vendor() {
+fn topology_is_reported_in_the_vendors_leaves() {
     let four = Processor { cpus: 4, ..ONE };
     let intel = for_vcpu(&xeon(), four, 2);
     assert_eq!(read(&intel, (0x8000_0001, 0, Ecx)), 0x121, "CMP_LEGACY is reserved");
@@ -172,7 +172,7 @@ fn topology_is_told_in_the_leaves_of_the_processors_own_vendor() {
 }
 
 #[test]
-fn each_vcpu_has_its_own_apic_id_in_every_leaf_that_tells_it() {
+fn each_vcpu_has_its_own_apic_id_in_every_leaf() {
     for index in 0..4 {
         let cpuid = for_vcpu(&xeon(), Processor { cpus: 4, ..ONE }, index);
         assert_eq!(find(&cpuid, 1, 0).ebx >> 24, index);
@@ -205,7 +205,7 @@ fn a_single_cpu_claims_no_siblings() {
 }
 
 #[test]
-fn a_vendor_that_nobody_knows_has_no_leaves_of_amds() {
+fn an_unknown_vendor_has_no_amd_leaves() {
     let supported =
         CpuId::from_entries(&[name(0xd, b"CentaurHauls"), leaf(0x8000_0008, 0, [0x3930, 0, 0, 0])]).unwrap();
     assert_eq!((vendor(&supported), vendor(&CpuId::new(0).unwrap())), (Vendor::Other, Vendor::Other));

@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn known_tags_are_read_and_others_are_passed_over() {
+    fn known_tags_are_read_and_others_skipped() {
         let at = Instant::now();
         let bytes = [entry(5, 500), entry(4, u64::MAX), entry(0xffff, 7), entry(16, 8), entry(5, 600)].concat();
         let found = Statistics::parse(&bytes, at).unwrap();
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_of_an_odd_length_changes_nothing() {
+    fn a_buffer_of_invalid_length_is_ignored() {
         let board = Board::default();
         assert!(board.write(&entry(4, 1)));
         for len in (0..30).filter(|len| len % ENTRY_BYTES != 0) {

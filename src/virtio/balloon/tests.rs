@@ -80,7 +80,7 @@ fn number(index: u32) -> u32 {
 }
 
 #[test]
-fn pages_in_the_balloon_go_back_to_the_host_and_others_stay() {
+fn only_pages_in_the_balloon_are_returned_to_the_host() {
     let mut bench = bench();
     bench.touch(8);
     bench.send(INFLATE, &[number(5), number(1), number(2), number(1)]);
@@ -93,7 +93,7 @@ fn pages_in_the_balloon_go_back_to_the_host_and_others_stay() {
 }
 
 #[test]
-fn page_numbers_of_no_page_are_passed_over() {
+fn invalid_page_numbers_are_skipped() {
     let mut bench = bench();
     bench.touch(4);
     bench.send(INFLATE, &[u32::MAX, u32::MAX - 1, number(1), (4 << 20) / PAGE_BYTES as u32]);
@@ -118,7 +118,7 @@ fn a_number_may_be_split_between_buffers() {
 }
 
 #[test]
-fn a_request_for_more_pages_than_one_may_have_is_cut() {
+fn a_request_with_too_many_pages_is_truncated() {
     let mut bench = bench();
     // All of memory, many times over: processing ends, and the stop event is noticed soon.
     for _ in 0..20 {
@@ -131,7 +131,7 @@ fn a_request_for_more_pages_than_one_may_have_is_cut() {
 }
 
 #[test]
-fn reported_memory_goes_back_by_whole_pages_on_whichever_queue_a_driver_has_for_it() {
+fn reported_memory_is_returned_on_either_queue_index() {
     for (features, queue) in [(!0, REPORTING), (!0, REPORTING - 1), (!F_STATS_VQ, 2), (!F_STATS_VQ, REPORTING)] {
         let mut bench = bench_with(features);
         bench.touch(8);
@@ -146,7 +146,7 @@ fn reported_memory_goes_back_by_whole_pages_on_whichever_queue_a_driver_has_for_
 }
 
 #[test]
-fn a_report_of_everything_there_is_is_cut_and_ends() {
+fn a_report_of_all_memory_is_truncated() {
     let mut bench = bench();
     for _ in 0..20 {
         let head = bench.driver.chain(REPORTING, &[(BUFFERS, u32::MAX, WRITE); 3]);
@@ -158,7 +158,7 @@ fn a_report_of_everything_there_is_is_cut_and_ends() {
 }
 
 #[test]
-fn queues_whose_feature_was_not_accepted_do_nothing() {
+fn queues_of_unaccepted_features_are_inactive() {
     let mut bench = bench_with(0);
     bench.touch(2);
     for queue in STATISTICS..=REPORTING {
@@ -174,7 +174,7 @@ fn queues_whose_feature_was_not_accepted_do_nothing() {
 }
 
 #[test]
-fn a_target_is_pages_in_the_configuration_and_an_interrupt() {
+fn a_target_is_set_in_the_configuration_with_an_interrupt() {
     let (device, control) = made(MEMORY_MIB - 128);
     let mut driver = Driver::new(device);
     assert_eq!((driver.read(CONFIG), control.target_mib(), control.present_mib()), (128 * 256, 384, MEMORY_MIB));
@@ -204,7 +204,7 @@ fn a_target_is_pages_in_the_configuration_and_an_interrupt() {
 }
 
 #[test]
-fn statistics_come_when_they_are_asked_for() {
+fn statistics_arrive_on_request() {
     let mut bench = bench();
     assert_eq!(bench.control.statistics(), None);
     // The first statistics arrive without a request.
@@ -221,7 +221,7 @@ fn statistics_come_when_they_are_asked_for() {
 }
 
 #[test]
-fn statistics_of_any_length_are_survived() {
+fn statistics_of_any_length_are_handled() {
     for len in [0, 1, 9, 11, 4095, 1 << 20, u32::MAX] {
         let mut bench = bench();
         bench.offer_statistics(&[(4, 100)], len);
@@ -237,7 +237,7 @@ fn statistics_of_any_length_are_survived() {
 }
 
 #[test]
-fn a_saved_balloon_is_as_full_as_before_and_goes_on() {
+fn a_restored_balloon_keeps_its_size_and_works() {
     let mut bench = bench();
     bench.touch(4);
     bench.send(INFLATE, &[number(1)]);
@@ -264,7 +264,7 @@ fn a_saved_balloon_is_as_full_as_before_and_goes_on() {
 }
 
 #[test]
-fn what_is_given_back_takes_no_memory_of_the_hosts() {
+fn returned_memory_is_not_resident() {
     // MiB 3 of 4; nothing else in this process is mapped there.
     let mut bench = bench();
     bench.touch(256);

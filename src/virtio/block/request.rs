@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn the_status_is_at_the_end_of_the_last_part_even_at_the_end_of_all_addresses() {
+    fn the_status_is_the_last_byte_even_at_the_end_of_the_address_space() {
         let memory = Arc::new(memory::reserve(1).unwrap());
         header(&memory, T_FLUSH, 0);
         let mut buffers = GuestBuffers::new(memory);

@@ -159,7 +159,7 @@ fn the_device_shows_its_disk() {
 }
 
 #[test]
-fn what_is_written_is_on_the_disk_and_read_back() {
+fn writes_reach_the_disk_and_are_read_back() {
     let mut bench = bench();
     bench.fill_data(0x5a, 4096);
     assert_eq!(bench.request(1, 3, (4096, 0)), (0, 1));
@@ -176,7 +176,7 @@ fn what_is_written_is_on_the_disk_and_read_back() {
 }
 
 #[test]
-fn any_legal_layout_will_do() {
+fn any_legal_layout_is_accepted() {
     let mut bench = bench();
     bench.file.write_all_at(&[0x77; 1024], 512).unwrap();
     let check = |bench: &mut Bench, name: &str, written: u32| {
@@ -208,7 +208,7 @@ fn any_legal_layout_will_do() {
 }
 
 #[test]
-fn what_does_not_lie_on_the_disk_is_refused() {
+fn requests_beyond_the_disk_are_rejected() {
     let mut bench = bench();
     let beyond = [2048, 2047, 1 << 31, u64::MAX / 512, u64::MAX / 512 + 1, u64::MAX - 1, u64::MAX];
     for sector in beyond {
@@ -225,7 +225,7 @@ fn what_does_not_lie_on_the_disk_is_refused() {
 }
 
 #[test]
-fn a_disk_of_larger_blocks_says_so_and_takes_whole_ones_only() {
+fn a_larger_block_size_is_reported_and_enforced() {
     for block_bytes in [512_u32, 1024, 4096] {
         let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes };
         let bytes = config(&shape);
@@ -253,7 +253,7 @@ fn a_disk_of_larger_blocks_says_so_and_takes_whole_ones_only() {
 }
 
 #[test]
-fn buffers_that_are_no_memory_are_refused() {
+fn buffers_outside_of_memory_are_rejected() {
     let mut bench = bench();
     for address in [1 << 40, (4 << 20) - 8, u64::MAX - 8, u64::MAX] {
         for (kind, flags) in [(0, WRITE), (1, 0), (8, WRITE)] {
@@ -268,7 +268,7 @@ fn buffers_that_are_no_memory_are_refused() {
 }
 
 #[test]
-fn more_data_than_was_promised_is_refused() {
+fn requests_beyond_the_segment_limits_are_rejected() {
     let mut bench = bench();
     bench.prepare(0, 0);
     // The same 3 MiB, repeatedly.
@@ -280,7 +280,7 @@ fn more_data_than_was_promised_is_refused() {
 }
 
 #[test]
-fn a_request_that_says_too_little_is_refused_and_one_that_cannot_be_told_needs_a_reset() {
+fn a_short_request_is_rejected_and_one_without_a_status_needs_a_reset() {
     let mut bench = bench();
     bench.prepare(0, 0);
     for parts in [&[(HEADER, 15, 0), (STATUS_BYTE, 1, WRITE)][..], &[(STATUS_BYTE, 1, WRITE)]] {
@@ -306,7 +306,7 @@ fn unknown_requests_are_unsupported() {
 }
 
 #[test]
-fn a_read_only_disk_takes_no_writes() {
+fn a_read_only_disk_rejects_writes() {
     let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512 };
     let mut bench = bench_with(shape, "disk", !0);
     assert_eq!(bench.request(1, 0, (512, 0)).0, 1);
@@ -349,7 +349,7 @@ fn without_a_flush_each_write_is_durable_before_it_is_completed() {
 }
 
 #[test]
-fn ranges_are_discarded_and_zeroed_as_asked_and_not_otherwise() {
+fn only_the_requested_ranges_are_discarded_and_zeroed() {
     let mut bench = bench();
     bench.file.write_all_at(&[0x11; 8192], 0).unwrap();
     assert_eq!(bench.range(13, 1, 2, 1), 0);
@@ -367,7 +367,7 @@ fn ranges_are_discarded_and_zeroed_as_asked_and_not_otherwise() {
 }
 
 #[test]
-fn an_error_of_the_host_is_an_error_for_the_guest_and_one_line_in_the_log() {
+fn a_host_error_is_reported_to_the_guest_and_logged_once() {
     let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
     let mut bench = bench_with(shape, "failing disk", !0);
     bench.seen.lock().unwrap().fail = true;

@@ -407,7 +407,7 @@ mod tests {
     use crate::config::Rate;
 
     #[test]
-    fn a_frame_that_grows_while_it_waits_is_counted_as_what_it_has_become() {
+    fn a_frame_that_grows_while_it_waits_is_charged_for_its_growth() {
         let rate = Rate { bytes_per_second: Some(1000), burst_bytes: Some(100), ..Rate::default() };
         let (mut limiter, _control) = Limiter::new(rate).unwrap();
         let mut limit = Limit::default();

@@ -108,7 +108,7 @@ fn frame(len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn the_guest_knows_its_address_its_link_and_the_largest_packet() {
+fn the_guest_reads_its_mac_address_link_state_and_mtu() {
     let bench = bench();
     let mut config = [0xff; 16];
     bench.driver.transport.read(CONFIG, &mut config);
@@ -121,7 +121,7 @@ fn the_guest_knows_its_address_its_link_and_the_largest_packet() {
 }
 
 #[test]
-fn the_guests_frames_arrive_as_they_were_sent() {
+fn the_guests_frames_arrive_unchanged() {
     let mut bench = bench();
     for (len, apart) in [(14, true), (60, false), (1514, true), (65535, false)] {
         bench.send([0; HEADER_BYTES], &frame(len), apart);
@@ -133,7 +133,7 @@ fn the_guests_frames_arrive_as_they_were_sent() {
 }
 
 #[test]
-fn frames_that_cannot_be_are_dropped_and_the_others_go_on() {
+fn only_invalid_frames_are_dropped() {
     let mut bench = bench();
     let mut checksum = [0; HEADER_BYTES];
     checksum[0] = 1;
@@ -171,7 +171,7 @@ fn a_frame_for_the_guest_takes_as_many_buffers_as_it_needs() {
 }
 
 #[test]
-fn a_driver_without_merging_gets_one_buffer_a_frame_and_loses_what_does_not_fit() {
+fn without_mergeable_buffers_a_frame_must_fit_one_buffer() {
     let mut bench = bench_with("net", !(1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_GUEST_CSUM));
     let heads = bench.offer(&[(BUFFERS, 200), (BUFFERS + 0x1000, 4000)]);
     bench.arrive(&frame(500));
@@ -184,7 +184,7 @@ fn a_driver_without_merging_gets_one_buffer_a_frame_and_loses_what_does_not_fit(
 }
 
 #[test]
-fn frames_wait_for_buffers_and_in_order() {
+fn frames_wait_for_buffers_in_order() {
     let mut bench = bench();
     for len in [60, 3000, 80] {
         bench.arrive(&frame(len));
@@ -202,7 +202,7 @@ fn frames_wait_for_buffers_and_in_order() {
 }
 
 #[test]
-fn a_host_that_is_slow_loses_nothing_and_is_waited_for_without_a_doorbell() {
+fn a_slow_host_loses_nothing_and_needs_no_doorbell() {
     let mut bench = bench();
     let (len, count) = (30_000, 100_u8);
     let mut sent = 0_u8;
@@ -229,7 +229,7 @@ fn a_host_that_is_slow_loses_nothing_and_is_waited_for_without_a_doorbell() {
 }
 
 #[test]
-fn a_link_is_cut_and_restored_and_the_driver_told() {
+fn a_link_change_is_reported_to_the_driver() {
     let mut bench = bench();
     assert_eq!((bench.status(), bench.link.is_up()), (1, true));
     bench.driver.write(INTERRUPT_ACK, 3);
@@ -283,7 +283,7 @@ fn a_limit_holds_in_each_direction_and_loses_nothing() {
 }
 
 #[test]
-fn a_host_that_is_gone_takes_the_link_down_for_good() {
+fn a_disconnected_host_takes_the_link_down_permanently() {
     let name = "net-gone";
     let mut bench = bench_with(name, !0);
     bench.peer = UnixStream::pair().unwrap().0;
@@ -298,7 +298,7 @@ fn a_host_that_is_gone_takes_the_link_down_for_good() {
 }
 
 #[test]
-fn a_host_that_fails_is_tried_again_at_a_reset_and_does_not_fill_the_log() {
+fn a_failed_host_is_retried_at_a_reset_and_does_not_flood_the_log() {
     use std::sync::atomic::Ordering;
     let name = "net-fails";
     let witness = Witness::new(1 << VIRTIO_NET_F_CSUM);
@@ -324,7 +324,7 @@ fn a_host_that_fails_is_tried_again_at_a_reset_and_does_not_fill_the_log() {
 }
 
 #[test]
-fn features_that_need_others_are_refused_without_them() {
+fn features_are_rejected_without_their_dependencies() {
     use virtio_bindings::virtio_net::*;
     let bits = |bits: &[u32]| bits.iter().fold(F_VERSION_1, |features, bit| features | 1 << bit);
     let tap = bits(&[
@@ -387,7 +387,7 @@ fn processor_time_ms(name: &str) -> u64 {
 }
 
 #[test]
-fn buffers_without_room_do_not_keep_the_device_busy() {
+fn empty_buffers_do_not_keep_the_device_busy() {
     let name = "net-idle";
     let mut bench = bench_with(name, !0);
     for index in 0..256_u16 {
@@ -407,7 +407,7 @@ fn buffers_without_room_do_not_keep_the_device_busy() {
 }
 
 #[test]
-fn what_is_left_to_the_host_is_what_was_negotiated() {
+fn only_negotiated_offloads_are_passed_to_the_host() {
     let all = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
     let witness = Witness::new(all);
     let (device, link) = device_on(vec![Box::new(witness.clone())], "net", MAC, None).unwrap();

@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_go_on_beyond_four_gib() {
+    fn counts_wrap_at_four_gib() {
         let mut credit = Credit::new(BUFFER_BYTES);
         let mut total: u64 = 0;
         while total < 10 << 32 {

@@ -196,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_greeting_names_a_port() {
+    fn a_handshake_specifies_a_port() {
         for (line, wanted) in [
             ("CONNECT 52", Some(52)),
             ("CONNECT 4294967295", Some(u32::MAX)),

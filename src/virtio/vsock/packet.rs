@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_stands_where_the_specification_puts_it() {
+    fn a_header_has_the_specified_layout() {
         let memory = memory::reserve(1).unwrap();
         assert!(HEADER.write(&memory, &ranges(&[(0x1000, 100)])));
         let read = |offset: u64| memory.read_obj::<u32>(GuestAddress(0x1000 + offset)).unwrap();
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_is_not_whole_or_not_in_memory_is_none() {
+    fn an_incomplete_header_or_one_outside_of_memory_is_rejected() {
         let memory = memory::reserve(1).unwrap();
         for parts in [&[][..], &[(0x1000, 43)], &[((1 << 20) - 43, 44)], &[(0x1000, 20), (u64::MAX, 24)]] {
             assert_eq!(Header::read(&memory, &ranges(parts)), None, "{parts:?}");

@@ -264,7 +264,7 @@ mod tests {
     use crate::{memory, resources};
 
     #[test]
-    fn a_guest_that_comes_and_goes_and_takes_nothing_leaves_nothing() {
+    fn repeated_connections_leave_no_state() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("v.sock");
         let listener = UnixListener::bind(dir.path().join("v.sock_52")).unwrap();

@@ -56,7 +56,7 @@ fn own_memory_kib(pid: &str) -> u64 {
 }
 
 #[test]
-fn a_thousand_processes_one_after_another_leave_nothing_behind() {
+fn a_thousand_sequential_processes_leave_nothing_behind() {
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 100000").expect(0);
     let run = |numbers: std::ops::Range<i32>| {
@@ -117,7 +117,7 @@ fn pieces(found: &str) -> Vec<(u64, usize)> {
 }
 
 #[test]
-fn a_log_stays_within_its_size_whatever_is_written_and_is_followed_from_file_to_file() {
+fn a_log_stays_within_its_size_and_is_followed_across_files() {
     const LOG_MAX_BYTES: u64 = 8 << 20;
     let machines = Machines::new(guests!());
     // So many MiB, or as many as are asked for by hand.

@@ -12,7 +12,7 @@ use crate::image::run;
 use crate::uplink::is_lab;
 
 #[test]
-fn a_tap_device_carries_what_the_host_routes() {
+fn a_tap_device_carries_routed_traffic() {
     let guests = guests!();
     if !is_root() {
         return;
@@ -128,7 +128,7 @@ fn vhost_threads(pid: u32) -> usize {
 }
 
 #[test]
-fn the_hosts_kernel_moves_the_frames_of_a_tap_device_but_for_what_it_cannot_do() {
+fn vhost_serves_a_tap_device_unless_a_feature_is_missing() {
     let guests = guests!();
     if !is_root() || !has_vhost() {
         return;

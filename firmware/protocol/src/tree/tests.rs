@@ -69,7 +69,7 @@ fn stream(entries: &[Entry]) -> Vec<u8> {
 const ABOUT: About = About { mode: 0o755, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 };
 
 #[test]
-fn a_tree_arrives_as_it_was() {
+fn a_tree_arrives_unchanged() {
     let place = Place::new("arrives");
     let from = place.0.join("from");
     fs::create_dir_all(from.join("sub/empty")).unwrap();
@@ -95,7 +95,7 @@ fn a_tree_arrives_as_it_was() {
 }
 
 #[test]
-fn a_file_goes_to_a_directory_or_to_a_name() {
+fn a_file_is_copied_to_a_directory_or_a_name() {
     let place = Place::new("file");
     let (file, dir) = (place.0.join("a"), place.0.join("d"));
     fs::write(&file, "x").unwrap();
@@ -133,7 +133,7 @@ fn nothing_is_written_outside_or_through_a_link() {
 }
 
 #[test]
-fn a_directory_that_is_entered_stays_as_it_is() {
+fn an_entered_directory_is_not_changed() {
     let place = Place::new("enter");
     let to = place.0.join("to");
     fs::create_dir_all(to.join("there")).unwrap();
@@ -154,7 +154,7 @@ fn a_directory_that_is_entered_stays_as_it_is() {
 }
 
 #[test]
-fn another_name_for_a_file_is_made_for_who_is_trusted_and_through_no_link() {
+fn hard_links_require_trust_and_follow_no_links() {
     let place = Place::new("same");
     let (to, outside) = (place.0.join("to"), place.0.join("outside"));
     fs::create_dir_all(to.join("d")).unwrap();
@@ -177,7 +177,7 @@ fn another_name_for_a_file_is_made_for_who_is_trusted_and_through_no_link() {
 }
 
 #[test]
-fn a_sender_that_lies_stops_or_fails_is_an_error() {
+fn an_invalid_or_truncated_stream_is_an_error() {
     let place = Place::new("lies");
     let to = place.0.join("to");
     let dir = || Entry::Directory(b"d".to_vec(), ABOUT);
@@ -204,7 +204,7 @@ fn a_sender_that_lies_stops_or_fails_is_an_error() {
 }
 
 #[test]
-fn the_name_and_the_kind_are_the_receivers() {
+fn the_receiver_chooses_name_and_type() {
     let place = Place::new("name");
     let to = place.0.join("to");
     fs::create_dir_all(to.join(".ssh")).unwrap();
@@ -236,7 +236,7 @@ fn the_name_and_the_kind_are_the_receivers() {
 }
 
 #[test]
-fn what_was_there_keeps_its_mode_its_owner_and_its_kind() {
+fn existing_files_keep_mode_owner_and_type() {
     let place = Place::new("stays");
     let to = place.0.join("to");
     fs::create_dir_all(to.join("sub")).unwrap();
@@ -280,7 +280,7 @@ fn what_was_there_keeps_its_mode_its_owner_and_its_kind() {
 }
 
 #[test]
-fn a_link_that_a_user_names_is_written_through_and_one_that_is_found_is_not() {
+fn only_links_given_by_the_user_are_followed() {
     let place = Place::new("through");
     let at = |name: &str| place.0.join(name);
     let sent = [file(b"x", ABOUT, b"new"), stream(&[Entry::End])].concat();
@@ -309,7 +309,7 @@ fn a_link_that_a_user_names_is_written_through_and_one_that_is_found_is_not() {
 }
 
 #[test]
-fn a_link_of_anothers_in_a_directory_of_everybodys_is_not_written_through() {
+fn links_of_others_in_shared_directories_are_not_followed() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: only root has links of others");
         return;
@@ -330,7 +330,7 @@ fn a_link_of_anothers_in_a_directory_of_everybodys_is_not_written_through() {
 }
 
 #[test]
-fn a_link_is_sent_as_itself_or_as_what_it_leads_to() {
+fn a_link_is_sent_as_itself_or_followed() {
     let place = Place::new("follow");
     fs::create_dir(place.0.join("real")).unwrap();
     fs::write(place.0.join("real/file"), "x").unwrap();
@@ -344,7 +344,7 @@ fn a_link_is_sent_as_itself_or_as_what_it_leads_to() {
 }
 
 #[test]
-fn files_of_proc_and_sys_have_their_content_and_say_how_long_it_is() {
+fn files_of_proc_and_sys_are_sent_with_their_actual_size() {
     let place = Place::new("proc");
     for path in ["/proc/version", "/proc/self/status", "/sys/kernel/mm/transparent_hugepage/enabled", "/proc/kallsyms"]
     {
@@ -365,7 +365,7 @@ fn files_of_proc_and_sys_have_their_content_and_say_how_long_it_is() {
 }
 
 #[test]
-fn what_is_gone_meanwhile_is_left_out_of_a_directory() {
+fn removed_entries_of_a_directory_are_skipped() {
     let place = Place::new("gone");
     let from = place.0.join("from");
     fs::create_dir(&from).unwrap();
@@ -389,7 +389,7 @@ fn what_is_gone_meanwhile_is_left_out_of_a_directory() {
 }
 
 #[test]
-fn what_was_asked_for_is_not_left_out_in_silence() {
+fn the_requested_path_is_never_skipped_silently() {
     for (path, why) in
         [("/dev/null", "/dev/null: not a file, directory or symbolic link"), ("/nowhere", "read /nowhere: ")]
     {

@@ -198,23 +198,23 @@ fn survives(options: &str, seed: u64, steps: u64) {
 }
 
 #[test]
-fn an_image_survives_a_loss_of_power_at_every_write() {
+fn an_image_survives_a_power_failure_at_every_write() {
     survives("cluster_size=4096", 1, 45);
 }
 
 #[test]
-fn an_image_of_small_clusters_and_wide_counts_survives_it() {
+fn an_image_with_small_clusters_and_wide_refcounts_survives_a_power_failure() {
     survives("cluster_size=512,refcount_bits=64", 2, 25);
 }
 
 #[test]
-fn an_image_of_the_old_version_survives_it() {
+fn a_version_2_image_survives_a_power_failure() {
     survives("cluster_size=65536,compat=0.10", 3, 40);
 }
 
 /// The refcount table becomes too small in the process.
 #[test]
-fn an_image_whose_table_of_counts_moves_survives_it() {
+fn an_image_whose_refcount_table_grows_survives_a_power_failure() {
     let Some(dir) = dir() else { return };
     let path = dir.path().join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
@@ -232,7 +232,7 @@ fn an_image_whose_table_of_counts_moves_survives_it() {
 
 /// Clusters with several references: compressed ones and those of a snapshot.
 #[test]
-fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
+fn an_image_with_compressed_clusters_and_a_snapshot_survives_a_power_failure() {
     let Some(dir) = dir() else { return };
     for snapshot in [false, true] {
         let (raw, path) = (dir.path().join("plain"), dir.path().join("disk.qcow2"));
@@ -254,7 +254,7 @@ fn an_image_with_compressed_clusters_and_a_snapshot_survives_it() {
 
 /// The state left by a writer with lazy refcounts that did not close the image.
 #[test]
-fn counts_are_made_good_in_few_syncs_and_an_image_survives_a_loss_of_power_meanwhile() {
+fn refcounts_are_repaired_with_few_syncs_and_survive_a_power_failure() {
     let Some(dir) = dir() else { return };
     let path = dir.path().join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);

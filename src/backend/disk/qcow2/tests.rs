@@ -133,17 +133,17 @@ fn same_as_a_raw_disk(options: &str) {
 }
 
 #[test]
-fn an_image_is_what_a_raw_disk_would_be() {
+fn an_image_behaves_like_a_raw_disk() {
     same_as_a_raw_disk("cluster_size=65536");
 }
 
 #[test]
-fn an_image_of_small_clusters_and_wide_counts_is_what_a_raw_disk_would_be() {
+fn an_image_with_small_clusters_and_wide_refcounts_behaves_like_a_raw_disk() {
     same_as_a_raw_disk("cluster_size=512,refcount_bits=64");
 }
 
 #[test]
-fn an_image_of_the_old_version_is_what_a_raw_disk_would_be() {
+fn a_version_2_image_behaves_like_a_raw_disk() {
     same_as_a_raw_disk("compat=0.10");
 }
 
@@ -162,7 +162,7 @@ fn a_flush_reaches_the_image() {
 }
 
 #[test]
-fn what_is_discarded_makes_room_for_other_data_and_zeroes_take_none() {
+fn discarded_clusters_are_reused_and_zeroes_take_no_space() {
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), "cluster_size=65536");
     let mut disk = Disk::new(open(&path, false).unwrap());
@@ -180,7 +180,7 @@ fn what_is_discarded_makes_room_for_other_data_and_zeroes_take_none() {
 }
 
 #[test]
-fn compressed_clusters_are_read_and_may_be_written_over() {
+fn compressed_clusters_are_read_and_overwritten() {
     let Some(dir) = dir() else { return };
     for options in ["compression_type=zlib", "compression_type=zstd", "compression_type=zstd,cluster_size=2M"] {
         let (raw, path) = (dir.path().join("plain"), dir.path().join("disk.qcow2"));
@@ -208,7 +208,7 @@ fn compressed_clusters_are_read_and_may_be_written_over() {
 }
 
 #[test]
-fn a_compressed_cluster_that_holds_no_cluster_is_an_error() {
+fn an_invalid_compressed_cluster_is_an_error() {
     for compression in [packed::Compression::Deflate, packed::Compression::Zstd] {
         for packed in [&[][..], &[0x28, 0xb5, 0x2f, 0xfd], &[0xff; 512], &[0; 512], &[1, 0, 0, 0xff, 0xff]] {
             assert!(compression.unpack(packed, 512).is_err(), "{compression:?}: {packed:?}");
@@ -217,7 +217,7 @@ fn a_compressed_cluster_that_holds_no_cluster_is_an_error() {
 }
 
 #[test]
-fn a_snapshot_in_the_image_stays_as_it_was() {
+fn a_snapshot_in_the_image_is_not_modified() {
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), "cluster_size=65536");
     let mut disk = Disk::new(open(&path, false).unwrap());
@@ -233,7 +233,7 @@ fn a_snapshot_in_the_image_stays_as_it_was() {
 }
 
 #[test]
-fn an_image_that_names_other_files_is_refused() {
+fn an_image_that_refers_to_other_files_is_rejected() {
     let Some(dir) = dir() else { return };
     let base = create(dir.path(), "cluster_size=65536");
     let path = dir.path().join("top.qcow2");
@@ -245,7 +245,7 @@ fn an_image_that_names_other_files_is_refused() {
 }
 
 #[test]
-fn a_bad_image_is_refused_in_one_line() {
+fn a_bad_image_is_rejected_in_one_line() {
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), "cluster_size=65536");
     let good = std::fs::read(&path).unwrap();
@@ -287,7 +287,7 @@ fn a_bad_image_is_refused_in_one_line() {
 }
 
 #[test]
-fn a_read_only_image_stays_as_it_is() {
+fn a_read_only_image_is_not_modified() {
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), "cluster_size=65536");
     let before = std::fs::read(&path).unwrap();
@@ -299,7 +299,7 @@ fn a_read_only_image_stays_as_it_is() {
 }
 
 #[test]
-fn extended_l2_entries_are_named_with_the_command_that_converts_them() {
+fn extended_l2_entries_are_rejected_with_a_command_to_convert_them() {
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), "extended_l2=on,cluster_size=128k");
     let line = open(&path, false).unwrap_err().to_string();
@@ -312,7 +312,7 @@ fn extended_l2_entries_are_named_with_the_command_that_converts_them() {
 
 /// The state after a power failure if a writer orders refcounts before references without a sync in between.
 #[test]
-fn counts_that_were_lost_are_made_good_and_what_was_written_is_there() {
+fn lost_refcounts_are_repaired_without_data_loss() {
     let Some(dir) = dir() else { return };
     for (options, dirty) in [("cluster_size=4096", false), ("cluster_size=512,lazy_refcounts=on", true)] {
         let path = create(dir.path(), options);
@@ -344,7 +344,7 @@ fn counts_that_were_lost_are_made_good_and_what_was_written_is_there() {
 }
 
 #[test]
-fn what_is_discarded_is_given_back_to_the_host() {
+fn discarded_clusters_are_deallocated_on_the_host() {
     use std::os::unix::fs::MetadataExt;
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), "cluster_size=65536");
@@ -369,7 +369,7 @@ fn what_is_discarded_is_given_back_to_the_host() {
 }
 
 #[test]
-fn a_discard_and_zeroes_make_no_tables() {
+fn discards_and_zeroes_allocate_no_tables() {
     let Some(dir) = dir() else { return };
     for options in ["cluster_size=512", "cluster_size=65536", "cluster_size=2M", "compat=0.10"] {
         let path = create(dir.path(), options);
@@ -386,7 +386,7 @@ fn a_discard_and_zeroes_make_no_tables() {
 }
 
 #[test]
-fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
+fn cached_tables_stay_within_their_limit_for_any_cluster_size() {
     let Some(dir) = dir() else { return };
     // Each of these steps uses a different page of the L2 tables.
     for (options, size, step_bytes, steps) in
@@ -417,7 +417,7 @@ fn tables_take_no_more_memory_than_they_may_however_large_clusters_are() {
 
 /// With any bytes changed, an image is either rejected, or is a valid disk, also when opened again.
 #[test]
-fn an_image_with_changed_bytes_is_refused_or_stays_an_image() {
+fn a_corrupted_image_is_rejected_or_stays_valid() {
     let Some(dir) = dir() else { return };
     let mut numbers = pattern(11);
     let mut number = |limit: usize| numbers.next().unwrap() as usize % limit;

@@ -43,7 +43,7 @@ fn nothing_is_completed_after_a_reset() {
 }
 
 #[test]
-fn a_full_house_waits_and_goes_on() {
+fn requests_beyond_the_limit_in_flight_wait() {
     let mut bench = bench();
     bench.seen.lock().unwrap().hold = true;
     bench.prepare(0, 0);
@@ -68,7 +68,7 @@ fn a_full_house_waits_and_goes_on() {
 }
 
 #[test]
-fn what_was_done_is_counted_and_what_was_refused_is_not() {
+fn only_completed_requests_are_counted() {
     let mut bench = bench();
     bench.request(0, 0, (1024, WRITE));
     bench.request(1, 0, (512, 0));
@@ -101,7 +101,7 @@ fn offer_reads(bench: &mut Bench, count: u16) {
 }
 
 #[test]
-fn a_limited_disk_does_so_many_requests_a_second_and_loses_none() {
+fn a_rate_limit_delays_requests_without_loss() {
     for rate in [
         Rate { ops_per_second: Some(200), burst_ops: Some(1), ..Rate::default() },
         Rate { bytes_per_second: Some(200 * 512), burst_bytes: Some(512), ..Rate::default() },
@@ -119,7 +119,7 @@ fn a_limited_disk_does_so_many_requests_a_second_and_loses_none() {
 }
 
 #[test]
-fn what_is_discarded_counts_as_what_is_written_does() {
+fn discards_count_like_writes() {
     let mut bench = bench();
     bench.control.rate.set(Rate { bytes_per_second: Some(1 << 20), burst_bytes: Some(512), ..Rate::default() });
     bench.driver.memory.write_obj([0, 0, (CAPACITY_BYTES / SECTOR_BYTES) as u32, 0], GuestAddress(DATA)).unwrap();
@@ -132,7 +132,7 @@ fn what_is_discarded_counts_as_what_is_written_does() {
 }
 
 #[test]
-fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
+fn a_reset_waits_only_for_requests_in_flight() {
     // Discards, zeroes, flushes, and writes with write-through.
     for (kind, data_bytes, features) in [(11, 16, !0), (13, 16, !0), (4, 0, !0), (1, 512, !F_FLUSH)] {
         let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
@@ -150,7 +150,7 @@ fn a_reset_waits_for_what_is_under_way_and_not_for_all_that_is_offered() {
 }
 
 #[test]
-fn requests_that_wait_for_their_time_outlive_a_pause_and_a_reset_forgets_them() {
+fn delayed_requests_survive_a_pause_but_not_a_reset() {
     let never = Rate { ops_per_second: Some(1), burst_ops: Some(1), ..Rate::default() };
     let mut bench = bench();
     bench.control.rate.set(never);

@@ -131,7 +131,7 @@ fn a_driver_uses_as_many_pairs_as_it_asks_for() {
 }
 
 #[test]
-fn other_commands_are_refused_and_change_nothing() {
+fn other_commands_are_rejected() {
     let Pairs { mut driver, peers: _peers, .. } = pairs();
     for count in [0, 3, 8, 0x8000, 0xffff] {
         assert_eq!(use_pairs(&mut driver, count), ERR, "{count}");
@@ -199,7 +199,7 @@ fn a_limit_holds_over_all_pairs_and_each_has_its_share() {
 }
 
 #[test]
-fn a_driver_that_changes_its_mind_all_day_is_slowed_down() {
+fn frequent_changes_of_pairs_are_rate_limited() {
     let Pairs { mut driver, peers: _peers, .. } = pairs();
     let started = Instant::now();
     for count in [2, 1, 2, 1, 2, 1] {
@@ -215,7 +215,7 @@ fn a_driver_that_changes_its_mind_all_day_is_slowed_down() {
 }
 
 #[test]
-fn how_many_are_in_use_is_saved_and_ends_with_a_reset() {
+fn the_number_of_pairs_is_saved_and_reset() {
     let Pairs { mut driver, peers: _peers, .. } = pairs();
     let one = driver.transport.save();
     assert_eq!(use_pairs(&mut driver, 2), OK);
@@ -244,7 +244,7 @@ fn how_many_are_in_use_is_saved_and_ends_with_a_reset() {
 }
 
 #[test]
-fn what_the_host_refuses_is_refused_and_what_there_was_stays() {
+fn a_host_error_keeps_the_previous_pairs() {
     let witnesses: [Witness; 3] = std::array::from_fn(|_| Witness::new(0));
     let backends = witnesses.iter().map(|witness| -> Box<dyn NetBackend> { Box::new(witness.clone()) });
     let device = device_on(backends.collect(), "net-stubborn", MAC, None).unwrap().0;

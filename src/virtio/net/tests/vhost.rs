@@ -189,7 +189,7 @@ fn the_kernel_moves_frames_raises_interrupts_and_counts() {
 }
 
 #[test]
-fn the_worker_takes_over_for_what_the_kernel_cannot_do_and_gives_back() {
+fn the_worker_takes_over_when_the_kernel_lacks_a_feature() {
     in_network(|| {
         for features in [!0, !F_EVENT_IDX] {
             let mut wire = wire(1, "vhost-turns", features);
@@ -240,7 +240,7 @@ impl Wire {
 }
 
 #[test]
-fn what_came_before_the_driver_had_room_is_not_lost() {
+fn frames_before_the_first_buffer_are_not_lost() {
     in_network(|| {
         let mut wire = wire(1, "vhost-room", !0);
         wire.link.set_rate(Rate { bytes_per_second: Some(100 << 20), ..Rate::default() });
@@ -263,7 +263,7 @@ fn what_came_before_the_driver_had_room_is_not_lost() {
 }
 
 #[test]
-fn a_driver_that_knows_no_checksums_is_served_by_the_worker() {
+fn a_driver_without_checksum_offload_is_served_by_the_worker() {
     in_network(|| {
         // Nor any feature that depends on them.
         let without =
@@ -275,7 +275,7 @@ fn a_driver_that_knows_no_checksums_is_served_by_the_worker() {
 }
 
 #[test]
-fn a_ring_that_the_kernel_refuses_needs_a_reset_and_a_reset_mends_it() {
+fn a_ring_rejected_by_the_kernel_is_repaired_by_a_reset() {
     in_network(|| {
         let mut wire = wire(1, "vhost-refuses", !0);
         for round in 1..=3 {
@@ -316,7 +316,7 @@ fn a_ring_that_the_kernel_refuses_needs_a_reset_and_a_reset_mends_it() {
 }
 
 #[test]
-fn each_pair_in_use_has_the_kernels_hands() {
+fn each_pair_in_use_is_offloaded() {
     in_network(|| {
         let mut wire = wire(2, "vhost-pairs", !0);
         wire.wait_for_kernel(true);

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_guest_reaches_a_program_and_both_talk() {
+fn a_guest_connects_to_a_program() {
     let (mut guest, mut stream) = Guest::connected();
     guest.send_raw(data(5), b"hello");
     assert_eq!(read(&mut stream, 5), b"hello");
@@ -13,7 +13,7 @@ fn a_guest_reaches_a_program_and_both_talk() {
 }
 
 #[test]
-fn a_program_reaches_the_guest_and_both_talk() {
+fn a_program_connects_to_the_guest() {
     let mut guest = Guest::new(16, 4096);
     let mut client = guest.call(7);
     // It does not wait for the response.
@@ -32,7 +32,7 @@ fn a_program_reaches_the_guest_and_both_talk() {
 }
 
 #[test]
-fn a_program_that_the_guest_refuses_is_let_go() {
+fn a_program_refused_by_the_guest_is_disconnected() {
     let mut guest = Guest::new(16, 4096);
     let mut client = guest.call(7);
     let (request, _) = guest.receive();
@@ -42,7 +42,7 @@ fn a_program_that_the_guest_refuses_is_let_go() {
 }
 
 #[test]
-fn a_program_that_speaks_otherwise_is_let_go() {
+fn a_program_with_an_invalid_handshake_is_disconnected() {
     let guest = Guest::new(16, 4096);
     for line in ["GET / HTTP/1.1\n", "CONNECT none\n", &"C".repeat(100)] {
         let mut client = patient(UnixStream::connect(guest.path("")).unwrap());
@@ -53,7 +53,7 @@ fn a_program_that_speaks_otherwise_is_let_go() {
 }
 
 #[test]
-fn a_program_that_goes_before_the_guest_answers_leaves_nothing() {
+fn a_program_that_disconnects_early_leaves_no_state() {
     let mut guest = Guest::new(16, 4096);
     let client = guest.call(7);
     let ports = (7, guest.receive().0.src_port);
@@ -69,7 +69,7 @@ fn a_program_that_goes_before_the_guest_answers_leaves_nothing() {
 }
 
 #[test]
-fn a_port_that_nobody_serves_is_refused() {
+fn a_port_without_a_listener_is_refused() {
     let mut guest = Guest::new(16, 4096);
     guest.send(PORTS, op::REQUEST);
     guest.expect(PORTS, op::RST);
@@ -80,7 +80,7 @@ fn a_port_that_nobody_serves_is_refused() {
 }
 
 #[test]
-fn what_belongs_to_no_connection_is_reset_but_a_reset_never_is() {
+fn packets_without_a_connection_are_reset_except_resets() {
     let mut guest = Guest::new(16, 4096);
     for op in [op::RESPONSE, op::SHUTDOWN, op::RW, op::CREDIT_UPDATE, op::CREDIT_REQUEST, 0, 8, u16::MAX] {
         guest.send(PORTS, op);
@@ -92,7 +92,7 @@ fn what_belongs_to_no_connection_is_reset_but_a_reset_never_is() {
 }
 
 #[test]
-fn only_streams_between_this_guest_and_the_host_are_known() {
+fn only_streams_between_this_guest_and_the_host_are_supported() {
     let (mut guest, mut stream) = Guest::connected();
     for wrong in [
         Header { kind: 2, ..packet(PORTS, op::REQUEST) },
@@ -111,7 +111,7 @@ fn only_streams_between_this_guest_and_the_host_are_known() {
 }
 
 #[test]
-fn a_guest_that_has_sent_all_still_receives() {
+fn a_guest_can_receive_after_shutting_down_sending() {
     let (mut guest, mut stream) = Guest::connected();
     guest.send_raw(data(3), b"end");
     guest.send_raw(shutdown(SHUTDOWN_SEND), &[]);
@@ -125,7 +125,7 @@ fn a_guest_that_has_sent_all_still_receives() {
 }
 
 #[test]
-fn a_program_that_has_sent_all_still_receives() {
+fn a_program_can_receive_after_shutting_down_sending() {
     let (mut guest, mut stream) = Guest::connected();
     stream.write_all(b"end").unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
@@ -137,7 +137,7 @@ fn a_program_that_has_sent_all_still_receives() {
 }
 
 #[test]
-fn a_guest_that_receives_no_more_still_sends() {
+fn a_guest_can_send_after_shutting_down_receiving() {
     let (mut guest, mut stream) = Guest::connected();
     guest.send_raw(shutdown(SHUTDOWN_RECEIVE), &[]);
     assert_eq!(guest.expect(PORTS, op::SHUTDOWN).0.flags, SHUTDOWN_SEND);
@@ -147,7 +147,7 @@ fn a_guest_that_receives_no_more_still_sends() {
 }
 
 #[test]
-fn a_program_that_receives_no_more_still_sends() {
+fn a_program_can_send_after_shutting_down_receiving() {
     let (mut guest, mut stream) = Guest::connected();
     stream.shutdown(Shutdown::Read).unwrap();
     guest.send_raw(data(4), b"lost");
@@ -158,7 +158,7 @@ fn a_program_that_receives_no_more_still_sends() {
 }
 
 #[test]
-fn a_guest_that_ends_a_connection_is_answered_and_may_use_its_ports_again() {
+fn a_guest_can_reuse_the_ports_of_a_closed_connection() {
     let mut guest = Guest::new(16, 4096);
     let listener = guest.serve(PORTS.1);
     for word in [b"first", b"again"] {
@@ -174,7 +174,7 @@ fn a_guest_that_ends_a_connection_is_answered_and_may_use_its_ports_again() {
 }
 
 #[test]
-fn a_program_that_ends_a_connection_is_read_to_its_end() {
+fn data_sent_before_a_program_closed_is_delivered() {
     let (mut guest, mut stream) = Guest::connected();
     let sent = bytes(1, 100_000);
     stream.write_all(&sent).unwrap();

@@ -71,7 +71,7 @@ fn a_guest_that_fills_every_connection_stays_within_the_budget() {
 }
 
 #[test]
-fn a_program_that_does_not_read_stops_the_guest_and_one_that_reads_lets_it_go_on() {
+fn a_program_that_does_not_read_throttles_the_guest() {
     let (mut guest, mut stream) = Guest::connected();
     let (mut sent, forwarded) = fill(&mut guest, PORTS);
     assert_eq!(sent.len() as u32 - forwarded, BUFFER_BYTES);
@@ -91,7 +91,7 @@ fn a_program_that_does_not_read_stops_the_guest_and_one_that_reads_lets_it_go_on
 }
 
 #[test]
-fn what_a_guest_sent_before_it_ended_is_delivered_late_readers_or_not() {
+fn data_sent_before_a_guest_closed_is_delivered_to_late_readers() {
     for end in [shutdown(SHUTDOWN_BOTH), packet(PORTS, op::RST)] {
         let (mut guest, mut stream) = Guest::connected();
         let (sent, _) = fill(&mut guest, PORTS);
@@ -110,7 +110,7 @@ fn what_a_guest_sent_before_it_ended_is_delivered_late_readers_or_not() {
 }
 
 #[test]
-fn a_reset_by_the_guest_drops_what_it_had_not_ended() {
+fn a_reset_by_the_guest_drops_pending_data() {
     let (mut guest, mut stream) = Guest::connected();
     let (sent, forwarded) = fill(&mut guest, PORTS);
     guest.send(PORTS, op::RST);
@@ -121,7 +121,7 @@ fn a_reset_by_the_guest_drops_what_it_had_not_ended() {
 }
 
 #[test]
-fn a_guest_without_room_is_asked_for_it_once_and_sent_no_more_than_it_has() {
+fn a_guest_without_credit_is_asked_once() {
     let (mut guest, mut stream) = Guest::connected();
     let tell = |buf_alloc, fwd_cnt| Header { buf_alloc, fwd_cnt, ..packet(PORTS, op::CREDIT_UPDATE) };
     guest.send_raw(tell(1000, 0), &[]);
@@ -142,7 +142,7 @@ fn a_guest_without_room_is_asked_for_it_once_and_sent_no_more_than_it_has() {
 }
 
 #[test]
-fn a_guest_that_does_not_read_stops_the_program_that_writes() {
+fn a_guest_that_does_not_read_throttles_the_program() {
     let (mut guest, mut stream) = Guest::connected();
     guest.send_raw(Header { buf_alloc: 0, ..packet(PORTS, op::CREDIT_UPDATE) }, &[]);
     stream.set_nonblocking(true).unwrap();
@@ -162,7 +162,7 @@ fn a_guest_that_does_not_read_stops_the_program_that_writes() {
 }
 
 #[test]
-fn a_guest_that_lies_loses_its_connection_and_no_other() {
+fn a_guest_that_violates_credit_loses_only_that_connection() {
     let more_than_room = Header { len_bytes: BUFFER_BYTES + 1, ..packet(PORTS, op::RW) };
     let more_than_there_is = Header { len_bytes: 11, ..packet(PORTS, op::RW) };
     let far_more = Header { len_bytes: u32::MAX, ..packet(PORTS, op::RW) };
@@ -193,7 +193,7 @@ fn a_guest_that_lies_loses_its_connection_and_no_other() {
 }
 
 #[test]
-fn data_outside_of_memory_end_the_connection() {
+fn data_outside_of_memory_ends_the_connection() {
     let (mut guest, mut stream) = Guest::connected();
     assert!(data(100).write(guest.memory(), &range(OUTBOX, HEADER_BYTES as u32)));
     let parts = [(OUTBOX, HEADER_BYTES as u32, 0), (OUTBOX + 64, 50, 0), (1 << 40, 50, 0)];
@@ -224,7 +224,7 @@ fn a_packet_with_no_header_and_a_buffer_with_no_room_need_a_reset() {
 }
 
 #[test]
-fn connections_are_limited_and_those_beyond_are_refused() {
+fn connections_are_limited() {
     crate::sys::allow_many_files().unwrap();
     let mut guest = Guest::new(16, 4096);
     let listener = guest.serve(PORTS.1);
@@ -246,7 +246,7 @@ fn connections_are_limited_and_those_beyond_are_refused() {
 }
 
 #[test]
-fn a_guest_that_takes_no_answers_is_held_up_and_goes_on_when_it_does() {
+fn a_guest_that_takes_no_responses_is_throttled() {
     let mut guest = Guest::new(0, 64);
     for port in 0..400 {
         let at = OUTBOX + 64 * u64::from(port);
@@ -267,7 +267,7 @@ fn a_guest_that_takes_no_answers_is_held_up_and_goes_on_when_it_does() {
 }
 
 #[test]
-fn connections_have_their_turns_one_by_one() {
+fn connections_are_scheduled_fairly() {
     let mut guest = Guest::new(4, 1000);
     let listener = guest.serve(PORTS.1);
     let mut streams: Vec<_> = (0..3).map(|port| guest.connect((port, PORTS.1), &listener)).collect();
@@ -315,7 +315,7 @@ fn a_pause_keeps_connections_and_a_reset_of_the_device_ends_them() {
 }
 
 #[test]
-fn megabytes_arrive_as_they_were_sent_both_ways_at_once() {
+fn megabytes_arrive_unchanged_in_both_directions() {
     const TOTAL: usize = 4 << 20;
     for room in [100, 4096, 65536 - 64] {
         let mut guest = Guest::new(8, room);
