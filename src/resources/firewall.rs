@@ -505,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_that_came_meanwhile_is_forwarded_when_the_last_network_is_gone() {
+    fn a_tunnel_created_meanwhile_stays_forwarded_without_networks() {
         alone(|base| {
             fs::write(FORWARD_PATH, "0").unwrap();
             create(base, false);
@@ -518,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_forwards_ipv6_goes_on_doing_so() {
+    fn ipv6_forwarding_of_the_host_is_not_affected() {
         let someone = |gateway, last| Someone { bridge: None, gateway, address: IpAddr::V6(last) };
         alone(|base| {
             fs::write(FORWARD_PATH, "0").unwrap();

@@ -113,7 +113,7 @@ fn a_volume_is_not_mistaken_for_an_image() {
 }
 
 #[test]
-fn what_docker_refuses_or_has_and_husk_does_not_is_told_before_a_machine_starts() {
+fn unsupported_docker_options_are_reported_before_a_machine_starts() {
     let house = House::new();
     house.sh("mkdir one; echo 1 >one/1; echo '=x' >names");
     for (flags, words) in [
@@ -130,7 +130,7 @@ fn what_docker_refuses_or_has_and_husk_does_not_is_told_before_a_machine_starts(
 }
 
 #[test]
-fn a_disk_that_is_kept_is_one_images() {
+fn a_persistent_disk_belongs_to_one_image() {
     let house = House::new();
     house.sh("mkdir one two; echo 1 >one/1; echo 2 >two/2");
     let keep = |name: &str, image: &str| {
