@@ -1,4 +1,5 @@
-//! A process that is held, and held otherwise while it runs: this one. Alone in its program, since all of it is held.
+//! Changes the cgroup limits of a running process: this one. The test has a program of its own, since the limits apply
+//! to the whole process.
 
 use std::fs;
 use std::io::Write;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use husk::sandbox::cgroup::{CgroupLimits, ResourceLimits};
 
-/// What this process uses of processors in the next seconds, while threads of its spin.
+/// The CPU usage of this process during the next seconds, while its threads spin.
 fn share() -> f64 {
     let (started, before) = (Instant::now(), cpu_time());
     thread::sleep(Duration::from_secs(3));
@@ -19,12 +20,12 @@ fn share() -> f64 {
 
 fn cpu_time() -> Duration {
     let stat = fs::read_to_string("/proc/self/stat").unwrap();
-    // proc(5): the fields behind the name in parentheses begin with the third; utime is the 14th, stime the 15th.
+    // proc(5): the fields after the name in parentheses start with the third; utime is the 14th, stime the 15th.
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
     Duration::from_millis((fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()) * 10)
 }
 
-/// Looks a few times whether the share is within a tenth of `wanted`: a busy host may give less for a while.
+/// Measures several times whether the usage is within a tenth of `wanted`: a busy host may temporarily provide less.
 #[track_caller]
 fn comes_within_a_tenth_of(wanted: f64) {
     let shares: Vec<f64> = (0..5).map(|_| share()).collect();
@@ -39,7 +40,7 @@ fn groups() -> Vec<PathBuf> {
     String::from_utf8(output.stdout).unwrap().lines().map(PathBuf::from).collect()
 }
 
-/// What one of these files of a group says, whichever there is.
+/// The content of whichever of these files exists in a cgroup.
 fn says(group: &Path, files: [&str; 2]) -> String {
     let text = files.iter().find_map(|file| fs::read_to_string(group.join(file)).ok());
     text.unwrap_or_else(|| panic!("{} has none of {files:?}", group.display())).trim().to_owned()
@@ -48,7 +49,7 @@ fn says(group: &Path, files: [&str; 2]) -> String {
 #[test]
 fn limits_change_at_run_time_and_are_removed_with_the_cgroup() {
     if Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout != b"0\n") {
-        // Written past the harness, which keeps what a test prints.
+        // Bypasses the test harness, which captures output.
         let _ = writeln!(std::io::stderr(), "SKIPPED: limits of processor time are tested by root");
         return;
     }
@@ -71,7 +72,7 @@ fn limits_change_at_run_time_and_are_removed_with_the_cgroup() {
 fn change_limits() {
     let mut cgroup = CgroupLimits::new(&ResourceLimits::default()).unwrap();
     assert!(groups().is_empty(), "nothing was asked for");
-    // Before all others, so that on a busy host too it is the limit that decides.
+    // More shares than other processes, so that the limit is decisive even on a busy host.
     cgroup.set_cpu(Some(500), Some(262_144)).unwrap();
     comes_within_a_tenth_of(0.5);
     cgroup.set_cpu(Some(250), Some(262_144)).unwrap();
@@ -89,7 +90,7 @@ fn change_limits() {
     assert!(error.contains("--host-memory"), "{error}");
     drop(cgroup);
 
-    // Both kinds, in one group or in two.
+    // Both controllers, in one cgroup or in two.
     let limits = ResourceLimits { cpu_millicpus: Some(1500), memory_bytes: Some(1 << 30), ..ResourceLimits::default() };
     let mut cgroup = CgroupLimits::new(&limits).unwrap();
     assert_eq!(cgroup.limits(), limits);

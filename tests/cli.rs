@@ -1,4 +1,4 @@
-//! The built binary from outside: what it prints, and the code it exits with. No guest runs here.
+//! Tests of the built binary: its output and exit codes. No guest runs here.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ fn stdout(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Asserts that husk ends with `code` and says why in one line of its own, and gives that line.
+/// Asserts that husk exits with `code` and a single line of its own on standard error, and returns the line.
 fn refusal(arguments: &[&str], code: i32) -> String {
     let output = husk(arguments);
     let stderr = String::from_utf8(output.stderr).unwrap();
@@ -43,7 +43,7 @@ fn help_of_every_command_has_examples() {
 
 #[test]
 fn foreign_text_is_sanitized_for_the_terminal() {
-    // A title of the window, a sequence begun by one character, and text from right to left.
+    // A window title, an escape sequence started by a C1 character, and a right-to-left override.
     let word = "x\u{1b}]0;owned\u{7}\u{9b}2J\u{202e}y";
     let no_json = std::env::temp_dir().join(word);
     for (words, code) in [

@@ -1,4 +1,4 @@
-//! A guest's memory and its host's: what goes back by itself, what a target keeps from a guest, and what it gets again.
+//! Ballooning: memory that is returned automatically, memory withheld by a target, and memory that the guest gets back.
 //!
 //! Real guests, as for tests/linux, but as machines in this process: what is tested is measured and changed while they
 //! run. Without `HUSK_TEST_GUESTS` every test says that it was skipped.
@@ -21,10 +21,10 @@ use guests::guests;
 
 /// Longer than anything here takes, even emulated on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// What firmware/guests/linux/memory.c serves.
+/// Served by firmware/guests/linux/memory.c.
 const PORT: u32 = 1003;
 const MEMORY_MIB: u64 = 512;
-/// What a program in the guest takes: more than half.
+/// The memory used by a program in the guest: more than half.
 const TAKEN_MIB: u64 = 300;
 
 struct Guest {
@@ -35,7 +35,7 @@ struct Guest {
 }
 
 impl Guest {
-    /// A guest that serves memory, its programs running.
+    /// Starts a guest that serves memory requests.
     fn start(guests: &Path, kernel: &str, memory_target_mib: Option<u64>) -> Guest {
         Guest::start_with(guests, kernel, |config| config.memory_target_mib = memory_target_mib)
     }
@@ -61,7 +61,7 @@ impl Guest {
         guest
     }
 
-    /// Waits for something that is to happen soon, and tells how long it took.
+    /// Waits for a condition, and returns how long it took.
     #[track_caller]
     fn wait_for(&self, what: &str, happened: impl Fn() -> bool) {
         let started = Instant::now();
@@ -83,7 +83,7 @@ impl Guest {
         );
     }
 
-    /// The guest's memory that the host has to keep.
+    /// The resident guest memory on the host.
     fn resident_mib(&self) -> u64 {
         self.machine.memory_use().unwrap().guest.rss_bytes >> 20
     }
@@ -92,7 +92,7 @@ impl Guest {
         self.machine.controls().balloon.as_ref().unwrap()
     }
 
-    /// A connection to the program in the guest, if that is there.
+    /// A connection to the program in the guest, if it is running.
     fn call(&self) -> Option<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -100,8 +100,8 @@ impl Guest {
         line(&mut stream)?.starts_with("OK ").then_some(stream)
     }
 
-    /// Has a program in the guest use so much memory, for as long as the connection lasts. `None` where the guest ended
-    /// it.
+    /// Makes a program in the guest use this much memory for as long as the connection lasts. `None` if the guest
+    /// killed it.
     fn take(&self, mib: u64) -> Option<UnixStream> {
         let mut stream = self.call().expect("it serves");
         writeln!(stream, "{mib}").unwrap();
@@ -109,7 +109,7 @@ impl Guest {
     }
 }
 
-/// The next line, if there is a whole one.
+/// The next complete line, if there is one.
 fn line(stream: &mut UnixStream) -> Option<String> {
     let (mut line, mut byte) = (String::new(), [0]);
     while !line.ends_with('\n') {
@@ -121,7 +121,8 @@ fn line(stream: &mut UnixStream) -> Option<String> {
     Some(line)
 }
 
-/// What may stay with a guest of what it has freed: it reports whole blocks of 2 MiB, and what lies between is its own.
+/// Freed memory that the guest may keep: it reports whole blocks of 2 MiB, and the fragments between them are not
+/// returned.
 const KEPT_MIB: u64 = TAKEN_MIB / 3;
 
 fn idle_memory_goes_back(kernel: &str) {
@@ -134,7 +135,7 @@ fn idle_memory_goes_back(kernel: &str) {
     assert!(full_mib >= TAKEN_MIB);
     drop(taken);
     guest.wait_for("freed memory went back", || guest.resident_mib() < before_mib + KEPT_MIB);
-    // And is the guest's again when it wants it.
+    // The guest can use it again.
     drop(guest.take(TAKEN_MIB).expect("there is room again"));
     let target_mib = MEMORY_MIB - 64;
     guest.balloon().set_target_mib(target_mib).unwrap();
@@ -145,11 +146,11 @@ fn idle_memory_goes_back(kernel: &str) {
 fn a_guest_has_the_target_amount_of_memory() {
     const LOW_MIB: u64 = 192;
     let guests = guests!();
-    // The stock kernel clears each page that it puts into its balloon: here that takes minutes.
+    // The stock kernel clears each page in its balloon, which takes minutes here.
     let guest = Guest::start(&guests, "micro", Some(LOW_MIB));
     let kept = |what: &str| {
         guest.wait_for(what, || guest.balloon().present_mib() <= LOW_MIB);
-        // Its program is ended for lack of memory: in the guest, and by the guest.
+        // Its program is killed for lack of memory by the guest.
         assert!(guest.take(TAKEN_MIB).is_none(), "{what}");
         let resident_mib = guest.resident_mib();
         assert!(resident_mib <= LOW_MIB, "{what}: {resident_mib} MiB");
@@ -193,12 +194,12 @@ fn a_machine_works_within_its_needed_host_memory() {
         needed_mib = config.host_memory_needed_mib();
         config.host_memory_mib = Some(needed_mib);
     });
-    // All but what the guest's kernel cannot do without; where it ends the program the memory was used all the same.
+    // Everything except what the guest's kernel needs; if it kills the program the memory was used nevertheless.
     let taken = guest.take(SMALL_MIB - 40);
     assert!(taken.is_some() && guest.resident_mib() > SMALL_MIB - 40);
     let use_of = guest.machine.memory_use().unwrap();
     println!("guest {} KiB, husk {} KiB", use_of.guest.rss_bytes >> 10, use_of.husk.rss_bytes >> 10);
-    // What this process is held to, under either version of control groups.
+    // The limit of this process, in either cgroup version.
     let limit_bytes = needed_mib << 20;
     let groups = run("find", &["/sys/fs/cgroup", "-name", &format!("husk-{}-*", std::process::id())]);
     let limited = groups.lines().any(|group| {

@@ -1,4 +1,4 @@
-//! Scripts that set a machine up, with stand-ins for the programs that would change this one.
+//! Tests of setup scripts, with stand-ins for programs that would change this machine.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,8 +13,8 @@ fn program(dir: &Path, name: &str, script: &str) {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// Runs `scripts/deps fuzz` where no package is installed and apt's lock is held the first `times` that it is wanted;
-/// returns what it said, and how often packages were asked for.
+/// Runs `scripts/deps fuzz` with no package installed and apt's lock held for the first `times` attempts; returns its
+/// output, and the number of installation attempts.
 fn deps_while_locked(times: u32) -> (Output, String) {
     let dir = tempfile::tempdir().unwrap();
     let calls = dir.path().join("calls");

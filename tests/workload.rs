@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use husk::bench::scenario::{METRICS, Unit};
 use husk::bench::workload;
 
-/// The program in a directory of its own, with something to read.
+/// The program in a temporary directory, with a file to read.
 struct Place {
     dir: tempfile::TempDir,
     program: PathBuf,
@@ -41,7 +41,7 @@ impl Place {
     }
 }
 
-/// Ends a program that would go on.
+/// Kills a program that would continue.
 struct Running(Child);
 
 impl Running {
@@ -80,7 +80,7 @@ fn every_measure_begins_and_ends_once_in_turn_and_leaves_nothing() {
     let place = Place::new();
     let (mut tasks, mut expected) = (Vec::new(), Vec::new());
     for metric in METRICS.iter().filter(|metric| metric.is_workload) {
-        // Not a multiple of anything; of bytes more than the file to read has.
+        // Not a multiple of any block size, and larger than the file to read.
         let amount = if metric.unit == Unit::MibPerSecond { 2_500_001 } else { 13 };
         tasks.push(format!("{}={amount}", metric.name));
         expected.extend([format!("work: begin {}", metric.name), format!("work: end {} {amount}", metric.name)]);
@@ -164,7 +164,7 @@ fn connections_are_served_until_terminated() {
     let (mut running, mut stdout) = Running::start(&mut place.command(&["serve", &port.to_string()]));
     assert_eq!(line(&mut stdout), "work: ready\n");
     let connect = || TcpStream::connect(("127.0.0.1", port)).unwrap();
-    // One that waits does not keep the others waiting.
+    // An idle connection does not block others.
     let (mut echo, mut source) = (connect(), connect());
     echo.write_all(b"ex").unwrap();
     source.write_all(&[&b"r"[..], &1_000_000_u64.to_le_bytes()].concat()).unwrap();
@@ -180,14 +180,14 @@ fn connections_are_served_until_terminated() {
 #[test]
 fn memory_is_allocated_until_exhausted() {
     let place = Place::new();
-    // Where a limit refuses instead of killing it is told.
+    // An allocation failure instead of a kill is reported.
     let script = format!("ulimit -v 200000; exec {} crash memory", place.program.display());
     let output = Command::new("sh").args(["-c", &script]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(matches!(lines(&output)[..], ["work: ready", end] if end.starts_with("work: fail crash map memory")));
 }
 
-/// The first process of a namespace stands for a machine's: it has the same rights, and its reboot(2) ends the
+/// The first process of a PID namespace stands in for a machine's: it has the same rights, and its reboot(2) ends the
 /// namespace.
 fn guest(place: &Place, words: &[&str]) -> Option<Output> {
     if !rustix::process::geteuid().is_root() {
@@ -231,7 +231,7 @@ fn a_failed_setup_is_reported_and_ends_the_machine() {
     assert!(
         matches!(lines(&output)[..], [reason, "work: exit 127"] if reason.starts_with("work: fail guest start /nonexistent"))
     );
-    // It is waited for as long as a driver may take.
+    // Waits as long as a driver may take.
     let network = guest(&place, &["--net", "10.0.0.2/24,10.0.0.1", program, "hello"]).unwrap();
     let [reason, "work: exit 125"] = lines(&network)[..] else { panic!("{network:?}") };
     assert!(reason.starts_with("work: fail guest there is no /sys/class/net/eth0"), "{reason}");

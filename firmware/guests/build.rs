@@ -1,10 +1,10 @@
-//! From `lib/` and `guests/` to one ELF kernel a guest, with the system's C compiler.
+//! Builds an ELF kernel for each guest from `lib/` and `guests/`, with the system's C compiler.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-/// No host library, no vector register (KVM may emulate what a guest runs at CPL 0), no code that moves.
+/// No host libraries, no vector registers (KVM may emulate code at CPL 0), no position-independent code.
 const FLAGS: &[&str] = &[
     "-std=gnu17",
     "-O2",
@@ -32,7 +32,7 @@ fn main() {
     let library: Vec<PathBuf> = sources("lib").iter().map(|source| compile(source, &out)).collect();
     for source in sources("guests") {
         let guest = out.join(source.file_stem().expect("a source has a name")).with_extension("elf");
-        // An assembly guest stands alone: it is as small as a guest can be.
+        // Assembly guests do not use the library, and are as small as possible.
         let standalone = source.extension().is_some_and(|extension| extension == "S");
         let mut link = compiler();
         link.args(LINK_FLAGS).arg("-Wl,-T,lib/guest.ld").arg("-o").arg(&guest).arg(compile(&source, &out));

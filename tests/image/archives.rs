@@ -18,7 +18,7 @@ fn archives_of_all_compressions_are_unpacked() {
         house.sh(&format!("{packed} pax.tar; rm -f other.tar; mv pax.tar.* other.tar"));
         assert_eq!(house.load("other.tar"), root, "{packed}");
     }
-    // Frames of their own one behind the other, and one that is to be skipped.
+    // Concatenated frames, including a skippable one.
     house.sh("head -c 1000000 pax.tar | zstd -q >f.zst; printf '\\x50\\x2a\\x4d\\x18\\x03\\0\\0\\0abc' >>f.zst");
     house.sh("tail -c +1000001 pax.tar | zstd -q >>f.zst");
     assert_eq!(house.load("f.zst"), root);
@@ -31,7 +31,7 @@ fn all_formats_of_sparse_files_and_long_names_are_supported() {
     }
     let house = House::new();
     let tree = odd_tree(&house, "tree");
-    // Formats without room for attributes and parts of seconds.
+    // Formats without extended attributes and fractional timestamps.
     house.sh("cd tree; setcap -r text-8192; setfattr -x user.x text-65536; setfattr -x user.empty text-4097");
     house.sh("cd tree; setfattr -x user.big short-4020; setfattr -x user.directory many");
     house.sh("cd tree; find . -mindepth 1 -exec touch -h -d '2020-02-02 02:02:02' {} +; touch -d 2020-02-02 .");
@@ -61,7 +61,7 @@ fn a_root_directory_is_read_again_when_it_changed() {
     assert_same(&tree, &changed);
 }
 
-/// Layers that hide, replace and link what is below them, as `umoci raw add-layer` takes them.
+/// Layers that hide, replace and link entries of lower layers, created with `umoci raw add-layer`.
 fn layered_image(house: &House) {
     house.sh("umoci init --layout layout; umoci new --image layout:app");
     house.sh(
@@ -76,11 +76,11 @@ fn layered_image(house: &House) {
     for layer in ["one", "two"] {
         house.sh(&format!("tar --numeric-owner -C {layer} -cf {layer}.tar ."));
     }
-    // Through links of lower layers, as those who merge /lib into /usr/lib have them, without directories of their own.
+    // Through links of lower layers, as with a merged /usr, without explicit directories.
     house.sh("mkdir four; cd four; mkdir -p lib bin up; echo new >lib/new; echo 2 >bin/tool; touch lib/.wh.old; echo u >up/1");
     house.sh("cd one; mkdir -p usr/lib usr/bin; echo old >usr/lib/old; ln -s usr/lib lib; ln -s /usr/bin bin; ln -s ../../usr up");
     house.sh("tar --numeric-owner -C four -cf four.tar lib/new bin/tool lib/.wh.old up/1; tar --numeric-owner -C one -cf one.tar .");
-    // A hard link to what only a lower layer has.
+    // A hard link to a file of a lower layer.
     house
         .sh("cp -a one/d/target target; mkdir -p three/d; cp -a one/d/target three/d/; ln three/d/target three/d/hard");
     house.sh("tar --numeric-owner -C three -cf three.tar ./d/target ./d/hard ./a ./later; tar --delete -f three.tar ./d/target");
@@ -126,7 +126,7 @@ fn layers_merge_as_umoci_unpacks_them() {
     }
     let output = house.husk(&["load", "-i", "docker.tar"]);
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("Loaded team/app:1 ("), "{output:?}");
-    // From a pipe, from a file, and nothing.
+    // From a pipe, from a file, and empty input.
     let husk = env!("CARGO_BIN_EXE_husk");
     house.sh(&format!("export HUSK_DATA=$PWD/data; cat docker.tgz | {husk} load --name piped; {husk} load --name read <oci.tar; cat oci.tar | {husk} load -n dash -"));
     for name in ["piped", "read", "dash"] {
@@ -139,7 +139,7 @@ fn layers_merge_as_umoci_unpacks_them() {
     ));
     assert_eq!(house.files("tmp"), 0);
     house.sh("mkdir -p old; tar -C old -xf docker.tar");
-    // What docker save wrote before it was 25: a directory a layer, a layer that is there already as a link to it.
+    // The format of docker save before version 25: a directory per layer, and duplicate layers as links.
     house.sh("cd old; rm -r */; rm -f repositories; a=$(tar xOf ../docker.tar manifest.json | grep -o '[0-9a-f]*\\.tar' | head -1); \
         mkdir 0a 0b; mv $a 0a/layer.tar; ln -s ../0a/layer.tar 0b/layer.tar; chmod u+w manifest.json; sed -i s,$a,0b/layer.tar, manifest.json; \
         for d in 0a 0b; do n=$(echo $d | sha256sum | cut -c1-64); mv $d $n; sed -i s,$d/,$n/, manifest.json; done; \

@@ -1,4 +1,4 @@
-//! Archives that want something else than to be an image: each is refused in one line, and leaves nothing.
+//! Malicious archives: each is rejected in one line, and leaves nothing behind.
 
 use std::fs;
 
@@ -68,7 +68,7 @@ fn links_cannot_leave_the_images_root() {
     fs::write(house.path("x.tar"), parts.concat()).unwrap();
     let root = house.load("x.tar");
     house.sh("test $(ls outside) = kept; grep -q 1 outside/kept");
-    // As it is for who unpacks it to a root of its own.
+    // The same result as when unpacking into a chroot.
     house.sh(&format!(
         "mkdir -p same/etc same{outside}; cd same; printf x >etc/passwd; ln etc/passwd passwd; ln -s {outside} absolute; ln -s {up} above; \
          printf 1 >.{outside}/written; printf 2 >.{outside}/kept; chmod 644 etc/passwd .{outside}/*; find . -exec touch -h -d @0 {{}} +"
@@ -76,7 +76,7 @@ fn links_cannot_leave_the_images_root() {
     assert_same(&house.path("same"), &root);
 }
 
-/// Twenty thousand devices, one of which is the disk of most hosts: they cost what names cost, and are no one's.
+/// Twenty thousand device nodes, one of which is the disk of most hosts: they cost no more than other names.
 #[test]
 fn device_nodes_are_only_names() {
     let house = House::new();
@@ -100,7 +100,7 @@ fn a_bomb_is_not_unpacked() {
 #[test]
 fn the_number_of_files_is_limited() {
     let house = House::new();
-    // Forty thousand names of 30 KiB of attributes each, which cost nothing when packed.
+    // Forty thousand entries with 30 KiB of attributes each, which compress very well.
     let value = "v".repeat(60_000);
     let record = format!("60022 SCHILY.xattr.user.x={value}\n");
     let record = record.replacen("60022", &record.len().to_string(), 1);
@@ -114,7 +114,7 @@ fn the_number_of_files_is_limited() {
     house.refused(&["load", "bomb.tgz"], "too many files");
 }
 
-/// A layout of one small layer, whose parts a line of shell may change before its blobs get their names.
+/// A layout with one small layer, whose parts can be modified by a shell command before digests are computed.
 fn layout(house: &House, change: &str) {
     house.sh("rm -rf l; mkdir -p l/blobs/sha256 d; echo 1 >d/1; tar --mtime=@0 -C d -cf l/layer .");
     let line = r#"cd l; echo '{"imageLayoutVersion":"1.0.0"}' >oci-layout

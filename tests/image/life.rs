@@ -1,4 +1,4 @@
-//! The store through kills, crowds and cleaning up.
+//! The image store under kills, concurrency and cleanup.
 
 use std::fs::{self, File};
 use std::process::Stdio;
@@ -55,7 +55,7 @@ fn an_image_in_use_is_kept_until_its_last_name_is_removed() {
     house.sh("mkdir d; echo 1 >d/1; tar -C d -cf d.tar .");
     let root = house.load("d.tar");
     assert!(house.husk(&["load", "d.tar", "--name", "other"]).status.success());
-    // As a machine has it.
+    // Simulates a running machine.
     let in_use = File::open(&root).unwrap();
     in_use.lock_shared().unwrap();
     let output = house.husk(&["rmi", "loaded"]);
@@ -122,7 +122,7 @@ fn images_are_listed_and_pruned_with_their_sizes() {
 #[test]
 fn progress_is_shown_only_on_a_terminal() {
     let house = House::new();
-    // So much that no processor is done with it before the bar comes.
+    // Large enough that the progress bar appears on any processor.
     house.sh("mkdir d; head -c 200M /dev/urandom >d/1; tar -C d -cf d.tar .");
     let husk = env!("CARGO_BIN_EXE_husk");
     let mut command = std::process::Command::new("script");

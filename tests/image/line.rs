@@ -1,4 +1,4 @@
-//! A line to a registry that is slow, or breaks.
+//! A slow or unreliable connection to a registry.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A line to a port of this host that counts what comes through it to whoever asks, and breaks after so many bytes.
+/// Forwards connections to a local port, counts bytes, and breaks connections after a given number of bytes.
 pub struct Line {
     pub port: u16,
     bytes: Arc<AtomicU64>,

@@ -1,4 +1,5 @@
-//! From real images to root file systems: made by umoci, skopeo and tar, kept by a real registry, and compared file by file.
+//! Root file systems of real images, created by umoci, skopeo and tar, stored in a real registry, and compared file by
+//! file.
 
 mod archives;
 mod hostile;

@@ -1,4 +1,4 @@
-//! Archives and images byte by byte, as tools write them that are not at hand.
+//! Archives and images constructed byte by byte, in formats of tools that are not installed.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::tools::House;
 
-/// A header of ustar, with its checksum.
+/// A ustar header with a checksum.
 pub fn header(name: &[u8], kind: u8, size: &[u8], link: &[u8]) -> Vec<u8> {
     let mut record = vec![0; 512];
     let mut put = |at: usize, bytes: &[u8]| record[at..at + bytes.len()].copy_from_slice(bytes);
@@ -22,7 +22,7 @@ pub fn header(name: &[u8], kind: u8, size: &[u8], link: &[u8]) -> Vec<u8> {
     put(157, link);
     put(257, b"ustar\x0000");
     if matches!(kind, b'3' | b'4') {
-        // In place of a target: numbers of a device.
+        // A device number in place of a link target.
         put(157, &[0; 16]);
         put(329, link.get(..8).unwrap_or(b"0000001\0"));
         put(337, link.get(8..).unwrap_or(b"0000003\0"));
@@ -39,7 +39,7 @@ pub fn entry(name: &str, kind: u8, content: &[u8], link: &str) -> Vec<u8> {
     bytes
 }
 
-/// An extended header of POSIX's.
+/// A POSIX extended header.
 pub fn pax(records: &[(&str, &str)]) -> Vec<u8> {
     let records = records.iter().map(|(keyword, value)| {
         let rest = format!(" {keyword}={value}\n");
@@ -49,7 +49,7 @@ pub fn pax(records: &[(&str, &str)]) -> Vec<u8> {
     entry("PaxHeaders/x", b'x', records.collect::<String>().as_bytes(), "")
 }
 
-/// An archive of files; those that begin with `->` are links.
+/// An archive of files; contents that start with `->` are links.
 pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     let file = |(name, content): &(&str, &[u8])| match content.strip_prefix(b"->") {
         Some(target) => entry(name, b'2', b"", str::from_utf8(target).unwrap()),
@@ -58,12 +58,12 @@ pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     [files.iter().flat_map(file).collect(), vec![0; 1024]].concat()
 }
 
-/// The hexadecimal digits of a content's digest.
+/// The hexadecimal digest of some content.
 pub fn hex(content: &[u8]) -> String {
     Digest::of(content).hex()
 }
 
-/// The configuration of an image of these layers, whose command is `/bin/sh`.
+/// The configuration of an image with these layers and the command `/bin/sh`.
 pub fn config(layers: &[&[u8]]) -> Vec<u8> {
     let diff_ids: Vec<String> = layers.iter().map(|layer| Digest::of(layer).to_string()).collect();
     json!({"architecture": "amd64", "os": "linux", "config": {"Cmd": ["/bin/sh"]},
@@ -72,7 +72,7 @@ pub fn config(layers: &[&[u8]]) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Docker's list of one image.
+/// Docker's manifest of one image.
 pub fn docker_list(config: &str, layers: &[&str]) -> Vec<u8> {
     json!([{"Config": config, "RepoTags": ["own:1"], "Layers": layers}]).to_string().into_bytes()
 }
@@ -81,7 +81,7 @@ pub fn descriptor(content: &[u8]) -> Value {
     json!({"digest": Digest::of(content).to_string(), "size": content.len()})
 }
 
-/// A descriptor that says more.
+/// Adds a key to a descriptor.
 pub fn with(mut descriptor: Value, key: &str, value: Value) -> Value {
     descriptor[key] = value;
     descriptor

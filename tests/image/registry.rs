@@ -1,4 +1,4 @@
-//! A real registry on this host, with and without a password, and a line to it that breaks.
+//! A real registry on this host, with and without a password, and with an unreliable connection.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -29,7 +29,7 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
     pull(&format!("@{digest}"));
     assert_eq!(house.files("blobs"), 2);
 
-    // Of the next version, only its own layer comes.
+    // Only the new layer of the next version is downloaded.
     house.sh("mkdir three; echo 3 >three/3; tar --numeric-owner -C three -cf three.tar .; umoci raw add-layer --image layout:app three.tar");
     push(&house, &registry, "team/app:2", false);
     let line = Line::to(registry.port, i64::MAX);
@@ -37,7 +37,7 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
     assert!(through.status.success(), "{through:?}");
     assert!(line.bytes() < 100_000, "{} bytes came", line.bytes());
 
-    // An image without its root is made anew of its layers.
+    // A missing root file system is rebuilt from its layers.
     std::fs::remove_dir_all(house.path("data/roots")).unwrap();
     assert!(house.husk(&["load", "-i", "layout"]).status.success());
     let error = String::from_utf8(house.husk(&["pull", &format!("{name}:9")]).stderr).unwrap();
@@ -51,7 +51,7 @@ fn the_image_for_this_architecture_is_pulled_from_an_index() {
     let registry = Registry::start(&house, Asks::Nothing, false);
     push(&house, &registry, "app:amd64", false);
     let at = format!("127.0.0.1:{}", registry.port);
-    // Both manifests have to be there before an index may name them.
+    // Both manifests must exist before an index can refer to them.
     house.sh(&format!(
         "umoci config --image layout:app --tag arm --architecture arm64
          skopeo copy --quiet --dest-tls-verify=false oci:layout:arm docker://{at}/app:arm64
@@ -74,7 +74,7 @@ fn the_image_for_this_architecture_is_pulled_from_an_index() {
         assert_same(&house.path("bundle/rootfs"), &house.root(&format!("{at}/app:all")));
     }
 
-    // One that says nothing of a platform, and what attests to it, in an index of their own within an index.
+    // An image without a platform and its attestation, in a nested index.
     house.sh(&format!(
         r#"mark='"annotations": {{"vnd.docker.reference.type": "attestation-manifest"}}'
            sed -i "s|.platform.*|$mark, \"platform\": {{\"os\": \"unknown\", \"architecture\": \"unknown\"}}}}|" arm64.entry
@@ -110,7 +110,7 @@ fn credentials_are_read_from_dockers_configuration() {
     configure(format!(r#"{{"auths": {{"127.0.0.1:{}": {{"auth": "{AUTH}"}}}}}}"#, registry.port));
     assert!(house.husk(&["pull", &name]).status.success());
 
-    // From a helper program.
+    // From a credential helper.
     house.sh("rm -r data; mkdir bin");
     let helper = "#!/bin/sh\nread host\necho '{\"Username\":\"user\",\"Secret\":\"secret\"}'\n";
     std::fs::write(house.path("bin/docker-credential-test"), helper).unwrap();
@@ -127,7 +127,7 @@ fn an_interrupted_pull_is_resumed() {
     image(&house);
     let registry = Registry::start(&house, Asks::Nothing, false);
     push(&house, &registry, "app:1", false);
-    // The line breaks again and again, after each 3 MiB.
+    // The connection breaks repeatedly, after every 3 MiB.
     let line = Line::to(registry.port, 3 << 20);
     let output = house.husk(&["pull", &format!("127.0.0.1:{}/app:1", line.port)]);
     assert!(output.status.success(), "{output:?}");

@@ -1,4 +1,4 @@
-//! What `husk run` does before there is a machine: an image that is not ready is made so by another process.
+//! Image preparation by `husk run`, in a child process.
 
 use std::fs;
 use std::process::{Child, Stdio};

@@ -1,4 +1,4 @@
-//! Registries that are spoken to in private, and those that want tokens.
+//! Registries with TLS, and with token authentication.
 
 use std::fs;
 use std::process::{Command, Output};
@@ -13,7 +13,7 @@ fn configure(house: &House, text: &str) {
     fs::write(house.path("docker/config.json"), text).unwrap();
 }
 
-/// What the issuer was asked since the last time.
+/// The requests to the issuer since the last call.
 fn asked(house: &House) -> String {
     let asked = fs::read_to_string(house.path("asked")).unwrap_or_default();
     let _ = fs::remove_file(house.path("asked"));
@@ -40,13 +40,13 @@ fn a_registry_with_tls_requires_a_trusted_ca() {
         house.command(&["pull", &name]).env(variable, house.path(value)).output().unwrap()
     };
     expect_pulled(&pull("SSL_CERT_FILE", "ca/ca.crt"));
-    // As Docker and podman have an authority for one registry.
+    // The CA locations of Docker and podman for a registry.
     for place in ["docker", "containers"] {
         let dir = format!("{place}-config/{place}/certs.d/127.0.0.1:{}", registry.port);
         house.sh(&format!("mkdir -p {dir}; cp ca/ca.crt {dir}"));
         expect_pulled(&pull("XDG_CONFIG_HOME", &format!("{place}-config")));
     }
-    // Another's is of no use.
+    // Another CA is not accepted.
     house.sh("openssl req -x509 -newkey rsa:2048 -nodes -keyout x.key -out other.crt -days 2 -subj /CN=authority");
     let output = pull("SSL_CERT_FILE", "other.crt");
     assert!(String::from_utf8_lossy(&output.stderr).contains("invalid peer certificate"), "{output:?}");
@@ -101,7 +101,7 @@ fn credentials_of_podman_and_skopeo_are_used() {
     expect_pulled(&house.command(&["pull", &name]).env("XDG_RUNTIME_DIR", house.path("run")).output().unwrap());
     login("home/.config/containers/auth.json");
     expect_pulled(&house.husk(&["pull", &name]));
-    // For the repository alone, beside one that another has.
+    // For one repository only, in addition to another one.
     let auths = format!(
         r#"{{"auths": {{"127.0.0.1:{0}/team/app": {{"auth": "{AUTH}"}}, "127.0.0.1:{0}": {{"auth": "eDp5"}}}}}}"#,
         registry.port
@@ -125,7 +125,7 @@ fn remote_registries_and_issuers_require_tls() {
         configure(&house, &format!(r#"{{"auths": {{"{NAME}:{}": {{"auth": "{AUTH}"}}}}}}"#, registry.port));
         (registry, name)
     };
-    // Where that name is this host's, for what runs in a mount namespace of its own.
+    // Resolves the name to this host within a separate mount namespace.
     fs::write(house.path("hosts"), format!("127.0.0.1 localhost {NAME}\n")).unwrap();
     let there = |line: &str| {
         let mut command = Command::new("unshare");
@@ -144,7 +144,7 @@ fn remote_registries_and_issuers_require_tls() {
     assert_eq!(asked(&house), "GET user repository:app:pull\n");
     drop(registry);
 
-    // A password does not leave in the clear, whatever the registry says.
+    // A password is never sent unencrypted, whatever the registry requests.
     house.sh("rm -r data");
     let (_registry, name) = elsewhere(false);
     let output = there(&format!("{husk} pull {name}"));
@@ -152,7 +152,7 @@ fn remote_registries_and_issuers_require_tls() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("which is not encrypted"), "{output:?}");
     assert_eq!(asked(&house), "");
 
-    // Nor is a registry asked in the clear that is not on this host.
+    // Nor is a remote registry accessed unencrypted.
     let plain = Registry::start(&house, Asks::Nothing, false);
     let output = there(&format!("{husk} pull {NAME}:{}/app:1", plain.port));
     assert_eq!(output.status.code(), Some(1), "{output:?}");

@@ -1,4 +1,4 @@
-//! A real registry on this host: open, or with a password, TLS, or an issuer of tokens.
+//! A real registry on this host: open, or with a password, TLS, or a token issuer.
 
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -8,26 +8,26 @@ use crate::tools::House;
 
 /// `user:secret`.
 const HTPASSWD: &str = "user:$2b$04$bdrh7N.rIikEgRnSqAljuuv7BohxqgWKBkLNgpHAcSsWdVI4h72LG";
-/// The same, as Docker's configuration has it.
+/// The same in Docker's configuration.
 pub const AUTH: &str = "dXNlcjpzZWNyZXQ=";
-/// What the issuer takes in its place.
+/// The identity token accepted by the issuer in its place.
 pub const IDENTITY: &str = "the-identity";
-/// A name for this host that is not known to be it.
+/// A name for this host that is not recognized as local.
 pub const NAME: &str = "registry.test";
 
-/// What a registry asks who comes.
+/// The authentication of a registry.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Asks {
     Nothing,
     Password,
-    /// A token, by an issuer that is asked without or with TLS, by this name.
+    /// Tokens, from an issuer with this name, with or without TLS.
     Token {
         tls: bool,
         issuer: &'static str,
     },
 }
 
-/// A registry, and its issuer of tokens. They end with this.
+/// A registry and its token issuer, terminated when dropped.
 pub struct Registry {
     children: Vec<Child>,
     pub port: u16,
@@ -64,7 +64,7 @@ impl Registry {
         Registry { children, port }
     }
 
-    /// The name of a repository by this host's address.
+    /// The name of a repository, with this host's address.
     pub fn name(&self, repository: &str) -> String {
         format!("127.0.0.1:{}/{repository}", self.port)
     }
@@ -104,7 +104,7 @@ fn await_port(port: u16) {
     panic!("nobody listens on port {port}");
 }
 
-/// An authority, `ca/ca.crt`, and what it has signed for a server on this host, `server.crt`.
+/// Creates a CA, `ca/ca.crt`, and a server certificate for this host, `server.crt`.
 pub fn certificates(house: &House) {
     house.sh(
         "mkdir ca; openssl req -x509 -newkey rsa:2048 -nodes -keyout authority.key -out ca/ca.crt -days 2 -subj /CN=authority",
@@ -116,7 +116,7 @@ pub fn certificates(house: &House) {
     ));
 }
 
-/// An image of two layers in `layout`, the second of some MiB that cannot be compressed.
+/// Creates an image in `layout` with two layers, the second of a few incompressible MiB.
 pub fn image(house: &House) {
     house.sh("umoci init --layout layout; umoci new --image layout:app; mkdir one two; echo 1 >one/1");
     house.sh("head -c 8M /dev/urandom >two/2; for l in one two; do tar --numeric-owner -C $l -cf $l.tar .; umoci raw add-layer --image layout:app $l.tar; done");

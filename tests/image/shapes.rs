@@ -1,4 +1,4 @@
-//! Images in the shapes that other tools give them, and what looks like one and is none.
+//! Images in the formats of various tools, and archives that only look like images.
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ fn layer() -> Vec<u8> {
     tar(&[("bin/cat", b"cat"), ("bin/sh", b"->cat"), ("f", b"hello\n")])
 }
 
-/// Loads an image, which is not to be taken for anything else, and gives its root.
+/// Loads an archive that must be recognized as an image, and returns its root file system.
 fn load_image(house: &House, path: &str) -> PathBuf {
     let output = house.husk(&["load", path, "--name", "loaded"]);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -58,7 +58,7 @@ fn an_archive_with_dockers_manifest_is_an_image_with_any_part_names() {
             files.remove(at);
             house.sh("gzip -kf x.tar; rm -rf x; mkdir x; tar -C x -xf x.tar");
             for path in ["x.tar", "x.tar.gz", "x"] {
-                // A link that leads to the top is the archive's alone.
+                // An absolute link is resolved within the archive.
                 if (name, path) != ("directory-link", "x") {
                     roots.push(load_image(&house, path));
                 }
@@ -83,7 +83,7 @@ fn assuming_a_root_file_system_is_announced() {
     let run = || String::from_utf8(house.husk(&["run", "--kernel", "./none", "./x", "sh"]).stderr).unwrap();
     assert!(run().starts_with("husk: ./x has no manifest.json or index.json: taken as a root filesystem\n"));
     assert!(!run().contains("taken as"), "it is said when the root is made");
-    // More than an image has, so that it is not read to its end to be known.
+    // More entries than any image, so that it is recognized early.
     let names: Vec<String> = (0..3000).map(|n| format!("usr/{n}")).collect();
     let files: Files = names.iter().map(|name| (name.as_str(), &b"x"[..])).collect();
     fs::write(house.path("many.tar"), tar(&files)).unwrap();
@@ -148,7 +148,7 @@ fn pax_headers_and_long_names_are_parsed_like_dockers() {
     assert_same(&house.path("x"), &root);
 }
 
-/// What an image of one layer is made of.
+/// The parts of an image with one layer.
 struct Parts {
     layer: Vec<u8>,
     config: Vec<u8>,

@@ -1,4 +1,4 @@
-//! What the tests have in common: husk with a store of its own, other people's programs, and trees that are compared.
+//! Helpers: husk with a separate store, external tools, and comparison of trees.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
-/// A store and a directory to make images in.
+/// A temporary store and directory.
 pub struct House {
     pub dir: TempDir,
 }
@@ -24,7 +24,7 @@ impl House {
         self.dir.path().join(name)
     }
 
-    /// A husk whose store is in the directory.
+    /// A husk command that uses the store.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
         command.args(arguments);
@@ -32,7 +32,7 @@ impl House {
         command
     }
 
-    /// Has a command find the directory's own in place of the user's.
+    /// Replaces the user's directories in a command's environment.
     pub fn surround(&self, command: &mut Command) {
         command.current_dir(self.dir.path()).stdin(Stdio::null());
         command.env("HUSK_DATA", self.path("data")).env("DOCKER_CONFIG", self.path("docker"));
@@ -46,14 +46,14 @@ impl House {
         self.command(arguments).output().unwrap()
     }
 
-    /// Loads what is at a path, and gives the root's path.
+    /// Loads the image at a path, and returns the path of its root file system.
     pub fn load(&self, path: &str) -> PathBuf {
         let output = self.husk(&["load", path, "--name", "loaded"]);
         assert!(output.status.success(), "load {path}: {output:?}");
         self.root("loaded")
     }
 
-    /// The root of an image in the store.
+    /// The root file system of an image in the store.
     pub fn root(&self, name: &str) -> PathBuf {
         let image = self.inspect(name);
         let key = image["root"].as_str().unwrap().strip_prefix("sha256:").unwrap().to_owned();
@@ -66,7 +66,7 @@ impl House {
         serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()[0].clone()
     }
 
-    /// Asserts that husk refuses, in one line with `words` in it, and leaves nothing in the store.
+    /// Asserts that husk fails with one line that contains `words`, and leaves nothing in the store.
     pub fn refused(&self, arguments: &[&str], words: &str) {
         let output = self.husk(arguments);
         let stderr = String::from_utf8(output.stderr).unwrap();
@@ -75,19 +75,19 @@ impl House {
         assert_eq!(self.files("roots") + self.files("tmp"), 0, "{arguments:?} left something");
     }
 
-    /// How many files there are in a directory of the store.
+    /// The number of files in a directory of the store.
     pub fn files(&self, dir: &str) -> usize {
         fs::read_dir(self.path("data").join(dir)).map_or(0, Iterator::count)
     }
 
-    /// Runs a line of shell in the directory.
+    /// Runs a shell command in the directory.
     pub fn sh(&self, line: &str) {
         let output = Command::new("bash").args(["-euc", line]).current_dir(self.dir.path()).output().unwrap();
         assert!(output.status.success(), "{line}: {output:?}");
     }
 }
 
-/// Owners, devices and extracting both take root; a test says so where it cannot run.
+/// Owners, devices and extraction require root; otherwise a test is skipped with a message.
 pub fn is_root() -> bool {
     let root = fs::metadata("/proc/self").unwrap().uid() == 0;
     if !root {
@@ -96,7 +96,7 @@ pub fn is_root() -> bool {
     root
 }
 
-/// What there is to know of a file, in words.
+/// The metadata of files, as text.
 type Tree = BTreeMap<PathBuf, String>;
 
 /// Asserts that an image has exactly the files of a directory.
@@ -112,7 +112,7 @@ pub fn assert_same(expected: &Path, root: &Path) {
         assert!(Command::new("umount").arg(&target).status().unwrap().success());
         (found, tree(expected, true))
     } else {
-        // Without a kernel that mounts it, the tool knows neither extended attributes nor hard links.
+        // Without a kernel mount, the tool supports neither extended attributes nor hard links.
         let extract = format!("--extract={}", target.display());
         let output = Command::new("fsck.erofs").arg(extract).arg("--overwrite").arg(root).output().unwrap();
         assert!(output.status.success(), "{output:?}");
@@ -169,7 +169,7 @@ fn tree(root: &Path, is_full: bool) -> Tree {
     tree
 }
 
-/// Names and values of extended attributes.
+/// The names and values of extended attributes.
 fn attributes(path: &Path) -> Vec<(String, Vec<u8>)> {
     let names = husk::sys::xattr::list(path).unwrap();
     let mut all: Vec<_> = names
@@ -180,7 +180,7 @@ fn attributes(path: &Path) -> Vec<(String, Vec<u8>)> {
     all
 }
 
-/// A file system of everything that an image may hold.
+/// A directory tree with all kinds of files that an image can contain.
 pub fn odd_tree(house: &House, name: &str) -> PathBuf {
     house.sh(&format!("mkdir {name}; cd {name}; {}", include_str!("odd_tree.sh")));
     let path = house.path(name);

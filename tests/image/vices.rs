@@ -1,4 +1,4 @@
-//! Registries that are busy, slow, or send one elsewhere.
+//! Registries that are busy or slow, or that redirect.
 
 use std::collections::HashMap;
 use std::fs;
@@ -10,16 +10,16 @@ use std::sync::{Arc, Mutex};
 use crate::server::{AUTH, image};
 use crate::tools::House;
 
-/// What is answered: a status with its words, headers, and a body.
+/// A response: status line, headers and body.
 type Answer = (&'static str, Vec<String>, Vec<u8>);
 
-/// What was asked: the path, and who by `Authorization`.
+/// A request: the path, and the `Authorization` header.
 struct PendingRequest {
     path: String,
     authorization: Option<String>,
 }
 
-/// Answers what is asked at a port of this host, each on a connection of its own.
+/// Serves requests on a local port, each on a separate connection.
 fn serve(answer: impl Fn(&PendingRequest) -> Answer + Send + Sync + 'static) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -53,7 +53,7 @@ fn ok(body: Vec<u8>) -> Answer {
     ("200 OK", Vec::new(), body)
 }
 
-/// What a registry has at `path`: the image in `layout`, under every name.
+/// The registry's content at `path`: the image in `layout`, under every name.
 fn content(layout: &Path, path: &str) -> Answer {
     let read = |name: &str| fs::read(layout.join(name)).map_or_else(|_| ("404 Not Found", Vec::new(), Vec::new()), ok);
     match path.rsplit('/').next().unwrap().strip_prefix("sha256:") {
@@ -63,7 +63,7 @@ fn content(layout: &Path, path: &str) -> Answer {
     }
 }
 
-/// How often each path was asked for.
+/// The number of requests for each path.
 #[derive(Default)]
 struct Counts(Mutex<HashMap<String, u32>>);
 
@@ -145,7 +145,7 @@ fn a_password_is_not_sent_to_redirect_targets() {
     let asks = || vec!["WWW-Authenticate: Basic realm=\"r\"".to_owned()];
     let told = Arc::new(Mutex::new(Vec::new()));
     let heard = told.clone();
-    // It asks who comes, as the registry does.
+    // It requires authentication, like the registry.
     let elsewhere = serve(move |asked| {
         heard.lock().unwrap().extend(asked.authorization.clone());
         ("401 Unauthorized", asks(), Vec::new())
@@ -156,7 +156,7 @@ fn a_password_is_not_sent_to_redirect_targets() {
         let path = &asked.path;
         match asked.authorization.as_deref() {
             _ if path == "/v2/" => ok(b"{}".to_vec()),
-            // What it has moved on itself is asked for as by the same user.
+            // Redirects within the registry keep the credentials.
             Some(given) if given == format!("Basic {AUTH}") => match path.strip_prefix("/v2/app/") {
                 Some(rest) => ("307 Temporary Redirect", vec![format!("Location: /v2/moved/{rest}")], Vec::new()),
                 None if path.contains("/manifests/2") => ("307 Temporary Redirect", at(elsewhere, path), Vec::new()),

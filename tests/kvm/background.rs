@@ -1,4 +1,4 @@
-//! Machines in the background: listed, watched, stopped, renamed, removed, and started again, by the commands for it.
+//! Machines in the background: listed, attached, stopped, renamed, removed and restarted.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -15,10 +15,10 @@ use crate::husk::{disk_image, end_of, is_emulated, own_lines, processes_of, proc
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A user's machines, apart from everybody else's.
+/// A separate set of machines.
 pub struct Machines {
     pub runtime: TempDir,
-    /// Whether there is a file system on it.
+    /// Whether a file system is mounted on it.
     pub mounted: bool,
 }
 
@@ -27,7 +27,7 @@ impl Machines {
         Machines { runtime: tempfile::tempdir().unwrap(), mounted: false }
     }
 
-    /// Where they are, which no other test's processes are told.
+    /// The state directory, unique to this test.
     pub fn place(&self) -> &str {
         self.runtime.path().to_str().unwrap()
     }
@@ -42,7 +42,7 @@ impl Machines {
         self.command(words).output().unwrap()
     }
 
-    /// What a command prints that is to succeed.
+    /// Runs a command that must succeed, and returns its output.
     #[track_caller]
     pub fn ok(&self, words: &[&str]) -> String {
         let output = self.run(words);
@@ -50,7 +50,7 @@ impl Machines {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// The one line that a command prints that is to fail.
+    /// Runs a command that must fail with one line, and returns the line.
     #[track_caller]
     pub fn fails(&self, words: &[&str], code: i32) -> String {
         let output = self.run(words);
@@ -98,14 +98,14 @@ impl Machines {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    /// Machines' directories, and whatever else is beside them.
+    /// The machines' directories, and any other files next to them.
     pub fn dirs(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.runtime.path().join("husk")).into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().into_string().unwrap());
         names.filter(|name| !["lock", "names"].contains(&name.as_str())).collect()
     }
 
-    /// The names that lead anywhere.
+    /// The number of names that are not dangling.
     pub fn names(&self) -> usize {
         std::fs::read_dir(self.runtime.path().join("husk/names")).map_or(0, Iterator::count)
     }
@@ -120,7 +120,7 @@ impl Drop for Machines {
             self.run(&words);
         }
         if self.mounted {
-            // Whoever ends last of all lets it go.
+            // Detached when its last user exits.
             let _ = Command::new("umount").arg("-l").arg(self.runtime.path()).status();
         }
     }
@@ -197,7 +197,7 @@ fn a_paused_machine_uses_no_cpu_and_continues() {
     assert!(cpu(&machines) > 20.0, "{}", cpu(&machines));
     assert!(machines.fails(&["unpause", "busy"], 1).contains("is not paused"));
     machines.ok(&["pause", "busy"]);
-    // Stopping one that is paused is no different.
+    // Stopping a paused machine works the same way.
     machines.ok(&["stop", "-t", "0.2", "busy"]);
     assert_eq!(machines.inspect("busy", "state/code"), "137");
 }
@@ -234,7 +234,7 @@ fn a_killed_machine_is_detected_and_its_name_freed() {
     machines.ok(&["rm", "a"]);
     let second = machines.start(guests::POWER, "do=halt", &["--name", "a", "--rm"]);
     assert_ne!(second, id);
-    // One that is not to be kept is gone as soon as anybody looks. Until then its machine is being taken down.
+    // A machine that is not kept disappears at the next command. Until then the kernel is tearing it down.
     send_signal(machines.inspect("a", "pid").parse().unwrap(), "KILL");
     let deadline = Instant::now() + PATIENCE;
     while !machines.ok(&["ps", "-q"]).is_empty() {
@@ -246,12 +246,12 @@ fn a_killed_machine_is_detected_and_its_name_freed() {
     assert_eq!(machines.dirs().len(), 1);
 }
 
-/// Starts `words` and kills the husk that is to be the machine, after this time.
+/// Runs `words` and kills the process that runs the machine after this time.
 fn start_and_kill(machines: &Machines, words: &[&str], after: Duration) -> Output {
     let mut command = machines.command(words);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     thread::sleep(after);
-    // In the background it is the one that was started by the one that was started here.
+    // In the background, that is the child of the process started here.
     let victims = if words.contains(&"-d") {
         processes_of(machines.place()).into_iter().filter(|pid| *pid != child.id()).collect()
     } else {
@@ -267,7 +267,7 @@ fn start_and_kill(machines: &Machines, words: &[&str], after: Duration) -> Outpu
 fn a_machine_killed_at_any_stage_leaves_a_reusable_name() {
     needs_kvm!();
     let machines = Machines::new();
-    // A start takes 7 ms, of a debug build perhaps 20, and more where a processor is emulated.
+    // A start takes 7 ms, perhaps 20 with a debug build, and more on an emulated processor.
     let (step_us, steps) = if is_emulated() { (100_000, 10) } else { (500, 60) };
     let words = ["--name", "a", "--kernel", guests::POWER, "--cmdline", "do=halt", "--memory", "64M"];
     let mut stages = std::collections::BTreeSet::new();
@@ -276,7 +276,7 @@ fn a_machine_killed_at_any_stage_leaves_a_reusable_name() {
             let killed = start_and_kill(&machines, &[how, &words].concat(), Duration::from_micros(step * step_us));
             let errors = own_lines(&killed.stderr);
             assert!(errors.lines().count() <= 1, "{errors}");
-            // What is left of it: nothing, a directory, its record, or a machine that is to be removed.
+            // What is left: nothing, a directory, a record, or a machine to be removed.
             stages.insert((how.len(), machines.dirs().len(), machines.ok(&["ps", "-aq"]).lines().count()));
             let removed = machines.run(&["rm", "-f", "a"]);
             assert!(removed.status.success() || own_lines(&removed.stderr).contains("no such machine"), "{removed:?}");
@@ -287,7 +287,7 @@ fn a_machine_killed_at_any_stage_leaves_a_reusable_name() {
         }
     }
     assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
-    // Killed too early to leave anything, and late enough to leave something.
+    // Killed both too early to leave anything, and late enough to leave something.
     assert!(stages.len() >= 4, "{stages:?}");
 }
 
@@ -339,7 +339,7 @@ fn a_failing_machine_is_restarted_up_to_the_limit() {
     };
     assert_eq!(exits(7, "on-failure:3", "a"), ("7".into(), "3".into()));
     assert_eq!(exits(0, "on-failure", "b"), ("0".into(), "0".into()));
-    // Whoever wants it to end does not want it again, running or waiting.
+    // A stop request prevents a restart, while the machine is running or waiting.
     machines.start(guests::POWER, "do=halt", &["--name", "c", "--restart", "on-failure"]);
     machines.ok(&["stop", "-t", "0", "c"]);
     assert_eq!((machines.status("c"), machines.inspect("c", "restarts")), ("exited".into(), "0".into()));
@@ -365,7 +365,7 @@ fn the_log_of_a_repeatedly_failing_machine_stays_small() {
         thread::sleep(Duration::from_millis(10));
     }
     machines.ok(&["stop", "e"]);
-    // What was said after that is in the new one.
+    // Later messages are in the new one.
     let sizes = ["husk.old", "husk.log"].map(|name| dir.join(name).metadata().unwrap().len() as usize);
     assert!(sizes[0] > FULL_BYTES && sizes[1] < FULL_BYTES / 2, "{sizes:?}");
     assert!(machines.ok(&["logs", "--kernel", "e"]).contains("....husk: "), "{sizes:?}");
@@ -375,7 +375,7 @@ fn the_log_of_a_repeatedly_failing_machine_stays_small() {
 fn a_stopped_machine_is_started_again() {
     needs_kvm!();
     let machines = Machines::new();
-    // From a directory of its own, and by a path in it.
+    // From another working directory, with a relative path.
     let place = tempfile::tempdir().unwrap();
     std::fs::copy(guests::POWER, place.path().join("kernel")).unwrap();
     let words = ["boot", "-d", "--name=old", "--kernel=kernel", "--cmdline=do=wait-for-button", "--memory=64M"];
@@ -393,7 +393,7 @@ fn a_stopped_machine_is_started_again() {
     assert_ne!(machines.inspect("new", "pid"), pid);
     assert_eq!((machines.inspect("new", "created_ms"), machines.inspect("new", "name")), (created, "new".into()));
     machines.await_log("new", "power button\nready\nlistening\n");
-    // One that was killed, and then one that runs.
+    // One that was killed, and then one that is running.
     send_signal(machines.inspect("new", "pid").parse().unwrap(), "KILL");
     machines.await_status("new", "lost");
     machines.ok(&["start", &id]);
@@ -401,7 +401,7 @@ fn a_stopped_machine_is_started_again() {
     assert_eq!(machines.ok(&["restart", "--time", "30", "new"]), "new\n");
     assert_ne!(machines.inspect("new", "pid"), pid);
     assert_eq!((machines.status("new"), machines.dirs(), machines.names()), ("running".into(), vec![id], 1));
-    // What it was made of is gone: it stays as it was.
+    // Its kernel is gone: it remains stopped.
     std::fs::remove_file(place.path().join("kernel")).unwrap();
     machines.ok(&["stop", "new"]);
     assert!(machines.fails(&["start", "new"], 1).contains("kernel: No such file"));
@@ -479,7 +479,7 @@ fn limits_of_a_running_machine_can_be_changed() {
     assert!(machines.fails(&["update", "busy"], 1).contains("nothing to update"));
     let limited = machines.run(&["update", "--cpus", "0.05", "busy"]);
     if limited.status.success() {
-        // What was used before counts no more.
+        // Earlier usage no longer counts.
         thread::sleep(Duration::from_millis(500));
         let percent = used(&machines)["cpu_percent"].as_f64().unwrap();
         assert!(percent < 12.0, "{percent}");
@@ -487,7 +487,7 @@ fn limits_of_a_running_machine_can_be_changed() {
         let percent = used(&machines)["cpu_percent"].as_f64().unwrap();
         assert!(percent > 12.0, "{percent}");
     } else {
-        // Where a user has no control groups of their own that is an error, and nothing else.
+        // Without delegated cgroups this is an error, with no other effect.
         assert!(String::from_utf8_lossy(&limited.stderr).contains("limit the machine to 0.05 CPUs"), "{limited:?}");
     }
     assert_eq!(machines.status("busy"), "running");
@@ -504,7 +504,7 @@ fn a_background_console_accepts_input_from_attached_clients() {
     let mut seen = [0; 4];
     first.stdout.as_mut().unwrap().read_exact(&mut seen).unwrap();
     assert_eq!(&seen, b"one ");
-    // Whoever leaves takes nothing along.
+    // Detaching does not affect the machine.
     first.kill().unwrap();
     first.wait().unwrap();
     machines.await_log("tty", "one ");
@@ -540,9 +540,9 @@ fn the_previous_client_regains_the_console() {
 fn logs_are_followed_to_the_end_and_stay_within_their_size() {
     needs_kvm!();
     let machines = Machines::new();
-    // Each byte is an exit: on an emulated processor there are fewer, and the log does not come to its limit.
+    // Each byte causes an exit: an emulated processor prints fewer, which do not reach the log's limit.
     let (bytes, least, most) = if !is_emulated() { (3_000_000, 400_000, 1 << 20) } else { (20_000, 20_000, 20_001) };
-    // A byte an exit is slow enough to be followed from file to file.
+    // With an exit per byte it is slow enough to be followed across files.
     machines.start(guests::SERIAL, &format!("do=flood bytes={bytes}"), &["--name", "loud", "--log-max", "1M"]);
     let followed = machines.run(&["logs", "-f", "loud"]).stdout;
     assert_eq!(followed.len(), bytes);
@@ -567,7 +567,7 @@ fn size_of(dir: &Path) -> u64 {
 fn concurrent_commands_do_not_interfere() {
     needs_kvm!();
     let machines = Machines::new();
-    // A command takes a second where a processor is emulated.
+    // A command takes a second on an emulated processor.
     let (shells, rounds) = if !is_emulated() { (20, 10) } else { (5, 1) };
     thread::scope(|scope| {
         for shell in 0..shells {
@@ -591,13 +591,13 @@ fn concurrent_commands_do_not_interfere() {
 fn a_hundred_machines_are_started_listed_and_stopped() {
     needs_kvm!();
     let machines = Machines::new();
-    // As many as an emulated processor comes to an end with.
+    // As many as an emulated processor can handle.
     let count: usize = if !is_emulated() { 100 } else { 12 };
     let names: Vec<String> = (0..count).map(|n| format!("m{n}")).collect();
     let words =
         |start: &[&'static str]| start.iter().copied().chain(names.iter().map(String::as_str)).collect::<Vec<_>>();
     thread::scope(|scope| {
-        // Twenty shells, where there are a hundred of them.
+        // Twenty concurrent shells for a hundred machines.
         for some in names.chunks(count.div_ceil(20)) {
             let machines = &machines;
             scope.spawn(move || {
@@ -616,7 +616,7 @@ fn a_hundred_machines_are_started_listed_and_stopped() {
     assert!(processes_of(machines.place()).is_empty());
 }
 
-/// What everybody on the host sees of a process.
+/// The arguments of a process that are visible to all users.
 fn arguments_of(pid: &str) -> String {
     let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
     String::from_utf8_lossy(&bytes).replace('\0', " ")
@@ -628,7 +628,7 @@ fn environment_variables_are_hidden_from_other_users() {
     use std::os::unix::fs::PermissionsExt;
     let machines = Machines::new();
     let (_dir, disk) = disk_image(1 << 20);
-    // A partition table: it is a disk, which takes no process of husk's.
+    // With a partition table it is a disk, which runs no process of husk's init.
     std::fs::File::options().write(true).open(&disk).unwrap().write_all_at(b"\x55\xaa", 0x1fe).unwrap();
     let disk = disk.to_str().unwrap();
     let machine =
@@ -638,7 +638,7 @@ fn environment_variables_are_hidden_from_other_users() {
     };
     let is_told = |arguments: &str| ["hunter2", "s3cret"].iter().any(|secret| arguments.contains(secret));
     let in_background = words(&["-d", "--name", "web"]);
-    // Also where the mask takes nothing away.
+    // Even with an empty umask.
     let mut shell = Command::new("sh");
     shell.args(["-c", "umask 0; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_husk")]).args(&in_background);
     let id = shell.env("XDG_RUNTIME_DIR", machines.runtime.path()).stdin(Stdio::null()).output().unwrap();
@@ -651,7 +651,7 @@ fn environment_variables_are_hidden_from_other_users() {
         let mode = entry.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o177, 0, "{}: {mode:o}", entry.path().display());
     }
-    // It is started again with what was typed.
+    // It is restarted with the original arguments.
     machines.ok(&["kill", "web"]);
     machines.ok(&["wait", "web"]);
     machines.ok(&["start", "web"]);
@@ -680,7 +680,7 @@ fn other_users_cannot_control_a_machine() {
     for (path, mode) in [(base.clone(), 0o700), (base.join(&id), 0o700), (base.join(&id).join("control"), 0o600)] {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, mode, "{}", path.display());
     }
-    // A client that says nothing, and one that says nonsense, keep nobody else from being heard.
+    // A silent client and one that sends garbage do not block others.
     let control = base.join(&id).join("control");
     let silent: Vec<_> = (0..20).map(|_| std::os::unix::net::UnixStream::connect(&control).unwrap()).collect();
     silent.first().unwrap().write_all(&[0xff; 9000]).unwrap();

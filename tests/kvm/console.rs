@@ -1,4 +1,4 @@
-//! From the serial port to the terminal, a pipe or nobody, and back.
+//! The serial console on a terminal, a pipe, or without a reader.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
@@ -9,14 +9,14 @@ use crate::husk::{self, boot, is_emulated};
 use crate::terminal::Terminal;
 use husk_guests as guests;
 
-/// What ends the echoing guest.
+/// Ends the echo guest.
 const EOT: u8 = 4;
 
 #[test]
 fn a_flood_arrives_whole() {
     needs_kvm!();
     let flood = |bytes: usize| boot(guests::SERIAL, &format!("do=flood bytes={bytes}")).run().stdout;
-    // Each byte is an exit, which takes long on an emulated processor: there it is more of a trickle.
+    // Each byte causes an exit, which is slow on an emulated processor, so fewer are printed there.
     let bytes = if is_emulated() { 16 << 10 } else { 512 << 10 };
     let stdout = flood(bytes);
     assert_eq!(stdout.len(), bytes);
@@ -28,7 +28,7 @@ fn a_flood_arrives_whole() {
 fn a_prompt_is_shown_before_its_line_ends() {
     needs_kvm!();
     let running = boot(guests::SERIAL, "do=prompt").start().wait_for("login: ");
-    // Two of the same that wait for a busy husk would be one.
+    // Two pending signals of the same kind would be merged.
     running.signal("TERM");
     running.signal("INT");
     running.wait();
@@ -50,7 +50,7 @@ fn piped_input_reaches_the_guest_whole() {
     }
 }
 
-/// The in-kernel PIC is not the machine's: before the guest has set up its APIC, a line that is raised is not heard.
+/// The in-kernel PIC is not part of the machine: before the guest has set up its APIC, interrupts are not delivered.
 #[test]
 fn no_interrupt_arrives_before_the_guest_has_set_up_its_controller() {
     needs_kvm!();
@@ -78,7 +78,7 @@ fn the_end_of_input_uses_no_cpu() {
     let before = running.cpu_time();
     thread::sleep(Duration::from_secs(1));
     let spent = running.cpu_time() - before;
-    // Two of the same that wait for a busy husk would be one.
+    // Two pending signals of the same kind would be merged.
     running.signal("TERM");
     running.signal("INT");
     running.wait();
@@ -101,10 +101,10 @@ fn the_terminal_is_raw_while_the_machine_runs() {
     let mut terminal = Terminal::start(boot(guests::SERIAL, "do=echo wait=interrupt").command());
     terminal.wait_for("ready");
     assert!(!terminal.modes().canonical() && !terminal.modes().changes_output());
-    // Ctrl-C is the guest's key.
+    // Ctrl-C is passed on to the guest.
     terminal.type_keys(b"typed\x03");
     terminal.wait_for("typed\x03");
-    // What husk itself says is whole lines there, and the guest's bytes are its own.
+    // husk's own messages are complete lines, and the guest's output is unchanged.
     terminal.type_keys(b"\x01h");
     terminal.wait_for("Ctrl-A p   press the power button\r\n");
     terminal.type_keys(&[EOT]);
@@ -114,7 +114,7 @@ fn the_terminal_is_raw_while_the_machine_runs() {
     assert!(terminal.modes().canonical() && terminal.modes().changes_output());
 }
 
-/// Boots `words` on a terminal, has `end` end it, and checks the exit code and that the terminal is as it was.
+/// Boots `words` on a terminal, ends it with `end`, and checks the exit code and that the terminal is restored.
 #[track_caller]
 fn restores_the_terminal(words: &str, end: impl FnOnce(&mut Terminal), code: i32) {
     let untouched = Terminal::start(std::process::Command::new("true")).modes();

@@ -1,4 +1,4 @@
-//! What a machine gets of the host's processors, seen from outside of it.
+//! A machine's use of host CPUs, measured from outside.
 
 use std::fs;
 use std::io::Write;
@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use crate::husk::{Running, boot, disk_image};
 use husk_guests as guests;
 
-/// Leaves the test, aloud, where control groups are not ours to make.
+/// Skips the test with a visible message without permission to create cgroups.
 macro_rules! needs_root {
     () => {
-        // Written past the harness, which keeps what a test prints.
+        // Bypasses the test harness, which captures output.
         if !rooted() {
             let _ = writeln!(std::io::stderr(), "SKIPPED: limits of processor time are tested by root");
             return;
@@ -25,31 +25,31 @@ fn rooted() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout == b"0\n")
 }
 
-/// The control groups that the process of this number made.
+/// The cgroups created by this process.
 fn groups_of(pid: u32) -> Vec<PathBuf> {
     let name = format!("husk-{pid}-*");
     let output = Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-name", &name]).output().unwrap();
     String::from_utf8(output.stdout).unwrap().lines().map(PathBuf::from).collect()
 }
 
-/// A machine of two vCPUs that do all they can, held to half a processor between them.
+/// A machine with two busy vCPUs, limited to half a CPU.
 fn held_to_half() -> Running {
     let config = tempfile::NamedTempFile::new().unwrap();
     fs::write(&config, r#"{"cpus": 2, "cpu_limit_millicpus": 500}"#).unwrap();
-    // Before all others, so that on a busy host too it is the limit that decides.
+    // More shares than other processes, so that the limit is decisive even on a busy host.
     let machine = boot(guests::BUSY, "cpus=2").flag("--config", config.path()).flag("--cpu-shares", "262144");
     machine.start().wait_for("busy")
 }
 
-/// Ends a machine that heeds nothing: the first signal presses a button, the second ends it. Two of one kind might
-/// become one.
+/// Ends a machine that ignores the power button: the first signal presses it, the second ends the machine. Two pending
+/// signals of one kind would be merged.
 fn end(running: Running) {
     running.signal("TERM");
     running.signal("INT");
     running.wait();
 }
 
-/// What each of these machines gets of a processor in the next seconds.
+/// The CPU usage of each machine during the next seconds.
 fn shares_of_time(machines: &[&Running]) -> Vec<f64> {
     const WINDOW: Duration = Duration::from_secs(4);
     let started = Instant::now();
@@ -59,7 +59,7 @@ fn shares_of_time(machines: &[&Running]) -> Vec<f64> {
     shares.map(|used| used.as_secs_f64() / started.elapsed().as_secs_f64()).collect()
 }
 
-/// Looks a few times whether `measure` is within a tenth of `wanted`: a busy host may give less for a while.
+/// Measures several times whether the result is within a tenth of `wanted`: a busy host may temporarily provide less.
 #[track_caller]
 fn comes_within_a_tenth_of(wanted: f64, mut measure: impl FnMut() -> f64) {
     const LOOKS: usize = 5;
@@ -93,14 +93,14 @@ fn a_cpu_limit_is_enforced() {
         assert!(share < 0.55, "{share}");
         share
     });
-    // It is the limit that stops it here, and not the host.
+    // The limit is what throttles it, not the host.
     assert!(throttled() > throttled_before);
     let pid = running.pid();
     end(running);
     assert!(groups_of(pid).is_empty(), "the group goes with the machine");
 }
 
-/// The last of the processors that this process may run on.
+/// The last CPU available to this process.
 fn last_processor() -> String {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
@@ -148,7 +148,7 @@ fn a_machine_works_within_its_automatic_host_memory_limit() {
     needs_root!();
     const MIB: u64 = 1 << 20;
     let (_dir, disk) = disk_image(256 * MIB);
-    // More than the page cache may have of it.
+    // More data than the page cache may use.
     let machine = boot(guests::DRIVE, "type=write order=sequential depth=8 count=30000").disk(&disk, "");
     let machine = machine.flag("--host-memory", "auto");
     assert!(machine.run().expect(0).contains("requests 30000"));
@@ -173,7 +173,7 @@ fn an_unavailable_limit_is_reported_with_a_remedy() {
         ("--host-memory", "1G", "MemoryMax=1024M"),
     ] {
         let husk = boot(guests::EXIT, "").flag(flag, value).command();
-        // Where control groups were is an empty directory.
+        // Replaces the cgroup file system with an empty directory.
         let script = "mount -t tmpfs none /sys/fs/cgroup && exec \"$0\" \"$@\"";
         let mut without = Command::new("unshare");
         without.args(["--mount", "sh", "-c", script]).arg(husk.get_program()).args(husk.get_args());

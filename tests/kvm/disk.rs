@@ -1,4 +1,4 @@
-//! From a driver in a guest to a file on the host: what a disk does, refuses, and survives.
+//! Disks from a guest's driver to the host's file: supported requests, rejected ones, and robustness.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use husk_guests as guests;
 
 const MIB: u64 = 1 << 20;
 
-/// Runs the disk guest on an image of 1 MiB, and returns what it printed.
+/// Runs the disk guest on an image of 1 MiB, and returns its output.
 #[track_caller]
 fn block(what: &str, options: &str) -> String {
     let (_dir, disk) = disk_image(MIB);
@@ -62,11 +62,11 @@ fn discarded_and_zeroed_sectors_are_the_ones_asked_for() {
     block("write-zeroes", "");
 }
 
-/// A block device of this host, made of a file; gone when dropped.
+/// A loop device for a file, detached when dropped.
 struct LoopDevice(String);
 
 impl LoopDevice {
-    /// `None`, and a loud word, where this user cannot make one.
+    /// `None` with a visible message if this user cannot create one.
     fn of(file: &Path) -> Option<LoopDevice> {
         let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
         match made {
@@ -136,7 +136,7 @@ fn completed_writes_are_in_the_file() {
     assert!(image[64 * 512..].iter().all(|byte| *byte == 0));
 }
 
-/// Requests a second that a disk with these options does, once what may pass at once has.
+/// The rate of requests with these options, after the initial burst.
 fn rate_of(disk: &Path, options: &str, words: &str, burst: u64) -> f64 {
     const COUNT: u64 = 400;
     let text = boot(guests::DRIVE, &format!("{words} order=random count={COUNT}")).disk(disk, options).run().expect(0);
@@ -148,14 +148,14 @@ fn rate_of(disk: &Path, options: &str, words: &str, burst: u64) -> f64 {
 fn a_limit_on_a_disk_holds() {
     needs_kvm!();
     let (_dir, disk) = disk_image(16 * MIB);
-    // Of 4 KiB each: 200 a second either way. A tenth of a second's may pass at once unless something else is said.
+    // Requests of 4 KiB: 200 per second in both cases. The burst is that of a tenth of a second unless specified.
     for (options, burst, words) in [
         (",iops=200", 20, "type=read depth=1"),
         (",iops=200,iops-burst=100", 100, "type=write depth=32"),
         (",bps=800k", 20, "type=read depth=4"),
         (",bps=800k,bps-burst=400k,iops=5000", 100, "type=write depth=1"),
     ] {
-        // A busy host may give the guest less time than it takes to ask for so much, but never does the guest get more.
+        // A busy host may slow the guest down, but it never exceeds the limit.
         let rates = (0..5).map(|_| rate_of(&disk, options, words, burst)).inspect(|rate| {
             println!("{words}, {options}: {rate:.1} a second");
             assert!(*rate < 220.0, "{words}, {options}: {rate} a second");
@@ -182,7 +182,7 @@ fn a_disk_beyond_two_tib_has_its_last_sector() {
     assert!(text.contains(&format!("capacity {}\n", (3u64 << 40) / 512)), "{text}");
 }
 
-/// A driver that breaks the rules gets an answer or DEVICE_NEEDS_RESET, and after a reset a working disk.
+/// A misbehaving driver gets an error or DEVICE_NEEDS_RESET, and a working disk after a reset.
 #[track_caller]
 fn survives(what: &str) -> husk::Ran {
     let (_dir, disk) = disk_image(MIB);

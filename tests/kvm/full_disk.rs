@@ -1,4 +1,4 @@
-//! Machines whose directory is on a full disk: logs are lost there, and no machine.
+//! Machines with a full disk: log output is lost, but machines keep working.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::background::Machines;
 use husk_guests as guests;
 
-/// Machines on a file system of 256 KiB. `None` where nothing can be mounted, and a loud word.
+/// Machines on a file system of 256 KiB. `None` with a visible message if it cannot be mounted.
 fn machines_on_a_small_disk() -> Option<Machines> {
     let mut machines = Machines::new();
     let mut mount = Command::new("mount");
@@ -20,7 +20,7 @@ fn machines_on_a_small_disk() -> Option<Machines> {
     machines.mounted.then_some(machines)
 }
 
-/// What fills the disk, until it is removed.
+/// Fills the disk until the file is removed.
 fn fill(machines: &Machines) -> PathBuf {
     let path = machines.runtime.path().join("ballast");
     let mut file = File::create(&path).unwrap();
@@ -58,14 +58,14 @@ fn a_machine_on_a_full_disk_loses_only_output() {
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "tty"]);
     machines.await_log("tty", "ready");
     let ballast = fill(&machines);
-    // All that changes what is known of it.
+    // All commands that update the record.
     machines.ok(&["pause", "tty"]);
     assert_eq!(machines.status("tty"), "paused");
     machines.ok(&["unpause", "tty"]);
     machines.ok(&["rename", "tty", "a-name-that-is-a-good-deal-longer"]);
     machines.ok(&["rename", "a-name-that-is-a-good-deal-longer", "console"]);
     assert_eq!((machines.status("console"), machines.names()), ("running".into(), 1));
-    // More than there is room for, and the end of it.
+    // More than fits, and its end.
     machines.attach("console").stdin.take().unwrap().write_all(&[b'x'; 20_000]).unwrap();
     let mut last = machines.attach("console");
     last.stdin.as_mut().unwrap().write_all(b"\x04").unwrap();

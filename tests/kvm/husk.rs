@@ -1,4 +1,4 @@
-//! husk run as a user runs it: the built binary, a tiny guest, its output and its exit code.
+//! Runs the built binary with a tiny guest, and checks its output and exit code.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -10,10 +10,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Longer than any guest of these tests takes on a busy machine that emulates it.
+/// Longer than any guest of these tests takes on a busy, emulated machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Leaves the test, aloud, where there is no KVM to run it on; fails it where HUSK_TEST_REQUIRE_KVM says there must be.
+/// Skips the test with a visible message without KVM; fails it if HUSK_TEST_REQUIRE_KVM is set.
 macro_rules! needs_kvm {
     () => {
         if !$crate::husk::kvm_is_usable() {
@@ -22,7 +22,8 @@ macro_rules! needs_kvm {
     };
 }
 
-/// Whether /dev/kvm opens. If not, says so where it is seen: the test harness keeps only what is printed by macros.
+/// Whether /dev/kvm can be opened. If not, prints a message past the test harness, which only captures output of
+/// macros.
 pub fn kvm_is_usable() -> bool {
     let Err(error) = File::options().read(true).write(true).open("/dev/kvm") else { return true };
     assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "HUSK_TEST_REQUIRE_KVM is set, but /dev/kvm: {error}");
@@ -31,39 +32,39 @@ pub fn kvm_is_usable() -> bool {
     false
 }
 
-/// A `husk boot` to be started.
+/// A `husk boot` command.
 #[derive(Clone)]
 pub struct Boot {
     flags: Vec<(&'static str, OsString)>,
     input: Option<Vec<u8>>,
 }
 
-/// `husk boot` of `guest`, told `words` on its command line. Standard input is empty unless given.
+/// `husk boot` of `guest` with the command line `words`. Standard input is empty by default.
 pub fn boot(guest: &str, words: &str) -> Boot {
     let flags = vec![("--kernel", guest.into()), ("--cmdline", words.into()), ("--memory", "64M".into())];
     Boot { flags, input: None }
 }
 
 impl Boot {
-    /// Sets a flag to this value, instead of the one it had.
+    /// Sets a flag, replacing its earlier value.
     pub fn flag(mut self, name: &'static str, value: impl Into<OsString>) -> Boot {
         self.flags.retain(|(other, _)| name == "--disk" || *other != name);
         self.flags.push((name, value.into()));
         self
     }
 
-    /// Adds a disk, with its options behind a comma.
+    /// Adds a disk with options.
     pub fn disk(self, path: &Path, options: &str) -> Boot {
         self.flag("--disk", format!("{}{options}", path.display()))
     }
 
-    /// Gives standard input from a pipe that ends behind `bytes`.
+    /// Provides standard input from a pipe that ends after `bytes`.
     pub fn input(mut self, bytes: Vec<u8>) -> Boot {
         self.input = Some(bytes);
         self
     }
 
-    /// The command itself, for what is not common.
+    /// The command, for customization.
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
         command.arg("boot");
@@ -78,7 +79,7 @@ impl Boot {
         let stdin = if self.input.is_some() { Stdio::piped() } else { Stdio::null() };
         let mut child = self.command().stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         if let (Some(mut pipe), Some(input)) = (child.stdin.take(), self.input) {
-            // A machine that ends before it has read all leaves a broken pipe.
+            // A machine that exits early closes the pipe.
             thread::spawn(move || drop(pipe.write_all(&input)));
         }
         let stdout = Stream::collect(child.stdout.take().unwrap());
@@ -86,10 +87,10 @@ impl Boot {
         Running { child: Killed(child), stdout, stderr }
     }
 
-    /// Starts it and waits for its end.
+    /// Runs it to its end.
     ///
-    /// On an emulated processor guests were seen to triple-fault, of unproven cause: there such an end is told loudly
-    /// and the guest is booted once more. On a real one it counts.
+    /// On an emulated processor guests were observed to triple-fault for unknown reasons: such an end is reported
+    /// visibly and the guest is booted once more. On a real processor it is a failure.
     pub fn run(self) -> Ran {
         const TRIPLE_FAULT: i32 = 82;
         let again = self.clone();
@@ -102,7 +103,7 @@ impl Boot {
     }
 }
 
-/// What a process has printed so far.
+/// The output of a process so far.
 #[derive(Default)]
 struct Text {
     bytes: Vec<u8>,
@@ -147,18 +148,18 @@ impl Stream {
     }
 }
 
-/// A process that does not outlive the test that started it.
+/// A process that is killed at the end of its test.
 struct Killed(Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
-        // Most have ended, and have been waited for.
+        // Most have exited and been reaped.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// A husk that runs. Killed if a test fails before its end.
+/// A running husk process, killed if a test fails.
 pub struct Running {
     child: Killed,
     stdout: Stream,
@@ -180,26 +181,26 @@ impl Running {
         self
     }
 
-    /// Sends a signal by its name.
+    /// Sends a signal by name.
     pub fn signal(&self, name: &str) {
         send_signal(self.pid(), name);
     }
 
-    /// Whether it has not ended yet.
+    /// Whether it is still running.
     pub fn runs(&mut self) -> bool {
         self.child.0.try_wait().unwrap().is_none()
     }
 
-    /// Time on a processor so far, of all its threads, in and out of the guest.
+    /// The CPU time of all threads so far, inside and outside of the guest.
     pub fn cpu_time(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
-        // proc(5): the fields behind the name in parentheses begin with the third; utime is the 14th, stime the 15th.
+        // proc(5): the fields after the name in parentheses start with the third; utime is the 14th, stime the 15th.
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
         Duration::from_millis(ticks * 10)
     }
 
-    /// Waits for its end.
+    /// Waits for its exit.
     pub fn wait(mut self) -> Ran {
         let status = end_of(&mut self.child.0);
         let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
@@ -211,19 +212,19 @@ impl Running {
     }
 }
 
-/// Whether each instruction here takes as long as a hundred do elsewhere, and an exit half a millisecond. Said by who
-/// knows: a stopwatch takes an idle machine for a fast one.
+/// Whether the processor is emulated: instructions are about a hundred times slower, and an exit takes half a
+/// millisecond. Configured explicitly, because measurements are unreliable.
 pub fn is_emulated() -> bool {
     std::env::var_os("HUSK_TEST_EMULATED").is_some()
 }
 
-/// Sends a signal, by its name, to one process.
+/// Sends a signal, by name, to a process.
 pub fn send_signal(pid: u32, name: &str) {
     let status = Command::new("sh").args(["-c", &format!("kill -s {name} {pid}")]).status().unwrap();
     assert!(status.success());
 }
 
-/// Waits for the end of `child`; kills it and returns nothing when it takes too long.
+/// Waits for `child` to exit; kills it and returns `None` after a timeout.
 pub fn end_of(child: &mut Child) -> Option<ExitStatus> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -239,38 +240,38 @@ pub fn end_of(child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-/// What husk said of this run: without what it says of every run on a host like this one.
+/// husk's messages about this run, without those that apply to the host in general.
 pub fn own_lines(stderr: &[u8]) -> String {
     text(stderr).split_inclusive('\n').filter(|line| !line.contains("KVM on this host is the PVM module")).collect()
 }
 
-/// What is left of a husk that has ended.
+/// The result of a husk process.
 #[derive(Debug)]
 pub struct Ran {
-    /// Exit code, unless a signal ended it.
+    /// The exit code, unless it was killed by a signal.
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// The signal that killed it.
     pub signal: Option<i32>,
-    /// What the guest printed.
+    /// The guest's output.
     pub stdout: Vec<u8>,
-    /// What husk printed.
+    /// husk's messages.
     pub stderr: String,
 }
 
 impl Ran {
-    /// What the guest printed, as text.
+    /// The guest's output as text.
     pub fn text(&self) -> String {
         text(&self.stdout)
     }
 
-    /// Asserts the exit code, and returns what the guest printed.
+    /// Asserts the exit code, and returns the guest's output.
     #[track_caller]
     pub fn expect(&self, code: i32) -> String {
         assert_eq!(self.code, Some(code), "{}\n{}", self.text(), self.stderr);
         self.text()
     }
 
-    /// Asserts the exit code and that husk said one line, and returns it.
+    /// Asserts the exit code and a single line of husk, and returns the line.
     #[track_caller]
     pub fn expect_line(&self, code: i32) -> &str {
         self.expect(code);
@@ -283,7 +284,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A place for a test's files, and an image of this many bytes in it.
+/// A temporary directory with an image of this size.
 pub fn disk_image(bytes: u64) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.img");
@@ -296,7 +297,7 @@ pub fn processes_with(word: &str) -> Vec<u32> {
     processes_that_say("cmdline", word)
 }
 
-/// Processes with `word` among their variables, those of machines in the background too.
+/// Processes with `word` in their environment, including machines in the background.
 pub fn processes_of(word: &str) -> Vec<u32> {
     processes_that_say("environ", word)
 }

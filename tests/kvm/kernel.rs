@@ -1,4 +1,4 @@
-//! From a kernel's file to a guest: unified kernel images, and words that a kernel cannot do with.
+//! Kernel formats: unified kernel images, and unsupported kernel parameters.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use crate::husk::{Ran, boot};
 use crate::sample;
 use husk_guests as guests;
 
-/// A unified kernel image of a guest that prints what it was given; `None`, said aloud, where gzip is missing.
+/// A unified kernel image of a guest that prints its parameters; `None` with a visible message without gzip.
 fn unified(dir: &Path, sections: &[(&str, &[u8])]) -> Option<PathBuf> {
     let payload = sample::packed(&fs::read(guests::LOADED).unwrap(), "gzip -n -9")?;
     let bzimage = sample::bzimage(&payload);
@@ -16,7 +16,7 @@ fn unified(dir: &Path, sections: &[(&str, &[u8])]) -> Option<PathBuf> {
     Some(path)
 }
 
-/// What the guest was given: its command line and its initial RAM disk.
+/// The guest's command line and initramfs.
 fn given(ran: &Ran) -> (String, String) {
     let text = ran.expect(0);
     let line = |start: &str| text.lines().find_map(|line| line.strip_prefix(start)).unwrap_or_default().to_owned();

@@ -1,4 +1,4 @@
-//! From start to end, many times, and not always in order: what a machine leaves behind, and what it refuses to start.
+//! Machine lifecycles, repeated and interrupted: what a machine leaves behind, and what it refuses to start.
 
 use std::fs;
 use std::process::Command;
@@ -83,7 +83,7 @@ fn every_vcpu_is_stopped_wherever_it_is() {
     running.wait().expect(128 + libc::SIGINT);
 }
 
-/// Starts with these flags and expects this exit code and one line with these words.
+/// Starts with these flags and expects an exit code and one line with these words.
 #[track_caller]
 fn refused(flags: &[(&'static str, &str)], code: i32, words: &str) {
     let mut husk = boot(guests::EXIT, "");
@@ -100,7 +100,7 @@ fn refused(flags: &[(&'static str, &str)], code: i32, words: &str) {
 fn a_machine_too_large_for_the_host_is_rejected() {
     needs_kvm!();
     refused(&[("--memory", "1000T")], 2, "memory");
-    // A host with less room than the machine asks for: the shell's limit is on address space, in KiB.
+    // A host with less memory than requested: the shell limits address space, in KiB.
     let husk = boot(guests::EXIT, "").flag("--memory", "64G").command();
     let mut limited = Command::new("sh");
     limited.args(["-c", "ulimit -v 8000000; exec \"$0\" \"$@\""]).arg(husk.get_program()).args(husk.get_args());

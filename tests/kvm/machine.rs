@@ -1,9 +1,9 @@
-//! From a guest's instruction to what its user sees: ports, memory, processors, time, and the ways a machine ends.
+//! The guest's view of its machine: ports, memory, processors, time, and the ways to end it.
 
 use crate::husk::boot;
 use husk_guests as guests;
 
-/// Exit codes of husk's own, as `husk boot --help` lists them.
+/// husk's exit codes, as listed by `husk boot --help`.
 const RESET: i32 = 80;
 const PANICKED: i32 = 81;
 const TRIPLE_FAULT: i32 = 82;
@@ -48,7 +48,7 @@ fn a_triple_fault_is_reported_with_its_address_if_available() {
     needs_kvm!();
     let ran = boot(guests::POWER, "do=triple-fault").run();
     let line = ran.expect_line(TRIPLE_FAULT);
-    // The guest is at 2 MiB; AMD's processors forget where they were.
+    // The guest is at 2 MiB; AMD's processors lose the address.
     assert!(line.ends_with("triple fault on vCPU 0") || line.contains("triple fault on vCPU 0 at 0x2"), "{line}");
 }
 
@@ -81,7 +81,7 @@ fn device_registers_handle_every_width_offset_and_value() {
 #[test]
 fn the_guest_sees_the_memory_that_was_asked_for() {
     needs_kvm!();
-    // Less what a BIOS would keep below 1 MiB: 0x9fc00 to 0x100000.
+    // Excluding the area reserved for a BIOS below 1 MiB: 0x9fc00 to 0x100000.
     const KEPT_KIB: u64 = (0x10_0000 - 0x9_fc00) >> 10;
     for (memory, mib, end) in [
         ("32M", 32, 0x200_0000_u64),

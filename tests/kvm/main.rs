@@ -1,4 +1,5 @@
-//! husk on tiny guests, as its users run it. Needs /dev/kvm, of whatever vendor: the tests skip, aloud, where it is missing.
+//! End-to-end tests with tiny guests. They require /dev/kvm on any processor, and are skipped with a visible message
+//! without it.
 //!
 //! `HUSK_TEST_REQUIRE_KVM=1` fails them instead.
 

@@ -1,4 +1,4 @@
-//! A pseudo-terminal with husk in its foreground: what a person at a terminal has.
+//! A pseudo-terminal with husk in its foreground.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::husk::end_of;
 
-/// A pseudo-terminal, the process in its foreground and what it has shown.
+/// A pseudo-terminal, its foreground process and its output.
 pub struct Terminal {
     keyboard: File,
     line: OwnedFd,
@@ -21,7 +21,7 @@ pub struct Terminal {
     shown: String,
 }
 
-/// The modes of a terminal that a raw one has changed.
+/// The terminal modes that raw mode changes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Modes {
     local: libc::tcflag_t,
@@ -30,12 +30,12 @@ pub struct Modes {
 }
 
 impl Modes {
-    /// Whether lines are collected and edited before they are read.
+    /// Whether canonical mode is enabled.
     pub fn canonical(&self) -> bool {
         self.local & libc::ICANON != 0
     }
 
-    /// Whether what is printed is changed on its way to the screen, as line feeds are.
+    /// Whether output processing is enabled.
     #[allow(dead_code)] // only some of the programs that have this file ask
     pub fn changes_output(&self) -> bool {
         self.output & libc::OPOST != 0
@@ -43,12 +43,12 @@ impl Modes {
 }
 
 impl Terminal {
-    /// Starts `command` in a session of its own on a new terminal.
+    /// Starts `command` in a new session on a new terminal.
     pub fn start(mut command: Command) -> Terminal {
         let (keyboard, line) = open_pty().unwrap();
         let stream = || line.try_clone().unwrap();
         command.stdin(stream()).stdout(stream()).stderr(stream());
-        // SAFETY: setsid and ioctl are async-signal-safe, and touch no memory of the parent.
+        // SAFETY: setsid and ioctl are async-signal-safe, and access no memory of the parent.
         unsafe {
             command.pre_exec(|| {
                 if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
@@ -72,26 +72,26 @@ impl Terminal {
         Terminal { keyboard, line, child, screen, shown: String::new() }
     }
 
-    /// The process in its foreground.
+    /// The foreground process.
     #[allow(dead_code)] // only some of the programs that have this file ask
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Types.
+    /// Types keys.
     pub fn type_keys(&mut self, keys: &[u8]) {
         self.keyboard.write_all(keys).unwrap();
     }
 
-    /// Gives the terminal another size, of which who is in its foreground hears.
+    /// Resizes the terminal, of which its foreground process is notified.
     #[allow(dead_code)] // only some of the programs that have this file resize
     pub fn resize(&mut self, rows: u16, columns: u16) {
         let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: the request reads a whole `winsize` from the pointer, and `size` is one.
+        // SAFETY: the request reads a `winsize` from the pointer, which refers to one.
         assert_eq!(unsafe { libc::ioctl(self.keyboard.as_raw_fd(), libc::TIOCSWINSZ, &size) }, 0);
     }
 
-    /// Waits until `words` have been shown.
+    /// Waits until `words` have been printed.
     #[track_caller]
     pub fn wait_for(&mut self, words: &str) {
         let deadline = Instant::now() + Duration::from_secs(30);
@@ -104,16 +104,16 @@ impl Terminal {
         }
     }
 
-    /// All that has been shown so far, of what was waited for.
+    /// The output so far, up to what was waited for.
     #[allow(dead_code)] // only some of the programs that have this file look at all of it
     pub fn shown(&self) -> &str {
         &self.shown
     }
 
-    /// The terminal's modes now.
+    /// The current modes.
     pub fn modes(&self) -> Modes {
         let mut attributes = std::mem::MaybeUninit::<libc::termios>::uninit();
-        // SAFETY: `line` is an open terminal, and tcgetattr fills `attributes` where it returns 0.
+        // SAFETY: `line` is an open terminal, and tcgetattr fills `attributes` if it returns 0.
         let attributes = unsafe {
             assert_eq!(libc::tcgetattr(self.line.as_raw_fd(), attributes.as_mut_ptr()), 0);
             attributes.assume_init()
@@ -121,7 +121,7 @@ impl Terminal {
         Modes { local: attributes.c_lflag, input: attributes.c_iflag, output: attributes.c_oflag }
     }
 
-    /// Waits for the end of the process and returns its exit code.
+    /// Waits for the process and returns its exit code.
     #[track_caller]
     pub fn wait(&mut self) -> Option<i32> {
         end_of(&mut self.child).unwrap_or_else(|| panic!("husk did not end: {:?}", self.shown)).code()
@@ -138,15 +138,15 @@ impl Drop for Terminal {
 fn open_pty() -> io::Result<(File, OwnedFd)> {
     let (mut master, mut slave) = (-1, -1);
     let none = std::ptr::null_mut();
-    // SAFETY: openpty writes two descriptors to the two integers, and takes null for what is not wanted.
+    // SAFETY: openpty writes two descriptors to the integers, and accepts null for the other arguments.
     if unsafe { libc::openpty(&mut master, &mut slave, none, none.cast(), none.cast()) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // The parent's ends are not for the child: with one of them open there, the terminal would never hang up.
+    // The child must not inherit the parent's ends: otherwise the terminal would never hang up.
     for fd in [master, slave] {
-        // SAFETY: a descriptor that this function just got; FD_CLOEXEC touches no memory.
+        // SAFETY: the descriptor was just opened here; FD_CLOEXEC accesses no memory.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
-    // SAFETY: both were just opened, and nobody else has them.
+    // SAFETY: both were just opened, and have no other owner.
     Ok(unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) })
 }

@@ -1,4 +1,4 @@
-//! Machines whose output nobody reads: paused, stopped, killed and left like any other.
+//! Machines whose output is not read can be paused, stopped, killed and detached from as usual.
 
 use std::io::Read;
 use std::process::{Child, Stdio};
@@ -10,14 +10,14 @@ use husk_guests as guests;
 use crate::background::Machines;
 use crate::husk::{end_of, send_signal};
 
-/// Much longer than what is asked for here takes, and much shorter than for ever.
+/// Much longer than the tested operations take.
 const SOON: Duration = Duration::from_secs(30);
-/// What a pipe and husk hold for who does not read is less than this.
+/// More than a pipe and husk buffer together.
 const MORE_THAN_IS_HELD: usize = 160 << 10;
-/// And this fits in, but not into the pipe alone.
+/// Fits into both buffers, but not into the pipe alone.
 const LESS_THAN_IS_HELD: usize = 80 << 10;
 
-/// A machine in the foreground that prints so much, to a pipe that nobody reads.
+/// A machine in the foreground that prints this much to a pipe that is not read.
 fn unread(machines: &Machines, bytes: usize) -> Child {
     let cmdline = format!("do=flood bytes={bytes}");
     let words = ["boot", "--name", "full", "--memory", "64M", "--kernel", guests::SERIAL, "--cmdline", &cmdline];
@@ -26,7 +26,7 @@ fn unread(machines: &Machines, bytes: usize) -> Child {
         thread::sleep(Duration::from_millis(10));
     }
     machines.await_status("full", "running");
-    // What can be held is when the guest has come to a stop.
+    // The buffers are full when the guest makes no progress.
     let used = || -> Vec<String> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().flatten();
         tasks.map(|task| std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default()).collect()
@@ -42,7 +42,7 @@ fn unread(machines: &Machines, bytes: usize) -> Child {
     child
 }
 
-/// One that has ended, and whose output is still to be read. However busy this machine is: only its husk knows.
+/// A machine that has ended with unread output. Only its own process can tell that reliably on a busy host.
 fn ended_unread(machines: &Machines) -> Child {
     let child = unread(machines, LESS_THAN_IS_HELD);
     while machines.run(&["pause", "full"]).status.success() {
@@ -126,7 +126,7 @@ fn draining_the_output_can_be_cut_short() {
     send_signal(child.id(), "TERM");
     ends_soon(child, started, 0);
 
-    // Nobody wants anything: it is all there.
+    // Without any request, everything is delivered.
     let mut child = ended_unread(&machines);
     let mut printed = Vec::new();
     child.stdout.take().unwrap().read_to_end(&mut printed).unwrap();
@@ -150,13 +150,13 @@ fn a_client_that_does_not_read_does_not_block_the_machine() {
     awake.stdout.take().unwrap().read_exact(&mut byte).unwrap();
     machines.ok(&["stop", "-t", "1", "web"]);
     assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
-    // It is asleep behind a pipe, and ends as soon as somebody says so.
+    // It is blocked on a pipe, and exits as soon as it receives a signal.
     send_signal(asleep.id(), "TERM");
     end_of(&mut asleep).expect("it ends");
     end_of(&mut awake).expect("it ends");
 }
 
-/// Reads a little of what a command prints, then no more, and returns how it ended and what it said.
+/// Reads some of a command's output and closes the pipe; returns its exit status and messages.
 fn read_a_little(machines: &Machines, words: &[&str]) -> std::process::Output {
     let mut child = machines.command(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();

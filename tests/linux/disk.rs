@@ -1,4 +1,4 @@
-//! What a guest does to its disks, as the host finds it afterwards.
+//! A guest's writes to its disks, verified on the host.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::{Ended, boot, guests, husk, run, start_and_wait};
 
-/// A disk image of `bytes`, with an ext4 file system if wanted.
+/// A disk image of `bytes`, optionally with an ext4 file system.
 fn disk(dir: &Path, bytes: u64, file_system: bool) -> String {
     let path = dir.join("disk.img");
     File::create(&path).unwrap().set_len(bytes).unwrap();
@@ -17,7 +17,7 @@ fn disk(dir: &Path, bytes: u64, file_system: bool) -> String {
     path
 }
 
-/// Finds what a guest wrote in the raw disk `image` whole and in order.
+/// Checks that the raw disk `image` contains the guest's data.
 fn holds_what_was_written(image: &str, ended: &Ended, what: &str) {
     assert_eq!(ended.expect(0, what).values()["unmounted"], "yes");
     run("e2fsck", &["-f", "-n", image]);
@@ -45,7 +45,7 @@ fn synced_data_is_in_the_qcow2_image() {
     let dir = tempfile::tempdir().unwrap();
     let raw = disk(dir.path(), 64 << 20, true);
     let image = raw.replace(".img", ".qcow2");
-    // Compressed, so that what is there has to be unpacked, and moved to be written to.
+    // Compressed, so that clusters must be decompressed, and relocated on writes.
     run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", &raw, &image]);
     let ended = boot(&guests.join("micro"), "vmlinux", "write", &["--disk", &image, "--cpus", "2"]);
     run("qemu-img", &["check", "-q", &image]);
@@ -72,7 +72,7 @@ fn a_disk_may_exceed_two_tebibytes() {
     let guests = guests!();
     let dir = tempfile::tempdir().unwrap();
     let image = disk(dir.path(), MIB, false);
-    // Grown as a user grows one: sparse, after it was made.
+    // Extended as a user would: sparse, after it was created.
     File::options().write(true).open(&image).unwrap().set_len(SIZE_MIB * MIB).unwrap();
     let at_mib = SIZE_MIB - 1;
     let ended = boot(&guests.join("micro"), "vmlinux", &format!("far {at_mib}"), &["--disk", &image]);

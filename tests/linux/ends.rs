@@ -1,4 +1,4 @@
-//! The ways in which a machine ends, by its guest and by its user.
+//! The ways in which a machine ends, initiated by its guest and by its user.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -44,7 +44,7 @@ fn sigterm_presses_the_power_button() {
     let guests = guests!();
     for kernel in ["stock", "micro"] {
         let (child, _) = start_and_wait(&mut husk(&guests.join(kernel), "vmlinux", "button", &[]), "waiting=event");
-        // The guest opens the device just after it says so.
+        // The guest opens the device just after this message.
         thread::sleep(Duration::from_millis(500));
         signal(&child, "TERM");
         finish(child).expect(0, kernel);
@@ -68,7 +68,7 @@ fn the_demo_shell_exits_by_poweroff_and_by_the_power_button() {
         let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
         command.arg("boot").arg("--kernel").arg(guest.join("vmlinux")).arg("--initrd").arg(guest.join("demo"));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        // Stays open until the machine has ended: the end of the input would end it too.
+        // Kept open until the machine has ended, since the end of input would end it too.
         let input = child.stdin.take().unwrap();
         (child, input)
     };

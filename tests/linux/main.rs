@@ -1,4 +1,4 @@
-//! Real Linux guests, booted as a user boots them: stock and purpose-built kernels, disks, buttons and panics.
+//! End-to-end tests with Linux guests: stock and purpose-built kernels, disks, the power button and panics.
 //!
 //! They need a KVM that runs unmodified kernels, and guests: `HUSK_TEST_GUESTS` names a directory with `stock/` and
 //! `micro/`, each with `vmlinux`, `bzImage` and `initrd` (scripts/test makes it, and runs this in the lab where the
@@ -27,7 +27,7 @@ use uplink::is_lab;
 /// Longer than any boot takes, even emulated on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// How a machine ended, and what it said.
+/// How a machine ended, and its output.
 struct Ended {
     code: Option<i32>,
     output: String,
@@ -47,7 +47,7 @@ impl Ended {
     }
 }
 
-/// `husk boot` of the guest in `guest`, told to do `job`.
+/// `husk boot` of the guest in `guest` with the task `job`.
 fn husk(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     command.arg("boot").arg("--kernel").arg(guest.join(image)).arg("--initrd").arg(guest.join("initrd"));
@@ -56,8 +56,8 @@ fn husk(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Command {
     command
 }
 
-/// Boots a guest to its end. On an emulated processor a triple fault was seen once in about a hundred boots, of
-/// unproven cause: there it is told loudly and the guest is booted once more. On a real one it counts.
+/// Boots a guest to its end. On an emulated processor a triple fault was observed about once in a hundred boots, for
+/// unknown reasons: it is reported visibly and the guest is booted once more. On a real processor it is a failure.
 fn boot(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Ended {
     const TRIPLE_FAULT: i32 = 82;
     let run = || finish(husk(guest, image, job, flags).spawn().unwrap());
@@ -69,7 +69,7 @@ fn boot(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Ended {
     run()
 }
 
-/// Waits for the end of `child`, and kills it when it does not come.
+/// Waits for `child` to exit, and kills it after a timeout.
 fn finish(mut child: Child) -> Ended {
     let collect = |pipe: Option<Box<dyn Read + Send>>| {
         thread::spawn(move || {
@@ -95,7 +95,7 @@ fn finish(mut child: Child) -> Ended {
     Ended { code, output: output.join().unwrap(), errors: errors.join().unwrap() }
 }
 
-/// Runs a program of the host's and returns what it printed.
+/// Runs a host program and returns its output.
 fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("{program}: {e}"));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -103,7 +103,7 @@ fn run(program: &str, arguments: &[&str]) -> String {
     text
 }
 
-/// Starts a guest and waits until its init says `word`. Returns it and the lines that it prints.
+/// Starts a guest and waits until its init prints `word`. Returns it and its output lines.
 fn start_and_wait(command: &mut Command, word: &str) -> (Child, mpsc::Receiver<String>) {
     let mut child = command.spawn().unwrap();
     let (said, heard) = mpsc::channel();
@@ -139,7 +139,7 @@ fn timings_cover_every_step() {
     };
     let steps = ["KVM ready", "kernel loaded", "first guest instruction", "first kernel output", "PID 1", "exit"];
     let times: Vec<f64> = steps.iter().map(|step| at(step)).collect();
-    // `quiet` may hold back the kernel's output beyond PID 1's start; all else is in order.
+    // `quiet` may delay the kernel's first output beyond the start of PID 1; the other steps are in order.
     let ordered = [times[0], times[1], times[2], times[4], times[5]];
     assert!(ordered.is_sorted() && times[0] > 0.0, "{}", ended.errors);
 }

@@ -1,16 +1,16 @@
-//! Every kernel in every format, at every size of memory and with every count of vCPUs.
+//! Every kernel in every format, with various memory sizes and vCPU counts.
 
 use std::path::Path;
 
 use crate::{boot, guests, is_lab};
 
-/// Boots of a kernel in one format: at every size of memory, and at every count of vCPUs. The two have nothing to do with
-/// each other, so that their product would only be slower.
+/// Boots a kernel in one format with every memory size and every vCPU count. The two are independent, so not all
+/// combinations are tested.
 fn boots_at_every_size(guests: &Path, kernel: &str, image: &str) {
-    // Of the stock kernel 46 MiB are the kernel, and it panics for lack of memory when it is given 64.
+    // The stock kernel takes 46 MiB, and runs out of memory with 64.
     let smallest_mib = if kernel == "stock" { 96 } else { 64 };
     let mut sizes = vec![(1, smallest_mib), (2, 6144), (1, 512), (2, 512), (4, 512)];
-    // A packed kernel is the same one once it is in memory; where each boot takes seconds, the ends will do for it.
+    // An unpacked kernel is the same in both formats; where boots take seconds, only the extremes are tested.
     if image == "bzImage" && is_lab() {
         sizes.truncate(2);
     }
@@ -21,7 +21,7 @@ fn boots_at_every_size(guests: &Path, kernel: &str, image: &str) {
         let values = ended.expect(0, &what).values();
         assert_eq!(values["cpus"], cpus.to_string(), "{what}");
         let seen_mib = values["memory_kib"].parse::<u64>().unwrap() / 1024;
-        // The kernel keeps its own text, data and page structures out of the count.
+        // The kernel excludes its own text, data and page structures.
         let least_mib = memory_mib - memory_mib / 20 - 40;
         assert!((least_mib..=memory_mib).contains(&seen_mib), "{what}: the guest sees {seen_mib} MiB");
         let apic_ids: Vec<String> = (0..cpus).map(|id| id.to_string()).collect();
@@ -29,7 +29,7 @@ fn boots_at_every_size(guests: &Path, kernel: &str, image: &str) {
         assert_eq!(values["siblings"], "0", "{what}: one thread a core");
         let package = if cpus == 1 { "0".to_owned() } else { format!("0-{}", cpus - 1) };
         assert_eq!(values["package"], package, "{what}: all cores in one package");
-        // Where the TSC never stops, the kernel prefers it.
+        // With an invariant TSC, the kernel prefers it.
         assert!(["kvm-clock", "tsc"].contains(&values["clock"]), "{what}: {}", values["clock"]);
         assert_eq!(values["random"], "64", "{what}: random bytes from the host");
     }

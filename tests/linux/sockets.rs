@@ -1,4 +1,4 @@
-//! Guest and host talk: through sockets, and by the network.
+//! Communication between guest and host through vsock and the network.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
@@ -11,13 +11,12 @@ use crate::{PATIENCE, boot, finish, guests, husk, is_lab, start_and_wait, uplink
 const PIECE_BYTES: usize = 64 << 10;
 const MIB: usize = 1 << 20;
 
-/// What one way of a connection carries: less where the processor is emulated, which takes a minute for more.
+/// The amount of data per direction of a connection: less on an emulated processor, which would take a minute.
 fn stream_mib() -> usize {
     if is_lab() { 16 } else { 64 }
 }
 
-/// The pieces that are sent through a socket, as firmware/guests/linux/vsock.c makes them: they differ in their first
-/// word.
+/// The blocks sent through a socket, as in firmware/guests/linux/vsock.c: they differ in their first word.
 struct Piece(Vec<u8>);
 
 impl Piece {
@@ -40,7 +39,7 @@ fn send_pieces(mut stream: UnixStream, len: usize) {
     stream.shutdown(Shutdown::Write).unwrap();
 }
 
-/// A program of the host's that sends back what it gets, on as many connections as come.
+/// A host program that echoes data on any number of connections.
 fn serve_echo(listener: UnixListener) {
     for stream in listener.incoming() {
         let mut stream = stream.unwrap();
@@ -51,7 +50,7 @@ fn serve_echo(listener: UnixListener) {
     }
 }
 
-/// Connects to `port` of the guest's. `None` where the guest refuses.
+/// Connects to `port` of the guest. `None` if the guest refuses.
 fn call(socket: &Path, port: u32) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -68,8 +67,7 @@ fn call(socket: &Path, port: u32) -> Option<UnixStream> {
     None
 }
 
-/// What the host asks of a guest that serves its ports 1000 (it sends back what it gets) and 1001 (it takes all and
-/// then says how much it was).
+/// The host's requests to a guest that serves port 1000 (echo) and 1001 (counts received bytes).
 fn talk_to_guest(socket: &Path) {
     let mut echo = call(socket, 1000).unwrap();
     let sender = echo.try_clone().unwrap();

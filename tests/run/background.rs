@@ -1,4 +1,4 @@
-//! Machines in the background with husk's init: entered, copied to and from, attached to, stopped in order.
+//! Machines in the background with husk's init: exec, cp, attach and stop.
 
 mod long;
 
@@ -14,7 +14,7 @@ use crate::image::{archive, run};
 use crate::terminal::Terminal;
 use crate::{Ended, finish, guests, husk_run, wait};
 
-/// A user's machines, apart from everybody else's.
+/// A separate set of machines.
 struct Machines {
     guests: std::path::PathBuf,
     runtime: TempDir,
@@ -25,7 +25,7 @@ impl Machines {
         Machines { guests, runtime: tempfile::tempdir().unwrap() }
     }
 
-    /// Any of husk's commands.
+    /// Any husk command.
     fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
         command.args(words).env("XDG_RUNTIME_DIR", self.runtime.path());
@@ -42,7 +42,7 @@ impl Machines {
         self.husk(words).expect(0).text()
     }
 
-    /// `husk run -d` of a shell command; returns how that ended.
+    /// `husk run -d` of a shell command; returns the result.
     fn start(&self, name: &str, flags: &[&str], script: &str) -> Ended {
         let words = [&["-d", "--name", name], flags, &[archive(), "sh", "-c", script]].concat();
         let mut command = husk_run(&self.guests, &words);
@@ -82,7 +82,7 @@ fn a_machine_is_entered_by_processes_with_separate_streams_and_exit_codes() {
     assert!(nowhere.expect(126).errors.contains("working directory /nowhere: No such file"), "{}", nowhere.errors);
     exec(&["box", "ls", "/nowhere"]).expect(1);
     assert!(exec(&["nobody", "true"]).expect(125).errors.contains("husk ps -a"));
-    // Both ways at once, and more than any buffer holds.
+    // In both directions at once, and more than any buffer holds.
     let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
     assert!(finish(machines.command(&["exec", "-i", "box", "cat"]), bytes.clone()).expect(0).output == bytes);
     let mut terminal = Terminal::start(machines.command(&["exec", "-it", "box", "sh"]));
@@ -106,7 +106,7 @@ fn a_machine_is_entered_by_processes_with_separate_streams_and_exit_codes() {
 
 #[test]
 fn any_number_of_concurrent_processes_run() {
-    // Seven hung before a guest listened to so many at a time.
+    // Seven used to hang before the guest's backlog was increased.
     const COUNT: usize = 100;
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
@@ -141,7 +141,7 @@ fn a_guest_has_the_hosts_time_after_a_pause_and_when_that_is_set() {
         return;
     }
     make_wrong();
-    // To what it is: that is a jump as well.
+    // Setting the clock to the current time is also a change.
     run(Command::new("sh").args(["-c", "date -s @$(date +%s)"]));
     await_right("after the host's clock was set");
 }
@@ -164,7 +164,7 @@ fn a_process_can_be_detached_in_a_machine() {
     let machines = Machines::new(guests!());
     machines.start("box", &[], "sleep 1000").expect(0);
     let exec = |words: &[&str]| machines.husk(&[&["exec", "-d", "box"], words].concat());
-    // What it writes goes nowhere, and ends it no more than who started it does.
+    // Its output is discarded, and it outlives the command that started it.
     let script = "echo out; echo err >&2; while [ ! -e /tmp/go ]; do sleep 0.1; done
         echo more && echo $$ >/tmp/gone; exec sleep 1000";
     let started = exec(&["sh", "-c", script]);
@@ -173,7 +173,7 @@ fn a_process_can_be_detached_in_a_machine() {
     machines.ok(&["exec", "box", "sh", "-c", lives]);
     assert!(exec(&["no-such-thing"]).expect(127).errors.contains("not found in PATH"));
     assert_eq!(machines.husk(&["exec", "-dt", "box", "true"]).expect(125).errors.lines().count(), 1);
-    // One that ends is nobody's to bury but init's.
+    // A process that exits is reaped by init.
     exec(&["true"]).expect(0);
     let zombies = "sleep 1; grep -l '^State:.Z' /proc/[0-9]*/status | wc -l";
     assert_eq!(machines.ok(&["exec", "box", "sh", "-c", zombies]), "0\n");
@@ -243,7 +243,7 @@ fn files_are_copied_in_and_out_unchanged() {
         assert!(ended.expect(1).errors.contains(why) && ended.errors.lines().count() == 1, "{}", ended.errors);
     }
     assert!(!Path::new(&at("x")).exists());
-    // A link that a user names is written through, and copied as what it is, or as what it leads to.
+    // A link given by the user is followed when written to, and copied as a link or followed on request.
     machines.ok(&["exec", "box", "sh", "-c", "echo old >/real; ln -s real /link; ln -s nope /dangling"]);
     fs::write(at("new"), "new").unwrap();
     machines.ok(&["cp", &at("new"), "box:/link"]);
@@ -255,7 +255,7 @@ fn files_are_copied_in_and_out_unchanged() {
     let as_link = machines.husk(&["cp", "box:/link", &at("as-link")]);
     assert!(as_link.expect(0).errors.contains("use -L"), "{}", as_link.errors);
     assert_eq!(fs::read_link(at("as-link")).unwrap(), Path::new("real"));
-    // Of /proc and /sys it is the content that counts.
+    // For /proc and /sys the actual content counts.
     for path in ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"] {
         let content = machines.husk(&["exec", "box", "cat", path]).output.clone();
         machines.ok(&["cp", &format!("box:{path}"), &at("content")]);
@@ -313,7 +313,7 @@ fn a_machine_from_an_image_is_restarted() {
 #[test]
 fn a_background_process_is_stopped_and_its_streams_are_logged_separately() {
     let machines = Machines::new(guests!());
-    // What does not run is told where it is typed, and leaves nothing.
+    // A failed start is reported to the user, and leaves nothing behind.
     let words = ["-d", "--name", "bad", archive(), "no-such-thing"];
     let mut command = husk_run(&machines.guests, &words);
     command.env("XDG_RUNTIME_DIR", machines.runtime.path());
@@ -323,7 +323,7 @@ fn a_background_process_is_stopped_and_its_streams_are_logged_separately() {
     let script = "trap 'echo bye; exit 4' TERM; trap 'echo usr' USR1; echo out; echo err >&2
         while read line; do echo \"got $line\"; done & wait; while :; do sleep 0.1; done";
     machines.start("job", &["-i"], script).expect(0);
-    // It runs, and has perhaps said nothing yet.
+    // It is running, but may not have printed anything yet.
     let logs = || machines.husk(&["logs", "job"]);
     let said = std::iter::repeat_with(logs).find(|logs| logs.errors == "err\n").unwrap();
     assert_eq!(said.expect(0).text(), "out\n");
@@ -345,7 +345,7 @@ fn a_background_process_is_stopped_and_its_streams_are_logged_separately() {
     assert_eq!(&seen, b"got one\n");
     attached.kill().unwrap();
     attached.wait().unwrap();
-    // Its input has not ended with who typed it.
+    // Its input has not ended with the first client.
     finish(machines.command(&["attach", "echo"]), b"two\nend\n".to_vec()).expect(9);
     assert_eq!(machines.ok(&["logs", "echo"]), "got one\ngot two\ngot end\n");
 }

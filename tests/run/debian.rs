@@ -1,13 +1,13 @@
-//! A whole distribution as an image: Debian's own programs find what they need of a machine.
+//! A complete distribution as an image: Debian's programs work in a machine.
 //!
-//! The store that has it, under the name `debian`, is made before: `scripts/test` does so.
+//! It must be prepared in the store under the name `debian`, as `scripts/test` does.
 
 use std::path::{Path, PathBuf};
 
 use crate::guests::provided;
 use crate::{Ended, finish, guests, husk_with};
 
-/// The store, or `None` and a loud word.
+/// The store, or `None` with a visible message.
 fn store(test: &str) -> Option<PathBuf> {
     provided("HUSK_TEST_STORE", "no store with a Debian root", test)
 }
@@ -79,6 +79,6 @@ fn file_capabilities_are_applied() {
     let script = "grep CapEff /proc/self/status; capable /proc/self/status | grep CapEff";
     let mut command = husk_with(&guests, "micro", "384M", &["-u", "1000", "debian", "sh", "-c", script]);
     command.env("HUSK_DATA", store);
-    // CAP_CHOWN is the first of them.
+    // CAP_CHOWN is the first capability.
     assert_eq!(finish(command, Vec::new()).expect(0).text(), "CapEff:\t0000000000000000\nCapEff:\t0000000000000001\n");
 }

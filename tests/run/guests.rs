@@ -1,14 +1,14 @@
-//! What tests of real guests are provided with (scripts/test): directories that variables name. Without them a test
-//! skips, loudly.
+//! Prerequisites of tests with real guests (scripts/test): directories given by environment variables. Without them a
+//! test is skipped with a visible message.
 
 use std::path::PathBuf;
 
-/// The directory of guests, or `None` and a loud word.
+/// The directory of guests, or `None` with a visible message.
 pub fn guest_dir(test: &str) -> Option<PathBuf> {
     provided("HUSK_TEST_GUESTS", "no guests", test)
 }
 
-/// The directory that `variable` names; where it is not set it names `nothing` of what is wanted.
+/// The directory in `variable`; if unset, reports that there is `nothing` of the kind.
 pub fn provided(variable: &str, nothing: &str, test: &str) -> Option<PathBuf> {
     let dir = std::env::var_os(variable).map(PathBuf::from);
     if dir.is_none() {
@@ -17,7 +17,7 @@ pub fn provided(variable: &str, nothing: &str, test: &str) -> Option<PathBuf> {
     dir
 }
 
-/// Begins a test that needs guests.
+/// Starts a test that needs guests.
 macro_rules! guests {
     () => {{
         fn here() {}

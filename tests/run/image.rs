@@ -1,4 +1,4 @@
-//! The image that the tests run: busybox, a few users, and a configuration that differs from every default.
+//! The test image: busybox, a few users, and a configuration that differs from every default.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -15,17 +15,17 @@ struct Image {
 
 static IMAGE: OnceLock<Image> = OnceLock::new();
 
-/// The archive, as `docker save` writes it.
+/// The archive, in the format of `docker save`.
 pub fn archive() -> &'static str {
     &image().archive
 }
 
-/// The store that husk keeps images in; the tests share it, as users do.
+/// The image store, shared by the tests.
 pub fn store() -> PathBuf {
     image().dir.path().join("store")
 }
 
-/// The root file system that the archive was made from.
+/// The root file system in the archive.
 pub fn root() -> PathBuf {
     image().dir.path().join("root")
 }
@@ -55,7 +55,7 @@ fn make_root(root: &Path) {
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
 }
 
-/// Layer, configuration and manifest into one archive.
+/// Packs layer, configuration and manifest into an archive.
 fn pack(dir: &Path) -> String {
     let at = |name: &str| dir.join(name);
     let tar = |archive: &str, of: &str, names: &[&str]| {
@@ -83,7 +83,7 @@ fn pack(dir: &Path) -> String {
     at("box.tar").to_str().unwrap().to_owned()
 }
 
-/// Runs a program of the host's and returns what it printed.
+/// Runs a host program and returns its output.
 pub fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));

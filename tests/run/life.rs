@@ -1,4 +1,4 @@
-//! How machines come to their ends: by signals, by faults, many at once, and what they leave behind.
+//! The ways in which machines end: signals, faults, many at once, and what they leave behind.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::image::{archive, root, run};
 use crate::{Ended, finish, guests, husk_run, shell, wait};
 
-/// Starts a shell command and waits until it has said `ready`.
+/// Starts a shell command and waits until it has printed `ready`.
 fn start(mut command: Command) -> (Child, BufReader<std::process::ChildStdout>) {
     let mut child = command.spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());

@@ -1,7 +1,7 @@
-//! Images run as a user runs them: real guests with husk's own init, under both kernels.
+//! End-to-end tests of `husk run` with husk's init, under both kernels.
 //!
-//! They need what tests/linux needs, and skip as loudly without it. The image is made here, of busybox, as `docker save`
-//! makes one.
+//! They have the same prerequisites as tests/linux, and are skipped without them. The image is created here with
+//! busybox, in the format of `docker save`.
 
 mod background;
 mod debian;
@@ -26,12 +26,12 @@ use guests::guests;
 /// Longer than any command here takes, even emulated on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// What `terminal` waits with.
+/// Required by `terminal`.
 mod husk {
     pub(crate) use super::end_of;
 }
 
-/// How a run ended, and what it said.
+/// The result and output of a run.
 struct Ended {
     code: Option<i32>,
     output: Vec<u8>,
@@ -50,17 +50,17 @@ impl Ended {
     }
 }
 
-/// `husk run` of a kernel, with these flags, image and command, without a network.
+/// `husk run` with a kernel, these flags, image and command, without a network.
 fn husk_under(guests: &std::path::Path, kernel: &str, words: &[&str]) -> Command {
     husk_with(guests, kernel, memory_for(kernel), words)
 }
 
-/// The same, with so much memory.
+/// The same, with this much memory.
 fn husk_with(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&str]) -> Command {
     husk_as_is(guests, kernel, memory, &[&["--network", "none"], words].concat())
 }
 
-/// The same, with the network that the flags say, or the one that machines have.
+/// The same, with the network in the flags or the default one.
 fn husk_networked(guests: &std::path::Path, kernel: &str, words: &[&str]) -> Command {
     husk_as_is(guests, kernel, memory_for(kernel), words)
 }
@@ -81,7 +81,7 @@ fn husk_as_is(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&st
     command
 }
 
-/// `husk run` under the micro kernel.
+/// `husk run` with the micro kernel.
 fn husk_run(guests: &std::path::Path, words: &[&str]) -> Command {
     husk_under(guests, "micro", words)
 }
@@ -91,7 +91,7 @@ fn shell(guests: &std::path::Path, flags: &[&str], script: &str) -> Ended {
     finish(husk_run(guests, &[flags, &[image::archive(), "sh", "-c", script]].concat()), Vec::new())
 }
 
-/// Runs to the end, feeding `input`, and kills what does not come to its end.
+/// Runs to the end with `input` on standard input, and kills the process after a timeout.
 fn finish(mut command: Command, input: Vec<u8>) -> Ended {
     if !input.is_empty() {
         command.stdin(Stdio::piped());
@@ -99,7 +99,7 @@ fn finish(mut command: Command, input: Vec<u8>) -> Ended {
     let mut child = command.spawn().unwrap();
     let feeder = child.stdin.take().map(|mut stdin| {
         thread::spawn(move || {
-            // Who is fed may have had enough.
+            // The process may not read all of its input.
             let _ = stdin.write_all(&input);
         })
     });
@@ -123,7 +123,7 @@ fn wait(mut child: Child) -> Ended {
     Ended { code, output: output.join().unwrap(), errors }
 }
 
-/// Waits for the end of `child`; kills it and returns nothing when it takes too long.
+/// Waits for `child` to exit; kills it and returns `None` after a timeout.
 fn end_of(child: &mut Child) -> Option<ExitStatus> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {

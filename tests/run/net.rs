@@ -1,6 +1,6 @@
-//! Networks: what a guest reaches, how it is reached, and that one without a network has none.
+//! Networks: outgoing connections, published ports, and machines without a network.
 //!
-//! The other side is real: curl, iperf3, and small servers here.
+//! The peers are curl, iperf3, and small servers here.
 
 mod tap;
 
@@ -22,7 +22,7 @@ use crate::{Ended, finish, guests, husk_networked, wait};
 
 pub(crate) const SERVED: &str = "the host says so\n";
 
-/// A root file system with iperf3 beside busybox.
+/// A root file system with iperf3 in addition to busybox.
 fn root() -> &'static str {
     static ROOT: OnceLock<String> = OnceLock::new();
     ROOT.get_or_init(|| {
@@ -30,7 +30,7 @@ fn root() -> &'static str {
         run(Command::new("cp").arg("-a").arg(image::root()).arg(&root));
         let iperf3 = Path::new("/usr/bin/iperf3");
         fs::copy(iperf3, root.join("bin/iperf3")).expect("scripts/deps test installs iperf3");
-        // What ldd does.
+        // The same as ldd.
         let loader = "/lib64/ld-linux-x86-64.so.2";
         let list = run(Command::new(loader).arg("--list").arg(iperf3));
         let libraries = list.split_whitespace().filter(|word| word.starts_with('/'));
@@ -43,7 +43,7 @@ fn root() -> &'static str {
     })
 }
 
-/// A port that nobody has now.
+/// A free port.
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port()
 }
@@ -54,7 +54,7 @@ fn networked(guests: &Path, kernel: &str, flags: &[&str], script: &str) -> Ended
     finish(husk_networked(guests, kernel, &words), Vec::new())
 }
 
-/// Starts one that stays, and waits until it has said `ready`. The thread returns what it says later.
+/// Starts a machine that keeps running, and waits until it has printed `ready`. The thread returns its later output.
 pub(crate) fn start(guests: &Path, flags: &[&str], script: &str) -> (Child, JoinHandle<String>) {
     start_under("micro", guests, flags, script)
 }
@@ -73,7 +73,7 @@ fn shell_under(kernel: &str, guests: &Path, flags: &[&str], script: &str) -> Com
     husk_networked(guests, kernel, &words)
 }
 
-/// Starts a machine whose command says `ready`, and waits for it, as [`start`] does.
+/// Starts a machine whose command prints `ready`, and waits for that, like [`start`].
 pub(crate) fn ready(command: &mut Command) -> (Child, JoinHandle<String>) {
     let mut child = command.spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
@@ -96,7 +96,7 @@ pub(crate) fn end(child: Child) {
     wait(child).expect(143);
 }
 
-/// Answers every request with the same words, for as long as the test runs.
+/// Responds to every request with the same text for the duration of the test.
 pub(crate) fn serve(host: IpAddr) -> SocketAddr {
     let listener = TcpListener::bind((host, 0)).unwrap();
     let address = listener.local_addr().unwrap();
@@ -111,7 +111,7 @@ pub(crate) fn serve(host: IpAddr) -> SocketAddr {
     address
 }
 
-/// Answers every question for an address with 192.0.2.99. `None` where port 53 is not to be had.
+/// Resolves every name to 192.0.2.99. `None` if port 53 is unavailable.
 fn serve_names(host: IpAddr) -> Option<()> {
     let socket = UdpSocket::bind((host, 53)).ok()?;
     thread::spawn(move || {
@@ -119,7 +119,7 @@ fn serve_names(host: IpAddr) -> Option<()> {
         while let Ok((count, from)) = socket.recv_from(&mut packet) {
             let Some(question) = packet.get(12..count) else { continue };
             let is_a = question.windows(4).any(|end| end == [0, 1, 0, 1]);
-            // The question again, and for an IPv4 address one answer, whose name is the question's.
+            // The question, and for an IPv4 address one answer that refers to the question's name.
             let mut answer = [&packet[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0], question].concat();
             if is_a {
                 answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 99]);
@@ -167,10 +167,10 @@ fn published_ports_reach_the_guest_and_close_with_it() {
     let fetched =
         run(Command::new("curl").args(["-sS", "--max-time", "60"]).arg(format!("http://127.0.0.1:{web}/big")));
     assert!(fetched.len() == 3_000_000 && fetched.bytes().all(|byte| byte == b'h'), "{} bytes", fetched.len());
-    // To the guest, from it, and datagrams.
+    // To the guest, from it, and UDP.
     for flags in [&["-n", "4M"][..], &["-n", "4M", "-R"], &["-u", "-b", "2M", "-n", "200K", "-l", "1200"]] {
         let mut client = Command::new("iperf3");
-        // By its own address: passt loses answers to datagrams from 127.0.0.1.
+        // Using the host's own address: passt loses UDP replies to 127.0.0.1.
         client.args(["-c", &host.to_string(), "-p", &perf.to_string(), "-J"]).args(flags);
         let report: serde_json::Value = serde_json::from_str(&run(&mut client)).unwrap();
         let end = &report["end"];
@@ -181,7 +181,7 @@ fn published_ports_reach_the_guest_and_close_with_it() {
             assert!(sum["lost_packets"].as_u64().unwrap() <= 20, "{sum}");
         }
     }
-    // A second machine is told at once, and nothing else of it happens.
+    // A second machine is rejected immediately, without side effects.
     let second = networked(&guests, "micro", &["-p", &published[0]], "true");
     assert!(second.expect(125).errors.contains(&format!("host port {web} is already in use")), "{}", second.errors);
     end(machine);
@@ -199,7 +199,7 @@ fn a_machine_that_floods_its_network_can_be_stopped() {
     let (port, host) = (free_port().to_string(), host.to_string());
     let mut server =
         Command::new("iperf3").args(["-s", "-B", &host, "-p", &port]).stdout(Stdio::null()).spawn().unwrap();
-    // Small datagrams, as many as there can be.
+    // Small UDP packets at the maximum rate.
     let script = format!(
         "trap 'cat /sys/class/net/eth0/statistics/tx_packets; exit 7' TERM; echo ready
          iperf3 -c {host} -p {port} -u -b 0 -l 64 -t 1000 >/dev/null & wait; echo the flood ended"
@@ -225,7 +225,7 @@ fn network_none_has_no_network() {
     assert_eq!(ended.expect(1).text(), "lo\n");
 }
 
-/// Whether this is root, who alone makes interfaces; loudly if not.
+/// Whether this is root, which is required to create interfaces; prints a visible message if not.
 pub(crate) fn is_root() -> bool {
     let root = fs::read_to_string("/proc/self/status").unwrap().contains("\nUid:\t0\t");
     if !root {
@@ -259,7 +259,7 @@ fn machines_of_a_network_reach_each_other_by_name() {
     let mut rm = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     let refused = rm.args(["network", "rm", "test"]).output().unwrap();
     assert!(String::from_utf8_lossy(&refused.stderr).contains("in use by db"));
-    // However it ends, its address is free again.
+    // Its address is freed however it ends.
     run(Command::new("kill").arg("-KILL").arg(db.id().to_string()));
     wait(db);
     husk(&["network", "rm", "test"]);

@@ -1,4 +1,4 @@
-//! What runs in the guest, as whom, where, and what becomes of its exit code.
+//! The process in the guest: command, user, working directory, and exit code.
 
 use crate::image::archive;
 use crate::{Ended, finish, guests, husk_run, husk_under, shell};
@@ -89,7 +89,7 @@ fn a_machine_has_the_environment_of_a_container() {
     let expected = "/ overlay\n/proc proc\n/sys sysfs\n/dev devtmpfs\n/dev/pts devpts\n/dev/shm tmpfs\n/dev/mqueue mqueue\n/sys/fs/cgroup cgroup2\n\
         0::/x\n1777\n1777\nfd\nloopback\n2";
     assert_eq!(rest, expected);
-    // Of 96 MiB, less what the kernel keeps for itself.
+    // 96 MiB, minus what the kernel uses.
     assert!((64 << 10..=96 << 10).contains(&memory.parse().unwrap()), "{memory} KiB");
 }
 
@@ -124,7 +124,7 @@ fn changes_are_stored_on_scratch_and_persistent_disks() {
     let text = shell(&guests, &["--keep", "work"], "cat /srv/log; stat -c %a /srv; ls /srv").expect(0).text();
     assert_eq!(text, "once\ntwice\n700\nlog\nnot-a-program\n");
     let disk = crate::image::store().join("disks/work.ext4");
-    // Whole, and with nothing to be replayed.
+    // Consistent, without a journal to replay.
     let state = crate::image::run(std::process::Command::new("e2fsck").args(["-f", "-n"]).arg(disk));
     assert!(!state.contains("recover"), "{state}");
 }

@@ -1,5 +1,4 @@
-//! The ways to a guest and out of it: by IPv6, through ranges of ports, for a user who is not root, and to what lies
-//! beyond the host; and that nothing stays of them.
+//! Connectivity of guests: IPv6, port ranges, unprivileged users, and external networks; and complete cleanup.
 
 use std::fs;
 use std::io::Write;
@@ -16,19 +15,20 @@ use crate::net::{SERVED, end, free_port, husk, is_root, ready, serve, shell, sta
 use crate::uplink::{host, is_lab, make_nobody};
 use crate::{finish, guests, wait};
 
-/// A user who owns nothing.
+/// An unprivileged user.
 const NOBODY: u32 = 65534;
 
-/// This machine's own IPv6 address, as a guest can reach it; `None`, loudly, where there is none and none can be made.
+/// This machine's own IPv6 address, reachable from a guest; `None` with a visible message if there is none and none can
+/// be created.
 fn host_v6() -> Option<IpAddr> {
-    // Nothing is sent for this.
+    // Nothing is sent.
     let own = || {
         let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).ok()?;
         socket.connect("[2001:db8:ffff::1]:9").ok()?;
         socket.local_addr().ok().map(|address| address.ip())
     };
     if own().is_none() && is_lab() {
-        // The interface that leads nowhere has nobody there with whom an address could be shared.
+        // There are no other hosts on the dummy interface, so duplicate address detection is unnecessary.
         for name in ["all", "uplink"] {
             fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_dad"), "0").unwrap();
         }
@@ -47,18 +47,18 @@ fn ip(words: &str) {
     run(Command::new("ip").args(words.split(' ')));
 }
 
-/// What the web server at `url` says, which is a literal address.
+/// The response of the web server at `url`, which has a literal address.
 fn get(url: &str) -> String {
     run(Command::new("curl").args(["-gsS", "--max-time", "60", url]))
 }
 
-/// The first of three ports in a row that nobody has now.
+/// The first of three consecutive free ports.
 fn free_ports() -> u16 {
     let are_free = |first: &u16| (*first..first + 3).all(|port| TcpListener::bind(("::", port)).is_ok());
     (18080..28080).step_by(3).find(are_free).unwrap()
 }
 
-/// The passt of the machine whose monitor is `husk`.
+/// The passt process of the machine run by `husk`.
 fn passt_of(husk: u32) -> Option<u32> {
     fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
@@ -140,11 +140,11 @@ fn the_first_ipv6_connection_reaches_a_new_guest() {
     end(machine);
 }
 
-/// A directory of `NOBODY`'s.
+/// A directory owned by `NOBODY`.
 fn dir_of_nobody() -> PathBuf {
     let dir = image::store().with_file_name("nobodys");
     fs::create_dir_all(&dir).unwrap();
-    // The way to it, and to the root file system beside it.
+    // Makes it and the root file system next to it accessible.
     fs::set_permissions(dir.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
     chown(&dir, Some(NOBODY), Some(NOBODY)).unwrap();
     dir
@@ -161,7 +161,7 @@ fn an_unprivileged_user_gets_a_network_and_a_preconfigured_tap() {
     for device in ["/dev/kvm", "/dev/net/tun"] {
         fs::set_permissions(device, fs::Permissions::from_mode(0o666)).unwrap();
     }
-    // Busybox's makes none that is somebody's.
+    // Busybox's version cannot set an owner.
     run(Command::new("/opt/ip").args(["tuntap", "add", "husk-own", "mode", "tap", "user", "65534", "vnet_hdr"]));
     ip("addr add 198.18.10.1/24 dev husk-own");
     ip("link set husk-own up");
@@ -178,18 +178,18 @@ fn an_unprivileged_user_gets_a_network_and_a_preconfigured_tap() {
     let mut command = shell(&guests, &flags, &script("own"));
     command.uid(NOBODY).gid(NOBODY).env("HUSK_DATA", &dir).env("HOME", &dir);
     let (machine, output) = ready(&mut command);
-    // Another one of another user's, at the same time.
+    // A second machine of the same user, concurrently.
     let (second, _output) = start(&guests, &["--name", "other", "-p", &others], &script("other"));
     assert_eq!(get(&format!("http://127.0.0.1:{web}/word")), "own\n");
     assert_eq!(get(&format!("http://127.0.0.1:{other}/word")), "other\n");
     assert_eq!(get("http://198.18.10.2/word"), "own\n");
     let [passt, others_passt] = [&machine, &second].map(|machine| passt_of(machine.id()).expect("it has a passt"));
-    // A machine outlives its passt, and leaves nothing of it.
+    // A machine survives its passt, and cleans up after it.
     run(Command::new("kill").args(["-KILL", &passt.to_string()]));
     wait_until("the port is free", || TcpListener::bind(("::", web)).is_ok());
     wait_until("the guest sees its link go", || get("http://198.18.10.2/word") == "cut off\n");
     wait_until("passt is waited for", || !Path::new(&format!("/proc/{passt}")).exists());
-    // And passt no machine.
+    // And passt does not survive its machine.
     for machine in [machine, second] {
         run(Command::new("kill").args(["-KILL", &machine.id().to_string()]));
         wait(machine);
@@ -200,7 +200,7 @@ fn an_unprivileged_user_gets_a_network_and_a_preconfigured_tap() {
     ip("link del husk-own");
 }
 
-/// A host beyond this one, in a network of its own, which knows no way to anybody but us.
+/// A host beyond this one, in a separate network namespace, with a route only to us.
 struct Beyond(Child);
 
 impl Beyond {
@@ -258,7 +258,7 @@ fn a_guest_of_a_network_uses_dhcp_and_nat() {
     let text = ended.text();
     let told = text.lines().find_map(|line| line.trim().strip_prefix("dhcp=")).unwrap_or_default();
     assert!(told.starts_with("10.86.78.") && told.contains("/24 10.86.78.1"), "{text}{}", ended.errors);
-    // Its own address would have been no address to answer to.
+    // There would be no route back to the guest's own address.
     assert!(text.contains("heard=from beyond"), "{text}{}", ended.errors);
     husk(&["network", "rm", "outward"]);
     drop(beyond);

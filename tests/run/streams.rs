@@ -1,4 +1,4 @@
-//! Standard streams and terminals: every byte, in order, to its own end.
+//! Standard streams and terminals: every byte, in order.
 
 use std::io::{self, Read, Write};
 use std::process::Stdio;
@@ -12,10 +12,11 @@ use crate::uplink::is_lab;
 use crate::{PATIENCE, finish, guests, husk_run, husk_under, shell, wait};
 
 const CHUNK_BYTES: usize = 1 << 20;
-/// At as many places of the noise a chunk may begin.
+/// The number of positions in the noise at which a chunk may start.
 const SHIFTS: usize = 64 << 10;
 
-/// Bytes that compress badly, of which every chunk is another part: quick to have, and to compare, where all is emulated.
+/// Poorly compressible data from which each chunk takes a different part: fast to generate and compare, even under
+/// emulation.
 struct Noise(Vec<u8>);
 
 impl Noise {
@@ -35,7 +36,7 @@ impl Noise {
     }
 }
 
-/// Sends so much through `cat`, and compares each byte that comes back while the rest is still on its way.
+/// Sends data through `cat`, and compares the output concurrently.
 fn there_and_back(kernel: &str, len: u64) {
     let guests = guests!();
     let mut child = husk_under(&guests, kernel, &["-i", archive(), "cat"]).stdin(Stdio::piped()).spawn().unwrap();
@@ -68,7 +69,7 @@ fn there_and_back(kernel: &str, len: u64) {
         }
         io::Result::Ok(come)
     });
-    // As long as something comes, it may take its time.
+    // No timeout as long as there is progress.
     while seen.recv_timeout(PATIENCE).is_ok() {}
     let ended = wait(child);
     ended.expect(0);
@@ -78,7 +79,7 @@ fn there_and_back(kernel: &str, len: u64) {
 
 #[test]
 fn a_large_stream_passes_both_ways_unchanged() {
-    // A gibibyte, but for an emulated processor, which takes minutes for it; then as much as is asked for.
+    // 1 GiB, less on an emulated processor, which would take minutes; or as much as requested.
     let asked_mib = std::env::var("HUSK_TEST_STREAM_MIB").ok().and_then(|mib| mib.parse().ok());
     there_and_back("micro", asked_mib.unwrap_or(if is_lab() { 128 } else { 1024 }) << 20);
 }
@@ -113,7 +114,7 @@ fn a_command_may_exit_with_unread_input() {
 #[test]
 fn closing_a_stream_leaves_the_others_open() {
     let guests = guests!();
-    // Standard output ends first, and what is read goes on to standard error; then input ends, and words follow.
+    // Standard output is closed first, and input continues to standard error; then input ends, followed by more output.
     let words = ["-i", archive(), "sh", "-c", "echo first; exec >&-; cat >&2; sleep 1; echo last >&2"];
     let ended = finish(husk_run(&guests, &words), b"through\n".repeat(10_000));
     assert_eq!(ended.expect(0).text(), "first\n");
@@ -143,14 +144,14 @@ fn a_terminal_has_a_size_and_is_edited_by_the_guest() {
     thread::sleep(Duration::from_millis(500));
     terminal.type_keys(b"echo size=$(stty size)\n");
     terminal.wait_for("size=40 100");
-    // The guest's terminal makes a signal of it, for what runs there.
+    // The guest's terminal turns it into a signal for the foreground process.
     terminal.type_keys(b"echo slee''ping; sleep 1000\n");
     terminal.wait_for("sleeping");
     thread::sleep(Duration::from_secs(1));
     terminal.type_keys(b"\x03");
     terminal.type_keys(b"echo inter''rupted\n");
     terminal.wait_for("interrupted");
-    // Bytes arrive as the guest's terminal made them.
+    // Output is processed only by the guest's terminal.
     terminal.type_keys(b"stty -opost; printf 'ab\\ncd\\n'; stty opost\n");
     terminal.wait_for("ab\ncd\n");
     terminal.type_keys(b"exit 5\n");

@@ -1,15 +1,16 @@
-//! A way out for machines' networks: this machine's own, or where the lab has none, an interface that leads nowhere, since
-//! passt wants one.
+//! A default route for machines' networks: this machine's own, or a dummy interface in the lab, since passt requires
+//! one.
 
 use std::fs;
 use std::net::{IpAddr, UdpSocket};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// A test network (RFC 5737) for a machine that has none, and the router that it has not.
+/// A documentation network (RFC 5737) with a nonexistent router.
 const UPLINK: [&str; 2] = ["198.51.100.2/24", "198.51.100.1"];
 
-/// This machine's own address, as a guest can reach it; `None`, loudly, where there is no network and none can be made.
+/// This machine's own address, reachable from a guest; `None` with a visible message if there is no network and none
+/// can be created.
 pub fn host() -> Option<IpAddr> {
     static HOST: OnceLock<Option<IpAddr>> = OnceLock::new();
     *HOST.get_or_init(|| {
@@ -28,7 +29,7 @@ pub fn is_lab() -> bool {
     std::env::var_os("HUSK_TEST_EMULATED").is_some()
 }
 
-/// Nothing is sent for this.
+/// Nothing is sent.
 fn own_address() -> Option<IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
     socket.connect("192.0.2.1:9").ok()?;
@@ -48,7 +49,7 @@ fn make_uplink() {
     make_nobody();
 }
 
-/// passt and dnsmasq run as this user, whom the lab does not know.
+/// Creates the user of passt and dnsmasq, which does not exist in the lab.
 pub fn make_nobody() {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     if is_lab() && !passwd.contains("nobody:") {

@@ -1,4 +1,4 @@
-//! From words to what is to be done.
+//! Parses the command line.
 
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -29,7 +29,7 @@ guest [--scratch] [--net ADDRESS/PREFIX,GATEWAY] [--end power-off|reset] COMMAND
 nothing               ends at once
 ";
 
-/// Where pieces of work find their files.
+/// The locations of files used by tasks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     pub cpus: usize,
@@ -49,14 +49,14 @@ impl Default for Place {
     }
 }
 
-/// How a machine ends, which monitors see in different ways.
+/// How a machine ends, which VMMs detect in different ways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     PowerOff,
     Reset,
 }
 
-/// An address of the machine's own, and the way to everybody else.
+/// The machine's address and its gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Net {
     pub ip: IpAddr,
@@ -64,7 +64,7 @@ pub struct Net {
     pub gateway: IpAddr,
 }
 
-/// What PID 1 of a machine does.
+/// The tasks of PID 1 in a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
     pub scratch: bool,
@@ -174,8 +174,8 @@ fn parse_net(word: &str) -> Result<Net, String> {
     parse().ok_or_else(|| format!("{word:?} is no network: type ADDRESS/PREFIX,GATEWAY"))
 }
 
-/// A kernel's command line holds no spaces and quotes in words; they are written as `%20`, and an
-/// empty word as `%00` (husk's bench::work::escape).
+/// Decodes a word: a kernel's command line cannot contain spaces and quotes in words, so they are written as `%20`, and
+/// an empty word as `%00` (husk's bench::work::escape).
 fn decode(word: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = word.as_bytes();
@@ -192,12 +192,12 @@ fn decode(word: &str) -> String {
             }
         }
     }
-    // No word has a zero byte: it stands for itself only where a word is empty.
+    // Words never contain a zero byte: it represents an empty word.
     bytes.retain(|byte| *byte != 0);
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The words that are still to be read.
+/// The remaining words.
 struct Words<'a>(std::slice::Iter<'a, String>);
 
 impl<'a> Words<'a> {
@@ -274,7 +274,7 @@ mod tests {
             end: End::Reset,
             command: ["sh", "-c", "echo 'a b' 100%", ""].map(str::to_owned).into(),
         };
-        // Without `--` too, at which a kernel's command line ends.
+        // Also without `--`, where a kernel's command line ends.
         for dashes in ["", "-- "] {
             let line = format!("guest --scratch --net {net} --end reset {dashes}sh -c echo%20%27a%20b%27%20100% %00");
             assert_eq!(parse(&line), Ok(Command::Guest(expected.clone())));

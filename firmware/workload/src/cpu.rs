@@ -1,4 +1,4 @@
-//! Work of a processor alone: no memory beyond its registers, no system call.
+//! CPU tasks: neither memory beyond registers nor system calls.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,15 +9,17 @@ use husk_init::errors::{Context, Failure};
 
 use crate::task::Task;
 
-/// More operations than this are not taken by a thread at once: some milliseconds' worth, so that all end together.
+/// The maximum number of operations that a thread takes at once, a few milliseconds' worth, so that all threads finish
+/// together.
 const SHARE_MAX: u64 = 1 << 18;
-/// A thread of these needs next to none.
+/// These threads need almost no stack.
 const STACK_BYTES: usize = 64 << 10;
-/// Any but 0, from which xorshift never leaves.
+/// Any nonzero value; xorshift never leaves zero.
 const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// So many operations. One is a step of xorshift64* (Marsaglia 2003, Vigna 2016: three shifts, three exclusive ors, a multiplication),
-/// a rotation by as many bits as the state says, and an addition. Each waits for the one before.
+/// Executes integer operations. Each is a step of xorshift64* (Marsaglia 2003, Vigna 2016: three shifts, three
+/// exclusive ors, a multiplication), a rotation by as many bits as the state says, and an addition. Each depends on the
+/// previous one.
 pub fn integer(operations: u64) {
     let mut state = black_box(SEED);
     let mut sum = 0_u64;
@@ -31,19 +33,19 @@ pub fn integer(operations: u64) {
     black_box(sum);
 }
 
-/// So many operations. One is a polynomial of the third degree (three multiplications, three additions), a square root and a division
-/// in double precision. Each waits for the one before, whose result it begins with.
+/// Executes floating-point operations. Each is a polynomial of the third degree (three multiplications, three
+/// additions), a square root and a division in double precision. Each depends on the result of the previous one.
 pub fn float(operations: u64) {
     let mut x = black_box(1.5_f64);
     for _ in 0..operations {
-        // Between 1 and 2 whatever it begins with there, so that no operation has a rare and slow case.
+        // Between 1 and 2 for any argument in that range, so that no operation hits a rare slow case.
         let polynomial = ((0.1 * x + 0.2) * x + 0.3) * x + 0.4;
         x = 1.0 + polynomial.sqrt() / (1.0 + polynomial);
     }
     black_box(x);
 }
 
-/// The work of one processor.
+/// A single-threaded task.
 pub fn one(work: fn(u64), amount: u64) -> Result<Task, Failure> {
     Ok(Box::new(move || {
         work(amount);
@@ -51,7 +53,7 @@ pub fn one(work: fn(u64), amount: u64) -> Result<Task, Failure> {
     }))
 }
 
-/// The work of several, who take shares of it until none is left. They are there before it begins.
+/// A multithreaded task: threads take shares until none is left. They are created before the task starts.
 pub fn all(work: fn(u64), amount: u64, cpus: usize) -> Result<Task, Failure> {
     let start = Arc::new(Barrier::new(cpus + 1));
     let left = Arc::new(AtomicU64::new(amount));
@@ -73,7 +75,7 @@ pub fn all(work: fn(u64), amount: u64, cpus: usize) -> Result<Task, Failure> {
     }))
 }
 
-/// As much as `share` of what is left.
+/// Takes up to `share` of what is left.
 fn take(left: &AtomicU64, share: u64) -> Option<u64> {
     let before = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(share)));
     before.ok().map(|before| before.min(share)).filter(|share| *share > 0)

@@ -1,4 +1,4 @@
-//! What a bad neighbour does.
+//! Crashes for the isolation scenario.
 
 use std::fs;
 use std::thread;
@@ -9,13 +9,13 @@ use crate::say;
 use crate::sys::Pages;
 
 const BLOCK_BYTES: usize = 16 << 20;
-/// A kernel that crashes takes with it what is still on its way out of the machine.
+/// A crashing kernel discards data that is still on its way out of the machine.
 const WORD_TAKES: Duration = Duration::from_millis(100);
 
-/// Uses memory until it is killed. Returns if there is none to be had and nobody kills, or at so many MiB, at which whoever else uses
-/// that memory is to be spared.
+/// Uses memory until the process is killed. Returns if allocation fails, or at a maximum that protects other users of
+/// the memory.
 pub fn memory(at_most_mib: usize) -> u8 {
-    // A kernel that has to choose whom to kill is to choose this process.
+    // Makes the kernel's OOM killer choose this process.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
     say::line(format_args!("ready"));
     for _ in 0..at_most_mib.div_ceil(BLOCK_BYTES >> 20) {
@@ -34,7 +34,7 @@ pub fn memory(at_most_mib: usize) -> u8 {
     1
 }
 
-/// Has the kernel crash (Documentation/admin-guide/sysrq.rst: `c`). Returns if it did not.
+/// Makes the kernel crash (Documentation/admin-guide/sysrq.rst: `c`). Returns if it did not.
 pub fn kernel() -> u8 {
     say::line(format_args!("ready"));
     thread::sleep(WORD_TAKES);

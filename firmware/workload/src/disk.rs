@@ -1,4 +1,4 @@
-//! Work on files: in order and anywhere, through the kernel's cache or past it.
+//! Disk tasks: sequential and random, through the page cache or with direct I/O.
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
@@ -13,13 +13,13 @@ use crate::task::Task;
 
 const BLOCK_BYTES: usize = 1 << 20;
 const SMALL_BYTES: usize = 4096;
-/// A scratch file is no longer: what is more than that goes over it again.
+/// The maximum size of a scratch file, which is overwritten beyond that.
 const SCRATCH_BYTES: u64 = 64 << 20;
-/// A root's, which may lie in the memory of a small machine.
+/// The maximum size of a file in the root file system, which may be in a small machine's memory.
 const ROOT_BYTES: u64 = 32 << 20;
 const NAME: &str = ".husk-bench-file";
 
-/// Reads so many bytes of the image's file in order, from the disk at each pass.
+/// Reads the image's file sequentially, from the disk in each pass.
 pub fn read_root(amount: u64, path: &Path) -> Result<Task, Failure> {
     let (file, bytes) = open_data(path, BLOCK_BYTES)?;
     let mut block = Pages::map(BLOCK_BYTES).context("map a buffer")?;
@@ -34,7 +34,7 @@ pub fn read_root(amount: u64, path: &Path) -> Result<Task, Failure> {
     }))
 }
 
-/// Reads so many times 4 KiB of the image's file, each part of it once from the disk in a pass.
+/// Reads blocks of 4 KiB of the image's file, each part once from the disk in each pass.
 pub fn read_root_anywhere(amount: u64, path: &Path) -> Result<Task, Failure> {
     let (file, bytes) = open_data(path, SMALL_BYTES)?;
     let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
@@ -50,11 +50,11 @@ pub fn read_root_anywhere(amount: u64, path: &Path) -> Result<Task, Failure> {
     }))
 }
 
-/// Writes so many bytes in order into a file of the root, each pass over it followed by fsync(2).
+/// Writes sequentially to a file in the root file system, with fsync(2) after each pass.
 pub fn write_root(amount: u64, dir: Option<&Path>) -> Result<Task, Failure> {
     let file = match dir {
         Some(dir) => Temporary::make(dir, 0)?,
-        // A container's root may be read-only, and its /tmp is not.
+        // A container's root may be read-only, but its /tmp is not.
         None => Temporary::make(Path::new("/"), 0).or_else(|_| Temporary::make(Path::new("/tmp"), 0))?,
     };
     write_in_order(file, amount, ROOT_BYTES)
@@ -78,7 +78,7 @@ fn write_in_order(file: Temporary, amount: u64, bytes: u64) -> Result<Task, Fail
     }))
 }
 
-/// Reads so many bytes of a scratch file in order, past the kernel's cache; the last part is rounded up to 4 KiB.
+/// Reads a scratch file sequentially with direct I/O; the last block is rounded up to 4 KiB.
 pub fn read_direct(amount: u64, dir: &Path) -> Result<Task, Failure> {
     let file = Temporary::filled(dir)?;
     let mut block = Pages::map(BLOCK_BYTES).context("map a buffer")?;
@@ -90,7 +90,7 @@ pub fn read_direct(amount: u64, dir: &Path) -> Result<Task, Failure> {
     }))
 }
 
-/// Writes so many times 4 KiB into a scratch file, past the kernel's cache.
+/// Writes blocks of 4 KiB to a scratch file at random with direct I/O.
 pub fn write_anywhere(amount: u64, dir: &Path) -> Result<Task, Failure> {
     let file = Temporary::filled(dir)?;
     let mut block = Incompressible::block(SMALL_BYTES)?;
@@ -103,7 +103,7 @@ pub fn write_anywhere(amount: u64, dir: &Path) -> Result<Task, Failure> {
     }))
 }
 
-/// Reads so many times 4 KiB of a scratch file, past the kernel's cache.
+/// Reads blocks of 4 KiB of a scratch file at random with direct I/O.
 pub fn read_anywhere(amount: u64, dir: &Path) -> Result<Task, Failure> {
     let file = Temporary::filled(dir)?;
     let mut part = Pages::map(SMALL_BYTES).context("map a buffer")?;
@@ -115,14 +115,14 @@ pub fn read_anywhere(amount: u64, dir: &Path) -> Result<Task, Failure> {
     }))
 }
 
-/// Appends so many times 4 KiB to a scratch file, each followed by fdatasync(2).
+/// Appends blocks of 4 KiB to a scratch file, with fdatasync(2) after each.
 pub fn append(amount: u64, dir: &Path) -> Result<Task, Failure> {
     let file = Temporary::make(dir, 0)?;
     let mut block = Incompressible::block(SMALL_BYTES)?;
     Ok(Box::new(move || {
         for Piece { at, len, begins_pass } in pieces(amount * SMALL_BYTES as u64, SCRATCH_BYTES, SMALL_BYTES) {
             if begins_pass {
-                // Over it again would not be appended.
+                // Overwriting would not be appending.
                 file.handle.set_len(0).context("truncate")?;
             }
             file.handle.write_all_at(block.next(len), at).context("append")?;
@@ -132,7 +132,7 @@ pub fn append(amount: u64, dir: &Path) -> Result<Task, Failure> {
     }))
 }
 
-/// A part of a file in a pass over it.
+/// A block in a pass over a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
     at: u64,
@@ -140,7 +140,7 @@ struct Piece {
     begins_pass: bool,
 }
 
-/// Passes in order over a file of `bytes`, in blocks, until `amount` is done.
+/// Sequential passes over a file of `bytes`, in blocks, until `amount` is reached.
 fn pieces(amount: u64, bytes: u64, block: usize) -> impl Iterator<Item = Piece> {
     let mut done = 0;
     std::iter::from_fn(move || {
@@ -151,7 +151,7 @@ fn pieces(amount: u64, bytes: u64, block: usize) -> impl Iterator<Item = Piece> 
     })
 }
 
-/// Numbers below `count`, each once before any comes again, in an order that no one guesses ahead.
+/// A permutation of the numbers below `count` in an unpredictable order, repeated.
 struct Anywhere {
     count: u64,
     mask: u64,
@@ -163,7 +163,7 @@ impl Anywhere {
         Anywhere { count, mask: count.next_power_of_two() - 1, state: 0 }
     }
 
-    /// The full period of a linear congruential generator (Hull and Dobell 1962), less what is too large.
+    /// A linear congruential generator with full period (Hull and Dobell 1962), skipping values that are too large.
     fn next(&mut self) -> u64 {
         loop {
             self.state = self.state.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f) & self.mask;
@@ -174,7 +174,7 @@ impl Anywhere {
     }
 }
 
-/// Bytes that neither shrink nor repeat: each page of each block is another one.
+/// Incompressible data: all pages of all blocks differ.
 struct Incompressible {
     pages: Pages,
     number: u64,
@@ -204,7 +204,7 @@ impl Incompressible {
     }
 }
 
-/// A file that is there for one piece of work.
+/// A temporary file of a task.
 struct Temporary {
     handle: File,
     path: PathBuf,
@@ -224,7 +224,7 @@ impl Temporary {
         }
     }
 
-    /// One that is all on the disk, and is read and written past the kernel's cache.
+    /// A file that is completely on the disk, opened with direct I/O.
     fn filled(dir: &Path) -> Result<Temporary, Failure> {
         let cached = Temporary::make(dir, 0)?;
         let mut block = Incompressible::block(BLOCK_BYTES)?;
@@ -234,7 +234,7 @@ impl Temporary {
         cached.handle.sync_all().context("fsync")?;
         forget(&cached.handle);
         let direct = Temporary::make(dir, libc::O_DIRECT)?;
-        // The path is the other's now.
+        // The other handle takes over the path.
         let Temporary { path, .. } = &cached;
         debug_assert_eq!(*path, direct.path);
         std::mem::forget(cached);
@@ -258,7 +258,7 @@ fn open_data(path: &Path, least: usize) -> Result<(File, u64), Failure> {
     Ok((file, bytes))
 }
 
-/// Has the kernel keep nothing of a file that is on the disk.
+/// Drops a file's pages from the page cache.
 fn forget(file: &File) {
     let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
 }

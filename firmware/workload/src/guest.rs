@@ -1,4 +1,4 @@
-//! PID 1 of a machine that has no init of its own: what a container is given by its runtime, it makes here.
+//! PID 1 of a machine without another init: sets up what a container's runtime provides.
 
 use std::fs;
 use std::net::IpAddr;
@@ -23,12 +23,12 @@ const SCRATCH: &str = "/scratch";
 /// The machine's second disk.
 const SCRATCH_DEVICE: &str = "/dev/vdb";
 const INTERFACE: &str = "/sys/class/net/eth0";
-/// So many milliseconds may a driver still be looking at its device.
+/// How long a driver may take to probe its device, in milliseconds.
 const DEVICE_PATIENCE_MS: u32 = 5000;
 /// Documentation/admin-guide/devices.txt: /dev/null.
 const NULL_DEVICE: u64 = libc::makedev(1, 3);
 
-/// Carries the machine from the kernel's hand-over to its end. Returns only where this is no machine's first process.
+/// Runs the machine until its end. Returns only if this is not the first process of a machine.
 pub fn run(guest: &Guest) -> u8 {
     if std::process::id() != 1 {
         eprintln!("husk-workload: guest is for the first process of a machine: type the command without it");
@@ -38,7 +38,7 @@ pub fn run(guest: &Guest) -> u8 {
         say::line(format_args!("fail guest {}", failure.message));
         failure.code
     });
-    // Whether or not it was there: what was written is to be on the disk.
+    // Regardless of whether it was mounted: data must be on the disk.
     let _ = umount2(SCRATCH, MntFlags::MNT_DETACH);
     nix::unistd::sync();
     say::line(format_args!("exit {code}"));
@@ -62,13 +62,13 @@ fn set_up(guest: &Guest) -> Result<(), Failure> {
         ("tmpfs", "/run", quiet, "mode=755"),
     ] {
         match mount_at(kind, dir, flags, options) {
-            // The kernel has mounted it.
+            // Already mounted by the kernel.
             Err(_) if kind == "devtmpfs" && Path::new("/dev/null").exists() => {}
             other => other?,
         }
     }
     open_console();
-    // Its words would come in the middle of ours. A panic's come all the same.
+    // Kernel messages would interleave with our output. A panic is printed anyway.
     let _ = fs::write("/proc/sys/kernel/printk", "1");
     if guest.scratch {
         await_path(SCRATCH_DEVICE)?;
@@ -78,8 +78,8 @@ fn set_up(guest: &Guest) -> Result<(), Failure> {
     set_up_network(guest.net.as_ref())
 }
 
-/// A kernel whose initial root has no console gives none to its first process, which Rust's library then gives
-/// /dev/null.
+/// A kernel whose initial root file system has no console gives none to its first process, for which Rust's library
+/// then opens /dev/null.
 fn open_console() {
     if fs::metadata("/dev/stdout")
         .or_else(|_| fs::metadata("/proc/self/fd/1"))
@@ -97,7 +97,7 @@ fn set_up_network(net: Option<&Net>) -> Result<(), Failure> {
     let network = Network::open().and_then(|network| network.bring_loopback_up().map(|()| network));
     match (network, net) {
         (Ok(network), Some(net)) => network.set_up(&interface(net)?),
-        // A kernel may have no networks, which nobody misses who asked for none.
+        // Without networking requested, a kernel without support is no error.
         (_, None) => Ok(()),
         (Err(failure), Some(_)) => Err(failure),
     }
@@ -127,7 +127,7 @@ fn await_path(path: &str) -> Result<(), Failure> {
     Err(Failure::new(format_args!("there is no {path}: does the kernel have a driver for it?")))
 }
 
-/// Runs the command, buries everybody meanwhile, and returns the command's exit code.
+/// Runs the command, reaps all children meanwhile, and returns the command's exit code.
 fn run_child(command: &[String]) -> Result<u8, Failure> {
     let (program, args) = command.split_first().ok_or_else(|| Failure::new("there is no command"))?;
     let child = Command::new(program).args(args).spawn().map_err(|error| Failure {

@@ -1,4 +1,5 @@
-//! What `husk bench` has done in machines, in containers and on the bare host: one static program, the same file everywhere.
+//! The workload of `husk bench` for machines, containers and the bare host: one static program, the same file
+//! everywhere.
 //!
 //! ```text
 //! words ─ command ─> do ─ task::prepare ─> begin, the work, end        (cpu, memory, process, disk)
@@ -6,9 +7,8 @@
 //!                 └> guest ─> PID 1 of a machine: mounts, network, one of the above as its child, the machine's end
 //! ```
 //!
-//! It measures nothing: clocks in guests cannot be trusted to agree. It says that a piece of work begins and that it has
-//! ended, a line each, and whoever reads the lines takes the times. What a piece of work needs is made before it begins, and taken
-//! away after its end.
+//! It measures nothing, because guests' clocks are unreliable. It prints a line when a task starts and when it ends,
+//! and the reader measures the time. Tasks are prepared before their start, and cleaned up after their end.
 
 mod command;
 mod cpu;
@@ -25,7 +25,7 @@ mod task;
 
 use command::Command;
 
-/// Does what the words say (`--help` lists them). Returns the exit code: 0, 1 if work failed, 2 for other words.
+/// Executes the command line (see `--help`). Returns the exit code: 0, 1 if a task failed, 2 for a usage error.
 pub fn run(words: &[String]) -> u8 {
     match Command::parse(words) {
         Ok(Command::Help) => {

@@ -1,4 +1,4 @@
-//! What an instance is beside its work: there, idle, ticking.
+//! Instances without tasks: hello, idle and tick.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -9,13 +9,13 @@ use crate::memory::PAGE_BYTES;
 use crate::say;
 use crate::sys::Pages;
 
-/// Says that it is there, and ends.
+/// Reports that it is running, and exits.
 pub fn hello(code: u8) -> u8 {
     say::line(format_args!("ready"));
     code
 }
 
-/// Sleeps until it is told to end, having used memory.
+/// Touches memory, and sleeps until it is terminated.
 pub fn idle(touch_mib: usize) -> u8 {
     let ends = Ends::listen();
     if touch_mib > 0 {
@@ -32,7 +32,7 @@ pub fn idle(touch_mib: usize) -> u8 {
     0
 }
 
-/// Says that it is still there, so often.
+/// Reports periodically that it is running.
 pub fn tick(interval_ms: u16) -> u8 {
     let ends = Ends::listen();
     say::line(format_args!("ready"));
@@ -42,11 +42,12 @@ pub fn tick(interval_ms: u16) -> u8 {
     0
 }
 
-/// The signals that end an instance. PID 1 of a container has to ask for them: it is spared those it does not.
+/// The signals that terminate an instance. PID 1 of a container must handle them explicitly, since their default
+/// actions do not apply to it.
 pub struct Ends(Option<SignalFd>);
 
 impl Ends {
-    /// Listens from now on, and so do the threads that are started from now on.
+    /// Blocks the signals, also in threads that are started later.
     pub fn listen() -> Ends {
         let mut set = SigSet::empty();
         set.add(Signal::SIGTERM);
@@ -55,7 +56,7 @@ impl Ends {
         Ends(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).ok())
     }
 
-    /// Whether one has come within the time.
+    /// Whether a signal arrived within the timeout.
     pub fn wait(&self, timeout: PollTimeout) -> bool {
         let Some(signals) = &self.0 else { return true };
         matches!(poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], timeout), Ok(1))

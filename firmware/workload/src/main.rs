@@ -1,4 +1,4 @@
-//! The work program of `husk bench`. What it does stands in the library, where it can be tested.
+//! The workload program of `husk bench`. The implementation is in the library, where it can be tested.
 
 fn main() {
     let words: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();

@@ -1,4 +1,4 @@
-//! Work on memory: copied, and touched for the first time.
+//! Memory tasks: copying, and page faults.
 
 use std::hint::black_box;
 
@@ -7,13 +7,13 @@ use husk_init::errors::{Context, Failure};
 use crate::sys::Pages;
 use crate::task::Task;
 
-/// Each of two; more than the caches of a processor hold.
+/// The size of both buffers, larger than a processor's caches.
 const BUFFER_BYTES: usize = 32 << 20;
-/// As much as is mapped at a time.
+/// The amount mapped at a time.
 const BLOCK_BYTES: usize = 16 << 20;
 pub const PAGE_BYTES: usize = 4096;
 
-/// Copies so many bytes from one buffer to another, which have both been touched before.
+/// Copies between two buffers that have been touched before.
 pub fn copy(amount: u64) -> Result<Task, Failure> {
     let map = || Pages::map(BUFFER_BYTES).context("map a buffer");
     let (mut from, mut to) = (map()?, map()?);
@@ -31,7 +31,7 @@ pub fn copy(amount: u64) -> Result<Task, Failure> {
     }))
 }
 
-/// Touches so many pages that were not there before, a fault each.
+/// Touches new pages, with a page fault each.
 pub fn touch(pages: u64) -> Result<Task, Failure> {
     Ok(Box::new(move || {
         let mut left = pages;

@@ -1,4 +1,4 @@
-//! Work of a kernel for its processes: calls, new processes, new programs, and the change from one to another.
+//! Kernel tasks: system calls, fork, exec, and context switches.
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use nix::unistd::{Pid, pipe, read, write};
 use crate::sys;
 use crate::task::Task;
 
-/// Calls that only ask for a number.
+/// System calls that only return a number.
 pub fn system_calls(amount: u64) -> Result<Task, Failure> {
     Ok(Box::new(move || {
         (0..amount).for_each(|_| sys::ask_for_parent());
@@ -20,12 +20,12 @@ pub fn system_calls(amount: u64) -> Result<Task, Failure> {
     }))
 }
 
-/// Processes that end at once, one after the other.
+/// Processes that exit immediately, one after the other.
 pub fn forks(amount: u64) -> Result<Task, Failure> {
     Ok(Box::new(move || (0..amount).try_for_each(|_| bury(sys::fork(|| 0).context("fork")?))))
 }
 
-/// Processes that become this program, which ends at once.
+/// Processes that execute this program, which exits immediately.
 pub fn execs(amount: u64) -> Result<Task, Failure> {
     let program = std::env::current_exe().context("find this program (is /proc mounted?)")?;
     let program = CString::new(program.into_os_string().into_vec()).map_err(Failure::new)?;
@@ -44,7 +44,7 @@ fn bury(child: Pid) -> Result<(), Failure> {
     }
 }
 
-/// Two processes on one processor, who hand each other a byte in turn: as many hands as switches.
+/// Two processes on one CPU pass a byte back and forth: each transfer is a switch.
 pub fn switches(amount: u64) -> Result<Task, Failure> {
     let pair = Pair::start()?;
     Ok(Box::new(move || pair.hand_over(amount).context("hand a byte over")))
@@ -54,7 +54,7 @@ struct Pair {
     child: Pid,
     to_child: Option<OwnedFd>,
     from_child: OwnedFd,
-    /// Where this process may run when it is over.
+    /// The original affinity of this process.
     processors: CpuSet,
 }
 
@@ -70,12 +70,12 @@ impl Pair {
         sched_setaffinity(myself, &one).context("keep to one processor")?;
         let other_end = &to_child;
         let child = sys::fork(move || {
-            // It ends when the last end to write to is closed, so that it must not hold one.
+            // It exits when the last write end is closed, so it must not hold one.
             let _ = nix::unistd::close(std::os::fd::AsRawFd::as_raw_fd(other_end));
             answer(&child_reads, &child_writes)
         });
         let pair = Pair { child: child.context("fork")?, to_child: Some(to_child), from_child, processors };
-        // It has run, and waits.
+        // It has started, and is waiting.
         pair.hand_over(2).context("hand a byte over")?;
         Ok(pair)
     }
@@ -101,7 +101,7 @@ impl Drop for Pair {
     }
 }
 
-/// The other process's side, until there is nobody to answer.
+/// The other process: answers until its peer is gone.
 fn answer(from: &OwnedFd, to: &OwnedFd) -> i32 {
     let mut byte = [0];
     while read(from, &mut byte) == Ok(1) && write(to, &byte) == Ok(1) {}

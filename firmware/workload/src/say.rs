@@ -1,11 +1,11 @@
-//! The lines that are looked for outside.
+//! The marker lines for the reader outside.
 
 use std::io::Write;
 
-/// Says one thing to whoever takes the times, and waits until it has left: a serial port may still be sending it.
+/// Prints a line and waits until it has left: a serial port may still be sending it.
 pub fn line(words: std::fmt::Arguments) {
     let mut stdout = std::io::stdout();
-    // One write, so that no other process's words come between. Who does not listen is not told.
+    // A single write, so that no other process's output interleaves. Errors are ignored.
     let _ = stdout.write_all(format!("work: {words}\n").as_bytes()).and_then(|()| stdout.flush());
     let _ = nix::sys::termios::tcdrain(&stdout);
 }

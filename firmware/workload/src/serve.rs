@@ -1,4 +1,4 @@
-//! The other end of the bench's connections. The first byte of one says what it is for.
+//! The server for network tasks. The first byte of a connection selects the mode.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -11,11 +11,11 @@ use crate::say;
 
 const BUFFER_BYTES: usize = 128 << 10;
 const STACK_BYTES: usize = 64 << 10;
-/// No request is longer.
+/// The maximum length of a request.
 const REQUEST_MAX: u64 = 4096;
 const ANSWER: [u8; 128] = [b'.'; 128];
 
-/// Serves until it is told to end.
+/// Serves until it is terminated.
 pub fn run(port: u16) -> u8 {
     let ends = Ends::listen();
     let listener = match TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)) {
@@ -40,7 +40,7 @@ pub fn run(port: u16) -> u8 {
 
 fn accept(listener: &TcpListener) {
     for stream in listener.incoming().flatten() {
-        // Who hangs up, or cannot be served, is not missed.
+        // A connection that fails is ignored.
         let _ = Builder::new().stack_size(STACK_BYTES).spawn(move || serve(stream));
     }
 }
@@ -58,14 +58,14 @@ fn serve(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// Reads to the end, and says that all has come.
+/// Reads to the end, and confirms that.
 fn sink(stream: &mut TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER_BYTES];
     while stream.read(&mut buffer)? > 0 {}
     stream.write_all(b"k")
 }
 
-/// Sends as many bytes as it is asked for.
+/// Sends the requested number of bytes.
 fn source(stream: &mut TcpStream) -> io::Result<()> {
     let mut count = [0; 8];
     stream.read_exact(&mut count)?;
@@ -87,7 +87,7 @@ fn echo(stream: &mut TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Answers one line.
+/// Answers a single line.
 fn answer(mut stream: TcpStream) -> io::Result<()> {
     let mut request = Vec::new();
     BufReader::new((&stream).take(REQUEST_MAX)).read_until(b'\n', &mut request)?;
@@ -99,7 +99,7 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// What comes back on a connection on which this is sent.
+    /// The response to data sent on a connection.
     fn exchange(sent: &[u8]) -> Vec<u8> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

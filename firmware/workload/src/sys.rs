@@ -1,4 +1,4 @@
-//! The system calls that no library wraps, or that need more care than a type can say, each behind a safe function.
+//! System calls without a library wrapper, or with requirements beyond types, each as a safe function.
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
@@ -8,17 +8,17 @@ use std::ptr::NonNull;
 
 use nix::unistd::{ForkResult, Pid};
 
-/// Memory of whole pages, which are not there before they are touched.
+/// Anonymous memory, populated on first access.
 pub struct Pages {
     start: NonNull<u8>,
     len: usize,
 }
 
 impl Pages {
-    /// Maps `len` bytes, of which there is more than none.
+    /// Maps `len` bytes, which must not be zero.
     pub fn map(len: usize) -> io::Result<Pages> {
         let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: the kernel chooses where there is nothing yet.
+        // SAFETY: the kernel chooses an unused address.
         let start = unsafe { libc::mmap(std::ptr::null_mut(), len, access, kind, -1, 0) };
         match NonNull::new(start.cast::<u8>()) {
             Some(pages) if start != libc::MAP_FAILED => Ok(Pages { start: pages, len }),
@@ -26,9 +26,9 @@ impl Pages {
         }
     }
 
-    /// Has each page be there on its own. A kernel without huge pages has no need of that.
+    /// Disables transparent huge pages. A kernel without them needs no change.
     pub fn refuse_huge_pages(&mut self) {
-        // SAFETY: the range is ours, and the advice leaves what is in it.
+        // SAFETY: the range is this mapping, and the advice preserves its content.
         unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, libc::MADV_NOHUGEPAGE) };
     }
 }
@@ -37,55 +37,55 @@ impl Deref for Pages {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the mapping has `len` readable bytes, zero at first, as long as `self` lives.
+        // SAFETY: the mapping has `len` readable bytes, initially zero, as long as `self` exists.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Pages {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as for reading, and `self` is borrowed by nobody else.
+        // SAFETY: as for reading, and `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours as a whole, and nobody has borrowed of it.
+        // SAFETY: this is the whole mapping, and nothing is borrowed from it.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 
-/// getppid(2), by the call itself: a library may know the answer.
+/// getppid(2) as a raw system call, which bypasses any cache in the library.
 pub fn ask_for_parent() {
-    // SAFETY: the call has no argument and touches no memory.
+    // SAFETY: the call has no argument and accesses no memory.
     unsafe { libc::syscall(libc::SYS_getppid) };
 }
 
-/// fork(2). The child does `body`, which may only use what is safe in a signal handler, since other threads may have held
-/// locks: system calls. It ends with the code that is returned.
+/// fork(2). The child runs `body`, which may use only async-signal-safe functions, since other threads may have held
+/// locks. It exits with the returned code.
 pub fn fork(body: impl FnOnce() -> i32) -> nix::Result<Pid> {
-    // SAFETY: the child does nothing but system calls and ends by one, as `body` promises.
+    // SAFETY: the child only makes system calls and exits by one, as `body` guarantees.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => Ok(child),
         ForkResult::Child => {
             let code = body();
-            // SAFETY: the call ends the process, and does nothing before.
+            // SAFETY: the call only ends the process.
             unsafe { libc::_exit(code) }
         }
     }
 }
 
-/// More words than any program here is started with, and the null pointer behind them.
+/// More than the number of arguments of any program started here, with the terminating null pointer.
 const ARGS_MAX: usize = 8;
 
-/// execv(2), with no memory allocated. Returns a shell's code for a program that cannot be started.
+/// execv(2) without allocating. Returns a shell's exit code for a program that cannot be executed.
 pub fn exec(program: &CStr, args: &[&CStr]) -> i32 {
     let mut pointers = [std::ptr::null(); ARGS_MAX + 1];
     for (pointer, arg) in pointers.iter_mut().take(ARGS_MAX).zip(args) {
         *pointer = arg.as_ptr();
     }
-    // SAFETY: the strings and their array, which a null pointer ends, live as long as the call.
+    // SAFETY: the strings and their null-terminated array outlive the call.
     unsafe { libc::execv(program.as_ptr(), pointers.as_ptr()) };
     127
 }

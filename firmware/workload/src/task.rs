@@ -1,16 +1,16 @@
-//! Pieces of work, by their names: prepared, done between two lines, and put away.
+//! Tasks by name: prepared, executed between two marker lines, and cleaned up.
 
 use husk_init::errors::Failure;
 
 use crate::command::Place;
 use crate::{cpu, disk, memory, process, say};
 
-/// Work that is ready to be done once. What it needs is put away when it is dropped.
+/// A prepared task, to be executed once. Dropping it cleans up.
 pub type Task = Box<dyn FnMut() -> Result<(), Failure>>;
 
 type Prepare = fn(u64, &Place) -> Result<Task, Failure>;
 
-/// All that can be done. The amount is operations, or bytes where the rate of bytes is measured.
+/// All tasks. The amount is the number of operations, or of bytes if throughput is measured.
 const TASKS: &[(&str, Prepare)] = &[
     ("cpu-integer", |amount, _| cpu::one(cpu::integer, amount)),
     ("cpu-float", |amount, _| cpu::one(cpu::float, amount)),
@@ -36,12 +36,12 @@ pub fn is_known(name: &str) -> bool {
     TASKS.iter().any(|(known, _)| *known == name)
 }
 
-/// The names, for a person.
+/// The names, for the help text.
 pub fn names() -> String {
     TASKS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
-/// Does all of them, whether or not one fails. Returns the exit code.
+/// Executes all tasks, continuing after failures. Returns the exit code.
 pub fn run_all(tasks: &[(String, u64)], place: &Place) -> u8 {
     let mut code = 0;
     for (name, amount) in tasks {

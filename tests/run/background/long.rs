@@ -1,4 +1,4 @@
-//! What a machine holds after many processes, and of what it says without end: no more than after a few.
+//! Resource usage of a machine after many processes and endless output.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::Machines;
 use crate::{guests, wait};
 
-/// What a machine's husk and its guest's init hold: descriptors, threads, and memory of their own.
+/// The resources of a machine's husk process and its init: descriptors, threads and memory.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     descriptors: [u64; 2],
@@ -26,7 +26,7 @@ impl Held {
             "ls /proc/1/fd | wc -l; sed -n 's/^Threads:\\t//p; s/^VmRSS:\\t* *\\([0-9]*\\) kB/\\1/p' /proc/1/status";
         let init = machines.ok(&["exec", name, "sh", "-c", script]);
         let init: Vec<u64> = init.lines().map(|line| line.trim().parse().unwrap()).collect();
-        // The memory comes before the threads in /proc/PID/status.
+        // The memory precedes the threads in /proc/PID/status.
         let [descriptors, memory_kib, threads] = init[..] else { panic!("{init:?}") };
         Held {
             descriptors: [count("fd"), descriptors],
@@ -36,12 +36,12 @@ impl Held {
     }
 }
 
-/// What is resident of a husk, without its guest's memory, which is the one large mapping; and without huge pages,
-/// which the kernel makes of a few small ones whenever it likes.
+/// The resident memory of husk, without guest memory, which is the only large mapping, and without huge pages, which
+/// the kernel creates at any time.
 fn own_memory_kib(pid: &str) -> u64 {
     const GUEST_KIB: u64 = 64 << 10;
     let (mut sum_kib, mut is_guest) = (0, false);
-    // Empty when it has just ended.
+    // Empty if it has just exited.
     for line in fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default().lines() {
         let mut words = line.split_whitespace();
         let (name, kib) = (words.next().unwrap(), words.next().and_then(|kib| kib.parse::<u64>().ok()));
@@ -61,7 +61,7 @@ fn a_thousand_sequential_processes_leave_nothing_behind() {
     machines.start("box", &[], "sleep 100000").expect(0);
     let run = |numbers: std::ops::Range<i32>| {
         for n in numbers {
-            // Every tenth has a code of its own.
+            // Every tenth has a different exit code.
             let code = if n % 10 == 9 { 1 + n % 100 } else { 0 };
             machines.husk(&["exec", "box", "sh", "-c", &format!("exit {code}")]).expect(code);
         }
@@ -76,7 +76,7 @@ fn a_thousand_sequential_processes_leave_nothing_behind() {
             .zip(early.descriptors.iter().chain(&early.threads))
             .any(|(l, e)| l > e)
     };
-    // A connection of the last one may not be closed yet.
+    // A connection of the last process may still be open.
     for _ in 0..100 {
         if !grown(late) {
             break;
@@ -84,27 +84,27 @@ fn a_thousand_sequential_processes_leave_nothing_behind() {
         late = run(0..1);
     }
     assert!(!grown(late), "{early:?} became {late:?}");
-    // What a process left would be there 900 times.
+    // Anything that a process leaves behind would exist 900 times.
     for (before, after) in early.memory_kib.iter().zip(late.memory_kib) {
         assert!(after < before + 256, "{early:?} became {late:?}");
     }
 }
 
-/// Bytes of the files in a machine's directory that are its logs.
+/// The total size of the logs in a machine's directory.
 fn log_bytes(machines: &Machines, id: &str) -> u64 {
     let files = fs::read_dir(machines.runtime.path().join("husk").join(id)).unwrap().flatten();
-    // One may be renamed while it is looked at.
+    // A file may be renamed in the meantime.
     files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
 }
 
 const LINE: &str = "the quick brown fox jumps over the lazy dog, and nobody minds it";
-/// With its lines it is about a MiB.
+/// About 1 MiB with its lines.
 const LINES_OF_A_PIECE: usize = 16 << 10;
 
-/// What prints the lines behind pieces, with their numbers, as fast as `husk logs` does.
+/// Prints the lines after pieces, with their numbers, as fast as `husk logs`.
 const PIECES: &str = "grep -n '^piece '";
 
-/// The pieces in `found`, which [`PIECES`] printed, and how many lines came before each since the one before it.
+/// The pieces printed by [`PIECES`], and the number of lines before each.
 fn pieces(found: &str) -> Vec<(u64, usize)> {
     let (mut pieces, mut last) = (Vec::new(), 0);
     for found in found.lines() {
@@ -120,7 +120,7 @@ fn pieces(found: &str) -> Vec<(u64, usize)> {
 fn a_log_stays_within_its_size_and_is_followed_across_files() {
     const LOG_MAX_BYTES: u64 = 8 << 20;
     let machines = Machines::new(guests!());
-    // So many MiB, or as many as are asked for by hand.
+    // This many MiB, or as many as requested manually.
     let count: u64 = std::env::var("HUSK_TEST_LOG_MIB").map_or(64, |count| count.parse().unwrap());
     let script = format!(
         "yes '{LINE}' | head -n {LINES_OF_A_PIECE} >/tmp/piece; n=0
@@ -130,7 +130,7 @@ fn a_log_stays_within_its_size_and_is_followed_across_files() {
     let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", "loud"])).unwrap();
     let pid = inspected[0]["pid"].to_string();
     let (before_kib, started) = (own_memory_kib(&pid), Instant::now());
-    // In a pipe, as users look for something in a log.
+    // Through a pipe, as users search a log.
     let logs = |flags: &str| {
         let husk = machines.command(&[]);
         let script = format!("exec 2>&1; {} logs {flags} loud | {PIECES}", husk.get_program().display());
@@ -150,14 +150,14 @@ fn a_log_stays_within_its_size_and_is_followed_across_files() {
         "{count} MiB in {:?}, most {most_bytes} bytes of logs; {before_kib} KiB became {most_kib}",
         started.elapsed()
     );
-    // Beside the process's own words there are the kernel's few, and the record.
+    // In addition to the process's output there are a few kernel messages, and the record.
     assert!(most_bytes < LOG_MAX_BYTES + (64 << 10), "{most_bytes} bytes");
     assert!(most_kib < before_kib + 1024, "{before_kib} KiB became {most_kib}");
-    // The file that was begun last may have hardly anything; the one before is full.
+    // The latest file may be nearly empty; the previous one is full.
     let kept = pieces(&wait(logs("")).expect(0).text());
     let whole = (1..=count).rev().map(|piece| (piece, LINES_OF_A_PIECE)).take(kept.len() - 1);
     assert!(kept.len() >= 4 && kept.iter().skip(1).rev().copied().eq(whole), "{kept:?}");
-    // Who is slower than two files are filled misses some, and goes on to the end.
+    // A reader slower than the time to fill two files misses some, and continues to the end.
     let followed = pieces(&followed);
     assert!(followed.is_sorted() && followed.last().is_some_and(|last| last.0 == count), "{followed:?}");
     println!("{} of them were followed", followed.len());

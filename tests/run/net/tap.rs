@@ -1,4 +1,4 @@
-//! Tap devices: what goes through them, by husk and by the host's kernel.
+//! Tap devices, served by husk and by the host's kernel.
 
 use std::fs;
 use std::path::Path;
@@ -20,12 +20,12 @@ fn a_tap_device_carries_routed_traffic() {
     let flags = ["--name", "tapped", "--network", "tap=husk-tap,ip=198.18.7.2/24,gateway=198.18.7.1"];
     let script = "iperf3 -s -D; mkdir /www; echo from the guest >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
     let (machine, _output) = start(&guests, &flags, script);
-    // It came with the machine, and is the host's to set up.
+    // It was created with the machine, and is configured by the host.
     run(Command::new("ip").args(["addr", "add", "198.18.7.1/24", "dev", "husk-tap"]));
     run(Command::new("ip").args(["link", "set", "husk-tap", "up"]));
     let page = run(Command::new("curl").args(["-sS", "--max-time", "60", "http://198.18.7.2/"]));
     assert_eq!(page, "from the guest\n");
-    // The cable out, and in again.
+    // Sets the link down, and up again.
     let asks =
         |patience_s: &str| Command::new("curl").args(["-sS", "--max-time", patience_s, "http://198.18.7.2/"]).output();
     husk(&["update", "--link", "down", "tapped"]);
@@ -41,11 +41,11 @@ fn a_tap_device_carries_routed_traffic() {
         let mut client = Command::new("iperf3");
         client.args(["-c", "198.18.7.2", "-n", "16M", "-J"]).args(direction);
         let report: serde_json::Value = serde_json::from_str(&run(&mut client)).unwrap();
-        // The last ones may be under way when the count ends.
+        // The last packets may be in flight when counting ends.
         assert!(report["end"]["sum_received"]["bytes"].as_u64().unwrap() >= 8 << 20, "{}", report["end"]);
         eprintln!("tap {direction:?}: {} bit/s", report["end"]["sum_received"]["bits_per_second"]);
     }
-    // More than Ethernet's 1500 bytes at a time crossed: segments were left to the other side.
+    // More than 1500 bytes at a time were transferred: segmentation was offloaded.
     let count = |name: &str| {
         let path = format!("/sys/class/net/husk-tap/statistics/{name}");
         fs::read_to_string(path).unwrap().trim().parse::<u64>().unwrap()
@@ -63,7 +63,7 @@ fn a_tap_device_has_a_pair_of_queues_for_each_vcpu() {
     if !is_root() {
         return;
     }
-    // By husk itself: the test below has the kernel serve them.
+    // Served by husk; the test below uses the kernel.
     let network = "tap=husk-pairs,vhost=off,ip=198.18.8.2/24,gateway=198.18.8.1";
     let flags = ["--name", "pairs", "--cpus", "2", "--network", network];
     let (machine, _output) = start(&guests, &flags, "iperf3 -s -D; echo ready; exec sleep 1000");
@@ -72,7 +72,7 @@ fn a_tap_device_has_a_pair_of_queues_for_each_vcpu() {
     let queues = fs::read_dir("/sys/class/net/husk-pairs/queues").unwrap().flatten();
     let sends = queues.filter(|queue| queue.file_name().to_string_lossy().starts_with("tx-"));
     assert_eq!(sends.count(), 2, "the guest's driver asked for them");
-    // The kernel would let it have a part of the frames.
+    // The kernel would distribute the frames between the machines.
     let second = networked(&guests, "micro", &["--network", "tap=husk-pairs"], "true");
     assert!(second.expect(125).errors.contains("another machine is using it"), "{}", second.errors);
     let transfer = |flags: &[&str]| {
@@ -80,7 +80,7 @@ fn a_tap_device_has_a_pair_of_queues_for_each_vcpu() {
         client.args(["-c", "198.18.8.2", "-P", "2", "-n", "8M", "-J"]).args(flags);
         let report: serde_json::Value = serde_json::from_str(&run(&mut client)).unwrap();
         let received = &report["end"]["sum_received"];
-        // The last ones may be under way when the count ends.
+        // The last packets may be in flight when counting ends.
         assert!(received["bytes"].as_u64().unwrap() >= 4 << 20, "{}", report["end"]);
         eprintln!("two pairs {flags:?}: {} bit/s", received["bits_per_second"]);
     };
@@ -92,7 +92,7 @@ fn a_tap_device_has_a_pair_of_queues_for_each_vcpu() {
     end(machine);
 }
 
-/// Whether the host has vhost-net, which the lab has; loudly if not.
+/// Whether the host has vhost-net, as the lab does; prints a visible message if not.
 fn has_vhost() -> bool {
     let has = Path::new("/dev/vhost-net").exists();
     assert!(has || !is_lab(), "the lab has lost its vhost-net");
@@ -102,7 +102,7 @@ fn has_vhost() -> bool {
     has
 }
 
-/// Waits until the host's kernel serves as many interfaces of the machine.
+/// Waits until the host's kernel serves this number of the machine's interfaces.
 fn wait_until_kernel_serves(interfaces: u64, machine: &str) {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -114,8 +114,8 @@ fn wait_until_kernel_serves(interfaces: u64, machine: &str) {
     }
 }
 
-/// How many threads of vhost's work for process `pid`: the kernel's own, or since Linux 6.4 the process's. They are
-/// named for the thread that they were made by.
+/// The number of vhost threads of process `pid`: kernel threads, or since Linux 6.4 threads of the process. They are
+/// named after the thread that created them.
 fn vhost_threads(pid: u32) -> usize {
     let own = format!("/proc/{pid}/task");
     let maker = |comm: &str| comm.strip_prefix("vhost-").map(|tid| Path::new(&own).join(tid.trim()));
@@ -135,7 +135,7 @@ fn vhost_serves_a_tap_device_unless_a_feature_is_missing() {
     }
     let network = "tap=husk-vhost,vhost=on,ip=198.18.9.2/24,gateway=198.18.9.1";
     let script = "iperf3 -s -D; mkdir /www; head -c 2000000 /dev/zero >/www/big; httpd -p 80 -h /www; echo ready; exec sleep 1000";
-    // One pair of queues under the stock kernel, and two.
+    // One queue pair under the stock kernel, and two.
     for (kernel, cpus, threads) in [("stock", "1", 1), ("micro", "2", 2)] {
         let flags = ["--name", "vhosted", "--cpus", cpus, "--network", network];
         let (machine, _output) = start_under(kernel, &guests, &flags, script);
@@ -160,7 +160,7 @@ fn vhost_serves_a_tap_device_unless_a_feature_is_missing() {
         }
         let (received, sent) = (counted("net_received_bytes"), counted("net_sent_bytes"));
         assert!(received > 8 << 20 && sent > 10 << 20, "{received} {sent}");
-        // Each while a transfer is under way, which goes on.
+        // During a transfer, which continues.
         let mut transferred = 0;
         for (change, back) in [
             (&["update", "--network-bps", "20M"][..], &["update", "--network-bps", "none"][..]),
