@@ -92,7 +92,7 @@ pub fn end_with_parent() -> io::Result<()> {
 }
 
 fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
-    // SAFETY: pthread_sigmask only reads the set, and is told not to return the old one.
+    // SAFETY: pthread_sigmask only reads the set, and does not return the old one.
     match unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) } {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),

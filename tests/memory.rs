@@ -20,7 +20,7 @@ mod guests;
 use guests::guests;
 
 /// Longer than anything here takes, even emulated on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 /// Served by firmware/guests/linux/memory.c.
 const PORT: u32 = 1003;
 const MEMORY_MIB: u64 = 512;
@@ -68,7 +68,7 @@ impl Guest {
         while !happened() {
             assert_eq!(self.machine.exit_latch().reason(), None, "{}: {what}", self.name);
             assert!(
-                started.elapsed() < PATIENCE,
+                started.elapsed() < TIMEOUT,
                 "{}: {what}: not with {} MiB resident",
                 self.name,
                 self.resident_mib()
@@ -95,7 +95,7 @@ impl Guest {
     /// A connection to the program in the guest, if it is running.
     fn call(&self) -> Option<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         writeln!(stream, "CONNECT {PORT}").unwrap();
         line(&mut stream)?.starts_with("OK ").then_some(stream)
     }

@@ -60,7 +60,7 @@ static void leave(const char *format, ...)
     sync();
     if (write(HOST_STATUS, line, length) < 0)
         perror("lab agent: status");
-    // A serial line, if it is one, sends it by and by.
+    // A serial line transmits it slowly.
     tcdrain(HOST_STATUS);
     switch_off();
     for (;;)
@@ -94,7 +94,7 @@ static ssize_t send(const char *bytes, size_t count)
     return count;
 }
 
-// Moves what there is to the host; false at the end of the output.
+// Copies available output to the host; false at its end.
 static int carry(int from)
 {
     static char bytes[1 << 16];
@@ -173,7 +173,7 @@ int main(int count, char **words)
             if (pid != command)
                 continue;
             ended = 1;
-            // What the command wrote is in the pipe by now; nobody else shall go on filling it.
+            // The command's output is in the pipe by now; no other process may keep filling it.
             kill(-1, SIGKILL);
             fcntl(pipe_ends[0], F_SETFL, O_NONBLOCK);
             while (carry(pipe_ends[0]))

@@ -14,7 +14,7 @@
 // Open since before Bochs started: the job's output, apart from what Bochs draws.
 enum { OUTPUT = 3 };
 
-// Others print by putc too: the plugin that has the port is told by its name.
+// Other callers use putc too: the plugin with the port is recognized by its name.
 static bool is_port(void *caller)
 {
     static void *known;

@@ -1,4 +1,4 @@
-//! What is wrong with a command line, as one line; and what to type in place of what Docker has and husk does not.
+//! Usage errors as one line, with hints for Docker options and commands that husk does not have.
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
@@ -6,16 +6,16 @@ use super::argv;
 use super::exit::Exit;
 use super::print_error;
 
-/// What to do without directories of the host.
+/// The alternative to host directories.
 pub const NO_VOLUMES: &str =
     "-v, --volume and --mount are not supported yet: use `husk cp` to copy files between the host and a machine";
 
-/// Answers `--help` and `--version`, and prints what is wrong with a command line as one line.
+/// Handles `--help` and `--version`, and prints usage errors on one line.
 pub fn report_usage(error: &clap::Error) -> Exit {
     let text = error.render().to_string();
     match text.strip_prefix("error: ") {
         Some(text) => print_error(&line(error, text, &words())),
-        // What is no error is help: asked for, or shown because no command was given.
+        // Help, requested or shown because there is no command.
         None => drop(error.print()),
     }
     match error.exit_code() {
@@ -25,17 +25,17 @@ pub fn report_usage(error: &clap::Error) -> Exit {
     }
 }
 
-/// The command and all behind it.
+/// The command and everything after it.
 fn words() -> Vec<String> {
     let words = argv::all();
     let command = argv::command_index(words).unwrap_or(words.len());
     words.iter().skip(command).map(|word| word.to_string_lossy().into_owned()).collect()
 }
 
-/// The first sentence of clap's `text`, and a hint: ours if there is one, or else clap's, if that can help.
+/// The first sentence of clap's `text`, and a hint: our own if there is one, otherwise clap's if it is helpful.
 fn line(error: &clap::Error, text: &str, words: &[String]) -> String {
     let what = text.split("\n\n").next().unwrap_or(text);
-    // Hardly anybody means a word that begins with a dash.
+    // Arguments that start with a dash are rarely meant as values.
     let can_help = |tip: &&str| !tip.contains("as a value");
     let tip = text.lines().filter_map(|line| line.trim_start().strip_prefix("tip: ")).find(can_help);
     let of = |kind| match error.get(kind) {

@@ -78,14 +78,14 @@ impl FromStr for Address {
 
 impl NetworkSetup {
     /// The setup of a machine with these interfaces and the DNS servers `dns`, or the host's servers if `dns` is empty.
-    pub fn new(wired: Vec<InterfaceSetup>, dns: &[IpAddr]) -> NetworkSetup {
+    pub fn new(setups: Vec<InterfaceSetup>, dns: &[IpAddr]) -> NetworkSetup {
         let mut resolver = resolver::of_host();
-        let user = wired.iter().find_map(|wired| match &wired.config.to {
+        let user = setups.iter().find_map(|setup| match &setup.config.to {
             Attachment::User(user) => Some(user),
             Attachment::Tap { .. } | Attachment::Bridge { .. } => None,
         });
         let named: Vec<IpAddr> =
-            wired.iter().filter_map(|wired| wired.lease.as_ref()).map(|lease| lease.bridge.gateway().into()).collect();
+            setups.iter().filter_map(|setup| setup.lease.as_ref()).map(|lease| lease.bridge.gateway().into()).collect();
         if !dns.is_empty() {
             resolver.servers = dns.to_vec();
         } else if !named.is_empty() {
@@ -94,11 +94,11 @@ impl NetworkSetup {
         } else if let Some(user) = user {
             resolver.servers = passt::dns_servers(user, &resolver);
         }
-        let interfaces = wired.iter().filter_map(interface).collect();
+        let interfaces = setups.iter().filter_map(interface).collect();
         let (mut configs, mut leases) = (Vec::new(), Vec::new());
-        for wired in wired {
-            configs.push(wired.config);
-            leases.extend(wired.lease);
+        for setup in setups {
+            configs.push(setup.config);
+            leases.extend(setup.lease);
         }
         NetworkSetup { configs, interfaces, resolver, _leases: leases }
     }
@@ -119,15 +119,15 @@ impl NetworkSetup {
     }
 }
 
-fn interface(wired: &InterfaceSetup) -> Option<Interface> {
+fn interface(setup: &InterfaceSetup) -> Option<Interface> {
     // Without a MAC address the guest could not identify the interface.
-    let mac = wired.config.mac?.0;
+    let mac = setup.config.mac?.0;
     let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
-    Some(match &wired.config.to {
+    Some(match &setup.config.to {
         Attachment::Tap { .. } | Attachment::Bridge { .. } => Interface {
             mac,
-            addresses: wired.addresses.iter().map(|given| address(given.ip, given.prefix)).collect(),
-            gateways: wired.gateways.clone(),
+            addresses: setup.addresses.iter().map(|given| address(given.ip, given.prefix)).collect(),
+            gateways: setup.gateways.clone(),
         },
         Attachment::User(_) => {
             let mut addresses = vec![address(passt::GUEST.into(), passt::PREFIX)];
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
     use crate::config::{MacAddress, UserNetwork};
 
-    fn wired(to: Attachment) -> InterfaceSetup {
+    fn setup(to: Attachment) -> InterfaceSetup {
         let config = NetworkConfig { mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), ..NetworkConfig::of(to) };
         InterfaceSetup { config, lease: None, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
     }
@@ -161,12 +161,12 @@ mod tests {
 
     #[test]
     fn the_guests_configuration_matches_its_network() {
-        let user = NetworkSetup::new(vec![wired(Attachment::User(UserNetwork::default()))], &[]);
+        let user = NetworkSetup::new(vec![setup(Attachment::User(UserNetwork::default()))], &[]);
         assert_eq!(user.own_address(), Some(passt::GUEST.into()));
         assert_eq!(user.interfaces[0].gateways[0], IpAddr::from(passt::GATEWAY));
         assert!(String::from_utf8(user.resolv_conf().unwrap()).unwrap().contains("nameserver "));
         let dns = ["192.0.2.53".parse().unwrap()];
-        let tap = NetworkSetup::new(vec![wired(Attachment::Tap { name: "t".into() })], &dns);
+        let tap = NetworkSetup::new(vec![setup(Attachment::Tap { name: "t".into() })], &dns);
         assert_eq!(tap.own_address(), Some("192.0.2.2".parse().unwrap()));
         assert!(tap.resolv_conf().unwrap().ends_with(b"nameserver 192.0.2.53\n"));
         let none = NetworkSetup::new(Vec::new(), &dns);

@@ -2,7 +2,7 @@
 //!
 //! The format is described in the kernel's Documentation/filesystems/ext4/. Each group has its own bitmaps and inodes;
 //! all but the first and the last one are marked as not in use yet, so that neither husk nor the guest writes anything
-//! there until a file needs it. There are no copies of the superblock, and a journal only for who asks for one.
+//! there until a file needs it. There are no copies of the superblock, and a journal only on request.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

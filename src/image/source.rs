@@ -42,9 +42,9 @@ const PREFIXES: [&str; 3] = ["docker-archive:", "oci-archive:", "oci:"];
 impl FromStr for Source {
     type Err = Error;
 
-    /// What begins with `/`, `.` or `~`, or could be no image's name, is a path. `docker-archive:PATH[:NAME]` and
-    /// `oci:PATH[:NAME]` choose one of several images. Anything else is a name: a file of the working directory never stands in
-    /// for the image that it is called like, unless its name has a slash and the store knows no such image.
+    /// Words that start with `/`, `.` or `~`, or that are not valid image names, are paths. `docker-archive:PATH[:NAME]`
+    /// and `oci:PATH[:NAME]` select one of several images. Anything else is a name: a file in the working directory never
+    /// shadows an image of the same name, unless the name contains a slash and the store has no such image.
     fn from_str(word: &str) -> Result<Source> {
         ensure!(!word.is_empty(), "the image name is empty");
         if PREFIXES.iter().any(|prefix| word.starts_with(prefix)) {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::IpAddr;
 
-/// What resolvers are told to read.
+/// The resolver configuration.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The upstream servers of systemd-resolved, which itself can be reached only from the host.
 const BEHIND_SYSTEMD: &str = "/run/systemd/resolve/resolv.conf";

@@ -1,4 +1,4 @@
-//! From a process that is done to its exit status, without waiting for what the kernel has left to do.
+//! Exits the process without waiting for the kernel to release its memory and files.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -6,18 +6,18 @@ use std::os::fd::RawFd;
 use std::process;
 use std::ptr;
 
-/// Bytes of stack that [`wait_for_parent`] has.
+/// The stack size of [`wait_for_parent`].
 const STACK_BYTES: usize = 16 << 10;
 
-/// Exits with `code` before the kernel takes down what `kept` holds, and this process's memory. To be called when all other
+/// Exits with `code` before the kernel releases `kept` and this process's memory. Must be called when all other
 /// threads have ended.
 ///
 /// The kernel reports a process's exit only when it has released its memory and its files, which takes it some milliseconds
 /// for a virtual machine. A child that shares both (clone(2), CLONE_VM and CLONE_FILES) is the last to release them: it
-/// does nothing but wait for the end of this process, and is then killed. All files but `kept` are closed before, so that
-/// whoever waits for one to be closed or unlocked does not wait for the child.
+/// does nothing but wait for the end of this process, and is then killed. All files except `kept` are closed before, so that
+/// processes that wait for one to be closed or unlocked do not wait for the child.
 pub fn exit_before_release(code: i32, kept: RawFd) -> ! {
-    // The child of an init process would be killed with it, and be waited for.
+    // A child of an init process would be killed with it, and waited for.
     if process::id() != 1 && close_all_but(kept).is_ok() {
         let _ = spawn_waiter();
     }
@@ -28,7 +28,7 @@ fn close_all_but(kept: RawFd) -> io::Result<()> {
     let kept = u32::try_from(kept).map_err(io::Error::other)?;
     let below = kept.checked_sub(1).map(|last| (0, last));
     for (first, last) in below.into_iter().chain([(kept + 1, u32::MAX)]) {
-        // SAFETY: the caller is about to exit and uses no descriptor any more; the call touches no memory.
+        // SAFETY: the caller is about to exit and uses no more descriptors; the call accesses no memory.
         if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -39,8 +39,8 @@ fn close_all_but(kept: RawFd) -> io::Result<()> {
 fn spawn_waiter() -> io::Result<()> {
     let stack = Box::leak(vec![0_u8; STACK_BYTES].into_boxed_slice());
     let parent = process::id() as usize;
-    // SAFETY: the stack grows down from its end, is aligned by the wrapper and never freed. The child shares this process's
-    // memory, but runs only `wait_for_parent`, which makes system calls and touches nothing but its stack.
+    // SAFETY: the stack grows down from its end, is aligned by the wrapper and never freed. The child shares this
+    // process's memory, but runs only `wait_for_parent`, which makes system calls and uses nothing except its stack.
     let pid = unsafe {
         let top = stack.as_mut_ptr().add(STACK_BYTES).cast();
         libc::clone(wait_for_parent, top, libc::CLONE_VM | libc::CLONE_FILES, ptr::without_provenance_mut(parent))
@@ -48,9 +48,9 @@ fn spawn_waiter() -> io::Result<()> {
     if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// The child's life. The kernel kills it when the parent has released its memory and files.
+/// The code of the child. The kernel kills it when the parent has released its memory and files.
 extern "C" fn wait_for_parent(parent: *mut libc::c_void) -> libc::c_int {
-    // SAFETY: none of these calls touches memory; the last one does not return where the parent exists.
+    // SAFETY: none of these calls accesses memory; the last one does not return while the parent exists.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         while libc::getppid() as usize == parent.addr() {

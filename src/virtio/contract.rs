@@ -230,12 +230,12 @@ fn the_network_device_with_several_pairs_keeps_the_contract() {
 
 /// A device that holds its requests until it is drained, or until a turn with `release` set.
 #[derive(Default)]
-struct Held {
+struct HoldingHandler {
     chains: Arc<Mutex<Vec<u16>>>,
     release: bool,
 }
 
-impl QueueHandler for Held {
+impl QueueHandler for HoldingHandler {
     fn start(&mut self, _features: u64) {}
 
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
@@ -267,14 +267,14 @@ fn device_around(handler: impl QueueHandler + 'static) -> VirtioDevice {
 
 #[test]
 fn a_device_that_holds_requests_keeps_the_contract() {
-    contract(|| device_around(Held::default()));
+    contract(|| device_around(HoldingHandler::default()));
 }
 
 /// Returns a driver with three requests that the device has taken but not completed.
 fn three_in_flight() -> Driver {
-    let held = Held::default();
-    let chains = held.chains.clone();
-    let mut driver = Driver::new(device_around(held));
+    let handler = HoldingHandler::default();
+    let chains = handler.chains.clone();
+    let mut driver = Driver::new(device_around(handler));
     driver.start();
     for _ in 0..3 {
         let head = driver.chain(0, &[(BUFFERS, 1, WRITE)]);
@@ -315,7 +315,7 @@ fn a_restored_device_starts_where_the_saved_one_left() {
         let head = driver.chain(0, &[(BUFFERS, 1, WRITE)]);
         driver.offer(0, head);
     }
-    let mut driver = driver.moved_to(device_around(Held { release: true, ..Held::default() }));
+    let mut driver = driver.moved_to(device_around(HoldingHandler { release: true, ..HoldingHandler::default() }));
     assert_eq!(driver.used_index(0), 3);
     driver.transport.resume();
     let heads: Vec<u16> = (0..5).map(|_| driver.used(0).0).collect();
@@ -326,14 +326,14 @@ fn a_restored_device_starts_where_the_saved_one_left() {
 fn a_restored_interrupt_is_raised_again() {
     let driver = three_in_flight();
     driver.transport.pause();
-    let driver = driver.moved_to(device_around(Held::default()));
+    let driver = driver.moved_to(device_around(HoldingHandler::default()));
     assert!(driver.irq.event().read().is_err());
     driver.transport.resume();
     assert_eq!((driver.irq.event().read().unwrap(), driver.read(INTERRUPT_STATUS)), (1, 1));
 }
 
 fn releasing() -> VirtioDevice {
-    device_around(Held { release: true, ..Held::default() })
+    device_around(HoldingHandler { release: true, ..HoldingHandler::default() })
 }
 
 #[test]

@@ -14,13 +14,13 @@ use crate::tools::House;
 type Answer = (&'static str, Vec<String>, Vec<u8>);
 
 /// A request: the path, and the `Authorization` header.
-struct PendingRequest {
+struct ReceivedRequest {
     path: String,
     authorization: Option<String>,
 }
 
 /// Serves requests on a local port, each on a separate connection.
-fn serve(answer: impl Fn(&PendingRequest) -> Answer + Send + Sync + 'static) -> u16 {
+fn serve(answer: impl Fn(&ReceivedRequest) -> Answer + Send + Sync + 'static) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let answer = Arc::new(answer);
@@ -33,7 +33,7 @@ fn serve(answer: impl Fn(&PendingRequest) -> Answer + Send + Sync + 'static) -> 
     port
 }
 
-fn answer_one(mut stream: TcpStream, answer: &(impl Fn(&PendingRequest) -> Answer + ?Sized)) -> Option<()> {
+fn answer_one(mut stream: TcpStream, answer: &(impl Fn(&ReceivedRequest) -> Answer + ?Sized)) -> Option<()> {
     let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
     let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
     let head: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
@@ -41,7 +41,7 @@ fn answer_one(mut stream: TcpStream, answer: &(impl Fn(&PendingRequest) -> Answe
         let (name, value) = line.split_once(": ")?;
         name.eq_ignore_ascii_case("authorization").then(|| value.to_owned())
     };
-    let (status, headers, body) = answer(&PendingRequest { path, authorization: head.iter().find_map(field) });
+    let (status, headers, body) = answer(&ReceivedRequest { path, authorization: head.iter().find_map(field) });
     let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
     let length = body.len();
     let head = format!("HTTP/1.1 {status}\r\n{headers}Connection: close\r\nContent-Length: {length}\r\n\r\n");

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::husk::{disk_image, end_of, is_emulated, own_lines, processes_of, processes_with, send_signal};
 
 /// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A separate set of machines.
 pub struct Machines {
@@ -77,7 +77,7 @@ impl Machines {
     }
 
     pub fn await_status(&self, name: &str, wanted: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.status(name) != wanted {
             assert!(Instant::now() < deadline, "{name} is {}, not {wanted}", self.status(name));
             thread::sleep(Duration::from_millis(10));
@@ -85,7 +85,7 @@ impl Machines {
     }
 
     pub fn await_log(&self, name: &str, words: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !self.ok(&["logs", name]).contains(words) {
             assert!(Instant::now() < deadline, "{name} never said {words}: {}", self.ok(&["logs", name]));
             thread::sleep(Duration::from_millis(10));
@@ -236,7 +236,7 @@ fn a_killed_machine_is_detected_and_its_name_freed() {
     assert_ne!(second, id);
     // A machine that is not kept disappears at the next command. Until then the kernel is tearing it down.
     send_signal(machines.inspect("a", "pid").parse().unwrap(), "KILL");
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !machines.ok(&["ps", "-q"]).is_empty() {
         assert!(Instant::now() < deadline);
         thread::sleep(Duration::from_millis(10));
@@ -297,7 +297,7 @@ fn a_foreground_machine_is_listed_only_while_running() {
     let machines = Machines::new();
     let words = ["boot", "--name", "fore", "--kernel", guests::POWER, "--cmdline", "do=halt", "--memory", "64M"];
     let mut child = machines.command(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !machines.ok(&["ps"]).contains("fore") || machines.status("fore") != "running" {
         assert!(Instant::now() < deadline);
         thread::sleep(Duration::from_millis(10));
@@ -361,7 +361,7 @@ fn the_log_of_a_repeatedly_failing_machine_stays_small() {
     log.write_all(&vec![b'.'; FULL_BYTES]).unwrap();
     let started = Instant::now();
     while !dir.join("husk.old").exists() {
-        assert!(started.elapsed() < PATIENCE, "the log is never put aside");
+        assert!(started.elapsed() < TIMEOUT, "the log is never put aside");
         thread::sleep(Duration::from_millis(10));
     }
     machines.ok(&["stop", "e"]);

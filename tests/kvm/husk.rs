@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Longer than any guest of these tests takes on a busy, emulated machine.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Skips the test with a visible message without KVM; fails it if HUSK_TEST_REQUIRE_KVM is set.
 macro_rules! needs_kvm {
@@ -138,7 +138,7 @@ impl Stream {
     fn wait_for(&self, words: &str) -> bool {
         let has = |text: &Text| text.bytes.windows(words.len()).any(|window| window == words.as_bytes());
         let text = self.text.0.lock().unwrap();
-        let (text, _) = self.text.1.wait_timeout_while(text, PATIENCE, |t| !has(t) && !t.ended).unwrap();
+        let (text, _) = self.text.1.wait_timeout_while(text, TIMEOUT, |t| !has(t) && !t.ended).unwrap();
         has(&text)
     }
 
@@ -226,7 +226,7 @@ pub fn send_signal(pid: u32, name: &str) {
 
 /// Waits for `child` to exit; kills it and returns `None` after a timeout.
 pub fn end_of(child: &mut Child) -> Option<ExitStatus> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(status) = child.try_wait().unwrap() {
             return Some(status);

@@ -25,7 +25,7 @@ use guests::guests;
 use uplink::is_lab;
 
 /// Longer than any boot takes, even emulated on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// How a machine ended, and its output.
 struct Ended {
@@ -84,7 +84,7 @@ fn finish(mut child: Child) -> Ended {
     let code = loop {
         match child.try_wait().unwrap() {
             Some(status) => break status.code(),
-            None if started.elapsed() > PATIENCE => {
+            None if started.elapsed() > TIMEOUT => {
                 child.kill().unwrap();
                 child.wait().unwrap();
                 break None;
@@ -118,7 +118,7 @@ fn start_and_wait(command: &mut Command, word: &str) -> (Child, mpsc::Receiver<S
             }
         }
     });
-    if heard.recv_timeout(PATIENCE).is_err() {
+    if heard.recv_timeout(TIMEOUT).is_err() {
         child.kill().unwrap();
         panic!("the guest did not come up: {:?} {:?}", lines.try_iter().collect::<Vec<_>>(), finish(child).errors);
     }

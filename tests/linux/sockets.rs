@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
 
-use crate::{PATIENCE, boot, finish, guests, husk, is_lab, start_and_wait, uplink};
+use crate::{TIMEOUT, boot, finish, guests, husk, is_lab, start_and_wait, uplink};
 
 const PIECE_BYTES: usize = 64 << 10;
 const MIB: usize = 1 << 20;
@@ -53,7 +53,7 @@ fn serve_echo(listener: UnixListener) {
 /// Connects to `port` of the guest. `None` if the guest refuses.
 fn call(socket: &Path, port: u32) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     writeln!(stream, "CONNECT {port}").unwrap();
     let mut answer = Vec::new();
     let mut byte = [0];

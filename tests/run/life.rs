@@ -30,7 +30,7 @@ fn signal(child: &Child, name: &str) {
 fn signals_are_forwarded_to_the_process() {
     let guests = guests!();
     let usual = [("TERM", 10), ("INT", 11), ("HUP", 12), ("QUIT", 13), ("USR1", 14), ("USR2", 15)];
-    // Those that end husk itself, or that nobody would notice, if they were not forwarded.
+    // Signals that end husk itself, or that would have no visible effect, if they were not forwarded.
     for (name, code) in usual.into_iter().chain([("ALRM", 16), ("WINCH", 17), ("CONT", 18), ("40", 19)]) {
         let script = format!("trap 'exit {code}' {name}; echo ready; while :; do sleep 0.1; done");
         let (child, _output) = start(husk_run(&guests, &[archive(), "sh", "-c", &script]));
@@ -46,27 +46,27 @@ fn signals_are_forwarded_to_the_process() {
 fn the_third_signal_ends_a_process_that_ignores_them() {
     let script = "trap '' INT QUIT TERM; echo ready; while :; do sleep 0.1; done";
     let (child, _output) = start(husk_run(&guests!(), &[archive(), "sh", "-c", script]));
-    // At once, however slow this machine is; two of the same would be one.
+    // Sent together; two signals of the same kind would be merged.
     let urge = format!("kill -INT {0}; kill -QUIT {0}; kill -TERM {0}", child.id());
     run(Command::new("sh").args(["-c", &urge]));
     let code = wait(child).code;
     assert!(matches!(code, Some(130 | 131 | 143)), "{code:?}");
 }
 
-/// `yes`, whose output has come to a stop since nobody reads it.
+/// Runs `yes`, which blocks because its output is not read.
 fn unread(guests: &Path, runtime: &Path) -> (Child, BufReader<std::process::ChildStdout>) {
     let words = ["--name", "full", archive(), "sh", "-c", "echo ready; exec yes"];
     let mut command = husk_run(guests, &words);
     command.env("XDG_RUNTIME_DIR", runtime);
     let started = start(command);
-    // All that anybody on the way holds for it comes in this time.
+    // All buffers are full after this time.
     std::thread::sleep(Duration::from_secs(3));
     started
 }
 
 #[test]
 fn a_process_with_unread_output_can_be_stopped() {
-    // More than what is asked for takes anywhere, and much less than for ever.
+    // Much longer than the tested operations take.
     const SOON: Duration = Duration::from_secs(20);
     let guests = guests!();
     let runtime = tempfile::tempdir().unwrap();
@@ -174,7 +174,7 @@ fn leftovers_of_a_killed_machine_are_removed_by_the_next() {
     assert_eq!(dirs(), 0);
 }
 
-/// A disk with the test image's root and an init, without a partition table.
+/// A disk with the test image's root file system and an init, without a partition table.
 fn disk(dir: &Path, init: &str) -> String {
     let (tree, path) = (dir.join("tree"), dir.join("disk.img"));
     run(Command::new("cp").arg("-a").arg(root()).arg(&tree));
@@ -207,15 +207,14 @@ fn a_disk_runs_its_own_init_and_keeps_its_data() {
     assert!(text.contains("pid=1") && text.contains("unchanged"), "{text}");
 }
 
-/// The file system of `disk` as the second partition of a qcow2 disk, behind one that holds nothing.
+/// Makes the file system of `disk` the second partition of a qcow2 disk, after an empty one.
 fn partitioned(dir: &Path, disk: &str) -> String {
     const SECTOR_BYTES: u64 = 512;
     const STARTS: [u32; 2] = [2048, 4096];
     let (raw, qcow2) = (dir.join("table.img"), dir.join("table.qcow2"));
     let system = fs::read(disk).unwrap();
     let sectors = [STARTS[1] - STARTS[0], (system.len() as u64 / SECTOR_BYTES) as u32];
-    // A master boot record: its four entries begin at byte 446, each with a type (Linux) and where it is; then a
-    // signature.
+    // A master boot record: four entries at byte 446 with type (Linux) and position, followed by the signature.
     let mut image = vec![0; SECTOR_BYTES as usize * STARTS[1] as usize];
     for (entry, (start, sectors)) in STARTS.iter().zip(sectors).enumerate() {
         let at = 446 + 16 * entry;

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use guests::guests;
 
 /// Longer than any command here takes, even emulated on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Required by `terminal`.
 mod husk {
@@ -125,7 +125,7 @@ fn wait(mut child: Child) -> Ended {
 
 /// Waits for `child` to exit; kills it and returns `None` after a timeout.
 fn end_of(child: &mut Child) -> Option<ExitStatus> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while Instant::now() < deadline {
         if let Some(status) = child.try_wait().unwrap() {
             return Some(status);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::image::archive;
 use crate::terminal::Terminal;
 use crate::uplink::is_lab;
-use crate::{PATIENCE, finish, guests, husk_run, husk_under, shell, wait};
+use crate::{TIMEOUT, finish, guests, husk_run, husk_under, shell, wait};
 
 const CHUNK_BYTES: usize = 1 << 20;
 /// The number of positions in the noise at which a chunk may start.
@@ -70,7 +70,7 @@ fn there_and_back(kernel: &str, len: u64) {
         io::Result::Ok(come)
     });
     // No timeout as long as there is progress.
-    while seen.recv_timeout(PATIENCE).is_ok() {}
+    while seen.recv_timeout(TIMEOUT).is_ok() {}
     let ended = wait(child);
     ended.expect(0);
     assert_eq!(checker.join().unwrap().unwrap(), len, "{}", ended.errors);

@@ -1,4 +1,4 @@
-/* A disk, asked for everything a driver may ask: `do=` chooses one, `disk=` the disk. */
+/* All requests that a driver can make of a disk: `do=` selects the request, `disk=` the disk. */
 #include "block.h"
 #include "cpu.h"
 
@@ -51,7 +51,7 @@ static void round_trip(void)
     CHECK(block_request(&queue, BLOCK_FLUSH, 0, NULL, 0, NULL) == BLOCK_OK);
 }
 
-/* Data in buffers of odd lengths, and the header cut in two: framing is the driver's choice (virtio 1.2 §2.7.4.1). */
+/* Data in buffers of odd lengths, and a split header: framing is up to the driver (virtio 1.2 §2.7.4.1). */
 static void scattered(void)
 {
     struct block_header header = {BLOCK_OUT, 0, 3};
@@ -118,7 +118,7 @@ static void past_the_end(void)
     CHECK(block_request(&queue, BLOCK_IN, capacity - 1, read, SECTOR, NULL) == BLOCK_OK);
 }
 
-/* Requests that are well framed and make no sense: each has an answer, and none stops the queue. */
+/* Well-framed but invalid requests: each is completed, and none stops the queue. */
 static void refused(void)
 {
     CHECK(block_request(&queue, BLOCK_IN, 0, read, SECTOR - 1, NULL) == BLOCK_IOERR);
@@ -136,7 +136,7 @@ static void refused(void)
     CHECK(block_request(&queue, BLOCK_IN, 0, read, SECTOR, NULL) == BLOCK_OK);
 }
 
-/* What is discarded or zeroed reads as zeroes (raw files punch a hole), and what stands beside it stays. */
+/* Discarded or zeroed sectors read as zeroes (raw files punch a hole), and adjacent ones are unchanged. */
 static void zeroed(u32 type, unsigned feature)
 {
     CHECK(disk.features & FEATURE(feature));
@@ -172,7 +172,7 @@ static void on_block(struct interrupt_frame *frame)
     end_of_interrupt();
 }
 
-/* Each read is waited for with a halt: a lost interrupt would leave the guest asleep. */
+/* Waits for each read with HLT: a lost interrupt would make the guest hang. */
 static void by_interrupt(void)
 {
     struct block_header header = {BLOCK_IN, 0, 0};
@@ -200,7 +200,7 @@ static void by_interrupt(void)
     print("interrupts %u\n", (u64)interrupts);
 }
 
-/* Leaves what the host can check: sector n begins with n, and the rest is one byte. Ends without a flush of its own. */
+/* Writes data that the host can check: sector n starts with n, followed by a repeated byte. Ends without a flush. */
 static void stamp(void)
 {
     u64 sectors = argument_number("sectors", SPAN);

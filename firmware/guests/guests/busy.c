@@ -1,4 +1,4 @@
-/* Starts `cpus=` vCPUs, says so, and keeps all of them busy for ever. */
+/* Starts `cpus=` vCPUs, reports it, and keeps all of them busy forever. */
 #include "cpu.h"
 #include "guest.h"
 

@@ -1,4 +1,4 @@
-/* Time: kvm-clock, the APIC timer and its TSC deadline, and word of each pause without end, at `do=`. */
+/* Time: kvm-clock, the APIC timer with TSC deadline, and endless reports of pauses, selected by `do=`. */
 #include "cpu.h"
 #include "guest.h"
 

@@ -1,6 +1,6 @@
 /* A disk at full speed: a driver at CPL 3, which KVM runs natively even where it emulates CPL 0. It polls the used ring,
  * and rings the doorbell when the device asks for it (event index), as a good driver does.
- * `type=` read or write, `order=` random or sequential, `depth=` requests under way, `count=` requests in all. */
+ * `type=` read or write, `order=` random or sequential, `depth=` requests in flight, `count=` requests in total. */
 #include "block.h"
 #include "cpu.h"
 
@@ -39,7 +39,7 @@ static void issue(unsigned slot)
     queue_offer(&queue, slot * DESCRIPTORS_EACH);
 }
 
-/* Rings if the device has asked to hear of one of the entries from `old` on (virtio 1.2 §2.7.10). */
+/* Rings the doorbell if the device requested a notification for an entry from `old` on (virtio 1.2 §2.7.10). */
 static void ring_if_asked(u16 old)
 {
     barrier();
@@ -70,7 +70,7 @@ static void drive(void)
             asm volatile("pause");
             continue;
         }
-        /* No interrupt for what has been seen: the event index stays behind. */
+        /* No interrupt for entries already seen: the event index stays behind. */
         *used_event(&queue) = queue.seen - 1;
         ring_if_asked(old);
     }
@@ -95,7 +95,7 @@ int guest_main(void)
         return EXIT_BAD_COMMAND_LINE;
     if (!clock_start() || !virtio_find(VIRTIO_BLOCK, 0, &disk))
         return EXIT_MISSING;
-    /* A driver that knows no flush would have each write made durable before it is completed. */
+    /* Without the flush feature each write would be made durable before completion. */
     CHECK(virtio_start(&disk, FEATURE(F_RING_EVENT_IDX) | FEATURE(F_BLOCK_FLUSH)));
     CHECK(disk.features & FEATURE(F_RING_EVENT_IDX));
     queue_start(&disk, 0, QUEUE_SIZE_MAX, &queue);

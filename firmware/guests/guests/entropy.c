@@ -59,7 +59,7 @@ int guest_main(void)
             set_descriptor(&queue, 0, bytes, 8, DESC_WRITE, 0);
             queue_offer(&queue, 0);
             queue_ring(&queue);
-            /* The interrupt that tells of this buffer may come before the halt, never be lost. */
+            /* The interrupt for this buffer may arrive before the HLT, but must not be lost. */
             while (interrupts <= i)
                 wait_for_interrupt();
             CHECK(queue_take(&queue, &entry) && entry.len == 8);

@@ -1,4 +1,4 @@
-/* A driver that breaks every rule of the ring, one after another, and wants a working disk after each reset. */
+/* A driver that violates every rule of the ring in turn, and expects a working disk after each reset. */
 #include "block.h"
 #include "cpu.h"
 
@@ -14,7 +14,7 @@ static volatile u8 status;
 static u8 data[8192] __attribute__((aligned(4096)));
 static struct descriptor table[4096] __attribute__((aligned(4096)));
 
-/* A well-formed read of one sector, to be spoilt. */
+/* A well-formed read of one sector, to be corrupted. */
 static void good_chain(void)
 {
     header = (struct block_header){BLOCK_IN, 0, 0};
@@ -31,14 +31,14 @@ static void good_table(void)
     set_descriptor(&queue, 0, table, 3 * sizeof *table, DESC_INDIRECT, 0);
 }
 
-/* The device is started again and does a read. */
+/* Restarts the device and performs a read. */
 static void recover(void)
 {
     block_start(0, &disk, &queue);
     CHECK(block_request(&queue, BLOCK_IN, 0, data, SECTOR, NULL) == BLOCK_OK);
 }
 
-/* Offers the spoilt chain at `head` and tells what came of it: an answer or a wish for a reset, not silence. */
+/* Submits the corrupted chain at `head` and reports the outcome: a completion or a needed reset, but not silence. */
 static void tell(const char *name, u16 head)
 {
     struct used_entry entry;
@@ -51,7 +51,7 @@ static void tell(const char *name, u16 head)
     recover();
 }
 
-/* The same of a chain that no device can take for a good one. */
+/* The same for a chain that cannot be mistaken for a valid one. */
 static void refuse(const char *name, u16 head)
 {
     tell(name, head);
@@ -95,7 +95,7 @@ static void chains(void)
     refuse("status that may not be written", 0);
     good_chain();
     queue.table[1].flags &= ~DESC_WRITE;
-    /* A read of nothing, for who looks at it so. */
+    /* An empty read, if it is interpreted that way. */
     tell("read into what may not be written", 0);
 }
 
@@ -122,7 +122,7 @@ static void indirect_tables(void)
     for (unsigned i = 0; i < sizeof lengths / sizeof *lengths; i++) {
         good_table();
         queue.table[0].len = lengths[i];
-        /* With an absurd length the chain in the table may still be good: an answer is as right as a refusal. */
+        /* With an invalid length the chain in the table may still be valid: a completion is as correct as an error. */
         print("%u bytes, ", (u64)lengths[i]);
         tell("indirect table", 0);
     }
@@ -193,7 +193,7 @@ static void rings(void)
     }
 }
 
-/* Registers out of order and out of range. */
+/* Accesses registers out of order and out of range. */
 static void protocol(void)
 {
     CHECK(virtio_start(&disk, 0));
@@ -207,7 +207,7 @@ static void protocol(void)
     recover();
     print("registers out of order\n");
 
-    /* A feature that is not offered is not agreed to (virtio 1.2 §3.1.1). */
+    /* A feature that is not offered must not be accepted (virtio 1.2 §3.1.1). */
     write32(disk.base + REG_STATUS, 0);
     write32(disk.base + REG_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
     for (u32 half = 0; half < 2; half++) {
@@ -219,7 +219,7 @@ static void protocol(void)
     recover();
     print("features that are not offered\n");
 
-    /* Reset with requests under way: whatever completes, completes before the status reads 0. */
+    /* Reset with requests in flight: completions arrive only before the status reads 0. */
     for (unsigned i = 0; i < 50; i++) {
         for (unsigned j = 0; j < 16; j++) {
             good_chain();

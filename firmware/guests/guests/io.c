@@ -54,7 +54,7 @@ static void holes(void)
     }
 }
 
-/* Every register at every width and offset, then every one written: whatever comes of it, the machine goes on. */
+/* Reads every register with every width and offset, then writes every one: the machine must continue in any case. */
 static void registers(void)
 {
     struct virtio device;

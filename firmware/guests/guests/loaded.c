@@ -1,4 +1,4 @@
-/* What a boot loader leaves: prints the command line, and the initial RAM disk as text. */
+/* Prints what the boot loader has provided: the command line, and the initramfs as text. */
 #include "guest.h"
 
 int guest_main(void)

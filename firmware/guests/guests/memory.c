@@ -1,8 +1,8 @@
-/* Touches both ends of all memory that the memory map tells of, and prints how much there is. */
+/* Touches both ends of every range in the memory map, and prints the total size. */
 #include "cpu.h"
 #include "guest.h"
 
-/* A guest stands at 2 MiB; what is below the next boundary is left alone. */
+/* The guest is loaded at 2 MiB; memory up to the next boundary is not touched. */
 enum { FIRST_FREE = 0x400000 };
 
 static u64 mark(u64 address) { return ~address * 0x9e3779b97f4a7c15; }
@@ -21,7 +21,7 @@ int guest_main(void)
             end = map[i].base + map[i].len;
     }
     map_memory(end <= 4ull << 30 ? 4 : (end + (1 << 30) - 1) >> 30);
-    /* All marks are written before the first is read: memory that shows twice is found. */
+    /* All marks are written before the first is read, so that aliased memory is detected. */
     for (int reading = 0; reading < 2; reading++)
         for (unsigned i = 0; i < count; i++) {
             u64 first = map[i].base < FIRST_FREE ? FIRST_FREE : map[i].base, last = map[i].base + map[i].len - 8;

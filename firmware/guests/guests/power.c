@@ -1,10 +1,10 @@
-/* The ways a machine ends, or does not: `do=` chooses one. */
+/* The ways in which a machine ends, or does not, selected by `do=`. */
 #include "cpu.h"
 #include "guest.h"
 
 enum { EVENT_GSI = 5, EVENT_VECTOR = 0x40 };
 
-/* The power button, as a kernel hears of it: the generic event device's interrupt. */
+/* The power button, reported by the generic event device's interrupt. */
 static void on_event(struct interrupt_frame *frame)
 {
     (void)frame;
@@ -38,7 +38,7 @@ int guest_main(void)
     if (told_to("triple-fault"))
         triple_fault();
     if (told_to("wild-jump"))
-        /* Nothing is there to be run: KVM gives up on the instruction. */
+        /* There is no memory to execute: KVM fails on the instruction. */
         ((void (*)(void))0xd8000000)();
     if (told_to("mark")) {
         out8(PORT_MARKER, argument_number("marker", 1));

@@ -1,4 +1,4 @@
-/* Starts `cpus=` vCPUs one after another; each says who it is and counts. */
+/* Starts `cpus=` vCPUs one after another; each reports its ID and counts. */
 #include "cpu.h"
 #include "guest.h"
 

@@ -1,5 +1,5 @@
 /* The serial console: `do=flood` (`bytes=`), `do=prompt`, `do=echo` up to an EOT (`wait=poll`, `wait=interrupt`, or
- * `wait=bare`: polling with interrupts let in, and no controller set up to send any). */
+ * `wait=bare`: polling with interrupts enabled, and no controller configured to deliver any). */
 #include "cpu.h"
 #include "guest.h"
 
@@ -73,7 +73,7 @@ int guest_main(void)
         handle(SERIAL_VECTOR, on_serial);
         route(SERIAL_GSI, SERIAL_VECTOR);
     }
-    /* DTR, RTS and OUT2, which lets the interrupt out: a port that is not opened so gets no input, polled or not. */
+    /* DTR, RTS and OUT2, which enables the interrupt: otherwise the port receives no input, polled or not. */
     out8(PORT_SERIAL + MODEM_CONTROL, 0x0b);
     out8(PORT_SERIAL + INTERRUPT_ENABLE, 1);
     print("ready\n");

@@ -1,4 +1,4 @@
-/* What an exit costs: port I/O, MMIO and a doorbell, from CPL 0 and from CPL 3, `count=` times each. */
+/* Measures the cost of exits: port I/O, MMIO and a doorbell, from CPL 0 and from CPL 3, `count=` times each. */
 #include "cpu.h"
 #include "virtio.h"
 

@@ -1,4 +1,4 @@
-/* From a request to its status byte: see block.h. */
+/* The block driver: see block.h. */
 #include "block.h"
 
 void block_start(unsigned nth, struct virtio *disk, struct queue *queue)

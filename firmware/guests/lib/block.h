@@ -1,4 +1,4 @@
-/* A virtio block driver (virtio 1.2 §5.2) that does one request at a time. */
+/* A virtio block driver (virtio 1.2 §5.2) that executes one request at a time. */
 #pragma once
 
 #include "virtio.h"
@@ -17,7 +17,7 @@ enum block_type {
     BLOCK_WRITE_ZEROES = 13,
 };
 
-/* What the device leaves in the status byte; the last is the driver's own. */
+/* The values of the status byte; the last is the driver's own. */
 enum { BLOCK_OK = 0, BLOCK_IOERR = 1, BLOCK_UNSUPPORTED = 2, BLOCK_UNTOUCHED = 0xee };
 
 struct block_header {
@@ -31,8 +31,8 @@ struct block_segment {
     u32 sectors, flags;
 };
 
-/* Finds disk number `nth` and starts it with all features that this driver knows and queue 0 of 64 entries.
- * Ends the guest where there is no such disk. */
+/* Finds disk number `nth` and starts it with all features that this driver supports and queue 0 of 64 entries.
+ * Ends the guest if there is no such disk. */
 void block_start(unsigned nth, struct virtio *disk, struct queue *queue);
 
 /* Sectors on the disk. */

@@ -26,7 +26,7 @@ struct tss {
     u64 ist[7];
     u64 reserved2;
     u16 reserved3, io_map;
-    /* No port up to here is forbidden to ring 3; the last byte is to be all-ones (Intel SDM
+    /* Ring 3 may access all ports up to here; the last byte must be all-ones (Intel SDM
      * volume 1, §19.5.2). IOPL 3 would say the same in one bit, but KVM does not keep it on every host. */
     u8 ports[PORTS / 8], ports_end;
 } __attribute__((packed));
@@ -52,7 +52,7 @@ struct clock {
     u8 flags, pad1[2];
 };
 
-/* The boot protocol's selectors keep their place, so that no segment needs to be loaded anew. */
+/* The boot protocol's selectors are preserved, so that no segment needs to be reloaded. */
 static u64 gdt[] = {
     0, 0,
     [2] = 0x00af9b000000ffff, /* 0x10: code, 64-bit */

@@ -3,32 +3,32 @@
 
 #include "guest.h"
 
-/* What an interrupt or exception leaves on the stack. */
+/* The stack frame of an interrupt or exception. */
 struct interrupt_frame {
     u64 vector, error, rip, cs, rflags, rsp, ss;
 };
 
-/* Loads the guest's own GDT, TSS and IDT. An exception that nobody takes is told of on the console and ends the guest. */
+/* Loads the guest's own GDT, TSS and IDT. An unhandled exception is reported on the console and ends the guest. */
 void cpu_start(void);
 
-/* Gives `vector` (0 to 255) to `handler`, which runs with interrupts off. */
+/* Sets the handler of `vector` (0 to 255), which runs with interrupts disabled. */
 void handle(u8 vector, void (*handler)(struct interrupt_frame *frame));
 
-/* Maps the first `gib` GiB (4 to 16) one to one with pages of 2 MiB, open to ring 3. */
+/* Identity-maps the first `gib` GiB (4 to 16) with 2 MiB pages accessible to ring 3. */
 void map_memory(unsigned gib);
 
-/* Goes to CPL 3 with interrupts off; the TSS opens the ports below 0x800. There is no way back. map_memory comes first. */
+/* Switches to CPL 3 with interrupts disabled; the TSS allows the ports below 0x800. There is no way back. Requires map_memory. */
 _Noreturn void enter_ring3(void (*function)(void), void *stack_top);
 
 /* Masks the PIC, enables the local APIC. */
 void interrupts_start(void);
 
-/* Sends pin `gsi` of the I/O APIC, edge-triggered, to this vCPU as `vector`. */
+/* Routes pin `gsi` of the I/O APIC, edge-triggered, to this vCPU as `vector`. */
 void route(u32 gsi, u8 vector);
 
 void end_of_interrupt(void);
 
-/* Called with interrupts off: lets them in for one halt, which no interrupt can come between. */
+/* Called with interrupts disabled: atomically enables them for one HLT. */
 static inline void wait_for_interrupt(void) { asm volatile("sti; hlt; cli" ::: "memory"); }
 
 /* Local APIC registers (Intel SDM volume 3, table 11-1). */
@@ -44,7 +44,7 @@ enum {
     LAPIC_TIMER_DIVIDE = 0x3e0,
 };
 
-/* Starts the vCPU with this APIC id (below PROCESSORS_MAX) at `function`, by INIT and SIPI. Wait for a sign of it before
+/* Starts the vCPU with this APIC id (below PROCESSORS_MAX) at `function`, by INIT and SIPI. Wait for a sign of life before
  * the next one is started. */
 enum { PROCESSORS_MAX = 32 };
 void start_processor(u8 apic_id, void (*function)(void));
@@ -55,10 +55,10 @@ bool clock_start(void);
 /* Nanoseconds of kvm-clock, at any CPL. */
 u64 clock_ns(void);
 
-/* Whether the host has said, since the last call, that this vCPU did not run for a while. */
+/* Whether the host has reported, since the last call, that this vCPU was stopped. */
 bool clock_was_stopped(void);
 
-/* Whether `waited_since`, a rdtsc(), is so long ago that what was waited for will not come: some seconds. */
+/* Whether `waited_since`, a rdtsc() value, is some seconds ago, so that waiting is futile. */
 bool waited_too_long(u64 waited_since);
 
 struct cpuid {

@@ -1,4 +1,4 @@
-/* From the zero page to guest_main(): the command line, the memory map, the console and the ways out. */
+/* Startup code and helpers: the command line, the memory map, the console and exits. */
 #include "guest.h"
 
 #include <stdarg.h>
@@ -76,7 +76,7 @@ _Noreturn void stop(void)
 _Noreturn void exit_with(u8 code)
 {
     out8(PORT_EXIT, code);
-    /* At CPL 3 there is no halting. */
+    /* HLT is not allowed at CPL 3. */
     for (;;)
         asm volatile("pause");
 }

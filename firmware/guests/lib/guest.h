@@ -1,4 +1,4 @@
-/* What every guest shares: ports and memory, the serial console, its command line, and the ways out. */
+/* Helpers shared by all guests: ports and memory, the serial console, the command line, and exits. */
 #pragma once
 
 #include <stdbool.h>
@@ -27,7 +27,7 @@ enum {
     EXIT_CHECK_FAILED = 90,
     EXIT_EXCEPTION = 91,
     EXIT_BAD_COMMAND_LINE = 92,
-    /* What the machine lacks for this guest: a device, or a clock. */
+    /* The machine lacks something the guest requires: a device, or a clock. */
     EXIT_MISSING = 93,
 };
 
@@ -83,7 +83,7 @@ static inline u64 rdtsc(void)
 
 static inline void barrier(void) { asm volatile("mfence" ::: "memory"); }
 
-/* Where the guest's own work begins; what it returns is its exit code. */
+/* The guest's main function, which returns its exit code. */
 int guest_main(void);
 
 /* Formats %s, %c, %u (u64) and %x (u64) onto the serial port. */
@@ -95,20 +95,20 @@ _Noreturn void exit_with(u8 code);
 /* ACPI S5 through the sleep control register. */
 _Noreturn void power_off(void);
 
-/* Waits for ever with interrupts off. */
+/* Hangs with interrupts disabled. */
 _Noreturn void stop(void);
 
 const char *whole_command_line(void);
 
-/* The initial RAM disk, below 4 GiB, and its length in bytes: 0 where there is none. */
+/* The initramfs, below 4 GiB, and its length in bytes; 0 if there is none. */
 const char *initial_ram_disk(unsigned *len);
 
-/* The text after the last `name=` on the command line, up to the next blank, or NULL. The answer is good until the next
+/* The text after the last `name=` on the command line, up to the next blank, or NULL. The result is valid until the next
  * call. */
 const char *argument(const char *name);
 u64 argument_number(const char *name, u64 otherwise);
 
-/* Whether the command line says `do=what`. */
+/* Whether the command line contains `do=what`. */
 bool told_to(const char *what);
 
 bool same_text(const char *a, const char *b);
@@ -125,7 +125,7 @@ enum { E820_RAM = 1 };
 /* The memory map of the zero page. */
 const struct e820_entry *memory_map(unsigned *count);
 
-/* A claim that the guest makes of its machine: where it does not hold, the guest says so and ends. */
+/* Checks a condition: if it is false, the guest reports it and ends. */
 #define CHECK(claim)                                                                                                   \
     do {                                                                                                               \
         if (!(claim))                                                                                                  \

@@ -1,4 +1,4 @@
-/* From device registers to completed buffers: see virtio.h. */
+/* The virtio driver: see virtio.h. */
 #include "virtio.h"
 
 #include "cpu.h"
@@ -95,7 +95,7 @@ bool queue_wait(struct queue *queue, struct used_entry *entry)
 {
     u64 start = rdtsc();
     for (unsigned polls = 0; !queue_take(queue, entry); polls++) {
-        /* Reading the status is an exit: now and then is enough. */
+        /* Reading the status causes an exit, so it is read only occasionally. */
         if (polls % 1024 == 1023 && virtio_status(queue->device) & STATUS_NEEDS_RESET)
             return false;
         CHECK(!waited_too_long(start));

@@ -61,7 +61,7 @@ struct available {
     u16 flags;
     volatile u16 index;
     u16 ring[QUEUE_SIZE_MAX];
-    /* Stands behind the last entry only where the queue has its full size: see used_event(). */
+    /* Follows the last entry only if the queue has its full size: see used_event(). */
     u16 used_event;
 };
 
@@ -88,17 +88,17 @@ struct queue {
     struct descriptor table[QUEUE_SIZE_MAX] __attribute__((aligned(4096)));
     struct available available __attribute__((aligned(4096)));
     struct used used __attribute__((aligned(4096)));
-    /* The next used entry to look at. */
+    /* The next used entry to check. */
     u16 seen;
 };
 
-/* Finds the device number `nth` of this type, in the order of addresses. */
+/* Finds device number `nth` of this type, in address order. */
 bool virtio_find(u32 type, unsigned nth, struct virtio *device);
 
-/* Reset, then up to FEATURES_OK with VERSION_1 and those `features` that are offered. Returns whether the device agreed. */
+/* Reset, then up to FEATURES_OK with VERSION_1 and those `features` that are offered. Returns whether the device accepted them. */
 bool virtio_start(struct virtio *device, u64 features);
 
-/* Sets up queue `number` with `size` entries, or as many as the device has. Its memory is cleared. */
+/* Sets up queue `number` with `size` entries, or the device's maximum. Its memory is cleared. */
 void queue_start(struct virtio *device, u16 number, u16 size, struct queue *queue);
 
 /* DRIVER_OK. */
@@ -117,7 +117,7 @@ static inline void queue_ring(struct queue *queue)
 /* Takes the next used entry if there is one. */
 bool queue_take(struct queue *queue, struct used_entry *entry);
 
-/* Polls for the next used entry; false where the device asks for a reset instead. A device that does neither fails. */
+/* Polls for the next used entry; false if the device needs a reset instead. A timeout is a failure. */
 bool queue_wait(struct queue *queue, struct used_entry *entry);
 
 /* Where the driver says which used entry is to raise the next interrupt, and where the device says which available

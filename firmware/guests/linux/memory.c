@@ -1,4 +1,4 @@
-// The guest's side of the tests of memory: takes as much as it is told, for as long as it is told. Static; nothing but libc.
+// The guest side of the memory tests: uses a requested amount of memory for a requested time. Static; nothing but libc.
 //
 // Serves PORT, each connection by a process of its own: reads a number of MiB and a newline, uses so much memory, says so, and
 // has it until the other side has closed. A process that the kernel ends for lack of memory says nothing.
@@ -19,7 +19,7 @@ enum {
     PAGE_BYTES = 4096,
 };
 
-// Before all else that runs here.
+// Makes this process the OOM killer's first choice.
 static void be_the_first_to_go(void)
 {
     int fd = open("/proc/self/oom_score_adj", O_WRONLY);

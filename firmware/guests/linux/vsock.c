@@ -1,6 +1,6 @@
-// The guest's side of the tests of sockets: AF_VSOCK at its plainest. Static; nothing but libc.
+// The guest side of the vsock tests, using plain AF_VSOCK sockets. Static; nothing but libc.
 //
-//   vsock serve               serves until it is told to stop: ECHO sends back what it gets until its end, STOP ends the program,
+//   vsock serve               serves until it is stopped: ECHO sends back what it gets until its end, STOP ends the program,
 //                             HALF takes all to its end and then answers with its length
 //   vsock call PORT MIB       sends MIB MiB to the host's PORT, ends that direction, and prints the length of what comes back
 //   vsock many PORT COUNT     COUNT connections to the host's PORT at once, each of which is to echo a word of its own
@@ -81,7 +81,7 @@ static void make_piece(char *bytes, uint64_t index)
     }
 }
 
-// Takes all that comes. Returns its length, or -1 where it is not what was to come.
+// Receives all data. Returns its length, or -1 if it is not as expected.
 static long long take_all(int fd)
 {
     static char expected[PIECE_BYTES];

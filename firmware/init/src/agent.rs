@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
-use crate::connection::{self, Greeting};
+use crate::connection::{self, PendingConnection};
 use crate::report;
 use crate::root::Kept;
 use crate::session::Session;
@@ -21,13 +21,13 @@ use crate::sys;
 /// each, a fifth of the host device's 512 connections remains for those that wait.
 const SESSIONS_MAX: usize = 100;
 /// How long to wait for killed processes; one may hang in a driver.
-const KILL_PATIENCE: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 struct Agent<'a> {
     children: Option<SignalFd>,
     listener: Option<OwnedFd>,
     /// Connections of the host that have not sent their hello; their number is limited by the host side.
-    greetings: Vec<Greeting>,
+    pending: Vec<PendingConnection>,
     /// The main session is the first.
     main: Session,
     others: Vec<Session>,
@@ -51,8 +51,8 @@ pub fn run(main: Session, hostname: &str, kept: Option<Kept>, listener: Option<O
         .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
         .inspect_err(|error| report::say(&format!("watch processes: {error}")))
         .ok();
-    let (greetings, others) = (Vec::new(), Vec::new());
-    let mut agent = Agent { children, listener, greetings, main, others, hostname, killed_at: None };
+    let (pending, others) = (Vec::new(), Vec::new());
+    let mut agent = Agent { children, listener, pending, main, others, hostname, killed_at: None };
     agent.serve();
     if let Some(kept) = kept {
         kept.settle();
@@ -63,7 +63,7 @@ pub fn run(main: Session, hostname: &str, kept: Option<Kept>, listener: Option<O
 impl Agent<'_> {
     fn serve(&mut self) {
         loop {
-            self.bury();
+            self.reap();
             self.main.advance(self.hostname);
             let one_has_ended = self.serve_others();
             if self.main.is_over() {
@@ -78,7 +78,7 @@ impl Agent<'_> {
 
     /// Makes progress on the sessions opened by the host, without blocking. Returns whether one has ended.
     fn serve_others(&mut self) -> bool {
-        self.greet();
+        self.read_hellos();
         self.admit();
         for session in &mut self.others {
             session.advance(self.hostname);
@@ -89,7 +89,7 @@ impl Agent<'_> {
     }
 
     /// Reaps exited processes, including orphans. When the main one exits, all others are killed.
-    fn bury(&mut self) {
+    fn reap(&mut self) {
         let all_gone = loop {
             match sys::reap() {
                 Ok(Some((pid, ended))) => {
@@ -113,36 +113,36 @@ impl Agent<'_> {
             let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
             Instant::now()
         });
-        if all_gone || killed_at.elapsed() > KILL_PATIENCE {
+        if all_gone || killed_at.elapsed() > KILL_TIMEOUT {
             self.main.expect_no_more_output();
         }
     }
 
     /// Reads the hellos of new connections.
-    fn greet(&mut self) {
+    fn read_hellos(&mut self) {
         if let Some(listener) = &self.listener {
             while let Some(socket) = connection::accept(listener) {
-                self.greetings.push(Greeting::new(socket));
+                self.pending.push(PendingConnection::new(socket));
             }
         }
-        for mut greeting in std::mem::take(&mut self.greetings) {
-            match greeting.advance() {
-                Ok(None) => self.greetings.push(greeting),
-                Ok(Some(hello)) => self.join(hello, greeting),
+        for mut connection in std::mem::take(&mut self.pending) {
+            match connection.advance() {
+                Ok(None) => self.pending.push(connection),
+                Ok(Some(hello)) => self.join(hello, connection),
                 Err(()) => {}
             }
         }
     }
 
     /// Assigns a connection to its session. Streams arrive after admission: without a session, it has ended.
-    fn join(&mut self, hello: Hello, greeting: Greeting) {
+    fn join(&mut self, hello: Hello, connection: PendingConnection) {
         let session = self.others.iter_mut().find(|session| session.id == hello.session);
         match (hello.role, session) {
             (Role::Control, None) if hello.session != MAIN_SESSION => {
-                self.others.push(Session::accepted(hello.session, greeting.socket));
+                self.others.push(Session::accepted(hello.session, connection.socket));
             }
             (Role::Control, _) | (_, None) => {}
-            (role, Some(session)) => session.offer(role, greeting.socket),
+            (role, Some(session)) => session.offer(role, connection.socket),
         }
     }
 
@@ -158,17 +158,17 @@ impl Agent<'_> {
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
         fds.extend(self.children.as_ref().map(|children| readable(children.as_fd())));
         fds.extend(self.listener.as_ref().map(|listener| readable(listener.as_fd())));
-        fds.extend(self.greetings.iter().map(|greeting| readable(greeting.socket.as_fd())));
+        fds.extend(self.pending.iter().map(|connection| readable(connection.socket.as_fd())));
         for session in std::iter::once(&self.main).chain(&self.others) {
             fds.extend(session.awaits().map(|(fd, events)| PollFd::new(fd, events)));
         }
         let timeout = match self.killed_at {
-            // Until some time after `bury` gives up.
-            Some(killed_at) if killed_at.elapsed() < 2 * KILL_PATIENCE => PollTimeout::from(100u8),
+            // Until some time after `reap` gives up.
+            Some(killed_at) if killed_at.elapsed() < 2 * KILL_TIMEOUT => PollTimeout::from(100u8),
             _ => PollTimeout::NONE,
         };
         let _ = poll(&mut fds, timeout);
-        // The descriptor only signals that children have exited; `bury` reaps them.
+        // The descriptor only signals that children have exited; `reap` reaps them.
         if let Some(children) = &self.children {
             while let Ok(Some(_)) = children.read_signal() {}
         }
@@ -191,7 +191,7 @@ mod tests {
         guest.set_nonblocking(true).unwrap();
         host.set_nonblocking(true).unwrap();
         host.write_all(&Hello { session, role }.to_bytes()).unwrap();
-        agent.greetings.push(Greeting::new(guest.into()));
+        agent.pending.push(PendingConnection::new(guest.into()));
         host
     }
 
@@ -202,13 +202,13 @@ mod tests {
         reader.take::<ToHost>().unwrap() == Some(ToHost::Admitted)
     }
 
-    /// No process is started or reaped: `bury` would reap those of other tests.
+    /// No process is started or reaped: `reap` would reap those of other tests.
     fn agent() -> (Agent<'static>, UnixStream) {
         let (host, guest) = UnixStream::pair().unwrap();
         guest.set_nonblocking(true).unwrap();
         let main = Session::accepted(MAIN_SESSION, guest.into());
-        let (greetings, others) = (Vec::new(), Vec::new());
-        (Agent { children: None, listener: None, greetings, main, others, hostname: "", killed_at: None }, host)
+        let (pending, others) = (Vec::new(), Vec::new());
+        (Agent { children: None, listener: None, pending, main, others, hostname: "", killed_at: None }, host)
     }
 
     #[test]
@@ -239,7 +239,7 @@ mod tests {
         let others = [(7, Role::Stdout), (7, Role::Control), (8, Role::Stdout), (MAIN_SESSION, Role::Stdin)];
         let others = others.map(|(session, role)| connect(&mut agent, session, role));
         agent.serve_others();
-        assert!(agent.greetings.is_empty());
+        assert!(agent.pending.is_empty());
         let closed = |host: &mut UnixStream| host.read(&mut [0]).is_ok_and(|count| count == 0);
         assert!(!closed(&mut taken) && others.into_iter().all(|mut host| closed(&mut host)));
     }

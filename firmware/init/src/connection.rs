@@ -21,7 +21,7 @@ const HOST_CID: u32 = 2;
 /// This machine's own CID.
 const ANY_CID: u32 = u32::MAX;
 /// How long a busy host may take to respond.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 /// As many as the host side supports: the kernel resets connections beyond the backlog.
 const BACKLOG: i32 = 512;
 
@@ -33,7 +33,7 @@ fn vsock() -> Result<OwnedFd, Failure> {
 /// Starts a nonblocking connection to the host.
 pub fn connect() -> Result<OwnedFd, Failure> {
     let socket = vsock()?;
-    sys::set_connect_timeout(socket.as_fd(), CONNECT_PATIENCE).context("set up a vsock socket")?;
+    sys::set_connect_timeout(socket.as_fd(), CONNECT_TIMEOUT).context("set up a vsock socket")?;
     match connect_call(socket.as_raw_fd(), &VsockAddr::new(HOST_CID, PORT)) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(socket),
         Err(error) => Err(error).context("connect to the host"),
@@ -42,7 +42,7 @@ pub fn connect() -> Result<OwnedFd, Failure> {
 
 /// Waits until the connection is established, and sends its hello.
 pub fn complete(socket: &OwnedFd, hello: Hello) -> Result<(), Failure> {
-    let timeout = PollTimeout::try_from(CONNECT_PATIENCE).unwrap_or(PollTimeout::MAX);
+    let timeout = PollTimeout::try_from(CONNECT_TIMEOUT).unwrap_or(PollTimeout::MAX);
     let answers = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], timeout).context("wait for the host")?;
     let error = if answers == 0 { libc::ETIMEDOUT } else { getsockopt(socket, sockopt::SocketError).unwrap_or(0) };
     if error != 0 {
@@ -80,15 +80,15 @@ pub fn accept(listener: &OwnedFd) -> Option<OwnedFd> {
 }
 
 /// A connection from the host that has not sent its complete hello.
-pub struct Greeting {
+pub struct PendingConnection {
     pub socket: OwnedFd,
     bytes: [u8; HELLO_BYTES],
     have: usize,
 }
 
-impl Greeting {
-    pub fn new(socket: OwnedFd) -> Greeting {
-        Greeting { socket, bytes: [0; HELLO_BYTES], have: 0 }
+impl PendingConnection {
+    pub fn new(socket: OwnedFd) -> PendingConnection {
+        PendingConnection { socket, bytes: [0; HELLO_BYTES], have: 0 }
     }
 
     /// Returns the hello once it is complete; `Err` for an invalid connection.

@@ -13,7 +13,7 @@ use nix::unistd::{read, write};
 use crate::errors::{Context, Failure};
 
 /// How long to wait for a driver to probe its device.
-const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
+const DEVICE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The loopback interface is the first in every network namespace.
 const LOOPBACK_INDEX: u32 = 1;
 
@@ -57,7 +57,7 @@ impl Network {
 
     /// Configures an interface and brings it up.
     pub fn set_up(&self, interface: &Interface) -> Result<(), Failure> {
-        let (name, index) = find(interface.mac, DEVICE_PATIENCE)?;
+        let (name, index) = find(interface.mac, DEVICE_TIMEOUT)?;
         if !interface.addresses.is_empty() {
             // Router advertisements are not needed. And duplicate address detection would delay the link-local address,
             // which is derived from our MAC, by a second: passt sends traffic of the host itself to that address, and
@@ -166,7 +166,7 @@ fn family(ip: IpAddr) -> (u8, Vec<u8>) {
 }
 
 /// Waits for the interface with this MAC address, and returns its name and index.
-fn find(mac: [u8; 6], patience: Duration) -> Result<(String, u32), Failure> {
+fn find(mac: [u8; 6], timeout: Duration) -> Result<(String, u32), Failure> {
     let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
     let started = Instant::now();
     loop {
@@ -178,7 +178,7 @@ fn find(mac: [u8; 6], patience: Duration) -> Result<(String, u32), Failure> {
                 return Ok((entry.file_name().to_string_lossy().into_owned(), index));
             }
         }
-        if started.elapsed() > patience {
+        if started.elapsed() > timeout {
             return Err(Failure::new(format_args!(
                 "no network interface {wanted}: does the kernel have a virtio-net driver?"
             )));

@@ -21,7 +21,7 @@ pub const NEW_ROOT: &str = "/root";
 const IMAGE: &str = "/image";
 const OVERLAY: &str = "/overlay";
 /// How long to wait for a driver to probe its device.
-const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+const DEVICE_TIMEOUT: Duration = Duration::from_secs(10);
 const QUIET: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
 /// A file system to be synced when the machine ends.
@@ -112,7 +112,7 @@ fn keep(dir: &str) -> Result<Kept, Failure> {
 fn await_device(device: &str) -> Result<(), Failure> {
     let started = Instant::now();
     while !Path::new(device).exists() {
-        if started.elapsed() > DEVICE_PATIENCE {
+        if started.elapsed() > DEVICE_TIMEOUT {
             return Err(Failure::new(format_args!("no device {device}: does the kernel have a virtio-blk driver?")));
         }
         std::thread::sleep(Duration::from_millis(1));

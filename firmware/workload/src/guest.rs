@@ -24,7 +24,7 @@ const SCRATCH: &str = "/scratch";
 const SCRATCH_DEVICE: &str = "/dev/vdb";
 const INTERFACE: &str = "/sys/class/net/eth0";
 /// How long a driver may take to probe its device, in milliseconds.
-const DEVICE_PATIENCE_MS: u32 = 5000;
+const DEVICE_TIMEOUT_MS: u32 = 5000;
 /// Documentation/admin-guide/devices.txt: /dev/null.
 const NULL_DEVICE: u64 = libc::makedev(1, 3);
 
@@ -118,7 +118,7 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 }
 
 fn await_path(path: &str) -> Result<(), Failure> {
-    for _ in 0..DEVICE_PATIENCE_MS {
+    for _ in 0..DEVICE_TIMEOUT_MS {
         if Path::new(path).exists() {
             return Ok(());
         }

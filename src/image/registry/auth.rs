@@ -87,7 +87,7 @@ impl Auth {
             }
         };
         let asked = || ask().with_context(|| format!("request a token from {realm}"));
-        let mut response = retry::patiently(realm, asked)?;
+        let mut response = retry::with_backoff(realm, asked)?;
         ensure!(
             response.status().is_success(),
             "{realm} denied the token ({}): run `docker login {}` again",

@@ -161,7 +161,8 @@ impl Registry {
             }
             request.call().with_context(|| format!("request {url}"))
         };
-        let response = self.ask_as_user(url.clone(), |url| retry::patiently(&self.reference.registry, || ask(url)))?;
+        let response =
+            self.ask_as_user(url.clone(), |url| retry::with_backoff(&self.reference.registry, || ask(url)))?;
         self.check(response, path)
     }
 

@@ -15,7 +15,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sends a request until the response is final or the attempts are exhausted; returns the last response. Each delay is
 /// that requested by `who` (RFC 9110 §10.2.3) or twice the previous one, and is logged.
-pub fn patiently(who: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<Body> {
+pub fn with_backoff(who: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<Body> {
     let mut pause = FIRST_PAUSE;
     for _ in 1..ATTEMPTS {
         let response = ask()?;

@@ -11,14 +11,14 @@ use crate::{guests, wait};
 
 /// The resources of a machine's husk process and its init: descriptors, threads and memory.
 #[derive(Debug, Clone, Copy)]
-struct Held {
+struct Resources {
     descriptors: [u64; 2],
     threads: [u64; 2],
     memory_kib: [u64; 2],
 }
 
-impl Held {
-    fn by(machines: &Machines, name: &str) -> Held {
+impl Resources {
+    fn by(machines: &Machines, name: &str) -> Resources {
         let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", name])).unwrap();
         let pid = inspected[0]["pid"].to_string();
         let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count() as u64;
@@ -28,7 +28,7 @@ impl Held {
         let init: Vec<u64> = init.lines().map(|line| line.trim().parse().unwrap()).collect();
         // The memory precedes the threads in /proc/PID/status.
         let [descriptors, memory_kib, threads] = init[..] else { panic!("{init:?}") };
-        Held {
+        Resources {
             descriptors: [count("fd"), descriptors],
             threads: [count("task"), threads],
             memory_kib: [own_memory_kib(&pid), memory_kib],
@@ -65,11 +65,11 @@ fn a_thousand_sequential_processes_leave_nothing_behind() {
             let code = if n % 10 == 9 { 1 + n % 100 } else { 0 };
             machines.husk(&["exec", "box", "sh", "-c", &format!("exit {code}")]).expect(code);
         }
-        Held::by(&machines, "box")
+        Resources::by(&machines, "box")
     };
     let early = run(0..100);
     let mut late = run(100..1000);
-    let grown = |late: Held| {
+    let grown = |late: Resources| {
         late.descriptors
             .iter()
             .chain(&late.threads)
