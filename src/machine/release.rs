@@ -1,4 +1,5 @@
-//! From the end of a machine to the release of what the kernel takes longest to release, which is the process's last act.
+//! From the end of a machine to the release of what the kernel takes longest to release, which is the process's last
+//! act.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -7,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::kvm::Vm;
 use crate::sys::exit::exit_before_release;
 
-/// The virtual machine that outlives its [`Machine`](super::Machine): with its descriptor closed and its memory unmapped, KVM
-/// would take it down at once, and the caller would wait.
+/// The virtual machine that outlives its [`Machine`](super::Machine): with its descriptor closed and its memory
+/// unmapped, KVM would take it down at once, and the caller would wait.
 static POSTPONED: Mutex<Option<Arc<Vm>>> = Mutex::new(None);
 
 /// Keeps `vm` until [`release`] or [`exit`]. One that was kept before is released.
@@ -21,7 +22,7 @@ pub fn release() {
     drop(POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).take());
 }
 
-/// Exits with `code`. Where a machine has run, its virtual machine is released after that, by the kernel. To be called when no
+/// Exits with `code`. If a machine has run, the kernel releases its virtual machine after that. Must be called when no
 /// other thread is left.
 pub fn exit(code: u8) -> ! {
     let kept = POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).take();

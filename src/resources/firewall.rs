@@ -31,7 +31,7 @@ const IS_ANSWER_OR_PUBLISHED: &str = "--ctstate RELATED,ESTABLISHED,DNAT";
 /// A table that keeps a host on which husk enabled forwarding from routing for its neighbors. IPv4 only, as is
 /// forwarding.
 const GUARD: &str = "husk-guard";
-/// Kinds of interfaces that exist to be forwarded to, whoever created them; neighbours are on other kinds.
+/// Kinds of interfaces that exist to be forwarded to, regardless of their creator; neighbors are on other kinds.
 const FORWARDING_KINDS: [&str; 3] = ["bridge", "tun", "wireguard"];
 
 /// Installs a network's rules: they accept its own packets, and isolate it from other networks and, if it is internal,

@@ -43,8 +43,8 @@ impl Mapping {
     }
 
     /// Gives the host back what backs `len_bytes` from `offset_bytes` on; it reads as zeroes when it is next touched
-    /// (madvise(2), MADV_DONTNEED). The start is rounded up and the end down to whole pages of the host's, and what is not
-    /// in the mapping is left out.
+    /// (madvise(2), MADV_DONTNEED). The start is rounded up and the end down to whole pages of the host's, and what is
+    /// not in the mapping is left out.
     pub fn give_back(&self, offset_bytes: usize, len_bytes: usize) -> io::Result<()> {
         let page_bytes = page_bytes();
         let end = offset_bytes.saturating_add(len_bytes).min(self.len_bytes) / page_bytes * page_bytes;
@@ -83,8 +83,8 @@ fn page_bytes() -> usize {
 /// Unmaps an unused part of a mapping created in this file.
 fn unmap(start: *mut libc::c_void, len_bytes: usize) {
     if len_bytes > 0 {
-        // SAFETY: `Mapping` gives parts of its own mapping only: those whose addresses nobody ever had, and the rest when
-        // it is dropped, which those who took its `start` must not outlive.
+        // SAFETY: `Mapping` gives parts of its own mapping only: those whose addresses were never handed out, and the
+        // rest when it is dropped, which those who took its `start` must not outlive.
         unsafe { libc::munmap(start, len_bytes) };
     }
 }

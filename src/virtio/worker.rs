@@ -86,7 +86,7 @@ pub struct Worker {
     commands: Option<Sender<Command>>,
     stopped: Receiver<Vec<Virtqueue>>,
     is_running: bool,
-    /// Whether the handler may know something that a reset has it forget.
+    /// Whether the handler may have state that a reset discards.
     has_driver: bool,
     thread: Option<JoinHandle<()>>,
 }
@@ -179,8 +179,8 @@ impl Worker {
         self.ask(Command::Save).unwrap_or_default()
     }
 
-    /// Puts back what [`Worker::save`] returned. Fails, with nothing changed, where it does not fit the handler. Not to be
-    /// called while the thread runs.
+    /// Puts back what [`Worker::save`] returned. Fails, with nothing changed, where it does not fit the handler. Not to
+    /// be called while the thread runs.
     pub fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
         self.has_driver = true;
         self.ask(|answer| Command::Restore(state.to_vec(), answer)).unwrap_or(Err(StateMismatch))

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! words ─ command ─> do ─ task::prepare ─> begin, the work, end        (cpu, memory, process, disk)
-//!                 ├> hello, idle, tick, serve, crash ─> what an instance is, beside its work
+//!                 ├> hello, idle, tick, serve, crash ─> instances without tasks
 //!                 └> guest ─> PID 1 of a machine: mounts, network, one of the above as its child, the machine's end
 //! ```
 //!

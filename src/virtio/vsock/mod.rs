@@ -1,7 +1,7 @@
 //! The vsock device (virtio 1.2 §5.10), streams only.
 //!
 //! ```text
-//! guest's tx ring ─ packet ─> switch ─> connection ─ sendmsg ─> Unix socket PATH_<port>, or whoever connected to PATH
+//! guest's tx ring ─ packet ─> switch ─> connection ─ sendmsg ─> Unix socket PATH_<port>, or a client of PATH
 //! guest's rx ring <─ packet ─ switch <─ connection <─ recvmsg ─ the same; due connections have their turns one by one
 //! ```
 
