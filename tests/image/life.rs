@@ -112,7 +112,8 @@ fn images_are_listed_and_pruned_with_their_sizes() {
     let sizes: Vec<u64> = json.as_array().unwrap().iter().map(|image| image["root_bytes"].as_u64().unwrap()).collect();
     assert!(sizes.iter().all(|size| (3 << 20..5 << 20).contains(size)), "{sizes:?}");
 
-    let said = String::from_utf8(house.husk(&["prune"]).stdout).unwrap();
+    assert_eq!(house.husk(&["images", "-a"]).stdout, list.as_bytes());
+    let said = String::from_utf8(house.husk(&["prune", "-f"]).stdout).unwrap();
     assert!(said.starts_with("Removed 1 images and 1 files, reclaimed 3.0"), "{said}");
     assert!(house.husk(&["rmi", "loaded"]).status.success());
     assert_eq!(house.husk(&["images", "--quiet"]).stdout, b"");

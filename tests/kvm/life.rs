@@ -5,6 +5,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use crate::background::Machines;
 use crate::husk::{boot, disk_image, processes_with};
 use husk_guests as guests;
 
@@ -140,4 +141,31 @@ fn an_invalid_kernel_is_rejected() {
     for path in [&zeroes, &words, &cut, &dir.path().join("missing")] {
         refused(&[("--kernel", path.to_str().unwrap())], 1, "kernel");
     }
+}
+
+#[test]
+fn ps_lists_the_last_machines_and_logs_all_lines() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let ids: Vec<String> = (0..3)
+        .map(|number| {
+            machines
+                .start(guests::SERIAL, "do=echo wait=interrupt", &["--name", &format!("m{number}")])
+                .trim_end()
+                .to_owned()
+        })
+        .collect();
+    machines.ok(&["kill", "m2"]);
+    machines.ok(&["wait", "m2"]);
+    let listed = |flags: &[&str]| -> Vec<String> {
+        machines.ok(&[&["ps", "-q"], flags].concat()).lines().map(str::to_owned).collect()
+    };
+    assert_eq!(listed(&[]), [&*ids[1], &ids[0]]);
+    assert_eq!(listed(&["-l"]), [&*ids[2]], "stopped ones are included");
+    assert_eq!(listed(&["-n", "2"]), [&*ids[2], &ids[1]]);
+    assert_eq!(listed(&["-n", "9"]).len(), 3);
+    let log = machines.ok(&["logs", "-n", "all", "m0"]);
+    assert_eq!(log, machines.ok(&["logs", "m0"]));
+    machines.ok(&["stop", "--timeout", "0", "m0", "m1"]);
+    assert_eq!(listed(&[]), [""; 0]);
 }
