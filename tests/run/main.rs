@@ -8,6 +8,7 @@ mod debian;
 mod guests;
 mod image;
 mod life;
+mod memory;
 mod net;
 mod process;
 mod reach;

@@ -51,6 +51,7 @@ pub fn run(main: Session, hostname: &str, kept: Option<Kept>, listener: Option<O
         .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
         .inspect_err(|error| report::say(&format!("watch processes: {error}")))
         .ok();
+    crate::pressure::watch();
     let (pending, others) = (Vec::new(), Vec::new());
     let mut agent = Agent { children, listener, pending, main, others, hostname, killed_at: None };
     agent.serve();

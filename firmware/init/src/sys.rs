@@ -30,7 +30,7 @@ pub fn write_port(port: u16, value: u8) {
 
 /// fork(2).
 pub fn fork() -> nix::Result<ForkResult> {
-    // SAFETY: there is only one thread, so no lock is held by another thread in the child.
+    // SAFETY: the only other thread (`pressure`) takes no lock, so no lock is held by another thread in the child.
     unsafe { nix::unistd::fork() }
 }
 

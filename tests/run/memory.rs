@@ -1,0 +1,116 @@
+//! Guests with little memory: a program that takes all of it is killed soon, and one that reads more than it holds is not.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::Instant;
+
+use tempfile::TempDir;
+
+use crate::image::{archive, root, run};
+use crate::{TIMEOUT, finish, guests, husk_under};
+
+const KERNELS: [&str; 2] = ["micro", "stock"];
+/// The dentries and inodes of so many files take twice as much memory as is left.
+const FILES: usize = 30_000;
+/// Shell functions that take memory until a number of MiB is left.
+const TAKE: &str = r#"set -e; mebibytes() { echo $(($(sed -n "s/$1: *\([0-9]*\).*/\1/p" /proc/meminfo) / 1024)); }
+    mount -o remount,size=100% /dev/shm
+    leave() { dd if=/dev/zero of=/dev/shm/taken bs=1M count=$(($(mebibytes MemAvailable) - $1)); }"#;
+
+/// An archive of the test image's root with very many empty files.
+fn many_files() -> &'static str {
+    static ARCHIVE: OnceLock<(TempDir, String)> = OnceLock::new();
+    let make = || {
+        let dir = tempfile::tempdir().unwrap();
+        let (small, path) = (dir.path().join("root.tar"), dir.path().join("many.tar"));
+        run(Command::new(root().join("bin/busybox"))
+            .args(["tar", "-c", "-C"])
+            .arg(root())
+            .arg("-f")
+            .arg(&small)
+            .arg("."));
+        let many = (0..FILES).flat_map(|n| header(&format!("many/{}/{n}", n / 100)));
+        fs::write(&path, many.chain(fs::read(small).unwrap()).collect::<Vec<u8>>()).unwrap();
+        let path = path.to_str().unwrap().to_owned();
+        (dir, path)
+    };
+    &ARCHIVE.get_or_init(make).1
+}
+
+/// An empty file in an archive (ustar), with the record's checksum.
+fn header(name: &str) -> [u8; 512] {
+    let mut record = [0; 512];
+    let mut put = |at: usize, bytes: &[u8]| record[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, name.as_bytes());
+    for (at, field) in [(100, "0000644\0"), (108, "0000000\0"), (116, "0000000\0"), (124, "00000000000\0")] {
+        put(at, field.as_bytes());
+    }
+    put(136, b"00000000000\0        0");
+    put(257, b"ustar\x0000");
+    let sum: u32 = record.iter().map(|&byte| u32::from(byte)).sum();
+    record[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    record
+}
+
+/// Starts a machine named `small`, and returns the first line of its output and that of a `husk exec` at that time.
+fn first_line_and_answer(guests: &Path, kernel: &str, script: &str) -> (String, String) {
+    let runtime = tempfile::tempdir().unwrap();
+    let mut command = husk_under(guests, kernel, &["--name", "small", archive(), "sh", "-c", script]);
+    let started = Instant::now();
+    let mut child = command.env("XDG_RUNTIME_DIR", runtime.path()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let (said, heard) = mpsc::channel();
+    thread::spawn(move || {
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        let _ = said.send((line, output));
+    });
+    let heard = heard.recv_timeout(TIMEOUT);
+    eprintln!("{kernel}: a line after {:?}", started.elapsed());
+    let mut exec = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+    exec.args(["exec", "small", "echo", "here"]).env("XDG_RUNTIME_DIR", runtime.path());
+    exec.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let answer = heard.is_ok().then(|| finish(exec, Vec::new()).text());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let (line, _) = heard.expect("the machine prints something in time");
+    (line, answer.unwrap_or_default())
+}
+
+#[test]
+fn a_program_that_takes_all_memory_is_killed_and_the_machine_answers() {
+    let guests = guests!();
+    for kernel in KERNELS {
+        let told = first_line_and_answer(&guests, kernel, "tail /dev/zero; echo $?; exec sleep 1000");
+        assert_eq!(told, ("137\n".into(), "here\n".into()), "{kernel}");
+    }
+}
+
+#[test]
+fn a_walk_through_more_files_than_memory_holds_runs_to_its_end() {
+    let guests = guests!();
+    let script = format!("{TAKE}; leave 30; find / -xdev -size +1000000k; echo $?; find /many -name '1*' | wc -l");
+    for kernel in KERNELS {
+        let ended = finish(husk_under(&guests, kernel, &[many_files(), "sh", "-c", &script]), Vec::new());
+        let count = ended.expect(0).text();
+        assert!(count.starts_with("0\n") && count.len() > 6, "{kernel}: {count}");
+    }
+}
+
+#[test]
+fn reading_a_file_larger_than_memory_again_and_again_goes_on() {
+    let guests = guests!();
+    let script = format!(
+        "{TAKE}; total=$(mebibytes MemTotal); leave $((total / 10))
+        cd /srv; dd if=/dev/zero of=large bs=1M count=$((total / 2))
+        for n in 1 2 3 4 5; do cat large >/dev/null; done"
+    );
+    for kernel in KERNELS {
+        let words = ["--scratch", "1G", archive(), "sh", "-c", &script];
+        finish(husk_under(&guests, kernel, &words), Vec::new()).expect(0);
+    }
+}
