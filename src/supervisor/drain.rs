@@ -20,13 +20,16 @@ use crate::console::stream_log::Stream;
 use crate::exit_latch::ExitReason;
 use crate::guest::session::Session;
 use crate::guest::signal;
-use crate::machine::Machine;
+use crate::machine::{Machine, release};
 use crate::sandbox;
 use crate::sys::SignalFd;
 
 /// How long the remaining output may take after a forced end: enough for an active reader, and short for a waiting
 /// user.
 const FORCED_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How long guest memory is kept for a fast exit. A slow reader may take hours, and the memory is free in that time.
+const RELEASE_AFTER: Duration = Duration::from_millis(100);
 
 /// The console thread, and an event signaled when everything is printed.
 pub(super) struct Printer {
@@ -75,6 +78,7 @@ pub(super) fn print(
     }
     let forced = matches!(reason, ExitReason::Killed(_) | ExitReason::Quit);
     let forced_drain_by = Instant::now() + FORCED_DRAIN_TIMEOUT;
+    let mut release_at = Some(Instant::now() + RELEASE_AFTER);
     let mut is_cut = false;
     loop {
         let console_is_printed = printer.thread.is_finished() || printer.done.read().is_ok();
@@ -88,7 +92,13 @@ pub(super) fn print(
             log::warn!("the last output of the machine is lost: it was not read");
             return Ok(());
         }
-        let timeout_ms = left.map_or(-1, |left| left.as_millis().min(i32::MAX as u128 - 1) as i32 + 1);
+        let until_release = release_at.map(|at| at.saturating_duration_since(Instant::now()));
+        if until_release.is_some_and(|left| left.is_zero()) {
+            release::release();
+            release_at = None;
+        }
+        let timeout = [left, until_release.filter(|left| !left.is_zero())].into_iter().flatten().min();
+        let timeout_ms = timeout.map_or(-1, |left| left.as_millis().min(i32::MAX as u128 - 1) as i32 + 1);
         match epoll.wait(timeout_ms, &mut [EpollEvent::default(); 4]) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error).context("wait for events"),
             _ => {}

@@ -23,7 +23,7 @@ const TRIGGER: &[u8] = b"some 600000 1000000\0";
 const IN_A_ROW: Duration = Duration::from_millis(2500);
 /// The number of consecutive seconds of thrashing after which a program is killed.
 const SECONDS_MAX: u32 = 3;
-/// How long a program that was killed is given to end. While others have the processors it takes seconds, and its memory with it.
+/// The time that a killed program has to exit and release its memory, which takes seconds while others use the CPUs.
 const REST: Duration = Duration::from_secs(30);
 /// A guest thrashes only if less than this part of its memory, as a divisor, is available.
 const LEFT_DIVISOR: u64 = 16;
@@ -32,8 +32,9 @@ const LEFT_MAX_KIB: u64 = 32 << 10;
 /// A guest thrashes only if file pages take less than this part of its memory, as a divisor. A program that reads files
 /// holds more.
 const FILES_DIVISOR: u64 = 64;
-/// The maximum size of /proc/meminfo.
+/// The maximum sizes of /proc/meminfo and /proc/vmstat.
 const MEMINFO_BYTES: usize = 4096;
+const VMSTAT_BYTES: usize = 8192;
 /// The stack size of the thread.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -41,16 +42,20 @@ const STACK_BYTES: usize = 64 << 10;
 struct Watch {
     pressure: File,
     meminfo: File,
+    vmstat: File,
     killer: File,
 }
 
 /// Starts the thread, if the kernel supports pressure stall information. Must be called after the signals that this process
 /// waits for are blocked.
 pub fn watch() {
-    let Ok(watch) = Watch::open() else { return };
-    let started = thread::Builder::new().stack_size(STACK_BYTES).spawn(move || watch.run());
-    if let Err(error) = started {
-        report::say(&format!("watch memory: {error}"));
+    let started = Watch::open()
+        .and_then(|watch| thread::Builder::new().stack_size(STACK_BYTES).spawn(move || watch.run()).map(drop));
+    match started {
+        // The kernel has no pressure stall information, or it is disabled.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => {}
+        Err(error) => report::say(&format!("watch memory: {error}")),
+        Ok(()) => {}
     }
 }
 
@@ -59,13 +64,18 @@ impl Watch {
         let mut pressure = File::options().read(true).write(true).open("/proc/pressure/memory")?;
         pressure.write_all(TRIGGER)?;
         let killer = File::options().write(true).open("/proc/sysrq-trigger")?;
-        Ok(Watch { pressure, meminfo: File::open("/proc/meminfo")?, killer })
+        let (meminfo, vmstat) = (File::open("/proc/meminfo")?, File::open("/proc/vmstat")?);
+        let watch = Watch { pressure, meminfo, vmstat, killer };
+        // The kernel allocates buffers for both at the first read.
+        let _ = (watch.is_short(), watch.kills());
+        Ok(watch)
     }
 
     /// Neither allocates nor takes a lock, because of `fork` and because memory is short. This is a separate thread because
     /// the main one waits while a program is being started.
     fn run(mut self) {
         let mut thrashing = Thrashing::default();
+        let mut kills = self.kills();
         loop {
             let mut fds = [PollFd::new(self.pressure.as_fd(), PollFlags::POLLPRI)];
             let woken = poll(&mut fds, PollTimeout::NONE);
@@ -76,11 +86,23 @@ impl Watch {
             if !events.contains(PollFlags::POLLPRI) {
                 continue;
             }
+            let kills_now = self.kills();
+            if std::mem::replace(&mut kills, kills_now) != kills_now {
+                // A program that the kernel killed by itself is exiting.
+                thrashing.note_kill(Instant::now());
+            }
             if thrashing.note(Instant::now(), self.is_short()) {
                 // It never kills this process or those with an oom_score_adj of -1000.
                 let _ = self.killer.write_all(b"f");
             }
         }
+    }
+
+    /// How many programs the kernel has killed because memory was short.
+    fn kills(&self) -> Option<u64> {
+        let mut buffer = [0; VMSTAT_BYTES];
+        let count = self.vmstat.read_at(&mut buffer, 0).ok()?;
+        buffer.get(..count).and_then(parse_kills)
     }
 
     /// Whether almost no memory is left for programs.
@@ -89,6 +111,12 @@ impl Watch {
         let Ok(count) = self.meminfo.read_at(&mut buffer, 0) else { return false };
         buffer.get(..count).and_then(Memory::parse).is_some_and(Memory::is_short)
     }
+}
+
+/// How many programs were killed because memory was short, from the text of /proc/vmstat.
+fn parse_kills(text: &[u8]) -> Option<u64> {
+    let line = str::from_utf8(text).ok()?.lines().find_map(|line| line.strip_prefix("oom_kill "))?;
+    line.trim().parse().ok()
 }
 
 /// Values of /proc/meminfo, in KiB.
@@ -132,6 +160,11 @@ struct Thrashing {
 }
 
 impl Thrashing {
+    /// A program was killed, and has [`REST`] to exit.
+    fn note_kill(&mut self, now: Instant) {
+        self.killed = Some(now);
+    }
+
     /// Counts one second in which programs waited. Returns whether a program is to be killed.
     fn note(&mut self, now: Instant, is_short: bool) -> bool {
         let goes_on = self.last.is_some_and(|last| now.duration_since(last) <= IN_A_ROW);
@@ -173,6 +206,11 @@ mod tests {
 
     #[test]
     fn what_is_not_said_ends_nothing() {
+        assert_eq!(parse_kills(b"pgfault 3\noom_kill 12\noom_kill_x 4\n"), Some(12));
+        assert_eq!(
+            (parse_kills(b"pgfault 3\n"), parse_kills(b"oom_kill x\n"), parse_kills(&[0xff])),
+            (None, None, None)
+        );
         assert_eq!(Memory::parse(b""), None);
         assert_eq!(Memory::parse(&[0xff; 64]), None);
         assert_eq!(Memory::parse(MEMINFO.replace("6648", "x").as_bytes()), None);
@@ -193,6 +231,10 @@ mod tests {
         let killed: Vec<usize> =
             verdicts(&more).iter().enumerate().filter(|(_, kills)| **kills).map(|(at, _)| at).collect();
         assert_eq!(killed, [2, 2 + REST.as_secs() as usize]);
+        let mut thrashing = Thrashing::default();
+        thrashing.note_kill(start);
+        let kills = (1..=40).find(|second| thrashing.note(start + Duration::from_secs(*second), true));
+        assert_eq!(kills, Some(REST.as_secs()), "after a kill of the kernel's own");
         assert_eq!(verdicts(&[(1, true), (2, true), (9, true), (10, true)]), [false; 4]);
         assert_eq!(verdicts(&[(1, true), (2, true), (3, false), (4, true), (5, true)]), [false; 5]);
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, test_kill_process_group};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::super::interrupt;
@@ -21,6 +21,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(3);
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long output is read after the exit, if another process still holds the pipe.
 const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long the release of a machine is waited for after the exit.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The capacity of a pipe.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -151,6 +153,7 @@ impl InstanceMonitor {
         };
         self.drain(exited + DRAIN_TIMEOUT);
         let status = self.child.wait();
+        self.await_release();
         let end = match status {
             _ if late => Termination::TimedOut,
             Ok(status) => match (status.code(), status.signal()) {
@@ -163,6 +166,15 @@ impl InstanceMonitor {
             }
         };
         (end, exited)
+    }
+
+    /// Waits until the rest of the process group is gone. A monitor may exit before the kernel releases its machine, which
+    /// must not slow down the next instance.
+    fn await_release(&self) {
+        let until = Instant::now() + RELEASE_TIMEOUT;
+        while Instant::now() < until && test_kill_process_group(Pid::from_child(&self.child)).is_ok() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits for events until a point in time.

@@ -4,11 +4,16 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
 /// Cgroups are named after the process that created them.
 const PREFIX: &str = "husk-";
+
+/// How long an empty cgroup may be busy.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The cgroup versions (cgroups(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,7 +182,12 @@ impl Drop for Group {
             }
         }
         let _ = write(&self.home, "cgroup.procs", "0");
-        let _ = fs::remove_dir(&self.dir);
+        // A thread that was joined is a member until the kernel has released it, which takes longer under a CPU limit.
+        let until = Instant::now() + REMOVE_TIMEOUT;
+        let is_busy = || fs::remove_dir(&self.dir).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy);
+        while is_busy() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
