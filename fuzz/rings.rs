@@ -1,4 +1,4 @@
-//! A guest's rings, which are good (bad ones are `virtio_mmio`'s), and a buffer for each of their descriptors.
+//! The valid rings of a guest, with a buffer for each descriptor. `virtio_mmio` fuzzes invalid rings.
 
 use std::sync::Arc;
 
@@ -8,11 +8,11 @@ use husk::virtio::queue::QueueRegisters;
 use vm_memory::{Bytes, GuestAddress};
 
 pub const QUEUE_SIZE: u16 = 16;
-/// Where queue `index` stands: its three rings, and the buffers.
+/// The space of a queue: its three rings, and the buffers.
 pub const QUEUE_BYTES: u64 = 0x4_0000;
 pub const BUFFER_BYTES: u64 = 0x2000;
 
-/// The place of a queue.
+/// The guest address of a queue.
 pub fn at(queue: usize) -> u64 {
     QUEUE_BYTES * queue as u64
 }
@@ -20,12 +20,12 @@ pub fn at(queue: usize) -> u64 {
 pub struct Rings {
     pub memory: Arc<GuestMemory>,
     pub queues: Vec<Virtqueue>,
-    /// What was ever made available in each.
+    /// The available index of each queue: the number of chains made available so far.
     pub offered: Vec<u16>,
 }
 
 impl Rings {
-    /// As many queues, in memory that is made empty.
+    /// Creates `count` queues, and clears their memory.
     pub fn new(memory: &Arc<GuestMemory>, count: usize) -> Rings {
         memory.write_slice(&vec![0; count * QUEUE_BYTES as usize], GuestAddress(0)).expect("it is memory");
         let queue = |index: usize| {
@@ -49,7 +49,7 @@ impl Rings {
         self.memory.read_obj(GuestAddress(at(queue) + 0x2002)).expect("it is memory")
     }
 
-    /// Descriptor and length of used entry `index`.
+    /// The descriptor and the length in used entry `index`.
     pub fn used(&self, queue: usize, index: u16) -> [u32; 2] {
         let entry = GuestAddress(at(queue) + 0x2004 + 8 * u64::from(index % QUEUE_SIZE));
         self.memory.read_obj(entry).expect("it is memory")
@@ -59,7 +59,8 @@ impl Rings {
         self.offered[queue].wrapping_sub(self.used_index(queue)) < QUEUE_SIZE
     }
 
-    /// Makes `len` bytes from `address` on available, or of the slot's own buffer; for the device to write to, if so.
+    /// Makes a descriptor of `len` bytes available, device-writable if `to_write`: at `address`, or in the slot's own
+    /// buffer.
     pub fn offer(&mut self, queue: usize, address: Option<u64>, len: u32, to_write: bool) {
         let slot = self.offered[queue] % QUEUE_SIZE;
         let flags = if to_write { 2_u64 } else { 0 };

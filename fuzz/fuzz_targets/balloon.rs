@@ -1,5 +1,5 @@
-//! From arbitrary bytes as rings, page numbers, reports and statistics to the balloon: each turn ends, and what goes back is
-//! no more than a turn's worth.
+//! Arbitrary rings, page numbers, reports and statistics for the balloon: each turn ends, and returns a limited amount
+//! of memory.
 #![no_main]
 
 use std::cell::OnceCell;
@@ -15,16 +15,16 @@ use vm_memory::{Bytes, GuestAddress};
 
 const QUEUES: usize = 5;
 const QUEUE_SIZE: u16 = 16;
-/// The input lies at address 0, but for its first byte: the descriptor table that all queues have, the available ring, then
-/// whatever they point to.
+/// The input without its first byte is at address 0: the descriptor table and the available ring, which all queues
+/// share, and then whatever they point to.
 const AVAILABLE: u64 = 16 * QUEUE_SIZE as u64;
 const INPUT_BYTES: usize = 8 << 10;
-/// The used rings lie behind it.
+/// The used rings follow it.
 const USED: u64 = INPUT_BYTES as u64;
 const MEMORY_MIB: u64 = 64;
-/// VIRTIO_F_VERSION_1, and the balloon's own features.
+/// VIRTIO_F_VERSION_1. Features of the balloon are added from the input.
 const FEATURES: u64 = 1 << 32;
-/// A turn ends behind the first GiB, of which the last request has another one at most.
+/// A turn ends after the first GiB; its last request may return up to another GiB.
 const TURN_BYTES_MAX: u64 = 2 << 30;
 
 thread_local! {
@@ -70,7 +70,7 @@ fn serve(memory: &Arc<GuestMemory>, index: usize, features: u64) {
     let _ = control.statistics();
 }
 
-/// What the fuzzing starts from: a request of page numbers, a report, and statistics.
+/// Writes the initial corpus: a request with page numbers, a report, and statistics.
 fn write_seeds() {
     let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/balloon"));
     fs::create_dir_all(corpus).expect("the corpus can be made");
@@ -88,7 +88,7 @@ fn write_seeds() {
         bytes[AVAILABLE as usize + 2] = 1;
         bytes.extend(content);
         let first = queue | 0b10001 << 3;
-        // The queue is what the first byte leaves by five.
+        // The queue is the first byte modulo five.
         let first = (0..=u8::MAX).find(|byte| byte >> 3 == first >> 3 && byte % 5 == queue).unwrap_or(first);
         fs::write(corpus.join(name), [&[first], &bytes[..]].concat()).expect("the corpus can be written");
     }

@@ -33,14 +33,14 @@ fuzz_target!(|foreign: Foreign| {
     assert!(!page.contains("<script"));
 });
 
-/// A report with one measure, so that a round is short.
+/// A report with one metric, so that an execution is fast.
 fn small() -> Report {
     let mut report = example::report();
     report.metrics.truncate(1);
     report
 }
 
-/// One with foreign names and numbers, as many as there are.
+/// A report with as many of the foreign names and numbers as fit.
 fn filled(foreign: &Foreign) -> Report {
     let mut report = small();
     for (contender, name) in report.contenders.iter_mut().zip(&foreign.names) {

@@ -1,4 +1,4 @@
-//! From arbitrary bytes as rings and requests to block requests: each lies on the disk and in memory, or is refused.
+//! Parses block requests from arbitrary rings: each request is within the disk and guest memory, or is rejected.
 #![no_main]
 
 use std::cell::OnceCell;
@@ -16,10 +16,10 @@ use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
 const QUEUE_SIZE: u16 = 16;
-/// The input lies at address 0: the descriptor table, the available ring, then whatever they point to.
+/// The input is at address 0: the descriptor table, the available ring, and then whatever they point to.
 const AVAILABLE: u64 = 16 * QUEUE_SIZE as u64;
 const INPUT_BYTES: usize = 8 << 10;
-/// The used ring lies behind it, so that what is pushed changes no later request.
+/// The used ring follows it, so that used entries do not change later requests.
 const USED: u64 = INPUT_BYTES as u64;
 const CAPACITY_BYTES: u64 = 3 << 40;
 
@@ -71,7 +71,7 @@ fn check(operation: Operation, offset_bytes: u64, buffers: &GuestBuffers, readon
     assert!(!readonly || matches!(operation, Operation::Read | Operation::Flush), "{operation:?} on a read-only disk");
 }
 
-/// What the fuzzing starts from: a good request of each type.
+/// Writes the initial corpus: a valid request of each type.
 fn write_seeds() {
     const NEXT: u16 = 1;
     const WRITE: u16 = 2;
@@ -101,7 +101,7 @@ fn write_seeds() {
         }
         let mut bytes = vec![0; 0x200];
         bytes[..64].copy_from_slice(&table);
-        // flags, index, and two entries: the chain, and the table in which the same chain stands.
+        // Flags, index, and two entries: the chain, and an indirect table with the same chain.
         for (at, value) in (0..).zip([0u16, 2, 0, 3]) {
             bytes[AVAILABLE as usize + 2 * at..][..2].copy_from_slice(&value.to_le_bytes());
         }

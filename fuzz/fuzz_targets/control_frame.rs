@@ -1,4 +1,5 @@
-//! From arbitrary bytes as what a guest says: each message is understood as it was meant, or ends the session.
+//! Parses arbitrary control messages: each is either rejected, or parsed to a value that is serialized and parsed again
+//! without a change.
 #![no_main]
 
 use std::fs;
@@ -19,7 +20,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     }
 });
 
-/// Reads messages in pieces, the size of which the first byte says, and says what was understood once more.
+/// Parses messages from pieces of the size in the first byte, and then serializes and parses each of them again.
 fn read<M: Message + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
     let mut reader = Reader::default();
     let size = bytes.first().map_or(1, |byte| usize::from(*byte) + 1);
@@ -41,7 +42,7 @@ fn read<M: Message + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
     }
 }
 
-/// What the fuzzing starts from: messages of either side.
+/// Writes the initial corpus: messages of both sides.
 fn write_seeds() {
     let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/control_frame"));
     fs::create_dir_all(corpus).expect("the corpus can be made");

@@ -1,4 +1,4 @@
-//! Two layers of an image, one over the other: read, merged and made a root file system.
+//! Reads two arbitrary layers of an image, merges them, and builds a root file system.
 #![no_main]
 
 use husk::image::{Form, fuzzing};
@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (bool, u16, &[u8])| {
     let (is_packed, at, bytes) = input;
-    // Archives begin at records, so that what one run found out about a layer is of use to the next.
+    // Layers are split at a record boundary, so that archives in the corpus remain valid if the split changes.
     let at = (usize::from(at) * 512).min(bytes.len());
     let (lower, upper) = bytes.split_at(at);
     let form = if is_packed { Form::Lz4 } else { Form::Plain };
@@ -16,7 +16,7 @@ fuzz_target!(|input: (bool, u16, &[u8])| {
     }
 });
 
-/// The same records with the checksums that headers have: no fuzzer guesses them.
+/// Corrects the checksums of headers, which a fuzzer would not guess.
 fn checksummed(bytes: &[u8]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for record in bytes.chunks_exact_mut(512) {

@@ -1,4 +1,4 @@
-//! What a registry or an archive says of an image, and what a person types for one.
+//! Parses manifests and configurations from registries and archives, and image sources typed by users.
 #![no_main]
 
 use husk::image::reference::Reference;
@@ -13,7 +13,7 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!(digest.to_string(), text);
     }
     if let Ok(reference) = text.parse::<Reference>() {
-        // Its full name and its short one are names of the same image.
+        // The full name and the short name refer to the same image.
         assert_eq!(reference.to_string().parse::<Reference>().ok().as_ref(), Some(&reference), "{reference}");
         assert_eq!(
             reference.familiar().parse::<Reference>().ok().as_ref(),

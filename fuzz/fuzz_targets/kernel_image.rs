@@ -1,4 +1,4 @@
-//! From arbitrary bytes as a kernel file to guest memory: identified, unpacked and loaded, or refused.
+//! Identifies, unpacks and loads an arbitrary kernel file into guest memory, or rejects it.
 #![no_main]
 
 use std::cell::OnceCell;
@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
-use husk::boot::{self, Image, Kernel, Part};
+use husk::boot::{self, Kernel, KernelImage, Part};
 use husk::memory::{self, GuestMemory};
 use husk::sys;
 use libfuzzer_sys::fuzz_target;
@@ -21,7 +21,7 @@ thread_local! {
 }
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
-    let Ok(Image { kernel, initrd, cmdline }) = KernelImage::identify(file(bytes)) else { return };
+    let Ok(KernelImage { kernel, initrd, cmdline }) = KernelImage::identify(file(bytes)) else { return };
     let initrd = initrd.unwrap_or_else(|| Part::whole(file(&[0x5a; 5000])).expect("it was just made"));
     load(&kernel, &initrd, &cmdline);
     if let Kernel::BzImage(image) = kernel
@@ -52,7 +52,7 @@ fn file(bytes: &[u8]) -> File {
     file
 }
 
-/// What the fuzzing starts from: a small kernel of each kind. Called before the corpus is read.
+/// Writes the initial corpus: a small kernel of each kind. Called before the corpus is read.
 fn write_seeds() {
     let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/kernel_image"));
     let write = |name: &str, bytes: &[u8]| fs::write(corpus.join(name), bytes).expect("the corpus can be written");

@@ -1,5 +1,5 @@
-//! From arbitrary bytes as a guest's frames, buffers and commands, and as a peer's stream, to the network device: what goes
-//! out is in frames that a peer survives, what comes in arrives whole or not at all, and only a good command is obeyed.
+//! Arbitrary frames, buffers and commands of a guest, and an arbitrary stream of its peer: the peer receives only valid
+//! frames, the guest receives each frame completely or not at all, and only valid commands are executed.
 #![no_main]
 
 #[path = "../rings.rs"]
@@ -17,26 +17,27 @@ use libfuzzer_sys::fuzz_target;
 use rings::{BUFFER_BYTES, QUEUE_SIZE, Rings, at};
 use vm_memory::{Bytes, GuestAddress};
 
-/// An input is a row of these.
+/// The size of a step. An input is a sequence of steps.
 const STEP_BYTES: usize = 8;
-/// More steps find nothing that fewer do not.
+/// The maximum number of steps: longer sequences find nothing more.
 const STEPS_MAX: usize = 200;
 const RX: usize = 0;
 const TX: usize = 1;
-/// Behind the queues of two pairs, of which the second has no frames.
+/// The control queue, after the queues of two pairs, the second of which transfers no frames.
 const CONTROL: usize = 4;
-/// A command is two descriptors.
+/// The maximum number of pending commands, each of which takes two descriptors.
 const COMMANDS_MAX: u16 = QUEUE_SIZE / 2;
 
 thread_local! {
     static MEMORY: RefCell<Option<Arc<GuestMemory>>> = const { RefCell::new(None) };
 }
 
-/// A guest, and what it has seen.
+/// A guest.
 struct Guest {
     rings: Rings,
+    /// The number of used receive buffers checked so far.
     seen: u16,
-    /// What the peer sent to the guest and the guest has not been given yet, frame by frame.
+    /// Frames that the peer has sent and the guest has not received yet.
     expected: std::collections::VecDeque<Vec<u8>>,
 }
 
@@ -45,14 +46,14 @@ impl Guest {
         Guest { rings: Rings::new(memory, CONTROL + 1), seen: 0, expected: Default::default() }
     }
 
-    /// Makes `len` bytes from `address` on available, or of the slot's own buffer.
+    /// Makes `len` bytes available: at `address`, or in the slot's own buffer.
     fn offer(&mut self, queue: usize, address: Option<u64>, len: u32) {
         if self.rings.has_room(queue) {
             self.rings.offer(queue, address, len, queue == RX);
         }
     }
 
-    /// Makes the command `bytes` available, with `room` bytes for an answer.
+    /// Makes the command `bytes` available, with `room` bytes for its status.
     fn command(&mut self, bytes: &[u8], room: u32) {
         let rings = &mut self.rings;
         if rings.offered[CONTROL].wrapping_sub(rings.used_index(CONTROL)) >= COMMANDS_MAX {
@@ -63,14 +64,14 @@ impl Guest {
         rings.memory.write_slice(bytes, GuestAddress(place)).expect("it is memory");
         rings.memory.write_obj(0xee_u8, GuestAddress(place + 0x1000)).expect("it is memory");
         let table = at(CONTROL) + 16 * u64::from(slot);
-        // More follows; and to be written.
+        // The flag NEXT, and the flag WRITE.
         let first = [place, bytes.len() as u64 | 1 << 32 | u64::from(slot + 1) << 48];
         let second = [place + 0x1000, u64::from(room) | 2 << 32];
         rings.memory.write_obj([first[0], first[1], second[0], second[1]], GuestAddress(table)).expect("it is memory");
         rings.publish(CONTROL, slot);
     }
 
-    /// Looks at the last answer: what asks for one or two pairs is done, and nothing else.
+    /// Checks the last command's status: only requests for one or two pairs succeed.
     fn check_answer(&self) {
         let rings = &self.rings;
         let used = rings.used_index(CONTROL);
@@ -88,7 +89,8 @@ impl Guest {
         assert_eq!((written, answer), wanted, "{len} bytes: {command:?}");
     }
 
-    /// Looks at what the device has given the guest: with all offered features merged as its header says.
+    /// Checks the frames that the guest has received. With all offered features, a frame spans the number of buffers in
+    /// its header.
     fn check(&mut self) {
         let rings = &self.rings;
         while self.seen != rings.used_index(RX) {
@@ -111,7 +113,7 @@ impl Guest {
     }
 }
 
-/// Reads what came out and checks that it is a row of frames, the last of which may not be whole.
+/// Reads the device's output, and checks that it consists of valid frames, the last of which may be incomplete.
 fn drain(peer: &mut UnixStream, received: &mut Vec<u8>) {
     let mut buffer = [0; 0x4000];
     loop {
@@ -155,12 +157,12 @@ fuzz_target!(|bytes: &[u8]| {
                     guest.offer(TX, None, len);
                 }
                 1 => guest.offer(TX, Some(u64::from(u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]))), len),
-                // With room for a header, so that the count in it is found.
+                // With room for a header, since the check reads the number of buffers from it.
                 2 | 3 => guest.offer(RX, None, (len % BUFFER_BYTES as u32).max(HEADER_BYTES as u32)),
                 4 => {
                     let frame = vec![*a; len as usize % 20_000];
                     let all = [&(frame.len() as u32).to_be_bytes()[..], &frame].concat();
-                    // Whole or not at all, as far as there is room.
+                    // Frames for which the socket has no room are not sent; a partial one ends the run.
                     match peer.write(&all) {
                         Ok(count) if count == all.len() => guest.expected.push_back(frame),
                         Ok(_) => return,
@@ -169,7 +171,7 @@ fuzz_target!(|bytes: &[u8]| {
                 }
                 5 => {
                     let command = [*a, *b, *c, rest[0], rest[1], rest[2], rest[3]];
-                    // Most of them of a good length, class and command.
+                    // Most commands have a valid length, class and type.
                     match rest[3] % 4 {
                         0 => guest.command(&command[..usize::from(rest[2]) % 8], rest[1].into()),
                         1 => guest.command(&command[..4], 1),

@@ -1,4 +1,4 @@
-//! From arbitrary bytes as a qcow2 image to a disk: refused, or whatever is asked of it is answered.
+//! Opens an arbitrary qcow2 image and executes requests on it, unless it is rejected.
 #![no_main]
 
 use std::cell::OnceCell;
@@ -15,7 +15,7 @@ use husk::sys;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::GuestAddress;
 
-/// More than a good image of the size that is fuzzed has in front of its data.
+/// More than the metadata before the data of a valid image of this size.
 const IMAGE_BYTES_MAX: usize = 64 << 10;
 
 thread_local! {
@@ -27,7 +27,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     let bytes = &bytes[..bytes.len().min(IMAGE_BYTES_MAX)];
     let mut file = sys::memory_file(c"fuzz").expect("a file in memory can be had");
     file.write_all(bytes).expect("memory can be had");
-    // A sparse file may be long at no cost to who made it.
+    // An attacker can make a sparse file long at no cost.
     file.set_len(1 << 20).expect("memory can be had");
     let again = file.try_clone().expect("descriptors can be had");
     let Ok(mut disk) = open(file, readonly % 2 == 1) else { return };
@@ -41,7 +41,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
         }
     });
     drop(disk);
-    // What was a disk is one afterwards.
+    // The image must still be valid.
     open(again, readonly % 2 == 1).expect("it was an image");
 });
 
@@ -63,7 +63,7 @@ fn operations() -> [Operation; 7] {
 }
 
 fn ask(disk: &mut Qcow2Disk, memory: &Arc<GuestMemory>, operation: Operation, offset_bytes: u64, capacity: u64) {
-    // What a request may ask is checked before it comes to the disk.
+    // The device validates ranges before requests reach the disk.
     if offset_bytes + 4096 > capacity {
         return;
     }
@@ -76,7 +76,7 @@ fn ask(disk: &mut Qcow2Disk, memory: &Arc<GuestMemory>, operation: Operation, of
     let _ = disk.execute(&mut Request { token: 3, operation, offset_bytes, buffers });
 }
 
-/// What the fuzzing starts from: good images, where there is a `qemu-img` to make them.
+/// Writes the initial corpus: valid images, if `qemu-img` is installed to create them.
 fn write_seeds() {
     let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/qcow2_image"));
     fs::create_dir_all(corpus).expect("the corpus can be made");

@@ -1,5 +1,5 @@
-//! From arbitrary bytes as what a guest sends when files are copied from it: nothing is made, changed or followed
-//! outside of the name that was asked for, nor is what was there before.
+//! Receives an arbitrary stream from a guest, as for `husk cp`: nothing outside of the requested name is created,
+//! changed or followed, including existing files.
 #![no_main]
 
 use std::fs;
@@ -18,7 +18,7 @@ const DIR_MODE: u32 = 0o711;
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     static PLACE: OnceLock<TempDir> = OnceLock::new();
-    // In memory: it is about names, and not about a disk.
+    // In memory, because only names matter.
     let place = PLACE.get_or_init(|| tempfile::tempdir_in("/dev/shm").expect("a directory can be made")).path();
     let precious = place.join("precious");
     for name in ["asked", "."] {
@@ -51,14 +51,14 @@ fn mode(mode: u32) -> fs::Permissions {
     fs::Permissions::from_mode(mode)
 }
 
-/// What is in a directory, but for what may be there.
+/// The names in a directory, except those that are expected.
 fn names(dir: &Path, expected: &[&str]) -> Vec<String> {
     let entries = fs::read_dir(dir).expect("the directory is there");
     let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
     names.filter(|name| !expected.contains(&name.as_str())).collect()
 }
 
-/// Removes what was made, directories that may not be entered too.
+/// Removes a tree, including directories without permissions.
 fn remove(path: &Path) {
     let Ok(metadata) = path.symlink_metadata() else { return };
     if metadata.is_dir() {
@@ -72,7 +72,7 @@ fn remove(path: &Path) {
     }
 }
 
-/// What the fuzzing starts from: a tree with a bit of everything, sent as it is sent.
+/// Writes the initial corpus: valid streams of a tree, a file, and the contents of a directory.
 fn write_seeds() {
     let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/tree_stream"));
     fs::create_dir_all(corpus).expect("the corpus can be made");

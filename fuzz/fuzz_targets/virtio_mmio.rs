@@ -1,4 +1,4 @@
-//! From arbitrary bytes as a guest's reads and writes to a whole block device: registers, rings and requests.
+//! Arbitrary reads and writes of a guest to a complete block device: registers, rings and requests.
 #![no_main]
 
 use std::cell::OnceCell;
@@ -6,8 +6,8 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use husk::backend::disk::{Blocking, PlainDisk};
-use husk::config::Rate;
 use husk::bus::Device;
+use husk::config::Rate;
 use husk::irq::IrqLine;
 use husk::memory::{self, GuestMemory};
 use husk::sys;
@@ -17,11 +17,11 @@ use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
 const CAPACITY_BYTES: u64 = 64 << 10;
-/// As much memory as the input can write to, at address 0.
+/// The memory that the input can write to, from address 0.
 const MEMORY_BYTES: u64 = 64 << 10;
-/// An input is a row of these: what, where, a width, and a value.
+/// The size of a step: action, width, address and value. An input is a sequence of steps.
 const STEP_BYTES: usize = 8;
-/// More steps find nothing that fewer do not.
+/// The maximum number of steps: longer sequences find nothing more.
 const STEPS_MAX: usize = 256;
 
 thread_local! {
@@ -62,7 +62,7 @@ fn take(step: &[u8], transport: MmioTransport, memory: &GuestMemory, file: &File
     match what % 8 {
         0 => transport.read(place, data),
         1 => transport.write(place, data),
-        // Where the registers are, and of their width.
+        // A 32-bit access to a register.
         2 => transport.write(place % 0x110 & !3, value),
         3 => transport.write(QUEUE_NOTIFY, &[0; 4]),
         4 => drop(memory.write_slice(value, GuestAddress(place))),
@@ -82,7 +82,7 @@ fn take(step: &[u8], transport: MmioTransport, memory: &GuestMemory, file: &File
     transport
 }
 
-/// What the fuzzing starts from: a driver that starts the device and reads a sector.
+/// Writes the initial corpus: a driver that starts the device and reads a sector.
 fn write_seeds() {
     let mut bytes = Vec::new();
     let mut step = |what: u8, place: u64, value: u32| {

@@ -1,5 +1,5 @@
-//! From arbitrary bytes as a guest's packets and as programs of the host's to the socket device: what it sends to the
-//! guest is well-formed and within what the guest has room for.
+//! Arbitrary packets of a guest and actions of host programs for the vsock device: its packets to the guest are valid
+//! and within the guest's credit.
 #![no_main]
 
 #[path = "../rings.rs"]
@@ -24,9 +24,9 @@ use rings::{BUFFER_BYTES, QUEUE_SIZE, Rings};
 use vm_memory::GuestAddress;
 
 const CID: u64 = 3;
-/// An input is a row of these.
+/// The size of a step. An input is a sequence of steps.
 const STEP_BYTES: usize = 16;
-/// More steps find nothing that fewer do not.
+/// The maximum number of steps: longer sequences find nothing more.
 const STEPS_MAX: usize = 200;
 const RX: usize = 0;
 const TX: usize = 1;
@@ -35,7 +35,7 @@ thread_local! {
     static HOST: RefCell<Option<Host>> = const { RefCell::new(None) };
 }
 
-/// What is the same for all inputs.
+/// The state shared by all inputs.
 struct Host {
     dir: tempfile::TempDir,
     listener: UnixListener,
@@ -60,11 +60,12 @@ impl Host {
     }
 }
 
-/// A guest, and what it has seen.
+/// A guest.
 struct Guest {
     rings: Rings,
+    /// The number of used receive buffers checked so far.
     used: u16,
-    /// By ports: the room that the guest told of at most, and what it was sent.
+    /// By ports: the largest buffer space that the guest has advertised, and the number of bytes sent to it.
     rooms: HashMap<(u32, u32), (u64, u64)>,
 }
 
@@ -88,7 +89,7 @@ impl Guest {
         self.rings.offer(TX, None, HEADER_BYTES as u32 + len, false);
     }
 
-    /// Looks at what the device has sent.
+    /// Checks the packets that the device has sent.
     fn check(&mut self) {
         while self.used != self.rings.used_index(RX) {
             let [slot, len] = self.rings.used(RX, self.used);
@@ -100,7 +101,7 @@ impl Guest {
             assert!((op::REQUEST..=op::CREDIT_REQUEST).contains(&header.op), "{header:?}");
             assert!(header.len_bytes == 0 || header.op == op::RW, "{header:?}");
             let (room, sent) = self.rooms.entry((header.dst_port, header.src_port)).or_default();
-            // What it says to have taken makes no more room than it ever told of.
+            // Forwarded counts from the guest never allow more than the largest buffer space it has advertised.
             assert!(u64::from(header.len_bytes) <= *room, "{header:?}");
             *sent += u64::from(header.len_bytes);
             self.used = self.used.wrapping_add(1);
