@@ -1,4 +1,5 @@
-//! Guests with little memory: a program that takes all of it is killed soon, and one that reads more than it holds is not.
+//! Guests with little memory: a program that uses up all of it is killed soon, and a program that only reads more than
+//! fits into memory is not.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -14,14 +15,14 @@ use crate::image::{archive, root, run};
 use crate::{TIMEOUT, finish, guests, husk_under};
 
 const KERNELS: [&str; 2] = ["micro", "stock"];
-/// The dentries and inodes of so many files take twice as much memory as is left.
+/// The dentries and inodes of this many files take twice as much memory as is available.
 const FILES: usize = 30_000;
-/// Shell functions that take memory until a number of MiB is left.
+/// Shell functions; `leave N` takes memory until N MiB are available.
 const TAKE: &str = r#"set -e; mebibytes() { echo $(($(sed -n "s/$1: *\([0-9]*\).*/\1/p" /proc/meminfo) / 1024)); }
     mount -o remount,size=100% /dev/shm
     leave() { dd if=/dev/zero of=/dev/shm/taken bs=1M count=$(($(mebibytes MemAvailable) - $1)); }"#;
 
-/// An archive of the test image's root with very many empty files.
+/// An archive with the test image's root and many empty files.
 fn many_files() -> &'static str {
     static ARCHIVE: OnceLock<(TempDir, String)> = OnceLock::new();
     let make = || {
@@ -41,7 +42,7 @@ fn many_files() -> &'static str {
     &ARCHIVE.get_or_init(make).1
 }
 
-/// An empty file in an archive (ustar), with the record's checksum.
+/// The header of an empty file in a ustar archive, with its checksum.
 fn header(name: &str) -> [u8; 512] {
     let mut record = [0; 512];
     let mut put = |at: usize, bytes: &[u8]| record[at..at + bytes.len()].copy_from_slice(bytes);
@@ -56,37 +57,38 @@ fn header(name: &str) -> [u8; 512] {
     record
 }
 
-/// Starts a machine named `small`, and returns the first line of its output and that of a `husk exec` at that time.
-fn first_line_and_answer(guests: &Path, kernel: &str, script: &str) -> (String, String) {
+/// Starts a machine named `small` and waits for the first line of its output. Returns the line, and the output of a
+/// `husk exec` right after it.
+fn first_line_and_exec(guests: &Path, kernel: &str, script: &str) -> (String, String) {
     let runtime = tempfile::tempdir().unwrap();
     let mut command = husk_under(guests, kernel, &["--name", "small", archive(), "sh", "-c", script]);
     let started = Instant::now();
     let mut child = command.env("XDG_RUNTIME_DIR", runtime.path()).spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
-    let (said, heard) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let mut line = String::new();
         output.read_line(&mut line).unwrap();
-        let _ = said.send((line, output));
+        let _ = sender.send((line, output));
     });
-    let heard = heard.recv_timeout(TIMEOUT);
-    eprintln!("{kernel}: a line after {:?}", started.elapsed());
+    let received = receiver.recv_timeout(TIMEOUT);
+    eprintln!("{kernel}: first line after {:?}", started.elapsed());
     let mut exec = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     exec.args(["exec", "small", "echo", "here"]).env("XDG_RUNTIME_DIR", runtime.path());
     exec.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let answer = heard.is_ok().then(|| finish(exec, Vec::new()).text());
+    let exec_output = received.is_ok().then(|| finish(exec, Vec::new()).text());
     child.kill().unwrap();
     child.wait().unwrap();
-    let (line, _) = heard.expect("the machine prints something in time");
-    (line, answer.unwrap_or_default())
+    let (line, _) = received.expect("the machine prints a line in time");
+    (line, exec_output.unwrap_or_default())
 }
 
 #[test]
 fn a_program_that_takes_all_memory_is_killed_and_the_machine_answers() {
     let guests = guests!();
     for kernel in KERNELS {
-        let told = first_line_and_answer(&guests, kernel, "tail /dev/zero; echo $?; exec sleep 1000");
-        assert_eq!(told, ("137\n".into(), "here\n".into()), "{kernel}");
+        let outputs = first_line_and_exec(&guests, kernel, "tail /dev/zero; echo $?; exec sleep 1000");
+        assert_eq!(outputs, ("137\n".into(), "here\n".into()), "{kernel}");
     }
 }
 

@@ -2,9 +2,10 @@
 //!
 //! [`Spec`] ─ devices, modules ─ connections to the host ─ root file system ─ process ─ `agent`.
 //!
-//! One thread does all of this. It waits in one place (`agent`) for children, connections and pipes, never blocks on any
-//! one of them, and buffers a limited amount of each stream. A second one waits until memory is short (`pressure`).
-//! Nothing is hidden from the process as in a container, because the machine itself is the security boundary.
+//! One thread does all of this. It waits in one place (`agent`) for children, connections and pipes, never blocks on
+//! any one of them, and buffers a limited amount of each stream. A second thread waits for memory pressure
+//! (`pressure`). Nothing is hidden from the process as in a container, because the machine itself is the security
+//! boundary.
 
 mod agent;
 mod boot;

@@ -1,8 +1,8 @@
-//! Ends thrashing. When programs have taken all memory, the kernel evicts their code and reads it again, for minutes, until
-//! reclaim frees nothing any more and its OOM killer acts. Init requests that after a few seconds.
+//! Ends thrashing. When programs have used up all memory, the kernel evicts their code and reads it again, possibly for
+//! minutes, until nothing can be reclaimed and the OOM killer acts. Init requests an OOM kill after a few seconds.
 //!
-//! The kernel wakes the thread only while programs wait for memory (pressure stall information). Programs that read many
-//! files wait as well, which is no reason to kill one: memory can still be reclaimed then.
+//! The kernel wakes the thread only while programs wait for memory (pressure stall information). Programs that read
+//! many files cause pressure as well. This is no reason to kill one, since memory can still be reclaimed.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,21 +16,21 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::report;
 
-/// Wakes the thread whenever some program waited for memory for 600,000 µs within 1,000,000 µs
+/// Wakes the thread when at least one program waited for memory for 600,000 µs in total within 1,000,000 µs
 /// (Documentation/accounting/psi.rst).
 const TRIGGER: &[u8] = b"some 600000 1000000\0";
-/// The maximum time between two wakeups of consecutive seconds.
-const IN_A_ROW: Duration = Duration::from_millis(2500);
+/// The maximum time between two wakeups that count as consecutive seconds.
+const MAX_GAP: Duration = Duration::from_millis(2500);
 /// The number of consecutive seconds of thrashing after which a program is killed.
 const SECONDS_MAX: u32 = 3;
-/// The time that a killed program has to exit and release its memory, which takes seconds while others use the CPUs.
-const REST: Duration = Duration::from_secs(30);
-/// A guest thrashes only if less than this part of its memory, as a divisor, is available.
-const LEFT_DIVISOR: u64 = 16;
+/// The minimum time between two kills: on busy processors, it can take seconds until a killed program exits and its
+/// memory is free.
+const KILL_INTERVAL: Duration = Duration::from_secs(30);
+/// A guest thrashes only if less than 1/16 of its memory is available.
+const AVAILABLE_DIVISOR: u64 = 16;
 /// A guest with more available memory than this does not thrash, however large it is.
-const LEFT_MAX_KIB: u64 = 32 << 10;
-/// A guest thrashes only if file pages take less than this part of its memory, as a divisor. A program that reads files
-/// holds more.
+const AVAILABLE_MAX_KIB: u64 = 32 << 10;
+/// A guest thrashes only if file pages take less than 1/64 of its memory. A program that reads files causes more.
 const FILES_DIVISOR: u64 = 64;
 /// The maximum sizes of /proc/meminfo and /proc/vmstat.
 const MEMINFO_BYTES: usize = 4096;
@@ -38,7 +38,7 @@ const VMSTAT_BYTES: usize = 8192;
 /// The stack size of the thread.
 const STACK_BYTES: usize = 64 << 10;
 
-/// Files that are open before memory is short.
+/// Files that are opened in advance, before memory is short.
 struct Watch {
     pressure: File,
     meminfo: File,
@@ -46,8 +46,8 @@ struct Watch {
     killer: File,
 }
 
-/// Starts the thread, if the kernel supports pressure stall information. Must be called after the signals that this process
-/// waits for are blocked.
+/// Starts the thread, if the kernel supports pressure stall information. Must be called after this process has blocked
+/// the signals that it waits for.
 pub fn watch() {
     let started = Watch::open()
         .and_then(|watch| thread::Builder::new().stack_size(STACK_BYTES).spawn(move || watch.run()).map(drop));
@@ -71,8 +71,8 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Neither allocates nor takes a lock, because of `fork` and because memory is short. This is a separate thread because
-    /// the main one waits while a program is being started.
+    /// Neither allocates memory, which may be short, nor takes a lock, which a forked child would inherit. Runs on a
+    /// separate thread because the main thread blocks while it starts a program.
     fn run(mut self) {
         let mut thrashing = Thrashing::default();
         let mut kills = self.kills();
@@ -92,7 +92,7 @@ impl Watch {
                 thrashing.note_kill(Instant::now());
             }
             if thrashing.note(Instant::now(), self.is_short()) {
-                // It never kills this process or those with an oom_score_adj of -1000.
+                // The kernel never kills this process, or one with an oom_score_adj of -1000.
                 let _ = self.killer.write_all(b"f");
             }
         }
@@ -143,10 +143,10 @@ impl Memory {
         Some(Memory { total: field("MemTotal")?, available: field("MemAvailable")?, files, swap_free })
     }
 
-    /// While there is free swap, programs make progress, however slowly.
+    /// Whether almost no memory is left. Free swap counts as available: programs still make progress, if slowly.
     fn is_short(self) -> bool {
-        let left = self.available.saturating_add(self.swap_free);
-        left < (self.total / LEFT_DIVISOR).min(LEFT_MAX_KIB) && self.files < self.total / FILES_DIVISOR
+        let available = self.available.saturating_add(self.swap_free);
+        available < (self.total / AVAILABLE_DIVISOR).min(AVAILABLE_MAX_KIB) && self.files < self.total / FILES_DIVISOR
     }
 }
 
@@ -160,26 +160,26 @@ struct Thrashing {
 }
 
 impl Thrashing {
-    /// A program was killed, and has [`REST`] to exit.
+    /// A program was killed, and has [`KILL_INTERVAL`] to exit.
     fn note_kill(&mut self, now: Instant) {
         self.killed = Some(now);
     }
 
-    /// Counts one second in which programs waited. Returns whether a program is to be killed.
+    /// Records a second in which programs waited for memory. Returns whether a program must be killed.
     fn note(&mut self, now: Instant, is_short: bool) -> bool {
-        let goes_on = self.last.is_some_and(|last| now.duration_since(last) <= IN_A_ROW);
+        let is_consecutive = self.last.is_some_and(|last| now.duration_since(last) <= MAX_GAP);
         self.last = Some(now);
-        self.seconds = match (is_short, goes_on) {
+        self.seconds = match (is_short, is_consecutive) {
             (false, _) => 0,
             (true, false) => 1,
             (true, true) => self.seconds + 1,
         };
-        let rests = self.killed.is_some_and(|killed| now.duration_since(killed) < REST);
-        let is_enough = self.seconds >= SECONDS_MAX && !rests;
-        if is_enough {
+        let killed_recently = self.killed.is_some_and(|killed| now.duration_since(killed) < KILL_INTERVAL);
+        let must_kill = self.seconds >= SECONDS_MAX && !killed_recently;
+        if must_kill {
             self.killed = Some(now);
         }
-        is_enough
+        must_kill
     }
 }
 
@@ -187,7 +187,7 @@ impl Thrashing {
 mod tests {
     use super::*;
 
-    /// From a guest with 192 MiB in which `tail /dev/zero` has taken all memory.
+    /// From a guest with 192 MiB in which `tail /dev/zero` has used up all memory.
     const MEMINFO: &str = "MemTotal:         158228 kB\nMemFree:            2036 kB\nMemAvailable:       6648 kB\n\
         Active(file):         44 kB\nInactive(file):       40 kB\nSwapTotal:             0 kB\nSwapFree:              0 kB\n\
         SReclaimable:       9264 kB\nHugePages_Total:       0\n";
@@ -198,10 +198,10 @@ mod tests {
         assert_eq!(Memory::parse(MEMINFO.as_bytes()), Some(THRASHING));
         assert!(THRASHING.is_short());
         let with = |available, files| Memory { available, files, ..THRASHING };
-        // In the same guest: a walk through many files, a large file that is read, and the same with less memory left.
+        // In the same guest: walking through many files, reading a large file, and the same with less memory available.
         assert!(![with(27_292, 3492), with(13_404, 9668), with(9000, 6000)].into_iter().any(Memory::is_short));
         assert!(!Memory { swap_free: 100_000, ..THRASHING }.is_short());
-        assert!(!Memory { total: 4 << 20, available: LEFT_MAX_KIB, ..THRASHING }.is_short());
+        assert!(!Memory { total: 4 << 20, available: AVAILABLE_MAX_KIB, ..THRASHING }.is_short());
     }
 
     #[test]
@@ -230,11 +230,11 @@ mod tests {
         let more: Vec<(u64, bool)> = (1..=40).map(|second| (second, true)).collect();
         let killed: Vec<usize> =
             verdicts(&more).iter().enumerate().filter(|(_, kills)| **kills).map(|(at, _)| at).collect();
-        assert_eq!(killed, [2, 2 + REST.as_secs() as usize]);
+        assert_eq!(killed, [2, 2 + KILL_INTERVAL.as_secs() as usize]);
         let mut thrashing = Thrashing::default();
         thrashing.note_kill(start);
         let kills = (1..=40).find(|second| thrashing.note(start + Duration::from_secs(*second), true));
-        assert_eq!(kills, Some(REST.as_secs()), "after a kill of the kernel's own");
+        assert_eq!(kills, Some(KILL_INTERVAL.as_secs()), "after a kill of the kernel's own");
         assert_eq!(verdicts(&[(1, true), (2, true), (9, true), (10, true)]), [false; 4]);
         assert_eq!(verdicts(&[(1, true), (2, true), (3, false), (4, true), (5, true)]), [false; 5]);
     }
