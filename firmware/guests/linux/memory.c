@@ -1,7 +1,7 @@
 // The guest side of the memory tests: uses a requested amount of memory for a requested time. Static; nothing but libc.
 //
-// Serves PORT, each connection by a process of its own: reads a number of MiB and a newline, uses so much memory, says so, and
-// has it until the other side has closed. A process that the kernel ends for lack of memory says nothing.
+// Serves PORT with one process per connection: reads a number of MiB and a newline, touches that much memory, replies
+// `done`, and keeps the memory until the peer closes the connection. A process killed by the OOM killer does not reply.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/vm_sockets.h>

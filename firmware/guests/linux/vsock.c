@@ -1,10 +1,11 @@
 // The guest side of the vsock tests, using plain AF_VSOCK sockets. Static; nothing but libc.
 //
-//   vsock serve               serves until it is stopped: ECHO sends back what it gets until its end, STOP ends the program,
-//                             HALF takes all to its end and then answers with its length
-//   vsock call PORT MIB       sends MIB MiB to the host's PORT, ends that direction, and prints the length of what comes back
-//   vsock many PORT COUNT     COUNT connections to the host's PORT at once, each of which is to echo a word of its own
-//   vsock refused PORT        prints what connecting to the host's PORT ends with
+//   vsock serve               serves three ports: ECHO echoes all data, HALF receives to the end of the stream and then
+//                             replies with the number of bytes, STOP ends the program
+//   vsock call PORT MIB       sends MIB MiB to the host's PORT, shuts down that direction, and prints the number of
+//                             bytes received
+//   vsock many PORT COUNT     opens COUNT connections to the host's PORT, each of which must echo a different number
+//   vsock refused PORT        prints the error of connecting to the host's PORT
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/vm_sockets.h>
@@ -18,7 +19,7 @@
 #include <unistd.h>
 
 enum {
-    ECHO = 1000, // ports that this serves
+    ECHO = 1000, // the ports of `vsock serve`
     HALF = 1001,
     STOP = 1002,
     PIECE_BYTES = 64 << 10,
@@ -72,7 +73,8 @@ static void write_all(int fd, const char *bytes, size_t count)
     }
 }
 
-// Piece `index` of what is sent: a number for each place in it, and its own in front, so that nothing changes places unseen.
+// Creates block `index` of the data: it starts with its index, and each other word depends on its position, so that
+// reordered data is detected.
 static void make_piece(char *bytes, uint64_t index)
 {
     for (uint64_t at = 0; at < PIECE_BYTES; at += 8) {

@@ -175,7 +175,7 @@ fn parse_net(word: &str) -> Result<Net, String> {
 }
 
 /// Decodes a word: a kernel's command line cannot contain spaces and quotes in words, so they are written as `%20`, and
-/// an empty word as `%00` (husk's bench::work::escape).
+/// an empty word as `%00` (husk's bench::workload::escape).
 fn decode(word: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = word.as_bytes();
