@@ -65,8 +65,8 @@ struct Panic {
     panicked_at: Option<Instant>,
 }
 
-/// Where vCPUs and devices declare that the machine is to exit. The first reason counts; [`ExitLatch::event`] wakes the thread
-/// that waits for it.
+/// Where vCPUs and devices declare that the machine must exit. The first reason counts; [`ExitLatch::event`] wakes the
+/// thread that waits for it.
 pub struct ExitLatch {
     /// Lock-free: vCPUs check it before each entry to the guest.
     reason: OnceLock<ExitReason>,

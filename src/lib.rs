@@ -1,4 +1,4 @@
-//! husk: the thinnest shell around a Linux kernel.
+//! husk: a lightweight virtual machine monitor (VMM) on KVM.
 pub mod backend;
 pub mod bench;
 pub mod boot;

@@ -36,10 +36,10 @@ pub unsafe trait IoVecs {
     fn iovecs(&self) -> &[libc::iovec];
 }
 
-/// A file descriptor that tells of signals instead of having them delivered (signalfd(2)).
+/// A file descriptor from which signals are read instead of being delivered (signalfd(2)).
 ///
-/// The signals are blocked in the calling thread, and in the threads it then starts, for the rest of their lives: one
-/// that comes after this was dropped would end a process that is about to exit, and take the place of its exit code.
+/// The signals stay blocked in the calling thread, and in threads that it starts later, even after this is dropped.
+/// Otherwise a late signal could kill a process that is about to exit, and replace its exit code.
 #[derive(Debug)]
 pub struct SignalFd(OwnedFd);
 

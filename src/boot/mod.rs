@@ -82,9 +82,10 @@ struct Loaded {
 
 /// Writes kernel, initrd, command line, ACPI tables and reset vector into fresh (all-zero) guest memory.
 ///
-/// `memory` is laid out as [`layout::memory_ranges`] has it. The tables describe `cpus` processors with the local APIC
-/// ids `0..cpus`, and the first `virtio_count` slots of [`layout::virtio_mmio_slot`]. Fails with one clear line where
-/// the kernel is no kernel, or does not fit. A bzImage unpacks itself: give the ELF image in it where there is a way.
+/// `memory` must have the layout of [`layout::memory_ranges`]. The tables describe `cpus` processors with the local
+/// APIC IDs `0..cpus`, and the first `virtio_count` slots of [`layout::virtio_mmio_slot`]. Fails with a one-line error
+/// if the file is not a valid kernel or does not fit. A [`Kernel::BzImage`] unpacks itself in the guest: pass the ELF
+/// image it contains if husk can unpack it.
 pub fn load(
     memory: &GuestMemory,
     kernel: &Kernel,

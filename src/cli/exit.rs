@@ -46,7 +46,7 @@ impl Exit {
         }
     }
 
-    /// Exits with this code; what the kernel has left to release of a machine is released after that.
+    /// Exits with this code. The kernel releases the rest of the machine after that.
     pub fn leave(self) -> ! {
         release::exit(self.code())
     }

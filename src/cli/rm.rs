@@ -32,7 +32,7 @@ impl Rm {
     pub fn run(self) -> Result<Exit> {
         let mut words = self.machines;
         if self.force {
-            // As Docker does: it is gone, and that was asked for.
+            // Like Docker: a machine that does not exist is reported, but is not a failure.
             let state_dir = StateDir::open()?;
             words.retain(|word| match state_dir.find(word) {
                 Err(error) if error.is::<NoSuchMachine>() => {

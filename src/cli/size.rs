@@ -2,11 +2,11 @@
 
 const MIB: u64 = 1 << 20;
 
-/// Parses a memory size and gives it in MiB, a part of a MiB counting as a whole one.
+/// Parses a memory size, in MiB, rounded up.
 ///
-/// The suffixes are Docker's: `b`, `k`, `m`, `g`, `t` in either case, with an optional suffix `b` or `ib`; all count in
-/// steps of 1024, and a plain number is bytes. A plain number below a MiB was surely meant as MiB: it is refused with
-/// the spelling that says so.
+/// The units are Docker's: `b`, `k`, `m`, `g`, `t` in either case, optionally followed by `b` or `ib`, all of them
+/// powers of 1024; a plain number is bytes. A plain number below one MiB was most likely meant as MiB: it is rejected,
+/// and the error shows how to write that.
 pub fn memory_mib(text: &str) -> Result<u64, String> {
     let size_bytes = size_bytes(text)?;
     let plain = text.bytes().all(|byte| byte.is_ascii_digit());

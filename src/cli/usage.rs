@@ -55,7 +55,7 @@ fn line(error: &clap::Error, text: &str, words: &[String]) -> String {
     }
 }
 
-/// What there is in place of a command of Docker's.
+/// The alternative to a Docker command that husk does not have.
 fn command_hint(words: &[String], command: &str) -> Option<&'static str> {
     if words.first()? != command {
         return None;
@@ -79,7 +79,7 @@ fn command_hint(words: &[String], command: &str) -> Option<&'static str> {
     })
 }
 
-/// What there is in place of an option of Docker's.
+/// The alternative to a Docker option that husk does not have.
 fn option_hint(words: &[String], option: &str) -> Option<&'static str> {
     let command = words.first()?.as_str();
     let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));

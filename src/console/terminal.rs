@@ -129,7 +129,7 @@ fn restore_on_faults() -> io::Result<()> {
     Ok(())
 }
 
-/// Restores the terminal, then lets the signal do what it does by default.
+/// Restores the terminal, and then takes the signal's default action.
 extern "C" fn on_fatal_signal(signal: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     restore();
     // SAFETY: signal and raise are async-signal-safe and touch no memory of ours.

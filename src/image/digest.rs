@@ -120,7 +120,7 @@ pub struct Hashing<R> {
 }
 
 impl<R: Read> Hashing<R> {
-    /// Hashes what `reader` gives.
+    /// Hashes everything read from `reader`.
     pub fn new(reader: R) -> Hashing<R> {
         Hashing { reader, hasher: Hasher::default() }
     }

@@ -97,7 +97,7 @@ impl Store {
         self.name(prepared, name)
     }
 
-    /// Prepares what comes through `input`, and names it, as [`Store::load`] does.
+    /// Like [`Store::load`], for an archive read from `input`.
     pub fn load_stream(
         &self,
         input: File,
@@ -108,7 +108,7 @@ impl Store {
         self.name(prepared, name)
     }
 
-    /// Gives an image a name, or those that it says it has, and returns them.
+    /// Tags an image with `name`, or with the names in its archive. Returns the names.
     fn name(&self, prepared: Prepared, name: Option<&Reference>) -> Result<(Prepared, Vec<String>)> {
         let own_names =
             self.index()?.images.get(&prepared.id).map(|record| record.own_names.clone()).unwrap_or_default();

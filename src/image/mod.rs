@@ -1,7 +1,8 @@
 //! Container images: from a name or path to a read-only root file system shared by machines.
 //!
 //! ```text
-//! word ─ source ─> file, directory or registry ─ bundle, members, docker_archive, oci_layout ─> Image: configuration and layers
+//! word ─ source ─> file, directory or registry
+//!      ─ bundle, members, docker_archive, oci_layout ─> Image: configuration and layers
 //!      ─ unpack ─> tar ─ layer ─> Tree (names in memory) and erofs::Writer (bytes on disk) ─ store ─> Prepared
 //! ```
 //!

@@ -1,6 +1,7 @@
-//! Images prepared on demand: what is not in the store yet is fetched and unpacked by a child process (`husk prepare`).
+//! Images prepared on demand: an image that is not in the store is fetched and unpacked by a child process (`husk
+//! prepare`).
 //!
-//! Registries and archives are untrusted, so a process that later becomes a virtual machine monitor never reads them itself.
+//! Registries and archives are untrusted, so a process that later becomes a virtual machine monitor never reads them.
 
 use std::io::Read;
 use std::path::Path;
@@ -15,8 +16,8 @@ use crate::resources::root_file::{self, Kind};
 /// A concurrent `husk prune` may remove an image right after it was prepared.
 const ATTEMPTS: usize = 2;
 
-/// Returns the kind of root that `word` refers to. A word that is a valid image name is taken as a name, even if a file of that
-/// name exists.
+/// Returns the kind of root that `word` refers to. A word that is a valid image name is taken as a name, even if a file
+/// of that name exists.
 pub fn identify(word: &Path) -> Result<Kind> {
     let Some(text) = word.to_str() else { return Ok(root_file::identify(word)) };
     match text.parse()? {
@@ -28,8 +29,9 @@ pub fn identify(word: &Path) -> Result<Kind> {
     }
 }
 
-/// Returns the image that `word` names, preparing it in a child process if the store does not have it. Returns `None` if the child
-/// failed; it has printed the reason. `max_bytes` limits the bytes written while unpacking; the default is the free disk space.
+/// Returns the image that `word` names, preparing it in a child process if the store does not have it. Returns `None`
+/// if the child failed; it has printed the reason. `max_bytes` limits the bytes written while unpacking; the default is
+/// the free disk space.
 pub fn find_or_prepare(word: &str, max_bytes: Option<u64>) -> Result<Option<Prepared>> {
     let store = Store::open_default()?;
     if let Some(prepared) = store.prepared(&word.parse::<Source>()?)? {

@@ -124,12 +124,12 @@ impl Store {
         self.import_found(found, Some(std::path::absolute(path)?.display().to_string()), seen, progress)
     }
 
-    /// The image of an archive that comes through `input`, such as standard input.
+    /// The image of an archive read from `input`, such as standard input.
     pub(super) fn prepare_stream(&self, input: File, progress: &Progress) -> Result<Prepared> {
         let max_bytes = self.unpack_limit()?;
         let new_file = || self.nameless_file();
         let file = source::seekable(input, max_bytes, &new_file)?;
-        // Nothing is at a path that could be recognized the next time.
+        // There is no path by which the archive could be recognized later.
         let seen = Seen { settled: false, ..Seen::of_file(&file.metadata()?, None, Duration::ZERO) };
         let found = source::look_into(file, None, &Platform::default(), max_bytes, &new_file)?;
         self.import_found(found, None, seen, progress)

@@ -42,9 +42,10 @@ const PREFIXES: [&str; 3] = ["docker-archive:", "oci-archive:", "oci:"];
 impl FromStr for Source {
     type Err = Error;
 
-    /// Words that start with `/`, `.` or `~`, or that are not valid image names, are paths. `docker-archive:PATH[:NAME]`
-    /// and `oci:PATH[:NAME]` select one of several images. Anything else is a name: a file in the working directory never
-    /// shadows an image of the same name, unless the name contains a slash and the store has no such image.
+    /// Words that start with `/`, `.` or `~`, or that are not valid image names, are paths. `oci:PATH[:NAME]` and
+    /// `docker-archive:PATH[:NAME]` select one of several images. Anything else is a name: a file in the working
+    /// directory never shadows an image of the same name, unless the name contains a slash and the store has no such
+    /// image.
     fn from_str(word: &str) -> Result<Source> {
         ensure!(!word.is_empty(), "the image name is empty");
         if PREFIXES.iter().any(|prefix| word.starts_with(prefix)) {
@@ -108,7 +109,7 @@ pub(super) fn look(
     look_into(file, image, platform, max_bytes, new_file)
 }
 
-/// Looks at what is in a file, as [`look`] does.
+/// Identifies the contents of an open file, like [`look`].
 pub(super) fn look_into(
     file: File,
     image: Option<&str>,
@@ -157,7 +158,7 @@ fn spool(file: File, unpacked: &mut dyn Read, max_bytes: u64) -> Result<File> {
     Ok(file)
 }
 
-/// `input` as a file in which archives can be read from anywhere: itself where it is one, or else a copy of all that comes.
+/// Returns `input` if it is a seekable file at its start, or otherwise a copy of its data in a new file.
 pub(super) fn seekable(mut input: File, max_bytes: u64, new_file: &dyn Fn() -> Result<File>) -> Result<File> {
     let kind = input.metadata()?.file_type();
     ensure!(!kind.is_dir(), "it is a directory");

@@ -145,7 +145,7 @@ impl Machine {
 }
 
 impl Machine {
-    /// Ends the machine, and keeps from being released what the kernel takes longest to release: see [`release`].
+    /// Ends the machine, and postpones the release of its virtual machine: see [`release`].
     pub fn end(self) {
         release::postpone(self.vm.clone());
     }

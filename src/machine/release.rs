@@ -1,5 +1,7 @@
-//! From the end of a machine to the release of what the kernel takes longest to release, which is the process's last
-//! act.
+//! Postpones the release of a machine's virtual machine until the process has reported its exit.
+//!
+//! Closing the KVM descriptor and unmapping guest memory take the kernel several milliseconds, for which callers should
+//! not have to wait.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -8,22 +10,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::kvm::Vm;
 use crate::sys::exit::exit_before_release;
 
-/// The virtual machine that outlives its [`Machine`](super::Machine): with its descriptor closed and its memory
-/// unmapped, KVM would take it down at once, and the caller would wait.
+/// A virtual machine that outlives its [`Machine`](super::Machine): otherwise KVM would destroy it immediately, and the
+/// caller would have to wait.
 static POSTPONED: Mutex<Option<Arc<Vm>>> = Mutex::new(None);
 
-/// Keeps `vm` until [`release`] or [`exit`]. One that was kept before is released.
+/// Keeps `vm` until [`release`] or [`exit`], and releases the previous one, if any.
 pub(super) fn postpone(vm: Arc<Vm>) {
     drop(POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).replace(vm));
 }
 
-/// Releases what is kept, because another machine is to run in this process.
+/// Releases the postponed virtual machine, because this process is about to run another one.
 pub fn release() {
     drop(POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).take());
 }
 
-/// Exits with `code`. If a machine has run, the kernel releases its virtual machine after that. Must be called when no
-/// other thread is left.
+/// Exits with `code`. If a machine has run, the kernel releases its virtual machine afterwards. Must be called when all
+/// other threads have ended.
 pub fn exit(code: u8) -> ! {
     let kept = POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some(vm) = kept else { std::process::exit(code.into()) };

@@ -254,7 +254,7 @@ fn find_in(base: &Path, name: &str) -> Result<Bridge> {
     found.with_context(|| format!("network {name} not found (see `husk network ls`)"))
 }
 
-/// What to type in place of a network that does not exist. Docker has some of its own.
+/// The alternative to a network that does not exist, such as Docker's predefined networks.
 fn hint(name: &str) -> String {
     match name {
         "host" | "bridge" | "default" => "use --network user, the default, which shares the host's connections".into(),

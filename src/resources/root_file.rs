@@ -21,7 +21,7 @@ pub enum Kind {
 
 /// The signatures of disks, and their offsets.
 const DISKS: [(u64, &[u8]); 4] = [
-    (0x1fe, b"\x55\xaa"),    // a partition table, the protective one of a GPT too
+    (0x1fe, b"\x55\xaa"),    // a partition table, including the protective one of a GPT
     (0x438, b"\x53\xef"),    // ext2, ext3, ext4
     (0, b"XFSB"),            // XFS
     (0x1_0040, b"_BHRfS_M"), // Btrfs

@@ -2,9 +2,16 @@
 //!
 //! ```text
 //! BASE/ID/           locked for as long as its husk lives; if the lock is free, the process is gone
-//!   record.json      the machine's configuration and state, replaced atomically record.reserve   room for the next one when the disk is full origin.json      how it was started, if it runs in the background and is kept control          the socket that takes requests vsock            the guest's sockets streams.log      what the process wrote, if it runs in the background console.log      what the guest's kernel wrote husk.log         what husk itself had to say, if it runs in the background; husk.old is what it said before
+//!   record.json      the machine's configuration and state; replaced atomically
+//!   record.reserve   disk space reserved for the next record
+//!   origin.json      how the machine was started, if it runs in the background and is kept
+//!   control          the control socket, which receives requests
+//!   vsock            the vsock socket; connections from the guest to port P go to vsock_P
+//!   streams.log      the output of the process, if the machine runs in the background
+//!   console.log      the console of the guest's kernel
+//!   husk.log         messages of husk itself, if the machine runs in the background; husk.old has earlier ones
 //! BASE/names/NAME    a link to the machine's directory
-//! BASE/lock          held while names change
+//! BASE/lock          locked while names change
 //! ```
 
 pub mod husk_log;

@@ -17,9 +17,9 @@ pub fn cover(from: &[(usize, usize)]) -> io::Result<()> {
     for (number, argument) in fs::read("/proc/self/cmdline")?.split(|&byte| byte == 0).enumerate() {
         for &(_, begin) in from.iter().filter(|(covered, _)| *covered == number) {
             for byte in begin..argument.len() {
-                // SAFETY: the kernel has just read this byte as one of an argument's, at this address, in memory that stays
-                // mapped and writable for as long as the process lives. Only the standard library looks there, when it is
-                // asked for arguments, which copies them; there is no other thread that could do so now.
+                // SAFETY: the kernel has just read this byte of an argument at this address, in memory that stays
+                // mapped and writable for the lifetime of the process. Only the standard library accesses it, to copy
+                // the arguments when they are requested, and there is no other thread that could do so now.
                 unsafe { ptr::with_exposed_provenance_mut::<u8>(start + at + byte).write_volatile(b'*') };
             }
         }

@@ -21,10 +21,10 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len_bytes`, of which the host backs none before they are touched (mmap(2)).
+    /// Maps `len_bytes`, which the host populates on first access (mmap(2)).
     ///
-    /// Kernels before 6.7 take any address, and one out of step with the guest's own addresses can never be mapped for
-    /// the guest by huge pages: so more is asked for, and what is too much goes back at once.
+    /// Kernels before 6.7 choose addresses that need not be aligned to huge pages. Such a mapping could never be mapped
+    /// for the guest with huge pages, so a larger range is mapped and the excess unmapped immediately.
     pub fn new(len_bytes: usize) -> io::Result<Mapping> {
         let all_bytes = len_bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
         let (protection, flags) =
@@ -42,9 +42,9 @@ impl Mapping {
         Ok(Mapping { start, len_bytes })
     }
 
-    /// Gives the host back what backs `len_bytes` from `offset_bytes` on; it reads as zeroes when it is next touched
-    /// (madvise(2), MADV_DONTNEED). The start is rounded up and the end down to whole pages of the host's, and what is
-    /// not in the mapping is left out.
+    /// Returns the pages of `len_bytes` at `offset_bytes` to the host; they read as zeroes on the next access
+    /// (madvise(2), MADV_DONTNEED). The start is rounded up and the end rounded down to whole host pages. Parts outside
+    /// of the mapping are ignored.
     pub fn give_back(&self, offset_bytes: usize, len_bytes: usize) -> io::Result<()> {
         let page_bytes = page_bytes();
         let end = offset_bytes.saturating_add(len_bytes).min(self.len_bytes) / page_bytes * page_bytes;
@@ -83,8 +83,8 @@ fn page_bytes() -> usize {
 /// Unmaps an unused part of a mapping created in this file.
 fn unmap(start: *mut libc::c_void, len_bytes: usize) {
     if len_bytes > 0 {
-        // SAFETY: `Mapping` gives parts of its own mapping only: those whose addresses were never handed out, and the
-        // rest when it is dropped, which those who took its `start` must not outlive.
+        // SAFETY: `Mapping` passes only parts of its own mapping: parts that were never exposed, and the rest when it
+        // is dropped, which users of its `start` must not outlive.
         unsafe { libc::munmap(start, len_bytes) };
     }
 }

@@ -44,10 +44,10 @@ pub struct TapOffloads {
     pub ecn: bool,
 }
 
-/// Makes `tun`, an open /dev/net/tun, the tap device `name`, whose frames stand behind a little-endian virtio header of
-/// `header_bytes`. A device that does not exist is made where this process may, and goes with the descriptor; `%d` in its
-/// name is then a number that no other has. A `multiqueue` device may be attached to again, each time with another `tun`
-/// and for one more of its queues. Returns the device's name.
+/// Attaches `tun`, an open /dev/net/tun, to the tap device `name`, with a little-endian virtio header of `header_bytes`
+/// before each frame. A device that does not exist is created if this process is permitted to, and removed when the
+/// descriptor is closed; the kernel replaces `%d` in its name by an unused number. A `multiqueue` device can be
+/// attached several times, each time with another `tun` and for an additional queue. Returns the device's name.
 pub fn attach_tap(tun: &File, name: &str, header_bytes: usize, multiqueue: bool) -> io::Result<String> {
     let mut request = interface_request(name)?;
     let queues = if multiqueue { IFF_MULTI_QUEUE } else { 0 };

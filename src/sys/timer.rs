@@ -10,9 +10,10 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-/// A timer whose descriptor becomes readable when it goes off (timerfd_create(2)). It may be set from any thread.
+/// A timer whose descriptor becomes readable when it expires (timerfd_create(2)). It may be set from any thread.
 ///
-/// It is not read: to who watches it edge-triggered each alarm is an event, and setting it anew makes it silent first.
+/// It need not be read if it is watched edge-triggered: each expiration is a new event, and setting the timer again
+/// makes the descriptor unreadable until then.
 #[derive(Debug)]
 pub struct Timer {
     fd: OwnedFd,

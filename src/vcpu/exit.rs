@@ -149,8 +149,9 @@ fn port_accesses(fd: &mut VcpuFd) -> impl Iterator<Item = &mut [u8]> {
     // SAFETY: the exit was KVM_EXIT_IO, for which KVM fills this member of the union.
     let io = unsafe { run.__bindgen_anon_1.io };
     let width = usize::from(io.size);
-    // SAFETY: KVM puts `count` accesses of `size` bytes at that offset in the mapping of `kvm_run` (KVM API, KVM_EXIT_IO),
-    // and reads and writes it in KVM_RUN alone. The mapping stays for as long as `fd`, which is borrowed meanwhile.
+    // SAFETY: KVM puts `count` accesses of `size` bytes at that offset in the mapping of `kvm_run` (KVM API,
+    // KVM_EXIT_IO), and accesses it only within KVM_RUN. The mapping lives as long as `fd`, which is borrowed
+    // meanwhile.
     let data = unsafe {
         let at = ptr::from_mut(run).cast::<u8>().add(io.data_offset as usize);
         std::slice::from_raw_parts_mut(at, width * io.count as usize)
@@ -174,8 +175,8 @@ fn rip_before_shutdown(fd: &VcpuFd) -> Option<u64> {
 fn internal_error(fd: &mut VcpuFd) -> String {
     let at = rip(fd);
     let run: &kvm_run = fd.get_kvm_run();
-    // SAFETY: the exit was KVM_EXIT_INTERNAL_ERROR, for which KVM fills `internal`; `emulation_failure` overlays it, and
-    // all its fields are plain integers.
+    // SAFETY: the exit was KVM_EXIT_INTERNAL_ERROR, for which KVM fills `internal`; `emulation_failure` overlays it,
+    // and all of its fields are plain integers.
     let (suberror, failure) =
         unsafe { (run.__bindgen_anon_1.internal.suberror, run.__bindgen_anon_1.emulation_failure) };
     if suberror != kvm_bindings::KVM_INTERNAL_ERROR_EMULATION {

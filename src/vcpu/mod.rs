@@ -64,10 +64,18 @@ impl VcpuThread {
     pub fn start(index: u32, fd: VcpuFd, buses: Arc<Buses>, exit_latch: Arc<ExitLatch>) -> io::Result<VcpuThread> {
         let (commands, inbox) = channel();
         let (outbox, answers) = channel();
-        let (called, waits_for_console, has_run) = (None, false, false);
-        let vcpu =
-            Vcpu { index, fd, buses: buses.clone(), exit_latch, inbox, outbox, called, waits_for_console, has_run };
-        let thread = sandbox::spawn(&format!("vcpu{index}"), move || vcpu.live())?;
+        let vcpu = Vcpu {
+            index,
+            fd,
+            buses: buses.clone(),
+            exit_latch,
+            inbox,
+            outbox,
+            has_run: false,
+            pending_command: None,
+            waits_for_console: false,
+        };
+        let thread = sandbox::spawn(&format!("vcpu{index}"), move || vcpu.follow_commands())?;
         Ok(VcpuThread { commands, answers, thread, buses })
     }
 
@@ -116,7 +124,7 @@ impl VcpuThread {
     }
 
     /// Makes the thread check its commands, whether it is in the guest, in a device or waiting for the console. Kicks
-    /// are repeated until answered, since a real-time signal may fail to be queued.
+    /// are repeated until the thread responds, since queuing a real-time signal may fail.
     fn kick(&self) {
         let _ = self.thread.kill(SIGRTMIN());
         self.buses.console.wake();
@@ -134,20 +142,21 @@ struct Vcpu {
     /// Whether the vCPU has run since it was last paused.
     has_run: bool,
     /// A command received while the vCPU was waiting for the console.
-    called: Option<Command>,
+    pending_command: Option<Command>,
     /// Whether the guest must not run before the console has room.
     waits_for_console: bool,
 }
 
 impl Vcpu {
-    fn live(mut self) {
-        // Dropped before the descriptor: the thread may be kicked until the very end.
+    /// Runs the thread until a stop command or the end of the guest.
+    fn follow_commands(mut self) {
+        // Dropped before the descriptor, since the thread may be kicked until it exits.
         let _aim = exit::aim_kicks_at(&mut self.fd);
-        // Paused: waits for a command.
+        // The vCPU is paused while the thread waits here.
         while let Ok(command) = self.inbox.recv() {
             match command {
                 Command::Stop => return,
-                Command::Pause => self.say_paused(),
+                Command::Pause => self.report_paused(),
                 Command::Resume => {
                     if std::mem::replace(&mut self.has_run, true) {
                         self.notify_guest_of_pause();
@@ -174,7 +183,7 @@ impl Vcpu {
                 Some(Command::Stop) => return false,
                 Some(Command::Pause) => match exit::complete_last(&mut self.fd, &self.buses) {
                     None => {
-                        self.say_paused();
+                        self.report_paused();
                         return true;
                     }
                     end => end,
@@ -196,7 +205,7 @@ impl Vcpu {
 
     /// The pending command, if any. A disconnected sender means stop.
     fn next_command(&mut self) -> Option<Command> {
-        self.called.take().or_else(|| match self.inbox.try_recv() {
+        self.pending_command.take().or_else(|| match self.inbox.try_recv() {
             Ok(command) => Some(command),
             Err(TryRecvError::Disconnected) => Some(Command::Stop),
             Err(TryRecvError::Empty) => None,
@@ -217,14 +226,15 @@ impl Vcpu {
     fn wait_for_console(&mut self) {
         let buses = self.buses.clone();
         buses.console.wait_for_room(|| {
-            self.called = self.next_command();
-            self.called.is_some()
+            self.pending_command = self.next_command();
+            self.pending_command.is_some()
         });
         self.waits_for_console = buses.console.is_full();
     }
 
-    fn say_paused(&self) {
-        // The requester may be gone, in which case the answer is not needed.
+    /// Confirms that the vCPU is paused.
+    fn report_paused(&self) {
+        // The receiver may be gone, in which case the confirmation is not needed.
         let _ = self.outbox.send(Paused);
     }
 }

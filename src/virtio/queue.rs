@@ -393,7 +393,7 @@ impl Virtqueue {
         Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
-    /// Tells the driver that notifications are not needed while the queue is being processed.
+    /// Disables notifications from the driver while the queue is being processed.
     pub fn disable_notification(&mut self) -> Result<(), RingError> {
         if self.is_served() {
             self.queue.disable_notification(&*self.memory)?;

@@ -122,9 +122,9 @@ impl DeviceSession {
         self.status | if self.reports.needs_reset() { NEEDS_RESET } else { 0 }
     }
 
-    /// Sets the device status: 0 resets, other values may only add bits, in the specified order.
+    /// Sets the device status: 0 resets the device, other values may only add bits, in the specified order.
     ///
-    /// Returns after a reset is complete: the device no longer accesses guest memory then.
+    /// A reset is complete on return: the device no longer accesses guest memory.
     pub fn set_status(&mut self, value: u32) {
         if value == 0 {
             return self.reset();
@@ -147,7 +147,7 @@ impl DeviceSession {
         self.start();
     }
 
-    /// Subscribes the driver to configuration changes, if it runs the device.
+    /// Subscribes the driver to configuration changes once it has set DRIVER_OK.
     fn listen(&self) {
         let runs = self.status & DRIVER_OK != 0;
         self.config.listen(runs.then(|| self.reports.interrupt().clone()));
@@ -262,13 +262,14 @@ impl DeviceSession {
         let before: Vec<_> = self.workers.iter().map(Worker::save).collect();
         let restored = self.workers.iter_mut().zip(states).try_for_each(|(worker, state)| worker.restore(state));
         if restored.is_err() {
-            // Each takes back what it has just returned.
+            // Cannot fail: each worker gets the state that it has just returned.
             self.workers.iter_mut().zip(&before).for_each(|(worker, state)| drop(worker.restore(state)));
         }
         restored
     }
 
-    /// Starts every worker that does not run, if the driver is ready for it.
+    /// Starts every worker that is not running, if the device is not paused, the driver is ready, and no reset is
+    /// needed.
     fn start(&mut self) {
         if self.paused || self.status() & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
             return;

@@ -1,9 +1,9 @@
-//! The thread that serves queues of a device.
+//! The thread that serves the queues of a device.
 //!
-//! The thread owns the handler, and is the only one to call it; other threads send commands. It lives as long as the
-//! device, and serves queues only from a start to the next stop, or until a ring is broken.  The thread is made with
-//! the device and not at its first use, because a thread inherits the system call filter of its creator, and a driver
-//! starts its device from a vCPU thread.
+//! The thread owns the handler and is the only one that calls it; other threads send commands. It exists as long as the
+//! device, but serves queues only between a start and the next stop, or until a ring is broken. It is created with the
+//! device and not on first use: a driver starts its device from a vCPU thread, and a new thread would inherit that
+//! thread's system call filter.
 
 use std::io;
 use std::ops::Range;
@@ -66,9 +66,9 @@ impl Reports {
     }
 }
 
-/// What the thread is asked to do with its handler, one after the other.
+/// A command to the thread. Commands are executed in order.
 enum Command {
-    /// Serve these queues for a driver that accepted these features, until the stop event.
+    /// Serve these queues, for a driver that accepted these features, until the stop event is signaled.
     Start(Vec<Virtqueue>, u64),
     /// [`QueueHandler::reset`].
     Reset(Sender<()>),
@@ -82,17 +82,17 @@ enum Command {
 pub struct Worker {
     queues: Range<usize>,
     stop: EventFd,
-    /// `None` once it is being dropped.
+    /// `None` while this is being dropped.
     commands: Option<Sender<Command>>,
     stopped: Receiver<Vec<Virtqueue>>,
     is_running: bool,
-    /// Whether the handler may have state that a reset discards.
+    /// Whether the handler may have driver state, which a reset must discard.
     has_driver: bool,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
-    /// Creates the thread, which waits for commands, for the queues that `notifiers` refers to.
+    /// Creates the thread for the queues that `notifiers` refers to. It waits for commands.
     pub fn new(
         name: &str,
         mut handler: Box<dyn QueueHandler>,
@@ -107,22 +107,22 @@ impl Worker {
             watch_doorbell(&epoll, doorbell, index)?;
         }
         let (commands, inbox) = channel();
-        let (give_back, stopped) = channel();
+        let (returned, stopped) = channel();
         let thread = sandbox::spawn(name, move || {
             for command in inbox {
-                // An answer that is no longer waited for is no loss.
+                // The receiver may be gone, in which case the result is not needed.
                 let _ = match command {
                     Command::Start(mut queues, features) => {
                         handler.start(features);
                         run(&epoll, &notifiers, &mut *handler, &mut queues, &reports);
-                        give_back.send(queues).ok()
+                        returned.send(queues).ok()
                     }
-                    Command::Reset(answer) => {
+                    Command::Reset(reply) => {
                         handler.reset();
-                        answer.send(()).ok()
+                        reply.send(()).ok()
                     }
-                    Command::Save(answer) => answer.send(handler.save()).ok(),
-                    Command::Restore(state, answer) => answer.send(handler.restore(&state)).ok(),
+                    Command::Save(reply) => reply.send(handler.save()).ok(),
+                    Command::Restore(state, reply) => reply.send(handler.restore(&state)).ok(),
                 };
             }
         })?;
@@ -130,12 +130,12 @@ impl Worker {
         Ok(Worker { queues, stop, commands, stopped, is_running: false, has_driver: false, thread: Some(thread) })
     }
 
-    /// The range of the device's queues that it serves.
+    /// The range of the device's queues that this worker serves.
     pub fn queues(&self) -> Range<usize> {
         self.queues.clone()
     }
 
-    /// Whether it was started and not stopped since.
+    /// Whether it was started and has not been stopped since.
     pub fn is_running(&self) -> bool {
         self.is_running
     }
@@ -148,15 +148,16 @@ impl Worker {
         self.has_driver = true;
     }
 
-    /// Has the thread stop, if it runs, without waiting for it as [`Worker::stop`] does.
+    /// Requests a stop if the worker is running, without waiting for it like [`Worker::stop`].
     pub fn request_stop(&self) {
         if self.is_running {
-            // The counter is far from its limit, so that it cannot block or fail.
+            // The counter is far below its maximum, so this neither blocks nor fails.
             let _ = self.stop.write(1);
         }
     }
 
-    /// Waits until everything in flight is completed, and takes back the queues. `None` where it does not run.
+    /// Stops serving queues: waits until all requests in flight are complete, and returns the queues. `None` if the
+    /// worker is not running.
     pub fn stop(&mut self) -> Option<Vec<Virtqueue>> {
         self.request_stop();
         if !std::mem::take(&mut self.is_running) {
@@ -167,33 +168,34 @@ impl Worker {
         queues
     }
 
-    /// Has the handler forget its driver. Not to be called while the thread runs.
+    /// Makes the handler discard all driver state. Must not be called while the worker is running.
     pub fn reset(&mut self) {
         if std::mem::take(&mut self.has_driver) {
-            self.ask(Command::Reset);
+            self.call(Command::Reset);
         }
     }
 
-    /// What the handler keeps between two runs. Not to be called while the thread runs.
+    /// Saves the handler's state between two runs. Must not be called while the worker is running.
     pub fn save(&self) -> Vec<u8> {
-        self.ask(Command::Save).unwrap_or_default()
+        self.call(Command::Save).unwrap_or_default()
     }
 
-    /// Puts back what [`Worker::save`] returned. Fails, with nothing changed, where it does not fit the handler. Not to
-    /// be called while the thread runs.
+    /// Restores the state returned by [`Worker::save`]. Fails without any change if it does not match the handler. Must
+    /// not be called while the worker is running.
     pub fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
         self.has_driver = true;
-        self.ask(|answer| Command::Restore(state.to_vec(), answer)).unwrap_or(Err(StateMismatch))
+        self.call(|reply| Command::Restore(state.to_vec(), reply)).unwrap_or(Err(StateMismatch))
     }
 
-    /// Whether the thread is there to take it.
+    /// Sends a command. Returns false if the thread has exited.
     fn send(&self, command: Command) -> bool {
         self.commands.as_ref().is_some_and(|commands| commands.send(command).is_ok())
     }
 
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
-        let (to, answer) = channel();
-        self.send(command(to)).then(|| answer.recv().ok()).flatten()
+    /// Sends a command and waits for its result. Returns `None` if the thread has exited.
+    fn call<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
+        let (sender, reply) = channel();
+        self.send(command(sender)).then(|| reply.recv().ok()).flatten()
     }
 }
 
@@ -207,7 +209,7 @@ impl Drop for Worker {
     }
 }
 
-/// One run: until the stop event or a broken ring, and then until nothing is in flight.
+/// Serves the queues until the stop event is signaled or a ring is broken, and then completes all requests in flight.
 fn run(
     epoll: &Epoll,
     notifiers: &Notifiers,
@@ -223,17 +225,17 @@ fn run(
         }
     };
     let drained = handler.drain(queues).map_err(anyhow::Error::from);
-    let signalled = signal(queues, notifiers);
-    if let Err(error) = served.and(drained).and(signalled) {
+    let signaled = signal(queues, notifiers);
+    if let Err(error) = served.and(drained).and(signaled) {
         reports.fail(&error);
     }
 }
 
-/// Why the queues are no longer served.
+/// Why serving the queues ended.
 enum Until {
     /// The stop event was signaled.
     Stopped,
-    /// A queue is to be offloaded, or taken back.
+    /// A queue must be offloaded or taken back.
     OffloadChanged,
 }
 
@@ -254,7 +256,7 @@ fn serve_until_change(
             .filter(|(_, is_offloaded)| **is_offloaded)
             .map(|(bell, _)| bell)
     };
-    // Their doorbells are handled by the kernel.
+    // The kernel handles the doorbells of offloaded queues.
     offloaded().for_each(|(_, doorbell)| unwatch(epoll, doorbell.as_raw_fd()));
     let served = wake_fds
         .iter()
@@ -266,7 +268,7 @@ fn serve_until_change(
     served
 }
 
-/// Serves all queues with pending work in turns, until the stop event or until a queue is to be offloaded or taken
+/// Serves all queues with pending work in turns, until the stop event is signaled or a queue must be offloaded or taken
 /// back.
 fn serve(
     epoll: &Epoll,
@@ -299,7 +301,7 @@ fn serve(
     }
 }
 
-/// One queue's turn: returns whether it is due another one.
+/// Processes one queue for a turn. Returns whether it needs another turn.
 fn turn(
     index: usize,
     handler: &mut dyn QueueHandler,
@@ -319,7 +321,7 @@ fn turn(
     }
 }
 
-/// One interrupt for all that was pushed since the last time, where the driver wants it.
+/// Interrupts the driver once per queue for all chains pushed since the last call, if the driver wants that.
 fn signal(queues: &mut [Virtqueue], notifiers: &Notifiers) -> anyhow::Result<()> {
     for (index, queue) in queues.iter_mut().enumerate() {
         if queue.needs_interrupt()? {
@@ -329,13 +331,13 @@ fn signal(queues: &mut [Virtqueue], notifiers: &Notifiers) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Edge-triggered, so the counter need not be read: every write is an event, whatever its value.
+/// Watches a doorbell edge-triggered, so that its counter need not be read: every write is an event.
 fn watch_doorbell(epoll: &Epoll, doorbell: &EventFd, index: u64) -> io::Result<()> {
     watch(epoll, doorbell.as_raw_fd(), index, EventSet::IN | EventSet::EDGE_TRIGGERED)
 }
 
 fn unwatch(epoll: &Epoll, fd: RawFd) {
-    // Fails if it is not watched, which is fine.
+    // Fails if the descriptor is not being watched, which is harmless.
     let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
 

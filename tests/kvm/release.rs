@@ -1,4 +1,4 @@
-//! What is free when husk has exited, although the kernel releases the virtual machine only after that.
+//! Resources that are free when husk has exited, although the kernel releases the virtual machine only afterwards.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -19,17 +19,17 @@ fn a_disk_is_free_when_husk_exits_a_thousand_times_in_a_row() {
     File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     let rounds = if husk::is_emulated() { 30 } else { 1000 };
     for round in 0..rounds {
-        // On a host that is out of memory this would fail as well.
+        // This would also fail if the host ran out of memory.
         let mut child = boot(guests::EXIT, "").disk(&disk, "").command();
         let output = child.stdin(Stdio::null()).output().unwrap();
         assert_eq!(output.status.code(), Some(42), "round {round}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }
 
-/// The processes of a process group, except for those that have ended and have not been waited for.
+/// The processes of a process group, except zombies.
 fn processes_of_group(group: u32) -> Vec<String> {
     let is_member = |stat: &String| {
-        // pid (comm) state ppid pgrp: proc(5). The command may contain anything.
+        // proc_pid_stat(5): pid (comm) state ppid pgrp. The command name may contain any characters.
         let fields = stat.rsplit(')').next().unwrap_or_default();
         let fields: Vec<&str> = fields.split_whitespace().collect();
         matches!(fields[..], [state, _, pgrp, ..] if state != "Z" && pgrp == group.to_string())

@@ -1,12 +1,12 @@
 //! Creates a read-only root file system from a merged tree: an EROFS image, supported since Linux 5.15.
 //!
-//! Files' bytes are written while they come ([`Writer::content`]), inodes and directories when the tree is complete
+//! File contents are written as they arrive ([`Writer::content`]), inodes and directories when the tree is complete
 //! ([`Writer::finish`]). The format is described in the kernel's Documentation/filesystems/erofs.rst and
-//! fs/erofs/erofs_fs.h. No library writes what a container's image holds (extended attributes, hard links, device
-//! nodes, names of any bytes) without having all of it in memory.
+//! fs/erofs/erofs_fs.h. No library supports everything in container images (extended attributes, hard links, device
+//! nodes, names of arbitrary bytes) without keeping the whole image in memory.
 //!
 //! ```text
-//! | superblock | files' blocks as they came | directories' full blocks | inodes, with what stands behind each |
+//! | superblock | file blocks, in order of arrival | full directory blocks | inodes, each with its inline data |
 //! ```
 
 mod compress;

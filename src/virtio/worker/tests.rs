@@ -1,4 +1,4 @@
-//! Devices whose queues are served by several threads, and which thread calls what.
+//! Tests of devices with several workers, and of the threads on which handlers are called.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -10,10 +10,11 @@ use crate::virtio::{
     Chain, ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, StateMismatch, VirtioDevice, Virtqueue,
 };
 
-/// What was called, and on which thread.
+/// The calls of a handler's methods, each with its thread.
 type Calls = Arc<Mutex<Vec<(&'static str, ThreadId)>>>;
 
-/// Serves one queue, takes no state but its own, and waits in each turn for as long as `gate` says.
+/// A handler of one queue. It waits for `gate` before it completes a chain, and fails to restore a state that contains
+/// the byte `refuses`.
 #[derive(Default)]
 struct Gated {
     gate: Option<Receiver<()>>,
@@ -23,23 +24,23 @@ struct Gated {
 }
 
 impl Gated {
-    fn called(&self, name: &'static str) {
+    fn record(&self, name: &'static str) {
         self.calls.lock().unwrap().push((name, thread::current().id()));
     }
 }
 
 impl QueueHandler for Gated {
     fn start(&mut self, _features: u64) {
-        self.called("start");
+        self.record("start");
     }
 
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
-        self.called("process");
-        assert_eq!((index, queues.len()), (0, 1), "counted from the first of the group");
+        self.record("process");
+        assert_eq!((index, queues.len()), (0, 1), "the index is relative to the group");
         let mut chain = Chain::default();
         while queues[0].pop(&mut chain)? {
-            self.called("pop");
-            // The end of the other side opens it for good.
+            self.record("pop");
+            // Returns an error at once if the sender was dropped.
             let _ = self.gate.as_ref().map(Receiver::recv);
             queues[0].push(chain.head(), 1)?;
         }
@@ -47,22 +48,22 @@ impl QueueHandler for Gated {
     }
 
     fn drain(&mut self, _queues: &mut [Virtqueue]) -> Result<(), RingError> {
-        self.called("drain");
+        self.record("drain");
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.called("reset");
+        self.record("reset");
         self.state.clear();
     }
 
     fn save(&self) -> Vec<u8> {
-        self.called("save");
+        self.record("save");
         self.state.clone()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
-        self.called("restore");
+        self.record("restore");
         if self.refuses.is_some_and(|refused| state.contains(&refused)) {
             return Err(StateMismatch);
         }
@@ -73,11 +74,11 @@ impl QueueHandler for Gated {
 
 impl Drop for Gated {
     fn drop(&mut self) {
-        self.called("drop");
+        self.record("drop");
     }
 }
 
-/// A device with a queue and a thread for each of `handlers`.
+/// Creates a device with one queue and one worker for each of `handlers`.
 fn device_of(handlers: Vec<Gated>) -> VirtioDevice {
     let group = |handler| QueueGroup { sizes: vec![8], handler: Box::new(handler) };
     VirtioDevice {
@@ -90,6 +91,7 @@ fn device_of(handlers: Vec<Gated>) -> VirtioDevice {
     }
 }
 
+/// Creates a handler, and the sender that opens its gate.
 fn gated() -> (Sender<()>, Gated) {
     let (open, gate) = channel();
     let mut handler = Gated::default();
@@ -97,7 +99,7 @@ fn gated() -> (Sender<()>, Gated) {
     (open, handler)
 }
 
-/// A started device of two queues, the first of which has a request that waits for the gate.
+/// Starts a device with two queues, the first of which has a request that waits for the returned sender.
 fn first_is_busy() -> (Driver, Sender<()>) {
     let (open, slow) = gated();
     let calls = slow.calls.clone();
@@ -127,7 +129,7 @@ fn a_queue_taken_out_of_use_stops_no_other_group() {
     assert_eq!((driver.read(QUEUE_READY), driver.used_index(0)), (0, 0));
     drop(open);
     driver.transport.pause();
-    assert_eq!(driver.used_index(0), 1, "a pause waits for all of them");
+    assert_eq!(driver.used_index(0), 1, "a pause waits for all workers");
 }
 
 #[test]
