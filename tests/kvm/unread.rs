@@ -108,6 +108,28 @@ fn a_machine_with_unread_output_can_be_stopped() {
 }
 
 #[test]
+fn the_virtual_machine_is_released_while_its_output_is_not_read() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let mut child = ended_unread(&machines);
+    let has_vm = || {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap().flatten();
+        files
+            .filter_map(|file| std::fs::read_link(file.path()).ok())
+            .any(|target| target.ends_with("anon_inode:kvm-vm"))
+    };
+    let since = Instant::now();
+    while has_vm() {
+        assert!(since.elapsed() < SOON, "the virtual machine is kept for a reader");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut printed = Vec::new();
+    child.stdout.take().unwrap().read_to_end(&mut printed).unwrap();
+    assert_eq!(printed.len(), LESS_THAN_IS_HELD, "nothing is lost");
+    ends_soon(child, Instant::now(), 0);
+}
+
+#[test]
 fn draining_the_output_can_be_cut_short() {
     needs_kvm!();
     let machines = Machines::new();
