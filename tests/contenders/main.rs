@@ -25,6 +25,8 @@ use tempfile::TempDir;
 
 const MEMORY_MIB: u64 = 96;
 const DATA_BYTES: u64 = 3 << 20;
+/// Longer than a machine takes to start, even emulated on a busy host.
+const TIMEOUT: Duration = Duration::from_secs(180);
 /// A duration that no other process here sleeps for.
 const LONG: &str = "7654321";
 
@@ -131,7 +133,7 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     loop {
         match look() {
             Some(found) => return found,
-            None if started.elapsed() > Duration::from_secs(60) => panic!("waited for {what} in vain"),
+            None if started.elapsed() > TIMEOUT => panic!("timed out waiting for {what}"),
             None => thread::sleep(Duration::from_millis(20)),
         }
     }
