@@ -145,9 +145,12 @@ impl Machine {
 }
 
 impl Machine {
-    /// Ends the machine, and postpones the release of its virtual machine: see [`release`].
+    /// Ends the machine, and postpones the release of its virtual machine: see [`release`]. In a cgroup of its own nothing is
+    /// postponed: KVM's recovery thread is a member of it, so it can be removed only after the release.
     pub fn end(self) {
-        release::postpone(self.vm.clone());
+        if !self.cgroup_limits.has_groups() {
+            release::postpone(self.vm.clone());
+        }
     }
 }
 

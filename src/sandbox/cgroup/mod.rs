@@ -63,6 +63,11 @@ impl CgroupLimits {
         self.limits
     }
 
+    /// Returns whether there is a cgroup to remove.
+    pub fn has_groups(&self) -> bool {
+        !self.groups.is_empty()
+    }
+
     /// Changes the CPU limits. On an error neither of the two has changed, or only the first.
     pub fn set_cpu(&mut self, millicpus: Option<u32>, shares: Option<u32>) -> Result<()> {
         if millicpus != self.limits.cpu_millicpus {
