@@ -100,10 +100,10 @@ impl Command {
             "serve" => Command::Serve { port: words.value("a port")? },
             "crash" => parse_crash(&mut words)?,
             "guest" => Command::Guest(parse_guest(&mut words)?),
-            other => return Err(format!("there is no command {other:?}: type --help for those there are")),
+            other => return Err(format!("unknown command {other:?}: type --help for a list")),
         };
         match words.0.next() {
-            Some(word) => Err(format!("{word:?} is one word too many: type --help for what is expected")),
+            Some(word) => Err(format!("unexpected argument {word:?}: type --help for the syntax")),
             None => Ok(command),
         }
     }
@@ -121,13 +121,13 @@ fn parse_do(words: &mut Words) -> Result<Command, String> {
         }
     }
     if tasks.is_empty() || place.cpus == 0 {
-        return Err("there is nothing to do: type do NAME=AMOUNT".into());
+        return Err("no task: type do NAME=AMOUNT".into());
     }
     Ok(Command::Do { tasks, place })
 }
 
 fn parse_task(word: &str) -> Result<(String, u64), String> {
-    let wrong = || format!("{word:?} is no work: type NAME=AMOUNT, AMOUNT from 1 on and NAME one of {}", task::names());
+    let wrong = || format!("invalid task {word:?}: type NAME=AMOUNT, AMOUNT at least 1, NAME one of {}", task::names());
     let (name, amount) = word.split_once('=').ok_or_else(wrong)?;
     let amount = amount.parse().ok().filter(|amount| *amount > 0).ok_or_else(wrong)?;
     if task::is_known(name) { Ok((name.to_owned(), amount)) } else { Err(wrong()) }
@@ -137,8 +137,8 @@ fn parse_crash(words: &mut Words) -> Result<Command, String> {
     match words.next("memory or kernel")? {
         "memory" => Ok(Command::CrashMemory { at_most_mib: words.option("--at-most")?.unwrap_or(usize::MAX) }),
         "kernel" if words.flag("--this-is-a-machine") => Ok(Command::CrashKernel),
-        "kernel" => Err("it would be this host's kernel: type --this-is-a-machine if it is not".into()),
-        other => Err(format!("{other:?} cannot crash: type memory or kernel")),
+        "kernel" => Err("this would crash the host's kernel: type --this-is-a-machine if this is a machine".into()),
+        other => Err(format!("unknown crash {other:?}: type memory or kernel")),
     }
 }
 
@@ -152,7 +152,7 @@ fn parse_guest(words: &mut Words) -> Result<Guest, String> {
                 guest.end = match words.next("power-off or reset")? {
                     "power-off" => End::PowerOff,
                     "reset" => End::Reset,
-                    other => return Err(format!("a machine does not end by {other:?}: type power-off or reset")),
+                    other => return Err(format!("unknown end {other:?}: type power-off or reset")),
                 }
             }
             "--" => {}
@@ -171,7 +171,7 @@ fn parse_net(word: &str) -> Result<Net, String> {
         let (ip, prefix) = address.split_once('/')?;
         Some(Net { ip: ip.parse().ok()?, prefix: prefix.parse().ok()?, gateway: gateway.parse().ok()? })
     };
-    parse().ok_or_else(|| format!("{word:?} is no network: type ADDRESS/PREFIX,GATEWAY"))
+    parse().ok_or_else(|| format!("invalid network {word:?}: type ADDRESS/PREFIX,GATEWAY"))
 }
 
 /// Decodes a word: a kernel's command line cannot contain spaces and quotes in words, so they are written as `%20`, and
@@ -202,12 +202,12 @@ struct Words<'a>(std::slice::Iter<'a, String>);
 
 impl<'a> Words<'a> {
     fn next(&mut self, what: impl Display) -> Result<&'a str, String> {
-        self.0.next().map(String::as_str).ok_or_else(|| format!("{what} is missing: type --help for what is expected"))
+        self.0.next().map(String::as_str).ok_or_else(|| format!("{what} is missing: type --help for the syntax"))
     }
 
     fn value<T: FromStr>(&mut self, what: impl Display) -> Result<T, String> {
         let word = self.next(&what)?;
-        word.parse().map_err(|_| format!("{word:?} is not {what}: type --help for what is expected"))
+        word.parse().map_err(|_| format!("{word:?} is not {what}: type --help for the syntax"))
     }
 
     fn flag(&mut self, name: &str) -> bool {
@@ -253,7 +253,7 @@ mod tests {
             ("dance", "--help"),
             ("hello --exit 256", "a number for --exit"),
             ("hello --exit", "is missing"),
-            ("hello there", "one word too many"),
+            ("hello there", "unexpected argument"),
             ("tick soon", "milliseconds"),
             ("crash kernel", "--this-is-a-machine"),
             ("guest --net 10.0.0.2 hello", "ADDRESS/PREFIX,GATEWAY"),

@@ -31,7 +31,7 @@ const NULL_DEVICE: u64 = libc::makedev(1, 3);
 /// Runs the machine until its end. Returns only if this is not the first process of a machine.
 pub fn run(guest: &Guest) -> u8 {
     if std::process::id() != 1 {
-        eprintln!("husk-workload: guest is for the first process of a machine: type the command without it");
+        eprintln!("husk-workload: guest is only for the first process of a machine: type the command without it");
         return 2;
     }
     let code = set_up(guest).and_then(|()| run_child(&guest.command)).unwrap_or_else(|failure| {

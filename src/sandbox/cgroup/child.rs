@@ -74,7 +74,7 @@ impl ChildCgroup {
                 Err(error) => refused = Some(error),
             }
         }
-        Err(refused.context("there is no place for it")?).with_context(|| format!("create the cgroup {name}"))
+        Err(refused.context("no suitable parent cgroup")?).with_context(|| format!("create the cgroup {name}"))
     }
 
     fn make(&mut self, place: &CgroupPath, parent: &Path, dir: &PathBuf, controller: Controller) -> Result<()> {
