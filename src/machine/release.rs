@@ -19,13 +19,13 @@ pub(super) fn postpone(vm: Arc<Vm>) {
     drop(POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).replace(vm));
 }
 
-/// Releases the postponed virtual machine, because this process is about to run another one.
+/// Releases the postponed virtual machine now, because this process runs another one or waits for something else.
 pub fn release() {
     drop(POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).take());
 }
 
-/// Exits with `code`. If a machine has run, the kernel releases its virtual machine afterwards. Must be called when all
-/// other threads have ended.
+/// Exits with `code`. If a machine has run, the kernel releases its virtual machine afterwards. Must be called on the
+/// first thread; other threads are killed.
 pub fn exit(code: u8) -> ! {
     let kept = POSTPONED.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some(vm) = kept else { std::process::exit(code.into()) };
