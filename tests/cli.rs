@@ -242,7 +242,7 @@ fn short_options_stand_together_and_have_their_values_as_docker_takes_them() {
 }
 
 #[test]
-fn what_does_not_exist_is_told_once_and_the_rest_is_done() {
+fn what_does_not_exist_is_reported_once_and_the_rest_is_done() {
     for command in ["stop", "kill", "pause", "rm", "start", "wait", "restart"] {
         let output = husk(&[command, "nobody", "noone"]);
         assert_eq!(output.status.code(), Some(1), "{command}: {output:?}");

@@ -53,7 +53,7 @@ fn sources(dir: &str) -> Vec<PathBuf> {
 
 fn compile(source: &Path, out: &Path) -> PathBuf {
     let object = out.join(format!("{}.o", source.display()));
-    fs::create_dir_all(object.parent().expect("an object has a directory")).expect("make the objects' directory");
+    fs::create_dir_all(object.parent().expect("an object has a directory")).expect("create the objects' directory");
     run(compiler().args(FLAGS).args(["-I", "lib", "-c", "-o"]).arg(&object).arg(source));
     object
 }

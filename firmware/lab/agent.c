@@ -1,10 +1,10 @@
-// The lab's PID 1 once the job's disk is the root (started by firmware/lab/init): runs the one command in /lab, carries
-// its output to the host, reports how it ended and switches the machine off. Static; nothing but libc. The AMD machine
-// (QEMU) has a virtio port for the output; in the Intel one (Bochs) a byte goes to an I/O port. `agent keep` there is
-// the word by which the machine is kept as it is (firmware/lab/bochs.c).
+// PID 1 of the lab's machine after firmware/lab/init has mounted the job's disk as the root: runs the command in
+// /lab/command, forwards its output to the host, reports its exit status and powers the machine off. Statically linked
+// with libc only. The output goes to a virtio port of the AMD machine (QEMU), and to an I/O port of the Intel machine
+// (Bochs). There, `agent keep` saves the machine's state (firmware/lab/bochs.c).
 //
-// Output goes through a pipe and not straight to the port, because a port cannot be opened a second time, which
-// /dev/stdout and /dev/stderr come down to; and a process that the command leaves behind must not keep us waiting.
+// The command writes to a pipe instead of the port for two reasons: a port cannot be opened again through /dev/stdout,
+// and processes that outlive the command must not delay the end.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -22,22 +22,22 @@
 #include <unistd.h>
 
 enum {
-    HOST_OUTPUT = 3, // the port that is the host's standard output (both: opened by init)
+    HOST_OUTPUT = 3, // opened by init, as is the next one
     HOST_STATUS = 4,
     EXIT_PORT = 0xf4, // QEMU's isa-debug-exit
-    OUTPUT_PORT = 0xe9, // Bochs' ports
-    SHUTDOWN_PORT = 0x8900,
+    OUTPUT_PORT = 0xe9, // Bochs'
+    SHUTDOWN_PORT = 0x8900, // Bochs'
     ARGUMENTS_BYTES = 1 << 20,
 };
 
-// Whether this is the Intel machine: the kernel's command line says so, and hands it to its first process.
+// Whether this is the Intel machine. The kernel passes unknown parameters of its command line to PID 1's environment.
 static int in_bochs(void)
 {
     const char *processor = getenv("lab");
     return processor && strcmp(processor, "intel") == 0;
 }
 
-static void switch_off(void)
+static void power_off(void)
 {
     if (iopl(3) != 0)
         return;
@@ -49,25 +49,25 @@ static void switch_off(void)
     }
 }
 
-static void leave(const char *format, ...)
+static void report_and_power_off(const char *format, ...)
 {
     char line[256];
     va_list values;
     va_start(values, format);
     int length = vsnprintf(line, sizeof line, format, values);
     va_end(values);
-    // The disk first: the host reads files from it as soon as it knows the status.
+    // Before the status: the host reads files from the disk once it has that.
     sync();
     if (write(HOST_STATUS, line, length) < 0)
         perror("lab agent: status");
-    // A serial line transmits it slowly.
+    // The serial port of the Intel machine transmits it slowly.
     tcdrain(HOST_STATUS);
-    switch_off();
+    power_off();
     for (;;)
         pause();
 }
 
-// Reads a file of strings, each ended by a NUL, into a NULL-ended vector.
+// Reads a file of NUL-terminated strings into a NULL-terminated array.
 static char **read_strings(const char *path)
 {
     static char bytes[ARGUMENTS_BYTES];
@@ -75,7 +75,7 @@ static char **read_strings(const char *path)
     int file = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t length = file < 0 ? -1 : read(file, bytes, sizeof bytes);
     if (length <= 0)
-        leave("failed no command in %s\n", path);
+        report_and_power_off("failed no command in %s\n", path);
     size_t count = 0;
     for (char *at = bytes; at < bytes + length && count + 1 < sizeof strings / sizeof *strings; at += strlen(at) + 1)
         strings[count++] = at;
@@ -86,7 +86,7 @@ static ssize_t send(const char *bytes, size_t count)
 {
     if (!in_bochs())
         return write(HOST_OUTPUT, bytes, count);
-    // Not for the command, which would inherit the right.
+    // Dropped again at once, because the command would inherit it.
     if (iopl(3) != 0)
         return -1;
     outsb(OUTPUT_PORT, bytes, count);
@@ -95,7 +95,7 @@ static ssize_t send(const char *bytes, size_t count)
 }
 
 // Copies available output to the host; false at its end.
-static int carry(int from)
+static int forward(int from)
 {
     static char bytes[1 << 16];
     ssize_t length = read(from, bytes, sizeof bytes);
@@ -104,7 +104,7 @@ static int carry(int from)
     for (ssize_t done = 0; done < length;) {
         ssize_t written = send(bytes + done, length - done);
         if (written < 0 && errno != EINTR)
-            leave("failed cannot write to the host: %s\n", strerror(errno));
+            report_and_power_off("failed cannot write to the host: %s\n", strerror(errno));
         done += written > 0 ? written : 0;
     }
     return length > 0;
@@ -134,9 +134,9 @@ static void run(char **arguments, const char *terminal, int output)
     _exit(error == ENOENT ? 127 : 126);
 }
 
-int main(int count, char **words)
+int main(int argc, char **argv)
 {
-    if (count > 1 && strcmp(words[1], "keep") == 0)
+    if (argc > 1 && strcmp(argv[1], "keep") == 0)
         return send("", 1) != 1;
     // The working directory, then the command.
     char **arguments = read_strings("/lab/command");
@@ -149,22 +149,22 @@ int main(int count, char **words)
     int signals = signalfd(-1, &child_ended, SFD_CLOEXEC | SFD_NONBLOCK);
     int pipe_ends[2];
     if (signals < 0 || pipe2(pipe_ends, O_CLOEXEC) != 0)
-        leave("failed %s\n", strerror(errno));
+        report_and_power_off("failed %s\n", strerror(errno));
     fcntl(pipe_ends[0], F_SETPIPE_SZ, 1 << 20);
 
     pid_t command = fork();
     if (command < 0)
-        leave("failed cannot fork: %s\n", strerror(errno));
+        report_and_power_off("failed cannot fork: %s\n", strerror(errno));
     if (command == 0)
         run(arguments, terminal, pipe_ends[1]);
     close(pipe_ends[1]);
 
-    struct pollfd wanted[] = {{.fd = pipe_ends[0], .events = POLLIN}, {.fd = signals, .events = POLLIN}};
+    struct pollfd polled[] = {{.fd = pipe_ends[0], .events = POLLIN}, {.fd = signals, .events = POLLIN}};
     for (int status = 0, ended = 0; !ended;) {
-        poll(wanted, 2, -1);
-        if (wanted[0].revents && !carry(pipe_ends[0]))
-            wanted[0].fd = -1;
-        if (!wanted[1].revents)
+        poll(polled, 2, -1);
+        if (polled[0].revents && !forward(pipe_ends[0]))
+            polled[0].fd = -1;
+        if (!polled[1].revents)
             continue;
         struct signalfd_siginfo event;
         while (read(signals, &event, sizeof event) > 0)
@@ -173,12 +173,12 @@ int main(int count, char **words)
             if (pid != command)
                 continue;
             ended = 1;
-            // The command's output is in the pipe by now; no other process may keep filling it.
+            // The command's output is in the pipe by now; no other process may go on writing to it.
             kill(-1, SIGKILL);
             fcntl(pipe_ends[0], F_SETFL, O_NONBLOCK);
-            while (carry(pipe_ends[0]))
+            while (forward(pipe_ends[0]))
                 ;
-            leave("exit %d\n", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+            report_and_power_off("exit %d\n", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
         }
     }
 }

@@ -1,8 +1,7 @@
-// Loaded into Debian's Bochs (firmware/lab/intel): its guest's port 0xe9 gets a meaning.
+// Preloaded into Debian's Bochs (firmware/lab/intel) to intercept writes to I/O port 0xe9, which Bochs prints with putc.
 //
-// Bochs can save its state, but offers that by a window's button only. Its port 0xe9 prints bytes by putc, and its
-// functions are exported for its plugins: so a guest that writes to the port while HUSK_LAB_KEEP names a directory is
-// saved there, and otherwise what it writes is the job's output.
+// If HUSK_LAB_KEEP names a directory, a write saves the machine's state there: Bochs itself offers that only as a
+// button of its window, but exports the function for its plugins. Otherwise the bytes are the job's output.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdbool.h>
@@ -11,15 +10,15 @@
 #include <string.h>
 #include <unistd.h>
 
-// Open since before Bochs started: the job's output, apart from what Bochs draws.
+// The job's output; Bochs draws its screen on standard output.
 enum { OUTPUT = 3 };
 
-// Other callers use putc too: the plugin with the port is recognized by its name.
+// Other code calls putc too: the plugin that emulates the port is recognized by its file name.
 static bool is_port(void *caller)
 {
     static void *known;
-    Dl_info place;
-    if (caller != known && dladdr(caller, &place) && strstr(place.dli_fname, "/libbx_unmapped"))
+    Dl_info info;
+    if (caller != known && dladdr(caller, &info) && strstr(info.dli_fname, "/libbx_unmapped"))
         known = caller;
     return caller == known;
 }

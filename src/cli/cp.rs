@@ -202,15 +202,15 @@ fn collect_stderr(process: &mut guest::Connections) -> Result<Errors> {
 /// Waits for the other side's exit, and fails if it was not successful.
 fn finish(process: guest::Connections, errors: Errors) -> Result<()> {
     let end = process.end()?;
-    let said = errors.join().unwrap_or_default();
+    let messages = errors.join().unwrap_or_default();
     match end {
         ToHost::Exited(0) => {
-            said.lines().for_each(|line| log::warn!("{line}"));
+            messages.lines().for_each(|line| log::warn!("{line}"));
             Ok(())
         }
         ToHost::Failed { message, .. } => bail!(message),
-        _ if said.trim().is_empty() => bail!("the copy failed in the guest"),
-        _ => bail!(said.trim().to_owned()),
+        _ if messages.trim().is_empty() => bail!("the copy failed in the guest"),
+        _ => bail!(messages.trim().to_owned()),
     }
 }
 

@@ -42,9 +42,9 @@ pub fn watch_exit(entry: &MachineEntry) -> Option<PendingRequest> {
 /// returns the exit code. If husk was killed, that is 137.
 pub fn exit_code(entry: &MachineEntry, pending: Option<PendingRequest>) -> Result<u8> {
     const KILLED: u8 = 137;
-    let told = pending.map(attach::code);
+    let code = pending.map(attach::code);
     let left = entry.await_end()?.map(|entry| entry.state());
-    Ok(match (told, left) {
+    Ok(match (code, left) {
         (Some(Ok(code)), _) | (_, Some(State::Exited { code, .. })) => code,
         _ => KILLED,
     })

@@ -14,26 +14,26 @@ pub const NO_VOLUMES: &str =
 pub fn report_usage(error: &clap::Error) -> Exit {
     let text = error.render().to_string();
     match text.strip_prefix("error: ") {
-        Some(text) => print_error(&line(error, text, &words())),
+        Some(text) => print_error(&line(error, text, &arguments())),
         // Help, requested or shown because there is no command.
         None => drop(error.print()),
     }
     match error.exit_code() {
         0 => Exit::Success,
-        _ if matches!(words().first().map(String::as_str), Some("run" | "exec")) => Exit::NotRun,
+        _ if matches!(arguments().first().map(String::as_str), Some("run" | "exec")) => Exit::NotRun,
         _ => Exit::Usage,
     }
 }
 
 /// The command and everything after it.
-fn words() -> Vec<String> {
-    let words = argv::all();
-    let command = argv::command_index(words).unwrap_or(words.len());
-    words.iter().skip(command).map(|word| word.to_string_lossy().into_owned()).collect()
+fn arguments() -> Vec<String> {
+    let arguments = argv::all();
+    let command = argv::command_index(arguments).unwrap_or(arguments.len());
+    arguments.iter().skip(command).map(|word| word.to_string_lossy().into_owned()).collect()
 }
 
 /// The first sentence of clap's `text`, and a hint: our own if there is one, otherwise clap's if it is helpful.
-fn line(error: &clap::Error, text: &str, words: &[String]) -> String {
+fn line(error: &clap::Error, text: &str, arguments: &[String]) -> String {
     let what = text.split("\n\n").next().unwrap_or(text);
     // Arguments that start with a dash are rarely meant as values.
     let can_help = |tip: &&str| !tip.contains("as a value");
@@ -43,9 +43,11 @@ fn line(error: &clap::Error, text: &str, words: &[String]) -> String {
         _ => None,
     };
     let ours = match error.kind() {
-        ErrorKind::InvalidSubcommand => of(ContextKind::InvalidSubcommand).and_then(|word| command_hint(words, word)),
-        ErrorKind::InvalidValue if words.last().is_some_and(|word| word == "-h") => Some("use --help for help"),
-        ErrorKind::UnknownArgument => of(ContextKind::InvalidArg).and_then(|word| option_hint(words, word)),
+        ErrorKind::InvalidSubcommand => {
+            of(ContextKind::InvalidSubcommand).and_then(|word| command_hint(arguments, word))
+        }
+        ErrorKind::InvalidValue if arguments.last().is_some_and(|word| word == "-h") => Some("use --help for help"),
+        ErrorKind::UnknownArgument => of(ContextKind::InvalidArg).and_then(|word| option_hint(arguments, word)),
         _ => None,
     };
     match (ours, tip) {
@@ -56,8 +58,8 @@ fn line(error: &clap::Error, text: &str, words: &[String]) -> String {
 }
 
 /// The alternative to a Docker command that husk does not have.
-fn command_hint(words: &[String], command: &str) -> Option<&'static str> {
-    if words.first()? != command {
+fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
+    if arguments.first()? != command {
         return None;
     }
     Some(match command {
@@ -80,8 +82,8 @@ fn command_hint(words: &[String], command: &str) -> Option<&'static str> {
 }
 
 /// The alternative to a Docker option that husk does not have.
-fn option_hint(words: &[String], option: &str) -> Option<&'static str> {
-    let command = words.first()?.as_str();
+fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
+    let command = arguments.first()?.as_str();
     let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
     match command {
         "run" => {
@@ -91,7 +93,7 @@ fn option_hint(words: &[String], option: &str) -> Option<&'static str> {
             if is("--pull") {
                 return Some("a missing image is pulled; use `husk pull` for a newer one");
             }
-            (is_share || is_short && words.iter().any(is_volume)).then_some(NO_VOLUMES)
+            (is_share || is_short && arguments.iter().any(is_volume)).then_some(NO_VOLUMES)
         }
         "inspect" if is("-f") || is("--format") => Some("the output is JSON: select fields with `jq`"),
         "ps" | "images" | "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
@@ -111,16 +113,17 @@ mod tests {
     use super::super::Cli;
     use super::*;
 
-    fn said(words: &[&str]) -> String {
-        let error = Cli::try_parse_from([&["husk"], words].concat()).err().unwrap_or_else(|| panic!("{words:?}"));
+    fn error_line(arguments: &[&str]) -> String {
+        let error =
+            Cli::try_parse_from([&["husk"], arguments].concat()).err().unwrap_or_else(|| panic!("{arguments:?}"));
         let text = error.render().to_string();
-        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-        line(&error, text.strip_prefix("error: ").unwrap(), &words)
+        let arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
+        line(&error, text.strip_prefix("error: ").unwrap(), &arguments)
     }
 
     #[test]
-    fn who_types_what_docker_has_is_told_what_husk_has() {
-        for (words, hint) in [
+    fn errors_name_the_replacement_of_dockers_options() {
+        for (arguments, hint) in [
             (&["version"][..], "husk --version"),
             (&["container", "ls"], "husk ps"),
             (&["image", "ls"], "husk images"),
@@ -138,9 +141,9 @@ mod tests {
             (&["start", "-a", "x"], "husk attach"),
             (&["histroy"], "unrecognized subcommand 'histroy'"),
         ] {
-            let line = said(words);
-            assert!(line.contains(hint), "{words:?}: {line}");
-            assert!(!line.contains('\n') && !line.contains("as a value"), "{words:?}: {line}");
+            let line = error_line(arguments);
+            assert!(line.contains(hint), "{arguments:?}: {line}");
+            assert!(!line.contains('\n') && !line.contains("as a value"), "{arguments:?}: {line}");
         }
     }
 }

@@ -102,12 +102,12 @@ impl Connections {
 
     /// Waits for the exit of a process whose streams have all been taken.
     pub fn end(self) -> Result<ToHost> {
-        self.await_message(|said| !matches!(said, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime))
+        self.await_message(|message| !matches!(message, ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime))
     }
 
     /// Waits until a process without streams has started or failed to start.
     pub fn started(self) -> Result<ToHost> {
-        self.await_message(|said| !matches!(said, ToHost::Admitted | ToHost::AskTime))
+        self.await_message(|message| !matches!(message, ToHost::Admitted | ToHost::AskTime))
     }
 
     fn await_message(mut self, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
@@ -119,7 +119,7 @@ impl Connections {
 fn await_admission(control: &mut UnixStream, deadline: Instant) -> Result<Reader> {
     let mut reader = Reader::default();
     let message = set_timeouts(control, Some(deadline)).map_err(anyhow::Error::from);
-    let message = message.and_then(|()| await_message(control, &mut reader, |said| *said == ToHost::Admitted));
+    let message = message.and_then(|()| await_message(control, &mut reader, |message| *message == ToHost::Admitted));
     message.map_err(|error| {
         if is_timeout(&error) {
             anyhow::anyhow!(
@@ -137,7 +137,7 @@ fn await_message(control: &mut UnixStream, reader: &mut Reader, is_it: impl Fn(&
     let mut buffer = [0; 4096];
     loop {
         match reader.take::<ToHost>()? {
-            Some(said) if is_it(&said) => return Ok(said),
+            Some(message) if is_it(&message) => return Ok(message),
             Some(_) => continue,
             None => {}
         }
@@ -271,11 +271,11 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let guest = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            let mut said = vec![0; "CONNECT 1024\n".len()];
-            stream.read_exact(&mut said).unwrap();
+            let mut message = vec![0; "CONNECT 1024\n".len()];
+            stream.read_exact(&mut message).unwrap();
             stream.write_all(answer.as_bytes()).unwrap();
-            stream.read_to_end(&mut said).unwrap();
-            said
+            stream.read_to_end(&mut message).unwrap();
+            message
         });
         (dir, path, guest)
     }
@@ -347,11 +347,11 @@ mod tests {
         };
         let guest = thread::spawn(move || {
             let (mut control, first) = accept();
-            let mut said = Vec::new();
+            let mut bytes = Vec::new();
             for message in [ToHost::Admitted, ToHost::Started(7), ToHost::Signaled(34)] {
-                frame::write(&message, &mut said).unwrap();
+                frame::write(&message, &mut bytes).unwrap();
             }
-            control.write_all(&said).unwrap();
+            control.write_all(&bytes).unwrap();
             let roles: Vec<Role> = (0..3)
                 .map(|_| accept())
                 .map(|(_, hello)| hello)

@@ -77,8 +77,8 @@ fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], name
 /// The part of a descriptor, if it has the correct size.
 fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
     let part = bundle.part(&path_of(descriptor))?;
-    let (found, said) = (part.size_bytes, descriptor.size);
-    ensure!(found == said, "{} has {found} bytes, expected {said}", descriptor.digest);
+    let (found, expected) = (part.size_bytes, descriptor.size);
+    ensure!(found == expected, "{} has {found} bytes, expected {expected}", descriptor.digest);
     Ok(part)
 }
 

@@ -307,7 +307,7 @@ mod tests {
         let waits = sandbox::spawn("test", move || sender.send(other.work_file("x").map(drop))).unwrap();
         assert!(
             receiver.recv_timeout(std::time::Duration::from_millis(200)).is_err(),
-            "it waits for who makes the same"
+            "it waits for the process that creates it"
         );
         let key = Digest::of(b"x");
         work.keep_as(&store, &store.root_path(key)).unwrap();

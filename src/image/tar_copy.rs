@@ -24,9 +24,9 @@ pub fn send(archive: impl Read, out: impl Write, progress: &mut impl FnMut(u64))
         Ok(()) => Entry::End,
         Err(error) => Entry::Failed(format!("{error:#}").chars().take(1024).collect()),
     };
-    let told = sender.out.say(&last).and_then(|()| sender.out.flush());
+    let ended = sender.out.say(&last).and_then(|()| sender.out.flush());
     sent?;
-    told.context("send the archive")?;
+    ended.context("send the archive")?;
     Ok(sender.copied)
 }
 
@@ -48,7 +48,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
             self.go_to(&names)?;
             let about = about(&entry.attributes);
             self.copied.entries += 1;
-            let said = match &entry.kind {
+            let message = match &entry.kind {
                 Kind::Directory => {
                     self.open.push(name.clone());
                     Entry::Directory(name, about)
@@ -63,7 +63,7 @@ impl<W: Write, P: FnMut(u64)> Sender<'_, W, P> {
                     continue;
                 }
             };
-            self.out.say(&said).with_context(|| shown(&entry.path))?;
+            self.out.say(&message).with_context(|| shown(&entry.path))?;
             match entry.kind {
                 Kind::File => self.content(&mut archive.content(), entry.content_bytes)?,
                 Kind::Sparse { size_bytes, parts } => {

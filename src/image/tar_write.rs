@@ -253,8 +253,8 @@ mod tests {
             let mut line = Vec::new();
             extend(&mut line, "path", &vec![b'x'; len]);
             let text = String::from_utf8(line).unwrap();
-            let (said, _) = text.split_once(' ').unwrap();
-            assert_eq!(said.parse(), Ok(text.len()), "{start}");
+            let (length, _) = text.split_once(' ').unwrap();
+            assert_eq!(length.parse(), Ok(text.len()), "{start}");
         }
     }
 

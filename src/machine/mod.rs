@@ -268,16 +268,16 @@ mod tests {
     #[test]
     fn a_guest_is_notified_only_of_pauses() {
         let Some((mut machine, output)) = machine(husk_guests::CLOCK, "do=pauses") else { return };
-        let mut said = Vec::new();
-        let mut wait_for = |words: &str| {
+        let mut received = Vec::new();
+        let mut wait_for = |expected: &str| {
             for _ in 0..2000 {
-                said.extend(output.take_now());
-                if said == words.as_bytes() {
+                received.extend(output.take_now());
+                if received == expected.as_bytes() {
                     return;
                 }
                 thread::sleep(Duration::from_millis(5));
             }
-            panic!("{} instead of {words}", String::from_utf8_lossy(&said));
+            panic!("{} instead of {expected}", String::from_utf8_lossy(&received));
         };
         machine.resume();
         wait_for("watching\n");

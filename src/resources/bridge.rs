@@ -538,7 +538,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_network_that_is_missing_is_told_with_what_to_type() {
+    fn a_missing_network_is_reported_with_the_command_to_type() {
         let nowhere = Path::new("/nonexistent");
         let join = |name| join_in(nowhere, name, "machine", MacAddress([2; 6])).unwrap_err().to_string();
         assert!(join("web").contains("sudo husk network create web"), "{}", join("web"));

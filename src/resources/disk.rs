@@ -252,7 +252,7 @@ mod tests {
             ("vpc", "subformat=fixed", "looks like VHD"),
             ("raw", "", ""),
         ];
-        for (index, (format, options, told)) in formats.into_iter().enumerate() {
+        for (index, (format, options, warning)) in formats.into_iter().enumerate() {
             let path = dir.path().join(format!("{index}.img"));
             let name = path.to_str().unwrap();
             let mut words = vec!["create", "-q", "-f", format, name, "4M"];
@@ -265,15 +265,15 @@ mod tests {
             }
             let file = File::options().write(true).open(&path).unwrap();
             file.set_len(file.metadata().unwrap().len().next_multiple_of(512)).unwrap();
-            let said = |format| {
+            let warnings = |format| {
                 let disk = open(&DiskConfig { format, ..config(&path, false) }).unwrap();
                 assert!(matches!(disk.image, DiskImage::Raw { .. }));
                 logged(&format!("disk {name} "))
             };
-            assert_eq!(said(Some(Format::Raw)), [""; 0], "it was said what it is");
-            let lines = said(None);
-            assert_eq!(lines.len(), usize::from(!told.is_empty()), "{lines:?}");
-            assert!(lines.iter().all(|line| line.contains(told)), "{lines:?}");
+            assert_eq!(warnings(Some(Format::Raw)), [""; 0], "the format was given");
+            let lines = warnings(None);
+            assert_eq!(lines.len(), usize::from(!warning.is_empty()), "{lines:?}");
+            assert!(lines.iter().all(|line| line.contains(warning)), "{lines:?}");
         }
     }
 }

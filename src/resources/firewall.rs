@@ -467,14 +467,14 @@ mod tests {
 
     /// Whether `from`, in its own network namespace, can connect to `to`.
     fn reaches(from: &Someone, to: &Someone) -> bool {
-        let set_up = |who: &Someone| {
-            format!("ip addr add {} dev eth0; ip route add default via {}", of_24(who.address), who.gateway)
+        let set_up = |host: &Someone| {
+            format!("ip addr add {} dev eth0; ip route add default via {}", of_24(host.address), host.gateway)
         };
-        let connect = |near: &str, who: &Someone| {
-            shell(&match who.bridge {
+        let connect = |near: &str, host: &Someone| {
+            shell(&match host.bridge {
                 Some(bridge) => format!("ip link set {near} master {bridge} up"),
                 None => {
-                    format!("ip addr add {} dev {near}; ip link set {near} up", of_24(who.gateway.parse().unwrap()))
+                    format!("ip addr add {} dev {near}; ip link set {near} up", of_24(host.gateway.parse().unwrap()))
                 }
             });
         };

@@ -58,7 +58,7 @@ fn is_dead(path: &Path) -> Result<bool> {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(true),
         // A full backlog also means that a process is listening.
         Err(error) if error.kind() != ErrorKind::WouldBlock => {
-            Err(error).with_context(|| format!("check who listens on the vsock socket {name}"))
+            Err(error).with_context(|| format!("check for a listener on the vsock socket {name}"))
         }
         _ => bail!("the vsock socket {name} is in use by another process"),
     }

@@ -137,12 +137,13 @@ pub(super) fn is_id(name: &str) -> bool {
 /// that machines are visible in all of the user's shells.
 pub(super) fn base() -> Result<PathBuf> {
     let user = fs::metadata("/proc/self").context("look at /proc/self")?.uid();
-    let said = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
+    let configured = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
     // After `sudo -E` or `su`, root has another user's directory in its environment. Files created there by root would
     // be in that user's way.
-    let said = said.filter(|path| fs::metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user));
+    let configured =
+        configured.filter(|path| fs::metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == user));
     let usual = || Some(PathBuf::from(format!("/run/user/{user}"))).filter(|path| is_private(path, user));
-    Ok(match said.or_else(usual) {
+    Ok(match configured.or_else(usual) {
         Some(runtime) => runtime.join("husk"),
         None => PathBuf::from(format!("/tmp/husk-{user}")),
     })

@@ -342,14 +342,14 @@ mod tests {
     #[test]
     fn waiting_detects_any_kind_of_end() {
         let (_temporary, state_dir) = state_dir();
-        let (told, gone) = (state_dir.create(None).unwrap(), state_dir.create(None).unwrap());
-        let entries = [&told, &gone].map(|dir| state_dir.find(&dir.id()).unwrap());
+        let (live, gone) = (state_dir.create(None).unwrap(), state_dir.create(None).unwrap());
+        let entries = [&live, &gone].map(|dir| state_dir.find(&dir.id()).unwrap());
         let [told_wait, gone_wait] = entries.map(|entry| std::thread::spawn(move || entry.await_end().unwrap()));
         std::thread::sleep(Duration::from_millis(50));
         assert!(!told_wait.is_finished());
         let state = State::Exited { code: 3, at_ms: 9, reason: None };
-        told.write(&Record { state: state.clone(), keep: true, ..record() }).unwrap();
-        told.abandon();
+        live.write(&Record { state: state.clone(), keep: true, ..record() }).unwrap();
+        live.abandon();
         drop(gone);
         assert_eq!(told_wait.join().unwrap().unwrap().state(), state);
         assert!(gone_wait.join().unwrap().is_none());

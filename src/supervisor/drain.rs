@@ -49,10 +49,10 @@ impl Printer {
             (None, None) => Box::new(File::from(stdout()?)),
         };
         let done = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch the console")?);
-        let told = done.clone();
+        let signal = done.clone();
         let print = move || {
             output.print_to(sink, || exit_latch.declare(ExitReason::Killed(libc::SIGPIPE)));
-            let _ = told.write(1);
+            let _ = signal.write(1);
         };
         let thread = sandbox::spawn("console", print).context("start the console thread")?;
         Ok(Printer { thread, done })

@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_said_ends_nothing() {
+    fn a_missing_value_ends_nothing() {
         assert_eq!(parse_kills(b"pgfault 3\noom_kill 12\noom_kill_x 4\n"), Some(12));
         assert_eq!(
             (parse_kills(b"pgfault 3\n"), parse_kills(b"oom_kill x\n"), parse_kills(&[0xff])),

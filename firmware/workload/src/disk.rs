@@ -220,7 +220,7 @@ impl Temporary {
             Err(error) if flags & libc::O_DIRECT != 0 && error.kind() == ErrorKind::InvalidInput => {
                 Err(Failure::new(format_args!("the file system of {} has no direct I/O", dir.display())))
             }
-            Err(error) => Err(error).context(format_args!("make {}", path.display())),
+            Err(error) => Err(error).context(format_args!("create {}", path.display())),
         }
     }
 

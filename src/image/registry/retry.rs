@@ -14,8 +14,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sends a request until the response is final or the attempts are exhausted; returns the last response. Each delay is
-/// that requested by `who` (RFC 9110 §10.2.3) or twice the previous one, and is logged.
-pub fn with_backoff(who: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<Body> {
+/// that requested by `server` (RFC 9110 §10.2.3) or twice the previous one, and is logged.
+pub fn with_backoff(server: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<Body> {
     let mut pause = FIRST_PAUSE;
     for _ in 1..ATTEMPTS {
         let response = ask()?;
@@ -27,7 +27,7 @@ pub fn with_backoff(who: &str, mut ask: impl FnMut() -> Result<Body>) -> Result<
         if wanted > LONGEST_PAUSE {
             return Ok(response);
         }
-        log::warn!("{who} responded with {}: retrying in {} s", response.status(), wanted.as_secs_f64().ceil());
+        log::warn!("{server} responded with {}: retrying in {} s", response.status(), wanted.as_secs_f64().ceil());
         std::thread::sleep(wanted);
         pause *= 2;
     }

@@ -14,14 +14,14 @@ impl Header {
     /// Parses a record as a header.
     pub fn parse(record: [u8; RECORD_BYTES]) -> Result<Header> {
         let header = Header { record };
-        let said = octal(header.field::<148, 8>()).ok().context("it is not a tar archive")?;
+        let expected = octal(header.field::<148, 8>()).ok().context("it is not a tar archive")?;
         let counted = |is_signed: bool| -> i64 {
             let bytes = record.iter().enumerate();
             let value = |byte: u8| if is_signed { i64::from(byte as i8) } else { i64::from(byte) };
             bytes.map(|(at, &byte)| value(if (148..156).contains(&at) { b' ' } else { byte })).sum()
         };
         // Some old programs summed signed bytes.
-        ensure!([counted(false), counted(true)].contains(&(said as i64)), "a header has a wrong checksum");
+        ensure!([counted(false), counted(true)].contains(&(expected as i64)), "a header has a wrong checksum");
         Ok(header)
     }
 

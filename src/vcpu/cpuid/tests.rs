@@ -81,9 +81,9 @@ type Row = ((u32, u32, Register), u32, bool, bool, &'static str);
 #[track_caller]
 fn check(supported: &CpuId, processor: Processor, rows: &[Row]) {
     let cpuid = for_vcpu(supported, processor, 0);
-    for (place, bit, offered, given, who) in rows {
+    for (place, bit, offered, given, reason) in rows {
         assert_eq!(read(supported, *place) & (1 << bit) != 0, *offered, "offered: {place:x?} bit {bit}");
-        assert_eq!(read(&cpuid, *place) & (1 << bit) != 0, *given, "{place:x?} bit {bit}: {who}");
+        assert_eq!(read(&cpuid, *place) & (1 << bit) != 0, *given, "{place:x?} bit {bit}: {reason}");
     }
 }
 

@@ -19,7 +19,7 @@ pub struct Credit {
     /// From the guest: received, forwarded to the reader, and forwarded as known to the guest.
     received: u32,
     forwarded: u32,
-    told: u32,
+    announced: u32,
     /// To the guest: sent, and the guest's counts of forwarded bytes and buffer space.
     sent: u32,
     peer_forwarded: u32,
@@ -39,7 +39,7 @@ impl Credit {
 
     /// Records `len_bytes` sent by the guest. Fails if they exceed its credit.
     pub fn receive(&mut self, len_bytes: u32) -> Result<(), CreditViolation> {
-        let room = self.buffer_bytes.saturating_sub(self.received.wrapping_sub(self.told));
+        let room = self.buffer_bytes.saturating_sub(self.received.wrapping_sub(self.announced));
         if len_bytes > room {
             return Err(CreditViolation);
         }
@@ -54,13 +54,13 @@ impl Credit {
 
     /// The forwarded count for the next packet to the guest, which is then known to it.
     pub fn tell(&mut self) -> u32 {
-        self.told = self.forwarded;
-        self.told
+        self.announced = self.forwarded;
+        self.announced
     }
 
     /// Whether enough space is free without the guest's knowledge to send an unsolicited update.
     pub fn is_update_due(&self) -> bool {
-        self.forwarded.wrapping_sub(self.told) >= self.buffer_bytes / UPDATE_PART
+        self.forwarded.wrapping_sub(self.announced) >= self.buffer_bytes / UPDATE_PART
     }
 
     /// Processes the guest's counts. Fails if it claims to have forwarded data that was never sent.
@@ -99,7 +99,7 @@ mod tests {
         assert_eq!(credit.receive(BUFFER_BYTES), Ok(()));
         assert_eq!(credit.receive(1), Err(CreditViolation));
         credit.forward(10);
-        assert_eq!(credit.receive(1), Err(CreditViolation), "it has not been told yet");
+        assert_eq!(credit.receive(1), Err(CreditViolation), "it has not been announced yet");
         assert_eq!(credit.tell(), 10);
         assert_eq!(credit.receive(10), Ok(()));
         assert_eq!(credit.receive(1), Err(CreditViolation));

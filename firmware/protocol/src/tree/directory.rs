@@ -37,7 +37,7 @@ impl Directory {
         self.path.join(name)
     }
 
-    fn told<T>(&self, action: &str, name: &OsStr, done: Result<T, Errno>) -> io::Result<T> {
+    fn named<T>(&self, action: &str, name: &OsStr, done: Result<T, Errno>) -> io::Result<T> {
         done.map_err(|error| about(action, &self.path_of(name), &error.into()))
     }
 
@@ -46,11 +46,11 @@ impl Directory {
         let made = fs::mkdirat(&self.fd, name, Mode::from_raw_mode(mode));
         let is_new = made.is_ok();
         if made != Err(Errno::EXIST) {
-            self.told("make", name, made)?;
+            self.named("create", name, made)?;
         }
         match self.enter(name) {
-            Err(Errno::NOTDIR | Errno::LOOP) => self.told("make", name, Err(Errno::EXIST)),
-            entered => Ok((self.told("open", name, entered)?, is_new)),
+            Err(Errno::NOTDIR | Errno::LOOP) => self.named("create", name, Err(Errno::EXIST)),
+            entered => Ok((self.named("open", name, entered)?, is_new)),
         }
     }
 
@@ -64,14 +64,14 @@ impl Directory {
         let previous = self.clear(name)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR);
-        let file = File::from(self.told("make", name, made)?);
+        let file = File::from(self.named("create", name, made)?);
         Ok((file, previous.filter(|found| FileType::from_raw_mode(found.st_mode).is_file())))
     }
 
     /// Creates a symbolic link, replacing a file or a link.
     pub fn make_link(&self, name: &OsStr, target: &[u8]) -> io::Result<()> {
         self.clear(name)?;
-        self.told("make", name, fs::symlinkat(OsStr::from_bytes(target), &self.fd, name))
+        self.named("create", name, fs::symlinkat(OsStr::from_bytes(target), &self.fd, name))
     }
 
     /// Creates a hard link to the file at `names`, relative to `root`, replacing a file or a link.
@@ -83,22 +83,22 @@ impl Directory {
         for dir in dirs {
             let from: &Directory = inner.as_ref().unwrap_or(root);
             let dir = OsStr::from_bytes(dir);
-            inner = Some(from.told("link to", dir, from.enter(dir))?);
+            inner = Some(from.named("link to", dir, from.enter(dir))?);
         }
         let (from, file) = (inner.as_ref().unwrap_or(root), OsStr::from_bytes(file));
-        let found = from.told("link to", file, fs::statat(&from.fd, file, AtFlags::SYMLINK_NOFOLLOW))?;
+        let found = from.named("link to", file, fs::statat(&from.fd, file, AtFlags::SYMLINK_NOFOLLOW))?;
         if FileType::from_raw_mode(found.st_mode).is_dir() {
             return Err(failure(format!("link to {}: not a regular file", from.path_of(file).display())));
         }
         self.clear(name)?;
-        self.told("make", name, fs::linkat(&from.fd, file, &self.fd, name, AtFlags::empty()))
+        self.named("create", name, fs::linkat(&from.fd, file, &self.fd, name, AtFlags::empty()))
     }
 
     /// Changes the owner of `name`, which may be a link.
     pub fn own(&self, name: &OsStr, uid: u32, gid: u32) -> io::Result<()> {
         let (uid, gid) = (fs::Uid::from_raw(uid), fs::Gid::from_raw(gid));
         let done = fs::chownat(&self.fd, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
-        self.told("change the owner of", name, done)
+        self.named("change the owner of", name, done)
     }
 
     /// The directory as a file, whose owner, mode and times can be changed.
@@ -117,11 +117,11 @@ impl Directory {
     fn clear(&self, name: &OsStr) -> io::Result<Option<Stat>> {
         let found = match fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(None),
-            found => self.told("replace", name, found)?,
+            found => self.named("replace", name, found)?,
         };
         match FileType::from_raw_mode(found.st_mode) {
             FileType::RegularFile | FileType::Symlink => {}
-            FileType::Directory => return self.told("replace", name, Err(Errno::ISDIR)),
+            FileType::Directory => return self.named("replace", name, Err(Errno::ISDIR)),
             _ => {
                 return Err(failure(format!(
                     "replace {}: it is a device, pipe or socket",
@@ -129,7 +129,7 @@ impl Directory {
                 )));
             }
         }
-        self.told("replace", name, fs::unlinkat(&self.fd, name, AtFlags::empty()))?;
+        self.named("replace", name, fs::unlinkat(&self.fd, name, AtFlags::empty()))?;
         Ok(Some(found))
     }
 }

@@ -332,7 +332,7 @@ fn lost_refcounts_are_repaired_without_data_loss() {
         let mut disk = Disk::new(open(&path, true).unwrap());
         assert!(disk.read(MIB, MIB as usize) == bytes(1, MIB as usize), "{options}");
         drop(disk);
-        assert!(std::fs::read(&path).unwrap() == image, "who may only read repairs nothing");
+        assert!(std::fs::read(&path).unwrap() == image, "a read-only open repairs nothing");
         let mut disk = Disk::new(open(&path, false).unwrap());
         assert!(contents(&path) == expected, "{options}");
         assert_eq!(std::fs::read(&path).unwrap()[79] & 1, 0);

@@ -77,11 +77,11 @@ fn a_program_that_does_not_read_throttles_the_guest() {
     assert_eq!(sent.len() as u32 - forwarded, BUFFER_BYTES);
     assert!(read(&mut stream, sent.len()) == sent);
     // Unsolicited, in steps large enough for a packet.
-    let mut told = forwarded;
-    while sent.len() as u32 - told >= BUFFER_BYTES / 4 {
+    let mut announced = forwarded;
+    while sent.len() as u32 - announced >= BUFFER_BYTES / 4 {
         let (update, _) = guest.expect(PORTS, op::CREDIT_UPDATE);
-        assert!(update.fwd_cnt - told >= BUFFER_BYTES / 4);
-        told = update.fwd_cnt;
+        assert!(update.fwd_cnt - announced >= BUFFER_BYTES / 4);
+        announced = update.fwd_cnt;
     }
     guest.send_raw(data(4), b"more");
     sent.extend(b"more");
@@ -361,7 +361,7 @@ fn megabytes_arrive_unchanged_in_both_directions() {
 fn exchange(guest: &mut Guest, out: &[u8]) -> Vec<u8> {
     // Space for a few packets, credited as they are read.
     const ROOM: u32 = 40_000;
-    let (mut received, mut sent, mut forwarded, mut told, mut ended) = (Vec::new(), 0, 0, 0, false);
+    let (mut received, mut sent, mut forwarded, mut announced, mut ended) = (Vec::new(), 0, 0, 0, false);
     let mut sizes = pattern(5).map(|x| 1 + x as u32 % 60_000);
     let says = |header: Header, received: usize| Header { buf_alloc: ROOM, fwd_cnt: received as u32, ..header };
     guest.send_raw(says(packet(PORTS, op::CREDIT_UPDATE), 0), &[]);
@@ -370,7 +370,7 @@ fn exchange(guest: &mut Guest, out: &[u8]) -> Vec<u8> {
         let len = (room.min(sizes.next().unwrap()) as usize).min(out.len() - sent);
         if len > 0 {
             guest.send_raw(says(data(len), received.len()), &out[sent..sent + len]);
-            (sent, told) = (sent + len, received.len());
+            (sent, announced) = (sent + len, received.len());
         }
         if ended && room > 0 {
             continue;
@@ -379,9 +379,9 @@ fn exchange(guest: &mut Guest, out: &[u8]) -> Vec<u8> {
         forwarded = header.fwd_cnt;
         ended |= header.op == op::SHUTDOWN;
         received.extend(data);
-        if header.op == op::CREDIT_REQUEST || received.len() - told > ROOM as usize / 2 {
+        if header.op == op::CREDIT_REQUEST || received.len() - announced > ROOM as usize / 2 {
             guest.send_raw(says(packet(PORTS, op::CREDIT_UPDATE), received.len()), &[]);
-            told = received.len();
+            announced = received.len();
         }
     }
     received

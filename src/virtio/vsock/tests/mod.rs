@@ -137,7 +137,7 @@ impl Guest {
     /// All packets that the device has sent by now.
     fn settle(&mut self) -> Vec<(Header, Vec<u8>)> {
         const NOBODY: (u32, u32) = (u32::MAX, u32::MAX);
-        let mut said = Vec::new();
+        let mut packets = Vec::new();
         // The first response may overtake earlier packets; the second one cannot.
         for _ in 0..2 {
             self.send(NOBODY, op::RW);
@@ -146,10 +146,10 @@ impl Guest {
                 if header.dst_port == NOBODY.0 {
                     break;
                 }
-                said.push((header, data));
+                packets.push((header, data));
             }
         }
-        said
+        packets
     }
 
     #[track_caller]
