@@ -563,59 +563,6 @@ fn size_of(dir: &Path) -> u64 {
     std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
 }
 
-#[test]
-fn concurrent_commands_do_not_interfere() {
-    needs_kvm!();
-    let machines = Machines::new();
-    // A command takes a second on an emulated processor.
-    let (shells, rounds) = if !is_emulated() { (20, 10) } else { (5, 1) };
-    thread::scope(|scope| {
-        for shell in 0..shells {
-            let machines = &machines;
-            scope.spawn(move || {
-                let name = format!("m{shell}");
-                for _ in 0..rounds {
-                    machines.start(guests::POWER, "do=halt", &["--name", &name]);
-                    assert!(machines.ok(&["ps"]).contains(&name));
-                    assert_eq!(machines.status(&name), "running");
-                    machines.ok(&["rm", "-f", &name]);
-                }
-            });
-        }
-    });
-    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
-    assert!(processes_of(machines.place()).is_empty());
-}
-
-#[test]
-fn a_hundred_machines_are_started_listed_and_stopped() {
-    needs_kvm!();
-    let machines = Machines::new();
-    // As many as an emulated processor can handle.
-    let count: usize = if !is_emulated() { 100 } else { 12 };
-    let names: Vec<String> = (0..count).map(|n| format!("m{n}")).collect();
-    let words =
-        |start: &[&'static str]| start.iter().copied().chain(names.iter().map(String::as_str)).collect::<Vec<_>>();
-    thread::scope(|scope| {
-        // Twenty concurrent shells for a hundred machines.
-        for some in names.chunks(count.div_ceil(20)) {
-            let machines = &machines;
-            scope.spawn(move || {
-                some.iter()
-                    .for_each(|name| drop(machines.start(guests::POWER, "do=wait-for-button", &["--name", name])))
-            });
-        }
-    });
-    let list = machines.ok(&["ps"]);
-    assert!(names.iter().all(|name| list.contains(&format!("  {name}  "))), "{list}");
-    assert_eq!(machines.ok(&["stats", "--json"]).matches("cpu_percent").count(), count);
-    assert_eq!(machines.ok(&words(&["stop", "--time", "120"])).lines().count(), count);
-    assert_eq!(machines.ok(&words(&["wait"])), "0\n".repeat(count));
-    machines.ok(&words(&["rm"]));
-    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
-    assert!(processes_of(machines.place()).is_empty());
-}
-
 /// The arguments of a process that are visible to all users.
 fn arguments_of(pid: &str) -> String {
     let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();

@@ -18,5 +18,6 @@ mod full_disk;
 mod kernel;
 mod life;
 mod machine;
+mod many;
 mod release;
 mod unread;

@@ -1,6 +1,6 @@
 //! Resources that are free when husk has exited, although the kernel releases the virtual machine only afterwards.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::process::Stdio;
@@ -9,20 +9,28 @@ use std::time::{Duration, Instant};
 
 use husk_guests as guests;
 
-use crate::husk::{self, boot};
+use crate::background::Machines;
+use crate::husk::{self, boot, disk_image, processes_of};
 
 #[test]
-fn a_disk_is_free_when_husk_exits_a_thousand_times_in_a_row() {
+fn a_thousand_starts_on_one_disk() {
     needs_kvm!();
-    let dir = tempfile::tempdir().unwrap();
-    let disk = dir.path().join("disk.img");
-    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let machines = Machines::new();
+    let (dir, disk) = disk_image(1 << 20);
+    let disk = disk.to_str().unwrap();
     let rounds = if husk::is_emulated() { 30 } else { 1000 };
     for round in 0..rounds {
-        // This would also fail if the host ran out of memory.
-        let mut child = boot(guests::EXIT, "").disk(&disk, "").command();
-        let output = child.stdin(Stdio::null()).output().unwrap();
+        // The disk is locked by husk. This would also fail if the host ran out of memory.
+        let words = ["boot", "--kernel", guests::EXIT, "--memory", "64M", "--disk", disk];
+        let output = machines.run(&words);
         assert_eq!(output.status.code(), Some(42), "round {round}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "only the disk itself");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !processes_of(machines.place()).is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", processes_of(machines.place()));
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
