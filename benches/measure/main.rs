@@ -7,8 +7,10 @@ mod background;
 mod disk;
 mod exits;
 mod image;
+mod lifetime;
 mod memory;
 mod parse;
+mod peer;
 mod startup;
 
 use std::fmt::Write as _;
@@ -61,7 +63,8 @@ fn output_of(mut command: Command) -> Result<String> {
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
-    let measurements: [Measurement; 9] = [
+    let measurements: [Measurement; 10] = [
+        ("lifetime", lifetime::tiny_guest),
         ("startup", startup::first_run),
         ("kernel", startup::kernel_load),
         ("exits", exits::round_trips),

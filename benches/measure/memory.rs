@@ -1,7 +1,7 @@
 //! The cost of an idle machine: memory beyond the guest's own, and CPU time.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use husk::machine::Machine;
 use husk::resources;
 use husk::timings::Timings;
 
-use crate::{Target, boot, report};
+use crate::{Target, boot, peer, report};
 
 /// The default memory of a machine.
 const GUEST_MIB: u64 = 512;
@@ -22,16 +22,26 @@ const OBSERVATION: Duration = Duration::from_secs(10);
 
 /// The proportional set size of all mappings that are not guest memory, while the guest halts.
 pub fn overhead() -> Result<()> {
-    let maps = with_idle_guest(|husk| Ok(std::fs::read_to_string(format!("/proc/{}/smaps", husk.id()))?))?;
+    let husk = beyond_guest_mib(boot(husk_guests::POWER, "do=halt"))?;
+    report("memory beyond the guest's own", husk, "MiB", Target::Below(3.0));
+    if let Some(firecracker) = peer::firecracker(husk_guests::POWER, "do=halt", GUEST_MIB)? {
+        let firecracker = beyond_guest_mib(firecracker)?;
+        report("  of Firecracker", firecracker, "MiB", Target::None);
+        report("  husk / Firecracker", husk / firecracker, "", Target::None);
+    }
+    Ok(())
+}
+
+fn beyond_guest_mib(command: Command) -> Result<f64> {
+    let maps = with_idle_guest(command, |vmm| Ok(std::fs::read_to_string(format!("/proc/{}/smaps", vmm.id()))?))?;
     let (guest_kib, other_kib) = split(&maps);
     ensure!(guest_kib > 0, "no mapping is as large as the guest's memory");
-    report("memory beyond the guest's own", other_kib as f64 / 1024.0, "MiB", Target::Below(5.0));
-    Ok(())
+    Ok(other_kib as f64 / 1024.0)
 }
 
 /// CPU time of all threads of a machine, while its guest halts, and while it is paused with a guest that would spin.
 pub fn idle() -> Result<()> {
-    let halts = with_idle_guest(|husk| processor_share(husk.id()))?;
+    let halts = with_idle_guest(boot(husk_guests::POWER, "do=halt"), |husk| processor_share(husk.id()))?;
     report("processor time of a guest that halts", halts * 100.0, "%", Target::Below(0.1));
     let config = MachineConfig {
         kernel: husk_guests::POWER.into(),
@@ -56,17 +66,24 @@ fn processor_share(process: u32) -> Result<f64> {
 }
 
 /// Calls `observe` with a machine whose guest has halted.
-fn with_idle_guest<T>(observe: impl FnOnce(&Child) -> Result<T>) -> Result<T> {
-    let mut command = boot(husk_guests::POWER, "do=halt");
+fn with_idle_guest<T>(mut command: Command, observe: impl FnOnce(&Child) -> Result<T>) -> Result<T> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut husk = command.spawn()?;
+    let mut vmm = command.spawn()?;
     let mut line = String::new();
-    let said = BufReader::new(husk.stdout.take().context("no standard output")?).read_line(&mut line);
-    let observed = observe(&husk);
-    husk.kill()?;
-    husk.wait()?;
+    let mut output = BufReader::new(vmm.stdout.take().context("no standard output")?);
+    // A VMM may print lines of its own before.
+    let said = loop {
+        line.clear();
+        match output.read_line(&mut line) {
+            Ok(count) if count > 0 && !line.ends_with("ready\n") => {}
+            said => break said,
+        }
+    };
+    let observed = observe(&vmm);
+    vmm.kill()?;
+    vmm.wait()?;
     said?;
-    ensure!(line == "ready\n", "the guest said {line:?}");
+    ensure!(line.ends_with("ready\n"), "the guest said {line:?}");
     observed
 }
 

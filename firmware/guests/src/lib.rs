@@ -14,6 +14,8 @@ pub const EXIT_MISSING: i32 = 93;
 
 /// Ends with exit code 42 after three instructions.
 pub const EXIT: &str = concat!(env!("OUT_DIR"), "/exit.elf");
+/// Prints one byte and resets, which ends any VMM.
+pub const BRIEF: &str = concat!(env!("OUT_DIR"), "/brief.elf");
 /// The ways in which a machine ends.
 pub const POWER: &str = concat!(env!("OUT_DIR"), "/power.elf");
 /// Prints its command line and its initramfs.
