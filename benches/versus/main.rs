@@ -5,16 +5,18 @@
 //! advances by 1 ms per million instructions, so one run is enough; VM exits are counted as well.
 
 mod exits;
+mod table;
+mod vmms;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use exits::{Count, Exits};
+use vmms::Vmm;
+
 /// The first line that the guest's init prints.
 const PID1: &str = "pid1=up";
-/// Makes the guest quiet and stops it at once. husk's own parameters are left out, so that all have the same.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests pci=off swiotlb=noforce -- none";
-
 /// What all VMMs boot, from the environment of `scripts/versus`.
 struct Parts {
     kernel: String,
@@ -26,27 +28,37 @@ struct Parts {
     counted: bool,
 }
 
-/// A VMM and its command line.
-struct Vmm {
-    name: &'static str,
-    command: Vec<String>,
-    /// Whether the VMM exits when the guest powers off. If not, it is killed when the guest has reached PID 1.
-    ends: bool,
-}
-
 /// One run of a VMM.
 #[derive(Clone, Copy)]
 struct Run {
     to_pid1: Duration,
-    to_exit: Option<Duration>,
+    to_exit: Duration,
 }
 
-/// A duration of a run, if it has been measured.
-type Part = fn(&Run) -> Option<Duration>;
+/// What was measured of a VMM.
+#[derive(Default)]
+struct Results {
+    runs: Vec<Run>,
+    /// The VM exits of one run, if they were counted.
+    exits: Option<Exits>,
+}
+
+impl Results {
+    /// The median of a part of a run, in milliseconds, or in millions of instructions.
+    fn median(&self, part: Part) -> f64 {
+        median(self.runs.iter().map(|run| millis(part(run))).collect())
+    }
+}
+
+/// A duration of a run.
+type Part = fn(&Run) -> Duration;
+
+/// All of them, in order.
+const PARTS: [(&str, Part); 2] = [("to PID 1", |run| run.to_pid1), ("to exit", |run| run.to_exit)];
 
 fn main() -> ExitCode {
     let measured = parts().and_then(|parts| {
-        let vmms = vmms(&parts)?;
+        let vmms = vmms::all(&parts)?;
         compare(&parts, &vmms)
     });
     match measured {
@@ -59,28 +71,26 @@ fn main() -> ExitCode {
     }
 }
 
-/// Boots all VMMs in turn, and returns whether husk was the fastest.
+/// Boots all VMMs in turn, prints a table, and returns whether husk was the fastest.
 fn compare(parts: &Parts, vmms: &[Vmm]) -> Result<bool, String> {
-    let unit = if parts.counted { "M instr." } else { "ms" };
-    let mut runs = vec![Vec::new(); vmms.len()];
-    println!("{:<18}{:>6}{:>22}{:>22}", "VMM", "run", format!("to PID 1 ({unit})"), format!("to exit ({unit})"));
+    let mut results: Vec<Results> = vmms.iter().map(|_| Results::default()).collect();
     // The first round warms the page cache for all. It is not measured, but its VM exits are counted, because counting
     // takes time.
     for round in 0..=parts.runs {
-        for (vmm, runs) in vmms.iter().zip(&mut runs) {
-            let exits = (round == 0 && parts.counted).then(exits::Count::start).transpose()?;
+        for (vmm, results) in vmms.iter().zip(&mut results) {
+            let count = (round == 0 && parts.counted).then(Count::start).transpose()?;
             let run = measure(vmm).map_err(|error| format!("{}: {error}", vmm.name))?;
-            if let Some(exits) = exits {
-                println!("{:<18} exits {}", vmm.name, exits.finish()?);
+            if let Some(count) = count {
+                results.exits = Some(count.finish()?);
             }
             if round > 0 {
-                runs.push(run);
-                let to_exit = run.to_exit.map_or("-".to_owned(), |time| format!("{:.1}", millis(time)));
-                println!("{:<18}{round:>6}{:>22.1}{to_exit:>22}", vmm.name, millis(run.to_pid1));
+                eprintln!("{:<18}{round:>4}{:>12.1}{:>12.1}", vmm.name, millis(run.to_pid1), millis(run.to_exit));
+                results.runs.push(run);
             }
         }
     }
-    Ok(report(vmms, &runs, unit))
+    print!("{}", table::table(parts.counted, vmms, &results));
+    Ok(report(vmms, &results))
 }
 
 fn setting(name: &str) -> Result<String, String> {
@@ -98,118 +108,7 @@ fn parts() -> Result<Parts, String> {
     })
 }
 
-/// husk, QEMU's microvm, and those whose programs were given.
-fn vmms(parts: &Parts) -> Result<Vec<Vmm>, String> {
-    let mut vmms = vec![
-        Vmm { name: "husk", command: husk(parts, &setting("VERSUS_HUSK")?), ends: true },
-        Vmm { name: "QEMU microvm", command: qemu(parts, &setting("VERSUS_QEMU")?), ends: true },
-    ];
-    if let Ok(program) = setting("VERSUS_FIRECRACKER") {
-        // It does not exit at power-off.
-        vmms.push(Vmm { name: "Firecracker", command: firecracker(parts, &program)?, ends: false });
-    }
-    if let Ok(program) = setting("VERSUS_CLOUD_HYPERVISOR") {
-        vmms.push(Vmm { name: "Cloud Hypervisor", command: cloud_hypervisor(parts, &program), ends: true });
-    }
-    Ok(vmms)
-}
-
-fn husk(parts: &Parts, husk: &str) -> Vec<String> {
-    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
-    let memory = format!("{memory_mib}M");
-    words(&[
-        husk,
-        "boot",
-        "--kernel",
-        kernel,
-        "--initrd",
-        initrd,
-        "--memory",
-        &memory,
-        "--cpus",
-        cpus,
-        "--bare-cmdline",
-        "--cmdline",
-        CMDLINE,
-    ])
-}
-
-/// Its serial console is its standard output. It reads its configuration from a file.
-fn firecracker(parts: &Parts, firecracker: &str) -> Result<Vec<String>, String> {
-    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
-    let path = std::env::temp_dir().join("versus-firecracker.json");
-    let text = format!(
-        r#"{{"boot-source": {{"kernel_image_path": "{kernel}", "initrd_path": "{initrd}", "boot_args": "{CMDLINE}"}},
-            "drives": [], "machine-config": {{"vcpu_count": {cpus}, "mem_size_mib": {memory_mib}}}}}"#
-    );
-    std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
-    Ok(words(&[firecracker, "--no-api", "--config-file", &path.display().to_string()]))
-}
-
-fn cloud_hypervisor(parts: &Parts, cloud_hypervisor: &str) -> Vec<String> {
-    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
-    let (cpus, memory) = (format!("boot={cpus}"), format!("size={memory_mib}M"));
-    words(&[
-        cloud_hypervisor,
-        "--kernel",
-        kernel,
-        "--initramfs",
-        initrd,
-        "--cpus",
-        &cpus,
-        "--memory",
-        &memory,
-        "--serial",
-        "tty",
-        "--console",
-        "off",
-        "--cmdline",
-        CMDLINE,
-    ])
-}
-
-/// QEMU's minimal microvm configuration, with the same entropy device as husk. Its qboot firmware is faster than its
-/// SeaBIOS, which also puts the ACPI tables where QEMU then puts the initial RAM disk.
-fn qemu(parts: &Parts, qemu: &str) -> Vec<String> {
-    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
-    let machine = "microvm,x-option-roms=off,isa-serial=on,rtc=off,pit=off,pic=off,auto-kernel-cmdline=off";
-    words(&[
-        qemu,
-        "-M",
-        machine,
-        "-bios",
-        "qboot.rom",
-        "-accel",
-        "kvm",
-        "-cpu",
-        "host",
-        "-m",
-        memory_mib,
-        "-smp",
-        cpus,
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-serial",
-        "stdio",
-        "-no-reboot",
-        "-device",
-        "virtio-rng-device",
-        "-kernel",
-        kernel,
-        "-initrd",
-        initrd,
-        "-append",
-        CMDLINE,
-    ])
-}
-
-fn words(words: &[&str]) -> Vec<String> {
-    words.iter().map(|word| (*word).to_owned()).collect()
-}
-
-/// Runs a VMM to its end. Fails if the guest does not reach PID 1 or does not power off.
+/// Runs a VMM to its end. Fails if the guest does not reach PID 1 or does not end.
 fn measure(vmm: &Vmm) -> Result<Run, String> {
     let [program, arguments @ ..] = &*vmm.command else { return Err("no program".to_owned()) };
     let start = Instant::now();
@@ -224,37 +123,28 @@ fn measure(vmm: &Vmm) -> Result<Run, String> {
     for line in child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines()).map_while(Result::ok) {
         if line.trim() == PID1 {
             to_pid1.get_or_insert_with(|| start.elapsed());
-            if !vmm.ends {
-                let _ = child.kill();
-            }
         }
         said.push_str(&line);
         said.push('\n');
     }
     let status = child.wait().map_err(|error| error.to_string())?;
-    let to_exit = vmm.ends.then(|| start.elapsed());
+    let to_exit = start.elapsed();
     match to_pid1 {
-        Some(to_pid1) if status.success() || !vmm.ends => Ok(Run { to_pid1, to_exit }),
+        Some(to_pid1) if status.success() => Ok(Run { to_pid1, to_exit }),
         _ => Err(format!("exited with {status} and printed:\n{said}")),
     }
 }
 
-/// Prints medians, and ratios of adjacent runs, because most of the noise affects both.
-fn report(vmms: &[Vmm], runs: &[Vec<Run>], unit: &str) -> bool {
-    let [husk, others @ ..] = runs else { return false };
-    let parts: [(&str, Part); 2] = [("to PID 1", |run| Some(run.to_pid1)), ("to exit", |run| run.to_exit)];
+/// Prints husk's shares by the median ratio of adjacent runs, because most of the noise affects both.
+fn report(vmms: &[Vmm], results: &[Results]) -> bool {
+    let [husk, others @ ..] = results else { return false };
     let mut faster = true;
-    for (name, part) in parts {
-        let value = |runs: &[Run]| median(runs.iter().filter_map(part).map(millis).collect());
-        println!("{name}: husk {:.1} {unit}", value(husk));
-        for (vmm, other) in vmms.iter().skip(1).zip(others) {
-            let pairs =
-                husk.iter().zip(other).filter_map(|(h, o)| Some(part(h)?.as_secs_f64() / part(o)?.as_secs_f64()));
-            let ratio = median(pairs.collect());
-            if !ratio.is_nan() {
-                println!("{name}: {} {:.1} {unit}, husk's share {ratio:.2}", vmm.name, value(other));
-                faster &= ratio < 1.0;
-            }
+    for (name, part) in PARTS {
+        for (vmm, other) in vmms.iter().skip(1).zip(others).filter(|(vmm, _)| vmm.boots_same_guest) {
+            let pairs = husk.runs.iter().zip(&other.runs);
+            let ratio = median(pairs.map(|(h, o)| part(h).as_secs_f64() / part(o).as_secs_f64()).collect());
+            println!("{name}, husk's share of {}: {ratio:.2}", vmm.name);
+            faster &= ratio < 1.0;
         }
     }
     println!("husk is {}", if faster { "the fastest" } else { "not the fastest" });

@@ -1,0 +1,157 @@
+//! The command lines of the VMMs, each started as its makers recommend, with the sandbox that is its default.
+
+use std::process::Command;
+
+use crate::{PID1, Parts, setting};
+
+/// Makes the guest quiet and stops it at once. husk's own parameters are left out, so that all have the same.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests pci=off swiotlb=noforce -- none";
+
+/// A VMM and its command line.
+pub struct Vmm {
+    pub name: &'static str,
+    pub version: String,
+    pub command: Vec<String>,
+    /// Whether it boots the same guest as the others, and is compared with them.
+    pub boots_same_guest: bool,
+}
+
+/// husk, QEMU's microvm, and those whose programs were given.
+pub fn all(parts: &Parts) -> Result<Vec<Vmm>, String> {
+    let (husk_program, qemu_program) = (setting("VERSUS_HUSK")?, setting("VERSUS_QEMU")?);
+    let mut vmms = vec![
+        vmm("husk", &husk_program, husk(parts, &husk_program)),
+        vmm("QEMU microvm", &qemu_program, qemu(parts, &qemu_program)),
+    ];
+    if let Ok(program) = setting("VERSUS_FIRECRACKER") {
+        vmms.push(vmm("Firecracker", &program, firecracker(parts, &program)?));
+    }
+    if let Ok(program) = setting("VERSUS_CLOUD_HYPERVISOR") {
+        vmms.push(vmm("Cloud Hypervisor", &program, cloud_hypervisor(parts, &program)));
+    }
+    if let Ok(root) = setting("VERSUS_ROOT") {
+        vmms.push(Vmm {
+            boots_same_guest: false,
+            ..vmm("husk run", &husk_program, husk_run(parts, &husk_program, &root))
+        });
+    }
+    Ok(vmms)
+}
+
+fn vmm(name: &'static str, program: &str, command: Vec<String>) -> Vmm {
+    Vmm { name, version: version(program), command, boots_same_guest: true }
+}
+
+/// The first word of `--version` that starts with a number, as in `QEMU emulator version 7.2.22` and `Firecracker v1.2.3`.
+fn version(program: &str) -> String {
+    let output = Command::new(program).arg("--version").output().map(|output| output.stdout).unwrap_or_default();
+    let text = String::from_utf8_lossy(&output);
+    let is_version = |word: &&str| word.trim_start_matches('v').starts_with(|first: char| first.is_ascii_digit());
+    let word = text.split_whitespace().find(is_version).unwrap_or("unknown");
+    word.trim_start_matches('v').to_owned()
+}
+
+fn husk(parts: &Parts, husk: &str) -> Vec<String> {
+    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
+    let memory = format!("{memory_mib}M");
+    words(&[
+        husk,
+        "boot",
+        "--kernel",
+        kernel,
+        "--initrd",
+        initrd,
+        "--memory",
+        &memory,
+        "--cpus",
+        cpus,
+        "--bare-cmdline",
+        "--cmdline",
+        CMDLINE,
+    ])
+}
+
+/// A command in an image, whose first line counts as PID 1's.
+fn husk_run(parts: &Parts, husk: &str, root: &str) -> Vec<String> {
+    let Parts { kernel, memory_mib, cpus, .. } = parts;
+    let memory = format!("{memory_mib}M");
+    let flags = ["run", "--kernel", kernel, "--memory", &memory, "--cpus", cpus, "--network", "none"];
+    words(&[&[husk], &flags[..], &[root, "echo", PID1]].concat())
+}
+
+/// It exits when the guest resets through the keyboard controller, but not when it powers off. Its serial console is its
+/// standard output. It reads its configuration from a file.
+fn firecracker(parts: &Parts, firecracker: &str) -> Result<Vec<String>, String> {
+    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
+    let cmdline = CMDLINE.replace("-- none", "reboot=k -- reboot");
+    let path = std::env::temp_dir().join("versus-firecracker.json");
+    let text = format!(
+        r#"{{"boot-source": {{"kernel_image_path": "{kernel}", "initrd_path": "{initrd}", "boot_args": "{cmdline}"}},
+            "drives": [], "machine-config": {{"vcpu_count": {cpus}, "mem_size_mib": {memory_mib}}}}}"#
+    );
+    std::fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(words(&[firecracker, "--no-api", "--config-file", &path.display().to_string()]))
+}
+
+fn cloud_hypervisor(parts: &Parts, cloud_hypervisor: &str) -> Vec<String> {
+    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
+    let (cpus, memory) = (format!("boot={cpus}"), format!("size={memory_mib}M"));
+    words(&[
+        cloud_hypervisor,
+        "--kernel",
+        kernel,
+        "--initramfs",
+        initrd,
+        "--cpus",
+        &cpus,
+        "--memory",
+        &memory,
+        "--serial",
+        "tty",
+        "--console",
+        "off",
+        "--cmdline",
+        CMDLINE,
+    ])
+}
+
+/// QEMU's minimal microvm configuration, with the same entropy device as husk. Its qboot firmware is faster than its
+/// SeaBIOS, which also puts the ACPI tables where QEMU then puts the initial RAM disk.
+fn qemu(parts: &Parts, qemu: &str) -> Vec<String> {
+    let Parts { kernel, initrd, memory_mib, cpus, .. } = parts;
+    let machine = "microvm,x-option-roms=off,isa-serial=on,rtc=off,pit=off,pic=off,auto-kernel-cmdline=off";
+    words(&[
+        qemu,
+        "-M",
+        machine,
+        "-bios",
+        "qboot.rom",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-m",
+        memory_mib,
+        "-smp",
+        cpus,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+        "-device",
+        "virtio-rng-device",
+        "-kernel",
+        kernel,
+        "-initrd",
+        initrd,
+        "-append",
+        CMDLINE,
+    ])
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
