@@ -20,6 +20,8 @@ fn main() {
     for source in SOURCES {
         println!("cargo:rerun-if-changed={source}");
     }
+    // Thirteen thousand relocations of a position-independent program: 2 KiB instead of 300.
+    println!("cargo:rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let built = build(&out.join("target"));
     for (package, variable) in CARRIED {
