@@ -79,7 +79,9 @@ pub struct Cli {
     verbose: u8,
 }
 
+// Building the options of all commands takes longer than parsing those of one.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Boot a machine from a kernel, an initrd and disks, with its console on this terminal
     Boot(boot::Boot),
