@@ -20,11 +20,15 @@ use crate::guest::session::Session;
 use crate::guest::signal;
 use crate::machine::Machine;
 use crate::sys::SignalFd;
+use crate::sys::resident;
 use crate::sys::timer::ClockJumps;
 use crate::timings::Step;
 
 /// How long a kernel may keep printing after a panic before the machine is ended.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
+
+/// How long a machine is idle before its process returns memory that only the start needed.
+const TRIM_AFTER_MS: i32 = 500;
 
 /// The event sources of the thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +113,7 @@ pub(super) struct Supervisor<'a> {
     clock_jumps: ClockJumps,
     button_pressed: bool,
     on_terminal: bool,
+    is_trimmed: bool,
 }
 
 impl<'a> Supervisor<'a> {
@@ -146,6 +151,7 @@ impl<'a> Supervisor<'a> {
             clock_jumps,
             button_pressed,
             on_terminal,
+            is_trimmed: false,
         })
     }
 
@@ -164,6 +170,10 @@ impl<'a> Supervisor<'a> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
                 Err(e) => return Err(e).context("wait for events"),
             };
+            if count == 0 && !self.is_trimmed {
+                resident::trim();
+                self.is_trimmed = true;
+            }
             for event in events.iter().take(count) {
                 match TOKENS.get(event.data() as usize) {
                     Some(Token::Exit) => drop(self.machine.exit_latch().event().read()),
@@ -199,10 +209,12 @@ impl<'a> Supervisor<'a> {
         if started { self.endpoint.note_running() } else { Ok(()) }
     }
 
-    /// The maximum time to wait, in milliseconds: unlimited, unless the guest's kernel has panicked and may not reset
-    /// by itself, a session is over and the guest may not exit by itself, or a stop request has a timeout.
+    /// The maximum time to wait, in milliseconds: unlimited, unless the process has not been trimmed, the guest's kernel
+    /// has panicked and may not reset by itself, a session is over and the guest may not exit by itself, or a stop request
+    /// has a timeout.
     fn timeout_ms(&self) -> i32 {
-        let timeouts = [self.guest_timeout_ms(), self.endpoint.timeout_ms(self.machine.exit_latch())];
+        let trim_ms = if self.is_trimmed { -1 } else { TRIM_AFTER_MS };
+        let timeouts = [trim_ms, self.guest_timeout_ms(), self.endpoint.timeout_ms(self.machine.exit_latch())];
         timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
     }
 
