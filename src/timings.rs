@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// A step in the life of a machine, in chronological order.
+/// A step in the life of a machine, in chronological order, except that [`Step::KvmReady`] and [`Step::KernelLoaded`] may be swapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Image, kernel and initramfs are available.
@@ -70,8 +70,11 @@ impl fmt::Display for Timings {
         writeln!(f, "{:<24}{:>12}{:>12}", "step", "at (ms)", "took (ms)")?;
         writeln!(f, "{:<24}{:>12.3}{:>12}", "process start", 0.0, "")?;
         let mut before = Duration::ZERO;
-        for (step, name) in STEPS {
-            match self.reached(step) {
+        let mut steps = STEPS.map(|(step, name)| (self.reached(step), step, name));
+        // KVM is set up and the kernel loaded at the same time, in either order.
+        steps.sort_by_key(|(at, ..)| at.unwrap_or(Duration::MAX));
+        for (at, step, name) in steps {
+            match at {
                 Some(at) => {
                     let took = at.saturating_sub(before);
                     writeln!(f, "{name:<24}{:>12.3}{:>12.3}", millis(at), millis(took))?;

@@ -8,7 +8,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 
 use super::{Console, Controls, Machine};
-use crate::boot::{self, EntryPoint};
+use crate::boot::{self, EntryPoint, Kernel, Part};
 use crate::config::{self, MachineConfig};
 use crate::device::{PciPorts, Power, Serial};
 use crate::exit_latch::ExitLatch;
@@ -17,6 +17,9 @@ use crate::kvm::{self, Vm};
 use crate::layout;
 use crate::memory::{self, GuestMemory};
 use crate::resources::Resources;
+use crate::resources::disk::DiskFile;
+use crate::resources::net::Network;
+use crate::resources::vsock::VsockSocket;
 use crate::sandbox;
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
@@ -28,17 +31,25 @@ impl Machine {
     /// Builds the machine described by `config` from `resources`, which it consumes. No path is opened, and no guest
     /// instruction runs before [`Machine::resume`].
     ///
-    /// The order follows dependencies: CPUID is queried on a separate thread, since it takes as long as the rest of
-    /// KVM's setup; memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus before
-    /// the first vCPU exists.
+    /// The kernel is loaded on a separate thread, since that takes as long as KVM's setup: on a host whose KVM creates a
+    /// kernel thread for each machine, KVM_CREATE_VM waits for an RCU grace period of some milliseconds. Otherwise the order
+    /// follows dependencies: memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus
+    /// before the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
         let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
-        let supported = ask_for_cpuid(kvm.clone())?;
         let memory = memory::reserve(config.memory_mib)?;
-        let vm = Vm::new(kvm, &memory)?;
-        timings.mark(Step::KvmReady);
+        let (devices, controls) = create_devices(config, disks, vsock, networks)?;
+        let contents = Contents {
+            kernel,
+            cmdline: cmdline(config, &kernel_words, initrd.is_some()),
+            initrd,
+            cpus: config.cpus,
+            virtio_count: devices.len(),
+        };
+        let loader = Loader::start(kvm.clone(), memory.clone(), contents, timings.clone())?;
 
+        let vm = Vm::new(kvm, &memory)?;
         let exit_latch = Arc::new(ExitLatch::new()?);
         let mut buses = Buses::default();
         let console = attach_console(&vm, &mut buses, &exit_latch, &timings)?;
@@ -46,45 +57,10 @@ impl Machine {
         buses.ports.insert(layout::PCI_PORTS.into(), layout::PCI_PORTS_LEN, Arc::new(PciPorts::default()))?;
         let power_button = IrqLine::new(layout::EVENT_GSI)?;
         vm.connect_irq(&power_button)?;
-
-        let (mut devices, mut controls) = (Vec::new(), Controls::default());
-        for disk in disks {
-            let (device, control) = block::device(disk).context("create a disk device")?;
-            devices.push(device);
-            controls.disks.push(control);
-        }
-        devices.push(rng::device());
-        // Last, because the names of devices in the guest depend on their order.
-        if let Some(vsock) = vsock {
-            devices.push(vsock::device(vsock).context("create the vsock device")?);
-        }
-        for network in networks {
-            let (device, link) = net::device(network).context("create a network device")?;
-            devices.push(device);
-            controls.links.push(link);
-        }
-        if config.balloon {
-            let target_mib = config.memory_target_mib.unwrap_or(config.memory_mib);
-            let (device, control) = balloon::device(config.memory_mib, target_mib, config.balloon_deflates_on_oom)
-                .context("create the balloon device")?;
-            devices.push(device);
-            controls.balloon = Some(control);
-        }
         let transports = attach_virtio(&vm, &mut buses, &memory, devices)?;
+        timings.mark(Step::KvmReady);
 
-        let cmdline = config.full_cmdline(&kernel_words, initrd.is_some());
-        log::info!("kernel command line: {cmdline}");
-        if let Some(word) = config::hides_devices(&cmdline) {
-            log::warn!(
-                "the kernel parameter {word} hides all disks, networks and secondary CPUs, which the guest finds by ACPI: \
-                 remove {word}"
-            );
-        }
-        let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, config.cpus, transports.len())?;
-        setup::write_boot_tables(&memory, entry.protocol)?;
-        timings.mark(Step::KernelLoaded);
-
-        let supported = supported.join().map_err(|_| anyhow!("the CPUID thread panicked"))??;
+        let (entry, supported) = loader.finish()?;
         ensure!(
             !config.nested || cpuid::can_nest(&supported),
             "KVM on this host does not support nested virtualization: enable it with `sudo modprobe kvm_intel nested=1` (or \
@@ -106,8 +82,78 @@ impl Machine {
     }
 }
 
-fn ask_for_cpuid(kvm: Arc<Kvm>) -> Result<JoinHandle<Result<CpuId>>> {
-    sandbox::spawn("cpuid", move || kvm::supported_cpuid(&kvm)).context("start the CPUID thread")
+/// Creates the virtio devices, in the order of their addresses, and the handles to them.
+fn create_devices(
+    config: &MachineConfig,
+    disks: Vec<DiskFile>,
+    vsock: Option<VsockSocket>,
+    networks: Vec<Network>,
+) -> Result<(Vec<VirtioDevice>, Controls)> {
+    let (mut devices, mut controls) = (Vec::new(), Controls::default());
+    for disk in disks {
+        let (device, control) = block::device(disk).context("create a disk device")?;
+        devices.push(device);
+        controls.disks.push(control);
+    }
+    devices.push(rng::device());
+    // After the disks, because the names of devices in the guest depend on their order.
+    if let Some(vsock) = vsock {
+        devices.push(vsock::device(vsock).context("create the vsock device")?);
+    }
+    for network in networks {
+        let (device, link) = net::device(network).context("create a network device")?;
+        devices.push(device);
+        controls.links.push(link);
+    }
+    if config.balloon {
+        let target_mib = config.memory_target_mib.unwrap_or(config.memory_mib);
+        let (device, control) = balloon::device(config.memory_mib, target_mib, config.balloon_deflates_on_oom)
+            .context("create the balloon device")?;
+        devices.push(device);
+        controls.balloon = Some(control);
+    }
+    Ok((devices, controls))
+}
+
+fn cmdline(config: &MachineConfig, kernel_words: &str, has_initrd: bool) -> String {
+    let cmdline = config.full_cmdline(kernel_words, has_initrd);
+    log::info!("kernel command line: {cmdline}");
+    if let Some(word) = config::hides_devices(&cmdline) {
+        log::warn!(
+            "the kernel parameter {word} hides all disks, networks and secondary CPUs, which the guest finds by ACPI: \
+             remove {word}"
+        );
+    }
+    cmdline
+}
+
+/// What is loaded into guest memory.
+struct Contents {
+    kernel: Kernel,
+    initrd: Option<Part>,
+    cmdline: String,
+    cpus: u32,
+    virtio_count: usize,
+}
+
+/// The thread that fills guest memory and queries CPUID while KVM is set up.
+struct Loader(JoinHandle<Result<(EntryPoint, CpuId)>>);
+
+impl Loader {
+    fn start(kvm: Arc<Kvm>, memory: GuestMemory, contents: Contents, timings: Arc<Timings>) -> Result<Loader> {
+        let load = move || {
+            let Contents { kernel, initrd, cmdline, cpus, virtio_count } = contents;
+            let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, cpus, virtio_count)?;
+            setup::write_boot_tables(&memory, entry.protocol)?;
+            timings.mark(Step::KernelLoaded);
+            Ok((entry, kvm::supported_cpuid(&kvm)?))
+        };
+        sandbox::spawn("loader", load).map(Loader).context("start the loader thread")
+    }
+
+    fn finish(self) -> Result<(EntryPoint, CpuId)> {
+        self.0.join().map_err(|_| anyhow!("the loader thread panicked"))?
+    }
 }
 
 fn attach_console(vm: &Vm, buses: &mut Buses, exit_latch: &Arc<ExitLatch>, timings: &Arc<Timings>) -> Result<Console> {
