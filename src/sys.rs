@@ -8,6 +8,7 @@ pub mod exit;
 pub mod mapping;
 pub mod net;
 pub mod process;
+pub mod processor;
 pub mod resident;
 pub mod socket;
 pub mod timer;

@@ -180,6 +180,8 @@ fn warnings(old: &Report, new: &Report) -> Vec<String> {
     differs("KVM", &old.host.kvm, &new.host.kvm);
     let hypervisor = |report: &Report| report.host.hypervisor.clone().unwrap_or_else(none);
     differs("hypervisor of the host", &hypervisor(old), &hypervisor(new));
+    let emulator = |report: &Report| report.host.emulator.clone().unwrap_or_else(none);
+    differs("emulator of the host", &emulator(old), &emulator(new));
     let governor = |report: &Report| report.host.governor.clone().unwrap_or_else(none);
     differs("governor", &governor(old), &governor(new));
     differs("image", &old.image.id, &new.image.id);

@@ -93,6 +93,7 @@ fn host() -> Host {
         memory_mib: 16_384,
         kvm: "kvm_amd".to_owned(),
         hypervisor: Some("KVM".to_owned()),
+        emulator: None,
         governor: None,
         clocksource: "tsc".to_owned(),
         huge_pages: Some("madvise".to_owned()),

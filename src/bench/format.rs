@@ -1,7 +1,7 @@
 //! Formats numbers for people, with three significant digits.
 
 use super::report::Estimate;
-use super::scenario::Scenario;
+use super::scenario::{Scenario, Unit};
 
 /// Formats a number in at most six characters, from a thousandth to a trillion.
 pub fn number(value: f64) -> String {
@@ -13,6 +13,12 @@ pub fn number(value: f64) -> String {
         _ if magnitude >= 9_999.5 => format!("{}k", three_digits(value / 1e3)),
         _ => three_digits(value),
     }
+}
+
+/// Formats a number with its unit: `13.2 ms`, `577/s`.
+pub fn quantity(value: f64, unit: Unit) -> String {
+    let space = if matches!(unit, Unit::PerSecond | Unit::Count) { "" } else { " " };
+    format!("{}{space}{}", number(value), unit.symbol())
 }
 
 fn three_digits(value: f64) -> String {
@@ -148,6 +154,11 @@ mod tests {
         ];
         for (value, text) in cases {
             assert_eq!(number(value), text);
+        }
+        let quantities =
+            [(13.2, Unit::Milliseconds, "13.2 ms"), (577.0, Unit::PerSecond, "577/s"), (7.0, Unit::Count, "7.00")];
+        for (value, unit, text) in quantities {
+            assert_eq!(quantity(value, unit), text);
         }
         assert_eq!([1.3219, 0.0811, 0.1024, 12.6, 0.31].map(ratio), ["1.32", "0.081", "0.102", "12.6", "0.31"]);
     }

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use super::report::Host;
+use crate::sys::processor;
 
 /// Collects properties of the host whose root is `root` (`/`). `dir` is the work directory. What cannot be read is
 /// omitted or `unknown`.
@@ -20,6 +21,7 @@ pub fn collect(root: &Path, dir: &Path) -> Host {
         memory_mib: meminfo_kib(&text("proc/meminfo"), "MemTotal").unwrap_or(0) >> 10,
         kvm: kvm(root),
         hypervisor: hypervisor(root, &cpuinfo),
+        emulator: emulator(root, &cpuinfo, &processor::hypervisor_signature()),
         governor: line("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         clocksource: line("sys/devices/system/clocksource/clocksource0/current_clocksource").unwrap_or_else(unknown),
         huge_pages: line("sys/kernel/mm/transparent_hugepage/enabled").as_deref().and_then(chosen),
@@ -49,10 +51,26 @@ fn kvm(root: &Path) -> String {
 
 /// Returns the hypervisor's name from DMI, if the CPU flags indicate one.
 fn hypervisor(root: &Path, cpuinfo: &str) -> Option<String> {
-    field(cpuinfo, "flags")?.split_whitespace().find(|&flag| flag == "hypervisor")?;
-    let vendor = fs::read_to_string(root.join("sys/class/dmi/id/sys_vendor")).unwrap_or_default();
-    let vendor = vendor.trim();
-    Some(if vendor.is_empty() { "unknown hypervisor" } else { vendor }.to_owned())
+    has_hypervisor(cpuinfo).then(|| dmi(root, "sys_vendor").unwrap_or_else(|| "unknown hypervisor".to_owned()))
+}
+
+/// Returns the emulator of the host's processor. QEMU's TCG has a signature of its own, while its DMI strings are the
+/// same with KVM; Bochs emulates a real processor without a hypervisor.
+fn emulator(root: &Path, cpuinfo: &str, signature: &str) -> Option<String> {
+    let is_tcg = has_hypervisor(cpuinfo) && signature == "TCGTCGTCGTCG";
+    let is_bochs = dmi(root, "bios_vendor").is_some_and(|vendor| vendor.contains("Bochs"));
+    let emulators = [(is_tcg, "QEMU TCG"), (is_bochs && !has_hypervisor(cpuinfo), "Bochs")];
+    emulators.into_iter().find(|(is_it, _)| *is_it).map(|(_, name)| name.to_owned())
+}
+
+fn has_hypervisor(cpuinfo: &str) -> bool {
+    field(cpuinfo, "flags").is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "hypervisor"))
+}
+
+/// Returns a string of the firmware's DMI tables.
+fn dmi(root: &Path, name: &str) -> Option<String> {
+    let text = fs::read_to_string(root.join("sys/class/dmi/id").join(name)).ok()?;
+    Some(text.trim().to_owned()).filter(|text| !text.is_empty())
 }
 
 /// Returns the word in brackets.
@@ -105,6 +123,20 @@ mod tests {
     fn this_host_has_a_kernel_processors_and_memory() {
         let host = collect(Path::new("/"), Path::new("/"));
         assert!(host.cpus > 0 && host.memory_mib > 0 && host.kernel.contains('.'), "{host:?}");
+    }
+
+    #[test]
+    fn an_emulated_processor_is_told_from_a_virtual_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (guest, hardware) = ("flags\t\t: fpu hypervisor svm\n", "flags\t\t: fpu vmx\n");
+        let emulator = |cpuinfo, signature| emulator(dir.path(), cpuinfo, signature);
+        assert_eq!(emulator(guest, "TCGTCGTCGTCG").as_deref(), Some("QEMU TCG"));
+        assert_eq!(emulator(guest, "KVMKVMKVM"), None);
+        assert_eq!(emulator(hardware, "TCGTCGTCGTCG"), None, "without a hypervisor, the leaf is another one's");
+        let dmi = dir.path().join("sys/class/dmi/id");
+        fs::create_dir_all(&dmi).unwrap();
+        fs::write(dmi.join("bios_vendor"), "The Bochs Project\n").unwrap();
+        assert_eq!(emulator(hardware, "").as_deref(), Some("Bochs"));
     }
 
     #[test]

@@ -135,6 +135,9 @@ pub struct Host {
     pub kvm: String,
     /// The hypervisor, if the host is itself a virtual machine.
     pub hypervisor: Option<String>,
+    /// The emulator, if the host's processor is emulated by software: `QEMU TCG` or `Bochs`.
+    #[serde(default)]
+    pub emulator: Option<String>,
     /// The cpufreq governor, if any.
     pub governor: Option<String>,
     /// The kernel's clock source.
@@ -249,6 +252,14 @@ pub struct MetricResults {
 }
 
 impl MetricResults {
+    /// Returns the unit and which values are better: `ms, lower is better`.
+    pub fn direction(&self) -> String {
+        match self.unit.symbol() {
+            "" => self.better.phrase().to_owned(),
+            symbol => format!("{symbol}, {}", self.better.phrase()),
+        }
+    }
+
     /// Returns the outcome of one contender.
     pub fn outcome_of(&self, contender: &str) -> Option<&Outcome> {
         self.results.iter().find(|outcome| outcome.contender == contender)

@@ -1,8 +1,8 @@
-//! Formats a report for a terminal: contenders side by side, in several blocks if the terminal is narrow, then missing
-//! results.
+//! Formats a report for a terminal: whether the host is emulated, contenders side by side, in several blocks if the
+//! terminal is narrow, then versions, missing results and the verdict.
 
-use super::format;
 use super::report::{ContenderInfo, MetricResults, NoiseLevel, Outcome, Report};
+use super::{format, verdict};
 
 /// The default width.
 pub const WIDTH: usize = 100;
@@ -16,6 +16,11 @@ pub fn table(report: &Report, width: usize) -> String {
     let present = report.available();
     let columns = (width.saturating_sub(LABEL) / COLUMN).max(1);
     let mut lines = Vec::new();
+    let warning = verdict::emulation(report);
+    if let Some(warning) = &warning {
+        lines.extend(format::wrapped("", warning, width));
+        lines.push(String::new());
+    }
     for block in present.chunks(columns) {
         lines.extend(heading(block));
         for (scenario, metrics) in report.groups() {
@@ -26,9 +31,10 @@ pub fn table(report: &Report, width: usize) -> String {
         lines.push(String::new());
     }
     lines.extend(format::wrapped("", &legend(report), width));
+    lines.extend(format::wrapped("", &versions(report), width));
     lines.extend(missing(report, width));
     lines.push(String::new());
-    for sentence in &report.verdict {
+    for sentence in report.verdict.iter().filter(|sentence| Some(*sentence) != warning.as_ref()) {
         lines.extend(format::wrapped("", sentence, width));
     }
     lines.iter().fold(String::new(), |text, line| text + line.trim_end() + "\n")
@@ -50,15 +56,10 @@ fn heading(block: &[&str]) -> Vec<String> {
 
 /// Formats a metric: title, medians and ratios.
 fn rows(metric: &MetricResults, block: &[&str], baseline: &str) -> [String; 3] {
-    let better = metric.better.phrase();
-    let unit = match metric.unit.symbol() {
-        "" => better.to_owned(),
-        symbol => format!("{symbol}, {better}"),
-    };
     let outcomes: Vec<Option<&Outcome>> = block.iter().map(|name| metric.outcome_of(name)).collect();
     let ratio_label = format!("  × {}", format::shortened(baseline, LABEL - 5));
     [
-        format!("{} ({unit})", metric.title),
+        format!("{} ({})", metric.title, metric.direction()),
         joined("  median", outcomes.iter().map(|outcome| median_cell(*outcome))),
         joined(&ratio_label, outcomes.iter().map(|outcome| ratio_cell(*outcome))),
     ]
@@ -133,6 +134,13 @@ fn legend(report: &Report) -> String {
     )
 }
 
+/// Lists the versions of available contenders.
+fn versions(report: &Report) -> String {
+    let version = |one: &ContenderInfo| one.version.as_ref().map(|version| format!("{} {version}", one.name));
+    let versions: Vec<String> = report.contenders.iter().filter_map(version).collect();
+    if versions.is_empty() { String::new() } else { format!("Versions: {}.", versions.join(", ")) }
+}
+
 /// Lists failed, skipped and unavailable contenders with reasons.
 fn missing(report: &Report, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
@@ -174,12 +182,16 @@ pub fn contenders(all: &[ContenderInfo], width: usize) -> String {
     lines.join("\n") + "\n"
 }
 
-/// Splits a name into pieces of at most `width` characters, preferably between words.
+/// Splits a name into pieces of at most `width` characters, preferably between words or after a hyphen.
 fn broken(name: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in format::wrapped("", name, width) {
-        let characters: Vec<char> = line.chars().collect();
-        lines.extend(characters.chunks(width).map(|piece| piece.iter().collect::<String>()));
+        let mut rest: Vec<char> = line.chars().collect();
+        while rest.len() > width {
+            let after_hyphen = rest.iter().take(width).rposition(|c| *c == '-').map(|at| at + 1);
+            lines.push(rest.drain(..after_hyphen.unwrap_or(width)).collect());
+        }
+        lines.push(rest.into_iter().collect());
     }
     lines
 }
@@ -216,6 +228,13 @@ mod tests {
     }
 
     #[test]
+    fn a_long_name_is_broken_after_a_hyphen() {
+        assert_eq!(broken("cloud-hypervisor", 12), ["cloud-", "hypervisor"]);
+        assert_eq!(broken("qemu-microvm", 12), ["qemu-microvm"]);
+        assert_eq!(broken("cloudhypervisor", 12), ["cloudhypervi", "sor"]);
+    }
+
+    #[test]
     fn medians_are_shown_with_intervals_and_ratios() {
         let mut report = example::report();
         report.contenders.retain(|contender| ["crun", "husk"].contains(&contender.name.as_str()));
@@ -237,6 +256,17 @@ mod tests {
                 "  × crun                  1.00          2.00",
             ]
         );
+    }
+
+    #[test]
+    fn an_emulated_host_is_the_first_line() {
+        let mut report = example::report();
+        report.host.emulator = Some("Bochs".to_owned());
+        report.verdict = verdict::sentences(&report);
+        let table = table(&report, WIDTH);
+        assert!(table.starts_with("Emulated host (Bochs): only ratios are meaningful"), "{table}");
+        assert_eq!(table.matches("Emulated host").count(), 1, "{table}");
+        assert!(table.contains("Versions: host 1.2.3-4+deb13u1, crun 1.2.3"), "{table}");
     }
 
     #[test]

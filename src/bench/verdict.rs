@@ -1,10 +1,11 @@
-//! Draws conclusions from a report, in sentences: failures, the noise of the host, and what is better or worse.
+//! Draws conclusions from a report, in sentences: whether the host is emulated, failures, the noise of the host, and
+//! what is better or worse.
 //!
 //! A difference is claimed only if its whole interval exceeds the [`margin`]. Five out of a hundred 95% intervals miss
 //! the true value, though not by much; the margin keeps these from being claimed.
 
 use super::format;
-use super::report::{Estimate, MetricResults, NoiseLevel, Report};
+use super::report::{Estimate, Isolation, MetricResults, NoiseLevel, Report};
 use super::scenario::Better;
 use super::statistics::paired_ratio;
 
@@ -48,7 +49,9 @@ pub fn judge(ratio: &Estimate, better: Better, margin: Option<f64>) -> Judgment 
 
 /// Returns the conclusions; the most important one comes first.
 pub fn sentences(report: &Report) -> Vec<String> {
-    let mut sentences = failures(report);
+    let mut sentences: Vec<String> = emulation(report).into_iter().collect();
+    sentences.extend(failures(report));
+    sentences.extend(nesting(report));
     sentences.extend(noise_sentence(report));
     if report.noise.verdict != NoiseLevel::TooNoisy
         && let Some(head_to_head) = HeadToHead::of(report)
@@ -61,7 +64,24 @@ pub fn sentences(report: &Report) -> Vec<String> {
     sentences
 }
 
-/// Lists failures first, because a median without the failed rounds is biased.
+/// Warns that no time is that of hardware. Comes before everything else, also in the table.
+pub fn emulation(report: &Report) -> Option<String> {
+    let emulator = report.host.emulator.as_ref()?;
+    Some(format!(
+        "Emulated host ({emulator}): only ratios are meaningful, best among contenders of the same kind, because VM \
+         exits take far longer than on hardware. Absolute numbers are not those of any processor."
+    ))
+}
+
+/// Warns that machines run in a machine.
+fn nesting(report: &Report) -> Option<String> {
+    let has_machines =
+        report.contenders.iter().any(|one| one.unavailable.is_none() && one.isolation == Isolation::Machine);
+    let hypervisor = report.host.hypervisor.as_ref().filter(|_| report.host.emulator.is_none() && has_machines)?;
+    Some(format!("The host is itself a virtual machine ({hypervisor}): VM exits take longer than on hardware."))
+}
+
+/// Lists failures before what they affect, because a median without the failed rounds is biased.
 fn failures(report: &Report) -> Vec<String> {
     let of = |name: &str| {
         let outcomes = report.metrics.iter().filter_map(|metric| Some((metric, metric.outcome_of(name)?)));
@@ -130,11 +150,13 @@ impl<'a> HeadToHead<'a> {
     /// Summarizes the most important metrics in one sentence.
     fn headline(&self) -> String {
         let clause = |metric: &MetricResults| {
-            let (does, of_what) = headline_words(&metric.name)?;
+            let (does, what) = headline_words(&metric.name)?;
             let ratio = self.ratio(metric, self.other)?;
             let is_conclusive = judge(&ratio, metric.better, self.margin) != Judgment::Inconclusive;
             is_conclusive.then(|| {
-                format!("{does} {} times {}’s {of_what} ({})", format::ratio(ratio.value), self.other, range(&ratio))
+                let [ours, theirs] = [self.husk, self.other].map(|name| median(metric, name));
+                let times = format::ratio(ratio.value);
+                format!("{does} {ours}{what}, {times} times {}’s {theirs} ({})", self.other, range(&ratio))
             })
         };
         if self.report.metrics.iter().all(|metric| self.ratio(metric, self.other).is_none()) {
@@ -153,7 +175,7 @@ impl<'a> HeadToHead<'a> {
             let (mut better, mut worse, mut open) = (Vec::new(), Vec::new(), Vec::new());
             for metric in metrics {
                 let Some(ratio) = self.ratio(metric, self.other) else { continue };
-                let claim = format!("“{}” ({} times, {})", metric.title, format::ratio(ratio.value), range(&ratio));
+                let claim = claim(metric, [self.husk, self.other], &ratio);
                 match judge(&ratio, metric.better, self.margin) {
                     Judgment::Better => better.push(claim),
                     Judgment::Worse => worse.push(claim),
@@ -197,17 +219,30 @@ impl<'a> HeadToHead<'a> {
     }
 }
 
-/// Returns the words around the ratio of a metric in the headline.
+/// Returns the words around the value of a metric in the headline.
 fn headline_words(metric: &str) -> Option<(&'static str, &'static str)> {
     Some(match metric {
-        "command" => ("runs the command in", "time"),
-        "start-output-warm" => ("starts in", "time"),
-        "memory-idle" => ("uses", "memory when idle"),
-        "cpu-integer" => ("computes in", "time"),
-        "root-read-random" => ("reads its root at", "rate"),
-        "network-to" => ("receives at", "rate"),
+        "command" => ("runs the command in", ""),
+        "start-output-warm" => ("starts in", ""),
+        "memory-idle" => ("uses", " when idle"),
+        "cpu-integer" => ("does integer work in", ""),
+        "root-read-random" => ("reads its root at", ""),
+        "network-to" => ("receives", ""),
         _ => return None,
     })
+}
+
+/// Formats a comparison of two contenders: the values, then their ratio.
+fn claim(metric: &MetricResults, contenders: [&str; 2], ratio: &Estimate) -> String {
+    let [ours, theirs] = contenders.map(|name| median(metric, name));
+    let times = format::ratio(ratio.value);
+    format!("“{}” ({ours}, {times} times {theirs}; {})", metric.title, range(ratio))
+}
+
+/// Formats the median of a contender that has a ratio.
+fn median(metric: &MetricResults, contender: &str) -> String {
+    let summary = metric.outcome_of(contender).and_then(|outcome| outcome.summary.as_ref());
+    summary.map_or_else(|| "-".to_owned(), |summary| format::quantity(summary.median.value, metric.unit))
 }
 
 fn range(ratio: &Estimate) -> String {
@@ -248,6 +283,7 @@ mod tests {
     /// Returns a report with samples of husk and crun for one metric.
     fn report_with(name: &str, husk: &[f64], crun: &[f64]) -> Report {
         let mut report = example::report();
+        report.host.hypervisor = None;
         report.metrics.retain(|metric| metric.name == name);
         report.contenders.retain(|contender| ["crun", "husk"].contains(&contender.name.as_str()));
         for metric in &mut report.metrics {
@@ -287,10 +323,11 @@ mod tests {
         let husk: Vec<f64> = (0..20).map(|round| 13.0 + f64::from(round % 5) * 0.1).collect();
         let crun: Vec<f64> = (0..20).map(|round| 10.0 + f64::from(round % 5) * 0.1).collect();
         let said = sentences(&report_with("start-output-warm", &husk, &crun));
-        assert_eq!(said[0], "husk starts in 1.29 times crun’s time (1.29 to 1.30).");
+        assert_eq!(said[0], "husk starts in 13.2 ms, 1.29 times crun’s 10.2 ms (1.29 to 1.30).");
         assert_eq!(
             said[1],
-            "Start: husk is worse than crun in “Start to first output, caches warm” (1.29 times, 1.29 to 1.30)."
+            "Start: husk is worse than crun in “Start to first output, caches warm” (13.2 ms, 1.29 times 10.2 ms; \
+             1.29 to 1.30)."
         );
         assert_eq!(
             said[2],
@@ -301,7 +338,7 @@ mod tests {
     #[test]
     fn higher_rates_are_better() {
         let said = sentences(&report_with("root-read-random", &[300.0; 8], &[200.0; 8]));
-        assert_eq!(said[0], "husk reads its root at 1.50 times crun’s rate (1.50 to 1.50).");
+        assert_eq!(said[0], "husk reads its root at 300/s, 1.50 times crun’s 200/s (1.50 to 1.50).");
         assert!(said[1].starts_with("Disks: husk is better than crun in"), "{said:?}");
     }
 
@@ -324,6 +361,18 @@ mod tests {
     }
 
     #[test]
+    fn an_emulated_host_is_named_before_anything_else() {
+        let mut report = example::report();
+        assert!(sentences(&report).iter().any(|sentence| sentence.contains("itself a virtual machine (KVM)")));
+        report.host.emulator = Some("QEMU TCG".to_owned());
+        let said = sentences(&report);
+        assert!(said[0].starts_with("Emulated host (QEMU TCG): only ratios are meaningful"), "{said:?}");
+        assert!(said[1].starts_with("qemu-microvm failed") && !said.join("").contains("itself"), "{said:?}");
+        report.noise.verdict = NoiseLevel::TooNoisy;
+        assert!(sentences(&report)[0].starts_with("Emulated host"));
+    }
+
+    #[test]
     fn a_noisy_host_allows_no_conclusions() {
         let mut report = report_with("start-output-warm", &[30.0; 8], &[10.0; 8]);
         report.noise.verdict = NoiseLevel::TooNoisy;
@@ -337,6 +386,7 @@ mod tests {
     #[test]
     fn without_husk_or_without_others_nothing_is_claimed() {
         let mut report = example::report();
+        report.host.hypervisor = None;
         report.contenders.retain(|contender| contender.name == "husk");
         assert_eq!(sentences(&report), Vec::<String>::new());
         report.contenders.clear();

@@ -83,6 +83,7 @@ fn host(report: &Report) -> Markup {
         ("Kernel", host.kernel.clone()),
         ("KVM", host.kvm.clone()),
         ("Hypervisor", host.hypervisor.clone().unwrap_or_else(|| "none detected".to_owned())),
+        ("Emulator", host.emulator.clone().unwrap_or_else(none)),
         ("CPU governor", host.governor.clone().unwrap_or_else(none)),
         ("Clock source", host.clocksource.clone()),
         ("Huge pages", host.huge_pages.clone().unwrap_or_else(none)),

@@ -1,7 +1,7 @@
 //! A report as a single self-contained HTML page, without scripts, fonts or external resources.
 //!
-//! The verdict comes first, then missing results, ratios, samples, numbers, and how to reproduce the run. The template
-//! language (maud) escapes all text; the content security policy is a second line of defense.
+//! The verdict comes first, then missing results, medians and ratios, samples, numbers, and how to reproduce the run.
+//! The template language (maud) escapes all text; the content security policy is a second line of defense.
 
 mod details;
 mod plot;
@@ -45,7 +45,7 @@ pub fn page(report: &Report) -> String {
                 main {
                     (verdict(report))
                     (tables::missing(report))
-                    (tables::ratios(report))
+                    (tables::results(report))
                     (distributions(report))
                     (tables::numbers(report))
                     (details::reproduce(report))
@@ -61,7 +61,7 @@ fn contents() -> Markup {
     let sections = [
         ("verdict", "Verdict"),
         ("missing", "Missing"),
-        ("ratios", "Ratios"),
+        ("results", "Medians and ratios"),
         ("samples", "Samples"),
         ("numbers", "Numbers"),
         ("reproduce", "How to reproduce it"),

@@ -1,4 +1,4 @@
-//! The tables of the page: missing results, ratios, and all numbers.
+//! The tables of the page: missing results, medians with ratios, and all numbers.
 
 use maud::{Markup, html};
 
@@ -61,12 +61,12 @@ pub fn missing(report: &Report) -> Markup {
     }
 }
 
-/// Renders the ratios to the baseline.
-pub fn ratios(report: &Report) -> Markup {
+/// Renders the medians, each with its ratio to the baseline.
+pub fn results(report: &Report) -> Markup {
     let names = report.available();
     let table = html! {
-        table.ratios {
-            caption { "Ratios to " (report.method.baseline) " with confidence intervals" }
+        table.results {
+            caption { "Medians, and ratios to " (report.method.baseline) " with confidence intervals" }
             thead {
                 tr {
                     th scope="col" { "Measure" }
@@ -78,8 +78,8 @@ pub fn ratios(report: &Report) -> Markup {
                     tr.group { th scope="rowgroup" colspan=(names.len() + 1) { span { (format::scenario(scenario)) } } }
                     @for metric in metrics {
                         tr {
-                            th scope="row" { (metric.title) " " small { (metric.better.phrase()) } }
-                            @for name in &names { (ratio_cell(report, metric, name)) }
+                            th scope="row" { (metric.title) " " small { (metric.direction()) } }
+                            @for name in &names { (result_cell(report, metric, name)) }
                         }
                     }
                 }
@@ -87,20 +87,20 @@ pub fn ratios(report: &Report) -> Markup {
         }
     };
     html! {
-        section #ratios aria-labelledby="ratios-title" {
-            h2 #ratios-title { "Ratios" }
+        section #results aria-labelledby="results-title" {
+            h2 #results-title { "Medians and ratios" }
             p {
-                "Ratio of each contender’s value to " strong { (report.method.baseline) } "’s, paired by round. "
+                "The median of each contender, and its ratio to that of " strong { (report.method.baseline) } ", paired by round. "
                 span.key.b2 { "▲ better" } " " span.key.w2 { "▼ worse" } " " span.key { "≈ no difference beyond the noise" }
             }
-            (scrolled("Ratios", &table))
+            (scrolled("Medians and ratios", &table))
         }
     }
 }
 
-fn ratio_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
+fn result_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
     let outcome = metric.outcome_of(name);
-    let Some(ratio) = outcome.and_then(|outcome| outcome.ratio) else {
+    let Some(median) = outcome.and_then(central) else {
         let reason = match outcome {
             Some(Outcome { skipped: Some(_), .. }) => "skipped",
             Some(outcome) if !outcome.failures.is_empty() => "failed",
@@ -108,8 +108,10 @@ fn ratio_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
         };
         return html! { td.none { (reason) } };
     };
+    let median = html! { strong { (format::number(median)) } };
+    let Some(ratio) = outcome.and_then(|outcome| outcome.ratio) else { return html! { td { (median) } } };
     if name == report.method.baseline {
-        return html! { td { "1" } };
+        return html! { td { (median) " " small { "1" } } };
     }
     let (sign, word) = match judge(&ratio, metric.better, margin(report.noise.verdict, report.noise.spread)) {
         Judgment::Better => ("▲", "better"),
@@ -127,10 +129,19 @@ fn ratio_cell(report: &Report, metric: &MetricResults, name: &str) -> Markup {
     };
     html! {
         td.(heat) {
-            span.sign aria-hidden="true" { (sign) } " " strong { (format::ratio(ratio.value)) } span.spoken { " times, " (word) }
-            " " small { (format::ratio_interval(&ratio)) }
+            (median) " "
+            small {
+                span.sign aria-hidden="true" { (sign) } " " (format::ratio(ratio.value)) span.spoken { " times, " (word) ", " }
+                " (" (format::ratio_interval(&ratio)) ")"
+            }
         }
     }
+}
+
+/// Returns the median, or the only sample.
+fn central(outcome: &Outcome) -> Option<f64> {
+    let median = outcome.summary.as_ref().map(|summary| summary.median.value);
+    median.or_else(|| outcome.samples.iter().flatten().next().copied())
 }
 
 /// Renders all results as numbers.
