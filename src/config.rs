@@ -1,6 +1,7 @@
 //! A machine's configuration: plain data from flags or a file, validated by [`MachineConfig::validate`].
 
 mod cmdline;
+mod memory;
 mod network;
 mod rate;
 
@@ -12,6 +13,7 @@ use crate::layout;
 use crate::sys::socket;
 
 pub use cmdline::{default_cmdline, hides_devices};
+pub use memory::{Backing, HugePages};
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
@@ -77,6 +79,12 @@ pub struct MachineConfig {
     /// Whether the guest may deflate the balloon when it runs out of memory, so that the target is not a hard limit.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub balloon_deflates_on_oom: bool,
+    /// The size of the host's pages that back guest memory.
+    #[serde(skip_serializing_if = "HugePages::is_default")]
+    pub huge_pages: HugePages,
+    /// Whether all guest memory is allocated before the guest starts.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub prefault: bool,
     /// Whether the guest may run nested virtual machines.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
@@ -106,6 +114,8 @@ impl Default for MachineConfig {
             memory_target_mib: None,
             balloon: true,
             balloon_deflates_on_oom: false,
+            huge_pages: HugePages::default(),
+            prefault: false,
             nested: false,
             disks: Vec::new(),
             vsock: None,
@@ -281,6 +291,11 @@ impl MachineConfig {
     /// Parses a configuration from JSON. Missing keys keep their defaults, unknown keys are rejected by name.
     pub fn from_json(text: &str) -> Result<MachineConfig, Invalid> {
         serde_json::from_str(text).map_err(|error| Invalid::File(error.to_string()))
+    }
+
+    /// How guest memory is backed.
+    pub fn memory_backing(&self) -> Backing {
+        Backing { huge_pages: self.huge_pages, prefault: self.prefault }
     }
 
     /// Validates everything that does not depend on the host, and stops at the first error.

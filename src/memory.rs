@@ -15,8 +15,9 @@ use vm_memory::{
 
 pub use buffers::GuestBuffers;
 
+use crate::config::{Backing, HugePages};
 use crate::layout;
-use crate::sys::mapping::Mapping;
+use crate::sys::mapping::{Mapping, Pages};
 
 /// All of a guest's memory. Clones share it.
 pub type GuestMemory = GuestRegionCollection<Region>;
@@ -31,14 +32,15 @@ pub struct Region {
 
 impl Region {
     #[allow(unsafe_code)]
-    fn new(base: u64, len_bytes: u64) -> Result<Region> {
-        let len_bytes = usize::try_from(len_bytes)?;
-        let mapping = Mapping::new(len_bytes)?;
+    fn new(base: u64, len_bytes: u64, pages: Pages) -> io::Result<Region> {
+        let len_bytes = usize::try_from(len_bytes).map_err(io::Error::other)?;
+        let mapping = Mapping::new(len_bytes, pages)?;
         let builder = MmapRegionBuilder::new(len_bytes).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         // SAFETY: the address is the start of a mapping of this length, which `Region` keeps as long as the view
         // exists.
-        let view = unsafe { builder.with_raw_mmap_pointer(mapping.start()) }.build()?;
-        let view = GuestRegionMmap::new(view, GuestAddress(base)).context("guest memory wraps")?;
+        let view = unsafe { builder.with_raw_mmap_pointer(mapping.start()) }.build();
+        let view = GuestRegionMmap::new(view.map_err(io::Error::other)?, GuestAddress(base));
+        let view = view.ok_or_else(|| io::Error::other("guest memory wraps"))?;
         Ok(Region { view, mapping })
     }
 }
@@ -73,18 +75,44 @@ impl GuestMemoryRegion for Region {
 
 impl GuestMemoryRegionBytes for Region {}
 
+/// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole, with the default backing.
+pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
+    create(memory_mib, Backing::default())
+}
+
 /// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole.
 ///
-/// No page is touched: the host allocates a page when the guest first uses it. Fails if the address space is
-/// unavailable.
-pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
+/// Unless `backing` says so, no page is touched: the host allocates a page when the guest first uses it. Fails if the
+/// address space is unavailable, or if the host has too few huge pages.
+pub fn create(memory_mib: u64, backing: Backing) -> Result<GuestMemory> {
     let memory_bytes = memory_mib.checked_mul(1 << 20).context("memory size overflows")?;
-    let regions = layout::memory_ranges(memory_bytes)
-        .into_iter()
-        .map(|(base, len)| Region::new(base, len))
-        .collect::<Result<Vec<_>>>()
-        .with_context(|| format!("reserve {memory_mib} MiB of guest memory"))?;
+    let pages = match (backing.huge_pages, backing.huge_pages.pool_page_bytes()) {
+        (_, Some(page_bytes)) => Pages::Pool(page_bytes),
+        (HugePages::Off, _) => Pages::Small,
+        _ => Pages::Transparent,
+    };
+    let ranges = layout::memory_ranges(memory_bytes);
+    let regions = ranges.iter().map(|(base, len)| Region::new(*base, *len, pages)).collect::<io::Result<Vec<_>>>();
+    let regions = regions.with_context(|| match pages {
+        Pages::Pool(page_bytes) => no_pool(memory_mib, page_bytes, ranges.iter().map(|(_, len)| *len)),
+        _ => format!("reserve {memory_mib} MiB of guest memory"),
+    })?;
+    if backing.prefault {
+        let populated = regions.iter().try_for_each(|region| region.mapping.populate());
+        populated.with_context(|| format!("allocate {memory_mib} MiB of guest memory (--prefault)"))?;
+    }
     Ok(GuestMemory::from_regions(regions)?)
+}
+
+/// Tells the user how to add huge pages.
+fn no_pool(memory_mib: u64, page_bytes: u64, regions: impl Iterator<Item = u64>) -> String {
+    let pages: u64 = regions.map(|len_bytes| len_bytes.div_ceil(page_bytes)).sum();
+    let file = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page_bytes >> 10);
+    format!(
+        "reserve {memory_mib} MiB of guest memory in {pages} huge pages of {} MiB: add them with \
+         `echo {pages} | sudo tee {file}`, or remove --hugepages",
+        page_bytes >> 20
+    )
 }
 
 /// Returns the whole pages within `len_bytes` of guest memory from `address` to the host; the guest reads zeroes
@@ -125,6 +153,47 @@ mod tests {
         memory.write_obj(7_u8, GuestAddress((33 << 20) - 1)).unwrap();
         assert_eq!(memory.read_obj::<u8>(GuestAddress((33 << 20) - 1)).unwrap(), 7);
         assert!(memory.read_obj::<u8>(GuestAddress(33 << 20)).is_err());
+    }
+
+    /// The sizes of the pages that back `memory` (proc_pid_smaps(5)): the value of `name` in bytes.
+    fn backing_bytes(memory: &GuestMemory, name: &str) -> u64 {
+        let region = memory.iter().next().unwrap();
+        let start = format!("{:x}-", region.get_host_address(MemoryRegionAddress(0)).unwrap() as u64);
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let value = lines.find_map(|line| line.strip_prefix(name)).unwrap();
+        value.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+    }
+
+    #[test]
+    fn prefaulted_memory_is_allocated_and_other_memory_is_not() {
+        for (prefault, expected) in [(false, 0), (true, 6 << 20)] {
+            let memory = create(6, Backing { huge_pages: HugePages::Off, prefault }).unwrap();
+            assert_eq!(backing_bytes(&memory, "Rss:"), expected);
+            assert_eq!(backing_bytes(&memory, "AnonHugePages:"), 0);
+        }
+    }
+
+    #[test]
+    fn transparent_huge_pages_back_memory_unless_the_host_has_none() {
+        let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+        if enabled.is_empty() || enabled.contains("[never]") {
+            eprintln!("SKIPPED: this host has no transparent huge pages");
+            return;
+        }
+        let memory = create(64, Backing { prefault: true, ..Backing::default() }).unwrap();
+        // The host may have few contiguous pages.
+        assert!(backing_bytes(&memory, "AnonHugePages:") > 0);
+    }
+
+    #[test]
+    fn a_pool_without_huge_pages_is_an_error_that_says_how_to_add_them() {
+        let backing = Backing { huge_pages: HugePages::Size2M, prefault: false };
+        // More than any host's pool has.
+        let error = format!("{:#}", create(64 << 20, backing).unwrap_err());
+        let expected = "reserve 67108864 MiB of guest memory in 33554432 huge pages of 2 MiB: add them with \
+             `echo 33554432 | sudo tee /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages`, or remove --hugepages: ";
+        assert!(error.starts_with(expected), "{error}");
     }
 
     /// Counts the host pages that back the first `pages` of guest memory.

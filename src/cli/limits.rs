@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::size;
-use crate::config::MachineConfig;
+use crate::config::{HugePages, MachineConfig};
 
 /// Limits in addition to `--cpus` and `--memory`.
 #[derive(Debug, Clone, Default, Args)]
@@ -23,6 +23,15 @@ pub struct LimitFlags {
     /// Disable the memory balloon, which returns unused guest memory to the host
     #[arg(long)]
     no_balloon: bool,
+
+    /// Back guest memory with transparent huge pages (thp, the default), with pages of 2M or 1G from the host's pool, which the balloon
+    /// cannot return, or with small pages only (off)
+    #[arg(long, value_name = "SIZE", value_parser = huge_pages)]
+    hugepages: Option<HugePages>,
+
+    /// Allocate all guest memory before the guest starts
+    #[arg(long)]
+    prefault: bool,
 
     /// Limit the host memory of the whole machine, including husk itself; auto is the amount it needs
     #[arg(long, value_name = "SIZE|auto", value_parser = host_memory, allow_negative_numbers = true)]
@@ -50,6 +59,8 @@ impl LimitFlags {
         }
         config.cpu_shares = self.cpu_shares.or(config.cpu_shares);
         config.balloon &= !self.no_balloon;
+        config.huge_pages = self.hugepages.unwrap_or(config.huge_pages);
+        config.prefault |= self.prefault;
         let target_mib = memory_mib.or(config.memory_target_mib);
         if let Some(max_mib) = self.memory_max {
             config.memory_target_mib = Some(target_mib.unwrap_or(config.memory_mib));
@@ -89,6 +100,16 @@ pub(super) fn cpuset(text: &str) -> Result<Cpuset, String> {
         cpus.dedup();
     }
     Ok(Cpuset(cpus))
+}
+
+fn huge_pages(text: &str) -> Result<HugePages, String> {
+    match text {
+        "thp" => Ok(HugePages::Transparent),
+        "2M" | "2m" => Ok(HugePages::Size2M),
+        "1G" | "1g" => Ok(HugePages::Size1G),
+        "off" => Ok(HugePages::Off),
+        _ => Err("use thp, 2M, 1G or off".to_owned()),
+    }
 }
 
 fn host_memory(text: &str) -> Result<HostMemory, String> {
@@ -163,6 +184,11 @@ mod tests {
         assert_eq!(kept, file);
         let changed = applied(&["--cpuset=0", "--cpu-shares=20"], None, file);
         assert_eq!((changed.cpuset, changed.cpu_shares, changed.balloon), (vec![0], Some(20), false));
+        let huge = applied(&["--hugepages=2M", "--prefault"], None, MachineConfig::default());
+        assert_eq!((huge.huge_pages, huge.prefault), (HugePages::Size2M, true));
+        let kept = applied(&[], None, huge);
+        assert_eq!((kept.huge_pages, kept.prefault), (HugePages::Size2M, true));
+        assert!(huge_pages("4K").is_err());
         assert!(!applied(&["--no-balloon"], None, MachineConfig::default()).balloon);
     }
 }

@@ -53,13 +53,16 @@ fn parse(smaps: impl BufRead, guest: &[Range<u64>]) -> io::Result<MemoryUse> {
         }
         let Some((name, value)) = line.split_once(':') else { continue };
         let part = if is_guest { &mut sum.guest } else { &mut sum.husk };
-        let bytes = match name {
-            "Rss" => &mut part.rss_bytes,
-            "Pss" => &mut part.pss_bytes,
+        let (rss, pss) = match name {
+            "Rss" => (1, 0),
+            "Pss" => (0, 1),
+            // Pages of the host's pool are in neither.
+            "Private_Hugetlb" => (1, 1),
             _ => continue,
         };
         let kib = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok());
-        *bytes += kib.ok_or_else(|| io::Error::other("/proc/self/smaps has sizes in an unknown format"))? << 10;
+        let bytes = kib.ok_or_else(|| io::Error::other("/proc/self/smaps has sizes in an unknown format"))? << 10;
+        (part.rss_bytes, part.pss_bytes) = (part.rss_bytes + rss * bytes, part.pss_bytes + pss * bytes);
     }
     Ok(sum)
 }
@@ -82,11 +85,12 @@ mod tests {
     fn mappings_are_distinguished_by_address() {
         let text = "55d0-55e0 r-xp 00000000 fe:00 123  /usr/bin/husk\n\
                     Size: 64 kB\nRss:                   8 kB\nPss:    4 kB\nPss_Dirty: 1000 kB\nVmFlags: rd ex\n\
-                    7f00-7f80 rw-p 00000000 00:00 0 \nRss: 100 kB\nPss: 100 kB\n\
+                    7f00-7f80 rw-p 00000000 00:00 0 \nRss: 100 kB\nPss: 100 kB\nPrivate_Hugetlb: 0 kB\n\
+                    7f80-7f90 rw-p 00000000 00:00 0 \nRss: 0 kB\nPss: 0 kB\nPrivate_Hugetlb: 8 kB\n\
                     7f90-7fa0 rw-p 00000000 00:00 0 [heap]\nRss: 2 kB\nPss: 1 kB\n";
-        let found = parse(text.as_bytes(), &[0x7f10..0x7f20, 0x9000..0x9001]).unwrap();
+        let found = parse(text.as_bytes(), &[0x7f10..0x7f90, 0x9000..0x9001]).unwrap();
         let resident = |rss: u64, pss: u64| Resident { rss_bytes: rss << 10, pss_bytes: pss << 10 };
-        assert_eq!(found, MemoryUse { guest: resident(100, 100), husk: resident(10, 5) });
+        assert_eq!(found, MemoryUse { guest: resident(108, 108), husk: resident(10, 5) });
         assert!(parse("1-2 rw-p\nRss: much\n".as_bytes(), &[]).is_err());
     }
 

@@ -7,11 +7,24 @@ use std::ptr::{self, NonNull};
 /// The size of a transparent huge page, which a page directory entry maps.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
+/// The pages of a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// Transparent huge pages where possible.
+    Transparent,
+    /// Small pages only.
+    Small,
+    /// Pages of this size from the host's pool (MAP_HUGETLB).
+    Pool(u64),
+}
+
 /// Zeroed private memory, aligned to 2 MiB. Unmapped when dropped.
 #[derive(Debug)]
 pub struct Mapping {
     start: NonNull<u8>,
     len_bytes: usize,
+    /// Whether pages can be returned to the host and allocated again at any time.
+    can_give_back: bool,
 }
 
 // SAFETY: it consists of an address and a length; accesses to the memory must be synchronized by its users on any
@@ -23,29 +36,66 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps `len_bytes`, which the host populates on first access (mmap(2)).
     ///
+    /// Pages of a pool are reserved, so that the first access cannot fail; the length is rounded up to whole ones. Fails if
+    /// the pool has too few.
+    pub fn new(len_bytes: usize, pages: Pages) -> io::Result<Mapping> {
+        match pages {
+            Pages::Pool(page_bytes) => Mapping::of_pool(len_bytes, page_bytes),
+            Pages::Transparent => Ok(Mapping::aligned(len_bytes)?.advise(libc::MADV_HUGEPAGE)),
+            Pages::Small => Ok(Mapping::aligned(len_bytes)?.advise(libc::MADV_NOHUGEPAGE)),
+        }
+    }
+
+    fn of_pool(len_bytes: usize, page_bytes: u64) -> io::Result<Mapping> {
+        let size = page_bytes.trailing_zeros().cast_signed() << libc::MAP_HUGE_SHIFT;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size;
+        let page_bytes = usize::try_from(page_bytes).map_err(io::Error::other)?;
+        let len_bytes = len_bytes.checked_next_multiple_of(page_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
+        let start = map(len_bytes, flags)?;
+        // A page that is returned to the pool may be taken by another process before it is accessed again.
+        Ok(Mapping {
+            start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
+            len_bytes,
+            can_give_back: false,
+        })
+    }
+
     /// Kernels before 6.7 choose addresses that need not be aligned to huge pages. Such a mapping could never be mapped
     /// for the guest with huge pages, so a larger range is mapped and the excess unmapped immediately.
-    pub fn new(len_bytes: usize) -> io::Result<Mapping> {
+    fn aligned(len_bytes: usize) -> io::Result<Mapping> {
         let all_bytes = len_bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
-        let (protection, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        // SAFETY: a new mapping at an address chosen by the kernel affects no existing one.
-        let all = unsafe { libc::mmap(ptr::null_mut(), all_bytes, protection, flags, -1, 0) };
-        if all == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+        let all = map(all_bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)?;
         let before = all.align_offset(HUGE_PAGE_BYTES);
         let start = all.wrapping_byte_add(before);
         unmap(all, before);
         unmap(start.wrapping_byte_add(len_bytes), HUGE_PAGE_BYTES - before);
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Mapping { start, len_bytes })
+        Ok(Mapping { start, len_bytes, can_give_back: true })
+    }
+
+    /// Advises the kernel about the pages. A kernel without transparent huge pages ignores it.
+    fn advise(self, advice: libc::c_int) -> Mapping {
+        // SAFETY: the advice affects the size of pages, not their content (madvise(2)).
+        unsafe { libc::madvise(self.start().cast(), self.len_bytes, advice) };
+        self
+    }
+
+    /// Allocates all pages (madvise(2), MADV_POPULATE_WRITE, since Linux 5.14).
+    pub fn populate(&self) -> io::Result<()> {
+        // SAFETY: it accesses the pages of this mapping without changing their content.
+        match unsafe { libc::madvise(self.start().cast(), self.len_bytes, libc::MADV_POPULATE_WRITE) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Returns the pages of `len_bytes` at `offset_bytes` to the host; they read as zeroes on the next access
     /// (madvise(2), MADV_DONTNEED). The start is rounded up and the end rounded down to whole host pages. Parts outside
-    /// of the mapping are ignored.
+    /// of the mapping are ignored, and pages of a pool are kept.
     pub fn give_back(&self, offset_bytes: usize, len_bytes: usize) -> io::Result<()> {
+        if !self.can_give_back {
+            return Ok(());
+        }
         let page_bytes = page_bytes();
         let end = offset_bytes.saturating_add(len_bytes).min(self.len_bytes) / page_bytes * page_bytes;
         let Some(start) = offset_bytes.checked_next_multiple_of(page_bytes).filter(|start| *start < end) else {
@@ -70,6 +120,14 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         unmap(self.start().cast(), self.len_bytes);
     }
+}
+
+/// Maps readable and writable memory.
+fn map(len_bytes: usize, flags: libc::c_int) -> io::Result<*mut libc::c_void> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address chosen by the kernel affects no existing one.
+    let start = unsafe { libc::mmap(ptr::null_mut(), len_bytes, protection, flags, -1, 0) };
+    if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(start) }
 }
 
 /// The host's page size.
