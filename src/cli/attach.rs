@@ -15,10 +15,9 @@ Examples:
 
 Earlier output is in `husk logs`. A machine keeps running even if nothing reads its output.";
 
-/// The flags of `husk attach`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Attach {
+pub(super) struct Attach {
     /// Name or ID of the machine
     #[arg(value_name = "MACHINE")]
     machine: String,

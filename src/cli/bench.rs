@@ -44,10 +44,9 @@ struct Pinned {
     cpus: Vec<u32>,
 }
 
-/// The flags of `husk bench`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, override_usage = "husk bench [OPTIONS] IMAGE [-- COMMAND [ARG]...]")]
-pub struct Bench {
+pub(super) struct Bench {
     /// The image that all contenders run; anything that `husk run` accepts except a disk image
     #[arg(value_name = "IMAGE", required_unless_present_any = ["from", "list", "schema"])]
     image: Option<String>,

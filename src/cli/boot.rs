@@ -42,10 +42,9 @@ Examples:
     husk boot --kernel vmlinux --disk root.img --print-config > machine.json
     husk boot --config machine.json --memory 4G";
 
-/// The flags of `husk boot`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
-pub struct Boot {
+pub(super) struct Boot {
     /// Guest kernel: an ELF vmlinux, a bzImage or a unified kernel image (UKI)
     ///
     /// A UKI provides the kernel, the initrd and the kernel command line; --initrd replaces its initrd, and --cmdline

@@ -12,10 +12,9 @@ Examples:
   husk completions zsh > ~/.zfunc/_husk
   husk completions fish > ~/.config/fish/completions/husk.fish";
 
-/// The flags of `husk completions`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Completions {
+pub(super) struct Completions {
     /// Shell to generate the script for
     shell: Shell,
 }

@@ -36,10 +36,9 @@ Exactly one of the two paths must be in a machine. In a directory, devices, pipe
 skipped with a warning. Files copied from a machine are named after the requested path, and modes and owners of existing
 directories are not changed.";
 
-/// The flags of `husk cp`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Cp {
+pub(super) struct Cp {
     /// Source path, or - to read a tar archive from standard input
     #[arg(value_name = "[MACHINE:]PATH")]
     from: String,

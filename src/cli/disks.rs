@@ -12,10 +12,9 @@ Examples:
   husk disks
   husk disks --remove build-cache";
 
-/// The flags of `husk disks`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Disks {
+pub(super) struct Disks {
     /// Format the output as JSON
     #[arg(long)]
     json: bool,

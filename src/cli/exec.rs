@@ -29,10 +29,9 @@ Exit codes:
   128+n  the command was terminated by signal n
   Any other code is the exit code of the command.";
 
-/// The flags of `husk exec`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, override_usage = "husk exec [OPTIONS] MACHINE COMMAND [ARG]...")]
-pub struct Exec {
+pub(super) struct Exec {
     /// Name or ID of the machine, followed by the command and its arguments
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["MACHINE", "COMMAND"])]
     words: Vec<OsString>,

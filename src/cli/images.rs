@@ -17,10 +17,9 @@ Examples:
   husk images --quiet | xargs husk rmi
   husk images --json | jq '.[].names'";
 
-/// The flags of `husk images`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Images {
+pub(super) struct Images {
     /// Format the output as JSON
     #[arg(long)]
     json: bool,

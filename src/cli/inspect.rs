@@ -14,10 +14,9 @@ Examples:
   husk inspect debian:12
   husk inspect debian:12 | jq -r '.[].process.env[]'";
 
-/// The flags of `husk inspect`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Inspect {
+pub(super) struct Inspect {
     /// Names or IDs of machines; names, IDs or source paths of images
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,

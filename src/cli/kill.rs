@@ -12,10 +12,9 @@ Examples:
   husk kill web                     (immediately, even if its guest hangs)
   husk kill -s HUP web";
 
-/// The flags of `husk kill`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Kill {
+pub(super) struct Kill {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,

@@ -29,9 +29,9 @@ const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// Hidden flag: the ID of the machine to start again.
 const AGAIN_FLAG: &str = "--again";
 
-/// The flags.
+// The flags.
 #[derive(Debug, Args)]
-pub struct LifecycleArgs {
+pub(super) struct LifecycleArgs {
     /// Run the machine in the background and print its ID
     #[arg(short, long)]
     detach: bool,

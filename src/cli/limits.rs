@@ -5,9 +5,9 @@ use clap::Args;
 use super::size;
 use crate::config::{HugePages, MachineConfig};
 
-/// Limits in addition to `--cpus` and `--memory`.
+// Limits in addition to `--cpus` and `--memory`.
 #[derive(Debug, Clone, Default, Args)]
-pub struct LimitFlags {
+pub(super) struct LimitFlags {
     /// Host CPUs in which to allow execution (0-2,4)
     #[arg(long, alias = "cpuset-cpus", value_name = "LIST", value_parser = cpuset)]
     cpuset: Option<Cpuset>,

@@ -23,10 +23,9 @@ Examples:
 `husk run` accepts any of these paths directly, without loading them first (./FILE for a file in the working directory). An
 archive or a directory without manifest.json or index.json is taken as a root filesystem, with a notice.";
 
-/// The flags of `husk load`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Load {
+pub(super) struct Load {
     /// Archive written by `docker save`, OCI layout, or root filesystem (a tar archive or a directory) [default: an archive
     /// from standard input]
     #[arg(value_name = "PATH", value_parser = path)]

@@ -26,10 +26,9 @@ The standard output and standard error of the machine are printed to standard ou
 /// The polling interval of `--follow`.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The flags of `husk logs`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Logs {
+pub(super) struct Logs {
     /// Name or ID of the machine
     #[arg(value_name = "MACHINE")]
     machine: String,

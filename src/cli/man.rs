@@ -13,10 +13,9 @@ Examples:
   husk man | man -l -
   sudo husk man /usr/local/share/man/man1";
 
-/// The flags of `husk man`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Man {
+pub(super) struct Man {
     /// Directory to write the pages of all commands to; without it, husk(1) is printed
     dir: Option<PathBuf>,
 }

@@ -79,7 +79,8 @@ pub struct Cli {
     verbose: u8,
 }
 
-// Building the options of all commands takes longer than parsing those of one.
+// Building the options of all commands takes longer than parsing those of one. Their structs have no doc comments, which
+// would replace the descriptions here.
 #[derive(Debug, Subcommand)]
 #[command(defer = true)]
 enum Command {
@@ -250,6 +251,22 @@ mod tests {
     #[test]
     fn the_command_definition_is_valid() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_has_one_description() {
+        let listed = Cli::command();
+        let mut built = listed.clone();
+        built.build();
+        for command in listed.get_subcommands() {
+            let name = command.get_name();
+            let description = |command: &clap::Command| {
+                let text = command.get_long_about().or(command.get_about());
+                text.map(ToString::to_string)
+            };
+            assert_eq!(description(command), description(built.find_subcommand(name).unwrap()), "{name}");
+            assert!(description(command).is_some(), "{name}");
+        }
     }
 
     #[test]

@@ -12,9 +12,9 @@ use crate::guest::network::{Address, InterfaceSetup, NetworkSetup};
 use crate::resources::bridge::{self, Lease};
 use crate::resources::{net, passt};
 
-/// `--network`, `-p` and `--dns`.
+// `--network`, `-p` and `--dns`.
 #[derive(Debug, Clone, Default, Args)]
-pub struct NetworkFlags {
+pub(super) struct NetworkFlags {
     /// Connect the machine to a network; repeat for more interfaces
     ///
     /// `user` is user-mode networking through passt, which needs no privileges; the guest gets its address from DHCP or from

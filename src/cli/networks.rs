@@ -15,10 +15,9 @@ Examples:
     sudo husk run --network web --name db ./database.tar
     sudo husk run --network web --name app ./app.tar curl http://db/";
 
-/// The words behind `husk network`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Networks {
+pub(super) struct Networks {
     #[command(subcommand)]
     command: Command,
 }

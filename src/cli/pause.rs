@@ -14,10 +14,9 @@ Examples:
 
 A paused machine uses no CPU time and keeps its memory.";
 
-/// The flags of `husk pause` and of `husk unpause`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Pause {
+pub(super) struct Pause {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,

@@ -11,9 +11,8 @@ use super::size;
 use crate::image::{Form, Progress, Source, Store};
 use crate::sys;
 
-/// The flags of `husk prepare`. No user types them.
 #[derive(Debug, Args)]
-pub struct Prepare {
+pub(super) struct Prepare {
     /// Source of the image
     #[arg(value_name = "IMAGE")]
     image: String,

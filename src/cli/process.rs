@@ -11,9 +11,9 @@ use super::argv;
 use crate::guest::process::{self, Overrides};
 use crate::resources::text;
 
-/// Streams, variables, place and user.
+// Streams, variables, place and user.
 #[derive(Debug, Args)]
-pub struct ProcessFlags {
+pub(super) struct ProcessFlags {
     /// Keep standard input open
     #[arg(short, long)]
     pub interactive: bool,

@@ -12,10 +12,9 @@ Examples:
   husk prune              (untagged images, and the leftovers of interrupted pulls)
   husk prune --layers     (layers too: images still run, but later versions are downloaded in full)";
 
-/// The flags of `husk prune`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Prune {
+pub(super) struct Prune {
     /// Also remove layers, which are only needed to pull newer versions of images
     #[arg(long)]
     layers: bool,

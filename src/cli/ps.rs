@@ -20,10 +20,9 @@ Examples:
 /// The maximum width of a command.
 const COMMAND_CHARS: usize = 30;
 
-/// The flags of `husk ps`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Ps {
+pub(super) struct Ps {
     /// Show all machines (default shows just running)
     #[arg(short, long)]
     all: bool,

@@ -20,10 +20,9 @@ by Docker and podman: certs.d/HOST[:PORT]/*.crt in /etc/docker or /etc/container
 
 An interrupted pull resumes where it stopped.";
 
-/// The flags of `husk pull`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Pull {
+pub(super) struct Pull {
     /// Name of the image; the default registry is docker.io, the default tag is latest
     #[arg(value_name = "[HOST[:PORT]/]NAME[:TAG][@DIGEST]", value_parser = reference)]
     name: Reference,

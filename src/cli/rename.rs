@@ -8,10 +8,9 @@ use super::machines;
 use crate::request::Request;
 use crate::state_dir::{StateDir, names};
 
-/// The flags of `husk rename`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  husk rename web old-web")]
-pub struct Rename {
+pub(super) struct Rename {
     /// Name or ID of the machine
     #[arg(value_name = "MACHINE")]
     machine: String,

@@ -14,10 +14,9 @@ Examples:
   husk rm --force web               (kills it first if it is running)
   husk rm $(husk ps -aq)";
 
-/// The flags of `husk rm`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Rm {
+pub(super) struct Rm {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,

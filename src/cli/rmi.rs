@@ -12,10 +12,9 @@ Examples:
   husk rmi 0123456789ab
   husk rmi ./rootfs.tar             (the image that was made from this file)";
 
-/// The flags of `husk rmi`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Rmi {
+pub(super) struct Rmi {
     /// Names, IDs or source paths of images; a name is untagged, and its image removed with its last name
     #[arg(value_name = "IMAGE", required = true, value_parser = super::load::source)]
     images: Vec<Source>,

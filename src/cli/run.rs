@@ -70,11 +70,10 @@ const TAIL_LINES: usize = 20;
 /// The default size of a persistent disk, which is sparse.
 const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 
-/// The flags of `husk run`.
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true, override_usage = "husk run [OPTIONS] IMAGE [COMMAND] [ARG]...")]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
-pub struct Run {
+pub(super) struct Run {
     /// Image to run, optionally followed by a command and its arguments
     ///
     /// IMAGE is an image name (pulled if it is not in local storage), an archive saved by docker, podman or skopeo, an

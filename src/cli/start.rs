@@ -23,19 +23,17 @@ Examples:
   husk restart web
   husk restart --time 60 db         (wait up to a minute before killing it)";
 
-/// The flags of `husk start`.
 #[derive(Debug, Args)]
 #[command(after_help = START_EXAMPLES)]
-pub struct Start {
+pub(super) struct Start {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 }
 
-/// The flags of `husk restart`.
 #[derive(Debug, Args)]
 #[command(after_help = RESTART_EXAMPLES)]
-pub struct Restart {
+pub(super) struct Restart {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,

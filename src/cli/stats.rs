@@ -31,10 +31,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Moves the cursor to the top and clears the screen.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
-/// The flags of `husk stats`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct StatsArgs {
+pub(super) struct StatsArgs {
     /// Names or IDs of machines [default: all running machines]
     #[arg(value_name = "MACHINE")]
     machines: Vec<String>,

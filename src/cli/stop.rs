@@ -18,10 +18,9 @@ Examples:
 The main process receives its stop signal (TERM, unless the image sets another one); if the machine runs its own init, its
 power button is pressed instead.";
 
-/// The flags of `husk stop`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Stop {
+pub(super) struct Stop {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,

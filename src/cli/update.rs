@@ -18,10 +18,9 @@ Examples:
 Memory can be lowered to what the guest needs, and raised to what the machine was started with (--memory-max). The guest
 releases and takes memory gradually: `husk stats` shows the current amount.";
 
-/// The flags of `husk update`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct UpdateArgs {
+pub(super) struct UpdateArgs {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,

@@ -12,10 +12,9 @@ Examples:
   code=$(husk wait job)
   husk wait a b c                   (prints three exit codes, in this order)";
 
-/// The flags of `husk wait`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Wait {
+pub(super) struct Wait {
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,

@@ -19,10 +19,9 @@ Examples:
 
 The exit code is 0 if a stock guest kernel can run on this host, and 1 if it cannot.";
 
-/// The flags of `husk doctor`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub struct Doctor {
+pub(super) struct Doctor {
     /// Format the output as JSON
     #[arg(long)]
     json: bool,
