@@ -13,7 +13,7 @@ use crate::layout;
 use crate::sys::socket;
 
 pub use cmdline::{default_cmdline, hides_devices};
-pub use memory::{Backing, HugePages};
+pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
@@ -291,11 +291,6 @@ impl MachineConfig {
     /// Parses a configuration from JSON. Missing keys keep their defaults, unknown keys are rejected by name.
     pub fn from_json(text: &str) -> Result<MachineConfig, Invalid> {
         serde_json::from_str(text).map_err(|error| Invalid::File(error.to_string()))
-    }
-
-    /// How guest memory is backed.
-    pub fn memory_backing(&self) -> Backing {
-        Backing { huge_pages: self.huge_pages, prefault: self.prefault }
     }
 
     /// Validates everything that does not depend on the host, and stops at the first error.

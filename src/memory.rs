@@ -15,7 +15,6 @@ use vm_memory::{
 
 pub use buffers::GuestBuffers;
 
-use crate::config::{Backing, HugePages};
 use crate::layout;
 use crate::sys::mapping::{Mapping, Pages};
 
@@ -75,29 +74,24 @@ impl GuestMemoryRegion for Region {
 
 impl GuestMemoryRegionBytes for Region {}
 
-/// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole, with the default backing.
+/// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole, in transparent huge pages.
 pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
-    create(memory_mib, Backing::default())
+    create(memory_mib, Pages::Transparent, false)
 }
 
 /// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole.
 ///
-/// Unless `backing` says so, no page is touched: the host allocates a page when the guest first uses it. Fails if the
-/// address space is unavailable, or if the host has too few huge pages.
-pub fn create(memory_mib: u64, backing: Backing) -> Result<GuestMemory> {
+/// Without `prefault` no page is touched: the host allocates a page when the guest first uses it. Fails if the address space
+/// is unavailable, or if the host has too few huge pages.
+pub fn create(memory_mib: u64, pages: Pages, prefault: bool) -> Result<GuestMemory> {
     let memory_bytes = memory_mib.checked_mul(1 << 20).context("memory size overflows")?;
-    let pages = match (backing.huge_pages, backing.huge_pages.pool_page_bytes()) {
-        (_, Some(page_bytes)) => Pages::Pool(page_bytes),
-        (HugePages::Off, _) => Pages::Small,
-        _ => Pages::Transparent,
-    };
     let ranges = layout::memory_ranges(memory_bytes);
     let regions = ranges.iter().map(|(base, len)| Region::new(*base, *len, pages)).collect::<io::Result<Vec<_>>>();
     let regions = regions.with_context(|| match pages {
         Pages::Pool(page_bytes) => no_pool(memory_mib, page_bytes, ranges.iter().map(|(_, len)| *len)),
         _ => format!("reserve {memory_mib} MiB of guest memory"),
     })?;
-    if backing.prefault {
+    if prefault {
         let populated = regions.iter().try_for_each(|region| region.mapping.populate());
         populated.with_context(|| format!("allocate {memory_mib} MiB of guest memory (--prefault)"))?;
     }
@@ -168,7 +162,7 @@ mod tests {
     #[test]
     fn prefaulted_memory_is_allocated_and_other_memory_is_not() {
         for (prefault, expected) in [(false, 0), (true, 6 << 20)] {
-            let memory = create(6, Backing { huge_pages: HugePages::Off, prefault }).unwrap();
+            let memory = create(6, Pages::Small, prefault).unwrap();
             assert_eq!(backing_bytes(&memory, "Rss:"), expected);
             assert_eq!(backing_bytes(&memory, "AnonHugePages:"), 0);
         }
@@ -181,16 +175,15 @@ mod tests {
             eprintln!("SKIPPED: this host has no transparent huge pages");
             return;
         }
-        let memory = create(64, Backing { prefault: true, ..Backing::default() }).unwrap();
+        let memory = create(64, Pages::Transparent, true).unwrap();
         // The host may have few contiguous pages.
         assert!(backing_bytes(&memory, "AnonHugePages:") > 0);
     }
 
     #[test]
     fn a_pool_without_huge_pages_is_an_error_that_says_how_to_add_them() {
-        let backing = Backing { huge_pages: HugePages::Size2M, prefault: false };
         // More than any host's pool has.
-        let error = format!("{:#}", create(64 << 20, backing).unwrap_err());
+        let error = format!("{:#}", create(64 << 20, Pages::Pool(2 << 20), false).unwrap_err());
         let expected = "reserve 67108864 MiB of guest memory in 33554432 huge pages of 2 MiB: add them with \
              `echo 33554432 | sudo tee /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages`, or remove --hugepages: ";
         assert!(error.starts_with(expected), "{error}");

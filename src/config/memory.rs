@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::sys::mapping::Pages;
+
 /// The size of the pages that back guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
@@ -25,21 +27,13 @@ impl HugePages {
         *self == HugePages::default()
     }
 
-    /// The size of a page from the host's pool in bytes, if guest memory consists of those.
-    pub fn pool_page_bytes(self) -> Option<u64> {
+    /// The pages to map.
+    pub fn pages(self) -> Pages {
         match self {
-            HugePages::Transparent | HugePages::Off => None,
-            HugePages::Size2M => Some(2 << 20),
-            HugePages::Size1G => Some(1 << 30),
+            HugePages::Transparent => Pages::Transparent,
+            HugePages::Size2M => Pages::Pool(2 << 20),
+            HugePages::Size1G => Pages::Pool(1 << 30),
+            HugePages::Off => Pages::Small,
         }
     }
-}
-
-/// How guest memory is backed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Backing {
-    /// The size of the pages.
-    pub huge_pages: HugePages,
-    /// Whether all memory is allocated before the guest starts.
-    pub prefault: bool,
 }

@@ -38,7 +38,7 @@ impl Machine {
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
         let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
-        let memory = memory::create(config.memory_mib, config.memory_backing())?;
+        let memory = memory::create(config.memory_mib, config.huge_pages.pages(), config.prefault)?;
         let (devices, controls) = create_devices(config, disks, vsock, networks)?;
         let contents = Contents {
             kernel,
