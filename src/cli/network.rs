@@ -17,13 +17,14 @@ use crate::resources::{net, passt};
 pub(super) struct NetworkFlags {
     /// Connect the machine to a network; repeat for more interfaces
     ///
-    /// `user` is user-mode networking through passt, which needs no privileges; the guest gets its address from DHCP or from
-    /// husk's init. `tap=NAME` is a tap device on the host; husk's init configures it in the guest with `ip=ADDRESS/PREFIX`
-    /// (can be repeated) and `gateway=ADDRESS`. Any other NAME is a network created with `husk network create`, on which
-    /// machines resolve each other by name and get their addresses from DHCP. Tap devices and networks use vhost-net if
-    /// /dev/vhost-net exists and no rate limit is set; `vhost=off` disables it, and `vhost=on` requires it. `mac=ADDRESS`
-    /// sets the MAC address; `bps=10M` and `pps=1000` limit the bytes and packets per second in each direction. `none`
-    /// disables networking. The default is `none` for `husk boot` and `user` for `husk run`.
+    /// `user` is user-mode networking through passt, which needs no privileges and is started when the guest first uses
+    /// the network; the guest gets its address from DHCP or from husk's init. `tap=NAME` is a tap device on the host;
+    /// husk's init configures it in the guest with `ip=ADDRESS/PREFIX` (can be repeated) and `gateway=ADDRESS`. Any
+    /// other NAME is a network created with `husk network create`, on which machines resolve each other by name and get
+    /// their addresses from DHCP. Tap devices and networks use vhost-net if /dev/vhost-net exists and no rate limit is
+    /// set; `vhost=off` disables it, and `vhost=on` requires it. `mac=ADDRESS` sets the MAC address; `bps=10M` and
+    /// `pps=1000` limit the bytes and packets per second in each direction. `none` disables networking. The default is
+    /// `none` for `husk boot` and `user` for `husk run`.
     #[arg(long = "network", alias = "net", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = network_arg)]
     networks: Vec<NetworkArg>,
 

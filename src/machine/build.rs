@@ -19,6 +19,7 @@ use crate::memory::{self, GuestMemory};
 use crate::resources::Resources;
 use crate::resources::disk::DiskFile;
 use crate::resources::net::Network;
+use crate::resources::passt::Starter;
 use crate::resources::vsock::VsockSocket;
 use crate::sandbox;
 use crate::timings::{Step, Timings};
@@ -39,7 +40,7 @@ impl Machine {
         let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
         let memory = memory::create(config.memory_mib, config.huge_pages.pages(), config.prefault)?;
-        let (devices, controls) = create_devices(config, disks, vsock, networks)?;
+        let (devices, controls, starters) = create_devices(config, disks, vsock, networks)?;
         let contents = Contents {
             kernel,
             cmdline: cmdline(config, &kernel_words, initrd.is_some()),
@@ -72,6 +73,7 @@ impl Machine {
             vcpus,
             transports,
             controls,
+            starters,
             console,
             power_button,
             exit_latch,
@@ -88,8 +90,8 @@ fn create_devices(
     disks: Vec<DiskFile>,
     vsock: Option<VsockSocket>,
     networks: Vec<Network>,
-) -> Result<(Vec<VirtioDevice>, Controls)> {
-    let (mut devices, mut controls) = (Vec::new(), Controls::default());
+) -> Result<(Vec<VirtioDevice>, Controls, Vec<Starter>)> {
+    let (mut devices, mut controls, mut starters) = (Vec::new(), Controls::default(), Vec::new());
     for disk in disks {
         let (device, control) = block::device(disk).context("create a disk device")?;
         devices.push(device);
@@ -100,7 +102,8 @@ fn create_devices(
     if let Some(vsock) = vsock {
         devices.push(vsock::device(vsock).context("create the vsock device")?);
     }
-    for network in networks {
+    for mut network in networks {
+        starters.extend(network.starter.take());
         let (device, link) = net::device(network).context("create a network device")?;
         devices.push(device);
         controls.links.push(link);
@@ -112,7 +115,7 @@ fn create_devices(
         devices.push(device);
         controls.balloon = Some(control);
     }
-    Ok((devices, controls))
+    Ok((devices, controls, starters))
 }
 
 fn cmdline(config: &MachineConfig, kernel_words: &str, has_initrd: bool) -> String {

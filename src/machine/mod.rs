@@ -16,6 +16,7 @@ use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
 use crate::resources::memory_use::MemoryUse;
+use crate::resources::passt::Starter;
 use crate::sandbox::cgroup::CgroupLimits;
 use crate::timings::{Step, Timings};
 use crate::vcpu::VcpuThread;
@@ -27,6 +28,7 @@ pub struct Machine {
     vcpus: Vec<VcpuThread>,
     transports: Vec<Arc<MmioTransport>>,
     controls: Controls,
+    starters: Vec<Starter>,
     console: Console,
     power_button: IrqLine,
     exit_latch: Arc<ExitLatch>,
@@ -91,6 +93,11 @@ impl Machine {
     /// Handles to the machine's devices.
     pub fn controls(&self) -> &Controls {
         &self.controls
+    }
+
+    /// Those that start the helper processes that the guest does not need yet. Whoever runs the machine waits for them.
+    pub fn starters(&self) -> &[Starter] {
+        &self.starters
     }
 
     /// The machine's current use of host memory.

@@ -86,6 +86,15 @@ impl GuestBuffers {
         front
     }
 
+    /// Copies the first bytes to `bytes` without consuming them, and returns their number.
+    pub fn peek(&self, bytes: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in self.slices() {
+            done += slice.copy_to(&mut bytes[done..]);
+        }
+        done
+    }
+
     /// Writes `bytes` to the front of the buffers and consumes what was written.
     pub fn fill(&mut self, bytes: &[u8]) {
         let mut done = 0;
@@ -161,6 +170,9 @@ mod tests {
         let mut bytes = [0; 4];
         buffers.memory().read_slice(&mut bytes, GuestAddress(0x3000)).unwrap();
         assert_eq!((bytes, front.len_bytes()), ([11, 12, 13, 14], 0));
+        let mut peeked = [0xff; 20];
+        assert_eq!((buffers.peek(&mut peeked[..2]), buffers.peek(&mut peeked), buffers.len_bytes()), (2, 16, 16));
+        assert_eq!((peeked[0], peeked[15], peeked[16]), (0, 0, 0xff));
         assert_eq!(buffers.split_front(100).len_bytes(), 16);
         assert_eq!(buffers.len_bytes(), 0);
     }

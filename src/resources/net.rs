@@ -46,6 +46,8 @@ pub struct Network {
     pub rate: Rate,
     /// Counters of frames that are not handled in this process.
     pub counts: Option<TapCounts>,
+    /// Starts passt when the guest needs it, if that was not done yet.
+    pub starter: Option<passt::Starter>,
 }
 
 /// The number of queue pairs of a tap device in a machine with this many vCPUs.
@@ -53,7 +55,7 @@ pub fn pairs(cpus: u32) -> u32 {
     cpus.min(PAIRS_MAX)
 }
 
-/// Opens the interface `network` of `machine`. For user-mode networking this starts passt without waiting for it.
+/// Opens the interface `network` of `machine`. For user-mode networking this starts passt if ports are published.
 pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<Network> {
     let pairs = pairs(machine.cpus) as usize;
     let vhost = Vhost { wish: network.vhost, keeps_to_cpus: !machine.cpuset.is_empty() };
@@ -75,15 +77,16 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<Networ
     };
     match &config.to {
         Attachment::User(user) => {
-            let backends: Vec<Box<dyn NetBackend>> = vec![Box::new(passt::start(user, mac)?)];
+            let (backend, starter) = passt::open(user, mac)?;
             let rate = Rate::default();
             Ok(Network {
-                backends,
+                backends: vec![Box::new(backend)],
                 name: "passt".into(),
                 mac: mac.0,
                 mtu_bytes: Some(passt::MTU_BYTES),
                 rate,
                 counts: None,
+                starter,
             })
         }
         Attachment::Tap { name } => {
@@ -109,7 +112,7 @@ fn on_tap(taps: Vec<File>, name: &str, mac: MacAddress, vhost: Vhost) -> Result<
     };
     let backend = |tap| -> Box<dyn NetBackend> { Box::new(TapNet::new(tap, vhosts.next())) };
     let backends = taps.into_iter().map(backend).collect();
-    Ok(Network { backends, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default(), counts })
+    Ok(Network { backends, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default(), counts, starter: None })
 }
 
 impl Vhost {

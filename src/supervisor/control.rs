@@ -19,6 +19,7 @@ use crate::exit_latch::ExitReason;
 use crate::guest::session::Session;
 use crate::guest::signal;
 use crate::machine::Machine;
+use crate::resources::passt::Starter;
 use crate::sys::SignalFd;
 use crate::sys::resident;
 use crate::sys::timer::ClockJumps;
@@ -39,16 +40,18 @@ pub(super) enum Token {
     InputWanted,
     Session,
     ControlEndpoint,
+    Passt,
     ClockJump,
 }
 
-const TOKENS: [Token; 7] = [
+const TOKENS: [Token; 8] = [
     Token::Exit,
     Token::Signal,
     Token::Keys,
     Token::InputWanted,
     Token::Session,
     Token::ControlEndpoint,
+    Token::Passt,
     Token::ClockJump,
 ];
 
@@ -128,6 +131,7 @@ impl<'a> Supervisor<'a> {
         watch(&epoll, machine.exit_latch().event().as_raw_fd(), Token::Exit)?;
         watch(&epoll, signals.as_raw_fd(), Token::Signal)?;
         watch(&epoll, machine.input_wanted().as_raw_fd(), Token::InputWanted)?;
+        machine.starters().iter().try_for_each(|starter| watch(&epoll, starter.as_raw_fd(), Token::Passt))?;
         let input = match &session {
             Some(session) => {
                 watch(&epoll, session.as_raw_fd(), Token::Session)?;
@@ -189,6 +193,8 @@ impl<'a> Supervisor<'a> {
                         }
                     }
                     Some(Token::ControlEndpoint) => requests::answer(&mut self),
+                    // Not on the device's thread, so that only this one starts processes.
+                    Some(Token::Passt) => self.machine.starters().iter().for_each(Starter::start_if_needed),
                     Some(Token::ClockJump) if self.clock_jumps.take() => self.check_guest_clock(),
                     Some(Token::ClockJump) | None => {}
                 }

@@ -2,6 +2,7 @@
 //!
 //! The peers are curl, iperf3, and small servers here.
 
+mod passt;
 mod tap;
 
 use std::fs;

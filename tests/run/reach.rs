@@ -20,7 +20,7 @@ const NOBODY: u32 = 65534;
 
 /// This machine's own IPv6 address, reachable from a guest; `None` with a visible message if there is none and none can
 /// be created.
-fn host_v6() -> Option<IpAddr> {
+pub(crate) fn host_v6() -> Option<IpAddr> {
     // Nothing is sent.
     let own = || {
         let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).ok()?;
@@ -59,7 +59,7 @@ fn free_ports() -> u16 {
 }
 
 /// The passt process of the machine run by `husk`.
-fn passt_of(husk: u32) -> Option<u32> {
+pub(crate) fn passt_of(husk: u32) -> Option<u32> {
     fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
         let (front, back) = stat.rsplit_once(") ")?;
@@ -69,7 +69,7 @@ fn passt_of(husk: u32) -> Option<u32> {
     })
 }
 
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !is_so() {
         assert!(Instant::now() < deadline, "not yet: {what}");

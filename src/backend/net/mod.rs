@@ -3,6 +3,7 @@
 mod header;
 mod stream;
 mod tap;
+mod unsolicited;
 
 use std::fs::File;
 use std::io;
@@ -13,6 +14,7 @@ use crate::memory::GuestBuffers;
 pub use header::{FLAG_DATA_VALID, HEADER_BYTES, Header};
 pub use stream::StreamNet;
 pub use tap::{Passed, TapCounts, TapNet};
+pub use unsolicited::{FRONT_BYTES, expects_response};
 
 /// The minimum frame length: an Ethernet header.
 pub const FRAME_BYTES_MIN: usize = 14;

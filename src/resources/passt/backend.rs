@@ -1,0 +1,229 @@
+//! The network back end on passt, and the ways to start passt: before the machine, or when its guest needs the network.
+
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::process::Process;
+use super::{GATEWAY, GUEST, Missing, PROGRAM, SOCKET_BUFFER_BYTES, arguments, check, has_ipv6, is_installed};
+use crate::backend::net::{FRONT_BYTES, Header, NetBackend, StreamNet, expects_response, is_end};
+use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
+use crate::memory::GuestBuffers;
+use crate::resources::ports::{self, Turn};
+use crate::resources::resolver;
+use crate::sys;
+
+/// How long passt may take to open its ports, on a busy host.
+const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The EtherType of ARP frames.
+const ETHERTYPE_ARP: [u8; 2] = [8, 6];
+/// How long to wait for the error of a passt process that is likely to fail.
+const STARTUP_ERROR_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The machine's end of passt's socket. Dropping it terminates passt.
+pub struct Passt {
+    net: StreamNet,
+    shared: Arc<Shared>,
+    /// Whether passt has not been needed yet. Until then, frames that expect no response are dropped.
+    is_idle: bool,
+    /// Whether passt will know IPv6.
+    has_ipv6: bool,
+}
+
+/// Starts passt on behalf of a [`Passt`], on a thread that may start processes.
+pub struct Starter(Arc<Shared>);
+
+struct Shared {
+    process: Mutex<Process>,
+    /// Signaled when passt is needed.
+    needed: EventFd,
+}
+
+impl Shared {
+    /// The process. It is locked only while it is being started and after it has ended.
+    fn process(&self) -> MutexGuard<'_, Process> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Starter {
+    /// Starts passt if the guest needs it by now. It takes a few milliseconds to initialize, during which frames wait in
+    /// the socket. A failure is reported by the [`Passt`] like a later exit.
+    pub fn start_if_needed(&self) {
+        if self.0.needed.read().is_ok() {
+            let _ = self.0.process().start();
+        }
+    }
+}
+
+/// Readable when the guest needs passt.
+impl AsRawFd for Starter {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.needed.as_raw_fd()
+    }
+}
+
+/// Prepares passt for one machine with the address `mac`. If ports are published, passt is started, and this waits until
+/// they are open. Otherwise the returned [`Starter`] starts it when the guest sends its first frame that may expect a
+/// response.
+pub fn open(network: &UserNetwork, mac: MacAddress) -> Result<(Passt, Option<Starter>)> {
+    ensure!(is_installed(), Missing::Passt);
+    let _turn = Turn::take(&network.ports);
+    network.ports.iter().try_for_each(ports::check_free)?;
+    warn_of_loopback(&network.ports);
+    let mut passt = Passt::new(network, mac)?;
+    if !network.ports.is_empty() {
+        passt.start()?;
+        passt.await_service(&network.ports)?;
+        Ok((passt, None))
+    } else if check().is_err() {
+        passt.start()?;
+        passt.shared.process().await_failure(STARTUP_ERROR_TIMEOUT)?;
+        Ok((passt, None))
+    } else {
+        let starter = Starter(passt.shared.clone());
+        Ok((passt, Some(starter)))
+    }
+}
+
+fn warn_of_loopback(published: &[PortForward]) {
+    let is_local =
+        |port: &&PortForward| port.protocol == Protocol::Udp && port.host_ip.is_some_and(|ip| ip.is_loopback());
+    if let Some(port) = published.iter().find(is_local) {
+        // passt maps the source address to the gateway, which is not mapped back because that would expose all of the
+        // host's local services.
+        log::warn!("replies from UDP port {} may not arrive: passt loses those to loopback addresses", port.host_port);
+    }
+}
+
+/// An ARP request for the gateway's address (RFC 826), in the socket's framing. passt replies after it has opened all
+/// ports that it can.
+fn question(mac: MacAddress) -> Vec<u8> {
+    const BROADCAST: [u8; 6] = [0xff; 6];
+    // Ethernet and IPv4, with addresses of 6 and 4 bytes; a request.
+    const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
+    let frame = [&BROADCAST[..], &mac.0, &ETHERTYPE_ARP, &REQUEST, &mac.0, &GUEST.octets(), &[0; 6], &GATEWAY.octets()];
+    let frame = frame.concat();
+    [&(frame.len() as u32).to_be_bytes()[..], &frame].concat()
+}
+
+impl Passt {
+    /// The back end of a passt process that has not been started.
+    fn new(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
+        let (mut ours, theirs) = UnixStream::pair().context("create a socket for passt")?;
+        for end in [&ours, &theirs] {
+            // If the host's limit is lower, that is sufficient.
+            let _ = sys::net::set_send_buffer(end, SOCKET_BUFFER_BYTES);
+        }
+        if !network.ports.is_empty() {
+            ours.write_all(&question(mac)).context("write to passt's socket")?;
+        }
+        let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs);
+        let needed = EventFd::new(EFD_NONBLOCK).context("create an event for passt")?;
+        Ok(Passt {
+            net: StreamNet::new(ours).context("set up passt's socket")?,
+            shared: Arc::new(Shared { process: Mutex::new(process), needed }),
+            is_idle: true,
+            has_ipv6: has_ipv6(),
+        })
+    }
+
+    /// Starts the process now.
+    fn start(&mut self) -> Result<()> {
+        self.is_idle = false;
+        self.shared.process().start()
+    }
+
+    /// Waits until passt has opened `ports`. Fails if it exits first or cannot open one of them.
+    fn await_service(&mut self, ports: &[PortForward]) -> Result<()> {
+        let started = Instant::now();
+        let is_served = loop {
+            match self.net.receive() {
+                Err(_) => bail!("passt did not start: {}", self.shared.process().end()),
+                Ok(true) => break true,
+                Ok(false) if started.elapsed() > SERVICE_TIMEOUT => break false,
+                Ok(false) => thread::sleep(Duration::from_millis(1)),
+            }
+            // Without IPv4 on the host it does not reply.
+            if started.elapsed() > STARTUP_ERROR_TIMEOUT && ports.iter().all(|port| ports::unopened(port).is_none()) {
+                break true;
+            }
+        };
+        if self.net.frame().is_some_and(|(_, frame)| frame.get(12..14) == Some(&ETHERTYPE_ARP)) {
+            // The guest did not send this request.
+            self.net.consume();
+        }
+        let unopened = ports.iter().find_map(ports::unopened);
+        match unopened {
+            None if is_served => Ok(()),
+            None => bail!("passt does not respond"),
+            Some(number) => bail!("passt cannot publish port {number}: use -p with another port"),
+        }
+    }
+
+    /// Lets a frame pass if passt is needed or becomes needed by it.
+    fn admits(&mut self, frame: &GuestBuffers) -> bool {
+        if self.is_idle {
+            let mut front = [0; FRONT_BYTES];
+            let len = frame.peek(&mut front);
+            if !expects_response(front.get(..len).unwrap_or_default(), self.has_ipv6) {
+                return false;
+            }
+            self.is_idle = false;
+            // The counter is far below its maximum, so this neither blocks nor fails.
+            let _ = self.shared.needed.write(1);
+        }
+        true
+    }
+
+    /// Adds the reason if the error means that passt has exited.
+    fn explain(&self, error: io::Error) -> io::Error {
+        if is_end(&error) { io::Error::new(error.kind(), self.shared.process().reason_of_end()) } else { error }
+    }
+}
+
+impl NetBackend for Passt {
+    fn features(&self) -> u64 {
+        self.net.features()
+    }
+
+    fn accept(&mut self, features: u64) -> io::Result<()> {
+        self.net.accept(features)
+    }
+
+    fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
+        if !self.admits(frame) {
+            return Ok(());
+        }
+        self.net.send(header, frame).map_err(|error| self.explain(error))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.net.flush().map_err(|error| self.explain(error))
+    }
+
+    fn receive(&mut self) -> io::Result<bool> {
+        self.net.receive().map_err(|error| self.explain(error))
+    }
+
+    fn frame(&self) -> Option<(Header, &[u8])> {
+        self.net.frame()
+    }
+
+    fn consume(&mut self) {
+        self.net.consume();
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.net.fd()
+    }
+}
+
+#[cfg(test)]
+mod tests;

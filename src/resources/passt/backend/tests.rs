@@ -1,0 +1,224 @@
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::Barrier;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::memory;
+
+const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 2]);
+
+/// Whether passt can be started; prints a visible message if not.
+fn has_passt() -> bool {
+    check().inspect_err(|error| eprintln!("SKIPPED: {error:#}")).is_ok()
+}
+
+/// A passt that waits to be needed, without published ports.
+fn idle() -> (Passt, Starter) {
+    let (passt, starter) = open(&UserNetwork::default(), MAC).unwrap();
+    (passt, starter.expect("it is started when it is needed"))
+}
+
+/// A started passt without published ports.
+fn started() -> Passt {
+    let mut passt = Passt::new(&UserNetwork::default(), MAC).unwrap();
+    passt.start().unwrap();
+    passt
+}
+
+fn published(port: &str) -> Result<Passt> {
+    let network = UserNetwork { ports: vec![port.parse().unwrap()], ..Default::default() };
+    open(&network, MAC).map(|(passt, starter)| {
+        assert!(starter.is_none(), "it is started already");
+        passt
+    })
+}
+
+/// The directory of the process in /proc.
+fn process(passt: &Passt) -> Option<PathBuf> {
+    passt.shared.process().id().map(|id| format!("/proc/{id}").into())
+}
+
+/// An ARP request for the gateway (RFC 826).
+fn arp_request() -> Vec<u8> {
+    let mut request = [&[0xff; 6][..], &MAC.0, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &MAC.0].concat();
+    request.extend([&GUEST.octets()[..], &[0; 6], &GATEWAY.octets()].concat());
+    request
+}
+
+/// Waits for the gateway's answer to [`arp_request`].
+fn await_answer(passt: &mut Passt) {
+    wait_for("an answer", || {
+        let answered = passt.receive().unwrap() && passt.frame().unwrap().1[12..14] == [8, 6];
+        let answer = passt.frame().map(|(_, frame)| frame.to_vec());
+        passt.consume();
+        let answer = answer.filter(|_| answered)?;
+        assert_eq!((&answer[28..32], &answer[6..12]), (&GATEWAY.octets()[..], &[2, 0x68, 0x75, 0x73, 0x6b, 1][..]));
+        Some(())
+    });
+}
+
+/// A frame in guest memory.
+fn guest_frame(frame: &[u8]) -> GuestBuffers {
+    let memory = Arc::new(memory::reserve(1).unwrap());
+    memory.write_slice(frame, GuestAddress(0)).unwrap();
+    let mut buffers = GuestBuffers::new(memory);
+    buffers.push(GuestAddress(0), frame.len() as u32).unwrap();
+    buffers
+}
+
+/// Sends a frame as the guest; the socket accepts it as a whole.
+fn send(passt: &mut Passt, frame: &[u8]) {
+    passt.send(&Header::default(), &mut guest_frame(frame)).unwrap();
+}
+
+fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        assert!(started.elapsed() < Duration::from_secs(20), "{what} did not come");
+        match found() {
+            Some(found) => return found,
+            None => thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
+
+#[test]
+fn passt_forwards_a_port_and_exits_with_its_machine() {
+    if !has_passt() {
+        return;
+    }
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut passt = published(&format!("127.0.0.1:{port}:80")).unwrap();
+    send(&mut passt, &arp_request());
+    await_answer(&mut passt);
+    // A local connection is forwarded to the guest, whose first packet arrives now.
+    let _stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    wait_for("a connection", || {
+        let found = passt.receive().unwrap();
+        let frame = passt.frame().map(|(_, frame)| frame.to_vec());
+        passt.consume();
+        let frame = frame.filter(|_| found)?;
+        (frame[12..14] == [8, 0] && frame[23] == 6 && frame[36..38] == [0, 80]).then_some(())
+    });
+    let process = process(&passt).unwrap();
+    let stat = std::fs::read_to_string(process.join("stat")).unwrap();
+    let group = stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap().to_owned();
+    assert!(process.ends_with(group), "Ctrl-C is not for it");
+    drop(passt);
+    assert!(!process.exists());
+    TcpListener::bind(("127.0.0.1", port)).unwrap();
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn concurrent_starts_for_a_port_have_one_winner() {
+    if !has_passt() {
+        return;
+    }
+    for kind in ["", "/udp"] {
+        let port = free_port();
+        let barrier = Barrier::new(4);
+        let started: Vec<Result<Passt>> = thread::scope(|scope| {
+            let one = || {
+                barrier.wait();
+                published(&format!("{port}:80{kind}"))
+            };
+            let all: Vec<_> = (0..4).map(|_| scope.spawn(one)).collect();
+            all.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let refused: Vec<String> =
+            started.iter().filter_map(|one| one.as_ref().err()).map(ToString::to_string).collect();
+        assert_eq!(refused.len(), 3, "{refused:?}");
+        assert!(refused.iter().all(|error| error.contains("already in use")), "{refused:?}");
+        if kind.is_empty() {
+            TcpStream::connect_timeout(&SocketAddr::from(([127, 0, 0, 1], port)), Duration::from_secs(5)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_passt_that_exits_or_cannot_open_a_port_is_an_error() {
+    if !has_passt() {
+        return;
+    }
+    let first = free_port();
+    let asked: PortForward = format!("127.0.0.1:{first}:80").parse().unwrap();
+    // It has no ports to open.
+    let mut passt = started();
+    passt.net = {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        // Simulates a reply.
+        theirs.write_all(&question(MAC)).unwrap();
+        StreamNet::new(ours).unwrap()
+    };
+    let error = passt.await_service(std::slice::from_ref(&asked)).unwrap_err().to_string();
+    assert!(error.contains(&format!("cannot publish port {first}")), "{error}");
+    let mut passt = started();
+    passt.shared.process().end();
+    let error = passt.await_service(&[asked]).unwrap_err().to_string();
+    assert!(error.starts_with("passt did not start"), "{error}");
+}
+
+#[test]
+fn a_killed_passt_ends_the_network() {
+    if !has_passt() {
+        return;
+    }
+    let mut passt = started();
+    let process = process(&passt).unwrap();
+    passt.shared.process().end();
+    let error = wait_for("an end", || passt.receive().err());
+    assert!(is_end(&error) && error.to_string() == "passt was terminated by signal 9", "{error}");
+    // It is not even left as a zombie, although its machine is still running.
+    assert!(!process.exists());
+}
+
+#[test]
+fn the_first_request_starts_passt_and_is_answered() {
+    if !has_passt() {
+        return;
+    }
+    let (mut passt, starter) = idle();
+    // A gratuitous ARP request: the sender looks for itself.
+    let mut announcement = arp_request();
+    announcement[38..42].copy_from_slice(&GUEST.octets());
+    let mut dropped = guest_frame(&announcement);
+    for _ in 0..100_000 {
+        // More than fit the socket.
+        passt.send(&Header::default(), &mut dropped).unwrap();
+    }
+    starter.start_if_needed();
+    assert_eq!(process(&passt), None, "nobody needs it");
+    send(&mut passt, &arp_request());
+    send(&mut passt, &announcement);
+    starter.start_if_needed();
+    let running = process(&passt).expect("it was started");
+    starter.start_if_needed();
+    await_answer(&mut passt);
+    assert!(running.exists() && process(&passt).as_ref() == Some(&running), "it is started once");
+    drop((passt, starter));
+    assert!(!running.exists());
+}
+
+#[test]
+fn a_passt_that_is_needed_but_cannot_be_started_ends_the_network_with_a_reason() {
+    for (program, reason) in [
+        ("/dev/null/passt", "passt did not start: Not a directory (os error 20)"),
+        ("false", "passt exited: it printed no error"),
+    ] {
+        let mut passt = Passt::new(&UserNetwork::default(), MAC).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        passt.net = StreamNet::new(ours).unwrap();
+        *passt.shared.process() = Process::new(program, Vec::new(), theirs);
+        let starter = Starter(passt.shared.clone());
+        send(&mut passt, &arp_request());
+        starter.start_if_needed();
+        let error = wait_for("an end", || passt.receive().err());
+        assert!(is_end(&error) && error.to_string() == reason, "{error}");
+    }
+}
