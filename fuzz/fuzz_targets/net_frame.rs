@@ -11,7 +11,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use husk::backend::net::{FRONT_BYTES, HEADER_BYTES, NetBackend, StreamNet, expects_response};
+use husk::backend::net::{Attempt, FRONT_BYTES, HEADER_BYTES, NetBackend, StreamNet, expects_response};
 use husk::memory::{self, GuestMemory};
 use husk::virtio::net;
 use libfuzzer_sys::fuzz_target;
@@ -134,12 +134,14 @@ fn drain(peer: &mut UnixStream, received: &mut Vec<u8>) {
     }
 }
 
-/// Only the front of a frame decides whether it starts passt, and one without IPv6 starts it no more often.
+/// Only the front of a frame decides whether it needs a response and opens a connection; and if it needs a response
+/// without IPv6, it does with it.
 fn check_front(frame: &[u8]) {
     let front = frame.get(..FRONT_BYTES).unwrap_or(frame);
     for has_ipv6 in [false, true] {
         assert_eq!(expects_response(frame, has_ipv6), expects_response(front, has_ipv6));
     }
+    assert_eq!(Attempt::of(frame), Attempt::of(front));
     assert!(expects_response(frame, true) || !expects_response(frame, false));
 }
 

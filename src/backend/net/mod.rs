@@ -1,5 +1,6 @@
 //! The host side of a network device: transmits the guest's frames, and receives frames for it.
 
+mod attempts;
 mod header;
 mod stream;
 mod tap;
@@ -11,6 +12,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::memory::GuestBuffers;
 
+pub use attempts::{ATTEMPT_BYTES_MAX, Attempt, Attempts};
 pub use header::{FLAG_DATA_VALID, HEADER_BYTES, Header};
 pub use stream::StreamNet;
 pub use tap::{Passed, TapCounts, TapNet};

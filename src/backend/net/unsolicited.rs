@@ -1,18 +1,18 @@
 //! Recognizes the frames that a guest sends by itself when an interface comes up, and that need no response: whether its
 //! network is needed depends on all others.
 
-/// The part of a frame that [`expects_response`] looks at.
-pub const FRONT_BYTES: usize = 64;
+/// The part of a frame that is sufficient to classify it: all headers of a TCP segment over IPv6, up to the flags.
+pub const FRONT_BYTES: usize = 68;
 
 /// The size of an Ethernet header, which ends with the EtherType.
-const ETHERNET_BYTES: usize = 14;
+pub(super) const ETHERNET_BYTES: usize = 14;
 const ARP: [u8; 2] = [0x08, 0x06];
-const IPV4: [u8; 2] = [0x08, 0x00];
-const IPV6: [u8; 2] = [0x86, 0xdd];
+pub(super) const IPV4: [u8; 2] = [0x08, 0x00];
+pub(super) const IPV6: [u8; 2] = [0x86, 0xdd];
 /// An ARP request for an IPv4 address on Ethernet (RFC 826), up to the addresses.
 const ARP_REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
 /// The sizes of an IPv6 header, and of a hop-by-hop options header with a router alert (RFC 2711).
-const IPV6_BYTES: usize = 40;
+pub(super) const IPV6_BYTES: usize = 40;
 const ROUTER_ALERT_BYTES: usize = 8;
 // Protocol numbers.
 const HOP_BY_HOP: u8 = 0;

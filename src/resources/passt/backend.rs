@@ -12,7 +12,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::process::Process;
 use super::{GATEWAY, GUEST, Missing, PROGRAM, SOCKET_BUFFER_BYTES, arguments, check, has_ipv6, is_installed};
-use crate::backend::net::{FRONT_BYTES, Header, NetBackend, StreamNet, expects_response, is_end};
+use crate::backend::net::{
+    ATTEMPT_BYTES_MAX, Attempt, Attempts, FRONT_BYTES, Header, NetBackend, StreamNet, expects_response, is_end,
+};
 use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
 use crate::memory::GuestBuffers;
 use crate::resources::ports::{self, Turn};
@@ -34,6 +36,10 @@ pub struct Passt {
     is_idle: bool,
     /// Whether passt will know IPv6.
     has_ipv6: bool,
+    /// The guest's recent connections. It repeats its SYN every second until it is answered, and sends all of them at
+    /// once if the gateway's address was unknown until then. The passt of Debian 12 resets a connection whose SYN is
+    /// repeated before the other side has answered; later versions ignore it.
+    attempts: Attempts,
 }
 
 /// Starts passt on behalf of a [`Passt`], on a thread that may start processes.
@@ -131,6 +137,7 @@ impl Passt {
             shared: Arc::new(Shared { process: Mutex::new(process), needed }),
             is_idle: true,
             has_ipv6: has_ipv6(),
+            attempts: Attempts::default(),
         })
     }
 
@@ -167,19 +174,14 @@ impl Passt {
         }
     }
 
-    /// Lets a frame pass if passt is needed or becomes needed by it.
-    fn admits(&mut self, frame: &GuestBuffers) -> bool {
-        if self.is_idle {
-            let mut front = [0; FRONT_BYTES];
-            let len = frame.peek(&mut front);
-            if !expects_response(front.get(..len).unwrap_or_default(), self.has_ipv6) {
-                return false;
-            }
+    /// Whether passt is needed, at the latest by a frame that begins with `front`.
+    fn is_needed(&mut self, front: &[u8]) -> bool {
+        if self.is_idle && expects_response(front, self.has_ipv6) {
             self.is_idle = false;
             // The counter is far below its maximum, so this neither blocks nor fails.
             let _ = self.shared.needed.write(1);
         }
-        true
+        !self.is_idle
     }
 
     /// Adds the reason if the error means that passt has exited.
@@ -198,10 +200,19 @@ impl NetBackend for Passt {
     }
 
     fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
-        if !self.admits(frame) {
+        let mut front = [0; FRONT_BYTES];
+        let is_inspected = self.is_idle || frame.len_bytes() <= ATTEMPT_BYTES_MAX;
+        let len = if is_inspected { frame.peek(&mut front) } else { 0 };
+        let front = front.get(..len).unwrap_or_default();
+        let attempt = Attempt::of(front);
+        if !self.is_needed(front) || attempt.is_some_and(|attempt| self.attempts.has(attempt)) {
             return Ok(());
         }
-        self.net.send(header, frame).map_err(|error| self.explain(error))
+        self.net.send(header, frame).map_err(|error| self.explain(error))?;
+        if let Some(attempt) = attempt {
+            self.attempts.note(attempt);
+        }
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {

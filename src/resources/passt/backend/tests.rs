@@ -1,4 +1,4 @@
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Barrier;
 
@@ -203,6 +203,42 @@ fn the_first_request_starts_passt_and_is_answered() {
     assert!(running.exists() && process(&passt).as_ref() == Some(&running), "it is started once");
     drop((passt, starter));
     assert!(!running.exists());
+}
+
+#[test]
+fn a_repeated_syn_does_not_reset_a_connection() {
+    if !has_passt() {
+        return;
+    }
+    // Nothing is sent.
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let (Ok(()), Ok(SocketAddr::V4(host))) = (socket.connect("192.0.2.1:9"), socket.local_addr()) else { return };
+    let server = TcpListener::bind((*host.ip(), 0)).unwrap();
+    let port = server.local_addr().unwrap().port().to_be_bytes();
+    let mut passt = started();
+    send(&mut passt, &arp_request());
+    await_answer(&mut passt);
+    let header = [0x45, 0, 0, 44, 0, 0, 0x40, 0, 64, 6, 0, 0];
+    let segment = [0, 0, 0, 1, 0, 0, 0, 0, 0x60, 2, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 5, 0xb4];
+    let gateway = [2, 0x68, 0x75, 0x73, 0x6b, 1];
+    let packet = [&header[..], &GUEST.octets(), &host.ip().octets(), &[0xc0, 0], &port, &segment].concat();
+    let syn = [&gateway[..], &MAC.0, &[8, 0], &packet].concat();
+    for _ in 0..3 {
+        send(&mut passt, &syn);
+    }
+    let (mut flags, started) = (Vec::new(), Instant::now());
+    while started.elapsed() < Duration::from_millis(500) || flags.is_empty() {
+        let found = passt.receive().unwrap();
+        let frame = passt.frame().map(|(_, frame)| frame.to_vec()).filter(|_| found).unwrap_or_default();
+        passt.consume();
+        if frame.get(12..14) == Some(&[8, 0]) && frame[23] == 6 {
+            flags.push(frame[47]);
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "it is not answered");
+        thread::sleep(Duration::from_millis(1));
+    }
+    const RST: u8 = 4;
+    assert!(flags[0] == 0x12 && flags.iter().all(|flags| flags & RST == 0), "{flags:x?}");
 }
 
 #[test]
