@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::neighbors::introductions;
 use super::process::Process;
 use super::{GATEWAY, GUEST, Missing, PROGRAM, SOCKET_BUFFER_BYTES, arguments, check, has_ipv6, is_installed};
 use crate::backend::net::{
@@ -49,6 +50,8 @@ struct Shared {
     process: Mutex<Process>,
     /// Signaled when passt is needed.
     needed: EventFd,
+    /// What a guest that needs passt should know before passt responds.
+    introductions: Vec<u8>,
 }
 
 impl Shared {
@@ -63,7 +66,9 @@ impl Starter {
     /// the socket. A failure is reported by the [`Passt`] like a later exit.
     pub fn start_if_needed(&self) {
         if self.0.needed.read().is_ok() {
-            let _ = self.0.process().start();
+            let mut process = self.0.process();
+            process.say(&self.0.introductions);
+            let _ = process.start();
         }
     }
 }
@@ -130,11 +135,12 @@ impl Passt {
         if !network.ports.is_empty() {
             ours.write_all(&question(mac)).context("write to passt's socket")?;
         }
-        let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs);
+        let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs)
+            .context("create a socket for passt")?;
         let needed = EventFd::new(EFD_NONBLOCK).context("create an event for passt")?;
         Ok(Passt {
             net: StreamNet::new(ours).context("set up passt's socket")?,
-            shared: Arc::new(Shared { process: Mutex::new(process), needed }),
+            shared: Arc::new(Shared { process: Mutex::new(process), needed, introductions: introductions(mac) }),
             is_idle: true,
             has_ipv6: has_ipv6(),
             attempts: Attempts::default(),

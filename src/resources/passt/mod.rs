@@ -5,6 +5,7 @@
 //! socket is closed, however husk ends.
 
 mod backend;
+mod neighbors;
 mod process;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,7 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::{env, fs};
 
 use super::resolver;
-use crate::config::{PortForward, Protocol, UserNetwork};
+use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
 
 pub use backend::{Passt, Starter, open};
 
@@ -33,7 +34,7 @@ pub const PREFIX_V6: u8 = 64;
 /// The default gateway for IPv6.
 pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// Locally administered, and the same for all machines, since each has a separate network.
-const GATEWAY_MAC: &str = "02:68:75:73:6b:01";
+const GATEWAY_MAC: MacAddress = MacAddress([0x02, 0x68, 0x75, 0x73, 0x6b, 0x01]);
 /// The maximum MTU supported by passt.
 pub const MTU_BYTES: u16 = 65520;
 /// The maximum number of DNS servers per address family in passt.
@@ -96,7 +97,7 @@ fn has_default_route(table: &str) -> bool {
 fn arguments(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<String> {
     let mut all: Vec<String> = ["--foreground", "--quiet", "--fd", "0", "--no-map-gw"].map(str::to_owned).into();
     let mut add = |flag: &str, value: String| all.extend([flag.to_owned(), value]);
-    add("--mac-addr", GATEWAY_MAC.into());
+    add("--mac-addr", GATEWAY_MAC.to_string());
     add("--mtu", MTU_BYTES.to_string());
     add("--address", GUEST.to_string());
     add("--netmask", PREFIX.to_string());

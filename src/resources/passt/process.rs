@@ -1,6 +1,6 @@
 //! The passt process of a machine, which may be started at any time.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -17,8 +17,8 @@ const WORDS_MAX_BYTES: u64 = 16 << 10;
 
 /// The passt process of one machine.
 pub(super) enum Process {
-    /// Not started yet. The command owns passt's end of the socket.
-    Planned(Command),
+    /// Not started yet, with passt's end of the socket, which the command owns as well.
+    Planned(Command, UnixStream),
     /// Started.
     Running(Running),
     /// Not started, and why.
@@ -27,12 +27,20 @@ pub(super) enum Process {
 
 impl Process {
     /// A process that will execute `program` with `arguments` and serve `socket`.
-    pub fn new(program: &str, arguments: Vec<String>, socket: UnixStream) -> Process {
+    pub fn new(program: &str, arguments: Vec<String>, socket: UnixStream) -> io::Result<Process> {
         let mut command = Command::new(program);
-        command.args(arguments).stdin(OwnedFd::from(socket)).stdout(Stdio::null());
+        command.args(arguments).stdin(OwnedFd::from(socket.try_clone()?)).stdout(Stdio::null());
         // The terminal's signals are meant for the machine.
         command.process_group(0);
-        Process::Planned(command)
+        Ok(Process::Planned(command, socket))
+    }
+
+    /// Sends frames in passt's place, before it is started. There is room for a few.
+    pub fn say(&mut self, frames: &[u8]) {
+        if let Process::Planned(_, socket) = self {
+            // If the machine's end is closed, it needs no frames.
+            let _ = socket.write_all(frames);
+        }
     }
 
     /// The ID of the process, if it was started.
@@ -40,15 +48,15 @@ impl Process {
     pub fn id(&self) -> Option<u32> {
         match self {
             Process::Running(running) => Some(running.child.id()),
-            Process::Planned(_) | Process::Failed(_) => None,
+            Process::Planned(..) | Process::Failed(_) => None,
         }
     }
 
     /// Starts the process, unless it was started before. If that fails, its socket is closed.
     pub fn start(&mut self) -> Result<()> {
-        let Process::Planned(command) = self else { return Ok(()) };
+        let Process::Planned(command, _) = self else { return Ok(()) };
         let started = Running::spawn(command);
-        // This drops the command with our copies of passt's ends, so that its exit is noticed.
+        // This drops our copies of passt's ends, so that its exit is noticed.
         match started {
             Ok(running) => {
                 *self = Process::Running(running);
@@ -77,7 +85,7 @@ impl Process {
     /// Terminates passt if it is still running, and returns its error output.
     pub fn end(&mut self) -> String {
         match self {
-            Process::Planned(_) => "it was not started".into(),
+            Process::Planned(..) => "it was not started".into(),
             Process::Failed(reason) => reason.clone(),
             Process::Running(running) => {
                 running.end();

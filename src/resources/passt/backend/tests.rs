@@ -250,11 +250,11 @@ fn a_passt_that_is_needed_but_cannot_be_started_ends_the_network_with_a_reason()
         let mut passt = Passt::new(&UserNetwork::default(), MAC).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         passt.net = StreamNet::new(ours).unwrap();
-        *passt.shared.process() = Process::new(program, Vec::new(), theirs);
+        *passt.shared.process() = Process::new(program, Vec::new(), theirs).unwrap();
         let starter = Starter(passt.shared.clone());
         send(&mut passt, &arp_request());
         starter.start_if_needed();
-        let error = wait_for("an end", || passt.receive().err());
+        let error = wait_for("an end", || passt.receive().map(|_| passt.consume()).err());
         assert!(is_end(&error) && error.to_string() == reason, "{error}");
     }
 }
