@@ -20,6 +20,9 @@ const GUEST_MIB: u64 = 512;
 /// How long an idle guest is observed. The scheduler counts nanoseconds.
 const OBSERVATION: Duration = Duration::from_secs(10);
 
+/// After this time a machine counts as idle. husk returns memory that its start needed after half a second.
+const UNTIL_IDLE: Duration = Duration::from_secs(2);
+
 /// The proportional set size of all mappings that are not guest memory, while the guest halts.
 pub fn overhead() -> Result<()> {
     let husk = beyond_guest_mib(boot(husk_guests::POWER, "do=halt"))?;
@@ -33,7 +36,10 @@ pub fn overhead() -> Result<()> {
 }
 
 fn beyond_guest_mib(command: Command) -> Result<f64> {
-    let maps = with_idle_guest(command, |vmm| Ok(std::fs::read_to_string(format!("/proc/{}/smaps", vmm.id()))?))?;
+    let maps = with_idle_guest(command, |vmm| {
+        thread::sleep(UNTIL_IDLE);
+        Ok(std::fs::read_to_string(format!("/proc/{}/smaps", vmm.id()))?)
+    })?;
     let (guest_kib, other_kib) = split(&maps);
     ensure!(guest_kib > 0, "no mapping is as large as the guest's memory");
     Ok(other_kib as f64 / 1024.0)
