@@ -80,7 +80,7 @@ pub struct MachineConfig {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub balloon_deflates_on_oom: bool,
     /// The size of the host's pages that back guest memory.
-    #[serde(skip_serializing_if = "HugePages::is_default")]
+    #[serde(alias = "hugepages", skip_serializing_if = "HugePages::is_default")]
     pub huge_pages: HugePages,
     /// Whether all guest memory is allocated before the guest starts.
     #[serde(skip_serializing_if = "std::ops::Not::not")]

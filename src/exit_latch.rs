@@ -5,7 +5,8 @@ use std::io;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use crate::sys::event;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Why a machine exited.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,7 +78,7 @@ pub struct ExitLatch {
 impl ExitLatch {
     /// Creates a latch without a reason.
     pub fn new() -> io::Result<ExitLatch> {
-        Ok(ExitLatch { reason: OnceLock::new(), panic: Mutex::default(), event: EventFd::new(EFD_NONBLOCK)? })
+        Ok(ExitLatch { reason: OnceLock::new(), panic: Mutex::default(), event: event::create()? })
     }
 
     /// Declares that the machine must exit for `reason`. Only the first call counts. May be called on any thread.

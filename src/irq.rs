@@ -1,6 +1,7 @@
 //! Interrupt lines: raised by writing an eventfd (irqfd).
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use crate::sys::event;
+use vmm_sys_util::eventfd::EventFd;
 
 /// An edge-triggered interrupt line. KVM raises it whenever the eventfd is written (KVM_IRQFD), so a device can do so
 /// from any thread, with one system call and without depending on KVM.
@@ -13,7 +14,7 @@ pub struct IrqLine {
 impl IrqLine {
     /// Creates a line for I/O APIC pin `gsi`, not yet registered with KVM.
     pub fn new(gsi: u32) -> std::io::Result<IrqLine> {
-        Ok(IrqLine { event: EventFd::new(EFD_NONBLOCK)?, gsi })
+        Ok(IrqLine { event: event::create()?, gsi })
     }
 
     /// The I/O APIC pin.

@@ -4,12 +4,14 @@
 pub mod affinity;
 pub mod arguments;
 pub mod disk;
+pub mod event;
 pub mod exit;
 pub mod mapping;
 pub mod net;
 pub mod process;
 pub mod processor;
 pub mod resident;
+pub mod signals;
 pub mod socket;
 pub mod timer;
 pub mod xattr;

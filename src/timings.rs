@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// A step in the life of a machine, in chronological order, except that [`Step::KvmReady`] and [`Step::KernelLoaded`] may be swapped.
+/// A step in the life of a machine, in chronological order, except that [`Step::KvmReady`] and [`Step::KernelLoaded`] may
+/// be swapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Image, kernel and initramfs are available.

@@ -44,7 +44,13 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
 });
 
 fn serve(memory: &Arc<GuestMemory>, index: usize, features: u64) {
-    let (device, control) = balloon::device(MEMORY_MIB, MEMORY_MIB / 2, false).expect("a descriptor can be had");
+    let (device, control) = balloon::device(balloon::Options {
+        memory_mib: MEMORY_MIB,
+        target_mib: MEMORY_MIB / 2,
+        deflates_on_oom: false,
+        reports_free_pages: true,
+    })
+    .expect("a descriptor can be had");
     let queue = |queue: u64| {
         let registers = QueueRegisters {
             ready: true,

@@ -1,7 +1,8 @@
 //! Loads the kernel, initrd and command line into guest memory, and determines the first vCPU's [`EntryPoint`].
 //!
-//! This is specific to x86. It is called once, before any vCPU runs, on the loader thread. Kernel and initrd are untrusted: each is read once, directly to its location in guest memory, and everything in them is
-//! validated against guest memory before use.
+//! This is specific to x86. It is called once, before any vCPU runs, on the loader thread. Kernel and initrd are
+//! untrusted: each is read once, directly to its location in guest memory, and everything in them is validated against
+//! guest memory before use.
 
 mod acpi;
 mod bzimage;

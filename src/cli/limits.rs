@@ -24,12 +24,12 @@ pub(super) struct LimitFlags {
     #[arg(long)]
     no_balloon: bool,
 
-    /// Back guest memory with transparent huge pages (thp, the default), with pages of 2M or 1G from the host's pool, which the balloon
-    /// cannot return, or with small pages only (off)
-    #[arg(long, value_name = "SIZE", value_parser = huge_pages)]
+    /// Back guest memory with transparent huge pages (thp, the default), with pages of 2M or 1G from the host's pool,
+    /// which the balloon cannot return, or with small pages only (off)
+    #[arg(long, value_name = "thp|2M|1G|off", value_parser = huge_pages)]
     hugepages: Option<HugePages>,
 
-    /// Allocate all guest memory before the guest starts
+    /// Allocate all guest memory before the guest starts, and keep pages that it frees
     #[arg(long)]
     prefault: bool,
 
@@ -103,10 +103,10 @@ pub(super) fn cpuset(text: &str) -> Result<Cpuset, String> {
 }
 
 fn huge_pages(text: &str) -> Result<HugePages, String> {
-    match text {
+    match text.to_ascii_lowercase().as_str() {
         "thp" => Ok(HugePages::Transparent),
-        "2M" | "2m" => Ok(HugePages::Size2M),
-        "1G" | "1g" => Ok(HugePages::Size1G),
+        "2m" | "2mib" => Ok(HugePages::Size2M),
+        "1g" | "1gib" => Ok(HugePages::Size1G),
         "off" => Ok(HugePages::Off),
         _ => Err("use thp, 2M, 1G or off".to_owned()),
     }

@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::Trigger;
 use vm_superio::serial::{Serial as Uart, SerialEvents};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Device;
 use crate::console::output::Output;
 use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
+use crate::sys::event;
 use crate::timings::{Step, Timings};
 
 /// The interrupt enable register and its bit "received data available" (16550 data sheet).
@@ -89,7 +90,7 @@ impl Serial {
         exit_latch: Arc<ExitLatch>,
         timings: Arc<Timings>,
     ) -> std::io::Result<(Serial, Arc<EventFd>)> {
-        let wanted = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let wanted = Arc::new(event::create()?);
         let events = InputSide { starved: AtomicBool::new(false), wanted: wanted.clone() };
         let port = Port {
             uart: Uart::with_events(Interrupt(irq), events, Vec::new()),

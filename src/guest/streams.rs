@@ -12,11 +12,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context, Result};
 use husk_protocol::Role;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::hub::{Hub, HubStream};
 use crate::console::stream_log::Stream;
 use crate::sandbox;
+use crate::sys::event;
 
 const BUFFER_BYTES: usize = 64 << 10;
 const STDIN: u64 = 0;
@@ -48,8 +49,8 @@ impl Streams {
         Ok(Streams {
             endpoints,
             open_outputs: Arc::default(),
-            closed: Arc::new(EventFd::new(EFD_NONBLOCK)?),
-            stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+            closed: Arc::new(event::create()?),
+            stop: Arc::new(event::create()?),
             input: None,
         })
     }

@@ -22,6 +22,7 @@ use crate::resources::net::Network;
 use crate::resources::passt::Starter;
 use crate::resources::vsock::VsockSocket;
 use crate::sandbox;
+use crate::sys::mapping::Pages;
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, Buses, VcpuThread, setup};
@@ -110,8 +111,14 @@ fn create_devices(
     }
     if config.balloon {
         let target_mib = config.memory_target_mib.unwrap_or(config.memory_mib);
-        let (device, control) = balloon::device(config.memory_mib, target_mib, config.balloon_deflates_on_oom)
-            .context("create the balloon device")?;
+        let options = balloon::Options {
+            memory_mib: config.memory_mib,
+            target_mib,
+            deflates_on_oom: config.balloon_deflates_on_oom,
+            // Pages that were allocated in advance, or belong to a pool, are kept.
+            reports_free_pages: !config.prefault && !matches!(config.huge_pages.pages(), Pages::Pool(_)),
+        };
+        let (device, control) = balloon::device(options).context("create the balloon device")?;
         devices.push(device);
         controls.balloon = Some(control);
     }
@@ -139,8 +146,8 @@ struct Contents {
     virtio_count: usize,
 }
 
-/// The thread that fills guest memory and queries CPUID while KVM is set up.
-struct Loader(JoinHandle<Result<(EntryPoint, CpuId)>>);
+/// The thread that fills guest memory and queries CPUID while KVM is set up. Dropping it waits until the thread has ended.
+struct Loader(Option<JoinHandle<Result<(EntryPoint, CpuId)>>>);
 
 impl Loader {
     fn start(kvm: Arc<Kvm>, memory: GuestMemory, contents: Contents, timings: Arc<Timings>) -> Result<Loader> {
@@ -151,11 +158,21 @@ impl Loader {
             timings.mark(Step::KernelLoaded);
             Ok((entry, kvm::supported_cpuid(&kvm)?))
         };
-        sandbox::spawn("loader", load).map(Loader).context("start the loader thread")
+        Ok(Loader(Some(sandbox::spawn("loader", load).context("start the loader thread")?)))
     }
 
-    fn finish(self) -> Result<(EntryPoint, CpuId)> {
-        self.0.join().map_err(|_| anyhow!("the loader thread panicked"))?
+    fn finish(mut self) -> Result<(EntryPoint, CpuId)> {
+        let thread = self.0.take().context("the loader thread has ended")?;
+        thread.join().map_err(|_| anyhow!("the loader thread panicked"))?
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            // The error of KVM's setup is reported instead.
+            let _ = thread.join();
+        }
     }
 }
 

@@ -3,7 +3,9 @@
 
 use crate::backend::disk::Qcow2Disk;
 use crate::config::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
+use crate::layout;
 use crate::resources::{net as interface, passt};
+use crate::sys::mapping::Pages;
 use crate::virtio::{block, net, vsock};
 
 /// Memory for husk itself (3 MiB), the kernel memory it uses (1 MiB) and the page cache that an active disk needs.
@@ -15,7 +17,14 @@ impl MachineConfig {
     /// for it (up to 1/512 each), husk itself and the budgets of its devices.
     pub fn host_memory_needed_mib(&self) -> u64 {
         let beside_bytes = ITSELF_BYTES + self.device_budgets_bytes();
-        self.memory_mib + self.memory_mib.div_ceil(128) + beside_bytes.div_ceil(MIB)
+        self.backed_mib() + self.memory_mib.div_ceil(128) + beside_bytes.div_ceil(MIB)
+    }
+
+    /// Guest memory in whole pages of the host.
+    fn backed_mib(&self) -> u64 {
+        let Pages::Pool(page_bytes) = self.huge_pages.pages() else { return self.memory_mib };
+        let ranges = layout::memory_ranges(self.memory_mib.saturating_mul(MIB));
+        ranges.iter().map(|(_, len_bytes)| len_bytes.next_multiple_of(page_bytes)).sum::<u64>() / MIB
     }
 
     /// The sum of the devices' budgets in bytes: the most that a guest can make them use, in this process and in the
@@ -46,13 +55,14 @@ fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Rate;
-    use crate::config::{UserNetwork, VsockConfig};
+    use crate::config::{HugePages, Rate, UserNetwork, VsockConfig};
 
     #[test]
     fn device_budgets_are_part_of_the_needed_host_memory() {
         let bare = MachineConfig { memory_mib: 512, ..MachineConfig::default() };
         assert_eq!(bare.host_memory_needed_mib(), 512 + 4 + 32);
+        let huge = MachineConfig { huge_pages: HugePages::Size1G, ..bare.clone() };
+        assert_eq!(huge.host_memory_needed_mib(), 1024 + 4 + 32);
         let rate = Rate::default();
         let disk =
             DiskConfig { path: "disk.img".into(), readonly: false, id: None, format: None, block_bytes: None, rate };

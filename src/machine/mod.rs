@@ -15,6 +15,7 @@ use crate::device::Serial;
 use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
+use crate::memory;
 use crate::resources::memory_use::MemoryUse;
 use crate::resources::passt::Starter;
 use crate::sandbox::cgroup::CgroupLimits;
@@ -153,9 +154,10 @@ impl Machine {
 
 impl Machine {
     /// Ends the machine, and postpones the release of its virtual machine: see [`release`]. In a cgroup of its own nothing is
-    /// postponed: KVM's recovery thread is a member of it, so it can be removed only after the release.
+    /// postponed: KVM's recovery thread is a member of it, so it can be removed only after the release. Neither is it with
+    /// pages of the host's pool, which the next machine may need.
     pub fn end(self) {
-        if !self.cgroup_limits.has_groups() {
+        if !self.cgroup_limits.has_groups() && !memory::is_of_pool(self.vm.memory()) {
             release::postpone(self.vm.clone());
         }
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::client::{self, PendingRequest};
 use super::{Reply, Request};
@@ -21,6 +21,7 @@ use crate::console::terminal::{self, RawTerminal};
 use crate::guest::{signal, streams};
 use crate::sandbox;
 use crate::sys::SignalFd;
+use crate::sys::event;
 
 /// The detach keys, Ctrl-P Ctrl-Q, the same as Docker's.
 const DETACH_KEYS: [u8; 2] = [0x10, 0x11];
@@ -53,8 +54,8 @@ pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -
         (other, _) => bail!("unexpected response from the machine: {other:?}"),
     };
     let raw = if input && terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
-    let stop = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
-    let detached = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch standard input")?);
+    let stop = Arc::new(event::create().context("watch standard input")?);
+    let detached = Arc::new(event::create().context("watch standard input")?);
     let feeder = input.then(|| -> Result<_> {
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().context("use standard input")?);
         let socket = stream.try_clone().context("use the connection")?;
@@ -63,7 +64,7 @@ pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -
     });
     feeder.transpose()?;
     send_size(control);
-    let printed = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch the machine")?);
+    let printed = Arc::new(event::create().context("watch the machine")?);
     let (from, event) = (stream.try_clone().context("use the connection")?, printed.clone());
     let printer = sandbox::spawn("stdout", move || {
         let outcome = print_all(&from);

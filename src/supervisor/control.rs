@@ -28,8 +28,8 @@ use crate::timings::Step;
 /// How long a kernel may keep printing after a panic before the machine is ended.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
 
-/// How long a machine is idle before its process returns memory that only the start needed.
-const TRIM_AFTER_MS: i32 = 500;
+/// How long nothing happens on the main thread before the process returns memory that only the start needed.
+const TRIM_AFTER: Duration = Duration::from_millis(500);
 
 /// The event sources of the thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,7 +116,8 @@ pub(super) struct Supervisor<'a> {
     clock_jumps: ClockJumps,
     button_pressed: bool,
     on_terminal: bool,
-    is_trimmed: bool,
+    /// When the process is trimmed if nothing happens until then; `None` if it has been.
+    trim_at: Option<Instant>,
 }
 
 impl<'a> Supervisor<'a> {
@@ -155,7 +156,7 @@ impl<'a> Supervisor<'a> {
             clock_jumps,
             button_pressed,
             on_terminal,
-            is_trimmed: false,
+            trim_at: Some(Instant::now() + TRIM_AFTER),
         })
     }
 
@@ -174,10 +175,7 @@ impl<'a> Supervisor<'a> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
                 Err(e) => return Err(e).context("wait for events"),
             };
-            if count == 0 && !self.is_trimmed {
-                resident::trim();
-                self.is_trimmed = true;
-            }
+            self.trim_if_idle(count > 0);
             for event in events.iter().take(count) {
                 match TOKENS.get(event.data() as usize) {
                     Some(Token::Exit) => drop(self.machine.exit_latch().event().read()),
@@ -219,9 +217,22 @@ impl<'a> Supervisor<'a> {
     /// has panicked and may not reset by itself, a session is over and the guest may not exit by itself, or a stop request
     /// has a timeout.
     fn timeout_ms(&self) -> i32 {
-        let trim_ms = if self.is_trimmed { -1 } else { TRIM_AFTER_MS };
+        let left = self.trim_at.map(|at| at.saturating_duration_since(Instant::now()));
+        // Rounded up, so that the time has come when the wait ends.
+        let trim_ms = left.map_or(-1, |left| left.as_millis() as i32 + 1);
         let timeouts = [trim_ms, self.guest_timeout_ms(), self.endpoint.timeout_ms(self.machine.exit_latch())];
         timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
+    }
+
+    fn trim_if_idle(&mut self, has_events: bool) {
+        match self.trim_at {
+            Some(_) if has_events => self.trim_at = Some(Instant::now() + TRIM_AFTER),
+            Some(at) if Instant::now() >= at => {
+                resident::trim();
+                self.trim_at = None;
+            }
+            _ => {}
+        }
     }
 
     fn guest_timeout_ms(&self) -> i32 {

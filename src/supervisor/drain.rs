@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{self, Token};
 use super::endpoint::ControlEndpoint;
@@ -23,6 +23,7 @@ use crate::guest::signal;
 use crate::machine::{Machine, release};
 use crate::sandbox;
 use crate::sys::SignalFd;
+use crate::sys::event;
 
 /// How long the remaining output may take after a forced end: enough for an active reader, and short for a waiting
 /// user.
@@ -48,7 +49,7 @@ impl Printer {
             (None, Some(hub)) => Box::new(HubStream(hub.clone(), Stream::Output)),
             (None, None) => Box::new(File::from(stdout()?)),
         };
-        let done = Arc::new(EventFd::new(EFD_NONBLOCK).context("watch the console")?);
+        let done = Arc::new(event::create().context("watch the console")?);
         let signal = done.clone();
         let print = move || {
             output.print_to(sink, || exit_latch.declare(ExitReason::Killed(libc::SIGPIPE)));

@@ -7,6 +7,9 @@ use std::ptr::{self, NonNull};
 /// The size of a transparent huge page, which a page directory entry maps.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
+/// The amount that is allocated at once. Of larger pages, those that it touches.
+const POPULATE_BYTES: usize = 64 << 20;
+
 /// The pages of a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pages {
@@ -36,8 +39,8 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps `len_bytes`, which the host populates on first access (mmap(2)).
     ///
-    /// Pages of a pool are reserved, so that the first access cannot fail; the length is rounded up to whole ones. Fails if
-    /// the pool has too few.
+    /// Pages of a pool are reserved, so that the first access does not fail unless a cgroup or a memory policy forbids it;
+    /// the length is rounded up to whole ones. Fails if the pool has too few.
     pub fn new(len_bytes: usize, pages: Pages) -> io::Result<Mapping> {
         match pages {
             Pages::Pool(page_bytes) => Mapping::of_pool(len_bytes, page_bytes),
@@ -80,13 +83,25 @@ impl Mapping {
         self
     }
 
-    /// Allocates all pages (madvise(2), MADV_POPULATE_WRITE, since Linux 5.14).
-    pub fn populate(&self) -> io::Result<()> {
-        // SAFETY: it accesses the pages of this mapping without changing their content.
-        match unsafe { libc::madvise(self.start().cast(), self.len_bytes, libc::MADV_POPULATE_WRITE) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+    /// Whether [`Mapping::give_back`] returns pages to the host.
+    pub fn can_give_back(&self) -> bool {
+        self.can_give_back
+    }
+
+    /// Allocates all pages (madvise(2), MADV_POPULATE_WRITE, since Linux 5.14), in steps: between them, it stops if
+    /// `is_stopped`.
+    pub fn populate(&self, is_stopped: impl Fn() -> bool) -> io::Result<()> {
+        let mut done = 0;
+        while done < self.len_bytes && !is_stopped() {
+            let step = POPULATE_BYTES.min(self.len_bytes - done);
+            let at = self.start().wrapping_byte_add(done);
+            // SAFETY: it accesses pages of this mapping without changing their content.
+            if unsafe { libc::madvise(at.cast(), step, libc::MADV_POPULATE_WRITE) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            done += step;
         }
+        Ok(())
     }
 
     /// Returns the pages of `len_bytes` at `offset_bytes` to the host; they read as zeroes on the next access

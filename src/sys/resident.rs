@@ -61,12 +61,13 @@ mod tests {
         let mut bytes = vec![0_u8; 4096];
         // Maps more of the code than this test needs.
         let _ = std::process::Command::new("true").status();
-        let before = resident_text_bytes();
-        trim();
-        let after = resident_text_bytes();
+        let text_bytes = read_only_segments().iter().map(ExactSizeIterator::len).max().unwrap() as u64;
+        // Other tests run at the same time, and need code.
+        let is_trimmed = (0..100).any(|_| {
+            trim();
+            resident_text_bytes() < text_bytes / 2
+        });
         bytes.fill(1);
-        assert!(bytes.iter().all(|byte| *byte == 1));
-        // Other tests run at the same time.
-        assert!(!read_only_segments().is_empty() && after <= before, "{before} {after}");
+        assert!(is_trimmed && bytes.iter().all(|byte| *byte == 1), "{} of {text_bytes}", resident_text_bytes());
     }
 }

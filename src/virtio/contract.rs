@@ -194,7 +194,11 @@ fn the_socket_device_keeps_the_contract() {
 
 #[test]
 fn the_balloon_keeps_the_contract() {
-    contract(|| balloon::device(64, 64, true).unwrap().0);
+    contract(|| {
+        let options =
+            balloon::Options { memory_mib: 64, target_mib: 64, deflates_on_oom: true, reports_free_pages: true };
+        balloon::device(options).unwrap().0
+    });
 }
 
 #[test]

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::session::{DeviceSession, SessionState};
 use super::{ConfigSpace, Interrupt, VirtioDevice};
 use crate::bus::Device;
 use crate::irq::IrqLine;
 use crate::memory::GuestMemory;
+use crate::sys::event;
 
 /// Offsets of the registers (virtio 1.2 §4.2.2, table 4.1).
 pub mod register {
@@ -175,8 +176,7 @@ impl MmioTransport {
     pub fn new(device: VirtioDevice, memory: GuestMemory, irq: IrqLine) -> io::Result<MmioTransport> {
         let interrupt =
             Arc::new(MmioInterrupt { status: AtomicU32::new(0), shared: AtomicBool::new(false), line: irq });
-        let doorbells =
-            (0..device.queue_count()).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
+        let doorbells = (0..device.queue_count()).map(|_| event::create()).collect::<io::Result<Vec<_>>>()?;
         let doorbells = Arc::new(doorbells);
         let config = device.config.clone();
         let session = DeviceSession::new(device, Arc::new(memory), doorbells.clone(), interrupt.clone())?;

@@ -14,11 +14,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::log_rate::LogRate;
 use super::{Interrupt, Notifiers, Progress, QueueHandler, StateMismatch, Virtqueue};
 use crate::sandbox;
+use crate::sys::event;
 
 #[cfg(test)]
 mod tests;
@@ -100,7 +101,7 @@ impl Worker {
         reports: Arc<Reports>,
     ) -> io::Result<Worker> {
         let queues = notifiers.queues.clone();
-        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let stop = event::create()?;
         let epoll = Epoll::new()?;
         watch(&epoll, stop.as_raw_fd(), STOP, EventSet::IN)?;
         for (index, doorbell) in (0..).zip(notifiers.doorbells()) {

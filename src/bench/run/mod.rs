@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::contender::Launch;
 use crate::sandbox;
+use crate::sys::event;
 use monitor::InstanceMonitor;
 use output::OutputParser;
 
@@ -135,7 +136,7 @@ pub struct Running {
 impl Running {
     /// Starts an instance. Cleans up if that fails.
     pub fn start(mut launch: Launch, options: &RunOptions) -> Result<Running> {
-        let stop = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).context("create an eventfd")?;
+        let stop = event::create().context("create an eventfd")?;
         let shared = Arc::new(MonitorState { output: Mutex::default(), changed: Condvar::new(), stop });
         let (sender, receiver) = mpsc::sync_channel(1);
         let (of_thread, options) = (shared.clone(), options.clone());

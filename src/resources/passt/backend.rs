@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::neighbors::introductions;
 use super::process::Process;
@@ -21,6 +21,7 @@ use crate::memory::GuestBuffers;
 use crate::resources::ports::{self, Turn};
 use crate::resources::resolver;
 use crate::sys;
+use crate::sys::event;
 
 /// How long passt may take to open its ports, on a busy host.
 const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -137,7 +138,7 @@ impl Passt {
         }
         let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs)
             .context("create a socket for passt")?;
-        let needed = EventFd::new(EFD_NONBLOCK).context("create an event for passt")?;
+        let needed = event::create().context("create an event for passt")?;
         Ok(Passt {
             net: StreamNet::new(ours).context("set up passt's socket")?,
             shared: Arc::new(Shared { process: Mutex::new(process), needed, introductions: introductions(mac) }),

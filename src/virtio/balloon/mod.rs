@@ -54,11 +54,23 @@ const TURN_BYTES: u64 = 1 << 30;
 /// The cost of a single page in a turn: returning it takes as long as returning a large range.
 const PAGE_COST_BYTES: u64 = TURN_BYTES / REQUEST_PAGES_MAX;
 
-/// Creates a balloon device in a machine of `memory_mib` MiB with a target of `target_mib`, and its handle.
-///
-/// With `deflates_on_oom` the guest deflates the balloon before it would kill a process for lack of memory. Without it
-/// the target is a hard limit, while the guest still sees all of its memory.
-pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Result<(VirtioDevice, BalloonHandle)> {
+/// What a balloon does.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// The machine's memory in MiB.
+    pub memory_mib: u64,
+    /// The initial target in MiB.
+    pub target_mib: u64,
+    /// Whether the guest deflates the balloon before it would kill a process for lack of memory. Otherwise the target is
+    /// a hard limit, while the guest still sees all of its memory.
+    pub deflates_on_oom: bool,
+    /// Whether the guest reports free pages, which are then returned to the host.
+    pub reports_free_pages: bool,
+}
+
+/// Creates a balloon device and its handle.
+pub fn device(options: Options) -> io::Result<(VirtioDevice, BalloonHandle)> {
+    let Options { memory_mib, target_mib, deflates_on_oom, reports_free_pages } = options;
     let config = Arc::new(ConfigSpace::new(vec![0; CONFIG_BYTES], ACTUAL..CONFIG_BYTES));
     let shared = Arc::new(BalloonState {
         board: Board::default(),
@@ -69,10 +81,11 @@ pub fn device(memory_mib: u64, target_mib: u64, deflates_on_oom: bool) -> io::Re
     let control = BalloonHandle { memory_mib, config: config.clone(), shared: shared.clone() };
     control.write_target(target_mib.min(memory_mib));
     let oom = if deflates_on_oom { F_DEFLATE_ON_OOM } else { 0 };
+    let reporting = if reports_free_pages { F_REPORTING } else { 0 };
     let device = VirtioDevice {
         device_type: DEVICE_TYPE,
         name: "virtio-balloon".to_owned(),
-        features: F_STATS_VQ | F_REPORTING | oom,
+        features: F_STATS_VQ | reporting | oom,
         feature_needs: &[],
         config,
         queue_groups: vec![QueueGroup { sizes: QUEUE_SIZES.to_vec(), handler: Box::new(Handler::new(shared)) }],
@@ -251,6 +264,7 @@ impl Handler {
 impl BalloonState {
     fn give_back(&self, queue: &Virtqueue, address: u64, len_bytes: u64, log_rate: &mut LogRate) {
         match memory::give_back(queue.memory(), GuestAddress(address), len_bytes) {
+            Ok(()) if memory::is_of_pool(queue.memory()) => {}
             Ok(()) => drop(self.returned_bytes.fetch_add(len_bytes, Ordering::Relaxed)),
             Err(error) if log_rate.allows() => {
                 log::warn!("virtio-balloon: {len_bytes} bytes at {address:#x} cannot be given back: {error}");

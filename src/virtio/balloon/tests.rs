@@ -24,7 +24,7 @@ struct Bench {
 }
 
 fn made(target_mib: u64) -> (VirtioDevice, BalloonHandle) {
-    device(MEMORY_MIB, target_mib, false).unwrap()
+    device(Options { memory_mib: MEMORY_MIB, target_mib, deflates_on_oom: false, reports_free_pages: true }).unwrap()
 }
 
 fn bench_with(features: u64) -> Bench {

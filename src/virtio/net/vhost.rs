@@ -16,10 +16,11 @@ use vhost::vhost_kern::VhostKernBackend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 use crate::sys;
+use crate::sys::event;
 use crate::virtio::queue::QueueRegisters;
 use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 
@@ -52,7 +53,7 @@ pub struct Ring<'a> {
 impl Vhost {
     /// Creates an instance from `file`, an unused open /dev/vhost-net.
     pub fn new(file: File) -> std::io::Result<Vhost> {
-        let (errors, silence) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
+        let (errors, silence) = (event::create()?, event::create()?);
         Ok(Vhost { file, errors, silence, has_memory: false, serves: [false; 2] })
     }
 

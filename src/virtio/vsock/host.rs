@@ -9,10 +9,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::resources::vsock::VsockSocket;
 use crate::sys;
+use crate::sys::event;
 use crate::virtio::log_rate::LogRate;
 
 /// Identifies a stream; never reused.
@@ -56,7 +57,7 @@ struct Handshake {
 impl Host {
     /// Creates an instance without connections.
     pub fn new(socket: VsockSocket) -> io::Result<Host> {
-        let (epoll, bell) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
+        let (epoll, bell) = (Epoll::new()?, event::create()?);
         watch(&epoll, socket.listener.as_raw_fd(), LISTENER, EventSet::IN)?;
         watch(&epoll, bell.as_raw_fd(), BELL, EventSet::IN)?;
         let (handshakes, log_rate) = (HashMap::new(), LogRate::default());

@@ -1,4 +1,4 @@
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Barrier;
 
@@ -47,14 +47,14 @@ fn arp_request() -> Vec<u8> {
     request
 }
 
-/// Waits for the gateway's answer to [`arp_request`].
-fn await_answer(passt: &mut Passt) {
+/// Waits for the gateway's answer to an ARP request for `address`.
+fn await_answer(passt: &mut Passt, address: Ipv4Addr) {
     wait_for("an answer", || {
         let answered = passt.receive().unwrap() && passt.frame().unwrap().1[12..14] == [8, 6];
         let answer = passt.frame().map(|(_, frame)| frame.to_vec());
         passt.consume();
-        let answer = answer.filter(|_| answered)?;
-        assert_eq!((&answer[28..32], &answer[6..12]), (&GATEWAY.octets()[..], &[2, 0x68, 0x75, 0x73, 0x6b, 1][..]));
+        let answer = answer.filter(|answer| answered && answer[28..32] == address.octets())?;
+        assert_eq!(answer[6..12], [2, 0x68, 0x75, 0x73, 0x6b, 1]);
         Some(())
     });
 }
@@ -92,7 +92,7 @@ fn passt_forwards_a_port_and_exits_with_its_machine() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let mut passt = published(&format!("127.0.0.1:{port}:80")).unwrap();
     send(&mut passt, &arp_request());
-    await_answer(&mut passt);
+    await_answer(&mut passt, GATEWAY);
     // A local connection is forwarded to the guest, whose first packet arrives now.
     let _stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     wait_for("a connection", || {
@@ -194,12 +194,17 @@ fn the_first_request_starts_passt_and_is_answered() {
     }
     starter.start_if_needed();
     assert_eq!(process(&passt), None, "nobody needs it");
-    send(&mut passt, &arp_request());
+    // husk itself answers for the gateway, but not for this address.
+    let other = Ipv4Addr::new(10, 0, 2, 9);
+    let mut request = arp_request();
+    request[38..42].copy_from_slice(&other.octets());
+    send(&mut passt, &request);
     send(&mut passt, &announcement);
     starter.start_if_needed();
     let running = process(&passt).expect("it was started");
     starter.start_if_needed();
-    await_answer(&mut passt);
+    await_answer(&mut passt, GATEWAY);
+    await_answer(&mut passt, other);
     assert!(running.exists() && process(&passt).as_ref() == Some(&running), "it is started once");
     drop((passt, starter));
     assert!(!running.exists());
@@ -217,7 +222,7 @@ fn a_repeated_syn_does_not_reset_a_connection() {
     let port = server.local_addr().unwrap().port().to_be_bytes();
     let mut passt = started();
     send(&mut passt, &arp_request());
-    await_answer(&mut passt);
+    await_answer(&mut passt, GATEWAY);
     let header = [0x45, 0, 0, 44, 0, 0, 0x40, 0, 64, 6, 0, 0];
     let segment = [0, 0, 0, 1, 0, 0, 0, 0, 0x60, 2, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 5, 0xb4];
     let gateway = [2, 0x68, 0x75, 0x73, 0x6b, 1];
