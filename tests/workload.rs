@@ -100,7 +100,7 @@ fn failures_are_reported_and_the_rest_is_done() {
     let missing = place.path().join("missing");
     let tasks = ["do", "root-read=1000", "syscall=5", "scratch-fsync=1", "--root-data", "/nonexistent", "--scratch"];
     let output = place.command(&tasks).arg(&missing).output().unwrap();
-    let failed = format!("work: fail scratch-fsync make {}/.husk-bench-file: ", missing.display());
+    let failed = format!("work: fail scratch-fsync create {}/.husk-bench-file: ", missing.display());
     match lines(&output)[..] {
         [read, "work: begin syscall", "work: end syscall 5", fsync] => {
             assert!(read.starts_with("work: fail root-read read /nonexistent: "), "{read}");
