@@ -92,32 +92,32 @@ fn errors_are_one_line() {
     assert_eq!(refused(&["--precision", "0", "image"]).0, 2);
     assert_eq!(refused(&["--scenario", "dance", "image"]).0, 2);
     assert_eq!(refused(&["--runs", "0", "image"]).0, 2);
-    let (code, said) = refused(&["--against", "crum", "image"]);
+    let (code, printed) = refused(&["--against", "crum", "image"]);
     assert_eq!(code, 2);
-    assert!(said.contains("unknown contender \"crum\": type one of host, bwrap, crun"), "{said}");
-    let (code, said) = refused(&["--from", "/nowhere.json"]);
-    assert_eq!((code, said.as_str()), (1, "husk: read /nowhere.json: No such file or directory"));
-    let (code, said) = refused(&["--from", "/proc/self/status"]);
+    assert!(printed.contains("unknown contender \"crum\": type one of host, bwrap, crun"), "{printed}");
+    let (code, printed) = refused(&["--from", "/nowhere.json"]);
+    assert_eq!((code, printed.as_str()), (1, "husk: read /nowhere.json: No such file or directory"));
+    let (code, printed) = refused(&["--from", "/proc/self/status"]);
     assert_eq!(code, 1);
-    assert!(said.contains("not a report of husk bench"), "{said}");
-    let (code, said) = refused(&["/nowhere.tar"]);
+    assert!(printed.contains("not a report of husk bench"), "{printed}");
+    let (code, printed) = refused(&["/nowhere.tar"]);
     assert_eq!(code, 1);
-    assert!(said.contains("/nowhere.tar"), "{said}");
-    let (code, said) = refused(&["--scenario", "command", "image"]);
+    assert!(printed.contains("/nowhere.tar"), "{printed}");
+    let (code, printed) = refused(&["--scenario", "command", "image"]);
     assert_eq!(code, 2);
-    assert!(said.contains("type it after the image and --"), "{said}");
+    assert!(printed.contains("type it after the image and --"), "{printed}");
 }
 
 #[test]
 fn contenders_are_listed_with_installation_instructions() {
     let bench = Bench::new();
     let output = bench.husk(&["--list"]).env("PATH", "/nowhere").output().unwrap();
-    let said = text(&output.stdout);
+    let printed = text(&output.stdout);
     assert!(output.status.success(), "{}", text(&output.stderr));
     for name in ["bwrap", "crun", "runc", "podman", "docker", "qemu-microvm", "firecracker", "cloud-hypervisor"] {
-        assert!(said.contains(&format!("unavailable  {name}: ")), "{name}: {said}");
+        assert!(printed.contains(&format!("unavailable  {name}: ")), "{name}: {printed}");
     }
-    assert!(said.contains("sudo apt-get install crun"), "{said}");
+    assert!(printed.contains("sudo apt-get install crun"), "{printed}");
 }
 
 #[test]
@@ -153,8 +153,8 @@ fn a_command_is_measured_compared_and_shown_again() {
     bench.expect_nothing_left();
 
     let again = bench.run(&["--from", "first.json", "--compare", "first.json"]);
-    let said = text(&again.stdout);
-    assert!(again.status.success() && said.contains("0 regressions"), "{said}{}", text(&again.stderr));
+    let printed = text(&again.stdout);
+    assert!(again.status.success() && printed.contains("0 regressions"), "{printed}{}", text(&again.stderr));
 }
 
 #[test]
@@ -289,8 +289,8 @@ fn a_whole_quick_run_measures_machines_and_containers() {
         &image,
     ];
     let output = bench.run(&words);
-    let said = format!("{}{}", text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{said}");
+    let printed = format!("{}{}", text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{printed}");
     let report = bench.report("quick.json");
     assert!(report.contenders.iter().all(|contender| contender.unavailable.is_none()), "{:?}", report.contenders);
     for metric in &report.metrics {

@@ -128,8 +128,8 @@ fn the_page_shows_the_report() {
     let text = seen["text"].as_str().unwrap();
     let names = report.contenders.iter().map(|contender| &contender.name);
     let titles = report.metrics.iter().map(|metric| &metric.title);
-    for said in report.verdict.iter().chain(names).chain(titles) {
-        assert!(text.contains(said.as_str()), "{said}");
+    for printed in report.verdict.iter().chain(names).chain(titles) {
+        assert!(text.contains(printed.as_str()), "{printed}");
     }
     assert!(text.contains("apt-get install bubblewrap"));
     assert_eq!((&seen["plots"], &seen["unnamed"]), (&Value::from(report.metrics.len()), &Value::from(0)));

@@ -35,9 +35,9 @@ fn deps_while_locked(times: u32) -> (Output, String) {
 #[test]
 fn waiting_for_apts_lock_is_announced() {
     let (output, calls) = deps_while_locked(3);
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    assert_eq!(said, format!("deps: waiting for another program that installs packages: {LOCKED}\n"));
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{printed}");
+    assert_eq!(printed, format!("deps: waiting for another program that installs packages: {LOCKED}\n"));
     assert_eq!(calls, "update\nupdate\nupdate\nupdate\ninstall\n");
 }
 

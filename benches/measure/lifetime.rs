@@ -54,12 +54,12 @@ fn live(command: &mut Command) -> Result<Life> {
     let millis = || start.elapsed().as_secs_f64() * 1e3;
     let mut child = command.spawn().with_context(|| format!("start {}", command.get_program().display()))?;
     let mut output = child.stdout.take().context("no standard output")?;
-    let (mut said, mut buffer) = (Vec::new(), [0; 4096]);
+    let (mut printed, mut buffer) = (Vec::new(), [0; 4096]);
     // A VMM may print lines of its own before.
-    while !said.contains(&BYTE) {
+    while !printed.contains(&BYTE) {
         let count = output.read(&mut buffer)?;
-        ensure!(count > 0, "the guest never spoke: {}", String::from_utf8_lossy(&said));
-        said.extend_from_slice(&buffer[..count]);
+        ensure!(count > 0, "the guest never spoke: {}", String::from_utf8_lossy(&printed));
+        printed.extend_from_slice(&buffer[..count]);
     }
     let to_byte = millis();
     let status = child.wait()?;

@@ -78,18 +78,18 @@ fn with_idle_guest<T>(mut command: Command, observe: impl FnOnce(&Child) -> Resu
     let mut line = String::new();
     let mut output = BufReader::new(vmm.stdout.take().context("no standard output")?);
     // A VMM may print lines of its own before.
-    let said = loop {
+    let printed = loop {
         line.clear();
         match output.read_line(&mut line) {
             Ok(count) if count > 0 && !line.ends_with("ready\n") => {}
-            said => break said,
+            printed => break printed,
         }
     };
     let observed = observe(&vmm);
     vmm.kill()?;
     vmm.wait()?;
-    said?;
-    ensure!(line.ends_with("ready\n"), "the guest said {line:?}");
+    printed?;
+    ensure!(line.ends_with("ready\n"), "the guest printed {line:?}");
     observed
 }
 

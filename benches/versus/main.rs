@@ -119,19 +119,19 @@ fn measure(vmm: &Vmm) -> Result<Run, String> {
         .spawn()
         .map_err(|error| format!("{program}: {error}"))?;
     let mut to_pid1 = None;
-    let mut said = String::new();
+    let mut printed = String::new();
     for line in child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines()).map_while(Result::ok) {
         if line.trim() == PID1 {
             to_pid1.get_or_insert_with(|| start.elapsed());
         }
-        said.push_str(&line);
-        said.push('\n');
+        printed.push_str(&line);
+        printed.push('\n');
     }
     let status = child.wait().map_err(|error| error.to_string())?;
     let to_exit = start.elapsed();
     match to_pid1 {
         Some(to_pid1) if status.success() => Ok(Run { to_pid1, to_exit }),
-        _ => Err(format!("exited with {status} and printed:\n{said}")),
+        _ => Err(format!("exited with {status} and printed:\n{printed}")),
     }
 }
 

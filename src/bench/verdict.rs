@@ -272,8 +272,8 @@ mod tests {
             .flat_map(|metric| &mut metric.results)
             .for_each(|outcome| outcome.samples.truncate(1));
         summarize(&mut report);
-        let said = sentences(&report).join("\n");
-        assert!(said.contains("too few rounds in common") && !said.contains("no difference"), "{said}");
+        let printed = sentences(&report).join("\n");
+        assert!(printed.contains("too few rounds in common") && !printed.contains("no difference"), "{printed}");
     }
 
     fn ratio(low: f64, value: f64, high: f64) -> Estimate {
@@ -322,32 +322,32 @@ mod tests {
     fn the_first_sentence_summarizes_husks_cost() {
         let husk: Vec<f64> = (0..20).map(|round| 13.0 + f64::from(round % 5) * 0.1).collect();
         let crun: Vec<f64> = (0..20).map(|round| 10.0 + f64::from(round % 5) * 0.1).collect();
-        let said = sentences(&report_with("start-output-warm", &husk, &crun));
-        assert_eq!(said[0], "husk starts in 13.2 ms, 1.29 times crun’s 10.2 ms (1.29 to 1.30).");
+        let printed = sentences(&report_with("start-output-warm", &husk, &crun));
+        assert_eq!(printed[0], "husk starts in 13.2 ms, 1.29 times crun’s 10.2 ms (1.29 to 1.30).");
         assert_eq!(
-            said[1],
+            printed[1],
             "Start: husk is worse than crun in “Start to first output, caches warm” (13.2 ms, 1.29 times 10.2 ms; \
              1.29 to 1.30)."
         );
         assert_eq!(
-            said[2],
+            printed[2],
             "Against crun, in 1 metric: husk is better in 0, worse in 1, without a difference beyond the noise in 0."
         );
     }
 
     #[test]
     fn higher_rates_are_better() {
-        let said = sentences(&report_with("root-read-random", &[300.0; 8], &[200.0; 8]));
-        assert_eq!(said[0], "husk reads its root at 300/s, 1.50 times crun’s 200/s (1.50 to 1.50).");
-        assert!(said[1].starts_with("Disks: husk is better than crun in"), "{said:?}");
+        let printed = sentences(&report_with("root-read-random", &[300.0; 8], &[200.0; 8]));
+        assert_eq!(printed[0], "husk reads its root at 300/s, 1.50 times crun’s 200/s (1.50 to 1.50).");
+        assert!(printed[1].starts_with("Disks: husk is better than crun in"), "{printed:?}");
     }
 
     #[test]
     fn equal_results_are_not_distinguished() {
         let mut random = fastrand::Rng::with_seed(1);
         let mut draw = || (0..20).map(|_| 10.0 + example::normal(&mut random)).collect::<Vec<f64>>();
-        let said = sentences(&report_with("start-output-warm", &draw(), &draw()));
-        assert_eq!(said[0], "husk and crun: no difference beyond the noise in the main metrics.");
+        let printed = sentences(&report_with("start-output-warm", &draw(), &draw()));
+        assert_eq!(printed[0], "husk and crun: no difference beyond the noise in the main metrics.");
     }
 
     #[test]
@@ -365,9 +365,9 @@ mod tests {
         let mut report = example::report();
         assert!(sentences(&report).iter().any(|sentence| sentence.contains("itself a virtual machine (KVM)")));
         report.host.emulator = Some("QEMU TCG".to_owned());
-        let said = sentences(&report);
-        assert!(said[0].starts_with("Emulated host (QEMU TCG): only ratios are meaningful"), "{said:?}");
-        assert!(said[1].starts_with("qemu-microvm failed") && !said.join("").contains("itself"), "{said:?}");
+        let printed = sentences(&report);
+        assert!(printed[0].starts_with("Emulated host (QEMU TCG): only ratios are meaningful"), "{printed:?}");
+        assert!(printed[1].starts_with("qemu-microvm failed") && !printed.join("").contains("itself"), "{printed:?}");
         report.noise.verdict = NoiseLevel::TooNoisy;
         assert!(sentences(&report)[0].starts_with("Emulated host"));
     }

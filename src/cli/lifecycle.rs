@@ -29,7 +29,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// Hidden flag: the ID of the machine to start again.
 const AGAIN_FLAG: &str = "--again";
 
-// The flags.
+// How a machine runs: its name, whether it is kept, and whether it is restarted.
 #[derive(Debug, Args)]
 pub(super) struct LifecycleArgs {
     /// Run the machine in the background and print its ID

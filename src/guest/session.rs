@@ -253,10 +253,10 @@ impl Session {
     }
 
     fn read_hellos(&mut self) -> Result<()> {
-        for (mut stream, mut said) in std::mem::take(&mut self.pending) {
-            match read_hello(&mut stream, &mut said) {
+        for (mut stream, mut received) in std::mem::take(&mut self.pending) {
+            match read_hello(&mut stream, &mut received) {
                 Some(Some(hello)) => self.join(hello, stream)?,
-                Some(None) => self.pending.push((stream, said)),
+                Some(None) => self.pending.push((stream, received)),
                 None => {}
             }
         }
@@ -377,16 +377,16 @@ fn wall_clock_ns() -> u64 {
 }
 
 /// Returns the hello once it is complete, or `None` for a connection that is invalid.
-fn read_hello(stream: &mut impl Read, said: &mut Vec<u8>) -> Option<Option<Hello>> {
+fn read_hello(stream: &mut impl Read, received: &mut Vec<u8>) -> Option<Option<Hello>> {
     let mut buffer = [0; HELLO_BYTES];
     loop {
-        if let Some(bytes) = said.first_chunk::<HELLO_BYTES>() {
+        if let Some(bytes) = received.first_chunk::<HELLO_BYTES>() {
             return Hello::from_bytes(*bytes).ok().map(Some);
         }
-        let rest = buffer.get_mut(said.len()..)?;
+        let rest = buffer.get_mut(received.len()..)?;
         match stream.read(rest) {
             Ok(0) => return None,
-            Ok(count) => said.extend_from_slice(rest.get(..count)?),
+            Ok(count) => received.extend_from_slice(rest.get(..count)?),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(None),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return None,

@@ -219,12 +219,12 @@ mod tests {
         guest.write_all(b"ready").unwrap();
         // Long enough for it to block.
         thread::sleep(Duration::from_millis(50));
-        let (said, heard) = std::sync::mpsc::channel();
+        let (sender, receiver) = std::sync::mpsc::channel();
         thread::spawn(move || {
             let mut bytes = [0; 5];
-            let _ = said.send(reader.read_exact(&mut bytes).map(|()| bytes));
+            let _ = sender.send(reader.read_exact(&mut bytes).map(|()| bytes));
         });
-        let bytes = heard.recv_timeout(Duration::from_secs(10)).expect("it is held back").unwrap();
+        let bytes = receiver.recv_timeout(Duration::from_secs(10)).expect("it is held back").unwrap();
         assert_eq!(&bytes, b"ready");
         drop(guest);
         printer.join().unwrap();

@@ -344,14 +344,14 @@ mod tests {
         let (_temporary, state_dir) = state_dir();
         let (live, gone) = (state_dir.create(None).unwrap(), state_dir.create(None).unwrap());
         let entries = [&live, &gone].map(|dir| state_dir.find(&dir.id()).unwrap());
-        let [told_wait, gone_wait] = entries.map(|entry| std::thread::spawn(move || entry.await_end().unwrap()));
+        let [live_wait, gone_wait] = entries.map(|entry| std::thread::spawn(move || entry.await_end().unwrap()));
         std::thread::sleep(Duration::from_millis(50));
-        assert!(!told_wait.is_finished());
+        assert!(!live_wait.is_finished());
         let state = State::Exited { code: 3, at_ms: 9, reason: None };
         live.write(&Record { state: state.clone(), keep: true, ..record() }).unwrap();
         live.abandon();
         drop(gone);
-        assert_eq!(told_wait.join().unwrap().unwrap().state(), state);
+        assert_eq!(live_wait.join().unwrap().unwrap().state(), state);
         assert!(gone_wait.join().unwrap().is_none());
     }
 }

@@ -50,11 +50,11 @@ fn runs_in_the_root(contender: &dyn Contender, fixture: &Fixture) {
     let script = "echo work: ready; cd /.husk-bench; busybox=/bin/busybox; $busybox ls; $busybox id -u; $busybox pwd; \
                   $busybox test -r /proc/self/status && echo proc; $busybox env; exit 7";
     let mut launch = contender.launch(fixture, &job(1, script)).unwrap();
-    let (said, code) = output(&mut launch);
+    let (printed, code) = output(&mut launch);
     clean_up(&mut launch);
-    assert_eq!(code, Some(7), "{name}: {said}");
+    assert_eq!(code, Some(7), "{name}: {printed}");
     for line in ["work: ready", "data", "work", "0", "proc", "HOME=/root"] {
-        assert!(said.lines().any(|said| said == line), "{name} did not log {line}: {said}");
+        assert!(printed.lines().any(|printed| printed == line), "{name} did not log {line}: {printed}");
     }
     assert_eq!(leftovers(fixture), Vec::<String>::new(), "{name}");
 }
@@ -63,9 +63,9 @@ fn forgets_changes(contender: &dyn Contender, fixture: &Fixture) {
     let name = contender.name();
     let script = "echo x > /changed && /bin/busybox sync && echo y > /scratch/file && echo done";
     let mut launch = contender.launch(fixture, &Job { scratch_mib: Some(64), ..job(2, script) }).unwrap();
-    let (said, code) = output(&mut launch);
+    let (printed, code) = output(&mut launch);
     clean_up(&mut launch);
-    assert_eq!((said.trim(), code), ("done", Some(0)), "{name}");
+    assert_eq!((printed.trim(), code), ("done", Some(0)), "{name}");
     assert!(!fixture.root.join("changed").exists(), "{name}");
     assert!(!fixture.root.join("scratch/file").exists(), "{name}");
     assert_eq!(leftovers(fixture), Vec::<String>::new(), "{name}");

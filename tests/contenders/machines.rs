@@ -20,19 +20,25 @@ fn machines_run_the_workload_and_leave_nothing_behind() {
         let name = contender.name().to_owned();
         contender.prepare(fixture).unwrap();
         let script = "echo work: ready; cd /.husk-bench; /bin/busybox ls -1; /bin/busybox id -u; exit 7";
-        let (said, code) = machine(&*contender, fixture, &job(1, script));
-        assert_eq!(code, Some(7), "{name}: {said}");
+        let (printed, code) = machine(&*contender, fixture, &job(1, script));
+        assert_eq!(code, Some(7), "{name}: {printed}");
         for line in ["work: ready", "data", "work", "0"] {
-            assert!(said.lines().any(|said| said.trim() == line), "{name} did not log {line}: {said}");
+            assert!(printed.lines().any(|printed| printed.trim() == line), "{name} did not log {line}: {printed}");
         }
         let script = "/bin/busybox df /scratch; echo x > /scratch/x && echo done; /bin/busybox free -m";
-        let (said, code) = machine(&*contender, fixture, &Job { scratch_mib: Some(64), ..job(2, script) });
-        assert!(said.lines().any(|said| said.trim() == "done") && code == Some(0), "{name}: {code:?} {said}");
+        let (printed, code) = machine(&*contender, fixture, &Job { scratch_mib: Some(64), ..job(2, script) });
+        assert!(
+            printed.lines().any(|printed| printed.trim() == "done") && code == Some(0),
+            "{name}: {code:?} {printed}"
+        );
         if contender.exits_on_kernel_crash() {
             let command = ["/.husk-bench/work", "crash", "kernel", "--this-is-a-machine"].map(str::to_owned).to_vec();
-            let (said, _) = machine(&*contender, fixture, &Job { command, ..job(3, "") });
-            assert!(said.lines().any(|said| said.trim() == "work: ready"), "{name} crashed without a word: {said}");
-            assert!(!said.contains("work: fail"), "{name}: {said}");
+            let (printed, _) = machine(&*contender, fixture, &Job { command, ..job(3, "") });
+            assert!(
+                printed.lines().any(|printed| printed.trim() == "work: ready"),
+                "{name} crashed without a word: {printed}"
+            );
+            assert!(!printed.contains("work: fail"), "{name}: {printed}");
         }
         let mut launch = contender.launch(fixture, &job(4, &format!("/bin/busybox sleep {LONG}"))).unwrap();
         let mut child = start(&mut launch);
@@ -51,10 +57,10 @@ fn machines_run_the_workload_and_leave_nothing_behind() {
 fn machine(contender: &dyn Contender, fixture: &Fixture, job: &Job) -> (String, Option<i32>) {
     let mut launch = contender.launch(fixture, job).unwrap();
     let started = Instant::now();
-    let (said, code) = output(&mut launch);
+    let (printed, code) = output(&mut launch);
     log(&format!("{}: {:.1} s", contender.name(), started.elapsed().as_secs_f64()));
     clean_up(&mut launch);
     assert_eq!(leftovers(fixture), Vec::<String>::new(), "{}", contender.name());
-    let reported = said.lines().find_map(|line| line.trim().strip_prefix("work: exit ")?.parse().ok());
-    (said, if launch.passes_exit_code { code } else { reported })
+    let reported = printed.lines().find_map(|line| line.trim().strip_prefix("work: exit ")?.parse().ok());
+    (printed, if launch.passes_exit_code { code } else { reported })
 }

@@ -107,8 +107,8 @@ fn clean_up(launch: &mut Launch) {
 
 fn output(launch: &mut Launch) -> (String, Option<i32>) {
     let output = launch.command.stdin(Stdio::null()).output().unwrap();
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    (said, output.status.code())
+    let printed = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (printed, output.status.code())
 }
 
 fn start(launch: &mut Launch) -> Child {

@@ -113,8 +113,8 @@ fn images_are_listed_and_pruned_with_their_sizes() {
     assert!(sizes.iter().all(|size| (3 << 20..5 << 20).contains(size)), "{sizes:?}");
 
     assert_eq!(house.husk(&["images", "-a"]).stdout, list.as_bytes());
-    let said = String::from_utf8(house.husk(&["prune", "-f"]).stdout).unwrap();
-    assert!(said.starts_with("Removed 1 images and 1 files, reclaimed 3.0"), "{said}");
+    let printed = String::from_utf8(house.husk(&["prune", "-f"]).stdout).unwrap();
+    assert!(printed.starts_with("Removed 1 images and 1 files, reclaimed 3.0"), "{printed}");
     assert!(house.husk(&["rmi", "loaded"]).status.success());
     assert_eq!(house.husk(&["images", "--quiet"]).stdout, b"");
     assert_eq!(house.files("roots"), 0);

@@ -19,13 +19,13 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     };
-    let said = pull(":1");
-    assert!(said.contains("was pulled: sha256:"), "{said}");
+    let printed = pull(":1");
+    assert!(printed.contains("was pulled: sha256:"), "{printed}");
     if is_root() {
         assert_same(&house.path("bundle/rootfs"), &house.root(&format!("{name}:1")));
     }
     assert!(pull(":1").contains("is up to date"));
-    let digest = said.trim().rsplit(' ').next().unwrap();
+    let digest = printed.trim().rsplit(' ').next().unwrap();
     pull(&format!("@{digest}"));
     assert_eq!(house.files("blobs"), 2);
 

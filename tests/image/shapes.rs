@@ -19,8 +19,8 @@ fn layer() -> Vec<u8> {
 /// Loads an archive that must be recognized as an image, and returns its root file system.
 fn load_image(house: &House, path: &str) -> PathBuf {
     let output = house.husk(&["load", path, "--name", "loaded"]);
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success() && !said.contains("taken as"), "{path}: {output:?}");
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && !printed.contains("taken as"), "{path}: {output:?}");
     assert_eq!(house.inspect("loaded")["process"]["cmd"], json!(["/bin/sh"]), "{path}");
     house.root("loaded")
 }
@@ -76,13 +76,16 @@ fn assuming_a_root_file_system_is_announced() {
     house.sh("gzip -k x.tar; mkdir x; tar -C x -xf x.tar");
     for path in ["x.tar", "x.tar.gz", "x"] {
         let output = house.husk(&["load", path, "--name", "x"]);
-        let said = String::from_utf8(output.stdout).unwrap();
-        assert!(said.starts_with("Loaded x:latest (") && said.ends_with("), taken as a root filesystem\n"), "{said}");
+        let printed = String::from_utf8(output.stdout).unwrap();
+        assert!(
+            printed.starts_with("Loaded x:latest (") && printed.ends_with("), taken as a root filesystem\n"),
+            "{printed}"
+        );
     }
     house.sh("rm -r data");
     let run = || String::from_utf8(house.husk(&["run", "--kernel", "./none", "./x", "sh"]).stderr).unwrap();
     assert!(run().starts_with("husk: ./x has no manifest.json or index.json: taken as a root filesystem\n"));
-    assert!(!run().contains("taken as"), "it is said when the root is made");
+    assert!(!run().contains("taken as"), "it is printed when the root is created");
     // More entries than any image, so that it is recognized early.
     let names: Vec<String> = (0..3000).map(|n| format!("usr/{n}")).collect();
     let files: Files = names.iter().map(|name| (name.as_str(), &b"x"[..])).collect();

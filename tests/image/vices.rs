@@ -96,10 +96,10 @@ fn a_busy_registry_is_retried() {
         }
     });
     let output = house.husk(&["pull", &named(port)]);
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    assert!(said.contains("responded with 429 Too Many Requests: retrying in 1 s"), "{said}");
-    assert!(said.contains("responded with 503 Service Unavailable: retrying in 2 s"), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{printed}");
+    assert!(printed.contains("responded with 429 Too Many Requests: retrying in 1 s"), "{printed}");
+    assert!(printed.contains("responded with 503 Service Unavailable: retrying in 2 s"), "{printed}");
 }
 
 #[test]
@@ -121,15 +121,16 @@ fn a_permanently_busy_registry_is_an_error() {
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         String::from_utf8(output.stderr).unwrap()
     };
-    let said = pull(busy("503 Service Unavailable", "0"));
-    assert!(said.ends_with("with 503 Service Unavailable \u{fffd}]0;owned\u{fffd}no\n"), "{said:?}");
-    let said = pull(busy("429 Too Many Requests", "3600"));
+    let printed = pull(busy("503 Service Unavailable", "0"));
+    assert!(printed.ends_with("with 503 Service Unavailable \u{fffd}]0;owned\u{fffd}no\n"), "{printed:?}");
+    let printed = pull(busy("429 Too Many Requests", "3600"));
     assert!(
-        said.ends_with("does not accept more requests for 3600 s: log in, or wait\n") && said.lines().count() == 1,
-        "{said}"
+        printed.ends_with("does not accept more requests for 3600 s: log in, or wait\n")
+            && printed.lines().count() == 1,
+        "{printed}"
     );
-    let said = pull(busy("501 Not Implemented", "0"));
-    assert!(said.contains("501") && said.lines().count() == 1, "{said}");
+    let printed = pull(busy("501 Not Implemented", "0"));
+    assert!(printed.contains("501") && printed.lines().count() == 1, "{printed}");
     let counts = asked_for.0.lock().unwrap();
     let times = |status: &str| counts[status];
     assert_eq!(

@@ -87,7 +87,7 @@ impl Machines {
     pub fn await_log(&self, name: &str, words: &str) {
         let deadline = Instant::now() + TIMEOUT;
         while !self.ok(&["logs", name]).contains(words) {
-            assert!(Instant::now() < deadline, "{name} never said {words}: {}", self.ok(&["logs", name]));
+            assert!(Instant::now() < deadline, "{name} never printed {words}: {}", self.ok(&["logs", name]));
             thread::sleep(Duration::from_millis(10));
         }
     }

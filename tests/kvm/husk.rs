@@ -176,7 +176,7 @@ impl Running {
     pub fn wait_for(mut self, words: &str) -> Running {
         if !self.stdout.wait_for(words) {
             let _ = self.child.0.kill();
-            panic!("the guest never said {words:?}: {:?}", self.wait());
+            panic!("the guest never printed {words:?}: {:?}", self.wait());
         }
         self
     }
@@ -306,8 +306,8 @@ fn processes_that_say(file: &str, word: &str) -> Vec<u32> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let said = std::fs::read(entry.path().join(file)).unwrap_or_default();
-        if text(&said).contains(word) {
+        let printed = std::fs::read(entry.path().join(file)).unwrap_or_default();
+        if text(&printed).contains(word) {
             found.push(pid);
         }
     }

@@ -106,7 +106,7 @@ fn run(program: &str, arguments: &[&str]) -> String {
 /// Starts a guest and waits until its init prints `word`. Returns it and its output lines.
 fn start_and_wait(command: &mut Command, word: &str) -> (Child, mpsc::Receiver<String>) {
     let mut child = command.spawn().unwrap();
-    let (said, heard) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     let (line_said, lines) = mpsc::channel();
     let (stdout, word) = (child.stdout.take().unwrap(), word.to_owned());
     thread::spawn(move || {
@@ -114,11 +114,11 @@ fn start_and_wait(command: &mut Command, word: &str) -> (Child, mpsc::Receiver<S
             let found = line.contains(&word);
             let _ = line_said.send(line);
             if found {
-                let _ = said.send(());
+                let _ = sender.send(());
             }
         }
     });
-    if heard.recv_timeout(TIMEOUT).is_err() {
+    if receiver.recv_timeout(TIMEOUT).is_err() {
         child.kill().unwrap();
         panic!("the guest did not come up: {:?} {:?}", lines.try_iter().collect::<Vec<_>>(), finish(child).errors);
     }

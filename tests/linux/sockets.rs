@@ -113,10 +113,11 @@ fn guest_and_host_communicate_through_vsock() {
         drop(call(&socket, 1002));
         finish(child).expect(0, kernel);
         let output: Vec<String> = output.try_iter().collect();
-        let said = |line: &str| assert!(output.iter().any(|said| said.trim() == line), "{kernel}: {line}: {output:?}");
-        said(&format!("received={}", stream_mib() * MIB));
-        said("echoed=50");
-        said("refused=ECONNRESET");
+        let printed =
+            |line: &str| assert!(output.iter().any(|printed| printed.trim() == line), "{kernel}: {line}: {output:?}");
+        printed(&format!("received={}", stream_mib() * MIB));
+        printed("echoed=50");
+        printed("refused=ECONNRESET");
         assert!(!socket.exists(), "{kernel}: the socket goes with its machine");
     }
 }

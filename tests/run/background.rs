@@ -325,8 +325,8 @@ fn a_background_process_is_stopped_and_its_streams_are_logged_separately() {
     machines.start("job", &["-i"], script).expect(0);
     // It is running, but may not have printed anything yet.
     let logs = || machines.husk(&["logs", "job"]);
-    let said = std::iter::repeat_with(logs).find(|logs| logs.errors == "err\n").unwrap();
-    assert_eq!(said.expect(0).text(), "out\n");
+    let printed = std::iter::repeat_with(logs).find(|logs| logs.errors == "err\n").unwrap();
+    assert_eq!(printed.expect(0).text(), "out\n");
     machines.ok(&["kill", "-s", "USR1", "job"]);
     let followed = machines.command(&["logs", "-f", "job"]).spawn().unwrap();
     machines.ok(&["stop", "-t", "60", "job"]);

@@ -206,13 +206,13 @@ pub(super) mod tests {
             let command = Command::new("true");
             Launch { command, passes_exit_code: true, address: None, clean_up: Some(clean_up) }
         };
-        for (rest, said) in
+        for (rest, printed) in
             [((|| Ok(())) as fn() -> Result<()>, None), (|| anyhow::bail!("it is held"), Some("it is held"))]
         {
             let (sender, receiver) = std::sync::mpsc::channel();
             let launch = launch(rest).then_clean_up(move || Ok(sender.send(())?));
             let cleaned = launch.clean_up.unwrap()();
-            assert_eq!(cleaned.err().map(|error| error.to_string()).as_deref(), said);
+            assert_eq!(cleaned.err().map(|error| error.to_string()).as_deref(), printed);
             assert_eq!(receiver.recv(), Ok(()));
         }
     }

@@ -78,8 +78,8 @@ fn with_its_runtime(
 /// Returns the name of the configured OCI runtime.
 fn runtime() -> Option<String> {
     let ask = ["10", "podman", "info", "--format", "{{.Host.OCIRuntime.Name}}"];
-    let said = programs::output("timeout", &ask).inspect_err(|error| log::info!("{error:#}"));
-    Some(said.ok()?.trim().to_owned())
+    let printed = programs::output("timeout", &ask).inspect_err(|error| log::info!("{error:#}"));
+    Some(printed.ok()?.trim().to_owned())
 }
 
 /// Returns the runtime directory. Podman rejects paths longer than 50 bytes.
@@ -265,8 +265,8 @@ mod tests {
         let podman = || Program { version: Ok("4.3.1".into()) };
         let on_hybrid = |name: &str| name == "crun";
         let reason = |runtime: Option<&str>| {
-            let said = || runtime.map(str::to_owned);
-            with_its_runtime(podman(), on_hybrid, said).version.map_err(|missing| missing.reason)
+            let printed = || runtime.map(str::to_owned);
+            with_its_runtime(podman(), on_hybrid, printed).version.map_err(|missing| missing.reason)
         };
         assert_eq!(reason(Some("crun")).unwrap_err(), format!("its runtime is crun, which {}", oci::UNSUPPORTED));
         assert!(reason(Some("runc")).is_ok() && reason(None).is_ok());

@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn versions_are_parsed_from_program_output() {
-        for (said, expected) in [
+        for (printed, expected) in [
             ("crun version 1.8.1\ncommit: f8a096be060b22ccd3d5f3ebe44108517fbf6c30\nrundir: /run/crun\n", "1.8.1"),
             ("runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1+deb12u1\nspec: 1.0.2-dev\n", "1.1.5+ds1"),
             ("podman version 4.3.1\n", "4.3.1"),
@@ -109,7 +109,7 @@ mod tests {
             ("Docker version 20.10.24+dfsg1, build 297e128\n", "20.10.24+dfsg1"),
             ("a thing of its own\n", "a thing of its own"),
         ] {
-            assert_eq!(version(said).as_deref(), Some(expected), "{said}");
+            assert_eq!(version(printed).as_deref(), Some(expected), "{printed}");
         }
         assert_eq!(version("\n"), None);
     }

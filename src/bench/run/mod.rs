@@ -272,14 +272,14 @@ impl Drop for Running {
 /// Returns the expectations that a run did not meet.
 fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output: &OutputParser) -> Vec<String> {
     let mut failures = Vec::new();
-    let said = last_line(&output.tail());
+    let printed = last_line(&output.tail());
     let code = match (end, passes_exit_code) {
         (Termination::TimedOut, _) => {
-            failures.push(format!("timed out: {said}"));
+            failures.push(format!("timed out: {printed}"));
             None
         }
         (Termination::Signaled(number), _) => {
-            failures.push(format!("killed by signal {number}: {said}"));
+            failures.push(format!("killed by signal {number}: {printed}"));
             None
         }
         (Termination::FailedToStart(reason), _) => {
@@ -289,13 +289,13 @@ fn judge(expected: &Expected, passes_exit_code: bool, end: &Termination, output:
         (Termination::Exited(code), true) => Some(*code),
         (Termination::Exited(code), false) => {
             if output.exit.is_none() {
-                failures.push(format!("exited with code {code} without reporting the command's exit code: {said}"));
+                failures.push(format!("exited with code {code} without reporting the command's exit code: {printed}"));
             }
             output.exit
         }
     };
     if let Some(code) = code.filter(|code| *code != expected.code) {
-        failures.push(format!("exit code {code} instead of {}: {said}", expected.code));
+        failures.push(format!("exit code {code} instead of {}: {printed}", expected.code));
     }
     if let Some(name) = output.unfinished() {
         failures.push(format!("{name}: did not finish"));

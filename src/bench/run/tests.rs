@@ -80,8 +80,8 @@ fn an_unexpected_exit_code_is_a_failure() {
 fn missing_work_is_a_failure() {
     let failures = |text: &str| run(script(text), &expect(0, &[("fork", 2)]), &within(10_000)).failures;
     assert_eq!(failures("true"), ["fork: did not run"]);
-    let said = failures("echo work: fail fork there is no memory");
-    assert_eq!(said, ["fork there is no memory", "fork: did not run"]);
+    let printed = failures("echo work: fail fork there is no memory");
+    assert_eq!(printed, ["fork there is no memory", "fork: did not run"]);
     let less = failures("echo work: begin fork; sleep 0.05; echo work: end fork 1");
     assert_eq!(less, ["fork: did 1 of 2"]);
     let fast = failures("printf 'work: begin fork\\nwork: end fork 2\\n'");

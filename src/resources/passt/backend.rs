@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::neighbors::introductions;
+use super::neighbors::announcements;
 use super::process::Process;
 use super::{GATEWAY, GUEST, Missing, PROGRAM, SOCKET_BUFFER_BYTES, arguments, check, has_ipv6, is_installed};
 use crate::backend::net::{
@@ -52,7 +52,7 @@ struct Shared {
     /// Signaled when passt is needed.
     needed: EventFd,
     /// What a guest that needs passt should know before passt responds.
-    introductions: Vec<u8>,
+    announcements: Vec<u8>,
 }
 
 impl Shared {
@@ -68,7 +68,7 @@ impl Starter {
     pub fn start_if_needed(&self) {
         if self.0.needed.read().is_ok() {
             let mut process = self.0.process();
-            process.say(&self.0.introductions);
+            process.send_early(&self.0.announcements);
             let _ = process.start();
         }
     }
@@ -116,7 +116,7 @@ fn warn_of_loopback(published: &[PortForward]) {
 
 /// An ARP request for the gateway's address (RFC 826), in the socket's framing. passt replies after it has opened all
 /// ports that it can.
-fn question(mac: MacAddress) -> Vec<u8> {
+fn framed_arp_request(mac: MacAddress) -> Vec<u8> {
     const BROADCAST: [u8; 6] = [0xff; 6];
     // Ethernet and IPv4, with addresses of 6 and 4 bytes; a request.
     const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
@@ -134,14 +134,14 @@ impl Passt {
             let _ = sys::net::set_send_buffer(end, SOCKET_BUFFER_BYTES);
         }
         if !network.ports.is_empty() {
-            ours.write_all(&question(mac)).context("write to passt's socket")?;
+            ours.write_all(&framed_arp_request(mac)).context("write to passt's socket")?;
         }
         let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs)
             .context("create a socket for passt")?;
         let needed = event::create().context("create an event for passt")?;
         Ok(Passt {
             net: StreamNet::new(ours).context("set up passt's socket")?,
-            shared: Arc::new(Shared { process: Mutex::new(process), needed, introductions: introductions(mac) }),
+            shared: Arc::new(Shared { process: Mutex::new(process), needed, announcements: announcements(mac) }),
             is_idle: true,
             has_ipv6: has_ipv6(),
             attempts: Attempts::default(),

@@ -18,7 +18,7 @@ const ICMPV6: u8 = 58;
 
 /// Frames for the guest with the address `mac`, in the socket's framing. Guests ignore those about addresses that they
 /// are not looking for.
-pub(super) fn introductions(mac: MacAddress) -> Vec<u8> {
+pub(super) fn announcements(mac: MacAddress) -> Vec<u8> {
     let frames = [arp_reply(GATEWAY, mac), arp_reply(DNS, mac), advertisement()];
     frames.iter().flat_map(|frame| [&(frame.len() as u32).to_be_bytes()[..], frame].concat()).collect()
 }

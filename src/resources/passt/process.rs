@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 /// How long a passt that has closed its socket has to exit.
 const REAP_TIMEOUT: Duration = Duration::from_millis(100);
 /// The maximum length of passt's error output.
-const WORDS_MAX_BYTES: u64 = 16 << 10;
+const STDERR_MAX_BYTES: u64 = 16 << 10;
 
 /// The passt process of one machine.
 pub(super) enum Process {
@@ -36,7 +36,7 @@ impl Process {
     }
 
     /// Sends frames in passt's place, before it is started. There is room for a few.
-    pub fn say(&mut self, frames: &[u8]) {
+    pub fn send_early(&mut self, frames: &[u8]) {
         if let Process::Planned(_, socket) = self {
             // If the machine's end is closed, it needs no frames.
             let _ = socket.write_all(frames);
@@ -75,7 +75,7 @@ impl Process {
         let started = Instant::now();
         while started.elapsed() < timeout {
             if running.child.try_wait().context("wait for passt")?.is_some() {
-                bail!("passt did not start: {}", running.last_words());
+                bail!("passt did not start: {}", running.last_error());
             }
             thread::sleep(Duration::from_millis(5));
         }
@@ -89,7 +89,7 @@ impl Process {
             Process::Failed(reason) => reason.clone(),
             Process::Running(running) => {
                 running.end();
-                running.last_words()
+                running.last_error()
             }
         }
     }
@@ -108,25 +108,25 @@ impl Process {
 pub(super) struct Running {
     child: Child,
     /// Its standard error.
-    words: UnixStream,
+    stderr: UnixStream,
 }
 
 impl Running {
     fn spawn(command: &mut Command) -> io::Result<Running> {
-        let (words, says) = UnixStream::pair()?;
-        for end in [&words, &says] {
+        let (stderr, theirs) = UnixStream::pair()?;
+        for end in [&stderr, &theirs] {
             // Unread output is lost; passt does not block on it.
             end.set_nonblocking(true)?;
         }
-        let child = command.stderr(OwnedFd::from(says)).spawn()?;
-        Ok(Running { child, words })
+        let child = command.stderr(OwnedFd::from(theirs)).spawn()?;
+        Ok(Running { child, stderr })
     }
 
     /// The last non-empty line of the error output.
-    fn last_words(&mut self) -> String {
+    fn last_error(&mut self) -> String {
         let mut bytes = Vec::new();
         // Ends with an error if passt is still running.
-        let _ = (&mut self.words).take(WORDS_MAX_BYTES).read_to_end(&mut bytes);
+        let _ = (&mut self.stderr).take(STDERR_MAX_BYTES).read_to_end(&mut bytes);
         let text = String::from_utf8_lossy(&bytes);
         let line = text.lines().rfind(|line| !line.trim().is_empty() && !line.contains("syslog"));
         line.unwrap_or("it printed no error").trim().to_owned()

@@ -153,7 +153,7 @@ fn a_passt_that_exits_or_cannot_open_a_port_is_an_error() {
     passt.net = {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         // Simulates a reply.
-        theirs.write_all(&question(MAC)).unwrap();
+        theirs.write_all(&framed_arp_request(MAC)).unwrap();
         StreamNet::new(ours).unwrap()
     };
     let error = passt.await_service(std::slice::from_ref(&asked)).unwrap_err().to_string();
