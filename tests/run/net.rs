@@ -202,11 +202,13 @@ fn a_machine_that_floods_its_network_can_be_stopped() {
         Command::new("iperf3").args(["-s", "-B", &host, "-p", &port]).stdout(Stdio::null()).spawn().unwrap();
     // Small UDP packets at the maximum rate.
     let script = format!(
-        "trap 'cat /sys/class/net/eth0/statistics/tx_packets; exit 7' TERM; echo ready
-         iperf3 -c {host} -p {port} -u -b 0 -l 64 -t 1000 >/dev/null & wait; echo the flood ended"
+        "sent() {{ cat /sys/class/net/eth0/statistics/tx_packets; }}; trap 'sent; exit 7' TERM
+         iperf3 -c {host} -p {port} -u -b 0 -l 64 -t 1000 >/dev/null &
+         until [ $(sent) -gt 1000 ]; do sleep 0.1; done; echo ready
+         wait; echo the flood ended"
     );
     let (machine, output) = start(&guests, &["--network", "user"], &script);
-    thread::sleep(Duration::from_secs(6));
+    thread::sleep(Duration::from_secs(2));
     let started = Instant::now();
     run(Command::new("kill").arg("-TERM").arg(machine.id().to_string()));
     wait(machine).expect(7);
