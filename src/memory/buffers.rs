@@ -66,10 +66,10 @@ impl GuestBuffers {
     }
 
     /// The remaining ranges as volatile slices.
-    pub fn slices(&self) -> Vec<VolatileSlice<'_>> {
+    pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
         let rest = self.iovecs[self.first..].iter();
         // SAFETY: each part is mapped guest memory, kept alive by `self` while it is borrowed.
-        rest.map(|iovec| unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) }).collect()
+        rest.map(|iovec| unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) })
     }
 
     /// Removes the first `len_bytes`, or as many as there are, and returns them as a separate list.
