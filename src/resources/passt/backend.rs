@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::neighbors::announcements;
+use super::neighbors::{announcements, arp_request};
 use super::process::Process;
-use super::{GATEWAY, GUEST, Missing, PROGRAM, SOCKET_BUFFER_BYTES, arguments, check, has_ipv6, is_installed};
+use super::{Missing, PROGRAM, SOCKET_BUFFER_BYTES, arguments, check, has_ipv6, is_installed};
 use crate::backend::net::{
     ATTEMPT_BYTES_MAX, Attempt, Attempts, FRONT_BYTES, Header, NetBackend, StreamNet, expects_response, is_end,
 };
@@ -114,17 +114,6 @@ fn warn_of_loopback(published: &[PortForward]) {
     }
 }
 
-/// An ARP request for the gateway's address (RFC 826), in the socket's framing. passt replies after it has opened all
-/// ports that it can.
-fn framed_arp_request(mac: MacAddress) -> Vec<u8> {
-    const BROADCAST: [u8; 6] = [0xff; 6];
-    // Ethernet and IPv4, with addresses of 6 and 4 bytes; a request.
-    const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
-    let frame = [&BROADCAST[..], &mac.0, &ETHERTYPE_ARP, &REQUEST, &mac.0, &GUEST.octets(), &[0; 6], &GATEWAY.octets()];
-    let frame = frame.concat();
-    [&(frame.len() as u32).to_be_bytes()[..], &frame].concat()
-}
-
 impl Passt {
     /// The back end of a passt process that has not been started.
     fn new(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
@@ -134,7 +123,7 @@ impl Passt {
             let _ = sys::net::set_send_buffer(end, SOCKET_BUFFER_BYTES);
         }
         if !network.ports.is_empty() {
-            ours.write_all(&framed_arp_request(mac)).context("write to passt's socket")?;
+            ours.write_all(&arp_request(mac)).context("write to passt's socket")?;
         }
         let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs)
             .context("create a socket for passt")?;

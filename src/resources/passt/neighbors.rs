@@ -1,5 +1,6 @@
-//! Tells a guest the link-layer address of its gateways before passt can, so that its first packets do not time out while
-//! passt starts on a busy host: a guest that asks three times in vain gives up.
+//! ARP and neighbor discovery frames. They find out whether passt responds, and tell a guest the link-layer address of its
+//! gateways before passt can, so that its first packets do not time out while passt starts on a busy host: a guest that
+//! asks three times in vain gives up.
 
 use std::net::Ipv4Addr;
 
@@ -7,8 +8,10 @@ use super::{DNS, GATEWAY, GATEWAY_MAC, GATEWAY_V6, GUEST};
 use crate::config::MacAddress;
 
 const GATEWAY_BYTES: [u8; 6] = GATEWAY_MAC.0;
-/// An ARP reply for IPv4 on Ethernet (RFC 826), after the EtherType.
+/// ARP frames for IPv4 on Ethernet (RFC 826), from the EtherType to the operation.
+const ARP_REQUEST: [u8; 10] = [8, 6, 0, 1, 8, 0, 6, 4, 0, 1];
 const ARP_REPLY: [u8; 10] = [8, 6, 0, 1, 8, 0, 6, 4, 0, 2];
+const BROADCAST: [u8; 6] = [0xff; 6];
 /// The addresses of all nodes of a link.
 const ALL_NODES_MAC: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
 const ALL_NODES: [u8; 16] = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
@@ -20,7 +23,19 @@ const ICMPV6: u8 = 58;
 /// are not looking for.
 pub(super) fn announcements(mac: MacAddress) -> Vec<u8> {
     let frames = [arp_reply(GATEWAY, mac), arp_reply(DNS, mac), advertisement()];
-    frames.iter().flat_map(|frame| [&(frame.len() as u32).to_be_bytes()[..], frame].concat()).collect()
+    frames.iter().flat_map(|frame| framed(frame)).collect()
+}
+
+/// An ARP request of the guest for the gateway's address, in the socket's framing. passt replies after it has opened all
+/// ports that it can.
+pub(super) fn arp_request(mac: MacAddress) -> Vec<u8> {
+    let addresses = [&mac.0[..], &GUEST.octets(), &[0; 6], &GATEWAY.octets()].concat();
+    framed(&[&BROADCAST[..], &mac.0, &ARP_REQUEST, &addresses].concat())
+}
+
+/// A frame after its length, as in passt's socket.
+fn framed(frame: &[u8]) -> Vec<u8> {
+    [&(frame.len() as u32).to_be_bytes()[..], frame].concat()
 }
 
 fn arp_reply(address: Ipv4Addr, to: MacAddress) -> Vec<u8> {

@@ -4,6 +4,8 @@ use std::sync::Barrier;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::neighbors::arp_request as framed_arp_request;
+use super::super::{GATEWAY, GUEST};
 use super::*;
 use crate::memory;
 
