@@ -151,6 +151,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+    use crate::sys::smaps;
 
     #[test]
     fn huge_pages_of_guest_and_host_coincide() {
@@ -174,15 +175,7 @@ mod tests {
     /// The sizes of the pages that back `memory` (proc_pid_smaps(5)): the value of `name` in bytes.
     fn backing_bytes(memory: &GuestMemory, name: &str) -> u64 {
         let region = memory.iter().next().unwrap();
-        let start = region.get_host_address(MemoryRegionAddress(0)).unwrap() as u64;
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut lines = smaps.lines().skip_while(|line| {
-            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
-            let address = |text| u64::from_str_radix(text, 16).ok();
-            !range.is_some_and(|(first, last)| (address(first)..address(last)).contains(&Some(start)))
-        });
-        let value = lines.find_map(|line| line.strip_prefix(name)).unwrap();
-        value.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+        smaps::bytes_at(region.get_host_address(MemoryRegionAddress(0)).unwrap() as usize, name)
     }
 
     #[test]

@@ -12,6 +12,8 @@ pub mod process;
 pub mod processor;
 pub mod resident;
 pub mod signals;
+#[cfg(test)]
+pub mod smaps;
 pub mod socket;
 pub mod timer;
 pub mod xattr;

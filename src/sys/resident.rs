@@ -42,18 +42,11 @@ fn read_only_segments() -> Vec<std::ops::Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::smaps;
 
     /// The resident pages of the executable's text.
     fn resident_text_bytes() -> u64 {
-        let at = resident_text_bytes as *const () as usize;
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut lines = smaps.lines().skip_while(|line| {
-            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
-            let address = |text| usize::from_str_radix(text, 16).ok();
-            !range.is_some_and(|(start, end)| (address(start)..address(end)).contains(&Some(at)))
-        });
-        let rss = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
-        rss.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+        smaps::bytes_at(resident_text_bytes as *const () as usize, "Rss:")
     }
 
     #[test]
