@@ -50,7 +50,8 @@ impl Reference {
     pub fn familiar(&self) -> String {
         let full = self.to_string();
         let short = full.strip_prefix("docker.io/").unwrap_or(&full);
-        short.strip_prefix(OFFICIAL).unwrap_or(short).to_owned()
+        // Only a name with a single component gets the prefix when it is parsed, so only there can it be left out.
+        short.strip_prefix(OFFICIAL).filter(|rest| !rest.contains('/')).unwrap_or(short).to_owned()
     }
 }
 
@@ -158,6 +159,8 @@ mod tests {
             ("debian:12", "docker.io/library/debian:12", "debian:12"),
             ("grafana/loki", "docker.io/grafana/loki:latest", "grafana/loki:latest"),
             ("docker.io/debian", "docker.io/library/debian:latest", "debian:latest"),
+            ("library/debian", "docker.io/library/debian:latest", "debian:latest"),
+            ("library/a/b", "docker.io/library/a/b:latest", "library/a/b:latest"),
             ("localhost/x", "localhost/x:latest", "localhost/x:latest"),
             ("localhost:5000/a/b__c:1.0-x", "localhost:5000/a/b__c:1.0-x", "localhost:5000/a/b__c:1.0-x"),
             ("quay.io/a/b-----c", "quay.io/a/b-----c:latest", "quay.io/a/b-----c:latest"),
