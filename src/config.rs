@@ -1,6 +1,7 @@
 //! A machine's configuration: plain data from flags or a file, validated by [`MachineConfig::validate`].
 
 mod cmdline;
+mod disk;
 mod memory;
 mod network;
 mod rate;
@@ -13,6 +14,7 @@ use crate::layout;
 use crate::sys::socket;
 
 pub use cmdline::{default_cmdline, hides_devices};
+pub use disk::{DISK_BLOCK_BYTES, DiskConfig, Format, MAX_DISK_ID_BYTES};
 pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
@@ -37,8 +39,6 @@ pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
 pub const DEFAULT_CID: u32 = 3;
 /// The maximum length of a vsock socket's path: `_` and a port are appended for guest connections.
 pub const MAX_VSOCK_PATH_BYTES: usize = socket::PATH_BYTES_MAX - "_4294967295".len();
-/// Length of a disk's serial number (virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID).
-pub const MAX_DISK_ID_BYTES: usize = 20;
 /// The maximum length of a command line, including husk's parameters but not the final NUL.
 pub const MAX_CMDLINE_BYTES: usize = layout::CMDLINE_MAX_BYTES - 1;
 
@@ -121,56 +121,6 @@ impl Default for MachineConfig {
             vsock: None,
             networks: Vec::new(),
         }
-    }
-}
-
-/// A disk image or block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// Image file or block device.
-    pub path: PathBuf,
-    /// Whether it is read-only.
-    #[serde(default)]
-    pub readonly: bool,
-    /// The serial number (at most 20 bytes).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// The format, unless it follows from the name: see [`DiskConfig::format`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
-    /// The logical block size, 512 to 4096 bytes; by default 512 or that of the block device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub block_bytes: Option<u32>,
-    /// The guest's rate limits.
-    #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
-    pub rate: Rate,
-}
-
-/// The allowed block sizes, powers of two: those that all drivers support.
-pub const DISK_BLOCK_BYTES: std::ops::RangeInclusive<u32> = 512..=4096;
-
-/// The format of a disk image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// The plain content of the disk.
-    Raw,
-    /// QEMU's copy-on-write format: unused clusters take no space, and clusters may be compressed.
-    Qcow2,
-}
-
-impl DiskConfig {
-    /// The configured format; by default qcow2 if the name ends in `.qcow2`, and raw otherwise.
-    ///
-    /// The content is never probed: a guest could write the header of a crafted image to its raw disk, which would then
-    /// be used at the next start.
-    pub fn format(&self) -> Format {
-        let by_name = || match self.path.extension() {
-            Some(extension) if extension == "qcow2" => Format::Qcow2,
-            _ => Format::Raw,
-        };
-        self.format.unwrap_or_else(by_name)
     }
 }
 
@@ -360,23 +310,10 @@ impl MachineConfig {
             return Err(Invalid::TooManyDisks(self.disks.len(), disks_max));
         }
         for (index, disk) in self.disks.iter().enumerate() {
-            if disk.path.as_os_str().is_empty() {
-                return Err(Invalid::NoDiskPath(index + 1));
-            }
-            if !disk.rate.makes_sense() {
-                return Err(Invalid::DiskRate(index + 1));
-            }
-            if let Some(bytes) = disk.block_bytes
-                && !(bytes.is_power_of_two() && DISK_BLOCK_BYTES.contains(&bytes))
+            disk.validate(index + 1)?;
+            if let Some(id) = &disk.id
+                && self.disks[..index].iter().any(|earlier| earlier.id.as_ref() == Some(id))
             {
-                return Err(Invalid::DiskBlocks(index + 1, bytes));
-            }
-            let Some(id) = &disk.id else { continue };
-            let printable = id.bytes().all(|byte| byte.is_ascii_graphic());
-            if !printable || !(1..=MAX_DISK_ID_BYTES).contains(&id.len()) {
-                return Err(Invalid::DiskId(id.clone()));
-            }
-            if self.disks[..index].iter().any(|earlier| earlier.id.as_ref() == Some(id)) {
                 return Err(Invalid::SameDiskId(id.clone()));
             }
         }
@@ -471,28 +408,6 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_limit_is_not_zero() {
-        let with = |bytes_per_second, burst_bytes| {
-            let rate = Rate { bytes_per_second, burst_bytes, ..Rate::default() };
-            MachineConfig { disks: vec![disk(None), DiskConfig { rate, ..disk(None) }], ..config() }.validate()
-        };
-        assert_eq!((with(None, None), with(Some(1), Some(1))), (Ok(()), Ok(())));
-        assert_eq!((with(Some(0), None), with(None, Some(1))), (Err(Invalid::DiskRate(2)), Err(Invalid::DiskRate(2))));
-    }
-
-    #[test]
-    fn block_sizes_are_supported_by_drivers() {
-        let with = |bytes| {
-            let large = DiskConfig { block_bytes: Some(bytes), ..disk(None) };
-            MachineConfig { disks: vec![disk(None), large], ..config() }.validate()
-        };
-        assert_eq!([512, 1024, 2048, 4096].map(with), [Ok(()), Ok(()), Ok(()), Ok(())]);
-        for bytes in [0, 1, 256, 513, 3072, 8192, 1 << 31, u32::MAX] {
-            assert_eq!(with(bytes), Err(Invalid::DiskBlocks(2, bytes)));
-        }
-    }
-
-    #[test]
     fn the_command_line_limit_includes_the_default_parameters() {
         let own_bytes = config().full_cmdline("", false).len();
         let with = |cmdline: String, default_cmdline| MachineConfig { cmdline, default_cmdline, ..config() }.validate();
@@ -527,17 +442,6 @@ mod tests {
             assert_eq!(with(&[id]), Err(Invalid::DiskId(id.into())));
         }
         assert_eq!(with(&["a", "b", "a"]), Err(Invalid::SameDiskId("a".into())));
-    }
-
-    #[test]
-    fn the_format_follows_from_the_name_by_default() {
-        let format = |path: &str, format| DiskConfig { path: path.into(), format, ..disk(None) }.format();
-        for name in ["disk.img", "qcow2", "a.qcow2.bak", "/dev/vda"] {
-            assert_eq!(format(name, None), Format::Raw, "{name}");
-        }
-        assert_eq!(format("/a/b.qcow2", None), Format::Qcow2);
-        assert_eq!(format("b.qcow2", Some(Format::Raw)), Format::Raw);
-        assert_eq!(format("b.img", Some(Format::Qcow2)), Format::Qcow2);
     }
 
     #[test]

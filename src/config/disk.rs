@@ -1,0 +1,124 @@
+//! A disk's configuration, from `--disk` or a configuration file, opened by `resources/disk.rs`.
+
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Invalid, Rate};
+
+/// Length of a disk's serial number (virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID).
+pub const MAX_DISK_ID_BYTES: usize = 20;
+/// The allowed block sizes, powers of two: those that all drivers support.
+pub const DISK_BLOCK_BYTES: RangeInclusive<u32> = 512..=4096;
+
+/// A disk image or block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Whether it is read-only.
+    #[serde(default)]
+    pub readonly: bool,
+    /// The serial number (at most 20 bytes).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The format, unless it follows from the name: see [`DiskConfig::format`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// The logical block size, 512 to 4096 bytes; by default 512 or that of the block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_bytes: Option<u32>,
+    /// The guest's rate limits.
+    #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
+    pub rate: Rate,
+}
+
+/// The format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The plain content of the disk.
+    Raw,
+    /// QEMU's copy-on-write format: unused clusters take no space, and clusters may be compressed.
+    Qcow2,
+}
+
+impl DiskConfig {
+    /// The configured format; by default qcow2 if the name ends in `.qcow2`, and raw otherwise.
+    ///
+    /// The content is never probed: a guest could write the header of a crafted image to its raw disk, which would then
+    /// be used at the next start.
+    pub fn format(&self) -> Format {
+        let by_name = || match self.path.extension() {
+            Some(extension) if extension == "qcow2" => Format::Qcow2,
+            _ => Format::Raw,
+        };
+        self.format.unwrap_or_else(by_name)
+    }
+
+    /// Validates the disk in position `number`, counted from one, except what concerns the other disks.
+    pub(super) fn validate(&self, number: usize) -> Result<(), Invalid> {
+        if self.path.as_os_str().is_empty() {
+            return Err(Invalid::NoDiskPath(number));
+        }
+        if !self.rate.makes_sense() {
+            return Err(Invalid::DiskRate(number));
+        }
+        if let Some(bytes) = self.block_bytes
+            && !(bytes.is_power_of_two() && DISK_BLOCK_BYTES.contains(&bytes))
+        {
+            return Err(Invalid::DiskBlocks(number, bytes));
+        }
+        match &self.id {
+            Some(id) if !is_id(id) => Err(Invalid::DiskId(id.clone())),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether a guest reads this serial number back unchanged.
+fn is_id(id: &str) -> bool {
+    id.bytes().all(|byte| byte.is_ascii_graphic()) && (1..=MAX_DISK_ID_BYTES).contains(&id.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> DiskConfig {
+        let path = "disk.img".into();
+        DiskConfig { path, readonly: false, id: None, format: None, block_bytes: None, rate: Rate::default() }
+    }
+
+    #[test]
+    fn a_disk_limit_is_not_zero() {
+        let with = |bytes_per_second, burst_bytes| {
+            let rate = Rate { bytes_per_second, burst_bytes, ..Rate::default() };
+            DiskConfig { rate, ..disk() }.validate(2)
+        };
+        assert_eq!((with(None, None), with(Some(1), Some(1))), (Ok(()), Ok(())));
+        assert_eq!((with(Some(0), None), with(None, Some(1))), (Err(Invalid::DiskRate(2)), Err(Invalid::DiskRate(2))));
+    }
+
+    #[test]
+    fn block_sizes_are_supported_by_drivers() {
+        let with = |bytes| DiskConfig { block_bytes: Some(bytes), ..disk() }.validate(2);
+        assert_eq!([512, 1024, 2048, 4096].map(with), [Ok(()), Ok(()), Ok(()), Ok(())]);
+        for bytes in [0, 1, 256, 513, 3072, 8192, 1 << 31, u32::MAX] {
+            assert_eq!(with(bytes), Err(Invalid::DiskBlocks(2, bytes)));
+        }
+    }
+
+    #[test]
+    fn the_format_follows_from_the_name_by_default() {
+        let format = |path: &str, format| DiskConfig { path: path.into(), format, ..disk() }.format();
+        for name in ["disk.img", "qcow2", "a.qcow2.bak", "/dev/vda"] {
+            assert_eq!(format(name, None), Format::Raw, "{name}");
+        }
+        assert_eq!(format("/a/b.qcow2", None), Format::Qcow2);
+        assert_eq!(format("b.qcow2", Some(Format::Raw)), Format::Raw);
+        assert_eq!(format("b.img", Some(Format::Qcow2)), Format::Qcow2);
+    }
+}
