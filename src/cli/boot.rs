@@ -61,8 +61,8 @@ pub(super) struct Boot {
     cmdline: Option<String>,
 
     /// Do not add husk's own parameters to the kernel command line
-    #[arg(long)]
-    bare_cmdline: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    bare_cmdline: Option<bool>,
 
     /// Number of CPUs, 0.01 to 32 [default: 1]
     ///
@@ -81,8 +81,8 @@ pub(super) struct Boot {
     limits: LimitFlags,
 
     /// Enable nested virtualization, if the host's KVM supports it
-    #[arg(long)]
-    nested: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    nested: Option<bool>,
 
     /// Disk image or block device; can be repeated, the first one is /dev/vda
     ///
@@ -176,11 +176,11 @@ impl Boot {
         if let Some(cmdline) = &self.cmdline {
             config.cmdline.clone_from(cmdline);
         }
-        config.default_cmdline &= !self.bare_cmdline;
+        config.default_cmdline = self.bare_cmdline.map_or(config.default_cmdline, |bare| !bare);
         if let Some(Cpus { vcpus, limit_millicpus }) = self.cpus {
             (config.cpus, config.cpu_limit_millicpus) = (vcpus, limit_millicpus);
         }
-        config.nested |= self.nested;
+        config.nested = self.nested.unwrap_or(config.nested);
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }

@@ -21,8 +21,8 @@ pub(super) struct LimitFlags {
     memory_max: Option<u64>,
 
     /// Disable the memory balloon, which returns unused guest memory to the host
-    #[arg(long)]
-    no_balloon: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    no_balloon: Option<bool>,
 
     /// Back guest memory with transparent huge pages (thp, the default), with pages of 2M or 1G from the host's pool,
     /// which the balloon cannot return, or with small pages only (off)
@@ -30,8 +30,8 @@ pub(super) struct LimitFlags {
     hugepages: Option<HugePages>,
 
     /// Allocate all guest memory before the guest starts, and keep pages that it frees
-    #[arg(long)]
-    prefault: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    prefault: Option<bool>,
 
     /// Limit the host memory of the whole machine, including husk itself; auto is the amount it needs
     #[arg(long, value_name = "SIZE|auto", value_parser = host_memory, allow_negative_numbers = true)]
@@ -58,9 +58,9 @@ impl LimitFlags {
             config.cpuset.clone_from(cpus);
         }
         config.cpu_shares = self.cpu_shares.or(config.cpu_shares);
-        config.balloon &= !self.no_balloon;
+        config.balloon = self.no_balloon.map_or(config.balloon, |off| !off);
         config.huge_pages = self.hugepages.unwrap_or(config.huge_pages);
-        config.prefault |= self.prefault;
+        config.prefault = self.prefault.unwrap_or(config.prefault);
         let target_mib = memory_mib.or(config.memory_target_mib);
         if let Some(max_mib) = self.memory_max {
             config.memory_target_mib = Some(target_mib.unwrap_or(config.memory_mib));
@@ -188,7 +188,9 @@ mod tests {
         assert_eq!((huge.huge_pages, huge.prefault), (HugePages::Size2M, true));
         let kept = applied(&[], None, huge);
         assert_eq!((kept.huge_pages, kept.prefault), (HugePages::Size2M, true));
+        assert!(!applied(&["--prefault=false"], None, kept).prefault);
         assert!(huge_pages("4K").is_err());
-        assert!(!applied(&["--no-balloon"], None, MachineConfig::default()).balloon);
+        let without = applied(&["--no-balloon"], None, MachineConfig::default());
+        assert!(!without.balloon && applied(&["--no-balloon=false"], None, without).balloon);
     }
 }
