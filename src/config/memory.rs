@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::MachineConfig;
 use crate::sys::mapping::Pages;
 
 /// The size of the pages that back guest memory.
@@ -34,6 +35,33 @@ impl HugePages {
             HugePages::Size2M => Pages::Pool(2 << 20),
             HugePages::Size1G => Pages::Pool(1 << 30),
             HugePages::Off => Pages::Small,
+        }
+    }
+}
+
+impl MachineConfig {
+    /// Whether the guest reports free pages, which are then returned to the host. Pages that were allocated in advance or
+    /// belong to the host's pool are kept.
+    pub fn reports_free_pages(&self) -> bool {
+        self.balloon && !self.prefault && !matches!(self.huge_pages.pages(), Pages::Pool(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pages_that_the_host_can_reuse_are_reported() {
+        let default = MachineConfig::default();
+        assert!(default.reports_free_pages());
+        assert!(MachineConfig { huge_pages: HugePages::Off, ..default.clone() }.reports_free_pages());
+        for kept in [
+            MachineConfig { balloon: false, ..default.clone() },
+            MachineConfig { prefault: true, ..default.clone() },
+            MachineConfig { huge_pages: HugePages::Size2M, ..default },
+        ] {
+            assert!(!kept.reports_free_pages(), "{kept:?}");
         }
     }
 }

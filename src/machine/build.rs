@@ -22,7 +22,6 @@ use crate::resources::net::Network;
 use crate::resources::passt::Starter;
 use crate::resources::vsock::VsockSocket;
 use crate::sandbox;
-use crate::sys::mapping::Pages;
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, Buses, VcpuThread, setup};
@@ -115,8 +114,7 @@ fn create_devices(
             memory_mib: config.memory_mib,
             target_mib,
             deflates_on_oom: config.balloon_deflates_on_oom,
-            // Pages that were allocated in advance, or belong to a pool, are kept.
-            reports_free_pages: !config.prefault && !matches!(config.huge_pages.pages(), Pages::Pool(_)),
+            reports_free_pages: config.reports_free_pages(),
         };
         let (device, control) = balloon::device(options).context("create the balloon device")?;
         devices.push(device);
