@@ -19,7 +19,6 @@ use crate::memory::{self, GuestMemory};
 use crate::resources::Resources;
 use crate::resources::disk::DiskFile;
 use crate::resources::net::Network;
-use crate::resources::passt::Starter;
 use crate::resources::vsock::VsockSocket;
 use crate::sandbox;
 use crate::timings::{Step, Timings};
@@ -37,10 +36,11 @@ impl Machine {
     /// follows dependencies: memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus
     /// before the first vCPU exists.
     pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
-        let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks } = resources;
+        let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks, starters } =
+            resources;
         let kvm = Arc::new(kvm);
         let memory = memory::create(config.memory_mib, config.huge_pages.pages(), config.prefault)?;
-        let (devices, controls, starters) = create_devices(config, disks, vsock, networks)?;
+        let (devices, controls) = create_devices(config, disks, vsock, networks)?;
         let contents = Contents {
             kernel,
             cmdline: cmdline(config, &kernel_words, initrd.is_some()),
@@ -90,8 +90,8 @@ fn create_devices(
     disks: Vec<DiskFile>,
     vsock: Option<VsockSocket>,
     networks: Vec<Network>,
-) -> Result<(Vec<VirtioDevice>, Controls, Vec<Starter>)> {
-    let (mut devices, mut controls, mut starters) = (Vec::new(), Controls::default(), Vec::new());
+) -> Result<(Vec<VirtioDevice>, Controls)> {
+    let (mut devices, mut controls) = (Vec::new(), Controls::default());
     for disk in disks {
         let (device, control) = block::device(disk).context("create a disk device")?;
         devices.push(device);
@@ -102,8 +102,7 @@ fn create_devices(
     if let Some(vsock) = vsock {
         devices.push(vsock::device(vsock).context("create the vsock device")?);
     }
-    for mut network in networks {
-        starters.extend(network.starter.take());
+    for network in networks {
         let (device, link) = net::device(network).context("create a network device")?;
         devices.push(device);
         controls.links.push(link);
@@ -120,7 +119,7 @@ fn create_devices(
         devices.push(device);
         controls.balloon = Some(control);
     }
-    Ok((devices, controls, starters))
+    Ok((devices, controls))
 }
 
 fn cmdline(config: &MachineConfig, kernel_words: &str, has_initrd: bool) -> String {

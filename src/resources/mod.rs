@@ -57,6 +57,8 @@ pub struct Resources {
     pub vsock: Option<vsock::VsockSocket>,
     /// The host side of the network interfaces.
     pub networks: Vec<net::Network>,
+    /// Those that start passt when the guest needs it.
+    pub starters: Vec<passt::Starter>,
 }
 
 /// Opens all resources that `config` refers to. Stops at the first failure, with the path and the reason.
@@ -75,8 +77,13 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
         affinity::pin_to(&config.cpuset)?;
     }
     let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
-    let networks = config.networks.iter().map(|network| net::open(network, config)).collect::<Result<Vec<_>>>()?;
-    Ok(Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks })
+    let (mut networks, mut starters) = (Vec::new(), Vec::new());
+    for network in &config.networks {
+        let (network, starter) = net::open(network, config)?;
+        networks.push(network);
+        starters.extend(starter);
+    }
+    Ok(Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks, starters })
 }
 
 fn open_initrd(path: &Path) -> Result<Part> {

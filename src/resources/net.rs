@@ -46,8 +46,6 @@ pub struct Network {
     pub rate: Rate,
     /// Counters of frames that are not handled in this process.
     pub counts: Option<TapCounts>,
-    /// Starts passt when the guest needs it, if that was not done yet.
-    pub starter: Option<passt::Starter>,
 }
 
 /// The number of queue pairs of a tap device in a machine with this many vCPUs.
@@ -55,11 +53,12 @@ pub fn pairs(cpus: u32) -> u32 {
     cpus.min(PAIRS_MAX)
 }
 
-/// Opens the interface `network` of `machine`. For user-mode networking this starts passt if ports are published.
-pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<Network> {
+/// Opens the interface `network` of `machine`. For user-mode networking this starts passt if ports are published, and
+/// otherwise returns what starts it.
+pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<(Network, Option<passt::Starter>)> {
     let pairs = pairs(machine.cpus) as usize;
     let vhost = Vhost { wish: network.vhost, keeps_to_cpus: !machine.cpuset.is_empty() };
-    open_any(network, pairs, vhost).map(|opened| Network { rate: network.rate, ..opened })
+    open_any(network, pairs, vhost).map(|(opened, starter)| (Network { rate: network.rate, ..opened }, starter))
 }
 
 /// The requirements for vhost-net.
@@ -70,7 +69,7 @@ struct Vhost {
     keeps_to_cpus: bool,
 }
 
-fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<Network> {
+fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Network, Option<passt::Starter>)> {
     let mac = match config.mac {
         Some(mac) => mac,
         None => random_mac()?,
@@ -79,25 +78,25 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<Networ
         Attachment::User(user) => {
             let (backend, starter) = passt::open(user, mac)?;
             let rate = Rate::default();
-            Ok(Network {
+            let network = Network {
                 backends: vec![Box::new(backend)],
                 name: "passt".into(),
                 mac: mac.0,
                 mtu_bytes: Some(passt::MTU_BYTES),
                 rate,
                 counts: None,
-                starter,
-            })
+            };
+            Ok((network, starter))
         }
         Attachment::Tap { name } => {
             let (taps, _) = open_tap(name, pairs).with_context(|| format!("open tap device {name}"))?;
-            on_tap(taps, name, mac, vhost)
+            Ok((on_tap(taps, name, mac, vhost)?, None))
         }
         Attachment::Bridge { name } => {
             let (taps, own_name) =
                 open_tap(TAP_NAMES, pairs).with_context(|| format!("create a tap device for {name}"))?;
             bridge::attach(&own_name, name)?;
-            on_tap(taps, &own_name, mac, vhost)
+            Ok((on_tap(taps, &own_name, mac, vhost)?, None))
         }
     }
 }
@@ -112,7 +111,7 @@ fn on_tap(taps: Vec<File>, name: &str, mac: MacAddress, vhost: Vhost) -> Result<
     };
     let backend = |tap| -> Box<dyn NetBackend> { Box::new(TapNet::new(tap, vhosts.next())) };
     let backends = taps.into_iter().map(backend).collect();
-    Ok(Network { backends, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default(), counts, starter: None })
+    Ok(Network { backends, name: name.to_owned(), mac: mac.0, mtu_bytes, rate: Rate::default(), counts })
 }
 
 impl Vhost {

@@ -62,7 +62,7 @@ pub fn budget_bytes(pairs: u32) -> u64 {
 
 /// Creates a network device for an opened network, and a handle to its link.
 pub fn device(network: Network) -> io::Result<(VirtioDevice, NetLink)> {
-    let Network { backends, name, mac, mtu_bytes, rate, counts, .. } = network;
+    let Network { backends, name, mac, mtu_bytes, rate, counts } = network;
     let (device, link) = device_on(backends, &name, mac, mtu_bytes)?;
     if let Some(counts) = counts {
         link.count_by(counts);
