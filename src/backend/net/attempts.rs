@@ -8,8 +8,9 @@ use super::unsolicited::{ETHERNET_BYTES, IPV4, IPV6, IPV6_BYTES};
 /// The longest frame that may be an attempt: a SYN has no data.
 pub const ATTEMPT_BYTES_MAX: u64 = 128;
 
-/// The number of attempts that are remembered.
-const ATTEMPTS_MAX: usize = 64;
+/// The number of attempts that are remembered. If a guest makes more within [`LIFETIME`], the oldest ones are forgotten, and
+/// a repetition of theirs passes.
+const ATTEMPTS_MAX: usize = 1024;
 /// How long an attempt is remembered: as long as passt waits for the other side (SYN_TIMEOUT in its tcp.c).
 const LIFETIME: Duration = Duration::from_secs(10);
 /// The size of an IPv4 header without options.
@@ -21,7 +22,8 @@ const TCP: u8 = 6;
 const SYN: u8 = 0x02;
 const FIN_RST_ACK: u8 = 0x15;
 
-/// An attempt to open a TCP connection. All frames of one attempt are equal.
+/// An attempt to open a TCP connection. All frames of one attempt are equal. Two attempts between the same ports differ in
+/// the initial sequence number, which follows a clock (RFC 9293 §3.4.1), even if the first one was reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attempt {
     /// From and to, with zeroes after IPv4 addresses.
@@ -66,12 +68,16 @@ impl Attempts {
         self.0.iter().any(|(other, noted)| *other == attempt && noted.elapsed() < LIFETIME)
     }
 
-    /// Notes an attempt, and forgets the oldest one if there are many.
+    /// Notes an attempt, and forgets those that are no longer recent, and the oldest one if there are many.
     pub fn note(&mut self, attempt: Attempt) {
-        if self.0.len() == ATTEMPTS_MAX {
+        self.note_at(attempt, Instant::now());
+    }
+
+    fn note_at(&mut self, attempt: Attempt, now: Instant) {
+        while self.0.len() == ATTEMPTS_MAX || self.0.front().is_some_and(|(_, noted)| now >= *noted + LIFETIME) {
             self.0.pop_front();
         }
-        self.0.push_back((attempt, Instant::now()));
+        self.0.push_back((attempt, now));
     }
 }
 
@@ -80,12 +86,13 @@ mod tests {
     use super::*;
 
     /// A TCP segment from port 1 with this sequence number and these flags.
-    fn frame(is_ipv6: bool, number: u8, flags: u8) -> Vec<u8> {
+    fn frame(is_ipv6: bool, number: u16, flags: u8) -> Vec<u8> {
         let mut ip = vec![0; if is_ipv6 { IPV6_BYTES } else { IPV4_BYTES }];
         ip[0] = if is_ipv6 { 0x60 } else { IPV4_BEGIN };
         ip[if is_ipv6 { 6 } else { 9 }] = TCP;
         ip[if is_ipv6 { 8 } else { 12 }..].fill(9);
-        let segment = [0, 1, 0, 80, 0, 0, 0, number, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0];
+        let [high, low] = number.to_be_bytes();
+        let segment = [0, 1, 0, 80, 0, 0, high, low, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0];
         [&[2; 12][..], if is_ipv6 { &IPV6 } else { &IPV4 }, &ip, &segment].concat()
     }
 
@@ -107,10 +114,19 @@ mod tests {
                 assert_eq!(of(1, flags), None, "{flags:#x}");
             }
         }
-        for number in 0..=255 {
-            attempts.note(Attempt::of(&frame(true, number, SYN)).unwrap());
-        }
-        assert_eq!(attempts.0.len(), ATTEMPTS_MAX);
+    }
+
+    #[test]
+    fn a_thousand_parallel_attempts_are_remembered_and_no_more() {
+        let attempt = |number| Attempt::of(&frame(true, number, SYN)).unwrap();
+        let mut attempts = Attempts::default();
+        (0..1024).for_each(|number| attempts.note(attempt(number)));
+        assert!((0..1024).all(|number| attempts.has(attempt(number))));
+        attempts.note(attempt(1024));
+        assert!(!attempts.has(attempt(0)) && attempts.has(attempt(1)), "the oldest one is forgotten");
+        let later = Instant::now() + LIFETIME;
+        attempts.note_at(attempt(1025), later);
+        assert_eq!(attempts.0.len(), 1, "old ones are forgotten");
     }
 
     #[test]
