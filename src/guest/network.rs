@@ -132,7 +132,7 @@ fn interface(setup: &InterfaceSetup) -> Option<Interface> {
         Attachment::User(_) => {
             let mut addresses = vec![address(passt::GUEST.into(), passt::PREFIX)];
             let mut gateways = vec![IpAddr::from(passt::GATEWAY)];
-            if passt::has_ipv6() {
+            if passt::Routes::at_start().ipv6 {
                 addresses.push(address(passt::GUEST_V6.into(), passt::PREFIX_V6));
                 gateways.push(passt::GATEWAY_V6.into());
             }

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::neighbors::{announcements, arp_request};
 use super::process::Process;
-use super::{Missing, PROGRAM, SOCKET_BUFFER_BYTES, arguments, check, has_ipv6, is_installed};
+use super::{Missing, PROGRAM, Routes, SOCKET_BUFFER_BYTES, arguments, is_installed};
 use crate::backend::net::{
     ATTEMPT_BYTES_MAX, Attempt, Attempts, FRONT_BYTES, Header, NetBackend, StreamNet, expects_response, is_end,
 };
@@ -29,6 +30,8 @@ const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
 const ETHERTYPE_ARP: [u8; 2] = [8, 6];
 /// How long to wait for the error of a passt process that is likely to fail.
 const STARTUP_ERROR_TIMEOUT: Duration = Duration::from_millis(500);
+/// How often a guest that needs its network makes us look for a default route while the host has none.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The machine's end of passt's socket. Dropping it terminates passt.
 pub struct Passt {
@@ -36,6 +39,8 @@ pub struct Passt {
     shared: Arc<Shared>,
     /// Whether passt has not been needed yet. Until then, frames that expect no response are dropped.
     is_idle: bool,
+    /// When passt was last requested.
+    asked: Option<Instant>,
     /// Whether passt will know IPv6.
     has_ipv6: bool,
     /// The guest's recent connections. It repeats its SYN every second until it is answered, and sends all of them at
@@ -51,6 +56,9 @@ struct Shared {
     process: Mutex<Process>,
     /// Signaled when passt is needed.
     needed: EventFd,
+    /// Whether passt was needed but not started, because the host had no default route. The guest's frames are lost until
+    /// it has one.
+    lacks_route: AtomicBool,
     /// What a guest that needs passt should know before passt responds.
     announcements: Vec<u8>,
 }
@@ -63,13 +71,24 @@ impl Shared {
 }
 
 impl Starter {
-    /// Starts passt if the guest needs it by now. It takes a few milliseconds to initialize, during which frames wait in
-    /// the socket. A failure is reported by the [`Passt`] like a later exit.
+    /// Starts passt if the guest needs it by now and the host has a network. It takes a few milliseconds to initialize,
+    /// during which frames wait in the socket. A failure is reported by the [`Passt`] like a later exit.
     pub fn start_if_needed(&self) {
-        if self.0.needed.read().is_ok() {
+        self.start_if_needed_with(Routes::of_host);
+    }
+
+    fn start_if_needed_with(&self, routes: impl FnOnce() -> Routes) {
+        if self.0.needed.read().is_err() {
+            return;
+        }
+        let lacks_route = !routes().is_any();
+        if !lacks_route {
             let mut process = self.0.process();
             process.send_early(&self.0.announcements);
             let _ = process.start();
+        }
+        if self.0.lacks_route.swap(lacks_route, Ordering::AcqRel) != lacks_route && lacks_route {
+            log::warn!("this host has no default route: the guest has no network until there is one");
         }
     }
 }
@@ -94,7 +113,7 @@ pub fn open(network: &UserNetwork, mac: MacAddress) -> Result<(Passt, Option<Sta
         passt.start()?;
         passt.await_service(&network.ports)?;
         Ok((passt, None))
-    } else if check().is_err() {
+    } else if !Routes::at_start().is_any() {
         passt.start()?;
         passt.shared.process().await_failure(STARTUP_ERROR_TIMEOUT)?;
         Ok((passt, None))
@@ -130,9 +149,15 @@ impl Passt {
         let needed = event::create().context("create an event for passt")?;
         Ok(Passt {
             net: StreamNet::new(ours).context("set up passt's socket")?,
-            shared: Arc::new(Shared { process: Mutex::new(process), needed, announcements: announcements(mac) }),
+            shared: Arc::new(Shared {
+                process: Mutex::new(process),
+                needed,
+                lacks_route: AtomicBool::new(false),
+                announcements: announcements(mac),
+            }),
             is_idle: true,
-            has_ipv6: has_ipv6(),
+            asked: None,
+            has_ipv6: Routes::at_start().ipv6,
             attempts: Attempts::default(),
         })
     }
@@ -170,14 +195,26 @@ impl Passt {
         }
     }
 
-    /// Whether passt is needed, at the latest by a frame that begins with `front`.
-    fn is_needed(&mut self, front: &[u8]) -> bool {
-        if self.is_idle && expects_response(front, self.has_ipv6) {
-            self.is_idle = false;
-            // The counter is far below its maximum, so this neither blocks nor fails.
-            let _ = self.shared.needed.write(1);
+    /// Whether passt has not been started, as far as is known.
+    fn is_waiting(&self) -> bool {
+        self.is_idle || self.shared.lacks_route.load(Ordering::Acquire)
+    }
+
+    /// Whether passt receives a frame that begins with `front`, which may be the first one that needs it.
+    fn takes(&mut self, front: &[u8]) -> bool {
+        if !self.is_waiting() {
+            return true;
         }
-        !self.is_idle
+        let may_ask = self.asked.is_none_or(|asked| asked.elapsed() >= RETRY_INTERVAL);
+        if !may_ask || !expects_response(front, self.has_ipv6) {
+            return false;
+        }
+        // The first one waits in the socket. Later ones would fill it if there were no route for long.
+        let is_first = self.asked.replace(Instant::now()).is_none();
+        self.is_idle = false;
+        // The counter is far below its maximum, so this neither blocks nor fails.
+        let _ = self.shared.needed.write(1);
+        is_first
     }
 
     /// Adds the reason if the error means that passt has exited.
@@ -197,11 +234,11 @@ impl NetBackend for Passt {
 
     fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()> {
         let mut front = [0; FRONT_BYTES];
-        let is_inspected = self.is_idle || frame.len_bytes() <= ATTEMPT_BYTES_MAX;
+        let is_inspected = self.is_waiting() || frame.len_bytes() <= ATTEMPT_BYTES_MAX;
         let len = if is_inspected { frame.peek(&mut front) } else { 0 };
         let front = front.get(..len).unwrap_or_default();
         let attempt = Attempt::of(front);
-        if !self.is_needed(front) || attempt.is_some_and(|attempt| self.attempts.has(attempt)) {
+        if !self.takes(front) || attempt.is_some_and(|attempt| self.attempts.has(attempt)) {
             return Ok(());
         }
         self.net.send(header, frame).map_err(|error| self.explain(error))?;

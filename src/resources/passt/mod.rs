@@ -7,6 +7,7 @@
 mod backend;
 mod neighbors;
 mod process;
+mod routes;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
@@ -16,6 +17,7 @@ use super::resolver;
 use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
 
 pub use backend::{Passt, Starter, open};
+pub use routes::Routes;
 
 /// The program, on the search path.
 const PROGRAM: &str = "passt";
@@ -61,7 +63,7 @@ pub fn check() -> Result<(), Missing> {
     if !is_installed() {
         return Err(Missing::Passt);
     }
-    if !has_default_route("/proc/net/route") && !has_ipv6() {
+    if !Routes::of_host().is_any() {
         return Err(Missing::Route);
     }
     Ok(())
@@ -74,26 +76,6 @@ fn is_installed() -> bool {
     env::split_paths(&env::var_os("PATH").unwrap_or_default()).any(|dir| is_program(dir.join(PROGRAM)))
 }
 
-/// Whether the host has IPv6 connectivity, which passt then provides to the guest as well.
-pub fn has_ipv6() -> bool {
-    // Destination, prefix length, …, interface; an unreachable default route is on `lo`.
-    let routes = fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default();
-    routes.lines().any(|line| {
-        let mut words = line.split_whitespace();
-        let to_all = words.next().is_some_and(|to| to.bytes().all(|digit| digit == b'0')) && words.next() == Some("00");
-        to_all && words.next_back().is_some_and(|interface| interface != "lo")
-    })
-}
-
-fn has_default_route(table: &str) -> bool {
-    // Interface, destination, gateway, flags, …, and the mask in the eighth column.
-    let routes = fs::read_to_string(table).unwrap_or_default();
-    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-    routes.lines().map(words).any(|words| {
-        words.get(1).is_some_and(|to| to == "00000000") && words.get(7).is_some_and(|mask| mask == "00000000")
-    })
-}
-
 fn arguments(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<String> {
     let mut all: Vec<String> = ["--foreground", "--quiet", "--fd", "0", "--no-map-gw"].map(str::to_owned).into();
     let mut add = |flag: &str, value: String| all.extend([flag.to_owned(), value]);
@@ -102,7 +84,7 @@ fn arguments(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<String
     add("--address", GUEST.to_string());
     add("--netmask", PREFIX.to_string());
     add("--gateway", GATEWAY.to_string());
-    if has_ipv6() {
+    if Routes::at_start().ipv6 {
         add("--address", GUEST_V6.to_string());
         add("--gateway", GATEWAY_V6.to_string());
     }
@@ -136,7 +118,7 @@ fn forwarded(port: &PortForward) -> String {
 /// The DNS servers for a guest that is configured without DHCP.
 pub fn dns_servers(network: &UserNetwork, resolver: &resolver::Resolver) -> Vec<IpAddr> {
     let servers = if network.dns.is_empty() { &resolver.servers } else { &network.dns };
-    let reached = |server: &&IpAddr| server.is_ipv4() || has_ipv6();
+    let reached = |server: &&IpAddr| server.is_ipv4() || Routes::at_start().ipv6;
     let servers: Vec<IpAddr> = servers.iter().filter(reached).copied().take(DNS_MAX).collect();
     if servers.is_empty() { vec![DNS.into()] } else { servers }
 }

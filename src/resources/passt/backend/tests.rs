@@ -5,7 +5,7 @@ use std::sync::Barrier;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::neighbors::arp_request as framed_arp_request;
-use super::super::{GATEWAY, GUEST};
+use super::super::{GATEWAY, GUEST, check};
 use super::*;
 use crate::memory;
 
@@ -264,4 +264,32 @@ fn a_passt_that_is_needed_but_cannot_be_started_ends_the_network_with_a_reason()
         let error = wait_for("an end", || passt.receive().map(|_| passt.consume()).err());
         assert!(is_end(&error) && error.to_string() == reason, "{error}");
     }
+}
+
+#[test]
+fn a_host_without_a_route_delays_passt_until_it_has_one() {
+    const NONE: Routes = Routes { ipv4: false, ipv6: false };
+    let mut passt = Passt::new(&UserNetwork::default(), MAC).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    passt.net = StreamNet::new(ours).unwrap();
+    // It neither reads nor writes its socket.
+    *passt.shared.process() = Process::new("sleep", vec!["60".into()], theirs).unwrap();
+    let starter = Starter(passt.shared.clone());
+    let later = Instant::now() - RETRY_INTERVAL;
+    send(&mut passt, &arp_request());
+    starter.start_if_needed_with(|| NONE);
+    // More than fit the socket, and none of them makes us look for routes so soon.
+    let mut frame = guest_frame(&arp_request());
+    for _ in 0..100_000 {
+        passt.send(&Header::default(), &mut frame).unwrap();
+    }
+    starter.start_if_needed_with(|| unreachable!("it was asked a moment ago"));
+    for (routes, is_started) in [(NONE, false), (Routes { ipv6: true, ..NONE }, true)] {
+        assert_eq!(process(&passt), None);
+        passt.asked = Some(later);
+        send(&mut passt, &arp_request());
+        starter.start_if_needed_with(|| routes);
+        assert_eq!(process(&passt).is_some(), is_started, "{routes:?}");
+    }
+    assert!(!passt.is_waiting());
 }
