@@ -14,7 +14,7 @@ use crate::layout;
 use crate::sys::socket;
 
 pub use cmdline::{default_cmdline, hides_devices};
-pub use disk::{DISK_BLOCK_BYTES, DiskConfig, Format, MAX_DISK_ID_BYTES};
+pub use disk::{Aio, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_DISK_ID_BYTES};
 pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
@@ -349,15 +349,7 @@ mod tests {
     }
 
     fn disk(id: Option<&str>) -> DiskConfig {
-        let id = id.map(str::to_owned);
-        DiskConfig {
-            path: "disk.img".into(),
-            readonly: false,
-            id,
-            format: None,
-            block_bytes: None,
-            rate: Rate::default(),
-        }
+        DiskConfig { id: id.map(str::to_owned), ..DiskConfig::of("disk.img".into()) }
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod signals;
 pub mod smaps;
 pub mod socket;
 pub mod timer;
+pub mod uring;
 pub mod xattr;
 
 use std::ffi::CStr;

@@ -30,6 +30,9 @@ pub struct DiskConfig {
     /// The logical block size, 512 to 4096 bytes; by default 512 or that of the block device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_bytes: Option<u32>,
+    /// How the host's file is accessed.
+    #[serde(default, skip_serializing_if = "Aio::is_default")]
+    pub aio: Aio,
     /// The guest's rate limits.
     #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
     pub rate: Rate,
@@ -45,7 +48,40 @@ pub enum Format {
     Qcow2,
 }
 
+/// How a raw image or block device is accessed, as QEMU's `aio=`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aio {
+    /// With io_uring where the host allows it, except for requests that are faster without it.
+    #[default]
+    Auto,
+    /// With io_uring, always.
+    IoUring,
+    /// With blocking system calls on the disk's thread.
+    Threads,
+}
+
+impl Aio {
+    /// Whether it is the default.
+    pub fn is_default(&self) -> bool {
+        *self == Aio::default()
+    }
+}
+
 impl DiskConfig {
+    /// A writable disk with defaults.
+    pub fn of(path: PathBuf) -> DiskConfig {
+        DiskConfig {
+            path,
+            readonly: false,
+            id: None,
+            format: None,
+            block_bytes: None,
+            aio: Aio::default(),
+            rate: Rate::default(),
+        }
+    }
+
     /// The configured format; by default qcow2 if the name ends in `.qcow2`, and raw otherwise.
     ///
     /// The content is never probed: a guest could write the header of a crafted image to its raw disk, which would then
@@ -88,8 +124,7 @@ mod tests {
     use super::*;
 
     fn disk() -> DiskConfig {
-        let path = "disk.img".into();
-        DiskConfig { path, readonly: false, id: None, format: None, block_bytes: None, rate: Rate::default() }
+        DiskConfig::of("disk.img".into())
     }
 
     #[test]

@@ -11,7 +11,6 @@ use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
-use crate::config::Rate;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;
@@ -209,14 +208,7 @@ impl GuestSpec {
         socket: &Path,
         verbose: bool,
     ) -> MachineConfig {
-        let disk = |path: &Path, readonly, format| DiskConfig {
-            path: path.to_owned(),
-            readonly,
-            id: None,
-            format,
-            block_bytes: None,
-            rate: Rate::default(),
-        };
+        let disk = |path: &Path, readonly, format| DiskConfig { readonly, format, ..DiskConfig::of(path.to_owned()) };
         // Disks created by husk are raw, whatever a guest has written to them.
         let raw = Some(Format::Raw);
         let disks = match &self.root_fs {

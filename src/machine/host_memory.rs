@@ -1,7 +1,7 @@
 //! Computes the host memory that a machine needs: the guest's memory plus the maximum that a guest can make each
 //! component use. Each device states its own budget; they are added up here.
 
-use crate::backend::disk::Qcow2Disk;
+use crate::backend::disk::{Qcow2Disk, UringDisk};
 use crate::config::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
 use crate::layout;
 use crate::resources::{net as interface, passt};
@@ -39,7 +39,7 @@ impl MachineConfig {
 
 fn disk_bytes(disk: &DiskConfig) -> u64 {
     let image_bytes = match disk.format() {
-        Format::Raw => 0,
+        Format::Raw => UringDisk::BUDGET_BYTES,
         Format::Qcow2 => Qcow2Disk::BUDGET_BYTES,
     };
     block::BUDGET_BYTES + image_bytes
@@ -55,7 +55,7 @@ fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{HugePages, Rate, UserNetwork, VsockConfig};
+    use crate::config::{HugePages, UserNetwork, VsockConfig};
 
     #[test]
     fn device_budgets_are_part_of_the_needed_host_memory() {
@@ -63,9 +63,7 @@ mod tests {
         assert_eq!(bare.host_memory_needed_mib(), 512 + 4 + 32);
         let huge = MachineConfig { huge_pages: HugePages::Size1G, ..bare.clone() };
         assert_eq!(huge.host_memory_needed_mib(), 1024 + 4 + 32);
-        let rate = Rate::default();
-        let disk =
-            DiskConfig { path: "disk.img".into(), readonly: false, id: None, format: None, block_bytes: None, rate };
+        let disk = DiskConfig::of("disk.img".into());
         let tap = || NetworkConfig::of(Attachment::Tap { name: "tap0".into() });
         let with_disk = MachineConfig { disks: vec![disk.clone()], ..bare.clone() };
         let image = DiskConfig { format: Some(Format::Qcow2), ..disk.clone() };
@@ -78,7 +76,7 @@ mod tests {
         let sockets = VsockConfig { socket: "v.sock".into(), cid: 3 };
         let with_sockets = MachineConfig { vsock: Some(sockets), ..bare };
         let needed = |config: &MachineConfig| config.host_memory_needed_mib() - (512 + 4 + 32);
-        assert_eq!([needed(&with_disk), needed(&with_disks)], [2, 6]);
+        assert_eq!([needed(&with_disk), needed(&with_disks)], [5, 15]);
         assert!(needed(&with_image) >= 2 + 22, "tables, and a cluster that is being unpacked");
         assert!(needed(&with_tap) >= 1 && needed(&with_taps) > needed(&with_tap));
         assert!(needed(&with_passt) > 32, "passt itself and its socket");

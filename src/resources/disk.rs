@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::backend::disk::{Qcow2Disk, SECTOR_BYTES};
-use crate::config::Rate;
-use crate::config::{DISK_BLOCK_BYTES, DiskConfig, Format};
+use crate::backend::disk::{PlainDisk, Qcow2Disk, SECTOR_BYTES, UringDisk};
+use crate::config::{Aio, DISK_BLOCK_BYTES, DiskConfig, Format, Rate};
 use crate::sys;
 
 /// An open, locked disk: no other process writes to it, and none reads it while it is open for writing.
@@ -27,6 +26,8 @@ pub struct DiskFile {
     pub block_bytes: u32,
     /// The serial number.
     pub id: Option<String>,
+    /// How a raw image is accessed.
+    pub aio: Aio,
     /// The guest's rate limits.
     pub rate: Rate,
 }
@@ -35,12 +36,7 @@ pub struct DiskFile {
 #[derive(Debug)]
 pub enum DiskImage {
     /// The content of the disk.
-    Raw {
-        /// The file.
-        file: File,
-        /// Whether it is a block device.
-        block_device: bool,
-    },
+    Raw(PlainDisk),
     /// A qcow2 image. The tables read so far are valid.
     Qcow2(Box<Qcow2Disk>),
 }
@@ -49,7 +45,7 @@ pub enum DiskImage {
 ///
 /// Fails with one line that names the disk and what is wrong with it.
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
-    let DiskConfig { path, readonly, id, format: _, block_bytes, rate } = config;
+    let DiskConfig { path, readonly, id, format: _, block_bytes, aio, rate } = config;
     let name = path.display();
     // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened. It has no effect on disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
@@ -88,9 +84,15 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         Format::Raw => {
             // The metadata of a block device does not contain its size.
             let capacity_bytes = (&file).seek(SeekFrom::End(0)).with_context(|| format!("size of disk {name}"))?;
-            (DiskImage::Raw { file, block_device }, capacity_bytes)
+            let image = PlainDisk::new(file, block_device);
+            if *aio == Aio::IoUring {
+                let refused = || format!("disk {name} cannot use io_uring on this host: remove aio=io_uring");
+                UringDisk::check(&image).with_context(refused)?;
+            }
+            (DiskImage::Raw(image), capacity_bytes)
         }
         Format::Qcow2 => {
+            ensure!(*aio == Aio::Auto, "disk {name} is a qcow2 image, which has no aio=: remove it");
             ensure!(!block_device, "disk {name} is a block device, and qcow2 needs a file that can grow");
             let image = Qcow2Disk::open(file, *readonly).map_err(|refusal| anyhow!("disk {name} {refusal}"))?;
             let capacity_bytes = image.capacity_bytes();
@@ -102,8 +104,8 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         capacity_bytes.is_multiple_of(block_bytes.into()),
         "disk {name} has {capacity_bytes} bytes, which is not a multiple of {block_bytes}"
     );
-    let (path, readonly, id, rate) = (path.clone(), *readonly, id.clone(), *rate);
-    Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate })
+    let (path, readonly, id) = (path.clone(), *readonly, id.clone());
+    Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, aio: *aio, rate: *rate })
 }
 
 /// Warns if a file that is used as raw by default looks like another format. It is only a warning: a guest may have
@@ -161,8 +163,7 @@ mod tests {
     }
 
     fn config(path: &Path, readonly: bool) -> DiskConfig {
-        let id = Some("blue".to_owned());
-        DiskConfig { path: path.to_owned(), readonly, id, format: None, block_bytes: None, rate: Rate::default() }
+        DiskConfig { readonly, id: Some("blue".to_owned()), ..DiskConfig::of(path.to_owned()) }
     }
 
     fn refusal(path: &Path, readonly: bool) -> String {
@@ -174,7 +175,7 @@ mod tests {
         let image = image((3 << 40) + 512);
         let disk = open(&config(image.path(), false)).unwrap();
         assert_eq!((disk.capacity_bytes, disk.readonly), ((3 << 40) + 512, false));
-        assert!(matches!(disk.image, DiskImage::Raw { block_device: false, .. }));
+        assert!(matches!(disk.image, DiskImage::Raw(_)));
         assert_eq!(disk.id.as_deref(), Some("blue"));
     }
 
@@ -267,7 +268,7 @@ mod tests {
             file.set_len(file.metadata().unwrap().len().next_multiple_of(512)).unwrap();
             let warnings = |format| {
                 let disk = open(&DiskConfig { format, ..config(&path, false) }).unwrap();
-                assert!(matches!(disk.image, DiskImage::Raw { .. }));
+                assert!(matches!(disk.image, DiskImage::Raw(_)));
                 logged(&format!("disk {name} "))
             };
             assert_eq!(warnings(Some(Format::Raw)), [""; 0], "the format was given");

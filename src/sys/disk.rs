@@ -43,6 +43,21 @@ pub fn write_at(file: &File, buffers: &impl IoVecs, offset_bytes: u64) -> io::Re
     })
 }
 
+/// Reads like [`read_at`], but only what is in the page cache (RWF_NOWAIT). Fails with `WouldBlock` if that is nothing,
+/// and with EOPNOTSUPP if the file system cannot tell.
+pub fn read_at_now(file: &File, buffers: &mut impl IoVecs, offset_bytes: u64) -> io::Result<usize> {
+    let (fd, offset, all) = (file.as_raw_fd(), offset(offset_bytes)?, buffers.iovecs());
+    // SAFETY: `IoVecs` guarantees that each iovec is mapped and not referenced by Rust.
+    retry(|| unsafe { libc::preadv2(fd, all.as_ptr(), all.len() as i32, offset, libc::RWF_NOWAIT) as i64 })
+}
+
+/// Writes like [`write_at`], but only as much as does not block (RWF_NOWAIT), and fails like [`read_at_now`].
+pub fn write_at_now(file: &File, buffers: &impl IoVecs, offset_bytes: u64) -> io::Result<usize> {
+    let (fd, offset, all) = (file.as_raw_fd(), offset(offset_bytes)?, buffers.iovecs());
+    // SAFETY: `IoVecs` guarantees that each iovec is mapped; it is only read.
+    retry(|| unsafe { libc::pwritev2(fd, all.as_ptr(), all.len() as i32, offset, libc::RWF_NOWAIT) as i64 })
+}
+
 /// Deallocates the range, which then reads as zeroes (FALLOC_FL_PUNCH_HOLE).
 pub fn punch_hole(file: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)

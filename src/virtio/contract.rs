@@ -15,7 +15,7 @@ use super::{
     Chain, ConfigSpace, F_EVENT_IDX, F_VERSION_1, Progress, QueueGroup, QueueHandler, RingError, TransportState,
     VirtioDevice, Virtqueue, balloon, block, net, rng, vsock,
 };
-use crate::backend::disk::{Blocking, PlainDisk};
+use crate::backend::disk::{Blocking, DiskBackend, PlainDisk, Shortcuts, UringDisk};
 use crate::backend::net::{NetBackend, StreamNet};
 use crate::bus::Device;
 use crate::config::Rate;
@@ -173,12 +173,17 @@ fn the_entropy_device_keeps_the_contract() {
 #[test]
 fn the_block_device_keeps_the_contract() {
     let shape = DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512 };
-    contract(|| {
+    let slow = Rate { ops_per_second: Some(1000), ..Rate::default() };
+    let file = || {
         let file = tempfile::tempfile().unwrap();
         file.set_len(shape.capacity_bytes).unwrap();
-        let slow = Rate { ops_per_second: Some(1000), ..Rate::default() };
-        block::device_on(Box::new(Blocking::new(PlainDisk::new(file, false))), shape, "disk", "", slow).unwrap().0
-    });
+        PlainDisk::new(file, false)
+    };
+    let device = |disk: Box<dyn DiskBackend>| block::device_on(disk, shape, "disk", "", slow).unwrap().0;
+    contract(|| device(Box::new(Blocking::new(file()))));
+    for shortcuts in [Shortcuts::Allowed, Shortcuts::Never] {
+        contract(|| device(Box::new(UringDisk::new(file(), shortcuts).unwrap())));
+    }
 }
 
 #[test]

@@ -62,6 +62,16 @@ fn discarded_and_zeroed_sectors_are_the_ones_asked_for() {
     block("write-zeroes", "");
 }
 
+#[test]
+fn a_disk_works_however_its_file_is_accessed() {
+    needs_kvm!();
+    for options in [",aio=io_uring", ",aio=threads"] {
+        for what in ["round-trip", "scattered", "discard", "write-zeroes", "interrupt count=100", "past-the-end"] {
+            block(what, options);
+        }
+    }
+}
+
 /// A loop device for a file, detached when dropped.
 struct LoopDevice(String);
 
@@ -93,7 +103,9 @@ fn a_block_device_is_a_disk_that_discards_and_zeroes() {
     let (_dir, disk) = disk_image(MIB);
     let Some(device) = LoopDevice::of(&disk) else { return };
     for what in ["round-trip", "discard", "write-zeroes", "past-the-end"] {
-        boot(guests::BLOCK, &format!("do={what}")).disk(Path::new(&device.0), "").run().expect(0);
+        for options in ["", ",aio=io_uring", ",aio=threads"] {
+            boot(guests::BLOCK, &format!("do={what}")).disk(Path::new(&device.0), options).run().expect(0);
+        }
     }
 }
 

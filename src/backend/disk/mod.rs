@@ -8,10 +8,14 @@ use crate::memory::GuestBuffers;
 mod blocking;
 mod plain;
 mod qcow2;
+#[cfg(test)]
+mod tests;
+mod uring;
 
 pub use blocking::{Blocking, BlockingDisk};
 pub use plain::PlainDisk;
 pub use qcow2::{Qcow2Disk, Refusal};
+pub use uring::{Shortcuts, UringDisk};
 
 /// The unit of a disk's capacity, positions and lengths in virtio, regardless of its block size (virtio 1.2 §5.2.4).
 pub const SECTOR_BYTES: u64 = 512;
@@ -46,16 +50,24 @@ pub struct Request {
     pub token: usize,
     /// The operation.
     pub operation: Operation,
-    /// The position. The submitter has validated that the range is within the disk.
+    /// The position of the buffers. The submitter has validated that the range is within the disk.
     pub offset_bytes: u64,
     /// The guest's buffers.
     pub buffers: GuestBuffers,
 }
 
+impl Request {
+    /// Consumes the first `count` bytes of the buffers after they have been transferred.
+    fn advance(&mut self, count: usize) {
+        self.buffers.advance(count);
+        self.offset_bytes += count as u64;
+    }
+}
+
 /// A completed request, whose buffers can be reused.
 #[derive(Debug)]
 pub struct Completion {
-    /// The request as submitted; its buffers may have been consumed.
+    /// The request as submitted; its buffers may have been consumed, which moves its position.
     pub request: Request,
     /// The result. After an error the request may have been executed in part.
     pub result: io::Result<()>,
@@ -81,8 +93,11 @@ fn write_zeroes_out(
 
 /// A disk of the host, used by one thread at a time.
 pub trait DiskBackend: Send {
-    /// Submits a request, which is started at the latest by the next call of [`DiskBackend::reap`].
+    /// Submits a request, which is started at the latest by the next call of [`DiskBackend::kick`].
     fn submit(&mut self, request: Request);
+
+    /// Starts all submitted requests. Called once for each batch.
+    fn kick(&mut self) {}
 
     /// Returns a completed request, in any order; `None` if there is none now.
     fn reap(&mut self) -> Option<Completion>;
@@ -91,6 +106,6 @@ pub trait DiskBackend: Send {
     /// edge-triggered: [`DiskBackend::reap`] must be called until it returns `None`.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Waits until all submitted requests can be reaped.
+    /// Starts all submitted requests and waits until they can be reaped.
     fn drain(&mut self);
 }

@@ -14,9 +14,9 @@ use vm_memory::{Bytes, GuestAddress};
 use super::log_rate::LogRate;
 use super::queue::{Chain, Virtqueue};
 use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, VirtioDevice};
-use crate::backend::disk::{Blocking, Completion, DiskBackend, Operation, PlainDisk, Request, SECTOR_BYTES};
+use crate::backend::disk::{Blocking, Completion, DiskBackend, Operation, Request, SECTOR_BYTES, Shortcuts, UringDisk};
 use crate::backend::rate::{Limiter, RateControl};
-use crate::config::Rate;
+use crate::config::{Aio, Rate};
 use crate::memory::GuestBuffers;
 use crate::resources::disk::{DiskFile, DiskImage};
 
@@ -46,6 +46,8 @@ const PHYSICAL_BLOCK_BYTES: u32 = 4096;
 /// The maximum memory that a guest can make a disk use, in bytes: for every request in flight, the buffers of a full
 /// chain, each of which may span two memory regions. The back end has its own budget.
 pub const BUDGET_BYTES: u64 = QUEUE_SIZE as u64 * 2 * QUEUE_SIZE as u64 * size_of::<libc::iovec>() as u64;
+/// The size of requests in flight at which no further one is started, so that the kernel's memory for them is bounded.
+const IN_FLIGHT_BYTES_MAX: u64 = 32 << 20;
 /// The maximum amount transferred in one turn of the worker, before it checks its stop event again.
 const TURN_BYTES: u64 = 4 << 20;
 /// The number of requests started before completed ones are reaped, so that a driver that polls the used ring makes
@@ -97,12 +99,14 @@ impl Counters {
 
 /// Creates a block device for an opened disk, and its handle.
 pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, DiskHandle)> {
-    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, rate } = disk;
+    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, aio, rate } = disk;
     let name = format!("disk {}", path.display());
     let shape = DiskShape { capacity_bytes, readonly, block_bytes };
-    let backend: Box<dyn DiskBackend> = match image {
-        DiskImage::Raw { file, block_device } => Box::new(Blocking::new(PlainDisk::new(file, block_device))),
-        DiskImage::Qcow2(disk) => Box::new(Blocking::new(*disk)),
+    let backend: Box<dyn DiskBackend> = match (image, aio) {
+        (DiskImage::Raw(disk), Aio::Auto) => Box::new(UringDisk::new(disk, Shortcuts::Allowed)?),
+        (DiskImage::Raw(disk), Aio::IoUring) => Box::new(UringDisk::new(disk, Shortcuts::Never)?),
+        (DiskImage::Raw(disk), Aio::Threads) => Box::new(Blocking::new(disk)),
+        (DiskImage::Qcow2(disk), _) => Box::new(Blocking::new(*disk)),
     };
     device_on(backend, shape, &name, id.as_deref().unwrap_or_default(), rate)
 }
@@ -168,6 +172,8 @@ struct Block {
     chain: Chain,
     /// Indexed by the request's token.
     in_flight: Vec<Option<InFlight>>,
+    /// The size of their buffers.
+    in_flight_bytes: u64,
     free_tokens: Vec<usize>,
     spare_buffers: Vec<GuestBuffers>,
     log_rate: LogRate,
@@ -207,6 +213,7 @@ impl Block {
             write_through: true,
             chain: Chain::default(),
             in_flight: (0..QUEUE_SIZE).map(|_| None).collect(),
+            in_flight_bytes: 0,
             free_tokens: (0..usize::from(QUEUE_SIZE)).collect(),
             spare_buffers: Vec::new(),
             log_rate: LogRate::default(),
@@ -217,8 +224,12 @@ impl Block {
     fn take(&mut self, queue: &mut Virtqueue) -> Result<Progress, RingError> {
         let mut turn_bytes = 0;
         for taken in 1.. {
-            if self.free_tokens.is_empty() || taken % REAP_INTERVAL == 0 {
+            if self.is_full() || taken % REAP_INTERVAL == 0 {
+                self.disk.kick();
                 self.reap(queue)?;
+            }
+            if self.is_full() {
+                return Ok(Progress::Blocked);
             }
             let Some(token) = self.free_tokens.last().copied() else { return Ok(Progress::Blocked) };
             if !queue.pop(&mut self.chain)? {
@@ -231,6 +242,11 @@ impl Block {
             }
         }
         Ok(Progress::More)
+    }
+
+    /// Whether a further request must wait for one in flight.
+    fn is_full(&self) -> bool {
+        self.free_tokens.is_empty() || self.in_flight_bytes >= IN_FLIGHT_BYTES_MAX
     }
 
     /// Starts the request in `self.chain`, with `token` if it involves the disk. Returns its cost in the turn, or
@@ -257,6 +273,7 @@ impl Block {
             Ok(Action::Disk { operation, offset_bytes }) => {
                 let len_bytes = buffers.len_bytes();
                 self.free_tokens.pop();
+                self.in_flight_bytes += len_bytes;
                 self.in_flight[token] = Some(InFlight {
                     head,
                     status,
@@ -309,10 +326,12 @@ impl Block {
         let Some(mut request) = self.in_flight.get_mut(token).and_then(Option::take) else { return Ok(()) };
         if result.is_ok() && std::mem::take(&mut request.then_flush) {
             self.in_flight[token] = Some(request);
-            self.disk.submit(Request { token, operation: Operation::Flush, offset_bytes, buffers });
+            self.disk.submit(Request { token, operation: Operation::Flush, offset_bytes: 0, buffers });
+            self.disk.kick();
             return Ok(());
         }
         self.free_tokens.push(token);
+        self.in_flight_bytes -= request.len_bytes;
         buffers.clear();
         self.spare_buffers.push(buffers);
         match result {
@@ -351,9 +370,11 @@ impl QueueHandler for Block {
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         let Some(queue) = queues.get_mut(index) else { return Ok(Progress::Drained) };
         self.reap(queue)?;
-        let left = self.take(queue)?;
+        let left = self.take(queue);
+        // Also before an error, so that a stop has to wait only for completions.
+        self.disk.kick();
         self.reap(queue)?;
-        Ok(left)
+        left
     }
 
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {

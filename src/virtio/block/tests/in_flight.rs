@@ -68,6 +68,68 @@ fn requests_beyond_the_limit_in_flight_wait() {
 }
 
 #[test]
+fn large_requests_beyond_the_limit_in_flight_wait() {
+    let mut bench = bench();
+    bench.seen.lock().unwrap().hold = true;
+    // The memory of the driver, and a disk that is as large: 1 MiB each.
+    offer_many(&mut bench, 0, (1 << 20, WRITE), 100);
+    wait_for(|| bench.seen.lock().unwrap().requests.len() == 32);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!((bench.seen.lock().unwrap().requests.len(), bench.driver.used_index(0)), (32, 0));
+    bench.seen.lock().unwrap().hold = false;
+    bench.done.write_all(&[1]).unwrap();
+    wait_for(|| bench.driver.used_index(0) == 100);
+}
+
+/// A device whose disk is a pipe: its reads are in flight until something is written to the other end.
+fn pipe_bench() -> (Driver, std::io::PipeWriter) {
+    let (read_end, write_end) = std::io::pipe().unwrap();
+    let plain = PlainDisk::new(File::from(OwnedFd::from(read_end)), false);
+    let disk = Box::new(UringDisk::new(plain, Shortcuts::Never).unwrap());
+    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+    let (device, _) = device_on(disk, shape, "pipe", "", Rate::default()).unwrap();
+    let mut driver = Driver::new(device);
+    driver.start();
+    (driver, write_end)
+}
+
+#[test]
+fn a_ring_is_drained_at_a_pause_a_reset_and_a_drop() {
+    type End = (&'static str, fn(&mut Option<Driver>));
+    let ends: [End; 3] = [
+        ("pause", |driver| driver.as_ref().unwrap().transport.pause()),
+        ("reset", |driver| driver.as_ref().unwrap().write(STATUS, 0)),
+        ("drop", |driver| *driver = None),
+    ];
+    for (name, end) in ends {
+        let (mut driver, mut write_end) = pipe_bench();
+        let memory = driver.memory.clone();
+        memory.write_obj([0_u32; 4], GuestAddress(HEADER)).unwrap();
+        write_end.write_all(&[0x11; 512]).unwrap();
+        for request in 0..2 {
+            memory.write_obj(0xee_u8, GuestAddress(STATUS_BYTE + request)).unwrap();
+            let parts = [(HEADER, 16, 0), (DATA + 512 * request, 512, WRITE), (STATUS_BYTE + request, 1, WRITE)];
+            let head = driver.chain(0, &parts);
+            driver.offer(0, head);
+        }
+        driver.notify(0);
+        // Both were taken in the same turn, so that the second one is in flight.
+        wait_for(|| driver.used_index(0) == 1);
+        let status = || memory.read_obj::<u8>(GuestAddress(STATUS_BYTE + 1)).unwrap();
+        let data = || memory.read_obj::<u8>(GuestAddress(DATA + 512)).unwrap();
+        assert_eq!((status(), data()), (0xee, 0), "{name}");
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            write_end.write_all(&[0x22; 512]).unwrap();
+        });
+        let mut driver = Some(driver);
+        end(&mut driver);
+        assert_eq!((status(), data()), (0, 0x22), "{name}");
+        writer.join().unwrap();
+    }
+}
+
+#[test]
 fn only_completed_requests_are_counted() {
     let mut bench = bench();
     bench.request(0, 0, (1024, WRITE));
