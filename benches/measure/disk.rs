@@ -1,20 +1,31 @@
-//! Block I/O from a guest driver at CPL 3 through the whole block device to a file, compared with pread and pwrite on
-//! the same file.
+//! Block I/O from a guest driver at CPL 3 through the whole block device to a file, compared with plain system calls and
+//! a loop around io_uring on the same file.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use io_uring::{IoUring, cqueue, opcode, types};
 
-use crate::{Target, boot, median, output_of, report};
+use crate::{Target, boot, exits, median, output_of, report, wakeup};
 
 const BLOCK: usize = 4096;
 const FILE_BLOCKS: u64 = 16 << 10;
 const REQUESTS: u64 = 40_000;
 const RUNS: usize = 5;
+const DEPTH: u32 = 32;
+
+/// What a request does, and in which order.
+#[derive(Clone, Copy)]
+struct Load {
+    kind: &'static str,
+    order: &'static str,
+}
 
 /// 4 KiB reads and writes, random and sequential, at queue depth 1 and 32.
 pub fn block_device() -> Result<()> {
@@ -24,62 +35,111 @@ pub fn block_device() -> Result<()> {
     for _ in 0..FILE_BLOCKS {
         file.write_all(&[0x5a; BLOCK])?;
     }
+    file.sync_all()?;
     for kind in ["read", "write"] {
         for order in ["random", "sequential"] {
-            measure(&file, &path, kind, order)?;
+            measure(&file, &path, Load { kind, order })?;
         }
     }
     Ok(())
 }
 
-fn measure(file: &File, path: &Path, kind: &str, order: &str) -> Result<()> {
-    let (mut plain, mut deep, mut single) = (Vec::new(), Vec::new(), Vec::new());
+fn measure(file: &File, path: &Path, load: Load) -> Result<()> {
+    let Load { kind, order } = load;
+    let (mut plain, mut ring, mut deep, mut single, mut floor) = <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
     for _ in 0..RUNS {
-        plain.push(plain_rate(file, kind, order)?);
-        deep.push(device_rate(path, kind, order, 32)?);
-        single.push(device_rate(path, kind, order, 1)?);
+        let call = plain_time(file, load)?;
+        plain.push(call.as_secs_f64() * 1e6);
+        ring.push(ring_time(file, load)?.as_secs_f64() * 1e6);
+        deep.push(device_time(path, load, DEPTH)?.as_secs_f64() * 1e6);
+        single.push(device_time(path, load, 1)?.as_secs_f64() * 1e6);
+        floor.push((exits::doorbell()? + wakeup::one_way()? + call).as_secs_f64() * 1e6);
     }
-    let (plain, deep, single) = (median(plain), median(deep), median(single));
-    report(&format!("4 KiB {order} {kind}s, plain system calls"), plain, "kIOPS", Target::None);
-    for (depth, rate, target) in [(32, deep, Target::Above(70.0)), (1, single, Target::None)] {
-        report(&format!("4 KiB {order} {kind}s, queue depth {depth}"), rate, "kIOPS", Target::None);
-        report("  share of plain system calls", rate / plain * 100.0, "%", target);
-    }
+    let (plain, ring, deep, single) = (median(plain), median(ring), median(deep), median(single));
+    let floor = median(floor);
+    report(&format!("4 KiB {order} {kind}, system call"), plain, "us", Target::None);
+    report(&format!("4 KiB {order} {kind}, io_uring, depth {DEPTH}"), ring, "us", Target::None);
+    report(&format!("4 KiB {order} {kind}, husk, depth {DEPTH}"), deep, "us", Target::None);
+    report("  rate as a share of io_uring's", ring / deep * 100.0, "%", Target::Above(90.0));
+    report("  rate as a share of system calls'", plain / deep * 100.0, "%", Target::Above(70.0));
+    report(&format!("4 KiB {order} {kind}, husk, depth 1"), single, "us", Target::None);
+    report("  time as a share of kick, wakeup and call", single / floor * 100.0, "%", Target::Below(120.0));
     Ok(())
 }
 
-/// Returns the rate of a loop of pread or pwrite, in thousands of requests per second.
-fn plain_rate(file: &File, kind: &str, order: &str) -> Result<f64> {
-    let mut buffer = [0x5a; BLOCK];
+/// The same sequence of blocks as the guest's.
+fn blocks(order: &str) -> impl Iterator<Item = u64> {
+    let is_random = order == "random";
     let mut state = 88_172_645_463_325_252u64;
+    (0..).map(move |request: u64| {
+        if !is_random {
+            return request % FILE_BLOCKS;
+        }
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % FILE_BLOCKS
+    })
+}
+
+/// The time per request of a loop of pread or pwrite.
+fn plain_time(file: &File, load: Load) -> Result<Duration> {
+    let mut buffer = [0x5a; BLOCK];
     let start = Instant::now();
-    for request in 0..REQUESTS {
-        let block = if order == "random" {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state % FILE_BLOCKS
-        } else {
-            request % FILE_BLOCKS
-        };
+    for block in blocks(load.order).take(REQUESTS as usize) {
         let offset_bytes = block * BLOCK as u64;
-        match kind {
+        match load.kind {
             "read" => file.read_exact_at(&mut buffer, offset_bytes)?,
             _ => file.write_all_at(&buffer, offset_bytes)?,
         }
     }
-    Ok(REQUESTS as f64 / 1e3 / start.elapsed().as_secs_f64())
+    Ok(start.elapsed() / REQUESTS as u32)
 }
 
-/// Returns the rate of a guest driver, measured by the guest's clock.
-fn device_rate(path: &Path, kind: &str, order: &str, depth: u32) -> Result<f64> {
-    let words = format!("type={kind} order={order} depth={depth} count={REQUESTS}");
-    let mut command = boot(husk_guests::DRIVE, &words);
-    command.arg("--disk").arg(path);
+/// The time per request of a loop that keeps a ring of depth [`DEPTH`] full.
+fn ring_time(file: &File, load: Load) -> Result<Duration> {
+    let mut ring = IoUring::new(DEPTH)?;
+    ring.submitter().register_files(&[file.as_raw_fd()])?;
+    let mut buffers = vec![[0x5a_u8; BLOCK]; DEPTH as usize];
+    let mut free: Vec<usize> = (0..DEPTH as usize).collect();
+    let mut blocks = blocks(load.order).take(REQUESTS as usize);
+    let mut done = 0;
+    let start = Instant::now();
+    while done < REQUESTS {
+        while let Some(slot) = free.pop() {
+            let Some(block) = blocks.next() else { break };
+            let (fd, buffer) = (types::Fixed(0), buffers[slot].as_mut_ptr());
+            let offset_bytes = block * BLOCK as u64;
+            let entry = match load.kind {
+                "read" => opcode::Read::new(fd, buffer, BLOCK as u32).offset(offset_bytes).build(),
+                _ => opcode::Write::new(fd, buffer, BLOCK as u32).offset(offset_bytes).build(),
+            };
+            // SAFETY: the buffers live longer than the loop, which waits for all requests.
+            unsafe { ring.submission().push(&entry.user_data(slot as u64))? };
+        }
+        ring.submit_and_wait(1)?;
+        let completions: Vec<cqueue::Entry> = ring.completion().collect();
+        for completion in completions {
+            ensure!(completion.result() == BLOCK as i32, "a request failed: {}", completion.result());
+            free.push(completion.user_data() as usize);
+            done += 1;
+        }
+    }
+    Ok(start.elapsed() / REQUESTS as u32)
+}
+
+/// The time per request of a guest driver, measured by the guest's clock.
+fn device_time(path: &Path, load: Load, depth: u32) -> Result<Duration> {
+    let Load { kind, order } = load;
+    let mut command = boot(husk_guests::DRIVE, &format!("type={kind} order={order} depth={depth} count={REQUESTS}"));
+    let mut disk = path.as_os_str().to_owned();
+    // MEASURE_DISK_OPTIONS=,aio=threads compares ways of accessing the file.
+    disk.push(std::env::var_os("MEASURE_DISK_OPTIONS").unwrap_or_default());
+    command.arg("--disk").arg(disk);
     let text = output_of(command)?;
-    let number = |name: &str| -> Result<f64> {
+    let number = |name: &str| -> Result<u64> {
         let (_, rest) = text.split_once(name).with_context(|| format!("no {name}in {text:?}"))?;
         Ok(rest.split_whitespace().next().unwrap_or_default().parse()?)
     };
-    Ok(number("requests ")? / 1e3 / (number("ns ")? / 1e9))
+    Ok(Duration::from_nanos(number("ns ")? / number("requests ")?))
 }

@@ -1,5 +1,7 @@
 //! Round trips from a guest instruction to husk and back, measured by the guest's clock.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 
 use crate::{Target, boot, median, output_of, report};
@@ -23,4 +25,11 @@ pub fn round_trips() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The time of a doorbell's exit from CPL 3.
+pub fn doorbell() -> Result<Duration> {
+    let text = output_of(boot(husk_guests::TRIPS, "count=10000"))?;
+    let time = text.lines().find_map(|line| line.strip_prefix("doorbell cpl3 ")?.parse().ok());
+    Ok(Duration::from_nanos(time.context("the guest gave no time")?))
 }

@@ -12,6 +12,7 @@ mod memory;
 mod parse;
 mod peer;
 mod startup;
+mod wakeup;
 
 use std::fmt::Write as _;
 use std::process::{Command, ExitCode};
