@@ -14,7 +14,7 @@ use crate::layout;
 use crate::sys::socket;
 
 pub use cmdline::{default_cmdline, hides_devices};
-pub use disk::{Aio, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_DISK_ID_BYTES};
+pub use disk::{Aio, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_DISK_ID_BYTES};
 pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,

@@ -29,7 +29,7 @@ const STATUS: u64 = 0x6000;
 pub fn block_requests() -> Result<()> {
     let memory = Arc::new(memory::reserve(32)?);
     let chain = chain(&memory)?;
-    let shape = DiskShape { capacity_bytes: 1 << 30, readonly: false, block_bytes: 512 };
+    let shape = DiskShape { capacity_bytes: 1 << 30, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
     let mut buffers = GuestBuffers::new(memory);
     let mut runs_ns = Vec::new();
     for _ in 0..RUNS {

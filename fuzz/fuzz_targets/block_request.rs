@@ -47,7 +47,7 @@ fn serve(memory: &Arc<GuestMemory>, event_idx: bool) {
         assert!(chain.readable().len() + chain.writable().len() <= usize::from(QUEUE_SIZE));
         for readonly in [false, true] {
             buffers.clear();
-            let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly, block_bytes: 512 };
+            let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly, block_bytes: 512, physical_block_bytes: 4096 };
             let Ok(BlockRequest { action, .. }) = BlockRequest::parse(&chain, &shape, &mut buffers) else { return };
             if let Ok(Action::Disk { operation, offset_bytes }) = action {
                 check(operation, offset_bytes, &buffers, readonly);

@@ -15,7 +15,7 @@ use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::LimitFlags;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
-use crate::config::{Aio, DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
+use crate::config::{Aio, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
 use crate::console::terminal;
 use crate::exit_latch::ExitReason;
 use crate::machine::Machine;
@@ -87,7 +87,8 @@ pub(super) struct Boot {
     ///
     /// `ro` makes the disk read-only. `id=NAME` sets its serial number (/dev/disk/by-id/virtio-NAME in the guest). The
     /// format is qcow2 if the name ends in .qcow2, and raw otherwise; `format=` overrides this. `block_size=` sets the
-    /// logical block size; the default is that of the block device, or 512 for a file. `aio=threads` accesses the file with
+    /// logical block size; the default is that of the block device, or 512 for a file. `cache=none` bypasses the host's page cache (O_DIRECT), for a disk that is
+    /// cached by its guests or shared with other hosts; the default is `cache=writeback`. `aio=threads` accesses the file with
     /// blocking system calls, and `aio=io_uring` only with io_uring; by default, io_uring is used for what it makes
     /// faster, if the host allows it. `bps=10M` and `iops=500` limit
     /// the bytes and the requests per second, reads and writes together; after an idle period, the disk can burst to a
@@ -218,7 +219,8 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
         let option = String::from_utf8_lossy(option);
         let unknown = || {
             format!(
-                "unknown option {option:?}: use ro, id=NAME, format=raw, format=qcow2, block_size=N, aio=auto, \
+                "unknown option {option:?}: use ro, id=NAME, format=raw, format=qcow2, block_size=N, \
+                 cache=writeback, cache=none, aio=auto, \
                  aio=io_uring, aio=threads, bps=SIZE, bps-burst=SIZE, iops=N or iops-burst=N"
             )
         };
@@ -226,6 +228,8 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
             ("ro", "") => disk.readonly = true,
             ("format", "raw") => disk.format = Some(Format::Raw),
             ("format", "qcow2") => disk.format = Some(Format::Qcow2),
+            ("cache", "writeback") => disk.cache = Cache::Writeback,
+            ("cache", "none") => disk.cache = Cache::None,
             ("aio", "auto") => disk.aio = Aio::Auto,
             ("aio", "io_uring") => disk.aio = Aio::IoUring,
             ("aio", "threads") => disk.aio = Aio::Threads,
@@ -313,7 +317,11 @@ mod tests {
         for (text, aio) in [("auto", Aio::Auto), ("io_uring", Aio::IoUring), ("threads", Aio::Threads)] {
             assert_eq!(disk(format!("/x y.img,aio={text}").into()), Ok(DiskConfig { aio, ..plain.clone() }));
         }
+        for (text, cache) in [("writeback", Cache::Writeback), ("none", Cache::None)] {
+            assert_eq!(disk(format!("/x y.img,cache={text}").into()), Ok(DiskConfig { cache, ..plain.clone() }));
+        }
         for wrong in [
+            "cache=unsafe",
             "aio=native",
             "format=vmdk",
             "block_size=",

@@ -30,6 +30,9 @@ pub struct DiskConfig {
     /// The logical block size, 512 to 4096 bytes; by default 512 or that of the block device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_bytes: Option<u32>,
+    /// Whether the host caches the disk.
+    #[serde(default, skip_serializing_if = "Cache::is_default")]
+    pub cache: Cache,
     /// How the host's file is accessed.
     #[serde(default, skip_serializing_if = "Aio::is_default")]
     pub aio: Aio,
@@ -46,6 +49,24 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format: unused clusters take no space, and clusters may be compressed.
     Qcow2,
+}
+
+/// The host's cache of a disk, as QEMU's `cache=`. In both modes a flush makes writes durable.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// The host's page cache.
+    #[default]
+    Writeback,
+    /// None: the host's disk is accessed directly (O_DIRECT).
+    None,
+}
+
+impl Cache {
+    /// Whether it is the default.
+    pub fn is_default(&self) -> bool {
+        *self == Cache::default()
+    }
 }
 
 /// How a raw image or block device is accessed, as QEMU's `aio=`.
@@ -77,6 +98,7 @@ impl DiskConfig {
             id: None,
             format: None,
             block_bytes: None,
+            cache: Cache::default(),
             aio: Aio::default(),
             rate: Rate::default(),
         }

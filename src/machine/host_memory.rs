@@ -1,7 +1,7 @@
 //! Computes the host memory that a machine needs: the guest's memory plus the maximum that a guest can make each
 //! component use. Each device states its own budget; they are added up here.
 
-use crate::backend::disk::{Qcow2Disk, UringDisk};
+use crate::backend::disk::{BOUNCE_BYTES, Qcow2Disk, UringDisk};
 use crate::config::{Attachment, DiskConfig, Format, MachineConfig, NetworkConfig};
 use crate::layout;
 use crate::resources::{net as interface, passt};
@@ -39,7 +39,7 @@ impl MachineConfig {
 
 fn disk_bytes(disk: &DiskConfig) -> u64 {
     let image_bytes = match disk.format() {
-        Format::Raw => UringDisk::BUDGET_BYTES,
+        Format::Raw => UringDisk::BUDGET_BYTES + BOUNCE_BYTES as u64,
         Format::Qcow2 => Qcow2Disk::BUDGET_BYTES,
     };
     block::BUDGET_BYTES + image_bytes

@@ -6,10 +6,18 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::fs::{self, AtFlags, OFlags, StatxFlags};
 
-use crate::backend::disk::{PlainDisk, Qcow2Disk, SECTOR_BYTES, UringDisk};
-use crate::config::{Aio, DISK_BLOCK_BYTES, DiskConfig, Format, Rate};
+use crate::backend::disk::{Alignment, PlainDisk, Qcow2Disk, UringDisk};
+use crate::config::{Aio, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, Rate};
 use crate::sys;
+
+/// The physical block size of a file: that of the page cache and of most disks.
+const PHYSICAL_BLOCK_BYTES: u32 = 4096;
+/// The largest physical block size that is passed on.
+const PHYSICAL_BLOCK_BYTES_MAX: u32 = 1 << 20;
+/// linux/magic.h.
+const TMPFS_MAGIC: fs::FsWord = 0x0102_1994;
 
 /// An open, locked disk: no other process writes to it, and none reads it while it is open for writing.
 #[derive(Debug)]
@@ -24,6 +32,8 @@ pub struct DiskFile {
     pub readonly: bool,
     /// The logical block size; the capacity is a multiple of it.
     pub block_bytes: u32,
+    /// The physical block size, at least the logical one.
+    pub physical_block_bytes: u32,
     /// The serial number.
     pub id: Option<String>,
     /// How a raw image is accessed.
@@ -45,7 +55,7 @@ pub enum DiskImage {
 ///
 /// Fails with one line that names the disk and what is wrong with it.
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
-    let DiskConfig { path, readonly, id, format: _, block_bytes, aio, rate } = config;
+    let DiskConfig { path, readonly, id, cache, aio, rate, .. } = config;
     let name = path.display();
     // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened. It has no effect on disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
@@ -68,15 +78,11 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock disk {name}")),
         Ok(()) => {}
     }
-    let block_bytes = match block_bytes {
-        Some(bytes) => *bytes,
-        // The guest must not use smaller blocks than the device, nor larger ones than drivers support.
-        None if block_device => {
-            let bytes = sys::disk::block_bytes(&file).with_context(|| format!("block size of disk {name}"))?;
-            bytes.clamp(*DISK_BLOCK_BYTES.start(), *DISK_BLOCK_BYTES.end())
-        }
-        None => SECTOR_BYTES as u32,
+    let direct = match cache {
+        Cache::Writeback => None,
+        Cache::None => Some(direct_alignment(&file, block_device).with_context(|| format!("disk {name}"))?),
     };
+    let (block_bytes, physical_block_bytes) = block_sizes(config, &file, block_device, direct)?;
     if config.format.is_none() && config.format() == Format::Raw {
         warn_of_format(&file, path);
     }
@@ -84,7 +90,13 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         Format::Raw => {
             // The metadata of a block device does not contain its size.
             let capacity_bytes = (&file).seek(SeekFrom::End(0)).with_context(|| format!("size of disk {name}"))?;
-            let image = PlainDisk::new(file, block_device);
+            let image = match direct {
+                None => PlainDisk::new(file, block_device),
+                Some(alignment) => {
+                    bypass_cache(&file).with_context(|| format!("disk {name}"))?;
+                    PlainDisk::direct(file, block_device, alignment)
+                }
+            };
             if *aio == Aio::IoUring {
                 let refused = || format!("disk {name} cannot use io_uring on this host: remove aio=io_uring");
                 UringDisk::check(&image).with_context(refused)?;
@@ -93,6 +105,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         }
         Format::Qcow2 => {
             ensure!(*aio == Aio::Auto, "disk {name} is a qcow2 image, which has no aio=: remove it");
+            ensure!(direct.is_none(), "disk {name} is a qcow2 image, which needs the page cache: remove cache=none");
             ensure!(!block_device, "disk {name} is a block device, and qcow2 needs a file that can grow");
             let image = Qcow2Disk::open(file, *readonly).map_err(|refusal| anyhow!("disk {name} {refusal}"))?;
             let capacity_bytes = image.capacity_bytes();
@@ -105,7 +118,51 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         "disk {name} has {capacity_bytes} bytes, which is not a multiple of {block_bytes}"
     );
     let (path, readonly, id) = (path.clone(), *readonly, id.clone());
-    Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, aio: *aio, rate: *rate })
+    let (aio, rate) = (*aio, *rate);
+    Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, physical_block_bytes, id, aio, rate })
+}
+
+/// The logical and physical block sizes: as configured, or those of the block device; for a file 512 bytes, or what
+/// direct I/O demands, and those of a page.
+fn block_sizes(config: &DiskConfig, file: &File, block_device: bool, direct: Option<Alignment>) -> Result<(u32, u32)> {
+    let name = config.path.display();
+    let (logical, physical) = if block_device {
+        let logical = sys::disk::block_bytes(file);
+        let sizes = logical.and_then(|logical| Ok((logical, sys::disk::physical_block_bytes(file)?)));
+        sizes.with_context(|| format!("block size of disk {name}"))?
+    } else {
+        (direct.map_or(0, |direct| direct.offset_bytes), PHYSICAL_BLOCK_BYTES)
+    };
+    // The guest must not use smaller blocks than the device, nor larger ones than drivers support.
+    let default_bytes = logical.clamp(*DISK_BLOCK_BYTES.start(), *DISK_BLOCK_BYTES.end());
+    let block_bytes = config.block_bytes.unwrap_or(default_bytes);
+    if let Some(direct) = direct {
+        let least = direct.offset_bytes;
+        ensure!(block_bytes >= least, "disk {name} needs blocks of {least} bytes without a cache: remove cache=none");
+    }
+    Ok((block_bytes, physical.clamp(block_bytes, PHYSICAL_BLOCK_BYTES_MAX)))
+}
+
+/// What direct I/O on `file` demands (STATX_DIOALIGN), if its file system supports that.
+fn direct_alignment(file: &File, block_device: bool) -> Result<Alignment> {
+    let refusal = "is on a file system without direct I/O, such as tmpfs: remove cache=none";
+    // tmpfs accepts O_DIRECT since Linux 6.6, but is nothing but a cache.
+    ensure!(block_device || fs::fstatfs(file)?.f_type != TMPFS_MAGIC, refusal);
+    let stat = fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    if stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
+        let (memory_bytes, offset_bytes) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
+        ensure!(memory_bytes.is_power_of_two() && offset_bytes.is_power_of_two(), refusal);
+        return Ok(Alignment { memory_bytes, offset_bytes });
+    }
+    // Not reported before Linux 6.1, and not by all file systems.
+    let block_bytes = if block_device { sys::disk::block_bytes(file)? } else { PHYSICAL_BLOCK_BYTES };
+    Ok(Alignment { memory_bytes: block_bytes, offset_bytes: block_bytes })
+}
+
+/// Turns on O_DIRECT, after the file's contents have been looked at.
+fn bypass_cache(file: &File) -> Result<()> {
+    let set = || fs::fcntl_setfl(file, fs::fcntl_getfl(file)? | OFlags::DIRECT);
+    set().context("cannot be accessed directly: remove cache=none")
 }
 
 /// Warns if a file that is used as raw by default looks like another format. It is only a warning: a guest may have
@@ -275,6 +332,28 @@ mod tests {
             let lines = warnings(None);
             assert_eq!(lines.len(), usize::from(!warning.is_empty()), "{lines:?}");
             assert!(lines.iter().all(|line| line.contains(warning)), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_needs_the_page_cache_refuses_to_do_without() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("disk.img");
+        File::create(&path).unwrap().set_len(4096).unwrap();
+        let refused = |disk: DiskConfig| format!("{:#}", open(&disk).unwrap_err());
+        let uncached = |path: &Path| DiskConfig { cache: Cache::None, ..config(path, false) };
+        assert!(refused(uncached(&path)).ends_with("such as tmpfs: remove cache=none"));
+        let qcow2 = |disk: DiskConfig| refused(DiskConfig { format: Some(Format::Qcow2), ..disk });
+        let name = image(4096);
+        assert!(qcow2(DiskConfig { aio: Aio::Threads, ..config(name.path(), false) }).ends_with("remove it"));
+        match open(&uncached(name.path())) {
+            Ok(disk) => {
+                let DiskImage::Raw(raw) = &disk.image else { panic!("{disk:?}") };
+                assert!(raw.is_direct() && disk.block_bytes >= 512 && disk.physical_block_bytes == 4096);
+                drop(disk);
+                assert!(qcow2(uncached(name.path())).ends_with("remove cache=none"));
+            }
+            Err(error) => eprintln!("SKIPPED: no direct access to temporary files here: {error:#}"),
         }
     }
 }

@@ -11,6 +11,8 @@ use super::IoVecs;
 
 /// _IO(0x12, 104), linux/fs.h: the logical block size.
 const BLKSSZGET: libc::c_ulong = 0x1268;
+/// _IO(0x12, 123), linux/fs.h: the physical block size.
+const BLKPBSZGET: libc::c_ulong = 0x127b;
 /// _IO(0x12, 119), linux/fs.h: discard a range.
 const BLKDISCARD: libc::c_ulong = 0x1277;
 /// _IO(0x12, 127), linux/fs.h: zero a range.
@@ -80,9 +82,19 @@ pub fn zero_blocks(device: &File, offset_bytes: u64, len_bytes: u64) -> io::Resu
 
 /// The logical block size of a block device (BLKSSZGET).
 pub fn block_bytes(device: &File) -> io::Result<u32> {
+    number(device, BLKSSZGET)
+}
+
+/// The physical block size of a block device (BLKPBSZGET).
+pub fn physical_block_bytes(device: &File) -> io::Result<u32> {
+    number(device, BLKPBSZGET)
+}
+
+/// A number of a block device that `request` returns.
+fn number(device: &File, request: libc::c_ulong) -> io::Result<u32> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the request writes one `int`, to which the pointer refers.
-    retry(|| i64::from(unsafe { libc::ioctl(device.as_raw_fd(), BLKSSZGET as _, &mut bytes) }))?;
+    // SAFETY: both requests write one `int`, to which the pointer refers.
+    retry(|| i64::from(unsafe { libc::ioctl(device.as_raw_fd(), request as _, &mut bytes) }))?;
     u32::try_from(bytes).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 

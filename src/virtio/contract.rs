@@ -172,7 +172,7 @@ fn the_entropy_device_keeps_the_contract() {
 
 #[test]
 fn the_block_device_keeps_the_contract() {
-    let shape = DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512 };
+    let shape = DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
     let slow = Rate { ops_per_second: Some(1000), ..Rate::default() };
     let file = || {
         let file = tempfile::tempfile().unwrap();

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use crate::memory::GuestBuffers;
 
 mod blocking;
+mod direct;
 mod plain;
 mod qcow2;
 #[cfg(test)]
@@ -13,6 +14,7 @@ mod tests;
 mod uring;
 
 pub use blocking::{Blocking, BlockingDisk};
+pub use direct::{Alignment, BOUNCE_BYTES};
 pub use plain::PlainDisk;
 pub use qcow2::{Qcow2Disk, Refusal};
 pub use uring::{Shortcuts, UringDisk};
@@ -73,8 +75,12 @@ pub struct Completion {
     pub result: io::Result<()>,
 }
 
+/// Memory that direct I/O accepts.
+#[repr(align(4096))]
+struct Aligned([u8; 64 << 10]);
+
 /// Zeroes to be written where the host has no better method.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: &[u8; 64 << 10] = &Aligned([0; 64 << 10]).0;
 
 /// Calls `write` with zeroes and their offset, until `len_bytes` from `offset_bytes` are covered.
 fn write_zeroes_out(

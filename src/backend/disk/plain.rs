@@ -5,20 +5,38 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::direct::{self, Alignment};
 use super::{BlockingDisk, Operation, Request, write_zeroes_out};
 use crate::sys;
 
-/// A raw image or a block device, accessed through the host's page cache.
+/// A raw image or a block device, accessed through the host's page cache or directly.
 #[derive(Debug, Clone)]
 pub struct PlainDisk {
     file: Arc<File>,
     block_device: bool,
+    /// What direct transfers must comply with; `None` with the page cache.
+    direct: Option<Alignment>,
 }
 
 impl PlainDisk {
     /// Creates a disk from `file`, a block device or a regular file.
     pub fn new(file: File, block_device: bool) -> PlainDisk {
-        PlainDisk { file: Arc::new(file), block_device }
+        PlainDisk { file: Arc::new(file), block_device, direct: None }
+    }
+
+    /// The same for a file that is open with O_DIRECT, which demands `alignment`.
+    pub fn direct(file: File, block_device: bool, alignment: Alignment) -> PlainDisk {
+        PlainDisk { direct: Some(alignment), ..PlainDisk::new(file, block_device) }
+    }
+
+    /// Whether it is accessed directly.
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// Whether the host accepts the buffers of this read or write as they are.
+    pub fn accepts(&self, request: &Request) -> bool {
+        self.direct.is_none_or(|alignment| alignment.accepts(request))
     }
 
     /// The open file.
@@ -38,10 +56,18 @@ impl PlainDisk {
         call: impl Fn(&File, &mut Request) -> io::Result<usize>,
     ) -> io::Result<()> {
         while request.buffers.len_bytes() > 0 {
-            match call(&self.file, request)? {
+            if !self.accepts(request) {
+                return direct::bounce(&self.file, request);
+            }
+            match call(&self.file, request) {
                 // The image was truncated by another process.
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                count => request.advance(count),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => request.advance(count),
+                // The disk demands more than the host reports.
+                Err(error) if self.is_direct() && error.raw_os_error() == Some(libc::EINVAL) => {
+                    return direct::bounce(&self.file, request);
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(())

@@ -176,3 +176,57 @@ fn a_host_without_support_writes_zeroes_and_ignores_discards() {
         run(&mut **disk, Operation::Discard { len_bytes: 512 }, 0, nothing()).unwrap();
     }
 }
+
+/// Whatever its buffers are like, a request on a disk without a cache succeeds, and is not cached.
+#[test]
+fn a_direct_disk_accepts_any_buffers() {
+    let file = image(4 << 20);
+    let cached = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file))).unwrap();
+    if let Err(error) = rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::DIRECT) {
+        return eprintln!("SKIPPED: temporary files cannot be accessed directly here: {error}");
+    }
+    let alignment = Alignment { memory_bytes: 4096, offset_bytes: 4096 };
+    let plain = PlainDisk::direct(file, false, alignment);
+    let mut disks: [Box<dyn DiskBackend>; 3] = [
+        Box::new(Blocking::new(plain.clone())),
+        Box::new(UringDisk::new(plain.clone(), Shortcuts::Allowed).unwrap()),
+        // Claims that anything is accepted, which is corrected by the kernel's error.
+        Box::new(
+            UringDisk::new(
+                PlainDisk::direct(
+                    plain.file().try_clone().unwrap(),
+                    false,
+                    Alignment { memory_bytes: 1, offset_bytes: 1 },
+                ),
+                Shortcuts::Never,
+            )
+            .unwrap(),
+        ),
+    ];
+    let whole = BOUNCE_BYTES as u32 * 2 + 4096;
+    let shapes: [&[(u64, u32)]; 4] =
+        [&[(0, 8192)], &[(1, 4096)], &[(512, 1024), (0x2000, 7168), (0x9001, 4096)], &[(3, 1), (77, whole - 1)]];
+    for (round, disk) in disks.iter_mut().enumerate() {
+        for (index, shape) in shapes.iter().enumerate() {
+            let (memory, at) = (memory(), 4096 * (1 + 3 * index as u64));
+            let wanted: Vec<u8> = (0..4 << 20).map(|at: u32| (at / 7) as u8 ^ round as u8).collect();
+            memory.write_slice(&wanted, GuestAddress(0)).unwrap();
+            run(&mut **disk, Operation::Write, at, buffers(&memory, shape)).unwrap();
+            // Only before the host reads ahead.
+            if (round, index) == (0, 0) {
+                let found = sys::disk::read_at_now(&cached, &mut buffers(&memory, &[(0, 4096)]), at);
+                assert!(found.is_err(), "what was written is in the page cache");
+            }
+            memory.write_slice(&vec![0; 4 << 20], GuestAddress(0)).unwrap();
+            run(&mut **disk, Operation::Read, at, buffers(&memory, shape)).unwrap();
+            for (address, len) in *shape {
+                let mut bytes = vec![0; *len as usize];
+                memory.read_slice(&mut bytes, GuestAddress(*address)).unwrap();
+                assert!(bytes == wanted[*address as usize..][..*len as usize], "{round}, {shape:?}");
+            }
+        }
+        run(&mut **disk, Operation::WriteZeroes { len_bytes: 8192, unmap: true }, 4096, GuestBuffers::new(memory()))
+            .unwrap();
+        run(&mut **disk, Operation::Flush, 0, GuestBuffers::new(memory())).unwrap();
+    }
+}

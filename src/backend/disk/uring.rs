@@ -125,8 +125,10 @@ impl UringDisk {
     }
 
     /// How to execute a request; `is_alone` if there is no other one to start at the same time.
-    fn route(&self, operation: Operation, is_alone: bool) -> Route {
-        let can_nowait = match operation {
+    fn route(&self, request: &Request, is_alone: bool) -> Route {
+        let can_nowait = match request.operation {
+            Operation::Read | Operation::Write if !self.plain.accepts(request) => return Route::Plain,
+            Operation::Read | Operation::Write if self.plain.is_direct() => return Route::Ring,
             Operation::Read => self.reads_nowait,
             Operation::Write => self.writes_nowait,
             Operation::Discard { len_bytes: 0 } | Operation::WriteZeroes { len_bytes: 0, .. } => return Route::Plain,
@@ -212,8 +214,11 @@ impl UringDisk {
                     self.done.push_back(Completion { request, result });
                 }
                 Err(error) => {
-                    let result =
-                        if is_final(&error, operation) { Err(error) } else { self.plain.execute(&mut request) };
+                    let result = if is_final(&error, operation, self.plain.is_direct()) {
+                        Err(error)
+                    } else {
+                        self.plain.execute(&mut request)
+                    };
                     self.done.push_back(Completion { request, result });
                 }
             }
@@ -225,10 +230,11 @@ impl UringDisk {
 }
 
 /// Whether a blocking call would not do better after `error` of the ring.
-fn is_final(error: &io::Error, operation: Operation) -> bool {
+fn is_final(error: &io::Error, operation: Operation, is_direct: bool) -> bool {
     match (error.raw_os_error(), operation) {
         (Some(libc::EAGAIN | libc::EINTR | libc::ECANCELED), _) => false,
         (_, Operation::Discard { .. } | Operation::WriteZeroes { .. }) => !cannot(error),
+        (Some(libc::EINVAL), Operation::Read | Operation::Write) => !is_direct,
         (_, Operation::Read | Operation::Write | Operation::Flush) => true,
     }
 }
@@ -242,7 +248,7 @@ impl DiskBackend for UringDisk {
         let mut batch = std::mem::take(&mut self.batch);
         let is_alone = batch.len() == 1;
         for mut request in batch.drain(..) {
-            match self.route(request.operation, is_alone) {
+            match self.route(&request, is_alone) {
                 Route::Plain => self.blocking.push(request),
                 Route::Ring => self.queue(request),
                 Route::Now => match self.try_now(&mut request) {

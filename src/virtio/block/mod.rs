@@ -41,8 +41,6 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// The size of the response to VIRTIO_BLK_T_GET_ID (virtio 1.2 §5.2.6).
 const ID_BYTES: usize = 20;
-/// The physical block size, which is that of the page cache and of most disks.
-const PHYSICAL_BLOCK_BYTES: u32 = 4096;
 /// The maximum memory that a guest can make a disk use, in bytes: for every request in flight, the buffers of a full
 /// chain, each of which may span two memory regions. The back end has its own budget.
 pub const BUDGET_BYTES: u64 = QUEUE_SIZE as u64 * 2 * QUEUE_SIZE as u64 * size_of::<libc::iovec>() as u64;
@@ -51,8 +49,8 @@ const IN_FLIGHT_BYTES_MAX: u64 = 32 << 20;
 /// The maximum amount transferred in one turn of the worker, before it checks its stop event again.
 const TURN_BYTES: u64 = 4 << 20;
 /// The number of requests started before completed ones are reaped, so that a driver that polls the used ring makes
-/// progress.
-const REAP_INTERVAL: u32 = 8;
+/// progress. Fewer take more time each: with 8, cached reads at depth 32 took 1.2 times as long.
+const REAP_INTERVAL: u32 = 16;
 /// The cost of a request in a turn in addition to its data, so that every turn ends.
 const REQUEST_COST_BYTES: u64 = 16 << 10;
 
@@ -99,9 +97,9 @@ impl Counters {
 
 /// Creates a block device for an opened disk, and its handle.
 pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, DiskHandle)> {
-    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, id, aio, rate } = disk;
+    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, physical_block_bytes, id, aio, rate } = disk;
     let name = format!("disk {}", path.display());
-    let shape = DiskShape { capacity_bytes, readonly, block_bytes };
+    let shape = DiskShape { capacity_bytes, readonly, block_bytes, physical_block_bytes };
     let backend: Box<dyn DiskBackend> = match (image, aio) {
         (DiskImage::Raw(disk), Aio::Auto) => Box::new(UringDisk::new(disk, Shortcuts::Allowed)?),
         (DiskImage::Raw(disk), Aio::IoUring) => Box::new(UringDisk::new(disk, Shortcuts::Never)?),
@@ -138,7 +136,7 @@ pub fn device_on(
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4), field by field.
 fn config(shape: &DiskShape) -> Vec<u8> {
-    let physical_block_exp = (PHYSICAL_BLOCK_BYTES / shape.block_bytes).max(1).ilog2() as u8;
+    let physical_block_exp = (shape.physical_block_bytes / shape.block_bytes).max(1).ilog2() as u8;
     let mut bytes = Vec::new();
     bytes.extend((shape.capacity_bytes / SECTOR_BYTES).to_le_bytes());
     bytes.extend(SEGMENT_BYTES_MAX.to_le_bytes());
@@ -152,7 +150,7 @@ fn config(shape: &DiskShape) -> Vec<u8> {
     bytes.extend(1_u16.to_le_bytes()); // num_queues
     bytes.extend(DISCARD_SECTORS_MAX.to_le_bytes());
     bytes.extend(1_u32.to_le_bytes()); // max_discard_seg
-    bytes.extend((PHYSICAL_BLOCK_BYTES / SECTOR_BYTES as u32).to_le_bytes()); // discard_sector_alignment
+    bytes.extend((shape.physical_block_bytes / SECTOR_BYTES as u32).max(1).to_le_bytes()); // discard_sector_alignment
     bytes.extend(WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
     bytes.extend(1_u32.to_le_bytes()); // max_write_zeroes_seg
     bytes.extend([1, 0, 0, 0]); // write_zeroes_may_unmap

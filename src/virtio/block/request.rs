@@ -45,6 +45,8 @@ pub struct DiskShape {
     pub readonly: bool,
     /// The logical block size, a power of two of at least [`SECTOR_BYTES`]; the capacity is a multiple of it.
     pub block_bytes: u32,
+    /// The physical block size, a power of two: what the host's disk writes at once.
+    pub physical_block_bytes: u32,
 }
 
 /// The status byte that ends a request (virtio 1.2 §5.2.6).
@@ -204,7 +206,8 @@ mod tests {
     use crate::memory;
     use crate::sys::IoVecs;
 
-    const SHAPE: DiskShape = DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512 };
+    const SHAPE: DiskShape =
+        DiskShape { capacity_bytes: 1 << 20, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
 
     fn parts(parts: &[(u64, u32)]) -> Vec<GuestRange> {
         parts.iter().map(|(at, len)| GuestRange { address: GuestAddress(*at), len_bytes: *len }).collect()

@@ -100,7 +100,11 @@ fn bench_with(shape: DiskShape, name: &str, features: u64) -> Bench {
 }
 
 fn bench() -> Bench {
-    bench_with(DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 }, "disk", !0)
+    bench_with(
+        DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512, physical_block_bytes: 4096 },
+        "disk",
+        !0,
+    )
 }
 
 impl Bench {
@@ -154,7 +158,8 @@ fn the_device_shows_its_disk() {
     }
     let writable = F_DISCARD | F_WRITE_ZEROES;
     assert_eq!(bench.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | writable);
-    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512 };
+    let shape =
+        DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512, physical_block_bytes: 4096 };
     let readonly = bench_with(shape, "disk", !0);
     assert_eq!(readonly.driver.offered() & (F_FLUSH | F_RO | writable), F_FLUSH | F_RO);
 }
@@ -228,7 +233,8 @@ fn requests_beyond_the_disk_are_rejected() {
 #[test]
 fn a_larger_block_size_is_reported_and_enforced() {
     for block_bytes in [512_u32, 1024, 4096] {
-        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes };
+        let shape =
+            DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes, physical_block_bytes: 4096 };
         let bytes = config(&shape);
         let u32_at = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
         assert_eq!((u32_at(0), u32_at(20)), ((CAPACITY_BYTES / 512) as u32, block_bytes), "sectors, and blk_size");
@@ -308,7 +314,8 @@ fn unknown_requests_are_unsupported() {
 
 #[test]
 fn a_read_only_disk_rejects_writes() {
-    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512 };
+    let shape =
+        DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: true, block_bytes: 512, physical_block_bytes: 4096 };
     let mut bench = bench_with(shape, "disk", !0);
     assert_eq!(bench.request(1, 0, (512, 0)).0, 1);
     assert_eq!([bench.range(11, 0, 1, 0), bench.range(13, 0, 1, 0)], [1, 1]);
@@ -338,7 +345,8 @@ fn a_flush_reaches_the_disk_before_it_is_completed() {
 
 #[test]
 fn without_a_flush_each_write_is_durable_before_it_is_completed() {
-    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+    let shape =
+        DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
     let mut bench = bench_with(shape, "disk", !F_FLUSH);
     assert_eq!(bench.request(1, 8, (512, 0)).0, 0);
     assert_eq!(bench.seen(), [(Operation::Write, 4096), (Operation::Flush, 0)]);
@@ -369,7 +377,8 @@ fn only_the_requested_ranges_are_discarded_and_zeroed() {
 
 #[test]
 fn a_host_error_is_reported_to_the_guest_and_logged_once() {
-    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+    let shape =
+        DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
     let mut bench = bench_with(shape, "failing disk", !0);
     bench.seen.lock().unwrap().fail = true;
     for _ in 0..3 {

@@ -86,7 +86,8 @@ fn pipe_bench() -> (Driver, std::io::PipeWriter) {
     let (read_end, write_end) = std::io::pipe().unwrap();
     let plain = PlainDisk::new(File::from(OwnedFd::from(read_end)), false);
     let disk = Box::new(UringDisk::new(plain, Shortcuts::Never).unwrap());
-    let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+    let shape =
+        DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
     let (device, _) = device_on(disk, shape, "pipe", "", Rate::default()).unwrap();
     let mut driver = Driver::new(device);
     driver.start();
@@ -197,7 +198,8 @@ fn discards_count_like_writes() {
 fn a_reset_waits_only_for_requests_in_flight() {
     // Discards, zeroes, flushes, and writes with write-through.
     for (kind, data_bytes, features) in [(11, 16, !0), (13, 16, !0), (4, 0, !0), (1, 512, !F_FLUSH)] {
-        let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512 };
+        let shape =
+            DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
         let mut bench = bench_with(shape, "disk", features);
         bench.seen.lock().unwrap().takes = std::time::Duration::from_millis(30);
         bench.driver.memory.write_obj([0, 0, 8, 0], GuestAddress(DATA)).unwrap();
