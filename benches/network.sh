@@ -1,6 +1,6 @@
 #!/bin/sh
 # The measurements of scripts/network, run where guests can run. Compares a server in a network namespace, in machines with a tap
-# device (served by vhost-net or by husk), and in a machine with passt, in turn. Requires HUSK, KERNEL and ROOT (with iperf3);
+# device (on MMIO or PCI, served by vhost-net or by husk), and in a machine with passt, in turn. Requires HUSK, KERNEL and ROOT (with iperf3);
 # IP, SECONDS_EACH and RUNS are optional.
 set -eu
 IP=${IP:-ip} SECONDS_EACH=${SECONDS_EACH:-3} RUNS=${RUNS:-3}
@@ -58,19 +58,22 @@ in_space chroot "$ROOT" /bin/busybox sh -c "$server" >"$work/container" 2>&1 &
 started="$started $!"
 wait_ready "$work/container"
 
-# Starts a machine named $1 with the tap device husk-bench$2 and options $3.
+# Starts a machine named $1 with the tap device husk-bench$2, its options $3, and the transport $4.
 on_tap() {
-    "$HUSK" run --kernel "$KERNEL" --network "tap=husk-bench$2,ip=198.18.$2.2/24$3" "$ROOT" sh -c "$server" >"$work/$1" 2>&1 &
+    "$HUSK" run --kernel "$KERNEL" --transport "$4" --network "tap=husk-bench$2,ip=198.18.$2.2/24$3" "$ROOT" \
+        sh -c "$server" >"$work/$1" 2>&1 &
     started="$started $!"
     wait_ready "$work/$1"
     $IP addr add "198.18.$2.1/24" dev "husk-bench$2"
     $IP link set "husk-bench$2" up
 }
-on_tap tap 2 ,vhost=off
-contenders='container:198.18.1.2:5201:80 tap:198.18.2.2:5201:80 passt:127.0.0.1:15201:18080'
+on_tap tap 2 ,vhost=off mmio
+on_tap tap-pci 4 ,vhost=off pci
+contenders='container:198.18.1.2:5201:80 tap:198.18.2.2:5201:80 tap-pci:198.18.4.2:5201:80 passt:127.0.0.1:15201:18080'
 if [ -e /dev/vhost-net ]; then
-    on_tap vhost 3 ,vhost=on
-    contenders="$contenders vhost:198.18.3.2:5201:80"
+    on_tap vhost 3 ,vhost=on mmio
+    on_tap vhost-pci 5 ,vhost=on pci
+    contenders="$contenders vhost:198.18.3.2:5201:80 vhost-pci:198.18.5.2:5201:80"
 fi
 "$HUSK" run --kernel "$KERNEL" -p 18080:80 -p 15201:5201 "$ROOT" sh -c "$server" >"$work/passt" 2>&1 &
 started="$started $!"

@@ -5,6 +5,7 @@ mod disk;
 mod memory;
 mod network;
 mod rate;
+mod transport;
 
 use std::path::PathBuf;
 
@@ -20,6 +21,7 @@ pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
 pub use rate::Rate;
+pub use transport::Transport;
 
 /// The least memory in which a Linux kernel can unpack itself.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -33,8 +35,6 @@ pub const MIN_CPU_LIMIT_MILLICPUS: u32 = 10;
 pub const MIN_CPU_SHARES: u32 = 2;
 /// The maximum CPU shares.
 pub const MAX_CPU_SHARES: u32 = 262_144;
-/// The maximum number of virtio devices in addition to the entropy device: disks, networks, vsock and the balloon.
-pub const MAX_DEVICES: usize = layout::VIRTIO_MMIO_MAX - 1;
 /// The default guest CID (virtio 1.2 §5.10.4: 0 to 2 are reserved).
 pub const DEFAULT_CID: u32 = 3;
 /// The maximum length of a vsock socket's path: `_` and a port are appended for guest connections.
@@ -88,6 +88,9 @@ pub struct MachineConfig {
     /// Whether the guest may run nested virtual machines.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
+    /// How the guest finds its virtio devices.
+    #[serde(skip_serializing_if = "Transport::is_default")]
+    pub transport: Transport,
     /// Disks in the order the guest sees them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
     /// The vsock device, if there is one.
@@ -117,6 +120,7 @@ impl Default for MachineConfig {
             huge_pages: HugePages::default(),
             prefault: false,
             nested: false,
+            transport: Transport::default(),
             disks: Vec::new(),
             vsock: None,
             networks: Vec::new(),
@@ -178,9 +182,20 @@ pub enum Invalid {
     /// A target without a balloon to enforce it.
     #[error("--memory-max needs the memory balloon: remove --no-balloon, or --memory-max")]
     NoBalloon,
-    /// Too many disks.
-    #[error("{0} disks: this machine can have at most {1}")]
-    TooManyDisks(usize, usize),
+    /// More devices than the PCI bus has places for.
+    #[error(
+        "{0} disks and {1} networks: a machine can have at most {n} virtio devices, including vsock, the balloon and the \
+         entropy device",
+        n = layout::PCI_FUNCTIONS_MAX
+    )]
+    TooManyDevices(usize, usize),
+    /// More devices than there are interrupt lines.
+    #[error(
+        "{0} disks and {1} networks: with --transport mmio a machine can have at most {n} virtio devices, including \
+         vsock, the balloon and the entropy device; use --transport pci",
+        n = layout::VIRTIO_MMIO_MAX
+    )]
+    TooManyMmioDevices(usize, usize),
     /// A disk without a path.
     #[error("disk {0} has no path: use --disk PATH[,ro][,id=NAME][,format=raw|qcow2]")]
     NoDiskPath(usize),
@@ -221,9 +236,6 @@ pub enum Invalid {
     /// vhost-net without a tap device.
     #[error("vhost= needs a tap device: use --network tap=NAME,vhost=on, or a network of `husk network create`")]
     UserVhost,
-    /// More interfaces than supported.
-    #[error("{0} networks: this machine can have at most {1}")]
-    TooManyNetworks(usize, usize),
     /// An invalid interface name.
     #[error(
         "invalid interface name {0:?}: use --network tap=NAME with 1 to {MAX_INTERFACE_NAME_BYTES} letters or digits"
@@ -271,6 +283,7 @@ impl MachineConfig {
         }
         self.validate_memory_target()?;
         self.validate_cmdline()?;
+        self.validate_device_count()?;
         self.validate_disks()?;
         self.validate_vsock()?;
         self.validate_networks()
@@ -304,11 +317,16 @@ impl MachineConfig {
         Ok(())
     }
 
-    fn validate_disks(&self) -> Result<(), Invalid> {
-        let disks_max = MAX_DEVICES - usize::from(self.vsock.is_some()) - usize::from(self.balloon);
-        if self.disks.len() > disks_max {
-            return Err(Invalid::TooManyDisks(self.disks.len(), disks_max));
+    fn validate_device_count(&self) -> Result<(), Invalid> {
+        let (disks, networks) = (self.disks.len(), self.networks.len());
+        match self.transport {
+            _ if self.devices_fit() => Ok(()),
+            Transport::Mmio => Err(Invalid::TooManyMmioDevices(disks, networks)),
+            Transport::Auto | Transport::Pci => Err(Invalid::TooManyDevices(disks, networks)),
         }
+    }
+
+    fn validate_disks(&self) -> Result<(), Invalid> {
         for (index, disk) in self.disks.iter().enumerate() {
             disk.validate(index + 1)?;
             if let Some(id) = &disk.id
@@ -321,10 +339,6 @@ impl MachineConfig {
     }
 
     fn validate_networks(&self) -> Result<(), Invalid> {
-        let networks_max = MAX_DEVICES - self.disks.len() - usize::from(self.vsock.is_some());
-        if self.networks.len() > networks_max {
-            return Err(Invalid::TooManyNetworks(self.networks.len(), networks_max));
-        }
         self.networks.iter().try_for_each(NetworkConfig::validate)
     }
 
@@ -383,8 +397,6 @@ mod tests {
         assert_eq!(with(|c| c.memory_mib = 31), Err(Invalid::TooLittleMemory(31)));
         assert_eq!(with(|c| c.memory_mib = 4 << 20), Ok(()));
         assert_eq!(with(|c| c.memory_mib = u64::MAX), Err(Invalid::TooMuchMemory(u64::MAX)));
-        assert_eq!(with(|c| c.disks = vec![disk(None); 16]), Ok(()));
-        assert_eq!(with(|c| c.disks = vec![disk(None); 17]), Err(Invalid::TooManyDisks(17, 16)));
         assert_eq!(with(|c| c.kernel = PathBuf::new()), Err(Invalid::NoKernel));
         assert_eq!(with(|c| c.initrd = Some(PathBuf::new())), Err(Invalid::NoInitrd));
     }
@@ -450,11 +462,8 @@ mod tests {
         assert_eq!(with("", 3), Err(Invalid::VsockPath(0)));
         assert_eq!(with(&"x".repeat(97), 3), Err(Invalid::VsockPath(97)));
         let vsock = Some(VsockConfig { socket: "v.sock".into(), cid: 3 });
-        let full = MachineConfig { vsock, disks: vec![disk(None); 16], ..config() };
-        assert_eq!(full.validate(), Err(Invalid::TooManyDisks(16, 15)));
-        assert_eq!(MachineConfig { balloon: false, ..full.clone() }.validate(), Ok(()));
         let json = r#"{"kernel": "vmlinux", "vsock": {"socket": "v.sock"}}"#;
-        assert_eq!(MachineConfig::from_json(json).unwrap().vsock, full.vsock);
+        assert_eq!(MachineConfig::from_json(json).unwrap().vsock, vsock);
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Creates virtual machines: the KVM calls, in the order that makes them fast.
 
+mod routing;
+
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use kvm_bindings::{
-    CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES,
-    KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_DISABLE_QUIRKS, KVM_MAX_CPUID_ENTRIES, KVM_X86_QUIRK_LINT0_REENABLED, kvm_enable_cap,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -16,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::irq::IrqLine;
 use crate::layout;
 use crate::memory::GuestMemory;
+pub use routing::Routing;
 
 /// The KVM capabilities that husk requires, with their names for messages.
 pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
@@ -32,7 +34,7 @@ pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
 ///
 /// The memory stays mapped as long as the machine exists: KVM accesses it by address.
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     kvm: Arc<Kvm>,
     memory: GuestMemory,
 }
@@ -64,7 +66,7 @@ impl Vm {
         fd.set_identity_map_address(layout::IDENTITY_MAP_ADDRESS).context("KVM_SET_IDENTITY_MAP_ADDR")?;
         fd.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
         retire_pic(&fd)?;
-        Ok(Vm { fd, kvm, memory: memory.clone() })
+        Ok(Vm { fd: Arc::new(fd), kvm, memory: memory.clone() })
     }
 
     /// The guest's memory.
@@ -82,6 +84,11 @@ impl Vm {
         self.fd
             .register_ioevent(doorbell, &IoEventAddress::Mmio(address), value)
             .with_context(|| format!("KVM_IOEVENTFD at {address:#x}"))
+    }
+
+    /// Connects eventfds while the machine runs. Called once: each table of messages replaces the others.
+    pub fn routing(&self) -> Routing {
+        Routing::new(self.fd.clone())
     }
 
     /// Adds vCPU `index`, which is also its local APIC ID.
@@ -117,25 +124,10 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 /// exception. This must precede any irqfd, each of which would have to be rerouted, and any vCPU, which takes LINT0's
 /// reset value (masked, Intel SDM volume 3, §11.4.7.1) when it is created.
 fn retire_pic(fd: &VmFd) -> Result<()> {
-    fd.set_gsi_routing(&routes()?).context("KVM_SET_GSI_ROUTING")?;
+    fd.set_gsi_routing(&routing::lines()?).context("KVM_SET_GSI_ROUTING")?;
     let quirk = u64::from(KVM_X86_QUIRK_LINT0_REENABLED);
     let cap = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS, args: [quirk, 0, 0, 0], ..Default::default() };
     fd.enable_cap(&cap).context("KVM_CAP_DISABLE_QUIRKS (LINT0)")
-}
-
-/// The complete interrupt routing: line `n` to pin `n` of the I/O APIC. A message-signaled interrupt is an additional
-/// entry with a number above [`layout::GSI_COUNT`].
-fn routes() -> Result<KvmIrqRouting> {
-    let to_ioapic = |gsi| kvm_irq_routing_entry {
-        gsi,
-        type_: KVM_IRQ_ROUTING_IRQCHIP,
-        u: kvm_irq_routing_entry__bindgen_ty_1 {
-            irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin: gsi },
-        },
-        ..Default::default()
-    };
-    let entries: Vec<_> = (0..layout::GSI_COUNT).map(to_ioapic).collect();
-    KvmIrqRouting::from_entries(&entries).context("create the interrupt routing table")
 }
 
 #[allow(unsafe_code)]

@@ -33,6 +33,16 @@ pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
 /// Distance between two virtio-mmio devices, in bytes.
 pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
+/// The window for the BARs of PCI functions, in machines whose virtio devices are on a PCI bus instead.
+pub const PCI_WINDOW: u64 = 0xd000_0000;
+/// Its size in bytes.
+pub const PCI_WINDOW_BYTES: u64 = 0x1000_0000;
+/// The size of each function's BAR; at first, that of function `n` (from 0) is at `PCI_WINDOW + n * PCI_BAR_BYTES`.
+pub const PCI_BAR_BYTES: u64 = 0x8000;
+/// The configuration registers of PCI functions, as memory.
+pub const PCI_ECAM: u64 = 0xe000_0000;
+/// Its size in bytes: one bus.
+pub const PCI_ECAM_BYTES: u64 = 0x10_0000;
 /// I/O APIC registers (KVM's in-kernel one, fixed).
 pub const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
 /// Local APIC registers (architectural default).
@@ -76,6 +86,21 @@ pub const VIRTIO_FIRST_GSI: u32 = 6;
 pub const GSI_COUNT: u32 = 24;
 /// The maximum number of virtio-mmio devices, limited by the available interrupt lines.
 pub const VIRTIO_MMIO_MAX: usize = (GSI_COUNT - VIRTIO_FIRST_GSI) as usize;
+
+/// The maximum number of PCI functions besides the host bridge: one per device number of a bus.
+pub const PCI_FUNCTIONS_MAX: usize = 31;
+
+/// The bus of the virtio devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VirtioBus {
+    /// Fixed addresses and interrupt lines: see [`virtio_mmio_slot`].
+    Mmio {
+        /// The number of devices.
+        devices: usize,
+    },
+    /// PCI, where a guest finds the devices by itself.
+    Pci,
+}
 
 /// Address and interrupt line of virtio-mmio device `index`.
 pub fn virtio_mmio_slot(index: usize) -> (u64, u32) {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use husk::boot::{self, KernelImage};
 use husk::config::MachineConfig;
+use husk::layout::VirtioBus;
 use husk::machine::Machine;
 use husk::timings::{Step, Timings};
 use husk::{memory, resources};
@@ -42,7 +43,7 @@ pub fn kernel_load() -> Result<()> {
         let kernel = KernelImage::identify(file.try_clone()?)?.kernel;
         let memory = memory::reserve(256)?;
         let start = Instant::now();
-        boot::load(&memory, &kernel, None, "", 1, 1)?;
+        boot::load(&memory, &kernel, None, "", 1, VirtioBus::Mmio { devices: 1 })?;
         loads.push(megabytes_per_second(start));
         reads.push(plain_read(&file)?);
     }

@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::Path;
 
 use husk::boot::{self, Kernel, KernelImage, Part};
+use husk::layout::VirtioBus;
 use husk::memory::{self, GuestMemory};
 use husk::sys;
 use libfuzzer_sys::fuzz_target;
@@ -39,7 +40,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
 fn load(kernel: &Kernel, initrd: &Part, cmdline: &str) {
     MEMORY.with(|cell| {
         let memory = cell.get_or_init(|| memory::reserve(MEMORY_MIB).expect("64 MiB can be had"));
-        if let Ok(entry) = boot::load(memory, kernel, Some(initrd), cmdline, 2, 1) {
+        if let Ok(entry) = boot::load(memory, kernel, Some(initrd), cmdline, 2, VirtioBus::Pci) {
             assert!(entry.instruction >= 1 << 20, "{entry:x?}");
             assert!(entry.instruction < MEMORY_MIB << 20, "{entry:x?}");
         }

@@ -12,7 +12,7 @@ use husk::irq::IrqLine;
 use husk::memory::{self, GuestMemory};
 use husk::sys;
 use husk::virtio::block::request::DiskShape;
-use husk::virtio::{MmioTransport, block, mmio::register::*};
+use husk::virtio::{MmioTransport, Transport, block, mmio::register::*};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 

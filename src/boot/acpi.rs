@@ -1,4 +1,4 @@
-//! Builds the ACPI tables: RSDP, XSDT, FADT, MADT and DSDT.
+//! Builds the ACPI tables: RSDP, XSDT, FADT, MADT, DSDT, and MCFG if there is a PCI bus.
 //!
 //! The platform is hardware-reduced (ACPI 6.5 §4.1): no PM timer, no SCI, no fixed events. With that and the boot
 //! architecture flags Linux does not probe for PIC, PIT, CMOS clock, keyboard controller and VGA.
@@ -7,12 +7,13 @@ use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use anyhow::{Context, Result, ensure};
 
 use super::dsdt;
-use crate::layout;
+use crate::layout::{self, VirtioBus};
 
 pub(super) const OEM_ID: [u8; 6] = *b"HUSK  ";
 pub(super) const OEM_TABLE_ID: [u8; 8] = *b"HUSKVM  ";
@@ -30,21 +31,26 @@ const XAPIC_BROADCAST_ID: u32 = 255;
 
 /// All tables, to be written at [`layout::ACPI_ADDRESS`], starting with the RSDP.
 ///
-/// Processors have the local APIC IDs `0..cpus`; there are `virtio_count` virtio-mmio devices.
-pub fn tables(cpus: u32, virtio_count: usize) -> Result<Vec<u8>> {
+/// Processors have the local APIC IDs `0..cpus`; virtio devices are on `bus`.
+pub fn tables(cpus: u32, bus: VirtioBus) -> Result<Vec<u8>> {
     ensure!(cpus <= XAPIC_BROADCAST_ID, "{cpus} vCPUs are more than xAPIC ids");
-    ensure!(
-        virtio_count <= layout::VIRTIO_MMIO_MAX,
-        "{virtio_count} virtio devices are more than the {} interrupt lines for them",
-        layout::VIRTIO_MMIO_MAX
-    );
+    if let VirtioBus::Mmio { devices } = bus {
+        ensure!(
+            devices <= layout::VIRTIO_MMIO_MAX,
+            "{devices} virtio devices are more than the {} interrupt lines for them",
+            layout::VIRTIO_MMIO_MAX
+        );
+    }
     let mut tables = Tables { bytes: vec![0; Rsdp::len()] };
-    let dsdt = tables.append(&dsdt::table(virtio_count)?);
+    let dsdt = tables.append(&dsdt::table(bus)?);
     let fadt = tables.append(&fadt(dsdt));
     let madt = tables.append(&madt(cpus)?);
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if bus == VirtioBus::Pci {
+        xsdt.add_entry(tables.append(&mcfg()));
+    }
     let xsdt = tables.append(&serialized(&xsdt));
     tables.bytes.splice(..Rsdp::len(), serialized(&Rsdp::new(OEM_ID, xsdt)));
     let room = layout::RESET_VECTOR_ADDRESS - layout::ACPI_ADDRESS;
@@ -90,6 +96,13 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     serialized(&fadt.finalize())
 }
 
+/// The MCFG (PCI Firmware Specification 3.3, §4.1.2): ECAM of bus 0 in segment 0.
+fn mcfg() -> Vec<u8> {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(layout::PCI_ECAM, 0, 0, 0);
+    serialized(&mcfg)
+}
+
 fn byte_port(port: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into())
 }
@@ -130,12 +143,16 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
+    const fn mmio(devices: usize) -> VirtioBus {
+        VirtioBus::Mmio { devices }
+    }
+
     /// The tables RSDP, XSDT, FADT, MADT and DSDT, located as a guest would.
-    fn walk(cpus: u32, virtio_count: usize) -> [Vec<u8>; 5] {
-        let tables = tables(cpus, virtio_count).unwrap();
+    fn walk(cpus: u32, bus: VirtioBus) -> [Vec<u8>; 5] {
+        let tables = tables(cpus, bus).unwrap();
         let rsdp = tables[..36].to_vec();
         let xsdt = follow(&tables, &rsdp, 24);
-        assert_eq!(xsdt.len(), 36 + 2 * 8);
+        assert_eq!(xsdt.len(), 36 + if bus == VirtioBus::Pci { 3 } else { 2 } * 8);
         let fadt = follow(&tables, &xsdt, 36);
         let madt = follow(&tables, &xsdt, 44);
         let dsdt = follow(&tables, &fadt, 140);
@@ -144,8 +161,8 @@ mod tests {
 
     #[test]
     fn every_table_is_found_and_sums_to_zero() {
-        for (cpus, virtio_count) in [(1, 0), (2, 1), (32, layout::VIRTIO_MMIO_MAX)] {
-            let [rsdp, rest @ ..] = walk(cpus, virtio_count);
+        for (cpus, bus) in [(1, mmio(0)), (2, mmio(1)), (32, mmio(layout::VIRTIO_MMIO_MAX)), (1, VirtioBus::Pci)] {
+            let [rsdp, rest @ ..] = walk(cpus, bus);
             assert_eq!(&rsdp[..8], b"RSD PTR ");
             assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
             for (table, signature) in rest.iter().zip([b"XSDT", b"FACP", b"APIC", b"DSDT"]) {
@@ -157,7 +174,7 @@ mod tests {
 
     #[test]
     fn the_fadt_names_the_ports_that_sleep_and_reset() {
-        let [_, _, fadt, ..] = walk(1, 0);
+        let [_, _, fadt, ..] = walk(1, mmio(0));
         assert_eq!((fadt.len(), fadt[8]), (276, 6));
         assert_eq!(le::<2>(&fadt, 109), 0x24, "IAPC_BOOT_ARCH: no VGA, no CMOS clock, no 8042");
         assert_eq!(le::<4>(&fadt, 112), 1 << 20 | 1 << 10 | 1 << 5 | 1 << 4 | 1, "flags");
@@ -171,7 +188,7 @@ mod tests {
 
     #[test]
     fn the_madt_lists_each_processor_and_the_io_apic() {
-        let [_, _, _, madt, _] = walk(3, 0);
+        let [_, _, _, madt, _] = walk(3, mmio(0));
         assert_eq!((le::<4>(&madt, 36), le::<4>(&madt, 40)), (0xfee0_0000, 0), "local APIC address, flags");
         let entries: Vec<_> = madt[44..].chunks(8).take(3).map(<[u8]>::to_vec).collect();
         assert_eq!(entries, [[0, 8, 0, 0, 1, 0, 0, 0], [0, 8, 1, 1, 1, 0, 0, 0], [0, 8, 2, 2, 1, 0, 0, 0]]);
@@ -180,8 +197,16 @@ mod tests {
 
     #[test]
     fn more_devices_than_interrupt_lines_are_rejected() {
-        assert!(tables(1, layout::VIRTIO_MMIO_MAX + 1).is_err());
-        assert!(tables(256, 0).is_err());
+        assert!(tables(1, mmio(layout::VIRTIO_MMIO_MAX + 1)).is_err());
+        assert!(tables(256, mmio(0)).is_err());
+    }
+
+    #[test]
+    fn the_mcfg_lists_the_registers_of_one_bus() {
+        let tables = tables(1, VirtioBus::Pci).unwrap();
+        let mcfg = follow(&tables, &follow(&tables, &tables[..36], 24), 52);
+        assert_eq!((&mcfg[..4], mcfg.len(), sum(&mcfg)), (&b"MCFG"[..], 60, 0));
+        assert_eq!((le::<8>(&mcfg, 44), le::<2>(&mcfg, 52), &mcfg[54..56]), (0xe000_0000, 0, &[0, 0][..]));
     }
 
     /// Verified by ACPICA: it disassembles all tables, and its interpreter runs the DSDT.
@@ -198,16 +223,21 @@ mod tests {
             let text = [output.stdout, output.stderr].concat();
             (output.status.success(), String::from_utf8_lossy(&text).into_owned())
         };
-        let [_, xsdt, fadt, madt, dsdt] = walk(4, layout::VIRTIO_MMIO_MAX);
-        for (name, table) in [("xsdt", xsdt), ("facp", fadt), ("apic", madt), ("dsdt", dsdt)] {
+        let [_, xsdt, fadt, madt, dsdt] = walk(4, mmio(layout::VIRTIO_MMIO_MAX));
+        let [.., pci] = walk(4, VirtioBus::Pci);
+        for (name, table) in [("xsdt", xsdt), ("facp", fadt), ("apic", madt), ("dsdt", dsdt), ("pci", pci)] {
             std::fs::write(dir.path().join(format!("{name}.dat")), table).unwrap();
             let (success, text) = run("iasl", &["-d", &format!("{name}.dat")]);
             assert!(success && !text.contains("rror") && !text.contains("arning"), "{name}: {text}");
             let source = std::fs::read_to_string(dir.path().join(format!("{name}.dsl"))).unwrap();
             assert!(!source.contains("Invalid") && !source.contains("ncorrect"), "{source}");
         }
-        let (_, text) = run("iasl", &["-p", "again", "dsdt.dsl"]);
-        assert!(text.contains("0 Errors, 0 Warnings"), "{text}");
+        for source in ["dsdt.dsl", "pci.dsl"] {
+            let (_, text) = run("iasl", &["-p", "again", source]);
+            assert!(text.contains("0 Errors, 0 Warnings"), "{text}");
+        }
+        let (_, text) = run("acpiexec", &["-b", "resources \\_SB.PCI0; resources \\_SB.ECAM", "pci.dat"]);
+        assert!(text.contains("DFFFFFFF") && text.contains("E0000000"), "{text}");
         let (_, text) = run("acpiexec", &["-b", "execute \\_SB.GED_._EVT 5; resources \\_SB.VR11", "dsdt.dat"]);
         assert!(text.contains("PWRB") && text.contains("0x80"), "{text}");
         assert!(text.contains("D0011000"), "{text}");

@@ -5,14 +5,14 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
-    ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use anyhow::Result;
 
 use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, serialized};
-use crate::layout;
+use crate::layout::{self, VirtioBus};
 
 /// DSDT revision 2: integers are 64 bits wide.
 const REVISION: u8 = 2;
@@ -21,11 +21,12 @@ const HEADER_BYTES: u32 = 36;
 /// The notification of a button press (ACPI 6.5 §5.6.6, table 5.137).
 const BUTTON_PRESSED: u8 = 0x80;
 
-/// Builds the table.
-pub fn table(virtio_count: usize) -> Result<Vec<u8>> {
+/// Builds the table of a machine whose virtio devices are on `bus`.
+pub fn table(bus: VirtioBus) -> Result<Vec<u8>> {
     let mut body = vec![com1(), pvpanic(), power_button(), event_device()];
-    for index in 0..virtio_count {
-        body.push(virtio_mmio(index)?);
+    match bus {
+        VirtioBus::Mmio { devices } => body.extend((0..devices).map(virtio_mmio).collect::<Result<Vec<_>>>()?),
+        VirtioBus::Pci => body.extend([pci_bus()?, pci_ecam()?]),
     }
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_BYTES, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&Scope::raw(Path::new("_SB_"), body.concat()));
@@ -69,6 +70,27 @@ fn virtio_mmio(index: usize) -> Result<Vec<u8>> {
     let registers = Memory32Fixed::new(true, u32::try_from(base)?, u32::try_from(layout::VIRTIO_MMIO_STRIDE)?);
     let name = format!("VR{index:02X}");
     Ok(device(&name, &"LNRO0005", u32::try_from(index)?, &[&registers, &interrupt(gsi)], &[]))
+}
+
+/// The PCI host bridge, with bus 0 and the window for BARs. No function has an interrupt pin, so there is no routing
+/// table. It is not described as PCI Express, whose native features would have to be negotiated.
+fn pci_bus() -> Result<Vec<u8>> {
+    let (first, last) = window(layout::PCI_WINDOW, layout::PCI_WINDOW_BYTES)?;
+    let ports = IO::new(layout::PCI_PORTS, layout::PCI_PORTS, 1, u8::try_from(layout::PCI_PORTS_LEN)?);
+    let buses = AddressSpace::new_bus_number(0_u16, 0_u16);
+    let memory = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None);
+    Ok(device("PCI0", &EISAName::new("PNP0A03"), 0, &[&buses, &ports, &memory], &[]))
+}
+
+/// Reserves ECAM, as a resource of the motherboard (PCI Firmware Specification 3.3, §4.1.2).
+fn pci_ecam() -> Result<Vec<u8>> {
+    let registers = Memory32Fixed::new(true, u32::try_from(layout::PCI_ECAM)?, u32::try_from(layout::PCI_ECAM_BYTES)?);
+    Ok(device("ECAM", &EISAName::new("PNP0C02"), 0, &[&registers], &[]))
+}
+
+/// The first and the last address of a range.
+fn window(base: u64, len_bytes: u64) -> Result<(u32, u32)> {
+    Ok((u32::try_from(base)?, u32::try_from(base + len_bytes - 1)?))
 }
 
 /// A device with its hardware ID, unique ID, resources and methods.

@@ -29,7 +29,7 @@ pub use kernel::{Kernel, KernelImage};
 pub use part::Part;
 pub use unified::Unified;
 
-use crate::layout;
+use crate::layout::{self, VirtioBus};
 use crate::memory::GuestMemory;
 
 /// The boot protocol.
@@ -83,8 +83,7 @@ struct Loaded {
 /// Writes kernel, initrd, command line, ACPI tables and reset vector into fresh (all-zero) guest memory.
 ///
 /// `memory` must have the layout of [`layout::memory_ranges`]. The tables describe `cpus` processors with the local
-/// APIC IDs `0..cpus`, and the first `virtio_count` slots of [`layout::virtio_mmio_slot`]. Fails with a one-line error
-/// if the file is not a valid kernel or does not fit. A [`Kernel::BzImage`] unpacks itself in the guest: pass the ELF
+/// APIC IDs `0..cpus`, and the virtio devices on `bus`. Fails with a one-line error if the file is not a valid kernel or does not fit. A [`Kernel::BzImage`] unpacks itself in the guest: pass the ELF
 /// image it contains if husk can unpack it.
 pub fn load(
     memory: &GuestMemory,
@@ -92,7 +91,7 @@ pub fn load(
     initrd: Option<&Part>,
     cmdline: &str,
     cpus: u32,
-    virtio_count: usize,
+    bus: VirtioBus,
 ) -> Result<EntryPoint> {
     let loaded = match kernel {
         Kernel::Elf(file) => elf::load(memory, file),
@@ -105,7 +104,7 @@ pub fn load(
         .context("load initrd")?;
     cmdline::check(cmdline, loaded.cmdline_max_bytes)?;
     cmdline::write(memory, cmdline)?;
-    write(memory, layout::ACPI_ADDRESS, &acpi::tables(cpus, virtio_count)?).context("write ACPI tables")?;
+    write(memory, layout::ACPI_ADDRESS, &acpi::tables(cpus, bus)?).context("write ACPI tables")?;
     reset_vector::write(memory)?;
     let info = match loaded.protocol {
         Protocol::Pvh => pvh::write(memory, initrd)?,
@@ -137,7 +136,7 @@ mod tests {
     fn a_kernel_without_note_is_entered_by_the_64_bit_protocol() {
         let memory = memory::reserve(32).unwrap();
         let initrd = Part::whole(sample::file(&[7; 10])).unwrap();
-        let entry = load(&memory, &kernel(None), Some(&initrd), "quiet", 2, 1).unwrap();
+        let entry = load(&memory, &kernel(None), Some(&initrd), "quiet", 2, VirtioBus::Mmio { devices: 1 }).unwrap();
         let info = layout::ZERO_PAGE_ADDRESS;
         assert_eq!(entry, EntryPoint { protocol: Protocol::Linux64, instruction: MIB, info });
         let read = |address: u64| memory.read_obj::<u64>(GuestAddress(address)).unwrap();
@@ -151,7 +150,7 @@ mod tests {
     fn a_kernel_with_note_is_entered_by_pvh() {
         let memory = memory::reserve(32).unwrap();
         let note = sample::note(b"Xen\0", 18, &(MIB as u32 + 1).to_le_bytes());
-        let entry = load(&memory, &kernel(Some(&note)), None, "", 1, 0).unwrap();
+        let entry = load(&memory, &kernel(Some(&note)), None, "", 1, VirtioBus::Mmio { devices: 0 }).unwrap();
         let info = layout::PVH_INFO_ADDRESS;
         assert_eq!(entry, EntryPoint { protocol: Protocol::Pvh, instruction: MIB + 1, info });
     }
@@ -160,9 +159,10 @@ mod tests {
     fn an_error_names_the_file() {
         let memory = memory::reserve(32).unwrap();
         let empty = Part::whole(sample::file(b"")).unwrap();
-        let error = load(&memory, &kernel(None), Some(&empty), "", 1, 0).unwrap_err();
+        let error = load(&memory, &kernel(None), Some(&empty), "", 1, VirtioBus::Mmio { devices: 0 }).unwrap_err();
         assert_eq!(format!("{error:#}"), "load initrd: the initrd is empty");
-        let error = load(&memory, &kernel(None), None, &"a".repeat(3000), 1, 0).unwrap_err();
+        let error =
+            load(&memory, &kernel(None), None, &"a".repeat(3000), 1, VirtioBus::Mmio { devices: 0 }).unwrap_err();
         assert!(error.to_string().starts_with("the kernel command line of 3000 bytes is too long"));
     }
 }

@@ -15,7 +15,7 @@ use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::LimitFlags;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
-use crate::config::{Aio, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
+use crate::config::{Aio, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, Transport, VsockConfig};
 use crate::console::terminal;
 use crate::exit_latch::ExitReason;
 use crate::machine::Machine;
@@ -78,6 +78,11 @@ pub(super) struct Boot {
 
     #[command(flatten)]
     limits: LimitFlags,
+
+    /// How the guest finds its virtio devices: mmio boots fastest, pci has the faster interrupts; auto is mmio, unless
+    /// the guest needs pci
+    #[arg(long, value_name = "auto|mmio|pci")]
+    transport: Option<Transport>,
 
     /// Enable nested virtualization, if the host's KVM supports it
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -183,6 +188,7 @@ impl Boot {
             (config.cpus, config.cpu_limit_millicpus) = (vcpus, limit_millicpus);
         }
         config.nested = self.nested.unwrap_or(config.nested);
+        config.transport = self.transport.unwrap_or(config.transport);
         if !self.disks.is_empty() {
             config.disks.clone_from(&self.disks);
         }

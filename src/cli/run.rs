@@ -19,8 +19,7 @@ use super::process::ProcessFlags;
 use super::usage::NO_VOLUMES;
 use super::{boot, signal, size};
 use crate::boot::Part;
-use crate::config::MachineConfig;
-use crate::config::Rate;
+use crate::config::{MachineConfig, Rate, Transport};
 use crate::console::log::{Log, Tail};
 use crate::exit_latch::ExitReason;
 use crate::guest::process::{self, Defaults};
@@ -139,6 +138,11 @@ pub(super) struct Run {
     #[command(flatten)]
     limits: LimitFlags,
 
+    /// How the guest finds its virtio devices: mmio boots fastest, pci has the faster interrupts; auto is mmio, unless
+    /// the guest needs pci
+    #[arg(long, value_name = "auto|mmio|pci")]
+    transport: Option<Transport>,
+
     /// Enable nested virtualization, if the host's KVM supports it
     #[arg(long)]
     nested: bool,
@@ -212,6 +216,7 @@ impl Run {
         config.cpu_limit_millicpus = self.cpus.limit_millicpus;
         self.limits.apply(Some(self.memory), &mut config);
         config.nested = self.nested;
+        config.transport = GuestSpec::transport(self.transport.unwrap_or_default(), &kernel)?;
         for disk in &mut config.disks {
             disk.rate = Rate { bytes_per_second: self.disk_bps, ops_per_second: self.disk_iops, ..Rate::default() };
         }
@@ -300,7 +305,7 @@ impl Run {
         signals: &SignalFd,
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
-        let initramfs = spec.initramfs(kernel)?;
+        let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
         resources::host::warn_of_pvm();
         timings.mark(Step::Prepared);
         let mut resources = resources::open(config)?;

@@ -1,5 +1,7 @@
 //! Kernel parameters known to husk: the default ones, and those that would hide its devices.
 
+use crate::layout::VirtioBus;
+
 /// The default parameters, with which both a stock and a purpose-built kernel boot quickly to a result or a shell.
 ///
 /// `first_disk_readonly` is `None` if there is no disk. Later parameters take precedence, so the user's do.
@@ -17,8 +19,8 @@ pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> S
         "reboot=acpi",
         // Crypto drivers are tested when a kernel is built, not at each boot.
         "cryptomgr.notests",
-        // The PCI bus is empty. Probing its ports is the whole search: `pci=off` would skip it, but makes every kernel
-        // with PCI log an error.
+        // The bus, which may be empty, is reached through ports, without a search for other mechanisms. `pci=off` would
+        // skip even that, but makes every kernel with PCI log an error.
         "pci=conf1,noearly",
         // No device has DMA restrictions below 64 bits. With more than 4 GiB of memory Linux would allocate and clear
         // 64 MiB for bounce buffers.
@@ -33,9 +35,9 @@ pub fn default_cmdline(has_initrd: bool, first_disk_readonly: Option<bool>) -> S
     words.join(" ")
 }
 
-/// Returns the parameter in `cmdline`, if any, that hides disks, networks and all but one processor: they are described
-/// by ACPI, and their interrupts go through the I/O APIC and local APIC.
-pub fn hides_devices(cmdline: &str) -> Option<&str> {
+/// Returns the parameter in `cmdline`, if any, that hides disks and networks, which are on `bus`, and perhaps all but one
+/// processor: they are described by ACPI, and their interrupts are messages, or go through the I/O APIC and local APIC.
+pub fn hides_devices(cmdline: &str, bus: VirtioBus) -> Option<&str> {
     // Arguments after `--` are passed to init.
     let words = cmdline.split(' ').take_while(|word| *word != "--");
     let mut acpi = None;
@@ -44,6 +46,11 @@ pub fn hides_devices(cmdline: &str) -> Option<&str> {
             // The last two disable the I/O APIC as well.
             ("noapic" | "nolapic" | "disableapic" | "nosmp", "") | ("maxcpus", "0") => return Some(word),
             ("pci", options) if options.split(',').any(|option| option == "noacpi") => return Some(word),
+            ("pci", options)
+                if bus == VirtioBus::Pci && options.split(',').any(|option| matches!(option, "off" | "nomsi")) =>
+            {
+                return Some(word);
+            }
             ("acpi", _) => acpi = Some(word),
             _ => {}
         }
@@ -80,7 +87,12 @@ mod tests {
             ("xacpi=off acpi=offline acpi_osi=off", None),
             ("", None),
         ] {
-            assert_eq!(hides_devices(cmdline), word, "{cmdline}");
+            assert_eq!(hides_devices(cmdline, VirtioBus::Mmio { devices: 1 }), word, "{cmdline}");
+            assert_eq!(hides_devices(cmdline, VirtioBus::Pci), word, "{cmdline}");
+        }
+        for word in ["pci=off", "pci=conf1,nomsi"] {
+            assert_eq!(hides_devices(word, VirtioBus::Mmio { devices: 1 }), None);
+            assert_eq!(hides_devices(word, VirtioBus::Pci), Some(word));
         }
     }
 }

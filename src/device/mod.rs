@@ -1,9 +1,7 @@
 //! Platform devices other than virtio: those needed before a kernel has loaded drivers, and to end the machine.
 
-mod pci;
 mod power;
 mod serial;
 
-pub use pci::PciPorts;
 pub use power::Power;
 pub use serial::Serial;

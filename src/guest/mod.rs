@@ -11,9 +11,10 @@ use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
-use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, VsockConfig};
+use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, Transport, VsockConfig};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;
+use crate::layout::VirtioBus;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::modules::{self, Module};
 
@@ -72,6 +73,8 @@ pub struct GuestSpec {
     network: NetworkSetup,
 }
 
+/// The driver of devices that are not on PCI.
+const MMIO_DRIVER: &str = "virtio_mmio";
 /// The guest's device with the root file system, the first disk of every machine.
 const ROOT_DEVICE: &str = "/dev/vda";
 /// The guest's device with the writable layer, the second disk.
@@ -151,10 +154,22 @@ impl GuestSpec {
         matches!(&self.start, Start::Process(process) if process.terminal.is_some())
     }
 
-    /// Builds the initramfs with the modules that `kernel` needs for this guest.
-    pub fn initramfs(&self, kernel: &GuestKernel) -> Result<File> {
+    /// The transport for `kernel`: that of `wanted`, unless it is automatic and the kernel has no driver for MMIO.
+    pub fn transport(wanted: Transport, kernel: &GuestKernel) -> Result<Transport> {
+        match wanted {
+            Transport::Auto if modules::lacks(&kernel.modules, MMIO_DRIVER)? => Ok(Transport::Pci),
+            wanted => Ok(wanted),
+        }
+    }
+
+    /// Builds the initramfs with the modules that `kernel` needs for this guest, whose devices are on `bus`.
+    pub fn initramfs(&self, kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
+        let transport = match bus {
+            VirtioBus::Mmio { .. } => MMIO_DRIVER,
+            VirtioBus::Pci => "virtio_pci",
+        };
         // A machine works without a balloon; the transport's driver is required by other devices anyway.
-        let mut drivers = vec!["virtio_mmio", "virtio_blk", "virtio_balloon?"];
+        let mut drivers = vec![transport, "virtio_blk", "virtio_balloon?"];
         match &self.root_fs {
             // EROFS needs the checksum driver but does not declare the dependency.
             RootFs::Image { writable, .. } => {

@@ -7,14 +7,14 @@ use anyhow::{Context, Result, anyhow, ensure};
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 
-use super::{Console, Controls, Machine};
+use super::{Console, Controls, Machine, virtio_bus};
 use crate::boot::{self, EntryPoint, Kernel, Part};
 use crate::config::{self, MachineConfig};
-use crate::device::{PciPorts, Power, Serial};
+use crate::device::{Power, Serial};
 use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::kvm::{self, Vm};
-use crate::layout;
+use crate::layout::{self, VirtioBus};
 use crate::memory::{self, GuestMemory};
 use crate::resources::Resources;
 use crate::resources::disk::DiskFile;
@@ -24,8 +24,7 @@ use crate::sandbox;
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, Buses, VcpuThread, setup};
-use crate::virtio::mmio::register;
-use crate::virtio::{MmioTransport, VirtioDevice, balloon, block, net, rng, vsock};
+use crate::virtio::{VirtioDevice, balloon, block, net, rng, vsock};
 
 impl Machine {
     /// Builds the machine described by `config` from `resources`, which it consumes. No path is opened, and no guest
@@ -46,7 +45,7 @@ impl Machine {
             cmdline: cmdline(config, &kernel_words, initrd.is_some()),
             initrd,
             cpus: config.cpus,
-            virtio_count: devices.len(),
+            bus: config.virtio_bus(),
         };
         let loader = Loader::start(kvm.clone(), memory.clone(), contents, timings.clone())?;
 
@@ -55,10 +54,9 @@ impl Machine {
         let mut buses = Buses::default();
         let console = attach_console(&vm, &mut buses, &exit_latch, &timings)?;
         Power::new(exit_latch.clone(), timings.clone()).attach(&mut buses.ports)?;
-        buses.ports.insert(layout::PCI_PORTS.into(), layout::PCI_PORTS_LEN, Arc::new(PciPorts::default()))?;
         let power_button = IrqLine::new(layout::EVENT_GSI)?;
         vm.connect_irq(&power_button)?;
-        let transports = attach_virtio(&vm, &mut buses, &memory, devices)?;
+        let transports = virtio_bus::attach(&vm, &mut buses, &memory, config.virtio_bus(), devices)?;
         timings.mark(Step::KvmReady);
 
         let (entry, supported) = loader.finish()?;
@@ -125,10 +123,10 @@ fn create_devices(
 fn cmdline(config: &MachineConfig, kernel_words: &str, has_initrd: bool) -> String {
     let cmdline = config.full_cmdline(kernel_words, has_initrd);
     log::info!("kernel command line: {cmdline}");
-    if let Some(word) = config::hides_devices(&cmdline) {
+    if let Some(word) = config::hides_devices(&cmdline, config.virtio_bus()) {
         log::warn!(
-            "the kernel parameter {word} hides all disks, networks and secondary CPUs, which the guest finds by ACPI: \
-             remove {word}"
+            "the kernel parameter {word} hides all disks and networks, and perhaps secondary CPUs, from the \
+             guest: remove {word}"
         );
     }
     cmdline
@@ -140,7 +138,7 @@ struct Contents {
     initrd: Option<Part>,
     cmdline: String,
     cpus: u32,
-    virtio_count: usize,
+    bus: VirtioBus,
 }
 
 /// The thread that fills guest memory and queries CPUID while KVM is set up. Dropping it waits until the thread has ended.
@@ -149,8 +147,8 @@ struct Loader(Option<JoinHandle<Result<(EntryPoint, CpuId)>>>);
 impl Loader {
     fn start(kvm: Arc<Kvm>, memory: GuestMemory, contents: Contents, timings: Arc<Timings>) -> Result<Loader> {
         let load = move || {
-            let Contents { kernel, initrd, cmdline, cpus, virtio_count } = contents;
-            let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, cpus, virtio_count)?;
+            let Contents { kernel, initrd, cmdline, cpus, bus } = contents;
+            let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, cpus, bus)?;
             setup::write_boot_tables(&memory, entry.protocol)?;
             timings.mark(Step::KernelLoaded);
             Ok((entry, kvm::supported_cpuid(&kvm)?))
@@ -182,27 +180,6 @@ fn attach_console(vm: &Vm, buses: &mut Buses, exit_latch: &Arc<ExitLatch>, timin
     let serial = Arc::new(serial);
     buses.ports.insert(u64::from(layout::SERIAL_PORT), REGISTERS, serial.clone())?;
     Ok(Console { serial, output, input_wanted })
-}
-
-/// Assigns each of `devices`, in order, an address range, an interrupt line and its doorbells.
-fn attach_virtio(
-    vm: &Vm,
-    buses: &mut Buses,
-    memory: &GuestMemory,
-    devices: Vec<VirtioDevice>,
-) -> Result<Vec<Arc<MmioTransport>>> {
-    let attach = |(index, device)| {
-        let (base, gsi) = layout::virtio_mmio_slot(index);
-        let irq = IrqLine::new(gsi)?;
-        vm.connect_irq(&irq)?;
-        let transport = Arc::new(MmioTransport::new(device, memory.clone(), irq)?);
-        for (queue, doorbell) in transport.doorbells().iter().enumerate() {
-            vm.connect_doorbell(base + register::QUEUE_NOTIFY, queue as u32, doorbell)?;
-        }
-        buses.memory.insert(base, layout::VIRTIO_MMIO_STRIDE, transport.clone())?;
-        Ok(transport)
-    };
-    devices.into_iter().enumerate().map(attach).collect()
 }
 
 fn start_vcpus(

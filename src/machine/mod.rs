@@ -4,6 +4,7 @@
 mod build;
 mod host_memory;
 pub mod release;
+mod virtio_bus;
 
 use std::io;
 use std::sync::Arc;
@@ -22,12 +23,12 @@ use crate::sandbox::cgroup::CgroupLimits;
 use crate::timings::{Step, Timings};
 use crate::vcpu::VcpuThread;
 use crate::virtio::net::NetLink;
-use crate::virtio::{MmioTransport, balloon, block};
+use crate::virtio::{Transport, balloon, block};
 
 /// A machine, paused when built. It is owned by one thread; vCPUs, workers and the console have their own threads.
 pub struct Machine {
     vcpus: Vec<VcpuThread>,
-    transports: Vec<Arc<MmioTransport>>,
+    transports: Vec<Arc<dyn Transport>>,
     controls: Controls,
     starters: Vec<Starter>,
     console: Console,

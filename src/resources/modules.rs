@@ -46,6 +46,14 @@ pub fn find(modules: &Modules, drivers: &[&str]) -> Result<Vec<Module>> {
     find_with_cache(modules, drivers, Cache::of_user("modules", CACHED_MODULES))
 }
 
+/// Whether a kernel is known to have `driver` neither built in nor as a module.
+pub fn lacks(modules: &Modules, driver: &str) -> Result<bool> {
+    let Modules::Tree(tree) = modules else { return Ok(false) };
+    let index = Index::of_tree(tree)?;
+    let name = driver.replace('-', "_");
+    Ok(!index.files.contains_key(&name) && index.built_in.is_some_and(|all| !all.contains(&name)))
+}
+
 fn find_with_cache(modules: &Modules, drivers: &[&str], cache: Option<Cache>) -> Result<Vec<Module>> {
     let index = match modules {
         Modules::BuiltIn => return Ok(Vec::new()),

@@ -4,12 +4,12 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::session::{DeviceSession, SessionState};
-use super::{ConfigSpace, Interrupt, VirtioDevice};
+use super::{ConfigSpace, Interrupt, Transport, TransportState, VirtioDevice};
 use crate::bus::Device;
 use crate::irq::IrqLine;
 use crate::memory::GuestMemory;
@@ -84,13 +84,13 @@ const USED_BUFFER: u32 = 1 << 0;
 /// InterruptStatus: the configuration or the device status changed.
 const CONFIGURATION_CHANGE: u32 = 1 << 1;
 
-/// The version of [`TransportState`] that this code reads and writes.
+/// The version of [`MmioState`] that this code reads and writes.
 const STATE_VERSION: u32 = 1;
 
-/// The saved state of a transport: see [`MmioTransport::save`].
+/// The saved state of a transport: see [`Transport::save`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TransportState {
+pub struct MmioState {
     /// Version of this structure.
     pub version: u32,
     /// Device ID of the device behind the transport.
@@ -184,19 +184,22 @@ impl MmioTransport {
         Ok(MmioTransport { interrupt, config, doorbells, registers })
     }
 
-    /// One eventfd per queue, to be registered with KVM_IOEVENTFD at [`register::QUEUE_NOTIFY`] with the queue's index
-    /// as datamatch, 4 bytes.
-    pub fn doorbells(&self) -> &[EventFd] {
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Transport for MmioTransport {
+    /// To be registered with KVM_IOEVENTFD at [`register::QUEUE_NOTIFY`] with the queue's index as datamatch, 4 bytes.
+    fn doorbells(&self) -> &[EventFd] {
         &self.doorbells
     }
 
-    /// Pauses the device after completing requests in flight. The vCPUs must be stopped first.
-    pub fn pause(&self) {
+    fn pause(&self) {
         self.lock().session.pause();
     }
 
-    /// Resumes the device. The vCPUs must be started afterwards.
-    pub fn resume(&self) {
+    fn resume(&self) {
         self.lock().session.resume();
         // The edge may have been lost when the machine was saved.
         if self.interrupt.status.load(Ordering::SeqCst) != 0 {
@@ -204,24 +207,20 @@ impl MmioTransport {
         }
     }
 
-    /// Saves the state visible to the driver. A running device is stopped temporarily; for a state consistent with
-    /// guest memory, pause the device before saving both.
-    pub fn save(&self) -> TransportState {
+    fn save(&self) -> TransportState {
         let mut registers = self.lock();
-        TransportState {
+        TransportState::Mmio(MmioState {
             version: STATE_VERSION,
             device_type: registers.session.device_type(),
             selectors: registers.selectors.clone(),
             // Draining raises interrupts, so the session is saved first.
             session: registers.session.save(),
             interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
-        }
+        })
     }
 
-    /// Restores a saved state and leaves the device paused.
-    ///
-    /// Fails without any change if the state belongs to another version or device.
-    pub fn restore(&self, state: &TransportState) -> Result<()> {
+    fn restore(&self, state: &TransportState) -> Result<()> {
+        let TransportState::Mmio(state) = state else { bail!("device state is of another transport than MMIO") };
         let mut registers = self.lock();
         ensure!(state.version == STATE_VERSION, "device state has version {}, not {STATE_VERSION}", state.version);
         let device_type = registers.session.device_type();
@@ -230,10 +229,6 @@ impl MmioTransport {
         registers.selectors = state.selectors.clone();
         self.interrupt.status.store(state.interrupt_status, Ordering::SeqCst);
         Ok(())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -424,11 +419,11 @@ mod tests {
     fn features_and_queues_are_immutable_once_negotiated() {
         let mut driver = driver();
         driver.start();
-        let before = driver.transport.save().session;
+        let before = driver.transport.save();
         for offset in [QUEUE_NUM, QUEUE_DESC_LOW, QUEUE_DRIVER_LOW, QUEUE_DEVICE_LOW, DRIVER_FEATURES, 0x084, 0x0a4] {
             driver.write(offset, 0x1234_5678);
         }
-        assert_eq!(driver.transport.save().session, before);
+        assert_eq!(driver.transport.save(), before);
     }
 
     #[test]
@@ -459,7 +454,7 @@ mod tests {
         let mut driver = driver();
         driver.start();
         driver.transact(0, &[(BUFFERS, 8, WRITE)]);
-        crate::virtio::test_driver::wait_for(|| driver.irq.event().read().is_ok());
+        crate::virtio::test_driver::wait_for(|| driver.take_interrupts() > 0);
         assert_eq!(driver.read(INTERRUPT_STATUS), 1);
         driver.write(INTERRUPT_ACK, 2);
         assert_eq!(driver.read(INTERRUPT_STATUS), 1);
@@ -490,7 +485,7 @@ mod tests {
             driver.write(STATUS, 15);
             driver.wait_for_needs_reset();
             assert_eq!(driver.read(STATUS), 0x4f, "{value:#x} at {offset:#x}");
-            crate::virtio::test_driver::wait_for(|| driver.irq.event().read().is_ok());
+            crate::virtio::test_driver::wait_for(|| driver.take_interrupts() > 0);
             assert_eq!(driver.read(INTERRUPT_STATUS), 2);
             driver.start();
             assert_eq!(driver.transact(0, &[(BUFFERS, 8, WRITE)]), 8);
@@ -500,11 +495,11 @@ mod tests {
     #[test]
     fn a_state_of_another_device_or_version_is_rejected() {
         let driver = driver();
-        let good = driver.transport.save();
-        let change = |change: fn(&mut TransportState)| {
+        let TransportState::Mmio(good) = driver.transport.save() else { panic!() };
+        let change = |change: fn(&mut MmioState)| {
             let mut state = good.clone();
             change(&mut state);
-            driver.transport.restore(&state).is_err()
+            driver.transport.restore(&TransportState::Mmio(state)).is_err()
         };
         assert!(change(|state| state.version = 2));
         assert!(change(|state| state.device_type = 2));

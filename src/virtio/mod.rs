@@ -1,12 +1,14 @@
 //! Virtio devices (virtio 1.2), independent of the transport.
 //!
 //! A device is plain data and one [`QueueHandler`]. [`session`] keeps the driver's negotiation, [`worker`] is the
-//! thread that runs the handler, [`queue`] implements the rings, and [`mmio`] is the transport.
+//! thread that runs the handler, [`queue`] implements the rings, and [`mmio`] and [`pci`] are the transports.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 pub mod balloon;
@@ -15,6 +17,7 @@ pub mod config_space;
 mod log_rate;
 pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod session;
@@ -27,7 +30,8 @@ mod contract;
 pub(crate) mod test_driver;
 
 pub use config_space::ConfigSpace;
-pub use mmio::{MmioTransport, TransportState};
+pub use mmio::{MmioState, MmioTransport};
+pub use pci::{PciState, PciTransport};
 pub use queue::{Chain, RingError, Virtqueue};
 
 /// VIRTIO_F_INDIRECT_DESC (virtio 1.2 §6): a descriptor may refer to a table of descriptors.
@@ -194,6 +198,37 @@ impl Notifiers {
     pub fn share(&self, shared: bool) {
         self.interrupt.share(shared);
     }
+}
+
+/// A device on a bus. Dropping it stops the device.
+pub trait Transport: Send + Sync {
+    /// One eventfd per queue, written when the driver rings.
+    fn doorbells(&self) -> &[EventFd];
+
+    /// Pauses the device after completing requests in flight. The vCPUs must be stopped first.
+    fn pause(&self);
+
+    /// Resumes the device. The vCPUs must be started afterwards.
+    fn resume(&self);
+
+    /// Saves the state visible to the driver. A running device is stopped temporarily; for a state consistent with
+    /// guest memory, pause the device before saving both.
+    fn save(&self) -> TransportState;
+
+    /// Restores a saved state and leaves the device paused.
+    ///
+    /// Fails without any change if the state belongs to another version, device or transport.
+    fn restore(&self, state: &TransportState) -> Result<()>;
+}
+
+/// The saved state of a transport and its device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TransportState {
+    /// Of MMIO.
+    Mmio(MmioState),
+    /// Of PCI.
+    Pci(PciState),
 }
 
 /// The transport's interrupt, which notifies the driver. Called from any thread.

@@ -104,6 +104,15 @@ impl DeviceSession {
         }
     }
 
+    /// Bits `32 * select` and up of the features accepted.
+    pub fn driver_features(&self, select: u32) -> u32 {
+        match select {
+            0 => self.driver_features as u32,
+            1 => (self.driver_features >> 32) as u32,
+            _ => 0,
+        }
+    }
+
     /// Sets the accepted features. Ignored after FEATURES_OK.
     pub fn set_driver_features(&mut self, select: u32, value: u32) {
         if self.status & FEATURES_OK != 0 {
@@ -157,6 +166,11 @@ impl DeviceSession {
     fn are_acceptable(&self, features: u64) -> bool {
         let unknown = features & !self.features;
         unknown == 0 && features & F_VERSION_1 != 0 && self.feature_needs.iter().all(|need| need.is_met_by(features))
+    }
+
+    /// The number of queues.
+    pub fn queue_count(&self) -> usize {
+        self.queues.len()
     }
 
     /// Queue `index`, read-only.

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::{Ended, boot, guests, husk, run, start_and_wait};
 
 /// A disk image of `bytes`, optionally with an ext4 file system.
-fn disk(dir: &Path, bytes: u64, file_system: bool) -> String {
+pub fn disk(dir: &Path, bytes: u64, file_system: bool) -> String {
     let path = dir.join("disk.img");
     File::create(&path).unwrap().set_len(bytes).unwrap();
     let path = path.to_str().unwrap().to_owned();
@@ -18,7 +18,7 @@ fn disk(dir: &Path, bytes: u64, file_system: bool) -> String {
 }
 
 /// Checks that the raw disk `image` contains the guest's data.
-fn holds_what_was_written(image: &str, ended: &Ended, what: &str) {
+pub fn holds_what_was_written(image: &str, ended: &Ended, what: &str) {
     assert_eq!(ended.expect(0, what).values()["unmounted"], "yes");
     run("e2fsck", &["-f", "-n", image]);
     let data = format!("{image}.data");

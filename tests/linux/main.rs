@@ -8,6 +8,7 @@ mod disk;
 mod ends;
 #[path = "../run/guests.rs"]
 mod guests;
+mod pci;
 mod sizes;
 mod sockets;
 #[path = "../run/uplink.rs"]
@@ -47,11 +48,12 @@ impl Ended {
     }
 }
 
-/// `husk boot` of the guest in `guest` with the task `job`.
+/// `husk boot` of the guest in `guest` with the task `job`, which kernel parameters and ` -- ` may precede.
 fn husk(guest: &Path, image: &str, job: &str, flags: &[&str]) -> Command {
+    let cmdline = if job.contains(" -- ") { job.to_owned() } else { format!("-- {job}") };
     let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     command.arg("boot").arg("--kernel").arg(guest.join(image)).arg("--initrd").arg(guest.join("initrd"));
-    command.args(flags).args(["--cmdline", &format!("-- {job}")]);
+    command.args(flags).args(["--cmdline", &cmdline]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -3,6 +3,7 @@
 //! The peers are curl, iperf3, and small servers here.
 
 mod passt;
+mod pci;
 mod tap;
 
 use std::fs;

@@ -17,7 +17,6 @@ use self::witness::Witness;
 use super::pair::{RX, TX};
 use super::*;
 use crate::backend::net::{HEADER_BYTES, Header, StreamNet};
-use crate::bus::Device;
 use crate::config::Rate;
 use crate::test_log::logged;
 use crate::virtio::F_VERSION_1;

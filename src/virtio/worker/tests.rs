@@ -168,15 +168,15 @@ fn all_groups_are_restored_or_none() {
     particular.refuses = Some(9);
     let driver = Driver::new(device_of(vec![Gated::default(), particular]));
     let mut state = driver.transport.save();
-    assert_eq!(state.session.handlers, [Vec::<u8>::new(), Vec::new()]);
-    state.session.handlers = vec![vec![1], vec![2]];
+    assert_eq!(state.session().handlers, [Vec::<u8>::new(), Vec::new()]);
+    state.session().handlers = vec![vec![1], vec![2]];
     driver.transport.restore(&state).unwrap();
     let restored = driver.transport.save();
     for refused in [vec![vec![3], vec![9]], vec![vec![3]], vec![vec![3]; 3]] {
-        state.session.handlers = refused;
+        state.session().handlers = refused;
         assert!(driver.transport.restore(&state).is_err());
         assert_eq!(driver.transport.save(), restored);
     }
     driver.write(STATUS, 0);
-    assert_eq!(driver.transport.save().session.handlers, [Vec::<u8>::new(), Vec::new()]);
+    assert_eq!(driver.transport.save().session().handlers, [Vec::<u8>::new(), Vec::new()]);
 }

@@ -217,11 +217,11 @@ fn frequent_changes_of_pairs_are_rate_limited() {
 #[test]
 fn the_number_of_pairs_is_saved_and_reset() {
     let Pairs { mut driver, peers: _peers, .. } = pairs();
-    let one = driver.transport.save();
+    let mut one = driver.transport.save();
     assert_eq!(use_pairs(&mut driver, 2), OK);
     driver.transport.pause();
-    let two = driver.transport.save();
-    assert_ne!(one.session.handlers, two.session.handlers);
+    let mut two = driver.transport.save();
+    assert_ne!(one.session().handlers, two.session().handlers);
     let (device, _link, mut peers) = device_of_two();
     let mut driver = driver.moved_to(device);
     driver.transport.resume();
@@ -233,11 +233,11 @@ fn the_number_of_pairs_is_saved_and_reset() {
     let single = Driver::new(single);
     let mut foreign = single.transport.save();
     for state in [vec![], vec![0, 0], vec![2, 0], vec![1], vec![1, 0, 0]] {
-        foreign.session.handlers = vec![state];
+        foreign.session().handlers = vec![state];
         assert!(single.transport.restore(&foreign).is_err(), "{foreign:?}");
     }
     driver.start();
-    assert_eq!(driver.transport.save().session.handlers, one.session.handlers);
+    assert_eq!(driver.transport.save().session().handlers, one.session().handlers);
     send(&mut driver, TX_2, &frame(91));
     settle(&driver);
     assert_eq!(driver.used_index(TX_2), 0);

@@ -1,10 +1,11 @@
-//! PCI configuration ports for an empty bus: a host bridge and no other device.
+//! The configuration ports of the bus: mechanism 1 (PCI Local Bus Specification 3.0, §3.2.2.3.2).
 //!
-//! The machine has no PCI devices. The ports exist for kernels with PCI support, which would otherwise log an error at
-//! every boot. They implement configuration mechanism 1 (PCI Local Bus Specification 3.0, §3.2.2.3.2).
+//! They exist in machines without PCI functions as well, for kernels with PCI support, which would otherwise log an
+//! error at every boot.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::Functions;
 use crate::bus::Device;
 
 /// The offset of the configuration address, followed by that of the data.
@@ -14,43 +15,36 @@ const DATA: u64 = 4;
 const ENABLE: u32 = 1 << 31;
 /// The writable bits of the address: enable, bus, device and function, register.
 const WRITABLE: u32 = ENABLE | 0x00ff_fffc;
-/// Bits 8 to 23: bus, device and function. The bridge's are 0.
-const FUNCTION: u32 = 0x00ff_ff00;
-/// The bridge's registers: vendor 0x1b36 and device 0x0008, for which no kernel applies quirks; at 8 revision 0 of
-/// class 6, subclass 0, a host bridge.
-const BRIDGE_ID: u32 = 0x0008_1b36;
-const BRIDGE_CLASS: u32 = 0x0600_0000;
 
 /// The eight ports. Their only state is the address; concurrent accesses of several vCPUs are atomic.
-#[derive(Debug, Default)]
-pub struct PciPorts {
+#[derive(Default)]
+pub struct Ports {
     address: AtomicU32,
+    functions: Functions,
 }
 
-impl PciPorts {
-    /// The register at the address, if a device exists there.
-    fn register(&self) -> Option<u32> {
+impl Ports {
+    /// Creates the ports for a bus.
+    pub fn new(functions: Functions) -> Ports {
+        Ports { address: AtomicU32::new(0), functions }
+    }
+
+    /// The address as in ECAM of byte `offset` of the data, if accesses are enabled. Register numbers have 8 bits here,
+    /// and are followed by the function's number at once.
+    fn target(&self, offset: u64) -> Option<u64> {
         let address = self.address.load(Ordering::Relaxed);
-        if address & ENABLE == 0 || address & FUNCTION != 0 {
-            return None;
-        }
-        Some(match address & 0xfc {
-            0 => BRIDGE_ID,
-            8 => BRIDGE_CLASS,
-            _ => 0,
-        })
+        let function = u64::from(address & 0x00ff_ff00) << 4;
+        (address & ENABLE != 0).then_some(function | u64::from(address & 0xfc) | offset)
     }
 }
 
-impl Device for PciPorts {
+impl Device for Ports {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match (offset, data.len()) {
             (ADDRESS, 4) => data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes()),
             (DATA.., _) => {
-                let bytes = self.register().map(u32::to_le_bytes);
-                let from = (offset - DATA) as usize;
-                if let Some(bytes) = bytes.as_ref().and_then(|bytes| bytes.get(from..from + data.len())) {
-                    data.copy_from_slice(bytes);
+                if let Some(target) = self.target(offset - DATA) {
+                    self.functions.read_config(target, data);
                 }
             }
             // Not a port of the address by itself: on a PC, 0xcf9 and 0xcfb belong to other devices.
@@ -59,9 +53,14 @@ impl Device for PciPorts {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        // All of the bridge's registers are read-only.
-        if let (ADDRESS, Ok(bytes)) = (offset, data.try_into()) {
-            self.address.store(u32::from_le_bytes(bytes) & WRITABLE, Ordering::Relaxed);
+        match (offset, <[u8; 4]>::try_from(data)) {
+            (ADDRESS, Ok(bytes)) => self.address.store(u32::from_le_bytes(bytes) & WRITABLE, Ordering::Relaxed),
+            (DATA.., _) => {
+                if let Some(target) = self.target(offset - DATA) {
+                    self.functions.write_config(target, data);
+                }
+            }
+            _ => {}
         }
     }
 }
@@ -70,7 +69,7 @@ impl Device for PciPorts {
 mod tests {
     use super::*;
 
-    fn read<const N: usize>(ports: &PciPorts, offset: u64) -> [u8; N] {
+    fn read<const N: usize>(ports: &Ports, offset: u64) -> [u8; N] {
         let mut data = [0xff; N];
         ports.read(offset, &mut data);
         data
@@ -79,7 +78,7 @@ mod tests {
     /// The check for a bus in Linux, arch/x86/pci/direct.c.
     #[test]
     fn a_kernel_detects_the_bus() {
-        let ports = PciPorts::default();
+        let ports = Ports::default();
         ports.write(3, &[1]);
         ports.write(ADDRESS, &ENABLE.to_le_bytes());
         assert_eq!(read(&ports, ADDRESS), ENABLE.to_le_bytes());
@@ -90,8 +89,8 @@ mod tests {
     }
 
     #[test]
-    fn the_bus_has_only_a_host_bridge() {
-        let ports = PciPorts::default();
+    fn an_empty_bus_has_only_a_host_bridge() {
+        let ports = Ports::default();
         for function in (1 << 8..1 << 24).step_by(1 << 8) {
             ports.write(ADDRESS, &(ENABLE | function).to_le_bytes());
             assert_eq!(read(&ports, DATA), [0xff; 4], "{function:#x}");
@@ -102,7 +101,7 @@ mod tests {
 
     #[test]
     fn invalid_accesses_are_ignored() {
-        let ports = PciPorts::default();
+        let ports = Ports::default();
         ports.write(ADDRESS, &u32::MAX.to_le_bytes());
         assert_eq!(read(&ports, ADDRESS), WRITABLE.to_le_bytes());
         ports.write(ADDRESS, &ENABLE.to_le_bytes());

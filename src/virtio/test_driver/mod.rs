@@ -1,15 +1,16 @@
-//! A driver for tests: configures a device through its MMIO registers and submits requests to its rings, as a guest
-//! does.
+//! A driver for tests: configures a device through its registers and submits requests to its rings, as a guest does.
+
+mod bus;
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 
+pub use bus::{BUSES, Bus, MESSAGE_CONTROL, OnBus, TestRouting};
+
 use super::mmio::register::*;
-use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, MmioTransport, VirtioDevice};
-use crate::bus::Device;
-use crate::irq::IrqLine;
+use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
 use crate::memory::{self, GuestMemory};
 
 /// The address of request buffers.
@@ -26,9 +27,9 @@ fn rings(index: u32) -> (u64, u64, u64) {
 }
 
 pub struct Driver {
-    pub transport: MmioTransport,
+    pub transport: Box<dyn OnBus>,
     pub memory: GuestMemory,
-    pub irq: IrqLine,
+    bus: Bus,
     pub event_idx: bool,
     sizes: Vec<u16>,
     next_available: Vec<u16>,
@@ -37,21 +38,25 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Creates a driver for an uninitialized device, with 4 MiB of memory.
+    /// Creates a driver for an uninitialized device on MMIO, with 4 MiB of memory.
     pub fn new(device: VirtioDevice) -> Driver {
-        Driver::with_memory(device, memory::reserve(4).unwrap())
+        Driver::on(Bus::Mmio, device)
     }
 
-    pub fn with_memory(device: VirtioDevice, memory: GuestMemory) -> Driver {
+    /// The same on any bus.
+    pub fn on(bus: Bus, device: VirtioDevice) -> Driver {
+        Driver::with_memory(bus, device, memory::reserve(4).unwrap())
+    }
+
+    pub fn with_memory(bus: Bus, device: VirtioDevice, memory: GuestMemory) -> Driver {
         crate::test_log::start();
-        let irq = IrqLine::new(6).unwrap();
-        let transport = MmioTransport::new(device, memory.clone(), irq.try_clone().unwrap()).unwrap();
+        let transport = bus.attach(device, memory.clone());
         let count = transport.doorbells().len();
         let zeroes = vec![0; count];
         Driver {
             transport,
             memory,
-            irq,
+            bus,
             event_idx: false,
             sizes: zeroes.clone(),
             next_available: zeroes.clone(),
@@ -62,10 +67,14 @@ impl Driver {
 
     /// Moves the driver to another device in the same state.
     pub fn moved_to(self, device: VirtioDevice) -> Driver {
-        let irq = IrqLine::new(6).unwrap();
-        let transport = MmioTransport::new(device, self.memory.clone(), irq.try_clone().unwrap()).unwrap();
+        let transport = self.bus.attach(device, self.memory.clone());
         transport.restore(&self.transport.save()).unwrap();
-        Driver { transport, irq, ..self }
+        Driver { transport, ..self }
+    }
+
+    /// Takes the interrupts since the last call.
+    pub fn take_interrupts(&self) -> u64 {
+        self.transport.take_interrupts()
     }
 
     pub fn read(&self, offset: u64) -> u32 {
