@@ -15,7 +15,7 @@ use crate::layout;
 use crate::sys::socket;
 
 pub use cmdline::{default_cmdline, hides_devices};
-pub use disk::{Aio, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_DISK_ID_BYTES};
+pub use disk::{Aio, BackingConfig, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_BACKING_FILES, MAX_DISK_ID_BYTES};
 pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
@@ -207,6 +207,17 @@ pub enum Invalid {
     /// An unsupported block size.
     #[error("disk {0} has an invalid block size of {1} bytes: use block_size=512, 1024, 2048 or 4096")]
     DiskBlocks(usize, u32),
+    /// A backing file of a raw disk.
+    #[error("disk {0} is raw, and only a qcow2 image has a backing file: add format=qcow2, or remove backing=")]
+    BackingOfRaw(usize),
+    /// Too long a chain.
+    #[error(
+        "disk {0} has too many backing files: use at most {MAX_BACKING_FILES}, or merge some with `qemu-img convert -O qcow2`"
+    )]
+    TooManyBackingFiles(usize),
+    /// A backing file without a path.
+    #[error("disk {0} has a backing file without a path: use backing=PATH")]
+    NoBackingPath(usize),
     /// A serial number that is too long or would not be read back unchanged.
     #[error("invalid disk id {0:?}: use 1 to {MAX_DISK_ID_BYTES} letters, digits or punctuation marks, without spaces")]
     DiskId(String),

@@ -1,4 +1,4 @@
-//! Opens an arbitrary qcow2 image and executes requests on it, unless it is rejected.
+//! Opens an arbitrary qcow2 image, alone, over a backing file, or as one, and executes requests on it, unless it is rejected.
 #![no_main]
 
 use std::cell::OnceCell;
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use husk::backend::disk::{BlockingDisk, Operation, Qcow2Disk, Request};
+use husk::backend::disk::{Backing, BlockingDisk, Operation, Qcow2Disk, Request};
 use husk::memory::GuestBuffers;
 use husk::memory::{self, GuestMemory};
 use husk::sys;
@@ -22,15 +22,23 @@ thread_local! {
     static MEMORY: OnceCell<Arc<GuestMemory>> = const { OnceCell::new() };
 }
 
+/// How an image is used, chosen by the first byte of the input.
+#[derive(Clone, Copy, PartialEq)]
+enum Use {
+    Alone,
+    Readonly,
+    OverRaw,
+    /// Over itself, which is a chain of two images if it has a backing file.
+    OverItself,
+}
+
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
-    let Some((readonly, bytes)) = bytes.split_first() else { return };
+    let Some((choice, bytes)) = bytes.split_first() else { return };
+    let choice = [Use::Alone, Use::Readonly, Use::OverRaw, Use::OverItself][usize::from(choice % 4)];
     let bytes = &bytes[..bytes.len().min(IMAGE_BYTES_MAX)];
-    let mut file = sys::memory_file(c"fuzz").expect("a file in memory can be had");
-    file.write_all(bytes).expect("memory can be had");
-    // An attacker can make a sparse file long at no cost.
-    file.set_len(1 << 20).expect("memory can be had");
+    let file = image(bytes);
     let again = file.try_clone().expect("descriptors can be had");
-    let Ok(mut disk) = open(file, readonly % 2 == 1) else { return };
+    let Ok(mut disk) = open(file, bytes, choice) else { return };
     let capacity = disk.capacity_bytes() / 512 * 512;
     MEMORY.with(|cell| {
         let memory = cell.get_or_init(|| Arc::new(memory::reserve(1).expect("1 MiB can be had")));
@@ -42,11 +50,30 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     });
     drop(disk);
     // The image must still be valid.
-    open(again, readonly % 2 == 1).expect("it was an image");
+    open(again, bytes, choice).expect("it was an image");
 });
 
-fn open(file: File, readonly: bool) -> Result<Qcow2Disk, ()> {
-    Qcow2Disk::open(file, readonly).map_err(|refusal| assert!(!refusal.to_string().contains('\n'), "{refusal}"))
+/// A file with this content.
+fn image(bytes: &[u8]) -> File {
+    let mut file = sys::memory_file(c"fuzz").expect("a file in memory can be had");
+    file.write_all(bytes).expect("memory can be had");
+    // An attacker can make a sparse file long at no cost.
+    file.set_len(1 << 20).expect("memory can be had");
+    file
+}
+
+fn open(file: File, bytes: &[u8], choice: Use) -> Result<Qcow2Disk, ()> {
+    let check = |refusal: husk::backend::disk::Refusal| {
+        let line = refusal.to_string();
+        assert!(!line.contains(char::is_control), "{line:?}");
+    };
+    let raw = || Backing::raw(image(bytes)).expect("its size can be had");
+    let backing = match choice {
+        Use::Alone | Use::Readonly => None,
+        Use::OverRaw => Some(raw()),
+        Use::OverItself => Some(Backing::qcow2(image(bytes), Some(raw())).map_err(check)?),
+    };
+    Qcow2Disk::open(file, choice == Use::Readonly, backing).map_err(check)
 }
 
 fn operations() -> [Operation; 7] {
@@ -80,23 +107,38 @@ fn ask(disk: &mut Qcow2Disk, memory: &Arc<GuestMemory>, operation: Operation, of
 fn write_seeds() {
     let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/qcow2_image"));
     fs::create_dir_all(corpus).expect("the corpus can be made");
-    for (name, options) in [
-        ("small", "cluster_size=512"),
-        ("larger", "cluster_size=4096"),
-        ("old", "cluster_size=512,compat=0.10"),
-        ("wide", "cluster_size=512,refcount_bits=64"),
-        ("lazy", "cluster_size=1024,lazy_refcounts=on,refcount_bits=1"),
+    for (name, choice, options) in [
+        ("small", Use::Alone, "cluster_size=512"),
+        ("larger", Use::Alone, "cluster_size=4096"),
+        ("old", Use::Alone, "cluster_size=512,compat=0.10"),
+        ("wide", Use::Alone, "cluster_size=512,refcount_bits=64"),
+        ("lazy", Use::Alone, "cluster_size=1024,lazy_refcounts=on,refcount_bits=1"),
+        // The backing file is not opened.
+        ("over-raw", Use::OverRaw, "cluster_size=512,backing_file=base,backing_fmt=raw"),
+        ("over-itself", Use::OverItself, "cluster_size=4096,backing_file=base,backing_fmt=qcow2"),
     ] {
-        let image = corpus.join(format!("{name}.partial"));
-        let made = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-o", options])
-            .arg(&image)
-            .arg("200K")
-            .status();
-        if made.is_ok_and(|status| status.success()) {
-            let bytes = [vec![0], fs::read(&image).expect("it was made")].concat();
-            fs::write(corpus.join(name), bytes).expect("the corpus can be written");
-            fs::remove_file(image).expect("it was made");
-        }
+        let words = ["create", "-q", "-u", "-f", "qcow2", "-o", options];
+        seed(corpus, name, choice, &words, &["200K"]);
+    }
+    // Compressible, so that there are clusters of both types.
+    let text = corpus.join("text.partial");
+    fs::write(&text, b"text".repeat(8 << 10)).expect("the corpus can be written");
+    for (name, kind) in [("deflate", "zlib"), ("zstd", "zstd")] {
+        let options = format!("cluster_size=4096,compression_type={kind}");
+        let text = text.to_str().expect("it is text");
+        let words = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, text];
+        seed(corpus, name, Use::Alone, &words, &[]);
+    }
+    let _ = fs::remove_file(text);
+}
+
+/// Writes the image that `qemu-img` makes, given these words before and after its path.
+fn seed(corpus: &Path, name: &str, choice: Use, before: &[&str], after: &[&str]) {
+    let image = corpus.join(format!("{name}.partial"));
+    let made = Command::new("qemu-img").args(before).arg(&image).args(after).status();
+    if made.is_ok_and(|status| status.success()) {
+        let bytes = [vec![choice as u8], fs::read(&image).expect("it was made")].concat();
+        fs::write(corpus.join(name), bytes).expect("the corpus can be written");
+        fs::remove_file(image).expect("it was made");
     }
 }

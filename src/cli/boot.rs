@@ -15,7 +15,9 @@ use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::LimitFlags;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
-use crate::config::{Aio, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, Transport, VsockConfig};
+use crate::config::{
+    Aio, BackingConfig, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, Transport, VsockConfig,
+};
 use crate::console::terminal;
 use crate::exit_latch::ExitReason;
 use crate::machine::Machine;
@@ -95,7 +97,9 @@ pub(super) struct Boot {
     /// logical block size; the default is that of the block device, or 512 for a file. `cache=none` bypasses the host's page cache (O_DIRECT), for a disk that is
     /// cached by its guests or shared with other hosts; the default is `cache=writeback`. `aio=threads` accesses the file with
     /// blocking system calls, and `aio=io_uring` only with io_uring; by default, io_uring is used for what it makes
-    /// faster, if the host allows it. `bps=10M` and `iops=500` limit
+    /// faster, if the host allows it. `backing=PATH` is the backing file of a qcow2 image, a second one that of the first,
+    /// and so on; it is opened read-only, and `backing_format=` after it overrides its format. Backing files that only an
+    /// image itself names are never opened. `bps=10M` and `iops=500` limit
     /// the bytes and the requests per second, reads and writes together; after an idle period, the disk can burst to a
     /// tenth of a second's worth at once, or to `bps-burst=` and `iops-burst=`. The path ends at the first comma: use a
     /// configuration file for a path that contains one.
@@ -222,12 +226,17 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
     let path = parts.next().unwrap_or_default().to_vec();
     let mut disk = DiskConfig::of(std::ffi::OsString::from_vec(path).into());
     for option in parts {
+        if let Some(path) = option.strip_prefix(b"backing=") {
+            let path = std::ffi::OsString::from_vec(path.to_vec()).into();
+            disk.backing.push(BackingConfig { path, format: None });
+            continue;
+        }
         let option = String::from_utf8_lossy(option);
         let unknown = || {
             format!(
                 "unknown option {option:?}: use ro, id=NAME, format=raw, format=qcow2, block_size=N, \
-                 cache=writeback, cache=none, aio=auto, \
-                 aio=io_uring, aio=threads, bps=SIZE, bps-burst=SIZE, iops=N or iops-burst=N"
+                 cache=writeback, cache=none, aio=auto, aio=io_uring, aio=threads, backing=PATH, \
+                 backing_format=raw, backing_format=qcow2, bps=SIZE, bps-burst=SIZE, iops=N or iops-burst=N"
             )
         };
         match option.split_once('=').unwrap_or((&option, "")) {
@@ -239,6 +248,8 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
             ("aio", "auto") => disk.aio = Aio::Auto,
             ("aio", "io_uring") => disk.aio = Aio::IoUring,
             ("aio", "threads") => disk.aio = Aio::Threads,
+            ("backing_format", "raw") => disk.backing.last_mut().ok_or_else(unknown)?.format = Some(Format::Raw),
+            ("backing_format", "qcow2") => disk.backing.last_mut().ok_or_else(unknown)?.format = Some(Format::Qcow2),
             ("id", id) => disk.id = Some(id.to_owned()),
             ("block_size", text) => disk.block_bytes = Some(text.parse().map_err(|_| unknown())?),
             ("bps", text) => disk.rate.bytes_per_second = Some(size::bytes(text)?),
@@ -326,7 +337,12 @@ mod tests {
         for (text, cache) in [("writeback", Cache::Writeback), ("none", Cache::None)] {
             assert_eq!(disk(format!("/x y.img,cache={text}").into()), Ok(DiskConfig { cache, ..plain.clone() }));
         }
+        let backing = |path: &str, format| BackingConfig { path: path.into(), format };
+        let chain = vec![backing("/a b", Some(Format::Qcow2)), backing("c.img", None)];
+        let wanted = DiskConfig { backing: chain, ..plain.clone() };
+        assert_eq!(disk("/x y.img,backing=/a b,backing_format=qcow2,backing=c.img".into()), Ok(wanted));
         for wrong in [
+            "backing_format=raw",
             "cache=unsafe",
             "aio=native",
             "format=vmdk",

@@ -1,7 +1,7 @@
 //! A disk's configuration, from `--disk` or a configuration file, opened by `resources/disk.rs`.
 
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -36,10 +36,36 @@ pub struct DiskConfig {
     /// How the host's file is accessed.
     #[serde(default, skip_serializing_if = "Aio::is_default")]
     pub aio: Aio,
+    /// The files that a qcow2 image reads where it has no data of its own: its backing file, the backing file of that one, and
+    /// so on. They are read-only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<BackingConfig>,
     /// The guest's rate limits.
     #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
     pub rate: Rate,
 }
+
+/// A backing file. What an image says about its backing file is never used, since whoever created the image could make husk
+/// read any file of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingConfig {
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// The format, unless it follows from the name, as for a disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+}
+
+impl BackingConfig {
+    /// The configured format, as [`DiskConfig::format`].
+    pub fn format(&self) -> Format {
+        self.format.unwrap_or_else(|| Format::by_name(&self.path))
+    }
+}
+
+/// The maximum number of a disk's backing files: each may be read for a request, and has tables in memory.
+pub const MAX_BACKING_FILES: usize = 8;
 
 /// The format of a disk image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +115,15 @@ impl Aio {
     }
 }
 
+impl Format {
+    fn by_name(path: &Path) -> Format {
+        match path.extension() {
+            Some(extension) if extension == "qcow2" => Format::Qcow2,
+            _ => Format::Raw,
+        }
+    }
+}
+
 impl DiskConfig {
     /// A writable disk with defaults.
     pub fn of(path: PathBuf) -> DiskConfig {
@@ -100,6 +135,7 @@ impl DiskConfig {
             block_bytes: None,
             cache: Cache::default(),
             aio: Aio::default(),
+            backing: Vec::new(),
             rate: Rate::default(),
         }
     }
@@ -109,11 +145,7 @@ impl DiskConfig {
     /// The content is never probed: a guest could write the header of a crafted image to its raw disk, which would then
     /// be used at the next start.
     pub fn format(&self) -> Format {
-        let by_name = || match self.path.extension() {
-            Some(extension) if extension == "qcow2" => Format::Qcow2,
-            _ => Format::Raw,
-        };
-        self.format.unwrap_or_else(by_name)
+        self.format.unwrap_or_else(|| Format::by_name(&self.path))
     }
 
     /// Validates the disk in position `number`, counted from one, except what concerns the other disks.
@@ -128,6 +160,15 @@ impl DiskConfig {
             && !(bytes.is_power_of_two() && DISK_BLOCK_BYTES.contains(&bytes))
         {
             return Err(Invalid::DiskBlocks(number, bytes));
+        }
+        if !self.backing.is_empty() && self.format() == Format::Raw {
+            return Err(Invalid::BackingOfRaw(number));
+        }
+        if self.backing.len() > MAX_BACKING_FILES {
+            return Err(Invalid::TooManyBackingFiles(number));
+        }
+        if self.backing.iter().any(|backing| backing.path.as_os_str().is_empty()) {
+            return Err(Invalid::NoBackingPath(number));
         }
         match &self.id {
             Some(id) if !is_id(id) => Err(Invalid::DiskId(id.clone())),
@@ -166,6 +207,18 @@ mod tests {
         for bytes in [0, 1, 256, 513, 3072, 8192, 1 << 31, u32::MAX] {
             assert_eq!(with(bytes), Err(Invalid::DiskBlocks(2, bytes)));
         }
+    }
+
+    #[test]
+    fn only_qcow2_images_have_a_few_backing_files() {
+        let with = |path: &str, backing: &[&str]| {
+            let backing = backing.iter().map(|path| BackingConfig { path: path.into(), format: None }).collect();
+            DiskConfig { backing, ..DiskConfig::of(path.into()) }.validate(2)
+        };
+        assert_eq!((with("a.qcow2", &["b.img"]), with("a.qcow2", &["b"; 8])), (Ok(()), Ok(())));
+        assert_eq!(with("a.img", &["b.img"]), Err(Invalid::BackingOfRaw(2)));
+        assert_eq!(with("a.qcow2", &["b"; 9]), Err(Invalid::TooManyBackingFiles(2)));
+        assert_eq!(with("a.qcow2", &["b", ""]), Err(Invalid::NoBackingPath(2)));
     }
 
     #[test]

@@ -42,7 +42,8 @@ fn disk_bytes(disk: &DiskConfig) -> u64 {
         Format::Raw => UringDisk::BUDGET_BYTES + BOUNCE_BYTES as u64,
         Format::Qcow2 => Qcow2Disk::BUDGET_BYTES,
     };
-    block::BUDGET_BYTES + image_bytes
+    let images = disk.backing.iter().filter(|backing| backing.format() == Format::Qcow2).count();
+    block::BUDGET_BYTES + image_bytes + images as u64 * Qcow2Disk::BUDGET_BYTES
 }
 
 fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
@@ -55,7 +56,7 @@ fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{HugePages, UserNetwork, VsockConfig};
+    use crate::config::{BackingConfig, HugePages, UserNetwork, VsockConfig};
 
     #[test]
     fn device_budgets_are_part_of_the_needed_host_memory() {
@@ -68,6 +69,9 @@ mod tests {
         let with_disk = MachineConfig { disks: vec![disk.clone()], ..bare.clone() };
         let image = DiskConfig { format: Some(Format::Qcow2), ..disk.clone() };
         let with_disks = MachineConfig { disks: vec![disk; 3], ..bare.clone() };
+        let backing = vec![BackingConfig { path: "b.qcow2".into(), format: None }];
+        let overlay = DiskConfig { backing, ..image.clone() };
+        let with_overlay = MachineConfig { disks: vec![overlay], ..bare.clone() };
         let with_image = MachineConfig { disks: vec![image], ..bare.clone() };
         let with_tap = MachineConfig { networks: vec![tap()], ..bare.clone() };
         let with_taps = MachineConfig { networks: vec![tap()], cpus: 8, ..bare.clone() };
@@ -78,6 +82,7 @@ mod tests {
         let needed = |config: &MachineConfig| config.host_memory_needed_mib() - (512 + 4 + 32);
         assert_eq!([needed(&with_disk), needed(&with_disks)], [5, 15]);
         assert!(needed(&with_image) >= 2 + 22, "tables, and a cluster that is being unpacked");
+        assert_eq!(needed(&with_overlay), 2 * needed(&with_image) - 2, "each image has its own");
         assert!(needed(&with_tap) >= 1 && needed(&with_taps) > needed(&with_tap));
         assert!(needed(&with_passt) > 32, "passt itself and its socket");
         assert_eq!(needed(&with_sockets), vsock::BUDGET_BYTES.div_ceil(MIB));

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::fs::{self, AtFlags, OFlags, StatxFlags};
 
-use crate::backend::disk::{Alignment, PlainDisk, Qcow2Disk, UringDisk};
-use crate::config::{Aio, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, Rate};
+use crate::backend::disk::{Alignment, Backing, PlainDisk, Qcow2Disk, UringDisk};
+use crate::config::{Aio, BackingConfig, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, Rate};
 use crate::sys;
 
 /// The physical block size of a file: that of the page cache and of most disks.
@@ -55,7 +55,7 @@ pub enum DiskImage {
 ///
 /// Fails with one line that names the disk and what is wrong with it.
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
-    let DiskConfig { path, readonly, id, cache, aio, rate, .. } = config;
+    let DiskConfig { path, readonly, id, cache, aio, backing, rate, .. } = config;
     let name = path.display();
     // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened. It has no effect on disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
@@ -68,16 +68,8 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         }
         opened => opened.with_context(|| format!("open disk {name}"))?,
     };
-    let kind = file.metadata().with_context(|| format!("open disk {name}"))?.file_type();
-    ensure!(!kind.is_dir(), "disk {name} is a directory");
-    let block_device = kind.is_block_device();
-    ensure!(block_device || kind.is_file(), "disk {name} is neither a file nor a block device");
-    let locked = if *readonly { file.try_lock_shared() } else { file.try_lock() };
-    match locked {
-        Err(TryLockError::WouldBlock) => bail!("disk {name} is in use by another process"),
-        Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock disk {name}")),
-        Ok(()) => {}
-    }
+    let block_device = is_block_device(&file, path)?;
+    lock(&file, path, *readonly)?;
     let direct = match cache {
         Cache::Writeback => None,
         Cache::None => Some(direct_alignment(&file, block_device).with_context(|| format!("disk {name}"))?),
@@ -107,7 +99,9 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
             ensure!(*aio == Aio::Auto, "disk {name} is a qcow2 image, which has no aio=: remove it");
             ensure!(direct.is_none(), "disk {name} is a qcow2 image, which needs the page cache: remove cache=none");
             ensure!(!block_device, "disk {name} is a block device, and qcow2 needs a file that can grow");
-            let image = Qcow2Disk::open(file, *readonly).map_err(|refusal| anyhow!("disk {name} {refusal}"))?;
+            let backing = open_backing(backing)?;
+            let image =
+                Qcow2Disk::open(file, *readonly, backing).map_err(|refusal| anyhow!("disk {name} {refusal}"))?;
             let capacity_bytes = image.capacity_bytes();
             (DiskImage::Qcow2(Box::new(image)), capacity_bytes)
         }
@@ -163,6 +157,50 @@ fn direct_alignment(file: &File, block_device: bool) -> Result<Alignment> {
 fn bypass_cache(file: &File) -> Result<()> {
     let set = || fs::fcntl_setfl(file, fs::fcntl_getfl(file)? | OFlags::DIRECT);
     set().context("cannot be accessed directly: remove cache=none")
+}
+
+/// Opens the backing files of a qcow2 image for reading, the last one first, and locks them: others can read them, and nobody
+/// can write to them.
+fn open_backing(chain: &[BackingConfig]) -> Result<Option<Backing>> {
+    let mut below = None;
+    for config in chain.iter().rev() {
+        let (path, name) = (&config.path, config.path.display());
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.with_context(|| format!("open backing file {name}"))?;
+        is_block_device(&file, path)?;
+        lock(&file, path, true)?;
+        if config.format.is_none() && config.format() == Format::Raw {
+            warn_of_format(&file, path);
+        }
+        below = Some(match (config.format(), below) {
+            (Format::Raw, None) => Backing::raw(file).with_context(|| format!("open backing file {name}"))?,
+            (Format::Raw, Some(_)) => {
+                bail!("backing file {name} is raw and has none itself: remove the `backing=` after it")
+            }
+            (Format::Qcow2, below) => {
+                Backing::qcow2(file, below).map_err(|refusal| anyhow!("backing file {name} {refusal}"))?
+            }
+        });
+    }
+    Ok(below)
+}
+
+/// Whether `file` is a block device. Fails if it is no disk.
+fn is_block_device(file: &File, path: &Path) -> Result<bool> {
+    let name = path.display();
+    let kind = file.metadata().with_context(|| format!("open disk {name}"))?.file_type();
+    ensure!(!kind.is_dir(), "disk {name} is a directory");
+    ensure!(kind.is_block_device() || kind.is_file(), "disk {name} is neither a file nor a block device");
+    Ok(kind.is_block_device())
+}
+
+fn lock(file: &File, path: &Path, readonly: bool) -> Result<()> {
+    let name = path.display();
+    match if readonly { file.try_lock_shared() } else { file.try_lock() } {
+        Err(TryLockError::WouldBlock) => bail!("disk {name} is in use by another process"),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("lock disk {name}")),
+        Ok(()) => Ok(()),
+    }
 }
 
 /// Warns if a file that is used as raw by default looks like another format. It is only a warning: a guest may have
@@ -284,6 +322,60 @@ mod tests {
         };
         let _readers = [reader(), reader()];
         assert_eq!(refusal(image.path(), false), in_use);
+    }
+
+    /// Creates a qcow2 image over `base`, or returns `None` with a visible message.
+    fn overlay(base: &Path, top: &Path) -> Option<PathBuf> {
+        let (base, top) = (base.to_str().unwrap(), top.to_str().unwrap());
+        let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, top, "1M"];
+        match Command::new("qemu-img").args(words).status() {
+            Ok(status) => assert!(status.success(), "{words:?}"),
+            Err(_) => eprintln!("SKIPPED: needs qemu-img (Debian package qemu-utils)"),
+        }
+        Path::new(top).exists().then(|| top.into())
+    }
+
+    #[test]
+    fn a_backing_file_is_shared_by_readers_and_not_opened_for_writing() {
+        let (base, dir) = (image(1 << 20), tempfile::tempdir().unwrap());
+        let Some(first) = overlay(base.path(), &dir.path().join("first.qcow2")) else { return };
+        let Some(second) = overlay(base.path(), &dir.path().join("second.qcow2")) else { return };
+        let over = |top: &Path, chain: &[&Path]| {
+            let backing = chain.iter().map(|path| BackingConfig { path: path.to_path_buf(), format: None }).collect();
+            open(&DiskConfig { backing, ..config(top, false) }).map_err(|error| format!("{error:#}"))
+        };
+        let _machines = [over(&first, &[base.path()]).unwrap(), over(&second, &[base.path()]).unwrap()];
+        let in_use = format!("disk {} is in use by another process", base.path().display());
+        assert_eq!(refusal(base.path(), false), in_use);
+        assert!(open(&config(base.path(), true)).is_ok());
+        drop(_machines);
+        let _writer = open(&config(base.path(), false)).unwrap();
+        assert_eq!(over(&first, &[base.path()]).unwrap_err(), in_use);
+    }
+
+    #[test]
+    fn a_chain_of_backing_files_is_named_from_the_first_to_the_last() {
+        let (base, dir) = (image(1 << 20), tempfile::tempdir().unwrap());
+        let (middle, top) = (dir.path().join("middle.qcow2"), dir.path().join("top.qcow2"));
+        let (Some(middle), Some(top)) = (overlay(base.path(), &middle), overlay(&middle, &top)) else { return };
+        let line = |chain: &[&Path]| {
+            let backing = chain.iter().map(|path| BackingConfig { path: path.to_path_buf(), format: None }).collect();
+            let opened = open(&DiskConfig { backing, ..config(&top, true) });
+            opened.map(|disk| disk.capacity_bytes.to_string()).unwrap_or_else(|error| format!("{error:#}"))
+        };
+        let (base, base_name, middle_name) = (base.path(), base.path().display(), middle.display());
+        assert_eq!(line(&[&middle, base]), "1048576");
+        let named = |name: &dyn std::fmt::Display| {
+            format!("has a backing file, which is used only if you name it: add `,backing={name}")
+        };
+        assert!(line(&[]).contains(&named(&middle_name)), "{}", line(&[]));
+        assert!(line(&[&middle]).starts_with(&format!("backing file {middle_name} {}", named(&base_name))));
+        assert_eq!(
+            line(&[&middle, base, base]),
+            format!("backing file {base_name} is raw and has none itself: remove the `backing=` after it")
+        );
+        assert!(line(&[Path::new("/none")]).starts_with("open backing file /none: No such file"));
+        assert!(line(&[dir.path()]).ends_with("is a directory"));
     }
 
     #[test]

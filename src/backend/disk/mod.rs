@@ -16,7 +16,7 @@ mod uring;
 pub use blocking::{Blocking, BlockingDisk};
 pub use direct::{Alignment, BOUNCE_BYTES};
 pub use plain::PlainDisk;
-pub use qcow2::{Qcow2Disk, Refusal};
+pub use qcow2::{Backing, Qcow2Disk, Refusal};
 pub use uring::{Shortcuts, UringDisk};
 
 /// The unit of a disk's capacity, positions and lengths in virtio, regardless of its block size (virtio 1.2 §5.2.4).

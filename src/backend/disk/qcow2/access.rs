@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind};
 
 use super::super::{Operation, Request};
+use super::backing::Backing;
 use super::image::{Mapping, Qcow2Image};
 use super::medium::fill_with_zeroes;
 use crate::memory::GuestBuffers;
@@ -27,13 +28,15 @@ impl Qcow2Image {
         }
     }
 
-    fn read(&mut self, buffers: &mut GuestBuffers, mut offset_bytes: u64) -> io::Result<()> {
+    /// Fills `buffers` with the content at `offset_bytes`.
+    pub fn read(&mut self, buffers: &mut GuestBuffers, mut offset_bytes: u64) -> io::Result<()> {
         while buffers.len_bytes() > 0 {
             self.make_room()?;
             let (mapping, len_bytes) = self.run_to_read(offset_bytes, buffers.len_bytes())?;
             let mut part = buffers.split_front(len_bytes);
             let skip = self.cluster_of(offset_bytes).1;
             match mapping {
+                Mapping::Backing => self.backing()?.read_into(&mut part, offset_bytes)?,
                 Mapping::Zero | Mapping::Kept(_) => fill_with_zeroes(&mut part),
                 Mapping::Data { at, .. } => self.tables.medium.read_into(&mut part, at + skip)?,
                 Mapping::Packed { at, len_bytes: packed_bytes } => {
@@ -46,6 +49,31 @@ impl Qcow2Image {
         Ok(())
     }
 
+    /// Fills `bytes` with the content at `offset_bytes`.
+    pub fn copy_out(&mut self, mut bytes: &mut [u8], mut offset_bytes: u64) -> io::Result<()> {
+        while !bytes.is_empty() {
+            self.make_room()?;
+            let (mapping, len_bytes) = self.run_to_read(offset_bytes, bytes.len() as u64)?;
+            let (part, rest) = bytes.split_at_mut(len_bytes as usize);
+            let skip = self.cluster_of(offset_bytes).1;
+            match mapping {
+                Mapping::Backing => self.backing()?.read(part, offset_bytes)?,
+                Mapping::Zero | Mapping::Kept(_) => part.fill(0),
+                Mapping::Data { at, .. } => self.tables.medium.read(part, at + skip)?,
+                Mapping::Packed { at, len_bytes: packed_bytes } => {
+                    part.copy_from_slice(&self.unpack(at, packed_bytes)?[skip as usize..][..part.len()]);
+                }
+            }
+            bytes = rest;
+            offset_bytes += len_bytes;
+        }
+        Ok(())
+    }
+
+    fn backing(&mut self) -> io::Result<&mut Backing> {
+        self.backing.as_mut().ok_or_else(|| ErrorKind::NotFound.into())
+    }
+
     /// The mapping at `offset_bytes`, and how many of `len_bytes` it covers contiguously.
     fn run_to_read(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<(Mapping, u64)> {
         let cluster_bytes = self.header.cluster_bytes();
@@ -55,6 +83,7 @@ impl Qcow2Image {
         while clusters * cluster_bytes - skip < len_bytes && clusters < RUN_CLUSTERS_MAX {
             let next = self.mapping(cluster + clusters)?;
             let goes_on = match (mapping, next) {
+                (Mapping::Backing, Mapping::Backing) => true,
                 (Mapping::Zero | Mapping::Kept(_), Mapping::Zero | Mapping::Kept(_)) => true,
                 (Mapping::Data { at, .. }, Mapping::Data { at: next, .. }) => next == at + clusters * cluster_bytes,
                 _ => false,
@@ -103,38 +132,33 @@ impl Qcow2Image {
         let cluster_bytes = self.header.cluster_bytes();
         let (cluster, skip) = self.cluster_of(offset_bytes);
         let wanted = (skip + buffers.len_bytes()).div_ceil(cluster_bytes).min(RUN_CLUSTERS_MAX);
-        let mut old = Vec::new();
-        let mut start = 0;
-        while (old.len() as u64) < wanted {
-            let mapping = self.mapping(cluster + old.len() as u64)?;
-            if matches!(mapping, Mapping::Data { own: true, .. }) {
-                break;
-            }
+        let (mut start, mut clusters) = (0, 0);
+        while clusters < wanted && !matches!(self.mapping(cluster + clusters)?, Mapping::Data { own: true, .. }) {
             let at = match self.allocate() {
                 // Writes what there was space for.
-                Err(_) if !old.is_empty() => break,
+                Err(_) if clusters > 0 => break,
                 at => at?,
             };
-            if old.is_empty() {
+            if clusters == 0 {
                 start = at;
-            } else if at != start + old.len() as u64 * cluster_bytes {
+            } else if at != start + clusters * cluster_bytes {
                 self.give_back(at, 1)?;
                 break;
             }
-            old.push(mapping);
+            clusters += 1;
         }
-        let len_bytes = (old.len() as u64 * cluster_bytes - skip).min(buffers.len_bytes());
+        let len_bytes = (clusters * cluster_bytes - skip).min(buffers.len_bytes());
         let written = self
-            .fill_edges(&old, start, skip, skip + len_bytes)
+            .fill_edges(offset_bytes, len_bytes, start)
             .and_then(|()| self.tables.medium.write_from(&mut buffers.split_front(len_bytes), start + skip));
         if let Err(error) = written {
-            self.give_back(start, old.len() as u64)?;
+            self.give_back(start, clusters)?;
             return Err(error);
         }
-        for index in 0..old.len() as u64 {
+        for index in 0..clusters {
             let at = start + index * cluster_bytes;
             if let Err(error) = self.map(cluster + index, at) {
-                self.give_back(at, old.len() as u64 - index)?;
+                self.give_back(at, clusters - index)?;
                 return Err(error);
             }
         }
@@ -147,34 +171,26 @@ impl Qcow2Image {
         (first..first + clusters).try_for_each(|cluster| self.counts.release(&mut self.tables, cluster).map(drop))
     }
 
-    /// Fills the new clusters starting at `start`, which replace `old`, outside of the bytes `from..to`.
-    fn fill_edges(&mut self, old: &[Mapping], start: u64, from: u64, to: u64) -> io::Result<()> {
-        let cluster_bytes = self.header.cluster_bytes();
-        let end = old.len() as u64 * cluster_bytes;
-        if let Some(first) = old.first().filter(|_| from > 0) {
-            self.fill_edge(*first, start, 0, from)?;
-        }
-        if let Some(last) = old.last().filter(|_| to < end) {
-            let skip = to % cluster_bytes;
-            self.fill_edge(*last, start + end - cluster_bytes, skip, cluster_bytes - skip)?;
-        }
-        Ok(())
+    /// Fills the new clusters at `start`, which are for `len_bytes` of the disk at `offset_bytes`, before and after these.
+    fn fill_edges(&mut self, offset_bytes: u64, len_bytes: u64, start: u64) -> io::Result<()> {
+        let (_, skip) = self.cluster_of(offset_bytes);
+        let end_bytes = offset_bytes + len_bytes;
+        let after = end_bytes.next_multiple_of(self.header.cluster_bytes()) - end_bytes;
+        self.fill_edge(offset_bytes - skip, skip, start)?;
+        self.fill_edge(end_bytes, after, start + skip + len_bytes)
     }
 
-    /// Copies `len_bytes` at offset `skip` from `old` to the new cluster at `at`.
-    fn fill_edge(&mut self, old: Mapping, at: u64, skip: u64, len_bytes: u64) -> io::Result<()> {
-        let bytes = match old {
-            Mapping::Zero | Mapping::Kept(_) => return self.tables.medium.zero(at + skip, len_bytes),
-            Mapping::Data { at, .. } => {
-                let mut bytes = vec![0; len_bytes as usize];
-                self.tables.medium.read(&mut bytes, at + skip)?;
-                bytes
-            }
-            Mapping::Packed { at, len_bytes: packed_bytes } => {
-                self.unpack(at, packed_bytes)?[skip as usize..][..len_bytes as usize].to_vec()
-            }
-        };
-        self.tables.medium.write(&bytes, at + skip)
+    /// Copies `len_bytes` of the disk at `offset_bytes`, within a cluster, to the file offset `at`, in a new cluster.
+    fn fill_edge(&mut self, offset_bytes: u64, len_bytes: u64, at: u64) -> io::Result<()> {
+        if len_bytes == 0 {
+            return Ok(());
+        }
+        if matches!(self.mapping(self.cluster_of(offset_bytes).0)?, Mapping::Zero | Mapping::Kept(_)) {
+            return self.tables.medium.zero(at, len_bytes);
+        }
+        let mut bytes = vec![0; len_bytes as usize];
+        self.copy_out(&mut bytes, offset_bytes)?;
+        self.tables.medium.write(&bytes, at)
     }
 
     /// Decompresses the cluster at `at`. The last one is cached, since a cluster is seldom read at once.
@@ -190,6 +206,9 @@ impl Qcow2Image {
     }
 
     fn discard(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        if !self.can_unmap() {
+            return Ok(());
+        }
         let (first, end) = self.whole_clusters(offset_bytes, len_bytes);
         let mut cluster = first;
         while let Some(mapped) = self.next_mapped(cluster, end)? {
@@ -231,12 +250,16 @@ impl Qcow2Image {
                     self.tables.medium.zero(at, run_bytes)?;
                     run_bytes
                 }
-                Mapping::Data { .. } | Mapping::Packed { .. } => {
+                Mapping::Backing if skip == 0 && whole_end > cluster && self.can_unmap() => {
+                    (cluster..whole_end).try_for_each(|cluster| self.unmap(cluster))?;
+                    run_bytes.min((whole_end - cluster) << self.header.cluster_bits)
+                }
+                Mapping::Backing | Mapping::Data { .. } | Mapping::Packed { .. } => {
                     let run_bytes = run_bytes.min(self.header.cluster_bytes() - skip);
-                    if skip == 0 && whole_end > cluster {
+                    if skip == 0 && whole_end > cluster && self.can_unmap() {
                         self.unmap(cluster)?;
                     } else {
-                        self.zero_anew(cluster, mapping, skip, run_bytes)?;
+                        self.zero_anew(offset_bytes, run_bytes)?;
                     }
                     run_bytes
                 }
@@ -246,14 +269,15 @@ impl Qcow2Image {
         if self.has_much_to_free() { self.flush() } else { Ok(()) }
     }
 
-    /// Zeroes `len_bytes` at offset `skip` of `cluster` in a copy of it.
-    fn zero_anew(&mut self, cluster: u64, old: Mapping, skip: u64, len_bytes: u64) -> io::Result<()> {
+    /// Zeroes `len_bytes` at `offset_bytes` in a copy of their cluster.
+    fn zero_anew(&mut self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        let (cluster, skip) = self.cluster_of(offset_bytes);
         let at = self.allocate()?;
-        let end = skip + len_bytes;
         let filled = self
-            .fill_edge(old, at, 0, skip)
+            .fill_edges(offset_bytes, len_bytes, at)
             .and_then(|()| self.tables.medium.zero(at + skip, len_bytes))
-            .and_then(|()| self.fill_edge(old, at, end, self.header.cluster_bytes() - end));
+            // The whole cluster may be zeroed, and an entry must not refer to what is beyond the file.
+            .and_then(|()| self.tables.medium.extend(at + skip + len_bytes));
         if let Err(error) = filled {
             self.give_back(at, 1)?;
             return Err(error);

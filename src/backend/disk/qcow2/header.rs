@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::Refusal;
 use super::packed::Compression;
+use super::{BackingName, Refusal};
 
 const HEADER_BYTES: usize = 112;
 /// The header size of version 2; later fields have these default values.
@@ -26,6 +26,13 @@ const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 
+/// The maximum length of a backing file's name.
+const NAME_BYTES_MAX: usize = 1023;
+/// The header extension with the format of the backing file.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+/// Where header extensions are searched: they and the backing file's name are within the first cluster.
+const EXTENSIONS_BYTES: usize = 4096;
+
 /// The same limit as QEMU's (32 MiB).
 pub const TABLE_BYTES_MAX: u64 = 32 << 20;
 /// The file is at most 4 TiB with the default cluster size of 64 KiB.
@@ -34,6 +41,8 @@ pub const CLUSTERS_MAX: u64 = 1 << 26;
 /// The header's content.
 #[derive(Debug, Clone, Copy)]
 pub struct Header {
+    /// Whether it is version 2, in which an entry cannot read as zeroes where there is a backing file.
+    pub version_2: bool,
     /// The cluster size is `1 << cluster_bits`.
     pub cluster_bits: u32,
     /// The disk's capacity.
@@ -55,8 +64,8 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header.
-    pub fn read(file: &File) -> Result<Header, Refusal> {
+    /// Reads the header of an image that is used with a backing file if `has_backing`.
+    pub fn read(file: &File, has_backing: bool) -> Result<Header, Refusal> {
         let mut bytes = [0; HEADER_BYTES];
         // A small image of version 2 may be shorter.
         let len = file.read_at(&mut bytes, 0)?;
@@ -70,15 +79,21 @@ impl Header {
             3 => false,
             other => return Err(Refusal::Version(other)),
         };
-        if u64_at(8) != 0 {
-            return Err(Refusal::BackingFile);
-        }
         if u32_at(32) != 0 {
             return Err(Refusal::Encrypted);
         }
         let features = if version_2 { 0 } else { u64_at(72) };
         check_features(features)?;
+        match (u64_at(8), has_backing) {
+            (0, false) | (1.., true) => {}
+            (0, true) => return Err(Refusal::NoBackingFile),
+            (name_at, false) => {
+                let extensions_at = if version_2 { VERSION_2_BYTES } else { u32_at(100) as usize };
+                return Err(Refusal::BackingFile(read_backing_name(file, name_at, u32_at(16), extensions_at)?));
+            }
+        }
         let header = Header {
+            version_2,
             cluster_bits: u32_at(20),
             size_bytes: u64_at(24),
             first_level: (u64_at(40), 8 * u64::from(u32_at(36))),
@@ -120,6 +135,28 @@ impl Header {
     pub fn counts_per_block(&self) -> u64 {
         self.cluster_bytes() << 3 >> self.refcount_order
     }
+}
+
+/// Reads the name of the backing file, and its format from the header extensions.
+fn read_backing_name(file: &File, at: u64, len_bytes: u32, extensions_at: usize) -> Result<BackingName, Refusal> {
+    let mut name = vec![0; NAME_BYTES_MAX.min(len_bytes as usize)];
+    let len = file.read_at(&mut name, at)?;
+    name.truncate(len);
+    let mut head = vec![0; EXTENSIONS_BYTES];
+    let len = file.read_at(&mut head, 0)?;
+    let mut rest = head.get(extensions_at..len).unwrap_or_default();
+    let mut format = Vec::new();
+    // Each is its type, its length, and that many bytes, padded to a multiple of 8. Type 0 is the end.
+    while let Some(([a, b, c, d, len @ ..], data)) = rest.split_first_chunk::<8>() {
+        let (kind, len) = (u32::from_be_bytes([*a, *b, *c, *d]), u32::from_be_bytes(*len) as usize);
+        match kind {
+            0 => break,
+            BACKING_FORMAT => format = data.get(..len).unwrap_or_default().to_vec(),
+            _ => {}
+        }
+        rest = data.get(len.next_multiple_of(8)..).unwrap_or_default();
+    }
+    Ok(BackingName { name, format })
 }
 
 fn check_features(features: u64) -> Result<(), Refusal> {

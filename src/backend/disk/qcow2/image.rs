@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 
+use super::backing::Backing;
 use super::check::Survey;
 use super::counts::Counts;
 use super::header::{AUTOCLEAR_AT, DIRTY, FEATURES_AT, Header};
@@ -26,6 +27,8 @@ const FREED_BYTES_MAX: u64 = 8 << 20;
 /// The mapping of a disk cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
+    /// Unallocated: reads from the backing file, which reaches there.
+    Backing,
     /// Unallocated: reads as zeroes.
     Zero,
     /// Reads as zeroes, with this cluster preallocated.
@@ -43,6 +46,8 @@ pub struct Qcow2Image {
     pub tables: Tables,
     pub counts: Counts,
     pub readonly: bool,
+    /// The backing file, if there is one.
+    pub backing: Option<Backing>,
     /// Clusters that are no longer referenced, but whose references may still be in the file.
     freed: Vec<Range<u64>>,
     freed_clusters: u64,
@@ -52,14 +57,15 @@ pub struct Qcow2Image {
 
 impl Qcow2Image {
     /// Opens and checks the image on `medium`, and repairs refcounts if it is writable.
-    pub fn open(medium: Medium, readonly: bool) -> Result<Qcow2Image, Refusal> {
-        let header = Header::read(medium.file())?;
+    pub fn open(medium: Medium, readonly: bool, backing: Option<Backing>) -> Result<Qcow2Image, Refusal> {
+        let header = Header::read(medium.file(), backing.is_some())?;
         let survey = check::survey(medium.file(), &header)?;
         let mut image = Qcow2Image {
             header,
             tables: Tables::new(medium, &header),
             counts: Counts::new(&header),
             readonly,
+            backing,
             freed: Vec::new(),
             freed_clusters: 0,
             unpacked: None,
@@ -152,8 +158,14 @@ impl Qcow2Image {
 
     /// The mapping of `cluster`.
     pub fn mapping(&mut self, cluster: u64) -> io::Result<Mapping> {
-        let Some((table, _)) = self.table(cluster)? else { return Ok(Mapping::Zero) };
-        let entry = self.tables.get(Kind::Pointers, self.entry_at(table, cluster))?;
+        let entry = match self.table(cluster)? {
+            Some((table, _)) => self.tables.get(Kind::Pointers, self.entry_at(table, cluster))?,
+            None => 0,
+        };
+        let has_backing = |backing: &Backing| backing.capacity_bytes() > cluster << self.header.cluster_bits;
+        if entry == 0 && self.backing.as_ref().is_some_and(has_backing) {
+            return Ok(Mapping::Backing);
+        }
         Ok(self.read_entry(entry))
     }
 
@@ -223,9 +235,14 @@ impl Qcow2Image {
         self.change(cluster, at | COPIED, at)
     }
 
-    /// Unmaps `cluster`.
+    /// Whether clusters can be unmapped: without hiding the backing file again, their old data there would reappear.
+    pub fn can_unmap(&self) -> bool {
+        self.backing.is_none() || !self.header.version_2
+    }
+
+    /// Unmaps `cluster`, which then reads as zeroes. Only if [`Self::can_unmap`].
     pub fn unmap(&mut self, cluster: u64) -> io::Result<()> {
-        self.change(cluster, 0, 0)
+        self.change(cluster, if self.backing.is_some() { ZERO } else { 0 }, 0)
     }
 
     /// Changes the entry of `cluster`, and frees what it referenced, except at `kept`.
@@ -233,6 +250,9 @@ impl Qcow2Image {
         let table = self.own_table(cluster)?;
         let at = self.entry_at(table, cluster);
         let old = self.tables.get(Kind::Pointers, at)?;
+        if old == entry {
+            return Ok(());
+        }
         self.tables.set(Kind::Pointers, at, entry)?;
         match self.read_entry(old) {
             Mapping::Data { at, .. } | Mapping::Kept(at) if at != kept => self.free(at, self.header.cluster_bytes()),

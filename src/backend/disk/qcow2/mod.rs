@@ -1,16 +1,19 @@
 //! qcow2 disks, with requests complete when `submit` returns.
 //!
-//! The image is a single file that is already open: other files that it refers to are never opened. `check.rs` first
-//! examines all of its tables, so that they contain only entries that were validated or written here.
+//! The image and its backing files, if any, are already open: what the image itself refers to is never opened. `check.rs`
+//! first examines all of its tables, so that they contain only entries that were validated or written here.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 
 use super::{BlockingDisk, Request};
+use crate::foreign;
 use image::Qcow2Image;
 use medium::Medium;
 
 mod access;
+mod backing;
 mod check;
 mod counts;
 mod header;
@@ -23,6 +26,30 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+pub use backing::Backing;
+
+/// The backing file that an image asks for, chosen by whoever created the image.
+#[derive(Debug)]
+pub struct BackingName {
+    /// Its path.
+    name: Vec<u8>,
+    /// Its format, empty if not given.
+    format: Vec<u8>,
+}
+
+/// The option that names this file, safe to print.
+impl fmt::Display for BackingName {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let name = String::from_utf8_lossy(&self.name);
+        write!(f, ",backing={}", foreign::line(&name))?;
+        match (&self.format[..], name.ends_with(".qcow2")) {
+            (b"qcow2", false) => f.write_str(",backing_format=qcow2"),
+            (b"raw", true) => f.write_str(",backing_format=raw"),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
@@ -32,9 +59,12 @@ pub enum Refusal {
     /// An unsupported version.
     #[error("has unsupported qcow2 version {0}: convert it with `qemu-img convert -O qcow2`")]
     Version(u32),
-    /// A host file chosen by the creator of the image.
-    #[error("has a backing file, which is not supported: merge both into one image with `qemu-img convert -O qcow2`")]
-    BackingFile,
+    /// A host file chosen by the creator of the image, which is never opened by that name.
+    #[error("has a backing file, which is used only if you name it: add `{0}`")]
+    BackingFile(BackingName),
+    /// A backing file was given.
+    #[error("has no backing file: remove `,backing=`")]
+    NoBackingFile,
     /// The same for data files.
     #[error("has an external data file, which is not supported: convert it with `qemu-img convert -O qcow2`")]
     ExternalData,
@@ -78,13 +108,14 @@ impl Qcow2Disk {
     /// ranges, and a decompressed cluster of 2 MiB with the decoder's window and twice its size as compressed data.
     pub const BUDGET_BYTES: u64 = 2 * tables::CACHE_BYTES + (1 << 20) + ((2 + 8 + 4) << 20);
 
-    /// Opens the image in `file`, which is writable unless `readonly`.
-    pub fn open(file: File, readonly: bool) -> Result<Qcow2Disk, Refusal> {
-        Qcow2Disk::on(Medium::new(file)?, readonly)
+    /// Opens the image in `file`, which is writable unless `readonly`. Clusters that it does not have are read from `backing`,
+    /// which must be given exactly if the image has a backing file.
+    pub fn open(file: File, readonly: bool, backing: Option<Backing>) -> Result<Qcow2Disk, Refusal> {
+        Qcow2Disk::on(Medium::new(file)?, readonly, backing)
     }
 
-    fn on(medium: Medium, readonly: bool) -> Result<Qcow2Disk, Refusal> {
-        Ok(Qcow2Disk { image: Qcow2Image::open(medium, readonly)? })
+    fn on(medium: Medium, readonly: bool, backing: Option<Backing>) -> Result<Qcow2Disk, Refusal> {
+        Ok(Qcow2Disk { image: Qcow2Image::open(medium, readonly, backing)? })
     }
 
     /// The capacity of the disk.

@@ -60,6 +60,12 @@ struct Run {
     events: Vec<Event>,
     steps: Vec<Step>,
     scratch: PathBuf,
+    /// A raw backing file.
+    backing: Option<PathBuf>,
+}
+
+fn open_raw(backing: Option<&Path>) -> Option<Backing> {
+    backing.map(|path| Backing::raw(File::open(path).unwrap()).unwrap())
 }
 
 /// Sectors filled with a tag.
@@ -70,11 +76,16 @@ fn sectors(tag: u64, count: u64) -> Vec<u8> {
 impl Run {
     /// Executes `count` random operations, chosen by `seed`, on the image at `path`, which reads as zeroes.
     fn record(path: &Path, seed: u64, count: u64) -> Run {
+        Run::record_over(path, None, seed, count)
+    }
+
+    /// Executes them on an image with this backing file.
+    fn record_over(path: &Path, backing: Option<PathBuf>, seed: u64, count: u64) -> Run {
         let base = fs::read(path).unwrap();
         let log = Log::default();
         let mut medium = Medium::new(File::options().read(true).write(true).open(path).unwrap()).unwrap();
         medium.log = Some(log.clone());
-        let mut disk = Disk::new(Qcow2Disk::on(medium, false).unwrap());
+        let mut disk = Disk::new(Qcow2Disk::on(medium, false, open_raw(backing.as_deref())).unwrap());
         let mut steps = Vec::new();
         let mut numbers = pattern(seed);
         let mut number = |limit: u64| numbers.next().unwrap() % limit;
@@ -99,7 +110,13 @@ impl Run {
         }
         drop(disk);
         let events = log.0.lock().unwrap().clone();
-        Run { base, events, steps, scratch: path.with_extension("cut") }
+        Run { base, events, steps, scratch: path.with_extension("cut"), backing }
+    }
+
+    /// The image contained `count` sectors with this tag before.
+    fn contained(&mut self, tag: u64, count: u64) {
+        self.steps.insert(0, Step { events: 0..0, sectors: 0..count, tag: Some(tag), flush: false });
+        self.steps.insert(1, Step { events: 0..0, sectors: 0..0, tag: None, flush: true });
     }
 
     /// The possible contents of each sector after a power failure after `cut` events.
@@ -156,7 +173,8 @@ impl Run {
     fn check(&self, cut: usize, file: &[u8], with_qemu: bool) {
         fs::write(&self.scratch, file).unwrap();
         let open = || File::options().read(true).write(true).open(&self.scratch).unwrap();
-        let disk = Qcow2Disk::open(open(), false).unwrap_or_else(|refusal| panic!("behind event {cut}: {refusal}"));
+        let disk = Qcow2Disk::open(open(), false, open_raw(self.backing.as_deref()))
+            .unwrap_or_else(|refusal| panic!("behind event {cut}: {refusal}"));
         let mut disk = Disk::new(disk);
         let bytes = disk.read(0, SECTORS as usize * SECTOR);
         for (sector, (bytes, allowed)) in bytes.chunks(SECTOR).zip(self.allowed(cut)).enumerate() {
@@ -219,7 +237,7 @@ fn an_image_whose_refcount_table_grows_survives_a_power_failure() {
     let path = dir.path().join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
     let mut disk =
-        Disk::new(Qcow2Disk::open(File::options().read(true).write(true).open(&path).unwrap(), false).unwrap());
+        Disk::new(Qcow2Disk::open(File::options().read(true).write(true).open(&path).unwrap(), false, None).unwrap());
     // A refcount table cluster covers 4096 clusters, most of which are used by this and its metadata.
     disk.write(1 << 20, &vec![7; 3900 * 512 / 2]);
     disk.write(2 << 20, &vec![7; 3650 * 512 / 2]);
@@ -245,9 +263,24 @@ fn an_image_with_compressed_clusters_and_a_snapshot_survives_a_power_failure() {
             qemu_img(&["snapshot", "-c", "before", to]);
         }
         let mut run = Run::record(&path, 5 + u64::from(snapshot), 30);
-        let before = Step { events: 0..0, sectors: 0..SECTORS, tag: Some(0x0101_0000), flush: false };
-        run.steps.insert(0, before);
-        run.steps.insert(1, Step { events: 0..0, sectors: 0..0, tag: None, flush: true });
+        run.contained(0x0101_0000, SECTORS);
+        run.cut_everywhere(60);
+    }
+}
+
+/// What was discarded must neither reappear from the backing file, nor may copied clusters be torn.
+#[test]
+fn an_image_over_a_backing_file_survives_a_power_failure() {
+    let Some(dir) = dir() else { return };
+    for (options, steps) in [("cluster_size=4096", 45), ("cluster_size=65536,compat=0.10", 30)] {
+        let (base, path) = (dir.path().join("base.img"), dir.path().join("disk.qcow2"));
+        // It ends before the disk does.
+        let count = SECTORS / 2 + 3;
+        fs::write(&base, sectors(0x0101_0000, count)).unwrap();
+        let (below, top, size) = (base.to_str().unwrap(), path.to_str().unwrap(), (SECTORS * 512).to_string());
+        qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", below, "-o", options, top, &size]);
+        let mut run = Run::record_over(&path, Some(base), 8, steps);
+        run.contained(0x0101_0000, count);
         run.cut_everywhere(60);
     }
 }
@@ -259,7 +292,7 @@ fn refcounts_are_repaired_with_few_syncs_and_survive_a_power_failure() {
     let path = dir.path().join("disk.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "4M"]);
     let open = || File::options().read(true).write(true).open(&path).unwrap();
-    let mut disk = Disk::new(Qcow2Disk::open(open(), false).unwrap());
+    let mut disk = Disk::new(Qcow2Disk::open(open(), false, None).unwrap());
     disk.write(0, &sectors(1, SECTORS));
     drop(disk);
     // Removes all refcount blocks except the first.
@@ -271,7 +304,7 @@ fn refcounts_are_repaired_with_few_syncs_and_survive_a_power_failure() {
     let log = Log::default();
     let mut medium = Medium::new(open()).unwrap();
     medium.log = Some(log.clone());
-    drop(Qcow2Disk::on(medium, false).unwrap());
+    drop(Qcow2Disk::on(medium, false, None).unwrap());
     let events = log.0.lock().unwrap().clone();
     let syncs = events.iter().filter(|event| matches!(event, Event::Sync)).count();
     assert!(syncs < 6, "{syncs} syncs for {} blocks", SECTORS / 64);
@@ -279,5 +312,5 @@ fn refcounts_are_repaired_with_few_syncs_and_survive_a_power_failure() {
         Step { events: 0..0, sectors: 0..SECTORS, tag: Some(1), flush: false },
         Step { events: 0..0, sectors: 0..0, tag: None, flush: true },
     ];
-    Run { base, events, steps, scratch: path.with_extension("cut") }.cut_everywhere(20);
+    Run { base, events, steps, scratch: path.with_extension("cut"), backing: None }.cut_everywhere(20);
 }

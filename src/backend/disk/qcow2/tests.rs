@@ -11,6 +11,8 @@ use super::*;
 use crate::memory::GuestBuffers;
 use crate::memory::{self, GuestMemory};
 
+mod backing;
+
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 64 * MIB;
 
@@ -37,7 +39,7 @@ fn create(dir: &Path, options: &str) -> PathBuf {
 }
 
 fn open(path: &Path, readonly: bool) -> Result<Qcow2Disk, Refusal> {
-    Qcow2Disk::open(File::options().read(true).write(!readonly).open(path).unwrap(), readonly)
+    Qcow2Disk::open(File::options().read(true).write(!readonly).open(path).unwrap(), readonly, None)
 }
 
 /// The content as read by QEMU, after it has checked the image.
@@ -96,9 +98,13 @@ fn bytes(seed: u64, len: usize) -> Vec<u8> {
 fn same_as_a_raw_disk(options: &str) {
     let Some(dir) = dir() else { return };
     let path = create(dir.path(), options);
-    let mut disk = Disk::new(open(&path, false).unwrap());
+    same_as(options, &path, || open(&path, false).unwrap(), vec![0; SIZE as usize]);
+}
+
+/// Performs random operations on an image that contains `expected`, and on `expected`.
+fn same_as(options: &str, path: &Path, open: impl Fn() -> Qcow2Disk, mut expected: Vec<u8>) {
+    let mut disk = Disk::new(open());
     assert_eq!(disk.disk.capacity_bytes(), SIZE);
-    let mut expected = vec![0; SIZE as usize];
     let mut numbers = pattern(9);
     let mut number = |limit: u64| numbers.next().unwrap() % limit;
     for step in 0..400 {
@@ -113,8 +119,10 @@ fn same_as_a_raw_disk(options: &str) {
             }
             1 => {
                 disk.run(Operation::Discard { len_bytes: len }, at, &[]).unwrap();
-                // The content after a discard depends on the format.
+                // The content after a discard depends on the format: it is the previous one, or zeroes.
                 let now = disk.read(at, range.len());
+                let before = expected[range.clone()].iter();
+                assert!(now.iter().zip(before).all(|(now, before)| *now == 0 || now == before), "{options}: at {at}");
                 expected[range].copy_from_slice(&now);
             }
             2 => disk.run(Operation::Flush, 0, &[]).unwrap(),
@@ -127,8 +135,8 @@ fn same_as_a_raw_disk(options: &str) {
         }
     }
     drop(disk);
-    assert!(contents(&path) == expected, "{options}");
-    let mut disk = Disk::new(open(&path, false).unwrap());
+    assert!(contents(path) == expected, "{options}");
+    let mut disk = Disk::new(open());
     assert!(disk.read(0, 1 << 20) == expected[..1 << 20], "{options}");
 }
 
@@ -233,15 +241,10 @@ fn a_snapshot_in_the_image_is_not_modified() {
 }
 
 #[test]
-fn an_image_that_refers_to_other_files_is_rejected() {
+fn an_image_that_refers_to_an_external_data_file_is_rejected() {
     let Some(dir) = dir() else { return };
-    let base = create(dir.path(), "cluster_size=65536");
-    let path = dir.path().join("top.qcow2");
-    let words = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base.to_str().unwrap(), path.to_str().unwrap()];
-    qemu_img(&words);
-    assert!(matches!(open(&path, false), Err(Refusal::BackingFile)));
-    create(dir.path(), &format!("data_file={}", dir.path().join("data.raw").display()));
-    assert!(matches!(open(&base, false), Err(Refusal::ExternalData)));
+    let path = create(dir.path(), &format!("data_file={}", dir.path().join("data.raw").display()));
+    assert!(matches!(open(&path, false), Err(Refusal::ExternalData)));
 }
 
 #[test]
@@ -284,6 +287,78 @@ fn a_bad_image_is_rejected_in_one_line() {
     }
     std::fs::write(&path, &good).unwrap();
     open(&path, false).unwrap();
+}
+
+/// Every feature of the format is read, or refused by its name: all kinds that QEMU creates, and every bit of the header.
+#[test]
+fn every_feature_is_read_or_refused_by_its_name() {
+    let Some(dir) = dir() else { return };
+    let (mib, data) = (MIB as usize, dir.path().join("data.raw"));
+    let (data, secret) = (format!("data_file={}", data.display()), "--object=secret,id=key,data=key");
+    for (options, refused) in [
+        ("compat=0.10", None),
+        ("compat=1.1", None),
+        ("lazy_refcounts=on", None),
+        ("compression_type=zstd", None),
+        ("refcount_bits=1", None),
+        ("refcount_bits=64", None),
+        ("preallocation=metadata", None),
+        ("preallocation=full", None),
+        ("cluster_size=512", None),
+        ("cluster_size=2M", None),
+        (&data, Some("external data file")),
+        ("extended_l2=on", Some("extended L2 entries")),
+        ("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", Some("encrypted")),
+        ("encrypt.format=aes,encrypt.key-secret=key", Some("encrypted")),
+    ] {
+        let path = dir.path().join("disk.qcow2");
+        qemu_img(&["create", "-q", secret, "-f", "qcow2", "-o", options, path.to_str().unwrap(), "4M"]);
+        match (open(&path, false), refused) {
+            (Ok(disk), None) => {
+                let mut disk = Disk::new(disk);
+                disk.write(MIB, &bytes(1, mib));
+                drop(disk);
+                assert!(contents(&path)[mib..2 * mib] == bytes(1, mib), "{options}");
+            }
+            (Err(refusal), Some(reason)) => assert!(refusal.to_string().contains(reason), "{options}: {refusal}"),
+            (other, _) => panic!("{options}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn every_feature_bit_is_known_ignored_as_specified_or_refused() {
+    let Some(dir) = dir() else { return };
+    let path = create(dir.path(), "cluster_size=65536");
+    // A persistent bitmap, with its autoclear bit and header extension.
+    qemu_img(&["bitmap", "--add", path.to_str().unwrap(), "changes"]);
+    let good = std::fs::read(&path).unwrap();
+    let with_bit = |field: usize, bit: usize| {
+        let mut image = good.clone();
+        image[field + 7 - bit / 8] |= 1 << (bit % 8);
+        std::fs::write(&path, image).unwrap();
+        open(&path, false).map(drop).map_err(|refusal| refusal.to_string())
+    };
+    for bit in 0..64 {
+        let expected = match bit {
+            0 | 3 => None,
+            1 => Some("marked as corrupt".to_owned()),
+            2 => Some("external data file".to_owned()),
+            4 => Some("extended L2".to_owned()),
+            _ => Some(format!("unknown qcow2 features ({:#x})", 1_u64 << bit)),
+        };
+        match (with_bit(72, bit), expected) {
+            (Ok(()), None) => assert_eq!(std::fs::read(&path).unwrap()[79] & 1, 0, "it is not dirty any more"),
+            (Err(line), Some(part)) => assert!(line.contains(&part), "bit {bit}: {line}"),
+            (other, _) => panic!("incompatible feature {bit}: {other:?}"),
+        }
+        // Compatible features can be ignored.
+        with_bit(80, bit).unwrap();
+        assert!(std::fs::read(&path).unwrap()[80..88] != [0; 8], "they are kept");
+        // Whoever writes without knowing an autoclear feature clears it, so that others do not trust a stale bitmap.
+        with_bit(88, bit).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap()[88..96], [0; 8]);
+    }
 }
 
 #[test]
