@@ -15,7 +15,10 @@ use crate::layout;
 use crate::sys::socket;
 
 pub use cmdline::{default_cmdline, hides_devices};
-pub use disk::{Aio, BackingConfig, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_BACKING_FILES, MAX_DISK_ID_BYTES};
+pub use disk::{
+    Aio, BackingConfig, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, MAX_BACKING_FILES, MAX_DISK_ID_BYTES,
+    MAX_DISK_QUEUES,
+};
 pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
@@ -218,6 +221,9 @@ pub enum Invalid {
     /// A backing file without a path.
     #[error("disk {0} has a backing file without a path: use backing=PATH")]
     NoBackingPath(usize),
+    /// No queues, or too many.
+    #[error("disk {0} with {1} queues: use num_queues=1 to {MAX_DISK_QUEUES}")]
+    DiskQueues(usize, u16),
     /// A serial number that is too long or would not be read back unchanged.
     #[error("invalid disk id {0:?}: use 1 to {MAX_DISK_ID_BYTES} letters, digits or punctuation marks, without spaces")]
     DiskId(String),

@@ -46,7 +46,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
 fn transport(memory: &GuestMemory, file: &File) -> MmioTransport {
     let disk = Blocking::new(PlainDisk::new(file.try_clone().expect("a descriptor can be had"), false));
     let shape = DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
-    let device = block::device_on(Box::new(disk), shape, "fuzz", "fuzz", Rate::default());
+    let device = block::device_on(vec![Box::new(disk)], shape, "fuzz", "fuzz", Rate::default());
     let (device, _) = device.expect("a descriptor can be had");
     let irq = IrqLine::new(6).expect("a descriptor can be had");
     MmioTransport::new(device, memory.clone(), irq).expect("a thread can be had")

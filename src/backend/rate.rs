@@ -70,14 +70,14 @@ fn time_for(amount: u64, per_second: u64) -> Duration {
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
-/// Decides whether a device's requests may proceed. Used by one thread at a time.
+/// Decides whether a device's requests may proceed. Used by one thread at a time; several limiters may share the limits.
 #[derive(Debug)]
 pub struct Limiter {
     shared: Arc<LimiterState>,
-    /// The generation of the limits in use.
+    alarm: Arc<Timer>,
+    /// The generation for which `is_unlimited` is known.
     generation: u64,
-    bytes: Option<Bucket>,
-    ops: Option<Bucket>,
+    is_unlimited: bool,
 }
 
 #[derive(Debug)]
@@ -85,78 +85,48 @@ struct LimiterState {
     rate: Mutex<Rate>,
     /// Counts changes of the rate.
     generation: AtomicU64,
-    alarm: Timer,
+    buckets: Mutex<Buckets>,
+    /// One for each limiter.
+    alarms: Mutex<Vec<Arc<Timer>>>,
+}
+
+/// The buckets of the limits that there are.
+#[derive(Debug, Default)]
+struct Buckets {
+    /// The generation of these limits.
+    generation: u64,
+    bytes: Option<Bucket>,
+    ops: Option<Bucket>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl LimiterState {
-    fn rate(&self) -> MutexGuard<'_, Rate> {
-        self.rate.lock().unwrap_or_else(PoisonError::into_inner)
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The buckets of the current limits, which are full after a change.
+    fn buckets(&self) -> MutexGuard<'_, Buckets> {
+        let mut buckets = lock(&self.buckets);
+        let generation = self.generation();
+        if generation != buckets.generation {
+            *buckets = Buckets::full(*lock(&self.rate), generation);
+        }
+        buckets
     }
 }
 
-/// Changes a device's limits, from any thread.
-#[derive(Debug, Clone)]
-pub struct RateControl {
-    shared: Arc<LimiterState>,
-}
-
-impl RateControl {
-    /// The current limits.
-    pub fn rate(&self) -> Rate {
-        *self.shared.rate()
-    }
-
-    /// Replaces all limits, effective for the next request; waiting requests are retried. Debts are forgiven.
-    pub fn set(&self, rate: Rate) {
-        *self.shared.rate() = rate;
-        self.shared.generation.fetch_add(1, Ordering::Release);
-        self.shared.alarm.ring();
-    }
-}
-
-impl Limiter {
-    /// Creates a limiter with these limits, and its control.
-    pub fn new(rate: Rate) -> io::Result<(Limiter, RateControl)> {
-        let shared =
-            Arc::new(LimiterState { rate: Mutex::new(rate), generation: AtomicU64::new(0), alarm: Timer::new()? });
-        let mut limiter = Limiter { shared: shared.clone(), generation: 0, bytes: None, ops: None };
-        limiter.fill();
-        Ok((limiter, RateControl { shared }))
-    }
-
-    /// Becomes readable (edge) when a refused request should be retried.
-    pub fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.shared.alarm.as_fd()
-    }
-
-    /// Whether one operation on `bytes` may proceed; if so, it counts. If not, the descriptor signals when to ask
-    /// again.
-    pub fn admit(&mut self, bytes: u64) -> bool {
-        let generation = self.shared.generation.load(Ordering::Acquire);
-        if generation != self.generation {
-            self.generation = generation;
-            self.fill();
-        }
-        if self.bytes.is_none() && self.ops.is_none() {
-            return true;
-        }
-        match self.take(bytes, Instant::now()) {
-            Ok(()) => true,
-            Err(wait) => {
-                self.shared.alarm.set(wait);
-                // If limits were set in the meantime, the alarm signaled for them has just been overwritten.
-                if self.shared.generation.load(Ordering::Acquire) != generation {
-                    self.shared.alarm.ring();
-                }
-                false
-            }
-        }
-    }
-
-    /// Adds `bytes` to an operation that was already admitted. The excess delays the next one.
-    pub fn charge(&mut self, bytes: u64) {
-        if let Some(bucket) = &mut self.bytes {
-            bucket.owe(bytes, Instant::now());
+impl Buckets {
+    fn full(rate: Rate, generation: u64) -> Buckets {
+        let now = Instant::now();
+        let bucket = |limit: Option<u64>, burst| limit.map(|limit| Bucket::new(limit, burst, now));
+        Buckets {
+            generation,
+            bytes: bucket(rate.bytes_per_second, rate.burst_bytes),
+            ops: bucket(rate.ops_per_second, rate.burst_ops),
         }
     }
 
@@ -174,14 +144,89 @@ impl Limiter {
         }
         Ok(())
     }
+}
 
-    /// Creates full buckets for the current limits.
-    fn fill(&mut self) {
-        let rate = *self.shared.rate();
-        let now = Instant::now();
-        let bucket = |limit: Option<u64>, burst| limit.map(|limit| Bucket::new(limit, burst, now));
-        self.bytes = bucket(rate.bytes_per_second, rate.burst_bytes);
-        self.ops = bucket(rate.ops_per_second, rate.burst_ops);
+/// Changes a device's limits, from any thread.
+#[derive(Debug, Clone)]
+pub struct RateControl {
+    shared: Arc<LimiterState>,
+}
+
+impl RateControl {
+    /// Creates limits that any number of limiters share.
+    pub fn new(rate: Rate) -> RateControl {
+        let shared = LimiterState {
+            rate: Mutex::new(rate),
+            generation: AtomicU64::new(0),
+            buckets: Mutex::new(Buckets::full(rate, 0)),
+            alarms: Mutex::default(),
+        };
+        RateControl { shared: Arc::new(shared) }
+    }
+
+    /// Creates a limiter. The limits hold for all limiters together.
+    pub fn limiter(&self) -> io::Result<Limiter> {
+        let alarm = Arc::new(Timer::new()?);
+        lock(&self.shared.alarms).push(alarm.clone());
+        let generation = self.shared.generation();
+        Ok(Limiter { shared: self.shared.clone(), alarm, generation, is_unlimited: self.rate().is_unlimited() })
+    }
+
+    /// The current limits.
+    pub fn rate(&self) -> Rate {
+        *lock(&self.shared.rate)
+    }
+
+    /// Replaces all limits, effective for the next request; waiting requests are retried. Debts are forgiven.
+    pub fn set(&self, rate: Rate) {
+        *lock(&self.shared.rate) = rate;
+        self.shared.generation.fetch_add(1, Ordering::Release);
+        lock(&self.shared.alarms).iter().for_each(|alarm| alarm.ring());
+    }
+}
+
+impl Limiter {
+    /// Creates a limiter with these limits, and its control.
+    pub fn new(rate: Rate) -> io::Result<(Limiter, RateControl)> {
+        let control = RateControl::new(rate);
+        Ok((control.limiter()?, control))
+    }
+
+    /// Becomes readable (edge) when a refused request should be retried.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.alarm.as_fd()
+    }
+
+    /// Whether one operation on `bytes` may proceed; if so, it counts. If not, the descriptor signals when to ask
+    /// again.
+    pub fn admit(&mut self, bytes: u64) -> bool {
+        let generation = self.shared.generation();
+        if generation != self.generation {
+            self.generation = generation;
+            self.is_unlimited = lock(&self.shared.rate).is_unlimited();
+        }
+        if self.is_unlimited {
+            return true;
+        }
+        let taken = self.shared.buckets().take(bytes, Instant::now());
+        match taken {
+            Ok(()) => true,
+            Err(wait) => {
+                self.alarm.set(wait);
+                // If limits were set in the meantime, the alarm signaled for them has just been overwritten.
+                if self.shared.generation() != generation {
+                    self.alarm.ring();
+                }
+                false
+            }
+        }
+    }
+
+    /// Adds `bytes` to an operation that was already admitted. The excess delays the next one.
+    pub fn charge(&mut self, bytes: u64) {
+        if let Some(bucket) = &mut self.shared.buckets().bytes {
+            bucket.owe(bytes, Instant::now());
+        }
     }
 }
 
@@ -283,6 +328,19 @@ mod tests {
         assert!(!is_readable(&limiter, 50), "a thousand seconds are not over");
         control.set(Rate::default());
         assert!(is_readable(&limiter, 0) && limiter.admit(1000));
+    }
+
+    #[test]
+    fn limiters_of_the_same_limits_share_them_and_are_all_woken() {
+        let (mut first, control) = limiter(None, Some(20));
+        let mut second = control.limiter().unwrap();
+        let admitted = (0..100).filter(|round| if round % 2 == 0 { first.admit(1) } else { second.admit(1) }).count();
+        assert_eq!(admitted, 3, "two of the burst, and one ahead");
+        assert!(is_readable(&first, 1000) && is_readable(&second, 1000));
+        control.set(Rate { ops_per_second: Some(1), burst_ops: Some(1), ..Rate::default() });
+        assert!(first.admit(1) && second.admit(1) && !first.admit(1) && !second.admit(1));
+        control.set(Rate::default());
+        assert!(is_readable(&first, 0) && is_readable(&second, 0) && first.admit(1) && second.admit(1));
     }
 
     #[test]

@@ -95,7 +95,8 @@ pub(super) struct Boot {
     /// `ro` makes the disk read-only. `id=NAME` sets its serial number (/dev/disk/by-id/virtio-NAME in the guest). The
     /// format is qcow2 if the name ends in .qcow2, and raw otherwise; `format=` overrides this. `block_size=` sets the
     /// logical block size; the default is that of the block device, or 512 for a file. `cache=none` bypasses the host's page cache (O_DIRECT), for a disk that is
-    /// cached by its guests or shared with other hosts; the default is `cache=writeback`. `aio=threads` accesses the file with
+    /// cached by its guests or shared with other hosts; the default is `cache=writeback`. `num_queues=N` gives the
+    /// disk N queues, each with a thread of its own, for guests with several CPUs. `aio=threads` accesses the file with
     /// blocking system calls, and `aio=io_uring` only with io_uring; by default, io_uring is used for what it makes
     /// faster, if the host allows it. `backing=PATH` is the backing file of a qcow2 image, a second one that of the first,
     /// and so on; it is opened read-only, and `backing_format=` after it overrides its format. Backing files that only an
@@ -235,7 +236,7 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
         let unknown = || {
             format!(
                 "unknown option {option:?}: use ro, id=NAME, format=raw, format=qcow2, block_size=N, \
-                 cache=writeback, cache=none, aio=auto, aio=io_uring, aio=threads, backing=PATH, \
+                 cache=writeback, cache=none, num_queues=N, aio=auto, aio=io_uring, aio=threads, backing=PATH, \
                  backing_format=raw, backing_format=qcow2, bps=SIZE, bps-burst=SIZE, iops=N or iops-burst=N"
             )
         };
@@ -243,6 +244,7 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
             ("ro", "") => disk.readonly = true,
             ("format", "raw") => disk.format = Some(Format::Raw),
             ("format", "qcow2") => disk.format = Some(Format::Qcow2),
+            ("num_queues", text) => disk.queues = text.parse().map_err(|_| unknown())?,
             ("cache", "writeback") => disk.cache = Cache::Writeback,
             ("cache", "none") => disk.cache = Cache::None,
             ("aio", "auto") => disk.aio = Aio::Auto,
@@ -341,8 +343,11 @@ mod tests {
         let chain = vec![backing("/a b", Some(Format::Qcow2)), backing("c.img", None)];
         let wanted = DiskConfig { backing: chain, ..plain.clone() };
         assert_eq!(disk("/x y.img,backing=/a b,backing_format=qcow2,backing=c.img".into()), Ok(wanted));
+        let wanted = DiskConfig { queues: 4, ..plain.clone() };
+        assert_eq!(disk("/x y.img,num_queues=4".into()), Ok(wanted));
         for wrong in [
             "backing_format=raw",
+            "num_queues=many",
             "cache=unsafe",
             "aio=native",
             "format=vmdk",

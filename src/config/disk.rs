@@ -12,6 +12,9 @@ pub const MAX_DISK_ID_BYTES: usize = 20;
 /// The allowed block sizes, powers of two: those that all drivers support.
 pub const DISK_BLOCK_BYTES: RangeInclusive<u32> = 512..=4096;
 
+/// The maximum number of queues of a disk.
+pub const MAX_DISK_QUEUES: u16 = 16;
+
 /// A disk image or block device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +43,9 @@ pub struct DiskConfig {
     /// so on. They are read-only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub backing: Vec<BackingConfig>,
+    /// The number of queues, each with a thread of its own.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub queues: u16,
     /// The guest's rate limits.
     #[serde(default, skip_serializing_if = "Rate::is_unlimited")]
     pub rate: Rate,
@@ -136,6 +142,7 @@ impl DiskConfig {
             cache: Cache::default(),
             aio: Aio::default(),
             backing: Vec::new(),
+            queues: 1,
             rate: Rate::default(),
         }
     }
@@ -170,11 +177,22 @@ impl DiskConfig {
         if self.backing.iter().any(|backing| backing.path.as_os_str().is_empty()) {
             return Err(Invalid::NoBackingPath(number));
         }
+        if !(1..=MAX_DISK_QUEUES).contains(&self.queues) {
+            return Err(Invalid::DiskQueues(number, self.queues));
+        }
         match &self.id {
             Some(id) if !is_id(id) => Err(Invalid::DiskId(id.clone())),
             _ => Ok(()),
         }
     }
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn is_one(count: &u16) -> bool {
+    *count == 1
 }
 
 /// Whether a guest reads this serial number back unchanged.
@@ -219,6 +237,13 @@ mod tests {
         assert_eq!(with("a.img", &["b.img"]), Err(Invalid::BackingOfRaw(2)));
         assert_eq!(with("a.qcow2", &["b"; 9]), Err(Invalid::TooManyBackingFiles(2)));
         assert_eq!(with("a.qcow2", &["b", ""]), Err(Invalid::NoBackingPath(2)));
+    }
+
+    #[test]
+    fn a_disk_has_at_least_one_queue_and_not_too_many() {
+        let with = |queues| DiskConfig { queues, ..disk() }.validate(2);
+        assert_eq!([1, 16].map(with), [Ok(()), Ok(())]);
+        assert_eq!([0, 17].map(with), [Err(Invalid::DiskQueues(2, 0)), Err(Invalid::DiskQueues(2, 17))]);
     }
 
     #[test]

@@ -38,12 +38,12 @@ impl MachineConfig {
 }
 
 fn disk_bytes(disk: &DiskConfig) -> u64 {
-    let image_bytes = match disk.format() {
-        Format::Raw => UringDisk::BUDGET_BYTES + BOUNCE_BYTES as u64,
-        Format::Qcow2 => Qcow2Disk::BUDGET_BYTES,
+    let queue_bytes = match disk.format() {
+        Format::Raw => block::BUDGET_BYTES + UringDisk::BUDGET_BYTES + BOUNCE_BYTES as u64,
+        Format::Qcow2 => block::BUDGET_BYTES + Qcow2Disk::BUDGET_BYTES,
     };
     let images = disk.backing.iter().filter(|backing| backing.format() == Format::Qcow2).count();
-    block::BUDGET_BYTES + image_bytes + images as u64 * Qcow2Disk::BUDGET_BYTES
+    u64::from(disk.queues) * queue_bytes + images as u64 * Qcow2Disk::BUDGET_BYTES
 }
 
 fn network_bytes(network: &NetworkConfig, cpus: u32) -> u64 {
@@ -72,6 +72,8 @@ mod tests {
         let backing = vec![BackingConfig { path: "b.qcow2".into(), format: None }];
         let overlay = DiskConfig { backing, ..image.clone() };
         let with_overlay = MachineConfig { disks: vec![overlay], ..bare.clone() };
+        let queues = DiskConfig { queues: 3, ..DiskConfig::of("disk.img".into()) };
+        let with_queues = MachineConfig { disks: vec![queues], ..bare.clone() };
         let with_image = MachineConfig { disks: vec![image], ..bare.clone() };
         let with_tap = MachineConfig { networks: vec![tap()], ..bare.clone() };
         let with_taps = MachineConfig { networks: vec![tap()], cpus: 8, ..bare.clone() };
@@ -80,7 +82,7 @@ mod tests {
         let sockets = VsockConfig { socket: "v.sock".into(), cid: 3 };
         let with_sockets = MachineConfig { vsock: Some(sockets), ..bare };
         let needed = |config: &MachineConfig| config.host_memory_needed_mib() - (512 + 4 + 32);
-        assert_eq!([needed(&with_disk), needed(&with_disks)], [5, 15]);
+        assert_eq!([needed(&with_disk), needed(&with_disks), needed(&with_queues)], [5, 15, 15]);
         assert!(needed(&with_image) >= 2 + 22, "tables, and a cluster that is being unpacked");
         assert_eq!(needed(&with_overlay), 2 * needed(&with_image) - 2, "each image has its own");
         assert!(needed(&with_tap) >= 1 && needed(&with_taps) > needed(&with_tap));

@@ -38,6 +38,8 @@ pub struct DiskFile {
     pub id: Option<String>,
     /// How a raw image is accessed.
     pub aio: Aio,
+    /// The number of queues: 1 for qcow2.
+    pub queues: u16,
     /// The guest's rate limits.
     pub rate: Rate,
 }
@@ -55,7 +57,7 @@ pub enum DiskImage {
 ///
 /// Fails with one line that names the disk and what is wrong with it.
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
-    let DiskConfig { path, readonly, id, cache, aio, backing, rate, .. } = config;
+    let DiskConfig { path, readonly, id, cache, aio, queues, backing, rate, .. } = config;
     let name = path.display();
     // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened. It has no effect on disks.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
@@ -97,6 +99,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         }
         Format::Qcow2 => {
             ensure!(*aio == Aio::Auto, "disk {name} is a qcow2 image, which has no aio=: remove it");
+            ensure!(*queues == 1, "disk {name} is a qcow2 image, which has a single queue: remove num_queues=");
             ensure!(direct.is_none(), "disk {name} is a qcow2 image, which needs the page cache: remove cache=none");
             ensure!(!block_device, "disk {name} is a block device, and qcow2 needs a file that can grow");
             let backing = open_backing(backing)?;
@@ -112,8 +115,8 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         "disk {name} has {capacity_bytes} bytes, which is not a multiple of {block_bytes}"
     );
     let (path, readonly, id) = (path.clone(), *readonly, id.clone());
-    let (aio, rate) = (*aio, *rate);
-    Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, physical_block_bytes, id, aio, rate })
+    let (aio, queues, rate) = (*aio, *queues, *rate);
+    Ok(DiskFile { image, path, capacity_bytes, readonly, block_bytes, physical_block_bytes, id, aio, queues, rate })
 }
 
 /// The logical and physical block sizes: as configured, or those of the block device; for a file 512 bytes, or what
@@ -438,6 +441,7 @@ mod tests {
         let qcow2 = |disk: DiskConfig| refused(DiskConfig { format: Some(Format::Qcow2), ..disk });
         let name = image(4096);
         assert!(qcow2(DiskConfig { aio: Aio::Threads, ..config(name.path(), false) }).ends_with("remove it"));
+        assert!(qcow2(DiskConfig { queues: 2, ..config(name.path(), false) }).ends_with("remove num_queues="));
         match open(&uncached(name.path())) {
             Ok(disk) => {
                 let DiskImage::Raw(raw) = &disk.image else { panic!("{disk:?}") };

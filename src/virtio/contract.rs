@@ -181,11 +181,16 @@ fn the_block_device_keeps_the_contract() {
         file.set_len(shape.capacity_bytes).unwrap();
         PlainDisk::new(file, false)
     };
-    let device = |disk: Box<dyn DiskBackend>| block::device_on(disk, shape, "disk", "", slow).unwrap().0;
+    let device = |disk: Box<dyn DiskBackend>| block::device_on(vec![disk], shape, "disk", "", slow).unwrap().0;
     contract(|| device(Box::new(Blocking::new(file()))));
     for shortcuts in [Shortcuts::Allowed, Shortcuts::Never] {
         contract(|| device(Box::new(UringDisk::new(file(), shortcuts).unwrap())));
     }
+    contract(|| {
+        let file = file();
+        let disk = |_| Box::new(UringDisk::new(file.clone(), Shortcuts::Never).unwrap()) as Box<dyn DiskBackend>;
+        block::device_on((0..3).map(disk).collect(), shape, "disk", "", slow).unwrap().0
+    });
 }
 
 #[test]

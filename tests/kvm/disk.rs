@@ -65,7 +65,7 @@ fn discarded_and_zeroed_sectors_are_the_ones_asked_for() {
 #[test]
 fn a_disk_works_however_its_file_is_accessed() {
     needs_kvm!();
-    for options in [",aio=io_uring", ",aio=threads"] {
+    for options in [",aio=io_uring", ",aio=threads", ",num_queues=4"] {
         for what in ["round-trip", "scattered", "discard", "write-zeroes", "interrupt count=100", "past-the-end"] {
             block(what, options);
         }

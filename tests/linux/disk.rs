@@ -40,6 +40,47 @@ fn synced_data_is_on_the_disk() {
 }
 
 #[test]
+fn synced_data_is_on_the_disk_however_it_is_accessed() {
+    let guests = guests!();
+    for options in
+        [",aio=io_uring,num_queues=2", ",aio=threads,block_size=4096", ",cache=none", ",cache=none,num_queues=2"]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let image = disk(dir.path(), 64 << 20, true);
+        let flags = ["--disk", &format!("{image}{options}"), "--cpus", "2"];
+        let ended = boot(&guests.join("micro"), "vmlinux", "write", &flags);
+        if ended.errors.contains("remove cache=none") {
+            eprintln!("SKIPPED: no direct access to temporary files here");
+            continue;
+        }
+        holds_what_was_written(&image, &ended, options);
+    }
+}
+
+#[test]
+fn a_partition_table_in_blocks_of_4096_bytes_is_read() {
+    let guests = guests!();
+    let dir = tempfile::tempdir().unwrap();
+    let image = disk(dir.path(), 64 << 20, false);
+    // A partition of 1000 blocks from block 16 (MBR).
+    let mut table = [0; 512];
+    table[446 + 4] = 0x83;
+    table[446 + 8..446 + 16].copy_from_slice(&[16_u32.to_le_bytes(), 1000_u32.to_le_bytes()].concat());
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(&image, table).unwrap();
+    File::options().write(true).open(&image).unwrap().set_len(64 << 20).unwrap();
+    for (options, logical, partition) in [(",num_queues=2", "512", "16 1000"), (",block_size=4096", "4096", "128 8000")]
+    {
+        let flags = ["--disk", &format!("{image}{options}"), "--cpus", "2"];
+        let ended = boot(&guests.join("stock"), "vmlinux", "blocks", &flags);
+        let values = ended.expect(0, options).values();
+        let queues = if logical == "512" { "2" } else { "1" };
+        assert_eq!([values["logical"], values["physical"], values["partition"]], [logical, "4096", partition]);
+        assert_eq!(values["queues"], queues);
+    }
+}
+
+#[test]
 fn synced_data_is_in_the_qcow2_image() {
     let guests = guests!();
     let dir = tempfile::tempdir().unwrap();

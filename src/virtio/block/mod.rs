@@ -14,7 +14,9 @@ use vm_memory::{Bytes, GuestAddress};
 use super::log_rate::LogRate;
 use super::queue::{Chain, Virtqueue};
 use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, VirtioDevice};
-use crate::backend::disk::{Blocking, Completion, DiskBackend, Operation, Request, SECTOR_BYTES, Shortcuts, UringDisk};
+use crate::backend::disk::{
+    Blocking, Completion, DiskBackend, Operation, PlainDisk, Request, SECTOR_BYTES, Shortcuts, UringDisk,
+};
 use crate::backend::rate::{Limiter, RateControl};
 use crate::config::{Aio, Rate};
 use crate::memory::GuestBuffers;
@@ -36,12 +38,13 @@ const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
 const F_TOPOLOGY: u64 = 1 << 10;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// The size of the response to VIRTIO_BLK_T_GET_ID (virtio 1.2 §5.2.6).
 const ID_BYTES: usize = 20;
-/// The maximum memory that a guest can make a disk use, in bytes: for every request in flight, the buffers of a full
+/// The maximum memory that a guest can make a queue of a disk use, in bytes: for every request in flight, the buffers of a full
 /// chain, each of which may span two memory regions. The back end has its own budget.
 pub const BUDGET_BYTES: u64 = QUEUE_SIZE as u64 * 2 * QUEUE_SIZE as u64 * size_of::<libc::iovec>() as u64;
 /// The size of requests in flight at which no further one is started, so that the kernel's memory for them is bounded.
@@ -97,45 +100,56 @@ impl Counters {
 
 /// Creates a block device for an opened disk, and its handle.
 pub fn device(disk: DiskFile) -> io::Result<(VirtioDevice, DiskHandle)> {
-    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, physical_block_bytes, id, aio, rate } = disk;
+    let DiskFile { image, path, capacity_bytes, readonly, block_bytes, physical_block_bytes, id, aio, queues, rate } =
+        disk;
     let name = format!("disk {}", path.display());
     let shape = DiskShape { capacity_bytes, readonly, block_bytes, physical_block_bytes };
-    let backend: Box<dyn DiskBackend> = match (image, aio) {
-        (DiskImage::Raw(disk), Aio::Auto) => Box::new(UringDisk::new(disk, Shortcuts::Allowed)?),
-        (DiskImage::Raw(disk), Aio::IoUring) => Box::new(UringDisk::new(disk, Shortcuts::Never)?),
-        (DiskImage::Raw(disk), Aio::Threads) => Box::new(Blocking::new(disk)),
-        (DiskImage::Qcow2(disk), _) => Box::new(Blocking::new(*disk)),
+    let backends = match image {
+        DiskImage::Raw(disk) => (0..queues).map(|_| raw_backend(disk.clone(), aio)).collect::<io::Result<_>>()?,
+        DiskImage::Qcow2(disk) => vec![Box::new(Blocking::new(*disk)) as Box<dyn DiskBackend>],
     };
-    device_on(backend, shape, &name, id.as_deref().unwrap_or_default(), rate)
+    device_on(backends, shape, &name, id.as_deref().unwrap_or_default(), rate)
 }
 
-/// Creates a block device for any back end, whose disk has `shape`. `name` is used in logs, `id` is the serial number.
+fn raw_backend(disk: PlainDisk, aio: Aio) -> io::Result<Box<dyn DiskBackend>> {
+    Ok(match aio {
+        Aio::Auto => Box::new(UringDisk::new(disk, Shortcuts::Allowed)?),
+        Aio::IoUring => Box::new(UringDisk::new(disk, Shortcuts::Never)?),
+        Aio::Threads => Box::new(Blocking::new(disk)),
+    })
+}
+
+/// Creates a block device with a queue for each of `disks`, back ends for the same disk of this `shape`. `name` is used
+/// in logs, `id` is the serial number.
 pub fn device_on(
-    disk: Box<dyn DiskBackend>,
+    disks: Vec<Box<dyn DiskBackend>>,
     shape: DiskShape,
     name: &str,
     id: &str,
     rate: Rate,
 ) -> io::Result<(VirtioDevice, DiskHandle)> {
-    let (limiter, rate) = Limiter::new(rate)?;
+    let rate = RateControl::new(rate);
     let counters = Arc::<Counters>::default();
     let writable = if shape.readonly { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
+    let several = if disks.len() > 1 { F_MQ } else { 0 };
+    let config = Arc::new(ConfigSpace::new(config(&shape, disks.len() as u16), 0..0));
+    let group = |disk| -> io::Result<QueueGroup> {
+        let block = Block::new(disk, shape, name, id, rate.limiter()?, counters.clone());
+        Ok(QueueGroup { sizes: vec![QUEUE_SIZE], handler: Box::new(block) })
+    };
     let device = VirtioDevice {
         device_type: DEVICE_TYPE,
         name: name.to_owned(),
-        features: F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | writable,
+        features: F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | writable | several,
         feature_needs: &[],
-        config: Arc::new(ConfigSpace::new(config(&shape), 0..0)),
-        queue_groups: vec![QueueGroup {
-            sizes: vec![QUEUE_SIZE],
-            handler: Box::new(Block::new(disk, shape, name, id, limiter, counters.clone())),
-        }],
+        config,
+        queue_groups: disks.into_iter().map(group).collect::<io::Result<_>>()?,
     };
     Ok((device, DiskHandle { counters, rate }))
 }
 
 /// `struct virtio_blk_config` (virtio 1.2 §5.2.4), field by field.
-fn config(shape: &DiskShape) -> Vec<u8> {
+fn config(shape: &DiskShape, queues: u16) -> Vec<u8> {
     let physical_block_exp = (shape.physical_block_bytes / shape.block_bytes).max(1).ilog2() as u8;
     let mut bytes = Vec::new();
     bytes.extend((shape.capacity_bytes / SECTOR_BYTES).to_le_bytes());
@@ -147,7 +161,7 @@ fn config(shape: &DiskShape) -> Vec<u8> {
     bytes.extend((1_u16 << physical_block_exp).to_le_bytes()); // min_io_size, in logical blocks
     bytes.extend(0_u32.to_le_bytes()); // opt_io_size: none better than another
     bytes.extend([0; 2]); // writeback: not offered
-    bytes.extend(1_u16.to_le_bytes()); // num_queues
+    bytes.extend(queues.to_le_bytes()); // num_queues
     bytes.extend(DISCARD_SECTORS_MAX.to_le_bytes());
     bytes.extend(1_u32.to_le_bytes()); // max_discard_seg
     bytes.extend((shape.physical_block_bytes / SECTOR_BYTES as u32).max(1).to_le_bytes()); // discard_sector_alignment
@@ -157,7 +171,7 @@ fn config(shape: &DiskShape) -> Vec<u8> {
     bytes
 }
 
-/// The device side: its queue and the requests in flight.
+/// The device side of a queue, and its requests in flight.
 struct Block {
     disk: Box<dyn DiskBackend>,
     shape: DiskShape,

@@ -1,6 +1,7 @@
 //! Tests of the device with a driver, on a file or on a disk that the test controls.
 
 mod in_flight;
+mod queues;
 
 use std::fs::File;
 use std::io::Write;
@@ -10,7 +11,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
 use super::*;
-use crate::backend::disk::PlainDisk;
 use crate::test_log::logged;
 use crate::virtio::mmio::register::*;
 use crate::virtio::test_driver::{BUFFERS, Driver, INDIRECT, NEXT, WRITE, wait_for};
@@ -93,7 +93,7 @@ fn bench_with(shape: DiskShape, name: &str, features: u64) -> Bench {
     let (done, spy_done) = UnixStream::pair().unwrap();
     let disk = Blocking::new(PlainDisk::new(file.try_clone().unwrap(), false));
     let spy = Spy { disk, seen: seen.clone(), held: Vec::new(), done: spy_done };
-    let (device, control) = device_on(Box::new(spy), shape, name, "serial", Rate::default()).unwrap();
+    let (device, control) = device_on(vec![Box::new(spy)], shape, name, "serial", Rate::default()).unwrap();
     let mut driver = Driver::new(device);
     driver.start_with(features);
     Bench { driver, file, seen, done, control }
@@ -235,7 +235,7 @@ fn a_larger_block_size_is_reported_and_enforced() {
     for block_bytes in [512_u32, 1024, 4096] {
         let shape =
             DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes, physical_block_bytes: 4096 };
-        let bytes = config(&shape);
+        let bytes = config(&shape, 1);
         let u32_at = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
         assert_eq!((u32_at(0), u32_at(20)), ((CAPACITY_BYTES / 512) as u32, block_bytes), "sectors, and blk_size");
         let min_io_blocks = u32::from(u16::from_le_bytes(*bytes[26..].first_chunk().unwrap()));

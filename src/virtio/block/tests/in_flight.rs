@@ -88,7 +88,7 @@ fn pipe_bench() -> (Driver, std::io::PipeWriter) {
     let disk = Box::new(UringDisk::new(plain, Shortcuts::Never).unwrap());
     let shape =
         DiskShape { capacity_bytes: CAPACITY_BYTES, readonly: false, block_bytes: 512, physical_block_bytes: 4096 };
-    let (device, _) = device_on(disk, shape, "pipe", "", Rate::default()).unwrap();
+    let (device, _) = device_on(vec![disk], shape, "pipe", "", Rate::default()).unwrap();
     let mut driver = Driver::new(device);
     driver.start();
     (driver, write_end)
