@@ -94,16 +94,16 @@ pub(super) struct Boot {
     ///
     /// `ro` makes the disk read-only. `id=NAME` sets its serial number (/dev/disk/by-id/virtio-NAME in the guest). The
     /// format is qcow2 if the name ends in .qcow2, and raw otherwise; `format=` overrides this. `block_size=` sets the
-    /// logical block size; the default is that of the block device, or 512 for a file. `cache=none` bypasses the host's page cache (O_DIRECT), for a disk that is
-    /// cached by its guests or shared with other hosts; the default is `cache=writeback`. `num_queues=N` gives the
-    /// disk N queues, each with a thread of its own, for guests with several CPUs. `aio=threads` accesses the file with
-    /// blocking system calls, and `aio=io_uring` only with io_uring; by default, io_uring is used for what it makes
-    /// faster, if the host allows it. `backing=PATH` is the backing file of a qcow2 image, a second one that of the first,
-    /// and so on; it is opened read-only, and `backing_format=` after it overrides its format. Backing files that only an
-    /// image itself names are never opened. `bps=10M` and `iops=500` limit
-    /// the bytes and the requests per second, reads and writes together; after an idle period, the disk can burst to a
-    /// tenth of a second's worth at once, or to `bps-burst=` and `iops-burst=`. The path ends at the first comma: use a
-    /// configuration file for a path that contains one.
+    /// logical block size; the default is that of the block device, or 512 for a file. `cache=none` bypasses the host's
+    /// page cache (O_DIRECT), for a disk that is cached by its guests or shared with other hosts; the default is
+    /// `cache=writeback`. `num_queues=N` gives the disk N queues, each with a thread of its own, for guests with
+    /// several CPUs. `aio=threads` accesses the file with blocking system calls, and `aio=io_uring` only with io_uring;
+    /// by default, io_uring is used for what it makes faster, if the host allows it. `backing=PATH` is the backing file
+    /// of a qcow2 image, a second one that of the first, and so on; it is opened read-only, and `backing_format=` after
+    /// it overrides its format. Backing files that only an image itself names are never opened. `bps=10M` and
+    /// `iops=500` limit the bytes and the requests per second, reads and writes together; after an idle period, the
+    /// disk can burst to a tenth of a second's worth at once, or to `bps-burst=` and `iops-burst=`. The path ends at
+    /// the first comma: use a configuration file for a path that contains one.
     #[arg(long = "disk", value_name = "PATH[,OPTION...]", value_parser = PathBufValueParser::new().try_map(disk))]
     disks: Vec<DiskConfig>,
 
