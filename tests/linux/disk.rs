@@ -12,7 +12,8 @@ pub fn disk(dir: &Path, bytes: u64, file_system: bool) -> String {
     File::create(&path).unwrap().set_len(bytes).unwrap();
     let path = path.to_str().unwrap().to_owned();
     if file_system {
-        run("mkfs.ext4", &["-q", "-F", &path]);
+        // The largest logical block size of a disk.
+        run("mkfs.ext4", &["-q", "-F", "-b", "4096", &path]);
     }
     path
 }
