@@ -16,7 +16,7 @@ fn every_device_of_a_machine_works_on_pci() {
     // The stock kernel has its drivers as modules, found in the host's tree as well.
     for kernel in ["micro", "stock", "host"] {
         let script = format!(
-            "ls /sys/bus/pci/devices | wc -l; grep -c MSIX /proc/interrupts; ls -d /sys/devices/LNRO* 2>/dev/null
+            "ls /sys/bus/pci/devices | wc -l; grep -c PCI-MSI /proc/interrupts; ls -d /sys/devices/LNRO* 2>/dev/null
              echo written >/tmp/x; sync; cat /tmp/x; wget -qO- http://{server}/; exit 7"
         );
         let flags = ["--transport", "pci", "--cpus", "2"];
