@@ -307,6 +307,16 @@ mod tests {
         assert!(open(&config(image.path(), true)).is_ok());
     }
 
+    /// Opens a disk that was just closed: a process forked by another test holds the lock until it calls exec.
+    fn open_once_free(path: &Path, readonly: bool) -> DiskFile {
+        let mut opened = open(&config(path, readonly));
+        while opened.as_ref().is_err_and(|error| error.to_string().ends_with(" is in use by another process")) {
+            std::thread::yield_now();
+            opened = open(&config(path, readonly));
+        }
+        opened.unwrap()
+    }
+
     #[test]
     fn a_disk_in_use_is_rejected_unless_both_are_read_only() {
         let image = image(512);
@@ -314,16 +324,7 @@ mod tests {
         let writer = open(&config(image.path(), false)).unwrap();
         assert_eq!([refusal(image.path(), false), refusal(image.path(), true)], [in_use.clone(), in_use.clone()]);
         drop(writer);
-        // A process just forked by another test holds the lock until it calls exec.
-        let reader = || {
-            let mut opened = open(&config(image.path(), true));
-            while opened.as_ref().is_err_and(|error| error.to_string() == in_use) {
-                std::thread::yield_now();
-                opened = open(&config(image.path(), true));
-            }
-            opened.unwrap()
-        };
-        let _readers = [reader(), reader()];
+        let _readers = [open_once_free(image.path(), true), open_once_free(image.path(), true)];
         assert_eq!(refusal(image.path(), false), in_use);
     }
 
@@ -352,7 +353,7 @@ mod tests {
         assert_eq!(refusal(base.path(), false), in_use);
         assert!(open(&config(base.path(), true)).is_ok());
         drop(_machines);
-        let _writer = open(&config(base.path(), false)).unwrap();
+        let _writer = open_once_free(base.path(), false);
         assert_eq!(over(&first, &[base.path()]).unwrap_err(), in_use);
     }
 
