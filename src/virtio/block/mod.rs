@@ -198,6 +198,8 @@ struct InFlight {
     /// The operation, and its size in bytes.
     operation: Operation,
     len_bytes: u64,
+    /// The same, or the length of a range to discard or zero: what a stop may have to wait for.
+    counted_bytes: u64,
     /// The bytes written to the driver's buffers on success, excluding the status.
     filled_bytes: u32,
     /// Whether it must be followed by a flush before completion.
@@ -285,16 +287,17 @@ impl Block {
             Ok(Action::Disk { operation, offset_bytes }) => {
                 let len_bytes = buffers.len_bytes();
                 self.free_tokens.pop();
-                self.in_flight_bytes += len_bytes;
+                self.in_flight_bytes += counted_bytes;
                 self.in_flight[token] = Some(InFlight {
                     head,
                     status,
                     operation,
                     len_bytes,
+                    counted_bytes,
                     filled_bytes: if operation == Operation::Read { len_bytes as u32 } else { 0 },
                     then_flush: self.write_through && !matches!(operation, Operation::Read | Operation::Flush),
                 });
-                // A request that may take long ends the turn, so that a stop waits for at most one of them.
+                // A request that may take long ends the turn, so that a stop waits for few of them: see `is_full`.
                 let is_short = operation == Operation::Read || operation == Operation::Write && !self.write_through;
                 self.disk.submit(Request { token, operation, offset_bytes, buffers });
                 Ok(Some(if is_short { len_bytes } else { TURN_BYTES }))
@@ -343,7 +346,7 @@ impl Block {
             return Ok(());
         }
         self.free_tokens.push(token);
-        self.in_flight_bytes -= request.len_bytes;
+        self.in_flight_bytes -= request.counted_bytes;
         buffers.clear();
         self.spare_buffers.push(buffers);
         match result {

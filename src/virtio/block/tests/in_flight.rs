@@ -81,6 +81,22 @@ fn large_requests_beyond_the_limit_in_flight_wait() {
     wait_for(|| bench.driver.used_index(0) == 100);
 }
 
+#[test]
+fn ranges_to_zero_beyond_the_limit_in_flight_wait() {
+    const WRITE_ZEROES: u32 = 13;
+    let mut bench = bench();
+    bench.seen.lock().unwrap().hold = true;
+    // The whole disk of 1 MiB: from sector 0, 2048 sectors, without unmapping.
+    bench.driver.memory.write_obj([0_u32, 0, 2048, 0], GuestAddress(DATA)).unwrap();
+    offer_many(&mut bench, WRITE_ZEROES, (16, 0), 100);
+    wait_for(|| bench.seen.lock().unwrap().requests.len() == 32);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!((bench.seen.lock().unwrap().requests.len(), bench.driver.used_index(0)), (32, 0));
+    bench.seen.lock().unwrap().hold = false;
+    bench.done.write_all(&[1]).unwrap();
+    wait_for(|| bench.driver.used_index(0) == 100);
+}
+
 /// A device whose disk is a pipe: its reads are in flight until something is written to the other end.
 fn pipe_bench() -> (Driver, std::io::PipeWriter) {
     let (read_end, write_end) = std::io::pipe().unwrap();
