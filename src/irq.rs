@@ -57,8 +57,9 @@ pub trait EventRouting: Send + Sync {
     fn connect_message(&self, gsi: u32, event: &EventFd) -> std::io::Result<()>;
     /// Ends that. Later writes stay in the eventfd's counter.
     fn disconnect_message(&self, gsi: u32, event: &EventFd) -> std::io::Result<()>;
-    /// Makes writes of the guest to `address`, of any value and width, signal `doorbell` without leaving the kernel.
+    /// Makes writes of the guest to `address`, of any value and width, signal `doorbell` without leaving the kernel, in
+    /// place of another doorbell that is there.
     fn connect_doorbell(&self, address: u64, doorbell: &EventFd) -> std::io::Result<()>;
-    /// Ends that.
+    /// Ends that. Fails if `doorbell` is not there.
     fn disconnect_doorbell(&self, address: u64, doorbell: &EventFd) -> std::io::Result<()>;
 }

@@ -20,12 +20,14 @@ pub struct Routing {
     fd: Arc<VmFd>,
     /// By interrupt number, which is [`layout::GSI_COUNT`] or higher.
     messages: Mutex<BTreeMap<u32, MsiMessage>>,
+    /// By address.
+    doorbells: Mutex<BTreeMap<u64, EventFd>>,
 }
 
 impl Routing {
     /// Creates the routing of a machine in which no message has been set.
     pub fn new(fd: Arc<VmFd>) -> Routing {
-        Routing { fd, messages: Mutex::default() }
+        Routing { fd, messages: Mutex::default(), doorbells: Mutex::default() }
     }
 }
 
@@ -54,12 +56,23 @@ impl EventRouting for Routing {
     }
 
     fn connect_doorbell(&self, address: u64, doorbell: &EventFd) -> io::Result<()> {
+        let mut doorbells = self.doorbells.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = IoEventAddress::Mmio(address);
+        // KVM would refuse a second one.
+        if let Some(old) = doorbells.remove(&address) {
+            self.fd.unregister_ioevent(&old, &at, NoDatamatch)?;
+        }
         // Without a value to compare, KVM need not decode the instruction on processors that report the address.
-        Ok(self.fd.register_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)?)
+        self.fd.register_ioevent(doorbell, &at, NoDatamatch)?;
+        doorbells.insert(address, doorbell.try_clone()?);
+        Ok(())
     }
 
     fn disconnect_doorbell(&self, address: u64, doorbell: &EventFd) -> io::Result<()> {
-        Ok(self.fd.unregister_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)?)
+        let mut doorbells = self.doorbells.lock().unwrap_or_else(PoisonError::into_inner);
+        self.fd.unregister_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)?;
+        doorbells.remove(&address);
+        Ok(())
     }
 }
 

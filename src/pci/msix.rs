@@ -150,10 +150,15 @@ impl Msix {
         }
     }
 
-    /// Takes the vectors from all sources when the device is reset. From then on nothing may write to the eventfds until
-    /// they have vectors again, so KVM is not told: disconnecting each takes as long as a grace period of RCU.
+    /// Takes the vectors from all sources when the device is reset. Nothing writes to the eventfds until the device runs
+    /// again, so KVM is not told: disconnecting each takes as long as a grace period of RCU. See [`Msix::settle`].
     pub fn reset_vectors(&mut self) {
         self.sources.iter_mut().for_each(|source| source.vector = NO_VECTOR);
+    }
+
+    /// Disconnects the sources that have not got vectors since a reset. Called before the device runs.
+    pub fn settle(&mut self) {
+        self.update(|vector| vector == NO_VECTOR);
     }
 
     /// Fills `data` from `offset` in the table. Only aligned accesses of 4 and 8 bytes are valid (§6.8.2).

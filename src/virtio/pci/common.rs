@@ -1,6 +1,7 @@
 //! The common configuration structure (virtio 1.2 §4.1.4.3).
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_DRIVER_OK;
 
 use crate::pci::Msix;
 use crate::virtio::ConfigSpace;
@@ -104,6 +105,9 @@ impl CommonConfig {
             (DRIVER_FEATURE, 4) => session.set_driver_features(self.driver_feature_select, value as u32),
             (CONFIG_MSIX_VECTOR, 2) => msix.set_vector(session.queue_count(), value as u16),
             (DEVICE_STATUS, 1) => {
+                if value as u32 & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+                    msix.settle();
+                }
                 session.set_status(value as u32);
                 if value == 0 {
                     *self = CommonConfig::default();

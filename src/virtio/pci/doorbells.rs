@@ -25,7 +25,8 @@ impl Doorbells {
     /// Moves the doorbells to `address`. If the function does not respond they leave another address, but are not
     /// connected: a guest moves functions while they do not respond, perhaps to each other's addresses.
     ///
-    /// Fails if another function's doorbells are at `address`; those that KVM does not handle can still be rung.
+    /// If another function moves to their address meanwhile, KVM signals its doorbells instead. These can still be rung:
+    /// KVM passes on what it does not handle.
     pub fn place(&mut self, address: Option<u64>, responds: bool) -> io::Result<()> {
         if self.address == address {
             return Ok(());

@@ -247,7 +247,43 @@ fn functions_at_one_address_separate_again() {
     second.write_config(0x10, &(BAR as u32 + 0x1_0000).to_le_bytes());
     assert_eq!(second.bar_address(), Some(BAR + 0x1_0000));
     let doorbells: Vec<u64> = routing.doorbells.lock().unwrap().keys().copied().collect();
-    assert_eq!(doorbells, [BAR + bar::NOTIFY, BAR + 0x1_0000 + bar::NOTIFY]);
+    assert_eq!(doorbells, [BAR + 0x1_0000 + bar::NOTIFY]);
+    // Nobody has BAR's in the kernel any more, so that they arrive here.
+    first.write_bar(bar::NOTIFY, &[0, 0]);
+    assert!(first.doorbells()[0].read().is_ok());
+}
+
+#[test]
+fn a_function_takes_the_address_of_one_that_does_not_respond() {
+    let routing = Arc::new(TestRouting::default());
+    let (first, second) = (function_at(BAR, &routing), function_at(BAR + 0x8000, &routing));
+    first.write_config(0x04, &[0, 0]);
+    second.write_config(0x10, &(BAR as u32).to_le_bytes());
+    assert_eq!((first.bar_address(), second.bar_address()), (None, Some(BAR)));
+    let rings = |function: &PciTransport| {
+        routing.doorbells.lock().unwrap()[&(BAR + bar::NOTIFY)].write(1).unwrap();
+        function.doorbells()[0].read().is_ok()
+    };
+    assert!(rings(&second), "not the first one's");
+    // They exchange their addresses.
+    first.write_config(0x10, &(BAR as u32 + 0x8000).to_le_bytes());
+    first.write_config(0x04, &[6, 0]);
+    let doorbells: Vec<u64> = routing.doorbells.lock().unwrap().keys().copied().collect();
+    assert_eq!((rings(&second), doorbells), (true, vec![BAR + bar::NOTIFY, BAR + 0x8000 + bar::NOTIFY]));
+}
+
+#[test]
+fn a_queue_that_is_polled_after_a_reset_sends_nothing() {
+    let (function, routing) = with_vector();
+    for status in [0, 1, 3] {
+        function.write_bar(DEVICE_STATUS, &[status]);
+    }
+    function.write_bar(DRIVER_FEATURE_SELECT, &1_u32.to_le_bytes());
+    function.write_bar(DRIVER_FEATURE, &1_u32.to_le_bytes());
+    function.write_bar(DEVICE_STATUS, &[11]);
+    assert_eq!(connected(&routing), [FIRST_GSI, FIRST_GSI + 1]);
+    function.write_bar(DEVICE_STATUS, &[15]);
+    assert_eq!(connected(&routing), [0; 0]);
 }
 
 #[test]
