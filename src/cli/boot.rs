@@ -250,8 +250,10 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
             ("aio", "auto") => disk.aio = Aio::Auto,
             ("aio", "io_uring") => disk.aio = Aio::IoUring,
             ("aio", "threads") => disk.aio = Aio::Threads,
-            ("backing_format", "raw") => disk.backing.last_mut().ok_or_else(unknown)?.format = Some(Format::Raw),
-            ("backing_format", "qcow2") => disk.backing.last_mut().ok_or_else(unknown)?.format = Some(Format::Qcow2),
+            ("backing_format", format @ ("raw" | "qcow2")) => {
+                let backing = disk.backing.last_mut().ok_or("backing_format= must follow a backing=")?;
+                backing.format = Some(if format == "raw" { Format::Raw } else { Format::Qcow2 });
+            }
             ("id", id) => disk.id = Some(id.to_owned()),
             ("block_size", text) => disk.block_bytes = Some(text.parse().map_err(|_| unknown())?),
             ("bps", text) => disk.rate.bytes_per_second = Some(size::bytes(text)?),

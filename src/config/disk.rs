@@ -56,7 +56,7 @@ pub struct DiskConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackingConfig {
-    /// Image file or block device.
+    /// Image file, or a block device if it is raw.
     pub path: PathBuf,
     /// The format, unless it follows from the name, as for a disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::fs::{self, AtFlags, OFlags, StatxFlags};
 
-use crate::backend::disk::{Alignment, Backing, PlainDisk, Qcow2Disk, UringDisk};
+use crate::backend::disk::{Alignment, Backing, PlainDisk, Qcow2Disk, Refusal, UringDisk};
 use crate::config::{Aio, BackingConfig, Cache, DISK_BLOCK_BYTES, DiskConfig, Format, Rate};
 use crate::sys;
 
@@ -59,7 +59,7 @@ pub enum DiskImage {
 pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     let DiskConfig { path, readonly, id, cache, aio, queues, backing, rate, .. } = config;
     let name = path.display();
-    // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened. It has no effect on disks.
+    // Without O_NONBLOCK, opening a FIFO blocks until the other end is opened.
     let opened = File::options().read(true).write(!readonly).custom_flags(libc::O_NONBLOCK).open(path);
     let file = match opened {
         Err(error) if error.kind() == ErrorKind::IsADirectory => bail!("disk {name} is a directory"),
@@ -71,6 +71,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
         opened => opened.with_context(|| format!("open disk {name}"))?,
     };
     let block_device = is_block_device(&file, path)?;
+    clear_nonblock(&file).with_context(|| format!("open disk {name}"))?;
     lock(&file, path, *readonly)?;
     let direct = match cache {
         Cache::Writeback => None,
@@ -78,7 +79,7 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
     };
     let (block_bytes, physical_block_bytes) = block_sizes(config, &file, block_device, direct)?;
     if config.format.is_none() && config.format() == Format::Raw {
-        warn_of_format(&file, path);
+        warn_of_format(&file, path, "format");
     }
     let (image, capacity_bytes) = match config.format() {
         Format::Raw => {
@@ -103,8 +104,8 @@ pub fn open(config: &DiskConfig) -> Result<DiskFile> {
             ensure!(direct.is_none(), "disk {name} is a qcow2 image, which needs the page cache: remove cache=none");
             ensure!(!block_device, "disk {name} is a block device, and qcow2 needs a file that can grow");
             let backing = open_backing(backing)?;
-            let image =
-                Qcow2Disk::open(file, *readonly, backing).map_err(|refusal| anyhow!("disk {name} {refusal}"))?;
+            let image = Qcow2Disk::open(file, *readonly, backing)
+                .map_err(|refusal| anyhow!("disk {name} {}", refusal.of(path)))?;
             let capacity_bytes = image.capacity_bytes();
             (DiskImage::Qcow2(Box::new(image)), capacity_bytes)
         }
@@ -170,22 +171,35 @@ fn open_backing(chain: &[BackingConfig]) -> Result<Option<Backing>> {
         let (path, name) = (&config.path, config.path.display());
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         let file = file.with_context(|| format!("open backing file {name}"))?;
-        is_block_device(&file, path)?;
+        let block_device = is_block_device(&file, path)?;
         lock(&file, path, true)?;
         if config.format.is_none() && config.format() == Format::Raw {
-            warn_of_format(&file, path);
+            warn_of_format(&file, path, "backing_format");
         }
         below = Some(match (config.format(), below) {
             (Format::Raw, None) => Backing::raw(file).with_context(|| format!("open backing file {name}"))?,
             (Format::Raw, Some(_)) => {
                 bail!("backing file {name} is raw and has none itself: remove the `backing=` after it")
             }
-            (Format::Qcow2, below) => {
-                Backing::qcow2(file, below).map_err(|refusal| anyhow!("backing file {name} {refusal}"))?
+            (Format::Qcow2, _) if block_device => {
+                bail!("backing file {name} is a block device, and a qcow2 backing file must be a regular file")
             }
+            (Format::Qcow2, below) => Backing::qcow2(file, below).map_err(|refusal| match refusal {
+                Refusal::NotQcow2 => {
+                    anyhow!(
+                        "backing file {name} is not a qcow2 image (add `,backing_format=raw` after it if it is raw)"
+                    )
+                }
+                refusal => anyhow!("backing file {name} {}", refusal.of(path)),
+            })?,
         });
     }
     Ok(below)
+}
+
+/// Clears O_NONBLOCK, with which io_uring fails requests that would block.
+fn clear_nonblock(file: &File) -> Result<()> {
+    Ok(fs::fcntl_setfl(file, fs::fcntl_getfl(file)? - OFlags::NONBLOCK)?)
 }
 
 /// Whether `file` is a block device. Fails if it is no disk.
@@ -207,16 +221,16 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<()> {
 }
 
 /// Warns if a file that is used as raw by default looks like another format. It is only a warning: a guest may have
-/// written those bytes.
-fn warn_of_format(file: &File, path: &Path) {
+/// written those bytes. `option` is the one that sets the format.
+fn warn_of_format(file: &File, path: &Path, option: &str) {
     let name = path.display();
     match format_by_contents(file) {
         Some("qcow2") => log::warn!(
-            "disk {name} looks like a qcow2 image but is used as raw: add `,format=qcow2` if it is one, or `,format=raw`"
+            "disk {name} looks like a qcow2 image but is used as raw: add `,{option}=qcow2` if it is one, or `,{option}=raw`"
         ),
         Some(format) => log::warn!(
             "disk {name} looks like {format} but is used as raw: convert it with `qemu-img convert -O qcow2 {name} \
-             NEW.qcow2`, or add `,format=raw`"
+             NEW.qcow2`, or add `,{option}=raw`"
         ),
         None => {}
     }
@@ -355,6 +369,19 @@ mod tests {
         drop(_machines);
         let _writer = open_once_free(base.path(), false);
         assert_eq!(over(&first, &[base.path()]).unwrap_err(), in_use);
+    }
+
+    #[test]
+    fn a_backing_file_is_named_relative_to_its_image_and_with_its_own_options() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        File::create(at("base.img")).unwrap().set_len(1 << 20).unwrap();
+        let Some(top) = overlay(Path::new("base.img"), &at("top.qcow2")) else { return };
+        let line = refusal(&top, true);
+        assert!(line.ends_with(&format!("add `,backing={}`", at("base.img").display())), "{line}");
+        let backing = BackingConfig { path: at("base.img"), format: Some(Format::Qcow2) };
+        let line = open(&DiskConfig { backing: vec![backing], ..config(&top, true) }).unwrap_err().to_string();
+        assert!(line.contains("is not a qcow2 image (add `,backing_format=raw` after it"), "{line}");
     }
 
     #[test]

@@ -3,9 +3,12 @@
 //! The image and its backing files, if any, are already open: what the image itself refers to is never opened. `check.rs`
 //! first examines all of its tables, so that they contain only entries that were validated or written here.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use super::{BlockingDisk, Request};
 use crate::foreign;
@@ -95,6 +98,21 @@ pub enum Refusal {
     /// An I/O error or invalid data.
     #[error("cannot be used as qcow2: {0}")]
     Bad(#[from] io::Error),
+}
+
+impl Refusal {
+    /// The same with names that do not depend on the place of the image at `path`: an image stores the name of its
+    /// backing file relative to its own directory.
+    pub fn of(mut self, path: &Path) -> Refusal {
+        if let (Refusal::BackingFile(BackingName { name, .. }), Some(dir)) = (&mut self, path.parent())
+            && !name.starts_with(b"/")
+            // A protocol, such as `nbd:`.
+            && !name.contains(&b':')
+        {
+            *name = dir.join(OsStr::from_bytes(name)).into_os_string().into_vec();
+        }
+        self
+    }
 }
 
 /// A qcow2 disk. Dropping it writes cached changes.
