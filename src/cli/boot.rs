@@ -347,8 +347,10 @@ mod tests {
         assert_eq!(disk("/x y.img,backing=/a b,backing_format=qcow2,backing=c.img".into()), Ok(wanted));
         let wanted = DiskConfig { queues: 4, ..plain.clone() };
         assert_eq!(disk("/x y.img,num_queues=4".into()), Ok(wanted));
+        let first = disk("x.img,backing_format=raw,backing=y".into()).unwrap_err();
+        assert_eq!(first, "backing_format= must follow a backing=");
         for wrong in [
-            "backing_format=raw",
+            "backing_format=vmdk",
             "num_queues=many",
             "cache=unsafe",
             "aio=native",
