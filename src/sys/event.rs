@@ -1,8 +1,6 @@
 //! Event counters between threads, and between husk and the kernel.
-#![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -11,14 +9,10 @@ pub fn create() -> io::Result<EventFd> {
     EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
 }
 
-/// The descriptor of an event counter.
-pub fn fd(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open for as long as `event` is borrowed.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[test]

@@ -275,7 +275,7 @@ impl DiskBackend for UringDisk {
     }
 
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(sys::event::fd(&self.event))
+        Some(sys::event_fd(&self.event))
     }
 
     fn drain(&mut self) {
