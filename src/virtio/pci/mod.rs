@@ -281,28 +281,25 @@ impl Registers {
         self.doorbells.place(self.bar_address().map(|address| address + bar::NOTIFY), responds)
     }
 
-    /// The access to the BAR that the window's registers describe: offset and length.
-    fn window(&self) -> Option<(u64, usize)> {
+    /// The offset in the BAR that an access of `len` bytes to the configuration space at `offset` refers to, if it is one to
+    /// the window's data and its registers describe such an access (§4.1.4.9).
+    fn through_window(&self, offset: u64, len: usize) -> Option<u64> {
+        let data_at = self.window_at + window::DATA as u64;
+        if !(data_at..data_at + 4).contains(&offset) {
+            return None;
+        }
         let at = self.window_at as usize;
         let [bar] = self.space.register(at + window::BAR);
-        let offset = u32::from_le_bytes(self.space.register(at + window::OFFSET));
-        let len = u32::from_le_bytes(self.space.register(at + window::LENGTH));
-        (bar == 0 && matches!(len, 1 | 2 | 4)).then_some((offset.into(), len as usize))
-    }
-
-    /// Whether `offset` is in the window's data.
-    fn is_window_data(&self, offset: u64) -> bool {
-        offset.checked_sub(self.window_at + window::DATA as u64).is_some_and(|at| at < 4)
+        let bar_offset = u32::from_le_bytes(self.space.register(at + window::OFFSET));
+        let described = u32::from_le_bytes(self.space.register(at + window::LENGTH));
+        (bar == 0 && matches!(described, 1 | 2 | 4) && described as usize == len).then_some(bar_offset.into())
     }
 }
 
 impl Function for PciTransport {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let registers = self.lock();
-        if registers.is_window_data(offset)
-            && let Some((offset, len)) = registers.window()
-            && len == data.len()
-        {
+        if let Some(offset) = registers.through_window(offset, data.len()) {
             drop(registers);
             return self.read_bar(offset, data);
         }
@@ -311,10 +308,7 @@ impl Function for PciTransport {
 
     fn write_config(&self, offset: u64, data: &[u8]) {
         let mut registers = self.lock();
-        if registers.is_window_data(offset)
-            && let Some((offset, len)) = registers.window()
-            && len == data.len()
-        {
+        if let Some(offset) = registers.through_window(offset, data.len()) {
             drop(registers);
             return self.write_bar(offset, data);
         }
