@@ -13,7 +13,7 @@ mod window;
 use std::sync::Arc;
 
 pub use config::{ConfigSpace, ConfigState, Identity};
-pub use msix::{CONFIG_BYTES as MSIX_CONFIG_BYTES, Msix, MsixState, NO_VECTOR, TABLE_ENTRY_BYTES};
+pub use msix::{Msix, MsixState, NO_VECTOR};
 pub use ports::Ports;
 pub use window::{Ecam, Window};
 

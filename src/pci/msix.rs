@@ -17,9 +17,9 @@ use crate::irq::{EventRouting, MsiMessage};
 /// The vector of a source that raises no interrupts (virtio 1.2 §4.1.5.1.2).
 pub const NO_VECTOR: u16 = 0xffff;
 /// The size of an entry of the table (§6.8.2, figure 6-11).
-pub const TABLE_ENTRY_BYTES: u64 = 16;
+const TABLE_ENTRY_BYTES: u64 = 16;
 /// The capability's bytes after its header: message control, and the places of table and pending bits.
-pub const CONFIG_BYTES: usize = 10;
+const CONFIG_BYTES: usize = 10;
 
 /// Message control (§6.8.2.3): enables MSI-X.
 const ENABLE: u16 = 1 << 15;
@@ -120,7 +120,7 @@ impl Msix {
     }
 
     /// The bits of message control that a guest can write, for the first bytes of the capability.
-    pub const WRITABLE: [u8; 2] = ((ENABLE | FUNCTION_MASK).to_le_bytes());
+    pub const WRITABLE: [u8; 2] = (ENABLE | FUNCTION_MASK).to_le_bytes();
 
     /// Sets message control after a guest's write to it.
     pub fn set_control(&mut self, control: u16) {

@@ -87,11 +87,6 @@ impl<B: IoVecs> Ring<B> {
         Ok(Ring { ring, file, in_flight, free_slots: (0..size.into()).collect() })
     }
 
-    /// Whether as many operations are in flight as there can be.
-    pub fn is_full(&self) -> bool {
-        self.free_slots.is_empty()
-    }
-
     /// Whether no operation is in flight.
     pub fn is_idle(&self) -> bool {
         self.free_slots.len() == self.in_flight.len()
