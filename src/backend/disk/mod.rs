@@ -7,6 +7,7 @@ use crate::memory::GuestBuffers;
 
 mod blocking;
 mod direct;
+mod loss;
 mod plain;
 mod qcow2;
 #[cfg(test)]

@@ -6,22 +6,24 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::direct::{self, Alignment};
+use super::loss::Loss;
 use super::{BlockingDisk, Operation, Request, write_zeroes_out};
 use crate::sys;
 
-/// A raw image or a block device, accessed through the host's page cache or directly.
+/// A raw image or a block device, accessed through the host's page cache or directly. Clones are queues of the same disk.
 #[derive(Debug, Clone)]
 pub struct PlainDisk {
     file: Arc<File>,
     block_device: bool,
     /// What direct transfers must comply with; `None` with the page cache.
     direct: Option<Alignment>,
+    loss: Loss,
 }
 
 impl PlainDisk {
     /// Creates a disk from `file`, a block device or a regular file.
     pub fn new(file: File, block_device: bool) -> PlainDisk {
-        PlainDisk { file: Arc::new(file), block_device, direct: None }
+        PlainDisk { file: Arc::new(file), block_device, direct: None, loss: Loss::default() }
     }
 
     /// The same for a file that is open with O_DIRECT, which demands `alignment`.
@@ -47,6 +49,11 @@ impl PlainDisk {
     /// Whether it is a block device.
     pub fn is_block_device(&self) -> bool {
         self.block_device
+    }
+
+    /// What to report about a flush that ended with `result`. Without a cache, nothing but the flush itself has failed.
+    pub fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        if self.is_direct() { result } else { self.loss.after_flush(result) }
     }
 
     /// Repeats `call`, which may process less than requested, until all buffers are consumed.
@@ -109,7 +116,7 @@ impl BlockingDisk for PlainDisk {
             Operation::Write => self
                 .transfer(request, |file, request| sys::disk::write_at(file, &request.buffers, request.offset_bytes)),
             // `File::flush` would do nothing.
-            Operation::Flush => self.file.sync_data(),
+            Operation::Flush => self.flushed(self.file.sync_data()),
             Operation::Discard { len_bytes: 0 } | Operation::WriteZeroes { len_bytes: 0, .. } => Ok(()),
             Operation::Discard { len_bytes } => self.discard(offset_bytes, len_bytes),
             Operation::WriteZeroes { len_bytes, unmap } => self.write_zeroes(offset_bytes, len_bytes, unmap),

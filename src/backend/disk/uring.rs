@@ -210,14 +210,18 @@ impl UringDisk {
                         continue;
                     }
                     let is_whole = request.buffers.len_bytes() == 0;
-                    let result = if is_whole { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+                    let result = match operation {
+                        Operation::Flush => self.plain.flushed(Ok(())),
+                        _ if is_whole => Ok(()),
+                        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+                    };
                     self.done.push_back(Completion { request, result });
                 }
                 Err(error) => {
-                    let result = if is_final(&error, operation, self.plain.is_direct()) {
-                        Err(error)
-                    } else {
-                        self.plain.execute(&mut request)
+                    let result = match operation {
+                        _ if !is_final(&error, operation, self.plain.is_direct()) => self.plain.execute(&mut request),
+                        Operation::Flush => self.plain.flushed(Err(error)),
+                        _ => Err(error),
                     };
                     self.done.push_back(Completion { request, result });
                 }

@@ -1,7 +1,7 @@
 //! What an image reads where it has no data of its own: a raw or qcow2 disk that nobody writes to.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 
 use super::Refusal;
 use super::image::Qcow2Image;
@@ -24,9 +24,8 @@ enum Content {
 impl Backing {
     /// The plain content of `file`, a file or a block device.
     pub fn raw(file: File) -> io::Result<Backing> {
-        // The metadata of a block device does not contain its size.
-        let capacity_bytes = (&file).seek(SeekFrom::End(0))?;
-        Ok(Backing { content: Content::Raw(Medium::new(file)?), capacity_bytes })
+        let medium = Medium::new(file)?;
+        Ok(Backing { capacity_bytes: medium.len_bytes(), content: Content::Raw(medium) })
     }
 
     /// The qcow2 image in `file`, with a backing file of its own, or none.

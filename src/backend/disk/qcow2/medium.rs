@@ -1,9 +1,10 @@
 //! The image file: all system calls on it, and its current length.
 
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
+use super::super::loss::Loss;
 use super::super::{ZEROES, write_zeroes_out};
 use crate::memory::GuestBuffers;
 use crate::sys;
@@ -12,8 +13,9 @@ use crate::sys;
 #[derive(Debug)]
 pub struct Medium {
     file: File,
-    /// The file's length; it reads as zeroes beyond.
+    /// The file's length, unless another process truncated it; it reads as zeroes beyond.
     len_bytes: u64,
+    loss: Loss,
     /// Records operations on the file, for power failure tests.
     #[cfg(test)]
     pub log: Option<super::power_cut::Log>,
@@ -22,10 +24,12 @@ pub struct Medium {
 impl Medium {
     /// Creates a medium from `file`.
     pub fn new(file: File) -> io::Result<Medium> {
-        let len_bytes = file.metadata()?.len();
+        // The metadata of a block device does not contain its size.
+        let len_bytes = (&file).seek(SeekFrom::End(0))?;
         Ok(Medium {
             file,
             len_bytes,
+            loss: Loss::default(),
             #[cfg(test)]
             log: None,
         })
@@ -36,12 +40,19 @@ impl Medium {
         &self.file
     }
 
-    /// Reads `bytes` from the file, with zeroes beyond its end.
+    /// The file's length.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Reads `bytes` from the file, with zeroes beyond its end. A truncated file is an error.
     pub fn read(&self, bytes: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         let mut done = 0;
         while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match self.file.read_at(rest, offset_bytes + done as u64) {
+            let at = offset_bytes + done as u64;
+            match self.file.read_at(rest, at) {
                 Ok(0) => {
+                    self.check_end(at)?;
                     rest.fill(0);
                     break;
                 }
@@ -53,11 +64,14 @@ impl Medium {
         Ok(())
     }
 
-    /// Fills `buffers` from the file, with zeroes beyond its end.
+    /// Fills `buffers` from the file, with zeroes beyond its end. A truncated file is an error.
     pub fn read_into(&self, buffers: &mut GuestBuffers, mut offset_bytes: u64) -> io::Result<()> {
         while buffers.len_bytes() > 0 {
             match sys::disk::read_at(&self.file, buffers, offset_bytes)? {
-                0 => fill_with_zeroes(buffers),
+                0 => {
+                    self.check_end(offset_bytes)?;
+                    fill_with_zeroes(buffers);
+                }
                 count => {
                     buffers.advance(count);
                     offset_bytes += count as u64;
@@ -65,6 +79,11 @@ impl Medium {
             }
         }
         Ok(())
+    }
+
+    /// Fails if there is nothing at `offset_bytes` because another process truncated the file.
+    fn check_end(&self, offset_bytes: u64) -> io::Result<()> {
+        if offset_bytes < self.len_bytes { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
 
     /// Writes all of `bytes`.
@@ -127,7 +146,7 @@ impl Medium {
 
     /// Makes all writes durable.
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()?;
+        self.loss.after_flush(self.file.sync_data())?;
         #[cfg(test)]
         if let Some(log) = &self.log {
             log.sync();

@@ -12,6 +12,7 @@ use crate::memory::GuestBuffers;
 use crate::memory::{self, GuestMemory};
 
 mod backing;
+mod truncated;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 64 * MIB;
