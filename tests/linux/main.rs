@@ -6,6 +6,7 @@
 
 mod disk;
 mod ends;
+mod faults;
 #[path = "../run/guests.rs"]
 mod guests;
 mod pci;
