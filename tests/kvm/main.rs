@@ -16,6 +16,7 @@ mod cpus;
 mod disk;
 mod full_disk;
 mod kernel;
+mod killed;
 mod life;
 mod machine;
 mod many;

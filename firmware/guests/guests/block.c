@@ -7,6 +7,9 @@ enum {
     SPAN = 64,
     BLOCK_VECTOR = 0x40,
     BLOCK_ID_LEN = 20,
+    /* A record of the journal: blocks of 4 KiB, in flight at once. */
+    RECORD_BLOCKS = 4,
+    RECORD_BLOCK = 4096,
 };
 
 static struct virtio disk;
@@ -211,6 +214,44 @@ static void stamp(void)
     }
 }
 
+/* Writes a record at `sector`, a block per request, and waits until all are complete. */
+static void write_record(u64 sector)
+{
+    static struct block_header headers[RECORD_BLOCKS];
+    static volatile u8 statuses[RECORD_BLOCKS];
+    for (unsigned i = 0; i < RECORD_BLOCKS; i++) {
+        headers[i] = (struct block_header){BLOCK_OUT, 0, sector + i * (RECORD_BLOCK / SECTOR)};
+        statuses[i] = BLOCK_UNTOUCHED;
+        set_descriptor(&queue, 3 * i, &headers[i], sizeof headers[i], DESC_NEXT, 3 * i + 1);
+        set_descriptor(&queue, 3 * i + 1, written + i * RECORD_BLOCK, RECORD_BLOCK, DESC_NEXT, 3 * i + 2);
+        set_descriptor(&queue, 3 * i + 2, &statuses[i], 1, DESC_WRITE, 0);
+        queue_offer(&queue, 3 * i);
+    }
+    queue_ring(&queue);
+    struct used_entry entry;
+    for (unsigned i = 0; i < RECORD_BLOCKS; i++)
+        CHECK(queue_wait(&queue, &entry));
+    for (unsigned i = 0; i < RECORD_BLOCKS; i++)
+        CHECK(statuses[i] == BLOCK_OK);
+}
+
+/* Appends records until the disk is full: record n consists of bytes n, and each sector of it starts with n and ends with ~n.
+ * Prints n once a flush has followed. */
+static void journal(void)
+{
+    u64 sectors = RECORD_BLOCKS * RECORD_BLOCK / SECTOR;
+    for (u64 number = 1; number * sectors <= block_capacity(&disk); number++) {
+        memset(written, number, sectors * SECTOR);
+        for (u64 i = 0; i < sectors; i++) {
+            *(u64 *)(written + i * SECTOR) = number;
+            *(u64 *)(written + (i + 1) * SECTOR - 8) = ~number;
+        }
+        write_record((number - 1) * sectors);
+        CHECK(block_request(&queue, BLOCK_FLUSH, 0, NULL, 0, NULL) == BLOCK_OK);
+        print("durable %u\n", number);
+    }
+}
+
 int guest_main(void)
 {
     block_start(argument_number("disk", 0), &disk, &queue);
@@ -237,6 +278,8 @@ int guest_main(void)
         by_interrupt();
     else if (told_to("stamp"))
         stamp();
+    else if (told_to("journal"))
+        journal();
     else if (told_to("hold")) {
         print("ready\n");
         stop();
