@@ -1,8 +1,8 @@
 //! Disks from a guest's driver to the host's file: supported requests, rejected ones, and robustness.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use crate::husk::{self, boot, disk_image, is_emulated};
 use husk_guests as guests;
@@ -120,6 +120,50 @@ fn a_block_device_is_a_disk_that_discards_and_zeroes() {
             boot(guests::BLOCK, &format!("do={what}")).disk(Path::new(&device.0), options).run().expect(0);
         }
     }
+}
+
+/// A system call filter that refuses io_uring_setup(2), as container runtimes do and `kernel.io_uring_disabled` does.
+fn forbid_io_uring(dir: &Path) -> PathBuf {
+    const IO_URING_SETUP: u32 = 425;
+    // linux/filter.h, linux/seccomp.h: load the number; if it is this one, return EPERM; allow all others.
+    let program: [(u16, u8, u8, u32); 4] =
+        [(0x20, 0, 0, 0), (0x15, 0, 1, IO_URING_SETUP), (0x06, 0, 0, 0x0005_0001), (0x06, 0, 0, 0x7fff_0000)];
+    let bytes: Vec<u8> = program
+        .iter()
+        .flat_map(|(code, if_true, if_false, value)| {
+            [&code.to_le_bytes()[..], &[*if_true, *if_false], &value.to_le_bytes()].concat()
+        })
+        .collect();
+    let path = dir.join("filter");
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// The lab's kernel has no `kernel.io_uring_disabled`, and another machine's must not be changed: bubblewrap applies a filter.
+#[test]
+fn without_io_uring_a_disk_uses_blocking_calls_and_says_so() {
+    needs_kvm!();
+    if Command::new("bwrap").arg("--version").output().is_err() {
+        return eprintln!("SKIPPED: this test needs bwrap (Debian package bubblewrap)");
+    }
+    let (dir, disk) = disk_image(MIB);
+    let filter = forbid_io_uring(dir.path());
+    let run = |options: &str, words: &[&str]| {
+        let husk = boot(guests::BLOCK, "do=round-trip").disk(&disk, options).command();
+        let script = r#"exec bwrap --dev-bind / / --seccomp 3 "$@" 3<"$0""#;
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(&filter).arg(husk.get_program()).args(husk.get_args()).args(words);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        (output.status.code(), husk::own_lines(&output.stderr))
+    };
+    let reason = "Operation not permitted";
+    let (code, log) = run("", &["-v"]);
+    let line = format!("io_uring is not available, so disks use blocking calls: {reason}");
+    assert_eq!((code, log.matches(&line).count()), (Some(0), 1), "{log}");
+    assert_eq!(run(",aio=threads", &[]), (Some(0), String::new()));
+    assert_eq!(run("", &[]), (Some(0), String::new()), "it is as good");
+    let refusal = format!("disk {} cannot use io_uring on this host: remove aio=io_uring: {reason}", disk.display());
+    assert_eq!(run(",aio=io_uring", &[]), (Some(1), format!("husk: {refusal}\n")));
 }
 
 #[test]
