@@ -1,4 +1,4 @@
-//! A disk's configuration, from `--disk` or a configuration file, opened by `resources/disk.rs`.
+//! A disk's configuration, from `--disk` or a configuration file, opened by `resources/disk/`.
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};

@@ -65,7 +65,7 @@ pub struct Resources {
 pub fn open(config: &MachineConfig) -> Result<Resources> {
     let KernelImage { kernel, initrd, cmdline: kernel_words } = kernel::open(&config.kernel)?;
     let initrd = config.initrd.as_deref().map_or(Ok(initrd), |path| open_initrd(path).map(Some))?;
-    let disks = config.disks.iter().map(disk::open).collect::<Result<Vec<_>>>()?;
+    let disks = disk::open_all(&config.disks)?;
     let kvm = open_kvm()?;
     // Last, since only these have side effects.
     let cgroup_limits = CgroupLimits::new(&ResourceLimits {
