@@ -1,7 +1,7 @@
 //! Opens and locks disks: raw files, qcow2 files and block devices.
 //!
 //! ```text
-//! DiskConfig ─> open, lock ─ block sizes, format ─┬ raw ─> PlainDisk ─────────────┬─> DiskFile
+//! DiskConfig ─ twice ─> open, lock ─ block sizes, format ─┬ raw ─> PlainDisk ─────────────┬─> DiskFile
 //!                                                         └ qcow2, backing ─> Qcow2Disk ──┘
 //! ```
 
@@ -9,6 +9,7 @@ mod backing;
 mod format;
 #[cfg(test)]
 mod tests;
+mod twice;
 
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Seek, SeekFrom};
@@ -64,8 +65,10 @@ pub enum DiskImage {
     Qcow2(Box<Qcow2Disk>),
 }
 
-/// Opens the disks of a machine, in order, as [`open`] does.
+/// Opens the disks of a machine, in order, as [`open`] does. Fails if the machine would use a file twice, unless it only reads
+/// it.
 pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<DiskFile>> {
+    twice::check(configs)?;
     configs.iter().map(open).collect()
 }
 

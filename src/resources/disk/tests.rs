@@ -108,3 +108,11 @@ fn a_disk_that_needs_the_page_cache_refuses_to_do_without() {
         Err(error) => eprintln!("SKIPPED: no direct access to temporary files here: {error:#}"),
     }
 }
+
+#[test]
+fn a_disk_that_is_given_twice_is_not_in_use_by_another_process() {
+    let image = image(512);
+    let line = open_all(&[config(image.path(), false), config(image.path(), true)]).unwrap_err().to_string();
+    assert_eq!(line, format!("disk {} is given twice: remove one, or add `,ro` to both", image.path().display()));
+    assert_eq!(open_all(&[config(image.path(), true), config(image.path(), true)]).unwrap().len(), 2);
+}
