@@ -17,7 +17,7 @@ impl Loss {
         if result.is_err() {
             self.0.store(true, Ordering::Relaxed);
         } else if self.0.load(Ordering::Relaxed) {
-            return Err(io::Error::other("an earlier flush failed, and the host no longer has what it was to write"));
+            return Err(io::Error::other("an earlier flush failed: the host has lost writes"));
         }
         result
     }

@@ -65,8 +65,8 @@ pub enum DiskImage {
     Qcow2(Box<Qcow2Disk>),
 }
 
-/// Opens the disks of a machine, in order, as [`open`] does. Fails if the machine would use a file twice, unless it only reads
-/// it.
+/// Opens the disks of a machine, in order, and locks them. Fails if the machine would use a file twice, unless it only
+/// reads it.
 pub fn open_all(configs: &[DiskConfig]) -> Result<Vec<DiskFile>> {
     twice::check(configs)?;
     configs.iter().map(open).collect()
