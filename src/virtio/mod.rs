@@ -140,6 +140,12 @@ pub trait QueueHandler: Send {
     /// start. A call does a bounded amount of work, so that a stop request is noticed soon.
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError>;
 
+    /// Whether the worker may poll for some microseconds before it sleeps: no other queue and no host event has to wait
+    /// meanwhile.
+    fn may_poll(&self) -> bool {
+        false
+    }
+
     /// File descriptors that become readable or writable on events of the host side. They are watched edge-triggered
     /// until the next [`QueueHandler::update_offload`] or the end of the run.
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {

@@ -393,6 +393,12 @@ impl Virtqueue {
         Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
+    /// Whether chains are available. False if the ring is broken, which is reported when the next chain is taken.
+    pub fn has_available(&self) -> bool {
+        let index = || self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+        self.is_served() && index().is_ok_and(|index| index.0 != self.queue.next_avail())
+    }
+
     /// Disables notifications from the driver while the queue is being processed.
     pub fn disable_notification(&mut self) -> Result<(), RingError> {
         if self.is_served() {

@@ -21,6 +21,9 @@ use super::{Interrupt, Notifiers, Progress, QueueHandler, StateMismatch, Virtque
 use crate::sandbox;
 use crate::sys::event;
 
+use idle_poll::IdlePoll;
+
+mod idle_poll;
 #[cfg(test)]
 mod tests;
 
@@ -280,9 +283,10 @@ fn serve(
     let mut events = [EpollEvent::default(); 16];
     // Doorbells from before this run are unknown, so each queue is checked once.
     let mut due = vec![true; queues.len()];
+    let mut poll = IdlePoll::default();
     loop {
         for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
-            *due = turn(index, handler, queues, notifiers)?;
+            *due = turn(index, handler, queues, notifiers, &mut poll)?;
         }
         if !handler.offload_is_current()? {
             return Ok(Until::OffloadChanged);
@@ -292,6 +296,7 @@ fn serve(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             count => count?,
         };
+        poll.woken();
         for event in events.iter().take(count) {
             match event.data() {
                 STOP => return Ok(Until::Stopped),
@@ -308,6 +313,7 @@ fn turn(
     handler: &mut dyn QueueHandler,
     queues: &mut [Virtqueue],
     notifiers: &Notifiers,
+    poll: &mut IdlePoll,
 ) -> anyhow::Result<bool> {
     if queues[index].is_offloaded() {
         return Ok(false);
@@ -316,6 +322,7 @@ fn turn(
     let left = handler.process(index, queues)?;
     signal(queues, notifiers)?;
     match left {
+        Progress::Drained if handler.may_poll() && poll.wait(|| queues[index].has_available()) => Ok(true),
         Progress::Drained => Ok(queues[index].enable_notification()?),
         Progress::More => Ok(true),
         Progress::Blocked => Ok(false),

@@ -392,6 +392,10 @@ impl QueueHandler for Block {
         left
     }
 
+    fn may_poll(&self) -> bool {
+        self.free_tokens.len() == self.in_flight.len()
+    }
+
     fn wake_fds(&self) -> Vec<BorrowedFd<'_>> {
         self.disk.completion_fd().into_iter().chain([self.limiter.wake_fd()]).collect()
     }
