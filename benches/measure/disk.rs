@@ -1,11 +1,11 @@
 //! Block I/O from a guest driver at CPL 3 through the whole block device to a file, compared with plain system calls and
-//! a loop around io_uring on the same file.
+//! a loop around io_uring on the same file: through the host's page cache, and without it (O_DIRECT).
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -16,18 +16,31 @@ use crate::{Target, boot, exits, median, output_of, report, wakeup};
 
 const BLOCK: usize = 4096;
 const FILE_BLOCKS: u64 = 16 << 10;
-const REQUESTS: u64 = 40_000;
+/// Requests of a run, from the page cache and from the disk.
+const CACHED_REQUESTS: u64 = 40_000;
+const UNCACHED_REQUESTS: u64 = 8_000;
 const RUNS: usize = 5;
 const DEPTH: u32 = 32;
 
-/// What a request does, and in which order.
+/// A buffer that direct I/O accepts.
+#[repr(align(4096))]
+struct Buffer([u8; BLOCK]);
+
+/// What a request does, in which order, and whether the host caches the file.
 #[derive(Clone, Copy)]
 struct Load {
     kind: &'static str,
     order: &'static str,
+    cached: bool,
 }
 
-/// 4 KiB reads and writes, random and sequential, at queue depth 1 and 32.
+impl Load {
+    fn requests(self) -> u64 {
+        if self.cached { CACHED_REQUESTS } else { UNCACHED_REQUESTS }
+    }
+}
+
+/// 4 KiB reads and writes, random and sequential, at queue depth 1 and 32, cached and not.
 pub fn block_device() -> Result<()> {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let path = dir.path().join("disk.img");
@@ -36,16 +49,21 @@ pub fn block_device() -> Result<()> {
         file.write_all(&[0x5a; BLOCK])?;
     }
     file.sync_all()?;
-    for kind in ["read", "write"] {
-        for order in ["random", "sequential"] {
-            measure(&file, &path, Load { kind, order })?;
+    let direct = File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(&path);
+    for (file, cached) in [(Ok(file), true), (direct, false)] {
+        let file = file.context("open the file without a cache: set CARGO_TARGET_DIR to a directory on a disk")?;
+        for kind in ["read", "write"] {
+            for order in ["random", "sequential"] {
+                measure(&file, &path, Load { kind, order, cached })?;
+            }
         }
     }
     Ok(())
 }
 
 fn measure(file: &File, path: &Path, load: Load) -> Result<()> {
-    let Load { kind, order } = load;
+    let Load { kind, order, cached } = load;
+    let name = format!("4 KiB {order} {kind}{}", if cached { "" } else { ", uncached" });
     let (mut plain, mut ring, mut deep, mut single, mut floor) = <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
     for _ in 0..RUNS {
         let call = plain_time(file, load)?;
@@ -57,12 +75,12 @@ fn measure(file: &File, path: &Path, load: Load) -> Result<()> {
     }
     let (plain, ring, deep, single) = (median(plain), median(ring), median(deep), median(single));
     let floor = median(floor);
-    report(&format!("4 KiB {order} {kind}, system call"), plain, "us", Target::None);
-    report(&format!("4 KiB {order} {kind}, io_uring, depth {DEPTH}"), ring, "us", Target::None);
-    report(&format!("4 KiB {order} {kind}, husk, depth {DEPTH}"), deep, "us", Target::None);
+    report(&format!("{name}, system call"), plain, "us", Target::None);
+    report(&format!("{name}, io_uring, depth {DEPTH}"), ring, "us", Target::None);
+    report(&format!("{name}, husk, depth {DEPTH}"), deep, "us", Target::None);
     report("  rate as a share of io_uring's", ring / deep * 100.0, "%", Target::Above(90.0));
     report("  rate as a share of system calls'", plain / deep * 100.0, "%", Target::Above(70.0));
-    report(&format!("4 KiB {order} {kind}, husk, depth 1"), single, "us", Target::None);
+    report(&format!("{name}, husk, depth 1"), single, "us", Target::None);
     report("  time as a share of kick, wakeup and call", single / floor * 100.0, "%", Target::Below(120.0));
     Ok(())
 }
@@ -84,31 +102,31 @@ fn blocks(order: &str) -> impl Iterator<Item = u64> {
 
 /// The time per request of a loop of pread or pwrite.
 fn plain_time(file: &File, load: Load) -> Result<Duration> {
-    let mut buffer = [0x5a; BLOCK];
+    let mut buffer = Buffer([0x5a; BLOCK]);
     let start = Instant::now();
-    for block in blocks(load.order).take(REQUESTS as usize) {
+    for block in blocks(load.order).take(load.requests() as usize) {
         let offset_bytes = block * BLOCK as u64;
         match load.kind {
-            "read" => file.read_exact_at(&mut buffer, offset_bytes)?,
-            _ => file.write_all_at(&buffer, offset_bytes)?,
+            "read" => file.read_exact_at(&mut buffer.0, offset_bytes)?,
+            _ => file.write_all_at(&buffer.0, offset_bytes)?,
         }
     }
-    Ok(start.elapsed() / REQUESTS as u32)
+    Ok(start.elapsed() / load.requests() as u32)
 }
 
 /// The time per request of a loop that keeps a ring of depth [`DEPTH`] full.
 fn ring_time(file: &File, load: Load) -> Result<Duration> {
     let mut ring = IoUring::new(DEPTH)?;
     ring.submitter().register_files(&[file.as_raw_fd()])?;
-    let mut buffers = vec![[0x5a_u8; BLOCK]; DEPTH as usize];
+    let mut buffers: Vec<Buffer> = (0..DEPTH).map(|_| Buffer([0x5a; BLOCK])).collect();
     let mut free: Vec<usize> = (0..DEPTH as usize).collect();
-    let mut blocks = blocks(load.order).take(REQUESTS as usize);
+    let mut blocks = blocks(load.order).take(load.requests() as usize);
     let mut done = 0;
     let start = Instant::now();
-    while done < REQUESTS {
+    while done < load.requests() {
         while let Some(slot) = free.pop() {
             let Some(block) = blocks.next() else { break };
-            let (fd, buffer) = (types::Fixed(0), buffers[slot].as_mut_ptr());
+            let (fd, buffer) = (types::Fixed(0), buffers[slot].0.as_mut_ptr());
             let offset_bytes = block * BLOCK as u64;
             let entry = match load.kind {
                 "read" => opcode::Read::new(fd, buffer, BLOCK as u32).offset(offset_bytes).build(),
@@ -125,14 +143,16 @@ fn ring_time(file: &File, load: Load) -> Result<Duration> {
             done += 1;
         }
     }
-    Ok(start.elapsed() / REQUESTS as u32)
+    Ok(start.elapsed() / load.requests() as u32)
 }
 
 /// The time per request of a guest driver, measured by the guest's clock.
 fn device_time(path: &Path, load: Load, depth: u32) -> Result<Duration> {
-    let Load { kind, order } = load;
-    let mut command = boot(husk_guests::DRIVE, &format!("type={kind} order={order} depth={depth} count={REQUESTS}"));
+    let Load { kind, order, cached } = load;
+    let words = format!("type={kind} order={order} depth={depth} count={}", load.requests());
+    let mut command = boot(husk_guests::DRIVE, &words);
     let mut disk = path.as_os_str().to_owned();
+    disk.push(if cached { "" } else { ",cache=none" });
     // MEASURE_DISK_OPTIONS=,aio=threads compares ways of accessing the file.
     disk.push(std::env::var_os("MEASURE_DISK_OPTIONS").unwrap_or_default());
     command.arg("--disk").arg(disk);
