@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -75,16 +75,21 @@ impl Boot {
     }
 
     /// Starts it.
-    pub fn start(self) -> Running {
-        let stdin = if self.input.is_some() { Stdio::piped() } else { Stdio::null() };
+    pub fn start(mut self) -> Running {
+        let Some(input) = self.input.take() else { return self.start_with(Stdio::null()).0 };
+        let (running, pipe) = self.start_with(Stdio::piped());
+        // A machine that exits early closes the pipe.
+        thread::spawn(move || drop(pipe.unwrap().write_all(&input)));
+        running
+    }
+
+    /// Starts it with this standard input, and returns the other end of a pipe.
+    pub fn start_with(self, stdin: Stdio) -> (Running, Option<ChildStdin>) {
         let mut child = self.command().stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        if let (Some(mut pipe), Some(input)) = (child.stdin.take(), self.input) {
-            // A machine that exits early closes the pipe.
-            thread::spawn(move || drop(pipe.write_all(&input)));
-        }
+        let pipe = child.stdin.take();
         let stdout = Stream::collect(child.stdout.take().unwrap());
         let stderr = Stream::collect(child.stderr.take().unwrap());
-        Running { child: Killed(child), stdout, stderr }
+        (Running { child: Killed(child), stdout, stderr }, pipe)
     }
 
     /// Runs it to its end.
@@ -108,6 +113,12 @@ impl Boot {
 struct Text {
     bytes: Vec<u8>,
     ended: bool,
+}
+
+impl Text {
+    fn has(&self, words: &str) -> bool {
+        self.bytes.windows(words.len()).any(|window| window == words.as_bytes())
+    }
 }
 
 struct Stream {
@@ -135,11 +146,14 @@ impl Stream {
         Stream { text, reader }
     }
 
+    fn has(&self, words: &str) -> bool {
+        self.text.0.lock().unwrap().has(words)
+    }
+
     fn wait_for(&self, words: &str) -> bool {
-        let has = |text: &Text| text.bytes.windows(words.len()).any(|window| window == words.as_bytes());
         let text = self.text.0.lock().unwrap();
-        let (text, _) = self.text.1.wait_timeout_while(text, TIMEOUT, |t| !has(t) && !t.ended).unwrap();
-        has(&text)
+        let (text, _) = self.text.1.wait_timeout_while(text, TIMEOUT, |t| !t.has(words) && !t.ended).unwrap();
+        text.has(words)
     }
 
     fn finish(self) -> Vec<u8> {
@@ -179,6 +193,12 @@ impl Running {
             panic!("the guest never printed {words:?}: {:?}", self.wait());
         }
         self
+    }
+
+    /// Whether the guest has printed `words` by now.
+    #[allow(dead_code)] // not in every test program
+    pub fn has_printed(&self, words: &str) -> bool {
+        self.stdout.has(words)
     }
 
     /// Sends a signal by name.

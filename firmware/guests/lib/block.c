@@ -15,7 +15,7 @@ void block_start(unsigned nth, struct virtio *disk, struct queue *queue)
 
 u64 block_capacity(const struct virtio *disk)
 {
-    return read32(disk->base + REG_CONFIG) | (u64)read32(disk->base + REG_CONFIG + 4) << 32;
+    return read32(disk->config) | (u64)read32(disk->config + 4) << 32;
 }
 
 u8 block_request(struct queue *queue, u32 type, u64 sector, volatile void *data, u32 len, u32 *used_len)

@@ -2,77 +2,183 @@
 #include "virtio.h"
 
 #include "cpu.h"
+#include "pci.h"
+
+enum {
+    /* PCI's common configuration (§4.1.4.3). */
+    COMMON_DEVICE_FEATURE_SELECT = 0x00,
+    COMMON_DEVICE_FEATURE = 0x04,
+    COMMON_DRIVER_FEATURE_SELECT = 0x08,
+    COMMON_DRIVER_FEATURE = 0x0c,
+    COMMON_STATUS = 0x14,
+    COMMON_QUEUE_SELECT = 0x16,
+    COMMON_QUEUE_SIZE = 0x18,
+    COMMON_QUEUE_ENABLE = 0x1c,
+    COMMON_QUEUE_DESC = 0x20,
+    COMMON_QUEUE_DRIVER = 0x28,
+    COMMON_QUEUE_DEVICE = 0x30,
+    /* Capabilities of virtio (§4.1.4). */
+    CAPABILITY_VENDOR = 0x09,
+    CAPABILITY_MSIX = 0x11,
+    CAPABILITY_COMMON = 1,
+    CAPABILITY_NOTIFY = 2,
+    CAPABILITY_DEVICE = 4,
+};
+
+static bool find_mmio(unsigned slot, struct virtio *device)
+{
+    u64 base = VIRTIO_MMIO_BASE + (u64)slot * VIRTIO_MMIO_STRIDE;
+    if (read32(base) != VIRTIO_MAGIC)
+        return false;
+    CHECK(read32(base + REG_VERSION) == 2);
+    *device = (struct virtio){.base = base, .gsi = VIRTIO_FIRST_GSI + slot, .type = read32(base + REG_DEVICE_ID),
+                              .config = base + REG_CONFIG};
+    return true;
+}
+
+static bool find_pci(unsigned slot, struct virtio *device)
+{
+    u64 function = pci_function(slot);
+    if (read16(function) != PCI_VENDOR_VIRTIO)
+        return false;
+    u32 bar = read32(function + PCI_BAR0);
+    *device = (struct virtio){.type = read16(function + PCI_DEVICE_ID) - PCI_DEVICE_VIRTIO, .is_pci = true,
+                              .function = function, .bar = bar};
+    for (u8 at = read8(function + PCI_CAPABILITIES); at; at = read8(function + at + 1)) {
+        u8 id = read8(function + at), kind = read8(function + at + 3);
+        u64 place = bar + read32(function + at + (id == CAPABILITY_MSIX ? 4 : 8));
+        if (id == CAPABILITY_MSIX)
+            device->msix_table = place;
+        else if (id == CAPABILITY_VENDOR && kind == CAPABILITY_COMMON)
+            device->base = place;
+        else if (id == CAPABILITY_VENDOR && kind == CAPABILITY_NOTIFY)
+            device->doorbells = place;
+        else if (id == CAPABILITY_VENDOR && kind == CAPABILITY_DEVICE)
+            device->config = place;
+    }
+    CHECK(device->base && device->doorbells && device->msix_table);
+    return true;
+}
 
 bool virtio_find(u32 type, unsigned nth, struct virtio *device)
 {
-    for (unsigned slot = 0; slot < VIRTIO_SLOTS; slot++) {
-        u64 base = VIRTIO_MMIO_BASE + (u64)slot * VIRTIO_MMIO_STRIDE;
-        if (read32(base) != VIRTIO_MAGIC)
+    /* The host bridge, without which the bus reads as all-ones. */
+    bool is_pci = read32(pci_function(0)) != 0xffffffff;
+    for (unsigned slot = is_pci ? 1 : 0; slot < (is_pci ? PCI_SLOTS : VIRTIO_SLOTS); slot++) {
+        struct virtio found;
+        if (!(is_pci ? find_pci(slot, &found) : find_mmio(slot, &found)))
             continue;
-        CHECK(read32(base + REG_VERSION) == 2);
-        if ((type == VIRTIO_ANY || read32(base + REG_DEVICE_ID) == type) && nth-- == 0) {
-            *device = (struct virtio){base, VIRTIO_FIRST_GSI + slot, 0};
+        if ((type == VIRTIO_ANY || found.type == type) && nth-- == 0) {
+            *device = found;
             return true;
         }
     }
     return false;
 }
 
-bool virtio_start(struct virtio *device, u64 features)
+void virtio_set_status(const struct virtio *device, u8 status)
 {
-    u64 base = device->base;
-    write32(base + REG_STATUS, 0);
-    u64 start = rdtsc();
-    while (read32(base + REG_STATUS) != 0)
-        CHECK(!waited_too_long(start));
-    write32(base + REG_STATUS, STATUS_ACKNOWLEDGE);
-    write32(base + REG_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+    if (device->is_pci)
+        write8(device->base + COMMON_STATUS, status);
+    else
+        write32(device->base + REG_STATUS, status);
+}
+
+u8 virtio_status(const struct virtio *device)
+{
+    return device->is_pci ? read8(device->base + COMMON_STATUS) : read32(device->base + REG_STATUS);
+}
+
+u64 virtio_offered(const struct virtio *device)
+{
+    u64 select = device->base + (device->is_pci ? COMMON_DEVICE_FEATURE_SELECT : REG_DEVICE_FEATURES_SEL);
+    u64 features = device->base + (device->is_pci ? COMMON_DEVICE_FEATURE : REG_DEVICE_FEATURES);
     u64 offered = 0;
     for (u32 half = 0; half < 2; half++) {
-        write32(base + REG_DEVICE_FEATURES_SEL, half);
-        offered |= (u64)read32(base + REG_DEVICE_FEATURES) << 32 * half;
+        write32(select, half);
+        offered |= (u64)read32(features) << 32 * half;
     }
-    device->features = offered & (features | FEATURE(F_VERSION_1));
+    return offered;
+}
+
+void virtio_accept(const struct virtio *device, u64 accepted)
+{
+    u64 select = device->base + (device->is_pci ? COMMON_DRIVER_FEATURE_SELECT : REG_DRIVER_FEATURES_SEL);
+    u64 features = device->base + (device->is_pci ? COMMON_DRIVER_FEATURE : REG_DRIVER_FEATURES);
     for (u32 half = 0; half < 2; half++) {
-        write32(base + REG_DRIVER_FEATURES_SEL, half);
-        write32(base + REG_DRIVER_FEATURES, device->features >> 32 * half);
+        write32(select, half);
+        write32(features, accepted >> 32 * half);
     }
-    write32(base + REG_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
+}
+
+bool virtio_start(struct virtio *device, u64 features)
+{
+    virtio_set_status(device, 0);
+    u64 start = rdtsc();
+    while (virtio_status(device) != 0)
+        CHECK(!waited_too_long(start));
+    virtio_set_status(device, STATUS_ACKNOWLEDGE);
+    virtio_set_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+    device->features = virtio_offered(device) & (features | FEATURE(F_VERSION_1));
+    virtio_accept(device, device->features);
+    virtio_set_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
     return virtio_status(device) & STATUS_FEATURES_OK;
 }
 
-static void write_address(u64 at, const volatile void *address)
+static void select_queue(const struct virtio *device, u16 number)
 {
-    write32(at, (u64)address);
-    write32(at + 4, (u64)address >> 32);
+    if (device->is_pci)
+        write16(device->base + COMMON_QUEUE_SELECT, number);
+    else
+        write32(device->base + REG_QUEUE_SEL, number);
+}
+
+u32 queue_size_max(const struct virtio *device, u16 number)
+{
+    select_queue(device, number);
+    return device->is_pci ? read16(device->base + COMMON_QUEUE_SIZE) : read32(device->base + REG_QUEUE_NUM_MAX);
+}
+
+static void write_address(u64 at, u64 address)
+{
+    write32(at, address);
+    write32(at + 4, address >> 32);
+}
+
+void queue_place(const struct virtio *device, u16 number, u32 size, u64 table, u64 available, u64 used)
+{
+    u64 base = device->base;
+    select_queue(device, number);
+    if (device->is_pci)
+        write16(base + COMMON_QUEUE_SIZE, size);
+    else
+        write32(base + REG_QUEUE_NUM, size);
+    write_address(base + (device->is_pci ? COMMON_QUEUE_DESC : REG_QUEUE_DESC), table);
+    write_address(base + (device->is_pci ? COMMON_QUEUE_DRIVER : REG_QUEUE_DRIVER), available);
+    write_address(base + (device->is_pci ? COMMON_QUEUE_DEVICE : REG_QUEUE_DEVICE), used);
+    if (device->is_pci)
+        write16(base + COMMON_QUEUE_ENABLE, 1);
+    else
+        write32(base + REG_QUEUE_READY, 1);
 }
 
 void queue_start(struct virtio *device, u16 number, u16 size, struct queue *queue)
 {
-    u64 base = device->base;
     memset(queue, 0, sizeof *queue);
-    write32(base + REG_QUEUE_SEL, number);
-    CHECK(read32(base + REG_QUEUE_READY) == 0);
-    u32 max = read32(base + REG_QUEUE_NUM_MAX);
+    u32 max = queue_size_max(device, number);
     CHECK(max > 0);
     queue->device = device;
     queue->number = number;
     queue->size = size < max ? size : max;
-    write32(base + REG_QUEUE_NUM, queue->size);
-    write_address(base + REG_QUEUE_DESC, queue->table);
-    write_address(base + REG_QUEUE_DRIVER, &queue->available);
-    write_address(base + REG_QUEUE_DEVICE, &queue->used);
-    write32(base + REG_QUEUE_READY, 1);
-    CHECK(read32(base + REG_QUEUE_READY) == 1);
+    queue_place(device, number, queue->size, (u64)queue->table, (u64)&queue->available, (u64)&queue->used);
+    u64 ready = device->base + (device->is_pci ? COMMON_QUEUE_ENABLE : REG_QUEUE_READY);
+    CHECK((device->is_pci ? read16(ready) : read32(ready)) == 1);
 }
 
 void virtio_ready(struct virtio *device)
 {
-    write32(device->base + REG_STATUS,
-            STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK);
+    virtio_set_status(device, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK);
 }
-
-u8 virtio_status(const struct virtio *device) { return read32(device->base + REG_STATUS); }
 
 void queue_offer(struct queue *queue, u16 head)
 {

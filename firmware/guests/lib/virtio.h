@@ -1,4 +1,4 @@
-/* A virtio driver over MMIO (virtio 1.2 §4.2) with split virtqueues (§2.7), as small as one can be. */
+/* A virtio driver over MMIO (virtio 1.2 §4.2) and PCI (§4.1) with split virtqueues (§2.7), as small as one can be. */
 #pragma once
 
 #include "guest.h"
@@ -12,9 +12,9 @@ enum {
 };
 
 /* Device types (§5). */
-enum { VIRTIO_ANY = 0, VIRTIO_BLOCK = 2, VIRTIO_ENTROPY = 4 };
+enum { VIRTIO_ANY = 0, VIRTIO_BLOCK = 2, VIRTIO_ENTROPY = 4, VIRTIO_BALLOON = 5, VIRTIO_VSOCK = 19 };
 
-/* Registers (§4.2.2). */
+/* Registers of MMIO (§4.2.2). */
 enum {
     REG_VERSION = 0x004,
     REG_DEVICE_ID = 0x008,
@@ -77,9 +77,18 @@ struct used {
 };
 
 struct virtio {
+    /* The registers of MMIO, or PCI's common configuration. */
     u64 base;
+    /* Of MMIO. */
     u32 gsi;
     u64 features;
+    u32 type;
+    /* The device-specific configuration. */
+    u64 config;
+    bool is_pci;
+    /* Of PCI: where the doorbells and the MSI-X table are, the configuration registers in memory, and the BAR. */
+    u64 doorbells, msix_table, function;
+    u32 bar;
 };
 
 struct queue {
@@ -92,7 +101,7 @@ struct queue {
     u16 seen;
 };
 
-/* Finds device number `nth` of this type, in address order. */
+/* Finds device number `nth` of this type, in address order. A machine has all its devices on one bus, either MMIO or PCI. */
 bool virtio_find(u32 type, unsigned nth, struct virtio *device);
 
 /* Reset, then up to FEATURES_OK with VERSION_1 and those `features` that are offered. Returns whether the device accepted them. */
@@ -106,13 +115,29 @@ void virtio_ready(struct virtio *device);
 
 u8 virtio_status(const struct virtio *device);
 
+/* Single steps of the above, in any order and with any values: for guests that break the rules. */
+void virtio_set_status(const struct virtio *device, u8 status);
+u64 virtio_offered(const struct virtio *device);
+void virtio_accept(const struct virtio *device, u64 features);
+/* 0 if there is no such queue. */
+u32 queue_size_max(const struct virtio *device, u16 number);
+void queue_place(const struct virtio *device, u16 number, u32 size, u64 table, u64 available, u64 used);
+
+/* On PCI: the doorbell of queue n is at offset 4 * n, in every machine of husk. */
+enum { DOORBELL_BYTES = 4 };
+
+static inline void virtio_ring(const struct virtio *device, u16 number)
+{
+    if (device->is_pci)
+        write16(device->doorbells + DOORBELL_BYTES * number, number);
+    else
+        write32(device->base + REG_QUEUE_NOTIFY, number);
+}
+
 /* Makes the chain that starts at descriptor `head` available, without ringing the doorbell. */
 void queue_offer(struct queue *queue, u16 head);
 
-static inline void queue_ring(struct queue *queue)
-{
-    write32(queue->device->base + REG_QUEUE_NOTIFY, queue->number);
-}
+static inline void queue_ring(struct queue *queue) { virtio_ring(queue->device, queue->number); }
 
 /* Takes the next used entry if there is one. */
 bool queue_take(struct queue *queue, struct used_entry *entry);

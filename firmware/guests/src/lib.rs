@@ -36,6 +36,16 @@ pub const SERIAL: &str = concat!(env!("OUT_DIR"), "/serial.elf");
 pub const BLOCK: &str = concat!(env!("OUT_DIR"), "/block.elf");
 /// Violates every rule of a disk's ring.
 pub const HOSTILE: &str = concat!(env!("OUT_DIR"), "/hostile.elf");
+/// Accesses everything that is not memory, at every width and alignment.
+pub const NOISE: &str = concat!(env!("OUT_DIR"), "/noise.elf");
+/// Breaks the rules of queues on every device, over MMIO and PCI.
+pub const STORM: &str = concat!(env!("OUT_DIR"), "/storm.elf");
+/// Tells the balloon lies.
+pub const PAGES: &str = concat!(env!("OUT_DIR"), "/pages.elf");
+/// Sends vsock packets that a driver must not send.
+pub const PACKETS: &str = concat!(env!("OUT_DIR"), "/packets.elf");
+/// Configures PCI functions as no driver does.
+pub const FUNCTIONS: &str = concat!(env!("OUT_DIR"), "/functions.elf");
 /// Reads random bytes.
 pub const ENTROPY: &str = concat!(env!("OUT_DIR"), "/entropy.elf");
 /// Measures the cost of an exit.
