@@ -1,9 +1,9 @@
 #!/bin/sh
 # The measurements of scripts/network, run where guests can run. Compares a server in a network namespace, in machines with a tap
-# device (on MMIO or PCI, served by vhost-net or by husk), and in a machine with passt, in turn. Requires HUSK, KERNEL and ROOT (with iperf3);
-# IP, SECONDS_EACH and RUNS are optional.
+# device served by vhost-net or by husk, and in machines with passt, on MMIO and on PCI, in turn. Requires HUSK, KERNEL and ROOT (with
+# iperf3); IP, SECONDS_EACH, RUNS and NETWORKS are optional.
 set -eu
-IP=${IP:-ip} SECONDS_EACH=${SECONDS_EACH:-3} RUNS=${RUNS:-3}
+IP=${IP:-ip} SECONDS_EACH=${SECONDS_EACH:-3} RUNS=${RUNS:-3} NETWORKS=${NETWORKS:-tap vhost passt}
 work=$(mktemp -d)
 server='mkdir -p /www; echo here >/www/index.html; httpd -p 80 -h /www; iperf3 -s >/tmp/perf & echo ready; exec sleep 100000'
 started=''
@@ -58,26 +58,37 @@ in_space chroot "$ROOT" /bin/busybox sh -c "$server" >"$work/container" 2>&1 &
 started="$started $!"
 wait_ready "$work/container"
 
-# Starts a machine named $1 with the tap device husk-bench$2, its options $3, and the transport $4.
-on_tap() {
-    "$HUSK" run --kernel "$KERNEL" --transport "$4" --network "tap=husk-bench$2,ip=198.18.$2.2/24$3" "$ROOT" \
-        sh -c "$server" >"$work/$1" 2>&1 &
+# Starts a machine named $1 with the transport $2, the server and the remaining options.
+machine() {
+    name=$1 transport=$2
+    shift 2
+    "$HUSK" run --kernel "$KERNEL" --transport "$transport" "$@" "$ROOT" sh -c "$server" >"$work/$name" 2>&1 &
     started="$started $!"
-    wait_ready "$work/$1"
-    $IP addr add "198.18.$2.1/24" dev "husk-bench$2"
-    $IP link set "husk-bench$2" up
+    wait_ready "$work/$name"
 }
-on_tap tap 2 ,vhost=off mmio
-on_tap tap-pci 4 ,vhost=off pci
-contenders='container:198.18.1.2:5201:80 tap:198.18.2.2:5201:80 tap-pci:198.18.4.2:5201:80 passt:127.0.0.1:15201:18080'
-if [ -e /dev/vhost-net ]; then
-    on_tap vhost 3 ,vhost=on mmio
-    on_tap vhost-pci 5 ,vhost=on pci
-    contenders="$contenders vhost:198.18.3.2:5201:80 vhost-pci:198.18.5.2:5201:80"
-fi
-"$HUSK" run --kernel "$KERNEL" -p 18080:80 -p 15201:5201 "$ROOT" sh -c "$server" >"$work/passt" 2>&1 &
-started="$started $!"
-wait_ready "$work/passt"
+
+# Starts a machine named $1 with the transport $2, the tap device husk-bench$3, and its options $4.
+on_tap() {
+    machine "$1" "$2" --network "tap=husk-bench$3,ip=198.18.$3.2/24,$4"
+    $IP addr add "198.18.$3.1/24" dev "husk-bench$3"
+    $IP link set "husk-bench$3" up
+    contenders="$contenders $1:198.18.$3.2:5201:80"
+}
+
+# Starts a machine named $1 with the transport $2 on passt, whose ports are published as $3 more than their numbers.
+on_passt() {
+    machine "$1" "$2" -p "$(($3 + 80)):80" -p "$(($3 + 5201)):5201"
+    contenders="$contenders $1:127.0.0.1:$(($3 + 5201)):$(($3 + 80))"
+}
+
+contenders=container:198.18.1.2:5201:80
+for network in $NETWORKS; do
+    case $network in
+        tap) on_tap tap mmio 2 vhost=off; on_tap tap-pci pci 4 vhost=off ;;
+        vhost) [ ! -e /dev/vhost-net ] || { on_tap vhost mmio 3 vhost=on; on_tap vhost-pci pci 5 vhost=on; } ;;
+        passt) on_passt passt mmio 10000; on_passt passt-pci pci 20000 ;;
+    esac
+done
 
 # Prints the throughput in Mbit/s, to the server or, with -R, from it.
 rate() {
@@ -107,10 +118,9 @@ median() {
 }
 for contender in $contenders; do
     name=${contender%%:*}
-    [ "$name" != container ] || continue
     for column in 3 4 5; do
         echo "$(median "$name" "$column") $(median container "$column")"
-    done | awk -v name="$name" '{ ratio[NR] = $1 / $2 } END {
-        printf "%s: %.2f of the container'\''s throughput to the server, %.2f from it; a page takes %.2f times as long\n", name,
-            ratio[1], ratio[2], ratio[3] }'
+    done | awk -v name="$name" '{ median[NR] = $1; ratio[NR] = $1 / $2 } END {
+        printf "%s: %s Mbit/s to the server and %s from it, %s ms for a page: %.2f, %.2f and %.2f times the container'\''s\n", name,
+            median[1], median[2], median[3], ratio[1], ratio[2], ratio[3] }'
 done
