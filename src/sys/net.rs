@@ -130,22 +130,33 @@ pub fn write(file: &File, prefix: &[u8], frame: &impl IoVecs) -> io::Result<usiz
     })
 }
 
-/// Sends `prefix` and `frame` in one call (sendmsg(2)), without blocking and without SIGPIPE. Returns the number of
-/// bytes.
-pub fn send(socket: &UnixStream, prefix: &[u8], frame: &impl IoVecs) -> io::Result<usize> {
-    with_parts(prefix, frame, |parts| {
+/// Sends `frames`, each a prefix and its content, in one call (sendmsg(2)), as many as it takes, without blocking and
+/// without SIGPIPE. Returns the number of bytes, which may end within a frame.
+pub fn send_all<'a, F: IoVecs + 'a>(
+    socket: &UnixStream,
+    frames: impl Iterator<Item = (&'a [u8], &'a F)>,
+) -> io::Result<usize> {
+    let mut parts = Vec::with_capacity(PARTS_ON_STACK);
+    for (prefix, frame) in frames {
+        if parts.len() >= IOV_MAX {
+            break;
+        }
+        parts.push(libc::iovec { iov_base: prefix.as_ptr().cast_mut().cast(), iov_len: prefix.len() });
+        parts.extend_from_slice(frame.iovecs());
+    }
+    retry(|| {
         // SAFETY: all zeroes is a valid message header without address, data and control messages; its parts are
-        // `prefix` and mapped guest memory kept alive by `frame`, and are only read.
+        // prefixes and mapped guest memory, all borrowed for 'a, and are only read.
         unsafe {
             let mut message: libc::msghdr = zeroed();
             message.msg_iov = parts.as_ptr().cast_mut();
-            message.msg_iovlen = parts.len();
+            message.msg_iovlen = parts.len().min(IOV_MAX);
             libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
         }
     })
 }
 
-/// Calls `call` with `prefix` and the parts of `frame`, retrying if it is interrupted by signals.
+/// Calls `call` with `prefix` and the parts of `frame`, as [`retry`] does.
 fn with_parts(prefix: &[u8], frame: &impl IoVecs, call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
     let first = libc::iovec { iov_base: prefix.as_ptr().cast_mut().cast(), iov_len: prefix.len() };
     let rest = frame.iovecs();
@@ -161,14 +172,30 @@ fn with_parts(prefix: &[u8], frame: &impl IoVecs, call: impl Fn(&[libc::iovec]) 
             &all[..]
         }
     };
+    retry(|| call(parts))
+}
+
+/// Calls `call`, again if it is interrupted by signals.
+fn retry(call: impl Fn() -> isize) -> io::Result<usize> {
     loop {
-        match usize::try_from(call(parts)) {
+        match usize::try_from(call()) {
             Ok(count) => return Ok(count),
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => {}
                 error => return Err(error),
             },
         }
+    }
+}
+
+/// A pair of connected sockets that keep the boundaries between calls of [`send_all`] (SOCK_SEQPACKET, unix(7)).
+#[cfg(test)]
+pub fn packet_pair() -> io::Result<(UnixStream, UnixStream)> {
+    let mut fds = [0; 2];
+    // SAFETY: the call writes two descriptors to `fds`, which are new and have no other owner.
+    unsafe {
+        check(libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()))?;
+        Ok((UnixStream::from_raw_fd(fds[0]), UnixStream::from_raw_fd(fds[1])))
     }
 }
 

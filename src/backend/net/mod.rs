@@ -23,8 +23,8 @@ pub const FRAME_BYTES_MIN: usize = 14;
 /// The maximum frame length: a packet of 64 KiB minus one after an Ethernet header with a VLAN tag.
 pub const FRAME_BYTES_MAX: usize = 65535 + 18;
 
-/// The maximum memory of a back end, in bytes: received frames, and the rest of one of the guest's.
-pub const BUDGET_BYTES: u64 = (stream::BUFFER_BYTES + 2 * FRAME_BYTES_MAX) as u64;
+/// The maximum memory of a back end, in bytes: received frames, and the guest's.
+pub const BUDGET_BYTES: u64 = (stream::BUFFER_BYTES + stream::IN_FLIGHT_BUDGET_BYTES) as u64;
 
 /// Transmits and receives a guest's frames. It is used by one thread at a time and never blocks.
 pub trait NetBackend: Send {
@@ -41,18 +41,26 @@ pub trait NetBackend: Send {
         Ok(())
     }
 
-    /// Sends `frame`, which is in guest memory, and consumes it. `header` has been validated.
+    /// Accepts `frame`, which is in guest memory, and consumes it. `header` has been validated. It may be sent later, with
+    /// [`NetBackend::kick`], and its buffers belong to the back end while it is in flight.
     ///
-    /// `WouldBlock` means that nothing was sent, and that [`NetBackend::fd`] becomes writable when it can be. After an
-    /// error for which [`is_end`] is true there is no peer; any other error concerns only this frame.
-    ///
-    /// A part of a frame that was sent may remain in the back end, for [`NetBackend::flush`].
+    /// `WouldBlock` means that nothing was accepted, and that [`NetBackend::fd`] becomes writable when something can be.
+    /// After an error for which [`is_end`] is true there is no peer; any other error concerns only this frame.
     fn send(&mut self, header: &Header, frame: &mut GuestBuffers) -> io::Result<()>;
 
-    /// Sends the rest of a frame. Errors are the same as for [`NetBackend::send`].
-    fn flush(&mut self) -> io::Result<()> {
+    /// Sends the accepted frames. `WouldBlock` means that some are left, and that [`NetBackend::fd`] becomes writable when
+    /// more can be sent. After another error the frames that were not begun are lost.
+    fn kick(&mut self) -> io::Result<()> {
         Ok(())
     }
+
+    /// The number of frames in flight: accepted ones, always the last, whose buffers are still needed.
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    /// Copies what is left of the frames in flight, so that there are none. Later calls of [`NetBackend::kick`] send it.
+    fn settle(&mut self) {}
 
     /// Checks for a frame for the guest and returns whether there is one. Every error is permanent.
     fn receive(&mut self) -> io::Result<bool>;

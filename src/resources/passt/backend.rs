@@ -248,8 +248,16 @@ impl NetBackend for Passt {
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.net.flush().map_err(|error| self.explain(error))
+    fn kick(&mut self) -> io::Result<()> {
+        self.net.kick().map_err(|error| self.explain(error))
+    }
+
+    fn in_flight(&self) -> usize {
+        self.net.in_flight()
+    }
+
+    fn settle(&mut self) {
+        self.net.settle();
     }
 
     fn receive(&mut self) -> io::Result<bool> {

@@ -10,6 +10,7 @@
 
 mod control;
 mod features;
+mod limit;
 mod link;
 mod pair;
 mod vhost;
@@ -27,7 +28,8 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
-use self::pair::{Common, Pair, Place};
+use self::limit::Place;
+use self::pair::{Common, Pair, TX};
 use self::vhost::Vhost;
 use super::log_rate::LogRate;
 use super::queue::{Chain, GuestRange, Virtqueue};
@@ -211,6 +213,12 @@ impl Net {
         outcomes.into_iter().collect()
     }
 
+    /// Returns the buffers of frames in flight to the driver.
+    fn settle(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
+        let mut pairs = self.pairs.iter_mut().zip(queues.chunks_exact_mut(2));
+        pairs.try_for_each(|(pair, queues)| pair.settle(&mut self.common, &mut queues[TX]))
+    }
+
     /// Executes the commands in the control queue.
     fn obey(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
         for _ in 0..COMMANDS_PER_TURN {
@@ -227,6 +235,7 @@ impl Net {
             }
             if pairs.is_some_and(|pairs| pairs != self.in_use) {
                 self.take_back(queues)?;
+                self.settle(queues)?;
             }
             let done = pairs.is_some_and(|pairs| self.try_to_use(pairs));
             self.look_whether_complete(queues);
@@ -283,7 +292,7 @@ impl Net {
 impl QueueHandler for Net {
     fn start(&mut self, features: u64) {
         self.common.features = features;
-        self.pairs.iter_mut().for_each(Pair::forget_waiting);
+        self.pairs.iter_mut().for_each(Pair::forget_queue);
         let count = if self.is_multiqueue() { self.in_use } else { 1 };
         if self.common.is_over() {
             return;
@@ -340,7 +349,8 @@ impl QueueHandler for Net {
     }
 
     fn drain(&mut self, queues: &mut [Virtqueue]) -> Result<(), RingError> {
-        self.take_back(queues)
+        self.take_back(queues)?;
+        self.settle(queues)
     }
 
     fn reset(&mut self) {

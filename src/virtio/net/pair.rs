@@ -1,11 +1,13 @@
 //! A queue pair of a network device: one receive and one transmit queue with a back end.
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::NetLink;
+use super::limit::{Limit, Place};
 use super::vhost::{Ring, Vhost};
 use crate::backend::net::{self, FLAG_DATA_VALID, HEADER_BYTES, Header, NetBackend};
 use crate::backend::rate::Limiter;
@@ -99,54 +101,12 @@ impl Common {
 /// the guest stay in the back end.
 pub struct Pair {
     pub backend: Box<dyn NetBackend>,
+    /// The heads of chains whose frames were accepted and not returned to the driver, in order.
+    sending: VecDeque<u16>,
     /// The vhost back end, if the host's kernel may serve the queues.
     pub vhost: Option<Vhost>,
     /// By direction.
     limits: [Limit; 2],
-}
-
-/// A direction's state with respect to its limiter.
-#[derive(Default)]
-struct Limit {
-    /// The size with which the next frame was admitted, if it was then delayed for another reason.
-    admitted_bytes: Option<usize>,
-    /// Whether a frame was admitted in the last turn, and whether the last one was refused.
-    admitted_any: bool,
-    refused: bool,
-}
-
-impl Limit {
-    /// Whether the next frame may pass. When checked again it counts only once, and by its growth: a guest may replace
-    /// it with a longer one while it waits.
-    fn admits(&mut self, limiter: &mut Limiter, frame_bytes: usize) -> bool {
-        let admits = match self.admitted_bytes {
-            Some(before) => {
-                limiter.charge(frame_bytes.saturating_sub(before) as u64);
-                true
-            }
-            None => limiter.admit(frame_bytes as u64),
-        };
-        self.admitted_bytes = admits.then(|| self.admitted_bytes.unwrap_or_default().max(frame_bytes));
-        self.admitted_any |= admits;
-        self.refused = !admits;
-        admits
-    }
-
-    /// Moves on to the next frame.
-    fn pass(&mut self) {
-        self.admitted_bytes = None;
-    }
-}
-
-/// A pair's position in the queue of those delayed by a limiter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// It is not delayed.
-    None,
-    /// At its previous position or the end: nothing passed.
-    AsBefore,
-    /// At the end: it has used its share.
-    Last,
 }
 
 /// The result of delivering a frame to the guest.
@@ -158,9 +118,9 @@ enum Placed {
     TooShort,
 }
 
-/// The result of sending a guest's frame.
+/// The result of passing a guest's frame to the back end.
 enum Sent {
-    Whole,
+    Accepted,
     Dropped,
     /// There is no room for it now.
     Later,
@@ -169,7 +129,7 @@ enum Sent {
 impl Pair {
     pub fn new(mut backend: Box<dyn NetBackend>) -> io::Result<Pair> {
         let vhost = backend.take_vhost().map(Vhost::new).transpose()?;
-        Ok(Pair { backend, vhost, limits: Default::default() })
+        Ok(Pair { backend, sending: VecDeque::new(), vhost, limits: Default::default() })
     }
 
     /// Whether the kernel may take over: it is allowed to, and there is no state here that it would miss.
@@ -216,9 +176,18 @@ impl Pair {
         outcome
     }
 
-    /// The frame waiting in the guest's queue may have been replaced.
-    pub fn forget_waiting(&mut self) {
+    /// Forgets the previous driver's queue: the frame waiting in it may have been replaced, and if the ring was broken,
+    /// buffers could not be returned.
+    pub fn forget_queue(&mut self) {
         self.limits[TX].pass();
+        self.backend.settle();
+        self.sending.clear();
+    }
+
+    /// Returns all buffers of accepted frames to the driver.
+    pub fn settle(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<(), RingError> {
+        self.backend.settle();
+        self.complete(common, tx)
     }
 
     /// Processes a turn in `direction`. Returns its outcome for `queue`, and its position among the pairs that wait for
@@ -229,15 +198,9 @@ impl Pair {
         common: &mut Common,
         queue: &mut Virtqueue,
     ) -> Result<(Progress, Place), RingError> {
-        let limit = &mut self.limits[direction];
-        (limit.admitted_any, limit.refused) = (false, false);
+        self.limits[direction].begin_turn();
         let left = if direction == RX { self.deliver(common, queue)? } else { self.take(common, queue)? };
-        let place = match &self.limits[direction] {
-            Limit { refused: false, .. } => Place::None,
-            Limit { admitted_any: true, .. } => Place::Last,
-            _ => Place::AsBefore,
-        };
-        Ok((left, place))
+        Ok((left, self.limits[direction].place()))
     }
 
     /// Enables or disables frames for the guest on this pair. When disabled, waiting frames are dropped.
@@ -252,10 +215,17 @@ impl Pair {
 
     /// Sends the guest's frames until there are none, the turn's budget is used up, or the host must accept some first.
     fn take(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<Progress, RingError> {
-        // Also if the guest has nothing more to send: the rest of the last frame may be pending.
-        if matches!(self.backend.flush(), Err(error) if error.kind() == ErrorKind::WouldBlock) {
+        // Also if the guest has nothing more to send: some of its frames may be in flight.
+        if !self.kick(common, tx)? {
             return Ok(Progress::Blocked);
         }
+        let accepted = self.accept(common, tx);
+        self.kick(common, tx)?;
+        accepted
+    }
+
+    /// Passes the guest's frames to the back end, which sends them at the next kick at the latest.
+    fn accept(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<Progress, RingError> {
         let mut frame = GuestBuffers::new(tx.memory().clone());
         let mut turn_bytes = 0;
         while turn_bytes < TURN_BYTES {
@@ -269,16 +239,23 @@ impl Pair {
                 tx.put_back();
                 return Ok(Progress::Blocked);
             }
+            let head = common.chain.head();
             match self.send(common, header, &mut frame) {
-                Sent::Whole => common.link.counters().count_from_guest(frame_bytes),
-                Sent::Dropped => common.link.counters().count_dropped_from_guest(),
+                Sent::Accepted => {
+                    common.link.counters().count_from_guest(frame_bytes);
+                    self.sending.push_back(head);
+                    self.complete(common, tx)?;
+                }
+                Sent::Dropped => {
+                    common.link.counters().count_dropped_from_guest();
+                    tx.push(head, 0)?;
+                }
                 Sent::Later => {
                     tx.put_back();
                     return Ok(Progress::Blocked);
                 }
             }
             self.limits[TX].pass();
-            tx.push(common.chain.head(), 0)?;
             turn_bytes += FRAME_COST_BYTES + frame_bytes;
         }
         Ok(Progress::More)
@@ -287,7 +264,7 @@ impl Pair {
     fn send(&mut self, common: &mut Common, header: Option<Header>, frame: &mut GuestBuffers) -> Sent {
         let Some(header) = header.filter(|_| common.link.is_up() && !common.is_over) else { return Sent::Dropped };
         match self.backend.send(&header, frame) {
-            Ok(()) => Sent::Whole,
+            Ok(()) => Sent::Accepted,
             Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Later,
             Err(error) => {
                 if net::is_end(&error) {
@@ -296,6 +273,29 @@ impl Pair {
                 Sent::Dropped
             }
         }
+    }
+
+    /// Makes the back end send the accepted frames. Returns whether it can accept more.
+    fn kick(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<bool, RingError> {
+        let kicked = self.backend.kick();
+        self.complete(common, tx)?;
+        match kicked {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(error) if net::is_end(&error) => common.end(&error),
+            _ => {}
+        }
+        Ok(true)
+    }
+
+    /// Returns the buffers of frames that are no longer in flight to the driver.
+    fn complete(&mut self, common: &mut Common, tx: &mut Virtqueue) -> Result<(), RingError> {
+        let done = self.sending.len().saturating_sub(self.backend.in_flight());
+        if done > 0 {
+            common.used.clear();
+            common.used.extend(self.sending.drain(..done).map(|head| (head, 0)));
+            tx.push_together(&common.used)?;
+        }
+        Ok(())
     }
 
     /// Delivers frames to the guest until there are none, there are too few buffers, or the turn's budget is used up.
@@ -399,23 +399,4 @@ fn fill(rx: &Virtqueue, chain: &Chain, pieces: &mut [&[u8]; 2]) -> Result<u32, R
         filled_bytes += done;
     }
     Ok(filled_bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Rate;
-
-    #[test]
-    fn a_frame_that_grows_while_it_waits_is_charged_for_its_growth() {
-        let rate = Rate { bytes_per_second: Some(1000), burst_bytes: Some(100), ..Rate::default() };
-        let (mut limiter, _control) = Limiter::new(rate).unwrap();
-        let mut limit = Limit::default();
-        for _ in 0..20 {
-            assert!(limit.admits(&mut limiter, 14), "the same one counts once");
-        }
-        assert!(limit.admits(&mut limiter, 60_000) && limit.admits(&mut limiter, 14));
-        limit.pass();
-        assert!(!limit.admits(&mut limiter, 14), "a minute's worth has passed");
-    }
 }

@@ -1,5 +1,6 @@
 //! Tests of the device with a driver, and a socket as its other side.
 
+mod batch;
 mod pairs;
 mod vhost;
 mod witness;

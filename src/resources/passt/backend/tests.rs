@@ -73,6 +73,7 @@ fn guest_frame(frame: &[u8]) -> GuestBuffers {
 /// Sends a frame as the guest; the socket accepts it as a whole.
 fn send(passt: &mut Passt, frame: &[u8]) {
     passt.send(&Header::default(), &mut guest_frame(frame)).unwrap();
+    passt.kick().unwrap();
 }
 
 fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
