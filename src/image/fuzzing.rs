@@ -8,7 +8,8 @@ use super::config::ImageConfig;
 use super::erofs::{Form, Writer};
 use super::layer::{self, Whiteouts};
 use super::manifest::{self, Manifest, Platform};
-use super::registry::Challenge;
+use super::reference::Reference;
+use super::registry::{self, Challenge};
 use super::tar::Stream;
 use super::tree::{Tree, TreeLimits};
 use super::unpack;
@@ -38,5 +39,14 @@ pub fn json(bytes: &[u8]) {
     }
     if let Ok(config) = ImageConfig::parse(bytes) {
         let _ = config.check_platform();
+    }
+}
+
+/// Looks up credentials in a file of Docker or podman.
+pub fn credentials(json: &[u8]) {
+    for name in ["alpine", "registry.example/team/app"] {
+        if let Ok(reference) = name.parse::<Reference>() {
+            registry::parse_credentials(json, &reference);
+        }
     }
 }

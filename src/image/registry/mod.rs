@@ -11,6 +11,7 @@ mod retry;
 mod trust;
 
 pub use self::auth::Challenge;
+pub use self::credentials::parse as parse_credentials;
 pub use self::pull::Pulled;
 
 use std::net::IpAddr;

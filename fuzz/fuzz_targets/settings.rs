@@ -1,0 +1,44 @@
+//! Parses JSON that a user, Docker or an earlier husk has written: a machine's configuration and record, and credentials. What is
+//! accepted is written and read again unchanged.
+#![no_main]
+
+use std::fs;
+use std::path::Path;
+
+use husk::config::{MachineConfig, MacAddress};
+use husk::image::fuzzing;
+use husk::state_dir::record::Record;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
+    fuzzing::credentials(bytes);
+    if let Ok(record) = serde_json::from_slice::<Record>(bytes) {
+        let text = serde_json::to_vec(&record).expect("it can be written");
+        assert_eq!(serde_json::from_slice::<Record>(&text).ok(), Some(record));
+    }
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(mac) = text.parse::<MacAddress>() {
+        assert_eq!(mac.to_string().parse::<MacAddress>().ok(), Some(mac));
+    }
+    let Ok(config) = MachineConfig::from_json(text) else { return };
+    if config.validate().is_ok() {
+        // Whatever is valid has a bus and a command line.
+        let _ = (config.virtio_bus(), config.full_cmdline("", config.initrd.is_some()));
+    }
+    let text = serde_json::to_string(&config).expect("it can be written");
+    assert_eq!(MachineConfig::from_json(&text).ok(), Some(config));
+});
+
+/// Writes the initial corpus: a configuration with one of everything, and the files of Docker and podman.
+fn write_seeds() {
+    let corpus = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus/settings"));
+    fs::create_dir_all(corpus).expect("the corpus can be made");
+    let machine = r#"{"kernel":"k","memory_mib":512,"balloon":true,"cpus":2,"transport":"pci",
+        "disks":[{"path":"d","readonly":true}],"vsock":{"socket":"s","cid":3},"networks":[]}"#;
+    let docker = r#"{"auths":{"registry.example":{"auth":"dXNlcjpwYXNzd29yZA=="},"https://index.docker.io/v1/":{}},
+        "credsStore":"none"}"#;
+    let podman = r#"{"auths":{"registry.example/team/app":{"auth":"dXNlcjpwYXNzd29yZA=="}}}"#;
+    for (name, text) in [("machine", machine), ("docker", docker), ("podman", podman)] {
+        fs::write(corpus.join(name), text).expect("the corpus can be written");
+    }
+}
