@@ -1,5 +1,7 @@
 //! Arbitrary rings, page numbers, reports and statistics for the balloon: each turn ends, and returns a limited amount
 //! of memory.
+//!
+//! Covers: virtio/balloon/mod.rs virtio/balloon/statistics.rs
 #![no_main]
 
 use std::cell::OnceCell;

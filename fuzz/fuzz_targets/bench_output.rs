@@ -1,4 +1,6 @@
 //! Parses the output of a `husk bench` instance, which comes from an untrusted guest, in pieces as they are read.
+//!
+//! Covers: bench/run/output.rs
 #![no_main]
 
 use std::time::{Duration, Instant};

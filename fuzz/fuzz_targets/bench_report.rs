@@ -1,4 +1,6 @@
 //! Parses an untrusted report of `husk bench` and renders everything that is made from one.
+//!
+//! Covers: bench/compare.rs bench/table.rs bench/verdict.rs bench/page
 #![no_main]
 
 use husk::bench::{compare, example, page, report::Report, statistics, table, verdict};

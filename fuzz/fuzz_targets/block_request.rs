@@ -1,4 +1,6 @@
 //! Parses block requests from arbitrary rings: each request is within the disk and guest memory, or is rejected.
+//!
+//! Covers: virtio/block/request.rs virtio/queue.rs
 #![no_main]
 
 use std::cell::OnceCell;

@@ -1,5 +1,7 @@
 //! Parses arbitrary control messages: each is either rejected, or parsed to a value that is serialized and parsed again
 //! without a change.
+//!
+//! Covers: ../firmware/protocol/src/frame.rs ../firmware/protocol/src/hello.rs ../firmware/protocol/src/session.rs
 #![no_main]
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Arbitrary rings for the entropy device: each turn ends, and only writable buffers are written, with at most 64 KiB for
 //! a request.
+//!
+//! Covers: virtio/rng.rs virtio/queue.rs
 #![no_main]
 
 use std::cell::OnceCell;

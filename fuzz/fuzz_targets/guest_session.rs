@@ -1,5 +1,7 @@
 //! Arbitrary messages of a guest's init to the host's side of its session, in pieces: each turn ends, and the session ends at most
 //! once.
+//!
+//! Covers: guest/session.rs
 #![no_main]
 
 use std::fs;

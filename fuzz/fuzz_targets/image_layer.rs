@@ -1,4 +1,6 @@
 //! Reads two arbitrary layers of an image, merges them, and builds a root file system.
+//!
+//! Covers: image/tar image/layer.rs image/tree.rs image/unpack.rs image/erofs
 #![no_main]
 
 use husk::image::{Form, fuzzing};

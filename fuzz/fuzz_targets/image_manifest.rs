@@ -1,4 +1,6 @@
 //! Parses manifests and configurations from registries and archives, and image sources typed by users.
+//!
+//! Covers: image/manifest.rs image/config.rs image/reference.rs image/source.rs image/digest.rs
 #![no_main]
 
 use husk::image::reference::Reference;

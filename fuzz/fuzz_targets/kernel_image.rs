@@ -1,4 +1,6 @@
 //! Identifies, unpacks and loads an arbitrary kernel file into guest memory, or rejects it.
+//!
+//! Covers: boot decompress.rs
 #![no_main]
 
 use std::cell::OnceCell;

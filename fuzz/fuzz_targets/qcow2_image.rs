@@ -1,4 +1,6 @@
 //! Opens an arbitrary qcow2 image, alone, over a backing file, or as one, and executes requests on it, unless it is rejected.
+//!
+//! Covers: backend/disk/qcow2
 #![no_main]
 
 use std::cell::OnceCell;

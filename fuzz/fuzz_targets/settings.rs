@@ -1,5 +1,7 @@
 //! Parses JSON that a user, Docker or an earlier husk has written: a machine's configuration and record, and credentials. What is
 //! accepted is written and read again unchanged.
+//!
+//! Covers: config.rs config state_dir/record.rs image/registry/credentials.rs
 #![no_main]
 
 use std::fs;

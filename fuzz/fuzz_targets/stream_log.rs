@@ -1,4 +1,6 @@
 //! Reads a damaged log of a machine's streams: reading ends, and returns no more bytes than there are.
+//!
+//! Covers: console/stream_log.rs
 #![no_main]
 
 use std::fs;

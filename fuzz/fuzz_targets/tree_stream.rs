@@ -1,5 +1,7 @@
 //! Receives an arbitrary stream from a guest, as for `husk cp`: nothing outside of the requested name is created,
 //! changed or followed, including existing files.
+//!
+//! Covers: ../firmware/protocol/src/tree image/tar_write.rs
 #![no_main]
 
 use std::fs;

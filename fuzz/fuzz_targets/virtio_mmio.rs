@@ -1,4 +1,6 @@
 //! Arbitrary reads and writes of a guest to a complete block device: registers, rings and requests.
+//!
+//! Covers: virtio/mmio.rs virtio/session.rs virtio/block/mod.rs virtio/worker.rs
 #![no_main]
 
 use std::cell::OnceCell;

@@ -1,4 +1,6 @@
 //! Arbitrary reads and writes of a guest to a complete network device on PCI: configuration space, BAR, MSI-X and rings.
+//!
+//! Covers: pci virtio/pci virtio/session.rs
 #![no_main]
 
 use std::cell::OnceCell;

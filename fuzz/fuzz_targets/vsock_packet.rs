@@ -1,5 +1,7 @@
 //! Arbitrary packets of a guest and actions of host programs for the vsock device: its packets to the guest are valid
 //! and within the guest's credit.
+//!
+//! Covers: virtio/vsock
 #![no_main]
 
 #[path = "../rings.rs"]
