@@ -137,7 +137,10 @@ pub fn survives(hostile: Boot) -> Ran {
         peak_kib = peak_kib.max(own_memory_kib(pid));
         thread::sleep(Duration::from_millis(5));
     }
-    let machine = machine.wait_for("spent\n");
+    if !machine.runs() {
+        let ran = machine.wait();
+        panic!("the machine ended with {:?}: {}\n{}", ran.code, ran.text(), ran.stderr);
+    }
     neighbour.answers();
     let deadline = Instant::now() + SETTLING;
     let changes = || differences(&before, &footprint(pid));
