@@ -48,12 +48,12 @@ fn queue(memory: &Arc<GuestMemory>) -> Virtqueue {
 fn serve(memory: &Arc<GuestMemory>, input: &[u8; INPUT_BYTES]) {
     // The requests as another reader sees them, before any is served.
     let (mut reader, mut chain) = (queue(memory), Chain::default());
-    let (mut may_change, mut requested) = (vec![false; INPUT_BYTES], Vec::new());
+    let (mut may_change, mut requested) = (vec![false; INPUT_BYTES + USED_BYTES as usize], Vec::new());
     while let Ok(true) = reader.pop(&mut chain) {
         requested.push(queue::len_bytes(chain.writable()).min(REQUEST_BYTES_MAX));
         for range in chain.writable() {
-            let start = (range.address.0 as usize).min(INPUT_BYTES);
-            let end = start.saturating_add(range.len_bytes as usize).min(INPUT_BYTES);
+            let start = (range.address.0 as usize).min(may_change.len());
+            let end = start.saturating_add(range.len_bytes as usize).min(may_change.len());
             may_change[start..end].fill(true);
         }
     }
@@ -64,8 +64,8 @@ fn serve(memory: &Arc<GuestMemory>, input: &[u8; INPUT_BYTES]) {
 
     let mut after = [0; INPUT_BYTES];
     memory.read_slice(&mut after, GuestAddress(0)).expect("it is memory");
-    for (at, may) in may_change.iter().enumerate() {
-        assert!(*may || after[at] == input[at], "byte {at:#x} was written");
+    for (at, (before, after)) in input.iter().zip(&after).enumerate() {
+        assert!(may_change[at] || before == after, "byte {at:#x} was written");
     }
     // Random bytes may have changed requests before they were served, or the used ring.
     if may_change.iter().any(|may| *may) {
