@@ -3,46 +3,29 @@
 //! Covers: virtio/block/request.rs virtio/queue.rs
 #![no_main]
 
-use std::cell::OnceCell;
+#[path = "../raw_rings.rs"]
+mod raw_rings;
+
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use husk::backend::disk::{Operation, SECTOR_BYTES};
-use husk::memory::GuestBuffers;
-use husk::memory::{self, GuestMemory};
+use husk::memory::{GuestBuffers, GuestMemory};
 use husk::virtio::block::request::{Action, BlockRequest, DiskShape, REQUEST_BYTES_MAX};
-use husk::virtio::queue::QueueRegisters;
-use husk::virtio::{Chain, Virtqueue};
+use husk::virtio::Chain;
 use libfuzzer_sys::fuzz_target;
-use vm_memory::{Bytes, GuestAddress};
+use raw_rings::{AVAILABLE, QUEUE_SIZE};
 
-const QUEUE_SIZE: u16 = 16;
-/// The input is at address 0: the descriptor table, the available ring, and then whatever they point to.
-const AVAILABLE: u64 = 16 * QUEUE_SIZE as u64;
 const INPUT_BYTES: usize = 8 << 10;
-/// The used ring follows it, so that used entries do not change later requests.
-const USED: u64 = INPUT_BYTES as u64;
 const CAPACITY_BYTES: u64 = 3 << 40;
 
-thread_local! {
-    static MEMORY: OnceCell<Arc<GuestMemory>> = const { OnceCell::new() };
-}
-
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
-    MEMORY.with(|cell| {
-        let memory = cell.get_or_init(|| Arc::new(memory::reserve(1).expect("1 MiB can be had")));
-        let mut input = [0; INPUT_BYTES];
-        input.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
-        memory.write_slice(&input, GuestAddress(0)).expect("the input fits");
-        serve(memory, bytes.len() % 2 == 0);
-    });
+    raw_rings::with_input::<INPUT_BYTES>(bytes, |memory, _| serve(memory, bytes.len() % 2 == 0));
 });
 
 fn serve(memory: &Arc<GuestMemory>, event_idx: bool) {
-    let registers =
-        QueueRegisters { ready: true, available_ring: AVAILABLE, used_ring: USED, ..QueueRegisters::new(QUEUE_SIZE) };
-    let mut queue = Virtqueue::new(&registers, memory, event_idx).expect("the rings are good");
+    let mut queue = raw_rings::queue(memory, INPUT_BYTES as u64, event_idx);
     let mut chain = Chain::default();
     let mut buffers = GuestBuffers::new(memory.clone());
     while let Ok(true) = queue.pop(&mut chain) {

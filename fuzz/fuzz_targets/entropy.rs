@@ -4,50 +4,34 @@
 //! Covers: virtio/rng.rs virtio/queue.rs
 #![no_main]
 
-use std::cell::OnceCell;
+#[path = "../raw_rings.rs"]
+mod raw_rings;
+
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use husk::memory::{self, GuestMemory};
-use husk::virtio::queue::{self, QueueRegisters};
-use husk::virtio::{Chain, Progress, Virtqueue, rng};
+use husk::memory::GuestMemory;
+use husk::virtio::{Chain, Progress, queue, rng};
 use libfuzzer_sys::fuzz_target;
+use raw_rings::{AVAILABLE, QUEUE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
-const QUEUE_SIZE: u16 = 16;
-/// The input is at address 0: the descriptor table, the available ring, and tables of indirect descriptors.
-const AVAILABLE: u64 = 16 * QUEUE_SIZE as u64;
 const INPUT_BYTES: usize = 4 << 10;
-/// The used ring follows it.
 const USED: u64 = INPUT_BYTES as u64;
 const USED_BYTES: u64 = 6 + 8 * QUEUE_SIZE as u64;
 const REQUEST_BYTES_MAX: u64 = 64 << 10;
 
-thread_local! {
-    static MEMORY: OnceCell<Arc<GuestMemory>> = const { OnceCell::new() };
-}
-
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
-    MEMORY.with(|cell| {
-        let memory = cell.get_or_init(|| Arc::new(memory::reserve(1).expect("1 MiB can be had")));
-        let mut input = [0; INPUT_BYTES];
-        input.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
-        memory.write_slice(&input, GuestAddress(0)).expect("the input fits");
+    raw_rings::with_input(bytes, |memory, input| {
         memory.write_slice(&[0; USED_BYTES as usize], GuestAddress(USED)).expect("it is memory");
-        serve(memory, &input);
+        serve(memory, input);
     });
 });
 
-fn queue(memory: &Arc<GuestMemory>) -> Virtqueue {
-    let registers =
-        QueueRegisters { ready: true, available_ring: AVAILABLE, used_ring: USED, ..QueueRegisters::new(QUEUE_SIZE) };
-    Virtqueue::new(&registers, memory, false).expect("the rings are good")
-}
-
 fn serve(memory: &Arc<GuestMemory>, input: &[u8; INPUT_BYTES]) {
     // The requests as another reader sees them, before any is served.
-    let (mut reader, mut chain) = (queue(memory), Chain::default());
+    let (mut reader, mut chain) = (raw_rings::queue(memory, USED, false), Chain::default());
     let (mut may_change, mut requested) = (vec![false; INPUT_BYTES + USED_BYTES as usize], Vec::new());
     while let Ok(true) = reader.pop(&mut chain) {
         requested.push(queue::len_bytes(chain.writable()).min(REQUEST_BYTES_MAX));
@@ -59,7 +43,7 @@ fn serve(memory: &Arc<GuestMemory>, input: &[u8; INPUT_BYTES]) {
     }
     let mut handler = rng::device().into_handler().expect("it has a queue");
     handler.start(1 << 32);
-    let mut queues = [queue(memory)];
+    let mut queues = [raw_rings::queue(memory, USED, false)];
     while let Ok(Progress::More) = handler.process(0, &mut queues) {}
 
     let mut after = [0; INPUT_BYTES];
