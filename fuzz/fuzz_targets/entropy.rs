@@ -46,13 +46,15 @@ fn serve(memory: &Arc<GuestMemory>, input: &[u8; INPUT_BYTES]) {
     let mut queues = [raw_rings::queue(memory, USED, false)];
     while let Ok(Progress::More) = handler.process(0, &mut queues) {}
 
+    // Random bytes may have changed requests before they were served, and then have any effect.
+    let (may_change_requests, may_change_used) = may_change.split_at(INPUT_BYTES);
+    if may_change_requests.contains(&true) {
+        return;
+    }
     let mut after = [0; INPUT_BYTES];
     memory.read_slice(&mut after, GuestAddress(0)).expect("it is memory");
-    for (at, (before, after)) in input.iter().zip(&after).enumerate() {
-        assert!(may_change[at] || before == after, "byte {at:#x} was written");
-    }
-    // Random bytes may have changed requests before they were served, or the used ring.
-    if may_change.iter().any(|may| *may) {
+    assert!(input == &after, "the requests were written");
+    if may_change_used.contains(&true) {
         return;
     }
     let index: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("it is memory");
