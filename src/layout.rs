@@ -128,4 +128,36 @@ mod tests {
         assert_eq!(memory_ranges(3 * GIB), [(0, 3 * GIB)]);
         assert_eq!(memory_ranges(6 * GIB), [(0, 3 * GIB), (4 * GIB, 3 * GIB)]);
     }
+
+    #[test]
+    fn memory_of_any_size_is_complete_and_leaves_the_hole_free() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let near = [MMIO_HOLE_START - 1, MMIO_HOLE_START, MMIO_HOLE_START + 1, MMIO_HOLE_END];
+        let sizes = (0..10_000).map(|_| (random.u64(..) >> random.u32(12..64)).max(1));
+        for memory_bytes in sizes.chain(near) {
+            let ranges = memory_ranges(memory_bytes);
+            assert_eq!(ranges.iter().map(|(_, len)| len).sum::<u64>(), memory_bytes);
+            assert_eq!(ranges[0].0, 0, "{memory_bytes:#x}");
+            let mut free_from = 0;
+            for (start, len) in ranges {
+                assert!(len > 0 && start >= free_from, "{memory_bytes:#x}");
+                free_from = start + len;
+                assert!(free_from <= MMIO_HOLE_START || start >= MMIO_HOLE_END, "{memory_bytes:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn devices_of_a_bus_neither_overlap_nor_leave_the_hole() {
+        let slots: Vec<_> = (0..VIRTIO_MMIO_MAX).map(virtio_mmio_slot).collect();
+        for ((address, line), next) in slots.iter().zip(slots.iter().skip(1)) {
+            assert!(address + VIRTIO_MMIO_STRIDE <= next.0 && *line < next.1);
+        }
+        let (address, line) = slots[VIRTIO_MMIO_MAX - 1];
+        assert!(slots[0].0 >= MMIO_HOLE_START && address + VIRTIO_MMIO_STRIDE <= IOAPIC_ADDRESS.into());
+        assert!(slots[0].1 > EVENT_GSI && line < GSI_COUNT);
+        const { assert!(PCI_WINDOW >= MMIO_HOLE_START && PCI_WINDOW + PCI_WINDOW_BYTES <= PCI_ECAM) };
+        const { assert!(PCI_FUNCTIONS_MAX as u64 * PCI_BAR_BYTES <= PCI_WINDOW_BYTES) };
+        const { assert!(PCI_ECAM + PCI_ECAM_BYTES <= IOAPIC_ADDRESS as u64) };
+    }
 }

@@ -260,4 +260,32 @@ mod tests {
         give_back(&memory, places[1], HOLE.1 + 4096 - places[1].0).unwrap();
         assert_eq!(places.map(|place| memory.read_obj::<u8>(place).unwrap()), [1, 0, 0, 1]);
     }
+
+    #[test]
+    fn any_range_returns_the_whole_pages_within_it_and_no_others() {
+        const HOLE: (u64, u64) = (layout::MMIO_HOLE_START, layout::MMIO_HOLE_END);
+        const PAGE_BYTES: u64 = 4096;
+        let memory = reserve(3073).unwrap();
+        // On both sides of the hole.
+        let pages: Vec<u64> =
+            (1..=8).map(|n| HOLE.0 - n * PAGE_BYTES).chain((0..8).map(|n| HOLE.1 + n * PAGE_BYTES)).collect();
+        for seed in 0..500 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            pages.iter().for_each(|page| memory.write_slice(&[1; PAGE_BYTES as usize], GuestAddress(*page)).unwrap());
+            let mut place = || {
+                let page = random.choice(&pages).copied().unwrap() + PAGE_BYTES * random.u64(..2);
+                page.saturating_add_signed(random.i64(-2..3))
+            };
+            let (start, end) = (place(), place());
+            let (start, end) = (start.min(end), if random.u8(..8) == 0 { u64::MAX } else { start.max(end) });
+            give_back(&memory, GuestAddress(start), end - start).unwrap();
+            for page in &pages {
+                let is_within = start <= *page && page + PAGE_BYTES <= end;
+                let mut bytes = [0; PAGE_BYTES as usize];
+                memory.read_slice(&mut bytes, GuestAddress(*page)).unwrap();
+                let expected = if is_within { 0 } else { 1 };
+                assert!(bytes == [expected; PAGE_BYTES as usize], "seed {seed}: {page:#x} of {start:#x}..{end:#x}");
+            }
+        }
+    }
 }

@@ -288,6 +288,70 @@ mod tests {
         assert!(bucket.take(1, now).is_err() && bucket.take(1, now).is_err());
     }
 
+    #[test]
+    fn no_interval_has_more_than_its_rate_a_burst_and_one_request() {
+        for seed in 0..2000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let per_second = 1 + (random.u64(..) >> random.u32(24..64));
+            let burst = random.bool().then(|| 1 + random.u64(..per_second.saturating_mul(3)));
+            let amount_max = 1 + random.u64(..per_second.saturating_mul(2));
+            let (start, mut now) = (Instant::now(), Instant::now());
+            let mut bucket = Bucket::new(per_second, burst, start);
+            // When something passed, and how much has in all, including that.
+            let mut history = vec![(start, 0)];
+            for _ in 0..200 {
+                // A guest's requests do not come at the times that it is told.
+                now += SECOND.mul_f64(random.f64() * 0.3) * random.u32(..2);
+                let amount = 1 + random.u64(..amount_max);
+                match bucket.take(amount, now) {
+                    Ok(()) => history.push((now, history.last().unwrap().1 + u128::from(amount))),
+                    Err(wait) => {
+                        assert!(bucket.has_any(now + wait).is_ok(), "seed {seed}: it waited in vain");
+                        let short = wait.saturating_sub(INTERVAL.max(Duration::from_nanos(1)));
+                        assert!(
+                            short.is_zero() || bucket.has_any(now + short).is_err(),
+                            "seed {seed}: it waited too long"
+                        );
+                    }
+                }
+            }
+            let burst = burst.unwrap_or(per_second / 10 + 1);
+            for (at, pair) in history.windows(2).enumerate() {
+                let (first, before) = (pair[1].0, pair[0].1);
+                for (last, sum) in &history[at + 1..] {
+                    // Rounded to nanoseconds for each request.
+                    let time = (*last - first).as_nanos() + 2 * history.len() as u128;
+                    let most = time * u128::from(per_second) / 1_000_000_000 + u128::from(burst + amount_max) + 1;
+                    assert!(sum - before <= most, "seed {seed}: {} rather than {most}", sum - before);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_refused_request_takes_from_neither_bucket() {
+        for seed in 0..500 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let rate = Rate {
+                bytes_per_second: random.bool().then(|| 1 + random.u64(..10_000)),
+                ops_per_second: random.bool().then(|| 1 + random.u64(..100)),
+                ..Rate::default()
+            };
+            let (mut buckets, mut now) = (Buckets::full(rate, 0), Instant::now());
+            for _ in 0..100 {
+                now += SECOND.mul_f64(random.f64() * 0.05);
+                let before = format!("{buckets:?}");
+                let bytes = random.u64(..1000) * random.u64(..2);
+                let is_free =
+                    |bucket: &Option<Bucket>| bucket.as_ref().is_none_or(|bucket| bucket.has_any(now).is_ok());
+                let wanted = (bytes == 0 || is_free(&buckets.bytes)) && is_free(&buckets.ops);
+                let taken = buckets.take(bytes, now);
+                assert_eq!(taken.is_ok(), wanted, "seed {seed}");
+                assert!(taken.is_ok() || format!("{buckets:?}") == before, "seed {seed}");
+            }
+        }
+    }
+
     fn limiter(bytes_per_second: Option<u64>, ops_per_second: Option<u64>) -> (Limiter, RateControl) {
         Limiter::new(Rate { bytes_per_second, ops_per_second, ..Rate::default() }).unwrap()
     }

@@ -187,4 +187,62 @@ mod tests {
         buffers.advance(2048);
         assert_eq!((buffers.iovecs().len(), buffers.len_bytes()), (476, 952));
     }
+
+    #[test]
+    fn buffers_are_consumed_like_a_list_of_all_bytes() {
+        let memory = Arc::new(memory::reserve(1).unwrap());
+        for seed in 0..500 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut buffers = GuestBuffers::new(memory.clone());
+            // The guest addresses of the bytes that are left.
+            let mut left = Vec::new();
+            for _ in 0..30 {
+                match random.u8(..5) {
+                    0 | 1 => {
+                        let (address, len) = (random.u64(..8192), random.u32(..40));
+                        buffers.push(GuestAddress(address), len).unwrap();
+                        left.extend(address..address + u64::from(len));
+                    }
+                    2 => {
+                        let count = random.usize(..60);
+                        buffers.advance(count);
+                        left.drain(..count.min(left.len()));
+                    }
+                    3 => {
+                        let count = random.usize(..60);
+                        let front = buffers.split_front(count as u64);
+                        let taken: Vec<u64> = left.drain(..count.min(left.len())).collect();
+                        assert_eq!(addresses(&front), taken, "seed {seed}");
+                        assert_eq!(front.len_bytes(), taken.len() as u64, "seed {seed}");
+                    }
+                    _ => {
+                        let bytes: Vec<u8> = (0..random.usize(..60)).map(|_| random.u8(..)).collect();
+                        buffers.fill(&bytes);
+                        let places: Vec<u64> = left.drain(..bytes.len().min(left.len())).collect();
+                        // What is written last stays, where buffers overlap.
+                        let last: std::collections::HashMap<_, _> = places.iter().zip(&bytes).collect();
+                        for (place, byte) in last {
+                            assert_eq!(memory.read_obj::<u8>(GuestAddress(*place)).unwrap(), *byte, "seed {seed}");
+                        }
+                    }
+                }
+                assert_eq!(addresses(&buffers), left, "seed {seed}");
+                assert_eq!(buffers.len_bytes(), left.len() as u64, "seed {seed}");
+                let mut front = [0; 16];
+                let count = buffers.peek(&mut front);
+                assert_eq!(count, left.len().min(16), "seed {seed}");
+                for (place, byte) in left.iter().zip(&front[..count]) {
+                    assert_eq!(memory.read_obj::<u8>(GuestAddress(*place)).unwrap(), *byte, "seed {seed}");
+                }
+            }
+        }
+    }
+
+    /// The guest addresses of all remaining bytes.
+    fn addresses(buffers: &GuestBuffers) -> Vec<u64> {
+        let base = buffers.memory().get_host_address(GuestAddress(0)).unwrap() as u64;
+        let start = |iovec: &libc::iovec| iovec.iov_base as u64 - base;
+        let rest = buffers.iovecs().iter();
+        rest.flat_map(|iovec| start(iovec)..start(iovec) + iovec.iov_len as u64).collect()
+    }
 }

@@ -419,6 +419,9 @@ impl Virtqueue {
 }
 
 #[cfg(test)]
+mod properties;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::memory;

@@ -46,3 +46,30 @@ impl Share {
         self.backlog_bytes as u64 + KERNEL_FACTOR * self.send_buffer_bytes as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_come_and_go_stay_within_the_budget() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut shares: Vec<Share> = Vec::new();
+        let (mut most, mut bias) = (0, 0);
+        for step in 0..100_000 {
+            // Phases in which there are more and more of them, and fewer and fewer.
+            if step % 2000 == 0 {
+                bias = random.u8(1..9);
+            }
+            if random.u8(..10) < bias && shares.len() < CONNECTIONS_MAX {
+                shares.push(Share::beside(shares.iter().copied()));
+            } else if !shares.is_empty() {
+                shares.swap_remove(random.usize(..shares.len()));
+            }
+            let bytes: u64 = shares.iter().map(|share| share.bytes() + RECORD_BYTES).sum();
+            assert!(bytes <= BUDGET_BYTES, "{} connections take {bytes} bytes", shares.len());
+            most = most.max(bytes);
+        }
+        assert_eq!(most, BUDGET_BYTES, "the budget can be used");
+    }
+}

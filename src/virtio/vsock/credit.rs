@@ -152,4 +152,81 @@ mod tests {
             credit.tell();
         }
     }
+
+    /// The same as [`Credit`] without wrapping: counts start at 2^32, shortly before or after a multiple of it.
+    struct Model {
+        buffer_bytes: u64,
+        received: u64,
+        forwarded: u64,
+        announced: u64,
+        sent: u64,
+        peer_forwarded: u64,
+        peer_room: u64,
+    }
+
+    impl Model {
+        fn new(buffer_bytes: u32, start: u64) -> (Model, Credit) {
+            let [received, forwarded, announced, sent, peer_forwarded] = [start as u32; 5];
+            let credit = Credit { buffer_bytes, received, forwarded, announced, sent, peer_forwarded, peer_room: 0 };
+            let [received, forwarded, announced, sent, peer_forwarded] = [start; 5];
+            let buffer_bytes = buffer_bytes.into();
+            (Model { buffer_bytes, received, forwarded, announced, sent, peer_forwarded, peer_room: 0 }, credit)
+        }
+
+        fn room_bytes(&self) -> u64 {
+            self.peer_room.saturating_sub(self.sent - self.peer_forwarded)
+        }
+
+        fn step(&mut self, credit: &mut Credit, random: &mut fastrand::Rng) {
+            const SPAN: i64 = SPAN_MAX as i64;
+            match random.u8(..5) {
+                0 => {
+                    let len = random.u64(..=self.buffer_bytes + 1);
+                    let fits = self.received + len - self.announced <= self.buffer_bytes;
+                    assert_eq!(credit.receive(len as u32).is_ok(), fits);
+                    self.received += if fits { len } else { 0 };
+                }
+                1 => {
+                    let len = random.u64(..=self.received - self.forwarded);
+                    credit.forward(len as u32);
+                    self.forwarded += len;
+                }
+                2 => {
+                    self.announced = self.forwarded;
+                    assert_eq!(credit.tell(), self.announced as u32);
+                }
+                3 => {
+                    let near = [random.i64(-3..4), random.i64(-100_000..100_000), random.i64(-SPAN..SPAN)];
+                    let claim = self.sent.wrapping_add_signed(random.choice(near).unwrap());
+                    let alloc = random.u32(..) >> random.u32(..32);
+                    let is_true = claim <= self.sent;
+                    assert_eq!(credit.hear(alloc, claim as u32).is_ok(), is_true);
+                    if is_true {
+                        self.peer_forwarded = self.peer_forwarded.max(claim);
+                        self.peer_room = u64::from(alloc.min(SPAN_MAX));
+                    }
+                }
+                _ => {
+                    let len = random.u64(..=self.room_bytes()) >> random.u32(..32);
+                    credit.send(len as u32);
+                    self.sent += len;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn counts_are_as_if_they_did_not_wrap() {
+        for seed in 0..500 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let start = (2_u64 << 32).wrapping_add_signed(random.i64(-1_000_000..1000));
+            let (mut model, mut credit) = Model::new(1 << random.u32(10..19), start);
+            for _ in 0..500 {
+                model.step(&mut credit, &mut random);
+                assert_eq!(u64::from(credit.room_bytes()), model.room_bytes(), "seed {seed}");
+                let unannounced = model.forwarded - model.announced;
+                assert_eq!(credit.is_update_due(), unannounced >= model.buffer_bytes / 4, "seed {seed}");
+            }
+        }
+    }
 }
