@@ -18,9 +18,9 @@ pub const DISK_BYTES: u64 = 1 << 20;
 const GROWTH_MAX_KIB: u64 = 2 << 10;
 /// No mapping of husk's own is that large, and guest memory is.
 const GUEST_MEMORY_KIB: u64 = 64 << 10;
-/// The sources of messages that a guest can trigger: four devices, and the machine. Each may log a line per second; with more, a
+/// The sources of messages that a guest can trigger: five devices, and the machine. Each may log a line per second; with more, a
 /// guest could fill a disk.
-const LOG_SOURCES: usize = 5;
+const LOG_SOURCES: usize = 6;
 
 /// The number of rounds for a guest's `rounds=`: exits take a hundred times as long on an emulated processor.
 pub fn rounds(count: u32) -> String {

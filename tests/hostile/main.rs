@@ -10,6 +10,7 @@ mod husk;
 mod arena;
 mod balloon;
 mod console;
+mod frames;
 mod noise;
 mod pci;
 mod queues;

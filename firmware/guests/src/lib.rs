@@ -44,6 +44,8 @@ pub const STORM: &str = concat!(env!("OUT_DIR"), "/storm.elf");
 pub const PAGES: &str = concat!(env!("OUT_DIR"), "/pages.elf");
 /// Sends vsock packets that a driver must not send.
 pub const PACKETS: &str = concat!(env!("OUT_DIR"), "/packets.elf");
+/// Sends network frames that a driver must not send.
+pub const FRAMES: &str = concat!(env!("OUT_DIR"), "/frames.elf");
 /// Configures PCI functions as no driver does.
 pub const FUNCTIONS: &str = concat!(env!("OUT_DIR"), "/functions.elf");
 /// Reads random bytes.

@@ -1,0 +1,125 @@
+//! Network frames that a driver must not send, to a tap device of husk's and to passt.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::net::UdpSocket;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use husk_guests as guests;
+
+use crate::arena::{DISK_BYTES, machine, rounds, survives};
+use crate::husk::disk_image;
+
+/// More than Ethernet's, so that frames are as large as possible.
+const SETUP: &[&str] = &[
+    "tuntap add tap0 mode tap vnet_hdr multi_queue",
+    "addr add 10.9.0.1/24 dev tap0",
+    "link set tap0 mtu 65521 up",
+    "neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev tap0",
+];
+
+/// Runs the guest on both buses, on a tap device in a network namespace of its own; skips the test with a visible message if
+/// that is not permitted. All the time, the host sends the guest what it did not ask for.
+#[track_caller]
+fn on_tap(guest: &str, words: &str) {
+    let over = AtomicBool::new(false);
+    let test = || {
+        if let Err(error) = leave_network() {
+            eprintln!("SKIPPED: only root makes networks: {error}");
+            return;
+        }
+        SETUP.iter().for_each(|words| ip(words));
+        thread::scope(|scope| {
+            scope.spawn(|| flood(&over));
+            let _over = SetAtEnd(&over);
+            for transport in ["mmio", "pci"] {
+                let (dir, _) = disk_image(DISK_BYTES);
+                let network = "tap=tap0,vhost=off,mac=02:00:00:00:00:02";
+                survives(machine(guest, words, transport, dir.path()).flag("--cpus", "2").flag("--network", network));
+            }
+        });
+    };
+    thread::scope(|scope| scope.spawn(test).join()).unwrap();
+}
+
+/// Moves this thread, and what it starts, to a network namespace of its own.
+fn leave_network() -> io::Result<()> {
+    // SAFETY: the call has no pointers, and affects only the calling thread.
+    match unsafe { libc::unshare(libc::CLONE_NEWNET) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends the flood, also if a test fails.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn ip(words: &str) {
+    let output = Command::new("ip").args(words.split(' ')).output().expect("scripts/deps test installs iproute2");
+    assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Sends datagrams of all sizes, up to the largest.
+fn flood(over: &AtomicBool) {
+    let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
+    let mut random = fastrand::Rng::with_seed(1);
+    while !over.load(Ordering::Relaxed) {
+        let most = 65_000 >> random.u32(..12);
+        let len = random.usize(..=most);
+        // Fails while there is no machine.
+        let _ = socket.send_to(&vec![0x55; len], "10.9.0.2:9");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[track_caller]
+fn on_passt(words: &str) {
+    for transport in ["mmio", "pci"] {
+        let (dir, _) = disk_image(DISK_BYTES);
+        survives(machine(guests::FRAMES, words, transport, dir.path()).flag("--network", "user"));
+    }
+}
+
+#[test]
+fn headers_that_lie_cost_their_frames() {
+    needs_kvm!();
+    on_tap(guests::FRAMES, &format!("do=headers {}", rounds(2000)));
+    on_passt(&format!("do=headers {}", rounds(2000)));
+}
+
+#[test]
+fn frames_of_impossible_lengths_are_dropped() {
+    needs_kvm!();
+    on_tap(guests::FRAMES, &format!("do=lengths {}", rounds(300)));
+    on_passt(&format!("do=lengths {}", rounds(300)));
+}
+
+#[test]
+fn buffers_for_frames_may_have_any_size_and_place() {
+    needs_kvm!();
+    on_tap(guests::FRAMES, &format!("do=receive {}", rounds(60)));
+    on_passt(&format!("do=receive {}", rounds(60)));
+}
+
+#[test]
+fn commands_that_make_no_sense_fail() {
+    needs_kvm!();
+    on_tap(guests::FRAMES, &format!("do=commands {}", rounds(1000)));
+}
+
+#[test]
+fn queues_of_a_network_device_may_be_impossible() {
+    needs_kvm!();
+    for what in ["features", "places", "chains", "chaos", "doorbells", "race"] {
+        on_tap(guests::STORM, &format!("do={what} {}", rounds(100)));
+    }
+}
