@@ -114,13 +114,8 @@ impl Cp {
         take: impl FnOnce(&mut BufReader<UnixStream>) -> Result<Copied>,
     ) -> Result<Copied> {
         let word = if self.follow_link { COPY_FROM_BEHIND_LINK } else { COPY_FROM };
-        let mut process = start_copy(name, word, path, false)?;
-        let stream = process.take(Role::Stdout)?;
-        let errors = collect_stderr(&mut process)?;
-        let what = || format!("copy {path} from {name}");
-        let copied = take(&mut BufReader::new(stream)).with_context(what)?;
-        finish(process, errors).with_context(what)?;
-        Ok(copied)
+        let process = start_copy(name, word, path, false)?;
+        receive_from(process, take).with_context(|| format!("copy {path} from {name}"))
     }
 
     fn copy_to(&self, name: &str, path: &str) -> Result<Copied> {
@@ -184,6 +179,18 @@ fn start_copy(name: &str, word: &str, path: &str, stdin: bool) -> Result<guest::
     guest::request_start(&entry.file(state_dir::VSOCK), &process)?.connect()
 }
 
+/// Calls `take` with the output of `process`, and waits for its exit.
+fn receive_from(
+    mut process: guest::Connections,
+    take: impl FnOnce(&mut BufReader<UnixStream>) -> Result<Copied>,
+) -> Result<Copied> {
+    let stream = process.take(Role::Stdout)?;
+    let errors = collect_stderr(&mut process)?;
+    let copied = take(&mut BufReader::new(stream))?;
+    finish(process, errors)?;
+    Ok(copied)
+}
+
 type Errors = std::thread::JoinHandle<String>;
 
 /// Collects the error messages of the other side.
@@ -215,7 +222,126 @@ fn finish(process: guest::Connections, errors: Errors) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use husk_protocol::tree::{About, Entry};
+    use husk_protocol::{HELLO_BYTES, Hello, frame};
+
     use super::*;
+
+    const ABOUT: About = About { mode: 0o644, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 };
+
+    /// What `husk cp` makes of a guest that sends these bytes, this error output and this end, and copies to a directory
+    /// `to` in `place`.
+    fn copied_from(place: &Path, output: Vec<u8>, errors: Vec<u8>, end: ToHost) -> Result<Copied> {
+        let path = place.join("vsock");
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        let guest = thread::spawn(move || {
+            let accept = || {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.read_exact(&mut [0; "CONNECT 1024\n".len()]).unwrap();
+                stream.write_all(b"OK 1\n").unwrap();
+                let mut hello = [0; HELLO_BYTES];
+                stream.read_exact(&mut hello).unwrap();
+                (Hello::from_bytes(hello).unwrap().role, stream)
+            };
+            let say = |mut stream: &UnixStream, message: &ToHost| {
+                let mut bytes = Vec::new();
+                frame::write(message, &mut bytes).unwrap();
+                let _ = stream.write_all(&bytes);
+            };
+            let (_, control) = accept();
+            say(&control, &ToHost::Admitted);
+            let streams = [accept(), accept()];
+            say(&control, &end);
+            // Fails once husk has had enough.
+            for (role, mut stream) in streams {
+                let _ = stream.write_all(if role == Role::Stdout { &output } else { &errors });
+            }
+        });
+        let connections = guest::request_start(&path, &Process::default())?.connect()?;
+        let to = place.join("to");
+        fs::create_dir_all(&to)?;
+        let terms = Terms { name: Some("asked".into()), ..Terms::default() };
+        let copied = receive_from(connections, |stream| Ok(tree::receive(stream, &to, terms, &mut |_| {})?));
+        guest.join().unwrap();
+        copied
+    }
+
+    fn stream(entries: &[Entry]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        entries.iter().for_each(|entry| frame::write(entry, &mut bytes).unwrap());
+        bytes
+    }
+
+    fn file(name: &[u8]) -> Vec<Entry> {
+        vec![Entry::File(name.to_vec(), ABOUT, 0), Entry::Piece(0)]
+    }
+
+    #[test]
+    fn a_guest_cannot_leave_the_place_that_the_user_chose() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = || vec![Entry::Directory(b"d".to_vec(), ABOUT)];
+        let link = vec![Entry::Link(b"up".to_vec(), b"../..".to_vec(), ABOUT)];
+        let through_link = vec![Entry::Directory(b"up".to_vec(), ABOUT)];
+        let good = [file(b"../../name"), vec![Entry::End]].concat();
+        copied_from(place.path(), stream(&good), Vec::new(), ToHost::Exited(0)).unwrap();
+        assert!(place.path().join("to/asked").is_file(), "whatever the guest calls it");
+        fs::remove_file(place.path().join("to/asked")).unwrap();
+        for (inside, why) in [
+            (file(b"../out"), "an invalid name"),
+            (file(b"/tmp/out"), "an invalid name"),
+            (file(b".."), "an invalid name"),
+            ([link.clone(), through_link].concat(), "out of order"),
+            ([link, file(b"up")].concat(), "out of order"),
+            (vec![Entry::Same(b"x".to_vec(), vec![b"..".to_vec(), b"vsock".to_vec()])], "which it must not"),
+        ] {
+            let bytes = stream(&[dir(), inside.clone(), vec![Entry::Leave, Entry::End]].concat());
+            let error = copied_from(place.path(), bytes, Vec::new(), ToHost::Exited(0)).unwrap_err();
+            let error = format!("{error:#}");
+            assert!(error.contains(why) && !error.contains('\n'), "{inside:?}: {error}");
+            let mut names: Vec<_> =
+                fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            assert_eq!(names, ["to", "vsock"], "{inside:?}");
+        }
+    }
+
+    #[test]
+    fn a_copy_that_is_not_whole_is_an_error_whatever_its_sender_says() {
+        let place = tempfile::tempdir().unwrap();
+        let whole = stream(&[file(b"f"), vec![Entry::End]].concat());
+        let lie = stream(&[Entry::File(b"f".to_vec(), ABOUT, u64::MAX), Entry::Piece(u32::MAX)]);
+        let short = [stream(&[Entry::File(b"f".to_vec(), ABOUT, 9), Entry::Piece(9)]), b"four".to_vec()].concat();
+        let fine = || ToHost::Exited(0);
+        let no = || ToHost::Failed { message: "no".into(), code: 127 };
+        for (output, end, why) in [
+            (Vec::new(), fine(), "closed the connection"),
+            (whole[..whole.len() - 1].to_vec(), fine(), "closed the connection"),
+            (lie, fine(), "too much data at once"),
+            (short, fine(), "closed the connection"),
+            (vec![0xff; 64], fine(), "too long"),
+            (whole.clone(), ToHost::Exited(1), "the copy failed in the guest"),
+            (whole.clone(), ToHost::Signaled(9), "the copy failed in the guest"),
+            (whole.clone(), no(), "no"),
+        ] {
+            let error = copied_from(place.path(), output, Vec::new(), end).unwrap_err();
+            assert!(format!("{error:#}").contains(why), "{error:#}");
+        }
+        copied_from(place.path(), whole, Vec::new(), fine()).unwrap();
+    }
+
+    #[test]
+    fn a_flood_of_errors_is_cut() {
+        let place = tempfile::tempdir().unwrap();
+        let output = stream(&[file(b"f"), vec![Entry::End]].concat());
+        let error = copied_from(place.path(), output, vec![b'x'; 4 << 20], ToHost::Exited(1)).unwrap_err();
+        assert_eq!(format!("{error:#}").len(), 64 << 10);
+    }
 
     #[test]
     fn a_copy_is_named_after_the_requested_path() {

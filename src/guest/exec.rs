@@ -111,15 +111,14 @@ impl Connections {
     }
 
     fn await_message(mut self, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
-        await_message(&mut self.control, &mut self.reader, is_it)
+        await_message(&mut self.control, &mut self.reader, None, is_it)
     }
 }
 
 /// Waits for the guest to admit the process. Returns the reader with any bytes received after that message.
 fn await_admission(control: &mut UnixStream, deadline: Instant) -> Result<Reader> {
     let mut reader = Reader::default();
-    let message = set_timeouts(control, Some(deadline)).map_err(anyhow::Error::from);
-    let message = message.and_then(|()| await_message(control, &mut reader, |message| *message == ToHost::Admitted));
+    let message = await_message(control, &mut reader, Some(deadline), |message| *message == ToHost::Admitted);
     message.map_err(|error| {
         if is_timeout(&error) {
             anyhow::anyhow!(
@@ -133,13 +132,22 @@ fn await_admission(control: &mut UnixStream, deadline: Instant) -> Result<Reader
     Ok(reader)
 }
 
-fn await_message(control: &mut UnixStream, reader: &mut Reader, is_it: impl Fn(&ToHost) -> bool) -> Result<ToHost> {
+/// Waits for a message, until `deadline` if there is one, whatever else the guest sends in the meantime.
+fn await_message(
+    control: &mut UnixStream,
+    reader: &mut Reader,
+    deadline: Option<Instant>,
+    is_it: impl Fn(&ToHost) -> bool,
+) -> Result<ToHost> {
     let mut buffer = [0; 4096];
     loop {
         match reader.take::<ToHost>()? {
             Some(message) if is_it(&message) => return Ok(message),
             Some(_) => continue,
             None => {}
+        }
+        if deadline.is_some() {
+            set_timeouts(control, deadline)?;
         }
         match control.read(&mut buffer) {
             Ok(0) => bail!("the machine has exited, and the process with it"),
@@ -366,5 +374,49 @@ mod tests {
         let connections = request_start(&path, &process).unwrap().connect().unwrap();
         assert_eq!(guest.join().unwrap(), (Role::Control, vec![Role::Stdout, Role::Stdin, Role::Stderr]));
         assert_eq!(connections.end().unwrap(), ToHost::Signaled(34));
+    }
+
+    /// A guest that admits every connection, and sends these messages on the first one, again and again.
+    fn talker(path: &Path, message: ToHost) -> thread::JoinHandle<()> {
+        let listener = UnixListener::bind(path).unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut [0; 13]).unwrap();
+            stream.write_all(b"OK 1\n").unwrap();
+            let mut bytes = Vec::new();
+            frame::write(&message, &mut bytes).unwrap();
+            while stream.write_all(&bytes).is_ok() {
+                thread::sleep(Duration::from_millis(20));
+            }
+        })
+    }
+
+    #[test]
+    fn a_guest_that_keeps_talking_does_not_put_admission_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
+        let guest = talker(&path, ToHost::AskTime);
+        let mut control = connect(&path, Hello { session: 77, role: Role::Control }, soon()).unwrap();
+        let begun = Instant::now();
+        let error = await_admission(&mut control, begun + Duration::from_millis(300)).unwrap_err();
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(format!("{error:#}").contains("it is not responding"), "{error:#}");
+        drop(control);
+        guest.join().unwrap();
+    }
+
+    #[test]
+    fn an_end_before_admission_is_no_admission() {
+        let dir = tempfile::tempdir().unwrap();
+        let others = [ToHost::Exited(0), ToHost::Started(1), ToHost::Failed { message: "x".repeat(8000), code: 0 }];
+        for (index, message) in others.into_iter().enumerate() {
+            let path = dir.path().join(index.to_string());
+            let guest = talker(&path, message);
+            let mut control = connect(&path, Hello { session: 77, role: Role::Control }, soon()).unwrap();
+            let error = await_admission(&mut control, Instant::now() + Duration::from_millis(100)).unwrap_err();
+            assert!(format!("{error:#}").contains("it is not responding"), "{error:#}");
+            drop(control);
+            guest.join().unwrap();
+        }
     }
 }

@@ -23,6 +23,9 @@ use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
 use crate::timings::{Step, Timings};
 
+#[cfg(test)]
+mod tests;
+
 /// The maximum number of connections that have not sent their hello yet.
 const PENDING_MAX: usize = 8;
 /// How long a guest that was asked to exit may take; it may have to write to a disk.
@@ -159,6 +162,8 @@ impl Session {
         self.accept()?;
         self.read_hellos()?;
         if let Err(error) = self.read_control() {
+            // What follows cannot be understood, and would only be kept.
+            self.control = None;
             exit_latch.declare(ExitReason::SessionLost(error.to_string()));
         }
         self.finish_when_done();
