@@ -11,6 +11,7 @@ mod arena;
 mod balloon;
 mod console;
 mod frames;
+mod init;
 mod noise;
 mod pci;
 mod queues;
