@@ -49,7 +49,8 @@ impl Reference {
     /// The shortest form of the name.
     pub fn familiar(&self) -> String {
         let full = self.to_string();
-        let short = full.strip_prefix("docker.io/").unwrap_or(&full);
+        // A repository may be named like another registry.
+        let short = full.strip_prefix("docker.io/").filter(|rest| split_registry(rest).is_none()).unwrap_or(&full);
         // Only a name with a single component gets the prefix when it is parsed, so only there can it be left out.
         short.strip_prefix(OFFICIAL).filter(|rest| !rest.contains('/')).unwrap_or(short).to_owned()
     }
@@ -83,16 +84,18 @@ pub fn same_name(a: &str, b: &str) -> bool {
     }
 }
 
+/// The registry at the start of a name, and the rest, if it starts with one.
+fn split_registry(name: &str) -> Option<(&str, &str)> {
+    name.split_once('/').filter(|(first, _)| *first == "localhost" || first.contains(['.', ':']))
+}
+
 fn parse(text: &str) -> Result<Reference> {
     ensure!(text.len() <= MAX_BYTES + 1 + MAX_TAG_BYTES + DIGEST_BYTES, "it is too long");
     let (name, digest) = match text.split_once('@') {
         Some((name, digest)) => (name, Some(digest.parse::<Digest>()?)),
         None => (text, None),
     };
-    let (registry, rest) = match name.split_once('/') {
-        Some((first, rest)) if first == "localhost" || first.contains(['.', ':']) => (first, rest),
-        _ => (DEFAULT_REGISTRY, name),
-    };
+    let (registry, rest) = split_registry(name).unwrap_or((DEFAULT_REGISTRY, name));
     let (repository, tag) = match rest.rsplit_once(':') {
         Some((repository, tag)) => (repository, Some(tag)),
         None => (rest, None),
@@ -163,11 +166,16 @@ mod tests {
             ("library/a/b", "docker.io/library/a/b:latest", "library/a/b:latest"),
             ("localhost/x", "localhost/x:latest", "localhost/x:latest"),
             ("localhost:5000/a/b__c:1.0-x", "localhost:5000/a/b__c:1.0-x", "localhost:5000/a/b__c:1.0-x"),
+            // Not an image of that registry.
+            ("docker.io/quay.io/a", "docker.io/quay.io/a:latest", "docker.io/quay.io/a:latest"),
+            ("docker.io/localhost/a", "docker.io/localhost/a:latest", "docker.io/localhost/a:latest"),
             ("quay.io/a/b-----c", "quay.io/a/b-----c:latest", "quay.io/a/b-----c:latest"),
         ] {
             let reference: Reference = typed.parse().unwrap();
             assert_eq!((reference.to_string().as_str(), reference.familiar().as_str()), (full, familiar));
-            assert_eq!(reference.to_string().parse::<Reference>().unwrap(), reference);
+            for name in [reference.to_string(), reference.familiar()] {
+                assert_eq!(name.parse::<Reference>().unwrap(), reference);
+            }
         }
         let digest = Digest::of(b"");
         let both: Reference = format!("debian:12@{digest}").parse().unwrap();
