@@ -54,7 +54,11 @@ fn build(dir: &std::path::Path) -> PathBuf {
     for variable in ["RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS"] {
         cargo.env_remove(variable);
     }
-    cargo.env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\u{1f}"));
+    let mut flags: Vec<String> = FLAGS.map(str::to_owned).to_vec();
+    // What hides this machine's paths in husk (scripts/build) does so in these programs, too.
+    let own = env::var("CARGO_ENCODED_RUSTFLAGS").unwrap_or_default();
+    flags.extend(own.split('\u{1f}').filter(|flag| flag.starts_with("--remap-path-prefix=")).map(str::to_owned));
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
     let status = cargo.status().unwrap_or_else(|error| panic!("start {cargo:?}: {error}"));
     assert!(status.success(), "{cargo:?}: {status}");
     dir.join(TARGET).join("carried")
