@@ -62,7 +62,7 @@ fn watch_and_end(task: &str) {
     }
     // One ends it before its process has started, and three afterwards.
     for _ in 0..3 {
-        let _ = Command::new("kill").args(["-s", "TERM", &pid.to_string()]).stderr(Stdio::null()).status();
+        let _ = Command::new("sh").args(["-c", &format!("kill -s TERM {pid}")]).stderr(Stdio::null()).status();
         thread::sleep(Duration::from_millis(20));
     }
     let (code, _, lines) = finish(child);

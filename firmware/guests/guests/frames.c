@@ -209,7 +209,8 @@ static void receive(void)
     static const u32 lens[] = {0, 1, 2, 11, 12, 13, 60, 1526, 4096, 65600, 1 << 20, 0xffffffff};
     struct used_entry entry;
     unsigned received = 0;
-    for (u64 round = 0, count = rounds(100); round < count; round++) {
+    u64 count = rounds(100);
+    for (u64 round = 0; round < count; round++) {
         restart(&device, 0);
         virtio_start(&device, chance(2) ? ~0ull : 0);
         start_queues();
@@ -231,7 +232,8 @@ static void receive(void)
                 }
         }
     }
-    CHECK(received > 0);
+    /* Unless there were too few rounds to be sure of one. */
+    CHECK(received > 0 || count < 30);
 }
 
 /* Only a request for as many pairs as there are is granted, and only if it has the right length. */
