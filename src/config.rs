@@ -91,6 +91,9 @@ pub struct MachineConfig {
     /// Whether the guest may run nested virtual machines.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
+    /// Whether the process that runs the guest is confined.
+    #[serde(skip_serializing_if = "Clone::clone")]
+    pub sandbox: bool,
     /// How the guest finds its virtio devices.
     #[serde(skip_serializing_if = "Transport::is_default")]
     pub transport: Transport,
@@ -123,6 +126,7 @@ impl Default for MachineConfig {
             huge_pages: HugePages::default(),
             prefault: false,
             nested: false,
+            sandbox: true,
             transport: Transport::default(),
             disks: Vec::new(),
             vsock: None,

@@ -5,11 +5,13 @@ use std::io;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use crate::sys::event;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Why a machine exited.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitReason {
     /// The guest entered sleep state S5.
     PoweredOff,
@@ -39,6 +41,18 @@ pub enum ExitReason {
     Killed(i32),
     /// The user ended it on the terminal.
     Quit,
+    /// The monitor process made a system call that it does not need: it has been taken over, or has a defect.
+    Violation {
+        /// The thread.
+        thread: String,
+        /// The number of the call.
+        call: u32,
+    },
+    /// The monitor process died, and how.
+    MonitorDied {
+        /// The signal that killed it, if one did.
+        signal: Option<i32>,
+    },
 }
 
 impl fmt::Display for ExitReason {
@@ -55,6 +69,14 @@ impl fmt::Display for ExitReason {
             ExitReason::SessionLost(reason) => write!(f, "lost the connection to the guest's init: {reason}"),
             ExitReason::Killed(signal) => write!(f, "terminated by signal {signal}"),
             ExitReason::Quit => write!(f, "quit from the terminal"),
+            ExitReason::Violation { thread, call } => write!(
+                f,
+                "the sandbox stopped system call {call} of the monitor's thread {thread}: the guest may have attacked husk"
+            ),
+            ExitReason::MonitorDied { signal: Some(signal) } => {
+                write!(f, "the monitor process was killed by signal {signal}")
+            }
+            ExitReason::MonitorDied { signal: None } => write!(f, "the monitor process exited unexpectedly"),
         }
     }
 }

@@ -51,6 +51,12 @@ pub fn one_line(text: &str) -> String {
     pieces.fold(first, |line, piece| line + piece.split_once(')').map_or("", |(_number, rest)| rest))
 }
 
+/// The start of `text`, at most `max_bytes` long.
+pub fn start_of(text: &str, max_bytes: usize) -> &str {
+    let cut = (0..=max_bytes.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+    text.get(..cut.unwrap_or_default()).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

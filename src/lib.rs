@@ -17,6 +17,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod monitor;
 pub mod pci;
 pub mod request;
 pub mod resources;

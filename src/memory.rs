@@ -17,7 +17,6 @@ pub use buffers::GuestBuffers;
 
 use crate::layout;
 use crate::sys::mapping::{Mapping, Pages};
-use crate::sys::signals;
 
 /// All of a guest's memory. Clones share it.
 pub type GuestMemory = GuestRegionCollection<Region>;
@@ -77,15 +76,14 @@ impl GuestMemoryRegionBytes for Region {}
 
 /// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole, in transparent huge pages.
 pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
-    create(memory_mib, Pages::Transparent, false)
+    create(memory_mib, Pages::Transparent, None)
 }
 
 /// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole.
 ///
-/// With `prefault` all pages are allocated, unless a signal arrives that the caller has blocked in order to handle it.
-/// Without it no page is touched: the host allocates a page when the guest first uses it. Fails if the address
+/// With `prefault` all pages are allocated, until it returns true. Without it no page is touched: the host allocates a page when the guest first uses it. Fails if the address
 /// space is unavailable, or if the host has too few huge pages.
-pub fn create(memory_mib: u64, pages: Pages, prefault: bool) -> Result<GuestMemory> {
+pub fn create(memory_mib: u64, pages: Pages, prefault: Option<&dyn Fn() -> bool>) -> Result<GuestMemory> {
     let memory_bytes = memory_mib.checked_mul(1 << 20).context("memory size overflows")?;
     let ranges = layout::memory_ranges(memory_bytes);
     let regions = ranges.iter().map(|(base, len)| Region::new(*base, *len, pages)).collect::<io::Result<Vec<_>>>();
@@ -93,8 +91,8 @@ pub fn create(memory_mib: u64, pages: Pages, prefault: bool) -> Result<GuestMemo
         Pages::Pool(page_bytes) => no_pool(memory_mib, page_bytes, ranges.iter().map(|(_, len)| *len)),
         _ => format!("reserve {memory_mib} MiB of guest memory"),
     })?;
-    if prefault {
-        let populated = regions.iter().try_for_each(|region| region.mapping.populate(signals::is_any_pending));
+    if let Some(is_interrupted) = prefault {
+        let populated = regions.iter().try_for_each(|region| region.mapping.populate(is_interrupted));
         let unsupported = |error: &io::Error| error.kind() == io::ErrorKind::InvalidInput;
         populated.map_err(|error| {
             let needs = if unsupported(&error) { ", which needs Linux 5.14" } else { "" };
@@ -180,7 +178,7 @@ mod tests {
 
     #[test]
     fn prefaulted_memory_is_allocated_and_other_memory_is_not() {
-        for (prefault, expected) in [(false, 0), (true, 6 << 20)] {
+        for (prefault, expected) in [(None, 0), (Some(&(|| false) as &dyn Fn() -> bool), 6 << 20)] {
             let memory = create(6, Pages::Small, prefault).unwrap();
             // The kernel may merge the mapping with one of another test.
             assert!(backing_bytes(&memory, "Rss:") >= expected);
@@ -195,7 +193,7 @@ mod tests {
             eprintln!("SKIPPED: this host has no transparent huge pages");
             return;
         }
-        let memory = create(64, Pages::Transparent, true).unwrap();
+        let memory = create(64, Pages::Transparent, Some(&|| false)).unwrap();
         // The host may have few contiguous pages.
         assert!(backing_bytes(&memory, "AnonHugePages:") > 0);
     }
@@ -203,7 +201,7 @@ mod tests {
     #[test]
     fn a_pool_without_huge_pages_is_an_error_that_says_how_to_add_them() {
         // More than any host's pool has.
-        let error = format!("{:#}", create(64 << 20, Pages::Pool(2 << 20), false).unwrap_err());
+        let error = format!("{:#}", create(64 << 20, Pages::Pool(2 << 20), None).unwrap_err());
         assert!(error.starts_with("reserve 67108864 MiB of guest memory in 33554432 huge pages of 2 MiB, "), "{error}");
         assert!(error.contains("remove --hugepages: "), "{error}");
         if std::path::Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").exists() {

@@ -2,28 +2,31 @@
 #![allow(unsafe_code)]
 
 pub mod affinity;
+pub mod allocator;
 pub mod arguments;
 pub mod disk;
 pub mod event;
-pub mod exit;
+pub mod fork;
 pub mod mapping;
+pub mod namespaces;
 pub mod net;
 pub mod process;
 pub mod processor;
 pub mod resident;
-pub mod signals;
+pub mod shared;
 #[cfg(test)]
 pub mod smaps;
 pub mod socket;
 pub mod timer;
 pub mod uring;
+pub mod violation;
 pub mod xattr;
 
 use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
 
@@ -80,6 +83,12 @@ impl SignalFd {
             info.assume_init()
         };
         Ok(Some(info.ssi_signo as i32))
+    }
+}
+
+impl AsFd for SignalFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -60,6 +60,20 @@ impl Timings {
         self.marks[step as usize].get_or_init(|| self.start.elapsed());
     }
 
+    /// All marks, for [`Timings::adopt`].
+    pub fn marks(&self) -> Vec<Option<Duration>> {
+        self.marks.iter().map(|mark| mark.get().copied()).collect()
+    }
+
+    /// Adds the marks of another process, whose clock has the same start. Those that are set already stay.
+    pub fn adopt(&self, marks: &[Option<Duration>]) {
+        for (ours, theirs) in self.marks.iter().zip(marks) {
+            if let Some(at) = theirs {
+                ours.get_or_init(|| *at);
+            }
+        }
+    }
+
     /// When `step` was reached, relative to the start.
     pub fn reached(&self, step: Step) -> Option<Duration> {
         self.marks[step as usize].get().copied()

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use husk::config::{MachineConfig, VsockConfig};
 use husk::machine::Machine;
-use husk::resources;
+use husk::resources::memory_use::MemoryUse;
+use husk::resources::{self, Outside};
 use husk::timings::Timings;
 
 #[path = "run/guests.rs"]
@@ -29,6 +30,8 @@ const TAKEN_MIB: u64 = 300;
 
 struct Guest {
     machine: Machine,
+    // Its cgroup goes after it.
+    _outside: Outside,
     name: String,
     socket: PathBuf,
     _dir: tempfile::TempDir,
@@ -53,10 +56,11 @@ impl Guest {
         };
         change(&mut config);
         config.validate().unwrap();
-        let resources = resources::open(&config).unwrap();
-        let mut machine = Machine::build(&config, resources, Arc::new(Timings::new(Instant::now()))).unwrap();
+        let (resources, outside) = resources::open(&config).unwrap();
+        let timings = Arc::new(Timings::new(Instant::now()));
+        let mut machine = Machine::build(&config, resources, timings, || Ok(()), &|| false).unwrap();
         machine.resume();
-        let guest = Guest { machine, name: kernel.to_owned(), socket, _dir: dir };
+        let guest = Guest { machine, _outside: outside, name: kernel.to_owned(), socket, _dir: dir };
         guest.wait_for("its programs run", || guest.call().is_some());
         guest
     }
@@ -83,9 +87,13 @@ impl Guest {
         );
     }
 
+    fn memory_use(&self) -> MemoryUse {
+        MemoryUse::of(std::process::id(), &self.machine.memory_ranges()).unwrap()
+    }
+
     /// The resident guest memory on the host.
     fn resident_mib(&self) -> u64 {
-        self.machine.memory_use().unwrap().guest.rss_bytes >> 20
+        self.memory_use().guest.rss_bytes >> 20
     }
 
     fn balloon(&self) -> &husk::virtio::balloon::BalloonHandle {
@@ -197,7 +205,7 @@ fn a_machine_works_within_its_needed_host_memory() {
     // Everything except what the guest's kernel needs; if it kills the program the memory was used nevertheless.
     let taken = guest.take(SMALL_MIB - 40);
     assert!(taken.is_some() && guest.resident_mib() > SMALL_MIB - 40);
-    let use_of = guest.machine.memory_use().unwrap();
+    let use_of = guest.memory_use();
     println!("guest {} KiB, husk {} KiB", use_of.guest.rss_bytes >> 10, use_of.husk.rss_bytes >> 10);
     // The limit of this process, in either cgroup version.
     let limit_bytes = needed_mib << 20;

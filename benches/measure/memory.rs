@@ -38,7 +38,8 @@ pub fn overhead() -> Result<()> {
 fn beyond_guest_mib(command: Command) -> Result<f64> {
     let maps = with_idle_guest(command, |vmm| {
         thread::sleep(UNTIL_IDLE);
-        Ok(std::fs::read_to_string(format!("/proc/{}/smaps", vmm.id()))?)
+        let maps = |pid| std::fs::read_to_string(format!("/proc/{pid}/smaps"));
+        Ok(family(vmm.id())?.into_iter().map(maps).collect::<std::io::Result<String>>()?)
     })?;
     let (guest_kib, other_kib) = split(&maps);
     ensure!(guest_kib > 0, "no mapping is as large as the guest's memory");
@@ -47,7 +48,7 @@ fn beyond_guest_mib(command: Command) -> Result<f64> {
 
 /// CPU time of all threads of a machine, while its guest halts, and while it is paused with a guest that would spin.
 pub fn idle() -> Result<()> {
-    let halts = with_idle_guest(boot(husk_guests::POWER, "do=halt"), |husk| processor_share(husk.id()))?;
+    let halts = with_idle_guest(boot(husk_guests::POWER, "do=halt"), |husk| processor_share(&family(husk.id())?))?;
     report("processor time of a guest that halts", halts * 100.0, "%", Target::Below(0.1));
     let config = MachineConfig {
         kernel: husk_guests::POWER.into(),
@@ -56,19 +57,36 @@ pub fn idle() -> Result<()> {
         ..MachineConfig::default()
     };
     let timings = Arc::new(Timings::new(Instant::now()));
-    let mut machine = Machine::build(&config, resources::open(&config)?, timings)?;
+    let (resources, _outside) = resources::open(&config)?;
+    let mut machine = Machine::build(&config, resources, timings, || Ok(()), &|| false)?;
     machine.resume();
     thread::sleep(Duration::from_millis(100));
     machine.pause();
-    report("processor time of a paused machine", processor_share(std::process::id())? * 100.0, "%", Target::Below(0.1));
+    report(
+        "processor time of a paused machine",
+        processor_share(&[std::process::id()])? * 100.0,
+        "%",
+        Target::Below(0.1),
+    );
     Ok(())
 }
 
-/// Returns the fraction of a CPU that a process uses.
-fn processor_share(process: u32) -> Result<f64> {
-    let (started, before_ns) = (Instant::now(), processor_ns(process)?);
+/// A process and its children: those of a machine.
+fn family(process: u32) -> Result<Vec<u32>> {
+    let is_child = |pid: &u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains(&format!("\nPPid:\t{process}\n"))
+    };
+    let processes = std::fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    Ok(std::iter::once(process).chain(processes.filter(is_child)).collect())
+}
+
+/// Returns the fraction of a CPU that `processes` use.
+fn processor_share(processes: &[u32]) -> Result<f64> {
+    let sum_ns = || processes.iter().map(|process| processor_ns(*process)).sum::<Result<u64>>();
+    let (started, before_ns) = (Instant::now(), sum_ns()?);
     thread::sleep(OBSERVATION);
-    Ok((processor_ns(process)? - before_ns) as f64 / 1e9 / started.elapsed().as_secs_f64())
+    Ok((sum_ns()? - before_ns) as f64 / 1e9 / started.elapsed().as_secs_f64())
 }
 
 /// Calls `observe` with a machine whose guest has halted.

@@ -24,8 +24,8 @@ pub fn first_run() -> Result<()> {
     let mut to_first_run_ms = Vec::new();
     for _ in 0..RUNS {
         let timings = Arc::new(Timings::new(Instant::now()));
-        let resources = resources::open(&config)?;
-        let mut machine = Machine::build(&config, resources, timings.clone())?;
+        let (resources, _outside) = resources::open(&config)?;
+        let mut machine = Machine::build(&config, resources, timings.clone(), || Ok(()), &|| false)?;
         machine.resume();
         let reached = timings.reached(Step::FirstInstruction).context("the machine did not start")?;
         to_first_run_ms.push(reached.as_secs_f64() * 1e3);

@@ -2,11 +2,14 @@
 //! without a change.
 //!
 //! Covers: ../firmware/protocol/src/frame.rs ../firmware/protocol/src/hello.rs ../firmware/protocol/src/session.rs
+//! monitor/message.rs
 #![no_main]
 
 use std::fs;
 use std::path::Path;
 
+use husk::monitor::message::{self, Event, Reply};
+use husk::sys::violation::Report;
 use husk_protocol::frame::{self, Message, Reader};
 use husk_protocol::{HELLO_BYTES, Hello, Process, Role, Spec, ToGuest, ToHost};
 use libfuzzer_sys::fuzz_target;
@@ -14,6 +17,8 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     read::<ToHost>(bytes);
     read::<ToGuest>(bytes);
+    // What a monitor process that was taken over tells its supervisor.
+    let _ = (message::decode::<Reply>(bytes), message::decode::<Event>(bytes), Report::parse(bytes));
     if let Some(hello) = bytes.first_chunk::<HELLO_BYTES>().and_then(|bytes| Hello::from_bytes(*bytes).ok()) {
         assert_eq!(Hello::from_bytes(hello.to_bytes()), Ok(hello));
     }
@@ -57,7 +62,9 @@ fn write_seeds() {
         frame::write(&message, &mut guest).expect("it fits");
     }
     let hello = Hello { session: 1, role: Role::Stdin }.to_bytes().to_vec();
-    for (name, bytes) in [("host", host), ("guest", guest), ("hello", hello)] {
+    let reply = message::encode(&Reply::Usage(Box::default())).expect("it fits");
+    let event = message::encode(&Event::Log(2, "a line".into())).expect("it fits");
+    for (name, bytes) in [("host", host), ("guest", guest), ("hello", hello), ("reply", reply), ("event", event)] {
         fs::write(corpus.join(name), bytes).expect("the corpus can be written");
     }
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 
 use anyhow::{Context, Result, bail, ensure};
 use linux_loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
@@ -61,6 +62,12 @@ pub fn is_bzimage(image: &Part) -> Result<bool> {
     let mut magic = [0; 4];
     let len = image.read_at(&mut magic, MAGIC_OFFSET as u64).context("read kernel")?;
     Ok(len == magic.len() && u32::from_le_bytes(magic) == HEADER_MAGIC)
+}
+
+impl AsRawFd for BzImage {
+    fn as_raw_fd(&self) -> RawFd {
+        self.image.file().as_raw_fd()
+    }
 }
 
 impl BzImage {

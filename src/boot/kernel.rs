@@ -1,6 +1,7 @@
 //! Identifies a kernel file and what it contains.
 
 use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -47,6 +48,15 @@ impl KernelImage {
         };
         ensure!(bzimage::is_bzimage(&linux)?, "the .linux of the unified kernel image is not a bzImage");
         Ok(KernelImage { kernel: Kernel::BzImage(BzImage::open(linux)?), initrd, cmdline })
+    }
+}
+
+impl AsRawFd for Kernel {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Kernel::Elf(file) => file.as_raw_fd(),
+            Kernel::BzImage(image) => image.as_raw_fd(),
+        }
     }
 }
 

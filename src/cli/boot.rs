@@ -20,7 +20,6 @@ use crate::config::{
 };
 use crate::console::terminal;
 use crate::exit_latch::ExitReason;
-use crate::machine::Machine;
 use crate::resources;
 use crate::supervisor::{self, Stdio};
 use crate::timings::Timings;
@@ -161,9 +160,8 @@ impl Boot {
         let _leases = join_shared(&mut config.networks, &name)?;
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, false, |endpoint, signals| {
-            let resources = resources::open(&config)?;
-            let machine = Machine::build(&config, resources, timings.clone())?;
-            Ok(report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?))
+            let opened = resources::open(&config)?;
+            Ok(report(&supervisor::run(&config, opened, timings.clone(), signals, Stdio::Console, endpoint)?))
         })?;
         if self.timings {
             super::print_stderr(&timings.to_string());

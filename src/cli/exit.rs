@@ -1,7 +1,7 @@
 //! The exit codes of all commands.
 
 use crate::exit_latch::ExitReason;
-use crate::machine::release;
+use crate::monitor::release;
 
 /// The result of a command, for its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub enum Exit {
     TripleFault,
     /// KVM could not continue the guest.
     KvmError,
+    /// The sandbox stopped the monitor process.
+    Violation,
     /// The machine was ended by this signal.
     Signal(u8),
     /// The status that the guest wrote to its exit port.
@@ -37,6 +39,7 @@ impl Exit {
             Exit::Failure => 1,
             Exit::Usage => 2,
             Exit::NotRun => 125,
+            Exit::Violation => 128 + libc::SIGSYS as u8,
             Exit::Reset => 80,
             Exit::Panicked => 81,
             Exit::TripleFault => 82,
@@ -61,8 +64,11 @@ impl From<&ExitReason> for Exit {
             ExitReason::Panicked(_) => Exit::Panicked,
             ExitReason::TripleFault { .. } => Exit::TripleFault,
             ExitReason::KvmError { .. } => Exit::KvmError,
-            ExitReason::SessionLost(_) => Exit::Failure,
-            ExitReason::Killed(signal) => Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX)),
+            ExitReason::SessionLost(_) | ExitReason::MonitorDied { signal: None } => Exit::Failure,
+            ExitReason::Violation { .. } => Exit::Violation,
+            ExitReason::Killed(signal) | ExitReason::MonitorDied { signal: Some(signal) } => {
+                Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX))
+            }
         }
     }
 }
@@ -79,6 +85,7 @@ Exit codes:
    83    KVM failed to run the guest
   125    husk run: husk, the host or the image failed before the command started
   128+n  the machine was terminated by signal n
+  159    the sandbox stopped husk's own monitor process, which the guest may have taken over
   Any other code was written by the guest to its exit port (0x604).";
 
 #[cfg(test)]
@@ -88,7 +95,7 @@ mod tests {
     #[test]
     fn every_exit_code_is_in_the_help() {
         use Exit::*;
-        for exit in [Success, Failure, Usage, NotRun, Reset, Panicked, TripleFault, KvmError] {
+        for exit in [Success, Failure, Usage, NotRun, Reset, Panicked, TripleFault, KvmError, Violation] {
             let code = format!("{:>5}    ", exit.code());
             assert!(EXIT_CODES.lines().any(|line| line.starts_with(&code)), "{exit:?}");
         }

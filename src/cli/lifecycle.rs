@@ -14,7 +14,7 @@ use super::exit::Exit;
 use super::size;
 use crate::config::MachineConfig;
 use crate::console::stream_log;
-use crate::machine::release;
+use crate::monitor::release;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::record::{Inherited, Record, State, now_ms};
 use crate::state_dir::{MachineDir, MachineEntry, StateDir, names};
@@ -134,6 +134,7 @@ impl LifecycleArgs {
             keep,
             stop_signal,
             process,
+            sandbox_lacks: Vec::new(),
             config: config.clone(),
         };
         ControlEndpoint::open(dir, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
@@ -158,7 +159,7 @@ impl LifecycleArgs {
                 wait = INITIAL_BACKOFF;
             }
             if again {
-                release::release();
+                release::await_exit();
             }
             if !again || !endpoint.wait_to_restart(wait, &signals)? {
                 let reason = ended.as_ref().err().map(|error| format!("{error:#}"));

@@ -36,6 +36,10 @@ pub(super) struct LimitFlags {
     /// Limit the host memory of the whole machine, including husk itself; auto is the amount it needs
     #[arg(long, value_name = "SIZE|auto", value_parser = host_memory, allow_negative_numbers = true)]
     host_memory: Option<HostMemory>,
+
+    /// Confine the process that runs the guest: on (the default), or off to debug it
+    #[arg(long, value_name = "on|off", value_parser = on_or_off)]
+    sandbox: Option<bool>,
 }
 
 /// CPU numbers.
@@ -61,6 +65,7 @@ impl LimitFlags {
         config.balloon = self.no_balloon.map_or(config.balloon, |off| !off);
         config.huge_pages = self.hugepages.unwrap_or(config.huge_pages);
         config.prefault = self.prefault.unwrap_or(config.prefault);
+        config.sandbox = self.sandbox.unwrap_or(config.sandbox);
         let target_mib = memory_mib.or(config.memory_target_mib);
         if let Some(max_mib) = self.memory_max {
             config.memory_target_mib = Some(target_mib.unwrap_or(config.memory_mib));
@@ -117,6 +122,14 @@ fn host_memory(text: &str) -> Result<HostMemory, String> {
         return Ok(HostMemory::Auto);
     }
     size::memory_mib(text).map(HostMemory::Mib).map_err(|error| format!("{error}, or auto"))
+}
+
+fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("use on or off".to_owned()),
+    }
 }
 
 #[cfg(test)]

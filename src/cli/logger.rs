@@ -8,6 +8,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::console::terminal;
 use crate::foreign;
+use crate::monitor;
 use crate::state_dir::husk_log;
 
 /// The maximum number of lines per second; the rest are only counted.
@@ -39,6 +40,9 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record) {
+        if monitor::forward_log(record.level(), &record.args().to_string()) {
+            return;
+        }
         // The lock is held while writing, so that lines of different threads do not mix.
         let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
         let Admission { admitted, suppressed_before } = rate.admit(Instant::now());

@@ -27,7 +27,6 @@ use crate::guest::session::{Endpoints, Session};
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::ext4::Journal;
 use crate::image::{ImageProcess, Store, on_demand};
-use crate::machine::Machine;
 use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::Kind;
@@ -308,13 +307,20 @@ impl Run {
         let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
         resources::host::warn_of_pvm();
         timings.mark(Step::Prepared);
-        let mut resources = resources::open(config)?;
+        let (mut resources, outside) = resources::open(config)?;
         // The initramfs in a unified kernel image belongs to another system.
         resources.initrd = Some(Part::whole(initramfs).context("read the initrd")?);
         resources.kernel_words.clear();
         if !spec.has_session() {
-            let machine = Machine::build(config, resources, timings.clone())?;
-            return Ok(boot::report(&supervisor::run(machine, signals, Stdio::Console, endpoint)?));
+            let opened = (resources, outside);
+            return Ok(boot::report(&supervisor::run(
+                config,
+                opened,
+                timings.clone(),
+                signals,
+                Stdio::Console,
+                endpoint,
+            )?));
         }
         let service = endpoint.file(&format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT));
         // Left behind by a failed run.
@@ -325,14 +331,13 @@ impl Run {
         let mut session = Session::new(listener, spec.wants_stdin(), on_terminal, endpoints, timings.clone())?;
         // Without input, Ctrl-C raises a signal in this process, which is forwarded like any other.
         let takes_keys = on_terminal && spec.wants_stdin();
-        let machine = Machine::build(config, resources, timings.clone())?;
         // In the background standard error is a file, which a guest must not fill: `husk logs --kernel` shows its
         // messages.
         let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
         let log = Log::create(endpoint.file(state_dir::CONSOLE_LOG), verbose).context("create the machine's log")?;
         let tail = log.tail();
-        let reason =
-            supervisor::run(machine, signals, Stdio::Session { session: &mut session, takes_keys, log }, endpoint)?;
+        let stdio = Stdio::Session { session: &mut session, takes_keys, log };
+        let reason = supervisor::run(config, (resources, outside), timings.clone(), signals, stdio, endpoint)?;
         Ok(exit_status(session.end(), &reason, &tail, verbose))
     }
 }

@@ -28,6 +28,11 @@ impl HugePages {
         *self == HugePages::default()
     }
 
+    /// Whether the pages are from the host's pool.
+    pub fn is_pool(self) -> bool {
+        matches!(self, HugePages::Size2M | HugePages::Size1G)
+    }
+
     /// The pages to map.
     pub fn pages(self) -> Pages {
         match self {

@@ -20,7 +20,7 @@ use crate::resources::Resources;
 use crate::resources::disk::DiskFile;
 use crate::resources::net::Network;
 use crate::resources::vsock::VsockSocket;
-use crate::sandbox;
+use crate::sandbox::{self, ThreadRole};
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, Buses, VcpuThread, setup};
@@ -34,11 +34,20 @@ impl Machine {
     /// kernel thread for each machine, KVM_CREATE_VM waits for an RCU grace period of some milliseconds. Otherwise the order
     /// follows dependencies: memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus
     /// before the first vCPU exists.
-    pub fn build(config: &MachineConfig, resources: Resources, timings: Arc<Timings>) -> Result<Machine> {
-        let Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks, starters } =
-            resources;
+    ///
+    /// `confine` is called before the threads that run for the guest are started. All guest memory is allocated with
+    /// `--prefault`, until `is_interrupted` returns true.
+    pub fn build(
+        config: &MachineConfig,
+        resources: Resources,
+        timings: Arc<Timings>,
+        confine: impl FnOnce() -> Result<()>,
+        is_interrupted: &dyn Fn() -> bool,
+    ) -> Result<Machine> {
+        let Resources { kvm, kernel, kernel_words, initrd, disks, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
-        let memory = memory::create(config.memory_mib, config.huge_pages.pages(), config.prefault)?;
+        let prefault = config.prefault.then_some(is_interrupted);
+        let memory = memory::create(config.memory_mib, config.huge_pages.pages(), prefault)?;
         let (devices, controls) = create_devices(config, disks, vsock, networks)?;
         let contents = Contents {
             kernel,
@@ -56,6 +65,7 @@ impl Machine {
         Power::new(exit_latch.clone(), timings.clone()).attach(&mut buses.ports)?;
         let power_button = IrqLine::new(layout::EVENT_GSI)?;
         vm.connect_irq(&power_button)?;
+        confine()?;
         let transports = virtio_bus::attach(&vm, &mut buses, &memory, config.virtio_bus(), devices)?;
         timings.mark(Step::KvmReady);
 
@@ -67,18 +77,7 @@ impl Machine {
         );
         let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
         let vcpus = start_vcpus(&vm, buses, &exit_latch, &supported, processor, entry)?;
-        Ok(Machine {
-            vcpus,
-            transports,
-            controls,
-            starters,
-            console,
-            power_button,
-            exit_latch,
-            timings,
-            vm: Arc::new(vm),
-            cgroup_limits,
-        })
+        Ok(Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm: Arc::new(vm) })
     }
 }
 
@@ -153,7 +152,9 @@ impl Loader {
             timings.mark(Step::KernelLoaded);
             Ok((entry, kvm::supported_cpuid(&kvm)?))
         };
-        Ok(Loader(Some(sandbox::spawn("loader", load).context("start the loader thread")?)))
+        Ok(Loader(Some(
+            sandbox::spawn_confined(ThreadRole::Loader, "loader", load).context("start the loader thread")?,
+        )))
     }
 
     fn finish(mut self) -> Result<(EntryPoint, CpuId)> {

@@ -3,12 +3,12 @@
 
 mod build;
 mod host_memory;
-pub mod release;
 mod virtio_bus;
 
-use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::output::Output;
@@ -16,10 +16,7 @@ use crate::device::Serial;
 use crate::exit_latch::ExitLatch;
 use crate::irq::IrqLine;
 use crate::kvm::Vm;
-use crate::memory;
-use crate::resources::memory_use::MemoryUse;
-use crate::resources::passt::Starter;
-use crate::sandbox::cgroup::CgroupLimits;
+use crate::memory::Region;
 use crate::timings::{Step, Timings};
 use crate::vcpu::VcpuThread;
 use crate::virtio::net::NetLink;
@@ -30,14 +27,12 @@ pub struct Machine {
     vcpus: Vec<VcpuThread>,
     transports: Vec<Arc<dyn Transport>>,
     controls: Controls,
-    starters: Vec<Starter>,
     console: Console,
     power_button: IrqLine,
     exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
     // Declared last, so that it outlives everything that uses its memory and descriptors.
     vm: Arc<Vm>,
-    cgroup_limits: CgroupLimits,
 }
 
 /// Handles to a machine's devices: their statistics and rate limits. Clones share state, can be used from any thread
@@ -97,19 +92,13 @@ impl Machine {
         &self.controls
     }
 
-    /// Those that start the helper processes that the guest does not need yet. Whoever runs the machine waits for them.
-    pub fn starters(&self) -> &[Starter] {
-        &self.starters
-    }
-
-    /// The machine's current use of host memory.
-    pub fn memory_use(&self) -> io::Result<MemoryUse> {
-        MemoryUse::of_this_process(self.vm.memory())
-    }
-
-    /// The cgroup limits of the machine's process, which can be changed while it runs.
-    pub fn cgroup_limits(&mut self) -> &mut CgroupLimits {
-        &mut self.cgroup_limits
+    /// The addresses of guest memory in this process, of each region.
+    pub fn memory_ranges(&self) -> Vec<Range<u64>> {
+        let range = |region: &Region| {
+            let start = region.get_host_address(MemoryRegionAddress(0)).map_or(0, |address| address as u64);
+            start..start + region.len()
+        };
+        self.vm.memory().iter().map(range).collect()
     }
 
     /// The startup steps reached so far, and the clock that timestamps them.
@@ -154,13 +143,10 @@ impl Machine {
 }
 
 impl Machine {
-    /// Ends the machine, and postpones the release of its virtual machine: see [`release`]. In a cgroup of its own nothing is
-    /// postponed: KVM's recovery thread is a member of it, so it can be removed only after the release. Neither is it with
-    /// pages of the host's pool, which the next machine may need.
-    pub fn end(self) {
-        if !self.cgroup_limits.has_groups() && !memory::is_of_pool(self.vm.memory()) {
-            release::postpone(self.vm.clone());
-        }
+    /// Ends the machine and closes its files. Returns its virtual machine, whose release takes the kernel some milliseconds,
+    /// for which nobody need wait.
+    pub fn end(self) -> Arc<Vm> {
+        self.vm.clone()
     }
 }
 
@@ -196,8 +182,9 @@ mod tests {
             memory_mib: 32,
             ..MachineConfig::default()
         };
-        let resources = resources::open(&config).unwrap();
-        let machine = Machine::build(&config, resources, Arc::new(Timings::new(Instant::now()))).unwrap();
+        let (resources, _outside) = resources::open(&config).unwrap();
+        let timings = Arc::new(Timings::new(Instant::now()));
+        let machine = Machine::build(&config, resources, timings, || Ok(()), &|| false).unwrap();
         let output = machine.console.output.clone();
         Some((machine, output))
     }

@@ -3,6 +3,7 @@
 //! Everything is opened before the first part of a machine is built, so that invalid input is rejected early without
 //! side effects, and later stages need no access to the file system.
 
+pub mod attendant;
 pub mod bridge;
 mod cache;
 pub mod disk;
@@ -24,7 +25,7 @@ pub mod vsock;
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -39,7 +40,7 @@ use host::KVM_API_VERSION;
 /// KVM's device node.
 const KVM_PATH: &str = "/dev/kvm";
 
-/// The resources of a machine: open files in configuration order, and its cgroups.
+/// The resources of a machine: open files in configuration order.
 pub struct Resources {
     /// /dev/kvm.
     pub kvm: Kvm,
@@ -51,18 +52,57 @@ pub struct Resources {
     pub initrd: Option<Part>,
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
-    /// The cgroups that limit this process's CPU time and memory.
-    pub cgroup_limits: CgroupLimits,
     /// The host side of the vsock device.
     pub vsock: Option<vsock::VsockSocket>,
     /// The host side of the network interfaces.
     pub networks: Vec<net::Network>,
+}
+
+/// What a machine has on the host besides open files, and what exists as long as this: it belongs to whoever supervises the
+/// machine.
+#[derive(Default)]
+pub struct Outside {
+    /// The cgroups that limit the CPU time and memory of this process and of copies of it.
+    pub cgroup_limits: CgroupLimits,
+    vsock: Option<vsock::VsockName>,
+    passts: Vec<passt::Keeper>,
+}
+
+impl Outside {
     /// Those that start passt when the guest needs it.
-    pub starters: Vec<passt::Starter>,
+    pub fn starters(&self) -> impl Iterator<Item = &passt::Starter> {
+        self.passts.iter().map(passt::Keeper::starter)
+    }
+
+    /// The descriptors that both a machine's devices and its supervisor need.
+    pub fn shared_fds(&self) -> Vec<RawFd> {
+        self.starters().map(AsRawFd::as_raw_fd).collect()
+    }
+
+    /// Clones of them.
+    fn passts(&self) -> Vec<passt::Starter> {
+        self.starters().cloned().collect()
+    }
+
+    fn vsock_path(&self) -> Option<vsock::VsockPath> {
+        self.vsock.as_ref().map(|name| name.path().clone())
+    }
+}
+
+impl Resources {
+    /// All descriptors.
+    pub fn fds(&self) -> Vec<RawFd> {
+        let mut fds = vec![self.kvm.as_raw_fd(), self.kernel.as_raw_fd()];
+        fds.extend(self.initrd.iter().map(|initrd| initrd.file().as_raw_fd()));
+        fds.extend(self.disks.iter().flat_map(disk::DiskFile::fds));
+        fds.extend(self.vsock.iter().map(|vsock| vsock.listener.as_raw_fd()));
+        fds.extend(self.networks.iter().flat_map(net::Network::fds));
+        fds
+    }
 }
 
 /// Opens all resources that `config` refers to. Stops at the first failure, with the path and the reason.
-pub fn open(config: &MachineConfig) -> Result<Resources> {
+pub fn open(config: &MachineConfig) -> Result<(Resources, Outside)> {
     let KernelImage { kernel, initrd, cmdline: kernel_words } = kernel::open(&config.kernel)?;
     let initrd = config.initrd.as_deref().map_or(Ok(initrd), |path| open_initrd(path).map(Some))?;
     let disks = disk::open_all(&config.disks)?;
@@ -76,14 +116,16 @@ pub fn open(config: &MachineConfig) -> Result<Resources> {
     if !config.cpuset.is_empty() {
         affinity::pin_to(&config.cpuset)?;
     }
-    let vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
-    let (mut networks, mut starters) = (Vec::new(), Vec::new());
+    let mut outside = Outside { cgroup_limits, ..Outside::default() };
+    let mut vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
+    outside.vsock = vsock.as_mut().and_then(vsock::VsockSocket::take_name);
+    let mut networks = Vec::new();
     for network in &config.networks {
-        let (network, starter) = net::open(network, config)?;
+        let (network, keeper) = net::open(network, config)?;
         networks.push(network);
-        starters.extend(starter);
+        outside.passts.extend(keeper);
     }
-    Ok(Resources { kvm, kernel, kernel_words, initrd, disks, cgroup_limits, vsock, networks, starters })
+    Ok((Resources { kvm, kernel, kernel_words, initrd, disks, vsock, networks }, outside))
 }
 
 fn open_initrd(path: &Path) -> Result<Part> {

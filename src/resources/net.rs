@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -48,17 +49,25 @@ pub struct Network {
     pub counts: Option<TapCounts>,
 }
 
+impl Network {
+    /// All descriptors.
+    pub(super) fn fds(&self) -> impl Iterator<Item = RawFd> {
+        let backends = self.backends.iter().flat_map(|backend| backend.fds());
+        backends.chain(self.counts.iter().map(AsRawFd::as_raw_fd))
+    }
+}
+
 /// The number of queue pairs of a tap device in a machine with this many vCPUs.
 pub fn pairs(cpus: u32) -> u32 {
     cpus.min(PAIRS_MAX)
 }
 
-/// Opens the interface `network` of `machine`. For user-mode networking this starts passt if ports are published, and
-/// otherwise returns what starts it.
-pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<(Network, Option<passt::Starter>)> {
+/// Opens the interface `network` of `machine`. For user-mode networking this starts passt if ports are published; what is
+/// returned starts it otherwise, and ends it.
+pub fn open(network: &NetworkConfig, machine: &MachineConfig) -> Result<(Network, Option<passt::Keeper>)> {
     let pairs = pairs(machine.cpus) as usize;
     let vhost = Vhost { wish: network.vhost, keeps_to_cpus: !machine.cpuset.is_empty() };
-    open_any(network, pairs, vhost).map(|(opened, starter)| (Network { rate: network.rate, ..opened }, starter))
+    open_any(network, pairs, vhost).map(|(opened, keeper)| (Network { rate: network.rate, ..opened }, keeper))
 }
 
 /// The requirements for vhost-net.
@@ -69,14 +78,15 @@ struct Vhost {
     keeps_to_cpus: bool,
 }
 
-fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Network, Option<passt::Starter>)> {
+fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Network, Option<passt::Keeper>)> {
     let mac = match config.mac {
         Some(mac) => mac,
         None => random_mac()?,
     };
     match &config.to {
         Attachment::User(user) => {
-            let (backend, starter) = passt::open(user, mac)?;
+            let mut backend = passt::open(user, mac)?;
+            let keeper = backend.take_keeper();
             let rate = Rate::default();
             let network = Network {
                 backends: vec![Box::new(backend)],
@@ -86,7 +96,7 @@ fn open_any(config: &NetworkConfig, pairs: usize, vhost: Vhost) -> Result<(Netwo
                 rate,
                 counts: None,
             };
-            Ok((network, starter))
+            Ok((network, keeper))
         }
         Attachment::Tap { name } => {
             let (taps, _) = open_tap(name, pairs).with_context(|| format!("open tap device {name}"))?;

@@ -9,22 +9,42 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::attendant;
 use crate::config::VsockConfig;
 use crate::sys::socket;
 
 /// Accessible only to the owner.
 const MODE: u32 = 0o600;
 
-/// A listening socket and its path, which is removed along with it.
+/// A listening socket.
 #[derive(Debug)]
 pub struct VsockSocket {
     /// Accepts connections from host programs to the guest. Non-blocking.
     pub listener: UnixListener,
     /// The guest's CID.
     pub cid: u32,
+    path: VsockPath,
+    /// `None` if it belongs to the supervisor.
+    name: Option<VsockName>,
+}
+
+/// Where a machine's socket is.
+#[derive(Debug, Clone)]
+pub struct VsockPath {
     path: PathBuf,
     /// Device and inode of the socket at `path`, so that no other file is removed.
     identity: (u64, u64),
+}
+
+/// The name of a machine's socket. Dropping it removes the socket.
+#[derive(Debug)]
+pub struct VsockName(VsockPath);
+
+impl VsockName {
+    /// Where it is.
+    pub fn path(&self) -> &VsockPath {
+        &self.0
+    }
 }
 
 /// Binds the socket that `config` names. A stale one, on which no process listens, is replaced.
@@ -38,7 +58,8 @@ pub fn open(config: &VsockConfig) -> Result<VsockSocket> {
     }
     let listener = socket::listen(path, MODE).with_context(|| format!("listen on the vsock socket {name}"))?;
     let identity = identity(path).with_context(|| format!("access the vsock socket {name}"))?;
-    Ok(VsockSocket { listener, cid: config.cid, path: path.clone(), identity })
+    let path = VsockPath { path: path.clone(), identity };
+    Ok(VsockSocket { listener, cid: config.cid, name: Some(VsockName(path.clone())), path })
 }
 
 /// Whether the socket at `path` exists without a listening process.
@@ -69,21 +90,34 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl VsockSocket {
+    /// Takes the socket's name, which otherwise is removed with it.
+    pub fn take_name(&mut self) -> Option<VsockName> {
+        self.name.take()
+    }
+
     /// Connects to the program that handles the guest's connections to `port`: its socket has the path of ours with `_`
     /// and the port appended. Fails if there is none or its backlog is full. Neither this call nor the returned stream
     /// blocks.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        attendant::connect(port).unwrap_or_else(|| self.path.connect(port))
+    }
+}
+
+impl VsockPath {
+    /// See [`VsockSocket::connect`].
+    pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let mut name = OsString::from(&self.path);
         name.push(format!("_{port}"));
         socket::connect(Path::new(&name))
     }
 }
 
-impl Drop for VsockSocket {
+impl Drop for VsockName {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+        let VsockPath { path, identity: ours } = &self.0;
+        if identity(path).is_ok_and(|identity| identity == *ours) {
             // The next process finds a stale socket and replaces it.
-            let _ = fs::remove_file(&self.path);
+            let _ = fs::remove_file(path);
         }
     }
 }

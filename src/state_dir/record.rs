@@ -45,6 +45,9 @@ pub struct Record {
     pub stop_signal: u8,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
+    /// The layers of the sandbox that the host does not allow, each with the reason.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sandbox_lacks: Vec<String>,
     /// The configuration of the machine.
     pub config: MachineConfig,
 }
@@ -202,6 +205,7 @@ pub(crate) mod tests {
             keep: true,
             stop_signal: 15,
             process: None,
+            sandbox_lacks: Vec::new(),
             config: MachineConfig::default(),
         }
     }

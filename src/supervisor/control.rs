@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -11,6 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::drain::{self, Printer};
 use super::endpoint::ControlEndpoint;
 use super::requests;
+use crate::config::MachineConfig;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
 use crate::console::log::Log;
@@ -18,15 +20,13 @@ use crate::console::terminal::{self, RawTerminal};
 use crate::exit_latch::ExitReason;
 use crate::guest::session::Session;
 use crate::guest::signal;
-use crate::machine::Machine;
+use crate::monitor::Monitor;
 use crate::resources::passt::Starter;
+use crate::resources::{Outside, Resources};
 use crate::sys::SignalFd;
 use crate::sys::resident;
 use crate::sys::timer::ClockJumps;
-use crate::timings::Step;
-
-/// How long a kernel may keep printing after a panic before the machine is ended.
-const PANIC_GRACE: Duration = Duration::from_secs(1);
+use crate::timings::{Step, Timings};
 
 /// How long nothing happens on the main thread before the process returns memory that only the start needed.
 const TRIM_AFTER: Duration = Duration::from_millis(500);
@@ -35,9 +35,9 @@ const TRIM_AFTER: Duration = Duration::from_millis(500);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Token {
     Exit,
+    Monitor,
     Signal,
     Keys,
-    InputWanted,
     Session,
     ControlEndpoint,
     Passt,
@@ -46,9 +46,9 @@ pub(super) enum Token {
 
 const TOKENS: [Token; 8] = [
     Token::Exit,
+    Token::Monitor,
     Token::Signal,
     Token::Keys,
-    Token::InputWanted,
     Token::Session,
     Token::ControlEndpoint,
     Token::Passt,
@@ -78,10 +78,12 @@ pub fn block_signals(for_session: bool) -> Result<SignalFd> {
     SignalFd::block(&[&signal::that_end_a_process(), session].concat()).context("block signals")
 }
 
-/// Runs `machine` until it ends, with this process's streams connected as `stdio` says, and serves requests at
-/// `endpoint`.
+/// Builds the machine `config` from what was opened for it, and runs it until it ends, with this process's streams connected
+/// as `stdio` says. Serves requests at `endpoint`.
 pub fn run(
-    mut machine: Machine,
+    config: &MachineConfig,
+    opened: (Resources, Outside),
+    timings: Arc<Timings>,
     signals: &SignalFd,
     stdio: Stdio,
     endpoint: &mut ControlEndpoint,
@@ -90,19 +92,23 @@ pub fn run(
         Stdio::Console => (None, true, None),
         Stdio::Session { session, takes_keys, log } => (Some(session), takes_keys, Some(log)),
     };
+    let (console, sink) = drain::console(log, endpoint)?;
+    let (resources, outside) = opened;
+    let mut monitor = Monitor::start(config, resources, outside, console, timings)?;
+    let printer = Printer::start(sink)?;
     let wants_terminal = wants_terminal && !endpoint.is_detached();
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
-    let printer = Printer::start(&machine, log, endpoint)?;
-    let reason = Supervisor::new(&mut machine, signals, session.as_deref_mut(), endpoint, terminal.is_some())?.run()?;
-    machine.timings().mark(Step::End);
-    machine.end();
-    let printed = drain::print(printer, session, signals, endpoint, &reason);
+    let on_terminal = terminal.is_some();
+    let reason = Supervisor::new(&mut monitor, signals, session.as_deref_mut(), endpoint, on_terminal)?.run()?;
+    monitor.timings().mark(Step::End);
+    monitor.end();
+    let printed = drain::print(&mut monitor, printer, session, signals, endpoint, &reason);
     drop(terminal);
     printed.map(|()| reason)
 }
 
 pub(super) struct Supervisor<'a> {
-    pub(super) machine: &'a mut Machine,
+    pub(super) monitor: &'a mut Monitor,
     pub(super) epoll: Epoll,
     signals: &'a SignalFd,
     /// The session that the standard streams and signals belong to, if they do not belong to the serial port.
@@ -122,17 +128,17 @@ pub(super) struct Supervisor<'a> {
 
 impl<'a> Supervisor<'a> {
     fn new(
-        machine: &'a mut Machine,
+        monitor: &'a mut Monitor,
         signals: &'a SignalFd,
         session: Option<&'a mut Session>,
         endpoint: &'a mut ControlEndpoint,
         on_terminal: bool,
     ) -> Result<Supervisor<'a>> {
         let epoll = Epoll::new().context("epoll")?;
-        watch(&epoll, machine.exit_latch().event().as_raw_fd(), Token::Exit)?;
+        watch(&epoll, monitor.exit_latch().event().as_raw_fd(), Token::Exit)?;
+        watch(&epoll, monitor.as_raw_fd(), Token::Monitor)?;
         watch(&epoll, signals.as_raw_fd(), Token::Signal)?;
-        watch(&epoll, machine.input_wanted().as_raw_fd(), Token::InputWanted)?;
-        machine.starters().iter().try_for_each(|starter| watch(&epoll, starter.as_raw_fd(), Token::Passt))?;
+        monitor.outside().starters().try_for_each(|starter| watch(&epoll, starter.as_raw_fd(), Token::Passt))?;
         let input = match &session {
             Some(session) => {
                 watch(&epoll, session.as_raw_fd(), Token::Session)?;
@@ -146,7 +152,7 @@ impl<'a> Supervisor<'a> {
         watch(&epoll, clock_jumps.as_fd().as_raw_fd(), Token::ClockJump)?;
         let (earlier_inputs, button_pressed) = (Vec::new(), false);
         Ok(Supervisor {
-            machine,
+            monitor,
             epoll,
             signals,
             session,
@@ -161,12 +167,19 @@ impl<'a> Supervisor<'a> {
     }
 
     fn run(mut self) -> Result<ExitReason> {
+        match self.monitor.start_guest(self.signals) {
+            Ok(lacks) => self.endpoint.note_sandbox(lacks),
+            Err(error) => return self.monitor.exit_latch().reason().ok_or(error),
+        }
         self.feed()?;
-        self.machine.resume();
         self.endpoint.remove_stale();
         loop {
             self.note_start()?;
-            if let Some(reason) = self.machine.exit_latch().reason() {
+            // It may have been reported while a call was waiting for its reply.
+            if self.monitor.take_input_wanted() {
+                self.feed()?;
+            }
+            if let Some(reason) = self.monitor.exit_latch().reason() {
                 return Ok(reason);
             }
             let mut events = [EpollEvent::default(); TOKENS.len()];
@@ -178,21 +191,18 @@ impl<'a> Supervisor<'a> {
             self.trim_if_idle(count > 0);
             for event in events.iter().take(count) {
                 match TOKENS.get(event.data() as usize) {
-                    Some(Token::Exit) => drop(self.machine.exit_latch().event().read()),
+                    Some(Token::Exit) => drop(self.monitor.exit_latch().event().read()),
                     Some(Token::Signal) => self.on_signal()?,
                     Some(Token::Keys) => self.on_keys()?,
-                    Some(Token::InputWanted) => {
-                        let _ = self.machine.input_wanted().read();
-                        self.feed()?;
-                    }
+                    Some(Token::Monitor) => self.monitor.handle_events(),
                     Some(Token::Session) => {
                         if let Some(session) = &mut self.session {
-                            session.on_ready(self.machine.exit_latch())?;
+                            session.on_ready(self.monitor.exit_latch())?;
                         }
                     }
                     Some(Token::ControlEndpoint) => requests::answer(&mut self),
                     // Not on the device's thread, so that only this one starts processes.
-                    Some(Token::Passt) => self.machine.starters().iter().for_each(Starter::start_if_needed),
+                    Some(Token::Passt) => self.monitor.outside().starters().for_each(Starter::start_if_needed),
                     Some(Token::ClockJump) if self.clock_jumps.take() => self.check_guest_clock(),
                     Some(Token::ClockJump) | None => {}
                 }
@@ -213,14 +223,15 @@ impl<'a> Supervisor<'a> {
         if started { self.endpoint.note_running() } else { Ok(()) }
     }
 
-    /// The maximum time to wait, in milliseconds: unlimited, unless the process has not been trimmed, the guest's kernel
-    /// has panicked and may not reset by itself, a session is over and the guest may not exit by itself, or a stop request
-    /// has a timeout.
+    /// The maximum time to wait, in milliseconds: unlimited, unless the process has not been trimmed, a session is over and
+    /// the guest may not exit by itself, or a stop request has a timeout.
     fn timeout_ms(&self) -> i32 {
         let left = self.trim_at.map(|at| at.saturating_duration_since(Instant::now()));
         // Rounded up, so that the time has come when the wait ends.
         let trim_ms = left.map_or(-1, |left| left.as_millis() as i32 + 1);
-        let timeouts = [trim_ms, self.guest_timeout_ms(), self.endpoint.timeout_ms(self.machine.exit_latch())];
+        let exit_latch = self.monitor.exit_latch();
+        let session_ms = self.session.as_ref().map_or(-1, |session| session.timeout_ms(exit_latch));
+        let timeouts = [trim_ms, session_ms, self.endpoint.timeout_ms(exit_latch)];
         timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
     }
 
@@ -235,23 +246,12 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn guest_timeout_ms(&self) -> i32 {
-        let Some(panicked_at) = self.machine.exit_latch().panicked_at() else {
-            return self.session.as_ref().map_or(-1, |session| session.timeout_ms(self.machine.exit_latch()));
-        };
-        let left = (panicked_at + PANIC_GRACE).saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            self.machine.exit_latch().give_up_on_panic();
-        }
-        left.as_millis() as i32
-    }
-
     fn on_signal(&mut self) -> Result<()> {
         let Some(signal) = self.signals.read().context("read a signal")? else { return Ok(()) };
         if let Some(session) = &mut self.session {
-            session.on_signal(signal, self.machine.exit_latch());
+            session.on_signal(signal, self.monitor.exit_latch());
         } else if self.button_pressed || !signal::is_termination(signal) {
-            self.machine.exit_latch().declare(ExitReason::Killed(signal));
+            self.monitor.exit_latch().declare(ExitReason::Killed(signal));
         } else {
             self.press_power_button();
         }
@@ -260,7 +260,7 @@ impl<'a> Supervisor<'a> {
 
     pub(super) fn press_power_button(&mut self) {
         self.button_pressed = true;
-        self.machine.press_power_button();
+        let _ = self.monitor.press_power_button();
         self.say("husk: pressed the machine's power button; a second signal kills the machine\n");
     }
 
@@ -268,8 +268,8 @@ impl<'a> Supervisor<'a> {
         let Some(input) = &mut self.input else { return Ok(()) };
         for command in input.read() {
             match command {
-                Command::Quit => self.machine.exit_latch().declare(ExitReason::Quit),
-                Command::PowerButton => self.machine.press_power_button(),
+                Command::Quit => self.monitor.exit_latch().declare(ExitReason::Quit),
+                Command::PowerButton => drop(self.monitor.press_power_button()),
                 Command::Help => self.say(keys::HELP),
             }
         }
@@ -280,7 +280,7 @@ impl<'a> Supervisor<'a> {
     /// unwanted or has ended causes no wakeups.
     pub(super) fn feed(&mut self) -> Result<()> {
         while let Some(input) = &mut self.input {
-            while input.feed(|bytes| self.machine.offer_input(bytes)) {
+            while input.feed(|bytes| self.monitor.offer_input(bytes)) {
                 if input.watch(&self.epoll, Token::Keys as u64).context("watch standard input")? {
                     return Ok(());
                 }

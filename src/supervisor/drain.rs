@@ -2,13 +2,14 @@
 //! stopped. Signals and requests are handled meanwhile, so that the wait can be cut short.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::io::{self, PipeReader, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::fs::FileType;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,7 +21,7 @@ use crate::console::stream_log::Stream;
 use crate::exit_latch::ExitReason;
 use crate::guest::session::Session;
 use crate::guest::signal;
-use crate::machine::{Machine, release};
+use crate::monitor::Monitor;
 use crate::sandbox;
 use crate::sys::SignalFd;
 use crate::sys::event;
@@ -29,48 +30,70 @@ use crate::sys::event;
 /// user.
 const FORCED_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long guest memory is kept for a fast exit. A slow reader may take hours, and the memory is free in that time.
-const RELEASE_AFTER: Duration = Duration::from_millis(100);
+/// Where the monitor's console thread writes, and what is written there is copied to, unless it is standard output.
+pub(super) type Sink = Option<(PipeReader, Box<dyn Write + Send>)>;
 
-/// The console thread, and an event signaled when everything is printed.
+/// Where output of the serial port goes: to the log if there is one, otherwise to the hub in the background, or to standard
+/// output. Returns also what is given to the monitor.
+pub(super) fn console(log: Option<Log>, endpoint: &ControlEndpoint) -> Result<(OwnedFd, Sink)> {
+    let copy: Box<dyn Write + Send> = match (log, endpoint.hub()) {
+        (Some(log), _) => Box::new(log),
+        (None, Some(hub)) => Box::new(HubStream(hub.clone(), Stream::Output)),
+        (None, None) => {
+            let stdout = io::stdout().as_fd().try_clone_to_owned().context("use standard output")?;
+            // A pipe can be written to and nothing else. A terminal or a file could be read, or cut.
+            if rustix::fs::fstat(&stdout).is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Fifo) {
+                return Ok((stdout, None));
+            }
+            Box::new(File::from(stdout))
+        }
+    };
+    let (reader, writer) = io::pipe().context("create a pipe for the console")?;
+    Ok((writer.into(), Some((reader, copy))))
+}
+
+/// The thread that copies the output, if there is one, and an event signaled when everything is copied.
 pub(super) struct Printer {
-    thread: JoinHandle<()>,
-    done: Arc<EventFd>,
+    copying: Option<(JoinHandle<()>, Arc<EventFd>)>,
+    is_done: bool,
 }
 
 impl Printer {
-    /// Starts the thread. Output of the serial port goes to the log if there is one, otherwise to the hub in the
-    /// background, or to standard output.
-    pub(super) fn start(machine: &Machine, log: Option<Log>, endpoint: &ControlEndpoint) -> Result<Printer> {
-        let (output, exit_latch) = (machine.console_output().clone(), machine.exit_latch().clone());
-        let stdout = || io::stdout().as_fd().try_clone_to_owned().context("use standard output");
-        let sink: Box<dyn Write + Send> = match (log, endpoint.hub()) {
-            (Some(log), _) => Box::new(log),
-            (None, Some(hub)) => Box::new(HubStream(hub.clone(), Stream::Output)),
-            (None, None) => Box::new(File::from(stdout()?)),
-        };
+    /// Starts the thread. It ends with the monitor's console thread.
+    pub(super) fn start(sink: Sink) -> Result<Printer> {
+        let Some((mut reader, mut copy)) = sink else { return Ok(Printer { copying: None, is_done: true }) };
         let done = Arc::new(event::create().context("watch the console")?);
         let signal = done.clone();
         let print = move || {
-            output.print_to(sink, || exit_latch.declare(ExitReason::Killed(libc::SIGPIPE)));
+            let _ = io::copy(&mut reader, &mut copy);
             let _ = signal.write(1);
         };
         let thread = sandbox::spawn("console", print).context("start the console thread")?;
-        Ok(Printer { thread, done })
+        Ok(Printer { copying: Some((thread, done)), is_done: false })
+    }
+
+    fn is_done(&mut self) -> bool {
+        let looks = |(thread, done): &(JoinHandle<()>, Arc<EventFd>)| thread.is_finished() || done.read().is_ok();
+        self.is_done = self.is_done || self.copying.as_ref().is_none_or(looks);
+        self.is_done
     }
 }
 
 /// Waits until all of the machine's output has been taken, or until a signal, a request or `reason` cuts the wait
 /// short.
 pub(super) fn print(
-    printer: Printer,
+    monitor: &mut Monitor,
+    mut printer: Printer,
     mut session: Option<&mut Session>,
     signals: &SignalFd,
     endpoint: &mut ControlEndpoint,
     reason: &ExitReason,
 ) -> Result<()> {
     let epoll = Epoll::new().context("epoll")?;
-    control::watch(&epoll, printer.done.as_raw_fd(), Token::Exit)?;
+    control::watch(&epoll, monitor.as_raw_fd(), Token::Monitor)?;
+    if let Some((_, done)) = &printer.copying {
+        control::watch(&epoll, done.as_raw_fd(), Token::Exit)?;
+    }
     control::watch(&epoll, signals.as_raw_fd(), Token::Signal)?;
     control::watch(&epoll, endpoint.as_raw_fd(), Token::ControlEndpoint)?;
     if let Some(session) = &mut session {
@@ -79,10 +102,11 @@ pub(super) fn print(
     }
     let forced = matches!(reason, ExitReason::Killed(_) | ExitReason::Quit);
     let forced_drain_by = Instant::now() + FORCED_DRAIN_TIMEOUT;
-    let mut release_at = Some(Instant::now() + RELEASE_AFTER);
     let mut is_cut = false;
     loop {
-        let console_is_printed = printer.thread.is_finished() || printer.done.read().is_ok();
+        monitor.handle_events();
+        // The event is read even if the monitor has not reported the end yet: it would wake this thread again and again.
+        let console_is_printed = printer.is_done() && monitor.console_is_closed();
         let streams_are_printed = session.as_ref().is_none_or(|session| session.outputs_are_closed());
         if console_is_printed && streams_are_printed {
             return Ok(());
@@ -93,13 +117,7 @@ pub(super) fn print(
             log::warn!("the last output of the machine is lost: it was not read");
             return Ok(());
         }
-        let until_release = release_at.map(|at| at.saturating_duration_since(Instant::now()));
-        if until_release.is_some_and(|left| left.is_zero()) {
-            release::release();
-            release_at = None;
-        }
-        let timeout = [left, until_release.filter(|left| !left.is_zero())].into_iter().flatten().min();
-        let timeout_ms = timeout.map_or(-1, |left| left.as_millis().min(i32::MAX as u128 - 1) as i32 + 1);
+        let timeout_ms = left.map_or(-1, |left| left.as_millis().min(i32::MAX as u128 - 1) as i32 + 1);
         match epoll.wait(timeout_ms, &mut [EpollEvent::default(); 4]) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error).context("wait for events"),
             _ => {}

@@ -87,6 +87,14 @@ impl ControlEndpoint {
         }
     }
 
+    /// Notes which layers the sandbox lacks. They are recorded when the machine is running.
+    pub(super) fn note_sandbox(&mut self, lacks: Vec<String>) {
+        for layer in &lacks {
+            log::info!("the sandbox lacks a layer that this host does not allow: {layer}");
+        }
+        self.record.sandbox_lacks = lacks;
+    }
+
     /// How many times the machine was restarted.
     pub fn restarts(&self) -> u32 {
         self.record.restarts

@@ -1,7 +1,6 @@
 //! Handles requests to a machine, on its main thread, between events.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,7 +16,6 @@ use crate::guest::signal;
 use crate::request::server::Caller;
 use crate::request::{Limit, Reply, Request, Stats, Update};
 use crate::state_dir::record::{State, now_ms};
-use crate::virtio::block;
 
 /// Returns `rate` with the specified limits replaced and their bursts reset to the defaults, or `None` if none is
 /// specified.
@@ -119,7 +117,7 @@ impl Recipient for Supervisor<'_> {
         match &mut self.session {
             Some(session) if session.has_started() => session.send_signal(self.endpoint.stop_signal()),
             // There is no process in the guest to send a signal to.
-            Some(_) => self.machine.exit_latch().declare(ExitReason::Killed(libc::SIGTERM)),
+            Some(_) => self.monitor.exit_latch().declare(ExitReason::Killed(libc::SIGTERM)),
             None => self.press_power_button(),
         }
         Ok(())
@@ -129,7 +127,7 @@ impl Recipient for Supervisor<'_> {
         let terminates = signal::is_termination(i32::from(signal));
         if i32::from(signal) == libc::SIGKILL {
             self.endpoint.end_requested = true;
-            self.machine.exit_latch().declare(ExitReason::Killed(libc::SIGKILL));
+            self.monitor.exit_latch().declare(ExitReason::Killed(libc::SIGKILL));
             return Ok(());
         }
         ensure!(
@@ -182,13 +180,13 @@ impl Supervisor<'_> {
             State::Paused { .. } => bail!("the machine is already paused"),
             _ => bail!("the machine is still starting: try again"),
         }
-        self.machine.pause();
+        self.monitor.pause()?;
         self.endpoint.enter(State::Paused { since_ms: now_ms() })
     }
 
     fn unpause(&mut self) -> Result<()> {
         ensure!(matches!(self.endpoint.record.state, State::Paused { .. }), "the machine is not paused");
-        self.machine.resume();
+        self.monitor.resume()?;
         self.check_guest_clock();
         self.endpoint.enter(State::Running { since_ms: now_ms() })
     }
@@ -227,15 +225,13 @@ impl Supervisor<'_> {
     fn change(&mut self, update: Update) -> Result<()> {
         let config = &mut self.endpoint.record.config;
         if let Some(memory_mib) = update.memory_mib {
-            let balloon = self.machine.controls().balloon.as_ref();
-            balloon
-                .context("the machine was started with --no-balloon: its memory cannot be changed")?
-                .set_target_mib(memory_mib)?;
+            ensure!(config.balloon, "the machine was started with --no-balloon: its memory cannot be changed");
+            self.monitor.set_memory_target(memory_mib)?;
             config.memory_target_mib = Some(memory_mib);
         }
         if update.millicpus.is_some() || update.cpu_shares.is_some() {
             let all = config.cpus.saturating_mul(1000);
-            let cgroup_limits = self.machine.cgroup_limits();
+            let cgroup_limits = self.monitor.cgroup_limits();
             let before = cgroup_limits.limits();
             let millicpus = match update.millicpus {
                 None => before.cpu_millicpus,
@@ -247,51 +243,44 @@ impl Supervisor<'_> {
             cgroup_limits.set_cpu(millicpus, update.cpu_shares.or(before.cpu_shares))?;
             (config.cpu_limit_millicpus, config.cpu_shares) = (millicpus, update.cpu_shares.or(config.cpu_shares));
         }
-        for (disk, control) in config.disks.iter_mut().zip(&self.machine.controls().disks) {
+        for (index, disk) in config.disks.iter_mut().enumerate() {
             if let Some(rate) = changed(disk.rate, update.disk_bytes_per_second, update.disk_ops_per_second)? {
+                self.monitor.set_disk_rate(index, rate)?;
                 disk.rate = rate;
-                control.rate.set(rate);
             }
         }
-        for (network, link) in config.networks.iter_mut().zip(&self.machine.controls().links) {
+        for (index, network) in config.networks.iter_mut().enumerate() {
             let (bytes, packets) = (update.network_bytes_per_second, update.network_packets_per_second);
             if let Some(rate) = changed(network.rate, bytes, packets)? {
+                self.monitor.set_network_rate(index, rate)?;
                 network.rate = rate;
-                link.set_rate(rate);
             }
         }
         if let Some(up) = update.link_up {
-            let links = &self.machine.controls().links;
-            ensure!(!links.is_empty(), "the machine has no network");
-            links.iter().for_each(|link| link.set_up(up));
+            ensure!(!config.networks.is_empty(), "the machine has no network");
+            self.monitor.set_links(up)?;
         }
         Ok(())
     }
 
-    /// The machine's resource usage on the host.
-    fn stats(&self) -> Result<Stats> {
-        let used = clock_gettime(ClockId::ProcessCPUTime);
-        let cpu = Duration::new(used.tv_sec.unsigned_abs(), u32::try_from(used.tv_nsec).unwrap_or(0));
-        let memory = self.machine.memory_use().context("read the memory usage of the machine")?;
-        let controls = self.machine.controls();
-        let disks = |counter: fn(&block::Counters) -> &AtomicU64| {
-            controls.disks.iter().map(|disk| counter(&disk.counters).load(Ordering::Relaxed)).sum()
-        };
+    /// The machine's resource usage on the host: of its monitor and of this process.
+    fn stats(&mut self) -> Result<Stats> {
+        let usage = self.monitor.usage()?;
+        let memory = self.monitor.memory_use(&usage).context("read the memory usage of the machine")?;
+        let memory_mib = self.endpoint.record.config.memory_mib;
+        let own = clock_gettime(ClockId::ProcessCPUTime);
+        let own = Duration::new(own.tv_sec.unsigned_abs(), u32::try_from(own.tv_nsec).unwrap_or(0));
         Ok(Stats {
-            cpu_us: cpu.as_micros() as u64,
+            cpu_us: usage.cpu.saturating_add(own).as_micros() as u64,
             elapsed_us: self.endpoint.elapsed().as_micros() as u64,
             guest_memory_bytes: memory.guest.rss_bytes,
             own_memory_bytes: memory.husk.pss_bytes,
-            memory_limit_bytes: controls
-                .balloon
-                .as_ref()
-                .map_or(self.endpoint.record.config.memory_mib, |balloon| balloon.target_mib())
-                << 20,
-            block_read_bytes: disks(|counters| &counters.read_bytes),
-            block_written_bytes: disks(|counters| &counters.written_bytes),
-            net_received_bytes: controls.links.iter().map(|link| link.counts().rx_bytes).sum(),
-            net_sent_bytes: controls.links.iter().map(|link| link.counts().tx_bytes).sum(),
-            net_vhost_interfaces: controls.links.iter().filter(|link| link.is_served_by_kernel()).count() as u32,
+            memory_limit_bytes: usage.target_mib.unwrap_or(memory_mib).min(memory_mib) << 20,
+            block_read_bytes: usage.disk_bytes.0,
+            block_written_bytes: usage.disk_bytes.1,
+            net_received_bytes: usage.network_bytes.0,
+            net_sent_bytes: usage.network_bytes.1,
+            net_vhost_interfaces: usage.vhost_interfaces,
         })
     }
 }

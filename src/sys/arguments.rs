@@ -28,6 +28,25 @@ pub fn cover(from: &[(usize, usize)]) -> io::Result<()> {
     Ok(())
 }
 
+/// Overwrites this process's environment variables. Must be called while there is only one thread, which does not use them
+/// later.
+pub fn forget_environment() {
+    unsafe extern "C" {
+        /// environ(7).
+        static mut environ: *mut *mut libc::c_char;
+    }
+    // SAFETY: it is an array of pointers to strings that end with a NUL, and ends with a null pointer. All are in memory of
+    // this process that is writable, and nothing else uses them.
+    unsafe {
+        let mut variable = environ;
+        while !variable.is_null() && !(*variable).is_null() {
+            let len = libc::strlen(*variable);
+            ptr::write_bytes((*variable).cast::<u8>(), 0, len);
+            variable = variable.add(1);
+        }
+    }
+}
+
 /// The address of the first argument (proc_pid_stat(5), `arg_start`).
 fn start() -> io::Result<usize> {
     /// The index after the program's name, which is in parentheses and may contain spaces.

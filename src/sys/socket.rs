@@ -4,11 +4,13 @@
 use std::fs::{File, Permissions};
 use std::io;
 use std::mem::{offset_of, size_of, zeroed};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
+
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::IoVecs;
 
@@ -45,6 +47,39 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
         0 => Ok(UnixStream::from(socket)),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// A connected pair of sockets that keep the boundaries of messages, each sent completely or not at all, and report the end
+/// of the other side as an empty one (unix(7), SOCK_SEQPACKET).
+pub fn message_pair() -> io::Result<(UnixDatagram, UnixDatagram)> {
+    let mut fds = [0; 2];
+    // SAFETY: the call writes two descriptors, which are new and have no other owner.
+    unsafe {
+        if libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let [ours, theirs] = fds.map(|fd| OwnedFd::from_raw_fd(fd));
+        Ok((ours.into(), theirs.into()))
+    }
+}
+
+/// Sends a message without waiting for room: fails with `WouldBlock` instead.
+pub fn send_now(socket: &UnixDatagram, message: &[u8]) -> io::Result<()> {
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    // SAFETY: the call only reads the slice.
+    let count = unsafe { libc::send(socket.as_raw_fd(), message.as_ptr().cast(), message.len(), flags) };
+    if count < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sends a message and a copy of `fd` (unix(7), SCM_RIGHTS).
+pub fn send_with_fd(socket: &UnixDatagram, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(socket.send_with_fd(bytes, fd.as_raw_fd()).map(drop)?)
+}
+
+/// Receives a message into `bytes`, with the descriptor sent with it, if any. Returns its length: 0 at the end.
+pub fn receive_with_fd(socket: &UnixDatagram, bytes: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let (len, file) = socket.recv_with_fd(bytes)?;
+    Ok((len, file.map(OwnedFd::from)))
 }
 
 /// Sends as many of `buffers` as one call accepts (sendmsg(2)), without SIGPIPE. Returns the number of bytes.

@@ -18,7 +18,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::console::output::Output;
 use crate::exit_latch::ExitLatch;
-use crate::sandbox;
+use crate::sandbox::{self, ThreadRole};
 
 use exit::{End, Step};
 
@@ -75,7 +75,8 @@ impl VcpuThread {
             pending_command: None,
             waits_for_console: false,
         };
-        let thread = sandbox::spawn(&format!("vcpu{index}"), move || vcpu.follow_commands())?;
+        let thread =
+            sandbox::spawn_confined(ThreadRole::Vcpu, &format!("vcpu{index}"), move || vcpu.follow_commands())?;
         Ok(VcpuThread { commands, answers, thread, buses })
     }
 

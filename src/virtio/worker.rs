@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::log_rate::LogRate;
 use super::{Interrupt, Notifiers, Progress, QueueHandler, StateMismatch, Virtqueue};
-use crate::sandbox;
+use crate::sandbox::{self, ThreadRole};
 use crate::sys::event;
 
 use idle_poll::IdlePoll;
@@ -112,7 +112,7 @@ impl Worker {
         }
         let (commands, inbox) = channel();
         let (returned, stopped) = channel();
-        let thread = sandbox::spawn(name, move || {
+        let thread = sandbox::spawn_confined(ThreadRole::Worker, name, move || {
             for command in inbox {
                 // The receiver may be gone, in which case the result is not needed.
                 let _ = match command {

@@ -128,7 +128,7 @@ pub fn survives(hostile: Boot) -> Ran {
     let started = Instant::now();
     let (machine, pipe) = hostile.start_with(Stdio::piped());
     let (machine, mut pipe) = (machine.wait_for("armed\n"), pipe.unwrap());
-    let pid = machine.pid();
+    let pid = machine.monitor();
     let (before, memory_kib) = (settled_footprint(pid), own_memory_kib(pid));
     pipe.write_all(b"!").unwrap();
     let (mut machine, mut peak_kib) = (machine, memory_kib);

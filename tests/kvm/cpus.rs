@@ -131,7 +131,7 @@ fn a_cpuset_applies_to_every_thread_without_privileges() {
     let cpu = last_processor();
     let running = boot(guests::BUSY, "cpus=2").flag("--cpus", "2").flag("--cpuset", &*cpu).start().wait_for("busy");
     let mut threads = 0;
-    for thread in fs::read_dir(format!("/proc/{}/task", running.pid())).unwrap() {
+    for thread in fs::read_dir(format!("/proc/{}/task", running.monitor())).unwrap() {
         let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
         assert!(status.contains(&format!("Cpus_allowed_list:\t{cpu}\n")), "{status}");
         threads += 1;

@@ -186,6 +186,12 @@ impl Running {
         self.child.0.id()
     }
 
+    /// The process that runs its guest.
+    #[allow(dead_code)] // not in every test program
+    pub fn monitor(&self) -> u32 {
+        monitor_of(self.pid())
+    }
+
     /// Waits until the guest has printed `words`.
     pub fn wait_for(mut self, words: &str) -> Running {
         if !self.stdout.wait_for(words) {
@@ -211,9 +217,9 @@ impl Running {
         self.child.0.try_wait().unwrap().is_none()
     }
 
-    /// The CPU time of all threads so far, inside and outside of the guest.
+    /// The CPU time of all of the monitor's threads so far, inside and outside of the guest.
     pub fn cpu_time(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.monitor())).unwrap();
         // proc(5): the fields after the name in parentheses start with the third; utime is the 14th, stime the 15th.
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
@@ -312,9 +318,51 @@ pub fn disk_image(bytes: u64) -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-/// Processes with `word` in their arguments.
+/// The monitor process of the machine that `supervisor` runs.
+#[allow(dead_code)] // not in every test program
+pub fn monitor_of(supervisor: u32) -> u32 {
+    let is_monitor = |pid: &u32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        parent_of(*pid) == Some(supervisor) && name.trim_end() == "monitor"
+    };
+    processes().find(is_monitor).expect("it has a monitor")
+}
+
+fn processes() -> impl Iterator<Item = u32> {
+    std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
+/// Processes with `word` in their arguments, except monitors, whose supervisors have the same.
 pub fn processes_with(word: &str) -> Vec<u32> {
-    processes_that_say("cmdline", word)
+    let all = processes_that_say("cmdline", word);
+    all.iter().copied().filter(|pid| parent_of(*pid).is_none_or(|parent| !all.contains(&parent))).collect()
+}
+
+/// Asserts that soon there is no process with `word` in its arguments. A monitor exits some milliseconds after its supervisor.
+#[allow(dead_code)] // not in every test program
+#[track_caller]
+pub fn await_none_with(word: &str) {
+    let deadline = Instant::now() + TIMEOUT;
+    while !processes_that_say("cmdline", word).is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", processes_that_say("cmdline", word));
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Asserts that soon there is no process with `word` in its environment.
+#[allow(dead_code)] // not in every test program
+#[track_caller]
+pub fn await_none_of(word: &str) {
+    let deadline = Instant::now() + TIMEOUT;
+    while !processes_of(word).is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", processes_of(word));
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Processes with `word` in their environment, including machines in the background.
@@ -323,13 +371,6 @@ pub fn processes_of(word: &str) -> Vec<u32> {
 }
 
 fn processes_that_say(file: &str, word: &str) -> Vec<u32> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let printed = std::fs::read(entry.path().join(file)).unwrap_or_default();
-        if text(&printed).contains(word) {
-            found.push(pid);
-        }
-    }
-    found
+    let says = |pid: &u32| text(&std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default()).contains(word);
+    processes().filter(says).collect()
 }

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::background::Machines;
-use crate::husk::{boot, disk_image, processes_with};
+use crate::husk::{await_none_with, boot, disk_image, processes_with};
 use husk_guests as guests;
 
 #[test]
@@ -27,7 +27,7 @@ fn a_machine_that_is_killed_leaves_nothing_behind() {
     assert_eq!(processes_with(place), [running.pid()]);
     running.signal("KILL");
     assert_eq!(running.wait().signal, Some(libc::SIGKILL));
-    assert!(processes_with(place).is_empty());
+    await_none_with(place);
     let files: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(files, ["disk.img"]);
     boot(guests::BLOCK, "do=round-trip").disk(&disk, "").run().expect(0);

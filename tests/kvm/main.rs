@@ -21,4 +21,5 @@ mod life;
 mod machine;
 mod many;
 mod release;
+mod sandbox;
 mod unread;

@@ -5,7 +5,7 @@ use std::thread;
 use husk_guests as guests;
 
 use crate::background::Machines;
-use crate::husk::{is_emulated, processes_of};
+use crate::husk::{await_none_of, is_emulated};
 
 #[test]
 fn concurrent_commands_do_not_interfere() {
@@ -28,7 +28,7 @@ fn concurrent_commands_do_not_interfere() {
         }
     });
     assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
-    assert!(processes_of(machines.place()).is_empty());
+    await_none_of(machines.place());
 }
 
 #[test]
@@ -70,5 +70,5 @@ fn a_hundred_machines_by_twenty_shells() {
         }
     });
     assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
-    assert!(processes_of(machines.place()).is_empty());
+    await_none_of(machines.place());
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use husk_guests as guests;
 
 use crate::background::Machines;
-use crate::husk::{self, boot, disk_image, processes_of};
+use crate::husk::{self, await_none_of, boot, disk_image};
 
 #[test]
 fn a_thousand_starts_on_one_disk() {
@@ -27,11 +27,7 @@ fn a_thousand_starts_on_one_disk() {
     }
     assert_eq!((machines.dirs().len(), machines.names()), (0, 0));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "only the disk itself");
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !processes_of(machines.place()).is_empty() {
-        assert!(Instant::now() < deadline, "{:?}", processes_of(machines.place()));
-        thread::sleep(Duration::from_millis(1));
-    }
+    await_none_of(machines.place());
 }
 
 /// The processes of a process group, except zombies.

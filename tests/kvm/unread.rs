@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use husk_guests as guests;
 
 use crate::background::Machines;
-use crate::husk::{end_of, send_signal};
+use crate::husk::{end_of, monitor_of, send_signal};
 
 /// Much longer than the tested operations take.
 const SOON: Duration = Duration::from_secs(30);
@@ -113,7 +113,7 @@ fn the_virtual_machine_is_released_while_its_output_is_not_read() {
     let machines = Machines::new();
     let mut child = ended_unread(&machines);
     let has_vm = || {
-        let files = std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap().flatten();
+        let files = std::fs::read_dir(format!("/proc/{}/fd", monitor_of(child.id()))).unwrap().flatten();
         files
             .filter_map(|file| std::fs::read_link(file.path()).ok())
             .any(|target| target.ends_with("anon_inode:kvm-vm"))

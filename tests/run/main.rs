@@ -82,6 +82,16 @@ fn husk_as_is(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&st
     command
 }
 
+/// The monitor process of the machine that process `supervisor` runs.
+fn monitor_of(supervisor: &str) -> String {
+    let is_monitor = |pid: &String| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains(&format!("\nPPid:\t{supervisor}\n")) && status.starts_with("Name:\tmonitor\n")
+    };
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    processes.filter_map(|entry| entry.file_name().into_string().ok()).find(is_monitor).expect("it has a monitor")
+}
+
 /// `husk run` with the micro kernel.
 fn husk_run(guests: &std::path::Path, words: &[&str]) -> Command {
     husk_under(guests, "micro", words)

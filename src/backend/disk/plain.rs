@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -18,6 +19,12 @@ pub struct PlainDisk {
     /// What direct transfers must comply with; `None` with the page cache.
     direct: Option<Alignment>,
     loss: Loss,
+}
+
+impl AsRawFd for PlainDisk {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
 }
 
 impl PlainDisk {

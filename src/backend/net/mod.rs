@@ -8,7 +8,7 @@ mod unsolicited;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use crate::memory::GuestBuffers;
 
@@ -79,6 +79,11 @@ pub trait NetBackend: Send {
 
     /// Becomes readable when the first frame arrives, and writable when there is room again.
     fn fd(&self) -> BorrowedFd<'_>;
+
+    /// All of its descriptors, before its first use.
+    fn fds(&self) -> Vec<RawFd> {
+        vec![self.fd().as_raw_fd()]
+    }
 }
 
 /// Whether an error of a back end means that its other side is gone.

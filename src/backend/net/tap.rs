@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::FileExt;
 
 use virtio_bindings::virtio_net::{
@@ -56,6 +56,12 @@ pub struct Passed {
     pub in_bytes: u64,
     /// The corresponding number of frames.
     pub in_packets: u64,
+}
+
+impl AsRawFd for TapCounts {
+    fn as_raw_fd(&self) -> RawFd {
+        self.devices.as_raw_fd()
+    }
 }
 
 impl TapCounts {
@@ -166,6 +172,10 @@ impl NetBackend for TapNet {
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.tap.as_fd()
+    }
+
+    fn fds(&self) -> Vec<RawFd> {
+        [Some(&self.tap), self.vhost.as_ref()].into_iter().flatten().map(AsRawFd::as_raw_fd).collect()
     }
 }
 

@@ -4,6 +4,7 @@ use super::{Check, Status};
 use crate::config::MAX_CPUS;
 use crate::resources::host::{Access, Cgroups, Host, KVM_API_VERSION, KvmAnswers, KvmModule, Processor};
 use crate::resources::passt;
+use crate::sandbox;
 
 /// The default machine's memory, plus what the host needs.
 const COMFORTABLE_MEMORY_MIB: u64 = 1024;
@@ -16,7 +17,7 @@ pub fn all(host: &Host) -> Vec<Check> {
         checks.extend([api(kvm), needed(kvm), wanted(kvm), vcpus(kvm), machine(kvm)]);
     }
     checks.extend([memory(host), user_namespaces(host), cgroups(host.cgroups), tap(&host.tap), vhost(&host.vhost)]);
-    checks.push(user_network(host.user_network));
+    checks.extend([sandbox(sandbox::probe()), user_network(host.user_network)]);
     checks
 }
 
@@ -201,6 +202,20 @@ fn vhost(access: &Access) -> Check {
 fn join_group(device: &str, group_may: bool) -> String {
     let open = format!("sudo chgrp kvm {device} && sudo chmod 660 {device} && ");
     format!("{}sudo usermod -aG kvm $USER, then log in again", if group_may { "" } else { &open })
+}
+
+/// The layers of the sandbox.
+fn sandbox(lacks: anyhow::Result<Vec<String>>) -> Check {
+    const NAME: &str = "sandbox";
+    let lacks = lacks.unwrap_or_else(|error| vec![format!("{error:#}")]);
+    let remedy = match &*lacks.join("; ") {
+        "" => return ok(NAME, "all layers: namespaces, an empty root, Landlock, no privileges, system call filters"),
+        lacks if lacks.contains("Landlock") && !lacks.contains("namespaces") => {
+            "boot with landlock in the lsm= parameter"
+        }
+        _ => "sudo sysctl user.max_user_namespaces=10000 (in a container: allow it to create user namespaces)",
+    };
+    warn(NAME, format!("without {}", lacks.join("; ")), remedy)
 }
 
 fn user_network(missing: Option<passt::Missing>) -> Check {

@@ -13,6 +13,7 @@ mod twice;
 
 use std::fs::{File, TryLockError};
 use std::io::{ErrorKind, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -63,6 +64,16 @@ pub enum DiskImage {
     Raw(PlainDisk),
     /// A qcow2 image. The tables read so far are valid.
     Qcow2(Box<Qcow2Disk>),
+}
+
+impl DiskFile {
+    /// All descriptors.
+    pub(super) fn fds(&self) -> Vec<RawFd> {
+        match &self.image {
+            DiskImage::Raw(disk) => vec![disk.as_raw_fd()],
+            DiskImage::Qcow2(disk) => disk.fds(),
+        }
+    }
 }
 
 /// Opens the disks of a machine, in order, and locks them. Fails if the machine would use a file twice, unless it only

@@ -3,7 +3,6 @@
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,10 +18,12 @@ use crate::backend::net::{
 };
 use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
 use crate::memory::GuestBuffers;
+use crate::resources::attendant;
 use crate::resources::ports::{self, Turn};
 use crate::resources::resolver;
 use crate::sys;
 use crate::sys::event;
+use crate::sys::shared::SharedFlag;
 
 /// How long passt may take to open its ports, on a busy host.
 const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,6 +38,8 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Passt {
     net: StreamNet,
     shared: Arc<Shared>,
+    /// `None` if it belongs to the supervisor.
+    keeper: Option<Keeper>,
     /// Whether passt has not been needed yet. Until then, frames that expect no response are dropped.
     is_idle: bool,
     /// When passt was last requested.
@@ -49,8 +52,25 @@ pub struct Passt {
     attempts: Attempts,
 }
 
-/// Starts passt on behalf of a [`Passt`], on a thread that may start processes.
+/// Starts passt on behalf of a [`Passt`], on a thread that may start processes, and knows how it has ended.
+#[derive(Clone)]
 pub struct Starter(Arc<Shared>);
+
+/// A process that is terminated when this is dropped, whoever has started it.
+pub struct Keeper(Starter);
+
+impl Keeper {
+    /// The process's starter.
+    pub fn starter(&self) -> &Starter {
+        &self.0
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.0.0.process().end();
+    }
+}
 
 struct Shared {
     process: Mutex<Process>,
@@ -58,7 +78,7 @@ struct Shared {
     needed: EventFd,
     /// Whether passt was needed but not started, because the host had no default route. The guest's frames are lost until
     /// it has one.
-    lacks_route: AtomicBool,
+    lacks_route: SharedFlag,
     /// What a guest that needs passt should know before passt responds.
     announcements: Vec<u8>,
 }
@@ -71,6 +91,16 @@ impl Shared {
 }
 
 impl Starter {
+    /// Whether this is the one with the event `needed`.
+    pub fn is(&self, needed: u32) -> bool {
+        u32::try_from(self.0.needed.as_raw_fd()) == Ok(needed)
+    }
+
+    /// Why passt has closed its socket. Terminates it if it is still running.
+    pub fn reason_of_end(&self) -> String {
+        self.0.process().reason_of_end()
+    }
+
     /// Starts passt if the guest needs it by now and the host has a network. It takes a few milliseconds to initialize,
     /// during which frames wait in the socket. A failure is reported by the [`Passt`] like a later exit.
     pub fn start_if_needed(&self) {
@@ -87,7 +117,7 @@ impl Starter {
             process.send_early(&self.0.announcements);
             let _ = process.start();
         }
-        if self.0.lacks_route.swap(lacks_route, Ordering::AcqRel) != lacks_route && lacks_route {
+        if !self.0.lacks_route.swap(lacks_route) && lacks_route {
             log::warn!("this host has no default route: the guest has no network until there is one");
         }
     }
@@ -101,9 +131,8 @@ impl AsRawFd for Starter {
 }
 
 /// Prepares passt for one machine with the address `mac`. If ports are published, passt is started, and this waits until
-/// they are open. Otherwise the returned [`Starter`] starts it when the guest sends its first frame that may expect a
-/// response.
-pub fn open(network: &UserNetwork, mac: MacAddress) -> Result<(Passt, Option<Starter>)> {
+/// they are open. Otherwise its [`Starter`] must start it when the guest sends its first frame that may expect a response.
+pub fn open(network: &UserNetwork, mac: MacAddress) -> Result<Passt> {
     ensure!(is_installed(), Missing::Passt);
     let _turn = Turn::take(&network.ports);
     network.ports.iter().try_for_each(ports::check_free)?;
@@ -112,15 +141,11 @@ pub fn open(network: &UserNetwork, mac: MacAddress) -> Result<(Passt, Option<Sta
     if !network.ports.is_empty() {
         passt.start()?;
         passt.await_service(&network.ports)?;
-        Ok((passt, None))
     } else if !Routes::at_start().is_any() {
         passt.start()?;
         passt.shared.process().await_failure(STARTUP_ERROR_TIMEOUT)?;
-        Ok((passt, None))
-    } else {
-        let starter = Starter(passt.shared.clone());
-        Ok((passt, Some(starter)))
     }
+    Ok(passt)
 }
 
 fn warn_of_loopback(published: &[PortForward]) {
@@ -144,22 +169,28 @@ impl Passt {
         if !network.ports.is_empty() {
             ours.write_all(&arp_request(mac)).context("write to passt's socket")?;
         }
-        let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs)
-            .context("create a socket for passt")?;
+        let process = Process::new(PROGRAM, arguments(network, &resolver::of_host()), theirs);
         let needed = event::create().context("create an event for passt")?;
+        let shared = Arc::new(Shared {
+            process: Mutex::new(process),
+            needed,
+            lacks_route: SharedFlag::new().context("create a flag for passt")?,
+            announcements: announcements(mac),
+        });
         Ok(Passt {
             net: StreamNet::new(ours).context("set up passt's socket")?,
-            shared: Arc::new(Shared {
-                process: Mutex::new(process),
-                needed,
-                lacks_route: AtomicBool::new(false),
-                announcements: announcements(mac),
-            }),
+            keeper: Some(Keeper(Starter(shared.clone()))),
+            shared,
             is_idle: true,
             asked: None,
             has_ipv6: Routes::at_start().ipv6,
             attempts: Attempts::default(),
         })
+    }
+
+    /// Takes what terminates passt, which otherwise happens when this is dropped.
+    pub fn take_keeper(&mut self) -> Option<Keeper> {
+        self.keeper.take()
     }
 
     /// Starts the process now.
@@ -197,7 +228,7 @@ impl Passt {
 
     /// Whether passt has not been started, as far as is known.
     fn is_waiting(&self) -> bool {
-        self.is_idle || self.shared.lacks_route.load(Ordering::Acquire)
+        self.is_idle || self.shared.lacks_route.is_set()
     }
 
     /// Whether passt receives a frame that begins with `front`, which may be the first one that needs it.
@@ -219,7 +250,11 @@ impl Passt {
 
     /// Adds the reason if the error means that passt has exited.
     fn explain(&self, error: io::Error) -> io::Error {
-        if is_end(&error) { io::Error::new(error.kind(), self.shared.process().reason_of_end()) } else { error }
+        if !is_end(&error) {
+            return error;
+        }
+        let asked = attendant::end_of_passt(self.shared.needed.as_raw_fd());
+        io::Error::new(error.kind(), asked.unwrap_or_else(|| self.shared.process().reason_of_end()))
     }
 }
 

@@ -16,7 +16,7 @@ use std::{env, fs};
 use super::resolver;
 use crate::config::{MacAddress, PortForward, Protocol, UserNetwork};
 
-pub use backend::{Passt, Starter, open};
+pub use backend::{Keeper, Passt, Starter, open};
 pub use routes::Routes;
 
 /// The program, on the search path.

@@ -17,7 +17,8 @@ const STDERR_MAX_BYTES: u64 = 16 << 10;
 
 /// The passt process of one machine.
 pub(super) enum Process {
-    /// Not started yet, with passt's end of the socket, which the command owns as well.
+    /// Not started yet: the command, and passt's end of the socket. Nothing else owns a descriptor, so that a copy of this
+    /// process can close them.
     Planned(Command, UnixStream),
     /// Started.
     Running(Running),
@@ -27,12 +28,12 @@ pub(super) enum Process {
 
 impl Process {
     /// A process that will execute `program` with `arguments` and serve `socket`.
-    pub fn new(program: &str, arguments: Vec<String>, socket: UnixStream) -> io::Result<Process> {
+    pub fn new(program: &str, arguments: Vec<String>, socket: UnixStream) -> Process {
         let mut command = Command::new(program);
-        command.args(arguments).stdin(OwnedFd::from(socket.try_clone()?)).stdout(Stdio::null());
+        command.args(arguments).stdout(Stdio::null());
         // The terminal's signals are meant for the machine.
         command.process_group(0);
-        Ok(Process::Planned(command, socket))
+        Process::Planned(command, socket)
     }
 
     /// Sends frames in passt's place, before it is started. There is room for a few.
@@ -54,8 +55,8 @@ impl Process {
 
     /// Starts the process, unless it was started before. If that fails, its socket is closed.
     pub fn start(&mut self) -> Result<()> {
-        let Process::Planned(command, _) = self else { return Ok(()) };
-        let started = Running::spawn(command);
+        let Process::Planned(command, socket) = self else { return Ok(()) };
+        let started = Running::spawn(command, socket);
         // This drops our copies of passt's ends, so that its exit is noticed.
         match started {
             Ok(running) => {
@@ -112,7 +113,8 @@ pub(super) struct Running {
 }
 
 impl Running {
-    fn spawn(command: &mut Command) -> io::Result<Running> {
+    fn spawn(command: &mut Command, socket: &UnixStream) -> io::Result<Running> {
+        command.stdin(OwnedFd::from(socket.try_clone()?));
         let (stderr, theirs) = UnixStream::pair()?;
         for end in [&stderr, &theirs] {
             // Unread output is lost; passt does not block on it.

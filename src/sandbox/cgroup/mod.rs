@@ -38,6 +38,8 @@ pub struct CgroupLimits {
     // More than one if each controller has its own hierarchy.
     groups: Vec<(Controller, Group)>,
     limits: ResourceLimits,
+    /// A process that the limits apply to as well.
+    child: Option<u32>,
 }
 
 impl CgroupLimits {
@@ -56,6 +58,11 @@ impl CgroupLimits {
                 .with_context(|| memory_advice(limits.memory_bytes))?;
         }
         Ok(cgroup_limits)
+    }
+
+    /// Makes the limits apply to the process `pid` as well, a copy of this one.
+    pub fn include(&mut self, pid: u32) {
+        self.child = Some(pid);
     }
 
     /// The limits in force.
@@ -104,7 +111,11 @@ impl CgroupLimits {
                         index
                     }
                     None => {
-                        self.groups.push((controller, place.enter(controller)?));
+                        let group = place.enter(controller)?;
+                        if let Some(pid) = self.child {
+                            group.write("cgroup.procs", &pid.to_string())?;
+                        }
+                        self.groups.push((controller, group));
                         self.groups.len() - 1
                     }
                 }

@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Machines;
-use crate::{guests, wait};
+use crate::{guests, monitor_of, wait};
 
-/// The resources of a machine's husk process and its init: descriptors, threads and memory.
+/// The resources of a machine's husk processes and its init: descriptors, threads and memory.
 #[derive(Debug, Clone, Copy)]
 struct Resources {
     descriptors: [u64; 2],
@@ -21,7 +21,9 @@ impl Resources {
     fn by(machines: &Machines, name: &str) -> Resources {
         let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", name])).unwrap();
         let pid = inspected[0]["pid"].to_string();
-        let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count() as u64;
+        let processes = [monitor_of(&pid), pid];
+        let count_of = |pid: &str, what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count() as u64;
+        let count = |what: &str| processes.iter().map(|pid| count_of(pid, what)).sum();
         let script =
             "ls /proc/1/fd | wc -l; sed -n 's/^Threads:\\t//p; s/^VmRSS:\\t* *\\([0-9]*\\) kB/\\1/p' /proc/1/status";
         let init = machines.ok(&["exec", name, "sh", "-c", script]);
@@ -31,7 +33,7 @@ impl Resources {
         Resources {
             descriptors: [count("fd"), descriptors],
             threads: [count("task"), threads],
-            memory_kib: [own_memory_kib(&pid), memory_kib],
+            memory_kib: [processes.iter().map(|pid| own_memory_kib(pid)).sum(), memory_kib],
         }
     }
 }

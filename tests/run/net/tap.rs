@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{end, husk, is_root, networked, start, start_under};
-use crate::guests;
 use crate::image::run;
 use crate::uplink::is_lab;
+use crate::{guests, monitor_of};
 
 #[test]
 fn a_tap_device_carries_routed_traffic() {
@@ -116,7 +116,7 @@ fn wait_until_kernel_serves(interfaces: u64, machine: &str) {
 
 /// The number of vhost threads of process `pid`: kernel threads, or since Linux 6.4 threads of the process. They are
 /// named after the thread that created them.
-fn vhost_threads(pid: u32) -> usize {
+fn vhost_threads(pid: &str) -> usize {
     let own = format!("/proc/{pid}/task");
     let maker = |comm: &str| comm.strip_prefix("vhost-").map(|tid| Path::new(&own).join(tid.trim()));
     let works = |task: &Path| {
@@ -150,7 +150,7 @@ fn vhost_serves_a_tap_device_unless_a_feature_is_missing() {
             stats[0][name].as_u64().unwrap()
         };
         wait_until_kernel_serves(1, "vhosted");
-        assert_eq!(vhost_threads(machine.id()), threads, "a thread for each pair of queues");
+        assert_eq!(vhost_threads(&monitor_of(&machine.id().to_string())), threads, "a thread for each pair of queues");
         assert_eq!(page("60"), 2_000_000);
         for direction in [&[][..], &["-R"]] {
             let mut client = Command::new("iperf3");

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 
 use super::Refusal;
 use super::image::Qcow2Image;
@@ -22,6 +23,14 @@ enum Content {
 }
 
 impl Backing {
+    /// The descriptors of this image and those behind it.
+    pub fn fds(&self) -> Vec<RawFd> {
+        match &self.content {
+            Content::Raw(medium) => vec![medium.as_raw_fd()],
+            Content::Qcow2(image) => image.fds(),
+        }
+    }
+
     /// The plain content of `file`, a file or a block device.
     pub fn raw(file: File) -> io::Result<Backing> {
         let medium = Medium::new(file)?;

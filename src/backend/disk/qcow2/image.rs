@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
 
 use super::backing::Backing;
 use super::check::Survey;
@@ -56,6 +57,12 @@ pub struct Qcow2Image {
 }
 
 impl Qcow2Image {
+    /// The descriptors of the image and its backing files.
+    pub fn fds(&self) -> Vec<RawFd> {
+        let backing = self.backing.as_ref().map_or_else(Vec::new, Backing::fds);
+        [vec![self.tables.medium.as_raw_fd()], backing].concat()
+    }
+
     /// Opens and checks the image on `medium`, and repairs refcounts if it is writable.
     pub fn open(medium: Medium, readonly: bool, backing: Option<Backing>) -> Result<Qcow2Image, Refusal> {
         let header = Header::read(medium.file(), backing.is_some())?;

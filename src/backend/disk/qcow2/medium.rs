@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 
 use super::super::loss::Loss;
@@ -19,6 +20,12 @@ pub struct Medium {
     /// Records operations on the file, for power failure tests.
     #[cfg(test)]
     pub log: Option<super::power_cut::Log>,
+}
+
+impl AsRawFd for Medium {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
 }
 
 impl Medium {

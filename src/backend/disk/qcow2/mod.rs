@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
@@ -139,6 +140,11 @@ impl Qcow2Disk {
     /// The capacity of the disk.
     pub fn capacity_bytes(&self) -> u64 {
         self.image.header.size_bytes
+    }
+
+    /// The descriptors of the image and its backing files.
+    pub fn fds(&self) -> Vec<RawFd> {
+        self.image.fds()
     }
 }
 

@@ -18,8 +18,10 @@ fn has_passt() -> bool {
 
 /// A passt that waits to be needed, without published ports.
 fn idle() -> (Passt, Starter) {
-    let (passt, starter) = open(&UserNetwork::default(), MAC).unwrap();
-    (passt, starter.expect("it is started when it is needed"))
+    let passt = open(&UserNetwork::default(), MAC).unwrap();
+    assert!(process(&passt).is_none(), "it is started when it is needed");
+    let starter = Starter(passt.shared.clone());
+    (passt, starter)
 }
 
 /// A started passt without published ports.
@@ -31,10 +33,7 @@ fn started() -> Passt {
 
 fn published(port: &str) -> Result<Passt> {
     let network = UserNetwork { ports: vec![port.parse().unwrap()], ..Default::default() };
-    open(&network, MAC).map(|(passt, starter)| {
-        assert!(starter.is_none(), "it is started already");
-        passt
-    })
+    open(&network, MAC).inspect(|passt| assert!(process(passt).is_some(), "it is started already"))
 }
 
 /// The directory of the process in /proc.
@@ -258,7 +257,7 @@ fn a_passt_that_is_needed_but_cannot_be_started_ends_the_network_with_a_reason()
         let mut passt = Passt::new(&UserNetwork::default(), MAC).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         passt.net = StreamNet::new(ours).unwrap();
-        *passt.shared.process() = Process::new(program, Vec::new(), theirs).unwrap();
+        *passt.shared.process() = Process::new(program, Vec::new(), theirs);
         let starter = Starter(passt.shared.clone());
         send(&mut passt, &arp_request());
         starter.start_if_needed();
@@ -274,7 +273,7 @@ fn a_host_without_a_route_delays_passt_until_it_has_one() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     passt.net = StreamNet::new(ours).unwrap();
     // It neither reads nor writes its socket.
-    *passt.shared.process() = Process::new("sleep", vec!["60".into()], theirs).unwrap();
+    *passt.shared.process() = Process::new("sleep", vec!["60".into()], theirs);
     let starter = Starter(passt.shared.clone());
     let later = Instant::now() - RETRY_INTERVAL;
     send(&mut passt, &arp_request());

@@ -1,0 +1,250 @@
+//! The system calls that each kind of thread of a monitor process may make, by caller. Arguments are checked where that
+//! narrows the call.
+
+use libc::{
+    PROT_EXEC, SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_dup, SYS_epoll_ctl,
+    SYS_epoll_wait, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_fstat,
+    SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_io_uring_enter,
+    SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap,
+    SYS_munmap, SYS_poll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2,
+    SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn,
+    SYS_sendmsg, SYS_sendto, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_tgkill, SYS_timerfd_settime,
+    SYS_write, SYS_writev,
+};
+
+use super::ThreadRole;
+
+/// A condition on an argument.
+#[derive(Debug, Clone, Copy)]
+pub enum Argument {
+    /// It has this 32-bit value.
+    Is(u8, u64),
+    /// It has none of these bits.
+    Lacks(u8, u64),
+    /// It is the ID of this process.
+    IsThisProcess(u8),
+}
+
+/// An allowed call: if one of the conditions holds, or there are none.
+#[derive(Debug, Clone, Copy)]
+pub struct Call {
+    /// Its number.
+    pub number: i64,
+    /// The conditions.
+    pub arguments: &'static [Argument],
+}
+
+const fn any(number: i64) -> Call {
+    Call { number, arguments: &[] }
+}
+
+const fn only(number: i64, arguments: &'static [Argument]) -> Call {
+    Call { number, arguments }
+}
+
+/// The second argument of ioctl(2).
+const fn request(number: u64) -> Argument {
+    Argument::Is(1, number)
+}
+
+const NOT_EXECUTABLE: &[Argument] = &[Argument::Lacks(2, PROT_EXEC as u64)];
+
+/// Every thread: the allocator, locks, clocks, signals, the end of threads and processes, and messages to the supervisor.
+const COMMON: &[Call] = &[
+    any(SYS_read),
+    any(SYS_write),
+    any(SYS_close),
+    only(SYS_mmap, NOT_EXECUTABLE),
+    only(SYS_mprotect, NOT_EXECUTABLE),
+    any(SYS_munmap),
+    any(SYS_mremap),
+    any(SYS_madvise),
+    any(SYS_brk),
+    any(SYS_futex),
+    // std: the time where the vDSO has no clock.
+    any(SYS_clock_gettime),
+    any(SYS_rt_sigreturn),
+    any(SYS_rt_sigprocmask),
+    // std: the end of a thread.
+    any(SYS_sigaltstack),
+    any(SYS_exit),
+    any(SYS_exit_group),
+    any(SYS_restart_syscall),
+    any(SYS_getpid),
+    any(SYS_gettid),
+    // vcpu: kicks; abort(3).
+    only(SYS_tgkill, &[Argument::IsThisProcess(0)]),
+    // monitor: events and log lines.
+    any(SYS_sendto),
+    // std: random keys of hash maps; virtio: the entropy device.
+    any(SYS_getrandom),
+    // virtio: queues get copies of their events; std: whether a descriptor is open, in debug builds.
+    only(SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC as u64), Argument::Is(1, libc::F_GETFD as u64)]),
+    // sys/violation.rs: the name of the thread.
+    only(SYS_prctl, &[Argument::Is(0, libc::PR_GET_NAME as u64)]),
+];
+
+/// The supervisor's calls, and the end of the machine.
+const MAIN: &[Call] = &[any(SYS_recvfrom), any(SYS_epoll_wait), any(SYS_clock_nanosleep)];
+
+/// The kernel image and the initrd are read, and KVM is asked for its CPUID.
+const LOADER: &[Call] = &[
+    any(SYS_pread64),
+    any(SYS_preadv),
+    any(SYS_readv),
+    any(SYS_lseek),
+    any(SYS_fstat),
+    any(SYS_statx),
+    // std: reading a whole file.
+    any(SYS_fcntl),
+    any(SYS_dup),
+    only(SYS_ioctl, &[request(kvm::GET_SUPPORTED_CPUID)]),
+];
+
+/// The guest, and what its accesses to registers lead to.
+const VCPU: &[Call] = &[
+    only(
+        SYS_ioctl,
+        &[
+            request(kvm::RUN),
+            // After a pause, for the guest's watchdogs.
+            request(kvm::KVMCLOCK_CTRL),
+            // The reason of a triple fault.
+            request(kvm::GET_REGS),
+            request(kvm::GET_SREGS),
+            // pci: MSI-X tables and moved BARs.
+            request(kvm::IRQFD),
+            request(kvm::IOEVENTFD),
+            request(kvm::SET_GSI_ROUTING),
+        ],
+    ),
+    // virtio: a worker that is asked to stop; rate limits.
+    any(SYS_timerfd_settime),
+    any(SYS_clock_nanosleep),
+];
+
+/// Queues of any device with all back ends.
+const WORKER: &[Call] = &[
+    any(SYS_epoll_wait),
+    any(SYS_epoll_ctl),
+    // backend/rate.rs, virtio/net: limits and announcements.
+    any(SYS_timerfd_settime),
+    // backend/disk.
+    any(SYS_pread64),
+    any(SYS_pwrite64),
+    any(SYS_preadv),
+    any(SYS_pwritev),
+    any(SYS_preadv2),
+    any(SYS_pwritev2),
+    any(SYS_fsync),
+    any(SYS_fdatasync),
+    any(SYS_fallocate),
+    any(SYS_ftruncate),
+    any(SYS_lseek),
+    // backend/disk/uring.rs: a ring is created when its queue is first used.
+    any(SYS_io_uring_setup),
+    any(SYS_io_uring_register),
+    any(SYS_io_uring_enter),
+    any(SYS_eventfd2),
+    // backend/net, virtio/vsock: streams, and the attendant's answers.
+    any(SYS_writev),
+    any(SYS_sendmsg),
+    any(SYS_recvmsg),
+    any(SYS_recvfrom),
+    any(SYS_accept4),
+    any(SYS_shutdown),
+    any(SYS_setsockopt),
+    only(
+        SYS_ioctl,
+        &[
+            request(BLKDISCARD),
+            request(BLKZEROOUT),
+            request(TUNSETOFFLOAD),
+            request(TUNSETQUEUE),
+            // std: nonblocking sockets.
+            request(libc::FIONBIO),
+            request(vhost::GET_FEATURES),
+            request(vhost::SET_FEATURES),
+            request(vhost::SET_OWNER),
+            request(vhost::SET_MEM_TABLE),
+            request(vhost::SET_VRING_NUM),
+            request(vhost::SET_VRING_ADDR),
+            request(vhost::SET_VRING_BASE),
+            request(vhost::GET_VRING_BASE),
+            request(vhost::SET_VRING_KICK),
+            request(vhost::SET_VRING_CALL),
+            request(vhost::SET_VRING_ERR),
+            request(vhost::NET_SET_BACKEND),
+        ],
+    ),
+];
+
+/// The calls of io_uring.
+pub const RINGS: [i64; 3] = [SYS_io_uring_setup, SYS_io_uring_register, SYS_io_uring_enter];
+
+/// The serial port's output.
+const CONSOLE: &[Call] = &[any(SYS_writev), any(SYS_poll)];
+
+/// linux/fs.h and linux/if_tun.h.
+const BLKDISCARD: u64 = 0x1277;
+const BLKZEROOUT: u64 = 0x127f;
+const TUNSETQUEUE: u64 = 0x4004_54d9;
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+
+/// Requests to KVM (linux/kvm.h).
+mod kvm {
+    use std::mem::size_of;
+
+    use kvm_bindings::{kvm_cpuid2, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd, kvm_regs, kvm_sregs};
+    use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
+
+    const fn number(direction: u32, number: u32, size_bytes: usize) -> u64 {
+        ioctl_expr(direction, 0xae, number, size_bytes as u32)
+    }
+
+    pub const GET_SUPPORTED_CPUID: u64 = number(_IOC_READ | _IOC_WRITE, 0x05, size_of::<kvm_cpuid2>());
+    pub const SET_GSI_ROUTING: u64 = number(_IOC_WRITE, 0x6a, size_of::<kvm_irq_routing>());
+    pub const IRQFD: u64 = number(_IOC_WRITE, 0x76, size_of::<kvm_irqfd>());
+    pub const IOEVENTFD: u64 = number(_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>());
+    pub const RUN: u64 = number(_IOC_NONE, 0x80, 0);
+    pub const GET_REGS: u64 = number(_IOC_READ, 0x81, size_of::<kvm_regs>());
+    pub const GET_SREGS: u64 = number(_IOC_READ, 0x83, size_of::<kvm_sregs>());
+    pub const KVMCLOCK_CTRL: u64 = number(_IOC_NONE, 0xad, 0);
+}
+
+/// Requests to vhost-net (linux/vhost.h).
+mod vhost {
+    use std::mem::size_of;
+
+    use ::vhost::vhost_kern::vhost_binding::{vhost_memory, vhost_vring_addr, vhost_vring_file, vhost_vring_state};
+    use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
+
+    const fn number(direction: u32, number: u32, size_bytes: usize) -> u64 {
+        ioctl_expr(direction, 0xaf, number, size_bytes as u32)
+    }
+
+    pub const GET_FEATURES: u64 = number(_IOC_READ, 0x00, size_of::<u64>());
+    pub const SET_FEATURES: u64 = number(_IOC_WRITE, 0x00, size_of::<u64>());
+    pub const SET_OWNER: u64 = number(_IOC_NONE, 0x01, 0);
+    pub const SET_MEM_TABLE: u64 = number(_IOC_WRITE, 0x03, size_of::<vhost_memory>());
+    pub const SET_VRING_NUM: u64 = number(_IOC_WRITE, 0x10, size_of::<vhost_vring_state>());
+    pub const SET_VRING_ADDR: u64 = number(_IOC_WRITE, 0x11, size_of::<vhost_vring_addr>());
+    pub const SET_VRING_BASE: u64 = number(_IOC_WRITE, 0x12, size_of::<vhost_vring_state>());
+    pub const GET_VRING_BASE: u64 = number(_IOC_READ | _IOC_WRITE, 0x12, size_of::<vhost_vring_state>());
+    pub const SET_VRING_KICK: u64 = number(_IOC_WRITE, 0x20, size_of::<vhost_vring_file>());
+    pub const SET_VRING_CALL: u64 = number(_IOC_WRITE, 0x21, size_of::<vhost_vring_file>());
+    pub const SET_VRING_ERR: u64 = number(_IOC_WRITE, 0x22, size_of::<vhost_vring_file>());
+    pub const NET_SET_BACKEND: u64 = number(_IOC_WRITE, 0x30, size_of::<vhost_vring_file>());
+}
+
+/// The calls that threads of `role` may make.
+pub fn calls(role: ThreadRole) -> impl Iterator<Item = &'static Call> {
+    let own = match role {
+        ThreadRole::Main => MAIN,
+        ThreadRole::Loader => LOADER,
+        ThreadRole::Vcpu => VCPU,
+        ThreadRole::Worker => WORKER,
+        ThreadRole::Console => CONSOLE,
+    };
+    COMMON.iter().chain(own)
+}

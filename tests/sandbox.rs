@@ -1,0 +1,243 @@
+//! A compromised monitor process: threads of each kind, confined as in a real one, try to get what they must not have. Each
+//! attempt is made with system call filters, which end the process, and without, so that the other layers must stop it.
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
+use std::ptr;
+
+use husk::sandbox::{self, Confinement, Layers, ThreadRole};
+use husk::sys::fork::{self, Files, Split};
+use husk::sys::socket;
+use husk::sys::violation::Report;
+
+const ROLES: [ThreadRole; 5] =
+    [ThreadRole::Main, ThreadRole::Loader, ThreadRole::Vcpu, ThreadRole::Worker, ThreadRole::Console];
+
+/// What an attempt has come to.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    /// The filter ended the process because of this call.
+    Stopped(u32),
+    /// The call failed with this error.
+    Failed(i32),
+    /// It did what it should not.
+    Succeeded,
+}
+
+/// Calls `act` on a thread of this role in a confined process, with filters or without.
+fn attempt(role: ThreadRole, has_filters: bool, act: impl Fn() -> i64 + Send + 'static) -> Outcome {
+    let (ours, theirs) = socket::message_pair().unwrap();
+    let layers = Layers::new(true);
+    let files = Files { given: vec![theirs.as_raw_fd()], shared: Vec::new() };
+    match layers.split((theirs, act), &files).unwrap() {
+        (Split::Child((theirs, act)), _) => {
+            let code = confine_and_act(role, has_filters, &theirs, layers, act);
+            let _ = theirs.send(&code.unwrap_or(-libc::EBADE).to_le_bytes());
+            fork::exit_now(0)
+        }
+        (Split::Parent(pid), lacks) => {
+            assert_eq!(lacks, [""; 0]);
+            let mut packet = [0; 64];
+            let len = ours.recv(&mut packet).unwrap();
+            // SAFETY: the process is a child that nobody else waits for.
+            unsafe { libc::waitpid(pid as i32, ptr::null_mut(), 0) };
+            match (Report::parse(&packet[..len]), packet) {
+                (Some(report), _) => {
+                    assert_eq!(report.thread, "attacker");
+                    Outcome::Stopped(report.call)
+                }
+                (None, [a, b, c, d, ..]) if len == 4 => match i32::from_le_bytes([a, b, c, d]) {
+                    code if code < 0 => Outcome::Failed(-code),
+                    _ => Outcome::Succeeded,
+                },
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+fn confine_and_act(
+    role: ThreadRole,
+    has_filters: bool,
+    report_to: &UnixDatagram,
+    layers: Layers,
+    act: impl Fn() -> i64 + Send + 'static,
+) -> anyhow::Result<i32> {
+    let confinement = Confinement::begin(layers, Vec::new())?;
+    if has_filters {
+        sandbox::enable_filters(report_to.as_raw_fd(), true)?;
+    }
+    anyhow::ensure!(confinement.complete()?.is_empty(), "this host does not allow all layers");
+    let act = move || match act() {
+        result if result < 0 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
+        _ => 0,
+    };
+    let thread = sandbox::spawn_confined(role, "attacker", act)?;
+    thread.join().map_err(|_| anyhow::anyhow!("it panicked"))
+}
+
+/// Asserts that the call is stopped by every filter, and by another layer with one of `errors`. Without errors only the
+/// filters stop it.
+#[track_caller]
+fn assert_denied(call: i64, errors: &[i32], act: impl Fn() -> i64 + Clone + Send + 'static) {
+    for role in ROLES {
+        assert_eq!(attempt(role, true, act.clone()), Outcome::Stopped(call as u32), "{role:?}");
+    }
+    if !errors.is_empty() {
+        match attempt(ThreadRole::Worker, false, act) {
+            Outcome::Failed(error) if errors.contains(&error) => {}
+            other => panic!("without filters: {other:?}"),
+        }
+    }
+}
+
+fn path(path: impl AsRef<Path>) -> CString {
+    CString::new(path.as_ref().as_os_str().as_bytes()).unwrap()
+}
+
+fn open(path: &CString) -> i64 {
+    // SAFETY: the path ends with a NUL.
+    unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path.as_ptr(), libc::O_RDONLY) }
+}
+
+/// A call whose arguments are numbers.
+fn numbers(call: i64, arguments: [i64; 4]) -> impl Fn() -> i64 + Clone + Send + 'static {
+    let [a, b, c, d] = arguments;
+    // SAFETY: none of the calls made with this takes a pointer, except null pointers.
+    move || unsafe { libc::syscall(call, a, b, c, d) }
+}
+
+#[test]
+fn no_file_can_be_opened() {
+    let machine = tempfile::tempdir().unwrap();
+    fs::write(machine.path().join("record.json"), "{}").unwrap();
+    let record = machine.path().join("record.json");
+    for file in [Path::new("/etc/passwd"), Path::new("/"), Path::new("/proc/self/mem"), Path::new("/dev/kvm"), &record]
+    {
+        let file = path(file);
+        assert_denied(libc::SYS_openat, &[libc::EACCES, libc::ENOENT], move || open(&file));
+    }
+}
+
+#[test]
+fn the_file_system_cannot_be_changed() {
+    let here = path("/x");
+    // SAFETY: the path ends with a NUL.
+    let make = move || unsafe { libc::syscall(libc::SYS_mkdir, here.as_ptr(), 0o700) };
+    assert_denied(libc::SYS_mkdir, &[libc::EACCES, libc::EROFS], make);
+    // SAFETY: all strings end with a NUL.
+    let mount = || unsafe { libc::mount(c"x".as_ptr(), c"/".as_ptr(), c"tmpfs".as_ptr(), 0, ptr::null()) }.into();
+    assert_denied(libc::SYS_mount, &[libc::EPERM], mount);
+    let chroot = || {
+        // SAFETY: the path ends with a NUL.
+        unsafe { libc::syscall(libc::SYS_chroot, c"/".as_ptr()) }
+    };
+    assert_denied(libc::SYS_chroot, &[libc::EPERM], chroot);
+}
+
+#[test]
+fn no_process_can_be_started() {
+    assert_denied(libc::SYS_fork, &[], numbers(libc::SYS_fork, [0; 4]));
+    assert_denied(libc::SYS_clone, &[], numbers(libc::SYS_clone, [libc::SIGCHLD.into(), 0, 0, 0]));
+    let shell = path("/bin/sh");
+    // SAFETY: the path ends with a NUL; no arguments are passed.
+    let exec = move || unsafe { libc::syscall(libc::SYS_execve, shell.as_ptr(), ptr::null::<u8>(), ptr::null::<u8>()) };
+    assert_denied(libc::SYS_execve, &[libc::EACCES, libc::ENOENT], exec);
+}
+
+#[test]
+fn other_processes_are_out_of_reach() {
+    let supervisor = i64::from(std::process::id());
+    let missing = [libc::ESRCH, libc::EPERM];
+    assert_denied(libc::SYS_kill, &missing, numbers(libc::SYS_kill, [supervisor, 0, 0, 0]));
+    let attach = [i64::from(libc::PTRACE_ATTACH), supervisor, 0, 0];
+    assert_denied(libc::SYS_ptrace, &missing, numbers(libc::SYS_ptrace, attach));
+    assert_denied(libc::SYS_pidfd_open, &missing, numbers(libc::SYS_pidfd_open, [supervisor, 0, 0, 0]));
+    // A number of this process is required, which is 1 in its namespace.
+    assert_denied(libc::SYS_tgkill, &missing, numbers(libc::SYS_tgkill, [supervisor, supervisor, 0, 0]));
+    let limits = [supervisor, i64::from(libc::RLIMIT_NOFILE as i32), 0, 0];
+    assert_denied(libc::SYS_prlimit64, &missing, numbers(libc::SYS_prlimit64, limits));
+}
+
+#[test]
+fn the_network_is_out_of_reach() {
+    for family in [libc::AF_INET, libc::AF_INET6, libc::AF_UNIX, libc::AF_NETLINK, libc::AF_PACKET] {
+        let new = numbers(libc::SYS_socket, [family.into(), libc::SOCK_DGRAM.into(), 0, 0]);
+        assert_denied(libc::SYS_socket, &[], new);
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let connect = move || {
+        // SAFETY: the address is a complete structure; the descriptor is checked by the kernel.
+        unsafe {
+            let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+            let mut address: libc::sockaddr_in = std::mem::zeroed();
+            (address.sin_family, address.sin_port) = (libc::AF_INET as u16, port.to_be());
+            address.sin_addr.s_addr = u32::from_ne_bytes([127, 0, 0, 1]);
+            let len = size_of::<libc::sockaddr_in>() as u32;
+            i64::from(libc::connect(socket, (&raw const address).cast(), len))
+        }
+    };
+    let outcome = attempt(ThreadRole::Worker, false, connect);
+    let refused = [libc::EACCES, libc::ENETUNREACH, libc::ECONNREFUSED];
+    assert!(matches!(outcome, Outcome::Failed(error) if refused.contains(&error)), "{outcome:?}");
+}
+
+#[test]
+fn the_sockets_of_other_machines_are_out_of_reach() {
+    let machine = tempfile::tempdir().unwrap();
+    let control = machine.path().join("control");
+    let _listener = UnixListener::bind(&control).unwrap();
+    let connect = move || socket::connect(&control).map_or(-1, |_| 0);
+    let outcome = attempt(ThreadRole::Worker, false, connect);
+    assert!(matches!(outcome, Outcome::Failed(libc::ENOENT | libc::EACCES)), "{outcome:?}");
+}
+
+#[test]
+fn privileges_cannot_be_gained() {
+    assert_denied(libc::SYS_setuid, &[libc::EPERM, libc::EINVAL], numbers(libc::SYS_setuid, [0; 4]));
+    assert_denied(libc::SYS_unshare, &[], numbers(libc::SYS_unshare, [libc::CLONE_NEWUSER.into(), 0, 0, 0]));
+    assert_denied(libc::SYS_setns, &[], numbers(libc::SYS_setns, [-1, 0, 0, 0]));
+    let keys = [3, 0, 0, 0];
+    assert_denied(libc::SYS_keyctl, &[], numbers(libc::SYS_keyctl, keys));
+    assert_denied(libc::SYS_bpf, &[], numbers(libc::SYS_bpf, [0; 4]));
+    assert_denied(libc::SYS_init_module, &[libc::EPERM, libc::ENOSYS], numbers(libc::SYS_init_module, [0; 4]));
+    assert_denied(libc::SYS_perf_event_open, &[], numbers(libc::SYS_perf_event_open, [0; 4]));
+    assert_denied(libc::SYS_userfaultfd, &[], numbers(libc::SYS_userfaultfd, [0; 4]));
+    assert_denied(libc::SYS_seccomp, &[], numbers(libc::SYS_seccomp, [0; 4]));
+}
+
+#[test]
+fn memory_cannot_be_made_executable() {
+    let protection = i64::from(libc::PROT_READ | libc::PROT_EXEC);
+    assert_denied(libc::SYS_mmap, &[], numbers(libc::SYS_mmap, [0, 4096, protection, libc::MAP_PRIVATE.into()]));
+    assert_denied(libc::SYS_mprotect, &[], numbers(libc::SYS_mprotect, [0, 4096, protection, 0]));
+}
+
+#[test]
+fn only_the_requests_of_a_role_reach_kvm_and_terminals() {
+    // KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, TIOCSTI and FIFREEZE.
+    for request in [0xae01, 0x4020_ae46, 0x5412, 0xc004_5877] {
+        assert_denied(libc::SYS_ioctl, &[], numbers(libc::SYS_ioctl, [-1, request, 0, 0]));
+    }
+    // KVM_RUN: a vCPU's thread may, others not.
+    let run = numbers(libc::SYS_ioctl, [-1, 0xae80, 0, 0]);
+    assert_eq!(attempt(ThreadRole::Vcpu, true, run.clone()), Outcome::Failed(libc::EBADF));
+    assert_eq!(attempt(ThreadRole::Worker, true, run), Outcome::Stopped(libc::SYS_ioctl as u32));
+}
+
+#[test]
+fn what_a_thread_needs_works() {
+    let read = numbers(libc::SYS_read, [-1, 0, 0, 0]);
+    for role in ROLES {
+        assert_eq!(attempt(role, true, read.clone()), Outcome::Failed(libc::EBADF), "{role:?}");
+        assert_eq!(attempt(role, true, numbers(libc::SYS_getpid, [0; 4])), Outcome::Succeeded, "{role:?}");
+    }
+}
