@@ -48,3 +48,34 @@ fn waiting_for_apts_lock_times_out_with_its_error() {
     assert!(String::from_utf8_lossy(&output.stderr).ends_with(&format!("{LOCKED}\n")), "{output:?}");
     assert_eq!(calls.lines().count(), 240);
 }
+
+/// All text below a directory.
+fn sources(dir: &Path) -> String {
+    let mut all = String::new();
+    for entry in fs::read_dir(dir).unwrap().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            all.push_str(&sources(&entry.path()));
+        } else if entry.path().extension().is_some_and(|extension| extension == "rs") {
+            all.push_str(&fs::read_to_string(entry.path()).unwrap());
+        }
+    }
+    all
+}
+
+#[test]
+fn every_promise_of_security_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("docs/security.md")).unwrap();
+    let tests = sources(&root.join("tests"));
+    let rows = page.lines().filter(|line| line.starts_with("| ") && line.contains('`'));
+    let mut named = 0;
+    for row in rows {
+        let names: Vec<&str> = row.rsplit('|').nth(1).unwrap().split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "{row}");
+        for name in names {
+            assert!(tests.contains(&format!("#[test]\nfn {name}()")), "{name} is no test");
+            named += 1;
+        }
+    }
+    assert!(named > 15, "{named}");
+}
