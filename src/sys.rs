@@ -13,6 +13,7 @@ pub mod net;
 pub mod process;
 pub mod processor;
 pub mod resident;
+pub mod seccomp;
 pub mod shared;
 #[cfg(test)]
 pub mod smaps;

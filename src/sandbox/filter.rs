@@ -1,17 +1,30 @@
 //! System call filters (seccomp(2)) of a monitor process, one for each kind of thread. A call that is not in the table of
 //! the thread's role ends the process; a handler for SIGSYS reports which.
+//!
+//! A filter finds the number of a call by binary search. When it is installed, the kernel runs it for each of some 450
+//! numbers: a list of comparisons would take it ten times as long, once for each thread of a machine.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::RawFd;
 use std::process;
 use std::sync::OnceLock;
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+use libc::{
+    BPF_ABS, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW,
+    SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP, sock_filter,
 };
 
 use super::ThreadRole;
 use super::tables::{self, Argument};
-use crate::sys::violation;
+use crate::sys::{seccomp, violation};
+
+/// AUDIT_ARCH_X86_64 (linux/audit.h).
+const ARCH_X86_64: u32 = 0xc000_003e;
+/// The offsets in `struct seccomp_data` (linux/seccomp.h).
+const NUMBER: u32 = 0;
+const ARCH: u32 = 4;
+const ARGUMENTS: u32 = 16;
 
 /// The filters, compiled once each. Unset in a process without filters.
 static FILTERS: OnceLock<Filters> = OnceLock::new();
@@ -19,14 +32,14 @@ static FILTERS: OnceLock<Filters> = OnceLock::new();
 #[derive(Default)]
 struct Filters {
     allows_rings: bool,
-    programs: [OnceLock<BpfProgram>; 5],
+    programs: [OnceLock<Vec<sock_filter>>; 5],
 }
 
 /// Enables the filters of this process. A violation is reported to `report` (see [`violation::install`]). Called once,
 /// before other threads exist.
 ///
 /// Without `allows_rings` no thread may use io_uring, whose operations no filter sees.
-pub fn enable(report: std::os::fd::RawFd, allows_rings: bool) -> std::io::Result<()> {
+pub fn enable(report: RawFd, allows_rings: bool) -> io::Result<()> {
     violation::install(report)?;
     let _ = FILTERS.set(Filters { allows_rings, ..Filters::default() });
     Ok(())
@@ -36,54 +49,166 @@ pub fn enable(report: std::os::fd::RawFd, allows_rings: bool) -> std::io::Result
 /// the process ends.
 pub fn confine_this_thread(role: ThreadRole) {
     let Some(filters) = FILTERS.get() else { return };
-    let program =
-        filters.programs.get(role as usize).map(|program| program.get_or_init(|| compile(role, filters.allows_rings)));
-    let installed = program.map(|program| seccompiler::apply_filter(program));
+    let program = filters.programs.get(role as usize);
+    let program = program.map(|program| program.get_or_init(|| compile(role, filters.allows_rings)));
+    let installed = program.map(|program| seccomp::install(program));
     if !matches!(installed, Some(Ok(()))) {
         log::error!("the system call filter of a thread cannot be installed: {installed:?}");
         process::abort();
     }
 }
 
-/// Compiles the filter for `role`. The tables are constant, so it cannot fail (a test compiles all of them).
-fn compile(role: ThreadRole, allows_rings: bool) -> BpfProgram {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    let calls = || tables::calls(role).filter(|call| allows_rings || !tables::RINGS.contains(&call.number));
-    for call in calls() {
-        let rule = |argument| SeccompRule::new(vec![condition(argument)?]).ok();
-        rules.entry(call.number).or_default().extend(call.arguments.iter().filter_map(rule));
+/// The conditions on the arguments of a call, one of which must hold; `None` if any arguments are allowed.
+type Conditions = Option<Vec<Argument>>;
+
+/// Compiles the filter for `role`.
+fn compile(role: ThreadRole, allows_rings: bool) -> Vec<sock_filter> {
+    let mut calls: BTreeMap<u32, Conditions> = BTreeMap::new();
+    for call in tables::calls(role).filter(|call| allows_rings || !tables::RINGS.contains(&call.number)) {
+        let conditions = calls.entry(call.number as u32).or_insert_with(|| Some(Vec::new()));
+        match conditions {
+            Some(conditions) if !call.arguments.is_empty() => conditions.extend(call.arguments),
+            conditions => *conditions = None,
+        }
     }
-    // A call without rules is allowed with any arguments.
-    for call in calls().filter(|call| call.arguments.is_empty()) {
-        rules.insert(call.number, Vec::new());
-    }
-    let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64);
-    filter.and_then(BpfProgram::try_from).unwrap_or_default()
+    let calls: Vec<(u32, Conditions)> = calls.into_iter().collect();
+    let start = [
+        load(ARCH),
+        jump(BPF_JEQ, ARCH_X86_64, 1, 0),
+        stop(SECCOMP_RET_KILL_PROCESS),
+        // Numbers of the x32 ABI are larger than any in the tables.
+        load(NUMBER),
+    ];
+    [start.to_vec(), search(&calls)].concat()
 }
 
-fn condition(argument: &Argument) -> Option<SeccompCondition> {
-    let (index, width, operator, value) = match *argument {
-        Argument::Is(index, value) => (index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value),
-        Argument::Lacks(index, bits) => (index, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(bits), 0),
-        Argument::IsThisProcess(index) => (index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, u64::from(process::id())),
+/// Finds the number that was loaded in `calls`, which are sorted.
+fn search(calls: &[(u32, Conditions)]) -> Vec<sock_filter> {
+    match calls {
+        [] => vec![stop(SECCOMP_RET_TRAP)],
+        [(number, conditions)] => {
+            let found = [jump(BPF_JEQ, *number, 1, 0), stop(SECCOMP_RET_TRAP)];
+            [found.to_vec(), check(conditions.as_deref())].concat()
+        }
+        _ => {
+            let (lower, upper) = calls.split_at(calls.len() / 2);
+            let first = upper.first().map_or(0, |(number, _)| *number);
+            let lower = search(lower);
+            // A conditional jump reaches only 255 instructions.
+            let skip = sock_filter { code: (BPF_JMP | BPF_JA) as u16, jt: 0, jf: 0, k: lower.len() as u32 };
+            [vec![jump(BPF_JGE, first, 0, 1), skip], lower, search(upper)].concat()
+        }
+    }
+}
+
+/// Allows the call if one of the conditions holds.
+fn check(conditions: Option<&[Argument]>) -> Vec<sock_filter> {
+    let Some(conditions) = conditions else { return vec![stop(SECCOMP_RET_ALLOW)] };
+    let check = |condition: &Argument| {
+        let (index, holds) = match *condition {
+            Argument::Is(index, value) => (index, jump(BPF_JEQ, value, 0, 1)),
+            Argument::Lacks(index, bits) => (index, jump(BPF_JSET, bits, 1, 0)),
+            Argument::IsThisProcess(index) => (index, jump(BPF_JEQ, process::id(), 0, 1)),
+        };
+        // The lower half, which is all that the kernel uses of these arguments.
+        [load(ARGUMENTS + 8 * u32::from(index)), holds, stop(SECCOMP_RET_ALLOW)]
     };
-    SeccompCondition::new(index, width, operator, value).ok()
+    conditions.iter().flat_map(check).chain([stop(SECCOMP_RET_TRAP)]).collect()
+}
+
+fn load(offset: u32) -> sock_filter {
+    sock_filter { code: (BPF_LD | BPF_W | BPF_ABS) as u16, jt: 0, jf: 0, k: offset }
+}
+
+/// Compares what was loaded with `k`, and skips `jt` instructions if it is true, or `jf` if not.
+fn jump(comparison: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
+    sock_filter { code: (BPF_JMP | comparison | BPF_K) as u16, jt, jf, k }
+}
+
+fn stop(action: u32) -> sock_filter {
+    sock_filter { code: (BPF_RET | BPF_K) as u16, jt: 0, jf: 0, k: action }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const ROLES: [(ThreadRole, usize); 5] = [
+        // With the limits that Firecracker's tables keep to.
+        (ThreadRole::Main, 50),
+        (ThreadRole::Loader, 50),
+        (ThreadRole::Vcpu, 31),
+        (ThreadRole::Worker, 50),
+        (ThreadRole::Console, 27),
+    ];
+
+    /// Runs a filter as the kernel does. Returns its action and the number of instructions.
+    fn run(program: &[sock_filter], arch: u32, number: u32, arguments: [u64; 6]) -> (u32, usize) {
+        let (mut at, mut loaded, mut steps) = (0, 0_u32, 0);
+        loop {
+            let sock_filter { code, jt, jf, k } = program[at];
+            steps += 1;
+            let is = |operation| u32::from(code) == operation;
+            let branch = |holds| usize::from(if holds { jt } else { jf });
+            at += 1 + match k {
+                _ if is(BPF_RET | BPF_K) => return (k, steps),
+                _ if is(BPF_LD | BPF_W | BPF_ABS) => {
+                    loaded = match k {
+                        NUMBER => number,
+                        ARCH => arch,
+                        offset => arguments[(offset - ARGUMENTS) as usize / 8] as u32,
+                    };
+                    0
+                }
+                _ if is(BPF_JMP | BPF_JA) => k as usize,
+                _ if is(BPF_JMP | BPF_JEQ | BPF_K) => branch(loaded == k),
+                _ if is(BPF_JMP | BPF_JGE | BPF_K) => branch(loaded >= k),
+                _ if is(BPF_JMP | BPF_JSET | BPF_K) => branch(loaded & k != 0),
+                _ => panic!("{code:#x}"),
+            };
+        }
+    }
+
     #[test]
-    fn every_table_compiles_and_is_no_longer_than_firecrackers() {
-        let roles =
-            [(ThreadRole::Main, 50), (ThreadRole::Loader, 50), (ThreadRole::Vcpu, 31), (ThreadRole::Worker, 50)];
-        for (role, calls_max) in roles.into_iter().chain([(ThreadRole::Console, 27)]) {
-            assert!(!compile(role, true).is_empty() && !compile(role, false).is_empty(), "{role:?}");
-            let mut numbers: Vec<i64> = tables::calls(role).map(|call| call.number).collect();
-            numbers.sort_unstable();
-            numbers.dedup();
-            assert!(numbers.len() <= calls_max, "{role:?}: {}", numbers.len());
+    fn a_filter_allows_what_its_table_has_and_nothing_else() {
+        for (role, calls_max) in ROLES {
+            let program = compile(role, true);
+            let calls: Vec<_> = tables::calls(role).collect();
+            let mut allowed = 0;
+            for number in (0..1000).chain(0x4000_0000..0x4000_0200) {
+                let of_number = || calls.iter().filter(|call| call.number == i64::from(number));
+                let any = of_number().any(|call| call.arguments.is_empty());
+                // No condition holds for these arguments.
+                let (action, steps) = run(&program, ARCH_X86_64, number, [u64::MAX; 6]);
+                assert_eq!(action == SECCOMP_RET_ALLOW, any, "{role:?}: {number}");
+                assert!(steps < 100, "{role:?}: {number} takes {steps}");
+                for argument in of_number().flat_map(|call| call.arguments) {
+                    let mut arguments = [u64::MAX; 6];
+                    let (index, value) = match *argument {
+                        Argument::Is(index, value) => (index, value),
+                        Argument::Lacks(index, bits) => (index, !bits),
+                        Argument::IsThisProcess(index) => (index, process::id()),
+                    };
+                    arguments[usize::from(index)] = value.into();
+                    assert_eq!(
+                        run(&program, ARCH_X86_64, number, arguments).0,
+                        SECCOMP_RET_ALLOW,
+                        "{role:?}: {number}"
+                    );
+                }
+                allowed += usize::from(of_number().count() > 0);
+            }
+            assert!(allowed <= calls_max, "{role:?}: {allowed}");
+            assert_eq!(run(&program, 3, libc::SYS_read as u32, [0; 6]).0, SECCOMP_RET_KILL_PROCESS);
+        }
+    }
+
+    #[test]
+    fn rings_are_left_out_where_they_are_not_allowed() {
+        let action =
+            |allows_rings, number| run(&compile(ThreadRole::Worker, allows_rings), ARCH_X86_64, number, [0; 6]).0;
+        for number in tables::RINGS.map(|number| number as u32) {
+            assert_eq!((action(true, number), action(false, number)), (SECCOMP_RET_ALLOW, SECCOMP_RET_TRAP));
         }
     }
 }

@@ -4,12 +4,12 @@
 use libc::{
     PROT_EXEC, SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_dup, SYS_epoll_ctl,
     SYS_epoll_wait, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_fstat,
-    SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_io_uring_enter,
-    SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap,
-    SYS_munmap, SYS_poll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2,
-    SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn,
-    SYS_sendmsg, SYS_sendto, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_tgkill, SYS_timerfd_settime,
-    SYS_write, SYS_writev,
+    SYS_ftruncate, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register,
+    SYS_io_uring_setup, SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll,
+    SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readv,
+    SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg,
+    SYS_sendto, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_tgkill, SYS_timerfd_settime, SYS_write,
+    SYS_writev,
 };
 
 use super::ThreadRole;
@@ -18,9 +18,9 @@ use super::ThreadRole;
 #[derive(Debug, Clone, Copy)]
 pub enum Argument {
     /// It has this 32-bit value.
-    Is(u8, u64),
+    Is(u8, u32),
     /// It has none of these bits.
-    Lacks(u8, u64),
+    Lacks(u8, u32),
     /// It is the ID of this process.
     IsThisProcess(u8),
 }
@@ -43,11 +43,11 @@ const fn only(number: i64, arguments: &'static [Argument]) -> Call {
 }
 
 /// The second argument of ioctl(2).
-const fn request(number: u64) -> Argument {
+const fn request(number: u32) -> Argument {
     Argument::Is(1, number)
 }
 
-const NOT_EXECUTABLE: &[Argument] = &[Argument::Lacks(2, PROT_EXEC as u64)];
+const NOT_EXECUTABLE: &[Argument] = &[Argument::Lacks(2, PROT_EXEC as u32)];
 
 /// Every thread: the allocator, locks, clocks, signals, the end of threads and processes, and messages to the supervisor.
 const COMMON: &[Call] = &[
@@ -61,6 +61,8 @@ const COMMON: &[Call] = &[
     any(SYS_madvise),
     any(SYS_brk),
     any(SYS_futex),
+    // std: channels.
+    any(SYS_sched_yield),
     // std: the time where the vDSO has no clock.
     any(SYS_clock_gettime),
     any(SYS_rt_sigreturn),
@@ -79,9 +81,9 @@ const COMMON: &[Call] = &[
     // std: random keys of hash maps; virtio: the entropy device.
     any(SYS_getrandom),
     // virtio: queues get copies of their events; std: whether a descriptor is open, in debug builds.
-    only(SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC as u64), Argument::Is(1, libc::F_GETFD as u64)]),
+    only(SYS_fcntl, &[Argument::Is(1, libc::F_DUPFD_CLOEXEC as u32), Argument::Is(1, libc::F_GETFD as u32)]),
     // sys/violation.rs: the name of the thread.
-    only(SYS_prctl, &[Argument::Is(0, libc::PR_GET_NAME as u64)]),
+    only(SYS_prctl, &[Argument::Is(0, libc::PR_GET_NAME as u32)]),
 ];
 
 /// The supervisor's calls, and the end of the machine.
@@ -136,7 +138,6 @@ const WORKER: &[Call] = &[
     any(SYS_pwritev),
     any(SYS_preadv2),
     any(SYS_pwritev2),
-    any(SYS_fsync),
     any(SYS_fdatasync),
     any(SYS_fallocate),
     any(SYS_ftruncate),
@@ -162,7 +163,7 @@ const WORKER: &[Call] = &[
             request(TUNSETOFFLOAD),
             request(TUNSETQUEUE),
             // std: nonblocking sockets.
-            request(libc::FIONBIO),
+            request(libc::FIONBIO as u32),
             request(vhost::GET_FEATURES),
             request(vhost::SET_FEATURES),
             request(vhost::SET_OWNER),
@@ -186,10 +187,10 @@ pub const RINGS: [i64; 3] = [SYS_io_uring_setup, SYS_io_uring_register, SYS_io_u
 const CONSOLE: &[Call] = &[any(SYS_writev), any(SYS_poll)];
 
 /// linux/fs.h and linux/if_tun.h.
-const BLKDISCARD: u64 = 0x1277;
-const BLKZEROOUT: u64 = 0x127f;
-const TUNSETQUEUE: u64 = 0x4004_54d9;
-const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const BLKDISCARD: u32 = 0x1277;
+const BLKZEROOUT: u32 = 0x127f;
+const TUNSETQUEUE: u32 = 0x4004_54d9;
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 
 /// Requests to KVM (linux/kvm.h).
 mod kvm {
@@ -198,18 +199,18 @@ mod kvm {
     use kvm_bindings::{kvm_cpuid2, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd, kvm_regs, kvm_sregs};
     use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
-    const fn number(direction: u32, number: u32, size_bytes: usize) -> u64 {
-        ioctl_expr(direction, 0xae, number, size_bytes as u32)
+    const fn number(direction: u32, number: u32, size_bytes: usize) -> u32 {
+        ioctl_expr(direction, 0xae, number, size_bytes as u32) as u32
     }
 
-    pub const GET_SUPPORTED_CPUID: u64 = number(_IOC_READ | _IOC_WRITE, 0x05, size_of::<kvm_cpuid2>());
-    pub const SET_GSI_ROUTING: u64 = number(_IOC_WRITE, 0x6a, size_of::<kvm_irq_routing>());
-    pub const IRQFD: u64 = number(_IOC_WRITE, 0x76, size_of::<kvm_irqfd>());
-    pub const IOEVENTFD: u64 = number(_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>());
-    pub const RUN: u64 = number(_IOC_NONE, 0x80, 0);
-    pub const GET_REGS: u64 = number(_IOC_READ, 0x81, size_of::<kvm_regs>());
-    pub const GET_SREGS: u64 = number(_IOC_READ, 0x83, size_of::<kvm_sregs>());
-    pub const KVMCLOCK_CTRL: u64 = number(_IOC_NONE, 0xad, 0);
+    pub const GET_SUPPORTED_CPUID: u32 = number(_IOC_READ | _IOC_WRITE, 0x05, size_of::<kvm_cpuid2>());
+    pub const SET_GSI_ROUTING: u32 = number(_IOC_WRITE, 0x6a, size_of::<kvm_irq_routing>());
+    pub const IRQFD: u32 = number(_IOC_WRITE, 0x76, size_of::<kvm_irqfd>());
+    pub const IOEVENTFD: u32 = number(_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>());
+    pub const RUN: u32 = number(_IOC_NONE, 0x80, 0);
+    pub const GET_REGS: u32 = number(_IOC_READ, 0x81, size_of::<kvm_regs>());
+    pub const GET_SREGS: u32 = number(_IOC_READ, 0x83, size_of::<kvm_sregs>());
+    pub const KVMCLOCK_CTRL: u32 = number(_IOC_NONE, 0xad, 0);
 }
 
 /// Requests to vhost-net (linux/vhost.h).
@@ -219,22 +220,22 @@ mod vhost {
     use ::vhost::vhost_kern::vhost_binding::{vhost_memory, vhost_vring_addr, vhost_vring_file, vhost_vring_state};
     use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
-    const fn number(direction: u32, number: u32, size_bytes: usize) -> u64 {
-        ioctl_expr(direction, 0xaf, number, size_bytes as u32)
+    const fn number(direction: u32, number: u32, size_bytes: usize) -> u32 {
+        ioctl_expr(direction, 0xaf, number, size_bytes as u32) as u32
     }
 
-    pub const GET_FEATURES: u64 = number(_IOC_READ, 0x00, size_of::<u64>());
-    pub const SET_FEATURES: u64 = number(_IOC_WRITE, 0x00, size_of::<u64>());
-    pub const SET_OWNER: u64 = number(_IOC_NONE, 0x01, 0);
-    pub const SET_MEM_TABLE: u64 = number(_IOC_WRITE, 0x03, size_of::<vhost_memory>());
-    pub const SET_VRING_NUM: u64 = number(_IOC_WRITE, 0x10, size_of::<vhost_vring_state>());
-    pub const SET_VRING_ADDR: u64 = number(_IOC_WRITE, 0x11, size_of::<vhost_vring_addr>());
-    pub const SET_VRING_BASE: u64 = number(_IOC_WRITE, 0x12, size_of::<vhost_vring_state>());
-    pub const GET_VRING_BASE: u64 = number(_IOC_READ | _IOC_WRITE, 0x12, size_of::<vhost_vring_state>());
-    pub const SET_VRING_KICK: u64 = number(_IOC_WRITE, 0x20, size_of::<vhost_vring_file>());
-    pub const SET_VRING_CALL: u64 = number(_IOC_WRITE, 0x21, size_of::<vhost_vring_file>());
-    pub const SET_VRING_ERR: u64 = number(_IOC_WRITE, 0x22, size_of::<vhost_vring_file>());
-    pub const NET_SET_BACKEND: u64 = number(_IOC_WRITE, 0x30, size_of::<vhost_vring_file>());
+    pub const GET_FEATURES: u32 = number(_IOC_READ, 0x00, size_of::<u64>());
+    pub const SET_FEATURES: u32 = number(_IOC_WRITE, 0x00, size_of::<u64>());
+    pub const SET_OWNER: u32 = number(_IOC_NONE, 0x01, 0);
+    pub const SET_MEM_TABLE: u32 = number(_IOC_WRITE, 0x03, size_of::<vhost_memory>());
+    pub const SET_VRING_NUM: u32 = number(_IOC_WRITE, 0x10, size_of::<vhost_vring_state>());
+    pub const SET_VRING_ADDR: u32 = number(_IOC_WRITE, 0x11, size_of::<vhost_vring_addr>());
+    pub const SET_VRING_BASE: u32 = number(_IOC_WRITE, 0x12, size_of::<vhost_vring_state>());
+    pub const GET_VRING_BASE: u32 = number(_IOC_READ | _IOC_WRITE, 0x12, size_of::<vhost_vring_state>());
+    pub const SET_VRING_KICK: u32 = number(_IOC_WRITE, 0x20, size_of::<vhost_vring_file>());
+    pub const SET_VRING_CALL: u32 = number(_IOC_WRITE, 0x21, size_of::<vhost_vring_file>());
+    pub const SET_VRING_ERR: u32 = number(_IOC_WRITE, 0x22, size_of::<vhost_vring_file>());
+    pub const NET_SET_BACKEND: u32 = number(_IOC_WRITE, 0x30, size_of::<vhost_vring_file>());
 }
 
 /// The calls that threads of `role` may make.
