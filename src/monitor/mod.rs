@@ -44,7 +44,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// The number of events handled before other things have their turn.
 const EVENTS_PER_TURN: usize = 64;
 
-/// A monitor process. Used by one thread. Dropping it kills the process, unless it is exiting.
+/// A monitor process. Used by one thread. Dropping it kills the process: after the end of its machine nothing is left to do
+/// there but what the kernel does.
 pub struct Monitor {
     pid: u32,
     calls: UnixDatagram,
@@ -64,7 +65,7 @@ pub struct Monitor {
 
 impl Monitor {
     /// Starts the process that builds the machine `config` from `resources`. Its serial port prints to `console`. Nothing
-    /// of the guest runs before [`Monitor::resume`], which also reports whether the machine was built.
+    /// of the guest runs before [`Monitor::start_guest`], which also reports whether the machine was built.
     pub fn start(
         config: &MachineConfig,
         resources: Resources,
@@ -321,7 +322,6 @@ impl AsRawFd for Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // Nothing is left to do there but what the kernel does.
         release::kill(self.pid);
         // KVM's recovery thread is a member of the cgroup, which can be removed only after the release.
         if self.has_pool_pages || self.outside.cgroup_limits.has_groups() {

@@ -81,8 +81,8 @@ struct Preparation {
 }
 
 impl Confinement {
-    /// Begins to confine this process, which has a single thread. It is killed when its parent exits.
-    /// `lacks` is what it already lacks: namespaces.
+    /// Begins to confine this process, which has a single thread. It is killed when its parent exits. `lacks` is what it
+    /// already lacks: namespaces.
     pub fn begin(layers: Layers, lacks: Vec<String>) -> Result<Confinement> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("PR_SET_PDEATHSIG")?;
         // Without a terminal, none of its signals arrive here.
