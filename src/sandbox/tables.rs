@@ -87,7 +87,15 @@ const COMMON: &[Call] = &[
 ];
 
 /// The supervisor's calls, and the end of the machine.
-const MAIN: &[Call] = &[any(SYS_recvfrom), any(SYS_epoll_wait), any(SYS_clock_nanosleep)];
+const MAIN: &[Call] = &[
+    any(SYS_recvfrom),
+    any(SYS_epoll_wait),
+    any(SYS_clock_nanosleep),
+    // virtio: workers are told of new limits, link states and requests for statistics.
+    any(SYS_timerfd_settime),
+    // backend/net/tap.rs: the kernel's counters of a tap device.
+    any(SYS_pread64),
+];
 
 /// The kernel image and the initrd are read, and KVM is asked for its CPUID.
 const LOADER: &[Call] = &[
