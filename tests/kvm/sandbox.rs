@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +12,10 @@ use husk_guests as guests;
 
 use crate::background::Machines;
 use crate::husk::{Running, boot, disk_image, monitor_of, send_signal};
+
+/// A user and a group that own nothing.
+const NOBODY: u32 = 65534;
+const KVM: &str = "/dev/kvm";
 
 /// The status of each thread of a process (proc_pid_status(5)).
 fn statuses(pid: u32) -> Vec<String> {
@@ -181,24 +186,44 @@ fn a_machine_with_an_attached_client_is_restarted() {
     machines.ok(&["kill", "again"]);
 }
 
+/// Lets every user access /dev/kvm until this is dropped.
+struct OpenToAll(fs::Permissions);
+
+impl OpenToAll {
+    fn new() -> OpenToAll {
+        let before = fs::metadata(KVM).unwrap().permissions();
+        fs::set_permissions(KVM, fs::Permissions::from_mode(before.mode() | 0o666)).unwrap();
+        OpenToAll(before)
+    }
+}
+
+impl Drop for OpenToAll {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions(KVM, self.0.clone());
+    }
+}
+
 #[test]
 fn a_plain_user_has_the_same_sandbox() {
     needs_kvm!();
     if !is_root() || !has_all_layers() {
         return;
     }
+    let _open = OpenToAll::new();
     let dir = tempfile::tempdir().unwrap();
-    let kernel = dir.path().join("kernel");
-    fs::copy(guests::POWER, &kernel).unwrap();
-    let husk = dir.path().join("husk");
+    let [husk, kernel, run] = ["husk", "kernel", "run"].map(|name| dir.path().join(name));
     fs::copy(env!("CARGO_BIN_EXE_husk"), &husk).unwrap();
-    let script = format!(
-        "chmod -R a+rX {dir}; mkdir -m 700 {dir}/run; chown 65534:65534 {dir}/run; chmod a+rw /dev/kvm
-        XDG_RUNTIME_DIR={dir}/run HOME={dir}/run setpriv --reuid=65534 --regid=65534 --clear-groups \
-        {dir}/husk -v boot --kernel {dir}/kernel --cmdline 'do=exit code=9'",
-        dir = dir.path().display()
-    );
-    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    fs::copy(guests::POWER, &kernel).unwrap();
+    fs::create_dir(&run).unwrap();
+    for path in [dir.path(), &husk, &kernel] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o700)).unwrap();
+    std::os::unix::fs::chown(&run, Some(NOBODY), Some(NOBODY)).unwrap();
+    let mut command = Command::new(&husk);
+    command.args(["-v", "boot", "--cmdline", "do=exit code=9", "--kernel"]).arg(&kernel);
+    command.env("XDG_RUNTIME_DIR", &run).env("HOME", &run).uid(NOBODY).gid(NOBODY);
+    let output = command.output().unwrap();
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(9), "{printed}");
     assert!(!printed.contains("the sandbox lacks"), "{printed}");
