@@ -7,6 +7,10 @@
 #[path = "../kvm/husk.rs"]
 mod husk;
 
+#[allow(dead_code)]
+#[path = "../run/uplink.rs"]
+mod uplink;
+
 mod arena;
 mod balloon;
 mod console;
