@@ -36,15 +36,36 @@ pub enum Call {
     /// Set the memory of the guest, in MiB.
     SetMemoryTarget(u64),
     /// Set the rate limits of the disk with this index.
-    SetDiskRate(usize, Rate),
+    SetDiskRate(usize, Limits),
     /// Set the rate limits of the network interface with this index.
-    SetNetworkRate(usize, Rate),
+    SetNetworkRate(usize, Limits),
     /// Set all network links up or down.
     SetLinks(bool),
     /// Report the machine's resource usage.
     Usage,
     /// End the machine.
     End,
+}
+
+/// Rate limits. [`Rate`] itself leaves out limits that are not set, which this format cannot express.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    bytes_per_second: Option<u64>,
+    burst_bytes: Option<u64>,
+    ops_per_second: Option<u64>,
+    burst_ops: Option<u64>,
+}
+
+impl From<Rate> for Limits {
+    fn from(Rate { bytes_per_second, burst_bytes, ops_per_second, burst_ops }: Rate) -> Limits {
+        Limits { bytes_per_second, burst_bytes, ops_per_second, burst_ops }
+    }
+}
+
+impl From<Limits> for Rate {
+    fn from(Limits { bytes_per_second, burst_bytes, ops_per_second, burst_ops }: Limits) -> Rate {
+        Rate { bytes_per_second, burst_bytes, ops_per_second, burst_ops }
+    }
 }
 
 /// The reply to a call.
@@ -141,6 +162,15 @@ pub fn receive<M: Message + DeserializeOwned>(socket: &UnixDatagram) -> io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rates_arrive_with_the_limits_that_are_not_set() {
+        for rate in [Rate::default(), Rate { bytes_per_second: Some(7), burst_ops: Some(1), ..Rate::default() }] {
+            let packet = encode(&Call::SetDiskRate(2, rate.into())).unwrap();
+            let Call::SetDiskRate(2, limits) = decode(&packet).unwrap() else { panic!("another call") };
+            assert_eq!(Rate::from(limits), rate);
+        }
+    }
 
     #[test]
     fn a_packet_holds_exactly_one_message() {

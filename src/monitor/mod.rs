@@ -153,12 +153,12 @@ impl Monitor {
 
     /// Sets the rate limits of disk `index`.
     pub fn set_disk_rate(&mut self, index: usize, rate: Rate) -> Result<()> {
-        self.perform(&Call::SetDiskRate(index, rate))
+        self.perform(&Call::SetDiskRate(index, rate.into()))
     }
 
     /// Sets the rate limits of network interface `index`.
     pub fn set_network_rate(&mut self, index: usize, rate: Rate) -> Result<()> {
-        self.perform(&Call::SetNetworkRate(index, rate))
+        self.perform(&Call::SetNetworkRate(index, rate.into()))
     }
 
     /// Sets the links of all network interfaces up or down.
@@ -308,7 +308,7 @@ impl Monitor {
         self.handle_events();
         self.note_death();
         match self.exit_latch.reason() {
-            Some(reason) => anyhow!("{reason}"),
+            Some(reason) => anyhow!(error).context(reason.to_string()),
             None => anyhow!(error).context("talk to the monitor process"),
         }
     }

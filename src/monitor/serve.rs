@@ -60,20 +60,30 @@ pub(super) fn run(
     lacks: Vec<String>,
     timings: Arc<Timings>,
 ) -> ! {
-    let served = serve(config, given, layers, lacks, &timings);
-    if let Err(error) = &served {
-        log::error!("the monitor process failed: {error:#}");
-    }
-    fork::exit_now(i32::from(served.is_err()))
+    let code = match prepare(config, given, layers, lacks, &timings) {
+        Ok(None) => 0,
+        // Its sockets stay open until a failure was told: the supervisor kills this process when they are closed.
+        Ok(Some(mut server)) => exit_code(&server.run()),
+        Err(error) => exit_code(&Err(error)),
+    };
+    fork::exit_now(code)
 }
 
-fn serve(
+fn exit_code(served: &Result<()>) -> i32 {
+    if let Err(error) = served {
+        log::error!("the monitor process failed: {error:#}");
+    }
+    i32::from(served.is_err())
+}
+
+/// Confines this process and builds the machine. `None` if it cannot be built, which is the reply to the first call.
+fn prepare(
     config: &MachineConfig,
     given: Given,
     layers: Layers,
     lacks: Vec<String>,
     timings: &Arc<Timings>,
-) -> Result<()> {
+) -> Result<Option<Server>> {
     let Given { resources, calls, events, asks, console, null, interrupted } = given;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
@@ -103,13 +113,13 @@ fn serve(
     let machine = match Machine::build(config, resources, timings.clone(), confine, &is_interrupted) {
         Ok(machine) => machine,
         Err(error) => {
-            // The reply to the first call.
             message::receive::<Call>(&calls)?;
-            return Ok(message::send(&calls, &Reply::Failed(message::shortened(&format!("{error:#}"))))?);
+            message::send(&calls, &Reply::Failed(message::shortened(&format!("{error:#}"))))?;
+            return Ok(None);
         }
     };
     let printed = start_console(&machine, console)?;
-    Server::new(machine, calls, printed, lacks)?.run()
+    Server::new(machine, calls, printed, lacks).map(Some)
 }
 
 /// Starts the thread that prints the serial port's output. Returns an event that it signals at its end.
@@ -170,7 +180,7 @@ impl Server {
     }
 
     /// Returns when the machine has ended and its output is printed.
-    fn run(mut self) -> Result<()> {
+    fn run(&mut self) -> Result<()> {
         loop {
             let ended = self.machine.as_ref().and_then(|machine| machine.exit_latch().reason());
             if ended.is_some() {
@@ -261,8 +271,10 @@ impl Server {
             Call::SetMemoryTarget(memory_mib) => {
                 controls.balloon.as_ref().context("the machine has no balloon")?.set_target_mib(memory_mib)?
             }
-            Call::SetDiskRate(index, rate) => controls.disks.get(index).context("no such disk")?.rate.set(rate),
-            Call::SetNetworkRate(index, rate) => controls.links.get(index).context("no such network")?.set_rate(rate),
+            Call::SetDiskRate(index, rate) => controls.disks.get(index).context("no such disk")?.rate.set(rate.into()),
+            Call::SetNetworkRate(index, rate) => {
+                controls.links.get(index).context("no such network")?.set_rate(rate.into())
+            }
             Call::SetLinks(up) => controls.links.iter().for_each(|link| link.set_up(up)),
             Call::Usage => return Ok(Reply::Usage(Box::new(usage(machine)))),
             Call::End => bail!("it is handled elsewhere"),

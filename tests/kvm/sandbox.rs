@@ -265,3 +265,18 @@ fn input_goes_on_while_other_commands_ask() {
     assert!(echoed.iter().filter(|byte| **byte == b'y').count() > INPUT_BYTES - 100);
     let _ = (child.kill(), child.wait(), writer.join());
 }
+
+#[test]
+fn limits_of_disks_reach_the_monitor() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let (_dir, disk) = disk_image(1 << 20);
+    machines.start(guests::BLOCK, "do=hold", &["--name", "held", "--disk", disk.to_str().unwrap()]);
+    machines.ok(&["update", "--disk-bps", "10M", "held"]);
+    machines.ok(&["update", "--disk-bps", "none", "--disk-iops", "100", "held"]);
+    assert_eq!(machines.inspect("held", "config/disks/0/rate/ops_per_second"), "100");
+    machines.ok(&["pause", "held"]);
+    machines.ok(&["unpause", "held"]);
+    machines.ok(&["stats", "--json", "held"]);
+    machines.ok(&["kill", "held"]);
+}
