@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::husk::{Running, boot, disk_image};
+use crate::husk::{Running, await_exit, boot, disk_image};
 use husk_guests as guests;
 
 /// Skips the test with a visible message without permission to create cgroups.
@@ -189,10 +189,12 @@ fn the_cgroup_of_a_killed_machine_is_removed_by_the_next() {
     needs_kvm!();
     needs_root!();
     let running = held_to_half();
-    let pid = running.pid();
+    let (pid, monitor) = (running.pid(), running.monitor());
     running.signal("KILL");
     running.wait();
     assert_eq!(groups_of(pid).len(), 1);
+    // The monitor, a member, is killed with it, and exits some milliseconds later.
+    await_exit(monitor);
     boot(guests::EXIT, "").flag("--cpus", "0.5").run().expect(42);
     assert!(groups_of(pid).is_empty());
 }

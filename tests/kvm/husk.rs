@@ -328,6 +328,17 @@ pub fn monitor_of(supervisor: u32) -> u32 {
     processes().find(is_monitor).expect("it has a monitor")
 }
 
+/// Waits for the exit of a process that was killed.
+#[allow(dead_code)] // not in every test program
+#[track_caller]
+pub fn await_exit(pid: u32) {
+    let deadline = Instant::now() + TIMEOUT;
+    while std::fs::metadata(format!("/proc/{pid}/exe")).is_ok() {
+        assert!(Instant::now() < deadline, "process {pid} runs");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn processes() -> impl Iterator<Item = u32> {
     std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }

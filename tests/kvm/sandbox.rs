@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use husk_guests as guests;
 
 use crate::background::Machines;
-use crate::husk::{Running, boot, disk_image, monitor_of, send_signal};
+use crate::husk::{Running, await_exit, boot, disk_image, monitor_of, send_signal};
 
 /// A user and a group that own nothing.
 const NOBODY: u32 = 65534;
@@ -159,11 +159,7 @@ fn a_monitor_does_not_outlive_its_supervisor() {
     let monitor = machine.monitor();
     machine.signal("KILL");
     machine.wait();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while fs::metadata(format!("/proc/{monitor}/exe")).is_ok() {
-        assert!(Instant::now() < deadline, "it runs");
-        thread::sleep(Duration::from_millis(5));
-    }
+    await_exit(monitor);
     boot(guests::BLOCK, "do=round-trip").disk(&dir.path().join("disk.img"), "").run().expect(0);
 }
 
