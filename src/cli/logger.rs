@@ -40,7 +40,7 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record) {
-        if monitor::forward_log(record.level(), &record.args().to_string()) {
+        if monitor::forward_log(record) {
             return;
         }
         // The lock is held while writing, so that lines of different threads do not mix.

@@ -21,9 +21,10 @@ use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::resources::{Resources, attendant};
 use crate::sandbox::{self, Confinement, Layers, ThreadRole};
+use crate::sys::resident::IdleTrim;
 use crate::sys::shared::SharedFlag;
 use crate::sys::violation::Report;
-use crate::sys::{arguments, event, fork, resident, socket};
+use crate::sys::{arguments, event, fork, socket};
 use crate::timings::Timings;
 use crate::virtio::block;
 
@@ -32,8 +33,6 @@ const PANIC_GRACE: Duration = Duration::from_secs(1);
 /// How long the virtual machine is kept after its end, so that its release delays nothing. A slow reader of the console may
 /// take hours, and the memory is free in that time.
 const RELEASE_AFTER: Duration = Duration::from_millis(100);
-/// How long nothing happens before the process returns memory that only the start needed.
-const TRIM_AFTER: Duration = Duration::from_millis(500);
 
 /// Where this process reports events, if it is a monitor.
 static EVENTS: OnceLock<UnixDatagram> = OnceLock::new();
@@ -156,8 +155,7 @@ struct Server {
     epoll: Epoll,
     /// What the sandbox lacks; `None` after the first call, whose reply tells it.
     lacks: Option<Vec<String>>,
-    /// When the process is trimmed if nothing happens until then; `None` if it has been.
-    trim_at: Option<Instant>,
+    trim: IdleTrim,
 }
 
 impl Server {
@@ -175,8 +173,8 @@ impl Server {
         // The first call looks up the function in the vDSO, with a system call that is not allowed later.
         let _ = clock_gettime(ClockId::ProcessCPUTime);
         sandbox::confine_this_thread(ThreadRole::Main);
-        let trim_at = Some(Instant::now() + TRIM_AFTER);
-        Ok(Server { machine: Some(machine), ended: None, calls, _printed: printed, epoll, lacks: Some(lacks), trim_at })
+        let trim = IdleTrim::start();
+        Ok(Server { machine: Some(machine), ended: None, calls, _printed: printed, epoll, lacks: Some(lacks), trim })
     }
 
     /// Returns when the machine has ended and its output is printed.
@@ -211,10 +209,9 @@ impl Server {
     /// The time until something must be done: the process is trimmed, a guest whose kernel has panicked is given up, or the
     /// virtual machine is released.
     fn timeout_ms(&self) -> i32 {
-        let trim_at = self.trim_at;
         let panicked_at = self.machine.as_ref().and_then(|machine| machine.exit_latch().panicked_at());
         let release_at = self.ended.as_ref().map(|(_, at)| *at);
-        let at = [trim_at, panicked_at.map(|at| at + PANIC_GRACE), release_at].into_iter().flatten().min();
+        let at = [self.trim.at(), panicked_at.map(|at| at + PANIC_GRACE), release_at].into_iter().flatten().min();
         // Rounded up, so that the time has come when the wait ends.
         at.map_or(-1, |at| at.saturating_duration_since(Instant::now()).as_millis() as i32 + 1)
     }
@@ -226,14 +223,7 @@ impl Server {
             machine.exit_latch().give_up_on_panic();
         }
         self.ended.take_if(|(_, at)| Instant::now() >= *at);
-        match self.trim_at {
-            Some(_) if has_events => self.trim_at = Some(Instant::now() + TRIM_AFTER),
-            Some(at) if Instant::now() >= at => {
-                resident::trim();
-                self.trim_at = None;
-            }
-            _ => {}
-        }
+        self.trim.check(has_events);
     }
 
     /// Ends the machine and closes its files, and reports that before its memory is released.
@@ -310,9 +300,10 @@ fn report(event: &Event) -> Result<()> {
 
 /// Sends a line for the log to the supervisor, if this process is a monitor. Never waits: a line for which there is no room
 /// is lost. Any thread.
-pub fn forward_log(level: log::Level, text: &str) -> bool {
+pub fn forward_log(record: &log::Record) -> bool {
     let Some(events) = EVENTS.get() else { return false };
-    if let Ok(packet) = message::encode(&Event::Log(level as usize, message::shortened(text))) {
+    let text = message::shortened(&record.args().to_string());
+    if let Ok(packet) = message::encode(&Event::Log(record.level() as usize, text)) {
         let _ = socket::send_now(events, &packet);
     }
     true

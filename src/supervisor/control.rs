@@ -24,12 +24,9 @@ use crate::monitor::Monitor;
 use crate::resources::passt::Starter;
 use crate::resources::{Outside, Resources};
 use crate::sys::SignalFd;
-use crate::sys::resident;
+use crate::sys::resident::IdleTrim;
 use crate::sys::timer::ClockJumps;
 use crate::timings::{Step, Timings};
-
-/// How long nothing happens on the main thread before the process returns memory that only the start needed.
-const TRIM_AFTER: Duration = Duration::from_millis(500);
 
 /// The event sources of the thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,8 +119,7 @@ pub(super) struct Supervisor<'a> {
     clock_jumps: ClockJumps,
     button_pressed: bool,
     on_terminal: bool,
-    /// When the process is trimmed if nothing happens until then; `None` if it has been.
-    trim_at: Option<Instant>,
+    trim: IdleTrim,
 }
 
 impl<'a> Supervisor<'a> {
@@ -162,7 +158,7 @@ impl<'a> Supervisor<'a> {
             clock_jumps,
             button_pressed,
             on_terminal,
-            trim_at: Some(Instant::now() + TRIM_AFTER),
+            trim: IdleTrim::start(),
         })
     }
 
@@ -188,7 +184,7 @@ impl<'a> Supervisor<'a> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
                 Err(e) => return Err(e).context("wait for events"),
             };
-            self.trim_if_idle(count > 0);
+            self.trim.check(count > 0);
             for event in events.iter().take(count) {
                 match TOKENS.get(event.data() as usize) {
                     Some(Token::Exit) => drop(self.monitor.exit_latch().event().read()),
@@ -226,24 +222,13 @@ impl<'a> Supervisor<'a> {
     /// The maximum time to wait, in milliseconds: unlimited, unless the process has not been trimmed, a session is over and
     /// the guest may not exit by itself, or a stop request has a timeout.
     fn timeout_ms(&self) -> i32 {
-        let left = self.trim_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = self.trim.at().map(|at| at.saturating_duration_since(Instant::now()));
         // Rounded up, so that the time has come when the wait ends.
         let trim_ms = left.map_or(-1, |left| left.as_millis() as i32 + 1);
         let exit_latch = self.monitor.exit_latch();
         let session_ms = self.session.as_ref().map_or(-1, |session| session.timeout_ms(exit_latch));
         let timeouts = [trim_ms, session_ms, self.endpoint.timeout_ms(exit_latch)];
         timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
-    }
-
-    fn trim_if_idle(&mut self, has_events: bool) {
-        match self.trim_at {
-            Some(_) if has_events => self.trim_at = Some(Instant::now() + TRIM_AFTER),
-            Some(at) if Instant::now() >= at => {
-                resident::trim();
-                self.trim_at = None;
-            }
-            _ => {}
-        }
     }
 
     fn on_signal(&mut self) -> Result<()> {

@@ -2,9 +2,41 @@
 #![allow(unsafe_code)]
 
 use std::slice;
+use std::time::{Duration, Instant};
 
 /// The granularity of mappings.
 const PAGE_BYTES: usize = 4096;
+
+/// How long nothing happens before a process is trimmed.
+const TRIM_AFTER: Duration = Duration::from_millis(500);
+
+/// Trims a process once, when nothing has happened for a while.
+#[derive(Debug)]
+pub struct IdleTrim(Option<Instant>);
+
+impl IdleTrim {
+    /// Starts waiting now.
+    pub fn start() -> IdleTrim {
+        IdleTrim(Some(Instant::now() + TRIM_AFTER))
+    }
+
+    /// When [`IdleTrim::check`] trims the process if nothing happens until then; `None` if it was trimmed.
+    pub fn at(&self) -> Option<Instant> {
+        self.0
+    }
+
+    /// Trims the process if it is time. If there are events, that is put off.
+    pub fn check(&mut self, has_events: bool) {
+        match self.0 {
+            Some(_) if has_events => *self = IdleTrim::start(),
+            Some(at) if Instant::now() >= at => {
+                trim();
+                self.0 = None;
+            }
+            _ => {}
+        }
+    }
+}
 
 /// Unmaps the pages of the executable and of free heap memory. Code and constants that are used again are mapped again from
 /// the page cache, at a microsecond per page fault; those of the start-up are a few MiB.
