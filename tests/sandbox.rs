@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
@@ -11,11 +11,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::ptr;
+use std::sync::Arc;
 
+use husk::memory::GuestBuffers;
 use husk::sandbox::{self, Confinement, Layers, ThreadRole};
 use husk::sys::fork::{self, Files, Split};
-use husk::sys::socket;
+use husk::sys::uring::Ring;
 use husk::sys::violation::Report;
+use husk::sys::{event, socket};
+use io_uring::{IoUring, Parameters, opcode, squeue, types};
+use rustix::fs::MemfdFlags;
 
 const ROLES: [ThreadRole; 5] =
     [ThreadRole::Main, ThreadRole::Loader, ThreadRole::Vcpu, ThreadRole::Worker, ThreadRole::Console];
@@ -42,12 +47,22 @@ fn has_all_layers() -> bool {
 
 /// Calls `act` on a thread of this role in a confined process, with filters or without.
 fn attempt(role: ThreadRole, has_filters: bool, act: impl Fn() -> i64 + Send + 'static) -> Outcome {
+    attempt_with(role, has_filters, || (), move |()| act())
+}
+
+/// The same, with what `prepare` creates before the process is confined.
+fn attempt_with<T: Send + 'static>(
+    role: ThreadRole,
+    has_filters: bool,
+    prepare: impl FnOnce() -> T,
+    act: impl FnOnce(T) -> i64 + Send + 'static,
+) -> Outcome {
     let (ours, theirs) = socket::message_pair().unwrap();
     let layers = Layers::new(true);
     let files = Files { given: vec![theirs.as_raw_fd()], shared: Vec::new() };
-    match layers.split((theirs, act), &files).unwrap() {
-        (Split::Child((theirs, act)), _) => {
-            let code = confine_and_act(role, has_filters, &theirs, layers, act);
+    match layers.split((theirs, prepare, act), &files).unwrap() {
+        (Split::Child((theirs, prepare, act)), _) => {
+            let code = confine_and_act(role, has_filters, &theirs, layers, prepare, act);
             let _ = theirs.send(&code.unwrap_or(-libc::EBADE).to_le_bytes());
             fork::exit_now(0)
         }
@@ -71,19 +86,21 @@ fn attempt(role: ThreadRole, has_filters: bool, act: impl Fn() -> i64 + Send + '
     }
 }
 
-fn confine_and_act(
+fn confine_and_act<T: Send + 'static>(
     role: ThreadRole,
     has_filters: bool,
     report_to: &UnixDatagram,
     layers: Layers,
-    act: impl Fn() -> i64 + Send + 'static,
+    prepare: impl FnOnce() -> T,
+    act: impl FnOnce(T) -> i64 + Send + 'static,
 ) -> anyhow::Result<i32> {
     let confinement = Confinement::begin(layers, Vec::new())?;
     if has_filters {
-        sandbox::enable_filters(report_to.as_raw_fd(), true)?;
+        sandbox::enable_filters(report_to.as_raw_fd())?;
     }
+    let prepared = prepare();
     confinement.complete()?;
-    let act = move || match act() {
+    let act = move || match act(prepared) {
         result if result < 0 => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
         _ => 0,
     };
@@ -245,6 +262,62 @@ fn only_the_requests_of_a_role_reach_kvm_and_terminals() {
     let run = numbers(libc::SYS_ioctl, [-1, 0xae80, 0, 0]);
     assert_eq!(attempt(ThreadRole::Vcpu, true, run.clone()), Outcome::Failed(libc::EBADF));
     assert_eq!(attempt(ThreadRole::Worker, true, run), Outcome::Stopped(libc::SYS_ioctl as u32));
+}
+
+/// The ring of a disk, and how its creator would map it.
+struct DiskRing {
+    ring: Ring<GuestBuffers>,
+    parameters: Parameters,
+}
+
+fn disk_ring() -> DiskRing {
+    const SIZE: u16 = 8;
+    let file = File::from(rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC).unwrap());
+    let ring = Ring::new(Arc::new(file), &event::create().unwrap(), SIZE).unwrap();
+    DiskRing { ring, parameters: IoUring::new(SIZE.into()).unwrap().params().clone() }
+}
+
+/// The result of an entry in the disk's ring.
+fn submit(disk: &DiskRing, entry: &squeue::Entry) -> i64 {
+    // SAFETY: the ring has this size, and stays open. The entries have no buffers.
+    let result = unsafe {
+        let fd = libc::fcntl(disk.ring.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0);
+        let mut ring = IoUring::from_fd(fd, disk.parameters.clone()).unwrap();
+        ring.submission().push(entry).unwrap();
+        let _ = ring.submit_and_wait(1);
+        ring.completion().next().unwrap().result()
+    };
+    // SAFETY: it is the calling thread's.
+    unsafe { *libc::__errno_location() = -result };
+    result.into()
+}
+
+#[test]
+fn rings_execute_only_what_disks_need() {
+    let Ok(any) = IoUring::new(1) else { return eprintln!("SKIPPED: this host does not allow io_uring") };
+    assert_denied(libc::SYS_io_uring_setup, &[], numbers(libc::SYS_io_uring_setup, [8, 0, 0, 0]));
+    // Buffers, files, a personality, restrictions, kernel threads, and the ring itself (linux/io_uring.h).
+    for request in [0, 2, 9, 11, 12, 19, 20] {
+        assert_denied(libc::SYS_io_uring_register, &[], numbers(libc::SYS_io_uring_register, [-1, request, 0, 0]));
+    }
+    // Not before Linux 6.10: see Ring.
+    let registered = any.params().is_feature_recvsend_bundle().then_some(squeue::Flags::FIXED_FILE);
+    let flags = registered.unwrap_or(squeue::Flags::empty());
+    let of = |entry: squeue::Entry| {
+        attempt_with(ThreadRole::Worker, true, disk_ring, move |disk| submit(&disk, &entry.flags(flags)))
+    };
+    let refused = Outcome::Failed(libc::EACCES);
+    let fd = types::Fd(0);
+    assert_eq!(of(opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/".as_ptr()).build()), refused);
+    assert_eq!(of(opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build()), refused);
+    assert_eq!(of(opcode::Connect::new(fd, ptr::null(), 0).build()), refused);
+    assert_eq!(of(opcode::Close::new(fd).build()), refused);
+    assert_eq!(of(opcode::Nop::new().build()), refused);
+    if registered.is_some() {
+        assert_eq!(of(opcode::Fsync::new(fd).build()), Outcome::Succeeded);
+        let sync = |disk: DiskRing| submit(&disk, &opcode::Fsync::new(types::Fd(0)).build());
+        assert_eq!(attempt_with(ThreadRole::Worker, true, disk_ring, sync), refused, "not the disk");
+    }
 }
 
 #[test]

@@ -48,7 +48,6 @@ impl Machine {
         let kvm = Arc::new(kvm);
         let prefault = config.prefault.then_some(is_interrupted);
         let memory = memory::create(config.memory_mib, config.huge_pages.pages(), prefault)?;
-        let (devices, controls) = create_devices(config, disks, vsock, networks)?;
         let contents = Contents {
             kernel,
             cmdline: cmdline(config, &kernel_words, initrd.is_some()),
@@ -57,6 +56,7 @@ impl Machine {
             bus: config.virtio_bus(),
         };
         let loader = Loader::start(kvm.clone(), memory.clone(), contents, timings.clone())?;
+        let (devices, controls) = create_devices(config, disks, vsock, networks)?;
 
         let vm = Vm::new(kvm, &memory)?;
         let exit_latch = Arc::new(ExitLatch::new()?);

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::message::{self, Call, Event, PACKET_BYTES_MAX, Reply, Usage};
-use crate::config::{Aio, MachineConfig};
+use crate::config::MachineConfig;
 use crate::exit_latch::ExitReason;
 use crate::kvm::Vm;
 use crate::machine::Machine;
@@ -98,13 +98,8 @@ fn prepare(
     }));
     arguments::forget_environment();
     let confinement = Confinement::begin(layers, lacks)?;
-    let mut resources = resources;
     if config.sandbox {
-        // Operations of a ring pass by filters: they need namespaces.
-        let allows_rings = confinement.has_namespaces() || resources.disks.iter().any(|disk| disk.aio == Aio::IoUring);
-        let automatic = resources.disks.iter_mut().filter(|disk| disk.aio == Aio::Auto && !allows_rings);
-        automatic.for_each(|disk| disk.aio = Aio::Threads);
-        sandbox::enable_filters(report_to, allows_rings).context("handle SIGSYS")?;
+        sandbox::enable_filters(report_to).context("handle SIGSYS")?;
     }
     let is_interrupted = || interrupted.as_ref().is_some_and(|flag| flag.is_set());
     let mut lacks = Vec::new();

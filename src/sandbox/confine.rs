@@ -113,11 +113,6 @@ impl Confinement {
         Ok(confinement)
     }
 
-    /// Whether this process has namespaces of its own: paths and sockets are out of reach even for what filters do not see.
-    pub fn has_namespaces(&self) -> bool {
-        self.preparation.is_some()
-    }
-
     /// Completes it on the calling thread, and for all threads that it starts later. Returns the layers that this host does not
     /// allow, each with the reason.
     pub fn complete(mut self) -> Result<Vec<String>> {

@@ -29,19 +29,13 @@ const ARGUMENTS: u32 = 16;
 /// The filters, compiled once each. Unset in a process without filters.
 static FILTERS: OnceLock<Filters> = OnceLock::new();
 
-#[derive(Default)]
-struct Filters {
-    allows_rings: bool,
-    programs: [OnceLock<Vec<sock_filter>>; 5],
-}
+type Filters = [OnceLock<Vec<sock_filter>>; 5];
 
 /// Enables the filters of this process. A violation is reported to `report` (see [`violation::install`]). Called once,
 /// before other threads exist.
-///
-/// Without `allows_rings` no thread may use io_uring, whose operations no filter sees.
-pub fn enable(report: RawFd, allows_rings: bool) -> io::Result<()> {
+pub fn enable(report: RawFd) -> io::Result<()> {
     violation::install(report)?;
-    let _ = FILTERS.set(Filters { allows_rings, ..Filters::default() });
+    let _ = FILTERS.set(Filters::default());
     Ok(())
 }
 
@@ -49,8 +43,7 @@ pub fn enable(report: RawFd, allows_rings: bool) -> io::Result<()> {
 /// the process ends.
 pub fn confine_this_thread(role: ThreadRole) {
     let Some(filters) = FILTERS.get() else { return };
-    let program = filters.programs.get(role as usize);
-    let program = program.map(|program| program.get_or_init(|| compile(role, filters.allows_rings)));
+    let program = filters.get(role as usize).map(|program| program.get_or_init(|| compile(role)));
     let installed = program.map(|program| seccomp::install(program));
     if !matches!(installed, Some(Ok(()))) {
         log::error!("the system call filter of a thread cannot be installed: {installed:?}");
@@ -62,9 +55,9 @@ pub fn confine_this_thread(role: ThreadRole) {
 type Conditions = Option<Vec<Argument>>;
 
 /// Compiles the filter for `role`.
-fn compile(role: ThreadRole, allows_rings: bool) -> Vec<sock_filter> {
+fn compile(role: ThreadRole) -> Vec<sock_filter> {
     let mut calls: BTreeMap<u32, Conditions> = BTreeMap::new();
-    for call in tables::calls(role).filter(|call| allows_rings || !tables::RINGS.contains(&call.number)) {
+    for call in tables::calls(role) {
         let conditions = calls.entry(call.number as u32).or_insert_with(|| Some(Vec::new()));
         match conditions {
             Some(conditions) if !call.arguments.is_empty() => conditions.extend(call.arguments),
@@ -172,7 +165,7 @@ mod tests {
     #[test]
     fn a_filter_allows_what_its_table_has_and_nothing_else() {
         for (role, calls_max) in ROLES {
-            let program = compile(role, true);
+            let program = compile(role);
             let calls: Vec<_> = tables::calls(role).collect();
             let mut allowed = 0;
             for number in (0..1000).chain(0x4000_0000..0x4000_0200) {
@@ -200,15 +193,6 @@ mod tests {
             }
             assert!(allowed <= calls_max, "{role:?}: {allowed}");
             assert_eq!(run(&program, 3, libc::SYS_read as u32, [0; 6]).0, SECCOMP_RET_KILL_PROCESS);
-        }
-    }
-
-    #[test]
-    fn rings_are_left_out_where_they_are_not_allowed() {
-        let action =
-            |allows_rings, number| run(&compile(ThreadRole::Worker, allows_rings), ARCH_X86_64, number, [0; 6]).0;
-        for number in tables::RINGS.map(|number| number as u32) {
-            assert_eq!((action(true, number), action(false, number)), (SECCOMP_RET_ALLOW, SECCOMP_RET_TRAP));
         }
     }
 }

@@ -5,14 +5,14 @@ use libc::{
     PROT_EXEC, SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_dup, SYS_epoll_ctl,
     SYS_epoll_wait, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_fstat,
     SYS_ftruncate, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register,
-    SYS_io_uring_setup, SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll,
-    SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readv,
-    SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg,
-    SYS_sendto, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_tgkill, SYS_timerfd_settime, SYS_write,
-    SYS_writev,
+    SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_prctl,
+    SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readv, SYS_recvfrom,
+    SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto,
+    SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
 use super::ThreadRole;
+use crate::sys::uring::UNREGISTER_FILES;
 
 /// A condition on an argument.
 #[derive(Debug, Clone, Copy)]
@@ -150,10 +150,9 @@ const WORKER: &[Call] = &[
     any(SYS_fallocate),
     any(SYS_ftruncate),
     any(SYS_lseek),
-    // backend/disk/uring.rs: a ring is created when its queue is first used.
-    any(SYS_io_uring_setup),
-    any(SYS_io_uring_register),
+    // sys/uring.rs: rings are used and dropped, but were created before.
     any(SYS_io_uring_enter),
+    only(SYS_io_uring_register, &[Argument::Is(1, UNREGISTER_FILES as u32)]),
     any(SYS_eventfd2),
     // backend/net, virtio/vsock: streams, and the attendant's answers.
     any(SYS_writev),
@@ -187,9 +186,6 @@ const WORKER: &[Call] = &[
         ],
     ),
 ];
-
-/// The calls of io_uring.
-pub const RINGS: [i64; 3] = [SYS_io_uring_setup, SYS_io_uring_register, SYS_io_uring_enter];
 
 /// The serial port's output.
 const CONSOLE: &[Call] = &[any(SYS_writev), any(SYS_poll)];

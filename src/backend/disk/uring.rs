@@ -32,14 +32,13 @@ pub enum Shortcuts {
     Never,
 }
 
-/// A disk with a ring of its own. The ring is created by the first request that needs it, on the worker's thread; if the
-/// host does not allow that, all requests are executed with plain system calls.
+/// A disk with a ring of its own. If the host does not allow that, all requests are executed with plain system calls.
 pub struct UringDisk {
     plain: PlainDisk,
     shortcuts: Shortcuts,
     /// Signaled by completions in the ring.
     event: EventFd,
-    ring: RingState,
+    ring: Option<Box<Ring<GuestBuffers>>>,
     /// Whether reads and writes support RWF_NOWAIT, once known.
     reads_nowait: Option<bool>,
     writes_nowait: Option<bool>,
@@ -50,13 +49,6 @@ pub struct UringDisk {
     /// Requests in the ring, by slot; the ring has their buffers.
     in_ring: Vec<Option<InRing>>,
     done: VecDeque<Completion>,
-}
-
-/// The ring, which is created when it is needed.
-enum RingState {
-    Unused,
-    Ready(Box<Ring<GuestBuffers>>),
-    Unavailable,
 }
 
 /// A [`Request`] without its buffers.
@@ -82,18 +74,25 @@ impl UringDisk {
     /// copy of each request's iovecs, and kernel threads.
     pub const BUDGET_BYTES: u64 = RING_SIZE as u64 * (1024 + 2 * RING_SIZE as u64 * 16) + 8 * (64 << 10);
 
-    /// Creates a disk that accesses the same file as `plain`.
+    /// Creates a disk that accesses the same file as `plain`, and its ring, which no thread of a confined process could
+    /// create later.
     pub fn new(plain: PlainDisk, shortcuts: Shortcuts) -> io::Result<UringDisk> {
+        let event = sys::event::create()?;
+        let ring = Ring::new(plain.file().clone(), &event, RING_SIZE);
+        if let Err(error) = &ring {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| log::info!("io_uring is not available, so disks use blocking calls: {error}"));
+        }
         Ok(UringDisk {
             plain,
             shortcuts,
-            event: sys::event::create()?,
-            ring: RingState::Unused,
+            event,
+            ring: ring.ok().map(Box::new),
             reads_nowait: None,
             writes_nowait: None,
             batch: Vec::new(),
             blocking: Vec::new(),
-            in_ring: Vec::new(),
+            in_ring: (0..RING_SIZE).map(|_| None).collect(),
             done: VecDeque::new(),
         })
     }
@@ -101,27 +100,6 @@ impl UringDisk {
     /// Whether the host allows io_uring, or the reason why it does not.
     pub fn check(plain: &PlainDisk) -> io::Result<()> {
         Ring::<GuestBuffers>::new(plain.file().clone(), &sys::event::create()?, 1).map(drop)
-    }
-
-    /// The ring, which is created if necessary; `None` if the host does not allow that.
-    fn ring(&mut self) -> Option<&mut Ring<GuestBuffers>> {
-        if let RingState::Unused = self.ring {
-            self.ring = match Ring::new(self.plain.file().clone(), &self.event, RING_SIZE) {
-                Ok(ring) => {
-                    self.in_ring.resize_with(RING_SIZE.into(), || None);
-                    RingState::Ready(Box::new(ring))
-                }
-                Err(error) => {
-                    static SAID: Once = Once::new();
-                    SAID.call_once(|| log::info!("io_uring is not available, so disks use blocking calls: {error}"));
-                    RingState::Unavailable
-                }
-            };
-        }
-        match &mut self.ring {
-            RingState::Ready(ring) => Some(ring),
-            RingState::Unused | RingState::Unavailable => None,
-        }
     }
 
     /// How to execute a request; `is_alone` if there is no other one to start at the same time.
@@ -187,7 +165,7 @@ impl UringDisk {
             }
             Operation::WriteZeroes { len_bytes, unmap: false } => Call::ZeroRange { len_bytes },
         };
-        let Some(ring) = self.ring() else { return self.blocking.push(request) };
+        let Some(ring) = &mut self.ring else { return self.blocking.push(request) };
         let Request { token, operation, offset_bytes, buffers } = request;
         match ring.queue(call, offset_bytes, buffers) {
             Ok(slot) => self.in_ring[slot] = Some(InRing { token, operation, offset_bytes }),
@@ -197,7 +175,7 @@ impl UringDisk {
 
     /// Collects completions of the ring, and continues short transfers.
     fn collect(&mut self) {
-        while let RingState::Ready(ring) = &mut self.ring
+        while let Some(ring) = &mut self.ring
             && let Some((slot, buffers, result)) = ring.complete()
         {
             let Some(InRing { token, operation, offset_bytes }) = self.in_ring[slot].take() else { continue };
@@ -262,7 +240,7 @@ impl DiskBackend for UringDisk {
             }
         }
         self.batch = batch;
-        if let RingState::Ready(ring) = &mut self.ring {
+        if let Some(ring) = &mut self.ring {
             ring.submit();
         }
         let mut blocking = std::mem::take(&mut self.blocking);
@@ -284,7 +262,7 @@ impl DiskBackend for UringDisk {
 
     fn drain(&mut self) {
         self.kick();
-        while let RingState::Ready(ring) = &mut self.ring
+        while let Some(ring) = &mut self.ring
             && !ring.is_idle()
         {
             ring.submit_and_wait();
@@ -387,33 +365,13 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_exists_only_once_it_is_needed() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        let memory = Arc::new(memory::reserve(1).unwrap());
-        let mut disk = UringDisk::new(PlainDisk::new(file, false), Shortcuts::Allowed).unwrap();
-        let mut write = GuestBuffers::new(memory.clone());
-        write.push(GuestAddress(0), 512).unwrap();
-        disk.submit(Request { token: 0, operation: Operation::Write, offset_bytes: 0, buffers: write });
-        disk.drain();
-        read(&mut disk, &memory, 1, 512);
-        assert!((0..2).all(|_| disk.reap().is_some_and(|done| done.result.is_ok())));
-        assert!(matches!(disk.ring, RingState::Unused), "what was just written is in the page cache");
-        let buffers = GuestBuffers::new(memory);
-        disk.submit(Request { token: 2, operation: Operation::Flush, offset_bytes: 0, buffers });
-        disk.drain();
-        assert!(matches!(disk.ring, RingState::Ready(_)));
-    }
-
-    #[test]
     fn without_a_ring_requests_block() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
         let memory = Arc::new(memory::reserve(1).unwrap());
         for shortcuts in [Shortcuts::Allowed, Shortcuts::Never] {
             let plain = PlainDisk::new(file.try_clone().unwrap(), false);
-            let ring = RingState::Unavailable;
-            let mut disk = UringDisk { ring, ..UringDisk::new(plain, shortcuts).unwrap() };
+            let mut disk = UringDisk { ring: None, ..UringDisk::new(plain, shortcuts).unwrap() };
             read(&mut disk, &memory, 0, 512);
             for operation in [Operation::Flush, Operation::Discard { len_bytes: 512 }] {
                 let buffers = GuestBuffers::new(memory.clone());

@@ -16,6 +16,8 @@ use std::io::{ErrorKind, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::fs::{self, AtFlags, OFlags, StatxFlags};
@@ -29,6 +31,9 @@ use format::warn_of_format;
 const PHYSICAL_BLOCK_BYTES: u32 = 4096;
 /// The largest physical block size that is passed on.
 const PHYSICAL_BLOCK_BYTES_MAX: u32 = 1 << 20;
+/// How long after the end of a monitor that was killed the kernel may still have its disks open, in rings: some 25 ms.
+const RELEASED_WITHIN: Duration = Duration::from_millis(200);
+const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 /// linux/magic.h.
 const TMPFS_MAGIC: fs::FsWord = 0x0102_1994;
 
@@ -225,9 +230,13 @@ fn is_block_device(file: &File, path: &Path) -> Result<bool> {
 
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<()> {
     let name = path.display();
-    match if readonly { file.try_lock_shared() } else { file.try_lock() } {
-        Err(TryLockError::WouldBlock) => bail!("disk {name} is in use by another process"),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("lock disk {name}")),
-        Ok(()) => Ok(()),
+    let started = Instant::now();
+    loop {
+        match if readonly { file.try_lock_shared() } else { file.try_lock() } {
+            Err(TryLockError::WouldBlock) if started.elapsed() < RELEASED_WITHIN => sleep(LOCK_INTERVAL),
+            Err(TryLockError::WouldBlock) => bail!("disk {name} is in use by another process"),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("lock disk {name}")),
+            Ok(()) => return Ok(()),
+        }
     }
 }
