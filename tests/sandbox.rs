@@ -1,5 +1,6 @@
-//! A compromised monitor process: threads of each kind, confined as in a real one, try to get what they must not have. Each
-//! attempt is made with system call filters, which end the process, and without, so that the other layers must stop it.
+//! Compromised processes: threads of each kind, confined as in a monitor or in a process that reads an image, try to get what
+//! they must not have. Each attempt is made with system call filters, which end the process, and without, so that the other
+//! layers must stop it.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -14,7 +15,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use husk::memory::GuestBuffers;
-use husk::sandbox::{self, Confinement, Layers, ThreadRole};
+use husk::sandbox::{self, Confinement, Layers, ThreadRole, task};
 use husk::sys::fork::{self, Files, Split};
 use husk::sys::uring::Ring;
 use husk::sys::violation::Report;
@@ -22,8 +23,15 @@ use husk::sys::{event, socket};
 use io_uring::{IoUring, Parameters, opcode, squeue, types};
 use rustix::fs::MemfdFlags;
 
-const ROLES: [ThreadRole; 5] =
-    [ThreadRole::Main, ThreadRole::Loader, ThreadRole::Vcpu, ThreadRole::Worker, ThreadRole::Console];
+const ROLES: [ThreadRole; 7] = [
+    ThreadRole::Main,
+    ThreadRole::Loader,
+    ThreadRole::Vcpu,
+    ThreadRole::Worker,
+    ThreadRole::Console,
+    ThreadRole::Unpacker,
+    ThreadRole::Downloader,
+];
 
 /// What an attempt has come to.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,6 +67,7 @@ fn attempt_with<T: Send + 'static>(
 ) -> Outcome {
     let (ours, theirs) = socket::message_pair().unwrap();
     let layers = Layers::new(true);
+    let layers = if role == ThreadRole::Downloader { layers.with_network() } else { layers };
     let files = Files { given: vec![theirs.as_raw_fd()], shared: Vec::new() };
     match layers.split((theirs, prepare, act), &files).unwrap() {
         (Split::Child((theirs, prepare, act)), _) => {
@@ -116,9 +125,11 @@ fn assert_denied(call: i64, errors: &[i32], act: impl Fn() -> i64 + Clone + Send
         assert_eq!(attempt(role, true, act.clone()), Outcome::Stopped(call as u32), "{role:?}");
     }
     if !errors.is_empty() && has_all_layers() {
-        match attempt(ThreadRole::Worker, false, act) {
-            Outcome::Failed(error) if errors.contains(&error) => {}
-            other => panic!("without filters: {other:?}"),
+        for role in [ThreadRole::Worker, ThreadRole::Downloader] {
+            match attempt(role, false, act.clone()) {
+                Outcome::Failed(error) if errors.contains(&error) => {}
+                other => panic!("{role:?} without filters: {other:?}"),
+            }
         }
     }
 }
@@ -195,7 +206,11 @@ fn other_processes_are_out_of_reach() {
 fn the_network_is_out_of_reach() {
     for family in [libc::AF_INET, libc::AF_INET6, libc::AF_UNIX, libc::AF_NETLINK, libc::AF_PACKET] {
         let new = numbers(libc::SYS_socket, [family.into(), libc::SOCK_DGRAM.into(), 0, 0]);
-        assert_denied(libc::SYS_socket, &[], new);
+        for role in ROLES {
+            let is_needed = role == ThreadRole::Downloader && matches!(family, libc::AF_INET | libc::AF_INET6);
+            let expected = if is_needed { Outcome::Succeeded } else { Outcome::Stopped(libc::SYS_socket as u32) };
+            assert_eq!(attempt(role, true, new.clone()), expected, "{role:?}: {family}");
+        }
     }
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -227,8 +242,10 @@ fn the_sockets_of_other_machines_are_out_of_reach() {
     if !has_all_layers() {
         return;
     }
-    let outcome = attempt(ThreadRole::Worker, false, connect);
-    assert!(matches!(outcome, Outcome::Failed(libc::ENOENT | libc::EACCES)), "{outcome:?}");
+    for role in [ThreadRole::Worker, ThreadRole::Downloader] {
+        let outcome = attempt(role, false, connect.clone());
+        assert!(matches!(outcome, Outcome::Failed(libc::ENOENT | libc::EACCES)), "{role:?}: {outcome:?}");
+    }
 }
 
 #[test]
@@ -327,4 +344,42 @@ fn what_a_thread_needs_works() {
         assert_eq!(attempt(role, true, read.clone()), Outcome::Failed(libc::EBADF), "{role:?}");
         assert_eq!(attempt(role, true, numbers(libc::SYS_getpid, [0; 4])), Outcome::Succeeded, "{role:?}");
     }
+}
+
+/// Runs a task that reads an image, without files.
+fn run_task(task: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<String> {
+    task::run(ThreadRole::Unpacker, Vec::new(), task, &mut |question: String| {
+        let file = File::open("/etc/passwd")?;
+        anyhow::ensure!(question != "no", "no answer");
+        Ok((format!("{question}!"), Some(file.into())))
+    })
+}
+
+#[test]
+fn a_task_gets_answers_and_files_and_returns_its_result() {
+    let long = "x".repeat(100_000);
+    let expected = long.clone();
+    let result = run_task(move || {
+        let (answer, file): task::Answer<String> = task::ask(long)?;
+        let mut start = [0; 4];
+        std::io::Read::read_exact(&mut File::from(file.unwrap()), &mut start)?;
+        let refused = task::ask::<_, String>("no".to_owned()).unwrap_err();
+        Ok(format!("{answer} {} {refused}", String::from_utf8_lossy(&start)))
+    });
+    assert_eq!(result.unwrap(), format!("{expected}! root no answer"));
+}
+
+#[test]
+fn a_task_that_fails_or_was_taken_over_is_reported() {
+    let error = |task: fn() -> anyhow::Result<String>| format!("{:#}", run_task(task).unwrap_err());
+    assert_eq!(error(|| Err(anyhow::anyhow!("cause").context("it failed"))), "it failed: cause");
+    assert_eq!(error(|| fork::exit_now(0)), "the process that reads it has failed");
+    assert_eq!(error(|| panic!("by intent")), "the process that reads it has failed");
+    let stopped = error(|| Ok(std::fs::read_to_string("/etc/passwd")?));
+    assert!(stopped.ends_with(&format!("made system call {}", libc::SYS_openat)), "{stopped}");
+    let threads = run_task(|| {
+        let thread = sandbox::spawn("other", || std::thread::current().name().map(str::to_owned))?;
+        Ok(thread.join().unwrap().unwrap())
+    });
+    assert_eq!(threads.unwrap(), "other");
 }

@@ -54,6 +54,6 @@ fn once(archive: &Path, store: &Path, form: Form) -> Result<(f64, u64)> {
     store.form = form;
     let source = Source::Path { path: archive.to_owned(), image: None };
     let start = Instant::now();
-    let prepared = store.prepare(&source, &Progress::hidden())?;
+    let prepared = store.prepare(&source, Progress::Hidden)?;
     Ok((start.elapsed().as_secs_f64(), fs::metadata(prepared.root)?.len()))
 }

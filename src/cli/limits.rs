@@ -37,7 +37,7 @@ pub(super) struct LimitFlags {
     #[arg(long, value_name = "SIZE|auto", value_parser = host_memory, allow_negative_numbers = true)]
     host_memory: Option<HostMemory>,
 
-    /// Confine the process that runs the guest: on (the default), or off to debug it
+    /// Confine the processes that run the guest and that unpack the image: on (the default), or off to debug them
     #[arg(long, value_name = "on|off", value_parser = on_or_off)]
     sandbox: Option<bool>,
 }
@@ -55,6 +55,11 @@ enum HostMemory {
 }
 
 impl LimitFlags {
+    /// Whether processes are confined.
+    pub fn sandbox(&self) -> bool {
+        self.sandbox.unwrap_or(true)
+    }
+
     /// Applies the flags to `config`, which already has all of its devices. `memory_mib` is the value of `--memory`, if
     /// given.
     pub fn apply(&self, memory_mib: Option<u64>, config: &mut MachineConfig) {
@@ -124,7 +129,7 @@ fn host_memory(text: &str) -> Result<HostMemory, String> {
     size::memory_mib(text).map(HostMemory::Mib).map_err(|error| format!("{error}, or auto"))
 }
 
-fn on_or_off(text: &str) -> Result<bool, String> {
+pub(super) fn on_or_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),

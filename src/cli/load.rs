@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use super::exit::Exit;
-use super::size;
+use super::import::ImportFlags;
 use crate::image::reference::Reference;
-use crate::image::{Progress, Source, Store};
+use crate::image::{Progress, Source};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -39,19 +39,17 @@ pub(super) struct Load {
     #[arg(short, long, value_parser = super::pull::reference)]
     name: Option<Reference>,
 
-    /// Limit the disk space for unpacking the image [default: the free disk space]
-    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
-    max_size: Option<u64>,
+    #[command(flatten)]
+    import: ImportFlags,
 }
 
 impl Load {
     /// Adds the image to the store and prints its name.
     pub fn run(self) -> Result<Exit> {
-        let mut store = Store::open_default()?;
-        store.unpack_limit_bytes = self.max_size;
+        let store = self.import.store()?;
         let (name, progress) = (self.name.as_ref(), Progress::on_terminal());
         let (prepared, names) = match self.path.or(self.input).unwrap_or(Input::Stdin) {
-            Input::Source(source) => store.load(&source, name, &progress)?,
+            Input::Source(source) => store.load(&source, name, progress)?,
             Input::Stdin => {
                 let stdin = std::io::stdin();
                 ensure!(
@@ -59,7 +57,7 @@ impl Load {
                     "no image given: use `husk load PATH` or `docker save IMAGE | husk load`"
                 );
                 let input = stdin.as_fd().try_clone_to_owned().context("read standard input")?;
-                store.load_stream(input.into(), name, &progress)?
+                store.load_stream(input.into(), name, progress)?
             }
         };
         let id = prepared.id.short();

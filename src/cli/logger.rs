@@ -9,6 +9,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use crate::console::terminal;
 use crate::foreign;
 use crate::monitor;
+use crate::sandbox::task;
 use crate::state_dir::husk_log;
 
 /// The maximum number of lines per second; the rest are only counted.
@@ -40,7 +41,7 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record) {
-        if monitor::forward_log(record) {
+        if monitor::forward_log(record) || task::forward_log(record) {
             return;
         }
         // The lock is held while writing, so that lines of different threads do not mix.

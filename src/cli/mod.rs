@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod exec;
 pub mod exit;
 pub mod images;
+mod import;
 pub mod inspect;
 pub mod kill;
 pub mod lifecycle;

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
-use super::size;
-use crate::image::{Form, Progress, Source, Store};
+use super::import::ImportFlags;
+use crate::image::{Form, Progress, Source};
 use crate::sys;
 
 #[derive(Debug, Args)]
@@ -17,9 +17,8 @@ pub(super) struct Prepare {
     #[arg(value_name = "IMAGE")]
     image: String,
 
-    /// Limit the disk space for downloading and unpacking the image
-    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
-    max_size: Option<u64>,
+    #[command(flatten)]
+    import: ImportFlags,
 
     /// Do not compress the root filesystem (to measure the cost of compression)
     #[arg(long)]
@@ -30,8 +29,7 @@ impl Prepare {
     /// Prepares the image with its progress on standard error, and prints its ID.
     pub fn run(self) -> Result<Exit> {
         sys::end_with_parent().context("tie this process to the lifetime of its parent")?;
-        let mut store = Store::open_default()?;
-        store.unpack_limit_bytes = self.max_size;
+        let mut store = self.import.store()?;
         if self.plain {
             store.form = Form::Plain;
         }
@@ -39,7 +37,7 @@ impl Prepare {
         if matches!(source, Source::Name { path: None, .. }) && Path::new(&self.image).exists() {
             super::print_stderr(&format!("husk: {0} is taken as an image name; use ./{0} for the file\n", self.image));
         }
-        let prepared = store.prepare(&source, &Progress::on_terminal())?;
+        let prepared = store.prepare(&source, Progress::on_terminal())?;
         if prepared.is_bare_root {
             let list = "manifest.json or index.json";
             super::print_stderr(&format!("husk: {} has no {list}: taken as a root filesystem\n", self.image));

@@ -4,9 +4,9 @@ use anyhow::Result;
 use clap::Args;
 
 use super::exit::Exit;
-use super::size;
+use super::import::ImportFlags;
 use crate::image::reference::Reference;
-use crate::image::{Platform, Progress, Store};
+use crate::image::{Platform, Progress};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -35,18 +35,16 @@ pub(super) struct Pull {
     #[arg(short, long)]
     quiet: bool,
 
-    /// Limit the disk space for downloading and unpacking the image [default: the free disk space]
-    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
-    max_size: Option<u64>,
+    #[command(flatten)]
+    import: ImportFlags,
 }
 
 impl Pull {
     /// Downloads the image, and prints its name and digest.
     pub fn run(self) -> Result<Exit> {
-        let mut store = Store::open_default()?;
-        store.unpack_limit_bytes = self.max_size;
-        let progress = if self.quiet { Progress::hidden() } else { Progress::on_terminal() };
-        let pulled = store.pull(&self.name, &self.platform, &progress)?;
+        let store = self.import.store()?;
+        let progress = if self.quiet { Progress::Hidden } else { Progress::on_terminal() };
+        let pulled = store.pull(&self.name, &self.platform, progress)?;
         if self.quiet {
             super::print(&format!("{}\n", pulled.prepared.id))?;
         } else {

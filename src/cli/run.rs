@@ -249,7 +249,9 @@ impl Run {
             Kind::Other => {
                 let word =
                     image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
-                let Some(prepared) = on_demand::find_or_prepare(word, self.max_size)? else { return Ok(None) };
+                let Some(prepared) = on_demand::find_or_prepare(word, self.max_size, self.limits.sandbox())? else {
+                    return Ok(None);
+                };
                 let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, .. } = prepared.process;
                 let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal };
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())

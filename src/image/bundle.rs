@@ -5,9 +5,10 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -15,6 +16,7 @@ use serde::de::DeserializeOwned;
 
 use super::config::JSON_MAX_BYTES;
 use super::members::Members;
+use super::outside::Outside;
 use super::tar::{Skip, shown};
 use super::tree::components;
 use super::{docker_archive, oci_layout};
@@ -29,11 +31,6 @@ pub struct Part {
 }
 
 impl Part {
-    /// An empty part.
-    pub fn empty(file: File) -> Part {
-        Part { file: Arc::new(file), at: 0, size_bytes: 0 }
-    }
-
     /// All of a file.
     pub fn whole(file: File) -> Result<Part> {
         let size_bytes = file.metadata()?.len();
@@ -44,6 +41,12 @@ impl Part {
     pub fn part(&self, here: &Part, size_bytes: u64) -> Result<Part> {
         ensure!(size_bytes <= here.size_bytes, "it ends in the middle of a file");
         Ok(Part { file: self.file.clone(), at: here.at, size_bytes })
+    }
+}
+
+impl AsRawFd for Part {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 }
 
@@ -68,9 +71,9 @@ impl Read for Part {
 }
 
 /// The container of an image's parts.
-pub enum Bundle {
-    /// Separate files.
-    Directory(PathBuf),
+pub enum Bundle<'a> {
+    /// Separate files of a directory.
+    Directory(&'a dyn Outside),
     /// An uncompressed tar archive.
     Archive(Members),
 }
@@ -84,17 +87,7 @@ pub enum List {
     Oci,
 }
 
-impl List {
-    /// The list's file name.
-    pub fn name(self) -> &'static str {
-        match self {
-            List::Docker => docker_archive::MANIFEST,
-            List::Oci => oci_layout::INDEX,
-        }
-    }
-}
-
-impl Bundle {
+impl Bundle<'_> {
     /// The bundle's image list; `None` if there is none, so that it is a root file system. The names of other parts do
     /// not matter if the list is valid: each tool uses different names.
     pub fn list(&self) -> Option<List> {
@@ -113,9 +106,7 @@ impl Bundle {
 
     fn has_only_known_names(&self) -> bool {
         match self {
-            Bundle::Directory(dir) => fs::read_dir(dir).is_ok_and(|mut entries| {
-                entries.all(|entry| entry.is_ok_and(|entry| is_of_an_image(entry.file_name().as_bytes())))
-            }),
+            Bundle::Directory(outside) => outside.has_only_known_names().unwrap_or(false),
             Bundle::Archive(members) => members.are_of_an_image(),
         }
     }
@@ -128,7 +119,7 @@ impl Bundle {
     /// The part of this name.
     pub fn part(&self, path: &str) -> Result<Part> {
         let part = match self {
-            Bundle::Directory(dir) => part_in(dir, path),
+            Bundle::Directory(outside) => outside.open_part(path).and_then(Part::whole),
             Bundle::Archive(members) => members.part(path.as_bytes()),
         };
         part.with_context(|| format!("open {}", if path.is_empty() { "\"\"".into() } else { shown(path.as_bytes()) }))
@@ -141,9 +132,9 @@ impl Bundle {
     }
 }
 
-/// Opens a file in a directory of parts. The directory is trusted like a root directory: links are followed, and the
-/// content must match the requested digest.
-fn part_in(dir: &Path, path: &str) -> Result<Part> {
+/// Opens a file in a directory of parts for who reads them. The directory is trusted like a root directory: links are
+/// followed, and the content must match the requested digest.
+pub fn open_in(dir: &Path, path: &str) -> Result<File> {
     let names = components(path.as_bytes())?;
     ensure!(!names.is_empty(), "it does not exist");
     let full = dir.join(OsStr::from_bytes(&names.join(&b'/')));
@@ -156,7 +147,7 @@ fn part_in(dir: &Path, path: &str) -> Result<Part> {
         Ok(file) => file,
     };
     ensure!(file.metadata()?.is_file(), "it is not a regular file");
-    Part::whole(file)
+    Ok(file)
 }
 
 /// Reads a manifest, an index or a configuration.
@@ -167,9 +158,12 @@ pub fn read_json(mut part: Part) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The names of files at the top level that are image lists or accompany one.
+pub const LISTS: [&str; 3] = [docker_archive::MANIFEST, oci_layout::INDEX, oci_layout::MARK];
+
 /// Whether a file of this name at the top level may be an image list or accompany one.
 pub fn is_list(name: &[u8]) -> bool {
-    [docker_archive::MANIFEST, oci_layout::INDEX, oci_layout::MARK].iter().any(|list| list.as_bytes() == name)
+    LISTS.iter().any(|list| list.as_bytes() == name)
 }
 
 /// Whether this is a top-level name in image archives of Docker (old or new), podman, buildah, skopeo, or tools based

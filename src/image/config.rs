@@ -43,7 +43,7 @@ pub struct ImageProcess {
 }
 
 /// The relevant parts of an image's configuration.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageConfig {
     /// The process configuration.
     pub process: ImageProcess,
@@ -64,18 +64,25 @@ impl ImageConfig {
         let kind = file.rootfs.kind.unwrap_or_else(|| "layers".into());
         ensure!(kind == "layers", "the image has an unsupported rootfs type {kind:?}");
         let diff_ids = file.rootfs.diff_ids.unwrap_or_default();
-        ensure!(diff_ids.len() <= MAX_LAYERS, "the image has {} layers, the maximum is {MAX_LAYERS}", diff_ids.len());
         let process = ImageProcess::from(file.config.unwrap_or_default());
         let created = file.created.filter(|created| !created.is_empty());
         let (architecture, os) = (file.architecture.unwrap_or_default(), file.os.unwrap_or_default());
-        let kept_bytes = serde_json::to_vec_pretty(&(&process, &created, &architecture))?.len();
+        let config = ImageConfig { process, architecture, os, created, diff_ids };
+        config.check_size().map(|()| config)
+    }
+
+    /// Rejects more layers, or more text, than the store's index keeps.
+    pub fn check_size(&self) -> Result<()> {
+        let layers = self.diff_ids.len();
+        ensure!(layers <= MAX_LAYERS, "the image has {layers} layers, the maximum is {MAX_LAYERS}");
+        let kept_bytes = serde_json::to_vec_pretty(&(&self.process, &self.created, &self.architecture))?.len();
         ensure!(
             kept_bytes <= KEPT_MAX_BYTES,
             "the process configuration of the image is too large: {} KiB, the maximum is {}",
             kept_bytes >> 10,
             KEPT_MAX_BYTES >> 10
         );
-        Ok(ImageConfig { process, architecture, os, created, diff_ids })
+        Ok(())
     }
 
     /// The configuration of a root file system that has none.

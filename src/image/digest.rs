@@ -1,7 +1,7 @@
 //! SHA-256 digests of content, and their validation in untrusted input, so that they can be used as file names.
 
 use std::fmt;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, ensure};
@@ -110,6 +110,18 @@ impl Hasher {
     /// The digest of the data.
     pub fn digest(self) -> Digest {
         Digest(self.hash.finalize().into())
+    }
+}
+
+/// Hashes what is written.
+impl Write for Hasher {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.update(buffer);
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

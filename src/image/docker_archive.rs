@@ -27,7 +27,7 @@ pub fn is_list(json: &[u8]) -> bool {
 }
 
 /// The image named `wanted`, or the only one.
-pub fn image(bundle: &Bundle, wanted: Option<&str>) -> Result<Image> {
+pub fn image(bundle: &Bundle<'_>, wanted: Option<&str>) -> Result<Image> {
     let entries: Vec<ManifestEntry> = bundle.json(MANIFEST)?;
     let entry = choose(&entries, wanted)?;
     let json = bundle.part(&entry.config).and_then(read_json)?;

@@ -8,6 +8,7 @@ use super::config::ImageConfig;
 use super::erofs::{Form, Writer};
 use super::layer::{self, Whiteouts};
 use super::manifest::{self, Manifest, Platform};
+use super::outside;
 use super::reference::Reference;
 use super::registry::{self, Challenge};
 use super::tar::Stream;
@@ -39,6 +40,11 @@ pub fn json(bytes: &[u8]) {
     }
     if let Ok(config) = ImageConfig::parse(bytes) {
         let _ = config.check_platform();
+    }
+    // Questions of processes that were taken over.
+    let _ = serde_json::from_slice::<outside::Question>(bytes);
+    if let Ok(registry::Question::WantsLayers(image)) = serde_json::from_slice(bytes) {
+        let _ = image.check();
     }
 }
 

@@ -91,7 +91,7 @@ impl Store {
         &self,
         source: &Source,
         name: Option<&Reference>,
-        progress: &Progress,
+        progress: Progress,
     ) -> Result<(Prepared, Vec<String>)> {
         let prepared = self.prepare(source, progress)?;
         self.name(prepared, name)
@@ -102,7 +102,7 @@ impl Store {
         &self,
         input: File,
         name: Option<&Reference>,
-        progress: &Progress,
+        progress: Progress,
     ) -> Result<(Prepared, Vec<String>)> {
         let prepared = self.prepare_stream(input, progress).context("load the image from standard input")?;
         self.name(prepared, name)

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::config::MAX_LAYERS;
 use super::digest::Digest;
@@ -14,7 +14,7 @@ pub const MAX_INDEX_DEPTH: usize = 4;
 const MAX_MANIFESTS: usize = 4096;
 
 /// A descriptor of content: digest and size.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// The media type.
@@ -32,7 +32,7 @@ pub struct Descriptor {
 }
 
 /// The platform of an image in an index.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DescribedPlatform {
     /// The architecture in Go's terms.
     #[serde(default)]

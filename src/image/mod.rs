@@ -6,6 +6,9 @@
 //!      ─ unpack ─> tar ─ layer ─> Tree (names in memory) and erofs::Writer (bytes on disk) ─ store ─> Prepared
 //! ```
 //!
+//! What reads foreign data runs in confined processes: `import.rs` starts the one that reads archives, `registry/pull.rs` the
+//! one that talks to a registry. They get files by `outside.rs` and `registry/outside.rs`; names are given here.
+//!
 //! All input is untrusted: archives, manifests, names. Archives are never extracted to the host's file system, so names
 //! cannot refer to host files; memory and disk usage is bounded; and content is used only after its digest was
 //! verified.
@@ -19,6 +22,7 @@ mod erofs;
 pub mod ext4;
 #[doc(hidden)]
 pub mod fuzzing;
+mod import;
 mod index;
 mod layer;
 mod manage;
@@ -26,6 +30,7 @@ mod manifest;
 mod members;
 mod oci_layout;
 pub mod on_demand;
+mod outside;
 mod prepare;
 pub mod progress;
 pub mod reference;

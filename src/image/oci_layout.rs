@@ -19,7 +19,7 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 const FULL_NAME: &str = "io.containerd.image.name";
 
 /// The image named `wanted`, or the only one.
-pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Result<Image> {
+pub fn image(bundle: &Bundle<'_>, wanted: Option<&str>, platform: &Platform) -> Result<Image> {
     let Manifest::Index(manifests) = Manifest::parse(&read_json(bundle.part(INDEX)?)?)? else {
         bail!("{INDEX} is not an index");
     };
@@ -52,14 +52,14 @@ pub fn image(bundle: &Bundle, wanted: Option<&str>, platform: &Platform) -> Resu
 }
 
 /// The suitable images for a platform that are present: an index may refer to more.
-fn suited<'a>(bundle: &Bundle, images: &[&'a Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
+fn suited<'a>(bundle: &Bundle<'_>, images: &[&'a Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
     let is_here = |found: &&&Descriptor| bundle.has(&path_of(found));
     let here: Vec<&Descriptor> = images.iter().filter(is_here).copied().collect();
     let suited = manifest::suited(&here, platform);
     if here.len() < images.len() { suited.context("some of its images are missing") } else { suited }
 }
 
-fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], names: Vec<String>) -> Result<Image> {
+fn of_manifest(bundle: &Bundle<'_>, config: &Descriptor, layers: &[Descriptor], names: Vec<String>) -> Result<Image> {
     let id = config.digest;
     let config = ImageConfig::parse(&verified(bundle, config)?)?;
     ensure!(
@@ -75,7 +75,7 @@ fn of_manifest(bundle: &Bundle, config: &Descriptor, layers: &[Descriptor], name
 }
 
 /// The part of a descriptor, if it has the correct size.
-fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
+fn blob(bundle: &Bundle<'_>, descriptor: &Descriptor) -> Result<Part> {
     let part = bundle.part(&path_of(descriptor))?;
     let (found, expected) = (part.size_bytes, descriptor.size);
     ensure!(found == expected, "{} has {found} bytes, expected {expected}", descriptor.digest);
@@ -83,7 +83,7 @@ fn blob(bundle: &Bundle, descriptor: &Descriptor) -> Result<Part> {
 }
 
 /// The verified content of a manifest or a configuration.
-fn verified(bundle: &Bundle, descriptor: &Descriptor) -> Result<Vec<u8>> {
+fn verified(bundle: &Bundle<'_>, descriptor: &Descriptor) -> Result<Vec<u8>> {
     let bytes = read_json(blob(bundle, descriptor)?)?;
     let found = Digest::of(&bytes);
     ensure!(found == descriptor.digest, "the digest of {} does not match: it is {found}", descriptor.digest);

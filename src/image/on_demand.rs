@@ -31,14 +31,14 @@ pub fn identify(word: &Path) -> Result<Kind> {
 
 /// Returns the image that `word` names, preparing it in a child process if the store does not have it. Returns `None`
 /// if the child failed; it has printed the reason. `max_bytes` limits the bytes written while unpacking; the default is
-/// the free disk space.
-pub fn find_or_prepare(word: &str, max_bytes: Option<u64>) -> Result<Option<Prepared>> {
+/// the free disk space. With `sandbox`, what reads foreign data is confined.
+pub fn find_or_prepare(word: &str, max_bytes: Option<u64>, sandbox: bool) -> Result<Option<Prepared>> {
     let store = Store::open_default()?;
     if let Some(prepared) = store.prepared(&word.parse::<Source>()?)? {
         return Ok(Some(prepared));
     }
     for _ in 0..ATTEMPTS {
-        let Some(id) = prepare_in_child(word, max_bytes)? else { return Ok(None) };
+        let Some(id) = prepare_in_child(word, max_bytes, sandbox)? else { return Ok(None) };
         if let Some(prepared) = store.prepared(&Source::Id(id))? {
             return Ok(Some(prepared));
         }
@@ -47,12 +47,15 @@ pub fn find_or_prepare(word: &str, max_bytes: Option<u64>) -> Result<Option<Prep
 }
 
 /// Returns the image's ID, or `None` if the child failed and printed the reason.
-fn prepare_in_child(word: &str, max_bytes: Option<u64>) -> Result<Option<String>> {
+fn prepare_in_child(word: &str, max_bytes: Option<u64>, sandbox: bool) -> Result<Option<String>> {
     // Not by path: husk may have been upgraded in the meantime.
     let mut command = Command::new("/proc/self/exe");
     command.arg("prepare");
     if let Some(bytes) = max_bytes {
         command.arg("--max-size").arg(bytes.to_string());
+    }
+    if !sandbox {
+        command.args(["--sandbox", "off"]);
     }
     let levels = [Level::Info, Level::Debug, Level::Trace];
     command.args(levels.iter().filter(|&&level| log::log_enabled!(level)).map(|_| "-v"));

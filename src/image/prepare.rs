@@ -1,25 +1,23 @@
 //! Prepares images: finds them in the store, or adds them.
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use super::bundle::{Bundle, Part};
+use super::bundle::{self, Part};
 use super::config::ImageConfig;
 use super::digest::Digest;
+use super::import::{Description, Input};
 use super::index::{LayerRecord, Record};
 use super::manifest::Platform;
 use super::progress::Progress;
 use super::root::Root;
-use super::source::{self, Found, Source};
+use super::source::{self, Source};
 use super::store::Store;
 use super::{Layer, Prepared, directory};
-
-/// All of an image's names are stored in the index.
-const NAMES_MAX_BYTES: usize = 64 << 10;
 
 impl Store {
     /// The image of a source, if it is in the store and the source has not changed.
@@ -58,7 +56,7 @@ impl Store {
     }
 
     /// The image of a source, prepared if necessary.
-    pub fn prepare(&self, source: &Source, progress: &Progress) -> Result<Prepared> {
+    pub fn prepare(&self, source: &Source, progress: Progress) -> Result<Prepared> {
         match source {
             Source::Path { path, image } => self.prepare_path(path, image.as_deref(), progress),
             Source::Id(hex) => {
@@ -90,24 +88,28 @@ impl Store {
     }
 
     /// An image of the store, if its root file system exists or can be made from stored layers.
-    fn stored_or_made(&self, id: Digest, progress: &Progress) -> Result<Option<Prepared>> {
+    fn stored_or_made(&self, id: Digest, progress: Progress) -> Result<Option<Prepared>> {
         if let Some(prepared) = self.stored(id)? {
             return Ok(Some(prepared));
         }
         let index = self.index()?;
         let Some(record) = index.images.get(&id) else { return Ok(None) };
-        let layers = record.layers.iter().map(|layer| {
-            let part = Part::whole(File::open(self.blob_path(layer.blob?)).ok()?).ok()?;
-            Some(Layer { part, blob: layer.blob, diff_id: Some(layer.diff_id) })
-        });
+        let layers = record.layers.iter().map(|layer| self.stored_layer(layer.blob?, layer.diff_id).ok());
         let Some(layers) = layers.collect::<Option<Vec<_>>>().filter(|layers| !layers.is_empty()) else {
             return Ok(None);
         };
-        let root = self.root_of_layers(&layers, progress)?;
+        let root = self.root_of_layers(layers, progress)?;
         self.record(id, Record { root: root.key, ..record.clone() }, root, None, Vec::new()).map(Some)
     }
 
-    fn prepare_path(&self, path: &Path, image: Option<&str>, progress: &Progress) -> Result<Prepared> {
+    /// A layer whose blob is in the store.
+    pub(super) fn stored_layer(&self, blob: Digest, diff_id: Digest) -> Result<Layer> {
+        let path = self.blob_path(blob);
+        let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Layer { part: Part::whole(file)?, blob: Some(blob), diff_id: Some(diff_id) })
+    }
+
+    fn prepare_path(&self, path: &Path, image: Option<&str>, progress: Progress) -> Result<Prepared> {
         let prepare = || -> Result<Prepared> {
             let seen = Seen::of(path, image)?;
             if let Some(prepared) = self.seen(&seen)? {
@@ -118,42 +120,44 @@ impl Store {
         prepare().with_context(|| format!("prepare {}", path.display()))
     }
 
-    fn import(&self, path: &Path, image: Option<&str>, seen: Seen, progress: &Progress) -> Result<Prepared> {
-        let max_bytes = self.unpack_limit()?;
-        let found = source::look(path, image, &Platform::default(), max_bytes, &|| self.nameless_file())?;
-        self.import_found(found, Some(std::path::absolute(path)?.display().to_string()), seen, progress)
+    fn import(&self, path: &Path, image: Option<&str>, seen: Seen, progress: Progress) -> Result<Prepared> {
+        let source = Some(std::path::absolute(path)?.display().to_string());
+        // Otherwise a FIFO without a writer would block.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let kind = file.metadata()?.file_type();
+        if kind.is_dir() {
+            return self.import_input(&Input::Directory(path.to_owned()), image, source, seen, progress);
+        }
+        ensure!(kind.is_file(), "it is neither a file nor a directory");
+        self.import_input(&Input::Archive(file, seen.identity()), image, source, seen, progress)
     }
 
     /// The image of an archive read from `input`, such as standard input.
-    pub(super) fn prepare_stream(&self, input: File, progress: &Progress) -> Result<Prepared> {
-        let max_bytes = self.unpack_limit()?;
-        let new_file = || self.nameless_file();
-        let file = source::seekable(input, max_bytes, &new_file)?;
+    pub(super) fn prepare_stream(&self, input: File, progress: Progress) -> Result<Prepared> {
+        let file = source::seekable(input, self.unpack_limit()?, &|| self.nameless_file())?;
         // There is no path by which the archive could be recognized later.
         let seen = Seen { settled: false, ..Seen::of_file(&file.metadata()?, None, Duration::ZERO) };
-        let found = source::look_into(file, None, &Platform::default(), max_bytes, &new_file)?;
-        self.import_found(found, None, seen, progress)
+        self.import_input(&Input::Archive(file, seen.identity()), None, None, seen, progress)
     }
 
-    fn import_found(&self, found: Found, source: Option<String>, seen: Seen, progress: &Progress) -> Result<Prepared> {
-        let (id, config, own_names, root) = match found {
-            Found::Image(image) => {
-                image.config.check_platform()?;
-                let names_bytes: usize = image.names.iter().map(String::len).sum();
-                ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
-                let root = self.root_of_layers(&image.layers, progress)?;
-                (image.id, image.config, image.names, root)
+    fn import_input(
+        &self,
+        input: &Input,
+        image: Option<&str>,
+        source: Option<String>,
+        seen: Seen,
+        progress: Progress,
+    ) -> Result<Prepared> {
+        let (description, root) = match (self.read(input, image, progress)?, input, &seen.state) {
+            ((description, Some(root)), ..) => (description, root),
+            ((description, None), Input::Directory(dir), Some((state, bytes))) => {
+                (description, self.root_of_directory(&fs::canonicalize(dir)?, *state, *bytes, progress)?)
             }
-            Found::RootArchive(archive) => {
-                let work = Digest::of(seen.key.as_bytes());
-                let root = self.root_of_archive(&archive, work, progress)?;
-                (root.key, ImageConfig::of_root(), Vec::new(), root)
-            }
-            Found::RootDirectory(dir) => {
-                let (state, bytes) = seen.state.map_or_else(|| directory::fingerprint(&dir), Ok)?;
-                let root = self.root_of_directory(&dir, state, bytes, progress)?;
-                (root.key, ImageConfig::of_root(), Vec::new(), root)
-            }
+            _ => bail!("it has no root filesystem"),
+        };
+        let (id, config, own_names) = match description {
+            Description::Image(image) => (image.id, image.config, image.names),
+            _ => (root.key, ImageConfig::of_root(), Vec::new()),
         };
         let ImageConfig { process, architecture, created, diff_ids, .. } = config;
         let record = Record {
@@ -196,7 +200,7 @@ struct Seen {
     key: String,
     /// Whether the last change was long enough ago for another change to have a different timestamp.
     settled: bool,
-    /// The fingerprint of a root directory, and its size.
+    /// The fingerprint of a directory, and its size.
     state: Option<(Digest, u64)>,
 }
 
@@ -205,15 +209,20 @@ impl Seen {
         const CLOCK_TICK: Duration = Duration::from_secs(1);
         let m = fs::metadata(path)?;
         if m.is_dir() {
-            let Some(list) = Bundle::Directory(path.to_owned()).list() else {
-                // Any later change of a file changes the fingerprint.
-                let (state, bytes) = directory::fingerprint(path)?;
-                return Ok(Seen { key: format!("directory {state}"), settled: true, state: Some((state, bytes)) });
-            };
-            // Adding an image to the directory changes its list.
-            return Ok(Seen::of_file(&fs::metadata(path.join(list.name()))?, image, CLOCK_TICK));
+            // Any later change of a file changes the fingerprint.
+            let (state, bytes) = directory::fingerprint(path)?;
+            let mut key = format!("directory {state} {}", image.unwrap_or_default());
+            // The list of an image may be a link.
+            let lists = bundle::LISTS.iter().filter_map(|list| fs::metadata(path.join(list)).ok());
+            lists.for_each(|list| key.push_str(&Seen::of_file(&list, None, CLOCK_TICK).key));
+            return Ok(Seen { key, settled: true, state: Some((state, bytes)) });
         }
         Ok(Seen::of_file(&m, image, CLOCK_TICK))
+    }
+
+    /// Identifies the file while its content is not known.
+    fn identity(&self) -> Digest {
+        Digest::of(self.key.as_bytes())
     }
 
     fn of_file(m: &fs::Metadata, image: Option<&str>, clock_tick: Duration) -> Seen {

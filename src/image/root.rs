@@ -1,4 +1,4 @@
-//! Builds root file systems in the store from layers or directories. Each is built once and then shared.
+//! Builds root file systems from layers, archives or directories. Each is built once and then shared.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::{Context, Result, ensure};
 
 use super::bundle::Part;
-use super::digest::{Digest, Hasher, Hashing};
+use super::digest::{Digest, Hashing};
 use super::directory;
 use super::erofs::{FORMAT_VERSION, Form, Writer};
 use super::layer::{self, Whiteouts};
+use super::outside::{Outside, RootSource};
 use super::progress::{Bar, Progress};
-use super::store::Store;
+use super::store::{Store, Work};
 use super::tar::Stream;
 use super::tree::{Tree, TreeLimits};
 use super::{Layer, unpack};
@@ -27,19 +28,48 @@ pub struct Root {
     pub unpacked_bytes: u64,
 }
 
-/// Properties of the layers determined while reading them.
-struct Made {
-    /// Their total uncompressed size.
-    unpacked_bytes: u64,
-    /// The digest of each uncompressed layer.
-    diff_ids: Vec<Digest>,
-}
-
 /// The key of a root file system: any difference in how it is built changes the key.
-fn key(kind: &str, form: Form, parts: &[Digest]) -> Digest {
+pub(super) fn key(kind: &str, form: Form, parts: &[Digest]) -> Digest {
     let mut text = format!("erofs {FORMAT_VERSION} {form:?} {kind}\n");
     parts.iter().for_each(|part| text.push_str(&format!("{part}\n")));
     Digest::of(text.as_bytes())
+}
+
+/// What may be unpacked.
+#[derive(Debug, Clone, Copy)]
+pub struct RootLimits {
+    /// The maximum uncompressed size.
+    pub unpacked_bytes: u64,
+}
+
+/// Builds the root file system of these layers, unless it exists. Returns the uncompressed size of what was read.
+pub fn of_layers(
+    layers: &[Layer],
+    outside: &dyn Outside,
+    form: Form,
+    limits: &RootLimits,
+    progress: Progress,
+) -> Result<u64> {
+    let diff_ids = layers.iter().filter_map(|layer| layer.diff_id).collect();
+    let Some(file) = outside.begin_root(&RootSource::Layers(diff_ids))? else { return Ok(0) };
+    let mut maker = Maker::new(file, outside.new_file()?, form, limits);
+    let unpacked_bytes = maker.add_layers(layers, Whiteouts::Apply, progress)?;
+    maker.finish(outside.root_key()?).map(|()| unpacked_bytes)
+}
+
+/// Builds the root file system in a tar archive, unless it exists. Returns its uncompressed size.
+pub fn of_archive(
+    archive: &Part,
+    outside: &dyn Outside,
+    form: Form,
+    limits: &RootLimits,
+    progress: Progress,
+) -> Result<u64> {
+    let Some(file) = outside.begin_root(&RootSource::Archive)? else { return Ok(0) };
+    let mut maker = Maker::new(file, outside.new_file()?, form, limits);
+    let layer = Layer { part: archive.clone(), blob: None, diff_id: None };
+    let unpacked_bytes = maker.add_layers(&[layer], Whiteouts::Keep, progress)?;
+    maker.finish(outside.root_key()?).map(|()| unpacked_bytes)
 }
 
 impl Store {
@@ -48,74 +78,42 @@ impl Store {
         key("layers", self.form, diff_ids)
     }
 
-    /// Builds the root file system of these layers.
-    pub(super) fn root_of_layers(&self, layers: &[Layer], progress: &Progress) -> Result<Root> {
-        let diff_ids: Vec<Digest> = layers.iter().filter_map(|layer| layer.diff_id).collect();
-        let key = self.key_of_layers(&diff_ids);
-        self.root(&key.hex(), Some(key), |maker| {
-            let made = maker.add_layers(layers, Whiteouts::Apply, progress)?;
-            Ok((key, made.unpacked_bytes))
-        })
-    }
-
-    /// Builds the root file system in a tar archive; `work` identifies the archive before its digest is known.
-    pub(super) fn root_of_archive(&self, archive: &Part, work: Digest, progress: &Progress) -> Result<Root> {
-        self.root(&work.hex(), None, |maker| {
-            let layer = Layer { part: archive.clone(), blob: None, diff_id: None };
-            let made = maker.add_layers(&[layer], Whiteouts::Keep, progress)?;
-            Ok((key("archive", self.form, &made.diff_ids), made.unpacked_bytes))
-        })
-    }
-
-    /// Builds the root file system from a host directory with this fingerprint.
+    /// Builds the root file system from a host directory with this fingerprint, unless it exists. Nothing in a directory is
+    /// parsed but by the host's kernel, so that this happens in no process of its own.
     pub(super) fn root_of_directory(
         &self,
         path: &Path,
         state: Digest,
         total_bytes: u64,
-        progress: &Progress,
+        progress: Progress,
     ) -> Result<Root> {
         let key = key("directory", self.form, &[state]);
-        self.root(&key.hex(), Some(key), |maker| {
-            let bar = progress.bar("preparing", total_bytes);
-            let unpacked_bytes = directory::add(path, &mut maker.tree, &mut maker.writer, &mut |done| bar.set(done))?;
-            Ok((key, unpacked_bytes))
-        })
-    }
-
-    /// Returns the existing root file system, or the one built by `make`, which returns its key and uncompressed size.
-    /// Concurrent processes build it only once.
-    fn root<F>(&self, work: &str, key: Option<Digest>, make: F) -> Result<Root>
-    where
-        F: FnOnce(&mut Maker) -> Result<(Digest, u64)>,
-    {
         if let Some(root) = self.existing_root(key, 0)? {
             return Ok(root);
         }
-        let mut work = self.work_file(work)?;
+        let work = self.work_file(&key.hex())?;
         // Another process may have built it while this one was waiting.
         if let Some(root) = self.existing_root(key, 0)? {
             return Ok(root);
         }
         work.file.set_len(0)?;
-        let mut maker = Maker {
-            tree: Tree::new(TreeLimits::default()),
-            writer: Writer::new(work.file.try_clone()?, self.nameless_file()?, self.form),
-            limit_bytes: self.unpack_limit()?,
-        };
-        let (key, unpacked_bytes) = make(&mut maker)?;
-        // The same root file system may have been built from another source, and machines may be using it.
-        if let Some(root) = self.existing_root(Some(key), unpacked_bytes)? {
-            return Ok(root);
-        }
-        maker.writer.finish(&maker.tree, key.first_half())?;
+        let limits = RootLimits { unpacked_bytes: self.unpack_limit()? };
+        let mut maker = Maker::new(work.file.try_clone()?, self.nameless_file()?, self.form, &limits);
+        let bar = progress.bar("preparing", total_bytes);
+        let unpacked_bytes = directory::add(path, &mut maker.tree, &mut maker.writer, &mut |done| bar.set(done))?;
+        maker.finish(Some(key))?;
+        self.keep_root(key, work, unpacked_bytes)
+    }
+
+    /// Names a root file system that was written.
+    pub(super) fn keep_root(&self, key: Digest, mut work: Work, unpacked_bytes: u64) -> Result<Root> {
         work.keep_as(self, &self.root_path(key))?;
-        let root = self.existing_root(Some(key), unpacked_bytes)?;
+        let root = self.existing_root(key, unpacked_bytes)?;
         root.with_context(|| format!("the root filesystem {} was removed right after it was created", key.short()))
     }
 
-    fn existing_root(&self, key: Option<Digest>, unpacked_bytes: u64) -> Result<Option<Root>> {
-        let Some(key) = key else { return Ok(None) };
+    /// The root file system with this key, if it exists.
+    pub(super) fn existing_root(&self, key: Digest, unpacked_bytes: u64) -> Result<Option<Root>> {
         Ok(self.use_root(key)?.map(|file| Root { key, file, unpacked_bytes }))
     }
 }
@@ -128,27 +126,36 @@ struct Maker {
 }
 
 impl Maker {
-    fn add_layers(&mut self, layers: &[Layer], whiteouts: Whiteouts, progress: &Progress) -> Result<Made> {
+    fn new(file: File, spill: File, form: Form, limits: &RootLimits) -> Maker {
+        let tree = Tree::new(TreeLimits::default());
+        Maker { tree, writer: Writer::new(file, spill, form), limit_bytes: limits.unpacked_bytes }
+    }
+
+    /// Completes the file, which gets this key; without one it is not needed.
+    fn finish(self, key: Option<Digest>) -> Result<()> {
+        let Some(key) = key else { return Ok(()) };
+        self.writer.finish(&self.tree, key.first_half()).map(drop)
+    }
+
+    /// Returns the uncompressed size of the layers.
+    fn add_layers(&mut self, layers: &[Layer], whiteouts: Whiteouts, progress: Progress) -> Result<u64> {
         let packed_bytes = layers.iter().map(|layer| layer.part.size_bytes).sum();
         let bar = progress.bar("preparing", packed_bytes);
-        let mut made = Made { unpacked_bytes: 0, diff_ids: Vec::new() };
-        let mut done_bytes = 0;
+        let (mut unpacked_bytes, mut done_bytes) = (0, 0);
         for (number, layer) in (1..).zip(layers) {
             let what = || match layer.diff_id {
                 Some(_) => format!("layer {number} of {}", layers.len()),
                 None => "the archive".to_owned(),
             };
-            let hasher = self.add_layer(layer, whiteouts, made.unpacked_bytes, &bar, done_bytes).with_context(what)?;
-            made.unpacked_bytes += hasher.len_bytes();
+            unpacked_bytes += self.add_layer(layer, whiteouts, unpacked_bytes, &bar, done_bytes).with_context(what)?;
             done_bytes += layer.part.size_bytes;
-            made.diff_ids.push(hasher.digest());
         }
-        Ok(made)
+        Ok(unpacked_bytes)
     }
 
-    /// Applies and verifies a layer. Also takes the uncompressed size before it, and the number of bytes of layers read
-    /// so far.
-    fn add_layer(&mut self, layer: &Layer, whiteouts: Whiteouts, before: u64, bar: &Bar, done: u64) -> Result<Hasher> {
+    /// Applies and verifies a layer, and returns its uncompressed size. Also takes the uncompressed size before it, and the
+    /// number of bytes of layers read so far.
+    fn add_layer(&mut self, layer: &Layer, whiteouts: Whiteouts, before: u64, bar: &Bar, done: u64) -> Result<u64> {
         let verified = Arc::new(AtomicBool::new(layer.blob.is_none()));
         let read_bytes = Arc::new(AtomicU64::new(done));
         let part = Counted { reader: layer.part.clone(), read_bytes: read_bytes.clone() };
@@ -166,11 +173,12 @@ impl Maker {
         io::copy(&mut rest, &mut io::sink())?;
         ensure!(verified.load(Ordering::Relaxed), "it has data after its end");
         let hasher = rest.into_hasher();
+        let unpacked_bytes = hasher.len_bytes();
         if let Some(diff_id) = layer.diff_id {
-            let found = hasher.clone().digest();
+            let found = hasher.digest();
             ensure!(found == diff_id, "it unpacks to {found}, but the expected digest is {diff_id}");
         }
-        Ok(hasher)
+        Ok(unpacked_bytes)
     }
 }
 

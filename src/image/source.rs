@@ -1,9 +1,8 @@
 //! Parses image sources given by the user, and identifies the contents of paths.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, bail, ensure};
@@ -11,6 +10,7 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use super::bundle::{Bundle, List, Part};
 use super::manifest::Platform;
 use super::members::{self, Members};
+use super::outside::Outside;
 use super::reference::Reference;
 use super::{Image, docker_archive, oci_layout, unpack};
 
@@ -79,43 +79,29 @@ impl Source {
     }
 }
 
-/// The contents of a path.
+/// What an archive or a directory contains.
 pub(super) enum Found {
     /// An image.
     Image(Box<Image>),
     /// A root file system's tar archive, possibly compressed.
     RootArchive(Part),
     /// A root directory.
-    RootDirectory(PathBuf),
+    RootDirectory,
 }
 
-/// Identifies the contents of `path`. A compressed image archive is decompressed to a file created by `new_file`, up to
+/// Identifies the contents of the directory that `outside` opens files of.
+pub(super) fn look_in_directory(image: Option<&str>, platform: &Platform, outside: &dyn Outside) -> Result<Found> {
+    find(Bundle::Directory(outside), image, platform, Found::RootDirectory)
+}
+
+/// Identifies the contents of an open file. A compressed image archive is decompressed to a new file of `outside`, up to
 /// `max_bytes`.
-pub(super) fn look(
-    path: &Path,
-    image: Option<&str>,
-    platform: &Platform,
-    max_bytes: u64,
-    new_file: &dyn Fn() -> Result<File>,
-) -> Result<Found> {
-    // Otherwise a FIFO without a writer would block.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    let kind = file.metadata()?.file_type();
-    if kind.is_dir() {
-        let root = Found::RootDirectory(fs::canonicalize(path)?);
-        return find(Bundle::Directory(path.to_owned()), image, platform, root);
-    }
-    ensure!(kind.is_file(), "it is neither a file nor a directory");
-    look_into(file, image, platform, max_bytes, new_file)
-}
-
-/// Identifies the contents of an open file, like [`look`].
 pub(super) fn look_into(
     file: File,
     image: Option<&str>,
     platform: &Platform,
     max_bytes: u64,
-    new_file: &dyn Fn() -> Result<File>,
+    outside: &dyn Outside,
 ) -> Result<Found> {
     let whole = Part::whole(file)?;
     ensure!(whole.size_bytes > 0, "it is empty");
@@ -125,7 +111,7 @@ pub(super) fn look_into(
     let members = match unpack::compression(&start) {
         None => Members::of(whole.clone())?,
         Some(_) if !members::may_hold_an_image(unpacked()?.take(max_bytes)) => None,
-        Some(_) => Members::of(Part::whole(spool(new_file()?, &mut unpacked()?, max_bytes)?)?)?,
+        Some(_) => Members::of(Part::whole(spool(outside.new_file()?, &mut unpacked()?, max_bytes)?)?)?,
     };
     let root = Found::RootArchive(whole);
     match members {
@@ -135,7 +121,7 @@ pub(super) fn look_into(
 }
 
 /// The image in a bundle, or `root` if there is none.
-fn find(bundle: Bundle, image: Option<&str>, platform: &Platform, root: Found) -> Result<Found> {
+fn find(bundle: Bundle<'_>, image: Option<&str>, platform: &Platform, root: Found) -> Result<Found> {
     let found = match bundle.list() {
         Some(List::Docker) => docker_archive::image(&bundle, image)?,
         Some(List::Oci) => oci_layout::image(&bundle, image, platform)?,

@@ -35,6 +35,8 @@ pub struct Store {
     pub unpack_limit_bytes: Option<u64>,
     /// The format of root file systems.
     pub form: Form,
+    /// Whether foreign data is read by confined processes, which are copies of this one: it must have a single thread.
+    pub sandbox: bool,
 }
 
 impl Store {
@@ -47,7 +49,7 @@ impl Store {
             Ok(())
         };
         open().with_context(|| format!("open the image store {} (set $HUSK_DATA to move it)", dir.display()))?;
-        Ok(Store { dir: dir.to_owned(), unpack_limit_bytes: None, form: Form::Lz4 })
+        Ok(Store { dir: dir.to_owned(), unpack_limit_bytes: None, form: Form::Lz4, sandbox: false })
     }
 
     /// Opens the user's store: `$HUSK_DATA`, or `husk` in `$XDG_DATA_HOME` or `~/.local/share`.

@@ -91,6 +91,9 @@ impl Monitor {
             null,
             interrupted: interrupted.clone(),
         };
+        if !config.sandbox {
+            log::warn!("--sandbox off: a guest that takes over the process that runs it has the rights of this user");
+        }
         let layers = Layers::new(config.sandbox);
         let pid = match layers.split(given, &files).context("start the monitor process")? {
             (Split::Child(given), lacks) => serve::run(config, given, layers, lacks, timings),

@@ -29,13 +29,20 @@ pub struct Layers {
     is_on: bool,
     /// The user of a monitor of root.
     uid: Option<u32>,
+    /// Whether it stays in the network namespace of the host.
+    keeps_network: bool,
 }
 
 impl Layers {
     /// The layers of a monitor that this process starts: all that the host allows, or none.
     pub fn new(is_on: bool) -> Layers {
         let of_root = rustix::process::geteuid().is_root().then(|| FIRST_UID + std::process::id());
-        Layers { is_on, uid: of_root.filter(|_| is_on) }
+        Layers { is_on, uid: of_root.filter(|_| is_on), keeps_network: false }
+    }
+
+    /// The same, with access to the host's network.
+    pub fn with_network(self) -> Layers {
+        Layers { keeps_network: true, ..self }
     }
 
     /// Splits this process with the namespaces that the host allows. Returns also which are missing, and why.
@@ -76,7 +83,7 @@ pub struct Confinement {
 
 /// What the thread has prepared: the network namespace, and the root directory.
 struct Preparation {
-    network: Result<File>,
+    network: Option<Result<File>>,
     root: Result<()>,
 }
 
@@ -107,7 +114,8 @@ impl Confinement {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("PR_SET_PDEATHSIG")?;
         }
         if owns_mounts {
-            let prepare = || Preparation { network: new_network(), root: empty_root() };
+            let prepare =
+                move || Preparation { network: (!layers.keeps_network).then(new_network), root: empty_root() };
             confinement.preparation = Some(super::spawn("sandbox", prepare).context("start a thread")?);
         }
         Ok(confinement)
@@ -122,13 +130,15 @@ impl Confinement {
         if let Some(preparation) = self.preparation.take() {
             let Preparation { network, root } =
                 preparation.join().map_err(|_| anyhow!("the sandbox thread panicked"))?;
-            let entered = network.and_then(|network| {
+            let enter = |network: File| {
                 Ok(rustix::thread::move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))?)
-            });
-            self.note("a network namespace", entered);
+            };
+            if let Some(network) = network {
+                self.note("a network namespace", network.and_then(enter));
+            }
             self.note("an empty root directory", root);
         }
-        let denied = deny_paths();
+        let denied = deny_paths(self.layers.keeps_network);
         self.note("Landlock", denied);
         drop_capabilities().context("drop all capabilities")?;
         Ok(self.lacks)
@@ -190,12 +200,13 @@ fn empty_root() -> Result<()> {
     Ok(rustix::process::chdir("/")?)
 }
 
-/// Denies all access by path, new network connections, and signals to other processes (Landlock).
-fn deny_paths() -> Result<()> {
+/// Denies all access by path, new network connections unless the network is kept, and signals to other processes (Landlock).
+fn deny_paths(keeps_network: bool) -> Result<()> {
+    let network = if keeps_network { AccessNet::BindTcp.into() } else { AccessNet::from_all(ABI::V6) };
     let rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI::V6))?
-        .handle_access(AccessNet::from_all(ABI::V6))?
+        .handle_access(network)?
         .scope(Scope::from_all(ABI::V6))?
         .create()?;
     let status = rules.restrict_self()?;

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use libc::{
     BPF_ABS, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW,
-    SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP, sock_filter,
+    SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP, sock_filter,
 };
 
 use super::ThreadRole;
@@ -29,7 +29,7 @@ const ARGUMENTS: u32 = 16;
 /// The filters, compiled once each. Unset in a process without filters.
 static FILTERS: OnceLock<Filters> = OnceLock::new();
 
-type Filters = [OnceLock<Vec<sock_filter>>; 5];
+type Filters = [OnceLock<Vec<sock_filter>>; 7];
 
 /// Enables the filters of this process. A violation is reported to `report` (see [`violation::install`]). Called once,
 /// before other threads exist.
@@ -51,20 +51,28 @@ pub fn confine_this_thread(role: ThreadRole) {
     }
 }
 
-/// The conditions on the arguments of a call, one of which must hold; `None` if any arguments are allowed.
-type Conditions = Option<Vec<Argument>>;
+/// What becomes of a call.
+#[derive(Debug, Clone)]
+enum Verdict {
+    /// It is allowed.
+    Allowed,
+    /// It is allowed if one of these conditions holds.
+    If(Vec<Argument>),
+    /// It fails as on a kernel that does not have it (ENOSYS).
+    Unsupported,
+}
 
 /// Compiles the filter for `role`.
 fn compile(role: ThreadRole) -> Vec<sock_filter> {
-    let mut calls: BTreeMap<u32, Conditions> = BTreeMap::new();
+    let unsupported = tables::unsupported(role).iter().map(|number| (*number as u32, Verdict::Unsupported));
+    let mut calls: BTreeMap<u32, Verdict> = unsupported.collect();
     for call in tables::calls(role) {
-        let conditions = calls.entry(call.number as u32).or_insert_with(|| Some(Vec::new()));
-        match conditions {
-            Some(conditions) if !call.arguments.is_empty() => conditions.extend(call.arguments),
-            conditions => *conditions = None,
+        match calls.entry(call.number as u32).or_insert_with(|| Verdict::If(Vec::new())) {
+            Verdict::If(conditions) if !call.arguments.is_empty() => conditions.extend(call.arguments),
+            verdict => *verdict = Verdict::Allowed,
         }
     }
-    let calls: Vec<(u32, Conditions)> = calls.into_iter().collect();
+    let calls: Vec<(u32, Verdict)> = calls.into_iter().collect();
     let start = [
         load(ARCH),
         jump(BPF_JEQ, ARCH_X86_64, 1, 0),
@@ -76,12 +84,12 @@ fn compile(role: ThreadRole) -> Vec<sock_filter> {
 }
 
 /// Finds the number that was loaded in `calls`, which are sorted.
-fn search(calls: &[(u32, Conditions)]) -> Vec<sock_filter> {
+fn search(calls: &[(u32, Verdict)]) -> Vec<sock_filter> {
     match calls {
         [] => vec![stop(SECCOMP_RET_TRAP)],
-        [(number, conditions)] => {
+        [(number, verdict)] => {
             let found = [jump(BPF_JEQ, *number, 1, 0), stop(SECCOMP_RET_TRAP)];
-            [found.to_vec(), check(conditions.as_deref())].concat()
+            [found.to_vec(), decide(verdict)].concat()
         }
         _ => {
             let (lower, upper) = calls.split_at(calls.len() / 2);
@@ -94,13 +102,18 @@ fn search(calls: &[(u32, Conditions)]) -> Vec<sock_filter> {
     }
 }
 
-/// Allows the call if one of the conditions holds.
-fn check(conditions: Option<&[Argument]>) -> Vec<sock_filter> {
-    let Some(conditions) = conditions else { return vec![stop(SECCOMP_RET_ALLOW)] };
+/// Ends the filter with the verdict on a call.
+fn decide(verdict: &Verdict) -> Vec<sock_filter> {
+    let conditions = match verdict {
+        Verdict::Allowed => return vec![stop(SECCOMP_RET_ALLOW)],
+        Verdict::Unsupported => return vec![stop(SECCOMP_RET_ERRNO | libc::ENOSYS as u32)],
+        Verdict::If(conditions) => conditions,
+    };
     let check = |condition: &Argument| {
         let (index, holds) = match *condition {
             Argument::Is(index, value) => (index, jump(BPF_JEQ, value, 0, 1)),
             Argument::Lacks(index, bits) => (index, jump(BPF_JSET, bits, 1, 0)),
+            Argument::Has(index, bit) => (index, jump(BPF_JSET, bit, 0, 1)),
             Argument::IsThisProcess(index) => (index, jump(BPF_JEQ, process::id(), 0, 1)),
         };
         // The lower half, which is all that the kernel uses of these arguments.
@@ -124,15 +137,18 @@ fn stop(action: u32) -> sock_filter {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tables::Call;
     use super::*;
 
-    const ROLES: [(ThreadRole, usize); 5] = [
+    const ROLES: [(ThreadRole, usize); 7] = [
         // With the limits that Firecracker's tables keep to.
         (ThreadRole::Main, 50),
         (ThreadRole::Loader, 50),
         (ThreadRole::Vcpu, 31),
         (ThreadRole::Worker, 50),
         (ThreadRole::Console, 27),
+        (ThreadRole::Unpacker, 50),
+        (ThreadRole::Downloader, 60),
     ];
 
     /// Runs a filter as the kernel does. Returns its action and the number of instructions.
@@ -169,10 +185,12 @@ mod tests {
             let calls: Vec<_> = tables::calls(role).collect();
             let mut allowed = 0;
             for number in (0..1000).chain(0x4000_0000..0x4000_0200) {
-                let of_number = || calls.iter().filter(|call| call.number == i64::from(number));
+                let of_number = || calls.iter().copied().filter(|call| call.number == i64::from(number));
                 let any = of_number().any(|call| call.arguments.is_empty());
-                // No condition holds for these arguments.
-                let (action, steps) = run(&program, ARCH_X86_64, number, [u64::MAX; 6]);
+                // No condition holds for these arguments, except that bits are set.
+                let has_bits = |call: &Call| matches!(call.arguments, [Argument::Has(..)]);
+                let none = if of_number().any(has_bits) { [0; 6] } else { [u64::MAX; 6] };
+                let (action, steps) = run(&program, ARCH_X86_64, number, none);
                 assert_eq!(action == SECCOMP_RET_ALLOW, any, "{role:?}: {number}");
                 assert!(steps < 100, "{role:?}: {number} takes {steps}");
                 for argument in of_number().flat_map(|call| call.arguments) {
@@ -180,6 +198,7 @@ mod tests {
                     let (index, value) = match *argument {
                         Argument::Is(index, value) => (index, value),
                         Argument::Lacks(index, bits) => (index, !bits),
+                        Argument::Has(index, bit) => (index, bit),
                         Argument::IsThisProcess(index) => (index, process::id()),
                     };
                     arguments[usize::from(index)] = value.into();

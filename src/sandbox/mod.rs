@@ -9,6 +9,7 @@ pub mod cgroup;
 mod confine;
 mod filter;
 mod tables;
+pub mod task;
 
 use std::io;
 use std::thread::{Builder, JoinHandle};
@@ -20,7 +21,7 @@ pub use filter::{confine_this_thread, enable as enable_filters};
 /// thread on hosts that use them for all memory, as Debian does: 2 MiB of memory, and the time to clear them.
 const STACK_BYTES: usize = 512 << 10;
 
-/// The kinds of threads of a monitor process.
+/// The kinds of threads of confined processes: of monitors, and of those that read foreign data for another process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ThreadRole {
     /// The first one: the supervisor's calls and the machine's end.
@@ -33,6 +34,17 @@ pub enum ThreadRole {
     Worker,
     /// Writes the serial port's output.
     Console,
+    /// All threads of a process that unpacks an image.
+    Unpacker,
+    /// All threads of a process that downloads one.
+    Downloader,
+}
+
+impl ThreadRole {
+    /// Whether the thread may use the host's network.
+    fn uses_network(self) -> bool {
+        self == ThreadRole::Downloader
+    }
 }
 
 /// Starts a thread named `name` (the kernel keeps 15 bytes).

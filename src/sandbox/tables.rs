@@ -1,14 +1,16 @@
-//! The system calls that each kind of thread of a monitor process may make, by caller. Arguments are checked where that
+//! The system calls that each kind of thread of a confined process may make, by caller. Arguments are checked where that
 //! narrows the call.
 
 use libc::{
-    PROT_EXEC, SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_dup, SYS_epoll_ctl,
-    SYS_epoll_wait, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_fstat,
-    SYS_ftruncate, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register,
-    SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_prctl,
-    SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readv, SYS_recvfrom,
-    SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto,
-    SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
+    PROT_EXEC, SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close,
+    SYS_connect, SYS_dup, SYS_epoll_ctl, SYS_epoll_wait, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate,
+    SYS_fcntl, SYS_fdatasync, SYS_fstat, SYS_ftruncate, SYS_futex, SYS_getpeername, SYS_getpid, SYS_getrandom,
+    SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register, SYS_ioctl, SYS_lseek,
+    SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_prctl, SYS_pread64, SYS_preadv,
+    SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg,
+    SYS_restart_syscall, SYS_rseq, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield,
+    SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx,
+    SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
 use super::ThreadRole;
@@ -21,6 +23,8 @@ pub enum Argument {
     Is(u8, u32),
     /// It has none of these bits.
     Lacks(u8, u32),
+    /// It has this bit.
+    Has(u8, u32),
     /// It is the ID of this process.
     IsThisProcess(u8),
 }
@@ -190,6 +194,42 @@ const WORKER: &[Call] = &[
 /// The serial port's output.
 const CONSOLE: &[Call] = &[any(SYS_writev), any(SYS_poll)];
 
+/// A process that reads foreign data for another one: the link to it, threads of its own, and files that are read and
+/// written.
+const TASK: &[Call] = &[
+    any(SYS_recvmsg),
+    // std: starting a thread, as the C library does without clone3(2), whose flags no filter sees.
+    only(SYS_clone, &[Argument::Has(0, libc::CLONE_THREAD as u32)]),
+    any(SYS_set_robust_list),
+    any(SYS_rseq),
+    any(SYS_sched_getaffinity),
+    only(SYS_prctl, &[Argument::Is(0, libc::PR_SET_NAME as u32)]),
+    any(SYS_pread64),
+    any(SYS_pwrite64),
+    any(SYS_lseek),
+    any(SYS_fstat),
+    any(SYS_statx),
+    any(SYS_ftruncate),
+    // image/erofs: space of content that a later layer hides.
+    any(SYS_fallocate),
+];
+
+/// Connections to registries.
+const DOWNLOADER: &[Call] = &[
+    only(SYS_socket, &[Argument::Is(0, libc::AF_INET as u32), Argument::Is(0, libc::AF_INET6 as u32)]),
+    any(SYS_connect),
+    any(SYS_getsockopt),
+    any(SYS_setsockopt),
+    any(SYS_getpeername),
+    any(SYS_getsockname),
+    any(SYS_recvfrom),
+    any(SYS_shutdown),
+    any(SYS_poll),
+    only(SYS_ioctl, &[request(libc::FIONBIO as u32)]),
+    // image/registry: pauses before another attempt, and progress.
+    any(SYS_clock_nanosleep),
+];
+
 /// linux/fs.h and linux/if_tun.h.
 const BLKDISCARD: u32 = 0x1277;
 const BLKZEROOUT: u32 = 0x127f;
@@ -244,12 +284,24 @@ mod vhost {
 
 /// The calls that threads of `role` may make.
 pub fn calls(role: ThreadRole) -> impl Iterator<Item = &'static Call> {
+    let shared = if starts_threads(role) { TASK } else { &[] };
     let own = match role {
+        ThreadRole::Unpacker => &[],
+        ThreadRole::Downloader => DOWNLOADER,
         ThreadRole::Main => MAIN,
         ThreadRole::Loader => LOADER,
         ThreadRole::Vcpu => VCPU,
         ThreadRole::Worker => WORKER,
         ThreadRole::Console => CONSOLE,
     };
-    COMMON.iter().chain(own)
+    COMMON.iter().chain(shared).chain(own)
+}
+
+/// The calls that fail with ENOSYS, so that the C library makes others.
+pub fn unsupported(role: ThreadRole) -> &'static [i64] {
+    if starts_threads(role) { &[SYS_clone3] } else { &[] }
+}
+
+fn starts_threads(role: ThreadRole) -> bool {
+    matches!(role, ThreadRole::Unpacker | ThreadRole::Downloader)
 }

@@ -77,7 +77,7 @@ fn prepare_lab() -> Lab {
     // A symbolic link that leads out of the root.
     symlink(dir.path(), files.join("scratch")).unwrap();
     let store = Store::open(&dir.path().join("images")).unwrap();
-    let prepared = store.prepare(&Source::Path { path: files, image: None }, &Progress::hidden()).unwrap();
+    let prepared = store.prepare(&Source::Path { path: files, image: None }, Progress::Hidden).unwrap();
     let base = dir.path().join("bench");
     fs::create_dir(&base).unwrap();
     let work_dir = WorkDir::claim(Some(&base)).unwrap();

@@ -1,7 +1,7 @@
 //! Image preparation by `husk run`, in a child process.
 
 use std::fs;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::line::Line;
@@ -154,8 +154,8 @@ fn a_persistent_disk_belongs_to_one_image() {
 }
 
 /// The process that another one has started, when there is one.
-fn child_of(parent: &Child) -> u32 {
-    let path = format!("/proc/{0}/task/{0}/children", parent.id());
+fn child_of(parent: u32) -> u32 {
+    let path = format!("/proc/{parent}/task/{parent}/children");
     let deadline = Instant::now() + Duration::from_secs(20);
     while Instant::now() < deadline {
         let children = fs::read_to_string(&path).unwrap();
@@ -176,18 +176,22 @@ fn a_pull_by_run_is_a_child_process_that_ends_with_it() {
     let slow = Line::start(registry.port, i64::MAX, Duration::from_millis(100));
     let name = format!("127.0.0.1:{}/app:1", slow.port);
     let mut husk = house.command(&run(&[&name])).stderr(Stdio::null()).spawn().unwrap();
-    let child = child_of(&husk);
+    let child = child_of(husk.id());
     while slow.bytes() < 1 << 20 {
         std::thread::sleep(Duration::from_millis(5));
     }
     let threads = |process: u32| fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count);
-    assert_eq!(threads(husk.id()), 1, "the monitor to be does nothing");
-    assert!(threads(child) > 1, "it downloads");
+    let confined = child_of(child);
+    assert_eq!((threads(husk.id()), threads(child)), (1, 1), "they read nothing from the registry");
+    assert!(threads(confined) > 1, "it downloads");
+    let status = fs::read_to_string(format!("/proc/{confined}/status")).unwrap();
+    assert!(status.contains("Seccomp:\t2\n") && status.contains("NoNewPrivs:\t1\n"), "{status}");
     husk.kill().unwrap();
     husk.wait().unwrap();
     let deadline = Instant::now() + Duration::from_secs(10);
-    let is_gone = || fs::read_to_string(format!("/proc/{child}/stat")).map_or(true, |stat| stat.contains(") Z "));
-    while !is_gone() {
+    let is_gone =
+        |process| fs::read_to_string(format!("/proc/{process}/stat")).map_or(true, |stat| stat.contains(") Z "));
+    while !is_gone(child) || !is_gone(confined) {
         assert!(Instant::now() < deadline, "it goes on");
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -1,15 +1,16 @@
 //! Authenticates to registries: with a user name and password, or with a token obtained for them (Docker's token
 //! authentication, which registries have in common).
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
-use docker_credential::DockerCredential;
 use serde::Deserialize;
 use ureq::Agent;
 use ureq::http::Uri;
 
-use super::{Body, credentials, is_loopback, retry};
+use super::credentials::Credential;
+use super::outside::Outside;
+use super::{Body, is_loopback, retry};
 use crate::image::reference::Reference;
 
 const TOKEN_MAX_BYTES: u64 = 256 << 10;
@@ -19,13 +20,14 @@ pub struct Auth {
     reference: Reference,
     scope: String,
     header: Mutex<Option<String>>,
+    outside: Arc<dyn Outside>,
 }
 
 impl Auth {
     /// No credentials are sent until the registry requests them.
-    pub fn new(reference: &Reference) -> Auth {
+    pub fn new(reference: &Reference, outside: Arc<dyn Outside>) -> Auth {
         let scope = format!("repository:{}:pull", reference.repository);
-        Auth { reference: reference.clone(), scope, header: Mutex::new(None) }
+        Auth { reference: reference.clone(), scope, header: Mutex::new(None), outside }
     }
 
     /// The value of the `Authorization` header.
@@ -41,7 +43,7 @@ impl Auth {
             .iter()
             .filter_map(|value| Challenge::parse(value.to_str().ok()?))
             .collect();
-        let credential = credentials::find(&self.reference);
+        let credential = self.outside.credential()?;
         let server = &self.reference.registry;
         let header = if let Some(challenge) = challenges.iter().find(|found| found.scheme == "bearer") {
             format!("Bearer {}", self.token(agent, challenge, credential)?)
@@ -57,7 +59,7 @@ impl Auth {
     }
 
     /// Requests a token from the issuer specified by a registry.
-    fn token(&self, agent: &Agent, challenge: &Challenge, credential: Option<DockerCredential>) -> Result<String> {
+    fn token(&self, agent: &Agent, challenge: &Challenge, credential: Option<Credential>) -> Result<String> {
         #[derive(Deserialize)]
         struct Answer {
             token: Option<String>,
@@ -71,7 +73,7 @@ impl Auth {
         let service = challenge.get("service").unwrap_or_default();
         let scope = challenge.get("scope").unwrap_or(&self.scope);
         let ask = || match &credential {
-            Some(DockerCredential::IdentityToken(token)) => agent.post(realm).send_form([
+            Some(Credential::IdentityToken(token)) => agent.post(realm).send_form([
                 ("grant_type", "refresh_token"),
                 ("service", service),
                 ("scope", scope),
@@ -110,12 +112,12 @@ fn may_ask(realm: &str, registry: &str) -> bool {
     }
 }
 
-fn basic(credential: &DockerCredential) -> Option<String> {
+fn basic(credential: &Credential) -> Option<String> {
     match credential {
-        DockerCredential::UsernamePassword(name, password) => {
-            Some(format!("Basic {}", base64(format!("{name}:{password}").as_bytes())))
+        Credential::Password { user, password } => {
+            Some(format!("Basic {}", base64(format!("{user}:{password}").as_bytes())))
         }
-        DockerCredential::IdentityToken(_) => None,
+        Credential::IdentityToken(_) => None,
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use docker_credential::{CredentialRetrievalError, DockerCredential, get_credential_from_reader};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::image::reference::Reference;
@@ -17,15 +18,39 @@ const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 /// Enough for about a thousand registries.
 const FILE_MAX_BYTES: u64 = 4 << 20;
 
+/// Credentials for a registry.
+#[derive(Clone, Serialize, Deserialize)]
+pub enum Credential {
+    /// A user name and a password.
+    Password {
+        /// The user name.
+        user: String,
+        /// The password.
+        password: String,
+    },
+    /// A token to obtain other tokens with.
+    IdentityToken(String),
+}
+
+impl From<DockerCredential> for Credential {
+    fn from(found: DockerCredential) -> Credential {
+        match found {
+            DockerCredential::UsernamePassword(user, password) => Credential::Password { user, password },
+            DockerCredential::IdentityToken(token) => Credential::IdentityToken(token),
+        }
+    }
+}
+
 /// Returns the user's credentials from the first file that has any: `$REGISTRY_AUTH_FILE`, Docker's `config.json`, and
 /// podman's `auth.json` (containers-auth.json(5)). Unreadable files are logged and ignored.
-pub fn find(reference: &Reference) -> Option<DockerCredential> {
+pub fn find(reference: &Reference) -> Option<Credential> {
     files(&|name| std::env::var_os(name).filter(|value| !value.is_empty())).iter().find_map(|path| {
         let found = in_file(path, reference).with_context(|| format!("use the credentials in {}", path.display()));
-        found.unwrap_or_else(|error| {
+        let found = found.unwrap_or_else(|error| {
             log::warn!("{error:#}");
             None
-        })
+        });
+        found.map(Credential::from)
     })
 }
 

@@ -1,17 +1,16 @@
 //! Downloads blobs to the store: verified while they arrive, and resumed after an interruption.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use ureq::http::StatusCode;
 
 use super::Registry;
 use crate::image::digest::Hasher;
 use crate::image::manifest::Descriptor;
-use crate::image::store::Store;
 
 const BUFFER_BYTES: usize = 256 << 10;
 /// The maximum number of consecutive interruptions without any data.
@@ -19,28 +18,17 @@ const ATTEMPTS: u32 = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
 impl Registry {
-    /// Downloads a blob to the store, unless it is there. `done_bytes` is increased as data arrives.
-    pub fn download(&self, store: &Store, blob: &Descriptor, done_bytes: &AtomicU64) -> Result<()> {
+    /// Downloads a blob to a file from outside, unless the store has it. `done_bytes` is increased as data arrives.
+    pub fn download(&self, blob: &Descriptor, done_bytes: &AtomicU64) -> Result<()> {
         let download = || -> Result<()> {
-            if store.has_blob(blob.digest, blob.size) {
+            let Some(file) = self.outside.begin_layer(blob.digest)? else {
                 done_bytes.fetch_add(blob.size, Ordering::Relaxed);
                 return Ok(());
-            }
-            let mut work = store.work_file(&format!("blob-{}", blob.digest.hex()))?;
-            // Another process may have downloaded it while this one was waiting.
-            if store.has_blob(blob.digest, blob.size) {
-                done_bytes.fetch_add(blob.size, Ordering::Relaxed);
-                return Ok(());
-            }
-            // Partial data is kept for a later attempt.
-            work.keep_unfinished();
-            let hasher = self.fill(&work.file, blob, done_bytes)?;
-            let found = hasher.digest();
-            if found != blob.digest {
-                work.remove();
-                bail!("the registry sent data with digest {found}");
-            }
-            work.keep_as(store, &store.blob_path(blob.digest))
+            };
+            let found = self.fill(&file, blob, done_bytes)?.digest();
+            self.outside.end_layer(blob.digest, found == blob.digest)?;
+            ensure!(found == blob.digest, "the registry sent data with digest {found}");
+            Ok(())
         };
         download().with_context(|| format!("get {}", blob.digest))
     }
@@ -51,7 +39,7 @@ impl Registry {
         if file.metadata()?.len() > blob.size {
             file.set_len(0)?;
         }
-        io::copy(&mut &*file, &mut HashWriter(&mut hasher)).context("read the partial download")?;
+        io::copy(&mut &*file, &mut hasher).context("read the partial download")?;
         done_bytes.fetch_add(hasher.len_bytes(), Ordering::Relaxed);
         let mut attempts = 0;
         while hasher.len_bytes() < blob.size {
@@ -118,17 +106,4 @@ fn is_passing(error: &anyhow::Error) -> bool {
 /// The start offset in `bytes FIRST-LAST/SIZE`.
 fn content_start(header: Option<&str>) -> Option<u64> {
     header?.strip_prefix("bytes ")?.split_once('-')?.0.parse().ok()
-}
-
-struct HashWriter<'a>(&'a mut Hasher);
-
-impl Write for HashWriter<'_> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.0.update(buffer);
-        Ok(buffer.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

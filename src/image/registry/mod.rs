@@ -6,25 +6,35 @@
 mod auth;
 mod credentials;
 mod download;
+mod fetch;
+mod outside;
 mod pull;
 mod retry;
 mod trust;
 
 pub use self::auth::Challenge;
 pub use self::credentials::parse as parse_credentials;
+pub use self::outside::Question;
 pub use self::pull::Pulled;
 
+use std::fmt;
+use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use ureq::config::{ConfigBuilder, RedirectAuthHeaders};
+use serde::{Deserialize, Serialize};
+use ureq::config::{Config, ConfigBuilder, RedirectAuthHeaders};
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::tls::TlsConfig;
 use ureq::typestate::AgentScope;
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 use ureq::{Agent, ResponseExt};
 
 use self::auth::Auth;
+use self::outside::Outside;
 use super::config::{ImageConfig, JSON_MAX_BYTES};
 use super::digest::Digest;
 use super::manifest::{self, Descriptor, MAX_INDEX_DEPTH, Manifest, Platform};
@@ -37,10 +47,18 @@ const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, applicati
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Registries redirect blobs to storage, with few hops.
 const REDIRECTIONS_MAX: u32 = 5;
+/// The capacity of [`ResolvedSocketAddrs`].
+const ADDRESSES_MAX: usize = 16;
 /// The timeout for content read into memory, sufficient for the slowest connections.
 const SMALL_TIMEOUT: Duration = Duration::from_secs(300);
 
 type Body = Response<ureq::Body>;
+
+/// The configuration of a client, read where files and the environment are at hand.
+pub struct Client {
+    reference: Reference,
+    config: Config,
+}
 
 /// A repository in a registry.
 pub struct Registry {
@@ -48,9 +66,14 @@ pub struct Registry {
     reference: Reference,
     base: String,
     auth: Auth,
+    outside: Arc<dyn Outside>,
 }
 
+/// Resolves names outside, where the files are that say how.
+struct Names(Arc<dyn Outside>);
+
 /// The verified description of an image in a registry.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RemoteImage {
     /// The digest of its configuration.
     pub id: Digest,
@@ -76,25 +99,44 @@ fn config(stall: Duration) -> ConfigBuilder<AgentScope> {
         .redirect_auth_headers(RedirectAuthHeaders::Never)
 }
 
-impl Registry {
-    /// The repository of an image. Only a registry on this host is accessed without TLS, if it does not support it.
-    pub fn new(reference: &Reference) -> Result<Registry> {
+impl Client {
+    /// The configuration for the registry of an image: proxies and certificates. Only a registry on this host is accessed
+    /// without TLS, if it does not support it.
+    pub fn new(reference: &Reference) -> Client {
         let registry = reference.registry.as_str();
-        let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
-        let is_local = is_loopback(registry);
-        let scheme = if is_local && !speaks_tls(host) { "http" } else { "https" };
-        let mut config = config(ANSWER_TIMEOUT).https_only(!is_local);
-        if is_local {
+        let roots = TlsConfig::builder().root_certs(trust::roots(registry)).build();
+        let mut config = config(ANSWER_TIMEOUT).https_only(!is_loopback(registry)).tls_config(roots);
+        if is_loopback(registry) {
             config = config.proxy(None);
         }
-        if scheme == "https" {
-            config = config.tls_config(TlsConfig::builder().root_certs(trust::roots(registry)).build());
-        }
+        Client { reference: reference.clone(), config: config.build() }
+    }
+}
+
+impl RemoteImage {
+    /// Rejects what does not fit into the store.
+    pub fn check(&self) -> Result<()> {
+        self.config.check_size()?;
+        let (layers, described) = (self.config.diff_ids.len(), self.layers.len());
+        ensure!(layers == described, "its configuration has {layers} layers, its manifest has {described}");
+        Ok(())
+    }
+}
+
+impl Registry {
+    /// The repository of an image.
+    pub fn new(client: Client, outside: Arc<dyn Outside>) -> Result<Registry> {
+        let Client { reference, config } = client;
+        let registry = reference.registry.as_str();
+        let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+        let agent = Agent::with_parts(config, DefaultConnector::default(), Names(outside.clone()));
+        let scheme = if is_loopback(registry) && !speaks_tls(&agent, host) { "http" } else { "https" };
         Ok(Registry {
-            agent: config.build().into(),
+            agent,
             base: format!("{scheme}://{host}/v2/{}", reference.repository),
-            auth: Auth::new(reference),
-            reference: reference.clone(),
+            auth: Auth::new(&reference, outside.clone()),
+            reference,
+            outside,
         })
     }
 
@@ -123,14 +165,8 @@ impl Registry {
         let json = self.small(&format!("blobs/{id}"), "*/*")?;
         let found = Digest::of(&json);
         ensure!(found == id && json.len() as u64 == size, "the registry sent the wrong configuration for {id}");
-        let config = ImageConfig::parse(&json)?;
-        ensure!(
-            config.diff_ids.len() == layers.len(),
-            "its configuration has {} layers, its manifest has {}",
-            config.diff_ids.len(),
-            layers.len()
-        );
-        Ok(RemoteImage { id, config, layers, digest })
+        let image = RemoteImage { id, config: ImageConfig::parse(&json)?, layers, digest };
+        image.check().map(|()| image)
     }
 
     fn manifest(&self, version: &str, expected: Option<Digest>) -> Result<Vec<u8>> {
@@ -238,9 +274,29 @@ fn is_loopback(registry: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
+impl fmt::Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("Names")
+    }
+}
+
+impl Resolver for Names {
+    fn resolve(&self, uri: &Uri, config: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let (Some(scheme), Some(authority)) = (uri.scheme(), uri.authority()) else {
+            return Err(ureq::Error::HostNotFound);
+        };
+        let host = DefaultResolver::host_and_port(scheme, authority).ok_or(ureq::Error::HostNotFound)?;
+        let found = self.0.addresses(&host).map_err(|error| io::Error::other(format!("{error:#}")))?;
+        let mut addresses = self.empty();
+        // As many as there is room for.
+        let family = config.ip_family();
+        family.keep_wanted(found.into_iter()).take(ADDRESSES_MAX).for_each(|address| addresses.push(address));
+        if addresses.is_empty() { Err(ureq::Error::HostNotFound) } else { Ok(addresses) }
+    }
+}
+
 /// Whether a registry on this host requires TLS, which shows when it does not understand a plain request.
-fn speaks_tls(host: &str) -> bool {
-    let agent: Agent = config(ANSWER_TIMEOUT).proxy(None).build().into();
+fn speaks_tls(agent: &Agent, host: &str) -> bool {
     match agent.get(format!("http://{host}/v2/")).call() {
         Ok(response) => response.status() == StatusCode::BAD_REQUEST,
         Err(error) => matches!(error, ureq::Error::Protocol(_)),
@@ -249,7 +305,7 @@ fn speaks_tls(host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{self, Read, Write};
+    use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
 
     use super::*;

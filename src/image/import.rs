@@ -1,0 +1,332 @@
+//! Imports an image or a root file system: a confined process reads the archive, and this one gives it files and names
+//! what it has written.
+
+use std::cell::RefCell;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::Layer;
+use super::bundle::{self, Part};
+use super::config::{ImageConfig, MAX_LAYERS};
+use super::digest::{Digest, Hasher};
+use super::erofs::Form;
+use super::manifest::Platform;
+use super::outside::{self, Outside, Remote, RootSource};
+use super::progress::{Follower, Progress};
+use super::root::{self, Root, RootLimits};
+use super::source::{self, Found};
+use super::store::{Store, Work};
+use crate::sandbox::{self, ThreadRole, task};
+
+/// All of an image's names are stored in the index.
+const NAMES_MAX_BYTES: usize = 64 << 10;
+
+/// What is imported.
+pub enum Input {
+    /// An archive, with what identifies it while its content is not known.
+    Archive(File, Digest),
+    /// A directory with an image.
+    Directory(PathBuf),
+    /// The layers of an image of the store.
+    Layers(Vec<Layer>),
+}
+
+/// An image or a root file system as the process that has read it describes it.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Description {
+    /// An image.
+    Image(Box<ImageDescription>),
+    /// A root file system's archive.
+    RootArchive,
+    /// A root directory, of which nothing was read.
+    RootDirectory,
+    /// Only layers were read.
+    Layers,
+}
+
+/// The description of an image.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ImageDescription {
+    /// The digest of its configuration.
+    pub id: Digest,
+    /// The configuration.
+    pub config: ImageConfig,
+    /// The names in its archive.
+    pub names: Vec<String>,
+}
+
+/// The result of reading.
+#[derive(Debug, Serialize, Deserialize)]
+struct Read {
+    description: Description,
+    unpacked_bytes: u64,
+}
+
+/// What to read, and how.
+struct Job<'a> {
+    input: &'a Input,
+    image: Option<&'a str>,
+    platform: Platform,
+    form: Form,
+    limits: RootLimits,
+}
+
+impl Store {
+    /// Reads `input`, of several images the one named `image`, and builds its root file system, unless it is a directory
+    /// with a root file system.
+    pub(super) fn read(
+        &self,
+        input: &Input,
+        image: Option<&str>,
+        progress: Progress,
+    ) -> Result<(Description, Option<Root>)> {
+        let import = Import { store: self, input, state: RefCell::default() };
+        let limits = RootLimits { unpacked_bytes: self.unpack_limit()? };
+        let job = Job { input, image, platform: Platform::default(), form: self.form, limits };
+        let read = if self.sandbox {
+            let mut follower = Follower::new(progress);
+            let mut answer = |question| outside::answer(&import, &mut follower, question);
+            let read = || read(&job, &Remote, progress.reported(Remote::report));
+            task::run(ThreadRole::Unpacker, input.files(), read, &mut answer)?
+        } else {
+            read(&job, &import, progress)?
+        };
+        import.finish(read)
+    }
+
+    /// Builds the root file system of these layers, unless it exists.
+    pub(super) fn root_of_layers(&self, layers: Vec<Layer>, progress: Progress) -> Result<Root> {
+        let (_, root) = self.read(&Input::Layers(layers), None, progress)?;
+        root.context("its root filesystem was not built")
+    }
+}
+
+impl Input {
+    fn files(&self) -> Vec<RawFd> {
+        match self {
+            Input::Archive(file, _) => vec![file.as_raw_fd()],
+            Input::Directory(_) => Vec::new(),
+            Input::Layers(layers) => layers.iter().map(|layer| layer.part.as_raw_fd()).collect(),
+        }
+    }
+}
+
+/// Reads the input: everything here may run in a confined process.
+fn read(job: &Job, outside: &dyn Outside, progress: Progress) -> Result<Read> {
+    let max_bytes = job.limits.unpacked_bytes;
+    let found = match job.input {
+        Input::Archive(file, _) => source::look_into(file.try_clone()?, job.image, &job.platform, max_bytes, outside)?,
+        Input::Directory(_) => source::look_in_directory(job.image, &job.platform, outside)?,
+        Input::Layers(layers) => {
+            let unpacked_bytes = root::of_layers(layers, outside, job.form, &job.limits, progress)?;
+            return Ok(Read { description: Description::Layers, unpacked_bytes });
+        }
+    };
+    Ok(match found {
+        Found::Image(image) => {
+            image.config.check_platform()?;
+            let unpacked_bytes = root::of_layers(&image.layers, outside, job.form, &job.limits, progress)?;
+            let description = ImageDescription { id: image.id, config: image.config, names: image.names };
+            Read { description: Description::Image(Box::new(description)), unpacked_bytes }
+        }
+        Found::RootArchive(archive) => {
+            let unpacked_bytes = root::of_archive(&archive, outside, job.form, &job.limits, progress)?;
+            Read { description: Description::RootArchive, unpacked_bytes }
+        }
+        Found::RootDirectory => Read { description: Description::RootDirectory, unpacked_bytes: 0 },
+    })
+}
+
+/// An import under way, in the process that has the store.
+struct Import<'a> {
+    store: &'a Store,
+    input: &'a Input,
+    state: RefCell<State>,
+}
+
+/// The state of a root file system that is built.
+#[derive(Default)]
+enum State {
+    #[default]
+    Unknown,
+    /// Its key is known, and its file is written.
+    Keyed(Digest, Work),
+    /// Its file is written, and its archive is hashed by another thread.
+    Hashing(Work, FileState, JoinHandle<Result<Digest>>),
+    /// It exists.
+    Exists(Root),
+}
+
+impl Outside for Import<'_> {
+    fn open_part(&self, name: &str) -> Result<File> {
+        let Input::Directory(dir) = self.input else { bail!("it is not a directory") };
+        bundle::open_in(dir, name)
+    }
+
+    fn has_only_known_names(&self) -> Result<bool> {
+        let Input::Directory(dir) = self.input else { bail!("it is not a directory") };
+        let mut entries = fs::read_dir(dir)?;
+        Ok(entries.all(|entry| entry.is_ok_and(|entry| bundle::is_of_an_image(entry.file_name().as_bytes()))))
+    }
+
+    fn new_file(&self) -> Result<File> {
+        self.store.nameless_file()
+    }
+
+    fn begin_root(&self, source: &RootSource) -> Result<Option<File>> {
+        let mut state = self.state.borrow_mut();
+        ensure!(matches!(*state, State::Unknown), "a second root filesystem");
+        *state = match (source, self.input) {
+            (RootSource::Layers(diff_ids), _) => self.begin_layers(diff_ids)?,
+            (RootSource::Archive, Input::Archive(file, identity)) => {
+                let work = self.store.work_file(&identity.hex())?;
+                let file = file.try_clone()?;
+                let before = FileState::of(&file)?;
+                let hash = move || digest_of(&file);
+                State::Hashing(work, before, sandbox::spawn("digest", hash).context("start a thread")?)
+            }
+            (RootSource::Archive, _) => bail!("it is not an archive"),
+        };
+        match &*state {
+            State::Keyed(_, work) | State::Hashing(work, ..) => {
+                work.file.set_len(0)?;
+                Ok(Some(work.file.try_clone()?))
+            }
+            State::Unknown | State::Exists(_) => Ok(None),
+        }
+    }
+
+    fn root_key(&self) -> Result<Option<Digest>> {
+        let mut state = self.state.borrow_mut();
+        *state = match std::mem::take(&mut *state) {
+            State::Hashing(work, before, hashing) => {
+                let Input::Archive(file, _) = self.input else { bail!("it is not an archive") };
+                let digest = hashing.join().map_err(|_| anyhow!("the thread that hashes it panicked"))??;
+                // It was hashed while the other process has read it.
+                ensure!(before == FileState::of(file)?, "it was changed while it was read");
+                let key = root::key("packed archive", self.store.form, &[digest]);
+                // The same root file system may have been built from another file, and machines may be using it.
+                self.store.existing_root(key, 0)?.map_or_else(|| State::Keyed(key, work), State::Exists)
+            }
+            other => other,
+        };
+        Ok(if let State::Keyed(key, _) = &*state { Some(*key) } else { None })
+    }
+}
+
+impl Import<'_> {
+    fn begin_layers(&self, diff_ids: &[Digest]) -> Result<State> {
+        if let Input::Layers(layers) = self.input {
+            ensure!(diff_ids.iter().copied().eq(layers.iter().filter_map(|layer| layer.diff_id)), "other layers");
+        }
+        ensure!(diff_ids.len() <= MAX_LAYERS, "too many layers");
+        let key = self.store.key_of_layers(diff_ids);
+        if let Some(root) = self.store.existing_root(key, 0)? {
+            return Ok(State::Exists(root));
+        }
+        let work = self.store.work_file(&key.hex())?;
+        // Another process may have built it while this one was waiting.
+        Ok(self.store.existing_root(key, 0)?.map_or_else(|| State::Keyed(key, work), State::Exists))
+    }
+
+    /// Names the file that was written. What `read` describes may be anything.
+    fn finish(self, read: Read) -> Result<(Description, Option<Root>)> {
+        let Read { description, unpacked_bytes } = read;
+        if let Description::Image(image) = &description {
+            image.config.check_size()?;
+            let names_bytes: usize = image.names.iter().map(String::len).sum();
+            ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
+        }
+        let root = match self.state.into_inner() {
+            State::Unknown if matches!(description, Description::RootDirectory) => return Ok((description, None)),
+            State::Keyed(key, work) => self.store.keep_root(key, work, unpacked_bytes)?,
+            State::Exists(root) => Root { unpacked_bytes, ..root },
+            State::Unknown | State::Hashing(..) => bail!("its root filesystem was not built"),
+        };
+        Ok((description, Some(root)))
+    }
+}
+
+/// The size and the time of the last change.
+#[derive(PartialEq, Eq)]
+struct FileState(u64, i64, i64);
+
+impl FileState {
+    fn of(file: &File) -> io::Result<FileState> {
+        file.metadata().map(|m| FileState(m.size(), m.ctime(), m.ctime_nsec()))
+    }
+}
+
+fn digest_of(file: &File) -> Result<Digest> {
+    let mut hasher = Hasher::default();
+    io::copy(&mut Part::whole(file.try_clone()?)?, &mut hasher)?;
+    Ok(hasher.digest())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(store: &Store, id: &[u8]) -> Layer {
+        let part = Part::whole(store.nameless_file().unwrap()).unwrap();
+        Layer { part, blob: None, diff_id: Some(Digest::of(id)) }
+    }
+
+    /// What a process that was taken over may try.
+    #[test]
+    fn a_process_cannot_name_another_root_than_that_of_its_input() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let begin = |input: &Input, sources: &[RootSource]| -> Vec<bool> {
+            let import = Import { store: &store, input, state: RefCell::default() };
+            sources.iter().map(|source| import.begin_root(source).is_ok()).collect()
+        };
+        let (own, other) = (Digest::of(b"own"), Digest::of(b"other"));
+        let layers = |ids: &[Digest]| RootSource::Layers(ids.to_vec());
+        let of_layers = Input::Layers(vec![layer(&store, b"own")]);
+        for refused in [layers(&[other]), layers(&[own, other]), layers(&[]), RootSource::Archive] {
+            assert_eq!(begin(&of_layers, &[refused]), [false]);
+        }
+        assert_eq!(begin(&of_layers, &[layers(&[own]), layers(&[own])]), [true, false]);
+        let of_directory = Input::Directory(dir.path().to_owned());
+        assert_eq!(begin(&of_directory, &[RootSource::Archive]), [false]);
+        assert_eq!(begin(&of_directory, &[layers(&vec![own; MAX_LAYERS + 1])]), [false]);
+    }
+
+    #[test]
+    fn an_archive_that_changes_while_it_is_read_is_rejected() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let path = dir.path().join("x.tar");
+        fs::write(&path, "one").unwrap();
+        let input = Input::Archive(File::open(&path).unwrap(), Digest::of(b"x"));
+        let import = Import { store: &store, input: &input, state: RefCell::default() };
+        assert!(import.begin_root(&RootSource::Archive).unwrap().is_some());
+        fs::write(&path, "another").unwrap();
+        let error = format!("{:#}", import.root_key().unwrap_err());
+        assert_eq!(error, "it was changed while it was read");
+        let read = Read { description: Description::RootArchive, unpacked_bytes: 0 };
+        assert!(import.finish(read).is_err());
+    }
+
+    #[test]
+    fn a_process_that_writes_nothing_makes_no_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let input = Input::Archive(store.nameless_file().unwrap(), Digest::of(b"x"));
+        for description in [Description::RootArchive, Description::Layers, Description::RootDirectory] {
+            let import = Import { store: &store, input: &input, state: RefCell::default() };
+            let found = import.finish(Read { description, unpacked_bytes: 0 });
+            assert!(!matches!(found, Ok((_, Some(_)))));
+        }
+        assert_eq!(fs::read_dir(dir.path().join("roots")).unwrap().count(), 0);
+    }
+}
