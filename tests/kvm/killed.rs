@@ -4,15 +4,14 @@
 //! `HUSK_TEST_KILLS=N` kills N monitors instead of 20, or of one for each way to access a disk on an emulated processor.
 
 use std::hash::{BuildHasher, RandomState};
+use std::thread;
 use std::time::Duration;
-use std::{fs, thread};
 
 use crate::husk::{boot, disk_image, is_emulated};
+use crate::journal;
 use husk_guests as guests;
 
 const MIB: u64 = 1 << 20;
-/// What the guest writes before each flush.
-const RECORD: usize = 16 << 10;
 const OPTIONS: [&str; 5] = [",aio=threads", ",aio=io_uring", "", ",cache=none,aio=threads", ",cache=none,aio=io_uring"];
 
 /// A duration up to `limit`.
@@ -31,14 +30,6 @@ fn has_direct_access() -> bool {
     !refused
 }
 
-/// Record `number`, as the guest writes it.
-fn record(number: u64) -> Vec<u8> {
-    let mut sector = [number as u8; 512];
-    sector[..8].copy_from_slice(&number.to_le_bytes());
-    sector[504..].copy_from_slice(&(!number).to_le_bytes());
-    sector.repeat(RECORD / 512)
-}
-
 /// Kills a machine whose guest writes and flushes records, after `delay`, and checks its disk. Returns the number of records
 /// that the guest was told to be durable.
 fn kill_after(delay: Duration, options: &str) -> u64 {
@@ -48,14 +39,9 @@ fn kill_after(delay: Duration, options: &str) -> u64 {
     machine.signal("KILL");
     let ran = machine.wait();
     assert_eq!(ran.signal, Some(9), "{options}: {}", ran.stderr);
-    let text = ran.text();
-    // The last line may be incomplete.
-    let complete = &text[..text.rfind('\n').unwrap()];
-    let durable: u64 = complete.rsplit_once("durable ").unwrap().1.parse().unwrap();
-    let found = fs::read(&disk).unwrap();
-    for (number, bytes) in (1..=durable).zip(found.chunks(RECORD)) {
-        assert!(bytes == record(number), "{options}, {delay:?}: record {number} of {durable} is not on the disk");
-    }
+    let durable = journal::durable(&ran.text());
+    let lost = journal::first_lost(&disk, durable);
+    assert_eq!(lost, None, "{options}, {delay:?}: lost, of {durable} records");
     durable
 }
 

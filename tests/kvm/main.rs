@@ -15,6 +15,7 @@ mod console;
 mod cpus;
 mod disk;
 mod full_disk;
+mod journal;
 mod kernel;
 mod killed;
 mod life;
