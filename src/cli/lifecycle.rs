@@ -96,7 +96,11 @@ impl LifecycleArgs {
     }
 
     /// Creates the machine's directory, with its name. In the background this also leaves the terminal's session.
+    ///
+    /// From then on a signal does not end this process, which would leave the directory behind: [`Self::run_with_restarts`]
+    /// reads it.
     pub fn dir(&mut self) -> Result<MachineDir> {
+        supervisor::block_signals(false)?;
         if self.in_background {
             rustix::process::setsid().context("leave the terminal")?;
         }
