@@ -48,11 +48,25 @@ pub enum ExitReason {
         /// The number of the call.
         call: u32,
     },
+    /// Something that the monitor process needs has failed, and it has exited.
+    MonitorFailed(String),
+    /// Standard output cannot be written, although it has a reader.
+    OutputFailed(String),
     /// The monitor process died, and how.
     MonitorDied {
         /// The signal that killed it, if one did.
         signal: Option<i32>,
     },
+}
+
+impl ExitReason {
+    /// The reason to exit after output could not be written.
+    pub fn of_failed_output(error: &io::Error) -> ExitReason {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => ExitReason::Killed(libc::SIGPIPE),
+            _ => ExitReason::OutputFailed(error.to_string()),
+        }
+    }
 }
 
 impl fmt::Display for ExitReason {
@@ -73,6 +87,8 @@ impl fmt::Display for ExitReason {
                 f,
                 "the sandbox stopped system call {call} of the monitor's thread {thread}: the guest may have attacked husk"
             ),
+            ExitReason::MonitorFailed(reason) => write!(f, "the monitor process failed: {reason}"),
+            ExitReason::OutputFailed(reason) => write!(f, "the machine's output cannot be written: {reason}"),
             ExitReason::MonitorDied { signal: Some(signal) } => {
                 write!(f, "the monitor process was killed by signal {signal}")
             }

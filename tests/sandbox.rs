@@ -105,7 +105,7 @@ fn confine_and_act<T: Send + 'static>(
 ) -> anyhow::Result<i32> {
     let confinement = Confinement::begin(layers, Vec::new())?;
     if has_filters {
-        sandbox::enable_filters(report_to.as_raw_fd())?;
+        sandbox::enable_filters(report_to.as_raw_fd(), |reason| panic!("{reason}"))?;
     }
     let prepared = prepare();
     confinement.complete()?;

@@ -64,7 +64,8 @@ impl From<&ExitReason> for Exit {
             ExitReason::Panicked(_) => Exit::Panicked,
             ExitReason::TripleFault { .. } => Exit::TripleFault,
             ExitReason::KvmError { .. } => Exit::KvmError,
-            ExitReason::SessionLost(_) | ExitReason::MonitorDied { signal: None } => Exit::Failure,
+            ExitReason::SessionLost(_) | ExitReason::MonitorFailed(_) | ExitReason::OutputFailed(_) => Exit::Failure,
+            ExitReason::MonitorDied { signal: None } => Exit::Failure,
             ExitReason::Violation { .. } => Exit::Violation,
             ExitReason::Killed(signal) | ExitReason::MonitorDied { signal: Some(signal) } => {
                 Exit::Signal(u8::try_from(*signal).unwrap_or(u8::MAX))

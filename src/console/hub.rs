@@ -43,7 +43,7 @@ impl Watcher {
         let (backlog, to) = (Arc::new(Output::default()), stream.try_clone()?);
         let from = backlog.clone();
         let write = move || {
-            from.print_to(&to, || {});
+            from.print_to(&to, |_| {});
             let _ = to.shutdown(Shutdown::Write);
         };
         let thread = sandbox::spawn("watcher", write)?;

@@ -4,7 +4,7 @@
 //! fills up, and the vCPU waits outside of the device until there is room or it is interrupted. Nothing is lost, and a
 //! machine whose output is not read can be paused and ended as usual.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -103,14 +103,13 @@ impl Output {
         Some(bytes)
     }
 
-    /// The console thread: prints everything until closed. If `sink` fails, `broken` is called once and the rest is
-    /// dropped.
-    pub fn print_to(&self, mut sink: impl Write, broken: impl FnOnce()) {
+    /// The console thread: prints everything until closed. If `sink` fails, `broken` is called once with the error and the rest
+    /// is dropped.
+    pub fn print_to(&self, mut sink: impl Write, broken: impl FnOnce(io::Error)) {
         while let Some(bytes) = self.take() {
-            if sink.write_all(&bytes).and_then(|()| sink.flush()).is_err() {
+            if let Err(error) = sink.write_all(&bytes).and_then(|()| sink.flush()) {
                 self.close();
-                broken();
-                return;
+                return broken(error);
             }
         }
     }
@@ -207,7 +206,7 @@ mod tests {
         }
         let (output, calls) = (Output::default(), AtomicUsize::new(0));
         output.push(b"one\n");
-        output.print_to(Broken, || {
+        output.print_to(Broken, |_| {
             calls.fetch_add(1, Ordering::Relaxed);
         });
         output.push(b"two\n");

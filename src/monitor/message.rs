@@ -147,15 +147,26 @@ pub fn decode<M: Message>(packet: &[u8]) -> io::Result<M> {
 
 /// Sends `message`, waiting for room.
 pub fn send<M: Message>(socket: &UnixDatagram, message: &M) -> io::Result<()> {
-    socket.send(&encode(message)?).map(drop)
+    let packet = encode(message)?;
+    uninterrupted(|| socket.send(&packet)).map(drop)
 }
 
 /// Receives the next message. Fails with `UnexpectedEof` if the other side is gone.
 pub fn receive<M: Message + DeserializeOwned>(socket: &UnixDatagram) -> io::Result<M> {
     let mut packet = [0; PACKET_BYTES_MAX];
-    match socket.recv(&mut packet)? {
+    match uninterrupted(|| socket.recv(&mut packet))? {
         0 => Err(ErrorKind::UnexpectedEof.into()),
         len => decode(packet.get(..len).unwrap_or_default()),
+    }
+}
+
+/// Makes a call again that a signal has interrupted.
+fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            done => return done,
+        }
     }
 }
 

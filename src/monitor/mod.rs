@@ -84,7 +84,7 @@ impl Monitor {
             config.prefault.then(|| SharedFlag::new().map(Arc::new)).transpose().context("share a flag")?;
         let given = serve::Given {
             resources,
-            calls: called,
+            calls: Arc::new(called),
             events: reported,
             asks,
             console: console.into(),
@@ -231,7 +231,7 @@ impl Monitor {
                 Ok(event) => self.handle(event),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return self.note_death(),
+                Err(error) => return self.note_death(&error),
             }
         }
     }
@@ -251,12 +251,18 @@ impl Monitor {
         }
     }
 
-    /// The monitor's sockets are closed, because it has exited or was killed, or it does not keep to the protocol: it is ended.
-    fn note_death(&mut self) {
+    /// The monitor cannot be talked to: its sockets are closed, because it has exited or was killed, or it does not keep to the
+    /// protocol. It is ended.
+    fn note_death(&mut self, error: &io::Error) {
         release::kill(self.pid);
         if !self.has_ended {
             let signal = release::reap(self.pid).and_then(|status| status.terminating_signal());
-            self.exit_latch.declare(ExitReason::MonitorDied { signal });
+            self.exit_latch.declare(match error.kind() {
+                ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => {
+                    ExitReason::MonitorDied { signal }
+                }
+                _ => ExitReason::MonitorFailed(error.to_string()),
+            });
         }
         (self.has_ended, self.console_is_closed) = (true, true);
     }
@@ -266,7 +272,7 @@ impl Monitor {
         if !self.has_ended {
             let ended = self.send(&Call::End).and_then(|()| self.reply(Some(END_TIMEOUT)));
             if !matches!(ended, Ok(Reply::Done)) {
-                self.note_death();
+                self.note_death(&ErrorKind::InvalidData.into());
             }
         }
         self.handle_events();
@@ -309,7 +315,7 @@ impl Monitor {
     /// The monitor is gone, does not respond, or does not keep to the protocol: it is ended.
     fn lost(&mut self, error: io::Error) -> anyhow::Error {
         self.handle_events();
-        self.note_death();
+        self.note_death(&error);
         match self.exit_latch.reason() {
             Some(reason) => anyhow!(error).context(reason.to_string()),
             None => anyhow!(error).context("talk to the monitor process"),

@@ -40,7 +40,7 @@ static EVENTS: OnceLock<UnixDatagram> = OnceLock::new();
 /// What a monitor process is given.
 pub(super) struct Given {
     pub resources: Resources,
-    pub calls: UnixDatagram,
+    pub calls: Arc<UnixDatagram>,
     pub events: UnixDatagram,
     pub asks: UnixDatagram,
     /// Where the serial port prints.
@@ -59,61 +59,60 @@ pub(super) fn run(
     lacks: Vec<String>,
     timings: Arc<Timings>,
 ) -> ! {
-    let code = match prepare(config, given, layers, lacks, &timings) {
-        Ok(None) => 0,
-        // Its sockets stay open until a failure was told: the supervisor kills this process when they are closed.
-        Ok(Some(mut server)) => exit_code(&server.run()),
-        Err(error) => exit_code(&Err(error)),
-    };
-    fork::exit_now(code)
-}
-
-fn exit_code(served: &Result<()>) -> i32 {
-    if let Err(error) = served {
-        log::error!("the monitor process failed: {error:#}");
+    // Its sockets stay open until a failure was told: the supervisor kills this process when they are closed.
+    let calls = given.calls.clone();
+    match prepare(config, given, layers, lacks, &timings) {
+        Ok(mut server) => server.run().unwrap_or_else(|error| fail(&format!("{error:#}"))),
+        Err(error) => refuse(&calls, &error),
     }
-    i32::from(served.is_err())
+    fork::exit_now(0)
 }
 
-/// Confines this process and builds the machine. `None` if it cannot be built, which is the reply to the first call.
+/// Ends this process, and thereby the machine. The supervisor is told why.
+fn fail(reason: &str) -> ! {
+    let reason = ExitReason::MonitorFailed(message::shortened(reason));
+    let _ = report(&Event::Ended(Some(reason), Vec::new()));
+    fork::exit_now(1)
+}
+
+/// Replies to the first call that there is no machine.
+fn refuse(calls: &UnixDatagram, error: &anyhow::Error) {
+    // If the supervisor is gone, nobody needs to know.
+    if message::receive::<Call>(calls).is_ok() {
+        let _ = message::send(calls, &Reply::Failed(message::shortened(&format!("{error:#}"))));
+    }
+}
+
+/// Confines this process and builds the machine.
 fn prepare(
     config: &MachineConfig,
     given: Given,
     layers: Layers,
     lacks: Vec<String>,
     timings: &Arc<Timings>,
-) -> Result<Option<Server>> {
+) -> Result<Server> {
     let Given { resources, calls, events, asks, console, null, interrupted } = given;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::stdio::dup2_stdout(&null)?;
-    rustix::stdio::dup2_stderr(&null)?;
-    rustix::thread::set_name(c"monitor")?;
     let report_to = events.as_raw_fd();
     let _ = EVENTS.set(events);
     attendant::ask_through(asks);
+    let stdio = [rustix::stdio::dup2_stdin, rustix::stdio::dup2_stdout, rustix::stdio::dup2_stderr];
+    stdio.iter().try_for_each(|replace| replace(&null)).context("close the standard streams of the monitor process")?;
+    rustix::thread::set_name(c"monitor").context("name the monitor process")?;
     panic::set_hook(Box::new(|panic| {
-        log::error!("the monitor process failed: {panic}");
-        // As abort(3), which the first process of a namespace cannot be ended by.
-        fork::exit_now(128 + libc::SIGABRT)
+        // abort(3) does not end the first process of a namespace.
+        fail(&panic.to_string().replace('\n', " "))
     }));
     arguments::forget_environment();
     let confinement = Confinement::begin(layers, lacks)?;
     if config.sandbox {
-        sandbox::enable_filters(report_to).context("handle SIGSYS")?;
+        sandbox::enable_filters(report_to, fail).context("handle SIGSYS")?;
     }
     let is_interrupted = || interrupted.as_ref().is_some_and(|flag| flag.is_set());
     let mut lacks = Vec::new();
     let confine = || confinement.complete().map(|found| lacks = found);
-    let machine = match Machine::build(config, resources, timings.clone(), confine, &is_interrupted) {
-        Ok(machine) => machine,
-        Err(error) => {
-            message::receive::<Call>(&calls)?;
-            message::send(&calls, &Reply::Failed(message::shortened(&format!("{error:#}"))))?;
-            return Ok(None);
-        }
-    };
+    let machine = Machine::build(config, resources, timings.clone(), confine, &is_interrupted)?;
     let printed = start_console(&machine, console)?;
-    Server::new(machine, calls, printed, lacks).map(Some)
+    Server::new(machine, calls, printed, lacks)
 }
 
 /// Starts the thread that prints the serial port's output. Returns an event that it signals at its end.
@@ -122,7 +121,7 @@ fn start_console(machine: &Machine, console: File) -> Result<Arc<EventFd>> {
     let printed = Arc::new(event::create().context("watch the console")?);
     let done = printed.clone();
     let print = move || {
-        output.print_to(console, || exit_latch.declare(ExitReason::Killed(libc::SIGPIPE)));
+        output.print_to(console, |error| exit_latch.declare(ExitReason::of_failed_output(&error)));
         let _ = done.write(1);
     };
     sandbox::spawn_confined(ThreadRole::Console, "console", print).context("start the console thread")?;
@@ -145,7 +144,7 @@ struct Server {
     machine: Option<Machine>,
     /// The virtual machine after that, and when it is released.
     ended: Option<(Arc<Vm>, Instant)>,
-    calls: UnixDatagram,
+    calls: Arc<UnixDatagram>,
     _printed: Arc<EventFd>,
     epoll: Epoll,
     /// What the sandbox lacks; `None` after the first call, whose reply tells it.
@@ -154,7 +153,7 @@ struct Server {
 }
 
 impl Server {
-    fn new(machine: Machine, calls: UnixDatagram, printed: Arc<EventFd>, lacks: Vec<String>) -> Result<Server> {
+    fn new(machine: Machine, calls: Arc<UnixDatagram>, printed: Arc<EventFd>, lacks: Vec<String>) -> Result<Server> {
         let epoll = Epoll::new().context("epoll")?;
         let sources = [
             (calls.as_raw_fd(), Token::Call),

@@ -29,13 +29,16 @@ const ARGUMENTS: u32 = 16;
 /// The filters, compiled once each. Unset in a process without filters.
 static FILTERS: OnceLock<Filters> = OnceLock::new();
 
-type Filters = [OnceLock<Vec<sock_filter>>; 7];
+struct Filters {
+    fail: fn(&str) -> !,
+    programs: [OnceLock<Vec<sock_filter>>; 7],
+}
 
-/// Enables the filters of this process. A violation is reported to `report` (see [`violation::install`]). Called once,
-/// before other threads exist.
-pub fn enable(report: RawFd) -> io::Result<()> {
+/// Enables the filters of this process. A violation is reported to `report` (see [`violation::install`]). A thread that cannot
+/// be confined calls `fail` with the reason. Called once, before other threads exist.
+pub fn enable(report: RawFd, fail: fn(&str) -> !) -> io::Result<()> {
     violation::install(report)?;
-    let _ = FILTERS.set(Filters::default());
+    let _ = FILTERS.set(Filters { fail, programs: Default::default() });
     Ok(())
 }
 
@@ -43,11 +46,12 @@ pub fn enable(report: RawFd) -> io::Result<()> {
 /// the process ends.
 pub fn confine_this_thread(role: ThreadRole) {
     let Some(filters) = FILTERS.get() else { return };
-    let program = filters.get(role as usize).map(|program| program.get_or_init(|| compile(role)));
-    let installed = program.map(|program| seccomp::install(program));
-    if !matches!(installed, Some(Ok(()))) {
-        log::error!("the system call filter of a thread cannot be installed: {installed:?}");
-        process::abort();
+    let Some(program) = filters.programs.get(role as usize) else {
+        (filters.fail)("a thread has no system call filter")
+    };
+    let program = program.get_or_init(|| compile(role));
+    if let Err(error) = seccomp::install(program) {
+        (filters.fail)(&format!("confine a thread: {error}"));
     }
 }
 

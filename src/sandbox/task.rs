@@ -130,12 +130,18 @@ fn confine(role: ThreadRole, link: UnixDatagram, layers: Layers, lacks: Vec<Stri
     }));
     arguments::forget_environment();
     let confinement = Confinement::begin(layers, lacks)?;
-    super::enable_filters(report_to).context("handle SIGSYS")?;
+    super::enable_filters(report_to, fail).context("handle SIGSYS")?;
     for lack in confinement.complete()? {
         log::info!("the sandbox lacks {lack}");
     }
     super::confine_this_thread(role);
     Ok(())
+}
+
+/// Ends this process, a copy, without a result.
+fn fail(reason: &str) -> ! {
+    let _ = send_to_link(&Message::<(), ()>::Ending(Err(reason.to_owned())));
+    fork::exit_now(1)
 }
 
 /// Answers until the task has ended.

@@ -92,7 +92,7 @@ pub fn run(
     let (console, sink) = drain::console(log, endpoint)?;
     let (resources, outside) = opened;
     let mut monitor = Monitor::start(config, resources, outside, console, timings)?;
-    let printer = Printer::start(sink)?;
+    let printer = Printer::start(sink, monitor.exit_latch())?;
     let wants_terminal = wants_terminal && !endpoint.is_detached();
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
     let on_terminal = terminal.is_some();
@@ -293,6 +293,10 @@ pub(super) fn watch(epoll: &Epoll, fd: RawFd, token: Token) -> Result<()> {
     epoll
         .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token as u64))
         .with_context(|| format!("watch {token:?}"))
+}
+
+pub(super) fn unwatch(epoll: &Epoll, fd: RawFd) -> Result<()> {
+    epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()).context("stop watching")
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use super::endpoint::ControlEndpoint;
 use crate::console::hub::HubStream;
 use crate::console::log::Log;
 use crate::console::stream_log::Stream;
-use crate::exit_latch::ExitReason;
+use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::session::Session;
 use crate::guest::signal;
 use crate::monitor::Monitor;
@@ -59,13 +59,15 @@ pub(super) struct Printer {
 }
 
 impl Printer {
-    /// Starts the thread. It ends with the monitor's console thread.
-    pub(super) fn start(sink: Sink) -> Result<Printer> {
+    /// Starts the thread. It ends with the monitor's console thread, or ends the machine if the output cannot be written.
+    pub(super) fn start(sink: Sink, exit_latch: &Arc<ExitLatch>) -> Result<Printer> {
         let Some((mut reader, mut copy)) = sink else { return Ok(Printer { copying: None, is_done: true }) };
         let done = Arc::new(event::create().context("watch the console")?);
-        let signal = done.clone();
+        let (signal, exit_latch) = (done.clone(), exit_latch.clone());
         let print = move || {
-            let _ = io::copy(&mut reader, &mut copy);
+            if let Err(error) = io::copy(&mut reader, &mut copy) {
+                exit_latch.declare(ExitReason::of_failed_output(&error));
+            }
             let _ = signal.write(1);
         };
         let thread = sandbox::spawn("console", print).context("start the console thread")?;
@@ -73,7 +75,11 @@ impl Printer {
     }
 
     fn is_done(&mut self) -> bool {
-        let looks = |(thread, done): &(JoinHandle<()>, Arc<EventFd>)| thread.is_finished() || done.read().is_ok();
+        let looks = |(thread, done): &(JoinHandle<()>, Arc<EventFd>)| {
+            let is_finished = thread.is_finished();
+            // Read in any case: it would wake this thread again and again.
+            done.read().is_ok() || is_finished
+        };
         self.is_done = self.is_done || self.copying.as_ref().is_none_or(looks);
         self.is_done
     }
@@ -102,9 +108,13 @@ pub(super) fn print(
     }
     let forced = matches!(reason, ExitReason::Killed(_) | ExitReason::Quit);
     let forced_drain_by = Instant::now() + FORCED_DRAIN_TIMEOUT;
-    let mut is_cut = false;
+    let (mut is_cut, mut is_watched) = (false, true);
     loop {
         monitor.handle_events();
+        // It has nothing more to report. Its end, which may take a while, would wake this thread again and again.
+        if monitor.console_is_closed() && std::mem::take(&mut is_watched) {
+            control::unwatch(&epoll, monitor.as_raw_fd())?;
+        }
         // The event is read even if the monitor has not reported the end yet: it would wake this thread again and again.
         let console_is_printed = printer.is_done() && monitor.console_is_closed();
         let streams_are_printed = session.as_ref().is_none_or(|session| session.outputs_are_closed());

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::background::Machines;
+use crate::husk::own_lines;
 use husk_guests as guests;
 
 /// Machines on a file system of 256 KiB. `None` with a visible message if it cannot be mounted.
@@ -94,4 +95,15 @@ fn a_log_that_filled_the_disk_does_not_hide_how_the_machine_ended() {
     assert_eq!(machines.ok(&["wait", "loud"]), "0\n");
     assert_eq!((machines.status("loud"), machines.inspect("loud", "state/code")), ("exited".into(), "0".into()));
     assert!(machines.ok(&["logs", "loud"]).len() < 16_384);
+}
+
+#[test]
+fn output_for_which_there_is_no_room_ends_a_machine() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let mut command =
+        machines.command(&["boot", "--kernel", guests::SERIAL, "--cmdline", "do=flood", "--memory", "64M"]);
+    let output = command.stdout(File::options().write(true).open("/dev/full").unwrap()).output().unwrap();
+    let line = "husk: the machine's output cannot be written: No space left on device\n";
+    assert_eq!((output.status.code(), &*own_lines(&output.stderr)), (Some(1), line));
 }
