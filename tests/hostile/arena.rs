@@ -22,9 +22,11 @@ const GUEST_MEMORY_KIB: u64 = 64 << 10;
 /// guest could fill a disk.
 const LOG_SOURCES: usize = 6;
 
-/// The number of rounds for a guest's `rounds=`: exits take a hundred times as long on an emulated processor.
+/// The number of rounds for a guest's `rounds=`: exits take a hundred times as long on an emulated processor. What the guest does
+/// in them is the same in every run, unless HUSK_TEST_SEED is set (`scripts/soak hostile`).
 pub fn rounds(count: u32) -> String {
-    format!("rounds={}", if is_emulated() { (count / 50).max(1) } else { count })
+    let seed = std::env::var("HUSK_TEST_SEED").map_or(String::new(), |seed| format!(" seed={seed}"));
+    format!("rounds={}{seed}", if is_emulated() { (count / 50).max(1) } else { count })
 }
 
 /// A machine with a disk, entropy, a balloon and a vsock device on this bus.
@@ -124,6 +126,7 @@ impl Neighbour {
 /// Returns the result after the guest has ended the machine.
 #[track_caller]
 pub fn survives(hostile: Boot) -> Ran {
+    let tried = rounds_of(&hostile);
     let mut neighbour = Neighbour::start();
     let started = Instant::now();
     let (machine, pipe) = hostile.start_with(Stdio::piped());
@@ -155,7 +158,14 @@ pub fn survives(hostile: Boot) -> Ran {
     ran.expect(0);
     assert_well_ended(&ran, started.elapsed());
     neighbour.answers();
+    println!("{tried} rounds survived");
     ran
+}
+
+/// How often a guest does what it does.
+fn rounds_of(hostile: &Boot) -> u32 {
+    let words = hostile.command().get_args().filter_map(|word| word.to_str()).collect::<Vec<_>>().join(" ");
+    words.split(' ').find_map(|word| word.strip_prefix("rounds=")?.parse().ok()).unwrap_or(1)
 }
 
 /// Asserts that husk did not panic, and logged no more than it may in this time.
