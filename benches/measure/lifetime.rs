@@ -16,9 +16,9 @@ const BYTE: u8 = b'!';
 const RESET: i32 = 80;
 
 /// One run, in milliseconds.
-struct Life {
-    to_byte: f64,
-    to_exit: f64,
+pub struct Life {
+    pub to_byte: f64,
+    pub to_exit: f64,
 }
 
 /// A guest that prints one byte and resets the machine; in Firecracker, too, if there is one.
@@ -48,7 +48,7 @@ pub fn tiny_guest() -> Result<()> {
 }
 
 /// Runs a VMM to its end. Firecracker exits with 0.
-fn live(command: &mut Command) -> Result<Life> {
+pub fn live(command: &mut Command) -> Result<Life> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let start = Instant::now();
     let millis = || start.elapsed().as_secs_f64() * 1e3;

@@ -11,6 +11,7 @@ mod lifetime;
 mod memory;
 mod parse;
 mod peer;
+mod sandbox;
 mod startup;
 mod wakeup;
 
@@ -64,8 +65,10 @@ fn output_of(mut command: Command) -> Result<String> {
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
-    let measurements: [Measurement; 10] = [
+    let measurements: [Measurement; 12] = [
         ("lifetime", lifetime::tiny_guest),
+        ("sandbox-starts", sandbox::starts),
+        ("sandbox-throughput", sandbox::throughput),
         ("startup", startup::first_run),
         ("kernel", startup::kernel_load),
         ("exits", exits::round_trips),

@@ -54,7 +54,7 @@ pub const FUNCTIONS: &str = concat!(env!("OUT_DIR"), "/functions.elf");
 pub const ENTROPY: &str = concat!(env!("OUT_DIR"), "/entropy.elf");
 /// Measures the cost of an exit.
 pub const TRIPS: &str = concat!(env!("OUT_DIR"), "/trips.elf");
-/// Measures a disk with a driver at CPL 3.
+/// Measures a disk or a network with a driver at CPL 3.
 pub const DRIVE: &str = concat!(env!("OUT_DIR"), "/drive.elf");
 
 /// The guest with this name: `exit`, `power`, …
