@@ -1,8 +1,10 @@
-//! Network frames that a driver must not send, to a tap device of husk's and to passt.
+//! Network frames that a driver must not send, to passt and to a tap device that husk or vhost-net serves; and the rings that
+//! vhost-net must refuse.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::net::UdpSocket;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,7 +13,7 @@ use std::time::Duration;
 use husk_guests as guests;
 
 use crate::arena::{DISK_BYTES, machine, rounds, survives};
-use crate::husk::{disk_image, is_emulated};
+use crate::husk::{Ran, disk_image, is_emulated};
 use crate::uplink;
 
 /// More than Ethernet's, so that frames are as large as possible.
@@ -22,10 +24,36 @@ const SETUP: &[&str] = &[
     "neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev tap0",
 ];
 
+/// The number of lines that husk logs when vhost-net refuses a ring.
+fn refusals(ran: &Ran) -> usize {
+    ran.stderr.matches("(vhost) found a ring or a descriptor that makes no sense").count()
+}
+
+#[track_caller]
+fn refuses_nothing(ran: &Ran) {
+    assert_eq!(refusals(ran), 0, "{}", ran.stderr);
+}
+
 /// Runs the guest on both buses, on a tap device in a network namespace of its own; skips the test with a visible message if
 /// that is not permitted. All the time, the host sends the guest what it did not ask for.
 #[track_caller]
 fn on_tap(guest: &str, words: &str) {
+    on_tap_served(guest, words, "vhost=off", refuses_nothing);
+}
+
+/// The same with vhost-net; `check` is passed each result. Skips the test with a visible message if the host does not have it.
+#[track_caller]
+fn on_vhost(guest: &str, words: &str, check: impl Fn(&Ran) + Sync) {
+    if Path::new("/dev/vhost-net").exists() {
+        on_tap_served(guest, words, "vhost=on", check);
+    } else {
+        assert!(std::env::var_os("HUSK_TEST_REQUIRE_VHOST").is_none(), "this host must have vhost-net");
+        eprintln!("SKIPPED: this host has no vhost-net");
+    }
+}
+
+#[track_caller]
+fn on_tap_served(guest: &str, words: &str, vhost: &str, check: impl Fn(&Ran) + Sync) {
     let over = AtomicBool::new(false);
     let test = || {
         if let Err(error) = leave_network() {
@@ -38,8 +66,9 @@ fn on_tap(guest: &str, words: &str) {
             let _over = SetAtEnd(&over);
             for transport in ["mmio", "pci"] {
                 let (dir, _) = disk_image(DISK_BYTES);
-                let network = "tap=tap0,vhost=off,mac=02:00:00:00:00:02";
-                survives(machine(guest, words, transport, dir.path()).flag("--cpus", "2").flag("--network", network));
+                let network = format!("tap=tap0,{vhost},mac=02:00:00:00:00:02");
+                let hostile = machine(guest, words, transport, dir.path()).flag("--cpus", "2");
+                check(&survives(hostile.flag("--network", network)));
             }
         });
     };
@@ -130,4 +159,32 @@ fn queues_of_a_network_device_may_be_impossible() {
     for what in &all[..if is_emulated() { 2 } else { all.len() }] {
         on_tap(guests::STORM, &format!("do={what} {}", rounds(100)));
     }
+}
+
+#[test]
+fn frames_that_vhost_net_does_not_take_harm_nothing() {
+    needs_kvm!();
+    on_vhost(guests::VHOST, &format!("do=headers {}", rounds(2000)), refuses_nothing);
+    on_vhost(guests::FRAMES, &format!("do=receive {}", rounds(60)), |_| ());
+}
+
+#[test]
+fn rings_that_vhost_net_refuses_need_a_reset() {
+    needs_kvm!();
+    let refused = |ran: &Ran| assert!(refusals(ran) > 0, "the kernel has refused nothing: {}", ran.stderr);
+    on_vhost(guests::VHOST, "do=chains", refused);
+    on_vhost(guests::VHOST, "do=jumps", refused);
+    on_vhost(guests::VHOST, &format!("do=race {}", rounds(300)), refused);
+}
+
+#[test]
+fn a_reset_ends_what_vhost_net_has_under_way() {
+    needs_kvm!();
+    on_vhost(guests::VHOST, &format!("do=resets {}", rounds(100)), refuses_nothing);
+}
+
+#[test]
+fn storms_of_doorbells_reach_vhost_net_only() {
+    needs_kvm!();
+    on_vhost(guests::VHOST, &format!("do=doorbells {}", rounds(5000)), refuses_nothing);
 }

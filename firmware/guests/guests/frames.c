@@ -1,20 +1,9 @@
 /* Frames that a driver must not send: `do=headers` that lie, `do=lengths` from nothing to 4 GiB, `do=receive` buffers of any
  * size and place, `do=commands` of the control queue. Before and after, the network answers. */
-#include "arena.h"
 #include "cpu.h"
+#include "network.h"
 
 enum {
-    RX = 0,
-    TX = 1,
-    RX_RING = 64,
-    TX_RING = 256,
-    HEADER = 12,
-    RX_BUFFER = 2048,
-    RX_AREA = ARENA,
-    TX_AREA = ARENA + (16 << 20),
-    ARP_FRAME = 42,
-    ARP = 0x0608,
-    ARP_REPLY = 0x0200,
     F_MULTIQUEUE = 22,
     F_CONTROL = 17,
     CONFIG_PAIRS = 8,
@@ -29,121 +18,21 @@ struct header {
     u16 headers_len, segment_len, checksum_start, checksum_offset, buffers;
 } __attribute__((packed));
 
-struct ethernet {
-    u8 to[6], from[6];
-    u16 type;
-} __attribute__((packed));
-
-/* Of Ethernet and IPv4 (RFC 826). */
-struct arp {
-    struct ethernet ethernet;
-    u16 hardware, protocol;
-    u8 hardware_len, protocol_len;
-    u16 operation;
-    u8 from[6], from_ip[4], to[6], to_ip[4];
-} __attribute__((packed));
-
 static const u8 tcp4[] = {2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, 0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 9, 0, 2,
                           10, 9, 0, 1, 0x40, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0};
 
-static struct virtio device;
-static struct queue rx, tx, control;
-static unsigned answers;
-
-static void offer_buffers(void)
-{
-    for (unsigned i = 0; i < rx.size; i++) {
-        set_descriptor(&rx, i, (u8 *)RX_AREA + i * RX_BUFFER, RX_BUFFER, DESC_WRITE, 0);
-        queue_offer(&rx, i);
-    }
-    queue_ring(&rx);
-}
-
-static void start_queues(void)
-{
-    queue_start(&device, RX, RX_RING, &rx);
-    queue_start(&device, TX, TX_RING, &tx);
-    virtio_ready(&device);
-}
-
-static void start(u64 features)
-{
-    restart(&device, features);
-    start_queues();
-    offer_buffers();
-}
-
-/* Takes the device's frames, counts answers, and returns the buffers. */
-static void take(void)
-{
-    struct used_entry entry;
-    bool any = false;
-    while (queue_take(&rx, &entry)) {
-        CHECK(entry.id < rx.size && entry.len <= RX_BUFFER);
-        struct arp *arp = (void *)((u8 *)RX_AREA + entry.id * RX_BUFFER + HEADER);
-        answers += entry.len >= HEADER + ARP_FRAME && arp->ethernet.type == ARP && arp->operation == ARP_REPLY;
-        queue_offer(&rx, entry.id);
-        any = true;
-    }
-    if (any)
-        queue_ring(&rx);
-}
-
-/* Sends the chain at descriptor 0. False if the device needs a reset. */
-static bool send_chain(void)
-{
-    struct used_entry entry;
-    queue_offer(&tx, 0);
-    queue_ring(&tx);
-    u64 start = rdtsc();
-    for (unsigned polls = 0; !queue_take(&tx, &entry); polls++) {
-        if (polls % 1024 == 1023 && virtio_status(&device) & STATUS_NEEDS_RESET)
-            return false;
-        CHECK(!waited_too_long(start));
-    }
-    CHECK(entry.id == 0 && entry.len == 0);
-    return true;
-}
-
-/* Who has 10.9.0.1? False if the device needs a reset. */
-static bool ask(void)
-{
-    struct arp arp = {.ethernet = {.type = ARP}, .hardware = 0x0100, .protocol = 0x0008, .hardware_len = 6, .protocol_len = 4,
-                      .operation = 0x0100, .from_ip = {10, 9, 0, 2}, .to_ip = {10, 9, 0, 1}};
-    memset(arp.ethernet.to, 0xff, 6);
-    for (unsigned i = 0; i < 6; i++)
-        arp.from[i] = arp.ethernet.from[i] = read8(device.config + i);
-    memset((void *)TX_AREA, 0, HEADER);
-    memcpy((u8 *)TX_AREA + HEADER, &arp, sizeof arp);
-    set_descriptor(&tx, 0, (void *)TX_AREA, HEADER + sizeof arp, 0, 0);
-    return send_chain();
-}
-
-/* The network is as good as ever. */
-static void check_network(void)
-{
-    start(0);
-    unsigned before = answers;
-    u64 begun = rdtsc();
-    for (u64 asked = 0; take(), answers == before;) {
-        CHECK(!waited_too_long(begun));
-        /* What is lost is asked again. */
-        if (rdtsc() - asked > 1 << 28) {
-            CHECK(ask());
-            asked = rdtsc();
-        }
-    }
-}
+static struct network network;
+static struct queue control;
 
 /* Starts the device with some of its features: it refuses those that need others. */
 static void start_with_any(void)
 {
-    u64 offered = virtio_offered(&device);
-    restart(&device, 0);
-    while (!virtio_start(&device, offered & (chance(1ull << 32) | (chance(2) ? ~0ull : 0))))
+    u64 offered = virtio_offered(&network.device);
+    restart(&network.device, 0);
+    while (!virtio_start(&network.device, offered & (chance(1ull << 32) | (chance(2) ? ~0ull : 0))))
         ;
-    start_queues();
-    offer_buffers();
+    network_start_queues(&network);
+    network_offer_buffers(&network);
 }
 
 static struct header some_header(void)
@@ -172,11 +61,11 @@ static void headers(void)
         for (u16 piece = 0; left; piece++) {
             u32 len = piece == 3 || chance(2) ? left : chance(left < 20 ? left : 20) + 1;
             left -= len;
-            set_descriptor(&tx, piece, (void *)at, len, left ? DESC_NEXT : 0, piece + 1);
+            set_descriptor(&network.tx, piece, (void *)at, len, left ? DESC_NEXT : 0, piece + 1);
             at += len;
         }
-        CHECK(send_chain());
-        take();
+        CHECK(network_send_chain(&network));
+        network_take(&network);
     }
 }
 
@@ -193,14 +82,14 @@ static void lengths(void)
         for (unsigned i = 0; i < pieces; i++) {
             u64 address = chance(4) ? TX_AREA : some_address();
             u16 flags = i + 1 < pieces ? DESC_NEXT : 0;
-            set_descriptor(&tx, i, (void *)address, chance(2) ? len : ONE_OF(lens), flags, i + 1);
+            set_descriptor(&network.tx, i, (void *)address, chance(2) ? len : ONE_OF(lens), flags, i + 1);
         }
-        CHECK(send_chain());
-        take();
+        CHECK(network_send_chain(&network));
+        network_take(&network);
     }
     /* A frame that only the device may write is none. */
-    set_descriptor(&tx, 0, (void *)TX_AREA, 100, DESC_WRITE, 0);
-    CHECK(send_chain());
+    set_descriptor(&network.tx, 0, (void *)TX_AREA, 100, DESC_WRITE, 0);
+    CHECK(network_send_chain(&network));
 }
 
 /* Buffers that are too small, none, nowhere, or not to be written. */
@@ -211,23 +100,23 @@ static void receive(void)
     unsigned received = 0;
     u64 count = rounds(100);
     for (u64 round = 0; round < count; round++) {
-        restart(&device, 0);
-        virtio_start(&device, chance(2) ? ~0ull : 0);
-        start_queues();
+        restart(&network.device, 0);
+        virtio_start(&network.device, chance(2) ? ~0ull : 0);
+        network_start_queues(&network);
         bool is_mild = chance(2), has_one_len = chance(2);
         u32 len = ONE_OF(lens);
-        for (unsigned i = 0; i < rx.size; i++) {
+        for (unsigned i = 0; i < network.rx.size; i++) {
             u64 address = is_mild || chance(16) ? RX_AREA + chance(64) * 4096 : some_address();
-            u16 flags = (is_mild || chance(16) ? DESC_WRITE : 0) | (chance(2) && i + 1u < rx.size ? DESC_NEXT : 0);
-            set_descriptor(&rx, i, (void *)address, has_one_len ? len : ONE_OF(lens), flags, i + 1);
-            queue_offer(&rx, chance(8) ? i : chance(rx.size));
+            u16 flags = (is_mild || chance(16) ? DESC_WRITE : 0) | (chance(2) && i + 1u < network.rx.size ? DESC_NEXT : 0);
+            set_descriptor(&network.rx, i, (void *)address, has_one_len ? len : ONE_OF(lens), flags, i + 1);
+            queue_offer(&network.rx, chance(8) ? i : chance(network.rx.size));
         }
-        queue_ring(&rx);
-        for (unsigned i = 0; i < 4 && ask(); i++) {
+        queue_ring(&network.rx);
+        for (unsigned i = 0; i < 4 && network_ask(&network); i++) {
             u64 start = rdtsc();
             while (rdtsc() - start < 1 << 20)
-                if (queue_take(&rx, &entry)) {
-                    CHECK(entry.id < rx.size);
+                if (queue_take(&network.rx, &entry)) {
+                    CHECK(entry.id < network.rx.size);
                     received++;
                 }
         }
@@ -242,13 +131,13 @@ static void commands(void)
     static const u16 counts[] = {0, 1, 2, 3, 0x7fff, 0x8000, 0xffff};
     static const u32 rooms[] = {1, 2, 4096}, lens[] = {0, 1, 2, 3, 4, 5, 64, 0x10000};
     u8 *command = (void *)TX_AREA, *answer = (void *)RX_AREA;
-    u16 pairs = read16(device.config + CONFIG_PAIRS);
+    u16 pairs = read16(network.device.config + CONFIG_PAIRS);
     CHECK(pairs == 2);
     for (u64 round = 0, count = rounds(2000); round < count; round++) {
         if (round % 100 == 0) {
-            restart(&device, FEATURE(F_MULTIQUEUE) | FEATURE(F_CONTROL));
-            queue_start(&device, 2 * pairs, 64, &control);
-            start_queues();
+            restart(&network.device, FEATURE(F_MULTIQUEUE) | FEATURE(F_CONTROL));
+            queue_start(&network.device, 2 * pairs, 64, &control);
+            network_start_queues(&network);
         }
         u16 wanted = ONE_OF(counts);
         /* A change of their number is limited to 20 in a second. */
@@ -282,10 +171,10 @@ static void commands(void)
 
 int guest_main(void)
 {
-    if (!virtio_find(VIRTIO_NETWORK, 0, &device))
+    if (!virtio_find(VIRTIO_NETWORK, 0, &network.device))
         return EXIT_MISSING;
     /* The host may start what serves the network only now. */
-    check_network();
+    network_check(&network, 0);
     arm();
     if (told_to("headers"))
         headers();
@@ -297,6 +186,6 @@ int guest_main(void)
         commands();
     else
         return EXIT_BAD_COMMAND_LINE;
-    check_network();
+    network_check(&network, 0);
     spend();
 }

@@ -46,6 +46,8 @@ pub const PAGES: &str = concat!(env!("OUT_DIR"), "/pages.elf");
 pub const PACKETS: &str = concat!(env!("OUT_DIR"), "/packets.elf");
 /// Sends network frames that a driver must not send.
 pub const FRAMES: &str = concat!(env!("OUT_DIR"), "/frames.elf");
+/// Breaks the rings of a network device that the host's kernel serves.
+pub const VHOST: &str = concat!(env!("OUT_DIR"), "/vhost.elf");
 /// Speaks the protocol of husk's init, against its rules.
 pub const LIAR: &str = concat!(env!("OUT_DIR"), "/liar.elf");
 /// Configures PCI functions as no driver does.
