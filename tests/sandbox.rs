@@ -15,7 +15,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use husk::memory::GuestBuffers;
-use husk::sandbox::{self, Confinement, Layers, ThreadRole, task};
+use husk::sandbox::task::{self, Confined};
+use husk::sandbox::{self, Confinement, Layers, ThreadRole};
 use husk::sys::fork::{self, Files, Split};
 use husk::sys::uring::Ring;
 use husk::sys::violation::Report;
@@ -207,9 +208,11 @@ fn the_network_is_out_of_reach() {
     for family in [libc::AF_INET, libc::AF_INET6, libc::AF_UNIX, libc::AF_NETLINK, libc::AF_PACKET] {
         let new = numbers(libc::SYS_socket, [family.into(), libc::SOCK_DGRAM.into(), 0, 0]);
         for role in ROLES {
+            assert_eq!(attempt(role, true, new.clone()), Outcome::Stopped(libc::SYS_socket as u32), "{role:?}");
+            let stream = numbers(libc::SYS_socket, [family.into(), libc::SOCK_STREAM.into(), 0, 0]);
             let is_needed = role == ThreadRole::Downloader && matches!(family, libc::AF_INET | libc::AF_INET6);
             let expected = if is_needed { Outcome::Succeeded } else { Outcome::Stopped(libc::SYS_socket as u32) };
-            assert_eq!(attempt(role, true, new.clone()), expected, "{role:?}: {family}");
+            assert_eq!(attempt(role, true, stream), expected, "{role:?}: {family}");
         }
     }
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -348,7 +351,8 @@ fn what_a_thread_needs_works() {
 
 /// Runs a task that reads an image, without files.
 fn run_task(task: impl FnOnce() -> anyhow::Result<String>) -> anyhow::Result<String> {
-    task::run(ThreadRole::Unpacker, Vec::new(), task, &mut |question: String| {
+    let confined = Confined { role: ThreadRole::Unpacker, files: Vec::new(), file_bytes_max: 1 << 20 };
+    task::run(Some(&confined), task, &mut |question: String| {
         let file = File::open("/etc/passwd")?;
         anyhow::ensure!(question != "no", "no answer");
         Ok((format!("{question}!"), Some(file.into())))
@@ -370,11 +374,34 @@ fn a_task_gets_answers_and_files_and_returns_its_result() {
 }
 
 #[test]
+fn a_task_cannot_take_all_memory() {
+    let long = run_task(|| {
+        let memory = vec![1u8; 5 << 30];
+        Ok(memory.len().to_string())
+    });
+    // An allocation that fails ends it.
+    let error = format!("{:#}", long.unwrap_err());
+    assert!(error.contains("the process that reads it"), "{error}");
+}
+
+#[test]
+fn a_task_that_is_not_confined_answers_for_one_that_is() {
+    let mut answer = |question: String| Ok((format!("{question}, outer"), None));
+    let outer = || {
+        let inner = || Ok(task::ask::<String, String>("inner".to_owned())?.0);
+        let confined = Confined { role: ThreadRole::Downloader, files: Vec::new(), file_bytes_max: 0 };
+        task::run(Some(&confined), inner, &mut |question: String| task::ask::<String, String>(question))
+    };
+    assert_eq!(task::run(None, outer, &mut answer).unwrap(), "inner, outer");
+}
+
+#[test]
 fn a_task_that_fails_or_was_taken_over_is_reported() {
     let error = |task: fn() -> anyhow::Result<String>| format!("{:#}", run_task(task).unwrap_err());
     assert_eq!(error(|| Err(anyhow::anyhow!("cause").context("it failed"))), "it failed: cause");
     assert_eq!(error(|| fork::exit_now(0)), "the process that reads it has failed");
-    assert_eq!(error(|| panic!("by intent")), "the process that reads it has failed");
+    assert_eq!(error(|| fork::exit_now(7)), "the process that reads it has failed: it exited with 7");
+    assert!(error(|| panic!("by intent")).ends_with("by intent"));
     let stopped = error(|| Ok(std::fs::read_to_string("/etc/passwd")?));
     assert!(stopped.ends_with(&format!("made system call {}", libc::SYS_openat)), "{stopped}");
     let threads = run_task(|| {

@@ -11,10 +11,13 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 
 use super::config::JSON_MAX_BYTES;
+use super::digest::{Digest, Hasher};
 use super::members::Members;
 use super::outside::Outside;
 use super::tar::{Skip, shown};
@@ -132,22 +135,42 @@ impl Bundle<'_> {
     }
 }
 
-/// Opens a file in a directory of parts for who reads them. The directory is trusted like a root directory: links are
-/// followed, and the content must match the requested digest.
+/// Opens a file in a directory of parts for who reads them, who may have been taken over. Links are followed within the
+/// directory. A blob of an image layout may be a link to elsewhere, as some build tools make them, if it has the digest that
+/// it is named by.
 pub fn open_in(dir: &Path, path: &str) -> Result<File> {
     let names = components(path.as_bytes())?;
     ensure!(!names.is_empty(), "it does not exist");
     let full = dir.join(OsStr::from_bytes(&names.join(&b'/')));
-    // Otherwise a FIFO without a writer would block.
-    let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&full) {
-        Err(error) => match fs::read_link(&full) {
-            Ok(target) => bail!("the link {} points to {}: {error}", full.display(), target.display()),
-            Err(_) => return Err(error.into()),
-        },
-        Ok(file) => file,
+    let shown = |error: io::Error| match fs::read_link(&full) {
+        Ok(target) => anyhow!("the link {} points to {}: {error}", full.display(), target.display()),
+        Err(_) => error.into(),
     };
-    ensure!(file.metadata()?.is_file(), "it is not a regular file");
+    let top = File::options().read(true).custom_flags(libc::O_DIRECTORY).open(dir)?;
+    let find = |resolve| openat2(&top, names.join(&b'/'), OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve);
+    let within = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    let (found, digest) = match (find(within), blob_digest(&names)) {
+        (Err(Errno::XDEV), Some(digest)) => (find(ResolveFlags::NO_MAGICLINKS), Some(digest)),
+        (Err(Errno::XDEV), None) => bail!("the link {} leads out of {}", full.display(), dir.display()),
+        (found, _) => (found, None),
+    };
+    let found = found.map_err(|error| shown(error.into()))?;
+    // Before it is opened for reading, which blocks for a FIFO and has effects for some devices.
+    ensure!(FileType::from_raw_mode(fstat(&found)?.st_mode) == FileType::RegularFile, "it is not a regular file");
+    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd())).map_err(shown)?;
+    if let Some(digest) = digest {
+        let mut hasher = Hasher::default();
+        io::copy(&mut Part::whole(file.try_clone()?)?, &mut hasher)?;
+        let found = hasher.digest();
+        ensure!(found == digest, "the link {} leads to a file with digest {found}", full.display());
+    }
     Ok(file)
+}
+
+/// The digest that a blob of an image layout is named by.
+fn blob_digest(names: &[&[u8]]) -> Option<Digest> {
+    let [b"blobs", b"sha256", name] = names else { return None };
+    Digest::from_hex(std::str::from_utf8(name).ok()?)
 }
 
 /// Reads a manifest, an index or a configuration.

@@ -5,7 +5,6 @@ use serde::Deserialize;
 
 use super::bundle::{Bundle, read_json};
 use super::config::ImageConfig;
-use super::digest::Digest;
 use super::reference::same_name;
 use super::{Image, Layer};
 
@@ -43,7 +42,9 @@ pub fn image(bundle: &Bundle<'_>, wanted: Option<&str>) -> Result<Image> {
         // The compressed layer has no digest: its uncompressed content is verified.
         Ok(Layer { part: bundle.part(path)?, blob: None, diff_id: Some(diff_id) })
     });
-    Ok(Image { id: Digest::of(&json), layers: layers.collect::<Result<_>>()?, config, names: names_of(entry) })
+    let config_json = String::from_utf8(json).context("read the image's configuration")?;
+    let layers = layers.collect::<Result<_>>()?;
+    Ok(Image { config, config_json, layers, names: names_of(entry) })
 }
 
 fn names_of(entry: &ManifestEntry) -> Vec<String> {

@@ -43,8 +43,8 @@ pub fn json(bytes: &[u8]) {
     }
     // Questions of processes that were taken over.
     let _ = serde_json::from_slice::<outside::Question>(bytes);
-    if let Ok(registry::Question::WantsLayers(image)) = serde_json::from_slice(bytes) {
-        let _ = image.check();
+    if let Ok(registry::Question::WantsLayers(documents)) = serde_json::from_slice(bytes) {
+        registry::find_in(&documents);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Imports an image or a root file system: a confined process reads the archive, and this one gives it files and names
 //! what it has written.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -24,10 +24,15 @@ use super::progress::{Follower, Progress};
 use super::root::{self, Root, RootLimits};
 use super::source::{self, Found};
 use super::store::{Store, Work};
-use crate::sandbox::{self, ThreadRole, task};
+use crate::sandbox::task::{self, Confined};
+use crate::sandbox::{self, ThreadRole};
 
 /// All of an image's names are stored in the index.
 const NAMES_MAX_BYTES: usize = 64 << 10;
+/// What a root file system may take beside the content of its files.
+const NAMES_IN_ROOT_MAX_BYTES: u64 = 2 << 30;
+/// A compressed archive that is unpacked to be read, and what a root file system's writer puts aside.
+const NEW_FILES_MAX: u32 = 2;
 
 /// What is imported.
 pub enum Input {
@@ -41,7 +46,7 @@ pub enum Input {
 
 /// An image or a root file system as the process that has read it describes it.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Description {
+enum Description {
     /// An image.
     Image(Box<ImageDescription>),
     /// A root file system's archive.
@@ -54,13 +59,28 @@ pub enum Description {
 
 /// The description of an image.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct ImageDescription {
-    /// The digest of its configuration.
-    pub id: Digest,
-    /// The configuration.
-    pub config: ImageConfig,
+struct ImageDescription {
+    /// The configuration, whose digest identifies the image: whoever has read it cannot claim to have read another one.
+    config_json: String,
     /// The names in its archive.
-    pub names: Vec<String>,
+    names: Vec<String>,
+}
+
+/// What was imported, verified as far as it can be.
+pub enum Made {
+    /// An image.
+    Image {
+        /// The digest of its configuration.
+        id: Digest,
+        /// The configuration.
+        config: Box<ImageConfig>,
+        /// The names in its archive.
+        names: Vec<String>,
+    },
+    /// A root file system.
+    Root,
+    /// The layers that were given.
+    Layers,
 }
 
 /// The result of reading.
@@ -82,20 +102,20 @@ struct Job<'a> {
 impl Store {
     /// Reads `input`, of several images the one named `image`, and builds its root file system, unless it is a directory
     /// with a root file system.
-    pub(super) fn read(
-        &self,
-        input: &Input,
-        image: Option<&str>,
-        progress: Progress,
-    ) -> Result<(Description, Option<Root>)> {
-        let import = Import { store: self, input, state: RefCell::default() };
+    pub(super) fn read(&self, input: &Input, image: Option<&str>, progress: Progress) -> Result<(Made, Option<Root>)> {
+        let import = Import { store: self, input, state: RefCell::default(), new_files: Cell::new(0) };
         let limits = RootLimits { unpacked_bytes: self.unpack_limit()? };
         let job = Job { input, image, platform: Platform::default(), form: self.form, limits };
         let read = if self.sandbox {
             let mut follower = Follower::new(progress);
             let mut answer = |question| outside::answer(&import, &mut follower, question);
             let read = || read(&job, &Remote, progress.reported(Remote::report));
-            task::run(ThreadRole::Unpacker, input.files(), read, &mut answer)?
+            let confined = Confined {
+                role: ThreadRole::Unpacker,
+                files: input.files(),
+                file_bytes_max: job.limits.unpacked_bytes.saturating_add(NAMES_IN_ROOT_MAX_BYTES),
+            };
+            task::run(Some(&confined), read, &mut answer)?
         } else {
             read(&job, &import, progress)?
         };
@@ -134,7 +154,7 @@ fn read(job: &Job, outside: &dyn Outside, progress: Progress) -> Result<Read> {
         Found::Image(image) => {
             image.config.check_platform()?;
             let unpacked_bytes = root::of_layers(&image.layers, outside, job.form, &job.limits, progress)?;
-            let description = ImageDescription { id: image.id, config: image.config, names: image.names };
+            let description = ImageDescription { config_json: image.config_json, names: image.names };
             Read { description: Description::Image(Box::new(description)), unpacked_bytes }
         }
         Found::RootArchive(archive) => {
@@ -150,6 +170,7 @@ struct Import<'a> {
     store: &'a Store,
     input: &'a Input,
     state: RefCell<State>,
+    new_files: Cell<u32>,
 }
 
 /// The state of a root file system that is built.
@@ -178,6 +199,8 @@ impl Outside for Import<'_> {
     }
 
     fn new_file(&self) -> Result<File> {
+        self.new_files.set(self.new_files.get() + 1);
+        ensure!(self.new_files.get() <= NEW_FILES_MAX, "too many files");
         self.store.nameless_file()
     }
 
@@ -204,15 +227,16 @@ impl Outside for Import<'_> {
         }
     }
 
-    fn root_key(&self) -> Result<Option<Digest>> {
+    fn root_key(&self, content: Digest) -> Result<Option<Digest>> {
         let mut state = self.state.borrow_mut();
         *state = match std::mem::take(&mut *state) {
             State::Hashing(work, before, hashing) => {
                 let Input::Archive(file, _) = self.input else { bail!("it is not an archive") };
                 let digest = hashing.join().map_err(|_| anyhow!("the thread that hashes it panicked"))??;
-                // It was hashed while the other process has read it.
+                // It was hashed while the other process has read it. Not every change shows in the file's state; the digest of
+                // the content that was read keeps such a root file system from being taken for that of another archive.
                 ensure!(before == FileState::of(file)?, "it was changed while it was read");
-                let key = root::key("packed archive", self.store.form, &[digest]);
+                let key = root::key("archive and content", self.store.form, &[digest, content]);
                 // The same root file system may have been built from another file, and machines may be using it.
                 self.store.existing_root(key, 0)?.map_or_else(|| State::Keyed(key, work), State::Exists)
             }
@@ -238,20 +262,31 @@ impl Import<'_> {
     }
 
     /// Names the file that was written. What `read` describes may be anything.
-    fn finish(self, read: Read) -> Result<(Description, Option<Root>)> {
+    fn finish(self, read: Read) -> Result<(Made, Option<Root>)> {
         let Read { description, unpacked_bytes } = read;
-        if let Description::Image(image) = &description {
-            image.config.check_size()?;
-            let names_bytes: usize = image.names.iter().map(String::len).sum();
-            ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
-        }
+        let made = match description {
+            Description::Image(image) => {
+                let names_bytes: usize = image.names.iter().map(String::len).sum();
+                ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
+                let id = Digest::of(image.config_json.as_bytes());
+                Made::Image { id, config: ImageConfig::parse(image.config_json.as_bytes())?.into(), names: image.names }
+            }
+            Description::RootArchive | Description::RootDirectory => Made::Root,
+            Description::Layers => Made::Layers,
+        };
         let root = match self.state.into_inner() {
-            State::Unknown if matches!(description, Description::RootDirectory) => return Ok((description, None)),
+            State::Unknown if matches!(made, Made::Root) && matches!(self.input, Input::Directory(_)) => {
+                return Ok((made, None));
+            }
             State::Keyed(key, work) => self.store.keep_root(key, work, unpacked_bytes)?,
             State::Exists(root) => Root { unpacked_bytes, ..root },
             State::Unknown | State::Hashing(..) => bail!("its root filesystem was not built"),
         };
-        Ok((description, Some(root)))
+        if let Made::Image { config, .. } = &made {
+            let expected = self.store.key_of_layers(&config.diff_ids);
+            ensure!(root.key == expected, "its root filesystem has other layers than its configuration");
+        }
+        Ok((made, Some(root)))
     }
 }
 
@@ -286,7 +321,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let begin = |input: &Input, sources: &[RootSource]| -> Vec<bool> {
-            let import = Import { store: &store, input, state: RefCell::default() };
+            let import = Import { store: &store, input, state: RefCell::default(), new_files: Cell::new(0) };
             sources.iter().map(|source| import.begin_root(source).is_ok()).collect()
         };
         let (own, other) = (Digest::of(b"own"), Digest::of(b"other"));
@@ -308,13 +343,32 @@ mod tests {
         let path = dir.path().join("x.tar");
         fs::write(&path, "one").unwrap();
         let input = Input::Archive(File::open(&path).unwrap(), Digest::of(b"x"));
-        let import = Import { store: &store, input: &input, state: RefCell::default() };
+        let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
         assert!(import.begin_root(&RootSource::Archive).unwrap().is_some());
         fs::write(&path, "another").unwrap();
-        let error = format!("{:#}", import.root_key().unwrap_err());
+        let error = format!("{:#}", import.root_key(Digest::of(b"")).unwrap_err());
         assert_eq!(error, "it was changed while it was read");
         let read = Read { description: Description::RootArchive, unpacked_bytes: 0 };
         assert!(import.finish(read).is_err());
+    }
+
+    #[test]
+    fn an_image_is_identified_by_its_configuration_and_has_its_layers() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let input = Input::Archive(store.nameless_file().unwrap(), Digest::of(b"x"));
+        let json = |layer: &[u8]| format!(r#"{{"rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#, Digest::of(layer));
+        let made = |begun: &[u8], config_json: String| {
+            let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
+            assert!(import.begin_root(&RootSource::Layers(vec![Digest::of(begun)])).unwrap().is_some());
+            let image = ImageDescription { config_json, names: Vec::new() };
+            import.finish(Read { description: Description::Image(Box::new(image)), unpacked_bytes: 0 })
+        };
+        let (Made::Image { id, .. }, _) = made(b"own", json(b"own")).unwrap() else { panic!("no image") };
+        assert_eq!(id, Digest::of(json(b"own").as_bytes()));
+        // It has built one root file system, and claims the configuration of another image.
+        let error = made(b"evil", json(b"good")).map(drop).unwrap_err();
+        assert!(format!("{error:#}").contains("other layers than its configuration"), "{error:#}");
     }
 
     #[test]
@@ -323,7 +377,7 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let input = Input::Archive(store.nameless_file().unwrap(), Digest::of(b"x"));
         for description in [Description::RootArchive, Description::Layers, Description::RootDirectory] {
-            let import = Import { store: &store, input: &input, state: RefCell::default() };
+            let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
             let found = import.finish(Read { description, unpacked_bytes: 0 });
             assert!(!matches!(found, Ok((_, Some(_)))));
         }

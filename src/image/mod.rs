@@ -78,8 +78,9 @@ pub struct Prepared {
 
 /// An image found in an archive, not verified yet except for its manifests.
 struct Image {
-    id: Digest,
     config: ImageConfig,
+    /// The configuration as it was read. Its digest identifies the image.
+    config_json: String,
     layers: Vec<Layer>,
     names: Vec<String>,
 }

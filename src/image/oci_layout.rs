@@ -60,8 +60,8 @@ fn suited<'a>(bundle: &Bundle<'_>, images: &[&'a Descriptor], platform: &Platfor
 }
 
 fn of_manifest(bundle: &Bundle<'_>, config: &Descriptor, layers: &[Descriptor], names: Vec<String>) -> Result<Image> {
-    let id = config.digest;
-    let config = ImageConfig::parse(&verified(bundle, config)?)?;
+    let json = verified(bundle, config)?;
+    let config = ImageConfig::parse(&json)?;
     ensure!(
         config.diff_ids.len() == layers.len(),
         "its configuration has {} layers, its manifest has {}",
@@ -71,7 +71,9 @@ fn of_manifest(bundle: &Bundle<'_>, config: &Descriptor, layers: &[Descriptor], 
     let layers = layers.iter().zip(&config.diff_ids).map(|(layer, &diff_id)| {
         Ok(Layer { part: blob(bundle, layer)?, blob: Some(layer.digest), diff_id: Some(diff_id) })
     });
-    Ok(Image { id, layers: layers.collect::<Result<_>>()?, config, names })
+    let config_json = String::from_utf8(json).context("read the image's configuration")?;
+    let layers = layers.collect::<Result<_>>()?;
+    Ok(Image { config, config_json, layers, names })
 }
 
 /// The part of a descriptor, if it has the correct size.

@@ -38,8 +38,9 @@ pub trait Outside {
     /// An empty file for a root file system; `None` if it exists already. Called once.
     fn begin_root(&self, source: &RootSource) -> Result<Option<File>>;
 
-    /// The key of the root file system whose source has been read completely; `None` if it exists already.
-    fn root_key(&self) -> Result<Option<Digest>>;
+    /// The key of the root file system whose source has been read completely, with the digest of its uncompressed content; `None`
+    /// if it exists already.
+    fn root_key(&self, content: Digest) -> Result<Option<Digest>>;
 }
 
 /// A call of [`Outside`] by another process, or its progress.
@@ -54,7 +55,7 @@ pub enum Question {
     /// [`Outside::begin_root`].
     BeginRoot(RootSource),
     /// [`Outside::root_key`].
-    RootKey,
+    RootKey(Digest),
     /// A step of the progress, which has no answer.
     Progress(Step),
 }
@@ -78,7 +79,7 @@ pub fn answer(outside: &dyn Outside, follower: &mut Follower, question: Question
         Question::HasOnlyKnownNames => (Answer::Is(outside.has_only_known_names()?), None),
         Question::NewFile => (Answer::Nothing, file(outside.new_file()?)),
         Question::BeginRoot(source) => (Answer::Nothing, outside.begin_root(&source)?.and_then(file)),
-        Question::RootKey => (Answer::Key(outside.root_key()?), None),
+        Question::RootKey(content) => (Answer::Key(outside.root_key(content)?), None),
         Question::Progress(step) => {
             follower.show(step);
             (Answer::Nothing, None)
@@ -119,8 +120,8 @@ impl Outside for Remote {
         self.file(Question::BeginRoot(source.clone()))
     }
 
-    fn root_key(&self) -> Result<Option<Digest>> {
-        let (Answer::Key(key), _) = task::ask(Question::RootKey)? else { bail!("another answer") };
+    fn root_key(&self, content: Digest) -> Result<Option<Digest>> {
+        let (Answer::Key(key), _) = task::ask(Question::RootKey(content))? else { bail!("another answer") };
         Ok(key)
     }
 }

@@ -14,6 +14,9 @@ const SHOWN_AFTER: Duration = Duration::from_millis(200);
 /// The interval between the steps that are reported to another process.
 const REPORT_INTERVAL: Duration = Duration::from_millis(50);
 
+/// The longest name of an operation of another process.
+const NAME_BYTES_MAX: usize = 40;
+
 /// A step of an operation that another process shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
@@ -86,7 +89,10 @@ impl Follower {
     /// Shows a step.
     pub fn show(&mut self, step: Step) {
         match step {
-            Step::Begin(what, total_bytes) => self.bar = Some(self.progress.bar(what, total_bytes)),
+            Step::Begin(what, total_bytes) => {
+                let what = foreign::start_of(&what, NAME_BYTES_MAX).to_owned();
+                self.bar = Some(self.progress.bar(what, total_bytes));
+            }
             Step::Done(bytes) => self.bar.iter().for_each(|bar| bar.set(bytes)),
             Step::End => self.bar = None,
         }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::{Context, Result, ensure};
 
 use super::bundle::Part;
-use super::digest::{Digest, Hashing};
+use super::digest::{Digest, Hasher, Hashing};
 use super::directory;
 use super::erofs::{FORMAT_VERSION, Form, Writer};
 use super::layer::{self, Whiteouts};
@@ -53,8 +53,8 @@ pub fn of_layers(
     let diff_ids = layers.iter().filter_map(|layer| layer.diff_id).collect();
     let Some(file) = outside.begin_root(&RootSource::Layers(diff_ids))? else { return Ok(0) };
     let mut maker = Maker::new(file, outside.new_file()?, form, limits);
-    let unpacked_bytes = maker.add_layers(layers, Whiteouts::Apply, progress)?;
-    maker.finish(outside.root_key()?).map(|()| unpacked_bytes)
+    let read = maker.add_layers(layers, Whiteouts::Apply, progress)?;
+    maker.finish(outside.root_key(read.content)?).map(|()| read.unpacked_bytes)
 }
 
 /// Builds the root file system in a tar archive, unless it exists. Returns its uncompressed size.
@@ -68,8 +68,8 @@ pub fn of_archive(
     let Some(file) = outside.begin_root(&RootSource::Archive)? else { return Ok(0) };
     let mut maker = Maker::new(file, outside.new_file()?, form, limits);
     let layer = Layer { part: archive.clone(), blob: None, diff_id: None };
-    let unpacked_bytes = maker.add_layers(&[layer], Whiteouts::Keep, progress)?;
-    maker.finish(outside.root_key()?).map(|()| unpacked_bytes)
+    let read = maker.add_layers(&[layer], Whiteouts::Keep, progress)?;
+    maker.finish(outside.root_key(read.content)?).map(|()| read.unpacked_bytes)
 }
 
 impl Store {
@@ -118,6 +118,13 @@ impl Store {
     }
 }
 
+/// What was read of layers.
+struct LayersRead {
+    unpacked_bytes: u64,
+    /// Identifies their uncompressed content.
+    content: Digest,
+}
+
 /// A root file system being built.
 struct Maker {
     tree: Tree,
@@ -137,25 +144,26 @@ impl Maker {
         self.writer.finish(&self.tree, key.first_half()).map(drop)
     }
 
-    /// Returns the uncompressed size of the layers.
-    fn add_layers(&mut self, layers: &[Layer], whiteouts: Whiteouts, progress: Progress) -> Result<u64> {
+    fn add_layers(&mut self, layers: &[Layer], whiteouts: Whiteouts, progress: Progress) -> Result<LayersRead> {
         let packed_bytes = layers.iter().map(|layer| layer.part.size_bytes).sum();
         let bar = progress.bar("preparing", packed_bytes);
-        let (mut unpacked_bytes, mut done_bytes) = (0, 0);
+        let (mut unpacked_bytes, mut done_bytes, mut content) = (0, 0, Hasher::default());
         for (number, layer) in (1..).zip(layers) {
             let what = || match layer.diff_id {
                 Some(_) => format!("layer {number} of {}", layers.len()),
                 None => "the archive".to_owned(),
             };
-            unpacked_bytes += self.add_layer(layer, whiteouts, unpacked_bytes, &bar, done_bytes).with_context(what)?;
+            let hasher = self.add_layer(layer, whiteouts, unpacked_bytes, &bar, done_bytes).with_context(what)?;
+            unpacked_bytes += hasher.len_bytes();
             done_bytes += layer.part.size_bytes;
+            content.update(hasher.digest().hex().as_bytes());
         }
-        Ok(unpacked_bytes)
+        Ok(LayersRead { unpacked_bytes, content: content.digest() })
     }
 
-    /// Applies and verifies a layer, and returns its uncompressed size. Also takes the uncompressed size before it, and the
-    /// number of bytes of layers read so far.
-    fn add_layer(&mut self, layer: &Layer, whiteouts: Whiteouts, before: u64, bar: &Bar, done: u64) -> Result<u64> {
+    /// Applies and verifies a layer. Also takes the uncompressed size before it, and the number of bytes of layers read
+    /// so far.
+    fn add_layer(&mut self, layer: &Layer, whiteouts: Whiteouts, before: u64, bar: &Bar, done: u64) -> Result<Hasher> {
         let verified = Arc::new(AtomicBool::new(layer.blob.is_none()));
         let read_bytes = Arc::new(AtomicU64::new(done));
         let part = Counted { reader: layer.part.clone(), read_bytes: read_bytes.clone() };
@@ -173,12 +181,11 @@ impl Maker {
         io::copy(&mut rest, &mut io::sink())?;
         ensure!(verified.load(Ordering::Relaxed), "it has data after its end");
         let hasher = rest.into_hasher();
-        let unpacked_bytes = hasher.len_bytes();
         if let Some(diff_id) = layer.diff_id {
-            let found = hasher.digest();
+            let found = hasher.clone().digest();
             ensure!(found == diff_id, "it unpacks to {found}, but the expected digest is {diff_id}");
         }
-        Ok(unpacked_bytes)
+        Ok(hasher)
     }
 }
 

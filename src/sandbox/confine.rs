@@ -117,6 +117,9 @@ impl Confinement {
             let prepare =
                 move || Preparation { network: (!layers.keeps_network).then(new_network), root: empty_root() };
             confinement.preparation = Some(super::spawn("sandbox", prepare).context("start a thread")?);
+        } else {
+            // The C library makes system calls for the first thread that are not allowed later.
+            let _ = super::spawn("sandbox", || ()).context("start a thread")?.join();
         }
         Ok(confinement)
     }

@@ -11,8 +11,8 @@ use std::process;
 use std::sync::OnceLock;
 
 use libc::{
-    BPF_ABS, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW,
-    SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP, sock_filter,
+    BPF_ABS, BPF_ALU, BPF_AND, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W,
+    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_TRAP, sock_filter,
 };
 
 use super::ThreadRole;
@@ -60,8 +60,8 @@ pub fn confine_this_thread(role: ThreadRole) {
 enum Verdict {
     /// It is allowed.
     Allowed,
-    /// It is allowed if one of these conditions holds.
-    If(Vec<Argument>),
+    /// It is allowed if all conditions of one of these sets hold.
+    If(Vec<Vec<Argument>>),
     /// It fails as on a kernel that does not have it (ENOSYS).
     Unsupported,
 }
@@ -72,7 +72,8 @@ fn compile(role: ThreadRole) -> Vec<sock_filter> {
     let mut calls: BTreeMap<u32, Verdict> = unsupported.collect();
     for call in tables::calls(role) {
         match calls.entry(call.number as u32).or_insert_with(|| Verdict::If(Vec::new())) {
-            Verdict::If(conditions) if !call.arguments.is_empty() => conditions.extend(call.arguments),
+            Verdict::If(sets) if call.needs_all => sets.push(call.arguments.to_vec()),
+            Verdict::If(sets) if !call.arguments.is_empty() => sets.extend(call.arguments.iter().map(|one| vec![*one])),
             verdict => *verdict = Verdict::Allowed,
         }
     }
@@ -113,17 +114,30 @@ fn decide(verdict: &Verdict) -> Vec<sock_filter> {
         Verdict::Unsupported => return vec![stop(SECCOMP_RET_ERRNO | libc::ENOSYS as u32)],
         Verdict::If(conditions) => conditions,
     };
-    let check = |condition: &Argument| {
-        let (index, holds) = match *condition {
-            Argument::Is(index, value) => (index, jump(BPF_JEQ, value, 0, 1)),
-            Argument::Lacks(index, bits) => (index, jump(BPF_JSET, bits, 1, 0)),
-            Argument::Has(index, bit) => (index, jump(BPF_JSET, bit, 0, 1)),
-            Argument::IsThisProcess(index) => (index, jump(BPF_JEQ, process::id(), 0, 1)),
+    conditions.iter().flat_map(|set| check_all(set)).chain([stop(SECCOMP_RET_TRAP)]).collect()
+}
+
+/// Allows the call if all conditions hold, and otherwise continues behind.
+fn check_all(conditions: &[Argument]) -> Vec<sock_filter> {
+    let mut rest = vec![stop(SECCOMP_RET_ALLOW)];
+    for condition in conditions.iter().rev() {
+        // A jump over what follows. A set has few conditions.
+        let over = rest.len() as u8;
+        let (index, test) = match *condition {
+            Argument::Is(index, value) => (index, vec![jump(BPF_JEQ, value, 0, over)]),
+            Argument::Lacks(index, bits) => (index, vec![jump(BPF_JSET, bits, over, 0)]),
+            Argument::Has(index, bit) => (index, vec![jump(BPF_JSET, bit, 0, over)]),
+            Argument::IsBut(index, mask, value) => (index, vec![and(!mask), jump(BPF_JEQ, value, 0, over)]),
+            Argument::IsThisProcess(index) => (index, vec![jump(BPF_JEQ, process::id(), 0, over)]),
         };
         // The lower half, which is all that the kernel uses of these arguments.
-        [load(ARGUMENTS + 8 * u32::from(index)), holds, stop(SECCOMP_RET_ALLOW)]
-    };
-    conditions.iter().flat_map(check).chain([stop(SECCOMP_RET_TRAP)]).collect()
+        rest = [vec![load(ARGUMENTS + 8 * u32::from(index))], test, rest].concat();
+    }
+    rest
+}
+
+fn and(mask: u32) -> sock_filter {
+    sock_filter { code: (BPF_ALU | BPF_AND | BPF_K) as u16, jt: 0, jf: 0, k: mask }
 }
 
 fn load(offset: u32) -> sock_filter {
@@ -173,12 +187,27 @@ mod tests {
                     };
                     0
                 }
+                _ if is(BPF_ALU | BPF_AND | BPF_K) => {
+                    loaded &= k;
+                    0
+                }
                 _ if is(BPF_JMP | BPF_JA) => k as usize,
                 _ if is(BPF_JMP | BPF_JEQ | BPF_K) => branch(loaded == k),
                 _ if is(BPF_JMP | BPF_JGE | BPF_K) => branch(loaded >= k),
                 _ if is(BPF_JMP | BPF_JSET | BPF_K) => branch(loaded & k != 0),
                 _ => panic!("{code:#x}"),
             };
+        }
+    }
+
+    /// An argument that meets a condition, by its index.
+    fn meeting(condition: &Argument) -> (u8, u32) {
+        match *condition {
+            Argument::Is(index, value) => (index, value),
+            Argument::Lacks(index, bits) => (index, !bits),
+            Argument::Has(index, bit) => (index, bit),
+            Argument::IsBut(index, mask, value) => (index, value | mask),
+            Argument::IsThisProcess(index) => (index, process::id()),
         }
     }
 
@@ -197,20 +226,22 @@ mod tests {
                 let (action, steps) = run(&program, ARCH_X86_64, number, none);
                 assert_eq!(action == SECCOMP_RET_ALLOW, any, "{role:?}: {number}");
                 assert!(steps < 100, "{role:?}: {number} takes {steps}");
-                for argument in of_number().flat_map(|call| call.arguments) {
-                    let mut arguments = [u64::MAX; 6];
-                    let (index, value) = match *argument {
-                        Argument::Is(index, value) => (index, value),
-                        Argument::Lacks(index, bits) => (index, !bits),
-                        Argument::Has(index, bit) => (index, bit),
-                        Argument::IsThisProcess(index) => (index, process::id()),
-                    };
-                    arguments[usize::from(index)] = value.into();
-                    assert_eq!(
-                        run(&program, ARCH_X86_64, number, arguments).0,
-                        SECCOMP_RET_ALLOW,
-                        "{role:?}: {number}"
-                    );
+                for call in of_number().filter(|call| !call.arguments.is_empty()) {
+                    let sets: Vec<&[Argument]> =
+                        if call.needs_all { vec![call.arguments] } else { call.arguments.chunks(1).collect() };
+                    for set in sets {
+                        let mut met = [u64::MAX; 6];
+                        for (index, value) in set.iter().map(meeting) {
+                            met[usize::from(index)] = value.into();
+                        }
+                        let action = |arguments| run(&program, ARCH_X86_64, number, arguments).0;
+                        assert_eq!(action(met), SECCOMP_RET_ALLOW, "{role:?}: {number}");
+                        for (index, _) in set.iter().map(meeting).filter(|_| call.needs_all) {
+                            let mut broken = met;
+                            broken[usize::from(index)] = 0xffff_ff00;
+                            assert_eq!(action(broken), SECCOMP_RET_TRAP, "{role:?}: {number}");
+                        }
+                    }
                 }
                 allowed += usize::from(of_number().count() > 0);
             }

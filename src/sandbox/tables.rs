@@ -25,25 +25,43 @@ pub enum Argument {
     Lacks(u8, u32),
     /// It has this bit.
     Has(u8, u32),
+    /// It has this value without the bits of a mask: `(index, mask, value)`.
+    IsBut(u8, u32, u32),
     /// It is the ID of this process.
     IsThisProcess(u8),
 }
 
-/// An allowed call: if one of the conditions holds, or there are none.
+/// An allowed call: if one of the conditions holds, or there are none; or if all of a set of conditions hold.
 #[derive(Debug, Clone, Copy)]
 pub struct Call {
     /// Its number.
     pub number: i64,
     /// The conditions.
     pub arguments: &'static [Argument],
+    /// Whether all of them must hold.
+    pub needs_all: bool,
 }
 
 const fn any(number: i64) -> Call {
-    Call { number, arguments: &[] }
+    Call { number, arguments: &[], needs_all: false }
 }
 
 const fn only(number: i64, arguments: &'static [Argument]) -> Call {
-    Call { number, arguments }
+    Call { number, arguments, needs_all: false }
+}
+
+const fn all(number: i64, arguments: &'static [Argument]) -> Call {
+    Call { number, arguments, needs_all: true }
+}
+
+/// A new TCP socket of this family (socket(2)).
+const fn tcp(family: i32) -> [Argument; 3] {
+    let flags = (libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) as u32;
+    [
+        Argument::Is(0, family as u32),
+        Argument::IsBut(1, flags, libc::SOCK_STREAM as u32),
+        Argument::IsBut(2, libc::IPPROTO_TCP as u32, 0),
+    ]
 }
 
 /// The second argument of ioctl(2).
@@ -216,10 +234,14 @@ const TASK: &[Call] = &[
 
 /// Connections to registries.
 const DOWNLOADER: &[Call] = &[
-    only(SYS_socket, &[Argument::Is(0, libc::AF_INET as u32), Argument::Is(0, libc::AF_INET6 as u32)]),
+    all(SYS_socket, &tcp(libc::AF_INET)),
+    all(SYS_socket, &tcp(libc::AF_INET6)),
     any(SYS_connect),
     any(SYS_getsockopt),
-    any(SYS_setsockopt),
+    // ureq: no delay; std: timeouts.
+    all(SYS_setsockopt, &[Argument::Is(1, libc::IPPROTO_TCP as u32), Argument::Is(2, libc::TCP_NODELAY as u32)]),
+    all(SYS_setsockopt, &[Argument::Is(1, libc::SOL_SOCKET as u32), Argument::Is(2, libc::SO_RCVTIMEO as u32)]),
+    all(SYS_setsockopt, &[Argument::Is(1, libc::SOL_SOCKET as u32), Argument::Is(2, libc::SO_SNDTIMEO as u32)]),
     any(SYS_getpeername),
     any(SYS_getsockname),
     any(SYS_recvfrom),

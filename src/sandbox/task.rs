@@ -1,4 +1,4 @@
-//! Runs a task that reads foreign data in a confined copy of this process.
+//! Runs a task that reads foreign data, or secrets, in a copy of this process, confined if it reads foreign data.
 //!
 //! ```text
 //! run ─ fork ─┬ this process: answers questions, logs ──────── Ending ─> result
@@ -11,14 +11,15 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::panic;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{Pid, Resource, Rlimit, WaitOptions, WaitStatus, waitpid};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Confinement, Layers, ThreadRole};
+use crate::foreign;
 use crate::sys::fork::{self, Files, Split};
 use crate::sys::violation::Report;
 use crate::sys::{arguments, socket};
@@ -30,8 +31,15 @@ const PACKET_BYTES: usize = 16 << 10;
 const MORE: u8 = 0;
 const LAST: u8 = 1;
 
-/// The socket of this process, if it is a copy that runs a task.
-static LINK: OnceLock<Mutex<UnixDatagram>> = OnceLock::new();
+/// The longest line of the log, and the longest error, that are taken from a copy.
+const TEXT_BYTES_MAX: usize = 4096;
+/// The memory that a confined copy may map: some times what an image of the maximum size takes.
+const MEMORY_BYTES_MAX: u64 = 4 << 30;
+/// The files that it may have beside those that it is given.
+const FILES_MAX: u64 = 64;
+
+/// The socket of this process, if it is a copy that runs a task. A copy of a copy has another one.
+static LINK: Mutex<Option<UnixDatagram>> = Mutex::new(None);
 
 /// What the copy sends.
 #[derive(Serialize, Deserialize)]
@@ -51,10 +59,10 @@ pub type Answer<A> = (A, Option<OwnedFd>);
 
 /// Asks the process that has started this task, and waits for the answer. One question at a time; any thread.
 pub fn ask<Q: Serialize, A: DeserializeOwned>(question: Q) -> Result<Answer<A>> {
-    let link = LINK.get().context("this process runs no task")?;
-    let socket = link.lock().unwrap_or_else(PoisonError::into_inner);
-    send(&socket, &Message::<Q, ()>::Question(question), None)?;
-    let (bytes, file) = receive(&socket)?.context("the process that answers is gone")?;
+    let link = link();
+    let socket = link.as_ref().context("this process runs no task")?;
+    send(socket, &Message::<Q, ()>::Question(question), None)?;
+    let (bytes, file) = receive(socket)?.context("the process that answers is gone")?;
     let answer: Result<A, String> = serde_json::from_slice(&bytes)?;
     Ok((answer.map_err(|error| anyhow!(error))?, file))
 }
@@ -65,27 +73,40 @@ pub fn tell<Q: Serialize>(notice: Q) -> Result<()> {
 }
 
 fn send_to_link<Q: Serialize, R: Serialize>(message: &Message<Q, R>) -> Result<()> {
-    let link = LINK.get().context("this process runs no task")?;
-    send(&link.lock().unwrap_or_else(PoisonError::into_inner), message, None)
+    let link = link();
+    send(link.as_ref().context("this process runs no task")?, message, None)
+}
+
+fn link() -> MutexGuard<'static, Option<UnixDatagram>> {
+    LINK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Sends a line for the log to the process that answers, if this process runs a task. Any thread.
 pub fn forward_log(record: &log::Record) -> bool {
-    if LINK.get().is_none() {
-        return false;
-    }
-    let _ = send_to_link(&Message::<(), ()>::Log(record.level() as usize, record.args().to_string()));
-    true
+    let text = record.args().to_string();
+    send_to_link(&Message::<(), ()>::Log(record.level() as usize, text)).is_ok()
 }
 
-/// Runs `task` with the filter of `role` in a copy of this process, which has only the files in `shared` and what `answer`
-/// returns to its questions. Returns the task's result, which like its questions may be anything of its type.
+/// How a copy of this process is confined.
+#[derive(Debug, Clone)]
+pub struct Confined {
+    /// The filter of its threads.
+    pub role: ThreadRole,
+    /// The files that it has.
+    pub files: Vec<RawFd>,
+    /// The size that the files may have which it writes.
+    pub file_bytes_max: u64,
+}
+
+/// Runs `task` in a copy of this process, which has only the files that it is given and what `answer` returns to its questions.
+/// Returns the task's result, which like its questions may be anything of its type.
+///
+/// Without a confinement the copy can do what this process can; what it has read is gone when it ends.
 ///
 /// `task` must own no files. The caller must be the only thread that uses locks which the task needs; a process with a
 /// single thread is.
 pub fn run<Q, A, R>(
-    role: ThreadRole,
-    shared: Vec<RawFd>,
+    confined: Option<&Confined>,
     task: impl FnOnce() -> Result<R>,
     answer: &mut dyn FnMut(Q) -> Result<Answer<A>>,
 ) -> Result<R>
@@ -95,12 +116,14 @@ where
     R: Serialize + DeserializeOwned,
 {
     let (ours, theirs) = socket::message_pair().context("create a socket")?;
-    let layers = Layers::new(true);
-    let layers = if role.uses_network() { layers.with_network() } else { layers };
+    let layers = Layers::new(confined.is_some());
+    let layers =
+        if confined.is_some_and(|confined| confined.role.uses_network()) { layers.with_network() } else { layers };
+    let shared = confined.map(|confined| confined.files.clone()).unwrap_or_default();
     let files = Files { given: vec![theirs.as_raw_fd()], shared };
     match layers.split((theirs, task), &files).context("start a process")? {
-        (Split::Child((link, task)), lacks) => {
-            let ending = confine(role, link, layers, lacks).and_then(|()| task());
+        (Split::Child((socket, task)), lacks) => {
+            let ending = enter(socket, confined, layers, lacks).and_then(|()| task());
             let ending = ending.map_err(|error| format!("{error:#}"));
             let told = send_to_link(&Message::<(), R>::Ending(ending));
             fork::exit_now(i32::from(told.is_err()))
@@ -109,54 +132,68 @@ where
             let result = serve(&ours, answer);
             // Its end of the socket is closed, or it will be by a signal.
             drop(ours);
-            end(pid);
-            result
+            let status = end(pid);
+            match result {
+                Ok(Some(result)) => Ok(result),
+                Ok(None) => bail!("the process that reads it has failed{}", reason(status)),
+                Err(error) => Err(error),
+            }
         }
     }
 }
 
-/// Confines this process, a copy.
-fn confine(role: ThreadRole, link: UnixDatagram, layers: Layers, lacks: Vec<String>) -> Result<()> {
+/// Sets this process up, a copy.
+fn enter(socket: UnixDatagram, confined: Option<&Confined>, layers: Layers, lacks: Vec<String>) -> Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").context("open /dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
     drop(null);
-    let report_to = link.as_raw_fd();
-    let _ = LINK.set(Mutex::new(link));
-    panic::set_hook(Box::new(|panic| {
-        log::error!("{panic}");
-        fork::exit_now(128 + libc::SIGABRT)
-    }));
+    let report_to = socket.as_raw_fd();
+    // The one that a copy of a copy has inherited was closed with the other files.
+    std::mem::forget(link().replace(socket));
+    panic::set_hook(Box::new(|panic| fail(&panic.to_string())));
+    let Some(confined) = confined else {
+        let killed = Some(rustix::process::Signal::KILL);
+        return rustix::process::set_parent_process_death_signal(killed).context("PR_SET_PDEATHSIG");
+    };
     arguments::forget_environment();
     let confinement = Confinement::begin(layers, lacks)?;
     super::enable_filters(report_to, fail).context("handle SIGSYS")?;
     for lack in confinement.complete()? {
-        log::info!("the sandbox lacks {lack}");
+        log::info!("the sandbox lacks a layer that this host does not allow: {lack}");
     }
-    super::confine_this_thread(role);
+    let files_max = FILES_MAX + confined.files.len() as u64;
+    for (resource, maximum) in
+        [(Resource::Fsize, confined.file_bytes_max), (Resource::As, MEMORY_BYTES_MAX), (Resource::Nofile, files_max)]
+    {
+        let held = rustix::process::getrlimit(resource).maximum;
+        let maximum = Some(held.map_or(maximum, |held| held.min(maximum)));
+        rustix::process::setrlimit(resource, Rlimit { current: maximum, maximum }).context("limit resources")?;
+    }
+    super::confine_this_thread(confined.role);
     Ok(())
 }
 
-/// Ends this process, a copy, without a result.
+/// Ends this process, a copy, with an error in place of its result.
 fn fail(reason: &str) -> ! {
-    let _ = send_to_link(&Message::<(), ()>::Ending(Err(reason.to_owned())));
-    fork::exit_now(1)
+    let told = send_to_link(&Message::<(), ()>::Ending(Err(reason.to_owned())));
+    fork::exit_now(1 + i32::from(told.is_err()))
 }
 
-/// Answers until the task has ended.
-fn serve<Q, A, R>(socket: &UnixDatagram, answer: &mut dyn FnMut(Q) -> Result<Answer<A>>) -> Result<R>
+/// Answers until the task has ended. `None` if its process has ended before.
+fn serve<Q, A, R>(socket: &UnixDatagram, answer: &mut dyn FnMut(Q) -> Result<Answer<A>>) -> Result<Option<R>>
 where
     Q: DeserializeOwned,
     A: Serialize,
     R: DeserializeOwned,
 {
     loop {
-        let Some((bytes, _)) = receive(socket)? else { bail!("the process that reads it has failed") };
+        let Some((bytes, _)) = receive(socket)? else { return Ok(None) };
         match serde_json::from_slice::<Message<Q, R>>(&bytes).context("a message of the process that reads it")? {
             Message::Log(level, text) => {
                 let level = log::Level::iter().find(|known| *known as usize == level).unwrap_or(log::Level::Error);
-                log::log!(level, "{text}");
+                log::log!(level, "{}", foreign::start_of(&text, TEXT_BYTES_MAX));
             }
             Message::Notice(notice) => drop(answer(notice)?),
             Message::Question(question) => {
@@ -166,16 +203,35 @@ where
                 };
                 send(socket, &answer, file)?;
             }
-            Message::Ending(ending) => return ending.map_err(|error| anyhow!(error)),
+            Message::Ending(Ok(result)) => return Ok(Some(result)),
+            Message::Ending(Err(error)) => bail!(foreign::start_of(&error, TEXT_BYTES_MAX).to_owned()),
         }
     }
 }
 
 /// Ends a copy that may still run, and waits for its end.
-fn end(pid: u32) {
-    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
+fn end(pid: u32) -> Option<WaitStatus> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-    while waitpid(Some(pid), WaitOptions::empty()).is_err_and(|error| error == rustix::io::Errno::INTR) {}
+    loop {
+        match waitpid(Some(pid), WaitOptions::empty()) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => return other.ok().flatten().map(|(_, status)| status),
+        }
+    }
+}
+
+/// Why a copy has ended, for an error message.
+fn reason(status: Option<WaitStatus>) -> String {
+    let signal = status.and_then(|status| status.terminating_signal());
+    let code = status.and_then(|status| status.exit_status()).filter(|code| *code != 0);
+    match (signal, code) {
+        // The host's kernel ends processes when it has no memory left.
+        (Some(libc::SIGKILL), _) => ": it was killed (the host may be out of memory)".to_owned(),
+        (Some(signal), _) => format!(": it was ended by signal {signal}"),
+        (_, Some(code)) => format!(": it exited with {code}"),
+        (None, None) => String::new(),
+    }
 }
 
 fn send(socket: &UnixDatagram, message: &impl Serialize, file: Option<OwnedFd>) -> Result<()> {

@@ -1,8 +1,9 @@
 //! Malicious archives: each is rejected in one line, and leaves nothing behind.
 
 use std::fs;
+use std::process::Command;
 
-use crate::parts::{entry, header};
+use crate::parts::{config, descriptor, entry, header, index, tar, write_layout};
 use crate::tools::{House, assert_same, is_root};
 
 #[test]
@@ -192,4 +193,48 @@ fn a_docker_archive_that_refers_to_other_files_is_rejected() {
         let words = if manifest.contains("repositories") { link } else { words };
         house.refused(&["load", "x.tar"], words);
     }
+}
+
+#[test]
+fn an_image_is_loaded_where_user_namespaces_are_denied() {
+    let house = House::new();
+    fs::write(house.path("x.tar"), tar(&[("bin/sh", b"x")])).unwrap();
+    // A process without an ID in its own user namespace cannot create another one.
+    let mut command = Command::new("unshare");
+    command.args(["--user", env!("CARGO_BIN_EXE_husk"), "-v", "load", "x.tar", "--name", "x"]);
+    house.surround(&mut command);
+    let output = command.output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{printed}");
+    assert!(printed.contains("the sandbox lacks a layer that this host does not allow: namespaces"), "{printed}");
+}
+
+#[test]
+fn a_directory_gives_no_file_outside_of_it() {
+    let house = House::new();
+    fs::write(house.path("secret.json"), "{}").unwrap();
+    house.sh("mkdir -p d/blobs/sha256; ln -s .. d/up; ln -s ../secret.json d/index.json; ln -s up/secret.json d/manifest.json");
+    house.sh("echo '{\"imageLayoutVersion\": \"1.0.0\"}' > d/oci-layout");
+    // The list leads out, so that there is none.
+    let output = house.husk(&["load", "d", "--name", "d"]);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("taken as a root filesystem"), "{output:?}");
+}
+
+#[test]
+fn a_blob_may_be_a_link_to_elsewhere_if_it_has_its_digest() {
+    let house = House::new();
+    let layer = tar(&[("bin/sh", b"x")]);
+    let config = config(&[&layer]);
+    let manifest =
+        serde_json::json!({"schemaVersion": 2, "config": descriptor(&config), "layers": [descriptor(&layer)]});
+    let manifest = manifest.to_string().into_bytes();
+    write_layout(&house, "layout", &index(&[descriptor(&manifest)]), &[&manifest, &config, &layer]);
+    house.sh(
+        "mkdir cache; cd layout/blobs/sha256; for b in *; do mv $b ../../../cache/$b; ln -s ../../../cache/$b $b; done",
+    );
+    house.load("layout");
+    house.sh("rm -r data; for b in cache/*; do printf ' ' >> $b; done");
+    let output = house.husk(&["load", "layout"]);
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && printed.contains("leads to a file with digest"), "{printed}");
 }

@@ -108,7 +108,7 @@ fn a_dangling_link_is_reported_with_its_target() {
         house.refused(&["load", "x.tar"], &words);
     }
     house.sh("mkdir x; tar -C x -xf x.tar");
-    house.refused(&["load", "x"], "the link x/d/l.tar points to /l.tar: No such file");
+    house.refused(&["load", "x"], "the link x/d/l.tar leads out of x");
     house.sh("ln -sf l.tar x/d/l.tar; rm x/c.json; mkfifo x/c.json");
     house.refused(&["load", "x"], "open c.json: it is not a regular file");
     let list = docker_list("c.json", &["a"]);

@@ -1,4 +1,4 @@
-//! Downloads blobs to the store: verified while they arrive, and resumed after an interruption.
+//! Downloads blobs to the store, and resumes after an interruption. Outside verifies them.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write as _};
@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use ureq::http::StatusCode;
 
 use super::Registry;
-use crate::image::digest::Hasher;
 use crate::image::manifest::Descriptor;
 
 const BUFFER_BYTES: usize = 256 << 10;
@@ -25,41 +24,39 @@ impl Registry {
                 done_bytes.fetch_add(blob.size, Ordering::Relaxed);
                 return Ok(());
             };
-            let found = self.fill(&file, blob, done_bytes)?.digest();
-            self.outside.end_layer(blob.digest, found == blob.digest)?;
-            ensure!(found == blob.digest, "the registry sent data with digest {found}");
-            Ok(())
+            self.fill(&file, blob, done_bytes)?;
+            self.outside.end_layer(blob.digest)
         };
         download().with_context(|| format!("get {}", blob.digest))
     }
 
-    /// Downloads the missing part of a file, and hashes all of it.
-    fn fill(&self, file: &File, blob: &Descriptor, done_bytes: &AtomicU64) -> Result<Hasher> {
-        let mut hasher = Hasher::default();
+    /// Downloads the missing part of a file.
+    fn fill(&self, file: &File, blob: &Descriptor, done_bytes: &AtomicU64) -> Result<()> {
         if file.metadata()?.len() > blob.size {
             file.set_len(0)?;
         }
-        io::copy(&mut &*file, &mut hasher).context("read the partial download")?;
-        done_bytes.fetch_add(hasher.len_bytes(), Ordering::Relaxed);
+        let mut len_bytes = file.metadata()?.len();
+        done_bytes.fetch_add(len_bytes, Ordering::Relaxed);
         let mut attempts = 0;
-        while hasher.len_bytes() < blob.size {
-            let before = hasher.len_bytes();
-            let result = self.get_rest(file, blob, &mut hasher, done_bytes);
-            attempts = if hasher.len_bytes() > before { 0 } else { attempts + 1 };
+        while len_bytes < blob.size {
+            let before = len_bytes;
+            let result = self.get_rest(file, blob, &mut len_bytes, done_bytes);
+            attempts = if len_bytes > before { 0 } else { attempts + 1 };
             match result {
                 Ok(()) => {}
                 Err(error) if attempts < ATTEMPTS && is_passing(&error) => {
-                    log::info!("{}: {error:#}: resuming at byte {}", blob.digest.short(), hasher.len_bytes());
+                    log::info!("{}: {error:#}: resuming at byte {}", blob.digest.short(), len_bytes);
                     std::thread::sleep(FIRST_PAUSE * (1 << attempts));
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(hasher)
+        Ok(())
     }
 
-    fn get_rest(&self, mut file: &File, blob: &Descriptor, hasher: &mut Hasher, done_bytes: &AtomicU64) -> Result<()> {
-        let from_byte = hasher.len_bytes();
+    /// Downloads from byte `len_bytes` of the file on, which becomes the number of bytes that it has.
+    fn get_rest(&self, mut file: &File, blob: &Descriptor, len_bytes: &mut u64, done_bytes: &AtomicU64) -> Result<()> {
+        let from_byte = *len_bytes;
         let mut response = self.get(&format!("blobs/{}", blob.digest), "*/*", from_byte, None)?;
         let starts_there = response.status() == StatusCode::PARTIAL_CONTENT
             && content_start(response.headers().get("content-range").and_then(|value| value.to_str().ok()))
@@ -68,22 +65,22 @@ impl Registry {
             // The registry does not support ranges and sends everything again.
             file.set_len(0)?;
             done_bytes.fetch_sub(from_byte, Ordering::Relaxed);
-            *hasher = Hasher::default();
+            *len_bytes = 0;
             ensure!(response.status() == StatusCode::OK, "the registry sent a different range than requested");
         }
-        file.seek(SeekFrom::Start(hasher.len_bytes()))?;
+        file.seek(SeekFrom::Start(*len_bytes))?;
         let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
         let mut buffer = vec![0; BUFFER_BYTES];
         loop {
             let len = body.read(&mut buffer)?;
             if len == 0 {
-                ensure!(hasher.len_bytes() == blob.size, Broken(hasher.len_bytes()));
+                ensure!(*len_bytes == blob.size, Broken(*len_bytes));
                 return Ok(());
             }
-            let left_bytes = blob.size - hasher.len_bytes();
+            let left_bytes = blob.size - *len_bytes;
             ensure!(len as u64 <= left_bytes, "it is longer than the expected {} bytes", blob.size);
             file.write_all(&buffer[..len]).context("write it")?;
-            hasher.update(&buffer[..len]);
+            *len_bytes += len as u64;
             done_bytes.fetch_add(len as u64, Ordering::Relaxed);
         }
     }

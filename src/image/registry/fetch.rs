@@ -22,9 +22,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// Finds the image for `platform`, and downloads the layers that `outside` wants.
 pub fn fetch(client: Client, platform: &Platform, outside: Arc<dyn Outside>, progress: Progress) -> Result<()> {
     let registry = Registry::new(client, outside.clone())?;
-    let image = registry.image(platform)?;
+    let (image, documents) = registry.image(platform)?;
     image.config.check_platform()?;
-    if outside.wants_layers(&image)? {
+    if outside.wants_layers(&documents)? {
         download_all(registry, &image, progress)?;
     }
     Ok(())

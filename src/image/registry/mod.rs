@@ -15,7 +15,7 @@ mod trust;
 pub use self::auth::Challenge;
 pub use self::credentials::parse as parse_credentials;
 pub use self::outside::Question;
-pub use self::pull::Pulled;
+pub use self::pull::{Pulled, find_in};
 
 use std::fmt;
 use std::io;
@@ -24,7 +24,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
 use ureq::config::{Config, ConfigBuilder, RedirectAuthHeaders};
 use ureq::http::{Response, StatusCode, Uri};
 use ureq::tls::TlsConfig;
@@ -73,7 +72,7 @@ pub struct Registry {
 struct Names(Arc<dyn Outside>);
 
 /// The verified description of an image in a registry.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 pub struct RemoteImage {
     /// The digest of its configuration.
     pub id: Digest,
@@ -114,13 +113,58 @@ impl Client {
 }
 
 impl RemoteImage {
-    /// Rejects what does not fit into the store.
-    pub fn check(&self) -> Result<()> {
-        self.config.check_size()?;
-        let (layers, described) = (self.config.diff_ids.len(), self.layers.len());
-        ensure!(layers == described, "its configuration has {layers} layers, its manifest has {described}");
-        Ok(())
+    /// Finds the image that `reference` names, in documents that `read` gets: an index or a manifest, which leads to further ones
+    /// and to a configuration. All but the first are verified by their digests, and it as well if the reference has one.
+    pub fn find(
+        reference: &Reference,
+        platform: &Platform,
+        read: &mut dyn FnMut(Document<'_>) -> Result<Vec<u8>>,
+    ) -> Result<RemoteImage> {
+        let mut version = reference.version();
+        let mut expected = version.parse::<Digest>().ok();
+        let mut digest = None;
+        for _ in 0..=MAX_INDEX_DEPTH {
+            let json = read(Document::Manifest(&version))?;
+            let found = Digest::of(&json);
+            if let Some(expected) = expected {
+                ensure!(found == expected, "the registry sent {found} for {expected}");
+            }
+            let digest = *digest.get_or_insert(found);
+            match Manifest::parse(&json)? {
+                Manifest::Index(manifests) => {
+                    let chosen = manifest::choose(&manifests, platform)?;
+                    (version, expected) = (chosen.digest.to_string(), Some(chosen.digest));
+                }
+                Manifest::Image { config, layers } => return RemoteImage::of_manifest(&config, layers, digest, read),
+            }
+        }
+        bail!("indexes are nested more than {MAX_INDEX_DEPTH} levels deep")
     }
+
+    fn of_manifest(
+        descriptor: &Descriptor,
+        layers: Vec<Descriptor>,
+        digest: Digest,
+        read: &mut dyn FnMut(Document<'_>) -> Result<Vec<u8>>,
+    ) -> Result<RemoteImage> {
+        let (id, size) = (descriptor.digest, descriptor.size);
+        ensure!(size <= JSON_MAX_BYTES, "a configuration of {size} bytes is too large");
+        let json = read(Document::Config(id))?;
+        let found = Digest::of(&json);
+        ensure!(found == id && json.len() as u64 == size, "the registry sent the wrong configuration for {id}");
+        let config = ImageConfig::parse(&json)?;
+        let (count, described) = (config.diff_ids.len(), layers.len());
+        ensure!(count == described, "its configuration has {count} layers, its manifest has {described}");
+        Ok(RemoteImage { id, config, layers, digest })
+    }
+}
+
+/// A document that describes an image.
+pub enum Document<'a> {
+    /// An index or a manifest, by its tag or digest.
+    Manifest(&'a str),
+    /// The configuration with this digest.
+    Config(Digest),
 }
 
 impl Registry {
@@ -140,42 +184,18 @@ impl Registry {
         })
     }
 
-    /// Finds the image for a platform.
-    pub fn image(&self, platform: &Platform) -> Result<RemoteImage> {
-        let mut version = self.reference.version();
-        let mut expected = version.parse::<Digest>().ok();
-        let mut digest = None;
-        for _ in 0..=MAX_INDEX_DEPTH {
-            let json = self.manifest(&version, expected)?;
-            let found = *digest.get_or_insert(Digest::of(&json));
-            match Manifest::parse(&json)? {
-                Manifest::Index(manifests) => {
-                    let chosen = manifest::choose(&manifests, platform)?;
-                    (version, expected) = (chosen.digest.to_string(), Some(chosen.digest));
-                }
-                Manifest::Image { config, layers } => return self.of_manifest(&config, layers, found),
-            }
-        }
-        bail!("indexes are nested more than {MAX_INDEX_DEPTH} levels deep")
-    }
-
-    fn of_manifest(&self, descriptor: &Descriptor, layers: Vec<Descriptor>, digest: Digest) -> Result<RemoteImage> {
-        let (id, size) = (descriptor.digest, descriptor.size);
-        ensure!(size <= JSON_MAX_BYTES, "a configuration of {size} bytes is too large");
-        let json = self.small(&format!("blobs/{id}"), "*/*")?;
-        let found = Digest::of(&json);
-        ensure!(found == id && json.len() as u64 == size, "the registry sent the wrong configuration for {id}");
-        let image = RemoteImage { id, config: ImageConfig::parse(&json)?, layers, digest };
-        image.check().map(|()| image)
-    }
-
-    fn manifest(&self, version: &str, expected: Option<Digest>) -> Result<Vec<u8>> {
-        let json = self.small(&format!("manifests/{version}"), MANIFEST_TYPES)?;
-        if let Some(expected) = expected {
-            let found = Digest::of(&json);
-            ensure!(found == expected, "the registry sent {found} for {expected}");
-        }
-        Ok(json)
+    /// Finds the image for a platform. Returns also the documents that describe it, in the order in which they were read.
+    pub fn image(&self, platform: &Platform) -> Result<(RemoteImage, Vec<String>)> {
+        let mut documents = Vec::new();
+        let image = RemoteImage::find(&self.reference, platform, &mut |document| {
+            let json = match document {
+                Document::Manifest(version) => self.small(&format!("manifests/{version}"), MANIFEST_TYPES)?,
+                Document::Config(digest) => self.small(&format!("blobs/{digest}"), "*/*")?,
+            };
+            documents.push(String::from_utf8(json.clone()).context("the registry sent a document that is not UTF-8")?);
+            Ok(json)
+        })?;
+        Ok((image, documents))
     }
 
     fn small(&self, path: &str, accept: &str) -> Result<Vec<u8>> {

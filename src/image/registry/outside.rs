@@ -7,7 +7,6 @@ use std::os::fd::OwnedFd;
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::RemoteImage;
 use super::credentials::Credential;
 use crate::image::digest::Digest;
 use crate::image::progress::{Follower, Step};
@@ -15,14 +14,15 @@ use crate::sandbox::task;
 
 /// What a download needs. Any thread.
 pub trait Outside: Send + Sync {
-    /// Whether the layers of the image that was found are needed. Called once, before any is downloaded.
-    fn wants_layers(&self, image: &RemoteImage) -> Result<bool>;
+    /// Whether the layers of the image that was found are needed: the one that these documents describe (see
+    /// [`Registry::image`](super::Registry::image)). Called once, before any is downloaded.
+    fn wants_layers(&self, documents: &[String]) -> Result<bool>;
 
     /// The file of a layer, with what an earlier download has left; `None` if it is complete.
     fn begin_layer(&self, digest: Digest) -> Result<Option<File>>;
 
-    /// The file of a layer is complete and has its digest, or must be started again.
-    fn end_layer(&self, digest: Digest, is_complete: bool) -> Result<()>;
+    /// The file of a layer is complete. Fails, and forgets it, if it has another digest.
+    fn end_layer(&self, digest: Digest) -> Result<()>;
 
     /// The addresses of a host, given with a port.
     fn addresses(&self, host_and_port: &str) -> Result<Vec<SocketAddr>>;
@@ -35,11 +35,11 @@ pub trait Outside: Send + Sync {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Question {
     /// [`Outside::wants_layers`].
-    WantsLayers(Box<RemoteImage>),
+    WantsLayers(Vec<String>),
     /// [`Outside::begin_layer`].
     BeginLayer(Digest),
     /// [`Outside::end_layer`].
-    EndLayer(Digest, bool),
+    EndLayer(Digest),
     /// [`Outside::addresses`].
     Addresses(String),
     /// [`Outside::credential`].
@@ -64,12 +64,12 @@ pub enum Answer {
 /// Answers a question with `outside`, and shows progress.
 pub fn answer(outside: &dyn Outside, follower: &mut Follower, question: Question) -> Result<task::Answer<Answer>> {
     let answer = match question {
-        Question::WantsLayers(image) => Answer::Is(outside.wants_layers(&image)?),
+        Question::WantsLayers(documents) => Answer::Is(outside.wants_layers(&documents)?),
         Question::BeginLayer(digest) => {
             return Ok((Answer::Nothing, outside.begin_layer(digest)?.map(OwnedFd::from)));
         }
-        Question::EndLayer(digest, is_complete) => {
-            outside.end_layer(digest, is_complete)?;
+        Question::EndLayer(digest) => {
+            outside.end_layer(digest)?;
             Answer::Nothing
         }
         Question::Addresses(host_and_port) => Answer::Addresses(outside.addresses(&host_and_port)?),
@@ -93,8 +93,8 @@ impl Remote {
 }
 
 impl Outside for Remote {
-    fn wants_layers(&self, image: &RemoteImage) -> Result<bool> {
-        let question = Question::WantsLayers(Box::new(image.clone()));
+    fn wants_layers(&self, documents: &[String]) -> Result<bool> {
+        let question = Question::WantsLayers(documents.to_vec());
         let (Answer::Is(is), _) = task::ask(question)? else { bail!("another answer") };
         Ok(is)
     }
@@ -104,9 +104,8 @@ impl Outside for Remote {
         Ok(file.map(File::from))
     }
 
-    fn end_layer(&self, digest: Digest, is_complete: bool) -> Result<()> {
-        let question = Question::EndLayer(digest, is_complete);
-        let (Answer::Nothing, _) = task::ask(question)? else { bail!("another answer") };
+    fn end_layer(&self, digest: Digest) -> Result<()> {
+        let (Answer::Nothing, _) = task::ask(Question::EndLayer(digest))? else { bail!("another answer") };
         Ok(())
     }
 

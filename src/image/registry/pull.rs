@@ -2,23 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::credentials::{self, Credential};
-use super::outside::{self, Outside, Remote};
-use super::{Client, RemoteImage, fetch};
+use super::outside::{self, Answer, Outside, Question, Remote};
+use super::{Client, Document, RemoteImage, fetch};
 use crate::image::Prepared;
-use crate::image::digest::Digest;
+use crate::image::bundle::Part;
+use crate::image::digest::{Digest, Hasher};
 use crate::image::index::{LayerRecord, Record};
 use crate::image::manifest::Platform;
 use crate::image::progress::{Follower, Progress};
 use crate::image::reference::Reference;
 use crate::image::store::{Store, Work};
-use crate::sandbox::{ThreadRole, task};
+use crate::sandbox::ThreadRole;
+use crate::sandbox::task::{self, Confined};
 
 /// The result of a pull.
 #[derive(Debug)]
@@ -70,34 +73,88 @@ impl Store {
     }
 
     /// Finds the image, and downloads its layers unless its root file system exists.
+    ///
+    /// Credentials and proxies are read in a copy of this process: the one that later unpacks the image, another copy, has
+    /// nothing of them in its memory.
     fn fetch(&self, reference: &Reference, platform: &Platform, progress: Progress) -> Result<RemoteImage> {
-        let fetch = Arc::new(Fetch { store: self.clone(), reference: reference.clone(), state: Mutex::default() });
+        let documents = if self.sandbox {
+            let mut follower = Follower::new(progress);
+            let mut answer = |question| match question {
+                Question::Progress(step) => {
+                    follower.show(step);
+                    Ok((Answer::Nothing, None))
+                }
+                _ => bail!("another question"),
+            };
+            let run = || self.fetch_in_this_process(reference, platform, progress.reported(Remote::report));
+            task::run(None, run, &mut answer)?
+        } else {
+            self.fetch_in_this_process(reference, platform, progress)?
+        };
+        image_of(reference, platform, &documents)
+    }
+
+    /// Returns the documents that describe the image.
+    fn fetch_in_this_process(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+        progress: Progress,
+    ) -> Result<Vec<String>> {
+        let fetch = Arc::new(Fetch {
+            store: self.clone(),
+            reference: reference.clone(),
+            platform: platform.clone(),
+            state: Mutex::default(),
+        });
         let client = Client::new(reference);
         if self.sandbox {
             let mut follower = Follower::new(progress);
             let mut answer = |question| outside::answer(&*fetch, &mut follower, question);
+            let confined =
+                Confined { role: ThreadRole::Downloader, files: Vec::new(), file_bytes_max: self.unpack_limit()? };
             let run = || fetch::fetch(client, platform, Arc::new(Remote), progress.reported(Remote::report));
-            task::run(ThreadRole::Downloader, Vec::new(), run, &mut answer)?;
+            task::run(Some(&confined), run, &mut answer)?;
         } else {
             fetch::fetch(client, platform, fetch.clone(), progress)?;
         }
-        let image = fetch.state().image.take();
-        image.context("no image was found")
+        let documents = std::mem::take(&mut fetch.state().documents);
+        ensure!(!documents.is_empty(), "no image was found");
+        Ok(documents)
     }
+}
+
+/// Finds an image in documents: for fuzzing.
+pub fn find_in(documents: &[String]) {
+    if let Ok(reference) = "alpine".parse::<Reference>() {
+        let _ = image_of(&reference, &Platform::default(), documents);
+    }
+}
+
+/// The image that documents describe, verified.
+fn image_of(reference: &Reference, platform: &Platform, documents: &[String]) -> Result<RemoteImage> {
+    let mut left = documents.iter();
+    let mut read = |_: Document<'_>| Ok(left.next().context("a document is missing")?.as_bytes().to_vec());
+    RemoteImage::find(reference, platform, &mut read)
 }
 
 /// A download under way, in the process that has the store.
 struct Fetch {
     store: Store,
     reference: Reference,
+    platform: Platform,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    image: Option<RemoteImage>,
+    documents: Vec<String>,
+    /// The sizes of the layers that are wanted.
+    wanted: BTreeMap<Digest, u64>,
     /// The layers that are written.
     layers: BTreeMap<Digest, Work>,
+    /// What was found when credentials were asked for first.
+    credential: Option<Option<Credential>>,
 }
 
 impl Fetch {
@@ -107,12 +164,12 @@ impl Fetch {
 }
 
 impl Outside for Fetch {
-    fn wants_layers(&self, image: &RemoteImage) -> Result<bool> {
-        image.check()?;
+    fn wants_layers(&self, documents: &[String]) -> Result<bool> {
+        let image = image_of(&self.reference, &self.platform, documents)?;
         let total_bytes = image.layers.iter().try_fold(0u64, |sum, layer| sum.checked_add(layer.size));
         let total_bytes = total_bytes.context("its layers are too large")?;
-        let is_new = self.state().image.replace(image.clone()).is_none();
-        ensure!(is_new, "a second image");
+        let is_first = std::mem::replace(&mut self.state().documents, documents.to_vec()).is_empty();
+        ensure!(is_first, "a second image");
         if self.store.use_root(self.store.key_of_layers(&image.config.diff_ids))?.is_some() {
             return Ok(false);
         }
@@ -123,17 +180,13 @@ impl Outside for Fetch {
             total_bytes >> 20,
             limit_bytes >> 20
         );
+        self.state().wanted = image.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
         Ok(true)
     }
 
     fn begin_layer(&self, digest: Digest) -> Result<Option<File>> {
-        let size_bytes = {
-            let state = self.state();
-            let layers = state.image.iter().flat_map(|image| &image.layers);
-            let layer = layers.into_iter().find(|layer| layer.digest == digest).context("no such layer")?;
-            ensure!(!state.layers.contains_key(&digest), "the layer is written already");
-            layer.size
-        };
+        // Once each.
+        let size_bytes = self.state().wanted.remove(&digest).context("no such layer")?;
         if self.store.has_blob(digest, size_bytes) {
             return Ok(None);
         }
@@ -149,14 +202,16 @@ impl Outside for Fetch {
         Ok(Some(file))
     }
 
-    fn end_layer(&self, digest: Digest, is_complete: bool) -> Result<()> {
+    fn end_layer(&self, digest: Digest) -> Result<()> {
         let mut work = self.state().layers.remove(&digest).context("the layer is not written")?;
-        if is_complete {
-            work.keep_as(&self.store, &self.store.blob_path(digest))?;
-        } else {
+        let mut hasher = Hasher::default();
+        io::copy(&mut Part::whole(work.file.try_clone()?)?, &mut hasher).context("read the layer")?;
+        let found = hasher.digest();
+        if found != digest {
             work.remove();
+            bail!("the registry sent data with digest {found}");
         }
-        Ok(())
+        work.keep_as(&self.store, &self.store.blob_path(digest))
     }
 
     fn addresses(&self, host_and_port: &str) -> Result<Vec<SocketAddr>> {
@@ -164,6 +219,63 @@ impl Outside for Fetch {
     }
 
     fn credential(&self) -> Result<Option<Credential>> {
-        Ok(credentials::find(&self.reference))
+        let mut state = self.state();
+        Ok(state.credential.get_or_insert_with(|| credentials::find(&self.reference)).clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a process that was taken over may send.
+    #[test]
+    fn documents_are_verified_from_the_name_on() {
+        let digest = |text: &str| Digest::of(text.as_bytes());
+        let config = format!(r#"{{"rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#, digest("layer"));
+        let described = |text: &str| format!(r#"{{"digest":"{}","size":{}}}"#, digest(text), text.len());
+        let manifest = |config: &str| {
+            format!(r#"{{"schemaVersion":2,"config":{},"layers":[{}]}}"#, described(config), described("blob"))
+        };
+        let good = manifest(&config);
+        let by_digest: Reference = format!("app@{}", digest(&good)).parse().unwrap();
+        let by_tag: Reference = "app:1".parse().unwrap();
+        let find = |name: &Reference, documents: &[&str]| {
+            let documents: Vec<String> = documents.iter().map(|text| (*text).to_owned()).collect();
+            image_of(name, &Platform::default(), &documents)
+        };
+        let image = find(&by_digest, &[&good, &config]).unwrap();
+        assert_eq!((image.id, image.digest), (digest(&config), digest(&good)));
+        assert!(find(&by_tag, &[&good, &config]).is_ok());
+        let other = config.replace("rootfs", "cmd\":[],\"rootfs");
+        for (name, documents) in [
+            (&by_digest, vec![manifest(&other), other.clone()]),
+            (&by_digest, vec![good.clone(), other.clone()]),
+            (&by_tag, vec![good.clone(), other.clone()]),
+            (&by_tag, vec![good.clone()]),
+            (&by_tag, Vec::new()),
+        ] {
+            let documents: Vec<&str> = documents.iter().map(String::as_str).collect();
+            assert!(find(name, &documents).is_err(), "{documents:?}");
+        }
+    }
+
+    #[test]
+    fn a_layer_with_other_content_than_its_digest_is_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let (good, other) = (Digest::of(b"good"), Digest::of(b"other"));
+        let fetch = Fetch {
+            store: store.clone(),
+            reference: "app:1".parse().unwrap(),
+            platform: Platform::default(),
+            state: Mutex::new(State { wanted: BTreeMap::from([(good, 4)]), ..State::default() }),
+        };
+        assert!(fetch.begin_layer(other).is_err(), "it is no layer of this image");
+        let file = fetch.begin_layer(good).unwrap().unwrap();
+        io::Write::write_all(&mut &file, b"evil").unwrap();
+        assert!(fetch.end_layer(good).is_err());
+        assert!(!store.has_blob(good, 4));
+        assert!(fetch.begin_layer(good).is_err(), "once each");
     }
 }
