@@ -9,7 +9,7 @@ use crate::image::{PruneOptions, Store};
 
 const EXAMPLES: &str = "\
 Examples:
-  husk prune              (untagged images, and the leftovers of interrupted pulls)
+  husk prune              (untagged images, and the leftovers of interrupted pulls and loads)
   husk prune --layers     (layers too: images still run, but later versions are downloaded in full)";
 
 #[derive(Debug, Args)]

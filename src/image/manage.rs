@@ -93,7 +93,10 @@ impl Store {
         name: Option<&Reference>,
         progress: Progress,
     ) -> Result<(Prepared, Vec<String>)> {
-        let prepared = self.prepare(source, progress)?;
+        let prepared = match name {
+            Some(_) => self.prepare(source, progress)?,
+            None => self.prepare_with_names(source, progress)?,
+        };
         self.name(prepared, name)
     }
 
@@ -136,6 +139,9 @@ impl Store {
             let is_shared = index.images.iter().any(|(&other, record)| other != id && record.root == root);
             ensure!(is_shared || !self.is_in_use(root)?, "image {} is in use by a running machine", id.short());
             index.remove(id);
+            if !is_shared {
+                self.remove_root(root, &mut Pruned::default())?;
+            }
             Ok(true)
         })?;
         if gone {
@@ -148,7 +154,7 @@ impl Store {
     pub fn prune(&self, options: PruneOptions) -> Result<Pruned> {
         let mut pruned = Pruned::default();
         if !options.keep_unnamed {
-            pruned.images = self.update(|index| {
+            let images = self.update(|index| {
                 let nameless = index.images.iter().filter(|&(&id, _)| index.names_of(id).is_empty());
                 let nameless: Vec<(Digest, Digest)> = nameless.map(|(&id, record)| (id, record.root)).collect();
                 let mut count = 0;
@@ -156,10 +162,14 @@ impl Store {
                     if !self.is_in_use(root)? {
                         index.remove(id);
                         count += 1;
+                        if index.images.values().all(|record| record.root != root) {
+                            self.remove_root(root, &mut pruned)?;
+                        }
                     }
                 }
                 Ok(count)
             })?;
+            pruned.images = images;
         }
         // Uses the index on disk, so that nothing it refers to is lost if a previous process was killed.
         self.update(|index| {
@@ -183,6 +193,13 @@ impl Store {
             self.remove_unlocked("blobs", &|name| !is_kept(name), pruned)?;
         }
         Ok(())
+    }
+
+    /// Removes a root file system that is about to leave the index. This comes first, because there may be no space for a new index
+    /// before.
+    fn remove_root(&self, key: Digest, pruned: &mut Pruned) -> Result<()> {
+        let name = format!("{}.erofs", key.hex());
+        self.remove_unlocked("roots", &|found| found == name, pruned)
     }
 
     /// Removes the files in a directory that are not locked.

@@ -58,7 +58,7 @@ impl Store {
     /// The image of a source, prepared if necessary.
     pub fn prepare(&self, source: &Source, progress: Progress) -> Result<Prepared> {
         match source {
-            Source::Path { path, image } => self.prepare_path(path, image.as_deref(), progress),
+            Source::Path { path, image } => self.prepare_path(path, image.as_deref(), &|_| true, progress),
             Source::Id(hex) => {
                 let id = self.index()?.by_prefix(hex).with_context(|| format!("no such image: {hex}"))?;
                 let prepared = self.stored_or_made(id, progress)?;
@@ -71,7 +71,7 @@ impl Store {
                     return Ok(prepared);
                 }
                 match self.path_of(source)? {
-                    Some(path) => self.prepare_path(path, None, progress),
+                    Some(path) => self.prepare_path(path, None, &|_| true, progress),
                     None => Ok(self.pull(reference, &Platform::default(), progress)?.prepared),
                 }
             }
@@ -109,10 +109,27 @@ impl Store {
         Ok(Layer { part: Part::whole(file)?, blob: Some(blob), diff_id: Some(diff_id) })
     }
 
-    fn prepare_path(&self, path: &Path, image: Option<&str>, progress: Progress) -> Result<Prepared> {
+    /// Prepares the image at a path like [`Store::prepare`], and reads the names in its archive even if it is prepared: another
+    /// source of the same image may have had others.
+    pub(super) fn prepare_with_names(&self, source: &Source, progress: Progress) -> Result<Prepared> {
+        match source {
+            // A root file system has no names.
+            Source::Path { path, image } => self.prepare_path(path, image.as_deref(), &|it| it.is_bare_root, progress),
+            Source::Name { .. } | Source::Id(_) => self.prepare(source, progress),
+        }
+    }
+
+    /// Prepares the image at a path, unless it is prepared and `is_enough`.
+    fn prepare_path(
+        &self,
+        path: &Path,
+        image: Option<&str>,
+        is_enough: &dyn Fn(&Prepared) -> bool,
+        progress: Progress,
+    ) -> Result<Prepared> {
         let prepare = || -> Result<Prepared> {
             let seen = Seen::of(path, image)?;
-            if let Some(prepared) = self.seen(&seen)? {
+            if let Some(prepared) = self.seen(&seen)?.filter(is_enough) {
                 return Ok(prepared);
             }
             self.import(path, image, seen, progress)

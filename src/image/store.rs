@@ -136,10 +136,16 @@ impl Store {
         );
         // Only the holder of the lock writes it, so a fixed name is sufficient.
         let part = self.dir.join("index.part");
-        let mut file = File::create(&part)?;
-        file.write_all(&json)?;
-        file.sync_all()?;
-        fs::rename(&part, self.dir.join("index.json"))?;
+        let replace = || -> Result<()> {
+            let mut file = File::create(&part)?;
+            file.write_all(&json)?;
+            file.sync_all()?;
+            Ok(fs::rename(&part, self.dir.join("index.json"))?)
+        };
+        if let Err(error) = replace() {
+            let _ = fs::remove_file(&part);
+            return Err(error);
+        }
         self.sync("")
     }
 

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::process::Stdio;
 use std::time::Duration;
 
+use crate::parts::{config, tar};
 use crate::tools::{House, assert_same, is_root, odd_tree};
 
 /// An archive that takes some tenths of a second to load.
@@ -134,4 +135,43 @@ fn progress_is_shown_only_on_a_terminal() {
     assert!(shown.status.success() && text.contains("MiB/200.") && text.contains("MiB/s"), "{text}");
     house.sh("rm -r data");
     assert_eq!(house.husk(&["load", "d.tar"]).stderr, b"");
+}
+
+#[test]
+fn an_archive_is_loaded_with_its_names_whatever_was_loaded_before() {
+    let house = House::new();
+    let layer = tar(&[("bin/sh", b"x")]);
+    let config = config(&[&layer]);
+    let archive = |name: &str| {
+        let list = format!(r#"[{{"Config":"c.json","RepoTags":["{name}"],"Layers":["l.tar"]}}]"#);
+        tar(&[("c.json", &config), ("l.tar", &layer), ("manifest.json", list.as_bytes())])
+    };
+    for name in ["one", "two"] {
+        fs::write(house.path(&format!("{name}.tar")), archive(&format!("{name}:1"))).unwrap();
+    }
+    // A file is recognized only some time after its last change.
+    std::thread::sleep(Duration::from_millis(1100));
+    for name in ["one", "two", "one", "two", "two"] {
+        let output = house.husk(&["load", &format!("{name}.tar")]);
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(printed.starts_with(&format!("Loaded {name}:1 (")), "{printed}");
+        assert!(house.husk(&["rmi", &format!("{name}:1")]).status.success());
+    }
+}
+
+#[test]
+fn images_are_removed_from_a_full_disk() {
+    if !is_root() {
+        return;
+    }
+    let house = House::new();
+    house.sh("mkdir data; mount -t tmpfs -o size=4m none data");
+    fs::write(house.path("x.tar"), tar(&[("bin/sh", &[b'x'; 300_000])])).unwrap();
+    house.load("x.tar");
+    house.sh("cat /dev/zero > data/filler 2>/dev/null || true");
+    let output = house.husk(&["rmi", "loaded"]);
+    let left = (house.files("roots"), house.path("data/index.part").exists());
+    house.sh("umount data");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(left, (0, false));
 }
