@@ -129,8 +129,10 @@ fn a_ring_is_drained_at_a_pause_a_reset_and_a_drop() {
             driver.offer(0, head);
         }
         driver.notify(0);
-        // Both were taken in the same turn, so that the second one is in flight.
+        // Usually both are taken in the same turn. A worker that was polling has taken the first one alone, and soon takes the
+        // second one, which then is in flight.
         wait_for(|| driver.used_index(0) == 1);
+        std::thread::sleep(std::time::Duration::from_millis(20));
         let status = || memory.read_obj::<u8>(GuestAddress(STATUS_BYTE + 1)).unwrap();
         let data = || memory.read_obj::<u8>(GuestAddress(DATA + 512)).unwrap();
         assert_eq!((status(), data()), (0xee, 0), "{name}");
