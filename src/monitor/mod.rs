@@ -26,8 +26,8 @@ use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::resources::attendant::Attendant;
 use crate::resources::memory_use::MemoryUse;
 use crate::resources::{Outside, Resources};
-use crate::sandbox::Layers;
 use crate::sandbox::cgroup::CgroupLimits;
+use crate::sandbox::{Layers, task};
 use crate::sys::fork::{Files, Split};
 use crate::sys::shared::SharedFlag;
 use crate::sys::{SignalFd, socket};
@@ -238,7 +238,7 @@ impl Monitor {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Log(level, text) => serve::log(level, &text),
+            Event::Log(level, text) => task::log_as_told(level, &text),
             Event::InputWanted => self.input_wanted = true,
             Event::ConsoleClosed => self.console_is_closed = true,
             Event::Ended(reason, marks) => {

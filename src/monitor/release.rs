@@ -5,7 +5,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
+use rustix::process::WaitStatus;
+
+use crate::sys::fork;
 
 /// The inode of the host's PID namespace (PROC_PID_INIT_INO, linux/proc_ns.h).
 const INITIAL_PID_NAMESPACE: u64 = 0xefff_fffc;
@@ -28,7 +30,7 @@ pub(super) fn started(pid: u32) {
 pub(super) fn kill(pid: u32) {
     let monitor = MONITOR.lock().unwrap_or_else(PoisonError::into_inner);
     if *monitor == Some(pid) {
-        let _ = to_pid(pid).map(|pid| kill_process(pid, Signal::KILL));
+        fork::kill(pid);
     }
 }
 
@@ -36,12 +38,7 @@ pub(super) fn kill(pid: u32) {
 pub(super) fn reap(pid: u32) -> Option<WaitStatus> {
     let mut monitor = MONITOR.lock().unwrap_or_else(PoisonError::into_inner);
     monitor.take_if(|monitor| *monitor == pid)?;
-    loop {
-        match waitpid(to_pid(pid), WaitOptions::empty()) {
-            Err(rustix::io::Errno::INTR) => {}
-            waited => return waited.ok().flatten().map(|(_, status)| status),
-        }
-    }
+    fork::wait(pid)
 }
 
 /// Waits until the monitor has released its machine, because this process runs another one or waits for something else.
@@ -76,8 +73,4 @@ fn is_small(pid: u32) -> bool {
     let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
     let resident_pages = statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
     resident_pages.is_some_and(|pages| pages * PAGE_BYTES <= RESIDENT_MAX_BYTES)
-}
-
-fn to_pid(pid: u32) -> Option<Pid> {
-    i32::try_from(pid).ok().and_then(Pid::from_raw)
 }

@@ -303,12 +303,6 @@ pub fn forward_log(record: &log::Record) -> bool {
     true
 }
 
-/// Logs a line from the monitor.
-pub(super) fn log(level: usize, text: &str) {
-    let level = log::Level::iter().find(|known| *known as usize == level).unwrap_or(log::Level::Error);
-    log::log!(level, "{text}");
-}
-
 /// The next event that a monitor has reported through `events`, without waiting. A violation is an end.
 pub(super) fn receive_event(events: &UnixDatagram) -> io::Result<Event> {
     let mut packet = [0; PACKET_BYTES_MAX];

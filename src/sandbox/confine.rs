@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result, anyhow};
 use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
 use rustix::mount::{MountFlags, mount};
-use rustix::process::{Gid, Pid, Resource, Rlimit, Signal, Uid, WaitOptions};
+use rustix::process::{Gid, Resource, Rlimit, Signal, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags};
 
 use crate::sys::fork::{self, Files, Split};
@@ -171,7 +171,7 @@ pub fn probe() -> Result<Vec<String>> {
     };
     let mut text = [0; 4096];
     let len = ours.recv(&mut text)?;
-    let _ = rustix::process::waitpid(i32::try_from(pid).ok().and_then(Pid::from_raw), WaitOptions::empty());
+    fork::wait(pid);
     let text = String::from_utf8_lossy(text.get(..len).unwrap_or_default()).into_owned();
     Ok(text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect())
 }

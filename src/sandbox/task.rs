@@ -14,7 +14,7 @@ use std::panic;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rustix::process::{Pid, Resource, Rlimit, WaitOptions, WaitStatus, waitpid};
+use rustix::process::{Resource, Rlimit, WaitStatus};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -83,8 +83,17 @@ fn link() -> MutexGuard<'static, Option<UnixDatagram>> {
 
 /// Sends a line for the log to the process that answers, if this process runs a task. Any thread.
 pub fn forward_log(record: &log::Record) -> bool {
+    if link().is_none() {
+        return false;
+    }
     let text = record.args().to_string();
     send_to_link(&Message::<(), ()>::Log(record.level() as usize, text)).is_ok()
+}
+
+/// Logs a line of another process. An unknown level is an error.
+pub fn log_as_told(level: usize, text: &str) {
+    let level = log::Level::iter().find(|known| *known as usize == level).unwrap_or(log::Level::Error);
+    log::log!(level, "{text}");
 }
 
 /// How a copy of this process is confined.
@@ -132,7 +141,8 @@ where
             let result = serve(&ours, answer);
             // Its end of the socket is closed, or it will be by a signal.
             drop(ours);
-            let status = end(pid);
+            fork::kill(pid);
+            let status = fork::wait(pid);
             match result {
                 Ok(Some(result)) => Ok(result),
                 Ok(None) => bail!("the process that reads it has failed{}", reason(status)),
@@ -191,10 +201,7 @@ where
     loop {
         let Some((bytes, _)) = receive(socket)? else { return Ok(None) };
         match serde_json::from_slice::<Message<Q, R>>(&bytes).context("a message of the process that reads it")? {
-            Message::Log(level, text) => {
-                let level = log::Level::iter().find(|known| *known as usize == level).unwrap_or(log::Level::Error);
-                log::log!(level, "{}", foreign::start_of(&text, TEXT_BYTES_MAX));
-            }
+            Message::Log(level, text) => log_as_told(level, foreign::start_of(&text, TEXT_BYTES_MAX)),
             Message::Notice(notice) => drop(answer(notice)?),
             Message::Question(question) => {
                 let (answer, file) = match answer(question) {
@@ -205,18 +212,6 @@ where
             }
             Message::Ending(Ok(result)) => return Ok(Some(result)),
             Message::Ending(Err(error)) => bail!(foreign::start_of(&error, TEXT_BYTES_MAX).to_owned()),
-        }
-    }
-}
-
-/// Ends a copy that may still run, and waits for its end.
-fn end(pid: u32) -> Option<WaitStatus> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
-    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-    loop {
-        match waitpid(Some(pid), WaitOptions::empty()) {
-            Err(rustix::io::Errno::INTR) => {}
-            other => return other.ok().flatten().map(|(_, status)| status),
         }
     }
 }

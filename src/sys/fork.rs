@@ -8,6 +8,8 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::ptr;
 
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, waitpid};
+
 const PAGE_BYTES: usize = 4096;
 
 /// The process in which [`split`] has returned.
@@ -141,6 +143,26 @@ fn close_all_but(files: &Files) -> io::Result<()> {
         first = first.max(fd.saturating_add(1));
     }
     Ok(())
+}
+
+/// Kills a copy that was not waited for.
+pub fn kill(pid: u32) {
+    let _ = to_pid(pid).map(|pid| kill_process(pid, Signal::KILL));
+}
+
+/// Waits for the end of a copy. `None` if it was waited for before.
+pub fn wait(pid: u32) -> Option<WaitStatus> {
+    let pid = to_pid(pid)?;
+    loop {
+        match waitpid(Some(pid), WaitOptions::empty()) {
+            Err(rustix::io::Errno::INTR) => {}
+            waited => return waited.ok().flatten().map(|(_, status)| status),
+        }
+    }
+}
+
+fn to_pid(pid: u32) -> Option<Pid> {
+    i32::try_from(pid).ok().and_then(Pid::from_raw)
 }
 
 /// Ends the process with `code`, without running destructors or exit handlers.
