@@ -159,12 +159,17 @@ pub fn open_in(dir: &Path, path: &str) -> Result<File> {
     ensure!(FileType::from_raw_mode(fstat(&found)?.st_mode) == FileType::RegularFile, "it is not a regular file");
     let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd())).map_err(shown)?;
     if let Some(digest) = digest {
-        let mut hasher = Hasher::default();
-        io::copy(&mut Part::whole(file.try_clone()?)?, &mut hasher)?;
-        let found = hasher.digest();
+        let found = digest_of(&file)?;
         ensure!(found == digest, "the link {} leads to a file with digest {found}", full.display());
     }
     Ok(file)
+}
+
+/// The digest of a whole file, wherever its position is.
+pub fn digest_of(file: &File) -> Result<Digest> {
+    let mut hasher = Hasher::default();
+    io::copy(&mut Part::whole(file.try_clone()?)?, &mut hasher)?;
+    Ok(hasher.digest())
 }
 
 /// The digest that a blob of an image layout is named by.

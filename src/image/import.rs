@@ -14,9 +14,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::Layer;
-use super::bundle::{self, Part};
+use super::bundle;
 use super::config::{ImageConfig, MAX_LAYERS};
-use super::digest::{Digest, Hasher};
+use super::digest::Digest;
 use super::erofs::Form;
 use super::manifest::Platform;
 use super::outside::{self, Outside, Remote, RootSource};
@@ -44,20 +44,7 @@ pub enum Input {
     Layers(Vec<Layer>),
 }
 
-/// An image or a root file system as the process that has read it describes it.
-#[derive(Debug, Serialize, Deserialize)]
-enum Description {
-    /// An image.
-    Image(Box<ImageDescription>),
-    /// A root file system's archive.
-    RootArchive,
-    /// A root directory, of which nothing was read.
-    RootDirectory,
-    /// Only layers were read.
-    Layers,
-}
-
-/// The description of an image.
+/// An image as the process that has read it describes it.
 #[derive(Debug, Serialize, Deserialize)]
 struct ImageDescription {
     /// The configuration, whose digest identifies the image: whoever has read it cannot claim to have read another one.
@@ -66,27 +53,31 @@ struct ImageDescription {
     names: Vec<String>,
 }
 
-/// What was imported, verified as far as it can be.
-pub enum Made {
-    /// An image.
-    Image {
-        /// The digest of its configuration.
-        id: Digest,
-        /// The configuration.
-        config: Box<ImageConfig>,
-        /// The names in its archive.
-        names: Vec<String>,
-    },
-    /// A root file system.
-    Root,
-    /// The layers that were given.
-    Layers,
+/// An imported image, verified as far as it can be.
+pub struct Imported {
+    /// The digest of its configuration.
+    pub id: Digest,
+    /// The configuration.
+    pub config: ImageConfig,
+    /// The names in its archive.
+    pub names: Vec<String>,
+}
+
+impl Imported {
+    fn verify(image: ImageDescription) -> Result<Imported> {
+        let ImageDescription { config_json, names } = image;
+        let names_bytes: usize = names.iter().map(String::len).sum();
+        ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
+        let json = config_json.as_bytes();
+        Ok(Imported { id: Digest::of(json), config: ImageConfig::parse(json)?, names })
+    }
 }
 
 /// The result of reading.
 #[derive(Debug, Serialize, Deserialize)]
 struct Read {
-    description: Description,
+    /// `None` for a root file system, and for layers.
+    image: Option<ImageDescription>,
     unpacked_bytes: u64,
 }
 
@@ -102,7 +93,12 @@ struct Job<'a> {
 impl Store {
     /// Reads `input`, of several images the one named `image`, and builds its root file system, unless it is a directory
     /// with a root file system.
-    pub(super) fn read(&self, input: &Input, image: Option<&str>, progress: Progress) -> Result<(Made, Option<Root>)> {
+    pub(super) fn read(
+        &self,
+        input: &Input,
+        image: Option<&str>,
+        progress: Progress,
+    ) -> Result<(Option<Imported>, Option<Root>)> {
         let import = Import { store: self, input, state: RefCell::default(), new_files: Cell::new(0) };
         let limits = RootLimits { unpacked_bytes: self.unpack_limit()? };
         let job = Job { input, image, platform: Platform::default(), form: self.form, limits };
@@ -147,7 +143,7 @@ fn read(job: &Job, outside: &dyn Outside, progress: Progress) -> Result<Read> {
         Input::Directory(_) => source::look_in_directory(job.image, &job.platform, outside)?,
         Input::Layers(layers) => {
             let unpacked_bytes = root::of_layers(layers, outside, job.form, &job.limits, progress)?;
-            return Ok(Read { description: Description::Layers, unpacked_bytes });
+            return Ok(Read { image: None, unpacked_bytes });
         }
     };
     Ok(match found {
@@ -155,13 +151,13 @@ fn read(job: &Job, outside: &dyn Outside, progress: Progress) -> Result<Read> {
             image.config.check_platform()?;
             let unpacked_bytes = root::of_layers(&image.layers, outside, job.form, &job.limits, progress)?;
             let description = ImageDescription { config_json: image.config_json, names: image.names };
-            Read { description: Description::Image(Box::new(description)), unpacked_bytes }
+            Read { image: Some(description), unpacked_bytes }
         }
         Found::RootArchive(archive) => {
             let unpacked_bytes = root::of_archive(&archive, outside, job.form, &job.limits, progress)?;
-            Read { description: Description::RootArchive, unpacked_bytes }
+            Read { image: None, unpacked_bytes }
         }
-        Found::RootDirectory => Read { description: Description::RootDirectory, unpacked_bytes: 0 },
+        Found::RootDirectory => Read { image: None, unpacked_bytes: 0 },
     })
 }
 
@@ -213,7 +209,7 @@ impl Outside for Import<'_> {
                 let work = self.store.work_file(&identity.hex())?;
                 let file = file.try_clone()?;
                 let before = FileState::of(&file)?;
-                let hash = move || digest_of(&file);
+                let hash = move || bundle::digest_of(&file);
                 State::Hashing(work, before, sandbox::spawn("digest", hash).context("start a thread")?)
             }
             (RootSource::Archive, _) => bail!("it is not an archive"),
@@ -262,31 +258,20 @@ impl Import<'_> {
     }
 
     /// Names the file that was written. What `read` describes may be anything.
-    fn finish(self, read: Read) -> Result<(Made, Option<Root>)> {
-        let Read { description, unpacked_bytes } = read;
-        let made = match description {
-            Description::Image(image) => {
-                let names_bytes: usize = image.names.iter().map(String::len).sum();
-                ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
-                let id = Digest::of(image.config_json.as_bytes());
-                Made::Image { id, config: ImageConfig::parse(image.config_json.as_bytes())?.into(), names: image.names }
-            }
-            Description::RootArchive | Description::RootDirectory => Made::Root,
-            Description::Layers => Made::Layers,
-        };
+    fn finish(self, read: Read) -> Result<(Option<Imported>, Option<Root>)> {
+        let Read { image, unpacked_bytes } = read;
+        let image = image.map(Imported::verify).transpose()?;
         let root = match self.state.into_inner() {
-            State::Unknown if matches!(made, Made::Root) && matches!(self.input, Input::Directory(_)) => {
-                return Ok((made, None));
-            }
+            State::Unknown if image.is_none() && matches!(self.input, Input::Directory(_)) => return Ok((None, None)),
             State::Keyed(key, work) => self.store.keep_root(key, work, unpacked_bytes)?,
             State::Exists(root) => Root { unpacked_bytes, ..root },
             State::Unknown | State::Hashing(..) => bail!("its root filesystem was not built"),
         };
-        if let Made::Image { config, .. } = &made {
-            let expected = self.store.key_of_layers(&config.diff_ids);
+        if let Some(image) = &image {
+            let expected = self.store.key_of_layers(&image.config.diff_ids);
             ensure!(root.key == expected, "its root filesystem has other layers than its configuration");
         }
-        Ok((made, Some(root)))
+        Ok((image, Some(root)))
     }
 }
 
@@ -300,18 +285,12 @@ impl FileState {
     }
 }
 
-fn digest_of(file: &File) -> Result<Digest> {
-    let mut hasher = Hasher::default();
-    io::copy(&mut Part::whole(file.try_clone()?)?, &mut hasher)?;
-    Ok(hasher.digest())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn layer(store: &Store, id: &[u8]) -> Layer {
-        let part = Part::whole(store.nameless_file().unwrap()).unwrap();
+        let part = bundle::Part::whole(store.nameless_file().unwrap()).unwrap();
         Layer { part, blob: None, diff_id: Some(Digest::of(id)) }
     }
 
@@ -348,7 +327,7 @@ mod tests {
         fs::write(&path, "another").unwrap();
         let error = format!("{:#}", import.root_key(Digest::of(b"")).unwrap_err());
         assert_eq!(error, "it was changed while it was read");
-        let read = Read { description: Description::RootArchive, unpacked_bytes: 0 };
+        let read = Read { image: None, unpacked_bytes: 0 };
         assert!(import.finish(read).is_err());
     }
 
@@ -362,10 +341,10 @@ mod tests {
             let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
             assert!(import.begin_root(&RootSource::Layers(vec![Digest::of(begun)])).unwrap().is_some());
             let image = ImageDescription { config_json, names: Vec::new() };
-            import.finish(Read { description: Description::Image(Box::new(image)), unpacked_bytes: 0 })
+            import.finish(Read { image: Some(image), unpacked_bytes: 0 })
         };
-        let (Made::Image { id, .. }, _) = made(b"own", json(b"own")).unwrap() else { panic!("no image") };
-        assert_eq!(id, Digest::of(json(b"own").as_bytes()));
+        let (image, _) = made(b"own", json(b"own")).unwrap();
+        assert_eq!(image.unwrap().id, Digest::of(json(b"own").as_bytes()));
         // It has built one root file system, and claims the configuration of another image.
         let error = made(b"evil", json(b"good")).map(drop).unwrap_err();
         assert!(format!("{error:#}").contains("other layers than its configuration"), "{error:#}");
@@ -376,9 +355,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let input = Input::Archive(store.nameless_file().unwrap(), Digest::of(b"x"));
-        for description in [Description::RootArchive, Description::Layers, Description::RootDirectory] {
+        let config_json = r#"{"rootfs":{"type":"layers"}}"#.to_owned();
+        for image in [None, Some(ImageDescription { config_json, names: Vec::new() })] {
             let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
-            let found = import.finish(Read { description, unpacked_bytes: 0 });
+            let found = import.finish(Read { image, unpacked_bytes: 0 });
             assert!(!matches!(found, Ok((_, Some(_)))));
         }
         assert_eq!(fs::read_dir(dir.path().join("roots")).unwrap().count(), 0);

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::bundle::{self, Part};
 use super::config::ImageConfig;
 use super::digest::Digest;
-use super::import::{Input, Made};
+use super::import::{Imported, Input};
 use super::index::{LayerRecord, Record};
 use super::manifest::Platform;
 use super::progress::Progress;
@@ -165,16 +165,16 @@ impl Store {
         seen: Seen,
         progress: Progress,
     ) -> Result<Prepared> {
-        let (made, root) = match (self.read(input, image, progress)?, input, &seen.state) {
-            ((made, Some(root)), ..) => (made, root),
-            ((made, None), Input::Directory(dir), Some((state, bytes))) => {
-                (made, self.root_of_directory(&fs::canonicalize(dir)?, *state, *bytes, progress)?)
+        let (image, root) = match (self.read(input, image, progress)?, input, &seen.state) {
+            ((image, Some(root)), ..) => (image, root),
+            ((image, None), Input::Directory(dir), Some((state, bytes))) => {
+                (image, self.root_of_directory(&fs::canonicalize(dir)?, *state, *bytes, progress)?)
             }
             _ => bail!("it has no root filesystem"),
         };
-        let (id, config, own_names) = match made {
-            Made::Image { id, config, names } => (id, *config, names),
-            Made::Root | Made::Layers => (root.key, ImageConfig::of_root(), Vec::new()),
+        let (id, config, own_names) = match image {
+            Some(Imported { id, config, names }) => (id, config, names),
+            None => (root.key, ImageConfig::of_root(), Vec::new()),
         };
         let ImageConfig { process, architecture, created, diff_ids, .. } = config;
         let record = Record {

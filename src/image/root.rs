@@ -51,10 +51,7 @@ pub fn of_layers(
     progress: Progress,
 ) -> Result<u64> {
     let diff_ids = layers.iter().filter_map(|layer| layer.diff_id).collect();
-    let Some(file) = outside.begin_root(&RootSource::Layers(diff_ids))? else { return Ok(0) };
-    let mut maker = Maker::new(file, outside.new_file()?, form, limits);
-    let read = maker.add_layers(layers, Whiteouts::Apply, progress)?;
-    maker.finish(outside.root_key(read.content)?).map(|()| read.unpacked_bytes)
+    build(&RootSource::Layers(diff_ids), layers, outside, form, limits, progress)
 }
 
 /// Builds the root file system in a tar archive, unless it exists. Returns its uncompressed size.
@@ -65,10 +62,25 @@ pub fn of_archive(
     limits: &RootLimits,
     progress: Progress,
 ) -> Result<u64> {
-    let Some(file) = outside.begin_root(&RootSource::Archive)? else { return Ok(0) };
-    let mut maker = Maker::new(file, outside.new_file()?, form, limits);
     let layer = Layer { part: archive.clone(), blob: None, diff_id: None };
-    let read = maker.add_layers(&[layer], Whiteouts::Keep, progress)?;
+    build(&RootSource::Archive, &[layer], outside, form, limits, progress)
+}
+
+fn build(
+    source: &RootSource,
+    layers: &[Layer],
+    outside: &dyn Outside,
+    form: Form,
+    limits: &RootLimits,
+    progress: Progress,
+) -> Result<u64> {
+    let whiteouts = match source {
+        RootSource::Layers(_) => Whiteouts::Apply,
+        RootSource::Archive => Whiteouts::Keep,
+    };
+    let Some(file) = outside.begin_root(source)? else { return Ok(0) };
+    let mut maker = Maker::new(file, outside.new_file()?, form, limits);
+    let read = maker.add_layers(layers, whiteouts, progress)?;
     maker.finish(outside.root_key(read.content)?).map(|()| read.unpacked_bytes)
 }
 

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,8 +12,8 @@ use super::credentials::{self, Credential};
 use super::outside::{self, Answer, Outside, Question, Remote};
 use super::{Client, Document, RemoteImage, fetch};
 use crate::image::Prepared;
-use crate::image::bundle::Part;
-use crate::image::digest::{Digest, Hasher};
+use crate::image::bundle;
+use crate::image::digest::Digest;
 use crate::image::index::{LayerRecord, Record};
 use crate::image::manifest::Platform;
 use crate::image::progress::{Follower, Progress};
@@ -106,6 +105,7 @@ impl Store {
             reference: reference.clone(),
             platform: platform.clone(),
             state: Mutex::default(),
+            credential: OnceLock::new(),
         });
         let client = Client::new(reference);
         if self.sandbox {
@@ -144,6 +144,8 @@ struct Fetch {
     reference: Reference,
     platform: Platform,
     state: Mutex<State>,
+    /// What was found when credentials were asked for first. No lock is held meanwhile: a helper program may be asked.
+    credential: OnceLock<Option<Credential>>,
 }
 
 #[derive(Default)]
@@ -153,8 +155,6 @@ struct State {
     wanted: BTreeMap<Digest, u64>,
     /// The layers that are written.
     layers: BTreeMap<Digest, Work>,
-    /// What was found when credentials were asked for first.
-    credential: Option<Option<Credential>>,
 }
 
 impl Fetch {
@@ -204,9 +204,7 @@ impl Outside for Fetch {
 
     fn end_layer(&self, digest: Digest) -> Result<()> {
         let mut work = self.state().layers.remove(&digest).context("the layer is not written")?;
-        let mut hasher = Hasher::default();
-        io::copy(&mut Part::whole(work.file.try_clone()?)?, &mut hasher).context("read the layer")?;
-        let found = hasher.digest();
+        let found = bundle::digest_of(&work.file).context("read the layer")?;
         if found != digest {
             work.remove();
             bail!("the registry sent data with digest {found}");
@@ -219,8 +217,7 @@ impl Outside for Fetch {
     }
 
     fn credential(&self) -> Result<Option<Credential>> {
-        let mut state = self.state();
-        Ok(state.credential.get_or_insert_with(|| credentials::find(&self.reference)).clone())
+        Ok(self.credential.get_or_init(|| credentials::find(&self.reference)).clone())
     }
 }
 
@@ -270,10 +267,11 @@ mod tests {
             reference: "app:1".parse().unwrap(),
             platform: Platform::default(),
             state: Mutex::new(State { wanted: BTreeMap::from([(good, 4)]), ..State::default() }),
+            credential: OnceLock::new(),
         };
         assert!(fetch.begin_layer(other).is_err(), "it is no layer of this image");
         let file = fetch.begin_layer(good).unwrap().unwrap();
-        io::Write::write_all(&mut &file, b"evil").unwrap();
+        std::io::Write::write_all(&mut &file, b"evil").unwrap();
         assert!(fetch.end_layer(good).is_err());
         assert!(!store.has_blob(good, 4));
         assert!(fetch.begin_layer(good).is_err(), "once each");
