@@ -1,6 +1,7 @@
 //! Creates virtual machines: the KVM calls, in the order that makes them fast.
 
 mod routing;
+mod state;
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::irq::IrqLine;
 use crate::layout;
 use crate::memory::GuestMemory;
 pub use routing::Routing;
+pub use state::VmState;
 
 /// The KVM capabilities that husk requires, with their names for messages.
 pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
@@ -94,6 +96,11 @@ impl Vm {
     /// Adds vCPU `index`, which is also its local APIC ID.
     pub fn create_vcpu(&self, index: u32) -> Result<VcpuFd> {
         self.fd.create_vcpu(u64::from(index)).with_context(|| format!("KVM_CREATE_VCPU {index}"))
+    }
+
+    /// The MSRs that KVM lists as part of a vCPU's state.
+    pub fn listed_msrs(&self) -> Result<Arc<[u32]>> {
+        Ok(self.kvm.get_msr_index_list().context("KVM_GET_MSR_INDEX_LIST")?.as_slice().into())
     }
 
     /// Whether KVM supports the local APIC timer's TSC deadline mode.

@@ -2,14 +2,17 @@
 
 mod buffers;
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection,
     GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
@@ -17,6 +20,9 @@ pub use buffers::GuestBuffers;
 
 use crate::layout;
 use crate::sys::mapping::{Mapping, Pages};
+
+/// The size of the pieces in which memory is written to a file.
+const PIECE_BYTES: usize = 64 << 10;
 
 /// All of a guest's memory. Clones share it.
 pub type GuestMemory = GuestRegionCollection<Region>;
@@ -30,10 +36,13 @@ pub struct Region {
 }
 
 impl Region {
-    #[allow(unsafe_code)]
     fn new(base: u64, len_bytes: u64, pages: Pages) -> io::Result<Region> {
         let len_bytes = usize::try_from(len_bytes).map_err(io::Error::other)?;
-        let mapping = Mapping::new(len_bytes, pages)?;
+        Region::of(base, len_bytes, Mapping::new(len_bytes, pages)?)
+    }
+
+    #[allow(unsafe_code)]
+    fn of(base: u64, len_bytes: usize, mapping: Mapping) -> io::Result<Region> {
         let builder = MmapRegionBuilder::new(len_bytes).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         // SAFETY: the address is the start of a mapping of this length, which `Region` keeps as long as the view
         // exists.
@@ -100,6 +109,45 @@ pub fn create(memory_mib: u64, pages: Pages, prefault: Option<&dyn Fn() -> bool>
         })?;
     }
     Ok(GuestMemory::from_regions(regions)?)
+}
+
+/// Maps `memory_mib` MiB of guest memory from a file that [`write_to`] has written. It is read as the guest accesses it, and
+/// never written.
+pub fn map(memory_mib: u64, file: &File) -> Result<GuestMemory> {
+    let memory_bytes = memory_mib.checked_mul(1 << 20).context("memory size overflows")?;
+    let found_bytes = file.metadata().context("inspect the memory of the snapshot")?.len();
+    ensure!(found_bytes == memory_bytes, "the memory of the snapshot has {found_bytes} bytes, not {memory_bytes}");
+    let mut offset_bytes = 0;
+    let region = |(base, len): &(u64, u64)| -> io::Result<Region> {
+        let len_bytes = usize::try_from(*len).map_err(io::Error::other)?;
+        let mapping = Mapping::of_file(len_bytes, file.as_fd(), offset_bytes)?;
+        offset_bytes += *len;
+        Region::of(*base, len_bytes, mapping)
+    };
+    let regions = layout::memory_ranges(memory_bytes).iter().map(region).collect::<io::Result<Vec<_>>>();
+    Ok(GuestMemory::from_regions(regions.context("map the memory of the snapshot")?)?)
+}
+
+/// Writes all guest memory to an empty file, regions one after another. Pages that were never used, or are zero, become
+/// holes. No vCPU and no device may run.
+pub fn write_to(memory: &GuestMemory, file: &File) -> Result<()> {
+    let total_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
+    file.set_len(total_bytes).context("extend the memory file")?;
+    let (mut offset_bytes, mut piece) = (0, vec![0; PIECE_BYTES]);
+    for region in memory.iter() {
+        let mut at = 0;
+        while at < region.len() {
+            let len = PIECE_BYTES.min((region.len() - at) as usize);
+            let piece = &mut piece[..len];
+            region.read_slice(piece, MemoryRegionAddress(at))?;
+            if piece.iter().any(|byte| *byte != 0) {
+                file.write_all_at(piece, offset_bytes + at).context("write the memory file")?;
+            }
+            at += len as u64;
+        }
+        offset_bytes += region.len();
+    }
+    Ok(())
 }
 
 /// Whether `memory` consists of pages from the host's pool.

@@ -4,4 +4,4 @@ mod power;
 mod serial;
 
 pub use power::Power;
-pub use serial::Serial;
+pub use serial::{Serial, SerialState};

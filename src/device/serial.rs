@@ -3,8 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use anyhow::{Context, bail, ensure};
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
-use vm_superio::serial::{Serial as Uart, SerialEvents};
+use vm_superio::serial::{Serial as Uart, SerialEvents, SerialState as UartState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Device;
@@ -17,6 +19,8 @@ use crate::timings::{Step, Timings};
 /// The interrupt enable register and its bit "received data available" (16550 data sheet).
 const IER_OFFSET: u8 = 1;
 const IER_RECEIVED_DATA: u8 = 1 << 0;
+/// The interrupt identification register: bit 0 is set while no interrupt is pending.
+const IIR_NONE: u8 = 1 << 0;
 /// The line control register: bit 7 maps the divisor in place of the first two registers.
 const LCR_OFFSET: u8 = 3;
 const LCR_DLAB: u8 = 1 << 7;
@@ -33,9 +37,30 @@ const LINE_MAX_BYTES: usize = 512;
 /// The serial port. Registers are accessed on vCPU threads, input by the thread that reads the terminal.
 pub struct Serial {
     port: Mutex<Port>,
+    irq: IrqLine,
     output: Arc<Output>,
     exit_latch: Arc<ExitLatch>,
     timings: Arc<Timings>,
+}
+
+/// The saved state of the port: its registers by the names of the 16550 data sheet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "they are the registers")]
+pub struct SerialState {
+    pub baud_divisor_low: u8,
+    pub baud_divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    /// Input that the guest has not read.
+    pub in_buffer: Vec<u8>,
+    /// The start of the current line of output, in which a panic is recognized.
+    pub line: Vec<u8>,
 }
 
 struct Port {
@@ -93,13 +118,13 @@ impl Serial {
         let wanted = Arc::new(event::create()?);
         let events = InputSide { starved: AtomicBool::new(false), wanted: wanted.clone() };
         let port = Port {
-            uart: Uart::with_events(Interrupt(irq), events, Vec::new()),
+            uart: Uart::with_events(Interrupt(irq.try_clone()?), events, Vec::new()),
             line_control: 0,
             interrupt_enable: 0,
             modem_control: 0,
             line: Vec::with_capacity(LINE_MAX_BYTES),
         };
-        Ok((Serial { port: Mutex::new(port), output, exit_latch, timings }, wanted))
+        Ok((Serial { port: Mutex::new(port), irq, output, exit_latch, timings }, wanted))
     }
 
     /// Passes `bytes` to the guest and returns how many were accepted: none while no driver has opened the port, since
@@ -109,6 +134,58 @@ impl Serial {
         let taken = if port.listens() { port.uart.enqueue_raw_bytes(bytes).unwrap_or(0) } else { 0 };
         port.uart.events().starved.store(taken < bytes.len(), Ordering::Relaxed);
         taken
+    }
+
+    /// Saves the port's registers and the bytes that the guest has not read. No vCPU may run.
+    pub fn save(&self) -> SerialState {
+        let port = self.lock();
+        let uart = port.uart.state();
+        SerialState {
+            baud_divisor_low: uart.baud_divisor_low,
+            baud_divisor_high: uart.baud_divisor_high,
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            in_buffer: uart.in_buffer,
+            line: port.line.clone(),
+        }
+    }
+
+    /// Sets a saved state. No vCPU may run. Fails without any change if there are more bytes than the port holds.
+    pub fn restore(&self, state: &SerialState) -> anyhow::Result<()> {
+        ensure!(state.line.len() <= LINE_MAX_BYTES, "the saved serial port has a line of {} bytes", state.line.len());
+        let uart = UartState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer.clone(),
+        };
+        let mut port = self.lock();
+        let irq = Interrupt(self.irq.try_clone().context("duplicate an eventfd")?);
+        let events = InputSide { starved: AtomicBool::new(true), wanted: port.uart.events().wanted.clone() };
+        let Ok(uart) = Uart::from_state(&uart, irq, events, Vec::new()) else {
+            bail!("the saved serial port has {} bytes of input", state.in_buffer.len());
+        };
+        port.uart = uart;
+        port.line_control = state.line_control;
+        port.interrupt_enable = state.interrupt_enable;
+        port.modem_control = state.modem_control;
+        port.line.clone_from(&state.line);
+        // Its interrupt may have been on its way. One more does no harm: the guest reads what it is for.
+        if state.interrupt_identification & IIR_NONE == 0 || !state.in_buffer.is_empty() {
+            self.irq.raise();
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Port> {

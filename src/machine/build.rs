@@ -1,13 +1,14 @@
 //! Builds a machine from its configuration and opened resources, paused before its first instruction.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use kvm_bindings::CpuId;
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VcpuFd};
 
-use super::{Console, Controls, Machine, virtio_bus};
+use super::{Console, Controls, Machine, MachineState, virtio_bus};
 use crate::boot::{self, EntryPoint, Kernel, Part};
 use crate::config::{self, MachineConfig};
 use crate::device::{Power, Serial};
@@ -26,6 +27,14 @@ use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, Buses, VcpuThread, setup};
 use crate::virtio::{VirtioDevice, balloon, block, net, rng, vsock};
 
+/// Where a machine starts.
+pub enum Origin {
+    /// At its kernel's entry point.
+    Boot,
+    /// Where another machine of the same configuration was saved, with its memory.
+    Saved(Box<MachineState>, File),
+}
+
 impl Machine {
     /// Builds the machine described by `config` from `resources`, which it consumes. No path is opened, and no guest
     /// instruction runs before [`Machine::resume`].
@@ -35,11 +44,15 @@ impl Machine {
     /// follows dependencies: memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus
     /// before the first vCPU exists.
     ///
+    /// A machine with a saved origin is built the same way, but nothing is loaded: its memory is mapped from the file, each vCPU
+    /// gets its state when it is created, and devices and interrupt controller before it is returned.
+    ///
     /// `confine` is called before the threads that run for the guest are started. All guest memory is allocated with
     /// `--prefault`, until `is_interrupted` returns true.
     pub fn build(
         config: &MachineConfig,
         resources: Resources,
+        origin: Origin,
         timings: Arc<Timings>,
         confine: impl FnOnce() -> Result<()>,
         is_interrupted: &dyn Fn() -> bool,
@@ -47,15 +60,21 @@ impl Machine {
         let Resources { kvm, kernel, kernel_words, initrd, disks, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
         let prefault = config.prefault.then_some(is_interrupted);
-        let memory = memory::create(config.memory_mib, config.huge_pages.pages(), prefault)?;
-        let contents = Contents {
-            kernel,
-            cmdline: cmdline(config, &kernel_words, initrd.is_some()),
-            initrd,
-            cpus: config.cpus,
-            bus: config.virtio_bus(),
+        let (memory, source) = match origin {
+            Origin::Boot => {
+                let memory = memory::create(config.memory_mib, config.huge_pages.pages(), prefault)?;
+                let contents = Contents {
+                    kernel,
+                    cmdline: cmdline(config, &kernel_words, initrd.is_some()),
+                    initrd,
+                    cpus: config.cpus,
+                    bus: config.virtio_bus(),
+                };
+                let loader = Loader::start(kvm.clone(), memory.clone(), contents, timings.clone())?;
+                (memory, Source::Loader(loader))
+            }
+            Origin::Saved(state, file) => (memory::map(config.memory_mib, &file)?, Source::Saved(state)),
         };
-        let loader = Loader::start(kvm.clone(), memory.clone(), contents, timings.clone())?;
         let (devices, controls) = create_devices(config, disks, vsock, networks)?;
 
         let vm = Vm::new(kvm, &memory)?;
@@ -69,16 +88,54 @@ impl Machine {
         let transports = virtio_bus::attach(&vm, &mut buses, &memory, config.virtio_bus(), devices)?;
         timings.mark(Step::KvmReady);
 
-        let (entry, supported) = loader.finish()?;
-        ensure!(
-            !config.nested || cpuid::can_nest(&supported),
-            "KVM on this host does not support nested virtualization: enable it with `sudo modprobe kvm_intel nested=1` (or \
-             kvm_amd), or remove --nested"
-        );
-        let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
-        let vcpus = start_vcpus(&vm, buses, &exit_latch, &supported, processor, entry)?;
-        Ok(Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm: Arc::new(vm) })
+        let buses = Arc::new(buses);
+        let start = |prepare: &Prepare<'_>| start_vcpus(&vm, config.cpus, &buses, &exit_latch, prepare);
+        let (vcpus, saved) = match source {
+            Source::Loader(loader) => (boot_vcpus(config, &vm, loader, &start)?, None),
+            Source::Saved(state) => (restored_vcpus(config, &state, &start)?, Some(state)),
+        };
+        let vm = Arc::new(vm);
+        let mut machine = Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm };
+        saved.iter().try_for_each(|state| machine.restore(state))?;
+        Ok(machine)
     }
+}
+
+/// Where the state of a machine's memory and vCPUs comes from.
+enum Source {
+    Loader(Loader),
+    Saved(Box<MachineState>),
+}
+
+/// Sets the first state of a vCPU, given by its index.
+type Prepare<'a> = dyn Fn(&VcpuFd, u32) -> Result<()> + 'a;
+
+fn boot_vcpus(
+    config: &MachineConfig,
+    vm: &Vm,
+    loader: Loader,
+    start: &dyn Fn(&Prepare<'_>) -> Result<Vec<VcpuThread>>,
+) -> Result<Vec<VcpuThread>> {
+    let (entry, supported) = loader.finish()?;
+    ensure!(
+        !config.nested || cpuid::can_nest(&supported),
+        "KVM on this host does not support nested virtualization: enable it with `sudo modprobe kvm_intel nested=1` (or \
+         kvm_amd), or remove --nested"
+    );
+    let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
+    start(&|fd, index| {
+        setup::prepare(fd, &cpuid::for_vcpu(&supported, processor, index), (index == 0).then_some(entry))
+    })
+}
+
+fn restored_vcpus(
+    config: &MachineConfig,
+    state: &MachineState,
+    start: &dyn Fn(&Prepare<'_>) -> Result<Vec<VcpuThread>>,
+) -> Result<Vec<VcpuThread>> {
+    let (found, expected) = (state.vcpus.len(), config.cpus);
+    ensure!(found == expected as usize, "the saved machine has {found} vCPUs, not {expected}");
+    start(&|fd, index| state.vcpus.get(index as usize).context("it has no state")?.restore(fd))
 }
 
 /// Creates the virtio devices, in the order of their addresses, and the handles to them.
@@ -185,20 +242,16 @@ fn attach_console(vm: &Vm, buses: &mut Buses, exit_latch: &Arc<ExitLatch>, timin
 
 fn start_vcpus(
     vm: &Vm,
-    buses: Buses,
+    count: u32,
+    buses: &Arc<Buses>,
     exit_latch: &Arc<ExitLatch>,
-    supported: &CpuId,
-    processor: Processor,
-    entry: EntryPoint,
+    prepare: &Prepare<'_>,
 ) -> Result<Vec<VcpuThread>> {
     vcpu::prepare_kicks().context("set up the signal that interrupts vCPUs")?;
-    let buses = Arc::new(buses);
     let start = |index| {
         let fd = vm.create_vcpu(index)?;
-        let entry = (index == 0).then_some(entry);
-        setup::prepare(&fd, &cpuid::for_vcpu(supported, processor, index), entry)
-            .with_context(|| format!("set up vCPU {index}"))?;
+        prepare(&fd, index).with_context(|| format!("set up vCPU {index}"))?;
         VcpuThread::start(index, fd, buses.clone(), exit_latch.clone()).with_context(|| format!("start vCPU {index}"))
     };
-    (0..processor.cpus).map(start).collect()
+    (0..count).map(start).collect()
 }

@@ -3,6 +3,7 @@
 
 mod build;
 mod host_memory;
+mod state;
 mod virtio_bus;
 
 use std::ops::Range;
@@ -21,6 +22,8 @@ use crate::timings::{Step, Timings};
 use crate::vcpu::VcpuThread;
 use crate::virtio::net::NetLink;
 use crate::virtio::{Transport, balloon, block};
+pub use build::Origin;
+pub use state::MachineState;
 
 /// A machine, paused when built. It is owned by one thread; vCPUs, workers and the console have their own threads.
 pub struct Machine {
@@ -184,7 +187,7 @@ mod tests {
         };
         let (resources, _outside) = resources::open(&config).unwrap();
         let timings = Arc::new(Timings::new(Instant::now()));
-        let machine = Machine::build(&config, resources, timings, || Ok(()), &|| false).unwrap();
+        let machine = Machine::build(&config, resources, Origin::Boot, timings, || Ok(()), &|| false).unwrap();
         let output = machine.console.output.clone();
         Some((machine, output))
     }

@@ -18,7 +18,7 @@ use super::message::{self, Call, Event, PACKET_BYTES_MAX, Reply, Usage};
 use crate::config::MachineConfig;
 use crate::exit_latch::ExitReason;
 use crate::kvm::Vm;
-use crate::machine::Machine;
+use crate::machine::{Machine, Origin};
 use crate::resources::{Resources, attendant};
 use crate::sandbox::{self, Confinement, Layers, ThreadRole};
 use crate::sys::resident::IdleTrim;
@@ -110,7 +110,7 @@ fn prepare(
     let is_interrupted = || interrupted.as_ref().is_some_and(|flag| flag.is_set());
     let mut lacks = Vec::new();
     let confine = || confinement.complete().map(|found| lacks = found);
-    let machine = Machine::build(config, resources, timings.clone(), confine, &is_interrupted)?;
+    let machine = Machine::build(config, resources, Origin::Boot, timings.clone(), confine, &is_interrupted)?;
     let printed = start_console(&machine, console)?;
     Server::new(machine, calls, printed, lacks)
 }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 
 /// The size of a transparent huge page, which a page directory entry maps.
@@ -47,6 +48,19 @@ impl Mapping {
             Pages::Transparent => Ok(Mapping::aligned(len_bytes)?.advise(libc::MADV_HUGEPAGE)),
             Pages::Small => Ok(Mapping::aligned(len_bytes)?.advise(libc::MADV_NOHUGEPAGE)),
         }
+    }
+
+    /// Maps `len_bytes` of `file` from `offset_bytes`, a multiple of 2 MiB, privately: the file is read on first access, and
+    /// writes do not reach it. It must not change, nor become shorter, as long as the mapping exists.
+    pub fn of_file(len_bytes: usize, file: BorrowedFd<'_>, offset_bytes: u64) -> io::Result<Mapping> {
+        let mapping = Mapping::aligned(len_bytes)?;
+        let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: it replaces exactly the range of this mapping, to which nothing refers yet.
+        let start =
+            unsafe { libc::mmap(mapping.start().cast(), len_bytes, protection, flags, file.as_raw_fd(), offset) };
+        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapping) }
     }
 
     fn of_pool(len_bytes: usize, page_bytes: u64) -> io::Result<Mapping> {

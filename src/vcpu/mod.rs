@@ -5,6 +5,7 @@
 pub mod cpuid;
 mod exit;
 pub mod setup;
+mod state;
 
 use std::io;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use anyhow::{Context, Result};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -21,6 +23,7 @@ use crate::exit_latch::ExitLatch;
 use crate::sandbox::{self, ThreadRole};
 
 use exit::{End, Step};
+pub use state::VcpuState;
 
 /// The time after which an unanswered kick is repeated.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
@@ -29,6 +32,8 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 enum Command {
     Resume,
     Pause,
+    /// Save the state with these MSRs, while the vCPU is paused.
+    Save(Arc<[u32]>, Sender<Result<VcpuState>>),
     Stop,
 }
 
@@ -105,6 +110,13 @@ impl VcpuThread {
         self.answers.recv_timeout(timeout).is_ok()
     }
 
+    /// Saves the state of the vCPU, which is paused, with the MSRs `msrs`. Fails if it cannot run any further.
+    pub fn save(&self, msrs: &Arc<[u32]>) -> Result<VcpuState> {
+        let (sender, reply) = channel();
+        let _ = self.commands.send(Command::Save(msrs.clone(), sender));
+        reply.recv().context("the vCPU has ended")?
+    }
+
     /// Asks the thread to end; [`VcpuThread::join`] waits for it.
     pub fn request_stop(&self) {
         let _ = self.commands.send(Command::Stop);
@@ -158,6 +170,7 @@ impl Vcpu {
             match command {
                 Command::Stop => return,
                 Command::Pause => self.report_paused(),
+                Command::Save(msrs, reply) => drop(reply.send(VcpuState::save(&self.fd, &msrs))),
                 Command::Resume => {
                     if std::mem::replace(&mut self.has_run, true) {
                         self.notify_guest_of_pause();
@@ -189,6 +202,8 @@ impl Vcpu {
                     }
                     end => end,
                 },
+                // Only a paused vCPU has a state to save: dropping the request reports that.
+                Some(Command::Save(..)) => None,
                 Some(Command::Resume) | None if self.waits_for_console => {
                     self.wait_for_console();
                     None

@@ -1,0 +1,228 @@
+//! The state of a whole machine besides its memory, and the order in which it is saved and restored.
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::Machine;
+use crate::device::SerialState;
+use crate::kvm::VmState;
+use crate::vcpu::{VcpuState, VcpuThread};
+use crate::virtio::TransportState;
+
+/// The state of a machine's devices, interrupt controller and vCPUs.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineState {
+    /// The virtio devices, in their order on the bus.
+    pub transports: Vec<TransportState>,
+    /// The serial port.
+    pub serial: SerialState,
+    /// The interrupt controller and the clock.
+    pub vm: VmState,
+    /// The vCPUs, in order.
+    pub vcpus: Vec<VcpuState>,
+}
+
+impl Machine {
+    /// Pauses the machine and saves its state. Its memory does not change before [`Machine::resume`].
+    ///
+    /// Devices come first: as they complete what is in flight, they raise interrupts, which the interrupt controller passes
+    /// to the vCPUs.
+    pub fn save(&mut self) -> Result<MachineState> {
+        self.pause();
+        let transports = self.transports.iter().map(|transport| transport.save()).collect();
+        let serial = self.console.serial.save();
+        let vm = self.vm.save()?;
+        let msrs = self.vm.listed_msrs()?;
+        let save = |(index, vcpu): (usize, &VcpuThread)| vcpu.save(&msrs).with_context(|| format!("save vCPU {index}"));
+        let vcpus = self.vcpus.iter().enumerate().map(save).collect::<Result<_>>()?;
+        Ok(MachineState { transports, serial, vm, vcpus })
+    }
+
+    /// Restores the state of the devices and the interrupt controller of a machine that has never run; its vCPUs were created
+    /// with their state.
+    pub(super) fn restore(&mut self, state: &MachineState) -> Result<()> {
+        let (found, expected) = (state.transports.len(), self.transports.len());
+        ensure!(found == expected, "the saved machine has {found} devices, this one {expected}");
+        // Devices raise again what may have been on its way, which needs the interrupt controller in its last state.
+        self.vm.restore(&state.vm)?;
+        for (index, (transport, state)) in self.transports.iter().zip(&state.transports).enumerate() {
+            transport.restore(state).with_context(|| format!("restore device {index}"))?;
+        }
+        self.console.serial.restore(&state.serial)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::config::MachineConfig;
+    use crate::console::output::Output;
+    use crate::exit_latch::ExitReason;
+    use crate::machine::Origin;
+    use crate::memory;
+    use crate::resources;
+    use crate::sys;
+    use crate::timings::Timings;
+
+    const WAIT: Duration = Duration::from_secs(60);
+
+    struct Bench {
+        config: MachineConfig,
+        machine: Machine,
+        output: Arc<Output>,
+    }
+
+    /// A machine with this guest, or `None` with a visible message if KVM is unavailable.
+    fn bench(kernel: &str, cmdline: &str, cpus: u32) -> Option<Bench> {
+        if let Err(error) = resources::open_kvm() {
+            assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "{error:#}");
+            eprintln!("SKIPPED: this test needs KVM: {error:#}");
+            return None;
+        }
+        let config = MachineConfig {
+            kernel: kernel.into(),
+            cmdline: cmdline.into(),
+            memory_mib: 32,
+            cpus,
+            ..MachineConfig::default()
+        };
+        let machine = build(&config, Origin::Boot).unwrap();
+        let output = machine.console.output.clone();
+        Some(Bench { config, machine, output })
+    }
+
+    fn build(config: &MachineConfig, origin: Origin) -> Result<Machine> {
+        let (resources, _outside) = resources::open(config).unwrap();
+        Machine::build(config, resources, origin, Arc::new(Timings::new(Instant::now())), || Ok(()), &|| false)
+    }
+
+    impl Bench {
+        /// Saves the machine, ends it, and continues with another one.
+        fn renew(self) -> (Bench, Vec<u8>) {
+            let Bench { config, mut machine, output } = self;
+            let state = machine.save().unwrap();
+            let encoded = serde_json::to_vec(&state).unwrap();
+            let file = sys::memory_file(c"memory").unwrap();
+            memory::write_to(machine.vm.memory(), &file).unwrap();
+            drop(machine);
+            let printed = output.take_now();
+            let state = serde_json::from_slice(&encoded).unwrap();
+            let mut machine = build(&config, Origin::Saved(state, file)).unwrap();
+            let again = serde_json::to_vec(&machine.save().unwrap()).unwrap();
+            let same = |name: &str| {
+                let [one, other] = [&encoded, &again]
+                    .map(|json| serde_json::from_slice::<serde_json::Value>(json).unwrap()[name].to_string());
+                assert_eq!(one, other, "{name}");
+            };
+            ["transports", "serial"].into_iter().for_each(same);
+            let output = machine.console.output.clone();
+            machine.resume();
+            (Bench { config, machine, output }, printed)
+        }
+
+        /// Adds what the guest prints to `printed`, until `is_enough`.
+        #[track_caller]
+        fn read_until(&self, printed: &mut Vec<u8>, is_enough: impl Fn(&[u8]) -> bool) {
+            let start = Instant::now();
+            while !is_enough(printed) {
+                let reason = self.machine.exit_latch.reason();
+                assert!(start.elapsed() < WAIT, "{reason:?}: {}", String::from_utf8_lossy(printed));
+                std::thread::sleep(Duration::from_millis(1));
+                printed.extend(self.output.take_now());
+            }
+        }
+
+        #[track_caller]
+        fn assert_ends(&self) {
+            let start = Instant::now();
+            while self.machine.exit_latch.reason().is_none() {
+                assert!(start.elapsed() < WAIT);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(self.machine.exit_latch.reason(), Some(ExitReason::Reported(0)));
+        }
+    }
+
+    #[test]
+    fn a_restored_guest_continues_where_it_was_saved() {
+        let Some(mut bench) = bench(husk_guests::SERIAL, "do=flood bytes=200000", 1) else { return };
+        bench.machine.resume();
+        let mut printed = Vec::new();
+        for count in [1_000, 50_000, 150_000] {
+            bench.read_until(&mut printed, |printed| printed.len() > count);
+            let (next, rest) = bench.renew();
+            printed.extend(rest);
+            bench = next;
+        }
+        bench.read_until(&mut printed, |printed| printed.len() >= 200_000);
+        bench.assert_ends();
+        printed.extend(bench.output.take_now());
+        assert_eq!(printed.len(), 200_000);
+        let line: Vec<u8> = (b'!'..).take(63).chain([b'\n']).collect();
+        assert!(printed.chunks(64).all(|chunk| line.starts_with(chunk)), "bytes are lost or repeated");
+    }
+
+    #[test]
+    fn a_restored_guest_gets_its_interrupts() {
+        let Some(mut bench) = bench(husk_guests::SERIAL, "do=echo wait=interrupt", 1) else { return };
+        bench.machine.resume();
+        let mut printed = Vec::new();
+        bench.read_until(&mut printed, |printed| printed.ends_with(b"ready\n"));
+        for letter in b'a'..b'f' {
+            assert_eq!(bench.machine.offer_input(&[letter]), 1);
+            bench.read_until(&mut printed, |printed| printed.ends_with(&[letter]));
+            bench.machine.pause();
+            // It is in the FIFO, with its interrupt pending.
+            assert_eq!(bench.machine.offer_input(&[letter.to_ascii_uppercase()]), 1);
+            let (next, rest) = bench.renew();
+            printed.extend(rest);
+            bench = next;
+            bench.read_until(&mut printed, |printed| printed.ends_with(&[letter.to_ascii_uppercase()]));
+        }
+        assert_eq!(bench.machine.offer_input(&[4]), 1);
+        bench.assert_ends();
+    }
+
+    #[test]
+    fn timers_and_secondary_processors_continue() {
+        for (kernel, cmdline, cpus) in [
+            (husk_guests::CLOCK, "do=apic-timer", 1),
+            (husk_guests::CLOCK, "do=deadline-timer", 1),
+            (husk_guests::PROCESSORS, "cpus=4", 4),
+        ] {
+            for delay in [0, 1, 3, 10] {
+                let Some(mut bench) = bench(kernel, cmdline, cpus) else { return };
+                bench.machine.resume();
+                std::thread::sleep(Duration::from_millis(delay));
+                bench.machine.pause();
+                // On a fast host it may have ended already.
+                if bench.machine.exit_latch.reason().is_none() {
+                    bench = bench.renew().0;
+                }
+                bench.assert_ends();
+            }
+        }
+    }
+
+    #[test]
+    fn the_state_of_another_machine_is_rejected() {
+        let Some(Bench { config, mut machine, .. }) = bench(husk_guests::SERIAL, "do=prompt", 2) else { return };
+        let state = machine.save().unwrap();
+        let encoded = serde_json::to_vec(&state).unwrap();
+        let refused = |config: &MachineConfig, memory_bytes: u64, words: &str| {
+            let file = sys::memory_file(c"memory").unwrap();
+            file.set_len(memory_bytes).unwrap();
+            let origin = Origin::Saved(serde_json::from_slice(&encoded).unwrap(), file);
+            let error = build(config, origin).map(drop).unwrap_err();
+            assert!(format!("{error:#}").contains(words), "{error:#}");
+        };
+        refused(&config, 31 << 20, "has 32505856 bytes, not 33554432");
+        refused(&MachineConfig { cpus: 1, ..config.clone() }, 32 << 20, "has 2 vCPUs, not 1");
+        let without_balloon = MachineConfig { balloon: !config.balloon, ..config.clone() };
+        refused(&without_balloon, 32 << 20, "devices");
+    }
+}
