@@ -168,6 +168,21 @@ pub fn read_front<const N: usize>(memory: &GuestMemory, ranges: &[GuestRange]) -
     rest.is_empty().then_some(bytes)
 }
 
+/// Writes `bytes` to the front of `ranges`, however they are split. Returns whether they are large enough and within
+/// memory.
+#[must_use]
+pub fn write_front(memory: &GuestMemory, ranges: &[GuestRange], bytes: &[u8]) -> bool {
+    let mut rest = bytes;
+    for GuestRange { address, len_bytes } in part(ranges, 0, bytes.len() as u64) {
+        let Some((piece, behind)) = rest.split_at_checked(len_bytes as usize) else { return false };
+        if memory.write_slice(piece, address).is_err() {
+            return false;
+        }
+        rest = behind;
+    }
+    rest.is_empty()
+}
+
 /// A descriptor as read (virtio 1.2 §2.7.5).
 struct Descriptor {
     address: u64,
@@ -413,6 +428,21 @@ impl Virtqueue {
         if self.is_served() { Ok(self.queue.enable_notification(&*self.memory)?) } else { Ok(false) }
     }
 
+    /// Requests a notification of the next chain that becomes available, for a device that leaves those that already are.
+    /// Returns the index of the available ring: if it changes, a chain has become available.
+    pub fn notify_of_next(&mut self) -> Result<u16, RingError> {
+        let next = self.queue.next_avail();
+        if !self.is_served() {
+            return Ok(next);
+        }
+        let available = self.queue.avail_idx(&*self.memory, Ordering::Acquire)?;
+        self.queue.set_next_avail(available.0);
+        let enabled = self.queue.enable_notification(&*self.memory);
+        self.queue.set_next_avail(next);
+        enabled?;
+        Ok(self.queue.avail_idx(&*self.memory, Ordering::Acquire)?.0)
+    }
+
     fn is_served(&self) -> bool {
         self.queue.ready() && !self.is_offloaded
     }
@@ -471,6 +501,18 @@ mod tests {
             queue.push_together(&[(0, 0), (1, 0), (2, 0)]).unwrap();
             assert_eq!(queue.needs_interrupt().unwrap(), wanted, "{used_event:#x}");
         }
+    }
+
+    #[test]
+    fn the_driver_notifies_of_the_next_chain_although_others_are_left() {
+        let mut queue = queue(true);
+        let mut chain = Chain::default();
+        assert!(queue.pop(&mut chain).unwrap());
+        assert_eq!(queue.notify_of_next().unwrap(), 2);
+        let avail_event: u16 = queue.memory.read_obj(GuestAddress(0x2004 + 8 * u64::from(SIZE))).unwrap();
+        assert_eq!(avail_event, 2);
+        assert!(queue.pop(&mut chain).unwrap());
+        assert_eq!(chain.head(), 3, "no chain was skipped");
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::queue::{Chain, Virtqueue};
-use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, VirtioDevice};
+use super::queue::{self, Chain, Virtqueue};
+use super::{ConfigSpace, Progress, QueueGroup, QueueHandler, RingError, StateMismatch, VirtioDevice};
 use crate::memory::GuestBuffers;
 use crate::resources::vsock::VsockSocket;
 
@@ -36,7 +36,10 @@ const F_STREAM: u64 = 1;
 /// The queue indexes (virtio 1.2 §5.10.2): to the guest, from the guest, events.
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENTS: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// `struct virtio_vsock_event` with VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2 §5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
 /// The maximum amount transferred in each direction in one turn of the worker, before it checks its stop event again.
 const TURN_BYTES: u64 = 4 << 20;
 /// The cost of a packet in a turn in addition to its data, so that every turn ends.
@@ -55,7 +58,7 @@ pub fn device(socket: VsockSocket) -> io::Result<VirtioDevice> {
         config: Arc::new(ConfigSpace::new(cid.to_le_bytes().to_vec(), 0..0)),
         queue_groups: vec![QueueGroup {
             sizes: QUEUE_SIZES.to_vec(),
-            handler: Box::new(Vsock { switch, chain: Chain::default(), held_up: false }),
+            handler: Box::new(Vsock { switch, chain: Chain::default(), held_up: false, moved: Moved::Settled }),
         }],
     })
 }
@@ -66,9 +69,47 @@ struct Vsock {
     chain: Chain,
     /// Whether the guest's packets wait until it has taken some from the device.
     held_up: bool,
+    moved: Moved,
+}
+
+/// Whether the guest knows that its connections did not move with it to this device. No packet passes before: the guest
+/// would take the end of a connection for the peer's, and would reset new connections together with the lost ones.
+enum Moved {
+    /// The guest must be told.
+    Untold,
+    /// It was told when the queue of events had this index. It returns the buffer of an event that it has handled.
+    Told(u16),
+    /// It knows, or the device was not restored.
+    Settled,
 }
 
 impl Vsock {
+    /// Tells the guest of a restored device that all of its connections are lost.
+    fn tell(&mut self, events: &mut Virtqueue) -> Result<Progress, RingError> {
+        match self.moved {
+            Moved::Settled => {}
+            Moved::Told(index) => {
+                if events.notify_of_next()? != index {
+                    self.moved = Moved::Settled;
+                    // The other queues have their turns.
+                    self.switch.ring();
+                }
+            }
+            Moved::Untold => {
+                if !events.pop(&mut self.chain)? {
+                    return Ok(Progress::Drained);
+                }
+                if !queue::write_front(events.memory(), self.chain.writable(), &TRANSPORT_RESET) {
+                    return Err(RingError::Chain("an event buffer with no room in memory"));
+                }
+                self.moved = Moved::Told(events.notify_of_next()?);
+                events.push(self.chain.head(), TRANSPORT_RESET.len() as u32)?;
+            }
+        }
+        // The guest's other buffers are kept for later events.
+        Ok(Progress::Blocked)
+    }
+
     /// Processes the guest's packets until there are none, the turn's budget is used up, or the guest must take some
     /// first.
     fn take(&mut self, tx: &mut Virtqueue) -> Result<Progress, RingError> {
@@ -127,8 +168,10 @@ impl QueueHandler for Vsock {
     fn start(&mut self, _features: u64) {}
 
     fn process(&mut self, index: usize, queues: &mut [Virtqueue]) -> Result<Progress, RingError> {
-        let [rx, tx, _events] = queues else { return Ok(Progress::Drained) };
+        let [rx, tx, events] = queues else { return Ok(Progress::Drained) };
         match index {
+            EVENTS => self.tell(events),
+            _ if !matches!(self.moved, Moved::Settled) => Ok(Progress::Blocked),
             RX => {
                 let more = self.switch.poll();
                 let left = self.deliver(rx)?;
@@ -144,8 +187,7 @@ impl QueueHandler for Vsock {
                     _ => left,
                 })
             }
-            // Events are for migrated guests: their buffers are kept.
-            _ => Ok(Progress::Blocked),
+            _ => Ok(Progress::Drained),
         }
     }
 
@@ -156,5 +198,16 @@ impl QueueHandler for Vsock {
     fn reset(&mut self) {
         self.switch.clear();
         self.held_up = false;
+        self.moved = Moved::Settled;
+    }
+
+    /// There is no state: connections do not move to another device, and the guest is told so after every move.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateMismatch> {
+        if !state.is_empty() {
+            return Err(StateMismatch);
+        }
+        self.reset();
+        self.moved = Moved::Untold;
+        Ok(())
     }
 }

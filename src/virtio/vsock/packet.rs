@@ -1,7 +1,5 @@
 //! Packet headers (virtio 1.2 §5.10.6).
 
-use vm_memory::{Bytes, GuestAddress};
-
 use crate::memory::GuestMemory;
 use crate::virtio::queue::{self, GuestRange};
 
@@ -72,16 +70,7 @@ impl Header {
     /// Writes the header to the front of `ranges`. Returns whether they are large enough and within memory.
     #[must_use]
     pub fn write(&self, memory: &GuestMemory, ranges: &[GuestRange]) -> bool {
-        let bytes = self.encode();
-        let mut rest = &bytes[..];
-        for GuestRange { address, len_bytes } in queue::part(ranges, 0, HEADER_BYTES as u64) {
-            let Some((piece, behind)) = rest.split_at_checked(len_bytes as usize) else { return false };
-            if memory.write_slice(piece, GuestAddress(address.0)).is_err() {
-                return false;
-            }
-            rest = behind;
-        }
-        rest.is_empty()
+        queue::write_front(memory, ranges, &self.encode())
     }
 
     fn decode(bytes: &[u8; HEADER_BYTES]) -> Header {
@@ -129,6 +118,8 @@ impl Fields<'_> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
     use crate::memory;
 

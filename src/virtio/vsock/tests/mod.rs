@@ -2,6 +2,7 @@
 
 mod connections;
 mod flow;
+mod moves;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -45,6 +46,14 @@ fn range(at: u64, len_bytes: u32) -> [GuestRange; 1] {
 }
 
 impl Guest {
+    /// Moves the guest to another device, which is paused. Its host programs stay behind.
+    fn moved(self) -> Guest {
+        let dir = tempfile::tempdir().unwrap();
+        let config = VsockConfig { socket: dir.path().join("v.sock"), cid: CID as u32 };
+        let driver = self.driver.moved_to(device(resources::vsock::open(&config).unwrap()).unwrap());
+        Guest { driver, dir, ..self }
+    }
+
     /// Creates a guest with `count` receive buffers for `room` bytes of data each.
     fn new(count: u16, room: u32) -> Guest {
         let dir = tempfile::tempdir().unwrap();
