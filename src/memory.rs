@@ -90,8 +90,8 @@ pub fn reserve(memory_mib: u64) -> Result<GuestMemory> {
 
 /// Reserves `memory_mib` MiB of private, anonymous guest memory around the device hole.
 ///
-/// With `prefault` all pages are allocated, until it returns true. Without it no page is touched: the host allocates a page when the guest first uses it. Fails if the address
-/// space is unavailable, or if the host has too few huge pages.
+/// With `prefault` all pages are allocated, until it returns true. Without it no page is touched: the host allocates a page
+/// when the guest first uses it. Fails if the address space is unavailable, or if the host has too few huge pages.
 pub fn create(memory_mib: u64, pages: Pages, prefault: Option<&dyn Fn() -> bool>) -> Result<GuestMemory> {
     let memory_bytes = memory_mib.checked_mul(1 << 20).context("memory size overflows")?;
     let ranges = layout::memory_ranges(memory_bytes);
@@ -100,6 +100,11 @@ pub fn create(memory_mib: u64, pages: Pages, prefault: Option<&dyn Fn() -> bool>
         Pages::Pool(page_bytes) => no_pool(memory_mib, page_bytes, ranges.iter().map(|(_, len)| *len)),
         _ => format!("reserve {memory_mib} MiB of guest memory"),
     })?;
+    finish(memory_mib, regions, prefault)
+}
+
+/// Allocates the pages of `regions` if `prefault` is given, until it returns true.
+fn finish(memory_mib: u64, regions: Vec<Region>, prefault: Option<&dyn Fn() -> bool>) -> Result<GuestMemory> {
     if let Some(is_interrupted) = prefault {
         let populated = regions.iter().try_for_each(|region| region.mapping.populate(is_interrupted));
         let unsupported = |error: &io::Error| error.kind() == io::ErrorKind::InvalidInput;
@@ -111,21 +116,42 @@ pub fn create(memory_mib: u64, pages: Pages, prefault: Option<&dyn Fn() -> bool>
     Ok(GuestMemory::from_regions(regions)?)
 }
 
-/// Maps `memory_mib` MiB of guest memory from a file that [`write_to`] has written. It is read as the guest accesses it, and
-/// never written.
-pub fn map(memory_mib: u64, file: &File) -> Result<GuestMemory> {
+/// Provides `memory_mib` MiB of guest memory with the content of a file that [`write_to`] has written, and never writes to it.
+///
+/// The file is mapped: it is read as the guest accesses it, in the pages of its file system; `pages` applies to memory that
+/// the guest has returned. With `prefault` all of it is read and copied, until it returns true. Pages of a pool cannot be
+/// mapped from a file, so all of it is read into them.
+pub fn map(memory_mib: u64, file: &File, pages: Pages, prefault: Option<&dyn Fn() -> bool>) -> Result<GuestMemory> {
     let memory_bytes = memory_mib.checked_mul(1 << 20).context("memory size overflows")?;
     let found_bytes = file.metadata().context("inspect the memory of the snapshot")?.len();
     ensure!(found_bytes == memory_bytes, "the memory of the snapshot has {found_bytes} bytes, not {memory_bytes}");
+    if matches!(pages, Pages::Pool(_)) {
+        let memory = create(memory_mib, pages, prefault)?;
+        read_from(&memory, file).context("read the memory of the snapshot")?;
+        return Ok(memory);
+    }
     let mut offset_bytes = 0;
     let region = |(base, len): &(u64, u64)| -> io::Result<Region> {
         let len_bytes = usize::try_from(*len).map_err(io::Error::other)?;
-        let mapping = Mapping::of_file(len_bytes, file.as_fd(), offset_bytes)?;
+        let mapping = Mapping::of_file(len_bytes, file.as_fd(), offset_bytes, pages)?;
         offset_bytes += *len;
         Region::of(*base, len_bytes, mapping)
     };
     let regions = layout::memory_ranges(memory_bytes).iter().map(region).collect::<io::Result<Vec<_>>>();
-    Ok(GuestMemory::from_regions(regions.context("map the memory of the snapshot")?)?)
+    finish(memory_mib, regions.context("map the memory of the snapshot")?, prefault)
+}
+
+/// Fills zeroed guest memory from a file. Pieces that are zero are not touched.
+fn read_from(memory: &GuestMemory, file: &File) -> Result<()> {
+    let mut buffer = vec![0; PIECE_BYTES];
+    pieces(memory).try_for_each(|piece| {
+        let bytes = &mut buffer[..piece.len_bytes];
+        file.read_exact_at(bytes, piece.offset_bytes)?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            piece.region.write_slice(bytes, piece.address)?;
+        }
+        Ok(())
+    })
 }
 
 /// Writes all guest memory to an empty file, regions one after another. Pages that were never used, or are zero, become
@@ -133,26 +159,37 @@ pub fn map(memory_mib: u64, file: &File) -> Result<GuestMemory> {
 pub fn write_to(memory: &GuestMemory, file: &File) -> Result<()> {
     let total_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(total_bytes).context("extend the memory file")?;
-    let (mut offset_bytes, mut piece) = (0, vec![0; PIECE_BYTES]);
-    for region in memory.iter() {
-        let mut at = 0;
-        while at < region.len() {
-            let len = PIECE_BYTES.min((region.len() - at) as usize);
-            let piece = &mut piece[..len];
-            region.read_slice(piece, MemoryRegionAddress(at))?;
-            if piece.iter().any(|byte| *byte != 0) {
-                file.write_all_at(piece, offset_bytes + at).context("write the memory file")?;
-            }
-            at += len as u64;
+    let mut buffer = vec![0; PIECE_BYTES];
+    pieces(memory).try_for_each(|piece| {
+        let bytes = &mut buffer[..piece.len_bytes];
+        piece.region.read_slice(bytes, piece.address)?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            file.write_all_at(bytes, piece.offset_bytes).context("write the memory file")?;
         }
-        offset_bytes += region.len();
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
-/// Whether `memory` consists of pages from the host's pool.
-pub fn is_of_pool(memory: &GuestMemory) -> bool {
-    memory.iter().any(|region| !region.mapping.can_give_back())
+/// A piece of guest memory, and where it is in a file.
+struct Piece<'a> {
+    region: &'a Region,
+    address: MemoryRegionAddress,
+    len_bytes: usize,
+    offset_bytes: u64,
+}
+
+fn pieces(memory: &GuestMemory) -> impl Iterator<Item = Piece<'_>> {
+    let mut before_bytes = 0;
+    memory.iter().flat_map(move |region| {
+        let (region_bytes, start_bytes) = (region.len(), before_bytes);
+        before_bytes += region_bytes;
+        (0..region_bytes).step_by(PIECE_BYTES).map(move |at| Piece {
+            region,
+            address: MemoryRegionAddress(at),
+            len_bytes: PIECE_BYTES.min((region_bytes - at) as usize),
+            offset_bytes: start_bytes + at,
+        })
+    })
 }
 
 /// Tells the user how many huge pages are missing.
@@ -177,161 +214,21 @@ fn no_pool(memory_mib: u64, page_bytes: u64, regions: impl Iterator<Item = u64>)
 }
 
 /// Returns the whole pages within `len_bytes` of guest memory from `address` to the host; the guest reads zeroes
-/// afterwards. Pages of the host's pool are kept with their content. Parts that are not memory are skipped, so any range
-/// from a guest may be passed.
-pub fn give_back(memory: &GuestMemory, address: GuestAddress, len_bytes: u64) -> io::Result<()> {
+/// afterwards. The result is the number of bytes. Pages that [`Mapping::give_back`] keeps retain their content. Parts that
+/// are not memory are skipped, so any range from a guest may be passed.
+pub fn give_back(memory: &GuestMemory, address: GuestAddress, len_bytes: u64) -> io::Result<u64> {
     let end = address.0.saturating_add(len_bytes);
+    let mut returned_bytes = 0;
     for region in memory.iter() {
         let base = region.start_addr().0;
         let (first, last) = (address.0.max(base), end.min(base.saturating_add(region.len())));
         if first < last {
             // Both casts are lossless, since the region is mapped.
-            region.mapping.give_back((first - base) as usize, (last - first) as usize)?;
+            returned_bytes += region.mapping.give_back((first - base) as usize, (last - first) as usize)? as u64;
         }
     }
-    Ok(())
+    Ok(returned_bytes)
 }
 
 #[cfg(test)]
-mod tests {
-    use vm_memory::Bytes;
-
-    use super::*;
-    use crate::sys::smaps;
-
-    #[test]
-    fn huge_pages_of_guest_and_host_coincide() {
-        const HUGE_PAGE_BYTES: u64 = 2 << 20;
-        // With odd sizes in between, which shift the following mapping.
-        let memories = [33, 1, 6 << 10, 35].map(|memory_mib| reserve(memory_mib).unwrap());
-        for region in memories.iter().flat_map(|memory| memory.iter()) {
-            let host = region.get_host_address(MemoryRegionAddress(0)).unwrap() as u64;
-            assert_eq!((host % HUGE_PAGE_BYTES, region.start_addr().0 % HUGE_PAGE_BYTES), (0, 0));
-        }
-    }
-
-    #[test]
-    fn all_memory_is_usable_and_nothing_beyond() {
-        let memory = reserve(33).unwrap();
-        memory.write_obj(7_u8, GuestAddress((33 << 20) - 1)).unwrap();
-        assert_eq!(memory.read_obj::<u8>(GuestAddress((33 << 20) - 1)).unwrap(), 7);
-        assert!(memory.read_obj::<u8>(GuestAddress(33 << 20)).is_err());
-    }
-
-    /// The sizes of the pages that back `memory` (proc_pid_smaps(5)): the value of `name` in bytes.
-    fn backing_bytes(memory: &GuestMemory, name: &str) -> u64 {
-        let region = memory.iter().next().unwrap();
-        smaps::bytes_at(region.get_host_address(MemoryRegionAddress(0)).unwrap() as usize, name)
-    }
-
-    #[test]
-    fn prefaulted_memory_is_allocated_and_other_memory_is_not() {
-        for (prefault, expected) in [(None, 0), (Some(&(|| false) as &dyn Fn() -> bool), 6 << 20)] {
-            let memory = create(6, Pages::Small, prefault).unwrap();
-            // The kernel may merge the mapping with one of another test.
-            assert!(backing_bytes(&memory, "Rss:") >= expected);
-            assert_eq!(backing_bytes(&memory, "AnonHugePages:"), 0);
-        }
-    }
-
-    #[test]
-    fn transparent_huge_pages_back_memory_unless_the_host_has_none() {
-        let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
-        if enabled.is_empty() || enabled.contains("[never]") {
-            eprintln!("SKIPPED: this host has no transparent huge pages");
-            return;
-        }
-        let memory = create(64, Pages::Transparent, Some(&|| false)).unwrap();
-        // The host may have few contiguous pages.
-        assert!(backing_bytes(&memory, "AnonHugePages:") > 0);
-    }
-
-    #[test]
-    fn a_pool_without_huge_pages_is_an_error_that_says_how_to_add_them() {
-        // More than any host's pool has.
-        let error = format!("{:#}", create(64 << 20, Pages::Pool(2 << 20), None).unwrap_err());
-        assert!(error.starts_with("reserve 67108864 MiB of guest memory in 33554432 huge pages of 2 MiB, "), "{error}");
-        assert!(error.contains("remove --hugepages: "), "{error}");
-        if std::path::Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").exists() {
-            assert!(error.contains("/hugepages-2048kB/nr_hugepages`, or remove"), "{error}");
-        }
-    }
-
-    /// Counts the host pages that back the first `pages` of guest memory.
-    fn backed(memory: &GuestMemory, pages: u64) -> usize {
-        let is_backed = |page: &u64| {
-            // Only a page that was returned reads as zeroes.
-            memory.read_obj::<u8>(GuestAddress(page * 4096)).unwrap() != 0
-        };
-        (0..pages).filter(is_backed).count()
-    }
-
-    #[test]
-    fn returned_memory_is_whole_pages_and_reads_as_zeroes() {
-        let memory = reserve(1).unwrap();
-        for page in 0..16 {
-            memory.write_obj(1_u8, GuestAddress(page * 4096)).unwrap();
-        }
-        give_back(&memory, GuestAddress(4096), 2 * 4096).unwrap();
-        assert_eq!(backed(&memory, 16), 14);
-        // Partial pages stay.
-        give_back(&memory, GuestAddress(4 * 4096 + 1), 4095).unwrap();
-        give_back(&memory, GuestAddress(4 * 4096), 4095).unwrap();
-        give_back(&memory, GuestAddress(4 * 4096 + 1), 2 * 4096 - 2).unwrap();
-        assert_eq!(backed(&memory, 16), 14);
-        give_back(&memory, GuestAddress(4 * 4096 + 1), 2 * 4096 - 1).unwrap();
-        assert_eq!(backed(&memory, 16), 13);
-    }
-
-    #[test]
-    fn addresses_outside_of_memory_are_not_returned() {
-        let memory = reserve(1).unwrap();
-        memory.write_obj(1_u8, GuestAddress((1 << 20) - 4096)).unwrap();
-        for (address, len_bytes) in
-            [(1 << 20, 4096), (u64::MAX, u64::MAX), (u64::MAX - 4095, 4096), (0, 0), (1 << 19, 0)]
-        {
-            give_back(&memory, GuestAddress(address), len_bytes).unwrap();
-        }
-        assert_eq!(memory.read_obj::<u8>(GuestAddress((1 << 20) - 4096)).unwrap(), 1);
-        give_back(&memory, GuestAddress((1 << 20) - 4096), u64::MAX).unwrap();
-        assert_eq!(memory.read_obj::<u8>(GuestAddress((1 << 20) - 4096)).unwrap(), 0);
-    }
-
-    #[test]
-    fn a_range_across_the_hole_is_returned_on_both_sides() {
-        const HOLE: (u64, u64) = (layout::MMIO_HOLE_START, layout::MMIO_HOLE_END);
-        let memory = reserve(3073).unwrap();
-        let places = [HOLE.0 - 8192, HOLE.0 - 4096, HOLE.1, HOLE.1 + 4096].map(GuestAddress);
-        places.iter().for_each(|place| memory.write_obj(1_u8, *place).unwrap());
-        give_back(&memory, places[1], HOLE.1 + 4096 - places[1].0).unwrap();
-        assert_eq!(places.map(|place| memory.read_obj::<u8>(place).unwrap()), [1, 0, 0, 1]);
-    }
-
-    #[test]
-    fn any_range_returns_the_whole_pages_within_it_and_no_others() {
-        const HOLE: (u64, u64) = (layout::MMIO_HOLE_START, layout::MMIO_HOLE_END);
-        const PAGE_BYTES: u64 = 4096;
-        let memory = reserve(3073).unwrap();
-        // On both sides of the hole.
-        let pages: Vec<u64> =
-            (1..=8).map(|n| HOLE.0 - n * PAGE_BYTES).chain((0..8).map(|n| HOLE.1 + n * PAGE_BYTES)).collect();
-        for seed in 0..500 {
-            let mut random = fastrand::Rng::with_seed(seed);
-            pages.iter().for_each(|page| memory.write_slice(&[1; PAGE_BYTES as usize], GuestAddress(*page)).unwrap());
-            let mut place = || {
-                let page = random.choice(&pages).copied().unwrap() + PAGE_BYTES * random.u64(..2);
-                page.saturating_add_signed(random.i64(-2..3))
-            };
-            let (start, end) = (place(), place());
-            let (start, end) = (start.min(end), if random.u8(..8) == 0 { u64::MAX } else { start.max(end) });
-            give_back(&memory, GuestAddress(start), end - start).unwrap();
-            for page in &pages {
-                let is_within = start <= *page && page + PAGE_BYTES <= end;
-                let mut bytes = [0; PAGE_BYTES as usize];
-                memory.read_slice(&mut bytes, GuestAddress(*page)).unwrap();
-                let expected = if is_within { 0 } else { 1 };
-                assert!(bytes == [expected; PAGE_BYTES as usize], "seed {seed}: {page:#x} of {start:#x}..{end:#x}");
-            }
-        }
-    }
-}
+mod tests;

@@ -44,7 +44,7 @@ impl Machine {
     /// follows dependencies: memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus
     /// before the first vCPU exists.
     ///
-    /// A machine with a saved origin is built the same way, but nothing is loaded: its memory is mapped from the file, each vCPU
+    /// A machine with a saved origin is built the same way, but nothing is loaded: its memory is that of the file ([`memory::map`]), each vCPU
     /// gets its state when it is created, and devices and interrupt controller before it is returned.
     ///
     /// `confine` is called before the threads that run for the guest are started. All guest memory is allocated with
@@ -73,7 +73,10 @@ impl Machine {
                 let loader = Loader::start(kvm.clone(), memory.clone(), contents, timings.clone())?;
                 (memory, Source::Loader(loader))
             }
-            Origin::Saved(state, file) => (memory::map(config.memory_mib, &file)?, Source::Saved(state)),
+            Origin::Saved(state, file) => {
+                let memory = memory::map(config.memory_mib, &file, config.huge_pages.pages(), prefault)?;
+                (memory, Source::Saved(state))
+            }
         };
         let (devices, controls) = create_devices(config, disks, vsock, networks)?;
 

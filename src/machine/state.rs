@@ -58,6 +58,8 @@ mod tests {
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
     use crate::config::MachineConfig;
     use crate::console::output::Output;
@@ -206,6 +208,26 @@ mod tests {
                 bench.assert_ends();
             }
         }
+    }
+
+    #[test]
+    fn memory_that_a_restored_guest_returns_reads_as_zeroes() {
+        // It says so itself, and returns pages everywhere between 16 and 48 MiB (firmware/guests/lib/arena.h).
+        const RETURNED: u64 = 16 << 20;
+        let Some(mut bench) = bench(husk_guests::PAGES, "do=pages", 1) else { return };
+        bench.config.memory_mib = 64;
+        bench.machine = build(&bench.config, Origin::Boot).unwrap();
+        bench.output = bench.machine.console.output.clone();
+        bench.machine.resume();
+        let mut printed = Vec::new();
+        bench.read_until(&mut printed, |printed| printed.ends_with(b"armed\n"));
+        bench.machine.pause();
+        bench.machine.vm.memory().write_slice(&vec![0xaa; 32 << 20], GuestAddress(RETURNED)).unwrap();
+        let (bench, _) = bench.renew();
+        assert_eq!(bench.machine.offer_input(b"\n"), 1);
+        bench.read_until(&mut printed, |printed| printed.ends_with(b"spent\n"));
+        assert_eq!(bench.machine.offer_input(b"\n"), 1);
+        bench.assert_ends();
     }
 
     #[test]

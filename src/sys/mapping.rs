@@ -1,9 +1,15 @@
 //! Mappings of guest memory.
 #![allow(unsafe_code)]
 
+mod replaced;
+
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
+use std::sync::{Mutex, PoisonError};
+
+pub use replaced::APART_MAX;
+use replaced::Replaced;
 
 /// The size of a transparent huge page, which a page directory entry maps.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -22,13 +28,24 @@ pub enum Pages {
     Pool(u64),
 }
 
-/// Zeroed private memory, aligned to 2 MiB. Unmapped when dropped.
+/// Private memory, aligned to 2 MiB. Unmapped when dropped.
 #[derive(Debug)]
 pub struct Mapping {
     start: NonNull<u8>,
     len_bytes: usize,
-    /// Whether pages can be returned to the host and allocated again at any time.
-    can_give_back: bool,
+    kind: Kind,
+}
+
+/// What is mapped, which determines how pages are returned to the host.
+#[derive(Debug)]
+enum Kind {
+    /// Zeroed memory. Pages that are returned are zeroed again.
+    Anonymous,
+    /// Zeroed pages of a pool. One that is returned to it may be taken by another process before it is accessed again.
+    Pool,
+    /// A file. A page that is returned would come back as it is in the file, so it is replaced by anonymous memory, with
+    /// this advice about the size of its pages.
+    File { replaced: Mutex<Replaced>, advice: libc::c_int },
 }
 
 // SAFETY: it consists of an address and a length; accesses to the memory must be synchronized by its users on any
@@ -45,22 +62,25 @@ impl Mapping {
     pub fn new(len_bytes: usize, pages: Pages) -> io::Result<Mapping> {
         match pages {
             Pages::Pool(page_bytes) => Mapping::of_pool(len_bytes, page_bytes),
-            Pages::Transparent => Ok(Mapping::aligned(len_bytes)?.advise(libc::MADV_HUGEPAGE)),
-            Pages::Small => Ok(Mapping::aligned(len_bytes)?.advise(libc::MADV_NOHUGEPAGE)),
+            Pages::Transparent | Pages::Small => {
+                let mapping = Mapping::aligned(len_bytes)?;
+                advise(mapping.start(), len_bytes, advice(pages));
+                Ok(mapping)
+            }
         }
     }
 
     /// Maps `len_bytes` of `file` from `offset_bytes`, a multiple of 2 MiB, privately: the file is read on first access, and
     /// writes do not reach it. It must not change, nor become shorter, as long as the mapping exists.
-    pub fn of_file(len_bytes: usize, file: BorrowedFd<'_>, offset_bytes: u64) -> io::Result<Mapping> {
-        let mapping = Mapping::aligned(len_bytes)?;
+    ///
+    /// The file system determines the size of its pages, and `pages` that of memory which was given back; they cannot be of a
+    /// pool.
+    pub fn of_file(len_bytes: usize, file: BorrowedFd<'_>, offset_bytes: u64, pages: Pages) -> io::Result<Mapping> {
+        let mut mapping = Mapping::aligned(len_bytes)?;
         let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: it replaces exactly the range of this mapping, to which nothing refers yet.
-        let start =
-            unsafe { libc::mmap(mapping.start().cast(), len_bytes, protection, flags, file.as_raw_fd(), offset) };
-        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapping) }
+        replace(mapping.start(), len_bytes, 0, file.as_raw_fd(), offset)?;
+        mapping.kind = Kind::File { replaced: Mutex::default(), advice: advice(pages) };
+        Ok(mapping)
     }
 
     fn of_pool(len_bytes: usize, page_bytes: u64) -> io::Result<Mapping> {
@@ -69,11 +89,10 @@ impl Mapping {
         let page_bytes = usize::try_from(page_bytes).map_err(io::Error::other)?;
         let len_bytes = len_bytes.checked_next_multiple_of(page_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
         let start = map(len_bytes, flags)?;
-        // A page that is returned to the pool may be taken by another process before it is accessed again.
         Ok(Mapping {
             start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
             len_bytes,
-            can_give_back: false,
+            kind: Kind::Pool,
         })
     }
 
@@ -87,23 +106,11 @@ impl Mapping {
         unmap(all, before);
         unmap(start.wrapping_byte_add(len_bytes), HUGE_PAGE_BYTES - before);
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Mapping { start, len_bytes, can_give_back: true })
+        Ok(Mapping { start, len_bytes, kind: Kind::Anonymous })
     }
 
-    /// Advises the kernel about the pages. A kernel without transparent huge pages ignores it.
-    fn advise(self, advice: libc::c_int) -> Mapping {
-        // SAFETY: the advice affects the size of pages, not their content (madvise(2)).
-        unsafe { libc::madvise(self.start().cast(), self.len_bytes, advice) };
-        self
-    }
-
-    /// Whether [`Mapping::give_back`] returns pages to the host.
-    pub fn can_give_back(&self) -> bool {
-        self.can_give_back
-    }
-
-    /// Allocates all pages (madvise(2), MADV_POPULATE_WRITE, since Linux 5.14), in steps: between them, it stops if
-    /// `is_stopped`.
+    /// Allocates all pages (madvise(2), MADV_POPULATE_WRITE, since Linux 5.14), those of a file with its content, in steps:
+    /// between them, it stops if `is_stopped`.
     pub fn populate(&self, is_stopped: impl Fn() -> bool) -> io::Result<()> {
         let mut done = 0;
         while done < self.len_bytes && !is_stopped() {
@@ -118,25 +125,36 @@ impl Mapping {
         Ok(())
     }
 
-    /// Returns the pages of `len_bytes` at `offset_bytes` to the host; they read as zeroes on the next access
-    /// (madvise(2), MADV_DONTNEED). The start is rounded up and the end rounded down to whole host pages. Parts outside
-    /// of the mapping are ignored, and pages of a pool are kept.
-    pub fn give_back(&self, offset_bytes: usize, len_bytes: usize) -> io::Result<()> {
-        if !self.can_give_back {
-            return Ok(());
-        }
+    /// Returns the pages of `len_bytes` at `offset_bytes` to the host; they read as zeroes on the next access. The start is
+    /// rounded up and the end rounded down to whole host pages, and parts outside of the mapping are ignored. The result is
+    /// the number of bytes.
+    ///
+    /// Pages of a pool are kept with their content, and so are those of a file if many ranges of it, apart from each other,
+    /// were returned before ([`APART_MAX`]).
+    pub fn give_back(&self, offset_bytes: usize, len_bytes: usize) -> io::Result<usize> {
         let page_bytes = page_bytes();
         let end = offset_bytes.saturating_add(len_bytes).min(self.len_bytes) / page_bytes * page_bytes;
         let Some(start) = offset_bytes.checked_next_multiple_of(page_bytes).filter(|start| *start < end) else {
-            return Ok(());
+            return Ok(0);
         };
-        let at = self.start().wrapping_byte_add(start);
-        // SAFETY: the range is within this mapping. It is guest memory that changes at any time: Rust holds no
-        // references to it, and readers must handle any content.
-        match unsafe { libc::madvise(at.cast(), end - start, libc::MADV_DONTNEED) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+        let (at, len_bytes) = (self.start().wrapping_byte_add(start), end - start);
+        match &self.kind {
+            Kind::Pool => return Ok(0),
+            Kind::Anonymous => discard(at, len_bytes)?,
+            Kind::File { replaced, advice } => {
+                let mut replaced = replaced.lock().unwrap_or_else(PoisonError::into_inner);
+                if replaced.contains(start, end) {
+                    discard(at, len_bytes)?;
+                } else if replaced.has_room(start, end) {
+                    replace(at, len_bytes, libc::MAP_ANONYMOUS, -1, 0)?;
+                    advise(at, len_bytes, *advice);
+                    replaced.insert(start, end);
+                } else {
+                    return Ok(0);
+                }
+            }
         }
+        Ok(len_bytes)
     }
 
     /// The first byte. Users of the pointer must keep the mapping alive.
@@ -149,6 +167,36 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         unmap(self.start().cast(), self.len_bytes);
     }
+}
+
+/// The advice that makes the kernel use such pages, if they are not of a pool.
+fn advice(pages: Pages) -> libc::c_int {
+    if pages == Pages::Transparent { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE }
+}
+
+/// Advises the kernel about pages of a mapping. A kernel without transparent huge pages ignores it.
+fn advise(start: *mut u8, len_bytes: usize, advice: libc::c_int) {
+    // SAFETY: the advice affects the size of pages, not their content (madvise(2)).
+    unsafe { libc::madvise(start.cast(), len_bytes, advice) };
+}
+
+/// Discards the content of whole pages of a mapping (madvise(2), MADV_DONTNEED).
+fn discard(start: *mut u8, len_bytes: usize) -> io::Result<()> {
+    // SAFETY: `Mapping` passes only parts of itself. They are guest memory that changes at any time: Rust holds no
+    // references to it, and readers must handle any content.
+    match unsafe { libc::madvise(start.cast(), len_bytes, libc::MADV_DONTNEED) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Replaces whole pages of a mapping by those of a file, or by anonymous ones.
+fn replace(start: *mut u8, len_bytes: usize, flags: libc::c_int, file: RawFd, offset: libc::off_t) -> io::Result<()> {
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: as in `discard`. For other threads, one mapping replaces the other at once.
+    let mapped = unsafe { libc::mmap(start.cast(), len_bytes, protection, flags, file, offset) };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Maps readable and writable memory.

@@ -264,8 +264,7 @@ impl Handler {
 impl BalloonState {
     fn give_back(&self, queue: &Virtqueue, address: u64, len_bytes: u64, log_rate: &mut LogRate) {
         match memory::give_back(queue.memory(), GuestAddress(address), len_bytes) {
-            Ok(()) if memory::is_of_pool(queue.memory()) => {}
-            Ok(()) => drop(self.returned_bytes.fetch_add(len_bytes, Ordering::Relaxed)),
+            Ok(bytes) => drop(self.returned_bytes.fetch_add(bytes, Ordering::Relaxed)),
             Err(error) if log_rate.allows() => {
                 log::warn!("virtio-balloon: {len_bytes} bytes at {address:#x} cannot be given back: {error}");
             }
