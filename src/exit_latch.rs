@@ -41,6 +41,8 @@ pub enum ExitReason {
     Killed(i32),
     /// The user ended it on the terminal.
     Quit,
+    /// It was saved, to be continued later.
+    Saved,
     /// The monitor process made a system call that it does not need: it has been taken over, or has a defect.
     Violation {
         /// The thread.
@@ -82,6 +84,7 @@ impl fmt::Display for ExitReason {
             ExitReason::KvmError { vcpu, reason } => write!(f, "KVM failed to run vCPU {vcpu}: {reason}"),
             ExitReason::SessionLost(reason) => write!(f, "lost the connection to the guest's init: {reason}"),
             ExitReason::Killed(signal) => write!(f, "terminated by signal {signal}"),
+            ExitReason::Saved => write!(f, "the machine was saved and ended"),
             ExitReason::Quit => write!(f, "quit from the terminal"),
             ExitReason::Violation { thread, call } => write!(
                 f,

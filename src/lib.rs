@@ -22,6 +22,7 @@ pub mod pci;
 pub mod request;
 pub mod resources;
 pub mod sandbox;
+pub mod snapshot;
 pub mod state_dir;
 pub mod supervisor;
 pub mod sys;

@@ -1,6 +1,7 @@
 //! Guest memory: reserved when the machine is built, and populated page by page as the guest touches it.
 
 mod buffers;
+mod save;
 
 use std::fs::File;
 use std::io;
@@ -17,11 +18,12 @@ use vm_memory::{
 };
 
 pub use buffers::GuestBuffers;
+pub use save::write_to;
 
 use crate::layout;
 use crate::sys::mapping::{Mapping, Pages};
 
-/// The size of the pieces in which memory is written to a file.
+/// The size of the pieces in which memory is read from a file.
 const PIECE_BYTES: usize = 64 << 10;
 
 /// All of a guest's memory. Clones share it.
@@ -143,53 +145,18 @@ pub fn map(memory_mib: u64, file: &File, pages: Pages, prefault: Option<&dyn Fn(
 
 /// Fills zeroed guest memory from a file. Pieces that are zero are not touched.
 fn read_from(memory: &GuestMemory, file: &File) -> Result<()> {
-    let mut buffer = vec![0; PIECE_BYTES];
-    pieces(memory).try_for_each(|piece| {
-        let bytes = &mut buffer[..piece.len_bytes];
-        file.read_exact_at(bytes, piece.offset_bytes)?;
-        if bytes.iter().any(|byte| *byte != 0) {
-            piece.region.write_slice(bytes, piece.address)?;
+    let (mut piece, mut offset_bytes) = (vec![0; PIECE_BYTES], 0);
+    for region in memory.iter() {
+        for at in (0..region.len()).step_by(PIECE_BYTES) {
+            let bytes = piece.get_mut(..PIECE_BYTES.min((region.len() - at) as usize)).unwrap_or_default();
+            file.read_exact_at(bytes, offset_bytes + at)?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                region.write_slice(bytes, MemoryRegionAddress(at))?;
+            }
         }
-        Ok(())
-    })
-}
-
-/// Writes all guest memory to an empty file, regions one after another. Pages that were never used, or are zero, become
-/// holes. No vCPU and no device may run.
-pub fn write_to(memory: &GuestMemory, file: &File) -> Result<()> {
-    let total_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
-    file.set_len(total_bytes).context("extend the memory file")?;
-    let mut buffer = vec![0; PIECE_BYTES];
-    pieces(memory).try_for_each(|piece| {
-        let bytes = &mut buffer[..piece.len_bytes];
-        piece.region.read_slice(bytes, piece.address)?;
-        if bytes.iter().any(|byte| *byte != 0) {
-            file.write_all_at(bytes, piece.offset_bytes).context("write the memory file")?;
-        }
-        Ok(())
-    })
-}
-
-/// A piece of guest memory, and where it is in a file.
-struct Piece<'a> {
-    region: &'a Region,
-    address: MemoryRegionAddress,
-    len_bytes: usize,
-    offset_bytes: u64,
-}
-
-fn pieces(memory: &GuestMemory) -> impl Iterator<Item = Piece<'_>> {
-    let mut before_bytes = 0;
-    memory.iter().flat_map(move |region| {
-        let (region_bytes, start_bytes) = (region.len(), before_bytes);
-        before_bytes += region_bytes;
-        (0..region_bytes).step_by(PIECE_BYTES).map(move |at| Piece {
-            region,
-            address: MemoryRegionAddress(at),
-            len_bytes: PIECE_BYTES.min((region_bytes - at) as usize),
-            offset_bytes: start_bytes + at,
-        })
-    })
+        offset_bytes += region.len();
+    }
+    Ok(())
 }
 
 /// Tells the user how many huge pages are missing.

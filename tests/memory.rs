@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use husk::config::{MachineConfig, VsockConfig};
-use husk::machine::{Machine, Origin};
+use husk::machine::Machine;
 use husk::resources::memory_use::MemoryUse;
 use husk::resources::{self, Outside};
 use husk::timings::Timings;
@@ -58,7 +58,7 @@ impl Guest {
         config.validate().unwrap();
         let (resources, outside) = resources::open(&config).unwrap();
         let timings = Arc::new(Timings::new(Instant::now()));
-        let mut machine = Machine::build(&config, resources, Origin::Boot, timings, || Ok(()), &|| false).unwrap();
+        let mut machine = Machine::build(&config, resources, timings, || Ok(()), &|| false).unwrap();
         machine.resume();
         let guest = Guest { machine, _outside: outside, name: kernel.to_owned(), socket, _dir: dir };
         guest.wait_for("its programs run", || guest.call().is_some());

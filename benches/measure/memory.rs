@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use husk::config::MachineConfig;
-use husk::machine::{Machine, Origin};
+use husk::machine::Machine;
 use husk::resources;
 use husk::timings::Timings;
 
@@ -58,7 +58,7 @@ pub fn idle() -> Result<()> {
     };
     let timings = Arc::new(Timings::new(Instant::now()));
     let (resources, _outside) = resources::open(&config)?;
-    let mut machine = Machine::build(&config, resources, Origin::Boot, timings, || Ok(()), &|| false)?;
+    let mut machine = Machine::build(&config, resources, timings, || Ok(()), &|| false)?;
     machine.resume();
     thread::sleep(Duration::from_millis(100));
     machine.pause();

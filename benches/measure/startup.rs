@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use husk::boot::{self, KernelImage};
 use husk::config::MachineConfig;
 use husk::layout::VirtioBus;
-use husk::machine::{Machine, Origin};
+use husk::machine::Machine;
 use husk::timings::{Step, Timings};
 use husk::{memory, resources};
 
@@ -25,7 +25,7 @@ pub fn first_run() -> Result<()> {
     for _ in 0..RUNS {
         let timings = Arc::new(Timings::new(Instant::now()));
         let (resources, _outside) = resources::open(&config)?;
-        let mut machine = Machine::build(&config, resources, Origin::Boot, timings.clone(), || Ok(()), &|| false)?;
+        let mut machine = Machine::build(&config, resources, timings.clone(), || Ok(()), &|| false)?;
         machine.resume();
         let reached = timings.reached(Step::FirstInstruction).context("the machine did not start")?;
         to_first_run_ms.push(reached.as_secs_f64() * 1e3);

@@ -6,7 +6,7 @@ use crate::monitor::release;
 /// The result of a command, for its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// Success. For a machine: it was powered off, or the user detached.
+    /// Success. For a machine: it was powered off or saved, or the user detached.
     Success,
     /// A failure of husk or the host.
     Failure,
@@ -58,7 +58,7 @@ impl Exit {
 impl From<&ExitReason> for Exit {
     fn from(reason: &ExitReason) -> Exit {
         match reason {
-            ExitReason::PoweredOff | ExitReason::Quit => Exit::Success,
+            ExitReason::PoweredOff | ExitReason::Quit | ExitReason::Saved => Exit::Success,
             ExitReason::Reset => Exit::Reset,
             ExitReason::Reported(code) => Exit::Reported(*code),
             ExitReason::Panicked(_) => Exit::Panicked,
@@ -77,7 +77,7 @@ impl From<&ExitReason> for Exit {
 /// The exit codes as `--help` shows them.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-    0    the guest powered off, or Ctrl-A x was pressed
+    0    the guest powered off, Ctrl-A x was pressed, or `husk snapshot --stop` has saved the machine
     1    husk or the host failed
     2    the command line or the configuration is invalid
    80    the guest reset (rebooted)

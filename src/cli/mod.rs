@@ -31,11 +31,13 @@ pub mod prune;
 pub mod ps;
 pub mod pull;
 pub mod rename;
+pub mod restore;
 pub mod rm;
 pub mod rmi;
 pub mod run;
 mod signal;
 mod size;
+pub mod snapshot;
 pub mod start;
 pub mod stats;
 pub mod stop;
@@ -117,6 +119,10 @@ enum Command {
     Pause(pause::Pause),
     /// Resume paused machines
     Unpause(pause::Pause),
+    /// Take a snapshot of a running machine
+    Snapshot(snapshot::SnapshotArgs),
+    /// Create a machine from a snapshot
+    Restore(restore::Restore),
     /// Rename a machine
     Rename(rename::Rename),
     /// Remove stopped machines
@@ -173,6 +179,8 @@ impl Cli {
             Command::Wait(wait) => wait.run(),
             Command::Pause(pause) => pause.pause(),
             Command::Unpause(pause) => pause.unpause(),
+            Command::Snapshot(snapshot) => snapshot.run(),
+            Command::Restore(restore) => restore.run(started),
             Command::Rename(rename) => rename.run(),
             Command::Rm(rm) => rm.run(),
             Command::Pull(pull) => pull.run(),

@@ -27,9 +27,9 @@ use crate::guest::session::{Endpoints, Session};
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::ext4::Journal;
 use crate::image::{ImageProcess, Store, on_demand};
-use crate::resources;
 use crate::resources::guest_kernel::{Choice, GuestKernel};
 use crate::resources::root_file::Kind;
+use crate::resources::{self, BootFiles, Source};
 use crate::state_dir::record::Inherited;
 use crate::state_dir::{self, MachineDir};
 use crate::supervisor::{self, ControlEndpoint, Stdio};
@@ -309,10 +309,11 @@ impl Run {
         let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
         resources::host::warn_of_pvm();
         timings.mark(Step::Prepared);
-        let (mut resources, outside) = resources::open(config)?;
-        // The initramfs in a unified kernel image belongs to another system.
-        resources.initrd = Some(Part::whole(initramfs).context("read the initrd")?);
-        resources.kernel_words.clear();
+        let kernel = resources::kernel::open(&kernel.path)?.kernel;
+        // The initramfs and the command line in a unified kernel image belong to another system.
+        let initrd = Some(Part::whole(initramfs).context("read the initrd")?);
+        let source = Source::Boot(Box::new(BootFiles { kernel, kernel_words: String::new(), initrd }));
+        let (resources, outside) = resources::open_for(config, source)?;
         if !spec.has_session() {
             let opened = (resources, outside);
             return Ok(boot::report(&supervisor::run(

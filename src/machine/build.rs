@@ -1,6 +1,5 @@
 //! Builds a machine from its configuration and opened resources, paused before its first instruction.
 
-use std::fs::File;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -17,23 +16,15 @@ use crate::irq::IrqLine;
 use crate::kvm::{self, Vm};
 use crate::layout::{self, VirtioBus};
 use crate::memory::{self, GuestMemory};
-use crate::resources::Resources;
 use crate::resources::disk::DiskFile;
 use crate::resources::net::Network;
 use crate::resources::vsock::VsockSocket;
+use crate::resources::{BootFiles, Resources, SnapshotFiles, Source};
 use crate::sandbox::{self, ThreadRole};
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, Buses, VcpuThread, setup};
 use crate::virtio::{VirtioDevice, balloon, block, net, rng, vsock};
-
-/// Where a machine starts.
-pub enum Origin {
-    /// At its kernel's entry point.
-    Boot,
-    /// Where another machine of the same configuration was saved, with its memory.
-    Saved(Box<MachineState>, File),
-}
 
 impl Machine {
     /// Builds the machine described by `config` from `resources`, which it consumes. No path is opened, and no guest
@@ -44,38 +35,30 @@ impl Machine {
     /// follows dependencies: memory slots precede the interrupt controller (see [`Vm::new`]); every device is on the bus
     /// before the first vCPU exists.
     ///
-    /// A machine with a saved origin is built the same way, but nothing is loaded: its memory is that of the file ([`memory::map`]), each vCPU
-    /// gets its state when it is created, and devices and interrupt controller before it is returned.
+    /// A machine from a snapshot is built the same way, but nothing is loaded: its memory is that of the file ([`memory::map`]), each
+    /// vCPU gets its state when it is created, and devices and interrupt controller before it is returned.
     ///
     /// `confine` is called before the threads that run for the guest are started. All guest memory is allocated with
     /// `--prefault`, until `is_interrupted` returns true.
     pub fn build(
         config: &MachineConfig,
         resources: Resources,
-        origin: Origin,
         timings: Arc<Timings>,
         confine: impl FnOnce() -> Result<()>,
         is_interrupted: &dyn Fn() -> bool,
     ) -> Result<Machine> {
-        let Resources { kvm, kernel, kernel_words, initrd, disks, vsock, networks } = resources;
+        let Resources { kvm, source, disks, vsock, networks } = resources;
         let kvm = Arc::new(kvm);
         let prefault = config.prefault.then_some(is_interrupted);
-        let (memory, source) = match origin {
-            Origin::Boot => {
+        let (memory, loader) = match source {
+            Source::Boot(files) => {
                 let memory = memory::create(config.memory_mib, config.huge_pages.pages(), prefault)?;
-                let contents = Contents {
-                    kernel,
-                    cmdline: cmdline(config, &kernel_words, initrd.is_some()),
-                    initrd,
-                    cpus: config.cpus,
-                    bus: config.virtio_bus(),
-                };
-                let loader = Loader::start(kvm.clone(), memory.clone(), contents, timings.clone())?;
-                (memory, Source::Loader(loader))
+                let contents = Contents::new(config, *files);
+                (memory.clone(), Loader::boot(kvm.clone(), memory, contents, timings.clone())?)
             }
-            Origin::Saved(state, file) => {
-                let memory = memory::map(config.memory_mib, &file, config.huge_pages.pages(), prefault)?;
-                (memory, Source::Saved(state))
+            Source::Snapshot(SnapshotFiles { state, memory }) => {
+                let loader = Loader::restore(state, timings.clone())?;
+                (memory::map(config.memory_mib, &memory, config.huge_pages.pages(), prefault)?, loader)
             }
         };
         let (devices, controls) = create_devices(config, disks, vsock, networks)?;
@@ -93,9 +76,9 @@ impl Machine {
 
         let buses = Arc::new(buses);
         let start = |prepare: &Prepare<'_>| start_vcpus(&vm, config.cpus, &buses, &exit_latch, prepare);
-        let (vcpus, saved) = match source {
-            Source::Loader(loader) => (boot_vcpus(config, &vm, loader, &start)?, None),
-            Source::Saved(state) => (restored_vcpus(config, &state, &start)?, Some(state)),
+        let (vcpus, saved) = match loader.finish()? {
+            Loaded::Kernel(entry, supported) => (boot_vcpus(config, &vm, entry, &supported, &start)?, None),
+            Loaded::State(state) => (restored_vcpus(config, &state, &start)?, Some(state)),
         };
         let vm = Arc::new(vm);
         let mut machine = Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm };
@@ -104,31 +87,23 @@ impl Machine {
     }
 }
 
-/// Where the state of a machine's memory and vCPUs comes from.
-enum Source {
-    Loader(Loader),
-    Saved(Box<MachineState>),
-}
-
 /// Sets the first state of a vCPU, given by its index.
 type Prepare<'a> = dyn Fn(&VcpuFd, u32) -> Result<()> + 'a;
 
 fn boot_vcpus(
     config: &MachineConfig,
     vm: &Vm,
-    loader: Loader,
+    entry: EntryPoint,
+    supported: &CpuId,
     start: &dyn Fn(&Prepare<'_>) -> Result<Vec<VcpuThread>>,
 ) -> Result<Vec<VcpuThread>> {
-    let (entry, supported) = loader.finish()?;
     ensure!(
-        !config.nested || cpuid::can_nest(&supported),
+        !config.nested || cpuid::can_nest(supported),
         "KVM on this host does not support nested virtualization: enable it with `sudo modprobe kvm_intel nested=1` (or \
          kvm_amd), or remove --nested"
     );
     let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
-    start(&|fd, index| {
-        setup::prepare(fd, &cpuid::for_vcpu(&supported, processor, index), (index == 0).then_some(entry))
-    })
+    start(&|fd, index| setup::prepare(fd, &cpuid::for_vcpu(supported, processor, index), (index == 0).then_some(entry)))
 }
 
 fn restored_vcpus(
@@ -200,24 +175,52 @@ struct Contents {
     bus: VirtioBus,
 }
 
-/// The thread that fills guest memory and queries CPUID while KVM is set up. Dropping it waits until the thread has ended.
-struct Loader(Option<JoinHandle<Result<(EntryPoint, CpuId)>>>);
+impl Contents {
+    fn new(config: &MachineConfig, files: BootFiles) -> Contents {
+        let BootFiles { kernel, kernel_words, initrd } = files;
+        let cmdline = cmdline(config, &kernel_words, initrd.is_some());
+        Contents { kernel, cmdline, initrd, cpus: config.cpus, bus: config.virtio_bus() }
+    }
+}
+
+/// What a machine's vCPUs start with.
+enum Loaded {
+    /// The entry point of the kernel in memory, and what CPUID may report.
+    Kernel(EntryPoint, CpuId),
+    /// The state of a machine whose memory is mapped.
+    State(Box<MachineState>),
+}
+
+/// The thread that fills guest memory and queries CPUID, or decodes a saved state, while KVM is set up. Dropping it waits until
+/// the thread has ended.
+struct Loader(Option<JoinHandle<Result<Loaded>>>);
 
 impl Loader {
-    fn start(kvm: Arc<Kvm>, memory: GuestMemory, contents: Contents, timings: Arc<Timings>) -> Result<Loader> {
-        let load = move || {
+    fn boot(kvm: Arc<Kvm>, memory: GuestMemory, contents: Contents, timings: Arc<Timings>) -> Result<Loader> {
+        Loader::start(move || {
             let Contents { kernel, initrd, cmdline, cpus, bus } = contents;
             let entry = boot::load(&memory, &kernel, initrd.as_ref(), &cmdline, cpus, bus)?;
             setup::write_boot_tables(&memory, entry.protocol)?;
             timings.mark(Step::KernelLoaded);
-            Ok((entry, kvm::supported_cpuid(&kvm)?))
-        };
+            Ok(Loaded::Kernel(entry, kvm::supported_cpuid(&kvm)?))
+        })
+    }
+
+    fn restore(state: Vec<u8>, timings: Arc<Timings>) -> Result<Loader> {
+        Loader::start(move || {
+            let state = MachineState::decode(&state)?;
+            timings.mark(Step::KernelLoaded);
+            Ok(Loaded::State(Box::new(state)))
+        })
+    }
+
+    fn start(load: impl FnOnce() -> Result<Loaded> + Send + 'static) -> Result<Loader> {
         Ok(Loader(Some(
             sandbox::spawn_confined(ThreadRole::Loader, "loader", load).context("start the loader thread")?,
         )))
     }
 
-    fn finish(mut self) -> Result<(EntryPoint, CpuId)> {
+    fn finish(mut self) -> Result<Loaded> {
         let thread = self.0.take().context("the loader thread has ended")?;
         thread.join().map_err(|_| anyhow!("the loader thread panicked"))?
     }

@@ -22,7 +22,6 @@ use crate::timings::{Step, Timings};
 use crate::vcpu::VcpuThread;
 use crate::virtio::net::NetLink;
 use crate::virtio::{Transport, balloon, block};
-pub use build::Origin;
 pub use state::MachineState;
 
 /// A machine, paused when built. It is owned by one thread; vCPUs, workers and the console have their own threads.
@@ -187,7 +186,7 @@ mod tests {
         };
         let (resources, _outside) = resources::open(&config).unwrap();
         let timings = Arc::new(Timings::new(Instant::now()));
-        let machine = Machine::build(&config, resources, Origin::Boot, timings, || Ok(()), &|| false).unwrap();
+        let machine = Machine::build(&config, resources, timings, || Ok(()), &|| false).unwrap();
         let output = machine.console.output.clone();
         Some((machine, output))
     }

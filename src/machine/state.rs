@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::Machine;
 use crate::device::SerialState;
 use crate::kvm::VmState;
+use crate::memory::GuestMemory;
 use crate::vcpu::{VcpuState, VcpuThread};
 use crate::virtio::TransportState;
 
@@ -23,7 +24,24 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
 }
 
+impl MachineState {
+    /// Encodes the state as JSON.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).context("encode the state of the machine")
+    }
+
+    /// Decodes a state of any origin. Its values are checked where they are used.
+    pub fn decode(bytes: &[u8]) -> Result<MachineState> {
+        serde_json::from_slice(bytes).context("decode the state of the machine")
+    }
+}
+
 impl Machine {
+    /// The guest's memory. It changes unless the machine is paused.
+    pub fn memory(&self) -> &GuestMemory {
+        self.vm.memory()
+    }
+
     /// Pauses the machine and saves its state. Its memory does not change before [`Machine::resume`].
     ///
     /// Devices come first: as they complete what is in flight, they raise interrupts, which the interrupt controller passes
@@ -55,6 +73,7 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
@@ -64,9 +83,8 @@ mod tests {
     use crate::config::MachineConfig;
     use crate::console::output::Output;
     use crate::exit_latch::ExitReason;
-    use crate::machine::Origin;
     use crate::memory;
-    use crate::resources;
+    use crate::resources::{self, Resources, SnapshotFiles, Source};
     use crate::sys;
     use crate::timings::Timings;
 
@@ -92,14 +110,20 @@ mod tests {
             cpus,
             ..MachineConfig::default()
         };
-        let machine = build(&config, Origin::Boot).unwrap();
+        let (resources, _outside) = resources::open(&config).unwrap();
+        let machine = build(&config, resources).unwrap();
         let output = machine.console.output.clone();
         Some(Bench { config, machine, output })
     }
 
-    fn build(config: &MachineConfig, origin: Origin) -> Result<Machine> {
-        let (resources, _outside) = resources::open(config).unwrap();
-        Machine::build(config, resources, origin, Arc::new(Timings::new(Instant::now())), || Ok(()), &|| false)
+    fn build(config: &MachineConfig, resources: Resources) -> Result<Machine> {
+        Machine::build(config, resources, Arc::new(Timings::new(Instant::now())), || Ok(()), &|| false)
+    }
+
+    fn restore(config: &MachineConfig, state: Vec<u8>, memory: File) -> Result<Machine> {
+        let source = Source::Snapshot(SnapshotFiles { state, memory });
+        let (resources, _outside) = resources::open_for(config, source).unwrap();
+        build(config, resources)
     }
 
     impl Bench {
@@ -107,14 +131,13 @@ mod tests {
         fn renew(self) -> (Bench, Vec<u8>) {
             let Bench { config, mut machine, output } = self;
             let state = machine.save().unwrap();
-            let encoded = serde_json::to_vec(&state).unwrap();
+            let encoded = state.encode().unwrap();
             let file = sys::memory_file(c"memory").unwrap();
-            memory::write_to(machine.vm.memory(), &file).unwrap();
+            memory::write_to(machine.memory(), &file, None).unwrap();
             drop(machine);
             let printed = output.take_now();
-            let state = serde_json::from_slice(&encoded).unwrap();
-            let mut machine = build(&config, Origin::Saved(state, file)).unwrap();
-            let again = serde_json::to_vec(&machine.save().unwrap()).unwrap();
+            let mut machine = restore(&config, encoded.clone(), file).unwrap();
+            let again = machine.save().unwrap().encode().unwrap();
             let same = |name: &str| {
                 let [one, other] = [&encoded, &again]
                     .map(|json| serde_json::from_slice::<serde_json::Value>(json).unwrap()[name].to_string());
@@ -216,7 +239,8 @@ mod tests {
         const RETURNED: u64 = 16 << 20;
         let Some(mut bench) = bench(husk_guests::PAGES, "do=pages", 1) else { return };
         bench.config.memory_mib = 64;
-        bench.machine = build(&bench.config, Origin::Boot).unwrap();
+        let (resources, _outside) = resources::open(&bench.config).unwrap();
+        bench.machine = build(&bench.config, resources).unwrap();
         bench.output = bench.machine.console.output.clone();
         bench.machine.resume();
         let mut printed = Vec::new();
@@ -234,12 +258,11 @@ mod tests {
     fn the_state_of_another_machine_is_rejected() {
         let Some(Bench { config, mut machine, .. }) = bench(husk_guests::SERIAL, "do=prompt", 2) else { return };
         let state = machine.save().unwrap();
-        let encoded = serde_json::to_vec(&state).unwrap();
+        let encoded = state.encode().unwrap();
         let refused = |config: &MachineConfig, memory_bytes: u64, words: &str| {
             let file = sys::memory_file(c"memory").unwrap();
             file.set_len(memory_bytes).unwrap();
-            let origin = Origin::Saved(serde_json::from_slice(&encoded).unwrap(), file);
-            let error = build(config, origin).map(drop).unwrap_err();
+            let error = restore(config, encoded.clone(), file).map(drop).unwrap_err();
             assert!(format!("{error:#}").contains(words), "{error:#}");
         };
         refused(&config, 31 << 20, "has 32505856 bytes, not 33554432");

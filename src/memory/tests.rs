@@ -222,7 +222,7 @@ fn memory_of_a_file_is_as_it_was_written_in_pages_of_each_kind() {
     let places = [0, 4096, (1 << 20) - 8, 3 << 20, (5 << 20) - 8];
     places.iter().for_each(|at| before.write_obj(text(*at), GuestAddress(*at)).unwrap());
     let content = sys::memory_file(c"memory").unwrap();
-    write_to(&before, &content).unwrap();
+    write_to(&before, &content, None).unwrap();
     for pages in [Pages::Transparent, Pages::Small, Pages::Pool(2 << 20)] {
         for prefault in [None, Some(&(|| false) as &dyn Fn() -> bool)] {
             let memory = match map(5, &content, pages, prefault) {

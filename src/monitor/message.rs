@@ -43,6 +43,9 @@ pub enum Call {
     SetLinks(bool),
     /// Report the machine's resource usage.
     Usage,
+    /// Pause the guest and save the machine. A packet with three files follows: one for its state, one for its memory, and the
+    /// monitor's pagemap.
+    Save,
     /// End the machine.
     End,
 }

@@ -15,11 +15,12 @@ mod serve;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::config::{MachineConfig, Rate};
 use crate::exit_latch::{ExitLatch, ExitReason};
@@ -30,7 +31,7 @@ use crate::sandbox::cgroup::CgroupLimits;
 use crate::sandbox::{Layers, task};
 use crate::sys::fork::{Files, Split};
 use crate::sys::shared::SharedFlag;
-use crate::sys::{SignalFd, socket};
+use crate::sys::{self, SignalFd, socket};
 use crate::timings::Timings;
 use message::{Call, Event, Reply};
 
@@ -41,6 +42,8 @@ pub use serve::forward_log;
 const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 /// The same for the end of a machine that was killed.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// The maximum size of a machine's state.
+pub const STATE_BYTES_MAX: u64 = 16 << 20;
 /// The number of events handled before other things have their turn.
 const EVENTS_PER_TURN: usize = 64;
 
@@ -142,6 +145,25 @@ impl Monitor {
     /// Pauses the guest. On return none of its instructions run, and none of its requests are in flight.
     pub fn pause(&mut self) -> Result<()> {
         self.perform(&Call::Pause)
+    }
+
+    /// Pauses the guest, saves the machine's memory to `memory`, an empty file, and returns its state. The guest stays paused.
+    ///
+    /// The state is the monitor's word: a guest that has taken it over can put anything there.
+    pub fn save(&mut self, memory: &File) -> Result<Vec<u8>> {
+        let state = sys::memory_file(c"state").context("create a file for the state of the machine")?;
+        let pagemap = format!("/proc/{}/pagemap", self.pid);
+        let pagemap = File::open(&pagemap).with_context(|| format!("open {pagemap}"))?;
+        self.send(&Call::Save)?;
+        let sent = socket::send_with_fds(&self.calls, &[0], [state.as_fd(), memory.as_fd(), pagemap.as_fd()]);
+        sent.map_err(|error| self.lost(error))?;
+        // As long as it takes to write the memory.
+        self.reply(None).and_then(done)?;
+        let len_bytes = state.metadata()?.len();
+        ensure!(len_bytes <= STATE_BYTES_MAX, "the state of the machine has {len_bytes} bytes");
+        let mut bytes = vec![0; usize::try_from(len_bytes)?];
+        state.read_exact_at(&mut bytes, 0).context("read the state of the machine")?;
+        Ok(bytes)
     }
 
     /// Presses the power button. The guest decides how to react.

@@ -1,7 +1,7 @@
 //! The monitor process: confines itself, builds the machine, and serves its supervisor until the machine has ended.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::panic;
@@ -18,7 +18,8 @@ use super::message::{self, Call, Event, PACKET_BYTES_MAX, Reply, Usage};
 use crate::config::MachineConfig;
 use crate::exit_latch::ExitReason;
 use crate::kvm::Vm;
-use crate::machine::{Machine, Origin};
+use crate::machine::Machine;
+use crate::memory;
 use crate::resources::{Resources, attendant};
 use crate::sandbox::{self, Confinement, Layers, ThreadRole};
 use crate::sys::resident::IdleTrim;
@@ -110,7 +111,7 @@ fn prepare(
     let is_interrupted = || interrupted.as_ref().is_some_and(|flag| flag.is_set());
     let mut lacks = Vec::new();
     let confine = || confinement.complete().map(|found| lacks = found);
-    let machine = Machine::build(config, resources, Origin::Boot, timings.clone(), confine, &is_interrupted)?;
+    let machine = Machine::build(config, resources, timings.clone(), confine, &is_interrupted)?;
     let printed = start_console(&machine, console)?;
     Server::new(machine, calls, printed, lacks)
 }
@@ -261,10 +262,18 @@ impl Server {
             }
             Call::SetLinks(up) => controls.links.iter().for_each(|link| link.set_up(up)),
             Call::Usage => return Ok(Reply::Usage(Box::new(usage(machine)))),
+            Call::Save => save(machine, socket::receive_fds(&self.calls).context("receive the files")?)?,
             Call::End => bail!("it is handled elsewhere"),
         }
         Ok(Reply::Done)
     }
+}
+
+/// Pauses the machine, and writes its state and its memory to the first two files.
+fn save(machine: &mut Machine, files: [OwnedFd; 3]) -> Result<()> {
+    let [mut state, memory, pagemap] = files.map(File::from);
+    state.write_all(&machine.save()?.encode()?).context("write the state of the machine")?;
+    memory::write_to(machine.memory(), &memory, Some(&pagemap)).map(drop)
 }
 
 fn usage(machine: &Machine) -> Usage {

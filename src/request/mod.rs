@@ -13,7 +13,7 @@ use husk_protocol::frame::Message;
 use serde::{Deserialize, Serialize};
 
 /// The protocol version. Any change of a message increments it.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// A request with its protocol version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +55,13 @@ pub enum Request {
         rows: u16,
         /// Columns.
         columns: u16,
+    },
+    /// Take a snapshot. Answered when it is complete.
+    Snapshot {
+        /// The absolute path of its directory.
+        path: Vec<u8>,
+        /// Whether the machine ends then.
+        stop: bool,
     },
     /// Change the limits.
     Update(Update),
@@ -103,7 +110,8 @@ impl Request {
 }
 
 impl Message for Versioned {
-    const MAX_BYTES: usize = 4 << 10;
+    // A path, and some margin.
+    const MAX_BYTES: usize = 8 << 10;
 }
 
 /// A machine's reply.

@@ -44,18 +44,60 @@ const KVM_PATH: &str = "/dev/kvm";
 pub struct Resources {
     /// /dev/kvm.
     pub kvm: Kvm,
-    /// The kernel, with its format identified.
-    pub kernel: Kernel,
-    /// The command line in the kernel's image.
-    pub kernel_words: String,
-    /// The initramfs: the one specified, or else the one in the kernel's image.
-    pub initrd: Option<Part>,
+    /// Where the guest starts.
+    pub source: Source,
     /// The disks, locked for as long as they are open.
     pub disks: Vec<disk::DiskFile>,
     /// The host side of the vsock device.
     pub vsock: Option<vsock::VsockSocket>,
     /// The host side of the network interfaces.
     pub networks: Vec<net::Network>,
+}
+
+/// Where a guest starts: the content of its memory and the first state of its vCPUs.
+pub enum Source {
+    /// At the entry point of a kernel.
+    Boot(Box<BootFiles>),
+    /// Where a machine of the same configuration was saved.
+    Snapshot(SnapshotFiles),
+}
+
+/// What a machine boots from.
+pub struct BootFiles {
+    /// The kernel, with its format identified.
+    pub kernel: Kernel,
+    /// The command line in the kernel's image.
+    pub kernel_words: String,
+    /// The initramfs: the one specified, or else the one in the kernel's image.
+    pub initrd: Option<Part>,
+}
+
+/// What a machine is restored from.
+pub struct SnapshotFiles {
+    /// Its state, as the monitor that saved it has encoded it. Nothing in it has been checked.
+    pub state: Vec<u8>,
+    /// Its memory. The file must not change as long as the machine exists.
+    pub memory: File,
+}
+
+impl SnapshotFiles {
+    /// A copy for another machine.
+    pub fn try_clone(&self) -> Result<SnapshotFiles> {
+        let memory = self.memory.try_clone().context("duplicate a file descriptor")?;
+        Ok(SnapshotFiles { state: self.state.clone(), memory })
+    }
+}
+
+impl Source {
+    fn fds(&self) -> Vec<RawFd> {
+        match self {
+            Source::Boot(files) => {
+                let initrd = files.initrd.iter().map(|initrd| initrd.file().as_raw_fd());
+                initrd.chain([files.kernel.as_raw_fd()]).collect()
+            }
+            Source::Snapshot(files) => vec![files.memory.as_raw_fd()],
+        }
+    }
 }
 
 /// What a machine has on the host besides open files, and what exists as long as this: it belongs to whoever supervises the
@@ -92,8 +134,8 @@ impl Outside {
 impl Resources {
     /// All descriptors.
     pub fn fds(&self) -> Vec<RawFd> {
-        let mut fds = vec![self.kvm.as_raw_fd(), self.kernel.as_raw_fd()];
-        fds.extend(self.initrd.iter().map(|initrd| initrd.file().as_raw_fd()));
+        let mut fds = vec![self.kvm.as_raw_fd()];
+        fds.extend(self.source.fds());
         fds.extend(self.disks.iter().flat_map(disk::DiskFile::fds));
         fds.extend(self.vsock.iter().map(|vsock| vsock.listener.as_raw_fd()));
         fds.extend(self.networks.iter().flat_map(net::Network::fds));
@@ -105,6 +147,11 @@ impl Resources {
 pub fn open(config: &MachineConfig) -> Result<(Resources, Outside)> {
     let KernelImage { kernel, initrd, cmdline: kernel_words } = kernel::open(&config.kernel)?;
     let initrd = config.initrd.as_deref().map_or(Ok(initrd), |path| open_initrd(path).map(Some))?;
+    open_for(config, Source::Boot(Box::new(BootFiles { kernel, kernel_words, initrd })))
+}
+
+/// The same for a machine that starts at `source`: no kernel is opened.
+pub fn open_for(config: &MachineConfig, source: Source) -> Result<(Resources, Outside)> {
     let disks = disk::open_all(&config.disks)?;
     let kvm = open_kvm()?;
     // Last, since only these have side effects.
@@ -125,7 +172,7 @@ pub fn open(config: &MachineConfig) -> Result<(Resources, Outside)> {
         networks.push(network);
         outside.passts.extend(keeper);
     }
-    Ok((Resources { kvm, kernel, kernel_words, initrd, disks, vsock, networks }, outside))
+    Ok((Resources { kvm, source, disks, vsock, networks }, outside))
 }
 
 fn open_initrd(path: &Path) -> Result<Part> {

@@ -115,8 +115,13 @@ const MAIN: &[Call] = &[
     any(SYS_clock_nanosleep),
     // virtio: workers are told of new limits, link states and requests for statistics.
     any(SYS_timerfd_settime),
-    // backend/net/tap.rs: the kernel's counters of a tap device.
+    // backend/net/tap.rs: the kernel's counters of a tap device; memory/save.rs: pages in use.
     any(SYS_pread64),
+    // monitor: a machine is saved to files that the supervisor sends.
+    any(SYS_recvmsg),
+    any(SYS_ftruncate),
+    any(SYS_pwrite64),
+    only(SYS_ioctl, &[request(kvm::GET_MSR_INDEX_LIST), request(kvm::GET_IRQCHIP), request(kvm::GET_CLOCK)]),
 ];
 
 /// The kernel image and the initrd are read, and KVM is asked for its CPUID.
@@ -144,6 +149,16 @@ const VCPU: &[Call] = &[
             // The reason of a triple fault.
             request(kvm::GET_REGS),
             request(kvm::GET_SREGS),
+            // The rest of its state.
+            request(kvm::GET_MSRS),
+            request(kvm::GET_LAPIC),
+            request(kvm::GET_CPUID2),
+            request(kvm::GET_MP_STATE),
+            request(kvm::GET_VCPU_EVENTS),
+            request(kvm::GET_DEBUGREGS),
+            request(kvm::GET_TSC_KHZ),
+            request(kvm::GET_XSAVE),
+            request(kvm::GET_XCRS),
             // pci: MSI-X tables and moved BARs.
             request(kvm::IRQFD),
             request(kvm::IOEVENTFD),
@@ -262,20 +277,36 @@ const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 mod kvm {
     use std::mem::size_of;
 
-    use kvm_bindings::{kvm_cpuid2, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd, kvm_regs, kvm_sregs};
+    use kvm_bindings::{
+        kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_ioeventfd, kvm_irq_routing, kvm_irqchip, kvm_irqfd,
+        kvm_lapic_state, kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+        kvm_xsave,
+    };
     use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
     const fn number(direction: u32, number: u32, size_bytes: usize) -> u32 {
         ioctl_expr(direction, 0xae, number, size_bytes as u32) as u32
     }
 
+    pub const GET_MSR_INDEX_LIST: u32 = number(_IOC_READ | _IOC_WRITE, 0x02, size_of::<kvm_msr_list>());
     pub const GET_SUPPORTED_CPUID: u32 = number(_IOC_READ | _IOC_WRITE, 0x05, size_of::<kvm_cpuid2>());
+    pub const GET_IRQCHIP: u32 = number(_IOC_READ | _IOC_WRITE, 0x62, size_of::<kvm_irqchip>());
     pub const SET_GSI_ROUTING: u32 = number(_IOC_WRITE, 0x6a, size_of::<kvm_irq_routing>());
     pub const IRQFD: u32 = number(_IOC_WRITE, 0x76, size_of::<kvm_irqfd>());
     pub const IOEVENTFD: u32 = number(_IOC_WRITE, 0x79, size_of::<kvm_ioeventfd>());
+    pub const GET_CLOCK: u32 = number(_IOC_READ, 0x7c, size_of::<kvm_clock_data>());
     pub const RUN: u32 = number(_IOC_NONE, 0x80, 0);
     pub const GET_REGS: u32 = number(_IOC_READ, 0x81, size_of::<kvm_regs>());
     pub const GET_SREGS: u32 = number(_IOC_READ, 0x83, size_of::<kvm_sregs>());
+    pub const GET_MSRS: u32 = number(_IOC_READ | _IOC_WRITE, 0x88, size_of::<kvm_msrs>());
+    pub const GET_LAPIC: u32 = number(_IOC_READ, 0x8e, size_of::<kvm_lapic_state>());
+    pub const GET_CPUID2: u32 = number(_IOC_READ | _IOC_WRITE, 0x91, size_of::<kvm_cpuid2>());
+    pub const GET_MP_STATE: u32 = number(_IOC_READ, 0x98, size_of::<kvm_mp_state>());
+    pub const GET_VCPU_EVENTS: u32 = number(_IOC_READ, 0x9f, size_of::<kvm_vcpu_events>());
+    pub const GET_DEBUGREGS: u32 = number(_IOC_READ, 0xa1, size_of::<kvm_debugregs>());
+    pub const GET_TSC_KHZ: u32 = number(_IOC_NONE, 0xa3, 0);
+    pub const GET_XSAVE: u32 = number(_IOC_READ, 0xa4, size_of::<kvm_xsave>());
+    pub const GET_XCRS: u32 = number(_IOC_READ, 0xa6, size_of::<kvm_xcrs>());
     pub const KVMCLOCK_CTRL: u32 = number(_IOC_NONE, 0xad, 0);
 }
 

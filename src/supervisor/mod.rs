@@ -5,6 +5,7 @@ mod control;
 mod drain;
 mod endpoint;
 mod requests;
+mod snapshot;
 
 pub use control::{Stdio, block_signals, run};
 pub use endpoint::ControlEndpoint;

@@ -1,6 +1,9 @@
 //! Handles requests to a machine, on its main thread, between events.
 
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -156,6 +159,7 @@ impl Recipient for Supervisor<'_> {
             Request::Pause => self.pause()?,
             Request::Unpause => self.unpause()?,
             Request::Stats => return self.stats().map(|stats| Some(Reply::Stats(stats))),
+            Request::Snapshot { path, stop } => self.snapshot(Path::new(OsStr::from_bytes(&path)), stop)?,
             Request::Update(update) => self.update(update)?,
             Request::Attach => {
                 self.attach(caller)?;
@@ -186,8 +190,7 @@ impl Supervisor<'_> {
 
     fn unpause(&mut self) -> Result<()> {
         ensure!(matches!(self.endpoint.record.state, State::Paused { .. }), "the machine is not paused");
-        self.monitor.resume()?;
-        self.check_guest_clock();
+        self.resume_guest()?;
         self.endpoint.enter(State::Running { since_ms: now_ms() })
     }
 

@@ -109,6 +109,11 @@ impl Mapping {
         Ok(Mapping { start, len_bytes, kind: Kind::Anonymous })
     }
 
+    /// Whether pages that were never written are those of a file.
+    pub fn is_of_file(&self) -> bool {
+        matches!(self.kind, Kind::File { .. })
+    }
+
     /// Allocates all pages (madvise(2), MADV_POPULATE_WRITE, since Linux 5.14), those of a file with its content, in steps:
     /// between them, it stops if `is_stopped`.
     pub fn populate(&self, is_stopped: impl Fn() -> bool) -> io::Result<()> {

@@ -82,6 +82,22 @@ pub fn receive_with_fd(socket: &UnixDatagram, bytes: &mut [u8]) -> io::Result<(u
     Ok((len, file.map(OwnedFd::from)))
 }
 
+/// Sends a message and copies of `fds` (unix(7), SCM_RIGHTS).
+pub fn send_with_fds<const N: usize>(socket: &UnixDatagram, bytes: &[u8], fds: [BorrowedFd<'_>; N]) -> io::Result<()> {
+    Ok(socket.send_with_fds(&[bytes], &fds.map(|fd| fd.as_raw_fd())).map(drop)?)
+}
+
+/// Receives a message of one byte with exactly `N` descriptors.
+pub fn receive_fds<const N: usize>(socket: &UnixDatagram) -> io::Result<[OwnedFd; N]> {
+    let (mut byte, mut fds) = ([0_u8], [-1; N]);
+    let mut iovecs = [libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: byte.len() }];
+    // SAFETY: the kernel writes to `byte`, which outlives the call.
+    let (_, count) = unsafe { socket.recv_with_fds(&mut iovecs, &mut fds) }?;
+    // SAFETY: these descriptors were just received, and have no other owner.
+    let received = fds.into_iter().take(count).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect::<Vec<_>>();
+    received.try_into().map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
 /// Sends as many of `buffers` as one call accepts (sendmsg(2)), without SIGPIPE. Returns the number of bytes.
 pub fn send(stream: &UnixStream, buffers: &impl IoVecs) -> io::Result<usize> {
     let message = message(buffers);

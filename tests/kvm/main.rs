@@ -23,4 +23,5 @@ mod machine;
 mod many;
 mod release;
 mod sandbox;
+mod snapshot;
 mod unread;

@@ -7,6 +7,7 @@
 
 mod backing;
 mod format;
+pub mod stamp;
 #[cfg(test)]
 mod tests;
 mod twice;

@@ -1,0 +1,68 @@
+//! `husk restore`: creates a machine from a snapshot.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::boot;
+use super::exit::Exit;
+use super::lifecycle::{self, LifecycleArgs, RecordInfo};
+use crate::resources::disk::stamp;
+use crate::resources::{self, Source};
+use crate::snapshot::{Description, Snapshot};
+use crate::supervisor::{self, Stdio};
+use crate::timings::Timings;
+
+const EXAMPLES: &str = "\
+Examples:
+  Continue a saved machine on this terminal:
+    husk restore ./web.snap
+
+  Continue it in the background, several times:
+    husk restore -d --name one ./web.snap
+    husk restore -d --name two ./web.snap
+
+The snapshot must stay as it is while machines that were restored from it run: they read their memory from it.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Restore {
+    /// Directory that `husk snapshot` has created
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+
+    #[command(flatten)]
+    lifecycle: LifecycleArgs,
+
+    /// Print timings to standard error
+    #[arg(long)]
+    timings: bool,
+}
+
+impl Restore {
+    /// Runs the machine until its end. `started` is when this process started.
+    pub fn run(mut self, started: Instant) -> Result<Exit> {
+        let Snapshot { description, files } = Snapshot::open(&self.dir)?;
+        if self.lifecycle.spawns_detached() {
+            return lifecycle::spawn_detached();
+        }
+        let timings = Arc::new(Timings::new(started));
+        let Description { image, command, process, stop_signal, config, disks, .. } = description;
+        let info = RecordInfo { image, command, process, stop_signal };
+        let dir = self.lifecycle.dir()?;
+        let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
+        let exit = self.lifecycle.run_with_restarts(endpoint, false, |endpoint, signals| {
+            let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
+            stamp::check(&config.disks, &disks)?;
+            let stdio = Stdio::Console;
+            Ok(boot::report(&supervisor::run(&config, opened, timings.clone(), signals, stdio, endpoint)?))
+        })?;
+        if self.timings {
+            super::print_stderr(&timings.to_string());
+        }
+        Ok(exit)
+    }
+}

@@ -1,0 +1,138 @@
+//! Writes guest memory to a file, from which [`map`](super::map) maps it again, and leaves out what the guest does not use.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::{GuestMemory, Region};
+
+const PAGE_BYTES: usize = 4096;
+/// The amount that is looked at together.
+const BLOCK_BYTES: usize = 2 << 20;
+/// Bits of an entry of pagemap (Linux, Documentation/admin-guide/mm/pagemap.rst): the page is in memory, or in swap.
+const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+const ENTRY_BYTES: usize = size_of::<u64>();
+
+/// Writes all guest memory to an empty file, regions one after another. No vCPU and no device may run.
+///
+/// Pages that are zero become holes. With `pagemap`, this process's /proc/self/pagemap, those that the guest has never used or
+/// has given back are not even read, which would allocate page tables for them. Returns the number of bytes written.
+pub fn write_to(memory: &GuestMemory, file: &File, pagemap: Option<&File>) -> Result<u64> {
+    let total_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
+    file.set_len(total_bytes).context("extend the memory file")?;
+    let (mut offset_bytes, mut written_bytes) = (0, 0);
+    let mut block = vec![0; BLOCK_BYTES];
+    for region in memory.iter() {
+        // What is not present in a mapping of a file is the file's content.
+        let pagemap = pagemap.filter(|_| !region.mapping.is_of_file());
+        for at in (0..region.len()).step_by(BLOCK_BYTES) {
+            let pages = BLOCK_BYTES.min((region.len() - at) as usize) / PAGE_BYTES;
+            let used = used_pages(region, at, pages, pagemap).context("read which memory the guest uses")?;
+            for range in used {
+                let content = block.get_mut(range.clone()).context("a page outside of its block")?;
+                region.read_slice(content, MemoryRegionAddress(at + range.start as u64))?;
+                for part in parts(content, |page| *page != [0; PAGE_BYTES]) {
+                    let bytes = content.get(part.clone()).unwrap_or_default();
+                    let place = offset_bytes + at + (range.start + part.start) as u64;
+                    file.write_all_at(bytes, place).context("write the memory file")?;
+                    written_bytes += bytes.len() as u64;
+                }
+            }
+        }
+        offset_bytes += region.len();
+    }
+    Ok(written_bytes)
+}
+
+/// The ranges of bytes that may have content, within the block at `at`.
+fn used_pages(region: &Region, at: u64, pages: usize, pagemap: Option<&File>) -> io::Result<Vec<Range<usize>>> {
+    let all = 0..pages * PAGE_BYTES;
+    let Some(pagemap) = pagemap else { return Ok(vec![all]) };
+    let address = region.get_host_address(MemoryRegionAddress(at)).map_err(io::Error::other)? as u64;
+    let mut entries = vec![0; pages * ENTRY_BYTES];
+    pagemap.read_exact_at(&mut entries, address / PAGE_BYTES as u64 * ENTRY_BYTES as u64)?;
+    let is_used = |entry: &[u8; ENTRY_BYTES]| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0;
+    let scale = |range: Range<usize>| range.start / ENTRY_BYTES * PAGE_BYTES..range.end / ENTRY_BYTES * PAGE_BYTES;
+    Ok(parts(&entries, is_used).into_iter().map(scale).collect())
+}
+
+/// The ranges of consecutive elements of `N` bytes that are `wanted`.
+fn parts<const N: usize>(bytes: &[u8], wanted: impl Fn(&[u8; N]) -> bool) -> Vec<Range<usize>> {
+    let mut parts: Vec<Range<usize>> = Vec::new();
+    let (elements, _) = bytes.as_chunks::<N>();
+    for (index, _) in elements.iter().enumerate().filter(|(_, element)| wanted(element)) {
+        let (start, end) = (index * N, (index + 1) * N);
+        match parts.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => parts.push(start..end),
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::memory::{self, give_back};
+    use crate::sys;
+    use crate::sys::mapping::Pages;
+
+    fn map(memory_mib: u64, file: &File) -> Result<GuestMemory> {
+        memory::map(memory_mib, file, Pages::Transparent, None)
+    }
+
+    fn saved(memory: &GuestMemory, pagemap: Option<&File>) -> (File, u64) {
+        let file = sys::memory_file(c"saved").unwrap();
+        let written_bytes = write_to(memory, &file, pagemap).unwrap();
+        (file, written_bytes)
+    }
+
+    #[test]
+    fn memory_is_saved_with_and_without_the_page_map() {
+        let memory = memory::reserve(3073).unwrap();
+        let hole = (crate::layout::MMIO_HOLE_START, crate::layout::MMIO_HOLE_END);
+        let places = [0, 4096, 12 << 20, hole.0 - 4096, hole.1, hole.1 + (1 << 20) - 1].map(GuestAddress);
+        for (value, place) in (1_u8..).zip(places) {
+            memory.write_obj(value, place).unwrap();
+        }
+        memory.write_obj(0_u8, GuestAddress(64 << 20)).unwrap();
+        memory.write_obj(9_u8, GuestAddress(20 << 20)).unwrap();
+        give_back(&memory, GuestAddress(20 << 20), 4096).unwrap();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        for pagemap in [Some(&pagemap), None] {
+            let (file, written_bytes) = saved(&memory, pagemap);
+            assert_eq!((written_bytes, file.metadata().unwrap().len()), (6 * 4096, 3073 << 20));
+            assert!(file.metadata().unwrap().blocks() * 512 <= 64 << 10);
+            let restored = map(3073, &file).unwrap();
+            assert_eq!(places.map(|place| restored.read_obj::<u8>(place).unwrap()), [1, 2, 3, 4, 5, 6]);
+            assert_eq!(restored.read_obj::<u8>(GuestAddress(20 << 20)).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn restored_memory_is_saved_with_what_was_never_read() {
+        let memory = memory::reserve(4).unwrap();
+        memory.write_obj(1_u8, GuestAddress(8192)).unwrap();
+        let restored = map(4, &saved(&memory, None).0).unwrap();
+        restored.write_obj(2_u8, GuestAddress(1 << 20)).unwrap();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let again = map(4, &saved(&restored, Some(&pagemap)).0).unwrap();
+        assert_eq!([8192, 1 << 20].map(|at| again.read_obj::<u8>(GuestAddress(at)).unwrap()), [1, 2]);
+    }
+
+    #[test]
+    fn parts_are_the_longest_that_are_wanted() {
+        let of = |bytes: &[u8]| parts(bytes, |element: &[u8; 2]| element[0] == 1);
+        assert_eq!(of(&[1, 0, 1, 0, 0, 0, 1, 9]), [0..4, 6..8]);
+        assert_eq!(of(&[0, 1, 1]), []);
+        assert_eq!(of(&[1, 1]), std::slice::from_ref(&(0..2)));
+    }
+}

@@ -1,0 +1,72 @@
+//! Recognizes whether the files of disks have changed while no machine had them open.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::config::DiskConfig;
+
+/// A file, when a machine that has it as a disk was saved. The content of a block device may change without a trace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stamp {
+    path: PathBuf,
+    size_bytes: u64,
+    /// When it was modified, in nanoseconds since 1970.
+    modified_ns: i64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Result<Stamp> {
+        let found = fs::metadata(path).with_context(|| format!("inspect disk {}", path.display()))?;
+        let modified_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
+        Ok(Stamp { path: path.to_owned(), size_bytes: found.len(), modified_ns })
+    }
+}
+
+/// The stamps of all files of the disks, which are open and locked.
+pub fn all(disks: &[DiskConfig]) -> Result<Vec<Stamp>> {
+    let paths = |disk: &DiskConfig| {
+        let backing = disk.backing.iter().map(|backing| backing.path.clone());
+        backing.chain([disk.path.clone()]).collect::<Vec<_>>()
+    };
+    disks.iter().flat_map(paths).map(|path| Stamp::of(&path)).collect()
+}
+
+/// Fails if a file of the disks, which are open and locked, is not as in `stamps`.
+pub fn check(disks: &[DiskConfig], stamps: &[Stamp]) -> Result<()> {
+    let found = all(disks)?;
+    ensure!(found.len() == stamps.len(), "the snapshot is of a machine with other disks");
+    for (found, saved) in found.iter().zip(stamps) {
+        if found != saved {
+            bail!("disk {} has changed since the snapshot: what the guest knows of it is wrong", saved.path.display());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_disk_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        fs::write(&path, [0; 512]).unwrap();
+        let disks = [DiskConfig::of(path.clone())];
+        let stamps = all(&disks).unwrap();
+        check(&disks, &stamps).unwrap();
+        fs::write(&path, [0; 1024]).unwrap();
+        let error = check(&disks, &stamps).unwrap_err().to_string();
+        assert!(error.starts_with("disk /") && error.contains("disk.img has changed since the snapshot"), "{error}");
+        fs::write(&path, [0; 512]).unwrap();
+        assert!(check(&disks, &stamps).is_err(), "it was modified");
+        assert!(check(&[], &stamps).is_err());
+        fs::remove_file(&path).unwrap();
+        assert!(check(&disks, &stamps).unwrap_err().to_string().contains("inspect disk /"));
+    }
+}

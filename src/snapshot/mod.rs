@@ -1,0 +1,202 @@
+//! Snapshots: a machine in files, written by `husk snapshot` and read by `husk restore`.
+//!
+//! ```text
+//! DIR/state    header, description (JSON), state of the machine (JSON); its presence completes the snapshot
+//! DIR/memory   the guest's memory, sparse; mapped by the machines that are restored from it
+//! ```
+//!
+//! The supervisor writes the description, the monitor the state and the memory. Whoever reads a snapshot trusts neither: the
+//! description is checked like a configuration file, and only a confined monitor decodes the state.
+
+mod header;
+mod writer;
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::config::MachineConfig;
+use crate::resources::SnapshotFiles;
+use crate::resources::disk::stamp::Stamp;
+use crate::state_dir::record::Inherited;
+use header::{HEADER_BYTES, Header};
+pub use writer::SnapshotWriter;
+
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+/// The maximum size of a description. Most of it are the process's environment and the configuration.
+const DESCRIPTION_BYTES_MAX: u64 = 16 << 20;
+
+/// What a snapshot is of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Description {
+    /// The version of husk that has written it.
+    pub husk: String,
+    /// When it was written, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// The image or kernel of the machine, as specified by the user.
+    pub image: String,
+    /// The command line of its process, if known.
+    pub command: Vec<String>,
+    /// What additional processes inherit, if the machine runs husk's init.
+    pub process: Option<Inherited>,
+    /// The signal that asks its process to terminate.
+    pub stop_signal: u8,
+    /// The configuration of the machine.
+    pub config: MachineConfig,
+    /// The files of its disks, which must not have changed.
+    pub disks: Vec<Stamp>,
+}
+
+/// A complete snapshot.
+pub struct Snapshot {
+    /// What it is of. The configuration is valid.
+    pub description: Description,
+    /// What a machine is restored from.
+    pub files: SnapshotFiles,
+}
+
+impl Snapshot {
+    /// Opens the snapshot in the directory `path`, and checks everything but the state of the machine: that is decoded when the
+    /// machine is built.
+    pub fn open(path: &Path) -> Result<Snapshot> {
+        Snapshot::read(path).with_context(|| format!("open the snapshot {}", path.display()))
+    }
+
+    fn read(path: &Path) -> Result<Snapshot> {
+        let mut file = match File::open(path.join(STATE)) {
+            Err(error) if error.kind() == ErrorKind::NotFound && path.join(MEMORY).exists() => {
+                bail!("it is incomplete: `husk snapshot` was interrupted, or is not done yet")
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound && path.is_dir() => bail!("not a snapshot"),
+            Err(error) if error.kind() == ErrorKind::NotADirectory => bail!("not a snapshot, which is a directory"),
+            opened => opened?,
+        };
+        let mut header = [0; HEADER_BYTES];
+        read_whole(&mut file, &mut header)?;
+        let header = Header::parse(&header)?;
+        let mut content = vec![0; header.content_bytes()?];
+        read_whole(&mut file, &mut content)?;
+        ensure!(file.read(&mut [0])? == 0, "the file `state` is longer than its header says");
+        let (description, state) = header.split(&content)?;
+        let description: Description = serde_json::from_slice(description).context("read its description")?;
+        description.config.validate().context("its configuration is invalid")?;
+        let memory = File::open(path.join(MEMORY)).context("open the file `memory`")?;
+        let (found, expected) = (memory.metadata()?.len(), description.config.memory_mib << 20);
+        ensure!(found == expected, "the file `memory` has {found} bytes instead of {expected}");
+        Ok(Snapshot { description, files: SnapshotFiles { state: state.to_vec(), memory } })
+    }
+}
+
+fn read_whole(file: &mut File, bytes: &mut [u8]) -> Result<()> {
+    match file.read_exact(bytes) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => bail!("the file `state` is truncated"),
+        read => Ok(read?),
+    }
+}
+
+/// The absolute path of a snapshot, for another process.
+pub fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("find {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn description() -> Description {
+        Description {
+            husk: "0.1.0".into(),
+            created_ms: 1,
+            image: "vmlinux".into(),
+            command: Vec::new(),
+            process: None,
+            stop_signal: 15,
+            config: MachineConfig { kernel: "vmlinux".into(), memory_mib: 32, ..MachineConfig::default() },
+            disks: Vec::new(),
+        }
+    }
+
+    /// A complete snapshot in a directory that is about to be removed.
+    fn written() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("snapshot");
+        let writer = SnapshotWriter::create(&path).unwrap();
+        writer.memory().set_len(32 << 20).unwrap();
+        writer.finish(&description(), b"{}").unwrap();
+        (dir, path)
+    }
+
+    #[track_caller]
+    fn assert_refused(path: &Path, words: &str) {
+        let error = format!("{:#}", Snapshot::open(path).map(drop).unwrap_err());
+        assert!(error.starts_with("open the snapshot /") && error.contains(words), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn a_snapshot_is_read_as_it_was_written() {
+        let (_dir, path) = written();
+        let snapshot = Snapshot::open(&path).unwrap();
+        assert_eq!((snapshot.description, snapshot.files.state), (description(), b"{}".to_vec()));
+    }
+
+    #[test]
+    fn what_is_no_snapshot_is_refused() {
+        let (dir, path) = written();
+        assert_refused(&dir.path().join("missing"), "No such file or directory");
+        assert_refused(dir.path(), "not a snapshot");
+        assert_refused(&path.join(MEMORY), "not a snapshot, which is a directory");
+        fs::remove_file(path.join(STATE)).unwrap();
+        assert_refused(&path, "it is incomplete");
+    }
+
+    #[test]
+    fn a_truncated_or_extended_snapshot_is_refused() {
+        let (_dir, path) = written();
+        let state = fs::read(path.join(STATE)).unwrap();
+        for len in [0, 1, HEADER_BYTES - 1, HEADER_BYTES, state.len() - 1] {
+            fs::write(path.join(STATE), &state[..len]).unwrap();
+            assert_refused(&path, "the file `state` is truncated");
+        }
+        fs::write(path.join(STATE), [&state[..], b"x"].concat()).unwrap();
+        assert_refused(&path, "longer than its header says");
+        fs::write(path.join(STATE), &state).unwrap();
+        File::options().write(true).open(path.join(MEMORY)).unwrap().set_len((32 << 20) - 1).unwrap();
+        assert_refused(&path, "the file `memory` has 33554431 bytes instead of 33554432");
+        fs::remove_file(path.join(MEMORY)).unwrap();
+        assert_refused(&path, "open the file `memory`: No such file");
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed() {
+        let (_dir, path) = written();
+        let file = File::options().read(true).write(true).open(path.join(STATE)).unwrap();
+        for at in 0..file.metadata().unwrap().len() {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x20], at).unwrap();
+            assert!(Snapshot::open(&path).is_err(), "byte {at}");
+            file.write_all_at(&byte, at).unwrap();
+        }
+        Snapshot::open(&path).unwrap();
+    }
+
+    #[test]
+    fn an_invalid_configuration_is_refused() {
+        let (_dir, path) = written();
+        fs::remove_dir_all(&path).unwrap();
+        let writer = SnapshotWriter::create(&path).unwrap();
+        let mut description = description();
+        description.config.cpus = 1000;
+        writer.finish(&description, b"{}").unwrap();
+        assert_refused(&path, "its configuration is invalid: 1000 vCPUs");
+    }
+}
