@@ -81,6 +81,11 @@ impl Vm {
         self.fd.register_irqfd(line.event(), line.gsi()).with_context(|| format!("KVM_IRQFD for line {}", line.gsi()))
     }
 
+    /// Raises the interrupt of line `gsi` once, before it returns. The interrupt controller and the vCPUs' state exist.
+    pub fn pulse(&self, gsi: u32) -> Result<()> {
+        [true, false].into_iter().try_for_each(|level| self.fd.set_irq_line(gsi, level)).context("KVM_IRQ_LINE")
+    }
+
     /// Makes a guest's 32-bit write of `value` to `address` signal `doorbell` without leaving the kernel.
     pub fn connect_doorbell(&self, address: u64, value: u32, doorbell: &EventFd) -> Result<()> {
         self.fd

@@ -24,9 +24,13 @@ pub const CMDLINE_MAX_BYTES: usize = 2048;
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The root system description pointer, followed by the ACPI tables (ACPI 6.5 §5.2.5.1 starts the search here).
 pub const ACPI_ADDRESS: u64 = 0xe_0000;
+/// The end of the ACPI tables. The rest of the area, up to [`HIGH_MEMORY_START`], is reserved.
+pub const ACPI_END: u64 = 0xf_f000;
+/// The generation ID, 16 bytes, in memory that the guest does not use otherwise.
+pub const GENERATION_ADDRESS: u64 = 0xf_f000;
 /// The start address of a PC's BIOS, F000:FFF0 in real mode: a guest that jumps there resets.
 pub const RESET_VECTOR_ADDRESS: u64 = 0xf_fff0;
-/// The end of the ACPI area, where usable memory continues.
+/// The end of the ACPI and reserved areas, where usable memory continues.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 
 /// The first virtio-mmio device; device `n` is at `VIRTIO_MMIO_BASE + n * VIRTIO_MMIO_STRIDE`.
@@ -54,6 +58,8 @@ pub const TSS_ADDRESS: u64 = 0xfffb_d000;
 
 /// COM1: eight 16550 registers.
 pub const SERIAL_PORT: u16 = 0x3f8;
+/// The generic event device's interrupt that says that the generation ID has changed.
+pub const GENERATION_GSI: u32 = 3;
 /// COM1's interrupt.
 pub const SERIAL_GSI: u32 = 4;
 /// The keyboard controller's command port, which implements only the reset line.

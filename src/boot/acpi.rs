@@ -53,7 +53,7 @@ pub fn tables(cpus: u32, bus: VirtioBus) -> Result<Vec<u8>> {
     }
     let xsdt = tables.append(&serialized(&xsdt));
     tables.bytes.splice(..Rsdp::len(), serialized(&Rsdp::new(OEM_ID, xsdt)));
-    let room = layout::RESET_VECTOR_ADDRESS - layout::ACPI_ADDRESS;
+    let room = layout::ACPI_END - layout::ACPI_ADDRESS;
     ensure!(tables.bytes.len() as u64 <= room, "ACPI tables of {} bytes do not fit", tables.bytes.len());
     Ok(tables.bytes)
 }
@@ -241,5 +241,7 @@ mod tests {
         let (_, text) = run("acpiexec", &["-b", "execute \\_SB.GED_._EVT 5; resources \\_SB.VR11", "dsdt.dat"]);
         assert!(text.contains("PWRB") && text.contains("0x80"), "{text}");
         assert!(text.contains("D0011000"), "{text}");
+        let (_, text) = run("acpiexec", &["-b", "execute \\_SB.GED_._EVT 3; execute \\_SB.VGEN.ADDR", "dsdt.dat"]);
+        assert!(text.contains("VGEN") && text.contains("0x80") && text.contains("FF000"), "{text}");
     }
 }

@@ -18,12 +18,14 @@ use crate::layout::{self, VirtioBus};
 const REVISION: u8 = 2;
 /// The size of a table's header.
 const HEADER_BYTES: u32 = 36;
-/// The notification of a button press (ACPI 6.5 §5.6.6, table 5.137).
-const BUTTON_PRESSED: u8 = 0x80;
+/// The notification of a button press (ACPI 6.5 §5.6.6, table 5.137), and of a new generation ID.
+const HAPPENED: u8 = 0x80;
+/// By what a guest recognizes a generation ID, whoever made the machine.
+const GENERATION_COUNTER: &str = "VM_Gen_Counter";
 
 /// Builds the table of a machine whose virtio devices are on `bus`.
 pub fn table(bus: VirtioBus) -> Result<Vec<u8>> {
-    let mut body = vec![com1(), pvpanic(), power_button(), event_device()];
+    let mut body = vec![com1(), pvpanic(), power_button(), generation_id()?, event_device()];
     match bus {
         VirtioBus::Mmio { devices } => body.extend((0..devices).map(virtio_mmio).collect::<Result<Vec<_>>>()?),
         VirtioBus::Pci => body.extend([pci_bus()?, pci_ecam()?]),
@@ -54,15 +56,26 @@ fn power_button() -> Vec<u8> {
     device("PWRB", &EISAName::new("PNP0C0C"), 0, &[], &[])
 }
 
-/// The generic event device (ACPI 6.5 §5.6.9): an edge on its interrupt is a power button press, so there is no status
-/// register.
+/// The generation ID (see [`super::generation`]). Its address is in two halves of 32 bits.
+fn generation_id() -> Result<Vec<u8>> {
+    let cid = Name::new(Path::new("_CID"), &GENERATION_COUNTER);
+    let ddn = Name::new(Path::new("_DDN"), &GENERATION_COUNTER);
+    let low = u32::try_from(layout::GENERATION_ADDRESS)?;
+    let address = Name::new(Path::new("ADDR"), &Package::new(vec![&low, &ZERO]));
+    Ok(device("VGEN", &"HUSK0001", 0, &[], &[&cid, &ddn, &address]))
+}
+
+/// The generic event device (ACPI 6.5 §5.6.9): an edge on one of its interrupts is a power button press, one on the other
+/// a new generation ID, so there is no status register.
 fn event_device() -> Vec<u8> {
-    let button = Path::new("PWRB");
-    let press = Notify::new(&button, &BUTTON_PRESSED);
+    let (button, generation) = (Path::new("PWRB"), Path::new("VGEN"));
+    let (press, renewal) = (Notify::new(&button, &HAPPENED), Notify::new(&generation, &HAPPENED));
     let is_button = Equal::new(&Arg(0), &layout::EVENT_GSI);
-    let if_button = If::new(&is_button, vec![&press]);
-    let event = Method::new(Path::new("_EVT"), 1, true, vec![&if_button]);
-    device("GED_", &"ACPI0013", 0, &[&interrupt(layout::EVENT_GSI)], &[&event])
+    let is_generation = Equal::new(&Arg(0), &layout::GENERATION_GSI);
+    let (if_button, if_generation) = (If::new(&is_button, vec![&press]), If::new(&is_generation, vec![&renewal]));
+    let event = Method::new(Path::new("_EVT"), 1, true, vec![&if_button, &if_generation]);
+    let lines = [layout::EVENT_GSI, layout::GENERATION_GSI].map(interrupt);
+    device("GED_", &"ACPI0013", 0, &[&lines[0], &lines[1]], &[&event])
 }
 
 fn virtio_mmio(index: usize) -> Result<Vec<u8>> {

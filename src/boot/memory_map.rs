@@ -12,6 +12,8 @@ use crate::memory::GuestMemory;
 pub enum Kind {
     /// Usable memory.
     Ram = 1,
+    /// Memory that the guest does not use unless it is told what is there.
+    Reserved = 2,
     /// ACPI tables.
     AcpiReclaimable = 3,
 }
@@ -20,7 +22,8 @@ pub enum Kind {
 pub fn memory_map(memory: &GuestMemory) -> Vec<(Extent, Kind)> {
     let mut map = vec![
         (Extent { start: 0, end: layout::LOW_MEMORY_END }, Kind::Ram),
-        (Extent { start: layout::ACPI_ADDRESS, end: layout::HIGH_MEMORY_START }, Kind::AcpiReclaimable),
+        (Extent { start: layout::ACPI_ADDRESS, end: layout::ACPI_END }, Kind::AcpiReclaimable),
+        (Extent { start: layout::ACPI_END, end: layout::HIGH_MEMORY_START }, Kind::Reserved),
     ];
     for region in memory.iter() {
         let start = region.start_addr().0.max(layout::HIGH_MEMORY_START);
@@ -49,7 +52,8 @@ mod tests {
             ranges,
             [
                 (0, 0x9_fc00, Kind::Ram),
-                (0xe_0000, 0x10_0000, Kind::AcpiReclaimable),
+                (0xe_0000, 0xf_f000, Kind::AcpiReclaimable),
+                (0xf_f000, 0x10_0000, Kind::Reserved),
                 (0x10_0000, 0xc000_0000, Kind::Ram),
                 (0x1_0000_0000, 0x1_c000_0000, Kind::Ram),
             ]

@@ -9,6 +9,7 @@ mod bzimage;
 mod cmdline;
 mod dsdt;
 mod elf;
+mod generation;
 mod initrd;
 mod kernel;
 mod memory_map;
@@ -25,6 +26,7 @@ use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use bzimage::BzImage;
+pub use generation::write as write_generation_id;
 pub use kernel::{Kernel, KernelImage};
 pub use part::Part;
 pub use unified::Unified;
@@ -80,7 +82,7 @@ struct Loaded {
     header: setup_header,
 }
 
-/// Writes kernel, initrd, command line, ACPI tables and reset vector into fresh (all-zero) guest memory.
+/// Writes kernel, initrd, command line, ACPI tables, generation ID and reset vector into fresh (all-zero) guest memory.
 ///
 /// `memory` must have the layout of [`layout::memory_ranges`]. The tables describe `cpus` processors with the local
 /// APIC IDs `0..cpus`, and the virtio devices on `bus`. Fails with a one-line error if the file is not a valid kernel or does not fit. A [`Kernel::BzImage`] unpacks itself in the guest: pass the ELF
@@ -105,6 +107,7 @@ pub fn load(
     cmdline::check(cmdline, loaded.cmdline_max_bytes)?;
     cmdline::write(memory, cmdline)?;
     write(memory, layout::ACPI_ADDRESS, &acpi::tables(cpus, bus)?).context("write ACPI tables")?;
+    generation::write(memory)?;
     reset_vector::write(memory)?;
     let info = match loaded.protocol {
         Protocol::Pvh => pvh::write(memory, initrd)?,

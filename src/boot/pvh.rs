@@ -78,6 +78,6 @@ mod tests {
         let memory = memory::reserve(32).unwrap();
         let address = write(&memory, None).unwrap();
         let info: hvm_start_info = memory.read_obj(GuestAddress(address)).unwrap();
-        assert_eq!((info.nr_modules, info.memmap_entries), (0, 3));
+        assert_eq!((info.nr_modules, info.memmap_entries), (0, 4));
     }
 }

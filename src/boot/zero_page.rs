@@ -69,7 +69,7 @@ mod tests {
         // Offsets from zero-page.rst and boot.rst.
         let at = |offset: u64| memory.read_obj::<u32>(GuestAddress(address + offset)).unwrap();
         assert_eq!(at(0x070), 0xe_0000, "acpi_rsdp_addr");
-        assert_eq!(at(0x1e8) & 0xff, 4, "e820_entries");
+        assert_eq!(at(0x1e8) & 0xff, 5, "e820_entries");
         assert_eq!(at(0x1fe) & 0xffff, 0xaa55, "boot_flag");
         assert_eq!(at(0x202).to_le_bytes(), *b"HdrS");
         assert_eq!(at(0x210) & 0xff, 0xff, "type_of_loader");
@@ -77,8 +77,9 @@ mod tests {
         assert_eq!((at(0x228), at(0x238)), (0x2_0000, 11), "cmd_line_ptr, cmdline_size");
         let entry = |n: u64| (at(0x2d0 + n * 20), at(0x2d4 + n * 20), at(0x2dc + n * 20), at(0x2e0 + n * 20));
         assert_eq!(entry(1), (0xe_0000, 0, 0, 3));
-        assert_eq!(entry(3), (0, 1, 0, 1), "4 GiB, high half of the size, RAM");
-        assert_eq!(at(0x2d0 + 3 * 20 + 8), 0xc000_0000, "3 GiB");
+        assert_eq!(entry(2), (0xf_f000, 0, 0, 2));
+        assert_eq!(entry(4), (0, 1, 0, 1), "4 GiB, high half of the size, RAM");
+        assert_eq!(at(0x2d0 + 4 * 20 + 8), 0xc000_0000, "3 GiB");
     }
 
     #[test]

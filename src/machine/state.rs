@@ -4,8 +4,10 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::Machine;
+use crate::boot;
 use crate::device::SerialState;
 use crate::kvm::VmState;
+use crate::layout;
 use crate::memory::GuestMemory;
 use crate::vcpu::{VcpuState, VcpuThread};
 use crate::virtio::TransportState;
@@ -58,7 +60,7 @@ impl Machine {
     }
 
     /// Restores the state of the devices and the interrupt controller of a machine that has never run; its vCPUs were created
-    /// with their state.
+    /// with their state. The guest gets a new generation ID, and is told.
     pub(super) fn restore(&mut self, state: &MachineState) -> Result<()> {
         let (found, expected) = (state.transports.len(), self.transports.len());
         ensure!(found == expected, "the saved machine has {found} devices, this one {expected}");
@@ -67,7 +69,9 @@ impl Machine {
         for (index, (transport, state)) in self.transports.iter().zip(&state.transports).enumerate() {
             transport.restore(state).with_context(|| format!("restore device {index}"))?;
         }
-        self.console.serial.restore(&state.serial)
+        self.console.serial.restore(&state.serial)?;
+        boot::write_generation_id(self.vm.memory())?;
+        self.vm.pulse(layout::GENERATION_GSI)
     }
 }
 
@@ -231,6 +235,22 @@ mod tests {
                 bench.assert_ends();
             }
         }
+    }
+
+    #[test]
+    fn a_restored_guest_is_told_of_another_generation() {
+        let Some(mut bench) = bench(husk_guests::POWER, "do=wait-for-button", 1) else { return };
+        bench.machine.resume();
+        let mut printed = Vec::new();
+        bench.read_until(&mut printed, |printed| printed.ends_with(b"listening\n"));
+        for _ in 0..3 {
+            bench = bench.renew().0;
+            printed.clear();
+            bench.read_until(&mut printed, |printed| printed.ends_with(b"\n"));
+            assert_eq!(printed, b"another generation\n");
+        }
+        bench.machine.press_power_button();
+        bench.read_until(&mut printed, |printed| printed.ends_with(b"power button\n"));
     }
 
     #[test]

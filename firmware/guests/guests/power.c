@@ -2,7 +2,9 @@
 #include "cpu.h"
 #include "guest.h"
 
-enum { EVENT_GSI = 5, EVENT_VECTOR = 0x40 };
+enum { EVENT_GSI = 5, EVENT_VECTOR = 0x40, GENERATION_GSI = 3, GENERATION_VECTOR = 0x41, GENERATION_ADDRESS = 0xff000 };
+
+static u64 generation[2];
 
 /* The power button, reported by the generic event device's interrupt. */
 static void on_event(struct interrupt_frame *frame)
@@ -11,6 +13,17 @@ static void on_event(struct interrupt_frame *frame)
     end_of_interrupt();
     print("power button\n");
     power_off();
+}
+
+/* The machine was restored, and shares its past with others. */
+static void on_generation(struct interrupt_frame *frame)
+{
+    (void)frame;
+    end_of_interrupt();
+    u64 now[2] = {read64(GENERATION_ADDRESS), read64(GENERATION_ADDRESS + 8)};
+    print(now[0] != generation[0] && now[1] != generation[1] ? "another generation\n" : "the same generation\n");
+    generation[0] = now[0];
+    generation[1] = now[1];
 }
 
 static void triple_fault(void)
@@ -53,6 +66,11 @@ int guest_main(void)
         interrupts_start();
         handle(EVENT_VECTOR, on_event);
         route(EVENT_GSI, EVENT_VECTOR);
+        generation[0] = read64(GENERATION_ADDRESS);
+        generation[1] = read64(GENERATION_ADDRESS + 8);
+        CHECK(generation[0] && generation[1]);
+        handle(GENERATION_VECTOR, on_generation);
+        route(GENERATION_GSI, GENERATION_VECTOR);
         print("listening\n");
         for (;;)
             wait_for_interrupt();
