@@ -1,4 +1,5 @@
-//! Ballooning: memory that is returned automatically, memory withheld by a target, and memory that the guest gets back.
+//! Ballooning: memory that is returned automatically, memory withheld by a target, and memory that the guest gets back; also
+//! after a restore, of which the guest is told.
 //!
 //! Real guests, as for tests/linux, but as machines in this process: what is tested is measured and changed while they
 //! run. Without `HUSK_TEST_GUESTS` every test says that it was skipped.
@@ -6,14 +7,15 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use husk::config::{MachineConfig, VsockConfig};
 use husk::machine::Machine;
+use husk::memory;
 use husk::resources::memory_use::MemoryUse;
-use husk::resources::{self, Outside};
+use husk::resources::{self, Outside, Resources, SnapshotFiles, Source};
 use husk::timings::Timings;
 
 #[path = "run/guests.rs"]
@@ -29,7 +31,10 @@ const MEMORY_MIB: u64 = 512;
 const TAKEN_MIB: u64 = 300;
 
 struct Guest {
+    config: MachineConfig,
     machine: Machine,
+    /// What it has printed since it was built.
+    console: Arc<Mutex<String>>,
     // Its cgroup goes after it.
     _outside: Outside,
     name: String,
@@ -56,13 +61,22 @@ impl Guest {
         };
         change(&mut config);
         config.validate().unwrap();
-        let (resources, outside) = resources::open(&config).unwrap();
-        let timings = Arc::new(Timings::new(Instant::now()));
-        let mut machine = Machine::build(&config, resources, timings, || Ok(()), &|| false).unwrap();
-        machine.resume();
-        let guest = Guest { machine, _outside: outside, name: kernel.to_owned(), socket, _dir: dir };
+        let (machine, console, outside) = start(&config, resources::open(&config).unwrap());
+        let guest = Guest { config, machine, console, _outside: outside, name: kernel.to_owned(), socket, _dir: dir };
         guest.wait_for("its programs run", || guest.call().is_some());
         guest
+    }
+
+    /// Saves the machine, ends it, and continues with another one.
+    fn restored(self) -> Guest {
+        let Guest { config, mut machine, _outside: outside, name, socket, _dir: dir, .. } = self;
+        let state = machine.save().unwrap().encode().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        memory::write_to(machine.memory(), &file, None).unwrap();
+        drop((machine, outside));
+        let source = Source::Snapshot(SnapshotFiles { state, memory: file });
+        let (machine, console, outside) = start(&config, resources::open_for(&config, source).unwrap());
+        Guest { config, machine, console, _outside: outside, name, socket, _dir: dir }
     }
 
     /// Waits for a condition, and returns how long it took.
@@ -115,6 +129,21 @@ impl Guest {
         writeln!(stream, "{mib}").unwrap();
         (line(&mut stream)? == "done\n").then_some(stream)
     }
+}
+
+fn start(config: &MachineConfig, opened: (Resources, Outside)) -> (Machine, Arc<Mutex<String>>, Outside) {
+    let (resources, outside) = opened;
+    let timings = Arc::new(Timings::new(Instant::now()));
+    let mut machine = Machine::build(config, resources, timings, || Ok(()), &|| false).unwrap();
+    let console = Arc::new(Mutex::new(String::new()));
+    let (output, printed) = (machine.console_output().clone(), console.clone());
+    thread::spawn(move || {
+        while let Some(bytes) = output.take() {
+            printed.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes));
+        }
+    });
+    machine.resume();
+    (machine, console, outside)
 }
 
 /// The next complete line, if there is one.
@@ -186,6 +215,21 @@ fn memory_freed_by_a_micro_guest_is_returned() {
 #[test]
 fn memory_freed_by_a_stock_guest_is_returned() {
     idle_memory_goes_back("stock");
+}
+
+#[test]
+fn a_restored_guest_renews_its_random_numbers_and_returns_memory() {
+    let guests = guests!();
+    let guest = Guest::start_with(&guests, "micro", |config| config.cmdline = "ignore_loglevel -- memory".into());
+    let reseeded = "random: crng reseeded due to virtual machine fork";
+    assert!(!guest.console.lock().unwrap().contains(reseeded));
+    let guest = guest.restored();
+    guest.wait_for("it has other random numbers", || guest.console.lock().unwrap().contains(reseeded));
+    let taken = guest.take(TAKEN_MIB).expect("there is room");
+    assert!(guest.resident_mib() >= TAKEN_MIB);
+    drop(taken);
+    guest.wait_for("freed memory went back", || guest.resident_mib() < TAKEN_MIB / 2);
+    drop(guest.take(TAKEN_MIB).expect("there is room again"));
 }
 
 #[test]
