@@ -232,10 +232,10 @@ impl DeviceSession {
     pub fn restore(&mut self, state: &SessionState) -> Result<()> {
         let sizes = |queues: &[QueueRegisters]| queues.iter().map(|queue| queue.size_max).collect::<Vec<_>>();
         ensure!(sizes(&state.queues) == sizes(&self.queues), "the saved device has other queues");
-        let accepted = state.status & FEATURES_OK != 0;
+        let accepted = state.status & (FEATURES_OK | DRIVER_OK) != 0;
         let features = state.driver_features;
         ensure!(
-            !accepted || self.are_acceptable(features),
+            !accepted || !state.driver_features_beyond && self.are_acceptable(features),
             "the saved driver uses features that it cannot: {features:#x}"
         );
         ensure!(state.config.len() == self.config.driver_bytes().len(), "the saved device has another configuration");
