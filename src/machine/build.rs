@@ -23,7 +23,7 @@ use crate::resources::{BootFiles, Resources, SnapshotFiles, Source};
 use crate::sandbox::{self, ThreadRole};
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
-use crate::vcpu::{self, Buses, VcpuThread, setup};
+use crate::vcpu::{self, Buses, InStep, VcpuThread, setup};
 use crate::virtio::{VirtioDevice, balloon, block, net, rng, vsock};
 
 impl Machine {
@@ -57,7 +57,7 @@ impl Machine {
                 (memory.clone(), Loader::boot(kvm.clone(), memory, contents, timings.clone())?)
             }
             Source::Snapshot(SnapshotFiles { state, memory }) => {
-                let loader = Loader::restore(state, timings.clone())?;
+                let loader = Loader::restore(kvm.clone(), state, timings.clone())?;
                 (memory::map(config.memory_mib, &memory, config.huge_pages.pages(), prefault)?, loader)
             }
         };
@@ -78,7 +78,7 @@ impl Machine {
         let start = |prepare: &Prepare<'_>| start_vcpus(&vm, config.cpus, &buses, &exit_latch, prepare);
         let (vcpus, saved) = match loader.finish()? {
             Loaded::Kernel(entry, supported) => (boot_vcpus(config, &vm, entry, &supported, &start)?, None),
-            Loaded::State(state) => (restored_vcpus(config, &state, &start)?, Some(state)),
+            Loaded::State(state, supported) => (restored_vcpus(config, &vm, &state, &supported, &start)?, Some(state)),
         };
         let vm = Arc::new(vm);
         let mut machine = Machine { vcpus, transports, controls, console, power_button, exit_latch, timings, vm };
@@ -108,12 +108,22 @@ fn boot_vcpus(
 
 fn restored_vcpus(
     config: &MachineConfig,
+    vm: &Vm,
     state: &MachineState,
+    supported: &CpuId,
     start: &dyn Fn(&Prepare<'_>) -> Result<Vec<VcpuThread>>,
 ) -> Result<Vec<VcpuThread>> {
     let (found, expected) = (state.vcpus.len(), config.cpus);
     ensure!(found == expected as usize, "the saved machine has {found} vCPUs, not {expected}");
-    start(&|fd, index| state.vcpus.get(index as usize).context("it has no state")?.restore(fd))
+    let processor = Processor { cpus: config.cpus, tsc_deadline: vm.has_tsc_deadline(), nested: config.nested };
+    let in_step = InStep::default();
+    start(&|fd, index| {
+        let vcpu = state.vcpus.get(index as usize).context("it has no state")?;
+        if index == 0 {
+            vcpu.ensure_suits(fd, &cpuid::for_vcpu(supported, processor, index))?;
+        }
+        vcpu.restore(fd, &in_step)
+    })
 }
 
 /// Creates the virtio devices, in the order of their addresses, and the handles to them.
@@ -187,11 +197,11 @@ impl Contents {
 enum Loaded {
     /// The entry point of the kernel in memory, and what CPUID may report.
     Kernel(EntryPoint, CpuId),
-    /// The state of a machine whose memory is mapped.
-    State(Box<MachineState>),
+    /// The state of a machine whose memory is mapped, and what CPUID may report.
+    State(Box<MachineState>, CpuId),
 }
 
-/// The thread that fills guest memory and queries CPUID, or decodes a saved state, while KVM is set up. Dropping it waits until
+/// The thread that queries CPUID, and fills guest memory or decodes a saved state, while KVM is set up. Dropping it waits until
 /// the thread has ended.
 struct Loader(Option<JoinHandle<Result<Loaded>>>);
 
@@ -206,11 +216,11 @@ impl Loader {
         })
     }
 
-    fn restore(state: Vec<u8>, timings: Arc<Timings>) -> Result<Loader> {
+    fn restore(kvm: Arc<Kvm>, state: Vec<u8>, timings: Arc<Timings>) -> Result<Loader> {
         Loader::start(move || {
             let state = MachineState::decode(&state)?;
             timings.mark(Step::KernelLoaded);
-            Ok(Loaded::State(Box::new(state)))
+            Ok(Loaded::State(Box::new(state), kvm::supported_cpuid(&kvm)?))
         })
     }
 

@@ -274,6 +274,87 @@ mod tests {
         bench.assert_ends();
     }
 
+    /// A saved state that the test changes.
+    fn json(machine: &mut Machine) -> serde_json::Value {
+        serde_json::from_slice(&machine.save().unwrap().encode().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn time_stamp_counters_stand_still_and_stay_in_step() {
+        let Some(mut bench) = bench(husk_guests::PROCESSORS, "cpus=4", 4) else { return };
+        // Of the first vCPU, in microseconds, and the differences of the others from it.
+        let counters = |state: &serde_json::Value| {
+            let vcpus = state["vcpus"].as_array().unwrap();
+            let offsets: Option<Vec<u64>> = vcpus.iter().map(|vcpu| vcpu["tsc_offset"].as_u64()).collect();
+            let msrs: Vec<kvm_bindings::kvm_msr_entry> = serde_json::from_value(vcpus[0]["msrs"].clone()).unwrap();
+            let counter = msrs.iter().find(|msr| msr.index == 0x10).unwrap().data;
+            let steps = offsets.map(|all| all.iter().map(|offset| offset.wrapping_sub(all[0])).collect::<Vec<_>>());
+            (counter * 1000 / vcpus[0]["tsc_khz"].as_u64().unwrap(), steps)
+        };
+        let mut before = json(&mut bench.machine);
+        // As if its guest had changed it.
+        if let Some(offset) = before["vcpus"][2]["tsc_offset"].as_u64() {
+            before["vcpus"][2]["tsc_offset"] = offset.wrapping_sub(12_345).into();
+        }
+        let file = sys::memory_file(c"memory").unwrap();
+        memory::write_to(bench.machine.memory(), &file, None).unwrap();
+        drop(bench.machine);
+        const ASIDE: Duration = Duration::from_secs(3);
+        std::thread::sleep(ASIDE);
+        bench.machine = restore(&bench.config, serde_json::to_vec(&before).unwrap(), file).unwrap();
+        let ((before_us, steps), (after_us, steps_after)) = (counters(&before), counters(&json(&mut bench.machine)));
+        // It has only just been built.
+        if before_us > 600_000_000 {
+            eprintln!("SKIPPED: KVM on this host gives guests the host's time stamp counter");
+            return;
+        }
+        assert!(before_us <= after_us && after_us - before_us < ASIDE.as_micros() as u64, "{before_us} {after_us}");
+        match steps {
+            None => eprintln!("SKIPPED: KVM on this host does not tell the offsets of time stamp counters"),
+            steps => assert_eq!(steps_after, steps),
+        }
+        bench.machine.resume();
+        bench.assert_ends();
+    }
+
+    #[test]
+    fn a_guest_that_can_run_guests_is_restored() {
+        let Some(mut bench) = bench(husk_guests::SERIAL, "do=echo wait=interrupt", 1) else { return };
+        bench.config.nested = true;
+        let (resources, _outside) = resources::open(&bench.config).unwrap();
+        match build(&bench.config, resources) {
+            Err(error) if format!("{error:#}").contains("remove --nested") => {
+                eprintln!("SKIPPED: KVM on this host does not support nested virtualization");
+                return;
+            }
+            machine => bench.machine = machine.unwrap(),
+        }
+        bench.output = bench.machine.console.output.clone();
+        bench.machine.resume();
+        let mut printed = Vec::new();
+        bench.read_until(&mut printed, |printed| printed.ends_with(b"ready\n"));
+        bench.machine.pause();
+        assert!(json(&mut bench.machine)["vcpus"][0]["nested"].is_array());
+        (bench, _) = bench.renew();
+        assert_eq!(bench.machine.offer_input(&[4]), 1);
+        bench.assert_ends();
+    }
+
+    #[test]
+    fn a_processor_without_features_that_the_guest_uses_is_rejected() {
+        let Some(mut bench) = bench(husk_guests::SERIAL, "do=prompt", 1) else { return };
+        let mut state = json(&mut bench.machine);
+        let leaves = state["vcpus"][0]["cpuid"].take();
+        let mut leaves: Vec<kvm_bindings::kvm_cpuid_entry2> = serde_json::from_value(leaves).unwrap();
+        leaves.iter_mut().filter(|leaf| leaf.function == 1).for_each(|leaf| leaf.edx |= 1 << 30);
+        state["vcpus"][0]["cpuid"] = serde_json::to_value(leaves).unwrap();
+        let file = sys::memory_file(c"memory").unwrap();
+        file.set_len(32 << 20).unwrap();
+        let error = restore(&bench.config, serde_json::to_vec(&state).unwrap(), file).map(drop).unwrap_err();
+        let words = "lacks features that the guest had when it was saved: ia64";
+        assert!(format!("{error:#}").ends_with(words), "{error:#}");
+    }
+
     #[test]
     fn the_state_of_another_machine_is_rejected() {
         let Some(Bench { config, mut machine, .. }) = bench(husk_guests::SERIAL, "do=prompt", 2) else { return };

@@ -159,6 +159,8 @@ const VCPU: &[Call] = &[
             request(kvm::GET_TSC_KHZ),
             request(kvm::GET_XSAVE),
             request(kvm::GET_XCRS),
+            request(kvm::GET_DEVICE_ATTR),
+            request(kvm::GET_NESTED_STATE),
             // pci: MSI-X tables and moved BARs.
             request(kvm::IRQFD),
             request(kvm::IOEVENTFD),
@@ -278,9 +280,9 @@ mod kvm {
     use std::mem::size_of;
 
     use kvm_bindings::{
-        kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_ioeventfd, kvm_irq_routing, kvm_irqchip, kvm_irqfd,
-        kvm_lapic_state, kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
-        kvm_xsave,
+        kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_device_attr, kvm_ioeventfd, kvm_irq_routing, kvm_irqchip,
+        kvm_irqfd, kvm_lapic_state, kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_regs, kvm_sregs,
+        kvm_vcpu_events, kvm_xcrs, kvm_xsave,
     };
     use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -307,6 +309,8 @@ mod kvm {
     pub const GET_TSC_KHZ: u32 = number(_IOC_NONE, 0xa3, 0);
     pub const GET_XSAVE: u32 = number(_IOC_READ, 0xa4, size_of::<kvm_xsave>());
     pub const GET_XCRS: u32 = number(_IOC_READ, 0xa6, size_of::<kvm_xcrs>());
+    pub const GET_NESTED_STATE: u32 = number(_IOC_READ | _IOC_WRITE, 0xbe, size_of::<kvm_nested_state>());
+    pub const GET_DEVICE_ATTR: u32 = number(_IOC_WRITE, 0xe2, size_of::<kvm_device_attr>());
     pub const KVMCLOCK_CTRL: u32 = number(_IOC_NONE, 0xad, 0);
 }
 

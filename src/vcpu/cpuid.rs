@@ -5,7 +5,11 @@
 //! machine does not have. Leaves that KVM omits stay omitted. Each change states its reason; the behavior of QEMU's
 //! `-cpu host` and of Firecracker with its T2 and T2A templates is cited from their sources.
 
+mod features;
+
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+pub use features::ensure_compatible;
 
 /// Leaf 1 ECX bit 5: VMX (Intel).
 const VMX: u32 = 1 << 5;
@@ -70,10 +74,10 @@ pub fn vendor(cpuid: &CpuId) -> Vendor {
     }
 }
 
-/// Whether KVM allows nested virtual machines, according to its supported leaves.
-pub fn can_nest(supported: &CpuId) -> bool {
-    let amd = vendor(supported) == Vendor::Amd;
-    supported.as_slice().iter().any(|leaf| match leaf.function {
+/// Whether a processor with these leaves can run virtual machines.
+pub fn can_nest(cpuid: &CpuId) -> bool {
+    let amd = vendor(cpuid) == Vendor::Amd;
+    cpuid.as_slice().iter().any(|leaf| match leaf.function {
         0x1 => !amd && leaf.ecx & VMX != 0,
         0x8000_0001 => amd && leaf.ecx & SVM != 0,
         _ => false,

@@ -6,6 +6,7 @@ pub mod cpuid;
 mod exit;
 pub mod setup;
 mod state;
+mod tsc;
 
 use std::io;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use crate::sandbox::{self, ThreadRole};
 
 use exit::{End, Step};
 pub use state::VcpuState;
+pub use tsc::InStep;
 
 /// The time after which an unanswered kick is repeated.
 const KICK_AGAIN: Duration = Duration::from_millis(1);

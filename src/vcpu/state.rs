@@ -1,6 +1,9 @@
 //! A vCPU's state: saved while it is paused between two instructions, and set before it runs.
 
+use std::fmt;
+
 use anyhow::{Context, Result, ensure};
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -8,6 +11,11 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
+use super::cpuid;
+use super::tsc::{self, InStep};
+
+/// IA32_TIME_STAMP_COUNTER (Intel SDM volume 3, §18.17).
+const MSR_IA32_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE (Intel SDM volume 3, §11.5.4.1). It can be set only when the local APIC's timer is in that mode.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// The number of MSRs that KVM reads and writes at once (KVM API, KVM_GET_MSRS).
@@ -34,6 +42,20 @@ pub struct VcpuState {
     events: kvm_vcpu_events,
     /// The frequency of the time stamp counter.
     tsc_khz: u32,
+    /// Its offset from the host's, if KVM tells.
+    tsc_offset: Option<u64>,
+    /// What KVM keeps for a guest that runs virtual machines of its own. `None` if this one cannot.
+    nested: Option<NestedState>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+struct NestedState(Box<KvmNestedStateBuffer>);
+
+impl fmt::Debug for NestedState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.size)
+    }
 }
 
 impl VcpuState {
@@ -41,9 +63,11 @@ impl VcpuState {
     ///
     /// The order is KVM's: reading the MP state delivers pending events of the APIC.
     pub fn save(fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState> {
+        let mp_state = fd.get_mp_state().context("KVM_GET_MP_STATE")?;
+        let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_CPUID2")?;
         Ok(VcpuState {
-            mp_state: fd.get_mp_state().context("KVM_GET_MP_STATE")?,
-            cpuid: fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_CPUID2")?.as_slice().to_vec(),
+            mp_state,
+            cpuid: cpuid.as_slice().to_vec(),
             regs: fd.get_regs().context("KVM_GET_REGS")?,
             sregs: fd.get_sregs().context("KVM_GET_SREGS")?,
             xsave: fd.get_xsave().context("KVM_GET_XSAVE")?,
@@ -53,14 +77,26 @@ impl VcpuState {
             msrs: save_msrs(fd, msrs)?,
             events: fd.get_vcpu_events().context("KVM_GET_VCPU_EVENTS")?,
             tsc_khz: fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?,
+            tsc_offset: tsc::offset(fd),
+            nested: cpuid::can_nest(&cpuid).then(|| save_nested(fd)).transpose()?,
         })
     }
 
-    /// Sets the state of a new vCPU. Fails if this host's KVM does not accept it.
+    /// Fails if the guest needs another processor than this host has, with a line that says in what. `offered` are the answers to
+    /// CPUID of a new guest; KVM may add some of its own, so it is asked for the result.
+    pub fn ensure_suits(&self, fd: &VcpuFd, offered: &CpuId) -> Result<()> {
+        fd.set_cpuid2(offered).context("KVM_SET_CPUID2")?;
+        let offered = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_CPUID2")?;
+        cpuid::ensure_compatible(&self.cpuid, &offered)
+    }
+
+    /// Sets the state of a new vCPU. Fails if this host's KVM does not accept it. `in_step` is shared by the machine's vCPUs.
     ///
-    /// The order follows dependencies: CPUID determines which registers exist; the special registers enable the local APIC
-    /// and choose its mode; its timer mode precedes the deadline; pending events come last, since the others clear them.
-    pub fn restore(&self, fd: &VcpuFd) -> Result<()> {
+    /// The order follows dependencies: CPUID determines which registers exist; the special registers
+    /// enable the local APIC and choose its mode; its timer mode and the time stamp counter precede the deadline; a guest that
+    /// runs virtual machines needs its special registers and MSRs before their state, with which some of them are fixed; pending
+    /// events come last, since setting registers clears them.
+    pub fn restore(&self, fd: &VcpuFd, in_step: &InStep) -> Result<()> {
         fd.set_cpuid2(&CpuId::from_entries(&self.cpuid)?).context("KVM_SET_CPUID2")?;
         if fd.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz) {
             let context = || format!("KVM_SET_TSC_KHZ: the time stamp counter ran at {} kHz", self.tsc_khz);
@@ -75,9 +111,24 @@ impl VcpuState {
         set_xsave(fd, &self.xsave)?;
         fd.set_debug_regs(&self.debug_regs).context("KVM_SET_DEBUGREGS")?;
         fd.set_lapic(&self.lapic).context("KVM_SET_LAPIC")?;
-        restore_msrs(fd, &self.msrs)?;
+        let (counter, others): (Vec<_>, Vec<_>) = self.msrs.iter().copied().partition(|msr| msr.index == MSR_IA32_TSC);
+        if !in_step.follow(fd, self.tsc_offset)? {
+            restore_msrs(fd, &counter)?;
+            in_step.lead(fd, self.tsc_offset);
+        }
+        restore_msrs(fd, &others)?;
+        if let Some(NestedState(state)) = &self.nested {
+            ensure!(state.size as usize <= size_of_val(&**state), "the state of its virtual machines is too large");
+            fd.set_nested_state(state).context("KVM_SET_NESTED_STATE")?;
+        }
         fd.set_vcpu_events(&self.events).context("KVM_SET_VCPU_EVENTS")
     }
+}
+
+fn save_nested(fd: &VcpuFd) -> Result<NestedState> {
+    let mut state = Box::new(KvmNestedStateBuffer::empty());
+    fd.nested_state(&mut state).context("KVM_GET_NESTED_STATE")?;
+    Ok(NestedState(state))
 }
 
 /// KVM reads as many as it can, and stops at the first that it cannot read: that one is left out.
