@@ -12,10 +12,8 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
 use super::cpuid;
-use super::tsc::{self, InStep};
+use super::tsc::{self, InStep, MSR_IA32_TSC};
 
-/// IA32_TIME_STAMP_COUNTER (Intel SDM volume 3, §18.17).
-const MSR_IA32_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE (Intel SDM volume 3, §11.5.4.1). It can be set only when the local APIC's timer is in that mode.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// The number of MSRs that KVM reads and writes at once (KVM API, KVM_GET_MSRS).
@@ -112,9 +110,9 @@ impl VcpuState {
         fd.set_debug_regs(&self.debug_regs).context("KVM_SET_DEBUGREGS")?;
         fd.set_lapic(&self.lapic).context("KVM_SET_LAPIC")?;
         let (counter, others): (Vec<_>, Vec<_>) = self.msrs.iter().copied().partition(|msr| msr.index == MSR_IA32_TSC);
-        if !in_step.follow(fd, self.tsc_offset)? {
+        let value = counter.first().map_or(0, |msr| msr.data);
+        if !in_step.set(fd, value, self.tsc_offset)? {
             restore_msrs(fd, &counter)?;
-            in_step.lead(fd, self.tsc_offset);
         }
         restore_msrs(fd, &others)?;
         if let Some(NestedState(state)) = &self.nested {

@@ -2,7 +2,8 @@
 //!
 //! A vCPU's counter is the host's plus an offset. The vCPUs are saved and restored one after another: if each of them got the
 //! value that was read, they would differ by the time in between. The first one gets its value, so that time stands still
-//! while the machine is saved, and the others an offset that differs from the first one's as it did.
+//! while the machine is saved, and the others an offset that differs from the first one's as it did. Writing the counter
+//! itself would not do: KVM ignores a value that is within a second of what a new machine's counter has.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -10,10 +11,12 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
-use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr};
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, kvm_device_attr, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::{_IOC_WRITE, ioctl_expr};
 
+/// IA32_TIME_STAMP_COUNTER (Intel SDM volume 3, §18.17).
+pub const MSR_IA32_TSC: u32 = 0x10;
 /// Requests to KVM: reading and writing an attribute of a vCPU, here the offset.
 const GET_DEVICE_ATTR: u32 = request(0xe2);
 const SET_DEVICE_ATTR: u32 = request(0xe1);
@@ -48,17 +51,23 @@ fn access(fd: &VcpuFd, request: u32, offset: &mut u64) -> io::Result<()> {
 pub struct InStep(Cell<Option<(u64, u64)>>);
 
 impl InStep {
-    /// Sets the counter of a vCPU whose offset was `saved`, if there is one to be in step with. Otherwise its own value is to be
-    /// set, followed by [`InStep::lead`].
-    pub fn follow(&self, fd: &VcpuFd, saved: Option<u64>) -> Result<bool> {
-        let Some(((first_saved, first_now), saved)) = self.0.get().zip(saved) else { return Ok(false) };
+    /// Sets the counter of a vCPU that was saved with this `value` and this `offset`. Returns whether it could: otherwise the value
+    /// is to be written.
+    pub fn set(&self, fd: &VcpuFd, value: u64, saved: Option<u64>) -> Result<bool> {
+        let Some((saved, current)) = saved.zip(offset(fd)) else { return Ok(false) };
+        let (first_saved, first_now) = match self.0.get() {
+            Some(first) => first,
+            None => (saved, current.wrapping_add(value.wrapping_sub(read(fd)?))),
+        };
+        self.0.set(Some((first_saved, first_now)));
         let mut offset = first_now.wrapping_add(saved.wrapping_sub(first_saved));
         access(fd, SET_DEVICE_ATTR, &mut offset).context("KVM_SET_DEVICE_ATTR (time stamp counter)")?;
         Ok(true)
     }
+}
 
-    /// Makes others follow a vCPU whose offset was `saved`, and whose counter has its value.
-    pub fn lead(&self, fd: &VcpuFd, saved: Option<u64>) {
-        self.0.set(saved.zip(offset(fd)));
-    }
+fn read(fd: &VcpuFd) -> Result<u64> {
+    let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index: MSR_IA32_TSC, ..Default::default() }])?;
+    fd.get_msrs(&mut msrs).context("KVM_GET_MSRS (time stamp counter)")?;
+    Ok(msrs.as_slice().first().context("KVM has no time stamp counter")?.data)
 }
