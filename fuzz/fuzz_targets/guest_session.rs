@@ -14,7 +14,7 @@ use std::time::Instant;
 use husk::exit_latch::ExitLatch;
 use husk::guest::session::Session;
 use husk::timings::Timings;
-use husk_protocol::{ToHost, WindowSize, frame};
+use husk_protocol::{Role, ToHost, WindowSize, frame};
 use libfuzzer_sys::fuzz_target;
 
 /// More than a turn reads.
@@ -56,6 +56,10 @@ fn write_seeds() {
     for (name, messages) in [
         ("exit", vec![ToHost::Admitted, ToHost::Started(2), ToHost::AskTime, ToHost::Exited(3)]),
         ("signal", vec![ToHost::Started(2), ToHost::Signaled(9), ToHost::Exited(0)]),
+        (
+            "resumed",
+            vec![ToHost::Resumed { pid: Some(2), streams: vec![Role::Stdout] }, ToHost::Waiting, ToHost::AskTime],
+        ),
         ("failure", vec![ToHost::Failed { message: "no".into(), code: 127 }]),
     ] {
         let mut bytes = vec![5];

@@ -88,9 +88,7 @@ impl Exec {
                 Ok(Exit::Reported(code))
             }
             End::Reported(ToHost::Started(_)) if self.detach => Ok(Exit::Success),
-            End::Reported(ToHost::Started(_) | ToHost::Admitted | ToHost::AskTime) => {
-                bail!("the guest did not say how the process ended")
-            }
+            End::Reported(_) => bail!("the guest did not say how the process ended"),
             End::Interrupted(signal) => Ok(Exit::Signal(u8::try_from(signal).unwrap_or(u8::MAX))),
         }
     }

@@ -362,7 +362,8 @@ fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_alre
             super::print_error(message);
             return Exit::Reported(*code);
         }
-        Some(ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime) | None => {}
+        Some(ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime | ToHost::Resumed { .. } | ToHost::Waiting)
+        | None => {}
     }
     let exit = match boot::report(reason) {
         Exit::Failure => Exit::NotRun,

@@ -111,12 +111,7 @@ mod tests {
         let spec = Spec {
             modules: Vec::new(),
             root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Memory },
-            hostname: "box".into(),
-            hosts: None,
-            resolv_conf: None,
-            interfaces: Vec::new(),
-            tmpfs: Vec::new(),
-            start: Start::Init(Vec::new()),
+            start: Start::Init { args: Vec::new(), hostname: "box".into() },
         };
         let module = Module { name: "a".into(), content: b"\x7fELF?".to_vec() };
         let file = make(&spec, &[module]).unwrap();

@@ -7,11 +7,11 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
-use husk_protocol::{Overlay, Process, Root, Spec, Start, Tmpfs, WindowSize};
+use husk_protocol::{Overlay, Process, Root, Run, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
-use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, Transport, VsockConfig};
+use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, NetworkConfig, Transport, VsockConfig};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;
 use crate::layout::VirtioBus;
@@ -69,8 +69,17 @@ pub struct GuestSpec {
     root_fs: RootFs,
     hostname: String,
     tmpfs: Vec<Tmpfs>,
-    start: Start,
+    program: Program,
     network: NetworkSetup,
+}
+
+/// What a machine runs.
+#[derive(Debug)]
+enum Program {
+    /// A process that husk's init starts.
+    Process(Process),
+    /// The root file system's own init with its arguments; if empty, the default one.
+    Init(Vec<Vec<u8>>),
 }
 
 /// The driver of devices that are not on PCI.
@@ -98,7 +107,8 @@ impl GuestSpec {
         process.terminal = terminal.then(size);
         process.stdin = stdin;
         check_hostname(&hostname)?;
-        Ok(GuestSpec { root_fs, hostname, tmpfs, start: Start::Process(process), network: NetworkSetup::default() })
+        let program = Program::Process(process);
+        Ok(GuestSpec { root_fs, hostname, tmpfs, program, network: NetworkSetup::default() })
     }
 
     /// A machine that runs the root file system's own init. `args` are the init program and its arguments; if empty,
@@ -107,7 +117,7 @@ impl GuestSpec {
         // A disk image sets its own host name.
         let hostname = if matches!(root_fs, RootFs::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
-        GuestSpec { root_fs, hostname, tmpfs, start: Start::Init(args), network: NetworkSetup::default() }
+        GuestSpec { root_fs, hostname, tmpfs, program: Program::Init(args), network: NetworkSetup::default() }
     }
 
     /// Sets the machine's network interfaces. Without this call it has none.
@@ -117,15 +127,15 @@ impl GuestSpec {
 
     /// The process that husk's init starts, if there is one.
     pub fn process(&self) -> Option<&Process> {
-        match &self.start {
-            Start::Process(process) => Some(process),
-            Start::Init(_) => None,
+        match &self.program {
+            Program::Process(process) => Some(process),
+            Program::Init(_) => None,
         }
     }
 
     /// The command line, for display.
     pub fn command(&self) -> Vec<String> {
-        let (Start::Process(Process { args, .. }) | Start::Init(args)) = &self.start;
+        let (Program::Process(Process { args, .. }) | Program::Init(args)) = &self.program;
         args.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()
     }
 
@@ -141,17 +151,17 @@ impl GuestSpec {
 
     /// Whether there is a session with a process. If not, the machine's own init uses the console.
     pub fn has_session(&self) -> bool {
-        matches!(self.start, Start::Process(_))
+        self.process().is_some()
     }
 
     /// Whether the process reads this process's standard input.
     pub fn wants_stdin(&self) -> bool {
-        matches!(&self.start, Start::Process(process) if process.stdin)
+        self.process().is_some_and(|process| process.stdin)
     }
 
     /// Whether the process has a terminal.
     pub fn on_terminal(&self) -> bool {
-        matches!(&self.start, Start::Process(process) if process.terminal.is_some())
+        self.process().is_some_and(|process| process.terminal.is_some())
     }
 
     /// The transport for `kernel`: that of `wanted`, unless it is automatic and the kernel has no driver for MMIO.
@@ -164,6 +174,34 @@ impl GuestSpec {
 
     /// Builds the initramfs with the modules that `kernel` needs for this guest, whose devices are on `bus`.
     pub fn initramfs(&self, kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
+        let start = match &self.program {
+            Program::Process(process) => Start::Process(Box::new(self.run(process))),
+            Program::Init(args) => Start::Init { args: args.clone(), hostname: self.hostname.clone() },
+        };
+        self.initramfs_for(start, kernel, bus)
+    }
+
+    /// The same for a machine that waits before its process starts, to be saved there. It contains nothing of the run:
+    /// the root file system and its writable layer, the kernel, and whether there is a network must be those of the runs
+    /// that begin in it.
+    pub fn waiting_initramfs(&self, kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
+        ensure!(self.has_session(), "only a machine that runs a command can wait for it");
+        self.initramfs_for(Start::Wait, kernel, bus)
+    }
+
+    /// What a waiting machine, whose network devices are `devices`, needs to begin the run: everything that
+    /// [`GuestSpec::waiting_initramfs`] leaves out.
+    pub fn begin(&self, devices: &[NetworkConfig]) -> Result<Run> {
+        let Program::Process(process) = &self.program else { bail!("a waiting machine runs a command, not an init") };
+        let mut run = self.run(process);
+        let macs: Vec<[u8; 6]> = devices.iter().filter_map(|device| device.mac).map(|mac| mac.0).collect();
+        let (found, expected) = (macs.len(), run.interfaces.len());
+        ensure!(found == expected, "the waiting machine has {found} network interfaces, not {expected}");
+        run.interfaces.iter_mut().zip(macs).for_each(|(interface, mac)| interface.device_mac = mac);
+        Ok(run)
+    }
+
+    fn initramfs_for(&self, start: Start, kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
         let transport = match bus {
             VirtioBus::Mmio { .. } => MMIO_DRIVER,
             VirtioBus::Pci => "virtio_pci",
@@ -187,29 +225,31 @@ impl GuestSpec {
             drivers.push("virtio_net");
         }
         let modules = modules::find(&kernel.modules, &drivers)?;
-        initramfs::make(&self.spec(&modules), &modules)
+        initramfs::make(&self.spec(start, &modules), &modules)
     }
 
-    fn spec(&self, modules: &[Module]) -> Spec {
+    fn spec(&self, start: Start, modules: &[Module]) -> Spec {
         let device = ROOT_DEVICE.to_owned();
         let root = match &self.root_fs {
             RootFs::Image { writable, .. } => Root::Image { device, overlay: overlay(writable) },
             RootFs::Disk { readonly, .. } => Root::Disk { device, readonly: *readonly },
         };
+        Spec { modules: modules.iter().map(initramfs::module_path).collect(), root, start }
+    }
+
+    fn run(&self, process: &Process) -> Run {
         let own_address = self.network.own_address().unwrap_or(IpAddr::from([127, 0, 1, 1]));
         let hosts = format!(
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own_address}\t{}\n",
             self.hostname
         );
-        Spec {
-            modules: modules.iter().map(initramfs::module_path).collect(),
-            root,
+        Run {
             hostname: self.hostname.clone(),
             hosts: Some(hosts.into_bytes()),
             resolv_conf: self.network.resolv_conf(),
             interfaces: self.network.interfaces.clone(),
             tmpfs: self.tmpfs.clone(),
-            start: self.start.clone(),
+            process: process.clone(),
         }
     }
 
@@ -269,6 +309,27 @@ fn check_hostname(name: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Attachment, MacAddress};
+
+    #[test]
+    fn a_waiting_machine_knows_nothing_of_the_run_that_begins_in_it() {
+        let defaults = Defaults { cmd: vec!["sh".into()], ..Defaults::default() };
+        let root_fs =
+            RootFs::Image { root: "/root.erofs".into(), defaults, writable: WritableLayer::Memory, in_use: None };
+        let mut spec =
+            GuestSpec::with_process(root_fs, Overrides::default(), false, false, "box".into(), Vec::new()).unwrap();
+        let device = |last| NetworkConfig {
+            mac: Some(MacAddress([2, 0, 0, 0, 0, last])),
+            ..NetworkConfig::of(Attachment::Tap { name: "t".into() })
+        };
+        spec.connect(NetworkSetup::new(vec![device(1).into()], &[]));
+        let Program::Process(process) = &spec.program else { unreachable!() };
+        let mut run = spec.run(process);
+        assert_eq!(spec.begin(&[device(1)]).unwrap(), run);
+        run.interfaces[0].device_mac = [2, 0, 0, 0, 0, 9];
+        assert_eq!(spec.begin(&[device(9)]).unwrap(), run);
+        assert!(spec.begin(&[]).unwrap_err().to_string().contains("0 network interfaces, not 1"));
+    }
 
     #[test]
     fn init_is_statically_linked() {

@@ -125,6 +125,7 @@ fn interface(setup: &InterfaceSetup) -> Option<Interface> {
     let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
     Some(match &setup.config.to {
         Attachment::Tap { .. } | Attachment::Bridge { .. } => Interface {
+            device_mac: mac,
             mac,
             addresses: setup.addresses.iter().map(|given| address(given.ip, given.prefix)).collect(),
             gateways: setup.gateways.clone(),
@@ -136,7 +137,7 @@ fn interface(setup: &InterfaceSetup) -> Option<Interface> {
                 addresses.push(address(passt::GUEST_V6.into(), passt::PREFIX_V6));
                 gateways.push(passt::GATEWAY_V6.into());
             }
-            Interface { mac, addresses, gateways }
+            Interface { device_mac: mac, mac, addresses, gateways }
         }
     })
 }

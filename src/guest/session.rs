@@ -5,15 +5,14 @@
 //! in it; each stream has its own thread (`streams`). Data from the guest is untrusted: connections are limited in
 //! number, messages in size, and a protocol violation ends the machine.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use husk_protocol::frame::{self, Reader};
-use husk_protocol::{HELLO_BYTES, Hello, MAIN_SESSION, Role, ToGuest, ToHost, WindowSize};
+use husk_protocol::{Hello, MAIN_SESSION, Renewal, Role, Run, ToGuest, ToHost, WindowSize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use super::streams::Endpoints;
@@ -21,10 +20,14 @@ use super::streams::Streams;
 use crate::console::terminal;
 use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
+use crate::sys;
 use crate::timings::{Step, Timings};
 
+mod control;
 #[cfg(test)]
 mod tests;
+
+use control::ControlConnection;
 
 /// The maximum number of connections that have not sent their hello yet.
 const PENDING_MAX: usize = 8;
@@ -33,8 +36,6 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 /// This many termination signals within [`KILL_WINDOW`] end the machine, whatever the process does.
 const KILL_SIGNALS: usize = 3;
 const KILL_WINDOW: Duration = Duration::from_secs(2);
-/// The maximum size of messages queued for a guest that does not read them.
-const UNSENT_MAX_BYTES: usize = 16 << 10;
 
 /// A session. Its file descriptor is readable when there are events to handle.
 pub struct Session {
@@ -50,16 +51,17 @@ pub struct Session {
     arrived: Vec<Role>,
     on_terminal: bool,
     started: bool,
+    /// Whether the guest's process started before the machine was saved.
+    is_resumed: bool,
+    /// Whether the guest is to wait for its process, and whether it does.
+    is_to_wait: bool,
+    is_waiting: bool,
+    /// What the guest begins when it waits.
+    run: Option<Box<Run>>,
     end: Option<ToHost>,
     finish_by: Option<Instant>,
     signaled_at: Vec<Instant>,
     timings: Arc<Timings>,
-}
-
-struct ControlConnection {
-    stream: UnixStream,
-    reader: Reader,
-    unsent: Vec<u8>,
 }
 
 impl Session {
@@ -72,11 +74,54 @@ impl Session {
         endpoints: Endpoints,
         timings: Arc<Timings>,
     ) -> Result<Session> {
-        listener.set_nonblocking(true).context("set up the session")?;
+        let session = Session::without_connections(MAIN_SESSION, stdin, on_terminal, endpoints, timings)?;
+        session.listening(listener)
+    }
+
+    /// Creates the session of a restored machine, whose process has started before. The guest connects again, which may
+    /// be before or after this call, and says which of the process's streams are still open. The machine must not have
+    /// another session.
+    pub fn resumed(
+        listener: UnixListener,
+        on_terminal: bool,
+        endpoints: Endpoints,
+        timings: Arc<Timings>,
+    ) -> Result<Session> {
+        // Any of them, until the guest has said which.
+        let mut session = Session::without_connections(MAIN_SESSION, true, on_terminal, endpoints, timings)?;
+        session.is_resumed = true;
+        session.listening(listener)
+    }
+
+    /// Creates the session of a machine that waits for its process (see [`GuestSpec::waiting_initramfs`]). When it
+    /// [waits](Session::is_waiting), it can be saved.
+    ///
+    /// [`GuestSpec::waiting_initramfs`]: super::GuestSpec::waiting_initramfs
+    pub fn waiting(listener: UnixListener, timings: Arc<Timings>) -> Result<Session> {
+        let mut session = Session::without_connections(MAIN_SESSION, false, false, Endpoints::Stdio, timings)?;
+        session.expected.clear();
+        session.is_to_wait = true;
+        session.listening(listener)
+    }
+
+    /// Creates the session of a machine that waits for its process, usually a restored one, and begins `run` in it. From then
+    /// on the session is like that of a machine that was started for the run.
+    pub fn beginning(listener: UnixListener, run: Run, endpoints: Endpoints, timings: Arc<Timings>) -> Result<Session> {
+        let (stdin, on_terminal) = (run.process.stdin, run.process.terminal.is_some());
+        let run = Box::new(run);
+        let longest = Renewal { time_ns: u64::MAX, entropy: [0; 32] };
+        husk_protocol::frame::write(&ToGuest::Begin(longest, run.clone()), &mut Vec::new())
+            .context("the command is too long")?;
         let mut session = Session::without_connections(MAIN_SESSION, stdin, on_terminal, endpoints, timings)?;
-        session.watch(listener.as_raw_fd(), EventSet::IN)?;
-        session.listener = Some(listener);
-        Ok(session)
+        session.run = Some(run);
+        session.listening(listener)
+    }
+
+    fn listening(mut self, listener: UnixListener) -> Result<Session> {
+        listener.set_nonblocking(true).context("set up the session")?;
+        self.watch(listener.as_raw_fd(), EventSet::IN)?;
+        self.listener = Some(listener);
+        Ok(self)
     }
 
     /// Creates a session for an additional process over established connections: one per stream, and `control`, on
@@ -92,7 +137,7 @@ impl Session {
         let mut session = Session::without_connections(id, stdin, on_terminal, Endpoints::Stdio, timings)?;
         control.set_nonblocking(true).context("set up the session")?;
         session.watch(control.as_raw_fd(), EventSet::IN)?;
-        session.control = Some(ControlConnection { stream: control, reader: Reader::default(), unsent: Vec::new() });
+        session.control = Some(ControlConnection::new(control));
         for (role, stream) in streams {
             session.arrived.push(role);
             session.streams.start(role, stream)?;
@@ -122,6 +167,10 @@ impl Session {
             arrived: Vec::new(),
             on_terminal,
             started: false,
+            is_resumed: false,
+            is_to_wait: false,
+            is_waiting: false,
+            run: None,
             end: None,
             finish_by: None,
             signaled_at: Vec::new(),
@@ -138,6 +187,11 @@ impl Session {
     /// Whether the process is running or has run.
     pub fn has_started(&self) -> bool {
         self.started
+    }
+
+    /// Whether the guest waits for its process, so that the machine can be saved.
+    pub fn is_waiting(&self) -> bool {
+        self.is_waiting
     }
 
     /// Whether the session is complete: the process has exited and all of its output has arrived.
@@ -243,7 +297,7 @@ impl Session {
         let Some(listener) = &self.listener else { return Ok(()) };
         loop {
             match listener.accept() {
-                Ok((stream, _)) if self.pending.len() < PENDING_MAX && self.arrived.len() < self.expected.len() => {
+                Ok((stream, _)) if self.pending.len() < PENDING_MAX && self.wants_connections() => {
                     stream.set_nonblocking(true).context("accept a connection")?;
                     self.watch(stream.as_raw_fd(), EventSet::IN)?;
                     self.pending.push((stream, Vec::new()));
@@ -257,9 +311,17 @@ impl Session {
         }
     }
 
+    fn wants_connections(&self) -> bool {
+        self.wants_control() || self.arrived.len() < self.expected.len()
+    }
+
+    fn wants_control(&self) -> bool {
+        self.control.is_none() && !self.started
+    }
+
     fn read_hellos(&mut self) -> Result<()> {
         for (mut stream, mut received) in std::mem::take(&mut self.pending) {
-            match read_hello(&mut stream, &mut received) {
+            match control::read_hello(&mut stream, &mut received) {
                 Some(Some(hello)) => self.join(hello, stream)?,
                 Some(None) => self.pending.push((stream, received)),
                 None => {}
@@ -274,8 +336,8 @@ impl Session {
             return Ok(());
         }
         match hello.role {
-            Role::Control if self.control.is_none() && !self.started => {
-                self.control = Some(ControlConnection { stream, reader: Reader::default(), unsent: Vec::new() });
+            Role::Control if self.wants_control() => {
+                self.control = Some(ControlConnection::new(stream));
             }
             role if self.expected.contains(&role) && !self.arrived.contains(&role) => {
                 self.epoll
@@ -291,31 +353,17 @@ impl Session {
 
     fn read_control(&mut self) -> Result<()> {
         let Some(control) = &mut self.control else { return Ok(()) };
-        let mut messages = Vec::new();
-        let mut buffer = [0; 4096];
-        // One read per turn bounds the memory and time that a guest that keeps sending can use. The descriptor stays
-        // readable while there is more.
-        let ended = match control.stream.read(&mut buffer) {
-            Ok(0) => true,
-            Ok(count) => {
-                control.reader.push(buffer.get(..count).unwrap_or_default());
-                while let Some(message) = control.reader.take::<ToHost>()? {
-                    messages.push(message);
-                }
-                false
-            }
-            Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
-        };
-        if ended {
+        let messages = control.receive()?;
+        if control.has_ended() {
             // The end of the guest's init or of the guest follows.
             self.control = None;
         }
-        messages.into_iter().for_each(|message| self.hear(message));
+        messages.into_iter().try_for_each(|message| self.hear(message))?;
         self.flush();
         Ok(())
     }
 
-    fn hear(&mut self, message: ToHost) {
+    fn hear(&mut self, message: ToHost) -> Result<()> {
         match message {
             ToHost::Started(_) => {
                 self.timings.mark(Step::Process);
@@ -325,19 +373,36 @@ impl Session {
                     self.resize();
                 }
             }
+            ToHost::Resumed { streams, .. } if self.is_resumed && !self.started => {
+                self.timings.mark(Step::Process);
+                self.started = true;
+                self.expected.retain(|role| streams.contains(role));
+                self.send(&ToGuest::Renew(renewal()?));
+                if self.on_terminal {
+                    self.resize();
+                }
+            }
+            ToHost::Waiting => {
+                self.is_waiting = self.is_to_wait;
+                if let Some(run) = self.run.take() {
+                    self.send(&ToGuest::Begin(renewal()?, run));
+                }
+            }
             ToHost::AskTime => self.send(&ToGuest::Time(wall_clock_ns())),
             // Already handled by the code that opened the session, or made up by the guest.
-            ToHost::Admitted => {}
+            ToHost::Admitted | ToHost::Resumed { .. } => {}
             end @ (ToHost::Failed { .. } | ToHost::Exited(_) | ToHost::Signaled(_)) => {
                 self.timings.mark(Step::ProcessEnd);
                 self.end.get_or_insert(end);
             }
         }
+        Ok(())
     }
 
     /// All of the process's output has been written, so the guest may exit.
     fn finish_when_done(&mut self) {
-        let all_here = self.arrived.len() == self.expected.len() && self.streams.outputs_are_closed();
+        let all_here =
+            self.expected.iter().all(|role| self.arrived.contains(role)) && self.streams.outputs_are_closed();
         if self.end.is_some() && all_here && self.finish_by.is_none() {
             self.finish_by = Some(Instant::now() + SHUTDOWN_TIMEOUT);
             self.send(&ToGuest::Finish);
@@ -345,27 +410,17 @@ impl Session {
     }
 
     fn send(&mut self, message: &ToGuest) {
-        let Some(control) = self.control.as_mut().filter(|control| control.unsent.len() < UNSENT_MAX_BYTES) else {
-            return;
-        };
-        // Messages to the guest are short.
-        let _ = frame::write(message, &mut control.unsent);
-        self.flush();
+        if let Some(control) = &mut self.control {
+            control.queue(message);
+            self.flush();
+        }
     }
 
     fn flush(&mut self) {
         let Some(control) = &mut self.control else { return };
-        while !control.unsent.is_empty() {
-            match control.stream.write(&control.unsent) {
-                Ok(count) => drop(control.unsent.drain(..count)),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Writing continues when there is room; a disconnect is detected by reading.
-                Err(_) => break,
-            }
-        }
-        let events = if control.unsent.is_empty() { EventSet::IN } else { EventSet::IN | EventSet::OUT };
+        let events = if control.flush() { EventSet::IN } else { EventSet::IN | EventSet::OUT };
         let event = EpollEvent::new(events, 0);
-        let _ = self.epoll.ctl(ControlOperation::Modify, control.stream.as_raw_fd(), event);
+        let _ = self.epoll.ctl(ControlOperation::Modify, control.as_raw_fd(), event);
     }
 }
 
@@ -381,20 +436,9 @@ fn wall_clock_ns() -> u64 {
     u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Returns the hello once it is complete, or `None` for a connection that is invalid.
-fn read_hello(stream: &mut impl Read, received: &mut Vec<u8>) -> Option<Option<Hello>> {
-    let mut buffer = [0; HELLO_BYTES];
-    loop {
-        if let Some(bytes) = received.first_chunk::<HELLO_BYTES>() {
-            return Hello::from_bytes(*bytes).ok().map(Some);
-        }
-        let rest = buffer.get_mut(received.len()..)?;
-        match stream.read(rest) {
-            Ok(0) => return None,
-            Ok(count) => received.extend_from_slice(rest.get(..count)?),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(None),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return None,
-        }
-    }
+/// What a restored machine needs, as of now.
+fn renewal() -> Result<Renewal> {
+    let mut entropy = [0; 32];
+    sys::getrandom(&mut entropy).context("get random bytes for the guest")?;
+    Ok(Renewal { time_ns: wall_clock_ns(), entropy })
 }

@@ -12,6 +12,7 @@ mod memory;
 mod net;
 mod process;
 mod reach;
+mod restored;
 mod streams;
 #[path = "../kvm/terminal.rs"]
 mod terminal;

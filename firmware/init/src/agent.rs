@@ -66,6 +66,11 @@ impl Agent<'_> {
         loop {
             self.reap();
             self.main.advance(self.hostname);
+            if self.main.is_cut()
+                && let Err(failure) = self.main.reconnect()
+            {
+                report::say(&failure.message);
+            }
             let one_has_ended = self.serve_others();
             if self.main.is_over() {
                 return;

@@ -1,4 +1,4 @@
-//! Sets the wall clock from the host's after the guest was stopped: a request, its response, and a single correction.
+//! Sets the wall clock from the host's after the guest was stopped or restored: a request, its response, and a single correction.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -43,11 +43,7 @@ impl Clock {
             Verdict::Ignore => false,
             Verdict::AskAgain => true,
             Verdict::Now(now) => {
-                let ours = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-                if now.abs_diff(ours) > TOLERANCE {
-                    let set = clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(now));
-                    let _ = set.inspect_err(|error| report::say(&format!("set the clock: {error}")));
-                }
+                set(now);
                 false
             }
         }
@@ -62,6 +58,15 @@ impl Clock {
         }
         // The host read its clock sometime in between.
         Verdict::Now(host + round_trip.min(ROUND_TRIP_MAX) / 2)
+    }
+}
+
+/// Sets the wall clock, unless it deviates little.
+pub fn set(now: Duration) {
+    let ours = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    if now.abs_diff(ours) > TOLERANCE {
+        let set = clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(now));
+        let _ = set.inspect_err(|error| report::say(&format!("set the clock: {error}")));
     }
 }
 

@@ -1,6 +1,9 @@
 //! The guest's PID 1: starts the process, transfers its streams, and ends the machine.
 //!
-//! [`Spec`] ─ devices, modules ─ connections to the host ─ root file system ─ process ─ `agent`.
+//! [`Spec`] ─ devices, modules ─ connections to the host ─ root file system ─ [`Run`] ─ process ─ `agent`.
+//!
+//! The run is part of the specification, or the host sends it later: the machine was saved in between, and is restored for
+//! each run.
 //!
 //! One thread does all of this. It waits in one place (`agent`) for children, connections and pipes, never blocks on
 //! any one of them, and buffers a limited amount of each stream. A second thread waits for memory pressure
@@ -22,11 +25,14 @@ mod pump;
 mod report;
 pub mod root;
 mod session;
+mod setup;
 mod sys;
 
+use connection::Connecting;
 use errors::Failure;
-use husk_protocol::{Process, Spec, Start};
-use session::Session;
+use husk_protocol::{Role, Run, Spec, Start};
+use session::{Session, streams_of};
+use setup::Prepared;
 
 /// Runs the machine until its end.
 pub fn run() -> ! {
@@ -39,35 +45,73 @@ pub fn run() -> ! {
     report::end(failure.code)
 }
 
-/// Mounts the root file system and runs the process. Returns only errors from before the host could be notified.
+/// Prepares the machine and runs the process. Returns only errors from before the host could be notified.
 fn serve(spec: &Spec) -> Failure {
-    match &spec.start {
-        Start::Init(args) => match root::mount(spec).and_then(|_| root::enter(spec)) {
-            Ok(()) => boot::become_init(args),
-            Err(failure) => failure,
-        },
-        Start::Process(process) => match Session::connect(process) {
-            Ok(session) => run_process(spec, process, session),
-            Err(failure) => failure,
-        },
+    let run = match &spec.start {
+        Start::Init { args, hostname } => {
+            let entered = root::mount(spec).and_then(|_| root::enter()).and_then(|()| setup::set_hostname(hostname));
+            return entered.err().unwrap_or_else(|| boot::become_init(args));
+        }
+        Start::Process(run) => Some(&**run),
+        Start::Wait => None,
+    };
+    let streams = run.into_iter().flat_map(|run| streams_of(&run.process));
+    match Connecting::start(std::iter::once(Role::Control).chain(streams)) {
+        Ok(connecting) => serve_session(spec, run, connecting),
+        Err(failure) => failure,
     }
 }
 
 /// The connections are established while the root file system is mounted.
-fn run_process(spec: &Spec, process: &Process, mut session: Session) -> Failure {
-    let root = root::mount(spec).and_then(|kept| root::enter(spec).map(|()| kept));
-    if let Err(failure) = session.complete_connections() {
-        return root.err().unwrap_or(failure);
-    }
+fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Failure {
+    let prepared = Prepared::new(spec).and_then(|prepared| match run {
+        Some(run) => prepared.set_up(run).map(|()| prepared),
+        None => Ok(prepared),
+    });
+    let mut session = match connecting.complete() {
+        Ok(connections) => Session::main(connections),
+        Err(failure) => return prepared.err().unwrap_or(failure),
+    };
     let listener = agent::listen();
-    match root {
-        Ok(kept) => {
-            session.start(process, &spec.hostname);
-            agent::run(session, &spec.hostname, kept, listener)
+    let (kept, hostname) = match (prepared, run) {
+        (Ok(prepared), Some(run)) => {
+            session.start(&run.process, &run.hostname);
+            (prepared.kept, run.hostname.clone())
         }
-        Err(failure) => {
+        (Ok(prepared), None) => {
+            let hostname = wait_and_begin(&mut session, &prepared);
+            (prepared.kept, hostname.unwrap_or_default())
+        }
+        (Err(failure), _) => {
             session.fail(failure);
-            agent::run(session, &spec.hostname, None, listener)
+            (None, String::new())
+        }
+    };
+    agent::run(session, &hostname, kept, listener)
+}
+
+/// Waits for the run and begins it. Returns its host name, or `None` if the host is gone.
+fn wait_and_begin(session: &mut Session, prepared: &Prepared) -> Option<String> {
+    match begin(session, prepared) {
+        Ok(hostname) => Some(hostname),
+        Err(failure) => {
+            report::say(&failure.message);
+            session.disconnect();
+            None
         }
     }
+}
+
+fn begin(session: &mut Session, prepared: &Prepared) -> Result<String, Failure> {
+    let (renewal, run) = session.wait_for_run()?;
+    session.renew(&renewal);
+    let connecting = Connecting::start(streams_of(&run.process))?;
+    let set_up = prepared.set_up(&run);
+    session.add(connecting.complete()?);
+    match set_up {
+        Ok(()) => session.start(&run.process, &run.hostname),
+        Err(failure) => session.fail(failure),
+    }
+    session.ask_time();
+    Ok(run.hostname)
 }

@@ -24,10 +24,12 @@ const NLM_F_REPLACE: u16 = 0x100;
 const NLM_F_CREATE: u16 = 0x400;
 /// The size of `struct nlmsghdr`.
 const HEADER_BYTES: usize = 16;
-// linux/rtnetlink.h, linux/if_addr.h
+const ALIGNMENT: usize = 4;
+// linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
+const IFLA_ADDRESS: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// The address is unique, and usable immediately.
@@ -52,12 +54,12 @@ impl Network {
 
     /// Brings the loopback interface up.
     pub fn bring_loopback_up(&self) -> Result<(), Failure> {
-        self.bring_up(LOOPBACK_INDEX).context("bring up the loopback interface")
+        self.bring_up(LOOPBACK_INDEX, None).context("bring up the loopback interface")
     }
 
     /// Configures an interface and brings it up.
     pub fn set_up(&self, interface: &Interface) -> Result<(), Failure> {
-        let (name, index) = find(interface.mac, DEVICE_TIMEOUT)?;
+        let (name, index) = find(interface.device_mac, DEVICE_TIMEOUT)?;
         if !interface.addresses.is_empty() {
             // Router advertisements are not needed. And duplicate address detection would delay the link-local address,
             // which is derived from our MAC, by a second: passt sends traffic of the host itself to that address, and
@@ -66,7 +68,8 @@ impl Network {
                 let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0");
             }
         }
-        self.bring_up(index).context(format_args!("bring up {name}"))?;
+        let mac = Some(interface.mac).filter(|mac| *mac != interface.device_mac);
+        self.bring_up(index, mac).context(format_args!("bring up {name}"))?;
         for InterfaceAddress { ip, prefix } in &interface.addresses {
             self.ask(&new_address(index, *ip, *prefix))
                 .context(format_args!("give {name} the address {ip}/{prefix}"))?;
@@ -77,14 +80,9 @@ impl Network {
         Ok(())
     }
 
-    fn bring_up(&self, index: u32) -> nix::Result<()> {
-        let mut message = Message::new(RTM_NEWLINK, 0);
-        // struct ifinfomsg: family, padding, type, index, flags and which of them change.
-        message.put(&[0; 4]);
-        message.put(&index.to_ne_bytes());
-        message.put(&IFF_UP.to_ne_bytes());
-        message.put(&IFF_UP.to_ne_bytes());
-        self.ask(&message)
+    /// Brings an interface up, after giving it the MAC address `mac` if there is one.
+    fn bring_up(&self, index: u32, mac: Option<[u8; 6]>) -> nix::Result<()> {
+        self.ask(&new_link(index, mac))
     }
 
     /// Sends a request and receives the kernel's response, which is available immediately.
@@ -118,11 +116,12 @@ impl Message {
         self.body.extend_from_slice(bytes);
     }
 
-    /// Appends an attribute: length, type and value, which must not need padding.
+    /// Appends an attribute: length, type and value, padded.
     fn attribute(&mut self, kind: u16, value: &[u8]) {
         self.put(&(value.len() as u16 + 4).to_ne_bytes());
         self.put(&kind.to_ne_bytes());
         self.put(value);
+        self.body.resize(self.body.len().next_multiple_of(ALIGNMENT), 0);
     }
 
     fn finish(&self) -> Vec<u8> {
@@ -135,6 +134,20 @@ impl Message {
         bytes.extend_from_slice(&self.body);
         bytes
     }
+}
+
+/// The interface is up, and has the MAC address `mac` if there is one.
+fn new_link(index: u32, mac: Option<[u8; 6]>) -> Message {
+    let mut message = Message::new(RTM_NEWLINK, 0);
+    // struct ifinfomsg: family, padding, type, index, flags and which of them change. The kernel changes them last.
+    message.put(&[0; 4]);
+    message.put(&index.to_ne_bytes());
+    message.put(&IFF_UP.to_ne_bytes());
+    message.put(&IFF_UP.to_ne_bytes());
+    if let Some(mac) = mac {
+        message.attribute(IFLA_ADDRESS, &mac);
+    }
+    message
 }
 
 fn new_address(index: u32, ip: IpAddr, prefix: u8) -> Message {
@@ -194,10 +207,14 @@ mod tests {
     #[test]
     fn messages_have_their_stated_length() {
         let v6: IpAddr = "fd00::15".parse().unwrap();
-        for message in [new_address(2, v6, 64), new_address(2, "10.0.2.15".parse().unwrap(), 24), new_route(2, v6)] {
+        let link = new_link(2, Some([2, 0, 0, 0, 0, 1]));
+        assert_eq!(link.finish()[32..], [10, 0, 1, 0, 2, 0, 0, 0, 0, 1, 0, 0]);
+        for message in
+            [link, new_address(2, v6, 64), new_address(2, "10.0.2.15".parse().unwrap(), 24), new_route(2, v6)]
+        {
             let bytes = message.finish();
             assert_eq!(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize, bytes.len());
-            assert_eq!(bytes.len() % 4, 0, "no padding is needed");
+            assert_eq!(bytes.len() % ALIGNMENT, 0);
         }
         let bytes = new_address(2, "10.0.2.15".parse().unwrap(), 24).finish();
         assert_eq!(bytes[16..24], [2, 24, 2, 0, 2, 0, 0, 0]);
@@ -208,7 +225,7 @@ mod tests {
     fn the_kernel_responds_to_requests() {
         let network = Network::open().unwrap();
         // For root the interface does not exist; other users lack permission.
-        let answer = network.bring_up(0x7fff_fff0);
+        let answer = network.bring_up(0x7fff_fff0, None);
         assert!(matches!(answer, Err(Errno::ENODEV | Errno::EPERM)), "{answer:?}");
         let refusal = find([2, 0xff, 0xff, 0xff, 0xff, 0xff], Duration::ZERO).unwrap_err();
         assert!(refusal.message.contains("02:ff:ff:ff:ff:ff"), "{}", refusal.message);

@@ -8,6 +8,8 @@ use nix::poll::PollFlags;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::{read, write};
 
+use crate::connection::is_cut;
+
 /// The size of a pipe's buffer and of a vsock packet.
 const BUFFER_BYTES: usize = 64 << 10;
 /// The maximum number of consecutive reads, so that a busy stream does not starve others.
@@ -23,6 +25,8 @@ pub struct Pump {
     end: usize,
     /// Whether the data available now is all there will be.
     last: bool,
+    /// Whether an end was lost because the machine was restored. Nothing is copied before it is replaced.
+    is_cut: bool,
 }
 
 impl Pump {
@@ -32,14 +36,37 @@ impl Pump {
             let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
             fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         }
-        Ok(Pump { from: Some(from), to: Some(to), buffer: vec![0; BUFFER_BYTES], start: 0, end: 0, last: false })
+        Ok(Pump {
+            from: Some(from),
+            to: Some(to),
+            buffer: vec![0; BUFFER_BYTES],
+            start: 0,
+            end: 0,
+            last: false,
+            is_cut: false,
+        })
     }
 
     /// The events to wait for before the next [`Pump::advance`].
     pub fn awaits(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let (fd, events) =
             if self.is_empty() { (&self.from, PollFlags::POLLIN) } else { (&self.to, PollFlags::POLLOUT) };
-        fd.as_ref().map(|fd| (fd.as_fd(), events))
+        fd.as_ref().filter(|_| !self.is_cut).map(|fd| (fd.as_fd(), events))
+    }
+
+    /// Whether neither its writer nor its reader has closed the stream.
+    pub fn is_open(&self) -> bool {
+        self.from.is_some()
+    }
+
+    /// Reads from `socket` from now on, after a reset of the transport.
+    pub fn replace_source(&mut self, socket: OwnedFd) {
+        (self.from, self.is_cut) = (Some(socket), false);
+    }
+
+    /// Writes to `socket` from now on, starting with what could not be written before.
+    pub fn replace_sink(&mut self, socket: OwnedFd) {
+        (self.to, self.is_cut) = (Some(socket), false);
     }
 
     /// Marks the writer as gone, although other processes may hold its end open: only data that is already there is
@@ -56,6 +83,9 @@ impl Pump {
     /// Copies what is possible without blocking.
     pub fn advance(&mut self) {
         for _ in 0..READS_IN_A_ROW {
+            if self.is_cut {
+                return;
+            }
             if self.is_empty() && !self.fill() || !self.empty() {
                 return;
             }
@@ -76,6 +106,10 @@ impl Pump {
             }
             Err(Errno::EINTR) => return false,
             Err(Errno::EAGAIN) if !self.last => return false,
+            Err(error) if is_cut(error) => {
+                self.is_cut = true;
+                return false;
+            }
             // End of stream: EOF, a terminal without users, or a disconnected peer.
             _ => self.from = None,
         }
@@ -94,6 +128,10 @@ impl Pump {
                 Ok(count) => self.start += count,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return false,
+                Err(error) if is_cut(error) => {
+                    self.is_cut = true;
+                    return false;
+                }
                 // The reader is gone. Closing the input notifies the writer.
                 Err(_) => (self.from, self.to, self.end) = (None, None, self.start),
             }
@@ -106,11 +144,13 @@ impl Pump {
 mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
     use std::thread;
     use std::time::Duration;
 
     use nix::poll::{PollFd, PollTimeout, poll};
+    use nix::sys::socket::{setsockopt, sockopt};
     use nix::unistd::pipe;
 
     use super::*;
@@ -163,6 +203,52 @@ mod tests {
         pump.advance();
         assert!(pump.is_done());
         assert_eq!(write.write(b"y").unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    }
+
+    /// A connection, and its other end.
+    fn connection() -> (OwnedFd, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let theirs = listener.accept().unwrap().0;
+        theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        (ours.into(), theirs)
+    }
+
+    /// Resets a connection as the kernel does when the machine is restored.
+    fn reset(theirs: TcpStream) {
+        setsockopt(&theirs, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
+    }
+
+    #[test]
+    fn a_stream_goes_on_over_another_connection() {
+        let ((read, write), (ours, theirs)) = (pipe().unwrap(), connection());
+        let mut pump = Pump::new(read, ours).unwrap();
+        reset(theirs);
+        let mut write = File::from(write);
+        write.write_all(b"out").unwrap();
+        pump.advance();
+        assert!(pump.is_open() && !pump.is_done() && pump.awaits().is_none());
+        let (ours, mut theirs) = connection();
+        pump.replace_sink(ours);
+        pump.advance();
+        let mut got = [0; 3];
+        theirs.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"out");
+        assert!(pump.awaits().is_some());
+
+        let ((read, write), (ours, theirs)) = (pipe().unwrap(), connection());
+        let mut pump = Pump::new(ours, write).unwrap();
+        reset(theirs);
+        pump.advance();
+        assert!(pump.is_open() && pump.awaits().is_none(), "its reader sees no end");
+        let (ours, mut theirs) = connection();
+        theirs.write_all(b"in").unwrap();
+        drop(theirs);
+        pump.replace_source(ours);
+        run(pump);
+        let mut got = Vec::new();
+        File::from(read).read_to_end(&mut got).unwrap();
+        assert_eq!(got, b"in");
     }
 
     #[test]

@@ -1,19 +1,17 @@
-//! Mounts and sets up the root file system.
+//! Mounts the root file system.
 
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use husk_protocol::{Overlay, Root, Spec, Start};
 use nix::mount::{MsFlags, mount as mount_call};
-use nix::unistd::{chdir, chroot, sethostname};
+use nix::unistd::{chdir, chroot};
 
 use crate::disk;
 use crate::errors::{Context, Failure};
-use crate::network::Network;
 use crate::{report, sys};
 
 /// The mount point in the initramfs.
@@ -56,8 +54,8 @@ pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
         Root::Image { device, overlay } => mount_image(device, overlay),
         Root::Disk { device, readonly } => {
             let program = match &spec.start {
-                Start::Init(args) => args.first().map(Vec::as_slice),
-                Start::Process(_) => None,
+                Start::Init { args, .. } => args.first().map(Vec::as_slice),
+                Start::Process(_) | Start::Wait => None,
             };
             await_device(device)?;
             disk::mount_root(device, *readonly, program)?;
@@ -120,8 +118,8 @@ fn await_device(device: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Enters the mounted root file system, and sets it up.
-pub fn enter(spec: &Spec) -> Result<(), Failure> {
+/// Enters the mounted root file system, and mounts what programs expect.
+pub fn enter() -> Result<(), Failure> {
     let dev = format!("{NEW_ROOT}/dev");
     make_dir(&dev)?;
     mount_call(Some("/dev"), dev.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move /dev")?;
@@ -129,22 +127,7 @@ pub fn enter(spec: &Spec) -> Result<(), Failure> {
     mount_call(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move the root")?;
     chroot(".").and_then(|()| chdir("/")).context("change the root")?;
     mount_system();
-    if !spec.hostname.is_empty() {
-        sethostname(&spec.hostname).context(format_args!("set the host name {:?}", spec.hostname))?;
-    }
-    let Start::Process(process) = &spec.start else { return Ok(()) };
-    set_up_network(spec)?;
-    write_files(spec);
-    for tmpfs in &spec.tmpfs {
-        let path = String::from_utf8_lossy(&tmpfs.path).into_owned();
-        make_dir(&path)?;
-        mount_at("tmpfs", &path, MsFlags::from_bits_truncate(tmpfs.flags), &tmpfs.options)?;
-    }
-    make_dir(crate::process::working_dir(process))?;
-    match spec.root {
-        Root::Image { overlay: Overlay::ReadOnly, .. } => forbid_changes(),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 /// Mounts what every program expects. Some of it may not be supported by the kernel.
@@ -179,42 +162,8 @@ pub fn make_dir(path: impl AsRef<Path>) -> Result<(), Failure> {
         .context(format_args!("create directory {}", path.display()))
 }
 
-/// The network setup of a container: the loopback interface, configured interfaces, and unprivileged ports and pings.
-fn set_up_network(spec: &Spec) -> Result<(), Failure> {
-    let network = Network::open().and_then(|network| network.bring_loopback_up().map(|()| network));
-    match network {
-        Ok(network) => spec.interfaces.iter().try_for_each(|interface| network.set_up(interface))?,
-        // Without any interface to configure, a kernel without networking is no error.
-        Err(failure) if spec.interfaces.is_empty() => report::say(&failure.message),
-        Err(failure) => return Err(failure),
-    }
-    let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
-    let _ = fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
-    Ok(())
-}
-
-fn write_files(spec: &Spec) {
-    let hostname = format!("{}\n", spec.hostname).into_bytes();
-    for (name, content) in
-        [("hostname", Some(&hostname)), ("hosts", spec.hosts.as_ref()), ("resolv.conf", spec.resolv_conf.as_ref())]
-    {
-        let Some(content) = content else { continue };
-        let path = PathBuf::from("/etc").join(name);
-        if let Err(failure) = make_dir("/etc").and_then(|()| replace(&path, content)) {
-            report::say(&failure.message);
-        }
-    }
-}
-
-/// A link, which would lead to another program's file, is replaced by a file.
-fn replace(path: &Path, content: &[u8]) -> Result<(), Failure> {
-    if path.is_symlink() {
-        let _ = fs::remove_file(path);
-    }
-    File::create(path).and_then(|mut file| file.write_all(content)).context(format_args!("write {}", path.display()))
-}
-
-fn forbid_changes() -> Result<(), Failure> {
+/// Makes the root file system read-only.
+pub fn forbid_changes() -> Result<(), Failure> {
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     mount_call(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("remount the root read-only")
 }

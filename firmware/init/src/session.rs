@@ -1,16 +1,18 @@
 //! A process and its connections to the host, for the main session and additional ones.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
-use husk_protocol::{Hello, MAIN_SESSION, Process, Role, ToGuest, ToHost};
-use nix::poll::PollFlags;
+use husk_protocol::{MAIN_SESSION, Process, Renewal, Role, Run, ToGuest, ToHost};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::connection::{self, ControlConnection, shortened};
 use crate::errors::Failure;
 use crate::process::{self, Started};
 use crate::pump::Pump;
+use crate::report;
 use crate::sys::{self, Ended};
 
 /// A session. Its process starts when its streams are connected, and it ends when the host says so or disconnects.
@@ -25,7 +27,7 @@ pub struct Session {
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     input: Option<Pump>,
-    outputs: Vec<Pump>,
+    outputs: Vec<(Role, Pump)>,
     terminal: Option<OwnedFd>,
     pid: Option<Pid>,
     clock: Clock,
@@ -36,10 +38,10 @@ pub struct Session {
 }
 
 impl Session {
-    fn new(id: u64, control: OwnedFd) -> Session {
+    fn new(id: u64, control: ControlConnection) -> Session {
         Session {
             id,
-            control: ControlConnection::new(control),
+            control,
             admitted: false,
             wanted: None,
             stdin: None,
@@ -56,30 +58,26 @@ impl Session {
         }
     }
 
-    /// Creates the main session and starts its connections.
-    pub fn connect(process: &Process) -> Result<Session, Failure> {
-        let mut session = Session::new(MAIN_SESSION, connection::connect()?);
-        for role in streams_of(process) {
-            *session.slot(role) = Some(connection::connect()?);
-        }
-        Ok(session)
+    /// Creates the main session over its connections.
+    pub fn main(connections: Vec<(Role, OwnedFd)>) -> Session {
+        let mut session = Session::new(MAIN_SESSION, ControlConnection::default());
+        session.add(connections);
+        session
     }
 
-    /// Waits until the connections of [`Session::connect`] are established.
-    pub fn complete_connections(&mut self) -> Result<(), Failure> {
-        let hello = |role| Hello { session: MAIN_SESSION, role };
-        self.control.complete(hello(Role::Control))?;
-        for role in [Role::Stdin, Role::Stdout, Role::Stderr] {
-            if let Some(socket) = self.slot(role) {
-                connection::complete(socket, hello(role))?;
+    /// Adds connections of the main session.
+    pub fn add(&mut self, connections: Vec<(Role, OwnedFd)>) {
+        for (role, socket) in connections {
+            match role {
+                Role::Control => self.control = ControlConnection::new(socket),
+                role => *self.slot(role) = Some(socket),
             }
         }
-        Ok(())
     }
 
     /// Creates a session opened by the host. Its process is not started before it is [admitted](Session::admit).
     pub fn accepted(id: u64, control: OwnedFd) -> Session {
-        Session::new(id, control)
+        Session::new(id, ControlConnection::new(control))
     }
 
     /// Whether it was admitted.
@@ -98,6 +96,86 @@ impl Session {
         if role != Role::Control && self.pid.is_none() {
             self.slot(role).get_or_insert(socket);
         }
+    }
+
+    /// Whether its connections were lost because the machine was restored, so that it can go on over others.
+    pub fn is_cut(&self) -> bool {
+        self.control.is_cut() && !self.finished
+    }
+
+    /// Connects the main session again, with the streams that are still open.
+    pub fn reconnect(&mut self) -> Result<(), Failure> {
+        let input = self.input.iter().filter(|pump| pump.is_open()).map(|_| Role::Stdin);
+        let outputs = self.outputs.iter().filter(|(_, pump)| pump.is_open()).map(|(role, _)| *role);
+        let streams: Vec<Role> = input.chain(outputs).collect();
+        self.connect_again(&streams)?;
+        // The host of the restored machine knows of nothing.
+        self.told = false;
+        self.control.say(&ToHost::Resumed { pid: self.pid.map(|pid| pid.as_raw().unsigned_abs()), streams });
+        Ok(())
+    }
+
+    fn connect_again(&mut self, streams: &[Role]) -> Result<(), Failure> {
+        for (role, socket) in connection::connect_again(&[&[Role::Control], streams].concat())? {
+            match role {
+                Role::Control => self.control = ControlConnection::new(socket),
+                Role::Stdin => {
+                    if let Some(pump) = &mut self.input {
+                        pump.replace_source(socket);
+                    }
+                }
+                role => {
+                    if let Some((_, pump)) = self.outputs.iter_mut().find(|(of, _)| *of == role) {
+                        pump.replace_sink(socket);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Says that the process of the main session may begin, and waits until it is to. Meanwhile the machine may be restored
+    /// any number of times.
+    pub fn wait_for_run(&mut self) -> Result<(Renewal, Box<Run>), Failure> {
+        loop {
+            self.control.say(&ToHost::Waiting);
+            while self.control.is_open() && !self.finished {
+                match self.control.next() {
+                    Some(ToGuest::Begin(renewal, run)) => return Ok((renewal, run)),
+                    Some(message) => self.obey(message),
+                    None => {
+                        if let Some((fd, events)) = self.control.awaits() {
+                            let _ = poll(&mut [PollFd::new(fd, events)], PollTimeout::NONE);
+                        }
+                    }
+                }
+            }
+            if !self.is_cut() {
+                return Err(Failure::new("the host has no process for this machine"));
+            }
+            self.connect_again(&[])?;
+        }
+    }
+
+    /// Makes up for the time that has passed since the machine was saved, and for the random numbers that others restored
+    /// from the same state would share with it.
+    pub fn renew(&mut self, renewal: &Renewal) {
+        // First of all, since everything else may need random numbers.
+        if let Err(error) = sys::add_entropy(renewal.entropy) {
+            report::say(&format!("add entropy: {error}"));
+        }
+        clock::set(Duration::from_nanos(renewal.time_ns));
+    }
+
+    /// Gives up the connection to the host, which ends the session.
+    pub fn disconnect(&mut self) {
+        self.control = ControlConnection::default();
+    }
+
+    /// Asks the host for the time.
+    pub fn ask_time(&mut self) {
+        self.clock.ask();
+        self.control.say(&ToHost::AskTime);
     }
 
     fn slot(&mut self, role: Role) -> &mut Option<OwnedFd> {
@@ -134,8 +212,8 @@ impl Session {
             _ => Ok(None),
         };
         self.input = join(self.stdin.take(), started.stdin)?;
-        self.outputs.extend(join(started.stdout, self.stdout.take())?);
-        self.outputs.extend(join(started.stderr, self.stderr.take())?);
+        self.outputs.extend(join(started.stdout, self.stdout.take())?.map(|pump| (Role::Stdout, pump)));
+        self.outputs.extend(join(started.stderr, self.stderr.take())?.map(|pump| (Role::Stderr, pump)));
         self.terminal = started.terminal;
         Ok(started.pid)
     }
@@ -174,19 +252,19 @@ impl Session {
 
     /// Marks the data in the process's pipes as the last.
     pub fn expect_no_more_output(&mut self) {
-        self.outputs.iter_mut().for_each(Pump::expect_no_more);
+        self.outputs.iter_mut().for_each(|(_, pump)| pump.expect_no_more());
     }
 
     /// Transfers what is possible without blocking, and handles messages of the host.
     pub fn advance(&mut self, hostname: &str) {
-        for pump in self.input.iter_mut().chain(&mut self.outputs) {
+        for pump in self.input.iter_mut().chain(self.outputs.iter_mut().map(|(_, pump)| pump)) {
             pump.advance();
         }
-        for message in self.control.advance() {
+        while let Some(message) = self.control.next() {
             self.obey(message);
         }
         self.start_when_complete(hostname);
-        if self.outputs.iter().all(Pump::is_done)
+        if self.outputs.iter().all(|(_, pump)| pump.is_done())
             && !self.told
             && let Some(end) = &self.end
         {
@@ -213,15 +291,18 @@ impl Session {
                 }
             }
             ToGuest::Finish => self.finished = true,
-            ToGuest::CheckClock => {
-                self.clock.ask();
-                self.control.say(&ToHost::AskTime);
-            }
+            ToGuest::CheckClock => self.ask_time(),
             ToGuest::Time(since_1970_ns) => {
                 if self.clock.hear(since_1970_ns) {
                     self.control.say(&ToHost::AskTime);
                 }
             }
+            ToGuest::Renew(renewal) => {
+                self.renew(&renewal);
+                self.ask_time();
+            }
+            // It has begun.
+            ToGuest::Begin(..) => {}
         }
     }
 
@@ -241,12 +322,13 @@ impl Session {
 
     /// The events to wait for before the next [`Session::advance`].
     pub fn awaits(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
-        self.control.awaits().into_iter().chain(self.input.iter().chain(&self.outputs).filter_map(Pump::awaits))
+        let pumps = self.input.iter().chain(self.outputs.iter().map(|(_, pump)| pump));
+        self.control.awaits().into_iter().chain(pumps.filter_map(Pump::awaits))
     }
 }
 
 /// The streams of a process. With a terminal both outputs are one.
-fn streams_of(process: &Process) -> impl Iterator<Item = Role> {
+pub fn streams_of(process: &Process) -> impl Iterator<Item = Role> {
     let some = !process.detached;
     let (stdin, stderr) = (process.stdin, process.terminal.is_none());
     [(Role::Stdin, some && stdin), (Role::Stdout, some), (Role::Stderr, some && stderr)]

@@ -125,6 +125,26 @@ pub fn accept(listener: BorrowedFd) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Adds random bytes to the kernel's pool, and makes it generate random numbers from them at once.
+pub fn add_entropy(bytes: [u8; 32]) -> io::Result<()> {
+    // RNDADDENTROPY, _IOW('R', 0x03, int[2]), and RNDRESEEDCRNG, _IO('R', 0x07)
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    /// `struct rand_pool_info`
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_bits: i32,
+        len_bytes: i32,
+        bytes: [u8; 32],
+    }
+    let pool = std::fs::File::open("/dev/urandom")?;
+    let info = PoolInfo { entropy_bits: 8 * bytes.len() as i32, len_bytes: bytes.len() as i32, bytes };
+    // SAFETY: the request reads a `rand_pool_info` and the bytes behind it, whose number is in it.
+    check(unsafe { libc::ioctl(pool.as_raw_fd(), RNDADDENTROPY, &info) })?;
+    // SAFETY: the request takes no argument and accesses no memory.
+    check(unsafe { libc::ioctl(pool.as_raw_fd(), RNDRESEEDCRNG) })
+}
+
 /// Freezes the file system of `dir`: all data is on its disk, and its journal is empty.
 pub fn freeze(dir: BorrowedFd) -> io::Result<()> {
     // FIFREEZE, _IOWR('X', 119, int)

@@ -1,5 +1,7 @@
 //! The hello at the start of every connection, which identifies its session and role.
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Malformed, VERSION};
 
 /// The size of a hello.
@@ -7,7 +9,7 @@ pub const HELLO_BYTES: usize = 16;
 const MAGIC: [u8; 4] = *b"husk";
 
 /// The role of a connection in its session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Role {
     /// Control messages in both directions.
     Control,

@@ -6,6 +6,10 @@
 //! first for control, and for the streams once the guest has [admitted](ToHost::Admitted) the session. Both use port
 //! [`PORT`].
 //!
+//! Connections do not survive when a machine is saved and restored. The guest of a restored machine connects its main
+//! session again, and first says whether it has [resumed](ToHost::Resumed) a process or [waits](ToHost::Waiting) for one.
+//! All other sessions end.
+//!
 //! Both sides treat received data as untrusted: sizes are checked before memory is allocated, and invalid data ends the
 //! session, never the process.
 
@@ -16,8 +20,8 @@ mod spec;
 pub mod tree;
 
 pub use hello::{HELLO_BYTES, Hello, Role};
-pub use session::{Process, ToGuest, ToHost, WindowSize};
-pub use spec::{FIXED_PATH, Interface, InterfaceAddress, Limit, Overlay, Root, SPEC_PATH, Spec, Start, Tmpfs};
+pub use session::{Process, Renewal, ToGuest, ToHost, WindowSize};
+pub use spec::{FIXED_PATH, Interface, InterfaceAddress, Limit, Overlay, Root, Run, SPEC_PATH, Spec, Start, Tmpfs};
 
 /// The vsock port that either side listens on.
 pub const PORT: u32 = 1024;
@@ -36,7 +40,7 @@ pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
 /// mismatch is always an error.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Why a message is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

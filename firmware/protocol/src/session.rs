@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Message;
-use crate::spec::Limit;
+use crate::hello::Role;
+use crate::spec::{Limit, Run};
 
 /// A process to be started in the guest. User names and PATH are resolved with the guest's files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,15 @@ pub struct WindowSize {
     pub columns: u16,
 }
 
+/// What every restored machine needs, since it has the clock and the random numbers of the one that was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewal {
+    /// The host's wall clock, in nanoseconds since 1970.
+    pub time_ns: u64,
+    /// Random bytes that no other machine gets.
+    pub entropy: [u8; 32],
+}
+
 /// Messages from the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToGuest {
@@ -52,6 +62,10 @@ pub enum ToGuest {
     CheckClock,
     /// The host's wall clock at the time of the response, in nanoseconds since 1970.
     Time(u64),
+    /// The machine was restored. The answer to [`ToHost::Resumed`].
+    Renew(Renewal),
+    /// Start the main process. The answer to [`ToHost::Waiting`].
+    Begin(Renewal, Box<Run>),
 }
 
 impl Message for ToGuest {
@@ -79,6 +93,16 @@ pub enum ToHost {
     Signaled(u8),
     /// Request the time, which is answered by [`ToGuest::Time`].
     AskTime,
+    /// The machine was restored, and the main session goes on. How the process ended follows even if the host was told
+    /// before.
+    Resumed {
+        /// The PID of the process, if it has not exited.
+        pid: Option<u32>,
+        /// Its streams that are still open. They are connected already.
+        streams: Vec<Role>,
+    },
+    /// The machine is prepared, and the main process may [begin](ToGuest::Begin).
+    Waiting,
 }
 
 impl Message for ToHost {

@@ -18,6 +18,14 @@ pub struct Spec {
     pub modules: Vec<String>,
     /// The root file system.
     pub root: Root,
+    /// What to run.
+    pub start: Start,
+}
+
+/// A run: the machine's main process, and what it finds in the machine. Everything else can be prepared before the run is
+/// known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
     /// The host name.
     pub hostname: String,
     /// The content of /etc/hosts, unless the root file system's own is kept.
@@ -28,8 +36,8 @@ pub struct Spec {
     pub interfaces: Vec<Interface>,
     /// tmpfs mounts, in order.
     pub tmpfs: Vec<Tmpfs>,
-    /// What to run.
-    pub start: Start,
+    /// The process.
+    pub process: Process,
 }
 
 /// The source of the root file system.
@@ -65,7 +73,9 @@ pub enum Overlay {
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
-    /// The MAC address, by which it is found.
+    /// The MAC address of its device, by which it is found.
+    pub device_mac: [u8; 6],
+    /// The MAC address that it gets.
     pub mac: [u8; 6],
     /// Its addresses. Without any, the interface is only brought up.
     pub addresses: Vec<InterfaceAddress>,
@@ -108,10 +118,18 @@ pub struct Limit {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Start {
     /// A process next to init, controlled by the main session.
-    Process(Process),
-    /// The root file system's own init in place of husk's: this program with these arguments, or if empty, the default
-    /// one. There are no sessions.
-    Init(Vec<Vec<u8>>),
+    Process(Box<Run>),
+    /// The same, but the process is not known yet. Init prepares all that does not depend on it,
+    /// [waits](crate::ToHost::Waiting), and starts it when it is [told to](crate::ToGuest::Begin). Meanwhile the machine may
+    /// be saved, and restored any number of times.
+    Wait,
+    /// The root file system's own init in place of husk's. There are no sessions.
+    Init {
+        /// This program with these arguments, or if empty, the default one.
+        args: Vec<Vec<u8>>,
+        /// The host name, unless it is empty.
+        hostname: String,
+    },
 }
 
 impl Spec {
@@ -145,19 +163,23 @@ mod tests {
             terminal: Some(WindowSize { rows: 1, columns: 2 }),
             ..Process::default()
         };
-        let spec = Spec {
-            modules: vec!["/modules/a.ko".into()],
-            root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Disk("/dev/vdb".into()) },
+        let run = Run {
             hostname: "name".into(),
             hosts: Some(b"127.0.0.1 localhost\n".to_vec()),
             resolv_conf: None,
             interfaces: vec![Interface {
+                device_mac: [2, 0, 0, 0, 0, 2],
                 mac: [2, 0, 0, 0, 0, 1],
                 addresses: vec![InterfaceAddress { ip: IpAddr::from([10, 0, 2, 15]), prefix: 24 }],
                 gateways: vec![IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1])],
             }],
             tmpfs: vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }],
-            start: Start::Process(process),
+            process,
+        };
+        let spec = Spec {
+            modules: vec!["/modules/a.ko".into()],
+            root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Disk("/dev/vdb".into()) },
+            start: Start::Process(Box::new(run)),
         };
         let bytes = spec.to_bytes().unwrap();
         assert_eq!(Spec::from_bytes(&bytes), Ok(spec));

@@ -109,7 +109,7 @@ fn interface(net: &Net) -> Result<Interface, Failure> {
     let mac = parse_mac(text.trim()).ok_or_else(|| Failure::new("eth0 has no Ethernet address"))?;
     let addresses = vec![InterfaceAddress { ip: net.ip, prefix: net.prefix }];
     let gateways: Vec<IpAddr> = vec![net.gateway];
-    Ok(Interface { mac, addresses, gateways })
+    Ok(Interface { device_mac: mac, mac, addresses, gateways })
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {

@@ -1,12 +1,16 @@
 //! An init that breaks the rules of the protocol: it ends its machine with one line, or only harms itself.
 
+use std::io::{Read, Write};
 use std::thread;
 
-use husk_protocol::frame::Message;
+use husk_protocol::frame::{self, Message};
 
+use super::control::UNSENT_MAX_BYTES;
 use super::*;
 use crate::console::hub::Hub;
 use crate::console::stream_log::StreamLog;
+
+mod restored;
 
 /// The maximum size of the log of a machine's output in these tests.
 const LOG_MAX_BYTES: u64 = 256 << 10;
@@ -20,12 +24,16 @@ struct Host {
 
 impl Host {
     fn new() -> Host {
+        Host::with(|listener, endpoints, timings| Session::new(listener, false, false, endpoints, timings))
+    }
+
+    fn with(session: impl FnOnce(UnixListener, Endpoints, Arc<Timings>) -> Result<Session>) -> Host {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("vsock_1024")).unwrap();
         let log = StreamLog::open(dir.path().join("streams.log"), LOG_MAX_BYTES).unwrap();
         let endpoints = Endpoints::Hub(Arc::new(Hub::new(log)));
         let timings = Arc::new(Timings::new(Instant::now()));
-        let session = Session::new(listener, false, false, endpoints, timings).unwrap();
+        let session = session(listener, endpoints, timings).unwrap();
         Host { dir, session, latch: ExitLatch::new().unwrap() }
     }
 
@@ -187,12 +195,12 @@ fn questions_whose_answers_are_not_read_take_no_memory() {
         asked_bytes += control.write(&questions[from..]).unwrap_or(0);
         host.turn();
         let kept = host.session.control.as_ref().unwrap();
-        assert!(kept.unsent.len() <= UNSENT_MAX_BYTES + 64, "{} bytes", kept.unsent.len());
+        assert!(kept.unsent_bytes() <= UNSENT_MAX_BYTES + 64, "{} bytes", kept.unsent_bytes());
     }
     assert_eq!(host.said(), None);
     // It is served again once it reads.
     let mut answers = [0; 64 << 10];
-    while host.session.control.as_ref().is_some_and(|control| !control.unsent.is_empty()) {
+    while host.session.control.as_ref().is_some_and(|control| control.unsent_bytes() > 0) {
         let _ = control.read(&mut answers);
         host.turn();
     }

@@ -1,0 +1,113 @@
+//! Sessions of machines that were restored, or that wait for their process.
+
+use husk_protocol::Process;
+use husk_protocol::frame::Reader;
+
+use super::*;
+
+/// The next messages to the guest.
+fn told(control: &mut UnixStream) -> Vec<ToGuest> {
+    control.set_nonblocking(true).unwrap();
+    let (mut reader, mut buffer, mut messages) = (Reader::default(), [0; 4096], Vec::new());
+    while let Ok(count) = control.read(&mut buffer) {
+        assert!(count > 0, "the connection is closed");
+        reader.push(&buffer[..count]);
+        while let Some(message) = reader.take().unwrap() {
+            messages.push(message);
+        }
+    }
+    control.set_nonblocking(false).unwrap();
+    messages
+}
+
+fn resumed(on_terminal: bool) -> Host {
+    Host::with(|listener, endpoints, timings| Session::resumed(listener, on_terminal, endpoints, timings))
+}
+
+#[test]
+fn a_resumed_process_is_renewed_once_and_ends_with_the_streams_that_it_had_left() {
+    let mut host = resumed(false);
+    let mut control = host.join(Role::Control);
+    // A stream may arrive before the guest has said which there are.
+    let stdout = host.join(Role::Stdout);
+    assert!(!host.session.has_started());
+    let open = ToHost::Resumed { pid: Some(2), streams: vec![Role::Stdout] };
+    host.hear(&mut control, &[open.clone(), open]);
+    assert!(host.session.has_started());
+    let [ToGuest::Renew(renewal)] = &told(&mut control)[..] else { panic!("it is renewed once") };
+    assert!(renewal.entropy != [0; 32] && renewal.time_ns > 1 << 60);
+    host.hear(&mut control, &[ToHost::Exited(3)]);
+    assert!(!host.session.is_over(), "its output may follow");
+    drop(stdout);
+    host.wait_until(Session::is_over);
+    assert_eq!((host.session.end(), host.said()), (Some(&ToHost::Exited(3)), None));
+    assert_eq!(told(&mut control), [ToGuest::Finish]);
+}
+
+#[test]
+fn a_process_that_ended_before_it_was_saved_has_no_streams_left() {
+    let mut host = resumed(false);
+    let mut control = host.join(Role::Control);
+    host.hear(&mut control, &[ToHost::Resumed { pid: None, streams: Vec::new() }, ToHost::Signaled(9)]);
+    assert!(host.session.is_over() && host.session.end() == Some(&ToHost::Signaled(9)));
+}
+
+#[test]
+fn only_a_restored_guest_is_renewed() {
+    let mut host = Host::new();
+    let mut control = host.join(Role::Control);
+    host.hear(&mut control, &[ToHost::Resumed { pid: None, streams: Vec::new() }, ToHost::Waiting]);
+    assert!(!host.session.has_started());
+    assert_eq!(told(&mut control), []);
+    // Nor is one twice that makes up streams.
+    let mut host = resumed(true);
+    let mut control = host.join(Role::Control);
+    let flood = ToHost::Resumed { pid: None, streams: vec![Role::Control; 1000] };
+    host.hear(&mut control, &[flood.clone(), flood]);
+    let renewals = told(&mut control).iter().filter(|message| matches!(message, ToGuest::Renew(_))).count();
+    assert_eq!((renewals, host.session.expected.len()), (1, 0));
+}
+
+#[test]
+fn a_machine_waits_until_its_run_begins() {
+    let mut host = Host::with(|listener, _, timings| Session::waiting(listener, timings));
+    let mut control = host.join(Role::Control);
+    assert!(!host.session.is_waiting());
+    host.hear(&mut control, &[ToHost::Waiting]);
+    assert!(host.session.is_waiting() && !host.session.has_started());
+    assert_eq!(told(&mut control), []);
+    // One that cannot be prepared.
+    let mut host = Host::with(|listener, _, timings| Session::waiting(listener, timings));
+    let mut control = host.join(Role::Control);
+    host.hear(&mut control, &[ToHost::Failed { message: "no".into(), code: 125 }]);
+    assert!(host.session.is_over() && !host.session.is_waiting());
+}
+
+#[test]
+fn a_run_begins_once_in_a_machine_that_waits() {
+    let process = Process { args: vec![vec![b'x'; 100_000]], ..Process::default() };
+    let run = Run { hostname: "box".into(), process, ..Run::default() };
+    let mut host =
+        Host::with(|listener, endpoints, timings| Session::beginning(listener, run.clone(), endpoints, timings));
+    let mut control = host.join(Role::Control);
+    host.hear(&mut control, &[ToHost::Waiting, ToHost::Waiting]);
+    let [ToGuest::Begin(renewal, begun)] = &told(&mut control)[..] else { panic!("it begins once") };
+    assert!(renewal.entropy != [0; 32] && **begun == run);
+    assert!(!host.session.has_started() && !host.session.is_waiting());
+    let outputs = [Role::Stdout, Role::Stderr].map(|role| host.join(role));
+    host.hear(&mut control, &[ToHost::Started(2), ToHost::Exited(0)]);
+    assert!(host.session.has_started() && !host.session.is_over());
+    drop(outputs);
+    host.wait_until(Session::is_over);
+}
+
+#[test]
+fn a_run_that_no_message_can_hold_is_refused() {
+    let process = Process { args: vec![vec![b'x'; ToGuest::MAX_BYTES]], ..Process::default() };
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("vsock_1024")).unwrap();
+    let timings = Arc::new(Timings::new(Instant::now()));
+    let session = Session::beginning(listener, Run { process, ..Run::default() }, Endpoints::Stdio, timings);
+    let error = format!("{:#}", session.err().unwrap());
+    assert!(error.starts_with("the command is too long: "), "{error}");
+}
