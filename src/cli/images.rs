@@ -47,7 +47,8 @@ impl Images {
             return Ok(Exit::Success);
         }
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        let mut rows = vec![["NAME".to_owned(), "ID".into(), "ADDED".into(), "ROOT".into(), "LAYERS".into()]];
+        let mut rows =
+            vec![["NAME".to_owned(), "ID".into(), "ADDED".into(), "ROOT".into(), "LAYERS".into(), "WARM".into()]];
         for image in &images {
             let age = now.saturating_sub(Duration::from_secs(image.record.added_seconds));
             let rest = [
@@ -55,12 +56,13 @@ impl Images {
                 format!("{} ago", HumanDuration(age)),
                 HumanBytes(image.root_bytes).to_string(),
                 HumanBytes(image.layer_bytes).to_string(),
+                HumanBytes(image.warm_bytes).to_string(),
             ];
             let unnamed = || vec![format!("<{}>", image.record.source.as_deref().unwrap_or("no name"))];
             let names = if image.names.is_empty() { unnamed() } else { image.names.clone() };
             for name in names {
-                let [id, age, root, layers] = rest.clone();
-                rows.push([name, id, age, root, layers]);
+                let [id, age, root, layers, warm] = rest.clone();
+                rows.push([name, id, age, root, layers, warm]);
             }
         }
         super::print(&table(&rows))?;

@@ -80,6 +80,19 @@ pub struct RecordInfo {
 }
 
 impl LifecycleArgs {
+    /// Of a machine without a name, in the foreground.
+    pub fn foreground() -> LifecycleArgs {
+        LifecycleArgs {
+            detach: false,
+            name: None,
+            rm: false,
+            restart: RestartPolicy { max_retries: 0 },
+            log_max: None,
+            in_background: false,
+            again: None,
+        }
+    }
+
     /// Whether this process only starts the one that runs the machine in the background.
     pub fn spawns_detached(&self) -> bool {
         self.detach && !self.in_background

@@ -45,6 +45,7 @@ mod time;
 pub mod update;
 mod usage;
 pub mod wait;
+pub mod warm;
 
 use std::io::Write;
 use std::time::Instant;
@@ -134,6 +135,8 @@ enum Command {
     Prepare(prepare::Prepare),
     /// Load an image from an archive or a directory
     Load(load::Load),
+    /// Make a snapshot that machines for an image start from, without booting
+    Warm(Box<warm::Warm>),
     /// List images
     Images(images::Images),
     /// Display detailed information about machines or images
@@ -186,6 +189,7 @@ impl Cli {
             Command::Pull(pull) => pull.run(),
             Command::Prepare(prepare) => prepare.run(),
             Command::Load(load) => load.run(),
+            Command::Warm(warm) => warm.run(started),
             Command::Images(images) => images.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Rmi(rmi) => rmi.run(),

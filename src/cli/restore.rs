@@ -4,15 +4,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 
 use super::boot;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
+use super::run::session::{self, Start};
 use crate::resources::disk::stamp;
 use crate::resources::{self, Source};
 use crate::snapshot::{Description, Snapshot};
+use crate::state_dir;
 use crate::supervisor::{self, Stdio};
 use crate::timings::Timings;
 
@@ -46,19 +48,28 @@ impl Restore {
     /// Runs the machine until its end. `started` is when this process started.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
         let Snapshot { description, files } = Snapshot::open(&self.dir)?;
+        let Description { image, command, process, stop_signal, mut config, disks, fingerprint, .. } = description;
+        let dir_name = self.dir.display();
+        ensure!(fingerprint.is_none(), "its machine waits for a command: use `husk run --from {dir_name} COMMAND`");
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
         let timings = Arc::new(Timings::new(started));
-        let Description { image, command, process, stop_signal, config, disks, .. } = description;
-        let info = RecordInfo { image, command, process, stop_signal };
         let dir = self.lifecycle.dir()?;
+        let streams = process.as_ref().map(|process| (process.stdin, process.terminal));
+        if let Some(vsock) = config.vsock.as_mut().filter(|_| streams.is_some()) {
+            vsock.socket = dir.file(state_dir::VSOCK);
+        }
+        let info = RecordInfo { image, command, process, stop_signal };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
-        let exit = self.lifecycle.run_with_restarts(endpoint, false, |endpoint, signals| {
+        let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
             let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
             stamp::check(&config.disks, &disks)?;
-            let stdio = Stdio::Console;
-            Ok(boot::report(&supervisor::run(&config, opened, timings.clone(), signals, stdio, endpoint)?))
+            let Some((stdin, terminal)) = streams else {
+                let reason = supervisor::run(&config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
+                return Ok(boot::report(&reason));
+            };
+            session::run(&config, opened, Start::Resume { stdin, terminal }, endpoint, signals, &timings)
         })?;
         if self.timings {
             super::print_stderr(&timings.to_string());

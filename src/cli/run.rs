@@ -1,39 +1,37 @@
 //! `husk run`: runs a command from an image in a new machine.
 
+pub mod machine;
+pub mod session;
+
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::{ArgAction, Args};
-use husk_protocol::{Limit, Tmpfs, ToHost};
+use husk_protocol::{Limit, Tmpfs};
 use log::Level;
 
-use super::cpus::{self, Cpus};
+use self::machine::MachineFlags;
+use self::session::Start;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
-use super::limits::LimitFlags;
-use super::network::NetworkFlags;
 use super::process::ProcessFlags;
 use super::usage::NO_VOLUMES;
 use super::{boot, signal, size};
-use crate::boot::Part;
-use crate::config::{MachineConfig, Rate, Transport};
-use crate::console::log::{Log, Tail};
-use crate::exit_latch::ExitReason;
-use crate::guest::process::{self, Defaults};
-use crate::guest::session::{Endpoints, Session};
+use crate::config::{MachineConfig, Rate};
+use crate::guest::process;
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
+use crate::image::Store;
 use crate::image::ext4::Journal;
-use crate::image::{ImageProcess, Store, on_demand};
-use crate::resources::guest_kernel::{Choice, GuestKernel};
-use crate::resources::root_file::Kind;
-use crate::resources::{self, BootFiles, Source};
+use crate::resources::guest_kernel::GuestKernel;
+use crate::resources::{self, Source};
+use crate::snapshot::{Snapshot, warm};
 use crate::state_dir::record::Inherited;
 use crate::state_dir::{self, MachineDir};
 use crate::supervisor::{self, ControlEndpoint, Stdio};
-use crate::sys::{SignalFd, socket};
+use crate::sys::SignalFd;
 use crate::timings::{Step, Timings};
 
 const EXAMPLES: &str = "\
@@ -51,7 +49,11 @@ Examples:
     tar c . | husk run -i ./image.tar wc -c
 
   Boot a disk image with its own operating system:
-    husk run ./disk.img";
+    husk run ./disk.img
+
+  Start a machine that has booted already:
+    husk warm debian:12
+    husk run debian:12 echo hello";
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -61,9 +63,6 @@ Exit codes:
   128+n  the command or the machine was terminated by signal n
   80-83  the machine failed: reset, kernel panic, triple fault, KVM error (see `husk boot --help`)
   Any other code is the exit code of the command.";
-
-/// The number of kernel messages shown to explain a failure.
-const TAIL_LINES: usize = 20;
 
 /// The default size of a persistent disk, which is sparse.
 const DEFAULT_DISK_BYTES: u64 = 10 << 30;
@@ -77,11 +76,15 @@ pub(super) struct Run {
     /// IMAGE is an image name (pulled if it is not in local storage), an archive saved by docker, podman or skopeo, an
     /// OCI layout, a root filesystem (a tar archive or a directory), or a disk image. Write ./FILE for a file in the
     /// working directory: anything that is a valid image name is taken as a name.
-    #[arg(required = true, num_args = 1.., trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
+    #[arg(required_unless_present = "from", num_args = 1.., trailing_var_arg = true)]
+    #[arg(value_names = ["IMAGE", "COMMAND"])]
     words: Vec<OsString>,
 
     #[command(flatten)]
     process: ProcessFlags,
+
+    #[command(flatten)]
+    machine: MachineFlags,
 
     /// Override the entrypoint of the image, and drop its default command
     #[arg(long, value_name = "PROGRAM")]
@@ -98,10 +101,6 @@ pub(super) struct Run {
     #[arg(long, value_name = "SIGNAL", value_parser = signal::signal)]
     stop_signal: Option<u8>,
 
-    /// Mount the root filesystem as read-only
-    #[arg(long)]
-    read_only: bool,
-
     /// Store changes to the root filesystem on a temporary disk of this size instead of in guest memory
     #[arg(long, value_name = "SIZE", value_parser = size::bytes, conflicts_with = "read_only")]
     scratch: Option<u64>,
@@ -113,10 +112,6 @@ pub(super) struct Run {
     #[arg(long, value_name = "NAME", conflicts_with = "read_only")]
     keep: Option<String>,
 
-    /// Limit the disk space for downloading and unpacking the image [default: the free disk space]
-    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
-    max_size: Option<u64>,
-
     /// Mount a tmpfs directory; can be repeated
     #[arg(long, value_name = "PATH[:OPTION,...]", value_parser = process::tmpfs)]
     tmpfs: Vec<Tmpfs>,
@@ -124,27 +119,6 @@ pub(super) struct Run {
     /// Set a resource limit (ulimit); can be repeated
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
     ulimit: Vec<Limit>,
-
-    /// Number of CPUs, 0.01 to 32; a fraction limits host CPU time, as for `husk boot`
-    #[arg(long, value_name = "N", value_parser = cpus::cpus, default_value = "1")]
-    cpus: Cpus,
-
-    /// Guest memory size: 512M, 1.5G, 2GiB
-    #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
-    #[arg(allow_negative_numbers = true)]
-    memory: u64,
-
-    #[command(flatten)]
-    limits: LimitFlags,
-
-    /// How the guest finds its virtio devices: mmio boots fastest, pci has the faster interrupts; auto is mmio, unless
-    /// the guest needs pci
-    #[arg(long, value_name = "auto|mmio|pci")]
-    transport: Option<Transport>,
-
-    /// Enable nested virtualization, if the host's KVM supports it
-    #[arg(long)]
-    nested: bool,
 
     /// Limit the read and write rate of each disk (bytes per second)
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
@@ -154,12 +128,17 @@ pub(super) struct Run {
     #[arg(long, value_name = "N")]
     disk_iops: Option<u64>,
 
-    #[command(flatten)]
-    network: NetworkFlags,
+    /// Boot the machine even if there is a warm image (`husk warm`)
+    #[arg(long)]
+    no_warm: bool,
 
-    /// Guest kernel: micro, stock, host or a path [default: the first one that is available]
-    #[arg(long, value_name = "KERNEL")]
-    kernel: Option<PathBuf>,
+    /// Start from a snapshot of a machine that waits for its command, made by `husk warm --output DIR`
+    ///
+    /// There is no IMAGE then: all words are the command. The machine has the CPUs, the memory and the kernel of the
+    /// snapshot.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "scratch", "init", "no_warm"])]
+    #[arg(conflicts_with_all = ["cpus", "memory", "kernel", "transport", "nested", "read_only"])]
+    from: Option<PathBuf>,
 
     /// Run an init of the image as PID 1, with its console on this terminal
     ///
@@ -193,29 +172,31 @@ impl Run {
         let timings = Arc::new(Timings::new(started));
         self.process.mask_values();
         let mut words = std::mem::take(&mut self.words).into_iter();
-        let image = words.next().unwrap_or_default();
+        let image = match &self.from {
+            Some(dir) => self.machine.adopt(dir)?.into(),
+            None => words.next().unwrap_or_default(),
+        };
         reject_volume_as_image(&image)?;
         let mut command: Vec<OsString> = words.collect();
         // After `--`, everything is the command.
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
-        let Some(root_fs) = self.find_root_fs(Path::new(&image))? else { return Ok(Exit::NotRun) };
+        let writable = |identity| self.writable_layer(identity);
+        let Some(root_fs) = self.machine.root_fs(Path::new(&image), writable)? else { return Ok(Exit::NotRun) };
+        if matches!(root_fs, RootFs::Disk { .. }) && (self.scratch.is_some() || self.keep.is_some()) {
+            bail!("a disk image is modified in place: remove --scratch and --keep");
+        }
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
         let dir = self.lifecycle.dir()?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
         let mut spec = self.guest_spec(root_fs, command, &dir)?;
-        spec.connect(self.network.setup(&name)?);
-        let kernel = self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()?;
+        spec.connect(self.machine.network.setup(&name)?);
+        let kernel = self.machine.kernel()?;
         let verbose = log::log_enabled!(Level::Info);
-        let mut config =
-            spec.machine_config(&kernel, self.cpus.vcpus, self.memory, &dir.file(state_dir::VSOCK), verbose);
-        config.cpu_limit_millicpus = self.cpus.limit_millicpus;
-        self.limits.apply(Some(self.memory), &mut config);
-        config.nested = self.nested;
-        config.transport = GuestSpec::transport(self.transport.unwrap_or_default(), &kernel)?;
+        let mut config = self.machine.config(&spec, &kernel, &dir.file(state_dir::VSOCK), verbose)?;
         for disk in &mut config.disks {
             disk.rate = Rate { bytes_per_second: self.disk_bps, ops_per_second: self.disk_iops, ..Rate::default() };
         }
@@ -237,29 +218,6 @@ impl Run {
         Ok(exit)
     }
 
-    /// Identifies the image: a file recognized by its content, or a source for the image store. `None` if it cannot be
-    /// prepared, which has been reported.
-    fn find_root_fs(&self, image: &Path) -> Result<Option<RootFs>> {
-        let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
-            Kind::Disk if self.scratch.is_some() || self.keep.is_some() => {
-                bail!("a disk image is modified in place: remove --scratch and --keep")
-            }
-            Kind::Disk => return Ok(Some(RootFs::Disk { path: image.to_owned(), readonly: self.read_only })),
-            Kind::Root { uuid } => (image.to_owned(), Defaults::default(), None, uuid),
-            Kind::Other => {
-                let word =
-                    image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
-                let Some(prepared) = on_demand::find_or_prepare(word, self.max_size, self.limits.sandbox())? else {
-                    return Ok(None);
-                };
-                let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, .. } = prepared.process;
-                let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal };
-                (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
-            }
-        };
-        Ok(Some(RootFs::Image { root, defaults, writable: self.writable_layer(identity)?, in_use }))
-    }
-
     /// The writable layer for the image `identity`.
     fn writable_layer(&self, identity: [u8; 16]) -> Result<WritableLayer> {
         let size_bytes = self.scratch.unwrap_or(DEFAULT_DISK_BYTES);
@@ -270,7 +228,7 @@ impl Run {
                 let journal = if self.lifecycle.may_restart() { Journal::Yes } else { Journal::No };
                 WritableLayer::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
             }
-            None if self.read_only => WritableLayer::None,
+            None if self.machine.read_only => WritableLayer::None,
             None => WritableLayer::Memory,
         })
     }
@@ -306,43 +264,44 @@ impl Run {
         signals: &SignalFd,
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
-        let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
+        let warm = match &self.from {
+            Some(dir) => Some(warm::open(dir, config, spec.is_readonly())?),
+            None if self.no_warm => None,
+            None => warm_image(spec, config)?,
+        };
+        let (source, start) = match warm {
+            Some(Snapshot { description, files }) => {
+                (Source::Snapshot(files), Start::Begin(spec.begin(&description.config.networks)?))
+            }
+            None => {
+                let initramfs = spec.initramfs(kernel, config.virtio_bus())?;
+                let (stdin, terminal) = (spec.wants_stdin(), spec.on_terminal());
+                (machine::boot_source(kernel, initramfs)?, Start::Boot { stdin, terminal })
+            }
+        };
         resources::host::warn_of_pvm();
         timings.mark(Step::Prepared);
-        let kernel = resources::kernel::open(&kernel.path)?.kernel;
-        // The initramfs and the command line in a unified kernel image belong to another system.
-        let initrd = Some(Part::whole(initramfs).context("read the initrd")?);
-        let source = Source::Boot(Box::new(BootFiles { kernel, kernel_words: String::new(), initrd }));
-        let (resources, outside) = resources::open_for(config, source)?;
-        if !spec.has_session() {
-            let opened = (resources, outside);
-            return Ok(boot::report(&supervisor::run(
-                config,
-                opened,
-                timings.clone(),
-                signals,
-                Stdio::Console,
-                endpoint,
-            )?));
+        let opened = resources::open_for(config, source)?;
+        if spec.has_session() {
+            return session::run(config, opened, start, endpoint, signals, timings);
         }
-        let service = endpoint.file(&format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT));
-        // Left behind by a failed run.
-        let _ = std::fs::remove_file(&service);
-        let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
-        let on_terminal = spec.on_terminal();
-        let endpoints = endpoint.hub().map_or(Endpoints::Stdio, |hub| Endpoints::Hub(hub.clone()));
-        let mut session = Session::new(listener, spec.wants_stdin(), on_terminal, endpoints, timings.clone())?;
-        // Without input, Ctrl-C raises a signal in this process, which is forwarded like any other.
-        let takes_keys = on_terminal && spec.wants_stdin();
-        // In the background standard error is a file, which a guest must not fill: `husk logs --kernel` shows its
-        // messages.
-        let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
-        let log = Log::create(endpoint.file(state_dir::CONSOLE_LOG), verbose).context("create the machine's log")?;
-        let tail = log.tail();
-        let stdio = Stdio::Session { session: &mut session, takes_keys, log };
-        let reason = supervisor::run(config, (resources, outside), timings.clone(), signals, stdio, endpoint)?;
-        Ok(exit_status(session.end(), &reason, &tail, verbose))
+        let reason = supervisor::run(config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
+        Ok(boot::report(&reason))
     }
+}
+
+/// The warm image that a machine of this configuration can start from.
+fn warm_image(spec: &GuestSpec, config: &MachineConfig) -> Result<Option<Snapshot>> {
+    if !spec.can_wait() {
+        return Ok(None);
+    }
+    let readonly = spec.is_readonly();
+    let place = warm::place(&Store::open_default()?, config, readonly)?;
+    let found = place.and_then(|place| warm::find(&place, config, readonly));
+    if found.is_some() {
+        log::info!("the machine starts from a warm image: --no-warm boots it instead");
+    }
+    Ok(found)
 }
 
 /// Rejects the value of Docker's `-v` in the place of the image: husk's `-v` is `--verbose` and takes no value.
@@ -351,28 +310,4 @@ fn reject_volume_as_image(word: &OsStr) -> Result<()> {
     let is_volume = log::log_enabled!(Level::Info) && text.contains(":/") && !Path::new(word).exists();
     ensure!(!is_volume, "{text}: {NO_VOLUMES}");
     Ok(())
-}
-
-/// The command's exit status if known, otherwise the machine's. Reports the reason of a failure.
-fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_already: bool) -> Exit {
-    match end {
-        Some(ToHost::Exited(code)) => return Exit::Reported(*code),
-        Some(ToHost::Signaled(number)) => return Exit::Signal(*number),
-        Some(ToHost::Failed { message, code }) => {
-            super::print_error(message);
-            return Exit::Reported(*code);
-        }
-        Some(ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime | ToHost::Resumed { .. } | ToHost::Waiting)
-        | None => {}
-    }
-    let exit = match boot::report(reason) {
-        Exit::Failure => Exit::NotRun,
-        exit => exit,
-    };
-    if !matches!(exit, Exit::Success | Exit::Signal(_)) && !told_already {
-        for line in tail.lines(TAIL_LINES) {
-            super::print_stderr(&format!("guest: {line}\n"));
-        }
-    }
-    exit
 }

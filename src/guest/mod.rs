@@ -154,6 +154,21 @@ impl GuestSpec {
         self.process().is_some()
     }
 
+    /// Whether a machine for this can wait for its process, to be saved there: no disk of its own is part of it.
+    pub fn can_wait(&self) -> bool {
+        let has_own_disk =
+            !matches!(self.root_fs, RootFs::Image { writable: WritableLayer::None | WritableLayer::Memory, .. });
+        self.has_session() && !has_own_disk
+    }
+
+    /// Whether the root file system has no writable layer.
+    pub fn is_readonly(&self) -> bool {
+        matches!(
+            self.root_fs,
+            RootFs::Image { writable: WritableLayer::None, .. } | RootFs::Disk { readonly: true, .. }
+        )
+    }
+
     /// Whether the process reads this process's standard input.
     pub fn wants_stdin(&self) -> bool {
         self.process().is_some_and(|process| process.stdin)

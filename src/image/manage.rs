@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -28,6 +29,8 @@ pub struct Listed {
     pub root_bytes: u64,
     /// The disk usage of its downloaded layers, which images share.
     pub layer_bytes: u64,
+    /// The disk usage of the snapshots that machines start from (`husk warm`).
+    pub warm_bytes: u64,
     /// Other properties.
     #[serde(flatten)]
     pub record: Record,
@@ -74,7 +77,9 @@ impl Store {
         let names = index.names_of(id).into_iter().map(familiar).collect();
         let blobs: BTreeSet<Digest> = record.layers.iter().filter_map(|layer| layer.blob).collect();
         let layer_bytes = blobs.iter().map(|&blob| disk_bytes(&self.blob_path(blob))).sum();
-        Some(Listed { id, names, root_bytes: disk_bytes(&self.root_path(record.root)), layer_bytes, record })
+        let root_bytes = disk_bytes(&self.root_path(record.root));
+        let warm_bytes = files_below(&self.warm_dir(record.root)).iter().map(|path| disk_bytes(path)).sum();
+        Some(Listed { id, names, root_bytes, layer_bytes, warm_bytes, record })
     }
 
     /// Adds names to an image.
@@ -182,6 +187,11 @@ impl Store {
         let roots: BTreeSet<Digest> = index.images.values().map(|record| record.root).collect();
         let root_of = |name: &str| Digest::from_hex(name.strip_suffix(".erofs")?);
         self.remove_unlocked("roots", &|name| root_of(name).is_none_or(|key| !roots.contains(&key)), pruned)?;
+        for entry in fs::read_dir(self.dir().join("warm"))? {
+            let name = entry?.file_name();
+            let key = Digest::from_hex(&name.to_string_lossy());
+            key.filter(|key| !roots.contains(key)).map_or(Ok(()), |key| self.remove_warm(key, pruned))?;
+        }
         self.remove_unlocked("tmp", &|_| true, pruned)?;
         let blobs = lock::file().open(self.dir().join("blobs.lock"))?;
         // Another process may be about to use them.
@@ -198,8 +208,22 @@ impl Store {
     /// Removes a root file system that is about to leave the index. This comes first, because there may be no space for a new index
     /// before.
     fn remove_root(&self, key: Digest, pruned: &mut Pruned) -> Result<()> {
+        self.remove_warm(key, pruned)?;
         let name = format!("{}.erofs", key.hex());
         self.remove_unlocked("roots", &|found| found == name, pruned)
+    }
+
+    /// Removes the snapshots of a root file system. Machines that were started from them keep the files open.
+    fn remove_warm(&self, key: Digest, pruned: &mut Pruned) -> Result<()> {
+        let dir = self.warm_dir(key);
+        for path in files_below(&dir) {
+            pruned.files += 1;
+            pruned.bytes += disk_bytes(&path);
+        }
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Removes the files in a directory that are not locked.
@@ -254,6 +278,12 @@ fn by_path(index: &Index, path: &Path) -> Result<Digest> {
 
 fn familiar(name: &str) -> String {
     name.parse::<Reference>().map_or_else(|_| name.to_owned(), |reference| reference.familiar())
+}
+
+/// The files in the directories in `dir`, as far as they exist.
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries(dir).flat_map(|dir| entries(&dir).collect::<Vec<_>>()).collect()
 }
 
 /// The disk usage of a file.

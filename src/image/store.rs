@@ -5,6 +5,7 @@
 //! roots/KEY.erofs    root file systems; complete once they have their names; locked (shared) while in use
 //! blobs/HEX          compressed layers, as long as an image has them: the next version shares most of them
 //! blobs.lock         locked (shared) while fetching layers that no image has yet
+//! warm/KEY/          snapshots of machines on the root file system KEY, removed with it (snapshot/warm.rs)
 //! disks/NAME.ext4    persistent disks; locked while in use
 //! tmp/NAME.part      files being written, locked by the writer; without a lock, left by a killed process
 //! tmp/NAME.lock      locked by the writer of NAME.part, for others to wait
@@ -23,7 +24,7 @@ use super::index::Index;
 use crate::resources::lock::{self, Kind};
 use crate::sys;
 
-const DIRS: [&str; 4] = ["roots", "blobs", "disks", "tmp"];
+const DIRS: [&str; 5] = ["roots", "blobs", "warm", "disks", "tmp"];
 /// Enough for about ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 
@@ -64,6 +65,11 @@ impl Store {
 
     pub(super) fn root_path(&self, key: Digest) -> PathBuf {
         self.dir.join("roots").join(format!("{}.erofs", key.hex()))
+    }
+
+    /// The directory for snapshots of machines on a root file system.
+    pub fn warm_dir(&self, root: Digest) -> PathBuf {
+        self.dir.join("warm").join(root.hex())
     }
 
     pub(super) fn blob_path(&self, blob: Digest) -> PathBuf {

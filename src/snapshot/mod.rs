@@ -9,6 +9,7 @@
 //! description is checked like a configuration file, and only a confined monitor decodes the state.
 
 mod header;
+pub mod warm;
 mod writer;
 
 use std::fs::File;
@@ -16,6 +17,8 @@ use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{self, Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
@@ -23,6 +26,7 @@ use crate::resources::SnapshotFiles;
 use crate::resources::disk::stamp::Stamp;
 use crate::state_dir::record::Inherited;
 use header::{HEADER_BYTES, Header};
+use warm::Fingerprint;
 pub use writer::SnapshotWriter;
 
 const STATE: &str = "state";
@@ -50,6 +54,9 @@ pub struct Description {
     pub config: MachineConfig,
     /// The files of its disks, which must not have changed.
     pub disks: Vec<Stamp>,
+    /// Of a machine that waits for its command: what it was booted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
 }
 
 /// A complete snapshot.
@@ -67,14 +74,19 @@ impl Snapshot {
         Snapshot::read(path).with_context(|| format!("open the snapshot {}", path.display()))
     }
 
+    /// The files are those of one directory even if another one takes its place meanwhile.
     fn read(path: &Path) -> Result<Snapshot> {
-        let mut file = match File::open(path.join(STATE)) {
-            Err(error) if error.kind() == ErrorKind::NotFound && path.join(MEMORY).exists() => {
+        let dir = match fs::open(path, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOTDIR) => bail!("not a snapshot, which is a directory"),
+            dir => dir?,
+        };
+        let open = |name: &str| fs::openat(&dir, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map(File::from);
+        let mut file = match open(STATE) {
+            Err(Errno::NOENT) if open(MEMORY).is_ok() => {
                 bail!("it is incomplete: `husk snapshot` was interrupted, or is not done yet")
             }
-            Err(error) if error.kind() == ErrorKind::NotFound && path.is_dir() => bail!("not a snapshot"),
-            Err(error) if error.kind() == ErrorKind::NotADirectory => bail!("not a snapshot, which is a directory"),
-            opened => opened?,
+            Err(Errno::NOENT) => bail!("not a snapshot"),
+            opened => opened.context("open the file `state`")?,
         };
         let mut header = [0; HEADER_BYTES];
         read_whole(&mut file, &mut header)?;
@@ -85,7 +97,7 @@ impl Snapshot {
         let (description, state) = header.split(&content)?;
         let description: Description = serde_json::from_slice(description).context("read its description")?;
         description.config.validate().context("its configuration is invalid")?;
-        let memory = File::open(path.join(MEMORY)).context("open the file `memory`")?;
+        let memory = open(MEMORY).context("open the file `memory`")?;
         let (found, expected) = (memory.metadata()?.len(), description.config.memory_mib << 20);
         ensure!(found == expected, "the file `memory` has {found} bytes instead of {expected}");
         Ok(Snapshot { description, files: SnapshotFiles { state: state.to_vec(), memory } })
@@ -99,7 +111,20 @@ fn read_whole(file: &mut File, bytes: &mut [u8]) -> Result<()> {
     }
 }
 
-/// The absolute path of a snapshot, for another process.
+/// The configuration as it is understood in any directory.
+pub fn with_absolute_paths(config: &MachineConfig) -> Result<MachineConfig> {
+    let mut config = config.clone();
+    let disks = config.disks.iter_mut().flat_map(|disk| {
+        let backing = disk.backing.iter_mut().map(|backing| &mut backing.path);
+        backing.chain([&mut disk.path])
+    });
+    let sockets = config.vsock.iter_mut().map(|vsock| &mut vsock.socket);
+    let absolute = |path: &mut PathBuf| absolute(path).map(|absolute| *path = absolute);
+    disks.chain(sockets).chain(&mut config.initrd).chain([&mut config.kernel]).try_for_each(absolute)?;
+    Ok(config)
+}
+
+/// The absolute path of a file, for another process.
 pub fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("find {}", path.display()))
 }
@@ -110,6 +135,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+    use crate::config::{BackingConfig, DiskConfig, VsockConfig};
 
     fn description() -> Description {
         Description {
@@ -121,6 +147,7 @@ mod tests {
             stop_signal: 15,
             config: MachineConfig { kernel: "vmlinux".into(), memory_mib: 32, ..MachineConfig::default() },
             disks: Vec::new(),
+            fingerprint: None,
         }
     }
 
@@ -198,5 +225,23 @@ mod tests {
         description.config.cpus = 1000;
         writer.finish(&description, b"{}").unwrap();
         assert_refused(&path, "its configuration is invalid: 1000 vCPUs");
+    }
+
+    #[test]
+    fn all_paths_become_absolute() {
+        let backing = vec![BackingConfig { path: "base.img".into(), format: None }];
+        let config = MachineConfig {
+            kernel: "vmlinux".into(),
+            initrd: Some("/initrd".into()),
+            disks: vec![DiskConfig { backing, ..DiskConfig::of("../disk.img".into()) }],
+            vsock: Some(VsockConfig { socket: "v.sock".into(), cid: 3 }),
+            ..MachineConfig::default()
+        };
+        let text = serde_json::to_string(&with_absolute_paths(&config).unwrap()).unwrap();
+        let here = std::env::current_dir().unwrap();
+        for path in ["vmlinux", "base.img", "../disk.img", "v.sock"] {
+            assert!(text.contains(&format!("\"{}/{path}\"", here.display())), "{path}: {text}");
+        }
+        assert!(text.contains("\"/initrd\""), "{text}");
     }
 }

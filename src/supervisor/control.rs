@@ -12,6 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::drain::{self, Printer};
 use super::endpoint::ControlEndpoint;
 use super::requests;
+use super::snapshot::Save;
 use crate::config::MachineConfig;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
@@ -65,6 +66,8 @@ pub enum Stdio<'a> {
         takes_keys: bool,
         /// The destination of kernel messages.
         log: Log,
+        /// If the guest waits for a process instead: where the machine is saved when it does.
+        save: Option<Save>,
     },
 }
 
@@ -85,9 +88,9 @@ pub fn run(
     stdio: Stdio,
     endpoint: &mut ControlEndpoint,
 ) -> Result<ExitReason> {
-    let (mut session, wants_terminal, log) = match stdio {
-        Stdio::Console => (None, true, None),
-        Stdio::Session { session, takes_keys, log } => (Some(session), takes_keys, Some(log)),
+    let (mut session, wants_terminal, log, save) = match stdio {
+        Stdio::Console => (None, true, None, None),
+        Stdio::Session { session, takes_keys, log, save } => (Some(session), takes_keys, Some(log), save),
     };
     let (console, sink) = drain::console(log, endpoint)?;
     let (resources, outside) = opened;
@@ -96,7 +99,9 @@ pub fn run(
     let wants_terminal = wants_terminal && !endpoint.is_detached();
     let terminal = if wants_terminal { RawTerminal::enter().context("set up the terminal")? } else { None };
     let on_terminal = terminal.is_some();
-    let reason = Supervisor::new(&mut monitor, signals, session.as_deref_mut(), endpoint, on_terminal)?.run()?;
+    let mut supervisor = Supervisor::new(&mut monitor, signals, session.as_deref_mut(), endpoint, on_terminal)?;
+    supervisor.save = save;
+    let reason = supervisor.run()?;
     monitor.timings().mark(Step::End);
     monitor.end();
     let printed = drain::print(&mut monitor, printer, session, signals, endpoint, &reason);
@@ -120,6 +125,7 @@ pub(super) struct Supervisor<'a> {
     button_pressed: bool,
     on_terminal: bool,
     trim: IdleTrim,
+    save: Option<Save>,
 }
 
 impl<'a> Supervisor<'a> {
@@ -159,6 +165,7 @@ impl<'a> Supervisor<'a> {
             button_pressed,
             on_terminal,
             trim: IdleTrim::start(),
+            save: None,
         })
     }
 
@@ -195,6 +202,7 @@ impl<'a> Supervisor<'a> {
                         if let Some(session) = &mut self.session {
                             session.on_ready(self.monitor.exit_latch())?;
                         }
+                        self.save_if_waiting()?;
                     }
                     Some(Token::ControlEndpoint) => requests::answer(&mut self),
                     // Not on the device's thread, so that only this one starts processes.
@@ -211,6 +219,15 @@ impl<'a> Supervisor<'a> {
         if let Some(session) = &mut self.session {
             session.check_clock();
         }
+    }
+
+    /// Saves a machine that waits for its process, if it is to be saved then.
+    fn save_if_waiting(&mut self) -> Result<()> {
+        let Some(save) = self.save.take_if(|_| self.session.as_ref().is_some_and(|session| session.is_waiting()))
+        else {
+            return Ok(());
+        };
+        self.save_and_end(&save)
     }
 
     /// Reports that the machine is running, once it is, including its process if it has one.

@@ -9,3 +9,4 @@ mod snapshot;
 
 pub use control::{Stdio, block_signals, run};
 pub use endpoint::ControlEndpoint;
+pub use snapshot::Save;

@@ -17,6 +17,7 @@ mod streams;
 #[path = "../kvm/terminal.rs"]
 mod terminal;
 mod uplink;
+mod warm;
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::DiskConfig;
 
-/// A file, when a machine that has it as a disk was saved. The content of a block device may change without a trace.
+/// A file at some time, such as a disk when its machine was saved. The content of a block device may change without a trace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stamp {
@@ -20,10 +20,11 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    fn of(path: &Path) -> Result<Stamp> {
-        let found = fs::metadata(path).with_context(|| format!("inspect disk {}", path.display()))?;
+    /// The stamp of the file at `path`.
+    pub fn of(path: &Path) -> Result<Stamp> {
+        let found = fs::metadata(path).with_context(|| format!("inspect {}", path.display()))?;
         let modified_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
-        Ok(Stamp { path: path.to_owned(), size_bytes: found.len(), modified_ns })
+        Ok(Stamp { path: std::path::absolute(path)?, size_bytes: found.len(), modified_ns })
     }
 }
 
@@ -67,6 +68,6 @@ mod tests {
         assert!(check(&disks, &stamps).is_err(), "it was modified");
         assert!(check(&[], &stamps).is_err());
         fs::remove_file(&path).unwrap();
-        assert!(check(&disks, &stamps).unwrap_err().to_string().contains("inspect disk /"));
+        assert!(check(&disks, &stamps).unwrap_err().to_string().contains("inspect /"));
     }
 }

@@ -1,0 +1,132 @@
+//! The flags that determine the machine in which `husk run` runs a command: everything but the command itself.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::boot::Part;
+use crate::cli::cpus::{self, Cpus};
+use crate::cli::limits::LimitFlags;
+use crate::cli::network::NetworkFlags;
+use crate::cli::size;
+use crate::config::{MachineConfig, Transport};
+use crate::guest::process::Defaults;
+use crate::guest::{GuestSpec, RootFs, WritableLayer};
+use crate::image::{ImageProcess, on_demand};
+use crate::resources::guest_kernel::{Choice, GuestKernel};
+use crate::resources::root_file::Kind;
+use crate::resources::{self, BootFiles, Source};
+use crate::snapshot::{Description, Snapshot};
+
+// A warm image fits a machine with the same values.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct MachineFlags {
+    /// Mount the root filesystem as read-only
+    #[arg(long)]
+    pub(in crate::cli) read_only: bool,
+
+    /// Limit the disk space for downloading and unpacking the image [default: the free disk space]
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    pub(in crate::cli) max_size: Option<u64>,
+
+    /// Number of CPUs, 0.01 to 32; a fraction limits host CPU time, as for `husk boot`
+    #[arg(long, value_name = "N", value_parser = cpus::cpus, default_value = "1")]
+    pub(in crate::cli) cpus: Cpus,
+
+    /// Guest memory size: 512M, 1.5G, 2GiB
+    #[arg(short, long, value_name = "SIZE", value_parser = size::memory_mib, default_value = "512M")]
+    #[arg(allow_negative_numbers = true)]
+    pub(in crate::cli) memory: u64,
+
+    #[command(flatten)]
+    pub(in crate::cli) limits: LimitFlags,
+
+    /// How the guest finds its virtio devices: mmio boots fastest, pci has the faster interrupts; auto is mmio, unless
+    /// the guest needs pci
+    #[arg(long, value_name = "auto|mmio|pci")]
+    pub(in crate::cli) transport: Option<Transport>,
+
+    /// Enable nested virtualization, if the host's KVM supports it
+    #[arg(long)]
+    pub(in crate::cli) nested: bool,
+
+    #[command(flatten)]
+    pub(in crate::cli) network: NetworkFlags,
+
+    /// Guest kernel: micro, stock, host or a path [default: the first one that is available]
+    #[arg(long, value_name = "KERNEL")]
+    pub(in crate::cli) kernel: Option<PathBuf>,
+}
+
+impl MachineFlags {
+    /// Identifies the image: a file recognized by its content, or a source for the image store. `writable` returns the writable
+    /// layer of an image with this identity. `None` if it cannot be prepared, which has been reported.
+    pub fn root_fs(
+        &self,
+        image: &Path,
+        writable: impl FnOnce([u8; 16]) -> Result<WritableLayer>,
+    ) -> Result<Option<RootFs>> {
+        let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
+            Kind::Disk => return Ok(Some(RootFs::Disk { path: image.to_owned(), readonly: self.read_only })),
+            Kind::Root { uuid } => (image.to_owned(), Defaults::default(), None, uuid),
+            Kind::Other => {
+                let word =
+                    image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
+                let Some(prepared) = on_demand::find_or_prepare(word, self.max_size, self.limits.sandbox())? else {
+                    return Ok(None);
+                };
+                let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, .. } = prepared.process;
+                let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal };
+                (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
+            }
+        };
+        Ok(Some(RootFs::Image { root, defaults, writable: writable(identity)?, in_use }))
+    }
+
+    /// Takes the values of the machine in the snapshot `dir`, and returns its image.
+    pub fn adopt(&mut self, dir: &Path) -> Result<String> {
+        let Description { image, config, fingerprint, .. } = Snapshot::open(dir)?.description;
+        let fingerprint = fingerprint.with_context(|| {
+            let name = dir.display();
+            format!("the machine in the snapshot {name} already runs its command: use `husk restore {name}`")
+        })?;
+        self.cpus = Cpus { vcpus: config.cpus, limit_millicpus: None };
+        self.memory = config.memory_mib;
+        self.kernel = Some(config.kernel);
+        self.transport = Some(config.transport);
+        self.nested = config.nested;
+        self.read_only = fingerprint.is_readonly();
+        Ok(image)
+    }
+
+    /// The kernel that the machine boots.
+    pub fn kernel(&self) -> Result<GuestKernel> {
+        self.kernel.as_deref().map_or(Choice::Any, Choice::from_word).find()
+    }
+
+    /// The configuration of the machine for `spec`, with `socket` for its sessions. With `verbose` its kernel logs more.
+    pub fn config(
+        &self,
+        spec: &GuestSpec,
+        kernel: &GuestKernel,
+        socket: &Path,
+        verbose: bool,
+    ) -> Result<MachineConfig> {
+        let mut config = spec.machine_config(kernel, self.cpus.vcpus, self.memory, socket, verbose);
+        config.cpu_limit_millicpus = self.cpus.limit_millicpus;
+        self.limits.apply(Some(self.memory), &mut config);
+        config.nested = self.nested;
+        config.transport = GuestSpec::transport(self.transport.unwrap_or_default(), kernel)?;
+        Ok(config)
+    }
+}
+
+/// What a machine boots from that has husk's init.
+pub fn boot_source(kernel: &GuestKernel, initramfs: File) -> Result<Source> {
+    let kernel = resources::kernel::open(&kernel.path)?.kernel;
+    // The initramfs and the command line in a unified kernel image belong to another system.
+    let initrd = Some(Part::whole(initramfs).context("read the initrd")?);
+    Ok(Source::Boot(Box::new(BootFiles { kernel, kernel_words: String::new(), initrd })))
+}

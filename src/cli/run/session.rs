@@ -1,0 +1,106 @@
+//! Runs a machine whose guest has husk's init, with the streams, signals and terminal of its process.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use husk_protocol::{Run, ToHost};
+use log::Level;
+
+use crate::cli::boot;
+use crate::cli::exit::Exit;
+use crate::config::MachineConfig;
+use crate::console::log::{Log, Tail};
+use crate::exit_latch::ExitReason;
+use crate::guest::session::{Endpoints, Session};
+use crate::resources::{Outside, Resources};
+use crate::state_dir;
+use crate::supervisor::{self, ControlEndpoint, Save, Stdio};
+use crate::sys::{SignalFd, socket};
+use crate::timings::Timings;
+
+/// The number of kernel messages shown to explain a failure.
+const TAIL_LINES: usize = 20;
+
+/// How the guest comes to its process.
+pub enum Start {
+    /// It boots with it.
+    Boot {
+        /// Whether the process reads standard input.
+        stdin: bool,
+        /// Whether it has a terminal.
+        terminal: bool,
+    },
+    /// It waits for this one.
+    Begin(Run),
+    /// It had it when the machine was saved.
+    Resume {
+        /// Whether the process reads standard input.
+        stdin: bool,
+        /// Whether it has a terminal.
+        terminal: bool,
+    },
+    /// It gets none: the machine is saved, and ends.
+    Wait(Save),
+}
+
+/// Runs the machine `config` until its end, and returns the exit status of its process.
+pub fn run(
+    config: &MachineConfig,
+    opened: (Resources, Outside),
+    start: Start,
+    endpoint: &mut ControlEndpoint,
+    signals: &SignalFd,
+    timings: &Arc<Timings>,
+) -> Result<Exit> {
+    let service = endpoint.file(&format!("{}_{}", state_dir::VSOCK, husk_protocol::PORT));
+    // Left behind by a failed run.
+    let _ = std::fs::remove_file(&service);
+    let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
+    let endpoints = endpoint.hub().map_or(Endpoints::Stdio, |hub| Endpoints::Hub(hub.clone()));
+    let (stdin, terminal) = match &start {
+        Start::Boot { stdin, terminal } | Start::Resume { stdin, terminal } => (*stdin, *terminal),
+        Start::Begin(run) => (run.process.stdin, run.process.terminal.is_some()),
+        Start::Wait(_) => (false, false),
+    };
+    let timings = timings.clone();
+    let (mut session, save) = match start {
+        Start::Boot { .. } => (Session::new(listener, stdin, terminal, endpoints, timings.clone())?, None),
+        Start::Resume { .. } => (Session::resumed(listener, terminal, endpoints, timings.clone())?, None),
+        Start::Begin(run) => (Session::beginning(listener, run, endpoints, timings.clone())?, None),
+        Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
+    };
+    // Without input, Ctrl-C raises a signal in this process, which is forwarded like any other.
+    let takes_keys = terminal && stdin;
+    // In the background standard error is a file, which a guest must not fill: `husk logs --kernel` shows its
+    // messages.
+    let verbose = log::log_enabled!(Level::Info) && !endpoint.is_detached();
+    let log = Log::create(endpoint.file(state_dir::CONSOLE_LOG), verbose).context("create the machine's log")?;
+    let tail = log.tail();
+    let stdio = Stdio::Session { session: &mut session, takes_keys, log, save };
+    let reason = supervisor::run(config, opened, timings, signals, stdio, endpoint)?;
+    Ok(exit_status(session.end(), &reason, &tail, verbose))
+}
+
+/// The command's exit status if known, otherwise the machine's. Reports the reason of a failure.
+fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_already: bool) -> Exit {
+    match end {
+        Some(ToHost::Exited(code)) => return Exit::Reported(*code),
+        Some(ToHost::Signaled(number)) => return Exit::Signal(*number),
+        Some(ToHost::Failed { message, code }) => {
+            crate::cli::print_error(message);
+            return Exit::Reported(*code);
+        }
+        Some(ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime | ToHost::Resumed { .. } | ToHost::Waiting)
+        | None => {}
+    }
+    let exit = match boot::report(reason) {
+        Exit::Failure => Exit::NotRun,
+        exit => exit,
+    };
+    if !matches!(exit, Exit::Success | Exit::Signal(_)) && !told_already {
+        for line in tail.lines(TAIL_LINES) {
+            crate::cli::print_stderr(&format!("guest: {line}\n"));
+        }
+    }
+    exit
+}

@@ -1,0 +1,116 @@
+//! `husk warm`: makes the snapshot that machines for an image start from.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+
+use super::exit::Exit;
+use super::lifecycle::{LifecycleArgs, RecordInfo};
+use super::run::machine::{self, MachineFlags};
+use super::run::session::{self, Start};
+use crate::config::MachineConfig;
+use crate::guest::process::Overrides;
+use crate::guest::{GuestSpec, RootFs, WritableLayer};
+use crate::image::Store;
+use crate::resources;
+use crate::snapshot::warm::{self, Fingerprint};
+use crate::state_dir;
+use crate::supervisor::{ControlEndpoint, Save};
+use crate::sys::SignalFd;
+use crate::timings::Timings;
+
+const EXAMPLES: &str = "\
+Examples:
+  Let machines for an image start without booting:
+    husk warm debian:12
+    husk run debian:12 echo hello
+
+  For machines of another size:
+    husk warm --cpus 2 --memory 2G debian:12
+
+`husk run` uses a warm image if the machine would boot in the same way: with the same image, kernel, CPUs, memory, devices and
+read-only root. It boots as usual if husk, the kernels or the processor have changed since; run `husk warm` again then.
+`husk images` shows the disk space that warm images take, and `husk rmi` removes them with their image.";
+
+#[derive(Debug, Args)]
+#[command(override_usage = "husk warm [OPTIONS] IMAGE", after_help = EXAMPLES)]
+pub(super) struct Warm {
+    /// Image, as for `husk run`
+    #[arg(value_name = "IMAGE")]
+    image: OsString,
+
+    #[command(flatten)]
+    machine: MachineFlags,
+
+    /// Write the snapshot to this directory instead of the image store, for `husk run --from`
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+impl Warm {
+    /// Boots the machine until it waits for its command, and saves it there. `started` is when this process started.
+    pub fn run(self, started: Instant) -> Result<Exit> {
+        let layer = if self.machine.read_only { WritableLayer::None } else { WritableLayer::Memory };
+        let root_fs = match self.machine.root_fs(Path::new(&self.image), |_| Ok(layer))? {
+            Some(RootFs::Disk { .. }) => {
+                bail!("a disk image boots its own init, and only a container image can be warm")
+            }
+            Some(root_fs) => root_fs,
+            None => return Ok(Exit::Failure),
+        };
+        let mut lifecycle = LifecycleArgs::foreground();
+        let dir = lifecycle.dir()?;
+        // The command is not part of the snapshot.
+        let overrides = Overrides { command: vec!["true".into()], ..Overrides::default() };
+        let mut spec = GuestSpec::with_process(root_fs, overrides, false, false, dir.id(), Vec::new())?;
+        spec.connect(self.machine.network.setup(&dir.id())?);
+        let kernel = self.machine.kernel()?;
+        let config = self.machine.config(&spec, &kernel, &dir.file(state_dir::VSOCK), false)?;
+        config.validate()?;
+        let Some(path) = self.place(&spec, &config)? else { return Ok(Exit::Success) };
+        let (image, stop_signal) = (self.image.to_string_lossy().into_owned(), spec.stop_signal());
+        let info = RecordInfo { image, command: Vec::new(), process: None, stop_signal };
+        let endpoint = lifecycle.endpoint(dir, info, &config)?;
+        let timings = Arc::new(Timings::new(started));
+        let boot = |endpoint: &mut ControlEndpoint, signals: &SignalFd| {
+            let fingerprint = Fingerprint::of(&config, spec.is_readonly())?;
+            let initramfs = spec.waiting_initramfs(&kernel, config.virtio_bus())?;
+            let opened = resources::open_for(&config, machine::boot_source(&kernel, initramfs)?)?;
+            let start = Start::Wait(Save { path: path.clone(), fingerprint });
+            session::run(&config, opened, start, endpoint, signals, &timings)
+        };
+        let exit = lifecycle.run_with_restarts(endpoint, true, boot)?;
+        if exit == Exit::Success {
+            super::print(&format!("{}\n", path.display()))?;
+        }
+        Ok(exit)
+    }
+
+    /// The directory of the snapshot. `None` if there is one already that is not outdated; others are removed.
+    fn place(&self, spec: &GuestSpec, config: &MachineConfig) -> Result<Option<PathBuf>> {
+        if let Some(path) = &self.output {
+            return Ok(Some(path.clone()));
+        }
+        let place = warm::place(&Store::open_default()?, config, spec.is_readonly())?;
+        let path = place.context("the image is not in the image store: use --output DIR, and `husk run --from DIR`")?;
+        if warm::find(&path, config, spec.is_readonly()).is_some() {
+            super::print(&format!("{}\n", path.display()))?;
+            return Ok(None);
+        }
+        if let Err(error) = fs::remove_dir_all(&path)
+            && error.kind() != ErrorKind::NotFound
+        {
+            return Err(error).with_context(|| format!("remove the outdated snapshot {}", path.display()));
+        }
+        let parent = path.parent().context("the image store has no directory for it")?;
+        fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+        ensure!(!path.exists(), "{} is being created by another husk", path.display());
+        Ok(Some(path))
+    }
+}

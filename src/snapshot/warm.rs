@@ -1,0 +1,159 @@
+//! Warm images: snapshots of machines that wait just before their command, kept next to the image store's root file systems.
+//!
+//! ```text
+//! warm/ROOT/KEY/    in the image store: a snapshot for machines on the root file system roots/ROOT.erofs; KEY is the digest of the configuration
+//! ```
+//!
+//! A guest notices whatever it was booted with, so a snapshot fits only machines that would boot in exactly the same way: with
+//! the same configuration as far as the guest sees it, and with the same [`Fingerprint`].
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::system::uname;
+use serde::{Deserialize, Serialize};
+
+use super::{Description, Snapshot};
+use crate::config::{Attachment, MachineConfig, NetworkConfig, Rate, UserNetwork};
+use crate::image::{Digest, Store};
+use crate::resources::disk::stamp::Stamp;
+use crate::sys::processor;
+
+const MICROCODE: &str = "/sys/devices/system/cpu/cpu0/microcode/version";
+const MICROCODE_BYTES_MAX: u64 = 64;
+const ROOT_SUFFIX: &str = ".erofs";
+
+/// What a booted guest depends on besides its configuration: a change makes warm images useless.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fingerprint {
+    /// This program.
+    husk: Stamp,
+    /// The guest's kernel.
+    kernel: Stamp,
+    /// The root file system.
+    root: Stamp,
+    /// Release and version of the host's kernel, with its KVM.
+    host: String,
+    /// The processor's identity and features, in hexadecimal.
+    processor: String,
+    /// The version of its microcode, if known.
+    microcode: String,
+    /// Whether the root file system has no writable layer.
+    is_readonly: bool,
+}
+
+impl Fingerprint {
+    /// The current one of a machine with this configuration, whose first disk is its root file system.
+    pub fn of(config: &MachineConfig, is_readonly: bool) -> Result<Fingerprint> {
+        let root = &config.disks.first().context("the machine has no root file system")?.path;
+        let host = uname();
+        Ok(Fingerprint {
+            husk: Stamp::of(&std::env::current_exe().context("find this program")?)?,
+            kernel: Stamp::of(&config.kernel)?,
+            root: Stamp::of(root)?,
+            host: format!("{} {}", host.release().to_string_lossy(), host.version().to_string_lossy()),
+            processor: processor::identity(),
+            microcode: microcode(),
+            is_readonly,
+        })
+    }
+
+    /// Whether the root file system has no writable layer.
+    pub fn is_readonly(&self) -> bool {
+        self.is_readonly
+    }
+
+    /// What has changed since `earlier`, if anything has.
+    pub fn change_since(&self, earlier: &Fingerprint) -> Option<&'static str> {
+        let same = [
+            (self.husk == earlier.husk, "husk"),
+            (self.kernel == earlier.kernel, "the guest kernel"),
+            (self.root == earlier.root, "the image"),
+            (self.host == earlier.host, "the host's kernel"),
+            (self.processor == earlier.processor, "the processor"),
+            (self.microcode == earlier.microcode, "the processor's microcode"),
+            (self.is_readonly == earlier.is_readonly, "whether the root filesystem is read-only"),
+        ];
+        same.iter().find(|(is_same, _)| !is_same).map(|(_, name)| *name)
+    }
+}
+
+fn microcode() -> String {
+    let mut version = String::new();
+    let read = File::open(MICROCODE).and_then(|file| file.take(MICROCODE_BYTES_MAX).read_to_string(&mut version));
+    // Not every host shows it.
+    read.map_or_else(|_| String::new(), |_| version.trim().to_owned())
+}
+
+/// Where the warm image for machines with this configuration is, whether it exists or not. `is_readonly` says that the root file
+/// system has no writable layer. `None` if the root file system is not in the store.
+pub fn place(store: &Store, config: &MachineConfig, is_readonly: bool) -> Result<Option<PathBuf>> {
+    let Some(root) = config.disks.first().and_then(|disk| disk.path.file_name()).and_then(|name| name.to_str()) else {
+        return Ok(None);
+    };
+    let Some(root) = root.strip_suffix(ROOT_SUFFIX).and_then(Digest::from_hex) else { return Ok(None) };
+    let json = serde_json::to_vec(&(seen_by_guest(config)?, is_readonly))?;
+    Ok(Some(store.warm_dir(root).join(Digest::of(&json).hex())))
+}
+
+/// The configuration as far as a guest that waits for its command sees it.
+fn seen_by_guest(config: &MachineConfig) -> Result<MachineConfig> {
+    let config = super::with_absolute_paths(config)?;
+    let vsock =
+        config.vsock.as_ref().map(|vsock| crate::config::VsockConfig { socket: PathBuf::new(), ..vsock.clone() });
+    // An interface gets its addresses, and the one of its device, later.
+    let networks = config.networks.iter().map(|network| NetworkConfig {
+        to: match &network.to {
+            Attachment::User(_) => Attachment::User(UserNetwork::default()),
+            Attachment::Tap { .. } | Attachment::Bridge { .. } => Attachment::Tap { name: String::new() },
+        },
+        mac: None,
+        rate: Rate::default(),
+        vhost: None,
+    });
+    let networks = networks.collect();
+    let mut disks = config.disks.clone();
+    disks.iter_mut().for_each(|disk| disk.rate = Rate::default());
+    Ok(MachineConfig {
+        cmdline: String::new(),
+        cpu_limit_millicpus: None,
+        cpuset: Vec::new(),
+        cpu_shares: None,
+        host_memory_mib: None,
+        prefault: false,
+        sandbox: true,
+        vsock,
+        networks,
+        disks,
+        ..config
+    })
+}
+
+/// Opens the snapshot at `path`, from which a machine with this configuration starts. Fails if it would not boot in the same way.
+pub fn open(path: &Path, config: &MachineConfig, is_readonly: bool) -> Result<Snapshot> {
+    let snapshot = Snapshot::open(path)?;
+    let check = || -> Result<()> {
+        let Description { config: saved, fingerprint, .. } = &snapshot.description;
+        let made_with = fingerprint.as_ref().context("its machine does not wait for a command")?;
+        if let Some(change) = Fingerprint::of(config, is_readonly)?.change_since(made_with) {
+            bail!("{change} has changed since it was made: make another one with `husk warm`");
+        }
+        ensure!(
+            seen_by_guest(saved)? == seen_by_guest(config)?,
+            "its machine has other devices or limits than this one"
+        );
+        Ok(())
+    };
+    check().with_context(|| format!("start from the snapshot {}", path.display())).map(|()| snapshot)
+}
+
+/// The same for a snapshot that need not exist. `None`, with a line of the log, if it is of no use.
+pub fn find(path: &Path, config: &MachineConfig, is_readonly: bool) -> Option<Snapshot> {
+    if !path.exists() {
+        return None;
+    }
+    open(path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()
+}

@@ -1,0 +1,216 @@
+//! Machines that start from snapshots: warm images, and machines that were saved with their process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use tempfile::TempDir;
+
+use super::guests::guests;
+use super::{Ended, TIMEOUT, finish, husk_as_is, image};
+
+/// A size that no other test uses, so that this file's warm images are its own.
+const MEMORY: &str = "100M";
+
+/// `husk COMMAND` with the micro kernel and the machine's flags.
+fn husk(guests: &Path, command: &str, words: &[&str]) -> Command {
+    let kernel = guests.join("micro/vmlinux");
+    let fixed = [command, "--memory", MEMORY, "--network", "none", "--kernel", kernel.to_str().unwrap()];
+    plain(&[&fixed, words].concat())
+}
+
+/// `husk` with these words.
+fn plain(words: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+    command.args(words).env("HUSK_DATA", image::store()).stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Makes the warm image that the flags select, and returns its directory.
+#[track_caller]
+fn warm(guests: &Path, flags: &[&str]) -> PathBuf {
+    let ended = finish(husk(guests, "warm", &[flags, &[image::archive()]].concat()), Vec::new());
+    ended.expect(0);
+    ended.text().trim_end().into()
+}
+
+/// Runs a shell command in the test image, with `-v`.
+fn run(guests: &Path, flags: &[&str], script: &str) -> Ended {
+    let words = [&["-v"], flags, &[image::archive(), "sh", "-c", script]].concat();
+    finish(husk(guests, "run", &words), Vec::new())
+}
+
+fn is_warm(ended: &Ended) -> bool {
+    ended.errors.contains("the machine starts from a warm image")
+}
+
+#[test]
+fn a_command_sees_the_same_in_a_warm_machine() {
+    let guests = guests!();
+    let flags =
+        ["--env", "A=b c", "--hostname", "box", "--user", "1:2", "--workdir", "/tmp", "--tmpfs", "/mnt:size=1m"];
+    let script = "id; pwd; hostname; env | sort; cat /etc/hosts /proc/mounts; ulimit -a; ls /dev /proc/self/fd; \
+                  ls -l /; cat /proc/self/cgroup; nproc; exit 7";
+    let boot = run(&guests, &[&flags[..], &["--no-warm"]].concat(), script);
+    boot.expect(7);
+    warm(&guests, &[]);
+    for _ in 0..2 {
+        let started = run(&guests, &flags, script);
+        assert!(is_warm(&started) && !is_warm(&boot), "{}\n{}", started.errors, boot.errors);
+        assert_eq!(started.expect(7).text(), boot.text());
+    }
+    let readonly = run(&guests, &["--read-only"], "echo x > /x");
+    assert!(!is_warm(&readonly), "another root: {}", readonly.errors);
+    readonly.expect(1);
+    warm(&guests, &["--read-only"]);
+    let readonly = run(&guests, &["--read-only"], "echo x > /x");
+    assert!(is_warm(&readonly), "{}", readonly.errors);
+    readonly.expect(1);
+}
+
+#[test]
+fn warm_machines_are_different_and_know_the_time() {
+    let guests = guests!();
+    warm(&guests, &[]);
+    let script = "head -c 32 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid; hostname; date +%s";
+    let machines: Vec<_> = (0..4).map(|_| husk(&guests, "run", &[image::archive(), "sh", "-c", script])).collect();
+    let running: Vec<_> = machines.into_iter().map(|mut machine| machine.spawn().unwrap()).collect();
+    let mut seen = Vec::new();
+    for child in running {
+        let ended = super::wait(child);
+        ended.expect(0);
+        let text = ended.text();
+        let lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+        let time: u64 = lines[3].parse().unwrap();
+        assert!(now - time.min(now) < 120 && time <= now + 1, "{time} is not {now}");
+        seen.extend(lines.into_iter().take(3));
+    }
+    let count = seen.len();
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), count, "{seen:?}");
+}
+
+#[test]
+fn a_snapshot_of_a_waiting_machine_is_for_any_command() {
+    let guests = guests!();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("waiting");
+    let path = path.to_str().unwrap();
+    assert_eq!(warm(&guests, &["--output", path]), Path::new(path));
+    for word in ["one", "two"] {
+        let ended = finish(plain(&["run", "--network", "none", "--from", path, "echo", word]), Vec::new());
+        assert_eq!(ended.expect(0).text(), format!("{word}\n"));
+    }
+    let refused = |words: &[&str], code: i32, why: &str| {
+        let ended = finish(plain(words), Vec::new());
+        assert!(ended.errors.contains(why), "{words:?}: {}", ended.errors);
+        ended.expect(code);
+    };
+    refused(&["restore", path], 1, "use `husk run --from");
+    refused(&["run", "--from", path, "--memory", "1G", "true"], 2, "cannot be used with");
+    refused(&["run", "--from", "/nowhere", "true"], 125, "open the snapshot /nowhere");
+    let state = Path::new(path).join("state");
+    let mut bytes = fs::read(&state).unwrap();
+    bytes[100] ^= 1;
+    fs::write(&state, bytes).unwrap();
+    refused(&["run", "--network", "none", "--from", path, "true"], 125, "it is damaged");
+}
+
+#[test]
+fn a_damaged_warm_image_only_costs_time() {
+    let guests = guests!();
+    let path = warm(&guests, &["--cpus", "2"]);
+    fs::File::options().write(true).open(path.join("memory")).unwrap().set_len(4096).unwrap();
+    let ended = run(&guests, &["--cpus", "2"], "nproc");
+    assert!(!is_warm(&ended) && ended.errors.contains("the file `memory` has 4096 bytes"), "{}", ended.errors);
+    assert_eq!(ended.expect(0).text(), "2\n");
+    assert_eq!(warm(&guests, &["--cpus", "2"]), path);
+    let ended = run(&guests, &["--cpus", "2"], "nproc");
+    assert!(is_warm(&ended), "{}", ended.errors);
+    assert_eq!(ended.expect(0).text(), "2\n");
+}
+
+/// A machine in the background that counts, and its state directory.
+struct Counter {
+    runtime: TempDir,
+}
+
+impl Counter {
+    fn start(guests: &Path) -> Counter {
+        let counter = Counter { runtime: tempfile::tempdir().unwrap() };
+        let script = "n=0; while [ ! -e /end ]; do echo $n; n=$((n+1)); sleep 0.1; done; exit 9";
+        let mut command = husk_as_is(guests, "micro", "96M", &["-d", "--name", "first", "--network", "none"]);
+        command.args([image::archive(), "sh", "-c", script]).env("XDG_RUNTIME_DIR", counter.runtime.path());
+        finish(command, Vec::new()).expect(0);
+        counter
+    }
+
+    #[track_caller]
+    fn ok(&self, words: &[&str]) -> String {
+        let mut command = plain(words);
+        command.env("XDG_RUNTIME_DIR", self.runtime.path());
+        let ended = finish(command, Vec::new());
+        assert_eq!(ended.code, Some(0), "{words:?}: {}", ended.errors);
+        ended.text()
+    }
+
+    /// The numbers that a machine has printed.
+    fn numbers(&self, name: &str) -> Vec<u32> {
+        self.ok(&["logs", name]).lines().map(|line| line.trim().parse().unwrap()).collect()
+    }
+
+    #[track_caller]
+    fn await_number(&self, name: &str, number: u32) {
+        let start = Instant::now();
+        while self.numbers(name).last().is_none_or(|last| *last < number) {
+            assert!(start.elapsed() < TIMEOUT, "{:?}", self.numbers(name));
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        let mut command = plain(&["rm", "-f", "first", "second", "third"]);
+        let _ = command.env("XDG_RUNTIME_DIR", self.runtime.path()).status();
+    }
+}
+
+#[test]
+fn a_process_continues_in_restored_machines() {
+    let guests = guests!();
+    let counter = Counter::start(&guests);
+    let path = counter.runtime.path().join("counter.snap");
+    let path = path.to_str().unwrap();
+    counter.await_number("first", 5);
+    counter.ok(&["snapshot", "first", path]);
+    let at = counter.numbers("first").last().copied().unwrap();
+    counter.await_number("first", at + 3);
+    counter.ok(&["rm", "-f", "first"]);
+    for name in ["second", "third"] {
+        counter.ok(&["restore", "-d", "--name", name, path]);
+    }
+    for name in ["second", "third"] {
+        counter.await_number(name, at + 10);
+        let numbers = counter.numbers(name);
+        assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{numbers:?}");
+        assert!(numbers[0] <= at + 1 && numbers[0] >= 5, "it continues at {at}: {numbers:?}");
+        assert_eq!(counter.ok(&["exec", name, "echo", "inside"]), "inside\n");
+    }
+    counter.ok(&["exec", "third", "touch", "/end"]);
+    assert_eq!(counter.ok(&["wait", "third"]), "9\n");
+    counter.await_number("second", at + 12);
+    // Without its first machine, from a snapshot of a restored one.
+    let again = format!("{path}.again");
+    counter.ok(&["snapshot", "--stop", "second", &again]);
+    counter.ok(&["rm", "second"]);
+    counter.ok(&["restore", "-d", "--name", "second", &again]);
+    counter.await_number("second", at + 20);
+    counter.ok(&["exec", "second", "touch", "/end"]);
+    assert_eq!(counter.ok(&["wait", "second"]), "9\n");
+}
