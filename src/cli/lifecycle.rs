@@ -103,6 +103,11 @@ impl LifecycleArgs {
         self.detach
     }
 
+    /// Whether the machine existed before, and is started again.
+    pub fn is_again(&self) -> bool {
+        self.again.is_some()
+    }
+
     /// Whether the machine may be restarted within this process.
     pub fn may_restart(&self) -> bool {
         self.restart.max_retries > 0
@@ -201,10 +206,16 @@ pub fn spawn_detached() -> Result<Exit> {
     }
 }
 
-/// Starts a stopped machine in the background, as it was started before. That process prints its own errors.
+/// Starts a stopped machine in the background, as it was started before, or where it was suspended. That process prints its own errors.
 pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
     check_restartable(entry)?;
-    let (command, words) = Origin::read(entry)?.command()?;
+    let (command, words) = match entry.state() {
+        State::Suspended { snapshot, .. } => {
+            let words = ["restore".into(), "--detach".into(), "--".into(), snapshot.into()];
+            (Command::new("/proc/self/exe"), words.to_vec())
+        }
+        _ => Origin::read(entry)?.command()?,
+    };
     Ok(match launch(command, &words, Some(&entry.id))? {
         Launched::Running(_) => Exit::Success,
         Launched::Failed(exit) => exit,

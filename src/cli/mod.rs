@@ -41,6 +41,7 @@ pub mod snapshot;
 pub mod start;
 pub mod stats;
 pub mod stop;
+pub mod suspend;
 mod time;
 pub mod update;
 mod usage;
@@ -122,6 +123,8 @@ enum Command {
     Unpause(pause::Pause),
     /// Take a snapshot of a running machine
     Snapshot(snapshot::SnapshotArgs),
+    /// Save running machines to disk and stop them, until `husk start`
+    Suspend(suspend::Suspend),
     /// Create a machine from a snapshot
     Restore(restore::Restore),
     /// Rename a machine
@@ -183,6 +186,7 @@ impl Cli {
             Command::Pause(pause) => pause.pause(),
             Command::Unpause(pause) => pause.unpause(),
             Command::Snapshot(snapshot) => snapshot.run(),
+            Command::Suspend(suspend) => suspend.run(),
             Command::Restore(restore) => restore.run(started),
             Command::Rename(rename) => rename.run(),
             Command::Rm(rm) => rm.run(),

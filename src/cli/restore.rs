@@ -61,7 +61,10 @@ impl Restore {
             vsock.socket = dir.file(state_dir::VSOCK);
         }
         let info = RecordInfo { image, command, process, stop_signal };
-        let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
+        let mut endpoint = self.lifecycle.endpoint(dir, info, &config)?;
+        if self.lifecycle.is_again() {
+            endpoint.continues_from(self.dir.clone());
+        }
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
             let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
             stamp::check(&config.disks, &disks)?;

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::machines;
-use crate::request::Request;
+use crate::request::{AfterSnapshot, Request};
 use crate::snapshot;
 use crate::state_dir::StateDir;
 
@@ -48,8 +48,8 @@ impl SnapshotArgs {
     pub fn run(self) -> Result<Exit> {
         let entry = StateDir::open()?.find(&self.machine)?;
         let path = snapshot::absolute(&self.dir)?.into_os_string().into_vec();
-        machines::request(&entry, &Request::Snapshot { path, stop: self.stop })
-            .with_context(|| entry.name().to_owned())?;
+        let then = if self.stop { AfterSnapshot::Stop } else { AfterSnapshot::Continue };
+        machines::request(&entry, &Request::Snapshot { path, then }).with_context(|| entry.name().to_owned())?;
         super::print(&format!("{}\n", self.dir.display()))?;
         Ok(Exit::Success)
     }

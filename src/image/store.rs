@@ -6,6 +6,7 @@
 //! blobs/HEX          compressed layers, as long as an image has them: the next version shares most of them
 //! blobs.lock         locked (shared) while fetching layers that no image has yet
 //! warm/KEY/          snapshots of machines on the root file system KEY, removed with it (snapshot/warm.rs)
+//! suspended/ID/      snapshots of suspended machines
 //! disks/NAME.ext4    persistent disks; locked while in use
 //! tmp/NAME.part      files being written, locked by the writer; without a lock, left by a killed process
 //! tmp/NAME.lock      locked by the writer of NAME.part, for others to wait
@@ -24,7 +25,7 @@ use super::index::Index;
 use crate::resources::lock::{self, Kind};
 use crate::sys;
 
-const DIRS: [&str; 5] = ["roots", "blobs", "warm", "disks", "tmp"];
+const DIRS: [&str; 6] = ["roots", "blobs", "warm", "suspended", "disks", "tmp"];
 /// Enough for about ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 
@@ -70,6 +71,11 @@ impl Store {
     /// The directory for snapshots of machines on a root file system.
     pub fn warm_dir(&self, root: Digest) -> PathBuf {
         self.dir.join("warm").join(root.hex())
+    }
+
+    /// The directory for the snapshot of a machine that is suspended.
+    pub fn suspended_dir(&self, machine: &str) -> PathBuf {
+        self.dir.join("suspended").join(machine)
     }
 
     pub(super) fn blob_path(&self, blob: Digest) -> PathBuf {

@@ -60,8 +60,8 @@ pub enum Request {
     Snapshot {
         /// The absolute path of its directory.
         path: Vec<u8>,
-        /// Whether the machine ends then.
-        stop: bool,
+        /// What the machine does then.
+        then: AfterSnapshot,
     },
     /// Change the limits.
     Update(Update),
@@ -70,6 +70,17 @@ pub enum Request {
         /// The new name.
         name: String,
     },
+}
+
+/// What a machine does after a snapshot is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AfterSnapshot {
+    /// It goes on.
+    Continue,
+    /// It ends.
+    Stop,
+    /// It ends, and the snapshot belongs to it, to be continued when it is started again.
+    Suspend,
 }
 
 /// A new value of a limit.

@@ -21,6 +21,7 @@ pub mod origin;
 pub mod record;
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -137,6 +138,9 @@ impl StateDir {
     }
 
     fn remove_held(&self, entry: &MachineEntry) -> Result<()> {
+        if let State::Suspended { snapshot, .. } = entry.state() {
+            remove_snapshot(&snapshot)?;
+        }
         if let Some(name) = entry.record.as_ref().and_then(|record| record.name.as_deref()) {
             self.release(name, &entry.id)?;
         }
@@ -180,7 +184,9 @@ impl MachineEntry {
     pub fn state(&self) -> State {
         match self.record.as_ref().map(|record| &record.state) {
             None if self.alive => State::Starting,
-            Some(state) if self.alive || matches!(state, State::Exited { .. }) => state.clone(),
+            Some(state) if self.alive || matches!(state, State::Exited { .. } | State::Suspended { .. }) => {
+                state.clone()
+            }
             _ => State::Lost,
         }
     }
@@ -197,6 +203,16 @@ impl MachineEntry {
         dir.lock_shared().with_context(|| format!("wait for machine {}", self.id))?;
         let record = Record::read(&self.path).ok();
         Ok(self.path.exists().then(|| MachineEntry { record, alive: false, ..self.clone() }))
+    }
+}
+
+/// Removes the snapshot of a suspended machine, if it exists.
+pub fn remove_snapshot(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove the snapshot {}", path.display()))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
@@ -67,6 +67,13 @@ pub enum State {
     Paused {
         /// The time it was paused.
         since_ms: u64,
+    },
+    /// It has been saved and ended, and will be continued when it is started again.
+    Suspended {
+        /// When it was saved.
+        since_ms: u64,
+        /// The snapshot, which belongs to the machine.
+        snapshot: PathBuf,
     },
     /// It failed and will be restarted after a delay.
     Restarting {
@@ -217,6 +224,7 @@ pub(crate) mod tests {
         for state in [
             State::Starting,
             State::Running { since_ms: 5 },
+            State::Suspended { since_ms: 5, snapshot: "/snapshot".into() },
             State::Exited { code: 137, at_ms: u64::MAX, reason: Some("terminated by signal 9".into()) },
         ] {
             let record = Record { state, process: Some(Inherited::from(&process)), ..record() };

@@ -67,7 +67,7 @@ pub enum Stdio<'a> {
         /// The destination of kernel messages.
         log: Log,
         /// If the guest waits for a process instead: where the machine is saved when it does.
-        save: Option<Save>,
+        save: Option<&'a Save>,
     },
 }
 
@@ -125,7 +125,7 @@ pub(super) struct Supervisor<'a> {
     button_pressed: bool,
     on_terminal: bool,
     trim: IdleTrim,
-    save: Option<Save>,
+    save: Option<&'a Save>,
 }
 
 impl<'a> Supervisor<'a> {
@@ -227,7 +227,7 @@ impl<'a> Supervisor<'a> {
         else {
             return Ok(());
         };
-        self.save_and_end(&save)
+        self.save_and_end(save)
     }
 
     /// Reports that the machine is running, once it is, including its process if it has one.

@@ -33,6 +33,8 @@ pub struct ControlEndpoint {
     pub(super) end_requested: bool,
     /// When a requested stop becomes a forced one.
     pub(super) stop_by: Option<Instant>,
+    /// The machine's own snapshot, while it is suspended: taken, or not continued yet.
+    pub(super) snapshot: Option<PathBuf>,
     started: Instant,
     // Declared last, so that the files in it are dropped first.
     pub(super) dir: MachineDir,
@@ -52,7 +54,13 @@ impl ControlEndpoint {
         };
         dir.write(&record)?;
         let (unannounced, started) = (record.detached, Instant::now());
-        Ok(ControlEndpoint { server, record, hub, unannounced, end_requested: false, stop_by: None, started, dir })
+        let (end_requested, stop_by, snapshot) = (false, None, None);
+        Ok(ControlEndpoint { server, record, hub, unannounced, end_requested, stop_by, snapshot, started, dir })
+    }
+
+    /// Says that the machine continues from this snapshot, which belongs to it. It is removed when the machine runs.
+    pub fn continues_from(&mut self, snapshot: PathBuf) {
+        self.snapshot = Some(snapshot);
     }
 
     /// The path of a file in the machine's directory.
@@ -121,6 +129,10 @@ impl ControlEndpoint {
     pub(super) fn note_running(&mut self) -> Result<()> {
         if self.record.state == State::Starting {
             self.enter(State::Running { since_ms: now_ms() })?;
+            if let Some(path) = self.snapshot.take() {
+                // The machine has its memory open.
+                state_dir::remove_snapshot(&path).unwrap_or_else(|error| log::warn!("{error:#}"));
+            }
         }
         if std::mem::take(&mut self.unannounced) {
             // If that process is gone, the machine would go unnoticed.
@@ -196,7 +208,11 @@ impl ControlEndpoint {
             hub.close(self.end_requested);
         }
         let keep = self.record.keep && self.dir.is_kept();
-        let written = if keep { self.enter(State::Exited { code, at_ms: now_ms(), reason }) } else { Ok(()) };
+        let end = match self.snapshot.take() {
+            Some(snapshot) => State::Suspended { since_ms: now_ms(), snapshot },
+            None => State::Exited { code, at_ms: now_ms(), reason },
+        };
+        let written = if keep { self.enter(end) } else { Ok(()) };
         if !keep {
             self.dir.forget();
         }

@@ -159,7 +159,7 @@ impl Recipient for Supervisor<'_> {
             Request::Pause => self.pause()?,
             Request::Unpause => self.unpause()?,
             Request::Stats => return self.stats().map(|stats| Some(Reply::Stats(stats))),
-            Request::Snapshot { path, stop } => self.snapshot(Path::new(OsStr::from_bytes(&path)), stop)?,
+            Request::Snapshot { path, then } => self.snapshot(Path::new(OsStr::from_bytes(&path)), then)?,
             Request::Update(update) => self.update(update)?,
             Request::Attach => {
                 self.attach(caller)?;

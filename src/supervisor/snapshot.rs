@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use super::control::Supervisor;
 use crate::config::MachineConfig;
 use crate::exit_latch::ExitReason;
+use crate::request::AfterSnapshot;
 use crate::resources::disk::stamp::{self, Stamp};
 use crate::snapshot::warm::Fingerprint;
 use crate::snapshot::{self, Description, SnapshotWriter};
@@ -24,33 +25,47 @@ pub struct Save {
 impl Supervisor<'_> {
     /// Saves a machine that waits for its process, and ends it.
     pub(super) fn save_and_end(&mut self, save: &Save) -> Result<()> {
-        self.write(&save.path, true, true, Some(save.fingerprint.clone()))
+        self.write(&save.path, true, AfterSnapshot::Stop, Some(save.fingerprint.clone()))
     }
 
-    /// Writes a snapshot to the directory `path`. With `stop` the machine ends then; otherwise it goes on as soon as its state
-    /// and memory are written, and before they are durable. If that fails, it goes on too.
-    pub(super) fn snapshot(&mut self, path: &Path, stop: bool) -> Result<()> {
+    /// Writes a snapshot to the directory `path`. If the machine is to go on, it does so as soon as its state and memory are
+    /// written, and before they are durable. If that fails, it goes on in any case.
+    pub(super) fn snapshot(&mut self, path: &Path, then: AfterSnapshot) -> Result<()> {
         let was_running = match self.endpoint.record.state {
             State::Running { .. } => true,
             State::Paused { .. } => false,
             _ => bail!("the machine is still starting: try again"),
         };
-        self.write(path, was_running, stop, None)
+        if then == AfterSnapshot::Suspend {
+            let keeps = self.endpoint.record.keep;
+            ensure!(keeps, "only a machine that was started with --detach and without --rm can be suspended");
+        }
+        self.write(path, was_running, then, None)
     }
 
-    fn write(&mut self, path: &Path, was_running: bool, stop: bool, fingerprint: Option<Fingerprint>) -> Result<()> {
+    fn write(
+        &mut self,
+        path: &Path,
+        was_running: bool,
+        then: AfterSnapshot,
+        fingerprint: Option<Fingerprint>,
+    ) -> Result<()> {
         let config = snapshot::with_absolute_paths(&self.endpoint.record.config)?;
         let writer = SnapshotWriter::create(path)?;
         // The machine must not write to its disks in between.
         let saved = self.monitor.save(writer.memory()).and_then(|state| Ok((state, stamp::all(&config.disks)?)));
-        let goes_on = was_running && !(stop && saved.is_ok());
+        let goes_on = was_running && (then == AfterSnapshot::Continue || saved.is_err());
         if goes_on {
             self.resume_guest()?;
         }
         let finished =
             saved.and_then(|(state, disks)| writer.finish(&self.describe(config, disks, fingerprint), &state));
         match finished {
-            Ok(()) if stop => self.monitor.exit_latch().declare(ExitReason::Saved),
+            Ok(()) if then != AfterSnapshot::Continue => {
+                self.endpoint.snapshot = (then == AfterSnapshot::Suspend).then(|| path.to_owned());
+                self.endpoint.end_requested = true;
+                self.monitor.exit_latch().declare(ExitReason::Saved);
+            }
             Err(_) if was_running && !goes_on => self.resume_guest()?,
             _ => {}
         }

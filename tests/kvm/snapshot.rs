@@ -139,3 +139,49 @@ fn a_full_disk_leaves_no_snapshot_and_the_machine_goes_on() {
     fs::remove_dir_all(format!("{}.snapshot", small.path().display())).unwrap();
     assert!(Command::new("umount").arg(small.path()).status().unwrap().success());
 }
+
+#[test]
+fn a_suspended_machine_continues_when_it_is_started() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let data = tempfile::tempdir().unwrap();
+    let husk = |words: &[&str]| {
+        let output = machines.command(words).env("HUSK_DATA", data.path()).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    let id = machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "echo"]);
+    machines.await_log("echo", "ready");
+    for round in 0..2 {
+        assert_eq!(husk(&["suspend", "echo"]), (Some(0), "echo\n".into()));
+        let list = machines.ok(&["ps", "-a"]);
+        assert!(list.contains("suspended") && list.contains(&id), "{list}");
+        let snapshot = data.path().join("suspended").join(&id);
+        assert!(snapshot.join("state").exists());
+        if round == 0 {
+            // What cannot be continued stays suspended.
+            fs::rename(snapshot.join("memory"), snapshot.join("elsewhere")).unwrap();
+            let (code, errors) = husk(&["start", "echo"]);
+            assert!(code == Some(1) && errors.contains("open the file `memory`"), "{errors}");
+            assert_eq!(machines.status("echo"), "suspended");
+            fs::rename(snapshot.join("elsewhere"), snapshot.join("memory")).unwrap();
+        }
+        assert_eq!(husk(&["start", "echo"]), (Some(0), "echo\n".into()));
+        assert_eq!((machines.status("echo"), machines.inspect("echo", "id")), ("running".into(), id.clone()));
+        assert!(!snapshot.exists(), "the machine has taken it");
+    }
+    let mut attached = machines.attach("echo");
+    attached.stdin.take().unwrap().write_all(b"word\x04").unwrap();
+    let output = attached.wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("word"), "{output:?}");
+    assert_eq!(machines.ok(&["wait", "echo"]), "0\n");
+    assert!(machines.ok(&["logs", "echo"]).starts_with("ready"), "its log goes on");
+    machines.ok(&["rm", "echo"]);
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "echo"]);
+    machines.await_log("echo", "ready");
+    assert_eq!(husk(&["suspend", "echo"]).0, Some(0));
+    assert_eq!(husk(&["rm", "echo"]).0, Some(0));
+    assert_eq!(fs::read_dir(data.path().join("suspended")).unwrap().count(), 0, "rm removes the snapshot");
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--rm", "--name", "echo"]);
+    let (code, errors) = husk(&["suspend", "echo"]);
+    assert!(code == Some(1) && errors.contains("can be suspended"), "{errors}");
+}

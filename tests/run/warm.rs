@@ -112,7 +112,7 @@ fn a_snapshot_of_a_waiting_machine_is_for_any_command() {
         ended.expect(code);
     };
     refused(&["restore", path], 1, "use `husk run --from");
-    refused(&["run", "--from", path, "--memory", "1G", "true"], 2, "cannot be used with");
+    refused(&["run", "--from", path, "--memory", "1G", "true"], 125, "cannot be used with");
     refused(&["run", "--from", "/nowhere", "true"], 125, "open the snapshot /nowhere");
     let state = Path::new(path).join("state");
     let mut bytes = fs::read(&state).unwrap();

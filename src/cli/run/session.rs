@@ -63,10 +63,10 @@ pub fn run(
         Start::Wait(_) => (false, false),
     };
     let timings = timings.clone();
-    let (mut session, save) = match start {
+    let (mut session, save) = match &start {
         Start::Boot { .. } => (Session::new(listener, stdin, terminal, endpoints, timings.clone())?, None),
         Start::Resume { .. } => (Session::resumed(listener, terminal, endpoints, timings.clone())?, None),
-        Start::Begin(run) => (Session::beginning(listener, run, endpoints, timings.clone())?, None),
+        Start::Begin(run) => (Session::beginning(listener, run.clone(), endpoints, timings.clone())?, None),
         Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
     };
     // Without input, Ctrl-C raises a signal in this process, which is forwarded like any other.

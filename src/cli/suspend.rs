@@ -1,0 +1,42 @@
+//! `husk suspend`: puts running machines away to disk, to be continued by `husk start`.
+
+use std::os::unix::ffi::OsStringExt;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::exit::Exit;
+use super::machines;
+use crate::image::Store;
+use crate::request::{AfterSnapshot, Request};
+use crate::snapshot;
+
+const EXAMPLES: &str = "\
+Examples:
+  husk suspend web
+  husk start web
+
+A suspended machine uses no memory and no CPU time. `husk start` continues it where it was, with its name, ports and logs.
+Its connections to other hosts are reset. Like other machines it is forgotten when the host restarts; its snapshot stays in
+the image store, under its ID in `suspended`, for `husk restore`.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Suspend {
+    /// Names or IDs of machines in the background
+    #[arg(value_name = "MACHINE", required = true)]
+    machines: Vec<String>,
+}
+
+impl Suspend {
+    /// Suspends each machine in turn. Returns when all of them have ended.
+    pub fn run(self) -> Result<Exit> {
+        let store = Store::open_default()?;
+        machines::for_each(&self.machines, |_, entry| {
+            let path = snapshot::absolute(&store.suspended_dir(&entry.id))?.into_os_string().into_vec();
+            let end = machines::watch_exit(entry);
+            machines::request(entry, &Request::Snapshot { path, then: AfterSnapshot::Suspend })?;
+            machines::exit_code(entry, end).map(drop)
+        })
+    }
+}
