@@ -12,6 +12,7 @@ mod memory;
 mod parse;
 mod peer;
 mod sandbox;
+mod snapshot;
 mod startup;
 mod wakeup;
 
@@ -65,7 +66,7 @@ fn output_of(mut command: Command) -> Result<String> {
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
-    let measurements: [Measurement; 12] = [
+    let measurements: [Measurement; 13] = [
         ("lifetime", lifetime::tiny_guest),
         ("sandbox-starts", sandbox::starts),
         ("sandbox-throughput", sandbox::throughput),
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
         ("memory", memory::overhead),
         ("idle", memory::idle),
         ("background", background::machines),
+        ("snapshot", snapshot::machines),
         ("image", image::prepare),
     ];
     // Cargo passes `--bench`.

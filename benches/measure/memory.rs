@@ -72,7 +72,7 @@ pub fn idle() -> Result<()> {
 }
 
 /// A process and its children: those of a machine.
-fn family(process: u32) -> Result<Vec<u32>> {
+pub fn family(process: u32) -> Result<Vec<u32>> {
     let is_child = |pid: &u32| {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         status.contains(&format!("\nPPid:\t{process}\n"))
