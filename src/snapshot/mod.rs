@@ -31,6 +31,8 @@ pub use writer::SnapshotWriter;
 
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+/// Where a process finds its own open files (proc(5)).
+const OWN_FILES: &str = "/proc/self/fd";
 /// The maximum size of a description. Most of it are the process's environment and the configuration.
 const DESCRIPTION_BYTES_MAX: u64 = 16 << 20;
 
@@ -111,8 +113,12 @@ fn read_whole(file: &mut File, bytes: &mut [u8]) -> Result<()> {
     }
 }
 
-/// The configuration as it is understood in any directory.
+/// The configuration as another process understands it. Fails if it has a disk without a name, which is lost with this process.
 pub fn with_absolute_paths(config: &MachineConfig) -> Result<MachineConfig> {
+    ensure!(
+        !config.disks.iter().any(|disk| disk.path.starts_with(OWN_FILES)),
+        "the machine has a temporary disk, which a snapshot does not contain: use --keep NAME instead of --scratch"
+    );
     let mut config = config.clone();
     let disks = config.disks.iter_mut().flat_map(|disk| {
         let backing = disk.backing.iter_mut().map(|backing| &mut backing.path);
@@ -243,5 +249,12 @@ mod tests {
             assert!(text.contains(&format!("\"{}/{path}\"", here.display())), "{path}: {text}");
         }
         assert!(text.contains("\"/initrd\""), "{text}");
+    }
+
+    #[test]
+    fn a_disk_without_a_name_cannot_be_saved() {
+        let disks = vec![DiskConfig::of("/proc/self/fd/7".into())];
+        let error = with_absolute_paths(&MachineConfig { disks, ..MachineConfig::default() }).unwrap_err();
+        assert!(error.to_string().contains("use --keep NAME"), "{error}");
     }
 }

@@ -21,6 +21,7 @@ mod warm;
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -73,8 +74,28 @@ fn memory_for(kernel: &str) -> &'static str {
 }
 
 fn husk_as_is(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&str]) -> Command {
+    if std::env::var("HUSK_TEST_WARM").is_ok_and(|value| !value.is_empty()) {
+        make_warm(guests, kernel, memory, words);
+    }
+    husk_command("run", guests, kernel, memory, words)
+}
+
+/// Makes the warm image that a machine of this kind starts from, if it has no other flags: then all tests have to pass in
+/// machines that have not booted for them.
+fn make_warm(guests: &std::path::Path, kernel: &str, memory: &str, words: &[&str]) {
+    static MADE: Mutex<Vec<[String; 2]>> = Mutex::new(Vec::new());
+    let kind = [kernel.to_owned(), memory.to_owned()];
+    let mut made = MADE.lock().unwrap();
+    if words.starts_with(&["--network", "none"]) && words.contains(&image::archive()) && !made.contains(&kind) {
+        let words = ["--network", "none", image::archive()];
+        finish(husk_command("warm", guests, kernel, memory, &words), Vec::new()).expect(0);
+        made.push(kind);
+    }
+}
+
+fn husk_command(name: &str, guests: &std::path::Path, kernel: &str, memory: &str, words: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
-    command.args(["run", "--memory", memory, "--kernel"]);
+    command.args([name, "--memory", memory, "--kernel"]);
     match kernel {
         "host" => command.arg(kernel),
         _ => command.arg(guests.join(kernel).join("vmlinux")),
