@@ -38,8 +38,8 @@ impl Resources {
     }
 }
 
-/// The resident memory of husk, without guest memory, which is the only large mapping, and without huge pages, which
-/// the kernel creates at any time.
+/// What husk has written to memory, without guest memory, which is the only large mapping, and without huge pages, which
+/// the kernel creates at any time. What is only read, such as its code, becomes resident as it is first used.
 fn own_memory_kib(pid: &str) -> u64 {
     const GUEST_KIB: u64 = 64 << 10;
     let (mut sum_kib, mut is_guest) = (0, false);
@@ -49,7 +49,7 @@ fn own_memory_kib(pid: &str) -> u64 {
         let (name, kib) = (words.next().unwrap(), words.next().and_then(|kib| kib.parse::<u64>().ok()));
         match (name, kib) {
             ("Size:", Some(kib)) => is_guest = kib >= GUEST_KIB,
-            ("Rss:", Some(kib)) if !is_guest => sum_kib += kib,
+            ("Shared_Dirty:" | "Private_Dirty:", Some(kib)) if !is_guest => sum_kib += kib,
             ("AnonHugePages:", Some(kib)) if !is_guest => sum_kib -= kib,
             _ => {}
         }
