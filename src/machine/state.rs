@@ -274,6 +274,23 @@ mod tests {
         bench.assert_ends();
     }
 
+    #[test]
+    fn pages_in_the_balloon_stay_there_until_the_guest_takes_them_back() {
+        let Some(mut bench) = bench(husk_guests::PAGES, "do=keep", 1) else { return };
+        bench.config.memory_mib = 64;
+        let (resources, _outside) = resources::open(&bench.config).unwrap();
+        bench.machine = build(&bench.config, resources).unwrap();
+        bench.output = bench.machine.console.output.clone();
+        bench.machine.resume();
+        let mut printed = Vec::new();
+        for word in ["armed\n", "inflated\n", "spent\n"] {
+            bench.read_until(&mut printed, |printed| printed.ends_with(word.as_bytes()));
+            bench = bench.renew().0;
+            assert_eq!(bench.machine.offer_input(b"\n"), 1);
+        }
+        bench.assert_ends();
+    }
+
     /// A saved state that the test changes.
     fn json(machine: &mut Machine) -> serde_json::Value {
         serde_json::from_slice(&machine.save().unwrap().encode().unwrap()).unwrap()

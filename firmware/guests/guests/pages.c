@@ -1,4 +1,5 @@
-/* Tells the balloon lies: `do=pages` outside of memory, many times, in endless requests; statistics that are none. */
+/* Tells the balloon lies: `do=pages` outside of memory, many times, in endless requests; statistics that are none. Or the truth:
+ * `do=keep` waits with pages in the balloon. */
 #include "arena.h"
 
 enum {
@@ -77,6 +78,38 @@ static void statistics(void)
     }
 }
 
+static bool all_are(u64 address, u64 len, u32 value)
+{
+    for (u64 at = address; at < address + len; at += 4)
+        if (read32(at) != value)
+            return false;
+    return true;
+}
+
+/* Every other page is in the balloon while the guest waits; then those return, and the other ones take their place. */
+static void keep(void)
+{
+    u32 len = sizeof numbers;
+    memset((void *)ARENA, 0x55, 2 * NUMBERS * PAGE);
+    for (unsigned i = 0; i < NUMBERS; i++)
+        numbers[i] = ARENA / PAGE + 2 * i;
+    tell(INFLATE, (u64)numbers, len, 0);
+    say_and_wait("inflated");
+    for (unsigned i = 0; i < NUMBERS; i++) {
+        CHECK(all_are((u64)numbers[i] * PAGE, PAGE, 0));
+        CHECK(all_are((u64)numbers[i] * PAGE + PAGE, PAGE, 0x55555555));
+    }
+    tell(DEFLATE, (u64)numbers, len, 0);
+    memset((void *)ARENA, 0x66, 2 * NUMBERS * PAGE);
+    for (unsigned i = 0; i < NUMBERS; i++)
+        numbers[i]++;
+    tell(INFLATE, (u64)numbers, len, 0);
+    for (unsigned i = 0; i < NUMBERS; i++) {
+        CHECK(all_are((u64)numbers[i] * PAGE - PAGE, PAGE, 0x66666666));
+        CHECK(all_are((u64)numbers[i] * PAGE, PAGE, 0));
+    }
+}
+
 int guest_main(void)
 {
     struct virtio balloon;
@@ -84,6 +117,10 @@ int guest_main(void)
     if (!virtio_find(VIRTIO_BALLOON, 0, &balloon))
         return EXIT_MISSING;
     start(&balloon);
+    if (told_to("keep")) {
+        keep();
+        spend();
+    }
     /* Not 0, which is the guest's own. */
     for (unsigned i = 0; i < NUMBERS; i++)
         numbers[i] = some_number();

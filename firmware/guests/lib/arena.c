@@ -19,7 +19,7 @@ unsigned device_count;
 static u64 state;
 
 /* The port may have been left in any state: with its divisor selected, or looped back. */
-static void say_and_wait(const char *word)
+void say_and_wait(const char *word)
 {
     out8(PORT_SERIAL + LINE_CONTROL, 3);
     out8(PORT_SERIAL + INTERRUPT_ENABLE, 1);

@@ -17,6 +17,9 @@ extern unsigned device_count;
 /* Finds the devices, and seeds chance() from `seed=`. Prints "armed" and waits for the host's word. */
 void arm(void);
 
+/* Prints the word and waits for the host's. */
+void say_and_wait(const char *word);
+
 /* Checks that every device can be reset and started, and that the entropy device works. Prints "spent", and ends with exit code
  * 0 at the host's word. */
 _Noreturn void spend(void);
