@@ -18,7 +18,7 @@ const OPTIONS: [&str; 6] =
     [",format=qcow2", ",aio=threads", ",aio=io_uring", "", ",cache=none,aio=threads", ",cache=none,aio=io_uring"];
 
 /// A duration up to `limit`.
-fn random(limit: Duration) -> Duration {
+pub fn random(limit: Duration) -> Duration {
     limit.mul_f64((RandomState::new().hash_one(0) >> 32) as f64 / f64::from(u32::MAX))
 }
 
@@ -34,7 +34,7 @@ fn has_direct_access() -> bool {
 }
 
 /// Whether there is qemu-img to check images; if not, prints a message.
-fn has_qemu_img() -> bool {
+pub fn has_qemu_img() -> bool {
     let found = Command::new("qemu-img").arg("--version").output().is_ok();
     if !found {
         eprintln!("SKIPPED: qcow2 images are checked by qemu-img (Debian package qemu-utils)");
@@ -42,7 +42,7 @@ fn has_qemu_img() -> bool {
     found
 }
 
-fn qemu_img(arguments: &[&str], paths: &[&Path]) -> Output {
+pub fn qemu_img(arguments: &[&str], paths: &[&Path]) -> Output {
     Command::new("qemu-img").args(arguments).args(paths).output().unwrap()
 }
 

@@ -24,4 +24,6 @@ mod many;
 mod release;
 mod sandbox;
 mod snapshot;
+mod snapshot_killed;
+mod steady;
 mod unread;

@@ -21,7 +21,7 @@ fn saved(machines: &Machines, flags: &[&str]) -> String {
 
 /// Restores the snapshot at `path` with this input, and returns what the guest has printed.
 #[track_caller]
-fn restored(machines: &Machines, path: &str, input: &str) -> String {
+pub fn restored(machines: &Machines, path: &str, input: &str) -> String {
     let mut command = machines.command(&["restore", path]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();

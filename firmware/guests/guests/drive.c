@@ -49,23 +49,12 @@ static void issue(unsigned slot)
     queue_offer(&queue, slot * DESCRIPTORS_EACH);
 }
 
-/* Rings the doorbell if the device requested a notification for an entry from `old` on (virtio 1.2 §2.7.10). */
-static void ring_if_asked(u16 old)
-{
-    barrier();
-    u16 new = queue.available.index, event = *available_event(&queue);
-    if ((u16)(new - event - 1) < (u16)(new - old)) {
-        doorbells++;
-        queue_ring(&queue);
-    }
-}
-
 static void drive(void)
 {
     u64 completed = 0, start = clock_ns();
     for (unsigned slot = 0; slot < depth; slot++)
         issue(slot);
-    ring_if_asked(0);
+    doorbells += queue_ring_if_asked(&queue, 0);
     while (completed < count) {
         struct used_entry entry;
         u16 old = queue.available.index;
@@ -82,7 +71,7 @@ static void drive(void)
         }
         /* No interrupt for entries already seen: the event index stays behind. */
         *used_event(&queue) = queue.seen - 1;
-        ring_if_asked(old);
+        doorbells += queue_ring_if_asked(&queue, old);
     }
     u64 ns = clock_ns() - start;
     print("requests %u ns %u doorbells %u\n", completed, ns, doorbells);

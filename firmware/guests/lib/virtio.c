@@ -13,6 +13,7 @@ enum {
     COMMON_STATUS = 0x14,
     COMMON_QUEUE_SELECT = 0x16,
     COMMON_QUEUE_SIZE = 0x18,
+    COMMON_QUEUE_VECTOR = 0x1a,
     COMMON_QUEUE_ENABLE = 0x1c,
     COMMON_QUEUE_DESC = 0x20,
     COMMON_QUEUE_DRIVER = 0x28,
@@ -23,6 +24,8 @@ enum {
     CAPABILITY_COMMON = 1,
     CAPABILITY_NOTIFY = 2,
     CAPABILITY_DEVICE = 4,
+    MSIX_CONTROL = 2,
+    MSIX_ENABLE = 1 << 15,
 };
 
 static bool find_mmio(unsigned slot, struct virtio *device)
@@ -47,9 +50,10 @@ static bool find_pci(unsigned slot, struct virtio *device)
     for (u8 at = read8(function + PCI_CAPABILITIES); at; at = read8(function + at + 1)) {
         u8 id = read8(function + at), kind = read8(function + at + 3);
         u64 place = bar + read32(function + at + (id == CAPABILITY_MSIX ? 4 : 8));
-        if (id == CAPABILITY_MSIX)
+        if (id == CAPABILITY_MSIX) {
             device->msix_table = place;
-        else if (id == CAPABILITY_VENDOR && kind == CAPABILITY_COMMON)
+            device->msix_control = function + at + MSIX_CONTROL;
+        } else if (id == CAPABILITY_VENDOR && kind == CAPABILITY_COMMON)
             device->base = place;
         else if (id == CAPABILITY_VENDOR && kind == CAPABILITY_NOTIFY)
             device->doorbells = place;
@@ -186,6 +190,31 @@ void queue_offer(struct queue *queue, u16 head)
     queue->available.ring[index % queue->size] = head;
     asm volatile("" ::: "memory");
     queue->available.index = index + 1;
+}
+
+bool queue_ring_if_asked(struct queue *queue, u16 old)
+{
+    barrier();
+    u16 new = queue->available.index, event = *available_event(queue);
+    bool asked = (u16)(new - event - 1) < (u16)(new - old);
+    if (asked)
+        queue_ring(queue);
+    return asked;
+}
+
+void queue_interrupts(const struct queue *queue, u8 vector)
+{
+    const struct virtio *device = queue->device;
+    if (!device->is_pci) {
+        route(device->gsi, vector);
+        return;
+    }
+    write64(device->msix_table, LAPIC | (read32(LAPIC + LAPIC_ID) >> 24) << 12);
+    write32(device->msix_table + 8, vector);
+    write32(device->msix_table + 12, 0);
+    write16(device->msix_control, MSIX_ENABLE);
+    select_queue(device, queue->number);
+    write16(device->base + COMMON_QUEUE_VECTOR, 0);
 }
 
 bool queue_take(struct queue *queue, struct used_entry *entry)

@@ -86,8 +86,9 @@ struct virtio {
     /* The device-specific configuration. */
     u64 config;
     bool is_pci;
-    /* Of PCI: where the doorbells and the MSI-X table are, the configuration registers in memory, and the BAR. */
-    u64 doorbells, msix_table, function;
+    /* Of PCI: where the doorbells, the MSI-X table and its control register are, the configuration registers in memory, and the
+     * BAR. */
+    u64 doorbells, msix_table, msix_control, function;
     u32 bar;
 };
 
@@ -138,6 +139,12 @@ static inline void virtio_ring(const struct virtio *device, u16 number)
 void queue_offer(struct queue *queue, u16 head);
 
 static inline void queue_ring(struct queue *queue) { virtio_ring(queue->device, queue->number); }
+
+/* With the event index: rings the doorbell if the device requested that for an entry from `old` on. Returns whether it rang. */
+bool queue_ring_if_asked(struct queue *queue, u16 old);
+
+/* Delivers the queue's interrupts to this vCPU as `vector`; on PCI by the first entry of the MSI-X table. */
+void queue_interrupts(const struct queue *queue, u8 vector);
 
 /* Takes the next used entry if there is one. */
 bool queue_take(struct queue *queue, struct used_entry *entry);

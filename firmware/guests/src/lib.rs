@@ -59,6 +59,9 @@ pub const TRIPS: &str = concat!(env!("OUT_DIR"), "/trips.elf");
 /// Measures a disk or a network with a driver at CPL 3.
 pub const DRIVE: &str = concat!(env!("OUT_DIR"), "/drive.elf");
 
+/// Loads a disk, its timers and three vCPUs, and checks that nothing is lost or done twice.
+pub const STEADY: &str = concat!(env!("OUT_DIR"), "/steady.elf");
+
 /// The guest with this name: `exit`, `power`, …
 pub fn path(name: &str) -> Option<std::path::PathBuf> {
     let path = std::path::Path::new(env!("OUT_DIR")).join(name).with_extension("elf");
