@@ -1,6 +1,6 @@
 //! The command lines of the VMMs, each started as its makers recommend, with the sandbox that is its default.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::{PID1, Parts, setting};
 
@@ -34,6 +34,9 @@ pub fn all(parts: &Parts) -> Result<Vec<Vmm>, String> {
             boots_same_guest: false,
             ..vmm("husk run", &husk_program, husk_run(parts, &husk_program, &root))
         });
+        let warm = make_warm(parts, &husk_program, &root)?;
+        let command = words(&[&husk_program, "run", "--network", "none", "--from", &warm, "echo", PID1]);
+        vmms.push(Vmm { boots_same_guest: false, ..vmm("husk run, warm", &husk_program, command) });
     }
     Ok(vmms)
 }
@@ -73,10 +76,28 @@ fn husk(parts: &Parts, husk: &str) -> Vec<String> {
 
 /// A command in an image, whose first line counts as PID 1's.
 fn husk_run(parts: &Parts, husk: &str, root: &str) -> Vec<String> {
+    machine(parts, husk, "run", &[root, "echo", PID1])
+}
+
+/// Saves the same machine just before its command, and returns the directory.
+fn make_warm(parts: &Parts, husk: &str, root: &str) -> Result<String, String> {
+    let dir = std::env::temp_dir().join("versus-warm");
+    let _ = std::fs::remove_dir_all(&dir);
+    let dir = dir.display().to_string();
+    let words = machine(parts, husk, "warm", &["--output", &dir, root]);
+    let status = Command::new(husk).args(words.iter().skip(1)).stdout(Stdio::null()).status();
+    match status {
+        Ok(status) if status.success() => Ok(dir),
+        Ok(status) => Err(format!("husk warm: {status}")),
+        Err(error) => Err(format!("{husk}: {error}")),
+    }
+}
+
+fn machine(parts: &Parts, husk: &str, command: &str, rest: &[&str]) -> Vec<String> {
     let Parts { kernel, memory_mib, cpus, .. } = parts;
     let memory = format!("{memory_mib}M");
-    let flags = ["run", "--kernel", kernel, "--memory", &memory, "--cpus", cpus, "--network", "none"];
-    words(&[&[husk], &flags[..], &[root, "echo", PID1]].concat())
+    let flags = [command, "--kernel", kernel, "--memory", &memory, "--cpus", cpus, "--network", "none"];
+    words(&[&[husk], &flags[..], rest].concat())
 }
 
 /// It exits when the guest resets through the keyboard controller, but not when it powers off. Its serial console is its
