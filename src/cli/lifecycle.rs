@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -103,11 +104,6 @@ impl LifecycleArgs {
         self.detach
     }
 
-    /// Whether the machine existed before, and is started again.
-    pub fn is_again(&self) -> bool {
-        self.again.is_some()
-    }
-
     /// Whether the machine may be restarted within this process.
     pub fn may_restart(&self) -> bool {
         self.restart.max_retries > 0
@@ -149,7 +145,10 @@ impl LifecycleArgs {
             pid: std::process::id(),
             image,
             command,
-            created_ms: earlier.map_or_else(now_ms, |earlier| earlier.created_ms),
+            created_ms: earlier.as_ref().map_or_else(now_ms, |earlier| earlier.created_ms),
+            max_retries: self.restart.max_retries,
+            log_max_bytes: self.log_max,
+            snapshot: earlier.and_then(|earlier| earlier.snapshot),
             state: State::Starting,
             restarts: 0,
             detached: self.detach,
@@ -209,17 +208,25 @@ pub fn spawn_detached() -> Result<Exit> {
 /// Starts a stopped machine in the background, as it was started before, or where it was suspended. That process prints its own errors.
 pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
     check_restartable(entry)?;
-    let (command, words) = match entry.state() {
-        State::Suspended { snapshot, .. } => {
-            let words = ["restore".into(), "--detach".into(), "--".into(), snapshot.into()];
-            (Command::new("/proc/self/exe"), words.to_vec())
-        }
-        _ => Origin::read(entry)?.command()?,
+    let (command, words) = match entry.suspended() {
+        Some(snapshot) => (Command::new("/proc/self/exe"), continue_words(entry.record()?, snapshot)),
+        None => Origin::read(entry)?.command()?,
     };
     Ok(match launch(command, &words, Some(&entry.id))? {
         Launched::Running(_) => Exit::Success,
         Launched::Failed(exit) => exit,
     })
+}
+
+/// The command line that continues a suspended machine.
+fn continue_words(record: &Record, snapshot: &Path) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec!["restore".into(), "--detach".into()];
+    if record.max_retries > 0 {
+        words.push(format!("--restart=on-failure:{}", record.max_retries).into());
+    }
+    words.extend(record.log_max_bytes.map(|bytes| format!("--log-max={bytes}").into()));
+    words.extend(["--".into(), snapshot.into()]);
+    words
 }
 
 /// Fails if the machine is removed when it exits.

@@ -60,6 +60,16 @@ impl LimitFlags {
         self.sandbox.unwrap_or(true)
     }
 
+    /// Takes what the guest sees of the limits of `config`, unless there are flags.
+    pub fn adopt(&mut self, config: &MachineConfig) {
+        self.no_balloon.get_or_insert(!config.balloon);
+        self.hugepages.get_or_insert(config.huge_pages);
+        self.prefault.get_or_insert(config.prefault);
+        if config.memory_target_mib.is_some() {
+            self.memory_max.get_or_insert(config.memory_mib);
+        }
+    }
+
     /// Applies the flags to `config`, which already has all of its devices. `memory_mib` is the value of `--memory`, if
     /// given.
     pub fn apply(&self, memory_mib: Option<u64>, config: &mut MachineConfig) {

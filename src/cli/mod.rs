@@ -146,7 +146,7 @@ enum Command {
     Inspect(inspect::Inspect),
     /// Remove images
     Rmi(rmi::Rmi),
-    /// Remove unused data: untagged images, incomplete pulls, and optionally layers
+    /// Remove unused data: untagged images, outdated warm images, incomplete pulls, and optionally layers
     Prune(prune::Prune),
     /// List or remove persistent disks
     Disks(disks::Disks),

@@ -131,6 +131,13 @@ impl NetworkFlags {
         Ok(())
     }
 
+    /// Disables networking, unless there are flags.
+    pub fn default_to_none(&mut self) {
+        if self.is_empty() {
+            self.networks.extend(network_arg("none"));
+        }
+    }
+
     /// Whether there are no network flags.
     pub fn is_empty(&self) -> bool {
         self.networks.is_empty() && self.ports.is_empty() && self.dns.is_empty()

@@ -6,10 +6,11 @@ use indicatif::HumanBytes;
 
 use super::exit::Exit;
 use crate::image::{PruneOptions, Store};
+use crate::snapshot::warm;
 
 const EXAMPLES: &str = "\
 Examples:
-  husk prune              (untagged images, and the leftovers of interrupted pulls and loads)
+  husk prune              (untagged images, outdated warm images, leftovers of interrupted pulls)
   husk prune --layers     (layers too: images still run, but later versions are downloaded in full)";
 
 #[derive(Debug, Args)]
@@ -32,7 +33,10 @@ impl Prune {
     /// Removes unused data and prints the amount. Data used by running machines is kept.
     pub fn run(self) -> Result<Exit> {
         let Prune { layers, json, force: _ } = self;
-        let pruned = Store::open_default()?.prune(PruneOptions { keep_unnamed: false, keep_layers: !layers })?;
+        let store = Store::open_default()?;
+        let mut pruned = store.prune(PruneOptions { keep_unnamed: false, keep_layers: !layers })?;
+        let (files, bytes) = warm::prune(&store)?;
+        (pruned.files, pruned.bytes) = (pruned.files + files, pruned.bytes + bytes);
         let text = if json {
             serde_json::to_string(&pruned).context("print what was removed")?
         } else {

@@ -127,7 +127,7 @@ fn status(entry: &MachineEntry) -> String {
         State::Starting => "starting".to_owned(),
         State::Running { since_ms } => format!("up {}", ago(now, since_ms)),
         State::Paused { since_ms } => format!("paused for {}", ago(now, since_ms)),
-        State::Suspended { since_ms, .. } => format!("suspended {} ago", ago(now, since_ms)),
+        State::Suspended { since_ms } => format!("suspended {} ago", ago(now, since_ms)),
         State::Restarting { since_ms } => format!("restarting, failed {} ago", ago(now, since_ms)),
         State::Exited { code, at_ms, .. } => format!("exited ({code}) {} ago", ago(now, at_ms)),
         State::Lost => "lost (husk was killed)".to_owned(),

@@ -10,6 +10,7 @@ use clap::Args;
 use super::boot;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
+use super::limits::on_or_off;
 use super::run::session::{self, Start};
 use crate::resources::disk::stamp;
 use crate::resources::{self, Source};
@@ -27,7 +28,9 @@ Examples:
     husk restore -d --name one ./web.snap
     husk restore -d --name two ./web.snap
 
-The snapshot must stay as it is while machines that were restored from it run: they read their memory from it.";
+The snapshot must not be changed while its machines run: they read their memory from it.
+It names the files and devices that a machine gets, as a command line does: restore only
+snapshots that you trust.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -38,6 +41,10 @@ pub(super) struct Restore {
 
     #[command(flatten)]
     lifecycle: LifecycleArgs,
+
+    /// Confine the process that runs the guest: on (the default), or off to debug it
+    #[arg(long, value_name = "on|off", value_parser = on_or_off)]
+    sandbox: Option<bool>,
 
     /// Print timings to standard error
     #[arg(long)]
@@ -54,6 +61,7 @@ impl Restore {
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
+        config.sandbox = self.sandbox.unwrap_or(true);
         let timings = Arc::new(Timings::new(started));
         let dir = self.lifecycle.dir()?;
         let streams = process.as_ref().map(|process| (process.stdin, process.terminal));
@@ -61,10 +69,7 @@ impl Restore {
             vsock.socket = dir.file(state_dir::VSOCK);
         }
         let info = RecordInfo { image, command, process, stop_signal };
-        let mut endpoint = self.lifecycle.endpoint(dir, info, &config)?;
-        if self.lifecycle.is_again() {
-            endpoint.continues_from(self.dir.clone());
-        }
+        let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
             let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
             stamp::check(&config.disks, &disks)?;

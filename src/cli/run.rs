@@ -25,6 +25,7 @@ use crate::guest::process;
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::Store;
 use crate::image::ext4::Journal;
+use crate::monitor::release;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::{self, Source};
 use crate::snapshot::{Snapshot, warm};
@@ -269,6 +270,29 @@ impl Run {
             None if self.no_warm => None,
             None => warm_image(spec, config)?,
         };
+        let may_boot = warm.is_some() && self.from.is_none();
+        match self.start(spec, kernel, config, warm, endpoint, signals, timings) {
+            Err(error) if may_boot && !endpoint.has_run() => {
+                log::warn!("the warm image cannot be used, renew it with `husk warm`: {error:#}");
+                // Its files are locked until then.
+                release::await_exit();
+                self.start(spec, kernel, config, None, endpoint, signals, timings)
+            }
+            ended => ended,
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "they are what a run consists of")]
+    fn start(
+        &self,
+        spec: &GuestSpec,
+        kernel: &GuestKernel,
+        config: &MachineConfig,
+        warm: Option<Snapshot>,
+        endpoint: &mut ControlEndpoint,
+        signals: &SignalFd,
+        timings: &Arc<Timings>,
+    ) -> Result<Exit> {
         let (source, start) = match warm {
             Some(Snapshot { description, files }) => {
                 (Source::Snapshot(files), Start::Begin(spec.begin(&description.config.networks)?))

@@ -23,8 +23,8 @@ Examples:
   Save and stop it:
     husk snapshot --stop web ./web.snap
 
-A snapshot contains the memory, and so the secrets, of the machine: only you can read it. It does not contain the disks; as
-soon as one of them changes, the snapshot cannot be restored.";
+A snapshot contains the memory, and so the secrets, of the machine: only you can read it.
+It does not contain the disks: when one of them has changed, it cannot be restored.";
 
 // Named so because of `snapshot::Snapshot`.
 #[derive(Debug, Args)]
@@ -50,6 +50,11 @@ impl SnapshotArgs {
         let path = snapshot::absolute(&self.dir)?.into_os_string().into_vec();
         let then = if self.stop { AfterSnapshot::Stop } else { AfterSnapshot::Continue };
         machines::request(&entry, &Request::Snapshot { path, then }).with_context(|| entry.name().to_owned())?;
+        if !self.stop && entry.record()?.config.disks.iter().any(|disk| !disk.readonly) {
+            log::warn!(
+                "the snapshot cannot be restored any more as soon as the machine writes to its disk: use --stop"
+            );
+        }
         super::print(&format!("{}\n", self.dir.display()))?;
         Ok(Exit::Success)
     }

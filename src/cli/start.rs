@@ -8,7 +8,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::{lifecycle, machines, time};
 use crate::request::Request;
-use crate::state_dir::{MachineEntry, StateDir};
+use crate::state_dir::{self, MachineEntry, StateDir};
 
 const START_EXAMPLES: &str = "\
 Examples:
@@ -21,7 +21,9 @@ up again by its name. Changes to the root filesystem are lost unless they are on
 const RESTART_EXAMPLES: &str = "\
 Examples:
   husk restart web
-  husk restart --time 60 db         (wait up to a minute before killing it)";
+  husk restart --time 60 db         (wait up to a minute before killing it)
+
+A suspended machine is started anew: what it was doing is lost.";
 
 #[derive(Debug, Args)]
 #[command(after_help = START_EXAMPLES)]
@@ -56,6 +58,7 @@ impl Restart {
         let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
         each(&self.machines, |state_dir, entry| {
             lifecycle::check_restartable(entry)?;
+            entry.suspended().map_or(Ok(()), state_dir::remove_snapshot)?;
             if entry.alive {
                 let end = machines::watch_exit(entry);
                 machines::request(entry, &request)?;

@@ -16,9 +16,10 @@ Examples:
   husk suspend web
   husk start web
 
-A suspended machine uses no memory and no CPU time. `husk start` continues it where it was, with its name, ports and logs.
-Its connections to other hosts are reset. Like other machines it is forgotten when the host restarts; its snapshot stays in
-the image store, under its ID in `suspended`, for `husk restore`.";
+A suspended machine uses no memory and no CPU time. `husk start` continues it where it was,
+with its name, ports and logs; `husk restart` starts it anew. Connections to other hosts
+are reset. Like other machines it is forgotten when the host restarts: its snapshot is then
+left in the image store, in `suspended`, for `husk restore`.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]

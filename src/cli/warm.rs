@@ -1,13 +1,13 @@
 //! `husk warm`: makes the snapshot that machines for an image start from.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::exit::Exit;
@@ -18,7 +18,7 @@ use crate::config::MachineConfig;
 use crate::guest::process::Overrides;
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
 use crate::image::Store;
-use crate::resources;
+use crate::resources::{self, lock};
 use crate::snapshot::warm::{self, Fingerprint};
 use crate::state_dir;
 use crate::supervisor::{ControlEndpoint, Save};
@@ -34,9 +34,10 @@ Examples:
   For machines of another size:
     husk warm --cpus 2 --memory 2G debian:12
 
-`husk run` uses a warm image if the machine would boot in the same way: with the same image, kernel, CPUs, memory, devices and
-read-only root. It boots as usual if husk, the kernels or the processor have changed since; run `husk warm` again then.
-`husk images` shows the disk space that warm images take, and `husk rmi` removes them with their image.";
+`husk run` uses a warm image if the machine would boot in the same way: with the same image,
+kernel, CPUs, memory, devices and read-only root. It boots as usual if husk, the kernels or
+the processor have changed since; run `husk warm` again then. `husk images` shows the disk
+space of warm images, `husk prune` removes outdated ones, and `husk rmi` those of an image.";
 
 #[derive(Debug, Args)]
 #[command(override_usage = "husk warm [OPTIONS] IMAGE", after_help = EXAMPLES)]
@@ -73,7 +74,7 @@ impl Warm {
         let kernel = self.machine.kernel()?;
         let config = self.machine.config(&spec, &kernel, &dir.file(state_dir::VSOCK), false)?;
         config.validate()?;
-        let Some(path) = self.place(&spec, &config)? else { return Ok(Exit::Success) };
+        let Some((path, _alone)) = self.place(&spec, &config)? else { return Ok(Exit::Success) };
         let (image, stop_signal) = (self.image.to_string_lossy().into_owned(), spec.stop_signal());
         let info = RecordInfo { image, command: Vec::new(), process: None, stop_signal };
         let endpoint = lifecycle.endpoint(dir, info, &config)?;
@@ -92,13 +93,17 @@ impl Warm {
         Ok(exit)
     }
 
-    /// The directory of the snapshot. `None` if there is one already that is not outdated; others are removed.
-    fn place(&self, spec: &GuestSpec, config: &MachineConfig) -> Result<Option<PathBuf>> {
+    /// The directory of the snapshot, and in the image store a lock, so that no other husk makes it. `None` if there is one
+    /// already that is not outdated; others are removed.
+    fn place(&self, spec: &GuestSpec, config: &MachineConfig) -> Result<Option<(PathBuf, Option<File>)>> {
         if let Some(path) = &self.output {
-            return Ok(Some(path.clone()));
+            return Ok(Some((path.clone(), None)));
         }
         let place = warm::place(&Store::open_default()?, config, spec.is_readonly())?;
         let path = place.context("the image is not in the image store: use --output DIR, and `husk run --from DIR`")?;
+        let parent = path.parent().context("the image store has no directory for it")?;
+        fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+        let alone = lock::alone_within(&path.with_extension("lock"), lock::LONG_TIMEOUT)?;
         if warm::find(&path, config, spec.is_readonly()).is_some() {
             super::print(&format!("{}\n", path.display()))?;
             return Ok(None);
@@ -108,9 +113,6 @@ impl Warm {
         {
             return Err(error).with_context(|| format!("remove the outdated snapshot {}", path.display()));
         }
-        let parent = path.parent().context("the image store has no directory for it")?;
-        fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
-        ensure!(!path.exists(), "{} is being created by another husk", path.display());
-        Ok(Some(path))
+        Ok(Some((path, Some(alone))))
     }
 }

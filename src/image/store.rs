@@ -73,6 +73,13 @@ impl Store {
         self.dir.join("warm").join(root.hex())
     }
 
+    /// The directories for snapshots, as far as they exist.
+    pub fn warm_paths(&self) -> Vec<PathBuf> {
+        let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        let roots = entries(&self.dir.join("warm"));
+        roots.flat_map(|root| entries(&root).collect::<Vec<_>>()).filter(|path| path.is_dir()).collect()
+    }
+
     /// The directory for the snapshot of a machine that is suspended.
     pub fn suspended_dir(&self, machine: &str) -> PathBuf {
         self.dir.join("suspended").join(machine)

@@ -8,30 +8,28 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::{GuestMemory, Region};
+use super::GuestMemory;
 
 const PAGE_BYTES: usize = 4096;
 /// The amount that is looked at together.
 const BLOCK_BYTES: usize = 2 << 20;
-/// Bits of an entry of pagemap (Linux, Documentation/admin-guide/mm/pagemap.rst): the page is in memory, or in swap.
-const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
-const ENTRY_BYTES: usize = size_of::<u64>();
 
 /// Writes all guest memory to an empty file, regions one after another. No vCPU and no device may run.
 ///
-/// Pages that are zero become holes. With `pagemap`, this process's /proc/self/pagemap, those that the guest has never used or
-/// has given back are not even read, which would allocate page tables for them. Returns the number of bytes written.
-pub fn write_to(memory: &GuestMemory, file: &File, pagemap: Option<&File>) -> Result<u64> {
+/// Pages that are zero become holes. `used_pages` has a byte for each page, in order: those with 0, which the guest has never used
+/// or has given back, are not even read, which would allocate page tables for them. Returns the number of bytes written.
+pub fn write_to(memory: &GuestMemory, file: &File, used_pages: Option<&File>) -> Result<u64> {
     let total_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(total_bytes).context("extend the memory file")?;
     let (mut offset_bytes, mut written_bytes) = (0, 0);
     let mut block = vec![0; BLOCK_BYTES];
     for region in memory.iter() {
         // What is not present in a mapping of a file is the file's content.
-        let pagemap = pagemap.filter(|_| !region.mapping.is_of_file());
+        let used_pages = used_pages.filter(|_| !region.mapping.is_of_file());
         for at in (0..region.len()).step_by(BLOCK_BYTES) {
             let pages = BLOCK_BYTES.min((region.len() - at) as usize) / PAGE_BYTES;
-            let used = used_pages(region, at, pages, pagemap).context("read which memory the guest uses")?;
+            let first = (offset_bytes + at) / PAGE_BYTES as u64;
+            let used = used_parts(first, pages, used_pages).context("read which memory the guest uses")?;
             for range in used {
                 let content = block.get_mut(range.clone()).context("a page outside of its block")?;
                 region.read_slice(content, MemoryRegionAddress(at + range.start as u64))?;
@@ -48,16 +46,14 @@ pub fn write_to(memory: &GuestMemory, file: &File, pagemap: Option<&File>) -> Re
     Ok(written_bytes)
 }
 
-/// The ranges of bytes that may have content, within the block at `at`.
-fn used_pages(region: &Region, at: u64, pages: usize, pagemap: Option<&File>) -> io::Result<Vec<Range<usize>>> {
+/// The ranges of bytes that may have content, within a block of `pages` pages, of which `first` is the first.
+fn used_parts(first: u64, pages: usize, used_pages: Option<&File>) -> io::Result<Vec<Range<usize>>> {
     let all = 0..pages * PAGE_BYTES;
-    let Some(pagemap) = pagemap else { return Ok(vec![all]) };
-    let address = region.get_host_address(MemoryRegionAddress(at)).map_err(io::Error::other)? as u64;
-    let mut entries = vec![0; pages * ENTRY_BYTES];
-    pagemap.read_exact_at(&mut entries, address / PAGE_BYTES as u64 * ENTRY_BYTES as u64)?;
-    let is_used = |entry: &[u8; ENTRY_BYTES]| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0;
-    let scale = |range: Range<usize>| range.start / ENTRY_BYTES * PAGE_BYTES..range.end / ENTRY_BYTES * PAGE_BYTES;
-    Ok(parts(&entries, is_used).into_iter().map(scale).collect())
+    let Some(used_pages) = used_pages else { return Ok(vec![all]) };
+    let mut bytes = vec![0; pages];
+    used_pages.read_exact_at(&mut bytes, first)?;
+    let scale = |range: Range<usize>| range.start * PAGE_BYTES..range.end * PAGE_BYTES;
+    Ok(parts(&bytes, |byte| *byte != [0]).into_iter().map(scale).collect())
 }
 
 /// The ranges of consecutive elements of `N` bytes that are `wanted`.
@@ -89,14 +85,14 @@ mod tests {
         memory::map(memory_mib, file, Pages::Transparent, None)
     }
 
-    fn saved(memory: &GuestMemory, pagemap: Option<&File>) -> (File, u64) {
+    fn saved(memory: &GuestMemory, used_pages: Option<&File>) -> (File, u64) {
         let file = sys::memory_file(c"saved").unwrap();
-        let written_bytes = write_to(memory, &file, pagemap).unwrap();
+        let written_bytes = write_to(memory, &file, used_pages).unwrap();
         (file, written_bytes)
     }
 
     #[test]
-    fn memory_is_saved_with_and_without_the_page_map() {
+    fn memory_is_saved_whether_it_is_known_which_is_used_or_not() {
         let memory = memory::reserve(3073).unwrap();
         let hole = (crate::layout::MMIO_HOLE_START, crate::layout::MMIO_HOLE_END);
         let places = [0, 4096, 12 << 20, hole.0 - 4096, hole.1, hole.1 + (1 << 20) - 1].map(GuestAddress);
@@ -106,9 +102,14 @@ mod tests {
         memory.write_obj(0_u8, GuestAddress(64 << 20)).unwrap();
         memory.write_obj(9_u8, GuestAddress(20 << 20)).unwrap();
         give_back(&memory, GuestAddress(20 << 20), 4096).unwrap();
-        let pagemap = File::open("/proc/self/pagemap").unwrap();
-        for pagemap in [Some(&pagemap), None] {
-            let (file, written_bytes) = saved(&memory, pagemap);
+        let used = sys::memory_file(c"used").unwrap();
+        used.set_len((3073 << 20) / 4096).unwrap();
+        for place in places {
+            let above = place.0.checked_sub(hole.1).map_or(place.0, |above| hole.0 + above);
+            used.write_all_at(&[1], above / 4096).unwrap();
+        }
+        for used_pages in [Some(&used), None] {
+            let (file, written_bytes) = saved(&memory, used_pages);
             assert_eq!((written_bytes, file.metadata().unwrap().len()), (6 * 4096, 3073 << 20));
             assert!(file.metadata().unwrap().blocks() * 512 <= 64 << 10);
             let restored = map(3073, &file).unwrap();
@@ -123,8 +124,9 @@ mod tests {
         memory.write_obj(1_u8, GuestAddress(8192)).unwrap();
         let restored = map(4, &saved(&memory, None).0).unwrap();
         restored.write_obj(2_u8, GuestAddress(1 << 20)).unwrap();
-        let pagemap = File::open("/proc/self/pagemap").unwrap();
-        let again = map(4, &saved(&restored, Some(&pagemap)).0).unwrap();
+        let none = sys::memory_file(c"used").unwrap();
+        none.set_len(1024).unwrap();
+        let again = map(4, &saved(&restored, Some(&none)).0).unwrap();
         assert_eq!([8192, 1 << 20].map(|at| again.read_obj::<u8>(GuestAddress(at)).unwrap()), [1, 2]);
     }
 

@@ -43,8 +43,8 @@ pub enum Call {
     SetLinks(bool),
     /// Report the machine's resource usage.
     Usage,
-    /// Pause the guest and save the machine. A packet with three files follows: one for its state, one for its memory, and the
-    /// monitor's pagemap.
+    /// Save the machine, which is paused. A packet with three files follows: one for its state, one for its memory, and one that
+    /// says which pages of it are in use.
     Save,
     /// End the machine.
     End,

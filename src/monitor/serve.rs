@@ -269,11 +269,11 @@ impl Server {
     }
 }
 
-/// Pauses the machine, and writes its state and its memory to the first two files.
+/// Writes the state of the machine and its memory to the first two files.
 fn save(machine: &mut Machine, files: [OwnedFd; 3]) -> Result<()> {
-    let [mut state, memory, pagemap] = files.map(File::from);
+    let [mut state, memory, used_pages] = files.map(File::from);
     state.write_all(&machine.save()?.encode()?).context("write the state of the machine")?;
-    memory::write_to(machine.memory(), &memory, Some(&pagemap)).map(drop)
+    memory::write_to(machine.memory(), &memory, Some(&used_pages)).map(drop)
 }
 
 fn usage(machine: &Machine) -> Usage {

@@ -66,8 +66,19 @@ pub fn wait(file: &File, path: &Path, kind: Kind, timeout: Duration) -> Result<(
 /// Opens the file at `path`, creating it if necessary, and locks it exclusively for as long as the returned file is
 /// open.
 pub fn alone(path: &Path) -> Result<File> {
+    alone_within(path, SHORT_TIMEOUT)
+}
+
+/// The same without waiting; `None` if it is locked.
+pub fn try_alone(path: &Path) -> Result<Option<File>> {
     let file = file().open(path).with_context(|| format!("open {}", path.display()))?;
-    wait(&file, path, Kind::Exclusive, SHORT_TIMEOUT)?;
+    Ok(file.try_lock().is_ok().then_some(file))
+}
+
+/// The same, waiting for at most `timeout`.
+pub fn alone_within(path: &Path, timeout: Duration) -> Result<File> {
+    let file = file().open(path).with_context(|| format!("open {}", path.display()))?;
+    wait(&file, path, Kind::Exclusive, timeout)?;
     Ok(file)
 }
 

@@ -14,22 +14,25 @@ mod writer;
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{self, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
 use crate::resources::SnapshotFiles;
 use crate::resources::disk::stamp::Stamp;
+use crate::state_dir::SNAPSHOT_STATE;
 use crate::state_dir::record::Inherited;
 use header::{HEADER_BYTES, Header};
 use warm::Fingerprint;
 pub use writer::SnapshotWriter;
 
-const STATE: &str = "state";
+const STATE: &str = SNAPSHOT_STATE;
 const MEMORY: &str = "memory";
 /// Where a process finds its own open files (proc(5)).
 const OWN_FILES: &str = "/proc/self/fd";
@@ -82,7 +85,10 @@ impl Snapshot {
             Err(Errno::NOTDIR) => bail!("not a snapshot, which is a directory"),
             dir => dir?,
         };
-        let open = |name: &str| fs::openat(&dir, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map(File::from);
+        check_owner(&dir)?;
+        // Links lead elsewhere, and a FIFO would have to be waited for.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let open = |name: &str| fs::openat(&dir, name, flags, Mode::empty()).map(File::from);
         let mut file = match open(STATE) {
             Err(Errno::NOENT) if open(MEMORY).is_ok() => {
                 bail!("it is incomplete: `husk snapshot` was interrupted, or is not done yet")
@@ -90,6 +96,7 @@ impl Snapshot {
             Err(Errno::NOENT) => bail!("not a snapshot"),
             opened => opened.context("open the file `state`")?,
         };
+        check_file(&file).context("the file `state`")?;
         let mut header = [0; HEADER_BYTES];
         read_whole(&mut file, &mut header)?;
         let header = Header::parse(&header)?;
@@ -97,13 +104,38 @@ impl Snapshot {
         read_whole(&mut file, &mut content)?;
         ensure!(file.read(&mut [0])? == 0, "the file `state` is longer than its header says");
         let (description, state) = header.split(&content)?;
-        let description: Description = serde_json::from_slice(description).context("read its description")?;
+        let mut description: Description = serde_json::from_slice(description).context("read its description")?;
+        // Whether this process is confined is not for a file to say.
+        description.config.sandbox = true;
         description.config.validate().context("its configuration is invalid")?;
         let memory = open(MEMORY).context("open the file `memory`")?;
+        check_file(&memory).context("the file `memory`")?;
         let (found, expected) = (memory.metadata()?.len(), description.config.memory_mib << 20);
         ensure!(found == expected, "the file `memory` has {found} bytes instead of {expected}");
         Ok(Snapshot { description, files: SnapshotFiles { state: state.to_vec(), memory } })
     }
+}
+
+/// Fails unless the file or directory belongs to this user or to root, and nobody else can change it: a snapshot names the files and
+/// devices that its machine gets.
+fn check_owner(file: impl AsFd) -> Result<()> {
+    const WRITABLE_BY_OTHERS: u32 = 0o022;
+    let found = fs::fstat(file)?;
+    let (owner, user) = (found.st_uid, geteuid().as_raw());
+    ensure!(
+        owner == user || owner == 0,
+        "it belongs to another user, who could give its machine your files: copy it if you trust it (`cp -r`)"
+    );
+    ensure!(
+        found.st_mode & WRITABLE_BY_OTHERS == 0,
+        "others can change it, and could give its machine your files: use `chmod -R go-w` if you trust it"
+    );
+    Ok(())
+}
+
+fn check_file(file: &File) -> Result<()> {
+    ensure!(file.metadata()?.is_file(), "not a file");
+    check_owner(file)
 }
 
 fn read_whole(file: &mut File, bytes: &mut [u8]) -> Result<()> {
@@ -138,12 +170,12 @@ pub fn absolute(path: &Path) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, PermissionsExt};
 
     use super::*;
     use crate::config::{BackingConfig, DiskConfig, VsockConfig};
 
-    fn description() -> Description {
+    pub(super) fn description() -> Description {
         Description {
             husk: "0.1.0".into(),
             created_ms: 1,
@@ -229,6 +261,7 @@ mod tests {
         let writer = SnapshotWriter::create(&path).unwrap();
         let mut description = description();
         description.config.cpus = 1000;
+        writer.memory().set_len(32 << 20).unwrap();
         writer.finish(&description, b"{}").unwrap();
         assert_refused(&path, "its configuration is invalid: 1000 vCPUs");
     }
@@ -256,5 +289,44 @@ mod tests {
         let disks = vec![DiskConfig::of("/proc/self/fd/7".into())];
         let error = with_absolute_paths(&MachineConfig { disks, ..MachineConfig::default() }).unwrap_err();
         assert!(error.to_string().contains("use --keep NAME"), "{error}");
+    }
+
+    fn make_fifo(path: &Path) {
+        use rustix::fs::{CWD, FileType, mknodat};
+        mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    }
+
+    #[test]
+    fn files_of_others_links_and_fifos_are_refused() {
+        let (dir, path) = written();
+        let chmod = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        chmod(&path, 0o770);
+        assert_refused(&path, "others can change it");
+        chmod(&path, 0o700);
+        chmod(&path.join(MEMORY), 0o666);
+        assert_refused(&path, "the file `memory`: others can change it");
+        chmod(&path.join(MEMORY), 0o600);
+        Snapshot::open(&path).unwrap();
+        fs::rename(path.join(MEMORY), dir.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), path.join(MEMORY)).unwrap();
+        assert_refused(&path, "open the file `memory`: Too many levels of symbolic links");
+        fs::remove_file(path.join(MEMORY)).unwrap();
+        make_fifo(&path.join(MEMORY));
+        assert_refused(&path, "the file `memory`: not a file");
+        fs::remove_file(path.join(STATE)).unwrap();
+        make_fifo(&path.join(STATE));
+        assert_refused(&path, "the file `state`: not a file");
+    }
+
+    #[test]
+    fn a_snapshot_does_not_turn_the_sandbox_off() {
+        let (_dir, path) = written();
+        fs::remove_dir_all(&path).unwrap();
+        let writer = SnapshotWriter::create(&path).unwrap();
+        writer.memory().set_len(32 << 20).unwrap();
+        let mut description = description();
+        description.config.sandbox = false;
+        writer.finish(&description, b"{}").unwrap();
+        assert!(Snapshot::open(&path).unwrap().description.config.sandbox);
     }
 }

@@ -7,8 +7,9 @@
 //! A guest notices whatever it was booted with, so a snapshot fits only machines that would boot in exactly the same way: with
 //! the same configuration as far as the guest sees it, and with the same [`Fingerprint`].
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,6 +20,7 @@ use super::{Description, Snapshot};
 use crate::config::{Attachment, MachineConfig, NetworkConfig, Rate, UserNetwork};
 use crate::image::{Digest, Store};
 use crate::resources::disk::stamp::Stamp;
+use crate::resources::lock;
 use crate::sys::processor;
 
 const MICROCODE: &str = "/sys/devices/system/cpu/cpu0/microcode/version";
@@ -123,7 +125,6 @@ fn seen_by_guest(config: &MachineConfig) -> Result<MachineConfig> {
         cpuset: Vec::new(),
         cpu_shares: None,
         host_memory_mib: None,
-        prefault: false,
         sandbox: true,
         vsock,
         networks,
@@ -156,4 +157,27 @@ pub fn find(path: &Path, config: &MachineConfig, is_readonly: bool) -> Option<Sn
         return None;
     }
     open(path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()
+}
+
+/// Removes all warm images that no machine can start from any more, and what killed processes have left of others. Returns the
+/// number and the disk usage of the files.
+pub fn prune(store: &Store) -> Result<(usize, u64)> {
+    let (mut files, mut bytes) = (0, 0);
+    for path in store.warm_paths() {
+        let is_useful = || -> Result<bool> {
+            let Description { config, fingerprint, .. } = Snapshot::open(&path)?.description;
+            let made_with = fingerprint.context("it does not wait for a command")?;
+            Ok(Fingerprint::of(&config, made_with.is_readonly())?.change_since(&made_with).is_none())
+        };
+        // One that is being made is not complete yet.
+        let Some(_alone) = lock::try_alone(&path.with_extension("lock"))? else { continue };
+        if path.is_dir() && !is_useful().unwrap_or(false) {
+            for entry in fs::read_dir(&path)?.flatten() {
+                files += 1;
+                bytes += entry.metadata().map_or(0, |found| found.blocks().saturating_mul(512));
+            }
+            fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+        }
+    }
+    Ok((files, bytes))
 }

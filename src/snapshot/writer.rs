@@ -2,14 +2,14 @@
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 
 use super::header::Header;
-use super::{Description, MEMORY, STATE};
-use crate::sys::private_file;
+use super::{Description, MEMORY, STATE, check_owner};
 
 /// The file that becomes [`STATE`].
 const NEW_STATE: &str = "state.new";
@@ -19,31 +19,38 @@ const NEW_STATE: &str = "state.new";
 /// Only the last step, a rename, makes the directory a snapshot. What a killed husk has left is overwritten by the next one.
 pub struct SnapshotWriter {
     path: PathBuf,
-    /// Locked, so that there is no second writer.
+    /// Locked, so that there is no second writer. Files are created in it, whatever takes its place.
+    dir: File,
     memory: File,
     is_finished: bool,
 }
 
 impl SnapshotWriter {
     /// Creates the directory `path`, accessible only to its owner: memory contains secrets. Fails if it contains anything but an
-    /// incomplete snapshot.
+    /// incomplete snapshot, or belongs to somebody else.
     pub fn create(path: &Path) -> Result<SnapshotWriter> {
         SnapshotWriter::create_at(path).with_context(|| format!("create the snapshot {}", path.display()))
     }
 
     fn create_at(path: &Path) -> Result<SnapshotWriter> {
         match DirBuilder::new().mode(0o700).create(path) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => check_replaceable(path)?,
-            created => created?,
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error.into()),
+            _ => {}
         }
-        let memory = private_file().read(true).write(true).create(true).truncate(false).open(path.join(MEMORY))?;
-        match memory.try_lock() {
+        let found = fs::metadata(path)?;
+        ensure!(found.is_dir(), "it exists, and is not a directory: choose another name");
+        let dir = File::open(path)?;
+        check_owner(&dir)?;
+        match dir.try_lock() {
             Err(TryLockError::WouldBlock) => bail!("another husk is writing it"),
-            locked => locked.context("lock its file `memory`")?,
+            locked => locked.context("lock it")?,
         }
-        let writer = SnapshotWriter { path: path.to_owned(), memory, is_finished: false };
-        writer.memory.set_len(0).context("empty its file `memory`")?;
-        Ok(writer)
+        // Only now, since another husk may have completed it in between.
+        let left = check_replaceable(path)?;
+        dir.set_permissions(fs::Permissions::from_mode(0o700))?;
+        left.iter().try_for_each(|name| unlinkat(&dir, *name, AtFlags::empty()))?;
+        let memory = create_in(&dir, MEMORY)?;
+        Ok(SnapshotWriter { path: path.to_owned(), dir, memory, is_finished: false })
     }
 
     /// The empty file for the guest's memory.
@@ -59,44 +66,62 @@ impl SnapshotWriter {
     }
 
     fn complete(&self, description: &Description, state: &[u8]) -> Result<()> {
+        let (found, expected) = (self.memory.metadata()?.len(), description.config.memory_mib << 20);
+        ensure!(found == expected, "the monitor process has written {found} bytes of memory instead of {expected}");
         self.memory.sync_all()?;
         let description = serde_json::to_vec(description)?;
-        let new = self.path.join(NEW_STATE);
-        let mut file = private_file().write(true).create(true).truncate(true).open(&new)?;
+        let mut file = create_in(&self.dir, NEW_STATE)?;
         file.write_all(&Header::of(&description, state).to_bytes())?;
         file.write_all(&description)?;
         file.write_all(state)?;
         file.sync_all()?;
-        fs::rename(&new, self.path.join(STATE))?;
-        Ok(File::open(&self.path)?.sync_all()?)
+        renameat(&self.dir, NEW_STATE, &self.dir, STATE)?;
+        Ok(self.dir.sync_all()?)
     }
 }
 
 impl Drop for SnapshotWriter {
     fn drop(&mut self) {
         if !self.is_finished {
-            // The directory stays if it has other files.
-            [STATE, NEW_STATE, MEMORY].iter().for_each(|name| drop(fs::remove_file(self.path.join(name))));
+            for name in [STATE, NEW_STATE, MEMORY] {
+                let _ = unlinkat(&self.dir, name, AtFlags::empty());
+            }
+            // It stays if it has other files.
             let _ = fs::remove_dir(&self.path);
         }
     }
 }
 
-/// Fails unless the directory is empty or has an incomplete snapshot.
-fn check_replaceable(path: &Path) -> Result<()> {
+/// Creates a file in a directory, accessible only to its owner. Fails if there is anything with this name.
+fn create_in(dir: &File, name: &str) -> Result<File> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let created = openat(dir, name, flags, Mode::RUSR | Mode::WUSR);
+    created.map(File::from).with_context(|| format!("create its file `{name}`"))
+}
+
+/// Fails unless the directory is empty or has an incomplete snapshot, whose files are returned.
+fn check_replaceable(path: &Path) -> Result<Vec<&'static str>> {
+    let mut left = Vec::new();
     for entry in fs::read_dir(path)? {
         match entry?.file_name() {
             name if name == STATE => bail!("it exists: remove it, or choose another directory"),
-            name if name == MEMORY || name == NEW_STATE => {}
+            name if name == MEMORY => left.push(MEMORY),
+            name if name == NEW_STATE => left.push(NEW_STATE),
             _ => bail!("the directory is not empty: choose another one"),
         }
     }
-    Ok(())
+    Ok(left)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
 
     #[test]
     fn what_is_not_finished_is_removed() {
@@ -124,6 +149,39 @@ mod tests {
         assert!(refused(&path).ends_with("it exists: remove it, or choose another directory"));
         assert!(refused(dir.path()).ends_with("the directory is not empty: choose another one"));
         assert!(refused(&dir.path().join("a/b")).ends_with("No such file or directory (os error 2)"));
+        assert!(refused(&path.join(STATE)).ends_with("not a directory: choose another name"));
         assert!(path.join(STATE).exists(), "a refusal removes nothing");
+    }
+
+    #[test]
+    fn nothing_is_written_through_links_or_into_files_of_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, precious) = (dir.path().join("snapshot"), dir.path().join("precious"));
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(&precious, "precious").unwrap();
+        symlink(&precious, path.join(MEMORY)).unwrap();
+        symlink(&precious, path.join(NEW_STATE)).unwrap();
+        let writer = SnapshotWriter::create(&path).unwrap();
+        writer.memory().set_len(32 << 20).unwrap();
+        writer.finish(&super::super::tests::description(), b"{}").unwrap();
+        assert_eq!(fs::read(&precious).unwrap(), b"precious");
+        assert_eq!((mode(&path), mode(&path.join(MEMORY)), mode(&path.join(STATE))), (0o700, 0o600, 0o600));
+        let open = dir.path().join("open");
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+        let error = format!("{:#}", SnapshotWriter::create(&open).map(drop).unwrap_err());
+        assert!(error.contains("others can change it"), "{error}");
+    }
+
+    #[test]
+    fn memory_of_another_size_is_not_completed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("snapshot");
+        let writer = SnapshotWriter::create(&path).unwrap();
+        writer.memory().set_len((32 << 20) + 1).unwrap();
+        let error = format!("{:#}", writer.finish(&super::super::tests::description(), b"{}").unwrap_err());
+        assert!(error.contains("has written 33554433 bytes"), "{error}");
+        assert!(!path.exists());
     }
 }

@@ -42,6 +42,9 @@ pub const STREAMS_LOG: &str = "streams.log";
 /// The log of husk's own messages while it runs in the background.
 pub const HUSK_LOG: &str = "husk.log";
 
+/// The file that completes a snapshot.
+pub const SNAPSHOT_STATE: &str = "state";
+
 /// The state directory of one user, with all of the user's machines.
 #[derive(Debug, Clone)]
 pub struct StateDir {
@@ -138,8 +141,8 @@ impl StateDir {
     }
 
     fn remove_held(&self, entry: &MachineEntry) -> Result<()> {
-        if let State::Suspended { snapshot, .. } = entry.state() {
-            remove_snapshot(&snapshot)?;
+        if let Some(snapshot) = entry.record.as_ref().and_then(|record| record.snapshot.as_ref()) {
+            remove_snapshot(snapshot)?;
         }
         if let Some(name) = entry.record.as_ref().and_then(|record| record.name.as_deref()) {
             self.release(name, &entry.id)?;
@@ -184,11 +187,20 @@ impl MachineEntry {
     pub fn state(&self) -> State {
         match self.record.as_ref().map(|record| &record.state) {
             None if self.alive => State::Starting,
-            Some(state) if self.alive || matches!(state, State::Exited { .. } | State::Suspended { .. }) => {
-                state.clone()
+            Some(state) if self.alive => state.clone(),
+            // Even if husk was killed as it was about to say so, or to continue.
+            _ if self.suspended().is_some() => {
+                State::Suspended { since_ms: self.record.as_ref().map_or(0, Record::since_ms) }
             }
+            Some(state @ State::Exited { .. }) => state.clone(),
             _ => State::Lost,
         }
+    }
+
+    /// The snapshot that a machine which is not running continues from.
+    pub fn suspended(&self) -> Option<&Path> {
+        let path = self.record.as_ref()?.snapshot.as_deref()?;
+        (!self.alive && path.join(SNAPSHOT_STATE).exists()).then_some(path)
     }
 
     /// The machine's record. Fails if none has been written yet.
@@ -206,8 +218,9 @@ impl MachineEntry {
     }
 }
 
-/// Removes the snapshot of a suspended machine, if it exists.
+/// Removes the snapshot of a suspended machine, if it exists. It is incomplete from the first step on.
 pub fn remove_snapshot(path: &Path) -> Result<()> {
+    let _ = fs::remove_file(path.join(SNAPSHOT_STATE));
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("remove the snapshot {}", path.display()))

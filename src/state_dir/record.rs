@@ -45,6 +45,16 @@ pub struct Record {
     pub stop_signal: u8,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
+    /// How many times it is restarted when it fails.
+    #[serde(default)]
+    pub max_retries: u32,
+    /// The maximum size of its log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_max_bytes: Option<u64>,
+    /// The snapshot that belongs to the machine, from before it is taken until the machine has continued from it. Whether it is
+    /// complete is for the files to say, since husk may be killed at any time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<PathBuf>,
     /// The layers of the sandbox that the host does not allow, each with the reason.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sandbox_lacks: Vec<String>,
@@ -72,8 +82,6 @@ pub enum State {
     Suspended {
         /// When it was saved.
         since_ms: u64,
-        /// The snapshot, which belongs to the machine.
-        snapshot: PathBuf,
     },
     /// It failed and will be restarted after a delay.
     Restarting {
@@ -152,6 +160,18 @@ impl From<&Process> for Inherited {
 }
 
 impl Record {
+    /// When it entered its state, in milliseconds since 1970, as far as known.
+    pub fn since_ms(&self) -> u64 {
+        match &self.state {
+            State::Running { since_ms }
+            | State::Paused { since_ms }
+            | State::Suspended { since_ms }
+            | State::Restarting { since_ms }
+            | State::Exited { at_ms: since_ms, .. } => *since_ms,
+            State::Starting | State::Lost => self.created_ms,
+        }
+    }
+
     /// Reads the record from a machine's directory.
     pub fn read(dir: &Path) -> Result<Record> {
         let path = dir.join(FILE);
@@ -212,6 +232,9 @@ pub(crate) mod tests {
             keep: true,
             stop_signal: 15,
             process: None,
+            max_retries: 0,
+            log_max_bytes: None,
+            snapshot: None,
             sandbox_lacks: Vec::new(),
             config: MachineConfig::default(),
         }
@@ -224,7 +247,7 @@ pub(crate) mod tests {
         for state in [
             State::Starting,
             State::Running { since_ms: 5 },
-            State::Suspended { since_ms: 5, snapshot: "/snapshot".into() },
+            State::Suspended { since_ms: 5 },
             State::Exited { code: 137, at_ms: u64::MAX, reason: Some("terminated by signal 9".into()) },
         ] {
             let record = Record { state, process: Some(Inherited::from(&process)), ..record() };

@@ -33,8 +33,8 @@ pub struct ControlEndpoint {
     pub(super) end_requested: bool,
     /// When a requested stop becomes a forced one.
     pub(super) stop_by: Option<Instant>,
-    /// The machine's own snapshot, while it is suspended: taken, or not continued yet.
-    pub(super) snapshot: Option<PathBuf>,
+    /// Whether the machine was suspended, or has not continued since.
+    pub(super) is_suspended: bool,
     started: Instant,
     // Declared last, so that the files in it are dropped first.
     pub(super) dir: MachineDir,
@@ -54,13 +54,10 @@ impl ControlEndpoint {
         };
         dir.write(&record)?;
         let (unannounced, started) = (record.detached, Instant::now());
-        let (end_requested, stop_by, snapshot) = (false, None, None);
-        Ok(ControlEndpoint { server, record, hub, unannounced, end_requested, stop_by, snapshot, started, dir })
-    }
-
-    /// Says that the machine continues from this snapshot, which belongs to it. It is removed when the machine runs.
-    pub fn continues_from(&mut self, snapshot: PathBuf) {
-        self.snapshot = Some(snapshot);
+        let (end_requested, stop_by) = (false, None);
+        let is_complete = |path: &PathBuf| path.join(state_dir::SNAPSHOT_STATE).exists();
+        let is_suspended = record.snapshot.as_ref().is_some_and(is_complete);
+        Ok(ControlEndpoint { server, record, hub, unannounced, end_requested, stop_by, is_suspended, started, dir })
     }
 
     /// The path of a file in the machine's directory.
@@ -71,6 +68,11 @@ impl ControlEndpoint {
     /// The destination of the machine's streams, if it runs in the background.
     pub fn hub(&self) -> Option<&Arc<Hub>> {
         self.hub.as_ref()
+    }
+
+    /// Whether the guest has run, and its process if it has one.
+    pub fn has_run(&self) -> bool {
+        self.record.state != State::Starting
     }
 
     /// Whether the machine runs in the background, without this process's terminal and input.
@@ -113,6 +115,15 @@ impl ControlEndpoint {
         self.started.elapsed()
     }
 
+    /// Removes the snapshot that belongs to the machine, which has its memory open, and then forgets it.
+    pub(super) fn discard_snapshot(&mut self) -> Result<()> {
+        if let Some(path) = &self.record.snapshot {
+            state_dir::remove_snapshot(path).unwrap_or_else(|error| log::warn!("{error:#}"));
+        }
+        self.record.snapshot = None;
+        self.write_record()
+    }
+
     /// Records the machine's new state.
     pub(super) fn enter(&mut self, state: State) -> Result<()> {
         self.record.state = state;
@@ -129,9 +140,8 @@ impl ControlEndpoint {
     pub(super) fn note_running(&mut self) -> Result<()> {
         if self.record.state == State::Starting {
             self.enter(State::Running { since_ms: now_ms() })?;
-            if let Some(path) = self.snapshot.take() {
-                // The machine has its memory open.
-                state_dir::remove_snapshot(&path).unwrap_or_else(|error| log::warn!("{error:#}"));
+            if std::mem::take(&mut self.is_suspended) {
+                self.discard_snapshot()?;
             }
         }
         if std::mem::take(&mut self.unannounced) {
@@ -208,9 +218,9 @@ impl ControlEndpoint {
             hub.close(self.end_requested);
         }
         let keep = self.record.keep && self.dir.is_kept();
-        let end = match self.snapshot.take() {
-            Some(snapshot) => State::Suspended { since_ms: now_ms(), snapshot },
-            None => State::Exited { code, at_ms: now_ms(), reason },
+        let end = match self.is_suspended {
+            true => State::Suspended { since_ms: now_ms() },
+            false => State::Exited { code, at_ms: now_ms(), reason },
         };
         let written = if keep { self.enter(end) } else { Ok(()) };
         if !keep {

@@ -11,6 +11,7 @@ use crate::request::AfterSnapshot;
 use crate::resources::disk::stamp::{self, Stamp};
 use crate::snapshot::warm::Fingerprint;
 use crate::snapshot::{self, Description, SnapshotWriter};
+use crate::state_dir;
 use crate::state_dir::record::{State, now_ms};
 
 /// Where a machine that waits for its process is saved, and what it was booted with.
@@ -40,7 +41,17 @@ impl Supervisor<'_> {
             let keeps = self.endpoint.record.keep;
             ensure!(keeps, "only a machine that was started with --detach and without --rm can be suspended");
         }
-        self.write(path, was_running, then, None)
+        if then != AfterSnapshot::Suspend {
+            return self.write(path, was_running, then, None);
+        }
+        // What a killed husk has left there is the machine's own.
+        self.endpoint.record.snapshot = Some(path.to_owned());
+        self.endpoint.write_record()?;
+        let written = state_dir::remove_snapshot(path).and_then(|()| self.write(path, was_running, then, None));
+        if written.is_err() {
+            self.endpoint.discard_snapshot()?;
+        }
+        written
     }
 
     fn write(
@@ -62,7 +73,7 @@ impl Supervisor<'_> {
             saved.and_then(|(state, disks)| writer.finish(&self.describe(config, disks, fingerprint), &state));
         match finished {
             Ok(()) if then != AfterSnapshot::Continue => {
-                self.endpoint.snapshot = (then == AfterSnapshot::Suspend).then(|| path.to_owned());
+                self.endpoint.is_suspended = then == AfterSnapshot::Suspend;
                 self.endpoint.end_requested = true;
                 self.monitor.exit_latch().declare(ExitReason::Saved);
             }

@@ -169,6 +169,15 @@ fn a_suspended_machine_continues_when_it_is_started() {
         assert_eq!((machines.status("echo"), machines.inspect("echo", "id")), ("running".into(), id.clone()));
         assert!(!snapshot.exists(), "the machine has taken it");
     }
+    // husk was killed just before it said so.
+    assert_eq!(husk(&["suspend", "echo"]).0, Some(0));
+    let record = machines.runtime.path().join("husk").join(&id).join("record.json");
+    let text = fs::read_to_string(&record).unwrap();
+    let running = text.replace("\"status\": \"suspended\"", "\"status\": \"running\"");
+    assert_ne!(running, text);
+    fs::write(&record, running).unwrap();
+    assert_eq!(machines.status("echo"), "suspended", "its snapshot is complete");
+    assert_eq!(husk(&["start", "echo"]), (Some(0), "echo\n".into()));
     let mut attached = machines.attach("echo");
     attached.stdin.take().unwrap().write_all(b"word\x04").unwrap();
     let output = attached.wait_with_output().unwrap();
@@ -176,8 +185,19 @@ fn a_suspended_machine_continues_when_it_is_started() {
     assert_eq!(machines.ok(&["wait", "echo"]), "0\n");
     assert!(machines.ok(&["logs", "echo"]).starts_with("ready"), "its log goes on");
     machines.ok(&["rm", "echo"]);
-    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "echo"]);
+    let flags = ["--name", "echo", "--restart", "on-failure:3", "--log-max", "64K"];
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &flags);
     machines.await_log("echo", "ready");
+    assert_eq!((husk(&["suspend", "echo"]).0, husk(&["start", "echo"]).0), (Some(0), Some(0)));
+    let kept = ["max_retries", "log_max_bytes"].map(|what| machines.inspect("echo", what));
+    assert_eq!(kept, ["3", "65536"]);
+    assert_eq!(husk(&["suspend", "echo"]).0, Some(0));
+    assert_eq!(husk(&["restart", "echo"]).0, Some(0));
+    machines.await_status("echo", "running");
+    let is_booted_again = || machines.ok(&["logs", "echo"]).matches("ready").count() == 2;
+    while !is_booted_again() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
     assert_eq!(husk(&["suspend", "echo"]).0, Some(0));
     assert_eq!(husk(&["rm", "echo"]).0, Some(0));
     assert_eq!(fs::read_dir(data.path().join("suspended")).unwrap().count(), 0, "rm removes the snapshot");

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use ::husk::snapshot::{Snapshot, SnapshotWriter};
 use tempfile::TempDir;
 
 use super::guests::guests;
@@ -62,6 +63,9 @@ fn a_command_sees_the_same_in_a_warm_machine() {
         assert!(is_warm(&started) && !is_warm(&boot), "{}\n{}", started.errors, boot.errors);
         assert_eq!(started.expect(7).text(), boot.text());
     }
+    let prefaulted = run(&guests, &["--prefault"], "echo x");
+    assert!(!is_warm(&prefaulted), "another balloon: {}", prefaulted.errors);
+    assert_eq!(prefaulted.expect(0).text(), "x\n");
     let readonly = run(&guests, &["--read-only"], "echo x > /x");
     assert!(!is_warm(&readonly), "another root: {}", readonly.errors);
     readonly.expect(1);
@@ -103,7 +107,7 @@ fn a_snapshot_of_a_waiting_machine_is_for_any_command() {
     let path = path.to_str().unwrap();
     assert_eq!(warm(&guests, &["--output", path]), Path::new(path));
     for word in ["one", "two"] {
-        let ended = finish(plain(&["run", "--network", "none", "--from", path, "echo", word]), Vec::new());
+        let ended = finish(plain(&["run", "--from", path, "echo", word]), Vec::new());
         assert_eq!(ended.expect(0).text(), format!("{word}\n"));
     }
     let refused = |words: &[&str], code: i32, why: &str| {
@@ -129,6 +133,17 @@ fn a_damaged_warm_image_only_costs_time() {
     let ended = run(&guests, &["--cpus", "2"], "nproc");
     assert!(!is_warm(&ended) && ended.errors.contains("the file `memory` has 4096 bytes"), "{}", ended.errors);
     assert_eq!(ended.expect(0).text(), "2\n");
+    assert_eq!(warm(&guests, &["--cpus", "2"]), path);
+    // Whole, but with a state that no machine can have.
+    let Snapshot { description, .. } = Snapshot::open(&path).unwrap();
+    fs::remove_dir_all(&path).unwrap();
+    let writer = SnapshotWriter::create(&path).unwrap();
+    writer.memory().set_len(description.config.memory_mib << 20).unwrap();
+    writer.finish(&description, b"{}").unwrap();
+    let ended = run(&guests, &["--cpus", "2"], "nproc");
+    assert!(ended.errors.contains("the warm image cannot be used"), "{}", ended.errors);
+    assert_eq!(ended.expect(0).text(), "2\n");
+    fs::remove_dir_all(&path).unwrap();
     assert_eq!(warm(&guests, &["--cpus", "2"]), path);
     let ended = run(&guests, &["--cpus", "2"], "nproc");
     assert!(is_warm(&ended), "{}", ended.errors);

@@ -93,9 +93,13 @@ impl MachineFlags {
             format!("the machine in the snapshot {name} already runs its command: use `husk restore {name}`")
         })?;
         self.cpus = Cpus { vcpus: config.cpus, limit_millicpus: None };
-        self.memory = config.memory_mib;
-        self.kernel = Some(config.kernel);
+        self.memory = config.memory_target_mib.unwrap_or(config.memory_mib);
+        self.limits.adopt(&config);
+        if config.networks.is_empty() {
+            self.network.default_to_none();
+        }
         self.transport = Some(config.transport);
+        self.kernel = Some(config.kernel);
         self.nested = config.nested;
         self.read_only = fingerprint.is_readonly();
         Ok(image)

@@ -1,0 +1,63 @@
+//! Which pages of a machine's memory are in use, as its supervisor sees them.
+//!
+//! The monitor gets only that: to whoever root opens it for, /proc/PID/pagemap also tells physical addresses.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use crate::sys;
+
+const PAGE_BYTES: u64 = 4096;
+/// Bits of an entry (Linux, Documentation/admin-guide/mm/pagemap.rst): the page is in memory, or in swap.
+const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+const ENTRY_BYTES: u64 = size_of::<u64>() as u64;
+/// The number of entries that are read together.
+const ENTRIES: u64 = 64 << 10;
+
+/// Writes a byte for each page of `ranges`, the addresses of guest memory in process `pid`, one after another: 1 if the page is in
+/// use. The process must not run meanwhile, or its guest must be paused.
+pub fn of(pid: u32, ranges: &[Range<u64>]) -> io::Result<File> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut used = sys::memory_file(c"used-pages")?;
+    for range in ranges {
+        for start in (range.start..range.end).step_by((ENTRIES * PAGE_BYTES) as usize) {
+            let pages = ENTRIES.min((range.end - start) / PAGE_BYTES);
+            let mut entries = vec![0; (pages * ENTRY_BYTES) as usize];
+            pagemap.read_exact_at(&mut entries, start / PAGE_BYTES * ENTRY_BYTES)?;
+            let (entries, _) = entries.as_chunks();
+            let is_used = |entry: &[u8; 8]| u8::from(u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0);
+            used.write_all(&entries.iter().map(is_used).collect::<Vec<u8>>())?;
+        }
+    }
+    Ok(used)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek, SeekFrom};
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+    use super::*;
+    use crate::memory;
+    use crate::sys::mapping::Pages;
+
+    #[test]
+    fn only_pages_that_were_touched_are_in_use() {
+        let memory = memory::create(512, Pages::Small, None).unwrap();
+        for page in [0, 7, 131_071] {
+            memory.write_obj(1_u8, GuestAddress(page * PAGE_BYTES)).unwrap();
+        }
+        let start = memory.iter().next().unwrap().get_host_address(MemoryRegionAddress(0)).unwrap() as u64;
+        let range = start..start + (512 << 20);
+        let mut used = of(std::process::id(), std::slice::from_ref(&range)).unwrap();
+        let mut bytes = Vec::new();
+        used.seek(SeekFrom::Start(0)).unwrap();
+        used.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes.len(), 131_072);
+        let found: Vec<usize> = (0..bytes.len()).filter(|page| bytes[*page] == 1).collect();
+        assert_eq!(found, [0, 7, 131_071]);
+    }
+}
