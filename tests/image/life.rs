@@ -106,7 +106,7 @@ fn images_are_listed_and_pruned_with_their_sizes() {
     );
     let list = String::from_utf8(house.husk(&["images"]).stdout).unwrap();
     let rows: Vec<Vec<&str>> = list.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(rows[0], ["NAME", "ID", "ADDED", "ROOT", "LAYERS"]);
+    assert_eq!(rows[0], ["NAME", "ID", "ADDED", "ROOT", "LAYERS", "WARM"]);
     let row = |name: &str| list.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("{name}: {list}"));
     assert!(row("loaded:latest").contains(" 4.0") && row("nameless.tar>").contains(" 3.0"), "{list}");
     let json: serde_json::Value = serde_json::from_slice(&house.husk(&["images", "--json"]).stdout).unwrap();
