@@ -172,10 +172,18 @@ mod tests {
         machine(husk_guests::SERIAL, "do=flood bytes=1000000000")
     }
 
-    fn machine(kernel: &str, cmdline: &str) -> Option<(Machine, Arc<Output>)> {
-        if let Err(error) = resources::open_kvm() {
+    /// Whether there is KVM. If not, a message says that a test is skipped, or fails it.
+    pub(super) fn kvm_is_usable() -> bool {
+        let opened = resources::open_kvm();
+        if let Err(error) = &opened {
             assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "{error:#}");
             eprintln!("SKIPPED: this test needs KVM: {error:#}");
+        }
+        opened.is_ok()
+    }
+
+    fn machine(kernel: &str, cmdline: &str) -> Option<(Machine, Arc<Output>)> {
+        if !kvm_is_usable() {
             return None;
         }
         let config = MachineConfig {

@@ -87,6 +87,7 @@ mod tests {
     use crate::config::MachineConfig;
     use crate::console::output::Output;
     use crate::exit_latch::ExitReason;
+    use crate::machine::tests::kvm_is_usable;
     use crate::memory;
     use crate::resources::{self, Resources, SnapshotFiles, Source};
     use crate::sys;
@@ -102,9 +103,7 @@ mod tests {
 
     /// A machine with this guest, or `None` with a visible message if KVM is unavailable.
     fn bench(kernel: &str, cmdline: &str, cpus: u32) -> Option<Bench> {
-        if let Err(error) = resources::open_kvm() {
-            assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "{error:#}");
-            eprintln!("SKIPPED: this test needs KVM: {error:#}");
+        if !kvm_is_usable() {
             return None;
         }
         let config = MachineConfig {
