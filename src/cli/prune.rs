@@ -35,8 +35,7 @@ impl Prune {
         let Prune { layers, json, force: _ } = self;
         let store = Store::open_default()?;
         let mut pruned = store.prune(PruneOptions { keep_unnamed: false, keep_layers: !layers })?;
-        let (files, bytes) = warm::prune(&store)?;
-        (pruned.files, pruned.bytes) = (pruned.files + files, pruned.bytes + bytes);
+        warm::prune(&store, &mut pruned)?;
         let text = if json {
             serde_json::to_string(&pruned).context("print what was removed")?
         } else {

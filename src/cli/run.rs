@@ -268,7 +268,7 @@ impl Run {
         let warm = match &self.from {
             Some(dir) => Some(warm::open(dir, config, spec.is_readonly())?),
             None if self.no_warm => None,
-            None => warm_image(spec, config)?,
+            None => warm_image(spec, config),
         };
         let may_boot = warm.is_some() && self.from.is_none();
         match self.start(spec, kernel, config, warm, endpoint, signals, timings) {
@@ -315,17 +315,12 @@ impl Run {
 }
 
 /// The warm image that a machine of this configuration can start from.
-fn warm_image(spec: &GuestSpec, config: &MachineConfig) -> Result<Option<Snapshot>> {
-    if !spec.can_wait() {
-        return Ok(None);
-    }
-    let readonly = spec.is_readonly();
-    let place = warm::place(&Store::open_default()?, config, readonly)?;
-    let found = place.and_then(|place| warm::find(&place, config, readonly));
+fn warm_image(spec: &GuestSpec, config: &MachineConfig) -> Option<Snapshot> {
+    let found = spec.can_wait().then(|| warm::find(config, spec.is_readonly())).flatten();
     if found.is_some() {
         log::info!("the machine starts from a warm image: --no-warm boots it instead");
     }
-    Ok(found)
+    found
 }
 
 /// Rejects the value of Docker's `-v` in the place of the image: husk's `-v` is `--verbose` and takes no value.

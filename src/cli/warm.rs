@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,7 +16,6 @@ use super::run::session::{self, Start};
 use crate::config::MachineConfig;
 use crate::guest::process::Overrides;
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
-use crate::image::Store;
 use crate::resources::{self, lock};
 use crate::snapshot::warm::{self, Fingerprint};
 use crate::state_dir;
@@ -99,20 +97,15 @@ impl Warm {
         if let Some(path) = &self.output {
             return Ok(Some((path.clone(), None)));
         }
-        let place = warm::place(&Store::open_default()?, config, spec.is_readonly())?;
-        let path = place.context("the image is not in the image store: use --output DIR, and `husk run --from DIR`")?;
+        let path = warm::place(config, spec.is_readonly())?;
         let parent = path.parent().context("the image store has no directory for it")?;
         fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
         let alone = lock::alone_within(&path.with_extension("lock"), lock::LONG_TIMEOUT)?;
-        if warm::find(&path, config, spec.is_readonly()).is_some() {
+        if warm::find(config, spec.is_readonly()).is_some() {
             super::print(&format!("{}\n", path.display()))?;
             return Ok(None);
         }
-        if let Err(error) = fs::remove_dir_all(&path)
-            && error.kind() != ErrorKind::NotFound
-        {
-            return Err(error).with_context(|| format!("remove the outdated snapshot {}", path.display()));
-        }
+        state_dir::remove_snapshot(&path)?;
         Ok(Some((path, Some(alone))))
     }
 }

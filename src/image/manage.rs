@@ -56,6 +56,17 @@ pub struct Pruned {
     pub bytes: u64,
 }
 
+impl Pruned {
+    /// Removes a directory with files only.
+    pub fn remove_dir(&mut self, dir: &Path) -> Result<()> {
+        for path in entries(dir) {
+            self.files += 1;
+            self.bytes += disk_bytes(&path);
+        }
+        fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))
+    }
+}
+
 impl Store {
     /// All images, most recently added first.
     pub fn list(&self) -> Result<Vec<Listed>> {
@@ -78,7 +89,8 @@ impl Store {
         let blobs: BTreeSet<Digest> = record.layers.iter().filter_map(|layer| layer.blob).collect();
         let layer_bytes = blobs.iter().map(|&blob| disk_bytes(&self.blob_path(blob))).sum();
         let root_bytes = disk_bytes(&self.root_path(record.root));
-        let warm_bytes = files_below(&self.warm_dir(record.root)).iter().map(|path| disk_bytes(path)).sum();
+        let snapshots = entries(&self.warm_dir(record.root));
+        let warm_bytes = snapshots.flat_map(|snapshot| entries(&snapshot)).map(|path| disk_bytes(&path)).sum();
         Some(Listed { id, names, root_bytes, layer_bytes, warm_bytes, record })
     }
 
@@ -216,10 +228,7 @@ impl Store {
     /// Removes the snapshots of a root file system. Machines that were started from them keep the files open.
     fn remove_warm(&self, key: Digest, pruned: &mut Pruned) -> Result<()> {
         let dir = self.warm_dir(key);
-        for path in files_below(&dir) {
-            pruned.files += 1;
-            pruned.bytes += disk_bytes(&path);
-        }
+        entries(&dir).filter(|path| path.is_dir()).try_for_each(|snapshot| pruned.remove_dir(&snapshot))?;
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
@@ -280,10 +289,9 @@ fn familiar(name: &str) -> String {
     name.parse::<Reference>().map_or_else(|_| name.to_owned(), |reference| reference.familiar())
 }
 
-/// The files in the directories in `dir`, as far as they exist.
-fn files_below(dir: &Path) -> Vec<PathBuf> {
-    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    entries(dir).flat_map(|dir| entries(&dir).collect::<Vec<_>>()).collect()
+/// The paths in a directory; none if it does not exist.
+pub(super) fn entries(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
 /// The disk usage of a file.

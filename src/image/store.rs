@@ -22,12 +22,23 @@ use anyhow::{Context, Result, ensure};
 use super::digest::Digest;
 use super::erofs::Form;
 use super::index::Index;
+use super::manage::entries;
 use crate::resources::lock::{self, Kind};
 use crate::sys;
 
-const DIRS: [&str; 6] = ["roots", "blobs", "warm", "suspended", "disks", "tmp"];
+const ROOTS: &str = "roots";
+const ROOT_SUFFIX: &str = ".erofs";
+const WARM: &str = "warm";
+const DIRS: [&str; 6] = [ROOTS, "blobs", WARM, "suspended", "disks", "tmp"];
 /// Enough for about ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
+
+/// The directory for snapshots of machines on the root file system at `root`. `None` if it is not in a store.
+pub fn warm_dir_of(root: &Path) -> Option<PathBuf> {
+    let key = Digest::from_hex(root.file_name()?.to_str()?.strip_suffix(ROOT_SUFFIX)?)?;
+    let roots = root.parent().filter(|dir| dir.ends_with(ROOTS))?;
+    Some(roots.with_file_name(WARM).join(key.hex()))
+}
 
 /// The image store.
 #[derive(Debug, Clone)]
@@ -65,19 +76,17 @@ impl Store {
     }
 
     pub(super) fn root_path(&self, key: Digest) -> PathBuf {
-        self.dir.join("roots").join(format!("{}.erofs", key.hex()))
+        self.dir.join(ROOTS).join(format!("{}{ROOT_SUFFIX}", key.hex()))
     }
 
-    /// The directory for snapshots of machines on a root file system.
-    pub fn warm_dir(&self, root: Digest) -> PathBuf {
-        self.dir.join("warm").join(root.hex())
+    pub(super) fn warm_dir(&self, root: Digest) -> PathBuf {
+        self.dir.join(WARM).join(root.hex())
     }
 
     /// The directories for snapshots, as far as they exist.
     pub fn warm_paths(&self) -> Vec<PathBuf> {
-        let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-        let roots = entries(&self.dir.join("warm"));
-        roots.flat_map(|root| entries(&root).collect::<Vec<_>>()).filter(|path| path.is_dir()).collect()
+        let roots = entries(&self.dir.join(WARM));
+        roots.flat_map(|root| entries(&root)).filter(|path| path.is_dir()).collect()
     }
 
     /// The directory for the snapshot of a machine that is suspended.
@@ -362,5 +371,17 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         drop(store.work_file("x").unwrap());
         assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_root_leads_to_its_snapshots() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let key = Digest::of(b"root");
+        assert_eq!(warm_dir_of(&store.root_path(key)), Some(store.warm_dir(key)));
+        for path in ["root.erofs", "/x/roots/root.erofs", "", "/"] {
+            assert_eq!(warm_dir_of(Path::new(path)), None, "{path}");
+        }
+        assert_eq!(warm_dir_of(&dir.path().join(format!("{}.erofs", key.hex()))), None, "in another directory");
     }
 }

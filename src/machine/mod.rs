@@ -172,26 +172,19 @@ mod tests {
         machine(husk_guests::SERIAL, "do=flood bytes=1000000000")
     }
 
-    /// Whether there is KVM. If not, a message says that a test is skipped, or fails it.
-    pub(super) fn kvm_is_usable() -> bool {
-        let opened = resources::open_kvm();
-        if let Err(error) = &opened {
+    /// The configuration of a machine with a tiny guest, or `None` with a visible message if KVM is unavailable.
+    pub(super) fn tiny(kernel: &str, cmdline: &str) -> Option<MachineConfig> {
+        if let Err(error) = resources::open_kvm() {
             assert!(std::env::var_os("HUSK_TEST_REQUIRE_KVM").is_none(), "{error:#}");
             eprintln!("SKIPPED: this test needs KVM: {error:#}");
+            return None;
         }
-        opened.is_ok()
+        let (kernel, cmdline) = (kernel.into(), cmdline.into());
+        Some(MachineConfig { kernel, cmdline, memory_mib: 32, ..MachineConfig::default() })
     }
 
     fn machine(kernel: &str, cmdline: &str) -> Option<(Machine, Arc<Output>)> {
-        if !kvm_is_usable() {
-            return None;
-        }
-        let config = MachineConfig {
-            kernel: kernel.into(),
-            cmdline: cmdline.into(),
-            memory_mib: 32,
-            ..MachineConfig::default()
-        };
+        let config = tiny(kernel, cmdline)?;
         let (resources, _outside) = resources::open(&config).unwrap();
         let timings = Arc::new(Timings::new(Instant::now()));
         let machine = Machine::build(&config, resources, timings, || Ok(()), &|| false).unwrap();

@@ -87,7 +87,7 @@ mod tests {
     use crate::config::MachineConfig;
     use crate::console::output::Output;
     use crate::exit_latch::ExitReason;
-    use crate::machine::tests::kvm_is_usable;
+    use crate::machine::tests::tiny;
     use crate::memory;
     use crate::resources::{self, Resources, SnapshotFiles, Source};
     use crate::sys;
@@ -103,20 +103,11 @@ mod tests {
 
     /// A machine with this guest, or `None` with a visible message if KVM is unavailable.
     fn bench(kernel: &str, cmdline: &str, cpus: u32) -> Option<Bench> {
-        if !kvm_is_usable() {
-            return None;
-        }
-        let config = MachineConfig {
-            kernel: kernel.into(),
-            cmdline: cmdline.into(),
-            memory_mib: 32,
-            cpus,
-            ..MachineConfig::default()
-        };
-        let (resources, _outside) = resources::open(&config).unwrap();
-        let machine = build(&config, resources).unwrap();
-        let output = machine.console.output.clone();
-        Some(Bench { config, machine, output })
+        Some(Bench::of(MachineConfig { cpus, ..tiny(kernel, cmdline)? }))
+    }
+
+    fn bench_with_memory(kernel: &str, cmdline: &str, memory_mib: u64) -> Option<Bench> {
+        Some(Bench::of(MachineConfig { memory_mib, ..tiny(kernel, cmdline)? }))
     }
 
     fn build(config: &MachineConfig, resources: Resources) -> Result<Machine> {
@@ -130,6 +121,13 @@ mod tests {
     }
 
     impl Bench {
+        fn of(config: MachineConfig) -> Bench {
+            let (resources, _outside) = resources::open(&config).unwrap();
+            let machine = build(&config, resources).unwrap();
+            let output = machine.console.output.clone();
+            Bench { config, machine, output }
+        }
+
         /// Saves the machine, ends it, and continues with another one.
         fn renew(self) -> (Bench, Vec<u8>) {
             let Bench { config, mut machine, output } = self;
@@ -256,11 +254,7 @@ mod tests {
     fn memory_that_a_restored_guest_returns_reads_as_zeroes() {
         // It says so itself, and returns pages everywhere between 16 and 48 MiB (firmware/guests/lib/arena.h).
         const RETURNED: u64 = 16 << 20;
-        let Some(mut bench) = bench(husk_guests::PAGES, "do=pages", 1) else { return };
-        bench.config.memory_mib = 64;
-        let (resources, _outside) = resources::open(&bench.config).unwrap();
-        bench.machine = build(&bench.config, resources).unwrap();
-        bench.output = bench.machine.console.output.clone();
+        let Some(mut bench) = bench_with_memory(husk_guests::PAGES, "do=pages", 64) else { return };
         bench.machine.resume();
         let mut printed = Vec::new();
         bench.read_until(&mut printed, |printed| printed.ends_with(b"armed\n"));
@@ -275,11 +269,7 @@ mod tests {
 
     #[test]
     fn pages_in_the_balloon_stay_there_until_the_guest_takes_them_back() {
-        let Some(mut bench) = bench(husk_guests::PAGES, "do=keep", 1) else { return };
-        bench.config.memory_mib = 64;
-        let (resources, _outside) = resources::open(&bench.config).unwrap();
-        bench.machine = build(&bench.config, resources).unwrap();
-        bench.output = bench.machine.console.output.clone();
+        let Some(mut bench) = bench_with_memory(husk_guests::PAGES, "do=keep", 64) else { return };
         bench.machine.resume();
         let mut printed = Vec::new();
         for word in ["armed\n", "inflated\n", "spent\n"] {

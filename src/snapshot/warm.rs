@@ -7,9 +7,8 @@
 //! A guest notices whatever it was booted with, so a snapshot fits only machines that would boot in exactly the same way: with
 //! the same configuration as far as the guest sees it, and with the same [`Fingerprint`].
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,15 +16,15 @@ use rustix::system::uname;
 use serde::{Deserialize, Serialize};
 
 use super::{Description, Snapshot};
-use crate::config::{Attachment, MachineConfig, NetworkConfig, Rate, UserNetwork};
-use crate::image::{Digest, Store};
+use crate::config::{Attachment, MachineConfig, NetworkConfig, Rate, UserNetwork, VsockConfig};
+use crate::image::store::{self, Store};
+use crate::image::{Digest, Pruned};
 use crate::resources::disk::stamp::Stamp;
 use crate::resources::lock;
 use crate::sys::processor;
 
 const MICROCODE: &str = "/sys/devices/system/cpu/cpu0/microcode/version";
 const MICROCODE_BYTES_MAX: u64 = 64;
-const ROOT_SUFFIX: &str = ".erofs";
 
 /// What a booted guest depends on besides its configuration: a change makes warm images useless.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,21 +90,23 @@ fn microcode() -> String {
 }
 
 /// Where the warm image for machines with this configuration is, whether it exists or not. `is_readonly` says that the root file
-/// system has no writable layer. `None` if the root file system is not in the store.
-pub fn place(store: &Store, config: &MachineConfig, is_readonly: bool) -> Result<Option<PathBuf>> {
-    let Some(root) = config.disks.first().and_then(|disk| disk.path.file_name()).and_then(|name| name.to_str()) else {
-        return Ok(None);
-    };
-    let Some(root) = root.strip_suffix(ROOT_SUFFIX).and_then(Digest::from_hex) else { return Ok(None) };
+/// system has no writable layer. Fails if the root file system is not in the image store.
+pub fn place(config: &MachineConfig, is_readonly: bool) -> Result<PathBuf> {
+    let dir =
+        dir_of(config).context("the image is not in the image store: use --output DIR, and `husk run --from DIR`")?;
     let json = serde_json::to_vec(&(seen_by_guest(config)?, is_readonly))?;
-    Ok(Some(store.warm_dir(root).join(Digest::of(&json).hex())))
+    Ok(dir.join(Digest::of(&json).hex()))
+}
+
+/// The directory with the warm images of the machine's root file system, if that is in the image store.
+fn dir_of(config: &MachineConfig) -> Option<PathBuf> {
+    store::warm_dir_of(&config.disks.first()?.path)
 }
 
 /// The configuration as far as a guest that waits for its command sees it.
 fn seen_by_guest(config: &MachineConfig) -> Result<MachineConfig> {
     let config = super::with_absolute_paths(config)?;
-    let vsock =
-        config.vsock.as_ref().map(|vsock| crate::config::VsockConfig { socket: PathBuf::new(), ..vsock.clone() });
+    let vsock = config.vsock.as_ref().map(|vsock| VsockConfig { socket: PathBuf::new(), ..vsock.clone() });
     // An interface gets its addresses, and the one of its device, later.
     let networks = config.networks.iter().map(|network| NetworkConfig {
         to: match &network.to {
@@ -151,18 +152,16 @@ pub fn open(path: &Path, config: &MachineConfig, is_readonly: bool) -> Result<Sn
     check().with_context(|| format!("start from the snapshot {}", path.display())).map(|()| snapshot)
 }
 
-/// The same for a snapshot that need not exist. `None`, with a line of the log, if it is of no use.
-pub fn find(path: &Path, config: &MachineConfig, is_readonly: bool) -> Option<Snapshot> {
-    if !path.exists() {
-        return None;
-    }
-    open(path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()
+/// The warm image that a machine with this configuration starts from. `None` if there is none, or, with a line of the log, if it
+/// is of no use. Where an image has never been warm, this costs one look into the store.
+pub fn find(config: &MachineConfig, is_readonly: bool) -> Option<Snapshot> {
+    dir_of(config).filter(|dir| dir.exists())?;
+    let path = place(config, is_readonly).ok().filter(|path| path.exists())?;
+    open(&path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()
 }
 
-/// Removes all warm images that no machine can start from any more, and what killed processes have left of others. Returns the
-/// number and the disk usage of the files.
-pub fn prune(store: &Store) -> Result<(usize, u64)> {
-    let (mut files, mut bytes) = (0, 0);
+/// Removes all warm images that no machine can start from any more, and what killed processes have left of others.
+pub fn prune(store: &Store, pruned: &mut Pruned) -> Result<()> {
     for path in store.warm_paths() {
         let is_useful = || -> Result<bool> {
             let Description { config, fingerprint, .. } = Snapshot::open(&path)?.description;
@@ -172,12 +171,8 @@ pub fn prune(store: &Store) -> Result<(usize, u64)> {
         // One that is being made is not complete yet.
         let Some(_alone) = lock::try_alone(&path.with_extension("lock"))? else { continue };
         if path.is_dir() && !is_useful().unwrap_or(false) {
-            for entry in fs::read_dir(&path)?.flatten() {
-                files += 1;
-                bytes += entry.metadata().map_or(0, |found| found.blocks().saturating_mul(512));
-            }
-            fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+            pruned.remove_dir(&path)?;
         }
     }
-    Ok((files, bytes))
+    Ok(())
 }
