@@ -4,9 +4,11 @@
 //! Covers: machine/state.rs virtio/session.rs virtio/mmio.rs virtio/pci pci device/serial.rs
 #![no_main]
 
+#[path = "../routing.rs"]
+mod routing;
+
 use std::cell::OnceCell;
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +21,7 @@ use husk::config::Rate;
 use husk::console::output::Output;
 use husk::device::{Serial, SerialState};
 use husk::exit_latch::ExitLatch;
-use husk::irq::{EventRouting, IrqLine, MsiMessage};
+use husk::irq::IrqLine;
 use husk::layout;
 use husk::machine::MachineState;
 use husk::memory::{self, GuestMemory};
@@ -30,9 +32,9 @@ use husk::virtio::mmio::register::{DRIVER_FEATURES, DRIVER_FEATURES_SEL, QUEUE_N
 use husk::virtio::pci::Slot;
 use husk::virtio::{MmioTransport, PciTransport, Transport, TransportState, VirtioDevice, balloon, block, net, rng};
 use libfuzzer_sys::fuzz_target;
+use routing::Routing;
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
 const CAPACITY_BYTES: u64 = 64 << 10;
 /// The memory that the input fills, from address 0, where the rings of a mutated state are.
@@ -53,29 +55,6 @@ struct Host {
     disk: File,
     states: Vec<Value>,
     serial: Value,
-}
-
-/// Takes the place of KVM.
-struct Routing;
-
-impl EventRouting for Routing {
-    fn set_message(&self, _gsi: u32, message: MsiMessage) -> io::Result<()> {
-        if message.address >> 32 & 0xff == 0 { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
-    }
-    fn connect_message(&self, _gsi: u32, _event: &EventFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn disconnect_message(&self, _gsi: u32, _event: &EventFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn connect_doorbell(&self, address: u64, _doorbell: &EventFd) -> io::Result<()> {
-        let window = layout::PCI_WINDOW..layout::PCI_WINDOW + layout::PCI_WINDOW_BYTES;
-        assert!(window.contains(&address), "a doorbell at {address:#x}");
-        Ok(())
-    }
-    fn disconnect_doorbell(&self, _address: u64, _doorbell: &EventFd) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A device on a bus. The last bit of a kind is the bus.

@@ -3,24 +3,25 @@
 //! Covers: pci virtio/pci virtio/session.rs
 #![no_main]
 
+#[path = "../routing.rs"]
+mod routing;
+
 use std::cell::OnceCell;
 use std::fs;
-use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
 use husk::backend::net::StreamNet;
 use husk::bus::Device;
-use husk::irq::{EventRouting, MsiMessage};
 use husk::layout;
 use husk::memory::{self, GuestMemory};
 use husk::pci::{Ecam, Function, Functions, Ports, Window};
 use husk::virtio::pci::{Slot, bar, common::field};
 use husk::virtio::{PciTransport, Transport, net};
 use libfuzzer_sys::fuzz_target;
+use routing::Routing;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
 /// The memory that the input can write to, from address 0.
 const MEMORY_BYTES: u64 = 64 << 10;
@@ -33,29 +34,6 @@ const CONFIG: u64 = 1 << 15;
 
 thread_local! {
     static MEMORY: OnceCell<GuestMemory> = const { OnceCell::new() };
-}
-
-/// Takes the place of KVM, which refuses some messages.
-struct Routing;
-
-impl EventRouting for Routing {
-    fn set_message(&self, _gsi: u32, message: MsiMessage) -> io::Result<()> {
-        if message.address >> 32 & 0xff == 0 { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
-    }
-    fn connect_message(&self, _gsi: u32, _event: &EventFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn disconnect_message(&self, _gsi: u32, _event: &EventFd) -> io::Result<()> {
-        Ok(())
-    }
-    fn connect_doorbell(&self, address: u64, _doorbell: &EventFd) -> io::Result<()> {
-        let window = layout::PCI_WINDOW..layout::PCI_WINDOW + layout::PCI_WINDOW_BYTES;
-        assert!(window.contains(&address), "a doorbell at {address:#x}");
-        Ok(())
-    }
-    fn disconnect_doorbell(&self, _address: u64, _doorbell: &EventFd) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A function and the three ways to reach it.
@@ -134,7 +112,9 @@ fn write_seeds() {
     };
     step(5, 4, 0, 1 << 31 | 1 << 11);
     step(4, 4, 4, 0);
-    for (register, width, value) in [(0x04, 2, 0), (0x10, 4, !0), (0x10, 4, 0xd000_0000), (0x04, 2, 6), (0x42, 2, 0xc000)] {
+    for (register, width, value) in
+        [(0x04, 2, 0), (0x10, 4, !0), (0x10, 4, 0xd000_0000), (0x04, 2, 6), (0x42, 2, 0xc000)]
+    {
         step(3, width, register, value);
     }
     for vector in 0..3 {
