@@ -10,6 +10,11 @@ use super::{Completion, DiskBackend, Request};
 pub trait BlockingDisk: Send {
     /// Executes `request`. After an error it may have been executed in part.
     fn execute(&mut self, request: &mut Request) -> io::Result<()>;
+
+    /// As [`DiskBackend::settle`].
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The back end for such a disk.
@@ -41,6 +46,10 @@ impl<D: BlockingDisk> DiskBackend for Blocking<D> {
     }
 
     fn drain(&mut self) {}
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.disk.settle()
+    }
 }
 
 #[cfg(test)]

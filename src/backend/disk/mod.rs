@@ -115,4 +115,9 @@ pub trait DiskBackend: Send {
 
     /// Starts all submitted requests and waits until they can be reaped.
     fn drain(&mut self);
+
+    /// Writes to the file of the disk what only this back end knows, such as tables. Called when nothing is in flight.
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -7,7 +7,7 @@ mod tests;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -81,6 +81,8 @@ pub struct Counters {
     pub flushes: AtomicU64,
     /// Discard and write zeroes requests.
     pub discards: AtomicU64,
+    /// Whether the file of the disk lacks something of what was written when the device was last stopped.
+    pub is_unsettled: AtomicBool,
 }
 
 impl Counters {
@@ -407,6 +409,11 @@ impl QueueHandler for Block {
         while self.free_tokens.len() < self.in_flight.len() {
             self.disk.drain();
             result = result.and(self.reap(queue));
+        }
+        let settled = self.disk.settle();
+        self.counters.is_unsettled.store(settled.is_err(), Ordering::Relaxed);
+        if let Err(error) = settled {
+            log::warn!("{}: write its tables: {error}", self.name);
         }
         result
     }

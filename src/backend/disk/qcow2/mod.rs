@@ -160,4 +160,8 @@ impl BlockingDisk for Qcow2Disk {
     fn execute(&mut self, request: &mut Request) -> io::Result<()> {
         self.image.execute(request)
     }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.image.flush()
+    }
 }

@@ -160,7 +160,7 @@ fn only_completed_requests_are_counted() {
     bench.request(0, u64::MAX, (512, WRITE));
     bench.seen.lock().unwrap().fail = true;
     bench.request(0, 0, (512, WRITE));
-    let Counters { reads, read_bytes, writes, written_bytes, flushes, discards } = &*bench.control.counters;
+    let Counters { reads, read_bytes, writes, written_bytes, flushes, discards, .. } = &*bench.control.counters;
     let counted = [reads, read_bytes, writes, written_bytes, flushes, discards];
     assert_eq!(counted.map(|counter| counter.load(Ordering::Relaxed)), [1, 1024, 2, 1024, 1, 2]);
 }
