@@ -70,6 +70,16 @@ impl SignalFd {
         Ok(SignalFd(fd))
     }
 
+    /// Whether one of these signals, which are blocked, is pending. It stays so.
+    pub fn is_pending(&self, signals: &[i32]) -> bool {
+        let mut pending = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: the set is written completely if the call succeeds, and read only then.
+        unsafe {
+            libc::sigpending(pending.as_mut_ptr()) == 0
+                && signals.iter().any(|signal| libc::sigismember(pending.as_ptr(), *signal) == 1)
+        }
+    }
+
     /// The next pending signal, if there is one.
     pub fn read(&self) -> io::Result<Option<i32>> {
         let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();

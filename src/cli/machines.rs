@@ -1,5 +1,7 @@
 //! Helpers for commands that operate on machines given by name.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
 
 use super::exit::Exit;
@@ -7,6 +9,8 @@ use crate::request::client::{self, PendingRequest};
 use crate::request::{Reply, Request, attach};
 use crate::state_dir::record::State;
 use crate::state_dir::{self, MachineEntry, StateDir};
+
+const WAIT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Calls `act` for each machine and prints its name as given. Continues after a failure, which the exit code reports.
 pub fn for_each(words: &[String], act: impl Fn(&StateDir, &MachineEntry) -> Result<()>) -> Result<Exit> {
@@ -23,7 +27,20 @@ pub fn for_each(words: &[String], act: impl Fn(&StateDir, &MachineEntry) -> Resu
 
 /// Sends a request that is answered with success or a refusal.
 pub fn request(entry: &MachineEntry, request: &Request) -> Result<()> {
-    match client::send(&entry.file(state_dir::CONTROL), request)? {
+    done(client::send(&entry.file(state_dir::CONTROL), request)?)
+}
+
+/// The same, calling `wait` from time to time until it is answered.
+pub fn request_slowly(entry: &MachineEntry, request: &Request, wait: impl Fn()) -> Result<()> {
+    let pending = client::begin(&entry.file(state_dir::CONTROL), request)?;
+    while !pending.is_answered_within(WAIT_INTERVAL)? {
+        wait();
+    }
+    done(pending.reply()?.0)
+}
+
+fn done(reply: Reply) -> Result<()> {
+    match reply {
         Reply::Done => Ok(()),
         Reply::Refused(why) => bail!(why),
         other => bail!("unexpected response from the machine: {other:?}"),

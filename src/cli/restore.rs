@@ -12,6 +12,7 @@ use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::on_or_off;
 use super::run::session::{self, Start};
+use crate::guest::signal;
 use crate::resources::disk::stamp;
 use crate::resources::{self, Source};
 use crate::snapshot::{Description, Snapshot};
@@ -29,6 +30,7 @@ Examples:
     husk restore -d --name two ./web.snap
 
 The snapshot must not be changed while its machines run: they read their memory from it.
+If it contains disks (--with-disks), each machine gets a copy, which ends with the machine.
 It names the files and devices that a machine gets, as a command line does: restore only
 snapshots that you trust.";
 
@@ -54,7 +56,7 @@ pub(super) struct Restore {
 impl Restore {
     /// Runs the machine until its end. `started` is when this process started.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
-        let Snapshot { description, files } = Snapshot::open(&self.dir)?;
+        let Snapshot { description, files, disks: inside } = Snapshot::open(&self.dir)?;
         let Description { image, command, process, stop_signal, mut config, disks, fingerprint, .. } = description;
         let dir_name = self.dir.display();
         ensure!(fingerprint.is_none(), "its machine waits for a command: use `husk run --from {dir_name} COMMAND`");
@@ -68,11 +70,14 @@ impl Restore {
         if let Some(vsock) = config.vsock.as_mut().filter(|_| streams.is_some()) {
             vsock.socket = dir.file(state_dir::VSOCK);
         }
+        let saved_disks = config.disks.clone();
+        let own_disks = inside.own(&mut config)?;
         let info = RecordInfo { image, command, process, stop_signal };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
+            own_disks.fill(&|| signals.is_pending(&signal::that_end_a_process()))?;
             let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
-            stamp::check(&config.disks, &disks)?;
+            stamp::check(&saved_disks, &disks)?;
             let Some((stdin, terminal)) = streams else {
                 let reason = supervisor::run(&config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
                 return Ok(boot::report(&reason));

@@ -294,7 +294,7 @@ impl Run {
         timings: &Arc<Timings>,
     ) -> Result<Exit> {
         let (source, start) = match warm {
-            Some(Snapshot { description, files }) => {
+            Some(Snapshot { description, files, .. }) => {
                 (Source::Snapshot(files), Start::Begin(spec.begin(&description.config.networks)?))
             }
             None => {

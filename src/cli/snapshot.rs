@@ -1,14 +1,18 @@
 //! `husk snapshot`: saves a running machine to a directory.
 
+use std::fs;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
 
 use super::exit::Exit;
 use super::machines;
-use crate::request::{AfterSnapshot, Request};
+use crate::config::DiskConfig;
+use crate::image::Progress;
+use crate::request::{AfterSnapshot, Request, SnapshotOptions};
 use crate::snapshot;
 use crate::state_dir::StateDir;
 
@@ -23,8 +27,13 @@ Examples:
   Save and stop it:
     husk snapshot --stop web ./web.snap
 
+  Save it with its disks:
+    husk snapshot --with-disks web ./web.snap
+
 A snapshot contains the memory, and so the secrets, of the machine: only you can read it.
-It does not contain the disks: when one of them has changed, it cannot be restored.";
+Without --with-disks it does not contain the disks: when one of them has changed, it cannot
+be restored. With it, the machine is also paused until its disks are copied, which takes no
+time on file systems that can share blocks (Btrfs, XFS). Backing files are never copied.";
 
 // Named so because of `snapshot::Snapshot`.
 #[derive(Debug, Args)]
@@ -41,21 +50,38 @@ pub(super) struct SnapshotArgs {
     /// Stop the machine as soon as it is saved
     #[arg(long)]
     stop: bool,
+
+    /// Copy the writable disks into the snapshot, so that it can be restored after they have changed
+    #[arg(long)]
+    with_disks: bool,
 }
 
 impl SnapshotArgs {
     /// Returns when the snapshot is complete.
     pub fn run(self) -> Result<Exit> {
         let entry = StateDir::open()?.find(&self.machine)?;
-        let path = snapshot::absolute(&self.dir)?.into_os_string().into_vec();
+        let path = snapshot::absolute(&self.dir)?;
         let then = if self.stop { AfterSnapshot::Stop } else { AfterSnapshot::Continue };
-        machines::request(&entry, &Request::Snapshot { path, then }).with_context(|| entry.name().to_owned())?;
-        if !self.stop && entry.record()?.config.disks.iter().any(|disk| !disk.readonly) {
+        let options = SnapshotOptions { then, with_disks: self.with_disks };
+        let request = Request::Snapshot { path: path.clone().into_os_string().into_vec(), options };
+        let bar = Progress::on_terminal().count("Saving");
+        let wait = || bar.set(written_bytes(&path));
+        machines::request_slowly(&entry, &request, wait).with_context(|| entry.name().to_owned())?;
+        drop(bar);
+        let is_shared = |disk: &DiskConfig| !disk.readonly && !self.with_disks;
+        if !self.stop && entry.record()?.config.disks.iter().any(is_shared) {
             log::warn!(
-                "the snapshot cannot be restored any more as soon as the machine writes to its disk: use --stop"
+                "the snapshot cannot be restored any more as soon as the machine writes to its disk: use --stop or \
+                 --with-disks"
             );
         }
         super::print(&format!("{}\n", self.dir.display()))?;
         Ok(Exit::Success)
     }
+}
+
+/// The disk usage of the files in a directory.
+fn written_bytes(dir: &Path) -> u64 {
+    let files = fs::read_dir(dir).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|found| found.blocks() * 512).sum()
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use super::exit::Exit;
 use super::machines;
 use crate::image::Store;
-use crate::request::{AfterSnapshot, Request};
+use crate::request::{AfterSnapshot, Request, SnapshotOptions};
 use crate::snapshot;
 
 const EXAMPLES: &str = "\
@@ -35,8 +35,9 @@ impl Suspend {
         let store = Store::open_default()?;
         machines::for_each(&self.machines, |_, entry| {
             let path = snapshot::absolute(&store.suspended_dir(&entry.id))?.into_os_string().into_vec();
+            let options = SnapshotOptions { then: AfterSnapshot::Suspend, with_disks: false };
             let end = machines::watch_exit(entry);
-            machines::request(entry, &Request::Snapshot { path, then: AfterSnapshot::Suspend })?;
+            machines::request(entry, &Request::Snapshot { path, options })?;
             machines::exit_code(entry, end).map(drop)
         })
     }

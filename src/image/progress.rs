@@ -51,7 +51,7 @@ impl Progress {
     }
 
     /// A bar for an operation of `total_bytes`.
-    pub(super) fn bar(self, what: impl Into<Cow<'static, str>>, total_bytes: u64) -> Bar {
+    pub fn bar(self, what: impl Into<Cow<'static, str>>, total_bytes: u64) -> Bar {
         if let Progress::Reported(report) = self {
             report(Step::Begin(what.into().into_owned(), total_bytes));
             return Bar::Reported { report, last: Cell::new(Instant::now()) };

@@ -193,7 +193,7 @@ impl Store {
     }
 
     /// An unnamed temporary file.
-    pub(super) fn nameless_file(&self) -> Result<File> {
+    pub fn nameless_file(&self) -> Result<File> {
         let tmp = self.dir.join("tmp");
         let mut options = File::options();
         options.read(true).write(true).mode(0o600);

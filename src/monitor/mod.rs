@@ -21,7 +21,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::config::{MachineConfig, Rate};
 use crate::exit_latch::{ExitLatch, ExitReason};
@@ -37,6 +37,7 @@ use crate::timings::Timings;
 use message::{Call, Event, Reply};
 
 pub use message::Usage;
+pub use save::PROGRESS_INTERVAL;
 pub use serve::forward_log;
 
 /// How long a monitor may take to reply. A pause waits for requests in flight, which may be on a slow disk.
@@ -45,6 +46,8 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum size of a machine's state.
 pub const STATE_BYTES_MAX: u64 = 16 << 20;
+/// Why calls are refused meanwhile.
+pub const BEING_SAVED: &str = "the machine is being saved: try again";
 /// The number of events handled before other things have their turn.
 const EVENTS_PER_TURN: usize = 64;
 
@@ -65,6 +68,8 @@ pub struct Monitor {
     console_is_closed: bool,
     /// Whether guest memory is from the host's pool, which the next machine may need.
     has_pool_pages: bool,
+    /// Set while it saves the machine, and reads no calls.
+    save: Option<save::Save>,
 }
 
 impl Monitor {
@@ -120,6 +125,7 @@ impl Monitor {
             has_ended: false,
             console_is_closed: false,
             has_pool_pages: config.huge_pages.is_pool(),
+            save: None,
         })
     }
 
@@ -182,8 +188,11 @@ impl Monitor {
         }
     }
 
-    /// The machine's resource usage.
+    /// The machine's resource usage. While it is saved, that from when it was paused.
     pub fn usage(&mut self) -> Result<Usage> {
+        if let Some(save) = &self.save {
+            return Ok(save.usage.clone());
+        }
         match self.call(&Call::Usage)? {
             Reply::Usage(usage) => Ok(*usage),
             Reply::Failed(reason) => bail!(reason),
@@ -269,10 +278,15 @@ impl Monitor {
             });
         }
         (self.has_ended, self.console_is_closed) = (true, true);
+        self.save = None;
     }
 
     /// Ends the machine and closes its files, if it has not ended.
     pub fn end(&mut self) {
+        if self.save.is_some() {
+            // It would go on writing. The guest is paused, and its disks are settled.
+            self.note_death(&ErrorKind::TimedOut.into());
+        }
         if !self.has_ended {
             let ended = self.send(&Call::End).and_then(|()| self.reply(Some(END_TIMEOUT)));
             if !matches!(ended, Ok(Reply::Done)) {
@@ -293,6 +307,7 @@ impl Monitor {
 
     /// There is always room: the monitor has read the previous call before it replied.
     fn send(&mut self, call: &Call) -> Result<()> {
+        ensure!(self.save.is_none(), BEING_SAVED);
         let sent = message::encode(call).and_then(|packet| socket::send_now(&self.calls, &packet));
         sent.map_err(|error| self.lost(error))
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::time::{ClockId, clock_gettime};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -272,6 +272,9 @@ impl Server {
 /// Writes the state of the machine and its memory to the first two files.
 fn save(machine: &mut Machine, files: [OwnedFd; 3]) -> Result<()> {
     let [mut state, memory, used_pages] = files.map(File::from);
+    machine.pause();
+    let is_unsettled = |disk: &block::DiskHandle| disk.counters.is_unsettled.load(Ordering::Relaxed);
+    ensure!(!machine.controls().disks.iter().any(is_unsettled), "a disk cannot be written: see the log");
     state.write_all(&machine.save()?.encode()?).context("write the state of the machine")?;
     memory::write_to(machine.memory(), &memory, Some(&used_pages)).map(drop)
 }

@@ -4,9 +4,12 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use husk_protocol::frame::{self, Reader};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 use super::{Reply, Request, VERSION, Versioned};
 
@@ -38,6 +41,15 @@ impl AsRawFd for PendingRequest {
 }
 
 impl PendingRequest {
+    /// Whether the reply arrives within this time.
+    pub fn is_answered_within(&self, time: Duration) -> Result<bool> {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+        match poll(&mut fds, Some(&time.try_into()?)) {
+            Err(Errno::INTR) => Ok(false),
+            polled => Ok(polled.context("wait for the machine's response")? > 0),
+        }
+    }
+
     /// The reply, and the connection, which some requests take over.
     pub fn reply(mut self) -> Result<(Reply, UnixStream)> {
         let mut reader = Reader::default();

@@ -13,7 +13,7 @@ use husk_protocol::frame::Message;
 use serde::{Deserialize, Serialize};
 
 /// The protocol version. Any change of a message increments it.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// A request with its protocol version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,8 +60,8 @@ pub enum Request {
     Snapshot {
         /// The absolute path of its directory.
         path: Vec<u8>,
-        /// What the machine does then.
-        then: AfterSnapshot,
+        /// What it is like.
+        options: SnapshotOptions,
     },
     /// Change the limits.
     Update(Update),
@@ -70,6 +70,15 @@ pub enum Request {
         /// The new name.
         name: String,
     },
+}
+
+/// What a snapshot is like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotOptions {
+    /// What the machine does then.
+    pub then: AfterSnapshot,
+    /// Whether it contains the machine's writable disks.
+    pub with_disks: bool,
 }
 
 /// What a machine does after a snapshot is complete.

@@ -3,11 +3,13 @@
 //! ```text
 //! DIR/state    header, description (JSON), state of the machine (JSON); its presence completes the snapshot
 //! DIR/memory   the guest's memory, sparse; mapped by the machines that are restored from it
+//! DIR/disk-N   a copy of disk N, counted from 0, if the snapshot contains it; each machine gets a copy of its own
 //! ```
 //!
 //! The supervisor writes the description, the monitor the state and the memory. Whoever reads a snapshot trusts neither: the
 //! description is checked like a configuration file, and only a confined monitor decodes the state.
 
+mod disks;
 mod header;
 pub mod warm;
 mod writer;
@@ -23,17 +25,20 @@ use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
-use crate::config::MachineConfig;
+use crate::config::{DiskConfig, MachineConfig};
 use crate::resources::SnapshotFiles;
 use crate::resources::disk::stamp::Stamp;
 use crate::state_dir::SNAPSHOT_STATE;
 use crate::state_dir::record::Inherited;
+pub use disks::{DisksOfSnapshot, OwnDisks};
 use header::{HEADER_BYTES, Header};
 use warm::Fingerprint;
 pub use writer::SnapshotWriter;
 
 const STATE: &str = SNAPSHOT_STATE;
 const MEMORY: &str = "memory";
+/// What the names of disks start with.
+const DISK: &str = "disk-";
 /// Where a process finds its own open files (proc(5)).
 const OWN_FILES: &str = "/proc/self/fd";
 /// The maximum size of a description. Most of it are the process's environment and the configuration.
@@ -55,9 +60,9 @@ pub struct Description {
     pub process: Option<Inherited>,
     /// The signal that asks its process to terminate.
     pub stop_signal: u8,
-    /// The configuration of the machine.
+    /// The configuration of the machine. A disk with a relative path is inside of the snapshot; all other paths are absolute.
     pub config: MachineConfig,
-    /// The files of its disks, which must not have changed.
+    /// The files of all other disks, which must not have changed.
     pub disks: Vec<Stamp>,
     /// Of a machine that waits for its command: what it was booted with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -70,6 +75,8 @@ pub struct Snapshot {
     pub description: Description,
     /// What a machine is restored from.
     pub files: SnapshotFiles,
+    /// The disks inside of it.
+    pub disks: DisksOfSnapshot,
 }
 
 impl Snapshot {
@@ -112,7 +119,16 @@ impl Snapshot {
         check_file(&memory).context("the file `memory`")?;
         let (found, expected) = (memory.metadata()?.len(), description.config.memory_mib << 20);
         ensure!(found == expected, "the file `memory` has {found} bytes instead of {expected}");
-        Ok(Snapshot { description, files: SnapshotFiles { state: state.to_vec(), memory } })
+        let mut disks = Vec::new();
+        for (index, disk) in description.config.disks.iter().enumerate().filter(|(_, disk)| is_inside(disk)) {
+            let name = disk_name(index);
+            ensure!(disk.path.as_os_str() == &*name && !disk.readonly, "its configuration is invalid: a relative path");
+            let file = open(&name).with_context(|| format!("open the file `{name}`"))?;
+            check_file(&file).with_context(|| format!("the file `{name}`"))?;
+            disks.push((index, file));
+        }
+        let disks = DisksOfSnapshot::new(path, disks);
+        Ok(Snapshot { description, files: SnapshotFiles { state: state.to_vec(), memory }, disks })
     }
 }
 
@@ -145,12 +161,49 @@ fn read_whole(file: &mut File, bytes: &mut [u8]) -> Result<()> {
     }
 }
 
-/// The configuration as another process understands it. Fails if it has a disk without a name, which is lost with this process.
-pub fn with_absolute_paths(config: &MachineConfig) -> Result<MachineConfig> {
-    ensure!(
-        !config.disks.iter().any(|disk| disk.path.starts_with(OWN_FILES)),
-        "the machine has a temporary disk, which a snapshot does not contain: use --keep NAME instead of --scratch"
-    );
+/// Which of a machine's disks its snapshot contains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DisksInside {
+    /// None.
+    None,
+    /// Those without a name, which are lost with the process that has them.
+    Nameless,
+    /// All that are writable.
+    Writable,
+}
+
+/// Whether the disk of a snapshot's configuration is inside of the snapshot.
+pub fn is_inside(disk: &DiskConfig) -> bool {
+    disk.path.is_relative()
+}
+
+/// The name of disk `index` in a snapshot that contains it.
+fn disk_name(index: usize) -> String {
+    format!("{DISK}{index}")
+}
+
+/// The configuration as a snapshot describes it, and the disks that the snapshot contains: their indices and where they are now.
+/// Fails if it does not contain a disk without a name, which is lost with this process.
+pub fn portable(config: &MachineConfig, inside: DisksInside) -> Result<(MachineConfig, Vec<(usize, PathBuf)>)> {
+    let mut config = with_absolute_paths(config)?;
+    let mut moved = Vec::new();
+    for (index, disk) in config.disks.iter_mut().enumerate() {
+        let is_nameless = disk.path.starts_with(OWN_FILES);
+        match inside {
+            DisksInside::Writable if !disk.readonly => {}
+            DisksInside::Nameless if is_nameless => {}
+            _ if is_nameless => bail!("the machine has a temporary disk: save it too, with --with-disks"),
+            _ => continue,
+        }
+        // It no longer follows from the name.
+        disk.format = Some(disk.format());
+        moved.push((index, std::mem::replace(&mut disk.path, disk_name(index).into())));
+    }
+    Ok((config, moved))
+}
+
+/// The configuration as another process understands it.
+fn with_absolute_paths(config: &MachineConfig) -> Result<MachineConfig> {
     let mut config = config.clone();
     let disks = config.disks.iter_mut().flat_map(|disk| {
         let backing = disk.backing.iter_mut().map(|backing| &mut backing.path);
@@ -285,10 +338,12 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_without_a_name_cannot_be_saved() {
-        let disks = vec![DiskConfig::of("/proc/self/fd/7".into())];
-        let error = with_absolute_paths(&MachineConfig { disks, ..MachineConfig::default() }).unwrap_err();
-        assert!(error.to_string().contains("use --keep NAME"), "{error}");
+    fn a_snapshot_contains_a_disk_without_a_name_or_none_can_be_taken() {
+        let disks = ["/proc/self/fd/7", "/named"].map(|path| DiskConfig::of(path.into())).to_vec();
+        let config = MachineConfig { disks, kernel: "k".into(), ..MachineConfig::default() };
+        let moved = |inside| portable(&config, inside).map(|(_, moved)| moved.len()).map_err(|error| error.to_string());
+        assert!(moved(DisksInside::None).unwrap_err().contains("--with-disks"));
+        assert_eq!([DisksInside::Nameless, DisksInside::Writable].map(moved), [Ok(1), Ok(2)]);
     }
 
     fn make_fifo(path: &Path) {

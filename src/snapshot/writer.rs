@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 
 use super::header::Header;
-use super::{Description, MEMORY, STATE, check_owner};
+use super::{DISK, Description, MEMORY, STATE, check_owner, disk_name};
 
 /// The file that becomes [`STATE`].
 const NEW_STATE: &str = "state.new";
@@ -22,6 +22,8 @@ pub struct SnapshotWriter {
     /// Locked, so that there is no second writer. Files are created in it, whatever takes its place.
     dir: File,
     memory: File,
+    /// With their names.
+    disks: Vec<(String, File)>,
     is_finished: bool,
 }
 
@@ -48,14 +50,23 @@ impl SnapshotWriter {
         // Only now, since another husk may have completed it in between.
         let left = check_replaceable(path)?;
         dir.set_permissions(fs::Permissions::from_mode(0o700))?;
-        left.iter().try_for_each(|name| unlinkat(&dir, *name, AtFlags::empty()))?;
+        left.iter().try_for_each(|name| unlinkat(&dir, name, AtFlags::empty()))?;
         let memory = create_in(&dir, MEMORY)?;
-        Ok(SnapshotWriter { path: path.to_owned(), dir, memory, is_finished: false })
+        Ok(SnapshotWriter { path: path.to_owned(), dir, memory, disks: Vec::new(), is_finished: false })
     }
 
     /// The empty file for the guest's memory.
     pub fn memory(&self) -> &File {
         &self.memory
+    }
+
+    /// Creates the empty file for disk `index`, which must be written before [`SnapshotWriter::finish`].
+    pub fn disk(&mut self, index: usize) -> Result<File> {
+        let name = disk_name(index);
+        let file = create_in(&self.dir, &name)?;
+        let copy = file.try_clone().context("duplicate a file descriptor")?;
+        self.disks.push((name, file));
+        Ok(copy)
     }
 
     /// Writes `description` and `state` and completes the snapshot, durably.
@@ -69,6 +80,7 @@ impl SnapshotWriter {
         let (found, expected) = (self.memory.metadata()?.len(), description.config.memory_mib << 20);
         ensure!(found == expected, "the monitor process has written {found} bytes of memory instead of {expected}");
         self.memory.sync_all()?;
+        self.disks.iter().try_for_each(|(_, disk)| disk.sync_all())?;
         let description = serde_json::to_vec(description)?;
         let mut file = create_in(&self.dir, NEW_STATE)?;
         file.write_all(&Header::of(&description, state).to_bytes())?;
@@ -83,7 +95,8 @@ impl SnapshotWriter {
 impl Drop for SnapshotWriter {
     fn drop(&mut self) {
         if !self.is_finished {
-            for name in [STATE, NEW_STATE, MEMORY] {
+            let disks = self.disks.iter().map(|(name, _)| &**name);
+            for name in [STATE, NEW_STATE, MEMORY].into_iter().chain(disks) {
                 let _ = unlinkat(&self.dir, name, AtFlags::empty());
             }
             // It stays if it has other files.
@@ -99,14 +112,17 @@ fn create_in(dir: &File, name: &str) -> Result<File> {
     created.map(File::from).with_context(|| format!("create its file `{name}`"))
 }
 
+fn is_disk_name(name: &str) -> bool {
+    name.strip_prefix(DISK).is_some_and(|index| index.parse::<usize>().is_ok())
+}
+
 /// Fails unless the directory is empty or has an incomplete snapshot, whose files are returned.
-fn check_replaceable(path: &Path) -> Result<Vec<&'static str>> {
+fn check_replaceable(path: &Path) -> Result<Vec<String>> {
     let mut left = Vec::new();
     for entry in fs::read_dir(path)? {
-        match entry?.file_name() {
-            name if name == STATE => bail!("it exists: remove it, or choose another directory"),
-            name if name == MEMORY => left.push(MEMORY),
-            name if name == NEW_STATE => left.push(NEW_STATE),
+        match entry?.file_name().into_string() {
+            Ok(name) if name == STATE => bail!("it exists: remove it, or choose another directory"),
+            Ok(name) if name == MEMORY || name == NEW_STATE || is_disk_name(&name) => left.push(name),
             _ => bail!("the directory is not empty: choose another one"),
         }
     }
@@ -137,7 +153,7 @@ mod tests {
         let refused = |path: &Path| format!("{:#}", SnapshotWriter::create(path).map(drop).unwrap_err());
         let path = dir.path().join("snapshot");
         fs::create_dir(&path).unwrap();
-        for name in [MEMORY, NEW_STATE] {
+        for name in [MEMORY, NEW_STATE, "disk-0", "disk-12"] {
             fs::write(path.join(name), "left by a killed husk").unwrap();
         }
         let writer = SnapshotWriter::create(&path).unwrap();

@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::drain::{self, Printer};
 use super::endpoint::ControlEndpoint;
 use super::requests;
-use super::snapshot::Save;
+use super::snapshot::{Save, Snapshot};
 use crate::config::MachineConfig;
 use crate::console::input::Input;
 use crate::console::keys::{self, Command};
@@ -40,9 +40,10 @@ pub(super) enum Token {
     ControlEndpoint,
     Passt,
     ClockJump,
+    Snapshot,
 }
 
-const TOKENS: [Token; 8] = [
+const TOKENS: [Token; 9] = [
     Token::Exit,
     Token::Monitor,
     Token::Signal,
@@ -51,6 +52,7 @@ const TOKENS: [Token; 8] = [
     Token::ControlEndpoint,
     Token::Passt,
     Token::ClockJump,
+    Token::Snapshot,
 ];
 
 /// What this process's standard streams and signals are connected to.
@@ -126,6 +128,8 @@ pub(super) struct Supervisor<'a> {
     on_terminal: bool,
     trim: IdleTrim,
     save: Option<&'a Save>,
+    /// The snapshot that is being taken.
+    pub(super) snapshot: Option<Snapshot>,
 }
 
 impl<'a> Supervisor<'a> {
@@ -166,10 +170,18 @@ impl<'a> Supervisor<'a> {
             on_terminal,
             trim: IdleTrim::start(),
             save: None,
+            snapshot: None,
         })
     }
 
+    /// Returns when the machine has ended.
     fn run(mut self) -> Result<ExitReason> {
+        let reason = self.serve();
+        let snapshot = self.end_snapshot();
+        reason.and_then(|reason| snapshot.map(|()| reason))
+    }
+
+    fn serve(&mut self) -> Result<ExitReason> {
         match self.monitor.start_guest(self.signals) {
             Ok(lacks) => self.endpoint.note_sandbox(lacks),
             Err(error) => return self.monitor.exit_latch().reason().ok_or(error),
@@ -204,13 +216,14 @@ impl<'a> Supervisor<'a> {
                         }
                         self.save_if_waiting()?;
                     }
-                    Some(Token::ControlEndpoint) => requests::answer(&mut self),
+                    Some(Token::ControlEndpoint) => requests::answer(self),
                     // Not on the device's thread, so that only this one starts processes.
                     Some(Token::Passt) => self.monitor.outside().starters().for_each(Starter::start_if_needed),
                     Some(Token::ClockJump) if self.clock_jumps.take() => self.check_guest_clock(),
-                    Some(Token::ClockJump) | None => {}
+                    Some(Token::ClockJump | Token::Snapshot) | None => {}
                 }
             }
+            self.continue_snapshot()?;
         }
     }
 
@@ -244,7 +257,7 @@ impl<'a> Supervisor<'a> {
         let trim_ms = left.map_or(-1, |left| left.as_millis() as i32 + 1);
         let exit_latch = self.monitor.exit_latch();
         let session_ms = self.session.as_ref().map_or(-1, |session| session.timeout_ms(exit_latch));
-        let timeouts = [trim_ms, session_ms, self.endpoint.timeout_ms(exit_latch)];
+        let timeouts = [trim_ms, session_ms, self.endpoint.timeout_ms(exit_latch), self.snapshot_timeout_ms()];
         timeouts.into_iter().filter(|timeout_ms| *timeout_ms >= 0).min().unwrap_or(-1)
     }
 
@@ -262,15 +275,18 @@ impl<'a> Supervisor<'a> {
 
     pub(super) fn press_power_button(&mut self) {
         self.button_pressed = true;
-        let _ = self.monitor.press_power_button();
+        if !self.press_when_saved() {
+            let _ = self.monitor.press_power_button();
+        }
         self.say("husk: pressed the machine's power button; a second signal kills the machine\n");
     }
 
     fn on_keys(&mut self) -> Result<()> {
-        let Some(input) = &mut self.input else { return Ok(()) };
-        for command in input.read() {
+        let commands = self.input.as_mut().map(Input::read).unwrap_or_default();
+        for command in commands {
             match command {
                 Command::Quit => self.monitor.exit_latch().declare(ExitReason::Quit),
+                Command::PowerButton if self.press_when_saved() => {}
                 Command::PowerButton => drop(self.monitor.press_power_button()),
                 Command::Help => self.say(keys::HELP),
             }

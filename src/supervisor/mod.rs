@@ -4,6 +4,7 @@
 mod control;
 mod drain;
 mod endpoint;
+mod job;
 mod requests;
 mod snapshot;
 

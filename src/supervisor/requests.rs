@@ -16,6 +16,7 @@ use crate::config::Rate;
 use crate::console::input::Input;
 use crate::exit_latch::ExitReason;
 use crate::guest::signal;
+use crate::monitor::BEING_SAVED;
 use crate::request::server::Caller;
 use crate::request::{Limit, Reply, Request, Stats, Update};
 use crate::state_dir::record::{State, now_ms};
@@ -115,6 +116,7 @@ impl Recipient for Supervisor<'_> {
 
     fn stop(&mut self) -> Result<()> {
         if matches!(self.endpoint.record.state, State::Paused { .. }) {
+            ensure!(!self.is_held(), BEING_SAVED);
             self.unpause()?;
         }
         match &mut self.session {
@@ -155,11 +157,16 @@ impl Recipient for Supervisor<'_> {
     }
 
     fn serve(&mut self, caller: Caller, request: Request) -> Result<Option<Reply>> {
+        let changes_machine = matches!(request, Request::Pause | Request::Unpause | Request::Update(_));
+        ensure!(!(changes_machine && self.is_held()), BEING_SAVED);
         match request {
             Request::Pause => self.pause()?,
             Request::Unpause => self.unpause()?,
             Request::Stats => return self.stats().map(|stats| Some(Reply::Stats(stats))),
-            Request::Snapshot { path, then } => self.snapshot(Path::new(OsStr::from_bytes(&path)), then)?,
+            Request::Snapshot { path, options } => {
+                self.snapshot(caller, Path::new(OsStr::from_bytes(&path)), options)?;
+                return Ok(None);
+            }
             Request::Update(update) => self.update(update)?,
             Request::Attach => {
                 self.attach(caller)?;

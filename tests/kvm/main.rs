@@ -24,6 +24,8 @@ mod many;
 mod release;
 mod sandbox;
 mod snapshot;
+mod snapshot_busy;
+mod snapshot_disks;
 mod snapshot_killed;
 mod steady;
 mod unread;

@@ -19,6 +19,8 @@ use crate::snapshot::restored;
 /// Whether the snapshot at `path` is whole: then its machine goes on, and otherwise one line says that it is not.
 fn is_whole(machines: &Machines, path: &str) -> bool {
     if Path::new(path).join("state").exists() {
+        let disk = fs::read(Path::new(path).join("disk-0")).unwrap();
+        assert!(disk == fs::read(machines.runtime.path().join("disk")).unwrap(), "a disk is not whole");
         assert!(restored(machines, path, "word\x04").starts_with("word"));
         return true;
     }
@@ -29,13 +31,13 @@ fn is_whole(machines: &Machines, path: &str) -> bool {
     false
 }
 
-/// Starts a machine with some memory that is not zero, so that it takes a while to save.
+/// Starts a machine with some memory and a disk that are not zero, so that it takes a while to save.
 fn start(machines: &Machines) {
-    let initrd = machines.runtime.path().join("initrd");
-    if !initrd.exists() {
-        fs::write(&initrd, vec![1; 24 << 20]).unwrap();
+    let [initrd, disk] = ["initrd", "disk"].map(|name| machines.runtime.path().join(name));
+    for file in [&initrd, &disk].into_iter().filter(|file| !file.exists()) {
+        fs::write(file, vec![1; 24 << 20]).unwrap();
     }
-    let flags = ["--name", "echo", "--initrd", initrd.to_str().unwrap()];
+    let flags = ["--name", "echo", "--initrd", initrd.to_str().unwrap(), "--disk", disk.to_str().unwrap()];
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &flags);
     machines.await_log("echo", "ready");
 }
@@ -45,7 +47,7 @@ fn usual_time(machines: &Machines, path: &str) -> Duration {
     start(machines);
     let time = || {
         let started = Instant::now();
-        machines.ok(&["snapshot", "echo", path]);
+        machines.ok(&["snapshot", "--with-disks", "echo", path]);
         let time = started.elapsed();
         fs::remove_dir_all(path).unwrap();
         time
@@ -69,7 +71,7 @@ fn a_killed_snapshot_is_whole_or_none() {
         start(&machines);
         let supervisor: u32 = machines.inspect("echo", "pid").parse().unwrap();
         let victim = if kill % 2 == 0 { supervisor } else { monitor_of(supervisor) };
-        let mut command = machines.command(&["snapshot", "echo", &path]);
+        let mut command = machines.command(&["snapshot", "--with-disks", "echo", &path]);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         thread::sleep(random(limit));
         send_signal(victim, "KILL");
@@ -88,7 +90,7 @@ fn a_killed_snapshot_is_whole_or_none() {
             fs::remove_dir_all(&path).unwrap();
         }
         start(&machines);
-        machines.ok(&["snapshot", "echo", &path]);
+        machines.ok(&["snapshot", "--with-disks", "echo", &path]);
         assert!(is_whole(&machines, &path));
         machines.ok(&["rm", "-f", "echo"]);
         fs::remove_dir_all(&path).unwrap();

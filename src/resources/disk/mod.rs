@@ -6,6 +6,7 @@
 //! ```
 
 mod backing;
+pub mod copy;
 mod format;
 pub mod stamp;
 #[cfg(test)]

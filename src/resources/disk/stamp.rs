@@ -28,13 +28,14 @@ impl Stamp {
     }
 }
 
-/// The stamps of all files of the disks, which are open and locked.
+/// The stamps of all files of the disks, which are open and locked. A relative path is that of a disk inside of a snapshot: only its
+/// backing files have any.
 pub fn all(disks: &[DiskConfig]) -> Result<Vec<Stamp>> {
     let paths = |disk: &DiskConfig| {
         let backing = disk.backing.iter().map(|backing| backing.path.clone());
         backing.chain([disk.path.clone()]).collect::<Vec<_>>()
     };
-    disks.iter().flat_map(paths).map(|path| Stamp::of(&path)).collect()
+    disks.iter().flat_map(paths).filter(|path| path.is_absolute()).map(|path| Stamp::of(&path)).collect()
 }
 
 /// Fails if a file of the disks, which are open and locked, is not as in `stamps`.

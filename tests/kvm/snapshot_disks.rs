@@ -1,0 +1,79 @@
+//! Snapshots with the machine's disks: machines write to copies of their own, and find in them what they had written.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use husk_guests as guests;
+
+use crate::background::Machines;
+use crate::husk::disk_image;
+use crate::killed::{has_qemu_img, qemu_img};
+
+/// Starts a guest that checks all it has written to its disk, again and again.
+fn start(machines: &Machines, disk: &Path, options: &str) {
+    let flags = ["--name", "first", "--cpus", "3", "--disk", &format!("{}{options}", disk.display())];
+    machines.start(guests::STEADY, "", &flags);
+    machines.await_log("first", "1\n");
+}
+
+fn save(machines: &Machines, name: &str, file: &str) -> String {
+    let path = machines.runtime.path().join(file).to_str().unwrap().to_owned();
+    machines.ok(&["snapshot", "--with-disks", name, &path]);
+    path
+}
+
+/// Ends a guest, which has found nothing wrong.
+#[track_caller]
+fn end(machines: &Machines, name: &str) {
+    let mut attached = machines.attach(name);
+    attached.stdin.as_mut().unwrap().write_all(b"\x04").unwrap();
+    machines.await_log(name, "end\n");
+    attached.wait_with_output().unwrap();
+    machines.await_status(name, "exited");
+    assert_eq!(machines.inspect(name, "state/code"), "0", "{}", machines.ok(&["logs", name]));
+}
+
+fn run_side_by_side(disk: &Path, options: &str) {
+    let machines = Machines::new();
+    let data = tempfile::tempdir().unwrap();
+    start(&machines, disk, options);
+    let path = save(&machines, "first", "snapshot");
+    let saved = fs::read(Path::new(&path).join("disk-0")).unwrap();
+    for name in ["second", "third"] {
+        machines.ok(&["restore", "-d", "--name", name, &path]);
+    }
+    // Of a copy.
+    let line = machines.fails(&["snapshot", "second", &format!("{path}.none")], 1);
+    assert!(line.contains("a temporary disk: save it too, with --with-disks"), "{line}");
+    let again = save(&machines, "second", "again");
+    machines.ok(&["restore", "-d", "--name", "fourth", &again]);
+    fs::remove_dir_all(&again).unwrap();
+    for words in [["suspend", "second"], ["start", "second"]] {
+        assert!(machines.command(&words).env("HUSK_DATA", data.path()).status().unwrap().success());
+    }
+    ["first", "second", "third", "fourth"].iter().for_each(|name| end(&machines, name));
+    assert!(fs::read(Path::new(&path).join("disk-0")).unwrap() == saved, "the snapshot has changed");
+    machines.ok(&["restore", "-d", "--name", "last", &path]);
+    end(&machines, "last");
+    assert_eq!(fs::read_dir(data.path().join("suspended")).unwrap().count(), 0);
+}
+
+#[test]
+fn machines_of_a_snapshot_with_a_disk_run_side_by_side() {
+    needs_kvm!();
+    let (_dir, disk) = disk_image(1 << 20);
+    run_side_by_side(&disk, "");
+}
+
+#[test]
+fn machines_of_a_snapshot_with_an_image_in_qcow2_run_side_by_side() {
+    needs_kvm!();
+    if !has_qemu_img() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    assert!(qemu_img(&["create", "-q", "-f", "qcow2"], &[&disk, Path::new("1M")]).status.success());
+    run_side_by_side(&disk, ",format=qcow2");
+}
