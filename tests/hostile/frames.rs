@@ -1,11 +1,7 @@
 //! Network frames that a driver must not send, to passt and to a tap device that husk or vhost-net serves; and the rings that
 //! vhost-net must refuse.
-#![allow(unsafe_code)]
 
-use std::io;
 use std::net::UdpSocket;
-use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -14,15 +10,8 @@ use husk_guests as guests;
 
 use crate::arena::{DISK_BYTES, machine, rounds, survives};
 use crate::husk::{Ran, disk_image, is_emulated};
+use crate::own_network::{GUEST, GUEST_MAC, HOST, has_vhost, with_tap};
 use crate::uplink;
-
-/// More than Ethernet's, so that frames are as large as possible.
-const SETUP: &[&str] = &[
-    "tuntap add tap0 mode tap vnet_hdr multi_queue",
-    "addr add 10.9.0.1/24 dev tap0",
-    "link set tap0 mtu 65521 up",
-    "neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev tap0",
-];
 
 /// The number of lines that husk logs when vhost-net refuses a ring.
 fn refusals(ran: &Ran) -> usize {
@@ -44,44 +33,26 @@ fn on_tap(guest: &str, words: &str) {
 /// The same with vhost-net; `check` is passed each result. Skips the test with a visible message if the host does not have it.
 #[track_caller]
 fn on_vhost(guest: &str, words: &str, check: impl Fn(&Ran) + Sync) {
-    if Path::new("/dev/vhost-net").exists() {
+    if has_vhost() {
         on_tap_served(guest, words, "vhost=on", check);
-    } else {
-        assert!(std::env::var_os("HUSK_TEST_REQUIRE_VHOST").is_none(), "this host must have vhost-net");
-        eprintln!("SKIPPED: this host has no vhost-net");
     }
 }
 
 #[track_caller]
 fn on_tap_served(guest: &str, words: &str, vhost: &str, check: impl Fn(&Ran) + Sync) {
     let over = AtomicBool::new(false);
-    let test = || {
-        if let Err(error) = leave_network() {
-            eprintln!("SKIPPED: only root makes networks: {error}");
-            return;
-        }
-        SETUP.iter().for_each(|words| ip(words));
+    with_tap(|| {
         thread::scope(|scope| {
             scope.spawn(|| flood(&over));
             let _over = SetAtEnd(&over);
             for transport in ["mmio", "pci"] {
                 let (dir, _) = disk_image(DISK_BYTES);
-                let network = format!("tap=tap0,{vhost},mac=02:00:00:00:00:02");
+                let network = format!("tap=tap0,{vhost},mac={GUEST_MAC}");
                 let hostile = machine(guest, words, transport, dir.path()).flag("--cpus", "2");
                 check(&survives(hostile.flag("--network", network)));
             }
         });
-    };
-    thread::scope(|scope| scope.spawn(test).join()).unwrap();
-}
-
-/// Moves this thread, and what it starts, to a network namespace of its own.
-fn leave_network() -> io::Result<()> {
-    // SAFETY: the call has no pointers, and affects only the calling thread.
-    match unsafe { libc::unshare(libc::CLONE_NEWNET) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    });
 }
 
 /// Ends the flood, also if a test fails.
@@ -93,20 +64,15 @@ impl Drop for SetAtEnd<'_> {
     }
 }
 
-fn ip(words: &str) {
-    let output = Command::new("ip").args(words.split(' ')).output().expect("scripts/deps test installs iproute2");
-    assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
 /// Sends datagrams of all sizes, up to the largest.
 fn flood(over: &AtomicBool) {
-    let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
+    let socket = UdpSocket::bind((HOST, 0)).unwrap();
     let mut random = fastrand::Rng::with_seed(1);
     while !over.load(Ordering::Relaxed) {
         let most = 65_000 >> random.u32(..12);
         let len = random.usize(..=most);
         // Fails while there is no machine.
-        let _ = socket.send_to(&vec![0x55; len], "10.9.0.2:9");
+        let _ = socket.send_to(&vec![0x55; len], (GUEST, 9));
         // An emulated processor must have time for the guest, too.
         thread::sleep(Duration::from_millis(if is_emulated() { 50 } else { 1 }));
     }

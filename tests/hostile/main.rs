@@ -7,6 +7,8 @@
 #[path = "../kvm/husk.rs"]
 mod husk;
 
+#[path = "../kvm/own_network.rs"]
+mod own_network;
 #[allow(dead_code)]
 #[path = "../run/uplink.rs"]
 mod uplink;

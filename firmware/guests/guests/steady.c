@@ -1,9 +1,10 @@
 /* A machine under load that notices whatever is lost, late or done twice. Processor 0 writes blocks of the disk and reads them
  * back, several requests in flight, by interrupts with the event index, and prints numbers in order. Processor 1 waits in HLT: it
- * echoes serial input, and counts the ticks of a timer that it sets each time, and messages of processor 0. Processor 2 waits for
- * its SIPI until the end, which is an EOT on the serial port. */
+ * echoes serial input, answers datagrams, and counts the ticks of a timer that it sets each time, and messages of processor 0.
+ * Processor 2 waits for its SIPI until the end, which is an EOT on the serial port. */
 #include "block.h"
 #include "cpu.h"
+#include "datagrams.h"
 
 enum {
     BLOCK = 4096,
@@ -18,6 +19,7 @@ enum {
     SERIAL_VECTOR,
     TIMER_VECTOR,
     MESSAGE_VECTOR,
+    NETWORK_VECTOR,
     /* Of the APIC's timer: 1 ms. */
     TICK = 1000000,
     DIVIDE_BY_1 = 0xb,
@@ -232,10 +234,18 @@ static void on_message(struct interrupt_frame *frame)
     end_of_interrupt();
 }
 
+static void on_datagrams(struct interrupt_frame *frame)
+{
+    (void)frame;
+    datagrams_take();
+    end_of_interrupt();
+}
+
 static void second(void)
 {
     interrupts_start();
     route(SERIAL_GSI, SERIAL_VECTOR);
+    datagrams_start(NETWORK_VECTOR);
     /* DTR, RTS and OUT2, which enables the interrupt. */
     out8(PORT_SERIAL + MODEM_CONTROL, 0x0b);
     out8(PORT_SERIAL + INTERRUPT_ENABLE, 1);
@@ -277,6 +287,7 @@ int guest_main(void)
     handle(SERIAL_VECTOR, on_serial);
     handle(TIMER_VECTOR, on_tick);
     handle(MESSAGE_VECTOR, on_message);
+    handle(NETWORK_VECTOR, on_datagrams);
     start_disk();
     start_processor(1, second);
     AWAIT(echoing);
@@ -288,6 +299,7 @@ int guest_main(void)
     AWAIT(ticks > before);
     start_processor(2, third);
     AWAIT(third_runs);
-    print("end\nrequests %u writes %u sum %u interrupts %u ticks %u\n", completed, writes, sum, interrupts, ticks);
+    print("end\nrequests %u writes %u sum %u interrupts %u ticks %u datagrams %u\n", completed, writes, sum, interrupts, ticks,
+          datagrams_count());
     return EXIT_OK;
 }
