@@ -57,7 +57,8 @@ impl Restore {
     /// Runs the machine until its end. `started` is when this process started.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
         let Snapshot { description, files, disks: inside } = Snapshot::open(&self.dir)?;
-        let Description { image, command, process, stop_signal, mut config, disks, fingerprint, .. } = description;
+        let Description { image, command, process, stop_signal, mut config, disks, received, fingerprint, .. } =
+            description;
         let dir_name = self.dir.display();
         ensure!(fingerprint.is_none(), "its machine waits for a command: use `husk run --from {dir_name} COMMAND`");
         if self.lifecycle.spawns_detached() {
@@ -82,7 +83,7 @@ impl Restore {
                 let reason = supervisor::run(&config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
                 return Ok(boot::report(&reason));
             };
-            session::run(&config, opened, Start::Resume { stdin, terminal }, endpoint, signals, &timings)
+            session::run(&config, opened, Start::Resume { received, stdin, terminal }, endpoint, signals, &timings)
         })?;
         if self.timings {
             super::print_stderr(&timings.to_string());

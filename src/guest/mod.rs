@@ -21,6 +21,7 @@ use crate::resources::modules::{self, Module};
 pub mod exec;
 pub mod initramfs;
 pub mod network;
+mod output;
 pub mod process;
 pub mod session;
 pub mod signal;

@@ -20,6 +20,7 @@ use super::streams::Streams;
 use crate::console::terminal;
 use crate::exit_latch::{ExitLatch, ExitReason};
 use crate::guest::signal;
+use crate::snapshot::Received;
 use crate::sys;
 use crate::timings::{Step, Timings};
 
@@ -79,16 +80,18 @@ impl Session {
     }
 
     /// Creates the session of a restored machine, whose process has started before. The guest connects again, which may
-    /// be before or after this call, and says which of the process's streams are still open. The machine must not have
-    /// another session.
+    /// be before or after this call, and says which of the process's streams are still open. Of its outputs, `received` has
+    /// arrived before. The machine must not have another session.
     pub fn resumed(
         listener: UnixListener,
+        received: Received,
         on_terminal: bool,
         endpoints: Endpoints,
         timings: Arc<Timings>,
     ) -> Result<Session> {
         // Any of them, until the guest has said which.
         let mut session = Session::without_connections(MAIN_SESSION, true, on_terminal, endpoints, timings)?;
+        session.streams.expect_again(received);
         session.is_resumed = true;
         session.listening(listener)
     }
@@ -192,6 +195,11 @@ impl Session {
     /// Whether the guest waits for its process, so that the machine can be saved.
     pub fn is_waiting(&self) -> bool {
         self.is_waiting
+    }
+
+    /// How much of the process's outputs has arrived, or will as soon as it is printed, if the guest does not run.
+    pub fn received(&self) -> Received {
+        self.streams.received()
     }
 
     /// Whether the session is complete: the process has exited and all of its output has arrived.

@@ -1,5 +1,5 @@
 //! Copies between this process's standard streams and the guest's, with one thread per stream so that none blocks
-//! another. In the background, output goes to a hub and input comes from attached clients.
+//! another; `Output` does it for one output. In the background, output goes to a hub and input comes from attached clients.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -16,7 +16,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::hub::{Hub, HubStream};
 use crate::console::stream_log::Stream;
+use crate::guest::output::Output;
 use crate::sandbox;
+use crate::snapshot::Received;
 use crate::sys::event;
 
 const BUFFER_BYTES: usize = 64 << 10;
@@ -41,6 +43,9 @@ pub struct Streams {
     /// Signaled when input is no longer wanted.
     stop: Arc<EventFd>,
     input: Option<UnixStream>,
+    outputs: Vec<(Stream, Arc<Output>)>,
+    /// Of a restored machine: what has arrived before.
+    before: Option<Received>,
 }
 
 impl Streams {
@@ -52,7 +57,14 @@ impl Streams {
             closed: Arc::new(event::create()?),
             stop: Arc::new(event::create()?),
             input: None,
+            outputs: Vec::new(),
+            before: None,
         })
+    }
+
+    /// Expects the outputs of a restored machine, of which `received` has arrived before. To be called before the first one starts.
+    pub fn expect_again(&mut self, received: Received) {
+        self.before = Some(received);
     }
 
     /// Readable after an output has ended, until [`Streams::clear`].
@@ -70,11 +82,18 @@ impl Streams {
         self.open_outputs.load(Ordering::Acquire) == 0
     }
 
+    /// How much of each output has arrived.
+    pub fn received(&self) -> Received {
+        let of = |stream| self.outputs.iter().find(|(of, _)| *of == stream).map(|(_, output)| output.received());
+        let Received { stdout, stderr } = self.before.unwrap_or_default();
+        Received { stdout: of(Stream::Output).unwrap_or(stdout), stderr: of(Stream::Errors).unwrap_or(stderr) }
+    }
+
     /// Connects a stream according to its role.
     pub fn start(&mut self, role: Role, socket: UnixStream) -> Result<()> {
-        socket.set_nonblocking(false).context("set up a stream")?;
         match role {
             Role::Stdin => {
+                socket.set_nonblocking(false).context("set up a stream")?;
                 self.input = Some(socket.try_clone().context("set up a stream")?);
                 if let Endpoints::Stdio = self.endpoints {
                     let stdin = io::stdin().as_fd().try_clone_to_owned().context("use standard input")?;
@@ -110,11 +129,14 @@ impl Streams {
     }
 
     fn start_output(&mut self, name: &str, socket: UnixStream, stream: Stream) -> Result<()> {
-        let output = self.output(stream).context("use an output of ours")?;
+        let to = self.output(stream).context("use an output of ours")?;
+        let before = self.before.map(|before| if stream == Stream::Output { before.stdout } else { before.stderr });
+        let output = Arc::new(Output::new(socket, before).context("set up a stream")?);
+        self.outputs.push((stream, output.clone()));
         let (open, closed) = (self.open_outputs.clone(), self.closed.clone());
         open.fetch_add(1, Ordering::AcqRel);
         let print = move || {
-            print(socket, output);
+            output.print(to);
             open.fetch_sub(1, Ordering::AcqRel);
             let _ = closed.write(1);
         };
@@ -134,26 +156,6 @@ impl Streams {
 impl Drop for Streams {
     fn drop(&mut self) {
         self.end_input();
-    }
-}
-
-/// Writes all output of the guest. If the output can no longer be written, the guest's process is notified.
-fn print(mut socket: UnixStream, mut output: impl Write) {
-    // Not splice, which `io::copy` would use: while splice waits for the guest it holds the pipe lock, so the pipe's
-    // reader cannot even get the data that is already in it.
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        match socket.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(count) => {
-                if output.write_all(buffer.get(..count).unwrap_or_default()).is_err() {
-                    let _ = socket.shutdown(Shutdown::Both);
-                    return;
-                }
-            }
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(_) => return,
-        }
     }
 }
 
@@ -202,31 +204,5 @@ pub fn wait(epoll: &Option<Epoll>) -> bool {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => return false,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::thread;
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn output_is_available_to_its_reader_while_the_guest_is_silent() {
-        let ((mut reader, writer), (mut guest, ours)) = (io::pipe().unwrap(), UnixStream::pair().unwrap());
-        let printer = thread::spawn(move || print(ours, File::from(std::os::fd::OwnedFd::from(writer))));
-        guest.write_all(b"ready").unwrap();
-        // Long enough for it to block.
-        thread::sleep(Duration::from_millis(50));
-        let (sender, receiver) = std::sync::mpsc::channel();
-        thread::spawn(move || {
-            let mut bytes = [0; 5];
-            let _ = sender.send(reader.read_exact(&mut bytes).map(|()| bytes));
-        });
-        let bytes = receiver.recv_timeout(Duration::from_secs(10)).expect("it is held back").unwrap();
-        assert_eq!(&bytes, b"ready");
-        drop(guest);
-        printer.join().unwrap();
     }
 }

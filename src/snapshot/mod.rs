@@ -64,9 +64,22 @@ pub struct Description {
     pub config: MachineConfig,
     /// The files of all other disks, which must not have changed.
     pub disks: Vec<Stamp>,
+    /// What has arrived of its process's outputs.
+    #[serde(default)]
+    pub received: Received,
     /// Of a machine that waits for its command: what it was booted with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<Fingerprint>,
+}
+
+/// How many bytes of the outputs of a machine's process have arrived.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Received {
+    /// Of standard output; with a terminal, of both.
+    pub stdout: u64,
+    /// Of standard error.
+    pub stderr: u64,
 }
 
 /// A complete snapshot.
@@ -238,6 +251,7 @@ mod tests {
             stop_signal: 15,
             config: MachineConfig { kernel: "vmlinux".into(), memory_mib: 32, ..MachineConfig::default() },
             disks: Vec::new(),
+            received: Received::default(),
             fingerprint: None,
         }
     }

@@ -22,7 +22,7 @@ use crate::request::{AfterSnapshot, Reply, SnapshotOptions};
 use crate::resources::disk::copy;
 use crate::resources::disk::stamp::{self, Stamp};
 use crate::snapshot::warm::Fingerprint;
-use crate::snapshot::{self, Description, DisksInside, SnapshotWriter};
+use crate::snapshot::{self, Description, DisksInside, Received, SnapshotWriter};
 use crate::state_dir;
 use crate::state_dir::record::{State, now_ms};
 
@@ -214,7 +214,7 @@ impl Supervisor<'_> {
     /// Lets the guest go on, unless it is to end, and starts to make the snapshot durable.
     fn begin_finishing(&mut self, order: &mut Order, writing: Writing) -> Result<Job<()>> {
         let state = writing.state.context("the machine has no state")?;
-        // The machine must not write to its disks in between.
+        // The machine must neither write to its disks nor print in between.
         let description = self.describe(order, stamp::all(&order.config.disks)?);
         if !order.ends_machine() {
             self.let_go(order)?;
@@ -280,6 +280,7 @@ impl Supervisor<'_> {
             stop_signal: record.stop_signal,
             config: order.config.clone(),
             disks,
+            received: self.session.as_ref().map_or_else(Received::default, |session| session.received()),
             fingerprint: order.fingerprint.clone(),
         }
     }

@@ -24,6 +24,7 @@ mod process;
 mod pump;
 mod report;
 pub mod root;
+mod sent;
 mod session;
 mod setup;
 mod sys;

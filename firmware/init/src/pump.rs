@@ -9,6 +9,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::{read, write};
 
 use crate::connection::is_cut;
+use crate::sent::Sent;
 
 /// The size of a pipe's buffer and of a vsock packet.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -27,6 +28,10 @@ pub struct Pump {
     last: bool,
     /// Whether an end was lost because the machine was restored. Nothing is copied before it is replaced.
     is_cut: bool,
+    /// Whether the reader was told that there is no more.
+    is_shut: bool,
+    /// What a connection that takes the sink's place sends again, if nothing may be lost.
+    sent: Option<Sent>,
 }
 
 impl Pump {
@@ -44,7 +49,15 @@ impl Pump {
             end: 0,
             last: false,
             is_cut: false,
+            is_shut: false,
+            sent: None,
         })
+    }
+
+    /// Remembers what was sent last, so that nothing is lost when the [sink is replaced](Pump::replace_sink).
+    pub fn remembering(mut self) -> Pump {
+        self.sent = Some(Sent::default());
+        self
     }
 
     /// The events to wait for before the next [`Pump::advance`].
@@ -59,14 +72,24 @@ impl Pump {
         self.from.is_some()
     }
 
+    /// Whether the reader has not closed the stream, and may not have got all of it.
+    pub fn has_reader(&self) -> bool {
+        self.to.is_some()
+    }
+
     /// Reads from `socket` from now on, after a reset of the transport.
     pub fn replace_source(&mut self, socket: OwnedFd) {
         (self.from, self.is_cut) = (Some(socket), false);
     }
 
-    /// Writes to `socket` from now on, starting with what could not be written before.
+    /// Writes to `socket` from now on, after a reset of the transport: first what may be lost, if it was remembered, then what could
+    /// not be written before.
     pub fn replace_sink(&mut self, socket: OwnedFd) {
-        (self.to, self.is_cut) = (Some(socket), false);
+        (self.to, self.is_cut, self.is_shut) = (Some(socket), false, false);
+        if let Some(sent) = &mut self.sent {
+            self.buffer = sent.again(self.buffer.get(self.start..self.end).unwrap_or_default());
+            (self.start, self.end) = (0, self.buffer.len());
+        }
     }
 
     /// Marks the writer as gone, although other processes may hold its end open: only data that is already there is
@@ -98,26 +121,38 @@ impl Pump {
 
     /// Reads once; returns false if there is no data, now or permanently.
     fn fill(&mut self) -> bool {
-        let Some(from) = &self.from else { return false };
-        match read(from, &mut self.buffer) {
-            Ok(count) if count > 0 => {
-                (self.start, self.end) = (0, count);
-                return true;
+        if let Some(from) = &self.from {
+            self.buffer.resize(BUFFER_BYTES, 0);
+            match read(from, &mut self.buffer) {
+                Ok(count) if count > 0 => {
+                    (self.start, self.end) = (0, count);
+                    return true;
+                }
+                Err(Errno::EINTR) => return false,
+                Err(Errno::EAGAIN) if !self.last => return false,
+                Err(error) if is_cut(error) => {
+                    self.is_cut = true;
+                    return false;
+                }
+                // End of stream: EOF, a terminal without users, or a disconnected peer.
+                _ => self.from = None,
             }
-            Err(Errno::EINTR) => return false,
-            Err(Errno::EAGAIN) if !self.last => return false,
-            Err(error) if is_cut(error) => {
-                self.is_cut = true;
-                return false;
-            }
-            // End of stream: EOF, a terminal without users, or a disconnected peer.
-            _ => self.from = None,
         }
-        // The socket stays open for the duration of the session, so that its peer can take its time.
-        if let Some(to) = self.to.take_if(|to| shutdown(to.as_raw_fd(), Shutdown::Write).is_err()) {
-            drop(to);
-        }
+        self.shut();
         false
+    }
+
+    /// Tells the reader that there is no more. The socket stays open for the duration of the session, so that its peer can take
+    /// its time.
+    fn shut(&mut self) {
+        if std::mem::replace(&mut self.is_shut, true) {
+            return;
+        }
+        match self.to.as_ref().map_or(Ok(()), |to| shutdown(to.as_raw_fd(), Shutdown::Write)) {
+            Ok(()) => {}
+            Err(error) if is_cut(error) => self.is_cut = true,
+            Err(_) => self.to = None,
+        }
     }
 
     /// Writes the buffer; returns false if it would block.
@@ -125,7 +160,12 @@ impl Pump {
         while !self.is_empty() {
             let (Some(to), Some(bytes)) = (&self.to, self.buffer.get(self.start..self.end)) else { break };
             match write(to, bytes) {
-                Ok(count) => self.start += count,
+                Ok(count) => {
+                    if let Some(sent) = &mut self.sent {
+                        sent.note(bytes.get(..count).unwrap_or_default());
+                    }
+                    self.start += count;
+                }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return false,
                 Err(error) if is_cut(error) => {

@@ -103,10 +103,10 @@ impl Session {
         self.control.is_cut() && !self.finished
     }
 
-    /// Connects the main session again, with the streams that are still open.
+    /// Connects the main session again, with its input if that is still open, and with the outputs that have a reader.
     pub fn reconnect(&mut self) -> Result<(), Failure> {
         let input = self.input.iter().filter(|pump| pump.is_open()).map(|_| Role::Stdin);
-        let outputs = self.outputs.iter().filter(|(_, pump)| pump.is_open()).map(|(role, _)| *role);
+        let outputs = self.outputs.iter().filter(|(_, pump)| pump.has_reader()).map(|(role, _)| *role);
         let streams: Vec<Role> = input.chain(outputs).collect();
         self.connect_again(&streams)?;
         // The host of the restored machine knows of nothing.
@@ -212,8 +212,11 @@ impl Session {
             _ => Ok(None),
         };
         self.input = join(self.stdin.take(), started.stdin)?;
-        self.outputs.extend(join(started.stdout, self.stdout.take())?.map(|pump| (Role::Stdout, pump)));
-        self.outputs.extend(join(started.stderr, self.stderr.take())?.map(|pump| (Role::Stderr, pump)));
+        let stdout = join(started.stdout, self.stdout.take())?.map(|pump| (Role::Stdout, pump));
+        let stderr = join(started.stderr, self.stderr.take())?.map(|pump| (Role::Stderr, pump));
+        // Other sessions end when the machine is restored.
+        let remembering = |pump: Pump| if self.id == MAIN_SESSION { pump.remembering() } else { pump };
+        self.outputs.extend(stdout.into_iter().chain(stderr).map(|(role, pump)| (role, remembering(pump))));
         self.terminal = started.terminal;
         Ok(started.pid)
     }

@@ -98,7 +98,7 @@ pub enum ToHost {
     Resumed {
         /// The PID of the process, if it has not exited.
         pid: Option<u32>,
-        /// Its streams that are still open. They are connected already.
+        /// Its input if it is open, and its outputs of which something may not have arrived. They are connected already.
         streams: Vec<Role>,
     },
     /// The machine is prepared, and the main process may [begin](ToGuest::Begin).

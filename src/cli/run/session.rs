@@ -13,6 +13,7 @@ use crate::console::log::{Log, Tail};
 use crate::exit_latch::ExitReason;
 use crate::guest::session::{Endpoints, Session};
 use crate::resources::{Outside, Resources};
+use crate::snapshot::Received;
 use crate::state_dir;
 use crate::supervisor::{self, ControlEndpoint, Save, Stdio};
 use crate::sys::{SignalFd, socket};
@@ -34,6 +35,8 @@ pub enum Start {
     Begin(Run),
     /// It had it when the machine was saved.
     Resume {
+        /// What had arrived of its outputs.
+        received: Received,
         /// Whether the process reads standard input.
         stdin: bool,
         /// Whether it has a terminal.
@@ -58,14 +61,16 @@ pub fn run(
     let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
     let endpoints = endpoint.hub().map_or(Endpoints::Stdio, |hub| Endpoints::Hub(hub.clone()));
     let (stdin, terminal) = match &start {
-        Start::Boot { stdin, terminal } | Start::Resume { stdin, terminal } => (*stdin, *terminal),
+        Start::Boot { stdin, terminal } | Start::Resume { stdin, terminal, .. } => (*stdin, *terminal),
         Start::Begin(run) => (run.process.stdin, run.process.terminal.is_some()),
         Start::Wait(_) => (false, false),
     };
     let timings = timings.clone();
     let (mut session, save) = match &start {
         Start::Boot { .. } => (Session::new(listener, stdin, terminal, endpoints, timings.clone())?, None),
-        Start::Resume { .. } => (Session::resumed(listener, terminal, endpoints, timings.clone())?, None),
+        Start::Resume { received, .. } => {
+            (Session::resumed(listener, *received, terminal, endpoints, timings.clone())?, None)
+        }
         Start::Begin(run) => (Session::beginning(listener, run.clone(), endpoints, timings.clone())?, None),
         Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
     };

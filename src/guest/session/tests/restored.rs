@@ -4,6 +4,7 @@ use husk_protocol::Process;
 use husk_protocol::frame::Reader;
 
 use super::*;
+use crate::console::stream_log::LogReader;
 
 /// The next messages to the guest.
 fn told(control: &mut UnixStream) -> Vec<ToGuest> {
@@ -21,7 +22,11 @@ fn told(control: &mut UnixStream) -> Vec<ToGuest> {
 }
 
 fn resumed(on_terminal: bool) -> Host {
-    Host::with(|listener, endpoints, timings| Session::resumed(listener, on_terminal, endpoints, timings))
+    resumed_after(Received::default(), on_terminal)
+}
+
+fn resumed_after(received: Received, on_terminal: bool) -> Host {
+    Host::with(|listener, endpoints, timings| Session::resumed(listener, received, on_terminal, endpoints, timings))
 }
 
 #[test]
@@ -42,6 +47,23 @@ fn a_resumed_process_is_renewed_once_and_ends_with_the_streams_that_it_had_left(
     host.wait_until(Session::is_over);
     assert_eq!((host.session.end(), host.said()), (Some(&ToHost::Exited(3)), None));
     assert_eq!(told(&mut control), [ToGuest::Finish]);
+}
+
+#[test]
+fn output_that_has_arrived_before_is_not_printed_again() {
+    let mut host = resumed_after(Received { stdout: 5, stderr: 0 }, false);
+    let mut control = host.join(Role::Control);
+    let (mut stdout, stderr) = (host.join(Role::Stdout), host.join(Role::Stderr));
+    stdout.write_all(&[&3_u64.to_le_bytes(), &b"stnext"[..]].concat()).unwrap();
+    host.hear(&mut control, &[ToHost::Resumed { pid: Some(2), streams: vec![Role::Stdout, Role::Stderr] }]);
+    assert_eq!(host.session.received(), Received { stdout: 9, stderr: 0 });
+    drop((stdout, stderr));
+    host.hear(&mut control, &[ToHost::Exited(0)]);
+    host.wait_until(Session::is_over);
+    let mut log = LogReader::open(&host.dir.path().join("streams.log"));
+    let (_, printed) = log.read().unwrap().expect("there is output");
+    assert_eq!(printed, b"next");
+    assert_eq!(host.session.received(), Received { stdout: 9, stderr: 0 });
 }
 
 #[test]
