@@ -1,6 +1,7 @@
 //! Guest memory: reserved when the machine is built, and populated page by page as the guest touches it.
 
 mod buffers;
+mod changes;
 mod save;
 
 use std::fs::File;
@@ -18,7 +19,8 @@ use vm_memory::{
 };
 
 pub use buffers::GuestBuffers;
-pub use save::write_to;
+pub use changes::{bitmap_bytes, track, write_changes};
+pub use save::{PageUse, write_to};
 
 use crate::layout;
 use crate::sys::mapping::{Mapping, Pages};

@@ -1,7 +1,7 @@
 //! States of machines that nobody has saved: each is refused, or a device has it, runs with it, and can be saved and restored
-//! again.
+//! again. Diff snapshots with any pages: what they are merged to has exactly these.
 //!
-//! Covers: machine/state.rs virtio/session.rs virtio/mmio.rs virtio/pci pci device/serial.rs
+//! Covers: machine/state.rs virtio/session.rs virtio/mmio.rs virtio/pci pci device/serial.rs snapshot/merge.rs
 #![no_main]
 
 #[path = "../routing.rs"]
@@ -9,6 +9,7 @@ mod routing;
 
 use std::cell::OnceCell;
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use husk::irq::IrqLine;
 use husk::layout;
 use husk::machine::MachineState;
 use husk::memory::{self, GuestMemory};
+use husk::snapshot;
 use husk::sys;
 use husk::timings::Timings;
 use husk::virtio::block::request::DiskShape;
@@ -44,6 +46,11 @@ const CHANGE_BYTES: usize = 8;
 /// The maximum number of changes: more of them find nothing more.
 const CHANGES_MAX: usize = 16;
 const DEVICES: usize = 4;
+/// The kinds of input besides devices: the serial port, and a diff snapshot.
+const SERIAL: usize = 2 * DEVICES;
+const DIFF: usize = 2 * DEVICES + 1;
+const DIFF_PAGES: usize = 64;
+const PAGE_BYTES: usize = 4096;
 
 thread_local! {
     static HOST: OnceCell<Host> = const { OnceCell::new() };
@@ -155,7 +162,10 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
     // A text, as it is read from a file.
     let _ = MachineState::decode(bytes);
     let Some((kind, bytes)) = bytes.split_first() else { return };
-    let (kind, changes) = (usize::from(*kind) % (2 * DEVICES + 1), bytes.chunks_exact(CHANGE_BYTES).take(CHANGES_MAX));
+    let (kind, changes) = (usize::from(*kind) % (DIFF + 1), bytes.chunks_exact(CHANGE_BYTES).take(CHANGES_MAX));
+    if kind == DIFF {
+        return merge(bytes);
+    }
     HOST.with(|cell| {
         let host = cell.get_or_init(Host::new);
         let mut content = [0; MEMORY_BYTES];
@@ -163,7 +173,7 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
         host.memory.write_slice(&content, GuestAddress(0)).expect("it is memory");
         let mut state = host.states.get(kind).unwrap_or(&host.serial).clone();
         changes.for_each(|step| change(&mut state, step));
-        if kind < 2 * DEVICES {
+        if kind < SERIAL {
             serde_json::from_value(state).into_iter().for_each(|state| host.run(kind, &state));
         } else {
             serde_json::from_value(state).into_iter().for_each(|state| run_serial(&state));
@@ -190,6 +200,27 @@ fn run_serial(state: &SerialState) {
             port.read(offset, &mut [0]);
             port.write(offset, b"\n");
         }
+    }
+}
+
+/// Merges a diff snapshot: a bitmap of changed pages, and a byte for each page.
+fn merge(bytes: &[u8]) {
+    let Some((bits, values)) = bytes.split_at_checked(DIFF_PAGES / 8) else { return };
+    let file = || sys::memory_file(c"fuzz").expect("a file in memory can be had");
+    let (changed, diff, whole) = (file(), file(), file());
+    changed.write_all_at(bits, 0).expect("memory can be had");
+    whole.write_all_at(&[1; DIFF_PAGES * PAGE_BYTES], 0).expect("memory can be had");
+    diff.set_len((DIFF_PAGES * PAGE_BYTES) as u64).expect("memory can be had");
+    for (page, value) in values.iter().enumerate().take(DIFF_PAGES).filter(|(_, value)| **value != 0) {
+        diff.write_all_at(&[*value; PAGE_BYTES], (page * PAGE_BYTES) as u64).expect("memory can be had");
+    }
+    snapshot::apply(&changed, &diff, &whole).expect("files of the right size can be merged");
+    let mut merged = vec![0; DIFF_PAGES * PAGE_BYTES];
+    whole.read_exact_at(&mut merged, 0).expect("it is as long as before");
+    for (page, content) in merged.chunks_exact(PAGE_BYTES).enumerate() {
+        let is_changed = bits[page / 8] >> (page % 8) & 1 == 1;
+        let expected = if is_changed { values.get(page).copied().unwrap_or(0) } else { 1 };
+        assert!(content.iter().all(|byte| *byte == expected), "page {page}");
     }
 }
 
@@ -258,6 +289,9 @@ fn write_seeds() {
             fs::write(corpus.join(format!("{name}{kind}")), bytes).expect("the corpus can be written");
         }
     }
+    let bits = [0b1010_0001; DIFF_PAGES / 8];
+    let values: Vec<u8> = (0..DIFF_PAGES as u8).map(|page| page % 3 * page).collect();
+    fs::write(corpus.join("diff"), [&[DIFF as u8], &bits[..], &values].concat()).expect("the corpus can be written");
     let text = br#"{"transports":[],"serial":{},"vm":{"clock":0},"vcpus":[]}"#;
     fs::write(corpus.join("text"), text).expect("the corpus can be written");
 }

@@ -22,6 +22,7 @@ pub mod logger;
 pub mod logs;
 mod machines;
 pub mod man;
+pub mod merge;
 mod network;
 pub mod networks;
 pub mod pause;
@@ -123,6 +124,8 @@ enum Command {
     Unpause(pause::Pause),
     /// Take a snapshot of a running machine
     Snapshot(snapshot::SnapshotArgs),
+    /// Make a diff snapshot whole
+    Merge(merge::Merge),
     /// Save running machines to disk and stop them, until `husk start`
     Suspend(suspend::Suspend),
     /// Create a machine from a snapshot
@@ -186,6 +189,7 @@ impl Cli {
             Command::Pause(pause) => pause.pause(),
             Command::Unpause(pause) => pause.unpause(),
             Command::Snapshot(snapshot) => snapshot.run(),
+            Command::Merge(merge) => merge.run(),
             Command::Suspend(suspend) => suspend.run(),
             Command::Restore(restore) => restore.run(started),
             Command::Rename(rename) => rename.run(),

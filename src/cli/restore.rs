@@ -57,7 +57,7 @@ impl Restore {
     /// Runs the machine until its end. `started` is when this process started.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
         let Snapshot { description, files, disks: inside } = Snapshot::open(&self.dir)?;
-        let Description { image, command, process, stop_signal, mut config, disks, received, fingerprint, .. } =
+        let Description { id, image, command, process, stop_signal, mut config, disks, received, fingerprint, .. } =
             description;
         let dir_name = self.dir.display();
         ensure!(fingerprint.is_none(), "its machine waits for a command: use `husk run --from {dir_name} COMMAND`");
@@ -79,6 +79,7 @@ impl Restore {
             own_disks.fill(&|| signals.is_pending(&signal::that_end_a_process()))?;
             let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
             stamp::check(&saved_disks, &disks)?;
+            endpoint.note_origin(&id);
             let Some((stdin, terminal)) = streams else {
                 let reason = supervisor::run(&config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
                 return Ok(boot::report(&reason));

@@ -12,7 +12,7 @@ use super::exit::Exit;
 use super::machines;
 use crate::config::DiskConfig;
 use crate::image::Progress;
-use crate::request::{AfterSnapshot, Request, SnapshotOptions};
+use crate::request::{AfterSnapshot, Base, Request, SnapshotOptions};
 use crate::snapshot;
 use crate::state_dir::StateDir;
 
@@ -30,10 +30,20 @@ Examples:
   Save it with its disks:
     husk snapshot --with-disks web ./web.snap
 
+  Save it, then only what has changed, and make that whole:
+    husk snapshot --track web ./web.snap
+    husk snapshot --base ./web.snap web ./web.1
+    husk merge ./web.1 ./web.now
+
 A snapshot contains the memory, and so the secrets, of the machine: only you can read it.
 Without --with-disks it does not contain the disks: when one of them has changed, it cannot
 be restored. With it, the machine is also paused until its disks are copied, which takes no
-time on file systems that can share blocks (Btrfs, XFS). Backing files are never copied.";
+time on file systems that can share blocks (Btrfs, XFS). Backing files are never copied.
+
+--base names the snapshot that the machine was restored from, one that was taken of it with
+--track, or a later one. With --track the machine reads its memory from the snapshot from
+then on: it is paused until that is durable, and the snapshot must not be changed while the
+machine runs.";
 
 // Named so because of `snapshot::Snapshot`.
 #[derive(Debug, Args)]
@@ -54,6 +64,14 @@ pub(super) struct SnapshotArgs {
     /// Copy the writable disks into the snapshot, so that it can be restored after they have changed
     #[arg(long)]
     with_disks: bool,
+
+    /// Remember what the machine changes in memory from now on, for later snapshots with --base
+    #[arg(long, conflicts_with_all = ["stop", "base"])]
+    track: bool,
+
+    /// Take a diff snapshot: save only the memory that has changed since the snapshot DIR
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
 }
 
 impl SnapshotArgs {
@@ -62,7 +80,8 @@ impl SnapshotArgs {
         let entry = StateDir::open()?.find(&self.machine)?;
         let path = snapshot::absolute(&self.dir)?;
         let then = if self.stop { AfterSnapshot::Stop } else { AfterSnapshot::Continue };
-        let options = SnapshotOptions { then, with_disks: self.with_disks };
+        let base = self.base.as_deref().map(base).transpose()?;
+        let options = SnapshotOptions { then, with_disks: self.with_disks, track: self.track, base };
         let request = Request::Snapshot { path: path.clone().into_os_string().into_vec(), options };
         let bar = Progress::on_terminal().count("Saving");
         let wait = || bar.set(written_bytes(&path));
@@ -78,6 +97,12 @@ impl SnapshotArgs {
         super::print(&format!("{}\n", self.dir.display()))?;
         Ok(Exit::Success)
     }
+}
+
+/// The snapshot at `path`, for the machine.
+fn base(path: &Path) -> Result<Base> {
+    let id = snapshot::id_of(path)?;
+    Ok(Base { path: snapshot::absolute(path)?.into_os_string().into_vec(), id })
 }
 
 /// The disk usage of the files in a directory.

@@ -35,7 +35,7 @@ impl Suspend {
         let store = Store::open_default()?;
         machines::for_each(&self.machines, |_, entry| {
             let path = snapshot::absolute(&store.suspended_dir(&entry.id))?.into_os_string().into_vec();
-            let options = SnapshotOptions { then: AfterSnapshot::Suspend, with_disks: false };
+            let options = SnapshotOptions::new(AfterSnapshot::Suspend);
             let end = machines::watch_exit(entry);
             machines::request(entry, &Request::Snapshot { path, options })?;
             machines::exit_code(entry, end).map(drop)

@@ -8,16 +8,27 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::GuestMemory;
+use super::{GuestMemory, Region};
 
-const PAGE_BYTES: usize = 4096;
+pub(super) const PAGE_BYTES: usize = 4096;
 /// The amount that is looked at together.
-const BLOCK_BYTES: usize = 2 << 20;
+pub(super) const BLOCK_BYTES: usize = 2 << 20;
+
+/// What the host has for a page of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageUse {
+    /// Nothing: it is zero, or that of the file which is mapped.
+    None = 0,
+    /// A page of the file that is mapped, in the page cache.
+    OfFile = 1,
+    /// A page of its own, in memory or in swap.
+    Own = 2,
+}
 
 /// Writes all guest memory to an empty file, regions one after another. No vCPU and no device may run.
 ///
-/// Pages that are zero become holes. `used_pages` has a byte for each page, in order: those with 0, which the guest has never used
-/// or has given back, are not even read, which would allocate page tables for them. Returns the number of bytes written.
+/// Pages that are zero become holes. `used_pages` has a byte for each page, in order: those with [`PageUse::None`], which the guest has
+/// never used or has given back, are not even read, which would allocate page tables for them. Returns the number of bytes written.
 pub fn write_to(memory: &GuestMemory, file: &File, used_pages: Option<&File>) -> Result<u64> {
     let total_bytes = memory.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(total_bytes).context("extend the memory file")?;
@@ -32,16 +43,23 @@ pub fn write_to(memory: &GuestMemory, file: &File, used_pages: Option<&File>) ->
             let used = used_parts(first, pages, used_pages).context("read which memory the guest uses")?;
             for range in used {
                 let content = block.get_mut(range.clone()).context("a page outside of its block")?;
-                region.read_slice(content, MemoryRegionAddress(at + range.start as u64))?;
-                for part in parts(content, |page| *page != [0; PAGE_BYTES]) {
-                    let bytes = content.get(part.clone()).unwrap_or_default();
-                    let place = offset_bytes + at + (range.start + part.start) as u64;
-                    file.write_all_at(bytes, place).context("write the memory file")?;
-                    written_bytes += bytes.len() as u64;
-                }
+                written_bytes += write_part(region, at + range.start as u64, offset_bytes, content, file)?;
             }
         }
         offset_bytes += region.len();
+    }
+    Ok(written_bytes)
+}
+
+/// Writes the part of a region at `at` that `buffer` has room for to the file, where the region begins at `offset_bytes`, except for
+/// pages that are zero. Returns the number of bytes written.
+pub(super) fn write_part(region: &Region, at: u64, offset_bytes: u64, buffer: &mut [u8], file: &File) -> Result<u64> {
+    region.read_slice(buffer, MemoryRegionAddress(at))?;
+    let mut written_bytes = 0;
+    for part in parts(buffer, |page| *page != [0; PAGE_BYTES]) {
+        let bytes = buffer.get(part.clone()).unwrap_or_default();
+        file.write_all_at(bytes, offset_bytes + at + part.start as u64).context("write the memory file")?;
+        written_bytes += bytes.len() as u64;
     }
     Ok(written_bytes)
 }
@@ -57,7 +75,7 @@ fn used_parts(first: u64, pages: usize, used_pages: Option<&File>) -> io::Result
 }
 
 /// The ranges of consecutive elements of `N` bytes that are `wanted`.
-fn parts<const N: usize>(bytes: &[u8], wanted: impl Fn(&[u8; N]) -> bool) -> Vec<Range<usize>> {
+pub(super) fn parts<const N: usize>(bytes: &[u8], wanted: impl Fn(&[u8; N]) -> bool) -> Vec<Range<usize>> {
     let mut parts: Vec<Range<usize>> = Vec::new();
     let (elements, _) = bytes.as_chunks::<N>();
     for (index, _) in elements.iter().enumerate().filter(|(_, element)| wanted(element)) {

@@ -46,6 +46,10 @@ pub enum Call {
     /// Save the machine, which is paused. A packet with three files follows: one for its state, one for its memory, and one that
     /// says which pages of it are in use.
     Save,
+    /// The same with only the pages that have changed since the memory was that of a file. A fourth file is for a bitmap of them.
+    SaveChanges,
+    /// Map the memory of the machine, which is paused, from the file that follows in a packet, to which it was just saved.
+    Track,
     /// End the machine.
     End,
 }

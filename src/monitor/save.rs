@@ -28,16 +28,22 @@ pub(super) struct Save {
 }
 
 impl Monitor {
-    /// Pauses the guest, and begins to save the machine's memory to `memory`, an empty file. The guest stays paused, even after
-    /// a failure. Until [`Monitor::saved`] returns a state or an error, other calls are refused.
-    pub fn begin_save(&mut self, memory: &File) -> Result<()> {
+    /// Pauses the guest, and begins to save the machine's memory to `memory`, an empty file; with `changed`, an empty file for a
+    /// bitmap, only the pages that have changed since its memory was that of a file. The guest stays paused, even after a failure. Until [`Monitor::saved`] returns a state or an error, other calls are refused.
+    pub fn begin_save(&mut self, memory: &File, changed: Option<&File>) -> Result<()> {
         let state = sys::memory_file(c"state").context("create a file for the state of the machine")?;
         self.pause()?;
         let usage = self.usage()?;
         let used = used_pages::of(self.pid, &usage.memory_ranges).context("find out which memory the guest uses")?;
         let memory = memory.try_clone().context("duplicate a file descriptor")?;
-        self.send(&Call::Save)?;
-        let sent = socket::send_with_fds(&self.calls, &[0], [state.as_fd(), memory.as_fd(), used.as_fd()]);
+        let (state_fd, memory_fd, used_fd) = (state.as_fd(), memory.as_fd(), used.as_fd());
+        let sent = if let Some(changed) = changed {
+            self.send(&Call::SaveChanges)?;
+            socket::send_with_fds(&self.calls, &[0], [state_fd, memory_fd, used_fd, changed.as_fd()])
+        } else {
+            self.send(&Call::Save)?;
+            socket::send_with_fds(&self.calls, &[0], [state_fd, memory_fd, used_fd])
+        };
         sent.map_err(|error| self.lost(error))?;
         self.save = Some(Save { state, memory, usage, blocks: 0, since: Instant::now() });
         Ok(())
@@ -69,6 +75,15 @@ impl Monitor {
         let mut bytes = vec![0; usize::try_from(len_bytes)?];
         state.read_exact_at(&mut bytes, 0).context("read the state of the machine")?;
         Ok(Some(bytes))
+    }
+
+    /// Maps the memory of the machine, whose guest is paused, from the file to which it was just saved, so that its changes are
+    /// known. The file must not change as long as the machine runs.
+    pub fn track(&mut self, memory: &File) -> Result<()> {
+        self.send(&Call::Track)?;
+        let sent = socket::send_with_fds(&self.calls, &[0], [memory.as_fd()]);
+        sent.map_err(|error| self.lost(error))?;
+        self.reply(Some(REPLY_TIMEOUT)).and_then(done)
     }
 
     /// The descriptor that is readable when the machine is saved.

@@ -22,6 +22,7 @@ use crate::machine::Machine;
 use crate::memory;
 use crate::resources::{Resources, attendant};
 use crate::sandbox::{self, Confinement, Layers, ThreadRole};
+use crate::sys::mapping::Pages;
 use crate::sys::resident::IdleTrim;
 use crate::sys::shared::SharedFlag;
 use crate::sys::violation::Report;
@@ -113,7 +114,7 @@ fn prepare(
     let confine = || confinement.complete().map(|found| lacks = found);
     let machine = Machine::build(config, resources, timings.clone(), confine, &is_interrupted)?;
     let printed = start_console(&machine, console)?;
-    Server::new(machine, calls, printed, lacks)
+    Server::new(machine, calls, printed, lacks, config.huge_pages.pages())
 }
 
 /// Starts the thread that prints the serial port's output. Returns an event that it signals at its end.
@@ -150,11 +151,19 @@ struct Server {
     epoll: Epoll,
     /// What the sandbox lacks; `None` after the first call, whose reply tells it.
     lacks: Option<Vec<String>>,
+    /// Those of guest memory that is not of a file.
+    pages: Pages,
     trim: IdleTrim,
 }
 
 impl Server {
-    fn new(machine: Machine, calls: Arc<UnixDatagram>, printed: Arc<EventFd>, lacks: Vec<String>) -> Result<Server> {
+    fn new(
+        machine: Machine,
+        calls: Arc<UnixDatagram>,
+        printed: Arc<EventFd>,
+        lacks: Vec<String>,
+        pages: Pages,
+    ) -> Result<Server> {
         let epoll = Epoll::new().context("epoll")?;
         let sources = [
             (calls.as_raw_fd(), Token::Call),
@@ -169,7 +178,8 @@ impl Server {
         let _ = clock_gettime(ClockId::ProcessCPUTime);
         sandbox::confine_this_thread(ThreadRole::Main);
         let trim = IdleTrim::start();
-        Ok(Server { machine: Some(machine), ended: None, calls, _printed: printed, epoll, lacks: Some(lacks), trim })
+        let (machine, ended, lacks) = (Some(machine), None, Some(lacks));
+        Ok(Server { machine, ended, calls, _printed: printed, epoll, lacks, pages, trim })
     }
 
     /// Returns when the machine has ended and its output is printed.
@@ -262,21 +272,36 @@ impl Server {
             }
             Call::SetLinks(up) => controls.links.iter().for_each(|link| link.set_up(up)),
             Call::Usage => return Ok(Reply::Usage(Box::new(usage(machine)))),
-            Call::Save => save(machine, socket::receive_fds(&self.calls).context("receive the files")?)?,
+            Call::Save => {
+                let [state, memory, used] = receive_files(&self.calls)?;
+                save(machine, state)?;
+                memory::write_to(machine.memory(), &memory, Some(&used))?;
+            }
+            Call::SaveChanges => {
+                let [state, memory, used, changed] = receive_files(&self.calls)?;
+                save(machine, state)?;
+                memory::write_changes(machine.memory(), &memory, &used, &changed)?;
+            }
+            Call::Track => {
+                let [memory] = receive_files(&self.calls)?;
+                memory::track(machine.memory(), &memory, self.pages)?;
+            }
             Call::End => bail!("it is handled elsewhere"),
         }
         Ok(Reply::Done)
     }
 }
 
-/// Writes the state of the machine and its memory to the first two files.
-fn save(machine: &mut Machine, files: [OwnedFd; 3]) -> Result<()> {
-    let [mut state, memory, used_pages] = files.map(File::from);
+fn receive_files<const N: usize>(calls: &UnixDatagram) -> Result<[File; N]> {
+    socket::receive_fds(calls).map(|files| files.map(File::from)).context("receive the files")
+}
+
+/// Writes the state of the machine to a file.
+fn save(machine: &mut Machine, mut state: File) -> Result<()> {
     machine.pause();
     let is_unsettled = |disk: &block::DiskHandle| disk.counters.is_unsettled.load(Ordering::Relaxed);
     ensure!(!machine.controls().disks.iter().any(is_unsettled), "a disk cannot be written: see the log");
-    state.write_all(&machine.save()?.encode()?).context("write the state of the machine")?;
-    memory::write_to(machine.memory(), &memory, Some(&used_pages)).map(drop)
+    state.write_all(&machine.save()?.encode()?).context("write the state of the machine")
 }
 
 fn usage(machine: &Machine) -> Usage {

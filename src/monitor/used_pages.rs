@@ -7,17 +7,20 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use crate::memory::PageUse;
 use crate::sys;
 
 const PAGE_BYTES: u64 = 4096;
 /// Bits of an entry (Linux, Documentation/admin-guide/mm/pagemap.rst): the page is in memory, or in swap.
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+/// It is a page of a file, or shared: nobody has written to it through a private mapping.
+const OF_FILE: u64 = 1 << 61;
 const ENTRY_BYTES: u64 = size_of::<u64>() as u64;
 /// The number of entries that are read together.
 const ENTRIES: u64 = 64 << 10;
 
-/// Writes a byte for each page of `ranges`, the addresses of guest memory in process `pid`, one after another: 1 if the page is in
-/// use. The process must not run meanwhile, or its guest must be paused.
+/// Writes a byte for each page of `ranges`, the addresses of guest memory in process `pid`, one after another: what
+/// [`PageUse`] says. The process must not run meanwhile, or its guest must be paused.
 pub fn of(pid: u32, ranges: &[Range<u64>]) -> io::Result<File> {
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut used = sys::memory_file(c"used-pages")?;
@@ -27,8 +30,12 @@ pub fn of(pid: u32, ranges: &[Range<u64>]) -> io::Result<File> {
             let mut entries = vec![0; (pages * ENTRY_BYTES) as usize];
             pagemap.read_exact_at(&mut entries, start / PAGE_BYTES * ENTRY_BYTES)?;
             let (entries, _) = entries.as_chunks();
-            let is_used = |entry: &[u8; 8]| u8::from(u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0);
-            used.write_all(&entries.iter().map(is_used).collect::<Vec<u8>>())?;
+            let use_of = |entry: &[u8; 8]| match u64::from_ne_bytes(*entry) {
+                entry if entry & PRESENT_OR_SWAPPED == 0 => PageUse::None as u8,
+                entry if entry & OF_FILE != 0 => PageUse::OfFile as u8,
+                _ => PageUse::Own as u8,
+            };
+            used.write_all(&entries.iter().map(use_of).collect::<Vec<u8>>())?;
         }
     }
     Ok(used)
@@ -57,7 +64,7 @@ mod tests {
         used.seek(SeekFrom::Start(0)).unwrap();
         used.read_to_end(&mut bytes).unwrap();
         assert_eq!(bytes.len(), 131_072);
-        let found: Vec<usize> = (0..bytes.len()).filter(|page| bytes[*page] == 1).collect();
+        let found: Vec<usize> = (0..bytes.len()).filter(|page| bytes[*page] == PageUse::Own as u8).collect();
         assert_eq!(found, [0, 7, 131_071]);
     }
 }

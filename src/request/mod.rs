@@ -79,6 +79,26 @@ pub struct SnapshotOptions {
     pub then: AfterSnapshot,
     /// Whether it contains the machine's writable disks.
     pub with_disks: bool,
+    /// Whether the machine, which goes on, remembers what changes from now on.
+    pub track: bool,
+    /// The snapshot since which it saves only the changes of memory.
+    pub base: Option<Base>,
+}
+
+/// An earlier snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// The absolute path of its directory.
+    pub path: Vec<u8>,
+    /// Its ID.
+    pub id: String,
+}
+
+impl SnapshotOptions {
+    /// A whole snapshot without disks.
+    pub fn new(then: AfterSnapshot) -> SnapshotOptions {
+        SnapshotOptions { then, with_disks: false, track: false, base: None }
+    }
 }
 
 /// What a machine does after a snapshot is complete.
@@ -130,8 +150,8 @@ impl Request {
 }
 
 impl Message for Versioned {
-    // A path, and some margin.
-    const MAX_BYTES: usize = 8 << 10;
+    // Two paths, and some margin.
+    const MAX_BYTES: usize = 16 << 10;
 }
 
 /// A machine's reply.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::OWN_FILES;
+use super::{OWN_FILES, SnapshotWriter};
 use crate::config::MachineConfig;
 use crate::image::{Progress, Store};
 use crate::resources::disk::copy;
@@ -47,6 +47,14 @@ impl DisksOfSnapshot {
     }
 }
 
+impl DisksOfSnapshot {
+    /// Copies them into another snapshot.
+    pub(super) fn copy_to(&self, writer: &mut SnapshotWriter) -> Result<()> {
+        let copy = |(index, file): &(usize, File)| copy::copy(file, &writer.disk(*index)?, &|| false, &|_| {});
+        self.files.iter().try_for_each(copy).context("copy a disk of the snapshot")
+    }
+}
+
 impl OwnDisks {
     /// Gives them the content that they have in the snapshot, again if the machine is started again. Fails if it `is_cancelled`.
     pub fn fill(&self, is_cancelled: &dyn Fn() -> bool) -> Result<()> {
@@ -77,7 +85,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::FileExt;
 
-    use super::super::{DisksInside, Snapshot, SnapshotWriter, portable, tests};
+    use super::super::{DisksInside, Snapshot, portable, tests};
     use super::*;
     use crate::config::{DiskConfig, Format};
 

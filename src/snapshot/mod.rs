@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/state    header, description (JSON), state of the machine (JSON); its presence completes the snapshot
 //! DIR/memory   the guest's memory, sparse; mapped by the machines that are restored from it
+//! DIR/changed  of a diff snapshot: a bitmap of the pages that `memory` has; all others are those of another snapshot
 //! DIR/disk-N   a copy of disk N, counted from 0, if the snapshot contains it; each machine gets a copy of its own
 //! ```
 //!
@@ -11,6 +12,7 @@
 
 mod disks;
 mod header;
+mod merge;
 pub mod warm;
 mod writer;
 
@@ -26,17 +28,23 @@ use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DiskConfig, MachineConfig};
+use crate::memory::bitmap_bytes;
 use crate::resources::SnapshotFiles;
 use crate::resources::disk::stamp::Stamp;
 use crate::state_dir::SNAPSHOT_STATE;
 use crate::state_dir::record::Inherited;
+use crate::sys;
 pub use disks::{DisksOfSnapshot, OwnDisks};
 use header::{HEADER_BYTES, Header};
+pub use merge::{apply, merge};
 use warm::Fingerprint;
 pub use writer::SnapshotWriter;
 
 const STATE: &str = SNAPSHOT_STATE;
 const MEMORY: &str = "memory";
+const CHANGED: &str = "changed";
+/// The length of an ID in bytes; it is written in hexadecimal.
+const ID_BYTES: usize = 16;
 /// What the names of disks start with.
 const DISK: &str = "disk-";
 /// Where a process finds its own open files (proc(5)).
@@ -48,6 +56,11 @@ const DESCRIPTION_BYTES_MAX: u64 = 16 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Description {
+    /// Its random ID, by which diff snapshots name their base. What they are merged to is the same snapshot, with the same ID.
+    pub id: String,
+    /// Of a diff snapshot: the one that has the pages which have not changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
     /// The version of husk that has written it.
     pub husk: String,
     /// When it was written, in milliseconds since 1970.
@@ -82,7 +95,17 @@ pub struct Received {
     pub stderr: u64,
 }
 
-/// A complete snapshot.
+/// A snapshot as another one names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// Its directory.
+    pub path: PathBuf,
+    /// Its ID.
+    pub id: String,
+}
+
+/// A complete snapshot, from which machines can be restored.
 pub struct Snapshot {
     /// What it is of. The configuration is valid.
     pub description: Description,
@@ -94,13 +117,37 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Opens the snapshot in the directory `path`, and checks everything but the state of the machine: that is decoded when the
-    /// machine is built.
+    /// machine is built. Fails if it is a diff snapshot.
     pub fn open(path: &Path) -> Result<Snapshot> {
-        Snapshot::read(path).with_context(|| format!("open the snapshot {}", path.display()))
+        let Parts { description, state, memory, changed: _, disks } = Parts::open(path)?;
+        if let Some(base) = &description.base {
+            bail!(
+                "the snapshot {} has only what has changed since {}: make it whole with `husk merge {0} NEW`",
+                path.display(),
+                base.path.display()
+            );
+        }
+        Ok(Snapshot { description, files: SnapshotFiles { state, memory }, disks })
+    }
+}
+
+/// The parts of a complete snapshot, which may be a diff snapshot.
+struct Parts {
+    description: Description,
+    state: Vec<u8>,
+    memory: File,
+    /// Of a diff snapshot.
+    changed: Option<File>,
+    disks: DisksOfSnapshot,
+}
+
+impl Parts {
+    fn open(path: &Path) -> Result<Parts> {
+        Parts::read(path).with_context(|| format!("open the snapshot {}", path.display()))
     }
 
     /// The files are those of one directory even if another one takes its place meanwhile.
-    fn read(path: &Path) -> Result<Snapshot> {
+    fn read(path: &Path) -> Result<Parts> {
         let dir = match fs::open(path, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
             Err(Errno::NOTDIR) => bail!("not a snapshot, which is a directory"),
             dir => dir?,
@@ -130,8 +177,9 @@ impl Snapshot {
         description.config.validate().context("its configuration is invalid")?;
         let memory = open(MEMORY).context("open the file `memory`")?;
         check_file(&memory).context("the file `memory`")?;
-        let (found, expected) = (memory.metadata()?.len(), description.config.memory_mib << 20);
-        ensure!(found == expected, "the file `memory` has {found} bytes instead of {expected}");
+        let memory_bytes = description.config.memory_mib << 20;
+        let found = memory.metadata()?.len();
+        ensure!(found == memory_bytes, "the file `memory` has {found} bytes instead of {memory_bytes}");
         let mut disks = Vec::new();
         for (index, disk) in description.config.disks.iter().enumerate().filter(|(_, disk)| is_inside(disk)) {
             let name = disk_name(index);
@@ -141,8 +189,30 @@ impl Snapshot {
             disks.push((index, file));
         }
         let disks = DisksOfSnapshot::new(path, disks);
-        Ok(Snapshot { description, files: SnapshotFiles { state: state.to_vec(), memory }, disks })
+        let changed = description.base.as_ref().map(|_| open_changed(&open, memory_bytes)).transpose()?;
+        Ok(Parts { description, state: state.to_vec(), memory, changed, disks })
     }
+}
+
+/// Opens the bitmap of changed pages.
+fn open_changed(open: &dyn Fn(&str) -> rustix::io::Result<File>, memory_bytes: u64) -> Result<File> {
+    let changed = open(CHANGED).with_context(|| format!("open the file `{CHANGED}`"))?;
+    check_file(&changed).with_context(|| format!("the file `{CHANGED}`"))?;
+    let (found, expected) = (changed.metadata()?.len(), bitmap_bytes(memory_bytes));
+    ensure!(found == expected, "the file `{CHANGED}` has {found} bytes instead of {expected}");
+    Ok(changed)
+}
+
+/// The ID of the snapshot in the directory `path`, whole or a diff snapshot.
+pub fn id_of(path: &Path) -> Result<String> {
+    Ok(Parts::open(path)?.description.id)
+}
+
+/// A random ID for a new snapshot.
+pub fn new_id() -> Result<String> {
+    let mut random = [0; ID_BYTES];
+    sys::getrandom(&mut random).context("generate an ID")?;
+    Ok(random.map(|byte| format!("{byte:02x}")).concat())
 }
 
 /// Fails unless the file or directory belongs to this user or to root, and nobody else can change it: a snapshot names the files and
@@ -243,6 +313,8 @@ mod tests {
 
     pub(super) fn description() -> Description {
         Description {
+            id: "0123456789abcdef0123456789abcdef".into(),
+            base: None,
             husk: "0.1.0".into(),
             created_ms: 1,
             image: "vmlinux".into(),

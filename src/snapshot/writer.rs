@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 
 use super::header::Header;
-use super::{DISK, Description, MEMORY, STATE, check_owner, disk_name};
+use super::{CHANGED, DISK, Description, MEMORY, STATE, check_owner, disk_name};
+use crate::memory::bitmap_bytes;
 
 /// The file that becomes [`STATE`].
 const NEW_STATE: &str = "state.new";
@@ -22,8 +23,8 @@ pub struct SnapshotWriter {
     /// Locked, so that there is no second writer. Files are created in it, whatever takes its place.
     dir: File,
     memory: File,
-    /// With their names.
-    disks: Vec<(String, File)>,
+    /// All others, with their names.
+    files: Vec<(String, File)>,
     is_finished: bool,
 }
 
@@ -52,7 +53,7 @@ impl SnapshotWriter {
         dir.set_permissions(fs::Permissions::from_mode(0o700))?;
         left.iter().try_for_each(|name| unlinkat(&dir, name, AtFlags::empty()))?;
         let memory = create_in(&dir, MEMORY)?;
-        Ok(SnapshotWriter { path: path.to_owned(), dir, memory, disks: Vec::new(), is_finished: false })
+        Ok(SnapshotWriter { path: path.to_owned(), dir, memory, files: Vec::new(), is_finished: false })
     }
 
     /// The empty file for the guest's memory.
@@ -62,11 +63,25 @@ impl SnapshotWriter {
 
     /// Creates the empty file for disk `index`, which must be written before [`SnapshotWriter::finish`].
     pub fn disk(&mut self, index: usize) -> Result<File> {
-        let name = disk_name(index);
+        self.file(disk_name(index))
+    }
+
+    /// Creates the empty file for the bitmap of changed pages of a diff snapshot, which must be written in the same way.
+    pub fn changed(&mut self) -> Result<File> {
+        self.file(CHANGED.to_owned())
+    }
+
+    fn file(&mut self, name: String) -> Result<File> {
         let file = create_in(&self.dir, &name)?;
         let copy = file.try_clone().context("duplicate a file descriptor")?;
-        self.disks.push((name, file));
+        self.files.push((name, file));
         Ok(copy)
+    }
+
+    /// The file with the guest's memory, opened again: it cannot be written to.
+    pub fn memory_to_read(&self) -> Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(&self.dir, MEMORY, flags, Mode::empty()).map(File::from).context("open the file `memory`")
     }
 
     /// Writes `description` and `state` and completes the snapshot, durably.
@@ -80,7 +95,14 @@ impl SnapshotWriter {
         let (found, expected) = (self.memory.metadata()?.len(), description.config.memory_mib << 20);
         ensure!(found == expected, "the monitor process has written {found} bytes of memory instead of {expected}");
         self.memory.sync_all()?;
-        self.disks.iter().try_for_each(|(_, disk)| disk.sync_all())?;
+        if let Some((_, changed)) = self.files.iter().find(|(name, _)| name == CHANGED) {
+            let (found, expected) = (changed.metadata()?.len(), bitmap_bytes(expected));
+            ensure!(
+                found == expected,
+                "the monitor process has written {found} bytes of a bitmap instead of {expected}"
+            );
+        }
+        self.files.iter().try_for_each(|(_, file)| file.sync_all())?;
         let description = serde_json::to_vec(description)?;
         let mut file = create_in(&self.dir, NEW_STATE)?;
         file.write_all(&Header::of(&description, state).to_bytes())?;
@@ -95,8 +117,8 @@ impl SnapshotWriter {
 impl Drop for SnapshotWriter {
     fn drop(&mut self) {
         if !self.is_finished {
-            let disks = self.disks.iter().map(|(name, _)| &**name);
-            for name in [STATE, NEW_STATE, MEMORY].into_iter().chain(disks) {
+            let others = self.files.iter().map(|(name, _)| &**name);
+            for name in [STATE, NEW_STATE, MEMORY].into_iter().chain(others) {
                 let _ = unlinkat(&self.dir, name, AtFlags::empty());
             }
             // It stays if it has other files.
@@ -122,7 +144,7 @@ fn check_replaceable(path: &Path) -> Result<Vec<String>> {
     for entry in fs::read_dir(path)? {
         match entry?.file_name().into_string() {
             Ok(name) if name == STATE => bail!("it exists: remove it, or choose another directory"),
-            Ok(name) if name == MEMORY || name == NEW_STATE || is_disk_name(&name) => left.push(name),
+            Ok(name) if [MEMORY, CHANGED, NEW_STATE].contains(&&*name) || is_disk_name(&name) => left.push(name),
             _ => bail!("the directory is not empty: choose another one"),
         }
     }
@@ -153,7 +175,7 @@ mod tests {
         let refused = |path: &Path| format!("{:#}", SnapshotWriter::create(path).map(drop).unwrap_err());
         let path = dir.path().join("snapshot");
         fs::create_dir(&path).unwrap();
-        for name in [MEMORY, NEW_STATE, "disk-0", "disk-12"] {
+        for name in [MEMORY, CHANGED, NEW_STATE, "disk-0", "disk-12"] {
             fs::write(path.join(name), "left by a killed husk").unwrap();
         }
         let writer = SnapshotWriter::create(&path).unwrap();

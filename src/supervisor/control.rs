@@ -130,6 +130,8 @@ pub(super) struct Supervisor<'a> {
     save: Option<&'a Save>,
     /// The snapshot that is being taken.
     pub(super) snapshot: Option<Snapshot>,
+    /// The IDs of snapshots since which it is known what has changed in memory.
+    pub(super) bases: Vec<String>,
 }
 
 impl<'a> Supervisor<'a> {
@@ -157,6 +159,7 @@ impl<'a> Supervisor<'a> {
         let clock_jumps = ClockJumps::new().context("watch the clock")?;
         watch(&epoll, clock_jumps.as_fd().as_raw_fd(), Token::ClockJump)?;
         let (earlier_inputs, button_pressed) = (Vec::new(), false);
+        let bases = endpoint.restored_from.take().into_iter().collect();
         Ok(Supervisor {
             monitor,
             epoll,
@@ -171,6 +174,7 @@ impl<'a> Supervisor<'a> {
             trim: IdleTrim::start(),
             save: None,
             snapshot: None,
+            bases,
         })
     }
 

@@ -35,6 +35,8 @@ pub struct ControlEndpoint {
     pub(super) stop_by: Option<Instant>,
     /// Whether the machine was suspended, or has not continued since.
     pub(super) is_suspended: bool,
+    /// The ID of the snapshot from which the machine is about to be restored.
+    pub(super) restored_from: Option<String>,
     started: Instant,
     // Declared last, so that the files in it are dropped first.
     pub(super) dir: MachineDir,
@@ -57,7 +59,23 @@ impl ControlEndpoint {
         let (end_requested, stop_by) = (false, None);
         let is_complete = |path: &PathBuf| path.join(state_dir::SNAPSHOT_STATE).exists();
         let is_suspended = record.snapshot.as_ref().is_some_and(is_complete);
-        Ok(ControlEndpoint { server, record, hub, unannounced, end_requested, stop_by, is_suspended, started, dir })
+        Ok(ControlEndpoint {
+            server,
+            record,
+            hub,
+            unannounced,
+            end_requested,
+            stop_by,
+            is_suspended,
+            restored_from: None,
+            started,
+            dir,
+        })
+    }
+
+    /// Notes the ID of the snapshot from which the machine is about to be restored.
+    pub fn note_origin(&mut self, snapshot_id: &str) {
+        self.restored_from = Some(snapshot_id.to_owned());
     }
 
     /// The path of a file in the machine's directory.

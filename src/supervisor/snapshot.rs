@@ -3,10 +3,13 @@
 //! ```text
 //! Request ─ begin ─> guest paused: the monitor writes memory, a job copies disks ─ continue_snapshot ─> guest goes on,
 //!                    a job makes the snapshot durable ─ conclude ─> Reply
+//! with --track:      the guest goes on only after that, with its memory mapped from the snapshot
 //! ```
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,11 +21,11 @@ use crate::config::MachineConfig;
 use crate::exit_latch::ExitReason;
 use crate::monitor::{BEING_SAVED, PROGRESS_INTERVAL};
 use crate::request::server::Caller;
-use crate::request::{AfterSnapshot, Reply, SnapshotOptions};
+use crate::request::{self, AfterSnapshot, Reply, SnapshotOptions};
 use crate::resources::disk::copy;
 use crate::resources::disk::stamp::{self, Stamp};
 use crate::snapshot::warm::Fingerprint;
-use crate::snapshot::{self, Description, DisksInside, Received, SnapshotWriter};
+use crate::snapshot::{self, Base, Description, DisksInside, Received, SnapshotWriter};
 use crate::state_dir;
 use crate::state_dir::record::{State, now_ms};
 
@@ -43,6 +46,12 @@ pub(super) struct Snapshot {
 
 /// What was ordered.
 struct Order {
+    /// The ID of the snapshot.
+    id: String,
+    /// That of which it has only the changes, if it is a diff snapshot.
+    base: Option<Base>,
+    /// Whether the machine remembers what changes from then on.
+    tracks: bool,
     /// The machine's configuration, as it becomes part of the snapshot.
     config: MachineConfig,
     then: AfterSnapshot,
@@ -59,7 +68,13 @@ enum Step {
     /// The guest is paused, and its memory and disks are written.
     Writing(Writing),
     /// They are written, and become durable.
-    Finishing(Job<()>),
+    Finishing(Finishing),
+}
+
+struct Finishing {
+    job: Job<()>,
+    /// The memory of the snapshot.
+    memory: File,
 }
 
 struct Writing {
@@ -78,6 +93,9 @@ impl Supervisor<'_> {
         let config = &self.endpoint.record.config;
         let (config, disks) = snapshot::portable(config, DisksInside::None)?;
         let order = Order {
+            id: snapshot::new_id()?,
+            base: None,
+            tracks: false,
             config,
             then: AfterSnapshot::Stop,
             fingerprint: Some(save.fingerprint.clone()),
@@ -98,7 +116,8 @@ impl Supervisor<'_> {
             State::Paused { .. } => false,
             _ => bail!("the machine is still starting: try again"),
         };
-        let SnapshotOptions { then, with_disks } = options;
+        let SnapshotOptions { then, with_disks, track: tracks, base } = options;
+        let base = base.map(|base| self.known(base)).transpose()?;
         let suspends = then == AfterSnapshot::Suspend;
         let keeps = self.endpoint.record.keep;
         ensure!(!suspends || keeps, "only a machine that was started with --detach and without --rm can be suspended");
@@ -109,8 +128,8 @@ impl Supervisor<'_> {
             (false, false) => DisksInside::None,
         };
         let (config, disks) = snapshot::portable(&self.endpoint.record.config, inside)?;
-        let (caller, fingerprint) = (Some(caller), None);
-        let order = Order { config, then, fingerprint, caller, holds_guest, presses_button: false };
+        let (id, caller, fingerprint) = (snapshot::new_id()?, Some(caller), None);
+        let order = Order { id, base, tracks, config, then, fingerprint, caller, holds_guest, presses_button: false };
         if !suspends {
             return self.begin(order, path, &disks);
         }
@@ -122,6 +141,18 @@ impl Supervisor<'_> {
             self.endpoint.discard_snapshot()?;
         }
         begun
+    }
+
+    /// The snapshot since which changes are to be saved. Fails if they are not known.
+    fn known(&self, base: request::Base) -> Result<Base> {
+        let path = PathBuf::from(OsString::from_vec(base.path));
+        ensure!(
+            self.bases.contains(&base.id),
+            "it is not known what has changed since {}: that must be the snapshot that the machine was restored from, one that was \
+             taken of it with --track, or a later one",
+            path.display()
+        );
+        Ok(Base { path, id: base.id })
     }
 
     fn begin(&mut self, order: Order, path: &Path, disks: &[(usize, PathBuf)]) -> Result<()> {
@@ -136,7 +167,8 @@ impl Supervisor<'_> {
         begun
     }
 
-    fn begin_writing(&mut self, order: Order, writer: SnapshotWriter, copies: Vec<(File, File)>) -> Result<()> {
+    fn begin_writing(&mut self, order: Order, mut writer: SnapshotWriter, copies: Vec<(File, File)>) -> Result<()> {
+        let changed = order.base.as_ref().map(|_| writer.changed()).transpose()?;
         self.monitor.pause()?;
         let copy_all = move |is_cancelled: &AtomicBool| {
             let is_cancelled = || is_cancelled.load(Ordering::Relaxed);
@@ -144,16 +176,19 @@ impl Supervisor<'_> {
         };
         let disks = if order.config.disks.iter().any(snapshot::is_inside) { Some(Job::start(copy_all)?) } else { None };
         disks.iter().try_for_each(|job| control::watch(&self.epoll, job.as_raw_fd(), Token::Snapshot))?;
-        self.monitor.begin_save(writer.memory())?;
+        self.monitor.begin_save(writer.memory(), changed.as_ref())?;
         let watched = control::watch(&self.epoll, self.monitor.calls_fd(), Token::Snapshot);
         let step = Step::Writing(Writing { writer, state: None, disks, copied: None });
         self.snapshot = Some(Snapshot { order, step });
         watched
     }
 
-    /// Whether the guest is paused for a snapshot: the machine cannot be changed now.
+    /// Whether the guest must stay as it is for a snapshot: the machine cannot be changed now.
     pub(super) fn is_held(&self) -> bool {
-        self.snapshot.as_ref().is_some_and(|snapshot| snapshot.order.holds_guest || snapshot.order.ends_machine())
+        let holds = |Order { holds_guest, tracks, then, .. }: &Order| {
+            *holds_guest || *tracks || *then != AfterSnapshot::Continue
+        };
+        self.snapshot.as_ref().is_some_and(|snapshot| holds(&snapshot.order))
     }
 
     /// Presses the power button when the guest goes on. Returns false if it is running.
@@ -179,8 +214,11 @@ impl Supervisor<'_> {
                 Ok(true) => self.begin_finishing(&mut order, writing).map(Step::Finishing),
                 Err(error) => Err(error),
             },
-            Step::Finishing(job) if job.is_done() => return self.conclude(order, job.result()),
-            Step::Finishing(job) => Ok(Step::Finishing(job)),
+            Step::Finishing(Finishing { job, memory }) if job.is_done() => {
+                let result = job.result().and_then(|()| self.note_base(&order, &memory));
+                return self.conclude(order, result);
+            }
+            Step::Finishing(finishing) => Ok(Step::Finishing(finishing)),
         };
         match step {
             Ok(step) => {
@@ -211,18 +249,33 @@ impl Supervisor<'_> {
         writing.copied.take().unwrap_or(Ok(())).context("copy the disks").map(|()| true)
     }
 
-    /// Lets the guest go on, unless it is to end, and starts to make the snapshot durable.
-    fn begin_finishing(&mut self, order: &mut Order, writing: Writing) -> Result<Job<()>> {
+    /// Lets the guest go on, unless it is to end or to be tracked, and starts to make the snapshot durable.
+    fn begin_finishing(&mut self, order: &mut Order, writing: Writing) -> Result<Finishing> {
         let state = writing.state.context("the machine has no state")?;
         // The machine must neither write to its disks nor print in between.
         let description = self.describe(order, stamp::all(&order.config.disks)?);
-        if !order.ends_machine() {
+        // Before the file is durable, a failing disk could lose what the guest believes to have in memory.
+        if !order.ends_machine() && !order.tracks {
             self.let_go(order)?;
         }
         let writer = writing.writer;
+        let memory = writer.memory_to_read()?;
         let job = Job::start(move |_| writer.finish(&description, &state))?;
         control::watch(&self.epoll, job.as_raw_fd(), Token::Snapshot)?;
-        Ok(job)
+        Ok(Finishing { job, memory })
+    }
+
+    /// Notes that the changes since a snapshot can be saved, now that it is complete: all pages that are not those of the file that is
+    /// mapped. If the machine is to be tracked, that is the snapshot's own file from now on.
+    fn note_base(&mut self, order: &Order, memory: &File) -> Result<()> {
+        if order.tracks {
+            self.bases.clear();
+            self.monitor.track(memory).context("the snapshot is complete, but the machine cannot be tracked")?;
+        } else if self.bases.is_empty() {
+            return Ok(());
+        }
+        self.bases.push(order.id.clone());
+        Ok(())
     }
 
     /// Resumes the guest if it was paused for the snapshot.
@@ -243,9 +296,10 @@ impl Supervisor<'_> {
             self.endpoint.is_suspended = suspends;
             self.endpoint.end_requested = true;
             self.monitor.exit_latch().declare(ExitReason::Saved);
-        } else if result.is_err() {
+        } else {
             let released = self.let_go(&mut order);
-            let discarded = if suspends { self.endpoint.discard_snapshot() } else { Ok(()) };
+            let discards = suspends && result.is_err();
+            let discarded = if discards { self.endpoint.discard_snapshot() } else { Ok(()) };
             result = result.and(released).and(discarded);
         }
         let Some(caller) = order.caller else { return result };
@@ -259,7 +313,7 @@ impl Supervisor<'_> {
         let Some(Snapshot { mut order, step }) = self.snapshot.take() else { return Ok(()) };
         self.monitor.end();
         let result = match step {
-            Step::Finishing(job) => job.result(),
+            Step::Finishing(Finishing { job, .. }) => job.result(),
             Step::Writing(_) => Err(anyhow::anyhow!("the machine has ended meanwhile")),
         };
         (order.holds_guest, order.presses_button) = (false, false);
@@ -272,6 +326,8 @@ impl Supervisor<'_> {
     fn describe(&self, order: &Order, disks: Vec<Stamp>) -> Description {
         let record = &self.endpoint.record;
         Description {
+            id: order.id.clone(),
+            base: order.base.clone(),
             husk: env!("CARGO_PKG_VERSION").into(),
             created_ms: now_ms(),
             image: record.image.clone(),

@@ -6,7 +6,7 @@ mod replaced;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use replaced::APART_MAX;
 use replaced::Replaced;
@@ -33,7 +33,7 @@ pub enum Pages {
 pub struct Mapping {
     start: NonNull<u8>,
     len_bytes: usize,
-    kind: Kind,
+    kind: Mutex<Kind>,
 }
 
 /// What is mapped, which determines how pages are returned to the host.
@@ -45,7 +45,7 @@ enum Kind {
     Pool,
     /// A file. A page that is returned would come back as it is in the file, so it is replaced by anonymous memory, with
     /// this advice about the size of its pages.
-    File { replaced: Mutex<Replaced>, advice: libc::c_int },
+    File { replaced: Replaced, advice: libc::c_int },
 }
 
 // SAFETY: it consists of an address and a length; accesses to the memory must be synchronized by its users on any
@@ -76,11 +76,35 @@ impl Mapping {
     /// The file system determines the size of its pages, and `pages` that of memory which was given back; they cannot be of a
     /// pool.
     pub fn of_file(len_bytes: usize, file: BorrowedFd<'_>, offset_bytes: u64, pages: Pages) -> io::Result<Mapping> {
-        let mut mapping = Mapping::aligned(len_bytes)?;
-        let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
-        replace(mapping.start(), len_bytes, 0, file.as_raw_fd(), offset)?;
-        mapping.kind = Kind::File { replaced: Mutex::default(), advice: advice(pages) };
+        let mapping = Mapping::aligned(len_bytes)?;
+        mapping.become_file(file, offset_bytes, pages)?;
         Ok(mapping)
+    }
+
+    /// Makes the mapping one of a file, as [`Mapping::of_file`] does, at the same address; its own pages are returned to the host.
+    /// `file` must have the content that the mapping has. Fails without any change if its pages are of a pool.
+    pub fn become_file(&self, file: BorrowedFd<'_>, offset_bytes: u64, pages: Pages) -> io::Result<()> {
+        let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
+        let mut kind = self.kind();
+        if matches!(*kind, Kind::Pool) {
+            return Err(io::Error::other("its pages are of the host's pool"));
+        }
+        replace(self.start(), self.len_bytes, 0, file.as_raw_fd(), offset)?;
+        *kind = Kind::File { replaced: Replaced::default(), advice: advice(pages) };
+        Ok(())
+    }
+
+    /// If never written pages are those of a file: whether the page at this offset has become one of zeroes, whether it was written
+    /// since or not, because it was given back.
+    pub fn is_replaced(&self, offset_bytes: usize) -> bool {
+        match &*self.kind() {
+            Kind::File { replaced, .. } => replaced.contains(offset_bytes, offset_bytes + 1),
+            _ => false,
+        }
+    }
+
+    fn kind(&self) -> MutexGuard<'_, Kind> {
+        self.kind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn of_pool(len_bytes: usize, page_bytes: u64) -> io::Result<Mapping> {
@@ -92,7 +116,7 @@ impl Mapping {
         Ok(Mapping {
             start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
             len_bytes,
-            kind: Kind::Pool,
+            kind: Mutex::new(Kind::Pool),
         })
     }
 
@@ -106,12 +130,12 @@ impl Mapping {
         unmap(all, before);
         unmap(start.wrapping_byte_add(len_bytes), HUGE_PAGE_BYTES - before);
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Mapping { start, len_bytes, kind: Kind::Anonymous })
+        Ok(Mapping { start, len_bytes, kind: Mutex::new(Kind::Anonymous) })
     }
 
     /// Whether pages that were never written are those of a file.
     pub fn is_of_file(&self) -> bool {
-        matches!(self.kind, Kind::File { .. })
+        matches!(*self.kind(), Kind::File { .. })
     }
 
     /// Allocates all pages (madvise(2), MADV_POPULATE_WRITE, since Linux 5.14), those of a file with its content, in steps:
@@ -143,11 +167,10 @@ impl Mapping {
             return Ok(0);
         };
         let (at, len_bytes) = (self.start().wrapping_byte_add(start), end - start);
-        match &self.kind {
+        match &mut *self.kind() {
             Kind::Pool => return Ok(0),
             Kind::Anonymous => discard(at, len_bytes)?,
             Kind::File { replaced, advice } => {
-                let mut replaced = replaced.lock().unwrap_or_else(PoisonError::into_inner);
                 if replaced.contains(start, end) {
                     discard(at, len_bytes)?;
                 } else if replaced.has_room(start, end) {

@@ -27,6 +27,7 @@ mod release;
 mod sandbox;
 mod snapshot;
 mod snapshot_busy;
+mod snapshot_diff;
 mod snapshot_disks;
 mod snapshot_killed;
 mod steady;
