@@ -1,10 +1,12 @@
 //! Contenders with a kernel of their own.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use husk::bench::contender::{Contender, Job};
+use husk::bench::contender::{Contender, Job, Launch, Unsupported};
 use husk::bench::fixture::Fixture;
 
 use crate::{LONG, cannot_run_machines, clean_up, job, leftovers, log, output, prepare_lab, present, start};
@@ -26,11 +28,17 @@ fn machines_run_the_workload_and_leave_nothing_behind() {
             assert!(printed.lines().any(|printed| printed.trim() == line), "{name} did not log {line}: {printed}");
         }
         let script = "/bin/busybox df /scratch; echo x > /scratch/x && echo done; /bin/busybox free -m";
-        let (printed, code) = machine(&*contender, fixture, &Job { scratch_mib: Some(64), ..job(2, script) });
-        assert!(
-            printed.lines().any(|printed| printed.trim() == "done") && code == Some(0),
-            "{name}: {code:?} {printed}"
-        );
+        let with_scratch = Job { scratch_mib: Some(64), ..job(2, script) };
+        if name == "husk-warm" {
+            assert!(contender.launch(fixture, &with_scratch).is_err_and(|error| error.is::<Unsupported>()));
+            assert_does_not_boot(contender.launch(fixture, &job(2, "exit 7")).unwrap());
+        } else {
+            let (printed, code) = machine(&*contender, fixture, &with_scratch);
+            assert!(
+                printed.lines().any(|printed| printed.trim() == "done") && code == Some(0),
+                "{name}: {code:?} {printed}"
+            );
+        }
         if contender.exits_on_kernel_crash() {
             let command = ["/.husk-bench/work", "crash", "kernel", "--this-is-a-machine"].map(str::to_owned).to_vec();
             let (printed, _) = machine(&*contender, fixture, &Job { command, ..job(3, "") });
@@ -51,6 +59,21 @@ fn machines_run_the_workload_and_leave_nothing_behind() {
     }
     let disks = fs::read_dir(fixture.store.join("disks")).unwrap().count();
     assert_eq!(disks, 0);
+}
+
+/// Its timings have no start of PID 1, which is in the past of the machine that it continues.
+fn assert_does_not_boot(launch: Launch) {
+    let mut words: Vec<_> = launch.command.get_args().map(OsStr::to_owned).collect();
+    words.insert(1, "--timings".into());
+    let mut command = Command::new(launch.command.get_program());
+    for (name, value) in launch.command.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    let output = command.args(words).stdin(Stdio::null()).output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(7), "{printed}");
+    let pid1 = printed.lines().find(|line| line.starts_with("PID 1")).unwrap();
+    assert!(pid1.ends_with('-'), "{printed}");
 }
 
 /// Returns the output of a machine and the exit code of its command.

@@ -43,8 +43,10 @@ fn a_server_in_a_machine_is_reachable() {
         return;
     }
     let lab = prepare_lab();
-    for contender in present(&lab.fixture, true) {
+    for mut contender in present(&lab.fixture, true) {
+        contender.prepare(&lab.fixture).unwrap();
         is_reached(&*contender, &lab.fixture);
+        contender.clean_up(&lab.fixture).unwrap();
     }
 }
 
