@@ -11,7 +11,7 @@ use std::path::Path;
 use husk::monitor::message::{self, Event, Reply};
 use husk::sys::violation::Report;
 use husk_protocol::frame::{self, Message, Reader};
-use husk_protocol::{HELLO_BYTES, Hello, Process, Renewal, Role, Run, Spec, ToGuest, ToHost};
+use husk_protocol::{HELLO_BYTES, Hello, Identity, Process, Renewal, Role, Run, Spec, ToGuest, ToHost};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
@@ -56,13 +56,15 @@ fn write_seeds() {
     let process = Process { args: vec![b"sh".to_vec()], env: vec![b"A=b".to_vec()], ..Process::default() };
     let (mut host, mut guest) = (Vec::new(), Vec::new());
     let resumed = ToHost::Resumed { pid: Some(2), streams: vec![Role::Stdout] };
-    for message in [ToHost::Started(2), ToHost::Failed { message: "no".into(), code: 127 }, ToHost::Exited(3), resumed]
-    {
+    let failed = ToHost::Failed { message: "no".into(), code: 127 };
+    for message in [ToHost::Started(2), failed, ToHost::Exited(3), resumed, ToHost::Renewed(Err("no".into()))] {
         frame::write(&message, &mut host).expect("it fits");
     }
     let renewal = Renewal { time_ns: 1 << 60, entropy: [1; 32] };
-    let run = Box::new(Run { hostname: "box".into(), process: process.clone(), ..Run::default() });
-    let (renew, begin) = (ToGuest::Renew(renewal.clone()), ToGuest::Begin(renewal, run));
+    let identity = Identity { hostname: "box".into(), ..Identity::default() };
+    let run = Box::new(Run { identity: identity.clone(), process: process.clone(), ..Run::default() });
+    let renew = ToGuest::Renew { renewal: renewal.clone(), identity: Box::new(identity), cut: true };
+    let begin = ToGuest::Begin(renewal, run);
     for message in [ToGuest::Start(process), ToGuest::Signal(15), renew, begin, ToGuest::Finish] {
         frame::write(&message, &mut guest).expect("it fits");
     }

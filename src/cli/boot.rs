@@ -153,6 +153,7 @@ impl Boot {
             image: config.kernel.display().to_string(),
             command: Vec::new(),
             process: None,
+            identity: None,
             stop_signal: libc::SIGTERM as u8,
         };
         let dir = self.lifecycle.dir()?;

@@ -16,6 +16,7 @@ use super::size;
 use crate::config::MachineConfig;
 use crate::console::stream_log;
 use crate::monitor::release;
+use crate::state_dir::identity::IdentityRecord;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::record::{Inherited, Record, State, now_ms};
 use crate::state_dir::{MachineDir, MachineEntry, StateDir, names};
@@ -76,6 +77,8 @@ pub struct RecordInfo {
     pub command: Vec<String>,
     /// What the processes of `husk exec` inherit.
     pub process: Option<Inherited>,
+    /// What it is called and how it is connected, with husk's init.
+    pub identity: Option<IdentityRecord>,
     /// The signal that stops its process.
     pub stop_signal: u8,
 }
@@ -128,7 +131,7 @@ impl LifecycleArgs {
 
     /// Opens the machine's endpoint.
     pub fn endpoint(&self, dir: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
-        let RecordInfo { image, command, process, stop_signal } = info;
+        let RecordInfo { image, command, process, identity, stop_signal } = info;
         let earlier = if self.again.is_some() { Some(dir.record()?) } else { None };
         let keep = self.detach && !self.rm;
         if keep && earlier.is_none() {
@@ -155,6 +158,7 @@ impl LifecycleArgs {
             keep,
             stop_signal,
             process,
+            identity,
             sandbox_lacks: Vec::new(),
             config: config.clone(),
         };

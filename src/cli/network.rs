@@ -4,11 +4,12 @@ use std::net::IpAddr;
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
+use husk_protocol::InterfaceAddress;
 
 use super::size;
 use crate::config::Rate;
 use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
-use crate::guest::network::{Address, InterfaceSetup, NetworkSetup};
+use crate::guest::network::{InterfaceSetup, NetworkSetup, parse_address};
 use crate::resources::bridge::{self, Lease};
 use crate::resources::{net, passt};
 
@@ -50,12 +51,12 @@ pub(super) struct NetworkFlags {
 
 /// One `--network`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct NetworkArg {
+pub(super) struct NetworkArg {
     to: Target,
     mac: Option<MacAddress>,
     rate: Rate,
     vhost: Option<bool>,
-    addresses: Vec<Address>,
+    addresses: Vec<InterfaceAddress>,
     gateways: Vec<IpAddr>,
 }
 
@@ -69,7 +70,7 @@ enum Target {
 }
 
 /// Parses `user|NAME|tap=NAME|none[,mac=ADDRESS][,vhost=on|off][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]...`.
-fn network_arg(text: &str) -> Result<NetworkArg, String> {
+pub(super) fn network_arg(text: &str) -> Result<NetworkArg, String> {
     let mut parts = text.split(',');
     let to = match parts.next().unwrap_or_default() {
         "none" => Target::Nothing,
@@ -96,7 +97,7 @@ fn network_arg(text: &str) -> Result<NetworkArg, String> {
             }
             Some(("vhost", "on")) => arg.vhost = Some(true),
             Some(("vhost", "off")) => arg.vhost = Some(false),
-            Some(("ip", address)) if on_tap => arg.addresses.push(address.parse()?),
+            Some(("ip", address)) if on_tap => arg.addresses.push(parse_address(address)?),
             Some(("gateway", address)) if on_tap => {
                 let gateway = address.parse().map_err(|_| format!("{address:?} is not a gateway address"))?;
                 arg.gateways.push(gateway);
@@ -208,7 +209,7 @@ pub fn join_shared(networks: &mut [NetworkConfig], name: &str) -> Result<Vec<Lea
         let Attachment::Bridge { name: interface } = &network.to else { continue };
         let Some(shared) = bridge::name_of(interface) else { continue };
         let mac = *network.mac.get_or_insert_with(|| net::mac_of(name, index));
-        leases.push(bridge::join(shared, name, mac)?);
+        leases.push(bridge::join(shared, name, mac, None)?);
     }
     Ok(leases)
 }
@@ -218,7 +219,25 @@ fn user() -> NetworkConfig {
 }
 
 impl NetworkArg {
-    fn interface_setup(&self, machine: Option<&str>, index: usize) -> Result<Option<InterfaceSetup>> {
+    /// Fails if a part of it only matters to a guest that has not set up its network yet.
+    pub fn check_for_running_guest(&self) -> Result<()> {
+        let is_plain = self.addresses.is_empty() && self.gateways.is_empty() && self.mac.is_none();
+        ensure!(is_plain, "the guest has its addresses already: remove ip=, gateway= and mac=");
+        Ok(())
+    }
+
+    /// Whether it is user-mode networking; `None` for `--network none`.
+    pub fn is_user(&self) -> Option<bool> {
+        match &self.to {
+            Target::Nothing => None,
+            Target::Attachment(to) => Some(matches!(to, Attachment::User(_))),
+            Target::Network(_) => Some(false),
+        }
+    }
+
+    /// The interface `index` of the machine `machine` or, without its name, of one that keeps its addresses; `None` for
+    /// `--network none`.
+    pub fn interface_setup(&self, machine: Option<&str>, index: usize) -> Result<Option<InterfaceSetup>> {
         let (to, mac) = match &self.to {
             Target::Nothing => return Ok(None),
             Target::Attachment(to) => (to.clone(), self.mac),
@@ -228,7 +247,7 @@ impl NetworkArg {
                     return Ok(Some(InterfaceSetup::from(self.config(to, self.mac))));
                 };
                 let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
-                let lease = bridge::join(name, machine, mac)?;
+                let lease = bridge::join(name, machine, mac, None)?;
                 let mut leased = InterfaceSetup::leased(lease, mac);
                 leased.config = self.config(leased.config.to, leased.config.mac);
                 return Ok(Some(leased));
@@ -336,7 +355,7 @@ mod tests {
     #[test]
     fn addresses_on_a_tap_device_are_for_the_guest() {
         let arg = network_arg("tap=t,ip=10.0.0.2/24,ip=fd00::2/64,gateway=10.0.0.1").unwrap();
-        assert_eq!(arg.addresses, ["10.0.0.2/24".parse().unwrap(), "fd00::2/64".parse().unwrap()]);
+        assert_eq!(arg.addresses, [parse_address("10.0.0.2/24").unwrap(), parse_address("fd00::2/64").unwrap()]);
         assert_eq!(arg.gateways, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
     }
 }

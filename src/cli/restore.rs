@@ -1,5 +1,7 @@
 //! `husk restore`: creates a machine from a snapshot.
 
+mod identity;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use clap::Args;
 
+use self::identity::IdentityFlags;
 use super::boot;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
@@ -25,10 +28,13 @@ Examples:
   Continue a saved machine on this terminal:
     husk restore ./web.snap
 
-  Continue it in the background, several times:
-    husk restore -d --name one ./web.snap
-    husk restore -d --name two ./web.snap
+  Continue it in the background, several times, each with a port of its own:
+    husk restore -d --name one -p 8081:80 ./web.snap
+    husk restore -d --name two -p 8082:80 ./web.snap
 
+A machine of `husk run` gets a host name, MAC addresses, and names and addresses on shared
+networks of its own; its TCP connections to others are reset. A machine of `husk boot` keeps
+what its guest has set up.
 The snapshot must not be changed while its machines run: they read their memory from it.
 If it contains disks (--with-disks), each machine gets a copy, which ends with the machine.
 It names the files and devices that a machine gets, as a command line does: restore only
@@ -44,6 +50,9 @@ pub(super) struct Restore {
     #[command(flatten)]
     lifecycle: LifecycleArgs,
 
+    #[command(flatten)]
+    identity: IdentityFlags,
+
     /// Confine the process that runs the guest: on (the default), or off to debug it
     #[arg(long, value_name = "on|off", value_parser = on_or_off)]
     sandbox: Option<bool>,
@@ -57,8 +66,19 @@ impl Restore {
     /// Runs the machine until its end. `started` is when this process started.
     pub fn run(mut self, started: Instant) -> Result<Exit> {
         let Snapshot { description, files, disks: inside } = Snapshot::open(&self.dir)?;
-        let Description { id, image, command, process, stop_signal, mut config, disks, received, fingerprint, .. } =
-            description;
+        let Description {
+            id,
+            image,
+            command,
+            process,
+            identity,
+            stop_signal,
+            mut config,
+            disks,
+            received,
+            fingerprint,
+            ..
+        } = description;
         let dir_name = self.dir.display();
         ensure!(fingerprint.is_none(), "its machine waits for a command: use `husk run --from {dir_name} COMMAND`");
         if self.lifecycle.spawns_detached() {
@@ -67,24 +87,32 @@ impl Restore {
         config.sandbox = self.sandbox.unwrap_or(true);
         let timings = Arc::new(Timings::new(started));
         let dir = self.lifecycle.dir()?;
+        let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
         let streams = process.as_ref().map(|process| (process.stdin, process.terminal));
         if let Some(vsock) = config.vsock.as_mut().filter(|_| streams.is_some()) {
             vsock.socket = dir.file(state_dir::VSOCK);
         }
+        let own = match streams {
+            Some(_) => Some(self.identity.apply(&mut config, &identity.unwrap_or_default(), dir.id(), &name)?),
+            None => self.identity.apply_outside(&mut config).map(|()| None)?,
+        };
+        config.validate()?;
         let saved_disks = config.disks.clone();
         let own_disks = inside.own(&mut config)?;
-        let info = RecordInfo { image, command, process, stop_signal };
+        let identity = own.as_ref().map(|own| own.record.clone());
+        let info = RecordInfo { image, command, process, identity, stop_signal };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
             own_disks.fill(&|| signals.is_pending(&signal::that_end_a_process()))?;
             let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
             stamp::check(&saved_disks, &disks)?;
             endpoint.note_origin(&id);
-            let Some((stdin, terminal)) = streams else {
+            let (Some((stdin, terminal)), Some(own)) = (streams, &own) else {
                 let reason = supervisor::run(&config, opened, timings.clone(), signals, Stdio::Console, endpoint)?;
                 return Ok(boot::report(&reason));
             };
-            session::run(&config, opened, Start::Resume { received, stdin, terminal }, endpoint, signals, &timings)
+            let start = Start::Resume { received, stdin, terminal, change: own.change.clone() };
+            session::run(&config, opened, start, endpoint, signals, &timings)
         })?;
         if self.timings {
             super::print_stderr(&timings.to_string());

@@ -193,6 +193,7 @@ impl Run {
         }
         let dir = self.lifecycle.dir()?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
+        let is_hostname_chosen = self.hostname.is_some();
         let mut spec = self.guest_spec(root_fs, command, &dir)?;
         spec.connect(self.machine.network.setup(&name)?);
         let kernel = self.machine.kernel()?;
@@ -207,6 +208,7 @@ impl Run {
             image: image.to_string_lossy().into_owned(),
             command: spec.command(),
             process: spec.process().map(Inherited::from),
+            identity: spec.identity_record(dir.id(), is_hostname_chosen),
             stop_signal,
         };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;

@@ -17,8 +17,8 @@ Examples:
   husk start web
 
 A suspended machine uses no memory and no CPU time. `husk start` continues it where it was,
-with its name, ports and logs; `husk restart` starts it anew. Connections to other hosts
-are reset. Like other machines it is forgotten when the host restarts: its snapshot is then
+with its name, ports and logs; `husk restart` starts it anew. Connections through
+user-mode networking are reset. Like other machines it is forgotten when the host restarts: its snapshot is then
 left in the image store, in `suspended`, for `husk restore`.";
 
 #[derive(Debug, Args)]

@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::net::IpAddr;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +16,7 @@ use crate::image::scratch::Scratch;
 use crate::layout::VirtioBus;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::modules::{self, Module};
+use crate::state_dir::identity::IdentityRecord;
 
 pub mod exec;
 pub mod initramfs;
@@ -210,11 +210,15 @@ impl GuestSpec {
     pub fn begin(&self, devices: &[NetworkConfig]) -> Result<Run> {
         let Program::Process(process) = &self.program else { bail!("a waiting machine runs a command, not an init") };
         let mut run = self.run(process);
-        let macs: Vec<[u8; 6]> = devices.iter().filter_map(|device| device.mac).map(|mac| mac.0).collect();
-        let (found, expected) = (macs.len(), run.interfaces.len());
-        ensure!(found == expected, "the waiting machine has {found} network interfaces, not {expected}");
-        run.interfaces.iter_mut().zip(macs).for_each(|(interface, mac)| interface.device_mac = mac);
+        run.identity.interfaces = network::on_devices(run.identity.interfaces, devices)?;
         Ok(run)
+    }
+
+    /// What distinguishes the machine `machine`, if it has husk's init. `is_hostname_chosen` says whether the user chose the
+    /// host name.
+    pub fn identity_record(&self, machine: String, is_hostname_chosen: bool) -> Option<IdentityRecord> {
+        self.process()?;
+        Some(self.network.record(machine, self.hostname.clone(), is_hostname_chosen))
     }
 
     fn initramfs_for(&self, start: Start, kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
@@ -254,19 +258,7 @@ impl GuestSpec {
     }
 
     fn run(&self, process: &Process) -> Run {
-        let own_address = self.network.own_address().unwrap_or(IpAddr::from([127, 0, 1, 1]));
-        let hosts = format!(
-            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own_address}\t{}\n",
-            self.hostname
-        );
-        Run {
-            hostname: self.hostname.clone(),
-            hosts: Some(hosts.into_bytes()),
-            resolv_conf: self.network.resolv_conf(),
-            interfaces: self.network.interfaces.clone(),
-            tmpfs: self.tmpfs.clone(),
-            process: process.clone(),
-        }
+        Run { identity: self.network.identity(&self.hostname), tmpfs: self.tmpfs.clone(), process: process.clone() }
     }
 
     /// The configuration of the machine for this guest. `socket` is the vsock socket for its sessions; with `verbose`
@@ -312,7 +304,7 @@ fn overlay(writable: &WritableLayer) -> Overlay {
 }
 
 /// Checks a host name: Linux's length limit and the characters of DNS names.
-fn check_hostname(name: &str) -> Result<()> {
+pub fn check_hostname(name: &str) -> Result<()> {
     const MAX_BYTES: usize = 63;
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     ensure!(
@@ -342,7 +334,7 @@ mod tests {
         let Program::Process(process) = &spec.program else { unreachable!() };
         let mut run = spec.run(process);
         assert_eq!(spec.begin(&[device(1)]).unwrap(), run);
-        run.interfaces[0].device_mac = [2, 0, 0, 0, 0, 9];
+        run.identity.interfaces[0].device_mac = [2, 0, 0, 0, 0, 9];
         assert_eq!(spec.begin(&[device(9)]).unwrap(), run);
         assert!(spec.begin(&[]).unwrap_err().to_string().contains("0 network interfaces, not 1"));
     }

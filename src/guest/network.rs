@@ -1,23 +1,15 @@
 //! Translates a machine's networks into the guest's network configuration: addresses, gateways and DNS servers.
 
 use std::net::IpAddr;
-use std::str::FromStr;
 
-use husk_protocol::{Interface, InterfaceAddress};
+use anyhow::{Result, ensure};
+use husk_protocol::{Identity, Interface, InterfaceAddress};
 
 use crate::config::{Attachment, MacAddress, NetworkConfig};
 use crate::resources::bridge::{self, Lease};
 use crate::resources::passt;
 use crate::resources::resolver::{self, Resolver};
-
-/// A guest address and the length of its network prefix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Address {
-    /// The address.
-    pub ip: IpAddr,
-    /// Prefix length in bits.
-    pub prefix: u8,
-}
+use crate::state_dir::identity::{IdentityRecord, InterfaceRecord};
 
 /// An interface and its configuration in the guest.
 #[derive(Debug)]
@@ -25,7 +17,7 @@ pub struct InterfaceSetup {
     /// The interface.
     pub config: NetworkConfig,
     /// The addresses, unless the network assigns them.
-    pub addresses: Vec<Address>,
+    pub addresses: Vec<InterfaceAddress>,
     /// The default gateways.
     pub gateways: Vec<IpAddr>,
     /// Reserves the address for this machine.
@@ -40,6 +32,8 @@ pub struct NetworkSetup {
     /// The configuration passed to init.
     pub interfaces: Vec<Interface>,
     resolver: Resolver,
+    dns: Vec<IpAddr>,
+    records: Vec<InterfaceRecord>,
     _leases: Vec<Lease>,
 }
 
@@ -55,25 +49,22 @@ impl InterfaceSetup {
         let to = Attachment::Bridge { name: lease.bridge.interface() };
         InterfaceSetup {
             config: NetworkConfig { mac: Some(mac), ..NetworkConfig::of(to) },
-            addresses: vec![Address { ip: lease.address.into(), prefix: bridge::PREFIX }],
+            addresses: vec![InterfaceAddress { ip: lease.address.into(), prefix: bridge::PREFIX }],
             gateways: if lease.bridge.internal { Vec::new() } else { vec![lease.bridge.gateway().into()] },
             lease: Some(lease),
         }
     }
 }
 
-impl FromStr for Address {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Address, String> {
-        let parse = || {
-            let (ip, prefix) = text.split_once('/')?;
-            let (ip, prefix) = (ip.parse::<IpAddr>().ok()?, prefix.parse().ok()?);
-            let bits_max = if ip.is_ipv4() { 32 } else { 128 };
-            (prefix <= bits_max).then_some(Address { ip, prefix })
-        };
-        parse().ok_or_else(|| format!("{text:?} is not an address: use ADDRESS/PREFIX, such as 192.0.2.2/24"))
-    }
+/// Parses `ADDRESS/PREFIX`.
+pub fn parse_address(text: &str) -> Result<InterfaceAddress, String> {
+    let parse = || {
+        let (ip, prefix) = text.split_once('/')?;
+        let (ip, prefix) = (ip.parse::<IpAddr>().ok()?, prefix.parse().ok()?);
+        let bits_max = if ip.is_ipv4() { 32 } else { 128 };
+        (prefix <= bits_max).then_some(InterfaceAddress { ip, prefix })
+    };
+    parse().ok_or_else(|| format!("{text:?} is not an address: use ADDRESS/PREFIX, such as 192.0.2.2/24"))
 }
 
 impl NetworkSetup {
@@ -95,12 +86,32 @@ impl NetworkSetup {
             resolver.servers = passt::dns_servers(user, &resolver);
         }
         let interfaces = setups.iter().filter_map(interface).collect();
-        let (mut configs, mut leases) = (Vec::new(), Vec::new());
+        let (mut configs, mut records, mut leases) = (Vec::new(), Vec::new(), Vec::new());
         for setup in setups {
             configs.push(setup.config);
+            records.push(InterfaceRecord { addresses: setup.addresses, gateways: setup.gateways });
             leases.extend(setup.lease);
         }
-        NetworkSetup { configs, interfaces, resolver, _leases: leases }
+        NetworkSetup { configs, interfaces, resolver, dns: dns.to_vec(), records, _leases: leases }
+    }
+
+    /// What a guest with this network and host name is told.
+    pub fn identity(&self, hostname: &str) -> Identity {
+        let own_address = self.own_address().unwrap_or(IpAddr::from([127, 0, 1, 1]));
+        let hosts =
+            format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own_address}\t{hostname}\n");
+        Identity {
+            hostname: hostname.to_owned(),
+            hosts: Some(hosts.into_bytes()),
+            resolv_conf: self.resolv_conf(),
+            interfaces: self.interfaces.clone(),
+        }
+    }
+
+    /// The same for the record of the machine `machine`.
+    pub fn record(&self, machine: String, hostname: String, is_hostname_chosen: bool) -> IdentityRecord {
+        let (dns, interfaces) = (self.dns.clone(), self.records.clone());
+        IdentityRecord { machine, hostname, is_hostname_chosen, dns, interfaces }
     }
 
     /// Whether there are no interfaces.
@@ -109,14 +120,24 @@ impl NetworkSetup {
     }
 
     /// The content of the guest's /etc/resolv.conf, if it has a network.
-    pub fn resolv_conf(&self) -> Option<Vec<u8>> {
+    fn resolv_conf(&self) -> Option<Vec<u8>> {
         (!self.is_empty()).then(|| self.resolver.resolv_conf())
     }
 
     /// The guest's own address for /etc/hosts, if there is one.
-    pub fn own_address(&self) -> Option<IpAddr> {
+    fn own_address(&self) -> Option<IpAddr> {
         self.interfaces.iter().flat_map(|interface| &interface.addresses).map(|address| address.ip).next()
     }
+}
+
+/// The interfaces in a machine whose network devices are `devices`, since they were those of another one: they are found by what
+/// they were. Fails if their number differs.
+pub fn on_devices(mut interfaces: Vec<Interface>, devices: &[NetworkConfig]) -> Result<Vec<Interface>> {
+    let macs: Vec<[u8; 6]> = devices.iter().filter_map(|device| device.mac).map(|mac| mac.0).collect();
+    let (found, expected) = (macs.len(), interfaces.len());
+    ensure!(found == expected, "the machine has {found} network interfaces, not {expected}");
+    interfaces.iter_mut().zip(macs).for_each(|(interface, mac)| interface.device_mac = mac);
+    Ok(interfaces)
 }
 
 fn interface(setup: &InterfaceSetup) -> Option<Interface> {
@@ -124,12 +145,9 @@ fn interface(setup: &InterfaceSetup) -> Option<Interface> {
     let mac = setup.config.mac?.0;
     let address = |ip: IpAddr, prefix| InterfaceAddress { ip, prefix };
     Some(match &setup.config.to {
-        Attachment::Tap { .. } | Attachment::Bridge { .. } => Interface {
-            device_mac: mac,
-            mac,
-            addresses: setup.addresses.iter().map(|given| address(given.ip, given.prefix)).collect(),
-            gateways: setup.gateways.clone(),
-        },
+        Attachment::Tap { .. } | Attachment::Bridge { .. } => {
+            Interface { device_mac: mac, mac, addresses: setup.addresses.clone(), gateways: setup.gateways.clone() }
+        }
         Attachment::User(_) => {
             let mut addresses = vec![address(passt::GUEST.into(), passt::PREFIX)];
             let mut gateways = vec![IpAddr::from(passt::GATEWAY)];
@@ -149,14 +167,19 @@ mod tests {
 
     fn setup(to: Attachment) -> InterfaceSetup {
         let config = NetworkConfig { mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), ..NetworkConfig::of(to) };
-        InterfaceSetup { config, lease: None, addresses: vec!["192.0.2.2/24".parse().unwrap()], gateways: Vec::new() }
+        InterfaceSetup {
+            config,
+            lease: None,
+            addresses: vec![parse_address("192.0.2.2/24").unwrap()],
+            gateways: Vec::new(),
+        }
     }
 
     #[test]
     fn an_address_has_a_valid_prefix() {
-        assert!("10.0.0.1/32".parse::<Address>().is_ok() && "fd00::1/128".parse::<Address>().is_ok());
+        assert!(parse_address("10.0.0.1/32").is_ok() && parse_address("fd00::1/128").is_ok());
         for wrong in ["", "10.0.0.1", "10.0.0.1/33", "fd00::1/129", "10.0.0.1/-1", "a/24"] {
-            assert!(wrong.parse::<Address>().unwrap_err().contains("ADDRESS/PREFIX"), "{wrong}");
+            assert!(parse_address(wrong).unwrap_err().contains("ADDRESS/PREFIX"), "{wrong}");
         }
     }
 

@@ -12,13 +12,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use husk_protocol::{Hello, MAIN_SESSION, Renewal, Role, Run, ToGuest, ToHost, WindowSize};
+use husk_protocol::{Hello, Identity, MAIN_SESSION, Renewal, Role, Run, ToGuest, ToHost, WindowSize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use super::streams::Endpoints;
 use super::streams::Streams;
 use crate::console::terminal;
 use crate::exit_latch::{ExitLatch, ExitReason};
+use crate::foreign;
 use crate::guest::signal;
 use crate::snapshot::Received;
 use crate::sys;
@@ -52,8 +53,12 @@ pub struct Session {
     arrived: Vec<Role>,
     on_terminal: bool,
     started: bool,
-    /// Whether the guest's process started before the machine was saved.
-    is_resumed: bool,
+    /// What the guest is to become when it says that its process started before the machine was saved.
+    change: Option<Change>,
+    /// Whether it still has to become that.
+    is_changing: bool,
+    /// Whether it has the identity of a machine that may run elsewhere.
+    is_double: bool,
     /// Whether the guest is to wait for its process, and whether it does.
     is_to_wait: bool,
     is_waiting: bool,
@@ -63,6 +68,17 @@ pub struct Session {
     finish_by: Option<Instant>,
     signaled_at: Vec<Instant>,
     timings: Arc<Timings>,
+}
+
+/// What a restored guest becomes.
+#[derive(Debug, Clone)]
+pub struct Change {
+    /// What the machine is called and how it is connected.
+    pub identity: Identity,
+    /// Whether it is the machine that was saved; otherwise it is another one.
+    pub is_same: bool,
+    /// Whether the guest's connections to others are reset.
+    pub cut: bool,
 }
 
 impl Session {
@@ -81,18 +97,20 @@ impl Session {
 
     /// Creates the session of a restored machine, whose process has started before. The guest connects again, which may
     /// be before or after this call, and says which of the process's streams are still open. Of its outputs, `received` has
-    /// arrived before. The machine must not have another session.
+    /// arrived before. Then it is told what it becomes. The machine must not have another session.
     pub fn resumed(
         listener: UnixListener,
         received: Received,
         on_terminal: bool,
+        change: Change,
         endpoints: Endpoints,
         timings: Arc<Timings>,
     ) -> Result<Session> {
         // Any of them, until the guest has said which.
         let mut session = Session::without_connections(MAIN_SESSION, true, on_terminal, endpoints, timings)?;
         session.streams.expect_again(received);
-        session.is_resumed = true;
+        session.is_double = !change.is_same;
+        session.change = Some(change);
         session.listening(listener)
     }
 
@@ -170,7 +188,9 @@ impl Session {
             arrived: Vec::new(),
             on_terminal,
             started: false,
-            is_resumed: false,
+            change: None,
+            is_changing: false,
+            is_double: false,
             is_to_wait: false,
             is_waiting: false,
             run: None,
@@ -190,6 +210,11 @@ impl Session {
     /// Whether the process is running or has run.
     pub fn has_started(&self) -> bool {
         self.started
+    }
+
+    /// Whether the guest has, as far as is known, the identity of another machine, so that its networks must not see it.
+    pub fn is_double(&self) -> bool {
+        self.is_double
     }
 
     /// Whether the guest waits for its process, so that the machine can be saved.
@@ -381,15 +406,13 @@ impl Session {
                     self.resize();
                 }
             }
-            ToHost::Resumed { streams, .. } if self.is_resumed && !self.started => {
-                self.timings.mark(Step::Process);
-                self.started = true;
+            ToHost::Resumed { streams, .. } => {
+                let Some(Change { identity, cut, .. }) = self.change.take() else { return Ok(()) };
+                self.is_changing = true;
                 self.expected.retain(|role| streams.contains(role));
-                self.send(&ToGuest::Renew(renewal()?));
-                if self.on_terminal {
-                    self.resize();
-                }
+                self.send(&ToGuest::Renew { renewal: renewal()?, identity: Box::new(identity), cut });
             }
+            ToHost::Renewed(changed) if self.is_changing => self.note_change(changed),
             ToHost::Waiting => {
                 self.is_waiting = self.is_to_wait;
                 if let Some(run) = self.run.take() {
@@ -398,13 +421,36 @@ impl Session {
             }
             ToHost::AskTime => self.send(&ToGuest::Time(wall_clock_ns())),
             // Already handled by the code that opened the session, or made up by the guest.
-            ToHost::Admitted | ToHost::Resumed { .. } => {}
+            ToHost::Admitted | ToHost::Renewed(_) => {}
             end @ (ToHost::Failed { .. } | ToHost::Exited(_) | ToHost::Signaled(_)) => {
+                if self.is_changing {
+                    // It ends before it is told: what it becomes makes no difference any more.
+                    self.started = true;
+                }
                 self.timings.mark(Step::ProcessEnd);
                 self.end.get_or_insert(end);
             }
         }
         Ok(())
+    }
+
+    /// The guest has become what it was told to, or not.
+    fn note_change(&mut self, changed: Result<(), String>) {
+        self.is_changing = false;
+        self.timings.mark(Step::Process);
+        self.started = true;
+        match changed {
+            Ok(()) => self.is_double = false,
+            Err(reason) => log::warn!(
+                "the machine keeps the addresses of the one that was saved{}: {}",
+                if self.is_double { ", and its network is down (`husk update --link up`)" } else { "" },
+                foreign::one_line(&reason)
+            ),
+        }
+        // The size may have changed since the machine was saved.
+        if self.on_terminal {
+            self.resize();
+        }
     }
 
     /// All of the process's output has been written, so the guest may exit.

@@ -27,6 +27,8 @@ const TEXT_BYTES_MAX: usize = 1024;
 pub enum Call {
     /// Resume the guest. The first call; its reply reports whether the machine was built.
     Resume,
+    /// The same with all network links down.
+    ResumeUnplugged,
     /// Pause the guest.
     Pause,
     /// Press the power button.

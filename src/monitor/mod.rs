@@ -129,10 +129,10 @@ impl Monitor {
         })
     }
 
-    /// Waits until the machine is built, and starts the guest. Fails if it cannot be built. One of `signals` cuts the allocation
+    /// Waits until the machine is built, and starts the guest, with its network links up or down. Fails if it cannot be built. One of `signals` cuts the allocation
     /// of its memory short. Returns what the sandbox lacks.
-    pub fn start_guest(&mut self, signals: &SignalFd) -> Result<Vec<String>> {
-        self.send(&Call::Resume)?;
+    pub fn start_guest(&mut self, signals: &SignalFd, links_up: bool) -> Result<Vec<String>> {
+        self.send(if links_up { &Call::Resume } else { &Call::ResumeUnplugged })?;
         if let Some(interrupted) = &self.interrupted {
             let [replied, signaled] =
                 wait(&self.calls, &signals.as_fd(), None).context("wait for the monitor process")?;

@@ -260,6 +260,10 @@ impl Server {
         let controls = machine.controls();
         match call {
             Call::Resume => machine.resume(),
+            Call::ResumeUnplugged => {
+                controls.links.iter().for_each(|link| link.set_up(false));
+                machine.resume();
+            }
             Call::Pause => machine.pause(),
             Call::PressPowerButton => machine.press_power_button(),
             Call::OfferInput(bytes) => return Ok(Reply::Accepted(machine.offer_input(&bytes))),

@@ -10,6 +10,8 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -33,6 +35,9 @@ pub const PREFIX: u8 = 24;
 /// Where the search for a free subnet starts: 10.86.0.0/24, which no other software uses by default (podman starts at
 /// 10.88.0.0/16, Kubernetes distributions use 10.42, 10.96 and 10.244).
 const SUBNETS_FROM: [u8; 2] = [10, 86];
+/// How long a machine that has ended may take to leave its networks: it may be started again at once.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+const LEAVE_INTERVAL: Duration = Duration::from_millis(5);
 /// The last byte of a machine's address.
 const MACHINES: std::ops::RangeInclusive<u8> = 2..=254;
 
@@ -198,12 +203,13 @@ pub(super) fn remove_in(base: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Assigns the machine `machine` an address in network `name`, and publishes its name.
-pub fn join(name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
-    join_in(Path::new(DIR), name, machine, mac)
+/// Assigns the machine `machine` an address in network `name`, and publishes its name. The address is `wanted` if that is in the
+/// network and free.
+pub fn join(name: &str, machine: &str, mac: MacAddress, wanted: Option<Ipv4Addr>) -> Result<Lease> {
+    join_in(Path::new(DIR), name, machine, mac, wanted)
 }
 
-fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Lease> {
+fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wanted: Option<Ipv4Addr>) -> Result<Lease> {
     // The name is written to line-based files of dnsmasq.
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     ensure!(
@@ -213,15 +219,24 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress) -> Result<Le
     let bridge = find_in(base, name).map_err(|error| anyhow!("{error}: {}", hint(name)))?;
     let dir = bridge.dir(base);
     let _joining = lock(&dir.join("lock"))?;
-    remove_stale(&dir);
-    let taken: Vec<(Ipv4Addr, String)> =
-        leases(&dir).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
-    ensure!(taken.iter().all(|(_, name)| name != machine), "network {name} already has a machine named {machine}");
+    let started = Instant::now();
+    let taken = loop {
+        remove_stale(&dir);
+        let taken: Vec<(Ipv4Addr, String)> =
+            leases(&dir).map(|(address, path)| (address, fs::read_to_string(path).unwrap_or_default())).collect();
+        if taken.iter().all(|(_, name)| name != machine) {
+            break taken;
+        }
+        ensure!(started.elapsed() < LEAVE_TIMEOUT, "network {name} already has a machine named {machine}");
+        thread::sleep(LEAVE_INTERVAL);
+    };
     // A machine gets the same address each time, if it is free.
     let size = MACHINES.len() as u64;
     let first = u64::from_le_bytes([mac.0[2], mac.0[3], mac.0[4], mac.0[5], 0, 0, 0, 0]) % size;
-    let candidates = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
-    let address = candidates.into_iter().find(|address| taken.iter().all(|(other, _)| other != address));
+    let others = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
+    let wanted = wanted
+        .filter(|address| MACHINES.contains(&address.octets()[3]) && bridge.host(address.octets()[3]) == *address);
+    let address = wanted.into_iter().chain(others).find(|address| taken.iter().all(|(other, _)| other != address));
     let address = address.with_context(|| format!("network {name} has no free addresses"))?;
     let path = dir.join("leases").join(address.to_string());
     let write = || -> Result<File> {
@@ -333,7 +348,10 @@ fn is_routed(subnet: Ipv4Addr) -> bool {
 fn raise(bridge: &Bridge) -> Result<()> {
     let interface = bridge.interface();
     let address = format!("{}/{PREFIX}", bridge.gateway());
-    run("ip", &["link", "add", &interface, "type", "bridge"])?;
+    // A bridge would otherwise take the lowest address of its members, and machines lose it for seconds when that changes.
+    let [a, b, c, _] = bridge.subnet.octets();
+    let mac = MacAddress([0x02, 0x68, a, b, c, 1]).to_string();
+    run("ip", &["link", "add", &interface, "address", &mac, "type", "bridge"])?;
     run("ip", &["addr", "add", &address, "dev", &interface])?;
     run("ip", &["link", "set", &interface, "up"])
 }
@@ -393,7 +411,6 @@ pub fn attach(tap: &str, bridge: &str) -> Result<()> {
 pub(super) mod tests {
     use std::net::UdpSocket;
     use std::os::unix::fs::MetadataExt;
-    use std::time::{Duration, Instant};
 
     use rustix::fs::Mode;
 
@@ -454,20 +471,24 @@ pub(super) mod tests {
             assert!(exists("husk-web"));
             assert!(create_in(base, "web", None, false).unwrap_err().to_string().contains("already"));
             assert!(create_in(base, "other", Some(bridge.subnet), false).unwrap_err().to_string().contains("in use"));
-            let db = join_in(base, "web", "db", MAC).unwrap();
-            let app = join_in(base, "web", "app", MAC).unwrap();
+            let db = join_in(base, "web", "db", MAC, None).unwrap();
+            let app = join_in(base, "web", "app", MAC, None).unwrap();
             assert_ne!(db.address, app.address);
             let gateway = bridge.gateway();
             eventually("a name comes", || ask(gateway, "db") == Some(db.address));
             eventually("another comes", || ask(gateway, "app") == Some(app.address));
-            assert!(join_in(base, "web", "db", MAC).unwrap_err().to_string().contains("already"));
-            let odd = join_in(base, "web", "a b\n10.0.0.1 c", MAC).unwrap_err().to_string();
+            assert!(join_in(base, "web", "db", MAC, None).unwrap_err().to_string().contains("already"));
+            let odd = join_in(base, "web", "a b\n10.0.0.1 c", MAC, None).unwrap_err().to_string();
             assert!(odd.contains("letters, digits"), "{odd}");
             assert!(remove_in(base, "web").unwrap_err().to_string().contains("in use by"));
             let address = db.address;
             drop(db);
             eventually("a name goes", || ask(gateway, "db").is_none());
-            assert_eq!(join_in(base, "web", "db", MAC).unwrap().address, address, "a machine keeps its address");
+            assert_eq!(join_in(base, "web", "db", MAC, None).unwrap().address, address, "a machine keeps its address");
+            let wanted = bridge.host(if app.address == bridge.host(200) { 201 } else { 200 });
+            let join = |wanted| join_in(base, "web", "more", MAC, Some(wanted)).unwrap().address;
+            assert_eq!(join(wanted), wanted);
+            assert!([app.address, gateway, Ipv4Addr::from([192, 0, 2, 9])].iter().all(|other| join(*other) != *other));
             drop(app);
             let dir = bridge.dir(base);
             let server = names_server(&dir).unwrap();
@@ -482,13 +503,26 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_bridge_keeps_its_address_whoever_joins() {
+        alone(|base| {
+            create_in(base, "web", Some(Ipv4Addr::new(10, 86, 7, 0)), true).unwrap();
+            run("ip", &["link", "add", "low", "address", "02:00:00:00:00:01", "type", "veth"]).unwrap();
+            attach("low", "husk-web").unwrap();
+            let shown = Command::new("ip").args(["link", "show", "husk-web"]).output().unwrap();
+            let shown = String::from_utf8(shown.stdout).unwrap();
+            assert!(shown.contains("link/ether 02:68:0a:56:07:01 "), "{shown}");
+            remove_in(base, "web").unwrap();
+        });
+    }
+
+    #[test]
     fn file_permissions_do_not_depend_on_the_umask() {
         alone(|base| {
             rustix::process::umask(Mode::from_raw_mode(0o077));
             let above = fs::metadata(base).unwrap().mode();
             let base = &base.join("run/networks");
             let bridge = create_in(base, "m", None, true).unwrap();
-            let lease = join_in(base, "m", "db", MAC).unwrap();
+            let lease = join_in(base, "m", "db", MAC, None).unwrap();
             let dir = bridge.dir(base);
             let mode = |path: PathBuf| fs::metadata(path).unwrap().mode() & 0o777;
             let address = lease.address.to_string();
@@ -515,7 +549,7 @@ pub(super) mod tests {
             for part in ["leases", "hosts", "dhcp"] {
                 fs::write(dir.join(part).join("10.86.0.7"), "db").unwrap();
             }
-            let lease = join_in(base, "a", "db", MAC).unwrap();
+            let lease = join_in(base, "a", "db", MAC, None).unwrap();
             assert!(!dir.join("hosts/10.86.0.7").exists() || lease.address == Ipv4Addr::new(10, 86, 0, 7));
             drop(lease);
             remove_in(base, "a").unwrap();
@@ -540,7 +574,7 @@ pub(super) mod tests {
     #[test]
     fn a_missing_network_is_reported_with_the_command_to_type() {
         let nowhere = Path::new("/nonexistent");
-        let join = |name| join_in(nowhere, name, "machine", MacAddress([2; 6])).unwrap_err().to_string();
+        let join = |name| join_in(nowhere, name, "machine", MacAddress([2; 6]), None).unwrap_err().to_string();
         assert!(join("web").contains("sudo husk network create web"), "{}", join("web"));
         for name in ["host", "bridge", "default"] {
             assert!(join(name).contains("use --network user") && !join(name).contains("create"), "{}", join(name));

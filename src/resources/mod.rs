@@ -16,7 +16,7 @@ pub mod memory_use;
 pub mod modules;
 pub mod net;
 pub mod passt;
-mod ports;
+pub mod ports;
 pub(crate) mod programs;
 pub mod resolver;
 pub mod root_file;

@@ -81,7 +81,7 @@ fn is_dead(path: &Path) -> Result<bool> {
         Err(error) if error.kind() != ErrorKind::WouldBlock => {
             Err(error).with_context(|| format!("check for a listener on the vsock socket {name}"))
         }
-        _ => bail!("the vsock socket {name} is in use by another process"),
+        _ => bail!("the vsock socket {name} is in use by another process: use --vsock with another path"),
     }
 }
 
@@ -152,7 +152,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let first = open(&config(&path)).unwrap();
-        assert_eq!(refusal(&path), format!("the vsock socket {} is in use by another process", path.display()));
+        assert_eq!(
+            refusal(&path),
+            format!("the vsock socket {} is in use by another process: use --vsock with another path", path.display())
+        );
         drop(first);
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());

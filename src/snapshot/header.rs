@@ -12,7 +12,7 @@ pub const HEADER_BYTES: usize = 64;
 const CHECKED_BYTES: usize = 32;
 const MAGIC: [u8; 8] = *b"husksnap";
 /// The version of the format, of the description and of the state. Any change of them increments it.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// The architecture of the guest, by its number in ELF (EM_X86_64).
 const X86_64: u32 = 62;
 
@@ -117,7 +117,7 @@ mod tests {
             Header::parse(&bytes).unwrap_err().to_string()
         };
         assert!(refused(0, 0).contains("not a snapshot"));
-        assert!(refused(8, 9).contains("version 9 of the format, and husk 0.1.0 reads version 2: "));
+        assert!(refused(8, 9).contains(&format!("version 9 of the format, and husk 0.1.0 reads version {VERSION}: ")));
         assert!(refused(12, 183).contains("number 183 of ELF"));
         let mut large = Header::of(b"", b"");
         large.state_bytes = u64::MAX;

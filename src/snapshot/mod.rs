@@ -32,6 +32,7 @@ use crate::memory::bitmap_bytes;
 use crate::resources::SnapshotFiles;
 use crate::resources::disk::stamp::Stamp;
 use crate::state_dir::SNAPSHOT_STATE;
+use crate::state_dir::identity::IdentityRecord;
 use crate::state_dir::record::Inherited;
 use crate::sys;
 pub use disks::{DisksOfSnapshot, OwnDisks};
@@ -71,6 +72,9 @@ pub struct Description {
     pub command: Vec<String>,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
+    /// What the machine is called and how it is connected, if it runs husk's init.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<IdentityRecord>,
     /// The signal that asks its process to terminate.
     pub stop_signal: u8,
     /// The configuration of the machine. A disk with a relative path is inside of the snapshot; all other paths are absolute.
@@ -320,6 +324,7 @@ mod tests {
             image: "vmlinux".into(),
             command: Vec::new(),
             process: None,
+            identity: None,
             stop_signal: 15,
             config: MachineConfig { kernel: "vmlinux".into(), memory_mib: 32, ..MachineConfig::default() },
             disks: Vec::new(),

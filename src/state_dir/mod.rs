@@ -15,6 +15,7 @@
 //! ```
 
 pub mod husk_log;
+pub mod identity;
 mod machine_dir;
 pub mod names;
 pub mod origin;

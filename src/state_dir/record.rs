@@ -10,6 +10,7 @@ use husk_protocol::Process;
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
+use crate::state_dir::identity::IdentityRecord;
 use crate::sys::private_file;
 
 const FILE: &str = "record.json";
@@ -45,6 +46,9 @@ pub struct Record {
     pub stop_signal: u8,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
+    /// What the machine is called and how it is connected, if it runs husk's init.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<IdentityRecord>,
     /// How many times it is restarted when it fails.
     #[serde(default)]
     pub max_retries: u32,
@@ -232,6 +236,7 @@ pub(crate) mod tests {
             keep: true,
             stop_signal: 15,
             process: None,
+            identity: None,
             max_retries: 0,
             log_max_bytes: None,
             snapshot: None,

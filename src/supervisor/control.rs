@@ -132,6 +132,8 @@ pub(super) struct Supervisor<'a> {
     pub(super) snapshot: Option<Snapshot>,
     /// The IDs of snapshots since which it is known what has changed in memory.
     pub(super) bases: Vec<String>,
+    /// Whether the machine's network links are down until it differs from the one that was saved.
+    is_unplugged: bool,
 }
 
 impl<'a> Supervisor<'a> {
@@ -160,6 +162,7 @@ impl<'a> Supervisor<'a> {
         watch(&epoll, clock_jumps.as_fd().as_raw_fd(), Token::ClockJump)?;
         let (earlier_inputs, button_pressed) = (Vec::new(), false);
         let bases = endpoint.restored_from.take().into_iter().collect();
+        let is_unplugged = session.as_ref().is_some_and(|session| session.is_double());
         Ok(Supervisor {
             monitor,
             epoll,
@@ -175,6 +178,7 @@ impl<'a> Supervisor<'a> {
             save: None,
             snapshot: None,
             bases,
+            is_unplugged,
         })
     }
 
@@ -186,7 +190,7 @@ impl<'a> Supervisor<'a> {
     }
 
     fn serve(&mut self) -> Result<ExitReason> {
-        match self.monitor.start_guest(self.signals) {
+        match self.monitor.start_guest(self.signals, !self.is_unplugged) {
             Ok(lacks) => self.endpoint.note_sandbox(lacks),
             Err(error) => return self.monitor.exit_latch().reason().ok_or(error),
         }
@@ -247,10 +251,16 @@ impl<'a> Supervisor<'a> {
         self.save_and_end(save)
     }
 
-    /// Reports that the machine is running, once it is, including its process if it has one.
+    /// Reports that the machine is running, once it is, including its process if it has one, and connects it to its networks.
     fn note_start(&mut self) -> Result<()> {
-        let started = self.session.as_ref().is_none_or(|session| session.has_started());
-        if started { self.endpoint.note_running() } else { Ok(()) }
+        if self.session.as_ref().is_some_and(|session| !session.has_started()) {
+            return Ok(());
+        }
+        let is_double = self.session.as_ref().is_some_and(|session| session.is_double());
+        if !is_double && std::mem::take(&mut self.is_unplugged) {
+            self.monitor.set_links(true)?;
+        }
+        self.endpoint.note_running()
     }
 
     /// The maximum time to wait, in milliseconds: unlimited, unless the process has not been trimmed, a session is over and

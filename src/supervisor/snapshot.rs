@@ -333,6 +333,7 @@ impl Supervisor<'_> {
             image: record.image.clone(),
             command: record.command.clone(),
             process: record.process.clone(),
+            identity: record.identity.clone(),
             stop_signal: record.stop_signal,
             config: order.config.clone(),
             disks,

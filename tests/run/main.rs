@@ -4,6 +4,7 @@
 //! busybox, in the format of `docker save`.
 
 mod background;
+mod copies;
 mod debian;
 mod guests;
 mod image;

@@ -16,9 +16,9 @@ use ::husk::config::{Attachment, MacAddress, MachineConfig, NetworkConfig};
 use ::husk::console::hub::Hub;
 use ::husk::console::stream_log::{DEFAULT_MAX_BYTES, LogReader, StreamLog};
 use ::husk::exit_latch::ExitReason;
-use ::husk::guest::network::{InterfaceSetup, NetworkSetup};
+use ::husk::guest::network::{InterfaceSetup, NetworkSetup, parse_address};
 use ::husk::guest::process::{self, Defaults, Overrides};
-use ::husk::guest::session::{Endpoints, Session};
+use ::husk::guest::session::{Change, Endpoints, Session};
 use ::husk::guest::{GuestSpec, RootFs, WritableLayer};
 use ::husk::machine::Machine;
 use ::husk::memory;
@@ -138,14 +138,23 @@ impl Saved {
 
     /// Restores a machine whose process has started.
     fn resume(&self) -> Guest {
-        self.restore(&|listener, endpoints, timings| {
-            Session::resumed(listener, self.received, false, endpoints, timings)
-        })
+        self.restore(&|listener, endpoints, timings| resumed(listener, self.received, endpoints, timings))
     }
 
     fn restore_with(&self, config: &MachineConfig, session: MakeSession) -> Guest {
         Guest::start(config, session, |_| Source::Snapshot(self.files.try_clone().unwrap()))
     }
+}
+
+/// The session of a machine that goes on as it was.
+fn resumed(
+    listener: UnixListener,
+    received: Received,
+    endpoints: Endpoints,
+    timings: Arc<Timings>,
+) -> anyhow::Result<Session> {
+    let change = Change { identity: NetworkSetup::default().identity("box"), is_same: true, cut: false };
+    Session::resumed(listener, received, false, change, endpoints, timings)
 }
 
 fn output_in(log: &Path) -> String {
@@ -300,7 +309,7 @@ fn a_process_that_ends_while_nobody_listens_is_reported() {
             thread::sleep(Duration::from_secs(2));
             fs::rename(address.with_extension("later"), address).unwrap();
         });
-        Session::resumed(listener, received, false, endpoints, timings)
+        resumed(listener, received, endpoints, timings)
     };
     let guest = saved.restore(late);
     guest.machine.offer_input(b"\n");
@@ -319,7 +328,7 @@ fn device(last: u8) -> NetworkConfig {
 }
 
 fn connected(mut spec: GuestSpec, last: u8) -> GuestSpec {
-    let addresses = vec![format!("198.18.20.{last}/24").parse().unwrap()];
+    let addresses = vec![parse_address(&format!("198.18.20.{last}/24")).unwrap()];
     let gateways = vec!["198.18.20.1".parse().unwrap()];
     let setup = InterfaceSetup { addresses, gateways, ..device(last).into() };
     spec.connect(NetworkSetup::new(vec![setup], &["192.0.2.53".parse().unwrap()]));

@@ -13,9 +13,9 @@ use nix::unistd::Pid;
 
 use crate::connection::{self, PendingConnection};
 use crate::report;
-use crate::root::Kept;
 use crate::session::Session;
-use crate::sys;
+use crate::setup::Prepared;
+use crate::{connections, sys};
 
 /// The maximum number of concurrent sessions opened by the host; further ones wait for admission. With four connections
 /// each, a fifth of the host device's 512 connections remains for those that wait.
@@ -23,7 +23,7 @@ const SESSIONS_MAX: usize = 100;
 /// How long to wait for killed processes; one may hang in a driver.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-struct Agent<'a> {
+struct Agent {
     children: Option<SignalFd>,
     listener: Option<OwnedFd>,
     /// Connections of the host that have not sent their hello; their number is limited by the host side.
@@ -31,7 +31,8 @@ struct Agent<'a> {
     /// The main session is the first.
     main: Session,
     others: Vec<Session>,
-    hostname: &'a str,
+    /// `None` if the machine could not be prepared.
+    prepared: Option<Prepared>,
     /// When all processes were killed, after the main one exited.
     killed_at: Option<Instant>,
 }
@@ -43,7 +44,7 @@ pub fn listen() -> Option<OwnedFd> {
 }
 
 /// Serves the main session, and those that the host opens through `listener`, until the machine ends.
-pub fn run(main: Session, hostname: &str, kept: Option<Kept>, listener: Option<OwnedFd>) -> ! {
+pub fn run(main: Session, prepared: Option<Prepared>, listener: Option<OwnedFd>) -> ! {
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);
     let children = set
@@ -53,19 +54,20 @@ pub fn run(main: Session, hostname: &str, kept: Option<Kept>, listener: Option<O
         .ok();
     crate::pressure::watch();
     let (pending, others) = (Vec::new(), Vec::new());
-    let mut agent = Agent { children, listener, pending, main, others, hostname, killed_at: None };
+    let mut agent = Agent { children, listener, pending, main, others, prepared, killed_at: None };
     agent.serve();
-    if let Some(kept) = kept {
+    if let Some(kept) = agent.prepared.and_then(|prepared| prepared.kept) {
         kept.settle();
     }
     report::end(agent.main.exit_code())
 }
 
-impl Agent<'_> {
+impl Agent {
     fn serve(&mut self) {
         loop {
             self.reap();
-            self.main.advance(self.hostname);
+            self.main.advance(self.prepared.as_ref().map_or("", Prepared::hostname));
+            self.change();
             if self.main.is_cut()
                 && let Err(failure) = self.main.reconnect()
             {
@@ -82,12 +84,26 @@ impl Agent<'_> {
         }
     }
 
+    /// Makes the machine what the host has said that it is to become.
+    fn change(&mut self) {
+        let Some((identity, cut)) = self.main.take_change() else { return };
+        let changed = self.prepared.as_mut().map_or(Ok(()), |prepared| prepared.change(&identity));
+        // Afterwards, since programs may connect again at once, and nobody must hear of the resets: they are from the machine
+        // that was saved as far as others can tell.
+        if cut {
+            let addresses = identity.interfaces.iter().flat_map(|interface| &interface.addresses);
+            connections::reset(&addresses.map(|address| address.ip).collect::<Vec<_>>());
+        }
+        self.main.answer_change(changed);
+    }
+
     /// Makes progress on the sessions opened by the host, without blocking. Returns whether one has ended.
     fn serve_others(&mut self) -> bool {
         self.read_hellos();
         self.admit();
+        let hostname = self.prepared.as_ref().map_or("", Prepared::hostname);
         for session in &mut self.others {
-            session.advance(self.hostname);
+            session.advance(hostname);
         }
         let before = self.others.len();
         self.others.retain(|session| !session.is_over());
@@ -209,12 +225,12 @@ mod tests {
     }
 
     /// No process is started or reaped: `reap` would reap those of other tests.
-    fn agent() -> (Agent<'static>, UnixStream) {
+    fn agent() -> (Agent, UnixStream) {
         let (host, guest) = UnixStream::pair().unwrap();
         guest.set_nonblocking(true).unwrap();
         let main = Session::accepted(MAIN_SESSION, guest.into());
         let (pending, others) = (Vec::new(), Vec::new());
-        (Agent { children: None, listener: None, pending, main, others, hostname: "", killed_at: None }, host)
+        (Agent { children: None, listener: None, pending, main, others, prepared: None, killed_at: None }, host)
     }
 
     #[test]

@@ -8,10 +8,10 @@ use nix::time::{ClockId, clock_settime};
 use crate::report;
 
 /// A response that took longer is too imprecise: the request is repeated, a limited number of times.
-const ROUND_TRIP_MAX: Duration = Duration::from_secs(1);
+const ROUND_TRIP_MAX: Duration = Duration::from_millis(20);
 const QUESTIONS_MAX: u32 = 5;
 /// Smaller deviations are left to time synchronization in the guest, and to programs that depend on a steady clock.
-const TOLERANCE: Duration = Duration::from_millis(100);
+const TOLERANCE: Duration = Duration::from_millis(10);
 
 /// The state of a clock request.
 #[derive(Debug, Default)]
@@ -82,8 +82,8 @@ mod tests {
         assert_eq!(clock.judge(HOST, Instant::now()), Verdict::Ignore, "nobody asked");
         clock.ask();
         let asked_at = clock.asked_at.unwrap();
-        let heard = clock.judge(HOST, asked_at + Duration::from_millis(40));
-        assert_eq!(heard, Verdict::Now(HOST + Duration::from_millis(20)));
+        let heard = clock.judge(HOST, asked_at + Duration::from_millis(10));
+        assert_eq!(heard, Verdict::Now(HOST + Duration::from_millis(5)));
         assert_eq!(clock.judge(HOST, Instant::now()), Verdict::Ignore, "it is answered");
     }
 

@@ -14,6 +14,7 @@ mod agent;
 mod boot;
 mod clock;
 mod connection;
+mod connections;
 pub mod copy;
 mod disk;
 pub mod errors;
@@ -65,7 +66,7 @@ fn serve(spec: &Spec) -> Failure {
 
 /// The connections are established while the root file system is mounted.
 fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Failure {
-    let prepared = Prepared::new(spec).and_then(|prepared| match run {
+    let prepared = Prepared::new(spec).and_then(|mut prepared| match run {
         Some(run) => prepared.set_up(run).map(|()| prepared),
         None => Ok(prepared),
     });
@@ -74,45 +75,41 @@ fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Fail
         Err(failure) => return prepared.err().unwrap_or(failure),
     };
     let listener = agent::listen();
-    let (kept, hostname) = match (prepared, run) {
+    let prepared = match (prepared, run) {
         (Ok(prepared), Some(run)) => {
-            session.start(&run.process, &run.hostname);
-            (prepared.kept, run.hostname.clone())
+            session.start(&run.process, prepared.hostname());
+            Some(prepared)
         }
-        (Ok(prepared), None) => {
-            let hostname = wait_and_begin(&mut session, &prepared);
-            (prepared.kept, hostname.unwrap_or_default())
+        (Ok(mut prepared), None) => {
+            wait_and_begin(&mut session, &mut prepared);
+            Some(prepared)
         }
         (Err(failure), _) => {
             session.fail(failure);
-            (None, String::new())
-        }
-    };
-    agent::run(session, &hostname, kept, listener)
-}
-
-/// Waits for the run and begins it. Returns its host name, or `None` if the host is gone.
-fn wait_and_begin(session: &mut Session, prepared: &Prepared) -> Option<String> {
-    match begin(session, prepared) {
-        Ok(hostname) => Some(hostname),
-        Err(failure) => {
-            report::say(&failure.message);
-            session.disconnect();
             None
         }
+    };
+    agent::run(session, prepared, listener)
+}
+
+/// Waits for the run and begins it. If the host is gone, so is the machine soon.
+fn wait_and_begin(session: &mut Session, prepared: &mut Prepared) {
+    if let Err(failure) = begin(session, prepared) {
+        report::say(&failure.message);
+        session.disconnect();
     }
 }
 
-fn begin(session: &mut Session, prepared: &Prepared) -> Result<String, Failure> {
+fn begin(session: &mut Session, prepared: &mut Prepared) -> Result<(), Failure> {
     let (renewal, run) = session.wait_for_run()?;
     session.renew(&renewal);
     let connecting = Connecting::start(streams_of(&run.process))?;
     let set_up = prepared.set_up(&run);
     session.add(connecting.complete()?);
     match set_up {
-        Ok(()) => session.start(&run.process, &run.hostname),
+        Ok(()) => session.start(&run.process, prepared.hostname()),
         Err(failure) => session.fail(failure),
     }
     session.ask_time();
-    Ok(run.hostname)
+    Ok(())
 }

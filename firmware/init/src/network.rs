@@ -28,6 +28,7 @@ const ALIGNMENT: usize = 4;
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const IFLA_ADDRESS: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
@@ -60,6 +61,22 @@ impl Network {
     /// Configures an interface and brings it up.
     pub fn set_up(&self, interface: &Interface) -> Result<(), Failure> {
         let (name, index) = find(interface.device_mac, DEVICE_TIMEOUT)?;
+        self.configure(&name, index, interface)
+    }
+
+    /// Configures an interface that was configured like `known`. If that differs, it is taken back first, with all routes through
+    /// the interface.
+    pub fn change(&self, known: &Interface, interface: &Interface) -> Result<(), Failure> {
+        let settings = |of: &Interface| (of.mac, of.addresses.clone(), of.gateways.clone());
+        if settings(known) == settings(interface) {
+            return Ok(());
+        }
+        let (name, index) = find(interface.device_mac, Duration::ZERO)?;
+        self.take_down(index, known).context(format_args!("take {name} down"))?;
+        self.configure(&name, index, interface)
+    }
+
+    fn configure(&self, name: &str, index: u32, interface: &Interface) -> Result<(), Failure> {
         if !interface.addresses.is_empty() {
             // Router advertisements are not needed. And duplicate address detection would delay the link-local address,
             // which is derived from our MAC, by a second: passt sends traffic of the host itself to that address, and
@@ -80,9 +97,23 @@ impl Network {
         Ok(())
     }
 
+    /// Takes an interface down, with its routes and its IPv6 addresses, of which one is derived from the MAC address. Takes back
+    /// its IPv4 addresses.
+    fn take_down(&self, index: u32, known: &Interface) -> nix::Result<()> {
+        self.ask(&link(index, None, false))?;
+        for InterfaceAddress { ip, prefix } in known.addresses.iter().filter(|address| address.ip.is_ipv4()) {
+            match self.ask(&old_address(index, *ip, *prefix)) {
+                // Somebody else has removed it.
+                Ok(()) | Err(Errno::EADDRNOTAVAIL) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// Brings an interface up, after giving it the MAC address `mac` if there is one.
     fn bring_up(&self, index: u32, mac: Option<[u8; 6]>) -> nix::Result<()> {
-        self.ask(&new_link(index, mac))
+        self.ask(&link(index, mac, true))
     }
 
     /// Sends a request and receives the kernel's response, which is available immediately.
@@ -136,13 +167,13 @@ impl Message {
     }
 }
 
-/// The interface is up, and has the MAC address `mac` if there is one.
-fn new_link(index: u32, mac: Option<[u8; 6]>) -> Message {
+/// The interface is up or down, and has the MAC address `mac` if there is one.
+fn link(index: u32, mac: Option<[u8; 6]>, is_up: bool) -> Message {
     let mut message = Message::new(RTM_NEWLINK, 0);
     // struct ifinfomsg: family, padding, type, index, flags and which of them change. The kernel changes them last.
     message.put(&[0; 4]);
     message.put(&index.to_ne_bytes());
-    message.put(&IFF_UP.to_ne_bytes());
+    message.put(&(if is_up { IFF_UP } else { 0 }).to_ne_bytes());
     message.put(&IFF_UP.to_ne_bytes());
     if let Some(mac) = mac {
         message.attribute(IFLA_ADDRESS, &mac);
@@ -151,7 +182,14 @@ fn new_link(index: u32, mac: Option<[u8; 6]>) -> Message {
 }
 
 fn new_address(index: u32, ip: IpAddr, prefix: u8) -> Message {
-    let mut message = Message::new(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE);
+    address(Message::new(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE), index, ip, prefix)
+}
+
+fn old_address(index: u32, ip: IpAddr, prefix: u8) -> Message {
+    address(Message::new(RTM_DELADDR, 0), index, ip, prefix)
+}
+
+fn address(mut message: Message, index: u32, ip: IpAddr, prefix: u8) -> Message {
     let (family, bytes) = family(ip);
     message.put(&[family, prefix, IFA_F_NODAD, RT_SCOPE_UNIVERSE]);
     message.put(&index.to_ne_bytes());
@@ -207,10 +245,10 @@ mod tests {
     #[test]
     fn messages_have_their_stated_length() {
         let v6: IpAddr = "fd00::15".parse().unwrap();
-        let link = new_link(2, Some([2, 0, 0, 0, 0, 1]));
-        assert_eq!(link.finish()[32..], [10, 0, 1, 0, 2, 0, 0, 0, 0, 1, 0, 0]);
-        for message in
-            [link, new_address(2, v6, 64), new_address(2, "10.0.2.15".parse().unwrap(), 24), new_route(2, v6)]
+        let up = link(2, Some([2, 0, 0, 0, 0, 1]), true);
+        assert_eq!(up.finish()[24..], [1, 0, 0, 0, 1, 0, 0, 0, 10, 0, 1, 0, 2, 0, 0, 0, 0, 1, 0, 0]);
+        assert_eq!(link(2, None, false).finish()[24..], [0, 0, 0, 0, 1, 0, 0, 0]);
+        for message in [up, old_address(2, v6, 64), new_address(2, "10.0.2.15".parse().unwrap(), 24), new_route(2, v6)]
         {
             let bytes = message.finish();
             assert_eq!(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize, bytes.len());

@@ -164,6 +164,14 @@ pub fn make_dir(path: impl AsRef<Path>) -> Result<(), Failure> {
 
 /// Makes the root file system read-only.
 pub fn forbid_changes() -> Result<(), Failure> {
-    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    mount_call(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("remount the root read-only")
+    remount(MsFlags::MS_RDONLY).context("remount the root read-only")
+}
+
+/// The opposite.
+pub fn allow_changes() -> Result<(), Failure> {
+    remount(MsFlags::empty()).context("remount the root writable")
+}
+
+fn remount(flags: MsFlags) -> nix::Result<()> {
+    mount_call(None::<&str>, "/", None::<&str>, MsFlags::MS_REMOUNT | flags, None::<&str>)
 }

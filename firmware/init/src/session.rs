@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use husk_protocol::{MAIN_SESSION, Process, Renewal, Role, Run, ToGuest, ToHost};
+use husk_protocol::{Identity, MAIN_SESSION, Process, Renewal, Role, Run, ToGuest, ToHost};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
@@ -31,6 +31,8 @@ pub struct Session {
     terminal: Option<OwnedFd>,
     pid: Option<Pid>,
     clock: Clock,
+    /// What the machine is to become, and whether its connections to others are to be reset.
+    change: Option<(Box<Identity>, bool)>,
     /// How the process ended, and whether that was reported to the host.
     end: Option<ToHost>,
     told: bool,
@@ -52,6 +54,7 @@ impl Session {
             terminal: None,
             pid: None,
             clock: Clock::default(),
+            change: None,
             end: None,
             told: false,
             finished: false,
@@ -165,6 +168,16 @@ impl Session {
             report::say(&format!("add entropy: {error}"));
         }
         clock::set(Duration::from_nanos(renewal.time_ns));
+    }
+
+    /// What the host has said that the machine is to become, once, and whether its connections to others are to be reset.
+    pub fn take_change(&mut self) -> Option<(Box<Identity>, bool)> {
+        self.change.take()
+    }
+
+    /// Tells the host whether the machine has changed.
+    pub fn answer_change(&mut self, changed: Result<(), Failure>) {
+        self.control.say(&ToHost::Renewed(changed.map_err(|failure| shortened(&failure.message))));
     }
 
     /// Gives up the connection to the host, which ends the session.
@@ -300,9 +313,10 @@ impl Session {
                     self.control.say(&ToHost::AskTime);
                 }
             }
-            ToGuest::Renew(renewal) => {
+            ToGuest::Renew { renewal, identity, cut } => {
                 self.renew(&renewal);
                 self.ask_time();
+                self.change = Some((identity, cut));
             }
             // It has begun.
             ToGuest::Begin(..) => {}

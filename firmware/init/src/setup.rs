@@ -1,10 +1,9 @@
 //! Sets up the machine for a run: first what is the same for all, and then what the run's process finds in it.
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
-use husk_protocol::{Overlay, Root, Run, Spec};
+use husk_protocol::{Identity, Overlay, Root, Run, Spec};
 use nix::mount::MsFlags;
 use nix::unistd::sethostname;
 
@@ -20,6 +19,8 @@ pub struct Prepared {
     pub kept: Option<Kept>,
     network: Result<Network, Failure>,
     is_readonly: bool,
+    /// What the machine was told last; at first, nothing.
+    identity: Identity,
 }
 
 impl Prepared {
@@ -28,19 +29,12 @@ impl Prepared {
         let kept = root::mount(spec)?;
         root::enter()?;
         let is_readonly = matches!(spec.root, Root::Image { overlay: Overlay::ReadOnly, .. });
-        Ok(Prepared { kept, network: prepare_network(), is_readonly })
+        Ok(Prepared { kept, network: prepare_network(), is_readonly, identity: Identity::default() })
     }
 
     /// Sets up what the run's process finds in the machine.
-    pub fn set_up(&self, run: &Run) -> Result<(), Failure> {
-        set_hostname(&run.hostname)?;
-        match &self.network {
-            Ok(network) => run.interfaces.iter().try_for_each(|interface| network.set_up(interface))?,
-            // Without any interface to configure, a kernel without networking is no error.
-            Err(failure) if run.interfaces.is_empty() => report::say(&failure.message),
-            Err(failure) => return Err(failure.clone()),
-        }
-        write_files(run);
+    pub fn set_up(&mut self, run: &Run) -> Result<(), Failure> {
+        self.take_on(&run.identity)?;
         for tmpfs in &run.tmpfs {
             let path = String::from_utf8_lossy(&tmpfs.path).into_owned();
             make_dir(&path)?;
@@ -48,6 +42,45 @@ impl Prepared {
         }
         make_dir(process::working_dir(&run.process))?;
         if self.is_readonly { root::forbid_changes() } else { Ok(()) }
+    }
+
+    /// Changes a machine that was [set up](Prepared::set_up) where `identity` differs from what it was told before. What others
+    /// have changed meanwhile stays.
+    pub fn change(&mut self, identity: &Identity) -> Result<(), Failure> {
+        if *identity == self.identity {
+            return Ok(());
+        }
+        if self.is_readonly {
+            root::allow_changes()?;
+        }
+        let changed = self.take_on(identity);
+        if self.is_readonly { changed.and(root::forbid_changes()) } else { changed }
+    }
+
+    /// The host name that the machine was told.
+    pub fn hostname(&self) -> &str {
+        &self.identity.hostname
+    }
+
+    fn take_on(&mut self, identity: &Identity) -> Result<(), Failure> {
+        let earlier = std::mem::replace(&mut self.identity, identity.clone());
+        if identity.hostname != earlier.hostname {
+            set_hostname(&identity.hostname)?;
+        }
+        write_files(&earlier, identity);
+        let network = match &self.network {
+            Ok(network) => network,
+            // Without any interface to configure, a kernel without networking is no error.
+            Err(failure) if identity.interfaces.is_empty() => {
+                report::say(&failure.message);
+                return Ok(());
+            }
+            Err(failure) => return Err(failure.clone()),
+        };
+        identity.interfaces.iter().try_for_each(|interface| {
+            let known = earlier.interfaces.iter().find(|known| known.mac == interface.device_mac);
+            known.map_or_else(|| network.set_up(interface), |known| network.change(known, interface))
+        })
     }
 }
 
@@ -68,14 +101,22 @@ fn prepare_network() -> Result<Network, Failure> {
     Ok(network)
 }
 
-fn write_files(run: &Run) {
-    let hostname = format!("{}\n", run.hostname).into_bytes();
-    for (name, content) in
-        [("hostname", Some(&hostname)), ("hosts", run.hosts.as_ref()), ("resolv.conf", run.resolv_conf.as_ref())]
-    {
-        let Some(content) = content else { continue };
-        let path = PathBuf::from("/etc").join(name);
-        if let Err(failure) = make_dir("/etc").and_then(|()| replace(&path, content)) {
+fn write_files(earlier: &Identity, identity: &Identity) {
+    let hostname = |identity: &Identity| {
+        Some(&identity.hostname).filter(|name| !name.is_empty()).map(|name| format!("{name}\n").into_bytes())
+    };
+    for (name, before, after) in [
+        ("hostname", hostname(earlier), hostname(identity)),
+        ("hosts", earlier.hosts.clone(), identity.hosts.clone()),
+        ("resolv.conf", earlier.resolv_conf.clone(), identity.resolv_conf.clone()),
+    ] {
+        let Some(after) = after.filter(|after| before.as_ref() != Some(after)) else { continue };
+        let path = Path::new("/etc").join(name);
+        let written = match before {
+            None => make_dir("/etc").and_then(|()| replace(&path, &after)),
+            Some(before) => substitute(&path, &before, &after),
+        };
+        if let Err(failure) = written {
             report::say(&failure.message);
         }
     }
@@ -86,5 +127,35 @@ fn replace(path: &Path, content: &[u8]) -> Result<(), Failure> {
     if path.is_symlink() {
         let _ = fs::remove_file(path);
     }
-    File::create(path).and_then(|mut file| file.write_all(content)).context(format_args!("write {}", path.display()))
+    fs::write(path, content).context(format_args!("write {}", path.display()))
+}
+
+/// Writes `after` in place of `before`, and keeps what others have added. A file in which `before` is no longer to be found is
+/// theirs.
+fn substitute(path: &Path, before: &[u8], after: &[u8]) -> Result<(), Failure> {
+    let content = fs::read(path).context(format_args!("read {}", path.display()))?;
+    let Some(at) = content.windows(before.len().max(1)).position(|bytes| bytes == before) else { return Ok(()) };
+    let (front, back) = (content.get(..at).unwrap_or_default(), content.get(at + before.len()..).unwrap_or_default());
+    replace(path, &[front, after, back].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_have_written_stays() {
+        let path = std::env::temp_dir().join(format!("husk-init-hosts-{}", std::process::id()));
+        let check = |content: &str, wanted: &str| {
+            fs::write(&path, content).unwrap();
+            substitute(&path, b"10.0.0.2\tweb\n", b"10.0.0.3\tcopy\n").unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), wanted);
+        };
+        check("10.0.0.2\tweb\n", "10.0.0.3\tcopy\n");
+        check("::1 me\n10.0.0.2\tweb\n10.0.0.9 db\n", "::1 me\n10.0.0.3\tcopy\n10.0.0.9 db\n");
+        check("10.0.0.7 web\n", "10.0.0.7 web\n");
+        check("", "");
+        fs::remove_file(&path).unwrap();
+        assert!(substitute(&path, b"a", b"b").is_err());
+    }
 }

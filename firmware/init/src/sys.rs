@@ -125,6 +125,26 @@ pub fn accept(listener: BorrowedFd) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A duplicate of descriptor `fd` of process `pid` (Linux 5.6 and later).
+pub fn descriptor_of(pid: Pid, fd: i32) -> nix::Result<OwnedFd> {
+    // SAFETY: the call accesses no memory.
+    let process = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: the descriptor is new and has no other owner.
+    let process = unsafe { OwnedFd::from_raw_fd(process as i32) };
+    // SAFETY: the call accesses no memory.
+    let duplicate = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) })?;
+    // SAFETY: the descriptor is new and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(duplicate as i32) })
+}
+
+/// Disconnects a connected socket, whoever has it: their calls fail, also those that wait.
+pub fn disconnect(socket: BorrowedFd) -> io::Result<()> {
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    let len = size_of::<libc::sockaddr>() as u32;
+    // SAFETY: the call reads `len` bytes from the pointer, the size of the `sockaddr` it refers to.
+    check(unsafe { libc::connect(socket.as_raw_fd(), &nowhere, len) })
+}
+
 /// Adds random bytes to the kernel's pool, and makes it generate random numbers from them at once.
 pub fn add_entropy(bytes: [u8; 32]) -> io::Result<()> {
     // RNDADDENTROPY, _IOW('R', 0x03, int[2]), and RNDRESEEDCRNG, _IO('R', 0x07)

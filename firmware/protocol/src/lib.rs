@@ -8,7 +8,7 @@
 //!
 //! Connections do not survive when a machine is saved and restored. The guest of a restored machine connects its main
 //! session again, and first says whether it has [resumed](ToHost::Resumed) a process or [waits](ToHost::Waiting) for one.
-//! All other sessions end.
+//! Either way the host answers with what belongs to this machine and to no other: an [`Identity`]. All other sessions end.
 //!
 //! Both sides treat received data as untrusted: sizes are checked before memory is allocated, and invalid data ends the
 //! session, never the process.
@@ -21,7 +21,9 @@ pub mod tree;
 
 pub use hello::{HELLO_BYTES, Hello, Role};
 pub use session::{Process, Renewal, ToGuest, ToHost, WindowSize};
-pub use spec::{FIXED_PATH, Interface, InterfaceAddress, Limit, Overlay, Root, Run, SPEC_PATH, Spec, Start, Tmpfs};
+pub use spec::{
+    FIXED_PATH, Identity, Interface, InterfaceAddress, Limit, Overlay, Root, Run, SPEC_PATH, Spec, Start, Tmpfs,
+};
 
 /// The vsock port that either side listens on.
 pub const PORT: u32 = 1024;
@@ -40,7 +42,7 @@ pub const COPY_TO_KEEPING_OWNERS: &str = "copy-to-keeping-owners";
 pub const MAIN_SESSION: u64 = 0;
 /// The protocol version. Any change of a message increments it. husk embeds the init that it communicates with, so a
 /// mismatch is always an error.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 /// The maximum number of bytes of a stream that are on their way: written by the guest, and not yet in the host's socket.
 /// A machine that is restored sends as many of its outputs again, on connections that begin with the position of their first byte
 /// in the stream (little-endian).

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::frame::Message;
 use crate::hello::Role;
-use crate::spec::{Limit, Run};
+use crate::spec::{Identity, Limit, Run};
 
 /// A process to be started in the guest. User names and PATH are resolved with the guest's files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,8 +62,16 @@ pub enum ToGuest {
     CheckClock,
     /// The host's wall clock at the time of the response, in nanoseconds since 1970.
     Time(u64),
-    /// The machine was restored. The answer to [`ToHost::Resumed`].
-    Renew(Renewal),
+    /// The machine was restored. The answer to [`ToHost::Resumed`], which is answered by [`ToHost::Renewed`].
+    Renew {
+        /// The time and random numbers.
+        renewal: Renewal,
+        /// What the machine is called and how it is connected from now on, which may be the same as before.
+        identity: Box<Identity>,
+        /// Whether to reset all connections to others: the network has forgotten them, or they belong to the machine that was
+        /// saved.
+        cut: bool,
+    },
     /// Start the main process. The answer to [`ToHost::Waiting`].
     Begin(Renewal, Box<Run>),
 }
@@ -101,6 +109,9 @@ pub enum ToHost {
         /// Its input if it is open, and its outputs of which something may not have arrived. They are connected already.
         streams: Vec<Role>,
     },
+    /// The machine was [renewed](ToGuest::Renew): it has its identity, or still the one of the machine that was saved, for
+    /// this reason in one line.
+    Renewed(Result<(), String>),
     /// The machine is prepared, and the main process may [begin](ToGuest::Begin).
     Waiting,
 }

@@ -26,6 +26,17 @@ pub struct Spec {
 /// known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
+    /// What the machine is called and how it is connected.
+    pub identity: Identity,
+    /// tmpfs mounts, in order.
+    pub tmpfs: Vec<Tmpfs>,
+    /// The process.
+    pub process: Process,
+}
+
+/// What distinguishes a machine from others that run the same: what it is called and how it is connected.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
     /// The host name.
     pub hostname: String,
     /// The content of /etc/hosts, unless the root file system's own is kept.
@@ -34,10 +45,6 @@ pub struct Run {
     pub resolv_conf: Option<Vec<u8>>,
     /// Network interfaces to configure; others are left alone.
     pub interfaces: Vec<Interface>,
-    /// tmpfs mounts, in order.
-    pub tmpfs: Vec<Tmpfs>,
-    /// The process.
-    pub process: Process,
 }
 
 /// The source of the root file system.
@@ -73,7 +80,8 @@ pub enum Overlay {
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
-    /// The MAC address of its device, by which it is found.
+    /// The MAC address that it has, by which it is found: the one of its device or, in a machine that was restored, of the
+    /// machine that was saved.
     pub device_mac: [u8; 6],
     /// The MAC address that it gets.
     pub mac: [u8; 6],
@@ -163,7 +171,7 @@ mod tests {
             terminal: Some(WindowSize { rows: 1, columns: 2 }),
             ..Process::default()
         };
-        let run = Run {
+        let identity = Identity {
             hostname: "name".into(),
             hosts: Some(b"127.0.0.1 localhost\n".to_vec()),
             resolv_conf: None,
@@ -173,9 +181,9 @@ mod tests {
                 addresses: vec![InterfaceAddress { ip: IpAddr::from([10, 0, 2, 15]), prefix: 24 }],
                 gateways: vec![IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1])],
             }],
-            tmpfs: vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }],
-            process,
         };
+        let tmpfs = vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }];
+        let run = Run { identity, tmpfs, process };
         let spec = Spec {
             modules: vec!["/modules/a.ko".into()],
             root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Disk("/dev/vdb".into()) },

@@ -11,7 +11,7 @@ use crate::cli::exit::Exit;
 use crate::config::MachineConfig;
 use crate::console::log::{Log, Tail};
 use crate::exit_latch::ExitReason;
-use crate::guest::session::{Endpoints, Session};
+use crate::guest::session::{Change, Endpoints, Session};
 use crate::resources::{Outside, Resources};
 use crate::snapshot::Received;
 use crate::state_dir;
@@ -41,6 +41,8 @@ pub enum Start {
         stdin: bool,
         /// Whether it has a terminal.
         terminal: bool,
+        /// What the machine becomes.
+        change: Change,
     },
     /// It gets none: the machine is saved, and ends.
     Wait(Save),
@@ -68,8 +70,8 @@ pub fn run(
     let timings = timings.clone();
     let (mut session, save) = match &start {
         Start::Boot { .. } => (Session::new(listener, stdin, terminal, endpoints, timings.clone())?, None),
-        Start::Resume { received, .. } => {
-            (Session::resumed(listener, *received, terminal, endpoints, timings.clone())?, None)
+        Start::Resume { received, change, .. } => {
+            (Session::resumed(listener, *received, terminal, change.clone(), endpoints, timings.clone())?, None)
         }
         Start::Begin(run) => (Session::beginning(listener, run.clone(), endpoints, timings.clone())?, None),
         Start::Wait(save) => (Session::waiting(listener, timings.clone())?, Some(save)),
@@ -95,7 +97,14 @@ fn exit_status(end: Option<&ToHost>, reason: &ExitReason, tail: &Tail, told_alre
             crate::cli::print_error(message);
             return Exit::Reported(*code);
         }
-        Some(ToHost::Admitted | ToHost::Started(_) | ToHost::AskTime | ToHost::Resumed { .. } | ToHost::Waiting)
+        Some(
+            ToHost::Admitted
+            | ToHost::Started(_)
+            | ToHost::AskTime
+            | ToHost::Resumed { .. }
+            | ToHost::Renewed(_)
+            | ToHost::Waiting,
+        )
         | None => {}
     }
     let exit = match boot::report(reason) {

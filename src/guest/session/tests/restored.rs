@@ -22,11 +22,19 @@ fn told(control: &mut UnixStream) -> Vec<ToGuest> {
 }
 
 fn resumed(on_terminal: bool) -> Host {
-    resumed_after(Received::default(), on_terminal)
+    resumed_as(Received::default(), on_terminal, false)
 }
 
 fn resumed_after(received: Received, on_terminal: bool) -> Host {
-    Host::with(|listener, endpoints, timings| Session::resumed(listener, received, on_terminal, endpoints, timings))
+    resumed_as(received, on_terminal, false)
+}
+
+fn resumed_as(received: Received, on_terminal: bool, is_same: bool) -> Host {
+    let identity = Identity { hostname: "copy".into(), ..Identity::default() };
+    let change = Change { identity, is_same, cut: true };
+    Host::with(|listener, endpoints, timings| {
+        Session::resumed(listener, received, on_terminal, change, endpoints, timings)
+    })
 }
 
 #[test]
@@ -37,10 +45,15 @@ fn a_resumed_process_is_renewed_once_and_ends_with_the_streams_that_it_had_left(
     let stdout = host.join(Role::Stdout);
     assert!(!host.session.has_started());
     let open = ToHost::Resumed { pid: Some(2), streams: vec![Role::Stdout] };
-    host.hear(&mut control, &[open.clone(), open]);
-    assert!(host.session.has_started());
-    let [ToGuest::Renew(renewal)] = &told(&mut control)[..] else { panic!("it is renewed once") };
-    assert!(renewal.entropy != [0; 32] && renewal.time_ns > 1 << 60);
+    // What it says before it is asked has no effect.
+    host.hear(&mut control, &[ToHost::Renewed(Ok(())), open.clone(), open]);
+    let [ToGuest::Renew { renewal, identity, cut: true }] = &told(&mut control)[..] else {
+        panic!("it is renewed once")
+    };
+    assert!(renewal.entropy != [0; 32] && renewal.time_ns > 1 << 60 && identity.hostname == "copy");
+    assert!(!host.session.has_started() && host.session.is_double());
+    host.hear(&mut control, &[ToHost::Renewed(Ok(()))]);
+    assert!(host.session.has_started() && !host.session.is_double());
     host.hear(&mut control, &[ToHost::Exited(3)]);
     assert!(!host.session.is_over(), "its output may follow");
     drop(stdout);
@@ -72,6 +85,18 @@ fn a_process_that_ended_before_it_was_saved_has_no_streams_left() {
     let mut control = host.join(Role::Control);
     host.hear(&mut control, &[ToHost::Resumed { pid: None, streams: Vec::new() }, ToHost::Signaled(9)]);
     assert!(host.session.is_over() && host.session.end() == Some(&ToHost::Signaled(9)));
+    assert!(host.session.has_started() && host.session.is_double());
+}
+
+#[test]
+fn a_guest_that_cannot_change_goes_on_without_a_network() {
+    for is_same in [false, true] {
+        let mut host = resumed_as(Received::default(), false, is_same);
+        let mut control = host.join(Role::Control);
+        let no = ToHost::Renewed(Err("no\ninterface".into()));
+        host.hear(&mut control, &[ToHost::Resumed { pid: Some(2), streams: Vec::new() }, no, ToHost::Renewed(Ok(()))]);
+        assert_eq!((host.session.has_started(), host.session.is_double()), (true, !is_same));
+    }
 }
 
 #[test]
@@ -86,7 +111,7 @@ fn only_a_restored_guest_is_renewed() {
     let mut control = host.join(Role::Control);
     let flood = ToHost::Resumed { pid: None, streams: vec![Role::Control; 1000] };
     host.hear(&mut control, &[flood.clone(), flood]);
-    let renewals = told(&mut control).iter().filter(|message| matches!(message, ToGuest::Renew(_))).count();
+    let renewals = told(&mut control).iter().filter(|message| matches!(message, ToGuest::Renew { .. })).count();
     assert_eq!((renewals, host.session.expected.len()), (1, 0));
 }
 
@@ -108,7 +133,7 @@ fn a_machine_waits_until_its_run_begins() {
 #[test]
 fn a_run_begins_once_in_a_machine_that_waits() {
     let process = Process { args: vec![vec![b'x'; 100_000]], ..Process::default() };
-    let run = Run { hostname: "box".into(), process, ..Run::default() };
+    let run = Run { process, ..Run::default() };
     let mut host =
         Host::with(|listener, endpoints, timings| Session::beginning(listener, run.clone(), endpoints, timings));
     let mut control = host.join(Role::Control);
