@@ -92,6 +92,7 @@ pub fn machines() -> Result<()> {
         report("  boot of the same guest, to its first byte", median(boots), "ms", Target::None);
     }
     save()?;
+    pause()?;
     clones()
 }
 
@@ -109,7 +110,50 @@ fn to_answer(mut command: Command) -> Result<f64> {
     Ok(answered.as_secs_f64() * 1e3)
 }
 
-/// The time to save a machine with 512 MiB of content, and how long its guest is paused.
+/// How long a guest that goes on does not run while it is saved, as its own clock says.
+fn pause() -> Result<()> {
+    let dir = tempfile::tempdir_in(".").context("create a temporary directory")?;
+    let saved = Saved { path: dir.path().join("snapshot"), dir };
+    let printed = saved.dir.path().join("printed");
+    for content_mib in [64, 512] {
+        let words = format!("do=gaps mib={content_mib}");
+        let memory = format!("{}M", content_mib + 64);
+        let mut guest = saved.husk(&["boot", "--name", "guest", "--memory", &memory, "--kernel", husk_guests::CLOCK]);
+        guest.args(["--cmdline", &words]).stdout(File::create(&printed)?);
+        let mut guest = guest.spawn().context("start husk")?;
+        let (mut gaps, mut times, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+        let content = vec![1_u8; content_mib << 20];
+        for _ in 0..SAVES {
+            // Until then the guest fills its memory, or what was written before is synced.
+            thread::sleep(READY);
+            let before = std::fs::read_to_string(&printed)?.len();
+            times.push(saved.ok(&["snapshot", "guest", saved.place()])?.as_secs_f64() * 1e3);
+            thread::sleep(READY);
+            let text = std::fs::read_to_string(&printed)?;
+            let reported = text.get(before..).unwrap_or_default().lines();
+            let gap = reported.filter_map(|line| line.strip_prefix("gap ")?.strip_suffix(" us")?.parse::<f64>().ok());
+            gaps.push(gap.fold(0.0, f64::max) / 1e3);
+            std::fs::remove_dir_all(&saved.path)?;
+            plain.push(plain_write(&content)?);
+        }
+        guest.kill()?;
+        guest.wait()?;
+        report(&format!("husk snapshot of {content_mib} MiB, to its end"), median(times), "ms", Target::None);
+        report("  in which the guest is paused", median(gaps), "ms", Target::None);
+        report("  a plain write of as much to the page cache", median(plain), "ms", Target::None);
+    }
+    Ok(())
+}
+
+/// Writes `content` to a new file, in pieces of 2 MiB, in milliseconds.
+fn plain_write(content: &[u8]) -> Result<f64> {
+    let mut file = tempfile::tempfile_in(".")?;
+    let start = Instant::now();
+    content.chunks(2 << 20).try_for_each(|piece| file.write_all(piece))?;
+    Ok(start.elapsed().as_secs_f64() * 1e3)
+}
+
+/// The time to save a machine with 512 MiB of content that was restored.
 fn save() -> Result<()> {
     let saved = Saved::of(512)?;
     saved.fill()?;

@@ -1,4 +1,5 @@
-/* Time: kvm-clock, the APIC timer with TSC deadline, and endless reports of pauses, selected by `do=`. */
+/* Time: kvm-clock, the APIC timer with TSC deadline, and endless reports of pauses, selected by `do=`. `do=gaps` first writes to
+ * `mib=` MiB of memory, and reports for how long it did not run. */
 #include "cpu.h"
 #include "guest.h"
 
@@ -7,6 +8,13 @@ enum {
     MSR_TSC_DEADLINE = 0x6e0,
     TIMER_DEADLINE_MODE = 2 << 17,
     DIVIDE_BY_1 = 0xb,
+};
+
+enum {
+    /* Memory that is not the guest's own. */
+    CONTENT = 32 << 20,
+    PAGE = 4096,
+    GAP_NS = 1000000,
 };
 
 static volatile unsigned fired;
@@ -18,8 +26,29 @@ static void on_timer(struct interrupt_frame *frame)
     end_of_interrupt();
 }
 
+_Noreturn static void gaps(void)
+{
+    u64 end = CONTENT + (argument_number("mib", 0) << 20);
+    for (u64 page = CONTENT; page < end; page += PAGE)
+        write64(page, page + 1);
+    print("watching\n");
+    for (u64 last = clock_ns();;) {
+        u64 now = clock_ns();
+        if (now - last > GAP_NS) {
+            print("gap %u us\n", (now - last) / 1000);
+            now = clock_ns();
+        }
+        last = now;
+    }
+}
+
 int guest_main(void)
 {
+    if (told_to("gaps")) {
+        if (!clock_start())
+            return EXIT_MISSING;
+        gaps();
+    }
     if (told_to("kvm-clock")) {
         if (!clock_start())
             return EXIT_MISSING;
