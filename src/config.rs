@@ -5,6 +5,7 @@ mod disk;
 mod memory;
 mod network;
 mod rate;
+mod share;
 mod transport;
 
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
 pub use rate::Rate;
+pub use share::{MAX_TAG_BYTES, SHARED_FILE, ShareCache, ShareConfig};
 pub use transport::Transport;
 
 /// The least memory in which a Linux kernel can unpack itself.
@@ -105,6 +107,9 @@ pub struct MachineConfig {
     /// Network interfaces in the order the guest sees them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<NetworkConfig>,
+    /// Folders of the host that the guest can mount.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareConfig>,
 }
 
 impl Default for MachineConfig {
@@ -131,6 +136,7 @@ impl Default for MachineConfig {
             disks: Vec::new(),
             vsock: None,
             networks: Vec::new(),
+            shares: Vec::new(),
         }
     }
 }
@@ -191,14 +197,14 @@ pub enum Invalid {
     NoBalloon,
     /// More devices than the PCI bus has places for.
     #[error(
-        "{0} disks and {1} networks: a machine can have at most {n} virtio devices, including vsock, the balloon and the \
+        "{0} disks, {1} networks and shares: a machine can have at most {n} virtio devices, including vsock, the balloon and the \
          entropy device",
         n = layout::PCI_FUNCTIONS_MAX
     )]
     TooManyDevices(usize, usize),
     /// More devices than there are interrupt lines.
     #[error(
-        "{0} disks and {1} networks: with --transport mmio a machine can have at most {n} virtio devices, including \
+        "{0} disks, {1} networks and shares: with --transport mmio a machine can have at most {n} virtio devices, including \
          vsock, the balloon and the entropy device; use --transport pci",
         n = layout::VIRTIO_MMIO_MAX
     )]
@@ -248,6 +254,15 @@ pub enum Invalid {
     /// No path, or one that is too long for a socket.
     #[error("vsock path of {0} bytes: use --vsock with a path of 1 to {MAX_VSOCK_PATH_BYTES} bytes")]
     VsockPath(usize),
+    /// A share without a path.
+    #[error("a share has no path: use --share PATH:TAG[,ro]")]
+    NoSharePath,
+    /// A tag that is too long or would not be passed on unchanged.
+    #[error("invalid share tag {0:?}: use 1 to {MAX_TAG_BYTES} letters, digits or punctuation marks, without commas")]
+    ShareTag(String),
+    /// Two shares with the same tag.
+    #[error("share tag {0:?} is used twice: every share needs its own")]
+    SameShareTag(String),
     /// A limit of zero, or a burst without a limit.
     #[error("network limits must be 1 or more, and a burst needs its limit: use --network user,bps=10M,pps=1000")]
     NetworkRate,
@@ -307,7 +322,11 @@ impl MachineConfig {
         self.validate_device_count()?;
         self.validate_disks()?;
         self.validate_vsock()?;
-        self.validate_networks()
+        self.validate_networks()?;
+        self.shares
+            .iter()
+            .enumerate()
+            .try_for_each(|(at, share)| share.validate(self.shares.get(..at).unwrap_or_default()))
     }
 
     /// The complete kernel command line: husk's parameters, if included, then those in the kernel's image, then the
@@ -339,7 +358,7 @@ impl MachineConfig {
     }
 
     fn validate_device_count(&self) -> Result<(), Invalid> {
-        let (disks, networks) = (self.disks.len(), self.networks.len());
+        let (disks, networks) = (self.disks.len(), self.networks.len() + self.shares.len());
         match self.transport {
             _ if self.devices_fit() => Ok(()),
             Transport::Mmio => Err(Invalid::TooManyMmioDevices(disks, networks)),

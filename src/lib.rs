@@ -10,6 +10,7 @@ pub mod decompress;
 pub mod device;
 pub mod exit_latch;
 pub mod foreign;
+pub mod fs;
 pub mod guest;
 pub mod image;
 pub mod irq;

@@ -7,6 +7,7 @@ pub mod arguments;
 pub mod disk;
 pub mod event;
 pub mod fork;
+pub mod identity;
 pub mod mapping;
 pub mod namespaces;
 pub mod net;

@@ -16,7 +16,8 @@ use super::limits::LimitFlags;
 use super::network::{NetworkFlags, join_shared};
 use super::size;
 use crate::config::{
-    Aio, BackingConfig, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, Transport, VsockConfig,
+    Aio, BackingConfig, Cache, DEFAULT_CID, DiskConfig, Format, MachineConfig, ShareCache, ShareConfig, Transport,
+    VsockConfig,
 };
 use crate::console::terminal;
 use crate::exit_latch::ExitReason;
@@ -114,6 +115,15 @@ pub(super) struct Boot {
     #[arg(long, value_name = "PATH[,cid=N]", value_parser = PathBufValueParser::new().try_map(vsock))]
     vsock: Option<VsockConfig>,
 
+    /// Share a folder or a file of the host, which the guest mounts: `mount -t virtiofs TAG DIR`; can be repeated
+    ///
+    /// `ro` lets the guest change nothing. `cache=auto`, the default, has the guest see changes by the host after a
+    /// second; `cache=always` is faster, for a folder that only the guest changes; `cache=never` sees each at once. The
+    /// path ends at the last colon. A file is in a folder of its own, named `file`.
+    #[arg(long = "share", value_name = "PATH:TAG[,ro][,cache=auto|always|never]")]
+    #[arg(value_parser = PathBufValueParser::new().try_map(share))]
+    shares: Vec<ShareConfig>,
+
     #[command(flatten)]
     lifecycle: LifecycleArgs,
 
@@ -199,6 +209,9 @@ impl Boot {
         if self.vsock.is_some() {
             config.vsock.clone_from(&self.vsock);
         }
+        if !self.shares.is_empty() {
+            config.shares.clone_from(&self.shares);
+        }
         if !self.network.is_empty() {
             config.networks = self.network.configs()?;
         }
@@ -263,6 +276,27 @@ fn disk(argument: PathBuf) -> Result<DiskConfig, String> {
         }
     }
     Ok(disk)
+}
+
+/// Parses `PATH:TAG[,ro][,cache=MODE]`; the path may contain any bytes.
+fn share(argument: PathBuf) -> Result<ShareConfig, String> {
+    let bytes = argument.as_os_str().as_bytes();
+    let at = bytes.iter().rposition(|byte| *byte == b':').ok_or("use PATH:TAG")?;
+    let (path, rest) = (bytes.get(..at).unwrap_or_default(), bytes.get(at + 1..).unwrap_or_default());
+    let rest = String::from_utf8_lossy(rest);
+    let mut words = rest.split(',');
+    let tag = words.next().unwrap_or_default().to_owned();
+    let mut share = ShareConfig::of(std::ffi::OsString::from_vec(path.to_vec()).into(), tag);
+    for option in words {
+        match option {
+            "ro" => share.readonly = true,
+            "cache=auto" => share.cache = ShareCache::Auto,
+            "cache=always" => share.cache = ShareCache::Always,
+            "cache=never" => share.cache = ShareCache::Never,
+            _ => return Err(format!("unknown option {option:?}: use ro, or cache=auto, always or never")),
+        }
+    }
+    Ok(share)
 }
 
 /// Parses `PATH[,cid=N]`; the path may contain any bytes except a comma.
@@ -369,6 +403,28 @@ mod tests {
         assert!(disk("x.img,or".into()).unwrap_err().contains("\"or\""));
         assert!(disk("x.img,".into()).is_err());
     }
+
+    #[test]
+    fn a_share_is_a_path_a_tag_and_options() {
+        let plain = ShareConfig::of("/a:b,c".into(), "work".into());
+        assert_eq!(share("/a:b,c:work".into()), Ok(plain.clone()));
+        let wanted = ShareConfig { readonly: true, cache: ShareCache::Always, ..plain };
+        assert_eq!(share("/a:b,c:work,ro,cache=always".into()), Ok(wanted));
+        for wrong in ["/a", "/a:t,rw", "/a:t,cache=", "/a:t,"] {
+            assert!(share(wrong.into()).is_err(), "{wrong}");
+        }
+        let mut config = MachineConfig { kernel: "k".into(), ..MachineConfig::default() };
+        let invalid = |shares: &[&str], config: &mut MachineConfig| {
+            config.shares = shares.iter().map(|text| share(text.into()).unwrap()).collect();
+            config.validate().err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert_eq!(invalid(&["/a:t", "/a:u"], &mut config), "");
+        assert!(invalid(&["/a:t", "/b:t"], &mut config).contains("used twice"));
+        assert!(invalid(&[":t"], &mut config).contains("no path"));
+        assert!(invalid(&["/a:"], &mut config).contains("invalid share tag"));
+        assert!(invalid(&[&format!("/a:{}", "t".repeat(37))], &mut config).contains("invalid share tag"));
+    }
+
     #[test]
     fn sockets_are_a_path_and_an_address() {
         let socket = PathBuf::from("/run/v.sock");

@@ -42,7 +42,8 @@ impl FromStr for Transport {
 impl MachineConfig {
     /// The number of virtio devices, including the entropy device, which every machine has.
     fn device_count(&self) -> usize {
-        1 + self.disks.len() + self.networks.len() + usize::from(self.vsock.is_some()) + usize::from(self.balloon)
+        let lists = self.disks.len() + self.networks.len() + self.shares.len();
+        1 + lists + usize::from(self.vsock.is_some()) + usize::from(self.balloon)
     }
 
     /// The bus of the virtio devices.

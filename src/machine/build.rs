@@ -18,13 +18,14 @@ use crate::layout::{self, VirtioBus};
 use crate::memory::{self, GuestMemory};
 use crate::resources::disk::DiskFile;
 use crate::resources::net::Network;
+use crate::resources::share::SharedFolder;
 use crate::resources::vsock::VsockSocket;
 use crate::resources::{BootFiles, Resources, SnapshotFiles, Source};
 use crate::sandbox::{self, ThreadRole};
 use crate::timings::{Step, Timings};
 use crate::vcpu::cpuid::{self, Processor};
 use crate::vcpu::{self, Buses, InStep, VcpuThread, setup};
-use crate::virtio::{VirtioDevice, balloon, block, net, rng, vsock};
+use crate::virtio::{VirtioDevice, balloon, block, fs, net, rng, vsock};
 
 impl Machine {
     /// Builds the machine described by `config` from `resources`, which it consumes. No path is opened, and no guest
@@ -47,7 +48,7 @@ impl Machine {
         confine: impl FnOnce() -> Result<()>,
         is_interrupted: &dyn Fn() -> bool,
     ) -> Result<Machine> {
-        let Resources { kvm, source, disks, vsock, networks } = resources;
+        let Resources { kvm, source, disks, vsock, networks, shares } = resources;
         let kvm = Arc::new(kvm);
         let prefault = config.prefault.then_some(is_interrupted);
         let (memory, loader) = match source {
@@ -61,7 +62,7 @@ impl Machine {
                 (memory::map(config.memory_mib, &memory, config.huge_pages.pages(), prefault)?, loader)
             }
         };
-        let (devices, controls) = create_devices(config, disks, vsock, networks)?;
+        let (devices, controls) = create_devices(config, disks, vsock, networks, shares)?;
 
         let vm = Vm::new(kvm, &memory)?;
         let exit_latch = Arc::new(ExitLatch::new()?);
@@ -132,6 +133,7 @@ fn create_devices(
     disks: Vec<DiskFile>,
     vsock: Option<VsockSocket>,
     networks: Vec<Network>,
+    shares: Vec<SharedFolder>,
 ) -> Result<(Vec<VirtioDevice>, Controls)> {
     let (mut devices, mut controls) = (Vec::new(), Controls::default());
     for disk in disks {
@@ -160,6 +162,9 @@ fn create_devices(
         let (device, control) = balloon::device(options).context("create the balloon device")?;
         devices.push(device);
         controls.balloon = Some(control);
+    }
+    for share in shares {
+        devices.push(fs::device(share).context("create a share's device")?);
     }
     Ok((devices, controls))
 }

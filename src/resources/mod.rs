@@ -20,6 +20,7 @@ pub mod ports;
 pub(crate) mod programs;
 pub mod resolver;
 pub mod root_file;
+pub mod share;
 pub mod text;
 pub mod vsock;
 
@@ -33,6 +34,7 @@ use kvm_ioctls::Kvm;
 
 use crate::boot::{Kernel, KernelImage, Part};
 use crate::config::MachineConfig;
+use crate::fs::process::Process;
 use crate::sandbox::affinity;
 use crate::sandbox::cgroup::{CgroupLimits, ResourceLimits};
 use host::KVM_API_VERSION;
@@ -52,6 +54,8 @@ pub struct Resources {
     pub vsock: Option<vsock::VsockSocket>,
     /// The host side of the network interfaces.
     pub networks: Vec<net::Network>,
+    /// The folders that are shared.
+    pub shares: Vec<share::SharedFolder>,
 }
 
 /// Where a guest starts: the content of its memory and the first state of its vCPUs.
@@ -108,6 +112,8 @@ pub struct Outside {
     pub cgroup_limits: CgroupLimits,
     vsock: Option<vsock::VsockName>,
     passts: Vec<passt::Keeper>,
+    /// Those that serve folders.
+    servers: Vec<Process>,
 }
 
 impl Outside {
@@ -139,6 +145,7 @@ impl Resources {
         fds.extend(self.disks.iter().flat_map(disk::DiskFile::fds));
         fds.extend(self.vsock.iter().map(|vsock| vsock.listener.as_raw_fd()));
         fds.extend(self.networks.iter().flat_map(net::Network::fds));
+        fds.extend(self.shares.iter().flat_map(share::SharedFolder::fds));
         fds
     }
 }
@@ -164,6 +171,8 @@ pub fn open_for(config: &MachineConfig, source: Source) -> Result<(Resources, Ou
         affinity::pin_to(&config.cpuset)?;
     }
     let mut outside = Outside { cgroup_limits, ..Outside::default() };
+    // Their servers are within these limits, and become ready in the meantime.
+    let opening = config.shares.iter().map(|share| share::open(share, config.sandbox)).collect::<Result<Vec<_>>>()?;
     let mut vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
     outside.vsock = vsock.as_mut().and_then(vsock::VsockSocket::take_name);
     let mut networks = Vec::new();
@@ -172,7 +181,13 @@ pub fn open_for(config: &MachineConfig, source: Source) -> Result<(Resources, Ou
         networks.push(network);
         outside.passts.extend(keeper);
     }
-    Ok((Resources { kvm, source, disks, vsock, networks }, outside))
+    let mut shares = Vec::new();
+    for share in opening {
+        let (share, server) = share.finish()?;
+        shares.push(share);
+        outside.servers.push(server);
+    }
+    Ok((Resources { kvm, source, disks, vsock, networks, shares }, outside))
 }
 
 fn open_initrd(path: &Path) -> Result<Part> {

@@ -31,7 +31,7 @@ static FILTERS: OnceLock<Filters> = OnceLock::new();
 
 struct Filters {
     fail: fn(&str) -> !,
-    programs: [OnceLock<Vec<sock_filter>>; 7],
+    programs: [OnceLock<Vec<sock_filter>>; 8],
 }
 
 /// Enables the filters of this process. A violation is reported to `report` (see [`violation::install`]). A thread that cannot
@@ -158,7 +158,7 @@ mod tests {
     use super::super::tables::Call;
     use super::*;
 
-    const ROLES: [(ThreadRole, usize); 7] = [
+    const ROLES: [(ThreadRole, usize); 8] = [
         // With the limits that Firecracker's tables keep to.
         (ThreadRole::Main, 50),
         (ThreadRole::Loader, 50),
@@ -167,6 +167,7 @@ mod tests {
         (ThreadRole::Console, 27),
         (ThreadRole::Unpacker, 50),
         (ThreadRole::Downloader, 60),
+        (ThreadRole::Share, 70),
     ];
 
     /// Runs a filter as the kernel does. Returns its action and the number of instructions.

@@ -2,12 +2,13 @@
 //! name, a signal mask and a purpose before it runs any code, and those of a monitor process have a system call filter.
 //!
 //! `confine.rs` takes away what a monitor process could reach by a path, a number or a privilege, `filter.rs` what it could
-//! call, by the tables in `tables.rs`.
+//! call, by the tables in `tables.rs`. `folder.rs` confines a process to a folder.
 
 pub mod affinity;
 pub mod cgroup;
 mod confine;
 mod filter;
+pub mod folder;
 mod tables;
 pub mod task;
 
@@ -38,6 +39,8 @@ pub enum ThreadRole {
     Unpacker,
     /// All threads of a process that downloads one.
     Downloader,
+    /// All threads of a process that serves a folder of the host.
+    Share,
 }
 
 impl ThreadRole {

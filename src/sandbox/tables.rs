@@ -2,15 +2,18 @@
 //! narrows the call.
 
 use libc::{
-    PROT_EXEC, SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_close,
-    SYS_connect, SYS_dup, SYS_epoll_ctl, SYS_epoll_wait, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate,
-    SYS_fcntl, SYS_fdatasync, SYS_fstat, SYS_ftruncate, SYS_futex, SYS_getpeername, SYS_getpid, SYS_getrandom,
-    SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register, SYS_ioctl, SYS_lseek,
-    SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_prctl, SYS_pread64, SYS_preadv,
-    SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg,
-    SYS_restart_syscall, SYS_rseq, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield,
-    SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx,
-    SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
+    PROT_EXEC, SYS_accept4, SYS_brk, SYS_capget, SYS_capset, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone,
+    SYS_clone3, SYS_close, SYS_connect, SYS_copy_file_range, SYS_dup, SYS_epoll_ctl, SYS_epoll_wait, SYS_eventfd2,
+    SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fchmodat, SYS_fchownat, SYS_fcntl, SYS_fdatasync, SYS_fstat,
+    SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getdents64, SYS_getpeername, SYS_getpid, SYS_getrandom,
+    SYS_getsockname, SYS_getsockopt, SYS_gettid, SYS_getxattr, SYS_io_uring_enter, SYS_io_uring_register, SYS_ioctl,
+    SYS_linkat, SYS_listxattr, SYS_lseek, SYS_madvise, SYS_mkdirat, SYS_mknodat, SYS_mmap, SYS_mprotect, SYS_mremap,
+    SYS_munmap, SYS_newfstatat, SYS_openat, SYS_openat2, SYS_poll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2,
+    SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readlinkat, SYS_readv, SYS_recvfrom, SYS_recvmsg,
+    SYS_removexattr, SYS_renameat, SYS_renameat2, SYS_restart_syscall, SYS_rseq, SYS_rt_sigprocmask, SYS_rt_sigreturn,
+    SYS_sched_getaffinity, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_setfsgid, SYS_setfsuid,
+    SYS_setsockopt, SYS_setxattr, SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_statx, SYS_symlinkat, SYS_syncfs,
+    SYS_tgkill, SYS_timerfd_settime, SYS_umask, SYS_unlinkat, SYS_utimensat, SYS_write, SYS_writev,
 };
 
 use super::ThreadRole;
@@ -275,6 +278,53 @@ const BLKZEROOUT: u32 = 0x127f;
 const TUNSETQUEUE: u32 = 0x4004_54d9;
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 
+/// A process that serves a folder: its files, by descriptors and names. `open_by_handle_at`, mounts and sockets are not among
+/// them. Its root directory and Landlock decide where names lead.
+const SHARE: &[Call] = &[
+    any(SYS_recvfrom),
+    any(SYS_openat2),
+    any(SYS_openat),
+    any(SYS_statx),
+    any(SYS_newfstatat),
+    any(SYS_fstat),
+    any(SYS_fstatfs),
+    any(SYS_readlinkat),
+    any(SYS_getdents64),
+    any(SYS_mkdirat),
+    // Devices are refused before, and by the user namespace.
+    any(SYS_mknodat),
+    any(SYS_symlinkat),
+    any(SYS_linkat),
+    any(SYS_unlinkat),
+    any(SYS_renameat2),
+    any(SYS_renameat),
+    any(SYS_fchmodat),
+    any(SYS_fchownat),
+    any(SYS_utimensat),
+    any(SYS_ftruncate),
+    any(SYS_fallocate),
+    any(SYS_pread64),
+    any(SYS_preadv),
+    any(SYS_pwrite64),
+    any(SYS_pwritev),
+    any(SYS_pwritev2),
+    any(SYS_copy_file_range),
+    any(SYS_lseek),
+    any(SYS_fsync),
+    any(SYS_fdatasync),
+    any(SYS_syncfs),
+    any(SYS_getxattr),
+    any(SYS_setxattr),
+    any(SYS_listxattr),
+    any(SYS_removexattr),
+    // The identity of the guest's user.
+    any(SYS_umask),
+    any(SYS_setfsuid),
+    any(SYS_setfsgid),
+    any(SYS_capget),
+    any(SYS_capset),
+];
+
 /// Requests to KVM (linux/kvm.h).
 mod kvm {
     use std::mem::size_of;
@@ -345,6 +395,7 @@ pub fn calls(role: ThreadRole) -> impl Iterator<Item = &'static Call> {
     let own = match role {
         ThreadRole::Unpacker => &[],
         ThreadRole::Downloader => DOWNLOADER,
+        ThreadRole::Share => SHARE,
         ThreadRole::Main => MAIN,
         ThreadRole::Loader => LOADER,
         ThreadRole::Vcpu => VCPU,

@@ -289,8 +289,12 @@ pub fn portable(config: &MachineConfig, inside: DisksInside) -> Result<(MachineC
     Ok((config, moved))
 }
 
-/// The configuration as another process understands it.
+/// The configuration as another process understands it. Fails if the machine has what no other one can have.
 fn with_absolute_paths(config: &MachineConfig) -> Result<MachineConfig> {
+    ensure!(
+        config.shares.is_empty(),
+        "the machine shares folders with the host, which a snapshot does not contain: run it without -v, --mount and --share"
+    );
     let mut config = config.clone();
     let disks = config.disks.iter_mut().flat_map(|disk| {
         let backing = disk.backing.iter_mut().map(|backing| &mut backing.path);

@@ -60,6 +60,13 @@ pub fn write_at_now(file: &File, buffers: &impl IoVecs, offset_bytes: u64) -> io
     retry(|| unsafe { libc::pwritev2(fd, all.as_ptr(), all.len() as i32, offset, libc::RWF_NOWAIT) as i64 })
 }
 
+/// Writes as many of `buffers` as one call accepts at the end of the file (RWF_APPEND). Returns the number of bytes.
+pub fn append(file: &File, buffers: &impl IoVecs) -> io::Result<usize> {
+    let (fd, all) = (file.as_raw_fd(), buffers.iovecs());
+    // SAFETY: `IoVecs` guarantees that each iovec is mapped; it is only read.
+    retry(|| unsafe { libc::pwritev2(fd, all.as_ptr(), all.len() as i32, 0, libc::RWF_APPEND) as i64 })
+}
+
 /// Deallocates the range, which then reads as zeroes (FALLOC_FL_PUNCH_HOLE).
 pub fn punch_hole(file: &File, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)

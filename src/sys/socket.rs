@@ -71,6 +71,13 @@ pub fn send_now(socket: &UnixDatagram, message: &[u8]) -> io::Result<()> {
     if count < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Receives a message without waiting: fails with `WouldBlock` if there is none. Returns its length: 0 at the end.
+pub fn receive_now(socket: &UnixDatagram, bytes: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: pointer and length are those of an exclusively borrowed slice.
+    let count = unsafe { libc::recv(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
 /// Sends a message and a copy of `fd` (unix(7), SCM_RIGHTS).
 pub fn send_with_fd(socket: &UnixDatagram, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(socket.send_with_fd(bytes, fd.as_raw_fd()).map(drop)?)

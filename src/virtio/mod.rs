@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub mod balloon;
 pub mod block;
 pub mod config_space;
+pub mod fs;
 mod log_rate;
 pub mod mmio;
 pub mod net;

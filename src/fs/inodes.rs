@@ -1,0 +1,136 @@
+//! The inodes that the guest's kernel knows, each with a descriptor (O_PATH) by which all calls reach it.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Place;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{FileType, Statx};
+use rustix::io::Errno;
+
+use super::wire::ROOT_ID;
+
+/// A file of any type. It stays the same file when its name changes.
+#[derive(Debug)]
+pub struct Inode {
+    /// Opened with O_PATH.
+    pub fd: OwnedFd,
+    /// Its type, which never changes.
+    pub kind: FileType,
+}
+
+impl Inode {
+    /// An inode with this descriptor and these attributes.
+    pub fn new(fd: OwnedFd, stat: &Statx) -> Inode {
+        Inode { fd, kind: FileType::from_raw_mode(stat.stx_mode.into()) }
+    }
+
+    /// Its path in the folder of descriptors: see [`super::worker`].
+    pub fn path(&self) -> String {
+        self.fd.as_raw_fd().to_string()
+    }
+}
+
+/// Identifies a file of the host. As long as a descriptor refers to it, no other file has its number.
+type Key = (u32, u32, u64, u64);
+
+fn key(stat: &Statx) -> Key {
+    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, stat.stx_mnt_id)
+}
+
+struct Known {
+    inode: Arc<Inode>,
+    key: Key,
+    /// How often the kernel was told of it and has not forgotten it.
+    lookups: u64,
+}
+
+struct Tables {
+    by_id: HashMap<u64, Known>,
+    by_key: HashMap<Key, u64>,
+    /// Never used twice, so that one that was forgotten is never another file.
+    next_id: u64,
+}
+
+/// All inodes by their IDs. Any thread.
+pub struct Inodes {
+    root: Arc<Inode>,
+    tables: Mutex<Tables>,
+    count_max: usize,
+}
+
+impl Inodes {
+    /// A table with the root, and room for `count_max` others.
+    pub fn new(root: Inode, count_max: usize) -> Inodes {
+        let tables = Tables { by_id: HashMap::new(), by_key: HashMap::new(), next_id: ROOT_ID + 1 };
+        Inodes { root: Arc::new(root), tables: Mutex::new(tables), count_max }
+    }
+
+    /// The inode with this ID. Fails with ESTALE if there is none.
+    pub fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
+        if id == ROOT_ID {
+            return Ok(self.root.clone());
+        }
+        self.lock().by_id.get(&id).map(|known| known.inode.clone()).ok_or(Errno::STALE)
+    }
+
+    /// Counts a lookup of a file, and returns its ID. Fails with ENFILE if there are too many.
+    pub fn look_up(&self, inode: Inode, stat: &Statx) -> Result<u64, Errno> {
+        let mut tables = self.lock();
+        let Tables { by_id, by_key, next_id } = &mut *tables;
+        let is_full = by_id.len() >= self.count_max;
+        let key = key(stat);
+        match by_key.entry(key) {
+            Place::Occupied(place) => {
+                let id = *place.get();
+                let known = by_id.get_mut(&id).ok_or(Errno::STALE)?;
+                known.lookups += 1;
+                Ok(id)
+            }
+            Place::Vacant(_) if is_full => Err(Errno::NFILE),
+            Place::Vacant(place) => {
+                let id = *next_id;
+                *next_id += 1;
+                place.insert(id);
+                by_id.insert(id, Known { inode: Arc::new(inode), key, lookups: 1 });
+                Ok(id)
+            }
+        }
+    }
+
+    /// Takes back lookups. An inode without any is closed when no call uses it any more.
+    pub fn forget(&self, id: u64, lookups: u64) {
+        let mut tables = self.lock();
+        let Some(known) = tables.by_id.get_mut(&id) else { return };
+        known.lookups = known.lookups.saturating_sub(lookups);
+        if known.lookups == 0
+            && let Some(known) = tables.by_id.remove(&id)
+        {
+            tables.by_key.remove(&known.key);
+            drop(tables);
+            drop(known);
+        }
+    }
+
+    /// Forgets all inodes but the root.
+    pub fn clear(&self) {
+        let mut tables = self.lock();
+        let forgotten = (std::mem::take(&mut tables.by_id), std::mem::take(&mut tables.by_key));
+        drop(tables);
+        drop(forgotten);
+    }
+
+    /// The number of inodes besides the root.
+    pub fn count(&self) -> usize {
+        self.lock().by_id.len()
+    }
+
+    /// Whether so many are known that no others should be looked up in advance.
+    pub fn is_half_full(&self) -> bool {
+        self.count() >= self.count_max / 2
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tables> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

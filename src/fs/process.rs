@@ -1,0 +1,264 @@
+//! The process that serves a folder: a copy of this one, confined to the folder before it reads the first request.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Resource, Rlimit};
+
+use super::link::{Ends, Link};
+use super::worker::Worker;
+use super::{CAPABILITIES, Options, Server};
+use crate::sandbox::folder::{self, Folder, Inside, NAMESPACES};
+use crate::sandbox::{self, ThreadRole};
+use crate::sys::fork::{self, Files, Split};
+use crate::sys::{arguments, socket};
+
+/// The number of threads that serve, and so of requests that may wait for the host's disk at once.
+const THREADS: usize = 4;
+/// The most descriptors that a server gets, if the host allows it.
+const FILES_MAX: u64 = 1 << 20;
+/// The longest report of a server that it is ready.
+const REPORT_BYTES_MAX: usize = 4096;
+/// The first byte of a report that says why there is no server.
+const FAILED: u8 = b'!';
+
+/// A server process. Dropping it ends the process.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    /// How the folder is called in messages.
+    name: String,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        fork::kill(self.pid);
+        fork::wait(self.pid);
+    }
+}
+
+/// A process that is about to serve.
+#[derive(Debug)]
+pub struct Starting {
+    process: Process,
+    ends: Ends,
+    lacks: Vec<String>,
+}
+
+/// Starts a process that serves `folder`, in namespaces of its own if the host allows that. With `is_confined` its calls are
+/// filtered.
+pub fn start(folder: Folder, options: Options, is_confined: bool) -> Result<Starting> {
+    let name = folder.path.display().to_string();
+    let separate = spawn(&name, &folder, options, NAMESPACES, is_confined, Vec::new());
+    let lacks = |error| vec![format!("namespaces: {error:#}")];
+    separate.or_else(|error| spawn(&name, &folder, options, 0, is_confined, lacks(error)))
+}
+
+fn spawn(
+    name: &str,
+    folder: &Folder,
+    options: Options,
+    flags: i32,
+    is_confined: bool,
+    lacks: Vec<String>,
+) -> Result<Starting> {
+    let (ends, theirs) = Ends::pair().context("create a socket")?;
+    let folder = folder.try_clone().context("duplicate a file descriptor")?;
+    let given = [theirs.fds().as_slice(), &[folder.fd.as_raw_fd()]].concat();
+    let files = Files { given, shared: Vec::new() };
+    let split = fork::split(flags, (theirs, folder), &files).map_err(|(_, error)| error);
+    let pid = match split.context("start a process")? {
+        Split::Child((ends, folder)) => run(folder, options, ends, flags != 0, is_confined),
+        Split::Parent(pid) => pid,
+    };
+    let process = Process { pid, name: name.to_owned() };
+    if flags != 0 {
+        map_users(pid).context("map users")?;
+    }
+    allow_many_files(pid);
+    // It goes on when its users are mapped.
+    ends.socket.send(&[0]).context("start the server")?;
+    Ok(Starting { process, ends, lacks })
+}
+
+impl Starting {
+    /// Waits until the process is confined and serves.
+    pub fn finish(self) -> Result<(Ends, Process)> {
+        let Starting { process, ends, mut lacks } = self;
+        let mut report = vec![0; REPORT_BYTES_MAX];
+        let len = ends.socket.recv(&mut report).context("wait for the server")?;
+        let text = String::from_utf8_lossy(report.get(..len).unwrap_or_default()).into_owned();
+        let what = || format!("share {}", process.name);
+        match report.get(..len) {
+            None | Some([]) => bail!("{}: its server has ended", what()),
+            Some([FAILED, ..]) => bail!("{}: {}", what(), text.trim_start_matches(char::from(FAILED))),
+            Some(_) => {}
+        }
+        lacks.extend(text.lines().filter(|line| !line.is_empty()).map(str::to_owned));
+        for lack in lacks {
+            log::info!("{}: the sandbox lacks a layer that this host does not allow: {lack}", what());
+        }
+        Ok((ends, process))
+    }
+}
+
+/// Maps the users of the new user namespace: all of them for root, and otherwise this user as its root, and those that the host
+/// has given to this user (subuid(5)).
+fn map_users(pid: u32) -> Result<()> {
+    let proc = Path::new("/proc").join(pid.to_string());
+    let write = |name: &str, text: &str| -> Result<()> {
+        let path = proc.join(name);
+        fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .with_context(|| format!("write {}", path.display()))
+    };
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    if rustix::process::geteuid().is_root() {
+        // As far as this process itself has them.
+        let same = |name: &str| -> Result<String> {
+            let own = fs::read_to_string(format!("/proc/self/{name}"))?;
+            let lines = own.lines().filter_map(|line| {
+                let [inside, _, count] = line.split_whitespace().collect::<Vec<_>>()[..] else { return None };
+                Some(format!("{inside} {inside} {count}\n"))
+            });
+            Ok(lines.collect())
+        };
+        return write("uid_map", &same("uid_map")?).and_then(|()| write("gid_map", &same("gid_map")?));
+    }
+    if map_subordinate(pid, uid, gid).is_some() {
+        return Ok(());
+    }
+    write("setgroups", "deny")?;
+    write("uid_map", &format!("0 {uid} 1\n"))?;
+    write("gid_map", &format!("0 {gid} 1\n"))
+}
+
+/// Maps this user, and those after it to its subordinate IDs, with the host's programs for that. `None` if it has none.
+fn map_subordinate(pid: u32, uid: u32, gid: u32) -> Option<()> {
+    let ranges = [("/etc/subuid", "newuidmap", uid), ("/etc/subgid", "newgidmap", gid)].map(|(file, program, own)| {
+        let (first, count) = subordinate(&fs::read_to_string(file).ok()?, uid)?;
+        Some((program, [0, own, 1, 1, first, count]))
+    });
+    for range in ranges {
+        let (program, numbers) = range?;
+        let mut command = Command::new(program);
+        command.arg(pid.to_string()).args(numbers.map(|number| number.to_string()));
+        command.output().ok()?.status.success().then_some(())?;
+    }
+    Some(())
+}
+
+/// The first range of the user in a file like /etc/subuid: `NAME:FIRST:COUNT` or `UID:FIRST:COUNT`.
+fn subordinate(text: &str, uid: u32) -> Option<(u32, u32)> {
+    let name = std::env::var("USER").ok();
+    text.lines().find_map(|line| {
+        let [user, first, count] = line.split(':').collect::<Vec<_>>()[..] else { return None };
+        let is_own = user == uid.to_string() || Some(user) == name.as_deref();
+        is_own.then_some(())?;
+        Some((first.parse().ok()?, count.trim().parse().ok()?))
+    })
+}
+
+/// Raises the limit of open files of a server, since it has one for each file that the guest's kernel knows.
+fn allow_many_files(pid: u32) {
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
+    for maximum in [FILES_MAX, rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(FILES_MAX)] {
+        let limit = Rlimit { current: Some(maximum), maximum: Some(maximum) };
+        if rustix::process::prlimit(Some(pid), Resource::Nofile, limit).is_ok() {
+            return;
+        }
+    }
+}
+
+/// Runs this process as the server of a folder, and exits.
+fn run(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> ! {
+    let error = match prepare(folder, options, ends, is_separate, is_confined) {
+        Ok(worker) => {
+            let _ = worker.run();
+            fork::exit_now(0)
+        }
+        Err((socket, error)) => {
+            let text = format!("{}{error:#}", char::from(FAILED));
+            let text = text.as_bytes();
+            socket.map(|socket| socket.send(text.get(..text.len().min(REPORT_BYTES_MAX)).unwrap_or_default()))
+        }
+    };
+    fork::exit_now(1 + i32::from(error.is_none()))
+}
+
+type Failure = (Option<UnixDatagram>, anyhow::Error);
+
+fn prepare(
+    folder: Folder,
+    options: Options,
+    ends: Ends,
+    is_separate: bool,
+    is_confined: bool,
+) -> Result<Worker, Failure> {
+    let socket = ends.socket.try_clone().ok();
+    set_up(folder, options, ends, is_separate, is_confined).map_err(|error| (socket, error))
+}
+
+fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> Result<Worker> {
+    let mut go = [0];
+    if ends.socket.recv(&mut go).context("wait for the start")? == 0 {
+        bail!("husk has ended");
+    }
+    let null = fs::File::options().read(true).write(true).open("/dev/null").context("open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    drop(null);
+    rustix::thread::set_name(c"share").context("name the server")?;
+    std::panic::set_hook(Box::new(|_| fork::exit_now(1)));
+    arguments::forget_environment();
+    let link = Arc::new(ends.connect().context("map the slots")?);
+    if is_confined {
+        sandbox::enable_filters(link.socket().as_raw_fd(), |_| fork::exit_now(1)).context("handle SIGSYS")?;
+    }
+    let Inside { root, descriptors, lacks, is_privileged } =
+        folder::enter(folder, CAPABILITIES, is_separate).context("confine the server")?;
+    let files_max = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(FILES_MAX);
+    let files_max = usize::try_from(files_max).unwrap_or(usize::MAX);
+    let server = Arc::new(Server::new(root, options, is_privileged, files_max).context("read the shared folder")?);
+    let descriptors = Arc::new(descriptors);
+    for _ in 1..THREADS {
+        let (server, link, descriptors) = (server.clone(), link.clone(), descriptors.clone());
+        let serve = move |worker: Worker| {
+            sandbox::confine_this_thread(ThreadRole::Share);
+            let _ = worker.run();
+            fork::exit_now(0)
+        };
+        sandbox::spawn("share", move || match Worker::new(server, link, &*descriptors) {
+            Ok(worker) => serve(worker),
+            Err(_) => fork::exit_now(1),
+        })
+        .context("start a thread")?;
+    }
+    let worker = Worker::new(server, link.clone(), &*descriptors).context("enter the folder of descriptors")?;
+    report_ready(&link, &lacks)?;
+    sandbox::confine_this_thread(ThreadRole::Share);
+    Ok(worker)
+}
+
+fn report_ready(link: &Link, lacks: &[String]) -> Result<()> {
+    // The first line keeps the message from being empty.
+    let text = format!("\n{}", lacks.join("\n"));
+    let text = text.as_bytes();
+    Ok(socket::send_now(link.socket(), text.get(..text.len().min(REPORT_BYTES_MAX)).unwrap_or_default())?)
+}
+
+impl Process {
+    /// The ID of the process.
+    pub fn id(&self) -> u32 {
+        self.pid
+    }
+}

@@ -1,0 +1,123 @@
+//! The server as a process of its own.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+
+use rustix::fs::RenameFlags;
+
+use super::super::process::{self, Process};
+use super::super::wire::{ROOT_ID, opcode};
+use super::super::{Cache, Options};
+use super::RW;
+use super::client::Client;
+use crate::config::SHARED_FILE;
+use crate::sandbox::folder::{self, Folder};
+
+fn serve(dir: tempfile::TempDir, file: Option<&str>) -> (Client, Process) {
+    let path = file.map_or(dir.path().to_owned(), |name| dir.path().join(name)).canonicalize().unwrap();
+    let fd = folder::open_path(&path).unwrap().into();
+    let folder = Folder { path, fd, file_name: file.map(|_| SHARED_FILE), readonly: false };
+    let options = Options { readonly: false, cache: Cache::Auto };
+    let (ends, process) = process::start(folder, options, true).unwrap().finish().unwrap();
+    (Client::of(dir, ends.connect().unwrap()), process)
+}
+
+#[test]
+fn a_confined_server_serves_every_kind_of_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut guest, process) = serve(dir, None);
+    let (file, handle) = guest.create(ROOT_ID, "f", RW, 0o600).unwrap();
+    guest.write(file.id, handle, 0, b"data", 0).unwrap();
+    assert_eq!(fs::read(guest.at("f")).unwrap(), b"data");
+    // What is refused must be refused by an error, not by the end of the process.
+    for opcode in 1..60 {
+        if opcode != opcode::DESTROY {
+            for node in [ROOT_ID, file.id] {
+                let arguments = [&handle.to_le_bytes()[..], &[0; 16], b"user.a\0f\0g\0", &[0; 60]].concat();
+                if matches!(opcode, opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT) {
+                    guest.tell(opcode, 77, &arguments);
+                } else {
+                    let _ = guest.call(opcode, node, &arguments);
+                }
+            }
+        }
+    }
+    let (file, handle) = guest.create(ROOT_ID, "again", RW, 0o600).unwrap();
+    guest.user = (1000, 1000);
+    let of_another = guest.mkdir(ROOT_ID, "another's", 0o755).map(|_| ());
+    if rustix::process::geteuid().is_root() {
+        assert_eq!(of_another, Ok(()));
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(fs::metadata(guest.at("another's")).unwrap().uid(), 1000);
+    } else {
+        assert!(matches!(of_another, Ok(()) | Err(libc::EPERM)));
+    }
+    guest.user = (0, 0);
+    guest.allocate(file.id, handle, 0, 4096, 0).unwrap();
+    guest.seek(file.id, handle, 0, libc::SEEK_HOLE).unwrap();
+    guest.copy((file.id, handle, 0), (file.id, handle, 8192), 10).unwrap();
+    guest.call(opcode::FSYNC, file.id, &[&handle.to_le_bytes()[..], &[0; 8]].concat()).unwrap();
+    guest.call(opcode::SYNCFS, ROOT_ID, &[0; 8]).unwrap();
+    guest.call(opcode::STATFS, ROOT_ID, &[]).unwrap();
+    guest.set_attributes(file.id, 1 | 8 | 32, 3, (7, 7), 0o644).unwrap();
+    guest.rename(ROOT_ID, "again", ROOT_ID, "moved", RenameFlags::empty()).unwrap();
+    let folder = guest.mkdir(ROOT_ID, "sub", 0o755).unwrap();
+    guest.rename(ROOT_ID, "moved", folder.id, "moved", RenameFlags::empty()).unwrap();
+    guest.call(opcode::LINK, ROOT_ID, &[&file.id.to_le_bytes()[..], b"linked\0"].concat()).unwrap();
+    assert!(guest.read_folder(ROOT_ID, true).iter().any(|(name, _)| name == "linked"));
+    drop(process);
+}
+
+#[test]
+fn a_confined_server_has_no_more_than_its_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_guest, process) = serve(dir, None);
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+    assert_eq!((field("Seccomp:"), field("NoNewPrivs:")), ("2".into(), "1".into()));
+    let link = |name: &str| fs::read_link(format!("/proc/{}/ns/{name}", process.id())).unwrap();
+    let own = |name: &str| fs::read_link(format!("/proc/self/ns/{name}")).unwrap();
+    for name in ["user", "mnt", "net", "ipc"] {
+        assert_ne!(link(name), own(name), "{name}");
+    }
+    let allowed = u64::from_str_radix(&field("CapPrm:"), 16).unwrap();
+    assert_eq!(allowed, super::super::CAPABILITIES.bits());
+    // Descriptors: the streams, the link, the folder and that of descriptors.
+    let open = fs::read_dir(format!("/proc/{}/fd", process.id())).unwrap();
+    let targets: Vec<String> =
+        open.map(|entry| fs::read_link(entry.unwrap().path()).unwrap().display().to_string()).collect();
+    assert!(targets.len() <= 8, "{targets:?}");
+    let root = fs::read_link(format!("/proc/{}/root", process.id())).unwrap();
+    assert_ne!(root, std::path::Path::new("/usr"), "{root:?}");
+}
+
+#[test]
+fn a_single_file_has_a_folder_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("shared.txt"), b"shared").unwrap();
+    fs::write(dir.path().join("secret.txt"), b"secret").unwrap();
+    let (mut guest, _process) = serve(dir, Some("shared.txt"));
+    let mut names: Vec<_> = guest.read_folder(ROOT_ID, false).into_iter().map(|(name, _)| name).collect();
+    names.sort();
+    assert_eq!(names, [".", "..", SHARED_FILE]);
+    let file = guest.look_up(ROOT_ID, SHARED_FILE).unwrap();
+    let handle = guest.open(file.id, RW).unwrap();
+    guest.write(file.id, handle, 0, b"S", 0).unwrap();
+    assert_eq!(fs::read(guest.at("shared.txt")).unwrap(), b"Shared");
+    assert!(guest.create(ROOT_ID, "other", RW, 0o600).is_err());
+}
+
+#[test]
+fn a_server_ends_with_its_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, process) = serve(dir, None);
+    let socket = guest.link.as_ref().unwrap().socket().as_raw_fd();
+    assert!(socket > 2);
+    drop(guest);
+    let state = || fs::read_to_string(format!("/proc/{}/stat", process.id())).unwrap();
+    let begin = std::time::Instant::now();
+    while !state().contains(") Z") {
+        assert!(begin.elapsed().as_secs() < 10, "{}", state());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}

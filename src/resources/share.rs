@@ -1,0 +1,56 @@
+//! Folders that a machine shares: opens each, and starts the process that serves it.
+
+use std::os::fd::RawFd;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::config::{SHARED_FILE, ShareConfig};
+use crate::fs::Options;
+use crate::fs::link::Ends;
+use crate::fs::process::{self, Process, Starting};
+use crate::sandbox::folder::{self, Folder};
+
+/// A folder that a process serves, for the device of the guest.
+#[derive(Debug)]
+pub struct SharedFolder {
+    /// What the guest mounts.
+    pub tag: String,
+    /// The connection with the server.
+    pub ends: Ends,
+}
+
+impl SharedFolder {
+    /// All descriptors.
+    pub fn fds(&self) -> [RawFd; 2] {
+        self.ends.fds()
+    }
+}
+
+/// A folder whose server is about to serve.
+pub struct Opening {
+    tag: String,
+    server: Starting,
+}
+
+/// Opens what `config` names, and starts its server, confined if the machine `is_confined`.
+pub fn open(config: &ShareConfig, is_confined: bool) -> Result<Opening> {
+    let ShareConfig { path, tag, readonly, cache } = config;
+    let what = || format!("share {}", path.display());
+    let path = path.canonicalize().with_context(what)?;
+    let file = folder::open_path(&path).with_context(what)?;
+    let kind = file.metadata().with_context(what)?.file_type();
+    ensure!(kind.is_dir() || kind.is_file(), "{}: only folders and regular files can be shared", what());
+    let file_name = kind.is_file().then_some(SHARED_FILE);
+    let folder = Folder { path, fd: file.into(), file_name, readonly: *readonly };
+    let options = Options { readonly: *readonly, cache: *cache };
+    let server = process::start(folder, options, is_confined).with_context(what)?;
+    Ok(Opening { tag: tag.clone(), server })
+}
+
+impl Opening {
+    /// Waits until the folder is served. It is, until the process is dropped.
+    pub fn finish(self) -> Result<(SharedFolder, Process)> {
+        let (ends, process) = self.server.finish()?;
+        Ok((SharedFolder { tag: self.tag, ends }, process))
+    }
+}
