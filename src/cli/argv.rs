@@ -39,7 +39,25 @@ pub fn read() -> Result<&'static [OsString]> {
         let place = command_index(&words)? + 1;
         words.splice(place..place, added);
     }
-    Ok(ARGV.get_or_init(|| words))
+    Ok(ARGV.get_or_init(|| spell_out(words)))
+}
+
+/// Replaces `-vv`, `-vvv` and so on among husk's options, and right behind the command, by as many `--verbose`: `-v` alone is a
+/// volume of `husk run`.
+fn spell_out(words: Vec<OsString>) -> Vec<OsString> {
+    let mut commands = 0;
+    let levels = |word: &OsString| {
+        let letters = word.as_bytes().strip_prefix(b"-").filter(|letters| letters.len() > 1);
+        letters.filter(|letters| letters.iter().all(|letter| *letter == b'v')).map_or(0, <[u8]>::len)
+    };
+    let spell = |word: OsString| {
+        commands += usize::from(!word.as_bytes().starts_with(b"-"));
+        match levels(&word) {
+            count @ 1.. if commands < 2 => vec![OsString::from("--verbose"); count],
+            _ => vec![word],
+        }
+    };
+    words.into_iter().flat_map(spell).collect()
 }
 
 /// The arguments found by [`read`].
@@ -117,6 +135,20 @@ mod tests {
             assert!(unpack(&packed[..len]).is_err(), "{len} bytes of them");
         }
         assert!(unpack(&[packed, vec![b'x', 0]].concat()).is_err());
+    }
+
+    #[test]
+    fn only_the_verbosity_of_husk_is_spelled_out() {
+        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+        for (typed, meant) in [
+            ("-vv ps", "--verbose --verbose ps"),
+            ("run -vvv x", "run --verbose --verbose --verbose x"),
+            ("run -v /a:/b x", "run -v /a:/b x"),
+            ("run x ls -vv", "run x ls -vv"),
+            ("run -vva:/b x", "run -vva:/b x"),
+        ] {
+            assert_eq!(spell_out(words(typed)), words(meant), "{typed}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ const LINES_PER_SECOND: u32 = 50;
 static LOGGER: Logger = Logger { rate: Mutex::new(Rate { started: None, lines: 0, suppressed: 0 }) };
 
 /// Sends the log to standard error: warnings and errors, and one more level for each step of `verbosity` (the number of
-/// `-v` flags). Must be called once, before other threads are started.
+/// `--verbose` flags). Must be called once, before other threads are started.
 pub fn init(verbosity: u8) {
     let level = match verbosity {
         0 => LevelFilter::Warn,

@@ -23,6 +23,7 @@ pub mod logs;
 mod machines;
 pub mod man;
 pub mod merge;
+mod mounts;
 mod network;
 pub mod networks;
 pub mod pause;
@@ -46,6 +47,7 @@ pub mod suspend;
 mod time;
 pub mod update;
 mod usage;
+mod volume;
 pub mod wait;
 pub mod warm;
 
@@ -80,8 +82,8 @@ pub struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// Print more log messages to standard error: -v info, -vv debug, -vvv trace
-    #[arg(short, long, global = true, display_order = 100, action = ArgAction::Count)]
+    /// Print more log messages to standard error; repeated, or as -vv and -vvv, even more
+    #[arg(long, global = true, display_order = 100, action = ArgAction::Count)]
     verbose: u8,
 }
 
@@ -153,6 +155,8 @@ enum Command {
     Prune(prune::Prune),
     /// List or remove persistent disks
     Disks(disks::Disks),
+    /// Manage named volumes
+    Volume(volume::VolumeArgs),
     /// Manage networks
     Network(networks::Networks),
     /// Benchmark machines against containers and the bare host
@@ -203,6 +207,7 @@ impl Cli {
             Command::Rmi(rmi) => rmi.run(),
             Command::Prune(prune) => prune.run(),
             Command::Disks(disks) => disks.run(),
+            Command::Volume(volume) => volume.run(),
             Command::Network(networks) => networks.run(),
             Command::Bench(bench) => bench.run(),
             Command::Doctor(doctor) => doctor.run(),

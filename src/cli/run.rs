@@ -3,12 +3,12 @@
 pub mod machine;
 pub mod session;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use clap::{ArgAction, Args};
 use husk_protocol::{Limit, Tmpfs};
 use log::Level;
@@ -17,8 +17,8 @@ use self::machine::MachineFlags;
 use self::session::Start;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
+use super::mounts::{self, MountFlags};
 use super::process::ProcessFlags;
-use super::usage::NO_VOLUMES;
 use super::{boot, signal, size};
 use crate::config::{MachineConfig, Rate};
 use crate::guest::process;
@@ -51,6 +51,9 @@ Examples:
 
   Boot a disk image with its own operating system:
     husk run ./disk.img
+
+  Work in a folder of the host:
+    husk run --rm -v ./src:/src -w /src ./image.tar make
 
   Start a machine that has booted already:
     husk warm debian:12
@@ -117,6 +120,9 @@ pub(super) struct Run {
     #[arg(long, value_name = "PATH[:OPTION,...]", value_parser = process::tmpfs)]
     tmpfs: Vec<Tmpfs>,
 
+    #[command(flatten)]
+    mounts: MountFlags,
+
     /// Set a resource limit (ulimit); can be repeated
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
     ulimit: Vec<Limit>,
@@ -137,7 +143,7 @@ pub(super) struct Run {
     ///
     /// There is no IMAGE then: all words are the command. The machine has the CPUs, the memory and the kernel of the
     /// snapshot.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "scratch", "init", "no_warm"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "scratch", "init", "no_warm", "volume", "mount"])]
     #[arg(conflicts_with_all = ["cpus", "memory", "kernel", "transport", "nested", "read_only"])]
     from: Option<PathBuf>,
 
@@ -172,12 +178,12 @@ impl Run {
     fn try_run(mut self, started: Instant) -> Result<Exit> {
         let timings = Arc::new(Timings::new(started));
         self.process.mask_values();
+        let mounts = self.mounts.parse()?;
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = match &self.from {
             Some(dir) => self.machine.adopt(dir)?.into(),
             None => words.next().unwrap_or_default(),
         };
-        reject_volume_as_image(&image)?;
         let mut command: Vec<OsString> = words.collect();
         // After `--`, everything is the command.
         if command.first().is_some_and(|word| word == "--") {
@@ -194,7 +200,9 @@ impl Run {
         let dir = self.lifecycle.dir()?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
         let is_hostname_chosen = self.hostname.is_some();
+        let (shares, _volumes) = mounts::open(mounts, &mut self.tmpfs)?;
         let mut spec = self.guest_spec(root_fs, command, &dir)?;
+        spec.share(shares)?;
         spec.connect(self.machine.network.setup(&name)?);
         let kernel = self.machine.kernel()?;
         let verbose = log::log_enabled!(Level::Info);
@@ -323,12 +331,4 @@ fn warm_image(spec: &GuestSpec, config: &MachineConfig) -> Option<Snapshot> {
         log::info!("the machine starts from a warm image: --no-warm boots it instead");
     }
     found
-}
-
-/// Rejects the value of Docker's `-v` in the place of the image: husk's `-v` is `--verbose` and takes no value.
-fn reject_volume_as_image(word: &OsStr) -> Result<()> {
-    let text = word.to_string_lossy();
-    let is_volume = log::log_enabled!(Level::Info) && text.contains(":/") && !Path::new(word).exists();
-    ensure!(!is_volume, "{text}: {NO_VOLUMES}");
-    Ok(())
 }

@@ -6,10 +6,6 @@ use super::argv;
 use super::exit::Exit;
 use super::print_error;
 
-/// The alternative to host directories.
-pub const NO_VOLUMES: &str =
-    "-v, --volume and --mount are not supported yet: use `husk cp` to copy files between the host and a machine";
-
 /// Handles `--help` and `--version`, and prints usage errors on one line.
 pub fn report_usage(error: &clap::Error) -> Exit {
     let text = error.render().to_string();
@@ -68,7 +64,6 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         "create" => "use `husk run -d`",
         "container" => "use `husk ps`, `husk rm` and so on, without `container`",
         "image" => "use `husk images`, `husk rmi` and so on, without `image`",
-        "volume" => "use `husk run --keep NAME` and `husk disks`",
         "system" => "use `husk prune`",
         "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
         "build" | "commit" | "history" | "push" | "save" | "tag" => {
@@ -87,14 +82,12 @@ fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
     let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
     match command {
         "run" => {
-            let is_volume = |word: &String| word.starts_with("-v") && word.contains(":/");
-            let is_short = !option.starts_with("--");
-            let is_share = ["--volume", "--mount", "--volumes-from"].into_iter().any(is);
             if is("--pull") {
                 return Some("a missing image is pulled; use `husk pull` for a newer one");
             }
-            (is_share || is_short && arguments.iter().any(is_volume)).then_some(NO_VOLUMES)
+            is("--volumes-from").then_some("name the folders with -v")
         }
+        _ if option == "-v" => Some("use --verbose"),
         "inspect" if is("-f") || is("--format") => Some("the output is JSON: select fields with `jq`"),
         "ps" | "images" | "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
             Some("use --json, and select with `jq`")
@@ -128,10 +121,8 @@ mod tests {
             (&["container", "ls"], "husk ps"),
             (&["image", "ls"], "husk images"),
             (&["login"], "podman login"),
-            (&["run", "-v/a:/b", "x"], "husk cp"),
-            (&["run", "-vdata:/b", "x"], "husk cp"),
-            (&["run", "--volume", "/a:/b", "x"], "husk cp"),
-            (&["run", "--mount=type=bind,src=/a,dst=/b", "x"], "husk cp"),
+            (&["run", "--volumes-from", "a", "x"], "-v"),
+            (&["ps", "-v"], "use --verbose"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
             (&["run", "--pull", "always", "x"], "husk pull"),
             (&["run", "-h"], "--help"),

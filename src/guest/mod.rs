@@ -10,6 +10,7 @@ use husk_protocol::{Overlay, Process, Root, Run, Spec, Start, Tmpfs, WindowSize}
 
 use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
+use self::shares::Share;
 use crate::config::{DEFAULT_CID, DiskConfig, Format, MachineConfig, NetworkConfig, Transport, VsockConfig};
 use crate::console::terminal;
 use crate::image::scratch::Scratch;
@@ -24,6 +25,7 @@ pub mod network;
 mod output;
 pub mod process;
 pub mod session;
+pub mod shares;
 pub mod signal;
 pub mod streams;
 
@@ -72,6 +74,7 @@ pub struct GuestSpec {
     tmpfs: Vec<Tmpfs>,
     program: Program,
     network: NetworkSetup,
+    shares: Vec<Share>,
 }
 
 /// What a machine runs.
@@ -109,7 +112,7 @@ impl GuestSpec {
         process.stdin = stdin;
         check_hostname(&hostname)?;
         let program = Program::Process(process);
-        Ok(GuestSpec { root_fs, hostname, tmpfs, program, network: NetworkSetup::default() })
+        Ok(GuestSpec { root_fs, hostname, tmpfs, program, network: NetworkSetup::default(), shares: Vec::new() })
     }
 
     /// A machine that runs the root file system's own init. `args` are the init program and its arguments; if empty,
@@ -118,12 +121,23 @@ impl GuestSpec {
         // A disk image sets its own host name.
         let hostname = if matches!(root_fs, RootFs::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
-        GuestSpec { root_fs, hostname, tmpfs, program: Program::Init(args), network: NetworkSetup::default() }
+        let (program, network) = (Program::Init(args), NetworkSetup::default());
+        GuestSpec { root_fs, hostname, tmpfs, program, network, shares: Vec::new() }
     }
 
     /// Sets the machine's network interfaces. Without this call it has none.
     pub fn connect(&mut self, network: NetworkSetup) {
         self.network = network;
+    }
+
+    /// Sets what the machine shares with the host. Without this call it is nothing.
+    pub fn share(&mut self, shares: Vec<Share>) -> Result<()> {
+        ensure!(
+            shares.is_empty() || self.has_session(),
+            "-v and --mount need husk's init: remove --init, or use `husk boot --share` and mount it in the machine"
+        );
+        self.shares = shares;
+        Ok(())
     }
 
     /// The process that husk's init starts, if there is one.
@@ -244,6 +258,9 @@ impl GuestSpec {
         if !self.network.is_empty() {
             drivers.push("virtio_net");
         }
+        if !self.shares.is_empty() {
+            drivers.push("virtiofs");
+        }
         let modules = modules::find(&kernel.modules, &drivers)?;
         initramfs::make(&self.spec(start, &modules), &modules)
     }
@@ -258,7 +275,12 @@ impl GuestSpec {
     }
 
     fn run(&self, process: &Process) -> Run {
-        Run { identity: self.network.identity(&self.hostname), tmpfs: self.tmpfs.clone(), process: process.clone() }
+        Run {
+            identity: self.network.identity(&self.hostname),
+            tmpfs: self.tmpfs.clone(),
+            shares: self.shares.iter().map(|share| share.mount.clone()).collect(),
+            process: process.clone(),
+        }
     }
 
     /// The configuration of the machine for this guest. `socket` is the vsock socket for its sessions; with `verbose`
@@ -290,6 +312,7 @@ impl GuestSpec {
             disks,
             vsock: self.has_session().then_some(vsock),
             networks: self.network.configs.clone(),
+            shares: self.shares.iter().map(|share| share.config.clone()).collect(),
             ..MachineConfig::default()
         }
     }

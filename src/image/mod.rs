@@ -44,6 +44,7 @@ pub mod tar_copy;
 pub mod tar_write;
 mod tree;
 mod unpack;
+pub mod volumes;
 
 use std::fs::File;
 use std::path::PathBuf;

@@ -58,7 +58,7 @@ fn prepare_in_child(word: &str, max_bytes: Option<u64>, sandbox: bool) -> Result
         command.args(["--sandbox", "off"]);
     }
     let levels = [Level::Info, Level::Debug, Level::Trace];
-    command.args(levels.iter().filter(|&&level| log::log_enabled!(level)).map(|_| "-v"));
+    command.args(levels.iter().filter(|&&level| log::log_enabled!(level)).map(|_| "--verbose"));
     command.arg("--").arg(word).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().context("start the process that prepares the image")?;
     let mut id = String::new();

@@ -8,6 +8,7 @@
 //! warm/KEY/          snapshots of machines on the root file system KEY, removed with it (snapshot/warm.rs)
 //! suspended/ID/      snapshots of suspended machines
 //! disks/NAME.ext4    persistent disks; locked while in use
+//! volumes/NAME/      named volumes; locked (shared) while in use
 //! tmp/NAME.part      files being written, locked by the writer; without a lock, left by a killed process
 //! tmp/NAME.lock      locked by the writer of NAME.part, for others to wait
 //! ```
@@ -29,7 +30,7 @@ use crate::sys;
 const ROOTS: &str = "roots";
 const ROOT_SUFFIX: &str = ".erofs";
 const WARM: &str = "warm";
-const DIRS: [&str; 6] = [ROOTS, "blobs", WARM, "suspended", "disks", "tmp"];
+const DIRS: [&str; 7] = [ROOTS, "blobs", WARM, "suspended", "disks", "volumes", "tmp"];
 /// Enough for about ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 

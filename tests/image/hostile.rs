@@ -201,7 +201,7 @@ fn an_image_is_loaded_where_user_namespaces_are_denied() {
     fs::write(house.path("x.tar"), tar(&[("bin/sh", b"x")])).unwrap();
     // A process without an ID in its own user namespace cannot create another one.
     let mut command = Command::new("unshare");
-    command.args(["--user", env!("CARGO_BIN_EXE_husk"), "-v", "load", "x.tar", "--name", "x"]);
+    command.args(["--user", env!("CARGO_BIN_EXE_husk"), "--verbose", "load", "x.tar", "--name", "x"]);
     house.surround(&mut command);
     let output = command.output().unwrap();
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();

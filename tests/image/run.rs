@@ -86,17 +86,17 @@ fn a_file_does_not_shadow_an_image_name() {
 #[test]
 fn a_volume_is_not_mistaken_for_an_image() {
     let house = House::new();
-    let words = "-v, --volume and --mount are not supported yet";
-    for arguments in [
-        &["-v", "/a:/b"][..],
-        &["-itv", "name:/b:ro"],
-        &["-v", "./a:/b"],
-        &["-v/a:/b"],
-        &["-v=/a:/b"],
-        &["--volume", "/a:/b"],
-        &["--volume=/a:/b"],
-        &["--mount", "type=bind,src=/a,dst=/b"],
-        &["--volumes-from", "x"],
+    for (arguments, words) in [
+        (&["-v", "/a"][..], "no path in the machine"),
+        (&["-itv", "name:b:ro"], "not a mount point"),
+        (&["-v", "./a:/b:rox"], "unknown option"),
+        (&["-v/a:/"], "not a mount point"),
+        (&["-v=/a:b"], "not a mount point"),
+        (&["--volume", "a b:/b"], "invalid volume name"),
+        (&["--volume=:/b"], "no source"),
+        (&["--mount", "type=bind,src=/a"], "no target"),
+        (&["--mount", "type=bind,src=/a,dst=/b", "-v", "x"], "no path in the machine"),
+        (&["--volumes-from", "x"], "-v"),
     ] {
         let output = house.command(&[&["run"], arguments, &["image", "command"]].concat()).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();

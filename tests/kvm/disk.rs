@@ -157,7 +157,7 @@ fn without_io_uring_a_disk_uses_blocking_calls_and_says_so() {
         (output.status.code(), husk::own_lines(&output.stderr))
     };
     let reason = "Operation not permitted";
-    let (code, log) = run("", &["-v"]);
+    let (code, log) = run("", &["--verbose"]);
     let line = format!("io_uring is not available, so disks use blocking calls: {reason}");
     assert_eq!((code, log.matches(&line).count()), (Some(0), 1), "{log}");
     assert_eq!(run(",aio=threads", &[]), (Some(0), String::new()));

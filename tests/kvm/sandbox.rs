@@ -217,7 +217,7 @@ fn a_plain_user_has_the_same_sandbox() {
     fs::set_permissions(&run, fs::Permissions::from_mode(0o700)).unwrap();
     std::os::unix::fs::chown(&run, Some(NOBODY), Some(NOBODY)).unwrap();
     let mut command = Command::new(&husk);
-    command.args(["-v", "boot", "--cmdline", "do=exit code=9", "--kernel"]).arg(&kernel);
+    command.args(["--verbose", "boot", "--cmdline", "do=exit code=9", "--kernel"]).arg(&kernel);
     command.env("XDG_RUNTIME_DIR", &run).env("HOME", &run).uid(NOBODY).gid(NOBODY);
     let output = command.output().unwrap();
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -121,7 +121,7 @@ fn a_panic_is_reported_with_the_kernels_last_messages() {
 
 #[test]
 fn kernel_messages_are_shown_on_request() {
-    let ended = shell(&guests!(), &["-v"], "echo clean");
+    let ended = shell(&guests!(), &["--verbose"], "echo clean");
     assert_eq!(ended.expect(0).text(), "clean\n");
     assert!(ended.errors.contains("Run /init as init process"), "{}", ended.errors);
 }

@@ -38,9 +38,9 @@ fn warm(guests: &Path, flags: &[&str]) -> PathBuf {
     ended.text().trim_end().into()
 }
 
-/// Runs a shell command in the test image, with `-v`.
+/// Runs a shell command in the test image, with `--verbose`.
 fn run(guests: &Path, flags: &[&str], script: &str) -> Ended {
-    let words = [&["-v"], flags, &[image::archive(), "sh", "-c", script]].concat();
+    let words = [&["--verbose"], flags, &[image::archive(), "sh", "-c", script]].concat();
     finish(husk(guests, "run", &words), Vec::new())
 }
 

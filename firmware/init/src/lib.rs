@@ -19,6 +19,7 @@ pub mod copy;
 mod disk;
 pub mod errors;
 mod identity;
+mod mounts;
 pub mod network;
 mod pressure;
 mod process;

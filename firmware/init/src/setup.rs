@@ -4,14 +4,14 @@ use std::fs;
 use std::path::Path;
 
 use husk_protocol::{Identity, Overlay, Root, Run, Spec};
-use nix::mount::MsFlags;
 use nix::unistd::sethostname;
 
 use crate::errors::{Context, Failure};
+use crate::mounts;
 use crate::network::Network;
 use crate::process;
 use crate::report;
-use crate::root::{self, Kept, make_dir, mount_at};
+use crate::root::{self, Kept, make_dir};
 
 /// A machine in its root file system that may be set up for a run.
 pub struct Prepared {
@@ -35,11 +35,7 @@ impl Prepared {
     /// Sets up what the run's process finds in the machine.
     pub fn set_up(&mut self, run: &Run) -> Result<(), Failure> {
         self.take_on(&run.identity)?;
-        for tmpfs in &run.tmpfs {
-            let path = String::from_utf8_lossy(&tmpfs.path).into_owned();
-            make_dir(&path)?;
-            mount_at("tmpfs", &path, MsFlags::from_bits_truncate(tmpfs.flags), &tmpfs.options)?;
-        }
+        mounts::mount_all(&run.tmpfs, &run.shares)?;
         make_dir(process::working_dir(&run.process))?;
         if self.is_readonly { root::forbid_changes() } else { Ok(()) }
     }

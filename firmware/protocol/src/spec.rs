@@ -30,6 +30,8 @@ pub struct Run {
     pub identity: Identity,
     /// tmpfs mounts, in order.
     pub tmpfs: Vec<Tmpfs>,
+    /// Folders and files of the host.
+    pub shares: Vec<Share>,
     /// The process.
     pub process: Process,
 }
@@ -111,6 +113,19 @@ pub struct Tmpfs {
     pub options: String,
 }
 
+/// A folder or a file of the host that is mounted (virtio-fs).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// What is mounted.
+    pub tag: String,
+    /// The name of a single file in the folder that is mounted, if it is to be one.
+    pub file: Option<String>,
+    /// The mount point, created if it does not exist.
+    pub path: Vec<u8>,
+    /// Whether it is mounted read-only.
+    pub readonly: bool,
+}
+
 /// A resource limit, see setrlimit(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
@@ -183,7 +198,8 @@ mod tests {
             }],
         };
         let tmpfs = vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }];
-        let run = Run { identity, tmpfs, process };
+        let share = Share { tag: "t".into(), file: Some("f".into()), path: b"/srv".to_vec(), readonly: true };
+        let run = Run { identity, tmpfs, shares: vec![share], process };
         let spec = Spec {
             modules: vec!["/modules/a.ko".into()],
             root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Disk("/dev/vdb".into()) },
