@@ -183,12 +183,12 @@ impl Supervisor<'_> {
         watched
     }
 
-    /// Whether the guest must stay as it is for a snapshot: the machine cannot be changed now.
+    /// Whether the guest must stay as it is for a snapshot, also if it was paused before: the machine cannot be changed now.
     pub(super) fn is_held(&self) -> bool {
-        let holds = |Order { holds_guest, tracks, then, .. }: &Order| {
-            *holds_guest || *tracks || *then != AfterSnapshot::Continue
+        let is_held = |Snapshot { order, step }: &Snapshot| {
+            matches!(step, Step::Writing(_)) || order.holds_guest || order.tracks || order.ends_machine()
         };
-        self.snapshot.as_ref().is_some_and(|snapshot| holds(&snapshot.order))
+        self.snapshot.as_ref().is_some_and(is_held)
     }
 
     /// Presses the power button when the guest goes on. Returns false if it is running.

@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Stdio;
 
 use husk_guests as guests;
 
@@ -76,4 +78,26 @@ fn machines_of_a_snapshot_with_an_image_in_qcow2_run_side_by_side() {
     let disk = dir.path().join("disk");
     assert!(qemu_img(&["create", "-q", "-f", "qcow2"], &[&disk, Path::new("1M")]).status.success());
     run_side_by_side(&disk, ",format=qcow2");
+}
+
+#[test]
+fn a_paused_machine_stays_paused_until_its_disks_are_copied() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::write(&disk, vec![1; 256 << 20]).unwrap();
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "echo", "--disk", disk.to_str().unwrap()]);
+    machines.await_log("echo", "ready");
+    machines.ok(&["pause", "echo"]);
+    let path = dir.path().join("snapshot");
+    let words = ["snapshot", "--with-disks", "echo", path.to_str().unwrap()];
+    let mut snapshot = machines.command(&words).stdout(Stdio::null()).spawn().unwrap();
+    while !path.join("disk-0").exists() {
+        std::hint::spin_loop();
+    }
+    while !machines.command(&["unpause", "echo"]).stderr(Stdio::null()).status().unwrap().success() {}
+    let copied = fs::metadata(path.join("disk-0")).unwrap().blocks();
+    assert!(copied * 512 >= 256 << 20, "{copied} blocks are copied when the guest goes on");
+    assert!(snapshot.wait().unwrap().success());
 }
