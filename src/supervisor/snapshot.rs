@@ -205,8 +205,12 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Goes on with a snapshot, if one is being taken. Fails only if nobody was told why.
+    /// Goes on with a snapshot, if one is being taken and the machine has not ended, which [`Supervisor::end_snapshot`] handles.
+    /// Fails only if nobody was told why.
     pub(super) fn continue_snapshot(&mut self) -> Result<()> {
+        if self.monitor.exit_latch().reason().is_some() {
+            return Ok(());
+        }
         let Some(Snapshot { mut order, step }) = self.snapshot.take() else { return Ok(()) };
         let step = match step {
             Step::Writing(mut writing) => match self.is_written(&mut writing) {

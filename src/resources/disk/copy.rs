@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs;
 use rustix::io::Errno;
 
+use super::check_is_in_use;
 use crate::sys;
 
 /// The amount that is copied at once.
@@ -16,8 +17,8 @@ const PIECE_BYTES: u64 = 8 << 20;
 /// The same where the kernel does not copy.
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// Opens the file of a disk to be copied, while it belongs to a machine that is paused. Fails if it is a block device: a copy of all
-/// its blocks is nothing that a machine should wait for, and a file behaves differently.
+/// Opens the file of a disk to be copied, while it belongs to a machine. Fails if it is a block device: a copy of all its blocks is
+/// nothing that a machine should wait for, and a file behaves differently. Fails if another file has taken its place.
 pub fn source(path: &Path) -> Result<File> {
     let name = path.display();
     let open = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
@@ -27,6 +28,7 @@ pub fn source(path: &Path) -> Result<File> {
         bail!("disk {name} is a block device, which is not copied: take a snapshot of it by other means (such as LVM)");
     }
     ensure!(kind.is_file(), "disk {name} is not a file");
+    check_is_in_use(&file, path)?;
     Ok(file)
 }
 
@@ -126,5 +128,18 @@ mod tests {
         let refused = |path: &str| source(Path::new(path)).unwrap_err().to_string();
         assert_eq!(refused("/dev/null"), "disk /dev/null is not a file");
         assert_eq!(refused("/none"), "open disk /none");
+    }
+
+    #[test]
+    fn a_file_that_has_taken_the_place_of_a_disk_is_not_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let held = File::create(&path).unwrap();
+        held.lock().unwrap();
+        source(&path).unwrap();
+        std::fs::write(dir.path().join("other"), "other").unwrap();
+        std::fs::rename(dir.path().join("other"), &path).unwrap();
+        let error = source(&path).unwrap_err().to_string();
+        assert!(error.ends_with("is not the file that the machine has open: it was replaced"), "{error}");
     }
 }

@@ -230,6 +230,14 @@ fn is_block_device(file: &File, path: &Path) -> Result<bool> {
     Ok(kind.is_block_device())
 }
 
+/// Fails if nobody has `file`, which was just opened at `path`, locked: then it is not the one that a running machine has there.
+fn check_is_in_use(file: &File, path: &Path) -> Result<()> {
+    // Where it cannot be locked like this, such as for writing on some network file systems, nothing is known.
+    let is_free = file.try_lock().is_ok();
+    ensure!(!is_free, "disk {} is not the file that the machine has open: it was replaced", path.display());
+    Ok(())
+}
+
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<()> {
     let name = path.display();
     let started = Instant::now();

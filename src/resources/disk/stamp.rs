@@ -1,12 +1,13 @@
 //! Recognizes whether the files of disks have changed while no machine had them open.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, File, Metadata};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::check_is_in_use;
 use crate::config::DiskConfig;
 
 /// A file at some time, such as a disk when its machine was saved. The content of a block device may change without a trace.
@@ -23,19 +24,34 @@ impl Stamp {
     /// The stamp of the file at `path`.
     pub fn of(path: &Path) -> Result<Stamp> {
         let found = fs::metadata(path).with_context(|| format!("inspect {}", path.display()))?;
+        Stamp::with(path, &found)
+    }
+
+    /// The same for a file that somebody has locked. Fails if nobody has.
+    fn of_locked(path: &Path) -> Result<Stamp> {
+        let inspect = || {
+            let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+            file.metadata().map(|found| (file, found))
+        };
+        let (file, found) = inspect().with_context(|| format!("inspect {}", path.display()))?;
+        check_is_in_use(&file, path)?;
+        Stamp::with(path, &found)
+    }
+
+    fn with(path: &Path, found: &Metadata) -> Result<Stamp> {
         let modified_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
         Ok(Stamp { path: std::path::absolute(path)?, size_bytes: found.len(), modified_ns })
     }
 }
 
-/// The stamps of all files of the disks, which are open and locked. A relative path is that of a disk inside of a snapshot: only its
+/// The stamps of all files of the disks, which are open and locked. Fails if one is not: another file has taken its place. A relative path is that of a disk inside of a snapshot: only its
 /// backing files have any.
 pub fn all(disks: &[DiskConfig]) -> Result<Vec<Stamp>> {
     let paths = |disk: &DiskConfig| {
         let backing = disk.backing.iter().map(|backing| backing.path.clone());
         backing.chain([disk.path.clone()]).collect::<Vec<_>>()
     };
-    disks.iter().flat_map(paths).filter(|path| path.is_absolute()).map(|path| Stamp::of(&path)).collect()
+    disks.iter().flat_map(paths).filter(|path| path.is_absolute()).map(|path| Stamp::of_locked(&path)).collect()
 }
 
 /// Fails if a file of the disks, which are open and locked, is not as in `stamps`.
@@ -59,6 +75,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.img");
         fs::write(&path, [0; 512]).unwrap();
+        let held = File::open(&path).unwrap();
+        held.lock().unwrap();
         let disks = [DiskConfig::of(path.clone())];
         let stamps = all(&disks).unwrap();
         check(&disks, &stamps).unwrap();
@@ -70,5 +88,7 @@ mod tests {
         assert!(check(&[], &stamps).is_err());
         fs::remove_file(&path).unwrap();
         assert!(check(&disks, &stamps).unwrap_err().to_string().contains("inspect /"));
+        fs::write(&path, [0; 512]).unwrap();
+        assert!(all(&disks).unwrap_err().to_string().ends_with("it was replaced"));
     }
 }
