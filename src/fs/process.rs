@@ -244,8 +244,8 @@ fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_co
         .context("start a thread")?;
     }
     let worker = Worker::new(server, link.clone(), &*descriptors).context("enter the folder of descriptors")?;
-    report_ready(&link, &lacks)?;
     sandbox::confine_this_thread(ThreadRole::Share);
+    report_ready(&link, &lacks)?;
     Ok(worker)
 }
 
