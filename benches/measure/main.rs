@@ -9,8 +9,10 @@ mod exits;
 mod image;
 mod lifetime;
 mod memory;
+mod pages;
 mod parse;
 mod peer;
+mod restored_pages;
 mod sandbox;
 mod snapshot;
 mod startup;
@@ -66,7 +68,7 @@ fn output_of(mut command: Command) -> Result<String> {
 type Measurement = (&'static str, fn() -> Result<()>);
 
 fn main() -> ExitCode {
-    let measurements: [Measurement; 13] = [
+    let measurements: [Measurement; 14] = [
         ("lifetime", lifetime::tiny_guest),
         ("sandbox-starts", sandbox::starts),
         ("sandbox-throughput", sandbox::throughput),
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         ("idle", memory::idle),
         ("background", background::machines),
         ("snapshot", snapshot::machines),
+        ("restored-pages", restored_pages::ways),
         ("image", image::prepare),
     ];
     // Cargo passes `--bench`.
