@@ -174,6 +174,12 @@ impl Counter {
         ended.text()
     }
 
+    /// Lets a machine's command end, and checks that it does. What tells it so may be killed by that.
+    fn end(&self, name: &str) {
+        self.ok(&["exec", "-d", name, "touch", "/end"]);
+        assert_eq!(self.ok(&["wait", name]), "9\n");
+    }
+
     /// The numbers that a machine has printed.
     fn numbers(&self, name: &str) -> Vec<u32> {
         self.ok(&["logs", name]).lines().map(|line| line.trim().parse().unwrap()).collect()
@@ -217,8 +223,7 @@ fn a_process_continues_in_restored_machines() {
         assert!(numbers[0] <= at + 1 && numbers[0] >= 5, "it continues at {at}: {numbers:?}");
         assert_eq!(counter.ok(&["exec", name, "echo", "inside"]), "inside\n");
     }
-    counter.ok(&["exec", "third", "touch", "/end"]);
-    assert_eq!(counter.ok(&["wait", "third"]), "9\n");
+    counter.end("third");
     counter.await_number("second", at + 12);
     // Without its first machine, from a snapshot of a restored one.
     let again = format!("{path}.again");
@@ -226,6 +231,5 @@ fn a_process_continues_in_restored_machines() {
     counter.ok(&["rm", "second"]);
     counter.ok(&["restore", "-d", "--name", "second", &again]);
     counter.await_number("second", at + 20);
-    counter.ok(&["exec", "second", "touch", "/end"]);
-    assert_eq!(counter.ok(&["wait", "second"]), "9\n");
+    counter.end("second");
 }
