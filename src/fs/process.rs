@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Resource, Rlimit};
@@ -230,10 +230,14 @@ fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_co
     let files_max = usize::try_from(files_max).unwrap_or(usize::MAX);
     let server = Arc::new(Server::new(root, options, is_privileged, files_max).context("read the shared folder")?);
     let descriptors = Arc::new(descriptors);
+    // A thread that a request has taken over could write to the memory of one that is not confined yet.
+    let confined = Arc::new(Barrier::new(THREADS));
     for _ in 1..THREADS {
         let (server, link, descriptors) = (server.clone(), link.clone(), descriptors.clone());
+        let confined = confined.clone();
         let serve = move |worker: Worker| {
             sandbox::confine_this_thread(ThreadRole::Share);
+            confined.wait();
             let _ = worker.run();
             fork::exit_now(0)
         };
@@ -245,6 +249,7 @@ fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_co
     }
     let worker = Worker::new(server, link.clone(), &*descriptors).context("enter the folder of descriptors")?;
     sandbox::confine_this_thread(ThreadRole::Share);
+    confined.wait();
     report_ready(&link, &lacks)?;
     Ok(worker)
 }
