@@ -9,6 +9,7 @@ pub mod event;
 pub mod fork;
 pub mod identity;
 pub mod mapping;
+pub mod mounts;
 pub mod namespaces;
 pub mod net;
 pub mod process;

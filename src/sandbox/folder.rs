@@ -21,7 +21,7 @@ use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 
-use crate::sys::{allocator, namespaces};
+use crate::sys::{allocator, mounts, namespaces};
 
 /// The namespaces that the process starts in (clone(2)).
 pub const NAMESPACES: i32 =
@@ -117,6 +117,8 @@ fn own_root(folder: &Folder) -> Result<(OwnedFd, OwnedFd)> {
         None => copy,
         Some(name) => folder_of(name, &copy)?,
     };
+    // Landlock does not cover modes, owners and attributes.
+    mounts::restrict(&root, folder.readonly).context("restrict the mount of the shared folder")?;
     rustix::process::fchdir(&root)?;
     rustix::process::chroot(".").context("change the root directory")?;
     rustix::process::chdir("/")?;

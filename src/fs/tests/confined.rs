@@ -121,3 +121,23 @@ fn a_server_ends_with_its_guest() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
+
+#[test]
+fn a_readonly_folder_is_readonly_to_the_process_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("f"), b"data").unwrap();
+    let fd = folder::open_path(dir.path()).unwrap().into();
+    let folder = Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: true };
+    // As if a guest had made the server forget about it.
+    let options = Options { readonly: false, cache: Cache::Auto };
+    let (ends, _process) = process::start(folder, options, true).unwrap().finish().unwrap();
+    let mut guest = Client::of(dir, ends.connect().unwrap());
+    let file = guest.look_up(ROOT_ID, "f").unwrap();
+    assert_eq!(guest.set_attributes(file.id, 1, 0, (0, 0), 0o777), Err(libc::EROFS), "mode");
+    assert_eq!(guest.set_attributes(file.id, 32, 0, (7, 7), 0), Err(libc::EROFS), "time");
+    assert_eq!(guest.set_owner(file.id, [0, 0]), Err(libc::EROFS), "owner");
+    assert_eq!(guest.set_xattr(file.id, "user.a", b"x"), Err(libc::EROFS), "attribute");
+    assert!(guest.open(file.id, RW).is_err());
+    let handle = guest.open(file.id, 0).unwrap();
+    assert_eq!(guest.read(file.id, handle, 0, 10).unwrap(), b"data");
+}
