@@ -101,14 +101,15 @@ impl FileSystem {
                 }
                 Ok(())
             }
-            // The reason is found when its messages are read.
+            // The reason is found when its messages are read, of which its end is one.
             Err(_) => refuse(queue, &request, libc::ENOTCONN),
         }
     }
 
     /// Completes the requests to which the server has replied. With `waits`, all that are in flight.
     fn reap(&mut self, queues: &mut [Virtqueue], waits: bool) -> Result<(), RingError> {
-        while self.in_flight.iter().any(Option::is_some) {
+        // A server can end while it has no request.
+        while !waits || self.in_flight.iter().any(Option::is_some) {
             let Some(link) = &self.link else { break };
             let message = if waits { link.receive() } else { link.receive_now() };
             let completed = match message {

@@ -8,6 +8,7 @@ use crate::config::ShareConfig;
 use crate::fs::link::Ends;
 use crate::fs::process::Process;
 use crate::resources::share;
+use crate::test_log::logged;
 use crate::virtio::contract::contract;
 use crate::virtio::test_driver::{BUFFERS, Driver, WRITE, wait_for};
 
@@ -164,6 +165,21 @@ fn requests_fail_when_the_server_is_gone_or_breaks_rules() {
         assert_eq!(transact(&mut driver, &bytes, 100), reply, "and later ones");
         driver.transport.pause();
     }
+}
+
+#[test]
+fn the_end_of_a_server_without_requests_is_logged_once() {
+    let (ends, server) = Ends::pair().unwrap();
+    let mut driver = Driver::new(device(SharedFolder { tag: "idle".into(), ends }).unwrap());
+    driver.start();
+    let lines = || logged("share idle: ");
+    assert!(lines().is_empty());
+    drop(server);
+    wait_for(|| !lines().is_empty());
+    for unique in 0..3 {
+        transact(&mut driver, &request(3, unique, 1, &[0; 16]), 100);
+    }
+    assert_eq!(lines(), ["share idle: the folder is served no more: its process has ended"]);
 }
 
 #[test]
