@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -55,8 +55,8 @@ impl Store {
             make(&path)?;
             let lock = File::open(&path).with_context(|| format!("open volume {name}"))?;
             lock::wait(&lock, &path, Kind::Shared, lock::SHORT_TIMEOUT)?;
-            // It may have been removed before it was locked.
-            if path.exists() {
+            // It may have been removed before it was locked, and another one created.
+            if is_at(&lock, &path) {
                 return Ok(VolumeInUse { path, lock });
             }
         }
@@ -97,6 +97,7 @@ impl Store {
             folder => folder.with_context(|| format!("open volume {name}"))?,
         };
         ensure!(folder.try_lock().is_ok(), "volume {name} is in use by a running machine");
+        ensure!(is_at(&folder, &path), "volume {name} is being removed by another command");
         fs::remove_dir_all(&path).with_context(|| format!("remove volume {name}"))
     }
 
@@ -108,6 +109,12 @@ impl Store {
         check_name(name)?;
         Ok(self.volumes_dir().join(name))
     }
+}
+
+/// Whether `path` names the open folder, and not another one that has taken its place.
+fn is_at(folder: &File, path: &Path) -> bool {
+    let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    folder.metadata().is_ok_and(|own| fs::symlink_metadata(path).is_ok_and(|found| id(found) == id(own)))
 }
 
 /// Its own mode is the guest's to change; the folder above is accessible to this user alone.
@@ -146,5 +153,22 @@ mod tests {
             assert!(store.create_volume(wrong).is_err(), "{wrong}");
             assert!(store.remove_volume(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_volume_that_is_replaced_before_it_is_locked_is_not_the_one_that_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.create_volume("data").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..300).for_each(|_| drop(store.remove_volume("data"))));
+            }
+            for _ in 0..300 {
+                let Ok(used) = store.use_volume("data") else { continue };
+                std::thread::yield_now();
+                assert!(is_at(&used.lock, &used.path));
+            }
+        });
     }
 }
