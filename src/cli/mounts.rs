@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -55,8 +55,25 @@ impl MountFlags {
     pub fn parse(&self) -> Result<Vec<Mount>> {
         let volumes = self.volume.iter().map(|word| parse_volume(word).with_context(|| context("-v", word)));
         let mounts = self.mount.iter().map(|word| parse_mount(word).with_context(|| context("--mount", word)));
-        volumes.chain(mounts).collect()
+        let all = volumes.chain(mounts).collect::<Result<Vec<_>>>()?;
+        check_distinct(&all)?;
+        Ok(all)
     }
+}
+
+impl Mount {
+    fn target(&self) -> &Path {
+        let (Mount::Bind { target, .. } | Mount::Volume { target, .. } | Mount::Tmpfs(Tmpfs { path: target, .. })) =
+            self;
+        Path::new(std::ffi::OsStr::from_bytes(target))
+    }
+}
+
+/// Fails if one of them would hide another one.
+fn check_distinct(mounts: &[Mount]) -> Result<()> {
+    let mut seen = std::collections::HashSet::new();
+    let twice = mounts.iter().map(Mount::target).find(|target| !seen.insert(*target));
+    twice.map_or(Ok(()), |target| bail!("two mounts on {}: remove one of them", target.display()))
 }
 
 /// Opens what is shared with the host, and adds the rest to `tmpfs`. Creates folders and volumes that do not exist. The volumes
@@ -128,9 +145,10 @@ fn bind_or_volume(source: &[u8], target: &[u8], readonly: bool, creates: bool) -
 
 fn checked_target(target: &[u8]) -> Result<Vec<u8>> {
     let path = Path::new(std::ffi::OsStr::from_bytes(target));
+    let climbs = path.components().any(|part| part == Component::ParentDir);
     ensure!(
-        path.is_absolute() && path.parent().is_some(),
-        "{} is not a mount point: use an absolute path in the machine, other than /",
+        path.is_absolute() && path.parent().is_some() && !climbs,
+        "{} is not a mount point: use an absolute path in the machine, other than / and without `..`",
         path.display()
     );
     Ok(target.to_vec())
@@ -198,6 +216,7 @@ mod tests {
             ("/a", "no path in the machine"),
             ("/a:b", "not a mount point"),
             ("/a:/", "not a mount point"),
+            ("/a:/b/..", "not a mount point"),
             (":/b", "no source"),
             ("/a:/b:rx", "unknown option"),
             ("/a:/b:ro:x", "too many colons"),
@@ -226,5 +245,15 @@ mod tests {
         ] {
             assert!(parse(wrong).unwrap_err().contains(why), "{wrong}: {:?}", parse(wrong));
         }
+    }
+
+    #[test]
+    fn one_mount_does_not_hide_another_one() {
+        let check = |targets: &[&str]| {
+            let words = targets.iter().map(|target| format!("/a:{target}").into());
+            check_distinct(&words.map(|word| parse_volume(&word).unwrap()).collect::<Vec<_>>())
+        };
+        check(&["/b", "/b/c", "/c"]).unwrap();
+        assert!(check(&["/b", "/c", "//b/"]).unwrap_err().to_string().contains("two mounts on //b/"));
     }
 }
