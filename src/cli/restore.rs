@@ -2,6 +2,7 @@
 
 mod identity;
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -103,7 +104,9 @@ impl Restore {
         let info = RecordInfo { image, command, process, identity, stop_signal };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
-            own_disks.fill(&|| signals.is_pending(&signal::that_end_a_process()))?;
+            let asked = RefCell::new(&mut *endpoint);
+            let is_to_end = || signals.is_pending(&signal::that_end_a_process()) || asked.borrow_mut().is_to_end();
+            own_disks.fill(&is_to_end)?;
             let opened = resources::open_for(&config, Source::Snapshot(files.try_clone()?))?;
             stamp::check(&saved_disks, &disks)?;
             endpoint.note_origin(&id);

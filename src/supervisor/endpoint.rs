@@ -221,6 +221,12 @@ impl ControlEndpoint {
         };
     }
 
+    /// Whether a stop was requested of a machine whose disks are being prepared. Other requests are refused.
+    pub fn is_to_end(&mut self) -> bool {
+        self.answer_without_guest("the machine is still starting: try again");
+        self.end_requested
+    }
+
     /// Answers requests while there is no guest: only a stop is possible, anything else is refused with the reason
     /// `why`. Returns whether an immediate end was requested.
     pub(super) fn answer_without_guest(&mut self, why: &str) -> bool {

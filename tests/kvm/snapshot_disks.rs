@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use husk_guests as guests;
 
@@ -100,4 +100,29 @@ fn a_paused_machine_stays_paused_until_its_disks_are_copied() {
     let copied = fs::metadata(path.join("disk-0")).unwrap().blocks();
     assert!(copied * 512 >= 256 << 20, "{copied} blocks are copied when the guest goes on");
     assert!(snapshot.wait().unwrap().success());
+}
+
+#[test]
+fn a_machine_can_be_killed_while_its_disks_are_copied() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::write(&disk, vec![1; 256 << 20]).unwrap();
+    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "echo", "--disk", disk.to_str().unwrap()]);
+    machines.await_log("echo", "ready");
+    let path = dir.path().join("snapshot");
+    machines.ok(&["snapshot", "--stop", "--with-disks", "echo", path.to_str().unwrap()]);
+    let words = ["restore", "-d", "--name", "other", path.to_str().unwrap()];
+    let restore = machines.command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    while !machines.command(&["kill", "other"]).stderr(Stdio::null()).status().unwrap().success() {}
+    let output = restore.wait_with_output().unwrap();
+    // Where files can share blocks, there is nothing to wait for.
+    let shared = dir.path().join("shared");
+    let share = Command::new("cp").arg("--reflink=always").args([&disk, &shared]).stderr(Stdio::null()).status();
+    if !share.is_ok_and(|status| status.success()) {
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("copy a disk of the snapshot: it was interrupted"), "{errors}");
+        assert_eq!(machines.ok(&["ps", "-aq"]).lines().count(), 1, "nothing is left of it");
+    }
 }
