@@ -1,11 +1,15 @@
 //! Named volumes: folders in the store that machines share, and that outlive them.
 
+use std::ffi::CString;
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, openat, renameat_with, unlinkat};
+use rustix::io::Errno;
 use serde::Serialize;
 
 use super::Store;
@@ -13,6 +17,8 @@ use crate::resources::lock::{self, Kind};
 
 /// The longest name.
 const NAME_BYTES_MAX: usize = 64;
+/// How a folder is opened that is to be removed.
+const AS_FOLDER: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// A volume, for display.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -98,7 +104,7 @@ impl Store {
         };
         ensure!(folder.try_lock().is_ok(), "volume {name} is in use by a running machine");
         ensure!(is_at(&folder, &path), "volume {name} is being removed by another command");
-        fs::remove_dir_all(&path).with_context(|| format!("remove volume {name}"))
+        remove_tree(&path).with_context(|| format!("remove volume {name}"))
     }
 
     fn volumes_dir(&self) -> PathBuf {
@@ -109,6 +115,52 @@ impl Store {
         check_name(name)?;
         Ok(self.volumes_dir().join(name))
     }
+}
+
+/// Removes a folder with all that is in it. A guest may have nested folders deeper than descriptors or a stack reach, so each is
+/// moved to the top before what is in it is removed.
+fn remove_tree(path: &Path) -> rustix::io::Result<()> {
+    let top = openat(CWD, path, AS_FOLDER, Mode::empty())?;
+    let mut next_name = 0_u64;
+    loop {
+        let folders = remove_files(&top)?;
+        if folders.is_empty() {
+            return unlinkat(CWD, path, AtFlags::REMOVEDIR);
+        }
+        for name in folders {
+            let folder = openat(&top, &name, AS_FOLDER, Mode::empty())?;
+            for inner in remove_files(&folder)? {
+                let mut move_up = || {
+                    next_name += 1;
+                    renameat_with(&folder, &inner, &top, next_name.to_string(), RenameFlags::NOREPLACE)
+                };
+                while let Err(error) = move_up() {
+                    if error != Errno::EXIST {
+                        return Err(error);
+                    }
+                }
+            }
+            unlinkat(&top, &name, AtFlags::REMOVEDIR)?;
+        }
+    }
+}
+
+/// Removes all files and empty folders of a folder. Returns the names of the other folders.
+fn remove_files(folder: &OwnedFd) -> rustix::io::Result<Vec<CString>> {
+    let mut others = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let name = entry?.file_name().to_owned();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let removed = unlinkat(folder, &name, AtFlags::empty());
+        match removed.or_else(|_| unlinkat(folder, &name, AtFlags::REMOVEDIR)) {
+            Err(Errno::NOTEMPTY) => others.push(name),
+            Err(Errno::NOTDIR) => removed?,
+            removed => removed?,
+        }
+    }
+    Ok(others)
 }
 
 /// Whether `path` names the open folder, and not another one that has taken its place.
@@ -170,5 +222,24 @@ mod tests {
                 assert!(is_at(&used.lock, &used.path));
             }
         });
+    }
+
+    #[test]
+    fn a_volume_of_any_depth_is_removed_and_nothing_outside() {
+        let (dir, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(outside.path().join("kept"), b"").unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let path = store.use_volume("deep").unwrap().path;
+        let mut at = openat(CWD, &path, AS_FOLDER, Mode::empty()).unwrap();
+        // More than this process can have descriptors.
+        let files_max = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1024);
+        for _ in 0..files_max.min(20_000) + 100 {
+            rustix::fs::mkdirat(&at, "1", Mode::RWXU).unwrap();
+            rustix::fs::mkdirat(&at, "2", Mode::RWXU).unwrap();
+            rustix::fs::symlinkat(outside.path(), &at, "link").unwrap();
+            at = openat(&at, "1", AS_FOLDER, Mode::empty()).unwrap();
+        }
+        store.remove_volume("deep").unwrap();
+        assert!(!path.exists() && outside.path().join("kept").exists());
     }
 }
