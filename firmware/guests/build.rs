@@ -54,7 +54,9 @@ fn sources(dir: &str) -> Vec<PathBuf> {
 fn compile(source: &Path, out: &Path) -> PathBuf {
     let object = out.join(format!("{}.o", source.display()));
     fs::create_dir_all(object.parent().expect("an object has a directory")).expect("create the objects' directory");
-    run(compiler().args(FLAGS).args(["-I", "lib", "-c", "-o"]).arg(&object).arg(source));
+    // For guests that speak the protocol of husk's init.
+    let version = format!("-DPROTOCOL_VERSION={}", husk_protocol::VERSION);
+    run(compiler().args(FLAGS).arg(version).args(["-I", "lib", "-c", "-o"]).arg(&object).arg(source));
     object
 }
 

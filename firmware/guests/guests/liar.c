@@ -116,7 +116,7 @@ static struct link *connect(const void *hello, u32 len)
 
 static struct link *join(u8 role)
 {
-    const u8 hello[16] = {'h', 'u', 's', 'k', 6, 0, role};
+    const u8 hello[16] = {'h', 'u', 's', 'k', PROTOCOL_VERSION, 0, role};
     return connect(hello, sizeof hello);
 }
 
@@ -167,8 +167,9 @@ static _Noreturn void flood(struct link *control)
 
 static void hellos(struct link *control)
 {
-    static const u8 some[][16] = {"GET / HTTP/1.1\r", {'h', 'u', 's', 'k', 9}, {'h', 'u', 's', 'k', 6, 0, 200},
-                                  {'h', 'u', 's', 'k', 6, 0, STDOUT, 0, 1}, {'h', 'u', 's', 'k', 5, 0, CONTROL}};
+    static const u8 some[][16] = {"GET / HTTP/1.1\r", {'h', 'u', 's', 'k', PROTOCOL_VERSION + 1}, {'h', 'u', 's', 'k', PROTOCOL_VERSION, 0, 200},
+                                  {'h', 'u', 's', 'k', PROTOCOL_VERSION, 0, STDOUT, 0, 1},
+                                  {'h', 'u', 's', 'k', PROTOCOL_VERSION - 1, 0, CONTROL}};
     /* More than there can be at a time, each of which the host closes. */
     for (unsigned i = 0; i < 600; i++) {
         struct link *link = connect(some[i % 5], sizeof *some);
