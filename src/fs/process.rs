@@ -7,6 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Barrier};
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Resource, Rlimit};
@@ -181,10 +182,11 @@ fn allow_many_files(pid: u32) {
 /// Runs this process as the server of a folder, and exits.
 fn run(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> ! {
     let error = match prepare(folder, options, ends, is_separate, is_confined) {
-        Ok(worker) => {
-            let _ = worker.run();
-            fork::exit_now(0)
-        }
+        // Its threads serve, and end the process. This one is killed when its parent is gone, which the kernel forgets of a thread
+        // that acts for another user.
+        Ok(()) => loop {
+            thread::park();
+        },
         Err((socket, error)) => {
             let text = format!("{}{error:#}", char::from(FAILED));
             let text = text.as_bytes();
@@ -196,18 +198,12 @@ fn run(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confi
 
 type Failure = (Option<UnixDatagram>, anyhow::Error);
 
-fn prepare(
-    folder: Folder,
-    options: Options,
-    ends: Ends,
-    is_separate: bool,
-    is_confined: bool,
-) -> Result<Worker, Failure> {
+fn prepare(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> Result<(), Failure> {
     let socket = ends.socket.try_clone().ok();
     set_up(folder, options, ends, is_separate, is_confined).map_err(|error| (socket, error))
 }
 
-fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> Result<Worker> {
+fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> Result<()> {
     let mut go = [0];
     if ends.socket.recv(&mut go).context("wait for the start")? == 0 {
         bail!("husk has ended");
@@ -231,8 +227,8 @@ fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_co
     let server = Arc::new(Server::new(root, options, is_privileged, files_max).context("read the shared folder")?);
     let descriptors = Arc::new(descriptors);
     // A thread that a request has taken over could write to the memory of one that is not confined yet.
-    let confined = Arc::new(Barrier::new(THREADS));
-    for _ in 1..THREADS {
+    let confined = Arc::new(Barrier::new(THREADS + 1));
+    for _ in 0..THREADS {
         let (server, link, descriptors) = (server.clone(), link.clone(), descriptors.clone());
         let confined = confined.clone();
         let serve = move |worker: Worker| {
@@ -247,11 +243,9 @@ fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_co
         })
         .context("start a thread")?;
     }
-    let worker = Worker::new(server, link.clone(), &*descriptors).context("enter the folder of descriptors")?;
     sandbox::confine_this_thread(ThreadRole::Share);
     confined.wait();
-    report_ready(&link, &lacks)?;
-    Ok(worker)
+    report_ready(&link, &lacks)
 }
 
 fn report_ready(link: &Link, lacks: &[String]) -> Result<()> {
