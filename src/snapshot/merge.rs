@@ -44,7 +44,8 @@ fn chain(diff: &Path, base: Option<&Path>) -> Result<(Parts, Vec<Parts>)> {
         let path = base.filter(|_| diffs.is_empty()).unwrap_or(&path);
         let below = Parts::open(path).context("open the base")?;
         if below.description.id != id {
-            bail!("{} is another snapshot than the base: name the base with --base if it was moved", path.display());
+            let hint = if base.is_none() { ": name the base with --base if it was moved" } else { "" };
+            bail!("{} is another snapshot than the base{hint}", path.display());
         }
         let (one, other) = (below.description.config.memory_mib, parts.description.config.memory_mib);
         ensure!(one == other, "the base has {one} MiB of memory instead of {other}");
