@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::thread;
 
+use husk_protocol::MAIN_SESSION;
 use husk_protocol::frame::{self, Message};
 
 use super::control::UNSENT_MAX_BYTES;
