@@ -23,11 +23,15 @@ const FLAGS: &[&str] = &[
 const LINK_FLAGS: &[&str] =
     &["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,--no-warn-rwx-segments"];
 
+/// Has the version of the protocol.
+const PROTOCOL: &str = "../protocol/src/lib.rs";
+
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     for dir in ["lib", "guests"] {
         println!("cargo:rerun-if-changed={dir}");
     }
+    println!("cargo:rerun-if-changed={PROTOCOL}");
     println!("cargo:rerun-if-env-changed=CC");
     let library: Vec<PathBuf> = sources("lib").iter().map(|source| compile(source, &out)).collect();
     for source in sources("guests") {
@@ -38,6 +42,14 @@ fn main() {
         link.args(LINK_FLAGS).arg("-Wl,-T,lib/guest.ld").arg("-o").arg(&guest).arg(compile(&source, &out));
         run(link.args(if standalone { &[][..] } else { &library }));
     }
+}
+
+/// The version of the protocol of husk's init, for guests that speak it. Read from its source: as a dependency, its features would
+/// decide where the guests are.
+fn protocol_version() -> u16 {
+    let text = fs::read_to_string(PROTOCOL).unwrap_or_else(|error| panic!("read {PROTOCOL}: {error}"));
+    let version = text.lines().find_map(|line| line.strip_prefix("pub const VERSION: u16 = ")?.strip_suffix(';'));
+    version.and_then(|version| version.parse().ok()).expect("the protocol has a version")
 }
 
 /// The C and assembly files of `dir`, in a stable order.
@@ -54,8 +66,7 @@ fn sources(dir: &str) -> Vec<PathBuf> {
 fn compile(source: &Path, out: &Path) -> PathBuf {
     let object = out.join(format!("{}.o", source.display()));
     fs::create_dir_all(object.parent().expect("an object has a directory")).expect("create the objects' directory");
-    // For guests that speak the protocol of husk's init.
-    let version = format!("-DPROTOCOL_VERSION={}", husk_protocol::VERSION);
+    let version = format!("-DPROTOCOL_VERSION={}", protocol_version());
     run(compiler().args(FLAGS).arg(version).args(["-I", "lib", "-c", "-o"]).arg(&object).arg(source));
     object
 }
