@@ -1,4 +1,4 @@
-//! The command lines of the VMMs, each started as its makers recommend, with the sandbox that is its default.
+//! The command lines of the VMMs, and of a container, each started as its makers recommend, with the sandbox that is its default.
 
 use std::process::{Command, Stdio};
 
@@ -37,6 +37,9 @@ pub fn all(parts: &Parts) -> Result<Vec<Vmm>, String> {
         let warm = make_warm(parts, &husk_program, &root)?;
         let command = words(&[&husk_program, "run", "--network", "none", "--from", &warm, "echo", PID1]);
         vmms.push(Vmm { boots_same_guest: false, ..vmm("husk run, warm", &husk_program, command) });
+        let (crun, bundle) = (setting("VERSUS_CRUN")?, setting("VERSUS_BUNDLE")?);
+        let command = words(&[&crun, "run", "--bundle", &bundle, "versus"]);
+        vmms.push(Vmm { boots_same_guest: false, ..vmm("crun run", &crun, command) });
     }
     Ok(vmms)
 }
