@@ -3,10 +3,11 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use husk_guests as guests;
+use tempfile::TempDir;
 
 use crate::background::Machines;
 use crate::husk::disk_image;
@@ -80,15 +81,21 @@ fn machines_of_a_snapshot_with_an_image_in_qcow2_run_side_by_side() {
     run_side_by_side(&disk, ",format=qcow2");
 }
 
-#[test]
-fn a_paused_machine_stays_paused_until_its_disks_are_copied() {
-    needs_kvm!();
+/// A machine `echo` with a disk that takes a while to copy, which is in the directory.
+fn with_large_disk() -> (Machines, TempDir, PathBuf) {
     let machines = Machines::new();
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     fs::write(&disk, vec![1; 256 << 20]).unwrap();
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "echo", "--disk", disk.to_str().unwrap()]);
     machines.await_log("echo", "ready");
+    (machines, dir, disk)
+}
+
+#[test]
+fn a_paused_machine_stays_paused_until_its_disks_are_copied() {
+    needs_kvm!();
+    let (machines, dir, _) = with_large_disk();
     machines.ok(&["pause", "echo"]);
     let path = dir.path().join("snapshot");
     let words = ["snapshot", "--with-disks", "echo", path.to_str().unwrap()];
@@ -105,12 +112,7 @@ fn a_paused_machine_stays_paused_until_its_disks_are_copied() {
 #[test]
 fn a_machine_can_be_killed_while_its_disks_are_copied() {
     needs_kvm!();
-    let machines = Machines::new();
-    let dir = tempfile::tempdir().unwrap();
-    let disk = dir.path().join("disk");
-    fs::write(&disk, vec![1; 256 << 20]).unwrap();
-    machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "echo", "--disk", disk.to_str().unwrap()]);
-    machines.await_log("echo", "ready");
+    let (machines, dir, disk) = with_large_disk();
     let path = dir.path().join("snapshot");
     machines.ok(&["snapshot", "--stop", "--with-disks", "echo", path.to_str().unwrap()]);
     let words = ["restore", "-d", "--name", "other", path.to_str().unwrap()];
