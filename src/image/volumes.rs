@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use super::Store;
+use super::store::is_at;
 use crate::resources::lock::{self, Kind};
 
 /// The longest name.
@@ -161,12 +162,6 @@ fn remove_files(folder: &OwnedFd) -> rustix::io::Result<Vec<CString>> {
         }
     }
     Ok(others)
-}
-
-/// Whether `path` names the open folder, and not another one that has taken its place.
-fn is_at(folder: &File, path: &Path) -> bool {
-    let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-    folder.metadata().is_ok_and(|own| fs::symlink_metadata(path).is_ok_and(|found| id(found) == id(own)))
 }
 
 /// Its own mode is the guest's to change; the folder above is accessible to this user alone.
