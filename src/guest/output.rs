@@ -5,12 +5,11 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
+use husk_protocol::POSITION_BYTES;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::ioctl_fionread;
 
 const BUFFER_BYTES: usize = 64 << 10;
-/// The size of the position that begins a connection of a restored machine.
-const POSITION_BYTES: usize = size_of::<u64>();
 
 /// An output. One thread [prints](Output::print) it.
 pub struct Output {

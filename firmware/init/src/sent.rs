@@ -2,10 +2,7 @@
 
 use std::collections::VecDeque;
 
-use husk_protocol::IN_FLIGHT_BYTES_MAX;
-
-/// The size of the position that begins a connection.
-const POSITION_BYTES: usize = size_of::<u64>();
+use husk_protocol::{IN_FLIGHT_BYTES_MAX, POSITION_BYTES};
 
 /// The end of what was sent, as much as can be on its way.
 #[derive(Default)]

@@ -47,6 +47,8 @@ pub const VERSION: u16 = 8;
 /// A machine that is restored sends as many of its outputs again, on connections that begin with the position of their first byte
 /// in the stream (little-endian).
 pub const IN_FLIGHT_BYTES_MAX: usize = 256 << 10;
+/// The size of that position.
+pub const POSITION_BYTES: usize = size_of::<u64>();
 
 /// Why a message is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

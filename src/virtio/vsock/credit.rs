@@ -2,6 +2,8 @@
 
 /// The maximum buffer space for data from the guest that its reader has not taken yet.
 pub const BUFFER_BYTES: u32 = 256 << 10;
+// A restored machine's init sends again what may have been on its way.
+const _: () = assert!(BUFFER_BYTES as usize <= husk_protocol::IN_FLIGHT_BYTES_MAX);
 /// The guest is updated when this fraction of the buffer is free without its knowledge.
 const UPDATE_PART: u32 = 4;
 /// Counts that differ by more than this are in the wrong order.
