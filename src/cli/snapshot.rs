@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -15,6 +14,7 @@ use crate::image::Progress;
 use crate::request::{AfterSnapshot, Base, Request, SnapshotOptions};
 use crate::snapshot;
 use crate::state_dir::StateDir;
+use crate::sys::disk;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -108,5 +108,5 @@ fn base(path: &Path) -> Result<Base> {
 /// The disk usage of the files in a directory.
 fn written_bytes(dir: &Path) -> u64 {
     let files = fs::read_dir(dir).into_iter().flatten().flatten();
-    files.filter_map(|file| file.metadata().ok()).map(|found| found.blocks() * 512).sum()
+    files.filter_map(|file| file.metadata().ok()).map(|found| disk::allocated_bytes(&found)).sum()
 }

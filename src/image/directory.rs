@@ -146,8 +146,7 @@ fn xattrs(path: &Path) -> Result<Vec<Xattr>> {
 fn content(path: &Path, metadata: &Metadata, attributes: &Attributes, writer: &mut Writer) -> Result<Content> {
     let mut file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
     let size_bytes = metadata.size();
-    // st_blocks counts 512-byte units, regardless of the file system.
-    if metadata.blocks().saturating_mul(512) < size_bytes
+    if sys::disk::allocated_bytes(metadata) < size_bytes
         && let Some(parts) = parts(&file, size_bytes)?
     {
         return writer.sparse_content(

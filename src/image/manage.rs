@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,6 +16,7 @@ use super::reference::Reference;
 use super::source::Source;
 use super::store::{Store, is_at};
 use crate::resources::lock;
+use crate::sys::disk;
 
 /// A listed image.
 #[derive(Debug, Clone, Serialize)]
@@ -296,5 +296,5 @@ pub(super) fn entries(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
 
 /// The disk usage of a file.
 fn disk_bytes(path: &Path) -> u64 {
-    fs::metadata(path).map_or(0, |found| found.blocks().saturating_mul(512))
+    fs::metadata(path).map_or(0, |found| disk::allocated_bytes(&found))
 }

@@ -5,7 +5,6 @@
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -92,7 +91,7 @@ impl Store {
             let metadata = entry.metadata()?;
             let file = lock::file().create(false).open(entry.path());
             let in_use = file.is_ok_and(|file| file.try_lock().is_err());
-            let disk_bytes = metadata.blocks().saturating_mul(512);
+            let disk_bytes = sys::disk::allocated_bytes(&metadata);
             disks.push(Kept { name: name.to_owned(), size_bytes: metadata.len(), disk_bytes, in_use });
         }
         disks.sort_by(|a, b| a.name.cmp(&b.name));
@@ -127,6 +126,8 @@ fn make(file: &File, size_bytes: u64, journal: Journal, uuid: [u8; 16]) -> Resul
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     fn store() -> (tempfile::TempDir, Store) {

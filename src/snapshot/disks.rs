@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -13,8 +13,7 @@ use super::{OWN_FILES, SnapshotWriter};
 use crate::config::MachineConfig;
 use crate::image::{Progress, Store};
 use crate::resources::disk::copy;
-
-const BLOCK_BYTES: u64 = 512;
+use crate::sys::disk;
 
 /// The disks inside of a snapshot, open for reading, with their indices.
 pub struct DisksOfSnapshot {
@@ -45,9 +44,7 @@ impl DisksOfSnapshot {
         }
         Ok(OwnDisks { copies })
     }
-}
 
-impl DisksOfSnapshot {
     /// Copies them into another snapshot.
     pub(super) fn copy_to(&self, writer: &mut SnapshotWriter) -> Result<()> {
         let copy = |(index, file): &(usize, File)| copy::copy(file, &writer.disk(*index)?, &|| false, &|_| {});
@@ -58,7 +55,7 @@ impl DisksOfSnapshot {
 impl OwnDisks {
     /// Gives them the content that they have in the snapshot, again if the machine is started again. Fails if it `is_cancelled`.
     pub fn fill(&self, is_cancelled: &dyn Fn() -> bool) -> Result<()> {
-        let allocated_bytes = |(from, _): &(File, File)| Ok(from.metadata()?.blocks().saturating_mul(BLOCK_BYTES));
+        let allocated_bytes = |(from, _): &(File, File)| Ok(disk::allocated_bytes(&from.metadata()?));
         let total_bytes = self.copies.iter().map(allocated_bytes).sum::<io::Result<u64>>()?;
         let bar = Progress::on_terminal().bar("Copying disks", total_bytes);
         let mut before_bytes = 0;

@@ -12,6 +12,7 @@ use super::{Base, Description, Parts, SnapshotWriter};
 use crate::image::Progress;
 use crate::resources::disk::copy;
 use crate::sys;
+use crate::sys::disk;
 
 /// The maximum number of diff snapshots that are merged at once. Each has some open files.
 const CHAIN_MAX: usize = 100;
@@ -55,8 +56,7 @@ fn chain(diff: &Path, base: Option<&Path>) -> Result<(Parts, Vec<Parts>)> {
 }
 
 fn write(whole: &Parts, diffs: &[Parts], memory: &File) -> Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    let bar = Progress::on_terminal().bar("Merging", whole.memory.metadata()?.blocks().saturating_mul(512));
+    let bar = Progress::on_terminal().bar("Merging", disk::allocated_bytes(&whole.memory.metadata()?));
     copy::copy(&whole.memory, memory, &|| false, &|bytes| bar.set(bytes))?;
     for diff in diffs.iter().rev() {
         let changed = diff.changed.as_ref().context("a diff snapshot without changes")?;

@@ -1,11 +1,12 @@
 //! System calls on disk images and block devices.
 #![allow(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
 use super::IoVecs;
 
@@ -17,6 +18,11 @@ const BLKPBSZGET: libc::c_ulong = 0x127b;
 const BLKDISCARD: libc::c_ulong = 0x1277;
 /// _IO(0x12, 127), linux/fs.h: zero a range.
 const BLKZEROOUT: libc::c_ulong = 0x127f;
+
+/// The size of what the file system has allocated for a file. st_blocks counts 512-byte units, regardless of the file system.
+pub fn allocated_bytes(metadata: &Metadata) -> u64 {
+    metadata.blocks().saturating_mul(512)
+}
 
 /// Reads from `offset_bytes` into as many of `buffers` as one call accepts (pread(2), preadv(2)). Returns the number of
 /// bytes.
