@@ -29,7 +29,7 @@ fn refusal(arguments: &[&str], code: i32) -> String {
 
 #[test]
 fn help_of_every_command_has_examples() {
-    let images = ["pull", "load", "images", "inspect", "rmi", "prune", "disks"];
+    let images = ["pull", "load", "images", "inspect", "tag", "rmi", "prune", "disks"];
     let commands = ["boot", "doctor", "completions", "man"].into_iter().chain(images);
     for command in std::iter::once(vec![]).chain(commands.map(|command| vec![command])) {
         let help = stdout(&[&command[..], &["--help"]].concat());
@@ -266,7 +266,10 @@ fn what_does_not_exist_is_reported_once_and_the_rest_is_done() {
     let output = run(&["inspect", "nothing", "there"]);
     assert!(output.status.code() == Some(1) && String::from_utf8_lossy(&output.stdout).contains("there"), "{output:?}");
     let output = run(&["rmi", "nothing", "there"]);
-    assert!(output.status.code() == Some(1) && output.stdout.starts_with(b"Removed "), "{output:?}");
+    assert!(
+        output.status.code() == Some(1) && output.stdout.starts_with(b"Untagged: there:latest\nDeleted: sha256:"),
+        "{output:?}"
+    );
 }
 
 #[test]

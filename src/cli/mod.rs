@@ -44,6 +44,7 @@ pub mod start;
 pub mod stats;
 pub mod stop;
 pub mod suspend;
+pub mod tag;
 mod time;
 pub mod update;
 mod usage;
@@ -149,6 +150,8 @@ enum Command {
     Images(images::Images),
     /// Display detailed information about machines or images
     Inspect(inspect::Inspect),
+    /// Give an image another name
+    Tag(tag::Tag),
     /// Remove images
     Rmi(rmi::Rmi),
     /// Remove unused data: untagged images, outdated warm images, incomplete pulls, and optionally layers
@@ -204,6 +207,7 @@ impl Cli {
             Command::Warm(warm) => warm.run(started),
             Command::Images(images) => images.run(),
             Command::Inspect(inspect) => inspect.run(),
+            Command::Tag(tag) => tag.run(),
             Command::Rmi(rmi) => rmi.run(),
             Command::Prune(prune) => prune.run(),
             Command::Disks(disks) => disks.run(),

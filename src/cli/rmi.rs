@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::exit::Exit;
-use crate::image::{Source, Store};
+use crate::image::{Removed, Source, Store};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -15,11 +15,11 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Rmi {
-    /// Names, IDs or source paths of images; a name is untagged, and its image removed with its last name
+    /// Names, IDs or source paths of images; a name is removed, and its image with its last name
     #[arg(value_name = "IMAGE", required = true, value_parser = super::load::source)]
     images: Vec<Source>,
 
-    /// Do not fail if an image does not exist
+    /// Remove an image given by its ID with all of its names, and do not fail if an image does not exist
     #[arg(short, long)]
     force: bool,
 }
@@ -34,10 +34,15 @@ impl Rmi {
                 let failed = super::report(error);
                 exit = if self.force { exit } else { failed };
             });
-            let Ok(image) = found else { continue };
-            match store.remove(source) {
-                Ok(true) => super::print(&format!("Removed {}\n", image.id.short()))?,
-                Ok(false) => super::print(&format!("Untagged (other names remain): {}\n", image.id.short()))?,
+            if found.is_err() {
+                continue;
+            }
+            match store.remove(source, self.force) {
+                Ok(Removed { untagged, deleted }) => {
+                    let untagged = untagged.iter().map(|name| format!("Untagged: {name}\n"));
+                    let deleted = deleted.iter().map(|id| format!("Deleted: {id}\n"));
+                    super::print(&untagged.chain(deleted).collect::<String>())?;
+                }
                 Err(error) => exit = super::report(&error),
             }
         }

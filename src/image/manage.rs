@@ -45,7 +45,16 @@ pub struct PruneOptions {
     pub keep_layers: bool,
 }
 
-/// What was removed.
+/// What [`Store::remove`] has removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Removed {
+    /// The names, in their shortest form.
+    pub untagged: Vec<String>,
+    /// The image, if that was its last name.
+    pub deleted: Option<Digest>,
+}
+
+/// What pruning has removed.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Pruned {
     /// The number of images.
@@ -141,17 +150,26 @@ impl Store {
         Ok((prepared, names.iter().map(Reference::familiar).collect()))
     }
 
-    /// Removes a name, and the image with its last name. Returns whether the image was removed.
-    pub fn remove(&self, source: &Source) -> Result<bool> {
-        let gone = self.update(|index| {
+    /// Removes a name, and the image with its last name. An image that is given by its ID is removed if it has no more than one
+    /// name, or with `force`. Images of running machines are not removed.
+    pub fn remove(&self, source: &Source, force: bool) -> Result<Removed> {
+        let removed = self.update(|index| {
             let id = find(index, source)?;
-            if let Source::Name { reference, .. } = source
-                && index.names.contains_key(&reference.to_string())
-                && index.names_of(id).len() > 1
-            {
-                index.names.remove(&reference.to_string());
-                return Ok(false);
+            let names: Vec<String> = index.names_of(id).into_iter().map(str::to_owned).collect();
+            let given = match source {
+                Source::Name { reference, .. } => names.iter().find(|name| **name == reference.to_string()),
+                Source::Id(_) | Source::Path { .. } => None,
+            };
+            if let Some(name) = given.filter(|_| names.len() > 1) {
+                index.names.remove(name);
+                return Ok(Removed { untagged: vec![familiar(name)], deleted: None });
             }
+            ensure!(
+                force || given.is_some() || names.len() <= 1,
+                "image {} has several names, which `husk rmi -f` removes: {}",
+                id.short(),
+                names.iter().map(|name| familiar(name)).collect::<Vec<_>>().join(", ")
+            );
             let root = index.images.get(&id).map(|record| record.root).context("no such image")?;
             let is_shared = index.images.iter().any(|(&other, record)| other != id && record.root == root);
             ensure!(is_shared || !self.is_in_use(root)?, "image {} is in use by a running machine", id.short());
@@ -159,12 +177,12 @@ impl Store {
             if !is_shared {
                 self.remove_root(root, &mut Pruned::default())?;
             }
-            Ok(true)
+            Ok(Removed { untagged: names.iter().map(|name| familiar(name)).collect(), deleted: Some(id) })
         })?;
-        if gone {
+        if removed.deleted.is_some() {
             self.prune(PruneOptions { keep_unnamed: true, keep_layers: true })?;
         }
-        Ok(gone)
+        Ok(removed)
     }
 
     /// Removes data that no image uses, as selected by `options`. Data used by running machines is kept.
@@ -268,11 +286,19 @@ fn find(index: &Index, source: &Source) -> Result<Digest> {
         Source::Name { reference, path } => match (index.names.get(&reference.to_string()), path) {
             (Some(&id), _) => Ok(id),
             (None, Some(path)) => by_path(index, path),
-            (None, None) => bail!("no such image: {} (see `husk images`)", reference.familiar()),
+            (None, None) => by_short_id(index, reference)
+                .with_context(|| format!("no such image: {} (see `husk images`)", reference.familiar())),
         },
         Source::Id(hex) => index.by_prefix(hex).with_context(|| format!("no such image: {hex}")),
         Source::Path { path, .. } => by_path(index, path),
     }
+}
+
+/// The only image whose ID starts with a word that could also be a name.
+fn by_short_id(index: &Index, word: &Reference) -> Option<Digest> {
+    let familiar = word.familiar();
+    let hex = familiar.strip_suffix(":latest").filter(|hex| hex.bytes().all(|byte| byte.is_ascii_hexdigit()))?;
+    index.by_prefix(hex)
 }
 
 fn by_path(index: &Index, path: &Path) -> Result<Digest> {

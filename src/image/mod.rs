@@ -53,7 +53,7 @@ use self::config::ImageConfig;
 pub use self::config::ImageProcess;
 pub use self::digest::Digest;
 pub use self::erofs::Form;
-pub use self::manage::{Listed, PruneOptions, Pruned};
+pub use self::manage::{Listed, PruneOptions, Pruned, Removed};
 pub use self::manifest::Platform;
 pub use self::progress::Progress;
 pub use self::registry::Pulled;

@@ -72,6 +72,32 @@ fn an_image_in_use_is_kept_until_its_last_name_is_removed() {
 }
 
 #[test]
+fn an_image_with_several_names_is_removed_name_by_name_or_by_force() {
+    let house = House::new();
+    house.sh("mkdir d; echo 1 >d/1; tar -C d -cf d.tar .");
+    house.load("d.tar");
+    let id = String::from_utf8(house.husk(&["images", "--quiet"]).stdout).unwrap().trim().to_owned();
+    let done = |words: &[&str]| {
+        let output = house.husk(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for (source, target) in [("loaded", "localhost:5000/a/b:1"), (&id, "two"), (&id[..5], "three"), ("./d.tar", "four")]
+    {
+        assert_eq!(done(&["tag", source, target]), "");
+    }
+    let refused = house.husk(&["rmi", &id]);
+    assert_eq!((refused.status.code(), refused.stdout.len()), (Some(1), 0));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("two:latest, localhost:5000/a/b:1"), "{refused:?}");
+    assert_eq!(done(&["rmi", "two"]), "Untagged: two:latest\n");
+    assert_eq!(house.husk(&["tag", "two", "five"]).status.code(), Some(1));
+    assert_eq!(house.husk(&["tag", "three", &format!("x@sha256:{}", "0".repeat(64))]).status.code(), Some(1));
+    let removed = done(&["rmi", "-f", &id]);
+    assert!(removed.starts_with("Untagged: ") && removed.contains(&format!("\nDeleted: sha256:{id}")), "{removed}");
+    assert_eq!((removed.lines().count(), house.files("roots")), (5, 0), "{removed}");
+}
+
+#[test]
 fn a_loaded_archive_is_not_read_again() {
     let house = House::new();
     archive(&house);
