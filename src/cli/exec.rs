@@ -106,6 +106,7 @@ impl Exec {
         process.terminal = self.process.tty.then(size);
         process.stdin = self.process.interactive;
         process.detached = self.detach;
+        process.rights = from.rights;
         Ok(process)
     }
 }

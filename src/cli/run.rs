@@ -2,6 +2,7 @@
 
 pub mod machine;
 pub mod session;
+mod settings;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use log::Level;
 
 use self::machine::MachineFlags;
 use self::session::Start;
+use self::settings::GuestSettings;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::mounts::{self, MountFlags};
@@ -123,6 +125,9 @@ pub(super) struct Run {
     #[command(flatten)]
     mounts: MountFlags,
 
+    #[command(flatten)]
+    settings: GuestSettings,
+
     /// Set a resource limit (ulimit); can be repeated
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
     ulimit: Vec<Limit>,
@@ -143,16 +148,15 @@ pub(super) struct Run {
     ///
     /// There is no IMAGE then: all words are the command. The machine has the CPUs, the memory and the kernel of the
     /// snapshot.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "scratch", "init", "no_warm", "volume", "mount"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "scratch", "os_init", "no_warm", "volume", "mount"])]
     #[arg(conflicts_with_all = ["cpus", "memory", "kernel", "transport", "nested", "read_only"])]
     from: Option<PathBuf>,
 
-    /// Run an init of the image as PID 1, with its console on this terminal
+    /// Run this program of the image as PID 1 in place of husk's init, with its console on this terminal
     ///
-    /// A disk image always runs its own init, and PATH selects which one. For a container image, --init without PATH
-    /// has no effect: husk's init already reaps processes and forwards signals.
-    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
-    init: Option<OsString>,
+    /// A disk image always runs its own init, and PATH selects which one.
+    #[arg(long, value_name = "PATH")]
+    os_init: Option<OsString>,
 
     /// Print boot timings to standard error
     #[arg(long)]
@@ -203,7 +207,8 @@ impl Run {
         let (shares, _volumes) = mounts::open(mounts, &mut self.tmpfs)?;
         let mut spec = self.guest_spec(root_fs, command, &dir)?;
         spec.share(shares)?;
-        spec.connect(self.machine.network.setup(&name)?);
+        spec.set_sysctls(self.settings.sysctls())?;
+        spec.connect(self.machine.network.setup(&name)?.with_names(&self.settings.names()?)?);
         let kernel = self.machine.kernel()?;
         let verbose = log::log_enabled!(Level::Info);
         let mut config = self.machine.config(&spec, &kernel, &dir.file(state_dir::VSOCK), verbose)?;
@@ -247,17 +252,18 @@ impl Run {
     /// The contents of the machine, with all overrides and defaults applied.
     fn guest_spec(&mut self, root_fs: RootFs, command: Vec<OsString>, dir: &MachineDir) -> Result<GuestSpec> {
         let hostname = self.hostname.take().or_else(|| self.lifecycle.name.clone()).unwrap_or_else(|| dir.id());
-        let own_init = self.init.take().filter(|path| !path.is_empty() || matches!(root_fs, RootFs::Disk { .. }));
-        if own_init.is_some() || matches!(root_fs, RootFs::Disk { .. }) {
-            let program = own_init.filter(|path| !path.is_empty());
+        let program = self.os_init.take();
+        if program.is_some() || matches!(root_fs, RootFs::Disk { .. }) {
             if program.is_none() && !command.is_empty() {
-                bail!("a disk image runs its own init: use --init=PATH to pass arguments to it");
+                bail!("a disk image runs its own init: use --os-init PATH to pass arguments to it");
             }
             let args = program.into_iter().chain(command).collect();
             return Ok(GuestSpec::with_own_init(root_fs, args, hostname, std::mem::take(&mut self.tmpfs)));
         }
         let mut overrides = self.process.overrides(command)?;
         (overrides.entrypoint, overrides.limits) = (self.entrypoint.take(), std::mem::take(&mut self.ulimit));
+        overrides.rights = self.settings.rights()?;
+        self.tmpfs.extend(self.settings.tmpfs()?);
         if !self.lifecycle.is_detached() {
             self.process.check_terminal()?;
         }

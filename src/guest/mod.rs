@@ -19,6 +19,7 @@ use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::modules::{self, Module};
 use crate::state_dir::identity::IdentityRecord;
 
+pub mod capability;
 pub mod exec;
 pub mod initramfs;
 pub mod network;
@@ -72,6 +73,7 @@ pub struct GuestSpec {
     root_fs: RootFs,
     hostname: String,
     tmpfs: Vec<Tmpfs>,
+    sysctls: Vec<(String, String)>,
     program: Program,
     network: NetworkSetup,
     shares: Vec<Share>,
@@ -112,7 +114,15 @@ impl GuestSpec {
         process.stdin = stdin;
         check_hostname(&hostname)?;
         let program = Program::Process(process);
-        Ok(GuestSpec { root_fs, hostname, tmpfs, program, network: NetworkSetup::default(), shares: Vec::new() })
+        Ok(GuestSpec {
+            root_fs,
+            hostname,
+            tmpfs,
+            sysctls: Vec::new(),
+            program,
+            network: NetworkSetup::default(),
+            shares: Vec::new(),
+        })
     }
 
     /// A machine that runs the root file system's own init. `args` are the init program and its arguments; if empty,
@@ -122,7 +132,7 @@ impl GuestSpec {
         let hostname = if matches!(root_fs, RootFs::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
         let (program, network) = (Program::Init(args), NetworkSetup::default());
-        GuestSpec { root_fs, hostname, tmpfs, program, network, shares: Vec::new() }
+        GuestSpec { root_fs, hostname, tmpfs, sysctls: Vec::new(), program, network, shares: Vec::new() }
     }
 
     /// Sets the machine's network interfaces. Without this call it has none.
@@ -130,11 +140,21 @@ impl GuestSpec {
         self.network = network;
     }
 
+    /// Sets kernel parameters of the machine, by name, and their values.
+    pub fn set_sysctls(&mut self, sysctls: Vec<(String, String)>) -> Result<()> {
+        ensure!(
+            sysctls.is_empty() || self.has_session(),
+            "--sysctl and --domainname need husk's init: remove --os-init, or set them in the machine"
+        );
+        self.sysctls = sysctls;
+        Ok(())
+    }
+
     /// Sets what the machine shares with the host. Without this call it is nothing.
     pub fn share(&mut self, shares: Vec<Share>) -> Result<()> {
         ensure!(
             shares.is_empty() || self.has_session(),
-            "-v and --mount need husk's init: remove --init, or use `husk boot --share` and mount it in the machine"
+            "-v and --mount need husk's init: remove --os-init, or use `husk boot --share` and mount it in the machine"
         );
         self.shares = shares;
         Ok(())
@@ -279,6 +299,7 @@ impl GuestSpec {
             identity: self.network.identity(&self.hostname),
             tmpfs: self.tmpfs.clone(),
             shares: self.shares.iter().map(|share| share.mount.clone()).collect(),
+            sysctls: self.sysctls.clone(),
             process: process.clone(),
         }
     }

@@ -2,14 +2,14 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use husk_protocol::{Identity, Interface, InterfaceAddress};
 
 use crate::config::{Attachment, MacAddress, NetworkConfig};
 use crate::resources::bridge::{self, Lease};
 use crate::resources::passt;
 use crate::resources::resolver::{self, Resolver};
-use crate::state_dir::identity::{IdentityRecord, InterfaceRecord};
+use crate::state_dir::identity::{IdentityRecord, InterfaceRecord, Names};
 
 /// An interface and its configuration in the guest.
 #[derive(Debug)]
@@ -33,8 +33,11 @@ pub struct NetworkSetup {
     pub interfaces: Vec<Interface>,
     resolver: Resolver,
     dns: Vec<IpAddr>,
+    names: Names,
+    /// The names of hosts with their addresses.
+    hosts: Vec<(String, IpAddr)>,
     records: Vec<InterfaceRecord>,
-    _leases: Vec<Lease>,
+    leases: Vec<Lease>,
 }
 
 impl From<NetworkConfig> for InterfaceSetup {
@@ -92,14 +95,40 @@ impl NetworkSetup {
             records.push(InterfaceRecord { addresses: setup.addresses, gateways: setup.gateways });
             leases.extend(setup.lease);
         }
-        NetworkSetup { configs, interfaces, resolver, dns: dns.to_vec(), records, _leases: leases }
+        NetworkSetup { configs, interfaces, resolver, dns: dns.to_vec(), records, leases, ..NetworkSetup::default() }
+    }
+
+    /// Adds the names that the user has given.
+    pub fn with_names(mut self, names: &Names) -> Result<NetworkSetup> {
+        let with_address =
+            |(name, ip): &(String, Option<IpAddr>)| Ok((name.clone(), ip.map_or_else(|| self.host(), Ok)?));
+        self.hosts = names.hosts.iter().map(with_address).collect::<Result<_>>()?;
+        if !names.search.is_empty() {
+            self.resolver.search = names.search.iter().filter(|domain| *domain != ".").cloned().collect();
+        }
+        if !names.options.is_empty() {
+            self.resolver.options.clone_from(&names.options);
+        }
+        self.names = names.clone();
+        Ok(self)
+    }
+
+    /// An address at which the machine reaches its host.
+    fn host(&self) -> Result<IpAddr> {
+        let gateway = self.leases.first().map(|lease| lease.bridge.gateway().into());
+        let is_user = self.configs.iter().any(|config| matches!(config.to, Attachment::User(_)));
+        let address = gateway.or_else(|| is_user.then(passt::host_address).flatten());
+        address.context("host-gateway: the machine has no network on which it reaches the host: use an address")
     }
 
     /// What a guest with this network and host name is told.
     pub fn identity(&self, hostname: &str) -> Identity {
         let own_address = self.own_address().unwrap_or(IpAddr::from([127, 0, 1, 1]));
-        let hosts =
-            format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own_address}\t{hostname}\n");
+        let full_name = self.names.domain.iter().map(|domain| format!("{hostname}.{domain} ")).collect::<String>();
+        let mut hosts = format!(
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own_address}\t{full_name}{hostname}\n"
+        );
+        hosts.extend(self.hosts.iter().map(|(name, ip)| format!("{ip}\t{name}\n")));
         Identity {
             hostname: hostname.to_owned(),
             hosts: Some(hosts.into_bytes()),
@@ -110,8 +139,8 @@ impl NetworkSetup {
 
     /// The same for the record of the machine `machine`.
     pub fn record(&self, machine: String, hostname: String, is_hostname_chosen: bool) -> IdentityRecord {
-        let (dns, interfaces) = (self.dns.clone(), self.records.clone());
-        IdentityRecord { machine, hostname, is_hostname_chosen, dns, interfaces }
+        let (dns, names, interfaces) = (self.dns.clone(), self.names.clone(), self.records.clone());
+        IdentityRecord { machine, hostname, is_hostname_chosen, dns, names, interfaces }
     }
 
     /// Whether there are no interfaces.
@@ -193,6 +222,19 @@ mod tests {
         let tap = NetworkSetup::new(vec![setup(Attachment::Tap { name: "t".into() })], &dns);
         assert_eq!(tap.own_address(), Some("192.0.2.2".parse().unwrap()));
         assert!(tap.resolv_conf().unwrap().ends_with(b"nameserver 192.0.2.53\n"));
+        let names = Names {
+            hosts: vec![("db".into(), "192.0.2.7".parse().ok())],
+            search: vec![".".into()],
+            options: vec!["ndots:3".into()],
+            domain: Some("example".into()),
+        };
+        let identity = tap.with_names(&names).unwrap().identity("box");
+        let text = |content: Option<Vec<u8>>| String::from_utf8(content.unwrap()).unwrap();
+        assert!(text(identity.hosts).ends_with("192.0.2.2\tbox.example box\n192.0.2.7\tdb\n"));
+        assert_eq!(text(identity.resolv_conf), "options ndots:3\nnameserver 192.0.2.53\n");
+        let hosts = vec![("host".into(), None)];
+        let unreachable = NetworkSetup::default().with_names(&Names { hosts, ..Names::default() });
+        assert!(unreachable.unwrap_err().to_string().starts_with("host-gateway: "));
         let none = NetworkSetup::new(Vec::new(), &dns);
         assert_eq!((none.is_empty(), none.own_address(), none.resolv_conf()), (true, None, None));
     }

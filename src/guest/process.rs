@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use husk_protocol::{Limit, Process, Tmpfs};
+use husk_protocol::{Limit, Process, Rights, Tmpfs};
 
 /// The process configuration of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct Overrides {
     pub user: Option<String>,
     /// Resource limits, as in `--ulimit`.
     pub limits: Vec<Limit>,
+    /// What the process may do.
+    pub rights: Rights,
 }
 
 /// The default soft and hard limits of open files, the same as systemd's.
@@ -74,6 +76,7 @@ impl Overrides {
             stdin: false,
             detached: false,
             limits,
+            rights: self.rights,
         }
     }
 }

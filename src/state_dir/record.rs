@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use husk_protocol::Process;
+use husk_protocol::{Process, Rights};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
@@ -118,6 +118,9 @@ pub struct Inherited {
     pub terminal: bool,
     /// Whether the first process has standard input.
     pub stdin: bool,
+    /// What they may do.
+    #[serde(default)]
+    pub rights: Rights,
 }
 
 /// Bytes that are serialized as text if they are valid UTF-8, as is usually the case.
@@ -159,6 +162,7 @@ impl From<&Process> for Inherited {
             user: process.user.clone(),
             terminal: process.terminal.is_some(),
             stdin: process.stdin,
+            rights: process.rights.clone(),
         }
     }
 }

@@ -202,7 +202,7 @@ fn a_disk_runs_its_own_init_and_keeps_its_data() {
     run(Command::new("e2fsck").args(["-f", "-n", &disk]));
     assert_eq!(run(Command::new("debugfs").args(["-R", "cat /srv/new", &disk])), "kept\n");
     let words =
-        ["--read-only", "--init=/bin/sh", &disk, "-c", "echo pid=$$; touch /srv/x || echo unchanged; poweroff -f"];
+        ["--read-only", "--os-init=/bin/sh", &disk, "-c", "echo pid=$$; touch /srv/x || echo unchanged; poweroff -f"];
     let text = run_disk(&guests, &words).expect(0).text();
     assert!(text.contains("pid=1") && text.contains("unchanged"), "{text}");
 }
@@ -240,7 +240,7 @@ fn the_partition_of_a_qcow2_disk_that_has_an_init_is_the_root() {
 
 #[test]
 fn an_image_can_run_its_own_init() {
-    let words = ["--init=/bin/sh", archive(), "-c", "echo pid=$$ > /dev/console; touch /srv/x && poweroff -f"];
+    let words = ["--os-init=/bin/sh", archive(), "-c", "echo pid=$$ > /dev/console; touch /srv/x && poweroff -f"];
     let text = run_disk(&guests!(), &words).expect(0).text();
     assert!(text.contains("pid=1"), "{text}");
 }

@@ -14,6 +14,7 @@ mod net;
 mod process;
 mod reach;
 mod restored;
+mod settings;
 mod share;
 mod streams;
 #[path = "../kvm/terminal.rs"]

@@ -53,5 +53,5 @@ pub fn become_init(args: &[Vec<u8>]) -> Failure {
         let error = exec(&program, std::slice::from_ref(&program));
         crate::report::say(&format!("start {}: {}", program.to_string_lossy(), error.desc()));
     }
-    Failure::new("the root filesystem has no init: use --init=PATH to select one")
+    Failure::new("the root filesystem has no init: use --os-init PATH to select one")
 }

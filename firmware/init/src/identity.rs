@@ -34,6 +34,19 @@ struct Group<'a> {
 /// The maximum number of groups of a process (NGROUPS_MAX).
 const GROUPS_MAX: usize = 65536;
 
+impl Identity {
+    /// Adds groups by name or number, which are resolved with the content of /etc/group.
+    pub fn join(&mut self, wanted: &[String], group: &[u8]) -> Result<(), String> {
+        for wanted in wanted.iter().take(GROUPS_MAX - self.groups.len()) {
+            let gid = find_group(wanted, group)?;
+            if !self.groups.contains(&gid) {
+                self.groups.push(gid);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Resolves `wanted` (`USER[:GROUP]`, empty is root) with the contents of the two files. Errors are one line.
 pub fn find(wanted: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, String> {
     let (user, wanted_group) = match wanted.split_once(':') {
@@ -138,6 +151,14 @@ mod tests {
         assert_eq!(who("user:4242"), (1000, 4242, vec![4242], "/home/user".into()));
         assert_eq!(who(":audio"), (0, 63, vec![63], "/root".into()));
         assert_eq!(who("user:"), who("user"));
+    }
+
+    #[test]
+    fn groups_are_added_once() {
+        let mut identity = find("user", PASSWD, GROUP).unwrap();
+        identity.join(&["users".into(), "4242".into(), "web".into(), "4242".into()], GROUP).unwrap();
+        assert_eq!(identity.groups, [100, 10, 63, 4242, 33]);
+        assert!(identity.join(&["none".into()], GROUP).unwrap_err().contains("\"none\""));
     }
 
     #[test]

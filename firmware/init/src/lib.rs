@@ -12,6 +12,7 @@
 
 mod agent;
 mod boot;
+mod cgroup;
 mod clock;
 mod connection;
 mod connections;
@@ -30,6 +31,7 @@ mod sent;
 mod session;
 mod setup;
 mod sys;
+mod sysctl;
 
 use connection::Connecting;
 use errors::Failure;

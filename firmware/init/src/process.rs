@@ -18,6 +18,7 @@ use nix::unistd::{
     setuid,
 };
 
+use crate::cgroup;
 use crate::errors::{CODE_NOT_EXECUTABLE, CODE_NOT_FOUND, Context, Failure};
 use crate::identity::{self, Identity};
 use crate::sys;
@@ -48,13 +49,14 @@ enum Stage {
     Session,
     Streams,
     Limits,
+    Cgroup,
     Directory,
     Identity,
     Program,
 }
 
-const STAGES: [Stage; 6] =
-    [Stage::Session, Stage::Streams, Stage::Limits, Stage::Directory, Stage::Identity, Stage::Program];
+const STAGES: [Stage; 7] =
+    [Stage::Session, Stage::Streams, Stage::Limits, Stage::Cgroup, Stage::Directory, Stage::Identity, Stage::Program];
 
 /// The absolute working directory.
 pub fn working_dir(process: &Process) -> PathBuf {
@@ -65,7 +67,9 @@ pub fn working_dir(process: &Process) -> PathBuf {
 pub fn start(process: &Process, hostname: &str) -> Result<Started, Failure> {
     let passwd = fs::read("/etc/passwd").unwrap_or_default();
     let group = fs::read("/etc/group").unwrap_or_default();
-    let identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
+    let mut identity = identity::find(&process.user, &passwd, &group).map_err(Failure::new)?;
+    identity.join(&process.rights.groups, &group).map_err(Failure::new)?;
+    process.rights.processes_max.map_or(Ok(()), cgroup::limit_processes)?;
     let text =
         |bytes: &Vec<u8>| CString::new(bytes.as_slice()).map_err(|_| Failure::new("an argument contains a NUL byte"));
     let args = process.args.iter().map(text).collect::<Result<Vec<_>, _>>()?;
@@ -152,13 +156,21 @@ fn become_process(process: &Process, identity: &Identity, streams: &Streams) -> 
     for limit in &process.limits {
         sys::set_limit(limit).map_err(io).map_err(at(Stage::Limits))?;
     }
+    if process.rights.processes_max.is_some() {
+        cgroup::join().map_err(io).map_err(at(Stage::Cgroup))?;
+    }
     // As root, which can enter directories that the user cannot.
     chdir(&working_dir(process)).map_err(at(Stage::Directory))?;
+    let dropped = process.rights.dropped_capabilities;
+    sys::drop_capabilities(dropped).map_err(io).map_err(at(Stage::Identity))?;
     let groups: Vec<Gid> = identity.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     setgroups(&groups)
         .and_then(|()| setgid(Gid::from_raw(identity.gid)))
         .and_then(|()| setuid(Uid::from_raw(identity.uid)))
         .map_err(at(Stage::Identity))?;
+    if process.rights.no_new_privileges {
+        sys::forbid_new_privileges().map_err(io).map_err(at(Stage::Identity))?;
+    }
     sys::set_default_action(Signal::SIGPIPE);
     SigSet::empty().thread_set_mask().map_err(at(Stage::Session))
 }
@@ -227,6 +239,7 @@ fn explain(process: &Process, stage: Option<&Stage>, error: Errno) -> Failure {
             _ => format!("{name}: {why}"),
         },
         Some(Stage::Directory) => format!("enter the working directory {}: {why}", dir.display()),
+        Some(Stage::Cgroup) => format!("limit the number of processes: {why}"),
         Some(Stage::Limits) => format!("set the resource limits: {why}"),
         Some(Stage::Identity) => format!("switch to user {:?}: {why}", process.user),
         _ => format!("start {name}: {why}"),

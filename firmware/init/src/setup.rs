@@ -12,6 +12,7 @@ use crate::network::Network;
 use crate::process;
 use crate::report;
 use crate::root::{self, Kept, make_dir};
+use crate::sysctl;
 
 /// A machine in its root file system that may be set up for a run.
 pub struct Prepared {
@@ -36,6 +37,7 @@ impl Prepared {
     pub fn set_up(&mut self, run: &Run) -> Result<(), Failure> {
         self.take_on(&run.identity)?;
         mounts::mount_all(&run.tmpfs, &run.shares)?;
+        sysctl::set_all(&run.sysctls)?;
         make_dir(process::working_dir(&run.process))?;
         if self.is_readonly { root::forbid_changes() } else { Ok(()) }
     }

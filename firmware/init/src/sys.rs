@@ -101,6 +101,25 @@ pub fn set_limit(limit: &Limit) -> io::Result<()> {
     check(unsafe { libc::setrlimit(limit.resource, &value) })
 }
 
+/// Makes it impossible for this process and its children to get these capabilities, a bit for each, by executing a program.
+/// Those that the kernel does not know are ignored.
+pub fn drop_capabilities(mask: u64) -> io::Result<()> {
+    for number in (0..u64::BITS).filter(|number| mask >> number & 1 == 1) {
+        // SAFETY: the call accesses no memory.
+        match check(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) }) {
+            Err(error) if error.raw_os_error() != Some(libc::EINVAL) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Makes it impossible for this process and its children to get more rights by executing a program.
+pub fn forbid_new_privileges() -> io::Result<()> {
+    // SAFETY: the call accesses no memory.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
+}
+
 /// Extends the connect timeout of a socket, which is two seconds by default.
 pub fn set_connect_timeout(socket: BorrowedFd, timeout: Duration) -> io::Result<()> {
     const SO_VM_SOCKETS_CONNECT_TIMEOUT: i32 = 6;

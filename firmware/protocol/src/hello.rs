@@ -78,7 +78,7 @@ mod tests {
             Hello::from_bytes(bytes)
         };
         assert_eq!(with(0, b'H'), Err(Malformed::Magic));
-        assert_eq!(with(4, 9), Err(Malformed::Version(9)));
+        assert_eq!(with(4, 99), Err(Malformed::Version(99)));
         assert_eq!(with(6, 4), Err(Malformed::Role(4)));
     }
 }

@@ -25,6 +25,21 @@ pub struct Process {
     pub detached: bool,
     /// Resource limits, in the order they are set.
     pub limits: Vec<Limit>,
+    /// What it may do.
+    pub rights: Rights,
+}
+
+/// What a process may do, apart from what its user may.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rights {
+    /// More groups, by name or GID, as listed in the guest's files.
+    pub groups: Vec<String>,
+    /// The capabilities that neither it nor its children can get, a bit for each (capabilities(7)).
+    pub dropped_capabilities: u64,
+    /// Whether executing a program never gives it more rights.
+    pub no_new_privileges: bool,
+    /// The maximum number of processes and threads of all processes with such a limit together.
+    pub processes_max: Option<u32>,
 }
 
 /// The size of a terminal in characters.

@@ -32,6 +32,8 @@ pub struct Run {
     pub tmpfs: Vec<Tmpfs>,
     /// Folders and files of the host.
     pub shares: Vec<Share>,
+    /// Kernel parameters, as sysctl(8) names them, and their values.
+    pub sysctls: Vec<(String, String)>,
     /// The process.
     pub process: Process,
 }
@@ -199,7 +201,8 @@ mod tests {
         };
         let tmpfs = vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }];
         let share = Share { tag: "t".into(), file: Some("f".into()), path: b"/srv".to_vec(), readonly: true };
-        let run = Run { identity, tmpfs, shares: vec![share], process };
+        let sysctls = vec![("kernel.domainname".into(), "example".into())];
+        let run = Run { identity, tmpfs, shares: vec![share], sysctls, process };
         let spec = Spec {
             modules: vec!["/modules/a.ko".into()],
             root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Disk("/dev/vdb".into()) },
@@ -209,6 +212,6 @@ mod tests {
         assert_eq!(Spec::from_bytes(&bytes), Ok(spec));
         assert_eq!(Spec::from_bytes(&bytes[..bytes.len() - 1]), Err(Malformed::Content));
         assert_eq!(Spec::from_bytes(&[&bytes[..], &[0]].concat()), Err(Malformed::Content));
-        assert_eq!(Spec::from_bytes(&[9]), Err(Malformed::Version(9)));
+        assert_eq!(Spec::from_bytes(&[99]), Err(Malformed::Version(99)));
     }
 }

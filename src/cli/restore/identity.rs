@@ -75,7 +75,7 @@ impl IdentityFlags {
             setups.push(self.interface(index, device, known, name, is_same)?);
         }
         self.publish(setups.iter_mut().map(|setup| &mut setup.config), is_same)?;
-        let network = NetworkSetup::new(setups, &saved.dns);
+        let network = NetworkSetup::new(setups, &saved.dns).with_names(&saved.names)?;
         let keeps_hostname = is_same || saved.is_hostname_chosen;
         let kept = keeps_hostname.then(|| saved.hostname.clone());
         let hostname = self.hostname.clone().or(kept).unwrap_or_else(|| name.to_owned());
@@ -211,6 +211,7 @@ mod tests {
     use super::*;
     use crate::config::{MacAddress, VsockConfig};
     use crate::guest::network::parse_address;
+    use crate::state_dir::identity::Names;
 
     #[derive(Parser)]
     struct Cli {
@@ -245,6 +246,7 @@ mod tests {
             machine: "first".into(),
             hostname: "web".into(),
             is_hostname_chosen,
+            names: Names::default(),
             dns: vec!["192.0.2.54".parse().unwrap()],
             interfaces: vec![InterfaceRecord { addresses: vec![address], gateways: vec![gateway] }],
         }

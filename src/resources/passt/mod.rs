@@ -9,7 +9,7 @@ mod neighbors;
 mod process;
 mod routes;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::{env, fs};
 
@@ -113,6 +113,15 @@ fn forwarded(port: &PortForward) -> String {
     };
     let address = port.host_ip.map(|ip| format!("{ip}/")).unwrap_or_default();
     format!("{address}{}:{}", range(port.host_port), range(port.guest_port))
+}
+
+/// An address of the host that a guest can connect to: the one from which the host itself connects to others.
+pub fn host_address() -> Option<IpAddr> {
+    // Connecting a UDP socket selects the address and sends nothing. Any address behind the default route will do.
+    const ELSEWHERE: (Ipv4Addr, u16) = (Ipv4Addr::new(192, 0, 2, 1), 9);
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    socket.connect(ELSEWHERE).ok()?;
+    socket.local_addr().ok().map(|address| address.ip())
 }
 
 /// The DNS servers for a guest that is configured without DHCP.
