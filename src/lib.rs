@@ -27,6 +27,7 @@ pub mod snapshot;
 pub mod state_dir;
 pub mod supervisor;
 pub mod sys;
+pub mod template;
 #[cfg(test)]
 mod test_log;
 pub mod timings;
