@@ -37,10 +37,18 @@ fn clean(text: &str, is_covered: impl Fn(char) -> bool) -> Cow<'_, str> {
 /// `value` as multi-line JSON that is safe to print: affected characters are escaped, so that the JSON still parses to
 /// the same value.
 pub fn json(value: &impl Serialize) -> serde_json::Result<String> {
-    let text = serde_json::to_string_pretty(value)?;
+    serde_json::to_string_pretty(value).map(escaped)
+}
+
+/// The same on a single line.
+pub fn json_line(value: &impl Serialize) -> serde_json::Result<String> {
+    serde_json::to_string(value).map(escaped)
+}
+
+fn escaped(text: String) -> String {
     // All of them are within strings, where ASCII control characters are already escaped.
     let escape = |c: char| if is_command(c) && c != '\n' { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
-    Ok(if text.contains(|c| is_command(c) && c != '\n') { text.chars().map(escape).collect() } else { text })
+    if text.contains(|c| is_command(c) && c != '\n') { text.chars().map(escape).collect() } else { text }
 }
 
 /// `text` joined into one line, without the error numbers that the standard library appends to system errors.

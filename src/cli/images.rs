@@ -8,25 +8,58 @@ use clap::Args;
 use indicatif::{HumanBytes, HumanDuration};
 
 use super::exit::Exit;
+use super::filter::matches_glob;
+use super::inspect::image;
+use super::list::{Columns, Filters, ListFlags, Row};
+use super::time;
 use crate::foreign;
-use crate::image::Store;
+use crate::image::reference::{Reference, Version};
+use crate::image::{Listed, Store};
 
 const EXAMPLES: &str = "\
 Examples:
   husk images
-  husk images --quiet | xargs husk rmi
-  husk images --json | jq '.[].names'";
+  husk images debian                          (all tags of it)
+  husk images -q --filter dangling=true | xargs husk rmi
+  husk images --format '{{.Repository}}:{{.Tag}} {{.Size}}'
+  husk images --json | jq '.[].RepoTags'
+
+Filters: dangling, label, before, since, reference";
+
+const NONE: &str = "<none>";
+
+const COLUMNS: Columns = Columns {
+    all: &[
+        ("Repository", "REPOSITORY"),
+        ("Tag", "TAG"),
+        ("Digest", "DIGEST"),
+        ("ID", "IMAGE ID"),
+        ("CreatedSince", "CREATED"),
+        ("CreatedAt", "CREATED AT"),
+        ("Size", "SIZE"),
+        ("Layers", "LAYERS"),
+        ("Warm", "WARM"),
+        ("Labels", "LABELS"),
+        ("Label", "LABEL"),
+    ],
+    shown: &["Repository", "Tag", "ID", "CreatedSince", "Size", "Layers", "Warm"],
+    key: "ID",
+    filters: &["dangling", "label", "before", "since", "reference"],
+};
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Images {
-    /// Format the output as JSON
-    #[arg(long)]
-    json: bool,
+    /// Only list images of this repository, or with this name
+    #[arg(value_name = "REPOSITORY[:TAG]")]
+    name: Option<String>,
 
-    /// Only display IDs
-    #[arg(short, long, conflicts_with = "json")]
-    quiet: bool,
+    #[command(flatten)]
+    list: ListFlags,
+
+    /// Print what `husk inspect` prints, as a JSON array
+    #[arg(long, conflicts_with_all = ["format", "quiet"])]
+    json: bool,
 
     /// Show all images: always on, for compatibility with `docker images`
     #[arg(short, long, hide = true)]
@@ -36,47 +69,100 @@ pub(super) struct Images {
 impl Images {
     /// Prints the list.
     pub fn run(self) -> Result<Exit> {
-        let Images { json, quiet, all: _ } = self;
-        let images = Store::open_default()?.list()?;
-        if json {
-            super::print_json(&images, "the images")?;
-            return Ok(Exit::Success);
+        let store = Store::open_default()?;
+        let filters = self.list.filters(&COLUMNS)?;
+        let added = |key: &str| -> Result<Vec<u64>> {
+            filters.values(key).map(|name| Ok(store.find(&name.parse()?)?.record.added_seconds)).collect()
+        };
+        let (before, since) = (added("before")?, added("since")?);
+        let mut images = store.list()?;
+        images.retain(|image| {
+            let at = image.record.added_seconds;
+            filters.any("dangling", |wanted| (wanted == "true") == image.names.is_empty())
+                && filters.labels(&image.record.process.labels)
+                && before.iter().all(|&other| at < other)
+                && since.iter().all(|&other| at > other)
+        });
+        if self.name.is_some() || filters.values("reference").next().is_some() {
+            images.iter_mut().for_each(|image| image.names.retain(|name| self.is_wanted(name, &filters)));
+            images.retain(|image| !image.names.is_empty());
         }
-        if quiet {
-            super::print(&images.iter().map(|image| image.id.short() + "\n").collect::<String>())?;
-            return Ok(Exit::Success);
+        if self.json {
+            let list: Vec<_> = images.into_iter().map(image::inspect).collect();
+            super::print_json(&list, "the images")?;
+        } else {
+            let mut rows: Vec<Row> = images.iter().flat_map(|image| rows(image, self.list.no_trunc)).collect();
+            rows.dedup_by(|one, other| self.list.is_quiet() && one.text(COLUMNS.key) == other.text(COLUMNS.key));
+            self.list.print(&COLUMNS, rows)?;
         }
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        let mut rows =
-            vec![["NAME".to_owned(), "ID".into(), "ADDED".into(), "ROOT".into(), "LAYERS".into(), "WARM".into()]];
-        for image in &images {
-            let age = now.saturating_sub(Duration::from_secs(image.record.added_seconds));
-            let rest = [
-                image.id.short(),
-                format!("{} ago", HumanDuration(age)),
-                HumanBytes(image.root_bytes).to_string(),
-                HumanBytes(image.layer_bytes).to_string(),
-                HumanBytes(image.warm_bytes).to_string(),
-            ];
-            let unnamed = || vec![format!("<{}>", image.record.source.as_deref().unwrap_or("no name"))];
-            let names = if image.names.is_empty() { unnamed() } else { image.names.clone() };
-            for name in names {
-                let [id, age, root, layers, warm] = rest.clone();
-                rows.push([name, id, age, root, layers, warm]);
-            }
-        }
-        super::print(&table(&rows))?;
         Ok(Exit::Success)
+    }
+
+    fn is_wanted(&self, name: &str, filters: &Filters<'_>) -> bool {
+        self.name.as_ref().is_none_or(|wanted| is_named(name, wanted))
+            && filters.any("reference", |pattern| is_named(name, pattern))
     }
 }
 
-/// Formats rows as aligned columns, one line each, with safe cell contents.
-pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| foreign::line(cell))).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; N] = std::array::from_fn(width);
-    let line = |row: &[Cow<str>; N]| {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+/// Whether a name matches a pattern with or without a tag.
+fn is_named(name: &str, pattern: &str) -> bool {
+    let (repository, _) = repository_and_tag(name);
+    matches_glob(name, pattern) || matches_glob(&repository, pattern)
+}
+
+/// The repository and the tag of a name.
+fn repository_and_tag(name: &str) -> (String, String) {
+    let Ok(reference) = name.parse::<Reference>() else { return (name.to_owned(), NONE.to_owned()) };
+    let familiar = reference.familiar();
+    let end = format!("{}{}", if let Version::Tag(_) = reference.version { ':' } else { '@' }, reference.version());
+    let repository = familiar.strip_suffix(&end).unwrap_or(&familiar).to_owned();
+    let tag = if let Version::Tag(tag) = reference.version { tag } else { NONE.to_owned() };
+    (repository, tag)
+}
+
+/// A row for each name of an image.
+fn rows(image: &Listed, whole_ids: bool) -> Vec<Row> {
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    let added = Duration::from_secs(image.record.added_seconds);
+    let created = image.record.created.as_deref().and_then(|created| humantime::parse_rfc3339_weak(created).ok());
+    let created = created.and_then(|created| created.duration_since(SystemTime::UNIX_EPOCH).ok()).unwrap_or(added);
+    let row = |repository: String, tag: String, digest: String| {
+        let fields = [
+            ("Repository", repository),
+            ("Tag", tag),
+            ("Digest", digest),
+            ("ID", if whole_ids { image.id.to_string() } else { image.id.short() }),
+            ("CreatedSince", format!("{} ago", HumanDuration(now.saturating_sub(created)))),
+            ("CreatedAt", time::date(u64::try_from(created.as_millis()).unwrap_or(0))),
+            ("Size", HumanBytes(image.root_bytes).to_string()),
+            ("Layers", HumanBytes(image.layer_bytes).to_string()),
+            ("Warm", HumanBytes(image.warm_bytes).to_string()),
+        ];
+        Row::new(fields, &image.record.process.labels)
+    };
+    if image.names.is_empty() {
+        let source = image.record.source.as_ref().map_or_else(|| NONE.to_owned(), |source| format!("<{source}>"));
+        return vec![row(source, NONE.to_owned(), NONE.to_owned())];
+    }
+    let of_name = |name: &String| {
+        let (repository, tag) = repository_and_tag(name);
+        let digest = name.split_once('@').map_or(NONE, |(_, digest)| digest).to_owned();
+        row(repository, tag, digest)
+    };
+    image.names.iter().map(of_name).collect()
+}
+
+/// Formats rows as aligned columns, one line each, with safe cell contents. Rows may have fewer cells than others.
+pub fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
+    let rows: Vec<Vec<_>> =
+        rows.iter().map(|row| row.as_ref().iter().map(|cell| foreign::line(cell)).collect()).collect();
+    let mut widths = Vec::new();
+    for (column, cell) in rows.iter().flat_map(|row| row.iter().enumerate()) {
+        widths.resize(widths.len().max(column + 1), 0);
+        widths[column] = widths[column].max(cell.chars().count());
+    }
+    let line = |row: &Vec<Cow<str>>| {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
         cells.join("  ").trim_end().to_owned() + "\n"
     };
     rows.iter().map(line).collect()
@@ -85,6 +171,21 @@ pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_shown_in_two_columns() {
+        for (name, repository, tag) in [
+            ("debian:12", "debian", "12"),
+            ("localhost:5000/a/b:1", "localhost:5000/a/b", "1"),
+            (&format!("a@sha256:{}", "0".repeat(64)), "a", NONE),
+        ] {
+            assert_eq!(repository_and_tag(name), (repository.to_owned(), tag.to_owned()), "{name}");
+        }
+        assert!(
+            is_named("debian:12", "debian") && is_named("debian:12", "deb*:12") && is_named("debian:12", "debian:12")
+        );
+        assert!(!is_named("debian:12", "debian:11") && !is_named("a/debian:12", "debian"));
+    }
 
     #[test]
     fn columns_are_aligned() {

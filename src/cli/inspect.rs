@@ -1,49 +1,133 @@
-//! `husk inspect`: prints everything known about machines and images as JSON.
+//! `husk inspect`: prints everything known about machines, images, volumes and networks as JSON.
+
+pub mod image;
+pub mod machine;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use serde_json::Value;
 
 use super::exit::Exit;
-use super::ps;
+use crate::foreign;
 use crate::image::Store;
+use crate::resources::bridge;
 use crate::state_dir::StateDir;
+use crate::template::Template;
 
 const EXAMPLES: &str = "\
 Examples:
-  husk inspect web | jq '.[].state'
-  husk inspect debian:12
-  husk inspect debian:12 | jq -r '.[].process.env[]'";
+  husk inspect web | jq '.[].State'
+  husk inspect --format '{{.State.Status}} {{.State.ExitCode}}' web
+  husk inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' web
+  husk inspect -f '{{json .Config.Env}}' debian:12
+  husk inspect --type volume data";
+
+/// What is inspected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    #[value(alias = "container")]
+    Machine,
+    Image,
+    Volume,
+    Network,
+}
+
+/// All kinds. A name is that of the first that has one.
+const KINDS: [Kind; 4] = [Kind::Machine, Kind::Image, Kind::Volume, Kind::Network];
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Inspect {
-    /// Names or IDs of machines; names, IDs or source paths of images
+    /// Names or IDs of machines, images, volumes or networks; source paths of images
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
+
+    /// Format the output with a Go template, or as json on one line
+    #[arg(short, long, value_name = "FORMAT", value_parser = format)]
+    format: Option<Format>,
+
+    /// Only inspect machines (or container), images (image), volumes (volume) or networks (network)
+    #[arg(long = "type", value_name = "KIND", hide_possible_values = true)]
+    kind: Option<Kind>,
+
+    /// Include the disk usage of machines
+    #[arg(short, long)]
+    size: bool,
+}
+
+/// The value of `--format`.
+#[derive(Debug, Clone)]
+enum Format {
+    Json,
+    Template(Template),
+}
+
+fn format(text: &str) -> Result<Format, String> {
+    match text {
+        "json" => Ok(Format::Json),
+        text => Template::parse(text).map(Format::Template).map_err(|error| format!("{error:#}")),
+    }
 }
 
 impl Inspect {
-    /// Prints a list with one object for each that exists. Machines take precedence over images of the same name.
+    /// Prints a list with one object for each that exists, or what the format makes of each.
     pub fn run(self) -> Result<Exit> {
-        let state_dir = StateDir::open()?;
-        let find = |name: &String| match state_dir.find(name) {
-            Ok(entry) => Ok(ps::to_json(&entry)),
-            Err(_) => image(name).with_context(|| format!("no such machine or image: {name}")),
-        };
-        let (found, failed): (Vec<_>, Vec<_>) = self.names.iter().map(find).partition(Result::is_ok);
-        let found: Vec<_> = found.into_iter().flatten().collect();
-        if !found.is_empty() {
-            super::print_json(&found, "the details")?;
-        }
+        let (found, failed): (Vec<_>, Vec<_>) = self.names.iter().map(|name| self.find(name)).partition(Result::is_ok);
+        let found: Vec<Found> = found.into_iter().flatten().collect();
         let mut exit = Exit::Success;
+        match &self.format {
+            _ if found.is_empty() => {}
+            None => super::print_json(&found, "the details")?,
+            Some(Format::Json) => super::print_raw(&(foreign::json_line(&found)? + "\n")).map(drop)?,
+            Some(Format::Template(template)) => {
+                for found in &found {
+                    match serde_json::to_value(found).map_err(Into::into).and_then(|value| template.render(&value)) {
+                        Ok(text) => super::print(&(text + "\n"))?,
+                        Err(error) => exit = super::report(&error),
+                    }
+                }
+            }
+        }
         for error in failed.iter().filter_map(|failed| failed.as_ref().err()) {
             exit = super::report(error);
         }
         Ok(exit)
     }
+
+    fn find(&self, name: &str) -> Result<Found> {
+        if let Some(kind) = self.kind {
+            return self.find_kind(kind, name);
+        }
+        let found = KINDS.iter().find_map(|kind| self.find_kind(*kind, name).ok());
+        found.with_context(|| format!("no such machine, image, volume or network: {name}"))
+    }
+
+    fn find_kind(&self, kind: Kind, name: &str) -> Result<Found> {
+        Ok(match kind {
+            Kind::Machine => {
+                let entry = StateDir::open()?.find(name)?;
+                let mut machine = machine::inspect(&entry);
+                if self.size {
+                    machine.measure();
+                }
+                Found::Machine(Box::new(machine))
+            }
+            Kind::Image => Found::Image(Box::new(image::inspect(Store::open_default()?.find(&name.parse()?)?))),
+            Kind::Volume => Found::Other(super::volume::to_json(&Store::open_default()?.volume(name)?)),
+            Kind::Network => {
+                let network = bridge::list()?.into_iter().find(|network| network.name == name);
+                Found::Other(super::networks::to_json(&network.with_context(|| format!("no such network: {name}"))?))
+            }
+        })
+    }
 }
 
-fn image(name: &str) -> Result<serde_json::Value> {
-    let image = Store::open_default()?.find(&name.parse()?)?;
-    serde_json::to_value(image).context("print the image")
+/// What was found.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Found {
+    Machine(Box<machine::Inspected>),
+    Image(Box<image::Inspected>),
+    Other(Value),
 }

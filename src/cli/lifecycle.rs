@@ -12,6 +12,7 @@ use clap::Args;
 
 use super::argv::{self, IN_BACKGROUND};
 use super::exit::Exit;
+use super::labels::LabelFlags;
 use super::size;
 use crate::config::MachineConfig;
 use crate::console::stream_log;
@@ -55,6 +56,9 @@ pub(super) struct LifecycleArgs {
     #[arg(long, value_name = "SIZE", value_parser = log_max, requires = "detach")]
     log_max: Option<u64>,
 
+    #[command(flatten)]
+    labels: LabelFlags,
+
     #[arg(long, hide = true)]
     in_background: bool,
 
@@ -92,6 +96,7 @@ impl LifecycleArgs {
             rm: false,
             restart: RestartPolicy { max_retries: 0 },
             log_max: None,
+            labels: LabelFlags::default(),
             in_background: false,
             again: None,
         }
@@ -133,6 +138,7 @@ impl LifecycleArgs {
     pub fn endpoint(&self, dir: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
         let RecordInfo { image, command, process, identity, stop_signal } = info;
         let earlier = if self.again.is_some() { Some(dir.record()?) } else { None };
+        let labels = self.labels.labels()?;
         let keep = self.detach && !self.rm;
         if keep && earlier.is_none() {
             let ours = |word: &OsString| word == IN_BACKGROUND;
@@ -157,6 +163,7 @@ impl LifecycleArgs {
             detached: self.detach,
             keep,
             stop_signal,
+            labels,
             process,
             identity,
             sandbox_lacks: Vec::new(),

@@ -4,9 +4,13 @@ use std::net::Ipv4Addr;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use serde_json::{Map, Value, json};
 
 use super::exit::Exit;
-use crate::resources::bridge;
+use super::filter::matches_name;
+use super::labels::LabelFlags;
+use super::list::{Columns, ListFlags, Row};
+use crate::resources::bridge::{self, Bridge};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -14,6 +18,26 @@ Examples:
     sudo husk network create web
     sudo husk run --network web --name db ./database.tar
     sudo husk run --network web --name app ./app.tar curl http://db/";
+
+/// Docker's name for networks like these.
+const DRIVER: &str = "bridge";
+
+const COLUMNS: Columns = Columns {
+    all: &[
+        ("ID", "NETWORK ID"),
+        ("Name", "NAME"),
+        ("Driver", "DRIVER"),
+        ("Scope", "SCOPE"),
+        ("Internal", "INTERNAL"),
+        ("Subnet", "SUBNET"),
+        ("Machines", "MACHINES"),
+        ("Labels", "LABELS"),
+        ("Label", "LABEL"),
+    ],
+    shown: &["Name", "Subnet", "Machines"],
+    key: "Name",
+    filters: &["name", "id", "driver", "label"],
+};
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -34,9 +58,15 @@ enum Command {
         /// Restrict external access: machines reach only each other and the host
         #[arg(long)]
         internal: bool,
+        #[command(flatten)]
+        labels: LabelFlags,
     },
     /// List networks and the machines connected to them
-    Ls,
+    #[command(visible_alias = "list")]
+    Ls {
+        #[command(flatten)]
+        list: ListFlags,
+    },
     /// Remove unused networks (as root)
     Rm {
         /// Names of networks
@@ -56,11 +86,21 @@ impl Networks {
     /// Executes the subcommand.
     pub fn run(self) -> Result<Exit> {
         match self.command {
-            Command::Create { name, subnet, internal } => {
-                let made = bridge::create(&name, subnet, internal)?;
+            Command::Create { name, subnet, internal, labels } => {
+                let made = bridge::create(&name, subnet, internal, labels.labels()?)?;
                 super::print(&format!("{} {}/{}\n", made.name, made.subnet, bridge::PREFIX))?;
             }
-            Command::Ls => super::print(&list()?)?,
+            Command::Ls { list } => {
+                let filters = list.filters(&COLUMNS)?;
+                let mut networks = bridge::list()?;
+                networks.retain(|network| {
+                    filters.any("name", |name| matches_name(&network.name, name))
+                        && filters.any("id", |id| network.name.starts_with(id))
+                        && filters.any("driver", |driver| driver == DRIVER)
+                        && filters.labels(&network.labels)
+                });
+                list.print(&COLUMNS, networks.iter().map(row).collect())?;
+            }
             Command::Rm { names } => {
                 let mut exit = Exit::Success;
                 for name in names {
@@ -76,16 +116,36 @@ impl Networks {
     }
 }
 
-fn list() -> Result<String> {
-    let mut text = String::from("NAME        SUBNET              MACHINES\n");
-    for network in bridge::list()? {
-        let machines: Vec<String> =
-            bridge::machines(&network).iter().map(|(address, name)| format!("{name} ({address})")).collect();
-        let subnet = format!("{}/{}", network.subnet, bridge::PREFIX);
-        text += format!("{:<11} {subnet:<19} {}", network.name, machines.join(", ")).trim_end();
-        text.push('\n');
-    }
-    Ok(text)
+fn row(network: &Bridge) -> Row {
+    let machines: Vec<String> =
+        bridge::machines(network).iter().map(|(address, name)| format!("{name} ({address})")).collect();
+    let fields = [
+        ("ID", network.name.clone()),
+        ("Name", network.name.clone()),
+        ("Driver", DRIVER.to_owned()),
+        ("Scope", "local".to_owned()),
+        ("Internal", network.internal.to_string()),
+        ("Subnet", format!("{}/{}", network.subnet, bridge::PREFIX)),
+        ("Machines", machines.join(", ")),
+    ];
+    Row::new(fields, &network.labels)
+}
+
+/// What is known about a network, in Docker's words.
+pub fn to_json(network: &Bridge) -> Value {
+    let machines: Map<String, Value> = bridge::machines(network)
+        .into_iter()
+        .map(|(address, name)| {
+            (name.clone(), json!({ "Name": name, "IPv4Address": format!("{address}/{}", bridge::PREFIX) }))
+        })
+        .collect();
+    json!({
+        "Name": network.name, "Id": network.name, "Driver": DRIVER, "Scope": "local", "Internal": network.internal,
+        "IPAM": { "Driver": "default", "Config": [
+            { "Subnet": format!("{}/{}", network.subnet, bridge::PREFIX), "Gateway": network.gateway() }
+        ] },
+        "Containers": machines, "Labels": network.labels, "Options": {},
+    })
 }
 
 #[cfg(test)]

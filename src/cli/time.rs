@@ -29,6 +29,12 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is not a duration: use seconds, or a unit such as 500ms or 2m"))
 }
 
+/// Formats milliseconds since 1970 as a date and a time for people, as Docker does.
+pub fn date(time_ms: u64) -> String {
+    let time = humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_millis(time_ms)).to_string();
+    time.replace('T', " ").replace('Z', " +0000 UTC")
+}
+
 /// Formats nanoseconds since 1970 in RFC 3339.
 pub fn rfc3339(time_ns: u64) -> String {
     humantime::format_rfc3339_nanos(SystemTime::UNIX_EPOCH + Duration::from_nanos(time_ns)).to_string()
@@ -62,5 +68,6 @@ mod tests {
     #[test]
     fn a_timestamp_survives_a_round_trip() {
         assert_eq!(rfc3339(1_000_000_001), "1970-01-01T00:00:01.000000001Z");
+        assert_eq!(date(1_000), "1970-01-01 00:00:01 +0000 UTC");
     }
 }

@@ -66,7 +66,7 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         "image" => "use `husk images`, `husk rmi` and so on, without `image`",
         "system" => "use `husk prune`",
         "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
-        "build" | "commit" | "history" | "push" | "save" | "tag" => {
+        "build" | "commit" | "history" | "push" | "save" => {
             "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them"
         }
         "top" => "use `husk exec MACHINE ps`, or `husk stats`",
@@ -88,8 +88,7 @@ fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
             is("--volumes-from").then_some("name the folders with -v")
         }
         _ if option == "-v" => Some("use --verbose"),
-        "inspect" if is("-f") || is("--format") => Some("the output is JSON: select fields with `jq`"),
-        "ps" | "images" | "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
+        "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
             Some("use --json, and select with `jq`")
         }
         "start" if ["-a", "--attach", "-i", "--interactive"].into_iter().any(is) => {
@@ -126,9 +125,7 @@ mod tests {
             (&["run", "--memroy", "1G", "x"], "--memory"),
             (&["run", "--pull", "always", "x"], "husk pull"),
             (&["run", "-h"], "--help"),
-            (&["ps", "--filter", "name=x"], "--json"),
-            (&["ps", "-f", "name=x"], "--json"),
-            (&["inspect", "-f", "{{.Id}}", "x"], "jq"),
+            (&["disks", "--filter", "name=x"], "--json"),
             (&["start", "-a", "x"], "husk attach"),
             (&["histroy"], "unrecognized subcommand 'histroy'"),
         ] {

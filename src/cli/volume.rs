@@ -1,16 +1,39 @@
 //! `husk volume`: manages named volumes.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use serde_json::{Value, json};
 
 use super::exit::Exit;
+use super::filter::matches_name;
+use super::list::{Columns, ListFlags, Row};
 use crate::image::Store;
+use crate::image::volumes::Volume;
 
 const EXAMPLES: &str = "\
 Examples:
   husk run -v data:/var/lib/postgresql postgres
   husk volume ls
   husk volume rm data";
+
+/// Docker's name for volumes that are folders on the host.
+const DRIVER: &str = "local";
+
+const COLUMNS: Columns = Columns {
+    all: &[
+        ("Driver", "DRIVER"),
+        ("Name", "VOLUME NAME"),
+        ("Mountpoint", "MOUNTPOINT"),
+        ("Scope", "SCOPE"),
+        ("State", "STATE"),
+        ("Labels", "LABELS"),
+    ],
+    shown: &["Driver", "Name", "State"],
+    key: "Name",
+    filters: &["name", "dangling", "driver"],
+};
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -30,12 +53,11 @@ enum Command {
     /// List volumes
     #[command(visible_alias = "list")]
     Ls {
-        /// Format the output as JSON
-        #[arg(long)]
+        #[command(flatten)]
+        list: ListFlags,
+        /// Print what `husk volume inspect` prints
+        #[arg(long, conflicts_with_all = ["format", "quiet"])]
         json: bool,
-        /// Print only the names
-        #[arg(short, long)]
-        quiet: bool,
     },
     /// Display detailed information about volumes, as JSON
     Inspect {
@@ -70,27 +92,48 @@ impl VolumeArgs {
                 let names: Vec<String> = unused.map(|volume| volume.name).collect();
                 for_each(&names, |name| store.remove_volume(name))
             }
-            Command::Ls { json: true, .. } => {
-                super::print_json(&store.volumes()?, "the volumes")?;
-                Ok(Exit::Success)
-            }
-            Command::Ls { quiet, .. } => {
-                let mut rows = vec![["NAME".to_owned(), "STATE".into()]];
-                rows.extend(store.volumes()?.into_iter().map(|volume| {
-                    let state = if volume.in_use { "in use" } else { "free" };
-                    [volume.name, state.into()]
-                }));
-                let names = || rows.iter().skip(1).map(|[name, _]| format!("{name}\n")).collect();
-                super::print(&if quiet { names() } else { super::images::table(&rows) })?;
+            Command::Ls { list, json } => {
+                let filters = list.filters(&COLUMNS)?;
+                let mut volumes = store.volumes()?;
+                volumes.retain(|volume| {
+                    filters.any("name", |name| matches_name(&volume.name, name))
+                        && filters.any("dangling", |wanted| (wanted == "true") != volume.in_use)
+                        && filters.any("driver", |driver| driver == DRIVER)
+                });
+                if json {
+                    let all: Vec<Value> = volumes.iter().map(to_json).collect();
+                    super::print_json(&all, "the volumes")?;
+                } else {
+                    list.print(&COLUMNS, volumes.iter().map(row).collect())?;
+                }
                 Ok(Exit::Success)
             }
             Command::Inspect { names } => {
-                let volumes = names.iter().map(|name| store.volume(name)).collect::<Result<Vec<_>>>()?;
+                let volumes = names.iter().map(|name| Ok(to_json(&store.volume(name)?))).collect::<Result<Vec<_>>>()?;
                 super::print_json(&volumes, "the volumes")?;
                 Ok(Exit::Success)
             }
         }
     }
+}
+
+/// What is known about a volume, in Docker's words.
+pub fn to_json(volume: &Volume) -> Value {
+    json!({
+        "Name": volume.name, "Driver": DRIVER, "Mountpoint": volume.path, "Scope": "local", "Labels": {}, "Options": {},
+        "Husk": { "InUse": volume.in_use },
+    })
+}
+
+fn row(volume: &Volume) -> Row {
+    let fields = [
+        ("Name", volume.name.clone()),
+        ("Driver", DRIVER.to_owned()),
+        ("Mountpoint", volume.path.display().to_string()),
+        ("Scope", "local".to_owned()),
+        ("State", if volume.in_use { "in use" } else { "free" }.to_owned()),
+    ];
+    Row::new(fields, &BTreeMap::new())
 }
 
 /// Does something with each volume, and prints the names of those where it succeeded.

@@ -93,6 +93,16 @@ pub enum Protocol {
     Udp,
 }
 
+impl Protocol {
+    /// Its name, `tcp` or `udp`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        }
+    }
+}
+
 /// A MAC address.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -168,11 +178,7 @@ impl fmt::Display for PortForward {
             Some(ip @ IpAddr::V6(_)) => write!(f, "[{ip}]:")?,
             None => {}
         }
-        let protocol = match protocol {
-            Protocol::Tcp => "tcp",
-            Protocol::Udp => "udp",
-        };
-        write!(f, "{}->{}/{protocol}", range(*host_port), range(*guest_port))
+        write!(f, "{}->{}/{}", range(*host_port), range(*guest_port), protocol.name())
     }
 }
 

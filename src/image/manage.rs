@@ -103,6 +103,11 @@ impl Store {
         Some(Listed { id, names, root_bytes, layer_bytes, warm_bytes, record })
     }
 
+    /// The root file system of an image.
+    pub fn root_of(&self, image: &Listed) -> PathBuf {
+        self.root_path(image.record.root)
+    }
+
     /// Adds names to an image.
     pub fn tag(&self, id: Digest, names: &[Reference]) -> Result<()> {
         self.update(|index| {

@@ -54,6 +54,12 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// The name of the volume whose folder `path` is, if it looks like one in a store.
+pub fn name_of(path: &Path) -> Option<&str> {
+    let name = path.file_name()?.to_str()?;
+    path.parent().filter(|dir| dir.ends_with("volumes")).map(|_| name)
+}
+
 impl Store {
     /// The volume with this name, created if it does not exist.
     pub fn use_volume(&self, name: &str) -> Result<VolumeInUse> {

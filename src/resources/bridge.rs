@@ -4,6 +4,7 @@
 //! machine's membership is a [`Lease`]: a file named after its address, locked for as long as the machine exists, so
 //! that the address of a killed machine can be reused.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::net::Ipv4Addr;
@@ -50,6 +51,9 @@ pub struct Bridge {
     pub subnet: Ipv4Addr,
     /// Whether it has no external access.
     pub internal: bool,
+    /// The user's labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A machine's membership in a network. Dropping it releases the address.
@@ -105,11 +109,22 @@ pub fn name_of(interface: &str) -> Option<&str> {
 
 /// Creates a network with its bridge, DNS server and, unless it is `internal`, NAT. Everything is removed if a step
 /// fails.
-pub fn create(name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
-    create_in(Path::new(DIR), name, subnet, internal)
+pub fn create(
+    name: &str,
+    subnet: Option<Ipv4Addr>,
+    internal: bool,
+    labels: BTreeMap<String, String>,
+) -> Result<Bridge> {
+    create_in(Path::new(DIR), name, subnet, internal, labels)
 }
 
-pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, internal: bool) -> Result<Bridge> {
+pub(super) fn create_in(
+    base: &Path,
+    name: &str,
+    subnet: Option<Ipv4Addr>,
+    internal: bool,
+    labels: BTreeMap<String, String>,
+) -> Result<Bridge> {
     ensure!(is_name(name), "invalid network name {name:?}: use 1 to {MAX_NAME_BYTES} lowercase letters, digits or `-`");
     make_shown(base).with_context(|| format!("create {} (as root)", base.display()))?;
     let _lock = lock(&base.join(".lock"))?;
@@ -126,7 +141,7 @@ pub(super) fn create_in(base: &Path, name: &str, subnet: Option<Ipv4Addr>, inter
             all.into_iter().find(|subnet| !taken(*subnet)).context("no subnet is free: use --subnet")?
         }
     };
-    let bridge = Bridge { name: name.to_owned(), subnet, internal };
+    let bridge = Bridge { name: name.to_owned(), subnet, internal, labels };
     let dir = bridge.dir(base);
     let set_up = || -> Result<()> {
         for part in ["leases", "hosts", "dhcp"] {
@@ -467,10 +482,15 @@ pub(super) mod tests {
     #[test]
     fn connected_machines_are_resolved_by_name() {
         alone(|base| {
-            let bridge = create_in(base, "web", None, false).unwrap();
+            let bridge = create_in(base, "web", None, false, BTreeMap::new()).unwrap();
             assert!(exists("husk-web"));
-            assert!(create_in(base, "web", None, false).unwrap_err().to_string().contains("already"));
-            assert!(create_in(base, "other", Some(bridge.subnet), false).unwrap_err().to_string().contains("in use"));
+            assert!(create_in(base, "web", None, false, BTreeMap::new()).unwrap_err().to_string().contains("already"));
+            assert!(
+                create_in(base, "other", Some(bridge.subnet), false, BTreeMap::new())
+                    .unwrap_err()
+                    .to_string()
+                    .contains("in use")
+            );
             let db = join_in(base, "web", "db", MAC, None).unwrap();
             let app = join_in(base, "web", "app", MAC, None).unwrap();
             assert_ne!(db.address, app.address);
@@ -505,7 +525,7 @@ pub(super) mod tests {
     #[test]
     fn a_bridge_keeps_its_address_whoever_joins() {
         alone(|base| {
-            create_in(base, "web", Some(Ipv4Addr::new(10, 86, 7, 0)), true).unwrap();
+            create_in(base, "web", Some(Ipv4Addr::new(10, 86, 7, 0)), true, BTreeMap::new()).unwrap();
             run("ip", &["link", "add", "low", "address", "02:00:00:00:00:01", "type", "veth"]).unwrap();
             attach("low", "husk-web").unwrap();
             let shown = Command::new("ip").args(["link", "show", "husk-web"]).output().unwrap();
@@ -521,7 +541,7 @@ pub(super) mod tests {
             rustix::process::umask(Mode::from_raw_mode(0o077));
             let above = fs::metadata(base).unwrap().mode();
             let base = &base.join("run/networks");
-            let bridge = create_in(base, "m", None, true).unwrap();
+            let bridge = create_in(base, "m", None, true, BTreeMap::new()).unwrap();
             let lease = join_in(base, "m", "db", MAC, None).unwrap();
             let dir = bridge.dir(base);
             let mode = |path: PathBuf| fs::metadata(path).unwrap().mode() & 0o777;
@@ -544,7 +564,7 @@ pub(super) mod tests {
     #[test]
     fn leases_of_killed_machines_are_removed() {
         alone(|base| {
-            let bridge = create_in(base, "a", None, true).unwrap();
+            let bridge = create_in(base, "a", None, true, BTreeMap::new()).unwrap();
             let dir = bridge.dir(base);
             for part in ["leases", "hosts", "dhcp"] {
                 fs::write(dir.join(part).join("10.86.0.7"), "db").unwrap();

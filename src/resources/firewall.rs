@@ -283,6 +283,7 @@ fn listed(what: &str) -> Vec<Value> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
     use std::path::Path;
     use std::sync::mpsc;
@@ -365,7 +366,7 @@ mod tests {
     }
 
     fn create(base: &Path, internal: bool) -> Bridge {
-        create_in(base, "web", Some(Ipv4Addr::new(10, 86, 7, 0)), internal).unwrap()
+        create_in(base, "web", Some(Ipv4Addr::new(10, 86, 7, 0)), internal, BTreeMap::new()).unwrap()
     }
 
     const DROP_BY_NFT: &str = "nft 'table inet guard {
@@ -553,7 +554,8 @@ mod tests {
                     shell(&format!("{DOCKER}\n{CONTAINERS}"));
                 }
                 let web = create(base, false);
-                let other = create_in(base, "other", Some(Ipv4Addr::new(10, 86, 8, 0)), false).unwrap();
+                let other =
+                    create_in(base, "other", Some(Ipv4Addr::new(10, 86, 8, 0)), false, BTreeMap::new()).unwrap();
                 if !with_nft {
                     for bridge in [&web, &other] {
                         run("nft", &["delete", "table", "ip", &bridge.interface()]).unwrap();

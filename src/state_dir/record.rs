@@ -1,5 +1,6 @@
 //! A machine's record: written by its husk process, read by other commands, and printed by `husk inspect`.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -44,6 +45,9 @@ pub struct Record {
     pub keep: bool,
     /// The signal that asks its process to terminate.
     pub stop_signal: u8,
+    /// The user's labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
     /// What the machine is called and how it is connected, if it runs husk's init.
@@ -103,6 +107,14 @@ pub enum State {
     },
     /// Its husk process was killed, so the exit status is unknown.
     Lost,
+}
+
+impl State {
+    /// Its name, as in the record.
+    pub fn name(&self) -> String {
+        let json = serde_json::to_value(self).unwrap_or_default();
+        json["status"].as_str().unwrap_or_default().to_owned()
+    }
 }
 
 /// What additional processes inherit from a machine's first process.
@@ -239,6 +251,7 @@ pub(crate) mod tests {
             detached: true,
             keep: true,
             stop_signal: 15,
+            labels: BTreeMap::new(),
             process: None,
             identity: None,
             max_retries: 0,

@@ -101,13 +101,13 @@ fn layers_merge_as_umoci_unpacks_them() {
     layered_image(&house);
     let root = house.load("layout");
     assert_same(&house.path("bundle/rootfs"), &root);
-    let process = &house.inspect("loaded")["process"];
-    assert_eq!(process["cmd"], serde_json::json!(["sh", "-c"]));
-    assert_eq!(process["entrypoint"], serde_json::json!(["/bin/x"]));
-    assert_eq!((&process["user"], &process["working_dir"]), (&"1:2".into(), &"/a".into()));
-    assert!(process["env"].as_array().unwrap().contains(&"A=B".into()));
-    assert_eq!((&process["volumes"][0], &process["exposed_ports"][0]), (&"/v".into(), &"80/tcp".into()));
-    assert_eq!(process["labels"]["k"], "v");
+    let process = &house.inspect("loaded")["Config"];
+    assert_eq!(process["Cmd"], serde_json::json!(["sh", "-c"]));
+    assert_eq!(process["Entrypoint"], serde_json::json!(["/bin/x"]));
+    assert_eq!((&process["User"], &process["WorkingDir"]), (&"1:2".into(), &"/a".into()));
+    assert!(process["Env"].as_array().unwrap().contains(&"A=B".into()));
+    assert!(process["Volumes"]["/v"].is_object() && process["ExposedPorts"]["80/tcp"].is_object(), "{process}");
+    assert_eq!(process["Labels"]["k"], "v");
 
     for (command, path) in [
         ("skopeo copy -q oci:layout:app docker-archive:docker.tar:team/app:1", "docker.tar"),

@@ -132,11 +132,12 @@ fn images_are_listed_and_pruned_with_their_sizes() {
     );
     let list = String::from_utf8(house.husk(&["images"]).stdout).unwrap();
     let rows: Vec<Vec<&str>> = list.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(rows[0], ["NAME", "ID", "ADDED", "ROOT", "LAYERS", "WARM"]);
+    assert_eq!(rows[0], ["REPOSITORY", "TAG", "IMAGE", "ID", "CREATED", "SIZE", "LAYERS", "WARM"]);
     let row = |name: &str| list.lines().find(|line| line.contains(name)).unwrap_or_else(|| panic!("{name}: {list}"));
-    assert!(row("loaded:latest").contains(" 4.0") && row("nameless.tar>").contains(" 3.0"), "{list}");
+    assert!(row("loaded ").contains(" 4.0") && row("nameless.tar>").contains(" 3.0"), "{list}");
     let json: serde_json::Value = serde_json::from_slice(&house.husk(&["images", "--json"]).stdout).unwrap();
-    let sizes: Vec<u64> = json.as_array().unwrap().iter().map(|image| image["root_bytes"].as_u64().unwrap()).collect();
+    let sizes: Vec<u64> =
+        json.as_array().unwrap().iter().map(|image| image["Husk"]["RootBytes"].as_u64().unwrap()).collect();
     assert!(sizes.iter().all(|size| (3 << 20..5 << 20).contains(size)), "{sizes:?}");
 
     assert_eq!(house.husk(&["images", "-a"]).stdout, list.as_bytes());
@@ -145,6 +146,62 @@ fn images_are_listed_and_pruned_with_their_sizes() {
     assert!(house.husk(&["rmi", "loaded"]).status.success());
     assert_eq!(house.husk(&["images", "--quiet"]).stdout, b"");
     assert_eq!(house.files("roots"), 0);
+}
+
+#[test]
+fn images_are_filtered_and_formatted_as_by_docker() {
+    let house = House::new();
+    let (layer, list) =
+        (tar(&[("bin/sh", b"x")]), r#"[{"Config":"c.json","RepoTags":["a/web:1","db:2"],"Layers":["l.tar"]}]"#);
+    let config = String::from_utf8(config(&[&layer])).unwrap();
+    let config = config.replace(r#"{"Cmd":["/bin/sh"]}"#, r#"{"Cmd":["a","b"],"Labels":{"k":"v\u001b"}}"#);
+    let archive = tar(&[("c.json", config.as_bytes()), ("l.tar", &layer), ("manifest.json", list.as_bytes())]);
+    fs::write(house.path("x.tar"), archive).unwrap();
+    house.sh("mkdir d; echo 1 >d/1; tar -C d -cf d.tar .");
+    assert!(house.husk(&["load", "-i", "x.tar"]).status.success());
+    house.load("d.tar");
+    let printed = |words: &[&str]| {
+        let output = house.husk(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let names = |words: &[&str]| {
+        let mut names: Vec<String> = printed(&[&["images", "--format", "{{.Repository}}:{{.Tag}}"], words].concat())
+            .lines()
+            .map(str::to_owned)
+            .collect();
+        names.sort();
+        names.join(" ")
+    };
+    assert_eq!(names(&[]), "a/web:1 db:2 loaded:latest");
+    assert_eq!((names(&["db"]), names(&["--filter", "reference=*/web:?"])), ("db:2".into(), "a/web:1".into()));
+    assert_eq!((names(&["-f", "label=k"]), names(&["-f", "label=k=x"])), ("a/web:1 db:2".into(), String::new()));
+    assert_eq!((names(&["-f", "dangling=true"]), names(&["-f", "dangling=false"]).len()), (String::new(), 26));
+    let table = printed(&["images", "db", "--format", "table {{.Repository}}\\t{{.Tag}}\\t{{.Label \"k\"}}"]);
+    assert_eq!(table, "REPOSITORY  TAG  LABEL\ndb          2    v\u{fffd}\n");
+    let line = printed(&["images", "db", "--format", "{{json .}}"]);
+    assert!(
+        line.lines().count() == 1 && line.contains(r#""Labels":"k=v\u001b""#) && line.contains(r#""Tag":"2""#),
+        "{line}"
+    );
+    // Once for all of its names.
+    assert_eq!(printed(&["images", "-q", "-f", "label=k"]).lines().count(), 1);
+    let whole = printed(&["images", "-q", "--no-trunc", "db"]);
+    assert!(whole.starts_with("sha256:") && whole.len() == 72, "{whole}");
+    let format = "{{.Id}} {{join .RepoTags \",\"}} {{index .Config.Labels \"k\"}} {{range .Config.Cmd}}<{{.}}>{{end}} {{len .RootFS.Layers}}";
+    assert_eq!(
+        printed(&["inspect", "-f", format, "db:2"]),
+        format!("{} a/web:1,db:2 v\u{fffd} <a><b> 1\n", whole.trim())
+    );
+    assert_eq!(house.husk(&["inspect", "--type", "volume", "db:2"]).status.code(), Some(1));
+    assert_eq!(house.husk(&["inspect", "-f", "{{.No}}", "db:2"]).status.code(), Some(1));
+    for wrong in [&["images", "-f", "color=red"][..], &["images", "-f", "x"], &["images", "--format", "{{.ID"]] {
+        assert_eq!(house.husk(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+
+    assert_eq!(printed(&["volume", "create", "data", "other"]), "data\nother\n");
+    assert_eq!(printed(&["volume", "ls", "-q", "--filter", "name=da"]), "data\n");
+    assert_eq!(printed(&["inspect", "-f", "{{.Driver}} {{.Husk.InUse}}", "other"]), "local false\n");
 }
 
 #[test]

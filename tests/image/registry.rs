@@ -69,7 +69,7 @@ fn the_image_for_this_architecture_is_pulled_from_an_index() {
     let pulled = house.husk(&["pull", &format!("{at}/app:all")]);
     assert!(pulled.status.success(), "{pulled:?}");
     let inspected = String::from_utf8(house.husk(&["inspect", &format!("{at}/app:all")]).stdout).unwrap();
-    assert!(inspected.contains(r#""architecture": "amd64""#), "{inspected}");
+    assert!(inspected.contains(r#""Architecture": "amd64""#), "{inspected}");
     if is_root() {
         assert_same(&house.path("bundle/rootfs"), &house.root(&format!("{at}/app:all")));
     }

@@ -21,7 +21,7 @@ fn load_image(house: &House, path: &str) -> PathBuf {
     let output = house.husk(&["load", path, "--name", "loaded"]);
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && !printed.contains("taken as"), "{path}: {output:?}");
-    assert_eq!(house.inspect("loaded")["process"]["cmd"], json!(["/bin/sh"]), "{path}");
+    assert_eq!(house.inspect("loaded")["Config"]["Cmd"], json!(["/bin/sh"]), "{path}");
     house.root("loaded")
 }
 

@@ -56,7 +56,7 @@ impl House {
     /// The root file system of an image in the store.
     pub fn root(&self, name: &str) -> PathBuf {
         let image = self.inspect(name);
-        let key = image["root"].as_str().unwrap().strip_prefix("sha256:").unwrap().to_owned();
+        let key = image["Husk"]["Root"].as_str().unwrap().strip_prefix("sha256:").unwrap().to_owned();
         self.path("data/roots").join(key + ".erofs")
     }
 

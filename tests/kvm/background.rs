@@ -73,7 +73,7 @@ impl Machines {
     }
 
     pub fn status(&self, name: &str) -> String {
-        self.inspect(name, "state/status")
+        self.inspect(name, "State/Status")
     }
 
     pub fn await_status(&self, name: &str, wanted: &str) {
@@ -127,6 +127,47 @@ impl Drop for Machines {
 }
 
 #[test]
+fn machines_are_filtered_and_formatted_as_by_docker() {
+    needs_kvm!();
+    let machines = Machines::new();
+    let old = machines.start(guests::POWER, "do=exit code=3", &["--name", "old", "--label", "team=a", "-l", "x"]);
+    assert_eq!(machines.ok(&["wait", "old"]), "3\n");
+    let new = machines.start(guests::POWER, "do=wait-for-button", &["--name", "new", "--label", "team=b"]);
+    machines.await_log("new", "listening");
+    let named = |filters: &[&str]| {
+        let filters: Vec<&str> = filters.iter().flat_map(|filter| ["--filter", filter]).collect();
+        machines.ok(&[&["ps", "-a", "--format", "{{.Names}}"], &filters[..]].concat()).replace('\n', " ")
+    };
+    for (filters, names) in [
+        (&[][..], "new old "),
+        (&["name=ne"], "new "),
+        (&["name=^/old$", "name=^new$"], "new old "),
+        (&["label=team"], "new old "),
+        (&["label=team=a", "label=x"], "old "),
+        (&["status=exited"], "old "),
+        (&["exited=3"], "old "),
+        (&["exited=0"], ""),
+        (&["before=new"], "old "),
+        (&["since=old"], "new "),
+        (&[&format!("id={}", &new[..5])], "new "),
+        (&["network=web"], ""),
+        (&["health=none", "status=running"], "new "),
+    ] {
+        assert_eq!(named(filters), names, "{filters:?}");
+    }
+    let table = machines.ok(&["ps", "-a", "--format", "table {{.Names}}\\t{{.ID}}\\t{{.Label \"team\"}}"]);
+    assert_eq!(table, format!("NAMES  MACHINE ID    LABEL\nnew    {new}  b\nold    {old}  a\n"));
+    let line = machines.ok(&["ps", "--format", "json"]);
+    let row: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&row["Names"], &row["State"], &row["Memory"]), (&"new".into(), &"running".into(), &"64M".into()));
+    let format =
+        "{{.State.Status}} {{.State.Running}} {{.State.ExitCode}} {{if .State.Health}}h{{end}}{{.Config.Labels.team}}";
+    assert_eq!(machines.ok(&["inspect", "-f", format, "old", "new"]), "exited false 3 a\nrunning true 0 b\n");
+    assert_eq!(machines.ok(&["inspect", "--type", "container", "-sf", "{{.Name}} {{.SizeRw}}", "new"]), "new 0\n");
+    machines.ok(&["rm", "-f", "old", "new"]);
+}
+
+#[test]
 fn a_background_machine_is_listed_attached_and_stopped() {
     needs_kvm!();
     let machines = Machines::new();
@@ -134,14 +175,14 @@ fn a_background_machine_is_listed_attached_and_stopped() {
     assert!(id.len() == 12 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
     assert_eq!(machines.ok(&["ps", "-q"]).trim_end(), id);
     let list = machines.ok(&["ps"]);
-    assert!(list.contains(&id) && list.contains("web") && list.contains("64M") && list.contains("up "), "{list}");
+    assert!(list.contains(&id) && list.contains("web") && list.contains("64M") && list.contains("Up "), "{list}");
     machines.await_log("web", "listening");
     assert_eq!(machines.status("web"), "running");
     assert_eq!(machines.ok(&["stop", "web"]), "web\n");
     assert_eq!(machines.ok(&["ps", "-q"]), "");
-    assert_eq!((machines.status(&id), machines.inspect(&id, "state/code")), ("exited".into(), "0".into()));
+    assert_eq!((machines.status(&id), machines.inspect(&id, "State/ExitCode")), ("exited".into(), "0".into()));
     assert_eq!(machines.ok(&["logs", "web"]), "ready\nlistening\npower button\n");
-    assert!(machines.ok(&["ps", "-a"]).contains("exited (0)"));
+    assert!(machines.ok(&["ps", "-a"]).contains("Exited (0)"));
     assert_eq!(machines.ok(&["wait", "web"]), "0\n");
     assert_eq!(machines.ok(&["rm", &id[..6]]), format!("{}\n", &id[..6]));
     assert!(machines.fails(&["logs", "web"], 1).contains("husk ps -a"));
@@ -199,7 +240,7 @@ fn a_paused_machine_uses_no_cpu_and_continues() {
     machines.ok(&["pause", "busy"]);
     // Stopping a paused machine works the same way.
     machines.ok(&["stop", "-t", "0.2", "busy"]);
-    assert_eq!(machines.inspect("busy", "state/code"), "137");
+    assert_eq!(machines.inspect("busy", "State/ExitCode"), "137");
 }
 
 #[test]
@@ -225,7 +266,7 @@ fn a_killed_machine_is_detected_and_its_name_freed() {
     let id = machines.start(guests::POWER, "do=halt", &["--name", "a"]);
     let waiting = machines.command(&["wait", "a"]).stdout(Stdio::piped()).spawn().unwrap();
     thread::sleep(Duration::from_millis(100));
-    let pid: u32 = machines.inspect("a", "pid").parse().unwrap();
+    let pid: u32 = machines.inspect("a", "State/Pid").parse().unwrap();
     send_signal(pid, "KILL");
     assert_eq!(String::from_utf8(waiting.wait_with_output().unwrap().stdout).unwrap(), "137\n");
     machines.await_status("a", "lost");
@@ -235,7 +276,7 @@ fn a_killed_machine_is_detected_and_its_name_freed() {
     let second = machines.start(guests::POWER, "do=halt", &["--name", "a", "--rm"]);
     assert_ne!(second, id);
     // A machine that is not kept disappears at the next command. Until then the kernel is tearing it down.
-    send_signal(machines.inspect("a", "pid").parse().unwrap(), "KILL");
+    send_signal(machines.inspect("a", "State/Pid").parse().unwrap(), "KILL");
     let deadline = Instant::now() + TIMEOUT;
     while !machines.ok(&["ps", "-q"]).is_empty() {
         assert!(Instant::now() < deadline);
@@ -335,14 +376,14 @@ fn a_failing_machine_is_restarted_up_to_the_limit() {
     let exits = |code, policy, name| {
         machines.start(guests::POWER, &format!("do=exit code={code}"), &["--name", name, "--restart", policy]);
         let code = machines.ok(&["wait", name]);
-        (code.trim_end().to_owned(), machines.inspect(name, "restarts"))
+        (code.trim_end().to_owned(), machines.inspect(name, "RestartCount"))
     };
     assert_eq!(exits(7, "on-failure:3", "a"), ("7".into(), "3".into()));
     assert_eq!(exits(0, "on-failure", "b"), ("0".into(), "0".into()));
     // A stop request prevents a restart, while the machine is running or waiting.
     machines.start(guests::POWER, "do=halt", &["--name", "c", "--restart", "on-failure"]);
     machines.ok(&["stop", "-t", "0", "c"]);
-    assert_eq!((machines.status("c"), machines.inspect("c", "restarts")), ("exited".into(), "0".into()));
+    assert_eq!((machines.status("c"), machines.inspect("c", "RestartCount")), ("exited".into(), "0".into()));
     machines.start(guests::POWER, "do=exit code=1", &["--name", "d", "--restart", "on-failure"]);
     machines.await_status("d", "restarting");
     machines.ok(&["stop", "d"]);
@@ -383,23 +424,23 @@ fn a_stopped_machine_is_started_again() {
     assert!(started.status.success(), "{started:?}");
     let id = String::from_utf8(started.stdout).unwrap().trim_end().to_owned();
     machines.await_log("old", "listening");
-    let (pid, created) = (machines.inspect("old", "pid"), machines.inspect("old", "created_ms"));
+    let (pid, created) = (machines.inspect("old", "State/Pid"), machines.inspect("old", "Created"));
     assert_eq!(machines.ok(&["start", "old"]), "old\n");
-    assert_eq!(machines.inspect("old", "pid"), pid, "it runs, and goes on");
+    assert_eq!(machines.inspect("old", "State/Pid"), pid, "it runs, and goes on");
     machines.ok(&["stop", "old"]);
     machines.ok(&["rename", "old", "new"]);
     assert_eq!(machines.ok(&["start", "new"]), "new\n");
-    assert_eq!((machines.status("new"), machines.inspect("new", "id")), ("running".into(), id.clone()));
-    assert_ne!(machines.inspect("new", "pid"), pid);
-    assert_eq!((machines.inspect("new", "created_ms"), machines.inspect("new", "name")), (created, "new".into()));
+    assert_eq!((machines.status("new"), machines.inspect("new", "Id")), ("running".into(), id.clone()));
+    assert_ne!(machines.inspect("new", "State/Pid"), pid);
+    assert_eq!((machines.inspect("new", "Created"), machines.inspect("new", "Name")), (created, "new".into()));
     machines.await_log("new", "power button\nready\nlistening\n");
     // One that was killed, and then one that is running.
-    send_signal(machines.inspect("new", "pid").parse().unwrap(), "KILL");
+    send_signal(machines.inspect("new", "State/Pid").parse().unwrap(), "KILL");
     machines.await_status("new", "lost");
     machines.ok(&["start", &id]);
-    let pid = machines.inspect("new", "pid");
+    let pid = machines.inspect("new", "State/Pid");
     assert_eq!(machines.ok(&["restart", "--time", "30", "new"]), "new\n");
-    assert_ne!(machines.inspect("new", "pid"), pid);
+    assert_ne!(machines.inspect("new", "State/Pid"), pid);
     assert_eq!((machines.status("new"), machines.dirs(), machines.names()), ("running".into(), vec![id], 1));
     // Its kernel is gone: it remains stopped.
     std::fs::remove_file(place.path().join("kernel")).unwrap();
@@ -471,7 +512,7 @@ fn limits_of_a_running_machine_can_be_changed() {
     assert_eq!(stats["memory_limit_bytes"], 64 << 20);
     machines.ok(&["update", "--memory", "40M", "busy"]);
     assert_eq!(
-        (used(&machines)["memory_limit_bytes"].clone(), machines.inspect("busy", "config/memory_target_mib")),
+        (used(&machines)["memory_limit_bytes"].clone(), machines.inspect("busy", "Husk/Config/memory_target_mib")),
         (serde_json::json!(40 << 20), "40".into())
     );
     assert!(machines.fails(&["update", "--memory", "65M", "busy"], 1).contains("32 to 64 MiB"));
@@ -512,7 +553,7 @@ fn a_background_console_accepts_input_from_attached_clients() {
     second.stdin.as_mut().unwrap().write_all(b"two\x04").unwrap();
     let output = second.wait_with_output().unwrap();
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("two"), "{output:?}");
-    assert_eq!(output.status.code().map(|code| code.to_string()), Some(machines.inspect("tty", "state/code")));
+    assert_eq!(output.status.code().map(|code| code.to_string()), Some(machines.inspect("tty", "State/ExitCode")));
     let log = machines.ok(&["logs", "tty"]);
     assert!(log.starts_with("ready\none two"), "{log:?}");
 }
@@ -531,7 +572,7 @@ fn the_previous_client_regains_the_console() {
     first.stdin.as_mut().unwrap().write_all(b"three\x04").unwrap();
     for attached in [first, second] {
         let code = attached.wait_with_output().unwrap().status.code().unwrap();
-        assert_eq!(code.to_string(), machines.inspect("tty", "state/code"));
+        assert_eq!(code.to_string(), machines.inspect("tty", "State/ExitCode"));
     }
     assert!(machines.ok(&["logs", "tty"]).starts_with("ready\none two three"));
 }
@@ -591,7 +632,7 @@ fn environment_variables_are_hidden_from_other_users() {
     let id = shell.env("XDG_RUNTIME_DIR", machines.runtime.path()).stdin(Stdio::null()).output().unwrap();
     let id = String::from_utf8(id.stdout).unwrap().trim_end().to_owned();
     machines.await_log("web", "busy");
-    let pid = machines.inspect("web", "pid");
+    let pid = machines.inspect("web", "State/Pid");
     assert_eq!(arguments_of(&pid), "husk run --in-background ");
     let dir = machines.runtime.path().join("husk").join(&id);
     for entry in std::fs::read_dir(&dir).unwrap().flatten() {
@@ -602,7 +643,7 @@ fn environment_variables_are_hidden_from_other_users() {
     machines.ok(&["kill", "web"]);
     machines.ok(&["wait", "web"]);
     machines.ok(&["start", "web"]);
-    assert_eq!(arguments_of(&machines.inspect("web", "pid")), format!("husk run --in-background --again={id} "));
+    assert_eq!(arguments_of(&machines.inspect("web", "State/Pid")), format!("husk run --in-background --again={id} "));
     let origin = std::fs::read_to_string(dir.join("origin.json")).unwrap();
     assert!(is_told(&origin), "{origin}");
     machines.ok(&["rm", "-f", "web"]);

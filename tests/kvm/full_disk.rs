@@ -72,7 +72,7 @@ fn a_machine_on_a_full_disk_loses_only_output() {
     last.stdin.as_mut().unwrap().write_all(b"\x04").unwrap();
     let code = last.wait_with_output().unwrap().status.code().unwrap();
     assert_eq!((machines.status("console"), machines.ok(&["wait", "console"])), ("exited".into(), format!("{code}\n")));
-    assert_eq!(machines.inspect("console", "state/code"), code.to_string());
+    assert_eq!(machines.inspect("console", "State/ExitCode"), code.to_string());
     assert!(machines.ok(&["logs", "console"]).starts_with("ready\n"));
     fs::remove_file(ballast).unwrap();
     machines.ok(&["rm", "console"]);
@@ -93,7 +93,7 @@ fn a_log_that_filled_the_disk_does_not_hide_how_the_machine_ended() {
         .unwrap();
     machines.start(guests::SERIAL, &format!("do=flood bytes={bytes}"), &["--name", "loud"]);
     assert_eq!(machines.ok(&["wait", "loud"]), "0\n");
-    assert_eq!((machines.status("loud"), machines.inspect("loud", "state/code")), ("exited".into(), "0".into()));
+    assert_eq!((machines.status("loud"), machines.inspect("loud", "State/ExitCode")), ("exited".into(), "0".into()));
     assert!(machines.ok(&["logs", "loud"]).len() < 16_384);
 }
 

@@ -146,7 +146,7 @@ fn a_monitor_that_is_killed_ends_its_machine() {
 
     let machines = Machines::new();
     machines.start(guests::POWER, "do=halt", &["--name", "back"]);
-    let supervisor = machines.inspect("back", "pid").parse().unwrap();
+    let supervisor = machines.inspect("back", "State/Pid").parse().unwrap();
     send_signal(monitor_of(supervisor), "KILL");
     machines.await_status("back", "exited");
     assert_eq!(machines.ok(&["wait", "back"]), "137\n");
@@ -169,10 +169,10 @@ fn a_machine_with_an_attached_client_is_restarted() {
     let machines = Machines::new();
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &["--name", "again", "--restart", "on-failure:1"]);
     let mut client = machines.attach("again");
-    let supervisor: u32 = machines.inspect("again", "pid").parse().unwrap();
+    let supervisor: u32 = machines.inspect("again", "State/Pid").parse().unwrap();
     send_signal(monitor_of(supervisor), "KILL");
     let deadline = Instant::now() + Duration::from_secs(60);
-    while machines.inspect("again", "restarts") != "1" || machines.status("again") != "running" {
+    while machines.inspect("again", "RestartCount") != "1" || machines.status("again") != "running" {
         assert!(Instant::now() < deadline, "{}", machines.ok(&["ps", "-a"]));
         thread::sleep(Duration::from_millis(20));
     }
@@ -230,7 +230,7 @@ fn a_monitor_that_does_not_respond_is_killed_with_its_machine() {
     needs_kvm!();
     let machines = Machines::new();
     machines.start(guests::POWER, "do=spin", &["--name", "stuck"]);
-    let monitor = monitor_of(machines.inspect("stuck", "pid").parse().unwrap());
+    let monitor = monitor_of(machines.inspect("stuck", "State/Pid").parse().unwrap());
     send_signal(monitor, "STOP");
     machines.ok(&["kill", "stuck"]);
     assert_eq!(machines.ok(&["wait", "stuck"]), "137\n");
@@ -270,7 +270,7 @@ fn limits_of_disks_reach_the_monitor() {
     machines.start(guests::BLOCK, "do=hold", &["--name", "held", "--disk", disk.to_str().unwrap()]);
     machines.ok(&["update", "--disk-bps", "10M", "held"]);
     machines.ok(&["update", "--disk-bps", "none", "--disk-iops", "100", "held"]);
-    assert_eq!(machines.inspect("held", "config/disks/0/rate/ops_per_second"), "100");
+    assert_eq!(machines.inspect("held", "Husk/Config/disks/0/rate/ops_per_second"), "100");
     machines.ok(&["pause", "held"]);
     machines.ok(&["unpause", "held"]);
     machines.ok(&["stats", "--json", "held"]);

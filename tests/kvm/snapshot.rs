@@ -71,7 +71,7 @@ fn a_stopped_machine_has_exited_successfully() {
     let machines = Machines::new();
     let path = saved(&machines, &["--stop"]);
     machines.await_status("echo", "exited");
-    assert_eq!(machines.inspect("echo", "state/code"), "0");
+    assert_eq!(machines.inspect("echo", "State/ExitCode"), "0");
     assert!(restored(&machines, &path, "word\x04").starts_with("word"));
 }
 
@@ -154,7 +154,7 @@ fn a_suspended_machine_continues_when_it_is_started() {
     for round in 0..2 {
         assert_eq!(husk(&["suspend", "echo"]), (Some(0), "echo\n".into()));
         let list = machines.ok(&["ps", "-a"]);
-        assert!(list.contains("suspended") && list.contains(&id), "{list}");
+        assert!(list.contains("Suspended") && list.contains(&id), "{list}");
         let snapshot = data.path().join("suspended").join(&id);
         assert!(snapshot.join("state").exists());
         if round == 0 {
@@ -166,7 +166,7 @@ fn a_suspended_machine_continues_when_it_is_started() {
             fs::rename(snapshot.join("elsewhere"), snapshot.join("memory")).unwrap();
         }
         assert_eq!(husk(&["start", "echo"]), (Some(0), "echo\n".into()));
-        assert_eq!((machines.status("echo"), machines.inspect("echo", "id")), ("running".into(), id.clone()));
+        assert_eq!((machines.status("echo"), machines.inspect("echo", "Id")), ("running".into(), id.clone()));
         assert!(!snapshot.exists(), "the machine has taken it");
     }
     // husk was killed just before it said so.
@@ -189,7 +189,8 @@ fn a_suspended_machine_continues_when_it_is_started() {
     machines.start(guests::SERIAL, "do=echo wait=interrupt", &flags);
     machines.await_log("echo", "ready");
     assert_eq!((husk(&["suspend", "echo"]).0, husk(&["start", "echo"]).0), (Some(0), Some(0)));
-    let kept = ["max_retries", "log_max_bytes"].map(|what| machines.inspect("echo", what));
+    let kept =
+        ["HostConfig/RestartPolicy/MaximumRetryCount", "Husk/LogMaxBytes"].map(|what| machines.inspect("echo", what));
     assert_eq!(kept, ["3", "65536"]);
     assert_eq!(husk(&["suspend", "echo"]).0, Some(0));
     assert_eq!(husk(&["restart", "echo"]).0, Some(0));

@@ -36,7 +36,7 @@ impl Busy {
             &["--name", "echo", "--initrd", initrd.to_str().unwrap()],
         );
         machines.await_log("echo", "ready");
-        let monitor = monitor_of(machines.inspect("echo", "pid").parse().unwrap());
+        let monitor = monitor_of(machines.inspect("echo", "State/Pid").parse().unwrap());
         let path = machines.runtime.path().join("snapshot").to_str().unwrap().to_owned();
         loop {
             let mut command = machines.command(&["snapshot", "echo", &path]);

@@ -71,7 +71,7 @@ impl Loaded {
         self.machines.await_log(name, "end\n");
         attached.wait_with_output().unwrap();
         self.machines.await_status(name, "exited");
-        assert_eq!(self.machines.inspect(name, "state/code"), "0", "{}", self.machines.ok(&["logs", name]));
+        assert_eq!(self.machines.inspect(name, "State/ExitCode"), "0", "{}", self.machines.ok(&["logs", name]));
     }
 }
 
@@ -124,5 +124,5 @@ fn a_diff_to_what_is_not_known_is_refused_in_one_line() {
     attached.stdin.as_mut().unwrap().write_all(b"word\x04").unwrap();
     attached.wait_with_output().unwrap();
     machines.await_status("echo", "exited");
-    assert_eq!(machines.inspect("echo", "state/code"), "0");
+    assert_eq!(machines.inspect("echo", "State/ExitCode"), "0");
 }

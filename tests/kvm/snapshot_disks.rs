@@ -34,7 +34,7 @@ fn end(machines: &Machines, name: &str) {
     machines.await_log(name, "end\n");
     attached.wait_with_output().unwrap();
     machines.await_status(name, "exited");
-    assert_eq!(machines.inspect(name, "state/code"), "0", "{}", machines.ok(&["logs", name]));
+    assert_eq!(machines.inspect(name, "State/ExitCode"), "0", "{}", machines.ok(&["logs", name]));
 }
 
 fn run_side_by_side(disk: &Path, options: &str) {

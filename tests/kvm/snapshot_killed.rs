@@ -69,7 +69,7 @@ fn a_killed_snapshot_is_whole_or_none() {
     let mut ends = BTreeMap::new();
     for kill in 0..kills {
         start(&machines);
-        let supervisor: u32 = machines.inspect("echo", "pid").parse().unwrap();
+        let supervisor: u32 = machines.inspect("echo", "State/Pid").parse().unwrap();
         let victim = if kill % 2 == 0 { supervisor } else { monitor_of(supervisor) };
         let mut command = machines.command(&["snapshot", "--with-disks", "echo", &path]);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -104,7 +104,7 @@ impl Steady {
     fn finish_machine(&mut self) {
         let name = self.name();
         self.machines.await_status(&name, "exited");
-        assert_eq!(self.machines.inspect(&name, "state/code"), "0", "{}", self.machines.ok(&["logs", &name]));
+        assert_eq!(self.machines.inspect(&name, "State/ExitCode"), "0", "{}", self.machines.ok(&["logs", &name]));
         let printed = self.machines.ok(&["logs", &name]);
         self.machines.ok(&["rm", &name]);
         // The memory of this machine.

@@ -94,7 +94,8 @@ fn port_ranges_and_udp_reach_a_guest_by_ipv4_and_ipv6() {
     let (machine, output) = start(&guests, &flags, &script);
     let passt = passt_of(machine.id()).expect("it has a passt");
     let listed = husk(&["ps"]);
-    let ports = format!("  {first}-{}->8080-8082/tcp, {perf}->53/tcp, {perf}->53/udp  ", first + 2);
+    let ports =
+        format!("0.0.0.0:{first}-{}->8080-8082/tcp, 0.0.0.0:{perf}->53/tcp, 0.0.0.0:{perf}->53/udp  ", first + 2);
     assert!(listed.contains(&ports), "{listed}");
     for address in [host.to_string(), format!("[{host_v6}]"), "127.0.0.1".into(), "[::1]".into()] {
         for index in 0..3 {

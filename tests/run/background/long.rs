@@ -20,7 +20,7 @@ struct Resources {
 impl Resources {
     fn by(machines: &Machines, name: &str) -> Resources {
         let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", name])).unwrap();
-        let pid = inspected[0]["pid"].to_string();
+        let pid = inspected[0]["State"]["Pid"].to_string();
         let processes = [monitor_of(&pid), pid];
         let count_of = |pid: &str, what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count() as u64;
         let count = |what: &str| processes.iter().map(|pid| count_of(pid, what)).sum();
@@ -130,7 +130,7 @@ fn a_log_stays_within_its_size_and_is_followed_across_files() {
     );
     let id = machines.start("loud", &["--log-max", "8M"], &script).expect(0).text().trim().to_owned();
     let inspected: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", "loud"])).unwrap();
-    let pid = inspected[0]["pid"].to_string();
+    let pid = inspected[0]["State"]["Pid"].to_string();
     let (before_kib, started) = (own_memory_kib(&pid), Instant::now());
     // Through a pipe, as users search a log.
     let logs = |flags: &str| {
