@@ -164,6 +164,7 @@ impl Boot {
             command: Vec::new(),
             process: None,
             identity: None,
+            mounts: Vec::new(),
             stop_signal: libc::SIGTERM as u8,
         };
         let dir = self.lifecycle.dir()?;

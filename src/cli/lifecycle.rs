@@ -18,6 +18,7 @@ use crate::config::MachineConfig;
 use crate::console::stream_log;
 use crate::monitor::release;
 use crate::state_dir::identity::IdentityRecord;
+use crate::state_dir::mounts::MountRecord;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::record::{Inherited, Record, State, now_ms};
 use crate::state_dir::{MachineDir, MachineEntry, StateDir, names};
@@ -83,6 +84,8 @@ pub struct RecordInfo {
     pub process: Option<Inherited>,
     /// What it is called and how it is connected, with husk's init.
     pub identity: Option<IdentityRecord>,
+    /// What it mounts.
+    pub mounts: Vec<MountRecord>,
     /// The signal that stops its process.
     pub stop_signal: u8,
 }
@@ -112,6 +115,16 @@ impl LifecycleArgs {
         self.detach
     }
 
+    /// Whether the machine stays when it has ended, until it is removed.
+    pub fn is_kept(&self) -> bool {
+        self.detach && !self.rm
+    }
+
+    /// Whether the machine has run before.
+    pub fn is_again(&self) -> bool {
+        self.again.is_some()
+    }
+
     /// Whether the machine may be restarted within this process.
     pub fn may_restart(&self) -> bool {
         self.restart.max_retries > 0
@@ -136,10 +149,10 @@ impl LifecycleArgs {
 
     /// Opens the machine's endpoint.
     pub fn endpoint(&self, dir: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
-        let RecordInfo { image, command, process, identity, stop_signal } = info;
+        let RecordInfo { image, command, process, identity, mounts, stop_signal } = info;
         let earlier = if self.again.is_some() { Some(dir.record()?) } else { None };
         let labels = self.labels.labels()?;
-        let keep = self.detach && !self.rm;
+        let keep = self.is_kept();
         if keep && earlier.is_none() {
             let ours = |word: &OsString| word == IN_BACKGROUND;
             let mut words = argv::all().to_vec();
@@ -166,6 +179,7 @@ impl LifecycleArgs {
             labels,
             process,
             identity,
+            mounts,
             sandbox_lacks: Vec::new(),
             config: config.clone(),
         };

@@ -1,8 +1,9 @@
 //! The flags of `husk run` that put folders of the host into the machine: `-v` and `--mount`, as Docker has them.
 
+pub mod place;
+
 use std::ffi::OsString;
-use std::fs::{self, File};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,8 +11,7 @@ use clap::Args;
 use husk_protocol::Tmpfs;
 
 use crate::guest::process;
-use crate::guest::shares::Share;
-use crate::image::{Store, volumes};
+use crate::image::volumes;
 
 // Folders of the host.
 #[derive(Debug, Args)]
@@ -19,9 +19,10 @@ pub(super) struct MountFlags {
     /// Mount a file or folder of the host, or a volume, with `:ro` read-only; can be repeated
     ///
     /// HOST is an absolute path, or one that starts with `./` or `../`; a folder that does not exist is created. NAME is
-    /// a volume, which is created on first use (see `husk volume`). Users of the machine are users of the host, if husk
-    /// runs as root; otherwise root of the machine is you.
-    #[arg(short, long, value_name = "SOURCE:PATH[:OPTIONS]")]
+    /// a volume, which is created on first use (see `husk volume`), and an empty one gets what the image has at PATH,
+    /// unless `:nocopy` is added. PATH alone is an anonymous volume. With `:U`, all in it becomes the user's who runs the
+    /// command. Users of the machine are users of the host, if husk runs as root; otherwise root of the machine is you.
+    #[arg(short, long, value_name = "[SOURCE:]PATH[:OPTIONS]")]
     volume: Vec<OsString>,
 
     /// Mount a file or folder of the host, a volume or a tmpfs; can be repeated
@@ -30,24 +31,47 @@ pub(super) struct MountFlags {
     /// type=tmpfs,target=/tmp,tmpfs-size=64m.
     #[arg(long, value_name = "KEY=VALUE,...")]
     mount: Vec<OsString>,
+
+    /// Mount what another machine mounts from the host, in the same places; can be repeated
+    #[arg(long, value_name = "MACHINE[:ro]")]
+    volumes_from: Vec<String>,
 }
 
 /// What is mounted where.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Mount {
+pub(super) struct Mount {
+    source: Source,
+    target: Vec<u8>,
+    access: Access,
+}
+
+/// What is mounted.
+#[derive(Debug, PartialEq, Eq)]
+enum Source {
     /// A file or folder of the host: `creates` it if there is none.
     Bind {
-        source: PathBuf,
-        target: Vec<u8>,
-        readonly: bool,
+        path: PathBuf,
         creates: bool,
     },
-    Volume {
-        name: String,
-        target: Vec<u8>,
-        readonly: bool,
-    },
+    /// The volume with this name, or an anonymous one.
+    Volume(Option<String>),
     Tmpfs(Tmpfs),
+}
+
+/// How it is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Access {
+    readonly: bool,
+    /// Whether a volume that is empty gets the image's content.
+    copies: bool,
+    /// Whether all in it becomes the user's who runs the command.
+    owned: bool,
+}
+
+impl Default for Access {
+    fn default() -> Access {
+        Access { readonly: false, copies: true, owned: false }
+    }
 }
 
 impl MountFlags {
@@ -59,14 +83,31 @@ impl MountFlags {
         check_distinct(&all)?;
         Ok(all)
     }
+
+    /// What other machines have mounted, and this one is to mount as well.
+    pub fn inherited(&self) -> Result<Vec<Mount>> {
+        place::of_machines(&self.volumes_from)
+    }
 }
 
 impl Mount {
-    fn target(&self) -> &Path {
-        let (Mount::Bind { target, .. } | Mount::Volume { target, .. } | Mount::Tmpfs(Tmpfs { path: target, .. })) =
-            self;
-        Path::new(std::ffi::OsStr::from_bytes(target))
+    fn anonymous(target: Vec<u8>) -> Mount {
+        Mount { source: Source::Volume(None), target, access: Access::default() }
     }
+
+    fn target(&self) -> &Path {
+        path(&self.target)
+    }
+
+    /// The same, read-only if it was or if `readonly`.
+    fn with_readonly(mut self, readonly: bool) -> Mount {
+        self.access.readonly |= readonly;
+        self
+    }
+}
+
+fn path(bytes: &[u8]) -> &Path {
+    Path::new(std::ffi::OsStr::from_bytes(bytes))
 }
 
 /// Fails if one of them would hide another one.
@@ -76,184 +117,118 @@ fn check_distinct(mounts: &[Mount]) -> Result<()> {
     twice.map_or(Ok(()), |target| bail!("two mounts on {}: remove one of them", target.display()))
 }
 
-/// Opens what is shared with the host, and adds the rest to `tmpfs`. Creates folders and volumes that do not exist. The volumes
-/// stay as long as the files that are returned.
-pub(super) fn open(mounts: Vec<Mount>, tmpfs: &mut Vec<Tmpfs>) -> Result<(Vec<Share>, Vec<File>)> {
-    let (mut shares, mut locks) = (Vec::new(), Vec::new());
-    for mount in mounts {
-        let (source, target, readonly) = match mount {
-            Mount::Tmpfs(mount) => {
-                tmpfs.push(mount);
-                continue;
-            }
-            Mount::Volume { name, target, readonly } => {
-                let volume = Store::open_default()?.use_volume(&name)?;
-                locks.push(volume.lock);
-                (volume.path, target, readonly)
-            }
-            Mount::Bind { source, target, readonly, creates } => {
-                if creates && !source.exists() {
-                    fs::create_dir_all(&source).with_context(|| format!("create {}", source.display()))?;
-                }
-                (source, target, readonly)
-            }
-        };
-        let found = fs::metadata(&source).with_context(|| format!("share {}", source.display()))?;
-        // Another command may run in another directory.
-        let source = std::path::absolute(&source).with_context(|| format!("find {}", source.display()))?;
-        shares.push(Share::new(shares.len(), source, found.is_file(), target, readonly));
+/// Parses `MACHINE[:ro]`: the machine, and whether its mounts are to be read-only.
+fn volumes_from(word: &str) -> Result<(&str, bool)> {
+    let (name, mode) = word.split_once(':').unwrap_or((word, "rw"));
+    match mode {
+        "rw" | "z" | "Z" => Ok((name, false)),
+        "ro" => Ok((name, true)),
+        other => bail!("--volumes-from {word}: unknown option {other:?}: use ro or rw"),
     }
-    Ok((shares, locks))
 }
 
 fn context(flag: &str, word: &OsString) -> String {
     format!("{flag} {}", word.to_string_lossy())
 }
 
-/// Parses `SOURCE:PATH[:OPTIONS]`.
+/// Parses `[SOURCE:]PATH[:OPTIONS]`.
 fn parse_volume(word: &OsString) -> Result<Mount> {
     let mut parts = word.as_bytes().split(|byte| *byte == b':');
     let (source, target, options) = (parts.next().unwrap_or_default(), parts.next(), parts.next().unwrap_or_default());
     ensure!(parts.next().is_none(), "too many colons: use HOST:MACHINE[:ro]");
     let Some(target) = target else {
-        bail!("no path in the machine: use HOST:MACHINE[:ro], or NAME:MACHINE for a volume")
+        ensure!(
+            source.starts_with(b"/"),
+            "no path in the machine: use HOST:MACHINE[:ro], NAME:MACHINE for a volume, or /PATH for an anonymous one"
+        );
+        check_target(source)?;
+        return Ok(Mount::anonymous(source.to_vec()));
     };
-    let mut readonly = false;
+    let mut access = Access::default();
     for option in options.split(|byte| *byte == b',').filter(|option| !option.is_empty()) {
         match option {
-            b"ro" | b"readonly" => readonly = true,
+            b"ro" | b"readonly" => access.readonly = true,
+            b"nocopy" => access.copies = false,
+            b"U" => access.owned = true,
             // Labels and propagation of mounts of the host, which no machine sees.
-            b"rw" | b"z" | b"Z" | b"cached" | b"delegated" | b"consistent" | b"nocopy" | b"private" | b"rprivate"
+            b"rw" | b"z" | b"Z" | b"copy" | b"cached" | b"delegated" | b"consistent" | b"private" | b"rprivate"
             | b"slave" | b"rslave" | b"shared" | b"rshared" | b"bind" | b"rbind" => {}
-            other => bail!("unknown option {:?}: use ro or rw", String::from_utf8_lossy(other)),
+            other => bail!("unknown option {:?}: use ro, rw, nocopy or U", String::from_utf8_lossy(other)),
         }
     }
-    bind_or_volume(source, target, readonly, true)
+    bind_or_volume(source, target, access, true)
 }
 
-fn bind_or_volume(source: &[u8], target: &[u8], readonly: bool, creates: bool) -> Result<Mount> {
-    let target = checked_target(target)?;
+fn bind_or_volume(source: &[u8], target: &[u8], access: Access, creates: bool) -> Result<Mount> {
+    check_target(target)?;
     ensure!(!source.is_empty(), "no source: use HOST:MACHINE[:ro]");
+    let target = target.to_vec();
     if matches!(source, [b'/' | b'.', ..]) {
-        let source = PathBuf::from(OsString::from_vec(source.to_vec()));
-        return Ok(Mount::Bind { source, target, readonly, creates });
+        return Ok(Mount { source: Source::Bind { path: path(source).to_owned(), creates }, target, access });
     }
     let name = String::from_utf8_lossy(source).into_owned();
     volumes::check_name(&name)?;
-    Ok(Mount::Volume { name, target, readonly })
+    Ok(Mount { source: Source::Volume(Some(name)), target, access })
 }
 
-fn checked_target(target: &[u8]) -> Result<Vec<u8>> {
-    let path = Path::new(std::ffi::OsStr::from_bytes(target));
+fn check_target(target: &[u8]) -> Result<()> {
+    let path = path(target);
     let climbs = path.components().any(|part| part == Component::ParentDir);
     ensure!(
-        path.is_absolute() && path.parent().is_some() && !climbs,
+        path.is_absolute() && path.parent().is_some() && !climbs && !target.contains(&0),
         "{} is not a mount point: use an absolute path in the machine, other than / and without `..`",
         path.display()
     );
-    Ok(target.to_vec())
+    Ok(())
 }
 
 /// Parses `KEY=VALUE,...`.
 fn parse_mount(word: &OsString) -> Result<Mount> {
-    let (mut kind, mut source, mut target, mut readonly) = (&b"volume"[..], None, None, false);
+    let (mut kind, mut source, mut target, mut access) = (&b"volume"[..], None, None, Access::default());
     let mut options = Vec::new();
     for part in word.as_bytes().split(|byte| *byte == b',') {
         let at = part.iter().position(|byte| *byte == b'=').unwrap_or(part.len());
         let (key, value) = (part.get(..at).unwrap_or_default(), part.get(at + 1..));
+        let is_on = || match value {
+            None | Some(b"true" | b"1") => Ok(true),
+            Some(b"false" | b"0") => Ok(false),
+            Some(_) => bail!("{}: use true or false", String::from_utf8_lossy(part)),
+        };
         match (key, value) {
             (b"type", Some(value)) => kind = value,
             (b"source" | b"src", Some(value)) => source = Some(value),
             (b"target" | b"dst" | b"destination", Some(value)) => target = Some(value),
-            (b"readonly" | b"ro", None | Some(b"true" | b"1")) => readonly = true,
-            (b"readonly" | b"ro", Some(b"false" | b"0")) => readonly = false,
+            (b"readonly" | b"ro", _) => access.readonly = is_on()?,
+            (b"volume-nocopy", _) => access.copies = !is_on()?,
+            (b"U" | b"chown", _) => access.owned = is_on()?,
             (b"tmpfs-size", Some(value)) => options.push(format!("size={}", String::from_utf8_lossy(value))),
             (b"tmpfs-mode", Some(value)) => options.push(format!("mode={}", String::from_utf8_lossy(value))),
-            (b"bind-propagation" | b"consistency" | b"relabel" | b"volume-nocopy" | b"bind-recursive", _) => {}
+            (b"bind-propagation" | b"consistency" | b"relabel" | b"bind-recursive", _) => {}
             (key, _) => bail!("unknown key {:?}: use type, source, target or readonly", String::from_utf8_lossy(key)),
         }
     }
     let target = target.context("no target: use target=PATH")?;
-    match kind {
-        b"bind" => {
-            let source = source.context("no source: use source=PATH")?;
+    check_target(target)?;
+    match (kind, source) {
+        (b"bind", source) => {
             // A relative path is one here, without any dot.
-            let source = PathBuf::from(OsString::from_vec(source.to_vec()));
-            Ok(Mount::Bind { source, target: checked_target(target)?, readonly, creates: false })
+            let path = path(source.context("no source: use source=PATH")?).to_owned();
+            Ok(Mount { source: Source::Bind { path, creates: false }, target: target.to_vec(), access })
         }
-        b"volume" => {
-            let source = source.context("no source: use source=NAME for a volume")?;
+        (b"volume", None) => Ok(Mount { access, ..Mount::anonymous(target.to_vec()) }),
+        (b"volume", Some(source)) => {
             ensure!(!matches!(source, [b'/' | b'.', ..]), "a volume has a name: use type=bind for a path");
-            bind_or_volume(source, target, readonly, false)
+            bind_or_volume(source, target, access, false)
         }
-        b"tmpfs" => {
-            options.extend(readonly.then(|| "ro".to_owned()));
+        (b"tmpfs", _) => {
+            options.extend(access.readonly.then(|| "ro".to_owned()));
             let text = format!("{}:{}", String::from_utf8_lossy(target), options.join(","));
-            process::tmpfs(&text).map(Mount::Tmpfs).map_err(anyhow::Error::msg)
+            let tmpfs = process::tmpfs(&text).map_err(anyhow::Error::msg)?;
+            Ok(Mount { source: Source::Tmpfs(tmpfs), target: target.to_vec(), access })
         }
-        other => bail!("unknown type {:?}: use bind, volume or tmpfs", String::from_utf8_lossy(other)),
+        (other, _) => bail!("unknown type {:?}: use bind, volume or tmpfs", String::from_utf8_lossy(other)),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn bind(source: &str, target: &str, readonly: bool, creates: bool) -> Mount {
-        Mount::Bind { source: source.into(), target: target.into(), readonly, creates }
-    }
-
-    #[test]
-    fn a_volume_is_a_source_a_path_and_options() {
-        let parse = |text: &str| parse_volume(&text.into()).map_err(|error| error.to_string());
-        assert_eq!(parse("/a:/b"), Ok(bind("/a", "/b", false, true)));
-        assert_eq!(parse("./a b:/b:ro,Z"), Ok(bind("./a b", "/b", true, true)));
-        assert_eq!(parse(".:/src:rw"), Ok(bind(".", "/src", false, true)));
-        assert_eq!(parse("../x:/b:z"), Ok(bind("../x", "/b", false, true)));
-        let volume = Mount::Volume { name: "data".into(), target: "/var/lib".into(), readonly: true };
-        assert_eq!(parse("data:/var/lib:ro"), Ok(volume));
-        for (wrong, why) in [
-            ("/a", "no path in the machine"),
-            ("/a:b", "not a mount point"),
-            ("/a:/", "not a mount point"),
-            ("/a:/b/..", "not a mount point"),
-            (":/b", "no source"),
-            ("/a:/b:rx", "unknown option"),
-            ("/a:/b:ro:x", "too many colons"),
-            ("a b:/c", "volume name"),
-            ("a/b:/c", "volume name"),
-        ] {
-            assert!(parse(wrong).unwrap_err().contains(why), "{wrong}: {:?}", parse(wrong));
-        }
-    }
-
-    #[test]
-    fn a_mount_is_a_list_of_keys() {
-        let parse = |text: &str| parse_mount(&text.into()).map_err(|error| error.to_string());
-        assert_eq!(parse("type=bind,source=a,target=/b,readonly"), Ok(bind("a", "/b", true, false)));
-        assert_eq!(parse("type=bind,src=/a,dst=/b,ro=false"), Ok(bind("/a", "/b", false, false)));
-        let volume = Mount::Volume { name: "data".into(), target: "/d".into(), readonly: false };
-        assert_eq!(parse("source=data,destination=/d"), Ok(volume));
-        let Ok(Mount::Tmpfs(tmpfs)) = parse("type=tmpfs,target=/t,tmpfs-size=1m,tmpfs-mode=1777") else { panic!() };
-        assert_eq!((tmpfs.path.as_slice(), tmpfs.options.as_str()), (&b"/t"[..], "size=1m,mode=1777"));
-        for (wrong, why) in [
-            ("type=bind,source=/a", "no target"),
-            ("type=bind,target=/a", "no source"),
-            ("type=npipe,source=/a,target=/b", "unknown type"),
-            ("type=bind,source=/a,target=/b,uid=3", "unknown key"),
-            ("source=/a,target=/b", "type=bind"),
-        ] {
-            assert!(parse(wrong).unwrap_err().contains(why), "{wrong}: {:?}", parse(wrong));
-        }
-    }
-
-    #[test]
-    fn one_mount_does_not_hide_another_one() {
-        let check = |targets: &[&str]| {
-            let words = targets.iter().map(|target| format!("/a:{target}").into());
-            check_distinct(&words.map(|word| parse_volume(&word).unwrap()).collect::<Vec<_>>())
-        };
-        check(&["/b", "/b/c", "/c"]).unwrap();
-        assert!(check(&["/b", "/c", "//b/"]).unwrap_err().to_string().contains("two mounts on //b/"));
-    }
-}
+mod tests;

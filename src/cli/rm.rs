@@ -5,6 +5,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::machines;
+use super::volume::users;
 use crate::request::Request;
 use crate::state_dir::{NoSuchMachine, StateDir};
 
@@ -24,6 +25,10 @@ pub(super) struct Rm {
     /// Force the removal of running machines (uses SIGKILL), and do not fail if a machine does not exist
     #[arg(short, long)]
     force: bool,
+
+    /// Remove the anonymous volumes of the machines as well, unless other machines have them
+    #[arg(short, long)]
+    volumes: bool,
 }
 
 impl Rm {
@@ -47,12 +52,13 @@ impl Rm {
                 // It may have just ended by itself.
                 let _ = machines::request(entry, &Request::Kill { signal: libc::SIGKILL as u8 });
                 machines::exit_code(entry, end)?;
-                return match entry.await_end()? {
-                    Some(ended) => state_dir.remove(&ended),
-                    None => Ok(()),
-                };
+                if let Some(ended) = entry.await_end()? {
+                    state_dir.remove(&ended)?;
+                }
+            } else {
+                state_dir.remove(entry)?;
             }
-            state_dir.remove(entry)
+            if self.volumes { users::remove_anonymous(state_dir, entry) } else { Ok(()) }
         })
     }
 }

@@ -19,7 +19,8 @@ use self::session::Start;
 use self::settings::GuestSettings;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
-use super::mounts::{self, MountFlags};
+use super::mounts::MountFlags;
+use super::mounts::place::{self, Machine, Mounted};
 use super::process::ProcessFlags;
 use super::{boot, signal, size};
 use crate::config::{MachineConfig, Rate};
@@ -149,7 +150,7 @@ pub(super) struct Run {
     /// There is no IMAGE then: all words are the command. The machine has the CPUs, the memory and the kernel of the
     /// snapshot.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "scratch", "os_init", "no_warm", "volume", "mount"])]
-    #[arg(conflicts_with_all = ["cpus", "memory", "kernel", "transport", "nested", "read_only"])]
+    #[arg(conflicts_with_all = ["volumes_from", "cpus", "memory", "kernel", "transport", "nested", "read_only"])]
     from: Option<PathBuf>,
 
     /// Run this program of the image as PID 1 in place of husk's init, with its console on this terminal
@@ -183,6 +184,7 @@ impl Run {
         let timings = Arc::new(Timings::new(started));
         self.process.mask_values();
         let mounts = self.mounts.parse()?;
+        let inherited = if self.lifecycle.is_again() { Vec::new() } else { self.mounts.inherited()? };
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = match &self.from {
             Some(dir) => self.machine.adopt(dir)?.into(),
@@ -204,9 +206,16 @@ impl Run {
         let dir = self.lifecycle.dir()?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
         let is_hostname_chosen = self.hostname.is_some();
-        let (shares, _volumes) = mounts::open(mounts, &mut self.tmpfs)?;
+        let machine = Machine {
+            dir: &dir,
+            is_kept: self.lifecycle.is_kept(),
+            is_again: self.lifecycle.is_again(),
+            volumes: &self.volumes_of(&root_fs),
+        };
+        let Mounted { shares, volumes, records, locks: _locks } =
+            place::open(mounts, inherited, &mut self.tmpfs, &machine)?;
         let mut spec = self.guest_spec(root_fs, command, &dir)?;
-        spec.share(shares)?;
+        spec.mount(shares, volumes)?;
         spec.set_sysctls(self.settings.sysctls())?;
         spec.connect(self.machine.network.setup(&name)?.with_names(&self.settings.names()?)?);
         let kernel = self.machine.kernel()?;
@@ -222,6 +231,7 @@ impl Run {
             command: spec.command(),
             process: spec.process().map(Inherited::from),
             identity: spec.identity_record(dir.id(), is_hostname_chosen),
+            mounts: records,
             stop_signal,
         };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
@@ -247,6 +257,14 @@ impl Run {
             None if self.machine.read_only => WritableLayer::None,
             None => WritableLayer::Memory,
         })
+    }
+
+    /// The volumes of the image, unless an init of the image is to mount what it needs.
+    fn volumes_of(&self, root_fs: &RootFs) -> Vec<String> {
+        match root_fs {
+            RootFs::Image { defaults, .. } if self.os_init.is_none() => defaults.volumes.clone(),
+            _ => Vec::new(),
+        }
     }
 
     /// The contents of the machine, with all overrides and defaults applied.

@@ -81,12 +81,7 @@ fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
     let command = arguments.first()?.as_str();
     let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
     match command {
-        "run" => {
-            if is("--pull") {
-                return Some("a missing image is pulled; use `husk pull` for a newer one");
-            }
-            is("--volumes-from").then_some("name the folders with -v")
-        }
+        "run" => is("--pull").then_some("a missing image is pulled; use `husk pull` for a newer one"),
         _ if option == "-v" => Some("use --verbose"),
         "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
             Some("use --json, and select with `jq`")
@@ -120,7 +115,6 @@ mod tests {
             (&["container", "ls"], "husk ps"),
             (&["image", "ls"], "husk images"),
             (&["login"], "podman login"),
-            (&["run", "--volumes-from", "a", "x"], "-v"),
             (&["ps", "-v"], "use --verbose"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
             (&["run", "--pull", "always", "x"], "husk pull"),

@@ -1,16 +1,20 @@
 //! `husk volume`: manages named volumes.
 
+pub mod users;
+
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use self::users::Users;
 use super::exit::Exit;
 use super::filter::matches_name;
 use super::list::{Columns, ListFlags, Row};
 use crate::image::Store;
-use crate::image::volumes::Volume;
+use crate::image::volumes::{self, Volume};
+use crate::state_dir::StateDir;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -46,8 +50,7 @@ pub(super) struct VolumeArgs {
 enum Command {
     /// Create volumes, for `husk run -v NAME:PATH`
     Create {
-        /// Names of volumes
-        #[arg(required = true)]
+        /// Names of volumes; without any, one is chosen
         names: Vec<String>,
     },
     /// List volumes
@@ -72,8 +75,11 @@ enum Command {
         #[arg(required = true)]
         names: Vec<String>,
     },
-    /// Remove all volumes that no running machine has, and their data
+    /// Remove the anonymous volumes that no machine has, and their data
     Prune {
+        /// Remove those with a name as well
+        #[arg(short, long)]
+        all: bool,
         /// Do not ask
         #[arg(short, long, required = true)]
         force: bool,
@@ -84,17 +90,25 @@ impl VolumeArgs {
     /// Executes the subcommand.
     pub fn run(self) -> Result<Exit> {
         let store = Store::open_default()?;
+        let users = Users::find(&StateDir::open()?)?;
         match self.command {
+            Command::Create { names } if names.is_empty() => {
+                super::print(&format!("{}\n", store.create_anonymous_volume()?))?;
+                Ok(Exit::Success)
+            }
             Command::Create { names } => for_each(&names, |name| store.create_volume(name)),
-            Command::Rm { names } => for_each(&names, |name| store.remove_volume(name)),
-            Command::Prune { .. } => {
-                let unused = store.volumes()?.into_iter().filter(|volume| !volume.in_use);
-                let names: Vec<String> = unused.map(|volume| volume.name).collect();
+            Command::Rm { names } => {
+                for_each(&names, |name| users.check_none(name).and_then(|()| store.remove_volume(name)))
+            }
+            Command::Prune { all, .. } => {
+                let unused = users.volumes(&store)?.into_iter().filter(|volume| !volume.in_use);
+                let names = unused.map(|volume| volume.name);
+                let names: Vec<String> = names.filter(|name| all || volumes::is_anonymous(name)).collect();
                 for_each(&names, |name| store.remove_volume(name))
             }
             Command::Ls { list, json } => {
                 let filters = list.filters(&COLUMNS)?;
-                let mut volumes = store.volumes()?;
+                let mut volumes = users.volumes(&store)?;
                 volumes.retain(|volume| {
                     filters.any("name", |name| matches_name(&volume.name, name))
                         && filters.any("dangling", |wanted| (wanted == "true") != volume.in_use)

@@ -74,7 +74,8 @@ impl Warm {
         config.validate()?;
         let Some((path, _alone)) = self.place(&spec, &config)? else { return Ok(Exit::Success) };
         let (image, stop_signal) = (self.image.to_string_lossy().into_owned(), spec.stop_signal());
-        let info = RecordInfo { image, command: Vec::new(), process: None, identity: None, stop_signal };
+        let (command, mounts) = (Vec::new(), Vec::new());
+        let info = RecordInfo { image, command, process: None, identity: None, mounts, stop_signal };
         let endpoint = lifecycle.endpoint(dir, info, &config)?;
         let timings = Arc::new(Timings::new(started));
         let boot = |endpoint: &mut ControlEndpoint, signals: &SignalFd| {

@@ -35,6 +35,7 @@ pub const INIT: &[u8] = include_bytes!(env!("HUSK_INIT"));
 
 /// The source of a machine's root file system.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a process has one")]
 pub enum RootFs {
     /// A read-only root file system shared between machines, with a writable layer on top.
     Image {
@@ -77,6 +78,7 @@ pub struct GuestSpec {
     program: Program,
     network: NetworkSetup,
     shares: Vec<Share>,
+    volumes: Vec<Vec<u8>>,
 }
 
 /// What a machine runs.
@@ -114,15 +116,7 @@ impl GuestSpec {
         process.stdin = stdin;
         check_hostname(&hostname)?;
         let program = Program::Process(process);
-        Ok(GuestSpec {
-            root_fs,
-            hostname,
-            tmpfs,
-            sysctls: Vec::new(),
-            program,
-            network: NetworkSetup::default(),
-            shares: Vec::new(),
-        })
+        Ok(GuestSpec::new(root_fs, hostname, tmpfs, program))
     }
 
     /// A machine that runs the root file system's own init. `args` are the init program and its arguments; if empty,
@@ -131,8 +125,12 @@ impl GuestSpec {
         // A disk image sets its own host name.
         let hostname = if matches!(root_fs, RootFs::Disk { .. }) { String::new() } else { hostname };
         let args = args.into_iter().map(OsString::into_vec).collect();
-        let (program, network) = (Program::Init(args), NetworkSetup::default());
-        GuestSpec { root_fs, hostname, tmpfs, sysctls: Vec::new(), program, network, shares: Vec::new() }
+        GuestSpec::new(root_fs, hostname, tmpfs, Program::Init(args))
+    }
+
+    fn new(root_fs: RootFs, hostname: String, tmpfs: Vec<Tmpfs>, program: Program) -> GuestSpec {
+        let (sysctls, network, shares, volumes) = Default::default();
+        GuestSpec { root_fs, hostname, tmpfs, sysctls, program, network, shares, volumes }
     }
 
     /// Sets the machine's network interfaces. Without this call it has none.
@@ -150,13 +148,13 @@ impl GuestSpec {
         Ok(())
     }
 
-    /// Sets what the machine shares with the host. Without this call it is nothing.
-    pub fn share(&mut self, shares: Vec<Share>) -> Result<()> {
+    /// Sets what the machine shares with the host, and the paths of volumes that are its own. Without this call it is nothing.
+    pub fn mount(&mut self, shares: Vec<Share>, volumes: Vec<Vec<u8>>) -> Result<()> {
         ensure!(
-            shares.is_empty() || self.has_session(),
+            (shares.is_empty() && volumes.is_empty()) || self.has_session(),
             "-v and --mount need husk's init: remove --os-init, or use `husk boot --share` and mount it in the machine"
         );
-        self.shares = shares;
+        (self.shares, self.volumes) = (shares, volumes);
         Ok(())
     }
 
@@ -300,6 +298,7 @@ impl GuestSpec {
             tmpfs: self.tmpfs.clone(),
             shares: self.shares.iter().map(|share| share.mount.clone()).collect(),
             sysctls: self.sysctls.clone(),
+            volumes: self.volumes.clone(),
             process: process.clone(),
         }
     }

@@ -20,6 +20,8 @@ pub struct Defaults {
     pub user: String,
     /// The stop signal, by name or number.
     pub stop_signal: Option<String>,
+    /// Directories whose content should outlive the machine.
+    pub volumes: Vec<String>,
 }
 
 /// The user's overrides.
@@ -203,6 +205,7 @@ mod tests {
             working_dir: "/srv".into(),
             user: "web".into(),
             stop_signal: None,
+            volumes: Vec::new(),
         }
     }
 

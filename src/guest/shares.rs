@@ -20,7 +20,7 @@ impl Share {
         let tag = format!("husk{index}");
         let file = is_file.then(|| SHARED_FILE.to_owned());
         Share {
-            mount: husk_protocol::Share { tag: tag.clone(), file, path: target, readonly },
+            mount: husk_protocol::Share { tag: tag.clone(), file, path: target, readonly, copies: false, owned: false },
             config: ShareConfig { readonly, ..ShareConfig::of(source, tag) },
         }
     }

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use super::Store;
+use super::digest::Digest;
 use super::store::is_at;
 use crate::resources::lock::{self, Kind};
 
@@ -60,6 +61,22 @@ pub fn name_of(path: &Path) -> Option<&str> {
     path.parent().filter(|dir| dir.ends_with("volumes")).map(|_| name)
 }
 
+/// The name of the anonymous volume of machine `id` at the path `target`. It is the same when the machine is started again.
+pub fn anonymous_name(id: &str, target: &[u8]) -> String {
+    Digest::of(&[id.as_bytes(), b"\0", target].concat()).hex()
+}
+
+/// Whether a volume with this name belongs to a machine, and not to a user who has named it.
+pub fn is_anonymous(name: &str) -> bool {
+    Digest::from_hex(name).is_some()
+}
+
+/// Whether nothing is in the volume `path`.
+pub fn is_empty(path: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(path).with_context(|| format!("read the volume {}", path.display()))?;
+    Ok(entries.next().is_none())
+}
+
 impl Store {
     /// The volume with this name, created if it does not exist.
     pub fn use_volume(&self, name: &str) -> Result<VolumeInUse> {
@@ -73,6 +90,15 @@ impl Store {
                 return Ok(VolumeInUse { path, lock });
             }
         }
+    }
+
+    /// Creates an anonymous volume, and returns its name.
+    pub fn create_anonymous_volume(&self) -> Result<String> {
+        let mut random = [0; 32];
+        crate::sys::getrandom(&mut random).context("generate a name")?;
+        let name = Digest::of(&random).hex();
+        self.create_volume(&name)?;
+        Ok(name)
     }
 
     /// Creates a volume, if it does not exist.
@@ -195,6 +221,7 @@ mod tests {
         fs::write(held.path.join("f"), b"kept").unwrap();
         store.create_volume("data").unwrap();
         store.create_volume("a.b-c_1").unwrap();
+        assert!(is_empty(&store.volume("a.b-c_1").unwrap().path).unwrap() && !is_empty(&held.path).unwrap());
         let found: Vec<_> = store.volumes().unwrap().into_iter().map(|volume| (volume.name, volume.in_use)).collect();
         assert_eq!(found, [("a.b-c_1".into(), false), ("data".into(), true)]);
         assert!(store.remove_volume("data").unwrap_err().to_string().contains("in use"));
@@ -242,5 +269,17 @@ mod tests {
         }
         store.remove_volume("deep").unwrap();
         assert!(!path.exists() && outside.path().join("kept").exists());
+    }
+
+    #[test]
+    fn an_anonymous_volume_is_told_from_others_by_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let name = anonymous_name("0123456789ab", b"/data");
+        assert!(check_name(&name).is_ok() && is_anonymous(&name) && !is_anonymous("data"));
+        assert_eq!(name, anonymous_name("0123456789ab", b"/data"));
+        assert_ne!(name, anonymous_name("0123456789ab", b"/dat"));
+        assert_ne!(store.create_anonymous_volume().unwrap(), store.create_anonymous_volume().unwrap());
+        assert!(store.volumes().unwrap().iter().all(|volume| is_anonymous(&volume.name)));
     }
 }

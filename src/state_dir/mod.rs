@@ -17,6 +17,7 @@
 pub mod husk_log;
 pub mod identity;
 mod machine_dir;
+pub mod mounts;
 pub mod names;
 pub mod origin;
 pub mod record;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::MachineConfig;
 use crate::state_dir::identity::IdentityRecord;
+use crate::state_dir::mounts::MountRecord;
 use crate::sys::private_file;
 
 const FILE: &str = "record.json";
@@ -53,6 +54,9 @@ pub struct Record {
     /// What the machine is called and how it is connected, if it runs husk's init.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<IdentityRecord>,
+    /// What it mounts from the host, and its anonymous volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<MountRecord>,
     /// How many times it is restarted when it fails.
     #[serde(default)]
     pub max_retries: u32,
@@ -254,6 +258,7 @@ pub(crate) mod tests {
             labels: BTreeMap::new(),
             process: None,
             identity: None,
+            mounts: Vec::new(),
             max_retries: 0,
             log_max_bytes: None,
             snapshot: None,

@@ -87,7 +87,7 @@ fn a_file_does_not_shadow_an_image_name() {
 fn a_volume_is_not_mistaken_for_an_image() {
     let house = House::new();
     for (arguments, words) in [
-        (&["-v", "/a"][..], "no path in the machine"),
+        (&["-v", "a"][..], "no path in the machine"),
         (&["-itv", "name:b:ro"], "not a mount point"),
         (&["-v", "./a:/b:rox"], "unknown option"),
         (&["-v/a:/"], "not a mount point"),
@@ -96,7 +96,8 @@ fn a_volume_is_not_mistaken_for_an_image() {
         (&["--volume=:/b"], "no source"),
         (&["--mount", "type=bind,src=/a"], "no target"),
         (&["--mount", "type=bind,src=/a,dst=/b", "-v", "x"], "no path in the machine"),
-        (&["--volumes-from", "x"], "-v"),
+        (&["--volumes-from", "x"], "no such machine"),
+        (&["--volumes-from", "x:rox"], "unknown option"),
     ] {
         let output = house.command(&[&["run"], arguments, &["image", "command"]].concat()).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 struct Image {
     dir: TempDir,
     archive: String,
+    with_volumes: String,
 }
 
 static IMAGE: OnceLock<Image> = OnceLock::new();
@@ -18,6 +19,11 @@ static IMAGE: OnceLock<Image> = OnceLock::new();
 /// The archive, in the format of `docker save`.
 pub fn archive() -> &'static str {
     &image().archive
+}
+
+/// The archive of an image with the same files that declares volumes: `/srv` and `/tmp`, which have files or a mode, and `/new`.
+pub fn with_volumes() -> &'static str {
+    &image().with_volumes
 }
 
 /// The image store, shared by the tests.
@@ -34,8 +40,10 @@ fn image() -> &'static Image {
     IMAGE.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
         make_root(&dir.path().join("root"));
-        let archive = pack(dir.path());
-        Image { dir, archive }
+        let archive = pack(dir.path(), "box", "");
+        let volumes = r#", "Volumes": {"/srv": {}, "/tmp": {}, "/new": {}}"#;
+        let with_volumes = pack(dir.path(), "volumes", volumes);
+        Image { dir, archive, with_volumes }
     })
 }
 
@@ -55,14 +63,14 @@ fn make_root(root: &Path) {
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
 }
 
-/// Packs layer, configuration and manifest into an archive.
-fn pack(dir: &Path) -> String {
+/// Packs layer, configuration with `more`, and manifest into an archive of the image `name`.
+fn pack(dir: &Path, name: &str, more: &str) -> String {
     let at = |name: &str| dir.join(name);
     let tar = |archive: &str, of: &str, names: &[&str]| {
         let mut command = Command::new(at("root/bin/busybox"));
         run(command.arg("tar").arg("-c").arg("-f").arg(at(archive)).arg("-C").arg(at(of)).args(names));
     };
-    fs::create_dir(at("parts")).unwrap();
+    fs::create_dir_all(at("parts")).unwrap();
     tar("parts/layer.tar", "root", &["."]);
     let sum = run(Command::new("sha256sum").arg(at("parts/layer.tar")));
     let digest = sum.split_whitespace().next().unwrap();
@@ -71,16 +79,17 @@ fn pack(dir: &Path) -> String {
     let config = format!(
         r#"{{"architecture": "amd64", "os": "linux", "rootfs": {{"type": "layers", "diff_ids": ["sha256:{digest}"]}},
         "config": {{"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["sh", "-c", "echo the image says so"],
-        "WorkingDir": "/srv"}}}}"#
+        "WorkingDir": "/srv"{more}}}}}"#
     );
     fs::write(at("parts/config.json"), &config).unwrap();
     let sum = run(Command::new("sha256sum").arg(at("parts/config.json")));
-    let name = format!("{}.json", sum.split_whitespace().next().unwrap());
-    fs::rename(at("parts/config.json"), at("parts").join(&name)).unwrap();
-    let manifest = format!(r#"[{{"Config": "{name}", "RepoTags": ["box:latest"], "Layers": ["{layer}"]}}]"#);
+    let json = format!("{}.json", sum.split_whitespace().next().unwrap());
+    fs::rename(at("parts/config.json"), at("parts").join(&json)).unwrap();
+    let manifest = format!(r#"[{{"Config": "{json}", "RepoTags": ["{name}:latest"], "Layers": ["{layer}"]}}]"#);
     fs::write(at("parts/manifest.json"), manifest).unwrap();
-    tar("box.tar", "parts", &["manifest.json", &name, &layer]);
-    at("box.tar").to_str().unwrap().to_owned()
+    let archive = format!("{name}.tar");
+    tar(&archive, "parts", &["manifest.json", &json, &layer]);
+    at(&archive).to_str().unwrap().to_owned()
 }
 
 /// Runs a host program and returns its output.

@@ -20,6 +20,7 @@ mod streams;
 #[path = "../kvm/terminal.rs"]
 mod terminal;
 mod uplink;
+mod volumes;
 mod warm;
 
 use std::io::{Read, Write};

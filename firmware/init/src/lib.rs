@@ -16,6 +16,7 @@ mod cgroup;
 mod clock;
 mod connection;
 mod connections;
+mod content;
 pub mod copy;
 mod disk;
 pub mod errors;

@@ -1,17 +1,18 @@
-//! Mounts what a run finds below the root file system: tmpfs, and folders and files of the host.
+//! Mounts what a run finds below the root file system: tmpfs, volumes, and folders and files of the host.
 
 use std::ffi::OsStr;
 use std::fs::{File, remove_dir};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use husk_protocol::{Share, Tmpfs};
+use husk_protocol::{Run, Share, Tmpfs};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::content;
 use crate::errors::{Context, Failure};
 use crate::root::{make_dir, mount_at};
 
-/// Where a folder is mounted for as long as it takes to find a file in it.
+/// Where a folder is mounted for as long as it takes to find a file in it, and where volumes wait for their places.
 const STAGE: &str = "/dev/.share";
 const NONE: Option<&str> = None;
 
@@ -19,42 +20,102 @@ const NONE: Option<&str> = None;
 enum Mount<'a> {
     Tmpfs(&'a Tmpfs),
     Share(&'a Share),
+    Volume(&'a [u8]),
 }
 
 impl Mount<'_> {
     fn path(&self) -> PathBuf {
-        let (Mount::Tmpfs(Tmpfs { path, .. }) | Mount::Share(Share { path, .. })) = self;
+        let path = match self {
+            Mount::Tmpfs(Tmpfs { path, .. }) | Mount::Share(Share { path, .. }) => path.as_slice(),
+            Mount::Volume(path) => path,
+        };
         PathBuf::from(OsStr::from_bytes(path))
     }
 }
 
-/// Mounts all of them, each after those that it may lie in.
-pub fn mount_all(tmpfs: &[Tmpfs], shares: &[Share]) -> Result<(), Failure> {
-    let mut mounts: Vec<Mount> = tmpfs.iter().map(Mount::Tmpfs).chain(shares.iter().map(Mount::Share)).collect();
+/// Mounts what `run` asks for, each after those that it may lie in. What begins with the image's content gets it before
+/// anything hides that.
+pub fn mount_all(run: &Run, is_root_readonly: bool) -> Result<(), Failure> {
+    let volumes = run.volumes.iter().map(|path| Mount::Volume(path));
+    let mut mounts: Vec<Mount> =
+        run.tmpfs.iter().map(Mount::Tmpfs).chain(run.shares.iter().map(Mount::Share)).chain(volumes).collect();
     mounts.sort_by_key(|mount| mount.path().components().count());
-    mounts.iter().try_for_each(|mount| match mount {
-        Mount::Tmpfs(tmpfs) => {
-            let path = mount.path().to_string_lossy().into_owned();
-            make_dir(&path)?;
-            mount_at("tmpfs", &path, MsFlags::from_bits_truncate(tmpfs.flags), &tmpfs.options)
+    let stage = |(index, mount): (usize, &Mount)| stage(mount, &format!("{STAGE}.{index}"), is_root_readonly);
+    let staged = mounts.iter().enumerate().map(stage).collect::<Result<Vec<_>, _>>()?;
+    for (mount, stage) in mounts.iter().zip(staged) {
+        match (mount, stage) {
+            (_, Some(stage)) => move_mount(&stage, &mount.path())?,
+            (Mount::Tmpfs(tmpfs), None) => {
+                let path = mount.path().to_string_lossy().into_owned();
+                make_dir(&path)?;
+                mount_at("tmpfs", &path, MsFlags::from_bits_truncate(tmpfs.flags), &tmpfs.options)?;
+            }
+            (Mount::Share(share), None) => mount_share(share, &mount.path())?,
+            (Mount::Volume(_), None) => {}
         }
-        Mount::Share(share) => mount_share(share, &mount.path()),
-    })
+        if let Mount::Share(share) = mount
+            && share.owned
+        {
+            content::give(&mount.path(), &run.process.user)?;
+        }
+    }
+    Ok(())
+}
+
+/// Mounts a volume at `stage` for now, with the content that it begins with. `None` for what needs no content.
+fn stage(mount: &Mount, stage: &str, is_root_readonly: bool) -> Result<Option<String>, Failure> {
+    let path = mount.path();
+    match mount {
+        Mount::Share(share) if share.copies => {
+            make_dir(stage)?;
+            mount_folder(share, Path::new(stage))?;
+            content::fill(Path::new(stage), &path)?;
+        }
+        Mount::Volume(_) => {
+            make_dir(&path)?;
+            make_dir(stage)?;
+            if is_root_readonly {
+                mount_at("tmpfs", stage, MsFlags::empty(), "mode=755")?;
+                content::fill(Path::new(stage), &path)?;
+            } else {
+                mount_call(&path, Path::new(stage), MsFlags::MS_BIND)?;
+            }
+        }
+        _ => return Ok(None),
+    }
+    Ok(Some(stage.to_owned()))
+}
+
+fn move_mount(stage: &str, path: &Path) -> Result<(), Failure> {
+    make_dir(path)?;
+    mount_call(Path::new(stage), path, MsFlags::MS_MOVE)?;
+    let _ = remove_dir(stage);
+    Ok(())
+}
+
+fn mount_call(from: &Path, to: &Path, flags: MsFlags) -> Result<(), Failure> {
+    mount(Some(from), to, NONE, flags, NONE).context(format_args!("mount {} on {}", from.display(), to.display()))
 }
 
 fn mount_share(share: &Share, path: &Path) -> Result<(), Failure> {
-    let what = || format!("mount a folder of the host on {}", path.display());
-    let readonly = if share.readonly { MsFlags::MS_RDONLY } else { MsFlags::empty() };
-    let mount_folder = |at: &Path| mount(Some(share.tag.as_str()), at, Some("virtiofs"), readonly, NONE);
     let Some(file) = &share.file else {
         make_dir(path)?;
-        return mount_folder(path).context(what());
+        return mount_folder(share, path);
     };
     make_dir(STAGE)?;
-    mount_folder(Path::new(STAGE)).context(what())?;
-    let bound = bind_file(&Path::new(STAGE).join(file), path, readonly);
+    mount_folder(share, Path::new(STAGE))?;
+    let bound = bind_file(&Path::new(STAGE).join(file), path, readonly(share));
     let _ = umount2(STAGE, MntFlags::MNT_DETACH).map(|()| remove_dir(STAGE));
     bound
+}
+
+fn mount_folder(share: &Share, at: &Path) -> Result<(), Failure> {
+    let mounted = mount(Some(share.tag.as_str()), at, Some("virtiofs"), readonly(share), NONE);
+    mounted.context(format_args!("mount a folder of the host on {}", OsStr::from_bytes(&share.path).display()))
+}
+
+fn readonly(share: &Share) -> MsFlags {
+    if share.readonly { MsFlags::MS_RDONLY } else { MsFlags::empty() }
 }
 
 /// Makes the file `from` appear at `path`, where an empty one is made if there is none.

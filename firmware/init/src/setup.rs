@@ -36,7 +36,7 @@ impl Prepared {
     /// Sets up what the run's process finds in the machine.
     pub fn set_up(&mut self, run: &Run) -> Result<(), Failure> {
         self.take_on(&run.identity)?;
-        mounts::mount_all(&run.tmpfs, &run.shares)?;
+        mounts::mount_all(run, self.is_readonly)?;
         sysctl::set_all(&run.sysctls)?;
         make_dir(process::working_dir(&run.process))?;
         if self.is_readonly { root::forbid_changes() } else { Ok(()) }

@@ -34,6 +34,8 @@ pub struct Run {
     pub shares: Vec<Share>,
     /// Kernel parameters, as sysctl(8) names them, and their values.
     pub sysctls: Vec<(String, String)>,
+    /// Directories that are writable even if the root is not, and that stay what they are when something is mounted above them.
+    pub volumes: Vec<Vec<u8>>,
     /// The process.
     pub process: Process,
 }
@@ -126,6 +128,10 @@ pub struct Share {
     pub path: Vec<u8>,
     /// Whether it is mounted read-only.
     pub readonly: bool,
+    /// Whether it is an empty folder, and begins with what the image has at the mount point.
+    pub copies: bool,
+    /// Whether it and all in it become the process's user's.
+    pub owned: bool,
 }
 
 /// A resource limit, see setrlimit(2).
@@ -200,9 +206,10 @@ mod tests {
             }],
         };
         let tmpfs = vec![Tmpfs { path: b"/run".to_vec(), flags: 6, options: "size=1m".into() }];
-        let share = Share { tag: "t".into(), file: Some("f".into()), path: b"/srv".to_vec(), readonly: true };
+        let path = b"/srv".to_vec();
+        let share = Share { tag: "t".into(), file: Some("f".into()), path, readonly: true, copies: false, owned: true };
         let sysctls = vec![("kernel.domainname".into(), "example".into())];
-        let run = Run { identity, tmpfs, shares: vec![share], sysctls, process };
+        let run = Run { identity, tmpfs, shares: vec![share], sysctls, volumes: vec![b"/data".to_vec()], process };
         let spec = Spec {
             modules: vec!["/modules/a.ko".into()],
             root: Root::Image { device: "/dev/vda".into(), overlay: Overlay::Disk("/dev/vdb".into()) },

@@ -77,8 +77,9 @@ impl MachineFlags {
                 let Some(prepared) = on_demand::find_or_prepare(word, self.max_size, self.limits.sandbox())? else {
                     return Ok(None);
                 };
-                let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, .. } = prepared.process;
-                let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal };
+                let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, volumes, .. } =
+                    prepared.process;
+                let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal, volumes };
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
             }
         };

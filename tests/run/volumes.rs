@@ -1,0 +1,102 @@
+//! Volumes: of the image, anonymous and named ones, and those of other machines.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::image::{store, with_volumes};
+use crate::{Ended, finish, guests, husk_run};
+
+/// Machines of their own.
+struct House {
+    runtime: TempDir,
+    guests: std::path::PathBuf,
+}
+
+impl House {
+    fn husk(&self, words: &[&str]) -> Ended {
+        let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
+        command.args(words).env("HUSK_DATA", store()).env("XDG_RUNTIME_DIR", self.runtime.path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        finish(command, Vec::new())
+    }
+
+    fn run(&self, flags: &[&str], script: &str) -> Ended {
+        let mut command = husk_run(&self.guests, &[flags, &[with_volumes(), "sh", "-c", script]].concat());
+        command.env("XDG_RUNTIME_DIR", self.runtime.path());
+        finish(command, Vec::new())
+    }
+
+    /// The names of volumes, without those of other tests.
+    fn volumes(&self) -> Vec<String> {
+        let text = self.husk(&["volume", "ls", "-q"]).expect(0).text();
+        text.lines().filter(|name| *name == "tests-srv" || name.len() == 64).map(String::from).collect()
+    }
+
+    fn await_log(&self, wanted: &str) {
+        let started = Instant::now();
+        loop {
+            let log = self.husk(&["logs", "one"]).text();
+            if log.ends_with(wanted) {
+                return;
+            }
+            assert!(started.elapsed() < Duration::from_secs(60), "{log}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        self.husk(&["rm", "-f", "-v", "one"]);
+        self.husk(&["volume", "rm", "tests-srv"]);
+    }
+}
+
+#[test]
+fn volumes_begin_with_the_images_content_and_stay_with_their_machine() {
+    let house = House { guests: guests::guests!(), runtime: tempfile::tempdir().unwrap() };
+    let script = "ls /srv; stat -c %a /tmp; cat /new/f 2>/dev/null; echo kept >/srv/f; echo anonymous >/new/f; echo .; sleep 1000";
+    let flags = ["-d", "--name", "one", "-v", "tests-srv:/srv"];
+    house.run(&flags, script).expect(0);
+    house.await_log("not-a-program\n1777\n.\n");
+    assert_eq!(house.volumes().len(), 3, "{:?}", house.volumes());
+    let refused = house.husk(&["volume", "rm", "tests-srv"]);
+    assert!(refused.expect(1).errors.contains("in use by machine one"), "{}", refused.errors);
+
+    // Another machine mounts the same, and has a volume of its own, even with a read-only root.
+    let script = "cat /srv/f /new/f; echo x >/srv/g; echo own >/own/f && cat /own/f; touch /x; stat -c %a /tmp";
+    let flags = ["--rm", "--read-only", "--volumes-from", "one:ro", "-v", "/own", "--tmpfs", "/tmp:mode=711"];
+    let other = house.run(&flags, script);
+    assert_eq!(other.expect(0).text(), "kept\nanonymous\nown\n711\n");
+    assert_eq!(other.errors.matches("Read-only file system").count(), 2, "{}", other.errors);
+
+    // Its own volumes come back with it.
+    house.husk(&["stop", "-t", "1", "one"]).expect(0);
+    house.husk(&["volume", "prune", "-f", "--all"]);
+    assert_eq!(house.volumes().len(), 3, "{:?}", house.volumes());
+    house.husk(&["start", "one"]).expect(0);
+    house.await_log("f\nnot-a-program\n1777\nanonymous\n.\n");
+    house.husk(&["rm", "-f", "-v", "one"]).expect(0);
+    assert_eq!(house.volumes(), ["tests-srv"]);
+    house.husk(&["volume", "prune", "-f"]).expect(0);
+    assert_eq!(house.volumes(), ["tests-srv"], "it has a name");
+    a_volume_hides_part_of_a_folder_and_can_be_given_to_a_user(&house);
+}
+
+fn a_volume_hides_part_of_a_folder_and_can_be_given_to_a_user(house: &House) {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(dir.path().join("modules")).unwrap();
+    fs::write(dir.path().join("modules/of-the-host"), "").unwrap();
+    let app = format!("{}:/srv", dir.path().display());
+    // The image's content is not that of the folder which is mounted above it.
+    let flags = ["--user", "user", "-v", &app, "-v", "/srv/modules", "-v", "tests-srv:/data:U,nocopy"];
+    let script = "ls /srv/modules; touch /data/f; stat -c %U /data /data/f; ls /srv; grep -q ' /new ' /proc/mounts && echo mounted";
+    assert_eq!(house.run(&flags, script).expect(0).text(), "user\nuser\nmodules\nmounted\n");
+    assert_eq!(fs::read_dir(dir.path().join("modules")).unwrap().count(), 1);
+    assert_eq!(house.volumes(), ["tests-srv"]);
+}
