@@ -5,7 +5,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use crate::request::attach::{self, End};
-use crate::state_dir::{self, StateDir};
+use crate::state_dir::{self, MachineEntry, StateDir};
 use crate::supervisor;
 
 const EXAMPLES: &str = "\
@@ -30,16 +30,20 @@ pub(super) struct Attach {
 impl Attach {
     /// Attaches until the machine has ended, and returns its exit code, or until the user detaches.
     pub fn run(self) -> Result<Exit> {
-        let entry = StateDir::open()?.find(&self.machine)?;
-        let record = entry.record()?;
-        // A machine started by `husk boot` has a console, which is a terminal with input.
-        let (stdin, terminal) =
-            record.process.as_ref().map_or((true, true), |process| (process.stdin, process.terminal));
-        let signals = supervisor::block_signals(true)?;
-        let end = attach::attach(&entry.file(state_dir::CONTROL), &signals, stdin && !self.no_stdin, terminal);
-        match end.with_context(|| format!("attach to {}", entry.name()))? {
-            End::Ended(code) => Ok(Exit::Reported(code)),
-            End::Detached => Ok(Exit::Success),
-        }
+        attach_to(&StateDir::open()?.find(&self.machine)?, !self.no_stdin)
+    }
+}
+
+/// Attaches until the machine has ended, and returns its exit code, or until the user detaches. `with_stdin` says whether its process
+/// may read this process's standard input.
+pub(super) fn attach_to(entry: &MachineEntry, with_stdin: bool) -> Result<Exit> {
+    let record = entry.record()?;
+    // A machine started by `husk boot` has a console, which is a terminal with input.
+    let (stdin, terminal) = record.process.as_ref().map_or((true, true), |process| (process.stdin, process.terminal));
+    let signals = supervisor::block_signals(true)?;
+    let end = attach::attach(&entry.file(state_dir::CONTROL), &signals, stdin && with_stdin, terminal);
+    match end.with_context(|| format!("attach to {}", entry.name()))? {
+        End::Ended(code) => Ok(Exit::Reported(code)),
+        End::Detached => Ok(Exit::Success),
     }
 }

@@ -154,6 +154,7 @@ impl Boot {
             super::print_json(&config, "the configuration")?;
             return Ok(Exit::Success);
         }
+        self.lifecycle.check_cidfile()?;
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
@@ -161,6 +162,7 @@ impl Boot {
         let timings = Arc::new(Timings::new(started));
         let info = RecordInfo {
             image: config.kernel.display().to_string(),
+            image_id: None,
             command: Vec::new(),
             process: None,
             identity: None,

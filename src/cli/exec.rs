@@ -119,7 +119,7 @@ pub fn inherited(entry: &MachineEntry) -> Result<Inherited> {
         State::Paused { .. } => bail!("machine {name} is paused: run `husk unpause {name}` first"),
         State::Starting | State::Restarting { .. } => bail!("machine {name} is still starting: try again"),
         State::Suspended { .. } => bail!("machine {name} is suspended: run `husk start {name}` first"),
-        State::Exited { .. } | State::Lost => bail!("machine {name} is not running"),
+        State::Created | State::Exited { .. } | State::Lost => bail!("machine {name} is not running"),
     }
     let process = entry.record()?.process.clone();
     process.with_context(|| {

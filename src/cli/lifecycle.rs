@@ -1,15 +1,19 @@
 //! Lifecycle flags of `run` and `boot`: the machine's name, running in the background, restarting and removal.
 
+mod launch;
+mod restart;
+
 use std::ffi::OsString;
-use std::io::Read;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
+pub use self::launch::{become_stopped, check_restartable, spawn_detached, start_stopped};
+pub use self::restart::RestartPolicy;
 use super::argv::{self, IN_BACKGROUND};
 use super::exit::Exit;
 use super::labels::LabelFlags;
@@ -21,7 +25,7 @@ use crate::state_dir::identity::IdentityRecord;
 use crate::state_dir::mounts::MountRecord;
 use crate::state_dir::origin::Origin;
 use crate::state_dir::record::{Inherited, Record, State, now_ms};
-use crate::state_dir::{MachineDir, MachineEntry, StateDir, names};
+use crate::state_dir::{MachineDir, StateDir, names};
 use crate::supervisor::{self, ControlEndpoint};
 use crate::sys::SignalFd;
 
@@ -32,6 +36,8 @@ const MAX_BACKOFF: Duration = Duration::from_secs(60);
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// Hidden flag: the ID of the machine to start again.
 const AGAIN_FLAG: &str = "--again";
+/// Hidden flag: it runs in the foreground, however it was started before.
+const ATTACHED_FLAG: &str = "--attached";
 
 // How a machine runs: its name, whether it is kept, and whether it is restarted.
 #[derive(Debug, Args)]
@@ -44,17 +50,21 @@ pub(super) struct LifecycleArgs {
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,
 
-    /// Automatically remove the machine and its logs when it exits; always on in the foreground
+    /// Automatically remove the machine when it exits, with its logs and its changes; always on in the foreground, unless `husk
+    /// run` has --name
     #[arg(long)]
     rm: bool,
 
-    /// Restart policy to apply when the machine fails: no, on-failure or on-failure:MAX_RETRIES
-    #[arg(long, value_name = "POLICY", value_parser = restart_policy, default_value = "no", hide_default_value = true)]
-    #[arg(requires = "detach", conflicts_with = "rm")]
+    /// Restart policy to apply when the machine exits: no, on-failure, on-failure:MAX_RETRIES, always or unless-stopped
+    #[arg(long, value_name = "POLICY", default_value = "no", hide_default_value = true, conflicts_with = "rm")]
     restart: RestartPolicy,
 
+    /// Write the machine's ID to a file, which must not exist
+    #[arg(long, value_name = "FILE")]
+    cidfile: Option<PathBuf>,
+
     /// Maximum size of the output kept for `husk logs` [default: 16M]
-    #[arg(long, value_name = "SIZE", value_parser = log_max, requires = "detach")]
+    #[arg(long, value_name = "SIZE", value_parser = log_max)]
     log_max: Option<u64>,
 
     #[command(flatten)]
@@ -66,18 +76,33 @@ pub(super) struct LifecycleArgs {
     /// The ID of the stopped machine to start again
     #[arg(long, hide = true)]
     again: Option<String>,
+
+    #[arg(long, hide = true)]
+    attached: bool,
+
+    /// What becomes of a machine in the foreground.
+    #[arg(skip)]
+    foreground: Foreground,
 }
 
-/// The value of `--restart`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RestartPolicy {
-    max_retries: u32,
+/// What becomes of a machine that does not run in the background.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Foreground {
+    /// It is removed when it ends.
+    #[default]
+    Goes,
+    /// It stays if it has a name.
+    StaysIfNamed,
+    /// It is only created.
+    Created,
 }
 
 /// The contents of a machine's record, apart from its name and configuration.
 pub struct RecordInfo {
     /// The image or kernel, as specified by the user.
     pub image: String,
+    /// The image's identity, if it has one.
+    pub image_id: Option<String>,
     /// The command, if known.
     pub command: Vec<String>,
     /// What the processes of `husk exec` inherit.
@@ -97,27 +122,50 @@ impl LifecycleArgs {
             detach: false,
             name: None,
             rm: false,
-            restart: RestartPolicy { max_retries: 0 },
+            restart: RestartPolicy::default(),
+            cidfile: None,
             log_max: None,
             labels: LabelFlags::default(),
             in_background: false,
             again: None,
+            attached: false,
+            foreground: Foreground::Goes,
         }
+    }
+
+    /// Determines what becomes of the machine if it does not run in the background.
+    pub fn in_foreground(&mut self, foreground: Foreground) {
+        self.foreground = foreground;
+    }
+
+    /// Whether the machine is created and not started.
+    pub fn only_creates(&self) -> bool {
+        self.foreground == Foreground::Created && self.again.is_none()
     }
 
     /// Whether this process only starts the one that runs the machine in the background.
     pub fn spawns_detached(&self) -> bool {
-        self.detach && !self.in_background
+        self.detach && !self.in_background && !self.attached
     }
 
     /// Whether the machine runs without this process's terminal and input.
     pub fn is_detached(&self) -> bool {
-        self.detach
+        (self.detach || self.in_background) && !self.attached
     }
 
     /// Whether the machine stays when it has ended, until it is removed.
-    pub fn is_kept(&self) -> bool {
-        self.detach && !self.rm
+    pub fn stays(&self) -> bool {
+        let stays_in_foreground = match self.foreground {
+            Foreground::Goes => false,
+            Foreground::StaysIfNamed => self.name.is_some(),
+            Foreground::Created => true,
+        };
+        !self.rm && (self.detach || self.again.is_some() || stays_in_foreground)
+    }
+
+    /// Whether this process's terminal and input need not be what the machine's process expects.
+    pub fn ignores_terminal(&self) -> bool {
+        self.is_detached() || self.attached || self.only_creates()
     }
 
     /// Whether the machine has run before.
@@ -127,7 +175,24 @@ impl LifecycleArgs {
 
     /// Whether the machine may be restarted within this process.
     pub fn may_restart(&self) -> bool {
-        self.restart.max_retries > 0
+        self.restart.may_restart()
+    }
+
+    /// The identity of the image that a machine which is started again had before.
+    pub fn earlier_image(&self) -> Result<Option<String>> {
+        let Some(id) = &self.again else { return Ok(None) };
+        Ok(StateDir::open()?.find(id)?.record()?.image_id.clone())
+    }
+
+    /// Fails if the file for the machine's ID exists.
+    pub fn check_cidfile(&self) -> Result<()> {
+        let taken = self.again.is_none() && self.cidfile.as_ref().is_some_and(|path| path.exists());
+        ensure!(
+            !taken,
+            "{} exists: make sure that its machine is not needed, and remove it",
+            self.cidfile.as_deref().unwrap_or(Path::new("")).display()
+        );
+        Ok(())
     }
 
     /// Creates the machine's directory, with its name. In the background this also leaves the terminal's session.
@@ -149,32 +214,50 @@ impl LifecycleArgs {
 
     /// Opens the machine's endpoint.
     pub fn endpoint(&self, dir: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<ControlEndpoint> {
-        let RecordInfo { image, command, process, identity, mounts, stop_signal } = info;
+        let record = self.begin(&dir, info, config, State::Starting)?;
+        ControlEndpoint::open(dir, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
+    }
+
+    /// Leaves a machine that was created, and not started, to `husk start`. Prints its ID.
+    pub fn leave_created(&self, mut dir: MachineDir, info: RecordInfo, config: &MachineConfig) -> Result<()> {
+        let record = self.begin(&dir, info, config, State::Created)?;
+        dir.write(&record)?;
+        dir.keep();
+        super::print(&format!("{}\n", dir.id()))
+    }
+
+    /// The record of a machine that begins in `state`. Notes how it was started, and writes its ID where that is wanted.
+    fn begin(&self, dir: &MachineDir, info: RecordInfo, config: &MachineConfig, state: State) -> Result<Record> {
+        let RecordInfo { image, image_id, command, process, identity, mounts, stop_signal } = info;
         let earlier = if self.again.is_some() { Some(dir.record()?) } else { None };
         let labels = self.labels.labels()?;
-        let keep = self.is_kept();
-        if keep && earlier.is_none() {
-            let ours = |word: &OsString| word == IN_BACKGROUND;
-            let mut words = argv::all().to_vec();
-            if let Some(place) = words.iter().position(ours) {
-                words.remove(place);
+        if earlier.is_none() {
+            if self.stays() || state == State::Created {
+                let ours = |word: &OsString| word == IN_BACKGROUND;
+                let mut words = argv::all().to_vec();
+                if let Some(place) = words.iter().position(ours) {
+                    words.remove(place);
+                }
+                Origin::here(words)?.write(dir)?;
             }
-            Origin::here(words)?.write(&dir)?;
+            self.write_cidfile(dir)?;
         }
-        let record = Record {
+        Ok(Record {
             id: dir.id(),
             name: self.name.clone(),
             pid: std::process::id(),
             image,
+            image_id: image_id.or_else(|| earlier.as_ref()?.image_id.clone()),
             command,
             created_ms: earlier.as_ref().map_or_else(now_ms, |earlier| earlier.created_ms),
             max_retries: self.restart.max_retries,
+            restarts_always: self.restart.always,
             log_max_bytes: self.log_max,
             snapshot: earlier.and_then(|earlier| earlier.snapshot),
-            state: State::Starting,
+            state,
             restarts: 0,
-            detached: self.detach,
-            keep,
+            detached: self.is_detached(),
+            keep: self.stays(),
             stop_signal,
             labels,
             process,
@@ -182,8 +265,16 @@ impl LifecycleArgs {
             mounts,
             sandbox_lacks: Vec::new(),
             config: config.clone(),
-        };
-        ControlEndpoint::open(dir, record, self.log_max.unwrap_or(stream_log::DEFAULT_MAX_BYTES))
+        })
+    }
+
+    fn write_cidfile(&self, dir: &MachineDir) -> Result<()> {
+        let Some(path) = &self.cidfile else { return Ok(()) };
+        let written = File::create_new(path).and_then(|mut file| file.write_all(dir.id().as_bytes()));
+        if written.as_ref().is_err_and(|error| error.kind() == ErrorKind::AlreadyExists) {
+            return self.check_cidfile();
+        }
+        written.with_context(|| format!("write {}", path.display()))
     }
 
     /// Runs the machine with `run`, restarts it by the restart policy, and records its exit. Must be called before
@@ -200,7 +291,7 @@ impl LifecycleArgs {
             let started = Instant::now();
             let ended = run(&mut endpoint, &signals);
             let code = ended.as_ref().map_or(Exit::NotRun.code(), |exit| exit.code());
-            let again = code != 0 && endpoint.restarts() < self.restart.max_retries && endpoint.is_announced();
+            let again = self.restart.restarts_after(code, endpoint.restarts()) && endpoint.may_run_again();
             if started.elapsed() > STABLE_AFTER {
                 wait = INITIAL_BACKOFF;
             }
@@ -208,6 +299,10 @@ impl LifecycleArgs {
                 release::await_exit();
             }
             if !again || !endpoint.wait_to_restart(wait, &signals)? {
+                if !endpoint.was_announced() && self.again.is_none() {
+                    // There is no such machine.
+                    self.cidfile.iter().for_each(|path| drop(fs::remove_file(path)));
+                }
                 let reason = ended.as_ref().err().map(|error| format!("{error:#}"));
                 let noted = endpoint.close(code, reason);
                 // Signals received by now have nothing left to end.
@@ -222,84 +317,6 @@ impl LifecycleArgs {
     }
 }
 
-/// Starts this command again in the background, and waits until its machine is running or has failed to start.
-pub fn spawn_detached() -> Result<Exit> {
-    match launch(Command::new("/proc/self/exe"), argv::all(), None)? {
-        Launched::Running(id) => super::print(&id).map(|()| Exit::Success),
-        Launched::Failed(exit) => Ok(exit),
-    }
-}
-
-/// Starts a stopped machine in the background, as it was started before, or where it was suspended. That process prints its own errors.
-pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
-    check_restartable(entry)?;
-    let (command, words) = match entry.suspended() {
-        Some(snapshot) => (Command::new("/proc/self/exe"), continue_words(entry.record()?, snapshot)),
-        None => Origin::read(entry)?.command()?,
-    };
-    Ok(match launch(command, &words, Some(&entry.id))? {
-        Launched::Running(_) => Exit::Success,
-        Launched::Failed(exit) => exit,
-    })
-}
-
-/// The command line that continues a suspended machine.
-fn continue_words(record: &Record, snapshot: &Path) -> Vec<OsString> {
-    let mut words: Vec<OsString> = vec!["restore".into(), "--detach".into()];
-    if record.max_retries > 0 {
-        words.push(format!("--restart=on-failure:{}", record.max_retries).into());
-    }
-    words.extend(record.log_max_bytes.map(|bytes| format!("--log-max={bytes}").into()));
-    words.extend(["--".into(), snapshot.into()]);
-    words
-}
-
-/// Fails if the machine is removed when it exits.
-pub fn check_restartable(entry: &MachineEntry) -> Result<()> {
-    ensure!(
-        entry.record()?.keep,
-        "only a machine that was started with --detach and without --rm can be started again"
-    );
-    Ok(())
-}
-
-/// The result of starting a machine in the background.
-enum Launched {
-    /// The machine is running; its ID, with a newline.
-    Running(String),
-    /// It failed, and has reported why.
-    Failed(Exit),
-}
-
-/// Runs `command` with `words` in the background, for a new machine or a stopped one. Returns when it is running or has
-/// failed.
-///
-/// The arguments are sent through a pipe: a process's arguments are readable by everyone, and may contain secrets.
-fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Result<Launched> {
-    let place = argv::command_index(words)?;
-    command.arg0("husk").args(words.get(place)).arg(IN_BACKGROUND);
-    command.args(again.map(|id| format!("{AGAIN_FLAG}={id}"))).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = command.spawn().context("start husk in the background")?;
-    if let Some(pipe) = child.stdin.take() {
-        // If it has already exited, its exit status tells why.
-        let _ = argv::send(words, pipe);
-    }
-    let mut id = String::new();
-    if let Some(stdout) = &mut child.stdout {
-        stdout.read_to_string(&mut id).context("read from husk in the background")?;
-    }
-    if id.is_empty() {
-        let status = child.wait().context("wait for husk in the background")?;
-        if let Some(signal) = status.signal() {
-            bail!("the machine's husk process was killed by signal {signal}");
-        }
-        // It has reported why.
-        let code = status.code().and_then(|code| u8::try_from(code).ok());
-        return Ok(Launched::Failed(code.map_or(Exit::NotRun, Exit::Reported)));
-    }
-    Ok(Launched::Running(id))
-}
-
 fn name(text: &str) -> Result<String, String> {
     names::check(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
 }
@@ -309,31 +326,4 @@ fn log_max(text: &str) -> Result<u64, String> {
     let bytes = size::bytes(text)?;
     let least_kib = stream_log::MIN_BYTES >> 10;
     if bytes >= stream_log::MIN_BYTES { Ok(bytes) } else { Err(format!("the minimum log size is {least_kib}K")) }
-}
-
-/// Parses `no`, `on-failure` and `on-failure:TIMES`.
-fn restart_policy(text: &str) -> Result<RestartPolicy, String> {
-    let max_retries = match text.split_once(':') {
-        None if text == "no" => Some(0),
-        None if text == "on-failure" => Some(u32::MAX),
-        Some(("on-failure", times)) => times.parse().ok(),
-        _ => None,
-    };
-    max_retries
-        .map(|max_retries| RestartPolicy { max_retries })
-        .ok_or_else(|| "not a restart policy: use no, on-failure or on-failure:MAX_RETRIES".to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_restart_policy_is_parsed() {
-        let times = |text| restart_policy(text).map(|policy| policy.max_retries);
-        assert_eq!((times("no"), times("on-failure"), times("on-failure:3")), (Ok(0), Ok(u32::MAX), Ok(3)));
-        for text in ["", "always", "on-failure:", "on-failure:-1", "no:1"] {
-            assert!(restart_policy(text).unwrap_err().contains("on-failure:MAX_RETRIES"), "{text}");
-        }
-    }
 }

@@ -1,4 +1,4 @@
-//! `husk logs`: prints the output of a machine in the background.
+//! `husk logs`: prints the output of a machine that runs in the background or stays.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -63,8 +63,8 @@ impl Logs {
         }
         let record = entry.record()?;
         ensure!(
-            record.detached,
-            "machine {} runs in the foreground and has no logs: its output is on the terminal it was started from",
+            record.detached || record.keep,
+            "machine {} runs in the foreground without a name and has no logs: its output is on the terminal it was started from",
             entry.name()
         );
         let path = entry.file(state_dir::STREAMS_LOG);

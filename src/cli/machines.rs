@@ -63,7 +63,7 @@ pub fn exit_code(entry: &MachineEntry, pending: Option<PendingRequest>) -> Resul
     let left = entry.await_end()?.map(|entry| entry.state());
     Ok(match (code, left) {
         (Some(Ok(code)), _) | (_, Some(State::Exited { code, .. })) => code,
-        (_, Some(State::Suspended { .. })) => 0,
+        (_, Some(State::Created | State::Suspended { .. })) => 0,
         _ => KILLED,
     })
 }

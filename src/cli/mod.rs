@@ -7,6 +7,7 @@ pub mod boot;
 pub mod completions;
 pub mod cp;
 mod cpus;
+pub mod create;
 pub mod disks;
 pub mod doctor;
 pub mod exec;
@@ -100,6 +101,8 @@ enum Command {
     Boot(boot::Boot),
     /// Run a command from an image in a new machine
     Run(Box<run::Run>),
+    /// Create a machine without starting it
+    Create(Box<create::Create>),
     /// List machines
     Ps(ps::Ps),
     /// Fetch the logs of a machine
@@ -184,6 +187,7 @@ impl Cli {
         match self.command {
             Command::Boot(boot) => boot.run(started),
             Command::Run(run) => Ok(run.run(started)),
+            Command::Create(create) => Ok(create.run(started)),
             Command::Ps(ps) => ps.run(),
             Command::Logs(logs) => logs.run(),
             Command::Exec(exec) => Ok(exec.run()),

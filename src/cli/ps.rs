@@ -240,6 +240,7 @@ fn status(entry: &MachineEntry) -> String {
     let restarts = entry.record.as_ref().map_or(0, |record| record.restarts);
     let now = now_ms();
     let words = match entry.state() {
+        State::Created => "Created".to_owned(),
         State::Starting => "Starting".to_owned(),
         State::Running { since_ms } => format!("Up {}", ago(now, since_ms)),
         State::Paused { since_ms } => format!("Up {} (Paused)", ago(now, since_ms)),

@@ -82,6 +82,7 @@ impl Restore {
         } = description;
         let dir_name = self.dir.display();
         ensure!(fingerprint.is_none(), "its machine waits for a command: use `husk run --from {dir_name} COMMAND`");
+        self.lifecycle.check_cidfile()?;
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
@@ -101,7 +102,7 @@ impl Restore {
         let saved_disks = config.disks.clone();
         let own_disks = inside.own(&mut config)?;
         let identity = own.as_ref().map(|own| own.record.clone());
-        let info = RecordInfo { image, command, process, identity, mounts: Vec::new(), stop_signal };
+        let info = RecordInfo { image, image_id: None, command, process, identity, mounts: Vec::new(), stop_signal };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
             let asked = RefCell::new(&mut *endpoint);

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use clap::{ArgAction, Args};
 use husk_protocol::{Limit, Tmpfs};
 use log::Level;
@@ -18,7 +18,7 @@ use self::machine::MachineFlags;
 use self::session::Start;
 use self::settings::GuestSettings;
 use super::exit::Exit;
-use super::lifecycle::{self, LifecycleArgs, RecordInfo};
+use super::lifecycle::{self, Foreground, LifecycleArgs, RecordInfo};
 use super::mounts::MountFlags;
 use super::mounts::place::{self, Machine, Mounted};
 use super::process::ProcessFlags;
@@ -26,14 +26,14 @@ use super::{boot, signal, size};
 use crate::config::{MachineConfig, Rate};
 use crate::guest::process;
 use crate::guest::{GuestSpec, RootFs, WritableLayer};
-use crate::image::Store;
 use crate::image::ext4::Journal;
+use crate::image::{Store, scratch};
 use crate::monitor::release;
 use crate::resources::guest_kernel::GuestKernel;
 use crate::resources::{self, Source};
 use crate::snapshot::{Snapshot, warm};
 use crate::state_dir::record::Inherited;
-use crate::state_dir::{self, MachineDir};
+use crate::state_dir::{self, LAYER, MachineDir};
 use crate::supervisor::{self, ControlEndpoint, Stdio};
 use crate::sys::SignalFd;
 use crate::timings::{Step, Timings};
@@ -48,6 +48,10 @@ Examples:
 
   Run in the background, with a name for `husk logs`, `husk exec`, `husk stop` and so on:
     husk run -d --name web ./image.tar
+
+  Keep what the command changes, and run it again:
+    husk run --name job ./image.tar make
+    husk start -a job
 
   Run in a pipeline:
     tar c . | husk run -i ./image.tar wc -c
@@ -108,7 +112,10 @@ pub(super) struct Run {
     #[arg(long, value_name = "SIGNAL", value_parser = signal::signal)]
     stop_signal: Option<u8>,
 
-    /// Store changes to the root filesystem on a temporary disk of this size instead of in guest memory
+    /// Store changes to the root filesystem on a disk of this size instead of in guest memory
+    ///
+    /// The disk ends with the machine. A machine that stays (in the background or with a name, and without --rm) always has one, of
+    /// 10G by default, which takes as much space as is written to it.
     #[arg(long, value_name = "SIZE", value_parser = size::bytes, conflicts_with = "read_only")]
     scratch: Option<u64>,
 
@@ -163,6 +170,10 @@ pub(super) struct Run {
     #[arg(long)]
     timings: bool,
 
+    /// Whether the machine is created, and not started (`husk create`).
+    #[arg(skip)]
+    pub(super) only_creates: bool,
+
     /// Print help
     #[arg(long, action = ArgAction::Help)]
     help: Option<bool>,
@@ -181,6 +192,8 @@ impl Run {
     }
 
     fn try_run(mut self, started: Instant) -> Result<Exit> {
+        let in_foreground = if self.only_creates { Foreground::Created } else { Foreground::StaysIfNamed };
+        self.lifecycle.in_foreground(in_foreground);
         let timings = Arc::new(Timings::new(started));
         self.process.mask_values();
         let mounts = self.mounts.parse()?;
@@ -195,20 +208,26 @@ impl Run {
         if command.first().is_some_and(|word| word == "--") {
             command.remove(0);
         }
-        let writable = |identity| self.writable_layer(identity);
-        let Some(root_fs) = self.machine.root_fs(Path::new(&image), writable)? else { return Ok(Exit::NotRun) };
+        self.lifecycle.check_cidfile()?;
+        let pinned = self.lifecycle.earlier_image()?;
+        let root_fs = self.machine.root_fs(Path::new(&image), pinned.as_deref())?;
+        let Some(mut root_fs) = root_fs else { return Ok(Exit::NotRun) };
         if matches!(root_fs, RootFs::Disk { .. }) && (self.scratch.is_some() || self.keep.is_some()) {
             bail!("a disk image is modified in place: remove --scratch and --keep");
         }
         if self.lifecycle.spawns_detached() {
             return lifecycle::spawn_detached();
         }
-        let dir = self.lifecycle.dir()?;
+        let mut dir = self.lifecycle.dir()?;
+        if self.lifecycle.stays() {
+            dir.stay()?;
+        }
+        let image_id = self.prepare_layer(&mut root_fs, &dir, pinned.as_deref())?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());
         let is_hostname_chosen = self.hostname.is_some();
         let machine = Machine {
             dir: &dir,
-            is_kept: self.lifecycle.is_kept(),
+            is_kept: self.lifecycle.stays(),
             is_again: self.lifecycle.is_again(),
             volumes: &self.volumes_of(&root_fs),
         };
@@ -228,12 +247,16 @@ impl Run {
         let stop_signal = self.stop_signal.unwrap_or(spec.stop_signal());
         let info = RecordInfo {
             image: image.to_string_lossy().into_owned(),
+            image_id,
             command: spec.command(),
             process: spec.process().map(Inherited::from),
             identity: spec.identity_record(dir.id(), is_hostname_chosen),
             mounts: records,
             stop_signal,
         };
+        if self.lifecycle.only_creates() {
+            return self.lifecycle.leave_created(dir, info, &config).map(|()| Exit::Success);
+        }
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, spec.has_session(), |endpoint, signals| {
             self.run_machine(&spec, &kernel, &config, endpoint, signals, &timings)
@@ -244,18 +267,34 @@ impl Run {
         Ok(exit)
     }
 
+    /// Gives an image the writable layer of the machine with the directory `dir`, which had the image `pinned` before. Returns the
+    /// identity of the image.
+    fn prepare_layer(&self, root_fs: &mut RootFs, dir: &MachineDir, pinned: Option<&str>) -> Result<Option<String>> {
+        let RootFs::Image { identity, writable, root, .. } = root_fs else { return Ok(None) };
+        let id = identity.map(|byte| format!("{byte:02x}")).concat();
+        ensure!(
+            pinned.is_none_or(|pinned| pinned == id),
+            "{} is another image than the one that the machine has changed: remove the machine with `husk rm`",
+            root.display()
+        );
+        *writable = self.writable_layer(*identity, dir)?;
+        Ok(Some(id))
+    }
+
     /// The writable layer for the image `identity`.
-    fn writable_layer(&self, identity: [u8; 16]) -> Result<WritableLayer> {
+    fn writable_layer(&self, identity: [u8; 16], dir: &MachineDir) -> Result<WritableLayer> {
         let size_bytes = self.scratch.unwrap_or(DEFAULT_DISK_BYTES);
-        Ok(match &self.keep {
-            Some(name) => WritableLayer::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
-            None if self.scratch.is_some() => {
+        let kept = dir.kept().filter(|_| self.lifecycle.stays() && self.from.is_none() && !self.machine.read_only);
+        Ok(match (&self.keep, kept) {
+            (Some(name), _) => WritableLayer::Disk(Store::open_default()?.kept_disk(name, size_bytes, identity)?),
+            (None, Some(kept)) => WritableLayer::Disk(scratch::of_machine(&kept.join(LAYER), size_bytes, identity)?),
+            (None, None) if self.scratch.is_some() => {
                 // A restarted guest finds the data that its predecessor left.
                 let journal = if self.lifecycle.may_restart() { Journal::Yes } else { Journal::No };
                 WritableLayer::Disk(Store::open_default()?.scratch(size_bytes, journal)?)
             }
-            None if self.machine.read_only => WritableLayer::None,
-            None => WritableLayer::Memory,
+            (None, None) if self.machine.read_only => WritableLayer::None,
+            (None, None) => WritableLayer::Memory,
         })
     }
 
@@ -282,7 +321,7 @@ impl Run {
         (overrides.entrypoint, overrides.limits) = (self.entrypoint.take(), std::mem::take(&mut self.ulimit));
         overrides.rights = self.settings.rights()?;
         self.tmpfs.extend(self.settings.tmpfs()?);
-        if !self.lifecycle.is_detached() {
+        if !self.lifecycle.ignores_terminal() {
             self.process.check_terminal()?;
         }
         let ProcessFlags { tty, interactive, .. } = self.process;

@@ -13,7 +13,7 @@ use crate::config::DiskConfig;
 use crate::image::Progress;
 use crate::request::{AfterSnapshot, Base, Request, SnapshotOptions};
 use crate::snapshot;
-use crate::state_dir::StateDir;
+use crate::state_dir::{LAYER, StateDir};
 use crate::sys::disk;
 
 const EXAMPLES: &str = "\
@@ -36,7 +36,8 @@ Examples:
     husk merge ./web.1 ./web.now
 
 A snapshot contains the memory, and so the secrets, of the machine: only you can read it.
-Without --with-disks it does not contain the disks: when one of them has changed, it cannot
+It contains the changes that a machine of `husk run` has made to its root filesystem.
+Without --with-disks it does not contain other disks: when one of them has changed, it cannot
 be restored. With it, the machine is also paused until its disks are copied, which takes no
 time on file systems that can share blocks (Btrfs, XFS). Backing files are never copied.
 
@@ -87,7 +88,8 @@ impl SnapshotArgs {
         let wait = || bar.set(written_bytes(&path));
         machines::request_slowly(&entry, &request, wait).with_context(|| entry.name().to_owned())?;
         drop(bar);
-        let is_shared = |disk: &DiskConfig| !disk.readonly && !self.with_disks;
+        let layer = entry.kept().map(|kept| kept.join(LAYER));
+        let is_shared = |disk: &DiskConfig| !disk.readonly && !self.with_disks && Some(&disk.path) != layer.as_ref();
         if !self.stop && entry.record()?.config.disks.iter().any(is_shared) {
             log::warn!(
                 "the snapshot cannot be restored any more as soon as the machine writes to its disk: use --stop or \

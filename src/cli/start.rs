@@ -1,12 +1,12 @@
-//! `husk start` and `husk restart`: start machines in the background again, in the same way as before.
+//! `husk start` and `husk restart`: start machines again, in the same way as before.
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::exit::Exit;
-use super::{lifecycle, machines, time};
+use super::{attach, lifecycle, machines, time};
 use crate::request::Request;
 use crate::state_dir::{self, MachineEntry, StateDir};
 
@@ -14,9 +14,11 @@ const START_EXAMPLES: &str = "\
 Examples:
   husk start web
   husk start $(husk ps -aq)         (running machines are left alone)
+  husk start -a job                 (on this terminal; the exit code is the command's)
+  husk start -ai shell
 
-The machine keeps its name, ID and logs, and is started with the same command line as before. An image or a kernel is looked
-up again by its name. Changes to the root filesystem are lost unless they are on a persistent disk (--keep).";
+The machine keeps its name, ID and logs, its image and its changes to the root filesystem, and is started with the same command
+line as before. A kernel is looked up again by its name.";
 
 const RESTART_EXAMPLES: &str = "\
 Examples:
@@ -28,6 +30,14 @@ A suspended machine is started anew: what it was doing is lost.";
 #[derive(Debug, Args)]
 #[command(after_help = START_EXAMPLES)]
 pub(super) struct Start {
+    /// Attach this terminal to the output of the machine, and return its exit code
+    #[arg(short, long)]
+    attach: bool,
+
+    /// Attach standard input as well, if the machine was created with --interactive
+    #[arg(short, long)]
+    interactive: bool,
+
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
@@ -48,7 +58,20 @@ pub(super) struct Restart {
 impl Start {
     /// Starts each machine in turn.
     pub fn run(self) -> Result<Exit> {
+        if self.attach || self.interactive {
+            return self.start_attached();
+        }
         each(&self.machines, |_, entry| if entry.alive { Ok(Exit::Success) } else { lifecycle::start_stopped(entry) })
+    }
+
+    /// Runs the machine in the place of this process, or attaches to it if it is running.
+    fn start_attached(self) -> Result<Exit> {
+        let [machine] = self.machines.as_slice() else { bail!("only one machine can be attached to this terminal") };
+        let entry = StateDir::open()?.find(machine)?;
+        if entry.alive {
+            return attach::attach_to(&entry, self.interactive);
+        }
+        match lifecycle::become_stopped(&entry, self.interactive)? {}
     }
 }
 

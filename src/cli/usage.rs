@@ -61,7 +61,6 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
     Some(match command {
         "version" => "use `husk --version`",
         "info" => "use `husk doctor`",
-        "create" => "use `husk run -d`",
         "container" => "use `husk ps`, `husk rm` and so on, without `container`",
         "image" => "use `husk images`, `husk rmi` and so on, without `image`",
         "system" => "use `husk prune`",
@@ -85,9 +84,6 @@ fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
         _ if option == "-v" => Some("use --verbose"),
         "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
             Some("use --json, and select with `jq`")
-        }
-        "start" if ["-a", "--attach", "-i", "--interactive"].into_iter().any(is) => {
-            Some("use `husk attach MACHINE` after it")
         }
         _ => None,
     }
@@ -120,7 +116,6 @@ mod tests {
             (&["run", "--pull", "always", "x"], "husk pull"),
             (&["run", "-h"], "--help"),
             (&["disks", "--filter", "name=x"], "--json"),
-            (&["start", "-a", "x"], "husk attach"),
             (&["histroy"], "unrecognized subcommand 'histroy'"),
         ] {
             let line = error_line(arguments);

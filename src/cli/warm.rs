@@ -15,7 +15,7 @@ use super::run::machine::{self, MachineFlags};
 use super::run::session::{self, Start};
 use crate::config::MachineConfig;
 use crate::guest::process::Overrides;
-use crate::guest::{GuestSpec, RootFs, WritableLayer};
+use crate::guest::{GuestSpec, RootFs};
 use crate::resources::{self, lock};
 use crate::snapshot::warm::{self, Fingerprint};
 use crate::state_dir;
@@ -55,8 +55,7 @@ pub(super) struct Warm {
 impl Warm {
     /// Boots the machine until it waits for its command, and saves it there. `started` is when this process started.
     pub fn run(self, started: Instant) -> Result<Exit> {
-        let layer = if self.machine.read_only { WritableLayer::None } else { WritableLayer::Memory };
-        let root_fs = match self.machine.root_fs(Path::new(&self.image), |_| Ok(layer))? {
+        let root_fs = match self.machine.root_fs(Path::new(&self.image), None)? {
             Some(RootFs::Disk { .. }) => {
                 bail!("a disk image boots its own init, and only a container image can be warm")
             }
@@ -75,7 +74,7 @@ impl Warm {
         let Some((path, _alone)) = self.place(&spec, &config)? else { return Ok(Exit::Success) };
         let (image, stop_signal) = (self.image.to_string_lossy().into_owned(), spec.stop_signal());
         let (command, mounts) = (Vec::new(), Vec::new());
-        let info = RecordInfo { image, command, process: None, identity: None, mounts, stop_signal };
+        let info = RecordInfo { image, image_id: None, command, process: None, identity: None, mounts, stop_signal };
         let endpoint = lifecycle.endpoint(dir, info, &config)?;
         let timings = Arc::new(Timings::new(started));
         let boot = |endpoint: &mut ControlEndpoint, signals: &SignalFd| {

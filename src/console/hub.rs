@@ -116,6 +116,22 @@ impl Write for HubStream {
     }
 }
 
+/// Standard output or standard error, with a copy of what is written there in a hub.
+#[derive(Debug)]
+pub struct Copied<W>(pub HubStream, pub W);
+
+impl<W: Write> Write for Copied<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write_all(bytes)?;
+        self.1.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.1.flush()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;
@@ -146,6 +162,18 @@ mod tests {
         let mut reader = LogReader::open(&path);
         let kept: Vec<u8> = std::iter::from_fn(|| reader.read().unwrap()).flat_map(|(_, content)| content).collect();
         assert_eq!(kept, b"beforeafterxy");
+    }
+
+    #[test]
+    fn what_is_printed_is_also_in_the_log() {
+        let (dir, hub) = hub();
+        let mut printed = Vec::new();
+        Copied(HubStream(hub, Stream::Errors), &mut printed).write_all(b"words").unwrap();
+        let (head, content) = LogReader::open(&dir.path().join("streams.log")).read().unwrap().unwrap();
+        assert_eq!(
+            (head.stream, content.as_slice(), printed.as_slice()),
+            (Stream::Errors, &b"words"[..], &b"words"[..])
+        );
     }
 
     fn hub() -> (tempfile::TempDir, Arc<Hub>) {

@@ -41,6 +41,8 @@ pub enum RootFs {
     Image {
         /// An EROFS image.
         root: PathBuf,
+        /// What distinguishes it from others: a writable layer fits no other one.
+        identity: [u8; 16],
         /// The image's process configuration.
         defaults: Defaults,
         /// The writable layer.
@@ -365,8 +367,13 @@ mod tests {
     #[test]
     fn a_waiting_machine_knows_nothing_of_the_run_that_begins_in_it() {
         let defaults = Defaults { cmd: vec!["sh".into()], ..Defaults::default() };
-        let root_fs =
-            RootFs::Image { root: "/root.erofs".into(), defaults, writable: WritableLayer::Memory, in_use: None };
+        let root_fs = RootFs::Image {
+            root: "/root.erofs".into(),
+            identity: [1; 16],
+            defaults,
+            writable: WritableLayer::Memory,
+            in_use: None,
+        };
         let mut spec =
             GuestSpec::with_process(root_fs, Overrides::default(), false, false, "box".into(), Vec::new()).unwrap();
         let device = |last| NetworkConfig {

@@ -14,7 +14,7 @@ use husk_protocol::Role;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::console::hub::{Hub, HubStream};
+use crate::console::hub::{Copied, Hub, HubStream};
 use crate::console::stream_log::Stream;
 use crate::guest::output::Output;
 use crate::sandbox;
@@ -30,6 +30,8 @@ const STOP: u64 = 1;
 pub enum Endpoints {
     /// This process's standard streams.
     Stdio,
+    /// The same, with a copy of the output in a hub.
+    Logged(Arc<Hub>),
     /// A hub for output, and attached clients for input.
     Hub(Arc<Hub>),
 }
@@ -95,7 +97,7 @@ impl Streams {
             Role::Stdin => {
                 socket.set_nonblocking(false).context("set up a stream")?;
                 self.input = Some(socket.try_clone().context("set up a stream")?);
-                if let Endpoints::Stdio = self.endpoints {
+                if !matches!(self.endpoints, Endpoints::Hub(_)) {
                     let stdin = io::stdin().as_fd().try_clone_to_owned().context("use standard input")?;
                     self.start_input(File::from(stdin), socket, true)?;
                 }
@@ -121,10 +123,17 @@ impl Streams {
     }
 
     fn output(&self, stream: Stream) -> io::Result<Box<dyn Write + Send>> {
-        Ok(match (&self.endpoints, stream) {
-            (Endpoints::Hub(hub), stream) => Box::new(HubStream(hub.clone(), stream)),
-            (Endpoints::Stdio, Stream::Output) => Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            (Endpoints::Stdio, Stream::Errors) => Box::new(File::from(io::stderr().as_fd().try_clone_to_owned()?)),
+        let own = || {
+            let own = match stream {
+                Stream::Output => io::stdout().as_fd().try_clone_to_owned(),
+                Stream::Errors => io::stderr().as_fd().try_clone_to_owned(),
+            };
+            own.map(File::from)
+        };
+        Ok(match &self.endpoints {
+            Endpoints::Hub(hub) => Box::new(HubStream(hub.clone(), stream)),
+            Endpoints::Logged(hub) => Box::new(Copied(HubStream(hub.clone(), stream), own()?)),
+            Endpoints::Stdio => Box::new(own()?),
         })
     }
 

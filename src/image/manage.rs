@@ -176,6 +176,12 @@ impl Store {
                 names.iter().map(|name| familiar(name)).collect::<Vec<_>>().join(", ")
             );
             let root = index.images.get(&id).map(|record| record.root).context("no such image")?;
+            if let Some(machine) = self.machines_with(id).first() {
+                bail!(
+                    "image {} is in use by machine {machine}: remove that first, with `husk rm {machine}`",
+                    id.short()
+                );
+            }
             let is_shared = index.images.iter().any(|(&other, record)| other != id && record.root == root);
             ensure!(is_shared || !self.is_in_use(root)?, "image {} is in use by a running machine", id.short());
             index.remove(id);
@@ -199,7 +205,7 @@ impl Store {
                 let nameless: Vec<(Digest, Digest)> = nameless.map(|(&id, record)| (id, record.root)).collect();
                 let mut count = 0;
                 for (id, root) in nameless {
-                    if !self.is_in_use(root)? {
+                    if !self.is_in_use(root)? && self.machines_with(id).is_empty() {
                         index.remove(id);
                         count += 1;
                         if index.images.values().all(|record| record.root != root) {

@@ -31,6 +31,7 @@ mod members;
 mod oci_layout;
 pub mod on_demand;
 mod outside;
+mod pinned;
 mod prepare;
 pub mod progress;
 pub mod reference;

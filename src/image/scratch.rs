@@ -1,11 +1,12 @@
-//! Writable disks for machines: temporary ones, and persistent ones with a name.
+//! Writable disks for machines: temporary ones, those of machines that stay, and persistent ones with a name.
 //!
-//! Both are sparse files with an empty ext4 file system: unwritten blocks take no space.
+//! All are sparse files with an empty ext4 file system: unwritten blocks take no space.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -119,6 +120,22 @@ impl Store {
     }
 }
 
+/// The disk at `path` with the changes of one machine, created with this size if it does not exist. It must be locked by its user.
+pub fn of_machine(path: &Path, size_bytes: u64, uuid: [u8; 16]) -> Result<Scratch> {
+    if !path.exists() {
+        // Complete once it has its name. Only the machine's own process creates it.
+        let part = path.with_extension("part");
+        let create = || {
+            let mut options = File::options();
+            let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&part)?;
+            make(&file, size_bytes, Journal::Yes, uuid)?;
+            Ok::<_, anyhow::Error>(fs::rename(&part, path)?)
+        };
+        create().with_context(|| format!("create {}", path.display()))?;
+    }
+    Ok(Scratch { path: path.to_owned(), _file: None })
+}
+
 fn make(file: &File, size_bytes: u64, journal: Journal, uuid: [u8; 16]) -> Result<()> {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
     ext4::make(file, size_bytes, journal, uuid, u32::try_from(now).unwrap_or(u32::MAX))
@@ -144,6 +161,19 @@ mod tests {
         disk.try_lock().unwrap();
         assert_eq!(disk.metadata().unwrap().len(), 64 << 20);
         assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_machine_finds_its_disk_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer.ext4");
+        assert!(of_machine(&path, 1 << 20, [1; 16]).is_err() && !path.exists());
+        let disk = of_machine(&path, 64 << 20, [1; 16]).unwrap();
+        assert_eq!((disk.path.as_path(), fs::metadata(&path).unwrap().len()), (path.as_path(), 64 << 20));
+        let inode = fs::metadata(&path).unwrap().ino();
+        of_machine(&path, 128 << 20, [1; 16]).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().ino(), inode);
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! warm/KEY/          snapshots of machines on the root file system KEY, removed with it (snapshot/warm.rs)
 //! suspended/ID/      snapshots of suspended machines
 //! disks/NAME.ext4    persistent disks; locked while in use
+//! machines/ID/       machines that stay, with their writable layers (state_dir/kept.rs)
 //! volumes/NAME/      named volumes; locked (shared) while in use
 //! tmp/NAME.part      files being written, locked by the writer; without a lock, left by a killed process
 //! tmp/NAME.lock      locked by the writer of NAME.part, for others to wait
@@ -24,6 +25,7 @@ use super::digest::Digest;
 use super::erofs::Form;
 use super::index::Index;
 use super::manage::entries;
+use crate::resources::data_dir;
 use crate::resources::lock::{self, Kind};
 use crate::sys;
 
@@ -68,7 +70,7 @@ impl Store {
 
     /// Opens the user's store: `$HUSK_DATA`, or `husk` in `$XDG_DATA_HOME` or `~/.local/share`.
     pub fn open_default() -> Result<Store> {
-        Store::open(&default_dir().context("cannot locate the image store: neither $HUSK_DATA nor $HOME is set")?)
+        Store::open(&data_dir::find().context("cannot locate the image store: neither $HUSK_DATA nor $HOME is set")?)
     }
 
     /// The store's directory.
@@ -219,16 +221,6 @@ impl Store {
             None => free().with_context(|| format!("get the free disk space in {}", self.dir.display())),
         }
     }
-}
-
-fn default_dir() -> Option<PathBuf> {
-    if let Some(dir) = std::env::var_os("HUSK_DATA").filter(|dir| !dir.is_empty()) {
-        return std::path::absolute(dir).ok();
-    }
-    // Relative paths must be ignored (XDG base directory specification).
-    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")))?;
-    Some(base.join("husk"))
 }
 
 /// Opens the file with this name, creating it if necessary, with an exclusive lock. Logs a warning if that takes long.

@@ -6,6 +6,7 @@
 pub mod attendant;
 pub mod bridge;
 mod cache;
+pub mod data_dir;
 pub mod disk;
 mod firewall;
 pub mod guest_kernel;

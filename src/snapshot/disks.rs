@@ -99,7 +99,7 @@ mod tests {
         writer.disk(1).unwrap().write_all_at(b"saved", 0).unwrap();
         let disks = ["/dev/null", "/x.qcow2"].map(|path| DiskConfig::of(path.into()));
         let disks = [DiskConfig { readonly: true, ..disks[0].clone() }, disks[1].clone()];
-        let (config, moved) = portable(&with_disks(disks.to_vec()), DisksInside::Writable).unwrap();
+        let (config, moved) = portable(&with_disks(disks.to_vec()), DisksInside::Writable, None).unwrap();
         assert_eq!(moved, [(1, "/x.qcow2".into())]);
         writer.finish(&super::super::Description { config, ..tests::description() }, b"{}").unwrap();
         let own = || {

@@ -251,7 +251,7 @@ fn read_whole(file: &mut File, bytes: &mut [u8]) -> Result<()> {
 /// Which of a machine's disks its snapshot contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DisksInside {
-    /// None.
+    /// None but the writable layer of a machine that stays.
     None,
     /// Those without a name, which are lost with the process that has them.
     Nameless,
@@ -270,8 +270,13 @@ fn disk_name(index: usize) -> String {
 }
 
 /// The configuration as a snapshot describes it, and the disks that the snapshot contains: their indices and where they are now.
-/// Fails if it does not contain a disk without a name, which is lost with this process.
-pub fn portable(config: &MachineConfig, inside: DisksInside) -> Result<(MachineConfig, Vec<(usize, PathBuf)>)> {
+/// Fails if it does not contain a disk without a name, which is lost with this process. The disk `layer` belongs to a machine that
+/// stays: it is inside unless that machine itself is to continue with it.
+pub fn portable(
+    config: &MachineConfig,
+    inside: DisksInside,
+    layer: Option<&Path>,
+) -> Result<(MachineConfig, Vec<(usize, PathBuf)>)> {
     let mut config = with_absolute_paths(config)?;
     let mut moved = Vec::new();
     for (index, disk) in config.disks.iter_mut().enumerate() {
@@ -279,6 +284,7 @@ pub fn portable(config: &MachineConfig, inside: DisksInside) -> Result<(MachineC
         match inside {
             DisksInside::Writable if !disk.readonly => {}
             DisksInside::Nameless if is_nameless => {}
+            DisksInside::None if layer == Some(&disk.path) => {}
             _ if is_nameless => bail!("the machine has a temporary disk: save it too, with --with-disks"),
             _ => continue,
         }
@@ -436,9 +442,19 @@ mod tests {
     fn a_snapshot_contains_a_disk_without_a_name_or_none_can_be_taken() {
         let disks = ["/proc/self/fd/7", "/named"].map(|path| DiskConfig::of(path.into())).to_vec();
         let config = MachineConfig { disks, kernel: "k".into(), ..MachineConfig::default() };
-        let moved = |inside| portable(&config, inside).map(|(_, moved)| moved.len()).map_err(|error| error.to_string());
+        let moved =
+            |inside| portable(&config, inside, None).map(|(_, moved)| moved.len()).map_err(|error| error.to_string());
         assert!(moved(DisksInside::None).unwrap_err().contains("--with-disks"));
         assert_eq!([DisksInside::Nameless, DisksInside::Writable].map(moved), [Ok(1), Ok(2)]);
+    }
+
+    #[test]
+    fn a_snapshot_contains_the_layer_of_a_machine_unless_that_continues_with_it() {
+        let disks = ["/layer", "/named"].map(|path| DiskConfig::of(path.into())).to_vec();
+        let config = MachineConfig { disks, kernel: "k".into(), ..MachineConfig::default() };
+        let moved = |inside| portable(&config, inside, Some(Path::new("/layer"))).unwrap().1.len();
+        let kinds = [DisksInside::None, DisksInside::Nameless, DisksInside::Writable];
+        assert_eq!(kinds.map(moved), [1, 0, 2]);
     }
 
     fn make_fifo(path: &Path) {

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::StateDir;
 use super::record::Record;
+use super::{StateDir, kept};
 use crate::resources::lock::{self, Kind};
 use crate::sys;
 
@@ -26,13 +26,15 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const ID_BYTES: usize = 6;
 
 /// The prefix of a directory that is being removed.
-const GONE: &str = "gone-";
+pub(super) const GONE: &str = "gone-";
 
 /// A machine's directory. Dropping this removes it, unless it is kept.
 #[derive(Debug)]
 pub struct MachineDir {
     path: PathBuf,
     keep: bool,
+    /// Where what outlives the host's next restart is, if the machine stays.
+    kept: Option<PathBuf>,
     _lock: File,
 }
 
@@ -49,7 +51,34 @@ impl MachineDir {
 
     /// Writes the machine's record. Must be called by one thread at a time.
     pub fn write(&self, record: &Record) -> Result<()> {
+        if let Some(kept) = &self.kept
+            && let Err(error) = record.write(kept)
+        {
+            // It is only needed after a restart of the host.
+            log::warn!("{error:#}");
+        }
         record.write(&self.path)
+    }
+
+    /// Makes the machine one that stays until it is removed: its record, how it was started and its writable layer outlive the host's
+    /// next restart. Returns the directory for them. Does nothing when repeated.
+    pub fn stay(&mut self) -> Result<PathBuf> {
+        let place = kept::place().context("there is no place for the machine: neither $HUSK_DATA nor $HOME is set")?;
+        self.stay_in(&place)
+    }
+
+    pub(super) fn stay_in(&mut self, place: &Path) -> Result<PathBuf> {
+        if let Some(kept) = &self.kept {
+            return Ok(kept.clone());
+        }
+        let kept = kept::create(&self.path, place)?;
+        self.kept = Some(kept.clone());
+        Ok(kept)
+    }
+
+    /// The directory for what outlives the host's next restart, if the machine stays.
+    pub fn kept(&self) -> Option<&Path> {
+        self.kept.as_deref()
     }
 
     /// The last record that was written, possibly by the previous run of the machine.
@@ -74,7 +103,7 @@ impl MachineDir {
 
     /// The state directory that contains this machine.
     pub fn state_dir(&self) -> StateDir {
-        StateDir { base: self.path.parent().unwrap_or(Path::new("/")).to_owned() }
+        StateDir { base: self.path.parent().unwrap_or(Path::new("/")).to_owned(), kept: None }
     }
 
     /// Leaves the directory as a killed process would.
@@ -93,6 +122,7 @@ impl Drop for MachineDir {
         }
         // Anything that cannot be removed now is removed with the next stale directories.
         let record = Record::read(&self.path);
+        let _ = kept::remove_of(&self.path);
         let _ = remove(&self.path);
         match record {
             Ok(Record { name: Some(name), .. }) => drop(self.state_dir().release(&name, &self.id())),
@@ -176,7 +206,7 @@ pub(super) fn create_in(base: &Path) -> Result<MachineDir> {
         // In the meantime another process may have checked it or considered it abandoned; both are short.
         let Ok(lock) = open(&path) else { continue };
         if lock::wait(&lock, &path, Kind::Exclusive, lock::SHORT_TIMEOUT).is_ok() && path.exists() {
-            return Ok(MachineDir { path, keep: false, _lock: lock });
+            return Ok(MachineDir { path, keep: false, kept: None, _lock: lock });
         }
     }
     bail!("every ID is taken")
@@ -187,7 +217,7 @@ pub(super) fn reopen(path: &Path) -> Result<MachineDir> {
     let lock = open(path)?;
     ensure!(self::lock(&lock), "the machine is running");
     ensure!(path.exists(), "it was removed");
-    Ok(MachineDir { path: path.to_owned(), keep: true, _lock: lock })
+    Ok(MachineDir { path: path.to_owned(), keep: true, kept: kept::of(path), _lock: lock })
 }
 
 /// Locks a directory for as long as `dir` is open. Returns false if it is in use.

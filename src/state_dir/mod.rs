@@ -5,6 +5,7 @@
 //!   record.json      the machine's configuration and state; replaced atomically
 //!   record.reserve   disk space reserved for the next record
 //!   origin.json      how the machine was started, if it runs in the background and is kept
+//!   kept             a link to what outlives the host's next restart, if the machine stays (kept.rs)
 //!   control          the control socket, which receives requests
 //!   vsock            the vsock socket; connections from the guest to port P go to vsock_P
 //!   streams.log      the output of the process, if the machine runs in the background
@@ -16,6 +17,7 @@
 
 pub mod husk_log;
 pub mod identity;
+mod kept;
 mod machine_dir;
 pub mod mounts;
 pub mod names;
@@ -43,6 +45,8 @@ pub const CONSOLE_LOG: &str = "console.log";
 pub const STREAMS_LOG: &str = "streams.log";
 /// The log of husk's own messages while it runs in the background.
 pub const HUSK_LOG: &str = "husk.log";
+/// The disk with the changes to the root file system of a machine that stays.
+pub const LAYER: &str = "layer.ext4";
 
 /// The file that completes a snapshot.
 pub const SNAPSHOT_STATE: &str = "state";
@@ -51,6 +55,8 @@ pub const SNAPSHOT_STATE: &str = "state";
 #[derive(Debug, Clone)]
 pub struct StateDir {
     base: PathBuf,
+    /// Where machines that stay are kept.
+    kept: Option<PathBuf>,
 }
 
 /// A snapshot of a machine's state.
@@ -76,7 +82,7 @@ impl StateDir {
     pub fn open() -> Result<StateDir> {
         let base = machine_dir::base()?;
         machine_dir::own(&base).with_context(|| format!("use the directory {}", base.display()))?;
-        Ok(StateDir { base })
+        Ok(StateDir { base, kept: kept::place() })
     }
 
     /// Creates the directory of a new machine and assigns it `name`, if given. Fails if the name is in use.
@@ -84,6 +90,7 @@ impl StateDir {
         let dir = machine_dir::create_in(&self.base)
             .with_context(|| format!("create a directory for the machine in {}", self.base.display()))?;
         if let Some(name) = name {
+            self.recover();
             self.claim(name, &dir.id())?;
         }
         Ok(dir)
@@ -99,6 +106,7 @@ impl StateDir {
 
     /// All machines, most recent first, including those that have ended and are kept.
     pub fn list(&self) -> Result<Vec<MachineEntry>> {
+        self.recover();
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.base).with_context(|| format!("read {}", self.base.display()))? {
             let name = entry?.file_name();
@@ -112,10 +120,15 @@ impl StateDir {
 
     /// Finds the machine with this name, ID or unique ID prefix.
     pub fn find(&self, word: &str) -> Result<MachineEntry> {
-        if let Some(entry) = self.named(word).and_then(|id| self.entry(&id)) {
+        let by_name = || self.named(word).and_then(|id| self.entry(&id));
+        if let Some(entry) = by_name() {
             return Ok(entry);
         }
         let mut found = self.list()?;
+        // It may just have been recovered.
+        if let Some(entry) = by_name() {
+            return Ok(entry);
+        }
         found.retain(|entry| !word.is_empty() && entry.id.starts_with(word));
         match found.len() {
             0 => bail!(NoSuchMachine(word.to_owned())),
@@ -149,6 +162,8 @@ impl StateDir {
         if let Some(name) = entry.record.as_ref().and_then(|record| record.name.as_deref()) {
             self.release(name, &entry.id)?;
         }
+        // First: what is left behind without it is a machine that can be removed.
+        kept::remove_of(&entry.path)?;
         machine_dir::remove(&entry.path).with_context(|| format!("remove {}", entry.path.display()))
     }
 
@@ -157,7 +172,7 @@ impl StateDir {
     pub fn remove_stale(&self) -> Result<()> {
         for entry in self.list()?.into_iter().filter(|entry| !entry.alive) {
             let Ok(held) = machine_dir::open(&entry.path) else { continue };
-            if entry.record.as_ref().is_some_and(|record| record.keep) {
+            if entry.record.as_ref().is_some_and(Record::stays) || kept::is_described(&entry.path) {
                 // A shared lock, so that other processes see its actual state. The machine cannot start while it is
                 // held.
                 if held.try_lock_shared().is_ok() {
@@ -194,7 +209,7 @@ impl MachineEntry {
             _ if self.suspended().is_some() => {
                 State::Suspended { since_ms: self.record.as_ref().map_or(0, Record::since_ms) }
             }
-            Some(state @ State::Exited { .. }) => state.clone(),
+            Some(state @ (State::Exited { .. } | State::Created)) => state.clone(),
             _ => State::Lost,
         }
     }
@@ -203,6 +218,11 @@ impl MachineEntry {
     pub fn suspended(&self) -> Option<&Path> {
         let path = self.record.as_ref()?.snapshot.as_deref()?;
         (!self.alive && path.join(SNAPSHOT_STATE).exists()).then_some(path)
+    }
+
+    /// The directory with what outlives the host's next restart, if the machine stays.
+    pub fn kept(&self) -> Option<PathBuf> {
+        kept::of(&self.path)
     }
 
     /// The machine's record. Fails if none has been written yet.
@@ -254,7 +274,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().join("husk");
         machine_dir::own(&base).unwrap();
-        (dir, StateDir { base })
+        let kept = Some(dir.path().join("data/machines"));
+        (dir, StateDir { base, kept })
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl StateDir {
         self.claim_locked(name, id)
     }
 
-    fn claim_locked(&self, name: &str, id: &str) -> Result<()> {
+    pub(super) fn claim_locked(&self, name: &str, id: &str) -> Result<()> {
         let (names, link) = (self.names(), self.names().join(name));
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&names);
         made.with_context(|| format!("create {}", names.display()))?;
@@ -53,9 +53,7 @@ impl StateDir {
             made => return made.with_context(|| format!("create {}", link.display())),
         }
         let owner = self.named(name).and_then(|id| self.entry(&id));
-        if let Some(owner) =
-            owner.filter(|owner| owner.alive || owner.record.as_ref().is_some_and(|record| record.keep))
-        {
+        if let Some(owner) = owner.filter(|owner| owner.alive || owner.record.as_ref().is_some_and(Record::stays)) {
             let (id, advice) = (&owner.id, if owner.alive { "husk stop" } else { "husk rm" });
             bail!("the name {name} is in use by machine {id}: run `{advice} {name}`, or choose another name");
         }
@@ -81,7 +79,9 @@ impl StateDir {
         let _lock = super::lock(&self.base)?;
         let record = entry.record()?;
         self.claim_locked(name, &entry.id)?;
-        let written = Record { name: Some(name.to_owned()), ..record.clone() }.write(&entry.path);
+        let renamed = Record { name: Some(name.to_owned()), ..record.clone() };
+        let written =
+            entry.kept().map_or(Ok(()), |kept| renamed.write(&kept)).and_then(|()| renamed.write(&entry.path));
         let (old, new) = (record.name.as_deref(), Some(name));
         let (kept, unused) = if written.is_ok() { (new, old) } else { (old, new) };
         if let Some(unused) = unused.filter(|_| kept != unused) {

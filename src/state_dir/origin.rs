@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::record::{Text, write_private};
 use super::{MachineDir, MachineEntry};
 
-const FILE: &str = "origin.json";
+pub(super) const FILE: &str = "origin.json";
 /// More than arguments and environment may take (execve(2): a quarter of the stack limit), allowing for the JSON
 /// encoding of bytes that are not text.
 const MAX_BYTES: u64 = 64 << 20;
@@ -49,9 +49,9 @@ impl Origin {
 
     /// Writes it to a machine's directory.
     pub fn write(&self, dir: &MachineDir) -> Result<()> {
-        let path = dir.file(FILE);
         let json = serde_json::to_vec(self).context("record how the machine was started")?;
-        write_private(&path, &json).with_context(|| format!("write {}", path.display()))
+        let mut paths = dir.kept().map(|kept| kept.join(FILE)).into_iter().chain([dir.file(FILE)]);
+        paths.try_for_each(|path| write_private(&path, &json).with_context(|| format!("write {}", path.display())))
     }
 
     /// Reads how `entry` was started.

@@ -15,7 +15,7 @@ use crate::state_dir::identity::IdentityRecord;
 use crate::state_dir::mounts::MountRecord;
 use crate::sys::private_file;
 
-const FILE: &str = "record.json";
+pub(super) const FILE: &str = "record.json";
 /// Disk space reserved for the next record, so that a machine's exit is recorded even on a full disk.
 const RESERVE: &str = "record.reserve";
 /// The maximum size of a record. Most of it are the process's arguments and environment.
@@ -32,6 +32,10 @@ pub struct Record {
     pub pid: u32,
     /// The image as specified by the user, or the kernel for `husk boot`.
     pub image: String,
+    /// The image's identity, in hexadecimal, if it is one of the image store: what the machine is started with again, whatever
+    /// has its name then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_id: Option<String>,
     /// The command line that it runs, as far as known.
     pub command: Vec<String>,
     /// The creation time, in milliseconds since 1970.
@@ -60,6 +64,9 @@ pub struct Record {
     /// How many times it is restarted when it fails.
     #[serde(default)]
     pub max_retries: u32,
+    /// Whether it is restarted however it ends, unless it was stopped.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restarts_always: bool,
     /// The maximum size of its log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_max_bytes: Option<u64>,
@@ -78,6 +85,8 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "status", rename_all = "lowercase")]
 pub enum State {
+    /// It was created and has not been started yet.
+    Created,
     /// It is being created, or its guest is booting.
     Starting,
     /// The guest is running, and under husk's init its process as well.
@@ -184,6 +193,11 @@ impl From<&Process> for Inherited {
 }
 
 impl Record {
+    /// Whether the machine stays when it is not running, until it is removed.
+    pub fn stays(&self) -> bool {
+        self.keep || self.state == State::Created
+    }
+
     /// When it entered its state, in milliseconds since 1970, as far as known.
     pub fn since_ms(&self) -> u64 {
         match &self.state {
@@ -192,7 +206,7 @@ impl Record {
             | State::Suspended { since_ms }
             | State::Restarting { since_ms }
             | State::Exited { at_ms: since_ms, .. } => *since_ms,
-            State::Starting | State::Lost => self.created_ms,
+            State::Created | State::Starting | State::Lost => self.created_ms,
         }
     }
 
@@ -248,6 +262,7 @@ pub(crate) mod tests {
             name: None,
             pid: 1,
             image: "debian:12".into(),
+            image_id: None,
             command: vec!["sh".into()],
             created_ms: now_ms(),
             state: State::Starting,
@@ -260,6 +275,7 @@ pub(crate) mod tests {
             identity: None,
             mounts: Vec::new(),
             max_retries: 0,
+            restarts_always: false,
             log_max_bytes: None,
             snapshot: None,
             sandbox_lacks: Vec::new(),

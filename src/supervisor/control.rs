@@ -277,6 +277,8 @@ impl<'a> Supervisor<'a> {
 
     fn on_signal(&mut self) -> Result<()> {
         let Some(signal) = self.signals.read().context("read a signal")? else { return Ok(()) };
+        // Whoever asks for the machine's end, such as a host that shuts down, does not want it to be restarted.
+        self.endpoint.end_requested |= signal::is_termination(signal);
         if let Some(session) = &mut self.session {
             session.on_signal(signal, self.monitor.exit_latch());
         } else if self.button_pressed || !signal::is_termination(signal) {

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{self, Token};
 use super::endpoint::ControlEndpoint;
-use crate::console::hub::HubStream;
+use crate::console::hub::{Copied, HubStream};
 use crate::console::log::Log;
 use crate::console::stream_log::Stream;
 use crate::exit_latch::{ExitLatch, ExitReason};
@@ -34,18 +34,21 @@ const FORCED_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 pub(super) type Sink = Option<(PipeReader, Box<dyn Write + Send>)>;
 
 /// Where output of the serial port goes: to the log if there is one, otherwise to the hub in the background, or to standard
-/// output. Returns also what is given to the monitor.
+/// output, and to the hub as well if there is one. Returns also what is given to the monitor.
 pub(super) fn console(log: Option<Log>, endpoint: &ControlEndpoint) -> Result<(OwnedFd, Sink)> {
     let copy: Box<dyn Write + Send> = match (log, endpoint.hub()) {
         (Some(log), _) => Box::new(log),
-        (None, Some(hub)) => Box::new(HubStream(hub.clone(), Stream::Output)),
-        (None, None) => {
+        (None, Some(hub)) if endpoint.is_detached() => Box::new(HubStream(hub.clone(), Stream::Output)),
+        (None, hub) => {
             let stdout = io::stdout().as_fd().try_clone_to_owned().context("use standard output")?;
             // A pipe can be written to and nothing else. A terminal or a file could be read, or cut.
-            if rustix::fs::fstat(&stdout).is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Fifo) {
-                return Ok((stdout, None));
+            let is_pipe =
+                FileType::from_raw_mode(rustix::fs::fstat(&stdout).map_or(0, |found| found.st_mode)).is_fifo();
+            match hub {
+                Some(hub) => Box::new(Copied(HubStream(hub.clone(), Stream::Output), File::from(stdout))),
+                None if is_pipe => return Ok((stdout, None)),
+                None => Box::new(File::from(stdout)),
             }
-            Box::new(File::from(stdout))
         }
     };
     let (reader, writer) = io::pipe().context("create a pipe for the console")?;

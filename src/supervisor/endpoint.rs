@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::notify;
 use super::requests::{self, NotRunning};
 use crate::console::hub::Hub;
 use crate::console::stream_log::StreamLog;
@@ -27,7 +28,7 @@ pub struct ControlEndpoint {
     pub(super) server: Server,
     pub(super) record: Record,
     hub: Option<Arc<Hub>>,
-    /// Whether the process that started the machine in the background has not been notified yet that it is running.
+    /// Whether the machine has not run yet: the process that started it in the background has not been notified.
     unannounced: bool,
     /// Whether a stop was requested, so that the machine is not restarted.
     pub(super) end_requested: bool,
@@ -43,11 +44,11 @@ pub struct ControlEndpoint {
 }
 
 impl ControlEndpoint {
-    /// Opens the control socket, writes `record`, and for a machine in the background starts its log of at most
-    /// `log_max_bytes`.
+    /// Opens the control socket, writes `record`, and for a machine that runs in the background or stays starts its log of at
+    /// most `log_max_bytes`.
     pub fn open(dir: MachineDir, record: Record, log_max_bytes: u64) -> Result<ControlEndpoint> {
         let server = Server::listen(&dir.file(state_dir::CONTROL))?;
-        let hub = if record.detached {
+        let hub = if record.detached || record.keep {
             let path = dir.file(state_dir::STREAMS_LOG);
             let log = StreamLog::open(path, log_max_bytes).context("open the machine's log")?;
             Some(Arc::new(Hub::new(log)))
@@ -55,7 +56,7 @@ impl ControlEndpoint {
             None
         };
         dir.write(&record)?;
-        let (unannounced, started) = (record.detached, Instant::now());
+        let (unannounced, started) = (true, Instant::now());
         let (end_requested, stop_by) = (false, None);
         let is_complete = |path: &PathBuf| path.join(state_dir::SNAPSHOT_STATE).exists();
         let is_suspended = record.snapshot.as_ref().is_some_and(is_complete);
@@ -83,7 +84,7 @@ impl ControlEndpoint {
         self.dir.file(name)
     }
 
-    /// The destination of the machine's streams, if it runs in the background.
+    /// The log of the machine's streams and those who are attached to them, if it runs in the background or stays.
     pub fn hub(&self) -> Option<&Arc<Hub>> {
         self.hub.as_ref()
     }
@@ -95,12 +96,17 @@ impl ControlEndpoint {
 
     /// Whether the machine runs in the background, without this process's terminal and input.
     pub fn is_detached(&self) -> bool {
-        self.hub.is_some()
+        self.record.detached
     }
 
-    /// Whether the machine has run and the process that started it was notified.
-    pub fn is_announced(&self) -> bool {
+    /// Whether the machine has run, and the process that started it was notified.
+    pub fn was_announced(&self) -> bool {
         !self.unannounced
+    }
+
+    /// Whether the machine may be restarted: it has run, and nobody has asked for its end or has suspended it.
+    pub fn may_run_again(&self) -> bool {
+        self.was_announced() && !self.end_requested && !self.is_suspended
     }
 
     /// The signal that asks the machine's process to terminate.
@@ -163,14 +169,24 @@ impl ControlEndpoint {
             }
         }
         if std::mem::take(&mut self.unannounced) {
-            // If that process is gone, the machine would go unnoticed.
-            writeln!(std::io::stdout(), "{}", self.dir.id()).context("report that the machine is running")?;
-            let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
-            rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
-            husk_log::begin(self.file(state_dir::HUSK_LOG)).context("start husk's log")?;
-            self.dir.keep();
+            if self.record.detached {
+                self.detach()?;
+            }
+            if self.record.detached || self.record.keep {
+                self.dir.keep();
+            }
+            notify::ready();
         }
         Ok(())
+    }
+
+    /// Notifies the process that started the machine in the background, and leaves its streams.
+    fn detach(&self) -> Result<()> {
+        // If that process is gone, the machine would go unnoticed.
+        writeln!(std::io::stdout(), "{}", self.dir.id()).context("report that the machine is running")?;
+        let nowhere = File::options().write(true).open("/dev/null").context("open /dev/null")?;
+        rustix::stdio::dup2_stdout(&nowhere).context("leave standard output")?;
+        husk_log::begin(self.file(state_dir::HUSK_LOG)).context("start husk's log")
     }
 
     /// The time until a requested stop is forced, in milliseconds; -1 if there is none. Forces the stop when the time

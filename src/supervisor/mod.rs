@@ -5,6 +5,7 @@ mod control;
 mod drain;
 mod endpoint;
 mod job;
+pub mod notify;
 mod requests;
 mod snapshot;
 

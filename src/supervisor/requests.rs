@@ -203,7 +203,7 @@ impl Supervisor<'_> {
 
     /// Connects the machine's streams to the caller.
     fn attach(&mut self, caller: Caller) -> Result<()> {
-        let Some(hub) = self.endpoint.hub().cloned() else {
+        let Some(hub) = self.endpoint.hub().filter(|_| self.endpoint.is_detached()).cloned() else {
             bail!("the machine runs in the foreground: its streams are on the terminal it was started from");
         };
         let Some(stream) = self.endpoint.server.hand_over(caller) else { return Ok(()) };

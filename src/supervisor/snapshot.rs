@@ -91,7 +91,7 @@ impl Supervisor<'_> {
     /// Saves a machine that waits for its process, and ends it.
     pub(super) fn save_and_end(&mut self, save: &Save) -> Result<()> {
         let config = &self.endpoint.record.config;
-        let (config, disks) = snapshot::portable(config, DisksInside::None)?;
+        let (config, disks) = snapshot::portable(config, DisksInside::None, None)?;
         let order = Order {
             id: snapshot::new_id()?,
             base: None,
@@ -127,7 +127,8 @@ impl Supervisor<'_> {
             (false, true) => DisksInside::Nameless,
             (false, false) => DisksInside::None,
         };
-        let (config, disks) = snapshot::portable(&self.endpoint.record.config, inside)?;
+        let layer = self.endpoint.dir.kept().map(|kept| kept.join(state_dir::LAYER));
+        let (config, disks) = snapshot::portable(&self.endpoint.record.config, inside, layer.as_deref())?;
         let (id, caller, fingerprint) = (snapshot::new_id()?, Some(caller), None);
         let order = Order { id, base, tracks, config, then, fingerprint, caller, holds_guest, presses_button: false };
         if !suspends {

@@ -388,7 +388,29 @@ fn a_failing_machine_is_restarted_up_to_the_limit() {
     machines.await_status("d", "restarting");
     machines.ok(&["stop", "d"]);
     assert_eq!(machines.status("d"), "exited");
-    assert!(machines.fails(&["boot", "--restart", "always", "--kernel", "x"], 2).contains("on-failure:MAX_RETRIES"));
+    assert!(machines.fails(&["boot", "--restart", "sometimes", "--kernel", "x"], 2).contains("on-failure:MAX_RETRIES"));
+}
+
+#[test]
+fn a_machine_is_restarted_until_it_is_stopped() {
+    needs_kvm!();
+    let machines = Machines::new();
+    for (name, policy) in [("a", "always"), ("b", "unless-stopped")] {
+        machines.start(guests::POWER, "do=exit code=0", &["--name", name, "--restart", policy]);
+        let deadline = Instant::now() + TIMEOUT;
+        while machines.inspect(name, "restarts").parse().unwrap_or(0) < 2 {
+            assert!(Instant::now() < deadline, "{name} is not restarted");
+            thread::sleep(Duration::from_millis(10));
+        }
+        machines.ok(&["stop", name]);
+        assert_eq!(machines.status(name), "exited");
+    }
+    // The same if the host asks its husk to end, as when it shuts down.
+    machines.start(guests::POWER, "do=wait-for-button", &["--name", "c", "--restart", "always"]);
+    machines.await_log("c", "listening");
+    send_signal(machines.inspect("c", "pid").parse().unwrap(), "TERM");
+    machines.ok(&["wait", "c"]);
+    assert_eq!((machines.status("c"), machines.inspect("c", "restarts")), ("exited".into(), "0".into()));
 }
 
 #[test]
@@ -635,7 +657,8 @@ fn environment_variables_are_hidden_from_other_users() {
     let pid = machines.inspect("web", "State/Pid");
     assert_eq!(arguments_of(&pid), "husk run --in-background ");
     let dir = machines.runtime.path().join("husk").join(&id);
-    for entry in std::fs::read_dir(&dir).unwrap().flatten() {
+    let is_link = |entry: &std::fs::DirEntry| entry.file_type().unwrap().is_symlink();
+    for entry in std::fs::read_dir(&dir).unwrap().flatten().filter(|entry| !is_link(entry)) {
         let mode = entry.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o177, 0, "{}: {mode:o}", entry.path().display());
     }

@@ -15,35 +15,35 @@ use crate::terminal::Terminal;
 use crate::{Ended, finish, guests, husk_run, wait};
 
 /// A separate set of machines.
-struct Machines {
-    guests: std::path::PathBuf,
-    runtime: TempDir,
+pub struct Machines {
+    pub guests: std::path::PathBuf,
+    pub runtime: TempDir,
 }
 
 impl Machines {
-    fn new(guests: std::path::PathBuf) -> Machines {
+    pub fn new(guests: std::path::PathBuf) -> Machines {
         Machines { guests, runtime: tempfile::tempdir().unwrap() }
     }
 
     /// Any husk command.
-    fn command(&self, words: &[&str]) -> Command {
+    pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
         command.args(words).env("XDG_RUNTIME_DIR", self.runtime.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
-    fn husk(&self, words: &[&str]) -> Ended {
+    pub fn husk(&self, words: &[&str]) -> Ended {
         finish(self.command(words), Vec::new())
     }
 
     #[track_caller]
-    fn ok(&self, words: &[&str]) -> String {
+    pub fn ok(&self, words: &[&str]) -> String {
         self.husk(words).expect(0).text()
     }
 
     /// `husk run -d` of a shell command; returns the result.
-    fn start(&self, name: &str, flags: &[&str], script: &str) -> Ended {
+    pub fn start(&self, name: &str, flags: &[&str], script: &str) -> Ended {
         let words = [&["-d", "--name", name], flags, &[archive(), "sh", "-c", script]].concat();
         let mut command = husk_run(&self.guests, &words);
         command.env("XDG_RUNTIME_DIR", self.runtime.path());

@@ -55,7 +55,7 @@ fn the_third_signal_ends_a_process_that_ignores_them() {
 
 /// Runs `yes`, which blocks because its output is not read.
 fn unread(guests: &Path, runtime: &Path) -> (Child, BufReader<std::process::ChildStdout>) {
-    let words = ["--name", "full", archive(), "sh", "-c", "echo ready; exec yes"];
+    let words = ["--rm", "--name", "full", archive(), "sh", "-c", "echo ready; exec yes"];
     let mut command = husk_run(guests, &words);
     command.env("XDG_RUNTIME_DIR", runtime);
     let started = start(command);

@@ -16,6 +16,7 @@ mod reach;
 mod restored;
 mod settings;
 mod share;
+mod stays;
 mod streams;
 #[path = "../kvm/terminal.rs"]
 mod terminal;

@@ -61,7 +61,7 @@ fn header(name: &str) -> [u8; 512] {
 /// `husk exec` right after it.
 fn first_line_and_exec(guests: &Path, kernel: &str, script: &str) -> (String, String) {
     let runtime = tempfile::tempdir().unwrap();
-    let mut command = husk_under(guests, kernel, &["--name", "small", archive(), "sh", "-c", script]);
+    let mut command = husk_under(guests, kernel, &["--rm", "--name", "small", archive(), "sh", "-c", script]);
     let started = Instant::now();
     let mut child = command.env("XDG_RUNTIME_DIR", runtime.path()).spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());

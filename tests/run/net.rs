@@ -144,7 +144,7 @@ fn a_guest_has_a_network_and_dns_by_default() {
     );
     let dns = host.to_string();
     // Without --network; the stock kernel has its driver as modules.
-    let ended = networked(&guests, "stock", &["--name", "box", "--dns", &dns], &script);
+    let ended = networked(&guests, "stock", &["--rm", "--name", "box", "--dns", &dns], &script);
     let text = ended.text();
     let mut lines = text.lines();
     assert_eq!(lines.next().unwrap().parse::<MacAddress>(), Ok(mac_of("box", 0)), "{text}");
@@ -252,13 +252,13 @@ fn machines_of_a_network_reach_each_other_by_name() {
     let made = husk(&["network", "create", "--internal", "--subnet", "10.86.77.0/24", "test"]);
     assert_eq!(made, "test 10.86.77.0/24\n");
     let script = "mkdir /www; echo from db >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
-    let (db, _output) = start(&guests, &["--network", "test", "--name", "db"], script);
+    let (db, _output) = start(&guests, &["--network", "test", "--rm", "--name", "db"], script);
     let listed = husk(&["network", "ls"]);
     assert!(listed.contains("test        10.86.77.0/24") && listed.contains("db (10.86.77."), "{listed}");
     let script = "cat /etc/resolv.conf; wget -qO- http://db/; ping -c 1 db >/dev/null && echo pinged; ip route | grep -c default";
-    let ended = networked(&guests, "micro", &["--network", "test", "--name", "app"], script);
+    let ended = networked(&guests, "micro", &["--network", "test", "--rm", "--name", "app"], script);
     assert_eq!(ended.text(), "nameserver 10.86.77.1\nfrom db\npinged\n0\n", "{}", ended.errors);
-    let refused = networked(&guests, "micro", &["--network", "test", "--name", "db"], "true");
+    let refused = networked(&guests, "micro", &["--network", "test", "--rm", "--name", "db"], "true");
     assert!(refused.expect(125).errors.contains("the name db is in use"), "{}", refused.errors);
     let mut rm = Command::new(std::env::var_os("HUSK").unwrap_or(env!("CARGO_BIN_EXE_husk").into()));
     let refused = rm.args(["network", "rm", "test"]).output().unwrap();

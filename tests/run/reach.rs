@@ -83,7 +83,8 @@ fn port_ranges_and_udp_reach_a_guest_by_ipv4_and_ipv6() {
     let (Some(host), Some(host_v6)) = (host(), host_v6()) else { return };
     let (first, perf) = (free_ports(), free_port());
     let published = [format!("{first}-{}:8080-8082", first + 2), format!("{perf}:53"), format!("{perf}:53/udp")];
-    let flags: Vec<&str> = published.iter().flat_map(|port| ["-p", port]).chain(["--name", "reached"]).collect();
+    let flags: Vec<&str> =
+        published.iter().flat_map(|port| ["-p", port]).chain(["--rm", "--name", "reached"]).collect();
     let script = format!(
         "for port in 8080 8081 8082; do mkdir -p /www/$port; echo $port >/www/$port/number; httpd -p $port -h /www/$port; done
          iperf3 -s -p 53 -D
@@ -168,7 +169,8 @@ fn an_unprivileged_user_gets_a_network_and_a_preconfigured_tap() {
     ip("link set husk-own up");
     let (web, other) = (free_port(), free_port());
     let (published, others) = (format!("{web}:80"), format!("{other}:80"));
-    let flags = ["--name", "own", "-p", &published, "--network", "user", "--network", "tap=husk-own,ip=198.18.10.2/24"];
+    let flags =
+        ["--rm", "--name", "own", "-p", &published, "--network", "user", "--network", "tap=husk-own,ip=198.18.10.2/24"];
     let script = |word: &str| {
         format!(
             "mkdir /www; echo {word} >/www/word; httpd -p 80 -h /www; echo ready
@@ -180,7 +182,7 @@ fn an_unprivileged_user_gets_a_network_and_a_preconfigured_tap() {
     command.uid(NOBODY).gid(NOBODY).env("HUSK_DATA", &dir).env("HOME", &dir);
     let (machine, output) = ready(&mut command);
     // A second machine of the same user, concurrently.
-    let (second, _output) = start(&guests, &["--name", "other", "-p", &others], &script("other"));
+    let (second, _output) = start(&guests, &["--rm", "--name", "other", "-p", &others], &script("other"));
     assert_eq!(get(&format!("http://127.0.0.1:{web}/word")), "own\n");
     assert_eq!(get(&format!("http://127.0.0.1:{other}/word")), "other\n");
     assert_eq!(get("http://198.18.10.2/word"), "own\n");

@@ -194,7 +194,8 @@ fn kernel_of(guests: &Path) -> GuestKernel {
 /// A machine that runs a shell command.
 fn spec(script: &str, stdin: bool, hostname: &str) -> GuestSpec {
     let defaults = Defaults { env: vec!["PATH=/bin".into()], ..Defaults::default() };
-    let root_fs = RootFs::Image { root: root(), defaults, writable: WritableLayer::Memory, in_use: None };
+    let root_fs =
+        RootFs::Image { root: root(), identity: [0; 16], defaults, writable: WritableLayer::Memory, in_use: None };
     let command = ["sh", "-c", script].map(Into::into).to_vec();
     let overrides = Overrides { command, working_dir: Some("/made/here".into()), ..Overrides::default() };
     let tmpfs = vec![process::tmpfs("/scratch:size=1m").unwrap()];

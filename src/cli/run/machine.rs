@@ -61,19 +61,16 @@ pub(in crate::cli) struct MachineFlags {
 }
 
 impl MachineFlags {
-    /// Identifies the image: a file recognized by its content, or a source for the image store. `writable` returns the writable
-    /// layer of an image with this identity. `None` if it cannot be prepared, which has been reported.
-    pub fn root_fs(
-        &self,
-        image: &Path,
-        writable: impl FnOnce([u8; 16]) -> Result<WritableLayer>,
-    ) -> Result<Option<RootFs>> {
+    /// Identifies the image: a file recognized by its content, or a source for the image store, where it is the one with the
+    /// identity `pinned`, if given. Changes to it are in guest memory. `None` if it cannot be prepared, which has been reported.
+    pub fn root_fs(&self, image: &Path, pinned: Option<&str>) -> Result<Option<RootFs>> {
         let (root, defaults, in_use, identity) = match on_demand::identify(image)? {
             Kind::Disk => return Ok(Some(RootFs::Disk { path: image.to_owned(), readonly: self.read_only })),
             Kind::Root { uuid } => (image.to_owned(), Defaults::default(), None, uuid),
             Kind::Other => {
-                let word =
+                let name =
                     image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
+                let word = pinned.unwrap_or(name);
                 let Some(prepared) = on_demand::find_or_prepare(word, self.max_size, self.limits.sandbox())? else {
                     return Ok(None);
                 };
@@ -83,7 +80,8 @@ impl MachineFlags {
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
             }
         };
-        Ok(Some(RootFs::Image { root, defaults, writable: writable(identity)?, in_use }))
+        let writable = if self.read_only { WritableLayer::None } else { WritableLayer::Memory };
+        Ok(Some(RootFs::Image { root, identity, defaults, writable, in_use }))
     }
 
     /// Takes the values of the machine in the snapshot `dir`, and returns its image.

@@ -61,7 +61,11 @@ pub fn run(
     // Left behind by a failed run.
     let _ = std::fs::remove_file(&service);
     let listener = socket::listen(&service, 0o600).with_context(|| format!("listen on {}", service.display()))?;
-    let endpoints = endpoint.hub().map_or(Endpoints::Stdio, |hub| Endpoints::Hub(hub.clone()));
+    let endpoints = match endpoint.hub().cloned() {
+        Some(hub) if endpoint.is_detached() => Endpoints::Hub(hub),
+        Some(hub) => Endpoints::Logged(hub),
+        None => Endpoints::Stdio,
+    };
     let (stdin, terminal) = match &start {
         Start::Boot { stdin, terminal } | Start::Resume { stdin, terminal, .. } => (*stdin, *terminal),
         Start::Begin(run) => (run.process.stdin, run.process.terminal.is_some()),

@@ -32,7 +32,8 @@ fn a_machine_that_sends_no_requests_has_no_passt_until_its_first_connection() {
     let (Some(host), Some(_)) = (host(), host_v6()) else { return };
     let server = serve(host);
     for kernel in ["micro", "stock"] {
-        let (machine, _output) = start_under(kernel, &guests, &["--name", "silent"], "echo ready; exec sleep 1000");
+        let (machine, _output) =
+            start_under(kernel, &guests, &["--rm", "--name", "silent"], "echo ready; exec sleep 1000");
         thread::sleep(SETTLED);
         assert!(sent("silent") > 0, "{kernel}: it reports its IPv6 groups");
         assert_eq!(passt_of(machine.id()), None, "{kernel}");
@@ -52,7 +53,7 @@ fn a_machine_that_sends_no_requests_has_no_passt_until_its_first_connection() {
 fn a_router_solicitation_starts_passt() {
     let guests = guests!();
     let (Some(_), Some(_)) = (host(), host_v6()) else { return };
-    let (machine, _output) = start_under("micro", &guests, &["--name", "slaac"], "echo ready; exec sleep 1000");
+    let (machine, _output) = start_under("micro", &guests, &["--rm", "--name", "slaac"], "echo ready; exec sleep 1000");
     thread::sleep(SETTLED);
     assert_eq!(passt_of(machine.id()), None);
     // The kernel configures itself, like that of a guest with another init.

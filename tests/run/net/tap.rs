@@ -17,7 +17,7 @@ fn a_tap_device_carries_routed_traffic() {
     if !is_root() {
         return;
     }
-    let flags = ["--name", "tapped", "--network", "tap=husk-tap,ip=198.18.7.2/24,gateway=198.18.7.1"];
+    let flags = ["--rm", "--name", "tapped", "--network", "tap=husk-tap,ip=198.18.7.2/24,gateway=198.18.7.1"];
     let script = "iperf3 -s -D; mkdir /www; echo from the guest >/www/index.html; httpd -p 80 -h /www; echo ready; exec sleep 1000";
     let (machine, _output) = start(&guests, &flags, script);
     // It was created with the machine, and is configured by the host.
@@ -65,7 +65,7 @@ fn a_tap_device_has_a_pair_of_queues_for_each_vcpu() {
     }
     // Served by husk; the test below uses the kernel.
     let network = "tap=husk-pairs,vhost=off,ip=198.18.8.2/24,gateway=198.18.8.1";
-    let flags = ["--name", "pairs", "--cpus", "2", "--network", network];
+    let flags = ["--rm", "--name", "pairs", "--cpus", "2", "--network", network];
     let (machine, _output) = start(&guests, &flags, "iperf3 -s -D; echo ready; exec sleep 1000");
     run(Command::new("ip").args(["addr", "add", "198.18.8.1/24", "dev", "husk-pairs"]));
     run(Command::new("ip").args(["link", "set", "husk-pairs", "up"]));
@@ -137,7 +137,7 @@ fn vhost_serves_a_tap_device_unless_a_feature_is_missing() {
     let script = "iperf3 -s -D; mkdir /www; head -c 2000000 /dev/zero >/www/big; httpd -p 80 -h /www; echo ready; exec sleep 1000";
     // One queue pair under the stock kernel, and two.
     for (kernel, cpus, threads) in [("stock", "1", 1), ("micro", "2", 2)] {
-        let flags = ["--name", "vhosted", "--cpus", cpus, "--network", network];
+        let flags = ["--rm", "--name", "vhosted", "--cpus", cpus, "--network", network];
         let (machine, _output) = start_under(kernel, &guests, &flags, script);
         run(Command::new("ip").args(["addr", "add", "198.18.9.1/24", "dev", "husk-vhost"]));
         run(Command::new("ip").args(["link", "set", "husk-vhost", "up"]));

@@ -1,0 +1,125 @@
+//! Starts the process that runs a machine: in the background, or in the place of this one.
+
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::io::Read;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{AGAIN_FLAG, ATTACHED_FLAG};
+use crate::cli::argv::{self, IN_BACKGROUND};
+use crate::cli::exit::Exit;
+use crate::state_dir::MachineEntry;
+use crate::state_dir::origin::Origin;
+use crate::state_dir::record::Record;
+use crate::supervisor::notify;
+
+/// Starts this command again in the background, and waits until its machine is running or has failed to start.
+pub fn spawn_detached() -> Result<Exit> {
+    match launch(Command::new("/proc/self/exe"), argv::all(), None)? {
+        Launched::Running(id) => crate::cli::print(&id).map(|()| Exit::Success),
+        Launched::Failed(exit) => Ok(exit),
+    }
+}
+
+/// Starts a stopped machine in the background, as it was started before, or where it was suspended. That process prints its own errors.
+pub fn start_stopped(entry: &MachineEntry) -> Result<Exit> {
+    let (command, words) = command_of(entry)?;
+    Ok(match launch(command, &words, Some(&entry.id))? {
+        Launched::Running(_) => Exit::Success,
+        Launched::Failed(exit) => exit,
+    })
+}
+
+/// Replaces this process by one that starts a stopped machine, with this process's terminal and streams. Without `stdin`, the
+/// machine's process gets nothing from standard input, and no end of it. Returns only if that fails.
+pub fn become_stopped(entry: &MachineEntry, stdin: bool) -> Result<Infallible> {
+    let (mut command, words) = command_of(entry)?;
+    if !stdin {
+        silence_stdin().context("replace standard input")?;
+    }
+    let (before, after) = words.split_at(argv::command_index(&words)? + 1);
+    command.arg0("husk").args(before).arg(format!("{AGAIN_FLAG}={}", entry.id)).arg(ATTACHED_FLAG).args(after);
+    command.envs(std::env::vars_os().filter(|(name, _)| name == notify::SOCKET));
+    Err(command.exec()).context("start husk")
+}
+
+/// Makes standard input one that says nothing and does not end, for as long as this process runs, whatever it executes.
+fn silence_stdin() -> std::io::Result<()> {
+    let (reader, writer) = std::io::pipe()?;
+    rustix::stdio::dup2_stdin(&reader)?;
+    rustix::io::fcntl_setfd(&writer, rustix::io::FdFlags::empty())?;
+    std::mem::forget(writer);
+    Ok(())
+}
+
+/// The command that starts a stopped machine, and its arguments.
+fn command_of(entry: &MachineEntry) -> Result<(Command, Vec<OsString>)> {
+    check_restartable(entry)?;
+    match entry.suspended() {
+        Some(snapshot) => Ok((Command::new("/proc/self/exe"), continue_words(entry.record()?, snapshot))),
+        None => Origin::read(entry)?.command(),
+    }
+}
+
+/// The command line that continues a suspended machine.
+fn continue_words(record: &Record, snapshot: &Path) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec!["restore".into()];
+    match (record.restarts_always, record.max_retries) {
+        (true, _) => words.push("--restart=always".into()),
+        (false, 0) => {}
+        (false, times) => words.push(format!("--restart=on-failure:{times}").into()),
+    }
+    words.extend(record.log_max_bytes.map(|bytes| format!("--log-max={bytes}").into()));
+    words.extend(["--".into(), snapshot.into()]);
+    words
+}
+
+/// Fails if the machine is removed when it exits.
+pub fn check_restartable(entry: &MachineEntry) -> Result<()> {
+    ensure!(
+        entry.record()?.stays(),
+        "only a machine that was created, or started with --detach or --name, and without --rm can be started again"
+    );
+    Ok(())
+}
+
+/// The result of starting a machine in the background.
+enum Launched {
+    /// The machine is running; its ID, with a newline.
+    Running(String),
+    /// It failed, and has reported why.
+    Failed(Exit),
+}
+
+/// Runs `command` with `words` in the background, for a new machine or a stopped one. Returns when it is running or has
+/// failed.
+///
+/// The arguments are sent through a pipe: a process's arguments are readable by everyone, and may contain secrets.
+fn launch(mut command: Command, words: &[OsString], again: Option<&str>) -> Result<Launched> {
+    let place = argv::command_index(words)?;
+    command.arg0("husk").args(words.get(place)).arg(IN_BACKGROUND);
+    command.args(again.map(|id| format!("{AGAIN_FLAG}={id}"))).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().context("start husk in the background")?;
+    if let Some(pipe) = child.stdin.take() {
+        // If it has already exited, its exit status tells why.
+        let _ = argv::send(words, pipe);
+    }
+    let mut id = String::new();
+    if let Some(stdout) = &mut child.stdout {
+        stdout.read_to_string(&mut id).context("read from husk in the background")?;
+    }
+    if id.is_empty() {
+        let status = child.wait().context("wait for husk in the background")?;
+        if let Some(signal) = status.signal() {
+            bail!("the machine's husk process was killed by signal {signal}");
+        }
+        // It has reported why.
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        return Ok(Launched::Failed(code.map_or(Exit::NotRun, Exit::Reported)));
+    }
+    Ok(Launched::Running(id))
+}
