@@ -107,8 +107,8 @@ impl Index {
         self.names.iter().filter(|&(_, &named)| named == id).map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Adds an image. An unnamed image of an older state of the same path is removed.
-    pub fn add(&mut self, id: Digest, mut record: Record, file: Option<String>) {
+    /// Adds an image. An unnamed image of an older state of the same path is removed, unless it `is_used`.
+    pub fn add(&mut self, id: Digest, mut record: Record, file: Option<String>, is_used: &dyn Fn(Digest) -> bool) {
         if let Some(known) = self.images.get(&id) {
             record.keep_what_is_known(known);
         }
@@ -116,7 +116,7 @@ impl Index {
             let old = self.images.iter().filter(|&(&old, found)| found.source == record.source && old != id);
             let old: Vec<Digest> = old.map(|(&old, _)| old).collect();
             for old in old {
-                if self.names_of(old).is_empty() {
+                if self.names_of(old).is_empty() && !is_used(old) {
                     self.remove(old);
                 }
             }

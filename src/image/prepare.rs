@@ -202,7 +202,7 @@ impl Store {
     ) -> Result<Prepared> {
         let process = record.process.clone();
         self.update(|index| {
-            index.add(id, record, file);
+            index.add(id, record, file, &|id| !self.machines_with(id).is_empty());
             index.names.extend(names.into_iter().map(|name| (name, id)));
             Ok(())
         })?;
