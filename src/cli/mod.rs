@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod exec;
 pub mod exit;
 mod filter;
+pub mod generate;
 pub mod images;
 mod import;
 pub mod inspect;
@@ -123,6 +124,8 @@ enum Command {
     Start(start::Start),
     /// Restart machines
     Restart(start::Restart),
+    /// Generate a unit for systemd that runs a machine
+    Generate(generate::Generate),
     /// Kill running machines, or send them a signal
     Kill(kill::Kill),
     /// Block until machines stop, then print their exit codes
@@ -198,6 +201,7 @@ impl Cli {
             Command::Stop(stop) => stop.run(),
             Command::Start(start) => start.run(),
             Command::Restart(restart) => restart.run(),
+            Command::Generate(generate) => generate.run(),
             Command::Kill(kill) => kill.run(),
             Command::Wait(wait) => wait.run(),
             Command::Pause(pause) => pause.pause(),

@@ -9,6 +9,7 @@ use super::exit::Exit;
 use super::{attach, lifecycle, machines, time};
 use crate::request::Request;
 use crate::state_dir::{self, MachineEntry, StateDir};
+use crate::supervisor::notify;
 
 const START_EXAMPLES: &str = "\
 Examples:
@@ -69,6 +70,7 @@ impl Start {
         let [machine] = self.machines.as_slice() else { bail!("only one machine can be attached to this terminal") };
         let entry = StateDir::open()?.find(machine)?;
         if entry.alive {
+            notify::ready();
             return attach::attach_to(&entry, self.interactive);
         }
         match lifecycle::become_stopped(&entry, self.interactive)? {}

@@ -195,6 +195,11 @@ impl MachineEntry {
         self.path.join(name)
     }
 
+    /// The directory that contains all machines' directories: `husk` in `$XDG_RUNTIME_DIR`, if that was set.
+    pub fn base(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("/"))
+    }
+
     /// The name, or the ID if there is no name.
     pub fn name(&self) -> &str {
         self.record.as_ref().and_then(|record| record.name.as_deref()).unwrap_or(&self.id)

@@ -66,6 +66,22 @@ impl Origin {
         read().with_context(|| format!("read {}", path.display()))
     }
 
+    /// The arguments, without the program's name.
+    pub fn words(&self) -> Vec<OsString> {
+        self.words.iter().cloned().map(bytes).collect()
+    }
+
+    /// The working directory.
+    pub fn dir(&self) -> PathBuf {
+        PathBuf::from(bytes(self.dir.clone()))
+    }
+
+    /// The value of an environment variable.
+    pub fn variable(&self, name: &str) -> Option<OsString> {
+        let is_it = |(found, _): &&(Text, Text)| bytes(found.clone()) == name;
+        self.variables.iter().find(is_it).map(|(_, value)| bytes(value.clone()))
+    }
+
     /// This program with the same working directory, environment and arguments.
     pub fn command(self) -> Result<(Command, Vec<OsString>)> {
         let dir = PathBuf::from(bytes(self.dir));

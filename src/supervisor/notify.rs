@@ -9,7 +9,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 pub const SOCKET: &str = "NOTIFY_SOCKET";
 
 /// Tells the service manager, if there is one, that the machine is running.
-pub(super) fn ready() {
+pub fn ready() {
     if let Some(socket) = std::env::var_os(SOCKET)
         && let Err(error) = say(&socket, b"READY=1")
     {
