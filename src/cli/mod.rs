@@ -99,7 +99,7 @@ pub struct Cli {
 #[command(defer = true)]
 enum Command {
     /// Boot a machine from a kernel, an initrd and disks, with its console on this terminal
-    Boot(boot::Boot),
+    Boot(Box<boot::Boot>),
     /// Run a command from an image in a new machine
     Run(Box<run::Run>),
     /// Create a machine without starting it

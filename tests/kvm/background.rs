@@ -398,7 +398,7 @@ fn a_machine_is_restarted_until_it_is_stopped() {
     for (name, policy) in [("a", "always"), ("b", "unless-stopped")] {
         machines.start(guests::POWER, "do=exit code=0", &["--name", name, "--restart", policy]);
         let deadline = Instant::now() + TIMEOUT;
-        while machines.inspect(name, "restarts").parse().unwrap_or(0) < 2 {
+        while machines.inspect(name, "RestartCount").parse().unwrap_or(0) < 2 {
             assert!(Instant::now() < deadline, "{name} is not restarted");
             thread::sleep(Duration::from_millis(10));
         }
@@ -408,9 +408,9 @@ fn a_machine_is_restarted_until_it_is_stopped() {
     // The same if the host asks its husk to end, as when it shuts down.
     machines.start(guests::POWER, "do=wait-for-button", &["--name", "c", "--restart", "always"]);
     machines.await_log("c", "listening");
-    send_signal(machines.inspect("c", "pid").parse().unwrap(), "TERM");
+    send_signal(machines.inspect("c", "State/Pid").parse().unwrap(), "TERM");
     machines.ok(&["wait", "c"]);
-    assert_eq!((machines.status("c"), machines.inspect("c", "restarts")), ("exited".into(), "0".into()));
+    assert_eq!((machines.status("c"), machines.inspect("c", "RestartCount")), ("exited".into(), "0".into()));
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn a_machine_keeps_what_it_changes_until_it_is_removed() {
         test $(($(date +%s) - began)) -lt 2 || echo waited; echo \"$word\" >&2; exit 3";
     let first = with(&machines, false, &["-i", "--name", "job", archive(), "sh", "-c", script], b"one\n");
     assert_eq!(first.expect(3).text(), "run\n", "{}", first.errors);
-    assert!(machines.ok(&["ps", "-a"]).contains("exited (3)"));
+    assert!(machines.ok(&["ps", "-a"]).contains("Exited (3)"));
     let again = finish(machines.command(&["start", "-a", "-i", "job"]), b"two\n".to_vec());
     assert_eq!(again.expect(3).text(), "run\nrun\n");
     assert!(again.errors.ends_with("two\n"), "{}", again.errors);
@@ -55,8 +55,8 @@ fn a_machine_survives_its_husk_and_the_state_directory() {
     let refused = finish(with_store(&machines, &["rmi", archive()]), Vec::new());
     assert!(refused.expect(1).errors.contains("in use"), "{}", refused.errors);
     let json: serde_json::Value = serde_json::from_str(&machines.ok(&["inspect", "box"])).unwrap();
-    run(Command::new("kill").args(["-9", &json[0]["pid"].to_string()]));
-    while !machines.ok(&["ps", "-a"]).contains("lost") {}
+    run(Command::new("kill").args(["-9", &json[0]["State"]["Pid"].to_string()]));
+    while !machines.ok(&["ps", "-a"]).contains("Lost") {}
     let refused = finish(with_store(&machines, &["rmi", archive()]), Vec::new());
     assert!(refused.expect(1).errors.contains("husk rm box"), "{}", refused.errors);
     // As after a restart of the host.
@@ -99,7 +99,7 @@ fn a_created_machine_runs_when_it_is_started() {
     assert_eq!(fs::read_to_string(&file).unwrap(), id.trim_end());
     let again = with(&machines, true, &words, b"");
     assert!(again.expect(125).errors.contains("id exists"), "{}", again.errors);
-    assert!(machines.ok(&["ps", "-a"]).contains("created"));
+    assert!(machines.ok(&["ps", "-a"]).contains("Created"));
     assert_eq!(machines.ok(&["ps", "-q"]), "");
     assert_eq!(machines.ok(&["wait", "later"]), "0\n");
     let ran = machines.husk(&["start", "-a", "later"]);

@@ -213,13 +213,13 @@ fn condition(entry: &MachineEntry, record: &Record) -> Condition {
         State::Exited { code, at_ms, reason } => (*code, reason.clone().unwrap_or_default(), time(*at_ms)),
         State::Suspended { since_ms } => (0, String::new(), time(*since_ms)),
         State::Lost => (137, "husk was killed".to_owned(), NEVER.to_owned()),
-        State::Starting | State::Running { .. } | State::Paused { .. } | State::Restarting { .. } => {
+        State::Created | State::Starting | State::Running { .. } | State::Paused { .. } | State::Restarting { .. } => {
             (0, String::new(), NEVER.to_owned())
         }
     };
     let started_at = match &state {
         State::Running { since_ms } => time(*since_ms),
-        State::Starting => NEVER.to_owned(),
+        State::Created | State::Starting => NEVER.to_owned(),
         _ => time(record.created_ms),
     };
     let paused = matches!(state, State::Paused { .. });
@@ -273,7 +273,11 @@ fn host_config(record: &Record) -> HostConfig {
     let config = &record.config;
     let millicpus = config.cpu_limit_millicpus.unwrap_or(config.cpus * 1000);
     let cpus: Vec<String> = config.cpuset.iter().map(u32::to_string).collect();
-    let name = if record.max_retries > 0 { "on-failure" } else { "no" };
+    let name = match (record.restarts_always, record.max_retries) {
+        (true, _) => "always",
+        (false, 0) => "no",
+        (false, _) => "on-failure",
+    };
     HostConfig {
         nano_cpus: u64::from(millicpus) * 1_000_000,
         cpu_shares: config.cpu_shares.unwrap_or_default(),

@@ -30,8 +30,8 @@ impl FromStr for RestartPolicy {
     /// Parses `no`, `on-failure`, `on-failure:TIMES`, `always` and `unless-stopped`.
     fn from_str(text: &str) -> Result<RestartPolicy, String> {
         let max_retries = match text.split_once(':') {
-            None if text == "no" => Some(0),
-            None if matches!(text, "on-failure" | "always" | "unless-stopped") => Some(u32::MAX),
+            None if matches!(text, "no" | "always" | "unless-stopped") => Some(0),
+            None if text == "on-failure" => Some(u32::MAX),
             Some(("on-failure", times)) => times.parse().ok(),
             _ => None,
         };
