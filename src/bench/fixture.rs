@@ -24,6 +24,7 @@ use super::contender::{Job, WORKLOAD};
 use super::report::{self, Limits};
 use super::work_dir::{self, WorkDir};
 use super::workload;
+use crate::image::on_demand::Finding;
 use crate::image::{Progress, Source, Store, on_demand};
 use crate::resources::programs;
 use crate::resources::root_file::Kind;
@@ -104,10 +105,12 @@ pub fn find(word: &str, max_bytes: Option<u64>) -> Result<Option<PreparedImage>>
     let (id, root, in_use) = match on_demand::identify(path)? {
         Kind::Disk => bail!("{word} is a disk image, which containers cannot use: type a container image"),
         Kind::Root { uuid } => (uuid.map(|byte| format!("{byte:02x}")).concat(), path.to_owned(), None),
-        Kind::Other => match on_demand::find_or_prepare(word, max_bytes, true)? {
-            Some(prepared) => (prepared.id.hex(), prepared.root, Some(prepared.in_use)),
-            None => return Ok(None),
-        },
+        Kind::Other => {
+            match on_demand::find_or_prepare(word, Finding { max_bytes, sandbox: true, ..Finding::default() })? {
+                Some(prepared) => (prepared.id.hex(), prepared.root, Some(prepared.in_use)),
+                None => return Ok(None),
+            }
+        }
     };
     let info = report::Image { name: word.to_owned(), id: format!("sha256:{id}"), bytes: 0 };
     Ok(Some(PreparedImage { info, root, _in_use: in_use }))
@@ -121,7 +124,8 @@ pub fn prepare(work_dir: &WorkDir, image: &mut PreparedImage, data_bytes: u64, l
     add(&root, data_bytes).with_context(|| format!("add the workload program to {}", root.display()))?;
     let store = Store::open(&work_dir.dir.join("store"))?;
     let source = Source::Path { path: root.clone(), image: None };
-    let (prepared, _) = store.load(&source, Some(&IMAGE.parse()?), Progress::Hidden)?;
+    let loaded = store.load(&source, Some(&IMAGE.parse()?), Progress::Hidden)?;
+    let (prepared, _) = loaded.into_iter().next().context("no image was loaded")?;
     let dir = work_dir.dir.clone();
     fs::create_dir(dir.join("instances")).context("create a directory for instances")?;
     let husk = std::env::current_exe().context("find the husk executable")?;

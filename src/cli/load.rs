@@ -15,7 +15,7 @@ const EXAMPLES: &str = "\
 Examples:
   docker save debian:12 | husk load
   docker save debian:12 -o debian.tar && husk load debian.tar
-  husk load docker-archive:images.tar:debian:12     (one image of several)
+  husk load docker-archive:images.tar:debian:12     (one image of several, by default all)
   husk load oci:layout-directory:latest --name app
   husk load rootfs.tar.zst --name debian:mine
   sudo debootstrap bookworm root && sudo husk load ./root --name bookworm
@@ -35,9 +35,13 @@ pub(super) struct Load {
     #[arg(short, long, value_name = "PATH", value_parser = path, conflicts_with = "path")]
     input: Option<Input>,
 
-    /// Name for the image, instead of the names in the archive
+    /// Name for the only image, instead of the names in the archive
     #[arg(short, long, value_parser = super::pull::reference)]
     name: Option<Reference>,
+
+    /// Suppress progress output
+    #[arg(short, long)]
+    quiet: bool,
 
     #[command(flatten)]
     import: ImportFlags,
@@ -47,8 +51,9 @@ impl Load {
     /// Adds the image to the store and prints its name.
     pub fn run(self) -> Result<Exit> {
         let store = self.import.store()?;
-        let (name, progress) = (self.name.as_ref(), Progress::on_terminal());
-        let (prepared, names) = match self.path.or(self.input).unwrap_or(Input::Stdin) {
+        let (name, progress) =
+            (self.name.as_ref(), if self.quiet { Progress::Hidden } else { Progress::on_terminal() });
+        let loaded = match self.path.or(self.input).unwrap_or(Input::Stdin) {
             Input::Source(source) => store.load(&source, name, progress)?,
             Input::Stdin => {
                 let stdin = std::io::stdin();
@@ -60,12 +65,15 @@ impl Load {
                 store.load_stream(input.into(), name, progress)?
             }
         };
-        let id = prepared.id.short();
-        let names = if names.is_empty() { vec![id.clone()] } else { names };
-        // Any archive that is not an image is taken as a root file system.
-        let taken = if prepared.is_bare_root { ", taken as a root filesystem" } else { "" };
-        let lines: String = names.iter().map(|name| format!("Loaded {name} ({id}){taken}\n")).collect();
-        super::print(&lines)?;
+        for (prepared, names) in loaded {
+            // Any archive that is not an image is taken as a root file system.
+            let taken = if prepared.is_bare_root { ", taken as a root filesystem" } else { "" };
+            let lines: String = match names.is_empty() {
+                true => format!("Loaded image ID: {}{taken}\n", prepared.id),
+                false => names.iter().map(|name| format!("Loaded image: {name}{taken}\n")).collect(),
+            };
+            super::print(&lines)?;
+        }
         Ok(Exit::Success)
     }
 }

@@ -14,8 +14,10 @@ pub mod exec;
 pub mod exit;
 mod filter;
 pub mod generate;
+pub mod history;
 pub mod images;
 mod import;
+pub mod import_root;
 pub mod inspect;
 pub mod kill;
 mod labels;
@@ -42,6 +44,7 @@ pub mod restore;
 pub mod rm;
 pub mod rmi;
 pub mod run;
+pub mod save;
 mod signal;
 mod size;
 pub mod snapshot;
@@ -153,6 +156,12 @@ enum Command {
     Prepare(prepare::Prepare),
     /// Load an image from an archive or a directory
     Load(load::Load),
+    /// Save images to an archive
+    Save(save::Save),
+    /// Make an image of a root filesystem
+    Import(import_root::ImportRoot),
+    /// Show the history of an image
+    History(history::History),
     /// Make a snapshot that machines for an image start from, without booting
     Warm(Box<warm::Warm>),
     /// List images
@@ -215,6 +224,9 @@ impl Cli {
             Command::Pull(pull) => pull.run(),
             Command::Prepare(prepare) => prepare.run(),
             Command::Load(load) => load.run(),
+            Command::Save(save) => save.run(),
+            Command::Import(import) => import.run(),
+            Command::History(history) => history.run(),
             Command::Warm(warm) => warm.run(started),
             Command::Images(images) => images.run(),
             Command::Inspect(inspect) => inspect.run(),

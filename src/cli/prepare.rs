@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::import::ImportFlags;
-use crate::image::{Form, Progress, Source};
+use crate::image::{Form, Platform, Progress, Source};
 use crate::sys;
 
 #[derive(Debug, Args)]
@@ -19,6 +19,14 @@ pub(super) struct Prepare {
 
     #[command(flatten)]
     import: ImportFlags,
+
+    /// Pull the image even if it is in the store
+    #[arg(long)]
+    pull: bool,
+
+    /// Platform of an image that is pulled
+    #[arg(long, value_name = "OS/ARCH", default_value = "linux/amd64", value_parser = super::pull::platform)]
+    platform: Platform,
 
     /// Do not compress the root filesystem (to measure the cost of compression)
     #[arg(long)]
@@ -37,7 +45,14 @@ impl Prepare {
         if matches!(source, Source::Name { path: None, .. }) && Path::new(&self.image).exists() {
             super::print_stderr(&format!("husk: {0} is taken as an image name; use ./{0} for the file\n", self.image));
         }
-        let prepared = store.prepare(&source, Progress::on_terminal())?;
+        let progress = Progress::on_terminal();
+        let is_to_be_pulled = self.pull || store.prepared(&source)?.is_none() && self.platform != Platform::default();
+        let prepared = match &source {
+            Source::Name { reference, .. } if is_to_be_pulled && store.path_of(&source)?.is_none() => {
+                store.pull(reference, &self.platform, progress)?.prepared
+            }
+            _ => store.prepare(&source, progress)?,
+        };
         if prepared.is_bare_root {
             let list = "manifest.json or index.json";
             super::print_stderr(&format!("husk: {} has no {list}: taken as a root filesystem\n", self.image));

@@ -228,7 +228,8 @@ fn mounts(record: &Record) -> Vec<String> {
     paths.map(|path| volumes::name_of(path).map_or_else(|| path.display().to_string(), str::to_owned)).collect()
 }
 
-fn shortened(text: &str, max_chars: usize) -> String {
+/// The start of a text, at most so many characters long.
+pub fn shortened(text: &str, max_chars: usize) -> String {
     if text.chars().count() <= max_chars {
         return text.to_owned();
     }

@@ -5,6 +5,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::import::ImportFlags;
+use crate::image::on_demand::{Finding, PullPolicy};
 use crate::image::reference::Reference;
 use crate::image::{Platform, Progress};
 
@@ -60,10 +61,43 @@ pub fn reference(text: &str) -> Result<Reference, String> {
     text.parse().map_err(|error: anyhow::Error| format!("{error:#}"))
 }
 
-fn platform(text: &str) -> Result<Platform, String> {
+/// When to pull, for commands that run an image.
+#[derive(Debug, Args)]
+pub(super) struct PullFlags {
+    /// When to pull the image: always, missing or never
+    #[arg(long, value_name = "POLICY", value_parser = policy, default_value = "missing", hide_default_value = true)]
+    pull: PullPolicy,
+
+    /// Platform of an image that is pulled: linux/amd64 or linux/386
+    #[arg(long, value_name = "OS/ARCH", value_parser = platform_name)]
+    platform: Option<String>,
+}
+
+impl PullFlags {
+    /// How an image is found, with the limit and the sandbox of its import.
+    pub fn finding(&self, max_bytes: Option<u64>, sandbox: bool) -> Finding<'_> {
+        Finding { pull: self.pull, platform: self.platform.as_deref(), max_bytes, sandbox }
+    }
+}
+
+fn policy(text: &str) -> Result<PullPolicy, String> {
+    match text {
+        "always" => Ok(PullPolicy::Always),
+        "missing" => Ok(PullPolicy::Missing),
+        "never" => Ok(PullPolicy::Never),
+        _ => Err("use always, missing or never".into()),
+    }
+}
+
+fn platform_name(text: &str) -> Result<String, String> {
+    platform(text).map(|_| text.to_owned())
+}
+
+/// Parses the platform of an image.
+pub fn platform(text: &str) -> Result<Platform, String> {
     match text {
         "linux/amd64" | "linux/x86_64" => Ok(Platform::default()),
         "linux/386" => Ok(Platform { architecture: "386".into(), ..Platform::default() }),
-        _ => Err("unsupported platform: use linux/amd64 or linux/386".into()),
+        _ => Err("machines are x86-64: use linux/amd64 or linux/386".into()),
     }
 }

@@ -65,9 +65,7 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         "image" => "use `husk images`, `husk rmi` and so on, without `image`",
         "system" => "use `husk prune`",
         "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
-        "build" | "commit" | "history" | "push" | "save" => {
-            "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them"
-        }
+        "build" | "push" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
         "top" => "use `husk exec MACHINE ps`, or `husk stats`",
         "port" => "use `husk ps`",
         "export" => "use `husk cp MACHINE:/ -`",
@@ -80,7 +78,6 @@ fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
     let command = arguments.first()?.as_str();
     let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
     match command {
-        "run" => is("--pull").then_some("a missing image is pulled; use `husk pull` for a newer one"),
         _ if option == "-v" => Some("use --verbose"),
         "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
             Some("use --json, and select with `jq`")
@@ -113,7 +110,6 @@ mod tests {
             (&["login"], "podman login"),
             (&["ps", "-v"], "use --verbose"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
-            (&["run", "--pull", "always", "x"], "husk pull"),
             (&["run", "-h"], "--help"),
             (&["disks", "--filter", "name=x"], "--json"),
             (&["histroy"], "unrecognized subcommand 'histroy'"),

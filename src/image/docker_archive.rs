@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::bundle::{Bundle, read_json};
 use super::config::ImageConfig;
+use super::import::Scope;
 use super::reference::same_name;
 use super::{Image, Layer};
 
@@ -25,10 +26,10 @@ pub fn is_list(json: &[u8]) -> bool {
     serde_json::from_slice::<Vec<ManifestEntry>>(json).is_ok_and(|entries| !entries.is_empty())
 }
 
-/// The image named `wanted`, or the only one.
-pub fn image(bundle: &Bundle<'_>, wanted: Option<&str>) -> Result<Image> {
+/// The image that `scope` chooses.
+pub fn image(bundle: &Bundle<'_>, scope: Scope<'_>) -> Result<Image> {
     let entries: Vec<ManifestEntry> = bundle.json(MANIFEST)?;
-    let entry = choose(&entries, wanted)?;
+    let entry = choose(&entries, scope)?;
     let json = bundle.part(&entry.config).and_then(read_json)?;
     let config = ImageConfig::parse(&json)?;
     let paths = entry.layers.as_deref().unwrap_or_default();
@@ -44,21 +45,31 @@ pub fn image(bundle: &Bundle<'_>, wanted: Option<&str>) -> Result<Image> {
     });
     let config_json = String::from_utf8(json).context("read the image's configuration")?;
     let layers = layers.collect::<Result<_>>()?;
-    Ok(Image { config, config_json, layers, names: names_of(entry) })
+    Ok(Image { config, config_json, layers, names: names_of(entry), beside: entries.iter().map(name_of).collect() })
 }
 
 fn names_of(entry: &ManifestEntry) -> Vec<String> {
     entry.repo_tags.clone().unwrap_or_default()
 }
 
-fn choose<'a>(entries: &'a [ManifestEntry], wanted: Option<&str>) -> Result<&'a ManifestEntry> {
-    let Some(wanted) = wanted else {
-        if let [only] = entries {
-            return Ok(only);
+/// A name for each image, if only its configuration.
+fn name_of(entry: &ManifestEntry) -> String {
+    names_of(entry).into_iter().next().unwrap_or_else(|| entry.config.clone())
+}
+
+fn choose<'a>(entries: &'a [ManifestEntry], scope: Scope<'_>) -> Result<&'a ManifestEntry> {
+    match scope {
+        Scope::Only => {
+            let all: Vec<String> = entries.iter().flat_map(names_of).take(20).collect();
+            let [only] = entries else {
+                bail!("it has {} images: choose one with docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
+            };
+            Ok(only)
         }
-        let all: Vec<String> = entries.iter().flat_map(names_of).take(20).collect();
-        bail!("it has {} images: choose one with docker-archive:FILE:NAME ({})", entries.len(), all.join(", "));
-    };
-    let is_wanted = |entry: &&ManifestEntry| names_of(entry).iter().any(|name| same_name(name, wanted));
-    entries.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))
+        Scope::Nth(nth) => entries.get(nth).with_context(|| format!("it has {} images", entries.len())),
+        Scope::Named(wanted) => {
+            let is_wanted = |entry: &&ManifestEntry| names_of(entry).iter().any(|name| same_name(name, wanted));
+            entries.iter().find(is_wanted).with_context(|| format!("it has no image {wanted:?}"))
+        }
+    }
 }

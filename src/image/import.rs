@@ -2,8 +2,9 @@
 //! what it has written.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -13,10 +14,9 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::Layer;
 use super::bundle;
 use super::config::{ImageConfig, MAX_LAYERS};
-use super::digest::Digest;
+use super::digest::{Digest, Hasher};
 use super::erofs::Form;
 use super::manifest::Platform;
 use super::outside::{self, Outside, Remote, RootSource};
@@ -24,11 +24,14 @@ use super::progress::{Follower, Progress};
 use super::root::{self, Root, RootLimits};
 use super::source::{self, Found};
 use super::store::{Store, Work};
+use super::{Image, Layer, unpack};
 use crate::sandbox::task::{self, Confined};
 use crate::sandbox::{self, ThreadRole};
 
 /// All of an image's names are stored in the index.
 const NAMES_MAX_BYTES: usize = 64 << 10;
+/// The maximum number of images in an archive that is loaded.
+const IMAGES_MAX: usize = 1024;
 /// What a root file system may take beside the content of its files.
 const NAMES_IN_ROOT_MAX_BYTES: u64 = 2 << 30;
 /// A compressed archive that is unpacked to be read, and what a root file system's writer puts aside.
@@ -44,6 +47,24 @@ pub enum Input {
     Layers(Vec<Layer>),
 }
 
+/// Which image of an archive is imported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope<'a> {
+    /// The only one.
+    Only,
+    /// The one with this name.
+    Named(&'a str),
+    /// One after the other, from 0.
+    Nth(usize),
+}
+
+impl<'a> Scope<'a> {
+    /// The one named, or the only one.
+    pub fn of(name: Option<&'a str>) -> Scope<'a> {
+        name.map_or(Scope::Only, Scope::Named)
+    }
+}
+
 /// An image as the process that has read it describes it.
 #[derive(Debug, Serialize, Deserialize)]
 struct ImageDescription {
@@ -51,6 +72,10 @@ struct ImageDescription {
     config_json: String,
     /// The names in its archive.
     names: Vec<String>,
+    /// The number of images in the archive.
+    count: usize,
+    /// The digests of its layers as they are in the archive, if they were kept.
+    blobs: Vec<Digest>,
 }
 
 /// An imported image, verified as far as it can be.
@@ -59,17 +84,24 @@ pub struct Imported {
     pub id: Digest,
     /// The configuration.
     pub config: ImageConfig,
+    /// The configuration as it was read.
+    pub config_json: String,
     /// The names in its archive.
     pub names: Vec<String>,
+    /// The number of images in the archive.
+    pub count: usize,
+    /// The layers that were kept, lowest first; none, or all.
+    pub blobs: Vec<Digest>,
 }
 
 impl Imported {
     fn verify(image: ImageDescription) -> Result<Imported> {
-        let ImageDescription { config_json, names } = image;
+        let ImageDescription { config_json, names, count, blobs } = image;
+        ensure!(count <= IMAGES_MAX, "it has {count} images, the maximum is {IMAGES_MAX}");
         let names_bytes: usize = names.iter().map(String::len).sum();
         ensure!(names_bytes <= NAMES_MAX_BYTES, "the image has too many names ({} KiB)", names_bytes >> 10);
-        let json = config_json.as_bytes();
-        Ok(Imported { id: Digest::of(json), config: ImageConfig::parse(json)?, names })
+        let (id, config) = (Digest::of(config_json.as_bytes()), ImageConfig::parse(config_json.as_bytes())?);
+        Ok(Imported { id, config, config_json, names, count, blobs })
     }
 }
 
@@ -84,24 +116,26 @@ struct Read {
 /// What to read, and how.
 struct Job<'a> {
     input: &'a Input,
-    image: Option<&'a str>,
+    image: Scope<'a>,
+    keeps_layers: bool,
     platform: Platform,
     form: Form,
     limits: RootLimits,
 }
 
 impl Store {
-    /// Reads `input`, of several images the one named `image`, and builds its root file system, unless it is a directory
-    /// with a root file system.
+    /// Reads the `image` of `input`, and builds its root file system, unless it is a directory with a root file system. With
+    /// `keeps_layers` its layers are added to the store.
     pub(super) fn read(
         &self,
         input: &Input,
-        image: Option<&str>,
+        image: Scope<'_>,
+        keeps_layers: bool,
         progress: Progress,
     ) -> Result<(Option<Imported>, Option<Root>)> {
-        let import = Import { store: self, input, state: RefCell::default(), new_files: Cell::new(0) };
+        let import = Import::new(self, input, keeps_layers);
         let limits = RootLimits { unpacked_bytes: self.unpack_limit()? };
-        let job = Job { input, image, platform: Platform::default(), form: self.form, limits };
+        let job = Job { input, image, keeps_layers, platform: Platform::default(), form: self.form, limits };
         let read = if self.sandbox {
             let mut follower = Follower::new(progress);
             let mut answer = |question| outside::answer(&import, &mut follower, question);
@@ -120,7 +154,7 @@ impl Store {
 
     /// Builds the root file system of these layers, unless it exists.
     pub(super) fn root_of_layers(&self, layers: Vec<Layer>, progress: Progress) -> Result<Root> {
-        let (_, root) = self.read(&Input::Layers(layers), None, progress)?;
+        let (_, root) = self.read(&Input::Layers(layers), Scope::Only, false, progress)?;
         root.context("its root filesystem was not built")
     }
 }
@@ -150,7 +184,9 @@ fn read(job: &Job, outside: &dyn Outside, progress: Progress) -> Result<Read> {
         Found::Image(image) => {
             image.config.check_platform()?;
             let unpacked_bytes = root::of_layers(&image.layers, outside, job.form, &job.limits, progress)?;
-            let description = ImageDescription { config_json: image.config_json, names: image.names };
+            let blobs = if job.keeps_layers { keep_layers(&image.layers, outside)? } else { Vec::new() };
+            let Image { config_json, names, beside, .. } = *image;
+            let description = ImageDescription { config_json, names, count: beside.len().max(1), blobs };
             Read { image: Some(description), unpacked_bytes }
         }
         Found::RootArchive(archive) => {
@@ -161,12 +197,41 @@ fn read(job: &Job, outside: &dyn Outside, progress: Progress) -> Result<Read> {
     })
 }
 
+/// Copies layers to the store, and returns their digests.
+fn keep_layers(layers: &[Layer], outside: &dyn Outside) -> Result<Vec<Digest>> {
+    layers.iter().map(|layer| keep_layer(layer, outside).context("keep a layer")).collect()
+}
+
+fn keep_layer(layer: &Layer, outside: &dyn Outside) -> Result<Digest> {
+    let mut start = Vec::new();
+    layer.part.clone().take(512).read_to_end(&mut start)?;
+    let digest = match (layer.blob, layer.diff_id) {
+        (Some(blob), _) => blob,
+        (None, Some(diff_id)) if unpack::compression(&start).is_none() => diff_id,
+        _ => {
+            let mut hasher = Hasher::default();
+            io::copy(&mut layer.part.clone(), &mut hasher)?;
+            hasher.digest()
+        }
+    };
+    if let Some(file) = outside.begin_layer(digest)? {
+        io::copy(&mut layer.part.clone(), &mut &file)?;
+        outside.end_layer()?;
+    }
+    Ok(digest)
+}
+
 /// An import under way, in the process that has the store.
 struct Import<'a> {
     store: &'a Store,
     input: &'a Input,
     state: RefCell<State>,
     new_files: Cell<u32>,
+    keeps_layers: bool,
+    /// The layer that is written.
+    layer: RefCell<Option<(Digest, Work)>>,
+    /// The layers that are in the store.
+    layers: RefCell<BTreeSet<Digest>>,
 }
 
 /// The state of a root file system that is built.
@@ -198,6 +263,26 @@ impl Outside for Import<'_> {
         self.new_files.set(self.new_files.get() + 1);
         ensure!(self.new_files.get() <= NEW_FILES_MAX, "too many files");
         self.store.nameless_file()
+    }
+
+    fn begin_layer(&self, digest: Digest) -> Result<Option<File>> {
+        ensure!(self.keeps_layers, "layers are not kept");
+        ensure!(self.layers.borrow().len() < MAX_LAYERS, "too many layers");
+        let Some(work) = self.store.begin_blob(digest)? else {
+            self.layers.borrow_mut().insert(digest);
+            return Ok(None);
+        };
+        work.file.set_len(0)?;
+        let file = work.file.try_clone()?;
+        self.layer.replace(Some((digest, work)));
+        Ok(Some(file))
+    }
+
+    fn end_layer(&self) -> Result<()> {
+        let (digest, work) = self.layer.take().context("no layer is written")?;
+        self.store.keep_blob(digest, work)?;
+        self.layers.borrow_mut().insert(digest);
+        Ok(())
     }
 
     fn begin_root(&self, source: &RootSource) -> Result<Option<File>> {
@@ -242,7 +327,12 @@ impl Outside for Import<'_> {
     }
 }
 
-impl Import<'_> {
+impl<'a> Import<'a> {
+    fn new(store: &'a Store, input: &'a Input, keeps_layers: bool) -> Import<'a> {
+        let (layer, layers) = (RefCell::default(), RefCell::default());
+        Import { store, input, state: RefCell::default(), new_files: Cell::new(0), keeps_layers, layer, layers }
+    }
+
     fn begin_layers(&self, diff_ids: &[Digest]) -> Result<State> {
         if let Input::Layers(layers) = self.input {
             ensure!(diff_ids.iter().copied().eq(layers.iter().filter_map(|layer| layer.diff_id)), "other layers");
@@ -270,6 +360,9 @@ impl Import<'_> {
         if let Some(image) = &image {
             let expected = self.store.key_of_layers(&image.config.diff_ids);
             ensure!(root.key == expected, "its root filesystem has other layers than its configuration");
+            let kept = self.layers.into_inner();
+            let is_all = image.blobs.is_empty() || image.blobs.len() == image.config.diff_ids.len();
+            ensure!(is_all && image.blobs.iter().all(|blob| kept.contains(blob)), "its layers were not kept");
         }
         Ok((image, Some(root)))
     }
@@ -300,7 +393,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let begin = |input: &Input, sources: &[RootSource]| -> Vec<bool> {
-            let import = Import { store: &store, input, state: RefCell::default(), new_files: Cell::new(0) };
+            let import = Import::new(&store, input, false);
             sources.iter().map(|source| import.begin_root(source).is_ok()).collect()
         };
         let (own, other) = (Digest::of(b"own"), Digest::of(b"other"));
@@ -322,7 +415,7 @@ mod tests {
         let path = dir.path().join("x.tar");
         fs::write(&path, "one").unwrap();
         let input = Input::Archive(File::open(&path).unwrap(), Digest::of(b"x"));
-        let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
+        let import = Import::new(&store, &input, false);
         assert!(import.begin_root(&RootSource::Archive).unwrap().is_some());
         fs::write(&path, "another").unwrap();
         let error = format!("{:#}", import.root_key(Digest::of(b"")).unwrap_err());
@@ -338,9 +431,9 @@ mod tests {
         let input = Input::Archive(store.nameless_file().unwrap(), Digest::of(b"x"));
         let json = |layer: &[u8]| format!(r#"{{"rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#, Digest::of(layer));
         let made = |begun: &[u8], config_json: String| {
-            let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
+            let import = Import::new(&store, &input, false);
             assert!(import.begin_root(&RootSource::Layers(vec![Digest::of(begun)])).unwrap().is_some());
-            let image = ImageDescription { config_json, names: Vec::new() };
+            let image = ImageDescription { config_json, names: Vec::new(), count: 1, blobs: Vec::new() };
             import.finish(Read { image: Some(image), unpacked_bytes: 0 })
         };
         let (image, _) = made(b"own", json(b"own")).unwrap();
@@ -356,8 +449,8 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let input = Input::Archive(store.nameless_file().unwrap(), Digest::of(b"x"));
         let config_json = r#"{"rootfs":{"type":"layers"}}"#.to_owned();
-        for image in [None, Some(ImageDescription { config_json, names: Vec::new() })] {
-            let import = Import { store: &store, input: &input, state: RefCell::default(), new_files: Cell::new(0) };
+        for image in [None, Some(ImageDescription { config_json, names: Vec::new(), count: 1, blobs: Vec::new() })] {
+            let import = Import::new(&store, &input, false);
             let found = import.finish(Read { image, unpacked_bytes: 0 });
             assert!(!matches!(found, Ok((_, Some(_)))));
         }

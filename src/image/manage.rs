@@ -1,17 +1,15 @@
 //! Store management: tags, lists, removes and prunes images.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
-use super::Prepared;
 use super::digest::Digest;
 use super::index::{Index, Record};
-use super::progress::Progress;
 use super::reference::Reference;
 use super::source::Source;
 use super::store::{Store, is_at};
@@ -117,44 +115,6 @@ impl Store {
         })
     }
 
-    /// Prepares the image at a path, and tags it with a given name or those in the archive.
-    pub fn load(
-        &self,
-        source: &Source,
-        name: Option<&Reference>,
-        progress: Progress,
-    ) -> Result<(Prepared, Vec<String>)> {
-        let prepared = match name {
-            Some(_) => self.prepare(source, progress)?,
-            None => self.prepare_with_names(source, progress)?,
-        };
-        self.name(prepared, name)
-    }
-
-    /// Like [`Store::load`], for an archive read from `input`.
-    pub fn load_stream(
-        &self,
-        input: File,
-        name: Option<&Reference>,
-        progress: Progress,
-    ) -> Result<(Prepared, Vec<String>)> {
-        let prepared = self.prepare_stream(input, progress).context("load the image from standard input")?;
-        self.name(prepared, name)
-    }
-
-    /// Tags an image with `name`, or with the names in its archive. Returns the names.
-    fn name(&self, prepared: Prepared, name: Option<&Reference>) -> Result<(Prepared, Vec<String>)> {
-        let own_names =
-            self.index()?.images.get(&prepared.id).map(|record| record.own_names.clone()).unwrap_or_default();
-        let names: Vec<Reference> = match name {
-            Some(name) => vec![name.clone()],
-            // A layout may use arbitrary strings as names.
-            None => own_names.iter().filter_map(|name| name.parse().ok()).collect(),
-        };
-        self.tag(prepared.id, &names)?;
-        Ok((prepared, names.iter().map(Reference::familiar).collect()))
-    }
-
     /// Removes a name, and the image with its last name. An image that is given by its ID is removed if it has no more than one
     /// name, or with `force`. Images of running machines are not removed.
     pub fn remove(&self, source: &Source, force: bool) -> Result<Removed> {
@@ -234,6 +194,8 @@ impl Store {
             key.filter(|key| !roots.contains(key)).map_or(Ok(()), |key| self.remove_warm(key, pruned))?;
         }
         self.remove_unlocked("tmp", &|_| true, pruned)?;
+        let is_image = |name: &str| Digest::from_hex(name).is_some_and(|id| index.images.contains_key(&id));
+        self.remove_unlocked("configs", &|name| !is_image(name), pruned)?;
         let blobs = lock::file().open(self.dir().join("blobs.lock"))?;
         // Another process may be about to use them.
         if blobs.try_lock().is_ok() {

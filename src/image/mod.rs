@@ -14,6 +14,7 @@
 //! verified.
 
 mod bundle;
+pub mod changes;
 pub mod config;
 pub mod digest;
 mod directory;
@@ -25,6 +26,8 @@ pub mod fuzzing;
 mod import;
 mod index;
 mod layer;
+pub mod load;
+pub mod make;
 mod manage;
 mod manifest;
 mod members;
@@ -37,6 +40,7 @@ pub mod progress;
 pub mod reference;
 mod registry;
 mod root;
+pub mod save;
 pub mod scratch;
 pub mod source;
 pub mod store;
@@ -85,6 +89,8 @@ struct Image {
     config_json: String,
     layers: Vec<Layer>,
     names: Vec<String>,
+    /// The names of all images beside which it was found.
+    beside: Vec<String>,
 }
 
 /// A layer's archive, and its expected digests.

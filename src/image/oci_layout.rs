@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::bundle::{Bundle, Part, read_json};
 use super::config::ImageConfig;
 use super::digest::Digest;
+use super::import::Scope;
 use super::manifest::{self, Descriptor, MAX_INDEX_DEPTH, Manifest, Platform};
 use super::reference::same_name;
 use super::{Image, Layer};
@@ -14,16 +15,25 @@ pub const INDEX: &str = "index.json";
 /// The marker file of a layout.
 pub const MARK: &str = "oci-layout";
 /// The annotation with an image's name.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
+pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The annotation with the full name, if the other one is only a tag (containerd, and Docker since 25).
-const FULL_NAME: &str = "io.containerd.image.name";
+pub const FULL_NAME: &str = "io.containerd.image.name";
 
-/// The image named `wanted`, or the only one.
-pub fn image(bundle: &Bundle<'_>, wanted: Option<&str>, platform: &Platform) -> Result<Image> {
+/// The image that `scope` chooses.
+pub fn image(bundle: &Bundle<'_>, scope: Scope<'_>, platform: &Platform) -> Result<Image> {
     let Manifest::Index(manifests) = Manifest::parse(&read_json(bundle.part(INDEX)?)?)? else {
         bail!("{INDEX} is not an index");
     };
     let all = manifests.iter().filter(|found| found.may_be_an_image());
+    let mut beside: Vec<String> = all.clone().filter_map(|found| names_of(found).into_iter().next()).collect();
+    beside.dedup();
+    let wanted = match scope {
+        Scope::Only => None,
+        Scope::Named(name) => Some(name),
+        // Without several names there are at most several platforms, of which one is chosen.
+        Scope::Nth(_) if beside.len() <= 1 => None,
+        Scope::Nth(nth) => Some(beside.get(nth).context("it has fewer images")?.as_str()),
+    };
     let named: Vec<&Descriptor> = all.filter(|found| wanted.is_none_or(|wanted| is_named(found, wanted))).collect();
     if let Some(wanted) = wanted {
         ensure!(!named.is_empty(), "it has no image {wanted:?}{}", listed(&manifests));
@@ -45,7 +55,7 @@ pub fn image(bundle: &Bundle<'_>, wanted: Option<&str>, platform: &Platform) -> 
                 let all: Vec<&Descriptor> = manifests.iter().collect();
                 found = suited(bundle, &all, platform)?.first().copied().context("it contains no image")?.clone();
             }
-            Manifest::Image { config, layers } => return of_manifest(bundle, &config, &layers, names),
+            Manifest::Image { config, layers } => return of_manifest(bundle, &config, &layers, names, beside),
         }
     }
     bail!("indexes are nested more than {MAX_INDEX_DEPTH} levels deep")
@@ -59,7 +69,13 @@ fn suited<'a>(bundle: &Bundle<'_>, images: &[&'a Descriptor], platform: &Platfor
     if here.len() < images.len() { suited.context("some of its images are missing") } else { suited }
 }
 
-fn of_manifest(bundle: &Bundle<'_>, config: &Descriptor, layers: &[Descriptor], names: Vec<String>) -> Result<Image> {
+fn of_manifest(
+    bundle: &Bundle<'_>,
+    config: &Descriptor,
+    layers: &[Descriptor],
+    names: Vec<String>,
+    beside: Vec<String>,
+) -> Result<Image> {
     let json = verified(bundle, config)?;
     let config = ImageConfig::parse(&json)?;
     ensure!(
@@ -73,7 +89,7 @@ fn of_manifest(bundle: &Bundle<'_>, config: &Descriptor, layers: &[Descriptor], 
     });
     let config_json = String::from_utf8(json).context("read the image's configuration")?;
     let layers = layers.collect::<Result<_>>()?;
-    Ok(Image { config, config_json, layers, names })
+    Ok(Image { config, config_json, layers, names, beside })
 }
 
 /// The part of a descriptor, if it has the correct size.

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use log::Level;
 
 use super::{Prepared, Source, Store};
@@ -29,16 +29,48 @@ pub fn identify(word: &Path) -> Result<Kind> {
     }
 }
 
+/// When an image is pulled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// Even if the store has it.
+    Always,
+    /// If the store does not have it.
+    #[default]
+    Missing,
+    /// Not at all.
+    Never,
+}
+
+/// How an image is found.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Finding<'a> {
+    /// When it is pulled.
+    pub pull: PullPolicy,
+    /// The platform of which it is pulled; by default that of machines.
+    pub platform: Option<&'a str>,
+    /// Limits the bytes written while unpacking; the default is the free disk space.
+    pub max_bytes: Option<u64>,
+    /// Whether what reads foreign data is confined.
+    pub sandbox: bool,
+}
+
 /// Returns the image that `word` names, preparing it in a child process if the store does not have it. Returns `None`
-/// if the child failed; it has printed the reason. `max_bytes` limits the bytes written while unpacking; the default is
-/// the free disk space. With `sandbox`, what reads foreign data is confined.
-pub fn find_or_prepare(word: &str, max_bytes: Option<u64>, sandbox: bool) -> Result<Option<Prepared>> {
+/// if the child failed; it has printed the reason.
+pub fn find_or_prepare(word: &str, finding: Finding<'_>) -> Result<Option<Prepared>> {
     let store = Store::open_default()?;
-    if let Some(prepared) = store.prepared(&word.parse::<Source>()?)? {
+    let source = word.parse::<Source>()?;
+    let comes_from_registry = matches!(source, Source::Name { .. }) && store.path_of(&source)?.is_none();
+    if !(comes_from_registry && finding.pull == PullPolicy::Always)
+        && let Some(prepared) = store.prepared(&source)?
+    {
         return Ok(Some(prepared));
     }
+    ensure!(
+        !(comes_from_registry && finding.pull == PullPolicy::Never),
+        "no such image: {word}, and --pull never keeps it from being pulled"
+    );
     for _ in 0..ATTEMPTS {
-        let Some(id) = prepare_in_child(word, max_bytes, sandbox)? else { return Ok(None) };
+        let Some(id) = prepare_in_child(word, finding)? else { return Ok(None) };
         if let Some(prepared) = store.prepared(&Source::Id(id))? {
             return Ok(Some(prepared));
         }
@@ -47,12 +79,19 @@ pub fn find_or_prepare(word: &str, max_bytes: Option<u64>, sandbox: bool) -> Res
 }
 
 /// Returns the image's ID, or `None` if the child failed and printed the reason.
-fn prepare_in_child(word: &str, max_bytes: Option<u64>, sandbox: bool) -> Result<Option<String>> {
+fn prepare_in_child(word: &str, finding: Finding<'_>) -> Result<Option<String>> {
+    let Finding { pull, platform, max_bytes, sandbox } = finding;
     // Not by path: husk may have been upgraded in the meantime.
     let mut command = Command::new("/proc/self/exe");
     command.arg("prepare");
     if let Some(bytes) = max_bytes {
         command.arg("--max-size").arg(bytes.to_string());
+    }
+    if pull == PullPolicy::Always {
+        command.arg("--pull");
+    }
+    if let Some(platform) = platform {
+        command.args(["--platform", platform]);
     }
     if !sandbox {
         command.args(["--sandbox", "off"]);

@@ -35,6 +35,12 @@ pub trait Outside {
     /// A new temporary file.
     fn new_file(&self) -> Result<File>;
 
+    /// An empty file for a layer with this digest; `None` if it is not wanted, or kept already.
+    fn begin_layer(&self, digest: Digest) -> Result<Option<File>>;
+
+    /// Keeps the layer that was begun last, if it has its digest.
+    fn end_layer(&self) -> Result<()>;
+
     /// An empty file for a root file system; `None` if it exists already. Called once.
     fn begin_root(&self, source: &RootSource) -> Result<Option<File>>;
 
@@ -52,6 +58,10 @@ pub enum Question {
     HasOnlyKnownNames,
     /// [`Outside::new_file`].
     NewFile,
+    /// [`Outside::begin_layer`].
+    BeginLayer(Digest),
+    /// [`Outside::end_layer`].
+    EndLayer,
     /// [`Outside::begin_root`].
     BeginRoot(RootSource),
     /// [`Outside::root_key`].
@@ -78,6 +88,11 @@ pub fn answer(outside: &dyn Outside, follower: &mut Follower, question: Question
         Question::OpenPart(name) => (Answer::Nothing, file(outside.open_part(&name)?)),
         Question::HasOnlyKnownNames => (Answer::Is(outside.has_only_known_names()?), None),
         Question::NewFile => (Answer::Nothing, file(outside.new_file()?)),
+        Question::BeginLayer(digest) => (Answer::Nothing, outside.begin_layer(digest)?.and_then(file)),
+        Question::EndLayer => {
+            outside.end_layer()?;
+            (Answer::Nothing, None)
+        }
         Question::BeginRoot(source) => (Answer::Nothing, outside.begin_root(&source)?.and_then(file)),
         Question::RootKey(content) => (Answer::Key(outside.root_key(content)?), None),
         Question::Progress(step) => {
@@ -114,6 +129,14 @@ impl Outside for Remote {
 
     fn new_file(&self) -> Result<File> {
         self.file(Question::NewFile)?.context("no file")
+    }
+
+    fn begin_layer(&self, digest: Digest) -> Result<Option<File>> {
+        self.file(Question::BeginLayer(digest))
+    }
+
+    fn end_layer(&self) -> Result<()> {
+        self.file(Question::EndLayer).map(drop)
     }
 
     fn begin_root(&self, source: &RootSource) -> Result<Option<File>> {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::bundle::{self, Part};
 use super::config::ImageConfig;
 use super::digest::Digest;
-use super::import::{Imported, Input};
+use super::import::{Imported, Input, Scope};
 use super::index::{LayerRecord, Record};
 use super::manifest::Platform;
 use super::progress::Progress;
@@ -58,7 +58,7 @@ impl Store {
     /// The image of a source, prepared if necessary.
     pub fn prepare(&self, source: &Source, progress: Progress) -> Result<Prepared> {
         match source {
-            Source::Path { path, image } => self.prepare_path(path, image.as_deref(), &|_| true, progress),
+            Source::Path { path, image } => self.prepare_path(path, image.as_deref(), progress),
             Source::Id(hex) => {
                 let id = self.index()?.by_prefix(hex).with_context(|| format!("no such image: {hex}"))?;
                 let prepared = self.stored_or_made(id, progress)?;
@@ -71,7 +71,7 @@ impl Store {
                     return Ok(prepared);
                 }
                 match self.path_of(source)? {
-                    Some(path) => self.prepare_path(path, None, &|_| true, progress),
+                    Some(path) => self.prepare_path(path, None, progress),
                     None => Ok(self.pull(reference, &Platform::default(), progress)?.prepared),
                 }
             }
@@ -109,73 +109,91 @@ impl Store {
         Ok(Layer { part: Part::whole(file)?, blob: Some(blob), diff_id: Some(diff_id) })
     }
 
-    /// Prepares the image at a path like [`Store::prepare`], and reads the names in its archive even if it is prepared: another
-    /// source of the same image may have had others.
-    pub(super) fn prepare_with_names(&self, source: &Source, progress: Progress) -> Result<Prepared> {
-        match source {
-            // A root file system has no names.
-            Source::Path { path, image } => self.prepare_path(path, image.as_deref(), &|it| it.is_bare_root, progress),
-            Source::Name { .. } | Source::Id(_) => self.prepare(source, progress),
-        }
+    /// Prepares the image at a path with its layers, and returns also the number of images there. Reads it even if it is prepared,
+    /// unless it is a root file system: another source of the same image may have had other names.
+    pub(super) fn load_path(&self, path: &Path, scope: Scope<'_>, progress: Progress) -> Result<(Prepared, usize)> {
+        let load = || -> Result<(Prepared, usize)> {
+            let name = if let Scope::Named(name) = scope { Some(name) } else { None };
+            let seen = Seen::of(path, name)?;
+            if let Some(prepared) = self.seen(&seen)?.filter(|prepared| prepared.is_bare_root) {
+                return Ok((prepared, 1));
+            }
+            // Not every image has the path to itself.
+            let seen = Seen { settled: seen.settled && !matches!(scope, Scope::Nth(1..)), ..seen };
+            self.import(path, scope, seen, true, progress)
+        };
+        load().with_context(|| format!("prepare {}", path.display()))
     }
 
-    /// Prepares the image at a path, unless it is prepared and `is_enough`.
-    fn prepare_path(
-        &self,
-        path: &Path,
-        image: Option<&str>,
-        is_enough: &dyn Fn(&Prepared) -> bool,
-        progress: Progress,
-    ) -> Result<Prepared> {
+    /// The same for a file, which no path leads to later.
+    pub(super) fn load_file(&self, file: File, scope: Scope<'_>, progress: Progress) -> Result<(Prepared, usize)> {
+        let seen = Seen { settled: false, ..Seen::of_file(&file.metadata()?, None, Duration::ZERO) };
+        self.import_input(&Input::Archive(file, seen.identity()), scope, None, seen, true, progress)
+    }
+
+    /// `input`, or a copy of its data if it cannot be read at any place.
+    pub(super) fn seekable(&self, input: File) -> Result<File> {
+        source::seekable(input, self.unpack_limit()?, &|| self.nameless_file())
+    }
+
+    /// Prepares the image at a path, unless it is prepared.
+    fn prepare_path(&self, path: &Path, image: Option<&str>, progress: Progress) -> Result<Prepared> {
         let prepare = || -> Result<Prepared> {
             let seen = Seen::of(path, image)?;
-            if let Some(prepared) = self.seen(&seen)?.filter(is_enough) {
+            if let Some(prepared) = self.seen(&seen)? {
                 return Ok(prepared);
             }
-            self.import(path, image, seen, progress)
+            self.import(path, Scope::of(image), seen, false, progress).map(|(prepared, _)| prepared)
         };
         prepare().with_context(|| format!("prepare {}", path.display()))
     }
 
-    fn import(&self, path: &Path, image: Option<&str>, seen: Seen, progress: Progress) -> Result<Prepared> {
+    fn import(
+        &self,
+        path: &Path,
+        image: Scope<'_>,
+        seen: Seen,
+        keeps_layers: bool,
+        progress: Progress,
+    ) -> Result<(Prepared, usize)> {
         let source = Some(std::path::absolute(path)?.display().to_string());
         // Otherwise a FIFO without a writer would block.
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         let kind = file.metadata()?.file_type();
         if kind.is_dir() {
-            return self.import_input(&Input::Directory(path.to_owned()), image, source, seen, progress);
+            let input = Input::Directory(path.to_owned());
+            return self.import_input(&input, image, source, seen, keeps_layers, progress);
         }
         ensure!(kind.is_file(), "it is neither a file nor a directory");
-        self.import_input(&Input::Archive(file, seen.identity()), image, source, seen, progress)
-    }
-
-    /// The image of an archive read from `input`, such as standard input.
-    pub(super) fn prepare_stream(&self, input: File, progress: Progress) -> Result<Prepared> {
-        let file = source::seekable(input, self.unpack_limit()?, &|| self.nameless_file())?;
-        // There is no path by which the archive could be recognized later.
-        let seen = Seen { settled: false, ..Seen::of_file(&file.metadata()?, None, Duration::ZERO) };
-        self.import_input(&Input::Archive(file, seen.identity()), None, None, seen, progress)
+        self.import_input(&Input::Archive(file, seen.identity()), image, source, seen, keeps_layers, progress)
     }
 
     fn import_input(
         &self,
         input: &Input,
-        image: Option<&str>,
+        image: Scope<'_>,
         source: Option<String>,
         seen: Seen,
+        keeps_layers: bool,
         progress: Progress,
-    ) -> Result<Prepared> {
-        let (image, root) = match (self.read(input, image, progress)?, input, &seen.state) {
+    ) -> Result<(Prepared, usize)> {
+        let (image, root) = match (self.read(input, image, keeps_layers, progress)?, input, &seen.state) {
             ((image, Some(root)), ..) => (image, root),
             ((image, None), Input::Directory(dir), Some((state, bytes))) => {
                 (image, self.root_of_directory(&fs::canonicalize(dir)?, *state, *bytes, progress)?)
             }
             _ => bail!("it has no root filesystem"),
         };
-        let (id, config, own_names) = match image {
-            Some(Imported { id, config, names }) => (id, config, names),
-            None => (root.key, ImageConfig::of_root(), Vec::new()),
+        let mut count = 1;
+        let (id, config, own_names, blobs) = match image {
+            Some(Imported { id, config, config_json, names, count: found, blobs }) => {
+                self.keep_config(config_json.as_bytes())?;
+                count = found;
+                (id, config, names, blobs)
+            }
+            None => (root.key, ImageConfig::of_root(), Vec::new(), Vec::new()),
         };
+        let mut blobs = blobs.into_iter();
         let ImageConfig { process, architecture, created, diff_ids, .. } = config;
         let record = Record {
             root: root.key,
@@ -185,10 +203,11 @@ impl Store {
             added_seconds: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs(),
             source,
             own_names,
-            layers: diff_ids.into_iter().map(|diff_id| LayerRecord { diff_id, blob: None }).collect(),
+            layers: diff_ids.into_iter().map(|diff_id| LayerRecord { diff_id, blob: blobs.next() }).collect(),
             unpacked_bytes: root.unpacked_bytes,
         };
-        self.record(id, record, root, seen.settled.then_some(seen.key), Vec::new())
+        let prepared = self.record(id, record, root, seen.settled.then_some(seen.key), Vec::new())?;
+        Ok((prepared, count))
     }
 
     /// Adds an image to the index, with names.

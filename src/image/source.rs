@@ -8,6 +8,7 @@ use std::str::FromStr;
 use anyhow::{Context, Error, Result, bail, ensure};
 
 use super::bundle::{Bundle, List, Part};
+use super::import::Scope;
 use super::manifest::Platform;
 use super::members::{self, Members};
 use super::outside::Outside;
@@ -90,7 +91,7 @@ pub(super) enum Found {
 }
 
 /// Identifies the contents of the directory that `outside` opens files of.
-pub(super) fn look_in_directory(image: Option<&str>, platform: &Platform, outside: &dyn Outside) -> Result<Found> {
+pub(super) fn look_in_directory(image: Scope<'_>, platform: &Platform, outside: &dyn Outside) -> Result<Found> {
     find(Bundle::Directory(outside), image, platform, Found::RootDirectory)
 }
 
@@ -98,7 +99,7 @@ pub(super) fn look_in_directory(image: Option<&str>, platform: &Platform, outsid
 /// `max_bytes`.
 pub(super) fn look_into(
     file: File,
-    image: Option<&str>,
+    image: Scope<'_>,
     platform: &Platform,
     max_bytes: u64,
     outside: &dyn Outside,
@@ -121,7 +122,7 @@ pub(super) fn look_into(
 }
 
 /// The image in a bundle, or `root` if there is none.
-fn find(bundle: Bundle<'_>, image: Option<&str>, platform: &Platform, root: Found) -> Result<Found> {
+fn find(bundle: Bundle<'_>, image: Scope<'_>, platform: &Platform, root: Found) -> Result<Found> {
     let found = match bundle.list() {
         Some(List::Docker) => docker_archive::image(&bundle, image)?,
         Some(List::Oci) => oci_layout::image(&bundle, image, platform)?,
@@ -130,8 +131,8 @@ fn find(bundle: Bundle<'_>, image: Option<&str>, platform: &Platform, root: Foun
     Ok(Found::Image(Box::new(found)))
 }
 
-fn find_root(root: Found, image: Option<&str>) -> Result<Found> {
-    ensure!(image.is_none(), "it is a root filesystem, which has no image names");
+fn find_root(root: Found, image: Scope<'_>) -> Result<Found> {
+    ensure!(!matches!(image, Scope::Named(_)), "it is a root filesystem, which has no image names");
     Ok(root)
 }
 

@@ -4,6 +4,7 @@
 //! index.json         names and images; replaced atomically while holding `lock`
 //! roots/KEY.erofs    root file systems; complete once they have their names; locked (shared) while in use
 //! blobs/HEX          compressed layers, as long as an image has them: the next version shares most of them
+//! configs/HEX        the configurations of images, whose digests are the images' IDs
 //! blobs.lock         locked (shared) while fetching layers that no image has yet
 //! warm/KEY/          snapshots of machines on the root file system KEY, removed with it (snapshot/warm.rs)
 //! suspended/ID/      snapshots of suspended machines
@@ -19,8 +20,9 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
+use super::bundle::{self, Part};
 use super::digest::Digest;
 use super::erofs::Form;
 use super::index::Index;
@@ -32,7 +34,8 @@ use crate::sys;
 const ROOTS: &str = "roots";
 const ROOT_SUFFIX: &str = ".erofs";
 const WARM: &str = "warm";
-const DIRS: [&str; 7] = [ROOTS, "blobs", WARM, "suspended", "disks", "volumes", "tmp"];
+const CONFIGS: &str = "configs";
+const DIRS: [&str; 8] = [ROOTS, "blobs", CONFIGS, WARM, "suspended", "disks", "volumes", "tmp"];
 /// Enough for about ten thousand images.
 const INDEX_MAX_BYTES: u64 = 64 << 20;
 
@@ -99,6 +102,54 @@ impl Store {
 
     pub(super) fn blob_path(&self, blob: Digest) -> PathBuf {
         self.dir.join("blobs").join(blob.hex())
+    }
+
+    pub(super) fn config_path(&self, id: Digest) -> PathBuf {
+        self.dir.join(CONFIGS).join(id.hex())
+    }
+
+    /// The configuration of an image as it was read. `None` if the image has none, or comes from an earlier husk.
+    pub fn config_of(&self, id: Digest) -> Result<Option<Vec<u8>>> {
+        let path = self.config_path(id);
+        match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            file => {
+                let read = || bundle::read_json(Part::whole(file?)?);
+                read().map(Some).with_context(|| format!("read {}", path.display()))
+            }
+        }
+    }
+
+    /// Keeps the configuration of an image.
+    pub(super) fn keep_config(&self, json: &[u8]) -> Result<()> {
+        let id = Digest::of(json);
+        if self.config_path(id).exists() {
+            return Ok(());
+        }
+        let mut work = self.work_file(&format!("config-{}", id.hex()))?;
+        work.file.set_len(0)?;
+        work.file.write_all(json).context("write the image's configuration")?;
+        work.keep_as(self, &self.config_path(id))
+    }
+
+    /// Begins to write a layer, unless the store has it.
+    pub(super) fn begin_blob(&self, blob: Digest) -> Result<Option<Work>> {
+        if self.blob_path(blob).exists() {
+            return Ok(None);
+        }
+        let work = self.work_file(&format!("blob-{}", blob.hex()))?;
+        // Another process may have written it while this one was waiting.
+        Ok((!self.blob_path(blob).exists()).then_some(work))
+    }
+
+    /// Keeps a layer that was written, if it has this digest.
+    pub(super) fn keep_blob(&self, blob: Digest, mut work: Work) -> Result<()> {
+        let found = bundle::digest_of(&work.file).context("read the layer")?;
+        if found != blob {
+            work.remove();
+            bail!("its data has the digest {found}, not {blob}");
+        }
+        work.keep_as(self, &self.blob_path(blob))
     }
 
     /// Whether a layer is in the store. It was verified before it was named.

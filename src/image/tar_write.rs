@@ -1,4 +1,4 @@
-//! Converts a stream from `husk cp` to a tar archive in ustar format, with pax extended headers for names and numbers
+//! Writes tar archives, above all of a stream from `husk cp`: in ustar format, with pax extended headers for names and numbers
 //! that do not fit (POSIX.1-2017, pax, "pax Interchange Format").
 //!
 //! The archive is created on the host and not in the guest, so that it contains only the requested name.
@@ -52,10 +52,25 @@ pub fn receive(input: impl Read, name: &[u8], out: &mut impl Write) -> Result<Co
         }
         copied.entries += 1;
     }
-    // The end-of-archive marker.
-    out.write_all(&[0; 2 * RECORD_BYTES])?;
-    out.flush()?;
+    end(out)?;
     Ok(copied)
+}
+
+/// Writes a file of `size_bytes` that anybody can read, from 1970. Fails if `content` is shorter.
+pub fn file(name: &str, size_bytes: u64, content: impl Read, out: &mut impl Write) -> Result<()> {
+    let about = About { mode: 0o644, uid: 0, gid: 0, mtime_s: 0, mtime_ns: 0 };
+    head(b'0', name.as_bytes(), b"", size_bytes, &about, out)?;
+    let copied_bytes = io::copy(&mut content.take(size_bytes), out)?;
+    ensure!(copied_bytes == size_bytes, "{name} is shorter than {size_bytes} bytes");
+    let rest_bytes = size_bytes.wrapping_neg() % RECORD_BYTES as u64;
+    io::copy(&mut io::repeat(0).take(rest_bytes), out)?;
+    Ok(())
+}
+
+/// Writes the end of an archive.
+pub fn end(out: &mut impl Write) -> io::Result<()> {
+    out.write_all(&[0; 2 * RECORD_BYTES])?;
+    out.flush()
 }
 
 /// Writes a file's content with its initial size: data appended since is omitted. A truncated file is an error, because

@@ -125,7 +125,7 @@ fn layers_merge_as_umoci_unpacks_them() {
         assert_eq!(house.load(path), root, "{path}");
     }
     let output = house.husk(&["load", "-i", "docker.tar"]);
-    assert!(String::from_utf8_lossy(&output.stdout).starts_with("Loaded team/app:1 ("), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("Loaded image: team/app:1\n"), "{output:?}");
     // From a pipe, from a file, and empty input.
     let husk = env!("CARGO_BIN_EXE_husk");
     house.sh(&format!("export HUSK_DATA=$PWD/data; cat docker.tgz | {husk} load --name piped; {husk} load --name read <oci.tar; cat oci.tar | {husk} load -n dash -"));

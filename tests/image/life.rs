@@ -237,7 +237,7 @@ fn an_archive_is_loaded_with_its_names_whatever_was_loaded_before() {
     for name in ["one", "two", "one", "two", "two"] {
         let output = house.husk(&["load", &format!("{name}.tar")]);
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(printed.starts_with(&format!("Loaded {name}:1 (")), "{printed}");
+        assert!(printed.starts_with(&format!("Loaded image: {name}:1\n")), "{printed}");
         assert!(house.husk(&["rmi", &format!("{name}:1")]).status.success());
     }
 }

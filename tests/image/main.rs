@@ -8,6 +8,7 @@ mod line;
 mod parts;
 mod registry;
 mod run;
+mod save;
 mod secure;
 mod server;
 mod shapes;

@@ -37,6 +37,18 @@ fn an_image_is_pulled_once_and_its_next_version_in_part() {
     assert!(through.status.success(), "{through:?}");
     assert!(line.bytes() < 100_000, "{} bytes came", line.bytes());
 
+    // `--pull` decides whether the store's image is run, or the registry's.
+    push(&house, &registry, "team/app:1", false);
+    let id = || house.inspect(&format!("{name}:1"))["Id"].to_string();
+    let (old, run) = (id(), |policy: &str, version: &str| {
+        let output = house.husk(&["run", "--kernel", "./none", "--pull", policy, &format!("{name}{version}"), "x"]);
+        assert_eq!(output.status.code(), Some(125));
+        String::from_utf8(output.stderr).unwrap()
+    });
+    assert!(run("never", ":3").contains("--pull never keeps it from being pulled"));
+    assert!(run("never", ":1").contains("./none") && run("missing", ":1").contains("./none") && id() == old);
+    assert!(run("always", ":1").contains("./none") && id() != old);
+
     // A missing root file system is rebuilt from its layers.
     std::fs::remove_dir_all(house.path("data/roots")).unwrap();
     assert!(house.husk(&["load", "-i", "layout"]).status.success());

@@ -10,6 +10,7 @@ use crate::boot::Part;
 use crate::cli::cpus::{self, Cpus};
 use crate::cli::limits::LimitFlags;
 use crate::cli::network::NetworkFlags;
+use crate::cli::pull::PullFlags;
 use crate::cli::size;
 use crate::config::{MachineConfig, Transport};
 use crate::guest::process::Defaults;
@@ -26,6 +27,9 @@ pub(in crate::cli) struct MachineFlags {
     /// Mount the root filesystem as read-only
     #[arg(long)]
     pub(in crate::cli) read_only: bool,
+
+    #[command(flatten)]
+    pub(in crate::cli) pull: PullFlags,
 
     /// Limit the disk space for downloading and unpacking the image [default: the free disk space]
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
@@ -71,7 +75,9 @@ impl MachineFlags {
                 let name =
                     image.to_str().with_context(|| format!("the image name {} is not valid UTF-8", image.display()))?;
                 let word = pinned.unwrap_or(name);
-                let Some(prepared) = on_demand::find_or_prepare(word, self.max_size, self.limits.sandbox())? else {
+                let Some(prepared) =
+                    on_demand::find_or_prepare(word, self.pull.finding(self.max_size, self.limits.sandbox()))?
+                else {
                     return Ok(None);
                 };
                 let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, volumes, .. } =

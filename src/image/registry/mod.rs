@@ -78,6 +78,8 @@ pub struct RemoteImage {
     pub id: Digest,
     /// The configuration.
     pub config: ImageConfig,
+    /// The configuration as it was read.
+    pub config_json: Vec<u8>,
     /// The layers, lowest first.
     pub layers: Vec<Descriptor>,
     /// The digest of its manifest or index.
@@ -155,7 +157,7 @@ impl RemoteImage {
         let config = ImageConfig::parse(&json)?;
         let (count, described) = (config.diff_ids.len(), layers.len());
         ensure!(count == described, "its configuration has {count} layers, its manifest has {described}");
-        Ok(RemoteImage { id, config, layers, digest })
+        Ok(RemoteImage { id, config, config_json: json, layers, digest })
     }
 }
 

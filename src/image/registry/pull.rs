@@ -12,7 +12,6 @@ use super::credentials::{self, Credential};
 use super::outside::{self, Answer, Outside, Question, Remote};
 use super::{Client, Document, RemoteImage, fetch};
 use crate::image::Prepared;
-use crate::image::bundle;
 use crate::image::digest::Digest;
 use crate::image::index::{LayerRecord, Record};
 use crate::image::manifest::Platform;
@@ -43,6 +42,7 @@ impl Store {
         // Protects layers that no image has yet.
         let _blobs = self.use_blobs()?;
         let image = self.fetch(reference, platform, progress)?;
+        self.keep_config(&image.config_json)?;
         let name = reference.to_string();
         let is_known = self.index()?.names.get(&name) == Some(&image.id);
         if is_known && let Some(prepared) = self.stored(image.id)? {
@@ -203,13 +203,8 @@ impl Outside for Fetch {
     }
 
     fn end_layer(&self, digest: Digest) -> Result<()> {
-        let mut work = self.state().layers.remove(&digest).context("the layer is not written")?;
-        let found = bundle::digest_of(&work.file).context("read the layer")?;
-        if found != digest {
-            work.remove();
-            bail!("the registry sent data with digest {found}");
-        }
-        work.keep_as(&self.store, &self.store.blob_path(digest))
+        let work = self.state().layers.remove(&digest).context("the layer is not written")?;
+        self.store.keep_blob(digest, work)
     }
 
     fn addresses(&self, host_and_port: &str) -> Result<Vec<SocketAddr>> {
