@@ -61,7 +61,7 @@ pub fn reference(text: &str) -> Result<Reference, String> {
     text.parse().map_err(|error: anyhow::Error| format!("{error:#}"))
 }
 
-/// When to pull, for commands that run an image.
+// When to pull, for commands that run an image.
 #[derive(Debug, Args)]
 pub(super) struct PullFlags {
     /// When to pull the image: always, missing or never
