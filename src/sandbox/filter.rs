@@ -1,8 +1,8 @@
 //! System call filters (seccomp(2)) of a monitor process, one for each kind of thread. A call that is not in the table of
 //! the thread's role ends the process; a handler for SIGSYS reports which.
 //!
-//! A filter finds the number of a call by binary search. When it is installed, the kernel runs it for each of some 450
-//! numbers: a list of comparisons would take it ten times as long, once for each thread of a machine.
+//! A filter finds the number of a call by binary search among ranges of numbers. When it is installed, the kernel compiles it
+//! and runs it for each of some 450 numbers, once for each thread of a machine: it must be short, and its paths as well.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -56,8 +56,10 @@ pub fn confine_this_thread(role: ThreadRole) {
 }
 
 /// What becomes of a call.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
+    /// It is a violation.
+    Denied,
     /// It is allowed.
     Allowed,
     /// It is allowed if all conditions of one of these sets hold.
@@ -77,7 +79,6 @@ fn compile(role: ThreadRole) -> Vec<sock_filter> {
             verdict => *verdict = Verdict::Allowed,
         }
     }
-    let calls: Vec<(u32, Verdict)> = calls.into_iter().collect();
     let start = [
         load(ARCH),
         jump(BPF_JEQ, ARCH_X86_64, 1, 0),
@@ -85,36 +86,75 @@ fn compile(role: ThreadRole) -> Vec<sock_filter> {
         // Numbers of the x32 ABI are larger than any in the tables.
         load(NUMBER),
     ];
-    [start.to_vec(), search(&calls)].concat()
+    [start.to_vec(), search(&ranges(calls))].concat()
 }
 
-/// Finds the number that was loaded in `calls`, which are sorted.
-fn search(calls: &[(u32, Verdict)]) -> Vec<sock_filter> {
-    match calls {
-        [] => vec![stop(SECCOMP_RET_TRAP)],
-        [(number, verdict)] => {
-            let found = [jump(BPF_JEQ, *number, 1, 0), stop(SECCOMP_RET_TRAP)];
-            [found.to_vec(), decide(verdict)].concat()
-        }
-        _ => {
-            let (lower, upper) = calls.split_at(calls.len() / 2);
-            let first = upper.first().map_or(0, |(number, _)| *number);
-            let lower = search(lower);
-            // A conditional jump reaches only 255 instructions.
-            let skip = sock_filter { code: (BPF_JMP | BPF_JA) as u16, jt: 0, jf: 0, k: lower.len() as u32 };
-            [vec![jump(BPF_JGE, first, 0, 1), skip], lower, search(upper)].concat()
-        }
+/// The verdicts on all numbers: each holds from its number on, up to that of the next one.
+fn ranges(calls: BTreeMap<u32, Verdict>) -> Vec<(u32, Verdict)> {
+    let mut ranges = vec![(0, Verdict::Denied)];
+    let mut push = |from: u32, verdict: Verdict| match ranges.last_mut() {
+        Some((last, replaced)) if *last == from => *replaced = verdict,
+        Some((_, before)) if *before == verdict => {}
+        _ => ranges.push((from, verdict)),
+    };
+    for (number, verdict) in calls {
+        push(number, verdict);
+        push(number + 1, Verdict::Denied);
     }
+    // What was replaced may have left neighbors with the same verdict.
+    ranges.dedup_by(|next, before| next.1 == before.1);
+    ranges
+}
+
+/// Finds the range of the number that was loaded.
+fn search(ranges: &[(u32, Verdict)]) -> Vec<sock_filter> {
+    let (lower, upper) = match ranges {
+        [] => return vec![stop(SECCOMP_RET_TRAP)],
+        [(_, verdict)] => return decide(verdict),
+        _ => ranges.split_at(ranges.len() / 2),
+    };
+    let first = upper.first().map_or(0, |(from, _)| *from);
+    let (lower, upper) = (search(lower), search(upper));
+    let skip = match u8::try_from(lower.len()) {
+        Ok(over) => vec![jump(BPF_JGE, first, over, 0)],
+        // A conditional jump reaches only 255 instructions.
+        Err(_) => {
+            let skip = sock_filter { code: (BPF_JMP | BPF_JA) as u16, jt: 0, jf: 0, k: lower.len() as u32 };
+            vec![jump(BPF_JGE, first, 0, 1), skip]
+        }
+    };
+    [skip, lower, upper].concat()
 }
 
 /// Ends the filter with the verdict on a call.
 fn decide(verdict: &Verdict) -> Vec<sock_filter> {
     let conditions = match verdict {
+        Verdict::Denied => return vec![stop(SECCOMP_RET_TRAP)],
         Verdict::Allowed => return vec![stop(SECCOMP_RET_ALLOW)],
         Verdict::Unsupported => return vec![stop(SECCOMP_RET_ERRNO | libc::ENOSYS as u32)],
         Verdict::If(conditions) => conditions,
     };
-    conditions.iter().flat_map(|set| check_all(set)).chain([stop(SECCOMP_RET_TRAP)]).collect()
+    match one_of(conditions) {
+        Some((index, values)) => {
+            let over = |before: usize| (values.len() - before) as u8;
+            let tests = values.iter().enumerate().map(|(before, value)| jump(BPF_JEQ, *value, over(before), 0));
+            let ends = [stop(SECCOMP_RET_TRAP), stop(SECCOMP_RET_ALLOW)];
+            [argument(index)].into_iter().chain(tests).chain(ends).collect()
+        }
+        None => conditions.iter().flat_map(|set| check_all(set)).chain([stop(SECCOMP_RET_TRAP)]).collect(),
+    }
+}
+
+/// The values of an argument, by its index, if the conditions only say that it has one of a few.
+fn one_of(conditions: &[Vec<Argument>]) -> Option<(u8, Vec<u32>)> {
+    let value = |set: &Vec<Argument>| match **set {
+        [Argument::Is(index, value)] => Some((index, value)),
+        _ => None,
+    };
+    let values: Vec<(u8, u32)> = conditions.iter().map(value).collect::<Option<_>>()?;
+    let (index, _) = *values.first()?;
+    let is_short = values.len() <= usize::from(u8::MAX) && values.iter().all(|(other, _)| *other == index);
+    is_short.then(|| (index, values.into_iter().map(|(_, value)| value).collect()))
 }
 
 /// Allows the call if all conditions hold, and otherwise continues behind.
@@ -130,14 +170,18 @@ fn check_all(conditions: &[Argument]) -> Vec<sock_filter> {
             Argument::IsBut(index, mask, value) => (index, vec![and(!mask), jump(BPF_JEQ, value, 0, over)]),
             Argument::IsThisProcess(index) => (index, vec![jump(BPF_JEQ, process::id(), 0, over)]),
         };
-        // The lower half, which is all that the kernel uses of these arguments.
-        rest = [vec![load(ARGUMENTS + 8 * u32::from(index))], test, rest].concat();
+        rest = [vec![argument(index)], test, rest].concat();
     }
     rest
 }
 
 fn and(mask: u32) -> sock_filter {
     sock_filter { code: (BPF_ALU | BPF_AND | BPF_K) as u16, jt: 0, jf: 0, k: mask }
+}
+
+/// Loads the lower half of an argument, which is all that the kernel uses of those in the tables.
+fn argument(index: u8) -> sock_filter {
+    load(ARGUMENTS + 8 * u32::from(index))
 }
 
 fn load(offset: u32) -> sock_filter {

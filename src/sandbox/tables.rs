@@ -20,7 +20,7 @@ use super::ThreadRole;
 use crate::sys::uring::UNREGISTER_FILES;
 
 /// A condition on an argument.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Argument {
     /// It has this 32-bit value.
     Is(u8, u32),

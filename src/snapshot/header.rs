@@ -1,35 +1,36 @@
 //! The header of a snapshot's state: which husk can read it, and whether it is whole.
 
 use anyhow::{Result, bail, ensure};
-use sha2::{Digest, Sha256};
+use crc32fast::Hasher;
 
 use super::DESCRIPTION_BYTES_MAX;
 use crate::monitor::STATE_BYTES_MAX;
 
 /// The size of a header.
-pub const HEADER_BYTES: usize = 64;
+pub const HEADER_BYTES: usize = 36;
 /// The part of it that the checksum covers.
 const CHECKED_BYTES: usize = 32;
 const MAGIC: [u8; 8] = *b"husksnap";
 /// The version of the format, of the description and of the state. Any change of them increments it.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// The architecture of the guest, by its number in ELF (EM_X86_64).
 const X86_64: u32 = 62;
 
 /// A header, little-endian: magic (8 bytes), version (4), architecture (4), size of the description (8), size of the state (8),
-/// SHA-256 of all this and of what follows the header (32).
+/// CRC-32 of all this and of what follows the header (4). It finds damage, and is computed at each start: who can write to a
+/// snapshot can write a checksum of any kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     description_bytes: u64,
     state_bytes: u64,
-    checksum: [u8; 32],
+    checksum: u32,
 }
 
 impl Header {
     /// The header of a description and a state.
     pub fn of(description: &[u8], state: &[u8]) -> Header {
         let mut header =
-            Header { description_bytes: description.len() as u64, state_bytes: state.len() as u64, checksum: [0; 32] };
+            Header { description_bytes: description.len() as u64, state_bytes: state.len() as u64, checksum: 0 };
         header.checksum = header.checksum_of([description, state]);
         header
     }
@@ -39,14 +40,14 @@ impl Header {
         let mut bytes = [0; HEADER_BYTES];
         let (checked, checksum) = bytes.split_at_mut(CHECKED_BYTES);
         checked.copy_from_slice(&self.checked());
-        checksum.copy_from_slice(&self.checksum);
+        checksum.copy_from_slice(&self.checksum.to_le_bytes());
         bytes
     }
 
     /// Parses a header. Fails with what is wrong about the snapshot.
     pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Result<Header> {
-        let (words, _) = bytes.as_chunks::<8>();
-        let [magic, kind, description_bytes, state_bytes, checksum @ ..] = words else {
+        let (words, rest) = bytes.as_chunks::<8>();
+        let ([magic, kind, description_bytes, state_bytes], [c0, c1, c2, c3]) = (words, rest) else {
             bail!("not a snapshot of husk")
         };
         let [v0, v1, v2, v3, a0, a1, a2, a3] = *kind;
@@ -59,13 +60,11 @@ impl Header {
             env!("CARGO_PKG_VERSION")
         );
         ensure!(architecture == X86_64, "its architecture, number {architecture} of ELF, is not x86-64");
-        let mut header = Header {
+        Ok(Header {
             description_bytes: u64::from_le_bytes(*description_bytes),
             state_bytes: u64::from_le_bytes(*state_bytes),
-            checksum: [0; 32],
-        };
-        header.checksum.copy_from_slice(checksum.as_flattened());
-        Ok(header)
+            checksum: u32::from_le_bytes([*c0, *c1, *c2, *c3]),
+        })
     }
 
     /// The size of what follows the header.
@@ -90,9 +89,11 @@ impl Header {
         bytes
     }
 
-    fn checksum_of(self, content: [&[u8]; 2]) -> [u8; 32] {
-        let [description, state] = content;
-        Sha256::new().chain_update(self.checked()).chain_update(description).chain_update(state).finalize().into()
+    fn checksum_of(self, content: [&[u8]; 2]) -> u32 {
+        let mut hasher = Hasher::new();
+        hasher.update(&self.checked());
+        content.iter().for_each(|part| hasher.update(part));
+        hasher.finalize()
     }
 }
 
