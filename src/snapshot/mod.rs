@@ -13,6 +13,7 @@
 mod disks;
 mod header;
 mod merge;
+mod read_ahead;
 pub mod warm;
 mod writer;
 

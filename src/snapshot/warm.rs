@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::system::uname;
 use serde::{Deserialize, Serialize};
 
-use super::{Description, Snapshot};
+use super::{Description, Snapshot, read_ahead};
 use crate::config::{Attachment, MachineConfig, NetworkConfig, Rate, UserNetwork, VsockConfig};
 use crate::image::store::{self, Store};
 use crate::image::{Digest, Pruned};
@@ -157,7 +157,11 @@ pub fn open(path: &Path, config: &MachineConfig, is_readonly: bool) -> Result<Sn
 pub fn find(config: &MachineConfig, is_readonly: bool) -> Option<Snapshot> {
     dir_of(config).filter(|dir| dir.exists())?;
     let path = place(config, is_readonly).ok().filter(|path| path.exists())?;
-    open(&path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()
+    let snapshot = open(&path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()?;
+    if let Err(error) = read_ahead::if_not_cached(&snapshot.files.memory) {
+        log::debug!("read ahead the memory of the warm image: {error}");
+    }
+    Some(snapshot)
 }
 
 /// Removes all warm images that no machine can start from any more, and what killed processes have left of others.
