@@ -32,17 +32,26 @@ Examples:
   For machines of another size:
     husk warm --cpus 2 --memory 2G debian:12
 
+  For runs of programs other than the image's default command:
+    husk warm debian:12 apt-get perl
+
 `husk run` uses a warm image if the machine would boot in the same way: with the same image,
 kernel, CPUs, memory, devices and read-only root. It boots as usual if husk, the kernels or
 the processor have changed since; run `husk warm` again then. `husk images` shows the disk
 space of warm images, `husk prune` removes outdated ones, and `husk rmi` those of an image.";
 
 #[derive(Debug, Args)]
-#[command(override_usage = "husk warm [OPTIONS] IMAGE", after_help = EXAMPLES)]
+#[command(override_usage = "husk warm [OPTIONS] IMAGE [PROGRAM]...", after_help = EXAMPLES)]
 pub(super) struct Warm {
     /// Image, as for `husk run`
     #[arg(value_name = "IMAGE")]
     image: OsString,
+
+    /// Programs that runs will probably use, besides the image's default command
+    ///
+    /// They and their libraries are read into memory in advance, so that runs need not read them from the disk.
+    #[arg(value_name = "PROGRAM")]
+    programs: Vec<String>,
 
     #[command(flatten)]
     machine: MachineFlags,
@@ -62,6 +71,7 @@ impl Warm {
             Some(root_fs) => root_fs,
             None => return Ok(Exit::Failure),
         };
+        let programs = self.programs(&root_fs);
         let mut lifecycle = LifecycleArgs::foreground();
         let dir = lifecycle.dir()?;
         // The command is not part of the snapshot.
@@ -71,15 +81,15 @@ impl Warm {
         let kernel = self.machine.kernel()?;
         let config = self.machine.config(&spec, &kernel, &dir.file(state_dir::VSOCK), false)?;
         config.validate()?;
-        let Some((path, _alone)) = self.place(&spec, &config)? else { return Ok(Exit::Success) };
+        let Some((path, _alone)) = self.place(&spec, &config, &programs)? else { return Ok(Exit::Success) };
         let (image, stop_signal) = (self.image.to_string_lossy().into_owned(), spec.stop_signal());
         let (command, mounts) = (Vec::new(), Vec::new());
         let info = RecordInfo { image, image_id: None, command, process: None, identity: None, mounts, stop_signal };
         let endpoint = lifecycle.endpoint(dir, info, &config)?;
         let timings = Arc::new(Timings::new(started));
         let boot = |endpoint: &mut ControlEndpoint, signals: &SignalFd| {
-            let fingerprint = Fingerprint::of(&config, spec.is_readonly())?;
-            let initramfs = spec.waiting_initramfs(&kernel, config.virtio_bus())?;
+            let fingerprint = Fingerprint::of(&config, spec.is_readonly())?.with_programs(&programs);
+            let initramfs = spec.waiting_initramfs(&programs, &kernel, config.virtio_bus())?;
             let opened = resources::open_for(&config, machine::boot_source(&kernel, initramfs)?)?;
             let start = Start::Wait(Save { path: path.clone(), fingerprint });
             session::run(&config, opened, start, endpoint, signals, &timings)
@@ -91,9 +101,22 @@ impl Warm {
         Ok(exit)
     }
 
+    /// The programs to read in advance: those that were asked for, what the image runs, and what its entrypoint, if that is a
+    /// script, will probably run in its place.
+    fn programs(&self, root_fs: &RootFs) -> Vec<String> {
+        let RootFs::Image { defaults, .. } = root_fs else { return Vec::new() };
+        let of_image = defaults.entrypoint.first().into_iter().chain(defaults.cmd.first());
+        self.programs.iter().chain(of_image).cloned().collect()
+    }
+
     /// The directory of the snapshot, and in the image store a lock, so that no other husk makes it. `None` if there is one
-    /// already that is not outdated; others are removed.
-    fn place(&self, spec: &GuestSpec, config: &MachineConfig) -> Result<Option<(PathBuf, Option<File>)>> {
+    /// already that is not outdated and has the programs; others are removed.
+    fn place(
+        &self,
+        spec: &GuestSpec,
+        config: &MachineConfig,
+        programs: &[String],
+    ) -> Result<Option<(PathBuf, Option<File>)>> {
         if let Some(path) = &self.output {
             return Ok(Some((path.clone(), None)));
         }
@@ -101,7 +124,8 @@ impl Warm {
         let parent = path.parent().context("the image store has no directory for it")?;
         fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
         let alone = lock::alone_within(&path.with_extension("lock"), lock::LONG_TIMEOUT)?;
-        if warm::find(config, spec.is_readonly()).is_some() {
+        let found = warm::find(config, spec.is_readonly()).and_then(|found| found.description.fingerprint);
+        if found.is_some_and(|fingerprint| fingerprint.has_programs(programs)) {
             super::print(&format!("{}\n", path.display()))?;
             return Ok(None);
         }

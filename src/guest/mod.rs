@@ -5,8 +5,8 @@ use std::fs::File;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail, ensure};
-use husk_protocol::{Overlay, Process, Root, Run, Spec, Start, Tmpfs, WindowSize};
+use anyhow::{Context, Result, bail, ensure};
+use husk_protocol::{Overlay, Preload, Process, Root, Run, Spec, Start, Tmpfs, WindowSize};
 
 use self::network::NetworkSetup;
 use self::process::{Defaults, Overrides};
@@ -233,10 +233,12 @@ impl GuestSpec {
 
     /// The same for a machine that waits before its process starts, to be saved there. It contains nothing of the run:
     /// the root file system and its writable layer, the kernel, and whether there is a network must be those of the runs
-    /// that begin in it.
-    pub fn waiting_initramfs(&self, kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
-        ensure!(self.has_session(), "only a machine that runs a command can wait for it");
-        self.initramfs_for(Start::Wait, kernel, bus)
+    /// that begin in it. `programs` are those that these runs will probably need.
+    pub fn waiting_initramfs(&self, programs: &[String], kernel: &GuestKernel, bus: VirtioBus) -> Result<File> {
+        let process = self.process().context("only a machine that runs a command can wait for it")?;
+        let programs = programs.iter().map(|name| name.clone().into_bytes()).collect();
+        let preload = Preload { programs, env: process.env.clone() };
+        self.initramfs_for(Start::Wait(preload), kernel, bus)
     }
 
     /// What a waiting machine, whose network devices are `devices`, needs to begin the run: everything that

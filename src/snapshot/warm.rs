@@ -7,6 +7,7 @@
 //! A guest notices whatever it was booted with, so a snapshot fits only machines that would boot in exactly the same way: with
 //! the same configuration as far as the guest sees it, and with the same [`Fingerprint`].
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -44,6 +45,9 @@ pub struct Fingerprint {
     microcode: String,
     /// Whether the root file system has no writable layer.
     is_readonly: bool,
+    /// Names of programs that are in the machine's memory already.
+    #[serde(default)]
+    programs: BTreeSet<String>,
 }
 
 impl Fingerprint {
@@ -59,7 +63,18 @@ impl Fingerprint {
             processor: processor::identity(),
             microcode: microcode(),
             is_readonly,
+            programs: BTreeSet::new(),
         })
+    }
+
+    /// The same of a machine that has read these programs.
+    pub fn with_programs(self, programs: &[String]) -> Fingerprint {
+        Fingerprint { programs: programs.iter().cloned().collect(), ..self }
+    }
+
+    /// Whether the machine has read all of these programs.
+    pub fn has_programs(&self, programs: &[String]) -> bool {
+        programs.iter().all(|program| self.programs.contains(program))
     }
 
     /// Whether the root file system has no writable layer.
@@ -67,7 +82,7 @@ impl Fingerprint {
         self.is_readonly
     }
 
-    /// What has changed since `earlier`, if anything has.
+    /// What has changed since `earlier`, if anything has that the guest could notice.
     pub fn change_since(&self, earlier: &Fingerprint) -> Option<&'static str> {
         let same = [
             (self.husk == earlier.husk, "husk"),
@@ -157,7 +172,8 @@ pub fn open(path: &Path, config: &MachineConfig, is_readonly: bool) -> Result<Sn
 pub fn find(config: &MachineConfig, is_readonly: bool) -> Option<Snapshot> {
     dir_of(config).filter(|dir| dir.exists())?;
     let path = place(config, is_readonly).ok().filter(|path| path.exists())?;
-    let snapshot = open(&path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()?;
+    let snapshot =
+        open(&path, config, is_readonly).inspect_err(|error| log::info!("the machine boots: {error:#}")).ok()?;
     if let Err(error) = read_ahead::if_not_cached(&snapshot.files.memory) {
         log::debug!("read ahead the memory of the warm image: {error}");
     }

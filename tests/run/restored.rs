@@ -347,7 +347,7 @@ fn a_run_finds_in_a_waiting_machine_what_it_finds_in_one_that_boots_for_it() {
     let kernel = kernel_of(&guests);
     let prepared = connected(spec("never run", false, "prepared"), 9);
     let waiting = config(&prepared, &kernel);
-    let initramfs = prepared.waiting_initramfs(&kernel, waiting.virtio_bus()).unwrap();
+    let initramfs = prepared.waiting_initramfs(&[], &kernel, waiting.virtio_bus()).unwrap();
     let mut guest = Guest::boot(&waiting, initramfs, &|listener, _, timings| Session::waiting(listener, timings));
     guest.wait_until("it waits", |guest| guest.session.is_waiting());
     let saved = guest.save();

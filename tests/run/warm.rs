@@ -78,7 +78,15 @@ fn a_command_sees_the_same_in_a_warm_machine() {
 #[test]
 fn warm_machines_are_different_and_know_the_time() {
     let guests = guests!();
-    warm(&guests, &[]);
+    finish(husk(&guests, "warm", &[image::archive(), "sh"]), Vec::new()).expect(0);
+    // How often the shell has waited for the disk: field 12 of proc_pid_stat(5).
+    let waits = |flags| -> u64 {
+        let ended = run(&guests, flags, "read -r line </proc/self/stat; set -- $line; echo ${12}");
+        assert_eq!(is_warm(&ended), flags.is_empty());
+        ended.expect(0).text().trim_end().parse().unwrap()
+    };
+    assert_eq!(waits(&[]), 0);
+    assert_ne!(waits(&["--no-warm"]), 0);
     let script = "head -c 32 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid; hostname; date +%s";
     let machines: Vec<_> = (0..4).map(|_| husk(&guests, "run", &[image::archive(), "sh", "-c", script])).collect();
     let running: Vec<_> = machines.into_iter().map(|mut machine| machine.spawn().unwrap()).collect();

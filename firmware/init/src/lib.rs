@@ -23,6 +23,7 @@ pub mod errors;
 mod identity;
 mod mounts;
 pub mod network;
+mod preload;
 mod pressure;
 mod process;
 mod pump;
@@ -59,7 +60,7 @@ fn serve(spec: &Spec) -> Failure {
             return entered.err().unwrap_or_else(|| boot::become_init(args));
         }
         Start::Process(run) => Some(&**run),
-        Start::Wait => None,
+        Start::Wait(_) => None,
     };
     let streams = run.into_iter().flat_map(|run| streams_of(&run.process));
     match Connecting::start(std::iter::once(Role::Control).chain(streams)) {
@@ -85,6 +86,9 @@ fn serve_session(spec: &Spec, run: Option<&Run>, connecting: Connecting) -> Fail
             Some(prepared)
         }
         (Ok(mut prepared), None) => {
+            if let Start::Wait(preload) = &spec.start {
+                preload::read(preload);
+            }
             wait_and_begin(&mut session, &mut prepared);
             Some(prepared)
         }

@@ -55,7 +55,7 @@ pub fn mount(spec: &Spec) -> Result<Option<Kept>, Failure> {
         Root::Disk { device, readonly } => {
             let program = match &spec.start {
                 Start::Init { args, .. } => args.first().map(Vec::as_slice),
-                Start::Process(_) | Start::Wait => None,
+                Start::Process(_) | Start::Wait(_) => None,
             };
             await_device(device)?;
             disk::mount_root(device, *readonly, program)?;

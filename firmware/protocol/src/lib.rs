@@ -22,7 +22,8 @@ pub mod tree;
 pub use hello::{HELLO_BYTES, Hello, Role};
 pub use session::{Process, Renewal, Rights, ToGuest, ToHost, WindowSize};
 pub use spec::{
-    FIXED_PATH, Identity, Interface, InterfaceAddress, Limit, Overlay, Root, Run, SPEC_PATH, Share, Spec, Start, Tmpfs,
+    FIXED_PATH, Identity, Interface, InterfaceAddress, Limit, Overlay, Preload, Root, Run, SPEC_PATH, Share, Spec,
+    Start, Tmpfs,
 };
 
 /// The vsock port that either side listens on.

@@ -153,7 +153,7 @@ pub enum Start {
     /// The same, but the process is not known yet. Init prepares all that does not depend on it,
     /// [waits](crate::ToHost::Waiting), and starts it when it is [told to](crate::ToGuest::Begin). Meanwhile the machine may
     /// be saved, and restored any number of times.
-    Wait,
+    Wait(Preload),
     /// The root file system's own init in place of husk's. There are no sessions.
     Init {
         /// This program with these arguments, or if empty, the default one.
@@ -161,6 +161,15 @@ pub enum Start {
         /// The host name, unless it is empty.
         hostname: String,
     },
+}
+
+/// Programs that init reads into memory before it waits, so that processes of restored machines find them there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preload {
+    /// Their names or paths.
+    pub programs: Vec<Vec<u8>>,
+    /// The environment in which they are found and linked, `NAME=VALUE` each.
+    pub env: Vec<Vec<u8>>,
 }
 
 impl Spec {
