@@ -87,7 +87,7 @@ fn make_warm(parts: &Parts, husk: &str, root: &str) -> Result<String, String> {
     let dir = std::env::temp_dir().join("versus-warm");
     let _ = std::fs::remove_dir_all(&dir);
     let dir = dir.display().to_string();
-    let words = machine(parts, husk, "warm", &["--output", &dir, root]);
+    let words = machine(parts, husk, "warm", &["--output", &dir, root, "echo"]);
     let status = Command::new(husk).args(words.iter().skip(1)).stdout(Stdio::null()).status();
     match status {
         Ok(status) if status.success() => Ok(dir),
