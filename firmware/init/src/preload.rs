@@ -215,7 +215,8 @@ mod tests {
         assert_eq!(linker(&head), Some(&[0; 19][..]));
         head[135] = 0xff;
         assert_eq!(linker(&head), None);
-        (head[32..40].fill(0xff), head[56..58].fill(0xff));
+        head[32..40].fill(0xff);
+        head[56..58].fill(0xff);
         assert_eq!(linker(&head), None);
     }
 }
