@@ -15,6 +15,7 @@ use super::boot;
 use super::exit::Exit;
 use super::lifecycle::{self, LifecycleArgs, RecordInfo};
 use super::limits::on_or_off;
+use super::mounts::place;
 use super::run::session::{self, Start};
 use crate::guest::signal;
 use crate::resources::disk::stamp;
@@ -73,6 +74,7 @@ impl Restore {
             command,
             process,
             identity,
+            mounts,
             stop_signal,
             mut config,
             disks,
@@ -99,10 +101,11 @@ impl Restore {
             None => self.identity.apply_outside(&mut config).map(|()| None)?,
         };
         config.validate()?;
+        let _volumes = place::use_volumes(&mounts)?;
         let saved_disks = config.disks.clone();
         let own_disks = inside.own(&mut config)?;
         let identity = own.as_ref().map(|own| own.record.clone());
-        let info = RecordInfo { image, image_id: None, command, process, identity, mounts: Vec::new(), stop_signal };
+        let info = RecordInfo { image, image_id: None, command, process, identity, mounts, stop_signal };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
             let asked = RefCell::new(&mut *endpoint);

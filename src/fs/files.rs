@@ -46,8 +46,7 @@ impl Worker {
     }
 
     fn keep(&self, file: File, flags: u32) -> Result<u64, Errno> {
-        let appends = OFlags::from_bits_retain(flags).contains(OFlags::APPEND);
-        self.server.handles.insert(Handle::new(file, appends))
+        self.server.handles.insert(Handle::new(file, OFlags::from_bits_retain(flags)))
     }
 
     /// CREATE.
@@ -119,7 +118,7 @@ impl Worker {
         if size > call.data_bytes {
             return Err(Errno::INVAL);
         }
-        let appends = handle.appends && flags & WRITE_CACHE == 0;
+        let appends = handle.appends() && flags & WRITE_CACHE == 0;
         let done = self.without_privilege(flags & WRITE_KILL_SUIDGID != 0, || {
             let mut done = 0;
             while done < size {

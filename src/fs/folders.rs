@@ -28,7 +28,7 @@ impl Worker {
         let cached = open_flag::KEEP_CACHE | open_flag::CACHE_DIR;
         let flags = if self.server.options.cache == Cache::Always { cached } else { 0 };
         let mut body = Body::default();
-        body.open(self.server.handles.insert(Handle::new(file, false))?, flags);
+        body.open(self.server.handles.insert(Handle::new(file, OFlags::DIRECTORY))?, flags);
         Ok(Reply::Body(body.0))
     }
 

@@ -45,6 +45,18 @@ struct Known {
     lookups: u64,
 }
 
+/// An inode that a guest knows from before.
+pub struct Restored {
+    /// Its ID.
+    pub id: u64,
+    /// How often the kernel was told of it.
+    pub lookups: u64,
+    /// The inode.
+    pub inode: Inode,
+    /// Its attributes.
+    pub stat: Statx,
+}
+
 struct Tables {
     by_id: HashMap<u64, Known>,
     by_key: HashMap<Key, u64>,
@@ -110,6 +122,29 @@ impl Inodes {
             drop(tables);
             drop(known);
         }
+    }
+
+    /// All inodes but the root, with their IDs and lookups, and the ID of the next one.
+    pub fn all(&self) -> (Vec<(u64, u64, Arc<Inode>)>, u64) {
+        let tables = self.lock();
+        let known = |(id, known): (&u64, &Known)| (*id, known.lookups, known.inode.clone());
+        (tables.by_id.iter().map(known).collect(), tables.next_id)
+    }
+
+    /// Fills a table that knows only the root, with what [`Inodes::all`] has returned of another one.
+    pub fn restore(&self, next_id: u64, inodes: Vec<Restored>) {
+        let mut tables = self.lock();
+        tables.next_id = next_id;
+        for Restored { id, lookups, inode, stat } in inodes {
+            let key = key(&stat);
+            tables.by_key.insert(key, id);
+            tables.by_id.insert(id, Known { inode: Arc::new(inode), key, lookups });
+        }
+    }
+
+    /// How many there can be.
+    pub fn count_max(&self) -> usize {
+        self.count_max
     }
 
     /// Forgets all inodes but the root.

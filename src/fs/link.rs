@@ -9,6 +9,7 @@
 //! writes: lengths are checked, and what is checked was copied before.
 #![allow(unsafe_code)]
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -73,13 +74,18 @@ pub struct Ends {
     pub memory: OwnedFd,
 }
 
+/// Memory of two processes, whose size neither can change. A side that could shrink it would end the other one with SIGBUS.
+pub fn sealed_memory(name: &CStr, len_bytes: u64) -> io::Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&memory, len_bytes)?;
+    rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(memory)
+}
+
 impl Ends {
     /// Both sides of a new connection.
     pub fn pair() -> io::Result<(Ends, Ends)> {
-        let memory = rustix::fs::memfd_create("husk-share", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        rustix::fs::ftruncate(&memory, (SLOTS * SLOT_BYTES) as u64)?;
-        // A side that could shrink the file would end the other one with SIGBUS.
-        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let memory = sealed_memory(c"husk-share", (SLOTS * SLOT_BYTES) as u64)?;
         let (ours, theirs) = socket::message_pair()?;
         Ok((Ends { socket: ours, memory: memory.try_clone()? }, Ends { socket: theirs, memory }))
     }

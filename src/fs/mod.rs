@@ -17,6 +17,7 @@ mod inodes;
 pub mod link;
 mod names;
 pub mod process;
+mod saved;
 #[cfg(test)]
 mod tests;
 pub mod wire;

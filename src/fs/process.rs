@@ -3,16 +3,19 @@
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Barrier};
-use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Resource, Rlimit};
 
-use super::link::{Ends, Link};
+use super::link::{self, Ends, Link};
+use super::saved::{self, Identity};
 use super::worker::Worker;
 use super::{CAPABILITIES, Options, Server};
 use crate::sandbox::folder::{self, Folder, Inside, NAMESPACES};
@@ -29,12 +32,19 @@ const REPORT_BYTES_MAX: usize = 4096;
 /// The first byte of a report that says why there is no server.
 const FAILED: u8 = b'!';
 
+/// The most that is saved of what a guest knows.
+pub const KNOWN_BYTES_MAX: u64 = 64 << 20;
+/// How long a server may take to save that. It makes some system calls for each file that the guest knows.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// A server process. Dropping it ends the process.
 #[derive(Debug)]
 pub struct Process {
     pid: u32,
     /// How the folder is called in messages.
     name: String,
+    /// Where it is told to save what the guest knows, and where it puts that.
+    orders: Orders,
 }
 
 impl Drop for Process {
@@ -52,40 +62,73 @@ pub struct Starting {
     lacks: Vec<String>,
 }
 
-/// Starts a process that serves `folder`, in namespaces of its own if the host allows that. With `is_confined` its calls are
-/// filtered.
-pub fn start(folder: Folder, options: Options, is_confined: bool) -> Result<Starting> {
-    let name = folder.path.display().to_string();
-    let separate = spawn(&name, &folder, options, NAMESPACES, is_confined, Vec::new());
-    let lacks = |error| vec![format!("namespaces: {error:#}")];
-    separate.or_else(|error| spawn(&name, &folder, options, 0, is_confined, lacks(error)))
+/// The socket between a supervisor and a server, and memory of both for what a guest knows: a length (64 bits) and that many bytes.
+#[derive(Debug)]
+struct Orders {
+    socket: UnixDatagram,
+    known: OwnedFd,
 }
 
-fn spawn(
-    name: &str,
-    folder: &Folder,
-    options: Options,
-    flags: i32,
-    is_confined: bool,
-    lacks: Vec<String>,
-) -> Result<Starting> {
+impl Orders {
+    fn pair() -> Result<(Orders, Orders)> {
+        let known = link::sealed_memory(c"husk-known", KNOWN_BYTES_MAX).context("create memory for a server")?;
+        let (ours, theirs) = socket::message_pair().context("create a socket")?;
+        let copy = known.try_clone().context("duplicate a file descriptor")?;
+        Ok((Orders { socket: ours, known: copy }, Orders { socket: theirs, known }))
+    }
+
+    fn put(&self, bytes: &[u8]) -> Result<()> {
+        let (known, len_bytes) = (fs::File::from(self.known.try_clone()?), bytes.len() as u64);
+        ensure!(len_bytes <= KNOWN_BYTES_MAX - 8, "the machine knows too many of its files: {len_bytes} bytes");
+        known.write_all_at(bytes, 8)?;
+        Ok(known.write_all_at(&len_bytes.to_le_bytes(), 0)?)
+    }
+
+    /// What was put last; nothing at first.
+    fn take(&self) -> Result<Vec<u8>> {
+        let known = fs::File::from(self.known.try_clone()?);
+        let mut len = [0; 8];
+        known.read_exact_at(&mut len, 0)?;
+        let len_bytes = u64::from_le_bytes(len);
+        ensure!(len_bytes <= KNOWN_BYTES_MAX - 8, "a server says that its machine knows {len_bytes} bytes");
+        let mut bytes = vec![0; usize::try_from(len_bytes)?];
+        known.read_exact_at(&mut bytes, 8)?;
+        Ok(bytes)
+    }
+}
+
+/// Starts a process that serves `folder`, in namespaces of its own if the host allows that. With `is_confined` its calls are
+/// filtered. `known` is what a machine that is restored knows of the folder.
+pub fn start(folder: Folder, options: Options, is_confined: bool, known: Option<&[u8]>) -> Result<Starting> {
+    let separate = spawn(&folder, options, NAMESPACES, is_confined, known);
+    separate.or_else(|error| {
+        let mut starting = spawn(&folder, options, 0, is_confined, known)?;
+        starting.lacks.push(format!("namespaces: {error:#}"));
+        Ok(starting)
+    })
+}
+
+fn spawn(folder: &Folder, options: Options, flags: i32, is_confined: bool, known: Option<&[u8]>) -> Result<Starting> {
+    let name = folder.path.display().to_string();
     let (ends, theirs) = Ends::pair().context("create a socket")?;
+    let (orders, ordered) = Orders::pair()?;
+    known.map_or(Ok(()), |known| orders.put(known))?;
     let folder = folder.try_clone().context("duplicate a file descriptor")?;
-    let given = [theirs.fds().as_slice(), &[folder.fd.as_raw_fd()]].concat();
-    let files = Files { given, shared: Vec::new() };
-    let split = fork::split(flags, (theirs, folder), &files).map_err(|(_, error)| error);
+    let others = [folder.fd.as_raw_fd(), ordered.socket.as_raw_fd(), ordered.known.as_raw_fd()];
+    let files = Files { given: [theirs.fds().as_slice(), &others].concat(), shared: Vec::new() };
+    let split = fork::split(flags, (theirs, ordered, folder), &files).map_err(|(_, error)| error);
     let pid = match split.context("start a process")? {
-        Split::Child((ends, folder)) => run(folder, options, ends, flags != 0, is_confined),
+        Split::Child((ends, ordered, folder)) => run(folder, options, ends, ordered, flags != 0, is_confined),
         Split::Parent(pid) => pid,
     };
-    let process = Process { pid, name: name.to_owned() };
+    let process = Process { pid, name, orders };
     if flags != 0 {
         map_users(pid).context("map users")?;
     }
     allow_many_files(pid);
     // It goes on when its users are mapped.
     ends.socket.send(&[0]).context("start the server")?;
-    Ok(Starting { process, ends, lacks })
+    Ok(Starting { process, ends, lacks: Vec::new() })
 }
 
 impl Starting {
@@ -180,13 +223,11 @@ fn allow_many_files(pid: u32) {
 }
 
 /// Runs this process as the server of a folder, and exits.
-fn run(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> ! {
-    let error = match prepare(folder, options, ends, is_separate, is_confined) {
+fn run(folder: Folder, options: Options, ends: Ends, orders: Orders, is_separate: bool, is_confined: bool) -> ! {
+    let error = match prepare(folder, options, ends, orders, is_separate, is_confined) {
         // Its threads serve, and end the process. This one is killed when its parent is gone, which the kernel forgets of a thread
         // that acts for another user.
-        Ok(()) => loop {
-            thread::park();
-        },
+        Ok(keeper) => keeper.run(),
         Err((socket, error)) => {
             let text = format!("{}{error:#}", char::from(FAILED));
             let text = text.as_bytes();
@@ -198,12 +239,26 @@ fn run(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confi
 
 type Failure = (Option<UnixDatagram>, anyhow::Error);
 
-fn prepare(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> Result<(), Failure> {
+fn prepare(
+    folder: Folder,
+    options: Options,
+    ends: Ends,
+    orders: Orders,
+    is_separate: bool,
+    is_confined: bool,
+) -> Result<Keeper, Failure> {
     let socket = ends.socket.try_clone().ok();
-    set_up(folder, options, ends, is_separate, is_confined).map_err(|error| (socket, error))
+    set_up(folder, options, ends, orders, is_separate, is_confined).map_err(|error| (socket, error))
 }
 
-fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_confined: bool) -> Result<()> {
+fn set_up(
+    folder: Folder,
+    options: Options,
+    ends: Ends,
+    orders: Orders,
+    is_separate: bool,
+    is_confined: bool,
+) -> Result<Keeper> {
     let mut go = [0];
     if ends.socket.recv(&mut go).context("wait for the start")? == 0 {
         bail!("husk has ended");
@@ -220,11 +275,17 @@ fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_co
     if is_confined {
         sandbox::enable_filters(link.socket().as_raw_fd(), |_| fork::exit_now(1)).context("handle SIGSYS")?;
     }
+    let shared = Identity::of(&folder.fd).context("identify the shared folder")?;
     let Inside { root, descriptors, lacks, is_privileged } =
         folder::enter(folder, CAPABILITIES, is_separate).context("confine the server")?;
     let files_max = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(FILES_MAX);
     let files_max = usize::try_from(files_max).unwrap_or(usize::MAX);
     let server = Arc::new(Server::new(root, options, is_privileged, files_max).context("read the shared folder")?);
+    let known = orders.take()?;
+    if !known.is_empty() {
+        saved::restore(&server, shared, &descriptors, &known)?;
+    }
+    drop(known);
     let descriptors = Arc::new(descriptors);
     // A thread that a request has taken over could write to the memory of one that is not confined yet.
     let confined = Arc::new(Barrier::new(THREADS + 1));
@@ -245,7 +306,33 @@ fn set_up(folder: Folder, options: Options, ends: Ends, is_separate: bool, is_co
     }
     sandbox::confine_this_thread(ThreadRole::Share);
     confined.wait();
-    report_ready(&link, &lacks)
+    report_ready(&link, &lacks)?;
+    Ok(Keeper { server, shared, descriptors, orders })
+}
+
+/// The server's main thread.
+struct Keeper {
+    server: Arc<Server>,
+    shared: Identity,
+    descriptors: Arc<OwnedFd>,
+    orders: Orders,
+}
+
+impl Keeper {
+    /// Saves what the guest knows whenever that is ordered, until the supervisor is gone.
+    fn run(&self) -> ! {
+        let mut order = [0];
+        while self.orders.socket.recv(&mut order).is_ok_and(|len| len > 0) {
+            let saved = saved::save(&self.server, self.shared, &*self.descriptors);
+            let result = saved.and_then(|known| self.orders.put(&known));
+            let text = result.err().map_or_else(|| "\n".to_owned(), |error| format!("{}{error:#}", char::from(FAILED)));
+            let text = text.as_bytes();
+            if self.orders.socket.send(text.get(..text.len().min(REPORT_BYTES_MAX)).unwrap_or_default()).is_err() {
+                break;
+            }
+        }
+        fork::exit_now(0)
+    }
 }
 
 fn report_ready(link: &Link, lacks: &[String]) -> Result<()> {
@@ -256,6 +343,24 @@ fn report_ready(link: &Link, lacks: &[String]) -> Result<()> {
 }
 
 impl Process {
+    /// What the guest knows of the folder. Its device must be paused.
+    pub fn save(&self) -> Result<Vec<u8>> {
+        self.try_save().with_context(|| format!("save what the guest knows of share {}", self.name))
+    }
+
+    fn try_save(&self) -> Result<Vec<u8>> {
+        let Orders { socket, .. } = &self.orders;
+        socket.set_read_timeout(Some(SAVE_TIMEOUT))?;
+        socket::send_now(socket, &[0])?;
+        let mut reply = [0; REPORT_BYTES_MAX];
+        let len = socket.recv(&mut reply)?;
+        match reply.get(..len) {
+            None | Some([]) => bail!("its process has ended"),
+            Some([FAILED, why @ ..]) => bail!("{}", String::from_utf8_lossy(why)),
+            Some(_) => self.orders.take(),
+        }
+    }
+
     /// The ID of the process.
     pub fn id(&self) -> u32 {
         self.pid

@@ -3,6 +3,7 @@
 mod client;
 mod confined;
 mod hostile;
+mod saved;
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;

@@ -57,7 +57,7 @@ impl Machine {
                 let contents = Contents::new(config, *files);
                 (memory.clone(), Loader::boot(kvm.clone(), memory, contents, timings.clone())?)
             }
-            Source::Snapshot(SnapshotFiles { state, memory }) => {
+            Source::Snapshot(SnapshotFiles { state, memory, .. }) => {
                 let loader = Loader::restore(kvm.clone(), state, timings.clone())?;
                 (memory::map(config.memory_mib, &memory, config.huge_pages.pages(), prefault)?, loader)
             }

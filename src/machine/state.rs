@@ -117,7 +117,7 @@ mod tests {
     }
 
     fn restore(config: &MachineConfig, state: Vec<u8>, memory: File) -> Result<Machine> {
-        let source = Source::Snapshot(SnapshotFiles { state, memory });
+        let source = Source::Snapshot(SnapshotFiles { state, memory, shares: Vec::new() });
         let (resources, _outside) = resources::open_for(config, source).unwrap();
         build(config, resources)
     }

@@ -83,13 +83,17 @@ pub struct SnapshotFiles {
     pub state: Vec<u8>,
     /// Its memory. The file must not change as long as the machine exists.
     pub memory: File,
+    /// What its guest knows of each share.
+    pub shares: Vec<File>,
 }
 
 impl SnapshotFiles {
     /// A copy for another machine.
     pub fn try_clone(&self) -> Result<SnapshotFiles> {
         let memory = self.memory.try_clone().context("duplicate a file descriptor")?;
-        Ok(SnapshotFiles { state: self.state.clone(), memory })
+        let shares = self.shares.iter().map(File::try_clone).collect::<std::io::Result<_>>();
+        let shares = shares.context("duplicate a file descriptor")?;
+        Ok(SnapshotFiles { state: self.state.clone(), memory, shares })
     }
 }
 
@@ -128,6 +132,11 @@ impl Outside {
         self.starters().map(AsRawFd::as_raw_fd).collect()
     }
 
+    /// The processes that serve folders, in the order of the shares.
+    pub fn servers(&self) -> &[Process] {
+        &self.servers
+    }
+
     /// Clones of them.
     fn passts(&self) -> Vec<passt::Starter> {
         self.starters().cloned().collect()
@@ -159,7 +168,7 @@ pub fn open(config: &MachineConfig) -> Result<(Resources, Outside)> {
 }
 
 /// The same for a machine that starts at `source`: no kernel is opened.
-pub fn open_for(config: &MachineConfig, source: Source) -> Result<(Resources, Outside)> {
+pub fn open_for(config: &MachineConfig, mut source: Source) -> Result<(Resources, Outside)> {
     let disks = disk::open_all(&config.disks)?;
     let kvm = open_kvm()?;
     // Last, since only these have side effects.
@@ -173,7 +182,13 @@ pub fn open_for(config: &MachineConfig, source: Source) -> Result<(Resources, Ou
     }
     let mut outside = Outside { cgroup_limits, ..Outside::default() };
     // Their servers are within these limits, and become ready in the meantime.
-    let opening = config.shares.iter().map(|share| share::open(share, config.sandbox)).collect::<Result<Vec<_>>>()?;
+    let mut known = match &mut source {
+        Source::Boot(_) => Vec::new(),
+        Source::Snapshot(files) => std::mem::take(&mut files.shares),
+    }
+    .into_iter();
+    let open = |share| share::open(share, known.next(), config.sandbox);
+    let opening = config.shares.iter().map(open).collect::<Result<Vec<_>>>()?;
     let mut vsock = config.vsock.as_ref().map(vsock::open).transpose()?;
     outside.vsock = vsock.as_mut().and_then(vsock::VsockSocket::take_name);
     let mut networks = Vec::new();

@@ -1,13 +1,15 @@
 //! Folders that a machine shares: opens each, and starts the process that serves it.
 
+use std::fs::File;
 use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::config::{SHARED_FILE, ShareConfig};
 use crate::fs::Options;
 use crate::fs::link::Ends;
-use crate::fs::process::{self, Process, Starting};
+use crate::fs::process::{self, KNOWN_BYTES_MAX, Process, Starting};
 use crate::sandbox::folder::{self, Folder};
 
 /// A folder that a process serves, for the device of the guest.
@@ -32,8 +34,9 @@ pub struct Opening {
     server: Starting,
 }
 
-/// Opens what `config` names, and starts its server, confined if the machine `is_confined`.
-pub fn open(config: &ShareConfig, is_confined: bool) -> Result<Opening> {
+/// Opens what `config` names, and starts its server, confined if the machine `is_confined`. `known` is what the guest of a machine
+/// that is restored knows of it.
+pub fn open(config: &ShareConfig, known: Option<File>, is_confined: bool) -> Result<Opening> {
     let ShareConfig { path, tag, readonly, cache } = config;
     let what = || format!("share {}", path.display());
     let path = path.canonicalize().with_context(what)?;
@@ -43,8 +46,18 @@ pub fn open(config: &ShareConfig, is_confined: bool) -> Result<Opening> {
     let file_name = kind.is_file().then_some(SHARED_FILE);
     let folder = Folder { path, fd: file.into(), file_name, readonly: *readonly };
     let options = Options { readonly: *readonly, cache: *cache };
-    let server = process::start(folder, options, is_confined).with_context(what)?;
+    let known = known.map(|file| read_known(&file)).transpose().with_context(what)?;
+    let server = process::start(folder, options, is_confined, known.as_deref()).with_context(what)?;
     Ok(Opening { tag: tag.clone(), server })
+}
+
+/// Reads what a snapshot has of a share.
+fn read_known(file: &File) -> Result<Vec<u8>> {
+    let len_bytes = file.metadata()?.len();
+    ensure!(len_bytes <= KNOWN_BYTES_MAX, "the snapshot's file for it has {len_bytes} bytes");
+    let mut bytes = vec![0; usize::try_from(len_bytes)?];
+    file.read_exact_at(&mut bytes, 0).context("read the snapshot's file for it")?;
+    Ok(bytes)
 }
 
 impl Opening {

@@ -12,7 +12,7 @@ pub const HEADER_BYTES: usize = 36;
 const CHECKED_BYTES: usize = 32;
 const MAGIC: [u8; 8] = *b"husksnap";
 /// The version of the format, of the description and of the state. Any change of them increments it.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// The architecture of the guest, by its number in ELF (EM_X86_64).
 const X86_64: u32 = 62;
 

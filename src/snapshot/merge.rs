@@ -25,9 +25,11 @@ const PIECE_BYTES: usize = 1 << 20;
 pub fn merge(diff: &Path, base: Option<&Path>, out: &Path) -> Result<()> {
     let (whole, diffs) = chain(diff, base)?;
     let mut writer = SnapshotWriter::create(out)?;
-    let Parts { description, state, disks, .. } = diffs.first().unwrap_or(&whole);
+    let Parts { description, state, disks, shares, .. } = diffs.first().unwrap_or(&whole);
     write(&whole, &diffs, writer.memory()).with_context(|| format!("write the snapshot {}", out.display()))?;
     disks.copy_to(&mut writer)?;
+    let copy = |(index, file): (usize, &File)| copy::copy(file, &writer.share(index)?, &|| false, &|_| {});
+    shares.iter().enumerate().try_for_each(copy).context("copy what the guest knows of a share")?;
     writer.finish(&Description { base: None, ..description.clone() }, state)
 }
 

@@ -5,6 +5,7 @@
 //! DIR/memory   the guest's memory, sparse; mapped by the machines that are restored from it
 //! DIR/changed  of a diff snapshot: a bitmap of the pages that `memory` has; all others are those of another snapshot
 //! DIR/disk-N   a copy of disk N, counted from 0, if the snapshot contains it; each machine gets a copy of its own
+//! DIR/share-N  what the guest knows of share N (fs/saved.rs)
 //! ```
 //!
 //! The supervisor writes the description, the monitor the state and the memory. Whoever reads a snapshot trusts neither: the
@@ -34,6 +35,7 @@ use crate::resources::SnapshotFiles;
 use crate::resources::disk::stamp::Stamp;
 use crate::state_dir::SNAPSHOT_STATE;
 use crate::state_dir::identity::IdentityRecord;
+use crate::state_dir::mounts::MountRecord;
 use crate::state_dir::record::Inherited;
 use crate::sys;
 pub use disks::{DisksOfSnapshot, OwnDisks};
@@ -49,6 +51,8 @@ const CHANGED: &str = "changed";
 const ID_BYTES: usize = 16;
 /// What the names of disks start with.
 const DISK: &str = "disk-";
+/// What the names of files for shares start with.
+const SHARE: &str = "share-";
 /// Where a process finds its own open files (proc(5)).
 const OWN_FILES: &str = "/proc/self/fd";
 /// The maximum size of a description. Most of it are the process's environment and the configuration.
@@ -76,6 +80,9 @@ pub struct Description {
     /// What the machine is called and how it is connected, if it runs husk's init.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<IdentityRecord>,
+    /// What it mounts from the host, and its anonymous volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<MountRecord>,
     /// The signal that asks its process to terminate.
     pub stop_signal: u8,
     /// The configuration of the machine. A disk with a relative path is inside of the snapshot; all other paths are absolute.
@@ -124,7 +131,7 @@ impl Snapshot {
     /// Opens the snapshot in the directory `path`, and checks everything but the state of the machine: that is decoded when the
     /// machine is built. Fails if it is a diff snapshot.
     pub fn open(path: &Path) -> Result<Snapshot> {
-        let Parts { description, state, memory, changed: _, disks } = Parts::open(path)?;
+        let Parts { description, state, memory, changed: _, disks, shares } = Parts::open(path)?;
         if let Some(base) = &description.base {
             bail!(
                 "the snapshot {} has only what has changed since {}: make it whole with `husk merge {0} NEW`",
@@ -132,7 +139,7 @@ impl Snapshot {
                 base.path.display()
             );
         }
-        Ok(Snapshot { description, files: SnapshotFiles { state, memory }, disks })
+        Ok(Snapshot { description, files: SnapshotFiles { state, memory, shares }, disks })
     }
 }
 
@@ -144,6 +151,8 @@ struct Parts {
     /// Of a diff snapshot.
     changed: Option<File>,
     disks: DisksOfSnapshot,
+    /// What the guest knows of each share.
+    shares: Vec<File>,
 }
 
 impl Parts {
@@ -194,8 +203,15 @@ impl Parts {
             disks.push((index, file));
         }
         let disks = DisksOfSnapshot::new(path, disks);
+        let mut shares = Vec::new();
+        for index in 0..description.config.shares.len() {
+            let name = share_name(index);
+            let file = open(&name).with_context(|| format!("open the file `{name}`"))?;
+            check_file(&file).with_context(|| format!("the file `{name}`"))?;
+            shares.push(file);
+        }
         let changed = description.base.as_ref().map(|_| open_changed(&open, memory_bytes)).transpose()?;
-        Ok(Parts { description, state: state.to_vec(), memory, changed, disks })
+        Ok(Parts { description, state: state.to_vec(), memory, changed, disks, shares })
     }
 }
 
@@ -270,6 +286,11 @@ fn disk_name(index: usize) -> String {
     format!("{DISK}{index}")
 }
 
+/// The name of the file for share `index` in a snapshot.
+fn share_name(index: usize) -> String {
+    format!("{SHARE}{index}")
+}
+
 /// The configuration as a snapshot describes it, and the disks that the snapshot contains: their indices and where they are now.
 /// Fails if it does not contain a disk without a name, which is lost with this process. The disk `layer` belongs to a machine that
 /// stays: it is inside unless that machine itself is to continue with it.
@@ -296,20 +317,17 @@ pub fn portable(
     Ok((config, moved))
 }
 
-/// The configuration as another process understands it. Fails if the machine has what no other one can have.
+/// The configuration as another process understands it.
 fn with_absolute_paths(config: &MachineConfig) -> Result<MachineConfig> {
-    ensure!(
-        config.shares.is_empty(),
-        "the machine shares folders with the host, which a snapshot does not contain: run it without -v, --mount and --share"
-    );
     let mut config = config.clone();
     let disks = config.disks.iter_mut().flat_map(|disk| {
         let backing = disk.backing.iter_mut().map(|backing| &mut backing.path);
         backing.chain([&mut disk.path])
     });
     let sockets = config.vsock.iter_mut().map(|vsock| &mut vsock.socket);
+    let shares = config.shares.iter_mut().map(|share| &mut share.path);
     let absolute = |path: &mut PathBuf| absolute(path).map(|absolute| *path = absolute);
-    disks.chain(sockets).chain(&mut config.initrd).chain([&mut config.kernel]).try_for_each(absolute)?;
+    disks.chain(sockets).chain(shares).chain(&mut config.initrd).chain([&mut config.kernel]).try_for_each(absolute)?;
     Ok(config)
 }
 
@@ -336,6 +354,7 @@ mod tests {
             command: Vec::new(),
             process: None,
             identity: None,
+            mounts: Vec::new(),
             stop_signal: 15,
             config: MachineConfig { kernel: "vmlinux".into(), memory_mib: 32, ..MachineConfig::default() },
             disks: Vec::new(),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 
 use super::header::Header;
-use super::{CHANGED, DISK, Description, MEMORY, STATE, check_owner, disk_name};
+use super::{CHANGED, DISK, Description, MEMORY, SHARE, STATE, check_owner, disk_name, share_name};
 use crate::memory::bitmap_bytes;
 
 /// The file that becomes [`STATE`].
@@ -64,6 +64,11 @@ impl SnapshotWriter {
     /// Creates the empty file for disk `index`, which must be written before [`SnapshotWriter::finish`].
     pub fn disk(&mut self, index: usize) -> Result<File> {
         self.file(disk_name(index))
+    }
+
+    /// Creates the empty file for what the guest knows of share `index`, which must be written in the same way.
+    pub fn share(&mut self, index: usize) -> Result<File> {
+        self.file(share_name(index))
     }
 
     /// Creates the empty file for the bitmap of changed pages of a diff snapshot, which must be written in the same way.
@@ -134,8 +139,10 @@ fn create_in(dir: &File, name: &str) -> Result<File> {
     created.map(File::from).with_context(|| format!("create its file `{name}`"))
 }
 
-fn is_disk_name(name: &str) -> bool {
-    name.strip_prefix(DISK).is_some_and(|index| index.parse::<usize>().is_ok())
+/// Whether it is the name of a disk or of a share in a snapshot.
+fn is_numbered(name: &str) -> bool {
+    let index = name.strip_prefix(DISK).or_else(|| name.strip_prefix(SHARE));
+    index.is_some_and(|index| index.parse::<usize>().is_ok())
 }
 
 /// Fails unless the directory is empty or has an incomplete snapshot, whose files are returned.
@@ -144,7 +151,7 @@ fn check_replaceable(path: &Path) -> Result<Vec<String>> {
     for entry in fs::read_dir(path)? {
         match entry?.file_name().into_string() {
             Ok(name) if name == STATE => bail!("it exists: remove it, or choose another directory"),
-            Ok(name) if [MEMORY, CHANGED, NEW_STATE].contains(&&*name) || is_disk_name(&name) => left.push(name),
+            Ok(name) if [MEMORY, CHANGED, NEW_STATE].contains(&&*name) || is_numbered(&name) => left.push(name),
             _ => bail!("the directory is not empty: choose another one"),
         }
     }

@@ -8,6 +8,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -171,6 +172,10 @@ impl Supervisor<'_> {
     fn begin_writing(&mut self, order: Order, mut writer: SnapshotWriter, copies: Vec<(File, File)>) -> Result<()> {
         let changed = order.base.as_ref().map(|_| writer.changed()).transpose()?;
         self.monitor.pause()?;
+        for (index, server) in self.monitor.outside().servers().iter().enumerate() {
+            let known = server.save()?;
+            writer.share(index)?.write_all(&known).context("write what the guest knows of a share")?;
+        }
         let copy_all = move |is_cancelled: &AtomicBool| {
             let is_cancelled = || is_cancelled.load(Ordering::Relaxed);
             copies.iter().try_for_each(|(from, to)| copy::copy(from, to, &is_cancelled, &|_| {}))
@@ -339,6 +344,7 @@ impl Supervisor<'_> {
             command: record.command.clone(),
             process: record.process.clone(),
             identity: record.identity.clone(),
+            mounts: record.mounts.clone(),
             stop_signal: record.stop_signal,
             config: order.config.clone(),
             disks,

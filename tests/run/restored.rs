@@ -127,7 +127,7 @@ impl Guest {
         thread::sleep(Duration::from_millis(200));
         let output = output_in(&self.log);
         drop(self.dir);
-        Saved { files: SnapshotFiles { state, memory }, config: self.config, output, received }
+        Saved { files: SnapshotFiles { state, memory, shares: Vec::new() }, config: self.config, output, received }
     }
 }
 

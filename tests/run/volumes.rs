@@ -14,6 +14,8 @@ use crate::{Ended, finish, guests, husk_run};
 struct House {
     runtime: TempDir,
     guests: std::path::PathBuf,
+    /// A volume with a name.
+    volume: &'static str,
 }
 
 impl House {
@@ -52,13 +54,13 @@ impl House {
 impl Drop for House {
     fn drop(&mut self) {
         self.husk(&["rm", "-f", "-v", "one"]);
-        self.husk(&["volume", "rm", "tests-srv"]);
+        self.husk(&["volume", "rm", self.volume]);
     }
 }
 
 #[test]
 fn volumes_begin_with_the_images_content_and_stay_with_their_machine() {
-    let house = House { guests: guests::guests!(), runtime: tempfile::tempdir().unwrap() };
+    let house = House { guests: guests::guests!(), runtime: tempfile::tempdir().unwrap(), volume: "tests-srv" };
     let script = "ls /srv; stat -c %a /tmp; cat /new/f 2>/dev/null; echo kept >/srv/f; echo anonymous >/new/f; echo .; sleep 1000";
     let flags = ["-d", "--name", "one", "-v", "tests-srv:/srv"];
     house.run(&flags, script).expect(0);
@@ -99,4 +101,58 @@ fn a_volume_hides_part_of_a_folder_and_can_be_given_to_a_user(house: &House) {
     assert_eq!(house.run(&flags, script).expect(0).text(), "user\nuser\nmodules\nmounted\n");
     assert_eq!(fs::read_dir(dir.path().join("modules")).unwrap().count(), 1);
     assert_eq!(house.volumes(), ["tests-srv"]);
+}
+
+/// The numbers in a file, one per line, without an incomplete last one.
+fn numbers(path: &std::path::Path) -> Vec<u32> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let complete = text.rfind('\n').map_or("", |at| &text[..at]);
+    complete.lines().map(|line| line.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_saved_machine_goes_on_in_its_folders() {
+    let house = House { guests: guests::guests!(), runtime: tempfile::tempdir().unwrap(), volume: "tests-saved" };
+    let dir = tempfile::tempdir().unwrap();
+    let (work, away) = (dir.path().join("work"), dir.path().join("away"));
+    fs::create_dir_all(work.join("deep")).unwrap();
+    let log = work.join("deep/log");
+    let await_more = || {
+        let (before, started) = (numbers(&log).len(), Instant::now());
+        while numbers(&log).len() < before + 3 {
+            assert!(started.elapsed() < Duration::from_secs(60), "{:?}", house.husk(&["logs", "one"]).text());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let found = numbers(&log);
+        assert!(found.iter().zip(1..).all(|(number, wanted)| *number == wanted), "{found:?}");
+    };
+    // An open file, a working directory in the folder, and a file that is looked up again and again.
+    let script = "cd /work/deep; exec 3>>log; echo 0 >last; n=0
+        while :; do n=$((n + 1)); echo $n >&3; echo $n >last; read m <./last; [ $m = $n ] || exit 9; sleep 0.1; done";
+    let shared = format!("{}:/work", work.display());
+    house.run(&["-d", "--name", "one", "-v", &shared, "-v", "tests-saved:/srv"], script).expect(0);
+    await_more();
+    house.husk(&["suspend", "one"]).expect(0);
+    let stopped = numbers(&log).len();
+    fs::write(work.join("deep/last"), "changed by the host\n").unwrap();
+    assert!(house.husk(&["volume", "rm", "tests-saved"]).expect(1).errors.contains("in use by machine one"));
+    house.husk(&["start", "one"]).expect(0);
+    await_more();
+    assert!(numbers(&log).len() > stopped);
+    // Into files, and back where the folder is.
+    let snapshot = dir.path().join("snapshot");
+    house.husk(&["snapshot", "--stop", "one", snapshot.to_str().unwrap()]).expect(0);
+    house.husk(&["rm", "-f", "one"]);
+    fs::rename(&work, &away).unwrap();
+    let restore = ["restore", "-d", "--name", "one", snapshot.to_str().unwrap()];
+    let missing = house.husk(&restore);
+    assert!(missing.errors.contains("No such file or directory"), "{}", missing.errors);
+    fs::create_dir(&work).unwrap();
+    let other = house.husk(&restore);
+    assert!(other.errors.contains("another one has taken its place"), "{}", other.errors);
+    assert_eq!(other.errors.lines().count(), 1, "{}", other.errors);
+    fs::remove_dir(&work).unwrap();
+    fs::rename(&away, &work).unwrap();
+    house.husk(&restore).expect(0);
+    await_more();
 }

@@ -133,6 +133,17 @@ pub(in crate::cli) fn open(
     Ok(mounted)
 }
 
+/// Keeps the volumes of a machine that is restored from being removed, as long as the files that are returned exist. Fails if one is
+/// not there any more.
+pub(in crate::cli) fn use_volumes(mounts: &[MountRecord]) -> Result<Vec<File>> {
+    let mut names = mounts.iter().filter_map(MountRecord::volume).peekable();
+    if names.peek().is_none() {
+        return Ok(Vec::new());
+    }
+    let store = Store::open_default()?;
+    names.map(|name| store.volume(name).and_then(|_| store.use_volume(name)).map(|volume| volume.lock)).collect()
+}
+
 /// The absolute path of a file or folder of the host, since another command may run in another directory.
 fn bound(path: PathBuf, creates: bool) -> Result<PathBuf> {
     if creates && !path.exists() {

@@ -18,7 +18,7 @@ fn serve(dir: tempfile::TempDir, file: Option<&str>) -> (Client, Process) {
     let fd = folder::open_path(&path).unwrap().into();
     let folder = Folder { path, fd, file_name: file.map(|_| SHARED_FILE), readonly: false };
     let options = Options { readonly: false, cache: Cache::Auto };
-    let (ends, process) = process::start(folder, options, true).unwrap().finish().unwrap();
+    let (ends, process) = process::start(folder, options, true, None).unwrap().finish().unwrap();
     (Client::of(dir, ends.connect().unwrap()), process)
 }
 
@@ -82,11 +82,11 @@ fn a_confined_server_has_no_more_than_its_folder() {
     }
     let allowed = u64::from_str_radix(&field("CapPrm:"), 16).unwrap();
     assert_eq!(allowed, super::super::CAPABILITIES.bits());
-    // Descriptors: the streams, the link, the folder and that of descriptors.
+    // Descriptors: the streams, the link, the orders, the folder and that of descriptors.
     let open = fs::read_dir(format!("/proc/{}/fd", process.id())).unwrap();
     let targets: Vec<String> =
         open.map(|entry| fs::read_link(entry.unwrap().path()).unwrap().display().to_string()).collect();
-    assert!(targets.len() <= 8, "{targets:?}");
+    assert!(targets.len() <= 10, "{targets:?}");
     let root = fs::read_link(format!("/proc/{}/root", process.id())).unwrap();
     assert_ne!(root, std::path::Path::new("/usr"), "{root:?}");
 }
@@ -130,7 +130,7 @@ fn a_readonly_folder_is_readonly_to_the_process_itself() {
     let folder = Folder { path: dir.path().canonicalize().unwrap(), fd, file_name: None, readonly: true };
     // As if a guest had made the server forget about it.
     let options = Options { readonly: false, cache: Cache::Auto };
-    let (ends, _process) = process::start(folder, options, true).unwrap().finish().unwrap();
+    let (ends, _process) = process::start(folder, options, true, None).unwrap().finish().unwrap();
     let mut guest = Client::of(dir, ends.connect().unwrap());
     let file = guest.look_up(ROOT_ID, "f").unwrap();
     assert_eq!(guest.set_attributes(file.id, 1, 0, (0, 0), 0o777), Err(libc::EROFS), "mode");

@@ -18,7 +18,7 @@ const REQUESTS: u32 = 1;
 
 fn served(dir: &Path) -> (VirtioDevice, Process) {
     let config = ShareConfig::of(dir.to_owned(), "work".into());
-    let (folder, process) = share::open(&config, true).unwrap().finish().unwrap();
+    let (folder, process) = share::open(&config, None, true).unwrap().finish().unwrap();
     (device(folder).unwrap(), process)
 }
 
