@@ -1,6 +1,8 @@
-//! Entry point for fuzzing the requests of a guest, on a folder of its own: for `fuzz/`.
+//! Entry points for fuzzing the requests of a guest, on a folder of its own, and what a snapshot says of one: for `fuzz/`.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,7 +10,7 @@ use rustix::fs::{Mode, OFlags, open};
 
 use super::link::{Ends, Link, Message};
 use super::worker::Worker;
-use super::{Cache, Options, Server};
+use super::{Cache, Options, Server, saved};
 use crate::sandbox;
 
 /// A server on a thread, and its guest.
@@ -17,10 +19,8 @@ pub struct Guest(Link);
 impl Guest {
     /// A guest with the folder `dir`, which it may change.
     pub fn new(dir: &Path) -> io::Result<Guest> {
-        let as_path = |path: &Path| open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-        let (root, descriptors) = (as_path(dir)?, as_path(Path::new("/proc/self/fd"))?);
-        let options = Options { readonly: false, cache: Cache::Auto };
-        let server = Arc::new(Server::new(root, options, false, 512)?);
+        let (server, descriptors) = server(dir)?;
+        let server = Arc::new(server);
         let (ours, theirs) = Ends::pair()?;
         let link = Arc::new(theirs.connect()?);
         // It has a working directory of its own.
@@ -34,4 +34,22 @@ impl Guest {
         self.0.send(Message { slot: 0, len_bytes: request.len() as u32, room_bytes })?;
         Ok(self.0.receive()?.len_bytes)
     }
+}
+
+/// What a snapshot says of the folder `dir` whose server has just started: a beginning for [`restore`].
+pub fn known(dir: &Path) -> anyhow::Result<Vec<u8>> {
+    let (server, descriptors) = server(dir)?;
+    saved::save(&server, saved::Identity::of(File::open(dir)?)?, &descriptors)
+}
+
+/// Makes a server of the folder `dir` know what `bytes` say.
+pub fn restore(dir: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let (server, descriptors) = server(dir)?;
+    saved::restore(&server, saved::Identity::of(File::open(dir)?)?, &descriptors, bytes)
+}
+
+fn server(dir: &Path) -> io::Result<(Server, OwnedFd)> {
+    let as_path = |path: &Path| open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let options = Options { readonly: false, cache: Cache::Auto };
+    Ok((Server::new(as_path(dir)?, options, false, 512)?, as_path(Path::new("/proc/self/fd"))?))
 }
