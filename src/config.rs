@@ -4,6 +4,7 @@ mod cmdline;
 mod disk;
 mod memory;
 mod network;
+mod publish;
 mod rate;
 mod share;
 mod transport;
@@ -24,6 +25,7 @@ pub use memory::HugePages;
 pub use network::{
     Attachment, MAX_INTERFACE_NAME_BYTES, MacAddress, NetworkConfig, PortForward, Protocol, UserNetwork,
 };
+pub use publish::Publish;
 pub use rate::Rate;
 pub use share::{MAX_TAG_BYTES, SHARED_FILE, ShareCache, ShareConfig};
 pub use transport::Transport;

@@ -168,6 +168,7 @@ impl Boot {
             identity: None,
             mounts: Vec::new(),
             stop_signal: libc::SIGTERM as u8,
+            stop_timeout: None,
         };
         let dir = self.lifecycle.dir()?;
         let name = self.lifecycle.name.clone().unwrap_or_else(|| dir.id());

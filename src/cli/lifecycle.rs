@@ -113,6 +113,8 @@ pub struct RecordInfo {
     pub mounts: Vec<MountRecord>,
     /// The signal that stops its process.
     pub stop_signal: u8,
+    /// How long a stop waits for that.
+    pub stop_timeout: Option<Duration>,
 }
 
 impl LifecycleArgs {
@@ -228,7 +230,7 @@ impl LifecycleArgs {
 
     /// The record of a machine that begins in `state`. Notes how it was started, and writes its ID where that is wanted.
     fn begin(&self, dir: &MachineDir, info: RecordInfo, config: &MachineConfig, state: State) -> Result<Record> {
-        let RecordInfo { image, image_id, command, process, identity, mounts, stop_signal } = info;
+        let RecordInfo { image, image_id, command, process, identity, mounts, stop_signal, stop_timeout } = info;
         let earlier = if self.again.is_some() { Some(dir.record()?) } else { None };
         let labels = self.labels.labels()?;
         if earlier.is_none() {
@@ -260,6 +262,7 @@ impl LifecycleArgs {
             keep: self.stays(),
             stop_signal,
             labels,
+            stop_timeout_ms: stop_timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
             process,
             identity,
             mounts,

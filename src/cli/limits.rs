@@ -13,7 +13,7 @@ pub(super) struct LimitFlags {
     cpuset: Option<Cpuset>,
 
     /// CPU shares (relative weight); the default weight is 1024
-    #[arg(long, value_name = "N")]
+    #[arg(short = 'c', long, value_name = "N")]
     cpu_shares: Option<u32>,
 
     /// Maximum guest memory for `husk update --memory`; --memory is then the initial size

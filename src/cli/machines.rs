@@ -10,6 +10,8 @@ use crate::request::{Reply, Request, attach};
 use crate::state_dir::record::State;
 use crate::state_dir::{self, MachineEntry, StateDir};
 
+/// How long a stop waits by default.
+const STOP_TIMEOUT_MS: u64 = 10_000;
 const WAIT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Calls `act` for each machine and prints its name as given. Continues after a failure, which the exit code reports.
@@ -23,6 +25,13 @@ pub fn for_each(words: &[String], act: impl Fn(&StateDir, &MachineEntry) -> Resu
         }
     }
     Ok(exit)
+}
+
+/// The request to stop a machine within `timeout`, or else within the time that it was started with.
+pub fn stop_request(entry: &MachineEntry, timeout: Option<Duration>) -> Request {
+    let given_ms = timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
+    let own_ms = || entry.record.as_ref().and_then(|record| record.stop_timeout_ms);
+    Request::Stop { timeout_ms: given_ms.or_else(own_ms).unwrap_or(STOP_TIMEOUT_MS) }
 }
 
 /// Sends a request that is answered with success or a refusal.

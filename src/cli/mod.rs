@@ -34,6 +34,7 @@ mod mounts;
 mod network;
 pub mod networks;
 pub mod pause;
+pub mod port;
 pub mod prepare;
 mod process;
 pub mod prune;
@@ -109,6 +110,8 @@ enum Command {
     Create(Box<create::Create>),
     /// List machines
     Ps(ps::Ps),
+    /// List the published ports of a machine
+    Port(port::Port),
     /// Fetch the logs of a machine
     Logs(logs::Logs),
     /// Execute a command in a running machine
@@ -201,6 +204,7 @@ impl Cli {
             Command::Run(run) => Ok(run.run(started)),
             Command::Create(create) => Ok(create.run(started)),
             Command::Ps(ps) => ps.run(),
+            Command::Port(port) => port.run(),
             Command::Logs(logs) => logs.run(),
             Command::Exec(exec) => Ok(exec.run()),
             Command::Cp(cp) => cp.run(),

@@ -1,17 +1,17 @@
 //! Network flags, shared by `husk boot` and `husk run`.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use clap::Args;
 use husk_protocol::InterfaceAddress;
 
 use super::size;
 use crate::config::Rate;
-use crate::config::{Attachment, MacAddress, NetworkConfig, PortForward, UserNetwork};
+use crate::config::{Attachment, MacAddress, NetworkConfig, Publish, UserNetwork};
 use crate::guest::network::{InterfaceSetup, NetworkSetup, parse_address};
-use crate::resources::bridge::{self, Lease};
-use crate::resources::{net, passt};
+use crate::resources::bridge::{self, Lease, Wish};
+use crate::resources::{net, passt, ports};
 
 // `--network`, `-p` and `--dns`.
 #[derive(Debug, Clone, Default, Args)]
@@ -25,16 +25,17 @@ pub(super) struct NetworkFlags {
     /// their addresses from DHCP. Tap devices and networks use vhost-net if /dev/vhost-net exists and no rate limit is
     /// set; `vhost=off` disables it, and `vhost=on` requires it. `mac=ADDRESS` sets the MAC address; `bps=10M` and
     /// `pps=1000` limit the bytes and packets per second in each direction. `none` disables networking. The default is
-    /// `none` for `husk boot` and `user` for `husk run`.
+    /// `none` for `husk boot` and `user` for `husk run`. On a network of `husk network create`, `ip=ADDRESS` and `alias=NAME`
+    /// do what --ip and --network-alias do.
     #[arg(long = "network", alias = "net", value_name = "user|NAME|tap=NAME|none[,OPTION]...", value_parser = network_arg)]
     networks: Vec<NetworkArg>,
 
     /// Publish a machine's port to the host, with --network user; can be repeated
     ///
     /// Both ports can be ranges of the same length: 5000-5009:6000-6009. Without an IP the port is published on all host
-    /// addresses. Write an IPv6 address in brackets.
-    #[arg(short = 'p', long = "publish", value_name = "[IP:]HOST:GUEST[/udp]", value_parser = str::parse::<PortForward>)]
-    ports: Vec<PortForward>,
+    /// addresses. Write an IPv6 address in brackets. Without HOST, a free port is chosen, which `husk port` shows.
+    #[arg(short = 'p', long = "publish", value_name = "[[IP:]HOST:]GUEST[/udp]", value_parser = str::parse::<Publish>)]
+    ports: Vec<Publish>,
 
     /// Limit the rate of each network interface (bytes per second, each direction); bps= overrides it
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
@@ -43,6 +44,18 @@ pub(super) struct NetworkFlags {
     /// Limit the rate of each network interface (packets per second, each direction); pps= overrides it
     #[arg(long, value_name = "N")]
     network_pps: Option<u64>,
+
+    /// Address of the machine on the (first) network of `husk network create`
+    #[arg(long, value_name = "ADDRESS")]
+    ip: Option<Ipv4Addr>,
+
+    /// Another name for the machine on its networks of `husk network create`; can be repeated
+    #[arg(long, value_name = "NAME")]
+    network_alias: Vec<String>,
+
+    /// MAC address of the (first) network interface
+    #[arg(long, value_name = "ADDRESS", value_parser = str::parse::<MacAddress>)]
+    mac_address: Option<MacAddress>,
 
     /// Set a custom DNS server instead of the host's; can be repeated
     #[arg(long, value_name = "ADDRESS")]
@@ -58,6 +71,8 @@ pub(super) struct NetworkArg {
     vhost: Option<bool>,
     addresses: Vec<InterfaceAddress>,
     gateways: Vec<IpAddr>,
+    /// Its address and its names on a shared network.
+    wish: Wish,
 }
 
 /// What it connects to.
@@ -72,7 +87,8 @@ enum Target {
 /// Parses `user|NAME|tap=NAME|none[,mac=ADDRESS][,vhost=on|off][,ip=ADDRESS/PREFIX][,gateway=ADDRESS]...`.
 pub(super) fn network_arg(text: &str) -> Result<NetworkArg, String> {
     let mut parts = text.split(',');
-    let to = match parts.next().unwrap_or_default() {
+    let first = parts.next().unwrap_or_default();
+    let to = match first.strip_prefix("name=").unwrap_or(first) {
         "none" => Target::Nothing,
         "user" => Target::Attachment(Attachment::User(UserNetwork::default())),
         other => match other.strip_prefix("tap=") {
@@ -83,13 +99,21 @@ pub(super) fn network_arg(text: &str) -> Result<NetworkArg, String> {
             }
         },
     };
-    let mut arg =
-        NetworkArg { to, mac: None, rate: Rate::default(), vhost: None, addresses: Vec::new(), gateways: Vec::new() };
+    let mut arg = NetworkArg {
+        to,
+        mac: None,
+        rate: Rate::default(),
+        vhost: None,
+        addresses: Vec::new(),
+        gateways: Vec::new(),
+        wish: Wish::default(),
+    };
     let on_tap = matches!(arg.to, Target::Attachment(Attachment::Tap { .. }));
+    let is_shared = matches!(arg.to, Target::Network(_));
     for option in parts {
         match option.split_once('=') {
             Some((_, _)) if arg.to == Target::Nothing => return Err("--network none takes no options".into()),
-            Some(("mac", mac)) => arg.mac = Some(mac.parse()?),
+            Some(("mac" | "mac-address", mac)) => arg.mac = Some(mac.parse()?),
             Some(("bps", bytes)) => arg.rate.bytes_per_second = Some(size::bytes(bytes)?),
             Some(("pps", packets)) => {
                 let packets = packets.parse().map_err(|_| format!("{packets:?} is not a number of packets"))?;
@@ -98,13 +122,18 @@ pub(super) fn network_arg(text: &str) -> Result<NetworkArg, String> {
             Some(("vhost", "on")) => arg.vhost = Some(true),
             Some(("vhost", "off")) => arg.vhost = Some(false),
             Some(("ip", address)) if on_tap => arg.addresses.push(parse_address(address)?),
+            Some(("ip", address)) if is_shared => {
+                let address = address.parse().map_err(|_| format!("{address:?} is not an IPv4 address"))?;
+                arg.wish = Wish { address: Some(address), is_required: true, ..arg.wish };
+            }
+            Some(("alias", name)) if is_shared => arg.wish.aliases.push(name.to_owned()),
             Some(("gateway", address)) if on_tap => {
                 let gateway = address.parse().map_err(|_| format!("{address:?} is not a gateway address"))?;
                 arg.gateways.push(gateway);
             }
             _ => {
                 return Err(format!(
-                    "unknown option {option:?}: use mac=ADDRESS, bps=SIZE, pps=N, vhost=on, vhost=off, or with tap=NAME ip= or gateway="
+                    "unknown option {option:?}: use mac=ADDRESS, bps=SIZE, pps=N, vhost=on, vhost=off, with tap=NAME ip= or gateway=, or on a network ip= or alias="
                 ));
             }
         }
@@ -141,15 +170,17 @@ impl NetworkFlags {
 
     /// Whether there are no network flags.
     pub fn is_empty(&self) -> bool {
-        self.networks.is_empty() && self.ports.is_empty() && self.dns.is_empty()
+        let has_ports = !self.ports.is_empty() || !self.dns.is_empty();
+        self.networks.is_empty() && !has_ports && self.mac_address.is_none()
     }
 
     /// The interfaces requested by the flags, for a guest that configures them itself.
     pub fn configs(&self) -> Result<Vec<NetworkConfig>> {
-        let is_configured = |arg: &NetworkArg| !arg.addresses.is_empty() || !arg.gateways.is_empty();
+        let is_configured =
+            |arg: &NetworkArg| !arg.addresses.is_empty() || !arg.gateways.is_empty() || arg.wish != Wish::default();
         ensure!(
-            !self.networks.iter().any(is_configured),
-            "ip= and gateway= are only supported by `husk run`: a guest of `husk boot` configures its network itself"
+            self.ip.is_none() && self.network_alias.is_empty() && !self.networks.iter().any(is_configured),
+            "--ip, --network-alias, ip=, alias= and gateway= are only supported by `husk run`: a guest of `husk boot` configures its network itself"
         );
         Ok(self.interfaces(None)?.into_iter().map(|interfaces| interfaces.config).collect())
     }
@@ -176,12 +207,12 @@ impl NetworkFlags {
         let none = self.networks.iter().any(|arg| arg.to == Target::Nothing);
         ensure!(!none || self.networks.len() == 1, "--network none cannot be combined with other networks");
         let mut interfaces = Vec::new();
-        for (index, arg) in self.networks.iter().enumerate() {
+        for (index, arg) in self.with_wishes()?.iter().enumerate() {
             interfaces.extend(arg.interface_setup(machine, index)?);
         }
         // Publishing a port implies a network.
         if self.networks.is_empty() && !self.is_empty() {
-            interfaces.push(InterfaceSetup::from(user()));
+            interfaces.push(InterfaceSetup::from(NetworkConfig { mac: self.mac_address, ..user() }));
         }
         let first_user = interfaces.iter_mut().find_map(|interfaces| match &mut interfaces.config.to {
             Attachment::User(user) => Some(user),
@@ -189,7 +220,7 @@ impl NetworkFlags {
         });
         match first_user {
             Some(user) => {
-                user.ports.clone_from(&self.ports);
+                user.ports = ports::choose(&self.ports)?;
                 user.dns.clone_from(&self.dns);
             }
             None if !self.ports.is_empty() => {
@@ -201,6 +232,38 @@ impl NetworkFlags {
     }
 }
 
+impl NetworkFlags {
+    /// The networks with the flags that are for one of them.
+    fn with_wishes(&self) -> Result<Vec<NetworkArg>> {
+        let mut networks = self.networks.clone();
+        if let (Some(first), Some(mac)) = (networks.first_mut(), self.mac_address) {
+            ensure!(first.to != Target::Nothing, "--mac-address needs a network: remove --network none");
+            first.mac.get_or_insert(mac);
+        }
+        let mut shared: Vec<_> = networks.iter_mut().filter(|arg| matches!(arg.to, Target::Network(_))).collect();
+        ensure!(
+            !shared.is_empty() || self.ip.is_none() && self.network_alias.is_empty(),
+            "--ip and --network-alias need --network NAME, with a network of `husk network create`"
+        );
+        shared.iter_mut().for_each(|arg| arg.wish.aliases.extend_from_slice(&self.network_alias));
+        if let (Some(first), Some(address)) = (shared.first_mut(), self.ip) {
+            (first.wish.address, first.wish.is_required) = (Some(address), true);
+        }
+        Ok(networks)
+    }
+
+    /// Publishes the ports, `PORT[-LAST][/udp]` each, at free ports of the host, unless they are published already.
+    pub fn publish_all<'a>(&mut self, exposed: impl IntoIterator<Item = &'a String>) -> Result<()> {
+        for port in exposed {
+            let publish: Publish = port.parse().map_err(|error: String| anyhow!("publish port {port}: {error}"))?;
+            if !self.ports.contains(&publish) {
+                self.ports.push(publish);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Assigns the machine `name` an address in each shared network among `networks`. DHCP announces it as long as the
 /// leases are held.
 pub fn join_shared(networks: &mut [NetworkConfig], name: &str) -> Result<Vec<Lease>> {
@@ -209,7 +272,7 @@ pub fn join_shared(networks: &mut [NetworkConfig], name: &str) -> Result<Vec<Lea
         let Attachment::Bridge { name: interface } = &network.to else { continue };
         let Some(shared) = bridge::name_of(interface) else { continue };
         let mac = *network.mac.get_or_insert_with(|| net::mac_of(name, index));
-        leases.push(bridge::join(shared, name, mac, None)?);
+        leases.push(bridge::join(shared, name, mac, Wish::default())?);
     }
     Ok(leases)
 }
@@ -221,7 +284,8 @@ fn user() -> NetworkConfig {
 impl NetworkArg {
     /// Fails if a part of it only matters to a guest that has not set up its network yet.
     pub fn check_for_running_guest(&self) -> Result<()> {
-        let is_plain = self.addresses.is_empty() && self.gateways.is_empty() && self.mac.is_none();
+        let is_plain =
+            self.addresses.is_empty() && self.gateways.is_empty() && self.mac.is_none() && !self.wish.is_required;
         ensure!(is_plain, "the guest has its addresses already: remove ip=, gateway= and mac=");
         Ok(())
     }
@@ -247,7 +311,7 @@ impl NetworkArg {
                     return Ok(Some(InterfaceSetup::from(self.config(to, self.mac))));
                 };
                 let mac = self.mac.unwrap_or_else(|| net::mac_of(machine, index));
-                let lease = bridge::join(name, machine, mac, None)?;
+                let lease = bridge::join(name, machine, mac, self.wish.clone())?;
                 let mut leased = InterfaceSetup::leased(lease, mac);
                 leased.config = self.config(leased.config.to, leased.config.mac);
                 return Ok(Some(leased));
@@ -333,6 +397,7 @@ mod tests {
             (&["--network=none", "-p80:80"], "-p requires --network user"),
             (&["--network=tap=t", "-p80:80"], "-p requires --network user"),
             (&["--network=tap=t,ip=10.0.0.2/24"], "only supported by `husk run`"),
+            (&["--network=web,ip=10.86.0.2"], "only supported by `husk run`"),
         ] {
             let refusal = configs(words).unwrap_err();
             assert!(refusal.contains(wanted), "{words:?}: {refusal}");
@@ -350,6 +415,40 @@ mod tests {
         ] {
             assert!(network_arg(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn flags_for_one_network_apply_to_the_first() {
+        let wishes = |words: &[&str]| flags(words).with_wishes().map_err(|error| error.to_string());
+        let networks = wishes(&[
+            "--network=user",
+            "--network=name=web,alias=a",
+            "--network=db",
+            "--ip=10.86.0.9",
+            "--network-alias=b",
+            "--mac-address=02:00:00:00:00:07",
+        ])
+        .unwrap();
+        let wish = |address: Option<&str>, aliases: &[&str]| Wish {
+            address: address.map(|address| address.parse().unwrap()),
+            is_required: address.is_some(),
+            aliases: aliases.iter().map(ToString::to_string).collect(),
+        };
+        let wished: Vec<Wish> = networks.iter().map(|arg| arg.wish.clone()).collect();
+        assert_eq!(wished, [Wish::default(), wish(Some("10.86.0.9"), &["a", "b"]), wish(None, &["b"])]);
+        assert!(networks[0].mac.is_some() && networks[1].mac.is_none());
+        for words in [&["--ip=10.86.0.9"][..], &["--network=user", "--network-alias=b"]] {
+            assert!(wishes(words).unwrap_err().contains("need --network NAME"), "{words:?}");
+        }
+        assert!(wishes(&["--network=none", "--mac-address=02:00:00:00:00:07"]).is_err());
+    }
+
+    #[test]
+    fn exposed_ports_are_published_once() {
+        let mut network = flags(&["-p", "80"]);
+        network.publish_all(&["80/tcp".to_owned(), "53/udp".to_owned()]).unwrap();
+        assert_eq!(network.ports, ["80", "53/udp"].map(|port| port.parse().unwrap()));
+        assert!(network.publish_all(&["http".to_owned()]).is_err());
     }
 
     #[test]

@@ -105,7 +105,16 @@ impl Restore {
         let saved_disks = config.disks.clone();
         let own_disks = inside.own(&mut config)?;
         let identity = own.as_ref().map(|own| own.record.clone());
-        let info = RecordInfo { image, image_id: None, command, process, identity, mounts, stop_signal };
+        let info = RecordInfo {
+            image,
+            image_id: None,
+            command,
+            process,
+            identity,
+            mounts,
+            stop_signal,
+            stop_timeout: None,
+        };
         let endpoint = self.lifecycle.endpoint(dir, info, &config)?;
         let exit = self.lifecycle.run_with_restarts(endpoint, streams.is_some(), |endpoint, signals| {
             let asked = RefCell::new(&mut *endpoint);

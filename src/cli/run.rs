@@ -1,5 +1,6 @@
 //! `husk run`: runs a command from an image in a new machine.
 
+mod docker;
 pub mod machine;
 pub mod session;
 mod settings;
@@ -14,6 +15,8 @@ use clap::{ArgAction, Args};
 use husk_protocol::{Limit, Tmpfs};
 use log::Level;
 
+use self::docker::DockerFlags;
+pub(super) use self::docker::refusal;
 use self::machine::MachineFlags;
 use self::session::Start;
 use self::settings::GuestSettings;
@@ -136,6 +139,9 @@ pub(super) struct Run {
     #[command(flatten)]
     settings: GuestSettings,
 
+    #[command(flatten)]
+    docker: DockerFlags,
+
     /// Set a resource limit (ulimit); can be repeated
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = process::limit)]
     ulimit: Vec<Limit>,
@@ -198,6 +204,9 @@ impl Run {
         self.process.mask_values();
         let mounts = self.mounts.parse()?;
         let inherited = if self.lifecycle.is_again() { Vec::new() } else { self.mounts.inherited()? };
+        if let Some(cpus) = self.docker.cpus()? {
+            self.machine.cpus = cpus;
+        }
         let mut words = std::mem::take(&mut self.words).into_iter();
         let image = match &self.from {
             Some(dir) => self.machine.adopt(dir)?.into(),
@@ -233,6 +242,9 @@ impl Run {
         };
         let Mounted { shares, volumes, records, locks: _locks } =
             place::open(mounts, inherited, &mut self.tmpfs, &machine)?;
+        if let RootFs::Image { defaults, .. } = &root_fs {
+            self.machine.network.publish_all(self.settings.exposed(&defaults.exposed_ports))?;
+        }
         let mut spec = self.guest_spec(root_fs, command, &dir)?;
         spec.mount(shares, volumes)?;
         spec.set_sysctls(self.settings.sysctls())?;
@@ -253,6 +265,7 @@ impl Run {
             identity: spec.identity_record(dir.id(), is_hostname_chosen),
             mounts: records,
             stop_signal,
+            stop_timeout: self.docker.stop_timeout,
         };
         if self.lifecycle.only_creates() {
             return self.lifecycle.leave_created(dir, info, &config).map(|()| Exit::Success);

@@ -7,7 +7,6 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::{attach, lifecycle, machines, time};
-use crate::request::Request;
 use crate::state_dir::{self, MachineEntry, StateDir};
 use crate::supervisor::notify;
 
@@ -39,6 +38,9 @@ pub(super) struct Start {
     #[arg(short, long)]
     interactive: bool,
 
+    #[command(flatten)]
+    keys: attach::AttachFlags,
+
     /// Names or IDs of machines
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
@@ -51,9 +53,9 @@ pub(super) struct Restart {
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// Time to wait before killing the machine, in seconds or with a unit
-    #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration, default_value = "10")]
-    time: Duration,
+    /// Time to wait before killing the machine, in seconds or with a unit [default: 10, or --stop-timeout of `husk run`]
+    #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration)]
+    time: Option<Duration>,
 }
 
 impl Start {
@@ -71,7 +73,7 @@ impl Start {
         let entry = StateDir::open()?.find(machine)?;
         if entry.alive {
             notify::ready();
-            return attach::attach_to(&entry, self.interactive);
+            return attach::attach_to(&entry, self.interactive, self.keys);
         }
         match lifecycle::become_stopped(&entry, self.interactive)? {}
     }
@@ -80,13 +82,12 @@ impl Start {
 impl Restart {
     /// Stops each machine that is running, and starts it again.
     pub fn run(self) -> Result<Exit> {
-        let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
         each(&self.machines, |state_dir, entry| {
             lifecycle::check_restartable(entry)?;
             entry.suspended().map_or(Ok(()), state_dir::remove_snapshot)?;
             if entry.alive {
                 let end = machines::watch_exit(entry);
-                machines::request(entry, &request)?;
+                machines::request(entry, &machines::stop_request(entry, self.time))?;
                 machines::exit_code(entry, end)?;
             }
             lifecycle::start_stopped(&state_dir.find(&entry.id)?)

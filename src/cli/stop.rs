@@ -7,7 +7,6 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::{machines, time};
-use crate::request::Request;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -25,15 +24,14 @@ pub(super) struct Stop {
     #[arg(value_name = "MACHINE", required = true)]
     machines: Vec<String>,
 
-    /// Time to wait before killing the machine, in seconds or with a unit
-    #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration, default_value = "10")]
-    time: Duration,
+    /// Time to wait before killing the machine, in seconds or with a unit [default: 10, or --stop-timeout of `husk run`]
+    #[arg(short, long, alias = "timeout", value_name = "TIME", value_parser = time::duration)]
+    time: Option<Duration>,
 }
 
 impl Stop {
     /// Requests a stop of all machines, and waits for each.
     pub fn run(self) -> Result<Exit> {
-        let request = Request::Stop { timeout_ms: u64::try_from(self.time.as_millis()).unwrap_or(u64::MAX) };
         let state_dir = crate::state_dir::StateDir::open()?;
         let mut asked = Vec::new();
         let mut exit = Exit::Success;
@@ -41,7 +39,8 @@ impl Stop {
             let stopped = state_dir.find(&word).and_then(|entry| {
                 let end = machines::watch_exit(&entry);
                 if entry.alive {
-                    machines::request(&entry, &request).with_context(|| word.clone())?;
+                    machines::request(&entry, &machines::stop_request(&entry, self.time))
+                        .with_context(|| word.clone())?;
                 }
                 Ok((entry, end))
             });

@@ -67,7 +67,6 @@ fn command_hint(arguments: &[String], command: &str) -> Option<&'static str> {
         "login" | "logout" => "use `docker login` or `podman login`, whose credentials husk uses",
         "build" | "push" => "use docker, podman or buildah to make images, and `husk load` or `husk pull` to get them",
         "top" => "use `husk exec MACHINE ps`, or `husk stats`",
-        "port" => "use `husk ps`",
         "export" => "use `husk cp MACHINE:/ -`",
         _ => return None,
     })
@@ -78,6 +77,7 @@ fn option_hint(arguments: &[String], option: &str) -> Option<&'static str> {
     let command = arguments.first()?.as_str();
     let is = |flag: &str| option == flag || option.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
     match command {
+        "run" | "create" => super::run::refusal(option),
         _ if option == "-v" => Some("use --verbose"),
         "stats" | "disks" if ["-f", "--filter", "--format"].into_iter().any(is) => {
             Some("use --json, and select with `jq`")
@@ -110,6 +110,8 @@ mod tests {
             (&["login"], "podman login"),
             (&["ps", "-v"], "use --verbose"),
             (&["run", "--memroy", "1G", "x"], "--memory"),
+            (&["run", "--gpus", "all", "x"], "no access to the host's GPUs"),
+            (&["run", "--device=/dev/kvm", "x"], "devices of its own"),
             (&["run", "-h"], "--help"),
             (&["disks", "--filter", "name=x"], "--json"),
             (&["histroy"], "unrecognized subcommand 'histroy'"),

@@ -83,8 +83,16 @@ impl Warm {
         config.validate()?;
         let Some((path, _alone)) = self.place(&spec, &config, &programs)? else { return Ok(Exit::Success) };
         let (image, stop_signal) = (self.image.to_string_lossy().into_owned(), spec.stop_signal());
-        let (command, mounts) = (Vec::new(), Vec::new());
-        let info = RecordInfo { image, image_id: None, command, process: None, identity: None, mounts, stop_signal };
+        let info = RecordInfo {
+            image,
+            image_id: None,
+            command: Vec::new(),
+            process: None,
+            identity: None,
+            mounts: Vec::new(),
+            stop_signal,
+            stop_timeout: None,
+        };
         let endpoint = lifecycle.endpoint(dir, info, &config)?;
         let timings = Arc::new(Timings::new(started));
         let boot = |endpoint: &mut ControlEndpoint, signals: &SignalFd| {

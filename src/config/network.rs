@@ -47,6 +47,16 @@ pub enum Attachment {
     },
 }
 
+impl Attachment {
+    /// The ports that are published there.
+    pub fn ports(&self) -> &[PortForward] {
+        match self {
+            Attachment::User(user) => &user.ports,
+            Attachment::Tap { .. } | Attachment::Bridge { .. } => &[],
+        }
+    }
+}
+
 /// Options of user-mode networking.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -83,7 +93,7 @@ fn one() -> u16 {
 }
 
 /// A transport protocol.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// TCP.
@@ -100,6 +110,22 @@ impl Protocol {
             Protocol::Tcp => "tcp",
             Protocol::Udp => "udp",
         }
+    }
+
+    /// Splits `PORTS[/tcp|/udp]` into the ports and the protocol.
+    pub fn of(text: &str) -> Option<(&str, Protocol)> {
+        match text.rsplit_once('/') {
+            None => Some((text, Protocol::Tcp)),
+            Some((ports, "tcp")) => Some((ports, Protocol::Tcp)),
+            Some((ports, "udp")) => Some((ports, Protocol::Udp)),
+            Some(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -178,7 +204,7 @@ impl fmt::Display for PortForward {
             Some(ip @ IpAddr::V6(_)) => write!(f, "[{ip}]:")?,
             None => {}
         }
-        write!(f, "{}->{}/{}", range(*host_port), range(*guest_port), protocol.name())
+        write!(f, "{}->{}/{protocol}", range(*host_port), range(*guest_port))
     }
 }
 
@@ -192,12 +218,7 @@ impl FromStr for PortForward {
                 "{text:?}: {why}: use [IP:]HOST:GUEST[/tcp|/udp], such as 8080:80 or 127.0.0.1:5000-5009:5000-5009/udp"
             )
         };
-        let (ports, protocol) = match text.rsplit_once('/') {
-            None => (text, Protocol::Tcp),
-            Some((ports, "tcp")) => (ports, Protocol::Tcp),
-            Some((ports, "udp")) => (ports, Protocol::Udp),
-            Some(_) => return Err(wrong("the protocol is neither tcp nor udp")),
-        };
+        let (ports, protocol) = Protocol::of(text).ok_or_else(|| wrong("the protocol is neither tcp nor udp"))?;
         let (rest, guest) = ports.rsplit_once(':').ok_or_else(|| wrong("the host port is missing"))?;
         let (host_ip, host) = match rest.rsplit_once(':') {
             None => (None, rest),
@@ -217,7 +238,7 @@ impl FromStr for PortForward {
 }
 
 /// Parses a port or a range.
-fn range(text: &str) -> Option<(u16, u16)> {
+pub(super) fn range(text: &str) -> Option<(u16, u16)> {
     let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
     match text.split_once('-') {
         None => port(text).map(|port| (port, port)),

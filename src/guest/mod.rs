@@ -44,7 +44,7 @@ pub enum RootFs {
         /// What distinguishes it from others: a writable layer fits no other one.
         identity: [u8; 16],
         /// The image's process configuration.
-        defaults: Defaults,
+        defaults: Box<Defaults>,
         /// The writable layer.
         writable: WritableLayer,
         /// Keeps the image store from removing the image.
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_waiting_machine_knows_nothing_of_the_run_that_begins_in_it() {
-        let defaults = Defaults { cmd: vec!["sh".into()], ..Defaults::default() };
+        let defaults = Box::new(Defaults { cmd: vec!["sh".into()], ..Defaults::default() });
         let root_fs = RootFs::Image {
             root: "/root.erofs".into(),
             identity: [1; 16],

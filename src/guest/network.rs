@@ -92,7 +92,8 @@ impl NetworkSetup {
         let (mut configs, mut records, mut leases) = (Vec::new(), Vec::new(), Vec::new());
         for setup in setups {
             configs.push(setup.config);
-            records.push(InterfaceRecord { addresses: setup.addresses, gateways: setup.gateways });
+            let aliases = setup.lease.as_ref().map_or(Vec::new(), |lease| lease.aliases.clone());
+            records.push(InterfaceRecord { addresses: setup.addresses, gateways: setup.gateways, aliases });
             leases.extend(setup.lease);
         }
         NetworkSetup { configs, interfaces, resolver, dns: dns.to_vec(), records, leases, ..NetworkSetup::default() }

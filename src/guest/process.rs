@@ -22,6 +22,8 @@ pub struct Defaults {
     pub stop_signal: Option<String>,
     /// Directories whose content should outlive the machine.
     pub volumes: Vec<String>,
+    /// The ports that it listens on, `PORT/tcp` or `PORT/udp`.
+    pub exposed_ports: Vec<String>,
 }
 
 /// The user's overrides.
@@ -206,6 +208,7 @@ mod tests {
             user: "web".into(),
             stop_signal: None,
             volumes: Vec::new(),
+            exposed_ports: Vec::new(),
         }
     }
 

@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::client::{self, PendingRequest};
+use super::detach::DetachKeys;
 use super::{Reply, Request};
 use crate::console::stream_log::{HEAD_BYTES, Head, Stream};
 use crate::console::terminal::{self, RawTerminal};
@@ -23,8 +24,18 @@ use crate::sandbox;
 use crate::sys::SignalFd;
 use crate::sys::event;
 
-/// The detach keys, Ctrl-P Ctrl-Q, the same as Docker's.
-const DETACH_KEYS: [u8; 2] = [0x10, 0x11];
+/// How a terminal is attached.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Whether standard input is forwarded to the process.
+    pub input: bool,
+    /// Whether the machine has a terminal, for which every key is meant.
+    pub terminal: bool,
+    /// Whether signals end this process instead of being forwarded.
+    pub keeps_signals: bool,
+    /// The keys that detach.
+    pub detach_keys: DetachKeys,
+}
 
 /// How soon after the end of its streams the machine's end must be reported.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,8 +56,9 @@ pub enum End {
 }
 
 /// Connects this process's streams to those of the machine with the control socket `control`, until the machine ends or
-/// the user detaches. With `input`, standard input is forwarded to the process; with `terminal`, every key.
-pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -> Result<End> {
+/// the user detaches.
+pub fn attach(control: &Path, signals: &SignalFd, options: Options) -> Result<End> {
+    let Options { input, terminal, keeps_signals, detach_keys } = options;
     let end = client::begin(control, &Request::Wait)?;
     let stream = match client::begin(control, &Request::Attach)?.reply()? {
         (Reply::Done, stream) => stream,
@@ -60,7 +72,8 @@ pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().context("use standard input")?);
         let socket = stream.try_clone().context("use the connection")?;
         let (stop, detached, on_terminal) = (stop.clone(), detached.clone(), raw.is_some());
-        sandbox::spawn("stdin", move || feed(stdin, socket, &stop, &detached, on_terminal)).context("start a thread")
+        sandbox::spawn("stdin", move || feed(stdin, socket, &stop, &detached, on_terminal.then_some(detach_keys)))
+            .context("start a thread")
     });
     feeder.transpose()?;
     send_size(control);
@@ -73,12 +86,13 @@ pub fn attach(control: &Path, signals: &SignalFd, input: bool, terminal: bool) -
     });
     let printer = printer.context("start a thread")?;
     let session = AttachedSession {
-        printer,
+        printer: Some(printer),
         printed: &printed,
         end: &end,
         control,
         signals,
         on_terminal: terminal,
+        keeps_signals,
         detached: &detached,
     };
     let result = session.run();
@@ -107,7 +121,7 @@ fn send_size(control: &Path) {
 /// An attached session. A separate thread prints the machine's streams, because it may have to wait for their reader.
 struct AttachedSession<'a> {
     /// The thread that prints the streams, and an event that is readable when it has printed everything.
-    printer: JoinHandle<Result<ReadOutcome>>,
+    printer: Option<JoinHandle<Result<ReadOutcome>>>,
     printed: &'a EventFd,
     /// Readable when the machine has ended.
     end: &'a PendingRequest,
@@ -115,13 +129,15 @@ struct AttachedSession<'a> {
     signals: &'a SignalFd,
     /// Whether the machine has a terminal, which is resized along with this one.
     on_terminal: bool,
+    /// Whether a termination signal ends this process and is not forwarded.
+    keeps_signals: bool,
     /// Readable when the user has detached.
     detached: &'a EventFd,
 }
 
 impl AttachedSession<'_> {
     /// Forwards signals until the machine has ended. Returns true if the user detached or stopped reading before that.
-    fn run(self) -> Result<bool> {
+    fn run(mut self) -> Result<bool> {
         let epoll = Epoll::new().context("epoll")?;
         let watch = |fd, mark| {
             let event = EpollEvent::new(EventSet::IN, mark);
@@ -130,9 +146,8 @@ impl AttachedSession<'_> {
         watch(self.printed.as_raw_fd(), PRINTED)?;
         watch(self.signals.as_raw_fd(), SIGNAL)?;
         watch(self.detached.as_raw_fd(), DETACHED)?;
-        let mut printer = Some(self.printer);
         loop {
-            let timeout_ms = if printer.is_some() { -1 } else { END_TIMEOUT.as_millis() as i32 };
+            let timeout_ms = if self.printer.is_some() { -1 } else { END_TIMEOUT.as_millis() as i32 };
             let mut events = [EpollEvent::default(); 3];
             let count = match epoll.wait(timeout_ms, &mut events) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -145,37 +160,43 @@ impl AttachedSession<'_> {
                 match event.data() {
                     PRINTED => {
                         let _ = self.printed.read();
-                        if let Some(Ok(outcome)) = printer.take().map(JoinHandle::join)
+                        if let Some(Ok(outcome)) = self.printer.take().map(JoinHandle::join)
                             && matches!(outcome?, ReadOutcome::OutputClosed)
                         {
                             return Ok(true);
                         }
                         watch(self.end.as_raw_fd(), END)?;
                     }
-                    SIGNAL if forward_signals(self.control, self.signals, self.on_terminal)? => {}
+                    SIGNAL if self.forward_signals()? => {}
                     END => return Ok(false),
                     _ => return Ok(true),
                 }
             }
         }
     }
-}
 
-/// Forwards signals to the machine. Returns false for a termination signal if the machine no longer exists, so that the
-/// signal applies to this process.
-fn forward_signals(control: &Path, signals: &SignalFd, on_terminal: bool) -> Result<bool> {
-    while let Some(number) = signals.read().context("read a signal")? {
-        match u8::try_from(number) {
-            Ok(_) if number == libc::SIGWINCH && on_terminal => send_size(control),
-            Ok(signal) => {
-                if client::send(control, &Request::Kill { signal }).is_err() && signal::is_termination(number) {
-                    return Ok(false);
+    /// Forwards signals to the machine. Returns false if one applies to this process: because the machine no longer exists, or
+    /// because it keeps its signals.
+    fn forward_signals(&self) -> Result<bool> {
+        while let Some(number) = self.signals.read().context("read a signal")? {
+            match u8::try_from(number) {
+                Ok(_) if number == libc::SIGWINCH && self.on_terminal => send_size(self.control),
+                Ok(_) if self.keeps_signals => {
+                    if signal::is_termination(number) {
+                        return Ok(false);
+                    }
                 }
+                Ok(signal) => {
+                    if client::send(self.control, &Request::Kill { signal }).is_err() && signal::is_termination(number)
+                    {
+                        return Ok(false);
+                    }
+                }
+                Err(_) => {}
             }
-            Err(_) => {}
         }
+        Ok(true)
     }
-    Ok(true)
 }
 
 /// Prints everything that the machine writes.
@@ -225,10 +246,16 @@ pub fn write(stream: Stream, content: &[u8]) -> Result<bool> {
     }
 }
 
-fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd, detached: &EventFd, on_terminal: bool) {
+/// Forwards standard input. On a terminal, the keys `detach_keys` detach.
+fn feed(
+    mut stdin: File,
+    mut socket: UnixStream,
+    stop: &EventFd,
+    detached: &EventFd,
+    mut detach_keys: Option<DetachKeys>,
+) {
     let mut buffer = vec![0; 64 << 10];
     let Ok(epoll) = streams::watch(&stdin, stop) else { return };
-    let mut last = None;
     while streams::wait(&epoll) {
         let count = match stdin.read(&mut buffer) {
             Ok(0) => break,
@@ -237,7 +264,7 @@ fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd, detached: &Even
             Err(_) => break,
         };
         let bytes = buffer.get(..count).unwrap_or_default();
-        if on_terminal && has_detach_keys(&mut last, bytes) {
+        if detach_keys.as_mut().is_some_and(|keys| keys.are_in(bytes)) {
             let _ = detached.write(1);
             return;
         }
@@ -247,24 +274,4 @@ fn feed(mut stdin: File, mut socket: UnixStream, stop: &EventFd, detached: &Even
     }
     // There is no more input; output is still wanted.
     let _ = socket.shutdown(Shutdown::Write);
-}
-
-/// Whether `bytes` contains the detach keys in sequence, the first of which may be `last`, from the previous read.
-fn has_detach_keys(last: &mut Option<u8>, bytes: &[u8]) -> bool {
-    bytes.iter().any(|&byte| last.replace(byte) == Some(DETACH_KEYS[0]) && byte == DETACH_KEYS[1])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_detach_keys_are_recognized_in_sequence() {
-        for pieces in [&[&b"ab\x10\x11c"[..]][..], &[b"\x10", b"\x11"], &[b"\x10\x10\x11"]] {
-            let mut last = None;
-            assert!(pieces.iter().any(|piece| has_detach_keys(&mut last, piece)), "{pieces:?}");
-        }
-        let mut last = None;
-        assert!(![&b"\x10a\x11"[..], b"\x11\x10"].iter().any(|piece| has_detach_keys(&mut last, piece)));
-    }
 }

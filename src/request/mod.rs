@@ -6,6 +6,7 @@
 
 pub mod attach;
 pub mod client;
+pub mod detach;
 pub mod server;
 
 use husk_protocol::WindowSize;

@@ -56,6 +56,24 @@ pub struct Bridge {
     pub labels: BTreeMap<String, String>,
 }
 
+/// What a machine wants to be in a network.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Its address.
+    pub address: Option<Ipv4Addr>,
+    /// Whether it cannot have another one.
+    pub is_required: bool,
+    /// More names, which several machines may have.
+    pub aliases: Vec<String>,
+}
+
+impl Wish {
+    /// To have this address, if it is free, and these names.
+    pub fn former(address: Option<Ipv4Addr>, aliases: Vec<String>) -> Wish {
+        Wish { address, is_required: false, aliases }
+    }
+}
+
 /// A machine's membership in a network. Dropping it releases the address.
 #[derive(Debug)]
 pub struct Lease {
@@ -63,6 +81,8 @@ pub struct Lease {
     pub bridge: Bridge,
     /// The machine's address.
     pub address: Ipv4Addr,
+    /// Its other names.
+    pub aliases: Vec<String>,
     dir: PathBuf,
     _lock: File,
 }
@@ -218,19 +238,13 @@ pub(super) fn remove_in(base: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Assigns the machine `machine` an address in network `name`, and publishes its name. The address is `wanted` if that is in the
-/// network and free.
-pub fn join(name: &str, machine: &str, mac: MacAddress, wanted: Option<Ipv4Addr>) -> Result<Lease> {
-    join_in(Path::new(DIR), name, machine, mac, wanted)
+/// Assigns the machine `machine` an address in network `name`, and publishes its names.
+pub fn join(name: &str, machine: &str, mac: MacAddress, wish: Wish) -> Result<Lease> {
+    join_in(Path::new(DIR), name, machine, mac, wish)
 }
 
-fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wanted: Option<Ipv4Addr>) -> Result<Lease> {
-    // The name is written to line-based files of dnsmasq.
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
-    ensure!(
-        (1..=MAX_MACHINE_BYTES).contains(&machine.len()) && machine.chars().all(good),
-        "invalid machine name {machine:?}: on a network, use 1 to {MAX_MACHINE_BYTES} letters, digits, `-`, `.` or `_`"
-    );
+fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wish: Wish) -> Result<Lease> {
+    wish.aliases.iter().map(String::as_str).chain([machine]).try_for_each(check_machine_name)?;
     let bridge = find_in(base, name).map_err(|error| anyhow!("{error}: {}", hint(name)))?;
     let dir = bridge.dir(base);
     let _joining = lock(&dir.join("lock"))?;
@@ -249,9 +263,21 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wanted: Opti
     let size = MACHINES.len() as u64;
     let first = u64::from_le_bytes([mac.0[2], mac.0[3], mac.0[4], mac.0[5], 0, 0, 0, 0]) % size;
     let others = (0..size).map(|step| bridge.host(*MACHINES.start() + ((first + step) % size) as u8));
-    let wanted = wanted
-        .filter(|address| MACHINES.contains(&address.octets()[3]) && bridge.host(address.octets()[3]) == *address);
-    let address = wanted.into_iter().chain(others).find(|address| taken.iter().all(|(other, _)| other != address));
+    let is_inside = |address: &Ipv4Addr| {
+        let last = address.octets()[3];
+        MACHINES.contains(&last) && bridge.host(last) == *address
+    };
+    let is_free = |address: &Ipv4Addr| taken.iter().all(|(other, _)| other != address);
+    let wanted = wish.address.filter(is_inside);
+    if let Some(address) = wish.address.filter(|_| wish.is_required) {
+        ensure!(
+            wanted.is_some(),
+            "{address} is not an address for a machine of network {name}, {}/{PREFIX}",
+            bridge.subnet
+        );
+        ensure!(is_free(&address), "{address} is in use by another machine of network {name}");
+    }
+    let address = wanted.into_iter().chain(others).find(is_free);
     let address = address.with_context(|| format!("network {name} has no free addresses"))?;
     let path = dir.join("leases").join(address.to_string());
     let write = || -> Result<File> {
@@ -261,12 +287,27 @@ fn join_in(base: &Path, name: &str, machine: &str, mac: MacAddress, wanted: Opti
         lock::wait(&lock, &path, Kind::Exclusive, lock::SHORT_TIMEOUT)?;
         lock.write_all(machine.as_bytes())?;
         // Written atomically, since dnsmasq reads the file as soon as it exists.
-        publish(&dir.join("hosts").join(address.to_string()), &format!("{address} {machine}\n"))?;
+        let names: String = [machine]
+            .into_iter()
+            .chain(wish.aliases.iter().map(String::as_str))
+            .map(|name| format!(" {name}"))
+            .collect();
+        publish(&dir.join("hosts").join(address.to_string()), &format!("{address}{names}\n"))?;
         publish(&dir.join("dhcp").join(address.to_string()), &format!("{mac},{address},{machine},infinite\n"))?;
         Ok(lock)
     };
     let lock = write().with_context(|| format!("write {}", path.display()))?;
-    Ok(Lease { bridge, address, dir, _lock: lock })
+    Ok(Lease { bridge, address, aliases: wish.aliases, dir, _lock: lock })
+}
+
+/// Checks a name, which is written to line-based files of dnsmasq.
+fn check_machine_name(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    ensure!(
+        (1..=MAX_MACHINE_BYTES).contains(&name.len()) && name.chars().all(good),
+        "invalid machine name {name:?}: on a network, use 1 to {MAX_MACHINE_BYTES} letters, digits, `-`, `.` or `_`"
+    );
+    Ok(())
 }
 
 impl Drop for Lease {
@@ -491,24 +532,40 @@ pub(super) mod tests {
                     .to_string()
                     .contains("in use")
             );
-            let db = join_in(base, "web", "db", MAC, None).unwrap();
-            let app = join_in(base, "web", "app", MAC, None).unwrap();
+            let db = join_in(base, "web", "db", MAC, Wish::default()).unwrap();
+            let app = join_in(base, "web", "app", MAC, Wish::default()).unwrap();
             assert_ne!(db.address, app.address);
             let gateway = bridge.gateway();
             eventually("a name comes", || ask(gateway, "db") == Some(db.address));
             eventually("another comes", || ask(gateway, "app") == Some(app.address));
-            assert!(join_in(base, "web", "db", MAC, None).unwrap_err().to_string().contains("already"));
-            let odd = join_in(base, "web", "a b\n10.0.0.1 c", MAC, None).unwrap_err().to_string();
+            assert!(join_in(base, "web", "db", MAC, Wish::default()).unwrap_err().to_string().contains("already"));
+            let odd = join_in(base, "web", "a b\n10.0.0.1 c", MAC, Wish::default()).unwrap_err().to_string();
             assert!(odd.contains("letters, digits"), "{odd}");
             assert!(remove_in(base, "web").unwrap_err().to_string().contains("in use by"));
             let address = db.address;
             drop(db);
             eventually("a name goes", || ask(gateway, "db").is_none());
-            assert_eq!(join_in(base, "web", "db", MAC, None).unwrap().address, address, "a machine keeps its address");
+            assert_eq!(
+                join_in(base, "web", "db", MAC, Wish::default()).unwrap().address,
+                address,
+                "a machine keeps its address"
+            );
             let wanted = bridge.host(if app.address == bridge.host(200) { 201 } else { 200 });
-            let join = |wanted| join_in(base, "web", "more", MAC, Some(wanted)).unwrap().address;
+            let join = |wanted| {
+                let wish = Wish::former(Some(wanted), vec!["alias".into()]);
+                let lease = join_in(base, "web", "more", MAC, wish).unwrap();
+                eventually("an alias comes", || ask(gateway, "alias") == Some(lease.address));
+                lease.address
+            };
             assert_eq!(join(wanted), wanted);
             assert!([app.address, gateway, Ipv4Addr::from([192, 0, 2, 9])].iter().all(|other| join(*other) != *other));
+            let strict = |address: Ipv4Addr| {
+                let wish = Wish { address: Some(address), is_required: true, aliases: Vec::new() };
+                join_in(base, "web", "more", MAC, wish).map(|lease| lease.address).map_err(|error| error.to_string())
+            };
+            assert_eq!(strict(wanted), Ok(wanted));
+            assert!(strict(app.address).unwrap_err().contains("in use by another machine"));
+            assert!(strict(Ipv4Addr::new(192, 0, 2, 9)).unwrap_err().contains("not an address for a machine"));
             drop(app);
             let dir = bridge.dir(base);
             let server = names_server(&dir).unwrap();
@@ -542,7 +599,7 @@ pub(super) mod tests {
             let above = fs::metadata(base).unwrap().mode();
             let base = &base.join("run/networks");
             let bridge = create_in(base, "m", None, true, BTreeMap::new()).unwrap();
-            let lease = join_in(base, "m", "db", MAC, None).unwrap();
+            let lease = join_in(base, "m", "db", MAC, Wish::default()).unwrap();
             let dir = bridge.dir(base);
             let mode = |path: PathBuf| fs::metadata(path).unwrap().mode() & 0o777;
             let address = lease.address.to_string();
@@ -569,7 +626,7 @@ pub(super) mod tests {
             for part in ["leases", "hosts", "dhcp"] {
                 fs::write(dir.join(part).join("10.86.0.7"), "db").unwrap();
             }
-            let lease = join_in(base, "a", "db", MAC, None).unwrap();
+            let lease = join_in(base, "a", "db", MAC, Wish::default()).unwrap();
             assert!(!dir.join("hosts/10.86.0.7").exists() || lease.address == Ipv4Addr::new(10, 86, 0, 7));
             drop(lease);
             remove_in(base, "a").unwrap();
@@ -594,7 +651,8 @@ pub(super) mod tests {
     #[test]
     fn a_missing_network_is_reported_with_the_command_to_type() {
         let nowhere = Path::new("/nonexistent");
-        let join = |name| join_in(nowhere, name, "machine", MacAddress([2; 6]), None).unwrap_err().to_string();
+        let join =
+            |name| join_in(nowhere, name, "machine", MacAddress([2; 6]), Wish::default()).unwrap_err().to_string();
         assert!(join("web").contains("sudo husk network create web"), "{}", join("web"));
         for name in ["host", "bridge", "default"] {
             assert!(join(name).contains("use --network user") && !join(name).contains("create"), "{}", join(name));

@@ -7,9 +7,9 @@ use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
-use crate::config::{PortForward, Protocol};
+use crate::config::{PortForward, Protocol, Publish};
 
 /// Ports are locked by their remainder modulo this number: few enough for a lock each, while consecutive ports use
 /// different locks.
@@ -48,6 +48,50 @@ fn lock(turn: u16, started: Instant) -> Option<UnixListener> {
     }
 }
 
+/// How often a port of the kernel's choice may already be published by the same machine.
+const CHOICES_MAX: usize = 100;
+
+/// Chooses the ports of the host that are not given. Another process may open one of them until the machine has; then its start
+/// fails.
+pub fn choose(wanted: &[Publish]) -> Result<Vec<PortForward>> {
+    let mut ports: Vec<PortForward> = Vec::new();
+    for publish in wanted {
+        let (host_ip, from, first, count, protocol) = match publish {
+            Publish::Given(port) => {
+                ports.push(port.clone());
+                continue;
+            }
+            Publish::Chosen { host_ip, from, guest_port, count, protocol } => {
+                (*host_ip, *from, *guest_port, *count, *protocol)
+            }
+        };
+        for step in 0..count {
+            let guest_port = first.saturating_add(step);
+            let unknown = PortForward { host_ip, host_port: 0, guest_port, count: 1, protocol };
+            let host_port = match from {
+                None => any_free(&unknown, &ports),
+                Some((first, last)) => (first..=last).find(|number| is_free(&unknown, *number, &ports)),
+            };
+            let host_port =
+                host_port.ok_or_else(|| anyhow!("no host port is free for port {guest_port}/{protocol}"))?;
+            ports.push(PortForward { host_port, ..unknown });
+        }
+    }
+    Ok(ports)
+}
+
+fn any_free(port: &PortForward, taken: &[PortForward]) -> Option<u16> {
+    (0..CHOICES_MAX).find_map(|_| bind_all(port, 0).ok().filter(|number| !has(taken, port.protocol, *number)))
+}
+
+fn is_free(port: &PortForward, number: u16, taken: &[PortForward]) -> bool {
+    !has(taken, port.protocol, number) && bind_all(port, number).is_ok()
+}
+
+fn has(ports: &[PortForward], protocol: Protocol, number: u16) -> bool {
+    ports.iter().any(|port| port.protocol == protocol && numbers(port).any(|taken| taken == number))
+}
+
 /// Fails with the reason if `port` is not available.
 pub fn check_free(port: &PortForward) -> Result<()> {
     for number in numbers(port) {
@@ -79,8 +123,8 @@ fn numbers(port: &PortForward) -> impl Iterator<Item = u16> {
 }
 
 /// Opens a port for a moment in the way that it will be published: without an address, on all addresses of both
-/// families.
-fn bind_all(port: &PortForward, number: u16) -> io::Result<()> {
+/// families. Number 0 is any that is free. Returns the number.
+fn bind_all(port: &PortForward, number: u16) -> io::Result<u16> {
     if let Some(ip) = port.host_ip {
         return bind(SocketAddr::new(ip, number), port.protocol);
     }
@@ -92,11 +136,12 @@ fn bind_all(port: &PortForward, number: u16) -> io::Result<()> {
     }
 }
 
-fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<()> {
-    match protocol {
-        Protocol::Tcp => TcpListener::bind(address).map(drop),
-        Protocol::Udp => UdpSocket::bind(address).map(drop),
-    }
+fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<u16> {
+    let bound = match protocol {
+        Protocol::Tcp => TcpListener::bind(address)?.local_addr()?,
+        Protocol::Udp => UdpSocket::bind(address)?.local_addr()?,
+    };
+    Ok(bound.port())
 }
 
 #[cfg(test)]
@@ -122,6 +167,21 @@ mod tests {
         }
         let error = check_free(&"192.0.2.77:0080:80".parse().unwrap()).unwrap_err().to_string();
         assert!(error.contains("no interface of this host"), "{error}");
+    }
+
+    #[test]
+    fn chosen_ports_are_free_and_differ() {
+        let taken = TcpListener::bind("[::]:0").unwrap();
+        let number = taken.local_addr().unwrap().port().min(65000);
+        let words = ["80", "81", "127.0.0.1::82", "83/udp", "90-92", &format!("{number}-{}:84", number + 50)];
+        let ports = choose(&words.map(|word| word.parse().unwrap())).unwrap();
+        assert_eq!(ports.iter().map(|port| port.guest_port).collect::<Vec<_>>(), [80, 81, 82, 83, 90, 91, 92, 84]);
+        for (at, port) in ports.iter().enumerate() {
+            assert!(port.host_port != number && !has(&ports[..at], port.protocol, port.host_port), "{ports:?}");
+            check_free(port).unwrap();
+        }
+        let two: Publish = format!("{number}-{}:84", number + 1).parse().unwrap();
+        assert!(choose(&vec![two; 3]).unwrap_err().to_string().contains("no host port is free"));
     }
 
     #[test]

@@ -56,4 +56,7 @@ pub struct InterfaceRecord {
     pub addresses: Vec<InterfaceAddress>,
     /// The default gateways.
     pub gateways: Vec<IpAddr>,
+    /// More names on a shared network.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
 }

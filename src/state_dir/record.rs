@@ -53,6 +53,9 @@ pub struct Record {
     /// The user's labels.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// How long a stop waits before it is forced, in milliseconds, unless the request says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_timeout_ms: Option<u64>,
     /// What additional processes inherit, if the machine runs husk's init.
     pub process: Option<Inherited>,
     /// What the machine is called and how it is connected, if it runs husk's init.
@@ -271,6 +274,7 @@ pub(crate) mod tests {
             keep: true,
             stop_signal: 15,
             labels: BTreeMap::new(),
+            stop_timeout_ms: None,
             process: None,
             identity: None,
             mounts: Vec::new(),

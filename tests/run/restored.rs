@@ -193,7 +193,7 @@ fn kernel_of(guests: &Path) -> GuestKernel {
 
 /// A machine that runs a shell command.
 fn spec(script: &str, stdin: bool, hostname: &str) -> GuestSpec {
-    let defaults = Defaults { env: vec!["PATH=/bin".into()], ..Defaults::default() };
+    let defaults = Box::new(Defaults { env: vec!["PATH=/bin".into()], ..Defaults::default() });
     let root_fs =
         RootFs::Image { root: root(), identity: [0; 16], defaults, writable: WritableLayer::Memory, in_use: None };
     let command = ["sh", "-c", script].map(Into::into).to_vec();

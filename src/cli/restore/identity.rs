@@ -11,7 +11,8 @@ use crate::config::{Attachment, MachineConfig, NetworkConfig, PortForward, UserN
 use crate::guest;
 use crate::guest::network::{InterfaceSetup, NetworkSetup, on_devices};
 use crate::guest::session::Change;
-use crate::resources::{bridge, net, ports};
+use crate::resources::bridge::{self, Wish};
+use crate::resources::{net, ports};
 use crate::state_dir::identity::{IdentityRecord, InterfaceRecord};
 
 // The names and the connections of the machine.
@@ -148,7 +149,8 @@ impl IdentityFlags {
                     IpAddr::V4(ip) => Some(ip),
                     IpAddr::V6(_) => None,
                 });
-                let lease = bridge::join(network, name, mac, former.filter(|_| is_same))?;
+                let wish = Wish::former(former.filter(|_| is_same), known.aliases);
+                let lease = bridge::join(network, name, mac, wish)?;
                 let config = NetworkConfig { mac: Some(mac), ..device.clone() };
                 InterfaceSetup { config, ..InterfaceSetup::leased(lease, mac) }
             }
@@ -248,7 +250,11 @@ mod tests {
             is_hostname_chosen,
             names: Names::default(),
             dns: vec!["192.0.2.54".parse().unwrap()],
-            interfaces: vec![InterfaceRecord { addresses: vec![address], gateways: vec![gateway] }],
+            interfaces: vec![InterfaceRecord {
+                addresses: vec![address],
+                gateways: vec![gateway],
+                aliases: Vec::new(),
+            }],
         }
     }
 

@@ -80,14 +80,24 @@ impl MachineFlags {
                 else {
                     return Ok(None);
                 };
-                let ImageProcess { entrypoint, cmd, env, working_dir, user, stop_signal, volumes, .. } =
-                    prepared.process;
-                let defaults = Defaults { entrypoint, cmd, env, working_dir, user, stop_signal, volumes };
+                let ImageProcess {
+                    entrypoint,
+                    cmd,
+                    env,
+                    working_dir,
+                    user,
+                    stop_signal,
+                    exposed_ports,
+                    volumes,
+                    ..
+                } = prepared.process;
+                let defaults =
+                    Defaults { entrypoint, cmd, env, working_dir, user, stop_signal, exposed_ports, volumes };
                 (prepared.root, defaults, Some(prepared.in_use), prepared.id.first_half())
             }
         };
         let writable = if self.read_only { WritableLayer::None } else { WritableLayer::Memory };
-        Ok(Some(RootFs::Image { root, identity, defaults, writable, in_use }))
+        Ok(Some(RootFs::Image { root, identity, defaults: Box::new(defaults), writable, in_use }))
     }
 
     /// Takes the values of the machine in the snapshot `dir`, and returns its image.

@@ -7,6 +7,7 @@ use clap::Args;
 use husk_protocol::{Rights, Tmpfs};
 
 use crate::cli::size;
+use crate::config::Publish;
 use crate::guest::{capability, check_hostname, process};
 use crate::state_dir::identity::Names;
 
@@ -28,6 +29,14 @@ pub(in crate::cli) struct GuestSettings {
     /// Domain name of the machine
     #[arg(long, value_name = "NAME")]
     domainname: Option<String>,
+
+    /// Publish all exposed ports, those of the image and of --expose, to free ports of the host, which `husk port` shows
+    #[arg(short = 'P', long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    publish_all: Option<bool>,
+
+    /// Expose a port or a range of ports, for --publish-all; can be repeated
+    #[arg(long, value_name = "PORT[-LAST][/udp]", value_parser = exposed)]
+    expose: Vec<String>,
 
     /// Set a kernel parameter of the machine; can be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = sysctl)]
@@ -95,6 +104,12 @@ impl GuestSettings {
         })
     }
 
+    /// The ports that are to be published if the image exposes `ports`.
+    pub fn exposed<'a>(&'a self, ports: &'a [String]) -> impl Iterator<Item = &'a String> {
+        let is_wanted = self.publish_all == Some(true);
+        ports.iter().chain(&self.expose).filter(move |_| is_wanted)
+    }
+
     /// The kernel parameters.
     pub fn sysctls(&self) -> Vec<(String, String)> {
         let domain = self.domainname.iter().map(|domain| ("kernel.domainname".to_owned(), domain.clone()));
@@ -119,6 +134,14 @@ fn extra_host(text: &str) -> Result<(String, Option<IpAddr>), String> {
         other => Some(other.parse().map_err(|_| wrong())?),
     };
     Ok((name.to_owned(), address))
+}
+
+/// Checks `PORT[-LAST][/tcp|/udp]`.
+fn exposed(text: &str) -> Result<String, String> {
+    match text.parse() {
+        Ok(Publish::Chosen { host_ip: None, from: None, .. }) => Ok(text.to_owned()),
+        _ => Err(format!("{text:?} is not a port: use a number or a range, such as 80 or 5000-5009/udp")),
+    }
 }
 
 /// A word of resolv.conf(5).
